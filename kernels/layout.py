@@ -1,0 +1,25 @@
+"""NTC memory: a logical (N, C, T) tensor whose strides are (T*C, 1, C), the 1D counterpart of channels_last."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ntc(x: Tensor) -> Tensor:
+    """`x` (N, C, T) with NTC memory; copies only if its memory is in another order.
+
+    Equivalent to `x.transpose(1, 2).contiguous().transpose(1, 2)`.
+    """
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def empty_ntc(n: int, c: int, t: int, *, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised (N, C, T) tensor with NTC memory on the device (and, unless given, of the dtype) of `like`."""
+    return torch.empty((n, t, c), dtype=dtype or like.dtype, device=like.device).transpose(1, 2)
+
+
+def rows(x: Tensor) -> Tensor:
+    """The (N*T, C) matrix view of an NTC tensor (N, C, T): one row a frame."""
+    n, c, t = x.shape
+    return x.transpose(1, 2).reshape(n * t, c)
