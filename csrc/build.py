@@ -1,0 +1,138 @@
+"""Compile csrc/ into two plain shared libraries over PyTorch's stable ABI; incremental, with ninja.
+
+    python csrc/build.py              rebuild jasper_fast/lib/*.so in place (setup.py does the same)
+
+JASPER_FAST_CUDA=0 skips the CUDA library; JASPER_FAST_CUDA_ARCHS="80;90a" chooses its architectures; CXX names the
+C++ compiler. The CPU library needs a C++20 compiler and torch's headers; the CUDA one nvcc besides, but neither a GPU
+nor a torch with CUDA.
+No Python headers are used: one build serves every Python and every torch from 2.11 on.
+"""
+
+import fcntl
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = ROOT / "build" / "native"
+COMMON = "-O3 -std=c++20 -DTORCH_TARGET_VERSION=0x020b000000000000"  # stable ABI of torch 2.11
+CPU_FLAGS = "-fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wno-unknown-pragmas -Wno-psabi"
+ISAS = {"generic": ""}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    ISAS |= {"avx2": "-mavx2 -mfma -mf16c", "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"}
+CUDA_ARCHS = "75;80;86;89;90a;100;120"
+
+
+def torch_dir() -> Path | None:
+    """Where torch lies, found without importing it."""
+    spec = importlib.util.find_spec("torch")
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [f"{home}/bin/nvcc" if home else None, shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    return next((c for c in candidates if c and os.access(c, os.X_OK)), None)
+
+
+def gencode(nvcc: str) -> str:
+    """-gencode flags: architectures asked for, else those of the default list that this nvcc knows; PTX of the last."""
+    archs = os.environ.get("JASPER_FAST_CUDA_ARCHS", "").replace(".", "").replace(",", ";").split(";")
+    archs = [a.strip() for a in archs if a.strip()]
+    if not archs:
+        known = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True).split()
+        archs = [a for a in CUDA_ARCHS.split(";") if f"compute_{a.rstrip('a')}" in known]
+    flags = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
+    return " ".join([*flags, f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"])
+
+
+def ninja_file(torch: Path, cxx: str, nvcc: str | None) -> tuple[str, list[str]]:
+    """The text of build.ninja and the names of the libraries that it makes."""
+    include = f"-isystem {torch / 'include'} -I{ROOT / 'csrc'}"
+    link = f"-L{torch / 'lib'} -ltorch_cpu"
+    text = [
+        f"rule cxx\n  command = {cxx} {COMMON} {CPU_FLAGS} {include} $isa -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc\n  description = c++ $out",
+        f"rule link\n  command = {cxx} -shared -Wl,--no-undefined $in {link} -o $out\n  description = link $out",
+    ]
+    objects = []
+    for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+        objects.append(f"cpu/{source.stem}.o")
+        text.append(f"build {objects[-1]}: cxx {source}")
+    for source in sorted((ROOT / "csrc/cpu/isa").glob("*.cpp")):
+        for isa, flags in ISAS.items():
+            objects.append(f"cpu/{source.stem}.{isa}.o")
+            text.append(f"build {objects[-1]}: cxx {source}\n  isa = -DJF_ISA={isa} {flags}")
+    libraries = ["libjasper_fast_cpu.so"] if objects else []
+    text += [f"build {lib}: link {' '.join(objects)}" for lib in libraries]
+    cuda = sorted((ROOT / "csrc/cuda").glob("*.cu")) if nvcc else []
+    if cuda:
+        flags = f"{COMMON} -DUSE_CUDA -lineinfo --expt-relaxed-constexpr -Xptxas -v,--warn-on-spills"
+        flags += " -Xcompiler -fPIC,-fvisibility=hidden --threads 2"
+        # A CPU-only torch has no libtorch_cuda.so to link with: an empty one leaves the right DT_NEEDED entry.
+        text += [
+            f"rule nvcc\n  command = {nvcc} -ccbin {cxx} {flags} {gencode(nvcc)} {include}"
+            " -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
+            "  depfile = $out.d\n  deps = gcc\n  description = nvcc $out",
+            f"rule stub\n  command = echo | {cxx} -shared -x c++ - -Wl,-soname,libtorch_cuda.so -o $out\n  description = stub $out",
+            f"rule cudalink\n  command = {nvcc} -ccbin {cxx} -shared $in {link} $stub -o $out\n  description = link $out",
+            "build cuda/libtorch_cuda.so: stub",
+        ]
+        names = [f"cuda/{source.stem}.o" for source in cuda]
+        text += [f"build {name}: nvcc {source}" for name, source in zip(names, cuda, strict=True)]
+        text.append(f"build libjasper_fast_cuda.so: cudalink {' '.join(names)} | cuda/libtorch_cuda.so")
+        text.append("  stub = -Xlinker --no-as-needed -Xlinker cuda/libtorch_cuda.so")
+        libraries.append("libjasper_fast_cuda.so")
+    return "\n".join(text) + "\n", libraries
+
+
+def compile_libraries(target: Path) -> list[Path]:
+    """Build what this machine can build, put it into `target`, and say in one line what is left out and why."""
+    torch, cxx = (
+        torch_dir(),
+        os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"),
+    )
+    if torch is None:
+        return skip("no torch to build against: install torch first and use --no-build-isolation", "CPU and CUDA")
+    if cxx is None:
+        return skip("no C++ compiler: install g++ or clang++, or set CXX", "CPU and CUDA")
+    if importlib.util.find_spec("ninja") is None:
+        return skip("no ninja: pip install ninja", "CPU and CUDA")
+    nvcc = find_nvcc() if os.environ.get("JASPER_FAST_CUDA", "1") != "0" else None
+    if nvcc is None:
+        skip("no nvcc, or JASPER_FAST_CUDA=0: put nvcc on PATH or set CUDA_HOME", "CUDA")
+    WORK.mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
+    with open(WORK / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two builds in one checkout wait for each other
+        text, names = ninja_file(torch, cxx, nvcc)
+        ninja = WORK / "build.ninja"
+        if not ninja.exists() or ninja.read_text() != text:
+            ninja.write_text(text)
+        if subprocess.call([sys.executable, "-m", "ninja", "-C", str(WORK), *names] if names else ["true"]):
+            sys.exit("jasper_fast: the native build failed, see above (JASPER_FAST_CUDA=0 leaves the CUDA part out)")
+        made = [install(WORK / name, target / name) for name in names]
+        for stale in set(target.glob("*.so")) - set(made):
+            stale.unlink()
+    return made
+
+
+def install(built: Path, place: Path) -> Path:
+    """Replace atomically: a process that has the old library mapped keeps it."""
+    if not place.exists() or place.read_bytes() != built.read_bytes():
+        shutil.copy2(built, place.with_suffix(".tmp"))
+        os.replace(place.with_suffix(".tmp"), place)
+    return place
+
+
+def skip(reason: str, what: str) -> list[Path]:
+    print(f"jasper_fast: the {what} library is left out ({reason})", file=sys.stderr, flush=True)
+    return []
+
+
+if __name__ == "__main__":
+    compile_libraries(ROOT / "jasper_fast" / "lib")

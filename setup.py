@@ -1,0 +1,73 @@
+"""Packages, and the native libraries through csrc/build.py.
+
+pip install -e . --no-build-isolation      for work in a checkout (make install does it)
+python setup.py build_native               rebuild the native libraries in place (incremental, seconds)
+"""
+
+import runpy
+from pathlib import Path
+
+from setuptools import Command, Distribution, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+
+ROOT = Path(__file__).resolve().parent
+
+
+class BuildNative(Command):
+    """Compile csrc/ into jasper_fast/lib/: in place alone or for an editable install, else into the wheel."""
+
+    description = "build the native libraries (in place when run alone)"
+    user_options = []
+    editable_mode = False
+
+    def initialize_options(self) -> None:
+        self.made = []
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        wheel = "build" in self.distribution.command_obj and not self.editable_mode
+        base = Path(self.get_finalized_command("build").build_lib) if wheel else ROOT
+        target = base / "jasper_fast" / "lib"
+        self.made = runpy.run_path(str(ROOT / "csrc" / "build.py"))["compile_libraries"](target)
+
+    def get_source_files(self) -> list[str]:
+        return [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*")) if p.is_file()]
+
+    def get_outputs(self) -> list[str]:
+        return [str(p) for p in self.made]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class Build(build):
+    sub_commands = [*build.sub_commands, ("build_native", None)]
+
+
+class Binary(Distribution):
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+class Wheel(bdist_wheel):
+    """One wheel per platform: the libraries know nothing of the Python version."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    packages=[
+        *find_packages(include=["jasper_fast", "jasper_fast.*"]),
+        "jasper_fast.configs",
+        "jasper_fast.kernels",
+        *(f"jasper_fast.kernels.{p}" for p in find_packages("kernels")),
+    ],
+    package_dir={"jasper_fast.kernels": "kernels", "jasper_fast.configs": "configs"},
+    package_data={"jasper_fast.configs": ["*.yaml"], "jasper_fast.kernels": ["README.md"]},
+    distclass=Binary,
+    cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": Wheel},
+)
