@@ -1,0 +1,63 @@
+"""Counter-based random bits: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+
+Every face draws the same dropout bits from this scheme and nothing is stored between forward and backward:
+element e = (n*T + t)*C + c of an NTC tensor uses word e % 4 at the 64-bit counter e // 4 (low half in word 0 of the
+128-bit counter, high half in word 1, the others 0), the 64-bit seed is the key (low half first), and the element is kept
+if and only if its word >= p * 2**32. This file is the definition, in PyTorch int64 arithmetic, on any device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+M0, M1 = 0xD2511F53, 0xCD9E8D57  # round multipliers
+W0, W1 = 0x9E3779B9, 0xBB67AE85  # Weyl steps of the key
+ROUNDS = 10
+LOW = 0xFFFFFFFF
+
+
+def threshold(p: float) -> int:
+    """The smallest 32-bit word that is kept: ceil(p * 2**32).
+
+    Raises ValueError unless 0 <= p <= 1 - 2**-32 (above that no word would be kept).
+    """
+    if not 0.0 <= p < 1.0 or math.ceil(p * 2.0**32) > LOW:
+        raise ValueError(f"dropout p must be at least 0 and at most 1 - 2**-32, got {p}")
+    return math.ceil(p * 2.0**32)
+
+
+def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | int]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 of four counter words and two key words, each an int64 tensor (or int) that holds 32 unsigned bits."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        # an int64 product wraps modulo 2**64, so its bits are those of the unsigned product
+        p0, p1 = c0 * M0, c2 * M1
+        c0, c1, c2, c3 = (p1 >> 32) & LOW ^ c1 ^ k0, p1 & LOW, (p0 >> 32) & LOW ^ c3 ^ k1, p0 & LOW
+        k0, k1 = (k0 + W0) & LOW, (k1 + W1) & LOW
+    return c0, c1, c2, c3
+
+
+def words(start: int, count: int, seed: Tensor | int, device: torch.device | str | None = None) -> Tensor:
+    """The 32-bit words at the counters start .. start + count - 1 under `seed`.
+
+    seed: an int, or an int64 tensor with one element. Returns (count, 4) int64, on the seed's device unless told.
+    """
+    if device is None:
+        device = seed.device if isinstance(seed, Tensor) else "cpu"
+    if isinstance(seed, Tensor):
+        seed = seed.reshape(()).to(device)
+    counter = torch.arange(start, start + count, dtype=torch.int64, device=device)
+    zero = torch.zeros_like(counter)
+    drawn = philox4x32((counter & LOW, (counter >> 32) & LOW, zero, zero), (seed & LOW, (seed >> 32) & LOW))
+    return torch.stack(drawn, dim=1)
+
+
+def keep_mask(n: int, c: int, t: int, p: float, seed: Tensor | int, device: torch.device | str | None = None) -> Tensor:
+    """Which elements of an (N, C, T) activation dropout keeps: bool (N, C, T), NTC memory."""
+    total = n * c * t
+    drawn = words(0, -(-total // 4), seed, device).reshape(-1)[:total]
+    return (drawn >= threshold(p)).reshape(n, t, c).transpose(1, 2)

@@ -1,0 +1,89 @@
+"""Shared fixtures: the faces of an op, seeds, poisoned uninitialised memory, the data beside the checkout."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+# Triton decides at import whether it interprets; without a GPU its kernels run in numpy.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+FACES = ("reference", "cpu", "triton", "cuda")
+
+
+@dataclass(frozen=True)
+class Face:
+    """One face of the ops: `load("bn_relu_dropout")` gives its module for that op, `device` is where its tensors live."""
+
+    name: str
+    device: torch.device
+
+    def load(self, op: str) -> ModuleType:
+        module = self.name if self.name == "reference" else f"{self.name}_impl"
+        return importlib.import_module(f"jasper_fast.kernels.{op}.{module}")
+
+
+def make_face(name: str) -> Face:
+    """The face called `name`; skips the test, with the reason, where this machine cannot run it."""
+    gpu = torch.cuda.is_available()
+    if name == "cpu":
+        from jasper_fast.kernels import native
+
+        if not native.cpu_available():
+            pytest.skip("the native CPU library is not built: run `make install`")
+    if name == "cuda":
+        if not gpu:
+            pytest.skip("no CUDA device")
+        from jasper_fast.kernels import native
+
+        if not native.cuda_available():
+            pytest.skip("the native CUDA library is not built: run `make install` where nvcc is found")
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    return Face(name, torch.device("cuda" if name == "cuda" or (name == "triton" and gpu) else "cpu"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic implementation:UserWarning")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # workers share the cores
+
+
+@pytest.fixture(params=FACES)
+def face(request: pytest.FixtureRequest) -> Face:
+    """Each face in turn."""
+    return make_face(request.param)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Uninitialised memory holds NaN (and the largest integer), so an element that a kernel forgets fails its test."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)  # the fill happens in this mode only
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of golden vectors and data that lies beside some checkouts."""
+    path = Path(__file__).resolve().parents[2] / "shared"
+    if not path.is_dir():
+        pytest.skip(f"no golden vectors or data at {path}")
+    return path
