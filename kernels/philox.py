@@ -2,8 +2,8 @@
 
 Every face draws the same dropout bits from this scheme and nothing is stored between forward and backward:
 element e = (n*T + t)*C + c of an NTC tensor uses word e % 4 at the 64-bit counter e // 4 (low half in word 0 of the
-128-bit counter, high half in word 1, the others 0), the 64-bit seed is the key (low half first), and the element is kept
-if and only if its word >= p * 2**32. This file is the definition, in PyTorch int64 arithmetic, on any device.
+128-bit counter, high half in word 1, the others 0), the 64-bit seed is the key (low half first), and the element is
+kept if and only if its word >= p * 2**32. This file is the definition, in PyTorch int64 arithmetic, on any device.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def threshold(p: float) -> int:
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 of four counter words and two key words, each an int64 tensor (or int) that holds 32 unsigned bits."""
+    """Philox4x32-10 of four counter and two key words, each an int64 tensor (or int) that holds 32 unsigned bits."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):

@@ -9,8 +9,8 @@ from torch import Tensor
 def assert_close(name: str, got: Tensor, low: Tensor, ref: Tensor, factor: float = 2.0) -> None:
     """`got` may be at most `factor` times as far from the fp64 `ref` as PyTorch's own low-precision `low` is.
 
-    In the max and in the RMS norm, plus a floor of one eps of low's dtype times the norm of `ref`. The max sees one wrong
-    element, the RMS a small error everywhere, and a NaN fails because every comparison with it is false.
+    In the max and in the RMS norm, plus a floor of one eps of low's dtype times the norm of `ref`. The max sees one
+    wrong element, the RMS a small error everywhere, and a NaN fails because every comparison with it is false.
     """
     assert got.shape == ref.shape == low.shape, f"{name}: shapes {got.shape}, {low.shape}, {ref.shape}"
     assert got.dtype == low.dtype, f"{name}: {got.dtype}, PyTorch gives {low.dtype}"

@@ -21,7 +21,7 @@ FACES = ("reference", "cpu", "triton", "cuda")
 
 @dataclass(frozen=True)
 class Face:
-    """One face of the ops: `load("bn_relu_dropout")` gives its module for that op, `device` is where its tensors live."""
+    """One face of the ops: `load("bn_relu_dropout")` gives its module for that op; its tensors live on `device`."""
 
     name: str
     device: torch.device

@@ -1,7 +1,7 @@
-"""The definition of bn_relu_dropout in plain PyTorch: any device, fp64-capable. N batch, C channels, T frames, M = N*T rows.
+"""The definition of bn_relu_dropout in plain PyTorch: any device, fp64-capable.
 
-Low-precision inputs are computed in fp32. A NaN passes the ReLU and its gradient, as in PyTorch; a dropped or masked element
-is selected away, not multiplied by zero, so whatever it held is gone.
+N batch, C channels, T frames, M = N*T rows. Low-precision inputs are computed in fp32. A NaN passes the ReLU and its
+gradient, as in PyTorch; a dropped or masked element is selected away, not multiplied by zero, so what it held is gone.
 """
 
 from __future__ import annotations
@@ -135,9 +135,7 @@ def _open(
     p: float,
 ) -> Tensor:
     """Elements through which gradient flows: bool (N, C, T)."""
-    if (
-        z is not None
-    ):  # exactly 0 where clipped and dropped; padding is masked by its length, whatever a caller did to z
+    if z is not None:  # exactly 0 where clipped or dropped; padding goes by its length, whatever z holds there
         passed, seed, p = ~(z <= 0), None, 0.0
     else:
         passed = ~(_pre(y, mean, rstd, gamma, beta) <= 0)
