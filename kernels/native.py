@@ -1,0 +1,123 @@
+"""The two native libraries, loaded on first use; importing this module never fails and loads nothing.
+
+`cpu()` and `cuda()` return the namespaces `torch.ops.jasper_fast_cpu` and `torch.ops.jasper_fast_cuda`, or raise
+`Missing`, which says why the library is not to be had and how to get it.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["Missing", "cpu", "cpu_available", "cuda", "cuda_available", "explain"]
+
+BUILD = "run `make install`, or `python setup.py build_native` in a checkout"
+
+
+class Missing(RuntimeError):
+    """A native library, or an op in it, is not to be had on this machine; the message says why and how to get it."""
+
+
+def _library_dir() -> Path:
+    root = Path(__file__).resolve().parents[1]  # a checkout, or jasper_fast/ where it is installed
+    package = root / "jasper_fast"
+    return (package if (package / "__init__.py").is_file() else root) / "lib"
+
+
+class Library:
+    """One shared library: loads once, on first use, and remembers why it could not.
+
+    Args:
+        name: "cpu" or "cuda".
+        directory: where `libjasper_fast_<name>.so` lies; the package's own `lib/` where None.
+    """
+
+    def __init__(self, name: str, directory: Path | None = None) -> None:
+        self.name = name
+        self.path = (directory or _library_dir()) / f"libjasper_fast_{name}.so"
+        self._lock = threading.Lock()
+        self._ops: _Ops | None = None
+        self._why: str | None = None
+
+    def ops(self) -> Any:
+        """The namespace of the library's ops; raises `Missing` where it cannot be loaded."""
+        if self._ops is None:
+            with self._lock:
+                if self._ops is None and self._why is None:
+                    self._load()
+            if self._ops is None:
+                raise Missing(self._why)
+        return self._ops
+
+    def why_not(self) -> str | None:
+        """Why the library cannot be used, or None if it can."""
+        try:
+            self.ops()
+        except Missing as error:
+            return str(error)
+        return None
+
+    def _load(self) -> None:
+        what = f"backend '{self.name}': "
+        if self.name == "cuda" and torch.version.cuda is None:
+            self._why = what + f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+        elif self.name == "cuda" and not torch.cuda.is_available():
+            self._why = what + "torch sees no NVIDIA GPU; check `nvidia-smi` and CUDA_VISIBLE_DEVICES"
+        elif not self.path.is_file():
+            needs = "nvcc (CUDA toolkit)" if self.name == "cuda" else "a C++20 compiler"
+            self._why = what + f"{self.path} is not built; with {needs} on this machine {BUILD}"
+        else:
+            try:
+                torch.ops.load_library(str(self.path))
+                self._ops = _Ops(getattr(torch.ops, f"jasper_fast_{self.name}"), self.path)
+            except OSError as error:
+                reason = error.__cause__ or error
+                self._why = what + f"{self.path} does not load with torch {torch.__version__} ({reason}); {BUILD}"
+
+
+class _Ops:
+    """The op namespace; an op that the library lacks is `Missing`: the library is older than the Python code."""
+
+    def __init__(self, namespace: Any, path: Path) -> None:
+        self._namespace, self._path = namespace, path
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            op = getattr(self._namespace, name)
+        except AttributeError:
+            message = f"{self._path} has no op '{name}': it is older than this code; rebuild it: {BUILD}"
+            raise Missing(message) from None
+        setattr(self, name, op)
+        return op
+
+
+_cpu = Library("cpu")
+_cuda = Library("cuda")
+
+
+def cpu() -> Any:
+    """`torch.ops.jasper_fast_cpu`; raises `Missing` where the CPU library is not to be had."""
+    return _cpu.ops()
+
+
+def cuda() -> Any:
+    """`torch.ops.jasper_fast_cuda`; raises `Missing` without the CUDA library, torch with CUDA and a GPU."""
+    return _cuda.ops()
+
+
+def cpu_available() -> bool:
+    """True if the CPU library loads."""
+    return _cpu.why_not() is None
+
+
+def cuda_available() -> bool:
+    """True if the CUDA library loads and torch sees a GPU."""
+    return _cuda.why_not() is None
+
+
+def explain() -> dict[str, str | None]:
+    """For each library, why it cannot be used, or None if it can."""
+    return {library.name: library.why_not() for library in (_cpu, _cuda)}
