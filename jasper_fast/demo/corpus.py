@@ -1,0 +1,138 @@
+"""The demo's spoken corpus: short commands with numbers, many voices in train, quite different ones kept for the test."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+from rich.progress import track
+
+from .espeak import Espeak
+
+SAMPLE_RATE = 16000
+
+# Languages and variants of espeak-ng. Robots, whispers and jokes are left out.
+ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-us-nyc", "en-gb-x-gbcwmd", "en-029")
+TRAIN_WOMEN = (
+    "f1",
+    "f2",
+    "f3",
+    "f5",
+    "Alicia",
+    "Andrea",
+    "anika",
+    "aunty",
+    "belinda",
+    "grandma",
+    "shelby",
+    "steph",
+    "steph2",
+    "Nguyen",
+)
+TRAIN_MEN = (
+    "Alex", "Denis", "Diogo", "Gene", "Gene2", "Hugo", "Lee", "Marco", "Mario", "Mike", "Reed", "RicishayMax", "adam", "announcer",
+    "benjamin", "boris", "david", "ed", "edward", "grandpa", "ian", "iven3", "john", "klatt2", "klatt5", "m1", "m2", "m4", "m6", "m7", "m8",
+    "marcelo", "michel", "norbert", "pablo", "pedro", "quincy", "rob", "robert", "sandro", "travis", "victor",
+)  # fmt: skip
+TEST_WOMEN = ("f4", "Annie", "linda", "steph3")
+TEST_MEN = ("m3", "Michael", "Andy", "klatt3", "gustave", "paul")
+
+ROOMS = ("kitchen", "bedroom", "garden", "office")
+THINGS = ("light", "lamp", "fan", "heater", "radio")
+COLOURS = ("red", "green", "blue", "yellow")
+UNITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
+TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+
+
+@dataclass(frozen=True)
+class Voice:
+    """One speaker: an espeak-ng voice with its own speed and pitch. `name` is unique to the variant, not to the accent."""
+
+    name: str
+    kind: str  # "female" or "male"
+
+
+def voices(split: str) -> list[Voice]:
+    """The voices of a split, "train" or "test"; the two share no variant, hence no vocal tract."""
+    women, men = {"train": (TRAIN_WOMEN, TRAIN_MEN), "test": (TEST_WOMEN, TEST_MEN)}[split]
+    return [Voice(name, "female") for name in women] + [Voice(name, "male") for name in men]
+
+
+def number(rng: random.Random) -> str:
+    """A spoken number from zero to ninety nine; units, teens and tens come up equally often."""
+    style = rng.randrange(4)
+    if style == 0:
+        return rng.choice(UNITS)
+    if style == 1:
+        return rng.choice(TEENS)
+    return rng.choice(TENS) if rng.random() < 0.3 else f"{rng.choice(TENS)} {rng.choice(UNITS[1:])}"
+
+
+def sentence(rng: random.Random) -> str:
+    """One random command."""
+    style = rng.randrange(5)
+    if style == 0:
+        return (
+            f"{rng.choice(('turn', 'switch'))} {rng.choice(('on', 'off'))} the {rng.choice(ROOMS)} {rng.choice(THINGS)}"
+        )
+    if style == 1:
+        return f"set the {rng.choice(('timer', 'alarm'))} to {number(rng)} {rng.choice(('minutes', 'hours'))}"
+    if style == 2:
+        return f"make the {rng.choice(THINGS[:2])} {rng.choice(COLOURS)}"
+    if style == 3:
+        return f"{rng.choice(('open', 'close'))} the {rng.choice(ROOMS)} {rng.choice(('door', 'window'))}"
+    return f"{number(rng)} {rng.choice(('plus', 'minus', 'times'))} {number(rng)}"
+
+
+def trim(samples: np.ndarray, sample_rate: int, keep: float = 0.08, level: float = 0.01) -> np.ndarray:
+    """Cuts leading and trailing silence, leaving `keep` seconds on both sides."""
+    loud = np.flatnonzero(np.abs(samples) > level * np.abs(samples).max())
+    pad = int(keep * sample_rate)
+    return samples[max(0, loud[0] - pad) : loud[-1] + pad]
+
+
+def synthesise(out: Path, split: str, count: int, seed: int = 0, progress: bool = True) -> Path:
+    """Speaks `count` commands with the voices of `split` into 16 kHz WAV files under `out/split` and returns the manifest's path.
+
+    The manifest is JSON lines with `audio_filepath` relative to it, `duration` in seconds, `text` and `speaker`. Every voice speaks
+    equally often, with random accent, speed, pitch, loudness and a little noise. Raises `SynthError` if the synthesiser is missing.
+    """
+    espeak = Espeak.start()
+    rng = random.Random(f"{seed} {split}")
+    noise = np.random.default_rng([seed, len(split)])
+    folder = out / split
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = out / f"{split}.jsonl"
+    cast = voices(split)
+    lines = []
+    for index in track(range(count), description=f"speaking {split} ({len(cast)} voices)", disable=not progress):
+        voice = cast[index % len(cast)]
+        text = sentence(rng)
+        samples = espeak.say(
+            text,
+            f"{rng.choice(ACCENTS)}+{voice.name}",
+            rate=rng.randint(140, 200),
+            pitch=rng.randint(30, 70),
+            pitch_range=rng.randint(30, 70),
+        )
+        samples = soxr.resample(trim(samples, espeak.sample_rate), espeak.sample_rate, SAMPLE_RATE)
+        samples *= rng.uniform(0.2, 0.6) / np.abs(samples).max()
+        samples += noise.standard_normal(len(samples), dtype=np.float32) * 10 ** rng.uniform(-4, -2.5)
+        name = f"{split}/{index:04d}_{voice.name}.wav"
+        soundfile.write(out / name, samples, SAMPLE_RATE, subtype="PCM_16")
+        lines.append(
+            {
+                "audio_filepath": name,
+                "duration": round(len(samples) / SAMPLE_RATE, 4),
+                "text": text,
+                "speaker": voice.name,
+            }
+        )
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return manifest
