@@ -1,0 +1,196 @@
+"""LogMelFeatures against the reference's numbers and its promises; SpecAugment and SpecCutout."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from jasper_fast import augment
+from jasper_fast.augment import SpecAugment, SpecCutout
+from jasper_fast.features import LogMelFeatures, mel_filterbank
+
+GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "features.safetensors"
+
+
+@pytest.fixture
+def golden():
+    if not GOLDEN.exists():
+        pytest.skip(f"the reference's numbers are not at {GOLDEN}")
+    from safetensors.torch import load_file
+
+    return load_file(GOLDEN)
+
+
+def noise(*shape, seed=0):
+    return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def naive(audio, samples):
+    """One utterance by the definition, in fp64; the audio is followed by zeros."""
+    x = torch.nn.functional.pad(audio[:samples].double(), (0, 1600))
+    x = torch.cat([x[:1], x[1:] - 0.97 * x[:-1]])
+    window = torch.hann_window(320, periodic=False, dtype=torch.float64)
+    power = torch.stft(x, 512, 160, 320, window, return_complex=True).abs() ** 2
+    y = torch.log(mel_filterbank().double() @ power + 1e-20)[:, : -(-samples // 160)]
+    return (y - y.mean(1, keepdim=True)) / (y.std(1, keepdim=True) + 1e-5)
+
+
+@pytest.mark.parametrize("batch_invariant", [True, False])
+def test_matches_the_reference(golden, batch_invariant):
+    module = LogMelFeatures(dither=0, batch_invariant=batch_invariant)
+    features, lengths = module(golden["audio"], golden["audio_lengths"])
+    assert lengths.tolist() == golden["feature_lengths"].tolist()
+    torch.testing.assert_close(features, golden["features"], atol=1e-3, rtol=0)
+    torch.testing.assert_close(module.mel, golden["mel_filterbank"][0], atol=1e-6, rtol=0)
+    assert torch.equal(module.window, golden["window"])
+
+
+@pytest.mark.parametrize("samples", [16000, 12345, 801, 321])
+def test_definition(samples):
+    audio = noise(1, samples)
+    features, lengths = LogMelFeatures(dither=0)(audio, torch.tensor([samples]))
+    expected = naive(audio[0], samples)
+    assert lengths.tolist() == [expected.shape[1]]
+    torch.testing.assert_close(features[0, :, : lengths[0]].double(), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_layout_padding_and_dtype():
+    features, lengths = LogMelFeatures()(noise(2, 32000).half(), torch.tensor([32000, 161]))
+    assert features.shape == (2, 64, 208) and features.dtype == torch.float32
+    assert features.transpose(1, 2).is_contiguous()
+    assert lengths.tolist() == [200, 2]
+    assert (features[0, :, 200:] == 0).all() and (features[1, :, 2:] == 0).all()
+    assert LogMelFeatures(pad_to_multiple=0)(noise(1, 32000), torch.tensor([32000]))[0].shape[2] == 201
+    to_max = LogMelFeatures(pad_to_max_duration=True, max_duration=16.7)
+    assert to_max(noise(1, 320), torch.tensor([320]))[0].shape[2] == 1680
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_alone_as_in_a_batch_with_garbage(training):
+    module = LogMelFeatures(dither=0 if training else 1e-5).train(training)
+    samples = [12345, 20011, 500]
+    audio = noise(3, 20011)
+    garbage = audio.clone()
+    for row, count in zip(garbage, samples, strict=True):
+        row[count:] = float("nan")
+    batch, lengths = module(garbage, torch.tensor(samples))
+    for i, count in enumerate(samples):
+        alone, frames = module(audio[i : i + 1, :count], torch.tensor([count]))
+        assert frames[0] == lengths[i]
+        valid = slice(0, int(frames[0]))
+        torch.testing.assert_close(batch[i, :, valid], alone[0, :, valid], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("samples", [0, 1, 100, 160, 161, 256, 257])
+def test_very_short(samples):
+    features, lengths = LogMelFeatures()(noise(2, samples), torch.tensor([samples, min(samples, 1)]))
+    assert torch.isfinite(features).all()
+    assert lengths.tolist() == [-(-samples // 160), min(samples, 1)]
+
+
+def test_silence_is_finite_and_nan_is_kept():
+    silent, _ = LogMelFeatures(dither=0)(torch.zeros(1, 8000), torch.tensor([8000]))
+    assert torch.isfinite(silent).all()
+    audio = noise(2, 8000)
+    audio[0, 4000] = float("nan")
+    features, _ = LogMelFeatures()(audio, torch.tensor([8000, 8000]))
+    assert features[0, :, 25].isnan().all() and torch.isfinite(features[1]).all()
+
+
+def test_dither():
+    audio, lengths = torch.zeros(1, 4000), torch.tensor([4000])
+    module = LogMelFeatures()
+    assert not torch.equal(module(audio, lengths)[0], module(audio, lengths)[0])
+    module.eval()
+    assert torch.equal(module(audio, lengths)[0], module(audio, lengths)[0])
+    assert module(audio, lengths)[0].abs().max() > 0.1  # the noise is there
+    before = audio.clone()
+    module.train()(audio, lengths)
+    assert torch.equal(audio, before)
+
+
+def test_fp32_under_autocast_and_half():
+    audio, lengths = noise(1, 16000), torch.tensor([16000])
+    expected, _ = LogMelFeatures(dither=0)(audio, lengths)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(LogMelFeatures(dither=0)(audio, lengths)[0], expected)
+    assert torch.equal(LogMelFeatures(dither=0).half()(audio, lengths)[0], expected)
+    assert not LogMelFeatures().state_dict()
+
+
+def test_from_config():
+    config = {"normalize": "per_feature", "sample_rate": 8000, "n_filt": 40, "pad_align": 8, "dither": 0.0}
+    config |= {"window": "hann", "frame_splicing": 1, "spec_augment": {"freq_masks": 2}}
+    module = LogMelFeatures.from_config(config, dither=1.0)
+    assert (module.n_mels, module.pad_to_multiple, module.hop_length, module.dither) == (40, 8, 80, 1.0)
+    with pytest.raises(ValueError, match="n_filters is unknown"):
+        LogMelFeatures.from_config({"n_filters": 64})
+    with pytest.raises(ValueError, match="frame_splicing=3"):
+        LogMelFeatures.from_config({"frame_splicing": 3})
+
+
+@pytest.mark.parametrize("wrong", [{"window": "round"}, {"normalize": "x"}, {"dither": -1}, {"f_max": 9000.0}])
+def test_bad_arguments(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[-1] if "f_max" not in wrong else "9000"):
+        LogMelFeatures(**wrong)
+
+
+def test_bad_shapes():
+    with pytest.raises(ValueError, match=r"\(N, samples\)"):
+        LogMelFeatures()(noise(160), torch.tensor([160]))
+
+
+def ones(n=200, t=100):
+    return torch.ones(n, t, 64).transpose(1, 2)
+
+
+def test_spec_augment_masks_within_the_length():
+    lengths = torch.full((200,), 60)
+    out = SpecAugment(freq_masks=1, max_freq=20, time_masks=1, max_time=30)(ones(), lengths)
+    assert out.stride() == ones().stride()
+    bands, frames = (out == 0).all(2), (out == 0).all(1)
+    assert bands.sum(1).max() == 20 and frames.sum(1).max() == 30
+    assert not frames[:, 60:].any()
+    assert frames.any(0)[:58].all() and bands.any(0)[:62].all()  # every place is reached
+    assert bands.sum(1).float().mean().sub(10).abs() < 5 * 6 / 200**0.5  # uniform over 0..20
+    for mask in (bands, frames):  # one span each: at most one rise
+        padded = torch.nn.functional.pad(mask.int(), (1, 0))
+        assert (padded.diff(dim=1) == 1).sum(1).max() == 1
+
+
+def test_spec_augment_ratio_and_short_utterances():
+    lengths = torch.tensor([8, 3, 0] * 100)
+    out = SpecAugment(time_masks=1, max_time=75, max_time_ratio=0.25)(ones(300), lengths)
+    masked = (out == 0).all(1).sum(1)
+    assert masked[0::3].max() == 2 and masked[1::3].max() == 0 and masked[2::3].max() == 0
+    SpecAugment(time_masks=2, max_time=75)(ones(300), lengths)
+
+
+def test_cutout_is_a_rectangle():
+    out = SpecCutout(masks=1, min_freq=5, max_freq=9, min_time=3, max_time=7)(ones(), torch.full((200,), 50))
+    hole = out == 0
+    height, width = hole.any(2).sum(1), hole.any(1).sum(1)
+    assert torch.equal(hole.sum((1, 2)), height * width)
+    assert height.min() == 5 and height.max() == 9 and width.min() == 3 and width.max() == 7
+    assert not hole[:, :, 50:].any()
+
+
+def test_evaluation_changes_nothing_and_seed_repeats():
+    module, x, lengths = SpecAugment(2, 20, 2, 75), ones(), torch.full((200,), 100)
+    torch.manual_seed(1)
+    first = module(x, lengths)
+    torch.manual_seed(1)
+    assert torch.equal(first, module(x, lengths)) and not torch.equal(first, module(x, lengths))
+    assert module.eval()(x, lengths) is x
+
+
+def test_augment_from_config():
+    nested = augment.from_config({"filterbank_features": {"spec_augment": {"freq_masks": 2, "max_freq": 20}}})
+    assert nested.spec_augment.freq_masks == 2 and nested.cutout is None
+    flat = augment.from_config({"cutout_augment": {"masks": 5, "max_freq": 50, "max_time": 120}})
+    assert flat.cutout.masks == 5
+    assert (flat(ones(), torch.full((200,), 100)) == 0).any()
+    with pytest.raises(ValueError, match=r"spec_augment.*freq_mask"):
+        augment.from_config({"spec_augment": {"freq_mask": 2}})
+    with pytest.raises(ValueError, match="min 5 and max 4"):
+        SpecAugment(min_time=5, max_time=4)
