@@ -78,8 +78,10 @@ def ninja_file(torch: Path, cxx: str, nvcc: str | None) -> tuple[str, list[str]]
             f"rule nvcc\n  command = {nvcc} -ccbin {cxx} {flags} {gencode(nvcc)} {include}"
             " -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
             "  depfile = $out.d\n  deps = gcc\n  description = nvcc $out",
-            f"rule stub\n  command = echo | {cxx} -shared -x c++ - -Wl,-soname,libtorch_cuda.so -o $out\n  description = stub $out",
-            f"rule cudalink\n  command = {nvcc} -ccbin {cxx} -shared $in {link} $stub -o $out\n  description = link $out",
+            f"rule stub\n  command = echo | {cxx} -shared -x c++ - -Wl,-soname,libtorch_cuda.so -o $out",
+            "  description = stub $out",
+            f"rule cudalink\n  command = {nvcc} -ccbin {cxx} -shared $in {link} $stub -o $out",
+            "  description = link $out",
             "build cuda/libtorch_cuda.so: stub",
         ]
         names = [f"cuda/{source.stem}.o" for source in cuda]

@@ -1,0 +1,68 @@
+# Needs Python >= 3.11 (with venv), a C++ compiler and make: every target makes .venv and installs what it needs.
+#
+#   make install    .venv with jasper_fast, editable, and its native libraries
+#   make demo       train on synthetic speech, transcribe voices it never heard, fused beside eager
+#   make test       all tests
+#   make bench      quick benchmarks
+#   make lint       ruff
+#   make clean      remove build products; make distclean removes .venv too
+#
+#   PYTHON=python3.12       the Python that makes .venv
+#   TORCH=2.13.0            the torch that is installed (one already in .venv is kept)
+#   TORCH_INDEX_URL=URL     where torch comes from; https://download.pytorch.org/whl/cpu has a smaller build without CUDA
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+PINS := $(VENV)/constraints.txt
+NATIVE := $(shell find csrc -type f -not -name '*.pyc')
+
+.PHONY: install demo test bench lint clean distclean help
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '/^[^#]/q; /^$$/q; s/^# \{0,1\}//p' Makefile
+
+install: $(VENV)/.built
+
+$(PY):
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python >= 3.11, or set PYTHON="; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: set PYTHON="; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and alone: nothing that follows may replace the build that was chosen.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt | $(PY)
+	@$(PY) -c 'import torch' 2>/dev/null || { echo "installing torch $(TORCH) and the rest, a few minutes"; \
+	  $(PIP) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "torch==$(TORCH)"; }
+	@$(PY) -c 'import torch; print("torch==" + torch.__version__)' > $(PINS)
+	@if grep -q "^torch==$(TORCH)" $(PINS); then grep -v '^torch==' constraints.txt; \
+	  else grep -vE '^(torch|triton)==' constraints.txt; fi >> $(PINS)
+	$(PIP) -c $(PINS) setuptools wheel ninja
+	$(PIP) -c $(PINS) --no-build-isolation -e '.[dev,demo]'
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(NATIVE)
+	$(PY) csrc/build.py
+	@$(PY) -c 'from jasper_fast.kernels import native; [print(f"{k}: {v or str()}") for k, v in native.explain().items() if v]'
+	@touch $@
+
+demo: install
+	$(PY) -m jasper_fast.demo
+
+test: install
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 tests
+
+bench: install
+	$(PY) -m bench all --quick
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf build dist *.egg-info jasper_fast/lib .pytest_cache .ruff_cache .benchmarks $(VENV)/.built
+
+distclean: clean
+	rm -rf $(VENV)
