@@ -1,0 +1,93 @@
+"""Which face of an op runs: `backend=` resolved once per op and device; the only reader of that argument."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+_MODULE = {"reference": "reference", "cpu": "cpu_impl", "triton": "triton_impl", "cuda": "cuda_impl"}
+
+
+class BackendMissing(RuntimeError):
+    """A backend asked for by name that this machine cannot run; the message says how to get it."""
+
+
+def check(backend: str) -> str:
+    """`backend` itself; raises ValueError naming the known ones."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    return backend
+
+
+def why_missing(backend: str, device_type: str) -> str | None:
+    """None where `backend` runs on tensors of `device_type`, else one sentence that says what to do."""
+    from jasper_fast.kernels import native
+
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        if device_type != "cpu":
+            return f"the cpu backend takes CPU tensors, not {device_type}; move the model to the CPU or ask for 'auto'"
+        return None if native.cpu_available() else native.explain()["cpu"]
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed: pip install 'triton>=3.6' (Linux x86-64)"
+        if device_type == "cuda":
+            return None
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "the triton backend needs a CUDA tensor (on the CPU only its interpreter runs: set TRITON_INTERPRET=1)"
+    if device_type != "cuda":
+        return f"the cuda backend takes CUDA tensors, not {device_type}; move the model to a GPU or ask for 'auto'"
+    return None if native.cuda_available() else native.explain()["cuda"]
+
+
+def _named(backend: str, reason: str) -> str:
+    return reason if reason.startswith("backend ") else f"backend '{backend}': {reason}"
+
+
+@functools.cache
+def resolve(backend: str, device_type: str) -> str:
+    """The face that runs for `backend` on `device_type`: raises BackendMissing for a named one that cannot run."""
+    check(backend)
+    if backend != "auto":
+        if reason := why_missing(backend, device_type):
+            raise BackendMissing(_named(backend, reason))
+        return backend
+    first = {"cpu": "cpu", "cuda": "triton"}.get(device_type)
+    if first is None:
+        return "reference"
+    if reason := why_missing(first, device_type):
+        import warnings
+
+        warnings.warn(f"jasper_fast runs plain PyTorch on {device_type}: {reason}", RuntimeWarning, stacklevel=3)
+        return "reference"
+    return first
+
+
+@functools.cache
+def face(op: str, name: str) -> ModuleType:
+    """The module `kernels/<op>/<face>` that holds the op's functions."""
+    return importlib.import_module(f"jasper_fast.kernels.{op}.{_MODULE[name]}")
+
+
+def is_available(backend: str, device: torch.device | str = "cpu") -> bool:
+    """Whether `backend` runs on `device`."""
+    return why_missing(check(backend), torch.device(device).type) is None
+
+
+def require(backend: str) -> str:
+    """`backend` itself, if some device of this machine can run it; else raises BackendMissing, saying how to get it."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    reasons = [why_missing(check(backend), d) for d in devices] if backend != "auto" else [None]
+    if all(reasons):
+        if backend == "cuda" and not torch.cuda.is_available():
+            raise BackendMissing("backend 'cuda': PyTorch sees no CUDA GPU; on the CPU ask for 'auto' or 'cpu'")
+        raise BackendMissing(_named(backend, reasons[-1]))
+    return backend

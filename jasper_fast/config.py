@@ -1,0 +1,222 @@
+"""Jasper's configuration: the reference's YAML files and dictionaries, checked key by key."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and the file."""
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """One block: `repeat` sub-blocks of conv, batch norm, ReLU, dropout; keys as the reference writes them."""
+
+    filters: int
+    repeat: int = 1
+    kernel_size: tuple[int, ...] = (11,)
+    stride: tuple[int, ...] = (1,)
+    dilation: tuple[int, ...] = (1,)
+    dropout: float = 0.2
+    residual: bool = True
+    residual_dense: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("kernel_size", "stride", "dilation"):
+            value = getattr(self, name)
+            value = (value,) if isinstance(value, int) else tuple(value)
+            if len(value) != 1 or not isinstance(value[0], int) or value[0] < 1:
+                raise ConfigError(f"{name} must be one positive integer, as in [11], not {list(value)}")
+            object.__setattr__(self, name, value)
+        if self.filters < 1 or self.repeat < 1:
+            raise ConfigError(f"filters and repeat must be at least 1, not {self.filters} and {self.repeat}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout must lie in [0, 1), not {self.dropout}")
+        if self.s > 1 and self.d > 1:
+            raise ConfigError("a block cannot have stride > 1 together with dilation > 1")
+        if self.residual and self.s > 1:
+            raise ConfigError("a residual block needs stride 1: its panes are 1x1 convolutions at stride 1")
+
+    @property
+    def k(self) -> int:
+        return self.kernel_size[0]
+
+    @property
+    def s(self) -> int:
+        return self.stride[0]
+
+    @property
+    def d(self) -> int:
+        return self.dilation[0]
+
+    @property
+    def padding(self) -> int:
+        """Frames of zero padding on each side, `(k // 2) * d` as in the reference."""
+        return (self.k // 2) * self.d
+
+    def out_length(self, length):
+        """Output frames for `length` input frames (an int or an integer tensor)."""
+        return (length + 2 * self.padding - self.d * (self.k - 1) - 1) // self.s + 1
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The stack of blocks; `use_conv_masks` zeroes padding before every convolution."""
+
+    in_feats: int = 64
+    activation: str = "relu"
+    frame_splicing: int = 1
+    init: str = "xavier_uniform"
+    use_conv_masks: bool = True
+    blocks: tuple[BlockConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.activation != "relu":
+            raise ConfigError(
+                f"activation {self.activation!r} has no fused kernel; use 'relu', as every published Jasper"
+            )
+        if self.frame_splicing != 1:
+            raise ConfigError(f"frame_splicing must be 1, not {self.frame_splicing}")
+        if self.init not in INITS:
+            raise ConfigError(f"init {self.init!r} is not one of {', '.join(INITS)}")
+        if not self.blocks:
+            raise ConfigError("blocks is empty: a Jasper needs at least one block")
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The last 1x1 convolution: `in_feats` channels to `n_classes` symbols, blank last."""
+
+    in_feats: int
+    n_classes: int
+    init: str = "xavier_uniform"
+
+    def __post_init__(self) -> None:
+        if self.init not in INITS:
+            raise ConfigError(f"init {self.init!r} is not one of {', '.join(INITS)}")
+
+
+INITS = ("xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
+_TOP_KEYS = {"name", "labels", "input_val", "input_train", "jasper"}
+
+
+@dataclass(frozen=True)
+class JasperConfig:
+    """A Jasper BxR model, with the alphabet and the input settings that its YAML file carries.
+
+    `input_train` and `input_val` stay the reference's own dictionaries (`audio_dataset`, `filterbank_features`,
+    `spec_augment`, `cutout_augment`). Source of the keys: the reference's `jasper/config.py` and `configs/*.yaml`.
+    """
+
+    encoder: EncoderConfig
+    decoder: DecoderConfig
+    name: str = "Jasper"
+    labels: tuple[str, ...] | None = None
+    input_train: dict[str, Any] = field(default_factory=dict)
+    input_val: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        last = self.encoder.blocks[-1].filters
+        if self.decoder.in_feats != last:
+            raise ConfigError(f"decoder.in_feats is {self.decoder.in_feats}, but the last block has {last} filters")
+        if self.labels is not None and self.decoder.n_classes != len(self.labels) + 1:
+            raise ConfigError(
+                f"decoder.n_classes is {self.decoder.n_classes}, but {len(self.labels)} labels and the blank make "
+                f"{len(self.labels) + 1}"
+            )
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> JasperConfig:
+        """Read `{"encoder": {...}, "decoder": {...}}`, or a whole YAML document with those two under `jasper`.
+
+        Raises ConfigError naming an unknown, missing or impossible key; `config` is not changed.
+        """
+        config = dict(_mapping(config, "the configuration"))
+        top = {k: config.pop(k) for k in list(config) if k in _TOP_KEYS}
+        model = dict(_mapping(top.pop("jasper", config), "jasper"))
+        if model is not config and (extra := set(config) - {"encoder", "decoder"}) and "encoder" not in config:
+            raise ConfigError(f"unknown key {sorted(extra)[0]!r}; known keys: {', '.join(sorted(_TOP_KEYS))}")
+        for key in ("encoder", "decoder"):
+            if key not in model:
+                raise ConfigError(f"the key {key!r} is missing")
+        if extra := set(model) - {"encoder", "decoder"}:
+            raise ConfigError(f"unknown key {sorted(extra)[0]!r}; known keys: decoder, encoder")
+
+        encoder = dict(_mapping(model["encoder"], "encoder"))
+        blocks = tuple(
+            _build(BlockConfig, _mapping(b, f"encoder.blocks[{i}]"), f"encoder.blocks[{i}]")
+            for i, b in enumerate(encoder.pop("blocks", ()))
+        )
+        labels = tuple(top["labels"]) if top.get("labels") is not None else None
+        decoder = dict(_mapping(model["decoder"], "decoder"))
+        if "n_classes" not in decoder:
+            if labels is None:
+                raise ConfigError("decoder.n_classes is missing, and there are no labels to count")
+            decoder["n_classes"] = len(labels) + 1
+        return cls(
+            encoder=_build(EncoderConfig, encoder | {"blocks": blocks}, "encoder"),
+            decoder=_build(DecoderConfig, decoder, "decoder"),
+            name=top.get("name", "Jasper"),
+            labels=labels,
+            input_train=top.get("input_train") or {},
+            input_val=top.get("input_val") or {},
+        )
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> JasperConfig:
+        """Read a YAML file of the reference's form; raises ConfigError naming the file and the key."""
+        import yaml
+
+        path = Path(path)
+        if path.suffix == ".toml":
+            raise ConfigError(f"{path}: TOML configurations are of the reference's first version; convert it to YAML")
+        try:
+            document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such configuration file") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        try:
+            return cls.from_dict(document)
+        except (ConfigError, TypeError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary of plain types that `from_dict` reads back to an equal configuration."""
+        model = {"encoder": dataclasses.asdict(self.encoder), "decoder": dataclasses.asdict(self.decoder)}
+        model["encoder"]["blocks"] = [
+            {k: list(v) if isinstance(v, tuple) else v for k, v in b.items()} for b in model["encoder"]["blocks"]
+        ]
+        return {
+            "name": self.name,
+            "labels": None if self.labels is None else list(self.labels),
+            "input_train": self.input_train,
+            "input_val": self.input_val,
+            "jasper": model,
+        }
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} must be a mapping, not {type(value).__name__}")
+    return value
+
+
+def _build(cls, values: dict[str, Any], where: str):
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"unknown key {where}.{key}; known keys: {', '.join(known)}")
+    for name, f in known.items():
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"the key {where}.{name} is missing")
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except TypeError as error:
+        raise ConfigError(f"{where}: a value has the wrong type ({error})") from None

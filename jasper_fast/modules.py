@@ -1,0 +1,109 @@
+"""A Jasper block: parameters under the reference's names, computed by the fused ops in NTC memory."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jasper_fast import ops
+from jasper_fast.config import BlockConfig
+
+BN_EPS, BN_MOMENTUM = 1e-3, 0.1
+
+
+class JasperBlock(nn.Module):
+    """R sub-blocks (conv, batch norm, ReLU, dropout); the last one adds the residual panes before its ReLU.
+
+    `conv` and `res` are dictionaries keyed by the positions that the reference's nn.Sequential gives them
+    (`conv.0.weight`, `conv.1.running_mean`, `conv.4.weight`, ..., `res.0.0.weight`), so state dicts are the same.
+    """
+
+    def __init__(self, c_in: int, b: BlockConfig, panes: list[int], backend: str = "auto"):
+        super().__init__()
+        self.b, self.backend = b, backend
+        self.conv = nn.ModuleDict()
+        for i in range(b.repeat):
+            channels = c_in if i == 0 else b.filters
+            self.conv[str(4 * i)] = nn.Conv1d(channels, b.filters, b.k, b.s, b.padding, b.d, bias=False)
+            self.conv[str(4 * i + 1)] = nn.BatchNorm1d(b.filters, BN_EPS, BN_MOMENTUM)
+        if panes:
+            self.res = nn.ModuleList(
+                nn.ModuleList([nn.Conv1d(c, b.filters, 1, bias=False), nn.BatchNorm1d(b.filters, BN_EPS, BN_MOMENTUM)])
+                for c in panes
+            )
+
+    def sub_blocks(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]:
+        """The R (conv, batch norm) pairs in order."""
+        return [(self.conv[str(4 * i)], self.conv[str(4 * i + 1)]) for i in range(self.b.repeat)]
+
+    def panes(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]:
+        """The (1x1 conv, batch norm) pairs of the residual, in the order of the block outputs that they take."""
+        return [tuple(pane) for pane in self.res] if hasattr(self, "res") else []
+
+    def forward(
+        self, x: Tensor, sources: list[Tensor], grams: list, lengths: list[Tensor] | None, seeds: Tensor | None
+    ) -> Tensor:
+        """`x` (N, C_in, T) to (N, C_out, T'), both zero in the padding.
+
+        `sources`: the block outputs that the panes take, with `grams` (from `ops.gram`) in training; `lengths`: frames
+        at the input of each sub-block and at the end, R + 1 tensors (N,), or None without masks; `seeds`: R int64.
+        """
+        last = self.b.repeat - 1
+        for i, (conv, bn) in enumerate(self.sub_blocks()):
+            y = ops.conv1d(
+                x,
+                conv.weight,
+                lengths=lengths[i] if lengths else None,
+                stride=self.b.s,
+                padding=self.b.padding,
+                dilation=self.b.d,
+                backend=self.backend,
+            )
+            x = ops.bn_relu_dropout(
+                y,
+                bn.weight,
+                bn.bias,
+                bn.running_mean,
+                bn.running_var,
+                residual=self.pane_sum(sources, grams) if i == last and sources else None,
+                lengths=lengths[i + 1] if lengths else None,
+                p=self.b.dropout,
+                training=self.training,
+                frozen=not bn.training,
+                momentum=bn.momentum,
+                eps=bn.eps,
+                seed=None if seeds is None else seeds[i : i + 1],
+                backend=self.backend,
+            )
+        return x
+
+    def pane_sum(self, sources: list[Tensor], grams: list) -> Tensor:
+        """Sum over the panes of BN(1x1 conv(source)), (N, C_out, T); updates the running statistics in training."""
+        convs, bns = zip(*self.panes(), strict=True)
+        weights, gammas, betas = [c.weight for c in convs], [b.weight for b in bns], [b.bias for b in bns]
+        if not bns[0].training:
+            return sum_folded(sources, weights, bns)
+        out, mean, var = ops.panes(sources, grams, weights, gammas, betas, eps=BN_EPS)
+        m = out.shape[0] * out.shape[2]
+        with torch.no_grad():
+            for stat, running in ((mean, "running_mean"), (var * (m / (m - 1)), "running_var")):
+                buffers = [getattr(bn, running) for bn in bns]
+                torch._foreach_lerp_(buffers, list(stat.to(buffers[0].dtype).unbind()), BN_MOMENTUM)
+        return out
+
+
+def fold(bn: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+    """(scale, shift), each (C,): batch norm with running statistics is `y * scale + shift`."""
+    scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+    return scale, bn.bias - bn.running_mean * scale
+
+
+def sum_folded(sources: list[Tensor], weights: list[Tensor], bns) -> Tensor:
+    """The pane sum with running statistics: one GEMM a pane, differentiable in everything but the statistics."""
+    out = None
+    for x, weight, bn in zip(sources, weights, bns, strict=True):
+        scale, shift = fold(bn)
+        y = F.linear(x.transpose(1, 2), (scale[:, None] * weight.flatten(1)).to(x.dtype), shift.to(x.dtype))
+        out = y if out is None else out + y
+    return out.transpose(1, 2)

@@ -1,0 +1,10 @@
+"""The public ops: one function each, registered with torch.library, autograd registered once over every face.
+
+N batch, C channels, T frames, K taps, M = N*T rows; activations are logical (N, C, T) in NTC memory.
+"""
+
+from jasper_fast.ops.bn_relu_dropout import bn_relu_dropout, bn_stats, draw_seeds
+from jasper_fast.ops.conv1d import conv1d
+from jasper_fast.ops.panes import gram, panes
+
+__all__ = ["bn_relu_dropout", "bn_stats", "conv1d", "draw_seeds", "gram", "panes"]
