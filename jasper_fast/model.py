@@ -35,7 +35,7 @@ class Jasper(nn.Module):
         init_weights(self, config)
 
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        n, c, t = check_features(features, lengths, self.config)
+        n, _, t = check_features(features, lengths, self.config)
         masks = self.config.encoder.use_conv_masks
         if lengths is None:
             lengths = torch.full((n,), t, dtype=torch.int64, device=features.device)

@@ -130,7 +130,7 @@ def bn_relu_dropout(
     With `training` the statistics are those of the batch, padding included, the running ones are updated in place, and
     elements are dropped with probability `p`. Without it the running statistics normalise and nothing is dropped.
     `frozen` with `training` drops, but normalises with the running statistics and leaves them alone. `seed` (one int64)
-    fixes the mask: DESIGN's Philox counter scheme, the same bits on every face; None draws one from PyTorch's generator.
+    fixes the mask (Philox4x32-10, the same bits on every face); None draws one from PyTorch's generator.
 
     Raises ValueError for shapes that do not fit, for p outside [0, 1), and in training for N*T = 1 as PyTorch does;
     BackendMissing for a backend asked for by name that cannot run here.
@@ -141,7 +141,7 @@ def bn_relu_dropout(
         z = F.dropout(F.relu(z + residual), p, training)
         z = z.masked_fill(torch.arange(T) >= lengths[:, None, None], 0)
     """
-    n, c, t = _check(y, gamma, beta, running_mean, running_var, residual, lengths, p)
+    n, _, t = _check(y, gamma, beta, running_mean, running_var, residual, lengths, p)
     batch_stats = training and not frozen
     if batch_stats:
         if n * t == 1:

@@ -61,7 +61,7 @@ def _panes(xs, means, covs, weights, gammas, betas, eps):
 
 
 def _panes_backward(g, xs, means, covs, weights, gammas, pane_mean, pane_var, eps):
-    n, c_out, t = g.shape
+    n, _, t = g.shape
     g = rows(ntc(g))
     wide = pane_mean.dtype
     total = g.sum(0, dtype=wide)
@@ -128,7 +128,7 @@ def _gram_grad(ctx, dmean, dcov):
 
 
 def _panes_save(ctx, inputs, output):
-    xs, means, covs, weights, gammas, betas, ctx.eps = inputs
+    xs, means, covs, weights, gammas, _, ctx.eps = inputs
     ctx.count = len(xs)
     ctx.save_for_backward(*xs, *means, *covs, *weights, *gammas, output[1], output[2])
     ctx.mark_non_differentiable(output[1], output[2])
