@@ -1,4 +1,4 @@
-"""The demo's spoken corpus: short commands with numbers, many voices in train, quite different ones kept for the test."""
+"""The demo's spoken corpus: commands with numbers, many voices in train, quite different ones kept for the test."""
 
 from __future__ import annotations
 
@@ -18,29 +18,14 @@ SAMPLE_RATE = 16000
 
 # Languages and variants of espeak-ng. Robots, whispers and jokes are left out.
 ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-us-nyc", "en-gb-x-gbcwmd", "en-029")
-TRAIN_WOMEN = (
-    "f1",
-    "f2",
-    "f3",
-    "f5",
-    "Alicia",
-    "Andrea",
-    "anika",
-    "aunty",
-    "belinda",
-    "grandma",
-    "shelby",
-    "steph",
-    "steph2",
-    "Nguyen",
-)
+TRAIN_WOMEN = "f1 f2 f3 f5 Alicia anika aunty belinda grandma shelby steph steph2 Nguyen"
 TRAIN_MEN = (
-    "Alex", "Denis", "Diogo", "Gene", "Gene2", "Hugo", "Lee", "Marco", "Mario", "Mike", "Reed", "RicishayMax", "adam", "announcer",
-    "benjamin", "boris", "david", "ed", "edward", "grandpa", "ian", "iven3", "john", "klatt2", "klatt5", "m1", "m2", "m4", "m6", "m7", "m8",
-    "marcelo", "michel", "norbert", "pablo", "pedro", "quincy", "rob", "robert", "sandro", "travis", "victor",
-)  # fmt: skip
-TEST_WOMEN = ("f4", "Annie", "linda", "steph3")
-TEST_MEN = ("m3", "Michael", "Andy", "klatt3", "gustave", "paul")
+    "Alex Denis Diogo Gene Gene2 Hugo Lee Marco Mario Mike Reed RicishayMax adam announcer benjamin boris david ed"
+    " edward grandpa ian iven3 john klatt2 klatt5 m1 m2 m4 m6 m7 m8 marcelo michel norbert pablo pedro quincy rob"
+    " robert sandro travis victor"
+)
+TEST_WOMEN = "f4 Andrea Annie linda"
+TEST_MEN = "m3 Andy Michael gustave klatt3 paul"
 
 ROOMS = ("kitchen", "bedroom", "garden", "office")
 THINGS = ("light", "lamp", "fan", "heater", "radio")
@@ -52,7 +37,7 @@ TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "nin
 
 @dataclass(frozen=True)
 class Voice:
-    """One speaker: an espeak-ng voice with its own speed and pitch. `name` is unique to the variant, not to the accent."""
+    """One speaker: a variant of espeak-ng's voices, a vocal tract; accents are drawn for each sentence."""
 
     name: str
     kind: str  # "female" or "male"
@@ -61,7 +46,7 @@ class Voice:
 def voices(split: str) -> list[Voice]:
     """The voices of a split, "train" or "test"; the two share no variant, hence no vocal tract."""
     women, men = {"train": (TRAIN_WOMEN, TRAIN_MEN), "test": (TEST_WOMEN, TEST_MEN)}[split]
-    return [Voice(name, "female") for name in women] + [Voice(name, "male") for name in men]
+    return [Voice(name, "female") for name in women.split()] + [Voice(name, "male") for name in men.split()]
 
 
 def number(rng: random.Random) -> str:
@@ -98,10 +83,11 @@ def trim(samples: np.ndarray, sample_rate: int, keep: float = 0.08, level: float
 
 
 def synthesise(out: Path, split: str, count: int, seed: int = 0, progress: bool = True) -> Path:
-    """Speaks `count` commands with the voices of `split` into 16 kHz WAV files under `out/split` and returns the manifest's path.
+    """Speaks `count` commands into 16 kHz WAV files under `out/split` and returns the manifest's path.
 
-    The manifest is JSON lines with `audio_filepath` relative to it, `duration` in seconds, `text` and `speaker`. Every voice speaks
-    equally often, with random accent, speed, pitch, loudness and a little noise. Raises `SynthError` if the synthesiser is missing.
+    The manifest is JSON lines with `audio_filepath` relative to it, `duration` in seconds, `text` and `speaker`.
+    Every voice of the split speaks equally often, with random accent, speed, pitch, loudness and a little noise.
+    Raises `SynthError` if the synthesiser is missing.
     """
     espeak = Espeak.start()
     rng = random.Random(f"{seed} {split}")

@@ -1,4 +1,7 @@
-"""espeak-ng through ctypes: text in, float32 samples out. The (GPLv3) library is loaded at run time from the package `espeakng-loader`."""
+"""espeak-ng through ctypes: text in, float32 samples out.
+
+The library (GPLv3) is loaded at run time from the package `espeakng-loader`; nothing of it is part of this project.
+"""
 
 from __future__ import annotations
 
