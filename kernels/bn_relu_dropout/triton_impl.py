@@ -1,0 +1,441 @@
+"""bn_relu_dropout in Triton (NVIDIA sm_80 and later; numpy through Triton's interpreter).
+
+    forward          z = relu((y - mean)*a + beta [+ residual])/(1-p) where t < length and kept, else 0
+    backward_reduce  dbeta = sum g, dgamma = sum g*yhat;  g = dz/(1-p) where also the ReLU was open, else 0
+    backward_apply   dy = a*(g - mean_g - yhat*mean_gy), dres = g;  a = gamma*rstd
+
+An activation is a matrix of M = N*T rows (frames) by C channels. A pointwise program owns one tile of BLOCK_M rows by
+BLOCK_C channels: forward reads 1 (2 with a residual) and writes 1 element per element; backward_apply reads 2 (3) and
+writes 1 (2). A reducing program owns a chunk of rows by BLOCK_C channels and leaves one partial per channel, which a
+second kernel merges in a fixed order: stats reads 1, backward_reduce 2 (3 with z). Rows beyond their length are not
+read, except by stats and by backward_apply with batch statistics, which count padding as the reference does.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from jasper_fast.kernels import philox
+from jasper_fast.kernels.layout import empty_ntc
+
+TILE = 4096  # elements of a pointwise tile: 32 a thread, so 16-byte accesses with several in flight
+LANES = 2048  # elements of a reducing tile: 16 a thread, each with two fp32 accumulators
+MIN_ROWS = 128  # of a reducing program, so that partials stay under a few percent of the data
+MAX_PARTIALS = 256  # per channel: the second stage holds them all at once
+MERGE_C = 16  # channels of a second-stage program
+NUM_WARPS = 4
+
+
+# ---- what all kernels share: N batch, T frames, C channels, C = c_groups * VEC ----
+
+
+@triton.jit
+def _alive_rows(offs_m, rows, frames, lengths_ptr, HAS_LENGTHS: tl.constexpr):
+    """Rows that exist and are not padding: bool, the shape of offs_m (int64 row numbers)."""
+    alive = offs_m < rows
+    if HAS_LENGTHS:
+        n = offs_m // frames
+        length = tl.load(lengths_ptr + n, mask=alive, other=0)
+        alive = alive & (offs_m - n * frames < length)
+    return alive
+
+
+@triton.jit
+def _keep(m0, c0, C, seed_ptr, threshold, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr):
+    """Which elements of the tile at row m0, channel c0 dropout keeps: bool [BLOCK_M, BLOCK_C]."""
+    seed = tl.load(seed_ptr)
+    threshold = tl.cast(threshold, tl.int32).to(tl.uint32, bitcast=True)
+    if VEC % 4 == 0:  # C is a multiple of 4: a counter's four words are four neighbours of one row
+        groups: tl.constexpr = BLOCK_C // 4
+        base = m0 * (C // 4) + c0 // 4
+        offs = tl.arange(0, BLOCK_M)[:, None] * (C // 4) + tl.arange(0, groups)[None, :]
+        counter = base + offs.to(tl.int64)
+        low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
+        zero = tl.zeros([BLOCK_M, groups], tl.uint32)
+        w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero)
+        even = tl.join(w0 >= threshold, w2 >= threshold)
+        odd = tl.join(w1 >= threshold, w3 >= threshold)
+        keep = tl.join(even, odd).reshape([BLOCK_M, BLOCK_C])  # [M, C/4, 2, 2] in the order w0 w1 w2 w3
+    else:  # one call per element, and its word picked
+        base = m0 * C + c0
+        offs = tl.arange(0, BLOCK_M)[:, None] * C + tl.arange(0, BLOCK_C)[None, :]
+        element = base + offs.to(tl.int64)
+        counter = element >> 2
+        low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
+        zero = tl.zeros([BLOCK_M, BLOCK_C], tl.uint32)
+        w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero)
+        word = element & 3
+        drawn = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
+        keep = drawn >= threshold
+    return keep
+
+
+@triton.jit
+def _passed(
+    z, yc, a, beta, alive, m0, c0, C, seed_ptr, threshold,
+    HAS_Z: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Elements through which gradient flows: bool [BLOCK_M, BLOCK_C]. yc = y - mean; z: the forward's output."""
+    if HAS_Z:
+        passed = alive & ~(z <= 0)
+    else:
+        passed = alive & ~(yc * a + beta <= 0)
+        if HAS_DROPOUT:
+            passed = passed & _keep(m0, c0, C, seed_ptr, threshold, BLOCK_M, BLOCK_C, VEC)
+    return passed
+
+
+# ---- statistics ----
+
+
+@triton.jit(do_not_specialize=["rows", "chunk", "c_groups"])
+def _stats_kernel(
+    y_ptr, mean_ptr, m2_ptr, rows, chunk, c_groups,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Partial g: Welford down the rows of chunk g in every lane of the tile, then one merge of the lanes."""
+    C = c_groups * VEC
+    c_blocks = tl.cdiv(C, BLOCK_C)
+    g = (tl.program_id(0) // c_blocks).to(tl.int64)
+    c0 = (tl.program_id(0) % c_blocks) * BLOCK_C
+    offs_m, offs_c = tl.arange(0, BLOCK_M), c0 + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    first = g * chunk
+    count = tl.minimum(rows - first, chunk).to(tl.int32)  # rows of this chunk
+    tile = y_ptr + first * C
+    mean = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    full = count // BLOCK_M
+    for i in range(full):
+        y = tl.load(tile + offs_m[:, None] * C + offs_c[None, :], mask=mask_c[None, :], other=0.0).to(tl.float32)
+        delta = y - mean
+        mean += delta * (1.0 / tl.cast(i + 1, tl.float32))
+        m2 += delta * (y - mean)
+        tile += BLOCK_M * C
+    here = offs_m < count - full * BLOCK_M  # lanes with one more row
+    y = tl.load(tile + offs_m[:, None] * C + offs_c[None, :], mask=here[:, None] & mask_c[None, :], other=0.0)
+    delta = tl.where(here[:, None], y.to(tl.float32) - mean, 0.0)
+    step = delta * (1.0 / (full + 1).to(tl.float32))
+    mean += step
+    m2 += delta * (delta - step)
+    weight = (full + here.to(tl.int32)).to(tl.float32)[:, None]  # rows each lane has seen
+    total = tl.sum(weight * mean, 0) / count.to(tl.float32)
+    spread = mean - total[None, :]
+    tl.store(mean_ptr + g * C + offs_c, total, mask=mask_c)
+    tl.store(m2_ptr + g * C + offs_c, tl.sum(m2 + weight * spread * spread, 0), mask=mask_c)
+
+
+@triton.jit(do_not_specialize=["rows", "chunk", "partials", "C"])
+def _stats_merge_kernel(
+    part_mean_ptr, part_m2_ptr, mean_ptr, m2_ptr, rows, chunk, partials, C,
+    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Chan's merge of all partials of BLOCK_C channels at once."""
+    offs_g, offs_c = tl.arange(0, BLOCK_G), tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    mask = (offs_g < partials)[:, None] & mask_c[None, :]
+    offs = offs_g[:, None] * C + offs_c[None, :]
+    mean = tl.load(part_mean_ptr + offs, mask=mask, other=0.0)
+    m2 = tl.load(part_m2_ptr + offs, mask=mask, other=0.0)
+    shift = tl.load(part_mean_ptr + offs_c, mask=mask_c, other=0.0)
+    weight = tl.minimum(rows - offs_g.to(tl.int64) * chunk, chunk)
+    weight = tl.where(offs_g < partials, weight, 0).to(tl.float32)[:, None]
+    moved = tl.where(mask, mean - shift[None, :], 0.0)
+    total = tl.sum(weight * moved, 0) / tl.cast(rows, tl.float32)
+    spread = tl.where(mask, moved - total[None, :], 0.0)
+    tl.store(mean_ptr + offs_c, shift + total, mask=mask_c)
+    tl.store(m2_ptr + offs_c, tl.sum(m2 + weight * spread * spread, 0), mask=mask_c)
+
+
+# ---- forward ----
+
+
+@triton.jit(do_not_specialize=["rows", "frames", "c_groups", "threshold"])
+def _forward_kernel(
+    y_ptr, residual_ptr, z_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, lengths_ptr, seed_ptr,
+    rows, frames, c_groups, threshold, scale,
+    HAS_RESIDUAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    C = c_groups * VEC
+    c_blocks = tl.cdiv(C, BLOCK_C)
+    m0 = (tl.program_id(0) // c_blocks).to(tl.int64) * BLOCK_M
+    c0 = (tl.program_id(0) % c_blocks) * BLOCK_C
+    offs_c = c0 + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    offs_m = m0 + tl.arange(0, BLOCK_M)
+    alive = _alive_rows(offs_m, rows, frames, lengths_ptr, HAS_LENGTHS)[:, None]
+    offs = tl.arange(0, BLOCK_M)[:, None] * C + offs_c[None, :]  # from row m0: 32 bits hold it
+    stored = (offs_m < rows)[:, None] & mask_c[None, :]
+    z = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    if tl.max(alive.to(tl.int32)) > 0:  # a tile of padding is stored, not read
+        mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
+        a = tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0) * tl.load(rstd_ptr + offs_c, mask=mask_c, other=0.0)
+        beta = tl.load(beta_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
+        y = tl.load(y_ptr + m0 * C + offs, mask=alive & mask_c[None, :], other=0.0).to(tl.float32)
+        pre = (y - mean) * a[None, :] + beta
+        if HAS_RESIDUAL:
+            pre += tl.load(residual_ptr + m0 * C + offs, mask=alive & mask_c[None, :], other=0.0).to(tl.float32)
+        keep = alive & ~(pre <= 0)  # a NaN passes
+        if HAS_DROPOUT:
+            keep = keep & _keep(m0, c0, C, seed_ptr, threshold, BLOCK_M, BLOCK_C, VEC)
+        z = tl.where(keep, pre * scale, 0.0)
+    tl.store(z_ptr + m0 * C + offs, z.to(z_ptr.dtype.element_ty), mask=stored)
+
+
+# ---- backward ----
+
+
+@triton.jit(do_not_specialize=["rows", "frames", "chunk", "c_groups", "threshold"])
+def _backward_reduce_kernel(
+    dz_ptr, y_ptr, z_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, lengths_ptr, seed_ptr, dbeta_ptr, dgamma_ptr,
+    rows, frames, chunk, c_groups, threshold, scale,
+    HAS_Z: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    C = c_groups * VEC
+    c_blocks = tl.cdiv(C, BLOCK_C)
+    part = (tl.program_id(0) // c_blocks).to(tl.int64)
+    c0 = (tl.program_id(0) % c_blocks) * BLOCK_C
+    offs_c = c0 + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
+    rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=0.0)
+    a = (tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0) * rstd)[None, :]
+    beta = tl.load(beta_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
+    offs = tl.arange(0, BLOCK_M)[:, None] * C + offs_c[None, :]
+    sum_g = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    sum_gy = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    first = part * chunk
+    count = tl.minimum(rows - first, chunk).to(tl.int32)
+    for i in range(0, count, BLOCK_M):
+        m0 = first + i
+        offs_m = m0 + tl.arange(0, BLOCK_M)
+        alive = _alive_rows(offs_m, tl.minimum(first + chunk, rows), frames, lengths_ptr, HAS_LENGTHS)[:, None]
+        mask = alive & mask_c[None, :]
+        dz = tl.load(dz_ptr + m0 * C + offs, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + m0 * C + offs, mask=mask, other=0.0).to(tl.float32)
+        z = y
+        if HAS_Z:
+            z = tl.load(z_ptr + m0 * C + offs, mask=mask, other=0.0).to(tl.float32)
+        yc = y - mean
+        passed = _passed(
+            z, yc, a, beta, mask, m0, c0, C, seed_ptr, threshold, HAS_Z, HAS_DROPOUT, BLOCK_M, BLOCK_C, VEC
+        )  # fmt: skip
+        g = tl.where(passed, dz * scale, 0.0)
+        sum_g += g
+        sum_gy += tl.where(passed, g * yc, 0.0)  # a dropped NaN must not count as 0 * NaN
+    tl.store(dbeta_ptr + part * C + offs_c, tl.sum(sum_g, 0), mask=mask_c)
+    tl.store(dgamma_ptr + part * C + offs_c, tl.sum(sum_gy, 0) * rstd, mask=mask_c)
+
+
+@triton.jit(do_not_specialize=["partials", "C"])
+def _sum_merge_kernel(
+    part_a_ptr, part_b_ptr, a_ptr, b_ptr, partials, C,
+    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    offs_g, offs_c = tl.arange(0, BLOCK_G), tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    mask = (offs_g < partials)[:, None] & mask_c[None, :]
+    offs = offs_g[:, None] * C + offs_c[None, :]
+    tl.store(a_ptr + offs_c, tl.sum(tl.load(part_a_ptr + offs, mask=mask, other=0.0), 0), mask=mask_c)
+    tl.store(b_ptr + offs_c, tl.sum(tl.load(part_b_ptr + offs, mask=mask, other=0.0), 0), mask=mask_c)
+
+
+@triton.jit(do_not_specialize=["rows", "frames", "c_groups", "threshold"])
+def _backward_apply_kernel(
+    dz_ptr, y_ptr, z_ptr, dy_ptr, dres_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, mean_g_ptr, mean_gy_ptr,
+    lengths_ptr, seed_ptr, rows, frames, c_groups, threshold, scale,
+    HAS_Z: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BATCH_STATS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    C = c_groups * VEC
+    c_blocks = tl.cdiv(C, BLOCK_C)
+    m0 = (tl.program_id(0) // c_blocks).to(tl.int64) * BLOCK_M
+    c0 = (tl.program_id(0) % c_blocks) * BLOCK_C
+    offs_c = c0 + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    offs_m = m0 + tl.arange(0, BLOCK_M)
+    rows_alive = _alive_rows(offs_m, rows, frames, lengths_ptr, HAS_LENGTHS)[:, None]
+    mask = rows_alive & mask_c[None, :]
+    stored = (offs_m < rows)[:, None] & mask_c[None, :]
+    offs = tl.arange(0, BLOCK_M)[:, None] * C + offs_c[None, :]
+    mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
+    rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
+    a = tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0)[None, :] * rstd
+    y = tl.load(y_ptr + m0 * C + offs, mask=stored if HAS_BATCH_STATS else mask, other=0.0).to(tl.float32)
+    yc = y - mean
+    g = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    if tl.max(rows_alive.to(tl.int32)) > 0:  # no gradient comes out of a tile of padding
+        beta = tl.load(beta_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
+        dz = tl.load(dz_ptr + m0 * C + offs, mask=mask, other=0.0).to(tl.float32)
+        z = y
+        if HAS_Z:
+            z = tl.load(z_ptr + m0 * C + offs, mask=mask, other=0.0).to(tl.float32)
+        passed = _passed(
+            z, yc, a, beta, mask, m0, c0, C, seed_ptr, threshold, HAS_Z, HAS_DROPOUT, BLOCK_M, BLOCK_C, VEC
+        )  # fmt: skip
+        g = tl.where(passed, dz * scale, 0.0)
+    if HAS_BATCH_STATS:
+        mean_g = tl.load(mean_g_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
+        slope = tl.load(mean_gy_ptr + offs_c, mask=mask_c, other=0.0)[None, :] * rstd
+        dy = a * (g - mean_g - yc * slope)
+    else:
+        dy = a * g
+    tl.store(dy_ptr + m0 * C + offs, dy.to(dy_ptr.dtype.element_ty), mask=stored)
+    if HAS_RESIDUAL:
+        tl.store(dres_ptr + m0 * C + offs, g.to(dres_ptr.dtype.element_ty), mask=stored)
+
+
+# ---- the face ----
+
+
+def stats(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-channel mean and M2 over all N*T rows, fp32 (C,) each; see `reference.stats`."""
+    rows, c = _rows(y), y.shape[1]
+    mean, m2 = _vectors(y, 2)
+    chunk, partials = _chunks(rows)
+    part_mean, part_m2 = _vectors(y, 2, partials)
+    block_m, block_c, vec = _blocks(c, LANES)
+    with _on(y):
+        _stats_kernel[(partials * triton.cdiv(c, block_c),)](
+            y, part_mean, part_m2, rows, chunk, c // vec,
+            BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=NUM_WARPS,
+        )  # fmt: skip
+        _stats_merge_kernel[(triton.cdiv(c, MERGE_C),)](
+            part_mean, part_m2, mean, m2, rows, chunk, partials, c,
+            BLOCK_G=MAX_PARTIALS, BLOCK_C=MERGE_C, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return mean, m2
+
+
+def forward(
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    residual: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+) -> Tensor:
+    """z (N, C, T) of y's dtype, NTC memory; see `reference.forward`."""
+    n, c, t = y.shape
+    rows = _rows(y)
+    z = empty_ntc(n, c, t, like=y)
+    block_m, block_c, vec = _blocks(c, TILE)
+    with _on(y):
+        _forward_kernel[(triton.cdiv(rows, block_m) * triton.cdiv(c, block_c),)](
+            y, residual, z, mean, rstd, gamma, beta, lengths, seed,
+            rows, t, c // vec, *_dropout(p),
+            HAS_RESIDUAL=residual is not None, HAS_LENGTHS=lengths is not None, HAS_DROPOUT=p > 0,
+            BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return z
+
+
+def backward_reduce(
+    dz: Tensor,
+    y: Tensor,
+    z: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+) -> tuple[Tensor, Tensor]:
+    """(dbeta, dgamma) = (sum g, sum g*yhat), fp32 (C,) each; see `reference.backward_reduce`."""
+    rows, c = _rows(y), y.shape[1]
+    dbeta, dgamma = _vectors(y, 2)
+    chunk, partials = _chunks(rows)
+    part_dbeta, part_dgamma = _vectors(y, 2, partials)
+    block_m, block_c, vec = _blocks(c, LANES)
+    with _on(y):
+        _backward_reduce_kernel[(partials * triton.cdiv(c, block_c),)](
+            dz, y, z, mean, rstd, gamma, beta, lengths, seed, part_dbeta, part_dgamma,
+            rows, y.shape[2], chunk, c // vec, *_dropout(p),
+            HAS_Z=z is not None, HAS_LENGTHS=lengths is not None, HAS_DROPOUT=p > 0,
+            BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=NUM_WARPS,
+        )  # fmt: skip
+        _sum_merge_kernel[(triton.cdiv(c, MERGE_C),)](
+            part_dbeta, part_dgamma, dbeta, dgamma, partials, c,
+            BLOCK_G=MAX_PARTIALS, BLOCK_C=MERGE_C, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return dbeta, dgamma
+
+
+def backward_apply(
+    dz: Tensor,
+    y: Tensor,
+    z: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mean_g: Tensor | None,
+    mean_gy: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    has_residual: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """dy and, with a residual, dres: (N, C, T) of y's dtype, NTC memory; see `reference.backward_apply`."""
+    n, c, t = y.shape
+    rows = _rows(y)
+    dy = empty_ntc(n, c, t, like=y)
+    dres = empty_ntc(n, c, t, like=y) if has_residual else None
+    block_m, block_c, vec = _blocks(c, TILE // 2 if z is not None else TILE)
+    with _on(y):
+        _backward_apply_kernel[(triton.cdiv(rows, block_m) * triton.cdiv(c, block_c),)](
+            dz, y, z, dy, dres, mean, rstd, gamma, beta, mean_g, mean_gy,
+            lengths, seed, rows, t, c // vec, *_dropout(p),
+            HAS_Z=z is not None, HAS_RESIDUAL=has_residual, HAS_BATCH_STATS=mean_g is not None,
+            HAS_LENGTHS=lengths is not None, HAS_DROPOUT=p > 0,
+            BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return dy, dres
+
+
+def _rows(y: Tensor) -> int:
+    if y.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"the triton face takes fp32, fp16 and bf16, got {y.dtype}: use backend='reference'")
+    if y.numel() == 0:
+        raise ValueError(f"y has no elements: shape {tuple(y.shape)}")
+    return y.shape[0] * y.shape[2]
+
+
+def _vectors(y: Tensor, count: int, *leading: int) -> list[Tensor]:
+    return [torch.empty((*leading, y.shape[1]), dtype=torch.float32, device=y.device) for _ in range(count)]
+
+
+def _chunks(rows: int) -> tuple[int, int]:
+    """(rows of a reducing program, number of such programs per block of channels)."""
+    chunk = max(MIN_ROWS, triton.cdiv(rows, MAX_PARTIALS))
+    return chunk, triton.cdiv(rows, chunk)
+
+
+def _blocks(c: int, elements: int) -> tuple[int, int, int]:
+    """BLOCK_M, BLOCK_C, VEC: the tile, and the largest of 8, 4, 1 that divides C (the compiler's alignment)."""
+    block_c = min(128, max(16, triton.next_power_of_2(c)))
+    return elements // block_c, block_c, next(v for v in (8, 4, 1) if c % v == 0)
+
+
+def _dropout(p: float) -> tuple[int, float]:
+    """The threshold in the bits of an int32 (so that its type never changes) and the scale of what is kept."""
+    threshold = philox.threshold(p)
+    return threshold - (1 << 32) if threshold >= 1 << 31 else threshold, 1.0 / (1.0 - p)
+
+
+def _on(y: Tensor):
+    """Triton launches on the current device's current stream: make y's device the current one."""
+    return torch.cuda.device(y.device) if y.is_cuda else nullcontext()
