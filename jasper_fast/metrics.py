@@ -1,0 +1,65 @@
+"""Word and character error rates of whole corpora (jiwer aligns the words)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jiwer
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Edits that turn the references into the hypotheses, counted over a corpus, and the length of the references."""
+
+    substitutions: int
+    deletions: int
+    insertions: int
+    length: int
+
+    @property
+    def total(self) -> int:
+        return self.substitutions + self.deletions + self.insertions
+
+    @property
+    def rate(self) -> float:
+        """Errors per reference token, a fraction that may pass 1; where the references are empty, the insertions."""
+        return self.total / max(self.length, 1)
+
+
+def _tidy(texts: Sequence[str] | str) -> list[str]:
+    return [" ".join(t.split()) for t in ([texts] if isinstance(texts, str) else texts)]
+
+
+def _count(references: Sequence[str] | str, hypotheses: Sequence[str] | str, process, size) -> Errors:
+    references, hypotheses = _tidy(references), _tidy(hypotheses)
+    if len(references) != len(hypotheses):
+        raise ValueError(f"{len(references)} references and {len(hypotheses)} hypotheses; they must pair up")
+    # jiwer has no opinion on empty references: whatever is said against one is an insertion.
+    inserted = sum(size(h) for r, h in zip(references, hypotheses, strict=True) if not r)
+    pairs = [(r, h) for r, h in zip(references, hypotheses, strict=True) if r]
+    if not pairs:
+        return Errors(0, 0, inserted, 0)
+    result = process(*map(list, zip(*pairs, strict=True)))
+    length = result.hits + result.substitutions + result.deletions
+    return Errors(result.substitutions, result.deletions, result.insertions + inserted, length)
+
+
+def word_errors(references: Sequence[str] | str, hypotheses: Sequence[str] | str) -> Errors:
+    """Word edits of the corpus; words are what white space parts. Raises ValueError if the lists differ in length."""
+    return _count(references, hypotheses, jiwer.process_words, lambda t: len(t.split()))
+
+
+def character_errors(references: Sequence[str] | str, hypotheses: Sequence[str] | str) -> Errors:
+    """Character edits of the corpus, single spaces between words included. Raises ValueError as ``word_errors``."""
+    return _count(references, hypotheses, jiwer.process_characters, len)
+
+
+def wer(references: Sequence[str] | str, hypotheses: Sequence[str] | str) -> float:
+    """Word error rate of the corpus as a fraction: all edits over all reference words."""
+    return word_errors(references, hypotheses).rate
+
+
+def cer(references: Sequence[str] | str, hypotheses: Sequence[str] | str) -> float:
+    """Character error rate of the corpus as a fraction: all edits over all reference characters."""
+    return character_errors(references, hypotheses).rate

@@ -1,0 +1,77 @@
+"""Greedy decoding: collapse, blanks, lengths, times, confidences."""
+
+import itertools
+
+import pytest
+import torch
+
+from jasper_fast.decoding import greedy_decode, greedy_transcripts
+from jasper_fast.text import Vocabulary
+
+V = Vocabulary(" ab")
+BLANK = "_"
+
+
+def paths(*rows, p=0.9):
+    """log-probs (N, T, V) whose best path is what the strings say."""
+    length = max(map(len, rows))
+    probs = torch.full((len(rows), length, V.n_classes), (1 - p) / (V.n_classes - 1))
+    for n, row in enumerate(rows):
+        for t, c in enumerate(row):
+            probs[n, t, V.blank if c == BLANK else V.labels.index(c)] = p
+    return probs.log(), torch.tensor([len(row) for row in rows])
+
+
+def test_collapses_and_drops_blanks():
+    assert greedy_decode(*paths("aab__ba", "a_a", "____", "aa  bb"), V) == ["abba", "aa", "", "a b"]
+
+
+def test_respects_lengths():
+    log_probs, _ = paths("abab", "abab", "abab")
+    log_probs[2, 2:] = float("nan")
+    assert greedy_decode(log_probs, torch.tensor([4, 0, 2]), V) == ["abab", "", "ab"]
+
+
+def test_against_the_definition():
+    log_probs = torch.randn(20, 50, 29).log_softmax(-1)
+    lengths = torch.randint(0, 51, (20,))
+    vocabulary = Vocabulary()
+    expected = [
+        vocabulary.decode(c for c, _ in itertools.groupby(row[:n].argmax(-1).tolist()))
+        for row, n in zip(log_probs, lengths.tolist(), strict=True)
+    ]
+    assert greedy_decode(log_probs, lengths, vocabulary) == expected
+    assert [t.text for t in greedy_transcripts(log_probs, lengths, vocabulary)] == expected
+
+
+def test_half_precision_and_strides():
+    log_probs, lengths = paths("aab__ba")
+    assert greedy_decode(log_probs.bfloat16(), lengths, V) == ["abba"]
+    assert greedy_decode(log_probs.transpose(1, 2).contiguous().transpose(1, 2), lengths, V) == ["abba"]
+
+
+def test_nan_names_its_items():
+    log_probs, lengths = paths("ab", "ab")
+    log_probs[1, 0, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"items \[1\]"):
+        greedy_decode(log_probs, lengths, V)
+
+
+def test_wrong_sizes():
+    log_probs, lengths = paths("ab")
+    with pytest.raises(ValueError, match="4 classes, the vocabulary 29"):
+        greedy_decode(log_probs, lengths, Vocabulary())
+    with pytest.raises(ValueError, match=r"\(N, T, V\)"):
+        greedy_decode(log_probs[0], lengths, V)
+
+
+def test_times_and_confidences():
+    (t,) = greedy_transcripts(*paths("_aab_ _b", p=0.8), V, frame_seconds=0.5)
+    assert t.text == "ab b"
+    assert [(w.text, w.start, w.end) for w in t.words] == [("ab", 0.5, 2.0), ("b", 3.5, 4.0)]
+    assert [(s.text, s.start, s.end) for s in t.symbols][:2] == [("a", 0.5, 1.5), ("b", 1.5, 2.0)]
+    assert t.words[0].confidence == pytest.approx(0.64) and t.confidence == pytest.approx(0.8)
+    (empty,) = greedy_transcripts(*paths("__"), V)
+    assert empty.words == [] and empty.confidence == 1.0
+    (spaces,) = greedy_transcripts(*paths(" a _ b "), V)
+    assert [w.text for w in spaces.words] == ["a", "b"]

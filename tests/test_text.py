@@ -1,0 +1,106 @@
+"""Vocabularies, normalisation, error rates."""
+
+import pytest
+
+from jasper_fast.metrics import cer, wer, word_errors
+from jasper_fast.text import UnknownSymbolError, Vocabulary, cardinal, expand_numbers, normalize
+
+
+def test_default_vocabulary():
+    v = Vocabulary()
+    assert len(v) == 28 and v.blank == 28 and v.n_classes == 29
+    assert v.encode("a z'") == [1, 0, 26, 27]
+    assert v.decode([28, 8, 28, 9, 0, 28]) == "hi "
+    assert Vocabulary(v.labels) == v and Vocabulary("ab") != v
+
+
+def test_unknown_symbols_and_classes_are_named():
+    with pytest.raises(UnknownSymbolError, match="'H', 'é'"):
+        Vocabulary().encode("Hé")
+    with pytest.raises(ValueError, match=r"29 is not in 0\.\.28"):
+        Vocabulary().decode([29])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["a", "b", "a"], "labels 0 and 2 collide: both are 'a'"),
+        (["\u00e9", "e\u0301"], "labels 0 and 1 collide"),
+        (["a", "th"], "label 1 is 'th'"),
+        (["a", "<BLANK>"], "the blank is added by itself"),
+        (["a", ""], "label 1 is ''"),
+        ([], "at least one"),
+    ],
+)
+def test_bad_labels(labels, message):
+    with pytest.raises(ValueError, match=message):
+        Vocabulary(labels)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Mr. Müller owes $5!", "mister muller owes five dollars"),
+        ("It’s “naïve” — isn't it?", "it's naive isn't it"),
+        ("Dr. Smith & Co., St. Louis + Ltd.", "doctor smith and company saint louis plus limited"),
+        ("  tabs\tand\n lines\u00a0 ", "tabs and lines"),
+        ("at 8:30, on the 21st", "at eight thirty on the twenty first"),
+        ("£20 or $1,000.50 or $0.05", "twenty pounds or one thousand dollars fifty cents or five cents"),
+        ("in 1984, 2007, 1905, 1900 and 2000", "in nineteen eighty four two thousand seven nineteen oh five "
+         "nineteen hundred and two thousand"),
+        ("agent 007 has 1,234,567", "agent zero zero seven has one million two hundred thirty four thousand five "
+         "hundred sixty seven"),
+        ("call 5551234567", "call five five five one two three four five six seven"),
+        ("pi is 3.14", "pi is three point fourteen"),
+        ("...", ""),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_english(text, expected):
+    assert normalize(text) == expected
+    Vocabulary().encode(expected)
+
+
+def test_custom_alphabets():
+    german = list(" abcdefghijklmnopqrstuvwxyzäöüß")
+    assert normalize("Die GRÖSSE, naïve 5 Größen", german) == "die grösse naive größen"
+    assert normalize("5 Mr.", german, english=True) == "five mister"
+    russian = list(" абвгдеёжзийклмнопрстуфхцчшщъыьэюя")
+    assert normalize("Привет, мир! Ёж", russian) == "привет мир ёж"
+    assert normalize("e\u0301te\u0301", list("eté")) == "été"
+    assert normalize("Hello 5", list(" ABCDEFGHIJKLMNOPQRSTUVWXYZ")) == "HELLO FIVE"
+    assert normalize("room 101!", list(" abcdefghijklmnopqrstuvwxyz0123456789")) == "room 101"
+    assert normalize("a-b, c", list(" abc-")) == "a-b c"
+    assert normalize("Hello", list("Helo")) == "Hello"
+
+
+def test_numbers():
+    assert cardinal(0) == "zero" and cardinal(1000000) == "one million"
+    assert cardinal(2345, " and ") == "two thousand three hundred and forty-five"
+    assert cardinal(10**18) == "one quintillion"
+    assert expand_numbers("1st 2nd 3rd 5th 12th 20th 101st 1000th") == (
+        "first second third fifth twelfth twentieth one hundred and first one thousandth"
+    )
+    assert expand_numbers("9" * 40).split() == ["nine"] * 40
+    assert expand_numbers(f"{'9' * 40}th").split() == ["nine"] * 40
+    with pytest.raises(ValueError, match="outside"):
+        cardinal(10**21)
+
+
+def test_error_rates():
+    assert wer(["a b c"], ["a x c"]) == pytest.approx(1 / 3)
+    assert wer(["a b", "c d"], ["a b", "c d e"]) == pytest.approx(1 / 4)
+    assert wer("a b", "") == 1.0 and wer(["a"], ["a b c"]) == 2.0
+    assert cer(["abc d"], ["abx d"]) == pytest.approx(1 / 5)
+    assert wer(["one  two "], [" one two"]) == 0.0
+
+
+def test_empty_references():
+    assert wer(["", "a b"], ["", "a b"]) == 0.0
+    assert wer(["", "a b"], ["x", "a b"]) == pytest.approx(1 / 2)
+    assert wer([""], ["x y"]) == 2.0 and wer([], []) == 0.0
+    assert cer(["", "ab"], ["xyz", "ab"]) == pytest.approx(3 / 2)
+    errors = word_errors(["", "a b c"], ["x", "a c c d"])
+    assert (errors.substitutions, errors.deletions, errors.insertions, errors.length) == (1, 0, 2, 3)
+    with pytest.raises(ValueError, match="2 references and 1 hyp"):
+        wer(["a", "b"], ["a"])
