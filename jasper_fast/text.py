@@ -177,7 +177,7 @@ _UNITS = [
 ]
 _TENS = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 # fmt: on
-_SCALES = ["", *["thousand", "million", "billion", "trillion", "quadrillion", "quintillion"]]
+_SCALES = ["", "thousand", "million", "billion", "trillion", "quadrillion", "quintillion"]
 _ORDINALS = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth"}
 _ORDINALS["twelve"] = "twelfth"
 _LARGEST = 1000 ** len(_SCALES)
