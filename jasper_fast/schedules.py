@@ -1,0 +1,60 @@
+"""Learning-rate schedules: warm-up, hold, then a decay to a floor. Plain functions of the step, nothing to save."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["POLICIES", "Schedule"]
+
+POLICIES = ("exponential", "polynomial", "cosine")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of each training step; `schedule(step)` with steps counted from 0.
+
+    In the first `warmup_steps` the rate is `lr * (step + 1) / (warmup_steps + 1)`, then `lr` for `hold_steps`, then
+    - "exponential": `lr * gamma ** (epoch - warmup - hold)`, epochs of `steps_per_epoch` steps counted from 1, warm-up
+      and hold in (possibly broken) epochs (NVIDIA's Jasper, whose first epoch after the hold is already at `gamma`),
+    - "polynomial": `lr * (1 - progress) ** power` over what is left of `total_steps` (their "legacy" with power 2),
+    - "cosine": `lr * (1 + cos(pi * progress)) / 2` likewise.
+    It never falls below `min_lr` (or `lr`, if that is less). Raises ValueError naming the setting that makes no sense.
+    """
+
+    lr: float
+    policy: str = "exponential"
+    warmup_steps: int = 0
+    hold_steps: int = 0
+    steps_per_epoch: int = 1
+    total_steps: int = 1
+    gamma: float = 0.99
+    power: float = 2.0
+    min_lr: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(f"lr policy {self.policy!r} is not one of {', '.join(POLICIES)}")
+        if self.lr < 0 or self.min_lr < 0:
+            raise ValueError(f"lr and min_lr must not be negative, got {self.lr} and {self.min_lr}")
+        if min(self.warmup_steps, self.hold_steps) < 0 or min(self.steps_per_epoch, self.total_steps) < 1:
+            raise ValueError(
+                "warmup_steps and hold_steps must be at least 0, steps_per_epoch and total_steps at least 1"
+            )
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma must lie in (0, 1], got {self.gamma}")
+
+    def __call__(self, step: int) -> float:
+        """Learning rate of the step with number `step`, from 0."""
+        if step < self.warmup_steps:
+            return max(self.lr * (step + 1) / (self.warmup_steps + 1), min(self.min_lr, self.lr))
+        decay_from = self.warmup_steps + self.hold_steps
+        if step < decay_from:
+            factor = 1.0
+        elif self.policy == "exponential":
+            factor = self.gamma ** (step // self.steps_per_epoch + 1 - decay_from / self.steps_per_epoch)
+        else:
+            progress = min(1.0, (step - decay_from) / max(1, self.total_steps - decay_from))
+            cosine = self.policy == "cosine"
+            factor = (1 + math.cos(math.pi * progress)) / 2 if cosine else (1 - progress) ** self.power
+        return max(self.lr * factor, min(self.min_lr, self.lr))
