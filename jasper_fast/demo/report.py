@@ -41,6 +41,7 @@ p { margin: .5rem 0; max-width: 44rem; }
 .tile { padding: .9rem 1rem; }
 .tile b { display: block; font-size: 1.7rem; line-height: 1.2; font-weight: 600; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .875rem; }
+.trio { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); gap: .75rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: .75rem; }
 figure { margin: 0 0 .75rem; padding: .9rem 1rem; min-width: 0; }
 figcaption { font-size: .875rem; margin-bottom: .5rem; }
@@ -56,12 +57,14 @@ svg text { fill: var(--soft); font: 12px system-ui, sans-serif; font-variant-num
 audio { width: 100%; max-width: 26rem; height: 2.2rem; margin-top: .6rem; display: block; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .5rem .9rem; text-align: right; border-top: 1px solid var(--grid); white-space: nowrap; }
+th, td { padding: .5rem .9rem; text-align: right; border-top: 1px solid var(--grid); }
 th { font-weight: 500; font-size: .875rem; border-top: 0; }
-td:first-child, th:first-child { text-align: left; white-space: normal; }
+td:first-child, th:first-child { text-align: left; }
 tr td:last-child { font-weight: 600; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; margin: 0; font-size: .9rem; }
 dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 34rem) { th, td { padding: .5rem .5rem; }
+  dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; } }
 code { font: .9em ui-monospace, Menlo, Consolas, monospace; }
 """
 
@@ -154,27 +157,19 @@ def _example(example: dict, features: np.ndarray | None, wav: bytes | None) -> s
     return "".join(parts)
 
 
-def _amount(value: float, unit: str) -> str:
-    if unit == "MB":
-        return f"{value / 1e6:.1f} MB"
-    return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
-
-
 def comparison_rows(result: dict) -> list[tuple[str, str, str, str]]:
     """(what, eager, fused, gain) for each measured quantity; the terminal's table and the page's share them."""
     rows = []
-    for title, key, unit, ratio in (
-        ("Training step", "train", "utterances/s", result["train_step_ratio"]),
-        ("Inference", "inference", "utterances/s", result["inference_ratio"]),
+    for title, key, ratio in (
+        ("Training step", "train", result["train_step_ratio"]),
+        ("Inference", "inference", result["inference_ratio"]),
     ):
         m = result[key]
-        rate = [_amount(m[f"{side}_utterances_per_second"], unit) for side in ("eager", "fused")]
-        rows.append((f"{title}, {m['shape']}", *rate, f"{ratio:.2f} times as fast"))
+        rates = (f"{m[f'{side}_utterances_per_second']:.1f}" for side in ("eager", "fused"))
+        rows.append((f"{title}, {m['shape']}: utterances per second", *rates, f"{ratio:.2f}\u00d7"))
     m = result["memory"]
-    share = m["fused_bytes"] / m["eager_bytes"]
-    rows.append(
-        ("Kept for backward", _amount(m["eager_bytes"], "MB"), _amount(m["fused_bytes"], "MB"), f"{share:.2f} of eager")
-    )
+    sizes = (f"{m[f'{side}_bytes'] / 1e6:.1f}" for side in ("eager", "fused"))
+    rows.append((f"Kept for backward, {m['shape']}: MB", *sizes, f"{result['memory_ratio']:.2f}\u00d7"))
     return rows
 
 
@@ -233,7 +228,7 @@ be judged by. Everything on this page was measured in one run on this machine.</
 {chart(wers, unit=" %", label="word error rate over time", dots=True)}</figure>
 </div>
 <h2>What it hears</h2>
-<div class="pair">{"".join(shown)}</div>
+<div class="trio">{"".join(shown)}</div>
 <h2>Fused beside eager</h2>
 <div class="table"><table><thead><tr><th>same weights, same batch, alternating</th>
 <th>eager PyTorch</th><th>jasper_fast</th><th>gain</th></tr></thead><tbody>{rows}</tbody></table></div>
