@@ -64,7 +64,8 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
         finally:
             os.close(folder)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
         if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
             error = error.__context__  # PyTorch's writer hides what the disk said
         free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0
@@ -90,13 +91,12 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
                 if bad := archive.testzip():
                     raise CheckpointError(f"{path} is damaged (record {bad}); take an earlier checkpoint")
         state = torch.load(path, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
-            found = re.search(r"GLOBAL (\S+)", str(error))
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:  # bytes that are no checkpoint make the unpickler fail in any way
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
-                f"{path} holds Python objects ({found[1] if found else 'code'}) and is not loaded, because loading "
+                f"{path} holds Python objects ({found[1]}) and is not loaded, because loading "
                 f"them could run anything; save it again, where it was made, as torch.save({{'state_dict': "
                 f"model.state_dict()}}, ...)"
             ) from error
@@ -223,7 +223,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
     Raises CheckpointError naming the file for anything else, and where the moving average is asked for and absent.
     """
     path = Path(path)
-    if path.is_file() and not zipfile.is_zipfile(path) and tarfile.is_tarfile(path):
+    if path.is_file() and tarfile.is_tarfile(path):  # asked first: a tar that ends in a zip passes for a zip
         if ema:
             raise CheckpointError(f"{path}: a NeMo archive carries no moving average; load it without ema")
         return _read_nemo(path)
@@ -247,7 +247,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
 def load_weights(
     model: nn.Module, weights: Weights, *, labels: Sequence[str] | None = None, strict: bool = True
 ) -> None:
-    """Copies `weights` into `model`.
+    """Copies `weights` into `model`, or, if that stands on the meta device, makes them its own.
 
     With `strict` every entry must be there in the right shape. Without, this is a warm start: a decoder of another size
     or for other `labels`, and whatever else is missing or of another shape, keeps its fresh initialisation, and a
@@ -290,6 +290,10 @@ def load_weights(
         reasons.append(f"{len(extra)} entries of the file are not used, the first is {extra[0]}")
     if reasons:
         warnings.warn(f"warm start from {weights.path}: {'; '.join(reasons)}", stacklevel=2)
+    if any(tensor.is_meta for tensor in own.values()):
+        entries = {name: tensor.to(own[name].dtype).contiguous() for name, tensor in fitting.items()}
+        model.load_state_dict(entries, assign=True)
+        return
     with torch.no_grad():
         for name, tensor in fitting.items():
             own[name].copy_(tensor)
@@ -317,8 +321,13 @@ def load_model(
         bias = weights.state_dict.get("decoder.layers.0.bias")
         document = weights.config or jasper10x5dr(29 if bias is None else bias.numel())
         config = JasperConfig.from_dict(document)
-    model = Jasper(config, backend=backend)
-    load_weights(model, weights, labels=config.labels, strict=strict)
+    if strict:  # every entry comes from the file: compare shapes, then take the tensors as they are
+        with torch.device("meta"):
+            model = Jasper(config, backend=backend)
+        load_weights(model, weights, labels=config.labels)
+    else:
+        model = Jasper(config, backend=backend)
+        load_weights(model, weights, labels=config.labels, strict=False)
     return model.eval()
 
 

@@ -147,8 +147,8 @@ def train_step(
 class Meter:
     """Collects the steps of a logging interval on the device and reads them in one go.
 
-    Counts skipped steps (`bad_losses`: a loss that is NaN or infinite; `overflows`: only the gradient is), and stops the
-    training after `max_bad` of them in a row.
+    Counts skipped steps (`bad_losses`: a loss that is NaN or infinite; `overflows`: only the gradient is), and stops
+    the training after `max_bad` of them in a row.
     """
 
     def __init__(self, max_bad: int = 20):

@@ -1,0 +1,346 @@
+"""Checkpoints: writes that cannot half happen, reads that say what is wrong, and the files of other Jaspers."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from jasper_fast import checkpoint
+from jasper_fast.checkpoint import CheckpointError, Folder, load, load_model, read_weights, save
+from jasper_fast.config import JasperConfig
+from jasper_fast.model import Jasper
+
+ROOT = Path(__file__).resolve().parents[1]
+LABELS = list(" abcdefg")
+BLOCKS = [
+    {"filters": 8, "repeat": 1, "kernel_size": [5], "stride": [2], "residual": False},
+    {"filters": 8, "repeat": 2, "kernel_size": [3], "residual": True, "residual_dense": True},
+    {"filters": 8, "repeat": 2, "kernel_size": [3], "residual": True, "residual_dense": True},
+    {"filters": 12, "repeat": 1, "kernel_size": [1], "residual": False},
+]
+
+
+def config(labels=LABELS):
+    model = {
+        "encoder": {"in_feats": 6, "blocks": BLOCKS},
+        "decoder": {"in_feats": 12, "n_classes": len(labels) + 1},
+    }
+    return JasperConfig.from_dict({"labels": labels, "jasper": model})
+
+
+def trained_model():
+    """A model whose every entry, statistics included, differs from a fresh one."""
+    model = Jasper(config(), backend="reference")
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand_like(tensor) + 0.1)
+        else:
+            tensor.fill_(7)
+    return model.eval()
+
+
+def outputs(model):
+    with torch.no_grad():
+        features = torch.linspace(-1, 1, 2 * 6 * 32).view(2, 6, 32)
+        return model(features, torch.tensor([32, 20]))[0]
+
+
+def run_state(step, **more):
+    return {"format": checkpoint.FORMAT, "step": step, "state_dict": {"w": torch.full((3,), float(step))}} | more
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def test_round_trip_leaves_nothing_beside(tmp_path):
+    save(tmp_path / "new" / "a.pt", {"x": torch.arange(3), "step": 4, "name": "b"})
+    state = load(tmp_path / "new" / "a.pt")
+    assert torch.equal(state["x"], torch.arange(3)) and state["step"] == 4 and state["name"] == "b"
+    assert os.listdir(tmp_path / "new") == ["a.pt"]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    """A real write error, by the operating system's limit on file sizes."""
+    program = f"""
+import resource, signal, sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+from jasper_fast.checkpoint import CheckpointError, save
+path = {str(tmp_path / "a.pt")!r}
+save(path, {{"x": torch.ones(10)}})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+try:
+    save(path, {{"x": torch.zeros(1_000_000)}})
+except CheckpointError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert re.search(r"cannot write .*a\.pt: .*too large.*untouched.*Free some space", done.stdout), done.stdout
+    assert torch.equal(load(tmp_path / "a.pt")["x"], torch.ones(10))
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(CheckpointError, match=r"cannot write .*file/a\.pt"):
+        save(tmp_path / "file" / "a.pt", {})
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0, 10, 600, -1])
+def test_a_file_cut_short_is_named(tmp_path, keep):
+    path = tmp_path / "a.pt"
+    save(path, {"x": torch.randn(1000)})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:keep])
+    with pytest.raises(CheckpointError, match=r"a\.pt .*cut short.*earlier checkpoint"):
+        load(path)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    path = tmp_path / "a.pt"
+    save(path, {"x": torch.randn(10_000)})
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(CheckpointError, match=r"a\.pt is damaged"):
+        load(path)
+
+
+def test_foreign_files_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"none\.pt: no such file"):
+        load(tmp_path / "none.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(CheckpointError, match=r"text\.pt .*another\s+kind of file"):
+        load(tmp_path / "text.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(CheckpointError, match=r"list\.pt holds a list"):
+        load(tmp_path / "list.pt")
+    torch.save({"epoch": 3}, tmp_path / "nothing.pt")
+    with pytest.raises(CheckpointError, match="holds no model"):
+        read_weights(tmp_path / "nothing.pt")
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    torch.save({"state_dict": Bomb()}, tmp_path / "bomb.pt")
+    with pytest.raises(CheckpointError, match=r"bomb\.pt holds Python objects \(.*mkdir\)"):
+        load(tmp_path / "bomb.pt")
+    assert not (tmp_path / "exploded").exists()
+
+
+# --- rotation ----------------------------------------------------------------------------------------------------
+
+
+def test_the_last_few_the_best_and_the_milestones_are_kept(tmp_path):
+    folder = Folder(tmp_path, keep=2, milestones=[2])
+    for step in range(1, 7):
+        state = run_state(step)
+        folder.save(state)
+        folder.save_milestone(state, epoch=step // 2)
+        if step == 3:
+            folder.save_best(state | {"best_wer": 0.5})
+    assert sorted(os.listdir(tmp_path)) == [
+        "best.pt", "milestone_epoch_0002.pt", "step_00000005.pt", "step_00000006.pt",
+    ]  # fmt: skip
+    assert load(tmp_path / "best.pt")["best_wer"] == 0.5
+    assert folder.latest()[1]["step"] == 6
+    with pytest.raises(ValueError, match="keep"):
+        Folder(tmp_path, keep=0)
+
+
+def test_a_broken_newest_is_reported_and_the_one_before_taken(tmp_path):
+    folder = Folder(tmp_path, keep=3)
+    assert folder.latest() is None
+    for step in (1, 2, 3):
+        folder.save(run_state(step))
+    newest = tmp_path / "step_00000003.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    torch.save({"state_dict": {}}, tmp_path / "step_00000004.pt")  # somebody else's
+    (tmp_path / ".step_00000005.pt.tmp").write_bytes(b"half")
+    reports = []
+    path, state = folder.latest(reports.append)
+    assert (path.name, state["step"]) == ("step_00000002.pt", 2)
+    assert len(reports) == 2 and "step_00000004.pt" in reports[0] and "step_00000003.pt" in reports[1]
+    folder.clean()
+    assert not list(tmp_path.glob(".*"))
+    for path in folder.steps():
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="none of the 4 checkpoints"):
+        folder.latest(reports.append)
+
+
+def test_random_generators_continue(tmp_path):
+    random.gauss(0, 1), np.random.randn()  # both keep half a pair
+    save(tmp_path / "rng.pt", checkpoint.rng_state())
+    draw = lambda: (torch.rand(3).tolist(), random.gauss(0, 1), random.random(), np.random.randn(3).tolist())  # noqa: E731
+    expected = draw()
+    draw()
+    checkpoint.set_rng_state(load(tmp_path / "rng.pt"))
+    assert draw() == expected
+
+
+# --- models ------------------------------------------------------------------------------------------------------
+
+
+def test_own_checkpoints_carry_their_configuration(tmp_path):
+    model = trained_model()
+    average = {k: v * 2 if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    state = {"format": checkpoint.FORMAT, "config": config().to_dict(), "labels": LABELS}
+    save(tmp_path / "a.pt", state | {"state_dict": model.state_dict(), "ema_state_dict": average})
+    again = load_model(tmp_path / "a.pt", backend="reference")
+    assert not again.training and again.config == model.config
+    assert torch.equal(outputs(again), outputs(model))
+    doubled = load_model(tmp_path / "a.pt", ema=True, backend="reference")
+    assert torch.equal(doubled.decoder.layers[0].bias, 2 * model.decoder.layers[0].bias)
+    save(tmp_path / "b.pt", state | {"state_dict": model.state_dict(), "ema_state_dict": None})
+    with pytest.raises(CheckpointError, match="no moving average"):
+        load_model(tmp_path / "b.pt", ema=True)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_reference_v2(tmp_path, prefix):
+    model = trained_model()
+    entries = {prefix + k: v for k, v in model.state_dict().items()}
+    torch.save({"epoch": 1, "best_wer": 0.3, "state_dict": entries, "optimizer": {}, "scaler": {}}, tmp_path / "v2.pt")
+    assert torch.equal(outputs(load_model(tmp_path / "v2.pt", config=config(), backend="reference")), outputs(model))
+    torch.save(entries, tmp_path / "bare.pt")
+    assert torch.equal(outputs(load_model(tmp_path / "bare.pt", config=config(), backend="reference")), outputs(model))
+
+
+def test_reference_v1(tmp_path):
+    model = trained_model()
+    entries = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        old = name.replace("encoder.layers.", "jasper_encoder.encoder.")
+        old = old.replace("decoder.layers.", "jasper_decoder.decoder_layers.")
+        entries |= {old: tensor, f"acoustic_model.{old}": tensor}
+    entries["audio_preprocessor.featurizer.window"] = torch.ones(320)
+    torch.save(
+        {"epoch": 1, "state_dict": entries, "optimizer": {}}, tmp_path / "v1.pt", _use_new_zipfile_serialization=False
+    )
+    assert read_weights(tmp_path / "v1.pt").kind == "reference v1"
+    assert torch.equal(outputs(load_model(tmp_path / "v1.pt", config=config(), backend="reference")), outputs(model))
+
+
+def nemo_archive(path, model, *, masked, mode, encoder=None):
+    entries = {"preprocessor.featurizer.fb": torch.ones(1, 6, 9)}
+    for name, tensor in model.state_dict().items():
+        new = name.replace("decoder.layers", "decoder.decoder_layers").replace("encoder.layers", "encoder.encoder")
+        new = new.replace(".conv.", ".mconv.")
+        if masked and new.startswith("encoder.") and tensor.dim() == 3:
+            new = new.removesuffix("weight") + "conv.weight"
+        entries[new] = tensor
+    jasper = [
+        {"separable": False, "dilation": [1], "dropout": 0.2, "stride": [1], **b, "kernel": b["kernel_size"]}
+        for b in BLOCKS
+    ]
+    for block in jasper:
+        del block["kernel_size"]
+    jasper[0]["dropout"] = "${model.model_defaults.dropout}"
+    document = {
+        "model_defaults": {"dropout": 0.25},
+        "labels": LABELS,
+        "preprocessor": {"sample_rate": 16000, "features": 6, "n_fft": 512, "pad_to": 16, "window": "hann"},
+        "encoder": {"feat_in": 6, "activation": "relu", "conv_mask": masked, "jasper": jasper} | (encoder or {}),
+        "decoder": {"feat_in": 12, "num_classes": len(LABELS), "vocabulary": "${labels}"},
+    }
+    weights = io.BytesIO()
+    torch.save(entries, weights)
+    with tarfile.open(path, mode) as archive:
+        for name, content in (
+            ("./model_config.yaml", yaml.safe_dump(document).encode()),
+            ("./model_weights.ckpt", weights.getvalue()),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_nemo(tmp_path, masked, mode):
+    model = trained_model()
+    nemo_archive(tmp_path / "m.nemo", model, masked=masked, mode=mode)
+    loaded = load_model(tmp_path / "m.nemo", backend="reference")
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert loaded.config.labels == tuple(LABELS)
+    assert loaded.config.encoder.use_conv_masks is masked
+    assert loaded.config.encoder.blocks[0].dropout == 0.25
+    if masked:
+        assert torch.equal(outputs(loaded), outputs(model))
+
+
+def test_nemo_archives_that_are_no_jasper(tmp_path):
+    model = trained_model()
+    quartz = [{"filters": 8, "repeat": 1, "kernel": [5], "separable": True}]
+    nemo_archive(tmp_path / "q.nemo", model, masked=True, mode="w", encoder={"jasper": quartz})
+    with pytest.raises(CheckpointError, match=r"block 0 .*separable=True: it is not a Jasper"):
+        load_model(tmp_path / "q.nemo")
+    nemo_archive(tmp_path / "m.nemo", model, masked=True, mode="w:gz")
+    whole = (tmp_path / "m.nemo").read_bytes()
+    (tmp_path / "m.nemo").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"m\.nemo is not a complete NeMo archive"):
+        load_model(tmp_path / "m.nemo")
+
+
+def test_a_file_that_does_not_fit_lists_what_differs(tmp_path):
+    model = trained_model()
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "a.pt")
+    wide = config().to_dict()
+    wide["jasper"]["encoder"]["blocks"][1]["filters"] = 10
+    with pytest.raises(
+        CheckpointError, match=r"does not fit the model, \d+ entries differ: encoder\.layers\.1\.conv\.0"
+    ):
+        load_model(tmp_path / "a.pt", config=JasperConfig.from_dict(wide))
+    with pytest.raises(CheckpointError, match="does not fit the model"):  # default: Jasper 10x5
+        load_model(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("labels", [list(" abcdefghij"), list(" hijklmn")], ids=["more", "as many, but others"])
+def test_warm_start_with_other_labels(tmp_path, labels):
+    model = trained_model()
+    state = {"format": checkpoint.FORMAT, "config": config().to_dict(), "labels": LABELS}
+    save(tmp_path / "a.pt", state | {"state_dict": model.state_dict()})
+    with pytest.raises(CheckpointError, match="strict=False"):
+        load_model(tmp_path / "a.pt", config=config(labels), backend="reference")
+    with pytest.warns(UserWarning, match="the decoder is initialised anew"):
+        warm = load_model(tmp_path / "a.pt", config=config(labels), strict=False, backend="reference")
+    assert warm.decoder.layers[0].weight.shape[0] == len(labels) + 1
+    for name, tensor in warm.state_dict().items():
+        assert name.startswith("decoder.") or torch.equal(tensor, model.state_dict()[name]), name
+    assert not (warm.decoder.layers[0].weight[:9] == model.decoder.layers[0].weight).any()
+
+
+def test_warm_start_from_something_else_is_an_error(tmp_path):
+    torch.save({"state_dict": {"encoder.layers.0.other": torch.ones(2)}}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="no weight of it fits"):
+        load_model(tmp_path / "a.pt", config=config(), strict=False)
+
+
+def test_the_default_model_is_the_published_one():
+    built = JasperConfig.from_dict(checkpoint.jasper10x5dr())
+    file = JasperConfig.from_yaml(ROOT / "configs" / "jasper10x5dr.yaml")
+    assert (built.encoder, built.decoder) == (file.encoder, file.decoder)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Jasper(built).parameters()) == 332_632_349
