@@ -52,6 +52,7 @@ def _named(backend: str, reason: str) -> str:
     return reason if reason.startswith("backend ") else f"backend '{backend}': {reason}"
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def resolve(backend: str, device_type: str) -> str:
     """The face that runs for `backend` on `device_type`: raises BackendMissing for a named one that cannot run."""

@@ -34,7 +34,17 @@ def _gram(x):
     x = rows(ntc(x)).to(_wide(x))
     mean = x.mean(0)
     centred = x - mean  # before the product: E[x x^T] - m m^T would cancel
-    return mean, (centred.T @ centred).div_(x.shape[0])
+    return mean, _row_product(centred).div_(x.shape[0]).to(mean.dtype)
+
+
+def _row_product(x):
+    """x^T x, on the CPU summed in fp64 over chunks of rows: a variance keeps the accuracy that batch_norm has there."""
+    if x.is_cuda or x.dtype == torch.float64:
+        return x.T @ x
+    total = x.new_zeros((x.shape[1], x.shape[1]), dtype=torch.float64)
+    for chunk in x.split(256):
+        total += chunk.T @ chunk
+    return total
 
 
 def _gram_backward(x, mean, dmean, dcov):
@@ -51,9 +61,10 @@ def _panes(xs, means, covs, weights, gammas, betas, eps):
     for x, m, s, w, gamma, beta in zip(xs, means, covs, weights, gammas, betas, strict=True):
         w = w.flatten(1).to(s.dtype)
         mean, var = w @ m, ((w @ s) * w).sum(1).clamp_min_(0)
-        a = gamma * (var + eps).rsqrt()
-        shift, scaled = (beta - a * mean).to(x.dtype), (a[:, None] * w).to(x.dtype).T
-        x = rows(ntc(x))
+        scaled = ((gamma * (var + eps).rsqrt())[:, None] * w).to(x.dtype)
+        # from the rounded weights, so that their rounding moves the centred rows only
+        shift = (beta.double() - scaled.double() @ m.double()).to(x.dtype)
+        x, scaled = rows(ntc(x)), scaled.T
         out = torch.addmm(shift, x, scaled) if out is None else out.add_(shift).addmm_(x, scaled)
         pane_mean.append(mean)
         pane_var.append(var)

@@ -1,0 +1,87 @@
+"""Configurations: the reference's keys, and errors that name what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from jasper_fast import Jasper, JasperConfig
+from jasper_fast.config import ConfigError
+from jasper_fast.eager import EagerJasper
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def small(**encoder):
+    block = {"filters": 16, "repeat": 2, "kernel_size": [5], "stride": [1], "dilation": [1], "dropout": 0.1}
+    block |= {"residual": True, "residual_dense": True}
+    encoder = {"in_feats": 8, "activation": "relu", "use_conv_masks": True, "blocks": [block]} | encoder
+    return {"encoder": encoder, "decoder": {"in_feats": 16, "n_classes": 5}}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_committed_configs_load_and_survive_a_round_trip(path):
+    config = JasperConfig.from_yaml(path)
+    assert JasperConfig.from_dict(config.to_dict()) == config
+    with torch.device("meta"):
+        ours, eager = Jasper(config, backend="reference"), EagerJasper(config)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in eager.state_dict().items()}
+
+
+def test_jasper_10x5_has_the_reference_size():
+    config = JasperConfig.from_yaml(CONFIGS / "jasper10x5dr.yaml")
+    with torch.device("meta"):
+        model = Jasper(config, backend="reference")
+    state = model.state_dict()
+    assert sum(p.numel() for p in model.parameters()) == 332_632_349
+    assert len(state) == 650
+    assert state["encoder.layers.10.conv.16.weight"].shape == (768, 768, 25)
+    assert state["encoder.layers.10.res.9.0.weight"].shape == (768, 768, 1)
+    assert state["encoder.layers.11.conv.0.weight"].shape == (896, 768, 29)
+    assert state["decoder.layers.0.weight"].shape == (29, 1024, 1)
+    assert config.decoder.n_classes == 29
+    assert config.input_train["spec_augment"]["max_time"] == 75
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(extra=1), "extra"),
+        (lambda c: c["encoder"].update(width=1), "encoder.width"),
+        (lambda c: c["encoder"]["blocks"][0].update(kernel=3), r"encoder.blocks\[0\].kernel"),
+        (lambda c: c["encoder"]["blocks"][0].pop("filters"), r"encoder.blocks\[0\].filters is missing"),
+        (lambda c: c["encoder"]["blocks"][0].update(dropout=1.0), "dropout"),
+        (lambda c: c["encoder"]["blocks"][0].update(kernel_size=[3, 5]), "kernel_size"),
+        (lambda c: c["encoder"]["blocks"][0].update(stride=[2]), "stride 1"),
+        (lambda c: c["encoder"].update(activation="tanh"), "tanh"),
+        (lambda c: c["encoder"].update(blocks=[]), "blocks is empty"),
+        (lambda c: c["decoder"].update(in_feats=7), "decoder.in_feats is 7"),
+        (lambda c: c["decoder"].pop("n_classes"), "n_classes is missing"),
+        (lambda c: c.pop("decoder"), "'decoder' is missing"),
+    ],
+)
+def test_errors_name_the_key(change, message):
+    config = small()
+    change(config)
+    with pytest.raises(ConfigError, match=message):
+        JasperConfig.from_dict(config)
+
+
+def test_the_given_dictionary_is_left_alone():
+    config = small()
+    JasperConfig.from_dict(config)
+    assert config == small()
+
+
+def test_files_are_named_in_errors(tmp_path):
+    with pytest.raises(ConfigError, match="none.yaml"):
+        JasperConfig.from_yaml(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("jasper: [unclosed")
+    with pytest.raises(ConfigError, match="broken.yaml"):
+        JasperConfig.from_yaml(broken)
+    broken.write_text("just a sentence")
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        JasperConfig.from_yaml(broken)

@@ -1,0 +1,117 @@
+"""The reference system's own numbers: evaluation, first gradients, BN buffers, four NovoGrad steps, on each face."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from jasper_fast import InferenceEngine, Jasper, JasperConfig, NovoGrad
+from jasper_fast.eager import EagerJasper
+
+
+@pytest.fixture(scope="module")
+def golden(shared):
+    from safetensors import safe_open
+
+    with safe_open(shared / "golden" / "jasper_small_dense.safetensors", "pt") as f:
+        meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    encoder = {
+        "in_feats": int(meta["in_feats"]),
+        "activation": "relu",
+        "use_conv_masks": True,
+        "blocks": json.loads(meta["blocks"]),
+    }
+    config = JasperConfig.from_dict({"encoder": encoder, "decoder": {"in_feats": 64, "n_classes": 29}})
+    return config, tensors
+
+
+def _named(tensors, prefix):
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _build(which, config, tensors):
+    model = EagerJasper(config) if which == "eager" else Jasper(config, backend=which)
+    model.load_state_dict(_named(tensors, "state."))
+    return model
+
+
+def _loss(model, tensors):
+    log_probs, lengths = model(tensors["features"], tensors["feature_lengths"])
+    losses = F.ctc_loss(
+        log_probs.transpose(0, 1),
+        tensors["targets"],
+        lengths,
+        tensors["target_lengths"],
+        blank=log_probs.shape[2] - 1,
+        reduction="none",
+    )
+    return log_probs, lengths, losses.mean()
+
+
+def _relative(got, want):
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+def _valid(lengths, frames):
+    return torch.arange(frames) < lengths[:, None]
+
+
+@pytest.fixture(params=["eager", "reference", "cpu"])
+def which(request):
+    if request.param == "cpu":
+        from conftest import make_face
+
+        make_face("cpu")
+    return request.param
+
+
+def test_evaluation(golden, which):
+    config, tensors = golden
+    model = _build(which, config, tensors).eval()
+    forwards = [model] if which == "eager" else [model, InferenceEngine(model)]
+    for forward in forwards:
+        with torch.no_grad():
+            log_probs, lengths = forward(tensors["features"], tensors["feature_lengths"])
+        assert torch.equal(lengths, tensors["eval.lengths"])
+        valid = _valid(lengths, log_probs.shape[1])
+        assert (log_probs - tensors["eval.log_probs"])[valid].abs().max() <= 1e-4
+
+
+def test_first_training_step(golden, which):
+    config, tensors = golden
+    model = _build(which, config, tensors).train()
+    log_probs, lengths, loss = _loss(model, tensors)
+    valid = _valid(lengths, log_probs.shape[1])
+    assert (log_probs - tensors["train.log_probs"])[valid].abs().max() <= 1e-3
+    assert _relative(loss.detach(), tensors["train.losses"][0]) <= 1e-4
+
+    want = _named(tensors, "stats_after_1.")
+    for name, buffer in model.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            assert torch.equal(buffer, want[name])
+        else:
+            assert _relative(buffer, want[name]) <= 1e-4, name
+
+    loss.backward()
+    want = _named(tensors, "grad.")
+    assert want.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        assert _relative(parameter.grad, want[name]) <= 1e-3, name
+
+
+def test_four_novograd_steps(golden, which):
+    config, tensors = golden
+    model = _build(which, config, tensors).train()
+    optimizer = NovoGrad(model.parameters(), lr=0.01, betas=(0.95, 0.0), weight_decay=1e-3, eps=1e-8)
+    for step in range(4):
+        loss = _loss(model, tensors)[2]
+        assert _relative(loss.detach(), tensors["train.losses"][step]) <= 1e-4
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    want = _named(tensors, "param_after_4.")
+    for name, parameter in model.named_parameters():
+        assert _relative(parameter.detach(), want[name]) <= 1e-3, name

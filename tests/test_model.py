@@ -1,0 +1,270 @@
+"""The model against its eager rival: shapes of every kind of block, masks, padding, NaN, modes, autocast, compile."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_face
+
+from jasper_fast import InferenceEngine, Jasper, JasperConfig
+from jasper_fast.backends import BackendMissing
+from jasper_fast.eager import EagerJasper
+
+
+def block(filters, repeat=1, k=5, s=1, d=1, dropout=0.0, residual=False, dense=False):
+    return {
+        "filters": filters,
+        "repeat": repeat,
+        "kernel_size": [k],
+        "stride": [s],
+        "dilation": [d],
+        "dropout": dropout,
+        "residual": residual,
+        "residual_dense": dense,
+    }
+
+
+def config(kind="dense", masks=True, dropout=0.0):
+    dense = kind == "dense"
+    residual = kind != "none"
+    blocks = [
+        block(16, k=11, s=2, dropout=dropout),
+        block(16, 2, 5, dropout=dropout, residual=residual, dense=dense),
+        block(24, 3, 7, dropout=dropout, residual=residual, dense=dense),
+        block(24, 1, 3, dropout=dropout, residual=residual, dense=dense),
+        block(32, k=9, d=2, dropout=dropout),
+        block(40, k=1, dropout=dropout),
+    ]
+    return JasperConfig.from_dict(
+        {
+            "encoder": {"in_feats": 8, "activation": "relu", "use_conv_masks": masks, "blocks": blocks},
+            "decoder": {"in_feats": 40, "n_classes": 7},
+        }
+    )
+
+
+def pair(cfg, backend, seed=0):
+    """(eager, ours) with the same parameters and lively running statistics."""
+    torch.manual_seed(seed)
+    eager = EagerJasper(cfg)
+    for name, buffer in eager.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.1)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+    ours = Jasper(cfg, backend=backend)
+    ours.load_state_dict(eager.state_dict())
+    return eager, ours
+
+
+def batch(n=3, t=61, lengths=(61, 40, 13)):
+    features, lengths = torch.randn(n, 8, t), torch.tensor(lengths)
+    return features, lengths
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    return make_face(request.param).name
+
+
+def valid_rows(log_probs, lengths):
+    return torch.arange(log_probs.shape[1]) < lengths[:, None]
+
+
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("kind", ["dense", "plain", "none"])
+def test_evaluation_equals_eager(kind, masks, backend):
+    eager, ours = pair(config(kind, masks), backend)
+    features, lengths = batch()
+    with torch.no_grad():
+        want, want_lengths = eager.eval()(features, lengths)
+        for forward in (ours.eval(), InferenceEngine(ours)):
+            got, got_lengths = forward(features, lengths)
+            assert torch.equal(got_lengths, want_lengths)
+            rows = valid_rows(want, want_lengths)
+            torch.testing.assert_close(got[rows], want[rows], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dense", "plain", "none"])
+def test_training_step_equals_eager(kind, backend):
+    eager, ours = pair(config(kind), backend)
+    features, lengths = batch()
+    features.requires_grad_(backend == "reference")
+    grads = []
+    for model in (eager, ours):
+        log_probs, out = model.train()(features, lengths)
+        rows = valid_rows(log_probs, out)
+        torch.manual_seed(1)
+        (log_probs * torch.randn(log_probs.shape))[rows].sum().backward()
+        grads.append({k: p.grad for k, p in model.named_parameters()})
+        if features.requires_grad:
+            grads[-1]["features"], features.grad = features.grad, None
+    for name, want in grads[0].items():
+        scale = want.abs().max().clamp_min(1e-6)
+        assert (grads[1][name] - want).abs().max() <= 2e-4 * scale, name
+    for name, want in eager.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], want, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_frozen_batch_norm_equals_eager(backend):
+    eager, ours = pair(config(), backend)
+    features, lengths = batch()
+    grads = []
+    for model in (eager, ours):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm1d):
+                module.eval()
+        before = copy.deepcopy(model.state_dict())
+        log_probs, out = model(features, lengths)
+        torch.manual_seed(1)
+        (log_probs * torch.randn(log_probs.shape))[valid_rows(log_probs, out)].sum().backward()
+        grads.append({k: p.grad for k, p in model.named_parameters()})
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    for name, want in grads[0].items():
+        assert (grads[1][name] - want).abs().max() <= 2e-4 * want.abs().max().clamp_min(1e-6), name
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_garbage_in_the_padding_changes_nothing(backend, training):
+    cfg = config(dropout=0.2)
+    features, lengths = batch()
+    padding = torch.arange(features.shape[2]) >= lengths[:, None, None]
+    results = []
+    for garbage in (0.0, 1e30, float("nan")):
+        _, ours = pair(cfg, backend)
+        ours.train(training)
+        torch.manual_seed(3)
+        log_probs, out = ours(features.masked_fill(padding, garbage), lengths)
+        picked = log_probs[valid_rows(log_probs, out)]
+        if training:
+            picked.sum().backward()
+            picked = torch.cat([picked.flatten(), *(p.grad.flatten() for p in ours.parameters())])
+        results.append(picked.detach())
+    assert results[0].isfinite().all()
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_garbage_in_the_padding_changes_nothing_in_the_engine(backend):
+    _, ours = pair(config(), backend)
+    engine = InferenceEngine(ours.eval())
+    features, lengths = batch()
+    padding = torch.arange(features.shape[2]) >= lengths[:, None, None]
+    want, out = engine(features, lengths)
+    got, _ = engine(features.masked_fill(padding, float("nan")), lengths)
+    rows = valid_rows(want, out)
+    assert torch.equal(got[rows], want[rows])
+
+
+def test_an_utterance_in_a_batch_scores_as_it_does_alone(backend):
+    _, ours = pair(config(), backend)
+    features, lengths = batch()
+    for forward in (ours.eval(), InferenceEngine(ours)):
+        with torch.no_grad():
+            together, out = forward(features, lengths)
+            for i, length in enumerate(lengths.tolist()):
+                alone, _ = forward(features[i : i + 1, :, :length], lengths[i : i + 1])
+                n = out[i]
+                torch.testing.assert_close(together[i, :n], alone[0, :n], atol=1e-5, rtol=1e-5)
+                assert torch.equal(together[i, :n].argmax(1), alone[0, :n].argmax(1))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nan_in_a_valid_frame_reaches_the_loss(backend, training):
+    _, ours = pair(config(), backend)
+    features, lengths = batch()
+    features[1, 3, 7] = float("nan")
+    log_probs, out = ours.train(training)(features, lengths)
+    loss = F.ctc_loss(log_probs.transpose(0, 1), torch.tensor([[1, 2]] * 3), out, torch.tensor([2, 2, 2]), blank=6)
+    assert loss.isnan()
+
+
+def test_dropout_differs_between_steps_and_repeats_with_the_generator(backend):
+    _, ours = pair(config(dropout=0.3), backend)
+    features, lengths = batch()
+    ours.train()
+    runs = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        runs.append([ours(features, lengths)[0].detach() for _ in range(2)])
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert torch.equal(runs[0][1], runs[1][1])
+    assert not torch.equal(runs[0][0], runs[0][1])
+    assert not torch.equal(runs[0][0], runs[2][0])
+
+
+def test_faces_give_the_same_training_step():
+    """Same seed, same masks: the cpu face's step equals the reference face's, dropout on."""
+    make_face("cpu")
+    features, lengths = batch()
+    results = []
+    for backend in ("reference", "cpu"):
+        _, ours = pair(config(dropout=0.2), backend)
+        torch.manual_seed(4)
+        log_probs, out = ours.train()(features, lengths)
+        log_probs[valid_rows(log_probs, out)].square().mean().backward()
+        results.append([p.grad for p in ours.parameters()])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4 * want.abs().max().item(), rtol=1e-3)
+
+
+def test_bfloat16_autocast_trains_close_to_fp32():
+    cfg = config()
+    features, lengths = batch()
+    losses = []
+    for enabled in (False, True):
+        _, ours = pair(cfg, "reference")
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            log_probs, out = ours.train()(features, lengths)
+        assert log_probs.dtype == torch.float32
+        loss = log_probs[valid_rows(log_probs, out)].square().mean()
+        loss.backward()
+        assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in ours.parameters())
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+
+
+def test_compile_has_no_graph_break(backend):
+    _, ours = pair(config(dropout=0.2), backend)
+    features, lengths = batch()
+    explained = torch._dynamo.explain(ours.train())(features, lengths)
+    assert explained.graph_break_count == 0, explained.break_reasons
+
+
+def test_compiled_forward_and_gradients_match(backend):
+    _, ours = pair(config(), backend)
+    features, lengths = batch()
+    grads = []
+    for model in (ours, torch.compile(ours, backend="aot_eager", fullgraph=True)):
+        ours.zero_grad()
+        log_probs, out = model(features, lengths)
+        log_probs[valid_rows(log_probs, out)].square().mean().backward()
+        grads.append([p.grad.clone() for p in ours.parameters()])
+    for want, got in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5 * want.abs().max().item(), rtol=1e-4)
+
+
+def test_bad_input_is_named():
+    ours = Jasper(config(), backend="reference")
+    with pytest.raises(ValueError, match=r"features must be \(N, 8, T\)"):
+        ours(torch.randn(2, 9, 20), torch.tensor([20, 20]))
+    with pytest.raises(ValueError, match="lengths"):
+        ours(torch.randn(2, 8, 20), torch.tensor([20.0, 20.0]))
+    with pytest.raises(ValueError, match="not one of"):
+        Jasper(config(), backend="metal")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_backend_that_cannot_run_here_says_how_to_get_it():
+    with pytest.raises(BackendMissing, match="GPU"):
+        Jasper(config(), backend="cuda")
+
+
+def test_one_frame_in_training_raises_what_pytorch_raises(backend):
+    _, ours = pair(config(), backend)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        ours.train()(torch.randn(1, 8, 2), torch.tensor([2]))
