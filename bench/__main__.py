@@ -1,0 +1,195 @@
+"""`python -m bench SUBCOMMAND`: measure jasper_fast on this machine. No data set is needed."""
+
+import argparse
+import dataclasses
+import datetime
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from bench import goals, harness, limits, machine, tables
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DEFAULT_OUT = machine.ROOT / "build" / "bench"
+
+
+def parser() -> argparse.ArgumentParser:
+    """All subcommands and their options."""
+    top = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    sub = top.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--device", default=None, help="cpu, cuda or cuda:1 (default: the GPU where there is one)")
+    common.add_argument("--dtype", choices=DTYPES, default=None, help="default: fp32 on a CPU, bf16 on a GPU")
+    common.add_argument(
+        "--backend",
+        default="auto",
+        choices=("auto", "reference", "cpu", "triton", "cuda"),
+        help="the face of jasper_fast's ops that is timed",
+    )
+    common.add_argument(
+        "--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="folder for the JSON file (default: build/bench)"
+    )
+    common.add_argument("--quick", action="store_true", help="the goals' cases only, fewer repetitions")
+    common.add_argument("--rivals", default="default", help="default, all, or names with commas (see bench/rivals.py)")
+    common.add_argument("--threads", type=int, default=None, help="CPU threads for all contenders (default: PyTorch's)")
+    common.add_argument("--seconds", type=float, default=None, help="time to spend on each case")
+    common.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the finished rows of the last run cut off on this machine and commit",
+    )
+
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        return sub.add_parser(name, help=help, description=help, parents=[common])
+
+    add("kernels", "each op at each Jasper layer shape, beside the eager chain").add_argument(
+        "--op", default="all", help="bn_relu_dropout, ... or all"
+    )
+    add("train", "training steps: forward + backward and full, utterances per second").add_argument(
+        "--model",
+        action="append",
+        metavar="NAME[:N,T]",
+        help="small, medium, jasper10x5 or a YAML file, with batch and frames",
+    )
+    latency = add("latency", "percentiles of a batch's time by batch size and audio length")
+    latency.add_argument("--model", default="jasper10x5", help="small, medium, jasper10x5 or a YAML file")
+    latency.add_argument("--full", action="store_true", help="the whole grid of batch sizes and lengths on a CPU too")
+    add("memory", "bytes that a training forward keeps for backward, and the step's peak").add_argument(
+        "--model",
+        action="append",
+        metavar="NAME[:N,T]",
+        help="small, medium, jasper10x5 or a YAML file, with batch and frames",
+    )
+    add("all", "kernels, train, latency and memory: small, medium and Jasper 10x5, in under 10 minutes on two cores")
+    report = sub.add_parser(
+        "report",
+        help="one self-contained HTML page, or the README's table, from results",
+        description="One self-contained HTML page, or the README's table, from results.",
+    )
+    report.add_argument(
+        "results",
+        nargs="*",
+        type=Path,
+        help="JSON files (default: the newest in build/bench; with --readme, those in bench/results)",
+    )
+    report.add_argument(
+        "--html", type=Path, default=None, help="where the page goes (default: beside the first result)"
+    )
+    report.add_argument("--readme", action="store_true", help="write the table between the markers of README.md")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status."""
+    args = parser().parse_args(arguments)
+    if args.command == "report":
+        from bench import report
+
+        return report.main(args.results, args.html, args.readme)
+    run = start(args)
+    SUBCOMMANDS[args.command](run, args)
+    found = goals.judge(run.results.data["rows"], run.device.type)
+    run.results.data["goals"] = found
+    run.results.data["seconds"] = round(time.monotonic() - run.started, 1)
+    if not run.out_of_time():
+        run.results.data["finished"] = True
+    run.results.write()
+    tables.show(run.results.data["rows"], found)
+    tables.console.print(f"wrote {_relative(run.results.path)}")
+    if args.command in ("all", "gpu"):
+        from bench import report
+
+        report.main([run.results.path], None, False)
+    return 1 if any(row["status"] == "wrong" and row["ours"] for row in run.results.data["rows"]) else 0
+
+
+def start(args: argparse.Namespace) -> harness.Run:
+    """Device, precision and result file of a run; its ceilings measured first."""
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: this PyTorch sees no GPU (python -m jasper_fast info says more)")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
+    effort = harness.QUICK if args.quick else harness.Effort()
+    if args.seconds:
+        effort = dataclasses.replace(effort, seconds=args.seconds)
+    header = harness.header(device, vars(args)) | {"command": args.command}
+    path = _resumable(args, header) if args.resume else None
+    if path is None:
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        name, commit = machine.slug(header["machine"]["name"]), header["machine"]["commit"] or "nogit"
+        path = args.out / f"{args.command}_{name}_{stamp}_{commit}.json"
+    results = harness.Results(path, header, args.resume)
+    run = harness.Run(device, dtype, args.backend, args.quick, results, effort, rivals=args.rivals)
+    if not results.limits:
+        with harness.console.status("measuring the machine's limits"):
+            results.data["limits"] = limits.measure(device, args.quick)
+        results.write()
+    return run
+
+
+def _resumable(args: argparse.Namespace, header: dict) -> Path | None:
+    """The newest unfinished result of the same subcommand, machine and commit."""
+    for path in sorted(args.out.glob(f"{args.command}_{machine.slug(header['machine']['name'])}_*.json"), reverse=True):
+        if harness.unfinished(path, header):
+            return path
+    return None
+
+
+def _grid(models: list[str] | None, default: tuple[int, int]) -> tuple:
+    """("small", 8, 400) from "small:8,400"."""
+    grid = []
+    for text in models or ():
+        model, _, batch = text.rpartition(":") if ":" in text else (text, "", "")
+        N, T = (int(v) for v in batch.split(",")) if batch else default
+        grid.append((model, N, T))
+    return tuple(grid)
+
+
+def _kernels(run: harness.Run, args: argparse.Namespace) -> None:
+    from bench import kernels
+
+    if args.op not in ("all", *kernels.OPS):
+        raise SystemExit(f"--op {args.op}: not one of {', '.join(kernels.OPS)}, all")
+    kernels.main(run, args.op)
+
+
+def _train(run: harness.Run, args: argparse.Namespace) -> None:
+    from bench import train
+
+    train.main(run, _grid(args.model, (8, 400)))
+
+
+def _latency(run: harness.Run, args: argparse.Namespace) -> None:
+    from bench import latency
+
+    latency.main(run, args.model, args.full)
+
+
+def _memory(run: harness.Run, args: argparse.Namespace) -> None:
+    from bench import memory
+
+    memory.main(run, _grid(args.model, (2, 400)))
+
+
+def _all(run: harness.Run, args: argparse.Namespace) -> None:
+    from bench import kernels, latency, memory, train
+
+    kernels.main(run)
+    train.main(run)
+    latency.main(run)
+    memory.main(run)
+
+
+SUBCOMMANDS = {"kernels": _kernels, "train": _train, "latency": _latency, "memory": _memory, "all": _all}
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""No number for a wrong result: every contender is compared with fp64 before, and again after, it is timed."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """A contender may be at most `factor` times as far from the fp64 result as plain PyTorch at the same precision,
+    plus `floor` units of that precision; with no plain PyTorch beside it, at most `relative` away."""
+
+    factor: float = 2.0
+    floor: float = 2.0
+    relative: float = 1e-3
+
+
+def complaints(
+    got: Mapping[str, Tensor], low: Mapping[str, Tensor] | None, ref: Mapping[str, Tensor], tol: Tolerance
+) -> list[str]:
+    """What is wrong with `got`, one line a tensor; empty when all is well.
+
+    Max norm and RMS norm are both held: the first sees one wrong element, the second a small error everywhere.
+    """
+    wrong = [f"{name}: missing" for name in ref if name not in got]
+    for name in (n for n in ref if n in got):
+        line = _compare(name, got[name], None if low is None else low[name], ref[name], tol)
+        wrong += [line] if line else []
+    return wrong
+
+
+def _compare(name: str, got: Tensor, low: Tensor | None, ref: Tensor, tol: Tolerance) -> str | None:
+    if got.shape != ref.shape:
+        return f"{name}: shape {tuple(got.shape)}, expected {tuple(ref.shape)}"
+    if not got.is_floating_point():
+        return (
+            None if torch.equal(got.to(ref.device, ref.dtype), ref) else f"{name}: differs from the expected integers"
+        )
+    got, ref = got.detach().to(ref.device).double(), ref.detach().double()
+    for norm, measure in (("max", _max), ("rms", _rms)):
+        scale, error = measure(ref), measure(got - ref)
+        if low is None:
+            allowed = tol.relative * scale
+        else:
+            plain = low.detach().to(ref.device)
+            allowed = tol.factor * measure(plain.double() - ref) + tol.floor * torch.finfo(plain.dtype).eps * scale
+        if not error <= allowed:  # written so that a NaN is a complaint
+            share = error / scale if scale else math.inf
+            return f"{name}: {norm} error {error:.2e} ({share:.1e} of its size), allowed {allowed:.2e}"
+    return None
+
+
+def _max(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def _rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item() if x.numel() else 0.0
+
+
+def keep_rate_complaint(kept: int, of: int, p: float) -> str | None:
+    """Dropout must keep 1-p of `of` elements, within five standard deviations."""
+    sigma = math.sqrt(p * (1 - p) / of)
+    rate = kept / of
+    return (
+        None if abs(rate - (1 - p)) <= 5 * sigma else f"dropout keeps {rate:.4f} of {of} elements, expected {1 - p:.4f}"
+    )
+
+
+def poison(like: Mapping[str, Tensor]) -> None:
+    """Leave NaN in the memory that the allocator will hand out next, so that an element nobody writes shows."""
+    filled = [torch.full_like(t, math.nan) for t in like.values() if t.is_floating_point() for _ in range(2)]
+    del filled

@@ -1,0 +1,479 @@
+"""Contenders on the same inputs, checked, then timed in turns: A B A B ... so that drift hits all alike.
+
+A `Case` is one question (an op at a shape, a model at a batch). Its contenders are built, compared with fp64 on two
+different inputs, warmed up, timed in rounds, and compared once more; a contender that is absent, fails or is wrong
+becomes a row that says so and carries no number.
+"""
+
+import contextlib
+import gc
+import hashlib
+import json
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from bench import correct, machine
+
+SCHEMA = 1
+CONFIDENCE = 0.95
+PERCENTILES = (0.05, 0.20, 0.50, 0.80, 0.90, 0.95, 0.99)
+console = Console(stderr=True)
+
+
+class Absent(Exception):
+    """A rival that this machine does not have; the message says how to get it."""
+
+
+@dataclass
+class Runner:
+    """A contender ready to run.
+
+    `run` is what is timed. `outputs` computes the same with dropout off, from the case's current inputs, and returns
+    the tensors to compare. `extra` returns further complaints (dropout's rate, for instance).
+    """
+
+    run: Callable[[], object]
+    outputs: Callable[[], Mapping[str, Tensor]]
+    extra: Callable[[], list[str]] = lambda: []
+
+
+@dataclass
+class Contender:
+    """A name and how to build it; `build` may raise `Absent`."""
+
+    name: str
+    build: Callable[[], Runner]
+
+
+@dataclass
+class Case:
+    """One question put to several contenders.
+
+    `refill(seed)` writes new values into the inputs in place; `reference()` is the fp64 answer to the current inputs
+    and `low()` plain PyTorch's at the precision under test (None: `tolerance.relative` holds instead).
+    `flops` and `nbytes` are the least that the computation must do and move; `items` is what one run completes
+    (utterances, for instance), for throughput.
+    """
+
+    bench: str
+    key: dict
+    contenders: Sequence[Contender]
+    refill: Callable[[int], None]
+    reference: Callable[[], Mapping[str, Tensor]]
+    low: Callable[[], Mapping[str, Tensor]] | None = None
+    tolerance: correct.Tolerance = field(default_factory=correct.Tolerance)
+    ours: str = "jasper_fast"
+    flops: float = 0.0
+    nbytes: float = 0.0
+    items: float = 0.0
+    dtype: str = "float32"
+    wall: bool = False
+    runners: dict[str, Runner] = field(default_factory=dict)
+    failed: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """The case's key as one string, the same in every run."""
+        return self.bench + " " + " ".join(f"{k}={v}" for k, v in self.key.items())
+
+    def label(self) -> str:
+        """The case for people."""
+        return " ".join(str(v) for v in self.key.values())
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to time a case: until every ratio's interval is narrower than +-`target`, within these bounds."""
+
+    seconds: float = 6.0
+    min_rounds: int = 12
+    max_rounds: int = 300
+    target: float = 0.01
+
+
+QUICK = Effort(seconds=1.5, min_rounds=5, max_rounds=60, target=0.02)
+
+
+# ------------------------------------------------------------------ clocks
+
+
+class WallClock:
+    """Host time around a call, device work included: what someone waiting for an answer sees."""
+
+    min_sample = 2e-3
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def sample(self, run: Callable[[], object], inner: int) -> float:
+        """Seconds of one run, the mean over `inner` runs."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        for _ in range(inner):
+            run()
+        synchronize(self.device)
+        return (time.perf_counter() - start) / inner
+
+
+class CudaClock:
+    """Device time between events, with the L2 cache flushed before each run."""
+
+    min_sample = 0.0
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        self.flush = torch.empty(max(size, 32 << 20), dtype=torch.int8, device=device)
+
+    def sample(self, run: Callable[[], object], inner: int) -> float:
+        """Seconds of one run, the mean over `inner` runs."""
+        total = 0.0
+        for _ in range(inner):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.flush.zero_()
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            total += start.elapsed_time(end) / 1e3
+        return total / inner
+
+
+def clock(device: torch.device, wall: bool) -> WallClock | CudaClock:
+    """Events on a GPU unless the question is a person's waiting time."""
+    return CudaClock(device) if device.type == "cuda" and not wall else WallClock(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ------------------------------------------------------------------ preparing
+
+
+def prepare(case: Case) -> None:
+    """Build the contenders, refuse the wrong ones, warm up the rest."""
+    for contender in case.contenders:
+        with caught(case, contender.name):
+            case.runners[contender.name] = contender.build()
+    check(case, seeds=(1, 2))
+    for name in list(case.runners):
+        with caught(case, name):
+            for _ in range(2):
+                case.runners[name].run()
+    gc.collect()
+
+
+def check(case: Case, seeds: Iterable[int]) -> None:
+    """Compare every runner with fp64 on fresh inputs; a wrong one loses its place.
+
+    Two seeds at least: an answer left over from the first inputs is wrong for the second. Contenders run before the
+    reference and after `poison`, so no correct answer lies about in freed memory for them to leave unwritten.
+    """
+    for seed in seeds:
+        case.refill(seed)
+        got = {}
+        for name in list(case.runners):
+            with caught(case, name):
+                if got:
+                    correct.poison(next(iter(got.values())))
+                got[name] = {k: v.detach().clone() for k, v in case.runners[name].outputs().items()}
+        if not got:
+            return
+        low = case.low() if case.low else None
+        ref = case.reference()
+        for name in list(case.runners):
+            with caught(case, name):
+                wrong = correct.complaints(got[name], low, ref, case.tolerance) + case.runners[name].extra()
+                if wrong:
+                    case.failed[name] = ("wrong", "; ".join(wrong[:4]))
+                    del case.runners[name]
+
+
+@contextlib.contextmanager
+def caught(case: Case, name: str):
+    """A contender's failure is its own row, never the end of the run."""
+    try:
+        yield
+    except Absent as error:
+        case.failed[name] = ("absent", str(error))
+        case.runners.pop(name, None)
+    except Exception as error:  # whatever a rival raises belongs in its row
+        case.failed[name] = (
+            "failed",
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}",
+        )
+        case.runners.pop(name, None)
+
+
+# ------------------------------------------------------------------ timing
+
+
+def measure(
+    case: Case, device: torch.device, effort: Effort, on_round: Callable[[float], None] = lambda share: None
+) -> list[dict]:
+    """Time a prepared case; returns one row a contender."""
+    samples, inner = _rounds(case, clock(device, case.wall), effort, on_round)
+    check(case, seeds=(3,))  # what was right before the timing must still be right after it
+    return rows(case, {name: s for name, s in samples.items() if name in case.runners}, inner, device)
+
+
+def _rounds(
+    case: Case, ticker: WallClock | CudaClock, effort: Effort, on_round: Callable[[float], None]
+) -> tuple[dict, dict]:
+    names = list(case.runners)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    inner: dict[str, int] = {}
+    for name in names:
+        with caught(case, name):
+            once = ticker.sample(case.runners[name].run, 1)
+            inner[name] = max(1, int(ticker.min_sample / max(once, 1e-9)))
+    names = [n for n in names if n in case.runners]
+    was_enabled, started, done = gc.isenabled(), time.perf_counter(), 0
+    gc.disable()
+    try:
+        while names and done < effort.max_rounds:
+            order = names if done % 2 == 0 else names[::-1]  # A B, B A: no one always runs on another's caches
+            for name in order:
+                with caught(case, name):
+                    samples[name].append(ticker.sample(case.runners[name].run, inner[name]))
+            names = [n for n in names if n in case.runners]
+            done += 1
+            spent = time.perf_counter() - started
+            on_round(min(1.0, max(spent / effort.seconds, done / effort.max_rounds)))
+            enough = done >= effort.min_rounds and done % 4 == 0 and _settled(case, samples, names, effort.target)
+            late = spent > effort.seconds and (done >= effort.min_rounds or (spent > 3 * effort.seconds and done >= 3))
+            if enough or late:
+                break
+            if done % 8 == 0:
+                gc.collect(0)
+    finally:
+        if was_enabled:
+            gc.enable()
+    return samples, inner
+
+
+def _settled(case: Case, samples: dict[str, list[float]], names: Sequence[str], target: float) -> bool:
+    if case.ours not in names or len(names) < 2:
+        return False
+    intervals = (ratio(samples[n], samples[case.ours], resamples=200) for n in names if n != case.ours)
+    return all((r["high"] - r["low"]) / 2 <= target * r["median"] for r in intervals)
+
+
+def ratio(rival: Sequence[float], ours: Sequence[float], resamples: int = 2000, seed: int = 0) -> dict:
+    """Rival time / our time, pair by pair: the median and its bootstrap 95 % interval (rounds drawn again in short
+    runs of neighbours, because neighbouring rounds share the machine's mood)."""
+    pairs = [r / o for r, o in zip(rival, ours, strict=False)]
+    rng, n = random.Random(seed), len(pairs)
+    block = max(1, round(n ** (1 / 3)))
+    medians = []
+    for _ in range(resamples):
+        drawn: list[float] = []
+        while len(drawn) < n:
+            start = rng.randrange(n)
+            drawn += [pairs[(start + i) % n] for i in range(block)]
+        medians.append(statistics.median(drawn[:n]))
+    medians.sort()
+    low, high = (medians[min(resamples - 1, int(q * resamples))] for q in ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    return {"median": statistics.median(pairs), "low": low, "high": high, "confidence": CONFIDENCE, "pairs": n}
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """The q-quantile by linear interpolation."""
+    ordered = sorted(values)
+    at = q * (len(ordered) - 1)
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
+def summary(samples: Sequence[float], inner: int) -> dict:
+    """Quantiles of the samples in seconds; a sample is the mean of `inner` runs."""
+    return {
+        "median": statistics.median(samples),
+        "mean": statistics.fmean(samples),
+        "min": min(samples),
+        **{f"p{round(100 * q):02d}": quantile(samples, q) for q in PERCENTILES},
+        "samples": len(samples),
+        "inner": inner,
+    }
+
+
+def rows(
+    case: Case, samples: Mapping[str, Sequence[float]], inner: Mapping[str, int], device: torch.device
+) -> list[dict]:
+    """One row a contender, in the case's order; a contender without samples says why."""
+    made = []
+    for contender in case.contenders:
+        name = contender.name
+        row = {
+            "id": f"{case.id} / {name}",
+            "bench": case.bench,
+            "key": case.key,
+            "contender": name,
+            "ours": name == case.ours,
+        }
+        row |= {
+            "dtype": case.dtype,
+            "flops": case.flops,
+            "bytes": case.nbytes,
+            "clock": "wall" if case.wall or device.type != "cuda" else "events",
+        }
+        if name in case.failed:
+            status, why = case.failed[name]
+            made.append(row | {"status": status, "why": why})
+            continue
+        time_s = summary(samples[name], inner[name])
+        row |= {"status": "ok", "time_s": time_s}
+        if case.flops:
+            row["flops_per_s"] = case.flops / time_s["median"]
+        if case.nbytes:
+            row["bytes_per_s"] = case.nbytes / time_s["median"]
+        if case.items:
+            row["items_per_s"] = case.items / time_s["median"]
+        if name != case.ours and case.ours in samples and case.ours not in case.failed:
+            row["ratio"] = ratio(samples[name], samples[case.ours])
+        made.append(row)
+    return made
+
+
+def against_limits(row: dict, limits: dict) -> None:
+    """Add the floor that the machine's measured ceilings set for the row, and how near the row comes to it."""
+    rate, bandwidth = limits.get("matmul_flops_per_s", {}).get(row["dtype"]), limits.get("copy_bytes_per_s")
+    floors = {}
+    if rate and row["flops"]:
+        floors["compute"] = row["flops"] / rate
+    if bandwidth and row["bytes"]:
+        floors["memory"] = row["bytes"] / bandwidth
+    if floors:
+        bound = max(floors, key=floors.__getitem__)
+        row["limit"] = {"bound": bound, "floor_s": floors[bound]}
+        if row["status"] == "ok":
+            row["limit"]["share"] = floors[bound] / row["time_s"]["median"]
+
+
+# ------------------------------------------------------------------ results on disk
+
+
+class Results:
+    """One JSON file a run, written again after every case, so that a run cut off keeps what it finished."""
+
+    def __init__(self, path: Path, header: dict, resume: bool = False) -> None:
+        self.path = path
+        self.data = {"schema": SCHEMA, **header, "limits": {}, "rows": [], "finished": False}
+        if resume and unfinished(path, header):
+            old = json.loads(path.read_text())
+            self.data |= {"rows": old["rows"], "limits": old["limits"], "resumed": old.get("resumed", 0) + 1}
+
+    @property
+    def limits(self) -> dict:
+        """The machine's measured ceilings."""
+        return self.data["limits"]
+
+    def has(self, case_id: str) -> bool:
+        """Whether a run before this one finished the case."""
+        return any(row["id"].startswith(case_id + " / ") for row in self.data["rows"])
+
+    def add(self, rows: Iterable[dict]) -> None:
+        """Put rows in, replacing those of the same id, and write the file."""
+        new = {row["id"]: row for row in rows}
+        for row in new.values():
+            against_limits(row, self.limits)
+        self.data["rows"] = [r for r in self.data["rows"] if r["id"] not in new] + list(new.values())
+        self.write()
+
+    def write(self) -> None:
+        """Write the file whole or not at all."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.data, indent=1) + "\n")
+        os.replace(part, self.path)
+
+
+def unfinished(path: Path, header: dict) -> bool:
+    """Whether `path` holds a run of the same subcommand, machine and commit that was cut off."""
+    if not path.exists():
+        return False
+    old = json.loads(path.read_text())
+    same = old["command"] == header["command"] and all(
+        old["machine"][k] == header["machine"][k] for k in ("name", "commit", "dirty")
+    )
+    return same and not old["finished"]
+
+
+@dataclass
+class Run:
+    """What every subcommand gets: device, precision, effort, and where results go."""
+
+    device: torch.device
+    dtype: torch.dtype
+    backend: str
+    quick: bool
+    results: Results
+    effort: Effort = Effort()
+    deadline: float | None = None
+    rivals: str = "default"
+    started: float = field(default_factory=time.monotonic)
+
+    def out_of_time(self) -> bool:
+        """Whether the run's time is spent."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def cases(self, title: str, cases: Sequence[Case]) -> list[dict]:
+        """Prepare all, then time all, showing progress; rows go to disk case by case."""
+        todo = [case for case in cases if not self.results.has(case.id)]
+        done: list[dict] = []
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(title, total=len(todo) * 2)
+            for i, case in enumerate(todo):
+                if self.out_of_time():
+                    break
+                progress.update(task, description=f"{title}: check and warm up {case.label()}", completed=i)
+                prepare(case)
+            for i, case in enumerate(todo):
+                if self.out_of_time():
+                    console.print(f"{title}: out of time, {len(todo) - i} cases left; go on with --resume")
+                    break
+                progress.update(task, description=f"{title}: time {case.label()}", completed=len(todo) + i)
+                made = measure(
+                    case,
+                    self.device,
+                    self.effort,
+                    lambda share, i=i: progress.update(task, completed=len(todo) + i + share),
+                )
+                case.runners.clear()
+                self.results.add(made)
+                done += made
+        return done
+
+
+def header(device: torch.device, arguments: Mapping[str, object]) -> dict:
+    """The part of a result that says where it comes from."""
+    return {
+        "machine": machine.describe(device),
+        "arguments": {k: str(v) for k, v in arguments.items()},
+        "effort": asdict(Effort()),
+    }
+
+
+def seeded(seed: int, device: torch.device) -> torch.Generator:
+    """A generator for inputs, on the device that holds them."""
+    return torch.Generator(device).manual_seed(seed)
+
+
+def stable_seed(*parts: object) -> int:
+    """A seed that names give, the same in every process."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")

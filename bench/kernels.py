@@ -1,0 +1,257 @@
+"""How fast is each op at each Jasper layer's shape: forward, backward, both; against the eager chain.
+
+`python -m bench kernels --op bn_relu_dropout`
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from jasper_fast.kernels import layout
+from torch import Tensor
+
+from bench import correct, counts, rivals
+from bench.harness import Case, Contender, Run, Runner, seeded, stable_seed
+from jasper_fast import ops
+
+P, EPS, MOMENTUM = 0.2, 1e-3, 0.1
+MODES = ("forward", "backward", "both")
+# (N, C, T) on a CPU: the first two are the ones that goals are set for; the others are Jasper 10x5's remaining widths
+CPU_SHAPES = ((8, 256, 800), (4, 768, 800), (4, 384, 800), (4, 512, 800), (4, 640, 800), (4, 896, 800), (4, 1024, 800))
+GPU_SHAPES = tuple((32, C, 832) for C in (256, 768, 384, 512, 640, 896, 1024)) + ((1, 256, 352), (1, 768, 352))
+GRADIENTS = ("dy", "dgamma", "dbeta", "dres")
+
+
+class Inputs:
+    """One shape's tensors in both memories, the same values in each, refilled in place."""
+
+    def __init__(self, N: int, C: int, T: int, dtype: torch.dtype, device: torch.device, residual: bool) -> None:
+        self.device, self.dtype = device, dtype
+        names = ("y", "dz", "residual") if residual else ("y", "dz")
+        self.nct = {n: torch.empty(N, C, T, dtype=dtype, device=device) for n in names}
+        self.ntc = {n: layout.ntc(t) for n, t in self.nct.items()}
+        self.gamma, self.beta = torch.empty(C, device=device), torch.empty(C, device=device)
+        self.lengths = torch.empty(N, dtype=torch.int64, device=device)
+        for t in (*self.nct.values(), *self.ntc.values(), self.gamma, self.beta):
+            t.requires_grad_()
+        self.nct["dz"].requires_grad_(False)
+        self.ntc["dz"].requires_grad_(False)
+        self.refill(0)
+
+    @torch.no_grad()
+    def refill(self, seed: int) -> None:
+        """New values everywhere; lengths between half and full, the first full."""
+        g = seeded(stable_seed("bn_relu_dropout", seed), self.device)
+        N, C, T = self.nct["y"].shape
+        for name, t in self.nct.items():
+            t.copy_(torch.randn(N, C, T, generator=g, device=self.device).mul_(1.5 if name == "y" else 1.0))
+            self.ntc[name].copy_(t)
+        self.gamma.copy_(torch.rand(C, generator=g, device=self.device) + 0.5)
+        self.beta.copy_(torch.randn(C, generator=g, device=self.device) * 0.3)
+        self.lengths.copy_(torch.randint(T // 2, T + 1, (N,), generator=g, device=self.device))
+        self.lengths[0] = T
+
+    def fresh_running(self) -> tuple[Tensor, Tensor]:
+        """Running statistics as a new layer has them."""
+        C = self.gamma.numel()
+        return torch.zeros(C, device=self.device), torch.ones(C, device=self.device)
+
+
+def mask(lengths: Tensor, T: int) -> Tensor:
+    """(N, 1, T), true at t >= length, as the reference builds it before every conv."""
+    return (torch.arange(T, device=lengths.device) >= lengths[:, None]).unsqueeze(1)
+
+
+def eager_chain(
+    y: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running: tuple[Tensor, Tensor],
+    residual: Tensor | None,
+    lengths: Tensor,
+    p: float,
+) -> Tensor:
+    """Plain PyTorch as the reference runs it: batch norm, sum, ReLU in place, dropout, the next conv's masked_fill."""
+    z = F.batch_norm(y, *running, gamma, beta, True, MOMENTUM, EPS)
+    if residual is not None:
+        z = z + residual
+    return F.dropout(z.relu_(), p, True).masked_fill(mask(lengths, y.shape[2]), 0)
+
+
+def eager_chain_2d(
+    y: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running: tuple[Tensor, Tensor],
+    residual: Tensor | None,
+    lengths: Tensor,
+    p: float,
+) -> Tensor:
+    """The same chain on NTC memory, seen as a channels_last image of height 1."""
+    wide = None if residual is None else residual.unsqueeze(2)
+    z = F.batch_norm(y.unsqueeze(2), *running, gamma, beta, True, MOMENTUM, EPS)
+    if wide is not None:
+        z = z + wide
+    return F.dropout(z.relu_(), p, True).masked_fill(mask(lengths, y.shape[2]).unsqueeze(2), 0).squeeze(2)
+
+
+def fused(backend: str) -> Callable[..., Tensor]:
+    """jasper_fast's op with the chain's signature."""
+
+    def call(
+        y: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        running: tuple[Tensor, Tensor],
+        residual: Tensor | None,
+        lengths: Tensor,
+        p: float,
+    ) -> Tensor:
+        kwargs = {
+            "residual": residual,
+            "lengths": lengths,
+            "p": p,
+            "momentum": MOMENTUM,
+            "eps": EPS,
+            "backend": backend,
+        }
+        return ops.bn_relu_dropout(y, gamma, beta, *running, training=True, **kwargs)
+
+    return call
+
+
+def runner(chain: Callable[..., Tensor], inputs: Inputs, memory: str, mode: str, p: float) -> Runner:
+    """A chain on the inputs of its memory; `outputs` are all results and gradients with dropout off."""
+    tensors = getattr(inputs, memory)
+    residual = tensors.get("residual")
+    wanted = [tensors["y"], inputs.gamma, inputs.beta] + ([residual] if residual is not None else [])
+    running = inputs.fresh_running()
+    forward = lambda q, stats: chain(tensors["y"], inputs.gamma, inputs.beta, stats, residual, inputs.lengths, q)  # noqa: E731
+
+    def everything(q: float) -> dict[str, Tensor]:
+        stats = inputs.fresh_running()
+        z = forward(q, stats)
+        gradients = torch.autograd.grad(z, wanted, tensors["dz"])
+        return {
+            "z": z,
+            **dict(zip(GRADIENTS, gradients, strict=False)),
+            "running_mean": stats[0],
+            "running_var": stats[1],
+        }
+
+    def both() -> None:
+        torch.autograd.grad(forward(p, running), wanted, tensors["dz"])
+
+    graph: list[Tensor] = []
+
+    def backward() -> None:
+        if not graph:
+            graph.append(forward(p, running))
+        torch.autograd.grad(graph[0], wanted, tensors["dz"], retain_graph=True)
+
+    run = {"forward": lambda: forward(p, running), "backward": backward, "both": both}[mode]
+    return Runner(run, lambda: everything(0.0), lambda: dropout_complaints(everything(p), inputs, p))
+
+
+def answer(inputs: Inputs, dtype: torch.dtype, keep: Tensor | None = None, p: float = 0.0) -> dict[str, Tensor]:
+    """Results and gradients by plain PyTorch in `dtype`; `keep` (N, C, T) is the dropout mask to apply, if any."""
+    leaves = {n: t.detach().to(dtype).requires_grad_() for n, t in inputs.nct.items() if n != "dz"}
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    gamma, beta = (t.detach().to(wide).requires_grad_() for t in (inputs.gamma, inputs.beta))
+    running = tuple(t.to(wide) for t in inputs.fresh_running())
+    z = F.batch_norm(leaves["y"], *running, gamma, beta, True, MOMENTUM, EPS)
+    z = (z + leaves["residual"] if "residual" in leaves else z).relu()
+    if keep is not None:
+        z = z * keep / (1 - p)
+    z = z.masked_fill(mask(inputs.lengths, z.shape[2]), 0)
+    wanted = [leaves["y"], gamma, beta] + ([leaves["residual"]] if "residual" in leaves else [])
+    gradients = torch.autograd.grad(z, wanted, inputs.nct["dz"].to(dtype))
+    return {
+        "z": z.detach(),
+        **dict(zip(GRADIENTS, gradients, strict=False)),
+        "running_mean": running[0],
+        "running_var": running[1],
+    }
+
+
+def dropout_complaints(got: Mapping[str, Tensor], inputs: Inputs, p: float) -> list[str]:
+    """With dropout on: the mask that z shows must have the right rate, and every gradient must follow that mask."""
+    keep = got["z"] != 0
+    off = answer(inputs, torch.float64)["z"] > 1e-6
+    rate = correct.keep_rate_complaint(int((keep & off).sum()), int(off.sum()), p)
+    wrong = correct.complaints(
+        got, answer(inputs, inputs.dtype, keep, p), answer(inputs, torch.float64, keep, p), TOLERANCE
+    )
+    return [f"dropout on: {line}" for line in [*([rate] if rate else []), *wrong]]
+
+
+# two roundings of the output's precision, and twice PyTorch's own distance: sums over N*T rows run in another order
+TOLERANCE = correct.Tolerance(factor=2.0, floor=4.0)
+
+
+def bn_relu_dropout(run: Run, shape: tuple[int, int, int], mode: str, residual: bool, compiled: bool) -> Case:
+    """One shape and mode of the op."""
+    N, C, T = shape
+    inputs = functools.cache(lambda: Inputs(N, C, T, run.dtype, run.device, residual))
+    make = lambda chain, memory: lambda: runner(chain() if memory == "lazy" else chain, inputs(), memory, mode, P)  # noqa: E731
+
+    def compile_chain() -> Runner:
+        rivals.needs_compiler()
+        return runner(torch.compile(eager_chain, dynamic=False), inputs(), "nct", mode, P)
+
+    contenders = [
+        Contender("jasper_fast", make(fused(run.backend), "ntc")),
+        Contender("eager", make(eager_chain, "nct")),
+        Contender("eager_2d_channels_last", make(eager_chain_2d, "ntc")),
+    ]
+    if compiled:
+        contenders.append(Contender("compile", compile_chain))
+    if run.rivals == "all" and run.backend != "reference":
+        contenders.append(Contender("reference", make(fused("reference"), "ntc")))
+    size = run.dtype.itemsize
+    return Case(
+        "kernels",
+        {
+            "op": "bn_relu_dropout" + ("+residual" if residual else ""),
+            "shape": f"({N}, {C}, {T})",
+            "dtype": name(run.dtype),
+            "mode": mode,
+            "p": P,
+        },
+        contenders,
+        refill=lambda seed: inputs().refill(seed),
+        reference=lambda: answer(inputs(), torch.float64),
+        low=lambda: answer(inputs(), run.dtype),
+        tolerance=TOLERANCE,
+        flops=counts.bn_relu_dropout_flops(N, C, T, mode),
+        nbytes=counts.bn_relu_dropout_bytes(N, C, T, size, mode, residual),
+        dtype=name(run.dtype),
+    )
+
+
+def name(dtype: torch.dtype) -> str:
+    """float32, not torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def cases_bn_relu_dropout(run: Run) -> list[Case]:
+    """Both goals' shapes in every mode; the other widths forward and backward together; one shape with a residual."""
+    shapes = GPU_SHAPES if run.device.type == "cuda" else CPU_SHAPES
+    goals, others = shapes[:2], shapes[2:]
+    compiled = run.rivals in ("all", "compile") or (run.rivals == "default" and not run.quick)
+    made = [bn_relu_dropout(run, s, "both", False, compiled) for s in goals]
+    if not run.quick:
+        made += [bn_relu_dropout(run, s, m, False, False) for s, m in itertools.product(goals, ("forward", "backward"))]
+        made += [bn_relu_dropout(run, s, "both", False, False) for s in others]
+    return [*made, bn_relu_dropout(run, goals[1], "both", True, False)]
+
+
+OPS: dict[str, Callable[[Run], list[Case]]] = {"bn_relu_dropout": cases_bn_relu_dropout}
+
+
+def main(run: Run, op: str = "all") -> list[dict]:
+    """Measure one op, or all."""
+    chosen = OPS if op == "all" else {op: OPS[op]}
+    return [row for op_name, cases in chosen.items() for row in run.cases(f"kernels {op_name}", cases(run))]

@@ -1,0 +1,106 @@
+"""The machine's ceilings, measured in every run: matrix-multiply rate, copy bandwidth, launch overhead."""
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from bench import harness
+
+GIB = 1 << 30
+
+
+def measure(device: torch.device, quick: bool = False) -> dict:
+    """Ceilings of `device`: FLOP/s per dtype, bytes/s read plus written by a large copy, seconds per launch."""
+    return {
+        "matmul_flops_per_s": matmul_rates(device, quick),
+        "copy_bytes_per_s": copy_bandwidth(device, quick),
+        "launch_s": launch_overhead(device),
+        "method": "best of repeated runs: square matmul, copy of a buffer beyond the caches, one-element add",
+        "clocks": harness.machine.clocks(device),
+    }
+
+
+def matmul_rates(device: torch.device, quick: bool = False) -> dict[str, float]:
+    """FLOP/s of a large square matrix product, by dtype; on a GPU float32 is IEEE and tf32 is listed beside it."""
+    size = (1536 if quick else 2048) if device.type == "cpu" else 8192
+    rates = {}
+    dtypes = [torch.float32, torch.bfloat16] + ([torch.float16] if device.type == "cuda" else [])
+    for dtype in dtypes:
+        if dtype is not torch.float32 and device.type == "cpu" and not _fast_bf16():
+            continue  # emulated: a hundred times slower than fp32 and no one's ceiling
+        rates[str(dtype).removeprefix("torch.")] = _matmul_rate(device, dtype, size)
+    if device.type == "cuda":
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            rates["tf32"] = _matmul_rate(device, torch.float32, size)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+    return rates
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / _best(device, lambda: torch.mm(a, b, out=out))
+
+
+def copy_bandwidth(device: torch.device, quick: bool = False) -> float:
+    """Bytes read plus bytes written per second by a copy far larger than the caches."""
+    size = (GIB // 8 if quick else GIB // 4) if device.type == "cpu" else GIB
+    src = torch.ones(size, dtype=torch.uint8, device=device)
+    dst = torch.empty_like(src)
+    return 2 * size / _best(device, lambda: dst.copy_(src))
+
+
+def launch_overhead(device: torch.device) -> dict[str, float]:
+    """Seconds the host spends to launch a one-element add, and on a GPU from launch to the result at the host."""
+    x = torch.zeros(1, device=device)
+    for _ in range(100):
+        x.add_(1)
+    harness.synchronize(device)
+    found = {"host": _per_call(device, lambda: x.add_(1), 2000)}
+    if device.type == "cuda":
+        found["round_trip"] = statistics.median(_round_trip(device, x) for _ in range(200))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(100):
+                x.add_(1)
+        found["in_graph"] = _best(device, graph.replay) / 100
+        if importlib.util.find_spec("cupyx") is not None:
+            from cupyx.profiler import benchmark
+
+            found["cupy_host"] = float(statistics.median(benchmark(lambda: x.add_(1), n_repeat=500).cpu_times))
+    return found
+
+
+def _round_trip(device: torch.device, x: torch.Tensor) -> float:
+    start = time.perf_counter()
+    x.add_(1)
+    harness.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _per_call(device: torch.device, call: Callable[[], object], n: int) -> float:
+    start = time.perf_counter()
+    for _ in range(n):
+        call()
+    spent = time.perf_counter() - start
+    harness.synchronize(device)
+    return spent / n
+
+
+def _best(device: torch.device, call: Callable[[], object], rounds: int = 9) -> float:
+    """Shortest time of a call: a ceiling is what the machine can do, not what it does on average."""
+    ticker = harness.clock(device, wall=False)
+    for _ in range(3):
+        call()
+    return min(ticker.sample(call, 1) for _ in range(rounds))
+
+
+def _fast_bf16() -> bool:
+    has = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(has and has()) or bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())

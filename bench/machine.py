@@ -1,0 +1,140 @@
+"""What a result needs to be repeated: the hardware, the versions, the commit and the command."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "asimd", "sve")
+PACKAGES = ("torch", "triton", "numpy", "onnxruntime", "openvino", "tensorrt", "cupy-cuda12x", "cupy-cuda13x")
+
+
+def describe(device: torch.device) -> dict:
+    """Hardware, versions, commit and command of this run, ready for JSON."""
+    return {
+        "name": name(device),
+        "device": str(device),
+        "cpu": _cpu(),
+        "gpu": _gpu(device),
+        "threads": torch.get_num_threads(),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": {p: v for p in PACKAGES if (v := _version(p))},
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
+        "commit": commit(),
+        "dirty": _git("status", "--porcelain", "--untracked-files=no") not in ("", None),
+        "environment": {
+            k: v for k, v in os.environ.items() if re.match(r"(OMP|MKL|JASPER_FAST|TORCH|CUDA|TRITON)_", k)
+        },
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command(),
+    }
+
+
+def name(device: torch.device) -> str:
+    """The short name by which people know the machine: its GPU, or its CPU and how many cores we may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = _cpu()
+    return f"{cpu['name']}, {cpu['cores']} cores"
+
+
+def slug(text: str) -> str:
+    """`text` as a part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def command() -> str:
+    """The command line, as one would type it from the repository's root."""
+    if "bench" in Path(sys.argv[0]).parts:
+        return shlex.join(["python", "-m", "bench", *sys.argv[1:]])
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def commit() -> str | None:
+    """The commit of the checkout, None outside one."""
+    return _git("rev-parse", "--short=10", "HEAD")
+
+
+def clocks(device: torch.device) -> dict:
+    """Clock rates, temperature and power as far as this machine lets us read them."""
+    if device.type == "cuda":
+        fields = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "clocks_event_reasons.active")
+        line = _run(
+            "nvidia-smi", f"--id={device.index or 0}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"
+        )
+        return dict(zip(fields, (part.strip() for part in line.split(",")), strict=False)) if line else {}
+    mhz = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _read("/proc/cpuinfo"), re.MULTILINE)
+    millidegrees = _read("/sys/class/thermal/thermal_zone0/temp").strip()
+    return {
+        **({"cpu_mhz": [round(float(m)) for m in mhz]} if mhz else {}),
+        **({"temperature_c": int(millidegrees) / 1000} if millidegrees.lstrip("-").isdigit() else {}),
+    }
+
+
+def _cpu() -> dict:
+    text = _read("/proc/cpuinfo")
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    have = set(flags.group(1).split()) if flags else set()
+    memory = re.search(r"^MemTotal:\s*(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "name": model.group(1).strip() if model else platform.processor() or platform.machine(),
+        "cores": cores,
+        "isa": [f for f in ISA_FLAGS if f in have],
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "memory_gib": round(int(memory.group(1)) / 2**20, 1) if memory else None,
+    }
+
+
+def _gpu(device: torch.device) -> dict | None:
+    if device.type != "cuda":
+        return None
+    p = torch.cuda.get_device_properties(device)
+    driver = _run("nvidia-smi", f"--id={device.index or 0}", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "name": p.name,
+        "capability": f"sm_{p.major}{p.minor}",
+        "sm_count": p.multi_processor_count,
+        "memory_gib": round(p.total_memory / 2**30, 1),
+        "l2_mib": round(p.L2_cache_size / 2**20, 1),
+        "driver": driver,
+        "clocks_at_start": clocks(device),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*args: str) -> str | None:
+    return _run("git", "-C", str(ROOT), *args)
+
+
+def _run(*args: str) -> str | None:
+    try:
+        done = subprocess.run(args, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None  # no such program, or not a checkout: the field stays empty
+    return done.stdout.strip()
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,208 @@
+"""How many bytes does a training forward keep for its backward, and how many are alive at the worst moment?
+
+`python -m bench memory`; counted, not sampled: every storage born in the second step's forward and alive after it,
+however it is held, is one that the step keeps.
+"""
+
+import functools
+import gc
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from bench import correct, counts, harness, models
+from bench.harness import Case, Contender, Run, Runner
+from bench.kernels import name as dtype_name
+from bench.train import Batch, answer
+from jasper_fast import Jasper
+
+# (model, N, T)
+CPU_GRID = (("jasper10x5", 2, 400), ("small", 8, 400), ("medium", 4, 400))
+GPU_GRID = (("jasper10x5", 32, 1680), ("jasper10x5", 2, 400))
+# 53 layers deep in one precision: the gradients' rounding, not a tolerance on any one kernel
+TOLERANCE = correct.Tolerance(factor=4.0, floor=256.0, relative=2e-2)
+
+
+class Births(TorchDispatchMode):
+    """Watches every op: which storages are born, how many bytes of them are alive, and the most that ever were.
+
+    A storage counts once whatever views it has; those of `before` do not count. Weak references keep identities, so
+    that an address used again is not taken for the storage that had it, and keep no bytes. A tensor made inside a
+    custom op is seen as its output or as the next op's input.
+    """
+
+    def __init__(self, device_type: str, before: dict[int, StorageWeakRef]) -> None:
+        super().__init__()
+        self.device_type, self.before = device_type, before
+        self.born: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        grew = False
+        for t in tree_iter((args, kwargs, out)):
+            if isinstance(t, Tensor) and t.device.type == self.device_type:
+                storage = t.untyped_storage()
+                if storage._cdata not in self.before and storage._cdata not in self.born:
+                    self.born[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                    grew = True
+        if grew:
+            self.peak = max(self.peak, self.alive())
+        return out
+
+    def alive(self) -> int:
+        """Bytes born and still alive."""
+        for key in [key for key, (ref, _) in self.born.items() if ref.expired()]:
+            del self.born[key]
+        return sum(nbytes for _, nbytes in self.born.values())
+
+
+def reachable(device_type: str) -> dict[int, torch.UntypedStorage]:
+    """By address, every storage that a Python tensor on the device holds now."""
+    found = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor) and thing.device.type == device_type and thing.layout == torch.strided:
+            storage = thing.untyped_storage()
+            found[storage._cdata] = storage
+    return found
+
+
+def kept(forward: Callable[[], Tensor], device: torch.device) -> tuple[int, Births, Tensor]:
+    """(bytes kept, what was watched, the loss) of `forward`, whose returned loss holds the graph."""
+    gc.collect()
+    births = Births(device.type, {key: StorageWeakRef(s) for key, s in reachable(device.type).items()})
+    with births:
+        loss = forward()
+    gc.collect()
+    alive = births.alive()
+    hidden = {
+        key: s.nbytes()
+        for key, s in reachable(device.type).items()
+        if key not in births.before and key not in births.born
+    }
+    return alive + sum(hidden.values()), births, loss
+
+
+def step(module: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.device) -> dict:
+    """Bytes of the second training step, dropout on; the first may set up what later steps use again."""
+    module.train()
+    forward = lambda: batch.loss(module, dtype)[0]  # noqa: E731
+    forward().backward()
+    module.zero_grad(set_to_none=True)
+    nbytes, births, loss = kept(forward, device)
+    with births:
+        loss.backward()
+    found = {"kept_bytes": nbytes, "peak_bytes": births.peak}
+    del loss, births
+    module.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        start = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        forward().backward()
+        torch.cuda.synchronize(device)
+        found["allocator_peak_bytes"] = torch.cuda.max_memory_allocated(device) - start
+        module.zero_grad(set_to_none=True)
+    return found
+
+
+def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Module], Batch]:
+    """The contenders of one model and batch, for the check that comes before any number."""
+    cfg = models.config(model)
+    state = models.weights(cfg, run.device)
+    batch = Batch(cfg, N, T, run.device)
+    small = counts.parameters(cfg) < 50e6 or run.device.type == "cuda"
+    modules: dict[str, nn.Module] = {}
+
+    def runner(name: str, make: Callable[[], nn.Module]) -> Callable[[], Runner]:
+        def build() -> Runner:
+            modules[name] = make()
+            return Runner(lambda: None, lambda: answer(modules[name], modules[name], batch, state, run.dtype))
+
+        return build
+
+    def ours() -> nn.Module:
+        fused = Jasper(cfg, backend=run.backend).to(run.device)
+        fused.load_state_dict(state)
+        return fused
+
+    def plain(dtype: torch.dtype, autocast_dtype: torch.dtype) -> dict[str, Tensor]:
+        module = models.eager(cfg, state, dtype)
+        return answer(module, module, batch, state, autocast_dtype)
+
+    exact = torch.float64 if small else torch.float32
+    made = Case(
+        "memory",
+        {
+            "model": model,
+            "batch": f"({N}, {cfg.encoder.in_feats}, {T})",
+            "dtype": dtype_name(run.dtype),
+            "mode": "training step",
+        },
+        [
+            Contender("jasper_fast", runner("jasper_fast", ours)),
+            Contender("eager", runner("eager", functools.partial(models.eager, cfg, state))),
+        ],
+        refill=batch.refill,
+        reference=lambda: plain(exact, exact),
+        low=(lambda: plain(torch.float32, run.dtype)) if small else None,
+        tolerance=TOLERANCE,
+        dtype=dtype_name(run.dtype),
+    )
+    return made, modules, batch
+
+
+def measure(run: Run, model: str, N: int, T: int) -> list[dict]:
+    """Rows of one model and batch: bytes kept for backward and peak bytes, ours and eager's."""
+    made, modules, batch = case(run, model, N, T)
+    for contender in made.contenders:
+        with harness.caught(made, contender.name):
+            made.runners[contender.name] = contender.build()
+    harness.check(made, seeds=(1, 2))
+    found = {}
+    for name in list(made.runners):
+        with harness.caught(made, name):
+            found[name] = step(modules[name], batch, run.dtype, run.device)
+    rows = []
+    for contender in made.contenders:
+        name = contender.name
+        row = {
+            "id": f"{made.id} / {name}",
+            "bench": "memory",
+            "key": made.key,
+            "contender": name,
+            "ours": name == made.ours,
+            "dtype": made.dtype,
+            "flops": 0,
+            "bytes": 0,
+        }
+        if name in made.failed:
+            row |= dict(zip(("status", "why"), made.failed[name], strict=True))
+        else:
+            row |= {"status": "ok", "memory": found[name]}
+            if name != made.ours and made.ours in found:
+                row["memory"] |= {
+                    f"ours_over_{kind}": found[made.ours][f"{kind}_bytes"] / found[name][f"{kind}_bytes"]
+                    for kind in ("kept", "peak")
+                }
+        rows.append(row)
+    return rows
+
+
+def main(run: Run, grid: tuple = ()) -> list[dict]:
+    """Measure the grid for the device, or the given one."""
+    found = []
+    grid = grid or (GPU_GRID if run.device.type == "cuda" else CPU_GRID[: 1 if run.quick else None])
+    for model, N, T in grid:
+        done = f"memory model={model} batch=({N}, 64, {T}) dtype={dtype_name(run.dtype)} mode=training step"
+        if run.out_of_time() or run.results.has(done):
+            continue
+        with harness.console.status(f"memory: count {model} ({N}, 64, {T})"):
+            rows = measure(run, model, N, T)
+        run.results.add(rows)
+        found += rows
+    return found

@@ -1,0 +1,290 @@
+"""What people use today, on the same weights and inputs: eager layouts, torch.compile, CUDA graphs, other runtimes.
+
+Each builder takes an EagerJasper in the wanted mode and returns a callable of the same signature,
+`(features (N, C, T), lengths (N,)) -> (log_probs (N, T', V), lengths)`, or raises `Absent`.
+"""
+
+import contextlib
+import copy
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.harness import Absent
+
+Model = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def eager(model: nn.Module) -> Model:
+    """The reference system's way: NCT memory, one module a step, a mask before every convolution."""
+    return model
+
+
+def eager_no_masks(model: nn.Module) -> Model:
+    """The same without conv masks: right for unpadded batches only, and cheaper."""
+    bare = copy.copy(model)
+    bare.config = _without_masks(model.config)
+    return bare
+
+
+class ChannelsLast2d(nn.Module):
+    """Eager with each conv as a 2D one over a height of 1, in channels_last memory, where cuDNN needs no transposes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.weights = nn.ParameterDict()
+        for name, conv in _convs(model):
+            weight = conv.weight.detach().unsqueeze(2).to(memory_format=torch.channels_last)
+            self.weights[name.replace(".", "/")] = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
+
+    def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """As EagerJasper's."""
+        masks = self.model.config.encoder.use_conv_masks
+        xs = [features.unsqueeze(2).contiguous(memory_format=torch.channels_last)]
+        lens = lengths if masks else None
+        for b, block in enumerate(self.model.encoder.layers):
+            xs, lens = self._block(f"encoder/layers/{b}", block, xs, lens)
+        decoder = self.model.decoder.layers[0]
+        logits = F.conv2d(xs[-1], self.weights["decoder/layers/0"], decoder.bias).squeeze(2)
+        out_lengths = lengths
+        for block in self.model.encoder.layers:
+            for _ in range(block.cfg.repeat):
+                out_lengths = block.cfg.out_length(out_lengths)
+        return logits.transpose(1, 2).float().log_softmax(dim=2), out_lengths
+
+    def _block(
+        self, at: str, block: nn.Module, xs: list[Tensor], lens: Tensor | None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        x, lens_in = xs[-1], lens
+        for i, layer in enumerate(block.conv):
+            if isinstance(layer, nn.Conv1d):
+                x = self._conv(f"{at}/conv/{i}", layer, x, lens)
+                lens = block.cfg.out_length(lens) if lens is not None else None
+            else:
+                x = _norm2d(layer, x) if isinstance(layer, nn.BatchNorm1d) else layer(x)
+        panes = xs if block.cfg.residual_dense else xs[-1:]
+        for k, ((conv, norm), pane) in enumerate(zip(getattr(block, "res", ()), panes, strict=False)):
+            x = x + _norm2d(norm, self._conv(f"{at}/res/{k}/0", conv, pane, lens_in))
+        x = block.out(x)
+        return ([*xs, x] if block.cfg.residual and block.cfg.residual_dense else [x]), lens
+
+    def _conv(self, name: str, conv: nn.Conv1d, x: Tensor, lens: Tensor | None) -> Tensor:
+        if lens is not None:
+            t = torch.arange(x.shape[-1], device=x.device)
+            x = x.masked_fill((t >= lens[:, None])[:, None, None, :], 0)
+        return F.conv2d(x, self.weights[name], None, (1, conv.stride[0]), (0, conv.padding[0]), (1, conv.dilation[0]))
+
+
+def _norm2d(norm: nn.BatchNorm1d, x: Tensor) -> Tensor:
+    if norm.training:
+        norm.num_batches_tracked.add_(1)
+    return F.batch_norm(
+        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, norm.momentum, norm.eps
+    )
+
+
+def compiled(mode: str) -> Callable[[nn.Module], Model]:
+    """torch.compile over the whole model."""
+
+    def build(model: nn.Module) -> Model:
+        needs_compiler()
+        torch._dynamo.reset()
+        return torch.compile(model, mode=mode, dynamic=False)
+
+    return build
+
+
+def compiled_blocks_frozen(model: nn.Module) -> Model:
+    """torch.compile in max-autotune with freezing, block by block (inference only)."""
+    needs_compiler()
+    import torch._inductor.config as inductor
+
+    torch._dynamo.reset()
+    frozen = copy.copy(model)
+    frozen._modules = dict(model._modules)
+    frozen.encoder = nn.Module()
+    frozen.encoder.layers = nn.ModuleList(
+        torch.compile(block, mode="max-autotune", dynamic=False) for block in model.encoder.layers
+    )
+
+    def call(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        with inductor.patch(freezing=True), torch.no_grad():
+            return frozen(features, lengths)
+
+    return call
+
+
+def cuda_graph(model: nn.Module) -> Model:
+    """The eager model captured in a CUDA graph per shape (inference only)."""
+    if not torch.cuda.is_available():
+        raise Absent("CUDA graphs need an NVIDIA GPU")
+    graphs: dict[tuple, tuple] = {}
+
+    def call(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        key = (features.shape, features.dtype)
+        if key not in graphs:
+            still = features.clone(), lengths.clone()
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side), torch.no_grad():
+                for _ in range(3):
+                    model(*still)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph), torch.no_grad():
+                out = model(*still)
+            graphs[key] = (graph, still, out)
+        graph, still, out = graphs[key]
+        still[0].copy_(features)
+        still[1].copy_(lengths)
+        graph.replay()
+        return out[0].clone(), out[1].clone()
+
+    return call
+
+
+def onnx_runtime(model: nn.Module) -> Model:
+    """ONNX Runtime with all its graph optimisations (inference only)."""
+    _need("onnxruntime", "pip install onnxruntime onnx onnxscript")
+    _need("onnx", "pip install onnx onnxscript")
+    import onnxruntime
+
+    device = next(model.parameters()).device
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    wanted = ["CUDAExecutionProvider"] if device.type == "cuda" else ["CPUExecutionProvider"]
+    if wanted[0] not in onnxruntime.get_available_providers():
+        raise Absent(f"onnxruntime has no {wanted[0]}: pip install onnxruntime-gpu")
+    with tempfile.TemporaryDirectory() as folder, _no_grad_eval(model):
+        path = Path(folder) / "jasper.onnx"
+        features = torch.zeros(
+            2, model.config.encoder.in_feats, 64, device=device, dtype=next(model.parameters()).dtype
+        )
+        lengths = torch.full((2,), 64, device=device)
+        dims = {"features": {0: "N", 2: "T"}, "lengths": {0: "N"}}
+        names = {"input_names": ["features", "lengths"], "output_names": ["log_probs", "out_lengths"]}
+        torch.onnx.export(model, (features, lengths), str(path), dynamic_axes=dims, dynamo=False, **names)
+        session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
+
+    def call(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        found = session.run(None, {"features": features.cpu().numpy(), "lengths": lengths.cpu().numpy()})
+        return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+
+    return call
+
+
+def openvino(model: nn.Module) -> Model:
+    """OpenVINO on the CPU, weights in the model's own precision (inference only)."""
+    _need("openvino", "pip install openvino")
+    if next(model.parameters()).device.type != "cpu":
+        raise Absent("OpenVINO is timed on the CPU only")
+    import openvino as ov
+
+    features = torch.zeros(2, model.config.encoder.in_feats, 64, dtype=next(model.parameters()).dtype)
+    with _no_grad_eval(model):
+        converted = ov.convert_model(model, example_input=(features, torch.full((2,), 64)))
+    hints = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    ready = ov.compile_model(converted, "CPU", hints)
+
+    def call(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        found = ready((features.numpy(), lengths.numpy()))
+        return torch.from_numpy(found[0].copy()), torch.from_numpy(found[1].copy())
+
+    return call
+
+
+def tensorrt(model: nn.Module) -> Model:
+    """TensorRT through Torch-TensorRT (inference only)."""
+    if not torch.cuda.is_available():
+        raise Absent("TensorRT needs an NVIDIA GPU")
+    _need("torch_tensorrt", "pip install torch-tensorrt")
+    import torch_tensorrt  # noqa: F401  registers the backend
+
+    return torch.compile(model, backend="tensorrt", dynamic=False)
+
+
+INFERENCE: dict[str, Callable[[nn.Module], Model]] = {
+    "eager": eager,
+    "eager_no_masks": eager_no_masks,
+    "eager_2d_channels_last": ChannelsLast2d,
+    "compile": compiled("default"),
+    "compile_reduce_overhead": compiled("reduce-overhead"),
+    "compile_blocks_frozen": compiled_blocks_frozen,
+    "cuda_graph": cuda_graph,
+    "onnxruntime": onnx_runtime,
+    "openvino": openvino,
+    "tensorrt": tensorrt,
+}
+TRAINING: dict[str, Callable[[nn.Module], Model]] = {
+    "eager": eager,
+    "eager_2d_channels_last": ChannelsLast2d,
+    "compile": compiled("default"),
+    "compile_reduce_overhead": compiled("reduce-overhead"),
+}
+# torch.compile of a 54-layer model takes minutes on a small CPU, so there it runs only when asked for
+DEFAULT = {
+    ("inference", "cpu"): ("eager", "eager_no_masks", "eager_2d_channels_last", "onnxruntime", "openvino"),
+    ("inference", "cuda"): tuple(n for n in INFERENCE if n != "openvino"),
+    ("training", "cpu"): ("eager", "eager_2d_channels_last"),
+    ("training", "cuda"): tuple(TRAINING),
+}
+
+
+def choose(kind: str, device: torch.device, wanted: str) -> dict[str, Callable[[nn.Module], Model]]:
+    """Rivals for `kind` ("inference" or "training"): `wanted` is default, all, or names with commas; eager always."""
+    known = INFERENCE if kind == "inference" else TRAINING
+    if wanted == "all":
+        return known
+    names = (
+        DEFAULT[kind, device.type]
+        if wanted == "default"
+        else ("eager", *(n for n in wanted.split(",") if n != "eager"))
+    )
+    if unknown := [n for n in names if n not in known]:
+        raise SystemExit(f"no rival {unknown[0]!r} for {kind}; known: {', '.join(known)}")
+    return {n: known[n] for n in names}
+
+
+def needs_compiler() -> None:
+    """torch.compile on a CPU writes C++."""
+    import shutil
+
+    if not any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++") if c):
+        raise Absent("torch.compile needs a C++ compiler: apt install g++")
+
+
+def _need(module: str, get: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise Absent(f"{module} is not installed: {get}")
+
+
+def _without_masks(config):
+    import dataclasses
+
+    return dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, use_conv_masks=False))
+
+
+def _convs(model: nn.Module) -> Iterator[tuple[str, nn.Conv1d]]:
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv1d))
+
+
+@contextlib.contextmanager
+def _no_grad_eval(model: nn.Module):
+    was = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was)
