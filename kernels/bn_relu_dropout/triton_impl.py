@@ -13,6 +13,8 @@ read, except by stats and by backward_apply with batch statistics, which count p
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
@@ -20,10 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels import philox
+from jasper_fast.kernels import aot, philox
 from jasper_fast.kernels.layout import empty_ntc
 
-TILE = 4096  # elements of a pointwise tile: 32 a thread, so 16-byte accesses with several in flight
+TILE_BYTES = 8192  # of a pointwise tile: 64 a thread and input, so four 16-byte loads of each are in flight
 LANES = 2048  # elements of a reducing tile: 16 a thread, each with two fp32 accumulators
 MIN_ROWS = 128  # of a reducing program, so that partials stay under a few percent of the data
 MAX_PARTIALS = 256  # per channel: the second stage holds them all at once
@@ -331,7 +333,7 @@ def forward(
     n, c, t = y.shape
     rows = _rows(y)
     z = empty_ntc(n, c, t, like=y)
-    block_m, block_c, vec = _blocks(c, TILE)
+    block_m, block_c, vec = _blocks(c, _tile(y.dtype))
     with _on(y):
         _forward_kernel[(triton.cdiv(rows, block_m) * triton.cdiv(c, block_c),)](
             y, residual, z, mean, rstd, gamma, beta, lengths, seed,
@@ -364,7 +366,7 @@ def backward_reduce(
         _backward_reduce_kernel[(partials * triton.cdiv(c, block_c),)](
             dz, y, z, mean, rstd, gamma, beta, lengths, seed, part_dbeta, part_dgamma,
             rows, y.shape[2], chunk, c // vec, *_dropout(p),
-            HAS_Z=z is not None, HAS_LENGTHS=lengths is not None, HAS_DROPOUT=p > 0,
+            HAS_Z=z is not None, HAS_LENGTHS=lengths is not None, HAS_DROPOUT=p > 0 and z is None,
             BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=NUM_WARPS,
         )  # fmt: skip
         _sum_merge_kernel[(triton.cdiv(c, MERGE_C),)](
@@ -394,13 +396,13 @@ def backward_apply(
     rows = _rows(y)
     dy = empty_ntc(n, c, t, like=y)
     dres = empty_ntc(n, c, t, like=y) if has_residual else None
-    block_m, block_c, vec = _blocks(c, TILE // 2 if z is not None else TILE)
+    block_m, block_c, vec = _blocks(c, _tile(y.dtype, z is not None))
     with _on(y):
         _backward_apply_kernel[(triton.cdiv(rows, block_m) * triton.cdiv(c, block_c),)](
             dz, y, z, dy, dres, mean, rstd, gamma, beta, mean_g, mean_gy,
             lengths, seed, rows, t, c // vec, *_dropout(p),
             HAS_Z=z is not None, HAS_RESIDUAL=has_residual, HAS_BATCH_STATS=mean_g is not None,
-            HAS_LENGTHS=lengths is not None, HAS_DROPOUT=p > 0,
+            HAS_LENGTHS=lengths is not None, HAS_DROPOUT=p > 0 and z is None,
             BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=NUM_WARPS,
         )  # fmt: skip
     return dy, dres
@@ -424,6 +426,11 @@ def _chunks(rows: int) -> tuple[int, int]:
     return chunk, triton.cdiv(rows, chunk)
 
 
+def _tile(dtype: torch.dtype, has_z: bool = False) -> int:
+    """Elements of a pointwise tile; three inputs (backward with z) take half, for their registers."""
+    return TILE_BYTES // dtype.itemsize // (2 if has_z else 1)
+
+
 def _blocks(c: int, elements: int) -> tuple[int, int, int]:
     """BLOCK_M, BLOCK_C, VEC: the tile, and the largest of 8, 4, 1 that divides C (the compiler's alignment)."""
     block_c = min(128, max(16, triton.next_power_of_2(c)))
@@ -439,3 +446,48 @@ def _dropout(p: float) -> tuple[int, float]:
 def _on(y: Tensor):
     """Triton launches on the current device's current stream: make y's device the current one."""
     return torch.cuda.device(y.device) if y.is_cuda else nullcontext()
+
+
+# ---- for compilation without a GPU ----
+
+_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+_ACTIVATIONS = ("y_ptr", "z_ptr", "dz_ptr", "residual_ptr", "dy_ptr", "dres_ptr")
+_OPTIONAL = {"z_ptr": "HAS_Z", "residual_ptr": "HAS_RESIDUAL", "dres_ptr": "HAS_RESIDUAL", "lengths_ptr": "HAS_LENGTHS"}
+_OPTIONAL |= {"seed_ptr": "HAS_DROPOUT", "mean_g_ptr": "HAS_BATCH_STATS", "mean_gy_ptr": "HAS_BATCH_STATS"}
+_SCALARS = dict.fromkeys(("rows", "frames", "chunk", "partials", "c_groups", "C", "threshold"), "i32")
+
+
+def sources(dtype: torch.dtype, c: int) -> Iterator[aot.Source]:
+    """Every kernel, in every combination of its flags that a launch with `c` channels of `dtype` can choose."""
+
+    def source(name: str, kernel: triton.JITFunction, tile: int, **flags: bool) -> aot.Source:
+        block_m, block_c, vec = _blocks(c, tile)
+        types = {"scale": "fp32", "lengths_ptr": "*i64", "seed_ptr": "*i64"} | _SCALARS
+        types |= dict.fromkeys(_ACTIVATIONS, _TYPES[dtype])
+        signature = {a: types.get(a, "*fp32") for a in kernel.arg_names if a.islower() or a == "C"}
+        for pointer, flag in _OPTIONAL.items():
+            if flag in flags and not flags[flag] and pointer in signature:
+                del signature[pointer]
+        absent = {a: None for a in kernel.arg_names if a not in signature}
+        told = "".join(f" {flag.removeprefix('HAS_').lower()}" for flag, on in flags.items() if on)
+        return aot.Source(
+            name + told, kernel, signature,
+            absent | {"BLOCK_M": block_m, "BLOCK_C": block_c, "VEC": vec} | flags, num_warps=NUM_WARPS,
+        )  # fmt: skip
+
+    yield source("stats", _stats_kernel, LANES)
+    for name, kernel in (("stats_merge", _stats_merge_kernel), ("sum_merge", _sum_merge_kernel)):
+        merge = source(name, kernel, LANES)
+        merge.constants.update(BLOCK_G=MAX_PARTIALS, BLOCK_C=MERGE_C)
+        yield merge
+    for residual, lengths, dropout in itertools.product((False, True), repeat=3):
+        flags = {"HAS_LENGTHS": lengths, "HAS_DROPOUT": dropout}
+        yield source("forward", _forward_kernel, _tile(dtype), HAS_RESIDUAL=residual, **flags)
+        if residual and dropout:
+            continue  # z tells what was dropped
+        yield source("backward_reduce", _backward_reduce_kernel, LANES, HAS_Z=residual, **flags)
+        for batch in (False, True):
+            yield source(
+                "backward_apply", _backward_apply_kernel, _tile(dtype, residual),
+                HAS_Z=residual, HAS_RESIDUAL=residual, HAS_BATCH_STATS=batch, **flags,
+            )  # fmt: skip

@@ -1,0 +1,370 @@
+"""Every face of bn_relu_dropout against fp64, next to PyTorch's own chain at the same precision with the same mask."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from close import assert_close
+from torch import Tensor
+from torch.nn import functional as F
+
+from jasper_fast.kernels import philox
+from jasper_fast.kernels.bn_relu_dropout import reference
+from jasper_fast.kernels.layout import ntc
+
+EPS = 1e-3
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@dataclass
+class Case:
+    """Inputs of one call, made in the low precision, so that the fp64 copies hold the same numbers."""
+
+    y: Tensor
+    gamma: Tensor
+    beta: Tensor
+    residual: Tensor | None
+    lengths: Tensor | None
+    seed: Tensor | None
+    p: float
+    dz: Tensor
+
+    def to(self, dtype: torch.dtype) -> Case:
+        residual = None if self.residual is None else self.residual.to(dtype)
+        vectors = torch.float64 if dtype == torch.float64 else torch.float32
+        gamma, beta = self.gamma.to(vectors), self.beta.to(vectors)
+        return Case(self.y.to(dtype), gamma, beta, residual, self.lengths, self.seed, self.p, self.dz.to(dtype))
+
+    def alive(self) -> Tensor:
+        """Neither dropped nor padding: bool (N, C, T)."""
+        n, c, t = self.y.shape
+        alive = torch.ones_like(self.y, dtype=torch.bool)
+        if self.p > 0:
+            alive &= philox.keep_mask(n, c, t, self.p, self.seed, self.y.device)
+        if self.lengths is not None:
+            alive &= (torch.arange(t, device=self.y.device) < self.lengths[:, None])[:, None]
+        return alive
+
+
+def make(n, c, t, *, dtype, device, residual=False, lengths=None, p=0.0, offset=0.0) -> Case:
+    def activation(shift: float = 0.0) -> Tensor:
+        return ntc((torch.randn(n, c, t) + shift).to(device, dtype))
+
+    return Case(
+        y=activation(offset),
+        gamma=(torch.rand(c) + 0.5).to(device),
+        beta=torch.randn(c).to(device),
+        residual=activation() if residual else None,
+        lengths=None if lengths is None else torch.tensor(lengths, device=device),
+        seed=torch.randint(-(2**62), 2**62, (1,)).to(device) if p > 0 else None,
+        p=p,
+        dz=activation(),
+    )
+
+
+def rstd_of(m2: Tensor, rows: int) -> Tensor:
+    return (m2 / rows + EPS).rsqrt()
+
+
+def run(op, case: Case, training: bool) -> dict[str, Tensor]:
+    """One forward and backward through the four functions of a face, as autograd calls them."""
+    n, _, t = case.y.shape
+    if training:
+        mean, m2 = op.stats(case.y)
+    else:
+        mean, m2 = case.beta * 0.1, case.gamma * n * t
+    rstd = rstd_of(m2, n * t)
+    z = op.forward(case.y, mean, rstd, case.gamma, case.beta, case.residual, case.lengths, case.seed, case.p)
+    saved = (z if case.residual is not None else None, mean, rstd, case.gamma, case.beta)
+    dbeta, dgamma = op.backward_reduce(case.dz, case.y, *saved, case.lengths, case.seed, case.p)
+    means = (dbeta / (n * t), dgamma / (n * t)) if training else (None, None)
+    dy, dres = op.backward_apply(
+        case.dz, case.y, *saved, *means, case.lengths, case.seed, case.p, case.residual is not None
+    )
+    out = {"z": z, "dy": dy, "dgamma": dgamma, "dbeta": dbeta, "mean": mean, "m2": m2}
+    return out if dres is None else out | {"dres": dres}
+
+
+def chain(case: Case, training: bool) -> dict[str, Tensor]:
+    """The same through PyTorch's own batch norm, sum, ReLU, dropout's product, masked_fill, and autograd."""
+    n, _, t = case.y.shape
+    y, gamma, beta = (x.detach().clone().requires_grad_() for x in (case.y, case.gamma, case.beta))
+    residual = None if case.residual is None else case.residual.clone().requires_grad_()
+    mean, var = (None, None) if training else (case.beta * 0.1, case.gamma)
+    pre = F.batch_norm(y, mean, var, gamma, beta, training, 0.0, EPS)
+    if residual is not None:
+        pre = pre + residual
+    z = F.relu(pre) * (1 / (1 - case.p))
+    z = z.masked_fill(~case.alive(), 0.0)
+    z.backward(case.dz)
+    if training:
+        var, mean = torch.var_mean(case.y if case.y.dtype == torch.float64 else case.y.float(), (0, 2), correction=0)
+    out = {"z": z, "dy": y.grad, "dgamma": gamma.grad, "dbeta": beta.grad, "mean": mean, "m2": var * n * t}
+    return out if residual is None else out | {"dres": residual.grad}
+
+
+def check(face, case: Case, training: bool = True) -> dict[str, Tensor]:
+    got = run(face.load("bn_relu_dropout"), case, training)
+    low, ref = chain(case, training), chain(case.to(torch.float64), training)
+    for name in ref.keys() - {"mean", "m2"}:
+        assert_close(name, got[name], low[name], ref[name])
+    # a sum's rounding grows with its depth, each face's own choice: a few eps, far below a slip such as 1/(M-1)
+    rows = case.y.shape[0] * case.y.shape[2]
+    off = (got["mean"] - ref["mean"]).abs() / (ref["mean"].abs() + (ref["m2"] / rows).sqrt())
+    assert off.max() <= 1e-6, f"mean is off by {off.max():.1e} deviations"
+    off = (got["m2"] - ref["m2"]).abs() / (ref["m2"] + 1e-12)
+    assert off.max() <= 1e-6, f"M2 is off by {off.max():.1e} of itself"
+    for name in ("z", "dy", *(["dres"] if case.residual is not None else [])):
+        assert ntc(got[name]).data_ptr() == got[name].data_ptr(), f"{name} is not in NTC memory"
+    return got
+
+
+# (N, C, T, lengths): odd sizes, one frame, channels that fill no vector or tile, lengths 0, 1, partial and whole
+SHAPES = [
+    (2, 8, 37, [20, 37]),
+    (1, 1, 7, [3]),
+    (3, 33, 1, [1, 0, 1]),
+    (4, 29, 19, [0, 1, 12, 19]),
+    (2, 20, 70, None),
+    (2, 256, 21, [21, 5]),
+    (3, 136, 50, [50, 2, 0]),
+]
+
+
+@dtypes
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s[:3])))
+def test_training_forward_and_every_gradient(face, shape, residual, dtype):
+    n, c, t, lengths = shape
+    check(face, make(n, c, t, dtype=dtype, device=face.device, residual=residual, lengths=lengths, p=0.2))
+
+
+@dtypes
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+def test_evaluation_statistics(face, residual, dtype):
+    case = make(2, 40, 23, dtype=dtype, device=face.device, residual=residual, lengths=[23, 9])
+    check(face, case, training=False)
+
+
+@dtypes
+def test_without_dropout_and_lengths(face, dtype):
+    check(face, make(2, 24, 31, dtype=dtype, device=face.device))
+
+
+def test_statistics_do_not_cancel_under_a_large_offset(face):
+    y = make(4, 24, 75, dtype=torch.float32, device=face.device, offset=3000.0).y
+    mean, m2 = face.load("bn_relu_dropout").stats(y)
+    var64, mean64 = torch.var_mean(y.double(), (0, 2), correction=0)
+    # one eps of 3000 in a running mean moves a deviation of 1 by 2e-4; E[y^2] - E[y]^2 would be off by more than 1
+    assert torch.allclose(m2.double(), var64 * 300, rtol=1e-3)
+    assert torch.allclose(mean.double(), mean64, rtol=1e-6)
+
+
+def test_statistics_survive_an_outlier_in_the_first_row(face):
+    y = torch.randn(2, 16, 1000)
+    y[0, :, 0] = 1e4  # a shift by the first row would cancel
+    y = ntc(y.to(face.device))
+    mean, m2 = face.load("bn_relu_dropout").stats(y)
+    var64, mean64 = torch.var_mean(y.double(), (0, 2), correction=0)
+    assert torch.allclose(m2.double(), var64 * 2000, rtol=1e-5)
+    assert torch.allclose(mean.double(), mean64, rtol=1e-4)
+
+
+@dtypes
+@pytest.mark.parametrize("c", [1, 6, 29, 64, 260])
+def test_dropout_bits_are_the_same_on_every_face(face, c, dtype):
+    n, t, p = 2, 13, 0.3
+    seed = torch.tensor([-(5 << 40) + 17], device=face.device)
+    y = ntc(torch.ones(n, c, t, dtype=dtype, device=face.device))
+    one, zero = torch.ones(c, device=face.device), torch.zeros(c, device=face.device)
+    z = face.load("bn_relu_dropout").forward(y, zero, one, one, zero, None, None, seed, p)
+    keep = philox.keep_mask(n, c, t, p, seed, face.device)
+    assert torch.equal(z != 0, keep)
+    off = (z[keep].double() * (1 - p) - 1).abs().max()
+    assert off <= torch.finfo(dtype).eps  # one, not half: Triton's interpreter rounds to bf16 by truncation
+
+
+def test_keep_rate(face):
+    n, c, t, p = 2, 64, 400, 0.2
+    one, zero = torch.ones(c, device=face.device), torch.zeros(c, device=face.device)
+    y = ntc(torch.ones(n, c, t, device=face.device))
+    op = face.load("bn_relu_dropout")
+    first, second = (
+        op.forward(y, zero, one, one, zero, None, None, torch.tensor([seed], device=face.device), p) != 0
+        for seed in (1, 2)
+    )
+    assert abs(first.double().mean() - (1 - p)) <= 5 * math.sqrt(p * (1 - p) / (n * c * t))
+    assert not torch.equal(first, second)
+
+
+@dtypes
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+def test_garbage_in_padding_changes_nothing(face, residual, dtype):
+    """With given statistics, whatever padded frames hold, NaN too, reaches neither an output nor a gradient."""
+    op = face.load("bn_relu_dropout")
+    case = make(3, 36, 17, dtype=dtype, device=face.device, residual=residual, lengths=[17, 6, 0], p=0.2)
+    clean = run(op, case, training=False)
+    padding = ~(torch.arange(17, device=face.device) < case.lengths[:, None])[:, None].expand_as(case.y)
+    for x in (case.y, case.dz, case.residual):
+        if x is not None:
+            x[padding] = math.nan
+    soiled = run(op, case, training=False)
+    for name, value in clean.items():
+        assert torch.equal(soiled[name], value), name
+        if value.dim() == 3:
+            assert (value[padding] == 0).all(), name
+
+
+def test_gradient_in_padding_is_ignored_in_training(face):
+    op = face.load("bn_relu_dropout")
+    case = make(2, 20, 15, dtype=torch.float32, device=face.device, residual=True, lengths=[15, 4], p=0.1)
+    clean = run(op, case, training=True)
+    case.dz[1, :, 4:] = math.nan
+    soiled = run(op, case, training=True)
+    for name, value in clean.items():
+        assert torch.equal(soiled[name], value), name
+
+
+@dtypes
+@pytest.mark.parametrize("c", [8, 29])
+def test_nan_in_a_valid_frame_reaches_outputs_and_gradients(face, c, dtype):
+    op = face.load("bn_relu_dropout")
+    case = make(2, c, 9, dtype=dtype, device=face.device, lengths=[9, 5])
+    case.y[0, 3, 2] = math.nan
+    for training in (False, True):
+        got = run(op, case, training)
+        assert got["z"][0, 3, 2].isnan()
+        assert got["dgamma"][3].isnan()
+        assert not got["z"][:, :3].isnan().any()
+        assert (got["z"][1, :, 5:] == 0).all()
+    assert got["dy"][:, 3].isnan().all()
+    case.dz[0, 1, 0] = math.nan
+    case.y[0, 1, 0] = 5.0  # the ReLU is open there
+    case.beta[1] = 1.0
+    got = run(op, case, training=False)
+    assert got["dy"][0, 1, 0].isnan()
+    assert got["dbeta"][1].isnan()
+
+
+def test_dropped_nan_is_zero(face):
+    n, c, t, p = 1, 16, 12, 0.5
+    seed = torch.tensor([7], device=face.device)
+    y = torch.full((n, t, c), math.nan, device=face.device).transpose(1, 2)
+    one, zero = torch.ones(c, device=face.device), torch.zeros(c, device=face.device)
+    z = face.load("bn_relu_dropout").forward(y, zero, one, one, zero, None, None, seed, p)
+    keep = philox.keep_mask(n, c, t, p, seed, face.device)
+    assert z[keep].isnan().all()
+    assert (z[~keep] == 0).all()
+
+
+@dtypes
+def test_two_runs_give_the_same_bits(face, dtype):
+    op = face.load("bn_relu_dropout")
+    case = make(3, 72, 150, dtype=dtype, device=face.device, residual=True, lengths=[150, 90, 1], p=0.2)
+    first, second = run(op, case, training=True), run(op, case, training=True)
+    for name, value in first.items():
+        assert torch.equal(second[name], value), name
+
+
+def test_p_out_of_range_is_refused(face):
+    y = ntc(torch.ones(1, 8, 2, device=face.device))
+    one, seed = torch.ones(8, device=face.device), torch.tensor([1], device=face.device)
+    with pytest.raises((ValueError, RuntimeError), match=r"\bp\b"):
+        face.load("bn_relu_dropout").forward(y, one, one, one, one, None, None, seed, 1.0)
+
+
+class Reference(torch.autograd.Function):
+    """The reference's hand-written backward as autograd sees it, statistics included."""
+
+    @staticmethod
+    def forward(ctx, y, gamma, beta, residual, lengths, seed, p, training):
+        rows = y.shape[0] * y.shape[2]
+        mean, m2 = reference.stats(y) if training else (0.1 * torch.ones_like(gamma), rows * torch.ones_like(gamma))
+        rstd = rstd_of(m2, rows)
+        z = reference.forward(y, mean, rstd, gamma, beta, residual, lengths, seed, p)
+        ctx.save_for_backward(y, z if residual is not None else None, mean, rstd, gamma, beta, lengths, seed)
+        ctx.p, ctx.training, ctx.rows = p, training, rows
+        return z
+
+    @staticmethod
+    def backward(ctx, dz):
+        y, z, mean, rstd, gamma, beta, lengths, seed = ctx.saved_tensors
+        saved = (ntc(dz), y, z, mean, rstd, gamma, beta)
+        dbeta, dgamma = reference.backward_reduce(*saved, lengths, seed, ctx.p)
+        means = (dbeta / ctx.rows, dgamma / ctx.rows) if ctx.training else (None, None)
+        dy, dres = reference.backward_apply(*saved, *means, lengths, seed, ctx.p, z is not None)
+        return dy, dgamma, dbeta, dres, None, None, None, None
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_reference_backward_is_the_derivative_of_its_forward(p, residual, training):
+    case = make(2, 5, 4, dtype=torch.float64, device="cpu", residual=residual, lengths=[4, 2], p=p)
+    inputs = [case.y, case.gamma.double(), case.beta.double(), *([case.residual] if residual else [])]
+    for x in inputs:
+        x.requires_grad_()
+
+    def call(y, gamma, beta, res=None):
+        return Reference.apply(y, gamma, beta, res, case.lengths, case.seed, p, training)
+
+    assert torch.autograd.gradcheck(call, inputs)
+
+
+def test_triton_takes_no_fp64():
+    triton_impl = pytest.importorskip("jasper_fast.kernels.bn_relu_dropout.triton_impl")
+    with pytest.raises(TypeError, match="reference"):
+        triton_impl.stats(torch.ones(1, 2, 3, dtype=torch.float64))
+
+
+def test_triton_indexes_beyond_32_bits_of_counters():
+    """The tile's first counter is a 64-bit number: dropout bits at row 2^33/C equal the definition's."""
+    pytest.importorskip("triton")
+    from draw_kernel import draw
+
+    from jasper_fast.kernels.bn_relu_dropout import triton_impl
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    p, seed, rows = 0.4, 99, 4
+    for c, vec in ((16, 8), (18, 1)):
+        m0 = (1 << 36) // c - 2  # counters cross 2**34: beyond one 32-bit word
+        out = torch.empty(rows, 32, dtype=torch.int8, device=device)
+        threshold, _ = triton_impl._dropout(p)
+        draw[(1,)](out, m0, c, torch.tensor([seed], device=device), threshold, BLOCK_M=rows, BLOCK_C=32, VEC=vec)
+        first = m0 * c
+        drawn = philox.words(first // 4, rows * c // 4 + 2, seed).reshape(-1)[first % 4 :][: rows * c]
+        want = (drawn >= philox.threshold(p)).reshape(rows, c)
+        assert torch.equal(out[:, :c].bool().cpu(), want)
+
+
+def test_triton_compiles_ahead_of_time_without_spills():
+    """All kernels for sm_80 to sm_100, no GPU needed: nothing spills, activations move 16 bytes at a time."""
+    pytest.importorskip("triton")
+    script = Path(__file__).with_name("compile_bn_relu_dropout.py")
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    jobs = [("90", "float16"), ("80,86,89,90,100", "float32"), ("90,100", "bfloat16"), ("80,86,89,100", "float16")]
+    rows = []
+    for archs, names in jobs:
+        done = subprocess.run([sys.executable, script, archs, names], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        rows += map(json.loads, done.stdout.splitlines())
+    assert {row["arch"] for row in rows} == {80, 86, 89, 90, 100}
+    assert len(rows) > 60
+    for row in rows:
+        assert row["spilled"] == 0, row
+        assert row["registers"] <= 200, row
+        assert row["shared"] <= 48 * 1024, row
+        assert row["sixteen_bit"] == 0, row
+        if "merge" not in row["kernel"]:
+            assert row["wide_loads"] >= 4, row
+        if "forward" in row["kernel"] or "apply" in row["kernel"]:
+            assert row["wide_stores"] >= 2, row
