@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
-from jasper_fast.kernels import layout
 from torch import Tensor
 
 from bench import correct, counts, rivals
 from bench.harness import Case, Contender, Run, Runner, seeded, stable_seed
 from jasper_fast import ops
+from jasper_fast.kernels import layout
 
 P, EPS, MOMENTUM = 0.2, 1e-3, 0.1
 MODES = ("forward", "backward", "both")
