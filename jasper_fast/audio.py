@@ -95,18 +95,24 @@ def change_speed(samples: np.ndarray, speed: float) -> np.ndarray:
     return resample(samples, speed, 1.0)
 
 
-def trim_silence(samples: np.ndarray, top_db: float = 60.0, frame: int = 2048, hop: int = 512) -> np.ndarray:
-    """Samples without the leading and trailing hops that are ``top_db`` below the loudest frame's power.
+def silence_bounds(samples: np.ndarray, top_db: float = 60.0, frame: int = 2048, hop: int = 512) -> tuple[int, int]:
+    """First sample and end of what is not silence: hops within ``top_db`` of the loudest frame's power.
 
-    Silence throughout is returned as it is. Equivalent: ``librosa.effects.trim(samples, top_db)[0]``.
+    Where all is equally loud or silent, that is everything. Equivalent: ``librosa.effects.trim(samples, top_db)[1]``.
     """
     if not len(samples):
-        return samples
+        return 0, 0
     energy = np.concatenate(([0.0], np.cumsum(np.square(samples, dtype=np.float64))))
     centres = np.arange(1 + len(samples) // hop) * hop
-    first, end = np.clip(centres - frame // 2, 0, None), np.clip(centres + frame // 2, None, len(samples))
-    power = (energy[end] - energy[np.minimum(first, len(samples))]) / frame
+    first, end = (centres + d for d in (-(frame // 2), frame // 2))
+    power = (energy[end.clip(0, len(samples))] - energy[first.clip(0, len(samples))]) / frame
     loud = np.flatnonzero(power > max(power.max(), 1e-10) * 10 ** (-top_db / 10))
     if not len(loud):
-        return samples
-    return samples[loud[0] * hop : min(len(samples), (loud[-1] + 1) * hop)]
+        return 0, len(samples)
+    return int(loud[0]) * hop, min(len(samples), (int(loud[-1]) + 1) * hop)
+
+
+def trim_silence(samples: np.ndarray, top_db: float = 60.0) -> np.ndarray:
+    """The samples within ``silence_bounds``."""
+    first, end = silence_bounds(samples, top_db)
+    return samples[first:end]

@@ -264,7 +264,10 @@ class _Draw:
 
 @dataclass
 class Item:
-    """One utterance ready to be collated; ``audio`` is None where it had to be skipped."""
+    """One utterance ready to be collated; ``audio`` is None where it had to be skipped.
+
+    ``start``: seconds that trimming took from its front.
+    """
 
     index: int
     name: str
@@ -272,6 +275,7 @@ class Item:
     audio: np.ndarray | None
     target: list[int]
     skipped: list[Skipped]
+    start: float = 0.0
 
 
 def ctc_frames(target: Sequence[int]) -> int:
@@ -457,18 +461,22 @@ class SpeechDataset(Dataset):
         item.skipped = skipped
         return item
 
-    def _load(self, utterance: Utterance, draw: _Draw) -> np.ndarray:
+    def _load(self, utterance: Utterance, draw: _Draw) -> tuple[np.ndarray, float]:
+        """Samples, and the seconds that trimming took from their front."""
         path, seconds = utterance.path, _finite(utterance.duration)
         if utterance.alternatives and self.training:
             path, seconds = utterance.alternatives[int(draw.variant * len(utterance.alternatives))], 0.0
         samples = audio.load(path, self.sample_rate, utterance.offset, seconds)
-        return audio.trim_silence(samples) if self.trim_silence else samples
+        if not self.trim_silence:
+            return samples, 0.0
+        first, end = audio.silence_bounds(samples)
+        return samples[first:end], first / self.sample_rate
 
     def _single(self, index: int, draw: _Draw) -> Item:
         utterance, target = self.utterances[index], self.targets[index]
         item = Item(index, utterance.name, self.texts[index], None, target, [])
         try:
-            samples = self._load(utterance, draw)
+            samples, item.start = self._load(utterance, draw)
         except AudioError as error:
             item.skipped.append(Skipped(utterance.name, "unreadable", str(error)))
             return item
@@ -489,7 +497,7 @@ class SpeechDataset(Dataset):
         for clip, gap in zip(draw.clips, draw.gaps, strict=False):
             utterance = self.utterances[clip]
             try:
-                samples = self._load(utterance, draw)
+                samples, _ = self._load(utterance, draw)
             except AudioError as error:
                 skipped.append(Skipped(utterance.name, "unreadable", str(error)))
                 continue
@@ -537,8 +545,9 @@ def _finite(seconds: float) -> float:
 @dataclass
 class Batch:
     """Utterances of one step: audio (N, S) fp32, zero beyond audio_lengths (N,) in samples; targets (N, U) int64,
-    0 beyond target_lengths (N,); texts, names. ``skipped`` lists what was left out of it; ``epoch`` and ``step`` (in
-    the epoch) say where it belongs. N may be 0 where nothing could be read."""
+    0 beyond target_lengths (N,); texts, names, indices in the dataset, and ``starts``, the seconds trimmed from their
+    fronts. ``skipped`` lists what was left out; ``epoch`` and ``step`` (in the epoch) say where the batch belongs.
+    N may be 0 where nothing could be read."""
 
     audio: Tensor
     audio_lengths: Tensor
@@ -548,6 +557,7 @@ class Batch:
     names: list[str]
     indices: list[int]
     skipped: list[Skipped] = field(default_factory=list)
+    starts: list[float] = field(default_factory=list)
     epoch: int = 0
     step: int = 0
 
@@ -589,6 +599,7 @@ def collate(items: Sequence[Item]) -> Batch:
         [item.name for item in good],
         [item.index for item in good],
         [s for item in items for s in item.skipped],
+        [item.start for item in good],
     )
 
 

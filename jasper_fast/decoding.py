@@ -5,7 +5,7 @@ Shapes: N utterances, T frames, V classes; the blank is the last class.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,6 +32,16 @@ class Transcript:
     symbols: list[Word]
     words: list[Word]
     confidence: float
+
+    def shifted(self, seconds: float) -> Transcript:
+        """The same, ``seconds`` later."""
+        if not seconds:
+            return self
+        symbols, words = (
+            [replace(w, start=w.start + seconds, end=w.end + seconds) for w in pieces]
+            for pieces in (self.symbols, self.words)
+        )
+        return replace(self, symbols=symbols, words=words)
 
 
 def _best_path(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,231 @@
+"""The commands on a tiny model with random weights: output, exit status, and errors that are one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from jasper_fast import Jasper, JasperConfig, checkpoint, cli, recognizer
+from jasper_fast.data import Utterance
+from jasper_fast.metrics import wer
+from jasper_fast.text import LABELS
+
+
+def block(filters, repeat, kernel, stride=1, residual=False):
+    return {
+        "filters": filters, "repeat": repeat, "kernel_size": [kernel], "stride": [stride], "dilation": [1],
+        "dropout": 0.2, "residual": residual, "residual_dense": residual,
+    }  # fmt: skip
+
+
+def tiny(labels=LABELS, **top):
+    blocks = [block(32, 1, 11, 2), block(32, 2, 5, residual=True), block(48, 1, 1)]
+    return JasperConfig.from_dict(
+        {
+            "labels": labels,
+            "jasper": {
+                "encoder": {"in_feats": 64, "activation": "relu", "use_conv_masks": True, "blocks": blocks},
+                "decoder": {"in_feats": 48},
+            },
+            **top,
+        }
+    )
+
+
+def write_checkpoint(path, config=None):
+    torch.manual_seed(5)
+    config = config or tiny()
+    model = Jasper(config, backend="reference")
+    with torch.no_grad():
+        model.decoder.layers[0].weight.mul_(8)  # so that it says something
+    state = {"format": checkpoint.FORMAT, "state_dict": model.state_dict(), "config": config.to_dict()}
+    checkpoint.save(path, state | {"labels": None if config.labels is None else list(config.labels)})
+    return str(path)
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_checkpoint(tmp_path / "model.pt")
+
+
+@pytest.fixture
+def files(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = []
+    for i, (rate, seconds) in enumerate([(16000, 1.0), (8000, 2.3), (44100, 0.7)]):
+        path = tmp_path / f"a{i}.{'flac' if i else 'wav'}"
+        t = np.arange(int(rate * seconds)) / rate
+        sweep = 0.3 * np.sin(2 * np.pi * (200 + 900 * t * rng.random()) * t) + 0.01 * rng.standard_normal(len(t))
+        soundfile.write(path, sweep, rate)
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture
+def bad(tmp_path):
+    path = tmp_path / "bad.wav"
+    path.write_text("no audio")
+    return str(path)
+
+
+def run(*argv):
+    return cli.main([*map(str, argv), *(["--backend", "reference", "--quiet"] if argv[0] != "info" else [])])
+
+
+def test_transcribe(model, files, capsys):
+    assert run("transcribe", *files, "--checkpoint", model) == 0
+    out = capsys.readouterr()
+    rows = [line.split("\t") for line in out.out.splitlines()]
+    assert [r[0] for r in rows] == files and all(r[1].strip() for r in rows) and not out.err
+    together = dict(rows)
+    for file in files:  # alone as in the batch
+        assert run("transcribe", file, "--checkpoint", model) == 0
+        assert capsys.readouterr().out == f"{file}\t{together[file]}\n"
+
+
+def test_transcribe_reports_bad_files_and_goes_on(model, files, bad, capsys):
+    assert run("transcribe", files[0], bad, "gone.wav", files[1], "--checkpoint", model) == 0
+    out = capsys.readouterr()
+    assert [line.split("\t")[0] for line in out.out.splitlines()] == files[:2]
+    assert "bad.wav: cannot be read as audio" in out.err and "gone.wav: no such file" in out.err
+    assert "2 of 4 could not be used" in out.err and "Traceback" not in out.err
+    assert run("transcribe", files[0], bad, "--checkpoint", model, "--strict") == 1
+    assert run("transcribe", bad, "--checkpoint", model) == 1
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_transcribe_json_list_and_out(model, files, tmp_path, capsys):
+    (tmp_path / "list.txt").write_text("\n".join(files[1:]) + "\n\n")
+    out = tmp_path / "out.jsonl"
+    arguments = ("--list", tmp_path / "list.txt", "--json", "--out", out, "--checkpoint", model)
+    assert run("transcribe", files[0], *arguments) == 0
+    assert not capsys.readouterr().out
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["audio_filepath"] for r in records] == files
+    assert [r["duration"] for r in records] == pytest.approx([1.0, 2.3, 0.7], abs=1e-3)
+    for r in records:
+        assert " ".join(w["word"] for w in r["words"]) == " ".join(r["pred_text"].split())
+        assert all(0 <= w["start"] < w["end"] <= r["duration"] + 0.02 and 0 < w["confidence"] <= 1 for w in r["words"])
+
+
+def test_times_count_trimmed_silence(model, tmp_path):
+    config = tiny(input_val={"audio_dataset": {"trim_silence": True}})
+    trimming = recognizer.load(write_checkpoint(tmp_path / "trim.pt", config), device="cpu", backend="reference")
+    t = np.arange(16000) / 16000
+    sound = (0.3 * np.sin(2 * np.pi * 300 * t * (1 + t))).astype(np.float32)
+    soundfile.write(tmp_path / "late.wav", np.concatenate([np.zeros(32768), sound]), 16000)
+    result = trimming.recognize([Utterance(str(tmp_path / "late.wav"), 3.048, "")])
+    words = result.transcripts[0].words
+    assert words and words[0].start >= 32768 / 16000 - 0.13 and result.seconds[0] < 1.2
+
+
+def test_evaluate(model, files, bad, tmp_path, capsys):
+    texts = ["hello Dr. World", "Nine", ""]
+    entries = [{"audio_filepath": f, "duration": 1.0 + i, "text": t} for i, (f, t) in enumerate(zip(files, texts))]
+    entries.append({"audio_filepath": bad, "duration": 1.0, "text": "lost"})
+    manifest, out = tmp_path / "m.jsonl", tmp_path / "result.json"
+    manifest.write_text("\n".join(map(json.dumps, entries)))
+    assert run("evaluate", "--manifest", manifest, "--checkpoint", model, "--out", out, "--worst", 2) == 0
+    printed = capsys.readouterr()
+    report = json.loads(out.read_text())
+    rows = report["utterances_list"]
+    assert [r["text"] for r in rows] == ["hello doctor world", "nine", ""]
+    assert report["wer"] == pytest.approx(wer([r["text"] for r in rows], [r["pred_text"] for r in rows]))
+    assert report["utterances"] == 3 and report["words"] == 4 and report["rtfx"] > 0
+    assert [s["reason"] for s in report["skipped"]] == ["unreadable"]
+    assert f"WER {100 * report['wer']:.2f} %" in printed.out and "RTFx" in printed.out
+    assert printed.out.count("heard") == 2 and "bad.wav: cannot be read" in printed.err
+    assert run("evaluate", "--manifest", manifest, "--checkpoint", model, "--strict") == 1
+    manifest.write_text(json.dumps(entries[-1]))
+    assert run("evaluate", "--manifest", manifest, "--checkpoint", model) == 1
+
+
+def test_workers_give_the_same(model, files, capsys):
+    run("transcribe", *files, "--checkpoint", model)
+    alone = capsys.readouterr().out
+    run("transcribe", *files, "--checkpoint", model, "--workers", 2, "--batch-size", 1)
+    assert capsys.readouterr().out == alone
+
+
+def test_errors_are_one_line(model, files, tmp_path, capsys):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"audio_filepath": "a.wav", "duration": 1, "text": "x"}\n{"audio')
+    garbage = tmp_path / "garbage.pt"
+    garbage.write_bytes(b"x" * 100)
+    other = write_checkpoint(
+        tmp_path / "other.pt", JasperConfig.from_dict(tiny(LABELS[:9]).to_dict() | {"labels": None})
+    )
+    cases = [
+        (("transcribe", files[0], "--checkpoint", "nowhere.pt"), "nowhere.pt: no such file"),
+        (("transcribe", files[0], "--checkpoint", garbage), "garbage.pt is not a complete PyTorch checkpoint"),
+        (("transcribe", files[0], "--checkpoint", other), "what the 10 classes stand for"),
+        (("transcribe", "--checkpoint", model), "no files"),
+        (("transcribe", "--list", "nolist", "--checkpoint", model), "nolist"),
+        (("transcribe", files[0], "--checkpoint", model, "--device", "toaster"), "'toaster' is no device"),
+        (("transcribe", files[0], "--checkpoint", model, "--config", "no.yaml"), "no.yaml: no such configuration"),
+        (("transcribe", files[0], "--checkpoint", model, "--out", tmp_path / "no" / "x"), "does not exist"),
+        (("transcribe", files[0], "--checkpoint", model, "--workers", -1), "--workers -1"),
+        (("evaluate", "--manifest", broken, "--checkpoint", model), "broken.jsonl, line 2: not valid JSON"),
+        (("evaluate", "--manifest", "no.jsonl", "--checkpoint", model), "no.jsonl: cannot read the manifest"),
+    ]
+    if not torch.cuda.is_available():
+        cases.append((("transcribe", files[0], "--checkpoint", model, "--device", "cuda"), "no CUDA GPU"))
+    for argv, message in cases:
+        assert run(*argv) == 2, argv
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and error.startswith(f"jasper-fast {argv[0]}: error: ")
+
+
+def test_unknown_backend(model, files, capsys):
+    assert cli.main(["transcribe", files[0], "--checkpoint", model, "--backend", "metal"]) == 2
+    assert "metal" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["transcribe", "--help"], ["evaluate", "--help"], ["info", "--help"]])
+def test_help(argv, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(argv)
+    assert end.value.code == 0 and "usage: jasper-fast" in capsys.readouterr().out
+
+
+def test_usage_errors(capsys):
+    for argv in (
+        [],
+        ["sing"],
+        ["transcribe", "a.wav"],
+        ["evaluate", "--manifest", "m", "--checkpoint", "c", "--threads", "0"],
+    ):
+        with pytest.raises(SystemExit) as end:
+            cli.main(argv)
+        assert end.value.code == 2 and "usage: jasper-fast" in capsys.readouterr().err
+
+
+def test_info(capsys):
+    assert run("info", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["packages"]["torch"]["version"] == torch.__version__
+    assert set(report["backends"]) == {"reference", "cpu", "triton", "cuda"}
+    assert report["backends"]["reference"]["available"]
+    for name, backend in report["backends"].items():
+        assert backend["available"] != bool(backend["missing"]), name  # it runs, or there is a way to get it
+    for package in report["packages"].values():
+        assert package["version"] or package["get"]
+    assert run("info") == 0
+    assert "backend" in capsys.readouterr().out
+
+
+def python(*argv):
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=True, cwd=root)
+    return done.stdout.strip()
+
+
+def test_module_runs_and_imports_little():
+    code = "import sys; from jasper_fast.cli import parser; parser(); print('torch' in sys.modules)"
+    assert python("-c", code) == "False"
+    assert python("-m", "jasper_fast", "--version").startswith("jasper_fast ")
