@@ -1,0 +1,127 @@
+"""Training for a fixed time: the learning rate follows the clock, so that slow and fast machines finish in time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jasper_fast import Jasper, JasperConfig, LogMelFeatures, NovoGrad, augment, data
+from jasper_fast.ema import EMA
+from jasper_fast.text import Vocabulary
+from jasper_fast.training import BufferGuard, Frontend, Meter, Validation, train_step, validate
+
+BATCH_SIZE = 16
+LR, MIN_LR, WEIGHT_DECAY = 0.02, 1e-4, 1e-3
+WARMUP = 0.03  # share of the time
+EMA_DECAY = 0.99
+
+
+@dataclass
+class Learned:
+    """What training leaves: the model with averaged weights, its front end, and the curves over seconds."""
+
+    model: Jasper
+    frontend: Frontend
+    vocabulary: Vocabulary
+    last: Validation
+    seconds: float
+    steps: int = 0
+    utterances: int = 0
+    loss: list[dict[str, float]] = field(default_factory=list)
+    wer: list[dict[str, float]] = field(default_factory=list)
+
+
+def rate(progress: float) -> float:
+    """The learning rate at `progress` (0 to 1) of the time: a short warm-up, then a straight line down."""
+    if progress < WARMUP:
+        return LR * progress / WARMUP + MIN_LR
+    return max(LR * (1 - progress) / (1 - WARMUP), MIN_LR)
+
+
+def datasets(
+    config: JasperConfig, train: Path, test: Path, frame_samples: int, seed: int
+) -> tuple[data.SpeechDataset, data.SpeechDataset, Vocabulary]:
+    vocabulary = Vocabulary(config.labels)
+    common = {"frame_samples": frame_samples, "seed": seed}
+    settings = config.input_train["audio_dataset"]
+    return (
+        data.SpeechDataset.from_manifests(train, vocabulary, settings, **common),
+        data.SpeechDataset.from_manifests(
+            test, vocabulary, config.input_val["audio_dataset"], **common, training=False
+        ),
+        vocabulary,
+    )
+
+
+def learn(
+    config: JasperConfig, train: Path, test: Path, minutes: float, device: torch.device, seed: int = 0, curve: int = 10
+) -> Learned:
+    """Trains a Jasper of `config` on the manifest `train` for `minutes`, and judges it `curve` times on `test`.
+
+    The test chooses nothing: the settings are fixed, the last averaged weights are the result. The steps are those of
+    `train.py` (`jasper_fast.training.train_step`) with NovoGrad.
+    """
+    torch.manual_seed(seed)
+    features = LogMelFeatures.from_config(config.input_train["filterbank_features"])
+    frontend = Frontend(features, augment.from_config(config.input_train)).to(device)
+    model = Jasper(config).to(device)
+    train_set, test_set, vocabulary = datasets(config, train, test, 2 * features.hop_length, seed)
+    plan = data.BatchPlan(train_set.durations, BATCH_SIZE, seed=seed)
+    test_plan = data.BatchPlan(test_set.durations, 2 * BATCH_SIZE, shuffle=False)
+    optimizer = NovoGrad(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    ema, guard, meter = EMA(model, EMA_DECAY, warmup=True), BufferGuard(model), Meter()
+    workers = 4 if device.type == "cuda" else 0
+
+    budget, begin = 60 * minutes, time.perf_counter()
+    result = Learned(model, frontend, vocabulary, Validation(0.0, 1.0, 1.0, 0), 0.0)
+    next_look = budget / curve
+
+    def judge() -> None:
+        with ema.applied_to(model):
+            found = validate(model, frontend, data.batches(test_set, test_plan), vocabulary, device=device)
+        result.last, seconds = found, time.perf_counter() - begin
+        result.wer.append({"seconds": seconds, "step": result.steps, "wer": found.wer, "loss": found.loss})
+
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn()
+    with Progress(*columns) as progress:
+        bar = progress.add_task("training", total=budget, figures="")
+        epoch = 0
+        while True:
+            for batch in data.batches(train_set, plan, epoch, workers=workers):
+                done = (time.perf_counter() - begin) / budget
+                if done >= 1:
+                    break
+                for group in optimizer.param_groups:
+                    group["lr"] = rate(done)
+                meter.add(train_step(model, frontend, [batch], optimizer, scaler, guard, device=device))
+                ema.update(model)
+                result.steps += 1
+                result.utterances += len(batch)
+                if result.steps % 10 == 0:
+                    figures = meter.flush()
+                    now = time.perf_counter() - begin
+                    if figures["loss"] is not None:
+                        result.loss.append({"seconds": now, "step": result.steps, "loss": figures["loss"]})
+                    wer = f", WER {100 * result.wer[-1]['wer']:.1f} %" if result.wer else ""
+                    text = f"loss {figures['loss']:.2f}{wer}, {figures['utterances_per_s']:.0f} utterances/s"
+                    progress.update(bar, completed=min(now, budget), figures=text)
+                    if now > next_look and budget - now > 0.4 * budget / curve:
+                        judge()
+                        meter.restart_clock()
+                        next_look = now + budget / curve
+            else:
+                epoch += 1
+                continue
+            break
+        progress.update(bar, completed=budget)
+    judge()
+    ema_state = {name: tensor.clone() for name, tensor in ema.state_dict().items()}
+    model.load_state_dict(ema_state)
+    model.eval(), frontend.eval()
+    result.seconds = time.perf_counter() - begin
+    return result
