@@ -116,26 +116,44 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-class JsonLog:
-    """A file of JSON lines, one record each, on the disk as soon as it is written."""
+class RunLog:
+    """`log.jsonl` (one record a line, flushed) and TensorBoard in `folder`; silent where not `enabled`, for ranks > 0.
 
-    def __init__(self, path: str | Path, resume_at: int | None = None):
-        """Starts the file anew, or, with `resume_at`, keeps its complete records of steps up to that one."""
-        self.path = Path(path)
-        kept = [] if resume_at is None else [r for r in read_log(self.path) if r.get("step", 0) <= resume_at]
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
+    From `step` > 0 on it continues: records of later steps, which a killed run left behind, are removed.
+    """
+
+    def __init__(self, folder: str | Path, step: int = 0, enabled: bool = True):
+        self._file = self._board = None
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "log.jsonl"
+        kept = [r for r in read_log(path) if r["step"] <= step] if step else []
+        temporary = path.with_name(".log.jsonl.tmp")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        os.replace(temporary, path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
-    def write(self, **record: Any) -> None:
-        """Appends one record; NaN and infinity become null."""
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(clean) + "\n")
+    def write(self, step: int, kind: str, **values: Any) -> None:
+        """Appends a record; its numbers go to TensorBoard as `kind/name`. NaN and infinity become null."""
+        if self._file is None:
+            return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, "kind": kind} | finite) + "\n")
         self._file.flush()
+        for name, value in finite.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        self._file.close()
+        """Closes the files."""
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,9 +19,14 @@ from torch import Tensor, nn
 
 from jasper_fast.augment import Augment
 from jasper_fast.decoding import greedy_decode
+from jasper_fast.ema import EMA
 from jasper_fast.features import LogMelFeatures
-from jasper_fast.runs import RunError
+from jasper_fast.metrics import cer, wer
+from jasper_fast.runs import Ranks, RunError, own_randomness
 from jasper_fast.text import Vocabulary
+
+if TYPE_CHECKING:
+    from jasper_fast.data import Batch
 
 AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -97,7 +102,7 @@ class StepResult:
 def train_step(
     model: nn.Module,
     frontend: Frontend,
-    batches: Sequence[Any],
+    batches: Sequence[Batch],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     guard: BufferGuard,
@@ -145,7 +150,7 @@ def train_step(
 
 
 class Meter:
-    """Collects the steps of a logging interval on the device and reads them in one go.
+    """Collects steps on the device, and reads many of them in one go.
 
     Counts skipped steps (`bad_losses`: a loss that is NaN or infinite; `overflows`: only the gradient is), and stops
     the training after `max_bad` of them in a row.
@@ -154,63 +159,100 @@ class Meter:
     def __init__(self, max_bad: int = 20):
         self.max_bad, self.bad_in_a_row, self.bad_losses, self.overflows = max_bad, 0, 0, 0
         self._pending: list[StepResult] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts a new interval."""
+        self._sum, self._good, self._seen, self._norm = 0.0, 0, 0, math.nan
         self._start = time.perf_counter()
 
     def add(self, step: StepResult) -> None:
         """Takes a step in; nothing is read yet."""
         self._pending.append(step)
 
-    def flush(self) -> dict[str, Any]:
-        """Waits for the device and returns the interval's figures; empty if there was no step.
+    def read(self) -> list[str]:
+        """Waits for the device, and returns the utterances whose loss was NaN or infinite since the last call, by name.
 
-        `loss`: mean over the utterances of good steps; `grad_norm`: of the last step; `utterances`, `utterances_per_s`,
-        and `bad`: the names of utterances whose loss was NaN or infinite. Raises RunError after `max_bad` skipped steps
-        in a row, naming the last culprit.
+        Raises RunError after `max_bad` skipped steps in a row, naming the last culprit.
         """
         if not self._pending:
-            return {}
-        sizes = [sum(map(len, step.losses)) for step in self._pending]
-        flat = torch.cat([loss for step in self._pending for loss in step.losses])
-        norms = torch.stack([step.grad_norm for step in self._pending])
-        values, norms = flat.tolist(), norms.tolist()
-        good, bad, at = [], [], 0
-        for step, size, norm in zip(self._pending, sizes, norms, strict=True):
-            mine = values[at : at + size]
-            at += size
-            if wrong := [(name, v) for name, v in zip(step.names, mine, strict=True) if not math.isfinite(v)]:
-                bad += wrong
-                self.bad_losses += 1
-            elif not math.isfinite(norm):
-                self.overflows += 1
-            else:
-                good += mine
+            return []
+        losses = torch.cat([loss for step in self._pending for loss in step.losses]).tolist()
+        norms = torch.stack([step.grad_norm for step in self._pending]).tolist()
+        bad: list[str] = []
+        for step, norm in zip(self._pending, norms, strict=True):
+            mine, losses = losses[: len(step.names)], losses[len(step.names) :]
+            wrong = [f"{name} is {v}" for name, v in zip(step.names, mine, strict=True) if not math.isfinite(v)]
+            bad += wrong
+            self.bad_losses += bool(wrong)
+            self.overflows += not wrong and not math.isfinite(norm)
             self.bad_in_a_row = 0 if math.isfinite(norm) else self.bad_in_a_row + 1
-        now = time.perf_counter()
-        figures = {
-            "loss": sum(good) / len(good) if good else None,
-            "grad_norm": norms[-1] if math.isfinite(norms[-1]) else None,
-            "utterances": len(values),
-            "utterances_per_s": len(values) / (now - self._start),
-            "bad": [f"{name} ({value})" for name, value in bad],
-        }
-        self._pending, self._start = [], now
+            self._seen += len(mine)
+            if math.isfinite(norm):
+                self._sum, self._good, self._norm = self._sum + sum(mine), self._good + len(mine), norm
+        self._pending = []
         if self.bad_in_a_row >= self.max_bad:
-            culprit = f"the loss of {figures['bad'][-1]}" if figures["bad"] else "the gradient"
+            culprit = f"the loss of {bad[-1]}" if bad else "the gradient has no finite norm"
             raise RunError(
-                f"{self.bad_in_a_row} steps in a row were skipped because of NaN or infinity, at last in {culprit}. "
+                f"{self.bad_in_a_row} steps in a row were skipped because of NaN or infinity; the last: {culprit}. "
                 f"Listen to such files, or lower the learning rate, lengthen the warm-up, or use bf16 or fp32"
             )
-        return figures
+        return bad
 
-    def restart_clock(self) -> None:
-        """Leaves the time since the last `flush` (validation, a checkpoint) out of the next interval."""
-        self._start = time.perf_counter()
+    def figures(self) -> dict[str, float]:
+        """The interval's figures after `read`; then a new interval starts.
+
+        `loss` is the mean over the utterances of good steps, `grad_norm` that of the last good step.
+        """
+        seconds = time.perf_counter() - self._start
+        loss = self._sum / self._good if self._good else math.nan
+        result = {"loss": loss, "grad_norm": self._norm, "utterances_per_s": self._seen / seconds}
+        self.restart()
+        return result | {"bad_losses": self.bad_losses, "overflows": self.overflows}
 
     def state_dict(self) -> dict[str, int]:
         return {"bad_in_a_row": self.bad_in_a_row, "bad_losses": self.bad_losses, "overflows": self.overflows}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.__dict__.update(state)
+
+
+@dataclass
+class Run:
+    """Everything that a run must save to go on exactly where it stands, but for the random generators."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    meter: Meter
+    ema: EMA | None = None
+    epoch: int = 0  # the one under way, from 0
+    position: int = 0  # steps done in this epoch
+    step: int = 0  # steps done in all
+    best_wer: float = math.inf
+    minutes: float = 0.0  # of earlier parts of the run
+
+    _PARTS = ("optimizer", "scaler", "meter")
+    _PLACES = ("epoch", "position", "step", "best_wer", "minutes")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Model and moving average under the reference's keys, the rest by name."""
+        state = {name: getattr(self, name).state_dict() for name in self._PARTS}
+        state |= {name: getattr(self, name) for name in self._PLACES}
+        state["ema_state_dict"] = self.ema.state_dict() if self.ema else None
+        state["ema_updates"] = self.ema.updates if self.ema else 0
+        return state | {"state_dict": self.model.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes everything back. A moving average that starts only now starts from the saved weights."""
+        self.model.load_state_dict(state["state_dict"])
+        for name in self._PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        for name in self._PLACES:
+            setattr(self, name, state[name])
+        if self.ema:
+            average = state["ema_state_dict"] or state["state_dict"]
+            self.ema.load_state_dict(average, state["ema_updates"])
 
 
 @dataclass
@@ -229,7 +271,7 @@ class Validation:
 def validate(
     model: nn.Module,
     frontend: Frontend,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     vocabulary: Vocabulary,
     *,
     device: torch.device,
@@ -241,8 +283,6 @@ def validate(
     Utterances with a loss that is NaN or infinite are named in `bad`, and left out of the mean loss; where the output
     itself is NaN the transcript counts as empty. Waits for the device. Raises RunError if there is no utterance.
     """
-    from jasper_fast.metrics import cer, wer
-
     core = getattr(model, "module", model)
     modes = [(m, m.training) for m in (core, frontend)]
     references, hypotheses, losses, bad = [], [], [], []
@@ -250,6 +290,8 @@ def validate(
         module.eval()
     try:
         for batch in batches:
+            if not len(batch):  # nothing of it could be read; the dataset has the report
+                continue
             features, lengths, frames = frontend(batch.audio.to(device, non_blocking=True), batch.audio_lengths)
             with torch.autocast(device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):
                 log_probs, out_lengths = core(features, lengths)
@@ -279,3 +321,27 @@ def validate(
         bad=bad,
         examples=list(zip(references[:examples], hypotheses[:examples], strict=True)),
     )
+
+
+def validate_run(
+    run: Run,
+    ranks: Ranks,
+    frontend: Frontend,
+    batches: Callable[[], Iterable[Batch]],
+    vocabulary: Vocabulary,
+    amp_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> dict[str, Validation]:
+    """`validate` with the live weights ("live"), then with the moving average ("ema") where there is one.
+
+    All ranks first take the running statistics of rank 0. The random generators stay where they are. `batches` makes
+    this rank's batches anew.
+    """
+    ranks.same_buffers(run.model, run.ema.average.values() if run.ema else ())
+    results = {}
+    for weights in ("live", "ema") if run.ema else ("live",):
+        with own_randomness(seed), run.ema.applied_to(run.model) if weights == "ema" else nullcontext():
+            results[weights] = validate(
+                run.model, frontend, batches(), vocabulary, device=ranks.device, amp_dtype=amp_dtype
+            )
+    return results
