@@ -1,0 +1,478 @@
+"""The bench harness: no number for a wrong result, honest counts, results that survive being cut off."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import __main__ as cli
+from bench import correct, counts, goals, harness, kernels, memory, models, report, rivals
+from bench.harness import Case, Contender, Runner
+from jasper_fast.eager import EagerJasper
+
+CPU = torch.device("cpu")
+FAST = harness.Effort(seconds=0.05, min_rounds=3, max_rounds=4)
+
+
+def make_run(tmp_path: Path, **kwargs) -> harness.Run:
+    header = {"command": "kernels", "machine": {"name": "m", "commit": "c", "dirty": False, "device": "cpu"}}
+    results = harness.Results(tmp_path / "run.json", header)
+    return harness.Run(CPU, torch.float32, "reference", True, results, FAST, **kwargs)
+
+
+# ------------------------------------------------------------------ no number for a wrong result
+
+
+def softplus_case(contenders: dict) -> Case:
+    """x (8, 16) -> softplus(x); each contender is a function of x."""
+    x = torch.empty(8, 16)
+
+    def build(function):
+        return lambda: Runner(lambda: function(x), lambda: {"y": function(x)})
+
+    return Case(
+        "test",
+        {"op": "softplus"},
+        [Contender("jasper_fast", build(F.softplus)), *(Contender(n, build(f)) for n, f in contenders.items())],
+        refill=lambda seed: x.copy_(torch.randn(8, 16, generator=harness.seeded(seed, CPU))),
+        reference=lambda: {"y": F.softplus(x.double())},
+        low=lambda: {"y": F.softplus(x)},
+        flops=1.0,
+        nbytes=1.0,
+    )
+
+
+def skipped_row(x):
+    y = torch.empty_like(x)
+    y[:-1] = F.softplus(x[:-1])  # the last row keeps whatever the allocator left there
+    return y
+
+
+def stale_buffer():
+    first = []
+
+    def call(x):
+        if not first:
+            first.append(F.softplus(x))
+        return first[0]
+
+    return call
+
+
+def stale_after(calls: int):
+    """Right while it is checked, and then the same answer for ever: only a check after the timing sees it."""
+    seen = []
+
+    def call(x):
+        if len(seen) < calls:
+            seen.append(F.softplus(x))
+        return seen[-1]
+
+    return call
+
+
+WRONG = {
+    "scaled": lambda: lambda x: F.softplus(x) * 1.001,
+    "one element": lambda: lambda x: F.softplus(x).index_fill(0, torch.tensor([3]), 0.5),
+    "skipped row": lambda: skipped_row,
+    "stale buffer": stale_buffer,
+    "stale after the check": lambda: stale_after(3),
+    "NaN": lambda: lambda x: F.softplus(x).masked_fill(x == x.max(), math.nan),
+    "shape": lambda: lambda x: F.softplus(x)[:, :8],
+    "nothing written": lambda: torch.empty_like,
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_wrong_kernel_gets_no_number(fault, tmp_path):
+    run = make_run(tmp_path)
+    rows = {
+        r["contender"]: r for r in run.cases("test", [softplus_case({"wrong": WRONG[fault](), "eager": F.softplus})])
+    }
+    assert rows["wrong"]["status"] == "wrong" and rows["wrong"]["why"].startswith("y:")
+    assert not {"time_s", "ratio", "flops_per_s", "bytes_per_s"} & set(rows["wrong"])
+    assert rows["eager"]["status"] == rows["jasper_fast"]["status"] == "ok"
+    assert rows["eager"]["ratio"]["low"] <= rows["eager"]["ratio"]["median"] <= rows["eager"]["ratio"]["high"]
+
+
+def test_absent_and_failing_rivals_are_rows_that_say_so(tmp_path):
+    def absent():
+        raise harness.Absent("get it so")
+
+    def broken(x):
+        raise RuntimeError("no kernel for this shape")
+
+    case = softplus_case({"broken": broken})
+    case.contenders = [*case.contenders, Contender("absent", absent)]
+    rows = {r["contender"]: r for r in make_run(tmp_path).cases("test", [case])}
+    assert (rows["absent"]["status"], rows["absent"]["why"]) == ("absent", "get it so")
+    assert rows["broken"]["status"] == "failed" and "no kernel for this shape" in rows["broken"]["why"]
+    assert rows["jasper_fast"]["status"] == "ok"
+
+
+FAULTY_CHAINS = {
+    "scaled": lambda z, y: z * 1.001,
+    "no mask": lambda z, y: z + 0.25 * (z == 0),
+    "skipped row": lambda z, y: z * (torch.arange(z.shape[2]) != 5),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY_CHAINS)
+def test_faulty_bn_relu_dropout_is_refused(fault, tmp_path):
+    def chain(y, gamma, beta, running, residual, lengths, p):
+        return FAULTY_CHAINS[fault](kernels.eager_chain(y, gamma, beta, running, residual, lengths, p), y)
+
+    run = make_run(tmp_path)
+    case = kernels.bn_relu_dropout(run, (2, 8, 40), "both", False, False)
+    inputs = kernels.Inputs(2, 8, 40, torch.float32, CPU, False)
+    case.refill, case.reference = inputs.refill, lambda: kernels.answer(inputs, torch.float64)
+    case.low = lambda: kernels.answer(inputs, torch.float32)
+    case.contenders = [
+        Contender("jasper_fast", lambda: kernels.runner(chain, inputs, "nct", "both", 0.2)),
+        Contender("eager", lambda: kernels.runner(kernels.eager_chain, inputs, "nct", "both", 0.2)),
+    ]
+    rows = {r["contender"]: r for r in run.cases("test", [case])}
+    assert rows["jasper_fast"]["status"] == "wrong"
+    assert rows["eager"]["status"] == "ok" and "ratio" not in rows["eager"]
+
+
+@pytest.mark.parametrize("fault", ["rate", "scale", "gradient"])
+def test_faulty_dropout_is_refused(fault):
+    inputs = kernels.Inputs(4, 64, 200, torch.float32, CPU, False)
+
+    def chain(y, gamma, beta, running, residual, lengths, p):
+        if p == 0 or fault == "gradient":
+            z = kernels.eager_chain(y, gamma, beta, running, residual, lengths, 0.0)
+        if p == 0:
+            return z
+        if fault == "rate":
+            return kernels.eager_chain(y, gamma, beta, running, residual, lengths, 0.15) * (0.85 / 0.8)
+        if fault == "scale":
+            return kernels.eager_chain(y, gamma, beta, running, residual, lengths, p) * (1 - p)
+        dropped = F.dropout(z.detach(), p, True)
+        return dropped + (z - z.detach())  # values right, the gradient ignores the mask
+
+    runner = kernels.runner(chain, inputs, "nct", "both", 0.2)
+    assert not correct.complaints(
+        runner.outputs(),
+        kernels.answer(inputs, torch.float32),
+        kernels.answer(inputs, torch.float64),
+        kernels.TOLERANCE,
+    )
+    found = runner.extra()
+    assert found and all(line.startswith("dropout on: ") for line in found)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_contenders_of_bn_relu_dropout_are_right(residual, dtype, tmp_path):
+    run = make_run(tmp_path)
+    run.dtype = dtype
+    rows = run.cases(
+        "test", [kernels.bn_relu_dropout(run, (3, 16, 57), mode, residual, False) for mode in kernels.MODES]
+    )
+    assert len(rows) == 9 and all(r["status"] == "ok" for r in rows), [r.get("why") for r in rows]
+
+
+# ------------------------------------------------------------------ statistics
+
+
+def test_ratio_is_pair_by_pair_and_its_interval_holds_the_truth():
+    g = torch.Generator().manual_seed(0)
+    drift = torch.linspace(1.0, 3.0, 60)  # the machine slows down threefold during the run
+    ours = (drift * (1 + 0.02 * torch.randn(60, generator=g))).tolist()
+    rival = (1.5 * drift * (1 + 0.02 * torch.randn(60, generator=g))).tolist()
+    found = harness.ratio(rival, ours)
+    assert found["low"] <= 1.5 <= found["high"] and found["high"] - found["low"] < 0.05 and found["pairs"] == 60
+
+
+def test_quantiles():
+    assert harness.quantile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
+    assert harness.quantile([5.0], 0.99) == 5.0
+    s = harness.summary([1.0, 2.0, 3.0, 4.0, 5.0], 1)
+    assert s["median"] == s["p50"] == 3.0 and s["p20"] == pytest.approx(1.8) and s["min"] == 1.0
+
+
+# ------------------------------------------------------------------ counts
+
+
+@pytest.fixture(scope="module")
+def jasper10x5():
+    config = models.config("jasper10x5")
+    with torch.device("meta"):
+        model = EagerJasper(config).eval()
+    return config, model
+
+
+def test_every_conv_of_jasper_10x5_is_counted_as_pytorch_counts_it(jasper10x5):
+    config, model = jasper10x5
+    N, T, seen = 3, 416, {}
+
+    def hook(name):
+        def record(module, inputs, output):
+            tensors = (inputs[0], *module.parameters(), output)
+            seen[name] = (
+                sum(p.numel() for p in module.parameters()),
+                4 * sum(t.numel() for t in tensors),
+                output.shape[2],
+            )
+
+        return record
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv1d):
+            module.register_forward_hook(hook(name))
+    flops = FlopCounterMode(display=False, depth=8)
+    with flops, torch.device("meta"):
+        model(torch.empty(N, 64, T), torch.empty(N, dtype=torch.int64))
+    by_module = {k.removeprefix("EagerJasper."): v for k, v in flops.get_flop_counts().items()}
+    ours = {conv.name: conv for conv in counts.convs(config, N, T)}
+    assert list(ours) == list(seen) and len(ours) == 109
+    for name, conv in ours.items():
+        bias = conv.N * conv.T_out * conv.C_out if conv.bias else 0  # PyTorch leaves the bias out
+        assert sum(by_module[name].values()) == conv.flops - bias, name
+        assert (conv.weights, conv.nbytes(4), conv.T_out) == seen[name], name
+
+
+def test_jasper_10x5_totals(jasper10x5):
+    config, model = jasper10x5
+    assert counts.parameters(config) == sum(p.numel() for p in model.parameters()) == 332_632_349
+    assert counts.forward_flops(config, 1, 1680) / 840 == pytest.approx(0.665e9, rel=1e-3)
+    assert counts.forward_flops(config, 1, 208) == pytest.approx(69e9, rel=0.01)
+
+
+def test_training_flops_are_pytorchs(jasper10x5):
+    config = models.config("small")
+    model = EagerJasper(config)
+    flops = FlopCounterMode(display=False)
+    x, lengths = models.features(config, 2, 64, CPU, 0, ragged=True)
+    with flops:
+        model(x, lengths)[0].square().sum().backward()
+    bias = 2 * 32 * models.VOCABULARY
+    assert counts.training_flops(config, 2, 64) == flops.get_total_flops() + 3 * bias
+
+
+def test_bytes_of_bn_relu_dropout_are_its_passes():
+    tensor = 4 * 256 * 100 * 2
+    assert counts.bn_relu_dropout_bytes(4, 256, 100, 2, "forward") == 3 * tensor
+    assert counts.bn_relu_dropout_bytes(4, 256, 100, 2, "both") == 8 * tensor
+    assert counts.bn_relu_dropout_bytes(4, 256, 100, 2, "both", residual=True) == 12 * tensor
+
+
+# ------------------------------------------------------------------ memory
+
+
+class Keeper(torch.autograd.Function):
+    """Saves one tensor for backward, stashes another on itself, and lets a third go."""
+
+    stash: list = []
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x * 2)
+        Keeper.stash.append(torch.zeros(100))
+        return (x + torch.ones_like(x)).sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0]
+
+
+def test_kept_bytes_are_counted_however_held():
+    x = torch.randn(1000, requires_grad=True)
+    Keeper.stash.clear()
+    nbytes, births, loss = memory.kept(lambda: Keeper.apply(x), CPU)
+    assert nbytes == 4 * (1000 + 100 + 1)  # saved, stashed, the loss
+    assert births.peak >= 4 * 3000
+    loss.backward()
+    Keeper.stash.clear()
+
+
+def test_kept_bytes_of_a_plain_graph():
+    layer = torch.nn.Linear(8, 16, bias=False)
+    x = torch.randn(4, 8)
+    nbytes, _, _ = memory.kept(lambda: layer(x).relu().exp().sum(), CPU)
+    assert nbytes == 4 * (2 * 4 * 16 + 1)  # relu's and exp's outputs, and the loss; x and the weight are older
+
+
+# ------------------------------------------------------------------ rivals and inputs
+
+
+def test_rivals_compute_what_eager_computes():
+    config = models.config("small")
+    model = models.eager(config, models.weights(config, CPU, 64)).eval()
+    x, lengths = models.features(config, 2, 64, CPU, 1)
+    with torch.no_grad():
+        want, out_lengths = model(x, lengths)
+        for build in (rivals.eager_no_masks, rivals.ChannelsLast2d):
+            got, got_lengths = build(model)(x, lengths)
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+            assert torch.equal(got_lengths, out_lengths)
+    assert want.std() > 0.3, "activations vanished: a wrong layer would not show"
+    assert model.config.encoder.use_conv_masks
+
+
+def test_dropout_off_and_on_again():
+    model = EagerJasper(models.config("small")).train()
+    x, lengths = models.features(model.config, 2, 64, CPU, 1)
+    with models.dropout_off(model):
+        assert torch.equal(model(x, lengths)[0], model(x, lengths)[0])
+    assert not torch.equal(model(x, lengths)[0], model(x, lengths)[0])
+
+
+def test_unknown_rival_is_named():
+    with pytest.raises(SystemExit, match="no rival 'nobody'"):
+        rivals.choose("inference", CPU, "nobody")
+
+
+# ------------------------------------------------------------------ results on disk
+
+
+def test_run_cut_off_keeps_its_rows_and_resumes(tmp_path):
+    def cases(later):
+        made = [softplus_case({"eager": F.softplus}) for _ in range(3)]
+        for i, case in enumerate(made):
+            case.key = {"op": f"softplus{i}"}
+        made[1].contenders = [*made[1].contenders, Contender("later", later)]
+        return made
+
+    def cut():
+        raise KeyboardInterrupt
+
+    run = make_run(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run.cases("test", [cases(None)[0]]), run.cases("test", cases(cut))
+    on_disk = json.loads(run.results.path.read_text())
+    assert {r["key"]["op"] for r in on_disk["rows"]} == {"softplus0"} and not on_disk["finished"]
+
+    header = {k: on_disk[k] for k in ("command", "machine")}
+    again = harness.Run(
+        CPU, torch.float32, "reference", True, harness.Results(run.results.path, header, resume=True), FAST
+    )
+    built = []
+    rows = again.cases("test", cases(lambda: built.append(1) or Runner(lambda: None, lambda: {})))
+    assert {r["key"]["op"] for r in rows} == {"softplus1", "softplus2"} and built == [1]
+    assert {r["key"]["op"] for r in json.loads(run.results.path.read_text())["rows"]} == {
+        "softplus0",
+        "softplus1",
+        "softplus2",
+    }
+    other = header | {"machine": header["machine"] | {"commit": "another"}}
+    assert not harness.Results(run.results.path, other, resume=True).data["rows"]
+
+
+def test_deadline_stops_the_run(tmp_path):
+    run = make_run(tmp_path, deadline=0.0)
+    assert run.out_of_time() and run.cases("test", [softplus_case({})]) == []
+
+
+# ------------------------------------------------------------------ command line and report
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """A real, tiny run of the command line."""
+    out = tmp_path_factory.mktemp("bench")
+    shapes, kernels.CPU_SHAPES = kernels.CPU_SHAPES, ((2, 8, 40), (2, 16, 40))
+    try:
+        arguments = ["kernels", "--device", "cpu", "--quick", "--backend", "reference", "--seconds", "0.05"]
+        assert cli.main([*arguments, "--out", str(out)]) == 0
+    finally:
+        kernels.CPU_SHAPES = shapes
+    (path,) = out.glob("kernels_*.json")
+    return path
+
+
+def test_result_says_how_to_repeat_it(result):
+    data = json.loads(result.read_text())
+    assert data["finished"] and data["schema"] == 1
+    assert data["machine"]["packages"]["torch"] and data["machine"]["threads"] and data["machine"]["cpu"]["cores"]
+    assert data["limits"]["matmul_flops_per_s"]["float32"] > 1e9 and data["limits"]["copy_bytes_per_s"] > 1e8
+    for row in data["rows"]:
+        assert row["status"] == "ok" and row["limit"]["share"] > 0 and row["time_s"]["samples"] >= 3, row
+    assert len({row["id"] for row in data["rows"]}) == len(data["rows"]) == 9
+
+
+def test_report_is_one_page_that_needs_nothing_else(result, tmp_path):
+    page = tmp_path / "page.html"
+    assert cli.main(["report", str(result), str(result), "--html", str(page)]) == 0
+    html = page.read_text()
+    assert not re.search(r'(?:src|href)="|url\(|@import|https?://', html)
+    for part in (
+        "<svg",
+        "viewport",
+        "prefers-color-scheme: dark",
+        "Comparison",
+        "Every timed row",
+        "Not measured here",
+    ):
+        assert part in html
+    assert html.count("<table>") == html.count("</table>") and html.count("<svg") == html.count("</svg>")
+    assert "nan" not in re.findall(r'="([^"]*)"', html)
+
+
+def test_report_refuses_what_is_no_result(tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text("[]")
+    with pytest.raises(SystemExit, match="not a result"):
+        report.main([other], None, False)
+
+
+def goal_rows() -> list[dict]:
+    rows = []
+    for goal, value in zip(goals.CPU_GOALS, (4.5, 3.0, 1.1, 1.2, 0.3), strict=True):
+        for name in ("jasper_fast", "eager"):
+            row = {
+                "id": f"{goal.name} / {name}",
+                "bench": goal.bench,
+                "key": dict(goal.key),
+                "contender": name,
+                "ours": name != "eager",
+                "status": "ok",
+            }
+            row["dtype"], row["bytes"], row["flops"] = "float32", 1, 1
+            if goal.bench == "memory":
+                row["memory"] = {"kept_bytes": 2**20, "peak_bytes": 2**20} | (
+                    {"ours_over_kept": value} if name == "eager" else {}
+                )
+            else:
+                row["time_s"] = harness.summary([0.001, 0.002], 1)
+                if name == "eager":
+                    row["ratio"] = {"median": value, "low": value - 0.1, "high": value + 0.1}
+            rows.append(row)
+    return rows
+
+
+def test_goals_are_judged_from_the_rows():
+    found = goals.judge(goal_rows(), "cpu")
+    assert [g["met"] for g in found] == [True, False, True, True, True]
+    assert goals.judge([], "cpu") == []
+
+
+def test_readme_table_goes_between_its_markers(result, tmp_path):
+    data = json.loads(result.read_text())
+    data["rows"] = goal_rows()
+    path, readme = tmp_path / "r.json", tmp_path / "README.md"
+    path.write_text(json.dumps(data))
+    readme.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
+    assert report.write_readme([path], readme) == 0
+    once = readme.read_text()
+    assert once.startswith("above\n") and once.endswith("\nbelow\n") and "old" not in once
+    assert once.count("\n|---") == 1 and "4.50x [4.40, 4.60]" in once and "0.30 of eager's" in once
+    report.write_readme([path], readme)
+    assert readme.read_text() == once
+    readme.write_text("no markers")
+    with pytest.raises(SystemExit, match="markers"):
+        report.write_readme([path], readme)
+
+
+@pytest.mark.parametrize("command", [*cli.SUBCOMMANDS, "report"])
+def test_every_subcommand_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0 and "--" in capsys.readouterr().out
