@@ -333,7 +333,7 @@ def forward(
     n, c, t = y.shape
     rows = _rows(y)
     z = empty_ntc(n, c, t, like=y)
-    block_m, block_c, vec = _blocks(c, _tile(y.dtype))
+    block_m, block_c, vec = _blocks(c, TILE_BYTES // y.dtype.itemsize)
     with _on(y):
         _forward_kernel[(triton.cdiv(rows, block_m) * triton.cdiv(c, block_c),)](
             y, residual, z, mean, rstd, gamma, beta, lengths, seed,
@@ -396,7 +396,7 @@ def backward_apply(
     rows = _rows(y)
     dy = empty_ntc(n, c, t, like=y)
     dres = empty_ntc(n, c, t, like=y) if has_residual else None
-    block_m, block_c, vec = _blocks(c, _tile(y.dtype, z is not None))
+    block_m, block_c, vec = _blocks(c, TILE_BYTES // y.dtype.itemsize)
     with _on(y):
         _backward_apply_kernel[(triton.cdiv(rows, block_m) * triton.cdiv(c, block_c),)](
             dz, y, z, dy, dres, mean, rstd, gamma, beta, mean_g, mean_gy,
@@ -424,11 +424,6 @@ def _chunks(rows: int) -> tuple[int, int]:
     """(rows of a reducing program, number of such programs per block of channels)."""
     chunk = max(MIN_ROWS, triton.cdiv(rows, MAX_PARTIALS))
     return chunk, triton.cdiv(rows, chunk)
-
-
-def _tile(dtype: torch.dtype, has_z: bool = False) -> int:
-    """Elements of a pointwise tile; three inputs (backward with z) take half, for their registers."""
-    return TILE_BYTES // dtype.itemsize // (2 if has_z else 1)
 
 
 def _blocks(c: int, elements: int) -> tuple[int, int, int]:
@@ -475,6 +470,7 @@ def sources(dtype: torch.dtype, c: int) -> Iterator[aot.Source]:
             absent | {"BLOCK_M": block_m, "BLOCK_C": block_c, "VEC": vec} | flags, num_warps=NUM_WARPS,
         )  # fmt: skip
 
+    tile = TILE_BYTES // dtype.itemsize
     yield source("stats", _stats_kernel, LANES)
     for name, kernel in (("stats_merge", _stats_merge_kernel), ("sum_merge", _sum_merge_kernel)):
         merge = source(name, kernel, LANES)
@@ -482,12 +478,12 @@ def sources(dtype: torch.dtype, c: int) -> Iterator[aot.Source]:
         yield merge
     for residual, lengths, dropout in itertools.product((False, True), repeat=3):
         flags = {"HAS_LENGTHS": lengths, "HAS_DROPOUT": dropout}
-        yield source("forward", _forward_kernel, _tile(dtype), HAS_RESIDUAL=residual, **flags)
+        yield source("forward", _forward_kernel, tile, HAS_RESIDUAL=residual, **flags)
         if residual and dropout:
             continue  # z tells what was dropped
         yield source("backward_reduce", _backward_reduce_kernel, LANES, HAS_Z=residual, **flags)
         for batch in (False, True):
             yield source(
-                "backward_apply", _backward_apply_kernel, _tile(dtype, residual),
+                "backward_apply", _backward_apply_kernel, tile,
                 HAS_Z=residual, HAS_RESIDUAL=residual, HAS_BATCH_STATS=batch, **flags,
             )  # fmt: skip
