@@ -1,0 +1,449 @@
+// Batch norm, residual sum, ReLU, dropout and mask over NTC memory: M = N*T rows of C contiguous channels.
+//
+//   forward          z  = mask(dropout(relu((y - mean)*a + beta [+ residual]))),  a = gamma*rstd
+//   backward_reduce  dbeta = sum g,  dgamma = sum g*yhat;  g = dz/(1-p) where ReLU, dropout and mask let it pass
+//   backward_apply   dy = a*(g - mean_g - yhat*mean_gy),  dres = g
+//
+// A thread owns V neighbouring channels (16 bytes) and walks down rows, so that it loads its channels' parameters once.
+// A CTA is `tx` such columns wide and kThreads/tx rows high. Bytes per element: stats 1 read; forward 1 read (2 with
+// residual) and 1 written; reduce 2 read (3 with residual); apply 2 (3) read and 1 (2) written; less in the padding.
+// Reductions: one partial per CTA, merged by a second kernel in fixed order: no atomics, the same bits in every run.
+#pragma once
+
+#include <initializer_list>
+#include <type_traits>
+
+#include "common.cuh"
+
+namespace jf::bn {
+
+constexpr int kThreads = 256;
+constexpr int kRows = 4;          // rows in flight per thread: 4 x 16 bytes cover the latency of HBM at 2 CTAs per SM
+constexpr int kBackwardRows = 2;  // two or three tensors are in flight here
+constexpr int kMergeChannels = 32, kMergeLanes = kThreads / kMergeChannels;
+
+// Everything that a kernel may need; null means absent.
+template <class T>
+struct Args {
+  const T *y, *residual, *z, *dz;
+  T *out, *dres;  // out: z in forward, dy in backward
+  const float *mean, *rstd, *gamma, *beta, *mean_g, *mean_gy;
+  const int64_t *lengths, *seed;
+  float* partials;  // (parts, 2, C)
+  uint32_t threshold;
+  float scale;
+  int n, c, t;
+  int tx, columns;          // CTA width in columns of V channels (a power of two), and CTAs across C
+  int parts, part_rows;     // reductions: CTAs down the rows, rows of each
+  int tiles, tile_rows;     // elementwise: CTAs down the T rows of one utterance, rows of each
+};
+
+inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// CTA shape for V channels per thread. Reductions get about four CTAs for each multiprocessor; elementwise passes more,
+// each with up to eight turns of its loop, so that loading the parameters does not count.
+template <class T>
+void plan(Args<T>& a, int v, int rows, int sms) {
+  const int vectors = divide_up(a.c, v);
+  int tx = 32;
+  while (tx > 8 && vectors % tx != 0) tx /= 2;
+  if (vectors % tx != 0)  // no even cut: the narrowest power of two that holds all, at most a warp
+    for (tx = 1; tx < vectors && tx < 32;) tx *= 2;
+  a.tx = tx;
+  a.columns = divide_up(vectors, tx);
+  const int step = kThreads / tx * rows;
+  const int64_t m = static_cast<int64_t>(a.n) * a.t;
+  const int wanted = divide_up(4 * sms, a.columns);
+  a.part_rows = divide_up(divide_up(m, wanted), step) * step;
+  a.parts = m == 0 ? 0 : divide_up(m, a.part_rows);
+  const int64_t steps = static_cast<int64_t>(a.n) * divide_up(a.t, step) * a.columns, turns = steps / (16 * sms);
+  a.tile_rows = step * static_cast<int>(turns < 1 ? 1 : turns > 8 ? 8 : turns);
+  a.tiles = divide_up(a.t, a.tile_rows);
+}
+
+__device__ __forceinline__ int valid_frames(const int64_t* lengths, int n, int t) {
+  if (lengths == nullptr) return t;
+  const int64_t length = lengths[n];
+  return length < t ? static_cast<int>(length < 0 ? 0 : length) : t;
+}
+
+// ---- statistics ----------------------------------------------------------------------------------------------------
+// Moments are taken about row 0, so that a mean far from zero costs no precision; merge_kernel adds row 0 again.
+
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads) stats_kernel(Args<T> a) {
+  __shared__ float s_mean[V][kThreads], s_m2[V][kThreads], s_n[kThreads];
+  const int tid = threadIdx.x, x = tid % a.tx, ty = tid / a.tx, height = kThreads / a.tx;
+  const int part = blockIdx.x / a.columns, c0 = (blockIdx.x % a.columns * a.tx + x) * V;
+  const int64_t m = static_cast<int64_t>(a.n) * a.t, begin = static_cast<int64_t>(part) * a.part_rows;
+  const int64_t end = begin + a.part_rows < m ? begin + a.part_rows : m;
+  float n = 0.f, mean[V] = {}, m2[V] = {};
+  if (c0 < a.c) {
+    const Pack<T, V> shift = load<T, V>(a.y + c0);
+    for (int64_t row = begin + ty; row < end; row += height * kRows) {
+      Pack<T, V> y[kRows];
+      float count = 0.f;
+#pragma unroll
+      for (int k = 0; k < kRows; ++k)
+        if (row + k * height < end) y[k] = load<T, V>(a.y + (row + k * height) * a.c + c0), count += 1.f;
+      // the rows in hand are summed in two passes, then join the running moments: no E[x^2] - E[x]^2 anywhere
+      const float inverse = 1.f / count;
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        float value[kRows], sum = 0.f, square = 0.f;
+#pragma unroll
+        for (int k = 0; k < kRows; ++k) {
+          value[k] = row + k * height < end ? wide(y[k].v[i]) - wide(shift.v[i]) : 0.f;
+          sum += value[k];
+        }
+        const float middle = sum * inverse;
+#pragma unroll
+        for (int k = 0; k < kRows; ++k) {
+          const float d = row + k * height < end ? value[k] - middle : 0.f;
+          square = fmaf(d, d, square);
+        }
+        merge_moments(n, mean[i], m2[i], count, middle, square);
+      }
+      n += count;
+    }
+  }
+  for (int half = height / 2; half > 0; half /= 2) {  // fixed order: row ty takes in row ty + half
+    if (ty >= half && ty < 2 * half) {
+      s_n[tid] = n;
+#pragma unroll
+      for (int i = 0; i < V; ++i) s_mean[i][tid] = mean[i], s_m2[i][tid] = m2[i];
+    }
+    __syncthreads();
+    if (ty < half) {
+      const int other = tid + half * a.tx;
+#pragma unroll
+      for (int i = 0; i < V; ++i) merge_moments(n, mean[i], m2[i], s_n[other], s_mean[i][other], s_m2[i][other]);
+      n += s_n[other];
+    }
+    __syncthreads();
+  }
+  if (ty == 0 && c0 < a.c) {
+    float* out = a.partials + static_cast<int64_t>(part) * 2 * a.c + c0;
+#pragma unroll
+    for (int i = 0; i < V; ++i) out[i] = mean[i], out[a.c + i] = m2[i];
+  }
+}
+
+// Merges the partials of 32 channels: lane l of 8 takes parts l, l + 8, ..., then the lanes merge in a tree.
+template <class T, bool kMoments>
+__global__ void __launch_bounds__(kThreads) merge_kernel(Args<T> a, float* first, float* second) {
+  __shared__ float s_first[kThreads], s_second[kThreads], s_n[kThreads];
+  const int tid = threadIdx.x, lane = tid / kMergeChannels, channel = blockIdx.x * kMergeChannels + tid % kMergeChannels;
+  const int64_t m = static_cast<int64_t>(a.n) * a.t;
+  float n = 0.f, u = 0.f, v = 0.f;
+  if (channel < a.c) {
+    for (int part = lane; part < a.parts; part += kMergeLanes) {
+      const float* at = a.partials + static_cast<int64_t>(part) * 2 * a.c + channel;
+      if constexpr (kMoments) {
+        const int64_t left = m - static_cast<int64_t>(part) * a.part_rows;
+        const float count = static_cast<float>(left < a.part_rows ? left : a.part_rows);
+        merge_moments(n, u, v, count, at[0], at[a.c]);
+        n += count;
+      } else {
+        u += at[0], v += at[a.c];
+      }
+    }
+  }
+  for (int half = kMergeLanes / 2; half > 0; half /= 2) {
+    if (lane >= half && lane < 2 * half) s_n[tid] = n, s_first[tid] = u, s_second[tid] = v;
+    __syncthreads();
+    if (lane < half) {
+      const int other = tid + half * kMergeChannels;
+      if constexpr (kMoments) {
+        merge_moments(n, u, v, s_n[other], s_first[other], s_second[other]);
+        n += s_n[other];
+      } else {
+        u += s_first[other], v += s_second[other];
+      }
+    }
+    __syncthreads();
+  }
+  if (lane == 0 && channel < a.c) {
+    first[channel] = kMoments && m > 0 ? u + wide(a.y[channel]) : u;
+    second[channel] = kMoments ? v : v * a.rstd[channel];
+  }
+}
+
+// ---- forward -------------------------------------------------------------------------------------------------------
+
+template <class T, int V, bool kHasDropout>
+__global__ void __launch_bounds__(kThreads) forward_kernel(Args<T> a) {
+  const int x = threadIdx.x % a.tx, ty = threadIdx.x / a.tx, height = kThreads / a.tx;
+  const int tile = blockIdx.x / a.columns, n = tile / a.tiles, c0 = (blockIdx.x % a.columns * a.tx + x) * V;
+  const int begin = tile % a.tiles * a.tile_rows, end = begin + a.tile_rows < a.t ? begin + a.tile_rows : a.t;
+  if (c0 >= a.c) return;
+  const int length = valid_frames(a.lengths, n, a.t);
+  float mean[V] = {}, scale[V] = {}, beta[V] = {};
+  if (begin < length) {
+    float gamma[V];
+    load_floats(mean, a.mean + c0), load_floats(scale, a.rstd + c0);
+    load_floats(gamma, a.gamma + c0), load_floats(beta, a.beta + c0);
+#pragma unroll
+    for (int i = 0; i < V; ++i) scale[i] *= gamma[i];
+  }
+  const uint64_t seed = kHasDropout ? static_cast<uint64_t>(*a.seed) : 0;
+  const int64_t step = static_cast<int64_t>(height) * a.c;
+  for (int t0 = begin + ty; t0 < end; t0 += height * kRows) {
+    const int64_t base = (static_cast<int64_t>(n) * a.t + t0) * a.c + c0;
+    Pack<T, V> y[kRows], residual[kRows];
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+      if (t0 + k * height < length) {  // length <= t, and a tile that ends before t is a whole number of turns
+        y[k] = load<T, V>(a.y + base + k * step);
+        if (a.residual != nullptr) residual[k] = load<T, V>(a.residual + base + k * step);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+      const int t = t0 + k * height;
+      if (t >= end) break;
+      Pack<T, V> z;
+      if (t < length) {
+        const uint32_t keep = kHasDropout ? keep_bits<V>(base + k * step, seed, a.threshold) : ~0u;
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+          float pre = fmaf(wide(y[k].v[i]) - mean[i], scale[i], beta[i]);
+          if (a.residual != nullptr) pre += wide(residual[k].v[i]);
+          const float open = pre <= 0.f ? 0.f : pre;  // a NaN stays
+          z.v[i] = narrow<T>(!kHasDropout ? open : (keep >> i & 1) ? open * a.scale : 0.f);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < V; ++i) z.v[i] = narrow<T>(0.f);
+      }
+      store(a.out + base + k * step, z);
+    }
+  }
+}
+
+// ---- backward ------------------------------------------------------------------------------------------------------
+
+// Which of V elements let the gradient pass: the sign of z where it is given (0 where clipped or dropped; no seed then),
+// else that of the pre-activation, remade, and the keep bits. The caller has dealt with the padding.
+template <class T, int V, bool kHasDropout>
+__device__ __forceinline__ uint32_t open_bits(const Args<T>& a, const Pack<T, V>& y, const Pack<T, V>& z,
+                                              const float (&mean)[V], const float (&scale)[V], const float (&beta)[V],
+                                              uint64_t seed, int64_t element) {
+  uint32_t open = 0;
+  if (a.z != nullptr) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) open |= static_cast<uint32_t>(!(wide(z.v[i]) <= 0.f)) << i;
+    return open;
+  }
+#pragma unroll
+  for (int i = 0; i < V; ++i)
+    open |= static_cast<uint32_t>(!(fmaf(wide(y.v[i]) - mean[i], scale[i], beta[i]) <= 0.f)) << i;
+  if constexpr (kHasDropout) open &= keep_bits<V>(element, seed, a.threshold);
+  return open;
+}
+
+// partials: sum g and sum g*(y - mean); merge_kernel multiplies the second by rstd.
+template <class T, int V, bool kHasDropout>
+__global__ void __launch_bounds__(kThreads) reduce_kernel(Args<T> a) {
+  __shared__ float s_g[V][kThreads], s_gy[V][kThreads];
+  const int tid = threadIdx.x, x = tid % a.tx, ty = tid / a.tx, height = kThreads / a.tx;
+  const int part = blockIdx.x / a.columns, c0 = (blockIdx.x % a.columns * a.tx + x) * V;
+  const int64_t m = static_cast<int64_t>(a.n) * a.t, begin = static_cast<int64_t>(part) * a.part_rows;
+  const int64_t end = begin + a.part_rows < m ? begin + a.part_rows : m;
+  float sum_g[V] = {}, sum_gy[V] = {};
+  if (c0 < a.c) {
+    float mean[V], scale[V] = {}, beta[V] = {};
+    load_floats(mean, a.mean + c0);
+    if (a.z == nullptr) {
+      float gamma[V];
+      load_floats(scale, a.rstd + c0), load_floats(gamma, a.gamma + c0), load_floats(beta, a.beta + c0);
+#pragma unroll
+      for (int i = 0; i < V; ++i) scale[i] *= gamma[i];
+    }
+    const uint64_t seed = kHasDropout ? static_cast<uint64_t>(*a.seed) : 0;
+    for (int64_t row = begin + ty; row < end; row += height * kBackwardRows) {
+      Pack<T, V> dz[kBackwardRows], y[kBackwardRows], z[kBackwardRows];
+      bool valid[kBackwardRows];
+#pragma unroll
+      for (int k = 0; k < kBackwardRows; ++k) {
+        const int64_t r = row + k * height;
+        valid[k] = r < end;
+        if (valid[k] && a.lengths != nullptr) {  // rows are fewer than 2^31: a 32-bit division
+          const uint32_t n = static_cast<uint32_t>(r) / static_cast<uint32_t>(a.t);
+          valid[k] = static_cast<int>(static_cast<uint32_t>(r) - n * a.t) < valid_frames(a.lengths, n, a.t);
+        }
+        if (valid[k]) {
+          const int64_t element = r * a.c + c0;
+          dz[k] = load<T, V>(a.dz + element), y[k] = load<T, V>(a.y + element);
+          if (a.z != nullptr) z[k] = load<T, V>(a.z + element);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kBackwardRows; ++k) {
+        if (!valid[k]) continue;
+        const int64_t element = (row + k * height) * a.c + c0;
+        const uint32_t open = open_bits<T, V, kHasDropout>(a, y[k], z[k], mean, scale, beta, seed, element);
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+          const float g = wide(dz[k].v[i]) * a.scale;
+          const bool passes = open >> i & 1;  // selected, not multiplied: what is closed may hold a NaN
+          sum_g[i] += passes ? g : 0.f;
+          sum_gy[i] += passes ? g * (wide(y[k].v[i]) - mean[i]) : 0.f;
+        }
+      }
+    }
+  }
+  for (int half = height / 2; half > 0; half /= 2) {
+    if (ty >= half && ty < 2 * half) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) s_g[i][tid] = sum_g[i], s_gy[i][tid] = sum_gy[i];
+    }
+    __syncthreads();
+    if (ty < half) {
+      const int other = tid + half * a.tx;
+#pragma unroll
+      for (int i = 0; i < V; ++i) sum_g[i] += s_g[i][other], sum_gy[i] += s_gy[i][other];
+    }
+    __syncthreads();
+  }
+  if (ty == 0 && c0 < a.c) {
+    float* out = a.partials + static_cast<int64_t>(part) * 2 * a.c + c0;
+#pragma unroll
+    for (int i = 0; i < V; ++i) out[i] = sum_g[i], out[a.c + i] = sum_gy[i];
+  }
+}
+
+template <class T, int V, bool kHasDropout>
+__global__ void __launch_bounds__(kThreads) apply_kernel(Args<T> a) {
+  const int x = threadIdx.x % a.tx, ty = threadIdx.x / a.tx, height = kThreads / a.tx;
+  const int tile = blockIdx.x / a.columns, n = tile / a.tiles, c0 = (blockIdx.x % a.columns * a.tx + x) * V;
+  const int begin = tile % a.tiles * a.tile_rows, end = begin + a.tile_rows < a.t ? begin + a.tile_rows : a.t;
+  if (c0 >= a.c) return;
+  const int length = valid_frames(a.lengths, n, a.t);
+  const bool training = a.mean_g != nullptr;  // else dy = a*g: zero in the padding, and y matters only for its sign
+  // dy = scale*g - (flat + (y - mean)*slope)
+  float mean[V] = {}, scale[V] = {}, beta[V] = {}, flat[V] = {}, slope[V] = {};
+  if (training || begin < length) {
+    float rstd[V], gamma[V];
+    load_floats(mean, a.mean + c0), load_floats(rstd, a.rstd + c0);
+    load_floats(gamma, a.gamma + c0), load_floats(beta, a.beta + c0);
+    if (training) load_floats(flat, a.mean_g + c0), load_floats(slope, a.mean_gy + c0);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      scale[i] = gamma[i] * rstd[i];
+      flat[i] *= scale[i];
+      slope[i] *= scale[i] * rstd[i];
+    }
+  }
+  const uint64_t seed = kHasDropout ? static_cast<uint64_t>(*a.seed) : 0;
+  const int64_t step = static_cast<int64_t>(height) * a.c;
+  for (int t0 = begin + ty; t0 < end; t0 += height * kBackwardRows) {
+    const int64_t base = (static_cast<int64_t>(n) * a.t + t0) * a.c + c0;
+    Pack<T, V> dz[kBackwardRows], y[kBackwardRows], z[kBackwardRows];
+#pragma unroll
+    for (int k = 0; k < kBackwardRows; ++k) {
+      const int t = t0 + k * height;
+      if (t < length) dz[k] = load<T, V>(a.dz + base + k * step);
+      if (t < length && a.z != nullptr) z[k] = load<T, V>(a.z + base + k * step);
+      if (training ? t < a.t : t < length && a.z == nullptr) y[k] = load<T, V>(a.y + base + k * step);
+    }
+#pragma unroll
+    for (int k = 0; k < kBackwardRows; ++k) {
+      const int t = t0 + k * height;
+      if (t >= end) break;
+      const int64_t element = base + k * step;
+      const uint32_t open =
+          t < length ? open_bits<T, V, kHasDropout>(a, y[k], z[k], mean, scale, beta, seed, element) : 0;
+      Pack<T, V> dy, dres;
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const float g = (open >> i & 1) ? wide(dz[k].v[i]) * a.scale : 0.f;
+        const float away = training ? fmaf(wide(y[k].v[i]) - mean[i], slope[i], flat[i]) : 0.f;
+        dy.v[i] = narrow<T>(fmaf(scale[i], g, -away));
+        dres.v[i] = narrow<T>(g);
+      }
+      store(a.out + element, dy);
+      if (a.dres != nullptr) store(a.dres + element, dres);
+    }
+  }
+}
+
+// ---- launches ------------------------------------------------------------------------------------------------------
+
+template <class T>
+constexpr int kWidth = 16 / sizeof(T);
+
+// 16-byte access needs whole packs in a row and aligned pointers; else one channel per thread.
+template <class T>
+bool vectorised(const Args<T>& a) {
+  uintptr_t bits = 0;
+  for (const T* at : {a.y, a.residual, a.z, a.dz, const_cast<const T*>(a.out), const_cast<const T*>(a.dres)})
+    bits |= reinterpret_cast<uintptr_t>(at);
+  for (const float* at : {a.mean, a.rstd, a.gamma, a.beta, a.mean_g, a.mean_gy}) bits |= reinterpret_cast<uintptr_t>(at);
+  return a.c % kWidth<T> == 0 && bits % 16 == 0;
+}
+
+// Calls f(width) with the compile-time number of channels per thread.
+template <class T, class F>
+void with_width(const Args<T>& a, F&& f) {
+  if (vectorised(a))
+    f(std::integral_constant<int, kWidth<T>>{});
+  else
+    f(std::integral_constant<int, 1>{});
+}
+
+template <class T, class F>
+void with_width_dropout(const Args<T>& a, F&& f) {
+  with_width(a, [&](auto v) {
+    if (a.seed != nullptr)
+      f(v, std::true_type{});
+    else
+      f(v, std::false_type{});
+  });
+}
+
+// Most partials that a reduction writes, for the size of the workspace (parts, 2, C).
+template <class T>
+int reduction_parts(Args<T> a, int rows, int sms) {
+  plan(a, vectorised(a) ? kWidth<T> : 1, rows, sms);
+  return a.parts;
+}
+
+template <class T>
+void stats(Args<T> a, float* mean, float* m2, int sms, cudaStream_t stream) {
+  with_width(a, [&](auto v) {
+    plan(a, v, kRows, sms);
+    if (a.parts > 0) JF_LAUNCH((stats_kernel<T, v>), static_cast<int64_t>(a.parts) * a.columns, kThreads, stream, a);
+  });
+  JF_LAUNCH((merge_kernel<T, true>), divide_up(a.c, kMergeChannels), kThreads, stream, a, mean, m2);
+}
+
+template <class T>
+void forward(Args<T> a, int sms, cudaStream_t stream) {
+  with_width_dropout(a, [&](auto v, auto dropout) {
+    plan(a, v, kRows, sms);
+    const int64_t grid = static_cast<int64_t>(a.n) * a.tiles * a.columns;
+    if (grid > 0) JF_LAUNCH((forward_kernel<T, v, dropout>), grid, kThreads, stream, a);
+  });
+}
+
+template <class T>
+void backward_reduce(Args<T> a, float* dbeta, float* dgamma, int sms, cudaStream_t stream) {
+  with_width_dropout(a, [&](auto v, auto dropout) {
+    plan(a, v, kBackwardRows, sms);
+    const int64_t grid = static_cast<int64_t>(a.parts) * a.columns;
+    if (grid > 0) JF_LAUNCH((reduce_kernel<T, v, dropout>), grid, kThreads, stream, a);
+  });
+  JF_LAUNCH((merge_kernel<T, false>), divide_up(a.c, kMergeChannels), kThreads, stream, a, dbeta, dgamma);
+}
+
+template <class T>
+void backward_apply(Args<T> a, int sms, cudaStream_t stream) {
+  with_width_dropout(a, [&](auto v, auto dropout) {
+    plan(a, v, kBackwardRows, sms);
+    const int64_t grid = static_cast<int64_t>(a.n) * a.tiles * a.columns;
+    if (grid > 0) JF_LAUNCH((apply_kernel<T, v, dropout>), grid, kThreads, stream, a);
+  });
+}
+
+}  // namespace jf::bn

@@ -1,0 +1,107 @@
+// What every CUDA kernel here shares: 16-byte packs, dtype conversion, Philox, the moments' merge.
+// Also compiles as host C++ with JF_EMULATE (see emulate.h), so that the kernels can be run and tested without a GPU.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef JF_EMULATE
+#include "emulate.h"
+#else
+#include <cuda_runtime.h>
+#define JF_LAUNCH(kernel, grid, block, stream, ...) kernel<<<static_cast<unsigned>(grid), block, 0, stream>>>(__VA_ARGS__)
+#endif
+
+namespace jf {
+
+// V consecutive elements, moved by one load or store.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  T v[V];
+};
+
+template <class T, int V>
+__device__ __forceinline__ Pack<T, V> load(const T* at) {
+  return *reinterpret_cast<const Pack<T, V>*>(at);
+}
+
+template <class T, int V>
+__device__ __forceinline__ void store(T* at, const Pack<T, V>& pack) {
+  *reinterpret_cast<Pack<T, V>*>(at) = pack;
+}
+
+// V channels of a parameter vector; 16 bytes at a time where V > 1.
+template <int V>
+__device__ __forceinline__ void load_floats(float (&out)[V], const float* at) {
+  constexpr int kPack = V == 1 ? 1 : 4;
+#pragma unroll
+  for (int i = 0; i < V; i += kPack) {
+    const auto pack = load<float, kPack>(at + i);
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) out[i + j] = pack.v[j];
+  }
+}
+
+__device__ __forceinline__ float wide(float x) { return x; }
+__device__ __forceinline__ float wide(__half x) { return __half2float(x); }
+__device__ __forceinline__ float wide(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ __forceinline__ T narrow(float x);
+template <>
+__device__ __forceinline__ float narrow<float>(float x) { return x; }
+template <>
+__device__ __forceinline__ __half narrow<__half>(float x) { return __float2half_rn(x); }
+template <>
+__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+
+// Philox4x32-10 (Salmon et al., SC 2011) at the 64-bit counter; the definition is kernels/philox.py.
+__device__ __forceinline__ void philox(uint64_t counter, uint64_t seed, uint32_t (&word)[4]) {
+  uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u, p1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c1 = static_cast<uint32_t>(p1);
+    c3 = static_cast<uint32_t>(p0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  word[0] = c0, word[1] = c1, word[2] = c2, word[3] = c3;
+}
+
+// Keep bits of the V elements from `element` on, bit i for element + i. V is 1 or a multiple of 4 that divides `element`,
+// so one Philox call serves four elements.
+template <int V>
+__device__ __forceinline__ uint32_t keep_bits(uint64_t element, uint64_t seed, uint32_t threshold) {
+  static_assert(V == 1 || V % 4 == 0);
+  uint32_t bits = 0, word[4];
+#pragma unroll
+  for (int i = 0; i < V; i += 4) {
+    philox((element + i) >> 2, seed, word);
+    if constexpr (V == 1) {
+      const uint32_t j = element & 3;  // a select, not an index: word[] stays in registers
+      const uint32_t w = j == 0 ? word[0] : j == 1 ? word[1] : j == 2 ? word[2] : word[3];
+      bits = w >= threshold;
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) bits |= static_cast<uint32_t>(word[j] >= threshold) << (i + j);
+    }
+  }
+  return bits;
+}
+
+// Chan's merge of (n, mean, m2) with (nb, mean_b, m2_b), without the update of n; nothing changes where nb is 0.
+__device__ __forceinline__ void merge_moments(float n, float& mean, float& m2, float nb, float mean_b, float m2_b) {
+  if (nb == 0.f) return;
+  const float d = mean_b - mean, share = nb / (n + nb);
+  mean = fmaf(d, share, mean);
+  m2 += fmaf(d * d, n * share, m2_b);
+}
+
+}  // namespace jf
