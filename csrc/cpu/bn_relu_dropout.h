@@ -1,0 +1,46 @@
+// What csrc/cpu/bn_relu_dropout.cpp hands to the kernels in csrc/cpu/isa/bn_relu_dropout.cpp.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace jf {
+
+enum class BnDtype { fp32, fp16, bf16 };
+
+// All activations are (N, C, T) in NTC memory: M = N*T rows of C contiguous channels. Null means absent.
+struct BnArgs {
+  BnDtype dtype;
+  int64_t n, c, t;
+  const void *y, *residual, *z, *dz;
+  void *out, *dres;  // out is z in forward, dy in backward
+  const float *mean, *rstd, *gamma, *beta, *mean_g, *mean_gy;
+  const int64_t* lengths;
+  bool dropout;        // draw keep bits; false where p == 0 and where backward reads them off z
+  uint64_t seed;
+  uint64_t threshold;  // keep iff word >= threshold
+  float scale;         // 1 / (1 - p)
+};
+
+// Reductions work on chunks of rows whose size depends on C alone, and merge the chunks' partials in order, so results
+// do not depend on the number of threads.
+constexpr int64_t kBnChunkElements = 32768;
+inline int64_t bn_chunk_rows(int64_t c) { return c >= kBnChunkElements / 16 ? 16 : kBnChunkElements / c; }
+
+// Floats between the partials of two chunks: up to three vectors of C, in whole cache lines.
+inline int64_t bn_partial_stride(int64_t c) { return (3 * c + 15) / 16 * 16; }
+
+#define JF_DECLARE_BN(isa)                                                                                            \
+  namespace isa {                                                                                                     \
+  void bn_stats_chunk(const BnArgs& args, int64_t row, int64_t end, float* partial);                                  \
+  void bn_merge_stats(const BnArgs& args, int64_t chunks, const float* partials, float* mean, float* m2);             \
+  void bn_forward_chunk(const BnArgs& args, int64_t row, int64_t end);                                                \
+  void bn_reduce_chunk(const BnArgs& args, int64_t row, int64_t end, float* partial);                                 \
+  void bn_merge_sums(const BnArgs& args, int64_t chunks, const float* partials, float* dbeta, float* dgamma);         \
+  void bn_apply_chunk(const BnArgs& args, int64_t row, int64_t end);                                                  \
+  }
+JF_FOR_EACH_ISA(JF_DECLARE_BN)
+#undef JF_DECLARE_BN
+
+}  // namespace jf

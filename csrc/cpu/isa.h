@@ -1,0 +1,29 @@
+// Which instruction set this process uses, chosen once at run time.
+//
+// Every file under csrc/cpu/isa/ is compiled once per level with -DJF_ISA=<level>, all its symbols in namespace
+// jf::JF_ISA. Files outside isa/ use the baseline instruction set and pick a namespace by cpu_isa().
+#pragma once
+
+namespace jf {
+
+enum class Isa { generic, avx2, avx512 };
+
+// The best level of this CPU; the environment variable JASPER_FAST_ISA=generic|avx2|avx512 lowers it (never raises it).
+// Throws std::runtime_error on a name that is none of these, or a level that this machine does not have.
+Isa cpu_isa();
+
+const char* isa_name(Isa isa);
+
+}  // namespace jf
+
+// JF_DISPATCH(f)(args...): jf::<level>::f of the level in use. Non-x86 builds have the generic level only.
+#if defined(__x86_64__) || defined(_M_X64)
+#define JF_DISPATCH(f)                                   \
+  (::jf::cpu_isa() == ::jf::Isa::avx512 ? &::jf::avx512::f \
+   : ::jf::cpu_isa() == ::jf::Isa::avx2 ? &::jf::avx2::f   \
+                                        : &::jf::generic::f)
+#define JF_FOR_EACH_ISA(declare) declare(generic) declare(avx2) declare(avx512)
+#else
+#define JF_DISPATCH(f) (&::jf::generic::f)
+#define JF_FOR_EACH_ISA(declare) declare(generic)
+#endif

@@ -1,0 +1,377 @@
+// Batch norm, residual sum, ReLU, dropout and mask on rows of C contiguous channels (NTC memory).
+//
+//   stats    reads y                     mean, M2        (4 bytes an element in fp32)
+//   forward  reads y [+ residual]        writes z        (8 [12]); padding rows: writes only
+//   reduce   reads dz, y [+ z]           dbeta, dgamma   (8 [12]); padding rows: nothing
+//   apply    reads dz, y [+ z]           writes dy [+ dres]  (12 [20])
+//
+// Work is cut into blocks of a few rows that fit in L1/L2. A block is walked by columns of W channels, the rows of one
+// column in the inner loop: per-channel vectors stay in registers, sums too. Dropout draws the block's keep bits first
+// (1 bit an element, on the stack) and prefetches the block's rows meanwhile, so memory and multipliers overlap.
+#include "../bn_relu_dropout.h"
+
+#include <type_traits>
+
+#include "../philox.h"
+#include "../vec.h"
+
+namespace jf {
+namespace JF_ISA {
+namespace {
+
+constexpr int64_t kBlockElements = 4096;
+constexpr int64_t kStatsRows = 16;
+constexpr int64_t kCacheLine = 64;
+
+// A block: `rows` rows from `row`, channels [begin, end). Several rows only when it spans all channels.
+struct Block {
+  int64_t row, rows, begin, end;
+};
+
+// Calls valid(block) on rows t < length and padding(block) on the others, in order.
+template <class Valid, class Padding>
+JF_INLINE void for_blocks(const BnArgs& a, int64_t row, int64_t end, Valid valid, Padding padding) {
+  const int64_t block_rows = max64(1, kBlockElements / a.c);
+  while (row < end) {
+    const int64_t n = row / a.t, t = row - n * a.t;
+    const int64_t length = a.lengths ? max64(0, min64(a.lengths[n], a.t)) : a.t;
+    const bool is_valid = t < length;
+    const int64_t rows = min64(min64(end - row, block_rows), (is_valid ? length : a.t) - t);
+    for (int64_t begin = 0; begin < a.c; begin += kBlockElements) {
+      const Block block{row, rows, begin, rows > 1 ? a.c : min64(a.c, begin + kBlockElements)};
+      if (is_valid) {
+        valid(block);
+      } else {
+        padding(block);
+      }
+    }
+    row += rows;
+  }
+}
+
+// Calls column(c, lanes, full) for each W channels of the block; full is a compile-time flag.
+struct Yes {
+  static constexpr bool value = true;
+};
+struct No {
+  static constexpr bool value = false;
+};
+template <class Column>
+JF_INLINE void for_columns(int64_t begin, int64_t end, Column column) {
+  int64_t c = begin;
+  for (; c + W <= end; c += W) column(c, W, Yes{});
+  if (c < end) column(c, (int)(end - c), No{});
+}
+
+template <class T>
+JF_INLINE void prefetch(const T* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch((const char*)p + i);
+}
+
+// The keep bits of one block, one bit an element from the block's first element on.
+class KeepBits {
+ public:
+  // Draws them; prefetches the same elements of `y` and, unless null, of `other`.
+  template <class T>
+  JF_INLINE void draw(const BnArgs& a, const Block& b, const T* y, const T* other) {
+    const int64_t begin = b.row * a.c + b.begin, end = (b.row + b.rows - 1) * a.c + b.end;
+    const int64_t first = begin / kKeepBits, count = (end + kKeepBits - 1) / kKeepBits - first;
+    offset_ = begin - first * kKeepBits;
+    const T *p = y + first * kKeepBits, *q = other + first * kKeepBits;
+    keep_bits((uint64_t)first, count, a.seed, a.threshold, bytes_, [&](int64_t i) {
+      prefetch(p + kKeepBits * i, kKeepBits * sizeof(T));
+      if (other) prefetch(q + kKeepBits * i, kKeepBits * sizeof(T));
+    });
+  }
+
+  // Lanes of elements [i, i + W) of the block.
+  JF_INLINE Mask at(int64_t i) const {
+    const int64_t bit = offset_ + i;
+    uint32_t bits;
+    std::memcpy(&bits, bytes_ + bit / 8, 4);
+    return mask_of_bits(bits >> (bit % 8));  // at least 25 of the bits are ours, W <= 16 are used
+  }
+
+ private:
+  int64_t offset_ = 0;
+  char bytes_[kBlockElements / 8 + 2 * 8 + 4];  // a block may begin and end inside a word; at() reads 4 bytes
+};
+
+template <class T>
+JF_INLINE void zero_rows(const BnArgs& a, const Block& b, T* p) {
+  std::memset(p + b.row * a.c + b.begin, 0, ((b.rows - 1) * a.c + b.end - b.begin) * sizeof(T));
+}
+
+// ---- statistics ----
+// Per channel, in blocks of kStatsRows rows that stay in L1: the mean of y - shift, then the squared deviations from
+// it, then Chan's merge. The shift (the chunk's first block mean) keeps the sums small where |mean| >> deviation.
+// partial: shift (C), mean of y - shift (C), M2 (C).
+template <class T>
+void stats_chunk(const BnArgs& a, int64_t row, int64_t end, float* partial) {
+  const T* y = static_cast<const T*>(a.y);
+  float *shifts = partial, *means = partial + a.c, *m2s = partial + 2 * a.c;
+  for (int64_t done = 0; row + done < end;) {
+    const int64_t rows = min64(kStatsRows, end - row - done);
+    const float inverse = 1.0f / rows, weight = (float)rows / (done + rows);
+    const float spread = (float)done * rows / (done + rows);
+    for_columns(0, a.c, [&](int64_t c, int n, auto full) {
+      constexpr bool kFull = decltype(full)::value;
+      const T* p = y + (row + done) * a.c + c;
+      F shift;
+      if (done == 0) {
+        F sum{};
+        for (int64_t r = 0; r < rows; ++r) sum += load_part<kFull>(p + r * a.c, n);
+        shift = sum * inverse;
+        store_part<kFull>(shifts + c, shift, n);
+      } else {
+        shift = load_part<kFull>(shifts + c, n);
+      }
+      F sum{};
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < rows; ++r) {
+        __builtin_prefetch(p + (kStatsRows + r) * a.c);
+        sum += load_part<kFull>(p + r * a.c, n) - shift;
+      }
+      const F block_mean = sum * inverse;
+      F rest{}, square{};
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < rows; ++r) {
+        const F d = load_part<kFull>(p + r * a.c, n) - shift - block_mean;
+        rest += d;  // zero but for the rounding of block_mean
+        square += d * d;
+      }
+      const F mean_b = block_mean + rest * inverse, m2_b = square - rest * rest * inverse;
+      if (done == 0) {
+        store_part<kFull>(means + c, mean_b, n);
+        store_part<kFull>(m2s + c, m2_b, n);
+      } else {
+        const F mean = load_part<kFull>(means + c, n), delta = mean_b - mean;
+        store_part<kFull>(means + c, mean + delta * weight, n);
+        store_part<kFull>(m2s + c, load_part<kFull>(m2s + c, n) + m2_b + delta * delta * spread, n);
+      }
+    });
+    done += rows;
+  }
+}
+
+// ---- forward ----
+template <class T, bool kResidual, bool kDropout>
+void forward_chunk(const BnArgs& a, int64_t row, int64_t end) {
+  const T *y = static_cast<const T*>(a.y), *residual = static_cast<const T*>(a.residual);
+  T* z = static_cast<T*>(a.out);
+  KeepBits keep;
+  for_blocks(
+      a, row, end,
+      [&](const Block& b) {
+        if constexpr (kDropout) keep.draw(a, b, y, residual);
+        for_columns(b.begin, b.end, [&](int64_t c, int n, auto full) {
+          constexpr bool kFull = decltype(full)::value;
+          const F mean = load_part<kFull>(a.mean + c, n), beta = load_part<kFull>(a.beta + c, n);
+          const F gain = load_part<kFull>(a.gamma + c, n) * load_part<kFull>(a.rstd + c, n);
+#pragma GCC unroll 4
+          for (int64_t r = 0; r < b.rows; ++r) {
+            const int64_t i = (b.row + r) * a.c + c;
+            F x = (load_part<kFull>(y + i, n) - mean) * gain + beta;
+            if constexpr (kResidual) x += load_part<kFull>(residual + i, n);
+            Mask m = not_le_zero(x);
+            if constexpr (kDropout) {
+              m &= keep.at(r * a.c + c - b.begin);
+              x *= a.scale;
+            }
+            store_part<kFull>(z + i, select(m, x), n);
+          }
+        });
+      },
+      [&](const Block& b) { zero_rows(a, b, z); });
+}
+
+// ---- backward ----
+// Where the gradient passes ReLU, dropout and mask. With a residual the sign of its sum cannot be made from y, but z is
+// exactly 0 where clipped, dropped or masked, so z decides alone; else the sign of (y - mean)*gain + beta and keep bits.
+enum class Gate { z, sign, sign_and_keep };
+
+template <Gate kGate, bool kFull, class T>
+JF_INLINE F gradient(const BnArgs& a, const KeepBits& keep, const Block& b, int64_t r, int64_t c, int n, F centred,
+                     F gain, F beta) {
+  const int64_t i = (b.row + r) * a.c + c;
+  F g = load_part<kFull>(static_cast<const T*>(a.dz) + i, n);
+  if constexpr (kGate == Gate::z) {
+    return select(not_le_zero(load_part<kFull>(static_cast<const T*>(a.z) + i, n)), g * a.scale);
+  } else if constexpr (kGate == Gate::sign) {
+    return select(not_le_zero(centred * gain + beta), g);
+  } else {
+    return select(not_le_zero(centred * gain + beta) & keep.at(r * a.c + c - b.begin), g * a.scale);
+  }
+}
+
+// partial: sum g (C), sum g*(y - mean) (C).
+template <class T, Gate kGate>
+void reduce_chunk(const BnArgs& a, int64_t row, int64_t end, float* partial) {
+  const T *y = static_cast<const T*>(a.y), *dz = static_cast<const T*>(a.dz);
+  std::memset(partial, 0, 2 * a.c * sizeof(float));
+  KeepBits keep;
+  for_blocks(
+      a, row, end,
+      [&](const Block& b) {
+        if constexpr (kGate == Gate::sign_and_keep) keep.draw(a, b, y, dz);
+        for_columns(b.begin, b.end, [&](int64_t c, int n, auto full) {
+          constexpr bool kFull = decltype(full)::value;
+          const F mean = load_part<kFull>(a.mean + c, n), beta = load_part<kFull>(a.beta + c, n);
+          const F gain = load_part<kFull>(a.gamma + c, n) * load_part<kFull>(a.rstd + c, n);
+          F sum_g{}, sum_gy{};
+#pragma GCC unroll 4
+          for (int64_t r = 0; r < b.rows; ++r) {
+            const F centred = load_part<kFull>(y + (b.row + r) * a.c + c, n) - mean;
+            const F g = gradient<kGate, kFull, T>(a, keep, b, r, c, n, centred, gain, beta);
+            sum_g += g;
+            sum_gy += g * centred;
+          }
+          store_part<kFull>(partial + c, load_part<kFull>(partial + c, n) + sum_g, n);
+          store_part<kFull>(partial + a.c + c, load_part<kFull>(partial + a.c + c, n) + sum_gy, n);
+        });
+      },
+      [](const Block&) {});
+}
+
+template <class T, Gate kGate>
+void apply_chunk(const BnArgs& a, int64_t row, int64_t end) {
+  const T *y = static_cast<const T*>(a.y), *dz = static_cast<const T*>(a.dz);
+  T *dy = static_cast<T*>(a.out), *dres = static_cast<T*>(a.dres);
+  const bool batch_statistics = a.mean_g != nullptr;
+  // dy = gain*g + slope*(y - mean) + offset, the last two through the batch's statistics.
+  const auto rows_of = [&](const Block& b, const KeepBits& keep, auto has_gradient) __attribute__((always_inline)) {
+    constexpr bool kGradient = decltype(has_gradient)::value;
+    for_columns(b.begin, b.end, [&](int64_t c, int n, auto full) {
+      constexpr bool kFull = decltype(full)::value;
+      const F mean = load_part<kFull>(a.mean + c, n), beta = load_part<kFull>(a.beta + c, n);
+      const F rstd = load_part<kFull>(a.rstd + c, n), gain = load_part<kFull>(a.gamma + c, n) * rstd;
+      F offset{}, slope{};
+      if (batch_statistics) {
+        offset = -gain * load_part<kFull>(a.mean_g + c, n);
+        slope = -gain * rstd * load_part<kFull>(a.mean_gy + c, n);
+      }
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < b.rows; ++r) {
+        const int64_t i = (b.row + r) * a.c + c;
+        const F centred = load_part<kFull>(y + i, n) - mean;
+        F x = centred * slope + offset;
+        if constexpr (kGradient) {
+          const F g = gradient<kGate, kFull, T>(a, keep, b, r, c, n, centred, gain, beta);
+          if (dres) store_part<kFull>(dres + i, g, n);
+          x = g * gain + (batch_statistics ? x : F{});
+        }
+        store_part<kFull>(dy + i, x, n);
+      }
+    });
+  };
+  KeepBits keep;
+  for_blocks(
+      a, row, end,
+      [&](const Block& b) {
+        if constexpr (kGate == Gate::sign_and_keep) keep.draw(a, b, y, dz);
+        rows_of(b, keep, Yes{});
+      },
+      [&](const Block& b) {
+        if (dres) zero_rows(a, b, dres);
+        if (batch_statistics) {
+          rows_of(b, keep, No{});
+        } else {
+          zero_rows(a, b, dy);
+        }
+      });
+}
+
+template <class Do>
+void with_dtype(BnDtype dtype, Do run) {
+  switch (dtype) {
+    case BnDtype::fp32:
+      return run(float{});
+    case BnDtype::fp16:
+      return run(Half{});
+    case BnDtype::bf16:
+      return run(BFloat16{});
+  }
+}
+
+template <class Do>
+void with_gate(const BnArgs& a, Do run) {
+  if (a.z) return run(std::integral_constant<Gate, Gate::z>{});
+  if (a.dropout) return run(std::integral_constant<Gate, Gate::sign_and_keep>{});
+  return run(std::integral_constant<Gate, Gate::sign>{});
+}
+
+}  // namespace
+
+void bn_stats_chunk(const BnArgs& a, int64_t row, int64_t end, float* partial) {
+  with_dtype(a.dtype, [&](auto t) { stats_chunk<decltype(t)>(a, row, end, partial); });
+}
+
+void bn_forward_chunk(const BnArgs& a, int64_t row, int64_t end) {
+  with_dtype(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    if (a.residual) return a.dropout ? forward_chunk<T, true, true>(a, row, end) : forward_chunk<T, true, false>(a, row, end);
+    return a.dropout ? forward_chunk<T, false, true>(a, row, end) : forward_chunk<T, false, false>(a, row, end);
+  });
+}
+
+void bn_reduce_chunk(const BnArgs& a, int64_t row, int64_t end, float* partial) {
+  with_dtype(a.dtype, [&](auto t) {
+    with_gate(a, [&](auto gate) { reduce_chunk<decltype(t), decltype(gate)::value>(a, row, end, partial); });
+  });
+}
+
+void bn_apply_chunk(const BnArgs& a, int64_t row, int64_t end) {
+  with_dtype(a.dtype, [&](auto t) {
+    with_gate(a, [&](auto gate) { apply_chunk<decltype(t), decltype(gate)::value>(a, row, end); });
+  });
+}
+
+// ---- merging the chunks' partials, in order, in fp64 ----
+constexpr int64_t kMergeChannels = 16;
+
+// Every chunk has bn_chunk_rows(c) rows but the last. mean = sum n_i*mean_i / M, M2 = sum M2_i + n_i*(mean_i - mean)^2.
+void bn_merge_stats(const BnArgs& a, int64_t chunks, const float* partials, float* mean, float* m2) {
+  const int64_t stride = bn_partial_stride(a.c), rows = bn_chunk_rows(a.c), total = a.n * a.t;
+  for (int64_t begin = 0; begin < a.c; begin += kMergeChannels) {
+    const int64_t width = min64(kMergeChannels, a.c - begin);
+    double sum[kMergeChannels] = {}, square[kMergeChannels] = {};
+    const auto each = [&](auto update) {
+      for (int64_t k = 0; k < chunks; ++k) {
+        const float* p = partials + k * stride + begin;
+        const double n = (double)min64(rows, total - k * rows);
+        for (int64_t j = 0; j < width; ++j) update(j, n, (double)p[j] + (double)p[a.c + j], (double)p[2 * a.c + j]);
+      }
+    };
+    each([&](int64_t j, double n, double mean_k, double) { sum[j] += n * mean_k; });
+    for (int64_t j = 0; j < width; ++j) sum[j] /= (double)total;
+    each([&](int64_t j, double n, double mean_k, double m2_k) {
+      square[j] += m2_k + n * (mean_k - sum[j]) * (mean_k - sum[j]);
+    });
+    for (int64_t j = 0; j < width; ++j) {
+      mean[begin + j] = (float)sum[j];
+      m2[begin + j] = (float)square[j];
+    }
+  }
+}
+
+void bn_merge_sums(const BnArgs& a, int64_t chunks, const float* partials, float* dbeta, float* dgamma) {
+  const int64_t stride = bn_partial_stride(a.c);
+  for (int64_t begin = 0; begin < a.c; begin += kMergeChannels) {
+    const int64_t width = min64(kMergeChannels, a.c - begin);
+    double sum_g[kMergeChannels] = {}, sum_gy[kMergeChannels] = {};
+    for (int64_t k = 0; k < chunks; ++k) {
+      const float* p = partials + k * stride + begin;
+      for (int64_t j = 0; j < width; ++j) {
+        sum_g[j] += p[j];
+        sum_gy[j] += p[a.c + j];
+      }
+    }
+    for (int64_t j = 0; j < width; ++j) {
+      dbeta[begin + j] = (float)sum_g[j];
+      dgamma[begin + j] = (float)(sum_gy[j] * a.rstd[begin + j]);
+    }
+  }
+}
+
+}  // namespace JF_ISA
+}  // namespace jf

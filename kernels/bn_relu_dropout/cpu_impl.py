@@ -1,0 +1,80 @@
+"""The CPU face of bn_relu_dropout: C++ kernels (csrc/cpu), vectorised for the machine at run time and threaded.
+
+Activations are (N, C, T) in NTC memory, fp32, fp16 or bf16, with fp32 arithmetic inside; channel vectors are (C,) fp32.
+Results are the same bits whatever the number of threads. fp64 is for the reference face.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jasper_fast.kernels import native
+
+
+def stats(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and M2 (sum of squared deviations) per channel of y (N, C, T) over all N*T rows, fp32."""
+    mean, m2 = _channels(y), _channels(y)
+    native.cpu().bn_stats(y, mean, m2)
+    return mean, m2
+
+
+def forward(
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    residual: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+) -> Tensor:
+    """z = mask(dropout(relu((y - mean)*rstd*gamma + beta [+ residual]))); frames t >= length are 0 and y is not read."""
+    z = torch.empty_like(y)
+    native.cpu().bn_forward(y, mean, rstd, gamma, beta, residual, lengths, seed, p, z)
+    return z
+
+
+def backward_reduce(
+    dz: Tensor,
+    y: Tensor,
+    z: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+) -> tuple[Tensor, Tensor]:
+    """(dbeta, dgamma) = (sum g, sum g*yhat) per channel; g is dz where the gradient passes ReLU, dropout and mask."""
+    dbeta, dgamma = _channels(y), _channels(y)
+    native.cpu().bn_backward_reduce(dz, y, z, mean, rstd, gamma, beta, lengths, seed, p, dbeta, dgamma)
+    return dbeta, dgamma
+
+
+def backward_apply(
+    dz: Tensor,
+    y: Tensor,
+    z: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mean_g: Tensor | None,
+    mean_gy: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    has_residual: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """dy = gamma*rstd*(g - mean_g - yhat*mean_gy), without the means where they are None, and dres = g or None."""
+    dy = torch.empty_like(y)
+    dres = torch.empty_like(y) if has_residual else None
+    native.cpu().bn_backward_apply(dz, y, z, mean, rstd, gamma, beta, mean_g, mean_gy, lengths, seed, p, dy, dres)
+    return dy, dres
+
+
+def _channels(y: Tensor) -> Tensor:
+    return torch.empty(y.shape[1], dtype=torch.float32, device=y.device)
