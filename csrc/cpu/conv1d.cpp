@@ -1,0 +1,242 @@
+// fp32 1D convolution in (N, T, C) memory: argument checks and threads. The loops are in isa/conv1d.cpp.
+
+#include "conv1d.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+#include <vector>
+
+namespace {
+
+using torch::stable::Tensor;
+using namespace jf;
+
+constexpr int64_t kGroupRows = 128;     // rows of one item that share a window in L2
+constexpr int64_t kTasksPerThread = 4;  // tasks are drawn from a counter, so threads that lose their core do not delay all
+
+ConvAlgorithm algorithm_of(int64_t code, int64_t taps, int64_t stride) {
+  STD_TORCH_CHECK(code == 0 || code == 1, "conv1d: algorithm must be 0 (direct) or 1 (fast_fir_1), got ", code);
+  STD_TORCH_CHECK(code == 0 || (taps > 1 && stride == 1), "conv1d: fast_fir_1 needs K > 1 and stride 1, got K = ", taps,
+                  ", stride = ", stride);
+  return static_cast<ConvAlgorithm>(code);
+}
+
+void check_fp32(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == torch::headeronly::ScalarType::Float, "conv1d: ", name,
+                  " must be a float32 tensor on the CPU; convert it with .float().cpu()");
+}
+
+ConvRows rows_of(const Tensor& t, const char* name) {
+  check_fp32(t, name);
+  STD_TORCH_CHECK(t.dim() == 3, "conv1d: ", name, " must be (N, T, C), got ", t.dim(), " dimensions");
+  STD_TORCH_CHECK(t.size(2) <= 1 || t.stride(2) == 1, "conv1d: ", name,
+                  " must have unit channel stride, got ", t.stride(2), "; pass layout.ntc(x).transpose(1, 2)");
+  return {static_cast<const float*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.size(2)};
+}
+
+const float* contiguous_fp32(const Tensor& t, const char* name) {
+  check_fp32(t, name);
+  STD_TORCH_CHECK(t.is_contiguous(), "conv1d: ", name, " must be contiguous; call .contiguous()");
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+const int64_t* lengths_of(const std::optional<Tensor>& lengths, const char* name, int64_t n, int64_t most) {
+  if (!lengths.has_value()) return nullptr;
+  STD_TORCH_CHECK(lengths->is_cpu() && lengths->scalar_type() == torch::headeronly::ScalarType::Long &&
+                      lengths->dim() == 1 && lengths->size(0) == n && lengths->is_contiguous(),
+                  "conv1d: ", name, " must be a contiguous int64 tensor of shape (", n, ",) on the CPU");
+  const auto* data = static_cast<const int64_t*>(lengths->const_data_ptr());
+  for (int64_t i = 0; i < n; ++i) {
+    STD_TORCH_CHECK(data[i] >= 0 && data[i] <= most, "conv1d: ", name, "[", i, "] = ", data[i], " is not in [0, ", most,
+                    "]");
+  }
+  return data;
+}
+
+void check_geometry(int64_t t_in, int64_t t_out, int64_t taps, int64_t stride, int64_t dilation, int64_t padding) {
+  STD_TORCH_CHECK(taps >= 1 && stride >= 1 && dilation >= 1 && padding >= 0, "conv1d: K, stride and dilation must be ",
+                  ">= 1 and padding >= 0, got ", taps, ", ", stride, ", ", dilation, ", ", padding);
+  const int64_t reach = t_in + 2 * padding - dilation * (taps - 1) - 1;
+  const int64_t expected = reach >= 0 ? reach / stride + 1 : 0;
+  STD_TORCH_CHECK(t_out == expected, "conv1d: the output must have ", expected, " frames, got ", t_out);
+}
+
+// Runs body(i) for i in [0, tasks); which thread runs which task is left to chance, results must not depend on it.
+template <class F>
+void run_tasks(int64_t tasks, const F& body) {
+  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < tasks; i = next++) body(i);
+  });
+}
+
+int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t conv1d_packed_size(int64_t c_out, int64_t c_in, int64_t taps, bool transposed, int64_t algorithm) {
+  const int64_t columns = JF_DISPATCH(conv1d_columns)();
+  const int64_t outputs = transposed ? c_in : c_out, inputs = transposed ? c_out : c_in;
+  return div_up(outputs, columns) * columns * inputs * conv1d_packed_taps(taps, algorithm_of(algorithm, taps, 1));
+}
+
+void conv1d_pack(const Tensor& weight, bool transposed, int64_t algorithm, Tensor packed) {
+  ConvPack args;
+  args.weight = contiguous_fp32(weight, "weight");
+  STD_TORCH_CHECK(weight.dim() == 3, "conv1d: weight must be (C_out, C_in, K)");
+  args.c_out = weight.size(0);
+  args.c_in = weight.size(1);
+  args.taps = weight.size(2);
+  args.transposed = transposed;
+  args.algorithm = algorithm_of(algorithm, args.taps, 1);
+  args.packed = const_cast<float*>(contiguous_fp32(packed, "packed"));
+  const int64_t size = conv1d_packed_size(args.c_out, args.c_in, args.taps, transposed, algorithm);
+  STD_TORCH_CHECK(packed.numel() == size, "conv1d: packed must have conv1d_packed_size() = ", size, " elements, got ",
+                  packed.numel());
+  const auto pack_block = JF_DISPATCH(conv1d_pack_block);
+  const int64_t blocks = div_up(transposed ? args.c_in : args.c_out, JF_DISPATCH(conv1d_columns)());
+  run_tasks(blocks, [&](int64_t block) { pack_block(args, block); });
+}
+
+std::vector<ConvRowGroup> row_groups(const ConvForward& args) {
+  // Boundaries at multiples of `unit` keep the fast algorithm's pairs of rows the same whatever the length.
+  const int64_t unit = args.algorithm == ConvAlgorithm::direct ? 1 : 2 * args.dilation;
+  std::vector<ConvRowGroup> groups;
+  for (int64_t n = 0; n < args.n; ++n) {
+    const int64_t length = args.in_lengths != nullptr ? args.in_lengths[n] : args.t_in;
+    int64_t begin, end;
+    conv1d_live_rows(length, args.t_out, args.taps, args.stride, args.dilation, args.padding, begin, end);
+    if (args.x2.data != nullptr) {
+      begin = 0;
+      end = std::max(end, std::min(length, args.t_out));
+    }
+    if (args.out_lengths != nullptr) end = std::min(end, args.out_lengths[n]);
+    begin = std::min(begin, end);
+    const int64_t count = std::max<int64_t>(1, div_up(end - begin, kGroupRows));
+    const int64_t step = std::max<int64_t>(unit, div_up(div_up(end - begin, count), unit) * unit);
+    int64_t from = begin;
+    do {
+      const int64_t to = std::min(from + step, end);
+      groups.push_back({n, from == begin ? 0 : from, from, to, to == end ? args.t_out : to});
+      from = to;
+    } while (from < end);
+  }
+  return groups;
+}
+
+void conv1d_fwd(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t taps, int64_t stride, int64_t dilation,
+                int64_t padding, int64_t algorithm, const std::optional<Tensor>& in_lengths,
+                const std::optional<Tensor>& bias, bool relu, const std::optional<Tensor>& out_lengths,
+                const std::optional<Tensor>& x2, const std::optional<Tensor>& packed2, Tensor y) {
+  ConvForward args;
+  args.x = rows_of(x, "x");
+  args.n = x.size(0);
+  args.t_in = x.size(1);
+  const ConvRows out = rows_of(y, "y");
+  STD_TORCH_CHECK(y.size(0) == args.n && y.size(2) == c_out, "conv1d: y must be (", args.n, ", T_out, ", c_out,
+                  "), got (", y.size(0), ", ", y.size(1), ", ", y.size(2), ")");
+  args.y = const_cast<float*>(out.data);
+  args.y_stride_n = out.stride_n;
+  args.y_stride_t = out.stride_t;
+  args.t_out = y.size(1);
+  args.c_out = c_out;
+  args.taps = taps;
+  args.stride = stride;
+  args.dilation = dilation;
+  args.padding = padding;
+  check_geometry(args.t_in, args.t_out, taps, stride, dilation, padding);
+  args.algorithm = algorithm_of(algorithm, taps, stride);
+  args.packed = contiguous_fp32(packed, "packed");
+  const int64_t size = conv1d_packed_size(c_out, args.x.channels, taps, false, algorithm);
+  STD_TORCH_CHECK(packed.numel() == size, "conv1d: packed must have ", size, " elements for C_out = ", c_out,
+                  ", C_in = ", args.x.channels, ", K = ", taps, ", got ", packed.numel(),
+                  "; was it packed with the same algorithm and JASPER_FAST_ISA?");
+  if (bias.has_value()) {
+    args.bias = contiguous_fp32(*bias, "bias");
+    STD_TORCH_CHECK(bias->numel() == c_out, "conv1d: bias must have ", c_out, " elements, got ", bias->numel());
+  }
+  args.relu = relu;
+  args.in_lengths = lengths_of(in_lengths, "in_lengths", args.n, args.t_in);
+  args.out_lengths = lengths_of(out_lengths, "out_lengths", args.n, args.t_out);
+  STD_TORCH_CHECK(x2.has_value() == packed2.has_value(), "conv1d: x2 and packed2 go together");
+  if (x2.has_value()) {
+    args.x2 = rows_of(*x2, "x2");
+    STD_TORCH_CHECK(stride == 1 && x2->size(0) == args.n && x2->size(1) == args.t_out && args.t_out == args.t_in,
+                    "conv1d: x2 needs stride 1 and must be (", args.n, ", ", args.t_out, ", C2) with T_out = T_in");
+    args.packed2 = contiguous_fp32(*packed2, "packed2");
+    const int64_t size2 = conv1d_packed_size(c_out, args.x2.channels, 1, false, 0);
+    STD_TORCH_CHECK(packed2->numel() == size2, "conv1d: packed2 must have ", size2, " elements, got ",
+                    packed2->numel());
+    if (args.x2.channels == 0) args.x2.data = nullptr;
+  }
+  STD_TORCH_CHECK(args.x.channels > 0, "conv1d: x has no channels");
+
+  const std::vector<ConvRowGroup> groups = row_groups(args);
+  const int64_t blocks = div_up(c_out, JF_DISPATCH(conv1d_columns)());
+  const int64_t n_groups = groups.size(), threads = torch::stable::get_num_threads();
+  int64_t blocks_per_task = blocks;
+  if (threads > 1) blocks_per_task = std::clamp<int64_t>(n_groups * blocks / (threads * kTasksPerThread), 1, blocks);
+  const int64_t ranges = div_up(blocks, blocks_per_task);
+  const auto forward_task = JF_DISPATCH(conv1d_forward_task);
+  // Neighbouring tasks share weights, so that a long batch streams them from memory once.
+  run_tasks(ranges * n_groups, [&](int64_t i) {
+    const int64_t range = i / n_groups;
+    forward_task(args, groups[i % n_groups], blocks * range / ranges, blocks * (range + 1) / ranges);
+  });
+}
+
+void conv1d_wgrad(const Tensor& x, const Tensor& dy, const std::optional<Tensor>& in_lengths, int64_t stride,
+                  int64_t dilation, int64_t padding, Tensor dw) {
+  ConvWeightGrad args;
+  args.x = rows_of(x, "x");
+  args.dy = rows_of(dy, "dy");
+  args.n = x.size(0);
+  args.t_in = x.size(1);
+  args.t_out = dy.size(1);
+  args.dw = const_cast<float*>(contiguous_fp32(dw, "dw"));
+  STD_TORCH_CHECK(dw.dim() == 3 && dw.size(0) == args.dy.channels && dw.size(1) == args.x.channels,
+                  "conv1d: dw must be (C_out, C_in, K) = (", args.dy.channels, ", ", args.x.channels, ", K)");
+  STD_TORCH_CHECK(dy.size(0) == args.n, "conv1d: dy must have ", args.n, " items, got ", dy.size(0));
+  args.taps = dw.size(2);
+  args.stride = stride;
+  args.dilation = dilation;
+  args.padding = padding;
+  check_geometry(args.t_in, args.t_out, args.taps, stride, dilation, padding);
+  args.in_lengths = lengths_of(in_lengths, "in_lengths", args.n, args.t_in);
+
+  const int64_t channels = args.x.channels, blocks = div_up(args.dy.channels, JF_DISPATCH(conv1d_columns)());
+  const int64_t ranges = div_up(channels, JF_DISPATCH(conv1d_wgrad_channels)(args.taps));
+  const auto wgrad_task = JF_DISPATCH(conv1d_wgrad_task);
+  run_tasks(blocks * ranges, [&](int64_t i) {
+    const int64_t range = i % ranges;
+    wgrad_task(args, i / ranges, channels * range / ranges, channels * (range + 1) / ranges);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(jasper_fast_cpu, m) {
+  m.def("conv1d_packed_size(int c_out, int c_in, int taps, bool transposed, int algorithm) -> int");
+  m.def("conv1d_pack(Tensor weight, bool transposed, int algorithm, Tensor(a!) packed) -> ()");
+  m.def(
+      "conv1d_fwd(Tensor x, Tensor packed, int c_out, int taps, int stride, int dilation, int padding, int algorithm, "
+      "Tensor? in_lengths, Tensor? bias, bool relu, Tensor? out_lengths, Tensor? x2, Tensor? packed2, Tensor(a!) y) "
+      "-> ()");
+  m.def(
+      "conv1d_wgrad(Tensor x, Tensor dy, Tensor? in_lengths, int stride, int dilation, int padding, Tensor(a!) dw) "
+      "-> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(jasper_fast_cpu, CompositeExplicitAutograd, m) {
+  m.impl("conv1d_packed_size", TORCH_BOX(&conv1d_packed_size));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(jasper_fast_cpu, CPU, m) {
+  m.impl("conv1d_pack", TORCH_BOX(&conv1d_pack));
+  m.impl("conv1d_fwd", TORCH_BOX(&conv1d_fwd));
+  m.impl("conv1d_wgrad", TORCH_BOX(&conv1d_wgrad));
+}

@@ -1,0 +1,89 @@
+// What conv1d.cpp (checks, threads) hands to isa/conv1d.cpp (loops, micro-kernels, once per instruction set).
+// N batch, T frames, C channels, K taps. Activations are (N, T, C) with unit channel stride; all sizes in elements.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace jf {
+
+enum class ConvAlgorithm : int64_t { direct = 0, fast_fir_1 = 1 };
+
+struct ConvRows {  // one (N, T, C) activation; row t of item n starts at data + n * stride_n + t * stride_t
+  const float* data = nullptr;
+  int64_t stride_n = 0;
+  int64_t stride_t = 0;
+  int64_t channels = 0;
+};
+
+struct ConvForward {
+  ConvRows x;
+  ConvRows x2;  // data is null without panes
+  const float* packed = nullptr;
+  const float* packed2 = nullptr;
+  const float* bias = nullptr;
+  const int64_t* in_lengths = nullptr;
+  const int64_t* out_lengths = nullptr;
+  float* y = nullptr;
+  int64_t y_stride_n = 0;
+  int64_t y_stride_t = 0;
+  int64_t n = 0, t_in = 0, t_out = 0, c_out = 0;
+  int64_t taps = 1, stride = 1, dilation = 1, padding = 0;
+  bool relu = false;
+  ConvAlgorithm algorithm = ConvAlgorithm::direct;
+};
+
+// Rows [begin, end) of item n go through the GEMM, rows [fill_begin, begin) and [end, fill_end) only see zeros.
+struct ConvRowGroup {
+  int64_t n, fill_begin, begin, end, fill_end;
+};
+
+struct ConvWeightGrad {
+  ConvRows x;
+  ConvRows dy;
+  const int64_t* in_lengths = nullptr;
+  float* dw = nullptr;  // (C_out, C_in, K)
+  int64_t n = 0, t_in = 0, t_out = 0;
+  int64_t taps = 1, stride = 1, dilation = 1, padding = 0;
+};
+
+struct ConvPack {
+  const float* weight = nullptr;  // (c_out, c_in, taps) as PyTorch keeps it
+  float* packed = nullptr;
+  int64_t c_out = 0, c_in = 0, taps = 1;
+  bool transposed = false;  // pack for the gradient with respect to x
+  ConvAlgorithm algorithm = ConvAlgorithm::direct;
+};
+
+// One column block = conv1d_columns() output channels, the unit by which weights are packed and work is split.
+#define JF_DECLARE_CONV1D(ISA)                                                                              \
+  namespace ISA {                                                                                           \
+  int64_t conv1d_columns();                                                                                 \
+  int64_t conv1d_wgrad_channels(int64_t taps);                                                              \
+  void conv1d_pack_block(const ConvPack& args, int64_t block);                                              \
+  void conv1d_forward_task(const ConvForward& args, const ConvRowGroup& group, int64_t block_begin,         \
+                           int64_t block_end);                                                              \
+  void conv1d_wgrad_task(const ConvWeightGrad& args, int64_t block, int64_t c_begin, int64_t c_end);        \
+  }
+JF_FOR_EACH_ISA(JF_DECLARE_CONV1D)
+#undef JF_DECLARE_CONV1D
+
+// Rows [begin, end) of the output see at least one row of x in [0, length).
+inline void conv1d_live_rows(int64_t length, int64_t t_out, int64_t taps, int64_t stride, int64_t dilation,
+                             int64_t padding, int64_t& begin, int64_t& end) {
+  const int64_t first = padding - (taps - 1) * dilation;
+  begin = first > 0 ? (first + stride - 1) / stride : 0;
+  end = length > 0 ? (length - 1 + padding) / stride + 1 : 0;
+  if (end > t_out) end = t_out;
+  if (begin > end) begin = end;
+}
+
+// Taps of the three half-length filters H0 + H1, H0, H1 of the fast algorithm.
+inline int64_t fir_taps_even(int64_t taps) { return (taps + 1) / 2; }
+inline int64_t fir_taps_odd(int64_t taps) { return taps / 2; }
+inline int64_t conv1d_packed_taps(int64_t taps, ConvAlgorithm algorithm) {
+  return algorithm == ConvAlgorithm::direct ? taps : 2 * fir_taps_even(taps) + fir_taps_odd(taps);
+}
+
+}  // namespace jf

@@ -1,0 +1,126 @@
+"""The CPU face of conv1d: C++ micro-kernels (csrc/cpu/isa/conv1d.cpp), fp32, vectorised at run time and threaded.
+
+Results are the same bits whatever the number of threads, and an item's are the same in any batch and with any padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jasper_fast.kernels import native
+from jasper_fast.kernels.layout import empty_ntc
+
+ALGORITHMS = {"direct": 0, "fast_fir_1": 1}
+# In training the weights are packed once a call, and the fast algorithm packs 1.5 times as much.
+_FAST_TAPS, _FAST_ROWS = 5, 256
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A conv's weight in the kernel's order: made by `pack`, for this process' instruction set.
+
+    `fast_fir_1` (Parker and Parhi's two-parallel FIR filter) does 1.3 times fewer multiplications than `direct` and
+    keeps 1.5 times as much; it needs K > 1 and stride 1. A NaN or infinity in x may reach one row further than K says.
+    """
+
+    data: Tensor
+    c_out: int
+    c_in: int
+    taps: int
+    algorithm: str = "direct"
+
+
+def pack(weight: Tensor, *, transposed: bool = False, algorithm: str = "direct", out: Tensor | None = None) -> Packed:
+    """`weight` (C_out, C_in, K) packed for `fused`; `transposed` packs the conv that gives the gradient of x.
+
+    out: a float32 buffer of `packed_size(...)` elements to write into, so that a module can keep one.
+    """
+    c_out, c_in, taps = weight.shape
+    if out is None:
+        out = torch.empty(packed_size(weight, transposed=transposed, algorithm=algorithm), dtype=torch.float32)
+    native.cpu().conv1d_pack(weight.detach().contiguous(), transposed, ALGORITHMS[algorithm], out)
+    return Packed(out, *((c_in, c_out) if transposed else (c_out, c_in)), taps, algorithm)
+
+
+def packed_size(weight: Tensor, *, transposed: bool = False, algorithm: str = "direct") -> int:
+    """Elements that `pack` writes for `weight` (C_out, C_in, K)."""
+    return native.cpu().conv1d_packed_size(*weight.shape, transposed, ALGORITHMS[algorithm])
+
+
+def fused(
+    x: Tensor,
+    packed: Packed,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    in_lengths: Tensor | None = None,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    out_lengths: Tensor | None = None,
+    x2: Tensor | None = None,
+    packed2: Packed | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """mask(relu(conv1d(x) + x2 @ packed2 + bias)) of `x` (N, T, C_in) and `x2` (N, T', C2), into `out` (N, T', C_out).
+
+    All three have unit channel stride and any other strides, so that a slice of a history buffer will do. Rows of x
+    and x2 at t >= `in_lengths` (N,) count as zero and are not read; rows of the result at t >= `out_lengths` (N,) are
+    zero and cost nothing, and so do rows that no row of x reaches. packed2 is a 1x1 conv, packed `direct`.
+    """
+    if out is None:
+        frames = (x.shape[1] + 2 * padding - dilation * (packed.taps - 1) - 1) // stride + 1
+        out = torch.empty((x.shape[0], max(frames, 0), packed.c_out), dtype=torch.float32)
+    native.cpu().conv1d_fwd(
+        x, packed.data, packed.c_out, packed.taps, stride, dilation, padding, ALGORITHMS[packed.algorithm],
+        in_lengths, bias, relu, out_lengths, x2, None if packed2 is None else packed2.data, out,
+    )  # fmt: skip
+    return out
+
+
+def forward(
+    x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int, lengths: Tensor | None = None
+) -> Tensor:
+    """y (N, C_out, T') of `x` (N, C_in, T) in NTC memory, zero at t >= `lengths` (N,), and `weight` (C_out, C_in, K).
+
+    Equivalent to `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, stride, padding, dilation)`.
+    """
+    packed = pack(weight, algorithm=_algorithm(weight, x.shape[0] * x.shape[2], stride))
+    rows = x.transpose(1, 2)
+    return fused(rows, packed, stride=stride, padding=padding, dilation=dilation, in_lengths=lengths).transpose(1, 2)
+
+
+def dgrad(
+    dy: Tensor, weight: Tensor, t: int, stride: int, padding: int, dilation: int, lengths: Tensor | None = None
+) -> Tensor:
+    """dx (N, C_in, T = `t`) of `dy` (N, C_out, T') in NTC memory, zero at t >= `lengths`; stride 1.
+
+    It is the conv of dy with the taps reversed and the channels swapped.
+    """
+    flipped = dilation * (weight.shape[2] - 1) - padding
+    if stride != 1 or flipped < 0:
+        raise ValueError(
+            f"conv1d: the CPU kernel has a gradient of x for stride 1 and padding <= dilation * (K - 1), not for "
+            f"stride {stride}, padding {padding}, dilation {dilation}, K {weight.shape[2]}; use backend='reference'"
+        )
+    packed = pack(weight, transposed=True, algorithm=_algorithm(weight, dy.shape[0] * dy.shape[2], stride))
+    dx = empty_ntc(dy.shape[0], weight.shape[1], t, like=dy)
+    fused(dy.transpose(1, 2), packed, padding=flipped, dilation=dilation, out_lengths=lengths, out=dx.transpose(1, 2))
+    return dx
+
+
+def wgrad(
+    x: Tensor, dy: Tensor, k: int, stride: int, padding: int, dilation: int, lengths: Tensor | None = None
+) -> Tensor:
+    """dweight (C_out, C_in, K = `k`) of `x` (N, C_in, T), zero at t >= `lengths`, and `dy` (N, C_out, T')."""
+    dw = torch.empty((dy.shape[1], x.shape[1], k), dtype=torch.float32)
+    native.cpu().conv1d_wgrad(x.transpose(1, 2), dy.transpose(1, 2), lengths, stride, dilation, padding, dw)
+    return dw
+
+
+def _algorithm(weight: Tensor, rows: int, stride: int) -> str:
+    fast = stride == 1 and weight.shape[2] >= _FAST_TAPS and rows >= _FAST_ROWS
+    return "fast_fir_1" if fast else "direct"

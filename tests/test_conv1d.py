@@ -1,0 +1,273 @@
+"""conv1d: the reference against F.conv1d and autograd in fp64, the CPU kernels by the tolerance rule."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from close import assert_close
+from torch import Tensor
+
+from jasper_fast.kernels import native
+from jasper_fast.kernels.conv1d import reference
+from jasper_fast.kernels.layout import ntc
+
+needs_native = pytest.mark.skipif(not native.cpu_available(), reason=str(native.explain()["cpu"]))
+
+
+@pytest.fixture
+def cpu():
+    from jasper_fast.kernels.conv1d import cpu_impl
+
+    return cpu_impl
+
+
+@dataclass(frozen=True)
+class Case:
+    c_in: int
+    c_out: int
+    k: int
+    t: int
+    stride: int = 1
+    dilation: int = 1
+    lengths: tuple[int, ...] | None = None
+
+    @property
+    def padding(self) -> int:
+        return self.k // 2 * self.dilation
+
+    @property
+    def geometry(self) -> tuple[int, int, int]:
+        return self.stride, self.padding, self.dilation
+
+    def __str__(self) -> str:
+        lengths = "" if self.lengths is None else "-l" + "_".join(map(str, self.lengths))
+        return f"{self.c_in}to{self.c_out}-k{self.k}-t{self.t}-s{self.stride}-d{self.dilation}{lengths}"
+
+
+CASES = [
+    Case(1, 1, 1, 1),
+    Case(29, 33, 1, 37, lengths=(37, 5, 0)),
+    Case(256, 29, 1, 200, lengths=(200, 137, 1)),
+    Case(64, 256, 11, 200, stride=2, lengths=(200, 91, 1)),
+    Case(33, 64, 11, 37, stride=2),
+    Case(1, 29, 11, 5, stride=2, lengths=(5, 0, 1)),
+    Case(64, 64, 11, 200, lengths=(200, 1, 0)),
+    Case(256, 33, 11, 37, lengths=(20, 37, 36)),
+    Case(33, 256, 25, 5, lengths=(5, 3, 0)),
+    Case(29, 64, 25, 1),
+    Case(64, 29, 29, 200, dilation=2, lengths=(200, 77, 0)),
+    Case(65, 33, 29, 37, dilation=2),
+    Case(256, 256, 2, 37, dilation=2, lengths=(37, 13, 1)),
+    Case(64, 33, 3, 301, lengths=(301, 128, 129)),
+]
+
+
+def make(case: Case, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x in NTC memory with NaN in its padding, weight, dy and lengths."""
+    n = 3 if case.lengths is None else len(case.lengths)
+    x = ntc(torch.randn(n, case.c_in, case.t, dtype=dtype))
+    weight = torch.randn(case.c_out, case.c_in, case.k, dtype=dtype) / (case.c_in * case.k) ** 0.5
+    lengths = None if case.lengths is None else torch.tensor(case.lengths)
+    if lengths is not None:
+        for i, length in enumerate(case.lengths):
+            x[i, :, length:] = float("nan")
+    t_out = (case.t + 2 * case.padding - case.dilation * (case.k - 1) - 1) // case.stride + 1
+    return x, weight, ntc(torch.randn(n, case.c_out, t_out, dtype=dtype)), lengths
+
+
+def masked(x: Tensor, lengths: Tensor | None) -> Tensor:
+    if lengths is None:
+        return x
+    return x.masked_fill(torch.arange(x.shape[2]) >= lengths[:, None, None], 0)
+
+
+def pytorch(case: Case, x: Tensor, weight: Tensor, dy: Tensor, lengths: Tensor | None, dtype) -> tuple[Tensor, ...]:
+    """y, dx and dweight of F.conv1d and autograd in `dtype`; dx is zero in the padding, as ours."""
+    x = masked(x, lengths).to(dtype).contiguous().requires_grad_()
+    weight = weight.to(dtype).requires_grad_()
+    y = F.conv1d(x, weight, None, *case.geometry)
+    y.backward(dy.to(dtype))
+    return y.detach(), masked(x.grad, lengths), weight.grad
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference_is_conv1d(case: Case) -> None:
+    x, weight, dy, lengths = make(case, torch.float64)
+    y, dx, dw = pytorch(case, x, weight, dy, lengths, torch.float64)
+    torch.testing.assert_close(reference.forward(x, weight, *case.geometry, lengths), y)
+    torch.testing.assert_close(reference.dgrad(dy, weight, case.t, *case.geometry, lengths), dx)
+    torch.testing.assert_close(reference.wgrad(x, dy, case.k, *case.geometry, lengths), dw)
+
+
+@needs_native
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward(case: Case, cpu) -> None:
+    x, weight, dy, lengths = make(case)
+    low, ref = (pytorch(case, x, weight, dy, lengths, dtype)[0] for dtype in (torch.float32, torch.float64))
+    got = cpu.forward(x, weight, *case.geometry, lengths)
+    assert got.stride(1) == 1
+    assert_close("y", got, low, ref)
+
+
+@needs_native
+@pytest.mark.parametrize("algorithm", ["direct", "fast_fir_1"])
+@pytest.mark.parametrize("case", [c for c in CASES if c.stride == 1 and c.k > 1], ids=str)
+def test_algorithms(case: Case, algorithm: str, cpu) -> None:
+    x, weight, dy, lengths = make(case)
+    (y_low, dx_low, _), (y, dx, _) = (pytorch(case, x, weight, dy, lengths, d) for d in (torch.float32, torch.float64))
+    packed = cpu.pack(weight, algorithm=algorithm)
+    got = cpu.fused(
+        x.transpose(1, 2), packed, padding=case.padding, dilation=case.dilation, in_lengths=lengths
+    ).transpose(1, 2)
+    factor = 2.0 if algorithm == "direct" else 4.0  # the fast algorithm adds before it multiplies
+    assert_close("y", got, y_low, y, factor)
+    flipped = cpu.pack(weight, transposed=True, algorithm=algorithm)
+    got = cpu.fused(
+        dy.transpose(1, 2), flipped, padding=case.dilation * (case.k - 1) - case.padding, dilation=case.dilation,
+        out_lengths=lengths,
+    ).transpose(1, 2)  # fmt: skip
+    assert_close("dx", got, dx_low, dx, factor)
+
+
+@needs_native
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_backward(case: Case, cpu) -> None:
+    x, weight, dy, lengths = make(case)
+    (_, dx_low, dw_low), (_, dx, dw) = (
+        pytorch(case, x, weight, dy, lengths, d) for d in (torch.float32, torch.float64)
+    )
+    assert_close("dw", cpu.wgrad(x, dy, case.k, *case.geometry, lengths), dw_low, dw)
+    if case.stride == 1:
+        assert_close("dx", cpu.dgrad(dy, weight, case.t, *case.geometry, lengths), dx_low, dx)
+    else:
+        with pytest.raises(ValueError, match="stride"):
+            cpu.dgrad(dy, weight, case.t, *case.geometry, lengths)
+
+
+@needs_native
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("has_mask", [False, True])
+@pytest.mark.parametrize("algorithm", ["direct", "fast_fir_1"])
+def test_fused_epilogue_on_history_slices(relu: bool, has_mask: bool, algorithm: str, cpu) -> None:
+    n, t, c_in, c2, c_out, k = 3, 150, 64, 300, 96, 11
+    lengths = torch.tensor([150, 31, 0])
+    history = torch.randn(n, t, c2 + c_out)
+    for i, length in enumerate(lengths):
+        history[i, length:] = float("nan")
+    before = history.clone()
+    x2, out, x = history[:, :, :c2], history[:, :, c2:], history[:, :, 7 : 7 + c_in]
+    weight, weight2 = torch.randn(c_out, c_in, k) / 26, torch.randn(c_out, c2, 1) / 17
+    bias = torch.randn(c_out)
+    options = {"padding": 5, "in_lengths": lengths, "relu": relu, "out_lengths": lengths if has_mask else None}
+    low, ref = (
+        reference.fused(
+            x.to(d), weight.to(d), x2=x2.to(d), weight2=weight2.to(d), bias=bias.to(d), **options
+        )
+        for d in (torch.float32, torch.float64)
+    )  # fmt: skip
+    packed, packed2 = cpu.pack(weight, algorithm=algorithm), cpu.pack(weight2)
+    got = cpu.fused(x, packed, x2=x2, packed2=packed2, bias=bias, out=out, **options)
+    assert got is out
+    assert_close("y", out.clone(), low, ref)
+    torch.testing.assert_close(history[:, :, :c2], before[:, :, :c2], rtol=0, atol=0, equal_nan=True)
+
+
+@needs_native
+@pytest.mark.parametrize("algorithm", ["direct", "fast_fir_1"])
+def test_nan_in_a_valid_frame_comes_out(algorithm: str, cpu) -> None:
+    x, weight = torch.randn(1, 60, 40), torch.randn(33, 40, 11)
+    x[0, 30, 3] = float("nan")
+    for relu in (False, True):
+        y = cpu.fused(x, cpu.pack(weight, algorithm=algorithm), padding=5, relu=relu)
+        bad = y.isnan().any(2)[0]
+        assert bad[25:36].all() and not bad[:24].any() and not bad[37:].any()
+
+
+@needs_native
+def test_an_item_is_the_same_bits_in_any_batch_and_with_any_threads(cpu) -> None:
+    lengths = torch.tensor([300, 171, 40])
+    x, weight = torch.randn(3, 300, 96), torch.randn(70, 96, 11)
+    dy = torch.randn(3, 70, 300)
+    threads = torch.get_num_threads()
+    for algorithm in ("direct", "fast_fir_1"):
+        packed = cpu.pack(weight, algorithm=algorithm)
+        whole = cpu.fused(x, packed, padding=5, in_lengths=lengths, out_lengths=lengths)
+        for i, length in enumerate(lengths):
+            alone = cpu.fused(x[i : i + 1, :length].clone(), packed, padding=5)
+            assert torch.equal(alone[0], whole[i, :length])
+        dw = cpu.wgrad(x.transpose(1, 2), ntc(dy), 11, 1, 5, 1, lengths)
+        try:
+            for count in (1, 3, 7):
+                torch.set_num_threads(count)
+                assert torch.equal(packed.data, cpu.pack(weight, algorithm=algorithm).data)
+                assert torch.equal(whole, cpu.fused(x, packed, padding=5, in_lengths=lengths, out_lengths=lengths))
+                assert torch.equal(dw, cpu.wgrad(x.transpose(1, 2), ntc(dy), 11, 1, 5, 1, lengths))
+        finally:
+            torch.set_num_threads(threads)
+
+
+@needs_native
+def test_pack_into_a_buffer_of_the_callers(cpu) -> None:
+    weight = torch.randn(40, 24, 11)
+    buffer = torch.full((cpu.packed_size(weight),), float("nan"))
+    assert cpu.pack(weight, out=buffer).data is buffer
+    assert torch.equal(buffer, cpu.pack(weight).data)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"in_lengths": torch.tensor([50])}, "in_lengths"),
+        ({"in_lengths": torch.tensor([51, 3])}, r"in_lengths\[0\] = 51"),
+        ({"bias": torch.zeros(3)}, "bias"),
+        ({"out": torch.empty(2, 50, 31)}, r"y must be \(2, T_out, 33\)"),
+        ({"out": torch.empty(2, 49, 33)}, "50 frames"),
+        ({"x2": torch.zeros(2, 50, 4)}, "x2 and packed2"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict, message: str, cpu) -> None:
+    x, packed = torch.randn(2, 50, 24), cpu.pack(torch.randn(33, 24, 11))
+    with pytest.raises(RuntimeError, match=message):
+        cpu.fused(x, packed, padding=5, **change)
+    with pytest.raises(RuntimeError, match="unit channel stride"):
+        cpu.fused(torch.randn(2, 24, 50).transpose(1, 2), packed, padding=5)
+    with pytest.raises(RuntimeError, match="float32"):
+        cpu.fused(x.double(), packed, padding=5)
+
+
+LEVELS = """
+import sys, torch
+from jasper_fast.kernels.conv1d import cpu_impl as cpu, reference
+from jasper_fast.kernels.layout import ntc
+torch.manual_seed(0)
+x, w, dy = ntc(torch.randn(2, 65, 150)), torch.randn(70, 65, 11) / 26, ntc(torch.randn(2, 70, 150))
+lengths = torch.tensor([150, 77])
+for t, got, want in (
+    ("y", cpu.forward(x, w, 1, 5, 1, lengths), reference.forward(x.double(), w.double(), 1, 5, 1, lengths)),
+    ("dx", cpu.dgrad(dy, w, 150, 1, 5, 1, lengths), reference.dgrad(dy.double(), w.double(), 150, 1, 5, 1, lengths)),
+    ("dw", cpu.wgrad(x, dy, 11, 1, 5, 1, lengths), reference.wgrad(x.double(), dy.double(), 11, 1, 5, 1, lengths)),
+):
+    error = ((got - want).abs().max() / want.abs().max()).item()
+    assert error < 3e-6, (t, error)
+"""
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_every_instruction_set(isa: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LEVELS],
+        env={**os.environ, "JASPER_FAST_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode and "JASPER_FAST_ISA" in done.stderr:
+        pytest.skip(f"this machine has no {isa}")
+    assert done.returncode == 0, done.stderr
