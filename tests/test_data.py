@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -266,6 +267,26 @@ def test_join_noise_room_and_limits(corpus, tmp_path):
     with_bad = SpeechDataset([*corpus, bad], V, join=Join(4, 4))
     item = with_bad[12]
     assert "lost" not in item.text and item.text and item.skipped[0].reason == "unreadable"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_preloaded_is_the_same(corpus, tmp_path, workers):
+    bad = Utterance(str(tmp_path / "none.wav"), 0.6, "x")
+    done = []
+    plain, preloaded = (SpeechDataset([*corpus, bad], V, speed_perturbation={}, join=(1, 3)) for _ in range(2))
+    preloaded.preload(progress=done.append)
+    assert sum(done) == 13
+    for u in corpus:
+        Path(u.path).rename(u.path + ".gone")
+    plan = BatchPlan(plain.durations, 4)
+    got = list(batches(preloaded, plan, workers=workers))
+    for u in corpus:
+        Path(u.path + ".gone").rename(u.path)
+    for a, b in zip(batches(plain, plan), got, strict=True):
+        assert torch.equal(a.audio, b.audio) and a.texts == b.texts
+    assert preloaded.skipped.counts == {"unreadable": 1}
+    with pytest.raises(ValueError, match="GiB of audio do not fit"):
+        plain.preload(max_gib=1e-5)
 
 
 def durations(n=101, seed=0):
