@@ -359,11 +359,12 @@ class SpeechDataset(Dataset):
         data_dir: str | os.PathLike | None = None,
         **overrides: Any,
     ) -> SpeechDataset:
-        """Reads manifests and takes the settings from the reference's ``audio_dataset`` dict; ``overrides`` are
-        arguments of this class. Raises ValueError naming an unknown key, ManifestError for a bad manifest."""
+        """Reads manifests and takes the settings from the reference's ``audio_dataset`` dict, which may also hold
+        ``join`` and ``preload: true``; ``overrides`` are arguments of this class. Raises ValueError naming an unknown
+        key, ManifestError for a bad manifest."""
         settings = dict(audio_dataset or {})
         offline = not settings.pop("ignore_offline_speed_perturbation", True)
-        max_utts = settings.pop("max_utts", 0)
+        max_utts, preload = settings.pop("max_utts", 0), settings.pop("preload", False)
         settings.pop("pad_to_max_duration", None)  # LogMelFeatures pads
         settings.pop("sort_by_duration", None)  # BatchPlan orders
         if "normalize_transcripts" in settings:
@@ -372,10 +373,15 @@ class SpeechDataset(Dataset):
         known |= {"speed_perturbation", "gain_perturbation", "shift_perturbation"}
         unknown = settings.keys() - known
         if unknown:
-            raise ValueError(f"audio_dataset.{min(unknown)} is unknown; known keys: {', '.join(sorted(known))}")
+            taken = {"ignore_offline_speed_perturbation", "max_utts", "normalize_transcripts", "pad_to_max_duration"}
+            known = sorted((known | taken | {"preload", "sort_by_duration"}) - {"normalize_text"})
+            raise ValueError(f"audio_dataset.{min(unknown)} is unknown; known keys: {', '.join(known)}")
         paths = [manifests] if isinstance(manifests, (str, os.PathLike)) else manifests
         utterances = [u for path in paths for u in read_manifest(path, data_dir, offline)]
-        return cls(utterances[: max_utts or None], vocabulary, **(settings | overrides))
+        dataset = cls(utterances[: max_utts or None], vocabulary, **(settings | overrides))
+        if preload:
+            dataset.preload()
+        return dataset
 
     def _unfit(self, utterance: Utterance, target: list[int]) -> Skipped | None:
         """Why the manifest's data rule an utterance out, if they do."""

@@ -381,5 +381,8 @@ def test_from_manifests(corpus, tmp_path):
     dataset = SpeechDataset.from_manifests(path, V, config, seed=2)
     assert len(dataset) == 6 and dataset.sample_rate == 8000 and dataset.seed == 2 and dataset.speed.max_rate == 1.15
     assert len(SpeechDataset.from_manifests([path, path], V, {"max_utts": 15})) == 15
+    joined = SpeechDataset.from_manifests(path, V, {"preload": True, "join": {"min_clips": 2, "max_clips": 2}})
+    Path(corpus[0].path).unlink()
+    assert joined[0].text.count("word") == 2
     with pytest.raises(ValueError, match=r"audio_dataset\.trim_silense is unknown"):
         SpeechDataset.from_manifests(path, V, {"trim_silense": True})
