@@ -106,8 +106,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(args: argparse.Namespace) -> None:
-    stop = StopRequest()
+def main(args: argparse.Namespace, stop: StopRequest) -> None:
     ranks = Ranks.start(args.device)
     device, amp_dtype = ranks.device, AMP_DTYPES[args.amp]
     console = Console(stderr=True, quiet=not ranks.first, highlight=False, markup=False, soft_wrap=True)
@@ -143,6 +142,7 @@ def main(args: argparse.Namespace) -> None:
             console.print(f"{name}: {len(dataset)} utterances, {hours:.2f} hours, {dataset.skipped}")
             for item in dataset.skipped.items[:5]:
                 console.print(f"  skipped: {item.detail}")
+    reported = len(train_set.skipped)
 
     # Model and optimiser
     core = Jasper(config, backend=args.backend).to(device)
@@ -253,7 +253,7 @@ def main(args: argparse.Namespace) -> None:
                 ending |= run.step == total_steps
                 if device.type == "cpu" or log_due or val_due or save_due or ending:
                     for culprit in (bad := run.meter.read()):
-                        Console(stderr=True).print(f"step skipped: the loss of {culprit}", markup=False, soft_wrap=True)
+                        Console(stderr=True).print(f"step skipped: {culprit}", markup=False, soft_wrap=True)
                     if bad:
                         log.write(run.step, "skipped", names=bad)
                 if log_due:
@@ -270,6 +270,10 @@ def main(args: argparse.Namespace) -> None:
                         f"step {run.step}: loss {figures['loss']:.3f}, WER {figures['wer']:.1%}, lr {lr:.2e}, "
                         f"grad norm {figures['grad_norm']:.3g}, {figures['utterances_per_s']:.1f} utterances/s"
                     )
+                if epoch_over or ending:  # files that turned out to be unusable
+                    for item in train_set.skipped.items[reported : reported + 5]:
+                        console.print(f"  skipped: {item.detail}")
+                    reported = len(train_set.skipped)
                 if epoch_over:
                     run.epoch, run.position = run.epoch + 1, 0
                 if val_set and (val_due or (ending and not stop.signal)):
@@ -279,7 +283,7 @@ def main(args: argparse.Namespace) -> None:
                         log.write(run.step, f"val_{weights}", loss=r.loss, wer=r.wer, cer=r.cer)
                         console.print(f"validation, {weights}: WER {r.wer:.2%}, CER {r.cer:.2%}, loss {r.loss:.3f}")
                         for culprit in r.bad[:5]:
-                            console.print(f"  the loss of {culprit}")
+                            console.print(f"  {culprit}")
                     for said, got in r.examples[:2]:
                         console.print(f"  said {said!r}\n   got {got!r}")
                     if r.wer < run.best_wer:  # of the moving average, where there is one
@@ -305,8 +309,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    stop = StopRequest()
     try:
-        main(arguments())
+        main(arguments(), stop)
     except (RunError, CheckpointError, ConfigError, ManifestError, BackendMissing) as error:
         sys.exit(f"error: {error}")
     finally:

@@ -92,6 +92,7 @@ class StepResult:
     """What a step leaves, on the device: its utterances' losses, the gradient's norm, the last micro-batch's output."""
 
     losses: list[Tensor]
+    heard: list[Tensor]  # whether each utterance's features are finite
     names: list[str]
     grad_norm: Tensor
     log_probs: Tensor
@@ -120,7 +121,7 @@ def train_step(
     core = getattr(model, "module", model)
     guard.remember()
     optimizer.zero_grad(set_to_none=True)
-    losses, names = [], []
+    losses, heard, names = [], [], []
     for i, batch in enumerate(batches):
         audio, targets = (t.to(device, non_blocking=True) for t in (batch.audio, batch.targets))
         silent = model.no_sync() if core is not model and i + 1 < len(batches) else nullcontext()
@@ -131,6 +132,7 @@ def train_step(
             each = ctc_loss(log_probs, core.out_lengths(frames), targets, batch.target_lengths)
             scaler.scale(batch_loss(each) / len(batches)).backward()
         losses.append(each.detach())
+        heard.append(torch.isfinite(features).flatten(1).all(1))
         names += batch.names
     good = torch.isfinite(torch.cat(losses)).all()
     scaler.unscale_(optimizer)
@@ -146,7 +148,7 @@ def train_step(
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf
     guard.settle(good)
-    return StepResult(losses, names, norm, log_probs.detach(), out_lengths, batch.texts)
+    return StepResult(losses, heard, names, norm, log_probs.detach(), out_lengths, batch.texts)
 
 
 class Meter:
@@ -171,19 +173,23 @@ class Meter:
         self._pending.append(step)
 
     def read(self) -> list[str]:
-        """Waits for the device, and returns the utterances whose loss was NaN or infinite since the last call, by name.
+        """Waits for the device, and returns, by name, what made a loss NaN or infinite since the last call.
 
-        Raises RunError after `max_bad` skipped steps in a row, naming the last culprit.
+        That is the utterances whose features are not finite (batch norm spreads them over their whole batch), or where
+        there is none, all whose loss is not. Raises RunError after `max_bad` skipped steps in a row, naming the last.
         """
         if not self._pending:
             return []
         losses = torch.cat([loss for step in self._pending for loss in step.losses]).tolist()
+        heard = torch.cat([flag for step in self._pending for flag in step.heard]).tolist()
         norms = torch.stack([step.grad_norm for step in self._pending]).tolist()
         bad: list[str] = []
         for step, norm in zip(self._pending, norms, strict=True):
-            mine, losses = losses[: len(step.names)], losses[len(step.names) :]
-            wrong = [f"{name} is {v}" for name, v in zip(step.names, mine, strict=True) if not math.isfinite(v)]
-            bad += wrong
+            count = len(step.names)
+            mine, losses, finite, heard = losses[:count], losses[count:], heard[:count], heard[count:]
+            wrong = [f"{n}: its loss is {v}" for n, v in zip(step.names, mine, strict=True) if not math.isfinite(v)]
+            deaf = [f"{n}: its features are not finite" for n, f in zip(step.names, finite, strict=True) if not f]
+            bad += (deaf or wrong) if wrong else []
             self.bad_losses += bool(wrong)
             self.overflows += not wrong and not math.isfinite(norm)
             self.bad_in_a_row = 0 if math.isfinite(norm) else self.bad_in_a_row + 1
@@ -192,7 +198,7 @@ class Meter:
                 self._sum, self._good, self._norm = self._sum + sum(mine), self._good + len(mine), norm
         self._pending = []
         if self.bad_in_a_row >= self.max_bad:
-            culprit = f"the loss of {bad[-1]}" if bad else "the gradient has no finite norm"
+            culprit = bad[-1] if bad else "the gradient has no finite norm"
             raise RunError(
                 f"{self.bad_in_a_row} steps in a row were skipped because of NaN or infinity; the last: {culprit}. "
                 f"Listen to such files, or lower the learning rate, lengthen the warm-up, or use bf16 or fp32"
@@ -297,7 +303,9 @@ def validate(
                 log_probs, out_lengths = core(features, lengths)
             each = ctc_loss(log_probs, core.out_lengths(frames), batch.targets.to(device), batch.target_lengths)
             for name, value in zip(batch.names, each.tolist(), strict=True):
-                (losses if math.isfinite(value) else bad).append(value if math.isfinite(value) else f"{name} ({value})")
+                (losses if math.isfinite(value) else bad).append(
+                    value if math.isfinite(value) else f"{name}: its loss is {value}"
+                )
             texts = greedy_decode(torch.nan_to_num(log_probs, nan=-1e4), out_lengths, vocabulary)
             broken = torch.isnan(log_probs).any(2) & (
                 torch.arange(log_probs.shape[1], device=device) < out_lengths.to(device)[:, None]

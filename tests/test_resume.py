@@ -1,0 +1,129 @@
+"""Killed or stopped, a run goes on to exactly the losses of one that nobody touched. Real processes, real signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from speech import train_arguments, write_corpus
+
+from jasper_fast.runs import read_log
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = {"steps": 12, "grad_accumulation": 2, "save_every": 3, "val_every": 4, "ema": 0.9}  # 2 steps an epoch
+
+# Each of these runs train.py in a process that kills itself, as SIGKILL does, at a chosen point.
+IN_A_STEP = """
+import jasper_fast.training as training
+real, calls = training.ctc_loss, 0
+def ctc_loss(*args):
+    global calls
+    calls += 1
+    if calls == 10:  # the second micro-batch of step 5: after one backward, before the other
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+training.ctc_loss = ctc_loss
+"""
+IN_A_WRITE = """
+import io, torch
+real = torch.save
+def save(state, file):
+    if state["step"] != 6 or ".step_" not in file.name:
+        return real(state, file)
+    whole = io.BytesIO()
+    real(state, whole)
+    file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save
+"""
+BEFORE_THE_RENAME = """
+real = os.replace
+def replace(source, target):
+    if str(target).endswith("step_00000009.pt"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(source, target)
+os.replace = replace
+"""
+WRAPPER = """
+import os, runpy, signal, sys
+sys.path.insert(0, {root!r})
+{patch}
+sys.argv[0] = {script!r}
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("beeps"))
+
+
+def start(arguments: list[str], patch: str = "") -> subprocess.Popen:
+    program = WRAPPER.format(root=str(ROOT), patch=patch, script=str(ROOT / "train.py"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+    )
+
+
+def finish(process: subprocess.Popen, expected: int) -> str:
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == expected, errors
+    return errors
+
+
+def curves(folder: Path) -> dict[str, list]:
+    """Everything that the log says about the numbers, by step; times left out."""
+    kept = {}
+    for r in read_log(folder / "log.jsonl"):
+        if r["kind"] != "start":
+            kept.setdefault(r["kind"], []).append({k: v for k, v in r.items() if k != "utterances_per_s"})
+    return kept
+
+
+@pytest.fixture(scope="module")
+def untouched(paths, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("untouched")
+    finish(start(train_arguments(paths, folder, **SETTINGS)), 0)
+    result = curves(folder)
+    assert [r["step"] for r in result["train"]] == list(range(1, 13))
+    assert [r["step"] for r in result["val_ema"]] == [4, 8, 12]
+    assert len({r["loss"] for r in result["train"]}) == 12
+    return result
+
+
+def test_three_kills_change_nothing(paths, untouched, tmp_path):
+    """In a step, in the middle of a checkpoint's bytes, and between its last byte and its name."""
+    fresh = train_arguments(paths, tmp_path, **SETTINGS)
+    again = [*fresh, "--resume"]
+    finish(start(fresh, IN_A_STEP), -signal.SIGKILL)
+    assert [p.name for p in tmp_path.glob("step_*")] == ["step_00000003.pt"]
+    assert read_log(tmp_path / "log.jsonl")[-1]["step"] == 4
+    errors = finish(start(again, IN_A_WRITE), -signal.SIGKILL)
+    assert "step_00000003.pt: epoch 2, step 3" in errors
+    assert [p.name for p in tmp_path.glob(".step_*")] == [".step_00000006.pt.tmp"]
+    errors = finish(start(again, BEFORE_THE_RENAME), -signal.SIGKILL)
+    assert "step 3" in errors
+    assert [p.name for p in tmp_path.glob(".step_*")] == [".step_00000009.pt.tmp"]
+    (tmp_path / "step_00000007.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
+    errors = finish(start(again), 0)
+    assert "step_00000007.pt is not a complete PyTorch checkpoint" in errors
+    assert "step_00000006.pt: epoch 4, step 6" in errors
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert curves(tmp_path) == untouched
+
+
+def test_sigterm_saves_and_ends_well(paths, untouched, tmp_path):
+    in_step_5 = IN_A_STEP.replace("SIGKILL", "SIGTERM")
+    errors = finish(start(train_arguments(paths, tmp_path, **SETTINGS), in_step_5), 0)
+    assert "stopped by SIGTERM; go on with --resume" in errors
+    assert (tmp_path / "step_00000005.pt").exists()
+    assert read_log(tmp_path / "log.jsonl")[-1]["step"] == 5
+    # Reading audio in other processes must not matter either.
+    finish(start([*train_arguments(paths, tmp_path, **SETTINGS, num_workers=2), "--resume"]), 0)
+    assert curves(tmp_path) == untouched

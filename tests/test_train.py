@@ -1,0 +1,407 @@
+"""The pieces of the training loop, and train.py itself on a corpus of beeps."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from speech import CONFIG, train_arguments, write_corpus
+
+from jasper_fast import checkpoint, data
+from jasper_fast.config import JasperConfig
+from jasper_fast.eager import EagerJasper, out_lengths
+from jasper_fast.ema import EMA
+from jasper_fast.features import LogMelFeatures
+from jasper_fast.optim import NovoGrad
+from jasper_fast.runs import Ranks, RunError, RunLog, StopRequest, own_randomness, read_log
+from jasper_fast.text import Vocabulary
+from jasper_fast.training import BufferGuard, Frontend, Meter, StepResult, batch_loss, ctc_loss, train_step, validate
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+class Model(EagerJasper):
+    """The plain Jasper, so that these tests are about training alone."""
+
+    def __init__(self):
+        super().__init__(JasperConfig.from_dict(CONFIG))
+
+    def out_lengths(self, lengths):
+        return out_lengths(self.config, lengths)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("beeps"))
+
+
+@pytest.fixture
+def dataset(paths):
+    return data.SpeechDataset.from_manifests([paths["train"]], Vocabulary(CONFIG["labels"]))
+
+
+def a_batch(dataset, items=range(4)):
+    return data.collate([dataset[i] for i in items])
+
+
+def front():
+    return Frontend(LogMelFeatures.from_config(CONFIG["input_val"]["filterbank_features"]))
+
+
+def rig(optimizer="novograd", amp="off"):
+    model = Model()
+    if optimizer == "novograd":
+        chosen = NovoGrad(model.parameters(), lr=0.01, weight_decay=1e-3)
+    else:
+        chosen = torch.optim.AdamW(model.parameters(), lr=0.003, fused=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=amp == "fp16")
+    return model, chosen, scaler, BufferGuard(model)
+
+
+# --- loss --------------------------------------------------------------------------------------------------------
+
+
+def test_ctc_loss_is_the_negative_log_likelihood_of_each_utterance():
+    log_probs = torch.randn(2, 3, 3).log_softmax(-1)
+    losses = ctc_loss(log_probs, torch.tensor([3, 2]), torch.tensor([[0, 1], [1, 0]]), torch.tensor([2, 1]))
+    p = log_probs.exp()
+    paths_01 = [(0, 0, 1), (0, 1, 1), (2, 0, 1), (0, 2, 1), (0, 1, 2)]  # three frames that say 0, 1
+    first = sum(p[0, 0, a] * p[0, 1, b] * p[0, 2, c] for a, b, c in paths_01)
+    second = sum(p[1, 0, a] * p[1, 1, b] for a, b in [(1, 1), (1, 2), (2, 1)])  # two frames that say 1
+    torch.testing.assert_close(losses, -torch.stack([first, second]).log())
+    low = ctc_loss(log_probs.bfloat16(), torch.tensor([3, 2]), torch.tensor([[0, 1], [1, 0]]), torch.tensor([2, 1]))
+    assert low.dtype == torch.float32
+
+
+def test_one_bad_utterance_makes_the_whole_gradient_nan():
+    log_probs = torch.randn(2, 4, 3, requires_grad=True)
+    targets, short = torch.tensor([[0, 0, 0], [0, 1, 0]]), torch.tensor([4, 4])  # 0 0 0 needs five frames
+    losses = ctc_loss(log_probs.log_softmax(-1), short, targets, torch.tensor([3, 3]))
+    assert losses[0] == math.inf and torch.isfinite(losses[1])
+    batch_loss(losses).backward()
+    assert torch.isnan(log_probs.grad).all()
+    good = torch.tensor([1.0, 2.0])
+    assert batch_loss(good) == 1.5
+
+
+# --- one step ----------------------------------------------------------------------------------------------------
+
+
+def everything(model, optimizer):
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    return [t.clone() for t in model.state_dict().values()], [
+        v if isinstance(v, torch.Tensor) else torch.tensor(v) for s in state.values() for v in s.values()
+    ]
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+@pytest.mark.parametrize("optimizer", ["novograd", "adamw"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_bad_batch_changes_nothing_and_is_named(dataset, optimizer, amp, poison):
+    model, chosen, scaler, guard = rig(optimizer, amp)
+    step = lambda batches: train_step(model, front(), batches, chosen, scaler, guard, device=CPU)  # noqa: E731
+    meter = Meter(max_bad=3)
+    meter.add(step([a_batch(dataset)]))
+    before = everything(model, chosen)
+    bad = a_batch(dataset)
+    bad.audio[2, 100] = poison
+    meter.add(step([a_batch(dataset), bad]))
+    after = everything(model, chosen)
+    for ours, theirs in zip(before, after, strict=True):
+        assert len(ours) == len(theirs)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert meter.read() == [f"{bad.names[2]}: its features are not finite"]
+    assert (meter.bad_losses, meter.overflows, meter.bad_in_a_row) == (1, 0, 1)
+    assert math.isfinite(meter.figures()["loss"])
+    meter.add(step([a_batch(dataset)]))
+    assert meter.read() == [] and meter.bad_in_a_row == 0
+    assert not any(torch.equal(a, b) for a, b in zip(before[0][:1], everything(model, chosen)[0][:1], strict=True))
+
+
+def test_accumulated_gradients_are_the_mean_over_micro_batches(dataset):
+    model, _, scaler, _ = rig()
+    model.eval()  # frozen statistics: otherwise a batch is not the sum of its parts
+    gradients = []
+    for batches in ([a_batch(dataset)], [a_batch(dataset, [0, 1]), a_batch(dataset, [2, 3])]):
+        twin = copy.deepcopy(model)
+        optimizer = NovoGrad(twin.parameters(), lr=0.0)
+        features = front().eval()
+        result = train_step(twin, features, batches, optimizer, scaler, BufferGuard(twin), device=CPU)
+        gradients.append([p.grad for p in twin.parameters()])
+        total = torch.stack([p.grad.norm() for p in twin.parameters()]).norm()
+        torch.testing.assert_close(result.grad_norm, total)
+        assert result.names == a_batch(dataset).names
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+
+
+def test_the_gradient_norm_is_clipped(dataset):
+    model, chosen, scaler, guard = rig("adamw")
+    result = train_step(model, front(), [a_batch(dataset)], chosen, scaler, guard, device=CPU, clip_norm=0.5)
+    assert result.grad_norm > 0.5  # reported as it was
+    clipped = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    torch.testing.assert_close(clipped, torch.tensor(0.5), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["novograd", "adamw"])
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_a_model_learns_one_batch(dataset, optimizer, amp):
+    model, chosen, scaler, guard = rig(optimizer)
+    for group in chosen.param_groups:
+        group["lr"] = 0.02 if optimizer == "novograd" else 0.005
+    losses = []
+    batch, features = a_batch(dataset, range(2)), front()
+    for _ in range(15):
+        r = train_step(model, features, [batch], chosen, scaler, guard, device=CPU, amp_dtype=amp)
+        losses.append(r.losses[0].mean().item())
+    assert losses[-1] < 0.5 * losses[0], losses
+
+
+# --- figures, validation -----------------------------------------------------------------------------------------
+
+
+def step_result(losses, norm=1.0):
+    names = [f"u{i}" for i in range(len(losses))]
+    nothing = torch.zeros(0)
+    return StepResult(
+        [torch.tensor(losses)], [torch.tensor([True] * len(losses))], names, torch.tensor(norm), nothing, nothing, []
+    )
+
+
+def test_meter_counts_names_and_gives_up():
+    meter = Meter(max_bad=2)
+    meter.add(step_result([1.0, 3.0]))
+    meter.add(step_result([math.nan, 3.0], math.nan))
+    assert meter.read() == ["u0: its loss is nan"]
+    meter.add(step_result([5.0, 7.0]))
+    meter.add(step_result([5.0], math.inf))
+    assert meter.read() == []
+    figures = meter.figures()
+    assert figures["loss"] == 4.0
+    assert (figures["bad_losses"], figures["overflows"]) == (1, 1)
+    meter.add(step_result([math.inf, 1.0], math.nan))
+    with pytest.raises(RunError, match=r"2 steps in a row .*u0: its loss is inf.*lower the learning rate"):
+        meter.read()
+
+
+def test_validation_gives_error_rates_and_names_bad_utterances(dataset):
+    model, features = Model(), front()
+    plan = data.BatchPlan(dataset.durations, batch_size=4, shuffle=False)
+    before = [t.clone() for t in model.state_dict().values()]
+
+    def run(batches):
+        return validate(model, features, batches, dataset.vocabulary, device=CPU)
+
+    result = run(data.batches(dataset, plan))
+    assert result.utterances == len(dataset) and not result.bad
+    assert model.training and features.training
+    assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
+    model.eval()
+    expected = []
+    for batch in data.batches(dataset, plan):
+        f, lengths = features.eval().features(batch.audio, batch.audio_lengths)
+        log_probs, lengths = model(f, lengths)
+        expected.append(ctc_loss(log_probs, lengths, batch.targets, batch.target_lengths))
+    assert result.loss == pytest.approx(torch.cat(expected).mean().item(), rel=1e-5)
+    batches = list(data.batches(dataset, plan))
+    batches[0].audio[1, 50] = math.nan
+    poisoned = run(batches)
+    assert poisoned.bad == [f"{batches[0].names[1]}: its loss is nan"]
+    assert math.isfinite(poisoned.loss)
+    with pytest.raises(RunError, match="no usable utterance"):
+        run([])
+
+
+def test_ema_weights_are_what_validation_sees(dataset):
+    model = Model()
+    ema = EMA(model, 0.5)
+    with torch.no_grad():
+        model.decoder.layers[0].bias[-1] = 1e4  # live weights say nothing but blanks
+    plan = data.BatchPlan(dataset.durations, batch_size=4, shuffle=False)
+    live = validate(model, front(), data.batches(dataset, plan), dataset.vocabulary, device=CPU)
+    with ema.applied_to(model):
+        average = validate(model, front(), data.batches(dataset, plan), dataset.vocabulary, device=CPU)
+    assert live.loss > 1e4 > average.loss
+
+
+def test_own_randomness_leaves_no_trace():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    draws = []
+    for _ in range(2):
+        with own_randomness(7):
+            draws.append(torch.rand(2))
+    assert torch.equal(draws[0], draws[1])
+    assert torch.equal(torch.rand(4), expected)
+
+
+# --- runs --------------------------------------------------------------------------------------------------------
+
+
+def test_log_continues_at_a_step(tmp_path):
+    log = RunLog(tmp_path)
+    for step in (1, 2, 3):
+        log.write(step, "train", loss=float(step) if step < 3 else math.nan)
+    log.close()
+    assert read_log(tmp_path / "log.jsonl")[-1] == {"step": 3, "kind": "train", "loss": None}
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "ki')  # cut by a kill
+    log = RunLog(tmp_path, step=2)
+    log.write(3, "train", loss=0.5)
+    log.close()
+    assert [(r["step"], r["loss"]) for r in read_log(tmp_path / "log.jsonl")] == [(1, 1.0), (2, 2.0), (3, 0.5)]
+    assert list((tmp_path / "tensorboard").iterdir())
+    (tmp_path / "log.jsonl").write_text("nonsense\n{}\n")
+    with pytest.raises(RunError, match="line 1 is not JSON"):
+        read_log(tmp_path / "log.jsonl")
+
+
+def test_a_second_signal_stops_at_once():
+    stop = StopRequest()
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        stop.restore()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_an_error():
+    with pytest.raises(RunError, match="--device cpu"):
+        Ranks.start("cuda")
+
+
+# --- train.py ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_train(monkeypatch, capsys):
+    """Runs train.py in this process; returns what it says."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    import train
+
+    def run(arguments):
+        stop = StopRequest()
+        try:
+            train.main(train.arguments(arguments), stop)
+        finally:
+            stop.restore()
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_training_from_manifest_to_checkpoint(run_train, paths, tmp_path):
+    said = run_train(
+        train_arguments(paths, tmp_path, epochs=6, ema=0.5, batch_size=None, batch_seconds=4, milestones=2)
+    )
+    assert "training: 16 utterances" in said and "done: step" in said
+    records = read_log(tmp_path / "log.jsonl")
+    train = [r for r in records if r["kind"] == "train"]
+    assert train[-1]["loss"] < train[0]["loss"]
+    assert {"loss", "wer", "lr", "grad_norm", "utterances_per_s", "epoch"} <= train[-1].keys()
+    best = checkpoint.load(tmp_path / "best.pt")
+    assert best["best_wer"] == min(r["wer"] for r in records if r["kind"] == "val_ema")
+    at_best = next(r for r in records if r["kind"] == "val_ema" and r["step"] == best["step"])
+    assert at_best["wer"] == best["best_wer"], "the best checkpoint must carry its own WER"
+    assert (tmp_path / "milestone_epoch_0002.pt").exists()
+    assert len(list(tmp_path.glob("step_*.pt"))) == 2
+    assert list((tmp_path / "tensorboard").iterdir())
+    model = checkpoint.load_model(tmp_path / "best.pt", ema=True)
+    assert model.config.labels == tuple(CONFIG["labels"])
+    with pytest.raises(RunError, match="add --resume or choose another"):
+        run_train(train_arguments(paths, tmp_path, epochs=6))
+    assert "done: step" in run_train([*train_arguments(paths, tmp_path, epochs=6, ema=0.5), "--resume"])
+
+
+def test_files_that_cannot_be_read_are_reported_and_left_out(run_train, paths, tmp_path):
+    lines = [json.loads(line) for line in paths["train"].read_text().splitlines()]
+    lines[3]["audio_filepath"] = "gone.wav"
+    lines[5]["duration"] = 100.0
+    lines[6]["text"] = "?!"
+    strict = paths["config"].with_name("strict.yaml")
+    strict.write_text(
+        paths["config"].read_text().replace("sample_rate: 16000", "sample_rate: 16000\n    max_duration: 16.7")
+    )
+    manifest = paths["train"].with_name("flawed.jsonl")
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = run_train(
+        train_arguments({**paths, "train": manifest, "config": strict}, tmp_path, steps=4, val_manifests=None)
+    )
+    assert "training: 14 utterances" in said and "1 empty_text" in said and "1 too_long" in said
+    assert "1 unreadable" in said and "gone.wav: no such file" in said
+    assert "done: step 4" in said
+
+
+def test_a_nan_loss_is_named_and_training_goes_on(run_train, paths, tmp_path, monkeypatch):
+    real = data.collate
+
+    def collate(items):
+        batch = real(items)
+        for i, name in enumerate(batch.names):
+            if name.endswith("train7.wav"):
+                batch.audio[i] = math.nan
+        return batch
+
+    monkeypatch.setattr(data, "collate", collate)
+    said = run_train(train_arguments(paths, tmp_path, epochs=2, val_manifests=None))
+    assert "step skipped: " in said and "train7.wav: its features are not finite" in said
+    records = read_log(tmp_path / "log.jsonl")
+    skipped = [r for r in records if r["kind"] == "skipped"]
+    assert len(skipped) == 2 and all("train7.wav" in name for r in skipped for name in r["names"])
+    assert next(r for r in reversed(records) if r["kind"] == "train")["bad_losses"] == 2
+    state = checkpoint.load(next(tmp_path.glob("step_*8.pt")))
+    assert all(torch.isfinite(t).all() for t in state["state_dict"].values())
+
+
+def test_fine_tuning_with_other_labels(run_train, paths, tmp_path):
+    run_train(train_arguments(paths, tmp_path / "a", steps=1, val_manifests=None))
+    text = paths["config"].read_text().replace("- d\n", "- d\n- e\n")
+    other = paths["config"].with_name("other.yaml")
+    other.write_text(text)
+    source = next((tmp_path / "a").glob("step_*.pt"))
+    with pytest.warns(UserWarning, match="the decoder is initialised anew"):
+        run_train(
+            train_arguments({**paths, "config": other}, tmp_path / "b", steps=1, val_manifests=None, init_from=source)
+        )
+    assert len(checkpoint.load(next((tmp_path / "b").glob("step_*.pt")))["labels"]) == 5
+
+
+def test_two_processes_train_the_same_weights_and_resume(paths, tmp_path):
+    """torchrun with gloo: half the batches each, accumulation without needless all-reduces, one log."""
+    settings = {"grad_accumulation": 2, "batch_size": 2, "ema": 0.9, "val_every": 4}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def run(folder, **more):
+        arguments = train_arguments(paths, folder, **settings, **more)
+        done = subprocess.run([*launch, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [r for r in read_log(folder / "log.jsonl") if r["kind"] in ("train", "val_live", "val_ema")]
+
+    whole = run(tmp_path / "whole", steps=4, save_every=2)
+    assert [r["step"] for r in whole] == [1, 2, 3, 4, 4, 4]
+    (tmp_path / "part").mkdir()
+    shutil.copy(tmp_path / "whole" / "step_00000002.pt", tmp_path / "part")
+    part = run(tmp_path / "part", steps=4, save_every=2, resume=True)
+    assert [r["loss"] for r in part] == [r["loss"] for r in whole if r["step"] > 2]
+    assert len(checkpoint.load(tmp_path / "whole" / "step_00000004.pt")["rng"]) == 2
+
+
+def test_help_explains_every_option():
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for word in ("--train-manifests", "--grad-accumulation", "--resume", "torchrun", "SIGKILL"):
+        assert word in done.stdout
