@@ -10,7 +10,6 @@
 // Reductions: one partial per CTA, merged by a second kernel in fixed order: no atomics, the same bits in every run.
 #pragma once
 
-#include <initializer_list>
 #include <type_traits>
 
 #include "common.cuh"
@@ -376,11 +375,9 @@ constexpr int kWidth = 16 / sizeof(T);
 // 16-byte access needs whole packs in a row and aligned pointers; else one channel per thread.
 template <class T>
 bool vectorised(const Args<T>& a) {
-  uintptr_t bits = 0;
-  for (const T* at : {a.y, a.residual, a.z, a.dz, const_cast<const T*>(a.out), const_cast<const T*>(a.dres)})
-    bits |= reinterpret_cast<uintptr_t>(at);
-  for (const float* at : {a.mean, a.rstd, a.gamma, a.beta, a.mean_g, a.mean_gy}) bits |= reinterpret_cast<uintptr_t>(at);
-  return a.c % kWidth<T> == 0 && bits % 16 == 0;
+  const auto aligned = [](auto... at) { return ((reinterpret_cast<uintptr_t>(at) % 16 == 0) && ...); };
+  return a.c % kWidth<T> == 0 && aligned(a.y, a.residual, a.z, a.dz, a.out, a.dres) &&
+         aligned(a.mean, a.rstd, a.gamma, a.beta, a.mean_g, a.mean_gy);
 }
 
 // Calls f(width) with the compile-time number of channels per thread.

@@ -1,0 +1,75 @@
+"""Loading of the native libraries: once, lazily, and with the reason and the remedy where one is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from jasper_fast.kernels import native
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_importing_loads_no_library() -> None:
+    code = "from jasper_fast.kernels import native; print('jasper_fast_cpu.so' in open('/proc/self/maps').read())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_a_missing_library_says_what_to_run(tmp_path: Path) -> None:
+    library = native.Library("cpu", tmp_path)
+    for _ in range(2):
+        with pytest.raises(native.Missing, match=r"libjasper_fast_cpu\.so is not built.*make install"):
+            library.ops()
+    assert "build_native" in library.why_not()
+
+
+def test_a_broken_library_gives_the_loader_s_reason(tmp_path: Path) -> None:
+    (tmp_path / "libjasper_fast_cpu.so").write_bytes(b"not a library")
+    with pytest.raises(native.Missing, match=rf"does not load with torch {torch.__version__[:4]}.*(ELF|too short)"):
+        native.Library("cpu", tmp_path).ops()
+
+
+def test_the_cuda_library_is_not_touched_where_torch_has_no_cuda(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    (tmp_path / "libjasper_fast_cuda.so").write_bytes(b"not a library")
+    with pytest.raises(native.Missing, match="built without CUDA; install a CUDA build of torch"):
+        native.Library("cuda", tmp_path).ops()
+
+
+def test_no_gpu_is_the_reason_where_torch_has_cuda(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(native.Missing, match="no NVIDIA GPU"):
+        native.Library("cuda", tmp_path).ops()
+
+
+def test_explain_agrees_with_available() -> None:
+    reasons = native.explain()
+    assert (reasons["cpu"] is None) == native.cpu_available()
+    assert (reasons["cuda"] is None) == native.cuda_available()
+
+
+@pytest.mark.skipif(not native.cpu_available(), reason="the native CPU library is not built: run `make install`")
+def test_an_op_that_an_old_library_lacks_is_named() -> None:
+    with pytest.raises(native.Missing, match=r"no op 'no_such_op': it is older than this code; rebuild"):
+        native.cpu().no_such_op(torch.ones(1))
+    assert native.cpu().bn_stats is native.cpu().bn_stats
+
+
+@pytest.mark.skipif(not native.cpu_available(), reason="the native CPU library is not built: run `make install`")
+def test_the_library_needs_no_python_and_only_torch_s_stable_symbols() -> None:
+    """One build serves every Python and later torch: no symbol of CPython and none of torch's C++ classes is needed."""
+    path = native._cpu.path
+    try:
+        lines = subprocess.run(["nm", "-D", "-u", str(path)], capture_output=True, text=True, check=True).stdout
+    except FileNotFoundError:
+        pytest.skip("nm (binutils) is not installed")
+    needed = [line.split()[-1] for line in lines.splitlines() if line.strip()]
+    unstable = [name for name in needed if name.startswith(("Py", "_Py", "_ZN2at", "_ZN3c10", "_ZNK3c10", "_ZNK2at"))]
+    assert any(name.startswith(("aoti_torch", "torch_")) for name in needed)
+    assert unstable == []

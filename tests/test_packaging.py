@@ -1,0 +1,109 @@
+"""What setup.py packs and how it is found, without building a wheel."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = runpy.run_path(str(ROOT / "csrc" / "build.py"))
+
+
+@pytest.fixture(scope="module")
+def described() -> dict:
+    """The arguments that setup.py gives to setuptools."""
+    import setuptools
+
+    seen = {}
+    before, setuptools.setup = setuptools.setup, lambda **kwargs: seen.update(kwargs)
+    here = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        runpy.run_path(str(ROOT / "setup.py"))
+    finally:
+        setuptools.setup = before
+        os.chdir(here)
+    return seen
+
+
+def test_every_python_folder_is_packed(described: dict) -> None:
+    folders = {
+        path.parent.relative_to(ROOT) for name in ("jasper_fast", "kernels") for path in (ROOT / name).rglob("*.py")
+    }
+    wanted = {".".join(f.parts if f.parts[0] == "jasper_fast" else ("jasper_fast", *f.parts)) for f in folders}
+    assert wanted - set(described["packages"]) == set()
+
+
+def test_mapped_folders_exist_and_kernels_is_no_package_of_its_own(described: dict) -> None:
+    for folder in described["package_dir"].values():
+        assert (ROOT / folder).is_dir()
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow the published package called kernels"
+
+
+def test_configs_are_found_as_resources() -> None:
+    code = (
+        "import jasper_fast; from importlib.resources import files;"
+        "print(*sorted(p.name for p in files('jasper_fast.configs').iterdir() if p.name.endswith('.yaml')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+
+
+def test_pins_satisfy_the_declared_ranges() -> None:
+    from packaging.requirements import Requirement
+
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for text in [*project["dependencies"], *extras["dev"], *extras["demo"]]:
+        wanted = Requirement(text)
+        assert wanted.name in pins, f"{wanted.name} is not pinned in constraints.txt"
+        assert wanted.specifier.contains(pins[wanted.name]), f"{text}, but {pins[wanted.name]} is pinned"
+
+
+def test_ninja_file_compiles_every_source_and_each_instruction_set() -> None:
+    text, names = BUILD["ninja_file"](Path("/torch"), "c++", None)
+    assert names == ["libjasper_fast_cpu.so"]
+    for source in (ROOT / "csrc" / "cpu").glob("*.cpp"):
+        assert f"build cpu/{source.stem}.o: cxx {source}" in text
+    for source in (ROOT / "csrc" / "cpu" / "isa").glob("*.cpp"):
+        for isa in BUILD["ISAS"]:
+            assert f"build cpu/{source.stem}.{isa}.o: cxx {source}\n  isa = -DJF_ISA={isa}" in text
+
+
+def test_architectures_come_from_the_environment_or_from_what_nvcc_knows(tmp_path: Path, monkeypatch) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho compute_75\necho compute_80\necho compute_90\n")
+    nvcc.chmod(0o755)
+    monkeypatch.delenv("JASPER_FAST_CUDA_ARCHS", raising=False)
+    flags = BUILD["gencode"](str(nvcc))
+    assert "code=sm_75" in flags and "code=sm_90a" in flags and "sm_120" not in flags
+    assert flags.endswith("code=compute_90a")
+    monkeypatch.setenv("JASPER_FAST_CUDA_ARCHS", "8.0;9.0a")
+    assert BUILD["gencode"](str(nvcc)).count("code=sm_") == 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        ({"CXX": "", "PATH": "/nowhere"}, "no C++ compiler: install g++ or clang++, or set CXX"),
+        ({"JASPER_FAST_CUDA": "0"}, "the CUDA library is left out (JASPER_FAST_CUDA=0)"),
+    ],
+    ids=["no compiler", "no CUDA"],
+)
+def test_what_cannot_be_built_is_left_out_with_one_line(environment, line, tmp_path, monkeypatch, capsys) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    build = runpy.run_path(str(ROOT / "csrc" / "build.py"))
+    build["compile_libraries"].__globals__.update(WORK=tmp_path / "work", ninja_file=lambda *_: ("", []))
+    assert build["compile_libraries"](tmp_path / "lib") == []
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and line in said[0]
