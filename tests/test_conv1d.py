@@ -89,8 +89,8 @@ def masked(x: Tensor, lengths: Tensor | None) -> Tensor:
 
 def pytorch(case: Case, x: Tensor, weight: Tensor, dy: Tensor, lengths: Tensor | None, dtype) -> tuple[Tensor, ...]:
     """y, dx and dweight of F.conv1d and autograd in `dtype`; dx is zero in the padding, as ours."""
-    x = masked(x, lengths).to(dtype).contiguous().requires_grad_()
-    weight = weight.to(dtype).requires_grad_()
+    x = masked(x, lengths).to(dtype).clone(memory_format=torch.contiguous_format).requires_grad_()
+    weight = weight.to(dtype).clone().requires_grad_()
     y = F.conv1d(x, weight, None, *case.geometry)
     y.backward(dy.to(dtype))
     return y.detach(), masked(x.grad, lengths), weight.grad
@@ -125,7 +125,7 @@ def test_algorithms(case: Case, algorithm: str, cpu) -> None:
     got = cpu.fused(
         x.transpose(1, 2), packed, padding=case.padding, dilation=case.dilation, in_lengths=lengths
     ).transpose(1, 2)
-    factor = 2.0 if algorithm == "direct" else 4.0  # the fast algorithm adds before it multiplies
+    factor = 2.0 if algorithm == "direct" else 6.0  # sums of two operands, rounded before they are multiplied
     assert_close("y", got, y_low, y, factor)
     flipped = cpu.pack(weight, transposed=True, algorithm=algorithm)
     got = cpu.fused(

@@ -6,8 +6,8 @@
 // where x has no row) is copied once into a buffer whose row stride is odd in cache lines: a power-of-two C would put
 // all rows into the same few L1 sets. All taps then read the same window, shifted, and all column blocks reuse it.
 // Weights are packed [column block][chunk][tap][channel][kColumns]; a (block, chunk) panel fits L2 and is prefetched
-// while the panel before it is in use. Every output element is one chain of additions in a fixed order (partial sums
-// per chunk, added into y), whatever the tiling and the number of threads.
+// while the panel before it is in use. Every output element is a sum of sums of at most kChain products in a fixed
+// order, whatever the tiling and the number of threads; the short chains keep fp32's rounding error small.
 
 #include "../conv1d.h"
 
@@ -54,6 +54,7 @@ constexpr int64_t kFewTaps = 4;
 constexpr int kLongStride = 80;           // floats between window rows, 5 and 17 cache lines
 constexpr int kShortStride = 272;
 constexpr int kGradStride = (kRows + 7) / 8 * 8;  // floats between rows of x packed for the weight gradient
+constexpr int64_t kChain = 128;           // products added in registers before they go to memory
 constexpr int64_t kGradRows = 256;        // rows summed before they are added to the tile
 static_assert(kLongStride / kLine % 2 == 1 && kShortStride / kLine % 2 == 1);
 
@@ -90,6 +91,7 @@ inline Vec relu_of(Vec v) {  // keeps NaN
 template <int ROWS, int A_STRIDE>
 void tile(const Tile& g) {
   Vec acc[ROWS][kVectors];
+  alignas(64) float sums[ROWS][kColumns];
 #pragma GCC unroll 16
   for (int m = 0; m < ROWS; ++m) {
 #pragma GCC unroll 4
@@ -97,9 +99,34 @@ void tile(const Tile& g) {
   }
   const float* b = g.b;
   const float* next = g.next;
-  for (int64_t k = 0; k < g.taps; ++k) {
-    const float* a = g.a + g.tap_offsets[k];
+  const int64_t chain = std::max<int64_t>(1, kChain / g.depth);  // taps
+  int64_t flush = g.taps - chain;  // taps left after the next flush
+  for (int64_t k = g.taps; k > 0; --k) {
+    const float* a = g.a + g.tap_offsets[g.taps - k];
     const int64_t step = g.a_step;
+    if (k == flush) {
+      if (k + chain == g.taps) {
+#pragma GCC unroll 16
+        for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) store(&sums[m][v * kVector], acc[m][v]);
+        }
+      } else {
+#pragma GCC unroll 16
+        for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) {
+            store(&sums[m][v * kVector], load(&sums[m][v * kVector]) + acc[m][v]);
+          }
+        }
+      }
+#pragma GCC unroll 16
+      for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) acc[m][v] = Vec{};
+      }
+      flush -= chain;
+    }
     for (int64_t i = g.depth; i > 0; --i) {
       Vec bv[kVectors];
 #pragma GCC unroll 4
@@ -116,6 +143,13 @@ void tile(const Tile& g) {
       b += kColumns;
     }
     for (int64_t line = 0; line < g.next_lines; ++line, next += kLine) __builtin_prefetch(next, 0, 2);
+  }
+  if (g.taps > chain) {
+#pragma GCC unroll 16
+    for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[m][v] += load(&sums[m][v * kVector]);
+    }
   }
 
   if (g.columns == kColumns) {
@@ -137,7 +171,6 @@ void tile(const Tile& g) {
     }
     return;
   }
-  alignas(64) float sums[ROWS][kColumns];
 #pragma GCC unroll 16
   for (int m = 0; m < ROWS; ++m) {
 #pragma GCC unroll 4
