@@ -49,34 +49,53 @@ class JasperBlock(nn.Module):
         `sources`: the block outputs that the panes take, with `grams` (from `ops.gram`) in training; `lengths`: frames
         at the input of each sub-block and at the end, R + 1 tensors (N,), or None without masks; `seeds`: R int64.
         """
-        last = self.b.repeat - 1
-        for i, (conv, bn) in enumerate(self.sub_blocks()):
-            y = ops.conv1d(
-                x,
-                conv.weight,
-                lengths=lengths[i] if lengths else None,
-                stride=self.b.s,
-                padding=self.b.padding,
-                dilation=self.b.d,
-                backend=self.backend,
-            )
-            x = ops.bn_relu_dropout(
-                y,
-                bn.weight,
-                bn.bias,
-                bn.running_mean,
-                bn.running_var,
-                residual=self.pane_sum(sources, grams) if i == last and sources else None,
-                lengths=lengths[i + 1] if lengths else None,
-                p=self.b.dropout,
-                training=self.training,
-                frozen=not bn.training,
-                momentum=bn.momentum,
-                eps=bn.eps,
-                seed=None if seeds is None else seeds[i : i + 1],
-                backend=self.backend,
-            )
-        return x
+        b, subs = self.b, self.sub_blocks()
+        y = ops.conv1d(
+            x,
+            subs[0][0].weight,
+            lengths=lengths[0] if lengths else None,
+            stride=b.s,
+            padding=b.padding,
+            dilation=b.d,
+            backend=self.backend,
+        )
+        for i in range(b.repeat - 1):
+            if b.s == 1:
+                weight = subs[i + 1][0].weight
+                y = self._fused(ops.sub_block, y, i, lengths, seeds, weight, padding=b.padding, dilation=b.d)
+            else:
+                z = self._fused(ops.bn_relu_dropout, y, i, lengths, seeds)
+                y = ops.conv1d(
+                    z,
+                    subs[i + 1][0].weight,
+                    lengths=lengths[i + 1] if lengths else None,
+                    stride=b.s,
+                    padding=b.padding,
+                    backend=self.backend,
+                )
+        residual = self.pane_sum(sources, grams) if sources else None
+        return self._fused(ops.bn_relu_dropout, y, b.repeat - 1, lengths, seeds, residual=residual)
+
+    def _fused(self, op, y: Tensor, i: int, lengths, seeds: Tensor | None, *args, **kwargs) -> Tensor:
+        """`op` with the batch norm, dropout and mask that follow conv `i`."""
+        bn = self.sub_blocks()[i][1]
+        return op(
+            y,
+            bn.weight,
+            bn.bias,
+            bn.running_mean,
+            bn.running_var,
+            *args,
+            lengths=lengths[i + 1] if lengths else None,
+            p=self.b.dropout,
+            training=self.training,
+            frozen=not bn.training,
+            momentum=bn.momentum,
+            eps=bn.eps,
+            seed=None if seeds is None else seeds[i : i + 1],
+            backend=self.backend,
+            **kwargs,
+        )
 
     def pane_sum(self, sources: list[Tensor], grams: list) -> Tensor:
         """Sum over the panes of BN(1x1 conv(source)), (N, C_out, T); updates the running statistics in training."""

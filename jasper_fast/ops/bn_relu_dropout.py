@@ -141,34 +141,53 @@ def bn_relu_dropout(
         z = F.dropout(F.relu(z + residual), p, training)
         z = z.masked_fill(torch.arange(T) >= lengths[:, None, None], 0)
     """
-    n, _, t = _check(y, gamma, beta, running_mean, running_var, residual, lengths, p)
+    check(y, gamma, beta, running_mean, running_var, residual, lengths, p)
+    mean, rstd, batch_stats = normaliser(y, running_mean, running_var, stats, training, frozen, momentum, eps, backend)
+    p, seed = dropout_seed(p if training else 0.0, seed, y.device)
+    if residual is not None:
+        residual = residual.to(y.dtype)
+    return torch.ops.jasper_fast.bn_relu_dropout(
+        y, mean, rstd, gamma.to(mean.dtype), beta.to(mean.dtype), residual, lengths, seed, p, batch_stats,
+        resolve(backend, y.device.type),
+    )  # fmt: skip
+
+
+def normaliser(
+    y: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    stats: tuple[Tensor, Tensor] | None,
+    training: bool,
+    frozen: bool,
+    momentum: float,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, bool]:
+    """(mean, rstd, whether they are the batch's own); updates the running statistics where they are."""
+    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
     batch_stats = training and not frozen
     if batch_stats:
-        if n * t == 1:
+        m = y.shape[0] * y.shape[2]
+        if m == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
         mean, m2 = bn_stats(y, backend) if stats is None else (s.detach() for s in stats)
-        var = m2 / (n * t)
+        var = m2 / m
         _update(running_mean, mean, momentum)
-        _update(running_var, m2 / (n * t - 1), momentum)
+        _update(running_var, m2 / (m - 1), momentum)
     elif running_mean is None or running_var is None:
         raise ValueError("running_mean and running_var are needed where the batch's own statistics are not used")
     else:
         mean, var = running_mean.detach(), running_var.detach()
-    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
-    mean, rstd = mean.to(wide), (var.to(wide) + eps).rsqrt()
-    p = p if training else 0.0
+    return mean.to(wide), (var.to(wide) + eps).rsqrt(), batch_stats
+
+
+def dropout_seed(p: float, seed: Tensor | int | None, device: torch.device) -> tuple[float, Tensor | None]:
+    """(p, seed tensor (1,)): the seed is drawn where none is given, and None where nothing is dropped."""
     if p == 0.0:
-        seed = None
-    elif seed is None:
-        seed = draw_seeds(1, y.device)
-    elif not isinstance(seed, Tensor):
-        seed = torch.tensor([seed], dtype=torch.int64, device=y.device)
-    if residual is not None:
-        residual = residual.to(y.dtype)
-    return torch.ops.jasper_fast.bn_relu_dropout(
-        y, mean, rstd, gamma.to(wide), beta.to(wide), residual, lengths, seed, p, batch_stats,
-        resolve(backend, y.device.type),
-    )  # fmt: skip
+        return p, None
+    if seed is None:
+        return p, draw_seeds(1, device)
+    return p, seed if isinstance(seed, Tensor) else torch.tensor([seed], dtype=torch.int64, device=device)
 
 
 def _update(running: Tensor | None, value: Tensor, momentum: float) -> None:
@@ -177,10 +196,10 @@ def _update(running: Tensor | None, value: Tensor, momentum: float) -> None:
             running.lerp_(value.to(running.dtype), momentum)
 
 
-def _check(y, gamma, beta, running_mean, running_var, residual, lengths, p) -> tuple[int, int, int]:
+def check(y, gamma, beta, running_mean, running_var, residual, lengths, p) -> None:
     if y.dim() != 3:
         raise ValueError(f"y must be (N, C, T), got {tuple(y.shape)}")
-    n, c, t = y.shape
+    n, c, _ = y.shape
     for name, v in (("gamma", gamma), ("beta", beta), ("running_mean", running_mean), ("running_var", running_var)):
         if v is not None and v.shape != (c,):
             raise ValueError(f"{name} must be ({c},) for y {tuple(y.shape)}, got {tuple(v.shape)}")
@@ -190,4 +209,3 @@ def _check(y, gamma, beta, running_mean, running_var, residual, lengths, p) -> t
         raise ValueError(f"lengths must be ({n},) integers, got {tuple(lengths.shape)} {lengths.dtype}")
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p must lie in [0, 1), got {p}")
-    return n, c, t

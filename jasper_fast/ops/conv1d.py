@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from jasper_fast.backends import face as _face
 from jasper_fast.backends import resolve
 from jasper_fast.kernels.layout import ntc
-from jasper_fast.ops.library import lib
+from jasper_fast.ops.library import lib, without_autocast
 
 lib.define(
     "conv1d(Tensor x, Tensor weight, Tensor? lengths, int stride, int padding, int dilation, str face) -> Tensor"
@@ -33,8 +32,8 @@ def _backward(dy, x, weight, lengths, stride, padding, dilation, need_dx, face):
     return dx, dw
 
 
-lib.impl("conv1d", _forward, "CompositeExplicitAutograd")
-lib.impl("conv1d_backward", _backward, "CompositeExplicitAutograd")
+lib.impl("conv1d", without_autocast(_forward), "CompositeExplicitAutograd")
+lib.impl("conv1d_backward", without_autocast(_backward), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("jasper_fast::conv1d", lib=lib)
@@ -82,17 +81,24 @@ def conv1d(
     """Convolve `x` (N, C_in, T) with `weight` (C_out, C_in, K); returns (N, C_out, T') in NTC memory.
 
     `x` must be zero at t >= `lengths` (N,), as bn_relu_dropout leaves it: kernels then skip those frames, and the
-    gradient of `x` there may be anything. Under autocast both are cast to its dtype. The cpu face takes fp32 at
-    stride 1 (or no gradient of `x`); every other case runs ATen's conv2d on the channels-last view of the same memory.
+    gradient of `x` there may be anything. Under autocast both are cast to its dtype. The native CPU kernel takes fp32
+    at stride 1 (or without a gradient of `x`); every other case runs ATen's conv2d on the channels-last view of the
+    same memory.
 
     Equivalent to `F.conv1d(x, weight, None, stride, padding, dilation)`.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    name = resolve(backend, x.device.type)
-    if name == "cpu" and x.dtype == torch.float32 and (stride == 1 or not x.requires_grad):
-        return torch.ops.jasper_fast.conv1d(x, weight, lengths, stride, padding, dilation, name)
-    x = ntc(x).unsqueeze(2)
-    y = F.conv2d(x, weight.unsqueeze(2), None, (1, stride), (0, padding), (1, dilation))
-    return ntc(y.squeeze(2))
+    x, weight = autocast(x, weight)
+    return torch.ops.jasper_fast.conv1d(x, weight, lengths, stride, padding, dilation, conv_face(x, stride, backend))
+
+
+def autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in autocast's dtype where it is on, else the weight in the dtype of `x`."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return x.to(dtype), weight.to(dtype)
+
+
+def conv_face(x: Tensor, stride: int, backend: str) -> str:
+    """Which face of the conv serves `x` (N, C, T): the native one in fp32 on the CPU, ATen's elsewhere."""
+    native = x.dtype == torch.float32 and (stride == 1 or not x.requires_grad)
+    return "cpu" if resolve(backend, x.device.type) == "cpu" and native else "aten"
