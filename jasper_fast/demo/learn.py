@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from jasper_fast import Jasper, JasperConfig, LogMelFeatures, NovoGrad, augment, data
 from jasper_fast.ema import EMA
 from jasper_fast.text import Vocabulary
-from jasper_fast.training import BufferGuard, Frontend, Meter, Validation, train_step, validate
+from jasper_fast.training import BufferGuard, Frontend, Validation, train_step, validate
 
 BATCH_SIZE = 16
 LR, MIN_LR, WEIGHT_DECAY = 0.02, 1e-4, 1e-3
@@ -74,7 +74,8 @@ def learn(
     test_plan = data.BatchPlan(test_set.durations, 2 * BATCH_SIZE, shuffle=False)
     optimizer = NovoGrad(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
-    ema, guard, meter = EMA(model, EMA_DECAY, warmup=True), BufferGuard(model), Meter()
+    ema, guard = EMA(model, EMA_DECAY, warmup=True), BufferGuard(model)
+    pending: list[torch.Tensor] = []
     workers = 4 if device.type == "cuda" else 0
 
     budget, begin = 60 * minutes, time.perf_counter()
@@ -98,22 +99,21 @@ def learn(
                     break
                 for group in optimizer.param_groups:
                     group["lr"] = rate(done)
-                meter.add(train_step(model, frontend, [batch], optimizer, scaler, guard, device=device))
+                step = train_step(model, frontend, [batch], optimizer, scaler, guard, device=device)
                 ema.update(model)
+                pending += step.losses
                 result.steps += 1
                 result.utterances += len(batch)
-                if result.steps % 10 == 0:
-                    figures = meter.flush()
-                    now = time.perf_counter() - begin
-                    if figures["loss"] is not None:
-                        result.loss.append({"seconds": now, "step": result.steps, "loss": figures["loss"]})
-                    wer = f", WER {100 * result.wer[-1]['wer']:.1f} %" if result.wer else ""
-                    text = f"loss {figures['loss']:.2f}{wer}, {figures['utterances_per_s']:.0f} utterances/s"
-                    progress.update(bar, completed=min(now, budget), figures=text)
-                    if now > next_look and budget - now > 0.4 * budget / curve:
-                        judge()
-                        meter.restart_clock()
-                        next_look = now + budget / curve
+                if result.steps % 10:
+                    continue
+                loss, pending = torch.cat(pending).mean().item(), []
+                now = time.perf_counter() - begin
+                result.loss.append({"seconds": now, "step": result.steps, "loss": loss})
+                wer = f", WER {result.wer[-1]['wer']:.1%}" if result.wer else ""
+                progress.update(bar, completed=min(now, budget), figures=f"loss {loss:.2f}{wer}")
+                if next_look < now < budget - 0.4 * budget / curve:
+                    judge()
+                    next_look = now + budget / curve
             else:
                 epoch += 1
                 continue
