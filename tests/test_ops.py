@@ -46,10 +46,43 @@ def test_opcheck_bn_relu_dropout(backend, residual):
 
 
 def test_opcheck_conv1d(conv_backend):
-    if conv_backend == "reference":
-        pytest.skip("the reference face of conv1d is ATen's own op")
+    face = "cpu" if conv_backend == "cpu" else "aten"
     x, w = torch.randn(2, 8, 11, requires_grad=True), torch.randn(5, 8, 3, requires_grad=True)
-    opcheck(torch.ops.jasper_fast.conv1d, (x, w, torch.tensor([11, 6]), 1, 1, 1, conv_backend), test_utils=CHECKS)
+    opcheck(torch.ops.jasper_fast.conv1d, (x, w, torch.tensor([11, 6]), 1, 1, 1, face), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_sub_block_equals_its_two_halves(backend, p):
+    """One node from y to y gives the bits of bn_relu_dropout and conv1d, forward, backward and running statistics."""
+    y, gamma, beta, mean, var = inputs(c=8, t=21)
+    weight, lengths = torch.randn(6, 8, 5), torch.tensor([21, 9])
+    common = {"lengths": lengths, "p": p, "seed": 5, "backend": backend}
+
+    def halves(y, gamma, beta, weight, mean, var):
+        z = ops.bn_relu_dropout(y, gamma, beta, mean, var, **common)
+        return ops.conv1d(z, weight, lengths=lengths, padding=4, dilation=2, backend=backend)
+
+    def whole(y, gamma, beta, weight, mean, var):
+        return ops.sub_block(y, gamma, beta, mean, var, weight, padding=4, dilation=2, **common)
+
+    results = []
+    for run in (halves, whole):
+        leaves = [v.clone().requires_grad_() for v in (y, gamma, beta, weight)]
+        running = mean.clone(), var.clone()
+        out = run(*leaves, *running)
+        torch.manual_seed(1)
+        results.append([out.detach(), *running, *torch.autograd.grad(out, leaves, torch.randn(out.shape))])
+    for want, got in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_opcheck_sub_block(backend):
+    y, gamma, beta, mean, var = inputs(c=8, t=21)
+    conv = "cpu" if backend == "cpu" else "aten"
+    leaves = [v.requires_grad_() for v in (y, gamma, beta, torch.randn(6, 8, 5))]
+    lengths, seed = torch.tensor([21, 9]), torch.tensor([5])
+    call = (leaves[0], mean, var, *leaves[1:3], lengths, seed, 0.25, True, leaves[3], 2, 1, backend, conv)
+    opcheck(torch.ops.jasper_fast.sub_block, call, test_utils=CHECKS)
 
 
 def pane_inputs(dtype=torch.float64, m=(2, 7)):
