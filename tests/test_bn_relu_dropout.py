@@ -127,7 +127,7 @@ def check(face, case: Case, training: bool = True) -> dict[str, Tensor]:
 # (N, C, T, lengths): odd sizes, one frame, channels that fill no vector or tile, lengths 0, 1, partial and whole
 SHAPES = [
     (2, 8, 37, [20, 37]),
-    (1, 1, 7, [3]),
+    (1, 3, 45, [31]),
     (3, 33, 1, [1, 0, 1]),
     (4, 29, 19, [0, 1, 12, 19]),
     (2, 20, 70, None),
