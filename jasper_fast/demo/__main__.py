@@ -18,11 +18,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from jasper_fast import InferenceEngine, JasperConfig, LogMelFeatures, __version__, audio, backends, checkpoint
+from jasper_fast import JasperConfig, LogMelFeatures, __version__, audio, backends, checkpoint
 from jasper_fast.data import read_manifest
-from jasper_fast.decoding import greedy_decode
 from jasper_fast.demo import compare, corpus, learn, report
 from jasper_fast.demo.espeak import SynthError
+from jasper_fast.recognizer import Recognizer
 
 CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
@@ -52,13 +52,6 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def hear(engine: InferenceEngine, learned: learn.Learned, utterance, device: torch.device) -> str:
-    """The transcript of one file."""
-    samples = torch.from_numpy(audio.load(utterance.path, corpus.SAMPLE_RATE))[None]
-    features, lengths, _ = learned.frontend(samples.to(device), torch.tensor([samples.shape[1]]))
-    return greedy_decode(*engine(features, lengths), learned.vocabulary)[0]
 
 
 def picture(path: str):
@@ -116,20 +109,22 @@ def main(argv: list[str] | None = None) -> int:
         },
     )
 
-    engine = InferenceEngine(model)
-    examples = []
     rng = random.Random(args.seed)
+    chosen = []
     for voice in rng.sample(corpus.voices("test"), 3):
-        utterance = rng.choice([u for u in unheard if u.speaker == voice.name] or unheard)
-        examples.append(
-            {
-                "file": str(Path(utterance.path).relative_to(out)),
-                "speaker": voice.name,
-                "reference": utterance.text,
-                "transcript": hear(engine, learned, utterance, device),
-            }
-        )
-        console.print(f"  {utterance.path}: [bold]{examples[-1]['transcript']}[/] (spoken: {utterance.text})")
+        chosen.append(rng.choice([u for u in unheard if u.speaker == voice.name] or unheard))
+    heard_texts = Recognizer(model, learned.vocabulary, device).recognize(chosen).transcripts
+    examples = [
+        {
+            "file": str(Path(u.path).relative_to(out)),
+            "speaker": u.speaker,
+            "reference": u.text,
+            "transcript": transcript.text,
+        }
+        for u, transcript in zip(chosen, heard_texts, strict=True)
+    ]
+    for u, e in zip(chosen, examples, strict=True):
+        console.print(f"  {u.path}: [bold]{e['transcript']}[/] (spoken: {u.text})", soft_wrap=True)
 
     measuring = time.perf_counter()
     console.print("measuring fused against eager ...")

@@ -143,7 +143,7 @@ def chart(points: Sequence[tuple[float, float]], *, unit: str, label: str, dots:
 def _example(example: dict, features: np.ndarray | None, wav: bytes | None) -> str:
     right = example["reference"] == example["transcript"]
     parts = [f"<figure><figcaption>Voice <strong>{escape(example['speaker'])}</strong>, not in training"]
-    parts.append(f" &middot; <code>{escape(example['file'])}</code></figcaption>")
+    parts.append(f" &#183; <code>{escape(example['file'])}</code></figcaption>")
     if features is not None:
         image = _uri("image/png", spectrogram(features))
         parts.append(f'<img class="spectrogram" alt="log-mel spectrogram, low frequencies below" src="{image}"/>')
@@ -184,8 +184,8 @@ def render(
     data, model, machine = result["corpus"], result["model"], result["machine"]
     tiles = (
         (f"{100 * result['wer_unseen']:.1f} %", f"word error rate on {data['test_voices']} voices not in training"),
-        (f"{result['train_step_ratio']:.2f}&times;", "speed of a training step, fused against eager"),
-        (f"{result['inference_ratio']:.2f}&times;", "speed of inference, fused against eager"),
+        (f"{result['train_step_ratio']:.2f}&#215;", "speed of a training step, fused against eager"),
+        (f"{result['inference_ratio']:.2f}&#215;", "speed of inference, fused against eager"),
         (f"{result['memory_ratio']:.2f}", "of eager's bytes kept for backward"),
     )
     examples = result["examples"]
