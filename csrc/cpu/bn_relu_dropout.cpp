@@ -100,9 +100,10 @@ void add_mask(BnArgs& a, const OptionalTensor& lengths, const OptionalTensor& se
     }
     a.lengths = static_cast<const int64_t*>(lengths->data_ptr());
   }
-  if (!(p >= 0.0 && p < 1.0)) fail("p", "must be in [0, 1), is " + std::to_string(p));
+  const double threshold = std::ceil(p * 4294967296.0);
+  if (!(p >= 0.0 && threshold <= 4294967295.0)) fail("p", "must be at least 0 and at most 1 - 2**-32, is " + std::to_string(p));
   a.scale = static_cast<float>(1.0 / (1.0 - p));
-  a.threshold = static_cast<uint64_t>(std::ceil(p * 4294967296.0));
+  a.threshold = static_cast<uint32_t>(threshold);
   a.dropout = p > 0.0;
   if (a.dropout) {
     if (!seed) fail("seed", "is needed where p > 0: an int64 tensor with one element");
@@ -121,17 +122,17 @@ void for_chunks(const BnArgs& a, Work work) {
   });
 }
 
-// One partial per chunk, cache-line aligned, so that threads never share a line.
+// The chunks' partials, cache-line aligned, so that threads never share a line.
 struct Partials {
   explicit Partials(const BnArgs& a)
       : chunks((a.n * a.t + bn_chunk_rows(a.c) - 1) / bn_chunk_rows(a.c)),
-        stride(bn_partial_stride(a.c)),
-        data(static_cast<float*>(::operator new(chunks * stride * sizeof(float), std::align_val_t(64)))) {}
+        stride(kBnPartialVectors * bn_padded(a.c)),
+        data(static_cast<double*>(::operator new(chunks * stride * sizeof(double), std::align_val_t(64)))) {}
   Partials(const Partials&) = delete;
   ~Partials() { ::operator delete(data, std::align_val_t(64)); }
-  float* at(int64_t chunk) { return data + chunk * stride; }
+  double* at(int64_t chunk) { return data + chunk * stride; }
   int64_t chunks, stride;
-  float* data;
+  double* data;
 };
 
 bool empty(const BnArgs& a) { return a.n == 0 || a.c == 0 || a.t == 0; }

@@ -19,7 +19,7 @@ struct BnArgs {
   const int64_t* lengths;
   bool dropout;        // draw keep bits; false where p == 0 and where backward reads them off z
   uint64_t seed;
-  uint64_t threshold;  // keep iff word >= threshold
+  uint32_t threshold;  // keep iff word >= threshold
   float scale;         // 1 / (1 - p)
 };
 
@@ -28,16 +28,17 @@ struct BnArgs {
 constexpr int64_t kBnChunkElements = 32768;
 inline int64_t bn_chunk_rows(int64_t c) { return c >= kBnChunkElements / 16 ? 16 : kBnChunkElements / c; }
 
-// Floats between the partials of two chunks: up to three vectors of C, in whole cache lines.
-inline int64_t bn_partial_stride(int64_t c) { return (3 * c + 15) / 16 * 16; }
+// A chunk's partial: so many fp64 vectors of C channels, padded to whole vectors and cache lines.
+constexpr int64_t kBnPartialVectors = 3;
+inline int64_t bn_padded(int64_t c) { return (c + 15) / 16 * 16; }
 
 #define JF_DECLARE_BN(isa)                                                                                            \
   namespace isa {                                                                                                     \
-  void bn_stats_chunk(const BnArgs& args, int64_t row, int64_t end, float* partial);                                  \
-  void bn_merge_stats(const BnArgs& args, int64_t chunks, const float* partials, float* mean, float* m2);             \
+  void bn_stats_chunk(const BnArgs& args, int64_t row, int64_t end, double* partial);                                 \
+  void bn_merge_stats(const BnArgs& args, int64_t chunks, const double* partials, float* mean, float* m2);            \
   void bn_forward_chunk(const BnArgs& args, int64_t row, int64_t end);                                                \
-  void bn_reduce_chunk(const BnArgs& args, int64_t row, int64_t end, float* partial);                                 \
-  void bn_merge_sums(const BnArgs& args, int64_t chunks, const float* partials, float* dbeta, float* dgamma);         \
+  void bn_reduce_chunk(const BnArgs& args, int64_t row, int64_t end, double* partial);                                \
+  void bn_merge_sums(const BnArgs& args, int64_t chunks, const double* partials, float* dbeta, float* dgamma);        \
   void bn_apply_chunk(const BnArgs& args, int64_t row, int64_t end);                                                  \
   }
 JF_FOR_EACH_ISA(JF_DECLARE_BN)

@@ -146,15 +146,13 @@ JF_INLINE uint64_t keep_bits_block(uint32_t lo, uint32_t hi, const PhiloxKeys& k
 constexpr int kKeepBits = 4 * kCounters;  // elements whose bits one call makes: 32 or 64
 static_assert(kKeepBits == 32 || kKeepBits == 64);
 
-// Keep bits of elements [kKeepBits*first, kKeepBits*(first + count)), packed into bytes from `bits` on. A threshold of
-// 2^32 keeps nothing. `also(i)` runs once per kKeepBits elements: room to prefetch what the bits are for, while the
-// multipliers are busy.
+// Keep bits of elements [kKeepBits*first, kKeepBits*(first + count)), packed into bytes from `bits` on.
+// `also(i)` runs once per kKeepBits elements: room to prefetch what the bits are for, while the multipliers are busy.
 template <class Also>
-JF_INLINE void keep_bits(uint64_t first, int64_t count, uint64_t seed, uint64_t threshold, void* bits, Also also) {
+JF_INLINE void keep_bits(uint64_t first, int64_t count, uint64_t seed, uint32_t threshold, void* bits, Also also) {
   PhiloxKeys keys(seed);
   asm volatile("" : "+m"(keys));  // in memory, not made again from the seed in every round
   char* out = static_cast<char*>(bits);
-  const bool none = threshold >> 32;
   for (int64_t i = 0; i < count;) {
     const uint64_t counter = kCounters * (first + (uint64_t)i);
     const uint32_t hi = (uint32_t)(counter >> 32);
@@ -163,7 +161,7 @@ JF_INLINE void keep_bits(uint64_t first, int64_t count, uint64_t seed, uint64_t 
     uint32_t lo = (uint32_t)counter;
     for (; i < end; ++i, lo += kCounters) {
       also(i);
-      const uint64_t block = none ? 0 : keep_bits_block(lo, hi, keys, (uint32_t)threshold);
+      const uint64_t block = keep_bits_block(lo, hi, keys, threshold);
       std::memcpy(out + i * (kKeepBits / 8), &block, kKeepBits / 8);  // little-endian: bit e of the bytes is element e
     }
   }

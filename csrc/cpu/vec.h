@@ -8,6 +8,9 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarm about _mm512_undefined_epi32 (GCC bug 105593)
+#endif
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -61,6 +64,23 @@ JF_INLINE Mask mask_of_bits(uint32_t bits) {
 }
 JF_INLINE Mask not_le_zero(F x) { return ~(x <= F{}); }
 JF_INLINE F select(Mask m, F x) { return (F)((I)x & m); }
+#endif
+
+// ---- fp64: the lower and the upper half of the lanes ----
+constexpr int WD = W / 2;
+typedef double D __attribute__((vector_size(4 * W)));
+#if defined(__AVX512F__)
+JF_INLINE D lower(F x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
+JF_INLINE D upper(F x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
+#elif defined(__AVX2__)
+JF_INLINE D lower(F x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
+JF_INLINE D upper(F x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
+#elif defined(__SSE2__)
+JF_INLINE D lower(F x) { return _mm_cvtps_pd(x); }
+JF_INLINE D upper(F x) { return _mm_cvtps_pd(_mm_movehl_ps(x, x)); }
+#else
+JF_INLINE D lower(F x) { return D{x[0], x[1]}; }
+JF_INLINE D upper(F x) { return D{x[2], x[3]}; }
 #endif
 
 // ---- fp16 and bf16 ----

@@ -103,13 +103,30 @@ JF_INLINE void zero_rows(const BnArgs& a, const Block& b, T* p) {
 }
 
 // ---- statistics ----
+// A channel's partial sums in fp64, one column of W channels.
+struct Sum {
+  explicit Sum(const double* p) : lower_half(load_raw<D>(p)), upper_half(load_raw<D>(p + WD)) {}
+  JF_INLINE void add(D a, D b) {
+    lower_half += a;
+    upper_half += b;
+  }
+  JF_INLINE void save(double* p) const {
+    std::memcpy(p, &lower_half, sizeof(D));
+    std::memcpy(p + WD, &upper_half, sizeof(D));
+  }
+  D lower_half, upper_half;
+};
+
 // Per channel, in blocks of kStatsRows rows that stay in L1: the mean of y - shift, then the squared deviations from
-// it, then Chan's merge. The shift (the chunk's first block mean) keeps the sums small where |mean| >> deviation.
-// partial: shift (C), mean of y - shift (C), M2 (C).
+// it, then Chan's merge. The shift (the chunk's first block mean) keeps the numbers small where |mean| >> deviation;
+// the sum of y itself goes in fp64 and gives the mean its last bit.
+// partial: sum of y (fp64), then in fp32 the shift, the mean of y - shift, and M2.
 template <class T>
-void stats_chunk(const BnArgs& a, int64_t row, int64_t end, float* partial) {
+void stats_chunk(const BnArgs& a, int64_t row, int64_t end, double* sums) {
   const T* y = static_cast<const T*>(a.y);
-  float *shifts = partial, *means = partial + a.c, *m2s = partial + 2 * a.c;
+  const int64_t padded = bn_padded(a.c);
+  float *shifts = reinterpret_cast<float*>(sums + padded), *means = shifts + padded, *m2s = means + padded;
+  std::memset(sums, 0, kBnPartialVectors * padded * sizeof(double));
   for (int64_t done = 0; row + done < end;) {
     const int64_t rows = min64(kStatsRows, end - row - done);
     const float inverse = 1.0f / rows, weight = (float)rows / (done + rows);
@@ -122,16 +139,20 @@ void stats_chunk(const BnArgs& a, int64_t row, int64_t end, float* partial) {
         F sum{};
         for (int64_t r = 0; r < rows; ++r) sum += load_part<kFull>(p + r * a.c, n);
         shift = sum * inverse;
-        store_part<kFull>(shifts + c, shift, n);
+        store(shifts + c, shift);
       } else {
-        shift = load_part<kFull>(shifts + c, n);
+        shift = load(shifts + c);
       }
       F sum{};
+      Sum exact(sums + c);
 #pragma GCC unroll 4
       for (int64_t r = 0; r < rows; ++r) {
         __builtin_prefetch(p + (kStatsRows + r) * a.c);
-        sum += load_part<kFull>(p + r * a.c, n) - shift;
+        const F x = load_part<kFull>(p + r * a.c, n);
+        exact.add(lower(x), upper(x));
+        sum += x - shift;
       }
+      exact.save(sums + c);
       const F block_mean = sum * inverse;
       F rest{}, square{};
 #pragma GCC unroll 4
@@ -140,15 +161,10 @@ void stats_chunk(const BnArgs& a, int64_t row, int64_t end, float* partial) {
         rest += d;  // zero but for the rounding of block_mean
         square += d * d;
       }
-      const F mean_b = block_mean + rest * inverse, m2_b = square - rest * rest * inverse;
-      if (done == 0) {
-        store_part<kFull>(means + c, mean_b, n);
-        store_part<kFull>(m2s + c, m2_b, n);
-      } else {
-        const F mean = load_part<kFull>(means + c, n), delta = mean_b - mean;
-        store_part<kFull>(means + c, mean + delta * weight, n);
-        store_part<kFull>(m2s + c, load_part<kFull>(m2s + c, n) + m2_b + delta * delta * spread, n);
-      }
+      const F delta = block_mean + rest * inverse - load(means + c);
+      const F m2 = square - rest * rest * inverse;
+      store(means + c, load(means + c) + delta * weight);  // weight is 1 and spread 0 in the first block
+      store(m2s + c, load(m2s + c) + m2 + delta * delta * spread);
     });
     done += rows;
   }
@@ -190,25 +206,31 @@ void forward_chunk(const BnArgs& a, int64_t row, int64_t end) {
 // exactly 0 where clipped, dropped or masked, so z decides alone; else the sign of (y - mean)*gain + beta and keep bits.
 enum class Gate { z, sign, sign_and_keep };
 
+struct Gradient {
+  Mask open;
+  F value;  // dz/(1-p), to be selected by `open`
+};
+
 template <Gate kGate, bool kFull, class T>
-JF_INLINE F gradient(const BnArgs& a, const KeepBits& keep, const Block& b, int64_t r, int64_t c, int n, F centred,
-                     F gain, F beta) {
+JF_INLINE Gradient gradient(const BnArgs& a, const KeepBits& keep, const Block& b, int64_t r, int64_t c, int n, F centred,
+                            F gain, F beta) {
   const int64_t i = (b.row + r) * a.c + c;
-  F g = load_part<kFull>(static_cast<const T*>(a.dz) + i, n);
+  const F dz = load_part<kFull>(static_cast<const T*>(a.dz) + i, n);
   if constexpr (kGate == Gate::z) {
-    return select(not_le_zero(load_part<kFull>(static_cast<const T*>(a.z) + i, n)), g * a.scale);
+    return {not_le_zero(load_part<kFull>(static_cast<const T*>(a.z) + i, n)), dz * a.scale};
   } else if constexpr (kGate == Gate::sign) {
-    return select(not_le_zero(centred * gain + beta), g);
+    return {not_le_zero(centred * gain + beta), dz};
   } else {
-    return select(not_le_zero(centred * gain + beta) & keep.at(r * a.c + c - b.begin), g * a.scale);
+    return {(Mask)(not_le_zero(centred * gain + beta) & keep.at(r * a.c + c - b.begin)), dz * a.scale};
   }
 }
 
-// partial: sum g (C), sum g*(y - mean) (C).
+// partial: sum g (C), sum g*(y - mean) (C), in fp64: their terms cancel, and the conversions hide behind the loads.
 template <class T, Gate kGate>
-void reduce_chunk(const BnArgs& a, int64_t row, int64_t end, float* partial) {
+void reduce_chunk(const BnArgs& a, int64_t row, int64_t end, double* partial) {
   const T *y = static_cast<const T*>(a.y), *dz = static_cast<const T*>(a.dz);
-  std::memset(partial, 0, 2 * a.c * sizeof(float));
+  const int64_t padded = bn_padded(a.c);
+  std::memset(partial, 0, 2 * padded * sizeof(double));
   KeepBits keep;
   for_blocks(
       a, row, end,
@@ -218,16 +240,19 @@ void reduce_chunk(const BnArgs& a, int64_t row, int64_t end, float* partial) {
           constexpr bool kFull = decltype(full)::value;
           const F mean = load_part<kFull>(a.mean + c, n), beta = load_part<kFull>(a.beta + c, n);
           const F gain = load_part<kFull>(a.gamma + c, n) * load_part<kFull>(a.rstd + c, n);
-          F sum_g{}, sum_gy{};
-#pragma GCC unroll 4
+          const D mean_lower = lower(mean), mean_upper = upper(mean);
+          Sum sum_g(partial + c), sum_gy(partial + padded + c);
+#pragma GCC unroll 2
           for (int64_t r = 0; r < b.rows; ++r) {
-            const F centred = load_part<kFull>(y + (b.row + r) * a.c + c, n) - mean;
-            const F g = gradient<kGate, kFull, T>(a, keep, b, r, c, n, centred, gain, beta);
-            sum_g += g;
-            sum_gy += g * centred;
+            F x = load_part<kFull>(y + (b.row + r) * a.c + c, n);
+            const Gradient gated = gradient<kGate, kFull, T>(a, keep, b, r, c, n, x - mean, gain, beta);
+            const F g = select(gated.open, gated.value);
+            x = select(gated.open, x);  // where dropped or clipped, y may be NaN
+            sum_g.add(lower(g), upper(g));
+            sum_gy.add(lower(g) * (lower(x) - mean_lower), upper(g) * (upper(x) - mean_upper));
           }
-          store_part<kFull>(partial + c, load_part<kFull>(partial + c, n) + sum_g, n);
-          store_part<kFull>(partial + a.c + c, load_part<kFull>(partial + a.c + c, n) + sum_gy, n);
+          sum_g.save(partial + c);
+          sum_gy.save(partial + padded + c);
         });
       },
       [](const Block&) {});
@@ -256,7 +281,8 @@ void apply_chunk(const BnArgs& a, int64_t row, int64_t end) {
         const F centred = load_part<kFull>(y + i, n) - mean;
         F x = centred * slope + offset;
         if constexpr (kGradient) {
-          const F g = gradient<kGate, kFull, T>(a, keep, b, r, c, n, centred, gain, beta);
+          const Gradient gated = gradient<kGate, kFull, T>(a, keep, b, r, c, n, centred, gain, beta);
+          const F g = select(gated.open, gated.value);
           if (dres) store_part<kFull>(dres + i, g, n);
           x = g * gain + (batch_statistics ? x : F{});
         }
@@ -302,7 +328,7 @@ void with_gate(const BnArgs& a, Do run) {
 
 }  // namespace
 
-void bn_stats_chunk(const BnArgs& a, int64_t row, int64_t end, float* partial) {
+void bn_stats_chunk(const BnArgs& a, int64_t row, int64_t end, double* partial) {
   with_dtype(a.dtype, [&](auto t) { stats_chunk<decltype(t)>(a, row, end, partial); });
 }
 
@@ -314,7 +340,7 @@ void bn_forward_chunk(const BnArgs& a, int64_t row, int64_t end) {
   });
 }
 
-void bn_reduce_chunk(const BnArgs& a, int64_t row, int64_t end, float* partial) {
+void bn_reduce_chunk(const BnArgs& a, int64_t row, int64_t end, double* partial) {
   with_dtype(a.dtype, [&](auto t) {
     with_gate(a, [&](auto gate) { reduce_chunk<decltype(t), decltype(gate)::value>(a, row, end, partial); });
   });
@@ -329,41 +355,43 @@ void bn_apply_chunk(const BnArgs& a, int64_t row, int64_t end) {
 // ---- merging the chunks' partials, in order, in fp64 ----
 constexpr int64_t kMergeChannels = 16;
 
-// Every chunk has bn_chunk_rows(c) rows but the last. mean = sum n_i*mean_i / M, M2 = sum M2_i + n_i*(mean_i - mean)^2.
-void bn_merge_stats(const BnArgs& a, int64_t chunks, const float* partials, float* mean, float* m2) {
-  const int64_t stride = bn_partial_stride(a.c), rows = bn_chunk_rows(a.c), total = a.n * a.t;
+// Every chunk has bn_chunk_rows(c) rows but the last. M2 = sum of M2_k + n_k*(mean_k - mean)^2.
+void bn_merge_stats(const BnArgs& a, int64_t chunks, const double* partials, float* mean, float* m2) {
+  const int64_t padded = bn_padded(a.c), rows = bn_chunk_rows(a.c), total = a.n * a.t;
   for (int64_t begin = 0; begin < a.c; begin += kMergeChannels) {
     const int64_t width = min64(kMergeChannels, a.c - begin);
-    double sum[kMergeChannels] = {}, square[kMergeChannels] = {};
-    const auto each = [&](auto update) {
-      for (int64_t k = 0; k < chunks; ++k) {
-        const float* p = partials + k * stride + begin;
-        const double n = (double)min64(rows, total - k * rows);
-        for (int64_t j = 0; j < width; ++j) update(j, n, (double)p[j] + (double)p[a.c + j], (double)p[2 * a.c + j]);
+    double centre[kMergeChannels] = {}, square[kMergeChannels] = {};
+    for (int64_t k = 0; k < chunks; ++k) {
+      const double* sums = partials + k * kBnPartialVectors * padded + begin;
+      for (int64_t j = 0; j < width; ++j) centre[j] += sums[j];
+    }
+    for (int64_t j = 0; j < width; ++j) centre[j] /= (double)total;
+    for (int64_t k = 0; k < chunks; ++k) {
+      const double n = (double)min64(rows, total - k * rows);
+      const float* shifts = reinterpret_cast<const float*>(partials + (k * kBnPartialVectors + 1) * padded) + begin;
+      const float *means = shifts + padded, *m2s = means + padded;
+      for (int64_t j = 0; j < width; ++j) {
+        const double delta = (double)shifts[j] + means[j] - centre[j];
+        square[j] += m2s[j] + n * delta * delta;
       }
-    };
-    each([&](int64_t j, double n, double mean_k, double) { sum[j] += n * mean_k; });
-    for (int64_t j = 0; j < width; ++j) sum[j] /= (double)total;
-    each([&](int64_t j, double n, double mean_k, double m2_k) {
-      square[j] += m2_k + n * (mean_k - sum[j]) * (mean_k - sum[j]);
-    });
+    }
     for (int64_t j = 0; j < width; ++j) {
-      mean[begin + j] = (float)sum[j];
+      mean[begin + j] = (float)centre[j];
       m2[begin + j] = (float)square[j];
     }
   }
 }
 
-void bn_merge_sums(const BnArgs& a, int64_t chunks, const float* partials, float* dbeta, float* dgamma) {
-  const int64_t stride = bn_partial_stride(a.c);
+void bn_merge_sums(const BnArgs& a, int64_t chunks, const double* partials, float* dbeta, float* dgamma) {
+  const int64_t padded = bn_padded(a.c);
   for (int64_t begin = 0; begin < a.c; begin += kMergeChannels) {
     const int64_t width = min64(kMergeChannels, a.c - begin);
     double sum_g[kMergeChannels] = {}, sum_gy[kMergeChannels] = {};
     for (int64_t k = 0; k < chunks; ++k) {
-      const float* p = partials + k * stride + begin;
+      const double* p = partials + k * kBnPartialVectors * padded + begin;
       for (int64_t j = 0; j < width; ++j) {
         sum_g[j] += p[j];
-        sum_gy[j] += p[a.c + j];
+        sum_gy[j] += p[padded + j];
       }
     }
     for (int64_t j = 0; j < width; ++j) {
