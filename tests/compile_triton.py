@@ -16,20 +16,20 @@ import torch
 from jasper_fast.kernels import aot
 
 
-def sources(op: str, dtype: torch.dtype) -> list[aot.Source]:
+def sources(op: str, dtype: torch.dtype, arch: int) -> list[aot.Source]:
     if op == "bn_relu_dropout":
         from jasper_fast.kernels.bn_relu_dropout import triton_impl
 
         return list(triton_impl.sources(dtype, 256))
     from jasper_fast.kernels.conv1d import triton_impl
 
-    return list(triton_impl.sources(dtype, 256, 384, 400))
+    return list(triton_impl.sources(dtype, 256, 384, 400, descriptors=arch >= 90))
 
 
 def main(op: str, archs: str, dtypes: str, *names: str) -> None:
     for arch in map(int, archs.split(",")):
         for dtype in dtypes.split(","):
-            for source in sources(op, getattr(torch, dtype)):
+            for source in sources(op, getattr(torch, dtype), arch):
                 if names and source.name not in names:
                     continue
                 facts = aot.compile_for(source, arch)
@@ -44,6 +44,7 @@ def main(op: str, archs: str, dtypes: str, *names: str) -> None:
                     "wide_stores": facts.wide_stores,
                     "narrow_loads": facts.count(r"ld\.global\S*\.[bu]16\b"),
                     "cp_async": facts.count(r"cp\.async\.c[ag]\."),
+                    "tma": facts.count(r"cp\.async\.bulk\.tensor"),
                     "mma": facts.count(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)"),
                 }
                 print(json.dumps(row), flush=True)

@@ -10,8 +10,9 @@ channels; its loop runs over chunks of BLOCK_K input channels and, innermost, ov
 are read from cache K - 1 times of K. A wgrad program owns BLOCK_I by BLOCK_O of one tap, over a share of the
 utterances; shares are added in a fixed order. No im2col and no transpose of an activation. Accumulators are fp32. A
 tile whose inputs all lie beyond the utterance's length is not computed: it is zero. Loads are masked pointers, which
-become cp.async; weights are packed to (K, C_in, C_out) with C_out rounded up to 16, so that each of their rows starts
-on 16 bytes.
+become cp.async; on sm_90 and later 16-bit tiles that touch no padding come through tensor descriptors (TMA), whose zero
+fill is the conv's. Weights are packed to (K, C_in, C_out) with C_out rounded up to 16, so that each of their rows
+starts on 16 bytes.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from jasper_fast.kernels import aot
 
 PAD_OUT = 16  # packed weights' rows are a multiple of this many channels
 SHARES = 264  # wgrad programs wanted: two for each SM of a large GPU, and not the device's own count, so runs repeat
+INTERPRET_DESCRIPTORS = False  # the descriptor loop in the interpreter, for tests
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -64,10 +67,10 @@ def _weights(w_ptr, row0, offs_c, mask_c, offs_o, C_pad):
 )  # fmt: skip
 def _conv_kernel(
     x_ptr, w_ptr, x2_ptr, w2_ptr, y_ptr, bias_ptr, part_mean_ptr, part_m2_ptr, in_lengths_ptr, out_lengths_ptr,
-    frames, frames_out, groups_in, x_row, x_item, groups_2, x2_row, x2_item, c_out, y_row, y_item,
+    x_desc, w_desc, frames, frames_out, groups_in, x_row, x_item, groups_2, x2_row, x2_item, c_out, y_row, y_item,
     taps, stride, padding, dilation, t_blocks,
     HAS_IN_LENGTHS: tl.constexpr, HAS_OUT_LENGTHS: tl.constexpr, HAS_PANES: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_RELU: tl.constexpr, HAS_STATS: tl.constexpr,
+    HAS_RELU: tl.constexpr, HAS_STATS: tl.constexpr, HAS_DESCRIPTORS: tl.constexpr,
     VEC_IN: tl.constexpr, VEC_2: tl.constexpr, VEC_OUT: tl.constexpr, PAD: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -96,6 +99,15 @@ def _conv_kernel(
     steps = taps * tl.cdiv(C_in, BLOCK_K)
     if (t0 * stride - padding >= limit) | (t0 >= end):
         steps = 0
+    if HAS_DESCRIPTORS:  # stride 1; rows of padding may hold anything, so a tile that reaches some takes the other loop
+        whole = (limit == frames) | (t0 - padding + BLOCK_T + (taps - 1) * dilation <= limit)
+        for i in range(tl.where(whole, steps, 0)):
+            tap = i % taps
+            c0 = (i // taps) * BLOCK_K
+            x = x_desc.load([n.to(tl.int32), t0 - padding + tap * dilation, c0]).reshape([BLOCK_T, BLOCK_K])
+            w = w_desc.load([tap * C_in + c0, (tl.program_id(0) % n_blocks) * BLOCK_N])
+            acc = _dot(x, w, acc, UPCAST, PRECISION)
+        steps = tl.where(whole, 0, steps)
     for i in range(steps):
         tap = i % taps
         c0 = (i // taps) * BLOCK_K
@@ -363,16 +375,17 @@ def _launch(
     tile = conv_tile(x.dtype, c_in, c_out, t_out)
     t_blocks = triton.cdiv(t_out, tile.t)
     part_mean, part_m2 = torch.empty((2, n * t_blocks, c_out), device=x.device) if stats else (None, None)
+    descriptors = _descriptors(x, packed, stride, tile)
     vec_in, x_sizes = _sizes(x)
     vec_2, x2_sizes = _sizes(x2) if x2 is not None else (1, (0, 0, 0))
     vec_out, (_, y_row, y_item) = _sizes(out)
     with _on(x):
         _conv_kernel[(n * t_blocks * triton.cdiv(c_out, tile.n),)](
             x, packed.data, x2, None if x2 is None else packed2.data, out, bias, part_mean, part_m2,
-            in_lengths, out_lengths, t, t_out, *x_sizes, *x2_sizes, c_out, y_row, y_item,
+            in_lengths, out_lengths, *descriptors, t, t_out, *x_sizes, *x2_sizes, c_out, y_row, y_item,
             taps, stride, padding, dilation, t_blocks,
             HAS_IN_LENGTHS=in_lengths is not None, HAS_OUT_LENGTHS=out_lengths is not None, HAS_PANES=x2 is not None,
-            HAS_BIAS=bias is not None, HAS_RELU=relu, HAS_STATS=stats,
+            HAS_BIAS=bias is not None, HAS_RELU=relu, HAS_STATS=stats, HAS_DESCRIPTORS=descriptors[0] is not None,
             VEC_IN=vec_in, VEC_2=vec_2, VEC_OUT=vec_out, PAD=PAD_OUT, **_arithmetic(x),
             BLOCK_T=tile.t, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
@@ -384,6 +397,21 @@ def _launch(
             BLOCK_T=tile.t, BLOCK_G=64, BLOCK_C=32, num_warps=4,
         )  # fmt: skip
     return out, mean, m2
+
+
+def _descriptors(
+    x: Tensor, packed: Packed, stride: int, tile: Tile
+) -> tuple[TensorDescriptor, TensorDescriptor] | tuple[None, None]:
+    """Tensor descriptors of x and of the weight's (K*C_in, C_out) rows where the hardware has TMA and they fit it."""
+    wanted = torch.cuda.get_device_capability(x.device)[0] >= 9 if x.is_cuda else INTERPRET_DESCRIPTORS
+    aligned = x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:2])
+    if not (wanted and aligned and stride == 1 and x.element_size() == 2 and packed.c_in % tile.k == 0):
+        return None, None
+    rows = packed.data.view(-1, packed.data.shape[2])
+    return (
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [1, tile.t, tile.k]),
+        TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [tile.k, tile.n]),
+    )
 
 
 def conv_tile(dtype: torch.dtype, c_in: int, c_out: int, t_out: int) -> Tile:
@@ -450,22 +478,29 @@ _OPTIONAL = {
     "HAS_BIAS": ("bias_ptr",),
     "HAS_RELU": (),
     "HAS_STATS": ("part_mean_ptr", "part_m2_ptr"),
+    "HAS_DESCRIPTORS": ("x_desc", "w_desc"),
 }
 
 
-def sources(dtype: torch.dtype, c_in: int, c_out: int, t_out: int) -> Iterator[aot.Source]:
-    """The kernels of forward, with and without statistics or bias and ReLU, dgrad and wgrad for one layer's shape."""
+def sources(
+    dtype: torch.dtype, c_in: int, c_out: int, t_out: int, *, descriptors: bool = False
+) -> Iterator[aot.Source]:
+    """The kernels of one layer's shape; with `descriptors` as sm_90 and later launch them."""
+    descriptors = descriptors and dtype.itemsize == 2
     vec_in, vec_out = _vec(c_in), _vec(c_out)
     shared = {"UPCAST": False, "PRECISION": "tf32" if dtype == torch.float32 else "ieee"}
 
     def source(name: str, kernel: triton.JITFunction, tile: Tile, **constants: object) -> aot.Source:
         types = {a: "*fp32" if a.endswith("_ptr") else "i32" for a in kernel.arg_names if a.islower()}
         types |= {a: _TYPES[dtype] for a in _ACTIVATIONS if a in types} | dict.fromkeys(_LENGTHS, "*i64")
-        types = {a: type_ for a, type_ in types.items() if a not in constants}
+        kind = _TYPES[dtype][1:]
+        types["x_desc"] = f"tensordesc<{kind}[1, {tile.t}, {tile.k}]>"
+        types["w_desc"] = f"tensordesc<{kind}[{tile.k}, {tile.n}]>"
+        types = {a: type_ for a, type_ in types.items() if a in kernel.arg_names and a not in constants}
         return aot.Source(name, kernel, types, shared | constants, tile.num_warps, tile.num_stages)
 
     def conv_source(name: str, vec_in: int, vec_out: int, tile: Tile, *flags: str) -> aot.Source:
-        on = {flag: flag in flags for flag in _OPTIONAL}
+        on = {flag: flag in flags for flag in _OPTIONAL} | {"HAS_DESCRIPTORS": descriptors}
         absent = {pointer: None for flag, pointers in _OPTIONAL.items() if not on[flag] for pointer in pointers}
         return source(
             name, _conv_kernel, tile, VEC_IN=vec_in, VEC_2=8, VEC_OUT=vec_out, PAD=PAD_OUT,
