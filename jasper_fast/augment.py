@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jasper_fast.warp import SpeakerWarp
+
 
 def _uniform_int(low: int, high: Tensor | int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Integers in low..high, both included; high may be a tensor that broadcasts to shape."""
@@ -119,29 +121,38 @@ class SpecCutout(nn.Module):
 
 
 class Augment(nn.Module):
-    """Cutout, then SpecAugment, as the reference orders them; either may be None."""
+    """Speaker warp, cutout, SpecAugment, the last two as the reference orders them; each may be None."""
 
-    def __init__(self, cutout: SpecCutout | None = None, spec_augment: SpecAugment | None = None) -> None:
+    def __init__(
+        self,
+        cutout: SpecCutout | None = None,
+        spec_augment: SpecAugment | None = None,
+        speaker_warp: SpeakerWarp | None = None,
+    ) -> None:
         super().__init__()
-        self.cutout, self.spec_augment = cutout, spec_augment
+        self.cutout, self.spec_augment, self.speaker_warp = cutout, spec_augment, speaker_warp
 
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
-        for step in (self.cutout, self.spec_augment):
+        for step in (self.speaker_warp, self.cutout, self.spec_augment):
             if step is not None:
                 features = step(features, lengths)
         return features
 
 
 def from_config(input_train: dict[str, Any]) -> Augment:
-    """Builds the augmentation of the reference's ``input_train``: spec_augment and cutout_augment, at its top level or
-    nested in filterbank_features; none given, none done. Raises ValueError naming an unknown key."""
+    """Builds the augmentation of ``input_train``: the reference's spec_augment and cutout_augment, at its top level or
+    nested in filterbank_features, and speaker_warp at its top level; none given, none done.
+
+    Raises ValueError naming an unknown key.
+    """
     places = (input_train, input_train.get("filterbank_features") or {})
     built = {}
-    for name, kind in (("cutout_augment", SpecCutout), ("spec_augment", SpecAugment)):
+    kinds = {"cutout_augment": SpecCutout, "spec_augment": SpecAugment, "speaker_warp": SpeakerWarp}
+    for name, kind in kinds.items():
         settings = next((place[name] for place in places if place.get(name)), None)
         if settings is not None:
             try:
                 built[name] = kind(**settings)
             except TypeError as error:
                 raise ValueError(f"{name}: {error}") from error
-    return Augment(built.get("cutout_augment"), built.get("spec_augment"))
+    return Augment(built.get("cutout_augment"), built.get("spec_augment"), built.get("speaker_warp"))

@@ -1,0 +1,83 @@
+"""Speaker warp: what it does to a spectrum, and that it does nothing in evaluation."""
+
+import math
+
+import pytest
+import torch
+
+from jasper_fast import augment
+from jasper_fast.features import _hz_to_mel, _mel_to_hz
+from jasper_fast.warp import SpeakerWarp
+
+BANDS = 64
+
+
+def centres(f_max: float) -> torch.Tensor:
+    """Centre frequencies in Hz of the bands up to f_max."""
+    top = float(_hz_to_mel(torch.tensor(f_max)))
+    return _mel_to_hz(torch.arange(1, BANDS + 1) * top / (BANDS + 1))
+
+
+def test_a_factor_of_one_changes_nothing_and_rows_are_averages():
+    warp = SpeakerWarp(1.3)
+    m = warp.matrices(torch.tensor([1.0, 1.3, 1 / 1.3]), BANDS)
+    torch.testing.assert_close(m[0], torch.eye(BANDS), atol=1e-4, rtol=0)
+    assert (m >= 0).all()
+    torch.testing.assert_close(m.sum(2), torch.ones(3, BANDS))
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.25])
+@pytest.mark.parametrize("f_max", [4000.0, 8000.0])
+def test_a_formant_moves_by_the_factor(factor, f_max):
+    hz, formant = centres(f_max), 1200.0
+    x = torch.exp(-(((hz - formant) / 150) ** 2))
+    y = SpeakerWarp(1.3, f_max=f_max).matrices(torch.tensor([factor]), BANDS)[0] @ x
+    assert float(hz[y.argmax()]) == pytest.approx(formant * factor, rel=0.06)
+
+
+def test_the_map_is_monotone_and_ends_at_the_top():
+    m = SpeakerWarp(1.3).matrices(torch.tensor([0.8, 1.25]), BANDS)
+    position = m @ torch.arange(BANDS, dtype=torch.float32)
+    assert (position.diff(dim=1) > -1e-4).all()
+    assert position[:, -1].min() > BANDS - 2.5
+
+
+def test_shape_memory_order_lengths_and_repeatability():
+    x = torch.randn(3, 40, BANDS).transpose(1, 2)
+    lengths = torch.tensor([40, 7, 0])
+    warp = SpeakerWarp(1.2, equalize=0.3)
+    torch.manual_seed(1)
+    y = warp(x, lengths)
+    assert y.shape == x.shape
+    assert y.stride() == x.stride()
+    for row, length in zip(y, lengths.tolist(), strict=True):
+        assert (row[:, length:] == 0).all()
+    assert not torch.equal(y[0], x[0])
+    torch.manual_seed(1)
+    assert torch.equal(warp(x, lengths), y)
+    assert torch.equal(warp.eval()(x, lengths), x)
+
+
+def test_the_equaliser_adds_the_same_curve_to_every_frame():
+    x = torch.zeros(2000, BANDS, 5)
+    y = SpeakerWarp(1.0, equalize=0.5)(x, torch.full((2000,), 5))
+    torch.testing.assert_close(y[:, :, 0], y[:, :, 4])
+    angle = torch.linspace(0, math.pi, BANDS)
+    expected = 0.5 * sum(torch.cos(j * angle) ** 2 / j for j in range(1, 5)).sqrt()
+    torch.testing.assert_close(y[:, :, 0].std(0), expected, atol=0.08, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"max_warp": 0.9}, {"max_warp": 3.0}, {"equalize": -1.0}, {"f_max": 0.0}, {"knee": 1.0}]
+)
+def test_settings_out_of_range_are_named(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        SpeakerWarp(**bad)
+
+
+def test_a_configuration_switches_it_on():
+    built = augment.from_config({"speaker_warp": {"max_warp": 1.1, "f_max": 4000}})
+    assert built.speaker_warp.max_warp == 1.1
+    assert augment.from_config({}).speaker_warp is None
+    with pytest.raises(ValueError, match="speaker_warp"):
+        augment.from_config({"speaker_warp": {"max_wrap": 1.1}})
