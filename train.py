@@ -39,7 +39,7 @@ from jasper_fast.features import LogMelFeatures
 from jasper_fast.metrics import wer
 from jasper_fast.model import Jasper
 from jasper_fast.optim import NovoGrad
-from jasper_fast.runs import Ranks, RunError, RunLog, StopRequest, seed_everything
+from jasper_fast.runs import Ranks, RunError, RunLog, StopRequest, preparing, seed_everything
 from jasper_fast.schedules import POLICIES, Schedule
 from jasper_fast.text import Vocabulary
 from jasper_fast.training import AMP_DTYPES, BufferGuard, Frontend, Meter, Run, train_step, validate_run
@@ -119,23 +119,27 @@ def main(args: argparse.Namespace, stop: StopRequest) -> None:
     config = JasperConfig.from_yaml(args.config)
     vocabulary = Vocabulary(config.labels)
     inputs = {"train": config.input_train, "val": config.input_val or config.input_train}
-    features = {k: LogMelFeatures.from_config(v.get("filterbank_features", {})) for k, v in inputs.items()}
-    frontend = Frontend(features["train"], augment.from_config(config.input_train)).to(device)
-    val_frontend = Frontend(features["val"]).to(device)
     stride = math.prod(b.s**b.repeat for b in config.encoder.blocks)
-    common = {"data_dir": args.data_dir, "seed": args.seed, "frame_samples": features["train"].hop_length * stride}
     sizes = {"batch_size": args.batch_size, "max_seconds": args.batch_seconds, "seed": args.seed}
     sizes |= {"rank": ranks.rank, "world_size": ranks.world}
-    train_set = data.SpeechDataset.from_manifests(
-        args.train_manifests, vocabulary, inputs["train"].get("audio_dataset"), **common
-    )
-    plan = data.BatchPlan(train_set.durations, **sizes, bucketing=not args.no_bucketing)
+    with preparing(args.config):
+        features = {k: LogMelFeatures.from_config(v.get("filterbank_features", {})) for k, v in inputs.items()}
+        frontend = Frontend(features["train"], augment.from_config(config.input_train)).to(device)
+        val_frontend = Frontend(features["val"]).to(device)
+        for kind, f in features.items():
+            if f.n_mels != config.encoder.in_feats:
+                raise ValueError(f"input_{kind} makes {f.n_mels} features, the encoder takes {config.encoder.in_feats}")
+    common = {"data_dir": args.data_dir, "seed": args.seed, "frame_samples": features["train"].hop_length * stride}
+    with preparing("training data"):
+        settings = inputs["train"].get("audio_dataset")
+        train_set = data.SpeechDataset.from_manifests(args.train_manifests, vocabulary, settings, **common)
+        plan = data.BatchPlan(train_set.durations, **sizes, bucketing=not args.no_bucketing)
     val_set = val_plan = None
     if args.val_manifests:
-        val_set = data.SpeechDataset.from_manifests(
-            args.val_manifests, vocabulary, inputs["val"].get("audio_dataset"), **common, training=False
-        )
-        val_plan = data.BatchPlan(val_set.durations, **sizes, shuffle=False)
+        with preparing("validation data"):
+            settings, common["training"] = inputs["val"].get("audio_dataset"), False
+            val_set = data.SpeechDataset.from_manifests(args.val_manifests, vocabulary, settings, **common)
+            val_plan = data.BatchPlan(val_set.durations, **sizes, shuffle=False)
     for name, dataset in (("training", train_set), ("validation", val_set)):
         if dataset is not None:
             hours = sum(dataset.durations(0)) / 3600
@@ -178,6 +182,8 @@ def main(args: argparse.Namespace, stop: StopRequest) -> None:
         min_lr=args.min_lr,
     )
 
+    seed_everything(args.seed + ranks.rank)  # equal weights, but each process has noise and dropout of its own
+
     # Where to start, and where to write
     output = Path(args.output_dir)
     folder = checkpoint.Folder(output, args.keep, args.milestones)
@@ -188,6 +194,10 @@ def main(args: argparse.Namespace, stop: StopRequest) -> None:
         path, state = found
         run.load_state_dict(state)
         rng_states = state["rng"]
+        if len(rng_states) != ranks.world:
+            console.print(
+                f"note: {len(rng_states)} processes saved this, now there are {ranks.world}: not an exact resume"
+            )
         for key, value in state["arguments"].items():
             if getattr(args, key, None) != value and key not in ("resume", "output_dir"):
                 console.print(f"note: --{key.replace('_', '-')} was {value}, now it is {getattr(args, key, 'gone')}")
@@ -314,6 +324,8 @@ if __name__ == "__main__":
         main(arguments(), stop)
     except (RunError, CheckpointError, ConfigError, ManifestError, BackendMissing) as error:
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: {error}\nLower --batch-size or --batch-seconds, and raise --grad-accumulation as much")
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

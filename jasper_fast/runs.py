@@ -25,6 +25,15 @@ class RunError(RuntimeError):
 
 
 @contextmanager
+def preparing(what: str) -> Iterator[None]:
+    """Inside, a ValueError (a setting or a file that cannot be used) ends the run as a RunError that names `what`."""
+    try:
+        yield
+    except ValueError as error:
+        raise RunError(f"{what}: {error}") from error
+
+
+@contextmanager
 def own_randomness(seed: int) -> Iterator[None]:
     """Inside, all generators start from `seed`; afterwards they are where they were, so that nothing inside counts."""
     before = checkpoint.rng_state()

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from speech import CONFIG, train_arguments, write_corpus
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jasper_fast import checkpoint, data
 from jasper_fast.config import JasperConfig
@@ -135,6 +137,26 @@ def test_a_bad_batch_changes_nothing_and_is_named(dataset, optimizer, amp, poiso
     meter.add(step([a_batch(dataset)]))
     assert meter.read() == [] and meter.bad_in_a_row == 0
     assert not any(torch.equal(a, b) for a, b in zip(before[0][:1], everything(model, chosen)[0][:1], strict=True))
+
+
+class NeverWait(TorchDispatchMode):
+    """Refuses every operation that reads a value from the device: on a GPU it would wait for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a value is read from the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_a_step_never_waits_for_the_device(dataset, amp):
+    model, chosen, scaler, guard = rig("novograd", amp)
+    ema, features, batch = EMA(model), front(), a_batch(dataset)
+    with pytest.raises(AssertionError, match="read from the device"), NeverWait():
+        batch.audio.sum().item()
+    with NeverWait():
+        for _ in range(2):
+            train_step(model, features, [batch, batch], chosen, scaler, guard, device=CPU, clip_norm=1.0)
+            ema.update(model)
 
 
 def test_accumulated_gradients_are_the_mean_over_micro_batches(dataset):
@@ -410,7 +432,44 @@ def test_two_processes_train_the_same_weights_and_resume(paths, tmp_path):
     assert len(checkpoint.load(tmp_path / "whole" / "step_00000004.pt")["rng"]) == 2
 
 
-def test_help_explains_every_option():
-    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision(run_train, paths, tmp_path, amp):
+    run_train(train_arguments(paths, tmp_path, steps=12, val_manifests=None, amp=amp))
+    last = [r for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "train"][-1]
+    assert last["loss"] > 0 and last["bad_losses"] == 0
+    scaler = checkpoint.load(tmp_path / "step_00000012.pt")["scaler"]
+    if amp == "fp16":  # the scale starts high, and every overflow halves it
+        assert scaler["scale"] == 2.0 ** (16 - last["overflows"])
+    else:
+        assert scaler == {} and last["overflows"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("n_filt: 32", "n_filt: 40"), "input_train makes 40 features, the encoder takes 32"),
+        (("n_filt: 32", "n_filter: 32"), "n_filter is unknown"),
+        (("freq_masks", "frequency_masks"), "frequency_masks"),
+        (("sample_rate: 16000", "sample_rate: 16000\n    max_duration: 0.2"), "training data: no utterance is left"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(run_train, paths, tmp_path, change, message):
+    config = paths["config"].with_name("wrong.yaml")
+    config.write_text(paths["config"].read_text().replace(*change))
+    with pytest.raises(RunError, match=message):
+        run_train(train_arguments({**paths, "config": config}, tmp_path))
+
+
+def test_help_explains_every_option(run_train, capsys):
+    with pytest.raises(SystemExit):
+        run_train(["--help"])
+    said = capsys.readouterr().out
     for word in ("--train-manifests", "--grad-accumulation", "--resume", "torchrun", "SIGKILL"):
-        assert word in done.stdout
+        assert word in said
+
+
+def test_command_line_errors_are_one_line(paths, tmp_path):
+    arguments = train_arguments({**paths, "train": tmp_path / "none.jsonl"}, tmp_path)
+    done = subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(r"error: .*none\.jsonl: cannot read the manifest", done.stderr)
