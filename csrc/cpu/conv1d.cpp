@@ -190,7 +190,7 @@ void conv1d_fwd(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t ta
 }
 
 void conv1d_wgrad(const Tensor& x, const Tensor& dy, const std::optional<Tensor>& in_lengths, int64_t stride,
-                  int64_t dilation, int64_t padding, Tensor dw) {
+                  int64_t dilation, int64_t padding, int64_t algorithm, Tensor dw) {
   ConvWeightGrad args;
   args.x = rows_of(x, "x");
   args.dy = rows_of(dy, "dy");
@@ -207,6 +207,7 @@ void conv1d_wgrad(const Tensor& x, const Tensor& dy, const std::optional<Tensor>
   args.padding = padding;
   check_geometry(args.t_in, args.t_out, args.taps, stride, dilation, padding);
   args.in_lengths = lengths_of(in_lengths, "in_lengths", args.n, args.t_in);
+  args.algorithm = algorithm_of(algorithm, args.taps, stride);
 
   const int64_t channels = args.x.channels, blocks = div_up(args.dy.channels, JF_DISPATCH(conv1d_columns)());
   const int64_t ranges = div_up(channels, JF_DISPATCH(conv1d_wgrad_channels)(args.taps));
@@ -227,8 +228,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jasper_fast_cpu, m) {
       "Tensor? in_lengths, Tensor? bias, bool relu, Tensor? out_lengths, Tensor? x2, Tensor? packed2, Tensor(a!) y) "
       "-> ()");
   m.def(
-      "conv1d_wgrad(Tensor x, Tensor dy, Tensor? in_lengths, int stride, int dilation, int padding, Tensor(a!) dw) "
-      "-> ()");
+      "conv1d_wgrad(Tensor x, Tensor dy, Tensor? in_lengths, int stride, int dilation, int padding, int algorithm, "
+      "Tensor(a!) dw) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(jasper_fast_cpu, CompositeExplicitAutograd, m) {

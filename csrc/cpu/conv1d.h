@@ -46,6 +46,7 @@ struct ConvWeightGrad {
   float* dw = nullptr;  // (C_out, C_in, K)
   int64_t n = 0, t_in = 0, t_out = 0;
   int64_t taps = 1, stride = 1, dilation = 1, padding = 0;
+  ConvAlgorithm algorithm = ConvAlgorithm::direct;
 };
 
 struct ConvPack {

@@ -117,7 +117,8 @@ def wgrad(
 ) -> Tensor:
     """dweight (C_out, C_in, K = `k`) of `x` (N, C_in, T), zero at t >= `lengths`, and `dy` (N, C_out, T')."""
     dw = torch.empty((dy.shape[1], x.shape[1], k), dtype=torch.float32)
-    native.cpu().conv1d_wgrad(x.transpose(1, 2), dy.transpose(1, 2), lengths, stride, dilation, padding, dw)
+    algorithm = ALGORITHMS[_algorithm(dw, dy.shape[0] * dy.shape[2], stride)]
+    native.cpu().conv1d_wgrad(x.transpose(1, 2), dy.transpose(1, 2), lengths, stride, dilation, padding, algorithm, dw)
     return dw
 
 

@@ -252,6 +252,40 @@ inline void subtract_row(float* to, const float* a, const float* b, int64_t coun
   for (; i < count; ++i) to[i] = a[i] - b[i];
 }
 
+inline void add_row(float* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
+// to[p][j] = from[j * stride + p] for j < columns, and zeros up to kColumns; by 4 x 4 blocks in registers.
+void transpose(const float* from, int64_t stride, int64_t columns, int64_t positions, float* to) {
+  typedef float Quad __attribute__((vector_size(16)));
+  typedef float QuadUnaligned __attribute__((vector_size(16), aligned(4), may_alias));
+  const int64_t quads = positions >= 4 ? columns / 4 * 4 : 0;
+  for (int64_t j = 0; j < quads; j += 4) {
+    for (int64_t at = 0; at < positions; at += 4) {
+      const int64_t p = std::min(at, positions - 4);  // the last block overlaps the one before
+      const float* q = from + j * stride + p;
+      const Quad a = *reinterpret_cast<const QuadUnaligned*>(q);
+      const Quad b = *reinterpret_cast<const QuadUnaligned*>(q + stride);
+      const Quad c = *reinterpret_cast<const QuadUnaligned*>(q + 2 * stride);
+      const Quad d = *reinterpret_cast<const QuadUnaligned*>(q + 3 * stride);
+      const Quad ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+      const Quad cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+      const auto put = [&](int64_t i, Quad v) {
+        *reinterpret_cast<QuadUnaligned*>(to + (p + i) * kColumns + j) = (QuadUnaligned)v;
+      };
+      put(0, __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5));
+      put(1, __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7));
+      put(2, __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5));
+      put(3, __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7));
+    }
+  }
+  for (int64_t p = 0; p < positions; ++p) {
+    for (int64_t j = quads; j < columns; ++j) to[p * kColumns + j] = from[j * stride + p];
+    for (int64_t j = columns; j < kColumns; ++j) to[p * kColumns + j] = 0.0f;
+  }
+}
+
 inline int64_t chunk_channels(int64_t taps) { return taps > kFewTaps ? kLongChunk : kShortChunk; }
 inline int window_stride(int64_t taps) { return taps > kFewTaps ? kLongStride : kShortStride; }
 
@@ -486,6 +520,153 @@ struct Forward {
   }
 };
 
+struct WeightGrad {
+  const ConvWeightGrad& args;
+  const int64_t block, c_begin, c_end;
+  const int64_t channels = c_end - c_begin, tiles = (channels + kRows - 1) / kRows;
+  const int64_t columns = std::min<int64_t>(kColumns, args.dy.channels - block * kColumns);
+  const int64_t slots = conv1d_packed_taps(args.taps, args.algorithm);  // sums kept, one a tap of each filter
+  const int64_t unit = 2 * args.dilation, segment = kGradRows / unit * unit > 0 ? kGradRows / unit * unit : unit;
+  float *sums = nullptr, *dy_rows = nullptr, *x_rows = nullptr;
+
+  void allocate() {
+    const int64_t sums_size = channels * slots * kColumns, dy_size = 2 * segment * kColumns;
+    const int64_t window = (segment - 1) * args.stride + (args.taps + 1) * args.dilation + 1;
+    sums = scratch.floats(sums_size + dy_size + 2 * window * kGradStride);
+    dy_rows = sums + sums_size;  // [row][kColumns]
+    x_rows = dy_rows + dy_size;  // [row][kGradStride]
+    std::memset(sums, 0, sums_size * sizeof(float));
+  }
+
+  int64_t tile_begin(int64_t i) const { return channels * i / tiles; }
+  int64_t tile_height(int64_t i) const { return tile_begin(i + 1) - tile_begin(i); }
+  // Vectors of x are copied whole where x has the channels, though the tile uses only its own.
+  int64_t copied(int64_t i) const {
+    return c_begin + tile_begin(i) + kGradStride <= args.x.channels ? kGradStride : tile_height(i);
+  }
+  float* sums_at(int64_t i, int64_t slot) const {
+    return sums + (tile_begin(i) * slots + slot * tile_height(i)) * kColumns;
+  }
+  const float* dy_at(int64_t n, int64_t t) const {
+    return args.dy.data + n * args.dy.stride_n + t * args.dy.stride_t + block * kColumns;
+  }
+  void put_dy(float* to, const float* from) const {
+    copy_row(to, from, columns);
+    for (int64_t j = columns; j < kColumns; ++j) to[j] = 0.0f;
+  }
+
+  // `depth` rows of x (step a_step) times rows of dy, added to the sums.
+  void multiply(int64_t i, int64_t slot, const float* a, int64_t a_step, const float* b, int64_t depth) const {
+    static constexpr int64_t no_offset = 0;
+    Tile g;
+    g.a = a;
+    g.a_step = a_step;
+    g.tap_offsets = &no_offset;
+    g.b = b;
+    g.depth = depth;
+    g.y = sums_at(i, slot);
+    g.y_stride = kColumns;
+    g.accumulate = true;
+    tile_fn(tile_height(i), 1)(g);
+  }
+
+  void add_direct(int64_t n, int64_t length, int64_t t0, int64_t t1) const {
+    const int64_t stride = args.stride, reach = (args.taps - 1) * args.dilation;
+    for (int64_t t = t0; t < t1; ++t) put_dy(dy_rows + (t - t0) * kColumns, dy_at(n, t));
+    const int64_t x_begin = std::max<int64_t>(0, t0 * stride - args.padding);
+    const int64_t x_end = std::min(length, (t1 - 1) * stride + reach - args.padding + 1);
+    for (int64_t i = 0; i < tiles; ++i) {
+      int64_t x_stride = args.x.stride_t;
+      const float* x = args.x.data + n * args.x.stride_n + c_begin + tile_begin(i) + x_begin * x_stride;
+      if (args.taps > kFewTaps) {
+        for (int64_t r = 0; r < x_end - x_begin; ++r) copy_row(x_rows + r * kGradStride, x + r * x_stride, copied(i));
+        x = x_rows;
+        x_stride = kGradStride;
+      }
+      for (int64_t k = 0; k < args.taps; ++k) {
+        const int64_t shift = k * args.dilation - args.padding;  // row t of dy meets row t * stride + shift of x
+        const int64_t from = shift < 0 ? (-shift + stride - 1) / stride : 0;
+        const int64_t to = length > shift ? (length - 1 - shift) / stride + 1 : 0;
+        const int64_t begin = std::max(t0, from), end = std::min(t1, to);
+        if (begin >= end) continue;
+        multiply(i, k, x + (begin * stride + shift - x_begin) * x_stride, stride * x_stride,
+                 dy_rows + (begin - t0) * kColumns, end - begin);
+      }
+    }
+  }
+
+  // The fast FIR algorithm backwards: dG = X1 * (dy0 + dy1), dA = (X0 - X1) * dy0, dB = (X0[s+1] - X1[s]) * dy1, and
+  // dH0 = dG + dA, dH1 = dG + dB.
+  void add_fast_fir(int64_t n, int64_t length, int64_t t0, int64_t t1) const {
+    static constexpr float zeros[kColumns] = {};
+    static_assert(kGradStride <= kColumns);
+    const int64_t dilation = args.dilation, even_taps = fir_taps_even(args.taps), odd_taps = fir_taps_odd(args.taps);
+    for (int64_t q = 0; q < dilation && t0 + q < t1; ++q) {
+      const int64_t here = (t1 - t0 - q + dilation - 1) / dilation, pairs = (here + 1) / 2;
+      float *dy_even = dy_rows, *dy_odd = dy_even + pairs * kColumns, *dy_both = dy_odd + pairs * kColumns;
+      for (int64_t s = 0; s < pairs; ++s) {
+        const int64_t t = t0 + q + dilation * 2 * s, row = s * kColumns;
+        put_dy(dy_even + row, dy_at(n, t));
+        if (2 * s + 1 < here) {
+          put_dy(dy_odd + row, dy_at(n, t + dilation));
+        } else {
+          std::memset(dy_odd + row, 0, kColumns * sizeof(float));
+        }
+        copy_row(dy_both + row, dy_even + row, kColumns);
+        add_row(dy_both + row, dy_odd + row, kColumns);
+      }
+      const int64_t window = (pairs + even_taps) * kGradStride;
+      for (int64_t i = 0; i < tiles; ++i) {
+        const Source source{args.x.data + n * args.x.stride_n + c_begin + tile_begin(i), args.x.stride_t, length};
+        const auto x = [&](int64_t j) {
+          const float* from = source.row(t0 + q + dilation * j - args.padding);
+          return from != nullptr ? from : zeros;
+        };
+        for (int64_t j = 0; j < pairs + even_taps; ++j) {
+          const float *x0 = x(2 * j), *x1 = x(2 * j + 1), *x2 = x(2 * j + 2);
+          float* to = x_rows + j * kGradStride;
+          copy_row(to, x1, copied(i));
+          subtract_row(to + window, x0, x1, copied(i));
+          subtract_row(to + 2 * window, x2, x1, copied(i));
+        }
+        for (int64_t k = 0; k < even_taps; ++k) {
+          multiply(i, k, x_rows + k * kGradStride, kGradStride, dy_both, pairs);
+        }
+        for (int64_t k = 0; k < even_taps; ++k) {
+          multiply(i, even_taps + k, x_rows + window + k * kGradStride, kGradStride, dy_even, pairs);
+        }
+        for (int64_t k = 0; k < odd_taps; ++k) {
+          multiply(i, 2 * even_taps + k, x_rows + 2 * window + k * kGradStride, kGradStride, dy_odd, pairs);
+        }
+      }
+    }
+  }
+
+  void write() const {
+    const int64_t taps = args.taps, even_taps = fir_taps_even(taps);
+    const bool fir = args.algorithm == ConvAlgorithm::fast_fir_1;
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t height = tile_height(i), step = height * kColumns;
+      if (fir) {  // the sums of dw[2j] take the place of dA, those of dw[2j+1] that of dB
+        add_row(sums_at(i, even_taps), sums_at(i, 0), even_taps * step);
+        add_row(sums_at(i, 2 * even_taps), sums_at(i, 0), (taps - even_taps) * step);
+      }
+      const float* from = sums_at(i, fir ? even_taps : 0);
+      for (int64_t j = 0; j < columns; ++j) {
+        float* to = args.dw + ((block * kColumns + j) * args.x.channels + c_begin + tile_begin(i)) * taps;
+        for (int64_t m = 0; m < height; ++m) {
+          const float* at = from + m * kColumns + j;
+          if (!fir) {
+            for (int64_t k = 0; k < taps; ++k) *to++ = at[k * step];
+          } else {
+            for (int64_t k = 0; k < taps; ++k) *to++ = at[(k / 2 + k % 2 * even_taps) * step];
+          }
+        }
+      }
+    }
+  }
+};
+
 }  // namespace
 
 int64_t conv1d_columns() { return kColumns; }
@@ -508,40 +689,35 @@ void conv1d_pack_block(const ConvPack& args, int64_t block) {
   const int64_t outputs = args.transposed ? args.c_in : args.c_out, inputs = args.transposed ? args.c_out : args.c_in;
   const int64_t taps = args.taps, row = args.c_in * taps;
   const int64_t stride_out = args.transposed ? taps : row, stride_in = args.transposed ? row : taps;
-  const int64_t stride_tap = args.transposed ? -1 : 1;
   const int64_t even_taps = fir_taps_even(taps), odd_taps = fir_taps_odd(taps);
   const bool fir = args.algorithm == ConvAlgorithm::fast_fir_1;
   const int64_t all_taps = conv1d_packed_taps(taps, args.algorithm);
   const int64_t step = chunk_channels(fir ? even_taps : taps);
   const int64_t columns = std::min<int64_t>(kColumns, outputs - block * kColumns);
-  const float* base = args.weight + block * kColumns * stride_out + (args.transposed ? taps - 1 : 0);
+  const float* base = args.weight + block * kColumns * stride_out;
+  float* const rows = scratch.floats(taps * kColumns);  // all taps of one input channel
   for (int64_t c = 0; c < inputs; c += step) {
     const int64_t depth = std::min(step, inputs - c);
     float* panel = args.packed + (block * inputs + c) * all_taps * kColumns;
-    const auto put = [&](int64_t slot, int64_t i, const float* from, const float* plus) {
-      float* to = panel + (slot * depth + i) * kColumns;
-      if (columns == kColumns) {
-#pragma GCC unroll 8
-        for (int j = 0; j < kColumns; ++j) to[j] = from[j * stride_out];
-      } else {
-        for (int64_t j = 0; j < columns; ++j) to[j] = from[j * stride_out];
-        for (int64_t j = columns; j < kColumns; ++j) to[j] = 0.0f;
-      }
-      if (plus != nullptr) {
-        for (int64_t j = 0; j < columns; ++j) to[j] += plus[j * stride_out];
-      }
-    };
+    if (taps == 1 && !args.transposed) {
+      transpose(base + c, stride_out, columns, depth, panel);
+      continue;
+    }
     for (int64_t i = 0; i < depth; ++i) {
-      const float* from = base + (c + i) * stride_in;
+      transpose(base + (c + i) * stride_in, stride_out, columns, taps, rows);
+      const auto tap = [&](int64_t k) { return rows + (args.transposed ? taps - 1 - k : k) * kColumns; };
+      const auto slot = [&](int64_t k) { return panel + (k * depth + i) * kColumns; };
       if (!fir) {
-        for (int64_t k = 0; k < taps; ++k) put(k, i, from + k * stride_tap, nullptr);
+        for (int64_t k = 0; k < taps; ++k) copy_row(slot(k), tap(k), kColumns);
         continue;
       }
       for (int64_t k = 0; k < even_taps; ++k) {
-        const float* even = from + 2 * k * stride_tap;
-        put(k, i, even, k < odd_taps ? even + stride_tap : nullptr);
-        put(even_taps + k, i, even, nullptr);
-        if (k < odd_taps) put(2 * even_taps + k, i, even + stride_tap, nullptr);
+        copy_row(slot(k), tap(2 * k), kColumns);
+        copy_row(slot(even_taps + k), tap(2 * k), kColumns);
+      }
+      for (int64_t k = 0; k < odd_taps; ++k) {
+        add_row(slot(k), tap(2 * k + 1), kColumns);
+        copy_row(slot(2 * even_taps + k), tap(2 * k + 1), kColumns);
       }
     }
   }
@@ -552,81 +728,22 @@ int64_t conv1d_wgrad_channels(int64_t taps) { return kRows * std::clamp<int64_t>
 
 // dw[co, c, k] for one block of co and channels [c_begin, c_end): sum over n, t of x[n, t*s + k*d - p, c] * dy[n, t, co].
 void conv1d_wgrad_task(const ConvWeightGrad& args, int64_t block, int64_t c_begin, int64_t c_end) {
-  const int64_t taps = args.taps, channels = c_end - c_begin, x_channels = args.x.channels;
-  const int64_t columns = std::min<int64_t>(kColumns, args.dy.channels - block * kColumns);
-  const int64_t c_tiles = (channels + kRows - 1) / kRows;
-  const int64_t window = (kGradRows - 1) * args.stride + (taps - 1) * args.dilation + 1;
-  const bool pack_x = taps > kFewTaps;
-  const int64_t sums_size = channels * taps * kColumns;
-  float* const sums = scratch.floats(sums_size + kGradRows * kColumns + window * kGradStride);
-  float* const dy_rows = sums + sums_size;  // [row][kColumns]
-  float* const x_rows = dy_rows + kGradRows * kColumns;
-  std::memset(sums, 0, sums_size * sizeof(float));
-  static constexpr int64_t no_offset = 0;
-
+  WeightGrad task{args, block, c_begin, c_end};
+  const bool fir = args.algorithm == ConvAlgorithm::fast_fir_1;
+  task.allocate();
   for (int64_t n = 0; n < args.n; ++n) {
     const int64_t length = args.in_lengths != nullptr ? args.in_lengths[n] : args.t_in;
-    int64_t live_begin, live_end;
-    conv1d_live_rows(length, args.t_out, taps, args.stride, args.dilation, args.padding, live_begin, live_end);
-    const float* x = args.x.data + n * args.x.stride_n;
-    const float* dy = args.dy.data + n * args.dy.stride_n + block * kColumns;
-    for (int64_t t0 = live_begin; t0 < live_end; t0 += kGradRows) {
-      const int64_t t1 = std::min(t0 + kGradRows, live_end);
-      for (int64_t t = t0; t < t1; ++t) {
-        float* to = dy_rows + (t - t0) * kColumns;
-        copy_row(to, dy + t * args.dy.stride_t, columns);
-        for (int64_t j = columns; j < kColumns; ++j) to[j] = 0.0f;
-      }
-      const int64_t x_begin = std::max<int64_t>(0, t0 * args.stride - args.padding);
-      const int64_t x_end = std::min(length, (t1 - 1) * args.stride + (taps - 1) * args.dilation - args.padding + 1);
-      for (int64_t i = 0; i < c_tiles; ++i) {
-        const int64_t c0 = channels * i / c_tiles, rows = channels * (i + 1) / c_tiles - c0, c = c_begin + c0;
-        Tile g;
-        int64_t x_stride = args.x.stride_t;
-        const float* x_from = x + c + x_begin * x_stride;
-        if (pack_x) {
-          if (c + kGradStride <= x_channels) {  // whole vectors, columns beyond `rows` unused
-            for (int64_t r = 0; r < x_end - x_begin; ++r) {
-              copy_row(x_rows + r * kGradStride, x_from + r * x_stride, kGradStride);
-            }
-          } else {
-            for (int64_t r = 0; r < x_end - x_begin; ++r) {
-              copy_row(x_rows + r * kGradStride, x_from + r * x_stride, rows);
-            }
-          }
-          x_from = x_rows;
-          x_stride = kGradStride;
-        }
-        g.tap_offsets = &no_offset;
-        g.a_step = args.stride * x_stride;
-        g.y_stride = kColumns;
-        g.accumulate = true;
-        for (int64_t k = 0; k < taps; ++k) {
-          const int64_t shift = k * args.dilation - args.padding;  // t sees row t * stride + shift of x
-          const int64_t from = shift < 0 ? (-shift + args.stride - 1) / args.stride : 0;
-          const int64_t to = length > shift ? (length - 1 - shift) / args.stride + 1 : 0;
-          const int64_t begin = std::max(t0, from), end = std::min(t1, to);
-          if (begin >= end) continue;
-          g.a = x_from + (begin * args.stride + shift - x_begin) * x_stride;
-          g.b = dy_rows + (begin - t0) * kColumns;
-          g.depth = end - begin;
-          g.y = sums + (c0 * taps + k * rows) * kColumns;
-          tile_fn(rows, 1)(g);
-        }
+    int64_t begin, end;
+    conv1d_live_rows(length, args.t_out, args.taps, args.stride, args.dilation, args.padding, begin, end);
+    for (int64_t t = begin; t < end; t += task.segment) {
+      if (fir) {
+        task.add_fast_fir(n, length, t, std::min(t + task.segment, end));
+      } else {
+        task.add_direct(n, length, t, std::min(t + task.segment, end));
       }
     }
   }
-
-  for (int64_t i = 0; i < c_tiles; ++i) {  // sums of a tile: [tap][channel][co]
-    const int64_t c0 = channels * i / c_tiles, rows = channels * (i + 1) / c_tiles - c0;
-    const float* from = sums + c0 * taps * kColumns;
-    for (int64_t j = 0; j < columns; ++j) {
-      float* to = args.dw + ((block * kColumns + j) * x_channels + c_begin + c0) * taps;
-      for (int64_t m = 0; m < rows; ++m) {
-        for (int64_t k = 0; k < taps; ++k) *to++ = from[(k * rows + m) * kColumns + j];
-      }
-    }
-  }
+  task.write();
 }
 
 }  // namespace JF_ISA
