@@ -214,6 +214,35 @@ class ShiftPerturbation:
 
 
 @dataclass(frozen=True)
+class NoisePerturbation:
+    """Adds noise min_snr_db to max_snr_db below the utterance's mean power with probability p, from white to brown."""
+
+    min_snr_db: float = 5.0
+    max_snr_db: float = 60.0
+    p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.min_snr_db <= self.max_snr_db:
+            raise ValueError(
+                f"noise_perturbation: min_snr_db {self.min_snr_db} is more than max_snr_db {self.max_snr_db}"
+            )
+
+    def draw(self, rng: np.random.Generator) -> tuple[float, float, int] | None:
+        """Decibels below the speech, the exponent of the noise's power over frequency (0 white, -2 brown), its seed."""
+        apply, snr, slope = rng.random() < self.p, rng.uniform(self.min_snr_db, self.max_snr_db), -2 * rng.random()
+        return (snr, slope, int(rng.integers(2**32))) if apply else None
+
+    @staticmethod
+    def add(samples: np.ndarray, snr_db: float, slope: float, seed: int) -> np.ndarray:
+        """The samples with the noise; silence stays as it is."""
+        spectrum = np.fft.rfft(np.random.default_rng(seed).standard_normal(len(samples), np.float32))
+        spectrum *= np.linspace(0.01, 1, len(spectrum)) ** (slope / 2)  # flat below 1 % of the band
+        noise = np.fft.irfft(spectrum, len(samples))
+        wanted = np.sqrt(np.mean(np.square(samples, dtype=np.float64))) * 10 ** (-snr_db / 20)
+        return (samples + noise * (wanted / max(noise.std(), 1e-12))).astype(np.float32)
+
+
+@dataclass(frozen=True)
 class Join:
     """Joins min_clips..max_clips utterances into one, with silences of min_gap..max_gap seconds around and between.
 
@@ -259,6 +288,7 @@ class _Draw:
     speed: float
     gain_db: float
     shift_ms: float
+    noise: tuple[float, float, int] | None  # of NoisePerturbation
     variant: float  # 0 to 1, chooses among the alternatives of an utterance
     noise_db: float | None
 
@@ -294,7 +324,7 @@ class SpeechDataset(Dataset):
     neighbour in length. With ``training=False`` nothing is perturbed, joined, replaced or left out for its length or
     text: only unreadable files are skipped.
 
-    speed, gain, shift perturbation and join: instances of the classes above, or dicts or tuples of their fields.
+    speed, gain, shift, noise perturbation and join: instances of the classes above, or dicts or tuples of their fields.
     Raises ValueError if nothing is left.
     """
 
@@ -310,6 +340,7 @@ class SpeechDataset(Dataset):
         min_duration: float = 0.1,
         gain_perturbation: GainPerturbation | dict | tuple | None = None,
         shift_perturbation: ShiftPerturbation | dict | tuple | None = None,
+        noise_perturbation: NoisePerturbation | dict | tuple | None = None,
         trim_silence: bool = False,
         normalize_text: bool = True,
         training: bool = True,
@@ -322,6 +353,7 @@ class SpeechDataset(Dataset):
         self.speed = _build(SpeedPerturbation, speed_perturbation, "speed_perturbation") if training else None
         self.gain = _build(GainPerturbation, gain_perturbation, "gain_perturbation") if training else None
         self.shift = _build(ShiftPerturbation, shift_perturbation, "shift_perturbation") if training else None
+        self.noise = _build(NoisePerturbation, noise_perturbation, "noise_perturbation") if training else None
         self.join = _build(Join, join, "join") if training else None
         self.skipped = SkipReport()
         self.utterances: list[Utterance] = []
@@ -370,7 +402,7 @@ class SpeechDataset(Dataset):
         if "normalize_transcripts" in settings:
             settings["normalize_text"] = settings.pop("normalize_transcripts")
         known = {"sample_rate", "trim_silence", "normalize_text", "min_duration", "max_duration", "join"}
-        known |= {"speed_perturbation", "gain_perturbation", "shift_perturbation"}
+        known |= {"speed_perturbation", "gain_perturbation", "shift_perturbation", "noise_perturbation"}
         unknown = settings.keys() - known
         if unknown:
             taken = {"ignore_offline_speed_perturbation", "max_utts", "normalize_transcripts", "pad_to_max_duration"}
@@ -433,7 +465,9 @@ class SpeechDataset(Dataset):
         speed = self.speed.draw(rng) if self.speed else 1.0
         gain = self.gain.draw(rng) if self.gain else 0.0
         shift = self.shift.draw(rng) if self.shift else 0.0
-        return _Draw(clips, gaps, speed, gain, shift, rng.random(), noise_db)
+        variant = rng.random()
+        noise = self.noise.draw(rng) if self.noise else None
+        return _Draw(clips, gaps, speed, gain, shift, noise, variant, noise_db)
 
     def _draw_join(self, own: int, rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[float, ...], float | None]:
         join = self.join
@@ -562,6 +596,8 @@ class SpeechDataset(Dataset):
     def _perturb(self, samples: np.ndarray, draw: _Draw) -> np.ndarray:
         if draw.speed != 1.0:
             samples = audio.change_speed(samples, draw.speed)
+        if draw.noise is not None and len(samples):
+            samples = NoisePerturbation.add(samples, *draw.noise)
         if draw.gain_db:
             samples = samples * np.float32(10 ** (draw.gain_db / 20))
         shift = int(draw.shift_ms * self.sample_rate // 1000)

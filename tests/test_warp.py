@@ -1,11 +1,13 @@
-"""Speaker warp: what it does to a spectrum, and that it does nothing in evaluation."""
+"""Augmentation that makes other speakers and rooms: speaker warp on features, noise on samples."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from jasper_fast import augment
+from jasper_fast.data import NoisePerturbation
 from jasper_fast.features import _hz_to_mel, _mel_to_hz
 from jasper_fast.warp import SpeakerWarp
 
@@ -81,3 +83,28 @@ def test_a_configuration_switches_it_on():
     assert augment.from_config({}).speaker_warp is None
     with pytest.raises(ValueError, match="speaker_warp"):
         augment.from_config({"speaker_warp": {"max_wrap": 1.1}})
+
+
+@pytest.mark.parametrize("slope", [0.0, -2.0])
+def test_noise_has_the_level_and_colour_asked_for(slope):
+    speech = np.sin(np.arange(16001) * 0.3).astype(np.float32)
+    noisy = NoisePerturbation.add(speech, 20.0, slope, seed=3)
+    noise = noisy - speech
+    assert noisy.dtype == np.float32 and noisy.shape == speech.shape
+    assert 10 * np.log10(np.mean(speech**2) / np.mean(noise**2)) == pytest.approx(20.0, abs=0.3)
+    power = np.abs(np.fft.rfft(noise)) ** 2
+    fall = 10 * np.log10(power[500:1000].mean() / power[5000:7500].mean())
+    assert fall == pytest.approx(-slope * 9.0, abs=1.0)  # a factor of about 8 in frequency
+    assert np.array_equal(noisy, NoisePerturbation.add(speech, 20.0, slope, seed=3))
+    silence = np.zeros(100, np.float32)
+    assert np.array_equal(NoisePerturbation.add(silence, 20.0, slope, seed=3), silence)
+
+
+def test_noise_is_drawn_within_its_bounds_and_as_often_as_said():
+    rng = np.random.default_rng(0)
+    drawn = [NoisePerturbation(5, 30, p=0.5).draw(rng) for _ in range(2000)]
+    kept = [d for d in drawn if d]
+    assert 0.45 < len(kept) / 2000 < 0.55
+    assert all(5 <= snr <= 30 and -2 <= slope <= 0 for snr, slope, _ in kept)
+    with pytest.raises(ValueError, match="min_snr_db"):
+        NoisePerturbation(30, 5)
