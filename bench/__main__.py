@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
         return sub.add_parser(name, help=help, description=help, parents=[common])
 
     add("kernels", "each op at each Jasper layer shape, beside the eager chain").add_argument(
-        "--op", default="all", help="bn_relu_dropout, ... or all"
+        "--op", default="all", help="bn_relu_dropout, sub_block, conv1d or all"
     )
     add("train", "training steps: forward + backward and full, utterances per second").add_argument(
         "--model",
@@ -63,6 +63,15 @@ def parser() -> argparse.ArgumentParser:
         help="small, medium, jasper10x5 or a YAML file, with batch and frames",
     )
     add("all", "kernels, train, latency and memory: small, medium and Jasper 10x5, in under 10 minutes on two cores")
+    add("launches", "ops and kernels launched by a call, and the host's time for them")
+    profile = add("profile", "a torch.profiler trace with ranges named after layers, and time per layer and op")
+    profile.add_argument("--model", default="small", help="small, medium, jasper10x5 or a YAML file")
+    profile.add_argument("--mode", choices=("train", "inference"), default="train")
+    profile.add_argument(
+        "--batch", default="8,400", metavar="N,T", help="utterances and feature frames (default: 8,400)"
+    )
+    gpu = add("gpu", "everything in at most nine minutes, the most valuable numbers first; --resume goes on")
+    gpu.add_argument("--budget", type=float, default=540.0, metavar="SECONDS", help="when to stop (default: 540)")
     report = sub.add_parser(
         "report",
         help="one self-contained HTML page, or the README's table, from results",
@@ -93,8 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
     found = goals.judge(run.results.data["rows"], run.device.type)
     run.results.data["goals"] = found
     run.results.data["seconds"] = round(time.monotonic() - run.started, 1)
-    if not run.out_of_time():
-        run.results.data["finished"] = True
+    parts = run.results.data.get("parts", {}).values()
+    run.results.data["finished"] = not any(part in ("cut off", "no time left") for part in parts)
     run.results.write()
     tables.show(run.results.data["rows"], found)
     tables.console.print(f"wrote {_relative(run.results.path)}")
@@ -152,8 +161,9 @@ def _grid(models: list[str] | None, default: tuple[int, int]) -> tuple:
 def _kernels(run: harness.Run, args: argparse.Namespace) -> None:
     from bench import kernels
 
-    if args.op not in ("all", *kernels.OPS):
-        raise SystemExit(f"--op {args.op}: not one of {', '.join(kernels.OPS)}, all")
+    known = ("all", *kernels.operations())
+    if args.op not in known:
+        raise SystemExit(f"--op {args.op}: not one of {', '.join(known)}")
     kernels.main(run, args.op)
 
 
@@ -178,13 +188,42 @@ def _memory(run: harness.Run, args: argparse.Namespace) -> None:
 def _all(run: harness.Run, args: argparse.Namespace) -> None:
     from bench import kernels, latency, memory, train
 
+    run.brief = True
     kernels.main(run)
     train.main(run)
     latency.main(run)
     memory.main(run)
 
 
-SUBCOMMANDS = {"kernels": _kernels, "train": _train, "latency": _latency, "memory": _memory, "all": _all}
+def _launches(run: harness.Run, args: argparse.Namespace) -> None:
+    from bench import launches
+
+    launches.main(run)
+
+
+def _profile(run: harness.Run, args: argparse.Namespace) -> None:
+    from bench import profiles
+
+    N, T = (int(v) for v in args.batch.split(","))
+    profiles.main(run, args.model, args.mode, N, T)
+
+
+def _gpu(run: harness.Run, args: argparse.Namespace) -> None:
+    from bench import gpu
+
+    gpu.main(run, args.budget)
+
+
+SUBCOMMANDS = {
+    "kernels": _kernels,
+    "train": _train,
+    "latency": _latency,
+    "memory": _memory,
+    "all": _all,
+    "launches": _launches,
+    "profile": _profile,
+    "gpu": _gpu,
+}
 
 
 def _relative(path: Path) -> Path:

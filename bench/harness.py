@@ -34,6 +34,10 @@ class Absent(Exception):
     """A rival that this machine does not have; the message says how to get it."""
 
 
+class OutOfTime(BaseException):
+    """The run's time is spent; no rival's error handling may swallow it."""
+
+
 @dataclass
 class Runner:
     """A contender ready to run.
@@ -376,15 +380,17 @@ class Results:
         if resume and unfinished(path, header):
             old = json.loads(path.read_text())
             self.data |= {"rows": old["rows"], "limits": old["limits"], "resumed": old.get("resumed", 0) + 1}
+            self.data["parts"] = {k: v for k, v in old.get("parts", {}).items() if v == "finished"}
 
     @property
     def limits(self) -> dict:
         """The machine's measured ceilings."""
         return self.data["limits"]
 
-    def has(self, case_id: str) -> bool:
-        """Whether a run before this one finished the case."""
-        return any(row["id"].startswith(case_id + " / ") for row in self.data["rows"])
+    def has(self, case_id: str, contenders: Iterable[str]) -> bool:
+        """Whether the rows of all these contenders are there already."""
+        have = {row["id"] for row in self.data["rows"]}
+        return all(f"{case_id} / {name}" in have for name in contenders)
 
     def add(self, rows: Iterable[dict]) -> None:
         """Put rows in, replacing those of the same id, and write the file."""
@@ -425,6 +431,7 @@ class Run:
     effort: Effort = Effort()
     deadline: float | None = None
     rivals: str = "default"
+    brief: bool = False
     started: float = field(default_factory=time.monotonic)
 
     def out_of_time(self) -> bool:
@@ -433,7 +440,7 @@ class Run:
 
     def cases(self, title: str, cases: Sequence[Case]) -> list[dict]:
         """Prepare all, then time all, showing progress; rows go to disk case by case."""
-        todo = [case for case in cases if not self.results.has(case.id)]
+        todo = [case for case in cases if not self.results.has(case.id, [c.name for c in case.contenders])]
         done: list[dict] = []
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True) as progress:

@@ -187,8 +187,8 @@ def dropout_complaints(got: Mapping[str, Tensor], inputs: Inputs, p: float) -> l
     return [f"dropout on: {line}" for line in [*([rate] if rate else []), *wrong]]
 
 
-# two roundings of the output's precision, and twice PyTorch's own distance: sums over N*T rows run in another order
-TOLERANCE = correct.Tolerance(factor=2.0, floor=4.0)
+# sums over N*T rows run in another order; a mean near zero keeps the roundings of the values that cancelled in it
+TOLERANCE = correct.Tolerance(factor=2.0, floor=16.0)
 
 
 def bn_relu_dropout(run: Run, shape: tuple[int, int, int], mode: str, residual: bool, compiled: bool) -> Case:
@@ -248,10 +248,16 @@ def cases_bn_relu_dropout(run: Run) -> list[Case]:
     return [*made, bn_relu_dropout(run, goals[1], "both", True, False)]
 
 
-OPS: dict[str, Callable[[Run], list[Case]]] = {"bn_relu_dropout": cases_bn_relu_dropout}
+def operations() -> dict[str, Callable[[Run], list[Case]]]:
+    """What `--op` may name."""
+    from bench import sub_blocks
+
+    convs = {op: sub_blocks.cases(op) for op in ("sub_block", "conv1d")}
+    return {"bn_relu_dropout": cases_bn_relu_dropout, **convs}
 
 
 def main(run: Run, op: str = "all") -> list[dict]:
     """Measure one op, or all."""
-    chosen = OPS if op == "all" else {op: OPS[op]}
+    known = operations()
+    chosen = known if op == "all" else {op: known[op]}
     return [row for op_name, cases in chosen.items() for row in run.cases(f"kernels {op_name}", cases(run))]

@@ -1,8 +1,12 @@
 """The bench harness: no number for a wrong result, honest counts, results that survive being cut off."""
 
+import dataclasses
 import json
 import math
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,11 +15,26 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as cli
-from bench import correct, counts, goals, harness, kernels, memory, models, report, rivals
+from bench import (
+    correct,
+    counts,
+    goals,
+    gpu,
+    harness,
+    kernels,
+    launches,
+    memory,
+    models,
+    profiles,
+    report,
+    rivals,
+    sub_blocks,
+)
 from bench.harness import Case, Contender, Runner
 from jasper_fast.eager import EagerJasper
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 FAST = harness.Effort(seconds=0.05, min_rounds=3, max_rounds=4)
 
 
@@ -177,6 +196,27 @@ def test_all_contenders_of_bn_relu_dropout_are_right(residual, dtype, tmp_path):
         "test", [kernels.bn_relu_dropout(run, (3, 16, 57), mode, residual, False) for mode in kernels.MODES]
     )
     assert len(rows) == 9 and all(r["status"] == "ok" for r in rows), [r.get("why") for r in rows]
+
+
+@pytest.mark.parametrize("op", ["conv1d", "sub_block"])
+def test_all_contenders_of_convs_are_right(op, tmp_path):
+    shapes = [(16, 24, 11, 1), (8, 8, 5, 2), (16, 8, 1, 1)]
+    run = make_run(tmp_path)
+    rows = run.cases(
+        "test", [sub_blocks.case(run, op, 2, 40, shape, mode) for shape in shapes for mode in ("forward", "both")]
+    )
+    assert len(rows) == (18 if op == "conv1d" else 12)
+    assert all(r["status"] == "ok" for r in rows), [r.get("why") for r in rows]
+
+
+def test_conv_shapes_are_jasper_10x5s():
+    shapes = sub_blocks.layer_shapes()
+    assert (
+        len(shapes) == 11
+        and (768, 896, 29, 2) in shapes
+        and (768, 768, 25, 1) in shapes
+        and (896, 1024, 1, 1) in shapes
+    )
 
 
 # ------------------------------------------------------------------ statistics
@@ -371,6 +411,94 @@ def test_deadline_stops_the_run(tmp_path):
     assert run.out_of_time() and run.cases("test", [softplus_case({})]) == []
 
 
+# ------------------------------------------------------------------ everything in nine minutes
+
+
+def test_gpu_plan_is_bounded_written_as_it_goes_and_resumed(tmp_path, monkeypatch):
+    def measured(op):
+        def part(run):
+            case = softplus_case({"eager": F.softplus})
+            case.key = {"op": op}
+            run.cases("test", [case])
+
+        return part
+
+    def endless_compiler(run):
+        while True:
+            time.sleep(0.01)
+
+    def failing(run):
+        raise ValueError("no such kernel")
+
+    late = [("compile", endless_compiler), ("last", measured("c"))]
+    plan = [("first", measured("a")), ("failing", failing), ("second", measured("b")), *late]
+    monkeypatch.setattr(gpu, "plan", lambda run: plan)
+    monkeypatch.setattr(gpu, "GOOD", 0.5)
+    run = make_run(tmp_path)
+    gpu.main(run, time.monotonic() - run.started + 5.0)
+    parts = json.loads(run.results.path.read_text())["parts"]
+    assert parts == {
+        "first": "finished",
+        "failing": "failed: ValueError: no such kernel",
+        "second": "finished",
+        "compile": "cut off",
+        "last": "no time left",
+    }
+
+    plan[3] = ("compile", measured("compiled"))
+    header = {k: run.results.data[k] for k in ("command", "machine")}
+    again = dataclasses.replace(
+        run, results=harness.Results(run.results.path, header, resume=True), started=time.monotonic()
+    )
+    plan[0] = ("first", failing)  # finished before: must not run again
+    gpu.main(again)
+    on_disk = json.loads(run.results.path.read_text())
+    assert on_disk["parts"]["first"] == on_disk["parts"]["compile"] == on_disk["parts"]["last"] == "finished"
+    assert {r["key"]["op"] for r in on_disk["rows"]} == {"a", "b", "c", "compiled"}
+
+
+def test_gpu_run_killed_in_the_middle_leaves_its_rows(tmp_path):
+    command = [sys.executable, "-m", "bench", "gpu", "--device", "cpu", "--quick", "--backend", "reference"]
+    process = subprocess.Popen([*command, "--out", str(tmp_path)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and not any(
+            json.loads(p.read_text())["rows"] for p in tmp_path.glob("gpu_*.json")
+        ):
+            time.sleep(0.05)
+        assert process.poll() is None, "it ended before it could be killed"
+    finally:
+        process.kill()
+        process.wait()
+    (path,) = tmp_path.glob("gpu_*.json")
+    data = json.loads(path.read_text())
+    assert data["rows"] and data["limits"] and not data["finished"]
+    assert all(row["status"] == "ok" for row in data["rows"]), [row.get("why") for row in data["rows"]]
+    assert harness.unfinished(path, data)
+
+
+# ------------------------------------------------------------------ launches and profiles
+
+
+def test_launches_are_counted():
+    x = torch.randn(4, 4)
+    found = launches.count(Runner(lambda: x.t().relu().exp().view(16).sum(), dict), CPU)
+    assert found == {"ops": 3}
+
+
+def test_profile_names_layers_and_ops(tmp_path):
+    model = EagerJasper(models.config("small")).eval()
+    inputs = models.features(model.config, 1, 64, CPU, 0)
+    with profiles.ranges(model, CPU), torch.no_grad():
+        records = profiles.profile(lambda: model(*inputs), CPU, tmp_path / "trace.json")
+    layers = {r["name"]: r for r in records if r["kind"] == "layer"}
+    assert set(layers) == {*(f"encoder.layers.{i}" for i in range(5)), "decoder.layers.0"}
+    assert all(r["calls"] == 1 and r["seconds"] > 0 for r in layers.values())
+    assert any("conv" in r["name"] for r in records if r["kind"] == "op")
+    names = {e.get("name") for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
+    assert "layer encoder.layers.3" in names
+    assert not model.encoder.layers[0]._forward_hooks
+
+
 # ------------------------------------------------------------------ command line and report
 
 
@@ -380,7 +508,18 @@ def result(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench")
     shapes, kernels.CPU_SHAPES = kernels.CPU_SHAPES, ((2, 8, 40), (2, 16, 40))
     try:
-        arguments = ["kernels", "--device", "cpu", "--quick", "--backend", "reference", "--seconds", "0.05"]
+        arguments = [
+            "kernels",
+            "--op",
+            "bn_relu_dropout",
+            "--device",
+            "cpu",
+            "--quick",
+            "--backend",
+            "reference",
+            "--seconds",
+            "0.05",
+        ]
         assert cli.main([*arguments, "--out", str(out)]) == 0
     finally:
         kernels.CPU_SHAPES = shapes
