@@ -209,7 +209,8 @@ class LogMelFeatures(nn.Module):
             audio, self.n_fft, self.hop_length, self.win_length, self.window, center=True, return_complex=True
         )
         total = 1 + samples // self.hop_length
-        power = torch.view_as_real(spectrum).square().sum(-1)[..., :total].transpose(1, 2)
+        real, imag = torch.view_as_real(spectrum[..., :total]).unbind(-1)
+        power = torch.addcmul(real.square(), imag, imag).transpose(1, 2)  # keeps frames outermost, as .sum() would not
         mel = power @ self.mel.t()  # (N, T, F): the memory order of the network
         if self.log:
             mel = torch.log(mel + LOG_GUARD)
