@@ -100,7 +100,7 @@ struct Call {
     STD_TORCH_CHECK((p > 0.) == seed_.has_value(), "seed must be given if and only if p > 0");
     threshold = static_cast<uint32_t>(std::ceil(p * 4294967296.));
     scale = static_cast<float>(1. / (1. - p));
-    if (z == nullptr) seed = integers(seed_, "seed", 1, y);  // z already tells what was dropped
+    seed = integers(seed_, "seed", 1, y);
   }
 
   template <class T>

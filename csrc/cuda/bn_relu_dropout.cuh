@@ -10,8 +10,6 @@
 // Reductions: one partial per CTA, merged by a second kernel in fixed order: no atomics, the same bits in every run.
 #pragma once
 
-#include <type_traits>
-
 #include "common.cuh"
 
 namespace jf::bn {
@@ -92,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(Args<T> a) {
         float value[kRows], sum = 0.f, square = 0.f;
 #pragma unroll
         for (int k = 0; k < kRows; ++k) {
-          value[k] = row + k * height < end ? wide(y[k].v[i]) - wide(shift.v[i]) : 0.f;
+          value[k] = row + k * height < end ? wide(y[k][i]) - wide(shift[i]) : 0.f;
           sum += value[k];
         }
         const float middle = sum * inverse;
@@ -170,7 +168,7 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(Args<T> a, float* first
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
-template <class T, int V, bool kHasDropout>
+template <class T, int V, bool kHasDropout, bool kHasResidual>
 __global__ void __launch_bounds__(kThreads) forward_kernel(Args<T> a) {
   const int x = threadIdx.x % a.tx, ty = threadIdx.x / a.tx, height = kThreads / a.tx;
   const int tile = blockIdx.x / a.columns, n = tile / a.tiles, c0 = (blockIdx.x % a.columns * a.tx + x) * V;
@@ -189,31 +187,27 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Args<T> a) {
   const int64_t step = static_cast<int64_t>(height) * a.c;
   for (int t0 = begin + ty; t0 < end; t0 += height * kRows) {
     const int64_t base = (static_cast<int64_t>(n) * a.t + t0) * a.c + c0;
-    Pack<T, V> y[kRows], residual[kRows];
+    Pack<T, V> y[kRows] = {}, residual[kRows] = {};
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
       if (t0 + k * height < length) {  // length <= t, and a tile that ends before t is a whole number of turns
         y[k] = load<T, V>(a.y + base + k * step);
-        if (a.residual != nullptr) residual[k] = load<T, V>(a.residual + base + k * step);
+        if constexpr (kHasResidual) residual[k] = load<T, V>(a.residual + base + k * step);
       }
     }
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
       const int t = t0 + k * height;
       if (t >= end) break;
-      Pack<T, V> z;
-      if (t < length) {
-        const uint32_t keep = kHasDropout ? keep_bits<V>(base + k * step, seed, a.threshold) : ~0u;
+      uint32_t keep = t < length ? ~0u : 0u;  // padding takes the same path: no branch cuts the 16-byte store
+      if (kHasDropout && t < length) keep = keep_bits<V>(base + k * step, seed, a.threshold);
+      T z[V];
 #pragma unroll
-        for (int i = 0; i < V; ++i) {
-          float pre = fmaf(wide(y[k].v[i]) - mean[i], scale[i], beta[i]);
-          if (a.residual != nullptr) pre += wide(residual[k].v[i]);
-          const float open = pre <= 0.f ? 0.f : pre;  // a NaN stays
-          z.v[i] = narrow<T>(!kHasDropout ? open : (keep >> i & 1) ? open * a.scale : 0.f);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < V; ++i) z.v[i] = narrow<T>(0.f);
+      for (int i = 0; i < V; ++i) {
+        float pre = fmaf(wide(y[k][i]) - mean[i], scale[i], beta[i]);
+        if constexpr (kHasResidual) pre += wide(residual[k][i]);
+        const float open = pre <= 0.f ? 0.f : kHasDropout ? pre * a.scale : pre;  // a NaN stays
+        z[i] = narrow<T>((keep >> i & 1) ? open : 0.f);
       }
       store(a.out + base + k * step, z);
     }
@@ -222,27 +216,27 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Args<T> a) {
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-// Which of V elements let the gradient pass: the sign of z where it is given (0 where clipped or dropped; no seed then),
-// else that of the pre-activation, remade, and the keep bits. The caller has dealt with the padding.
-template <class T, int V, bool kHasDropout>
-__device__ __forceinline__ uint32_t open_bits(const Args<T>& a, const Pack<T, V>& y, const Pack<T, V>& z,
-                                              const float (&mean)[V], const float (&scale)[V], const float (&beta)[V],
-                                              uint64_t seed, int64_t element) {
+// What tells which elements let the gradient pass: the sign of z, where it is given (0 where clipped or dropped), else
+// that of the pre-activation, remade from y, and the keep bits.
+enum class Gate { z, sign, sign_dropout };
+
+// Bit i for element + i. The caller has dealt with the padding.
+template <class T, int V, Gate kGate>
+__device__ __forceinline__ uint32_t open_bits(const Pack<T, V>& y, const Pack<T, V>& z, const float (&mean)[V],
+                                              const float (&scale)[V], const float (&beta)[V], uint64_t seed,
+                                              uint32_t threshold, int64_t element) {
   uint32_t open = 0;
-  if (a.z != nullptr) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) open |= static_cast<uint32_t>(!(wide(z.v[i]) <= 0.f)) << i;
-    return open;
+  for (int i = 0; i < V; ++i) {
+    const float sign = kGate == Gate::z ? wide(z[i]) : fmaf(wide(y[i]) - mean[i], scale[i], beta[i]);
+    open |= static_cast<uint32_t>(!(sign <= 0.f)) << i;  // a NaN lets it pass
   }
-#pragma unroll
-  for (int i = 0; i < V; ++i)
-    open |= static_cast<uint32_t>(!(fmaf(wide(y.v[i]) - mean[i], scale[i], beta[i]) <= 0.f)) << i;
-  if constexpr (kHasDropout) open &= keep_bits<V>(element, seed, a.threshold);
+  if constexpr (kGate == Gate::sign_dropout) open &= keep_bits<V>(element, seed, threshold);
   return open;
 }
 
 // partials: sum g and sum g*(y - mean); merge_kernel multiplies the second by rstd.
-template <class T, int V, bool kHasDropout>
+template <class T, int V, Gate kGate>
 __global__ void __launch_bounds__(kThreads) reduce_kernel(Args<T> a) {
   __shared__ float s_g[V][kThreads], s_gy[V][kThreads];
   const int tid = threadIdx.x, x = tid % a.tx, ty = tid / a.tx, height = kThreads / a.tx;
@@ -253,15 +247,15 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(Args<T> a) {
   if (c0 < a.c) {
     float mean[V], scale[V] = {}, beta[V] = {};
     load_floats(mean, a.mean + c0);
-    if (a.z == nullptr) {
+    if constexpr (kGate != Gate::z) {
       float gamma[V];
       load_floats(scale, a.rstd + c0), load_floats(gamma, a.gamma + c0), load_floats(beta, a.beta + c0);
 #pragma unroll
       for (int i = 0; i < V; ++i) scale[i] *= gamma[i];
     }
-    const uint64_t seed = kHasDropout ? static_cast<uint64_t>(*a.seed) : 0;
+    const uint64_t seed = kGate == Gate::sign_dropout ? static_cast<uint64_t>(*a.seed) : 0;
     for (int64_t row = begin + ty; row < end; row += height * kBackwardRows) {
-      Pack<T, V> dz[kBackwardRows], y[kBackwardRows], z[kBackwardRows];
+      Pack<T, V> dz[kBackwardRows] = {}, y[kBackwardRows] = {}, z[kBackwardRows] = {};
       bool valid[kBackwardRows];
 #pragma unroll
       for (int k = 0; k < kBackwardRows; ++k) {
@@ -274,20 +268,20 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(Args<T> a) {
         if (valid[k]) {
           const int64_t element = r * a.c + c0;
           dz[k] = load<T, V>(a.dz + element), y[k] = load<T, V>(a.y + element);
-          if (a.z != nullptr) z[k] = load<T, V>(a.z + element);
+          if constexpr (kGate == Gate::z) z[k] = load<T, V>(a.z + element);
         }
       }
 #pragma unroll
       for (int k = 0; k < kBackwardRows; ++k) {
         if (!valid[k]) continue;
         const int64_t element = (row + k * height) * a.c + c0;
-        const uint32_t open = open_bits<T, V, kHasDropout>(a, y[k], z[k], mean, scale, beta, seed, element);
+        const uint32_t open = open_bits<T, V, kGate>(y[k], z[k], mean, scale, beta, seed, a.threshold, element);
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-          const float g = wide(dz[k].v[i]) * a.scale;
+          const float g = wide(dz[k][i]) * a.scale;
           const bool passes = open >> i & 1;  // selected, not multiplied: what is closed may hold a NaN
           sum_g[i] += passes ? g : 0.f;
-          sum_gy[i] += passes ? g * (wide(y[k].v[i]) - mean[i]) : 0.f;
+          sum_gy[i] += passes ? g * (wide(y[k][i]) - mean[i]) : 0.f;
         }
       }
     }
@@ -312,7 +306,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(Args<T> a) {
   }
 }
 
-template <class T, int V, bool kHasDropout>
+template <class T, int V, Gate kGate>
 __global__ void __launch_bounds__(kThreads) apply_kernel(Args<T> a) {
   const int x = threadIdx.x % a.tx, ty = threadIdx.x / a.tx, height = kThreads / a.tx;
   const int tile = blockIdx.x / a.columns, n = tile / a.tiles, c0 = (blockIdx.x % a.columns * a.tx + x) * V;
@@ -334,17 +328,17 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(Args<T> a) {
       slope[i] *= scale[i] * rstd[i];
     }
   }
-  const uint64_t seed = kHasDropout ? static_cast<uint64_t>(*a.seed) : 0;
+  const uint64_t seed = kGate == Gate::sign_dropout ? static_cast<uint64_t>(*a.seed) : 0;
   const int64_t step = static_cast<int64_t>(height) * a.c;
   for (int t0 = begin + ty; t0 < end; t0 += height * kBackwardRows) {
     const int64_t base = (static_cast<int64_t>(n) * a.t + t0) * a.c + c0;
-    Pack<T, V> dz[kBackwardRows], y[kBackwardRows], z[kBackwardRows];
+    Pack<T, V> dz[kBackwardRows] = {}, y[kBackwardRows] = {}, z[kBackwardRows] = {};
 #pragma unroll
     for (int k = 0; k < kBackwardRows; ++k) {
       const int t = t0 + k * height;
       if (t < length) dz[k] = load<T, V>(a.dz + base + k * step);
-      if (t < length && a.z != nullptr) z[k] = load<T, V>(a.z + base + k * step);
-      if (training ? t < a.t : t < length && a.z == nullptr) y[k] = load<T, V>(a.y + base + k * step);
+      if (kGate == Gate::z && t < length) z[k] = load<T, V>(a.z + base + k * step);
+      if (training ? t < a.t : kGate != Gate::z && t < length) y[k] = load<T, V>(a.y + base + k * step);
     }
 #pragma unroll
     for (int k = 0; k < kBackwardRows; ++k) {
@@ -352,14 +346,14 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(Args<T> a) {
       if (t >= end) break;
       const int64_t element = base + k * step;
       const uint32_t open =
-          t < length ? open_bits<T, V, kHasDropout>(a, y[k], z[k], mean, scale, beta, seed, element) : 0;
-      Pack<T, V> dy, dres;
+          t < length ? open_bits<T, V, kGate>(y[k], z[k], mean, scale, beta, seed, a.threshold, element) : 0;
+      T dy[V], dres[V];
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const float g = (open >> i & 1) ? wide(dz[k].v[i]) * a.scale : 0.f;
-        const float away = training ? fmaf(wide(y[k].v[i]) - mean[i], slope[i], flat[i]) : 0.f;
-        dy.v[i] = narrow<T>(fmaf(scale[i], g, -away));
-        dres.v[i] = narrow<T>(g);
+        const float g = (open >> i & 1) ? wide(dz[k][i]) * a.scale : 0.f;
+        const float away = training ? fmaf(wide(y[k][i]) - mean[i], slope[i], flat[i]) : 0.f;
+        dy[i] = narrow<T>(fmaf(scale[i], g, -away));
+        dres[i] = narrow<T>(g);
       }
       store(a.out + element, dy);
       if (a.dres != nullptr) store(a.dres + element, dres);
@@ -389,13 +383,24 @@ void with_width(const Args<T>& a, F&& f) {
     f(std::integral_constant<int, 1>{});
 }
 
+template <class F>
+void with_flag(bool flag, F&& f) {
+  if (flag)
+    f(std::true_type{});
+  else
+    f(std::false_type{});
+}
+
+// Calls f(width, gate); a seed beside z is not looked at.
 template <class T, class F>
-void with_width_dropout(const Args<T>& a, F&& f) {
+void with_gate(const Args<T>& a, F&& f) {
   with_width(a, [&](auto v) {
-    if (a.seed != nullptr)
-      f(v, std::true_type{});
+    if (a.z != nullptr)
+      f(v, std::integral_constant<Gate, Gate::z>{});
+    else if (a.seed == nullptr)
+      f(v, std::integral_constant<Gate, Gate::sign>{});
     else
-      f(v, std::false_type{});
+      f(v, std::integral_constant<Gate, Gate::sign_dropout>{});
   });
 }
 
@@ -417,29 +422,34 @@ void stats(Args<T> a, float* mean, float* m2, int sms, cudaStream_t stream) {
 
 template <class T>
 void forward(Args<T> a, int sms, cudaStream_t stream) {
-  with_width_dropout(a, [&](auto v, auto dropout) {
+  with_width(a, [&](auto v) {
     plan(a, v, kRows, sms);
     const int64_t grid = static_cast<int64_t>(a.n) * a.tiles * a.columns;
-    if (grid > 0) JF_LAUNCH((forward_kernel<T, v, dropout>), grid, kThreads, stream, a);
+    if (grid == 0) return;
+    with_flag(a.seed != nullptr, [&](auto dropout) {
+      with_flag(a.residual != nullptr, [&](auto residual) {
+        JF_LAUNCH((forward_kernel<T, v, dropout, residual>), grid, kThreads, stream, a);
+      });
+    });
   });
 }
 
 template <class T>
 void backward_reduce(Args<T> a, float* dbeta, float* dgamma, int sms, cudaStream_t stream) {
-  with_width_dropout(a, [&](auto v, auto dropout) {
+  with_gate(a, [&](auto v, auto gate) {
     plan(a, v, kBackwardRows, sms);
     const int64_t grid = static_cast<int64_t>(a.parts) * a.columns;
-    if (grid > 0) JF_LAUNCH((reduce_kernel<T, v, dropout>), grid, kThreads, stream, a);
+    if (grid > 0) JF_LAUNCH((reduce_kernel<T, v, gate>), grid, kThreads, stream, a);
   });
   JF_LAUNCH((merge_kernel<T, false>), divide_up(a.c, kMergeChannels), kThreads, stream, a, dbeta, dgamma);
 }
 
 template <class T>
 void backward_apply(Args<T> a, int sms, cudaStream_t stream) {
-  with_width_dropout(a, [&](auto v, auto dropout) {
+  with_gate(a, [&](auto v, auto gate) {
     plan(a, v, kBackwardRows, sms);
     const int64_t grid = static_cast<int64_t>(a.n) * a.tiles * a.columns;
-    if (grid > 0) JF_LAUNCH((apply_kernel<T, v, dropout>), grid, kThreads, stream, a);
+    if (grid > 0) JF_LAUNCH((apply_kernel<T, v, gate>), grid, kThreads, stream, a);
   });
 }
 

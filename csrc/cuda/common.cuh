@@ -7,6 +7,8 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #ifdef JF_EMULATE
 #include "emulate.h"
@@ -17,20 +19,39 @@
 
 namespace jf {
 
-// V consecutive elements, moved by one load or store.
+// V consecutive elements, moved by one load or store: 16 bytes, or one element where V is 1. They stay in whole
+// registers until they are used, and the stores are explicit: left to itself the compiler cuts some into single elements.
 template <class T, int V>
-struct alignas(sizeof(T) * V) Pack {
-  T v[V];
+struct Pack {
+  using Raw = std::conditional_t<V == 1, T, uint4>;
+  static_assert(sizeof(Raw) == sizeof(T) * V);
+  Raw raw;
+
+  __device__ __forceinline__ T operator[](int i) const {
+    T values[V];
+    memcpy(static_cast<void*>(values), &raw, sizeof(raw));
+    return values[i];
+  }
 };
 
 template <class T, int V>
 __device__ __forceinline__ Pack<T, V> load(const T* at) {
-  return *reinterpret_cast<const Pack<T, V>*>(at);
+  return {*reinterpret_cast<const typename Pack<T, V>::Raw*>(at)};
 }
 
 template <class T, int V>
-__device__ __forceinline__ void store(T* at, const Pack<T, V>& pack) {
-  *reinterpret_cast<Pack<T, V>*>(at) = pack;
+__device__ __forceinline__ void store(T* at, const T (&values)[V]) {
+  typename Pack<T, V>::Raw raw;
+  memcpy(static_cast<void*>(&raw), values, sizeof(raw));
+#ifndef JF_EMULATE
+  if constexpr (V > 1) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(at)), "r"(raw.x), "r"(raw.y),
+                 "r"(raw.z), "r"(raw.w)
+                 : "memory");
+    return;
+  }
+#endif
+  *reinterpret_cast<typename Pack<T, V>::Raw*>(at) = raw;
 }
 
 // V channels of a parameter vector; 16 bytes at a time where V > 1.
@@ -41,7 +62,7 @@ __device__ __forceinline__ void load_floats(float (&out)[V], const float* at) {
   for (int i = 0; i < V; i += kPack) {
     const auto pack = load<float, kPack>(at + i);
 #pragma unroll
-    for (int j = 0; j < kPack; ++j) out[i + j] = pack.v[j];
+    for (int j = 0; j < kPack; ++j) out[i + j] = pack[j];
   }
 }
 
