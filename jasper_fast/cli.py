@@ -239,13 +239,13 @@ def _transcribe(arguments: argparse.Namespace) -> int:
         if transcript is None:
             continue
         if not arguments.json:
-            lines.append(f"{file}\t{transcript.text}")
+            lines.append(f"{file}\t{transcript.text.strip()}")
             continue
         words = [
             {"word": w.text, "start": round(w.start, 3), "end": round(w.end, 3), "confidence": round(w.confidence, 4)}
             for w in transcript.words
         ]
-        record = {"audio_filepath": file, "duration": round(seconds, 3), "pred_text": transcript.text}
+        record = {"audio_filepath": file, "duration": round(seconds, 3), "pred_text": transcript.text.strip()}
         record |= {"confidence": round(transcript.confidence, 4), "words": words}
         lines.append(json.dumps(record, ensure_ascii=False))
     text = "".join(f"{line}\n" for line in lines)
@@ -279,7 +279,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             continue
         words, characters = word_errors(reference, transcript.text), character_errors(reference, transcript.text)
         row = {"audio_filepath": utterance.path, "offset": utterance.offset, "duration": round(seconds, 3)}
-        row |= {"text": reference, "pred_text": transcript.text, "confidence": round(transcript.confidence, 4)}
+        row |= {"text": reference, "pred_text": transcript.text.strip(), "confidence": round(transcript.confidence, 4)}
         row |= {"word_errors": words.total, "words": words.length}
         rows.append(row | {"character_errors": characters.total, "characters": characters.length})
     _report_skipped(result.skipped, len(utterances))
@@ -351,7 +351,8 @@ def _info(arguments: argparse.Namespace) -> int:
     else:
         from rich.console import Console
 
-        info.render(report, Console(highlight=False))
+        width = None if sys.stdout.isatty() else 140  # a file or a pipe has no edge to wrap at
+        info.render(report, Console(highlight=False, width=width))
     return 0
 
 
