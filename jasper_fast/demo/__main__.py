@@ -12,6 +12,7 @@ import platform
 import random
 import sys
 import time
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from jasper_fast.demo import compare, corpus, learn, report
 from jasper_fast.demo.espeak import SynthError
 from jasper_fast.recognizer import Recognizer
 
-CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
+CONFIG = Path(str(files("jasper_fast.configs") / "demo.yaml"))
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
