@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from jasper_fast import backends
 from jasper_fast.config import BlockConfig
-from jasper_fast.kernels.conv1d import cpu_impl
 from jasper_fast.model import Jasper, check_features, mask
 from jasper_fast.modules import JasperBlock, fold
+from jasper_fast.ops.conv1d import conv_face
 
 
 class InferenceEngine:
@@ -41,8 +42,8 @@ class InferenceEngine:
         with self._lock, torch.no_grad():
             model = self._model
             weight = model.decoder.layers[0].weight
-            face = backends.resolve(model.backend, weight.device.type)
-            conv = _NativeConv if face == "cpu" and weight.dtype == torch.float32 else _AtenConv
+            face = conv_face(weight, 1, model.backend)
+            conv = _AtenConv if face == "aten" else partial(_PackedConv, face)
             self._device, self._dtype = weight.device, weight.dtype
             self._masks = model.config.encoder.use_conv_masks
             self._input, self._plan = _make_plan(model, conv)
@@ -97,7 +98,7 @@ class _Step:
     """One sub-block: its folded conv, where it writes, and the channels that its panes take, if it has any."""
 
     b: BlockConfig
-    conv: _AtenConv | _NativeConv
+    conv: _AtenConv | _PackedConv
     out: _Place
     panes: _Place | None
 
@@ -163,18 +164,19 @@ class _AtenConv:
         out.copy_(y if lens is None else mask(y.transpose(1, 2), lens).transpose(1, 2))
 
 
-class _NativeConv:
-    """A folded sub-block through the native CPU kernel: weights packed once, bias, panes, ReLU and mask inside."""
+class _PackedConv:
+    """A folded sub-block through our own kernel: weights packed once, bias, panes, ReLU and mask inside."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, panes: Tensor | None, b: BlockConfig, *, relu: bool):
-        algorithm = "fast_fir_1" if b.s == 1 and b.k >= FAST_FIR_TAPS else "direct"
-        self.packed = cpu_impl.pack(weight, algorithm=algorithm)
-        self.packed_panes = None if panes is None else cpu_impl.pack(panes.unsqueeze(2))
-        self.bias, self.b, self.relu = bias.clone(), b, relu
+    def __init__(self, face: str, weight: Tensor, bias: Tensor, panes: Tensor | None, b: BlockConfig, *, relu: bool):
+        self.impl = backends.face("conv1d", face)
+        fast = face == "cpu" and b.s == 1 and b.k >= FAST_FIR_TAPS
+        self.packed = self.impl.pack(weight, **({"algorithm": "fast_fir_1"} if fast else {}))
+        self.packed_panes = None if panes is None else self.impl.pack(panes.unsqueeze(2))
+        self.bias, self.b, self.relu = bias.float().clone(), b, relu
 
     def __call__(self, x: Tensor, panes: Tensor | None, lens_in: Tensor | None, lens: Tensor | None, out: Tensor):
         """As _AtenConv; rows of `x` at t >= `lens_in` are not read, rows beyond their reach not computed."""
-        cpu_impl.fused(
+        self.impl.fused(
             x,
             self.packed,
             stride=self.b.s,

@@ -59,12 +59,12 @@ def _valid(lengths, frames):
     return torch.arange(frames) < lengths[:, None]
 
 
-@pytest.fixture(params=["eager", "reference", "cpu"])
+@pytest.fixture(params=["eager", "reference", "cpu", "triton"])
 def which(request):
-    if request.param == "cpu":
+    if request.param not in ("eager", "reference"):
         from conftest import make_face
 
-        make_face("cpu")
+        make_face(request.param)
     return request.param
 
 

@@ -81,9 +81,9 @@ def conv1d(
     """Convolve `x` (N, C_in, T) with `weight` (C_out, C_in, K); returns (N, C_out, T') in NTC memory.
 
     `x` must be zero at t >= `lengths` (N,), as bn_relu_dropout leaves it: kernels then skip those frames, and the
-    gradient of `x` there may be anything. Under autocast both are cast to its dtype. The native CPU kernel takes fp32
-    at stride 1 (or without a gradient of `x`); every other case runs ATen's conv2d on the channels-last view of the
-    same memory.
+    gradient of `x` there may be anything. Under autocast both are cast to its dtype. The native CPU kernel takes fp32,
+    Triton's fp32, fp16 and bf16, both at stride 1 (or without a gradient of `x`); every other case runs ATen's conv2d
+    on the channels-last view of the same memory.
 
     Equivalent to `F.conv1d(x, weight, None, stride, padding, dilation)`.
     """
@@ -99,6 +99,13 @@ def autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def conv_face(x: Tensor, stride: int, backend: str) -> str:
-    """Which face of the conv serves `x` (N, C, T): the native one in fp32 on the CPU, ATen's elsewhere."""
-    native = x.dtype == torch.float32 and (stride == 1 or not x.requires_grad)
-    return "cpu" if resolve(backend, x.device.type) == "cpu" and native else "aten"
+    """Which face of the conv serves `x` (N, C, T): ours where it has the dtype and the gradients, ATen's elsewhere.
+
+    On a GPU "auto" stays with cuDNN in channels-last memory until measurements there say otherwise; "triton" asks for
+    the Triton kernels.
+    """
+    if stride != 1 and x.requires_grad:
+        return "aten"
+    if resolve(backend, x.device.type) == "cpu":
+        return "cpu" if x.dtype == torch.float32 else "aten"
+    return "triton" if backend == "triton" and x.dtype != torch.float64 else "aten"
