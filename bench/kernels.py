@@ -179,7 +179,7 @@ def answer(inputs: Inputs, dtype: torch.dtype, keep: Tensor | None = None, p: fl
 def dropout_complaints(got: Mapping[str, Tensor], inputs: Inputs, p: float) -> list[str]:
     """With dropout on: the mask that z shows must have the right rate, and every gradient must follow that mask."""
     keep = got["z"] != 0
-    off = answer(inputs, torch.float64)["z"] > 1e-6
+    off = answer(inputs, torch.float32)["z"] > 1e-3
     rate = correct.keep_rate_complaint(int((keep & off).sum()), int(off.sum()), p)
     wrong = correct.complaints(
         got, answer(inputs, inputs.dtype, keep, p), answer(inputs, torch.float64, keep, p), TOLERANCE
