@@ -27,7 +27,7 @@ using OptionalTensor = std::optional<Tensor>;
 std::string shape_text(const Tensor& x) {
   std::string text = "(";
   for (int64_t i = 0; i < x.dim(); ++i) text += (i ? ", " : "") + std::to_string(x.size(i));
-  return text + ")";
+  return text + (x.dim() == 1 ? ",)" : ")");
 }
 
 void check_cpu(const char* name, const Tensor& x) {
@@ -91,6 +91,18 @@ void add_normalisation(BnArgs& a, const Tensor& mean, const Tensor& rstd, const 
   a.beta = channels(a, "beta", beta);
 }
 
+uint64_t seed_of(const Tensor& seed) {
+  check_cpu("seed", seed);
+  if (seed.scalar_type() != ScalarType::Long || seed.numel() != 1) fail("seed", "must be an int64 tensor with one element");
+  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr()));
+}
+
+uint32_t threshold_of(double p) {
+  const double threshold = std::ceil(p * 4294967296.0);
+  if (!(p >= 0.0 && threshold <= 4294967295.0)) fail("p", "must be at least 0 and at most 1 - 2**-32, is " + std::to_string(p));
+  return static_cast<uint32_t>(threshold);
+}
+
 void add_mask(BnArgs& a, const OptionalTensor& lengths, const OptionalTensor& seed, double p) {
   if (lengths) {
     check_cpu("lengths", *lengths);
@@ -100,16 +112,12 @@ void add_mask(BnArgs& a, const OptionalTensor& lengths, const OptionalTensor& se
     }
     a.lengths = static_cast<const int64_t*>(lengths->data_ptr());
   }
-  const double threshold = std::ceil(p * 4294967296.0);
-  if (!(p >= 0.0 && threshold <= 4294967295.0)) fail("p", "must be at least 0 and at most 1 - 2**-32, is " + std::to_string(p));
+  a.threshold = threshold_of(p);
   a.scale = static_cast<float>(1.0 / (1.0 - p));
-  a.threshold = static_cast<uint32_t>(threshold);
   a.dropout = p > 0.0;
   if (a.dropout) {
     if (!seed) fail("seed", "is needed where p > 0: an int64 tensor with one element");
-    check_cpu("seed", *seed);
-    if (seed->scalar_type() != ScalarType::Long || seed->numel() != 1) fail("seed", "must be an int64 tensor with one element");
-    a.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
+    a.seed = seed_of(*seed);
   }
 }
 
@@ -207,6 +215,14 @@ void bn_backward_apply(const Tensor& dz, const Tensor& y, const OptionalTensor& 
   for_chunks(a, [&](int64_t, int64_t row, int64_t end) { chunk(a, row, end); });
 }
 
+// Which of the elements first, first + 1, ... dropout keeps; the kernels draw the same bits (for tests of them).
+void dropout_keep(const Tensor& seed, double p, int64_t first, const Tensor& keep) {
+  check_cpu("keep", keep);
+  if (keep.scalar_type() != ScalarType::Bool || !keep.is_contiguous()) fail("keep", "must be a contiguous bool tensor");
+  if (first < 0) fail("first", "must not be negative");
+  JF_DISPATCH(dropout_keep)(seed_of(seed), threshold_of(p), first, keep.numel(), static_cast<bool*>(keep.data_ptr()));
+}
+
 }  // namespace
 }  // namespace jf
 
@@ -221,6 +237,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jasper_fast_cpu, m) {
   m.def(
       "bn_backward_apply(Tensor dz, Tensor y, Tensor? z, Tensor mean, Tensor rstd, Tensor gamma, Tensor beta, "
       "Tensor? mean_g, Tensor? mean_gy, Tensor? lengths, Tensor? seed, float p, Tensor(a!) dy, Tensor(b!)? dres) -> ()");
+  m.def("dropout_keep(Tensor seed, float p, int first, Tensor(a!) keep) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(jasper_fast_cpu, CPU, m) {
@@ -228,4 +245,5 @@ STABLE_TORCH_LIBRARY_IMPL(jasper_fast_cpu, CPU, m) {
   m.impl("bn_forward", TORCH_BOX(&jf::bn_forward));
   m.impl("bn_backward_reduce", TORCH_BOX(&jf::bn_backward_reduce));
   m.impl("bn_backward_apply", TORCH_BOX(&jf::bn_backward_apply));
+  m.impl("dropout_keep", TORCH_BOX(&jf::dropout_keep));
 }

@@ -24,9 +24,12 @@ struct BnArgs {
 };
 
 // Reductions work on chunks of rows whose size depends on C alone, and merge the chunks' partials in order, so results
-// do not depend on the number of threads.
-constexpr int64_t kBnChunkElements = 32768;
-inline int64_t bn_chunk_rows(int64_t c) { return c >= kBnChunkElements / 16 ? 16 : kBnChunkElements / c; }
+// do not depend on the number of threads. Few enough rows that fp32 inside a chunk loses nothing.
+constexpr int64_t kBnChunkElements = 32768, kBnMinChunkRows = 16, kBnMaxChunkRows = 256;
+inline int64_t bn_chunk_rows(int64_t c) {
+  const int64_t rows = kBnChunkElements / c;
+  return rows < kBnMinChunkRows ? kBnMinChunkRows : rows > kBnMaxChunkRows ? kBnMaxChunkRows : rows;
+}
 
 // A chunk's partial: so many fp64 vectors of C channels, padded to whole vectors and cache lines.
 constexpr int64_t kBnPartialVectors = 3;
@@ -40,6 +43,7 @@ inline int64_t bn_padded(int64_t c) { return (c + 15) / 16 * 16; }
   void bn_reduce_chunk(const BnArgs& args, int64_t row, int64_t end, double* partial);                                \
   void bn_merge_sums(const BnArgs& args, int64_t chunks, const double* partials, float* dbeta, float* dgamma);        \
   void bn_apply_chunk(const BnArgs& args, int64_t row, int64_t end);                                                  \
+  void dropout_keep(uint64_t seed, uint32_t threshold, int64_t first, int64_t count, bool* keep);                     \
   }
 JF_FOR_EACH_ISA(JF_DECLARE_BN)
 #undef JF_DECLARE_BN

@@ -30,7 +30,7 @@ def forward(
     seed: Tensor | None,
     p: float,
 ) -> Tensor:
-    """z = mask(dropout(relu((y - mean)*rstd*gamma + beta [+ residual]))); frames t >= length are 0 and y is not read."""
+    """z = mask(dropout(relu((y - mean)*rstd*gamma + beta [+ residual]))), of y's dtype; frames t >= length are 0."""
     z = torch.empty_like(y)
     native.cpu().bn_forward(y, mean, rstd, gamma, beta, residual, lengths, seed, p, z)
     return z

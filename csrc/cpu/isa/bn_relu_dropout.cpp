@@ -401,5 +401,14 @@ void bn_merge_sums(const BnArgs& a, int64_t chunks, const double* partials, floa
   }
 }
 
+void dropout_keep(uint64_t seed, uint32_t threshold, int64_t first, int64_t count, bool* keep) {
+  for (int64_t i = 0; i < count;) {
+    uint64_t bits = 0;
+    const int64_t block = (first + i) / kKeepBits;
+    keep_bits((uint64_t)block, 1, seed, threshold, &bits, [](int64_t) {});
+    for (; i < count && (first + i) / kKeepBits == block; ++i) keep[i] = bits >> ((first + i) % kKeepBits) & 1;
+  }
+}
+
 }  // namespace JF_ISA
 }  // namespace jf
