@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +74,16 @@ def test_the_library_needs_no_python_and_only_torch_s_stable_symbols() -> None:
     unstable = [name for name in needed if name.startswith(("Py", "_Py", "_ZN2at", "_ZN3c10", "_ZNK3c10", "_ZNK2at"))]
     assert any(name.startswith(("aoti_torch", "torch_")) for name in needed)
     assert unstable == []
+
+
+def test_no_cuda_kernel_spills_registers() -> None:
+    """As ptxas told when the library was built; `make install` builds it wherever there is an nvcc."""
+    logs = sorted((ROOT / "build" / "native" / "cuda").glob("*.o.log"))
+    if not logs:
+        pytest.skip("the CUDA library was not built here: no nvcc, or JASPER_FAST_CUDA=0")
+    for log in logs:
+        text = log.read_text()
+        spills = re.findall(r"Compiling entry function '(\w+)' for '(\w+)'(?:\n.*?)*?(\d+) bytes spill stores", text)
+        assert len({kernel for kernel, _, _ in spills}) >= 8, f"{log} has too few kernels: was the build cut short?"
+        spilling = [(kernel, arch, stored) for kernel, arch, stored in spills if stored != "0"]
+        assert not spilling, f"{log.name}: {spilling}"
