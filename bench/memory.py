@@ -23,8 +23,8 @@ from jasper_fast import Jasper
 # (model, N, T)
 CPU_GRID = (("jasper10x5", 2, 400), ("small", 8, 400), ("medium", 4, 400))
 GPU_GRID = (("jasper10x5", 32, 1680), ("jasper10x5", 2, 400))
-# 53 layers deep in one precision: the gradients' rounding, not a tolerance on any one kernel
-TOLERANCE = correct.Tolerance(factor=4.0, floor=256.0, relative=2e-2)
+# fp64 for small models as in bench.train; 53 layers deep in fp32 on either side, gradients' roundings add up
+TOLERANCE = correct.Tolerance(factor=4.0, floor=4096.0, relative=2e-2)
 
 
 class Births(TorchDispatchMode):

@@ -4,6 +4,8 @@ from rich.console import Console
 from rich.table import Table
 
 console = Console()
+if not console.is_terminal:  # a file or a pipe has no width: do not fold the columns to a guess of 80
+    console = Console(width=160)
 STYLES = {"wrong": "bold red", "failed": "red", "absent": "dim"}
 
 
@@ -12,6 +14,9 @@ def show(rows: list[dict], goals: list[dict]) -> None:
     for bench in dict.fromkeys(row["bench"] for row in rows):
         mine = [row for row in rows if row["bench"] == bench]
         console.print(_memory(mine) if bench == "memory" else _timed(bench, mine))
+        for row in (r for r in mine if r["status"] != "ok"):
+            case = " ".join(str(v) for v in row["key"].values())
+            console.print(f"{row['status']}: {row['contender']}, {case}: {row['why']}", style=STYLES[row["status"]])
     if goals:
         console.print(_goals(goals))
 
@@ -45,7 +50,7 @@ def _timed(bench: str, rows: list[dict]) -> Table:
         case = " ".join(str(v) for v in row["key"].values())
         first, last = ("" if case == last else case), case
         if row["status"] != "ok":
-            table.add_row(first, row["contender"], f"{row['status']}: {row['why']}", style=STYLES[row["status"]])
+            table.add_row(first, row["contender"], row["status"], style=STYLES[row["status"]])
             continue
         t = row["time_s"]
         share = f"{100 * row['limit']['share']:.0f} %" if "share" in row.get("limit", {}) else ""
@@ -79,7 +84,7 @@ def _memory(rows: list[dict]) -> Table:
     for row in rows:
         case = " ".join(str(v) for v in row["key"].values())
         if row["status"] != "ok":
-            table.add_row(case, row["contender"], f"{row['status']}: {row['why']}", style=STYLES[row["status"]])
+            table.add_row(case, row["contender"], row["status"], style=STYLES[row["status"]])
             continue
         m = row["memory"]
         shares = [f"{m[k]:.3f}" if k in m else "" for k in ("ours_over_kept", "ours_over_peak")]

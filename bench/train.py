@@ -19,8 +19,8 @@ from jasper_fast import Jasper, NovoGrad
 CPU_GRID = (("small", 8, 400), ("medium", 4, 400))
 GPU_GRID = (("jasper10x5", 32, 1680), ("jasper10x5", 8, 1680), ("jasper10x5", 32, 704), ("jasper10x5", 64, 1680))
 MODES = ("forward+backward", "step")
-# Gradients far from the loss carry the rounding of every layer above, and a ReLU at zero may fall either way
-TOLERANCE = correct.Tolerance(factor=4.0, floor=256.0)
+# CTC's own gradient keeps 1e-4 in fp32 (it sums paths of a loss of hundreds), and so has every gradient behind it
+TOLERANCE = correct.Tolerance(factor=4.0, floor=4096.0)
 
 
 class Batch:
