@@ -1,6 +1,6 @@
 """Speak a corpus, train a fused Jasper on it, transcribe voices it never heard, and compare it with the plain model.
 
-python -m jasper_fast.demo [--out build/demo] [--minutes 4.5]
+python -m jasper_fast.demo [--out build/demo] [--minutes 4]
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for the corpus and the results")
-    parser.add_argument("--minutes", type=float, help="time to train; 4.5 on a CPU and 2 on a GPU, if unset")
+    parser.add_argument("--minutes", type=float, help="time to train; 4 on a CPU and 2 on a GPU, if unset")
     parser.add_argument("--config", type=Path, default=CONFIG, help="the model")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--train-utterances", type=int, default=1120, help="commands to learn from")
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    minutes = args.minutes if args.minutes is not None else 2.0 if device.type == "cuda" else 4.5
+    minutes = args.minutes if args.minutes is not None else 2.0 if device.type == "cuda" else 4.0
     config = JasperConfig.from_yaml(args.config)
     out = args.out
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"

@@ -14,7 +14,7 @@ from jasper_fast.ema import EMA
 from jasper_fast.text import Vocabulary
 from jasper_fast.training import BufferGuard, Frontend, Validation, train_step, validate
 
-BATCH_SIZE = 16
+BATCH_SIZE = 8
 LR, MIN_LR, WEIGHT_DECAY = 0.02, 1e-4, 1e-3
 WARMUP = 0.03  # share of the time
 EMA_DECAY = 0.99
