@@ -11,7 +11,13 @@ from types import ModuleType
 import torch
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-_MODULE = {"reference": "reference", "aten": "aten_impl", "cpu": "cpu_impl", "triton": "triton_impl", "cuda": "cuda_impl"}
+_MODULE = {
+    "reference": "reference",
+    "aten": "aten_impl",
+    "cpu": "cpu_impl",
+    "triton": "triton_impl",
+    "cuda": "cuda_impl",
+}
 
 
 class BackendMissing(RuntimeError):

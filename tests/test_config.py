@@ -76,11 +76,11 @@ def test_the_given_dictionary_is_left_alone():
 
 
 def test_files_are_named_in_errors(tmp_path):
-    with pytest.raises(ConfigError, match="none.yaml"):
+    with pytest.raises(ConfigError, match=r"none\.yaml"):
         JasperConfig.from_yaml(tmp_path / "none.yaml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("jasper: [unclosed")
-    with pytest.raises(ConfigError, match="broken.yaml"):
+    with pytest.raises(ConfigError, match=r"broken\.yaml"):
         JasperConfig.from_yaml(broken)
     broken.write_text("just a sentence")
     with pytest.raises(ConfigError, match="must be a mapping"):
