@@ -192,9 +192,11 @@ def roofline(result: dict) -> str:
 
 def table(rows: Sequence[dict]) -> str:
     """All timed rows; a contender without a number says why."""
-    lines = []
+    lines, last = [], None
     for row in (r for r in rows if r["bench"] != "memory"):
-        start = [f"{row['bench']}: {escape(label(row))}", escape(row["contender"])]
+        case = f"{row['bench']}: {escape(label(row))}"
+        start = ["" if case == last else case, escape(row["contender"])]
+        last = case
         if row["status"] != "ok":
             lines.append((side(row), [*start, f"{row['status']}: {escape(row['why'])}"]))
             continue

@@ -38,9 +38,8 @@ def bars(entries: Sequence[tuple[str, float, float, float]], unit: str, mark: fl
             parts.append(text(min(left + value * scale, a) - 6, y + 33, f"{value:.2f}{unit}", "inside", "end"))
         else:
             parts.append(text(b + 6, y + 33, f"{value:.2f}{unit}", "value"))
-    height = ROW * len(entries) + 6
-    x = left + mark * scale
-    return _svg(height, [*parts, path("mark", f"M{x:.1f} 0 V{height}")])
+        parts.append(path("mark", f"M{left + mark * scale:.1f} {y + 18} v21"))
+    return _svg(ROW * len(entries) + 6, parts)
 
 
 def percentiles(entries: Sequence[tuple[str, bool, Sequence[float]]], marks: Sequence[str], unit: str) -> str:
