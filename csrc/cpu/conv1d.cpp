@@ -16,14 +16,15 @@ namespace {
 using torch::stable::Tensor;
 using namespace jf;
 
-constexpr int64_t kGroupRows = 128;     // rows of one item that share a window in L2
+constexpr int64_t kGroupRows = 128;     // rows of one item that share a window in L2, doubled for the fast algorithm
 constexpr int64_t kTasksPerThread = 4;  // tasks are drawn from a counter, so threads that lose their core do not delay all
 
-ConvAlgorithm algorithm_of(int64_t code, int64_t taps, int64_t stride) {
-  STD_TORCH_CHECK(code == 0 || code == 1, "conv1d: algorithm must be 0 (direct) or 1 (fast_fir_1), got ", code);
-  STD_TORCH_CHECK(code == 0 || (taps > 1 && stride == 1), "conv1d: fast_fir_1 needs K > 1 and stride 1, got K = ", taps,
-                  ", stride = ", stride);
-  return static_cast<ConvAlgorithm>(code);
+int64_t checked_level(int64_t fir_level, int64_t taps, int64_t stride) {
+  STD_TORCH_CHECK(fir_level >= 0 && fir_level <= kMaxFirLevel, "conv1d: fir_level must be in [0, ", kMaxFirLevel,
+                  "], got ", fir_level);
+  STD_TORCH_CHECK(fir_level == 0 || (taps >= (1 << fir_level) && stride == 1), "conv1d: the fast algorithm at level ",
+                  fir_level, " needs K >= ", 1 << fir_level, " and stride 1, got K = ", taps, ", stride = ", stride);
+  return fir_level;
 }
 
 void check_fp32(const Tensor& t, const char* name) {
@@ -78,13 +79,13 @@ void run_tasks(int64_t tasks, const F& body) {
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t conv1d_packed_size(int64_t c_out, int64_t c_in, int64_t taps, bool transposed, int64_t algorithm) {
+int64_t conv1d_packed_size(int64_t c_out, int64_t c_in, int64_t taps, bool transposed, int64_t fir_level) {
   const int64_t columns = JF_DISPATCH(conv1d_columns)();
   const int64_t outputs = transposed ? c_in : c_out, inputs = transposed ? c_out : c_in;
-  return div_up(outputs, columns) * columns * inputs * conv1d_packed_taps(taps, algorithm_of(algorithm, taps, 1));
+  return div_up(outputs, columns) * columns * inputs * conv1d_packed_taps(taps, checked_level(fir_level, taps, 1));
 }
 
-void conv1d_pack(const Tensor& weight, bool transposed, int64_t algorithm, Tensor packed) {
+void conv1d_pack(const Tensor& weight, bool transposed, int64_t fir_level, Tensor packed) {
   ConvPack args;
   args.weight = contiguous_fp32(weight, "weight");
   STD_TORCH_CHECK(weight.dim() == 3, "conv1d: weight must be (C_out, C_in, K)");
@@ -92,9 +93,9 @@ void conv1d_pack(const Tensor& weight, bool transposed, int64_t algorithm, Tenso
   args.c_in = weight.size(1);
   args.taps = weight.size(2);
   args.transposed = transposed;
-  args.algorithm = algorithm_of(algorithm, args.taps, 1);
+  args.fir_level = checked_level(fir_level, args.taps, 1);
   args.packed = const_cast<float*>(contiguous_fp32(packed, "packed"));
-  const int64_t size = conv1d_packed_size(args.c_out, args.c_in, args.taps, transposed, algorithm);
+  const int64_t size = conv1d_packed_size(args.c_out, args.c_in, args.taps, transposed, fir_level);
   STD_TORCH_CHECK(packed.numel() == size, "conv1d: packed must have conv1d_packed_size() = ", size, " elements, got ",
                   packed.numel());
   const auto pack_block = JF_DISPATCH(conv1d_pack_block);
@@ -103,8 +104,8 @@ void conv1d_pack(const Tensor& weight, bool transposed, int64_t algorithm, Tenso
 }
 
 std::vector<ConvRowGroup> row_groups(const ConvForward& args) {
-  // Boundaries at multiples of `unit` keep the fast algorithm's pairs of rows the same whatever the length.
-  const int64_t unit = args.algorithm == ConvAlgorithm::direct ? 1 : 2 * args.dilation;
+  // Boundaries at multiples of `unit` keep the fast algorithm's groups of rows the same whatever the length.
+  const int64_t unit = args.fir_level == 0 ? 1 : args.dilation << args.fir_level;
   std::vector<ConvRowGroup> groups;
   for (int64_t n = 0; n < args.n; ++n) {
     const int64_t length = args.in_lengths != nullptr ? args.in_lengths[n] : args.t_in;
@@ -116,7 +117,7 @@ std::vector<ConvRowGroup> row_groups(const ConvForward& args) {
     }
     if (args.out_lengths != nullptr) end = std::min(end, args.out_lengths[n]);
     begin = std::min(begin, end);
-    const int64_t count = std::max<int64_t>(1, div_up(end - begin, kGroupRows));
+    const int64_t count = std::max<int64_t>(1, div_up(end - begin, args.fir_level == 0 ? kGroupRows : 2 * kGroupRows));
     const int64_t step = std::max<int64_t>(unit, div_up(div_up(end - begin, count), unit) * unit);
     int64_t from = begin;
     do {
@@ -129,7 +130,7 @@ std::vector<ConvRowGroup> row_groups(const ConvForward& args) {
 }
 
 void conv1d_fwd(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t taps, int64_t stride, int64_t dilation,
-                int64_t padding, int64_t algorithm, const std::optional<Tensor>& in_lengths,
+                int64_t padding, int64_t fir_level, const std::optional<Tensor>& in_lengths,
                 const std::optional<Tensor>& bias, bool relu, const std::optional<Tensor>& out_lengths,
                 const std::optional<Tensor>& x2, const std::optional<Tensor>& packed2, Tensor y) {
   ConvForward args;
@@ -149,12 +150,12 @@ void conv1d_fwd(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t ta
   args.dilation = dilation;
   args.padding = padding;
   check_geometry(args.t_in, args.t_out, taps, stride, dilation, padding);
-  args.algorithm = algorithm_of(algorithm, taps, stride);
+  args.fir_level = checked_level(fir_level, taps, stride);
   args.packed = contiguous_fp32(packed, "packed");
-  const int64_t size = conv1d_packed_size(c_out, args.x.channels, taps, false, algorithm);
+  const int64_t size = conv1d_packed_size(c_out, args.x.channels, taps, false, fir_level);
   STD_TORCH_CHECK(packed.numel() == size, "conv1d: packed must have ", size, " elements for C_out = ", c_out,
                   ", C_in = ", args.x.channels, ", K = ", taps, ", got ", packed.numel(),
-                  "; was it packed with the same algorithm and JASPER_FAST_ISA?");
+                  "; was it packed with the same fir_level and JASPER_FAST_ISA?");
   if (bias.has_value()) {
     args.bias = contiguous_fp32(*bias, "bias");
     STD_TORCH_CHECK(bias->numel() == c_out, "conv1d: bias must have ", c_out, " elements, got ", bias->numel());
@@ -190,7 +191,7 @@ void conv1d_fwd(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t ta
 }
 
 void conv1d_wgrad(const Tensor& x, const Tensor& dy, const std::optional<Tensor>& in_lengths, int64_t stride,
-                  int64_t dilation, int64_t padding, int64_t algorithm, Tensor dw) {
+                  int64_t dilation, int64_t padding, int64_t fir_level, Tensor dw) {
   ConvWeightGrad args;
   args.x = rows_of(x, "x");
   args.dy = rows_of(dy, "dy");
@@ -207,7 +208,7 @@ void conv1d_wgrad(const Tensor& x, const Tensor& dy, const std::optional<Tensor>
   args.padding = padding;
   check_geometry(args.t_in, args.t_out, args.taps, stride, dilation, padding);
   args.in_lengths = lengths_of(in_lengths, "in_lengths", args.n, args.t_in);
-  args.algorithm = algorithm_of(algorithm, args.taps, stride);
+  args.fir_level = checked_level(fir_level, args.taps, stride);
 
   const int64_t channels = args.x.channels, blocks = div_up(args.dy.channels, JF_DISPATCH(conv1d_columns)());
   const int64_t ranges = div_up(channels, JF_DISPATCH(conv1d_wgrad_channels)(args.taps));
@@ -221,14 +222,14 @@ void conv1d_wgrad(const Tensor& x, const Tensor& dy, const std::optional<Tensor>
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(jasper_fast_cpu, m) {
-  m.def("conv1d_packed_size(int c_out, int c_in, int taps, bool transposed, int algorithm) -> int");
-  m.def("conv1d_pack(Tensor weight, bool transposed, int algorithm, Tensor(a!) packed) -> ()");
+  m.def("conv1d_packed_size(int c_out, int c_in, int taps, bool transposed, int fir_level) -> int");
+  m.def("conv1d_pack(Tensor weight, bool transposed, int fir_level, Tensor(a!) packed) -> ()");
   m.def(
-      "conv1d_fwd(Tensor x, Tensor packed, int c_out, int taps, int stride, int dilation, int padding, int algorithm, "
+      "conv1d_fwd(Tensor x, Tensor packed, int c_out, int taps, int stride, int dilation, int padding, int fir_level, "
       "Tensor? in_lengths, Tensor? bias, bool relu, Tensor? out_lengths, Tensor? x2, Tensor? packed2, Tensor(a!) y) "
       "-> ()");
   m.def(
-      "conv1d_wgrad(Tensor x, Tensor dy, Tensor? in_lengths, int stride, int dilation, int padding, int algorithm, "
+      "conv1d_wgrad(Tensor x, Tensor dy, Tensor? in_lengths, int stride, int dilation, int padding, int fir_level, "
       "Tensor(a!) dw) -> ()");
 }
 

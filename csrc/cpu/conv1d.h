@@ -8,7 +8,8 @@
 
 namespace jf {
 
-enum class ConvAlgorithm : int64_t { direct = 0, fast_fir_1 = 1 };
+// How many times the two-parallel fast FIR algorithm is nested: 0 is the definition itself.
+constexpr int64_t kMaxFirLevel = 2;
 
 struct ConvRows {  // one (N, T, C) activation; row t of item n starts at data + n * stride_n + t * stride_t
   const float* data = nullptr;
@@ -31,7 +32,7 @@ struct ConvForward {
   int64_t n = 0, t_in = 0, t_out = 0, c_out = 0;
   int64_t taps = 1, stride = 1, dilation = 1, padding = 0;
   bool relu = false;
-  ConvAlgorithm algorithm = ConvAlgorithm::direct;
+  int64_t fir_level = 0;
 };
 
 // Rows [begin, end) of item n go through the GEMM, rows [fill_begin, begin) and [end, fill_end) only see zeros.
@@ -46,7 +47,7 @@ struct ConvWeightGrad {
   float* dw = nullptr;  // (C_out, C_in, K)
   int64_t n = 0, t_in = 0, t_out = 0;
   int64_t taps = 1, stride = 1, dilation = 1, padding = 0;
-  ConvAlgorithm algorithm = ConvAlgorithm::direct;
+  int64_t fir_level = 0;
 };
 
 struct ConvPack {
@@ -54,7 +55,7 @@ struct ConvPack {
   float* packed = nullptr;
   int64_t c_out = 0, c_in = 0, taps = 1;
   bool transposed = false;  // pack for the gradient with respect to x
-  ConvAlgorithm algorithm = ConvAlgorithm::direct;
+  int64_t fir_level = 0;
 };
 
 // One column block = conv1d_columns() output channels, the unit by which weights are packed and work is split.
@@ -80,11 +81,10 @@ inline void conv1d_live_rows(int64_t length, int64_t t_out, int64_t taps, int64_
   if (begin > end) begin = end;
 }
 
-// Taps of the three half-length filters H0 + H1, H0, H1 of the fast algorithm.
-inline int64_t fir_taps_even(int64_t taps) { return (taps + 1) / 2; }
-inline int64_t fir_taps_odd(int64_t taps) { return taps / 2; }
-inline int64_t conv1d_packed_taps(int64_t taps, ConvAlgorithm algorithm) {
-  return algorithm == ConvAlgorithm::direct ? taps : 2 * fir_taps_even(taps) + fir_taps_odd(taps);
+// Taps of all filters of the fast algorithm together: of three half-length ones, each again of three, ...
+inline int64_t conv1d_packed_taps(int64_t taps, int64_t fir_level) {
+  if (fir_level == 0) return taps;
+  return 2 * conv1d_packed_taps((taps + 1) / 2, fir_level - 1) + conv1d_packed_taps(taps / 2, fir_level - 1);
 }
 
 }  // namespace jf

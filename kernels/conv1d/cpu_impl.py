@@ -13,9 +13,11 @@ from torch import Tensor
 from jasper_fast.kernels import native
 from jasper_fast.kernels.layout import empty_ntc
 
-ALGORITHMS = {"direct": 0, "fast_fir_1": 1}
-# In training the weights are packed once a call, and the fast algorithm packs 1.5 times as much.
-_FAST_TAPS, _FAST_ROWS = 5, 256
+ALGORITHMS = {"direct": 0, "fast_fir_1": 1, "fast_fir_2": 2}  # how often the fast FIR algorithm is nested
+# In training the weights are packed once a call: below so many rows the larger packs of the fast algorithm cost more
+# than they save (measured on Zen 4 at 256 x 256 x 11 and 768 x 768 x 25).
+_FAST_ROWS = 512
+_FAST_TAPS = 5
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Packed:
     """A conv's weight in the kernel's order: made by `pack`, for this process' instruction set.
 
     `fast_fir_1` (Parker and Parhi's two-parallel FIR filter) does 1.3 times fewer multiplications than `direct` and
-    keeps 1.5 times as much; it needs K > 1 and stride 1. A NaN or infinity in x may reach one row further than K says.
+    keeps 1.5 times as much; `fast_fir_2`, the same nested, 1.7 times fewer and 2.3 times as much. They need stride 1
+    and K >= 2 and 4. A NaN or infinity in x may reach 1 and 3 rows further than K says.
     """
 
     data: Tensor
@@ -124,4 +127,4 @@ def wgrad(
 
 def _algorithm(weight: Tensor, rows: int, stride: int) -> str:
     fast = stride == 1 and weight.shape[2] >= _FAST_TAPS and rows >= _FAST_ROWS
-    return "fast_fir_1" if fast else "direct"
+    return "fast_fir_2" if fast else "direct"

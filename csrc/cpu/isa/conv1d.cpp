@@ -12,6 +12,7 @@
 #include "../conv1d.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -45,6 +46,7 @@ constexpr int kVector = 4, kRows = 6;  // 16 registers
 #endif
 typedef float VecUnaligned __attribute__((vector_size(kVector * 4), aligned(4), may_alias));
 
+constexpr int kTargets = 1 << kMaxFirLevel;  // output rows that share a product of the fast algorithm
 constexpr int kVectors = 2;
 constexpr int kColumns = kVector * kVectors;
 constexpr int64_t kLine = 16;             // floats in a cache line
@@ -59,6 +61,12 @@ constexpr int64_t kGradRows = 256;        // rows summed before they are added t
 static_assert(kLongStride / kLine % 2 == 1 && kShortStride / kLine % 2 == 1);
 
 inline Vec load(const float* p) { return (Vec) * reinterpret_cast<const VecUnaligned*>(p); }
+inline Vec load_some(const float* p, int64_t count) {  // zeros from `count` on
+  if (count >= kVector) return load(p);
+  float part[kVector] = {};
+  for (int64_t i = 0; i < count; ++i) part[i] = p[i];
+  return load(part);
+}
 inline void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = (VecUnaligned)v; }
 
 struct Tile {
@@ -68,9 +76,10 @@ struct Tile {
   const float* b = nullptr;             // [taps][depth][kColumns]
   const float* next = nullptr;          // panel wanted next, next_lines lines of it fetched after each tap
   int64_t next_lines = 0;
-  float* y = nullptr;
-  float* y_twin = nullptr;              // second place to add the same sums, twin_rows of them
-  int64_t y_stride = 0, twin_rows = 0;
+  float* y = nullptr;                   // row m goes to y + offsets[i] + m * y_stride if m < rows[i], for each target i
+  int64_t y_stride = 0;
+  int targets = 1;
+  int64_t offsets[kTargets] = {}, rows[kTargets] = {};
   int64_t columns = kColumns;
   bool accumulate = false;
   bool finish = false;                  // add bias (kColumns floats or null), then ReLU
@@ -153,20 +162,21 @@ void tile(const Tile& g) {
   }
 
   if (g.columns == kColumns) {
+    for (int i = 0; i < g.targets; ++i) {
+      float* y = g.y + g.offsets[i];
 #pragma GCC unroll 16
-    for (int m = 0; m < ROWS; ++m) {
-      float* y = g.y + m * g.y_stride;
-      float* twin = m < g.twin_rows ? g.y_twin + m * g.y_stride : nullptr;
+      for (int m = 0; m < ROWS; ++m, y += g.y_stride) {
+        if (m >= g.rows[i]) break;
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        Vec sum = acc[m][v];
-        if (twin != nullptr) store(twin + v * kVector, g.accumulate ? load(twin + v * kVector) + sum : sum);
-        if (g.accumulate) sum = load(y + v * kVector) + sum;
-        if (g.finish) {
-          if (g.bias != nullptr) sum += load(g.bias + v * kVector);
-          if (g.relu) sum = relu_of(sum);
+        for (int v = 0; v < kVectors; ++v) {
+          Vec sum = acc[m][v];
+          if (g.accumulate) sum = load(y + v * kVector) + sum;
+          if (g.finish) {
+            if (g.bias != nullptr) sum += load(g.bias + v * kVector);
+            if (g.relu) sum = relu_of(sum);
+          }
+          store(y + v * kVector, sum);
         }
-        store(y + v * kVector, sum);
       }
     }
     return;
@@ -176,18 +186,18 @@ void tile(const Tile& g) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) store(&sums[m][v * kVector], acc[m][v]);
   }
-  for (int m = 0; m < ROWS; ++m) {
-    float* y = g.y + m * g.y_stride;
-    float* twin = m < g.twin_rows ? g.y_twin + m * g.y_stride : nullptr;
-    for (int64_t j = 0; j < g.columns; ++j) {
-      float sum = sums[m][j];
-      if (twin != nullptr) twin[j] = g.accumulate ? twin[j] + sum : sum;
-      if (g.accumulate) sum = y[j] + sum;
-      if (g.finish) {
-        if (g.bias != nullptr) sum += g.bias[j];
-        if (g.relu) sum = sum < 0.0f ? 0.0f : sum;
+  for (int i = 0; i < g.targets; ++i) {
+    for (int m = 0; m < ROWS && m < g.rows[i]; ++m) {
+      float* y = g.y + g.offsets[i] + m * g.y_stride;
+      for (int64_t j = 0; j < g.columns; ++j) {
+        float sum = sums[m][j];
+        if (g.accumulate) sum = y[j] + sum;
+        if (g.finish) {
+          if (g.bias != nullptr) sum += g.bias[j];
+          if (g.relu) sum = sum < 0.0f ? 0.0f : sum;
+        }
+        y[j] = sum;
       }
-      y[j] = sum;
     }
   }
 }
@@ -215,10 +225,7 @@ void tiles(Tile g, int64_t rows, int a_stride) {
     Tile t = g;
     t.a += begin * a_stride;
     t.y += begin * g.y_stride;
-    if (g.y_twin != nullptr) {
-      t.y_twin += begin * g.y_stride;
-      t.twin_rows = g.twin_rows - begin;
-    }
+    for (int64_t& left : t.rows) left -= begin;
     if (g.next != nullptr) t.next += i * g.taps * g.next_lines * kLine;
     tile_fn(end - begin, a_stride)(t);
     begin = end;
@@ -244,12 +251,6 @@ inline void copy_row(float* to, const float* from, int64_t count) {
   int64_t i = 0;
   for (; i + kVector <= count; i += kVector) store(to + i, load(from + i));
   for (; i < count; ++i) to[i] = from[i];
-}
-
-inline void subtract_row(float* to, const float* a, const float* b, int64_t count) {
-  int64_t i = 0;
-  for (; i + kVector <= count; i += kVector) store(to + i, load(a + i) - load(b + i));
-  for (; i < count; ++i) to[i] = a[i] - b[i];
 }
 
 inline void add_row(float* to, const float* from, int64_t count) {
@@ -284,6 +285,112 @@ void transpose(const float* from, int64_t stride, int64_t columns, int64_t posit
     for (int64_t j = quads; j < columns; ++j) to[p * kColumns + j] = from[j * stride + p];
     for (int64_t j = columns; j < kColumns; ++j) to[p * kColumns + j] = 0.0f;
   }
+}
+
+// The two-parallel fast FIR algorithm, nested LEVEL times. With X0, X1 the even and odd rows of the shifted input and
+// H0, H1 the even and odd taps, three half-length products give two rows of the output:
+//   S = corr(X1, H0 + H1)   A = corr(X0 - X1, H0)   B = corr(X0[s+1] - X1[s], H1)   y[2s] = A + S   y[2s+1] = B + S
+// Products are numbered with S, A, B as digits 0, 1, 2 in base 3, the outermost level first.
+constexpr int power(int base, int exponent) { return exponent == 0 ? 1 : base * power(base, exponent - 1); }
+
+// Inputs of all products for one step, of the rows x[0 .. 2^(LEVEL+1) - 2].
+template <int LEVEL>
+inline void fir_inputs(const Vec* x, Vec* out) {
+  if constexpr (LEVEL == 0) {
+    out[0] = x[0];
+  } else {
+    constexpr int count = power(2, LEVEL) - 1, sub = power(3, LEVEL - 1);
+    Vec s[count], a[count], b[count];
+    for (int m = 0; m < count; ++m) {
+      s[m] = x[2 * m + 1];
+      a[m] = x[2 * m] - x[2 * m + 1];
+      b[m] = x[2 * m + 2] - x[2 * m + 1];
+    }
+    fir_inputs<LEVEL - 1>(s, out);
+    fir_inputs<LEVEL - 1>(a, out + sub);
+    fir_inputs<LEVEL - 1>(b, out + 2 * sub);
+  }
+}
+
+// The transpose of "y[2s] = A + S, y[2s+1] = B + S": what each product sees of the gradients of 2^LEVEL rows.
+template <int LEVEL>
+inline void fir_gradients(const Vec* dy, Vec* out) {
+  if constexpr (LEVEL == 0) {
+    out[0] = dy[0];
+  } else {
+    constexpr int count = power(2, LEVEL - 1), sub = power(3, LEVEL - 1);
+    Vec s[count], a[count], b[count];
+    for (int m = 0; m < count; ++m) {
+      a[m] = dy[2 * m];
+      b[m] = dy[2 * m + 1];
+      s[m] = a[m] + b[m];
+    }
+    fir_gradients<LEVEL - 1>(s, out);
+    fir_gradients<LEVEL - 1>(a, out + sub);
+    fir_gradients<LEVEL - 1>(b, out + 2 * sub);
+  }
+}
+
+struct FirProduct {
+  int64_t taps;
+  int targets, phases[kTargets];  // which of the 2^LEVEL rows of a step it is added to
+};
+
+template <int LEVEL>
+std::array<FirProduct, power(3, LEVEL)> fir_products(int64_t taps) {
+  std::array<FirProduct, power(3, LEVEL)> all{};
+  if constexpr (LEVEL == 0) {
+    all[0] = {taps, 1, {0}};
+  } else {
+    FirProduct* out = all.data();
+    for (int digit = 0; digit < 3; ++digit) {
+      for (const FirProduct& inner : fir_products<LEVEL - 1>(digit == 2 ? taps / 2 : (taps + 1) / 2)) {
+        out->taps = inner.taps;
+        for (int i = 0; i < inner.targets; ++i) {
+          if (digit != 2) out->phases[out->targets++] = 2 * inner.phases[i];
+          if (digit != 1) out->phases[out->targets++] = 2 * inner.phases[i] + 1;
+        }
+        ++out;
+      }
+    }
+  }
+  return all;
+}
+
+// Filters of all products, one row a tap, `stride` apart from `to` on; returns where the next would go.
+float* put_filters(int64_t level, const float* filter, int64_t taps, float* spare, float* to, int64_t stride) {
+  if (level == 0) {
+    for (int64_t k = 0; k < taps; ++k, to += stride) copy_row(to, filter + k * kColumns, kColumns);
+    return to;
+  }
+  const int64_t even = (taps + 1) / 2, odd = taps / 2;
+  const auto tap = [&](int64_t k) { return filter + k * kColumns; };
+  float* const inner_spare = spare + even * kColumns;
+  for (int64_t k = 0; k < even; ++k) copy_row(spare + k * kColumns, tap(2 * k), kColumns);
+  for (int64_t k = 0; k < odd; ++k) add_row(spare + k * kColumns, tap(2 * k + 1), kColumns);
+  to = put_filters(level - 1, spare, even, inner_spare, to, stride);
+  for (int64_t k = 0; k < even; ++k) copy_row(spare + k * kColumns, tap(2 * k), kColumns);
+  to = put_filters(level - 1, spare, even, inner_spare, to, stride);
+  for (int64_t k = 0; k < odd; ++k) copy_row(spare + k * kColumns, tap(2 * k + 1), kColumns);
+  return put_filters(level - 1, spare, odd, inner_spare, to, stride);
+}
+
+// The way back for the gradient: dw[2k] = dS[k] + dA[k] and dw[2k+1] = dS[k] + dB[k], rows of `size` floats.
+// The sums of the products lie in order from `sums` on; returns where the next product's would.
+const float* take_filters(int64_t level, const float* sums, int64_t taps, float* spare, float* to, int64_t size) {
+  if (level == 0) {
+    copy_row(to, sums, taps * size);
+    return sums + taps * size;
+  }
+  const int64_t even = (taps + 1) / 2, odd = taps / 2;
+  float* const inner_spare = spare + even * size;
+  sums = take_filters(level - 1, sums, even, inner_spare, spare, size);
+  for (int64_t k = 0; k < taps; ++k) copy_row(to + k * size, spare + k / 2 * size, size);
+  sums = take_filters(level - 1, sums, even, inner_spare, spare, size);
+  for (int64_t k = 0; k < even; ++k) add_row(to + 2 * k * size, spare + k * size, size);
+  sums = take_filters(level - 1, sums, odd, inner_spare, spare, size);
+  for (int64_t k = 0; k < odd; ++k) add_row(to + (2 * k + 1) * size, spare + k * size, size);
+  return sums;
 }
 
 inline int64_t chunk_channels(int64_t taps) { return taps > kFewTaps ? kLongChunk : kShortChunk; }
@@ -336,29 +443,40 @@ struct Forward {
     }
   }
 
-  Tile shared_tile(const Chunk& chunk, int64_t block, int64_t total_taps, int64_t row_tiles) const {
+  Tile shared_tile(const Chunk& chunk, int64_t block) const {
     Tile g;
     g.depth = chunk.depth;
     g.columns = columns(block);
     g.y_stride = args.y_stride_t;
     g.relu = args.relu;
-    g.next = block + 1 < block_end ? chunk.packed + (block + 1 - block_begin) * chunk.block_stride : chunk.after;
-    const int64_t lines = (total_taps * chunk.depth * kColumns + kLine - 1) / kLine;
-    g.next_lines = g.next != nullptr ? (lines + total_taps * row_tiles - 1) / (total_taps * row_tiles) : 0;
     return g;
+  }
+
+  // Spreads the fetching of the panel that is used next over the tiles of this one, `floats` long.
+  static void fetch(Tile& g, const float* next, int64_t floats, int64_t rows) {
+    if (next == nullptr || rows == 0) return;
+    const int64_t turns = (rows + kRows - 1) / kRows * g.taps, lines = (floats + kLine - 1) / kLine;
+    g.next = next;
+    g.next_lines = (lines + turns - 1) / turns;
+  }
+
+  const float* panel_of(const Chunk& chunk, int64_t block) const {
+    return block < block_end ? chunk.packed + (block - block_begin) * chunk.block_stride : chunk.after;
   }
 
   // One GEMM over all rows: `offsets` says where each tap's first row lies in the window.
   void direct(const Chunk& chunk, const float* window, const std::vector<int64_t>& offsets, int a_stride) const {
     const int64_t rows = group.end - group.begin, taps = offsets.size();
     for (int64_t block = block_begin; block < block_end; ++block) {
-      Tile g = shared_tile(chunk, block, taps, (rows + kRows - 1) / kRows);
+      Tile g = shared_tile(chunk, block);
       alignas(64) float bias[kColumns] = {};
       g.a = window;
       g.tap_offsets = offsets.data();
       g.taps = taps;
-      g.b = chunk.packed + (block - block_begin) * chunk.block_stride;
+      g.b = panel_of(chunk, block);
+      fetch(g, panel_of(chunk, block + 1), taps * chunk.depth * kColumns, rows);
       g.y = y_row(block, group.begin);
+      g.rows[0] = rows;
       g.accumulate = !chunk.first;
       g.finish = chunk.last;
       g.bias = bias_of(block, bias);
@@ -435,88 +553,80 @@ struct Forward {
     return chunk;
   }
 
-  // Two-parallel fast FIR. With X0, X1 the even and odd rows of the shifted input and H0, H1 the even and odd taps:
-  //   S = corr(X1, H0 + H1)   A = corr(X0 - X1, H0)   B = corr(X0[s+1] - X1[s], H1)   y[2s] = A + S   y[2s+1] = B + S
-  // A dilated conv is `dilation` independent convs of the rows t = q mod dilation.
+  // Each product is a GEMM over every 2^LEVEL-th row. A dilated conv is `dilation` convs of the rows t = q mod dilation.
+  template <int LEVEL>
   void main_fast_fir() const {
+    constexpr int phases = power(2, LEVEL);
+    const auto products = fir_products<LEVEL>(args.taps);
     const int64_t channels = args.x.channels, rows = group.end - group.begin, dilation = args.dilation;
-    const int64_t even_taps = fir_taps_even(args.taps), odd_taps = fir_taps_odd(args.taps);
-    const int64_t all_taps = 2 * even_taps + odd_taps;
-    const int64_t step = chunk_channels(even_taps);
-    const int a_stride = window_stride(even_taps);
-    const int64_t window_rows = ((rows + dilation - 1) / dilation + 1) / 2 + even_taps;
-    const int64_t window_size = window_rows * a_stride;
-    float* const windows = scratch.floats(3 * dilation * window_size);
+    const int64_t all_taps = conv1d_packed_taps(args.taps, LEVEL), most_taps = products[0].taps;
+    const int64_t window_rows = (rows + dilation * phases - 1) / (dilation * phases) + most_taps;
+    const int64_t window_size = window_rows * kLongStride;
+    float* const windows = scratch.floats(products.size() * dilation * window_size);
     auto& offsets = scratch.tap_offsets;
-    offsets.resize(even_taps);
-    for (int64_t k = 0; k < even_taps; ++k) offsets[k] = k * a_stride;
-    const Source x = source(args.x);
-    std::vector<float> zeros(step, 0.0f);
-    for (int64_t c = 0; c < channels; c += step) {
-      const int64_t depth = std::min(step, channels - c);
+    offsets.resize(most_taps);
+    for (int64_t k = 0; k < most_taps; ++k) offsets[k] = k * kLongStride;
+    for (int64_t c = 0; c < channels; c += kLongChunk) {
+      const int64_t depth = std::min(kLongChunk, channels - c);
       for (int64_t q = 0; q < dilation; ++q) {
-        float* const odd = windows + 3 * q * window_size;
-        const auto row = [&](int64_t i) {
-          const float* from = x.row(group.begin + q + dilation * i - args.padding);
-          return from ? from + c : zeros.data();
-        };
-        for (int64_t j = 0; j < window_rows; ++j) {
-          const float *x0 = row(2 * j), *x1 = row(2 * j + 1), *x2 = row(2 * j + 2);
-          copy_row(odd + j * a_stride, x1, depth);
-          subtract_row(odd + window_size + j * a_stride, x0, x1, depth);
-          subtract_row(odd + 2 * window_size + j * a_stride, x2, x1, depth);
-        }
+        fill_windows<LEVEL>(windows + q * products.size() * window_size, window_rows, q, c, depth);
       }
       const Chunk chunk = chunk_at(args.packed, channels, all_taps, c, depth, c == 0, args.x2.data == nullptr);
       for (int64_t block = block_begin; block < block_end; ++block) {
         alignas(64) float bias[kColumns] = {};
-        const int64_t row_tiles = dilation * ((window_rows - even_taps + kRows - 1) / kRows);
-        Tile shared = shared_tile(chunk, block, all_taps, row_tiles);
-        shared.tap_offsets = offsets.data();
-        shared.y_stride = 2 * dilation * args.y_stride_t;
-        shared.bias = bias_of(block, bias);
-        const float* panel = chunk.packed + (block - block_begin) * chunk.block_stride;
-        for (int64_t q = 0; q < dilation && q < rows; ++q) {
-          const int64_t here = (rows - q + dilation - 1) / dilation, odd_rows = here / 2, even_rows = here - odd_rows;
-          const int64_t tap_size = depth * kColumns;
-          const float* window = windows + 3 * q * window_size;
-          float* even_y = y_row(block, group.begin + q);
-          float* odd_y = even_y + dilation * args.y_stride_t;
-          Tile sum = shared;  // S goes to the even and the odd rows
-          sum.a = window;
-          sum.taps = even_taps;
-          sum.b = panel;
-          sum.y = even_y;
-          sum.y_twin = odd_y;
-          sum.twin_rows = odd_rows;
-          sum.accumulate = !chunk.first;
-          tiles(sum, even_rows, a_stride);
-          advance(shared, even_taps, even_rows);
-          Tile even = shared;
-          even.a = window + window_size;
-          even.taps = even_taps;
-          even.b = panel + even_taps * tap_size;
-          even.y = even_y;
-          even.accumulate = true;
-          even.finish = chunk.last;
-          tiles(even, even_rows, a_stride);
-          advance(shared, even_taps, even_rows);
-          Tile odd = shared;
-          odd.a = window + 2 * window_size;
-          odd.taps = odd_taps;
-          odd.b = panel + 2 * even_taps * tap_size;
-          odd.y = odd_y;
-          odd.accumulate = true;
-          odd.finish = chunk.last;
-          tiles(odd, odd_rows, a_stride);
-          advance(shared, odd_taps, odd_rows);
+        Tile g = shared_tile(chunk, block);
+        g.tap_offsets = offsets.data();
+        g.y_stride = phases * dilation * args.y_stride_t;
+        g.bias = bias_of(block, bias);
+        g.b = panel_of(chunk, block);
+        for (size_t p = 0; p < products.size(); ++p) {
+          const FirProduct& product = products[p];
+          const bool is_last = p + 1 == products.size();
+          const int64_t size = product.taps * depth * kColumns;
+          g.taps = product.taps;
+          g.targets = product.targets;
+          g.accumulate = !chunk.first || p != 0;
+          g.finish = chunk.last && product.targets == 1;  // those come after all others of their row
+          for (int64_t q = 0; q < dilation && q < rows; ++q) {
+            const int64_t here = (rows - q + dilation - 1) / dilation;
+            const auto phase_rows = [&](int64_t phase) { return (here - phase + phases - 1) / phases; };
+            for (int i = 0; i < product.targets; ++i) {
+              g.offsets[i] = product.phases[i] * dilation * args.y_stride_t;
+              g.rows[i] = phase_rows(product.phases[i]);
+            }
+            const int64_t steps = phase_rows(product.phases[0]);
+            g.a = windows + (q * products.size() + p) * window_size;
+            g.y = y_row(block, group.begin + q);
+            g.next = nullptr;
+            if (q == 0) fetch(g, is_last ? panel_of(chunk, block + 1) : g.b + size, size, steps);
+            tiles(g, steps, kLongStride);
+          }
+          g.b += size;
         }
       }
     }
   }
 
-  static void advance(Tile& g, int64_t taps, int64_t rows) {
-    if (g.next != nullptr) g.next += (rows + kRows - 1) / kRows * taps * g.next_lines * kLine;
+  template <int LEVEL>
+  void fill_windows(float* windows, int64_t window_rows, int64_t q, int64_t c, int64_t depth) const {
+    constexpr int phases = power(2, LEVEL), sources = 2 * phases - 1, products = power(3, LEVEL);
+    alignas(64) static constexpr float zeros[kLongChunk] = {};
+    const Source x = source(args.x);
+    const float* row[sources];
+    const int64_t window_size = window_rows * kLongStride;
+    for (int64_t j = 0; j < window_rows; ++j) {
+      for (int i = 0; i < sources; ++i) {
+        const float* from = x.row(group.begin + q + args.dilation * (phases * j + i) - args.padding);
+        row[i] = from != nullptr ? from + c : zeros;
+      }
+      float* to = windows + j * kLongStride;
+      for (int64_t at = 0; at < depth; at += kVector) {
+        Vec in[sources], out[products];
+        for (int i = 0; i < sources; ++i) in[i] = load_some(row[i] + at, depth - at);
+        fir_inputs<LEVEL>(in, out);
+        for (int p = 0; p < products; ++p) store(to + p * window_size + at, out[p]);
+      }
+    }
   }
 };
 
@@ -525,16 +635,18 @@ struct WeightGrad {
   const int64_t block, c_begin, c_end;
   const int64_t channels = c_end - c_begin, tiles = (channels + kRows - 1) / kRows;
   const int64_t columns = std::min<int64_t>(kColumns, args.dy.channels - block * kColumns);
-  const int64_t slots = conv1d_packed_taps(args.taps, args.algorithm);  // sums kept, one a tap of each filter
-  const int64_t unit = 2 * args.dilation, segment = kGradRows / unit * unit > 0 ? kGradRows / unit * unit : unit;
-  float *sums = nullptr, *dy_rows = nullptr, *x_rows = nullptr;
+  const int64_t slots = conv1d_packed_taps(args.taps, args.fir_level);  // sums kept, one a tap of each filter
+  const int64_t unit = args.dilation * power(2, kMaxFirLevel), segment = kGradRows / unit * unit > 0 ? kGradRows / unit * unit : unit;
+  float *sums = nullptr, *spare = nullptr, *dy_rows = nullptr, *x_rows = nullptr;
 
   void allocate() {
-    const int64_t sums_size = channels * slots * kColumns, dy_size = 2 * segment * kColumns;
-    const int64_t window = (segment - 1) * args.stride + (args.taps + 1) * args.dilation + 1;
-    sums = scratch.floats(sums_size + dy_size + 2 * window * kGradStride);
-    dy_rows = sums + sums_size;  // [row][kColumns]
-    x_rows = dy_rows + dy_size;  // [row][kGradStride]
+    const int64_t sums_size = channels * slots * kColumns, spare_size = (2 * args.taps + kMaxFirLevel) * kRows * kColumns;
+    const int64_t dy_size = 3 * segment * kColumns;
+    const int64_t window = (segment - 1) * args.stride + (args.taps + 8) * args.dilation + 1;
+    sums = scratch.floats(sums_size + spare_size + dy_size + 3 * window * kGradStride);
+    spare = sums + sums_size;
+    dy_rows = spare + spare_size;  // [row][kColumns]
+    x_rows = dy_rows + dy_size;    // [row][kGradStride]
     std::memset(sums, 0, sums_size * sizeof(float));
   }
 
@@ -566,6 +678,7 @@ struct WeightGrad {
     g.depth = depth;
     g.y = sums_at(i, slot);
     g.y_stride = kColumns;
+    g.rows[0] = tile_height(i);
     g.accumulate = true;
     tile_fn(tile_height(i), 1)(g);
   }
@@ -595,72 +708,70 @@ struct WeightGrad {
     }
   }
 
-  // The fast FIR algorithm backwards: dG = X1 * (dy0 + dy1), dA = (X0 - X1) * dy0, dB = (X0[s+1] - X1[s]) * dy1, and
-  // dH0 = dG + dA, dH1 = dG + dB.
+  // Each product's filter gradient is its inputs times its share of dy, over every 2^LEVEL-th row.
+  template <int LEVEL>
   void add_fast_fir(int64_t n, int64_t length, int64_t t0, int64_t t1) const {
-    static constexpr float zeros[kColumns] = {};
+    constexpr int phases = power(2, LEVEL), sources = 2 * phases - 1;
+    alignas(64) static constexpr float zeros[kColumns] = {};
     static_assert(kGradStride <= kColumns);
-    const int64_t dilation = args.dilation, even_taps = fir_taps_even(args.taps), odd_taps = fir_taps_odd(args.taps);
+    const auto products = fir_products<LEVEL>(args.taps);
+    const int64_t dilation = args.dilation;
     for (int64_t q = 0; q < dilation && t0 + q < t1; ++q) {
-      const int64_t here = (t1 - t0 - q + dilation - 1) / dilation, pairs = (here + 1) / 2;
-      float *dy_even = dy_rows, *dy_odd = dy_even + pairs * kColumns, *dy_both = dy_odd + pairs * kColumns;
-      for (int64_t s = 0; s < pairs; ++s) {
-        const int64_t t = t0 + q + dilation * 2 * s, row = s * kColumns;
-        put_dy(dy_even + row, dy_at(n, t));
-        if (2 * s + 1 < here) {
-          put_dy(dy_odd + row, dy_at(n, t + dilation));
-        } else {
-          std::memset(dy_odd + row, 0, kColumns * sizeof(float));
+      const int64_t here = (t1 - t0 - q + dilation - 1) / dilation, steps = (here + phases - 1) / phases;
+      const int64_t dy_size = steps * kColumns;
+      for (int64_t s = 0; s < steps; ++s) {
+        const float* row[phases];
+        for (int f = 0; f < phases; ++f) {
+          const int64_t i = phases * s + f;
+          row[f] = i < here ? dy_at(n, t0 + q + dilation * i) : nullptr;
         }
-        copy_row(dy_both + row, dy_even + row, kColumns);
-        add_row(dy_both + row, dy_odd + row, kColumns);
+        for (int64_t at = 0; at < kColumns; at += kVector) {
+          Vec in[phases], out[products.size()];
+          for (int f = 0; f < phases; ++f) in[f] = row[f] == nullptr ? Vec{} : load_some(row[f] + at, columns - at);
+          fir_gradients<LEVEL>(in, out);
+          for (size_t p = 0; p < products.size(); ++p) store(dy_rows + p * dy_size + s * kColumns + at, out[p]);
+        }
       }
-      const int64_t window = (pairs + even_taps) * kGradStride;
+      const int64_t window_rows = steps + products[0].taps - 1, window_size = window_rows * kGradStride;
       for (int64_t i = 0; i < tiles; ++i) {
-        const Source source{args.x.data + n * args.x.stride_n + c_begin + tile_begin(i), args.x.stride_t, length};
-        const auto x = [&](int64_t j) {
-          const float* from = source.row(t0 + q + dilation * j - args.padding);
-          return from != nullptr ? from : zeros;
-        };
-        for (int64_t j = 0; j < pairs + even_taps; ++j) {
-          const float *x0 = x(2 * j), *x1 = x(2 * j + 1), *x2 = x(2 * j + 2);
-          float* to = x_rows + j * kGradStride;
-          copy_row(to, x1, copied(i));
-          subtract_row(to + window, x0, x1, copied(i));
-          subtract_row(to + 2 * window, x2, x1, copied(i));
+        const Source x{args.x.data + n * args.x.stride_n + c_begin + tile_begin(i), args.x.stride_t, length};
+        for (int64_t j = 0; j < window_rows; ++j) {
+          const float* row[sources];
+          for (int f = 0; f < sources; ++f) {
+            const float* from = x.row(t0 + q + dilation * (phases * j + f) - args.padding);
+            row[f] = from != nullptr ? from : zeros;
+          }
+          for (int64_t at = 0; at < kGradStride; at += kVector) {
+            Vec in[sources], out[products.size()];
+            for (int f = 0; f < sources; ++f) in[f] = load_some(row[f] + at, copied(i) - at);
+            fir_inputs<LEVEL>(in, out);
+            for (size_t p = 0; p < products.size(); ++p) store(x_rows + p * window_size + j * kGradStride + at, out[p]);
+          }
         }
-        for (int64_t k = 0; k < even_taps; ++k) {
-          multiply(i, k, x_rows + k * kGradStride, kGradStride, dy_both, pairs);
-        }
-        for (int64_t k = 0; k < even_taps; ++k) {
-          multiply(i, even_taps + k, x_rows + window + k * kGradStride, kGradStride, dy_even, pairs);
-        }
-        for (int64_t k = 0; k < odd_taps; ++k) {
-          multiply(i, 2 * even_taps + k, x_rows + 2 * window + k * kGradStride, kGradStride, dy_odd, pairs);
+        int64_t slot = 0;
+        for (size_t p = 0; p < products.size(); ++p) {
+          for (int64_t k = 0; k < products[p].taps; ++k, ++slot) {
+            multiply(i, slot, x_rows + p * window_size + k * kGradStride, kGradStride, dy_rows + p * dy_size, steps);
+          }
         }
       }
     }
   }
 
   void write() const {
-    const int64_t taps = args.taps, even_taps = fir_taps_even(taps);
-    const bool fir = args.algorithm == ConvAlgorithm::fast_fir_1;
+    const int64_t taps = args.taps;
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t height = tile_height(i), step = height * kColumns;
-      if (fir) {  // the sums of dw[2j] take the place of dA, those of dw[2j+1] that of dB
-        add_row(sums_at(i, even_taps), sums_at(i, 0), even_taps * step);
-        add_row(sums_at(i, 2 * even_taps), sums_at(i, 0), (taps - even_taps) * step);
+      const float* from = sums_at(i, 0);
+      if (args.fir_level > 0) {
+        float* const whole = spare + (taps + kMaxFirLevel) * kRows * kColumns;
+        take_filters(args.fir_level, from, taps, spare, whole, step);
+        from = whole;
       }
-      const float* from = sums_at(i, fir ? even_taps : 0);
       for (int64_t j = 0; j < columns; ++j) {
         float* to = args.dw + ((block * kColumns + j) * args.x.channels + c_begin + tile_begin(i)) * taps;
         for (int64_t m = 0; m < height; ++m) {
-          const float* at = from + m * kColumns + j;
-          if (!fir) {
-            for (int64_t k = 0; k < taps; ++k) *to++ = at[k * step];
-          } else {
-            for (int64_t k = 0; k < taps; ++k) *to++ = at[(k / 2 + k % 2 * even_taps) * step];
-          }
+          for (int64_t k = 0; k < taps; ++k) *to++ = from[k * step + m * kColumns + j];
         }
       }
     }
@@ -676,10 +787,12 @@ void conv1d_forward_task(const ConvForward& args, const ConvRowGroup& group, int
   task.fill(group.fill_begin, group.begin);
   task.fill(group.end, group.fill_end);
   if (group.begin == group.end) return;
-  if (args.algorithm == ConvAlgorithm::direct) {
+  if (args.fir_level == 0) {
     task.main_direct();
+  } else if (args.fir_level == 1) {
+    task.main_fast_fir<1>();
   } else {
-    task.main_fast_fir();
+    task.main_fast_fir<2>();
   }
   if (args.x2.data != nullptr) task.panes();
 }
@@ -689,13 +802,11 @@ void conv1d_pack_block(const ConvPack& args, int64_t block) {
   const int64_t outputs = args.transposed ? args.c_in : args.c_out, inputs = args.transposed ? args.c_out : args.c_in;
   const int64_t taps = args.taps, row = args.c_in * taps;
   const int64_t stride_out = args.transposed ? taps : row, stride_in = args.transposed ? row : taps;
-  const int64_t even_taps = fir_taps_even(taps), odd_taps = fir_taps_odd(taps);
-  const bool fir = args.algorithm == ConvAlgorithm::fast_fir_1;
-  const int64_t all_taps = conv1d_packed_taps(taps, args.algorithm);
-  const int64_t step = chunk_channels(fir ? even_taps : taps);
+  const int64_t all_taps = conv1d_packed_taps(taps, args.fir_level);
+  const int64_t step = args.fir_level > 0 ? kLongChunk : chunk_channels(taps);
   const int64_t columns = std::min<int64_t>(kColumns, outputs - block * kColumns);
   const float* base = args.weight + block * kColumns * stride_out;
-  float* const rows = scratch.floats(taps * kColumns);  // all taps of one input channel
+  float* const filter = scratch.floats((2 * taps + kMaxFirLevel) * kColumns);  // all taps of one input, and sub-filters
   for (int64_t c = 0; c < inputs; c += step) {
     const int64_t depth = std::min(step, inputs - c);
     float* panel = args.packed + (block * inputs + c) * all_taps * kColumns;
@@ -704,21 +815,13 @@ void conv1d_pack_block(const ConvPack& args, int64_t block) {
       continue;
     }
     for (int64_t i = 0; i < depth; ++i) {
-      transpose(base + (c + i) * stride_in, stride_out, columns, taps, rows);
-      const auto tap = [&](int64_t k) { return rows + (args.transposed ? taps - 1 - k : k) * kColumns; };
-      const auto slot = [&](int64_t k) { return panel + (k * depth + i) * kColumns; };
-      if (!fir) {
-        for (int64_t k = 0; k < taps; ++k) copy_row(slot(k), tap(k), kColumns);
-        continue;
+      transpose(base + (c + i) * stride_in, stride_out, columns, taps, filter);
+      if (args.transposed) {
+        for (int64_t k = 0; k < taps / 2; ++k) {
+          std::swap_ranges(filter + k * kColumns, filter + (k + 1) * kColumns, filter + (taps - 1 - k) * kColumns);
+        }
       }
-      for (int64_t k = 0; k < even_taps; ++k) {
-        copy_row(slot(k), tap(2 * k), kColumns);
-        copy_row(slot(even_taps + k), tap(2 * k), kColumns);
-      }
-      for (int64_t k = 0; k < odd_taps; ++k) {
-        add_row(slot(k), tap(2 * k + 1), kColumns);
-        copy_row(slot(2 * even_taps + k), tap(2 * k + 1), kColumns);
-      }
+      put_filters(args.fir_level, filter, taps, filter + taps * kColumns, panel + i * kColumns, depth * kColumns);
     }
   }
 }
@@ -729,17 +832,19 @@ int64_t conv1d_wgrad_channels(int64_t taps) { return kRows * std::clamp<int64_t>
 // dw[co, c, k] for one block of co and channels [c_begin, c_end): sum over n, t of x[n, t*s + k*d - p, c] * dy[n, t, co].
 void conv1d_wgrad_task(const ConvWeightGrad& args, int64_t block, int64_t c_begin, int64_t c_end) {
   WeightGrad task{args, block, c_begin, c_end};
-  const bool fir = args.algorithm == ConvAlgorithm::fast_fir_1;
   task.allocate();
   for (int64_t n = 0; n < args.n; ++n) {
     const int64_t length = args.in_lengths != nullptr ? args.in_lengths[n] : args.t_in;
     int64_t begin, end;
     conv1d_live_rows(length, args.t_out, args.taps, args.stride, args.dilation, args.padding, begin, end);
     for (int64_t t = begin; t < end; t += task.segment) {
-      if (fir) {
-        task.add_fast_fir(n, length, t, std::min(t + task.segment, end));
+      const int64_t to = std::min(t + task.segment, end);
+      if (args.fir_level == 0) {
+        task.add_direct(n, length, t, to);
+      } else if (args.fir_level == 1) {
+        task.add_fast_fir<1>(n, length, t, to);
       } else {
-        task.add_direct(n, length, t, std::min(t + task.segment, end));
+        task.add_fast_fir<2>(n, length, t, to);
       }
     }
   }
