@@ -37,7 +37,8 @@ void check_cpu(const char* name, const Tensor& x) {
 void check_ntc(const char* name, const Tensor& x) {
   const int64_t c = x.size(1), t = x.size(2);
   if (x.numel() == 0) return;
-  const bool ntc = (c == 1 || x.stride(1) == 1) && (t == 1 || x.stride(2) == c) && (x.size(0) == 1 || x.stride(0) == t * c);
+  const bool ntc =
+      (c == 1 || x.stride(1) == 1) && (t == 1 || x.stride(2) == c) && (x.size(0) == 1 || x.stride(0) == t * c);
   if (!ntc) fail(name, "must have NTC memory, strides (T*C, 1, C); make it so with jasper_fast.kernels.layout.ntc");
 }
 
@@ -45,7 +46,9 @@ void check_ntc(const char* name, const Tensor& x) {
 float* channels(const BnArgs& a, const char* name, const Tensor& x) {
   check_cpu(name, x);
   if (x.scalar_type() != ScalarType::Float) fail(name, "must be fp32");
-  if (x.dim() != 1 || x.size(0) != a.c) fail(name, "must have shape (" + std::to_string(a.c) + ",), has " + shape_text(x));
+  if (x.dim() != 1 || x.size(0) != a.c) {
+    fail(name, "must have shape (" + std::to_string(a.c) + ",), has " + shape_text(x));
+  }
   if (!x.is_contiguous()) fail(name, "must be contiguous");
   return static_cast<float*>(x.data_ptr());
 }
@@ -93,13 +96,17 @@ void add_normalisation(BnArgs& a, const Tensor& mean, const Tensor& rstd, const 
 
 uint64_t seed_of(const Tensor& seed) {
   check_cpu("seed", seed);
-  if (seed.scalar_type() != ScalarType::Long || seed.numel() != 1) fail("seed", "must be an int64 tensor with one element");
+  if (seed.scalar_type() != ScalarType::Long || seed.numel() != 1) {
+    fail("seed", "must be an int64 tensor with one element");
+  }
   return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr()));
 }
 
 uint32_t threshold_of(double p) {
   const double threshold = std::ceil(p * 4294967296.0);
-  if (!(p >= 0.0 && threshold <= 4294967295.0)) fail("p", "must be at least 0 and at most 1 - 2**-32, is " + std::to_string(p));
+  if (!(p >= 0.0 && threshold <= 4294967295.0)) {
+    fail("p", "must be at least 0 and at most 1 - 2**-32, is " + std::to_string(p));
+  }
   return static_cast<uint32_t>(threshold);
 }
 
@@ -220,7 +227,8 @@ void dropout_keep(const Tensor& seed, double p, int64_t first, const Tensor& kee
   check_cpu("keep", keep);
   if (keep.scalar_type() != ScalarType::Bool || !keep.is_contiguous()) fail("keep", "must be a contiguous bool tensor");
   if (first < 0) fail("first", "must not be negative");
-  JF_DISPATCH(dropout_keep)(seed_of(seed), threshold_of(p), first, keep.numel(), static_cast<bool*>(keep.data_ptr()));
+  bool* out = static_cast<bool*>(keep.data_ptr());
+  JF_DISPATCH(dropout_keep)(seed_of(seed), threshold_of(p), first, keep.numel(), out);
 }
 
 }  // namespace
@@ -236,7 +244,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jasper_fast_cpu, m) {
       "Tensor? lengths, Tensor? seed, float p, Tensor(a!) dbeta, Tensor(b!) dgamma) -> ()");
   m.def(
       "bn_backward_apply(Tensor dz, Tensor y, Tensor? z, Tensor mean, Tensor rstd, Tensor gamma, Tensor beta, "
-      "Tensor? mean_g, Tensor? mean_gy, Tensor? lengths, Tensor? seed, float p, Tensor(a!) dy, Tensor(b!)? dres) -> ()");
+      "Tensor? mean_g, Tensor? mean_gy, Tensor? lengths, Tensor? seed, float p, Tensor(a!) dy, Tensor(b!)? dres) "
+      "-> ()");
   m.def("dropout_keep(Tensor seed, float p, int first, Tensor(a!) keep) -> ()");
 }
 

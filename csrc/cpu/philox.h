@@ -30,7 +30,8 @@ struct PhiloxKeys {
 
 #if defined(__AVX512F__)
 typedef __m512i Lanes;  // eight counters
-JF_INLINE Lanes splat_lanes(uint32_t x) { return _mm512_set1_epi32((int)x); }  // in the high half too, where it is ignored
+// The splats fill the high halves too, where nothing is read.
+JF_INLINE Lanes splat_lanes(uint32_t x) { return _mm512_set1_epi32((int)x); }
 // This order of counters makes the final unpack put elements in order without a permutation.
 JF_INLINE Lanes first_counters() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }
 JF_INLINE Lanes multiply(Lanes a, Lanes b) { return _mm512_mul_epu32(a, b); }
@@ -47,7 +48,7 @@ JF_INLINE uint32_t keep_bits_of(Lanes c0, Lanes c1, Lanes c2, Lanes c3, uint32_t
 }
 #elif defined(__AVX2__)
 typedef __m256i Lanes;  // four counters
-JF_INLINE Lanes splat_lanes(uint32_t x) { return _mm256_set1_epi32((int)x); }  // in the high half too, where it is ignored
+JF_INLINE Lanes splat_lanes(uint32_t x) { return _mm256_set1_epi32((int)x); }
 JF_INLINE Lanes first_counters() { return _mm256_setr_epi64x(0, 2, 1, 3); }
 JF_INLINE Lanes multiply(Lanes a, Lanes b) { return _mm256_mul_epu32(a, b); }
 JF_INLINE Lanes high(Lanes a) { return _mm256_srli_epi64(a, 32); }
@@ -77,7 +78,8 @@ JF_INLINE uint32_t keep_bits_of(Lanes c0, Lanes c1, Lanes c2, Lanes c3, uint32_t
   const Lanes limit = _mm_xor_si128(_mm_set1_epi32((int)threshold), sign);
   const Lanes drop0 = _mm_cmpgt_epi32(limit, _mm_xor_si128(first, sign));
   const Lanes drop1 = _mm_cmpgt_epi32(limit, _mm_xor_si128(second, sign));
-  return ~((uint32_t)_mm_movemask_ps(_mm_castsi128_ps(drop0)) | (uint32_t)_mm_movemask_ps(_mm_castsi128_ps(drop1)) << 4) & 0xff;
+  return 0xff ^ ((uint32_t)_mm_movemask_ps(_mm_castsi128_ps(drop0)) |
+                 (uint32_t)_mm_movemask_ps(_mm_castsi128_ps(drop1)) << 4);
 }
 #endif
 

@@ -49,9 +49,12 @@ JF_INLINE U splat_u(uint32_t x) { return U{} + x; }
 // ---- masks ----
 #if defined(__AVX512F__)
 typedef __mmask16 Mask;
-JF_INLINE Mask mask_of_bits(uint32_t bits) { return static_cast<Mask>(bits); }  // lane i from bit i; higher bits ignored
-JF_INLINE Mask not_le_zero(F x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NLE_UQ); }  // true for NaN
-JF_INLINE F select(Mask m, F x) { return _mm512_maskz_mov_ps(m, x); }                               // x or +0
+// Lane i from bit i; higher bits are ignored.
+JF_INLINE Mask mask_of_bits(uint32_t bits) { return static_cast<Mask>(bits); }
+// not (x <= 0), so true for NaN.
+JF_INLINE Mask not_le_zero(F x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NLE_UQ); }
+// x or +0.
+JF_INLINE F select(Mask m, F x) { return _mm512_maskz_mov_ps(m, x); }
 #else
 typedef I Mask;
 JF_INLINE Mask mask_of_bits(uint32_t bits) {

@@ -86,7 +86,7 @@ class KeepBits {
 
   // Lanes of elements [i, i + W) of the block.
   JF_INLINE Mask at(int64_t i) const {
-    const int64_t bit = offset_ + i;
+    const uint64_t bit = (uint64_t)(offset_ + i);
     uint32_t bits;
     std::memcpy(&bits, bytes_ + bit / 8, 4);
     return mask_of_bits(bits >> (bit % 8));  // at least 25 of the bits are ours, W <= 16 are used
@@ -202,8 +202,9 @@ void forward_chunk(const BnArgs& a, int64_t row, int64_t end) {
 }
 
 // ---- backward ----
-// Where the gradient passes ReLU, dropout and mask. With a residual the sign of its sum cannot be made from y, but z is
-// exactly 0 where clipped, dropped or masked, so z decides alone; else the sign of (y - mean)*gain + beta and keep bits.
+// Where the gradient passes ReLU, dropout and mask. With a residual the sign of the sum cannot be made from y, but z is
+// exactly 0 where clipped, dropped or masked, so z decides alone; else the sign of (y - mean)*gain + beta and the keep
+// bits do.
 enum class Gate { z, sign, sign_and_keep };
 
 struct Gradient {
@@ -212,8 +213,8 @@ struct Gradient {
 };
 
 template <Gate kGate, bool kFull, class T>
-JF_INLINE Gradient gradient(const BnArgs& a, const KeepBits& keep, const Block& b, int64_t r, int64_t c, int n, F centred,
-                            F gain, F beta) {
+JF_INLINE Gradient gradient(const BnArgs& a, const KeepBits& keep, const Block& b, int64_t r, int64_t c, int n,
+                            F centred, F gain, F beta) {
   const int64_t i = (b.row + r) * a.c + c;
   const F dz = load_part<kFull>(static_cast<const T*>(a.dz) + i, n);
   if constexpr (kGate == Gate::z) {
@@ -335,8 +336,10 @@ void bn_stats_chunk(const BnArgs& a, int64_t row, int64_t end, double* partial) 
 void bn_forward_chunk(const BnArgs& a, int64_t row, int64_t end) {
   with_dtype(a.dtype, [&](auto t) {
     using T = decltype(t);
-    if (a.residual) return a.dropout ? forward_chunk<T, true, true>(a, row, end) : forward_chunk<T, true, false>(a, row, end);
-    return a.dropout ? forward_chunk<T, false, true>(a, row, end) : forward_chunk<T, false, false>(a, row, end);
+    if (a.residual && a.dropout) return forward_chunk<T, true, true>(a, row, end);
+    if (a.residual) return forward_chunk<T, true, false>(a, row, end);
+    if (a.dropout) return forward_chunk<T, false, true>(a, row, end);
+    return forward_chunk<T, false, false>(a, row, end);
   });
 }
 
