@@ -152,6 +152,21 @@ def test_the_learning_rate_follows_the_clock():
     assert rates[-1] < rates[50] < rates[10]
 
 
+def test_the_faster_number_of_threads_stays():
+    had = torch.get_num_threads()
+    try:
+        for times, best in (((1.0, 0.5), 1), ((0.5, 1.0), 2)):
+            threads = learn.Threads([2, 1], trial=3)
+            used = []
+            for _ in range(10):
+                used.append(torch.get_num_threads())
+                threads.took(times[[2, 1].index(used[-1])])
+            assert used[:6] == [2, 2, 2, 1, 1, 1]
+            assert used[6:] == [best] * 4
+    finally:
+        torch.set_num_threads(had)
+
+
 def test_interleave_calls_both_equally_often():
     calls = []
     times = compare.interleave(lambda: calls.append("e"), lambda: calls.append("f"), torch.device("cpu"), 0.0, least=6)

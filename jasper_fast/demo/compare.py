@@ -46,11 +46,10 @@ def interleave(
 
 def _rates(times: tuple[list[float], list[float]], utterances: int) -> dict[str, float]:
     eager, fused = (statistics.median(t) for t in times)
-    ratio = statistics.median(e / f for e, f in zip(*times, strict=True))
     return {
         "eager_utterances_per_second": utterances / eager,
         "fused_utterances_per_second": utterances / fused,
-        "ratio": ratio,
+        "ratio": eager / fused,
         "rounds": len(times[0]),
     }
 
@@ -120,7 +119,7 @@ def compare(
 
     `batch`: features (N, C, T), lengths (N,), targets and their lengths of a training step; `one`: features and lengths
     of an utterance to transcribe; all on `device`. Returns `train`, `inference` (utterances per second; `ratio`: eager
-    time over fused time, median of pairs) and `memory` (bytes that one training forward keeps for backward).
+    time over fused time, medians) and `memory` (bytes that one training forward keeps for backward).
     """
     eager, fused = EagerJasper(config).to(device), Jasper(config).to(device)
     for model in (eager, fused):
