@@ -575,7 +575,7 @@ class SpeechDataset(Dataset):
             pieces += [self._silence(gap, draw.noise_db, rng), samples]
             names.append(utterance.name)
             texts.append(self.texts[clip])
-        text = " ".join(texts) if " " in self.vocabulary.labels else "".join(texts)
+        text = self.vocabulary.separator.join(texts)
         item = Item(index, " + ".join(names), text, None, self.vocabulary.encode(text), skipped)
         if not pieces:
             return item

@@ -106,6 +106,10 @@ def _transcript(ids: np.ndarray, probs: np.ndarray, vocabulary: Vocabulary, fram
         text = vocabulary.labels[ids[first]]
         confidence = float(probs[first:end].max())
         symbols.append(Word(text, float(first * frame_seconds), float(end * frame_seconds), confidence))
+    text = vocabulary.decode(ids[_emitted(ids, vocabulary.blank)].tolist())
+    mean = sum(s.confidence for s in symbols) / len(symbols) if symbols else 1.0
+    if vocabulary.of_words:
+        return Transcript(text, symbols, symbols, mean)
     words: list[Word] = []
     inside = False
     for s in symbols:
@@ -117,6 +121,4 @@ def _transcript(ids: np.ndarray, probs: np.ndarray, vocabulary: Vocabulary, fram
         else:
             words.append(s)
             inside = True
-    text = "".join(s.text for s in symbols)
-    mean = sum(s.confidence for s in symbols) / len(symbols) if symbols else 1.0
     return Transcript(text, symbols, words, mean)

@@ -17,22 +17,25 @@ class UnknownSymbolError(ValueError):
 
 
 class Vocabulary:
-    """Symbols of a CTC model: one character each, in the order of the model's outputs; the blank follows them.
+    """Symbols of a CTC model, in the order of the model's outputs; the blank follows them.
 
-    ``labels`` defaults to space, a-z, apostrophe. Raises ValueError naming the labels that collide (the same character,
-    or the same after Unicode composition) and any that is not one character.
+    Either every label is one character, or every label is a word of several: a model with a small closed vocabulary
+    (digits, commands) then emits words whole and cannot misspell them. ``labels`` defaults to space, a-z, apostrophe.
+    Raises ValueError naming the labels that collide (the same, or the same after Unicode composition) and any that
+    does not fit the others.
     """
 
     def __init__(self, labels: Iterable[str] | None = None) -> None:
-        self.labels: list[str] = [*LABELS] if labels is None else [_one_character(i, x) for i, x in enumerate(labels)]
+        labels = [*LABELS] if labels is None else [*labels]
+        self.of_words = bool(labels) and all(isinstance(x, str) and _is_word(x) for x in labels)
+        check = (lambda _, x: unicodedata.normalize("NFC", x)) if self.of_words else _one_character
+        self.labels: list[str] = [check(i, x) for i, x in enumerate(labels)]
         if not self.labels:
             raise ValueError("a vocabulary needs at least one label")
         self._index: dict[str, int] = {}
         for i, label in enumerate(self.labels):
             if label in self._index:
-                raise ValueError(
-                    f"labels {self._index[label]} and {i} collide: both are {label!r} (U+{ord(label):04X}); remove one"
-                )
+                raise ValueError(f"labels {self._index[label]} and {i} collide: both are {label!r}; remove one")
             self._index[label] = i
 
     @property
@@ -43,6 +46,16 @@ class Vocabulary:
     @property
     def n_classes(self) -> int:
         return len(self.labels) + 1
+
+    @property
+    def characters(self) -> set[str]:
+        """What a text may be made of."""
+        return {" ", *"".join(self.labels)} if self.of_words else set(self.labels)
+
+    @property
+    def separator(self) -> str:
+        """What stands between words: a space, or nothing where the labels are characters without one."""
+        return " " if " " in self.characters else ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,15 +70,16 @@ class Vocabulary:
         return f"Vocabulary({''.join(self.labels)!r})"
 
     def encode(self, text: str) -> list[int]:
-        """Indices of the characters of ``text``, which must all be labels (``normalize`` sees to that).
+        """Indices of the characters (or words) of ``text``, which must all be labels (``normalize`` sees to characters).
 
-        Raises UnknownSymbolError naming the characters that are not.
+        Raises UnknownSymbolError naming those that are not.
         """
         text = unicodedata.normalize("NFC", text)
+        symbols = text.split() if self.of_words else text
         try:
-            return [self._index[c] for c in text]
+            return [self._index[c] for c in symbols]
         except KeyError:
-            unknown = sorted(set(text) - self._index.keys())
+            unknown = sorted(set(symbols) - self._index.keys())
             raise UnknownSymbolError(
                 f"{text!r} holds {', '.join(map(repr, unknown))}, not in the vocabulary; normalize() the text first "
                 "or add the symbol to the labels"
@@ -79,14 +93,20 @@ class Vocabulary:
                 raise ValueError(f"class {i} is not in 0..{self.blank}: another vocabulary made it")
             if i != self.blank:
                 out.append(self.labels[i])
-        return "".join(out)
+        return (" " if self.of_words else "").join(out)
+
+
+def _is_word(label: str) -> bool:
+    return len(unicodedata.normalize("NFC", label)) > 1 and not any(c.isspace() or c == "<" for c in label)
 
 
 def _one_character(index: int, label: str) -> str:
     composed = unicodedata.normalize("NFC", label) if isinstance(label, str) else label
     if not isinstance(composed, str) or len(composed) != 1:
         hint = "; the blank is added by itself, leave it out" if "blank" in str(label).lower() else ""
-        raise ValueError(f"label {index} is {label!r}; each label must be one character{hint}")
+        raise ValueError(
+            f"label {index} is {label!r}; each label must be one character, or each a word of several{hint}"
+        )
     return composed
 
 
@@ -101,7 +121,7 @@ def normalize(text: str, labels: Sequence[str] | Vocabulary | None = None, engli
     the labels are ASCII. Semantics: english_cleaners of NVIDIA's Jasper for PyTorch, which knows ASCII alphabets only.
     """
     vocabulary = labels if isinstance(labels, Vocabulary) else Vocabulary(labels)
-    keep = set(vocabulary.labels)
+    keep = vocabulary.characters
     if english is None:
         english = all(c.isascii() for c in keep if c.isalpha())
     text = unicodedata.normalize("NFC", text)
@@ -121,7 +141,7 @@ def normalize(text: str, labels: Sequence[str] | Vocabulary | None = None, engli
     punctuation = {ord(c): " " for c in string.punctuation if c not in keep}
     text = "".join(c for c in text.translate(punctuation) if c in keep or c.isspace())
     text = " ".join(text.split())
-    return text if " " in keep else text.replace(" ", "")
+    return text.replace(" ", vocabulary.separator)
 
 
 def _has_case(keep: set[str], case) -> bool:

@@ -75,3 +75,14 @@ def test_times_and_confidences():
     assert empty.words == [] and empty.confidence == 1.0
     (spaces,) = greedy_transcripts(*paths(" a _ b "), V)
     assert [w.text for w in spaces.words] == ["a", "b"]
+
+
+def test_a_vocabulary_of_words():
+    v = Vocabulary(["one", "two"])
+    probs = torch.full((1, 5, 3), 0.05)
+    probs[0, torch.arange(5), torch.tensor([1, 1, 2, 0, 1])] = 0.9
+    log_probs, lengths = probs.log(), torch.tensor([5])
+    assert greedy_decode(log_probs, lengths, v) == ["two one two"]
+    (transcript,) = greedy_transcripts(log_probs, lengths, v)
+    assert transcript.text == "two one two"
+    assert [(w.text, round(w.start, 2)) for w in transcript.words] == [("two", 0.0), ("one", 0.06), ("two", 0.08)]

@@ -14,6 +14,18 @@ def test_default_vocabulary():
     assert Vocabulary(v.labels) == v and Vocabulary("ab") != v
 
 
+def test_a_vocabulary_of_words():
+    v = Vocabulary(["zero", "one", "two"])
+    assert v.of_words and v.n_classes == 4
+    assert v.encode("two  zero one") == [2, 0, 1]
+    assert v.decode([2, 3, 0]) == "two zero"
+    assert normalize("Two, 1 - ZERO!", v) == "two one zero"
+    with pytest.raises(UnknownSymbolError, match="'ten'"):
+        v.encode("one ten")
+    with pytest.raises(ValueError, match="labels 0 and 2 collide"):
+        Vocabulary(["one", "two", "one"])
+
+
 def test_unknown_symbols_and_classes_are_named():
     with pytest.raises(UnknownSymbolError, match="'H', 'é'"):
         Vocabulary().encode("Hé")
