@@ -70,7 +70,7 @@ class Vocabulary:
         return f"Vocabulary({''.join(self.labels)!r})"
 
     def encode(self, text: str) -> list[int]:
-        """Indices of the characters (or words) of ``text``, which must all be labels (``normalize`` sees to characters).
+        """Indices of the characters (or words) of ``text``, all of them labels (``normalize`` sees to the characters).
 
         Raises UnknownSymbolError naming those that are not.
         """
