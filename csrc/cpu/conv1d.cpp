@@ -1,4 +1,4 @@
-// fp32 1D convolution in (N, T, C) memory: argument checks and threads. The loops are in isa/conv1d.cpp.
+// fp32 1D convolution in (N, T, C) memory: argument checks and threads. The loops are in isa/conv1d_*.cpp.
 
 #include "conv1d.h"
 
@@ -17,7 +17,7 @@ using torch::stable::Tensor;
 using namespace jf;
 
 constexpr int64_t kGroupRows = 128;     // rows of one item that share a window in L2, doubled for the fast algorithm
-constexpr int64_t kTasksPerThread = 4;  // tasks are drawn from a counter, so threads that lose their core do not delay all
+constexpr int64_t kTasksPerThread = 4;  // tasks are drawn from a counter: a thread that loses its core delays few
 
 int64_t checked_level(int64_t fir_level, int64_t taps, int64_t stride) {
   STD_TORCH_CHECK(fir_level >= 0 && fir_level <= kMaxFirLevel, "conv1d: fir_level must be in [0, ", kMaxFirLevel,

@@ -1,4 +1,4 @@
-// What conv1d.cpp (checks, threads) hands to isa/conv1d.cpp (loops, micro-kernels, once per instruction set).
+// What conv1d.cpp (checks, threads) hands to isa/conv1d_*.cpp (loops, micro-kernels, once per instruction set).
 // N batch, T frames, C channels, K taps. Activations are (N, T, C) with unit channel stride; all sizes in elements.
 #pragma once
 

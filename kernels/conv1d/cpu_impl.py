@@ -1,4 +1,4 @@
-"""The CPU face of conv1d: C++ micro-kernels (csrc/cpu/isa/conv1d.cpp), fp32, vectorised at run time and threaded.
+"""The CPU face of conv1d: C++ micro-kernels (csrc/cpu/isa/conv1d_*.cpp), fp32, vectorised at run time and threaded.
 
 Results are the same bits whatever the number of threads, and an item's are the same in any batch and with any padding.
 """

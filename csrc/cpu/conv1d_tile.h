@@ -1,0 +1,270 @@
+// The micro-kernel of conv1d and what its loops share. Included by files under isa/ only: it depends on the target.
+#pragma once
+
+#include "conv1d.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace jf {
+namespace JF_ISA {
+namespace {
+
+// Accumulators fill the register file: kRows x 2 vectors + 2 of B + 1 of A.
+#if defined(__AVX512F__)
+using Vec = __m512;
+inline Vec splat(float v) { return _mm512_set1_ps(v); }
+constexpr int kVector = 16, kRows = 14;
+#elif defined(__AVX2__)
+using Vec = __m256;
+inline Vec splat(float v) { return _mm256_set1_ps(v); }
+constexpr int kVector = 8, kRows = 6;
+#else
+typedef float Vec __attribute__((vector_size(16)));
+inline Vec splat(float v) { return Vec{v, v, v, v}; }
+#if defined(__aarch64__)
+constexpr int kVector = 4, kRows = 12;  // 32 registers
+#else
+constexpr int kVector = 4, kRows = 6;  // 16 registers
+#endif
+#endif
+typedef float VecUnaligned __attribute__((vector_size(kVector * 4), aligned(4), may_alias));
+
+constexpr int kTargets = 1 << kMaxFirLevel;  // output rows that share a product of the fast algorithm
+constexpr int kVectors = 2;
+constexpr int kColumns = kVector * kVectors;
+constexpr int64_t kLine = 16;             // floats in a cache line
+constexpr int64_t kLongChunk = 64;        // channels a chunk with many taps: the window of all taps fits L1
+constexpr int64_t kShortChunk = 256;      // channels a chunk with few taps: long enough to hide the epilogue
+constexpr int64_t kFewTaps = 4;
+constexpr int kLongStride = 80;           // floats between window rows, 5 and 17 cache lines
+constexpr int kShortStride = 272;
+constexpr int64_t kChain = 128;           // products added in registers before they go to memory
+static_assert(kLongStride / kLine % 2 == 1 && kShortStride / kLine % 2 == 1);
+
+inline Vec load(const float* p) { return (Vec) * reinterpret_cast<const VecUnaligned*>(p); }
+inline Vec load_some(const float* p, int64_t count) {  // zeros from `count` on
+  if (count >= kVector) return load(p);
+  float part[kVector] = {};
+  for (int64_t i = 0; i < count; ++i) part[i] = p[i];
+  return load(part);
+}
+inline void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = (VecUnaligned)v; }
+
+struct Tile {
+  const float* a = nullptr;             // row m, tap k, channel i: a[m * A_STRIDE + tap_offsets[k] + i * a_step]
+  const int64_t* tap_offsets = nullptr;
+  int64_t taps = 1, depth = 0, a_step = 1;
+  const float* b = nullptr;             // [taps][depth][kColumns]
+  const float* next = nullptr;          // panel wanted next, next_lines lines of it fetched after each tap
+  int64_t next_lines = 0;
+  float* y = nullptr;                   // row m goes to y + offsets[i] + m * y_stride if m < rows[i], for each target i
+  int64_t y_stride = 0;
+  int targets = 1;
+  int64_t offsets[kTargets] = {}, rows[kTargets] = {};
+  int64_t columns = kColumns;
+  bool accumulate = false;
+  bool finish = false;                  // add bias (kColumns floats or null), then ReLU
+  const float* bias = nullptr;
+  bool relu = false;
+};
+
+inline Vec relu_of(Vec v) {  // keeps NaN
+#if defined(__AVX512F__)
+  return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ), _mm512_setzero_ps());
+#elif defined(__AVX2__)
+  return _mm256_andnot_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_LT_OQ), v);
+#else
+  return v < Vec{} ? Vec{} : v;
+#endif
+}
+
+template <int ROWS, int A_STRIDE>
+void tile(const Tile& g) {
+  Vec acc[ROWS][kVectors];
+  alignas(64) float sums[ROWS][kColumns];
+#pragma GCC unroll 16
+  for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) acc[m][v] = Vec{};
+  }
+  const float* b = g.b;
+  const float* next = g.next;
+  const int64_t chain = std::max<int64_t>(1, kChain / g.depth);  // taps
+  int64_t flush = g.taps - chain;  // taps left after the next flush
+  for (int64_t k = g.taps; k > 0; --k) {
+    const float* a = g.a + g.tap_offsets[g.taps - k];
+    const int64_t step = g.a_step;
+    if (k == flush) {
+      if (k + chain == g.taps) {
+#pragma GCC unroll 16
+        for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) store(&sums[m][v * kVector], acc[m][v]);
+        }
+      } else {
+#pragma GCC unroll 16
+        for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) {
+            store(&sums[m][v * kVector], load(&sums[m][v * kVector]) + acc[m][v]);
+          }
+        }
+      }
+#pragma GCC unroll 16
+      for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) acc[m][v] = Vec{};
+      }
+      flush -= chain;
+    }
+    for (int64_t i = g.depth; i > 0; --i) {
+      Vec bv[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) bv[v] = load(b + v * kVector);
+#pragma GCC unroll 4
+      for (int64_t line = 0; line < kColumns; line += kLine) __builtin_prefetch(b + 12 * kColumns + line, 0, 3);
+#pragma GCC unroll 16
+      for (int m = 0; m < ROWS; ++m) {
+        const Vec av = splat(a[m * A_STRIDE]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) acc[m][v] += av * bv[v];
+      }
+      a += step;
+      b += kColumns;
+    }
+    for (int64_t line = 0; line < g.next_lines; ++line, next += kLine) __builtin_prefetch(next, 0, 2);
+  }
+  if (g.taps > chain) {
+#pragma GCC unroll 16
+    for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[m][v] += load(&sums[m][v * kVector]);
+    }
+  }
+
+  if (g.columns == kColumns) {
+    for (int i = 0; i < g.targets; ++i) {
+      float* y = g.y + g.offsets[i];
+#pragma GCC unroll 16
+      for (int m = 0; m < ROWS; ++m, y += g.y_stride) {
+        if (m >= g.rows[i]) break;
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          Vec sum = acc[m][v];
+          if (g.accumulate) sum = load(y + v * kVector) + sum;
+          if (g.finish) {
+            if (g.bias != nullptr) sum += load(g.bias + v * kVector);
+            if (g.relu) sum = relu_of(sum);
+          }
+          store(y + v * kVector, sum);
+        }
+      }
+    }
+    return;
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(&sums[m][v * kVector], acc[m][v]);
+  }
+  for (int i = 0; i < g.targets; ++i) {
+    for (int m = 0; m < ROWS && m < g.rows[i]; ++m) {
+      float* y = g.y + g.offsets[i] + m * g.y_stride;
+      for (int64_t j = 0; j < g.columns; ++j) {
+        float sum = sums[m][j];
+        if (g.accumulate) sum = y[j] + sum;
+        if (g.finish) {
+          if (g.bias != nullptr) sum += g.bias[j];
+          if (g.relu) sum = sum < 0.0f ? 0.0f : sum;
+        }
+        y[j] = sum;
+      }
+    }
+  }
+}
+
+using TileFn = void (*)(const Tile&);
+
+template <int A_STRIDE, int... ROWS>
+TileFn pick(int64_t rows, std::integer_sequence<int, ROWS...>) {
+  static constexpr TileFn table[] = {tile<ROWS + 1, A_STRIDE>...};
+  return table[rows - 1];
+}
+
+inline TileFn tile_fn(int64_t rows, int a_stride) {
+  constexpr auto all = std::make_integer_sequence<int, kRows>{};
+  if (a_stride == kLongStride) return pick<kLongStride>(rows, all);
+  if (a_stride == kShortStride) return pick<kShortStride>(rows, all);
+  return pick<1>(rows, all);
+}
+
+// `rows` rows of the GEMM as tiles of nearly equal height; `g` holds what the tiles share.
+inline void tiles(Tile g, int64_t rows, int a_stride) {
+  const int64_t count = (rows + kRows - 1) / kRows;
+  for (int64_t i = 0, begin = 0; i < count; ++i) {
+    const int64_t end = rows * (i + 1) / count;
+    Tile t = g;
+    t.a += begin * a_stride;
+    t.y += begin * g.y_stride;
+    for (int64_t& left : t.rows) left -= begin;
+    if (g.next != nullptr) t.next += i * g.taps * g.next_lines * kLine;
+    tile_fn(end - begin, a_stride)(t);
+    begin = end;
+  }
+}
+
+struct Scratch {  // grows to the largest task its thread has seen
+  std::unique_ptr<float, void (*)(void*)> memory{nullptr, std::free};
+  int64_t size = 0;
+  std::vector<int64_t> tap_offsets;
+  float* floats(int64_t n) {
+    if (n > size) {
+      memory.reset(static_cast<float*>(std::aligned_alloc(64, (n * sizeof(float) + 63) / 64 * 64)));
+      if (memory == nullptr) std::abort();  // out of memory inside a parallel region
+      size = n;
+    }
+    return memory.get();
+  }
+};
+thread_local Scratch scratch;
+
+inline void copy_row(float* to, const float* from, int64_t count) {
+  int64_t i = 0;
+  for (; i + kVector <= count; i += kVector) store(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = from[i];
+}
+
+inline void add_row(float* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
+inline int64_t chunk_channels(int64_t taps) { return taps > kFewTaps ? kLongChunk : kShortChunk; }
+inline int window_stride(int64_t taps) { return taps > kFewTaps ? kLongStride : kShortStride; }
+
+// One item of x: rows outside [0, rows) are zero.
+struct Source {
+  const float* data;
+  int64_t stride, rows;
+  const float* row(int64_t t) const { return t >= 0 && t < rows ? data + t * stride : nullptr; }
+};
+
+inline void put_row(float* to, const float* from, int64_t count) {
+  if (from != nullptr) {
+    copy_row(to, from, count);
+  } else {
+    std::memset(to, 0, count * sizeof(float));
+  }
+}
+
+}  // namespace
+}  // namespace JF_ISA
+}  // namespace jf

@@ -1,0 +1,98 @@
+// Weights of conv1d in the order its micro-kernel reads them: [column block][chunk][product][tap][channel][kColumns].
+
+#include "../conv1d_tile.h"
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define JF_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int JfShuffle __attribute__((vector_size(16)));
+#define JF_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (JfShuffle{__VA_ARGS__}))
+#endif
+
+namespace jf {
+namespace JF_ISA {
+namespace {
+
+// to[p][j] = from[j * stride + p] for j < columns, and zeros up to kColumns; by 4 x 4 blocks in registers.
+void transpose(const float* from, int64_t stride, int64_t columns, int64_t positions, float* to) {
+  typedef float Quad __attribute__((vector_size(16)));
+  typedef float QuadUnaligned __attribute__((vector_size(16), aligned(4), may_alias));
+  const int64_t quads = positions >= 4 ? columns / 4 * 4 : 0;
+  for (int64_t j = 0; j < quads; j += 4) {
+    for (int64_t at = 0; at < positions; at += 4) {
+      const int64_t p = std::min(at, positions - 4);  // the last block overlaps the one before
+      const float* q = from + j * stride + p;
+      const Quad a = *reinterpret_cast<const QuadUnaligned*>(q);
+      const Quad b = *reinterpret_cast<const QuadUnaligned*>(q + stride);
+      const Quad c = *reinterpret_cast<const QuadUnaligned*>(q + 2 * stride);
+      const Quad d = *reinterpret_cast<const QuadUnaligned*>(q + 3 * stride);
+      const Quad ab_low = JF_SHUFFLE(a, b, 0, 4, 1, 5);
+      const Quad ab_high = JF_SHUFFLE(a, b, 2, 6, 3, 7);
+      const Quad cd_low = JF_SHUFFLE(c, d, 0, 4, 1, 5);
+      const Quad cd_high = JF_SHUFFLE(c, d, 2, 6, 3, 7);
+      const auto put = [&](int64_t i, Quad v) {
+        *reinterpret_cast<QuadUnaligned*>(to + (p + i) * kColumns + j) = (QuadUnaligned)v;
+      };
+      put(0, JF_SHUFFLE(ab_low, cd_low, 0, 1, 4, 5));
+      put(1, JF_SHUFFLE(ab_low, cd_low, 2, 3, 6, 7));
+      put(2, JF_SHUFFLE(ab_high, cd_high, 0, 1, 4, 5));
+      put(3, JF_SHUFFLE(ab_high, cd_high, 2, 3, 6, 7));
+    }
+  }
+  for (int64_t p = 0; p < positions; ++p) {
+    for (int64_t j = quads; j < columns; ++j) to[p * kColumns + j] = from[j * stride + p];
+    for (int64_t j = columns; j < kColumns; ++j) to[p * kColumns + j] = 0.0f;
+  }
+}
+
+// Filters of all products, one row a tap, `stride` apart from `to` on; returns where the next would go.
+float* put_filters(int64_t level, const float* filter, int64_t taps, float* spare, float* to, int64_t stride) {
+  if (level == 0) {
+    for (int64_t k = 0; k < taps; ++k, to += stride) copy_row(to, filter + k * kColumns, kColumns);
+    return to;
+  }
+  const int64_t even = (taps + 1) / 2, odd = taps / 2;
+  const auto tap = [&](int64_t k) { return filter + k * kColumns; };
+  float* const inner_spare = spare + even * kColumns;
+  for (int64_t k = 0; k < even; ++k) copy_row(spare + k * kColumns, tap(2 * k), kColumns);
+  for (int64_t k = 0; k < odd; ++k) add_row(spare + k * kColumns, tap(2 * k + 1), kColumns);
+  to = put_filters(level - 1, spare, even, inner_spare, to, stride);
+  for (int64_t k = 0; k < even; ++k) copy_row(spare + k * kColumns, tap(2 * k), kColumns);
+  to = put_filters(level - 1, spare, even, inner_spare, to, stride);
+  for (int64_t k = 0; k < odd; ++k) copy_row(spare + k * kColumns, tap(2 * k + 1), kColumns);
+  return put_filters(level - 1, spare, odd, inner_spare, to, stride);
+}
+
+}  // namespace
+
+void conv1d_pack_block(const ConvPack& args, int64_t block) {
+  // Transposed: outputs are the conv's inputs and the taps run backwards.
+  const int64_t outputs = args.transposed ? args.c_in : args.c_out, inputs = args.transposed ? args.c_out : args.c_in;
+  const int64_t taps = args.taps, row = args.c_in * taps;
+  const int64_t stride_out = args.transposed ? taps : row, stride_in = args.transposed ? row : taps;
+  const int64_t all_taps = conv1d_packed_taps(taps, args.fir_level);
+  const int64_t step = args.fir_level > 0 ? kLongChunk : chunk_channels(taps);
+  const int64_t columns = std::min<int64_t>(kColumns, outputs - block * kColumns);
+  const float* base = args.weight + block * kColumns * stride_out;
+  float* const filter = scratch.floats((2 * taps + kMaxFirLevel) * kColumns);  // all taps of one input, and sub-filters
+  for (int64_t c = 0; c < inputs; c += step) {
+    const int64_t depth = std::min(step, inputs - c);
+    float* panel = args.packed + (block * inputs + c) * all_taps * kColumns;
+    if (taps == 1 && !args.transposed) {
+      transpose(base + c, stride_out, columns, depth, panel);
+      continue;
+    }
+    for (int64_t i = 0; i < depth; ++i) {
+      transpose(base + (c + i) * stride_in, stride_out, columns, taps, filter);
+      if (args.transposed) {
+        for (int64_t k = 0; k < taps / 2; ++k) {
+          std::swap_ranges(filter + k * kColumns, filter + (k + 1) * kColumns, filter + (taps - 1 - k) * kColumns);
+        }
+      }
+      put_filters(args.fir_level, filter, taps, filter + taps * kColumns, panel + i * kColumns, depth * kColumns);
+    }
+  }
+}
+
+}  // namespace JF_ISA
+}  // namespace jf

@@ -1,0 +1,216 @@
+// The weight gradient of conv1d, with the micro-kernel of the forward pass: the reduction runs over frames.
+//
+//   dw[co, c, k] = sum_n sum_t x[n, t*s + k*d - p, c] * dy[n, t, co]
+//
+// A task owns a block of co and some channels of x and walks all items in order. Segments of rows of x and dy are
+// packed so that all taps read them from L1; only rows whose shifted x exists take part.
+
+#include "../conv1d_fir.h"
+#include "../conv1d_tile.h"
+
+#include <cstring>
+
+namespace jf {
+namespace JF_ISA {
+namespace {
+
+constexpr int kGradStride = (kRows + 7) / 8 * 8;  // floats between rows of x packed for the weight gradient
+constexpr int64_t kGradRows = 256;  // rows summed before they are added to the tile
+
+// The way back for the gradient: dw[2k] = dS[k] + dA[k] and dw[2k+1] = dS[k] + dB[k], rows of `size` floats.
+// The sums of the products lie in order from `sums` on; returns where the next product's would.
+const float* take_filters(int64_t level, const float* sums, int64_t taps, float* spare, float* to, int64_t size) {
+  if (level == 0) {
+    copy_row(to, sums, taps * size);
+    return sums + taps * size;
+  }
+  const int64_t even = (taps + 1) / 2, odd = taps / 2;
+  float* const inner_spare = spare + even * size;
+  sums = take_filters(level - 1, sums, even, inner_spare, spare, size);
+  for (int64_t k = 0; k < taps; ++k) copy_row(to + k * size, spare + k / 2 * size, size);
+  sums = take_filters(level - 1, sums, even, inner_spare, spare, size);
+  for (int64_t k = 0; k < even; ++k) add_row(to + 2 * k * size, spare + k * size, size);
+  sums = take_filters(level - 1, sums, odd, inner_spare, spare, size);
+  for (int64_t k = 0; k < odd; ++k) add_row(to + (2 * k + 1) * size, spare + k * size, size);
+  return sums;
+}
+
+struct WeightGrad {
+  const ConvWeightGrad& args;
+  const int64_t block, c_begin, c_end;
+  const int64_t channels = c_end - c_begin, tiles = (channels + kRows - 1) / kRows;
+  const int64_t columns = std::min<int64_t>(kColumns, args.dy.channels - block * kColumns);
+  const int64_t slots = conv1d_packed_taps(args.taps, args.fir_level);  // sums kept, one a tap of each filter
+  const int64_t unit = args.dilation * power(2, kMaxFirLevel);  // a segment holds whole steps of the fast algorithm
+  const int64_t segment = std::max(kGradRows / unit, int64_t{1}) * unit;
+  float *sums = nullptr, *spare = nullptr, *dy_rows = nullptr, *x_rows = nullptr;
+
+  void allocate() {
+    const int64_t sums_size = channels * slots * kColumns;
+    const int64_t spare_size = (2 * args.taps + kMaxFirLevel) * kRows * kColumns;
+    const int64_t dy_size = 3 * segment * kColumns;
+    const int64_t window = (segment - 1) * args.stride + (args.taps + 8) * args.dilation + 1;
+    sums = scratch.floats(sums_size + spare_size + dy_size + 3 * window * kGradStride);
+    spare = sums + sums_size;
+    dy_rows = spare + spare_size;  // [row][kColumns]
+    x_rows = dy_rows + dy_size;    // [row][kGradStride]
+    std::memset(sums, 0, sums_size * sizeof(float));
+  }
+
+  int64_t tile_begin(int64_t i) const { return channels * i / tiles; }
+  int64_t tile_height(int64_t i) const { return tile_begin(i + 1) - tile_begin(i); }
+  // Vectors of x are copied whole where x has the channels, though the tile uses only its own.
+  int64_t copied(int64_t i) const {
+    return c_begin + tile_begin(i) + kGradStride <= args.x.channels ? kGradStride : tile_height(i);
+  }
+  float* sums_at(int64_t i, int64_t slot) const {
+    return sums + (tile_begin(i) * slots + slot * tile_height(i)) * kColumns;
+  }
+  const float* dy_at(int64_t n, int64_t t) const {
+    return args.dy.data + n * args.dy.stride_n + t * args.dy.stride_t + block * kColumns;
+  }
+  void put_dy(float* to, const float* from) const {
+    copy_row(to, from, columns);
+    for (int64_t j = columns; j < kColumns; ++j) to[j] = 0.0f;
+  }
+
+  // `depth` rows of x (step a_step) times rows of dy, added to the sums.
+  void multiply(int64_t i, int64_t slot, const float* a, int64_t a_step, const float* b, int64_t depth) const {
+    static constexpr int64_t no_offset = 0;
+    Tile g;
+    g.a = a;
+    g.a_step = a_step;
+    g.tap_offsets = &no_offset;
+    g.b = b;
+    g.depth = depth;
+    g.y = sums_at(i, slot);
+    g.y_stride = kColumns;
+    g.rows[0] = tile_height(i);
+    g.accumulate = true;
+    tile_fn(tile_height(i), 1)(g);
+  }
+
+  void add_direct(int64_t n, int64_t length, int64_t t0, int64_t t1) const {
+    const int64_t stride = args.stride, reach = (args.taps - 1) * args.dilation;
+    for (int64_t t = t0; t < t1; ++t) put_dy(dy_rows + (t - t0) * kColumns, dy_at(n, t));
+    const int64_t x_begin = std::max<int64_t>(0, t0 * stride - args.padding);
+    const int64_t x_end = std::min(length, (t1 - 1) * stride + reach - args.padding + 1);
+    for (int64_t i = 0; i < tiles; ++i) {
+      int64_t x_stride = args.x.stride_t;
+      const float* x = args.x.data + n * args.x.stride_n + c_begin + tile_begin(i) + x_begin * x_stride;
+      if (args.taps > kFewTaps) {
+        for (int64_t r = 0; r < x_end - x_begin; ++r) copy_row(x_rows + r * kGradStride, x + r * x_stride, copied(i));
+        x = x_rows;
+        x_stride = kGradStride;
+      }
+      for (int64_t k = 0; k < args.taps; ++k) {
+        const int64_t shift = k * args.dilation - args.padding;  // row t of dy meets row t * stride + shift of x
+        const int64_t from = shift < 0 ? (-shift + stride - 1) / stride : 0;
+        const int64_t to = length > shift ? (length - 1 - shift) / stride + 1 : 0;
+        const int64_t begin = std::max(t0, from), end = std::min(t1, to);
+        if (begin >= end) continue;
+        multiply(i, k, x + (begin * stride + shift - x_begin) * x_stride, stride * x_stride,
+                 dy_rows + (begin - t0) * kColumns, end - begin);
+      }
+    }
+  }
+
+  // Each product's filter gradient is its inputs times its share of dy, over every 2^LEVEL-th row.
+  template <int LEVEL>
+  void add_fast_fir(int64_t n, int64_t length, int64_t t0, int64_t t1) const {
+    constexpr int phases = power(2, LEVEL), sources = 2 * phases - 1;
+    alignas(64) static constexpr float zeros[kColumns] = {};
+    static_assert(kGradStride <= kColumns);
+    const auto products = fir_products<LEVEL>(args.taps);
+    const int64_t dilation = args.dilation;
+    for (int64_t q = 0; q < dilation && t0 + q < t1; ++q) {
+      const int64_t here = (t1 - t0 - q + dilation - 1) / dilation, steps = (here + phases - 1) / phases;
+      const int64_t dy_size = steps * kColumns;
+      for (int64_t s = 0; s < steps; ++s) {
+        const float* row[phases];
+        for (int f = 0; f < phases; ++f) {
+          const int64_t i = phases * s + f;
+          row[f] = i < here ? dy_at(n, t0 + q + dilation * i) : nullptr;
+        }
+        for (int64_t at = 0; at < kColumns; at += kVector) {
+          Vec in[phases], out[products.size()];
+          for (int f = 0; f < phases; ++f) in[f] = row[f] == nullptr ? Vec{} : load_some(row[f] + at, columns - at);
+          fir_gradients<LEVEL>(in, out);
+          for (size_t p = 0; p < products.size(); ++p) store(dy_rows + p * dy_size + s * kColumns + at, out[p]);
+        }
+      }
+      const int64_t window_rows = steps + products[0].taps - 1, window_size = window_rows * kGradStride;
+      for (int64_t i = 0; i < tiles; ++i) {
+        const Source x{args.x.data + n * args.x.stride_n + c_begin + tile_begin(i), args.x.stride_t, length};
+        for (int64_t j = 0; j < window_rows; ++j) {
+          const float* row[sources];
+          for (int f = 0; f < sources; ++f) {
+            const float* from = x.row(t0 + q + dilation * (phases * j + f) - args.padding);
+            row[f] = from != nullptr ? from : zeros;
+          }
+          for (int64_t at = 0; at < kGradStride; at += kVector) {
+            Vec in[sources], out[products.size()];
+            for (int f = 0; f < sources; ++f) in[f] = load_some(row[f] + at, copied(i) - at);
+            fir_inputs<LEVEL>(in, out);
+            for (size_t p = 0; p < products.size(); ++p) store(x_rows + p * window_size + j * kGradStride + at, out[p]);
+          }
+        }
+        int64_t slot = 0;
+        for (size_t p = 0; p < products.size(); ++p) {
+          for (int64_t k = 0; k < products[p].taps; ++k, ++slot) {
+            multiply(i, slot, x_rows + p * window_size + k * kGradStride, kGradStride, dy_rows + p * dy_size, steps);
+          }
+        }
+      }
+    }
+  }
+
+  void write() const {
+    const int64_t taps = args.taps;
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t height = tile_height(i), step = height * kColumns;
+      const float* from = sums_at(i, 0);
+      if (args.fir_level > 0) {
+        float* const whole = spare + (taps + kMaxFirLevel) * kRows * kColumns;
+        take_filters(args.fir_level, from, taps, spare, whole, step);
+        from = whole;
+      }
+      for (int64_t j = 0; j < columns; ++j) {
+        float* to = args.dw + ((block * kColumns + j) * args.x.channels + c_begin + tile_begin(i)) * taps;
+        for (int64_t m = 0; m < height; ++m) {
+          for (int64_t k = 0; k < taps; ++k) *to++ = from[k * step + m * kColumns + j];
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+
+// Channels of x a weight-gradient task should own: enough that packing dy is small beside its use.
+int64_t conv1d_wgrad_channels(int64_t taps) { return kRows * std::clamp<int64_t>(32 / taps, 1, 16); }
+
+// One block of co and channels [c_begin, c_end) of dw.
+void conv1d_wgrad_task(const ConvWeightGrad& args, int64_t block, int64_t c_begin, int64_t c_end) {
+  WeightGrad task{args, block, c_begin, c_end};
+  task.allocate();
+  for (int64_t n = 0; n < args.n; ++n) {
+    const int64_t length = args.in_lengths != nullptr ? args.in_lengths[n] : args.t_in;
+    int64_t begin, end;
+    conv1d_live_rows(length, args.t_out, args.taps, args.stride, args.dilation, args.padding, begin, end);
+    for (int64_t t = begin; t < end; t += task.segment) {
+      const int64_t to = std::min(t + task.segment, end);
+      if (args.fir_level == 0) {
+        task.add_direct(n, length, t, to);
+      } else if (args.fir_level == 1) {
+        task.add_fast_fir<1>(n, length, t, to);
+      } else {
+        task.add_fast_fir<2>(n, length, t, to);
+      }
+    }
+  }
+  task.write();
+}
+
+}  // namespace JF_ISA
+}  // namespace jf
