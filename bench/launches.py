@@ -15,7 +15,20 @@ from bench.train import case as train_case
 
 FRAMES = 32
 # ops that only look at memory in another way: nothing is launched for them
-VIEWS = ("view", "transpose", "t", "unsqueeze", "squeeze", "slice", "select", "detach", "expand", "alias", "as_strided")
+VIEWS = (
+    "view",
+    "_unsafe_view",
+    "transpose",
+    "t",
+    "unsqueeze",
+    "squeeze",
+    "slice",
+    "select",
+    "detach",
+    "expand",
+    "alias",
+    "as_strided",
+)
 
 
 class Ops(TorchDispatchMode):

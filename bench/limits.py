@@ -25,7 +25,7 @@ def measure(device: torch.device, quick: bool = False) -> dict:
 
 def matmul_rates(device: torch.device, quick: bool = False) -> dict[str, float]:
     """FLOP/s of a large square matrix product, by dtype; on a GPU float32 is IEEE and tf32 is listed beside it."""
-    size = (1536 if quick else 2048) if device.type == "cpu" else 8192
+    size = (1024 if quick else 2048) if device.type == "cpu" else 8192
     rates = {}
     dtypes = [torch.float32, torch.bfloat16] + ([torch.float16] if device.type == "cuda" else [])
     for dtype in dtypes:
