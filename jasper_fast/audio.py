@@ -95,6 +95,31 @@ def change_speed(samples: np.ndarray, speed: float) -> np.ndarray:
     return resample(samples, speed, 1.0)
 
 
+def change_tempo(samples: np.ndarray, tempo: float, sample_rate: int) -> np.ndarray:
+    """(samples,) spoken ``tempo`` times as fast at the same pitch: round(samples / tempo) values, float32.
+
+    Waveform-similarity overlap-add (Verhelst and Roelands, 1993): windows of 30 ms that overlap by half are taken from
+    the input at the other tempo, each moved by up to 8 ms to where it continues the one before best.
+    """
+    half, reach = round(0.015 * sample_rate), round(0.008 * sample_rate)
+    size = round(len(samples) / tempo)
+    if tempo == 1.0 or size <= half:
+        return samples[:size] if size <= half else samples
+    padded = np.pad(samples.astype(np.float32), (reach, reach + 3 * half))
+    count = -(-size // half)
+    window = (0.5 - 0.5 * np.cos(np.pi * (np.arange(2 * half) + 0.5) / half)).astype(np.float32)
+    out = np.zeros((count + 1) * half, np.float32)
+    start = reach  # in padded, of the window in hand
+    out[:half] = padded[start : start + half] * (1 - window[:half])  # nothing fades in at the beginning
+    for i in range(count):
+        out[i * half : (i + 2) * half] += padded[start : start + 2 * half] * window
+        wanted = padded[start + half : start + 2 * half]  # what would follow by itself
+        lowest = min(round((i + 1) * half * tempo), len(samples))
+        match = np.correlate(padded[lowest : lowest + half + 2 * reach], wanted, "valid")
+        start = lowest + int(match.argmax())
+    return out[:size]
+
+
 def silence_bounds(samples: np.ndarray, top_db: float = 60.0, frame: int = 2048, hop: int = 512) -> tuple[int, int]:
     """First sample and end of what is not silence: hops within ``top_db`` of the loudest frame's power.
 

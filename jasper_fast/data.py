@@ -188,6 +188,23 @@ class SpeedPerturbation:
 
 
 @dataclass(frozen=True)
+class TempoPerturbation:
+    """Speaks min_rate to max_rate times as fast at the same pitch, log-uniform, with probability p."""
+
+    min_rate: float = 0.8
+    max_rate: float = 1.25
+    p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_rate <= self.max_rate:
+            raise ValueError(f"tempo_perturbation: need 0 < min_rate <= max_rate, got {self.min_rate}, {self.max_rate}")
+
+    def draw(self, rng: np.random.Generator) -> float:
+        apply, uniform = rng.random() < self.p, rng.random()
+        return self.min_rate * (self.max_rate / self.min_rate) ** uniform if apply else 1.0
+
+
+@dataclass(frozen=True)
 class GainPerturbation:
     """Changes the level by min_gain_dbfs to max_gain_dbfs decibels with probability p."""
 
@@ -288,6 +305,7 @@ class _Draw:
     speed: float
     gain_db: float
     shift_ms: float
+    tempo: float
     noise: tuple[float, float, int] | None  # of NoisePerturbation
     variant: float  # 0 to 1, chooses among the alternatives of an utterance
     noise_db: float | None
@@ -324,7 +342,8 @@ class SpeechDataset(Dataset):
     neighbour in length. With ``training=False`` nothing is perturbed, joined, replaced or left out for its length or
     text: only unreadable files are skipped.
 
-    speed, gain, shift, noise perturbation and join: instances of the classes above, or dicts or tuples of their fields.
+    speed, tempo, noise, gain, shift perturbation and join: instances of the classes above, or dicts or tuples of their
+    fields.
     Raises ValueError if nothing is left.
     """
 
@@ -341,6 +360,7 @@ class SpeechDataset(Dataset):
         gain_perturbation: GainPerturbation | dict | tuple | None = None,
         shift_perturbation: ShiftPerturbation | dict | tuple | None = None,
         noise_perturbation: NoisePerturbation | dict | tuple | None = None,
+        tempo_perturbation: TempoPerturbation | dict | tuple | None = None,
         trim_silence: bool = False,
         normalize_text: bool = True,
         training: bool = True,
@@ -353,6 +373,7 @@ class SpeechDataset(Dataset):
         self.speed = _build(SpeedPerturbation, speed_perturbation, "speed_perturbation") if training else None
         self.gain = _build(GainPerturbation, gain_perturbation, "gain_perturbation") if training else None
         self.shift = _build(ShiftPerturbation, shift_perturbation, "shift_perturbation") if training else None
+        self.tempo = _build(TempoPerturbation, tempo_perturbation, "tempo_perturbation") if training else None
         self.noise = _build(NoisePerturbation, noise_perturbation, "noise_perturbation") if training else None
         self.join = _build(Join, join, "join") if training else None
         self.skipped = SkipReport()
@@ -402,7 +423,8 @@ class SpeechDataset(Dataset):
         if "normalize_transcripts" in settings:
             settings["normalize_text"] = settings.pop("normalize_transcripts")
         known = {"sample_rate", "trim_silence", "normalize_text", "min_duration", "max_duration", "join"}
-        known |= {"speed_perturbation", "gain_perturbation", "shift_perturbation", "noise_perturbation"}
+        known |= {"speed_perturbation", "gain_perturbation", "shift_perturbation"}
+        known |= {"noise_perturbation", "tempo_perturbation"}
         unknown = settings.keys() - known
         if unknown:
             taken = {"ignore_offline_speed_perturbation", "max_utts", "normalize_transcripts", "pad_to_max_duration"}
@@ -446,12 +468,12 @@ class SpeechDataset(Dataset):
 
     def durations(self, epoch: int = 0) -> list[float]:
         """Seconds of every item in that epoch, joined and perturbed: what a BatchPlan goes by."""
-        if self.join is None and self.speed is None:
+        if self.join is None and self.speed is None and self.tempo is None:
             return [_finite(u.duration) for u in self.utterances]
         return [self._duration(self._draw(epoch, i)) for i in range(len(self))]
 
     def _duration(self, draw: _Draw) -> float:
-        return self._seconds(draw.clips, draw.gaps) / draw.speed
+        return self._seconds(draw.clips, draw.gaps) / (draw.speed * draw.tempo)
 
     def _seconds(self, clips: Sequence[int], gaps: Sequence[float]) -> float:
         return sum(_finite(self.utterances[i].duration) for i in clips) + sum(gaps)
@@ -467,7 +489,8 @@ class SpeechDataset(Dataset):
         shift = self.shift.draw(rng) if self.shift else 0.0
         variant = rng.random()
         noise = self.noise.draw(rng) if self.noise else None
-        return _Draw(clips, gaps, speed, gain, shift, noise, variant, noise_db)
+        tempo = self.tempo.draw(rng) if self.tempo else 1.0
+        return _Draw(clips, gaps, speed, gain, shift, tempo, noise, variant, noise_db)
 
     def _draw_join(self, own: int, rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[float, ...], float | None]:
         join = self.join
@@ -596,6 +619,8 @@ class SpeechDataset(Dataset):
     def _perturb(self, samples: np.ndarray, draw: _Draw) -> np.ndarray:
         if draw.speed != 1.0:
             samples = audio.change_speed(samples, draw.speed)
+        if draw.tempo != 1.0:
+            samples = audio.change_tempo(samples, draw.tempo, self.sample_rate)
         if draw.noise is not None and len(samples):
             samples = NoisePerturbation.add(samples, *draw.noise)
         if draw.gain_db:

@@ -1,14 +1,16 @@
-"""Augmentation that makes other speakers and rooms: speaker warp on features, noise on samples."""
+"""Augmentation that makes other speakers and rooms: speaker warp on features, tempo and noise on samples."""
 
 import math
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
-from jasper_fast import augment
-from jasper_fast.data import NoisePerturbation
+from jasper_fast import audio, augment
+from jasper_fast.data import NoisePerturbation, SpeechDataset, Utterance
 from jasper_fast.features import _hz_to_mel, _mel_to_hz
+from jasper_fast.text import Vocabulary
 from jasper_fast.warp import SpeakerWarp
 
 BANDS = 64
@@ -108,3 +110,37 @@ def test_noise_is_drawn_within_its_bounds_and_as_often_as_said():
     assert all(5 <= snr <= 30 and -2 <= slope <= 0 for snr, slope, _ in kept)
     with pytest.raises(ValueError, match="min_snr_db"):
         NoisePerturbation(30, 5)
+
+
+@pytest.mark.parametrize("tempo", [0.6, 0.9, 1.3, 1.7])
+def test_tempo_keeps_the_pitch_and_the_level(tempo):
+    t = np.arange(8000) / 8000
+    x = (0.5 * np.sin(2 * np.pi * 200 * t) + 0.2 * np.sin(2 * np.pi * 700 * t)).astype(np.float32)
+    y = audio.change_tempo(x, tempo, 8000)
+    assert y.dtype == np.float32 and len(y) == round(8000 / tempo)
+    spectrum = np.abs(np.fft.rfft(y * np.hanning(len(y))))
+    assert spectrum.argmax() * 8000 / len(y) == pytest.approx(200, abs=2)
+    assert y.std() == pytest.approx(x.std(), rel=0.02)
+    assert np.abs(np.diff(y)).max() < 1.3 * np.abs(np.diff(x)).max()  # no clicks where windows meet
+
+
+@pytest.mark.parametrize("samples", [0, 1, 100, 121, 250])
+def test_tempo_of_short_samples(samples):
+    x = np.ones(samples, np.float32)
+    assert len(audio.change_tempo(x, 2.0, 8000)) == round(samples / 2)
+    assert np.array_equal(audio.change_tempo(x, 1.0, 8000), x)
+
+
+def test_tempo_and_noise_reach_the_items_and_repeat(tmp_path):
+    speech = np.sin(np.arange(8000) * 0.2).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", speech, 8000)
+    one = [Utterance(str(tmp_path / "a.wav"), 1.0, "a")]
+    settings = {"tempo_perturbation": {"min_rate": 0.5, "max_rate": 0.6}, "noise_perturbation": {"max_snr_db": 20}}
+    dataset = SpeechDataset(one, Vocabulary(["a"]), 8000, **settings)
+    item = dataset[(3, 0)]
+    assert 8000 / 0.6 - 1 <= len(item.audio) <= 8000 / 0.5 + 1
+    assert dataset.durations(3)[0] == pytest.approx(len(item.audio) / 8000, abs=1e-3)
+    assert np.array_equal(item.audio, dataset[(3, 0)].audio)
+    assert not np.array_equal(item.audio[:8000], dataset[(4, 0)].audio[:8000])
+    plain = SpeechDataset(one, Vocabulary(["a"]), 8000, **settings, training=False)[0].audio
+    assert np.abs(plain - speech).max() < 1e-4  # 16 bits
