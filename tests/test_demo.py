@@ -155,14 +155,17 @@ def test_the_learning_rate_follows_the_clock():
 def test_the_faster_number_of_threads_stays():
     had = torch.get_num_threads()
     try:
-        for times, best in (((1.0, 0.5), 1), ((0.5, 1.0), 2)):
-            threads = learn.Threads([2, 1], trial=3)
+        for times, expected in (
+            ({1: 1.0, 2: 0.6}, [1, 1, 1, 2, 2, 2, 2, 2]),
+            ({1: 1.0, 2: 1.2}, [1, 1, 1, 2, 2, 2, 1, 1]),
+            ({1: 1.0, 2: 9.0}, [1, 1, 1, 2, 2, 1, 1, 1]),  # dropped before its trial is over
+        ):
+            threads = learn.Threads([1, 2], trial=3)
             used = []
-            for _ in range(10):
+            for _ in expected:
                 used.append(torch.get_num_threads())
-                threads.took(times[[2, 1].index(used[-1])])
-            assert used[:6] == [2, 2, 2, 1, 1, 1]
-            assert used[6:] == [best] * 4
+                threads.took(times[used[-1]])
+            assert used == expected
     finally:
         torch.set_num_threads(had)
 

@@ -24,7 +24,8 @@ EMA_DECAY = 0.99
 class Threads:
     """Sets the number of CPU threads that trains fastest now: on busy cores one thread beats many that wait in turn.
 
-    `trial` steps are timed with each candidate, then the fastest stays until the next `reset`.
+    Up to `trial` steps are timed with each of the candidates, in their order: one that is clearly slower
+    than an earlier one is dropped at its second step. The fastest then stays until the next `reset`.
     """
 
     def __init__(self, candidates: list[int], trial: int = 6):
@@ -33,19 +34,23 @@ class Threads:
 
     def reset(self) -> None:
         """Begins the trials anew."""
-        self.seconds: list[list[float]] = [[] for _ in self.candidates]
+        self.medians: list[float] = []
+        self.seconds: list[float] = []
         torch.set_num_threads(self.candidates[0])
 
     def took(self, seconds_per_utterance: float) -> None:
         """Takes the time of a step in, and moves on."""
-        open_trials = [i for i, s in enumerate(self.seconds) if len(s) < self.trial]
-        if not open_trials:
+        if len(self.medians) == len(self.candidates):
             return
-        self.seconds[open_trials[0]].append(seconds_per_utterance)
-        if len(self.seconds[open_trials[0]]) == self.trial:
-            medians = [statistics.median(s) for s in self.seconds if s]
-            left = open_trials[1:]
-            torch.set_num_threads(self.candidates[left[0] if left else medians.index(min(medians))])
+        self.seconds.append(seconds_per_utterance)
+        hopeless = self.medians and len(self.seconds) >= 2 and min(self.seconds) > 1.5 * min(self.medians)
+        if len(self.seconds) < self.trial and not hopeless:
+            return
+        self.medians.append(statistics.median(self.seconds))
+        self.seconds = []
+        done = len(self.medians) == len(self.candidates)
+        which = self.medians.index(min(self.medians)) if done else len(self.medians)
+        torch.set_num_threads(self.candidates[which])
 
 
 @dataclass
@@ -104,7 +109,7 @@ def learn(
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     ema, guard = EMA(model, EMA_DECAY, warmup=True), BufferGuard(model)
     pending: list[torch.Tensor] = []
-    threads = Threads(sorted({torch.get_num_threads(), 1}, reverse=True))
+    threads = Threads(sorted({1, torch.get_num_threads()}))
     workers = 4 if device.type == "cuda" else 0
 
     budget, begin = 60 * minutes, time.perf_counter()
