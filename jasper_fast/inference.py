@@ -103,7 +103,7 @@ class _Step:
     panes: _Place | None
 
 
-# Taps from which the two-parallel fast FIR's 1.3 times fewer multiplications outweigh its 1.5 times larger weights.
+# Taps from which the nested fast FIR with 1.7 times fewer multiplications outweighs its 2.3 times larger weights.
 FAST_FIR_TAPS = 5
 _POINTWISE = BlockConfig(filters=1, kernel_size=(1,), residual=False)
 
@@ -170,7 +170,7 @@ class _PackedConv:
     def __init__(self, face: str, weight: Tensor, bias: Tensor, panes: Tensor | None, b: BlockConfig, *, relu: bool):
         self.impl = backends.face("conv1d", face)
         fast = face == "cpu" and b.s == 1 and b.k >= FAST_FIR_TAPS
-        self.packed = self.impl.pack(weight, **({"algorithm": "fast_fir_1"} if fast else {}))
+        self.packed = self.impl.pack(weight, **({"algorithm": "fast_fir_2"} if fast else {}))
         self.packed_panes = None if panes is None else self.impl.pack(panes.unsqueeze(2))
         self.bias, self.b, self.relu = bias.float().clone(), b, relu
 
