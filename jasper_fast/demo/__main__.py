@@ -1,6 +1,6 @@
 """Speak a corpus, train a fused Jasper on it, transcribe voices it never heard, and compare it with the plain model.
 
-python -m jasper_fast.demo [--out build/demo] [--minutes 4]
+python -m jasper_fast.demo [--out build/demo] [--steps 2500] [--minutes 5.5]
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for the corpus and the results")
-    parser.add_argument("--minutes", type=float, help="time to train; 4 on a CPU and 2 on a GPU, if unset")
+    parser.add_argument("--steps", type=int, default=2500, help="updates of the weights")
+    parser.add_argument("--minutes", type=float, default=5.5, help="end the training by then, on a slow machine")
     parser.add_argument("--config", type=Path, default=CONFIG, help="the model")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--train-utterances", type=int, default=1120, help="commands to learn from")
@@ -78,11 +79,12 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    minutes = args.minutes if args.minutes is not None else 2.0 if device.type == "cuda" else 4.0
     config = JasperConfig.from_yaml(args.config)
     out = args.out
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    console.print(f"[bold]jasper_fast {__version__} demo[/] on {cpu_name()}, {place}: about {minutes + 1:.0f} minutes")
+    console.print(
+        f"[bold]jasper_fast {__version__} demo[/] on {cpu_name()}, {place}: at most {args.minutes + 1:.0f} minutes"
+    )
 
     try:
         train = corpus.synthesise(out / "corpus", "train", args.train_utterances, args.seed)
@@ -93,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     spoken = time.perf_counter()
     heard, unheard = read_manifest(train), read_manifest(test)
 
-    learned = learn.learn(config, train, test, minutes, device, args.seed)
+    learned = learn.learn(config, train, test, args.steps, args.minutes, device, args.seed)
     model = learned.model
     console.print(
         f"{learned.steps} steps, {learned.utterances} utterances in {learned.seconds:.0f} s;"

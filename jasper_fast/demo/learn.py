@@ -1,4 +1,4 @@
-"""Training for a fixed time: the learning rate follows the clock, so that slow and fast machines finish in time."""
+"""Training for so many steps or so much time: the learning rate follows whichever ends first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jasper_fast.training import BufferGuard, Frontend, Validation, train_step, 
 
 BATCH_SIZE = 8
 LR, MIN_LR, WEIGHT_DECAY = 0.02, 1e-4, 1e-3
-WARMUP = 0.03  # share of the time
+WARMUP = 0.03  # share of the training
 EMA_DECAY = 0.99
 
 
@@ -69,7 +69,7 @@ class Learned:
 
 
 def rate(progress: float) -> float:
-    """The learning rate at `progress` (0 to 1) of the time: a short warm-up, then a straight line down."""
+    """The learning rate at `progress` (0 to 1) of the training: a short warm-up, then a straight line down."""
     if progress < WARMUP:
         return LR * progress / WARMUP + MIN_LR
     return max(LR * (1 - progress) / (1 - WARMUP), MIN_LR)
@@ -91,9 +91,17 @@ def datasets(
 
 
 def learn(
-    config: JasperConfig, train: Path, test: Path, minutes: float, device: torch.device, seed: int = 0, curve: int = 10
+    config: JasperConfig,
+    train: Path,
+    test: Path,
+    steps: int,
+    minutes: float,
+    device: torch.device,
+    seed: int = 0,
+    looks: int = 10,
 ) -> Learned:
-    """Trains a Jasper of `config` on the manifest `train` for `minutes`, and judges it `curve` times on `test`.
+    """Trains a Jasper of `config` on the manifest `train` for `steps`, or for `minutes` where a machine is too slow for
+    them, and judges it on `test` about `looks` times.
 
     The test chooses nothing: the settings are fixed, the last averaged weights are the result. The steps are those of
     `train.py` (`jasper_fast.training.train_step`) with NovoGrad.
@@ -114,7 +122,7 @@ def learn(
 
     budget, begin = 60 * minutes, time.perf_counter()
     result = Learned(model, frontend, vocabulary, Validation(0.0, 1.0, 1.0, 0), 0.0)
-    next_look = budget / curve
+    next_look = 1 / looks
 
     def judge() -> None:
         with ema.applied_to(model):
@@ -124,11 +132,11 @@ def learn(
 
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn()
     with Progress(*columns) as progress:
-        bar = progress.add_task("training", total=budget, figures="")
+        bar = progress.add_task("training", total=1.0, figures="")
         epoch = 0
         while True:
             for batch in data.batches(train_set, plan, epoch, workers=workers):
-                done = (time.perf_counter() - begin) / budget
+                done = max((time.perf_counter() - begin) / budget, result.steps / steps)
                 if done >= 1:
                     break
                 for group in optimizer.param_groups:
@@ -146,16 +154,16 @@ def learn(
                 now = time.perf_counter() - begin
                 result.loss.append({"seconds": now, "step": result.steps, "loss": loss})
                 wer = f", WER {result.wer[-1]['wer']:.1%}" if result.wer else ""
-                progress.update(bar, completed=min(now, budget), figures=f"loss {loss:.2f}{wer}")
-                if next_look < now < budget - 0.4 * budget / curve:
+                progress.update(bar, completed=min(done, 1.0), figures=f"loss {loss:.2f}{wer}")
+                if next_look < done < 1 - 0.4 / looks:
                     judge()
                     threads.reset()
-                    next_look = now + budget / curve
+                    next_look = done + 1 / looks
             else:
                 epoch += 1
                 continue
             break
-        progress.update(bar, completed=budget)
+        progress.update(bar, completed=1.0)
     judge()
     ema_state = {name: tensor.clone() for name, tensor in ema.state_dict().items()}
     model.load_state_dict(ema_state)
