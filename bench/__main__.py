@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 
 from bench import goals, harness, limits, machine, tables
+from bench.harness import console
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ALL_SECONDS = 570.0
 DEFAULT_OUT = machine.ROOT / "build" / "bench"
 
 
@@ -103,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.results.data["goals"] = found
     run.results.data["seconds"] = round(time.monotonic() - run.started, 1)
     parts = run.results.data.get("parts", {}).values()
-    run.results.data["finished"] = not any(part in ("cut off", "no time left") for part in parts)
+    run.results.data["finished"] = not (run.out_of_time() or any(part in ("cut off", "no time left") for part in parts))
     run.results.write()
     tables.show(run.results.data["rows"], found)
     tables.console.print(f"wrote {_relative(run.results.path)}")
@@ -131,10 +133,13 @@ def start(args: argparse.Namespace) -> harness.Run:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         name, commit = machine.slug(header["machine"]["name"]), header["machine"]["commit"] or "nogit"
         path = args.out / f"{args.command}_{name}_{stamp}_{commit}.json"
+    load, cores = header["machine"]["load_average"], header["machine"]["cpu"]["cores"]
+    if load and load[0] > 0.5 * cores:
+        console.print(f"[yellow]load average {load[0]:.1f} on {cores} cores: other work will blur every number[/]")
     results = harness.Results(path, header, args.resume)
     run = harness.Run(device, dtype, args.backend, args.quick, results, effort, rivals=args.rivals)
     if not results.limits:
-        with harness.console.status("measuring the machine's limits"):
+        with console.status("measuring the machine's limits"):
             results.data["limits"] = limits.measure(device, args.quick)
         results.write()
     return run
@@ -188,10 +193,11 @@ def _memory(run: harness.Run, args: argparse.Namespace) -> None:
 def _all(run: harness.Run, args: argparse.Namespace) -> None:
     from bench import kernels, latency, memory, train
 
-    run.brief = True
+    run.brief, run.deadline = True, run.started + ALL_SECONDS
+    run.effort = dataclasses.replace(run.effort, seconds=min(run.effort.seconds, 4.0))
     kernels.main(run)
     train.main(run)
-    latency.main(run)
+    latency.main(run, "jasper10x5")
     memory.main(run)
 
 

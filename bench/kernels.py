@@ -246,7 +246,10 @@ def cases_bn_relu_dropout(run: Run) -> list[Case]:
     compiled = run.rivals in ("all", "compile") or (run.rivals == "default" and not run.quick)
     made = [bn_relu_dropout(run, s, "both", False, compiled) for s in goals]
     if not run.quick:
-        made += [bn_relu_dropout(run, s, m, False, False) for s, m in itertools.product(goals, ("forward", "backward"))]
+        single = goals[:1] if run.brief else goals
+        made += [
+            bn_relu_dropout(run, s, m, False, False) for s, m in itertools.product(single, ("forward", "backward"))
+        ]
         made += [bn_relu_dropout(run, s, "both", False, False) for s in others]
     return [*made, bn_relu_dropout(run, goals[1], "both", True, False)]
 

@@ -118,6 +118,8 @@ def machine_list(result: dict) -> str:
     """Where the numbers come from and how to get them again."""
     m, limits = result["machine"], result["limits"]
     facts = {"machine": m["name"], "instructions": ", ".join(m["cpu"]["isa"]), "threads": m["threads"]}
+    if m["load_average"]:
+        facts["load before the run"] = f"{m['load_average'][0]:.1f} on {m['cpu']['cores']} cores"
     if m["gpu"]:
         gpu = m["gpu"]
         facts["GPU"] = f"{gpu['capability']}, {gpu['memory_gib']} GiB, driver {gpu['driver']}, CUDA {m['cuda']}"

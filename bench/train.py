@@ -19,13 +19,10 @@ from jasper_fast import Jasper, NovoGrad
 CPU_GRID = (("small", 8, 400), ("medium", 4, 400))
 GPU_GRID = (("jasper10x5", 32, 1680), ("jasper10x5", 8, 1680), ("jasper10x5", 32, 704), ("jasper10x5", 64, 1680))
 MODES = ("forward+backward", "step")
-# CTC's own gradient keeps 1e-4 in fp32 (it sums paths of a loss of hundreds), and so has every gradient behind it
-TOLERANCE = correct.Tolerance(
-    factor=4.0,
-    floor=256.0,
-    relative=1e-4,
-    gradients=correct.Tolerance(factor=4.0, floor=8192.0, relative=3e-2, peak=20.0),
-)
+# The forward's results are held to roundings. A gradient of a whole network is not: one ReLU that falls to the other
+# side moves it by a per cent, in eager PyTorch as in any kernel (bench.kernels holds each op's gradients to roundings).
+GRADIENTS = correct.Tolerance(factor=4.0, floor=0.03 / torch.finfo(torch.float32).eps, relative=0.03, peak=10.0)
+TOLERANCE = correct.Tolerance(factor=4.0, floor=256.0, relative=1e-4, gradients=GRADIENTS)
 
 
 class Batch:
@@ -158,10 +155,9 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
 def main(run: Run, grid: tuple = ()) -> list[dict]:
     """Measure the grid for the device, or the given one."""
     grid = grid or (GPU_GRID if run.device.type == "cuda" else CPU_GRID[: 1 if run.quick else None])
-    modes = MODES[:1] if run.quick else MODES
     found = []
     for model, N, T in grid:  # one at a time: each case holds a model per contender
-        for mode in modes:
+        for mode in MODES[:1] if run.quick or (run.brief and model != "small") else MODES:
             found += run.cases(f"train {model}", [case(run, model, N, T, mode)])
     return found
 
