@@ -174,10 +174,9 @@ def sound_case(shared: Models, model: str, N: int, seconds: float) -> Case:
 def main(run: Run, model: str = "jasper10x5", full: bool = False, grid: tuple = ()) -> list[dict]:
     """Measure the grid for the device (all of it on a GPU or with `full`)."""
     shared = Models(run, model)
-    grid = grid or (GRID if full or run.device.type == "cuda" else CPU_GRID)
-    if run.device.type == "cpu" and not full:
-        grid = grid[: 1 if run.quick else 3 if run.brief else None]
-    cases = [case(shared, model, N, seconds) for N, seconds in grid]
+    everything = full or run.device.type == "cuda"
+    usual = GRID if everything else CPU_GRID[: 1 if run.quick else 3 if run.brief else None]
+    cases = [case(shared, model, N, seconds) for N, seconds in grid or usual]
     if not run.quick:
         cases.insert(1, sound_case(shared, model, 1, 2.0))
     return run.cases(f"latency {model}", cases)

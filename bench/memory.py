@@ -202,9 +202,8 @@ def measure(run: Run, model: str, N: int, T: int) -> list[dict]:
 def main(run: Run, grid: tuple = ()) -> list[dict]:
     """Measure the grid for the device, or the given one."""
     found = []
-    grid = grid or (GPU_GRID if run.device.type == "cuda" else CPU_GRID)
-    grid = grid[:1] if run.quick else grid
-    for model, N, T in grid:
+    usual = GPU_GRID if run.device.type == "cuda" else CPU_GRID
+    for model, N, T in grid or usual[: 1 if run.quick else None]:
         done = f"memory model={model} batch=({N}, 64, {T}) dtype={dtype_name(run.dtype)} mode=training step"
         if run.out_of_time() or run.results.has(done, ("jasper_fast", "eager")):
             continue

@@ -32,8 +32,8 @@ def duration(seconds: float) -> str:
 def rate(row: dict) -> str:
     """What the row achieves, in the unit of its bound."""
     if row.get("limit", {}).get("bound") == "memory":
-        return f"{row['bytes_per_s'] / 1e9:.1f} GB/s"
-    return f"{row['flops_per_s'] / 1e9:.0f} GFLOP/s" if "flops_per_s" in row else ""
+        return f"{row['bytes_per_s'] / 1e9:.3g} GB/s"
+    return f"{row['flops_per_s'] / 1e9:.3g} GFLOP/s" if "flops_per_s" in row else ""
 
 
 def span(ratio: dict) -> str:
