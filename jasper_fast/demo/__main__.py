@@ -174,7 +174,8 @@ def main(argv: list[str] | None = None) -> int:
     page = report.render(result, [picture(str(p)) for p in paths], [p.read_bytes() for p in paths])
     (out / "index.html").write_text(page, encoding="utf-8")
     console.print(table(result))
-    console.print(f"{out / 'index.html'}: the page; {out / 'result.json'}: the numbers; {saved}: the model")
+    made = f"{out / 'index.html'}: the page; {out / 'result.json'}: the numbers; {saved}: the model"
+    console.print(made, soft_wrap=True)
     console.print(f"jasper-fast transcribe --checkpoint {saved} {paths[0]}", soft_wrap=True)
     return 0
 
