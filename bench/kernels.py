@@ -190,8 +190,8 @@ def dropout_complaints(got: Mapping[str, Tensor], inputs: Inputs, p: float) -> l
     return [f"dropout on: {line}" for line in [*([rate] if rate else []), *wrong]]
 
 
-# sums over N*T rows run in another order
-TOLERANCE = correct.Tolerance(factor=2.0, floor=16.0)
+# sums over N*T rows run in another order: PyTorch's own, on one thread in channels_last memory, is 23 roundings off
+TOLERANCE = correct.Tolerance(factor=2.0, floor=40.0)
 
 
 def bn_relu_dropout(run: Run, shape: tuple[int, int, int], mode: str, residual: bool, compiled: bool) -> Case:

@@ -25,7 +25,7 @@ def measure(device: torch.device, quick: bool = False) -> dict:
 
 def matmul_rates(device: torch.device, quick: bool = False) -> dict[str, float]:
     """FLOP/s of a large square matrix product, by dtype; on a GPU float32 is IEEE and tf32 is listed beside it."""
-    size = (1024 if quick else 2048) if device.type == "cpu" else 8192
+    size = (1536 if quick else 2048) if device.type == "cpu" else 8192
     rates = {}
     dtypes = [torch.float32, torch.bfloat16] + ([torch.float16] if device.type == "cuda" else [])
     for dtype in dtypes:
@@ -93,12 +93,15 @@ def _per_call(device: torch.device, call: Callable[[], object], n: int) -> float
     return spent / n
 
 
-def _best(device: torch.device, call: Callable[[], object], rounds: int = 9) -> float:
+def _best(device: torch.device, call: Callable[[], object], seconds: float = 0.6) -> float:
     """Shortest time of a call: a ceiling is what the machine can do, not what it does on average."""
     ticker = harness.clock(device, wall=False)
-    for _ in range(3):
-        call()
-    return min(ticker.sample(call, 1) for _ in range(rounds))
+    best, end = ticker.sample(call, 1), time.perf_counter() + seconds
+    for _ in range(4):
+        best = min(best, ticker.sample(call, 1))
+    while time.perf_counter() < end:
+        best = min(best, ticker.sample(call, 1))
+    return best
 
 
 def _fast_bf16() -> bool:
