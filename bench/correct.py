@@ -86,5 +86,5 @@ def keep_rate_complaint(kept: int, of: int, p: float) -> str | None:
 
 def poison(like: Mapping[str, Tensor]) -> None:
     """Leave NaN in the memory that the allocator will hand out next, so that an element nobody writes shows."""
-    filled = [torch.full_like(t, math.nan) for t in like.values() if t.is_floating_point() for _ in range(2)]
+    filled = [torch.full_like(t, math.nan) for t in like.values() if t.is_floating_point()]
     del filled

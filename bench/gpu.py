@@ -51,7 +51,7 @@ def plan(run: Run) -> list[tuple[str, Callable[[Run], object]]]:
         ("memory", lambda r: memory.main(r, ((model, 8, 1680),))),
         ("sub-blocks", lambda r: kernels.main(with_(r, {"brief": True}), "sub_block")),
         ("latency grid", lambda r: latency.main(with_(r, light), model)),
-        ("convs", lambda r: kernels.main(with_(r, {"brief": True}), "conv1d")),
+        ("convs", lambda r: kernels.main(with_(r, {"quick": True}), "conv1d")),
         ("every width of bn_relu_dropout", lambda r: kernels.main(with_(r, {"rivals": "eager"}), "bn_relu_dropout")),
         ("launches", lambda r: launches.main(with_(r, {"rivals": "eager,cuda_graph"}))),
         ("training grid", lambda r: train.main(with_(r, light_training))),

@@ -377,7 +377,7 @@ class Results:
     """One JSON file a run, written again after every case, so that a run cut off keeps what it finished."""
 
     def __init__(self, path: Path, header: dict, resume: bool = False) -> None:
-        self.path = path
+        self.path, self.started = path, time.monotonic()
         self.data = {"schema": SCHEMA, **header, "limits": {}, "rows": [], "finished": False}
         if resume and unfinished(path, header):
             old = json.loads(path.read_text())
@@ -399,6 +399,7 @@ class Results:
         new = {row["id"]: row for row in rows}
         for row in new.values():
             against_limits(row, self.limits)
+            row["at_s"] = round(time.monotonic() - self.started, 1)
         self.data["rows"] = [r for r in self.data["rows"] if r["id"] not in new] + list(new.values())
         self.write()
 

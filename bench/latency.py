@@ -4,6 +4,7 @@
 """
 
 import functools
+import gc
 import itertools
 from collections.abc import Callable
 
@@ -61,6 +62,15 @@ class Models:
         fused = Jasper(self.cfg, backend=self.run.backend).to(self.run.device)
         fused.load_state_dict(self.state)
         return InferenceEngine(fused.to(self.run.dtype).eval())
+
+    def close(self) -> None:
+        """Let go of all weights now, not when the collector comes by."""
+        self.contenders.clear()
+        self.inputs.cache_clear()
+        self.state = {}
+        for model in ("plain", "judge"):
+            self.__dict__.pop(model, None)
+        gc.collect()
 
     def _inputs(self, N: int, seconds: float) -> tuple[Tensor, Tensor]:
         x, lengths = models.features(self.cfg, N, models.FRAMES[seconds], self.run.device, 0)
@@ -179,4 +189,6 @@ def main(run: Run, model: str = "jasper10x5", full: bool = False, grid: tuple = 
     cases = [case(shared, model, N, seconds) for N, seconds in grid or usual]
     if not run.quick:
         cases.insert(1, sound_case(shared, model, 1, 2.0))
-    return run.cases(f"latency {model}", cases)
+    found = run.cases(f"latency {model}", cases)
+    shared.close()
+    return found
