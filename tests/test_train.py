@@ -299,6 +299,8 @@ def test_log_continues_at_a_step(tmp_path):
 
 
 def test_a_second_signal_stops_at_once():
+    # a shell that runs the tests in the background has Python ignore SIGINT
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     stop = StopRequest()
     try:
         os.kill(os.getpid(), signal.SIGINT)
@@ -307,6 +309,7 @@ def test_a_second_signal_stops_at_once():
             os.kill(os.getpid(), signal.SIGINT)
     finally:
         stop.restore()
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
