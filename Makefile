@@ -3,7 +3,7 @@
 #   make install    .venv with jasper_fast, editable, and its native libraries
 #   make demo       train on synthetic speech, transcribe voices it never heard, fused beside eager
 #   make test       all tests
-#   make bench      quick benchmarks
+#   make bench      measure kernels, training, latency and memory beside eager PyTorch, under ten minutes
 #   make lint       ruff
 #   make clean      remove build products; make distclean removes .venv too
 #
@@ -55,7 +55,7 @@ test: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 tests
 
 bench: install
-	$(PY) -m bench all --quick
+	$(PY) -m bench all
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -256,27 +256,31 @@ def references() -> str:
 
 
 def write_readme(paths: Sequence[Path], readme: Path = ROOT / "README.md") -> int:
-    """Put the table of the newest result of each machine between the README's markers."""
+    """Put a table a machine between the README's markers, each line from the newest result that has it."""
     text = readme.read_text()
     if BEGIN not in text or END not in text:
         raise SystemExit(f"{readme.name}: the markers {BEGIN} and {END} are missing; put them where the table belongs")
-    newest: dict[str, dict] = {}
+    machines: dict[str, list[dict]] = {}
     for result in sorted((load(p) | {"path": p} for p in paths), key=lambda r: r["machine"]["date"]):
-        newest[result["machine"]["name"]] = result
-    if not newest:
+        machines.setdefault(result["machine"]["name"], []).append(result)
+    if not machines:
         raise SystemExit("no result in bench/results: commit one, or name JSON files")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n{''.join(readme_table(r) for r in newest.values())}{END}{after}")
+    readme.write_text(f"{before}{BEGIN}\n{''.join(readme_table(r) for r in machines.values())}{END}{after}")
     tables.console.print(f"wrote the table in {readme.name}")
     return 0
 
 
-def readme_table(result: dict) -> str:
-    """Markdown: each goal's measurement on one machine, and how to repeat it."""
-    rows, m = {row["id"]: row for row in result["rows"]}, result["machine"]
-    lines = [f"| {m['name']} | eager PyTorch | jasper_fast | ratio [95 %] |", "|---|---:|---:|---:|"]
-    for goal in result["goals"]:
+def readme_table(results: Sequence[dict]) -> str:
+    """Markdown: each goal's newest measurement on one machine, oldest result first, and how to repeat them."""
+    latest = {goal["name"]: (goal, result) for result in results for goal in result["goals"]}
+    lines = [
+        f"| {results[-1]['machine']['name']} | eager PyTorch | jasper_fast | ratio [95 %] |",
+        "|---|---:|---:|---:|",
+    ]
+    for goal, result in latest.values():
+        rows = {row["id"]: row for row in result["rows"]}
         pair = rows[goal["row"]], rows[goal["row"].rsplit(" / ", 1)[0] + " / jasper_fast"]
         if goal["measured"] is None:
             cells = ["no number", pair[1].get("why", ""), ""]
@@ -287,9 +291,12 @@ def readme_table(result: dict) -> str:
             cells = [tables.duration(r["time_s"]["median"]) for r in pair]
             cells.append(f"{goal['measured']:.2f}x [{goal['low']:.2f}, {goal['high']:.2f}]")
         lines.append(f"| {goal['name']} | {' | '.join(cells)} |")
-    path = result.get("path")
-    link = (
-        f"[bench/results/{path.name}](bench/results/{path.name})" if path and path.parent == COMMITTED else "this run"
-    )
-    versions = f"{m['threads']} threads, torch {m['packages']['torch']}, commit {m['commit']}"
-    return "\n".join([*lines, "", f"`{m['command']}`; {versions}; {link}.", ""])
+    used = [r for r in results if any(result is r for _, result in latest.values())]
+    return "\n".join([*lines, "", *(f"- {source(r)}" for r in used), ""])
+
+
+def source(result: dict) -> str:
+    """Command, versions and file of a result."""
+    m, path = result["machine"], result["path"]
+    file = f"[result](bench/results/{path.name})" if path.parent == COMMITTED else path.name
+    return f"`{m['command']}`; {m['threads']} threads, torch {m['packages']['torch']}, commit {m['commit']}; {file}"
