@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 
-from jasper_fast.kernels.bn_relu_dropout.triton_impl import _keep
+from jasper_fast.kernels.triton_dropout import keep
 
 
 @triton.jit
 def draw(out_ptr, m0, C, seed_ptr, threshold, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr):
-    kept = _keep(tl.cast(m0, tl.int64), 0, C, seed_ptr, threshold, BLOCK_M, BLOCK_C, VEC)
+    kept = keep(tl.cast(m0, tl.int64), 0, C, seed_ptr, threshold, BLOCK_M, BLOCK_C, VEC)
     offs = tl.arange(0, BLOCK_M)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     tl.store(out_ptr + offs, kept.to(tl.int8))

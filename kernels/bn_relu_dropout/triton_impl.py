@@ -8,22 +8,23 @@ An activation is a matrix of M = N*T rows (frames) by C channels. A pointwise pr
 BLOCK_C channels: forward reads 1 (2 with a residual) and writes 1 element per element; backward_apply reads 2 (3) and
 writes 1 (2). A reducing program owns a chunk of rows by BLOCK_C channels and leaves one partial per channel, which a
 second kernel merges in a fixed order: stats reads 1, backward_reduce 2 (3 with z). Rows beyond their length are not
-read, except by stats and by backward_apply with batch statistics, which count padding as the reference does.
+read, except by stats and by backward_apply with batch statistics, which count padding as the reference does; with
+`halo` backward_apply reads none beyond length + halo, where y is zero and dy one constant row.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels import aot, philox
+from jasper_fast.kernels import aot, launch, philox
 from jasper_fast.kernels.layout import empty_ntc
+from jasper_fast.kernels.triton_dropout import keep
 
 TILE_BYTES = 8192  # of a pointwise tile: 64 a thread and input, so four 16-byte loads of each are in flight
 LANES = 2048  # elements of a reducing tile: 16 a thread, each with two fp32 accumulators
@@ -37,44 +38,14 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def _alive_rows(offs_m, rows, frames, lengths_ptr, HAS_LENGTHS: tl.constexpr):
-    """Rows that exist and are not padding: bool, the shape of offs_m (int64 row numbers)."""
+def _alive_rows(offs_m, rows, frames, lengths_ptr, HAS_LENGTHS: tl.constexpr, halo=0):
+    """Rows that exist and lie before their length, or `halo` rows beyond it: bool, shape of offs_m (int64 numbers)."""
     alive = offs_m < rows
     if HAS_LENGTHS:
         n = offs_m // frames
         length = tl.load(lengths_ptr + n, mask=alive, other=0)
-        alive = alive & (offs_m - n * frames < length)
+        alive = alive & (offs_m - n * frames < length + halo)
     return alive
-
-
-@triton.jit
-def _keep(m0, c0, C, seed_ptr, threshold, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr):
-    """Which elements of the tile at row m0, channel c0 dropout keeps: bool [BLOCK_M, BLOCK_C]."""
-    seed = tl.load(seed_ptr)
-    threshold = tl.cast(threshold, tl.int32).to(tl.uint32, bitcast=True)
-    if VEC % 4 == 0:  # C is a multiple of 4: a counter's four words are four neighbours of one row
-        groups: tl.constexpr = BLOCK_C // 4
-        base = m0 * (C // 4) + c0 // 4
-        offs = tl.arange(0, BLOCK_M)[:, None] * (C // 4) + tl.arange(0, groups)[None, :]
-        counter = base + offs.to(tl.int64)
-        low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
-        zero = tl.zeros([BLOCK_M, groups], tl.uint32)
-        w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero)
-        even = tl.join(w0 >= threshold, w2 >= threshold)
-        odd = tl.join(w1 >= threshold, w3 >= threshold)
-        keep = tl.join(even, odd).reshape([BLOCK_M, BLOCK_C])  # [M, C/4, 2, 2] in the order w0 w1 w2 w3
-    else:  # one call per element, and its word picked
-        base = m0 * C + c0
-        offs = tl.arange(0, BLOCK_M)[:, None] * C + tl.arange(0, BLOCK_C)[None, :]
-        element = base + offs.to(tl.int64)
-        counter = element >> 2
-        low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
-        zero = tl.zeros([BLOCK_M, BLOCK_C], tl.uint32)
-        w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero)
-        word = element & 3
-        drawn = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
-        keep = drawn >= threshold
-    return keep
 
 
 @triton.jit
@@ -89,7 +60,7 @@ def _passed(
     else:
         passed = alive & ~(yc * a + beta <= 0)
         if HAS_DROPOUT:
-            passed = passed & _keep(m0, c0, C, seed_ptr, threshold, BLOCK_M, BLOCK_C, VEC)
+            passed = passed & keep(m0, c0, C, seed_ptr, threshold, BLOCK_M, BLOCK_C, VEC)
     return passed
 
 
@@ -184,10 +155,10 @@ def _forward_kernel(
         pre = (y - mean) * a[None, :] + beta
         if HAS_RESIDUAL:
             pre += tl.load(residual_ptr + m0 * C + offs, mask=alive & mask_c[None, :], other=0.0).to(tl.float32)
-        keep = alive & ~(pre <= 0)  # a NaN passes
+        kept = alive & ~(pre <= 0)  # a NaN passes
         if HAS_DROPOUT:
-            keep = keep & _keep(m0, c0, C, seed_ptr, threshold, BLOCK_M, BLOCK_C, VEC)
-        z = tl.where(keep, pre * scale, 0.0)
+            kept = kept & keep(m0, c0, C, seed_ptr, threshold, BLOCK_M, BLOCK_C, VEC)
+        z = tl.where(kept, pre * scale, 0.0)
     tl.store(z_ptr + m0 * C + offs, z.to(z_ptr.dtype.element_ty), mask=stored)
 
 
@@ -250,12 +221,12 @@ def _sum_merge_kernel(
     tl.store(b_ptr + offs_c, tl.sum(tl.load(part_b_ptr + offs, mask=mask, other=0.0), 0), mask=mask_c)
 
 
-@triton.jit(do_not_specialize=["rows", "frames", "c_groups", "threshold"])
+@triton.jit(do_not_specialize=["rows", "frames", "halo", "c_groups", "threshold"])
 def _backward_apply_kernel(
     dz_ptr, y_ptr, z_ptr, dy_ptr, dres_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, mean_g_ptr, mean_gy_ptr,
-    lengths_ptr, seed_ptr, rows, frames, c_groups, threshold, scale,
+    lengths_ptr, seed_ptr, rows, frames, halo, c_groups, threshold, scale,
     HAS_Z: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BATCH_STATS: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, HAS_HALO: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     C = c_groups * VEC
@@ -272,7 +243,12 @@ def _backward_apply_kernel(
     mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
     rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
     a = tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0)[None, :] * rstd
-    y = tl.load(y_ptr + m0 * C + offs, mask=stored if HAS_BATCH_STATS else mask, other=0.0).to(tl.float32)
+    needed = mask  # rows of y to read: all, with batch statistics, but for those known to be zero
+    if HAS_BATCH_STATS:
+        needed = stored
+        if HAS_HALO:
+            needed = _alive_rows(offs_m, rows, frames, lengths_ptr, True, halo)[:, None] & mask_c[None, :]
+    y = tl.load(y_ptr + m0 * C + offs, mask=needed, other=0.0).to(tl.float32)
     yc = y - mean
     g = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     if tl.max(rows_alive.to(tl.int32)) > 0:  # no gradient comes out of a tile of padding
@@ -306,15 +282,16 @@ def stats(y: Tensor) -> tuple[Tensor, Tensor]:
     chunk, partials = _chunks(rows)
     part_mean, part_m2 = _vectors(y, 2, partials)
     block_m, block_c, vec = _blocks(c, LANES)
-    with _on(y):
-        _stats_kernel[(partials * triton.cdiv(c, block_c),)](
-            y, part_mean, part_m2, rows, chunk, c // vec,
-            BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=NUM_WARPS,
-        )  # fmt: skip
-        _stats_merge_kernel[(triton.cdiv(c, MERGE_C),)](
-            part_mean, part_m2, mean, m2, rows, chunk, partials, c,
-            BLOCK_G=MAX_PARTIALS, BLOCK_C=MERGE_C, num_warps=NUM_WARPS,
-        )  # fmt: skip
+    launch.run(
+        _stats_kernel, (partials * triton.cdiv(c, block_c),), y,
+        y, part_mean, part_m2, rows, chunk, c // vec,
+        BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    launch.run(
+        _stats_merge_kernel, (triton.cdiv(c, MERGE_C),), y,
+        part_mean, part_m2, mean, m2, rows, chunk, partials, c,
+        BLOCK_G=MAX_PARTIALS, BLOCK_C=MERGE_C, num_warps=NUM_WARPS,
+    )  # fmt: skip
     return mean, m2
 
 
@@ -334,13 +311,13 @@ def forward(
     rows = _rows(y)
     z = empty_ntc(n, c, t, like=y)
     block_m, block_c, vec = _blocks(c, TILE_BYTES // y.dtype.itemsize)
-    with _on(y):
-        _forward_kernel[(triton.cdiv(rows, block_m) * triton.cdiv(c, block_c),)](
-            y, residual, z, mean, rstd, gamma, beta, lengths, seed,
-            rows, t, c // vec, *_dropout(p),
-            HAS_RESIDUAL=residual is not None, HAS_LENGTHS=lengths is not None, HAS_DROPOUT=p > 0,
-            BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=NUM_WARPS,
-        )  # fmt: skip
+    launch.run(
+        _forward_kernel, (triton.cdiv(rows, block_m) * triton.cdiv(c, block_c),), y,
+        y, residual, z, mean, rstd, gamma, beta, lengths, seed,
+        rows, t, c // vec, *_dropout(p),
+        HAS_RESIDUAL=residual is not None, HAS_LENGTHS=lengths is not None, HAS_DROPOUT=p > 0,
+        BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=NUM_WARPS,
+    )  # fmt: skip
     return z
 
 
@@ -362,17 +339,18 @@ def backward_reduce(
     chunk, partials = _chunks(rows)
     part_dbeta, part_dgamma = _vectors(y, 2, partials)
     block_m, block_c, vec = _blocks(c, LANES)
-    with _on(y):
-        _backward_reduce_kernel[(partials * triton.cdiv(c, block_c),)](
-            dz, y, z, mean, rstd, gamma, beta, lengths, seed, part_dbeta, part_dgamma,
-            rows, y.shape[2], chunk, c // vec, *_dropout(p),
-            HAS_Z=z is not None, HAS_LENGTHS=lengths is not None, HAS_DROPOUT=p > 0 and z is None,
-            BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=NUM_WARPS,
-        )  # fmt: skip
-        _sum_merge_kernel[(triton.cdiv(c, MERGE_C),)](
-            part_dbeta, part_dgamma, dbeta, dgamma, partials, c,
-            BLOCK_G=MAX_PARTIALS, BLOCK_C=MERGE_C, num_warps=NUM_WARPS,
-        )  # fmt: skip
+    launch.run(
+        _backward_reduce_kernel, (partials * triton.cdiv(c, block_c),), y,
+        dz, y, z, mean, rstd, gamma, beta, lengths, seed, part_dbeta, part_dgamma,
+        rows, y.shape[2], chunk, c // vec, *_dropout(p),
+        HAS_Z=z is not None, HAS_LENGTHS=lengths is not None, HAS_DROPOUT=p > 0 and z is None,
+        BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    launch.run(
+        _sum_merge_kernel, (triton.cdiv(c, MERGE_C),), y,
+        part_dbeta, part_dgamma, dbeta, dgamma, partials, c,
+        BLOCK_G=MAX_PARTIALS, BLOCK_C=MERGE_C, num_warps=NUM_WARPS,
+    )  # fmt: skip
     return dbeta, dgamma
 
 
@@ -390,6 +368,7 @@ def backward_apply(
     seed: Tensor | None,
     p: float,
     has_residual: bool,
+    halo: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """dy and, with a residual, dres: (N, C, T) of y's dtype, NTC memory; see `reference.backward_apply`."""
     n, c, t = y.shape
@@ -397,15 +376,19 @@ def backward_apply(
     dy = empty_ntc(n, c, t, like=y)
     dres = empty_ntc(n, c, t, like=y) if has_residual else None
     block_m, block_c, vec = _blocks(c, TILE_BYTES // y.dtype.itemsize)
-    with _on(y):
-        _backward_apply_kernel[(triton.cdiv(rows, block_m) * triton.cdiv(c, block_c),)](
-            dz, y, z, dy, dres, mean, rstd, gamma, beta, mean_g, mean_gy,
-            lengths, seed, rows, t, c // vec, *_dropout(p),
-            HAS_Z=z is not None, HAS_RESIDUAL=has_residual, HAS_BATCH_STATS=mean_g is not None,
-            HAS_LENGTHS=lengths is not None, HAS_DROPOUT=p > 0 and z is None,
-            BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=NUM_WARPS,
-        )  # fmt: skip
+    launch.run(
+        _backward_apply_kernel, (triton.cdiv(rows, block_m) * triton.cdiv(c, block_c),), y,
+        dz, y, z, dy, dres, mean, rstd, gamma, beta, mean_g, mean_gy,
+        lengths, seed, rows, t, halo or 0, c // vec, *_dropout(p),
+        HAS_Z=z is not None, HAS_RESIDUAL=has_residual, HAS_BATCH_STATS=mean_g is not None,
+        HAS_LENGTHS=lengths is not None, HAS_HALO=_has_halo(lengths, mean_g, halo), HAS_DROPOUT=p > 0 and z is None,
+        BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=NUM_WARPS,
+    )  # fmt: skip
     return dy, dres
+
+
+def _has_halo(lengths: Tensor | None, mean_g: Tensor | None, halo: int | None) -> bool:
+    return halo is not None and lengths is not None and mean_g is not None
 
 
 def _rows(y: Tensor) -> int:
@@ -438,18 +421,13 @@ def _dropout(p: float) -> tuple[int, float]:
     return threshold - (1 << 32) if threshold >= 1 << 31 else threshold, 1.0 / (1.0 - p)
 
 
-def _on(y: Tensor):
-    """Triton launches on the current device's current stream: make y's device the current one."""
-    return torch.cuda.device(y.device) if y.is_cuda else nullcontext()
-
-
 # ---- for compilation without a GPU ----
 
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 _ACTIVATIONS = ("y_ptr", "z_ptr", "dz_ptr", "residual_ptr", "dy_ptr", "dres_ptr")
 _OPTIONAL = {"z_ptr": "HAS_Z", "residual_ptr": "HAS_RESIDUAL", "dres_ptr": "HAS_RESIDUAL", "lengths_ptr": "HAS_LENGTHS"}
 _OPTIONAL |= {"seed_ptr": "HAS_DROPOUT", "mean_g_ptr": "HAS_BATCH_STATS", "mean_gy_ptr": "HAS_BATCH_STATS"}
-_SCALARS = dict.fromkeys(("rows", "frames", "chunk", "partials", "c_groups", "C", "threshold"), "i32")
+_SCALARS = dict.fromkeys(("rows", "frames", "halo", "chunk", "partials", "c_groups", "C", "threshold"), "i32")
 
 
 def sources(dtype: torch.dtype, c: int) -> Iterator[aot.Source]:
@@ -482,8 +460,10 @@ def sources(dtype: torch.dtype, c: int) -> Iterator[aot.Source]:
         if residual and dropout:
             continue  # z tells what was dropped
         yield source("backward_reduce", _backward_reduce_kernel, LANES, HAS_Z=residual, **flags)
-        for batch in (False, True):
+        for batch, halo in ((False, False), (True, False), (True, True)):
+            if halo and not lengths:
+                continue
             yield source(
                 "backward_apply", _backward_apply_kernel, tile,
-                HAS_Z=residual, HAS_RESIDUAL=residual, HAS_BATCH_STATS=batch, **flags,
+                HAS_Z=residual, HAS_RESIDUAL=residual, HAS_BATCH_STATS=batch, **flags, HAS_HALO=halo,
             )  # fmt: skip
