@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from close import assert_close
-from conftest import compile_rows
+from conftest import compile_rows, make_face
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -230,6 +230,56 @@ def test_gradient_in_padding_is_ignored_in_training(face):
         assert torch.equal(soiled[name], value), name
 
 
+def halo_case(face, dtype, residual, halo, n=4, c=40, t=61) -> Case:
+    """A case whose y, as a conv of masked input leaves it, is zero at t >= length + halo."""
+    case = make(n, c, t, dtype=dtype, device=face.device, residual=residual, lengths=[t, 30, 1, 0], p=0.2)
+    case.y[beyond(case, halo)] = 0
+    return case
+
+
+def beyond(case: Case, halo: int) -> Tensor:
+    t = torch.arange(case.y.shape[2], device=case.y.device)
+    return (t >= case.lengths[:, None] + halo)[:, None].expand_as(case.y)
+
+
+def apply(op, case: Case, y: Tensor, halo: int | None) -> tuple[Tensor, Tensor | None]:
+    """backward_apply of `y`, with the statistics and sums of the case's own y."""
+    rows = case.y.shape[0] * case.y.shape[2]
+    mean, m2 = op.stats(case.y)
+    saved = (mean, rstd_of(m2, rows), case.gamma, case.beta)
+    z = op.forward(case.y, *saved, case.residual, case.lengths, case.seed, case.p)
+    z = None if case.residual is None else z
+    dbeta, dgamma = op.backward_reduce(case.dz, case.y, z, *saved, case.lengths, case.seed, case.p)
+    means, has_residual = (dbeta / rows, dgamma / rows), case.residual is not None
+    return op.backward_apply(case.dz, y, z, *saved, *means, case.lengths, case.seed, case.p, has_residual, halo)
+
+
+def same_bits(got: tuple[Tensor, Tensor | None], want: tuple[Tensor, Tensor | None]) -> bool:
+    return all(w is None if g is None else torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+@dtypes
+@pytest.mark.parametrize("halo", [0, 3, 100])
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+def test_halo_changes_no_bit(face, residual, halo, dtype):
+    op, case = face.load("bn_relu_dropout"), halo_case(face, dtype, residual, halo)
+    assert same_bits(apply(op, case, case.y, halo), apply(op, case, case.y, None))
+
+
+@dtypes
+@pytest.mark.parametrize("c", [40, 29, 256])
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_beyond_the_halo_y_is_not_read(name, c, dtype):
+    """NaN in rows that `halo` calls zero reaches nothing; without the hint it reaches dy, so it was there."""
+    face = make_face(name)
+    op, case = face.load("bn_relu_dropout"), halo_case(face, dtype, False, 3, c=c)
+    soiled = ntc(case.y.masked_fill(beyond(case, 3), math.nan))
+    got = apply(op, case, soiled, 3)
+    assert got[0].isfinite().all()
+    assert same_bits(got, apply(op, case, case.y, None))
+    assert apply(op, case, soiled, None)[0].isnan().any()
+
+
 @dtypes
 @pytest.mark.parametrize("c", [8, 29])
 def test_nan_in_a_valid_frame_reaches_outputs_and_gradients(face, c, dtype):
@@ -352,6 +402,7 @@ def test_triton_compiles_ahead_of_time_without_spills():
         "backward_reduce lengths dropout",
         "backward_reduce z lengths",
         "backward_apply batch_stats lengths dropout",
+        "backward_apply batch_stats lengths dropout halo",
         "backward_apply z residual batch_stats lengths",
     )
     rows = compile_rows("bn_relu_dropout", "90", "float16")

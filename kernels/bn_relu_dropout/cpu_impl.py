@@ -68,8 +68,12 @@ def backward_apply(
     seed: Tensor | None,
     p: float,
     has_residual: bool,
+    halo: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dy = gamma*rstd*(g - mean_g - yhat*mean_gy), without the means where they are None, and dres = g or None."""
+    """dy = gamma*rstd*(g - mean_g - yhat*mean_gy), without the means where they are None, and dres = g or None.
+
+    halo: y is zero at t >= length + halo; this face reads it there all the same.
+    """
     dy = torch.empty_like(y)
     dres = torch.empty_like(y) if has_residual else None
     native.cpu().bn_backward_apply(dz, y, z, mean, rstd, gamma, beta, mean_g, mean_gy, lengths, seed, p, dy, dres)

@@ -81,11 +81,17 @@ def backward_apply(
     seed: Tensor | None,
     p: float,
     has_residual: bool,
+    halo: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """dy = gamma*rstd*(g - mean_g - yhat*mean_gy), and dres = g where there was a residual; NTC memory, dtype of y.
 
     mean_g = dbeta/M, mean_gy = dgamma/M, (C,) each; both None with evaluation statistics, where dy = gamma*rstd*g.
+    halo: rows of y at t >= length + halo count as zero and need not be read: y is a conv of an input whose padding is
+    zero, so that it is exactly zero there itself. None: nothing is known of them.
     """
+    if halo is not None and lengths is not None:
+        t = torch.arange(y.shape[2], device=y.device)
+        y = y.where((t < lengths[:, None] + halo)[:, None], 0.0)
     open_ = _open(y, z, mean, rstd, gamma, beta, lengths, seed, p)
     g = (_wide(dz) * _scale(p)).where(open_, 0.0)
     a = (gamma * rstd)[:, None]
