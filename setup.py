@@ -67,7 +67,10 @@ setup(
         *(f"jasper_fast.kernels.{p}" for p in find_packages("kernels")),
     ],
     package_dir={"jasper_fast.kernels": "kernels", "jasper_fast.configs": "configs"},
-    package_data={"jasper_fast.configs": ["*.yaml"], "jasper_fast.kernels": ["README.md"]},
+    package_data={
+        "jasper_fast.configs": ["*.yaml"],
+        "jasper_fast.kernels": ["README.md", "tables/README.md", "tables/*.json"],
+    },
     distclass=Binary,
     cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": Wheel},
 )

@@ -1,0 +1,406 @@
+"""Measured choices of face and tile: one JSON file per GPU in tables/, written by `python -m bench tune`.
+
+A file is {"header": {...}, "rows": [...]}. A row says how fast one face of an op ran at a shape with its best tile; the
+key is (op, dtype, c_in, c_out, taps, stride, dilation, rows_log2, face, algorithm), where 2**rows_log2 is the power of
+two at or above the N*T' rows of the output. Dispatch takes the fastest row of a key. Files are checked whole when they
+are loaded, on the first look-up for their GPU; a GPU without a file has no choices, and kernels take their defaults.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+OPS = (
+    "conv1d.forward",
+    "conv1d.forward_stats",
+    "conv1d.dgrad",
+    "conv1d.dgrad_bn",
+    "conv1d.wgrad",
+    "conv1d.fused",
+    "bn_relu_dropout.forward",
+    "bn_relu_dropout.backward",
+)
+FACES = ("triton", "cuda", "aten", "reference")
+ALGORITHMS = ("direct", "library")  # our own kernels; whatever the library takes
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+HEADER = ("gpu", "capability", "driver", "torch", "triton", "commit", "command", "date")
+TILE = ("t", "n", "k", "num_warps", "num_stages", "splits")
+MAX_ROWS_LOG2 = 40
+# Shared memory that one program may have, bytes, by compute capability (CUDA's programming guide); newer: the largest.
+SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_87": 166912, "sm_89": 101376, "sm_90": 232448, "sm_120": 101376}
+_LARGEST_SHARED = max(SHARED_LIMIT.values())
+_ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+_SPLIT = ("conv1d.fused", "conv1d.wgrad")  # ops whose reduction several programs may share
+
+
+class TableError(ValueError):
+    """A table that does not hold what it must; the message names the file, the row and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured configuration. `exact` is False where a look-up found no row of its own bucket and took a near one.
+
+    tile: {"t", "n", "k", "num_warps", "num_stages", "splits"} of a Triton conv, None for what has no tile of ours;
+    time_s: seconds of one call; registers a thread, shared bytes a program and spilled bytes a thread, None where
+    nothing was compiled.
+    """
+
+    op: str
+    dtype: str
+    c_in: int
+    c_out: int
+    taps: int
+    stride: int
+    dilation: int
+    rows_log2: int
+    face: str
+    algorithm: str
+    tile: Mapping[str, int] | None
+    time_s: float
+    registers: int | None = None
+    shared: int | None = None
+    spilled: int | None = None
+    exact: bool = True
+
+    @property
+    def key(self) -> tuple:
+        """What is unique in a table."""
+        return (*self.shape, self.rows_log2, self.face, self.algorithm)
+
+    @property
+    def shape(self) -> tuple:
+        """The key's part that a look-up must meet exactly."""
+        return (self.op, self.dtype, self.c_in, self.c_out, self.taps, self.stride, self.dilation)
+
+    def label(self) -> str:
+        """The configuration in words: face, algorithm, tile."""
+        if self.tile is None:
+            return f"{self.face} {self.algorithm}"
+        t = self.tile
+        splits = f" splits {t['splits']}" if t["splits"] > 1 else ""
+        return f"{self.face} {t['t']}x{t['n']}x{t['k']} warps {t['num_warps']} stages {t['num_stages']}{splits}"
+
+    def plain(self) -> dict[str, Any]:
+        """The row as a file holds it."""
+        found = asdict(replace(self, tile=None if self.tile is None else dict(self.tile)))
+        del found["exact"]
+        return found
+
+
+_FIELDS = tuple(f.name for f in fields(Row) if f.name != "exact")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A checked file: where its numbers come from, and its rows."""
+
+    header: Mapping[str, str]
+    rows: tuple[Row, ...]
+
+
+# ---- look-up ----
+
+
+def lookup(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    c_in: int,
+    c_out: int,
+    taps: int,
+    stride: int,
+    dilation: int,
+    rows: int,
+    face: str = "triton",
+) -> Row | None:
+    """The fastest measured configuration of `op` on one `face`; None where this GPU or shape was not measured.
+
+    `c_in`, `c_out`: the conv's channels as its weight has them, for gradients too; `rows`: N*T' of its output. Without
+    a row of its power of two the nearest measured one of the same shape is taken (`exact` is then False). Raises
+    TableError when the GPU's file is loaded for the first time and does not hold what it must.
+    """
+    if _forced and (row := _forced.get(op)) is not None:
+        return row
+    if (index := _index_of(device)) is None:
+        return None
+    near = index.get((op, DTYPES.get(dtype), c_in, c_out, taps, stride, dilation))
+    return None if near is None else near.nearest(face, rows)
+
+
+def fastest(
+    ops: Iterable[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    c_in: int,
+    c_out: int,
+    taps: int,
+    stride: int,
+    dilation: int,
+    rows: int | None = None,
+) -> str | None:
+    """The face on which all `ops` together take the least time at a shape; None where they were not all measured.
+
+    `rows` is N*T' of the output; None asks for the most rows that were measured.
+    """
+    if (index := _index_of(device)) is None:
+        return None
+    total: dict[str, float] | None = None
+    for op in ops:
+        near = index.get((op, DTYPES.get(dtype), c_in, c_out, taps, stride, dilation))
+        if near is None:
+            return None
+        times = near.times(MAX_ROWS_LOG2 if rows is None else bucket(rows))
+        total = times if total is None else {f: total[f] + times[f] for f in total.keys() & times.keys()}
+    return min(sorted(total), key=total.__getitem__) if total else None
+
+
+def fastest_overall(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The face with the least time over all measured shapes of `op`, or None: for who takes one face for a network."""
+    if (index := _index_of(device)) is None:
+        return None
+    cells = [
+        times
+        for shape, near in index.items()
+        if shape[:2] == (op, DTYPES.get(dtype))
+        for times in (near.times(b) for b in near.measured)
+    ]
+    faces = set.intersection(*map(set, cells)) if cells else set()
+    return min(sorted(faces), key=lambda face: sum(times[face] for times in cells)) if faces else None
+
+
+def bucket(rows: int) -> int:
+    """rows_log2: the exponent of the power of two at or above `rows`."""
+    return max(0, (rows - 1).bit_length())
+
+
+@contextmanager
+def forced(op: str, tile: Mapping[str, int], face: str = "triton") -> Iterator[None]:
+    """Makes every look-up of `op` give `tile`, on any device: how tuning and the self-check reach one configuration.
+
+    It holds for the whole process: not for use while other threads launch kernels.
+    """
+    before = _forced.get(op)
+    _forced[op] = Row(op, "", 0, 0, 0, 0, 0, 0, face, "direct", dict(tile), 0.0)
+    try:
+        yield
+    finally:
+        if before is None:
+            del _forced[op]
+        else:
+            _forced[op] = before
+
+
+_forced: dict[str, Row] = {}
+
+
+class _Nearest:
+    """The rows of one shape, and for each power of two the nearest measured one."""
+
+    def __init__(self) -> None:
+        self._by_bucket: dict[int, dict[str, Row]] = {}
+
+    def add(self, row: Row) -> None:
+        faces = self._by_bucket.setdefault(row.rows_log2, {})
+        if row.face not in faces or row.time_s < faces[row.face].time_s:
+            faces[row.face] = row
+
+    def finish(self) -> None:
+        self.measured = sorted(self._by_bucket)
+        self._rows = {face: self._fill(face) for faces in self._by_bucket.values() for face in faces}
+        # faces are compared within one bucket, never across two
+        self._times = [self._by_bucket[_near(self.measured, b)] for b in range(MAX_ROWS_LOG2 + 1)]
+
+    def _fill(self, face: str) -> list[Row]:
+        own = {b: faces[face] for b, faces in self._by_bucket.items() if face in faces}
+        return [
+            own[b] if b in own else replace(own[_near(sorted(own), b)], exact=False) for b in range(MAX_ROWS_LOG2 + 1)
+        ]
+
+    def nearest(self, face: str, rows: int) -> Row | None:
+        found = self._rows.get(face)
+        return None if found is None else found[min(bucket(rows), MAX_ROWS_LOG2)]
+
+    def times(self, rows_log2: int) -> dict[str, float]:
+        return {face: row.time_s for face, row in self._times[min(rows_log2, MAX_ROWS_LOG2)].items()}
+
+
+def _near(measured: list[int], wanted: int) -> int:
+    """The measured bucket nearest to `wanted`, of two the larger."""
+    return min(measured, key=lambda b: (abs(b - wanted), -b))
+
+
+_Index = dict[tuple, _Nearest]
+
+
+def _index_of(device: torch.device) -> _Index | None:
+    if device.type != "cuda":
+        return None
+    gpu = _gpu_name(torch.cuda.current_device() if device.index is None else device.index)
+    return _index(gpu, os.environ.get("JASPER_FAST_TABLES"))
+
+
+@functools.cache
+def _gpu_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+@functools.cache
+def _index(gpu: str, where: str | None) -> _Index | None:
+    table = for_gpu(gpu, Path(where) if where else None)
+    if table is None:
+        return None
+    index: _Index = {}
+    for row in table.rows:
+        index.setdefault(row.shape, _Nearest()).add(row)
+    for near in index.values():
+        near.finish()
+    return index
+
+
+def forget() -> None:
+    """Makes the next look-up read the files again, after one was written."""
+    _index.cache_clear()
+    _gpu_name.cache_clear()
+
+
+# ---- files ----
+
+
+def folder() -> Path:
+    """Where tables lie: `JASPER_FAST_TABLES` where it is set, else the folder beside this module."""
+    own = os.environ.get("JASPER_FAST_TABLES")
+    return Path(own) if own else Path(__file__).with_name("tables")
+
+
+def slug(gpu: str) -> str:
+    """The name of a GPU's file, without its suffix."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
+def for_gpu(gpu: str, where: Path | None = None) -> Table | None:
+    """The table of the GPU called `gpu`, checked, or None where there is none; raises TableError for a faulty one."""
+    path = (where or folder()) / f"{slug(gpu)}.json"
+    if not path.is_file():
+        return None
+    table = load(path)
+    if table.header["gpu"] != gpu:
+        raise TableError(f"{path}: header: gpu is {table.header['gpu']!r}, but the file's name is that of {gpu!r}")
+    return table
+
+
+def load(path: Path) -> Table:
+    """The table in `path`; raises TableError that names the file, the row and the fault."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TableError(f"{path}: no JSON: {error}") from error
+    return parse(data, str(path))
+
+
+def parse(data: object, where: str) -> Table:
+    """A table from plain values; raises TableError that begins with `where`."""
+    if not isinstance(data, dict) or set(data) != {"header", "rows"} or not isinstance(data.get("rows"), list):
+        raise TableError(f"{where}: a table is an object with a header and a list of rows")
+    header = data["header"]
+    if not isinstance(header, dict) or set(header) != set(HEADER):
+        raise TableError(f"{where}: header: its fields must be {', '.join(HEADER)}")
+    for name, value in header.items():
+        if not isinstance(value, str) or not value:
+            raise TableError(f"{where}: header: {name} must be a text that is not empty, got {value!r}")
+    if not re.fullmatch(r"sm_\d{2,3}", header["capability"]):
+        raise TableError(f"{where}: header: capability must read like sm_90, got {header['capability']!r}")
+    rows, seen = [], {}
+    for number, values in enumerate(data["rows"], 1):
+        row, fault = _row(values, header["capability"])
+        if fault is None and row.key in seen:
+            fault = f"the same key as row {seen[row.key]}"
+        if fault is not None:
+            raise TableError(f"{where}: row {number}: {fault}")
+        seen[row.key] = number
+        rows.append(row)
+    return Table(header, tuple(rows))
+
+
+def write(path: Path, header: Mapping[str, str], rows: Iterable[Row]) -> None:
+    """Writes a table, a row a line, whole or not at all; raises TableError rather than write a faulty one."""
+    data = {"header": dict(header), "rows": [row.plain() for row in sorted(rows, key=lambda row: row.key)]}
+    parse(data, str(path))
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in data["rows"])
+    text = f'{{\n "header": {json.dumps(data["header"], indent=1)},\n "rows": [\n{lines}\n ]\n}}\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _row(values: object, capability: str) -> tuple[Row | None, str | None]:
+    """(the row, None), or (None, what is wrong with it)."""
+    if not isinstance(values, dict):
+        return None, f"an object is wanted, got {values!r}"
+    if set(values) != set(_FIELDS):
+        wrong = sorted(set(values) ^ set(_FIELDS))
+        return None, f"unknown or missing fields: {', '.join(wrong)}"
+    for name, allowed in (("op", OPS), ("dtype", _ITEMSIZE), ("face", FACES), ("algorithm", ALGORITHMS)):
+        if not isinstance(values[name], str) or values[name] not in allowed:
+            return None, f"{name} {values[name]!r} is not one of {', '.join(allowed)}"
+    for name in ("c_in", "c_out", "taps", "stride", "dilation"):
+        if not _whole(values[name], 1):
+            return None, f"{name} must be a positive whole number, got {values[name]!r}"
+    if not _whole(values["rows_log2"], 0) or values["rows_log2"] > MAX_ROWS_LOG2:
+        return None, f"rows_log2 must be a whole number from 0 to {MAX_ROWS_LOG2}, got {values['rows_log2']!r}"
+    if not isinstance(values["time_s"], float) or not 0 < values["time_s"] < float("inf"):
+        return None, f"time_s must be a positive number of seconds, got {values['time_s']!r}"
+    for name in ("registers", "shared", "spilled"):
+        if values[name] is not None and not _whole(values[name], 0):
+            return None, f"{name} must be a whole number or null, got {values[name]!r}"
+    if values["spilled"]:
+        return None, f"the kernel spills {values['spilled']} bytes: such a configuration is never chosen"
+    limit = SHARED_LIMIT.get(capability, _LARGEST_SHARED)
+    if (values["shared"] or 0) > limit:
+        return None, f"the kernel takes {values['shared']} bytes of shared memory, {capability} has {limit}"
+    tiled = values["op"].startswith("conv1d.") and values["face"] == "triton"
+    if (values["tile"] is not None) != tiled:
+        return None, f"{values['op']} on {values['face']} {'needs a' if tiled else 'has no'} tile"
+    fault = tile_fault(values["op"], values["dtype"], values["tile"], limit) if tiled else None
+    return (Row(**values), None) if fault is None else (None, fault)
+
+
+def tile_fault(op: str, dtype: str, tile: object, shared: int = _LARGEST_SHARED) -> str | None:
+    """Why the Triton conv cannot run `tile` with `shared` bytes of shared memory a program, or None."""
+    if not isinstance(tile, dict) or set(tile) != set(TILE):
+        return f"tile: its fields must be {', '.join(TILE)}, got {tile!r}"
+    for name, low, high in (("t", 16, 256), ("n", 16, 256), ("k", 16, 256), ("num_warps", 1, 16)):
+        value = tile[name]
+        if not _whole(value, low) or value > high or value & (value - 1):
+            return f"tile: {name} must be a power of two from {low} to {high}, got {value!r}"
+    for name, high in (("num_stages", 8), ("splits", 1024)):
+        if not _whole(tile[name], 1) or tile[name] > high:
+            return f"tile: {name} must be a whole number from 1 to {high}, got {tile[name]!r}"
+    if tile["splits"] > 1 and op not in _SPLIT:
+        return f"tile: {op} does not split its reduction, got splits {tile['splits']}"
+    t, n, k = tile["t"], tile["n"], tile["k"]
+    staged, summed = (t * n + t * k, n * k) if op == "conv1d.wgrad" else (t * k + k * n, t * n)
+    threads = 32 * tile["num_warps"]
+    if summed > 256 * threads:
+        return f"tile: {summed} fp32 sums do not fit the registers of {threads} threads"
+    needed = staged * _ITEMSIZE[dtype] * max(1, tile["num_stages"] - 1)
+    if needed > shared:
+        return f"tile: its stages take {needed} bytes of shared memory at least, a program has {shared}"
+    return None
+
+
+def _whole(value: object, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low

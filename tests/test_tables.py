@@ -1,0 +1,330 @@
+"""Tables of measured choices: look-up, the checks of a file, and launches that do not compile anew for every length."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from jasper_fast.kernels import tables
+
+GPU = "NVIDIA Imaginary 9000"
+DEVICE = torch.device("cuda", 0)
+HEADER = {
+    "gpu": GPU, "capability": "sm_90", "driver": "580.1", "torch": "2.13.0", "triton": "3.7.1", "commit": "abc",
+    "command": "python -m bench tune", "date": "2026-01-01",
+}  # fmt: skip
+TILE = {"t": 128, "n": 128, "k": 64, "num_warps": 8, "num_stages": 3, "splits": 1}
+SHAPE = {"c_in": 768, "c_out": 768, "taps": 25, "stride": 1, "dilation": 1}
+
+
+def row(**changes) -> tables.Row:
+    values = {
+        "op": "conv1d.forward", "dtype": "bfloat16", **SHAPE, "rows_log2": 12, "face": "triton", "algorithm": "direct",
+        "tile": TILE, "time_s": 1e-3, "registers": 200, "shared": 98304, "spilled": 0,
+    }  # fmt: skip
+    return tables.Row(**(values | changes))
+
+
+def library(**changes) -> tables.Row:
+    none = dict.fromkeys(("tile", "registers", "shared", "spilled"))
+    return row(**({"face": "aten", "algorithm": "library"} | none | changes))
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Writes a table of these rows where look-ups for an imaginary GPU find it."""
+    monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path))
+    monkeypatch.setattr(tables, "_gpu_name", lambda index: GPU)
+    tables._index.cache_clear()
+
+    def put(*rows: tables.Row, header: dict = HEADER) -> Path:
+        path = tmp_path / f"{tables.slug(header['gpu'])}.json"
+        tables.write(path, header, rows)
+        tables._index.cache_clear()
+        return path
+
+    yield put
+    tables._index.cache_clear()
+
+
+def look(rows: int, op: str = "conv1d.forward", dtype=torch.bfloat16, **changes) -> tables.Row | None:
+    face = changes.pop("face", "triton")
+    return tables.lookup(op, DEVICE, dtype, **(SHAPE | changes), rows=rows, face=face)
+
+
+def test_a_row_comes_back_as_written(install):
+    path = install(row(), library(time_s=2e-3))
+    assert look(4096) == row()
+    assert look(4096, face="aten") == library(time_s=2e-3)
+    assert tables.load(path).header == HEADER
+
+
+def test_nothing_is_found_for_unknown_gpus_devices_and_shapes(install, monkeypatch):
+    install(row())
+    assert tables.lookup("conv1d.forward", torch.device("cpu"), torch.bfloat16, **SHAPE, rows=4096) is None
+    assert look(4096, dtype=torch.float16) is None
+    assert look(4096, dtype=torch.float64) is None
+    assert look(4096, c_in=767) is None
+    assert look(4096, op="conv1d.wgrad") is None
+    assert look(4096, op="an op of tomorrow") is None
+    assert look(4096, face="cuda") is None
+    monkeypatch.setattr(tables, "_gpu_name", lambda index: "NVIDIA Unheard-of")
+    assert look(4096) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "bucket"), [(1, 0), (2, 1), (3, 2), (4, 2), (4095, 12), (4096, 12), (4097, 13), (1 << 45, 45)]
+)
+def test_rows_go_to_the_power_of_two_at_or_above(rows, bucket):
+    assert tables.bucket(rows) == bucket
+
+
+@pytest.mark.parametrize(("rows", "found"), [(1, 8), (256, 8), (900, 8), (1025, 14), (2000, 14), (1 << 45, 14)])
+def test_the_nearest_measured_rows_serve_and_say_so(install, rows, found):
+    install(row(rows_log2=8), row(rows_log2=14))
+    got = look(rows)
+    assert got.rows_log2 == found
+    assert got.exact == (tables.bucket(rows) == found)
+
+
+def test_of_several_algorithms_the_fastest_is_taken(install, monkeypatch):
+    monkeypatch.setattr(tables, "ALGORITHMS", (*tables.ALGORITHMS, "fast_fir_1"))
+    install(row(time_s=3.0), row(time_s=2.0, algorithm="fast_fir_1"))
+    assert look(4096).algorithm == "fast_fir_1"
+
+
+def test_faces_are_compared_within_a_bucket_and_over_all_ops(install):
+    ops = ("conv1d.forward", "conv1d.wgrad")
+    install(
+        row(time_s=1.0), library(time_s=2.0), row(rows_log2=8, time_s=5.0), library(rows_log2=8, time_s=0.1),
+        row(op="conv1d.wgrad", time_s=4.0), library(op="conv1d.wgrad", time_s=2.5),
+    )  # fmt: skip
+    assert tables.fastest(ops[:1], DEVICE, torch.bfloat16, **SHAPE, rows=4096) == "triton"
+    assert tables.fastest(ops[:1], DEVICE, torch.bfloat16, **SHAPE, rows=200) == "aten"
+    assert tables.fastest(ops, DEVICE, torch.bfloat16, **SHAPE, rows=4096) == "aten", "1 + 4 > 2 + 2.5"
+    assert tables.fastest(ops[:1], DEVICE, torch.bfloat16, **SHAPE) == "triton", "the most rows measured"
+    assert tables.fastest((*ops, "conv1d.dgrad"), DEVICE, torch.bfloat16, **SHAPE, rows=4096) is None
+    assert tables.fastest_overall("conv1d.forward", DEVICE, torch.bfloat16) == "aten", "1 + 5 > 2 + 0.1"
+    assert tables.fastest_overall("conv1d.fused", DEVICE, torch.bfloat16) is None
+
+
+def test_a_file_is_read_once(install, monkeypatch):
+    install(row())
+    first = look(4096)
+    monkeypatch.setattr(tables, "load", lambda path: pytest.fail("the file was read again"))
+    assert look(4096) is first
+    assert look(3000) is first
+
+
+def test_a_forced_tile_holds_on_any_device_and_ends_with_its_block(install):
+    install(row())
+    small = TILE | {"t": 16}
+    with tables.forced("conv1d.forward", small):
+        found = tables.lookup("conv1d.forward", torch.device("cpu"), torch.float32, **SHAPE, rows=1)
+        assert found.tile == small
+        assert look(4096, op="conv1d.wgrad") is None
+        with pytest.raises(KeyError), tables.forced("conv1d.forward", TILE):
+            assert look(1).tile == TILE
+            raise KeyError
+        assert look(1).tile == small
+    assert look(4096) == row()
+
+
+FAULTS = {
+    "unknown op": ({"op": "conv2d"}, "op 'conv2d' is not one of"),
+    "dtype": ({"dtype": "float64"}, "dtype 'float64'"),
+    "face": ({"face": "magic"}, "face 'magic'"),
+    "channels as text": ({"c_in": "768"}, "c_in must be a positive whole number, got '768'"),
+    "a truth value for a number": ({"taps": True}, "taps must be"),
+    "no rows": ({"rows_log2": -1}, "rows_log2 must be"),
+    "no time": ({"time_s": 0.0}, "time_s must be"),
+    "NaN": ({"time_s": float("nan")}, "time_s must be"),
+    "spills": ({"spilled": 8}, "spills 8 bytes"),
+    "shared memory": ({"shared": 300000}, "sm_90 has 232448"),
+    "no tile": ({"tile": None}, "needs a tile"),
+    "a tile too many": ({"face": "aten"}, "has no tile"),
+    "a tile of three": ({"tile": TILE | {"t": 96}}, "tile: t must be a power of two from 16 to 256, got 96"),
+    "a tile without stages": ({"tile": {k: v for k, v in TILE.items() if k != "num_stages"}}, "its fields must be"),
+    "registers": ({"tile": TILE | {"t": 256, "n": 256, "num_warps": 4}}, "do not fit the registers of 128 threads"),
+    "stages": ({"tile": TILE | {"num_stages": 9}}, "num_stages must be"),
+    "stages beyond shared memory": ({"tile": TILE | {"k": 256, "num_stages": 4}}, "bytes of shared memory at least"),
+    "splits": ({"tile": TILE | {"splits": 2}}, "conv1d.forward does not split its reduction"),
+    "a field too many": ({"speed": 1}, "unknown or missing fields: speed"),
+}
+
+
+@pytest.mark.parametrize(("changes", "told"), FAULTS.values(), ids=FAULTS.keys())
+def test_a_faulty_row_is_an_error_that_names_file_and_row(install, changes, told):
+    path = install(row())
+    data = json.loads(path.read_text())
+    data["rows"].append(data["rows"][0] | {"rows_log2": 3} | changes)
+    path.write_text(json.dumps(data))
+    tables._index.cache_clear()
+    with pytest.raises(tables.TableError) as raised:
+        look(4096)
+    assert str(raised.value).startswith(f"{path}: row 2: ") and told in str(raised.value)
+
+
+def test_an_operand_too_large_for_one_gpu_fits_another(install):
+    tall = TILE | {"t": 256, "n": 128, "k": 64, "num_stages": 4}
+    install(row(tile=tall, shared=None))
+    with pytest.raises(tables.TableError, match="a program has 101376"):
+        install(row(tile=tall, shared=None), header=HEADER | {"capability": "sm_89"})
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "no JSON"),
+        ("[]", "a table is an object with a header and a list of rows"),
+        ('{"header": {}, "rows": []}', "header: its fields must be gpu"),
+        (json.dumps({"header": HEADER | {"driver": 580}, "rows": []}), "driver must be a text"),
+        (json.dumps({"header": HEADER | {"capability": "9.0"}, "rows": []}), "must read like sm_90"),
+        (json.dumps({"header": HEADER | {"gpu": "another"}, "rows": []}), "gpu is 'another'"),
+        (json.dumps({"header": HEADER, "rows": [row().plain()] * 2}), "row 2: the same key as row 1"),
+    ],
+)
+def test_a_faulty_file_is_an_error(install, text, told):
+    path = install(row())
+    path.write_text(text)
+    tables._index.cache_clear()
+    with pytest.raises(tables.TableError) as raised:
+        look(4096)
+    assert str(path) in str(raised.value) and told in str(raised.value)
+
+
+def test_writing_a_faulty_table_leaves_the_old_one(install):
+    path = install(row())
+    before = path.read_text()
+    with pytest.raises(tables.TableError):
+        tables.write(path, HEADER, [row(spilled=4)])
+    assert path.read_text() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_committed_tables_hold_what_they_must():
+    where = Path(tables.__file__).with_name("tables")
+    for path in where.glob("*.json"):
+        table = tables.load(path)
+        assert path.stem == tables.slug(table.header["gpu"])
+    assert (where / "README.md").is_file()
+
+
+# Prints, kernel by kernel and launch by launch, the key under which Triton keeps its compiled kernels. The launches are
+# those of the faces; nothing is compiled or run. In a process of its own: the interpreter has no such keys.
+KEYS = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from jasper_fast.kernels import launch
+from jasper_fast.kernels.bn_relu_dropout import triton_impl as bn
+from jasper_fast.kernels.conv1d import triton_impl as conv
+
+backend = make_backend(GPUTarget("cuda", 90, 32))
+binders, seen = {}, []
+
+def record(kernel, grid, like, *args, **meta):
+    if kernel not in binders:
+        binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, backend)
+    _, specialization, options = binders[kernel](*args, **meta)
+    name = getattr(kernel, "__name__", None) or kernel.fn.__name__
+    values = dict(zip([p.name for p in kernel.params], map(str, specialization)))
+    seen.append((name, values | {k: str(v) for k, v in options.items()}))
+
+launch.run = record
+dtype = torch.float16
+kinds = json.loads(sys.argv[2])
+for n, t in kinds["batches"]:
+    for c_in, c_out, k, stride, dilation in kinds["shapes"]:
+        pad = (k // 2) * dilation
+        t_out = (t + 2 * pad - dilation * (k - 1) - 1) // stride + 1
+        ntc = lambda c, frames: torch.zeros(n, frames, c, dtype=dtype).transpose(1, 2)
+        x, dy, w = ntc(c_in, t), ntc(c_out, t_out), torch.zeros(c_out, c_in, k)
+        lengths, seed = torch.zeros(n, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        vectors = [torch.zeros(c_in) for _ in range(4)]
+        for call in kinds["calls"]:
+            start = len(seen)
+            if call == "conv":
+                conv.forward(x, w, stride, pad, dilation, lengths)
+                conv.forward_stats(x, w, stride, pad, dilation, lengths)
+                conv.wgrad(x, dy, k, stride, pad, dilation, lengths)
+                if stride == 1:
+                    conv.dgrad(dy, w, t, stride, pad, dilation, lengths)
+                    conv.dgrad_bn(dy, w, pad, dilation, x, *vectors, lengths, seed, 0.2)
+            else:
+                bn.stats(x)
+                bn.forward(x, *vectors, None, lengths, seed, 0.2)
+                bn.backward_reduce(x, x, None, *vectors, lengths, seed, 0.2)
+                bn.backward_apply(x, x, None, *vectors, vectors[0], vectors[0], lengths, seed, 0.2, False)
+            for name, values in seen[start:]:
+                print(json.dumps([name, [c_in, c_out, k, stride, dilation], values]))
+            del seen[start:]
+"""
+
+
+def launch_keys(call: str, shapes: list[tuple], batches: list[tuple[int, int]]) -> list[tuple[str, tuple, dict]]:
+    """(kernel, conv shape, what its launch is compiled for) of every launch."""
+    pytest.importorskip("triton")
+    root = Path(__file__).resolve().parents[1]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    kinds = json.dumps({"batches": batches, "shapes": shapes, "calls": [call]})
+    done = subprocess.run([sys.executable, "-c", KEYS, root, kinds], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [(name, tuple(shape), values) for name, shape, values in map(json.loads, done.stdout.splitlines())]
+
+
+# what a launch may be compiled for beside its types: flags, alignment, tile and compiler settings
+@pytest.mark.parametrize("call", ["conv", "bn"])
+def test_launches_do_not_compile_anew_for_every_length_and_batch(call):
+    batches = [(2, t) for t in range(1, 41)] + [(n, 37) for n in (1, 3, 4, 16)]
+    shapes = [(64, 48, 11, 1, 1), (29, 32, 3, 1, 2), (64, 64, 11, 2, 1)]
+    found = launch_keys(call, shapes, batches)
+    assert len(found) >= 5 * len(batches)
+    by_launch: dict[tuple, set[str]] = {}
+    for name, shape, values in found:
+        chosen = {k: v for k, v in values.items() if "constexpr" in v or k.startswith("num_")}
+        key = (name, shape, *sorted(chosen.items()))
+        by_launch.setdefault(key, set()).add(json.dumps(values, sort_keys=True))
+    many = {key: len(keys) for key, keys in by_launch.items() if len(keys) > 1}
+    assert not many, f"launches that differ in what varies with N and T are compiled apart: {many}"
+    per_kernel: dict[tuple, int] = {}
+    for name, shape, *_ in by_launch:
+        per_kernel[name, shape] = per_kernel.get((name, shape), 0) + 1
+    assert max(per_kernel.values()) <= 12, f"flags or tiles follow N or T: {per_kernel}"
+
+
+SPECIALISED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+def kernel(x_ptr, frames):
+    pass
+
+for free in ([], ["frames"]):
+    jit = triton.jit(kernel, do_not_specialize=free)
+    binder = create_function_from_signature(jit.signature, jit.params, make_backend(GPUTarget("cuda", 90, 32)))
+    print(len({str(binder(None, t)[1]) for t in range(1, 41)}))
+"""
+
+
+def test_the_keys_see_an_argument_that_is_specialised(tmp_path):
+    """T = 1 and T = 16 are what Triton compiles for on their own where it may."""
+    pytest.importorskip("triton")
+    script = tmp_path / "specialised.py"
+    script.write_text(SPECIALISED)
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    specialised, free = map(int, done.stdout.split())
+    assert specialised == 3 and free == 1
