@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     )
     gpu = add("gpu", "everything in at most nine minutes, the most valuable numbers first; --resume goes on")
     gpu.add_argument("--budget", type=float, default=540.0, metavar="SECONDS", help="when to stop (default: 540)")
+    add_compile(sub)
     report = sub.add_parser(
         "report",
         help="one self-contained HTML page, or the README's table, from results",
@@ -92,6 +93,14 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def add_compile(sub: argparse._SubParsersAction) -> None:
+    """The gate's own options: it needs no device."""
+    from bench import compile as gate
+
+    help = "every kernel for sm_80 to sm_100 without a GPU, against the rules and the committed table"
+    gate.add_arguments(sub.add_parser("compile", help=help, description=help))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit status."""
     args = parser().parse_args(arguments)
@@ -99,6 +108,10 @@ def main(arguments: list[str] | None = None) -> int:
         from bench import report
 
         return report.main(args.results, args.html, args.readme)
+    if args.command == "compile":
+        from bench import compile as gate
+
+        return gate.main(args)
     run = start(args)
     SUBCOMMANDS[args.command](run, args)
     found = goals.judge(run.results.data["rows"], run.device.type)

@@ -5,7 +5,7 @@ Needs a process without TRITON_INTERPRET: the switch is read when a kernel is de
 
 from __future__ import annotations
 
-import os
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 86, 89, 90, 100)
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block can have
 _WIDE = r"{}\.global\S*(?:\.v4\.[bfu]32|\.v2\.[bfu]64|\.v8\.[bfu]32|\.v4\.[bfu]64)"
 
 
@@ -31,15 +32,28 @@ class Source:
     num_warps: int = 4
     num_stages: int = 3
 
+    def digest(self, arch: int) -> str:
+        """The same for sources that compile to the same code on `arch`, whatever they are called."""
+        constants = sorted((name, repr(value)) for name, value in self.constants.items())
+        launch = (sorted(self.signature.items()), constants, self.num_warps, self.num_stages)
+        parts = (self.kernel.cache_key, *launch, arch, triton.__version__, _own_text())
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
 
 @dataclass(frozen=True)
 class Facts:
-    """What a kernel uses: registers a thread, bytes of stack and local memory (spills), shared bytes, its PTX."""
+    """What a kernel uses: registers a thread, bytes of stack and local memory (spills), shared bytes; and its code.
+
+    dots: number of matrix products in the source; dot_rows: rows of the smallest of them (0 where there is none).
+    """
 
     registers: int
     spilled: int
     shared: int
     ptx: str
+    dots: int
+    dot_rows: int
+    cubin: bytes
 
     def count(self, pattern: str) -> int:
         """Occurrences of a regular expression in the PTX."""
@@ -54,6 +68,54 @@ class Facts:
     def wide_stores(self) -> int:
         """Global stores of 16 bytes or more a thread."""
         return self.count(_WIDE.format("st"))
+
+    @property
+    def wgmma(self) -> int:
+        """Warp-group matrix instructions (sm_90)."""
+        return self.count(r"\bwgmma\.mma_async")
+
+    @property
+    def mma_sync(self) -> int:
+        """Warp matrix instructions (sm_80 to sm_89, and small tiles later)."""
+        return self.count(r"\bmma\.sync")
+
+    @property
+    def tcgen05(self) -> int:
+        """Tensor-memory matrix instructions (sm_100)."""
+        return self.count(r"\btcgen05\.mma")
+
+    @property
+    def tma(self) -> int:
+        """Bulk tensor copies through a descriptor."""
+        return self.count(r"cp\.async\.bulk\.tensor")
+
+    @property
+    def cp_async(self) -> int:
+        """Asynchronous copies of at most 16 bytes a thread into shared memory."""
+        return self.count(r"cp\.async\.c[ag]\.")
+
+    @property
+    def narrow_loads(self) -> int:
+        """Scalar 16-bit global loads inside innermost loops."""
+        return sum(
+            len(re.findall(r"ld\.global(?:\.[a-z]\w*)*\.[busf]16\b", loop)) for loop in innermost_loops(self.ptx)
+        )
+
+    @property
+    def waiting_loads(self) -> int:
+        """Wide global loads into registers inside innermost loops that also multiply matrices: nothing hides them."""
+        matrix = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)"
+        loops = (loop for loop in innermost_loops(self.ptx) if re.search(matrix, loop))
+        return sum(len(re.findall(_WIDE.format("ld"), loop)) for loop in loops)
+
+    @property
+    def nan_eaters(self) -> int:
+        """fp32 maxima that return the other operand for a NaN: `max.f32`, which `max.NaN.f32` and a select are not."""
+        return self.count(r"\bmax(?:\.ftz)?(?:\.xorsign\.abs)?\.f32")
+
+    def sass(self) -> str:
+        """The machine code."""
+        return _cuobjdump(self.cubin, "-sass")
 
 
 def compile_for(source: Source, arch: int) -> Facts:
@@ -76,16 +138,41 @@ def compile_for(source: Source, arch: int) -> Facts:
         options={"num_warps": source.num_warps, "num_stages": source.num_stages},
     )
     usage = _resource_usage(built.asm["cubin"])
-    return Facts(usage["REG"], usage["STACK"] + usage["LOCAL"], built.metadata.shared, built.asm["ptx"])
+    rows = [int(m) for m in re.findall(r"= tt\.dot .*-> tensor<(\d+)x\d+x", built.asm["ttir"])]
+    return Facts(
+        usage["REG"], usage["STACK"] + usage["LOCAL"], built.metadata.shared, built.asm["ptx"],
+        len(rows), min(rows, default=0), built.asm["cubin"],
+    )  # fmt: skip
+
+
+def innermost_loops(ptx: str) -> list[str]:
+    """The text of each loop of a kernel that holds no other loop: from a label to the last branch back to it."""
+    labels = {m[1]: m.start() for m in re.finditer(r"^(\$\w+):", ptx, re.M)}
+    ends: dict[int, int] = {}
+    for branch in re.finditer(r"\bbra(?:\.uni)?\s+(\$\w+)", ptx):
+        start = labels.get(branch[1], len(ptx))
+        if start < branch.start():
+            ends[start] = max(ends.get(start, 0), branch.end())
+    spans = sorted(ends.items())
+    return [ptx[a:b] for a, b in spans if not any((c, d) != (a, b) and a <= c and d <= b for c, d in spans)]
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
-    tool = Path(os.path.dirname(triton.__file__)) / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    told = _cuobjdump(cubin, "-res-usage")
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", told))
     if len(found) != 3:
         raise RuntimeError(f"cuobjdump told no resource usage: {told!r}")
     return {key: int(value) for key, value in found.items()}
+
+
+def _cuobjdump(cubin: bytes, *options: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _own_text() -> str:
+    """What decides the facts besides the kernel: this file."""
+    return Path(__file__).read_text()

@@ -1,0 +1,344 @@
+"""The ahead-of-time gate: every kernel that dispatch can choose, compiled for each architecture without a GPU.
+
+`python -m bench compile` prints what each one uses and fails where one spills, asks for more shared memory than the
+architecture has, lost its tensor cores or its asynchronous copies, or differs from bench/compiled/triton-VERSION.json.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.harness import console
+from bench.machine import ROOT
+
+COMMITTED = Path(__file__).parent / "compiled"
+CACHE = ROOT / "build" / "compile"
+DTYPES = ("float32", "float16", "bfloat16")
+FRAMES = (840, 104, 48, 16)  # T' of 16.7 s, of 2 s, and shorter than the smaller tiles' frames
+KEY = ("arch", "dtype", "kernel", "tile", "layer")
+FACTS = (
+    "registers", "spilled", "shared", "dots", "dot_rows", "wgmma", "mma_sync", "tcgen05", "tma", "cp_async",
+    "wide_loads", "wide_stores", "narrow_loads", "waiting_loads", "nan_eaters",
+)  # fmt: skip
+COLD = re.compile(r"merge|pack")  # run once a step over little data: a spill there costs nothing that shows
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row to be: where it stands in the table, and what is compiled for it."""
+
+    arch: int
+    dtype: str
+    kernel: str
+    layer: str
+    source: object  # aot.Source: Triton is imported by those who compile, not by everyone who asks for --help
+
+    @property
+    def tile(self) -> str:
+        """The blocks, warps and stages, as the kernel names them."""
+        s = self.source
+        blocks = (f"{k.removeprefix('BLOCK_')}{v}" for k, v in s.constants.items() if k.startswith("BLOCK_"))
+        return " ".join([*blocks, f"w{s.num_warps}", f"s{s.num_stages}"])
+
+    @property
+    def key(self) -> tuple:
+        """What names the row in every table."""
+        return self.arch, self.dtype, self.kernel, self.tile, self.layer
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """What names its code in the cache."""
+        return self.source.digest(self.arch)
+
+
+# ------------------------------------------------------------------ what there is to compile
+
+
+def layers() -> dict[tuple[int, int], None]:
+    """(C_in, C_out) of Jasper 10x5's main convs, widest first, each once: what a kernel's code can depend on."""
+    from bench import counts, models
+
+    convs = (c for c in counts.convs(models.config("jasper10x5"), 1, 64) if ".res." not in c.name)
+    return dict.fromkeys(sorted({(c.C_in, c.C_out) for c in convs}, reverse=True))
+
+
+def jobs(archs: Iterable[int], dtypes: Iterable[str]) -> Iterator[Job]:
+    """Each distinct launch of each layer of Jasper 10x5 once, under the widest layer that makes it."""
+    import torch
+
+    from jasper_fast.kernels.bn_relu_dropout import triton_impl as bn
+    from jasper_fast.kernels.conv1d import triton_impl as conv1d
+
+    for arch in archs:
+        for dtype in dtypes:
+            exact, seen = getattr(torch, dtype), {}
+            for T in FRAMES:
+                for C_in, C_out in layers():
+                    found = conv1d.sources(exact, C_in, C_out, T, descriptors=arch >= 90)
+                    yield from _new(seen, arch, dtype, "conv1d", f"{C_in}->{C_out} T{T}", found)
+            for C in sorted({C_in for C_in, _ in layers() if C_in > 64}, reverse=True):  # features have no batch norm
+                yield from _new(seen, arch, dtype, "bn_relu_dropout", f"C{C}", bn.sources(exact, C))
+
+
+def _new(seen: dict, arch: int, dtype: str, op: str, layer: str, sources: Iterable) -> Iterator[Job]:
+    for source in sources:
+        job = Job(arch, dtype, f"{op} {source.name}", layer, source)
+        same = (job.kernel, job.digest)
+        if same in seen:
+            continue
+        seen[same] = job.key
+        if job.key in seen:
+            raise ValueError(f"two launches of {job.key} differ: their sources need names of their own")
+        seen[job.key] = same
+        yield job
+
+
+# ------------------------------------------------------------------ compiling
+
+
+def compiled(todo: list[Job], processes: int, cache: Path | None, on_row: Callable[[], None]) -> dict[str, dict]:
+    """The facts of every job by digest: from the cache, or compiled now by `processes` processes."""
+    known = json.loads(cache.read_text()) if cache is not None and cache.exists() else {}
+    missing = {job.digest: job for job in todo if job.digest not in known}
+    started = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=started) as pool:
+        asked = {pool.submit(_facts, job.arch, job.dtype, job.key, digest): digest for digest, job in missing.items()}
+        try:
+            for done in concurrent.futures.as_completed(asked):
+                known[asked[done]] = done.result()
+                on_row()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            if cache is not None:
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                cache.write_text(json.dumps(known))
+    return {job.digest: known[job.digest] for job in todo}
+
+
+@functools.cache
+def _by_key(arch: int, dtype: str) -> dict[tuple, Job]:
+    return {job.key: job for job in jobs([arch], [dtype])}
+
+
+def _facts(arch: int, dtype: str, key: tuple, digest: str) -> dict:
+    from jasper_fast.kernels import aot
+
+    job = _by_key(arch, dtype).get(key)
+    if job is None or job.digest != digest:
+        raise RuntimeError(f"{label(key)} changed on disk while kernels were being compiled: run again")
+    found = aot.compile_for(job.source, arch)
+    return {name: getattr(found, name) for name in FACTS}
+
+
+# ------------------------------------------------------------------ the rules
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`broken(job, facts)` says what is wrong, or None. `spared`: kernels it does not hold for, and why."""
+
+    name: str
+    broken: Callable[[Job, dict], str | None]
+    spared: tuple[tuple[str, str], ...] = ()
+
+    def complaint(self, job: Job, facts: dict) -> str | None:
+        """What the rule says about a row."""
+        if any(re.search(pattern, f"sm_{job.arch} {job.dtype} {job.kernel}") for pattern, _ in self.spared):
+            return None
+        return self.broken(job, facts)
+
+
+def _spill(job: Job, facts: dict) -> str | None:
+    spilled = facts["spilled"] and not COLD.search(job.kernel)
+    return f"{facts['spilled']} bytes of stack a thread" if spilled else None
+
+
+def _shared(job: Job, facts: dict) -> str | None:
+    from jasper_fast.kernels.aot import SHARED_LIMIT
+
+    limit = SHARED_LIMIT[job.arch]
+    return f"{facts['shared']} bytes a block, the architecture has {limit}" if facts["shared"] > limit else None
+
+
+def _multiplies(job: Job, facts: dict) -> bool:
+    """Whether the kernel has matrix products that tensor cores can do: 16 bits, or fp32 as TF32."""
+    exact = job.dtype == "float32" and job.source.constants.get("PRECISION") == "ieee"
+    return facts["dots"] > 0 and not exact
+
+
+def _tensor_cores(job: Job, facts: dict) -> str | None:
+    if not _multiplies(job, facts):
+        return None
+    whole = facts["dot_rows"] >= 64  # smaller tiles do not fill a warp group's instruction
+    unit = {90: "wgmma", 100: "tcgen05"}.get(job.arch, "mma_sync") if whole else "mma_sync"
+    found, other = facts[unit], facts["mma_sync"] if unit != "mma_sync" else 0
+    if found < facts["dots"]:
+        return f"{facts['dots']} matrix products in the source, {found} {unit} instructions"
+    return f"{other} of the products are mma.sync, not {unit}" if other else None
+
+
+def _asynchronous(job: Job, facts: dict) -> str | None:
+    if job.dtype == "float32" or not facts["dots"]:
+        return None
+    if job.arch >= 90:
+        return None if facts["tma"] else "no TMA: no operand of its products comes through a tensor descriptor"
+    if not facts["cp_async"]:
+        return "no cp.async: all operands of its products pass through registers"
+    waiting = facts["waiting_loads"]
+    return f"{waiting} wide loads into registers in a loop of products: an operand lost cp.async" if waiting else None
+
+
+def _narrow(job: Job, facts: dict) -> str | None:
+    if job.dtype == "float32" or not facts["narrow_loads"]:
+        return None
+    return f"{facts['narrow_loads']} scalar 16-bit loads in an innermost loop"
+
+
+def _nan(job: Job, facts: dict) -> str | None:
+    return f"{facts['nan_eaters']} max.f32, which drop a NaN" if facts["nan_eaters"] else None
+
+
+RULES = (
+    Rule("no spill", _spill),
+    Rule("shared memory fits", _shared),
+    Rule("tensor cores", _tensor_cores),
+    Rule("asynchronous copies", _asynchronous),
+    Rule("no 16-bit scalar loads", _narrow),
+    Rule("a NaN passes", _nan),
+)
+
+
+# ------------------------------------------------------------------ the table
+
+
+def text(version: str, rows: Iterable[dict]) -> str:
+    """The table as JSON, a line a row, so that a difference reads as one."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    return f'{{"triton": {json.dumps(version)}, "rows": [\n{lines}\n]}}\n'
+
+
+def by_key(rows: Iterable[dict]) -> dict[tuple, dict]:
+    """Rows under what names them."""
+    return {tuple(row[k] for k in KEY): row for row in rows}
+
+
+def differences(committed: dict[tuple, dict], found: dict[tuple, dict]) -> list[str]:
+    """A line for each row that appeared, went, or changed, with old and new values."""
+    lines = []
+    for key, row in found.items():
+        old = committed.get(key)
+        if old is None:
+            lines.append(f"{label(key)}: new, not in the committed table")
+        elif changed := [f"{k} {old.get(k)} -> {row[k]}" for k in row if old.get(k) != row[k]]:
+            lines.append(f"{label(key)}: {', '.join(changed)}")
+    return lines + [f"{label(key)}: in the committed table, made no more" for key in committed if key not in found]
+
+
+def label(key: tuple) -> str:
+    """A row's name for people."""
+    arch, dtype, kernel, tile, layer = key
+    return f"sm_{arch} {dtype} {kernel} [{tile}] {layer}"
+
+
+def show(rows: list[dict]) -> None:
+    """Every row with its facts, aligned."""
+    heads = {
+        "registers": "regs",
+        "spilled": "spill",
+        "mma_sync": "mma",
+        "cp_async": "cp.async",
+        "narrow_loads": "16-bit",
+    }
+    names = [label(tuple(row[k] for k in KEY)) for row in rows]
+    wide = max(map(len, names), default=0)
+    print(" ".join([" " * wide, *(f"{head:>8}" for head in heads.values())]))
+    for name, row in zip(names, rows, strict=True):
+        print(" ".join([f"{name:<{wide}}", *(f"{row[c]:>8}" for c in heads)]))
+
+
+# ------------------------------------------------------------------ the command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m bench compile`."""
+    from jasper_fast.kernels.aot import ARCHITECTURES
+
+    parser.add_argument(
+        "--arch", type=_list(int, ARCHITECTURES), default=ARCHITECTURES, metavar="80,90", help="default: all"
+    )
+    parser.add_argument("--dtype", type=_list(str, DTYPES), default=DTYPES, metavar="float16", help="default: all")
+    parser.add_argument("--kernel", default="", metavar="REGEX", help="only kernels whose name it matches")
+    parser.add_argument("--update", action="store_true", help="write the table as it is now; look at the changes first")
+    parser.add_argument("--table", type=Path, default=None, help="default: bench/compiled/triton-VERSION.json")
+    parser.add_argument("--processes", type=int, default=2, help="that compile at the same time (default: 2)")
+    parser.add_argument("--no-cache", action="store_true", help="compile what was compiled before, too")
+
+
+def _list(kind: type, known: tuple) -> Callable[[str], tuple]:
+    def parse(given: str) -> tuple:
+        values = tuple(map(kind, given.split(",")))
+        if unknown := [v for v in values if v not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]} is not one of {', '.join(map(str, known))}")
+        return values
+
+    return parse
+
+
+def main(args: argparse.Namespace) -> int:
+    """Compile, print, judge; 1 where a rule is broken or the table differs."""
+    if os.environ.get("TRITON_INTERPRET") == "1":  # read when kernels are defined: go on where it is not set
+        rest = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        return subprocess.run([sys.executable, "-m", "bench", *sys.argv[1:]], env=rest).returncode
+    import triton
+
+    started, version = time.monotonic(), triton.__version__
+    table = args.table or COMMITTED / f"triton-{version}.json"
+    chosen = [job for job in jobs(args.arch, args.dtype) if re.search(args.kernel, job.kernel)]
+    if not chosen:
+        raise SystemExit(f"--kernel {args.kernel}: no kernel's name matches")
+    cache = None if args.no_cache else CACHE / f"triton-{version}.json"
+    with console.status("") as status:
+        done = iter(range(1, len(chosen) + 1))
+        tick = lambda: status.update(f"Triton {version}: compiled {next(done)} of at most {len(chosen)}")  # noqa: E731
+        facts = compiled(chosen, args.processes, cache, tick)
+    rows = [dict(zip(KEY, job.key, strict=True)) | facts[job.digest] for job in chosen]
+    show(rows)
+    found = by_key(rows)
+    broken = [
+        f"{label(job.key)}: {rule.name}: {why}"
+        for job in chosen
+        for rule in RULES
+        if (why := rule.complaint(job, facts[job.digest]))
+    ]
+    for line in broken:
+        print(f"FAILED {line}")
+    old = by_key(json.loads(table.read_text())["rows"]) if table.exists() else None
+    if old is None and not args.update:
+        print(f"FAILED no table for Triton {version} at {table}: make it with --update and commit it")
+        return 1
+    old = old or {}
+    asked = {k: r for k, r in old.items() if k[0] in args.arch and k[1] in args.dtype and re.search(args.kernel, k[2])}
+    changes = differences(asked, found)
+    for line in changes:
+        print(f"{'CHANGED' if args.update else 'DIFFERS'} {line}")
+    if args.update:
+        merged = {k: r for k, r in old.items() if k not in asked} | found
+        order = sorted(merged, key=lambda k: (k[0], DTYPES.index(k[1]), *k[2:]))
+        table.parent.mkdir(parents=True, exist_ok=True)
+        table.write_text(text(version, (merged[k] for k in order)))
+    elif changes:
+        print(f"the table differs from {table.name}: if that was meant, run with --update and commit it")
+    spent = time.monotonic() - started
+    failed = len(broken) + (0 if args.update else len(changes))
+    print(f"Triton {version}: {len(rows)} kernels in {spent:.0f} s, {len(broken)} broken rules, {len(changes)} changes")
+    return 1 if failed else 0
