@@ -29,6 +29,12 @@ def threshold(p: float) -> int:
     return math.ceil(p * 2.0**32)
 
 
+def signed_threshold(p: float) -> tuple[int, float]:
+    """`threshold(p)` in the bits of an int32 (so that an argument never changes type), and the scale 1/(1 - p)."""
+    bits = threshold(p)
+    return bits - (1 << 32) if bits >= 1 << 31 else bits, 1.0 / (1.0 - p)
+
+
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | int]) -> tuple[Tensor, ...]:
     """Philox4x32-10 of four counter and two key words, each an int64 tensor (or int) that holds 32 unsigned bits."""
     c0, c1, c2, c3 = counter

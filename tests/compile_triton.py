@@ -21,9 +21,13 @@ def sources(op: str, dtype: torch.dtype, arch: int) -> list[aot.Source]:
         from jasper_fast.kernels.bn_relu_dropout import triton_impl
 
         return list(triton_impl.sources(dtype, 256))
-    from jasper_fast.kernels.conv1d import triton_impl
+    from jasper_fast.kernels.conv1d import triton_sources
 
-    return list(triton_impl.sources(dtype, 256, 384, 400, descriptors=arch >= 90))
+    yes = arch >= 90
+    return [
+        *triton_sources.sources(dtype, 256, 384, 400, descriptors=yes),
+        *triton_sources.first_and_last(dtype, 256, 1024, 29, 400, descriptors=yes),
+    ]
 
 
 def main(op: str, archs: str, dtypes: str, *names: str) -> None:

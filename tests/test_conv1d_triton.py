@@ -64,11 +64,10 @@ def test_three_directions_in_bf16(name):
 @pytest.mark.parametrize("name", ["k11", "k21", "k25", "dilated", "decoder"])
 def test_three_directions_through_tensor_descriptors(name, monkeypatch):
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", True)
-    _, c_in, _, t, *_ = LAYERS[name]
+    t = LAYERS[name][3]
     x, weight, *_, lengths = make(LAYERS[name], torch.float16, make_face("triton").device)
     if not x.is_cuda:
-        tile = triton_impl.conv_tile(x.dtype, c_in, weight.shape[0], t)
-        assert triton_impl._descriptors(x.transpose(1, 2), triton_impl.pack(weight), 1, tile)[0] is not None
+        assert triton_impl._activations(x.transpose(1, 2), 1, 32, 16) is not None
     check(LAYERS[name], torch.float16)
     if lengths is not None:  # padding may hold anything
         x = ntc(x.masked_fill((torch.arange(t, device=x.device) >= lengths[:, None])[:, None], torch.nan))
@@ -98,7 +97,7 @@ def check(layer, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_statistics_of_the_accumulators(name, dtype):
     x, weight, *shape, lengths = make(LAYERS[name], dtype, make_face("triton").device)
-    y, got_mean, got_m2 = triton_impl.forward_stats(x, triton_impl.pack(weight), *shape, lengths)
+    y, got_mean, got_m2 = triton_impl.forward_stats(x, weight, *shape, lengths)
     assert torch.equal(y, triton_impl.forward(x, weight, *shape, lengths))
     ref = F.conv1d(x.double(), weight.double(), None, *shape)
     rows = ref.shape[0] * ref.shape[2]
@@ -192,3 +191,219 @@ def test_compiles_ahead_of_time_for_tensor_cores():
         assert row["narrow_loads"] == 0, row
         assert row["wide_stores"] > 0, row
         assert row["shared"] <= 100 * 1024, row
+
+
+@pytest.mark.parametrize(("dtype", "made"), [(torch.float32, torch.float16), (torch.float16, torch.float16)])
+def test_pack_is_the_weight_in_the_kernels_order(dtype, made):
+    weight = torch.randn(29, 33, 5, device=make_face("triton").device).to(dtype)
+    packed = triton_impl.pack(weight, made)
+    assert packed.data.shape == (5, 33, 32)
+    assert torch.equal(packed.data[:, :, :29], weight.permute(2, 1, 0).to(made))
+    assert (packed.data[:, :, 29:] == 0).all()
+    buffer = torch.full_like(packed.data, torch.nan)
+    assert triton_impl.pack(weight, out=buffer).data is buffer
+    assert torch.equal(buffer, packed.data)
+    x = ntc(torch.randn(1, 33, 7, device=weight.device).to(made))
+    for got, want in zip(
+        triton_impl.forward_stats(x, weight, 1, 2, 1, None, packed.data),
+        triton_impl.forward_stats(x, weight.to(made), 1, 2, 1),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("name", ["k11", "k21", "dilated", "pane", "one frame", "odd channels"])
+def test_dgrad_with_the_batch_norms_reduction(name, dtype, p):
+    """g, dbeta and dgamma in one pass, beside dgrad and backward_reduce one after the other."""
+    device = make_face("triton").device
+    y, weight, _, padding, dilation, lengths = make(LAYERS[name], dtype, device)
+    n, c, t = y.shape
+    y = ntc(torch.randn(n, c, t, device=device).to(dtype))  # a conv's output: not zero in the padding
+    dy = ntc(torch.randn(n, weight.shape[0], t + 2 * padding - dilation * (weight.shape[2] - 1)).to(device, dtype))
+    gamma, beta = torch.rand(c, device=device) + 0.5, torch.randn(c, device=device)
+    mean, rstd = torch.randn(c, device=device) * 0.1, torch.rand(c, device=device) + 0.5
+    seed = torch.tensor([3], device=device)
+
+    def plain(kind):
+        wide = [v.double() if kind == torch.float64 else v for v in (mean, rstd, gamma, beta)]
+        return reference.dgrad_bn(
+            dy.to(kind), weight.to(kind), padding, dilation, y.to(kind), *wide, lengths, seed, p
+        )  # fmt: skip
+
+    # the ReLU's edge has two right answers: y is kept off it
+    pre = (y.double() - mean[:, None]) * (gamma * rstd).double()[:, None] + beta[:, None]
+    y = ntc(torch.where(pre.abs() < 0.01, torch.full_like(y, 0.0) + mean[:, None].to(dtype) + 3, y))
+    got = triton_impl.dgrad_bn(dy, weight, padding, dilation, y, mean, rstd, gamma, beta, lengths, seed, p)
+    for what, ours, low, ref in zip(("g", "dbeta", "dgamma"), got, plain(dtype), plain(torch.float64), strict=True):
+        assert_close(what, ours, low, ref)
+    if lengths is not None:  # what lies in the padding of y is not read
+        beyond = (torch.arange(t, device=device) >= lengths[:, None])[:, None]
+        assert (got[0].masked_select(beyond) == 0).all()
+        dirty = ntc(y.masked_fill(beyond, torch.nan))
+        again = triton_impl.dgrad_bn(dy, weight, padding, dilation, dirty, mean, rstd, gamma, beta, lengths, seed, p)
+        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+def test_a_nan_in_a_frame_reaches_g_and_the_sums():
+    device = make_face("triton").device
+    y, weight, _, padding, dilation, lengths = make(LAYERS["k11"], torch.float16, device)
+    y = ntc(y.abs())  # with gamma = beta = 1 every ReLU is open
+    y[0, 3, 20] = torch.nan
+    c = y.shape[1]
+    dy = ntc(torch.randn(2, weight.shape[0], y.shape[2], device=device).half())
+    one, zero = torch.ones(c, device=device), torch.zeros(c, device=device)
+    g, dbeta, dgamma = triton_impl.dgrad_bn(dy, weight, padding, dilation, y, zero, one, one, one, lengths, None, 0.0)
+    assert not g.isnan().any()  # as in PyTorch: the gradient passes where the ReLU's input is NaN
+    assert dgamma.isnan().nonzero().flatten().tolist() == [3]
+    assert not dbeta.isnan().any()
+    dy[0, 5, 9] = torch.inf
+    g, dbeta, _ = triton_impl.dgrad_bn(dy, weight, padding, dilation, y, zero, one, one, one, lengths, None, 0.0)
+    assert not g[0, :, 4:15].isfinite().any()
+    assert g[1].isfinite().all()
+    assert not dbeta.isfinite().any()
+
+
+def test_wgrad_for_a_master_weight_is_not_rounded():
+    device = make_face("triton").device
+    x, weight, *shape, lengths = make(LAYERS["k13"], torch.float16, device)
+    dy = ntc(torch.randn(2, weight.shape[0], x.shape[2], device=device).half())
+    wide = triton_impl.wgrad(x, dy, weight.shape[2], *shape, lengths, torch.float32)
+    assert torch.equal(wide.half(), triton_impl.wgrad(x, dy, weight.shape[2], *shape, lengths))
+    ref = gradients(x.double(), weight.double(), dy.double(), *shape)[1]
+    assert_close("dw", wide, ref.float(), ref, factor=4.0)
+
+
+# ---- inference ----
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_the_first_conv_reads_features_as_they_are(dtype, masked):
+    """(N, C, T) fp32 in; the cast, the transpose, the mask and the output's lengths are the kernel's."""
+    device = make_face("triton").device
+    _, weight, *_ = make(LAYERS["prologue"], dtype, device)
+    features, lengths = torch.randn(3, 64, 45, device=device), torch.tensor([45, 20, 0], device=device)
+    if masked:
+        features.masked_fill_((torch.arange(45, device=device) >= lengths[:, None])[:, None], torch.nan)
+    made = torch.full((3,), -1, device=device)
+    bias = torch.randn(32, device=device)
+    room = 26 if masked else 23  # longer than the conv's result: a bucket's length
+    out = torch.full((3, room, 32), torch.nan, device=device, dtype=dtype)
+    given = {"stride": 2, "padding": 5, "bias": bias, "relu": True}
+    triton_impl.fused(
+        features.transpose(1, 2), triton_impl.pack(weight), **given, in_lengths=lengths, lengths_out=made,
+        masked=masked, out=out,
+    )  # fmt: skip
+    assert made.tolist() == [23, 10, 0]
+    want = reference.fused(
+        features.transpose(1, 2).to(dtype), weight, **given | {"bias": bias.to(dtype)},
+        **({"in_lengths": lengths, "out_lengths": made} if masked else {}),
+    )  # fmt: skip
+    assert (out[:, 23:] == 0).all()
+    ref = reference.fused(
+        features.transpose(1, 2).to(dtype).double(), weight.double(), **given | {"bias": bias.double()},
+        **({"in_lengths": lengths, "out_lengths": made} if masked else {}),
+    )  # fmt: skip
+    assert_close("z", out[:, :23], want, ref)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_the_last_conv_ends_in_log_softmax(dtype):
+    device = make_face("triton").device
+    x, weight, *_ = make(LAYERS["decoder"], dtype, device)
+    bias, lengths = torch.randn(29, device=device), torch.tensor([19, 4], device=device)
+    made = torch.empty_like(lengths)
+    rows = x.transpose(1, 2)
+    got = triton_impl.fused(
+        rows, triton_impl.pack(weight), bias=bias, in_lengths=lengths, lengths_out=made, masked=False, log_softmax=True
+    )
+    assert torch.equal(made, lengths) and got.dtype == torch.float32
+    logits = rows.double() @ weight[:, :, 0].double().T + bias
+    low = (rows @ weight[:, :, 0].T + bias.to(dtype)).float().log_softmax(2)
+    assert_close("log-probabilities", got, low, logits.log_softmax(2))
+    with pytest.raises(ValueError, match="up to 128"):
+        triton_impl.fused(rows, triton_impl.pack(torch.randn(129, 64, 1).to(device, dtype)), log_softmax=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("splits", [2, 3, 7])
+def test_a_shared_reduction_gives_the_same_and_repeats(splits, dtype, monkeypatch):
+    """splits programs a tile: right, the same bits again, counters back at 0, nothing of an earlier launch left."""
+    device = make_face("triton").device
+    x, weight, *shape, lengths = make(LAYERS["k13"], dtype, device)
+    n, _, t = x.shape
+    names = dict(zip(("stride", "padding", "dilation"), shape, strict=True))
+    panes = torch.randn(n, t, 40, device=device).to(dtype)
+    w2, bias = (torch.randn(48, 40, 1) / 7).to(device, dtype), torch.randn(48, device=device)
+    given = names | {"in_lengths": lengths, "bias": bias, "relu": True, "out_lengths": lengths, "x2": panes}
+    alone = triton_impl.fused(x.transpose(1, 2), triton_impl.pack(weight), **given, packed2=triton_impl.pack(w2))
+    choose = triton_impl.triton_tiles.choose
+    monkeypatch.setattr(
+        triton_impl.triton_tiles, "choose", lambda *a: choose(*a)._replace(n=16, k=16, splits=splits)
+    )  # fmt: skip
+    workspace, results = triton_impl.Workspace(device), []
+    for _ in range(2):
+        results.append(
+            triton_impl.fused(
+                x.transpose(1, 2), triton_impl.pack(weight), **given, packed2=triton_impl.pack(w2), workspace=workspace
+            )
+        )
+        assert workspace.arrived.numel() > 0 and (workspace.arrived == 0).all()
+        workspace.part.fill_(torch.nan)
+    assert torch.equal(*results)
+    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in given.items()}
+    ref = reference.fused(x.transpose(1, 2).double(), weight.double(), **wide, weight2=w2.double())
+    assert_close("z", results[0], alone, ref)
+
+
+# ---- padding costs nothing ----
+
+
+def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
+    """Matrix products of a batch with lengths (T, T/2, T/4, 0): those of its frames plus halo, and the same results."""
+    device = make_face("triton").device
+    if device.type == "cuda":
+        pytest.skip("products are counted in the interpreter")
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    t, k, padding, block = 256, 11, 5, 32
+    lengths = torch.tensor([t, t // 2, t // 4, 0])
+    x = torch.randn(4, 32, t).masked_fill((torch.arange(t) >= lengths[:, None])[:, None], 0.0)
+    x, weight = ntc(x), torch.randn(48, 32, k) / 20
+    dy = ntc(torch.randn(4, 48, t))
+    tile = triton_impl.Tile(block, 16, 32, 4, 2)
+    monkeypatch.setattr(triton_impl.triton_tiles, "choose", lambda *a: tile)
+    counted = []
+    dot = builder.create_dot
+    monkeypatch.setattr(builder, "create_dot", lambda *a: counted.append(1) or dot(*a))
+
+    def products(function, *args):
+        counted.clear()
+        return function(*args), len(counted)
+
+    def tiles(frames):  # of an utterance whose last frame that is not zero is `frames - 1`
+        return -(-min(frames, t) // block)
+
+    short = [int(v) for v in lengths]
+    (y, mean, m2), done = products(triton_impl.forward_stats, x, weight, 1, padding, 1, lengths)
+    assert done == sum(tiles(length + padding) if length else 0 for length in short) * 3 * k
+    whole, everything = products(triton_impl.forward_stats, x, weight, 1, padding, 1)
+    assert everything == 4 * (t // block) * 3 * k
+    assert torch.equal(y, whole[0]) and torch.equal(mean, whole[1]) and torch.equal(m2, whole[2])
+
+    dx, done = products(triton_impl.dgrad, dy, weight, t, 1, padding, 1, lengths)
+    assert done == sum(map(tiles, short)) * 2 * k * 2  # C_in = 32 in blocks of 16, C_out = 48 in steps of 32
+    whole, _ = products(triton_impl.dgrad, dy, weight, t, 1, padding, 1)
+    inside = (torch.arange(t) < lengths[:, None])[:, None]
+    assert torch.equal(dx, whole.masked_fill(~inside, 0.0))
+
+    dw, done = products(triton_impl.wgrad, x, dy, k, 1, padding, 1, lengths)
+    rows = sum(
+        -(-max(0, min(t, length - shift) - max(0, -shift)) // block) for shift in range(-5, 6) for length in short
+    )
+    assert done == rows * 2 * 2  # blocks of 16 by 32 channels
+    assert_close(
+        "dw", dw, triton_impl.wgrad(x, dy, k, 1, padding, 1), reference.wgrad(x.double(), dy.double(), k, 1, padding, 1)
+    )

@@ -1,6 +1,7 @@
 """conv1d through ATen: conv2d over the channels-last view of the same memory, so that no transpose is made.
 
-N batch, C channels, T frames, K taps. For every device and dtype that has no kernel of ours yet. ATen's own conv1d
+N batch, C channels, T frames, K taps. Weights of another dtype are cast to that of the activations; nothing is packed.
+For every device and dtype that has no kernel of ours yet. ATen's own conv1d
 makes its input contiguous in NCT order; a (N, C, 1, T) view with C innermost takes cuDNN's and oneDNN's NHWC kernels.
 """
 
@@ -14,27 +15,48 @@ from jasper_fast.kernels.layout import ntc
 
 
 def forward(
-    x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int, lengths: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    lengths: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """y (N, C_out, T') of `x` (N, C_in, T) and `weight` (C_out, C_in, K); `x` is zero at t >= `lengths` (N,)."""
+    weight = weight.to(x.dtype)
     y = F.conv2d(x.unsqueeze(2), weight.unsqueeze(2), None, (1, stride), (0, padding), (1, dilation))
     return ntc(y.squeeze(2))
 
 
 def dgrad(
-    dy: Tensor, weight: Tensor, t: int, stride: int, padding: int, dilation: int, lengths: Tensor | None = None
+    dy: Tensor,
+    weight: Tensor,
+    t: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    lengths: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """dx (N, C_in, T) of `dy` (N, C_out, T')."""
     x = dy.new_empty(()).expand(dy.shape[0], weight.shape[1], t)  # its shape is all that is asked of it
-    return _backward(dy, x, weight, stride, padding, dilation, (True, False))[0]
+    return _backward(dy, x, weight.to(dy.dtype), stride, padding, dilation, (True, False))[0]
 
 
 def wgrad(
-    x: Tensor, dy: Tensor, k: int, stride: int, padding: int, dilation: int, lengths: Tensor | None = None
+    x: Tensor,
+    dy: Tensor,
+    k: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    lengths: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """dweight (C_out, C_in, K)."""
+    """dweight (C_out, C_in, K) in `dtype` (default: that of `x`)."""
     weight = dy.new_empty(()).expand(dy.shape[1], x.shape[1], k)
-    return _backward(dy, x, weight, stride, padding, dilation, (False, True))[1]
+    return _backward(dy, x, weight, stride, padding, dilation, (False, True))[1].to(dtype or x.dtype)
 
 
 def _backward(dy, x, weight, stride, padding, dilation, which):

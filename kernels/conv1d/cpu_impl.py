@@ -1,6 +1,7 @@
 """The CPU face of conv1d: C++ micro-kernels (csrc/cpu/isa/conv1d_*.cpp), fp32, vectorised at run time and threaded.
 
-Results are the same bits whatever the number of threads, and an item's are the same in any batch and with any padding.
+Weights are packed in every call, by an algorithm that the shape chooses: `packed` is not used. Results are the same
+bits whatever the number of threads, and an item's are the same in any batch and with any padding.
 """
 
 from __future__ import annotations
@@ -85,7 +86,13 @@ def fused(
 
 
 def forward(
-    x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int, lengths: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    lengths: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """y (N, C_out, T') of `x` (N, C_in, T) in NTC memory, zero at t >= `lengths` (N,), and `weight` (C_out, C_in, K).
 
@@ -97,7 +104,14 @@ def forward(
 
 
 def dgrad(
-    dy: Tensor, weight: Tensor, t: int, stride: int, padding: int, dilation: int, lengths: Tensor | None = None
+    dy: Tensor,
+    weight: Tensor,
+    t: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    lengths: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """dx (N, C_in, T = `t`) of `dy` (N, C_out, T') in NTC memory, zero at t >= `lengths`; stride 1.
 
@@ -116,9 +130,18 @@ def dgrad(
 
 
 def wgrad(
-    x: Tensor, dy: Tensor, k: int, stride: int, padding: int, dilation: int, lengths: Tensor | None = None
+    x: Tensor,
+    dy: Tensor,
+    k: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    lengths: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """dweight (C_out, C_in, K = `k`) of `x` (N, C_in, T), zero at t >= `lengths`, and `dy` (N, C_out, T')."""
+    if dtype not in (None, torch.float32):
+        raise TypeError(f"the cpu face computes in fp32, and gives no gradient in {dtype}")
     dw = torch.empty((dy.shape[1], x.shape[1], k), dtype=torch.float32)
     algorithm = ALGORITHMS[_algorithm(dw, dy.shape[0] * dy.shape[2], stride)]
     native.cpu().conv1d_wgrad(x.transpose(1, 2), dy.transpose(1, 2), lengths, stride, dilation, padding, algorithm, dw)

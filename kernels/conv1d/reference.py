@@ -9,39 +9,103 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jasper_fast.kernels.bn_relu_dropout import reference as bn
 from jasper_fast.kernels.layout import ntc
 
 
 def forward(
-    x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int, lengths: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    lengths: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """y (N, C_out, T') of `x` (N, C_in, T), zero at t >= `lengths` (N,), and `weight` (C_out, C_in, K); NTC memory.
 
-    Equivalent to `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, stride, padding, dilation)`.
+    The weight is cast to the dtype of `x`; `packed` is for faces that keep packs. Equivalent to
+    `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, stride, padding, dilation)`.
     """
+    weight = weight.to(x.dtype)
     out = fused(x.transpose(1, 2), weight, stride=stride, padding=padding, dilation=dilation, in_lengths=lengths)
     return out.transpose(1, 2)
 
 
+def forward_stats(
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    lengths: Tensor | None = None,
+    packed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y of `forward`, with the mean and M2 (sum of squared deviations) of its channels over all N*T' rows."""
+    y = forward(x, weight, stride, padding, dilation, lengths)
+    return y, *bn.stats(y)
+
+
 def dgrad(
-    dy: Tensor, weight: Tensor, t: int, stride: int, padding: int, dilation: int, lengths: Tensor | None = None
+    dy: Tensor,
+    weight: Tensor,
+    t: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    lengths: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """dx (N, C_in, T = `t`) of `dy` (N, C_out, T'), zero at t >= `lengths`; NTC memory."""
     k, t_out = weight.shape[2], dy.shape[2]
     span = max(t + 2 * padding, (t_out - 1) * stride + (k - 1) * dilation + 1)
     dx = dy.new_zeros((dy.shape[0], span, weight.shape[1]))  # rows as in the padded x
     for tap in range(k):
-        dx[:, _tap_rows(tap, t_out, stride, dilation)] += dy.transpose(1, 2) @ weight[:, :, tap]
+        dx[:, _tap_rows(tap, t_out, stride, dilation)] += dy.transpose(1, 2) @ weight[:, :, tap].to(dy.dtype)
     return ntc(_mask_rows(dx[:, padding : padding + t], lengths).transpose(1, 2))
 
 
+def dgrad_bn(
+    dy: Tensor,
+    weight: Tensor,
+    padding: int,
+    dilation: int,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    packed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(g, dbeta, dgamma): `dgrad` at stride 1, then what bn_relu_dropout's backward reduces of it.
+
+    y (N, C, T) is what batch norm, ReLU, dropout and mask turned into the conv's input; g, of its shape and dtype, is
+    the gradient at the ReLU's input; dbeta = sum g and dgamma = sum g*yhat, (C,) each.
+    """
+    dz = dgrad(dy, weight, y.shape[2], 1, padding, dilation, lengths)
+    vectors = (mean, rstd, gamma, beta)
+    dbeta, dgamma = bn.backward_reduce(dz, y, None, *vectors, lengths, seed, p)
+    return bn.backward_apply(dz, y, None, *vectors, None, None, lengths, seed, p, True)[1], dbeta, dgamma
+
+
 def wgrad(
-    x: Tensor, dy: Tensor, k: int, stride: int, padding: int, dilation: int, lengths: Tensor | None = None
+    x: Tensor,
+    dy: Tensor,
+    k: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    lengths: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """dweight (C_out, C_in, K = `k`) of `x` (N, C_in, T), zero at t >= `lengths`, and `dy` (N, C_out, T')."""
+    """dweight (C_out, C_in, K = `k`), in `dtype` (default: that of `x`), of `x` (N, C_in, T), zero at t >= `lengths`,
+    and `dy` (N, C_out, T')."""
     padded, t_out = _padded(x.transpose(1, 2), padding, lengths), dy.shape[2]
     taps = [padded[:, _tap_rows(tap, t_out, stride, dilation)] for tap in range(k)]
-    return torch.stack([torch.einsum("not,ntc->oc", dy, rows) for rows in taps], dim=2)
+    return torch.stack([torch.einsum("not,ntc->oc", dy, rows) for rows in taps], dim=2).to(dtype or x.dtype)
 
 
 def fused(

@@ -1,243 +1,36 @@
-"""conv1d in Triton as K shifted GEMMs over NTC memory (NVIDIA sm_80 and later; numpy through Triton's interpreter).
+"""The Triton face of conv1d (NVIDIA sm_80 and later; numpy through Triton's interpreter): launches, and their checks.
 
-    forward  y[n, t, :]  = sum_k x[n, t*stride + k*dilation - padding, :] @ w[k]
-    dgrad    the same kernel over dy with the taps reversed and each transposed (stride 1)
-    wgrad    dw[k] = sum_(n,t) x[n, t*stride + k*dilation - padding, :]^T dy[n, t, :]
-    fused    mask(relu(forward(x) + x2 @ w2 + bias)), the panes x2 as a further stretch of the reduction
-
-N batch, T frames, C channels, K taps. A forward program owns BLOCK_T frames of one utterance by BLOCK_N output
-channels; its loop runs over chunks of BLOCK_K input channels and, innermost, over the taps, so that a chunk's frames
-are read from cache K - 1 times of K. A wgrad program owns BLOCK_I by BLOCK_O of one tap, over a share of the
-utterances; shares are added in a fixed order. No im2col and no transpose of an activation. Accumulators are fp32. A
-tile whose inputs all lie beyond the utterance's length is not computed: it is zero. Loads are masked pointers, which
-become cp.async; on sm_90 and later 16-bit tiles that touch no padding come through tensor descriptors (TMA), whose zero
-fill is the conv's. Weights are packed to (K, C_in, C_out) with C_out rounded up to 16, so that each of their rows
-starts on 16 bytes.
+N batch, C channels, T frames, K taps. The kernels: triton_forward.py, triton_dgrad.py, triton_wgrad.py for training,
+triton_fused.py for inference, triton_pack.py for weights; triton_loop.py is the reduction that they share. Activations
+are fp32 (TF32 where torch.backends.cudnn.allow_tf32, as PyTorch's own conv), fp16 or bf16; accumulators fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from jasper_fast.kernels import aot
+from jasper_fast.kernels import launch, philox
+from jasper_fast.kernels.conv1d import triton_tiles
+from jasper_fast.kernels.conv1d.triton_dgrad import conv1d_dgrad_kernel, conv1d_sums_merge_kernel
+from jasper_fast.kernels.conv1d.triton_forward import conv1d_forward_kernel, conv1d_stats_merge_kernel
+from jasper_fast.kernels.conv1d.triton_fused import conv1d_fused_kernel
+from jasper_fast.kernels.conv1d.triton_pack import PAD_OUT, conv1d_pack_kernel
+from jasper_fast.kernels.conv1d.triton_tiles import MERGE_C, MERGE_G, SOFTMAX_MAX, Shape, Tile, transpose_meta
+from jasper_fast.kernels.conv1d.triton_wgrad import conv1d_wgrad_kernel, conv1d_wgrad_merge_kernel
+from jasper_fast.kernels.layout import empty_ntc
 
-PAD_OUT = 16  # packed weights' rows are a multiple of this many channels
 SHARES = 264  # wgrad programs wanted: two for each SM of a large GPU, and not the device's own count, so runs repeat
-INTERPRET_DESCRIPTORS = False  # the descriptor loop in the interpreter, for tests
+INTERPRET_DESCRIPTORS = False  # the descriptor loops in the interpreter, for tests
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Tile(NamedTuple):
-    """BLOCK_T frames by BLOCK_N output channels, BLOCK_K input channels a step."""
-
-    t: int
-    n: int
-    k: int
-    num_warps: int
-    num_stages: int
-
-
-@triton.jit
-def _dot(a, b, acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
-    if UPCAST:  # the interpreter's bf16 product is garbage; fp32 holds bf16 exactly
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _weights(w_ptr, row0, offs_c, mask_c, offs_o, C_pad):
-    """Rows row0 + offs_c of packed weights: [BLOCK_K, BLOCK_N]."""
-    mask = mask_c[:, None] & (offs_o < C_pad)[None, :]
-    return tl.load(w_ptr + ((row0 + offs_c)[:, None] * C_pad + offs_o[None, :]), mask=mask, other=0.0)
-
-
-@triton.jit(
-    do_not_specialize=[
-        "frames", "frames_out", "groups_in", "x_row", "x_item", "groups_2", "x2_row", "x2_item", "c_out", "y_row",
-        "y_item", "taps", "stride", "padding", "dilation", "t_blocks",
-    ]
-)  # fmt: skip
-def _conv_kernel(
-    x_ptr, w_ptr, x2_ptr, w2_ptr, y_ptr, bias_ptr, part_mean_ptr, part_m2_ptr, in_lengths_ptr, out_lengths_ptr,
-    x_desc, w_desc, frames, frames_out, groups_in, x_row, x_item, groups_2, x2_row, x2_item, c_out, y_row, y_item,
-    taps, stride, padding, dilation, t_blocks,
-    HAS_IN_LENGTHS: tl.constexpr, HAS_OUT_LENGTHS: tl.constexpr, HAS_PANES: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_RELU: tl.constexpr, HAS_STATS: tl.constexpr, HAS_DESCRIPTORS: tl.constexpr,
-    VEC_IN: tl.constexpr, VEC_2: tl.constexpr, VEC_OUT: tl.constexpr, PAD: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    # sizes and strides of activations come in units of VEC elements, which tells the compiler their alignment
-    C_in = groups_in * VEC_IN
-    C_pad = tl.cdiv(c_out, PAD) * PAD
-    n_blocks = tl.cdiv(c_out, BLOCK_N)
-    tile = (tl.program_id(0) // n_blocks).to(tl.int64)  # channels innermost: neighbours share their frames of x in L2
-    n = tile // t_blocks
-    t0 = (tile % t_blocks).to(tl.int32) * BLOCK_T
-    offs_o = (tl.program_id(0) % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_t = t0 + tl.arange(0, BLOCK_T)
-    offs_c = tl.arange(0, BLOCK_K)
-    mask_o = offs_o < c_out
-    limit, limit_2 = frames, frames_out  # inputs at and beyond these are zero
-    end = frames_out  # outputs at and beyond it are zero
-    if HAS_IN_LENGTHS:
-        length = tl.load(in_lengths_ptr + n).to(tl.int32)
-        limit, limit_2 = tl.minimum(length, limit), tl.minimum(length, limit_2)
-    if HAS_OUT_LENGTHS:
-        end = tl.minimum(tl.load(out_lengths_ptr + n).to(tl.int32), end)
-    x_tile = x_ptr + n * x_item * VEC_IN
-    first = offs_t * stride - padding
-    acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    steps = taps * tl.cdiv(C_in, BLOCK_K)
-    if (t0 * stride - padding >= limit) | (t0 >= end):
-        steps = 0
-    if HAS_DESCRIPTORS:  # stride 1; rows of padding may hold anything, so a tile that reaches some takes the other loop
-        whole = (limit == frames) | (t0 - padding + BLOCK_T + (taps - 1) * dilation <= limit)
-        for i in range(tl.where(whole, steps, 0)):
-            tap = i % taps
-            c0 = (i // taps) * BLOCK_K
-            x = x_desc.load([n.to(tl.int32), t0 - padding + tap * dilation, c0]).reshape([BLOCK_T, BLOCK_K])
-            w = w_desc.load([tap * C_in + c0, (tl.program_id(0) % n_blocks) * BLOCK_N])
-            acc = _dot(x, w, acc, UPCAST, PRECISION)
-        steps = tl.where(whole, 0, steps)
-    for i in range(steps):
-        tap = i % taps
-        c0 = (i // taps) * BLOCK_K
-        t_in = first + tap * dilation
-        mask_c = c0 + offs_c < C_in
-        mask = ((t_in >= 0) & (t_in < limit))[:, None] & mask_c[None, :]
-        x = tl.load(x_tile + (t_in[:, None] * (x_row * VEC_IN) + (c0 + offs_c)[None, :]), mask=mask, other=0.0)
-        w = _weights(w_ptr, tap * C_in + c0, offs_c, mask_c, offs_o, C_pad)
-        acc = _dot(x, w, acc, UPCAST, PRECISION)
-    if HAS_PANES:
-        C_2 = groups_2 * VEC_2
-        x2_tile = x2_ptr + n * x2_item * VEC_2
-        steps = tl.cdiv(C_2, BLOCK_K)
-        if (t0 >= limit_2) | (t0 >= end):
-            steps = 0
-        for i in range(steps):
-            c0 = i * BLOCK_K
-            mask_c = c0 + offs_c < C_2
-            mask = (offs_t < limit_2)[:, None] & mask_c[None, :]
-            x = tl.load(x2_tile + (offs_t[:, None] * (x2_row * VEC_2) + (c0 + offs_c)[None, :]), mask=mask, other=0.0)
-            w = _weights(w2_ptr, c0, offs_c, mask_c, offs_o, C_pad)
-            acc = _dot(x, w, acc, UPCAST, PRECISION)
-    rows = offs_t < frames_out
-    if HAS_STATS:
-        count = tl.minimum(frames_out - t0, BLOCK_T).to(tl.float32)
-        mean = tl.sum(tl.where(rows[:, None], acc, 0.0), 0) / count
-        spread = tl.where(rows[:, None], acc - mean[None, :], 0.0)
-        tl.store(part_mean_ptr + tile * c_out + offs_o, mean, mask=mask_o)
-        tl.store(part_m2_ptr + tile * c_out + offs_o, tl.sum(spread * spread, 0), mask=mask_o)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_o, mask=mask_o, other=0.0)[None, :]
-    if HAS_RELU:
-        acc = tl.where(acc <= 0, 0.0, acc)  # a NaN passes
-    if HAS_OUT_LENGTHS:
-        acc = tl.where((offs_t < end)[:, None], acc, 0.0)
-    y_tile = y_ptr + n * y_item * VEC_OUT
-    offs = offs_t[:, None] * (y_row * VEC_OUT) + offs_o[None, :]
-    mask_o = offs_o < (c_out // VEC_OUT) * VEC_OUT  # the same, with its alignment
-    tl.store(y_tile + offs, acc.to(y_ptr.dtype.element_ty), mask=rows[:, None] & mask_o[None, :])
-
-
-@triton.jit(do_not_specialize=["frames_out", "t_blocks", "tiles", "c_out"])
-def _stats_merge_kernel(
-    part_mean_ptr, part_m2_ptr, mean_ptr, m2_ptr, frames_out, t_blocks, tiles, c_out,
-    BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Chan's merge of the tiles' mean and M2, BLOCK_G at a time in a fixed order, for BLOCK_C channels."""
-    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < c_out
-    seen = 0.0
-    mean = tl.zeros([BLOCK_C], tl.float32)
-    m2 = tl.zeros([BLOCK_C], tl.float32)
-    for g0 in range(0, tiles, BLOCK_G):
-        offs_g = g0 + tl.arange(0, BLOCK_G)
-        mask = (offs_g < tiles)[:, None] & mask_c[None, :]
-        offs = offs_g.to(tl.int64)[:, None] * c_out + offs_c[None, :]
-        part_mean = tl.load(part_mean_ptr + offs, mask=mask, other=0.0)
-        part_m2 = tl.load(part_m2_ptr + offs, mask=mask, other=0.0)
-        weight = tl.minimum(frames_out - (offs_g % t_blocks) * BLOCK_T, BLOCK_T)
-        weight = tl.where(offs_g < tiles, weight, 0).to(tl.float32)
-        count = tl.sum(weight, 0)
-        group_mean = tl.sum(weight[:, None] * part_mean, 0) / count
-        spread = part_mean - group_mean[None, :]
-        group_m2 = tl.sum(part_m2 + weight[:, None] * spread * spread, 0)
-        delta = group_mean - mean
-        share = count / (seen + count)
-        mean += delta * share
-        m2 += group_m2 + delta * delta * (seen * share)
-        seen += count
-    tl.store(mean_ptr + offs_c, mean, mask=mask_c)
-    tl.store(m2_ptr + offs_c, m2, mask=mask_c)
-
-
-@triton.jit(
-    do_not_specialize=[
-        "batch", "frames", "frames_out", "groups_in", "groups_out", "taps", "stride", "padding", "dilation", "share",
-    ]
-)  # fmt: skip
-def _wgrad_kernel(
-    x_ptr, dy_ptr, dw_ptr, lengths_ptr,
-    batch, frames, frames_out, groups_in, groups_out, taps, stride, padding, dilation, share,
-    HAS_LENGTHS: tl.constexpr, VEC_IN: tl.constexpr, VEC_OUT: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
-    """dw of one tap, BLOCK_I by BLOCK_O channels, from `share` utterances: dw (shares, K, C_in, C_out)."""
-    C_in = groups_in * VEC_IN
-    C_out = groups_out * VEC_OUT
-    o_blocks, i_blocks = tl.cdiv(C_out, BLOCK_O), tl.cdiv(C_in, BLOCK_I)
-    pid = tl.program_id(0)
-    offs_o = (pid % o_blocks) * BLOCK_O + tl.arange(0, BLOCK_O)
-    pid = pid // o_blocks
-    offs_i = (pid % i_blocks) * BLOCK_I + tl.arange(0, BLOCK_I)
-    pid = pid // i_blocks
-    tap = pid % taps
-    part = (pid // taps).to(tl.int64)
-    shift = tap * dilation - padding
-    offs_t = tl.arange(0, BLOCK_T)
-    mask_i, mask_o = offs_i < C_in, offs_o < C_out
-    acc = tl.zeros([BLOCK_I, BLOCK_O], tl.float32)
-    first = part * share
-    for n in range(first, tl.minimum(first + share, batch)):
-        limit = frames
-        if HAS_LENGTHS:
-            limit = tl.minimum(tl.load(lengths_ptr + n).to(tl.int32), limit)
-        # outputs whose shifted input exists and is not padding: the rest multiply zeros
-        begin = tl.maximum(0, tl.cdiv(-shift, stride))
-        end = tl.minimum(frames_out, tl.cdiv(limit - shift, stride))
-        x_n = x_ptr + n * frames * C_in
-        dy_n = dy_ptr + n * frames_out * C_out
-        for t0 in range(begin, end, BLOCK_T):
-            t = t0 + offs_t
-            mask_t = t < end
-            x = tl.load(
-                x_n + ((t * stride + shift)[:, None] * C_in + offs_i[None, :]),
-                mask=mask_t[:, None] & mask_i[None, :], other=0.0,
-            )  # fmt: skip
-            dy = tl.load(
-                dy_n + (t[:, None] * C_out + offs_o[None, :]), mask=mask_t[:, None] & mask_o[None, :], other=0.0
-            )
-            acc = _dot(tl.trans(x), dy, acc, UPCAST, PRECISION)
-    base = dw_ptr + (part * taps + tap) * C_in * C_out
-    tl.store(base + offs_i[:, None] * C_out + offs_o[None, :], acc, mask=mask_i[:, None] & mask_o[None, :])
-
-
-# ---- the face ----
-
-
 class Packed(NamedTuple):
-    """A conv's weight as the kernel reads it: `data` (K, C_in, C_out rounded up to 16), zeros in the rest."""
+    """A conv's weight as the kernels read it: `data` (K, C_in, C_out rounded up to 16), zeros in the rest."""
 
     data: Tensor
     c_out: int
@@ -245,86 +38,231 @@ class Packed(NamedTuple):
     taps: int
 
 
-def pack(weight: Tensor, *, transposed: bool = False, out: Tensor | None = None) -> Packed:
-    """`weight` (C_out, C_in, K) packed for `fused`; `transposed` packs the conv that gives the gradient of x.
+class Workspace:
+    """Scratch of `fused` for shared reductions: fp32 partials, and counters that are zero between launches.
 
-    out: a zeroed buffer of `packed_shape(...)` and the weight's dtype to write into, so that a module can keep one.
+    One stream at a time may use it; whoever owns it (an inference engine) sees to that.
     """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self.part = torch.empty(0, dtype=torch.float32, device=device)
+        self.arrived = torch.zeros(0, dtype=torch.int32, device=device)
+
+    def reserve(self, elements: int, tiles: int) -> None:
+        """Grow to `elements` partial sums and `tiles` counters."""
+        if self.part.numel() < elements:
+            self.part = torch.empty(elements, dtype=torch.float32, device=self.device)
+        if self.arrived.numel() < tiles:
+            self.arrived = torch.zeros(tiles, dtype=torch.int32, device=self.device)
+
+
+def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Packed:
+    """`weight` (C_out, C_in, K), fp32, fp16 or bf16, packed for every function here, in `dtype` (default: its own).
+
+    out: a buffer of `packed_shape(weight)` and `dtype` to write into, so that a module can keep one.
+    """
+    w = weight.detach().contiguous()
+    c_out, c_in, taps = w.shape
     if out is None:
-        out = weight.new_zeros(packed_shape(weight, transposed=transposed))
-    w = weight.detach()
-    w = w.flip(2).permute(2, 0, 1) if transposed else w.permute(2, 1, 0)
-    taps, c_in, c_out = w.shape
-    out[:, :, :c_out] = w
+        out = torch.empty(packed_shape(weight), dtype=dtype or w.dtype, device=w.device)
+    if out.shape != packed_shape(weight) or out.dtype != (dtype or out.dtype) or not out.is_contiguous():
+        raise ValueError(f"out must be {packed_shape(weight)} {dtype}, got {tuple(out.shape)} {out.dtype}")
+    if w.dtype not in DTYPES or out.dtype not in DTYPES:
+        raise TypeError(f"the triton face packs fp32, fp16 and bf16, got {w.dtype} for {out.dtype}")
+    meta = transpose_meta(taps)
+    launch.run(
+        conv1d_pack_kernel, _transpose_grid(c_in, out.shape[2], meta), w, w, out, taps, c_in, c_out,
+        PAD=PAD_OUT, num_warps=4, **meta,
+    )  # fmt: skip
     return Packed(out, c_out, c_in, taps)
 
 
-def packed_shape(weight: Tensor, *, transposed: bool = False) -> tuple[int, int, int]:
+def packed_shape(weight: Tensor) -> tuple[int, int, int]:
     """Shape of what `pack` writes for `weight` (C_out, C_in, K)."""
     c_out, c_in, taps = weight.shape
-    if transposed:
-        c_out, c_in = c_in, c_out
     return taps, c_in, triton.cdiv(c_out, PAD_OUT) * PAD_OUT
 
 
 def forward(
-    x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int, lengths: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    lengths: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """y (N, C_out, T') of `x` (N, C_in, T), zero at t >= `lengths` (N,), and `weight` (C_out, C_in, K); NTC memory.
 
-    fp32 (TF32 where torch.backends.cudnn.allow_tf32, as PyTorch's own conv), fp16, bf16. Equivalent to
-    `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, stride, padding, dilation)`.
+    packed: `pack(weight, x.dtype).data`, made here where None. Equivalent to
+    `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, stride, padding, dilation)` in the dtype of `x`.
     """
-    packed = pack(weight)
-    y = fused(x.transpose(1, 2), packed, stride=stride, padding=padding, dilation=dilation, in_lengths=lengths)
-    return y.transpose(1, 2)
+    return _forward(x, weight, stride, padding, dilation, lengths, packed, stats=False)[0]
 
 
 def forward_stats(
-    x: Tensor, packed: Packed, stride: int, padding: int, dilation: int, lengths: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    lengths: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y as `forward` gives it, with the mean and M2 (sum of squared deviations) of its channels over all N*T' rows.
 
     The statistics are those of the fp32 accumulators, not of `y` as rounded: fp32 (C_out,) each.
     """
-    y, mean, m2 = _launch(x.transpose(1, 2), packed, stride, padding, dilation, in_lengths=lengths, stats=True)
-    return y.transpose(1, 2), mean, m2
+    return _forward(x, weight, stride, padding, dilation, lengths, packed, stats=True)
+
+
+def _forward(x, weight, stride, padding, dilation, lengths, packed, stats):
+    w = _packed(weight, packed, x)
+    n, c_in, t = x.shape
+    t_out = _out_frames(t, w.taps, stride, padding, dilation)
+    op = "forward_stats" if stats else "forward"
+    tile = triton_tiles.choose(op, x.device, x.dtype, Shape(c_in, w.c_out, w.taps, stride, dilation, n * t_out), t_out)
+    t_blocks = triton.cdiv(t_out, tile.t)
+    y = empty_ntc(n, w.c_out, t_out, like=x)
+    part_mean, part_m2 = _vectors(x, 2, n * t_blocks, w.c_out) if stats else (None, None)
+    vec_in, (groups, x_row, x_item) = _sizes(x.transpose(1, 2))
+    vec_out, (_, y_row, y_item) = _sizes(y.transpose(1, 2))
+    x_desc = _activations(x.transpose(1, 2), stride, tile.t, tile.k)
+    launch.run(
+        conv1d_forward_kernel, (n * t_blocks * triton.cdiv(w.c_out, tile.n),), x,
+        x, x_desc, w.data, _weights(w, tile.k, tile.n, x_desc), y, part_mean, part_m2, lengths,
+        t, t_out, groups, x_row, x_item, w.c_out, y_row, y_item, w.taps, stride, padding, dilation, t_blocks,
+        HAS_LENGTHS=lengths is not None, HAS_STATS=stats, HAS_DESCRIPTORS=x_desc is not None,
+        VEC_IN=vec_in, VEC_OUT=vec_out, PAD=PAD_OUT, **_arithmetic(x), **_blocks(tile),
+    )  # fmt: skip
+    if not stats:
+        return y, None, None
+    mean, m2 = _vectors(x, 2, w.c_out)
+    launch.run(
+        conv1d_stats_merge_kernel, (triton.cdiv(w.c_out, MERGE_C),), x,
+        part_mean, part_m2, mean, m2, t_out, t_blocks, n * t_blocks, w.c_out,
+        BLOCK_T=tile.t, BLOCK_G=MERGE_G, BLOCK_C=MERGE_C, num_warps=4,
+    )  # fmt: skip
+    return y, mean, m2
 
 
 def dgrad(
-    dy: Tensor, weight: Tensor, t: int, stride: int, padding: int, dilation: int, lengths: Tensor | None = None
+    dy: Tensor,
+    weight: Tensor,
+    t: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    lengths: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """dx (N, C_in, T = `t`) of `dy` (N, C_out, T'), zero at t >= `lengths`; stride 1; NTC memory."""
     if stride != 1:
         raise ValueError(f"the triton face's dgrad takes stride 1, got {stride}: use backend='reference' for this conv")
-    reach = dilation * (weight.shape[2] - 1)
-    if dy.shape[2] != t + 2 * padding - reach:
-        raise ValueError(f"dy has {dy.shape[2]} frames, but {t} frames of x give {t + 2 * padding - reach}")
-    packed = pack(weight, transposed=True)
-    dx = fused(dy.transpose(1, 2), packed, padding=reach - padding, dilation=dilation, out_lengths=lengths)
-    return dx.transpose(1, 2)
+    return _dgrad(dy, weight, t, padding, dilation, lengths, packed)[0]
+
+
+def dgrad_bn(
+    dy: Tensor,
+    weight: Tensor,
+    padding: int,
+    dilation: int,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    packed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(g, dbeta, dgamma) of z = mask(dropout(relu(batch norm of `y`))) that a conv at stride 1 turned into what has
+    the gradient `dy` (N, C_out, T').
+
+    y (N, C, T); g, of its shape and dtype, is the gradient at the ReLU's input; dbeta = sum g and dgamma = sum g*yhat
+    are taken before g is rounded: (C,) fp32. As `dgrad`, then `backward_reduce` of bn_relu_dropout, in one pass.
+    """
+    return _dgrad(dy, weight, y.shape[2], padding, dilation, lengths, packed, (y, mean, rstd, gamma, beta, seed, p))
+
+
+def _dgrad(dy, weight, t, padding, dilation, lengths, packed, norm=None):
+    w = _packed(weight, packed, dy)
+    n, c_out, t_dy = dy.shape
+    if c_out != w.c_out:
+        raise ValueError(f"dy has {c_out} channels, the weight gives {w.c_out}")
+    reach = dilation * (w.taps - 1)
+    if t_dy != t + 2 * padding - reach:
+        raise ValueError(f"dy has {t_dy} frames, but {t} frames of x give {t + 2 * padding - reach}")
+    op = "dgrad" if norm is None else "dgrad_bn"
+    tile = triton_tiles.choose(op, dy.device, dy.dtype, Shape(w.c_in, c_out, w.taps, 1, dilation, n * t_dy), t)
+    t_blocks = triton.cdiv(t, tile.t)
+    y, mean, rstd, gamma, beta, seed, p = (None,) * 6 + (0.0,) if norm is None else norm
+    g = empty_ntc(n, w.c_in, t, like=dy)
+    part_g, part_gy = (None, None) if norm is None else _vectors(dy, 2, n * t_blocks, w.c_in)
+    vec_dy, (groups_dy, dy_row, dy_item) = _sizes(dy.transpose(1, 2))
+    vec = _vec(w.c_in)
+    dy_desc = _activations(dy.transpose(1, 2), 1, tile.t, tile.k)
+    threshold, scale = philox.signed_threshold(p)
+    launch.run(
+        conv1d_dgrad_kernel, (n * t_blocks * triton.cdiv(w.c_in, tile.n),), dy,
+        dy, dy_desc, w.data, _weights(w, tile.n, tile.k, dy_desc), g, lengths,
+        y, mean, rstd, gamma, beta, seed, part_g, part_gy,
+        t_dy, t, groups_dy, dy_row, dy_item, w.c_in // vec, w.taps, reach - padding, dilation, t_blocks,
+        threshold, scale,
+        HAS_LENGTHS=lengths is not None, HAS_NORM=norm is not None, HAS_DROPOUT=p > 0,
+        HAS_DESCRIPTORS=dy_desc is not None,
+        VEC_DY=vec_dy, VEC=vec, PAD=PAD_OUT, **_arithmetic(dy), **_blocks(tile),
+    )  # fmt: skip
+    if norm is None:
+        return g, None, None
+    dbeta, dgamma = _vectors(dy, 2, w.c_in)
+    launch.run(
+        conv1d_sums_merge_kernel, (triton.cdiv(w.c_in, MERGE_C),), dy,
+        part_g, part_gy, dbeta, dgamma, n * t_blocks, w.c_in, BLOCK_G=MERGE_G, BLOCK_C=MERGE_C, num_warps=4,
+    )  # fmt: skip
+    return g, dbeta, dgamma
 
 
 def wgrad(
-    x: Tensor, dy: Tensor, k: int, stride: int, padding: int, dilation: int, lengths: Tensor | None = None
+    x: Tensor,
+    dy: Tensor,
+    k: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    lengths: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """dweight (C_out, C_in, K) of `x` (N, C_in, T), zero at t >= `lengths` (N,), and `dy` (N, C_out, T')."""
+    """dweight (C_out, C_in, K = `k`), in `dtype` (default: that of `x`), of `x` (N, C_in, T), zero at t >= `lengths`
+    (N,), and `dy` (N, C_out, T')."""
     _check(x, dy)
     n, c_in, t = x.shape
     c_out, t_out = dy.shape[1:]
-    tile = wgrad_tile(x.dtype, c_in, c_out)
+    tile = triton_tiles.choose("wgrad", x.device, x.dtype, Shape(c_in, c_out, k, stride, dilation, n * t_out), t_out)
     programs = k * triton.cdiv(c_in, tile.n) * triton.cdiv(c_out, tile.k)
     share = triton.cdiv(n, max(1, min(n, SHARES // programs)))
     shares = triton.cdiv(n, share)
     parts = torch.empty((shares, k, c_in, c_out), dtype=torch.float32, device=x.device)
     vec_in, vec_out = _vec(c_in), _vec(c_out)
-    with _on(x):
-        _wgrad_kernel[(programs * shares,)](
-            x, dy, parts, lengths, n, t, t_out, c_in // vec_in, c_out // vec_out, k, stride, padding, dilation, share,
-            HAS_LENGTHS=lengths is not None, VEC_IN=vec_in, VEC_OUT=vec_out, **_arithmetic(x),
-            BLOCK_T=tile.t, BLOCK_I=tile.n, BLOCK_O=tile.k, num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
-    return (parts.sum(0) if shares > 1 else parts[0]).permute(2, 1, 0).to(x.dtype).contiguous()
+    x_desc = _activations(x.transpose(1, 2), stride, tile.t, tile.n)
+    dy_desc = None if x_desc is None else _activations(dy.transpose(1, 2), 1, tile.t, tile.k)
+    both = dy_desc is not None
+    launch.run(
+        conv1d_wgrad_kernel, (programs * shares,), x,
+        x, x_desc if both else None, dy, dy_desc, parts, lengths,
+        n, t, t_out, c_in // vec_in, c_out // vec_out, k, stride, padding, dilation, share,
+        HAS_LENGTHS=lengths is not None, HAS_DESCRIPTORS=both, VEC_IN=vec_in, VEC_OUT=vec_out, **_arithmetic(x),
+        BLOCK_T=tile.t, BLOCK_I=tile.n, BLOCK_O=tile.k, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    dw = torch.empty((c_out, c_in, k), dtype=dtype or x.dtype, device=x.device)
+    meta = transpose_meta(k)
+    launch.run(
+        conv1d_wgrad_merge_kernel, _transpose_grid(c_in, c_out, meta), x, parts, dw, shares, k, c_in, c_out,
+        num_warps=4, **meta,
+    )  # fmt: skip
+    return dw
 
 
 def fused(
@@ -341,103 +279,132 @@ def fused(
     x2: Tensor | None = None,
     packed2: Packed | None = None,
     out: Tensor | None = None,
+    lengths_out: Tensor | None = None,
+    masked: bool = True,
+    log_softmax: bool = False,
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """mask(relu(conv1d(x) + x2 @ packed2 + bias)) of `x` (N, T, C_in) and `x2` (N, T', C2), into `out` (N, T', C_out).
 
-    All three have unit channel stride and any other strides, so that a slice of a history buffer will do. Rows of x
-    and x2 at t >= `in_lengths` (N,) count as zero and are not read; rows of the result at t >= `out_lengths` (N,) are
-    zero; tiles wholly there, or beyond the reach of x, cost no loads and no products. `bias` is fp32 (C_out,).
+    `out` and `x2` have unit channel stride and any other strides, so that a slice of a history buffer will do; `x` too,
+    or unit frame stride (features as they are, fp32 whatever the pack's dtype). Rows of x and x2 at t >= `in_lengths`
+    (N,) count as zero and are not read; rows of the result at t >= `out_lengths` (N,) are zero; tiles wholly there, or
+    beyond the reach of x, cost no loads and no products. `bias` is fp32 (C_out,).
+
+    lengths_out: (N,) int64 that receives the output lengths of `in_lengths`, which then mask the result; with
+    `masked=False` nothing is masked. Where rows are masked `out` may be longer than the conv's result. log_softmax: of
+    up to 128 channels, `out` is then fp32. workspace: lets several programs share one tile's reduction.
+    Raises ValueError for shapes that do not fit and TypeError for dtypes.
     """
-    return _launch(x, packed, stride, padding, dilation, in_lengths, bias, relu, out_lengths, x2, packed2, out)[0]
-
-
-def _launch(
-    x, packed, stride, padding, dilation, in_lengths=None, bias=None, relu=False, out_lengths=None,
-    x2=None, packed2=None, out=None, stats=False,
-):  # fmt: skip
-    _check(x, packed.data)
+    w, masked = packed, masked and (in_lengths is not None or out_lengths is not None)
     n, t, c_in = x.shape
-    c_out, taps = packed.c_out, packed.taps
-    if c_in != packed.c_in:
-        raise ValueError(f"x has {c_in} channels, the weight takes {packed.c_in}")
+    nct = x.stride(2) != 1 and c_in > 1
+    if x.dtype != w.data.dtype and not (nct and x.dtype == torch.float32):
+        raise TypeError(f"the triton face takes x and weights of one dtype, got {x.dtype} and {w.data.dtype}")
+    if nct and x.stride(1) != 1 and t > 1:
+        raise ValueError(f"neither channels nor frames of x are neighbours in memory: strides {x.stride()} (N, T, C)")
+    _check(w.data, w.data)
+    if c_in != w.c_in:
+        raise ValueError(f"x has {c_in} channels, the weight takes {w.c_in}")
+    if lengths_out is not None and (in_lengths is None or out_lengths is not None):
+        raise ValueError("lengths_out is made from in_lengths and takes the place of out_lengths")
+    t_out = _out_frames(t, w.taps, stride, padding, dilation)
+    if out is None:
+        out = torch.empty((n, t_out, w.c_out), dtype=torch.float32 if log_softmax else w.data.dtype, device=x.device)
+    longer = masked and (lengths_out is not None or out_lengths is not None) and out.shape[1] > t_out
+    t_out = out.shape[1] if longer else t_out
+    if out.shape != (n, t_out, w.c_out):
+        raise ValueError(f"out has shape {tuple(out.shape)}, the conv gives {(n, t_out, w.c_out)}")
+    if x2 is not None:
+        _check(x2, packed2.data)
+        if x2.shape != (n, t_out, packed2.c_in) or packed2.taps != 1 or packed2.c_out != w.c_out:
+            raise ValueError(f"x2 {tuple(x2.shape)} and its weight do not fit an output of {(n, t_out, w.c_out)}")
+    tile = triton_tiles.choose(
+        "fused", x.device, w.data.dtype, Shape(c_in, w.c_out, w.taps, stride, dilation, n * t_out), t_out
+    )
+    if log_softmax:
+        if w.c_out > SOFTMAX_MAX:
+            raise ValueError(f"log-softmax in the kernel takes up to {SOFTMAX_MAX} channels, got {w.c_out}")
+        tile = tile._replace(n=max(16, triton.next_power_of_2(w.c_out)))
+    t_blocks, n_blocks = triton.cdiv(t_out, tile.t), triton.cdiv(w.c_out, tile.n)
+    splits = 1 if workspace is None else tile.splits
+    part = arrived = None
+    if splits > 1:
+        tiles = n * t_blocks * n_blocks
+        workspace.reserve(tiles * splits * tile.t * tile.n, tiles)
+        part, arrived = workspace.part, workspace.arrived
+    x_desc = None if nct else _activations(x, stride, tile.t, tile.k)
+    x2_desc = None
+    if x_desc is not None and x2 is not None:
+        x2_desc = _activations(x2, 1, tile.t, tile.k)
+        x_desc = x_desc if x2_desc is not None else None
+    if nct:
+        vec_in, x_sizes, x_chan = 1, (c_in, 0, x.stride(0)), x.stride(2)
+    else:
+        (vec_in, x_sizes), x_chan = _sizes(x), 1
+    vec_2, x2_sizes = _sizes(x2) if x2 is not None else (1, (0, 0, 0))
+    vec_out, (_, z_row, z_item) = _sizes(out)
+    launch.run(
+        conv1d_fused_kernel, (n * t_blocks * n_blocks * splits,), x,
+        x, x_desc, w.data, _weights(w, tile.k, tile.n, x_desc),
+        x2, x2_desc, None if x2 is None else packed2.data, _weights(packed2, tile.k, tile.n, x2_desc), out, bias,
+        in_lengths, out_lengths, lengths_out, part, arrived,
+        t, t_out, *x_sizes, x_chan, *x2_sizes, w.c_out, z_row, z_item,
+        w.taps, stride, padding, dilation, t_blocks, splits,
+        HAS_IN_LENGTHS=in_lengths is not None, HAS_OUT_LENGTHS=out_lengths is not None,
+        HAS_LENGTHS_OUT=lengths_out is not None, HAS_MASK=masked, HAS_PANES=x2 is not None,
+        HAS_BIAS=bias is not None, HAS_RELU=relu, HAS_LOG_SOFTMAX=log_softmax, HAS_SPLITS=splits > 1,
+        HAS_DESCRIPTORS=x_desc is not None, IS_NCT=nct,
+        VEC_IN=vec_in, VEC_2=vec_2, VEC_OUT=vec_out, PAD=PAD_OUT, **_arithmetic(w.data), **_blocks(tile),
+    )  # fmt: skip
+    return out
+
+
+# ---- what the launches share ----
+
+
+def _packed(weight: Tensor, data: Tensor | None, x: Tensor) -> Packed:
+    if data is None:
+        data = pack(weight, x.dtype).data
+    _check(x, data)
+    c_out, c_in, taps = weight.shape
+    if data.shape != packed_shape(weight):
+        raise ValueError(f"packed has shape {tuple(data.shape)}, the weight packs to {packed_shape(weight)}")
+    return Packed(data, c_out, c_in, taps)
+
+
+def _out_frames(t: int, taps: int, stride: int, padding: int, dilation: int) -> int:
     t_out = (t + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
     if t_out < 1:
         span = dilation * (taps - 1) + 1
         raise ValueError(f"{t} frames with padding {padding} are fewer than {span}, the span of the taps")
-    if out is None:
-        out = torch.empty((n, t_out, c_out), dtype=x.dtype, device=x.device)
-    if out.shape != (n, t_out, c_out):
-        raise ValueError(f"out has shape {tuple(out.shape)}, the conv gives {(n, t_out, c_out)}")
-    if x2 is not None:
-        _check(x2, packed2.data)
-        if x2.shape != (n, t_out, packed2.c_in) or packed2.taps != 1 or packed2.c_out != c_out:
-            raise ValueError(f"x2 {tuple(x2.shape)} and its weight do not fit an output of {(n, t_out, c_out)}")
-    tile = conv_tile(x.dtype, c_in, c_out, t_out)
-    t_blocks = triton.cdiv(t_out, tile.t)
-    part_mean, part_m2 = torch.empty((2, n * t_blocks, c_out), device=x.device) if stats else (None, None)
-    descriptors = _descriptors(x, packed, stride, tile)
-    vec_in, x_sizes = _sizes(x)
-    vec_2, x2_sizes = _sizes(x2) if x2 is not None else (1, (0, 0, 0))
-    vec_out, (_, y_row, y_item) = _sizes(out)
-    with _on(x):
-        _conv_kernel[(n * t_blocks * triton.cdiv(c_out, tile.n),)](
-            x, packed.data, x2, None if x2 is None else packed2.data, out, bias, part_mean, part_m2,
-            in_lengths, out_lengths, *descriptors, t, t_out, *x_sizes, *x2_sizes, c_out, y_row, y_item,
-            taps, stride, padding, dilation, t_blocks,
-            HAS_IN_LENGTHS=in_lengths is not None, HAS_OUT_LENGTHS=out_lengths is not None, HAS_PANES=x2 is not None,
-            HAS_BIAS=bias is not None, HAS_RELU=relu, HAS_STATS=stats, HAS_DESCRIPTORS=descriptors[0] is not None,
-            VEC_IN=vec_in, VEC_2=vec_2, VEC_OUT=vec_out, PAD=PAD_OUT, **_arithmetic(x),
-            BLOCK_T=tile.t, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
-        if not stats:
-            return out, None, None
-        mean, m2 = torch.empty((2, c_out), device=x.device)
-        _stats_merge_kernel[(triton.cdiv(c_out, 32),)](
-            part_mean, part_m2, mean, m2, t_out, t_blocks, n * t_blocks, c_out,
-            BLOCK_T=tile.t, BLOCK_G=64, BLOCK_C=32, num_warps=4,
-        )  # fmt: skip
-    return out, mean, m2
+    return t_out
 
 
-def _descriptors(
-    x: Tensor, packed: Packed, stride: int, tile: Tile
-) -> tuple[TensorDescriptor, TensorDescriptor] | tuple[None, None]:
-    """Tensor descriptors of x and of the weight's (K*C_in, C_out) rows where the hardware has TMA and they fit it."""
+def _activations(x: Tensor, stride: int, block_t: int, block_c: int) -> TensorDescriptor | None:
+    """A descriptor of `x` (N, T, C) for blocks of frames by channels, where the hardware has TMA and x fits it."""
     wanted = torch.cuda.get_device_capability(x.device)[0] >= 9 if x.is_cuda else INTERPRET_DESCRIPTORS
     aligned = x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:2])
-    if not (wanted and aligned and stride == 1 and x.element_size() == 2 and packed.c_in % tile.k == 0):
-        return None, None
+    if not (wanted and aligned and stride == 1 and x.element_size() == 2 and x.shape[2] % block_c == 0):
+        return None
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, block_t, block_c])
+
+
+def _weights(packed: Packed | None, block_rows: int, block_cols: int, beside: object) -> TensorDescriptor | None:
+    """A descriptor of a pack as (K*C_in, C_pad), where the activations `beside` it have one."""
+    if beside is None or packed is None:
+        return None
     rows = packed.data.view(-1, packed.data.shape[2])
-    return (
-        TensorDescriptor(x, list(x.shape), list(x.stride()), [1, tile.t, tile.k]),
-        TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [tile.k, tile.n]),
-    )
-
-
-def conv_tile(dtype: torch.dtype, c_in: int, c_out: int, t_out: int) -> Tile:
-    """The tile where no measurement says better: 128 x 128 in 16 bits, a quarter in fp32, less for small shapes."""
-    wide = dtype.itemsize == 2
-    block_t = 128 if wide and t_out > 64 else 64 if t_out > 32 else 32
-    block_n = min(128 if wide else 64, max(16, triton.next_power_of_2(c_out)))
-    block_k = min(64 if wide else 32, max(16, triton.next_power_of_2(c_in)))
-    return Tile(block_t, block_n, block_k, 8 if block_t * block_n >= 128 * 128 else 4, 3)
-
-
-def wgrad_tile(dtype: torch.dtype, c_in: int, c_out: int) -> Tile:
-    """BLOCK_T frames a step; `n` input by `k` output channels."""
-    side = 128 if dtype.itemsize == 2 else 64
-    block_i = min(side, max(16, triton.next_power_of_2(c_in)))
-    block_o = min(side, max(16, triton.next_power_of_2(c_out)))
-    return Tile(64 if dtype.itemsize == 2 else 32, block_i, block_o, 8 if block_i * block_o >= 128 * 128 else 4, 3)
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [block_rows, block_cols])
 
 
 def _check(x: Tensor, other: Tensor) -> None:
     if x.dtype not in DTYPES or x.dtype != other.dtype:
         raise TypeError(f"the triton face takes fp32, fp16 or bf16, all alike, got {x.dtype} and {other.dtype}")
-    if x[0].numel() >= 1 << 31:
-        raise ValueError(f"one utterance of shape {tuple(x.shape[1:])} exceeds 32-bit offsets")
     if x.numel() == 0:
         raise ValueError(f"x has no elements: shape {tuple(x.shape)}")
+    if x[0].numel() >= 1 << 31:
+        raise ValueError(f"one utterance of shape {tuple(x.shape[1:])} exceeds 32-bit offsets")
 
 
 def _sizes(x: Tensor) -> tuple[int, tuple[int, int, int]]:
@@ -455,67 +422,22 @@ def _vec(c: int) -> int:
     return next(v for v in (8, 4, 1) if c % v == 0)
 
 
+def _vectors(x: Tensor, count: int, *shape: int) -> Tensor:
+    return torch.empty((count, *shape), dtype=torch.float32, device=x.device).unbind()
+
+
+def _transpose_grid(c_in: int, c_out: int, meta: dict[str, int]) -> tuple[int]:
+    return (triton.cdiv(c_in, meta["BLOCK_I"]) * triton.cdiv(c_out, meta["BLOCK_O"]),)
+
+
+def _blocks(tile: Tile) -> dict[str, int]:
+    return {
+        "BLOCK_T": tile.t, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+    }  # fmt: skip
+
+
 def _arithmetic(x: Tensor) -> dict[str, object]:
     tf32 = x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.allow_tf32
-    interpreted = not isinstance(_conv_kernel, triton.JITFunction)
+    interpreted = not isinstance(conv1d_forward_kernel, triton.JITFunction)
     return {"UPCAST": interpreted and x.dtype == torch.bfloat16, "PRECISION": "tf32" if tf32 else "ieee"}
-
-
-def _on(x: Tensor):
-    """Triton launches on the current device's current stream: make x's device the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-# ---- for compilation without a GPU ----
-
-_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-_ACTIVATIONS = ("x_ptr", "w_ptr", "x2_ptr", "w2_ptr", "y_ptr", "dy_ptr")
-_LENGTHS = ("lengths_ptr", "in_lengths_ptr", "out_lengths_ptr")
-_OPTIONAL = {
-    "HAS_IN_LENGTHS": ("in_lengths_ptr",),
-    "HAS_OUT_LENGTHS": ("out_lengths_ptr",),
-    "HAS_PANES": ("x2_ptr", "w2_ptr"),
-    "HAS_BIAS": ("bias_ptr",),
-    "HAS_RELU": (),
-    "HAS_STATS": ("part_mean_ptr", "part_m2_ptr"),
-    "HAS_DESCRIPTORS": ("x_desc", "w_desc"),
-}
-
-
-def sources(
-    dtype: torch.dtype, c_in: int, c_out: int, t_out: int, *, descriptors: bool = False
-) -> Iterator[aot.Source]:
-    """The kernels of one layer's shape; with `descriptors` as sm_90 and later launch them."""
-    descriptors = descriptors and dtype.itemsize == 2
-    vec_in, vec_out = _vec(c_in), _vec(c_out)
-    shared = {"UPCAST": False, "PRECISION": "tf32" if dtype == torch.float32 else "ieee"}
-
-    def source(name: str, kernel: triton.JITFunction, tile: Tile, **constants: object) -> aot.Source:
-        types = {a: "*fp32" if a.endswith("_ptr") else "i32" for a in kernel.arg_names if a.islower()}
-        types |= {a: _TYPES[dtype] for a in _ACTIVATIONS if a in types} | dict.fromkeys(_LENGTHS, "*i64")
-        kind = _TYPES[dtype][1:]
-        types["x_desc"] = f"tensordesc<{kind}[1, {tile.t}, {tile.k}]>"
-        types["w_desc"] = f"tensordesc<{kind}[{tile.k}, {tile.n}]>"
-        types = {a: type_ for a, type_ in types.items() if a in kernel.arg_names and a not in constants}
-        return aot.Source(name, kernel, types, shared | constants, tile.num_warps, tile.num_stages)
-
-    def conv_source(name: str, vec_in: int, vec_out: int, tile: Tile, *flags: str) -> aot.Source:
-        on = {flag: flag in flags for flag in _OPTIONAL} | {"HAS_DESCRIPTORS": descriptors}
-        absent = {pointer: None for flag, pointers in _OPTIONAL.items() if not on[flag] for pointer in pointers}
-        return source(
-            name, _conv_kernel, tile, VEC_IN=vec_in, VEC_2=8, VEC_OUT=vec_out, PAD=PAD_OUT,
-            BLOCK_T=tile.t, BLOCK_N=tile.n, BLOCK_K=tile.k, **on, **absent,
-        )  # fmt: skip
-
-    tile = conv_tile(dtype, c_in, c_out, t_out)
-    folded = ("HAS_IN_LENGTHS", "HAS_OUT_LENGTHS", "HAS_BIAS", "HAS_RELU")
-    yield conv_source("forward", vec_in, vec_out, tile, "HAS_IN_LENGTHS")
-    yield conv_source("forward stats", vec_in, vec_out, tile, "HAS_IN_LENGTHS", "HAS_STATS")
-    yield conv_source("fused", vec_in, vec_out, tile, *folded)
-    yield conv_source("fused panes", vec_in, vec_out, tile, *folded, "HAS_PANES")
-    yield conv_source("dgrad", vec_out, vec_in, conv_tile(dtype, c_out, c_in, t_out), "HAS_OUT_LENGTHS")
-    tile = wgrad_tile(dtype, c_in, c_out)
-    yield source(
-        "wgrad", _wgrad_kernel, tile, HAS_LENGTHS=True, VEC_IN=vec_in, VEC_OUT=vec_out,
-        BLOCK_T=tile.t, BLOCK_I=tile.n, BLOCK_O=tile.k,
-    )  # fmt: skip

@@ -1,0 +1,92 @@
+"""conv1d forward in training, with the statistics of its output.
+
+    y[n, t, :] = sum_k x[n, t*stride + k*dilation - padding, :] @ w[k]
+
+A program owns BLOCK_T frames of one utterance by BLOCK_N output channels: x is read taps/stride times (from cache, all
+but once), w once for every BLOCK_T*N rows, y written once. Mean and M2 of a tile's fp32 accumulators go to (tiles,
+C_out) partials, which a second kernel merges in a fixed order (Chan), so no pass over y takes the statistics. A tile
+whose inputs all lie beyond its utterance's length is not computed: its y is zero, its mean and M2 are zero.
+"""
+
+import triton
+import triton.language as tl
+
+from jasper_fast.kernels.conv1d.triton_loop import add_taps
+
+
+@triton.jit(
+    do_not_specialize=[
+        "frames", "frames_out", "groups_in", "x_row", "x_item", "c_out", "y_row", "y_item", "taps", "stride", "padding",
+        "dilation", "t_blocks",
+    ]
+)  # fmt: skip
+def conv1d_forward_kernel(
+    x_ptr, x_desc, w_ptr, w_desc, y_ptr, part_mean_ptr, part_m2_ptr, lengths_ptr,
+    frames, frames_out, groups_in, x_row, x_item, c_out, y_row, y_item, taps, stride, padding, dilation, t_blocks,
+    HAS_LENGTHS: tl.constexpr, HAS_STATS: tl.constexpr, HAS_DESCRIPTORS: tl.constexpr,
+    VEC_IN: tl.constexpr, VEC_OUT: tl.constexpr, PAD: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # sizes and strides of activations come in units of VEC elements, which tells the compiler their alignment
+    C = groups_in * VEC_IN
+    n_blocks = tl.cdiv(c_out, BLOCK_N)
+    tile = (tl.program_id(0) // n_blocks).to(tl.int64)  # channels innermost: neighbours share their frames of x in L2
+    o0 = (tl.program_id(0) % n_blocks) * BLOCK_N
+    n = tile // t_blocks
+    t0 = (tile % t_blocks).to(tl.int32) * BLOCK_T
+    limit = frames
+    if HAS_LENGTHS:
+        limit = tl.minimum(tl.load(lengths_ptr + n).to(tl.int32), limit)
+    steps = taps * tl.cdiv(C, BLOCK_K)
+    if (t0 * stride - padding >= limit) | (limit <= 0):
+        steps = 0
+    acc = add_taps(
+        tl.zeros([BLOCK_T, BLOCK_N], tl.float32), x_ptr + n * x_item * VEC_IN, x_desc, w_ptr, w_desc, n, t0, limit, o0,
+        0, steps, frames, C, C, tl.cdiv(c_out, PAD) * PAD, x_row * VEC_IN, 1, taps, stride, padding, dilation,
+        HAS_DESCRIPTORS, False, False, UPCAST, PRECISION, BLOCK_T, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    offs_t = t0 + tl.arange(0, BLOCK_T)
+    offs_o = o0 + tl.arange(0, BLOCK_N)
+    rows = offs_t < frames_out
+    if HAS_STATS:
+        mask_o = offs_o < c_out
+        count = tl.minimum(frames_out - t0, BLOCK_T).to(tl.float32)
+        mean = tl.sum(tl.where(rows[:, None], acc, 0.0), 0) / count
+        spread = tl.where(rows[:, None], acc - mean[None, :], 0.0)
+        tl.store(part_mean_ptr + tile * c_out + offs_o, mean, mask=mask_o)
+        tl.store(part_m2_ptr + tile * c_out + offs_o, tl.sum(spread * spread, 0), mask=mask_o)
+    mask_o = offs_o < (c_out // VEC_OUT) * VEC_OUT  # offs_o < c_out, with its alignment
+    offs = offs_t[:, None] * (y_row * VEC_OUT) + offs_o[None, :]
+    tl.store(y_ptr + n * y_item * VEC_OUT + offs, acc.to(y_ptr.dtype.element_ty), mask=rows[:, None] & mask_o[None, :])
+
+
+@triton.jit(do_not_specialize=["frames_out", "t_blocks", "tiles", "c_out"])
+def conv1d_stats_merge_kernel(
+    part_mean_ptr, part_m2_ptr, mean_ptr, m2_ptr, frames_out, t_blocks, tiles, c_out,
+    BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Chan's merge of the tiles' mean and M2, BLOCK_G at a time in a fixed order, for BLOCK_C channels."""
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < c_out
+    seen = 0.0
+    mean = tl.zeros([BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_C], tl.float32)
+    for g0 in range(0, tiles, BLOCK_G):
+        offs_g = g0 + tl.arange(0, BLOCK_G)
+        mask = (offs_g < tiles)[:, None] & mask_c[None, :]
+        offs = offs_g.to(tl.int64)[:, None] * c_out + offs_c[None, :]
+        part_mean = tl.load(part_mean_ptr + offs, mask=mask, other=0.0)
+        part_m2 = tl.load(part_m2_ptr + offs, mask=mask, other=0.0)
+        weight = tl.minimum(frames_out - (offs_g % t_blocks) * BLOCK_T, BLOCK_T)
+        weight = tl.where(offs_g < tiles, weight, 0).to(tl.float32)
+        count = tl.sum(weight, 0)
+        group_mean = tl.sum(weight[:, None] * part_mean, 0) / count
+        spread = part_mean - group_mean[None, :]
+        group_m2 = tl.sum(part_m2 + weight[:, None] * spread * spread, 0)
+        delta = group_mean - mean
+        share = count / (seen + count)
+        mean += delta * share
+        m2 += group_m2 + delta * delta * (seen * share)
+        seen += count
+    tl.store(mean_ptr + offs_c, mean, mask=mask_c)
+    tl.store(m2_ptr + offs_c, m2, mask=mask_c)

@@ -1,0 +1,72 @@
+"""The reduction that the Triton convs share: K shifted matrix products, accumulated in fp32.
+
+    acc[t, o] += sum_k sum_c x[n, t*stride + k*dilation - padding, c] * w[k, c, o]
+
+Steps run over chunks of BLOCK_K channels and, innermost, over the taps, so that the frames of a chunk come from cache
+K - 1 times of K. 16-bit tiles that touch no padding come through tensor descriptors (TMA) on sm_90 and later, whose
+zero fill is the conv's own; the others through masked pointers, which become cp.async.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot(a, b, acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    if UPCAST:  # the interpreter's bf16 product is garbage; fp32 holds bf16 exactly
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def out_frames(frames, taps, stride, padding, dilation):
+    """Frames that a conv makes of `frames`."""
+    return tl.maximum((frames + 2 * padding - dilation * (taps - 1) - 1 + stride) // stride, 0)
+
+
+@triton.jit
+def add_taps(
+    acc, x_tile, x_desc, w_ptr, w_desc, n, t0, limit, o0, i_begin, i_end,
+    frames, C, C_w, C_pad, x_row, x_chan, taps, stride, padding, dilation,
+    HAS_DESCRIPTORS: tl.constexpr, IS_NCT: tl.constexpr, IS_TRANSPOSED: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc [BLOCK_T, BLOCK_N] plus steps [i_begin, i_end) of the reduction.
+
+    x_tile: utterance n of x, C channels of it reduced; rows at t >= limit count as zero. Packed weights are (K, C_w,
+    C_pad); IS_TRANSPOSED reduces over their last dimension and takes the taps in reverse: the gradient of x.
+    """
+    if HAS_DESCRIPTORS:  # stride 1; rows of padding may hold anything, so a tile that reaches some takes the other loop
+        whole = (limit == frames) | (t0 - padding + BLOCK_T + (taps - 1) * dilation <= limit)
+        for i in range(i_begin, tl.where(whole, i_end, i_begin)):
+            tap = i % taps
+            c0 = (i // taps) * BLOCK_K
+            x = x_desc.load([n.to(tl.int32), t0 - padding + tap * dilation, c0]).reshape([BLOCK_T, BLOCK_K])
+            if IS_TRANSPOSED:
+                w = tl.trans(w_desc.load([(taps - 1 - tap) * C_w + o0, c0]))
+            else:
+                w = w_desc.load([tap * C_w + c0, o0])
+            acc = dot(x, w, acc, UPCAST, PRECISION)
+        i_begin = tl.where(whole, i_end, i_begin)
+    offs_c = tl.arange(0, BLOCK_K)
+    offs_o = o0 + tl.arange(0, BLOCK_N)
+    first = (t0 + tl.arange(0, BLOCK_T)) * stride - padding
+    for i in range(i_begin, i_end):
+        tap = i % taps
+        c = (i // taps) * BLOCK_K + offs_c
+        t = first + tap * dilation
+        mask = ((t >= 0) & (t < limit))[:, None] & (c < C)[None, :]
+        if IS_NCT:
+            offs_x = c[None, :] * x_chan + t[:, None]
+        else:
+            offs_x = t[:, None] * x_row + c[None, :]
+        x = tl.load(x_tile + offs_x, mask=mask, other=0.0).to(w_ptr.dtype.element_ty)
+        if IS_TRANSPOSED:
+            offs_w = ((taps - 1 - tap) * C_w + offs_o)[:, None] * C_pad + c[None, :]
+            w = tl.trans(tl.load(w_ptr + offs_w, mask=(offs_o < C_w)[:, None] & (c < C_pad)[None, :], other=0.0))
+        else:
+            offs_w = (tap * C_w + c)[:, None] * C_pad + offs_o[None, :]
+            w = tl.load(w_ptr + offs_w, mask=(c < C)[:, None] & (offs_o < C_pad)[None, :], other=0.0)
+        acc = dot(x, w, acc, UPCAST, PRECISION)
+    return acc

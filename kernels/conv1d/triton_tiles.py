@@ -1,0 +1,109 @@
+"""Tiles of the Triton convs: what dispatch takes, by table or by default, and what tuning may try.
+
+A forward, dgrad or fused program owns `t` frames by `n` output channels and takes `k` input channels of one tap a step,
+so a 16-bit step of 128 x 128 x 64 moves 32 KB for 2.1 MFLOP; `splits` programs share one such tile's reduction. A wgrad
+program owns `n` input by `k` output channels of one tap and takes `t` frames a step.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from jasper_fast.kernels import tables
+
+WAVE = 132  # programs that fill a large GPU once; a constant, not the device's own count, so that runs repeat anywhere
+MERGE_G, MERGE_C = 64, 32  # tiles at a time and channels of a merging program
+SOFTMAX_MAX = 128  # symbols of log-softmax in the epilogue
+MIN_STEPS = 8  # of a split: fewer, and the sum over splits costs more than it saves
+
+
+class Tile(NamedTuple):
+    """Sizes of one program's tile and of a step (powers of two), and how it is compiled."""
+
+    t: int
+    n: int
+    k: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+
+
+class Shape(NamedTuple):
+    """What a tile is chosen by: `rows` is N*T' of the output."""
+
+    c_in: int
+    c_out: int
+    taps: int
+    stride: int
+    dilation: int
+    rows: int
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype, shape: Shape, frames: int) -> Tile:
+    """The measured tile of `op` ("forward", "dgrad", ...) on this GPU where the table has one, else the default."""
+    row = tables.lookup(f"conv1d.{op}", device, dtype, **shape._asdict()) if device.type == "cuda" else None
+    if row is not None and row.face == "triton":
+        return Tile(**row.tile)
+    return default(op, dtype, shape, frames)
+
+
+def default(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> Tile:
+    """A sound tile for `frames` output frames an utterance where nothing was measured."""
+    wide = dtype.itemsize == 2
+    if op == "wgrad":
+        side = 128 if wide else 64
+        n, k = _fit(shape.c_in, 16, side), _fit(shape.c_out, 16, side)
+        return Tile(64 if wide else 32, n, k, _warps(n * k), 3)
+    reduced, out = (shape.c_out, shape.c_in) if op.startswith("dgrad") else (shape.c_in, shape.c_out)
+    t = 128 if wide and frames > 64 else 64 if frames > 32 else 32
+    n, k = _fit(out, 16, 128 if wide else 64), _fit(reduced, 16, 64 if wide else 32)
+    tile = Tile(t, n, k, _warps(t * n), 3)
+    return tile._replace(splits=_splits(tile, shape)) if op == "fused" else tile
+
+
+def candidates(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[Tile]:
+    """Tiles that tuning times for `op`; the default is the first."""
+    first = default(op, dtype, shape, frames)
+    if dtype.itemsize != 2:
+        return [first, first._replace(num_stages=4), first._replace(num_stages=2)]
+    found = [first]
+    reduced, out = (shape.c_out, shape.c_in) if op.startswith("dgrad") else (shape.c_in, shape.c_out)
+    if op == "wgrad":
+        sizes = [(64, 128, 128, 8), (64, 128, 128, 4), (32, 128, 256, 8), (64, 64, 128, 4), (64, 256, 128, 8)]
+    else:
+        sizes = [(128, 128, 64, 8), (128, 128, 64, 4), (64, 128, 64, 4), (64, 256, 64, 8), (128, 64, 64, 4)]
+        sizes += [(64, 64, 64, 4), (128, 128, 128, 8), (128, 256, 64, 8), (256, 128, 64, 8)]
+    for t, n, k, warps in sizes:
+        if op == "wgrad":
+            fits = n <= max(16, shape.c_in) and k <= max(16, shape.c_out)
+        else:
+            fits = n <= max(16, out) and k <= max(16, reduced) and t <= max(32, 2 * frames)
+        for stages in (3, 4) if fits else ():
+            tile = Tile(t, n, k, warps, stages)
+            if op == "fused":
+                splits = _splits(tile, shape)
+                found += [tile._replace(splits=s) for s in sorted({max(1, splits // 2), splits, 2 * splits})]
+            else:
+                found.append(tile)
+    return list(dict.fromkeys(found))
+
+
+def transpose_meta(taps: int) -> dict[str, int]:
+    """The block of a program that packs weights, or adds up their gradient, with all K taps: 4096 at most."""
+    return {"BLOCK_K": 1 << (taps - 1).bit_length(), "BLOCK_I": 4, "BLOCK_O": 32}
+
+
+def _splits(tile: Tile, shape: Shape) -> int:
+    tiles = -(-shape.rows // tile.t) * -(-shape.c_out // tile.n)
+    steps = shape.taps * -(-shape.c_in // tile.k)
+    return max(1, min(WAVE // tiles, steps // MIN_STEPS))
+
+
+def _fit(c: int, low: int, high: int) -> int:
+    return min(high, max(low, 1 << (c - 1).bit_length()))
+
+
+def _warps(elements: int) -> int:
+    return 8 if elements >= 128 * 128 else 4
