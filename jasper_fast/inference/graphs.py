@@ -1,0 +1,111 @@
+"""CUDA graphs, and the order of streams on buffers that belong to nobody's stream."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+
+class CudaGraphs:
+    """Captures launches on one CUDA device; whatever they allocate comes from one pool that all its graphs share."""
+
+    def __init__(self, device: torch.device):
+        if device.type != "cuda":
+            raise ValueError(f"graphs=True needs a CUDA GPU, and the weights are on {device}; take graphs='auto'")
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
+        """Run `launch` once on a side stream, which compiles and loads its kernels, then capture it; returns the replay.
+
+        The replay runs on the stream that is current when it is called. Other threads may use the device meanwhile.
+        Raises RuntimeError where the launches cannot be captured.
+        """
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            launch()
+            try:
+                with _no_collection():
+                    self._record(graph, launch)
+            except Exception as error:
+                raise RuntimeError(
+                    f"the engine's launches could not be captured in a CUDA graph: {error}\n"
+                    "InferenceEngine(model, graphs=False) runs without graphs, with the same results"
+                ) from error
+        current.wait_stream(self._stream)
+        return graph.replay
+
+    def _record(self, graph: torch.cuda.CUDAGraph, launch: Callable[[], None]) -> None:
+        # thread_local: another thread's allocation, say a data loader's, does not break the capture
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            launch()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # the launch's own error says more than that of the broken capture
+                graph.capture_end()
+            raise
+        graph.capture_end()
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection: what it frees, a graph or an event, could break off a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class Turns:
+    """One user of shared buffers after another, whatever streams they are on; the caller holds a lock."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+        self._last: torch.cuda.Event | None = None
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Makes the current stream wait for the last turn's work, and its device the current one; on a CPU nothing.
+
+        Raises RuntimeError where the caller is capturing a graph: that one would outlive the buffers.
+        """
+        if self._device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(self._device):
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "InferenceEngine was called while a CUDA graph is captured, which would outlive the engine's "
+                    "buffers: call it outside of the capture, it makes graphs of its own"
+                )
+            stream = torch.cuda.current_stream(self._device)
+            if self._last is None:
+                self._last = torch.cuda.Event()
+            elif stream != self._stream:
+                stream.wait_event(self._last)
+            self._stream = stream
+            try:
+                yield
+            finally:
+                self._last.record(stream)
+
+    def drop(self, tensors: Iterable[Tensor]) -> None:
+        """Within a turn: the memory of `tensors`, which nobody needs any more, outlives the work queued so far."""
+        for tensor in tensors:
+            if tensor.is_cuda:
+                tensor.record_stream(self._stream)
+
+    def finish(self) -> None:
+        """Within a turn: wait on the host until all work queued so far is done."""
+        if self._stream is not None:
+            self._stream.synchronize()

@@ -1,0 +1,198 @@
+"""The plan as Triton launches: one a sub-block and one for the decoder with its log-softmax, and nothing else.
+
+The first launch reads the caller's features and lengths and the last writes the caller's results; those between know
+only the engine's own buffers, so that on a GPU they are one CUDA graph, for each batch size and bucket of lengths.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor
+
+from jasper_fast import backends
+from jasper_fast.inference.graphs import CudaGraphs, Turns
+from jasper_fast.inference.plan import Buffers, Folded, make_plan
+from jasper_fast.model import Jasper
+
+SOFTMAX_MAX = 128  # symbols up to which the last launch does the log-softmax; beyond it is ATen's
+
+
+class TritonConv:
+    """A folded sub-block through the Triton kernel: weights packed once, bias, panes, ReLU and mask inside."""
+
+    def __init__(self, folded: Folded, dtype: torch.dtype, workspace: object):
+        self.impl = backends.face("conv1d", "triton")
+        self.packed = self.impl.pack(folded.weight, dtype)
+        self.packed_panes = None if folded.panes is None else self.impl.pack(folded.panes.unsqueeze(2), dtype)
+        self.bias = folded.bias.to(torch.float32, copy=True)
+        self.b, self.relu, self.workspace = folded.b, folded.relu, workspace
+
+    def __call__(self, x: Tensor, out: Tensor, panes: Tensor | None = None, **lengths: object) -> None:
+        """`x` (N, T, C_in) and `panes` (N, T', C2) to `out` (N, T', C_out); `lengths` as `conv1d.fused` takes them."""
+        self.impl.fused(
+            x,
+            self.packed,
+            stride=self.b.s,
+            padding=self.b.padding,
+            dilation=self.b.d,
+            bias=self.bias,
+            relu=self.relu,
+            x2=panes,
+            packed2=self.packed_panes,
+            out=out,
+            workspace=self.workspace,
+            **lengths,
+        )
+
+
+@dataclass
+class Bound:
+    """One (N, T) bound to the buffers: the first launch but for its input, the launches between, the last's input."""
+
+    source: Tensor | None  # (N, T, C_in), where the first block's panes need the features
+    first: Callable[..., None]
+    between: list[Callable[[], None]]
+    last: Tensor
+    lengths: Tensor
+    called: bool = False
+    replay: Callable[[], None] | None = None
+    scratch: tuple[Tensor, ...] = field(default=())  # what the graph uses beside the buffers: alive while it is
+
+    def launch(self) -> None:
+        """Everything between the first launch and the last."""
+        for call in self.between:
+            call()
+
+
+class Launches:
+    """Features (N, C, T) and lengths (N,) int64 to (log_probs (N, T', V) fp32, lengths), on the "triton" face.
+
+    With masks T is rounded up, so that T' is a multiple of `bucket`: rows past a batch's own frames are past all its
+    lengths too, so they are zero and cost no products. `graphs`: what captures the launches between the first and the
+    last; None launches them one by one. `patient`: not before a shape's second call. At most `limit` shapes are kept.
+    """
+
+    def __init__(
+        self,
+        model: Jasper,
+        dtype: torch.dtype,
+        turns: Turns,
+        graphs: CudaGraphs | None,
+        *,
+        patient: bool,
+        bucket: int,
+        limit: int,
+    ):
+        device = model.decoder.layers[0].weight.device
+        self._workspace = backends.face("conv1d", "triton").Workspace(device)
+        self._plan = make_plan(model, dtype, lambda folded: TritonConv(folded, dtype, self._workspace))
+        self._dtype, self._turns, self._graphs, self._patient = dtype, turns, graphs, patient
+        self._limit = limit
+        self._span = bucket * prod(step.b.s for step in self._plan.steps) if self._plan.masks else 1
+        self.buffers = Buffers(dtype, device)
+        self.lengths = Buffers(torch.int64, device)
+        self.shapes: OrderedDict[tuple[int, int], Bound] = OrderedDict()
+
+    def run(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        plan = self._plan
+        if features.numel() == 0:
+            return plan.nothing(features, lengths)
+        n, _, t = features.shape
+        t_out = plan.frames(t)[-1]
+        out_lengths = torch.empty((n,), dtype=torch.int64, device=features.device)
+        bound = self._bound(n, -(-t // self._span) * self._span)
+        before = self._scratch()
+        if bound.source is None:
+            x = self._readable(features).transpose(1, 2)
+        else:  # rows past T hold another call's: a length past T must not reach them
+            x, lengths = bound.source, lengths.clamp(0, t)
+            x[:, :t].copy_(features.transpose(1, 2))
+        bound.first(x, in_lengths=lengths)
+        self._between(bound)
+        fused = plan.n_classes <= SOFTMAX_MAX
+        dtype = torch.float32 if fused else self._dtype
+        out = torch.empty((n, t_out, plan.n_classes), dtype=dtype, device=features.device)
+        plan.head(
+            bound.last[:, :t_out],
+            out,
+            in_lengths=bound.lengths,
+            lengths_out=out_lengths,
+            masked=False,
+            log_softmax=fused,
+        )
+        self._turns.drop(old for old, new in zip(before, self._scratch(), strict=True) if old is not new)
+        return out if fused else out.float().log_softmax(dim=2), out_lengths
+
+    def _readable(self, features: Tensor) -> Tensor:
+        """`features` as the first launch reads them: in fp32 or the weights' dtype, channels or frames neighbours."""
+        n, c, t = features.shape
+        frames, channels = t == 1 or features.stride(2) == 1, c == 1 or features.stride(1) == 1
+        if not frames and not channels:
+            features, frames = features.contiguous(), True
+        if features.dtype == self._dtype or (features.dtype == torch.float32 and frames and not channels):
+            return features
+        return features.to(torch.float32 if frames and not channels else self._dtype)
+
+    def _between(self, bound: Bound) -> None:
+        if self._graphs is None or not bound.between or (self._patient and not bound.called):
+            bound.called = True
+            bound.launch()
+            return
+        if bound.replay is not None and any(a is not b for a, b in zip(bound.scratch, self._scratch(), strict=True)):
+            self._turns.finish()
+            bound.replay = None
+        if bound.replay is None:
+            bound.replay = self._graphs.capture(bound.launch)
+            bound.scratch = self._scratch()
+        bound.replay()
+
+    def _scratch(self) -> tuple[Tensor, ...]:
+        return self._workspace.part, self._workspace.arrived
+
+    def _bound(self, n: int, t: int) -> Bound:
+        """The shape's launches, bound to the buffers, which grow where they are too small for it."""
+        if (n, t) in self.shapes:
+            self.shapes.move_to_end((n, t))
+            return self.shapes[n, t]
+        changes = [True, *(step.resizes for step in self._plan.steps[1:])]  # where lengths get memory of their own
+        replaced = self.buffers.reserve(self._plan.sizes(n, t, source=self._plan.reads_source))
+        replaced += self.lengths.reserve({f"lengths{i}": n for i in range(sum(changes))})
+        if replaced:
+            self._forget(len(self.shapes))
+            self._turns.drop(replaced)
+        self._forget(len(self.shapes) + 1 - self._limit)
+        self.shapes[n, t] = self._bind(n, self._plan.frames(t), changes)
+        return self.shapes[n, t]
+
+    def _bind(self, n: int, frames: list[int], changes: list[bool]) -> Bound:
+        plan, buffers = self._plan, self.buffers
+        source = buffers.view(plan.source, n, frames[0]) if plan.reads_source else None
+        calls, x, lens = [], source, None
+        for i, (step, t) in enumerate(zip(plan.steps, frames[1:], strict=True)):
+            out = buffers.view(step.out, n, t)
+            panes = buffers.view(step.panes, n, t) if step.panes else None
+            told: dict[str, object] = {}
+            if changes[i]:
+                before, lens = lens, self.lengths.held[f"lengths{sum(changes[:i])}"][:n]
+                told = {"lengths_out": lens, "masked": plan.masks} | ({} if i == 0 else {"in_lengths": before})
+            elif plan.masks:
+                told = {"in_lengths": lens, "out_lengths": lens}
+            call = partial(step.conv, out=out, panes=panes, **told)
+            calls.append(call if i == 0 else partial(call, x))
+            x = out
+        return Bound(source, calls[0], calls[1:], x, lens)
+
+    def _forget(self, count: int) -> None:
+        """Drop the `count` shapes that were used longest ago, with their graphs."""
+        if count <= 0 or not self.shapes:
+            return
+        if self._graphs is not None:
+            self._turns.finish()  # a graph must not go while it runs
+        for _ in range(count):
+            self.shapes.popitem(last=False)

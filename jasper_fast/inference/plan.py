@@ -1,0 +1,172 @@
+"""The model folded into steps, one a sub-block, and the buffers between them.
+
+All block outputs that panes take lie side by side in one (N, T', sum C) buffer: the panes of a block are its first
+channels, so its last conv and all its panes are a single sum of GEMMs with one bias (DESIGN 4.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jasper_fast.config import BlockConfig
+from jasper_fast.model import Jasper
+from jasper_fast.modules import JasperBlock
+
+POINTWISE = BlockConfig(filters=1, kernel_size=(1,), residual=False)  # the decoder's conv
+
+
+@dataclass(frozen=True)
+class Place:
+    """Channels [begin, end) of a buffer that is `width` channels wide."""
+
+    buffer: str
+    width: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A sub-block without its batch norms: conv `weight` (C_out, C_in, K), `bias` (C_out,), and panes (C_out, C2)."""
+
+    weight: Tensor
+    bias: Tensor
+    panes: Tensor | None
+    b: BlockConfig
+    relu: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """One sub-block: its conv as a runner made it, where it writes, and what its panes take, if it has any."""
+
+    b: BlockConfig
+    conv: Any
+    out: Place
+    panes: Place | None
+
+    @property
+    def resizes(self) -> bool:
+        """Whether an utterance leaves with another number of frames than it came with."""
+        return self.b.s != 1 or 2 * self.b.padding != self.b.d * (self.b.k - 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model for inference; `source` is where the features go, if a step is to read them from a buffer."""
+
+    source: Place
+    steps: tuple[Step, ...]
+    head: Any
+    masks: bool
+    n_classes: int
+
+    def frames(self, t: int) -> list[int]:
+        """Frames at the input (index 0) and after each step, for `t` frames of features."""
+        found = [t]
+        for step in self.steps:
+            found.append(step.b.out_length(found[-1]))
+        return found
+
+    @property
+    def reads_source(self) -> bool:
+        """Whether panes take the features, so that they must lie in their buffer."""
+        return any(step.panes is not None and step.panes.buffer == self.source.buffer for step in self.steps)
+
+    def sizes(self, n: int, t: int, *, source: bool = True) -> dict[str, int]:
+        """Elements that each buffer must hold for `n` utterances of `t` frames; without `source` its own may go."""
+        places = [self.source, *(step.out for step in self.steps)]
+        sizes: dict[str, int] = {}
+        for place, frames in list(zip(places, self.frames(t), strict=True))[0 if source else 1 :]:
+            sizes[place.buffer] = max(sizes.get(place.buffer, 0), n * frames * place.width)
+        return sizes
+
+    def nothing(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The results of no utterances or no frames."""
+        for step in self.steps:
+            lengths = step.b.out_length(lengths)
+        shape = (features.shape[0], self.frames(features.shape[2])[-1], self.n_classes)
+        return features.new_zeros(shape, dtype=torch.float32), lengths.clone()
+
+
+def make_plan(model: Jasper, dtype: torch.dtype, conv: Callable[[Folded], Any]) -> Plan:
+    """Fold `model`, in fp32 or better whatever its dtype and `dtype` are, and make each sub-block's conv with `conv`."""
+    layers: list[JasperBlock] = list(model.encoder.layers)
+    head = model.decoder.layers[0]
+    precise = torch.promote_types(head.weight.dtype, torch.float32)
+    places = _places(layers, model.config.encoder.in_feats)
+    steps = []
+    for i, layer in enumerate(layers):
+        for r, (folded, panes) in enumerate(_sub_blocks(layer, places[i], precise)):
+            out = (
+                places[i + 1] if r == layer.b.repeat - 1 else Place(f"flip{r % 2}", layer.b.filters, 0, layer.b.filters)
+            )
+            steps.append(Step(layer.b, conv(folded), out, panes))
+    decoder = conv(Folded(head.weight, head.bias, None, POINTWISE, relu=False))
+    return Plan(places[0], tuple(steps), decoder, model.config.encoder.use_conv_masks, model.config.decoder.n_classes)
+
+
+def _sub_blocks(layer: JasperBlock, source: Place, dtype: torch.dtype) -> Iterator[tuple[Folded, Place | None]]:
+    """The folded sub-blocks of a block whose input lies at `source`; the last takes the panes' channels."""
+    b = layer.b
+    for r, (conv, bn) in enumerate(layer.sub_blocks()):
+        scale, bias = _fold(bn, dtype)
+        panes, joined = None, None
+        if r == b.repeat - 1 and layer.panes():
+            panes = Place(source.buffer, source.width, 0 if b.residual_dense else source.begin, source.end)
+            folded = [(_fold(pane_bn, dtype), pane.weight.flatten(1)) for pane, pane_bn in layer.panes()]
+            joined = torch.cat([pane_scale[:, None] * weight for (pane_scale, _), weight in folded], 1)
+            bias = bias + sum(shift for (_, shift), _ in folded)
+        yield Folded(scale[:, None, None] * conv.weight, bias, joined, b, relu=True), panes
+
+
+def _fold(bn: nn.BatchNorm1d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(scale, shift), each (C,) in `dtype`: batch norm with running statistics is `y * scale + shift`."""
+    scale = bn.weight.to(dtype) * (bn.running_var.to(dtype) + bn.eps).rsqrt()
+    return scale, bn.bias.to(dtype) - bn.running_mean.to(dtype) * scale
+
+
+def _places(layers: list[JasperBlock], in_feats: int) -> list[Place]:
+    """Where the features (index 0) and each block's output live.
+
+    The blocks of a dense run and the input of the first of them share one history buffer; others have one of their own.
+    """
+    spans: list[tuple[str, int, int]] = [("history0", 0, in_feats)]
+    for i, layer in enumerate(layers):
+        dense = layer.b.residual and layer.b.residual_dense
+        buffer, begin = (spans[i][0], spans[i][2]) if dense else (f"history{i + 1}", 0)
+        spans.append((buffer, begin, begin + layer.b.filters))
+    width = {buffer: end for buffer, _, end in spans}  # spans of a buffer come in order: the last one ends it
+    return [Place(buffer, width[buffer], begin, end) for buffer, begin, end in spans]
+
+
+class Buffers:
+    """Activation buffers by name, reused between calls: they grow where a call needs more, and never shrink."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self._dtype, self._device = dtype, device
+        self.held: dict[str, Tensor] = {}
+
+    def reserve(self, sizes: dict[str, int]) -> list[Tensor]:
+        """Room for `sizes` elements by name; returns the buffers that larger ones took the place of."""
+        replaced = []
+        for name, size in sizes.items():
+            held = self.held.get(name)
+            if held is not None and held.numel() >= size:
+                continue
+            if held is not None:
+                replaced.append(held)
+            step = 1 << max(0, size.bit_length() - 3)  # at most a quarter too much, so that growth is rare
+            with torch.inference_mode(False):  # else calls outside of that mode could not write to it
+                self.held[name] = torch.empty(-(-size // step) * step, dtype=self._dtype, device=self._device)
+        return replaced
+
+    def view(self, place: Place, n: int, t: int) -> Tensor:
+        """The channels that `place` names, (N, T, C)."""
+        rows = self.held[place.buffer][: n * t * place.width].view(n, t, place.width)
+        return rows[:, :, place.begin : place.end]

@@ -1,0 +1,96 @@
+"""What the tests of the inference engine share: small models, a stand-in for CUDA graphs, poison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from jasper_fast import InferenceEngine, Jasper, JasperConfig
+from jasper_fast.eager import EagerJasper
+
+FEATS = 8
+
+
+def block(filters, repeat=1, k=5, s=1, d=1, residual=False, dense=False):
+    return {
+        "filters": filters,
+        "repeat": repeat,
+        "kernel_size": [k],
+        "stride": [s],
+        "dilation": [d],
+        "dropout": 0.0,
+        "residual": residual,
+        "residual_dense": dense,
+    }
+
+
+BLOCKS = {
+    # as Jasper 10x5: a prologue of stride 2, dense blocks, an epilogue with dilation, a pointwise conv
+    "jasper": [
+        block(16, k=11, s=2),
+        block(16, 2, 5, residual=True, dense=True),
+        block(24, 2, 7, residual=True, dense=True),
+        block(16, k=9, d=2),
+        block(16, k=1),
+    ],
+    "plain residual": [block(16, k=5), block(16, 2, 3, residual=True), block(16, k=1)],
+    "dense first": [block(16, 2, 5, residual=True, dense=True), block(16, 1, 3, residual=True, dense=True)],
+    "dense first, one conv": [block(16, 1, 5, residual=True, dense=True)],
+    "lengths change twice": [block(16, k=5, s=2), block(16, k=4), block(16, k=3, s=2), block(16, k=3)],
+    "one conv": [block(16, k=3)],
+}
+
+
+def config(kind="jasper", masks=True, classes=7, feats=FEATS):
+    blocks = BLOCKS[kind]
+    last = blocks[-1]["filters"]
+    encoder = {"in_feats": feats, "activation": "relu", "use_conv_masks": masks, "blocks": blocks}
+    return JasperConfig.from_dict({"encoder": encoder, "decoder": {"in_feats": last, "n_classes": classes}})
+
+
+def pair(cfg, backend="auto", device="cpu") -> tuple[EagerJasper, Jasper]:
+    """(eager, ours) for evaluation, with the same parameters and lively running statistics."""
+    eager = EagerJasper(cfg)
+    for name, buffer in eager.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.1)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+    ours = Jasper(cfg, backend=backend)
+    ours.load_state_dict(eager.state_dict())
+    return eager.to(device).eval(), ours.to(device).eval()
+
+
+def batch(lengths, t=None, feats=FEATS, device="cpu", scale=1.0) -> tuple[Tensor, Tensor]:
+    """Features whose padding holds NaN, and lengths."""
+    t = max(lengths) if t is None else t
+    lengths = torch.tensor(lengths, device=device)
+    features = scale * torch.randn(len(lengths), feats, t, device=device)
+    beyond = torch.arange(t, device=device) >= lengths[:, None]
+    return features.masked_fill(beyond[:, None], float("nan")), lengths
+
+
+def valid(log_probs: Tensor, lengths: Tensor) -> Tensor:
+    """The rows of `log_probs` that say something."""
+    return log_probs[torch.arange(log_probs.shape[1], device=lengths.device) < lengths[:, None]]
+
+
+def poison(engine: InferenceEngine) -> None:
+    """All memory that the engine keeps between calls for activations and lengths holds the worst."""
+    for held in (engine._run.buffers, getattr(engine._run, "lengths", None)):
+        for buffer in held.held.values() if held is not None else ():
+            buffer.fill_(float("nan") if buffer.is_floating_point() else torch.iinfo(buffer.dtype).max)
+
+
+class Replays:
+    """Stands in for CudaGraphs where there is no GPU: a replay runs what was captured, on the memory of that time."""
+
+    def __init__(self, device: torch.device):
+        self.captured = 0
+
+    def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
+        launch()
+        self.captured += 1
+        return launch

@@ -1,0 +1,242 @@
+"""The inference engine on each face: every kind of block, layouts and dtypes of features, folding, errors, threads."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from close import assert_close
+from conftest import make_face
+from engines import BLOCKS, FEATS, batch, config, pair, poison, valid
+
+from jasper_fast import InferenceEngine
+
+
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def face(request):
+    return make_face(request.param)
+
+
+def engine_of(face, cfg=None, **options):
+    eager, ours = pair(cfg or config(), face.name, face.device)
+    return eager, InferenceEngine(ours, **options)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_every_kind_of_block_equals_eager_in_fp64(kind, masks, face):
+    eager, engine = engine_of(face, config(kind, masks))
+    features, lengths = batch([31, 17, 1, 0] if masks else [31, 31], device=face.device)
+    with torch.no_grad():
+        low, want_lengths = eager(features, lengths)
+        ref, _ = eager.double()(features.double(), lengths)
+    poison(engine)
+    got, got_lengths = engine(features, lengths)
+    assert got.shape == ref.shape and got.dtype == torch.float32
+    assert got_lengths.dtype == torch.int64 and torch.equal(got_lengths, want_lengths)
+    assert_close("log_probs", valid(got, lengths=want_lengths), valid(low, want_lengths), valid(ref, want_lengths))
+    assert got.isfinite().all()  # rows of padding say nothing, but they are numbers
+
+
+@pytest.mark.parametrize("t", [1, 2, 3])
+def test_audio_shorter_than_the_taps(t, face):
+    eager, engine = engine_of(face)
+    features, lengths = batch([t, 1], device=face.device)
+    with torch.no_grad():
+        want, want_lengths = eager(features, lengths)
+    got, got_lengths = engine(features, lengths)
+    assert torch.equal(got_lengths, want_lengths)
+    torch.testing.assert_close(valid(got, got_lengths), valid(want, want_lengths), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "t"), [(0, 20), (2, 0)])
+def test_nothing_in_gives_nothing_out(n, t, face):
+    _, engine = engine_of(face)
+    lengths = torch.full((n,), t, device=face.device)
+    log_probs, out = engine(torch.zeros(n, FEATS, t, device=face.device), lengths)
+    assert log_probs.shape == (n, t // 2, 7) and torch.equal(out, lengths // 2)
+
+
+def test_without_lengths_all_frames_count(face):
+    _, engine = engine_of(face)
+    features, lengths = batch([23, 23], device=face.device)
+    got, want = engine(features), engine(features, lengths)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("kind", ["jasper", "dense first"])
+def test_layout_and_dtype_of_the_features_do_not_matter(kind, face):
+    _, engine = engine_of(face, config(kind))
+    features, lengths = batch([29, 12], device=face.device)
+    features = features.half().float()  # numbers that every dtype below holds
+    want, _ = engine(features, lengths)
+    wide = torch.empty(2, 2 * FEATS, 58, device=face.device)[:, ::2, ::2].copy_(features)
+    forms = {
+        "NTC": features.transpose(1, 2).contiguous().transpose(1, 2),
+        "strided": wide,
+        "a slice": torch.cat([features, features], 2)[:, :, :29],
+        "fp16": features.half(),
+        "fp16 NTC": features.half().transpose(1, 2).contiguous().transpose(1, 2),
+        "fp64": features.double(),
+    }
+    for name, form in forms.items():
+        assert torch.equal(engine(form, lengths)[0], want), name
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_lengths_of_other_integers_and_strides(dtype, face):
+    _, engine = engine_of(face)
+    features, lengths = batch([29, 12], device=face.device)
+    want = engine(features, lengths)
+    strided = torch.stack([lengths, lengths], 1).to(dtype)[:, 0]
+    got = engine(features, strided)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_is_as_good_as_pytorchs(dtype, face):
+    eager, engine = engine_of(face, dtype=dtype)
+    features, lengths = batch([31, 17], device=face.device)
+    with torch.no_grad():
+        ref, out = eager.double()(features.double(), lengths)
+        low, _ = eager.to(dtype)(features.nan_to_num().to(dtype), lengths)
+    got, _ = engine(features, lengths)
+    cut = (
+        face.name == "triton" and face.device.type == "cpu" and dtype == torch.bfloat16
+    )  # Triton's interpreter does not round it
+    assert_close("log_probs", valid(got, out), valid(low.float(), out), valid(ref, out), factor=4.0 if cut else 2.0)
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+def test_folding_is_precise_whatever_the_dtype(name):
+    """A variance and a scale beyond fp16's range, whose quotient is in it."""
+    face = make_face(name)
+    eager, ours = pair(config(), name, face.device)
+    for model in (eager, ours):
+        for bn in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d)):
+            bn.running_var.mul_(1e10)
+            bn.weight.data.mul_(1e5)
+    features, lengths = batch([31, 17], device=face.device)
+    with torch.no_grad():
+        want, out = eager(features, lengths)
+    got, _ = InferenceEngine(ours, dtype=torch.float16)(features, lengths)
+    torch.testing.assert_close(valid(got, out), valid(want, out), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("classes", [2, 29, 128, 129, 300])
+def test_vocabularies_of_every_size(classes, face):
+    eager, engine = engine_of(face, config("one conv", classes=classes))
+    features, lengths = batch([19, 4], device=face.device)
+    with torch.no_grad():
+        want, out = eager(features, lengths)
+    got, got_out = engine(features, lengths)
+    assert torch.equal(got_out, out)
+    torch.testing.assert_close(valid(got, out), valid(want, out), atol=2e-5, rtol=1e-5)
+
+
+def test_a_nan_in_a_valid_frame_reaches_its_own_utterance_only(face):
+    _, engine = engine_of(face)
+    features, lengths = batch([31, 31], device=face.device)
+    clean, _ = engine(features, lengths)
+    features[1, 3, 15] = float("nan")
+    got, _ = engine(features, lengths)
+    assert torch.equal(got[0], clean[0]) and got[1].isnan().any()
+
+
+@pytest.mark.parametrize("kind", ["jasper", "plain residual"])
+def test_results_are_memory_of_their_own(kind, face):
+    """Also the lengths, where no conv changes them."""
+    _, engine = engine_of(face, config(kind))
+    first = batch([31, 17], device=face.device)
+    log_probs, out = engine(*first)
+    kept, kept_out, given = log_probs.clone(), out.clone(), first[1].clone()
+    out_again = engine(*batch([25, 30], device=face.device))[1]
+    poison(engine)
+    assert torch.equal(log_probs, kept) and torch.equal(out, kept_out)
+    out.fill_(-1)
+    out_again.fill_(-1)
+    assert torch.equal(first[1], given)
+    again = engine(*first)
+    assert torch.equal(again[0], kept) and torch.equal(again[1], kept_out)
+
+
+def test_weights_are_copies_until_refresh(face):
+    eager, ours = pair(config(), face.name, face.device)
+    engine = InferenceEngine(ours)
+    features, lengths = batch([31, 17], device=face.device)
+    before, out = engine(features, lengths)
+    with torch.no_grad():
+        for ours_too in (eager, ours):
+            for parameter in ours_too.parameters():
+                parameter.mul_(1.25)
+    assert torch.equal(engine(features, lengths)[0], before)
+    engine.refresh()
+    after, _ = engine(features, lengths)
+    with torch.no_grad():
+        want, _ = eager(features, lengths)
+    torch.testing.assert_close(valid(after, out), valid(want, out), atol=2e-5, rtol=1e-5)
+    assert not torch.allclose(valid(after, out), valid(before, out))
+
+
+def test_inference_mode_may_come_and_go(face):
+    _, engine = engine_of(face)
+    features, lengths = batch([31, 17], device=face.device)
+    with torch.inference_mode():
+        want, _ = engine(features, lengths)
+    assert torch.equal(engine(features, lengths)[0], want)
+    with torch.inference_mode():
+        assert torch.equal(engine(features, lengths)[0], want)
+
+
+def test_threads_share_an_engine(face):
+    _, engine = engine_of(face, bucket=8)
+    batches = [batch(lengths, device=face.device) for lengths in ([31, 17], [9], [40, 2, 5])]
+    wanted = [engine(*b)[0] for b in batches]
+    wrong: list[int] = []
+
+    def call(i: int) -> None:
+        for _ in range(3):
+            if not torch.equal(engine(*batches[i])[0], wanted[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_bad_input_is_named(face):
+    _, engine = engine_of(face)
+    features, lengths = batch([31, 17], device=face.device)
+    with pytest.raises(ValueError, match=rf"features must be \(N, {FEATS}, T\)"):
+        engine(features[:, 1:], lengths)
+    with pytest.raises(ValueError, match="features must be floating point, got torch.int64"):
+        engine(features.nan_to_num().long(), lengths)
+    with pytest.raises(ValueError, match="lengths must be"):
+        engine(features, lengths[:1])
+    with pytest.raises(ValueError, match="lengths must be"):
+        engine(features, lengths.float())
+    with pytest.raises(ValueError, match=r"features are on meta, the engine's weights on .*: move either"):
+        engine(features.to("meta"), lengths)
+    with pytest.raises(ValueError, match=r"lengths are on meta, .*: move the lengths"):
+        engine(features, lengths.to("meta"))
+    if face.device.type == "cpu":
+        for wrong in (32, -1):
+            with pytest.raises(ValueError, match=r"lengths must lie in \[0, T = 31\]"):
+                engine(features, torch.tensor([31, wrong]))
+
+
+def test_bad_options_are_named():
+    _, ours = pair(config(), "reference")
+    for options, message in [
+        ({"dtype": torch.int8}, "dtype must be a floating-point one"),
+        ({"graphs": "yes"}, "graphs must be 'auto', True or False"),
+        ({"graphs": True}, "graphs=True needs the triton face, and this engine's is 'aten'"),
+        ({"bucket": 0}, "at least 1"),
+        ({"graph_limit": 0}, "at least 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            InferenceEngine(ours, **options)
