@@ -78,12 +78,11 @@ def conv1d_fused_kernel(
     if HAS_IN_LENGTHS:
         length = tl.load(in_lengths_ptr + n)
         if HAS_LENGTHS_OUT:
+            length = tl.minimum(tl.maximum(length, 0), frames)  # z may be longer than what x gives
             new_length = out_frames(length, taps, stride, padding, dilation)
             tl.store(lengths_out_ptr + n, new_length, mask=(t0 == 0) & (o0 == 0) & (split == 0))
             if HAS_MASK:
-                end = tl.minimum(
-                    tl.minimum(new_length.to(tl.int32), end), out_frames(frames, taps, stride, padding, dilation)
-                )
+                end = tl.minimum(new_length.to(tl.int32), end)
         if HAS_MASK:
             limit = tl.minimum(length.to(tl.int32), limit)
             limit_2 = tl.minimum(length.to(tl.int32), limit_2)

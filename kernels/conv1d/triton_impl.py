@@ -291,9 +291,9 @@ def fused(
     (N,) count as zero and are not read; rows of the result at t >= `out_lengths` (N,) are zero; tiles wholly there, or
     beyond the reach of x, cost no loads and no products. `bias` is fp32 (C_out,).
 
-    lengths_out: (N,) int64 that receives the output lengths of `in_lengths`, which then mask the result; with
-    `masked=False` nothing is masked. Where rows are masked `out` may be longer than the conv's result. log_softmax: of
-    up to 128 channels, `out` is then fp32. workspace: lets several programs share one tile's reduction.
+    lengths_out: (N,) int64 that receives the output lengths of `in_lengths`, clamped to [0, T], which then mask the
+    result; with `masked=False` nothing is masked. Where rows are masked `out` may be longer than the conv's result.
+    log_softmax: of up to 128 channels, `out` is then fp32. workspace: lets several programs share a tile's reduction.
     Raises ValueError for shapes that do not fit and TypeError for dtypes.
     """
     w, masked = packed, masked and (in_lengths is not None or out_lengths is not None)
