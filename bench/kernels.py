@@ -5,7 +5,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -266,12 +266,12 @@ def cases_bn_relu_dropout(run: Run) -> list[Case]:
     return [*made, bn_relu_dropout(run, goals[1], "both", True, False)]
 
 
-def operations() -> dict[str, Callable[[Run], list[Case]]]:
-    """What `--op` may name."""
+def operations() -> dict[str, Callable[[Run], Iterable[list[Case]]]]:
+    """What `--op` may name: cases in groups, each measured before the next is made."""
     from bench import sub_blocks
 
     convs = {op: sub_blocks.cases(op) for op in ("sub_block", "conv1d")}
-    return {"bn_relu_dropout": cases_bn_relu_dropout, **convs}
+    return {"bn_relu_dropout": lambda run: [cases_bn_relu_dropout(run)], **convs}
 
 
 def main(run: Run, op: str = "all") -> list[dict]:
@@ -280,4 +280,6 @@ def main(run: Run, op: str = "all") -> list[dict]:
     if run.brief:
         known.pop("conv1d")  # sub_block holds the same convs
     chosen = known if op == "all" else {op: known[op]}
-    return [row for op_name, cases in chosen.items() for row in run.cases(f"kernels {op_name}", cases(run))]
+    return [
+        row for name, groups in chosen.items() for group in groups(run) for row in run.cases(f"kernels {name}", group)
+    ]

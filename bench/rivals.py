@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.harness import Absent
+from bench.harness import Absent, Run
 
 Model = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -254,6 +254,18 @@ def choose(kind: str, device: torch.device, wanted: str) -> dict[str, Callable[[
     if unknown := [n for n in names if n not in known]:
         raise SystemExit(f"no rival {unknown[0]!r} for {kind}; known: {', '.join(known)}")
     return {n: known[n] for n in names}
+
+
+SUB_BLOCK = ("eager", "eager_2d_channels_last", "compile_max_autotune", "cudnn")
+
+
+def for_sub_blocks(run: Run) -> tuple[str, ...]:
+    """Rivals of a conv or sub-block: all on a GPU, the eager ones on a CPU, or those that `--rivals` names."""
+    if run.rivals == "all":
+        return SUB_BLOCK
+    if run.rivals == "default":
+        return SUB_BLOCK if run.device.type == "cuda" and not run.quick else SUB_BLOCK[:2]
+    return ("eager", *(name for name in SUB_BLOCK[1:] if name in run.rivals.split(",")))
 
 
 def needs_compiler() -> None:

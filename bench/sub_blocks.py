@@ -1,59 +1,108 @@
-"""Cases of `python -m bench kernels` that hold a convolution: conv1d alone, and from y to y (sub_block).
+"""Cases of `python -m bench kernels` that hold a convolution: conv1d alone, and the sub-block in training.
 
-Every distinct main conv of Jasper 10x5 is a shape; the eager rival masks its input as the reference does.
+Every distinct main conv of Jasper 10x5 is a shape: the prologue (stride 2, from features), eleven at stride 1, the
+decoder's. A training sub-block goes from y to y: batch norm, ReLU, dropout and mask of one conv's output, then the next
+conv; the prologue's has no norm before it. Under 16 bits the weight is the fp32 master that AMP keeps, and its rivals
+run under autocast, which casts it as AMP does.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import correct, counts, kernels, models
-from bench.harness import Case, Contender, Run, Runner, seeded, stable_seed
+from bench import correct, counts, kernels, models, rivals
+from bench.cudnn_graphs import FusedConv
+from bench.harness import Absent, Case, Contender, Run, Runner, seeded, stable_seed
 from jasper_fast import ops
 from jasper_fast.kernels import layout
 
-GRADIENTS = ("dx", "dweight", "dgamma", "dbeta")
+MODES = ("forward", "backward", "both")
 # up to 22,000 products summed in another order: plain PyTorch's own layouts differ by 20 roundings
 TOLERANCE = correct.Tolerance(factor=2.0, floor=40.0)
 
 
-def layer_shapes() -> dict[tuple[int, int, int, int], str]:
-    """(C_in, C_out, K, dilation) of Jasper 10x5's distinct stride-1 main convs, widest reduction first, and a name."""
-    cfg, found = models.config("jasper10x5"), {}
+@dataclass(frozen=True)
+class Layer:
+    """A main conv of Jasper: `head` is the decoder's, which has a bias and no norm after it."""
+
+    C_in: int
+    C_out: int
+    K: int
+    stride: int = 1
+    dilation: int = 1
+    head: bool = False
+
+    @property
+    def padding(self) -> int:
+        """Zeros on either side, as the reference pads."""
+        return self.K // 2 * self.dilation
+
+    @property
+    def first(self) -> bool:
+        """Whether it reads features: no norm before it, no gradient of its input."""
+        return self.stride > 1
+
+    def frames(self, T: int) -> int:
+        """Frames of its output."""
+        return counts.conv_out(T, self.K, self.stride, self.dilation)
+
+    def out_lengths(self, lengths: Tensor) -> Tensor:
+        """The same of lengths (N,): themselves where the conv keeps them."""
+        if self.stride == 1 and self.K % 2:
+            return lengths
+        reach = self.dilation * (self.K - 1)
+        return torch.div(lengths + 2 * self.padding - reach - 1, self.stride, rounding_mode="floor") + 1
+
+    def key(self, N: int, T: int) -> dict:
+        """What a row calls it; T frames of input."""
+        stride = f" s = {self.stride}" if self.stride > 1 else ""
+        dilation = f" d = {self.dilation}" if self.dilation > 1 else ""
+        return {"shape": f"({N}, {self.C_in}->{self.C_out}, {T})", "taps": f"K = {self.K}{stride}{dilation}"}
+
+
+def layers() -> list[Layer]:
+    """Jasper 10x5's 13 distinct main convs, the most products first."""
+    cfg, found = models.config("jasper10x5"), []
     for conv in counts.convs(cfg, 1, 64):
-        layer = int(conv.name.split(".")[2]) if conv.name.startswith("encoder") else None
-        if layer is None or ".res." in conv.name or cfg.encoder.blocks[layer].s != 1:
+        if ".res." in conv.name:
             continue
-        found.setdefault((conv.C_in, conv.C_out, conv.K, cfg.encoder.blocks[layer].d), conv.name)
-    return dict(sorted(found.items(), key=lambda item: -item[0][0] * item[0][2]))
+        head = not conv.name.startswith("encoder")
+        block = None if head else cfg.encoder.blocks[int(conv.name.split(".")[2])]
+        steps = (1, 1) if head else (block.s, block.d)
+        found.append(Layer(conv.C_in, conv.C_out, conv.K, *steps, head=head))
+    return sorted(dict.fromkeys(found), key=lambda a: -a.C_in * a.C_out * a.K)
 
 
 class Inputs:
-    """One conv's tensors in both memories, the same values, refilled in place."""
+    """One layer's tensors in both memories, the same values, refilled in place. `weight` is fp32 under 16 bits."""
 
-    def __init__(
-        self, N: int, T: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
-    ) -> None:
-        C_in, C_out, K, self.dilation = shape
-        self.device, self.dtype, self.padding = device, dtype, (K // 2) * self.dilation
+    def __init__(self, N: int, T: int, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
+        self.layer, self.device, self.dtype = layer, device, dtype
         self.nct = {
-            "x": torch.empty(N, C_in, T, dtype=dtype, device=device),
-            "dy": torch.empty(N, C_out, T, dtype=dtype, device=device),
+            "x": torch.empty(N, layer.C_in, T, dtype=dtype, device=device),
+            "dy": torch.empty(N, layer.C_out, layer.frames(T), dtype=dtype, device=device),
         }
         self.ntc = {n: layout.ntc(t) for n, t in self.nct.items()}
-        self.weight = torch.empty(C_out, C_in, K, dtype=dtype, device=device, requires_grad=True)
-        self.gamma, self.beta = (torch.empty(C_in, device=device, requires_grad=True) for _ in range(2))
+        master = torch.promote_types(dtype, torch.float32)
+        shape = (layer.C_out, layer.C_in, layer.K)
+        self.weight = torch.empty(shape, dtype=master, device=device, requires_grad=True)
+        self.gamma, self.beta = (torch.empty(layer.C_in, device=device, requires_grad=True) for _ in range(2))
         self.lengths = torch.empty(N, dtype=torch.int64, device=device)
         for memory in (self.nct, self.ntc):
-            memory["x"].requires_grad_()
+            memory["x"].requires_grad_(not layer.first)
+        self.answers: dict[tuple, dict[str, Tensor]] = {}
+        self.refills = 0
         self.refill(0)
 
     @torch.no_grad()
     def refill(self, seed: int) -> None:
         """New values everywhere; lengths between half and full; x zero in the padding, as every op leaves it."""
+        self.seed, self.refills = seed, self.refills + 1
         g = seeded(stable_seed("conv", seed), self.device)
         N, _, T = self.nct["x"].shape
         self.lengths.copy_(torch.randint(T // 2, T + 1, (N,), generator=g, device=self.device))
@@ -62,17 +111,26 @@ class Inputs:
         self.beta.copy_(torch.randn(self.beta.shape, generator=g, device=self.device) * 0.3)
         for t in self.nct.values():
             t.copy_(torch.randn(t.shape, generator=g, device=self.device))
-        x = self.nct["x"].masked_fill(kernels.mask(self.lengths, T), 0)
-        self.nct["x"].copy_(kernels.off_the_edge(x, self.gamma, self.beta, None, self.dtype))
+        x = masked(self.nct["x"], self.lengths)
+        self.nct["x"].copy_(x if self.layer.first else kernels.off_the_edge(x, self.gamma, self.beta, None, self.dtype))
         self.nct["x"].masked_fill_(kernels.mask(self.lengths, T), 0)
         for name, t in self.nct.items():
             self.ntc[name].copy_(t)
-        scale = (self.weight.shape[1] * self.weight.shape[2]) ** -0.5
+        scale = (self.layer.C_in * self.layer.K) ** -0.5
         self.weight.copy_(torch.randn(self.weight.shape, generator=g, device=self.device) * scale)
 
     def fresh_running(self) -> tuple[Tensor, Tensor]:
         """Running statistics as a new layer has them."""
         return torch.zeros_like(self.gamma), torch.ones_like(self.gamma)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """AMP as a user has it on: nothing in fp32."""
+        if self.dtype in (torch.float16, torch.bfloat16):
+            return torch.autocast(self.device.type, self.dtype)
+        return contextlib.nullcontext()
+
+
+# ------------------------------------------------------------------ the contenders
 
 
 def masked(x: Tensor, lengths: Tensor) -> Tensor:
@@ -82,127 +140,234 @@ def masked(x: Tensor, lengths: Tensor) -> Tensor:
 
 def eager_conv(x: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
     """The reference's masked conv in NCT memory."""
-    return F.conv1d(masked(x, i.lengths), weight, None, 1, i.padding, i.dilation)
+    a = i.layer
+    return F.conv1d(masked(x, i.lengths), weight, None, a.stride, a.padding, a.dilation)
+
+
+def conv_2d(x: Tensor, weight: Tensor, a: Layer) -> Tensor:
+    """A conv as a 2D one over a height of 1, in channels_last memory if `x` is in NTC memory."""
+    y = F.conv2d(x.unsqueeze(2), weight.unsqueeze(2), None, (1, a.stride), (0, a.padding), (1, a.dilation))
+    return y.squeeze(2)
 
 
 def eager_conv_2d(x: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
-    """The same as a 2D conv over a height of 1 in channels_last memory."""
-    x = masked(x, i.lengths).unsqueeze(2)
-    return F.conv2d(x, weight.unsqueeze(2), None, 1, (0, i.padding), (1, i.dilation)).squeeze(2)
+    """The masked conv in channels_last memory."""
+    return conv_2d(masked(x, i.lengths), weight, i.layer)
 
 
 def eager_sub_block(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
     """Batch norm, ReLU, dropout, mask and the next conv, one module a step in NCT memory."""
+    if i.layer.first:
+        return eager_conv(y, i, weight, gamma, beta, p)
     stats = tuple(s.to(gamma.dtype) for s in i.fresh_running())
     z = kernels.eager_chain(y, gamma, beta, stats, None, i.lengths, p)
-    return F.conv1d(z, weight, None, 1, i.padding, i.dilation)
+    return F.conv1d(z, weight, None, 1, i.layer.padding, i.layer.dilation)
+
+
+def eager_sub_block_2d(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
+    """The same in channels_last memory."""
+    if i.layer.first:
+        return eager_conv_2d(y, i, weight, gamma, beta, p)
+    z = kernels.eager_chain_2d(y, gamma, beta, i.fresh_running(), None, i.lengths, p)
+    return conv_2d(z, weight, i.layer)
 
 
 def fused_conv(backend: str) -> Callable[..., Tensor]:
     """jasper_fast's conv1d."""
 
     def call(x: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
-        return ops.conv1d(x, weight, lengths=i.lengths, padding=i.padding, dilation=i.dilation, backend=backend)
+        a = i.layer
+        steps = {"stride": a.stride, "padding": a.padding, "dilation": a.dilation}
+        return ops.conv1d(x, weight, lengths=i.lengths, backend=backend, **steps)
 
     return call
 
 
 def fused_sub_block(backend: str) -> Callable[..., Tensor]:
-    """jasper_fast's sub_block."""
+    """jasper_fast's sub_block; the prologue is its conv1d."""
 
     def call(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
-        more = {"padding": i.padding, "dilation": i.dilation, "p": p, "backend": backend}
+        if i.layer.first:
+            return fused_conv(backend)(y, i, weight, gamma, beta, p)
+        more = {"padding": i.layer.padding, "dilation": i.layer.dilation, "p": p, "backend": backend}
         return ops.sub_block(y, gamma, beta, *i.fresh_running(), weight, lengths=i.lengths, **more)
 
     return call
 
 
-def leaves(op: str, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> list[Tensor]:
-    """What gets a gradient."""
-    return [x, weight] + ([gamma, beta] if op == "sub_block" else [])
+def max_autotuned(function: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:
+    """torch.compile in max-autotune. Its CUDA graphs do not allow one forward's backward to run again and again, so
+    where the backward pass is timed alone they are off."""
+    rivals.needs_compiler()
+    import torch._functorch.config as functorch
+
+    torch._dynamo.reset()
+    tuned = "max-autotune-no-cudagraphs" if mode == "backward" else "max-autotune"
+    compiled = torch.compile(function, mode=tuned, dynamic=False)
+
+    def call(*args: object) -> Tensor:
+        with functorch.patch(donated_buffer=False):  # else the retained graph's backward is refused
+            return compiled(*args)
+
+    return call
 
 
-def results(op: str, out: Tensor, wanted: list[Tensor], dy: Tensor, i: Inputs) -> dict[str, Tensor]:
+def cudnn_statistics(i: Inputs) -> Callable[..., Tensor]:
+    """The chain in channels_last memory, then cuDNN's conv that leaves the next batch norm's sums: forward only."""
+    a = i.layer
+    weight = i.weight.detach().to(i.dtype)
+    conv = FusedConv(i.ntc["x"].detach(), weight, a.stride, a.padding, a.dilation, stats=True)
+
+    def call(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
+        conv.weight.copy_(weight.detach().unsqueeze(2))  # AMP's cast, once a step
+        if a.first:
+            return conv(masked(y, i.lengths))
+        return conv(kernels.eager_chain_2d(y, gamma, beta, i.fresh_running(), None, i.lengths, p))
+
+    return call
+
+
+# ------------------------------------------------------------------ running and checking
+
+
+def leaves(op: str, i: Inputs, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> dict[str, Tensor]:
+    """What gets a gradient, by the gradient's name."""
+    if i.layer.first:
+        return {"dweight": weight}
+    return {"dx": x, "dweight": weight} | ({"dgamma": gamma, "dbeta": beta} if op == "sub_block" else {})
+
+
+def results(op: str, out: Tensor, wanted: dict[str, Tensor], dy: Tensor, i: Inputs) -> dict[str, Tensor]:
     """Output and gradients; a conv's dx in the padding belongs to no one, because its input is zero there."""
-    found = {"y": out, **dict(zip(GRADIENTS, torch.autograd.grad(out, wanted, dy), strict=False))}
-    return found | ({"dx": masked(found["dx"], i.lengths)} if op == "conv1d" else {})
+    found = {"y": out, **dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), dy), strict=True))}
+    if op == "conv1d" and "dx" in found:
+        found["dx"] = masked(found["dx"], i.lengths)
+    return found
 
 
-def runner(op: str, function: Callable[..., Tensor], i: Inputs, memory: str, mode: str) -> Runner:
-    """An implementation on the inputs of its memory."""
+def runner(op: str, function: Callable[..., Tensor], i: Inputs, memory: str, mode: str, *, amp: bool) -> Runner:
+    """An implementation on the inputs of its memory, under autocast with `amp`."""
     x, dy = (getattr(i, memory)[n] for n in ("x", "dy"))
-    wanted = leaves(op, x, i.weight, i.gamma, i.beta)
+    wanted = leaves(op, i, x, i.weight, i.gamma, i.beta)
+    scope = i.autocast if amp else contextlib.nullcontext
 
-    def forward() -> Tensor:
-        return function(x, i, i.weight, i.gamma, i.beta, kernels.P)
+    def forward(p: float = kernels.P) -> Tensor:
+        with scope():
+            return function(x, i, i.weight, i.gamma, i.beta, p)
+
+    graph: dict[int, Tensor] = {}
+
+    def backward() -> None:
+        if i.refills not in graph:  # another case of the layer may have refilled what the graph has saved
+            graph.clear()
+            graph[i.refills] = forward()
+        torch.autograd.grad(graph[i.refills], list(wanted.values()), dy, retain_graph=True)
 
     def both() -> None:
-        torch.autograd.grad(forward(), wanted, dy)
+        torch.autograd.grad(forward(), list(wanted.values()), dy)
 
     def outputs() -> dict[str, Tensor]:
-        return results(op, function(x, i, i.weight, i.gamma, i.beta, 0.0), wanted, dy, i)
+        graph.clear()
+        out = forward(0.0)
+        return {"y": out} if mode == "forward" else results(op, out, wanted, dy, i)
 
-    return Runner(forward if mode == "forward" else both, outputs)
-
-
-def answer(op: str, i: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Output and gradients by plain PyTorch in `dtype`."""
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
-    x, weight = (t.detach().to(dtype).requires_grad_() for t in (i.nct["x"], i.weight))
-    gamma, beta = (t.detach().to(wide).requires_grad_() for t in (i.gamma, i.beta))
-    function = {"conv1d": eager_conv, "sub_block": eager_sub_block}[op]
-    return results(
-        op, function(x, i, weight, gamma, beta, 0.0), leaves(op, x, weight, gamma, beta), i.nct["dy"].to(dtype), i
-    )
+    return Runner({"forward": forward, "backward": backward, "both": both}[mode], outputs)
 
 
-def case(run: Run, op: str, N: int, T: int, shape: tuple[int, int, int, int], mode: str) -> Case:
-    """One conv shape and mode."""
-    C_in, C_out, K, dilation = shape
-    inputs = functools.cache(lambda: Inputs(N, T, shape, run.dtype, run.device))
+def answer(op: str, i: Inputs, dtype: torch.dtype, mode: str) -> dict[str, Tensor]:
+    """Output and gradients by plain PyTorch in `dtype` (16 bits: under autocast); of each seed's inputs once."""
+    key = (op, i.seed, dtype)
+    if key not in i.answers:
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        x = i.nct["x"].detach().to(dtype).requires_grad_(not i.layer.first)
+        weight, gamma, beta = (t.detach().to(wide).requires_grad_() for t in (i.weight, i.gamma, i.beta))
+        function = {"conv1d": eager_conv, "sub_block": eager_sub_block}[op]
+        with i.autocast() if dtype is not torch.float64 else contextlib.nullcontext():
+            out = function(x, i, weight, gamma, beta, 0.0)
+        i.answers[key] = results(op, out, leaves(op, i, x, weight, gamma, beta), i.nct["dy"].to(dtype), i)
+        i.answers[key]["y"] = out.detach()
+    return {"y": i.answers[key]["y"]} if mode == "forward" else i.answers[key]
+
+
+def case(
+    run: Run, op: str, N: int, T: int, layer: Layer, mode: str, shared: Callable[[], Inputs] | None = None
+) -> Case:
+    """One layer and mode, `N` utterances of `T` frames; cases of one layer may share their inputs.
+
+    Where only the forward pass is timed, only its result is checked: the other modes check the gradients too.
+    """
+    inputs = shared or functools.cache(lambda: Inputs(N, T, layer, run.dtype, run.device))
     fused = {"conv1d": fused_conv, "sub_block": fused_sub_block}[op](run.backend)
     eager = {"conv1d": eager_conv, "sub_block": eager_sub_block}[op]
+    eager_2d = {"conv1d": eager_conv_2d, "sub_block": eager_sub_block_2d}[op]
 
-    def contender(name: str, function: Callable[..., Tensor], memory: str) -> Contender:
-        return Contender(name, lambda: runner(op, function, inputs(), memory, mode))
+    def plain(name: str, function: Callable[..., Tensor], memory: str, amp: bool) -> Contender:
+        return Contender(name, lambda: runner(op, function, inputs(), memory, mode, amp=amp))
 
-    contenders = [contender("jasper_fast", fused, "ntc"), contender("eager", eager, "nct")]
-    if op == "conv1d":
-        contenders.append(contender("eager_2d_channels_last", eager_conv_2d, "ntc"))
-    conv = counts.Conv("", N, C_in, C_out, K, T, T)
-    times, size = (1 if mode == "forward" else 3), run.dtype.itemsize
-    norm = counts.bn_relu_dropout_bytes(N, C_in, T, size, mode) if op == "sub_block" else 0
-    taps = f"K = {K}" + (f" d = {dilation}" if dilation > 1 else "")
-    key = {
-        "op": op,
-        "shape": f"({N}, {C_in}->{C_out}, {T})",
-        "taps": taps,
-        "dtype": kernels.name(run.dtype),
-        "mode": mode,
+    def max_autotune() -> Runner:
+        return runner(op, max_autotuned(eager, mode), inputs(), "nct", mode, amp=True)
+
+    def cudnn() -> Runner:
+        if mode != "forward":
+            raise Absent("cuDNN's frontend for Python has no fused pattern of this direction")
+        return runner(op, cudnn_statistics(inputs()), inputs(), "ntc", mode, amp=False)
+
+    contenders = [plain("jasper_fast", fused, "ntc", False)]
+    builders = {
+        "eager": lambda: plain("eager", eager, "nct", True),
+        "eager_2d_channels_last": lambda: plain("eager_2d_channels_last", eager_2d, "ntc", True),
+        "compile_max_autotune": lambda: Contender("compile_max_autotune", max_autotune),
+        "cudnn": lambda: Contender("cudnn", cudnn),
     }
+    contenders += [builders[name]() for name in rivals.for_sub_blocks(run)]
+    conv = counts.Conv("", N, layer.C_in, layer.C_out, layer.K, T, layer.frames(T))
+    directions = {"forward": 1, "backward": 1 if layer.first else 2}
+    times = directions.get(mode, sum(directions.values()))
+    norm = op == "sub_block" and not layer.first
+    size = run.dtype.itemsize
+    key = {"op": op, **layer.key(N, T), "dtype": kernels.name(run.dtype), "mode": mode}
     return Case(
         "kernels",
         key,
         contenders,
         refill=lambda seed: inputs().refill(seed),
-        reference=lambda: answer(op, inputs(), torch.float64),
-        low=lambda: answer(op, inputs(), run.dtype),
+        reference=lambda: answer(op, inputs(), torch.float64, mode),
+        low=lambda: answer(op, inputs(), run.dtype, mode),
         tolerance=TOLERANCE,
         flops=times * conv.flops,
-        nbytes=times * conv.nbytes(size) + norm,
+        nbytes=times * conv.nbytes(size) + (counts.bn_relu_dropout_bytes(N, layer.C_in, T, size, mode) if norm else 0),
         dtype=kernels.name(run.dtype),
     )
 
 
-def cases(op: str) -> Callable[[Run], list[Case]]:
-    """All shapes forward + backward, forward too where that is cheap; the heaviest two layers only when quick."""
+def layer_cases(run: Run, op: str, N: int, T: int, layer: Layer, modes: tuple[str, ...]) -> list[Case]:
+    """The modes of one layer, over the same inputs; "inference" may be among them."""
+    from bench import sub_block_inference
 
-    def make(run: Run) -> list[Case]:
-        shapes = list(layer_shapes())
-        N, T = (32, 832) if run.device.type == "cuda" else (1 if run.brief else 2, 400)
+    inputs = functools.cache(lambda: Inputs(N, T, layer, run.dtype, run.device))
+    return [
+        sub_block_inference.case(run, N, T, layer) if mode == "inference" else case(run, op, N, T, layer, mode, inputs)
+        for mode in modes
+    ]
+
+
+def batch(run: Run, layer: Layer) -> tuple[int, int]:
+    """(N, T) that a layer is timed at; the prologue sees twice the frames."""
+    N, T = (32, 832) if run.device.type == "cuda" else (1 if run.brief else 2, 400)
+    return N, T * layer.stride
+
+
+def cases(op: str) -> Callable[[Run], Iterator[list[Case]]]:
+    """Layer by layer, so that only one layer's tensors are held: forward + backward and forward, of sub-blocks backward
+    and inference too; two layers when quick."""
+
+    def make(run: Run) -> Iterator[list[Case]]:
         if run.quick or run.brief:
-            shapes = [(768, 768, 25, 1), (256, 256, 11, 1)]
-        modes = ("both",) if run.quick or run.brief else ("both", "forward")
-        return [case(run, op, N, T, shape, mode) for shape in shapes for mode in modes]
+            for layer in (Layer(768, 768, 25), Layer(256, 256, 11)):
+                yield layer_cases(run, op, *batch(run, layer), layer, ("both",))
+            return
+        modes = ("both", "forward") + (("backward", "inference") if op == "sub_block" else ())
+        for layer in layers():
+            yield layer_cases(run, op, *batch(run, layer), layer, modes)
 
     return make

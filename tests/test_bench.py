@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_face
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as cli
@@ -28,6 +29,7 @@ from bench import (
     profiles,
     report,
     rivals,
+    sub_block_inference,
     sub_blocks,
 )
 from bench.harness import Case, Contender, Runner
@@ -38,10 +40,10 @@ ROOT = Path(__file__).parents[1]
 FAST = harness.Effort(seconds=0.05, min_rounds=3, max_rounds=4)
 
 
-def make_run(tmp_path: Path, **kwargs) -> harness.Run:
+def make_run(tmp_path: Path, backend: str = "reference", **kwargs) -> harness.Run:
     header = {"command": "kernels", "machine": {"name": "m", "commit": "c", "dirty": False, "device": "cpu"}}
     results = harness.Results(tmp_path / "run.json", header)
-    return harness.Run(CPU, torch.float32, "reference", True, results, FAST, **kwargs)
+    return harness.Run(CPU, torch.float32, backend, True, results, FAST, **kwargs)
 
 
 # ------------------------------------------------------------------ no number for a wrong result
@@ -198,25 +200,69 @@ def test_all_contenders_of_bn_relu_dropout_are_right(residual, dtype, tmp_path):
     assert len(rows) == 9 and all(r["status"] == "ok" for r in rows), [r.get("why") for r in rows]
 
 
+LAYERS = [
+    sub_blocks.Layer(16, 24, 11),
+    sub_blocks.Layer(8, 8, 5, dilation=2),
+    sub_blocks.Layer(16, 29, 1, head=True),
+    sub_blocks.Layer(16, 24, 11, stride=2),
+]
+
+
 @pytest.mark.parametrize("op", ["conv1d", "sub_block"])
-def test_all_contenders_of_convs_are_right(op, tmp_path):
-    shapes = [(16, 24, 11, 1), (8, 8, 5, 2), (16, 8, 1, 1)]
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_all_contenders_of_convs_are_right(op, backend, tmp_path):
+    make_face(backend)
+    run = make_run(tmp_path, backend=backend)
+    modes = (*sub_blocks.MODES, "inference") if op == "sub_block" else sub_blocks.MODES
+    rows = [row for layer in LAYERS for row in run.cases("test", sub_blocks.layer_cases(run, op, 2, 40, layer, modes))]
+    assert len(rows) == len(LAYERS) * len(modes) * 3
+    assert all(r["status"] == "ok" for r in rows), [(r["id"], r.get("why")) for r in rows if r["status"] != "ok"]
+    assert len({r["id"] for r in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("mode", ["both", "inference"])
+def test_sub_blocks_under_amp_are_right(mode, tmp_path):
+    """fp32 master weights beside 16-bit activations; eager under autocast."""
     run = make_run(tmp_path)
-    rows = run.cases(
-        "test", [sub_blocks.case(run, op, 2, 40, shape, mode) for shape in shapes for mode in ("forward", "both")]
-    )
-    assert len(rows) == (18 if op == "conv1d" else 12)
-    assert all(r["status"] == "ok" for r in rows), [r.get("why") for r in rows]
+    run.dtype = torch.bfloat16
+    rows = [r for a in LAYERS for r in run.cases("test", sub_blocks.layer_cases(run, "sub_block", 2, 40, a, (mode,)))]
+    assert len(rows) == 12 and all(r["status"] == "ok" for r in rows), [(r["id"], r.get("why")) for r in rows]
+
+
+def test_a_wrong_sub_block_is_refused_in_every_mode(tmp_path, monkeypatch):
+    """An output scaled by 1.01 is no sub-block, in training or in inference."""
+    right, folded = sub_blocks.fused_sub_block, sub_block_inference.fused
+    monkeypatch.setattr(sub_blocks, "fused_sub_block", lambda b: lambda *a: right(b)(*a) * 1.01)
+    monkeypatch.setattr(sub_block_inference, "fused", lambda i, b: lambda *a: folded(i, b)(*a) * 1.01)
+    run = make_run(tmp_path)
+    modes = (*sub_blocks.MODES, "inference")
+    rows = run.cases("test", sub_blocks.layer_cases(run, "sub_block", 2, 40, LAYERS[0], modes))
+    assert {r["key"]["mode"]: r["status"] for r in rows if r["ours"]} == dict.fromkeys(modes, "wrong")
+    assert all(r["status"] == "ok" and "ratio" not in r for r in rows if not r["ours"])
+
+
+def test_rivals_of_sub_blocks_that_this_machine_lacks_are_rows_that_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(rivals, "needs_compiler", lambda: (_ for _ in ()).throw(harness.Absent("no compiler")))
+    run = make_run(tmp_path, rivals="all")
+    rows = run.cases("test", sub_blocks.layer_cases(run, "sub_block", 2, 40, LAYERS[0], ("forward", "inference")))
+    by_name = {(r["key"]["mode"], r["contender"]): r for r in rows}
+    for mode in ("forward", "inference"):
+        assert by_name[mode, "compile_max_autotune"]["why"] == "no compiler"
+        assert by_name[mode, "cudnn"]["status"] == "absent" and "NVIDIA GPU" in by_name[mode, "cudnn"]["why"]
+        assert by_name[mode, "jasper_fast"]["status"] == by_name[mode, "eager"]["status"] == "ok"
 
 
 def test_conv_shapes_are_jasper_10x5s():
-    shapes = sub_blocks.layer_shapes()
-    assert (
-        len(shapes) == 11
-        and (768, 896, 29, 2) in shapes
-        and (768, 768, 25, 1) in shapes
-        and (896, 1024, 1, 1) in shapes
-    )
+    shapes = sub_blocks.layers()
+    assert len(shapes) == 13 and shapes[:2] == [
+        sub_blocks.Layer(768, 896, 29, dilation=2),
+        sub_blocks.Layer(768, 768, 25),
+    ]
+    assert sub_blocks.Layer(64, 256, 11, stride=2) in shapes
+    assert shapes[-1] == sub_blocks.Layer(1024, 29, 1, head=True)
+    lengths = torch.tensor([1, 2, 7, 33])
+    for layer in shapes:
+        assert layer.out_lengths(lengths).tolist() == [layer.frames(t) for t in lengths.tolist()]
 
 
 # ------------------------------------------------------------------ statistics
