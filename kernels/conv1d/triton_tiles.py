@@ -43,8 +43,8 @@ class Shape(NamedTuple):
 
 def choose(op: str, device: torch.device, dtype: torch.dtype, shape: Shape, frames: int) -> Tile:
     """The measured tile of `op` ("forward", "dgrad", ...) on this GPU where the table has one, else the default."""
-    row = tables.lookup(f"conv1d.{op}", device, dtype, **shape._asdict()) if device.type == "cuda" else None
-    if row is not None and row.face == "triton":
+    row = tables.lookup(f"conv1d.{op}", device, dtype, **shape._asdict())
+    if row is not None:
         return Tile(**row.tile)
     return default(op, dtype, shape, frames)
 
