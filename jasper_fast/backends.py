@@ -6,9 +6,13 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from types import ModuleType
 
 import torch
+
+from jasper_fast import trust
+from jasper_fast.kernels import tables
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 _MODULE = {
@@ -60,22 +64,108 @@ def _named(backend: str, reason: str) -> str:
 
 @torch.compiler.assume_constant_result
 @functools.cache
-def resolve(backend: str, device_type: str) -> str:
-    """The face that runs for `backend` on `device_type`: raises BackendMissing for a named one that cannot run."""
+def resolve(backend: str, device: torch.device | str, op: str | None = None) -> str:
+    """The face that runs for `backend` on `device`: raises BackendMissing for a named one that cannot run.
+
+    `op`: of "auto", the op whose verdict on a GPU decides (see jasper_fast.trust); None asks for no verdict.
+    """
     check(backend)
+    device = torch.device(device)
     if backend != "auto":
-        if reason := why_missing(backend, device_type):
+        if reason := why_missing(backend, device.type):
             raise BackendMissing(_named(backend, reason))
         return backend
-    first = {"cpu": "cpu", "cuda": "triton"}.get(device_type)
+    first = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
     if first is None:
         return "reference"
-    if reason := why_missing(first, device_type):
-        import warnings
-
-        warnings.warn(f"jasper_fast runs plain PyTorch on {device_type}: {reason}", RuntimeWarning, stacklevel=3)
+    if reason := why_missing(first, device.type):
+        warnings.warn(f"jasper_fast runs plain PyTorch on {device.type}: {reason}", RuntimeWarning, stacklevel=3)
         return "reference"
-    return first
+    return first if op is None or device.type != "cuda" or _trusted(op, first, device) else "reference"
+
+
+def conv_calls(*, stats: bool = False, dx: bool = False, dw: bool = False, norm: bool = False) -> tuple[str, ...]:
+    """The ops that one use of a conv calls: forward, with statistics; gradients of x, with `norm`'s reduction; of w."""
+    forward, dgrad = "forward_stats" if stats else "forward", "dgrad_bn" if norm else "dgrad"
+    return tuple(f"conv1d.{op}" for op, used in ((forward, True), (dgrad, dx), ("wgrad", dw)) if used)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def conv_face(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    strided_dx: bool = False,
+    calls: tuple[str, ...] = ("conv1d.forward",),
+    shape: tuple[int, int, int, int, int] | None = None,
+    rows_log2: int | None = None,
+) -> str:
+    """The face that runs a conv in `dtype` on `device`: ours where it has the dtype and the gradients, else "aten".
+
+    strided_dx: the gradient of x at a stride is asked for, which only ATen has. On a GPU "auto" stays with cuDNN, in
+    channels-last memory, unless the GPU's table has `shape` (c_in, c_out, taps, stride, dilation) and says that the
+    `calls` together are faster in Triton at 2**rows_log2 rows (None: the most measured), and the verdict on it is good.
+    """
+    device = torch.device(device)
+    face = resolve(backend, device)
+    if strided_dx:
+        return "aten"
+    if face == "cpu":
+        return "cpu" if dtype == torch.float32 else "aten"
+    if face != "triton" or dtype == torch.float64:
+        return "aten"
+    if backend == "auto":
+        if shape is None:
+            return "aten"
+        names = ("c_in", "c_out", "taps", "stride", "dilation")
+        rows = None if rows_log2 is None else 1 << rows_log2
+        sizes = dict(zip(names, shape, strict=True))
+        if tables.fastest(calls, device, dtype, **sizes, rows=rows) != "triton":
+            return "aten"
+        return "triton" if _trusted("conv1d", "triton", device) else "aten"
+    return "triton"
+
+
+@functools.cache
+def fused_face(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The face that serves a whole network at inference in `dtype`: "triton", "cpu" or "aten".
+
+    On a GPU "auto" takes Triton where the GPU's table says that its sub-blocks are the faster ones in all, and the
+    verdict on them is good.
+    """
+    device = torch.device(device)
+    if backend != "auto" or device.type != "cuda" or resolve(backend, device) != "triton":
+        return conv_face(backend, device, dtype)
+    if tables.fastest_overall("conv1d.fused", device, dtype) != "triton":
+        return "aten"
+    return "triton" if _trusted("conv1d.fused", "triton", device) else "aten"
+
+
+def _trusted(op: str, face: str, device: torch.device) -> bool:
+    """Whether the verdict on a GPU kernel is good; a warning, once for each, where it is not."""
+    if device.index is None:
+        device = torch.device(device.type, torch.cuda.current_device())
+    found = trust.verdict(op, face, device)
+    if found.status == trust.GOOD:
+        return True
+    if (op, face, device) not in _warned:
+        _warned.add((op, face, device))
+        warnings.warn(trust.why_not(found, device), RuntimeWarning, stacklevel=4)
+    return False
+
+
+_warned: set[tuple[str, str, torch.device]] = set()
+
+
+def forget() -> None:
+    """Drops every choice made so far: after a verdict or a table has changed."""
+    for cached in (resolve, conv_face, fused_face):
+        cached.cache_clear()
+    _warned.clear()
+    trust.forget()
+    tables.forget()
 
 
 @functools.cache
