@@ -12,6 +12,7 @@ from jasper_fast.eager import block_shapes, init_weights
 from jasper_fast.eager import out_lengths as _out_lengths
 from jasper_fast.kernels.layout import ntc
 from jasper_fast.modules import JasperBlock
+from jasper_fast.ops.conv1d import autocast
 
 
 class Jasper(nn.Module):
@@ -21,16 +22,19 @@ class Jasper(nn.Module):
     Rows of `log_probs` at t >= length say nothing. With conv masks (the default configurations) whatever the padding of
     `features` holds changes nothing.
 
+    `panes`: how training takes the batch statistics of the residual panes: "gram", from the Gram matrices of the block
+    outputs (no pane output is made for it), or "plain", pane by pane.
+
     `backend`: "auto" takes the fastest face on the device of the input; "reference", "cpu", "triton" or "cuda" ask for
     one, and raise BackendMissing, saying how to get it, where it cannot run. Source of the semantics: the reference's
     `jasper/model.py`; equivalent to `jasper_fast.eager.EagerJasper(config)` with the same state dict.
     """
 
-    def __init__(self, config: JasperConfig, backend: str = "auto"):
+    def __init__(self, config: JasperConfig, backend: str = "auto", panes: str = "gram"):
         super().__init__()
         self.config, self.backend = config, backends.require(backend)
         self.encoder, self.decoder = nn.Module(), nn.Module()
-        self.encoder.layers = nn.ModuleList(JasperBlock(c, b, panes, backend) for c, b, panes in block_shapes(config))
+        self.encoder.layers = nn.ModuleList(JasperBlock(c, b, p, backend, panes) for c, b, p in block_shapes(config))
         self.decoder.layers = nn.ModuleList([nn.Conv1d(config.decoder.in_feats, config.decoder.n_classes, 1)])
         init_weights(self, config)
 
@@ -39,7 +43,7 @@ class Jasper(nn.Module):
         masks = self.config.encoder.use_conv_masks
         if lengths is None:
             lengths = torch.full((n,), t, dtype=torch.int64, device=features.device)
-        x = ntc(features)
+        x = ntc(autocast(features))
         if masks:
             x = mask(x, lengths)
         seeds = self._seeds(x.device)
@@ -52,7 +56,7 @@ class Jasper(nn.Module):
             taken = (sources if b.residual_dense else sources[-1:]) if b.residual else []
             if taken and self.training:
                 for i in range(len(sources) - len(taken), len(sources)):
-                    grams[i] = grams[i] or ops.gram(sources[i])
+                    grams[i] = grams[i] or layer.gram(sources[i])
             x = layer(x, taken, grams[len(sources) - len(taken) :], steps if masks else None, seed)
             lens = steps[-1]
             if b.residual and b.residual_dense:
@@ -77,7 +81,9 @@ class Jasper(nn.Module):
 
     def _count_batch(self) -> None:
         counters = [
-            m.num_batches_tracked for m in self.encoder.modules() if isinstance(m, nn.BatchNorm1d) and m.training
+            m.num_batches_tracked
+            for m in self.encoder.modules()
+            if isinstance(m, (nn.BatchNorm1d, nn.SyncBatchNorm)) and m.training
         ]
         if counters:
             torch._foreach_add_(counters, 1)

@@ -6,9 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jasper_fast import ops
+from jasper_fast import ops, sync
 from jasper_fast.config import BlockConfig
+from jasper_fast.ops.conv1d import autocast, conv_face
+from jasper_fast.packs import Packs
 
+PANE_FORMS = ("gram", "plain")
 BN_EPS, BN_MOMENTUM = 1e-3, 0.1
 
 
@@ -17,11 +20,18 @@ class JasperBlock(nn.Module):
 
     `conv` and `res` are dictionaries keyed by the positions that the reference's nn.Sequential gives them
     (`conv.0.weight`, `conv.1.running_mean`, `conv.4.weight`, ..., `res.0.0.weight`), so state dicts are the same.
+    `pane_form`: how training takes the panes' statistics, "gram" (`ops.panes`) or "plain" (`ops.panes_plain`).
     """
 
-    def __init__(self, c_in: int, b: BlockConfig, panes: list[int], backend: str = "auto"):
+    def __init__(
+        self, c_in: int, b: BlockConfig, panes: list[int], backend: str = "auto", pane_form: str = "gram"
+    ):  # fmt: skip
         super().__init__()
-        self.b, self.backend = b, backend
+        if pane_form not in PANE_FORMS:
+            raise ValueError(f"panes {pane_form!r} is not one of {', '.join(PANE_FORMS)}")
+        self.b, self.backend, self.pane_form = b, backend, pane_form
+        self.halo = -(-max(0, b.d * (b.k - 1) - b.padding) // b.s)  # frames beyond the length that a conv still fills
+        self.packs = Packs()
         self.conv = nn.ModuleDict()
         for i in range(b.repeat):
             channels = c_in if i == 0 else b.filters
@@ -46,38 +56,48 @@ class JasperBlock(nn.Module):
     ) -> Tensor:
         """`x` (N, C_in, T) to (N, C_out, T'), both zero in the padding.
 
-        `sources`: the block outputs that the panes take, with `grams` (from `ops.gram`) in training; `lengths`: frames
-        at the input of each sub-block and at the end, R + 1 tensors (N,), or None without masks; `seeds`: R int64.
+        `sources`: the block outputs that the panes take, with `grams` (from `gram`, None for the plain form) in
+        training; `lengths`: frames at the input of each sub-block and at the end, R + 1 tensors (N,), or None without
+        masks; `seeds`: R int64.
         """
-        b, subs = self.b, self.sub_blocks()
-        y = ops.conv1d(
+        b, x = self.b, autocast(x)
+        y, stats = self._conv(0, x, lengths)
+        for i in range(b.repeat - 1):
+            if b.s == 1:
+                weight, following = self.sub_blocks()[i + 1][0].weight, self._takes_stats(i + 1)
+                face = conv_face(y, 1, self.backend, weight, b.d, stats=following, norm=True)
+                how = {"padding": b.padding, "dilation": b.d, "next_stats": following}
+                packed = self.packs(i + 1, weight, y.dtype, face)
+                out = self._fused(ops.sub_block, y, stats, i, lengths, seeds, weight, packed=packed, **how)
+                y, stats = out if how["next_stats"] else (out, None)
+            else:
+                z = self._fused(ops.bn_relu_dropout, y, stats, i, lengths, seeds)
+                y, stats = self._conv(i + 1, z, lengths)
+        residual = self.pane_sum(sources, grams) if sources else None
+        return self._fused(ops.bn_relu_dropout, y, stats, b.repeat - 1, lengths, seeds, residual=residual)
+
+    def _takes_stats(self, i: int) -> bool:
+        """Whether the batch norm after conv `i` uses statistics of the batch."""
+        return self.training and self.sub_blocks()[i][1].training
+
+    def _conv(self, i: int, x: Tensor, lengths: list[Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Conv `i` of `x`, with the statistics of its output where they are taken."""
+        b, weight, stats = self.b, self.sub_blocks()[i][0].weight, self._takes_stats(i)
+        out = ops.conv1d(
             x,
-            subs[0][0].weight,
-            lengths=lengths[0] if lengths else None,
+            weight,
+            lengths=lengths[i] if lengths else None,
             stride=b.s,
             padding=b.padding,
             dilation=b.d,
             backend=self.backend,
+            stats=stats,
+            packed=self.packs(i, weight, x.dtype, conv_face(x, b.s, self.backend, weight, b.d, stats=stats)),
         )
-        for i in range(b.repeat - 1):
-            if b.s == 1:
-                weight = subs[i + 1][0].weight
-                y = self._fused(ops.sub_block, y, i, lengths, seeds, weight, padding=b.padding, dilation=b.d)
-            else:
-                z = self._fused(ops.bn_relu_dropout, y, i, lengths, seeds)
-                y = ops.conv1d(
-                    z,
-                    subs[i + 1][0].weight,
-                    lengths=lengths[i + 1] if lengths else None,
-                    stride=b.s,
-                    padding=b.padding,
-                    backend=self.backend,
-                )
-        residual = self.pane_sum(sources, grams) if sources else None
-        return self._fused(ops.bn_relu_dropout, y, b.repeat - 1, lengths, seeds, residual=residual)
+        return out if stats else (out, None)
 
-    def _fused(self, op, y: Tensor, i: int, lengths, seeds: Tensor | None, *args, **kwargs) -> Tensor:
-        """`op` with the batch norm, dropout and mask that follow conv `i`."""
+    def _fused(self, op, y: Tensor, stats, i: int, lengths, seeds: Tensor | None, *args, **kwargs):
+        """`op` with the batch norm, dropout and mask that follow conv `i`, whose output `y` has the batch's `stats`."""
         bn = self.sub_blocks()[i][1]
         return op(
             y,
@@ -87,6 +107,7 @@ class JasperBlock(nn.Module):
             bn.running_var,
             *args,
             lengths=lengths[i + 1] if lengths else None,
+            stats=stats,
             p=self.b.dropout,
             training=self.training,
             frozen=not bn.training,
@@ -94,19 +115,31 @@ class JasperBlock(nn.Module):
             eps=bn.eps,
             seed=None if seeds is None else seeds[i : i + 1],
             backend=self.backend,
+            halo=self.halo if lengths else None,
+            group=sync.group_of(bn),
             **kwargs,
         )
 
-    def pane_sum(self, sources: list[Tensor], grams: list) -> Tensor:
+    def gram(self, source: Tensor) -> ops.Gram | None:
+        """What the panes of this block, and of later ones, want to know of a block output; None where nothing."""
+        bn = self.panes()[0][1]
+        return ops.gram(source, sync.group_of(bn)) if self.pane_form == "gram" and bn.training else None
+
+    def pane_sum(self, sources: list[Tensor], grams: list[ops.Gram | None]) -> Tensor:
         """Sum over the panes of BN(1x1 conv(source)), (N, C_out, T); updates the running statistics in training."""
         convs, bns = zip(*self.panes(), strict=True)
         weights, gammas, betas = [c.weight for c in convs], [b.weight for b in bns], [b.bias for b in bns]
-        if not bns[0].training:
+        if not (self.training and bns[0].training):
             return sum_folded(sources, weights, bns)
-        out, mean, var = ops.panes(sources, grams, weights, gammas, betas, eps=BN_EPS)
-        m = out.shape[0] * out.shape[2]
+        if self.pane_form == "gram":
+            out, mean, var = ops.panes(sources, grams, weights, gammas, betas, eps=BN_EPS)
+        else:
+            group = sync.group_of(bns[0])
+            out, mean, var = ops.panes_plain(
+                sources, weights, gammas, betas, eps=BN_EPS, backend=self.backend, group=group
+            )
         with torch.no_grad():
-            for stat, running in ((mean, "running_mean"), (var * (m / (m - 1)), "running_var")):
+            for stat, running in ((mean, "running_mean"), (var, "running_var")):
                 buffers = [getattr(bn, running) for bn in bns]
                 torch._foreach_lerp_(buffers, list(stat.to(buffers[0].dtype).unbind()), BN_MOMENTUM)
         return out

@@ -1,34 +1,82 @@
-"""1D convolution in NTC memory."""
+"""1D convolution in NTC memory, and the batch statistics of its output."""
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from jasper_fast import backends
 from jasper_fast.backends import face as _face
 from jasper_fast.backends import resolve
+from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import ntc
 from jasper_fast.ops.library import lib, without_autocast
 
 lib.define(
-    "conv1d(Tensor x, Tensor weight, Tensor? lengths, int stride, int padding, int dilation, str face) -> Tensor"
+    "conv1d(Tensor x, Tensor weight, Tensor? lengths, Tensor? packed, int stride, int padding, int dilation, "
+    "bool stats, str bn_face, str face) -> (Tensor, Tensor, Tensor)"
 )
 lib.define(
-    "conv1d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? lengths, int stride, int padding, int dilation, "
-    "bool need_dx, str face) -> (Tensor, Tensor)"
+    "conv1d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? lengths, Tensor? packed, int stride, int padding, "
+    "int dilation, bool need_dx, str face) -> (Tensor, Tensor)"
 )
 
 
-def _forward(x, weight, lengths, stride, padding, dilation, face):
+def conv_forward(
+    face: str,
+    bn: ModuleType,
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    lengths: Tensor | None,
+    packed: Tensor | None,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, M2) of a conv on `face`, the statistics from its epilogue, or else by the `bn` face; empty if unasked.
+
+    `weight` may be wider than `x`: Triton packs it as it is, the other faces get a copy in the dtype of `x`.
+    """
     impl = _face("conv1d", face)
-    return impl.forward(ntc(x), weight, stride, padding, dilation, lengths)
+    if face == "triton":
+        if stats:
+            return impl.forward_stats(x, weight, stride, padding, dilation, lengths, packed)
+        y = impl.forward(x, weight, stride, padding, dilation, lengths, packed)
+    else:
+        y = impl.forward(x, weight.to(x.dtype), stride, padding, dilation, lengths)
+    mean, m2 = bn.stats(y) if stats else (x.new_empty(0), x.new_empty(0))
+    return y, mean, m2
 
 
-def _backward(dy, x, weight, lengths, stride, padding, dilation, need_dx, face):
+def conv_wgrad(face: str, x: Tensor, dy: Tensor, weight: Tensor, *conv: object) -> Tensor:
+    """dweight in the dtype of `weight`, which Triton writes straight from its fp32 sums."""
     impl = _face("conv1d", face)
+    if face == "triton":
+        return impl.wgrad(x, dy, weight.shape[2], *conv, dtype=weight.dtype)
+    return impl.wgrad(x, dy, weight.shape[2], *conv).to(weight.dtype)
+
+
+def conv_dgrad(face: str, dy: Tensor, weight: Tensor, t: int, *conv: object, packed: Tensor | None) -> Tensor:
+    """dx of `t` frames, in the dtype of `dy`."""
+    impl = _face("conv1d", face)
+    if face == "triton":
+        return impl.dgrad(dy, weight, t, *conv, packed)
+    return impl.dgrad(dy, weight.to(dy.dtype), t, *conv)
+
+
+def _forward(x, weight, lengths, packed, stride, padding, dilation, stats, bn_face, face):
+    bn = _face("bn_relu_dropout", bn_face)
+    return conv_forward(face, bn, ntc(x), weight, stride, padding, dilation, lengths, packed, stats)
+
+
+def _backward(dy, x, weight, lengths, packed, stride, padding, dilation, need_dx, face):
     dy, x = ntc(dy), ntc(x)
-    dw = impl.wgrad(x, dy, weight.shape[2], stride, padding, dilation, lengths)
-    dx = impl.dgrad(dy, weight, x.shape[2], stride, padding, dilation, lengths) if need_dx else dy.new_empty(0)
+    conv = (stride, padding, dilation, lengths)
+    dw = conv_wgrad(face, x, dy, weight, *conv)
+    dx = conv_dgrad(face, dy, weight, x.shape[2], *conv, packed=packed) if need_dx else dy.new_empty(0)
     return dx, dw
 
 
@@ -36,33 +84,44 @@ lib.impl("conv1d", without_autocast(_forward), "CompositeExplicitAutograd")
 lib.impl("conv1d_backward", without_autocast(_backward), "CompositeExplicitAutograd")
 
 
+def fake_stats(y: Tensor, c: int, stats: bool) -> tuple[Tensor, Tensor]:
+    """Mean and M2 of `c` channels as tensors without content, beside a `y` without content."""
+    if not stats:
+        return y.new_empty(0), y.new_empty(0)
+    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+    return y.new_empty(c, dtype=wide), y.new_empty(c, dtype=wide)
+
+
 @torch.library.register_fake("jasper_fast::conv1d", lib=lib)
-def _(x, weight, lengths, stride, padding, dilation, face):
+def _(x, weight, lengths, packed, stride, padding, dilation, stats, bn_face, face):
     n, _, t = x.shape
     c_out, _, k = weight.shape
     t_out = (t + 2 * padding - dilation * (k - 1) - 1) // stride + 1
-    return x.new_empty((n, t_out, c_out)).transpose(1, 2)
+    return x.new_empty((n, t_out, c_out)).transpose(1, 2), *fake_stats(x, c_out, stats)
 
 
 @torch.library.register_fake("jasper_fast::conv1d_backward", lib=lib)
-def _(dy, x, weight, lengths, stride, padding, dilation, need_dx, face):
+def _(dy, x, weight, lengths, packed, stride, padding, dilation, need_dx, face):
     n, c, t = x.shape
     dx = x.new_empty((n, t, c)).transpose(1, 2) if need_dx else x.new_empty(0)
     return dx, weight.new_empty(weight.shape)
 
 
 def _save(ctx, inputs, output):
-    x, weight, lengths, ctx.stride, ctx.padding, ctx.dilation, ctx.face = inputs
+    # The pack is no saved tensor: its module fills the same buffer again from the same weight, whose version is checked
+    x, weight, lengths, ctx.packed, ctx.stride, ctx.padding, ctx.dilation, _, _, ctx.face = inputs
     ctx.save_for_backward(x, weight, lengths)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _grad(ctx, dy):
+def _grad(ctx, dy, _dmean, _dm2):
     x, weight, lengths = ctx.saved_tensors
     need_dx = ctx.needs_input_grad[0]
     dx, dw = torch.ops.jasper_fast.conv1d_backward(
-        dy, x, weight, lengths, ctx.stride, ctx.padding, ctx.dilation, need_dx, ctx.face
+        dy, x, weight, lengths, ctx.packed, ctx.stride, ctx.padding, ctx.dilation, need_dx, ctx.face
     )
-    return dx if need_dx else None, dw, None, None, None, None, None
+    return dx if need_dx else None, dw, *(None,) * 8
 
 
 torch.library.register_autograd("jasper_fast::conv1d", _grad, setup_context=_save, lib=lib)
@@ -77,35 +136,61 @@ def conv1d(
     padding: int = 0,
     dilation: int = 1,
     backend: str = "auto",
-) -> Tensor:
-    """Convolve `x` (N, C_in, T) with `weight` (C_out, C_in, K); returns (N, C_out, T') in NTC memory.
+    stats: bool = False,
+    packed: Tensor | None = None,
+) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Convolve `x` (N, C_in, T) with `weight` (C_out, C_in, K); returns y (N, C_out, T') in NTC memory.
 
     `x` must be zero at t >= `lengths` (N,), as bn_relu_dropout leaves it: kernels then skip those frames, and the
-    gradient of `x` there may be anything. Under autocast both are cast to its dtype. The native CPU kernel takes fp32,
+    gradient of `x` there may be anything. Under autocast `x` is cast to its dtype, else it keeps its own; the weight
+    is cast inside, and its gradient has the weight's dtype. `stats` returns (y, (mean, M2)): fp32 (C_out,) tensors
+    (fp64 for fp64) over all N*T' rows, without gradient, as `bn_relu_dropout` and `sub_block` take them. `packed`:
+    `weight` packed by the Triton face in the dtype of `x`, where a module keeps that. The native CPU kernel takes fp32,
     Triton's fp32, fp16 and bf16, both at stride 1 (or without a gradient of `x`); every other case runs ATen's conv2d
     on the channels-last view of the same memory.
 
-    Equivalent to `F.conv1d(x, weight, None, stride, padding, dilation)`.
+    Equivalent to `F.conv1d(x, weight, None, stride, padding, dilation)`, and `bn_stats` of it.
     """
-    x, weight = autocast(x, weight)
-    return torch.ops.jasper_fast.conv1d(x, weight, lengths, stride, padding, dilation, conv_face(x, stride, backend))
+    x = autocast(x)
+    y, mean, m2 = torch.ops.jasper_fast.conv1d(
+        x, weight, lengths, packed, stride, padding, dilation, stats,
+        resolve(backend, x.device, "bn_relu_dropout"), conv_face(x, stride, backend, weight, dilation, stats=stats),
+    )  # fmt: skip
+    return (y, (mean, m2)) if stats else y
 
 
-def autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in autocast's dtype where it is on, else the weight in the dtype of `x`."""
+def autocast(x: Tensor) -> Tensor:
+    """`x` in autocast's dtype where it is on; the weights stay as they are."""
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return x.to(dtype), weight.to(dtype)
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
-def conv_face(x: Tensor, stride: int, backend: str) -> str:
+def conv_face(
+    x: Tensor,
+    stride: int,
+    backend: str,
+    weight: Tensor | None = None,
+    dilation: int = 1,
+    *,
+    stats: bool = False,
+    norm: bool = False,
+) -> str:
     """Which face of the conv serves `x` (N, C, T): ours where it has the dtype and the gradients, ATen's elsewhere.
 
-    On a GPU "auto" stays with cuDNN in channels-last memory until measurements there say otherwise; "triton" asks for
-    the Triton kernels.
+    On a GPU "auto" stays with cuDNN in channels-last memory but where measurements of the conv of `weight` there say
+    otherwise; `stats` and `norm` tell which calls those are (see `backends.conv_face`).
     """
-    if stride != 1 and x.requires_grad:
-        return "aten"
-    if resolve(backend, x.device.type) == "cpu":
-        return "cpu" if x.dtype == torch.float32 else "aten"
-    return "triton" if backend == "triton" and x.dtype != torch.float64 else "aten"
+    shape = rows_log2 = None
+    grad = torch.is_grad_enabled()
+    if weight is not None:
+        c_out, c_in, taps = weight.shape
+        shape = (c_in, c_out, taps, stride, dilation)
+        if not torch.compiler.is_compiling():  # a traced batch has no one size
+            rows_log2 = tables.bucket(x.shape[0] * -(-x.shape[2] // stride))
+    dw = weight is not None and weight.requires_grad
+    return backends.conv_face(
+        backend, x.device, x.dtype,
+        strided_dx=stride != 1 and x.requires_grad,
+        calls=backends.conv_calls(stats=stats, dx=grad and x.requires_grad, dw=grad and dw, norm=norm),
+        shape=shape, rows_log2=rows_log2,
+    )  # fmt: skip

@@ -3,59 +3,86 @@
 A pane is BN(x W^T) over the M = N*T rows of a block output x. With m = mean(x) and S = cov(x) (C x C, once per block
 output, shared by every later block):  mean_y = W m,  var_y = diag(W S W^T),  a = gamma * (var_y + eps)^-1/2, and the
 panes of a block are one sum of GEMMs,  out = sum_k x_k (diag(a_k) W_k)^T + (beta_k - a_k mean_y_k):  no pane output is
-ever stored, forward or backward. DESIGN 4.3.
+ever stored, forward or backward. DESIGN 4.3. Where x has a large mean its rows are centred before a product, or what
+multiplies them is centred, so that rounding is relative to deviations.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from jasper_fast.kernels.layout import ntc, rows
+from jasper_fast import sync
+from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.layout import rows as _rows
 from jasper_fast.ops.library import lib, without_autocast
 
-lib.define("gram(Tensor x) -> (Tensor, Tensor)")
-lib.define("gram_backward(Tensor x, Tensor mean, Tensor dmean, Tensor dcov) -> Tensor")
+lib.define("gram(Tensor x, str group) -> (Tensor, Tensor, Tensor)")
+lib.define("gram_backward(Tensor x, Tensor mean, Tensor rows, Tensor dmean, Tensor dcov, str group) -> Tensor")
 lib.define(
-    "panes(Tensor[] xs, Tensor[] means, Tensor[] covs, Tensor[] weights, Tensor[] gammas, Tensor[] betas, float eps) "
-    "-> (Tensor, Tensor, Tensor)"
+    "panes(Tensor[] xs, Tensor[] means, Tensor[] covs, Tensor[] weights, Tensor[] gammas, Tensor[] betas, float eps, "
+    "bool synced) -> (Tensor, Tensor, Tensor)"
 )
 lib.define(
     "panes_backward(Tensor g, Tensor[] xs, Tensor[] means, Tensor[] covs, Tensor[] weights, Tensor[] gammas, "
-    "Tensor pane_mean, Tensor pane_var, float eps) -> (Tensor[], Tensor[], Tensor[], Tensor[], Tensor[], Tensor)"
+    "Tensor pane_mean, Tensor pane_var, float eps, bool synced) "
+    "-> (Tensor[], Tensor[], Tensor[], Tensor[], Tensor[], Tensor)"
 )
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of statistics and sums over the rows of `x`."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _gram(x):
-    x = rows(ntc(x)).to(_wide(x))
-    mean = x.mean(0)
-    centred = x - mean  # before the product: E[x x^T] - m m^T would cancel
-    return mean, _row_product(centred).div_(x.shape[0]).to(mean.dtype)
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of two matrices of one dtype, summed and returned in `wide_dtype`."""
+    if a.is_cuda and a.dtype.itemsize == 2:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    wide = wide_dtype(a)
+    return a.to(wide) @ b.to(wide)
+
+
+def _gram(x, group):
+    x = _rows(ntc(x))
+    mean = x.mean(0, dtype=wide_dtype(x))
+    centred = (x - mean).to(x.dtype)  # before the product: E[x x^T] - m m^T would cancel
+    cov = _row_product(centred).div_(x.shape[0]).to(mean.dtype)
+    if group:
+        return sync.merge_covariance(mean, cov, x.shape[0], group)
+    return mean, cov, mean.new_empty(0)
 
 
 def _row_product(x):
     """x^T x, on the CPU summed in fp64 over chunks of rows: a variance keeps the accuracy that batch_norm has there."""
     if x.is_cuda or x.dtype == torch.float64:
-        return x.T @ x
+        return product(x.T, x)
     total = x.new_zeros((x.shape[1], x.shape[1]), dtype=torch.float64)
     for chunk in x.split(256):
-        total += chunk.T @ chunk
+        total += product(chunk.T, chunk)
     return total
 
 
-def _gram_backward(x, mean, dmean, dcov):
+def _gram_backward(x, mean, rows, dmean, dcov, group):
     n, c, t = x.shape
-    m = n * t
-    d = (dcov + dcov.T).div_(m)
-    k = dmean / m - mean @ d
-    return torch.addmm(k, rows(ntc(x)).to(d.dtype), d).to(x.dtype).view(n, t, c).transpose(1, 2)
+    if group:
+        sums = sync.all_reduce(torch.cat([dmean, dcov.flatten()]), group)
+        dmean, dcov = sums[:c], sums[c:].view(c, c)
+    m = rows if group else n * t
+    d = (dcov + dcov.T) / m
+    scale = d.new_ones(())
+    if x.dtype.itemsize == 2:  # d is small: to about 1, by a power of two, so that 16 bits hold it
+        scale = torch.ldexp(scale, -d.abs().amax().frexp().exponent)
+        d = (d * scale).to(x.dtype)
+    # from d as rounded, so that its rounding moves the centred rows only
+    k = dmean / m - (mean @ d.to(mean.dtype)) / scale
+    return torch.addcdiv(k, product(_rows(ntc(x)), d), scale).to(x.dtype).view(n, t, c).transpose(1, 2)
 
 
-def _panes(xs, means, covs, weights, gammas, betas, eps):
+def _panes(xs, means, covs, weights, gammas, betas, eps, synced):
     n, _, t = xs[0].shape
     out, pane_mean, pane_var = None, [], []
     for x, m, s, w, gamma, beta in zip(xs, means, covs, weights, gammas, betas, strict=True):
@@ -64,32 +91,38 @@ def _panes(xs, means, covs, weights, gammas, betas, eps):
         scaled = ((gamma * (var + eps).rsqrt())[:, None] * w).to(x.dtype)
         # from the rounded weights, so that their rounding moves the centred rows only
         shift = (beta.double() - scaled.double() @ m.double()).to(x.dtype)
-        x, scaled = rows(ntc(x)), scaled.T
+        x, scaled = _rows(ntc(x)), scaled.T
         out = torch.addmm(shift, x, scaled) if out is None else out.add_(shift).addmm_(x, scaled)
         pane_mean.append(mean)
         pane_var.append(var)
     return out.view(n, t, -1).transpose(1, 2), torch.stack(pane_mean), torch.stack(pane_var)
 
 
-def _panes_backward(g, xs, means, covs, weights, gammas, pane_mean, pane_var, eps):
+def _panes_backward(g, xs, means, covs, weights, gammas, pane_mean, pane_var, eps, synced):
     n, _, t = g.shape
-    g = rows(ntc(g))
+    g = _rows(ntc(g))
     wide = pane_mean.dtype
     total = g.sum(0, dtype=wide)
+    mean_g = total / g.shape[0]
+    centred = (g - mean_g).to(g.dtype)  # a constant g gives nothing but cancellation, unless other ranks have more rows
     dxs, dmeans, dcovs, dweights, dgammas = [], [], [], [], []
     for k, (x, m, s, weight, gamma) in enumerate(zip(xs, means, covs, weights, gammas, strict=True)):
         w = weight.flatten(1).to(wide)
         rstd = (pane_var[k] + eps).rsqrt()
         a = gamma * rstd
-        p = (g.T @ rows(ntc(x))).to(wide)
-        da = (p * w).sum(1) - total * pane_mean[k]
+        x = _rows(ntc(x))
+        p = product(centred.T, x)  # g^T x - total m^T, m being the mean of this rank's rows
+        if synced:
+            p.addr_(total, x.mean(0, dtype=wide) - m)
+        da = (p * w).sum(1)
         dgamma = rstd * da
         dvar = -0.5 * gamma * rstd**3 * da
-        dmean_y = -a * total
         ws = w @ s
-        dw = a[:, None] * p + dmean_y[:, None] * m + (2 * dvar)[:, None] * ws
-        dxs.append((g @ (a[:, None] * w).to(g.dtype)).view(n, t, -1).transpose(1, 2))
-        dmeans.append(dmean_y @ w)
+        dw = a[:, None] * p + (2 * dvar)[:, None] * ws
+        scaled = a[:, None] * w
+        dx = centred @ scaled.to(g.dtype)
+        dxs.append((dx.add_(mean_g @ scaled) if synced else dx).view(n, t, -1).transpose(1, 2))
+        dmeans.append(-total @ scaled if synced else torch.zeros_like(m))
         dcovs.append(w.T @ (dvar[:, None] * w))
         dweights.append(dw.to(weight.dtype).view(weight.shape))
         dgammas.append(dgamma)
@@ -103,19 +136,19 @@ lib.impl("panes_backward", without_autocast(_panes_backward), "CompositeExplicit
 
 
 @torch.library.register_fake("jasper_fast::gram", lib=lib)
-def _(x):
-    c = x.shape[1]
-    return x.new_empty(c, dtype=_wide(x)), x.new_empty((c, c), dtype=_wide(x))
+def _(x, group):
+    c, wide = x.shape[1], wide_dtype(x)
+    return x.new_empty(c, dtype=wide), x.new_empty((c, c), dtype=wide), x.new_empty(() if group else 0, dtype=wide)
 
 
 @torch.library.register_fake("jasper_fast::gram_backward", lib=lib)
-def _(x, mean, dmean, dcov):
+def _(x, mean, rows, dmean, dcov, group):
     n, c, t = x.shape
     return x.new_empty((n, t, c)).transpose(1, 2)
 
 
 @torch.library.register_fake("jasper_fast::panes", lib=lib)
-def _(xs, means, covs, weights, gammas, betas, eps):
+def _(xs, means, covs, weights, gammas, betas, eps, synced):
     n, _, t = xs[0].shape
     c_out = weights[0].shape[0]
     stat = means[0].new_empty((len(xs), c_out))
@@ -123,7 +156,7 @@ def _(xs, means, covs, weights, gammas, betas, eps):
 
 
 @torch.library.register_fake("jasper_fast::panes_backward", lib=lib)
-def _(g, xs, means, covs, weights, gammas, pane_mean, pane_var, eps):
+def _(g, xs, means, covs, weights, gammas, pane_mean, pane_var, eps, synced):
     n, _, t = g.shape
     dxs = [g.new_empty((n, t, x.shape[1])).transpose(1, 2) for x in xs]
     like = [[torch.empty_like(v) for v in vs] for vs in (means, covs, weights, gammas)]
@@ -131,57 +164,88 @@ def _(g, xs, means, covs, weights, gammas, pane_mean, pane_var, eps):
 
 
 def _gram_save(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0], output[0])
+    ctx.group = inputs[1]
+    ctx.save_for_backward(inputs[0], output[0], output[2])
+    ctx.mark_non_differentiable(output[2])
 
 
-def _gram_grad(ctx, dmean, dcov):
-    return torch.ops.jasper_fast.gram_backward(*ctx.saved_tensors, dmean, dcov)
+def _gram_grad(ctx, dmean, dcov, _drows):
+    return torch.ops.jasper_fast.gram_backward(*ctx.saved_tensors, dmean, dcov, ctx.group), None
 
 
 def _panes_save(ctx, inputs, output):
-    xs, means, covs, weights, gammas, _, ctx.eps = inputs
-    ctx.count = len(xs)
-    ctx.save_for_backward(*xs, *means, *covs, *weights, *gammas, output[1], output[2])
+    *lists, _, ctx.eps, ctx.synced = inputs
+    ctx.count = len(lists[0])
+    ctx.save_for_backward(*(t for tensors in lists for t in tensors), output[1], output[2])
     ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
 
 
 def _panes_grad(ctx, g, _dmean, _dvar):
     n = ctx.count
     saved = list(ctx.saved_tensors)
     lists = [saved[i * n : (i + 1) * n] for i in range(5)]
-    dxs, dmeans, dcovs, dweights, dgammas, dbeta = torch.ops.jasper_fast.panes_backward(g, *lists, *saved[-2:], ctx.eps)
-    return dxs, dmeans, dcovs, dweights, dgammas, [dbeta.clone() for _ in range(n)], None
+    dxs, dmeans, dcovs, dweights, dgammas, dbeta = torch.ops.jasper_fast.panes_backward(
+        g, *lists, *saved[-2:], ctx.eps, ctx.synced
+    )
+    return dxs, dmeans, dcovs, dweights, dgammas, [dbeta.clone() for _ in range(n)], None, None
 
 
 torch.library.register_autograd("jasper_fast::gram", _gram_grad, setup_context=_gram_save, lib=lib)
 torch.library.register_autograd("jasper_fast::panes", _panes_grad, setup_context=_panes_save, lib=lib)
 
 
-def gram(x: Tensor) -> tuple[Tensor, Tensor]:
+class Gram(NamedTuple):
+    """Mean (C,) and covariance (C, C) of a block output's rows; their number (0-d) where all ranks of a group count."""
+
+    mean: Tensor
+    cov: Tensor
+    rows: Tensor | None
+
+
+def gram(x: Tensor, group: dist.ProcessGroup | None = None) -> Gram:
     """Mean (C,) and covariance (C, C) of the rows of `x` (N, C, T), fp32 (fp64 for fp64), differentiable.
 
+    With `group` over the rows of all its ranks, which may have unlike N*T; backward then adds up their gradients.
     Equivalent to `r = x.transpose(1, 2).reshape(-1, C)`; `r.mean(0)`, `torch.cov(r.T, correction=0)`.
     """
-    return torch.ops.jasper_fast.gram(x)
+    name = sync.name(group)
+    mean, cov, rows = torch.ops.jasper_fast.gram(x, name)
+    return Gram(mean, cov, rows if name else None)
 
 
 def panes(
     xs: list[Tensor],
-    grams: list[tuple[Tensor, Tensor]],
+    grams: list[Gram],
     weights: list[Tensor],
     gammas: list[Tensor],
     betas: list[Tensor],
     *,
     eps: float = 1e-3,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the panes of a block in training: returns (sum (N, C_out, T), pane means (P, C_out), biased variances).
+    """Sum of the panes of a block in training: returns (sum (N, C_out, T), means, unbiased variances (P, C_out)).
 
-    `xs`: P block outputs (N, C_k, T), zero in the padding; `grams[k] = gram(xs[k])`; `weights[k]` (C_out, C_k, 1);
-    `gammas[k]`, `betas[k]` (C_out,). Statistics run over all N*T rows. Equivalent to
+    `xs`: P block outputs (N, C_k, T) of one dtype, zero in the padding; `grams[k] = gram(xs[k])`; `weights[k]`
+    (C_out, C_k, 1); `gammas[k]`, `betas[k]` (C_out,). Statistics run over all N*T rows (of all ranks, where the grams
+    do); they are what the running ones take in. Raises ValueError for N*T = 1 as PyTorch does. Equivalent to
     `sum(F.batch_norm(F.conv1d(x, w), None, None, gamma, beta, training=True, eps=eps) for ...)`.
     """
-    means, covs = zip(*grams, strict=True)
-    wide = _wide(xs[0])
-    return torch.ops.jasper_fast.panes(
-        list(xs), list(means), list(covs), list(weights), [g.to(wide) for g in gammas], [b.to(wide) for b in betas], eps
-    )
+    wide, rows = wide_dtype(xs[0]), grams[0].rows
+    check_rows(xs[0], rows is not None)
+    out, mean, var = torch.ops.jasper_fast.panes(
+        list(xs), [g.mean for g in grams], [g.cov for g in grams], list(weights), [g.to(wide) for g in gammas],
+        [b.to(wide) for b in betas], eps, rows is not None,
+    )  # fmt: skip
+    return out, mean, unbiased(var, xs[0], rows)
+
+
+def check_rows(x: Tensor, synced: bool | str) -> None:
+    """Raises ValueError where `x` (N, C, T) has a single row to take a variance of, and no other rank has more."""
+    if not synced and x.shape[0] * x.shape[2] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+
+
+def unbiased(var: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
+    """`var` over the rows of `x` (N, C, T), or over `rows` of them on all ranks, with M - 1 in place of M."""
+    m = x.shape[0] * x.shape[2] if rows is None else rows
+    return var * (m / (m - 1))

@@ -1,0 +1,65 @@
+"""Batch statistics over all ranks of a process group, as nn.SyncBatchNorm defines them, without a wait for the device.
+
+Counts of rows may differ between ranks, so they travel with the statistics and stay on the device. Every rank must call
+the same functions in the same order. An op knows its group by name, because a registered op takes no group objects.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_groups: dict[str, dist.ProcessGroup] = {}
+
+
+def group_of(bn: nn.Module) -> dist.ProcessGroup | None:
+    """The process group whose ranks share the batch statistics of `bn`; None where this rank has its own.
+
+    That is an nn.SyncBatchNorm, as nn.SyncBatchNorm.convert_sync_batchnorm makes them, once torch.distributed runs with
+    more than one rank. Only its parameters and its group are used: its forward refuses CPU tensors.
+    """
+    if not (isinstance(bn, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized()):
+        return None
+    group = bn.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def name(group: dist.ProcessGroup | None) -> str:
+    """The name under which the functions here find `group`; "" for None."""
+    if group is None:
+        return ""
+    _groups[group.group_name] = group
+    return group.group_name
+
+
+def all_reduce(x: Tensor, group: str) -> Tensor:
+    """The sum of `x` over the ranks of `group`, in place; `x` itself where `group` is ""."""
+    if group:
+        dist.all_reduce(x, group=_groups[group])
+    return x
+
+
+def merge_stats(mean: Tensor, m2: Tensor, count: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, M2, rows) of all ranks from each rank's `mean` (C,) and `m2` (C,) over its `count` rows (Chan's merge).
+
+    rows is a 0-d tensor. Ranks are merged in their order, so every rank gets the same bits.
+    """
+    mine = torch.cat([mean, m2, mean.new_full((1,), count)])
+    ranks = mine.new_empty((dist.get_world_size(_groups[group]), mine.numel()))
+    dist.all_gather_into_tensor(ranks, mine, group=_groups[group])
+    c = mean.numel()
+    means, counts = ranks[:, :c], ranks[:, -1:]
+    total = counts.sum()
+    mean = (means * (counts / total)).sum(0)
+    m2 = (ranks[:, c:-1] + counts * (means - mean).square()).sum(0)
+    return mean, m2, total
+
+
+def merge_covariance(mean: Tensor, cov: Tensor, count: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean (C,), covariance (C, C), rows) of all ranks from each rank's own over its `count` rows; rows is 0-d."""
+    sums = all_reduce(torch.cat([mean * count, mean.new_full((1,), count)]), group)
+    total = sums[-1]
+    merged = sums[:-1] / total
+    apart = mean - merged
+    return merged, all_reduce((cov + torch.outer(apart, apart)) * (count / total), group), total.clone()
