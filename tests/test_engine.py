@@ -102,10 +102,10 @@ def test_low_precision_is_as_good_as_pytorchs(dtype, face):
         ref, out = eager.double()(features.double(), lengths)
         low, _ = eager.to(dtype)(features.nan_to_num().to(dtype), lengths)
     got, _ = engine(features, lengths)
-    cut = (
-        face.name == "triton" and face.device.type == "cpu" and dtype == torch.bfloat16
-    )  # Triton's interpreter does not round it
-    assert_close("log_probs", valid(got, out), valid(low.float(), out), valid(ref, out), factor=4.0 if cut else 2.0)
+    factor = 2.0
+    if face.name == "triton" and face.device.type == "cpu" and dtype == torch.bfloat16:
+        factor = 4.0  # Triton's interpreter cuts bf16 off where a GPU rounds
+    assert_close("log_probs", valid(got, out), valid(low.float(), out), valid(ref, out), factor)
 
 
 @pytest.mark.parametrize("name", ["cpu", "triton"])
@@ -122,6 +122,17 @@ def test_folding_is_precise_whatever_the_dtype(name):
         want, out = eager(features, lengths)
     got, _ = InferenceEngine(ours, dtype=torch.float16)(features, lengths)
     torch.testing.assert_close(valid(got, out), valid(want, out), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("held", [torch.float16, torch.float64])
+def test_a_model_of_another_dtype_runs_in_the_wanted_one(held, face):
+    """Exactly as the same weights held in fp32, where folding is the same."""
+    _, ours = pair(config(), face.name, face.device)
+    ours.half()
+    features, lengths = batch([31, 17], device=face.device)
+    want, out = InferenceEngine(ours.float())(features, lengths)
+    got, _ = InferenceEngine(ours.to(held), dtype=torch.float32)(features, lengths)
+    torch.testing.assert_close(valid(got, out), valid(want, out), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("classes", [2, 29, 128, 129, 300])
@@ -213,7 +224,7 @@ def test_bad_input_is_named(face):
     features, lengths = batch([31, 17], device=face.device)
     with pytest.raises(ValueError, match=rf"features must be \(N, {FEATS}, T\)"):
         engine(features[:, 1:], lengths)
-    with pytest.raises(ValueError, match="features must be floating point, got torch.int64"):
+    with pytest.raises(ValueError, match="features must be floating point"):
         engine(features.nan_to_num().long(), lengths)
     with pytest.raises(ValueError, match="lengths must be"):
         engine(features, lengths[:1])

@@ -7,7 +7,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, cuda
 
 
 class CudaGraphs:
@@ -16,19 +16,19 @@ class CudaGraphs:
     def __init__(self, device: torch.device):
         if device.type != "cuda":
             raise ValueError(f"graphs=True needs a CUDA GPU, and the weights are on {device}; take graphs='auto'")
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = cuda.Stream(device)
+        self._pool = cuda.graph_pool_handle()
 
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
-        """Run `launch` once on a side stream, which compiles and loads its kernels, then capture it; returns the replay.
+        """Run `launch` once on a side stream, which compiles and loads its kernels, then capture it.
 
-        The replay runs on the stream that is current when it is called. Other threads may use the device meanwhile.
+        Returns the replay, which runs on the stream that is current then. Other threads may use the device meanwhile.
         Raises RuntimeError where the launches cannot be captured.
         """
-        current = torch.cuda.current_stream(self._stream.device)
+        current = cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
+        graph = cuda.CUDAGraph()
+        with cuda.stream(self._stream):
             launch()
             try:
                 with _no_collection():
@@ -41,7 +41,7 @@ class CudaGraphs:
         current.wait_stream(self._stream)
         return graph.replay
 
-    def _record(self, graph: torch.cuda.CUDAGraph, launch: Callable[[], None]) -> None:
+    def _record(self, graph: cuda.CUDAGraph, launch: Callable[[], None]) -> None:
         # thread_local: another thread's allocation, say a data loader's, does not break the capture
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
@@ -70,8 +70,8 @@ class Turns:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._stream: torch.cuda.Stream | None = None
-        self._last: torch.cuda.Event | None = None
+        self._stream: cuda.Stream | None = None
+        self._last: cuda.Event | None = None
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -82,15 +82,15 @@ class Turns:
         if self._device.type != "cuda":
             yield
             return
-        with torch.cuda.device(self._device):
-            if torch.cuda.is_current_stream_capturing():
+        with cuda.device(self._device):
+            if cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     "InferenceEngine was called while a CUDA graph is captured, which would outlive the engine's "
                     "buffers: call it outside of the capture, it makes graphs of its own"
                 )
-            stream = torch.cuda.current_stream(self._device)
+            stream = cuda.current_stream(self._device)
             if self._last is None:
-                self._last = torch.cuda.Event()
+                self._last = cuda.Event()
             elif stream != self._stream:
                 stream.wait_event(self._last)
             self._stream = stream

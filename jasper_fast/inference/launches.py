@@ -20,16 +20,14 @@ from jasper_fast.inference.graphs import CudaGraphs, Turns
 from jasper_fast.inference.plan import Buffers, Folded, make_plan
 from jasper_fast.model import Jasper
 
-SOFTMAX_MAX = 128  # symbols up to which the last launch does the log-softmax; beyond it is ATen's
-
 
 class TritonConv:
     """A folded sub-block through the Triton kernel: weights packed once, bias, panes, ReLU and mask inside."""
 
     def __init__(self, folded: Folded, dtype: torch.dtype, workspace: object):
         self.impl = backends.face("conv1d", "triton")
-        self.packed = self.impl.pack(folded.weight, dtype)
-        self.packed_panes = None if folded.panes is None else self.impl.pack(folded.panes.unsqueeze(2), dtype)
+        self.packed = self.impl.pack(folded.weight.float(), dtype)
+        self.packed_panes = None if folded.panes is None else self.impl.pack(folded.panes.float().unsqueeze(2), dtype)
         self.bias = folded.bias.to(torch.float32, copy=True)
         self.b, self.relu, self.workspace = folded.b, folded.relu, workspace
 
@@ -90,9 +88,11 @@ class Launches:
         limit: int,
     ):
         device = model.decoder.layers[0].weight.device
-        self._workspace = backends.face("conv1d", "triton").Workspace(device)
-        self._plan = make_plan(model, dtype, lambda folded: TritonConv(folded, dtype, self._workspace))
+        impl = backends.face("conv1d", "triton")
+        self._workspace = impl.Workspace(device)
+        self._plan = make_plan(model, lambda folded: TritonConv(folded, dtype, self._workspace))
         self._dtype, self._turns, self._graphs, self._patient = dtype, turns, graphs, patient
+        self._softmax = self._plan.n_classes <= impl.SOFTMAX_MAX  # in the last launch
         self._limit = limit
         self._span = bucket * prod(step.b.s for step in self._plan.steps) if self._plan.masks else 1
         self.buffers = Buffers(dtype, device)
@@ -115,7 +115,7 @@ class Launches:
             x[:, :t].copy_(features.transpose(1, 2))
         bound.first(x, in_lengths=lengths)
         self._between(bound)
-        fused = plan.n_classes <= SOFTMAX_MAX
+        fused = self._softmax
         dtype = torch.float32 if fused else self._dtype
         out = torch.empty((n, t_out, plan.n_classes), dtype=dtype, device=features.device)
         plan.head(
@@ -131,7 +131,7 @@ class Launches:
 
     def _readable(self, features: Tensor) -> Tensor:
         """`features` as the first launch reads them: in fp32 or the weights' dtype, channels or frames neighbours."""
-        n, c, t = features.shape
+        _, c, t = features.shape
         frames, channels = t == 1 or features.stride(2) == 1, c == 1 or features.stride(1) == 1
         if not frames and not channels:
             features, frames = features.contiguous(), True

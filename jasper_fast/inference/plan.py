@@ -94,8 +94,8 @@ class Plan:
         return features.new_zeros(shape, dtype=torch.float32), lengths.clone()
 
 
-def make_plan(model: Jasper, dtype: torch.dtype, conv: Callable[[Folded], Any]) -> Plan:
-    """Fold `model`, in fp32 or better whatever its dtype and `dtype` are, and make each sub-block's conv with `conv`."""
+def make_plan(model: Jasper, conv: Callable[[Folded], Any]) -> Plan:
+    """Fold `model`, in fp32 or better whatever its dtype is, and make each sub-block's conv with `conv`."""
     layers: list[JasperBlock] = list(model.encoder.layers)
     head = model.decoder.layers[0]
     precise = torch.promote_types(head.weight.dtype, torch.float32)
@@ -103,9 +103,8 @@ def make_plan(model: Jasper, dtype: torch.dtype, conv: Callable[[Folded], Any]) 
     steps = []
     for i, layer in enumerate(layers):
         for r, (folded, panes) in enumerate(_sub_blocks(layer, places[i], precise)):
-            out = (
-                places[i + 1] if r == layer.b.repeat - 1 else Place(f"flip{r % 2}", layer.b.filters, 0, layer.b.filters)
-            )
+            filters = layer.b.filters
+            out = places[i + 1] if r == layer.b.repeat - 1 else Place(f"flip{r % 2}", filters, 0, filters)
             steps.append(Step(layer.b, conv(folded), out, panes))
     decoder = conv(Folded(head.weight, head.bias, None, POINTWISE, relu=False))
     return Plan(places[0], tuple(steps), decoder, model.config.encoder.use_conv_masks, model.config.decoder.n_classes)

@@ -19,7 +19,7 @@ class Stepwise:
 
     def __init__(self, model: Jasper, dtype: torch.dtype, face: str):
         conv = CpuConv if face == "cpu" else lambda folded: AtenConv(folded, dtype)
-        self._plan = make_plan(model, dtype, conv)
+        self._plan = make_plan(model, conv)
         self.buffers = Buffers(dtype, model.decoder.layers[0].weight.device)
 
     def run(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,9 +71,9 @@ class CpuConv:
         self.impl = backends.face("conv1d", "cpu")
         b = folded.b
         self.packed = self.impl.pack(
-            folded.weight, algorithm="fast_fir_2" if b.s == 1 and b.k >= FAST_FIR_TAPS else "direct"
+            folded.weight.float(), algorithm="fast_fir_2" if b.s == 1 and b.k >= FAST_FIR_TAPS else "direct"
         )
-        self.packed_panes = None if folded.panes is None else self.impl.pack(folded.panes.unsqueeze(2))
+        self.packed_panes = None if folded.panes is None else self.impl.pack(folded.panes.float().unsqueeze(2))
         self.bias, self.b, self.relu = folded.bias.float().clone(), b, folded.relu
 
     def __call__(self, x: Tensor, panes: Tensor | None, lens_in: Tensor | None, lens: Tensor | None, out: Tensor):

@@ -1,0 +1,346 @@
+"""Graphs of the engine: buckets, growth, eviction, refresh, streams. Where there is no GPU a stand-in replays them."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_face
+from engines import Replays, batch, config, pair, poison, valid
+
+from jasper_fast import InferenceEngine, JasperConfig
+from jasper_fast.inference import engine as engine_module
+from jasper_fast.inference import graphs
+from jasper_fast.inference.graphs import CudaGraphs, Turns
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """The triton face's device; on a CPU with graphs stood in for."""
+    device = make_face("triton").device
+    if device.type == "cpu":
+        monkeypatch.setattr(engine_module, "CudaGraphs", Replays)
+    return device
+
+
+def captured(engine) -> int:
+    """How many shapes hold a graph."""
+    return sum(bound.replay is not None for bound in engine._run.shapes.values())
+
+
+def test_graphs_and_buckets_change_no_bit(device):
+    """Whatever came before: longer, louder, more utterances, memory full of NaN."""
+    _, ours = pair(config(), "triton", device)
+    plain = InferenceEngine(ours, graphs=False, bucket=1)
+    engine = InferenceEngine(ours, graphs=True, bucket=8, graph_limit=3)
+    batches = [
+        batch([40, 31, 40], device=device, scale=100.0),
+        batch([9], device=device),
+        batch([17, 0], t=20, device=device),
+        batch([9], t=12, device=device),
+        batch([33, 2, 40], device=device),
+        batch([1], device=device),
+    ]
+    wanted = [plain(*b) for b in batches]
+    for order in ((0, 3, 0, 1, 5, 4, 2), (5, 2, 4, 1)):
+        for i in order:
+            poison(engine)
+            got, lengths = engine(*batches[i])
+            assert torch.equal(lengths, wanted[i][1])
+            assert torch.equal(got, wanted[i][0]), f"batch {i} in the order {order}"
+    assert captured(engine) == 3
+
+
+def test_without_masks_each_length_has_its_graph(device):
+    eager, ours = pair(config(masks=False), "triton", device)
+    engine = InferenceEngine(ours, graphs=True, bucket=8)
+    for t in (20, 22, 20):
+        features, lengths = batch([t, t], device=device)
+        poison(engine)
+        got, out = engine(features, lengths)
+        with torch.no_grad():
+            want, want_out = eager(features, lengths)
+        assert torch.equal(out, want_out)
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+    assert list(engine._run.shapes) == [(2, 22), (2, 20)]
+
+
+def test_lengths_of_a_bucket_share_a_graph(device):
+    _, ours = pair(config(), "triton", device)
+    engine = InferenceEngine(ours, graphs=True, bucket=8)
+    for t in (9, 16, 12):  # 8 frames after the stride of 2
+        engine(*batch([t], device=device))
+    assert list(engine._run.shapes) == [(1, 16)]
+    engine(*batch([17], device=device))
+    assert list(engine._run.shapes)[-1] == (1, 32)
+
+
+def test_the_shape_used_longest_ago_goes_first(device):
+    _, ours = pair(config("plain residual"), "triton", device)
+    engine = InferenceEngine(ours, graphs=True, bucket=8, graph_limit=2)
+    engine(*batch([24], device=device))  # the largest first: nothing grows after it
+    for t in (8, 24, 16):
+        engine(*batch([t], device=device))
+    assert list(engine._run.shapes) == [(1, 24), (1, 16)]
+
+
+def test_growth_drops_every_graph(device):
+    """Else the smaller buffers would live on beside the larger, in as many sizes as there were."""
+    _, ours = pair(config(), "triton", device)
+    plain = InferenceEngine(ours, graphs=False, bucket=8)
+    engine = InferenceEngine(ours, graphs=True, bucket=8)
+    small, large = batch([10], device=device), batch([40, 21], device=device)
+    engine(*small)
+    engine(*large)
+    assert list(engine._run.shapes) == [(2, 48)]
+    poison(engine)
+    assert torch.equal(engine(*small)[0], plain(*small)[0])
+    poison(engine)
+    assert torch.equal(engine(*large)[0], plain(*large)[0])
+
+
+def test_a_graph_does_not_outlive_its_scratch(device):
+    """Partial sums of split reductions: their memory grows inside the launches."""
+    blocks = [{"filters": 64, "kernel_size": [11], "repeat": 3, "residual": False, "dropout": 0.0}]
+    model = {"encoder": {"in_feats": 8, "blocks": blocks}, "decoder": {"in_feats": 64, "n_classes": 7}}
+    _, ours = pair(JasperConfig.from_dict(model), "triton", device)
+    engine = InferenceEngine(ours, graphs=True, bucket=8)
+    small, large = batch([12], device=device), batch([40, 40, 40], device=device)
+    engine(*large)  # now the buffers do not grow
+    want = engine(*small)[0]
+    run = engine._run
+    assert all(part.numel() > 0 for part in run._scratch()), "the reductions of this model are not split"
+    held = run.shapes[1, 16].scratch
+    run._workspace.reserve(10 * held[0].numel(), 10 * held[1].numel())
+    assert torch.equal(engine(*small)[0], want)
+    assert all(new is not old for new, old in zip(run.shapes[1, 16].scratch, held, strict=True))
+    assert all(new is now for new, now in zip(run.shapes[1, 16].scratch, run._scratch(), strict=True))
+
+
+def test_refresh_drops_every_graph(device):
+    eager, ours = pair(config(), "triton", device)
+    engine = InferenceEngine(ours, graphs=True, bucket=8)
+    features, lengths = batch([31, 17], device=device)
+    before, out = engine(features, lengths)
+    with torch.no_grad():
+        for model in (eager, ours):
+            for parameter in model.parameters():
+                parameter.mul_(1.25)
+        want, _ = eager(features, lengths)
+    assert torch.equal(engine(features, lengths)[0], before)
+    engine.refresh()
+    torch.testing.assert_close(valid(engine(features, lengths)[0], out), valid(want, out), atol=2e-5, rtol=1e-5)
+
+
+def test_auto_captures_a_shape_when_it_comes_back(device):
+    _, ours = pair(config(), "triton", device)
+    engine = InferenceEngine(ours, graphs=True, bucket=8)
+    engine._run._patient = True  # as graphs="auto" sets it on a GPU
+    features, lengths = batch([31, 17], device=device)
+    first, _ = engine(features, lengths)
+    assert captured(engine) == 0
+    second, _ = engine(features, lengths)
+    assert captured(engine) == 1
+    assert torch.equal(first, second) and torch.equal(engine(features, lengths)[0], first)
+
+
+def test_results_are_memory_of_their_own(device):
+    _, ours = pair(config(), "triton", device)
+    engine = InferenceEngine(ours, graphs=True, bucket=8)
+    first = engine(*batch([31, 17], device=device))
+    kept = [x.clone() for x in first]
+    engine(*batch([30, 29], device=device))
+    poison(engine)
+    assert all(torch.equal(x, y) for x, y in zip(first, kept, strict=True))
+
+
+def test_threads_share_an_engine(device):
+    _, ours = pair(config("plain residual"), "triton", device)
+    engine = InferenceEngine(ours, graphs=True, bucket=8, graph_limit=1)
+    batches = [batch(lengths, device=device) for lengths in ([24, 17], [9])]
+    wanted = [engine(*b)[0] for b in batches]
+    wrong: list[int] = []
+
+    def call(i: int) -> None:
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        for _ in range(4):
+            with torch.cuda.stream(stream):
+                got = engine(*batches[i])[0]
+            if not torch.equal(got.cpu(), wanted[i].cpu()):
+                wrong.append(i)
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("kind", ["jasper", "dense first", "lengths change twice"])
+def test_impossible_lengths_are_clamped_by_the_kernels(kind, device):
+    """On a GPU nobody looks at them before; here the check is passed by."""
+    _, ours = pair(config(kind), "triton", device)
+    engine = InferenceEngine(ours, graphs=True, bucket=8)
+    features, _ = batch([27, 27, 27], device=device)
+    with torch.no_grad():
+        want, want_out = engine._run.run(features, torch.tensor([27, 0, 5], device=device))
+        poison(engine)
+        got, out = engine._run.run(features, torch.tensor([1000, -4, 5], device=device))
+    assert torch.equal(out, want_out) and torch.equal(got, want)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_graphs_need_a_gpu():
+    make_face("triton")
+    _, ours = pair(config(), "triton")
+    with pytest.raises(ValueError, match="graphs=True needs a CUDA GPU"):
+        InferenceEngine(ours, graphs=True)
+    assert InferenceEngine(ours)._run._graphs is None
+
+
+class FakeCuda:
+    """torch.cuda, as far as graphs.py uses it; `log` keeps the order of what happens."""
+
+    def __init__(self):
+        self.log: list[str] = []
+        self.capturing = False
+        self.ids = itertools.count(1)
+        self.current = self.Stream("cuda", "main")
+        log = self.log
+
+        class Event:
+            def record(self, stream):
+                log.append(f"record on {stream.name}")
+
+        class CUDAGraph:
+            def capture_begin(self, pool, capture_error_mode):
+                log.append(f"begin {pool} {capture_error_mode}")
+
+            def capture_end(self):
+                log.append("end")
+
+            def replay(self):
+                log.append("replay")
+
+        self.Event, self.CUDAGraph = Event, CUDAGraph
+
+    def Stream(self, device, name="side"):
+        log = self.log
+        return SimpleNamespace(
+            device=device,
+            name=name,
+            wait_stream=lambda other: log.append(f"{name} waits for {other.name}"),
+            wait_event=lambda event: log.append(f"{name} waits for the last turn"),
+            synchronize=lambda: log.append(f"host waits for {name}"),
+        )
+
+    def stream(self, stream):
+        return _Within(self, "current", stream)
+
+    def device(self, device):
+        return _Within(self, "chosen", device)
+
+    def current_stream(self, device):
+        return self.current
+
+    def is_current_stream_capturing(self):
+        return self.capturing
+
+    def graph_pool_handle(self):
+        return f"pool {next(self.ids)}"
+
+
+class _Within:
+    def __init__(self, fake, name, value):
+        self.fake, self.name, self.value = fake, name, value
+
+    def __enter__(self):
+        self.before = getattr(self.fake, self.name, None)
+        setattr(self.fake, self.name, self.value)
+
+    def __exit__(self, *error):
+        setattr(self.fake, self.name, self.before)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    fake = FakeCuda()
+    monkeypatch.setattr(graphs, "cuda", fake)
+    return fake
+
+
+def test_capture_warms_up_on_a_side_stream_and_shares_one_pool(fake):
+    made = CudaGraphs(torch.device("cuda"))
+    replays = [made.capture(lambda: fake.log.append(f"launch on {fake.current.name}")) for _ in range(2)]
+    once = [
+        "side waits for main",
+        "launch on side",
+        "begin pool 1 thread_local",
+        "launch on side",
+        "end",
+        "main waits for side",
+    ]
+    assert fake.log == once + once
+    fake.log.clear()
+    replays[0]()
+    assert fake.log == ["replay"] and fake.current.name == "main"
+
+
+def test_a_capture_that_fails_is_ended_and_names_the_remedy(fake):
+    calls = []
+
+    def launch():
+        calls.append(1)
+        if len(calls) == 2:
+            raise ValueError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match=r"(?s)not permitted.*graphs=False") as error:
+        CudaGraphs(torch.device("cuda")).capture(launch)
+    assert isinstance(error.value.__cause__, ValueError)
+    assert fake.log[-1] == "end" and fake.current.name == "main"
+
+
+def test_an_error_of_the_launches_themselves_is_not_one_of_the_capture(fake):
+    def launch():
+        raise ValueError("a kernel that does not compile")
+
+    with pytest.raises(ValueError, match="does not compile"):
+        CudaGraphs(torch.device("cuda")).capture(launch)
+
+
+def test_turns_on_other_streams_wait_for_the_last(fake):
+    turns = Turns(torch.device("cuda"))
+    main, other = fake.current, fake.Stream("cuda", "other")
+    for stream in (main, main, other, other, main):
+        fake.current = stream
+        with turns.turn():
+            fake.log.append(f"work on {fake.current_stream(None).name}")
+    assert fake.log == [
+        *("work on main", "record on main"),
+        *("work on main", "record on main"),
+        *("other waits for the last turn", "work on other", "record on other"),
+        *("work on other", "record on other"),
+        *("main waits for the last turn", "work on main", "record on main"),
+    ]
+
+
+def test_a_turn_that_fails_is_waited_for_too(fake):
+    turns = Turns(torch.device("cuda"))
+    with pytest.raises(ValueError), turns.turn():
+        raise ValueError
+    fake.current = fake.Stream("cuda", "other")
+    with turns.turn():
+        pass
+    assert fake.log == ["record on main", "other waits for the last turn", "record on other"]
+
+
+def test_a_callers_own_capture_is_refused(fake):
+    fake.capturing = True
+    with pytest.raises(RuntimeError, match="call it outside of the capture"), Turns(torch.device("cuda")).turn():
+        pass
