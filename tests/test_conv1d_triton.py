@@ -1,4 +1,4 @@
-"""conv1d in Triton (interpreted where there is no GPU) against fp64, next to PyTorch at the same precision."""
+"""Training convs in Triton (interpreted where there is no GPU) against fp64, next to PyTorch at the same precision."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from close import assert_close
 from conftest import compile_rows, make_face
+from conv_cases import LAYERS, gradients, make
 from torch.nn import functional as F
 
 from jasper_fast.kernels.conv1d import reference
@@ -13,42 +14,10 @@ from jasper_fast.kernels.layout import ntc
 
 triton_impl = pytest.importorskip("jasper_fast.kernels.conv1d.triton_impl")
 
-# (N, C_in, C_out, T, K, stride, dilation, lengths): every layer of Jasper 10x5 at C <= 64, and the edges
-LAYERS = {
-    "prologue": (2, 64, 32, 45, 11, 2, 1, [45, 20]),
-    "k11": (2, 32, 32, 37, 11, 1, 1, [37, 9]),
-    "k13": (2, 32, 48, 33, 13, 1, 1, [33, 1]),
-    "k17": (1, 48, 64, 40, 17, 1, 1, [26]),
-    "k21": (2, 64, 48, 21, 21, 1, 1, [0, 21]),
-    "k25": (1, 64, 64, 50, 25, 1, 1, [50]),
-    "dilated": (2, 64, 56, 41, 29, 1, 2, [41, 30]),
-    "pane": (3, 24, 40, 35, 1, 1, 1, [35, 11, 0]),
-    "decoder": (2, 64, 29, 19, 1, 1, 1, None),
-    "one frame": (2, 40, 56, 1, 11, 1, 1, [1, 1]),
-    "odd channels": (2, 33, 30, 70, 5, 1, 2, [70, 33]),
-}
-
 
 @pytest.fixture(params=LAYERS.values(), ids=LAYERS.keys())
 def layer(request):
     return request.param
-
-
-def make(layer, dtype, device):
-    n, c_in, c_out, t, k, stride, dilation, lengths = layer
-    x = torch.randn(n, c_in, t)
-    if lengths is not None:
-        lengths = torch.tensor(lengths)
-        x = x.masked_fill((torch.arange(t) >= lengths[:, None])[:, None], 0.0)
-        lengths = lengths.to(device)
-    weight = (torch.randn(c_out, c_in, k) / (c_in * k) ** 0.5).to(device, dtype)
-    return ntc(x.to(device, dtype)), weight, stride, dilation * (k - 1) // 2, dilation, lengths
-
-
-def gradients(x, weight, dy, stride, padding, dilation):
-    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    F.conv1d(x, weight, None, stride, padding, dilation).backward(dy)
-    return x.grad, weight.grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
@@ -104,38 +73,6 @@ def test_statistics_of_the_accumulators(name, dtype):
     var, mean = torch.var_mean(ref, (0, 2), correction=0)
     assert ((got_mean - mean).abs() / (var + mean.square()).sqrt()).max() <= 1e-5
     assert ((got_m2 - var * rows).abs() / ((var + 1e-3 * mean.square()) * rows)).max() <= 1e-4
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize(("layer", "width"), [("k13", 72), ("one frame", 20), ("odd channels", 37)])
-def test_fused_with_panes_over_a_history_buffer(layer, width, dtype):
-    """Panes read the first channels of a wider buffer, the output is a slice of it, whatever lies beyond is NaN."""
-    device = make_face("triton").device
-    x, weight, *shape, lengths = make(LAYERS[layer], dtype, device)
-    n, c_out, t = x.shape[0], weight.shape[0], x.shape[2]
-    names = dict(zip(("stride", "padding", "dilation"), shape, strict=True))
-    history = torch.full((n, t, width + c_out + 8), torch.nan, device=device, dtype=dtype)
-    inside = (torch.arange(t, device=device) < lengths[:, None])[:, :, None]
-    history[:, :, :width] = torch.randn(n, t, width).to(device, dtype).where(inside, torch.nan)
-    panes, out = history[:, :, :width], history[:, :, width : width + c_out]
-    w2, bias = (torch.randn(c_out, width, 1) / width**0.5).to(device, dtype), torch.randn(c_out, device=device)
-    given = {"in_lengths": lengths, "bias": bias, "relu": True, "out_lengths": lengths}
-
-    def plain(dtype):
-        return reference.fused(
-            x.transpose(1, 2).to(dtype), weight.to(dtype), **names, **given | {"bias": bias.to(dtype)},
-            x2=panes.to(dtype), weight2=w2.to(dtype),
-        )  # fmt: skip
-
-    low, ref = plain(dtype), plain(torch.float64)
-    got = triton_impl.fused(
-        x.transpose(1, 2), triton_impl.pack(weight), **names, **given,
-        x2=panes, packed2=triton_impl.pack(w2), out=out,
-    )  # fmt: skip
-    assert got.data_ptr() == out.data_ptr()
-    assert_close("z", got, low, ref)
-    assert (got.masked_select(~inside) == 0).all()
-    assert history[:, :, width + c_out :].isnan().all()
 
 
 def test_nan_in_padding_is_not_read_and_in_a_frame_arrives():
@@ -275,89 +212,6 @@ def test_wgrad_for_a_master_weight_is_not_rounded():
     assert_close("dw", wide, ref.float(), ref, factor=4.0)
 
 
-# ---- inference ----
-
-
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_the_first_conv_reads_features_as_they_are(dtype, masked):
-    """(N, C, T) fp32 in; the cast, the transpose, the mask and the output's lengths are the kernel's."""
-    device = make_face("triton").device
-    _, weight, *_ = make(LAYERS["prologue"], dtype, device)
-    features, lengths = torch.randn(3, 64, 45, device=device), torch.tensor([45, 20, 0], device=device)
-    if masked:
-        features.masked_fill_((torch.arange(45, device=device) >= lengths[:, None])[:, None], torch.nan)
-    made = torch.full((3,), -1, device=device)
-    bias = torch.randn(32, device=device)
-    room = 26 if masked else 23  # longer than the conv's result: a bucket's length
-    out = torch.full((3, room, 32), torch.nan, device=device, dtype=dtype)
-    given = {"stride": 2, "padding": 5, "bias": bias, "relu": True}
-    triton_impl.fused(
-        features.transpose(1, 2), triton_impl.pack(weight), **given, in_lengths=lengths, lengths_out=made,
-        masked=masked, out=out,
-    )  # fmt: skip
-    assert made.tolist() == [23, 10, 0]
-    want = reference.fused(
-        features.transpose(1, 2).to(dtype), weight, **given | {"bias": bias.to(dtype)},
-        **({"in_lengths": lengths, "out_lengths": made} if masked else {}),
-    )  # fmt: skip
-    assert (out[:, 23:] == 0).all()
-    ref = reference.fused(
-        features.transpose(1, 2).to(dtype).double(), weight.double(), **given | {"bias": bias.double()},
-        **({"in_lengths": lengths, "out_lengths": made} if masked else {}),
-    )  # fmt: skip
-    assert_close("z", out[:, :23], want, ref)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_the_last_conv_ends_in_log_softmax(dtype):
-    device = make_face("triton").device
-    x, weight, *_ = make(LAYERS["decoder"], dtype, device)
-    bias, lengths = torch.randn(29, device=device), torch.tensor([19, 4], device=device)
-    made = torch.empty_like(lengths)
-    rows = x.transpose(1, 2)
-    got = triton_impl.fused(
-        rows, triton_impl.pack(weight), bias=bias, in_lengths=lengths, lengths_out=made, masked=False, log_softmax=True
-    )
-    assert torch.equal(made, lengths) and got.dtype == torch.float32
-    logits = rows.double() @ weight[:, :, 0].double().T + bias
-    low = (rows @ weight[:, :, 0].T + bias.to(dtype)).float().log_softmax(2)
-    assert_close("log-probabilities", got, low, logits.log_softmax(2))
-    with pytest.raises(ValueError, match="up to 128"):
-        triton_impl.fused(rows, triton_impl.pack(torch.randn(129, 64, 1).to(device, dtype)), log_softmax=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("splits", [2, 3, 7])
-def test_a_shared_reduction_gives_the_same_and_repeats(splits, dtype, monkeypatch):
-    """splits programs a tile: right, the same bits again, counters back at 0, nothing of an earlier launch left."""
-    device = make_face("triton").device
-    x, weight, *shape, lengths = make(LAYERS["k13"], dtype, device)
-    n, _, t = x.shape
-    names = dict(zip(("stride", "padding", "dilation"), shape, strict=True))
-    panes = torch.randn(n, t, 40, device=device).to(dtype)
-    w2, bias = (torch.randn(48, 40, 1) / 7).to(device, dtype), torch.randn(48, device=device)
-    given = names | {"in_lengths": lengths, "bias": bias, "relu": True, "out_lengths": lengths, "x2": panes}
-    alone = triton_impl.fused(x.transpose(1, 2), triton_impl.pack(weight), **given, packed2=triton_impl.pack(w2))
-    choose = triton_impl.triton_tiles.choose
-    monkeypatch.setattr(
-        triton_impl.triton_tiles, "choose", lambda *a: choose(*a)._replace(n=16, k=16, splits=splits)
-    )  # fmt: skip
-    workspace, results = triton_impl.Workspace(device), []
-    for _ in range(2):
-        results.append(
-            triton_impl.fused(
-                x.transpose(1, 2), triton_impl.pack(weight), **given, packed2=triton_impl.pack(w2), workspace=workspace
-            )
-        )
-        assert workspace.arrived.numel() > 0 and (workspace.arrived == 0).all()
-        workspace.part.fill_(torch.nan)
-    assert torch.equal(*results)
-    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in given.items()}
-    ref = reference.fused(x.transpose(1, 2).double(), weight.double(), **wide, weight2=w2.double())
-    assert_close("z", results[0], alone, ref)
-
-
 # ---- padding costs nothing ----
 
 
@@ -368,12 +222,12 @@ def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
         pytest.skip("products are counted in the interpreter")
     from triton.runtime.interpreter import interpreter_builder as builder
 
-    t, k, padding, block = 256, 11, 5, 32
+    t, k, padding, block = 128, 11, 5, 16
     lengths = torch.tensor([t, t // 2, t // 4, 0])
-    x = torch.randn(4, 32, t).masked_fill((torch.arange(t) >= lengths[:, None])[:, None], 0.0)
-    x, weight = ntc(x), torch.randn(48, 32, k) / 20
-    dy = ntc(torch.randn(4, 48, t))
-    tile = triton_impl.Tile(block, 16, 32, 4, 2)
+    x = torch.randn(4, 16, t).masked_fill((torch.arange(t) >= lengths[:, None])[:, None], 0.0)
+    x, weight = ntc(x), torch.randn(32, 16, k) / 13
+    dy = ntc(torch.randn(4, 32, t))
+    tile = triton_impl.Tile(block, 16, 16, 4, 2)
     monkeypatch.setattr(triton_impl.triton_tiles, "choose", lambda *a: tile)
     counted = []
     dot = builder.create_dot
@@ -388,13 +242,13 @@ def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
 
     short = [int(v) for v in lengths]
     (y, mean, m2), done = products(triton_impl.forward_stats, x, weight, 1, padding, 1, lengths)
-    assert done == sum(tiles(length + padding) if length else 0 for length in short) * 3 * k
+    assert done == sum(tiles(length + padding) if length else 0 for length in short) * 2 * k
     whole, everything = products(triton_impl.forward_stats, x, weight, 1, padding, 1)
-    assert everything == 4 * (t // block) * 3 * k
+    assert everything == 4 * (t // block) * 2 * k
     assert torch.equal(y, whole[0]) and torch.equal(mean, whole[1]) and torch.equal(m2, whole[2])
 
     dx, done = products(triton_impl.dgrad, dy, weight, t, 1, padding, 1, lengths)
-    assert done == sum(map(tiles, short)) * 2 * k * 2  # C_in = 32 in blocks of 16, C_out = 48 in steps of 32
+    assert done == sum(map(tiles, short)) * 2 * k  # C_out = 32 in steps of 16
     whole, _ = products(triton_impl.dgrad, dy, weight, t, 1, padding, 1)
     inside = (torch.arange(t) < lengths[:, None])[:, None]
     assert torch.equal(dx, whole.masked_fill(~inside, 0.0))
@@ -403,7 +257,7 @@ def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
     rows = sum(
         -(-max(0, min(t, length - shift) - max(0, -shift)) // block) for shift in range(-5, 6) for length in short
     )
-    assert done == rows * 2 * 2  # blocks of 16 by 32 channels
+    assert done == rows * 2  # C_out = 32 in blocks of 16
     assert_close(
         "dw", dw, triton_impl.wgrad(x, dy, k, 1, padding, 1), reference.wgrad(x.double(), dy.double(), k, 1, padding, 1)
     )

@@ -1,0 +1,45 @@
+"""Conv layers for the Triton tests: inputs, and gradients by plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from jasper_fast.kernels.layout import ntc
+
+# (N, C_in, C_out, T, K, stride, dilation, lengths)
+Layer = tuple[int, int, int, int, int, int, int, list[int] | None]
+
+LAYERS: dict[str, Layer] = {
+    "prologue": (2, 64, 32, 45, 11, 2, 1, [45, 20]),
+    "k11": (2, 32, 32, 37, 11, 1, 1, [37, 9]),
+    "k13": (2, 32, 48, 33, 13, 1, 1, [33, 1]),
+    "k17": (1, 48, 64, 40, 17, 1, 1, [26]),
+    "k21": (2, 64, 48, 21, 21, 1, 1, [0, 21]),
+    "k25": (1, 64, 64, 50, 25, 1, 1, [50]),
+    "dilated": (2, 64, 56, 41, 29, 1, 2, [41, 30]),
+    "pane": (3, 24, 40, 35, 1, 1, 1, [35, 11, 0]),
+    "decoder": (2, 64, 29, 19, 1, 1, 1, None),
+    "one frame": (2, 40, 56, 1, 11, 1, 1, [1, 1]),
+    "odd channels": (2, 33, 30, 70, 5, 1, 2, [70, 33]),
+}
+
+
+def make(layer: Layer, dtype: torch.dtype, device: torch.device) -> tuple:
+    """x (N, C_in, T) in NTC memory, zero in its padding, weight, stride, padding, dilation, lengths."""
+    n, c_in, c_out, t, k, stride, dilation, lengths = layer
+    x = torch.randn(n, c_in, t)
+    if lengths is not None:
+        lengths = torch.tensor(lengths)
+        x = x.masked_fill((torch.arange(t) >= lengths[:, None])[:, None], 0.0)
+        lengths = lengths.to(device)
+    weight = (torch.randn(c_out, c_in, k) / (c_in * k) ** 0.5).to(device, dtype)
+    return ntc(x.to(device, dtype)), weight, stride, dilation * (k - 1) // 2, dilation, lengths
+
+
+def gradients(x: Tensor, weight: Tensor, dy: Tensor, stride: int, padding: int, dilation: int) -> tuple[Tensor, Tensor]:
+    """dx and dweight by autograd."""
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    F.conv1d(x, weight, None, stride, padding, dilation).backward(dy)
+    return x.grad, weight.grad
