@@ -62,13 +62,20 @@ def _named(backend: str, reason: str) -> str:
     return reason if reason.startswith("backend ") else f"backend '{backend}': {reason}"
 
 
+# Dynamo looks through functools.cache: the function that it takes for a constant must be one around the cached one.
+
+
 @torch.compiler.assume_constant_result
-@functools.cache
 def resolve(backend: str, device: torch.device | str, op: str | None = None) -> str:
     """The face that runs for `backend` on `device`: raises BackendMissing for a named one that cannot run.
 
     `op`: of "auto", the op whose verdict on a GPU decides (see jasper_fast.trust); None asks for no verdict.
     """
+    return _resolve(backend, device, op)
+
+
+@functools.cache
+def _resolve(backend: str, device: torch.device | str, op: str | None) -> str:
     check(backend)
     device = torch.device(device)
     if backend != "auto":
@@ -91,7 +98,6 @@ def conv_calls(*, stats: bool = False, dx: bool = False, dw: bool = False, norm:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def conv_face(
     backend: str,
     device: torch.device,
@@ -108,6 +114,11 @@ def conv_face(
     channels-last memory, unless the GPU's table has `shape` (c_in, c_out, taps, stride, dilation) and says that the
     `calls` together are faster in Triton at 2**rows_log2 rows (None: the most measured), and the verdict on it is good.
     """
+    return _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2)
+
+
+@functools.cache
+def _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> str:
     device = torch.device(device)
     face = resolve(backend, device)
     if strided_dx:
@@ -161,7 +172,7 @@ _warned: set[tuple[str, str, torch.device]] = set()
 
 def forget() -> None:
     """Drops every choice made so far: after a verdict or a table has changed."""
-    for cached in (resolve, conv_face, fused_face):
+    for cached in (_resolve, _conv_face, fused_face):
         cached.cache_clear()
     _warned.clear()
     trust.forget()

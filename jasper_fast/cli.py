@@ -1,4 +1,4 @@
-"""The command line: `jasper-fast transcribe | evaluate | info`, also as `python -m jasper_fast`."""
+"""The command line: `jasper-fast transcribe | evaluate | info | selfcheck`, also as `python -m jasper_fast`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,18 @@ exit status: 0, or 1 if no utterance could be read (with --strict: if any could 
 checkpoint or configuration.
 
 example: jasper-fast evaluate --manifest dev.jsonl --checkpoint runs/best.pt --out result.json"""
+
+SELFCHECK = """\
+Runs every kernel, in every configuration that dispatch can choose on the device (its table's tiles and the defaults),
+forward, backward and at inference, on small shapes and those of Jasper 10x5, and holds the results against fp64: an
+error may be twice that of plain PyTorch at the same precision, plus roundings. The kernels run in a process of their
+own: one that crashes or hangs is a verdict, not the end. backend="auto" uses the kernels of a GPU only where the
+verdict, which is kept by GPU, driver and versions, is good. Without a GPU the kernels of the CPU are checked, and with
+TRITON_INTERPRET=1 Triton's in its interpreter."""
+SELFCHECK_END = """\
+exit status: 0 if every check passed, 1 otherwise, 2 for a wrong command.
+
+example: jasper-fast selfcheck --device cuda:0"""
 
 
 class UsageError(Exception):
@@ -119,6 +131,22 @@ def parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--json", action="store_true", help="the same as JSON")
     one.set_defaults(run=_info)
+
+    one = commands.add_parser(
+        "selfcheck",
+        help="are the kernels right on this machine? every one against fp64",
+        description=SELFCHECK,
+        epilog=SELFCHECK_END,
+        formatter_class=raw,
+    )
+    one.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
+    one.add_argument("--quick", action="store_true", help="seconds: default tiles, two shapes, one dtype")
+    one.add_argument("--json", action="store_true", help="every check and the verdicts as JSON")
+    one.add_argument("--no-cache", action="store_true", help="do not keep the verdicts")
+    one.add_argument(
+        "--limit", type=_positive(float), default=180.0, metavar="S", help="for one check, compilation included (180 s)"
+    )
+    one.set_defaults(run=_selfcheck)
     return top
 
 
@@ -354,6 +382,36 @@ def _info(arguments: argparse.Namespace) -> int:
         width = None if sys.stdout.isatty() else 140  # a file or a pipe has no edge to wrap at
         info.render(report, Console(highlight=False, width=width))
     return 0
+
+
+def _selfcheck(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from jasper_fast import selfcheck
+
+    wanted = arguments.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise UsageError(f"--device {wanted!r} is no device; give cpu, cuda or cuda:1") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = torch.cuda.current_device() if device.index is None and count else device.index or 0
+        if index >= count:
+            raise UsageError(f"--device {wanted}: PyTorch sees {count} GPUs here; `jasper-fast info` says more")
+        device = torch.device("cuda", index)
+    try:
+        return selfcheck.main(
+            device,
+            quick=arguments.quick,
+            as_json=arguments.json,
+            cache=not arguments.no_cache,
+            seconds=arguments.limit,
+        )
+    except selfcheck.CannotCheck as error:
+        raise UsageError(str(error)) from error
 
 
 if __name__ == "__main__":

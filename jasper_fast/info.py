@@ -83,6 +83,16 @@ def _backends() -> dict[str, dict[str, Any]]:
     return found
 
 
+def _verdicts(gpus: int) -> list[dict[str, Any]]:
+    """What the self-check found on each device, as far as it has run: nothing is checked here."""
+    import torch
+
+    from jasper_fast import trust
+
+    devices = [torch.device("cuda", i) for i in range(gpus)] or [torch.device("cpu")]
+    return [{"device": str(d), **vars(v)} for d in devices for v in trust.read(d).values()]
+
+
 def collect() -> dict[str, Any]:
     """The machine as a dict of plain values: what ``jasper-fast info --json`` prints."""
     import torch
@@ -126,6 +136,7 @@ def collect() -> dict[str, Any]:
         },
         "cuda": {"torch_built_for": torch.version.cuda, "available": torch.cuda.is_available(), "gpus": gpus},
         "auto": auto,
+        "verdicts": _verdicts(len(gpus)),
         "backends": found,
         "packages": packages,
     }
@@ -160,6 +171,13 @@ def render(report: dict[str, Any], console: Any) -> None:
         on = ", ".join(f"{d} (auto)" if d in chosen else d for d in backend["devices"])
         table.add_row(name, on or "-", escape(backend["missing"] or ""))
     console.print(table)
+    for verdict in report["verdicts"]:
+        what = f"{verdict['op']} ({verdict['face']}) on {verdict['device']}"
+        failure = f": {verdict['failure']}" if verdict["failure"] else ""
+        found = f"{verdict['status']}, {verdict['checked']} checks passed{', quick' if verdict['quick'] else ''}"
+        console.print(f"self-check of {escape(what)}: {found}{escape(failure)}")
+    if not report["verdicts"]:
+        console.print("self-check: not run with these versions; `jasper-fast selfcheck` runs it")
     table = Table(box=None, pad_edge=False)
     for column in ("package", "version", "for", "how to get it"):
         table.add_column(column)
