@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from jasper_fast import backends
 from jasper_fast.inference.graphs import CudaGraphs, Turns
 from jasper_fast.inference.launches import Launches
 from jasper_fast.inference.stepwise import Stepwise
 from jasper_fast.model import Jasper, check_features
-from jasper_fast.ops.conv1d import conv_face
 
 
 class InferenceEngine:
@@ -74,7 +74,7 @@ class InferenceEngine:
 
     def _runner(self, weight: Tensor, turns: Turns) -> Launches | Stepwise:
         dtype = self._wanted or weight.dtype
-        face = conv_face(weight.to(dtype), 1, self._model.backend)
+        face = backends.fused_face(self._model.backend, weight.device, dtype)
         if self._graphs is True and face != "triton":
             raise ValueError(f"graphs=True needs the triton face, and this engine's is {face!r}; take graphs='auto'")
         if face != "triton":
