@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     sub = top.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--device", default=None, help="cpu, cuda or cuda:1 (default: the GPU where there is one)")
-    common.add_argument("--dtype", choices=DTYPES, default=None, help="default: fp32 on a CPU, bf16 on a GPU")
+    common.add_argument("--dtype", choices=DTYPES, default=None, help="default: fp32 on a CPU, fp16 on a GPU")
     common.add_argument(
         "--backend",
         default="auto",
@@ -136,7 +136,7 @@ def start(args: argparse.Namespace) -> harness.Run:
         raise SystemExit("--device cuda: this PyTorch sees no GPU (python -m jasper_fast info says more)")
     if args.threads:
         torch.set_num_threads(args.threads)
-    dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
+    dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "fp16")]
     effort = harness.QUICK if args.quick else harness.Effort()
     if args.seconds:
         effort = dataclasses.replace(effort, seconds=args.seconds)

@@ -24,12 +24,21 @@ from bench.machine import ROOT
 COMMITTED = Path(__file__).parent / "compiled"
 CACHE = ROOT / "build" / "compile"
 DTYPES = ("float32", "float16", "bfloat16")
-FRAMES = (840, 104, 48, 16)  # T' of 16.7 s, of 2 s, and shorter than the smaller tiles' frames
+FRAMES = (840, 48, 16)  # T' of 16.7 s, and two for which the default tiles have fewer rows
 KEY = ("arch", "dtype", "kernel", "tile", "layer")
 FACTS = (
     "registers", "spilled", "shared", "dots", "dot_rows", "wgmma", "mma_sync", "tcgen05", "tma", "cp_async",
     "wide_loads", "wide_stores", "narrow_loads", "waiting_loads", "nan_eaters",
 )  # fmt: skip
+# a table's op: the kernel that takes its tile, and the names of that kernel's launches for it
+TUNED = {
+    "forward": ("forward", "forward"),
+    "forward_stats": ("forward", "forward stats"),
+    "dgrad": ("dgrad", "dgrad"),
+    "dgrad_bn": ("dgrad", "dgrad bn.*"),
+    "wgrad": ("wgrad", "wgrad"),
+    "fused": ("fused", "fused.*"),
+}
 COLD = re.compile(r"merge|pack")  # run once a step over little data: a spill there costs nothing that shows
 
 
@@ -64,43 +73,73 @@ class Job:
 # ------------------------------------------------------------------ what there is to compile
 
 
-def layers() -> dict[tuple[int, int], None]:
-    """(C_in, C_out) of Jasper 10x5's main convs, widest first, each once: what a kernel's code can depend on."""
-    from bench import counts, models
-
-    convs = (c for c in counts.convs(models.config("jasper10x5"), 1, 64) if ".res." not in c.name)
-    return dict.fromkeys(sorted({(c.C_in, c.C_out) for c in convs}, reverse=True))
-
-
 def jobs(archs: Iterable[int], dtypes: Iterable[str]) -> Iterator[Job]:
-    """Each distinct launch of each layer of Jasper 10x5 once, under the widest layer that makes it."""
-    import torch
-
-    from jasper_fast.kernels.bn_relu_dropout import triton_impl as bn
-    from jasper_fast.kernels.conv1d import triton_impl as conv1d
-
+    """Each distinct launch of Jasper 10x5's layers once, under the widest layer that makes it."""
     for arch in archs:
         for dtype in dtypes:
-            exact, seen = getattr(torch, dtype), {}
-            for T in FRAMES:
-                for C_in, C_out in layers():
-                    found = conv1d.sources(exact, C_in, C_out, T, descriptors=arch >= 90)
-                    yield from _new(seen, arch, dtype, "conv1d", f"{C_in}->{C_out} T{T}", found)
-            for C in sorted({C_in for C_in, _ in layers() if C_in > 64}, reverse=True):  # features have no batch norm
-                yield from _new(seen, arch, dtype, "bn_relu_dropout", f"C{C}", bn.sources(exact, C))
+            seen: dict = {}
+            for kernel, layer, source in _launches(arch, dtype):
+                job = Job(arch, dtype, kernel, layer, source)
+                same = (kernel, job.digest)
+                if same in seen:
+                    continue
+                if job.key in seen:
+                    raise ValueError(f"two launches called {label(job.key)} differ: their sources need other names")
+                seen[same] = seen[job.key] = True
+                yield job
 
 
-def _new(seen: dict, arch: int, dtype: str, op: str, layer: str, sources: Iterable) -> Iterator[Job]:
-    for source in sources:
-        job = Job(arch, dtype, f"{op} {source.name}", layer, source)
-        same = (job.kernel, job.digest)
-        if same in seen:
-            continue
-        seen[same] = job.key
-        if job.key in seen:
-            raise ValueError(f"two launches of {job.key} differ: their sources need names of their own")
-        seen[job.key] = same
-        yield job
+def _launches(arch: int, dtype: str) -> Iterator[tuple[str, str, object]]:
+    """(kernel, layer, source) of every launch that dispatch can choose, with default tiles and with measured ones."""
+    import torch
+
+    from bench.sub_blocks import layers
+    from jasper_fast.kernels.bn_relu_dropout import triton_impl as bn
+    from jasper_fast.kernels.conv1d import triton_sources as conv1d
+
+    exact, tma = getattr(torch, dtype), arch >= 90
+    wide = sorted(layers(), key=lambda a: (-a.C_in, -a.C_out, a.K))
+    first, last = next(a for a in wide if a.first), next(a for a in wide if a.head)
+    for T in FRAMES:
+        for a in wide:
+            name = f"{a.C_in}->{a.C_out} T{T}"
+            if a.first:  # descriptors know no stride, and features need no gradient
+                for source in conv1d.sources(exact, a.C_in, a.C_out, T, taps=a.K):
+                    if source.name in ("forward", "forward stats", "wgrad"):
+                        yield f"conv1d {source.name}", f"{name} s{a.stride}", source
+            elif not a.head:  # it trains through ATen
+                for source in conv1d.sources(exact, a.C_in, a.C_out, T, taps=a.K, descriptors=tma):
+                    yield f"conv1d {source.name}", name, source
+        for source in conv1d.first_and_last(exact, first.C_out, last.C_in, last.C_out, T, descriptors=tma):
+            name = {"first": f"{first.C_in}->{first.C_out} T{T} s2", "last": f"{last.C_in}->{last.C_out} T{T}"}
+            yield f"conv1d {source.name}", name.get(source.name, "any"), source
+    for C in sorted({a.C_in for a in wide if not a.first}, reverse=True):
+        for source in bn.sources(exact, C):
+            yield f"bn_relu_dropout {source.name}", f"C{C}", source
+    yield from _measured(arch, dtype)
+
+
+def _measured(arch: int, dtype: str) -> Iterator[tuple[str, str, object]]:
+    """The launches with tiles from the tables of this architecture's GPUs."""
+    import torch
+
+    from jasper_fast.kernels import tables
+    from jasper_fast.kernels.conv1d import triton_sources as conv1d
+    from jasper_fast.kernels.conv1d.triton_tiles import Tile
+
+    for path in sorted(tables.folder().glob("*.json")):
+        table = tables.load(path)
+        for row in table.rows if table.header["capability"] == f"sm_{arch}" else ():
+            if row.tile is None or row.dtype != dtype:
+                continue
+            tuned = row.op.removeprefix("conv1d.")
+            op, names = TUNED[tuned]
+            tma = arch >= 90 and row.stride == 1
+            shape = (getattr(torch, dtype), row.c_in, row.c_out, max(1, (1 << row.rows_log2) // 32))
+            for source in conv1d.sources(*shape, taps=row.taps, descriptors=tma, tiles={op: Tile(**row.tile)}):
+                if re.fullmatch(names, source.name):
+                    stride = f" s{row.stride}" if row.stride > 1 else ""
+                    yield f"conv1d {source.name}", f"{row.c_in}->{row.c_out} {path.stem}{stride}", source
 
 
 # ------------------------------------------------------------------ compiling
@@ -153,7 +192,7 @@ class Rule:
 
     def complaint(self, job: Job, facts: dict) -> str | None:
         """What the rule says about a row."""
-        if any(re.search(pattern, f"sm_{job.arch} {job.dtype} {job.kernel}") for pattern, _ in self.spared):
+        if any(re.search(pattern, label(job.key)) for pattern, _ in self.spared):
             return None
         return self.broken(job, facts)
 
@@ -164,9 +203,9 @@ def _spill(job: Job, facts: dict) -> str | None:
 
 
 def _shared(job: Job, facts: dict) -> str | None:
-    from jasper_fast.kernels.aot import SHARED_LIMIT
+    from jasper_fast.kernels.tables import SHARED_LIMIT
 
-    limit = SHARED_LIMIT[job.arch]
+    limit = SHARED_LIMIT.get(f"sm_{job.arch}", SHARED_LIMIT["sm_90"])
     return f"{facts['shared']} bytes a block, the architecture has {limit}" if facts["shared"] > limit else None
 
 
@@ -190,7 +229,7 @@ def _tensor_cores(job: Job, facts: dict) -> str | None:
 def _asynchronous(job: Job, facts: dict) -> str | None:
     if job.dtype == "float32" or not facts["dots"]:
         return None
-    if job.arch >= 90:
+    if job.arch >= 90 and job.source.constants.get("HAS_DESCRIPTORS", True):
         return None if facts["tma"] else "no TMA: no operand of its products comes through a tensor descriptor"
     if not facts["cp_async"]:
         return "no cp.async: all operands of its products pass through registers"
@@ -214,7 +253,7 @@ RULES = (
     Rule("tensor cores", _tensor_cores),
     Rule("asynchronous copies", _asynchronous),
     Rule("no 16-bit scalar loads", _narrow),
-    Rule("a NaN passes", _nan),
+    Rule("a NaN passes", _nan, (("conv1d last", "log-softmax's own maximum; a NaN comes back with exp"),)),
 )
 
 

@@ -281,14 +281,18 @@ def readme_table(results: Sequence[dict]) -> str:
     ]
     for goal, result in latest.values():
         rows = {row["id"]: row for row in result["rows"]}
-        pair = rows[goal["row"]], rows[goal["row"].rsplit(" / ", 1)[0] + " / jasper_fast"]
+        pair = rows.get(goal["row"]), rows[goal["row"].rsplit(" / ", 1)[0] + " / jasper_fast"]
         if goal["measured"] is None:
             cells = ["no number", pair[1].get("why", ""), ""]
+        elif goal["kind"] == "share":
+            cells = [tables.duration(r["time_s"]["median"]) if r and "time_s" in r else "" for r in pair]
+            cells.append(f"{100 * goal['measured']:.0f} % of the limit")
         elif "memory" in pair[0]:
             cells = [f"{r['memory']['kept_bytes'] / 2**20:,.0f} MiB" for r in pair]
             cells.append(f"{goal['measured']:.2f} of eager's")
         else:
             cells = [tables.duration(r["time_s"]["median"]) for r in pair]
+            cells[0] += "" if pair[0]["contender"] == "eager" else f" ({pair[0]['contender']})"
             cells.append(f"{goal['measured']:.2f}x [{goal['low']:.2f}, {goal['high']:.2f}]")
         lines.append(f"| {goal['name']} | {' | '.join(cells)} |")
     used = [r for r in results if any(result is r for _, result in latest.values())]

@@ -147,12 +147,9 @@ def max_autotuned_frozen(i: Inputs) -> SubBlockCall:
 
     torch._dynamo.reset()
     compiled = torch.compile(i.module, mode="max-autotune", dynamic=False)
-
-    def call(x: Tensor, lengths: Tensor) -> Tensor:
-        with inductor.patch(freezing=True):
-            return compiled(x, lengths)
-
-    return call
+    with inductor.patch(freezing=True), torch.inference_mode():
+        compiled(i.x, i.lengths)
+    return compiled
 
 
 def cudnn(i: Inputs) -> SubBlockCall:

@@ -195,21 +195,16 @@ def fused_sub_block(backend: str) -> Callable[..., Tensor]:
     return call
 
 
-def max_autotuned(function: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:
+def max_autotuned(op: str, function: Callable[..., Tensor], i: Inputs, mode: str) -> Runner:
     """torch.compile in max-autotune. Its CUDA graphs do not allow one forward's backward to run again and again, so
     where the backward pass is timed alone they are off."""
     rivals.needs_compiler()
     import torch._functorch.config as functorch
 
+    functorch.donated_buffer = False  # a backward that donates its buffers runs only once; read in every call
     torch._dynamo.reset()
     tuned = "max-autotune-no-cudagraphs" if mode == "backward" else "max-autotune"
-    compiled = torch.compile(function, mode=tuned, dynamic=False)
-
-    def call(*args: object) -> Tensor:
-        with functorch.patch(donated_buffer=False):  # else the retained graph's backward is refused
-            return compiled(*args)
-
-    return call
+    return runner(op, torch.compile(function, mode=tuned, dynamic=False), i, "nct", mode, amp=True)
 
 
 def cudnn_statistics(i: Inputs) -> Callable[..., Tensor]:
@@ -304,9 +299,6 @@ def case(
     def plain(name: str, function: Callable[..., Tensor], memory: str, amp: bool) -> Contender:
         return Contender(name, lambda: runner(op, function, inputs(), memory, mode, amp=amp))
 
-    def max_autotune() -> Runner:
-        return runner(op, max_autotuned(eager, mode), inputs(), "nct", mode, amp=True)
-
     def cudnn() -> Runner:
         if mode != "forward":
             raise Absent("cuDNN's frontend for Python has no fused pattern of this direction")
@@ -316,7 +308,9 @@ def case(
     builders = {
         "eager": lambda: plain("eager", eager, "nct", True),
         "eager_2d_channels_last": lambda: plain("eager_2d_channels_last", eager_2d, "ntc", True),
-        "compile_max_autotune": lambda: Contender("compile_max_autotune", max_autotune),
+        "compile_max_autotune": lambda: Contender(
+            "compile_max_autotune", lambda: max_autotuned(op, eager, inputs(), mode)
+        ),
         "cudnn": lambda: Contender("cudnn", cudnn),
     }
     contenders += [builders[name]() for name in rivals.for_sub_blocks(run)]

@@ -460,47 +460,110 @@ def test_deadline_stops_the_run(tmp_path):
 # ------------------------------------------------------------------ everything in nine minutes
 
 
+def measured(op):
+    def part(run):
+        case = softplus_case({"eager": F.softplus})
+        case.key = {"op": op}
+        run.cases("test", [case])
+
+    return part
+
+
+def endless_compiler(run):
+    while True:
+        time.sleep(0.01)
+
+
+def failing(run):
+    raise ValueError("no such kernel")
+
+
 def test_gpu_plan_is_bounded_written_as_it_goes_and_resumed(tmp_path, monkeypatch):
-    def measured(op):
-        def part(run):
-            case = softplus_case({"eager": F.softplus})
-            case.key = {"op": op}
-            run.cases("test", [case])
-
-        return part
-
-    def endless_compiler(run):
-        while True:
-            time.sleep(0.01)
-
-    def failing(run):
-        raise ValueError("no such kernel")
-
-    late = [("compile", endless_compiler), ("last", measured("c"))]
-    plan = [("first", measured("a")), ("failing", failing), ("second", measured("b")), *late]
+    whole = gpu.BUDGET
+    plan = [
+        gpu.Part("first", whole, measured("a")),
+        gpu.Part("failing", whole, failing),
+        gpu.Part("compile", 0.1 * whole, endless_compiler),
+        gpu.Part("second", whole, measured("b")),
+        gpu.Part("endless too", whole, endless_compiler),
+        gpu.Part("last", whole, measured("c")),
+    ]
     monkeypatch.setattr(gpu, "plan", lambda run: plan)
     monkeypatch.setattr(gpu, "GOOD", 0.5)
     run = make_run(tmp_path)
-    gpu.main(run, time.monotonic() - run.started + 5.0)
+    gpu.main(run, time.monotonic() - run.started + 6.0)
     parts = json.loads(run.results.path.read_text())["parts"]
     assert parts == {
         "first": "finished",
         "failing": "failed: ValueError: no such kernel",
+        "compile": "cut off",  # by its own share of the time: the next one still had its turn
         "second": "finished",
-        "compile": "cut off",
+        "endless too": "cut off",
         "last": "no time left",
     }
 
-    plan[3] = ("compile", measured("compiled"))
     header = {k: run.results.data[k] for k in ("command", "machine")}
     again = dataclasses.replace(
         run, results=harness.Results(run.results.path, header, resume=True), started=time.monotonic()
     )
-    plan[0] = ("first", failing)  # finished before: must not run again
+    plan[0] = gpu.Part("first", whole, failing)  # finished before: must not run again
+    plan[2] = gpu.Part("compile", whole, measured("compiled"))
+    plan[4] = gpu.Part("endless too", whole, measured("d"))
     gpu.main(again)
     on_disk = json.loads(run.results.path.read_text())
-    assert on_disk["parts"]["first"] == on_disk["parts"]["compile"] == on_disk["parts"]["last"] == "finished"
-    assert {r["key"]["op"] for r in on_disk["rows"]} == {"a", "b", "c", "compiled"}
+    assert {title for title, how in on_disk["parts"].items() if how != "finished"} == {"failing"}
+    assert {r["key"]["op"] for r in on_disk["rows"]} == {"a", "b", "c", "d", "compiled"}
+
+
+def test_a_part_that_was_cut_off_goes_on_when_the_others_are_done(tmp_path, monkeypatch):
+    calls = []
+
+    def slow_at_first(run):
+        calls.append(run.deadline - time.monotonic())
+        if len(calls) == 1:
+            endless_compiler(run)
+        measured("slow")(run)
+
+    plan = [gpu.Part("slow", 0.05 * gpu.BUDGET, slow_at_first), gpu.Part("other", gpu.BUDGET, measured("other"))]
+    monkeypatch.setattr(gpu, "plan", lambda run: plan)
+    monkeypatch.setattr(gpu, "GOOD", 0.1)
+    run = make_run(tmp_path)
+    gpu.main(run, time.monotonic() - run.started + 20.0)
+    data = json.loads(run.results.path.read_text())
+    assert data["parts"] == {"slow": "finished", "other": "finished"}
+    assert [r["key"]["op"] for r in data["rows"]][::2] == ["other", "slow"]
+    assert calls[0] < 1.5 < calls[1]
+
+
+def test_the_plan_for_a_gpu_has_every_question_once_and_the_cheap_ones_first(tmp_path):
+    run = make_run(tmp_path)
+    run.device = torch.device("cuda")
+    titles = [part.title for part in gpu.plan(run)]
+    assert len(set(titles)) == len(titles)
+    assert titles[:6] == [
+        "self-check",
+        "bn_relu_dropout",
+        "latency of one utterance",
+        "training step",
+        "memory",
+        "sub-blocks",
+    ]
+    assert titles.index("tuning") < titles.index("latency grid")
+    first = [part.seconds for part in gpu.plan(run)][: titles.index("tuning") + 1]
+    assert sum(first) <= gpu.BUDGET, "what comes first must have its share even if everything takes all of its own"
+
+
+def test_the_self_check_s_verdict_is_in_the_result(tmp_path, monkeypatch):
+    from jasper_fast import selfcheck
+
+    row = {"op": "conv1d", "face": "triton", "function": "forward", "variant": "", "configuration": "t128", "id": "1"}
+    row |= {"shape": "(1, 2, 3)", "dtype": "fp16", "detail": "error 2.0", "status": "wrong"}
+    monkeypatch.setattr(selfcheck, "supervise", lambda device, quick: [row])
+    monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
+    run = make_run(tmp_path)
+    gpu.selfcheck(run, quick=True)
+    told = json.loads(run.results.path.read_text())["selfcheck"]
+    assert told["quick"] and told["verdicts"][0]["status"] == "bad" and "error 2.0" in told["failures"][0]
 
 
 def test_gpu_run_killed_in_the_middle_leaves_its_rows(tmp_path):
@@ -636,7 +699,53 @@ def goal_rows() -> list[dict]:
 def test_goals_are_judged_from_the_rows():
     found = goals.judge(goal_rows(), "cpu")
     assert [g["met"] for g in found] == [True, False, True, True, True]
-    assert goals.judge([], "cpu") == []
+    assert goals.judge([], "cpu") == goals.judge([], "cuda") == []
+
+
+def gpu_row(goal: goals.Goal, contender: str, **more) -> dict:
+    case = goal.bench + " " + " ".join(f"{k}={v}" for k, v in goal.key.items())
+    key = {"shape": "any"} | goal.key
+    row = {"id": f"{case} / {contender}", "bench": goal.bench, "key": key, "contender": contender}
+    return row | {"ours": contender == "jasper_fast", "status": "ok", "time_s": harness.summary([0.001], 1)} | more
+
+
+def test_gpu_goals_hold_shares_of_the_limit_and_the_best_rival():
+    by_name = {g.name: g for g in goals.gpu_goals()}
+    assert len(by_name) == 11 and sum(isinstance(g, goals.ShareOfLimit) for g in by_name.values()) == 7
+    conv = next(g for n, g in by_name.items() if n.startswith("conv1d 768->896"))
+    rows = [gpu_row(conv, "jasper_fast", limit={"bound": "compute", "share": 0.74}), gpu_row(conv, "eager")]
+    (found,) = goals.judge(rows, "cuda")
+    assert found["measured"] == 0.74 and not found["met"] and found["row"] == rows[1]["id"]
+    rows[0]["limit"]["share"] = 0.76
+    assert goals.judge(rows, "cuda")[0]["met"]
+
+    race = next(g for n, g in by_name.items() if n.startswith("sub-blocks, backward"))
+    ratio = {"median": 1.5, "low": 1.4, "high": 1.6}
+    rows = [gpu_row(race, "jasper_fast"), gpu_row(race, "eager", ratio=ratio)]
+    (found,) = goals.judge(rows, "cuda")
+    assert found["met"] and found["measured"] == 1.5
+    rows.append(gpu_row(race, "cudnn", ratio=ratio | {"median": 0.9}))
+    (found,) = goals.judge(rows, "cuda")
+    assert not found["met"] and found["measured"] == 0.9 and found["row"].endswith("/ cudnn")
+    rows[0]["status"] = "wrong"
+    (found,) = goals.judge(rows, "cuda")
+    assert found["measured"] is None and not found["met"]
+
+
+def test_gpu_goals_are_about_cases_that_the_plan_measures(tmp_path):
+    """A goal whose key no case has would never be judged."""
+    run = make_run(tmp_path)
+    run.device, run.dtype = torch.device("cuda"), torch.float16
+    cases = [kernels.bn_relu_dropout(run, s, "both", False, False) for s in kernels.GPU_SHAPES[:2]]
+    for layer in sub_blocks.layers():
+        N, T = sub_blocks.batch(run, layer)
+        modes = ("forward", "backward", "inference")
+        cases += sub_blocks.layer_cases(run, "sub_block", N, T, layer, modes)
+        cases += sub_blocks.layer_cases(run, "conv1d", N, T, layer, ("forward",))
+    for goal in goals.gpu_goals():
+        about = [c for c in cases if goal.matches({"bench": c.bench, "key": c.key})]
+        wanted = 13 if isinstance(goal, goals.NeverSlower) else 0 if goal.bench == "memory" else 1
+        assert len(about) == wanted, goal.name
 
 
 def test_readme_table_goes_between_its_markers(result, tmp_path):
@@ -656,7 +765,7 @@ def test_readme_table_goes_between_its_markers(result, tmp_path):
         report.write_readme([path], readme)
 
 
-@pytest.mark.parametrize("command", [*cli.SUBCOMMANDS, "report"])
+@pytest.mark.parametrize("command", [*cli.SUBCOMMANDS, "compile", "report"])
 def test_every_subcommand_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
