@@ -113,11 +113,28 @@ def test_a_graph_does_not_outlive_its_scratch(device):
     want = engine(*small)[0]
     run = engine._run
     assert all(part.numel() > 0 for part in run._scratch()), "the reductions of this model are not split"
-    held = run.shapes[1, 16].scratch
+    held = run.shapes[1, 16].made_with
     run._workspace.reserve(10 * held[0].numel(), 10 * held[1].numel())
     assert torch.equal(engine(*small)[0], want)
-    assert all(new is not old for new, old in zip(run.shapes[1, 16].scratch, held, strict=True))
-    assert all(new is now for new, now in zip(run.shapes[1, 16].scratch, run._scratch(), strict=True))
+    again = run.shapes[1, 16].made_with
+    assert again[0] is run._workspace.part is not held[0] and again[1] is run._workspace.arrived is not held[1]
+
+
+def test_a_graph_is_captured_again_where_fp32_arithmetic_is_to_change(device, monkeypatch):
+    _, ours = pair(config("plain residual"), "triton", device)
+    engine = InferenceEngine(ours, graphs=True, bucket=8)
+    features, lengths = batch([24, 17], device=device)
+    engine(features, lengths)
+    bound = engine._run.shapes[2, 24]
+    captures: list[object] = []
+    capture = engine._run._graphs.capture
+    monkeypatch.setattr(engine._run._graphs, "capture", lambda launch: captures.append(launch) or capture(launch))
+    engine(features, lengths)
+    assert captures == []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not torch.backends.cudnn.allow_tf32)
+    engine(features, lengths)
+    engine(features, lengths)
+    assert captures == [bound.launch]
 
 
 def test_refresh_drops_every_graph(device):
@@ -281,10 +298,10 @@ def test_capture_warms_up_on_a_side_stream_and_shares_one_pool(fake):
     once = [
         "side waits for main",
         "launch on side",
+        "main waits for side",
         "begin pool 1 thread_local",
         "launch on side",
         "end",
-        "main waits for side",
     ]
     assert fake.log == once + once
     fake.log.clear()

@@ -30,6 +30,7 @@ class CudaGraphs:
         graph = cuda.CUDAGraph()
         with cuda.stream(self._stream):
             launch()
+            current.wait_stream(self._stream)
             try:
                 with _no_collection():
                     self._record(graph, launch)
@@ -38,7 +39,6 @@ class CudaGraphs:
                     f"the engine's launches could not be captured in a CUDA graph: {error}\n"
                     "InferenceEngine(model, graphs=False) runs without graphs, with the same results"
                 ) from error
-        current.wait_stream(self._stream)
         return graph.replay
 
     def _record(self, graph: cuda.CUDAGraph, launch: Callable[[], None]) -> None:

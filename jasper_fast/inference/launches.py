@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from math import prod
+from operator import is_not
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class Bound:
     lengths: Tensor
     called: bool = False
     replay: Callable[[], None] | None = None
-    scratch: tuple[Tensor, ...] = field(default=())  # what the graph uses beside the buffers: alive while it is
+    made_with: tuple[object, ...] = ()  # what the graph depends on beside the buffers: alive while it is
 
     def launch(self) -> None:
         """Everything between the first launch and the last."""
@@ -104,8 +105,7 @@ class Launches:
         if features.numel() == 0:
             return plan.nothing(features, lengths)
         n, _, t = features.shape
-        t_out = plan.frames(t)[-1]
-        out_lengths = torch.empty((n,), dtype=torch.int64, device=features.device)
+        t_out = plan.out_frames(t)
         bound = self._bound(n, -(-t // self._span) * self._span)
         before = self._scratch()
         if bound.source is None:
@@ -115,6 +115,7 @@ class Launches:
             x[:, :t].copy_(features.transpose(1, 2))
         bound.first(x, in_lengths=lengths)
         self._between(bound)
+        out_lengths = torch.empty((n,), dtype=torch.int64, device=features.device)
         fused = self._softmax
         dtype = torch.float32 if fused else self._dtype
         out = torch.empty((n, t_out, plan.n_classes), dtype=dtype, device=features.device)
@@ -144,13 +145,16 @@ class Launches:
             bound.called = True
             bound.launch()
             return
-        if bound.replay is not None and any(a is not b for a, b in zip(bound.scratch, self._scratch(), strict=True)):
+        if bound.replay is not None and any(map(is_not, bound.made_with, self._dependences())):
             self._turns.finish()
             bound.replay = None
         if bound.replay is None:
             bound.replay = self._graphs.capture(bound.launch)
-            bound.scratch = self._scratch()
+            bound.made_with = self._dependences()
         bound.replay()
+
+    def _dependences(self) -> tuple[object, ...]:
+        return *self._scratch(), torch.backends.cudnn.allow_tf32
 
     def _scratch(self) -> tuple[Tensor, ...]:
         return self._workspace.part, self._workspace.arrived

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -73,7 +74,17 @@ class Plan:
             found.append(step.b.out_length(found[-1]))
         return found
 
-    @property
+    @cached_property
+    def _resizing(self) -> list[BlockConfig]:
+        return [step.b for step in self.steps if step.resizes]
+
+    def out_frames(self, t: int | Tensor) -> int | Tensor:
+        """Frames of the log-probabilities, for `t` frames of features (or lengths of that many)."""
+        for b in self._resizing:
+            t = b.out_length(t)
+        return t
+
+    @cached_property
     def reads_source(self) -> bool:
         """Whether panes take the features, so that they must lie in their buffer."""
         return any(step.panes is not None and step.panes.buffer == self.source.buffer for step in self.steps)
@@ -88,10 +99,8 @@ class Plan:
 
     def nothing(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """The results of no utterances or no frames."""
-        for step in self.steps:
-            lengths = step.b.out_length(lengths)
-        shape = (features.shape[0], self.frames(features.shape[2])[-1], self.n_classes)
-        return features.new_zeros(shape, dtype=torch.float32), lengths.clone()
+        shape = (features.shape[0], self.out_frames(features.shape[2]), self.n_classes)
+        return features.new_zeros(shape, dtype=torch.float32), self.out_frames(lengths).clone()
 
 
 def make_plan(model: Jasper, conv: Callable[[Folded], Any]) -> Plan:

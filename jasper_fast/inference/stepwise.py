@@ -27,6 +27,8 @@ class Stepwise:
         if features.numel() == 0:
             return plan.nothing(features, lengths)
         n, _, t = features.shape
+        if lengths.is_cuda:  # elsewhere they have been looked at
+            lengths = lengths.clamp(0, t)
         buffers.reserve(plan.sizes(n, t))
         x, lens = buffers.view(plan.source, n, t), lengths
         x.copy_((mask(features, lens) if plan.masks else features).transpose(1, 2))
