@@ -1,0 +1,445 @@
+"""The self-check: wrong, crashing and hanging kernels are caught and named; its plan holds all that can be chosen."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_face
+
+from jasper_fast import backends, checks, selfcheck, trust
+from jasper_fast.checks import Check, Conv, Norm
+from jasper_fast.kernels import launch, tables
+from jasper_fast.trust import BAD, GOOD, UNCHECKED
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+CONV = Conv(2, 21, 24, 20, 5)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
+    trust.forget()
+    yield
+    trust.forget()
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def face(request) -> str:
+    return make_face(request.param).name
+
+
+def conv_check(face: str, function: str = "forward", **more) -> Check:
+    return Check("conv1d", face, function, "default", CONV, "float32", **more)
+
+
+def norm_check(face: str, function: str = "forward", variant: str = "batch") -> Check:
+    return Check("bn_relu_dropout", face, function, "default", Norm(2, 24, 21), "float32", variant)
+
+
+# ---- one check ----
+
+
+@pytest.mark.parametrize("function", ["forward", "dgrad", "wgrad"])
+def test_a_right_conv_passes(face, function):
+    row = checks.perform(conv_check(face, function), CPU)
+    assert row["status"] == "ok" and 0 <= row["share"] <= 1, row
+
+
+@pytest.mark.parametrize("function", ["stats", "forward", "backward"])
+@pytest.mark.parametrize("variant", checks.NORM_VARIANTS)
+def test_a_right_norm_passes(face, function, variant):
+    row = checks.perform(norm_check(face, function, variant), CPU)
+    assert row["status"] == "ok", row
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("variant", checks.FUSED_VARIANTS)
+def test_a_right_fused_conv_passes_in_every_form_and_dtype(dtype, variant):
+    face = make_face("triton").name
+    row = checks.perform(Check("conv1d.fused", face, "fused", "default", CONV, dtype, variant), CPU)
+    assert row["status"] == "ok", row
+
+
+def scale(out, *_):
+    return out * 1.001
+
+
+def drop_a_row(out, *_):
+    out = out.clone()
+    out[0, :, -1] = 0.0
+    return out
+
+
+def one_element(out, *_):
+    out = out.clone()
+    out[1, 7, 0] += 0.1 * out.abs().max()
+    return out
+
+
+def in_half_precision(out, *_):
+    return out.half().float()
+
+
+def not_a_number(out, *_):
+    return torch.where(torch.arange(out.shape[-1]) == 3, float("nan"), out)
+
+
+class Stale:
+    """The first answer again, whatever the inputs."""
+
+    def __init__(self):
+        self.first = None
+
+    def __call__(self, out, *_):
+        self.first = out if self.first is None else self.first
+        return self.first
+
+
+class OneBuffer(Stale):
+    """Right answers in one buffer, which the next call overwrites."""
+
+    def __call__(self, out, *_):
+        if self.first is None:
+            self.first = out.clone()
+        return self.first.copy_(out)
+
+
+class Drifting:
+    """Another last bit in every call."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, out, *_):
+        self.calls += 1
+        return out * (1 + self.calls * 2.0**-22)
+
+
+WRONG = [scale, drop_a_row, one_element, in_half_precision, not_a_number, Stale, Drifting]
+
+
+@pytest.mark.parametrize("fault", WRONG, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("op", "function", "name"), [
+    ("conv1d", "forward", "forward"), ("conv1d", "dgrad", "dgrad"), ("conv1d", "wgrad", "wgrad"),
+    ("bn_relu_dropout", "forward", "forward"),
+])  # fmt: skip
+def test_a_wrong_kernel_is_caught(op, function, name, fault, monkeypatch):
+    face = make_face("cpu").name
+    impl, spoil = backends.face(op, face), fault() if isinstance(fault, type) else fault
+    right = getattr(impl, name)
+    monkeypatch.setattr(impl, name, lambda *args, **kwargs: spoil(right(*args, **kwargs)))
+    check = conv_check(face, function) if op == "conv1d" else norm_check(face, function)
+    row = checks.perform(check, CPU)
+    assert row["status"] == "wrong", row
+    assert row["detail"]
+
+
+def test_a_buffer_that_is_shared_by_calls_is_no_fault_of_its_results(monkeypatch):
+    """Results are compared before the next call: who keeps them longer is the op's affair, tested with the ops."""
+    face = make_face("cpu").name
+    impl, spoil = backends.face("conv1d", face), OneBuffer()
+    right = impl.forward
+    monkeypatch.setattr(impl, "forward", lambda *args, **kwargs: spoil(right(*args, **kwargs)))
+    assert checks.perform(conv_check(face), CPU)["status"] == "ok"
+
+
+def test_padding_that_is_read_is_caught(monkeypatch):
+    face = make_face("cpu").name
+    impl = backends.face("conv1d", face)
+    right = impl.forward
+    monkeypatch.setattr(impl, "forward", lambda x, w, s, p, d, lengths: right(x, w, s, p, d, None))
+    row = checks.perform(conv_check(face), CPU)
+    assert row["status"] == "wrong" and "nan" in row["detail"]
+
+
+def test_a_wrong_dropout_mask_is_caught(monkeypatch):
+    face = make_face("cpu").name
+    impl = backends.face("bn_relu_dropout", face)
+    right = impl.forward
+    monkeypatch.setattr(impl, "forward", lambda *args: right(*args[:-2], args[-2] + 1, args[-1]))
+    assert checks.perform(norm_check(face), CPU)["status"] == "wrong"
+
+
+def test_a_kernel_that_raises_is_caught_and_quoted(monkeypatch):
+    face = make_face("cpu").name
+
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("PassManager::run failed\nsecond line")
+
+    monkeypatch.setattr(backends.face("conv1d", face), "forward", broken)
+    row = checks.perform(conv_check(face), CPU)
+    assert (row["status"], row["detail"]) == ("failed", "RuntimeError: PassManager::run failed")
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_kernel(monkeypatch):
+    face = make_face("cpu").name
+
+    def greedy(*_args, **_kwargs):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(backends.face("conv1d", face), "forward", greedy)
+    row = checks.perform(conv_check(face), CPU)
+    assert row["status"] == "no memory"
+    assert selfcheck.verdicts([row], quick=True)[0].status == UNCHECKED
+
+
+def test_a_check_of_a_tile_runs_that_tile(monkeypatch):
+    face = make_face("triton").name
+    tile = {"t": 16, "n": 32, "k": 16, "num_warps": 2, "num_stages": 2, "splits": 1}
+    seen, run = [], launch.run
+
+    def watching(kernel, grid, like, *args, **meta):
+        seen.append({k: meta.get(k) for k in ("BLOCK_T", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")})
+        return run(kernel, grid, like, *args, **meta)
+
+    monkeypatch.setattr(launch, "run", watching)
+    row = checks.perform(conv_check(face, tile=tile), CPU)
+    assert row["status"] == "ok", row
+    wanted = {"BLOCK_T": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 2, "num_stages": 2}
+    assert wanted in seen
+    assert tables.lookup("conv1d.forward", CPU, torch.float32, c_in=24, c_out=20, taps=5, stride=1, dilation=1,
+                         rows=42) is None  # fmt: skip
+
+
+# ---- the plan ----
+
+
+def test_the_plan_holds_every_function_of_every_face_once(face):
+    plan = checks.plan(CPU, faces=(face,))
+    assert len({check.id for check in plan}) == len(plan)
+    functions = {(check.op, check.function) for check in plan}
+    convs = checks.CONV if face == "triton" else ("forward", "dgrad", "wgrad")
+    assert functions == {
+        *(("bn_relu_dropout", f) for f in ("stats", "forward", "backward")),
+        *(("conv1d", f) for f in convs), ("conv1d.fused", "fused"),
+    }  # fmt: skip
+    for op in ("bn_relu_dropout", "conv1d"):  # every public function of the face is among them
+        names = {"backward" if n.startswith("backward") else n for n in public(op, face)}
+        assert names - {"pack", "packed_shape", "packed_size", "sources"} <= {f for _, f in functions}
+    quick = checks.plan(CPU, faces=(face,), quick=True)
+    assert {(c.op, c.function) for c in quick} == functions and len(quick) < len(plan) / 2
+
+
+def public(op: str, face: str) -> set[str]:
+    module = backends.face(op, face)
+    named = {name: thing for name, thing in vars(module).items() if not name.startswith("_")}
+    return {n for n, t in named.items() if callable(t) and getattr(t, "__module__", "") == module.__name__
+            and not isinstance(t, type)}  # fmt: skip
+
+
+def test_the_plan_leaves_out_what_was_not_asked_for():
+    face = make_face("cpu").name
+    plan = checks.plan(CPU, ops=("conv1d",), faces=(face,))
+    assert {(check.op, check.face) for check in plan} == {("conv1d", "cpu")}
+    with pytest.raises(ValueError, match="op 'conv2d' is not one of"):
+        checks.plan(CPU, ops=("conv2d",))
+
+
+def test_the_plan_of_a_gpu_holds_every_tile_of_its_table(monkeypatch, tmp_path):
+    gpu, device = "NVIDIA Imaginary 9000", torch.device("cuda", 0)
+    tiles = [{"t": t, "n": 64, "k": 32, "num_warps": 4, "num_stages": 3, "splits": s} for t, s in
+             ((16, 1), (32, 1), (64, 1), (128, 4))]  # fmt: skip
+    same = {"dtype": "bfloat16", "c_in": 256, "c_out": 384, "taps": 13, "stride": 1, "dilation": 1, "time_s": 1.0}
+    ours = {"face": "triton", "algorithm": "direct"}
+    rows = [
+        tables.Row(op="conv1d.forward", rows_log2=b, tile=t, **same, **ours) for b, t in zip((8, 12, 15), tiles[:3])
+    ]
+    rows.append(tables.Row(op="conv1d.fused", rows_log2=7, tile=tiles[3], **same, **ours))
+    rows.append(tables.Row(op="conv1d.forward", rows_log2=8, tile=None, face="aten", algorithm="library", **same))
+    header = dict.fromkeys(tables.HEADER, "x") | {"gpu": gpu, "capability": "sm_90"}
+    tables.write(tmp_path / f"{tables.slug(gpu)}.json", header, rows)
+    monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "why_missing", lambda face, kind: None if face in ("triton", "cuda") else "not here")
+
+    plan = checks.plan(device)
+    measured = [check for check in plan if check.tile]
+    assert [check.tile for check in measured] == tiles
+    assert [check.variant for check in measured] == ["", "", "", "splits"]
+    assert all((c.shape.c_in, c.shape.c_out, c.shape.k) == (256, 384, 13) for c in measured)
+    assert len({check.id for check in plan}) == len(plan)
+    assert {check.face for check in plan} == {"triton", "cuda"}
+    real = {(c.shape.c_in, c.shape.c_out) for c in plan if c.op == "conv1d" and not c.tile}
+    assert {(768, 768), (896, 1024), (1024, 29), (64, 256)} <= real
+
+    quick = [check.tile for check in checks.plan(device, quick=True) if check.tile]
+    assert quick == [*tiles[:3], tiles[3]], "up to three of an op"
+    monkeypatch.setattr(checks, "QUICK_TILES", 1)
+    assert len([check.tile for check in checks.plan(device, quick=True) if check.tile]) == 2
+
+
+def test_real_shapes_are_those_of_the_model():
+    from jasper_fast import JasperConfig
+
+    encoder = JasperConfig.from_yaml(ROOT / "configs" / "jasper10x5dr.yaml").encoder
+    wanted, channels = set(), encoder.in_feats
+    for block in encoder.blocks:
+        for _ in range(block.repeat):
+            wanted.add((channels, block.filters, block.k, block.s, block.d))
+            channels = block.filters
+    have = {(c.c_in, c.c_out, c.k, c.stride, c.dilation) for c in checks.REAL_CONV}
+    assert (64, 256, 11, 2, 1) in wanted and (768, 896, 29, 1, 2) in wanted
+    assert len(have & wanted) >= 9 and have - wanted == {(1024, 29, 1, 1, 1)}, "the decoder's is of another list"
+
+
+# ---- processes that die ----
+
+
+def run_child(code: str, *, seconds: float = 60.0, ops=("conv1d", "bn_relu_dropout"), **more) -> list[dict]:
+    """The rows of a supervised process that runs `code` before the self-check, on the CPU face."""
+    make_face("cpu")
+    full = (
+        f"import os, sys, time, torch\nfrom jasper_fast import backends, checks, selfcheck\n{code}\nselfcheck.child()"
+    )
+    argv = [sys.executable, "-c", full]
+    return selfcheck.supervise(CPU, quick=True, ops=ops, faces=("cpu",), seconds=seconds, argv=argv, **more)
+
+
+BREAK = """
+impl = backends.face("conv1d", "cpu")
+right = impl.{function}
+def broken(x, w, *rest, **more):
+    if {where}:
+        {what}
+    return right(x, w, *rest, **more)
+impl.{function} = broken
+"""
+
+
+def test_a_kernel_that_kills_its_process_is_named_and_the_rest_goes_on():
+    code = BREAK.format(function="dgrad", where="x.shape[1] == 256", what="os.kill(os.getpid(), 11)")
+    told = []
+    rows = run_child(code, on_row=lambda row, total: told.append((row["id"], total)))
+    by_status = {s: [r for r in rows if r["status"] == s] for s in ("ok", "died", "skipped")}
+    (dead,) = by_status["died"]
+    assert (dead["function"], dead["shape"]) == ("dgrad", "(2, 256->256, 200) K 11")
+    assert "SIGSEGV" in dead["detail"]
+    assert {r["op"] for r in by_status["skipped"]} == {"conv1d"}
+    assert {r["op"] for r in by_status["ok"]} == {"conv1d", "bn_relu_dropout"}
+    plan = checks.plan(CPU, quick=True, ops=("conv1d", "bn_relu_dropout"), faces=("cpu",))
+    assert [row["id"] for row in rows] == [check.id for check in plan]
+    assert sorted(name for name, _ in told) == sorted(row["id"] for row in rows)
+    assert {total for _, total in told} == {len(plan)}
+
+    found = {v.op: v for v in selfcheck.verdicts(rows, quick=True)}
+    assert found["bn_relu_dropout"].status == GOOD
+    assert found["conv1d"].status == BAD
+    assert "dgrad default (2, 256->256, 200) K 11 float32 died" in found["conv1d"].failure
+
+
+def test_a_kernel_that_never_ends_is_named():
+    code = BREAK.format(function="wgrad", where="True", what="time.sleep(600)")
+    rows = run_child(code, seconds=15.0, ops=("conv1d",))
+    (hung,) = [row for row in rows if row["status"] == "hung"]
+    assert hung["function"] == "wgrad" and "gave no sign for 15 s" in hung["detail"]
+    assert selfcheck.verdicts(rows, quick=True)[0].status == BAD
+
+
+def test_a_kernel_that_ruins_the_context_is_named():
+    """On a GPU the error comes back from the synchronisation after the kernel, and from everything that follows."""
+    code = """
+device_of = torch.device
+torch.device = lambda name: device_of(name) if name != "cpu" else Pretended()
+class Pretended:
+    type, index = "cuda", 0
+    def __str__(self): return "cuda:0"
+checks.plan = (lambda plan: lambda device, **more: plan(device_of("cpu"), **more))(checks.plan)
+perform, done = checks.perform, []
+def performing(check, device):
+    done.append(check)
+    return perform(check, device_of("cpu"))
+checks.perform = performing
+ones, full_like = torch.ones, torch.full_like
+torch.ones = lambda *shape, device=None, **more: ones(*shape, **more)
+def synchronize(device):
+    if done[-1].function == "dgrad":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+torch.cuda.synchronize = synchronize
+"""
+    rows = run_child(code)
+    (dead,) = [row for row in rows if row["status"] == "died"]
+    assert dead["function"] == "dgrad" and "illegal memory access" in dead["detail"]
+    assert {row["op"] for row in rows if row["status"] == "skipped"} == {"conv1d"}
+    assert all(row["status"] == "ok" for row in rows if row["op"] == "bn_relu_dropout")
+
+
+def test_what_kernels_print_is_no_part_of_the_protocol():
+    rows = run_child(BREAK.format(function="forward", where="True", what="print('jasper', end='', flush=True)"))
+    assert {row["status"] for row in rows} == {"ok"}
+
+
+def test_a_process_that_does_not_start_is_no_verdict_on_a_kernel():
+    with pytest.raises(selfcheck.CannotCheck, match="ended with status 3, in no check: what a pity"):
+        run_child("print('what a pity', file=sys.stderr); sys.exit(3)")
+
+
+def test_a_device_that_is_lost_on_the_way_leaves_what_was_not_checked_open(tmp_path):
+    """The process dies in a kernel, and the next one does not start."""
+    flag = tmp_path / "started"
+    code = f"""
+if os.path.exists({str(flag)!r}):
+    sys.exit("no device any more")
+open({str(flag)!r}, "w").close()
+""" + BREAK.format(function="forward", where="True", what="os._exit(9)")
+    rows = run_child(code)
+    assert next(row["status"] for row in rows if row["function"] == "forward" and row["op"] == "conv1d") == "died"
+    found = {v.op: v.status for v in selfcheck.verdicts(rows, quick=True)}
+    assert found["conv1d"] == BAD
+
+
+def test_memory_that_runs_out_in_the_driver_is_no_fault_of_the_kernel():
+    what = "print('CUDA error: out of memory', file=sys.stderr); sys.stderr.flush(); os._exit(1)"
+    rows = run_child(BREAK.format(function="forward", where="True", what=what), ops=("conv1d",))
+    assert selfcheck.verdicts(rows, quick=True)[0].status == UNCHECKED
+
+
+# ---- the command ----
+
+
+def command(*arguments: str, cache: Path, interpret: bool) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"JASPER_FAST_CACHE": str(cache)}
+    env |= {"TRITON_INTERPRET": "1"} if interpret else {}
+    argv = [sys.executable, "-m", "jasper_fast", "selfcheck", "--device", "cpu", *arguments]
+    return subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def test_the_command_checks_the_cpu_and_the_interpreted_kernels_and_keeps_the_verdicts(tmp_path):
+    make_face("cpu"), make_face("triton")
+    done = command("--quick", "--json", cache=tmp_path, interpret=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert {(v["op"], v["face"]) for v in report["verdicts"]} == {(o, f) for o in checks.OPS for f in ("cpu", "triton")}
+    assert all(v["status"] == GOOD and v["quick"] for v in report["verdicts"])
+    (file,) = (tmp_path / "verdicts").glob("*.json")
+    kept = json.loads(file.read_text())
+    assert kept["key"] == report["key"] and kept["verdicts"] == report["verdicts"]
+
+
+def test_the_command_shows_a_table(tmp_path):
+    make_face("cpu")
+    done = command("--quick", "--no-cache", cache=tmp_path, interpret=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "conv1d (cpu): good" in done.stdout and "conv1d dgrad" in done.stdout
+    assert not (tmp_path / "verdicts").exists(), "--no-cache"
+
+
+def test_a_failure_is_shown_and_is_the_exit_status(monkeypatch, capsys, tmp_path):
+    make_face("cpu")
+    code = BREAK.format(function="dgrad", where="True", what="return 1.01 * right(x, w, *rest, **more)")
+    full = f"from jasper_fast import backends, selfcheck\n{code}\nselfcheck.child()"
+    argv = [sys.executable, "-c", full]
+    monkeypatch.setattr(selfcheck, "command", lambda: argv)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert selfcheck.main(CPU, quick=True, as_json=False, cache=True) == 1
+    said = capsys.readouterr().out
+    assert "conv1d dgrad default (2, 64->48, 37) K 11 float32 wrong: dx: max error" in said.replace("\n", " ")
+    assert "conv1d (cpu): bad" in said and "bn_relu_dropout (cpu): good" in said
+    assert trust.read(CPU)["conv1d", "cpu"].status == BAD
