@@ -377,14 +377,12 @@ def test_triton_indexes_beyond_32_bits_of_counters():
     pytest.importorskip("triton")
     from draw_kernel import draw
 
-    from jasper_fast.kernels.bn_relu_dropout import triton_impl
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     p, seed, rows = 0.4, 99, 4
     for c, vec in ((16, 8), (18, 1)):
         m0 = (1 << 36) // c - 2  # counters cross 2**34: beyond one 32-bit word
         out = torch.empty(rows, 32, dtype=torch.int8, device=device)
-        threshold, _ = triton_impl._dropout(p)
+        threshold, _ = philox.signed_threshold(p)
         draw[(1,)](out, m0, c, torch.tensor([seed], device=device), threshold, BLOCK_M=rows, BLOCK_C=32, VEC=vec)
         first = m0 * c
         drawn = philox.words(first // 4, rows * c // 4 + 2, seed).reshape(-1)[first % 4 :][: rows * c]

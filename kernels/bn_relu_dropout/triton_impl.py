@@ -32,6 +32,7 @@ MIN_ROWS = 128  # of a reducing program, so that partials stay under a few perce
 MAX_PARTIALS = 256  # per channel: the second stage holds them all at once
 MERGE_C = 16  # channels of a second-stage program
 NUM_WARPS = 4
+APPLY_WARPS = 8  # of backward_apply, which holds three tiles at once: with 4 warps it spills
 
 
 # ---- what all kernels share: N batch, T frames, C channels, C = c_groups * VEC ----
@@ -314,7 +315,7 @@ def forward(
     launch.run(
         _forward_kernel, (triton.cdiv(rows, block_m) * triton.cdiv(c, block_c),), y,
         y, residual, z, mean, rstd, gamma, beta, lengths, seed,
-        rows, t, c // vec, *_dropout(p),
+        rows, t, c // vec, *philox.signed_threshold(p),
         HAS_RESIDUAL=residual is not None, HAS_LENGTHS=lengths is not None, HAS_DROPOUT=p > 0,
         BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=NUM_WARPS,
     )  # fmt: skip
@@ -342,7 +343,7 @@ def backward_reduce(
     launch.run(
         _backward_reduce_kernel, (partials * triton.cdiv(c, block_c),), y,
         dz, y, z, mean, rstd, gamma, beta, lengths, seed, part_dbeta, part_dgamma,
-        rows, y.shape[2], chunk, c // vec, *_dropout(p),
+        rows, y.shape[2], chunk, c // vec, *philox.signed_threshold(p),
         HAS_Z=z is not None, HAS_LENGTHS=lengths is not None, HAS_DROPOUT=p > 0 and z is None,
         BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=NUM_WARPS,
     )  # fmt: skip
@@ -379,10 +380,10 @@ def backward_apply(
     launch.run(
         _backward_apply_kernel, (triton.cdiv(rows, block_m) * triton.cdiv(c, block_c),), y,
         dz, y, z, dy, dres, mean, rstd, gamma, beta, mean_g, mean_gy,
-        lengths, seed, rows, t, halo or 0, c // vec, *_dropout(p),
+        lengths, seed, rows, t, halo or 0, c // vec, *philox.signed_threshold(p),
         HAS_Z=z is not None, HAS_RESIDUAL=has_residual, HAS_BATCH_STATS=mean_g is not None,
         HAS_LENGTHS=lengths is not None, HAS_HALO=_has_halo(lengths, mean_g, halo), HAS_DROPOUT=p > 0 and z is None,
-        BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=NUM_WARPS,
+        BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=APPLY_WARPS,
     )  # fmt: skip
     return dy, dres
 
@@ -415,12 +416,6 @@ def _blocks(c: int, elements: int) -> tuple[int, int, int]:
     return elements // block_c, block_c, next(v for v in (8, 4, 1) if c % v == 0)
 
 
-def _dropout(p: float) -> tuple[int, float]:
-    """The threshold in the bits of an int32 (so that its type never changes) and the scale of what is kept."""
-    threshold = philox.threshold(p)
-    return threshold - (1 << 32) if threshold >= 1 << 31 else threshold, 1.0 / (1.0 - p)
-
-
 # ---- for compilation without a GPU ----
 
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
@@ -445,7 +440,8 @@ def sources(dtype: torch.dtype, c: int) -> Iterator[aot.Source]:
         told = "".join(f" {flag.removeprefix('HAS_').lower()}" for flag, on in flags.items() if on)
         return aot.Source(
             name + told, kernel, signature,
-            absent | {"BLOCK_M": block_m, "BLOCK_C": block_c, "VEC": vec} | flags, num_warps=NUM_WARPS,
+            absent | {"BLOCK_M": block_m, "BLOCK_C": block_c, "VEC": vec} | flags,
+            num_warps=APPLY_WARPS if kernel is _backward_apply_kernel else NUM_WARPS,
         )  # fmt: skip
 
     tile = TILE_BYTES // dtype.itemsize

@@ -298,7 +298,7 @@ def fused(
     """
     w, masked = packed, masked and (in_lengths is not None or out_lengths is not None)
     n, t, c_in = x.shape
-    nct = x.stride(2) != 1 and c_in > 1
+    nct = c_in > 1 and (x.stride(2) != 1 or (t == 1 and x.dtype != w.data.dtype))  # of one frame either is true
     if x.dtype != w.data.dtype and not (nct and x.dtype == torch.float32):
         raise TypeError(f"the triton face takes x and weights of one dtype, got {x.dtype} and {w.data.dtype}")
     if nct and x.stride(1) != 1 and t > 1:
@@ -422,8 +422,9 @@ def _vec(c: int) -> int:
     return next(v for v in (8, 4, 1) if c % v == 0)
 
 
-def _vectors(x: Tensor, count: int, *shape: int) -> Tensor:
-    return torch.empty((count, *shape), dtype=torch.float32, device=x.device).unbind()
+def _vectors(x: Tensor, count: int, *shape: int) -> list[Tensor]:
+    # one allocation each: outputs of a registered op must not share memory
+    return [torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(count)]
 
 
 def _transpose_grid(c_in: int, c_out: int, meta: dict[str, int]) -> tuple[int]:

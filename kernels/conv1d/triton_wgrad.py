@@ -61,11 +61,12 @@ def conv1d_wgrad_kernel(
         for t0 in range(begin, end, BLOCK_T):
             t = t0 + tl.arange(0, BLOCK_T)
             mask_t = t < end
-            offs_x = (t * stride + shift)[:, None] * C_in + offs_i[None, :]
+            # x is loaded as its transpose: on sm_80 a tl.trans of what was loaded keeps it from being copied ahead
+            offs_x = (t * stride + shift)[None, :] * C_in + offs_i[:, None]
             offs_dy = t[:, None] * C_out + offs_o[None, :]
-            x = tl.load(x_n + offs_x, mask=mask_t[:, None] & mask_i[None, :], other=0.0)
+            x = tl.load(x_n + offs_x, mask=mask_i[:, None] & mask_t[None, :], other=0.0)
             dy = tl.load(dy_n + offs_dy, mask=mask_t[:, None] & mask_o[None, :], other=0.0)
-            acc = dot(tl.trans(x), dy, acc, UPCAST, PRECISION)
+            acc = dot(x, dy, acc, UPCAST, PRECISION)
     base = part_ptr + (part * taps + tap) * C_in * C_out
     tl.store(base + offs_i[:, None] * C_out + offs_o[None, :], acc, mask=mask_i[:, None] & mask_o[None, :])
 
