@@ -24,7 +24,6 @@ from jasper_fast.kernels.conv1d.triton_tiles import MERGE_C, MERGE_G, SOFTMAX_MA
 from jasper_fast.kernels.conv1d.triton_wgrad import conv1d_wgrad_kernel, conv1d_wgrad_merge_kernel
 from jasper_fast.kernels.layout import empty_ntc
 
-SHARES = 264  # wgrad programs wanted: two for each SM of a large GPU, and not the device's own count, so runs repeat
 INTERPRET_DESCRIPTORS = False  # the descriptor loops in the interpreter, for tests
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -242,7 +241,7 @@ def wgrad(
     c_out, t_out = dy.shape[1:]
     tile = triton_tiles.choose("wgrad", x.device, x.dtype, Shape(c_in, c_out, k, stride, dilation, n * t_out), t_out)
     programs = k * triton.cdiv(c_in, tile.n) * triton.cdiv(c_out, tile.k)
-    share = triton.cdiv(n, max(1, min(n, SHARES // programs)))
+    share = triton.cdiv(n, min(n, tile.splits))
     shares = triton.cdiv(n, share)
     parts = torch.empty((shares, k, c_in, c_out), dtype=torch.float32, device=x.device)
     vec_in, vec_out = _vec(c_in), _vec(c_out)

@@ -2,7 +2,7 @@
 
 A forward, dgrad or fused program owns `t` frames by `n` output channels and takes `k` input channels of one tap a step,
 so a 16-bit step of 128 x 128 x 64 moves 32 KB for 2.1 MFLOP; `splits` programs share one such tile's reduction. A wgrad
-program owns `n` input by `k` output channels of one tap and takes `t` frames a step.
+program owns `n` input by `k` output channels of one tap and takes `t` frames a step; `splits` share the utterances.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def default(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> Tile:
     if op == "wgrad":
         side = 128 if wide else 64
         n, k = _fit(shape.c_in, 16, side), _fit(shape.c_out, 16, side)
-        return Tile(64 if wide else 32, n, k, _warps(n * k), 3)
+        tile = Tile(64 if wide else 32, n, k, _warps(n * k), 3)
+        return tile._replace(splits=_shares(tile, shape, frames))
     reduced, out = (shape.c_out, shape.c_in) if op.startswith("dgrad") else (shape.c_in, shape.c_out)
     t = 128 if wide and frames > 64 else 64 if frames > 32 else 32
     n, k = _fit(out, 16, 128 if wide else 64), _fit(reduced, 16, 64 if wide else 32)
@@ -83,8 +84,8 @@ def candidates(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[T
             fits = n <= max(16, out) and k <= max(16, reduced) and t <= max(32, 2 * frames)
         for stages in (3, 4) if fits else ():
             tile = Tile(t, n, k, warps, stages)
-            if op == "fused":
-                splits = _splits(tile, shape)
+            if op in ("fused", "wgrad"):
+                splits = _splits(tile, shape) if op == "fused" else _shares(tile, shape, frames)
                 found += [tile._replace(splits=s) for s in sorted({max(1, splits // 2), splits, 2 * splits})]
             else:
                 found.append(tile)
@@ -94,6 +95,12 @@ def candidates(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[T
 def transpose_meta(taps: int) -> dict[str, int]:
     """The block of a program that packs weights, or adds up their gradient, with all K taps: 4096 at most."""
     return {"BLOCK_K": 1 << (taps - 1).bit_length(), "BLOCK_I": 4, "BLOCK_O": 32}
+
+
+def _shares(tile: Tile, shape: Shape, frames: int) -> int:
+    """Groups of utterances whose partial gradients make two programs for each SM, where there are so many."""
+    programs = shape.taps * -(-shape.c_in // tile.n) * -(-shape.c_out // tile.k)
+    return max(1, min(shape.rows // frames, 2 * WAVE // programs))
 
 
 def _splits(tile: Tile, shape: Shape) -> int:
