@@ -116,6 +116,8 @@ def _save(ctx, inputs, output):
 
 
 def _grad(ctx, dy, _dmean, _dm2):
+    if dy is None:
+        return (None,) * 10
     x, weight, lengths = ctx.saved_tensors
     need_dx = ctx.needs_input_grad[0]
     dx, dw = torch.ops.jasper_fast.conv1d_backward(

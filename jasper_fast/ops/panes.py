@@ -103,26 +103,23 @@ def _panes_backward(g, xs, means, covs, weights, gammas, pane_mean, pane_var, ep
     g = _rows(ntc(g))
     wide = pane_mean.dtype
     total = g.sum(0, dtype=wide)
-    mean_g = total / g.shape[0]
-    centred = (g - mean_g).to(g.dtype)  # a constant g gives nothing but cancellation, unless other ranks have more rows
     dxs, dmeans, dcovs, dweights, dgammas = [], [], [], [], []
     for k, (x, m, s, weight, gamma) in enumerate(zip(xs, means, covs, weights, gammas, strict=True)):
         w = weight.flatten(1).to(wide)
         rstd = (pane_var[k] + eps).rsqrt()
         a = gamma * rstd
-        x = _rows(ntc(x))
-        p = product(centred.T, x)  # g^T x - total m^T, m being the mean of this rank's rows
-        if synced:
-            p.addr_(total, x.mean(0, dtype=wide) - m)
+        p = product(g.T, _rows(ntc(x))).addr_(total, m, alpha=-1)  # g^T (x - m)
         da = (p * w).sum(1)
         dgamma = rstd * da
         dvar = -0.5 * gamma * rstd**3 * da
-        ws = w @ s
-        dw = a[:, None] * p + (2 * dvar)[:, None] * ws
-        scaled = a[:, None] * w
-        dx = centred @ scaled.to(g.dtype)
-        dxs.append((dx.add_(mean_g @ scaled) if synced else dx).view(n, t, -1).transpose(1, 2))
-        dmeans.append(-total @ scaled if synced else torch.zeros_like(m))
+        dw = a[:, None] * p + (2 * dvar)[:, None] * (w @ s)
+        scaled = (a[:, None] * w).to(g.dtype)
+        # what the rows' mean of g gives is taken off at once: it would only cancel, later and rounded. Ranks have
+        # different ones, so where there are more it is left to the gradient of the mean.
+        given = total @ scaled.to(wide)
+        shift = torch.zeros_like(scaled[0]) if synced else (-given / g.shape[0]).to(g.dtype)
+        dxs.append(torch.addmm(shift, g, scaled).view(n, t, -1).transpose(1, 2))
+        dmeans.append(-given - shift.to(wide) * g.shape[0])
         dcovs.append(w.T @ (dvar[:, None] * w))
         dweights.append(dw.to(weight.dtype).view(weight.shape))
         dgammas.append(dgamma)
@@ -183,6 +180,8 @@ def _panes_save(ctx, inputs, output):
 
 def _panes_grad(ctx, g, _dmean, _dvar):
     n = ctx.count
+    if g is None:
+        return *([None] * n for _ in range(6)), None, None
     saved = list(ctx.saved_tensors)
     lists = [saved[i * n : (i + 1) * n] for i in range(5)]
     dxs, dmeans, dcovs, dweights, dgammas, dbeta = torch.ops.jasper_fast.panes_backward(

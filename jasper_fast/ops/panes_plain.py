@@ -100,6 +100,8 @@ def _save(ctx, inputs, output):
 
 def _grad(ctx, g, *_):
     n = ctx.count
+    if g is None:
+        return *([None] * n for _ in range(4)), None, None, None
     saved = list(ctx.saved_tensors)
     lists = [saved[i * n : (i + 1) * n] for i in range(3)]
     dxs, dweights, dgammas, dbeta = torch.ops.jasper_fast.panes_plain_backward(
@@ -130,6 +132,6 @@ def panes_plain(
     check_rows(xs[0], name)
     out, mean, var, rows = torch.ops.jasper_fast.panes_plain(
         list(xs), list(weights), [g.to(wide) for g in gammas], [b.to(wide) for b in betas], eps, name,
-        resolve(backend, xs[0].device.type),
+        resolve(backend, xs[0].device, "bn_relu_dropout"),
     )  # fmt: skip
     return out, mean, unbiased(var, xs[0], rows if name else None)

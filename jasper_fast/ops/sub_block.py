@@ -90,6 +90,8 @@ def _save(ctx, inputs, output):
 
 
 def _grad(ctx, dout, _dmean, _dm2):
+    if dout is None:
+        return (None,) * 19
     dy, dgamma, dbeta, dw = torch.ops.jasper_fast.sub_block_backward(dout, *ctx.saved_tensors, ctx.packed, *ctx.rest)
     return dy, None, None, dgamma, dbeta, None, None, None, dw, *(None,) * 10
 

@@ -1,0 +1,104 @@
+"""A whole dense-residual block (conv sub-blocks, panes, masks, dropout) in fp64, Gram and plain form: its gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call
+
+from jasper_fast.config import BlockConfig
+from jasper_fast.eager import EagerBlock
+from jasper_fast.kernels import philox
+from jasper_fast.modules import JasperBlock
+
+WIDTHS = (3, 4)  # channels of the block outputs that the panes take; the last of them is the block's input
+LENGTHS = torch.tensor([7, 4])
+
+
+def config(dropout: float, **more) -> BlockConfig:
+    shape = {"filters": 5, "repeat": 3, "kernel_size": (3,), "dilation": (2,), "residual_dense": True, **more}
+    return BlockConfig(dropout=dropout, residual=True, **shape)
+
+
+def build(form: str, dropout: float, **more) -> JasperBlock:
+    torch.manual_seed(0)
+    block = JasperBlock(WIDTHS[-1], config(dropout, **more), list(WIDTHS), "reference", form).double()
+    for name, parameter in block.named_parameters():
+        if parameter.dim() == 1:  # gamma about 1, beta about 0
+            torch.nn.init.uniform_(parameter, 0.5, 1.5) if name.endswith("weight") else torch.nn.init.normal_(parameter)
+    return block
+
+
+def masked(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    return x.masked_fill((torch.arange(x.shape[2]) >= lengths[:, None])[:, None], 0)
+
+
+def run(block: JasperBlock, sources, seeds, parameters=None) -> torch.Tensor:
+    """The block's output, with masks; `sources` need not be zero in their padding."""
+    steps = [LENGTHS]
+    for _ in range(block.b.repeat):
+        steps.append(block.b.out_length(steps[-1]))
+    sources = [masked(s, LENGTHS) for s in sources]
+    grams = [block.gram(s) for s in sources]
+    given = (sources[-1], sources, grams, steps, seeds)
+    return functional_call(block, parameters, given) if parameters else block(*given)
+
+
+def inputs() -> list[torch.Tensor]:
+    return [torch.randn(2, c, 7, dtype=torch.float64).requires_grad_() for c in WIDTHS]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("form", ["gram", "plain"])
+def test_gradcheck(form, dropout):
+    """Numerical derivatives with respect to every block output and parameter; the masks are fixed by their seeds."""
+    block = build(form, dropout)
+    names = [name for name, _ in block.named_parameters()]
+    seeds = torch.tensor([11, 12, 13]) if dropout else None
+
+    def call(*leaves):
+        parameters = dict(zip(names, leaves[len(WIDTHS) :], strict=True))
+        return run(block, leaves[: len(WIDTHS)], seeds, parameters)
+
+    leaves = [*inputs(), *(p.detach().clone().requires_grad_() for p in block.parameters())]
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+def definition(block: EagerBlock, sources, seeds) -> torch.Tensor:
+    """The reference's block, with the dropout masks that the seeds give in place of its own draw."""
+    b, lens = block.cfg, LENGTHS
+    keep = [1.0] * b.repeat
+    x = sources[-1]
+    for i in range(b.repeat):
+        y = block.conv[4 * i + 1](block.conv[4 * i](x, lens))
+        lens = b.out_length(lens)
+        if seeds is not None:
+            keep[i] = philox.keep_mask(*y.shape, b.dropout, seeds[i]) / (1 - b.dropout)
+        if i < b.repeat - 1:
+            x = F.relu(y) * keep[i]
+    for (conv, bn), source in zip(block.res, sources, strict=True):
+        y = y + bn(conv(source, LENGTHS))
+    return masked(F.relu(y) * keep[-1], lens)
+
+
+@pytest.mark.parametrize("more", [{}, {"dilation": (1,), "kernel_size": (5,)}, {"repeat": 1}], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("form", ["gram", "plain"])
+def test_equals_autograd_on_the_definition(form, dropout, more):
+    """Output, gradients of every block output and parameter, and running statistics."""
+    ours = build(form, dropout, **more)
+    plain = EagerBlock(WIDTHS[-1], ours.b, list(WIDTHS)).double()
+    plain.load_state_dict(ours.state_dict())
+    seeds = torch.arange(21, 21 + ours.b.repeat) if dropout else None
+    leaves = inputs()
+    results = []
+    for block, call in ((ours, run), (plain, definition)):
+        out = call(block, leaves, seeds)
+        torch.manual_seed(2)
+        wanted = [*leaves, *(p for _, p in sorted(block.named_parameters()))]
+        gradients = torch.autograd.grad(out, wanted, torch.randn(out.shape, dtype=out.dtype))
+        running = [v for name, v in sorted(block.named_buffers()) if not name.endswith("tracked")]
+        results.append([out.detach(), *gradients, *running])
+    for i, (got, want) in enumerate(zip(*results, strict=True)):
+        torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-8, msg=str(i))

@@ -1,0 +1,162 @@
+"""Dense-residual panes in training, Gram and plain form, against their definition: fp64, low precision, large means."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from close import assert_close
+from conftest import make_face
+from torch.library import opcheck
+
+from jasper_fast import Jasper, ops
+from jasper_fast.config import JasperConfig
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+LOW = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(params=["gram", "plain"])
+def form(request):
+    """Computes the panes of (xs, weights, gammas, betas): sum, means, unbiased variances."""
+    if request.param == "gram":
+        return lambda x, w, g, b: ops.panes(x, [ops.gram(v) for v in x], w, g, b)
+    return lambda x, w, g, b: ops.panes_plain(x, w, g, b, backend="reference")
+
+
+def pane_inputs(dtype=torch.float64, m=(2, 7), widths=(3, 4), c_out=5):
+    n, t = m
+    xs = [torch.randn(n, c, t, dtype=dtype).relu().requires_grad_() for c in widths]
+    weights = [torch.randn(c_out, c, 1, dtype=dtype, requires_grad=True) for c in widths]
+    gammas = [torch.rand(c_out, dtype=dtype).add(0.5).requires_grad_() for _ in xs]
+    betas = [torch.randn(c_out, dtype=dtype, requires_grad=True) for _ in xs]
+    return xs, weights, gammas, betas
+
+
+def definition(xs, weights, gammas, betas):
+    terms = zip(xs, weights, gammas, betas, strict=True)
+    return sum(F.batch_norm(F.conv1d(x, w), None, None, g, b, training=True, eps=1e-3) for x, w, g, b in terms)
+
+
+def test_opcheck_gram_form():
+    xs, weights, gammas, betas = pane_inputs(torch.float32)
+    opcheck(torch.ops.jasper_fast.gram, (xs[0], ""), test_utils=CHECKS)
+    grams = [ops.gram(x.detach()) for x in xs]
+    means, covs = ([v.clone().requires_grad_() for v in vs] for vs in list(zip(*grams, strict=True))[:2])
+    opcheck(torch.ops.jasper_fast.panes, (xs, means, covs, weights, gammas, betas, 1e-3, False), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("face", ["reference", "cpu", "triton"])
+def test_opcheck_plain_form(face):
+    make_face(face)
+    call = (*pane_inputs(torch.float32), 1e-3, "", face)
+    opcheck(torch.ops.jasper_fast.panes_plain, call, test_utils=CHECKS)
+
+
+def test_fp64_equals_the_definition(form):
+    inputs = pane_inputs()
+    leaves = [v for vs in inputs for v in vs]
+    out, mean, var = form(*inputs)
+    want = definition(*inputs)
+    torch.testing.assert_close(out, want)
+    y = F.conv1d(inputs[0][1], inputs[1][1])
+    torch.testing.assert_close(mean[1], y.mean((0, 2)))
+    torch.testing.assert_close(var[1], y.var((0, 2)))
+    assert not mean.requires_grad
+    assert not var.requires_grad
+    up = torch.randn_like(out)
+    got = torch.autograd.grad(out, leaves, up)
+    for i, (g, w) in enumerate(zip(got, torch.autograd.grad(want, leaves, up), strict=True)):
+        torch.testing.assert_close(g, w, msg=str(i))
+
+
+def test_gradcheck(form):
+    inputs = pane_inputs(m=(1, 6))
+
+    def run(*leaves):
+        return form(*(list(leaves[i : i + 2]) for i in (0, 2, 4, 6)))[0]
+
+    assert torch.autograd.gradcheck(run, [v for vs in inputs for v in vs])
+
+
+@pytest.mark.parametrize("face", ["cpu", "triton"])
+def test_the_plain_form_takes_statistics_on_each_face(face):
+    make_face(face)
+    inputs = pane_inputs(torch.float32, m=(3, 29))
+    leaves = [v for vs in inputs for v in vs]
+    results = []
+    for backend in ("reference", face):
+        out, *stats = ops.panes_plain(*inputs, backend=backend)
+        torch.manual_seed(1)
+        results.append([out.detach(), *stats, *torch.autograd.grad(out, leaves, torch.randn(out.shape))])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def run_all(run, inputs, dtype, up, master=None):
+    """The sum and every gradient of `run` with activations of `dtype`, parameters of `master`."""
+    dtypes = (dtype, *[master or dtype] * 3)
+    x, *parameters = ([v.detach().to(d).requires_grad_() for v in vs] for vs, d in zip(inputs, dtypes, strict=True))
+    out = run(x, *parameters)
+    out = out[0] if isinstance(out, tuple) else out
+    grads = torch.autograd.grad(out, [*x, *(v for vs in parameters for v in vs)], up.to(dtype))
+    return [out.detach(), *grads]
+
+
+def judge(form, inputs, low, up, factor):
+    """`form` with activations in `low` and fp32 parameters, as under autocast, by the tolerance rule."""
+    ref = run_all(definition, inputs, torch.float64, up)
+    theirs = run_all(definition, inputs, low, up)
+    ours = run_all(form, inputs, low, up, torch.float32)
+    for i, (r, t, o) in enumerate(zip(ref, theirs, ours, strict=True)):
+        assert_close(f"tensor {i}", o.to(low), t, r, factor=2.0 if i == 0 else factor)
+
+
+def rounded(inputs, low):
+    """The inputs as `low` holds them, so that the fp64 run sees the same numbers."""
+    return [[v.detach().to(low).double() for v in vs] for vs in inputs]
+
+
+@pytest.mark.parametrize("low", LOW, ids=str)
+def test_precision(form, low):
+    """The tolerance rule. Gradients in fp32 at 16 times: they are sums of fp32 products over all rows, where ATen's CPU
+    batch norm sums in fp64; in 16 bits, where that sum is not what limits, the rule itself."""
+    inputs = rounded(pane_inputs(m=(8, 200)), low)
+    judge(form, inputs, low, torch.randn(8, 5, 200).to(low).double(), 16.0 if low == torch.float32 else 2.0)
+
+
+@pytest.mark.parametrize("upstream", ["centred", "shifted"])
+@pytest.mark.parametrize("low", LOW, ids=str)
+def test_large_means_do_not_cancel(form, low, upstream):
+    """Block outputs whose means are 30 deviations, and a gradient that has a mean too."""
+    torch.manual_seed(5)
+    xs, *parameters = pane_inputs(m=(4, 300), widths=(24, 32), c_out=16)
+    xs = [x.detach().add(30 * x.detach().std() * (1 + torch.rand(x.shape[1])[:, None])) for x in xs]
+    inputs = rounded([xs, *parameters], low)
+    up = torch.randn(4, 16, 300) + (3.0 if upstream == "shifted" else 0.0)
+    judge(form, inputs, low, up.to(low).double(), 16.0 if low == torch.float32 else 2.0)
+
+
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=str)
+def test_small_gradients_do_not_underflow(form, low):
+    """B = W^T diag(...) W of many rows is far below fp16's smallest number; the gradient of x keeps its part in it."""
+    inputs = rounded(pane_inputs(m=(8, 400), widths=(8, 8), c_out=6), low)
+    up = (torch.randn(8, 6, 400) * 0.05).to(low).double()
+    judge(form, inputs, low, up, 2.0)
+
+
+def test_one_row_raises_what_pytorch_raises(form):
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        form(*pane_inputs(m=(1, 1)))
+
+
+def test_an_unknown_form_is_named():
+    block = {"filters": 8, "repeat": 1, "kernel_size": [3], "stride": [1], "dilation": [1], "dropout": 0.0}
+    config = JasperConfig.from_dict(
+        {
+            "encoder": {"in_feats": 8, "activation": "relu", "use_conv_masks": True, "blocks": [block]},
+            "decoder": {"in_feats": 8, "n_classes": 5},
+        }
+    )
+    with pytest.raises(ValueError, match="'dense' is not one of gram, plain"):
+        Jasper(config, panes="dense")
