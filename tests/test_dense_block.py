@@ -74,7 +74,7 @@ def definition(block: EagerBlock, sources, seeds) -> torch.Tensor:
         y = block.conv[4 * i + 1](block.conv[4 * i](x, lens))
         lens = b.out_length(lens)
         if seeds is not None:
-            keep[i] = philox.keep_mask(*y.shape, b.dropout, seeds[i]) / (1 - b.dropout)
+            keep[i] = philox.keep_mask(*y.shape, b.dropout, seeds[i]).double() / (1 - b.dropout)
         if i < b.repeat - 1:
             x = F.relu(y) * keep[i]
     for (conv, bn), source in zip(block.res, sources, strict=True):
