@@ -38,7 +38,7 @@ def plan(run: Run) -> list[Part]:
         shapes = ((2, 64, 100), (2, 96, 100))
         layer = sub_blocks.Layer(64, 64, 11)
         return [
-            Part("self-check", 60, lambda r: selfcheck(r, quick=True)),
+            Part("self-check", 60, lambda r: selfcheck(r, quick=True, ops=("bn_relu_dropout",), faces=("cpu",))),
             Part(
                 "bn_relu_dropout",
                 60,
@@ -125,13 +125,14 @@ def with_(run: Run, changes: dict) -> Run:
     return dataclasses.replace(run, **changes)
 
 
-def selfcheck(run: Run, *, quick: bool) -> None:
-    """The verdicts of `jasper-fast selfcheck` for this device, kept for dispatch and in the result."""
+def selfcheck(run: Run, *, quick: bool, **which: tuple[str, ...]) -> None:
+    """The verdicts of `jasper-fast selfcheck` for this device, kept for dispatch and in the result; `which`: `ops` and
+    `faces` to check, not all."""
     from jasper_fast import selfcheck as check
     from jasper_fast import trust
 
     started = time.monotonic()
-    rows = check.supervise(run.device, quick=quick)
+    rows = check.supervise(run.device, quick=quick, **which)
     found = check.verdicts(rows, quick)
     with trust.locked():
         trust.keep(run.device, found)

@@ -566,7 +566,8 @@ def test_the_self_check_s_verdict_is_in_the_result(tmp_path, monkeypatch):
     assert told["quick"] and told["verdicts"][0]["status"] == "bad" and "error 2.0" in told["failures"][0]
 
 
-def test_gpu_run_killed_in_the_middle_leaves_its_rows(tmp_path):
+def test_gpu_run_killed_in_the_middle_leaves_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
     command = [sys.executable, "-m", "bench", "gpu", "--device", "cpu", "--quick", "--backend", "reference"]
     process = subprocess.Popen([*command, "--out", str(tmp_path)], cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
