@@ -216,14 +216,14 @@ def perform(check: Check, device: torch.device) -> dict[str, Any]:
 
 
 def _compare_all(check: Check, device: torch.device) -> dict[str, Any]:
-    cases = [_case(check, device, seed) for seed in (1, 2)]
+    cases = [case(check, device, seed) for seed in (1, 2)]
     worst: dict[str, Any] = {"share": -1.0}
     first: dict[str, Tensor] = {}
-    for case in cases:
-        outputs = _ours(check, case)
+    for drawn in cases:
+        outputs = _ours(check, drawn)
         got = {name: out.detach().clone() for name, out in outputs.items()}
         first = first or got
-        low, ref = case.low(), case.reference()
+        low, ref = drawn.low(), drawn.reference()
         if missing := ref.keys() ^ got.keys():
             return {"status": "wrong", "detail": f"results differ: {', '.join(sorted(missing))}"}
         for name in ref:
@@ -238,11 +238,11 @@ def _compare_all(check: Check, device: torch.device) -> dict[str, Any]:
     return worst | {"detail": ""}
 
 
-def _ours(check: Check, case: _Case) -> dict[str, Tensor]:
+def _ours(check: Check, drawn: Case) -> dict[str, Tensor]:
     if check.tile is None:
-        return case.ours()
+        return drawn.ours()
     with tables.forced(f"conv1d.{check.function}", check.tile):
-        return case.ours()
+        return drawn.ours()
 
 
 def _compare(got: Tensor, low: Tensor, ref: Tensor, dtype: torch.dtype) -> dict[str, Any]:
@@ -275,16 +275,21 @@ def _rms(x: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class _Case:
-    """One set of inputs: results of the face under test, of plain PyTorch at the same precision, and in fp64."""
+class Case:
+    """One set of inputs, ready: results of the face under test, of plain PyTorch at its precision, and in fp64.
+
+    `inputs` are all tensors that these read, by name: values copied into them are the next inputs.
+    """
 
     ours: Callable[[], dict[str, Tensor]]
     low: Callable[[], dict[str, Tensor]]
     reference: Callable[[], dict[str, Tensor]]
+    inputs: dict[str, Tensor]
 
 
-def _case(check: Check, device: torch.device, seed: int) -> _Case:
-    draw = _Draw(device, DTYPES[check.dtype], seed)
+def case(check: Check, device: torch.device, seed: int, *, timed: bool = False) -> Case:
+    """The inputs of `check` drawn from `seed`; `timed`: without padding, and a Triton conv's weight packed before."""
+    draw = _Draw(device, DTYPES[check.dtype], seed, timed)
     if check.op == "bn_relu_dropout":
         return _norm_case(check, draw)
     return _fused_case(check, draw) if check.function == "fused" else _conv_case(check, draw)
@@ -293,8 +298,8 @@ def _case(check: Check, device: torch.device, seed: int) -> _Case:
 class _Draw:
     """Random tensors on a device, the same for the same seed."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, seed: int) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(self, device: torch.device, dtype: torch.dtype, seed: int, timed: bool) -> None:
+        self.device, self.dtype, self.timed = device, dtype, timed
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
@@ -313,7 +318,9 @@ class _Draw:
         return torch.rand(shape, generator=self.generator, device=self.device)
 
     def lengths(self, n: int, t: int) -> Tensor:
-        """Full, a third, none, one frame, and so on."""
+        """Full, a third, none, one frame, and so on; all full for a timing."""
+        if self.timed:
+            return torch.full((n,), t, device=self.device)
         return torch.tensor([(t, t // 3, 0, min(1, t))[i % 4] for i in range(n)], device=self.device)
 
 
@@ -327,7 +334,7 @@ def _wide(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or not t.is_floating_point() else t.double() for t in tensors]
 
 
-def _conv_case(check: Check, draw: _Draw) -> _Case:
+def _conv_case(check: Check, draw: _Draw) -> Case:
     s, function = check.shape, check.function
     x, dy = draw.activation(s.n, s.c_in, s.t), draw.activation(s.n, s.c_out, s.t_out)
     weight, lengths = draw.weight(s.c_out, s.c_in, s.k), draw.lengths(s.n, s.t)
@@ -336,18 +343,19 @@ def _conv_case(check: Check, draw: _Draw) -> _Case:
     seed = torch.tensor([1234567], device=draw.device)
     y = _off_the_edge(draw.activation(s.n, s.c_in, s.t), mean, rstd, gamma, beta)
     nan, zero = _beyond(x, lengths, float("nan")), _beyond(x, lengths, 0.0)
+    pack = {"packed": backends.face("conv1d", check.face).pack(weight, draw.dtype).data} if draw.timed else {}
 
     def results(face: str, x: Tensor, dy: Tensor, weight: Tensor, y: Tensor, *vectors: Tensor) -> dict[str, Tensor]:
-        impl = backends.face("conv1d", face)
+        impl, more = backends.face("conv1d", face), {} if face == "reference" else pack
         if function == "forward":
-            return {"y": impl.forward(x, weight, s.stride, s.padding, s.dilation, lengths)}
+            return {"y": impl.forward(x, weight, s.stride, s.padding, s.dilation, lengths, **more)}
         if function == "forward_stats":
-            out = impl.forward_stats(x, weight, s.stride, s.padding, s.dilation, lengths)
+            out = impl.forward_stats(x, weight, s.stride, s.padding, s.dilation, lengths, **more)
             return dict(zip(("y", "mean", "m2"), out, strict=True))
         if function == "dgrad":
-            return {"dx": impl.dgrad(dy, weight, s.t, s.stride, s.padding, s.dilation, lengths)}
+            return {"dx": impl.dgrad(dy, weight, s.t, s.stride, s.padding, s.dilation, lengths, **more)}
         if function == "dgrad_bn":
-            out = impl.dgrad_bn(dy, weight, s.padding, s.dilation, y, *vectors, lengths, seed, 0.2)
+            out = impl.dgrad_bn(dy, weight, s.padding, s.dilation, y, *vectors, lengths, seed, 0.2, **more)
             return dict(zip(("g", "dbeta", "dgamma"), out, strict=True))
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         return {"dw": impl.wgrad(x, dy, s.k, s.stride, s.padding, s.dilation, lengths, dtype=wide)}
@@ -368,10 +376,10 @@ def _conv_case(check: Check, draw: _Draw) -> _Case:
         return {"g": g, "dbeta": dbeta, "dgamma": dgamma}
 
     tensors = (dy, weight, y, mean, rstd, gamma, beta)
-    return _Case(lambda: results(check.face, nan, *tensors), low, lambda: results("reference", *_wide(zero, *tensors)))
+    return Case(lambda: results(check.face, nan, *tensors), low, lambda: results("reference", *_wide(zero, *tensors)))
 
 
-def _fused_case(check: Check, draw: _Draw) -> _Case:
+def _fused_case(check: Check, draw: _Draw) -> Case:
     s, variant = check.shape, check.variant
     x, weight = draw.normal(s.n, s.t, s.c_in), draw.weight(s.c_out, s.c_in, s.k)
     bias, lengths = draw.normal(s.c_out, dtype=torch.float32, scale=0.3), draw.lengths(s.n, s.t)
@@ -384,21 +392,21 @@ def _fused_case(check: Check, draw: _Draw) -> _Case:
     def masked(x: Tensor | None, value: float) -> Tensor | None:
         return None if x is None else _beyond(x.transpose(1, 2), lengths, value).transpose(1, 2)
 
+    impl, poisoned = backends.face("conv1d", check.face), masked(x, float("nan"))
+    more: dict[str, Any] = {"in_lengths": lengths, "out_lengths": out_lengths}
+    if variant == "features":  # fp32 and (N, C, T) as the network's first kernel reads them
+        poisoned = poisoned.float().transpose(1, 2).contiguous().transpose(1, 2)
+        more = {"in_lengths": lengths, "lengths_out": torch.empty_like(lengths)}
+    if variant == "log-softmax":
+        more |= {"log_softmax": True}
+    if variant == "splits":
+        more |= {"workspace": impl.Workspace(x.device)}
+    if x2 is not None:
+        more |= {"x2": masked(x2, float("nan")), "packed2": impl.pack(weight2.to(x.dtype))}
+    pack = impl.pack(weight.to(x.dtype))
+
     def ours() -> dict[str, Tensor]:
-        impl, poisoned = backends.face("conv1d", check.face), masked(x, float("nan"))
-        more: dict[str, Any] = {"in_lengths": lengths, "out_lengths": out_lengths}
-        if variant == "features":  # fp32 and (N, C, T) as the network's first kernel reads them
-            poisoned = poisoned.float().transpose(1, 2).contiguous().transpose(1, 2)
-            more = {"in_lengths": lengths, "lengths_out": torch.empty_like(lengths)}
-        if variant == "log-softmax":
-            more |= {"log_softmax": True}
-        if variant == "splits":
-            more |= {"workspace": impl.Workspace(x.device)}
-        if x2 is not None:
-            more |= {"x2": masked(x2, float("nan")), "packed2": impl.pack(weight2.to(x.dtype))}
-        out = impl.fused(poisoned, impl.pack(weight.to(x.dtype)), bias=bias, relu=relu, **conv, **more)
-        if variant == "log-softmax":  # of what is not padding
-            out = _beyond(out.transpose(1, 2), out_lengths, 0.0)
+        out = impl.fused(poisoned, pack, bias=bias, relu=relu, **conv, **more)
         return {"z": out} | ({"lengths": more["lengths_out"]} if variant == "features" else {})
 
     def low() -> dict[str, Tensor]:
@@ -413,15 +421,15 @@ def _fused_case(check: Check, draw: _Draw) -> _Case:
         return finish(impl.fused(wide_x, wide_w, bias=wide_b, x2=wide_x2, weight2=wide_w2, **conv))
 
     def finish(z: Tensor) -> dict[str, Tensor]:
-        z = z.relu() if relu else z.double().log_softmax(2) if z.dtype == torch.float64 else z.float().log_softmax(2)
-        z = _beyond(z.transpose(1, 2), out_lengths, 0.0)
-        z = z if variant == "log-softmax" else z.transpose(1, 2)
+        z = z.relu() if relu else (z if z.dtype == torch.float64 else z.float()).log_softmax(2)
+        z = _beyond(z.transpose(1, 2), out_lengths, 0.0).transpose(1, 2)
         return {"z": z} | ({"lengths": out_lengths} if variant == "features" else {})
 
-    return _Case(ours, low, reference)
+    inputs = {"x": x, "poisoned": poisoned, "weight": weight, "packed": pack.data, "bias": bias, "lengths": lengths}
+    return Case(ours, low, reference, inputs | {"out_lengths": out_lengths})
 
 
-def _norm_case(check: Check, draw: _Draw) -> _Case:
+def _norm_case(check: Check, draw: _Draw) -> Case:
     (n, c, t), function, variant = check.shape, check.function, check.variant
     mean, beta = (draw.normal(c, dtype=torch.float32, scale=0.3) for _ in range(2))
     rstd, gamma = (draw.uniform(c) + 0.5 for _ in range(2))
@@ -461,10 +469,13 @@ def _norm_case(check: Check, draw: _Draw) -> _Case:
         return dict(zip(("dbeta", "dgamma"), sums, strict=True)) | {"dy": dy} | ({} if dres is None else {"dres": dres})
 
     tensors = (residual, z, mean, rstd, gamma, beta, mean_g, mean_gy)
-    return _Case(
+    names = ("residual", "z", "mean", "rstd", "gamma", "beta", "mean_g", "mean_gy")
+    named = {"y": y, "dz": dz, "poisoned": poisoned, "lengths": lengths, "seed": seed, **dict(zip(names, tensors))}
+    return Case(
         lambda: results(check.face, y, poisoned, *tensors),
         lambda: results("reference", y, dz, *tensors),
         lambda: results("reference", *_wide(y, dz, *tensors)),
+        {name: t for name, t in named.items() if t is not None},
     )
 
 
