@@ -375,8 +375,13 @@ def _conv_case(check: Check, draw: _Draw) -> Case:
         g = bn.backward_apply(dx, *norm, None, None, lengths, seed, 0.2, True)[1]
         return {"g": g, "dbeta": dbeta, "dgamma": dgamma}
 
-    tensors = (dy, weight, y, mean, rstd, gamma, beta)
-    return Case(lambda: results(check.face, nan, *tensors), low, lambda: results("reference", *_wide(zero, *tensors)))
+    tensors = {"dy": dy, "weight": weight, "y": y, "mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta}
+    return Case(
+        lambda: results(check.face, nan, *tensors.values()),
+        low,
+        lambda: results("reference", *_wide(zero, *tensors.values())),
+        tensors | pack | {"x": zero, "poisoned": nan, "lengths": lengths, "seed": seed},
+    )
 
 
 def _fused_case(check: Check, draw: _Draw) -> Case:
