@@ -46,9 +46,9 @@ def merge_stats(mean: Tensor, m2: Tensor, count: int, group: str) -> tuple[Tenso
     rows is a 0-d tensor. Ranks are merged in their order, so every rank gets the same bits.
     """
     mine = torch.cat([mean, m2, mean.new_full((1,), count)])
-    ranks = mine.new_empty((dist.get_world_size(_groups[group]), mine.numel()))
+    ranks = mine.new_empty(dist.get_world_size(_groups[group]) * mine.numel())
     dist.all_gather_into_tensor(ranks, mine, group=_groups[group])
-    c = mean.numel()
+    ranks, c = ranks.view(-1, mine.numel()), mean.numel()
     means, counts = ranks[:, :c], ranks[:, -1:]
     total = counts.sum()
     mean = (means * (counts / total)).sum(0)

@@ -1,0 +1,207 @@
+"""SyncBatchNorm over two gloo processes on the CPU, with unlike batches, against one process with all of it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from conftest import make_face
+from test_model import config, pair, valid_rows
+from torch import nn
+
+from jasper_fast import Jasper, ops, sync
+from jasper_fast.eager import EagerJasper
+
+SPLIT = (3, 2)  # utterances of each rank
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch was built without gloo")
+
+
+def spawn(task, folder: Path, *args) -> list:
+    """What `task(rank, *args)` returns on each of two ranks."""
+    mp.spawn(_rank, (task, str(folder), args), nprocs=len(SPLIT))
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(len(SPLIT))]
+
+
+def _rank(rank: int, task, folder: str, args: tuple) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(SPLIT))
+    try:
+        torch.save(task(rank, *args), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- the model ----
+
+
+def whole_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Features, lengths and the gradient of the log-probabilities of all ranks' utterances."""
+    torch.manual_seed(9)
+    n, t = sum(SPLIT), 61
+    return torch.randn(n, 8, t), torch.tensor([61, 40, 13, 50, 0]), torch.randn(n, 31, 7)
+
+
+def step(model: nn.Module, features, lengths, up) -> dict[str, torch.Tensor]:
+    """Log-probabilities of valid rows, parameters' gradients and running statistics of one training step."""
+    log_probs, out = model.train()(features, lengths)
+    rows = valid_rows(log_probs, out)
+    (log_probs * up)[rows].sum().backward()
+    found = {"log_probs": log_probs.detach()[rows]} | {f"grad {k}": p.grad for k, p in model.named_parameters()}
+    return found | {f"buffer {k}": v for k, v in model.named_buffers()}
+
+
+def share(rank: int, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [t.split(SPLIT)[rank] for t in tensors]
+
+
+def model_step(rank: int, backend: str, form: str, state: dict) -> dict[str, torch.Tensor]:
+    model = Jasper(config("dense"), backend=backend, panes=form)
+    model.load_state_dict(state)
+    return step(nn.SyncBatchNorm.convert_sync_batchnorm(model), *share(rank, *whole_batch()))
+
+
+@pytest.mark.parametrize("form", ["gram", "plain"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_two_ranks_equal_one_process(tmp_path, backend, form):
+    """A converted model on 3 and 2 utterances: the eager model's step on all 5, its gradients summed over the ranks."""
+    make_face(backend)
+    eager, _ = pair(config("dense"), "reference")
+    state = copy.deepcopy(eager.state_dict())
+    ranks = spawn(model_step, tmp_path, backend, form, state)
+    want = step(eager, *whole_batch())
+    torch.testing.assert_close(torch.cat([r["log_probs"] for r in ranks]), want["log_probs"], atol=1e-4, rtol=1e-4)
+    for name, value in want.items():
+        if name.startswith("grad"):
+            summed = sum(r[name] for r in ranks)
+            assert (summed - value).abs().max() <= 2e-4 * value.abs().max().clamp_min(1e-6), name
+        elif name.startswith("buffer"):
+            for rank in ranks:
+                torch.testing.assert_close(rank[name], value, atol=1e-5, rtol=1e-4, msg=name)
+            assert torch.equal(ranks[0][name], ranks[1][name]), f"{name}: ranks differ"
+    alone, _, up = (t.split(SPLIT)[0] for t in whole_batch())
+    own = EagerJasper(config("dense"))
+    own.load_state_dict(state)
+    assert not torch.allclose(step(own, alone, whole_batch()[1][:3], up)["log_probs"], ranks[0]["log_probs"], atol=1e-2)
+
+
+def test_a_converted_model_alone_is_the_model_itself():
+    """Without torch.distributed, in training and evaluation; the same state dict."""
+    _, ours = pair(config("dense"), "reference")
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(ours))
+    assert any(isinstance(m, nn.SyncBatchNorm) for m in converted.modules())
+    assert converted.state_dict().keys() == ours.state_dict().keys()
+    results = [step(m, *whole_batch()) for m in (ours, converted)]
+    for name, value in results[0].items():
+        assert torch.equal(results[1][name], value), name
+    with torch.no_grad():
+        outs = [m.eval()(*whole_batch()[:2])[0] for m in (ours, converted)]
+    assert torch.equal(*outs)
+
+
+def test_only_a_converted_norm_has_a_group():
+    assert sync.group_of(nn.BatchNorm1d(3)) is None
+    assert sync.group_of(nn.SyncBatchNorm(3)) is None
+    assert sync.name(None) == ""
+
+
+# ---- the ops, with unlike T, in fp64 ----
+
+FRAMES = (7, 12)
+
+
+def op_inputs() -> dict[str, torch.Tensor]:
+    torch.manual_seed(4)
+    t, wide = sum(FRAMES), {"dtype": torch.float64}
+    y, residual, up = (torch.randn(1, 5, t, **wide) for _ in range(3))
+    xs = [torch.randn(1, c, t, **wide).relu() for c in (3, 4)]
+    made = {
+        "y": y,
+        "residual": residual,
+        "up": up,
+        "gamma": torch.rand(5, **wide) + 0.5,
+        "beta": torch.randn(5, **wide),
+    }
+    for i, x in enumerate(xs):
+        made |= {f"x{i}": x, f"w{i}": torch.randn(5, x.shape[1], 1, **wide)}
+        made |= {f"g{i}": torch.rand(5, **wide) + 0.5, f"b{i}": torch.randn(5, **wide)}
+    return made
+
+
+PARTS = ("y", "residual", "x0", "x1")  # these are split over the ranks
+
+
+def op_step(rank: int | None, form: str) -> dict[str, torch.Tensor]:
+    """A sub-block's end with two panes and its conv: on the rank's frames over both ranks, or (None) on all frames."""
+    v, group = op_inputs(), None if rank is None else dist.group.WORLD
+    up = v.pop("up")
+    if rank is not None:
+        v |= {k: v[k].split(FRAMES, 2)[rank] for k in PARTS}
+        up = up.split(FRAMES, 2)[rank]
+    v = {k: t.contiguous().requires_grad_() for k, t in v.items()}
+    xs, weights, gammas, betas = ([v[f"{k}{i}"] for i in (0, 1)] for k in "xwgb")
+    if form == "gram":
+        panes = ops.panes(xs, [ops.gram(x, group) for x in xs], weights, gammas, betas)
+    else:
+        panes = ops.panes_plain(xs, weights, gammas, betas, backend="reference", group=group)
+    running = torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
+    end = {"residual": panes[0] + v["residual"], "backend": "reference", "group": group}
+    z = ops.bn_relu_dropout(v["y"], v["gamma"], v["beta"], *running, **end)
+    # a conv of one tap, so that splitting frames splits its output
+    one = torch.eye(5, dtype=torch.float64)[:, :, None]
+    out = ops.sub_block(z, v["gamma"], v["beta"], None, None, one, backend="reference", group=group)
+    gradients = dict(zip(v, torch.autograd.grad(out, list(v.values()), up), strict=True))
+    return {"out": out.detach(), "mean": panes[1], "var": panes[2], "running": torch.stack(running), **gradients}
+
+
+@pytest.mark.parametrize("form", ["gram", "plain"])
+def test_ranks_with_unlike_frames(tmp_path, form):
+    """Every op that takes statistics: two ranks with 7 and 12 frames give what one process gives for all 19."""
+    want = op_step(None, form)
+    ranks = spawn(op_step, tmp_path, form)
+    for name, value in want.items():
+        if name == "out" or name in PARTS:
+            got = torch.cat([r[name] for r in ranks], 2)
+        elif name in ("mean", "var", "running"):
+            assert torch.equal(ranks[0][name], ranks[1][name]), f"{name}: ranks differ"
+            got = ranks[0][name]
+        else:
+            got = sum(r[name] for r in ranks)
+        torch.testing.assert_close(got, value, atol=1e-10, rtol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def large_means(rank: int) -> tuple[torch.Tensor, ...]:
+    y, group = _offset().split(FRAMES, 2)[rank], sync.name(dist.group.WORLD)
+    mean, m2 = ops.bn_stats(y.contiguous(), "reference")
+    return torch.ops.jasper_fast.bn_sync_stats(mean, m2, y.shape[2], group)
+
+
+def _offset() -> torch.Tensor:
+    torch.manual_seed(6)
+    return torch.randn(1, 5, sum(FRAMES)) + 3000.0
+
+
+def test_merged_statistics_do_not_cancel(tmp_path):
+    ranks = spawn(large_means, tmp_path)
+    ref = _offset().double()
+    for mean, m2, rows in ranks:
+        assert rows == sum(FRAMES)
+        assert torch.allclose(mean.double(), ref.mean((0, 2)), rtol=1e-6)
+        assert torch.allclose(m2.double(), ref.var((0, 2)) * (sum(FRAMES) - 1), rtol=2e-3)
+
+
+def one_frame_each(rank: int) -> torch.Tensor:
+    y = torch.tensor([[[1.0 + rank]]])
+    running = torch.zeros(1), torch.ones(1)
+    how = {"backend": "reference", "group": dist.group.WORLD, "momentum": 1.0}
+    ops.bn_relu_dropout(y, torch.ones(1), torch.zeros(1), *running, **how)
+    return torch.cat(running)
+
+
+def test_a_rank_with_a_single_frame_is_enough_where_others_have_more(tmp_path):
+    for running in spawn(one_frame_each, tmp_path):
+        torch.testing.assert_close(running, torch.tensor([1.5, F.relu(torch.tensor(0.5))]))
