@@ -75,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     gpu = add("gpu", "everything in at most nine minutes, the most valuable numbers first; --resume goes on")
     gpu.add_argument("--budget", type=float, default=540.0, metavar="SECONDS", help="when to stop (default: 540)")
     add_compile(sub)
+    add_tune(sub)
     report = sub.add_parser(
         "report",
         help="one self-contained HTML page, or the README's table, from results",
@@ -101,6 +102,15 @@ def add_compile(sub: argparse._SubParsersAction) -> None:
     gate.add_arguments(sub.add_parser("compile", help=help, description=help))
 
 
+def add_tune(sub: argparse._SubParsersAction) -> None:
+    """Tuning has options of its own: it times one face's configurations, not contenders."""
+    from bench import tune
+
+    help = "tiles of the Triton convs on this GPU, beside cuDNN, and the table that dispatch chooses by"
+    raw = argparse.RawDescriptionHelpFormatter
+    tune.add_arguments(sub.add_parser("tune", help=help, description=tune.__doc__, formatter_class=raw))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit status."""
     args = parser().parse_args(arguments)
@@ -112,6 +122,10 @@ def main(arguments: list[str] | None = None) -> int:
         from bench import compile as gate
 
         return gate.main(args)
+    if args.command == "tune":
+        from bench import tune
+
+        return tune.main(args, start)
     run = start(args)
     SUBCOMMANDS[args.command](run, args)
     found = goals.judge(run.results.data["rows"], run.device.type)

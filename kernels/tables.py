@@ -40,7 +40,7 @@ MAX_ROWS_LOG2 = 40
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_87": 166912, "sm_89": 101376, "sm_90": 232448, "sm_120": 101376}
 _LARGEST_SHARED = max(SHARED_LIMIT.values())
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
-_SPLIT = ("conv1d.fused",)  # ops whose reduction several programs may share
+_SPLIT = ("conv1d.fused", "conv1d.wgrad")  # ops whose reduction several programs may share
 
 
 class TableError(ValueError):

@@ -1,0 +1,558 @@
+"""Which tile, and ours or the library's conv: `python -m bench tune` measures, `--install RESULT` makes it the choice.
+
+Every distinct conv of Jasper 10x5, by op and by the power of two of its rows, in the order of its share of the
+network's time, so that a run cut off has the most valuable rows. A case's contenders are the tiles that the kernels
+propose and ATen's own conv. Each is compared with fp64 first: what is wrong, spills or does not compile is a row that
+says so and is never chosen. The slow ones leave after three rounds; the rest are timed in turns. On a GPU a contender
+is a CUDA graph of one call, so the host's part of a launch counts for none. The result file holds the table as far as
+it has come; `--resume` goes on, and skips a configuration that ended the process.
+
+With TRITON_INTERPRET=1 and `--device cpu` the same code runs on tiny shapes in Triton's interpreter: a stand-in, whose
+result cannot be installed.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import correct, counts, harness, machine, models
+from bench.gpu import interrupted_after
+from bench.harness import Case, Contender, OutOfTime, Run, Runner, console
+from jasper_fast import backends, checks
+from jasper_fast.kernels import tables
+
+BUDGET = 1800.0
+SECONDS = 1.5  # a case
+FIRST_ROUNDS = harness.Effort(seconds=0.3, min_rounds=3, max_rounds=3, target=0.0)
+SLOW = 1.3  # times the fastest after the first rounds: not timed further
+OPS = ("forward", "forward_stats", "dgrad", "dgrad_bn", "wgrad", "fused")
+# N and T' by bucket, 16.7 s being 840 frames behind the prologue, 2 s 104: the training batches, and inference at N = 1
+TRAINING = ((32, 840), (16, 840), (8, 840))
+INFERENCE = ((1, 104), (1, 840), (1, 352), (4, 840), (16, 840))
+STAND_IN = ((2, 14),)
+LIBRARY = "aten"  # cuDNN on a GPU
+TOLERANCE = correct.Tolerance(factor=2.0, floor=40.0)  # as the sub-blocks'
+SHAPE = ("c_in", "c_out", "taps", "stride", "dilation")
+
+
+class Layer(NamedTuple):
+    """A distinct conv of the network; `share`: of the network's arithmetic, all its copies together."""
+
+    c_in: int
+    c_out: int
+    taps: int
+    stride: int
+    dilation: int
+    kind: str
+    share: float
+
+
+class ContextLost(BaseException):
+    """A kernel has left the device in a state in which nothing runs any more: no error handling may swallow it."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the subcommand."""
+    parser.add_argument("--device", default=None, help="cuda, cuda:1, or cpu for the stand-in (default: the GPU)")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default=None, help="default: bf16; fp32 on a CPU")
+    parser.add_argument("--ops", default="all", help=f"all, or some of {','.join(OPS)}")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"time to spend on each case ({SECONDS})")
+    parser.add_argument(
+        "--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"when to stop ({BUDGET:.0f}); --resume goes on"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=machine.ROOT / "build" / "bench", metavar="DIR",
+        help="folder for the JSON file (default: build/bench)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the last run cut off on this machine and commit"
+    )
+    parser.add_argument(
+        "--install", type=Path, metavar="RESULT", help="no measuring: put a result's rows into the GPU's table"
+    )
+    parser.set_defaults(threads=None, quick=False, backend="triton", rivals="default")
+
+
+def main(args: argparse.Namespace, start: Callable[[argparse.Namespace], Run]) -> int:
+    """Run the subcommand; returns its exit status: 0, 1 for an unusable result, 3 where a kernel lost the device."""
+    if args.install:
+        return install(args.install)
+    ops = OPS if args.ops == "all" else tuple(args.ops.split(","))
+    if unknown := [op for op in ops if op not in OPS]:
+        raise SystemExit(f"--ops {unknown[0]}: not one of all, {', '.join(OPS)}")
+    on_cpu = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cpu"
+    if on_cpu:
+        args.quick = True
+    elif args.dtype is None:
+        args.dtype = "bf16"
+    if reason := backends.why_missing("triton", "cpu" if on_cpu else "cuda"):
+        raise SystemExit(reason)
+    return tune(start(args), ops, args.budget, args.seconds)
+
+
+def tune(run: Run, ops: tuple[str, ...], budget: float, seconds: float) -> int:
+    """Work through the cases until they are done or the budget, counted from the run's start, is spent."""
+    run.deadline = run.started + budget
+    run.effort = dataclasses.replace(run.effort, seconds=seconds)
+    trial = Trial(run.results.path.with_suffix(".trying"))
+    note_killer(run, trial)
+    todo = plan(run.device, ops)
+    status = 0
+    for number, (op, layer, batch) in enumerate(todo, 1):
+        left = run.deadline - time.monotonic()
+        if left <= 0:
+            break
+        case = make_case(run, op, layer, batch, trial)
+        if finished(run, case):
+            continue
+        trial.case, trial.key, trial.facts = case.id, case.key, {}
+        console.print(f"tune {number} of {len(todo)}: {case.label()}, {left:.0f} s left")
+        try:
+            with interrupted_after(left):
+                rows = measure(run, case, trial)
+        except OutOfTime:
+            break
+        except ContextLost as error:
+            console.print(f"[bold red]{error}: this process is of no more use, --resume goes on without it[/]")
+            status = 3
+            break
+        trial.forget()
+        run.results.add(rows)
+        put_table(run)
+    if status == 0:
+        trial.forget()
+    done = sum(finished(run, make_case(run, *what, trial)) for what in todo)
+    run.results.data["finished"] = done == len(todo)
+    run.results.data["seconds"] = round(time.monotonic() - run.started, 1)
+    put_table(run)
+    summary(run, done, len(todo))
+    return status
+
+
+def finished(run: Run, case: Case) -> bool:
+    """Whether the result has all rows of a case."""
+    return run.results.has(case.id, [c.name for c in case.contenders])
+
+
+# ------------------------------------------------------------------ what is tuned
+
+
+def layers(device: torch.device) -> list[Layer]:
+    """Distinct convs of Jasper 10x5 by their share of its arithmetic; two tiny ones for the stand-in."""
+    if device.type == "cpu":
+        return [Layer(16, 24, 3, 1, 1, "main", 0.8), Layer(24, 12, 1, 1, 1, "decoder", 0.2)]
+    cfg = models.config("jasper10x5")
+    flops: dict[tuple, float] = {}
+    kinds: dict[tuple, str] = {}
+    total = 0.0
+    for conv in counts.convs(cfg, 1, 840):
+        stride = dilation = 1
+        kind = "decoder"
+        if conv.name.startswith("encoder"):
+            block = cfg.encoder.blocks[int(conv.name.split(".")[2])]
+            kind = "pane" if ".res." in conv.name else "main" if block.s == 1 else "prologue"
+            if kind != "pane":
+                stride, dilation = block.s, block.d
+        key = (conv.C_in, conv.C_out, conv.K, stride, dilation)
+        flops[key] = flops.get(key, 0.0) + conv.flops
+        kinds[key] = kinds.get(key, kind) if kinds.get(key) != "pane" else kind  # a main conv may have a pane's shape
+        total += conv.flops
+    return [Layer(*key, kinds[key], flops[key] / total) for key in sorted(flops, key=lambda k: -flops[k])]
+
+
+def plan(device: torch.device, ops: tuple[str, ...]) -> list[tuple[str, Layer, tuple[int, int]]]:
+    """(op, layer, (N, T')) by value: the layer's share, halved from one batch to the next."""
+    found = []
+    for layer in layers(device):
+        for op in ops:
+            if op not in used(layer.kind):
+                continue
+            batches = STAND_IN if device.type == "cpu" else INFERENCE if op == "fused" else TRAINING
+            found += [(layer.share * 0.5**rank, op, layer, batch) for rank, batch in enumerate(batches)]
+    return [case for _, *case in sorted(found, key=lambda item: -item[0])]
+
+
+def used(kind: str) -> tuple[str, ...]:
+    """The ops that a conv of this kind is called with."""
+    return {
+        "main": OPS,
+        "prologue": ("forward", "forward_stats", "wgrad", "fused"),  # the features need no gradient
+        "decoder": ("forward", "dgrad", "wgrad", "fused"),
+        "pane": ("forward", "dgrad", "wgrad"),  # at inference a part of the conv that they are added to
+    }[kind]
+
+
+def make_case(run: Run, op: str, layer: Layer, batch: tuple[int, int], trial: "Trial") -> Case:
+    """One op of one layer at one batch, its contenders the candidate tiles and ATen."""
+    from jasper_fast.kernels.conv1d import triton_tiles
+
+    n, frames = batch
+    shape = checks.Conv(n, frames * layer.stride, layer.c_in, layer.c_out, layer.taps, layer.stride, layer.dilation)
+    rows = n * shape.t_out
+    variant = ""
+    if op == "fused":
+        variant = "log-softmax" if layer.kind == "decoder" else "splits"
+    dtype = tables.DTYPES[run.dtype]
+    family = "conv1d.fused" if op == "fused" else "conv1d"
+    check = checks.Check(family, "triton", op, "candidate", shape, dtype, variant)
+    held = Held(check, run.device)
+    wanted = triton_tiles.Shape(layer.c_in, layer.c_out, layer.taps, layer.stride, layer.dilation, rows)
+    proposed = triton_tiles.candidates(op, run.dtype, wanted, shape.t_out)
+    if run.device.type == "cpu":
+        proposed = proposed[:2]
+    fixed = {"op": f"conv1d.{op}", "dtype": dtype, **{k: getattr(layer, k) for k in SHAPE}}
+    fixed["rows_log2"] = tables.bucket(rows)
+    contenders = []
+    for candidate in proposed:
+        tile = candidate._asdict()
+        row = fixed | {"face": "triton", "algorithm": "direct", "tile": tile}
+        name = tables.Row(**row, time_s=1.0).label()
+        contenders.append(TunedContender(name, tile_builder(run, held, tile, name, trial), row))
+    row = fixed | {"face": "aten", "algorithm": "library", "tile": None}
+    contenders.append(TunedContender(LIBRARY, library_builder(run, held), row))
+    conv = counts.Conv("", n, layer.c_in, layer.c_out, layer.taps, shape.t, shape.t_out)
+    return Case(
+        "tune",
+        {"op": op, "shape": str(shape), "dtype": dtype},
+        contenders,
+        refill=held.refill,
+        reference=lambda: held.case.reference(),
+        low=lambda: held.case.low(),
+        tolerance=TOLERANCE,
+        ours=contenders[0].name,
+        flops=conv.flops,
+        nbytes=conv.nbytes(run.dtype.itemsize),
+        dtype=dtype,
+    )
+
+
+@dataclasses.dataclass
+class TunedContender(Contender):
+    """A contender with what its row in the table will say."""
+
+    row: dict = dataclasses.field(default_factory=dict)
+
+
+class Held:
+    """A case's inputs, made on first use and refilled in place: captured graphs read the same memory."""
+
+    def __init__(self, check: checks.Check, device: torch.device) -> None:
+        self.check, self.device = check, device
+        self._case: checks.Case | None = None
+
+    @property
+    def case(self) -> checks.Case:
+        """The functions over the inputs."""
+        if self._case is None:
+            self._case = checks.case(self.check, self.device, 0, timed=True)
+        return self._case
+
+    def refill(self, seed: int) -> None:
+        """New values everywhere."""
+        new = checks.case(self.check, self.device, seed, timed=True)
+        for name, held in self.case.inputs.items():
+            held.copy_(new.inputs[name])
+
+
+def tile_builder(run: Run, held: Held, tile: dict[str, int], name: str, trial: "Trial") -> Callable[[], Runner]:
+    """Compiles and runs a tile once: refused where it spills, cannot fit, or takes the device with it."""
+    op = f"conv1d.{held.check.function}"
+
+    def call() -> dict[str, Tensor]:
+        with tables.forced(op, tile):
+            return held.case.ours()
+
+    def build() -> Runner:
+        limit = tables.SHARED_LIMIT.get(capability(run.device), max(tables.SHARED_LIMIT.values()))
+        if fault := tables.tile_fault(op, held.check.dtype, tile, limit):
+            raise ValueError(fault)
+        held.case  # noqa: B018 (the inputs' kernels are not the candidate's)
+        trial.begin(name)
+        with compiled() as facts:
+            try:
+                call()
+                harness.synchronize(run.device)
+            except Exception:
+                check_alive(run.device, name)
+                raise
+        trial.facts[name] = facts
+        if facts.get("spilled"):
+            raise RuntimeError(f"spills {facts['spilled']} bytes")
+        return Runner(replayed(call, run.device), call)
+
+    return build
+
+
+def library_builder(run: Run, held: Held) -> Callable[[], Runner]:
+    """What stands in the kernel's place where the library convolves: its call and, in training, batch norm's pass."""
+    check = held.check
+    s, function = check.shape, check.function
+
+    def call() -> None:
+        i = held.case.inputs
+        aten, conv = backends.face("conv1d", "aten"), (s.stride, s.padding, s.dilation)
+        bn = backends.face("bn_relu_dropout", "triton")
+        if function == "wgrad":
+            aten.wgrad(i["x"], i["dy"], s.k, *conv, dtype=torch.float32)
+        elif function.startswith("dgrad"):
+            dz = aten.dgrad(i["dy"], i["weight"], s.t, *conv)
+            if function == "dgrad_bn":
+                norm = (i["mean"], i["rstd"], i["gamma"], i["beta"], i["lengths"], i["seed"], 0.2)
+                bn.backward_reduce(dz, i["y"], None, *norm)
+        elif function == "fused":
+            x = i["x"].transpose(1, 2).unsqueeze(2)
+            z = F.conv2d(x, weight(), bias(), (1, s.stride), (0, s.padding), (1, s.dilation)).squeeze(2)
+            z = z.float().log_softmax(1) if check.variant == "log-softmax" else z.relu_()
+            z.masked_fill_(beyond(i["out_lengths"], z.shape[2]), 0.0)
+        else:
+            y = aten.forward(i["x"], weight(), *conv)
+            if function == "forward_stats":
+                bn.stats(y)
+
+    cast: dict[str, Tensor] = {}
+
+    def weight() -> Tensor:  # cast once, as autocast's cache and an engine do
+        if "weight" not in cast:
+            cast["weight"] = held.case.inputs["weight"].to(run.dtype)
+        return cast["weight"].unsqueeze(2) if function == "fused" else cast["weight"]
+
+    def bias() -> Tensor:
+        if "bias" not in cast:
+            cast["bias"] = held.case.inputs["bias"].to(run.dtype)
+        return cast["bias"]
+
+    def build() -> Runner:
+        call()
+        # its results are the plain ones that all are measured by
+        return Runner(replayed(call, run.device), lambda: held.case.low())
+
+    return build
+
+
+def beyond(lengths: Tensor, frames: int) -> Tensor:
+    """(N, 1, T), true at t >= length."""
+    return (torch.arange(frames, device=lengths.device) >= lengths[:, None])[:, None]
+
+
+def replayed(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """`call` as a CUDA graph, itself on the CPU."""
+    if device.type != "cuda":
+        return call
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+@contextlib.contextmanager
+def compiled() -> Iterator[dict]:
+    """What the compiler says of the kernels launched inside, the most of each; empty where they are interpreted."""
+    from jasper_fast.kernels import launch
+
+    facts: dict[str, int] = {}
+    run = launch.run
+
+    def recording(kernel: object, grid: tuple, like: Tensor, *args: object, **meta: object) -> None:
+        with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
+            built = kernel[tuple(grid)](*args, **meta)
+        if built is not None:
+            # the driver counts local memory in words of four bytes
+            told = {"registers": built.n_regs, "shared": built.metadata.shared, "spilled": 4 * built.n_spills}
+            facts.update({k: max(v, facts.get(k, 0)) for k, v in told.items()})
+
+    launch.run = recording
+    try:
+        yield facts
+    finally:
+        launch.run = run
+
+
+def check_alive(device: torch.device, name: str) -> None:
+    """Raises ContextLost where the device answers no more."""
+    try:
+        harness.synchronize(device)
+    except RuntimeError as error:
+        raise ContextLost(f"{name} has lost the device ({str(error).splitlines()[0]})") from error
+
+
+def capability(device: torch.device) -> str:
+    """sm_90, or that of the largest GPU for the stand-in."""
+    if device.type != "cuda":
+        return "sm_90"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+# ------------------------------------------------------------------ measuring
+
+
+def measure(run: Run, case: Case, trial: "Trial") -> list[dict]:
+    """Check all contenders, time them, the slow ones only for the first rounds; returns their rows."""
+    killers = {row["contender"] for row in run.results.data["rows"] if row["id"].startswith(f"{case.id} / ")}
+    case.contenders = [c for c in case.contenders if c.name not in killers]
+    described = {c.name: c.row for c in case.contenders}
+    harness.prepare(case)
+    first = harness.measure(case, run.device, FIRST_ROUNDS)
+    times = {row["contender"]: row["time_s"]["median"] for row in first if row["status"] == "ok"}
+    for name, spent in times.items():
+        if spent > SLOW * min(times.values()) and name != LIBRARY:
+            del case.runners[name]
+    case.contenders = [c for c in case.contenders if c.name in case.runners]
+    rows = harness.measure(case, run.device, run.effort) if case.contenders else []
+    rows = [row for row in first if row["contender"] not in {r["contender"] for r in rows}] + rows
+    case.runners.clear()
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()  # the graphs' memory
+    for row in rows:
+        name, facts = row["contender"], trial.facts.get(row["contender"], {})
+        row["tune"] = described[name] | {k: facts.get(k) for k in ("registers", "shared", "spilled")}
+    return rows
+
+
+class Trial:
+    """Which configuration runs for the first time, on disk: if the process dies in it, the next one knows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.case, self.key = "", {}
+        self.facts: dict[str, dict] = {}
+
+    def begin(self, name: str) -> None:
+        """`name` of the current case is about to run."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps({"case": self.case, "key": self.key, "contender": name}))
+
+    def forget(self) -> None:
+        """Nothing is being tried."""
+        self.path.unlink(missing_ok=True)
+
+
+def note_killer(run: Run, trial: Trial) -> None:
+    """A configuration that was being tried when an earlier process ended is a failed row, and not tried again."""
+    if not trial.path.is_file():
+        return
+    tried = json.loads(trial.path.read_text())
+    why = "an earlier process ended, or lost the device, when it first ran this"
+    row = {"id": f"{tried['case']} / {tried['contender']}", "bench": "tune", "key": tried["key"], "ours": False}
+    row |= {"contender": tried["contender"], "dtype": tables.DTYPES[run.dtype], "flops": 0, "bytes": 0}
+    run.results.add([row | {"clock": "", "status": "failed", "why": why}])
+    trial.forget()
+
+
+# ------------------------------------------------------------------ tables
+
+
+def put_table(run: Run) -> None:
+    """The table that the result's rows make, into the result, checked, and the file written."""
+    found = {
+        "header": table_header(run.results.data),
+        "rows": [row.plain() for row in winners(run.results.data["rows"])],
+    }
+    tables.parse(found, "the table of this run")
+    run.results.data["table"] = found
+    run.results.write()
+
+
+def winners(rows: list[dict]) -> list[tables.Row]:
+    """The fastest right configuration of each key of the table."""
+    best: dict[tuple, tables.Row] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            made = tables.Row(**row["tune"], time_s=row["time_s"]["median"])
+            if made.key not in best or made.time_s < best[made.key].time_s:
+                best[made.key] = made
+    return list(best.values())
+
+
+def table_header(data: dict) -> dict[str, str]:
+    """Where a table's numbers come from."""
+    of, gpu = data["machine"], data["machine"]["gpu"]
+    return {
+        "gpu": gpu["name"] if gpu else of["name"],
+        "capability": gpu["capability"] if gpu else "sm_00",
+        "driver": (gpu["driver"] or "unknown") if gpu else "none",
+        "torch": of["packages"]["torch"],
+        "triton": of["packages"]["triton"],
+        "commit": (of["commit"] or "unknown") + ("-dirty" if of["dirty"] else ""),
+        "command": of["command"],
+        "date": of["date"],
+    }
+
+
+def install(path: Path) -> int:
+    """Merge a result's table into the one of its GPU; rows of other versions of driver, torch or Triton go."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        console.print(f"{path}: cannot be read: {error}")
+        return 1
+    if data.get("command") != "tune" or not data.get("table"):
+        console.print(f"{path}: no result of `python -m bench tune`")
+        return 1
+    if data["machine"]["gpu"] is None:
+        console.print(f"{path}: measured on a CPU's stand-in: only a GPU's result can be a table")
+        return 1
+    try:
+        new = tables.parse(data["table"], f"{path}: table")
+        old = tables.for_gpu(new.header["gpu"])
+    except tables.TableError as error:
+        console.print(str(error))
+        return 1
+    rows = {row.key: row for row in new.rows}
+    if old is not None:
+        same = all(old.header[k] == new.header[k] for k in ("driver", "torch", "triton"))
+        rows = ({row.key: row for row in old.rows} if same else {}) | rows
+        if not same:
+            console.print(f"the {len(old.rows)} rows of other versions of driver, torch or Triton are replaced")
+    target = tables.folder() / f"{tables.slug(new.header['gpu'])}.json"
+    tables.write(target, new.header, rows.values())
+    console.print(f"wrote {len(rows)} rows, {len(new.rows)} of them new, to {target}; now run `jasper-fast selfcheck`")
+    return 0
+
+
+def summary(run: Run, done: int, of: int) -> None:
+    """The winners beside the library, and what was not chosen and why."""
+    from rich.table import Table as Shown
+
+    from bench.tables import console as out
+    from bench.tables import duration
+
+    rows = run.results.data["rows"]
+    shown = Shown(title=f"tune: {done} of {of} cases", title_justify="left")
+    for column in ("op", "conv", "fastest of ours", "time", "TFLOP/s", "library / ours"):
+        shown.add_column(column, justify="left" if column in ("op", "conv", "fastest of ours") else "right")
+    by_case: dict[str, list[dict]] = {}
+    for row in rows:
+        by_case.setdefault(row["id"].rsplit(" / ", 1)[0], []).append(row)
+    for of_case in by_case.values():
+        right = {r["contender"]: r for r in of_case if r["status"] == "ok"}
+        ours = min((r for n, r in right.items() if n != LIBRARY), key=lambda r: r["time_s"]["median"], default=None)
+        key = of_case[0]["key"]
+        if ours is None:
+            shown.add_row(key["op"], key["shape"], "none", "", "", "", style="red")
+            continue
+        spent = ours["time_s"]["median"]
+        beside = f"{right[LIBRARY]['time_s']['median'] / spent:.2f}" if LIBRARY in right else ""
+        name = ours["contender"].removeprefix("triton ")
+        shown.add_row(key["op"], key["shape"], name, duration(spent), f"{ours['flops'] / spent / 1e12:.3g}", beside)
+    out.print(shown)
+    for row in (r for r in rows if r["status"] != "ok"):
+        case = " ".join(str(v) for v in row["key"].values())
+        out.print(f"{row['status']}: {row['contender']}, {case}: {row['why']}", style="red")
+    out.print(f"wrote {run.results.path}")
+    if run.device.type == "cuda":
+        out.print(f"to make it this GPU's choice: python -m bench tune --install {run.results.path}")
