@@ -122,7 +122,7 @@ def tune(run: Run, ops: tuple[str, ...], budget: float, seconds: float) -> int:
         except OutOfTime:
             break
         except ContextLost as error:
-            console.print(f"[bold red]{error}: this process is of no more use, --resume goes on without it[/]")
+            say(f"{error}: this process is of no more use, --resume goes on without it")
             status = 3
             break
         trial.forget()
@@ -178,7 +178,7 @@ def plan(device: torch.device, ops: tuple[str, ...]) -> list[tuple[str, Layer, t
                 continue
             batches = STAND_IN if device.type == "cpu" else INFERENCE if op == "fused" else TRAINING
             found += [(layer.share * 0.5**rank, op, layer, batch) for rank, batch in enumerate(batches)]
-    return [case for _, *case in sorted(found, key=lambda item: -item[0])]
+    return [(op, layer, batch) for _, op, layer, batch in sorted(found, key=lambda item: -item[0])]
 
 
 def used(kind: str) -> tuple[str, ...]:
@@ -498,30 +498,35 @@ def install(path: Path) -> int:
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        console.print(f"{path}: cannot be read: {error}")
+        say(f"{path}: cannot be read: {error}")
         return 1
     if data.get("command") != "tune" or not data.get("table"):
-        console.print(f"{path}: no result of `python -m bench tune`")
+        say(f"{path}: no result of `python -m bench tune`")
         return 1
     if data["machine"]["gpu"] is None:
-        console.print(f"{path}: measured on a CPU's stand-in: only a GPU's result can be a table")
+        say(f"{path}: measured on a CPU's stand-in: only a GPU's result can be a table")
         return 1
     try:
         new = tables.parse(data["table"], f"{path}: table")
         old = tables.for_gpu(new.header["gpu"])
     except tables.TableError as error:
-        console.print(str(error))
+        say(str(error))
         return 1
     rows = {row.key: row for row in new.rows}
     if old is not None:
         same = all(old.header[k] == new.header[k] for k in ("driver", "torch", "triton"))
         rows = ({row.key: row for row in old.rows} if same else {}) | rows
         if not same:
-            console.print(f"the {len(old.rows)} rows of other versions of driver, torch or Triton are replaced")
+            say(f"the {len(old.rows)} rows of other versions of driver, torch or Triton are replaced")
     target = tables.folder() / f"{tables.slug(new.header['gpu'])}.json"
     tables.write(target, new.header, rows.values())
-    console.print(f"wrote {len(rows)} rows, {len(new.rows)} of them new, to {target}; now run `jasper-fast selfcheck`")
+    say(f"wrote {len(rows)} rows, {len(new.rows)} of them new, to {target}; now run `jasper-fast selfcheck`")
     return 0
+
+
+def say(text: str) -> None:
+    """A line for a person, never folded: it may hold a path."""
+    console.print(text, soft_wrap=True, markup=False)
 
 
 def summary(run: Run, done: int, of: int) -> None:

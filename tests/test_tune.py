@@ -1,0 +1,406 @@
+"""`python -m bench tune` on the stand-in: what it measures, refuses and keeps, interruption, tables from results."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_face
+
+from bench import counts, harness, machine, models, tune
+from bench.__main__ import main
+from jasper_fast import backends
+from jasper_fast.kernels import launch, tables
+
+ROOT = Path(__file__).resolve().parents[1]
+GPU = torch.device("cuda", 0)
+SHAPE = {"c_in": 16, "c_out": 24, "taps": 3, "stride": 1, "dilation": 1}
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    make_face("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the stand-in runs where Triton interprets")
+    monkeypatch.setattr(machine, "_git", lambda *_: "abc")  # who commits meanwhile must not end a --resume
+
+
+def run(out: Path, *more: str, ops: str = "forward") -> tuple[int, dict]:
+    """Exit status and result of a run on the stand-in."""
+    status = main(["tune", "--device", "cpu", "--seconds", "0.05", "--out", str(out), "--ops", ops, *more])
+    (path,) = out.glob("tune_*.json")
+    return status, json.loads(path.read_text())
+
+
+def cases(data: dict) -> dict[str, dict[str, dict]]:
+    """{case: {contender: row}}."""
+    found: dict[str, dict[str, dict]] = {}
+    for row in data["rows"]:
+        found.setdefault(row["id"].rsplit(" / ", 1)[0], {})[row["contender"]] = row
+    return found
+
+
+# ---- end to end ----
+
+
+def test_the_command_times_right_tiles_and_the_library_and_makes_a_table(tmp_path):
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    argv = [sys.executable, "-m", "bench", "tune", "--device", "cpu", "--seconds", "0.05", "--out", str(tmp_path)]
+    done = subprocess.run([*argv], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.iterdir()
+    data = json.loads(path.read_text())
+    assert data["finished"] and data["command"] == "tune"
+    assert {row["status"] for row in data["rows"]} == {"ok"}, done.stdout
+    wanted = tune.plan(torch.device("cpu"), tune.OPS)
+    assert {op for op, *_ in wanted} == set(tune.OPS)
+    assert len(cases(data)) == len(wanted) == 10
+    for rows in cases(data).values():
+        assert len(rows) == 3 and "aten" in rows
+
+    table = tables.parse(data["table"], "the result")
+    assert len(table.rows) == 2 * len(wanted), "the best tile and the library, each"
+    for row in table.rows:
+        same = [r for r in data["rows"] if r["tune"]["op"] == row.op and r["tune"]["face"] == row.face
+                and r["tune"]["c_in"] == row.c_in]  # fmt: skip
+        best = min(same, key=lambda r: r["time_s"]["median"])
+        assert (row.time_s, row.tile) == (best["time_s"]["median"], best["tune"]["tile"])
+        assert row.rows_log2 == tables.bucket(28)
+    for column in ("fastest of ours", "library / ours"):
+        assert column in done.stdout
+
+
+def test_without_the_interpreter_a_cpu_is_told_how(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(SystemExit, match="set TRITON_INTERPRET=1"):
+        main(["tune", "--device", "cpu", "--out", str(tmp_path)])
+
+
+def test_an_unknown_op_is_told(tmp_path):
+    with pytest.raises(SystemExit, match="--ops backward: not one of all, forward"):
+        main(["tune", "--device", "cpu", "--ops", "forward,backward", "--out", str(tmp_path)])
+
+
+def test_help_tells_the_options(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["tune", "--help"])
+    said = capsys.readouterr().out
+    assert end.value.code == 0
+    for option in ("--device", "--dtype", "--ops", "--seconds", "--budget", "--out", "--resume", "--install"):
+        assert option in said
+
+
+# ---- what is tuned ----
+
+
+def test_every_conv_of_the_network_is_tuned_once_and_the_heaviest_first():
+    layers = tune.layers(GPU)
+    cfg = models.config("jasper10x5")
+    convs = list(counts.convs(cfg, 1, 840))
+    assert {(c.C_in, c.C_out, c.K) for c in convs} == {(layer.c_in, layer.c_out, layer.taps) for layer in layers}
+    assert len({layer[:5] for layer in layers}) == len(layers)
+    assert sum(layer.share for layer in layers) == pytest.approx(1.0)
+    assert [layer.share for layer in layers] == sorted((layer.share for layer in layers), reverse=True)
+    weight = {c.name: c.C_in * c.C_out * c.K for c in convs}
+    heaviest = [c for c in convs if (c.C_in, c.C_out, c.K) == layers[0][:3]]
+    assert layers[0].share == pytest.approx(sum(weight[c.name] for c in heaviest) / sum(weight.values()), rel=0.05)
+    kinds = {layer[:5]: layer.kind for layer in layers}
+    assert kinds[64, 256, 11, 2, 1] == "prologue"
+    assert kinds[768, 896, 29, 1, 2] == "main"
+    assert kinds[1024, 29, 1, 1, 1] == "decoder"
+    assert kinds[256, 768, 1, 1, 1] == "pane"
+    assert kinds[896, 1024, 1, 1, 1] == "main"
+
+
+def test_the_order_is_by_share_and_training_and_inference_both_come_early():
+    todo = tune.plan(GPU, tune.OPS)
+    assert len(set(todo)) == len(todo)
+    heaviest = tune.layers(GPU)[0]
+    assert [layer for _, layer, _ in todo[:6]] == [heaviest] * 6
+    assert {op for op, *_ in todo[:6]} == set(tune.OPS)
+    assert {batch for _, _, batch in todo[:6]} == {tune.TRAINING[0], tune.INFERENCE[0]}
+    first = {layer: i for i, (_, layer, _) in reversed(list(enumerate(todo)))}
+    shares = [layer.share for layer in sorted(first, key=first.__getitem__)]
+    assert shares == sorted(shares, reverse=True)
+    for op, layer, batch in todo:
+        assert op in tune.used(layer.kind)
+        assert batch in (tune.INFERENCE if op == "fused" else tune.TRAINING)
+        assert not (op.startswith("dgrad") and layer.stride > 1)
+
+
+def test_the_candidates_of_a_gpu_can_be_rows_of_a_table():
+    """Their labels tell them apart, and every one has the form that a table wants."""
+    from jasper_fast.kernels.conv1d import triton_tiles
+
+    for layer in tune.layers(GPU):
+        for op in tune.used(layer.kind):
+            for n, frames in tune.INFERENCE if op == "fused" else tune.TRAINING:
+                shape = triton_tiles.Shape(*layer[:5], n * frames)
+                tiles = [c._asdict() for c in triton_tiles.candidates(op, torch.bfloat16, shape, frames)]
+                assert tiles and len({json.dumps(t) for t in tiles}) == len(tiles)
+                faults = [tables.tile_fault(f"conv1d.{op}", "bfloat16", tile) for tile in tiles]
+                assert faults[0] is None, f"the default of {op} for {layer}: {faults[0]}"
+                assert sum(fault is None for fault in faults) > len(tiles) / 2
+
+
+# ---- what is refused ----
+
+
+@pytest.fixture
+def second_tile(monkeypatch):
+    """Spoils what the conv's forward gives with one of the candidates: gives the setter of the fault."""
+    impl = backends.face("conv1d", "triton")
+    right = impl.forward
+
+    def spoil(fault):
+        def forward(*args, **kwargs):
+            tile = tables.lookup("conv1d.forward", torch.device("cpu"), torch.float32, **SHAPE, rows=28).tile
+            return fault(right(*args, **kwargs)) if tile["num_stages"] == 4 else right(*args, **kwargs)
+
+        monkeypatch.setattr(impl, "forward", forward)
+
+    return spoil
+
+
+def raising(_out):
+    raise RuntimeError("out of resource: shared memory\nmore")
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "why"),
+    [
+        (lambda y: y * 1.01, "wrong", "y: max error"),
+        (lambda y: torch.where(torch.arange(y.shape[2]) == 5, 0.0, y), "wrong", "y: max error"),
+        (raising, "failed", "RuntimeError: out of resource: shared memory"),
+    ],
+    ids=["scaled", "a row dropped", "does not run"],
+)
+def test_a_wrong_or_failing_tile_is_a_row_and_never_chosen(tmp_path, second_tile, fault, status, why):
+    second_tile(fault)
+    code, data = run(tmp_path)
+    assert code == 0
+    rows = [r for r in data["rows"] if r["contender"] != "aten" and r["tune"]["tile"]["num_stages"] == 4]
+    assert len(rows) == 2 and all(row["status"] == status and row["why"].startswith(why) for row in rows)
+    assert all("time_s" not in row for row in rows)
+    chosen = [row for row in data["table"]["rows"] if row["face"] == "triton"]
+    assert [row["tile"]["num_stages"] for row in chosen] == [3, 3]
+
+
+def test_a_stale_result_is_refused(tmp_path, second_tile):
+    first = []
+
+    def stale(y):
+        first.append(y)
+        return first[0] if y.shape == first[0].shape else y
+
+    second_tile(stale)
+    _, data = run(tmp_path)
+    rows = next(iter(cases(data).values()))
+    assert [r["status"] for r in rows.values() if r["contender"] != "aten"] == ["ok", "wrong"]
+
+
+class Built:
+    """A compiled kernel as Triton gives it back."""
+
+    def __init__(self, registers: int, shared: int, spills: int):
+        self.n_regs, self.n_spills = registers, spills
+        self.metadata = type("Metadata", (), {"shared": shared})
+
+
+class Kernel:
+    def __init__(self, built):
+        self.built = built
+
+    def __getitem__(self, grid):
+        return lambda *args, **meta: self.built
+
+
+def test_facts_are_the_most_of_all_kernels_of_a_call():
+    before = launch.run
+    with tune.compiled() as facts:
+        launch.run(Kernel(Built(128, 4096, 0)), (1,), torch.ones(1))
+        launch.run(Kernel(Built(96, 65536, 3)), (1,), torch.ones(1))
+        launch.run(Kernel(None), (1,), torch.ones(1))
+    assert facts == {"registers": 128, "shared": 65536, "spilled": 12}
+    assert launch.run is before
+
+
+def test_a_tile_that_spills_is_refused(tmp_path, monkeypatch):
+    import contextlib
+
+    calls = []
+
+    @contextlib.contextmanager
+    def compiled():
+        calls.append(None)
+        yield {"registers": 255 if len(calls) % 2 else 90, "shared": 1024, "spilled": 16 if len(calls) % 2 else 0}
+
+    monkeypatch.setattr(tune, "compiled", compiled)
+    _, data = run(tmp_path)
+    for rows in cases(data).values():
+        library = rows.pop("aten")
+        (refused,) = [row for row in rows.values() if row["status"] != "ok"]
+        assert (refused["status"], refused["why"]) == ("failed", "RuntimeError: spills 16 bytes")
+        assert len(rows) == 2 and library["status"] == "ok"
+    ours = [row for row in data["table"]["rows"] if row["face"] == "triton"]
+    assert [(row["registers"], row["shared"], row["spilled"]) for row in ours] == [(90, 1024, 0)] * 2
+
+
+# ---- interruption ----
+
+
+def test_a_run_without_time_is_unfinished_and_resume_keeps_what_is_there(tmp_path, monkeypatch):
+    measure, seen = tune.measure, []
+
+    def first_only(run, case, trial):
+        seen.append(case.id)
+        if len(seen) == 2:
+            raise harness.OutOfTime
+        return measure(run, case, trial)
+
+    monkeypatch.setattr(tune, "measure", first_only)
+    code, data = run(tmp_path, ops="forward,wgrad")
+    assert code == 0 and not data["finished"]
+    assert list(cases(data)) == seen[:1]
+    assert {r["op"] for r in data["table"]["rows"]} == {"conv1d.forward"}, "the table as far as it has come"
+
+    kept = data["rows"]
+    code, data = run(tmp_path, "--resume", ops="forward,wgrad")
+    assert code == 0 and data["finished"] and data["resumed"] == 1
+    assert [row for row in data["rows"] if row["id"].startswith(seen[0])] == kept
+    assert len(cases(data)) == 4 and len(data["table"]["rows"]) == 8
+
+
+def test_the_budget_ends_a_run(tmp_path):
+    code, data = run(tmp_path, "--budget", "0.001")
+    assert code == 0 and not data["finished"] and data["rows"] == []
+
+
+KILL = """
+import os, sys
+from jasper_fast import backends
+from jasper_fast.kernels import tables
+import torch
+impl = backends.face("conv1d", "triton")
+right = impl.forward
+def forward(*args, **kwargs):
+    row = tables.lookup("conv1d.forward", torch.device("cpu"), torch.float32, c_in=16, c_out=24, taps=3, stride=1,
+                        dilation=1, rows=28)
+    if row.tile["num_stages"] == 4:
+        os._exit(77)
+    return right(*args, **kwargs)
+impl.forward = forward
+from bench import machine
+from bench.__main__ import main
+machine._git = lambda *_: "abc"
+sys.argv = ["bench", *sys.argv[1:]]
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_configuration_that_ends_the_process_is_skipped_by_the_next_one(tmp_path):
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    argv = [sys.executable, "-c", KILL, "tune", "--device", "cpu", "--seconds", "0.05", "--out", str(tmp_path),
+            "--ops", "forward"]  # fmt: skip
+    codes = []
+    for more in ([], ["--resume"], ["--resume"]):
+        done = subprocess.run([*argv, *more], cwd=ROOT, env=env, capture_output=True, text=True)
+        codes.append(done.returncode)
+    assert codes == [77, 77, 0], done.stderr
+    (path,) = tmp_path.glob("*.json")
+    assert not list(tmp_path.glob("*.trying"))
+    data = json.loads(path.read_text())
+    assert data["finished"]
+    assert len(cases(data)) == 2
+    for rows in cases(data).values():
+        failed = [row for row in rows.values() if row["status"] != "ok"]
+        assert len(rows) == 3 and len(failed) == 1
+        assert "an earlier process ended" in failed[0]["why"] and "stages 4" in failed[0]["contender"]
+    assert len(data["table"]["rows"]) == 4
+
+
+def test_a_lost_device_ends_the_run_and_is_remembered(tmp_path, second_tile, monkeypatch):
+    lost = []
+
+    def losing(_out):
+        lost.append(None)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def synchronize(device):
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    second_tile(losing)
+    monkeypatch.setattr(harness, "synchronize", synchronize)
+    code, data = run(tmp_path)
+    assert code == 3 and not data["finished"] and data["rows"] == []
+    lost.clear()
+    second_tile(lambda y: y)
+    code, data = run(tmp_path, "--resume")
+    assert code == 0 and data["finished"]
+    failed = [row for row in data["rows"] if row["status"] != "ok"]
+    assert len(failed) == 1 and "lost the device" in failed[0]["why"]
+
+
+# ---- tables from results ----
+
+
+def result(path: Path, *, gpu: str | None = "NVIDIA Imaginary 9000", driver: str = "580.1", **changes) -> Path:
+    """A result file as a GPU's run leaves it, with one row of the table."""
+    tile = {"t": 64, "n": 32, "k": 16, "num_warps": 4, "num_stages": 3, "splits": 1}
+    row = tables.Row(op="conv1d.forward", dtype="bfloat16", **SHAPE, rows_log2=12, face="triton", algorithm="direct",
+                     tile=tile, time_s=1e-3, registers=90, shared=1024, spilled=0)  # fmt: skip
+    of = {"name": gpu or "a CPU", "gpu": gpu and {"name": gpu, "capability": "sm_90", "driver": driver}}
+    of |= {"packages": {"torch": "2.13.0", "triton": "3.7.1"}, "commit": "abc", "dirty": False, "command": "x"}
+    of |= {"date": "2026"}
+    data = {"command": "tune", "machine": of}
+    data["table"] = {"header": tune.table_header(data), "rows": [row.plain() | changes]}
+    path.write_text(json.dumps(data))
+    return path
+
+
+@pytest.fixture
+def own_tables(tmp_path, monkeypatch):
+    where = tmp_path / "tables"
+    monkeypatch.setenv("JASPER_FAST_TABLES", str(where))
+    monkeypatch.setattr(tables, "_gpu_name", lambda index: "NVIDIA Imaginary 9000")
+    tables._index.cache_clear()
+    yield where
+    tables._index.cache_clear()
+
+
+def test_a_result_is_installed_and_chosen_from(tmp_path, own_tables):
+    assert main(["tune", "--install", str(result(tmp_path / "r.json"))]) == 0
+    found = tables.lookup("conv1d.forward", GPU, torch.bfloat16, **SHAPE, rows=4096)
+    assert found.tile["t"] == 64
+    assert [p.name for p in own_tables.iterdir()] == ["nvidia-imaginary-9000.json"]
+
+
+def test_results_of_the_same_versions_add_up_and_others_are_replaced(tmp_path, own_tables):
+    install = lambda **more: main(["tune", "--install", str(result(tmp_path / "r.json", **more))])  # noqa: E731
+    rows = lambda: tables.for_gpu("NVIDIA Imaginary 9000").rows  # noqa: E731
+    assert install() == install(dtype="float16") == install(time_s=5e-4) == 0
+    assert [(r.dtype, r.time_s) for r in rows()] == [("bfloat16", 5e-4), ("float16", 1e-3)]
+    assert install(driver="581.0", op="conv1d.dgrad") == 0
+    assert [r.op for r in rows()] == ["conv1d.dgrad"]
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda path: result(path, gpu=None), "only a GPU's result can be a table"),
+        (lambda path: result(path, spilled=8), "row 1: the kernel spills 8 bytes"),
+        (lambda path: path, "cannot be read"),
+        (lambda path: path.write_text('{"command": "kernels"}') and path, "no result of `python -m bench tune`"),
+    ],
+    ids=["stand-in", "faulty row", "no file", "another command"],
+)
+def test_what_is_no_result_of_a_gpu_is_refused(tmp_path, own_tables, make, told, capsys):
+    assert main(["tune", "--install", str(make(tmp_path / "r.json"))]) == 1
+    assert told in capsys.readouterr().err
+    assert not own_tables.exists()
