@@ -61,7 +61,7 @@ class Models:
         """jasper_fast's inference engine over the same weights."""
         fused = Jasper(self.cfg, backend=self.run.backend).to(self.run.device)
         fused.load_state_dict(self.state)
-        return InferenceEngine(fused.to(self.run.dtype).eval())
+        return InferenceEngine(fused.eval(), dtype=self.run.dtype)
 
     def close(self) -> None:
         """Let go of all weights now, not when the collector comes by."""

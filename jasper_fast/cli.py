@@ -77,6 +77,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--backend", default="auto", help="auto, reference, cpu, triton or cuda; see `jasper-fast info` (default: auto)"
     )
     group = parser.add_argument_group("speed")
+    group.add_argument(
+        "--dtype",
+        choices=("fp32", "fp16", "bf16"),
+        help="of weights and activations (default: the checkpoint's); fp16 is the fast one on a GPU, fp32 on a CPU",
+    )
     group.add_argument("--batch-size", type=_positive(int), default=16, metavar="N", help="utterances at a time (16)")
     group.add_argument(
         "--max-seconds", type=_positive(float), default=240.0, metavar="S", help="padded audio at a time (240 s)"
@@ -188,8 +193,9 @@ def _recognizer(arguments: argparse.Namespace) -> Recognizer:
         torch.device("cpu" if arguments.device == "auto" else arguments.device)
     except RuntimeError as error:
         raise UsageError(f"--device {arguments.device!r} is no device; give cpu, cuda or cuda:1") from error
+    dtype = {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[arguments.dtype]
     return recognizer.load(
-        arguments.checkpoint, arguments.config, arguments.ema, arguments.device, backend=arguments.backend
+        arguments.checkpoint, arguments.config, arguments.ema, arguments.device, arguments.backend, dtype
     )
 
 

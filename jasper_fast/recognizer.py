@@ -42,11 +42,18 @@ class Recognizer:
     """Audio to text with a Jasper, on one device: ``recognizer(audio (N, S), lengths (N,)) -> list[Transcript]``.
 
     Features and labels are those of ``model.config`` (``input_val``); without labels there, the English alphabet where
-    the model has 29 classes. Each utterance gets the same transcript alone and in any batch. Raises ValueError where
-    labels, classes or mel bands do not fit one another.
+    the model has 29 classes. ``dtype`` is that of weights and activations (features and sums stay fp32), by default the
+    model's. Each utterance gets the same transcript alone and in any batch. Raises ValueError where labels, classes or
+    mel bands do not fit one another.
     """
 
-    def __init__(self, model: Jasper, vocabulary: Vocabulary | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        model: Jasper,
+        vocabulary: Vocabulary | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
         config = model.config
         self.device = torch.device(device)
         self.vocabulary = vocabulary or Vocabulary(_labels(config))
@@ -63,7 +70,7 @@ class Recognizer:
                 f"filterbank_features.n_filt is {self.features.n_mels}, the model takes {config.encoder.in_feats}"
             )
         self.sample_rate = self.features.sample_rate
-        self.engine = InferenceEngine(model.to(self.device).eval())
+        self.engine = InferenceEngine(model.to(self.device).eval(), dtype=dtype)
         stride = math.prod(block.s**block.repeat for block in config.encoder.blocks)
         self.frame_seconds = self.features.hop_length * stride / self.sample_rate
 
@@ -125,11 +132,13 @@ def load(
     ema: bool = False,
     device: torch.device | str = "auto",
     backend: str = "auto",
+    dtype: torch.dtype | None = None,
 ) -> Recognizer:
     """A Recognizer from a checkpoint of any kind that ``checkpoint.load_model`` reads.
 
     ``config``: a YAML file, where the checkpoint carries none; ``ema``: its moving average; ``device`` "auto" takes a
-    GPU where there is one. Raises CheckpointError, ConfigError, ValueError or BackendMissing, each with what to do.
+    GPU where there is one; ``dtype``: as ``Recognizer`` takes it. Raises CheckpointError, ConfigError, ValueError or
+    BackendMissing, each with what to do.
     """
     from jasper_fast.checkpoint import load_model
     from jasper_fast.config import JasperConfig
@@ -139,4 +148,4 @@ def load(
     elif torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} is not there: PyTorch sees no CUDA GPU; take 'cpu' or 'auto'")
     parsed = JasperConfig.from_yaml(config) if config is not None else None
-    return Recognizer(load_model(checkpoint, config=parsed, ema=ema, backend=backend), device=device)
+    return Recognizer(load_model(checkpoint, config=parsed, ema=ema, backend=backend), device=device, dtype=dtype)

@@ -88,6 +88,20 @@ def test_transcribe(model, files, capsys):
         assert capsys.readouterr().out == f"{file}\t{together[file]}\n"
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_transcribe_in_low_precision(model, files, dtype, monkeypatch, capsys):
+    """The engine computes in it, and what is heard is nearly the same."""
+    used = []
+    make = recognizer.InferenceEngine
+    monkeypatch.setattr(recognizer, "InferenceEngine", lambda m, dtype: used.append(dtype) or make(m, dtype=dtype))
+    heard = []
+    for options in ((), ("--dtype", dtype)):
+        assert run("transcribe", *files, "--checkpoint", model, *options) == 0
+        heard.append([line.split("\t")[1] for line in capsys.readouterr().out.splitlines()])
+    assert used == [None, {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]]
+    assert wer(heard[0], heard[1]) < 0.5
+
+
 def test_transcribe_reports_bad_files_and_goes_on(model, files, bad, capsys):
     assert run("transcribe", files[0], bad, "gone.wav", files[1], "--checkpoint", model) == 0
     out = capsys.readouterr()
