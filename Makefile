@@ -3,10 +3,12 @@
 #   make install    .venv with jasper_fast, editable, and its native libraries
 #   make demo       train on synthetic speech, transcribe voices it never heard, fused beside eager
 #   make test       all tests
+#   make compile    every Triton kernel for sm_80 to sm_100, by the pinned Triton and the GPU machines', against the tables
 #   make bench      measure kernels, training, latency and memory beside eager PyTorch, under ten minutes
 #   make lint       ruff
 #   make clean      remove build products; make distclean removes .venv too
 #
+#   GATE=--quick            options of make compile: `python -m bench compile --help`
 #   PYTHON=python3.12       the Python that makes .venv
 #   TORCH=2.13.0            the torch that is installed (one already in .venv is kept)
 #   TORCH_INDEX_URL=URL     where torch comes from; https://download.pytorch.org/whl/cpu has a smaller build without CUDA
@@ -17,9 +19,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 PINS := $(VENV)/constraints.txt
+OLDER := $(CURDIR)/build/triton-3.6.0
 NATIVE := $(shell find csrc -type f -not -name '*.pyc')
 
-.PHONY: install demo test bench lint clean distclean help
+.PHONY: install demo test compile bench lint clean distclean help
 .DEFAULT_GOAL := help
 
 help:
@@ -53,6 +56,16 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 tests
+
+# Triton's code differs between versions: the older one lies in a folder of its own and comes first on the path.
+$(OLDER)/.installed: | $(VENV)/.installed
+	rm -rf $(OLDER)
+	$(PIP) --no-deps --target $(OLDER) triton==3.6.0
+	@touch $@
+
+compile: install $(OLDER)/.installed
+	@failed=0; $(PY) -m bench compile $(GATE) || failed=1; \
+	  PYTHONPATH=$(OLDER) $(PY) -m bench compile $(GATE) || failed=1; exit $$failed
 
 bench: install
 	$(PY) -m bench all

@@ -149,6 +149,8 @@ def compiled(todo: list[Job], processes: int, cache: Path | None, on_row: Callab
     """The facts of every job by digest: from the cache, or compiled now by `processes` processes."""
     known = json.loads(cache.read_text()) if cache is not None and cache.exists() else {}
     missing = {job.digest: job for job in todo if job.digest not in known}
+    if not missing:
+        return {job.digest: known[job.digest] for job in todo}
     started = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=started) as pool:
         asked = {pool.submit(_facts, job.arch, job.dtype, job.key, digest): digest for digest, job in missing.items()}
@@ -160,7 +162,9 @@ def compiled(todo: list[Job], processes: int, cache: Path | None, on_row: Callab
             pool.shutdown(wait=True, cancel_futures=True)
             if cache is not None:
                 cache.parent.mkdir(parents=True, exist_ok=True)
-                cache.write_text(json.dumps(known))
+                part = cache.with_suffix(f".{os.getpid()}.part")
+                part.write_text(json.dumps(known))
+                os.replace(part, cache)
     return {job.digest: known[job.digest] for job in todo}
 
 
@@ -243,6 +247,14 @@ def _narrow(job: Job, facts: dict) -> str | None:
     return f"{facts['narrow_loads']} scalar 16-bit loads in an innermost loop"
 
 
+def _wide(job: Job, facts: dict) -> str | None:
+    if COLD.search(job.kernel):
+        return None
+    if not facts["dots"] and not facts["wide_loads"]:
+        return "no 16-byte loads"
+    return None if facts["wide_stores"] else "no 16-byte stores"
+
+
 def _nan(job: Job, facts: dict) -> str | None:
     return f"{facts['nan_eaters']} max.f32, which drop a NaN" if facts["nan_eaters"] else None
 
@@ -253,6 +265,14 @@ RULES = (
     Rule("tensor cores", _tensor_cores),
     Rule("asynchronous copies", _asynchronous),
     Rule("no 16-bit scalar loads", _narrow),
+    Rule(
+        "16-byte accesses",
+        _wide,
+        (
+            ("bn_relu_dropout (stats|backward_reduce)", "they leave a number a channel"),
+            ("conv1d last", "rows of 29 symbols start anywhere"),
+        ),
+    ),
     Rule("a NaN passes", _nan, (("conv1d last", "log-softmax's own maximum; a NaN comes back with exp"),)),
 )
 
@@ -316,6 +336,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arch", type=_list(int, ARCHITECTURES), default=ARCHITECTURES, metavar="80,90", help="default: all"
     )
     parser.add_argument("--dtype", type=_list(str, DTYPES), default=DTYPES, metavar="float16", help="default: all")
+    parser.add_argument("--quick", action="store_true", help="float16 everywhere, the other dtypes on sm_90 only")
     parser.add_argument("--kernel", default="", metavar="REGEX", help="only kernels whose name it matches")
     parser.add_argument("--update", action="store_true", help="write the table as it is now; look at the changes first")
     parser.add_argument("--table", type=Path, default=None, help="default: bench/compiled/triton-VERSION.json")
@@ -342,7 +363,13 @@ def main(args: argparse.Namespace) -> int:
 
     started, version = time.monotonic(), triton.__version__
     table = args.table or COMMITTED / f"triton-{version}.json"
-    chosen = [job for job in jobs(args.arch, args.dtype) if re.search(args.kernel, job.kernel)]
+
+    def wanted(key: tuple) -> bool:
+        arch, dtype, kernel = key[:3]
+        asked = arch in args.arch and dtype in args.dtype and re.search(args.kernel, kernel)
+        return bool(asked) and (not args.quick or dtype == "float16" or arch == 90)
+
+    chosen = [job for job in jobs(args.arch, args.dtype) if wanted(job.key)]
     if not chosen:
         raise SystemExit(f"--kernel {args.kernel}: no kernel's name matches")
     cache = None if args.no_cache else CACHE / f"triton-{version}.json"
@@ -366,7 +393,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"FAILED no table for Triton {version} at {table}: make it with --update and commit it")
         return 1
     old = old or {}
-    asked = {k: r for k, r in old.items() if k[0] in args.arch and k[1] in args.dtype and re.search(args.kernel, k[2])}
+    asked = {key: row for key, row in old.items() if wanted(key)}
     changes = differences(asked, found)
     for line in changes:
         print(f"{'CHANGED' if args.update else 'DIFFERS'} {line}")

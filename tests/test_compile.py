@@ -1,0 +1,170 @@
+"""The ahead-of-time gate: every rule sees what it is for, and a table that differs is told from one that holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+triton = pytest.importorskip("triton")
+gate = pytest.importorskip("bench.compile")
+aot = pytest.importorskip("jasper_fast.kernels.aot")
+
+ROOT = Path(__file__).resolve().parents[1]
+GOOD = {
+    "registers": 128, "spilled": 0, "shared": 98304, "dots": 2, "dot_rows": 128, "wgmma": 8, "mma_sync": 0,
+    "tcgen05": 0, "tma": 6, "cp_async": 24, "wide_loads": 0, "wide_stores": 8, "narrow_loads": 0, "waiting_loads": 0,
+    "nan_eaters": 0,
+}  # fmt: skip
+AMPERE = GOOD | {"wgmma": 0, "mma_sync": 64, "tma": 0}
+POINTWISE = AMPERE | {"dots": 0, "dot_rows": 0, "mma_sync": 0, "cp_async": 0, "wide_loads": 8, "shared": 0}
+
+
+def job(
+    arch: int = 90, dtype: str = "float16", kernel: str = "conv1d fused", layer: str = "any", **constants
+) -> gate.Job:
+    return gate.Job(arch, dtype, kernel, layer, SimpleNamespace(constants=constants, num_warps=8, num_stages=3))
+
+
+def complaints(of, facts: dict) -> dict[str, str]:
+    found = {rule.name: rule.complaint(of, facts) for rule in gate.RULES}
+    return {name: line for name, line in found.items() if line}
+
+
+def test_good_kernels_break_no_rule():
+    assert not complaints(job(), GOOD)
+    assert not complaints(job(80), AMPERE)
+    assert not complaints(job(100), GOOD | {"wgmma": 0, "tcgen05": 16})
+    assert not complaints(job(80, kernel="bn_relu_dropout forward"), POINTWISE)
+    assert not complaints(job(90, HAS_DESCRIPTORS=False), GOOD | {"tma": 0})  # pointers by design: stride 2
+    assert not complaints(job(90), GOOD | {"dot_rows": 32, "wgmma": 0, "mma_sync": 64})  # too small for a warp group
+    exact = job(80, "float32", PRECISION="ieee")
+    assert not complaints(exact, AMPERE | {"mma_sync": 0, "cp_async": 0})
+
+
+@pytest.mark.parametrize(
+    ("rule", "of", "facts"),
+    [
+        ("no spill", job(), GOOD | {"spilled": 8}),
+        ("shared memory fits", job(86), AMPERE | {"shared": 101377}),
+        ("shared memory fits", job(80), AMPERE | {"shared": 166913}),
+        ("shared memory fits", job(100), GOOD | {"wgmma": 0, "tcgen05": 16, "shared": 232449}),
+        ("tensor cores", job(), GOOD | {"wgmma": 0}),
+        ("tensor cores", job(), GOOD | {"wgmma": 1}),
+        ("tensor cores", job(), GOOD | {"mma_sync": 32}),
+        ("tensor cores", job(80), AMPERE | {"mma_sync": 0}),
+        ("tensor cores", job(89, "float32", PRECISION="tf32"), AMPERE | {"mma_sync": 0}),
+        ("tensor cores", job(100), GOOD),
+        ("asynchronous copies", job(), GOOD | {"tma": 0}),
+        ("asynchronous copies", job(100), GOOD | {"wgmma": 0, "tcgen05": 16, "tma": 0}),
+        ("asynchronous copies", job(89), AMPERE | {"cp_async": 0}),
+        ("asynchronous copies", job(80), AMPERE | {"waiting_loads": 4}),
+        ("asynchronous copies", job(90, HAS_DESCRIPTORS=False), GOOD | {"tma": 0, "cp_async": 0}),
+        ("no 16-bit scalar loads", job(80), AMPERE | {"narrow_loads": 1}),
+        ("16-byte accesses", job(80, kernel="bn_relu_dropout forward"), POINTWISE | {"wide_loads": 0}),
+        ("16-byte accesses", job(), GOOD | {"wide_stores": 0}),
+        ("a NaN passes", job(80, kernel="bn_relu_dropout forward"), POINTWISE | {"nan_eaters": 8}),
+    ],
+)
+def test_a_broken_rule_is_named(rule, of, facts):
+    assert set(complaints(of, facts)) == {rule}
+
+
+def test_rules_spare_only_what_they_say():
+    assert not complaints(job(80, kernel="conv1d stats merge"), POINTWISE | {"spilled": 8, "wide_stores": 0})
+    last = GOOD | {"nan_eaters": 9, "wide_stores": 0}
+    assert not complaints(job(kernel="conv1d last"), last)
+    assert set(complaints(job(kernel="conv1d first"), last)) == {"a NaN passes", "16-byte accesses"}
+
+
+def test_differences_show_old_and_new():
+    rows = [dict(zip(gate.KEY, (80, "float16", name, "T128", "any"), strict=True)) | GOOD for name in ("a", "b", "c")]
+    old, new = gate.by_key(rows[:2]), gate.by_key([rows[0] | {"registers": 130, "spilled": 8}, rows[2]])
+    assert gate.differences(old, new) == [
+        "sm_80 float16 a [T128] any: registers 128 -> 130, spilled 0 -> 8",
+        "sm_80 float16 c [T128] any: new, not in the committed table",
+        "sm_80 float16 b [T128] any: in the committed table, made no more",
+    ]
+    assert gate.differences(old, old) == []
+    text = gate.text("3.7.1", rows)
+    assert json.loads(text)["rows"] == rows and len(text.splitlines()) == len(rows) + 2
+
+
+def test_innermost_loops_of_ptx():
+    ptx = "$L_a:\n one\n$L_b:\n two\n@%p1 bra $L_b;\n three\n@%p2 bra $L_a;\n bra $L_c;\n four\n$L_c:\n five\n"
+    (loop,) = aot.innermost_loops(ptx)
+    assert "two" in loop and "one" not in loop and "three" not in loop
+
+
+@pytest.fixture(scope="module")
+def made() -> dict:
+    """The facts of tests/gate_kernels.py, compiled where Triton does not interpret."""
+    return json.loads(run([str(ROOT / "tests" / "gate_kernels.py")]).stdout)
+
+
+def run(arguments: list[str], **env: str) -> subprocess.CompletedProcess:
+    clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | env
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=clean, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr
+    return done
+
+
+def test_facts_of_kernels_that_break_the_rules_on_purpose(made):
+    judged = {name: set(complaints(job(80), facts)) for name, facts in made.items() if isinstance(facts, dict)}
+    assert judged["good"] == set()
+    assert judged["spilling"] == {"no spill", "shared memory fits"}
+    assert judged["scalar"] >= {"no 16-bit scalar loads", "asynchronous copies"}
+    assert judged["through registers"] == {"asynchronous copies"} and made["through registers"]["cp_async"] > 0
+    assert made["narrow tile"]["dot_rows"] == 16 and made["good"]["dot_rows"] == 64
+    assert made["good on sm_90"]["wgmma"] > 0 and made["good on sm_90"]["mma_sync"] == 0
+    assert made["good"]["mma_sync"] > 0 and made["good"]["wgmma"] == 0
+
+
+def test_a_nan_passes_the_select_and_not_the_maximum(made):
+    """In the PTX and in the machine code: `where(x <= 0, 0, x)`, as all kernels write a ReLU, is no maximum."""
+    assert made["maximum"]["nan_eaters"] > 0 and made["maximum"]["sass_maxima"] > 0
+    assert made["select"]["nan_eaters"] == made["select"]["sass_maxima"] == 0
+
+
+def test_the_cache_key_is_that_of_the_code(made):
+    a, b, other_stages, other_arch = made["digests"]
+    assert a == b and len({a, other_stages, other_arch}) == 3
+
+
+# ------------------------------------------------------------------ the command
+
+PART = ["-m", "bench", "compile", "--arch", "90", "--dtype", "float16", "--kernel", "^conv1d (forward|fused)$"]
+PART += ["--processes", "1"]
+
+
+def test_part_of_the_committed_table_holds():
+    """The whole of it is `make compile`'s to check."""
+    if not (gate.COMMITTED / f"triton-{triton.__version__}.json").exists():
+        pytest.skip(f"no table for Triton {triton.__version__}")
+    done = run([*PART, "--no-cache"])
+    assert done.returncode == 0, done.stdout
+    assert "sm_90 float16 conv1d fused" in done.stdout and "0 broken rules, 0 changes" in done.stdout
+
+
+def test_a_table_that_differs_fails_and_update_puts_it_right(tmp_path):
+    table = tmp_path / "table.json"
+    command = [*PART, "--table", str(table)]
+    missing = run(command)
+    assert missing.returncode == 1 and "no table for Triton" in missing.stdout
+    run([*command, "--update"], TRITON_INTERPRET="1")  # the command goes on where Triton compiles
+    first = table.read_text()
+    rows = json.loads(first)["rows"]
+    assert {row["kernel"] for row in rows} == {"conv1d forward", "conv1d fused"}
+    elsewhere = rows[0] | {"arch": 80}
+    changed = [rows[0] | {"registers": rows[0]["registers"] + 1}, *rows[1:], elsewhere]
+    table.write_text(gate.text(triton.__version__, changed))
+    done = run(command)
+    old, new = rows[0]["registers"] + 1, rows[0]["registers"]
+    assert done.returncode == 1 and f"registers {old} -> {new}" in done.stdout and "1 changes" in done.stdout
+    run([*command, "--update"])
+    assert json.loads(table.read_text())["rows"] == [elsewhere, *rows]  # what was not asked for stays
