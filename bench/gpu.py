@@ -8,12 +8,15 @@ the same plan runs on a stand-in: the small Jasper and small shapes.
 
 import dataclasses
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench import kernels, latency, launches, memory, sub_blocks, train
 from bench.harness import OutOfTime, Run, console
+from bench.machine import ROOT
 
 BUDGET = 540.0
 LIGHT = "eager,eager_no_masks,eager_2d_channels_last,cuda_graph"
@@ -168,10 +171,15 @@ def slow_rivals(run: Run) -> None:
 
 
 def tuning(run: Run) -> None:
-    """Tiles of the most valuable shapes, as far as the time goes."""
-    from bench import tune
-
-    tune.main(run)
+    """Tiles of the most valuable shapes, as far as the time goes: `python -m bench tune` in a process of its own, which
+    a kernel may take down, with a result of its own, which `--install` takes."""
+    out, left = run.results.path.parent, run.deadline - time.monotonic() - 5.0
+    dtype = {"float16": "fp16", "bfloat16": "bf16"}.get(kernels.name(run.dtype), "fp32")
+    command = ["-m", "bench", "tune", "--device", str(run.device), "--dtype", dtype, "--out", str(out), "--resume"]
+    done = subprocess.run([sys.executable, *command, "--budget", f"{left:.0f}"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    run.results.data["tuning"] = {"command": " ".join(["python", *command, "--budget", f"{left:.0f}"]), "status": done.returncode}
+    if done.returncode:
+        raise RuntimeError(f"bench tune ended with status {done.returncode}")
 
 
 def main(run: Run, budget: float = BUDGET) -> None:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -52,16 +49,6 @@ def make_face(name: str) -> Face:
     if name == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     return Face(name, torch.device("cuda" if name == "cuda" or (name == "triton" and gpu) else "cpu"))
-
-
-def compile_rows(*args: str) -> list[dict]:
-    """What tests/compile_triton.py prints for these arguments, run where Triton compiles and does not interpret."""
-    pytest.importorskip("triton")
-    script = Path(__file__).with_name("compile_triton.py")
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, script, *args], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def pytest_configure(config: pytest.Config) -> None:
