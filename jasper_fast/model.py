@@ -23,14 +23,14 @@ class Jasper(nn.Module):
     `features` holds changes nothing.
 
     `panes`: how training takes the batch statistics of the residual panes: "gram", from the Gram matrices of the block
-    outputs (no pane output is made for it), or "plain", pane by pane.
+    outputs (no pane output is made for it), or "plain", pane by pane; "auto" is "gram" on a GPU, "plain" elsewhere.
 
     `backend`: "auto" takes the fastest face on the device of the input; "reference", "cpu", "triton" or "cuda" ask for
     one, and raise BackendMissing, saying how to get it, where it cannot run. Source of the semantics: the reference's
     `jasper/model.py`; equivalent to `jasper_fast.eager.EagerJasper(config)` with the same state dict.
     """
 
-    def __init__(self, config: JasperConfig, backend: str = "auto", panes: str = "gram"):
+    def __init__(self, config: JasperConfig, backend: str = "auto", panes: str = "auto"):
         super().__init__()
         self.config, self.backend = config, backends.require(backend)
         self.encoder, self.decoder = nn.Module(), nn.Module()

@@ -46,7 +46,7 @@ def config(kind="dense", masks=True, dropout=0.0):
     )
 
 
-def pair(cfg, backend, seed=0):
+def pair(cfg, backend, seed=0, panes="auto"):
     """(eager, ours) with the same parameters and lively running statistics."""
     torch.manual_seed(seed)
     eager = EagerJasper(cfg)
@@ -55,7 +55,7 @@ def pair(cfg, backend, seed=0):
             buffer.normal_(0, 0.1)
         elif name.endswith("running_var"):
             buffer.uniform_(0.5, 2)
-    ours = Jasper(cfg, backend=backend)
+    ours = Jasper(cfg, backend=backend, panes=panes)
     ours.load_state_dict(eager.state_dict())
     return eager, ours
 
@@ -93,10 +93,14 @@ def test_evaluation_equals_eager(kind, masks, backend):
             torch.testing.assert_close(got[rows], want[rows], atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["dense", "plain", "none"])
-def test_training_step_equals_eager(kind, backend):
-    eager, ours = pair(config(kind), backend)
-    features, lengths = batch()
+@pytest.mark.parametrize("panes", ["gram", "plain"])
+@pytest.mark.parametrize(("kind", "masks"), [("dense", True), ("dense", False), ("plain", True), ("none", True)])
+def test_training_step_equals_eager(kind, masks, panes, any_backend):
+    backend = any_backend
+    if kind == "none" and panes == "plain":
+        pytest.skip("no panes")
+    eager, ours = pair(config(kind, masks), backend, panes=panes)
+    features, lengths = batch(lengths=(61, 30, 15))
     features.requires_grad_(backend == "reference")
     grads = []
     for model in (eager, ours):
@@ -217,12 +221,34 @@ def test_faces_give_the_same_training_step():
         torch.testing.assert_close(got, want, atol=1e-4 * want.abs().max().item(), rtol=1e-3)
 
 
-def test_bfloat16_autocast_trains_close_to_fp32():
+@pytest.mark.parametrize("panes", ["gram", "plain"])
+def test_lengths_that_halve_to_nothing_train(any_backend, panes):
+    """T, T/2, T/4 and 0 frames: the same step as the definition's, dropout on, and finite everywhere."""
+    lengths = (61, 30, 15, 0)
+    results = []
+    for backend in ("reference", any_backend):
+        _, ours = pair(config(dropout=0.2), backend, panes=panes)
+        torch.manual_seed(4)
+        features, frames = batch(4, 61, lengths)
+        torch.manual_seed(5)
+        log_probs, out = ours.train()(features, frames)
+        assert log_probs.isfinite().all()
+        log_probs[valid_rows(log_probs, out)].square().mean().backward()
+        results.append([p.grad for p in ours.parameters()] + [b for b in ours.buffers() if b.is_floating_point()])
+    for want, got in zip(*results, strict=True):
+        assert got.isfinite().all()
+        torch.testing.assert_close(got, want, atol=2e-4 * want.abs().max().item(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("panes", ["gram", "plain"])
+@pytest.mark.parametrize("which", ["reference", "triton"])
+def test_bfloat16_autocast_trains_close_to_fp32(which, panes):
+    make_face(which)
     cfg = config()
     features, lengths = batch()
     losses = []
     for enabled in (False, True):
-        _, ours = pair(cfg, "reference")
+        _, ours = pair(cfg, which, panes=panes)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             log_probs, out = ours.train()(features, lengths)
         assert log_probs.dtype == torch.float32
@@ -240,16 +266,24 @@ def test_compile_has_no_graph_break(backend):
     assert explained.graph_break_count == 0, explained.break_reasons
 
 
-def test_compiled_forward_and_gradients_match(backend):
-    _, ours = pair(config(), backend)
+@pytest.mark.parametrize("panes", ["gram", "plain"])
+def test_compiled_forward_and_gradients_match(any_backend, panes):
+    """Training, dropout on, with its running statistics, then evaluation: one graph each, and the same numbers."""
+    torch._dynamo.reset()  # its limit of recompilations counts those of other tests
     features, lengths = batch()
-    grads = []
-    for model in (ours, torch.compile(ours, backend="aot_eager", fullgraph=True)):
-        ours.zero_grad()
+    results = []
+    for compiled in (False, True):
+        _, ours = pair(config(dropout=0.2), any_backend, panes=panes)
+        model = torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours
+        torch.manual_seed(8)
         log_probs, out = model(features, lengths)
         log_probs[valid_rows(log_probs, out)].square().mean().backward()
-        grads.append([p.grad.clone() for p in ours.parameters()])
-    for want, got in zip(*grads, strict=True):
+        found = [log_probs.detach(), *(p.grad for p in ours.parameters())]
+        ours.eval()
+        with torch.no_grad():
+            found += [model(features, lengths)[0], *(b for b in ours.buffers() if b.is_floating_point())]
+        results.append(found)
+    for want, got in zip(*results, strict=True):
         torch.testing.assert_close(got, want, atol=1e-5 * want.abs().max().item(), rtol=1e-4)
 
 

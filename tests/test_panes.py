@@ -158,5 +158,5 @@ def test_an_unknown_form_is_named():
             "decoder": {"in_feats": 8, "n_classes": 5},
         }
     )
-    with pytest.raises(ValueError, match="'dense' is not one of gram, plain"):
+    with pytest.raises(ValueError, match="'dense' is not one of auto, gram, plain"):
         Jasper(config, panes="dense")

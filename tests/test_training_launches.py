@@ -1,0 +1,183 @@
+"""A training step on the Triton face with its launches recorded and not run: what is launched, kept, waited for.
+
+The kernels are tested elsewhere; here only the host's part of a step runs, so that Jasper 10x5 is counted in seconds.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from conftest import make_face
+from test_model import batch, config, pair
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench import memory, models
+from jasper_fast import Jasper
+from jasper_fast.eager import EagerJasper
+from jasper_fast.kernels import launch
+
+BLOCKS, CONVS, PANES = 6, 9, 1 + 2 + 3  # of config("dense"): its repeats are 1, 2, 3, 1, 1, 1
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[str]:
+    """The name of every kernel launched, in order, with the flags that are set; nothing runs."""
+    make_face("triton")
+    told: list[str] = []
+
+    def record(kernel, grid, like, *args, **meta):
+        assert all(g > 0 for g in grid), (kernel, grid)
+        flags = [k.removeprefix("HAS_").lower() for k, on in meta.items() if k in ("HAS_STATS", "HAS_NORM") and on]
+        told.append(" ".join([kernel.fn.__name__.strip("_").removesuffix("_kernel"), *flags]))
+
+    monkeypatch.setattr(launch, "run", record)
+    return told
+
+
+def model(form: str, **more) -> Jasper:
+    torch.manual_seed(0)
+    return Jasper(config("dense", **more), backend="triton", panes=form).train()
+
+
+@pytest.mark.parametrize("form", ["gram", "plain"])
+def test_a_step_runs_no_conv_twice_and_takes_no_pass_for_statistics(launches, form):
+    ours = model(form, dropout=0.2)
+    log_probs, _ = ours(*batch())
+    forward = collections.Counter(launches)
+    launches.clear()
+    log_probs.sum().backward()
+    backward = collections.Counter(launches)
+    inside = CONVS - BLOCKS  # convs that follow another in their block
+    want = {"conv1d_pack": CONVS, "conv1d_forward stats": CONVS, "conv1d_stats_merge": CONVS, "forward": CONVS}
+    if form == "plain":  # a pane's output is no conv's: its statistics are a pass
+        want |= {"stats": PANES, "stats_merge": PANES}
+    assert forward == want
+    assert backward == {
+        "conv1d_wgrad": CONVS,
+        "conv1d_wgrad_merge": CONVS,
+        "conv1d_dgrad": BLOCKS - 1,  # the features want no gradient
+        "conv1d_dgrad norm": inside,
+        "conv1d_sums_merge": inside,
+        "forward": inside,  # z, made again
+        "backward_reduce": BLOCKS,  # block outputs have several readers
+        "sum_merge": BLOCKS,
+        "backward_apply": CONVS,
+    }
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("form", ["gram", "plain"])
+def test_a_step_waits_for_nothing(launches, form, training, monkeypatch):
+    """No tensor is read on the host: not by a method of Tensor, nor by an op whose result's size depends on values."""
+    ours, (features, lengths) = model(form, dropout=0.2).train(training), batch()
+
+    def refuse(name):
+        def read(*args, **kwargs):
+            raise AssertionError(f"Tensor.{name} waits for the device")
+
+        return read
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"), name
+            by_mask = name.startswith(("index", "_index")) and torch.bool in {i.dtype for i in args[1] if i is not None}
+            assert not by_mask, f"{name} by a mask"
+            return func(*args, **(kwargs or {}))
+
+    reads = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+    for name in reads:
+        monkeypatch.setattr(Tensor, name, refuse(name))
+    with pytest.raises(AssertionError, match="waits for the device"):
+        bool(lengths[0] > 0)
+    with Watch(), pytest.raises(AssertionError, match="by a mask"):
+        torch.ones(3)[torch.tensor([True, False, True])]
+    with Watch():
+        log_probs, _ = ours(features, lengths)
+        log_probs.sum().backward()
+    monkeypatch.undo()
+    assert launches
+
+
+def kept(module: torch.nn.Module, n: int, t: int) -> int:
+    """Bytes of the storages born in the second training forward and alive after it (as `python -m bench memory`)."""
+    device = next(module.parameters()).device
+    features = torch.zeros(n, 64, t, device=device)
+    lengths = torch.full((n,), t, device=device)
+    forward = lambda: module(features, lengths)[0].square().mean()  # noqa: E731
+    forward()
+    return memory.kept(forward, device)[0]
+
+
+def test_a_step_keeps_a_quarter_of_what_eager_keeps(launches):
+    """Jasper 10x5: conv and block outputs are 0.21 of eager's bytes. The Gram form keeps a covariance for each block
+    output beside them, whatever the batch: it needs 1600 frames of batch to stay within a quarter."""
+    cfg = models.config("jasper10x5")
+    with torch.device("meta"):
+        eager = EagerJasper(cfg).train()
+    ours = Jasper(cfg, backend="triton", panes="plain").train()
+    shares = {("plain", 2, 400): kept(ours, 2, 400) / kept(eager, 2, 400)}
+    for layer in ours.encoder.layers:
+        layer.pane_form = "gram"
+    shares["gram", 4, 400] = kept(ours, 4, 400) / kept(eager, 4, 400)
+    assert all(0.15 < share <= 0.25 for share in shares.values()), shares
+
+
+# ---- the packs that modules own ----
+
+
+def packs(ours: Jasper) -> dict[tuple[int, int], Tensor]:
+    return {(b, i): p for b, layer in enumerate(ours.encoder.layers) for i, p in layer.packs._held.items()}
+
+
+def test_packs_are_made_once_and_filled_in_every_forward(launches):
+    ours = model("gram")
+    ours(*batch())
+    first = {k: p.data_ptr() for k, p in packs(ours).items()}
+    assert len(first) == CONVS
+    ours(*batch())
+    assert {k: p.data_ptr() for k, p in packs(ours).items()} == first
+    assert launches.count("conv1d_pack") == 2 * CONVS
+    with torch.autocast("cpu", torch.bfloat16):
+        ours(*batch())
+    assert {p.dtype for p in packs(ours).values()} == {torch.bfloat16}
+
+
+def test_packs_are_in_no_state_dict_and_no_copy(launches):
+    ours = model("gram")
+    before = list(ours.state_dict())
+    ours(*batch())
+    assert list(ours.state_dict()) == before
+    assert packs(ours)
+    twins = [copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))]
+    held = io.BytesIO()
+    torch.save(ours, held)
+    held.seek(0)
+    twins.append(torch.load(held, weights_only=False))
+    for twin in twins:
+        assert not packs(twin)
+        twin(*batch())
+        assert len(packs(twin)) == CONVS
+        assert {p.data_ptr() for p in packs(twin).values()}.isdisjoint(p.data_ptr() for p in packs(ours).values())
+
+
+def test_a_forward_takes_the_weights_as_they_are_now():
+    """Really launched: after the weights change in place the next forward is that of a fresh model with them."""
+    make_face("triton")
+    _, ours = pair(config("none"), "triton")
+    features, lengths = batch()
+    ours.eval()
+    with torch.no_grad():
+        ours(features, lengths)
+        for parameter in ours.parameters():
+            parameter.mul_(1.5)
+    fresh = Jasper(config("none"), backend="triton").eval()
+    fresh.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        assert torch.equal(ours(features, lengths)[0], fresh(features, lengths)[0])
