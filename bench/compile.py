@@ -281,9 +281,14 @@ RULES = (
 
 
 def text(version: str, rows: Iterable[dict]) -> str:
-    """The table as JSON, a line a row, so that a difference reads as one."""
-    lines = ",\n".join(json.dumps(row) for row in rows)
+    """The table as JSON, a line a row, so that a difference reads as one; facts that are 0 are left out."""
+    lines = ",\n".join(json.dumps({k: v for k, v in row.items() if v != 0}) for row in rows)
     return f'{{"triton": {json.dumps(version)}, "rows": [\n{lines}\n]}}\n'
+
+
+def read(table: Path) -> list[dict]:
+    """The rows of a table."""
+    return [dict.fromkeys((*KEY, *FACTS), 0) | row for row in json.loads(table.read_text())["rows"]]
 
 
 def by_key(rows: Iterable[dict]) -> dict[tuple, dict]:
@@ -388,7 +393,7 @@ def main(args: argparse.Namespace) -> int:
     ]
     for line in broken:
         print(f"FAILED {line}")
-    old = by_key(json.loads(table.read_text())["rows"]) if table.exists() else None
+    old = by_key(read(table)) if table.exists() else None
     if old is None and not args.update:
         print(f"FAILED no table for Triton {version} at {table}: make it with --update and commit it")
         return 1
