@@ -118,9 +118,12 @@ def tune(run: Run, ops: tuple[str, ...], budget: float, seconds: float) -> int:
         console.print(f"tune {number} of {len(todo)}: {case.label()}, {left:.0f} s left")
         try:
             with interrupted_after(left):
-                rows = measure(run, case, trial)
+                rows = attempt(run, (op, layer, batch), trial)
         except OutOfTime:
             break
+        except KeyboardInterrupt:  # by a person, not by the configuration that was being tried
+            trial.forget()
+            raise
         except ContextLost as error:
             say(f"{error}: this process is of no more use, --resume goes on without it")
             status = 3
@@ -136,6 +139,20 @@ def tune(run: Run, ops: tuple[str, ...], budget: float, seconds: float) -> int:
     put_table(run)
     summary(run, done, len(todo))
     return status
+
+
+def attempt(run: Run, what: tuple[str, Layer, tuple[int, int]], trial: "Trial") -> list[dict]:
+    """The rows of a case; where it cannot be measured at all (no memory for its inputs, say), they say so."""
+    case = make_case(run, *what, trial)
+    try:
+        return measure(run, case, trial)
+    except Exception as error:  # one case's failure costs the others nothing
+        check_alive(run.device, case, trial)
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    case = make_case(run, *what, trial)
+    case.failed = {c.name: ("failed", why) for c in case.contenders}
+    rows = harness.rows(case, {}, {}, run.device)
+    return [row | {"tune": c.row} for row, c in zip(rows, case.contenders, strict=True)]
 
 
 def finished(run: Run, case: Case) -> bool:
@@ -278,12 +295,8 @@ def tile_builder(run: Run, held: Held, tile: dict[str, int], name: str, trial: "
         held.case  # noqa: B018 (the inputs' kernels are not the candidate's)
         trial.begin(name)
         with compiled() as facts:
-            try:
-                call()
-                harness.synchronize(run.device)
-            except Exception:
-                check_alive(run.device, name)
-                raise
+            call()
+            harness.synchronize(run.device)
         trial.facts[name] = facts
         if facts.get("spilled"):
             raise RuntimeError(f"spills {facts['spilled']} bytes")
@@ -381,12 +394,16 @@ def compiled() -> Iterator[dict]:
         launch.run = run
 
 
-def check_alive(device: torch.device, name: str) -> None:
-    """Raises ContextLost where the device answers no more."""
+def check_alive(device: torch.device, case: Case, trial: "Trial") -> None:
+    """Raises ContextLost where the device answers no more; the first contender to fail by it is the one at fault."""
     try:
         harness.synchronize(device)
     except RuntimeError as error:
-        raise ContextLost(f"{name} has lost the device ({str(error).splitlines()[0]})") from error
+        told = str(error).splitlines()[0]
+        at_fault = next((name for name, (_, why) in case.failed.items() if "CUDA error" in why), None)
+        if at_fault is not None:
+            trial.begin(at_fault)
+        raise ContextLost(f"{at_fault or case.label()} has lost the device ({told})") from error
 
 
 def capability(device: torch.device) -> str:
@@ -406,13 +423,16 @@ def measure(run: Run, case: Case, trial: "Trial") -> list[dict]:
     case.contenders = [c for c in case.contenders if c.name not in killers]
     described = {c.name: c.row for c in case.contenders}
     harness.prepare(case)
+    check_alive(run.device, case, trial)
     first = harness.measure(case, run.device, FIRST_ROUNDS)
+    check_alive(run.device, case, trial)
     times = {row["contender"]: row["time_s"]["median"] for row in first if row["status"] == "ok"}
     for name, spent in times.items():
         if spent > SLOW * min(times.values()) and name != LIBRARY:
             del case.runners[name]
     case.contenders = [c for c in case.contenders if c.name in case.runners]
     rows = harness.measure(case, run.device, run.effort) if case.contenders else []
+    check_alive(run.device, case, trial)
     rows = [row for row in first if row["contender"] not in {r["contender"] for r in rows}] + rows
     case.runners.clear()
     if run.device.type == "cuda":

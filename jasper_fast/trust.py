@@ -25,6 +25,7 @@ import torch
 
 SCHEMA = 1
 LOCK_SECONDS = 300.0
+DRIVER = Path("/proc/driver/nvidia/version")
 GOOD, BAD, UNCHECKED = "good", "bad", "unchecked"
 
 
@@ -66,8 +67,9 @@ def key(device: torch.device) -> dict[str, str]:
 
 def driver() -> str:
     """The version of the NVIDIA driver, "unknown" where nothing tells it."""
-    told = Path("/proc/driver/nvidia/version")
-    if told.is_file() and (found := re.search(r"Kernel Module\D*([\d.]+)", told.read_text(errors="replace"))):
+    if DRIVER.is_file() and (
+        found := re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", DRIVER.read_text(errors="replace"))
+    ):
         return found.group(1)
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:

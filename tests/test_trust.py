@@ -100,6 +100,21 @@ def test_the_sources_are_those_of_kernels_and_tables(monkeypatch, tmp_path):
     assert trust.sources() != before
 
 
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n", "535.104.05"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (x)\n", "580.65.06"),
+        ("GCC version: 13\n", "unknown"),
+    ],
+)
+def test_the_drivers_version_is_read_where_linux_tells_it(text, version, tmp_path, monkeypatch):
+    monkeypatch.setattr(trust, "DRIVER", tmp_path / "version")
+    monkeypatch.setenv("PATH", "")
+    (tmp_path / "version").write_text(text)
+    assert trust.driver() == version
+
+
 FAULTY = {
     "no JSON": "{",
     "no object": "[]",

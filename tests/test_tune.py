@@ -281,6 +281,20 @@ def test_the_budget_ends_a_run(tmp_path):
     assert code == 0 and not data["finished"] and data["rows"] == []
 
 
+def test_a_person_who_interrupts_accuses_no_configuration(tmp_path, monkeypatch):
+    def interrupted(run, case, trial):
+        trial.begin(case.contenders[0].name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(machine, "_git", lambda *_: "abc")
+    _, data = run(tmp_path, "--resume")
+    assert data["resumed"] == 1 and {row["status"] for row in data["rows"]} == {"ok"}
+
+
 KILL = """
 import os, sys
 from jasper_fast import backends
@@ -324,27 +338,49 @@ def test_a_configuration_that_ends_the_process_is_skipped_by_the_next_one(tmp_pa
     assert len(data["table"]["rows"]) == 4
 
 
-def test_a_lost_device_ends_the_run_and_is_remembered(tmp_path, second_tile, monkeypatch):
-    lost = []
+@pytest.mark.parametrize("when", [1, 3], ids=["in its first call", "in its first timing"])
+def test_a_lost_device_ends_the_run_and_is_remembered(tmp_path, second_tile, monkeypatch, when):
+    calls = []
 
-    def losing(_out):
-        lost.append(None)
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    def losing(y):
+        calls.append(None)
+        if len(calls) >= when:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return y
 
     def synchronize(device):
-        if lost:
+        if len(calls) >= when:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     second_tile(losing)
     monkeypatch.setattr(harness, "synchronize", synchronize)
     code, data = run(tmp_path)
     assert code == 3 and not data["finished"] and data["rows"] == []
-    lost.clear()
+    calls.clear()
     second_tile(lambda y: y)
     code, data = run(tmp_path, "--resume")
     assert code == 0 and data["finished"]
-    failed = [row for row in data["rows"] if row["status"] != "ok"]
-    assert len(failed) == 1 and "lost the device" in failed[0]["why"]
+    (refused,) = [row for row in data["rows"] if row["status"] != "ok"]
+    assert "lost the device" in refused["why"] and "stages 4" in refused["contender"]
+
+
+def test_a_case_that_cannot_be_measured_costs_the_others_nothing(tmp_path, monkeypatch):
+    """Its reference has no memory, say."""
+    right = harness.prepare
+
+    def prepare(case):
+        if "16->24" in case.id:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+        right(case)
+
+    monkeypatch.setattr(harness, "prepare", prepare)
+    code, data = run(tmp_path)
+    assert code == 0 and data["finished"]
+    first, second = cases(data).values()
+    assert {row["status"] for row in first.values()} == {"failed"} and len(first) == 3
+    assert all("CUDA out of memory" in row["why"] for row in first.values())
+    assert {row["status"] for row in second.values()} == {"ok"}
+    assert {row["c_in"] for row in data["table"]["rows"]} == {24}
 
 
 # ---- tables from results ----
