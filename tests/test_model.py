@@ -11,7 +11,9 @@ from conftest import make_face
 
 from jasper_fast import InferenceEngine, Jasper, JasperConfig
 from jasper_fast.backends import BackendMissing
+from jasper_fast.config import BlockConfig
 from jasper_fast.eager import EagerJasper
+from jasper_fast.modules import JasperBlock
 
 
 def block(filters, repeat=1, k=5, s=1, d=1, dropout=0.0, residual=False, dense=False):
@@ -190,6 +192,21 @@ def test_nan_in_a_valid_frame_reaches_the_loss(any_backend, training):
     log_probs, out = ours.train(training)(features, lengths)
     loss = F.ctc_loss(log_probs.transpose(0, 1), torch.tensor([[1, 2]] * 3), out, torch.tensor([2, 2, 2]), blank=6)
     assert loss.isnan()
+
+
+@pytest.mark.parametrize(
+    ("k", "s", "d"), [(1, 1, 1), (11, 1, 1), (11, 2, 1), (10, 1, 1), (29, 1, 2), (4, 3, 1), (2, 2, 1)]
+)
+def test_the_halo_is_where_a_conv_of_masked_frames_ends(k, s, d):
+    b = BlockConfig(filters=1, kernel_size=(k,), stride=(s,), dilation=(d,), residual=False)
+    halo = JasperBlock(1, b, [], "reference").halo
+    for length in (0, 1, 2, 3, 17, 50, 60):
+        x = torch.zeros(1, 1, 60)
+        x[:, :, :length] = 1
+        y = F.conv1d(x, torch.ones(1, 1, k), None, s, b.padding, d)[0, 0]
+        assert (y[max(0, b.out_length(length) + halo) :] == 0).all(), length
+        if s == 1 and length and b.out_length(length) + halo <= y.shape[0]:
+            assert y[b.out_length(length) + halo - 1] != 0, "the halo is longer than it need be"
 
 
 def test_dropout_differs_between_steps_and_repeats_with_the_generator(backend):

@@ -65,8 +65,10 @@ def model_step(rank: int, backend: str, form: str, state: dict) -> dict[str, tor
     return step(nn.SyncBatchNorm.convert_sync_batchnorm(model), *share(rank, *whole_batch()))
 
 
-@pytest.mark.parametrize("form", ["gram", "plain"])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    ("backend", "form"),
+    [("reference", "gram"), ("reference", "plain"), ("cpu", "gram"), ("cpu", "plain"), ("triton", "gram")],
+)
 def test_two_ranks_equal_one_process(tmp_path, backend, form):
     """A converted model on 3 and 2 utterances: the eager model's step on all 5, its gradients summed over the ranks."""
     make_face(backend)

@@ -33,7 +33,8 @@ def launches(monkeypatch) -> list[str]:
 
     def record(kernel, grid, like, *args, **meta):
         assert all(g > 0 for g in grid), (kernel, grid)
-        flags = [k.removeprefix("HAS_").lower() for k, on in meta.items() if k in ("HAS_STATS", "HAS_NORM") and on]
+        shown = ("HAS_STATS", "HAS_NORM", "HAS_HALO")
+        flags = [k.removeprefix("HAS_").lower() for k, on in meta.items() if k in shown and on]
         told.append(" ".join([kernel.fn.__name__.strip("_").removesuffix("_kernel"), *flags]))
 
     monkeypatch.setattr(launch, "run", record)
@@ -67,7 +68,7 @@ def test_a_step_runs_no_conv_twice_and_takes_no_pass_for_statistics(launches, fo
         "forward": inside,  # z, made again
         "backward_reduce": BLOCKS,  # block outputs have several readers
         "sum_merge": BLOCKS,
-        "backward_apply": CONVS,
+        "backward_apply halo": CONVS,
     }
 
 
@@ -87,7 +88,9 @@ def test_a_step_waits_for_nothing(launches, form, training, monkeypatch):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             name = func.overloadpacket.__name__
             assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"), name
-            by_mask = name.startswith(("index", "_index")) and torch.bool in {i.dtype for i in args[1] if i is not None}
+            by_mask = name in ("index", "index_put", "index_put_") and torch.bool in {
+                i.dtype for i in args[1] if i is not None
+            }
             assert not by_mask, f"{name} by a mask"
             return func(*args, **(kwargs or {}))
 
