@@ -32,7 +32,7 @@ MIN_ROWS = 128  # of a reducing program, so that partials stay under a few perce
 MAX_PARTIALS = 256  # per channel: the second stage holds them all at once
 MERGE_C = 16  # channels of a second-stage program
 NUM_WARPS = 4
-APPLY_WARPS = 8  # of backward_apply, which holds three tiles at once: with 4 warps it spills
+APPLY_LANES, APPLY_WARPS = 2048, 8  # of backward_apply, which holds three tiles at once: other sizes spill somewhere
 
 
 # ---- what all kernels share: N batch, T frames, C channels, C = c_groups * VEC ----
@@ -376,7 +376,7 @@ def backward_apply(
     rows = _rows(y)
     dy = empty_ntc(n, c, t, like=y)
     dres = empty_ntc(n, c, t, like=y) if has_residual else None
-    block_m, block_c, vec = _blocks(c, TILE_BYTES // y.dtype.itemsize)
+    block_m, block_c, vec = _blocks(c, APPLY_LANES)
     launch.run(
         _backward_apply_kernel, (triton.cdiv(rows, block_m) * triton.cdiv(c, block_c),), y,
         dz, y, z, dy, dres, mean, rstd, gamma, beta, mean_g, mean_gy,
@@ -460,6 +460,6 @@ def sources(dtype: torch.dtype, c: int) -> Iterator[aot.Source]:
             if halo and not lengths:
                 continue
             yield source(
-                "backward_apply", _backward_apply_kernel, tile,
+                "backward_apply", _backward_apply_kernel, APPLY_LANES,
                 HAS_Z=residual, HAS_RESIDUAL=residual, HAS_BATCH_STATS=batch, **flags, HAS_HALO=halo,
             )  # fmt: skip

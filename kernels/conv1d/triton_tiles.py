@@ -59,6 +59,8 @@ def default(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> Tile:
         return tile._replace(splits=_shares(tile, shape, frames))
     reduced, out = (shape.c_out, shape.c_in) if op.startswith("dgrad") else (shape.c_in, shape.c_out)
     t = 128 if wide and frames > 64 else 64 if frames > 32 else 32
+    if op == "fused" and shape.stride > 1:
+        t = min(t, 64)  # the network's first kernel spills at 128
     n, k = _fit(out, 16, 128 if wide else 64), _fit(reduced, 16, 64 if wide else 32)
     warps = 8 if op == "fused" and not wide and t == 32 else _warps(t * n)  # with 4 the panes spill on sm_100
     tile = Tile(t, n, k, warps, 3)
