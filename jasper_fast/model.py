@@ -25,6 +25,9 @@ class Jasper(nn.Module):
     `panes`: how training takes the batch statistics of the residual panes: "gram", from the Gram matrices of the block
     outputs (no pane output is made for it), or "plain", pane by pane; "auto" is "gram" on a GPU, "plain" elsewhere.
 
+    After `torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)` training on several ranks takes batch statistics over
+    all of them.
+
     `backend`: "auto" takes the fastest face on the device of the input; "reference", "cpu", "triton" or "cuda" ask for
     one, and raise BackendMissing, saying how to get it, where it cannot run. Source of the semantics: the reference's
     `jasper/model.py`; equivalent to `jasper_fast.eager.EagerJasper(config)` with the same state dict.
