@@ -148,27 +148,18 @@ def test_small_gradients_do_not_underflow(form, low):
 
 
 @pytest.mark.parametrize("low", LOW, ids=str)
-def test_on_a_gpu_shapes_and_dtypes_fit(low):
-    """The GPU's branch (16-bit products summed in fp32 come from another ATen op there) on tensors without content: an
-    op that does not take its operands, or that would wait for the device, raises."""
+def test_on_a_gpu_dtypes_fit(low):
+    """The GPU's branch (16-bit products summed in fp32 come from another ATen op there) on tensors without content."""
     from torch._subclasses import FakeTensorMode
 
-    gram_form, plain_form = (importlib.import_module(f"jasper_fast.ops.{m}") for m in ("panes", "panes_plain"))
+    impl = importlib.import_module("jasper_fast.ops.panes")  # not the function of that name
     with FakeTensorMode():
-        xs = [torch.empty(2, 9, c, device="cuda", dtype=low).transpose(1, 2) for c in (24, 16)]
-        g = torch.empty(2, 9, 8, device="cuda", dtype=low).transpose(1, 2)
-        weights = [torch.empty(8, c, 1, device="cuda") for c in (24, 16)]
-        vectors = [torch.empty(8, device="cuda") for _ in xs]
-        means, covs, _ = zip(*(gram_form._gram(x, "") for x in xs), strict=True)
-        assert {t.dtype for t in (*means, *covs)} == {torch.float32}
-        dx = gram_form._gram_backward(xs[0], means[0], None, means[0], covs[0], "")
-        assert (dx.dtype, dx.shape, dx.stride()) == (low, xs[0].shape, xs[0].stride())
-        p = gram_form.product(g.transpose(1, 2).flatten(0, 1).T, xs[0].transpose(1, 2).flatten(0, 1))
-        assert (p.dtype, p.shape, p.device.type) == (torch.float32, (8, 24), "cuda")
-        out, *stats, rows = plain_form._forward(xs, weights, vectors, vectors, 1e-3, "", "reference")
-        grads = plain_form._backward(g, xs, weights, vectors, *stats, rows, 1e-3, "")
-        for got, want in zip((out, *grads[0], *grads[1]), (g, *xs, *weights), strict=True):
-            assert (got.dtype, got.shape, got.device.type) == (want.dtype, want.shape, "cuda")
+        x = torch.empty(2, 9, 24, device="cuda", dtype=low).transpose(1, 2)
+        mean, cov, _ = impl._gram(x, "")
+        dx = impl._gram_backward(x, mean, None, mean, cov, "")
+        p = impl.product(torch.empty(18, 8, device="cuda", dtype=low).T, x.transpose(1, 2).flatten(0, 1))
+    assert {(t.dtype, t.device.type) for t in (mean, cov, p)} == {(torch.float32, "cuda")}
+    assert (dx.dtype, dx.shape, dx.stride(), p.shape) == (low, x.shape, x.stride(), (8, 24))
 
 
 def test_one_row_raises_what_pytorch_raises(form):
