@@ -21,7 +21,7 @@ from bench.machine import ROOT
 BUDGET = 540.0
 LIGHT = "eager,eager_no_masks,eager_2d_channels_last,cuda_graph"
 LIGHT_TRAINING = "eager,eager_2d_channels_last"
-SLOW = "compile_max_autotune,cudnn"
+SLOW = "compile_max_autotune"
 GOOD = 10.0  # seconds that must be left for another part to be worth starting
 
 

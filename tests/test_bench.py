@@ -221,10 +221,12 @@ def test_all_contenders_of_convs_are_right(op, backend, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["both", "inference"])
-def test_sub_blocks_under_amp_are_right(mode, tmp_path):
-    """fp32 master weights beside 16-bit activations; eager under autocast."""
-    run = make_run(tmp_path)
-    run.dtype = torch.bfloat16
+@pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.bfloat16), ("triton", torch.float16)])
+def test_sub_blocks_under_amp_are_right(mode, backend, dtype, tmp_path):
+    """fp32 master weights beside 16-bit activations, eager under autocast; the prologue reads fp32 features."""
+    make_face(backend)
+    run = make_run(tmp_path, backend=backend)
+    run.dtype = dtype
     rows = [r for a in LAYERS for r in run.cases("test", sub_blocks.layer_cases(run, "sub_block", 2, 40, a, (mode,)))]
     assert len(rows) == 12 and all(r["status"] == "ok" for r in rows), [(r["id"], r.get("why")) for r in rows]
 
