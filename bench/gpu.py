@@ -176,8 +176,9 @@ def tuning(run: Run) -> None:
     out, left = run.results.path.parent, run.deadline - time.monotonic() - 5.0
     dtype = {"float16": "fp16", "bfloat16": "bf16"}.get(kernels.name(run.dtype), "fp32")
     command = ["-m", "bench", "tune", "--device", str(run.device), "--dtype", dtype, "--out", str(out), "--resume"]
-    done = subprocess.run([sys.executable, *command, "--budget", f"{left:.0f}"], cwd=ROOT, stdout=subprocess.DEVNULL)
-    run.results.data["tuning"] = {"command": " ".join(["python", *command, "--budget", f"{left:.0f}"]), "status": done.returncode}
+    command += ["--budget", f"{left:.0f}"]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL)
+    run.results.data["tuning"] = {"command": " ".join(["python", *command]), "status": done.returncode}
     if done.returncode:
         raise RuntimeError(f"bench tune ended with status {done.returncode}")
 

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 
 from bench import published, svg, tables
+from bench.agreement import agreement
 from bench.goals import judge
 from bench.machine import ROOT
 
@@ -27,6 +28,11 @@ def main(paths: Sequence[Path], html: Path | None, readme: bool) -> int:
     if not chosen:
         raise SystemExit("no result to report on: run python -m bench all first, or name JSON files")
     results = [load(path) for path in chosen]
+    if len(results) == 2:
+        found = agreement(*results)
+        tables.console.print(str(found))
+        for row in found.apart:
+            tables.console.print(f"  apart: {row}", markup=False)
     target = html or chosen[0].with_suffix(".html")
     target.write_text(page(results))
     tables.console.print(f"wrote {target}")
@@ -229,6 +235,8 @@ def comparison(results: Sequence[dict]) -> str:
     if not lines:
         return "<h2>Comparison</h2><p>These results have no row in common.</p>"
     note = '<p class="faint">Medians; in brackets, how many times as fast as the first.</p>'
+    if len(results) == 2 and results[0]["machine"]["name"] == results[1]["machine"]["name"]:
+        note += f"<p>{escape(str(agreement(*results)))}.</p>"
     return "<h2>Comparison</h2>" + note + grid(("case", "contender", *heads), lines)
 
 

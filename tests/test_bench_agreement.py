@@ -1,0 +1,53 @@
+"""Two results of one machine: which ratios say the same."""
+
+import copy
+import json
+
+from bench import report
+from bench.agreement import agreement
+
+
+def row(name: str, low: float, high: float) -> dict:
+    return {
+        "id": name, "bench": "kernels", "key": {"op": name}, "contender": "eager", "ours": False, "status": "ok",
+        "dtype": "float32", "time_s": {"median": 1.0, "p20": 1.0, "p80": 1.0, "p99": 1.0},
+        "ratio": {"median": (low + high) / 2, "low": low, "high": high, "confidence": 0.95, "pairs": 9},
+    }  # fmt: skip
+
+
+def result(*rows: dict) -> dict:
+    return {"rows": list(rows)}
+
+
+def test_intervals_that_touch_agree_and_others_are_named():
+    first = result(row("a", 1.0, 1.2), row("b", 2.0, 2.1), row("c", 3.0, 3.1), row("only here", 1.0, 1.0))
+    second = result(row("a", 1.2, 1.4), row("b", 2.2, 2.3), row("c", 2.8, 2.9), row("only there", 1.0, 1.0))
+    found = agreement(first, second)
+    assert (found.rows, found.apart) == (3, ("b", "c"))
+    assert abs(found.share - 1 / 3) < 1e-12
+    assert "1 of 3 rows (33 %)" in str(found)
+
+
+def test_failed_rows_and_rows_without_a_ratio_do_not_count():
+    ours = row("ours", 1.0, 1.0)
+    del ours["ratio"]
+    wrong = row("wrong", 1.0, 1.0) | {"status": "wrong"}
+    found = agreement(result(ours, wrong), result(ours, wrong))
+    assert (found.rows, found.share) == (0, 0.0)
+    assert "no row" in str(found)
+
+
+def test_the_report_of_two_results_says_it(tmp_path, capsys):
+    committed = next(report.COMMITTED.glob("latency_*.json"))
+    first = json.loads(committed.read_text())
+    second = copy.deepcopy(first)
+    moved = next(r for r in second["rows"] if "ratio" in r)
+    moved["ratio"] |= {"low": 90.0, "median": 91.0, "high": 92.0}
+    other = tmp_path / "second.json"
+    other.write_text(json.dumps(second))
+    assert report.main([committed, other], tmp_path / "page.html", False) == 0
+    told = capsys.readouterr().out
+    total = sum("ratio" in r for r in first["rows"])
+    assert f"overlap in {total - 1} of {total} rows" in told
+    assert moved["id"].split(" / ")[0][:20] in told
+    assert f"overlap in {total - 1} of {total} rows" in (tmp_path / "page.html").read_text()
