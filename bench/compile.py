@@ -105,14 +105,14 @@ def _launches(arch: int, dtype: str) -> Iterator[tuple[str, str, object]]:
             name = f"{a.C_in}->{a.C_out} T{T}"
             if a.first:  # descriptors know no stride, and features need no gradient
                 for source in conv1d.sources(exact, a.C_in, a.C_out, T, taps=a.K):
-                    if source.name in ("forward", "forward stats", "wgrad"):
+                    if source.name in ("forward", "forward stats", "wgrad", "stats merge", "wgrad merge", "pack"):
                         yield f"conv1d {source.name}", f"{name} s{a.stride}", source
             elif not a.head:  # it trains through ATen
                 for source in conv1d.sources(exact, a.C_in, a.C_out, T, taps=a.K, descriptors=tma):
                     yield f"conv1d {source.name}", name, source
         for source in conv1d.first_and_last(exact, first.C_out, last.C_in, last.C_out, T, descriptors=tma):
-            name = {"first": f"{first.C_in}->{first.C_out} T{T} s2", "last": f"{last.C_in}->{last.C_out} T{T}"}
-            yield f"conv1d {source.name}", name.get(source.name, "any"), source
+            at = first if source.name.startswith("first") else last
+            yield f"conv1d {source.name}", f"{at.C_in}->{at.C_out} T{T}" + (" s2" if at is first else ""), source
     for C in sorted({a.C_in for a in wide if not a.first}, reverse=True):
         for source in bn.sources(exact, C):
             yield f"bn_relu_dropout {source.name}", f"C{C}", source

@@ -69,36 +69,34 @@ def sources(
     yield conv("dgrad bn dropout", "dgrad", "HAS_LENGTHS", "HAS_NORM", "HAS_DROPOUT", **back)
     yield conv("wgrad", "wgrad", "HAS_LENGTHS", VEC_IN=vec_in, VEC_OUT=vec_out)
     folded = ("HAS_IN_LENGTHS", "HAS_OUT_LENGTHS", "HAS_MASK", "HAS_BIAS", "HAS_RELU")
-    ends["VEC_2"] = 8
-    yield conv("fused", "fused", *folded, **ends)
-    yield conv("fused panes", "fused", *folded, "HAS_PANES", **ends)
-    yield conv("fused split", "fused", *folded, "HAS_SPLITS", **ends)
-    yield conv("fused panes split", "fused", *folded, "HAS_PANES", "HAS_SPLITS", **ends)
+    for name, splits in (("", ()), (" split", ("HAS_SPLITS",))):
+        yield conv(f"fused{name}", "fused", *folded, *splits, **ends, VEC_2=1)
+        yield conv(f"fused panes{name}", "fused", *folded, "HAS_PANES", *splits, **ends, VEC_2=8)
+    merge, meta = Tile(0, 0, 0, 4, 3), triton_tiles.transpose_meta(taps)
+    t = {"BLOCK_T": tile["forward"].t, "BLOCK_G": MERGE_G, "BLOCK_C": MERGE_C}
+    yield _source("stats merge", conv1d_stats_merge_kernel, dtype, merge, False, (), **t)
+    yield _source("sums merge", conv1d_sums_merge_kernel, dtype, merge, False, (), BLOCK_G=MERGE_G, BLOCK_C=MERGE_C)
+    yield _source("wgrad merge", conv1d_wgrad_merge_kernel, dtype, merge, False, (), dw_ptr="*fp32", **meta)
+    yield _source("pack", conv1d_pack_kernel, dtype, merge, False, (), weight_ptr="*fp32", PAD=PAD_OUT, **meta)
 
 
 def first_and_last(
     dtype: torch.dtype, c_first: int, c_last: int, symbols: int, t_out: int, *, descriptors: bool = False
 ) -> Iterator[aot.Source]:
     """The network's first conv, over (N, C, T) fp32 features, to `c_first` channels, and its last, over `c_last`
-    channels, with log-softmax of `symbols`; and the kernels that merge partials and pack weights."""
+    channels, with log-softmax of `symbols`."""
     descriptors = descriptors and dtype.itemsize == 2
     tile = triton_tiles.default("fused", dtype, Shape(64, c_first, 11, 2, 1, 32 * t_out), t_out)
     flags = ("HAS_IN_LENGTHS", "HAS_LENGTHS_OUT", "HAS_MASK", "HAS_BIAS", "HAS_RELU", "IS_NCT")
     ends = {"VEC_IN": 1, "VEC_OUT": _vec(c_first), "VEC_2": 1, "PAD": PAD_OUT}
-    yield _source("first", conv1d_fused_kernel, dtype, tile, False, flags, x_ptr="*fp32", **ends)
+    for name, splits in (("first", ()), ("first split", ("HAS_SPLITS",))):
+        yield _source(name, conv1d_fused_kernel, dtype, tile, False, (*flags, *splits), x_ptr="*fp32", **ends)
     tile = triton_tiles.default("fused", dtype, Shape(c_last, symbols, 1, 1, 1, 32 * t_out), t_out)
     tile = tile._replace(n=max(16, triton.next_power_of_2(symbols)))
-    flags = ("HAS_IN_LENGTHS", "HAS_LENGTHS_OUT", "HAS_MASK", "HAS_BIAS", "HAS_LOG_SOFTMAX")
+    flags = ("HAS_IN_LENGTHS", "HAS_LENGTHS_OUT", "HAS_BIAS", "HAS_LOG_SOFTMAX")
     ends = {"VEC_IN": _vec(c_last), "VEC_OUT": _vec(symbols), "VEC_2": 1, "PAD": PAD_OUT}
-    yield _source("last", conv1d_fused_kernel, dtype, tile, descriptors, flags, z_ptr="*fp32", **ends)
-    merge = Tile(0, 0, 0, 4, 3)
-    yield _source(
-        "stats merge", conv1d_stats_merge_kernel, dtype, merge, False, (), BLOCK_T=128, BLOCK_G=MERGE_G, BLOCK_C=MERGE_C
-    )
-    yield _source("sums merge", conv1d_sums_merge_kernel, dtype, merge, False, (), BLOCK_G=MERGE_G, BLOCK_C=MERGE_C)
-    meta = triton_tiles.transpose_meta(25)
-    yield _source("wgrad merge", conv1d_wgrad_merge_kernel, dtype, merge, False, (), dw_ptr="*fp32", **meta)
-    yield _source("pack", conv1d_pack_kernel, dtype, merge, False, (), weight_ptr="*fp32", PAD=PAD_OUT, **meta)
+    for name, splits in (("last", ()), ("last split", ("HAS_SPLITS",))):
+        yield _source(name, conv1d_fused_kernel, dtype, tile, descriptors, (*flags, *splits), z_ptr="*fp32", **ends)
 
 
 _KERNELS = {

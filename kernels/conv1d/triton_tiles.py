@@ -62,7 +62,8 @@ def default(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> Tile:
     if op == "fused" and shape.stride > 1:
         t = min(t, 64)  # the network's first kernel spills at 128
     n, k = _fit(out, 16, 128 if wide else 64), _fit(reduced, 16, 64 if wide else 32)
-    warps = 8 if op == "fused" and not wide and t == 32 else _warps(t * n)  # with 4 the panes spill on sm_100
+    small = op == "fused" and not wide and t * n < 64 * 64  # with 4 warps some spill: panes on sm_100, the last conv
+    warps = 8 if small else _warps(t * n)
     tile = Tile(t, n, k, warps, 3)
     return tile._replace(splits=_splits(tile, shape)) if op == "fused" else tile
 
