@@ -220,11 +220,12 @@ def _memory(run: harness.Run, args: argparse.Namespace) -> None:
 def _all(run: harness.Run, args: argparse.Namespace) -> None:
     from bench import kernels, latency, memory, train
 
-    run.brief, run.deadline = True, run.started + ALL_SECONDS
-    run.effort = dataclasses.replace(run.effort, seconds=min(run.effort.seconds, 4.0))
+    run.brief, run.revisits, run.deadline = True, True, run.started + ALL_SECONDS
+    run.effort = dataclasses.replace(run.effort, seconds=min(run.effort.seconds, 3.0), min_rounds=4)
     kernels.main(run)
     train.main(run)
     latency.main(run, "jasper10x5")
+    run.revisit()
     memory.main(run)
 
 

@@ -2,7 +2,8 @@
 
 A `Case` is one question (an op at a shape, a model at a batch). Its contenders are built, compared with fp64 on two
 different inputs, warmed up, timed in rounds, and compared once more; a contender that is absent, fails or is wrong
-becomes a row that says so and carries no number.
+becomes a row that says so and carries no number. A run may come back to its cases minutes later (`Run.revisit`): a
+ratio's interval then spans what each visit alone would have said, because a machine's mood outlasts a visit.
 """
 
 import contextlib
@@ -84,6 +85,7 @@ class Case:
     wall: bool = False
     runners: dict[str, Runner] = field(default_factory=dict)
     failed: dict[str, tuple[str, str]] = field(default_factory=dict)
+    visits: list[dict[str, list[float]]] = field(default_factory=list)
 
     @property
     def id(self) -> str:
@@ -230,10 +232,11 @@ def caught(case: Case, name: str):
 def measure(
     case: Case, device: torch.device, effort: Effort, on_round: Callable[[float], None] = lambda share: None
 ) -> list[dict]:
-    """Time a prepared case; returns one row a contender."""
+    """Time a prepared case; returns one row a contender, of this visit and of earlier ones together."""
     samples, inner = _rounds(case, clock(device, case.wall), effort, on_round)
     check(case, seeds=(3,))  # what was right before the timing must still be right after it
-    return rows(case, {name: s for name, s in samples.items() if name in case.runners}, inner, device)
+    case.visits.append({name: s for name, s in samples.items() if name in case.runners})
+    return rows(case, case.visits, inner, device)
 
 
 def _rounds(
@@ -296,6 +299,18 @@ def ratio(rival: Sequence[float], ours: Sequence[float], resamples: int = 2000, 
     return {"median": statistics.median(pairs), "low": low, "high": high, "confidence": CONFIDENCE, "pairs": n}
 
 
+def ratio_of_visits(visits: Sequence[Mapping[str, Sequence[float]]], rival: str, ours: str) -> dict:
+    """The ratio over all pairs of all visits; its interval spans those of the visits."""
+    pairs = [(v[rival], v[ours]) for v in visits if v.get(rival) and v.get(ours)]
+    parts = [ratio(*pair) for pair in pairs]
+    if len(parts) == 1:
+        return parts[0]
+    pooled = [r / o for pair in pairs for r, o in zip(*pair, strict=False)]
+    span = {"low": min(p["low"] for p in parts), "high": max(p["high"] for p in parts)}
+    told = {"confidence": CONFIDENCE, "pairs": len(pooled), "visits": len(parts)}
+    return {"median": statistics.median(pooled), **span, **told}
+
+
 def quantile(values: Sequence[float], q: float) -> float:
     """The q-quantile by linear interpolation."""
     ordered = sorted(values)
@@ -318,9 +333,11 @@ def summary(samples: Sequence[float], inner: int) -> dict:
 
 
 def rows(
-    case: Case, samples: Mapping[str, Sequence[float]], inner: Mapping[str, int], device: torch.device
+    case: Case, visits: Sequence[Mapping[str, Sequence[float]]], inner: Mapping[str, int], device: torch.device
 ) -> list[dict]:
-    """One row a contender, in the case's order; a contender without samples says why."""
+    """One row a contender, in the case's order, from its samples in each visit; a contender without any says why."""
+    names = {name for visit in visits for name in visit}
+    samples = {name: [t for visit in visits for t in visit.get(name, ())] for name in names}
     made = []
     for contender in case.contenders:
         name = contender.name
@@ -350,7 +367,7 @@ def rows(
         if case.items:
             row["items_per_s"] = case.items / time_s["median"]
         if name != case.ours and case.ours in samples and case.ours not in case.failed:
-            row["ratio"] = ratio(samples[name], samples[case.ours])
+            row["ratio"] = ratio_of_visits(visits, name, case.ours)
         made.append(row)
     return made
 
@@ -435,6 +452,9 @@ class Run:
     deadline: float | None = None
     rivals: str = "default"
     brief: bool = False
+    revisits: bool = False
+    kept: list[Case] = field(default_factory=list)
+    at_end: list[Callable[[], None]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
     def out_of_time(self) -> bool:
@@ -464,10 +484,38 @@ class Run:
                     self.effort,
                     lambda share, i=i: progress.update(task, completed=len(todo) + i + share),
                 )
-                case.runners.clear()
+                if self.revisits:
+                    self.kept.append(case)
+                else:
+                    case.runners.clear()
                 self.results.add(made)
                 done += made
         return done
+
+    def close(self, release: Callable[[], None]) -> None:
+        """Call `release` when nothing measured so far is needed again: now, or after the second visit."""
+        if self.revisits:
+            self.at_end.append(release)
+        else:
+            release()
+
+    def revisit(self) -> None:
+        """Time every case that was kept once more, in the same order, as far as the time goes."""
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("again", total=len(self.kept))
+            for i, case in enumerate(self.kept):
+                if self.out_of_time():
+                    console.print(f"out of time, {len(self.kept) - i} cases have one visit only")
+                    break
+                progress.update(task, description=f"again: {case.bench} {case.label()}", completed=i)
+                self.results.add(measure(case, self.device, self.effort))
+        for case in self.kept:
+            case.runners.clear()
+        self.kept.clear()
+        for release in self.at_end:
+            release()
+        self.at_end.clear()
 
 
 def header(device: torch.device, arguments: Mapping[str, object]) -> dict:

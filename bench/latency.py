@@ -190,5 +190,5 @@ def main(run: Run, model: str = "jasper10x5", full: bool = False, grid: tuple = 
     if not run.quick:
         cases.insert(1, sound_case(shared, model, 1, 2.0))
     found = run.cases(f"latency {model}", cases)
-    shared.close()
+    run.close(shared.close)
     return found

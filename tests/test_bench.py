@@ -279,6 +279,36 @@ def test_ratio_is_pair_by_pair_and_its_interval_holds_the_truth():
     assert found["low"] <= 1.5 <= found["high"] and found["high"] - found["low"] < 0.05 and found["pairs"] == 60
 
 
+def test_a_second_visit_widens_the_interval_to_what_both_would_have_said():
+    first = {"ours": [1.0, 1.0, 1.0, 1.0], "eager": [2.0, 2.0, 2.0, 2.0]}
+    second = {"ours": [1.0, 1.0], "eager": [2.4, 2.4]}  # the machine in another mood
+    assert harness.ratio_of_visits([first], "eager", "ours") == harness.ratio(first["eager"], first["ours"])
+    found = harness.ratio_of_visits([first, second], "eager", "ours")
+    assert (found["low"], found["median"], found["high"]) == (2.0, 2.0, pytest.approx(2.4))
+    assert (found["pairs"], found["visits"]) == (6, 2)
+
+
+def test_a_run_comes_back_to_its_cases(tmp_path):
+    run = make_run(tmp_path, revisits=True)
+    released, broken = [], []
+    later = lambda x: F.softplus(x) * (1.001 if broken else 1.0)  # noqa: E731
+    cases = [softplus_case({"twin": F.softplus}), softplus_case({"scaled later": later})]
+    cases[1].key["op"] = "again"
+    run.cases("test", cases)
+    run.close(lambda: released.append(True))
+    once = {r["id"]: r for r in run.results.data["rows"]}
+    assert all(r["status"] == "ok" for r in once.values()) and not released and len(run.kept) == 2
+    broken.append(True)
+    run.revisit()
+    twice = {r["id"]: r for r in run.results.data["rows"]}
+    assert twice.keys() == once.keys() and released and not run.kept and not any(case.runners for case in cases)
+    twin = twice["test op=softplus / twin"]
+    assert twin["ratio"]["visits"] == 2 and "visits" not in once["test op=softplus / twin"]["ratio"]
+    assert twin["time_s"]["samples"] > once["test op=softplus / twin"]["time_s"]["samples"]
+    # right in the first visit and wrong in the second: no number stays
+    assert twice["test op=again / scaled later"]["status"] == "wrong"
+
+
 def test_quantiles():
     assert harness.quantile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
     assert harness.quantile([5.0], 0.99) == 5.0
