@@ -39,6 +39,14 @@ TUNED = {
     "wgrad": ("wgrad", "wgrad"),
     "fused": ("fused", "fused.*"),
 }
+TRAINED_FIRST = (
+    "forward",
+    "forward stats",
+    "wgrad",
+    "stats merge",
+    "wgrad merge",
+    "pack",
+)  # of the network's first conv
 COLD = re.compile(r"merge|pack")  # run once a step over little data: a spill there costs nothing that shows
 
 
@@ -100,17 +108,18 @@ def _launches(arch: int, dtype: str) -> Iterator[tuple[str, str, object]]:
     exact, tma = getattr(torch, dtype), arch >= 90
     wide = sorted(layers(), key=lambda a: (-a.C_in, -a.C_out, a.K))
     first, last = next(a for a in wide if a.first), next(a for a in wide if a.head)
-    for T in FRAMES:
+    for T, masks in [(T, True) for T in FRAMES] + [(FRAMES[0], False)]:
         for a in wide:
             name = f"{a.C_in}->{a.C_out} T{T}"
             if a.first:  # descriptors know no stride, and features need no gradient
-                for source in conv1d.sources(exact, a.C_in, a.C_out, T, taps=a.K):
-                    if source.name in ("forward", "forward stats", "wgrad", "stats merge", "wgrad merge", "pack"):
+                for source in conv1d.sources(exact, a.C_in, a.C_out, T, taps=a.K, masks=masks):
+                    if source.name.removesuffix(" no masks") in TRAINED_FIRST:
                         yield f"conv1d {source.name}", f"{name} s{a.stride}", source
             elif not a.head:  # it trains through ATen
-                for source in conv1d.sources(exact, a.C_in, a.C_out, T, taps=a.K, descriptors=tma):
+                for source in conv1d.sources(exact, a.C_in, a.C_out, T, taps=a.K, descriptors=tma, masks=masks):
                     yield f"conv1d {source.name}", name, source
-        for source in conv1d.first_and_last(exact, first.C_out, last.C_in, last.C_out, T, descriptors=tma):
+        ends = (exact, first.C_out, last.C_in, last.C_out, T)
+        for source in conv1d.first_and_last(*ends, descriptors=tma, masks=masks):
             at = first if source.name.startswith("first") else last
             yield f"conv1d {source.name}", f"{at.C_in}->{at.C_out} T{T}" + (" s2" if at is first else ""), source
     for C in sorted({a.C_in for a in wide if not a.first}, reverse=True):

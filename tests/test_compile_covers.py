@@ -14,7 +14,6 @@ pytest.importorskip("triton")
 from test_engine_launches import hollow, jasper10x5
 
 from bench import compile as gate
-from bench import models
 from jasper_fast import InferenceEngine, Jasper
 from jasper_fast.kernels import launch
 from jasper_fast.kernels.conv1d import triton_impl
@@ -68,11 +67,11 @@ def nearest(key: tuple, known: set[tuple]) -> list:
     return best and sorted(set(best[1]) ^ set(key[1])) + [best[2:], key[2:]]
 
 
-@pytest.mark.parametrize("panes", ["gram", "plain"])
+@pytest.mark.parametrize(("panes", "masks"), [("gram", True), ("plain", True), ("gram", False)])
 @pytest.mark.parametrize(("arch", "dtype"), [(80, "float32"), (80, "bfloat16"), (90, "bfloat16")])
-def test_every_launch_of_a_training_step_is_a_row(arch, dtype, panes, launched, monkeypatch):
+def test_every_launch_of_a_training_step_is_a_row(arch, dtype, panes, masks, launched, monkeypatch):
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", arch >= 90)
-    model = Jasper(models.config("jasper10x5"), backend="triton", panes=panes).train()
+    model = Jasper(jasper10x5(masks), backend="triton", panes=panes).train()
     features, lengths = torch.randn(2, 64, 400), torch.tensor([400, 300])
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
         log_probs, _ = model(features, lengths)
@@ -80,9 +79,9 @@ def test_every_launch_of_a_training_step_is_a_row(arch, dtype, panes, launched, 
     assert not (missing := uncovered(launched, arch, dtype)), "\n".join(missing)
 
 
-@pytest.mark.parametrize("frames", [1680, 200])
+@pytest.mark.parametrize(("frames", "masks"), [(1680, True), (200, True), (1680, False)])
 @pytest.mark.parametrize(("arch", "dtype"), [(80, "float32"), (80, "float16"), (90, "float16")])
-def test_every_launch_of_an_inference_call_is_a_row(arch, dtype, frames, launched, monkeypatch):
+def test_every_launch_of_an_inference_call_is_a_row(arch, dtype, frames, masks, launched, monkeypatch):
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", arch >= 90)
 
     def pack(weight, dtype=None):  # 333 M parameters are not needed to see launches
@@ -90,6 +89,6 @@ def test_every_launch_of_an_inference_call_is_a_row(arch, dtype, frames, launche
         return triton_impl.Packed(data.contiguous() if arch >= 90 else data, *weight.shape)
 
     monkeypatch.setattr(triton_impl, "pack", pack)
-    engine = InferenceEngine(hollow(jasper10x5(True), torch.device("cpu")), dtype=getattr(torch, dtype))
+    engine = InferenceEngine(hollow(jasper10x5(masks), torch.device("cpu")), dtype=getattr(torch, dtype))
     engine(torch.randn(1, 64, frames), torch.tensor([frames]))
     assert not (missing := uncovered(launched, arch, dtype)), "\n".join(missing)

@@ -326,7 +326,7 @@ def fused(
             raise ValueError(f"log-softmax in the kernel takes up to {SOFTMAX_MAX} channels, got {w.c_out}")
         tile = tile._replace(n=max(16, triton.next_power_of_2(w.c_out)))
     t_blocks, n_blocks = triton.cdiv(t_out, tile.t), triton.cdiv(w.c_out, tile.n)
-    splits = 1 if workspace is None else tile.splits
+    splits = 1 if workspace is None or nct else tile.splits  # the first conv reduces too little to share
     part = arrived = None
     if splits > 1:
         tiles = n * t_blocks * n_blocks

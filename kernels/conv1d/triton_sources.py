@@ -45,12 +45,13 @@ def sources(
     *,
     taps: int = 25,
     descriptors: bool = False,
+    masks: bool = True,
     tiles: dict[str, Tile] | None = None,
 ) -> Iterator[aot.Source]:
     """The kernels of one layer's shape in every combination of flags that training and inference launch.
 
-    descriptors: as sm_90 and later launch them; tiles: by op ("forward", "dgrad", "wgrad", "fused"), where they are not
-    to be the default ones.
+    descriptors: as sm_90 and later launch them; masks: of a model with conv masks; tiles: by op ("forward", "dgrad",
+    "wgrad", "fused"), where they are not to be the default ones.
     """
     descriptors = descriptors and dtype.itemsize == 2
     shape = Shape(c_in, c_out, taps, 1, 1, 32 * t_out)
@@ -58,20 +59,23 @@ def sources(
     vec_in, vec_out = _vec(c_in), _vec(c_out)
 
     def conv(name: str, op: str, *flags: str, **more: object) -> aot.Source:
-        return _source(name, _KERNELS[op], dtype, tile[op], descriptors, flags, **more)
+        flags = (*flags, *(_MASKS[op] if masks else ()))
+        return _source(name + ("" if masks else " no masks"), _KERNELS[op], dtype, tile[op], descriptors, flags, **more)
 
     ends = {"VEC_IN": vec_in, "VEC_OUT": vec_out, "PAD": PAD_OUT}
-    yield conv("forward", "forward", "HAS_LENGTHS", **ends)
-    yield conv("forward stats", "forward", "HAS_LENGTHS", "HAS_STATS", **ends)
+    yield conv("forward", "forward", **ends)
+    yield conv("forward stats", "forward", "HAS_STATS", **ends)
     back = {"VEC_DY": vec_out, "VEC": vec_in, "PAD": PAD_OUT}
-    yield conv("dgrad", "dgrad", "HAS_LENGTHS", **back)
-    yield conv("dgrad bn", "dgrad", "HAS_LENGTHS", "HAS_NORM", **back)
-    yield conv("dgrad bn dropout", "dgrad", "HAS_LENGTHS", "HAS_NORM", "HAS_DROPOUT", **back)
-    yield conv("wgrad", "wgrad", "HAS_LENGTHS", VEC_IN=vec_in, VEC_OUT=vec_out)
-    folded = ("HAS_IN_LENGTHS", "HAS_OUT_LENGTHS", "HAS_MASK", "HAS_BIAS", "HAS_RELU")
+    yield conv("dgrad", "dgrad", **back)
+    yield conv("dgrad bn", "dgrad", "HAS_NORM", **back)
+    yield conv("dgrad bn dropout", "dgrad", "HAS_NORM", "HAS_DROPOUT", **back)
+    yield conv("wgrad", "wgrad", VEC_IN=vec_in, VEC_OUT=vec_out)
+    folded = ("HAS_BIAS", "HAS_RELU")
     for name, splits in (("", ()), (" split", ("HAS_SPLITS",))):
         yield conv(f"fused{name}", "fused", *folded, *splits, **ends, VEC_2=1)
         yield conv(f"fused panes{name}", "fused", *folded, "HAS_PANES", *splits, **ends, VEC_2=8)
+    if not masks:
+        return
     merge, meta = Tile(0, 0, 0, 4, 3), triton_tiles.transpose_meta(taps)
     t = {"BLOCK_T": tile["forward"].t, "BLOCK_G": MERGE_G, "BLOCK_C": MERGE_C}
     yield _source("stats merge", conv1d_stats_merge_kernel, dtype, merge, False, (), **t)
@@ -81,16 +85,25 @@ def sources(
 
 
 def first_and_last(
-    dtype: torch.dtype, c_first: int, c_last: int, symbols: int, t_out: int, *, descriptors: bool = False
+    dtype: torch.dtype,
+    c_first: int,
+    c_last: int,
+    symbols: int,
+    t_out: int,
+    *,
+    descriptors: bool = False,
+    masks: bool = True,
 ) -> Iterator[aot.Source]:
     """The network's first conv, over (N, C, T) fp32 features, to `c_first` channels, and its last, over `c_last`
     channels, with log-softmax of `symbols`."""
     descriptors = descriptors and dtype.itemsize == 2
     tile = triton_tiles.default("fused", dtype, Shape(64, c_first, 11, 2, 1, 32 * t_out), t_out)
-    flags = ("HAS_IN_LENGTHS", "HAS_LENGTHS_OUT", "HAS_MASK", "HAS_BIAS", "HAS_RELU", "IS_NCT")
+    flags = ("HAS_IN_LENGTHS", "HAS_LENGTHS_OUT", "HAS_BIAS", "HAS_RELU", "IS_NCT")
+    told, flags = ("", (*flags, "HAS_MASK")) if masks else (" no masks", flags)
     ends = {"VEC_IN": 1, "VEC_OUT": _vec(c_first), "VEC_2": 1, "PAD": PAD_OUT}
-    for name, splits in (("first", ()), ("first split", ("HAS_SPLITS",))):
-        yield _source(name, conv1d_fused_kernel, dtype, tile, False, (*flags, *splits), x_ptr="*fp32", **ends)
+    yield _source(f"first{told}", conv1d_fused_kernel, dtype, tile, False, flags, x_ptr="*fp32", **ends)
+    if not masks:  # the last conv masks nothing anyway
+        return
     tile = triton_tiles.default("fused", dtype, Shape(c_last, symbols, 1, 1, 1, 32 * t_out), t_out)
     tile = tile._replace(n=max(16, triton.next_power_of_2(symbols)))
     flags = ("HAS_IN_LENGTHS", "HAS_LENGTHS_OUT", "HAS_BIAS", "HAS_LOG_SOFTMAX")
@@ -99,6 +112,9 @@ def first_and_last(
         yield _source(name, conv1d_fused_kernel, dtype, tile, descriptors, (*flags, *splits), z_ptr="*fp32", **ends)
 
 
+# what a model with conv masks adds to the flags of a launch
+_MASKS = dict.fromkeys(("forward", "dgrad", "wgrad"), ("HAS_LENGTHS",))
+_MASKS["fused"] = ("HAS_IN_LENGTHS", "HAS_OUT_LENGTHS", "HAS_MASK")
 _KERNELS = {
     "forward": conv1d_forward_kernel,
     "dgrad": conv1d_dgrad_kernel,

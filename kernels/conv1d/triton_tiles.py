@@ -55,7 +55,8 @@ def default(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> Tile:
     if op == "wgrad":
         side = 128 if wide else 64
         n, k = _fit(shape.c_in, 16, side), _fit(shape.c_out, 16, side)
-        tile = Tile(64 if wide else 32, n, k, _warps(n * k), 3)
+        warps = 8 if not wide and n * k >= 64 * 64 else _warps(n * k)  # in fp32 4 spill on sm_100
+        tile = Tile(64 if wide else 32, n, k, warps, 3)
         return tile._replace(splits=_shares(tile, shape, frames))
     reduced, out = (shape.c_out, shape.c_in) if op.startswith("dgrad") else (shape.c_in, shape.c_out)
     t = 128 if wide and frames > 64 else 64 if frames > 32 else 32
