@@ -59,7 +59,7 @@ def default(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> Tile:
         tile = Tile(64 if wide else 32, n, k, warps, 3)
         return tile._replace(splits=_shares(tile, shape, frames))
     reduced, out = (shape.c_out, shape.c_in) if op.startswith("dgrad") else (shape.c_in, shape.c_out)
-    t = 128 if wide and frames > 64 else 64 if frames > 32 else 32
+    t = 128 if wide and frames > 64 else 64 if wide or frames > 32 else 32  # wgmma takes no fewer than 64
     if op == "fused" and shape.stride > 1:
         t = min(t, 64)  # the network's first kernel spills at 128
     n, k = _fit(out, 16, 128 if wide else 64), _fit(reduced, 16, 64 if wide else 32)
