@@ -38,11 +38,13 @@ class Inputs:
             t.requires_grad_()
         self.nct["dz"].requires_grad_(False)
         self.ntc["dz"].requires_grad_(False)
+        self.refills = 0
         self.refill(0)
 
     @torch.no_grad()
     def refill(self, seed: int) -> None:
         """New values everywhere; lengths between half and full, the first full."""
+        self.refills += 1
         g = seeded(stable_seed("bn_relu_dropout", seed), self.device)
         N, C, T = self.nct["y"].shape
         self.gamma.copy_(torch.rand(C, generator=g, device=self.device) + 0.5)
@@ -159,12 +161,13 @@ def runner(chain: Callable[..., Tensor], inputs: Inputs, memory: str, mode: str,
     def both() -> None:
         torch.autograd.grad(forward(p, running), wanted, tensors["dz"])
 
-    graph: list[Tensor] = []
+    graph: dict[int, Tensor] = {}
 
     def backward() -> None:
-        if not graph:
-            graph.append(forward(p, running))
-        torch.autograd.grad(graph[0], wanted, tensors["dz"], retain_graph=True)
+        if inputs.refills not in graph:  # a check has refilled what the graph has saved
+            graph.clear()
+            graph[inputs.refills] = forward(p, running)
+        torch.autograd.grad(graph[inputs.refills], wanted, tensors["dz"], retain_graph=True)
 
     run = {"forward": lambda: forward(p, running), "backward": backward, "both": both}[mode]
     return Runner(run, lambda: everything(0.0), lambda: dropout_complaints(everything(p), inputs, p))

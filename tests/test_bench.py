@@ -309,6 +309,15 @@ def test_a_run_comes_back_to_its_cases(tmp_path):
     assert twice["test op=again / scaled later"]["status"] == "wrong"
 
 
+def test_backward_alone_is_timed_in_both_visits(tmp_path):
+    run = make_run(tmp_path, revisits=True)
+    run.cases("test", [kernels.bn_relu_dropout(run, (2, 8, 16), "backward", False, False)])
+    run.revisit()
+    found = run.results.data["rows"]
+    assert len(found) == 3 and [r["status"] for r in found] == ["ok"] * 3, [r.get("why") for r in found]
+    assert all(r["ratio"]["visits"] == 2 for r in found if not r["ours"])
+
+
 def test_quantiles():
     assert harness.quantile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
     assert harness.quantile([5.0], 0.99) == 5.0
