@@ -1,11 +1,12 @@
-"""Which tile, and ours or the library's conv: `python -m bench tune` measures, `--install RESULT` makes it the choice.
+"""Which tile and which face: `python -m bench tune` measures, `--install RESULT` makes it the choice.
 
-Every distinct conv of Jasper 10x5, by op and by the power of two of its rows, in the order of its share of the
-network's time, so that a run cut off has the most valuable rows. A case's contenders are the tiles that the kernels
-propose and ATen's own conv. Each is compared with fp64 first: what is wrong, spills or does not compile is a row that
-says so and is never chosen. The slow ones leave after three rounds; the rest are timed in turns. On a GPU a contender
-is a CUDA graph of one call, so the host's part of a launch counts for none. The result file holds the table as far as
-it has come; `--resume` goes on, and skips a configuration that ended the process.
+Every distinct conv of Jasper 10x5 and every width of its bn_relu_dropout, by op and by the power of two of the rows, in
+the order of their share of the network's work, so that a run cut off has the most valuable rows. A conv's contenders
+are the tiles that the kernels propose and ATen's own conv, those of bn_relu_dropout its faces. Each is compared with
+fp64 first: what is wrong, spills or does not compile is a row that says so and is never chosen. The slow ones leave
+after three rounds; the rest are timed in turns. On a GPU a contender is a CUDA graph of one call, so the host's part of
+a launch counts for none. The result file holds the table as far as it has come; `--resume` goes on, and skips a
+configuration that ended the process.
 
 With TRITON_INTERPRET=1 and `--device cpu` the same code runs on tiny shapes in Triton's interpreter: a stand-in, whose
 result cannot be installed.
@@ -14,6 +15,7 @@ result cannot be installed.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -34,18 +36,22 @@ BUDGET = 1800.0
 SECONDS = 1.5  # a case
 FIRST_ROUNDS = harness.Effort(seconds=0.3, min_rounds=3, max_rounds=3, target=0.0)
 SLOW = 1.3  # times the fastest after the first rounds: not timed further
-OPS = ("forward", "forward_stats", "dgrad", "dgrad_bn", "wgrad", "fused")
+CONV_OPS = ("forward", "forward_stats", "dgrad", "dgrad_bn", "wgrad", "fused")
+OPS = (*CONV_OPS, *tables.NORM_OPS)
+# what a training step calls of bn_relu_dropout, as a function of the checks: statistics and forward; reduce and apply
+NORM_FUNCTIONS = dict(zip(tables.NORM_OPS, ("stats_forward", "backward"), strict=True))
 # N and T' by bucket, 16.7 s being 840 frames behind the prologue, 2 s 104: the training batches, and inference at N = 1
 TRAINING = ((32, 840), (16, 840), (8, 840))
 INFERENCE = ((1, 104), (1, 840), (1, 352), (4, 840), (16, 840))
 STAND_IN = ((2, 14),)
 LIBRARY = "aten"  # cuDNN on a GPU
+PLAIN = (LIBRARY, "reference")  # what is not ours
 TOLERANCE = correct.Tolerance(factor=2.0, floor=40.0)  # as the sub-blocks'
-SHAPE = ("c_in", "c_out", "taps", "stride", "dilation")
 
 
 class Layer(NamedTuple):
-    """A distinct conv of the network; `share`: of the network's arithmetic, all its copies together."""
+    """A distinct conv of the network, or a width of its norms; `share`: of the network's arithmetic, or of a training
+    step's bytes, all its copies together."""
 
     c_in: int
     c_out: int
@@ -186,10 +192,30 @@ def layers(device: torch.device) -> list[Layer]:
     return [Layer(*key, kinds[key], flops[key] / total) for key in sorted(flops, key=lambda k: -flops[k])]
 
 
+def norms(device: torch.device) -> list[Layer]:
+    """The widths of Jasper 10x5's bn_relu_dropout by their share of the bytes that a training step moves.
+
+    They are bound by memory as the convs are by arithmetic, so their work is bytes. Forward and backward have one share
+    between them: dispatch asks for both together, and one row without the other chooses nothing.
+    """
+    if device.type == "cpu":
+        return [Layer(24, 24, 1, 1, 1, "norm", 0.1)]
+    cfg, size = models.config("jasper10x5"), 2
+    n, frames = TRAINING[0]
+    frames *= 2  # the prologue halves them
+    moved: dict[int, int] = {}
+    for conv in counts.convs(cfg, n, frames):
+        if conv.batch_norm and ".res." not in conv.name:  # a pane's norm is another op
+            nbytes = counts.bn_relu_dropout_bytes(n, conv.C_out, conv.T_out, size, "both")
+            moved[conv.C_out] = moved.get(conv.C_out, 0) + nbytes
+    total = counts.training_bytes(cfg, n, frames, size)
+    return [Layer(c, c, 1, 1, 1, "norm", moved[c] / total) for c in sorted(moved, key=lambda c: -moved[c])]
+
+
 def plan(device: torch.device, ops: tuple[str, ...]) -> list[tuple[str, Layer, tuple[int, int]]]:
     """(op, layer, (N, T')) by value: the layer's share, halved from one batch to the next."""
     found = []
-    for layer in layers(device):
+    for layer in layers(device) + norms(device):
         for op in ops:
             if op not in used(layer.kind):
                 continue
@@ -199,44 +225,41 @@ def plan(device: torch.device, ops: tuple[str, ...]) -> list[tuple[str, Layer, t
 
 
 def used(kind: str) -> tuple[str, ...]:
-    """The ops that a conv of this kind is called with."""
+    """The ops that a layer of this kind is called with."""
     return {
-        "main": OPS,
+        "main": CONV_OPS,
         "prologue": ("forward", "forward_stats", "wgrad", "fused"),  # the features need no gradient
         "decoder": ("forward", "dgrad", "wgrad", "fused"),
         "pane": ("forward", "dgrad", "wgrad"),  # at inference a part of the conv that they are added to
+        "norm": tables.NORM_OPS,  # at inference a part of the conv before them
     }[kind]
 
 
 def make_case(run: Run, op: str, layer: Layer, batch: tuple[int, int], trial: "Trial") -> Case:
-    """One op of one layer at one batch, its contenders the candidate tiles and ATen."""
-    from jasper_fast.kernels.conv1d import triton_tiles
-
+    """One op of one layer at one batch, and its contenders."""
     n, frames = batch
-    shape = checks.Conv(n, frames * layer.stride, layer.c_in, layer.c_out, layer.taps, layer.stride, layer.dilation)
-    rows = n * shape.t_out
-    variant = ""
-    if op == "fused":
-        variant = "log-softmax" if layer.kind == "decoder" else "splits"
-    dtype = tables.DTYPES[run.dtype]
-    family = "conv1d.fused" if op == "fused" else "conv1d"
-    check = checks.Check(family, "triton", op, "candidate", shape, dtype, variant)
+    size, dtype = run.dtype.itemsize, tables.DTYPES[run.dtype]
+    if layer.kind == "norm":
+        # lengths, dropout and the halo of a conv, as a Jasper's blocks call it
+        shape, variant = checks.Norm(n, layer.c_in, frames), "halo"
+        check = checks.Check("bn_relu_dropout", "triton", NORM_FUNCTIONS[op], "candidate", shape, dtype, variant)
+        mode = op.removeprefix("bn_relu_dropout.")
+        flops = counts.bn_relu_dropout_flops(*shape, mode)
+        nbytes = counts.bn_relu_dropout_bytes(*shape, size, mode)
+        name, contenders_of, rows = op, faces, n * frames
+    else:
+        shape = checks.Conv(n, frames * layer.stride, layer.c_in, layer.c_out, layer.taps, layer.stride, layer.dilation)
+        variant = ""
+        if op == "fused":
+            variant = "log-softmax" if layer.kind == "decoder" else "splits"
+        family = "conv1d.fused" if op == "fused" else "conv1d"
+        check = checks.Check(family, "triton", op, "candidate", shape, dtype, variant)
+        conv = counts.Conv("", n, layer.c_in, layer.c_out, layer.taps, shape.t, shape.t_out)
+        flops, nbytes = conv.flops, conv.nbytes(size)
+        name, contenders_of, rows = f"conv1d.{op}", tiles, n * shape.t_out
     held = Held(check, run.device)
-    wanted = triton_tiles.Shape(layer.c_in, layer.c_out, layer.taps, layer.stride, layer.dilation, rows)
-    proposed = triton_tiles.candidates(op, run.dtype, wanted, shape.t_out)
-    if run.device.type == "cpu":
-        proposed = proposed[:2]
-    fixed = {"op": f"conv1d.{op}", "dtype": dtype, **{k: getattr(layer, k) for k in SHAPE}}
-    fixed["rows_log2"] = tables.bucket(rows)
-    contenders = []
-    for candidate in proposed:
-        tile = candidate._asdict()
-        row = fixed | {"face": "triton", "algorithm": "direct", "tile": tile}
-        name = tables.Row(**row, time_s=1.0).label()
-        contenders.append(TunedContender(name, tile_builder(run, held, tile, name, trial), row))
-    row = fixed | {"face": "aten", "algorithm": "library", "tile": None}
-    contenders.append(TunedContender(LIBRARY, library_builder(run, held), row))
-    conv = counts.Conv("", n, layer.c_in, layer.c_out, layer.taps, shape.t, shape.t_out)
+    row = {"op": name, "dtype": dtype, **{k: getattr(layer, k) for k in tables.SHAPE}, "rows_log2": tables.bucket(rows)}
+    contenders = contenders_of(run, held, row, trial)
     return Case(
         "tune",
         {"op": op, "shape": str(shape), "dtype": dtype},
@@ -246,10 +269,39 @@ def make_case(run: Run, op: str, layer: Layer, batch: tuple[int, int], trial: "T
         low=lambda: held.case.low(),
         tolerance=TOLERANCE,
         ours=contenders[0].name,
-        flops=conv.flops,
-        nbytes=conv.nbytes(run.dtype.itemsize),
+        flops=flops,
+        nbytes=nbytes,
         dtype=dtype,
     )
+
+
+def tiles(run: Run, held: "Held", row: dict, trial: "Trial") -> list["TunedContender"]:
+    """The contenders of a conv: the candidate tiles and ATen."""
+    from jasper_fast.kernels.conv1d import triton_tiles
+
+    shape, op = held.check.shape, held.check.function
+    wanted = triton_tiles.Shape(*(row[k] for k in tables.SHAPE), shape.n * shape.t_out)
+    proposed = triton_tiles.candidates(op, run.dtype, wanted, shape.t_out)
+    made = []
+    for candidate in proposed[:2] if run.device.type == "cpu" else proposed:
+        tile = candidate._asdict()
+        of_tile = row | {"face": "triton", "algorithm": "direct", "tile": tile}
+        name = tables.Row(**of_tile, time_s=1.0).label()
+        made.append(TunedContender(name, tile_builder(run, held, tile, name, trial), of_tile))
+    library = row | {"face": LIBRARY, "algorithm": "library", "tile": None}
+    return [*made, TunedContender(LIBRARY, library_builder(run, held), library)]
+
+
+def faces(run: Run, held: "Held", row: dict, trial: "Trial") -> list["TunedContender"]:
+    """The contenders of bn_relu_dropout: its faces, the CUDA one where it runs."""
+    made = []
+    for face in ("triton", "cuda", "reference"):
+        if backends.why_missing(face, run.device.type) is None:
+            algorithm = "library" if face == "reference" else "direct"
+            call = functools.partial(held.call, face)
+            of_face = row | {"face": face, "algorithm": algorithm, "tile": None}
+            made.append(TunedContender(face, builder(run, held, call, face, trial), of_face))
+    return made
 
 
 @dataclasses.dataclass
@@ -266,6 +318,10 @@ class Held:
         self.check, self.device = check, device
         self._case: checks.Case | None = None
 
+    def call(self, *face: str) -> dict[str, Tensor]:
+        """What the face under test, or another, makes of the inputs."""
+        return self.case.ours(*face)
+
     @property
     def case(self) -> checks.Case:
         """The functions over the inputs."""
@@ -281,17 +337,28 @@ class Held:
 
 
 def tile_builder(run: Run, held: Held, tile: dict[str, int], name: str, trial: "Trial") -> Callable[[], Runner]:
-    """Compiles and runs a tile once: refused where it spills, cannot fit, or takes the device with it."""
+    """Builds a conv with this tile, unless it cannot fit."""
     op = f"conv1d.{held.check.function}"
 
     def call() -> dict[str, Tensor]:
         with tables.forced(op, tile):
-            return held.case.ours()
+            return held.call()
 
     def build() -> Runner:
         limit = tables.SHARED_LIMIT.get(capability(run.device), max(tables.SHARED_LIMIT.values()))
         if fault := tables.tile_fault(op, held.check.dtype, tile, limit):
             raise ValueError(fault)
+        return builder(run, held, call, name, trial)()
+
+    return build
+
+
+def builder(
+    run: Run, held: Held, call: Callable[[], dict[str, Tensor]], name: str, trial: "Trial"
+) -> Callable[[], Runner]:
+    """Compiles and runs `call` once: refused where it spills, or takes the device with it."""
+
+    def build() -> Runner:
         held.case  # noqa: B018 (the inputs' kernels are not the candidate's)
         trial.begin(name)
         with compiled() as facts:
@@ -550,7 +617,7 @@ def say(text: str) -> None:
 
 
 def summary(run: Run, done: int, of: int) -> None:
-    """The winners beside the library, and what was not chosen and why."""
+    """The winners beside plain PyTorch, and what was not chosen and why."""
     from rich.table import Table as Shown
 
     from bench.tables import console as out
@@ -558,22 +625,26 @@ def summary(run: Run, done: int, of: int) -> None:
 
     rows = run.results.data["rows"]
     shown = Shown(title=f"tune: {done} of {of} cases", title_justify="left")
-    for column in ("op", "conv", "fastest of ours", "time", "TFLOP/s", "library / ours"):
-        shown.add_column(column, justify="left" if column in ("op", "conv", "fastest of ours") else "right")
+    for column in ("op", "shape", "fastest of ours", "time", "rate", "PyTorch / ours"):
+        shown.add_column(column, justify="left" if column in ("op", "shape", "fastest of ours") else "right")
     by_case: dict[str, list[dict]] = {}
     for row in rows:
         by_case.setdefault(row["id"].rsplit(" / ", 1)[0], []).append(row)
     for of_case in by_case.values():
         right = {r["contender"]: r for r in of_case if r["status"] == "ok"}
-        ours = min((r for n, r in right.items() if n != LIBRARY), key=lambda r: r["time_s"]["median"], default=None)
+        ours = min((r for n, r in right.items() if n not in PLAIN), key=lambda r: r["time_s"]["median"], default=None)
+        plain = next((r for n, r in right.items() if n in PLAIN), None)
         key = of_case[0]["key"]
         if ours is None:
             shown.add_row(key["op"], key["shape"], "none", "", "", "", style="red")
             continue
         spent = ours["time_s"]["median"]
-        beside = f"{right[LIBRARY]['time_s']['median'] / spent:.2f}" if LIBRARY in right else ""
+        beside = f"{plain['time_s']['median'] / spent:.2f}" if plain else ""
+        rate = f"{ours['flops'] / spent / 1e12:.3g} TFLOP/s"
+        if key["op"] in tables.NORM_OPS:
+            rate = f"{ours['bytes'] / spent / 1e9:.3g} GB/s"
         name = ours["contender"].removeprefix("triton ")
-        shown.add_row(key["op"], key["shape"], name, duration(spent), f"{ours['flops'] / spent / 1e12:.3g}", beside)
+        shown.add_row(key["op"], key["shape"], name, duration(spent), rate, beside)
     out.print(shown)
     for row in (r for r in rows if r["status"] != "ok"):
         case = " ".join(str(v) for v in row["key"].values())

@@ -15,6 +15,7 @@ from jasper_fast import trust
 from jasper_fast.kernels import tables
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+NORM = "bn_relu_dropout"
 _MODULE = {
     "reference": "reference",
     "aten": "aten_impl",
@@ -91,6 +92,31 @@ def _resolve(backend: str, device: torch.device | str, op: str | None) -> str:
     return first if op is None or device.type != "cuda" or _trusted(op, first, device) else "reference"
 
 
+@torch.compiler.assume_constant_result
+def norm_face(
+    backend: str, device: torch.device, dtype: torch.dtype, channels: int, rows_log2: int | None = None
+) -> str:
+    """The face that runs bn_relu_dropout, forward and backward, on (N, `channels`, T) in `dtype` on `device`.
+
+    On a GPU "auto" takes what the GPU's table says is faster for both together at 2**rows_log2 rows N*T (None: at the
+    most measured), if it can run here and its verdict is good. Else, and without a row, it is as `resolve` says.
+    """
+    return _norm_face(backend, device, dtype, channels, rows_log2)
+
+
+@functools.cache
+def _norm_face(backend, device, dtype, channels, rows_log2) -> str:
+    device = torch.device(device)
+    if backend == "auto" and device.type == "cuda":
+        rows = None if rows_log2 is None else 1 << rows_log2
+        fastest = tables.fastest(tables.NORM_OPS, device, dtype, **tables.shape_of_norm(channels), rows=rows)
+        if fastest == "reference":
+            return fastest
+        if fastest == "cuda" and why_missing("cuda", device.type) is None and _trusted(NORM, "cuda", device):
+            return fastest
+    return resolve(backend, device, NORM)
+
+
 def conv_calls(*, stats: bool = False, dx: bool = False, dw: bool = False, norm: bool = False) -> tuple[str, ...]:
     """The ops that one use of a conv calls: forward, with statistics; gradients of x, with `norm`'s reduction; of w."""
     forward, dgrad = "forward_stats" if stats else "forward", "dgrad_bn" if norm else "dgrad"
@@ -130,9 +156,7 @@ def _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> s
     if backend == "auto":
         if shape is None:
             return "aten"
-        names = ("c_in", "c_out", "taps", "stride", "dilation")
-        rows = None if rows_log2 is None else 1 << rows_log2
-        sizes = dict(zip(names, shape, strict=True))
+        sizes, rows = dict(zip(tables.SHAPE, shape, strict=True)), None if rows_log2 is None else 1 << rows_log2
         if tables.fastest(calls, device, dtype, **sizes, rows=rows) != "triton":
             return "aten"
         return "triton" if _trusted("conv1d", "triton", device) else "aten"
@@ -172,7 +196,7 @@ _warned: set[tuple[str, str, torch.device]] = set()
 
 def forget() -> None:
     """Drops every choice made so far: after a verdict or a table has changed."""
-    for cached in (_resolve, _conv_face, fused_face):
+    for cached in (_resolve, _norm_face, _conv_face, fused_face):
         cached.cache_clear()
     _warned.clear()
     trust.forget()

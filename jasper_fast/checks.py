@@ -278,10 +278,11 @@ def _rms(x: Tensor) -> float:
 class Case:
     """One set of inputs, ready: results of the face under test, of plain PyTorch at its precision, and in fp64.
 
-    `inputs` are all tensors that these read, by name: values copied into them are the next inputs.
+    `inputs` are all tensors that these read, by name: values copied into them are the next inputs. `ours` of
+    bn_relu_dropout takes the name of another face, which gets the same inputs.
     """
 
-    ours: Callable[[], dict[str, Tensor]]
+    ours: Callable[..., dict[str, Tensor]]
     low: Callable[[], dict[str, Tensor]]
     reference: Callable[[], dict[str, Tensor]]
     inputs: dict[str, Tensor]
@@ -464,20 +465,24 @@ def _norm_case(check: Check, draw: _Draw) -> Case:
     def results(face: str, y: Tensor, dz: Tensor, residual, z, *vectors: Tensor) -> dict[str, Tensor]:
         impl = backends.face("bn_relu_dropout", face)
         norm, means = vectors[:4], vectors[4:] if with_means else (None, None)
-        if function == "stats":
-            return dict(zip(("mean", "m2"), impl.stats(y), strict=True))
-        if function == "forward":
-            return {"z": impl.forward(y, *norm, residual, lengths, seed, p)}
-        sums = impl.backward_reduce(dz, y, z, *norm, lengths, seed, p)
-        more = {} if halo is None else {"halo": halo}
-        dy, dres = impl.backward_apply(dz, y, z, *norm, *means, lengths, seed, p, residual is not None, **more)
-        return dict(zip(("dbeta", "dgamma"), sums, strict=True)) | {"dy": dy} | ({} if dres is None else {"dres": dres})
+        if function == "backward":
+            sums = impl.backward_reduce(dz, y, z, *norm, lengths, seed, p)
+            more = {} if halo is None else {"halo": halo}
+            dy, dres = impl.backward_apply(dz, y, z, *norm, *means, lengths, seed, p, residual is not None, **more)
+            both = dict(zip(("dbeta", "dgamma"), sums, strict=True)) | {"dy": dy}
+            return both | ({} if dres is None else {"dres": dres})
+        found = {}
+        if function in ("stats", "stats_forward"):
+            found |= zip(("mean", "m2"), impl.stats(y), strict=True)
+        if function in ("forward", "stats_forward"):
+            found["z"] = impl.forward(y, *norm, residual, lengths, seed, p)
+        return found
 
     tensors = (residual, z, mean, rstd, gamma, beta, mean_g, mean_gy)
     names = ("residual", "z", "mean", "rstd", "gamma", "beta", "mean_g", "mean_gy")
     named = {"y": y, "dz": dz, "poisoned": poisoned, "lengths": lengths, "seed": seed, **dict(zip(names, tensors))}
     return Case(
-        lambda: results(check.face, y, poisoned, *tensors),
+        lambda face=check.face: results(face, y, poisoned, *tensors),
         lambda: results("reference", y, dz, *tensors),
         lambda: results("reference", *_wide(y, dz, *tensors)),
         {name: t for name, t in named.items() if t is not None},

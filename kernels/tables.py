@@ -2,8 +2,9 @@
 
 A file is {"header": {...}, "rows": [...]}. A row says how fast one face of an op ran at a shape with its best tile; the
 key is (op, dtype, c_in, c_out, taps, stride, dilation, rows_log2, face, algorithm), where 2**rows_log2 is the power of
-two at or above the N*T' rows of the output. Dispatch takes the fastest row of a key. Files are checked whole when they
-are loaded, on the first look-up for their GPU; a GPU without a file has no choices, and kernels take their defaults.
+two at or above the N*T' rows of the output; an op without a conv has its channels twice and ones for the rest.
+Dispatch takes the fastest row of a key. Files are checked whole when they are loaded, on the first look-up for their
+GPU; a GPU without a file has no choices, and kernels take their defaults.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+NORM_OPS = ("bn_relu_dropout.forward", "bn_relu_dropout.backward")
 OPS = (
     "conv1d.forward",
     "conv1d.forward_stats",
@@ -27,13 +29,13 @@ OPS = (
     "conv1d.dgrad_bn",
     "conv1d.wgrad",
     "conv1d.fused",
-    "bn_relu_dropout.forward",
-    "bn_relu_dropout.backward",
+    *NORM_OPS,
 )
 FACES = ("triton", "cuda", "aten", "reference")
 ALGORITHMS = ("direct", "library")  # our own kernels; whatever the library takes
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 HEADER = ("gpu", "capability", "driver", "torch", "triton", "commit", "command", "date")
+SHAPE = ("c_in", "c_out", "taps", "stride", "dilation")
 TILE = ("t", "n", "k", "num_warps", "num_stages", "splits")
 MAX_ROWS_LOG2 = 40
 # Shared memory that one program may have, bytes, by compute capability (CUDA's programming guide); newer: the largest.
@@ -179,6 +181,11 @@ def fastest_overall(op: str, device: torch.device, dtype: torch.dtype) -> str | 
     ]
     faces = set.intersection(*map(set, cells)) if cells else set()
     return min(sorted(faces), key=lambda face: sum(times[face] for times in cells)) if faces else None
+
+
+def shape_of_norm(channels: int) -> dict[str, int]:
+    """The shape under which a table has an op of NORM_OPS."""
+    return dict(zip(SHAPE, (channels, channels, 1, 1, 1), strict=True))
 
 
 def bucket(rows: int) -> int:
@@ -356,9 +363,11 @@ def _row(values: object, capability: str) -> tuple[Row | None, str | None]:
     for name, allowed in (("op", OPS), ("dtype", _ITEMSIZE), ("face", FACES), ("algorithm", ALGORITHMS)):
         if not isinstance(values[name], str) or values[name] not in allowed:
             return None, f"{name} {values[name]!r} is not one of {', '.join(allowed)}"
-    for name in ("c_in", "c_out", "taps", "stride", "dilation"):
+    for name in SHAPE:
         if not _whole(values[name], 1):
             return None, f"{name} must be a positive whole number, got {values[name]!r}"
+    if values["op"] in NORM_OPS and shape_of_norm(values["c_in"]) != {name: values[name] for name in SHAPE}:
+        return None, f"{values['op']} has its channels as c_in and c_out, and taps, stride and dilation 1"
     if not _whole(values["rows_log2"], 0) or values["rows_log2"] > MAX_ROWS_LOG2:
         return None, f"rows_log2 must be a whole number from 0 to {MAX_ROWS_LOG2}, got {values['rows_log2']!r}"
     if not isinstance(values["time_s"], float) or not 0 < values["time_s"] < float("inf"):

@@ -114,6 +114,14 @@ def test_faces_are_compared_within_a_bucket_and_over_all_ops(install):
     assert tables.fastest_overall("conv1d.fused", DEVICE, torch.bfloat16) is None
 
 
+def test_norms_are_found_by_their_channels(install):
+    norm = library(op="bn_relu_dropout.forward", **tables.shape_of_norm(384), face="cuda", algorithm="direct")
+    install(norm, row())
+    assert look(4096, op="bn_relu_dropout.forward", face="cuda", **tables.shape_of_norm(384)) == norm
+    assert look(4096, op="bn_relu_dropout.forward", face="triton", **tables.shape_of_norm(384)) is None
+    assert look(4096, op="bn_relu_dropout.forward", face="cuda", **tables.shape_of_norm(768)) is None
+
+
 def test_a_file_is_read_once(install, monkeypatch):
     install(row())
     first = look(4096)
@@ -155,6 +163,15 @@ FAULTS = {
     "stages": ({"tile": TILE | {"num_stages": 9}}, "num_stages must be"),
     "stages beyond shared memory": ({"tile": TILE | {"k": 256, "num_stages": 4}}, "bytes of shared memory at least"),
     "splits": ({"tile": TILE | {"splits": 2}}, "conv1d.forward does not split its reduction"),
+    "a norm of a conv's shape": (
+        {"op": "bn_relu_dropout.forward", "tile": None},
+        "bn_relu_dropout.forward has its channels as c_in and c_out",
+    ),
+    "a norm of two widths": (
+        {"op": "bn_relu_dropout.backward", "tile": None, "taps": 1, "c_out": 384},
+        "and taps, stride and dilation 1",
+    ),
+    "a norm's tile": ({"op": "bn_relu_dropout.forward", "taps": 1}, "bn_relu_dropout.forward on triton has no tile"),
     "a field too many": ({"speed": 1}, "unknown or missing fields: speed"),
 }
 

@@ -13,9 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from jasper_fast import backends, cli, selfcheck, trust
+from jasper_fast import backends, checks, cli, ops, selfcheck, trust
 from jasper_fast.kernels import tables
+from jasper_fast.ops.bn_relu_dropout import norm_face as norm_face_of
 from jasper_fast.trust import BAD, GOOD, UNCHECKED, Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,13 +46,14 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU as far as dispatch can tell; gives the verdicts that a check there would find, and counts checks."""
-    found: dict[str, Verdict] = {}
+    """A GPU as far as dispatch can tell; gives the verdicts that a check there would find, by op or by op and face, and
+    counts checks."""
+    found: dict[str | tuple[str, str], Verdict] = {}
     checked: list[tuple] = []
 
     def check(device, op, face):
         checked.append((device, op, face))
-        return found.get(op) or verdict(op, face=face, quick=True)
+        return found.get((op, face)) or found.get(op) or verdict(op, face=face, quick=True)
 
     monkeypatch.setattr(backends, "why_missing", lambda backend, device_type: None)
     monkeypatch.setattr(trust, "key", lambda device: {"device": "NVIDIA Imaginary 9000", "driver": "580"})
@@ -266,6 +271,10 @@ def put_table(monkeypatch, tmp_path, times: dict[str, tuple[float, float]]) -> N
         same = {"op": op, "dtype": "bfloat16", **shape, "rows_log2": 12}
         rows.append(tables.Row(**same, face="triton", algorithm="direct", tile=tile, time_s=ours))
         rows.append(tables.Row(**same, face="aten", algorithm="library", tile=None, time_s=library))
+    write_table(monkeypatch, tmp_path, rows)
+
+
+def write_table(monkeypatch, tmp_path, rows: list[tables.Row]) -> None:
     header = dict.fromkeys(tables.HEADER, "x") | {"gpu": "NVIDIA Imaginary 9000", "capability": "sm_90"}
     monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path))
     tables.write(tmp_path / f"{tables.slug(header['gpu'])}.json", header, rows)
@@ -306,6 +315,147 @@ def test_a_faster_face_that_is_wrong_is_not_taken(gpu, monkeypatch, tmp_path):
         assert backends.fused_face("auto", GPU, torch.bfloat16) == "triton", "the verdict on inference is another"
 
 
+# {(channels, rows_log2): {face: (seconds of forward, of backward)}}
+NORMS = {
+    (256, 12): {"triton": (1.0, 1.0), "cuda": (1.5, 0.2), "reference": (9.0, 9.0)},
+    (256, 15): {"triton": (8.0, 8.0), "cuda": (9.0, 9.0), "reference": (90.0, 90.0)},
+    (384, 12): {"triton": (3.0, 3.0), "cuda": (2.0, 2.0), "reference": (1.0, 1.0)},
+    (768, 12): {"triton": (1.0, 1.0), "cuda": (0.5, 2.0), "reference": (9.0, 9.0)},
+}
+
+
+@pytest.fixture
+def norm_table(monkeypatch, tmp_path):
+    rows = []
+    for (channels, rows_log2), of_faces in NORMS.items():
+        same = {"dtype": "bfloat16", **tables.shape_of_norm(channels), "rows_log2": rows_log2, "tile": None}
+        for face, times in of_faces.items():
+            same |= {"face": face, "algorithm": "library" if face == "reference" else "direct"}
+            rows += [tables.Row(op=op, time_s=spent, **same) for op, spent in zip(tables.NORM_OPS, times, strict=True)]
+    for face, spent in (("triton", 2.0), ("cuda", 1.0)):  # forward alone says nothing of both
+        same = {"dtype": "bfloat16", **tables.shape_of_norm(640), "rows_log2": 12, "tile": None, "time_s": spent}
+        rows.append(tables.Row(op=tables.NORM_OPS[0], face=face, algorithm="direct", **same))
+    write_table(monkeypatch, tmp_path, rows)
+
+
+def norm_face(channels: int, rows_log2: int | None = 12, dtype=torch.bfloat16, backend: str = "auto") -> str:
+    return backends.norm_face(backend, GPU, dtype, channels, rows_log2)
+
+
+def test_norms_run_in_triton_without_a_table(gpu):
+    assert norm_face(256) == norm_face(768, None) == "triton"
+    assert gpu.checked == [(GPU, NORM, "triton")]
+
+
+def test_norms_take_the_face_that_the_table_says_is_faster_both_ways(gpu, norm_table):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert norm_face(256) == "cuda", "1.5 + 0.2 < 1 + 1"
+        assert gpu.checked == [(GPU, NORM, "cuda")], "one face, one verdict"
+        assert norm_face(768) == "triton", "0.5 + 2 > 1 + 1"
+        assert norm_face(384) == "reference"
+        assert norm_face(256, 15) == norm_face(256, 16) == norm_face(256, None) == "triton", "the most measured"
+        assert norm_face(256, 11) == "cuda", "the nearest measured"
+        assert norm_face(640) == "triton", "backward was not measured"
+        assert norm_face(512) == norm_face(256, dtype=torch.float16) == norm_face(256, dtype=torch.float64) == "triton"
+    assert gpu.checked == [(GPU, NORM, "cuda"), (GPU, NORM, "triton")]
+
+
+def test_norms_asked_for_by_name_and_on_the_cpu_are_not_looked_up(gpu, norm_table, monkeypatch):
+    monkeypatch.setattr(tables, "fastest", lambda *_, **__: pytest.fail("looked up"))
+    for name in ("triton", "cuda", "reference"):
+        assert norm_face(256, backend=name) == norm_face(768, backend=name) == name
+    assert backends.norm_face("auto", CPU, torch.float32, 256, 12) == "cpu"
+    assert gpu.checked == []
+
+
+def test_norms_are_looked_up_once(gpu, norm_table, monkeypatch):
+    assert norm_face(256) == "cuda"
+    monkeypatch.setattr(tables, "fastest", lambda *_, **__: pytest.fail("looked up again"))
+    assert norm_face(256) == "cuda"
+    backends.forget()
+    with pytest.raises(pytest.fail.Exception):
+        norm_face(256)
+
+
+def test_a_norm_that_is_wrong_in_cuda_runs_in_triton(gpu, norm_table):
+    gpu.found[NORM, "cuda"] = verdict(NORM, BAD, face="cuda")
+    with pytest.warns(RuntimeWarning) as said:
+        assert norm_face(256) == norm_face(256, 11) == "triton"
+    assert len(said) == 1 and "bn_relu_dropout (cuda) is WRONG" in str(said[0].message)
+    assert gpu.checked == [(GPU, NORM, "cuda"), (GPU, NORM, "triton")]
+
+
+def test_a_norm_that_is_wrong_in_triton_runs_in_cuda_where_that_is_faster(gpu, norm_table):
+    gpu.found[NORM, "triton"] = verdict(NORM, BAD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert norm_face(256) == "cuda"
+    with pytest.warns(RuntimeWarning, match=r"bn_relu_dropout \(triton\) is WRONG"):
+        assert norm_face(768) == "reference"
+
+
+def test_a_norm_that_is_wrong_on_both_faces_is_plain_pytorch(gpu, norm_table):
+    gpu.found[NORM] = verdict(NORM, BAD)
+    with pytest.warns(RuntimeWarning) as said:
+        assert norm_face(256) == "reference"
+    assert len(said) == 2
+
+
+def test_a_machine_without_the_cuda_library_runs_norms_in_triton(gpu, norm_table, monkeypatch):
+    monkeypatch.setattr(backends, "why_missing", lambda backend, _: "not built" if backend == "cuda" else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert norm_face(256) == "triton"
+    assert gpu.checked == [(GPU, NORM, "triton")]
+
+
+class Faces(TorchDispatchMode):
+    """Records which face of bn_relu_dropout the ops that are called name."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        named = {a.name: v for a, v in zip(func._schema.arguments, args)}
+        if func.namespace == "jasper_fast":
+            self.seen.append((func._schema.name.split("::")[1], named.get("bn_face", named.get("face"))))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("channels", "wanted"), [(256, "cuda"), (768, "triton")])
+def test_the_ops_run_on_the_face_that_was_chosen(gpu, norm_table, channels, wanted):
+    """On tensors of a GPU without content: statistics, the op itself, and the op with the next conv."""
+    with FakeTensorMode(), Faces() as faces:
+        y = torch.empty(4, 1000, channels, dtype=torch.bfloat16, device=GPU).transpose(1, 2)
+        vectors = [torch.ones(channels, device=GPU) for _ in range(4)]
+        assert ops.bn_relu_dropout(y, *vectors, p=0.2).shape == y.shape
+        weight = torch.ones(96, channels, 3, device=GPU)
+        assert ops.sub_block(y, *vectors, weight, padding=1, p=0.2).shape == (4, 96, 1000)
+    stats = ("bn_stats", wanted)
+    assert faces.seen == [stats, (NORM, wanted), stats, ("sub_block", wanted)]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_face_of_a_norm_is_a_constant_of_a_compiled_graph(gpu, norm_table, dynamic):
+    """Of one without sizes too: the channels become a constant, batch and frames do not."""
+    counter = CompileCounter()
+
+    def chosen(y):
+        return y * 2, norm_face_of(y, "auto")
+
+    compiled = torch.compile(chosen, backend=counter, fullgraph=True, dynamic=dynamic)
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for channels, wanted in ((384, "reference"), (768, "triton")):
+            for frames in (1000, 1300):
+                y = torch.empty(4, frames, channels, dtype=torch.bfloat16, device=GPU).transpose(1, 2)
+                assert compiled(y)[1] == wanted
+    if dynamic:
+        assert counter.frame_count == 2, "a graph for each width, not for each length"
+
+
 def test_the_calls_of_a_conv_are_those_of_its_use():
     assert backends.conv_calls() == ("conv1d.forward",)
     assert backends.conv_calls(stats=True, dw=True) == ("conv1d.forward_stats", "conv1d.wgrad")
@@ -337,6 +487,22 @@ def test_a_first_check_may_happen_while_a_graph_is_traced(gpu):
 
     assert torch.equal(torch.compile(chosen, backend="eager", fullgraph=True)(torch.ones(2)), torch.full((2,), 6.0))
     assert gpu.checked == [(GPU, NORM, "triton")]
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_face_of_the_norms_that_can_be_chosen_has_its_checks(monkeypatch, tmp_path, quick):
+    """A verdict on the CUDA face is one of its own kernels, in every function, as that on Triton's."""
+    monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Imaginary 9000")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "why_missing", lambda backend, kind: None)
+    of = {}
+    for face in ("triton", "cuda"):
+        plan = checks.plan(GPU, quick=quick, ops=(NORM,), faces=(face,))
+        assert {check.face for check in plan} == {face}
+        of[face] = {check.id.replace(f"| {face} |", "|") for check in plan}
+        assert {check.function for check in plan} == {"stats", "forward", "backward"}
+    assert of["cuda"] == of["triton"]
 
 
 # ---- the real check, end to end ----

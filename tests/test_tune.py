@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def cases(data: dict) -> dict[str, dict[str, dict]]:
 # ---- end to end ----
 
 
-def test_the_command_times_right_tiles_and_the_library_and_makes_a_table(tmp_path):
+def test_the_command_times_right_tiles_faces_and_the_library_and_makes_a_table(tmp_path):
     env = os.environ | {"TRITON_INTERPRET": "1"}
     argv = [sys.executable, "-m", "bench", "tune", "--device", "cpu", "--seconds", "0.05", "--out", str(tmp_path)]
     done = subprocess.run([*argv], cwd=ROOT, env=env, capture_output=True, text=True)
@@ -59,19 +60,22 @@ def test_the_command_times_right_tiles_and_the_library_and_makes_a_table(tmp_pat
     assert {row["status"] for row in data["rows"]} == {"ok"}, done.stdout
     wanted = tune.plan(torch.device("cpu"), tune.OPS)
     assert {op for op, *_ in wanted} == set(tune.OPS)
-    assert len(cases(data)) == len(wanted) == 10
+    assert len(cases(data)) == len(wanted) == 12
     for rows in cases(data).values():
-        assert len(rows) == 3 and "aten" in rows
+        if next(iter(rows.values()))["key"]["op"] in tables.NORM_OPS:
+            assert set(rows) == {"triton", "reference"}, "the CUDA face runs on a GPU only"
+        else:
+            assert len(rows) == 3 and "aten" in rows
 
     table = tables.parse(data["table"], "the result")
-    assert len(table.rows) == 2 * len(wanted), "the best tile and the library, each"
+    assert len(table.rows) == 2 * len(wanted), "the best of ours and plain PyTorch, each"
     for row in table.rows:
         same = [r for r in data["rows"] if r["tune"]["op"] == row.op and r["tune"]["face"] == row.face
                 and r["tune"]["c_in"] == row.c_in]  # fmt: skip
         best = min(same, key=lambda r: r["time_s"]["median"])
         assert (row.time_s, row.tile) == (best["time_s"]["median"], best["tune"]["tile"])
         assert row.rows_log2 == tables.bucket(28)
-    for column in ("fastest of ours", "library / ours"):
+    for column in ("fastest of ours", "PyTorch / ours", "bn_relu_dropout.backward", "GB/s"):
         assert column in done.stdout
 
 
@@ -122,7 +126,7 @@ def test_the_order_is_by_share_and_training_and_inference_both_come_early():
     assert len(set(todo)) == len(todo)
     heaviest = tune.layers(GPU)[0]
     assert [layer for _, layer, _ in todo[:6]] == [heaviest] * 6
-    assert {op for op, *_ in todo[:6]} == set(tune.OPS)
+    assert {op for op, *_ in todo[:6]} == set(tune.CONV_OPS)
     assert {batch for _, _, batch in todo[:6]} == {tune.TRAINING[0], tune.INFERENCE[0]}
     first = {layer: i for i, (_, layer, _) in reversed(list(enumerate(todo)))}
     shares = [layer.share for layer in sorted(first, key=first.__getitem__)]
@@ -146,6 +150,81 @@ def test_the_candidates_of_a_gpu_can_be_rows_of_a_table():
                 faults = [tables.tile_fault(f"conv1d.{op}", "bfloat16", tile) for tile in tiles]
                 assert faults[0] is None, f"the default of {op} for {layer}: {faults[0]}"
                 assert sum(fault is None for fault in faults) > len(tiles) / 2
+
+
+def test_every_width_of_the_norms_is_tuned_both_ways_at_the_training_batches():
+    widths = tune.norms(GPU)
+    model = models.config("jasper10x5").encoder
+    assert {layer.c_in for layer in widths} == {block.filters for block in model.blocks}
+    assert all(layer == (layer.c_in, layer.c_in, 1, 1, 1, "norm", layer.share) for layer in widths)
+    assert [layer.share for layer in widths] == sorted((layer.share for layer in widths), reverse=True)
+    rows = {b.filters: 0 for b in model.blocks}
+    for block in model.blocks:
+        rows[block.filters] += block.repeat * block.filters
+    most = max(rows, key=rows.__getitem__)
+    assert widths[0].c_in == most and widths[0].share / widths[-1].share == pytest.approx(
+        rows[most] / rows[widths[-1].c_in]
+    )
+    assert 0.1 < sum(layer.share for layer in widths) < 0.5, "of the bytes of a step, which are the convs' too"
+
+    todo = tune.plan(GPU, tune.OPS)
+    found = [(op, layer, batch) for op, layer, batch in todo if layer.kind == "norm"]
+    assert len(found) == 2 * len(widths) * len(tune.TRAINING)
+    assert {(op, batch) for op, _, batch in found} == {(o, b) for o in tables.NORM_OPS for b in tune.TRAINING}
+    for first, second in zip(found[::2], found[1::2], strict=True):
+        assert first[1:] == second[1:] and first[0] != second[0], "one without the other chooses nothing"
+    assert todo[0][1].kind != "norm" and todo[-1][1].kind != "norm"
+    assert tune.plan(GPU, tables.NORM_OPS) == found, "they can be asked for alone"
+
+
+@pytest.mark.parametrize(("missing", "wanted"), [
+    ((), ["triton", "cuda", "reference"]), (("cuda",), ["triton", "reference"]),
+])  # fmt: skip
+def test_the_contenders_of_a_norm_are_the_faces_that_the_machine_has(monkeypatch, missing, wanted):
+    monkeypatch.setattr(backends, "why_missing", lambda face, kind: "not built" if face in missing else None)
+    run = SimpleNamespace(device=GPU, dtype=torch.bfloat16)
+    op, layer, batch = tune.plan(GPU, tables.NORM_OPS)[0]
+    case = tune.make_case(run, op, layer, batch, None)
+    assert [c.name for c in case.contenders] == wanted and case.ours == "triton"
+    (n, frames), c = batch, layer.c_in
+    assert case.nbytes == 2 * n * frames * c * {"forward": 3, "backward": 5}[op.split(".")[1]]
+    for contender in case.contenders:
+        row = contender.row
+        assert {k: row[k] for k in tables.SHAPE} == tables.shape_of_norm(c)
+        assert (row["op"], row["face"], row["tile"]) == (op, contender.name, None)
+        assert row["rows_log2"] == tables.bucket(n * frames)
+
+
+def test_a_norm_is_called_as_a_training_step_calls_it(monkeypatch):
+    """Statistics and forward; reduction and gradient: with lengths, dropout, a halo and the batch's means."""
+    impl, calls = backends.face("bn_relu_dropout", "triton"), []
+
+    def watched(name):
+        right = getattr(impl, name)
+
+        def call(*args, **more):
+            calls.append((name, args, more))
+            return right(*args, **more)
+
+        return call
+
+    for name in ("stats", "forward", "backward_reduce", "backward_apply"):
+        monkeypatch.setattr(impl, name, watched(name))
+    run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    wanted = {"forward": ["stats", "forward"], "backward": ["backward_reduce", "backward_apply"]}
+    for op, layer, batch in tune.plan(run.device, tables.NORM_OPS):
+        calls.clear()
+        case = tune.make_case(run, op, layer, batch, tune.Trial(Path("unused")))
+        held = case.refill.__self__
+        held.call("triton")
+        assert [name for name, *_ in calls] == wanted[op.split(".")[1]]
+        for name, args, more in calls:
+            if name == "stats":
+                continue
+            *_, lengths, seed, p = args if name != "backward_apply" else args[:-1]
+            assert lengths.tolist() == [batch[1]] * batch[0] and seed.numel() == 1 and p == 0.2
+            if name == "backward_apply":
+                assert args[7] is not None and args[8] is not None and more == {"halo": 2}
 
 
 # ---- what is refused ----
@@ -202,6 +281,27 @@ def test_a_stale_result_is_refused(tmp_path, second_tile):
     _, data = run(tmp_path)
     rows = next(iter(cases(data).values()))
     assert [r["status"] for r in rows.values() if r["contender"] != "aten"] == ["ok", "wrong"]
+
+
+@pytest.mark.parametrize("name", ["stats", "forward", "backward_reduce", "backward_apply"])
+def test_a_face_that_is_wrong_is_a_row_and_never_chosen(tmp_path, monkeypatch, name):
+    impl = backends.face("bn_relu_dropout", "triton")
+    right = getattr(impl, name)
+
+    def spoilt(*args, **more):
+        out = right(*args, **more)
+        return out * 1.01 if isinstance(out, torch.Tensor) else tuple(None if t is None else t * 1.01 for t in out)
+
+    monkeypatch.setattr(impl, name, spoilt)
+    code, data = run(tmp_path, ops=",".join(tables.NORM_OPS))
+    assert code == 0 and data["finished"]
+    status = {(row["key"]["op"], row["contender"]): row["status"] for row in data["rows"]}
+    bad = "bn_relu_dropout.forward" if name in ("stats", "forward") else "bn_relu_dropout.backward"
+    assert status == {(op, face): "wrong" if (op, face) == (bad, "triton") else "ok"
+                      for op in tables.NORM_OPS for face in ("triton", "reference")}  # fmt: skip
+    table = tables.parse(data["table"], "the result")
+    assert {(row.op, row.face) for row in table.rows} == {key for key, found in status.items() if found == "ok"}
+    assert all({k: getattr(row, k) for k in tables.SHAPE} == tables.shape_of_norm(24) for row in table.rows)
 
 
 class Built:
@@ -415,6 +515,27 @@ def test_a_result_is_installed_and_chosen_from(tmp_path, own_tables):
     found = tables.lookup("conv1d.forward", GPU, torch.bfloat16, **SHAPE, rows=4096)
     assert found.tile["t"] == 64
     assert [p.name for p in own_tables.iterdir()] == ["nvidia-imaginary-9000.json"]
+
+
+def test_faces_are_installed_and_chosen_from_and_the_gate_has_no_more_to_compile(tmp_path, own_tables):
+    from bench import compile as gate
+
+    path = result(tmp_path / "r.json")
+    data = json.loads(path.read_text())
+    (row,) = data["table"]["rows"]
+    row |= dict.fromkeys(("tile", "registers", "shared", "spilled")) | tables.shape_of_norm(256)
+    times = {"triton": (2.0, 3.0), "cuda": (3.0, 1.0)}
+    data["table"]["rows"] = [
+        row | {"op": op, "face": face, "time_s": spent}
+        for face, both in times.items()
+        for op, spent in zip(tables.NORM_OPS, both, strict=True)
+    ]
+    path.write_text(json.dumps(data))
+    assert main(["tune", "--install", str(path)]) == 0
+    shape = tables.shape_of_norm(256)
+    assert tables.fastest(tables.NORM_OPS, GPU, torch.bfloat16, **shape, rows=4096) == "cuda"
+    assert tables.fastest(tables.NORM_OPS[:1], GPU, torch.bfloat16, **shape, rows=4096) == "triton"
+    assert list(gate._measured(90, "bfloat16")) == [], "a face without a tile is compiled with the rest"
 
 
 def test_results_of_the_same_versions_add_up_and_others_are_replaced(tmp_path, own_tables):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jasper_fast import sync
+from jasper_fast import backends, sync
 from jasper_fast.backends import face as _face
-from jasper_fast.backends import resolve
+from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import ntc
 from jasper_fast.ops.library import lib, without_autocast
 
@@ -106,6 +107,15 @@ def _grad(ctx, dz):
 torch.library.register_autograd("jasper_fast::bn_relu_dropout", _grad, setup_context=_save, lib=lib)
 
 
+def norm_face(y: Tensor, backend: str) -> str:
+    """Which face of the op serves `y` (N, C, T), its statistics included: see `backends.norm_face`."""
+    if not y.is_cuda:
+        return backends.resolve(backend, y.device, _OP)
+    channels = operator.index(y.shape[1])  # a constant in a traced graph too
+    rows_log2 = None if torch.compiler.is_compiling() else tables.bucket(y.shape[0] * y.shape[2])
+    return backends.norm_face(backend, y.device, y.dtype, channels, rows_log2)
+
+
 def draw_seeds(count: int, device: torch.device | str) -> Tensor:
     """`count` dropout seeds, int64 (count,) on `device`, from PyTorch's default generator there.
 
@@ -119,7 +129,7 @@ def bn_stats(y: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
 
     Returns two (C,) tensors, fp32 (fp64 for fp64 input). Equivalent to `y.mean((0, 2))` and `y.var((0, 2)) * (M - 1)`.
     """
-    return torch.ops.jasper_fast.bn_stats(y.detach(), resolve(backend, y.device, _OP))
+    return torch.ops.jasper_fast.bn_stats(y.detach(), norm_face(y, backend))
 
 
 def bn_relu_dropout(
@@ -175,7 +185,7 @@ def bn_relu_dropout(
     wide = norm.mean.dtype
     return torch.ops.jasper_fast.bn_relu_dropout(
         y, norm.mean, norm.rstd, gamma.to(wide), beta.to(wide), residual, lengths, seed, norm.rows, p,
-        norm.batch_stats, halo, norm.group, resolve(backend, y.device, _OP),
+        norm.batch_stats, halo, norm.group, norm_face(y, backend),
     )  # fmt: skip
 
 

@@ -11,9 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jasper_fast.backends import face as _face
-from jasper_fast.backends import resolve
 from jasper_fast.kernels.layout import ntc
-from jasper_fast.ops.bn_relu_dropout import check, dropout_seed, mean_sums, normaliser
+from jasper_fast.ops.bn_relu_dropout import check, dropout_seed, mean_sums, norm_face, normaliser
 from jasper_fast.ops.conv1d import conv_dgrad, conv_face, conv_forward, conv_wgrad, fake_stats
 from jasper_fast.ops.library import lib, without_autocast
 
@@ -137,7 +136,6 @@ def sub_block(
     out, mean, m2 = torch.ops.jasper_fast.sub_block(
         y, norm.mean, norm.rstd, gamma.to(wide), beta.to(wide), lengths, seed, norm.rows, weight, packed,
         p, norm.batch_stats, halo, padding, dilation, next_stats, norm.group,
-        resolve(backend, y.device, "bn_relu_dropout"),
-        conv_face(y, 1, backend, weight, dilation, stats=next_stats, norm=True),
+        norm_face(y, backend), conv_face(y, 1, backend, weight, dilation, stats=next_stats, norm=True),
     )  # fmt: skip
     return (out, (mean, m2)) if next_stats else out
