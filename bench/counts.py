@@ -1,16 +1,23 @@
 """Floating-point operations and bytes that a computation must do and move, whatever the kernel.
 
-Legend: N batch, C channels, T frames, K taps, M = N*T rows. A multiply-add is two operations. Bytes are the least
-traffic of an op whose operands each cross the memory bus once per pass that the algebra forces.
+Legend: N batch, C channels, T frames, K taps, M = N*T rows. A multiply-add is two operations. Bytes are what the
+passes of the best kernels here move (kernels/README.md), every operand once a pass; vectors of length C do not count.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+# Passes over a training norm's y, by where it stands. Its statistics come with y from the conv before. "inner", within
+# a block: z = f(y) twice (it is made again in backward), y in the epilogue of dgrad, and dz, y -> dy. "end": z once,
+# then dz, y to reduce and dz, y -> dy. "joined", an end with a residual: y, r -> z; dz, y, z; dz, y, z -> dy, dr.
+# "pane": none, panes are one sum of GEMMs whose statistics come from their inputs.
+NORM_PASSES = {"inner": 2 + 2 + 1 + 3, "end": 2 + 2 + 3, "joined": 3 + 3 + 5, "pane": 0, "head": 0}
+
 
 @dataclass(frozen=True)
 class Conv:
-    """One convolution of a network at a batch: names as in the state dict, T frames in, T_out frames out."""
+    """One convolution of a network at a batch: names as in the state dict, T frames in, T_out frames out; `place` is
+    where it, or the norm after it, stands (see NORM_PASSES)."""
 
     name: str
     N: int
@@ -21,6 +28,7 @@ class Conv:
     T_out: int
     bias: bool = False
     batch_norm: bool = True
+    place: str = "inner"
 
     @property
     def flops(self) -> int:
@@ -41,7 +49,17 @@ class Conv:
 
     def nbytes(self, itemsize: int) -> int:
         """Input once, weights once, output once."""
-        return itemsize * (self.N * (self.C_in * self.T + self.C_out * self.T_out) + self.weights)
+        return itemsize * (self.input + self.weights + self.output)
+
+    @property
+    def input(self) -> int:
+        """Elements that it reads, weights aside."""
+        return self.N * self.C_in * self.T
+
+    @property
+    def output(self) -> int:
+        """Elements that it writes."""
+        return self.N * self.C_out * self.T_out
 
 
 def conv_out(T: int, K: int, stride: int, dilation: int) -> int:
@@ -60,12 +78,14 @@ def convs(config, N: int, T: int) -> Iterator[Conv]:
         block_in, T_in = C, T
         for r in range(repeat):
             T_out = conv_out(T, K, stride, dilation)
-            yield Conv(f"encoder.layers.{b}.conv.{4 * r}", N, C, filters, K, T, T_out)
+            place = "inner" if r < repeat - 1 else "joined" if plain else "end"
+            yield Conv(f"encoder.layers.{b}.conv.{4 * r}", N, C, filters, K, T, T_out, place=place)
             C, T = filters, T_out
         for k, width in enumerate((history if dense else [block_in]) if plain else []):
-            yield Conv(f"encoder.layers.{b}.res.{k}.0", N, width, filters, 1, T_in, T)
+            yield Conv(f"encoder.layers.{b}.res.{k}.0", N, width, filters, 1, T_in, T, place="pane")
         history = [*history, filters] if plain and dense else [filters]
-    yield Conv("decoder.layers.0", N, C, int(_get(config.decoder, "n_classes")), 1, T, T, bias=True, batch_norm=False)
+    classes = int(_get(config.decoder, "n_classes"))
+    yield Conv("decoder.layers.0", N, C, classes, 1, T, T, bias=True, batch_norm=False, place="head")
 
 
 def parameters(config) -> int:
@@ -85,16 +105,25 @@ def training_flops(config, N: int, T: int) -> int:
 
 
 def forward_bytes(config, N: int, T: int, itemsize: int) -> int:
-    """Weights once, and every convolution's input and output once: what a network of fully fused sub-blocks moves."""
-    return sum(conv.nbytes(itemsize) for conv in convs(config, N, T))
+    """Weights once, and every convolution's input and output once: what a network of fully fused sub-blocks moves. A
+    pane's output is no tensor: it is part of its block's sum."""
+    return itemsize * sum(_moved(conv) for conv in convs(config, N, T))
 
 
 def training_bytes(config, N: int, T: int, itemsize: int) -> int:
-    """Three convolutions' traffic a layer and the two passes of each batch norm in either direction."""
-    norms = sum(
-        bn_relu_dropout_bytes(c.N, c.C_out, c.T_out, itemsize, "both") for c in convs(config, N, T) if c.batch_norm
-    )
-    return 3 * forward_bytes(config, N, T, itemsize) + norms
+    """Each convolution forward and in both gradients (none of the features), and the passes of its norm; the outputs
+    of a block's panes are one tensor."""
+    total, first = 0, True
+    for conv in convs(config, N, T):
+        total += (2 if first else 3) * _moved(conv) + NORM_PASSES[conv.place] * conv.output
+        total += 3 * conv.output if conv.place == "joined" else 0  # the panes' sum
+        first = False
+    return itemsize * total
+
+
+def _moved(conv: Conv) -> int:
+    """Elements that one direction of a convolution moves."""
+    return conv.input + conv.weights + (0 if conv.place == "pane" else conv.output)
 
 
 def bn_relu_dropout_bytes(N: int, C: int, T: int, itemsize: int, mode: str, residual: bool = False) -> int:
@@ -104,6 +133,17 @@ def bn_relu_dropout_bytes(N: int, C: int, T: int, itemsize: int, mode: str, resi
     tensors = {"forward": 3 + residual, "backward": 5 + 3 * residual}
     tensors["both"] = tensors["forward"] + tensors["backward"]
     return tensors[mode] * N * C * T * itemsize
+
+
+def sub_block_bytes(conv: Conv, itemsize: int, mode: str, *, statistics: bool = True) -> int:
+    """Training traffic from y to the next y, `conv` the convolution at the end: y -> z, the conv; backward y -> z
+    again, wgrad, dgrad that reads y in its epilogue, and g, y -> dy. 4 tensors forward and 10 backward where the conv
+    keeps the shape, and one more with `statistics`, where those of y are a pass of their own: they do not come with
+    y."""
+    tensors = {"forward": 2 + statistics, "backward": 2 + 1 + 3}
+    tensors["both"] = tensors["forward"] + tensors["backward"]
+    directions = {"forward": 1, "backward": 2, "both": 3}
+    return directions[mode] * conv.nbytes(itemsize) + tensors[mode] * conv.input * itemsize
 
 
 def bn_relu_dropout_flops(N: int, C: int, T: int, mode: str) -> int:

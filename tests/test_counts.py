@@ -1,0 +1,263 @@
+"""FLOPs and bytes as bench counts them, against PyTorch's own counter and against what kernels are given to read and
+write: Triton's launches recorded and not run, for every conv and norm of Jasper 10x5."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import make_face
+from test_bench import make_run
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import counts, kernels, models, sub_blocks
+from jasper_fast import InferenceEngine, Jasper, ops
+from jasper_fast.eager import EagerJasper
+from jasper_fast.kernels import launch
+
+N = 3  # of no conv's taps, so that a tensor of N of something is an activation
+PADDED = 32  # channels of the decoder's pack
+CPU = torch.device("cpu")
+LAYERS = sub_blocks.layers()
+INNER = [layer for layer in LAYERS if not layer.first]
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[tuple[str, list[torch.Size]]]:
+    """(kernel, shapes of its tensors that are no vectors), one a launch; nothing runs."""
+    make_face("triton")
+    told: list[tuple[str, list[torch.Size]]] = []
+
+    def record(kernel, grid, like, *args, **meta):
+        tensors = [a for a in (*args, *meta.values()) if isinstance(a, torch.Tensor)]
+        told.append((kernel.fn.__name__.strip("_").removesuffix("_kernel"), [t.shape for t in tensors if t.dim() == 3]))
+
+    monkeypatch.setattr(launch, "run", record)
+    return told
+
+
+@pytest.fixture(scope="module")
+def jasper10x5():
+    return models.config("jasper10x5")
+
+
+def passes(name: str, *tensors: torch.Size) -> int:
+    """Elements that a launch moves: its activations, and a conv's weight (a gradient's shares are merged elsewhere)."""
+    found = 0
+    for t in tensors:
+        padded = name.startswith("conv1d") and t[0] != N and t[-1] == PADDED
+        found += t.numel() // PADDED * models.VOCABULARY if padded else t.numel()
+    return found
+
+
+def moved(launches) -> int:
+    """Elements moved by all launches so far, which are forgotten; making packs and merging shares are no pass, and
+    the zeros that fill up a pack's last channels (29 to 32, in the decoder's) are none of the convolution's."""
+    total = sum(
+        passes(name, *tensors) for name, tensors in launches if name not in ("conv1d_pack", "conv1d_wgrad_merge")
+    )
+    launches.clear()
+    return total
+
+
+def hollow(config) -> Jasper:
+    """Weights without values: nothing reads them."""
+    with torch.device("meta"):
+        model = Jasper(config, backend="triton", panes="gram")
+    return model.to_empty(device="cpu")
+
+
+def eager(config) -> EagerJasper:
+    with torch.device("meta"):
+        return EagerJasper(config)
+
+
+# ------------------------------------------------------------------ the whole network
+
+
+def test_every_norm_of_jasper_10x5_is_counted_where_it_stands(jasper10x5):
+    model, seen, T = eager(jasper10x5), {}, 416
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.register_forward_hook(lambda m, x, y, name=name: seen.update({name: y.numel()}))
+    with torch.device("meta"):
+        model(torch.empty(N, 64, T), torch.empty(N, dtype=torch.int64))
+    found = {}
+    for conv in counts.convs(jasper10x5, N, T):
+        if conv.batch_norm:
+            stem, last = conv.name.rsplit(".", 1)
+            found[f"{stem}.{int(last) + 1}"] = conv.output
+    assert found == seen and len(found) == 108
+    places = [conv.place for conv in counts.convs(jasper10x5, N, T)]
+    assert {p: places.count(p) for p in set(places)} == {"inner": 40, "joined": 10, "end": 3, "pane": 55, "head": 1}
+
+
+def test_training_flops_of_jasper_10x5_are_pytorchs(jasper10x5):
+    T = 208
+    with FlopCounterMode(display=False) as flops, torch.device("meta"):
+        log_probs, _ = eager(jasper10x5)(torch.empty(N, 64, T), torch.empty(N, dtype=torch.int64))
+        log_probs.backward(torch.empty_like(log_probs))
+    bias = 3 * N * (T // 2) * models.VOCABULARY  # PyTorch leaves the decoder's out
+    assert counts.training_flops(jasper10x5, N, T) == flops.get_total_flops() + bias
+    assert counts.forward_flops(jasper10x5, N, T) < counts.training_flops(jasper10x5, N, T) / 2.99
+
+
+def test_training_bytes_are_what_a_step_of_jasper_10x5_moves(jasper10x5, launches):
+    """Convs and norms from the launches; panes and the decoder, which are ATen's, from the eager modules' tensors."""
+    T = 64
+    model = hollow(jasper10x5).train()
+    log_probs, _ = model(torch.zeros(N, 64, T), torch.full((N,), T))
+    log_probs.sum().backward()
+    names = [name for name, _ in launches]
+    assert names.count("conv1d_forward") == names.count("conv1d_wgrad") == 53 and names.count("stats") == 0
+    # wgrad writes its shares as (splits, K, C_in, C_out): one gradient a conv, which the merge names
+    gradients = sum(t.numel() for name, ts in launches if name == "conv1d_wgrad_merge" for t in ts)
+    main = moved(launches) + gradients
+
+    rest, plain = 0, eager(jasper10x5)
+    for block in plain.encoder.layers:
+        for k, (conv, norm) in enumerate(getattr(block, "res", ())):
+            conv.register_forward_hook(lambda m, x, y: sizes.append(x[0].numel() + m.weight.numel()))
+            if k == 0:
+                norm.register_forward_hook(lambda m, x, y: sizes.append(y.numel()))  # the sum, once a block
+    sizes: list[int] = []
+    plain.decoder.layers[0].register_forward_hook(
+        lambda m, x, y: sizes.append(x[0].numel() + y.numel() + sum(p.numel() for p in m.parameters()))
+    )
+    with torch.device("meta"):
+        plain(torch.empty(N, 64, T), torch.empty(N, dtype=torch.int64))
+    rest = 3 * sum(sizes)
+    assert len(sizes) == 55 + 10 + 1
+    assert counts.training_bytes(jasper10x5, N, T, 2) == 2 * (main + rest)
+
+
+def test_forward_bytes_are_what_the_engine_moves(jasper10x5, launches):
+    T = 128
+    engine = InferenceEngine(hollow(jasper10x5).eval(), graphs=False, bucket=1)
+    launches.clear()  # the packs
+    engine(torch.zeros(N, 64, T), torch.full((N,), T))
+    assert [name for name, _ in launches] == ["conv1d_fused"] * 54
+    bias = models.VOCABULARY
+    assert counts.forward_bytes(jasper10x5, N, T, 4) == 4 * (moved(launches) + bias)
+
+
+# ------------------------------------------------------------------ the ops
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_bytes_of_bn_relu_dropout_are_what_its_kernels_move(residual, launches):
+    C, T = 24, 40
+    y, dz, r = (torch.zeros(N, T, C).transpose(1, 2).requires_grad_() for _ in range(3))
+    gamma, beta = (torch.zeros(C, requires_grad=True) for _ in range(2))
+    more = {"residual": r if residual else None, "lengths": torch.full((N,), T), "p": 0.2, "backend": "triton"}
+    z = ops.bn_relu_dropout(y, gamma, beta, None, None, **more)
+    count = lambda mode: counts.bn_relu_dropout_bytes(N, C, T, 2, mode, residual)  # noqa: E731
+    assert count("forward") == 2 * moved(launches)
+    z.backward(dz.detach())
+    assert {"backward_reduce", "backward_apply"} < {name for name, _ in launches}
+    assert count("backward") == 2 * moved(launches)
+    assert count("both") == count("forward") + count("backward")
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize("layer", INNER, ids=lambda a: f"{a.C_in}-{a.C_out}-{a.K}")
+def test_bytes_of_sub_blocks_are_what_their_kernels_move(layer, statistics, launches):
+    T = 40
+    y = torch.zeros(N, T, layer.C_in).transpose(1, 2).requires_grad_()
+    weight = torch.zeros(layer.C_out, layer.C_in, layer.K, requires_grad=True)
+    gamma, beta = (torch.zeros(layer.C_in, requires_grad=True) for _ in range(2))
+    stats = None if statistics else (torch.zeros(layer.C_in), torch.ones(layer.C_in))
+    conv = counts.Conv("", N, layer.C_in, layer.C_out, layer.K, T, layer.frames(T))
+    more = {"padding": layer.padding, "dilation": layer.dilation, "backend": "triton", "next_stats": not statistics}
+    out = ops.sub_block(y, gamma, beta, None, None, weight, lengths=torch.full((N,), T), stats=stats, p=0.2, **more)
+    out = out if statistics else out[0]
+    count = lambda mode: counts.sub_block_bytes(conv, 4, mode, statistics=statistics)  # noqa: E731
+    assert count("forward") == 4 * moved(launches)
+    out.backward(torch.zeros_like(out))
+    assert "stats" not in {name for name, _ in launches}
+    assert count("backward") == 4 * (moved(launches) + weight.numel())  # wgrad's shares are counted as one gradient
+    assert count("both") == count("forward") + count("backward")
+    if layer.C_in == layer.C_out and not statistics:  # kernels/README.md: 4s and 10s, weights aside
+        assert count("forward") - 4 * weight.numel() == 4 * 4 * y.numel()
+        assert count("backward") - 4 * 2 * weight.numel() == 10 * 4 * y.numel()
+
+
+@pytest.mark.parametrize("op", ["conv1d", "sub_block"])
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda a: f"{a.C_in}-{a.C_out}-{a.K}-{a.stride}")
+def test_flops_of_conv_cases_are_pytorchs(op, layer, tmp_path):
+    """The convolution's; a sub-block's norm is below half a per cent."""
+    T = 40
+    x = torch.empty(N, layer.C_in, T, device="meta", requires_grad=not layer.first)
+    weight = torch.empty(layer.C_out, layer.C_in, layer.K, device="meta", requires_grad=True)
+    with FlopCounterMode(display=False) as forward:
+        y = torch.nn.functional.conv1d(x, weight, None, layer.stride, layer.padding, layer.dilation)
+    with FlopCounterMode(display=False) as backward:
+        y.backward(torch.empty_like(y))
+    expected = {"forward": forward.get_total_flops(), "backward": backward.get_total_flops()}
+    expected["both"] = sum(expected.values())
+    run = make_run(tmp_path)
+    found = {mode: sub_blocks.case(run, op, N, T, layer, mode).flops for mode in expected}
+    assert found == expected
+
+
+# ------------------------------------------------------------------ arithmetic of bn_relu_dropout
+
+
+class Arithmetic(TorchDispatchMode):
+    """Counts operations on tensors of one shape: one an element; a sum over all of it is one an element too."""
+
+    COUNTED = ("add", "sub", "mul", "relu", "sum")
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if any(isinstance(a, torch.Tensor) and a.shape == self.shape for a in args):
+            assert name in (*self.COUNTED, "where"), name  # a choice is no arithmetic
+            self.count += name in self.COUNTED
+        return func(*args, **(kwargs or {}))
+
+
+def test_flops_of_bn_relu_dropout_are_those_of_its_formula():
+    """The formula of kernels/README.md, op by op: right by autograd, and counted as it runs."""
+    inputs = kernels.Inputs(2, 8, 40, torch.float64, CPU, False)
+    y, dz = (inputs.nct[n].detach() for n in ("y", "dz"))
+    gamma, beta = (t.detach().double()[:, None] for t in (inputs.gamma, inputs.beta))
+    p, M = 0.2, y.shape[0] * y.shape[2]
+    keep = torch.rand(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) >= p
+    keep &= ~kernels.mask(inputs.lengths, y.shape[2])
+    scale, zero = 1 / (1 - p), torch.zeros((), dtype=torch.float64)
+
+    with Arithmetic(y.shape) as forward:
+        mean = y.sum((0, 2), keepdim=True)[0] / M
+        centred = y - mean
+        m2 = (centred * centred).sum((0, 2), keepdim=True)[0]
+        rstd = (m2 / M + kernels.EPS).rsqrt()
+        pre = (y - mean) * (gamma * rstd) + beta
+        z = torch.where(keep, pre.relu() * scale, zero)
+    open_ = keep & (pre > 0)
+    with Arithmetic(y.shape) as backward:
+        g = torch.where(open_, dz * scale, zero)
+        yhat = (y - mean) * rstd
+        dbeta, dgamma = g.sum((0, 2), keepdim=True)[0], (g * yhat).sum((0, 2), keepdim=True)[0]
+        g = torch.where(open_, dz * scale, zero)
+        yhat = (y - mean) * rstd
+        dy = (g - dbeta / M - yhat * (dgamma / M)) * (gamma * rstd)
+    want = kernels.answer(inputs, torch.float64, keep, p)
+    got = {"z": z, "dy": dy, "dgamma": dgamma.flatten(), "dbeta": dbeta.flatten()}
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, want[name].double(), msg=name)
+
+    N_, C, T = y.shape
+    for mode, count in (("forward", forward.count), ("backward", backward.count)):
+        assert counts.bn_relu_dropout_flops(N_, C, T, mode) == count * y.numel(), mode
+    assert counts.bn_relu_dropout_flops(N_, C, T, "both") == (forward.count + backward.count) * y.numel()
+
+
+def test_a_conv_s_place_changes_no_count_of_its_own():
+    conv = counts.Conv("", 2, 4, 8, 3, 10, 10)
+    assert conv.nbytes(2) == dataclasses.replace(conv, place="pane").nbytes(2) == 2 * (80 + 96 + 160)
