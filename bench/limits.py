@@ -16,6 +16,7 @@ def measure(device: torch.device, quick: bool = False) -> dict:
     """Ceilings of `device`: FLOP/s per dtype, bytes/s read plus written by a large copy, seconds per launch."""
     return {
         "matmul_flops_per_s": matmul_rates(device, quick),
+        "float32_mode": float32_mode(device),
         "copy_bytes_per_s": copy_bandwidth(device, quick),
         "launch_s": launch_overhead(device),
         "method": "best of repeated runs: square matmul, copy of a buffer beyond the caches, one-element add",
@@ -24,22 +25,37 @@ def measure(device: torch.device, quick: bool = False) -> dict:
 
 
 def matmul_rates(device: torch.device, quick: bool = False) -> dict[str, float]:
-    """FLOP/s of a large square matrix product, by dtype; on a GPU float32 is IEEE and tf32 is listed beside it."""
+    """FLOP/s of a large square matrix product, by dtype. On a GPU float32 is what `float32_mode` says, because that is
+    what convolutions of fp32 tensors run in; both rates are listed beside it."""
     size = (1536 if quick else 2048) if device.type == "cpu" else 8192
     rates = {}
     dtypes = [torch.float32, torch.bfloat16] + ([torch.float16] if device.type == "cuda" else [])
     for dtype in dtypes:
         if dtype is not torch.float32 and device.type == "cpu" and not _fast_bf16():
             continue  # emulated: a hundred times slower than fp32 and no one's ceiling
-        rates[str(dtype).removeprefix("torch.")] = _matmul_rate(device, dtype, size)
-    if device.type == "cuda":
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = True
-        try:
-            rates["tf32"] = _matmul_rate(device, torch.float32, size)
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
+        if dtype is torch.float32 and device.type == "cuda":
+            both = {mode: _fp32_rate(device, size, mode) for mode in ("IEEE", "TF32")}
+            rates["float32"] = both[float32_mode(device)]
+            rates |= {f"float32 in {mode}": rate for mode, rate in both.items()}
+        else:
+            rates[str(dtype).removeprefix("torch.")] = _matmul_rate(device, dtype, size)
     return rates
+
+
+def float32_mode(device: torch.device) -> str:
+    """What products of fp32 tensors may be rounded to: PyTorch lets cuDNN's convolutions, and with them this project's,
+    use TF32 unless it is told otherwise."""
+    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "TF32" if device.type == "cuda" and tf32 else "IEEE"
+
+
+def _fp32_rate(device: torch.device, size: int, mode: str) -> float:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = mode == "TF32"
+    try:
+        return _matmul_rate(device, torch.float32, size)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:

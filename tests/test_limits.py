@@ -1,0 +1,43 @@
+"""The machine's ceilings: which one a row of fp32 is held to."""
+
+import pytest
+import torch
+
+from bench import harness, limits
+
+GPU = torch.device("cuda")
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """A GPU whose rates say how they were measured."""
+
+    def rate(device, dtype, size):
+        tf32 = dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        return {torch.float32: 8.0 if tf32 else 1.0, torch.float16: 16.0, torch.bfloat16: 15.0}[dtype]
+
+    monkeypatch.setattr(limits, "_matmul_rate", rate)
+
+
+@pytest.mark.parametrize(("allowed", "mode", "rate"), [(True, "TF32", 8.0), (False, "IEEE", 1.0)])
+def test_fp32_on_a_gpu_is_held_to_the_rate_that_convolutions_may_use(rates, monkeypatch, allowed, mode, rate):
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32" if allowed else "ieee")
+    before = torch.backends.cuda.matmul.allow_tf32
+    found = limits.matmul_rates(GPU)
+    assert limits.float32_mode(GPU) == mode and torch.backends.cuda.matmul.allow_tf32 is before
+    assert found == {
+        "float32": rate,
+        "float32 in IEEE": 1.0,
+        "float32 in TF32": 8.0,
+        "bfloat16": 15.0,
+        "float16": 16.0,
+    }
+    row = {"dtype": "float32", "flops": 16.0, "bytes": 0, "status": "ok", "time_s": {"median": 4.0}}
+    harness.against_limits(row, {"matmul_flops_per_s": found})
+    assert row["limit"] == {"bound": "compute", "floor_s": 16.0 / rate, "share": 4.0 / rate}
+
+
+def test_a_cpu_has_one_fp32(rates):
+    found = limits.matmul_rates(torch.device("cpu"))
+    assert found["float32"] == 1.0 and not any("TF32" in name for name in found)
+    assert limits.float32_mode(torch.device("cpu")) == "IEEE"
