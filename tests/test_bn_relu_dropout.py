@@ -388,3 +388,29 @@ def test_triton_indexes_beyond_32_bits_of_counters():
         drawn = philox.words(first // 4, rows * c // 4 + 2, seed).reshape(-1)[first % 4 :][: rows * c]
         want = (drawn >= philox.threshold(p)).reshape(rows, c)
         assert torch.equal(out[:, :c].bool().cpu(), want)
+
+
+@pytest.mark.parametrize("m0", [0, 208, (1 << 31) - 32, (1 << 31) + 16, 5 << 40])
+@pytest.mark.parametrize("frames", [1, 3, 16, 37, 2000, (1 << 31) - 1])
+def test_triton_finds_utterance_and_frame_of_a_row(frames, m0):
+    """Up to 2^31 rows in numbers of 32 bits, beyond in those of 64; several utterances in a tile, or none whole."""
+    pytest.importorskip("triton")
+    from draw_kernel import places
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    n, t = (torch.empty(16, dtype=torch.int64, device=device) for _ in range(2))
+    places[(1,)](n, t, m0, m0 + 16, frames, BLOCK_M=16)
+    row = torch.arange(m0, m0 + 16)
+    assert torch.equal(n.cpu(), row // frames)
+    assert torch.equal(t.cpu(), row % frames)
+
+
+@dtypes
+@pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
+@pytest.mark.parametrize("t", [1, 2, 5, 40])
+def test_utterances_shorter_than_a_tile(name, t, dtype):
+    """More utterances than one reducing program's rows, each of another length."""
+    face = make_face(name)
+    n = 300 // t
+    lengths = [(7 * i) % (t + 1) for i in range(n)]
+    check(face, make(n, 24, t, dtype=dtype, device=face.device, residual=t == 5, lengths=lengths, p=0.2))

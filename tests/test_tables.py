@@ -283,7 +283,8 @@ for n, t in kinds["batches"]:
         t_out = (t + 2 * pad - dilation * (k - 1) - 1) // stride + 1
         ntc = lambda c, frames: torch.zeros(n, frames, c, dtype=dtype).transpose(1, 2)
         x, dy, w = ntc(c_in, t), ntc(c_out, t_out), torch.zeros(c_out, c_in, k)
-        lengths, seed = torch.zeros(n, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        odd = t % 2  # lengths and seeds are slices: every second one is not aligned to 16 bytes
+        lengths, seed = torch.zeros(n + 1, dtype=torch.int64)[odd:][:n], torch.zeros(2, dtype=torch.int64)[odd:][:1]
         vectors = [torch.zeros(c_in) for _ in range(4)]
         for call in kinds["calls"]:
             start = len(seen)

@@ -33,20 +33,28 @@ MAX_PARTIALS = 256  # per channel: the second stage holds them all at once
 MERGE_C = 16  # channels of a second-stage program
 NUM_WARPS = 4
 APPLY_LANES, APPLY_WARPS = 2048, 8  # of backward_apply, which holds three tiles at once: other sizes spill somewhere
+_SLICES = ("lengths_ptr", "seed_ptr")  # of one tensor of 8-byte numbers, so every second is not aligned to 16 bytes
 
 
 # ---- what all kernels share: N batch, T frames, C channels, C = c_groups * VEC ----
 
 
 @triton.jit
-def _alive_rows(offs_m, rows, frames, lengths_ptr, HAS_LENGTHS: tl.constexpr, halo=0):
-    """Rows that exist and lie before their length, or `halo` rows beyond it: bool, shape of offs_m (int64 numbers)."""
-    alive = offs_m < rows
-    if HAS_LENGTHS:
-        n = offs_m // frames
-        length = tl.load(lengths_ptr + n, mask=alive, other=0)
-        alive = alive & (offs_m - n * frames < length + halo)
-    return alive
+def _places(m0, rows, frames, BLOCK_M: tl.constexpr):
+    """Utterance n and frame t of BLOCK_M rows from m0 on, unsigned, 32 bits wide where `rows` is: a division of 64
+    bits is a call of 80 instructions, and one with a sign costs more too."""
+    UNSIGNED: tl.constexpr = tl.uint32 if rows.dtype == tl.int32 else tl.uint64
+    m0, frames = m0.to(UNSIGNED), tl.cast(frames, UNSIGNED)
+    n = m0 // frames
+    t = m0 - n * frames + tl.arange(0, BLOCK_M).to(UNSIGNED)
+    further = t // frames
+    return n + further, t - further * frames
+
+
+@triton.jit
+def _alive(n, t, exists, lengths_ptr, halo=0):
+    """Which of the rows that exist lie before their length, or `halo` rows beyond it."""
+    return exists & (t < tl.load(lengths_ptr + n, mask=exists, other=0) + halo)
 
 
 @triton.jit
@@ -130,7 +138,7 @@ def _stats_merge_kernel(
 # ---- forward ----
 
 
-@triton.jit(do_not_specialize=["rows", "frames", "c_groups", "threshold"])
+@triton.jit(do_not_specialize=["rows", "frames", "c_groups", "threshold", *_SLICES])
 def _forward_kernel(
     y_ptr, residual_ptr, z_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, lengths_ptr, seed_ptr,
     rows, frames, c_groups, threshold, scale,
@@ -143,10 +151,14 @@ def _forward_kernel(
     c0 = (tl.program_id(0) % c_blocks) * BLOCK_C
     offs_c = c0 + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    offs_m = m0 + tl.arange(0, BLOCK_M)
-    alive = _alive_rows(offs_m, rows, frames, lengths_ptr, HAS_LENGTHS)[:, None]
-    offs = tl.arange(0, BLOCK_M)[:, None] * C + offs_c[None, :]  # from row m0: 32 bits hold it
-    stored = (offs_m < rows)[:, None] & mask_c[None, :]
+    offs_m = tl.arange(0, BLOCK_M)  # from row m0, so that 32 bits hold every element's offset
+    exists = offs_m < tl.minimum(rows - m0, BLOCK_M).to(tl.int32)
+    alive = exists[:, None]
+    if HAS_LENGTHS:
+        n, t = _places(m0, rows, frames, BLOCK_M)
+        alive = _alive(n, t, exists, lengths_ptr)[:, None]
+    offs = offs_m[:, None] * C + offs_c[None, :]
+    stored = exists[:, None] & mask_c[None, :]
     z = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     if tl.max(alive.to(tl.int32)) > 0:  # a tile of padding is stored, not read
         mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
@@ -166,7 +178,7 @@ def _forward_kernel(
 # ---- backward ----
 
 
-@triton.jit(do_not_specialize=["rows", "frames", "chunk", "c_groups", "threshold"])
+@triton.jit(do_not_specialize=["rows", "frames", "chunk", "c_groups", "threshold", *_SLICES])
 def _backward_reduce_kernel(
     dz_ptr, y_ptr, z_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, lengths_ptr, seed_ptr, dbeta_ptr, dgamma_ptr,
     rows, frames, chunk, c_groups, threshold, scale,
@@ -183,16 +195,25 @@ def _backward_reduce_kernel(
     rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=0.0)
     a = (tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0) * rstd)[None, :]
     beta = tl.load(beta_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
-    offs = tl.arange(0, BLOCK_M)[:, None] * C + offs_c[None, :]
+    offs_m = tl.arange(0, BLOCK_M)
+    offs = offs_m[:, None] * C + offs_c[None, :]
     sum_g = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     sum_gy = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     first = part * chunk
     count = tl.minimum(rows - first, chunk).to(tl.int32)
+    if HAS_LENGTHS:
+        n, t = _places(first, rows, frames, BLOCK_M)
+        step_n = tl.cast(BLOCK_M // frames, n.dtype)
+        step_t = tl.cast(BLOCK_M - BLOCK_M // frames * frames, t.dtype)
     for i in range(0, count, BLOCK_M):
         m0 = first + i
-        offs_m = m0 + tl.arange(0, BLOCK_M)
-        alive = _alive_rows(offs_m, tl.minimum(first + chunk, rows), frames, lengths_ptr, HAS_LENGTHS)[:, None]
-        mask = alive & mask_c[None, :]
+        alive = offs_m < count - i
+        if HAS_LENGTHS:
+            alive = _alive(n, t, alive, lengths_ptr)
+            n, t = n + step_n, t + step_t
+            wraps = (t >= frames).to(n.dtype)
+            n, t = n + wraps, t - wraps * frames
+        mask = alive[:, None] & mask_c[None, :]
         dz = tl.load(dz_ptr + m0 * C + offs, mask=mask, other=0.0).to(tl.float32)
         y = tl.load(y_ptr + m0 * C + offs, mask=mask, other=0.0).to(tl.float32)
         z = y
@@ -222,7 +243,7 @@ def _sum_merge_kernel(
     tl.store(b_ptr + offs_c, tl.sum(tl.load(part_b_ptr + offs, mask=mask, other=0.0), 0), mask=mask_c)
 
 
-@triton.jit(do_not_specialize=["rows", "frames", "halo", "c_groups", "threshold"])
+@triton.jit(do_not_specialize=["rows", "frames", "halo", "c_groups", "threshold", *_SLICES])
 def _backward_apply_kernel(
     dz_ptr, y_ptr, z_ptr, dy_ptr, dres_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, mean_g_ptr, mean_gy_ptr,
     lengths_ptr, seed_ptr, rows, frames, halo, c_groups, threshold, scale,
@@ -236,11 +257,15 @@ def _backward_apply_kernel(
     c0 = (tl.program_id(0) % c_blocks) * BLOCK_C
     offs_c = c0 + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    offs_m = m0 + tl.arange(0, BLOCK_M)
-    rows_alive = _alive_rows(offs_m, rows, frames, lengths_ptr, HAS_LENGTHS)[:, None]
+    offs_m = tl.arange(0, BLOCK_M)
+    exists = offs_m < tl.minimum(rows - m0, BLOCK_M).to(tl.int32)
+    rows_alive = exists[:, None]
+    if HAS_LENGTHS:
+        n, t = _places(m0, rows, frames, BLOCK_M)
+        rows_alive = _alive(n, t, exists, lengths_ptr)[:, None]
     mask = rows_alive & mask_c[None, :]
-    stored = (offs_m < rows)[:, None] & mask_c[None, :]
-    offs = tl.arange(0, BLOCK_M)[:, None] * C + offs_c[None, :]
+    stored = exists[:, None] & mask_c[None, :]
+    offs = offs_m[:, None] * C + offs_c[None, :]
     mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
     rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
     a = tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0)[None, :] * rstd
@@ -248,7 +273,7 @@ def _backward_apply_kernel(
     if HAS_BATCH_STATS:
         needed = stored
         if HAS_HALO:
-            needed = _alive_rows(offs_m, rows, frames, lengths_ptr, True, halo)[:, None] & mask_c[None, :]
+            needed = _alive(n, t, exists, lengths_ptr, halo)[:, None] & mask_c[None, :]
     y = tl.load(y_ptr + m0 * C + offs, mask=needed, other=0.0).to(tl.float32)
     yc = y - mean
     g = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
