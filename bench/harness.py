@@ -1,22 +1,25 @@
 """Contenders on the same inputs, checked, then timed in turns: A B A B ... so that drift hits all alike.
 
 A `Case` is one question (an op at a shape, a model at a batch). Its contenders are built, compared with fp64 on two
-different inputs, warmed up, timed in rounds, and compared once more; a contender that is absent, fails or is wrong
-becomes a row that says so and carries no number. A run may come back to its cases minutes later (`Run.revisit`): a
-ratio's interval then spans what each visit alone would have said, because a machine's mood outlasts a visit.
+different inputs, warmed up, timed in rounds, and compared once more; a contender that is absent, refused, fails or is
+wrong becomes a row that says so and carries no number. A run may come back to its cases minutes later (`Run.revisit`):
+a ratio's interval then spans what each visit alone would have said, because a machine's mood outlasts a visit.
 """
 
 import contextlib
+import functools
 import gc
 import hashlib
 import json
 import os
 import random
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from rich.console import Console
@@ -28,6 +31,9 @@ from bench import correct, machine
 SCHEMA = 1
 CONFIDENCE = 0.95
 PERCENTILES = (0.05, 0.20, 0.50, 0.80, 0.90, 0.95, 0.99)
+CPU = torch.device("cpu")
+LOST = "the device ran nothing more in that process"  # begins the row of the contender that did it
+TRIES = 2  # of a part of a run that fails
 console = Console(stderr=True)
 
 
@@ -37,6 +43,10 @@ class Absent(Exception):
 
 class OutOfTime(BaseException):
     """The run's time is spent; no rival's error handling may swallow it."""
+
+
+class DeviceLost(BaseException):
+    """A kernel has left the GPU such that this process runs nothing more; no error handling may swallow it."""
 
 
 @dataclass
@@ -67,7 +77,9 @@ class Case:
     `refill(seed)` writes new values into the inputs in place; `reference()` is the fp64 answer to the current inputs
     and `low()` plain PyTorch's at the precision under test (None: `tolerance.relative` holds instead).
     `flops` and `nbytes` are the least that the computation must do and move; `items` is what one run completes
-    (utterances, for instance), for throughput.
+    (utterances, for instance), for throughput. `seeds`: the inputs on which all are compared before the timing; one is
+    enough where an answer takes seconds, because another is compared afterwards. `needs`: the ops, as the self-check
+    names them, that ours is made of. `device`: the run's, where it looks for each contender's faults.
     """
 
     bench: str
@@ -83,6 +95,9 @@ class Case:
     items: float = 0.0
     dtype: str = "float32"
     wall: bool = False
+    seeds: tuple[int, ...] = (1, 2)
+    needs: tuple[str, ...] = ()
+    device: torch.device | None = None
     runners: dict[str, Runner] = field(default_factory=dict)
     failed: dict[str, tuple[str, str]] = field(default_factory=dict)
     visits: list[dict[str, list[float]]] = field(default_factory=list)
@@ -116,10 +131,10 @@ QUICK = Effort(seconds=1.5, min_rounds=5, max_rounds=60, target=0.02)
 class WallClock:
     """Host time around a call, device work included: what someone waiting for an answer sees."""
 
-    min_sample = 2e-3
-
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        # on a GPU every sample is one run that is waited for: several in a queue would tell throughput, not waiting
+        self.min_sample = 2e-3 if device.type == "cpu" else 0.0
 
     def sample(self, run: Callable[[], object], inner: int) -> float:
         """Seconds of one run, the mean over `inner` runs."""
@@ -127,32 +142,82 @@ class WallClock:
         start = time.perf_counter()
         for _ in range(inner):
             run()
-        synchronize(self.device)
+            synchronize(self.device)
         return (time.perf_counter() - start) / inner
+
+    def host(self, run: Callable[[], object]) -> float | None:
+        """What of it the host has to do before a GPU can go on alone; on a CPU there is no such part."""
+        return None if self.device.type == "cpu" else host_seconds(run, self.device)
 
 
 class CudaClock:
-    """Device time between events, with the L2 cache flushed before each run."""
+    """Device time between events, with the L2 cache flushed before each run.
+
+    The device sleeps before the first event while the host launches the whole run: small ops would otherwise be timed
+    at the speed of Python. The sleep covers what the host was seen to need, up to LONGEST; where it needs more, its
+    time is part of the answer, as it is for a user.
+    """
 
     min_sample = 0.0
+    SPARE, LONGEST = 0.3e-3, 10e-3  # seconds
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
         self.flush = torch.empty(max(size, 32 << 20), dtype=torch.int8, device=device)
+        self.hosts: dict[int, float] = {}
 
     def sample(self, run: Callable[[], object], inner: int) -> float:
         """Seconds of one run, the mean over `inner` runs."""
+        cycles = round(self.sleep(self.host(run)) * cycles_per_second(self.device))
         total = 0.0
         for _ in range(inner):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self.flush.zero_()
+            torch.cuda._sleep(cycles)
             start.record()
             run()
             end.record()
             end.synchronize()
             total += start.elapsed_time(end) / 1e3
         return total / inner
+
+    def sleep(self, host: float) -> float:
+        """Seconds for which the device waits for a host that launches a run in `host` seconds."""
+        return min(1.5 * host + self.SPARE, self.LONGEST)
+
+    def host(self, run: Callable[[], object]) -> float:
+        """Seconds until `run` returns to the host; learned once."""
+        if id(run) not in self.hosts:
+            self.hosts[id(run)] = host_seconds(run, self.device)
+        return self.hosts[id(run)]
+
+
+def host_seconds(run: Callable[[], object], device: torch.device, short: float = 20e-3) -> float:
+    """Seconds until `run` returns to the host, the device idle before: launching, and whatever it waits for inside.
+
+    The median of three, or of one that takes longer than `short`.
+    """
+    seen: list[float] = []
+    while len(seen) < (3 if max(seen, default=0.0) < short else 1):
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        seen.append(time.perf_counter() - start)
+    synchronize(device)
+    return statistics.median(seen)
+
+
+@functools.cache
+def cycles_per_second(device: torch.device) -> float:
+    """The rate at which `torch.cuda._sleep` counts; within the clock's moods, for which a sleep has room to spare."""
+    torch.cuda._sleep(1000)  # loads the kernel
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    torch.cuda._sleep(4_000_000)
+    end.record()
+    end.synchronize()
+    return 4e6 / (start.elapsed_time(end) / 1e3)
 
 
 def clock(device: torch.device, wall: bool) -> WallClock | CudaClock:
@@ -166,15 +231,45 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def lost(device: torch.device | None) -> str:
+    """Why the device runs nothing more in this process; empty where it does, or where none is told."""
+    if device is None:
+        return ""
+    try:
+        synchronize(device)
+    except RuntimeError as error:
+        return first_line(error)
+    return ""
+
+
+def tidy(device: torch.device) -> None:
+    """Give back what no one holds any more: cycles, compiled graphs and their pools, the allocator's free blocks."""
+    if device.type == "cuda":
+        if dynamo := sys.modules.get("torch._dynamo"):
+            dynamo.reset()
+        if trees := sys.modules.get("torch._inductor.cudagraph_trees"):
+            trees.reset_cudagraph_trees()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one line."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:300] if text else ''}"
+
+
 # ------------------------------------------------------------------ preparing
 
 
 def prepare(case: Case) -> None:
     """Build the contenders, refuse the wrong ones, warm up the rest."""
     for contender in case.contenders:
-        with caught(case, contender.name):
-            case.runners[contender.name] = contender.build()
-    check(case, seeds=(1, 2))
+        if contender.name not in case.failed:
+            with caught(case, contender.name):
+                case.runners[contender.name] = contender.build()
+    check(case, case.seeds)
     for name in list(case.runners):
         with caught(case, name):
             for _ in range(2):
@@ -185,12 +280,15 @@ def prepare(case: Case) -> None:
 def check(case: Case, seeds: Sequence[int]) -> None:
     """Compare every runner with fp64 on fresh inputs; a wrong one loses its place.
 
-    Two seeds at least: an answer left over from the first inputs is wrong for the second. Contenders run before the
-    reference and after `poison`, so no correct answer lies about in freed memory for them to leave unwritten.
+    Two seeds at least in all: an answer left over from the first inputs is wrong for the second. Contenders run before
+    the reference and after `poison`, so no correct answer lies about in freed memory for them to leave unwritten.
+    Without an answer to compare with (no memory for it, say) none of the contenders gets a number.
     """
     for seed in seeds:
-        case.refill(seed)
-        got = {}
+        got: dict[str, Mapping[str, Tensor]] = {}
+        low = ref = None
+        with answerable(case):
+            case.refill(seed)
         for name in list(case.runners):
             with caught(case, name):
                 if got:
@@ -198,8 +296,9 @@ def check(case: Case, seeds: Sequence[int]) -> None:
                 got[name] = {k: v.detach().clone() for k, v in case.runners[name].outputs().items()}
         if not got:
             return
-        low = case.low() if case.low else None
-        ref = case.reference()
+        with answerable(case):
+            low = case.low() if case.low else None
+            ref = case.reference()
         for name in list(case.runners):
             with caught(case, name):
                 wrong = correct.complaints(got[name], low, ref, case.tolerance)
@@ -212,18 +311,36 @@ def check(case: Case, seeds: Sequence[int]) -> None:
 
 @contextlib.contextmanager
 def caught(case: Case, name: str):
-    """A contender's failure is its own row, never the end of the run."""
+    """A contender's failure is its own row, never the end of the run; the device's loss is the end of this process."""
     try:
         yield
+        if case.device is not None:
+            synchronize(case.device)  # a fault shows here, in the row of who launched the kernel, not in the next one's
     except Absent as error:
         case.failed[name] = ("absent", str(error))
         case.runners.pop(name, None)
     except Exception as error:  # whatever a rival raises belongs in its row
-        case.failed[name] = (
-            "failed",
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}",
-        )
+        case.failed[name] = ("failed", first_line(error))
         case.runners.pop(name, None)
+        if why := lost(case.device):
+            case.failed[name] = ("failed", f"{LOST}: {why}")
+            raise DeviceLost(f"{name}, {case.label()}: {why}") from error
+
+
+@contextlib.contextmanager
+def answerable(case: Case):
+    """Without inputs, or an answer to compare with, no contender of the case has a number; the other cases go on."""
+    try:
+        yield
+        if case.device is not None:
+            synchronize(case.device)
+    except Exception as error:
+        why = first_line(error)
+        for name in case.runners:
+            case.failed[name] = ("failed", f"nothing to compare it with: {why}")
+        case.runners.clear()
+        if told := lost(case.device):
+            raise DeviceLost(f"the reference of {case.label()}: {told}") from error
 
 
 # ------------------------------------------------------------------ timing
@@ -233,22 +350,26 @@ def measure(
     case: Case, device: torch.device, effort: Effort, on_round: Callable[[float], None] = lambda share: None
 ) -> list[dict]:
     """Time a prepared case; returns one row a contender, of this visit and of earlier ones together."""
-    samples, inner = _rounds(case, clock(device, case.wall), effort, on_round)
-    check(case, seeds=(3,))  # what was right before the timing must still be right after it
+    ticker = clock(device, case.wall)
+    samples, inner, host = _rounds(case, ticker, effort, on_round)
+    check(case, (3,))  # what was right before the timing must still be right after it
     case.visits.append({name: s for name, s in samples.items() if name in case.runners})
-    return rows(case, case.visits, inner, device)
+    return rows(case, case.visits, inner, device, host)
 
 
 def _rounds(
     case: Case, ticker: WallClock | CudaClock, effort: Effort, on_round: Callable[[float], None]
-) -> tuple[dict, dict]:
+) -> tuple[dict, dict, dict]:
     names = list(case.runners)
     samples: dict[str, list[float]] = {name: [] for name in names}
     inner: dict[str, int] = {}
+    host: dict[str, float] = {}
     for name in names:
         with caught(case, name):
             once = ticker.sample(case.runners[name].run, 1)
             inner[name] = max(1, int(ticker.min_sample / max(once, 1e-9)))
+            if (told := ticker.host(case.runners[name].run)) is not None:
+                host[name] = told
     names = [n for n in names if n in case.runners]
     was_enabled, started, done = gc.isenabled(), time.perf_counter(), 0
     gc.disable()
@@ -271,7 +392,7 @@ def _rounds(
     finally:
         if was_enabled:
             gc.enable()
-    return samples, inner
+    return samples, inner, host
 
 
 def _settled(case: Case, samples: dict[str, list[float]], names: Sequence[str], target: float) -> bool:
@@ -333,9 +454,16 @@ def summary(samples: Sequence[float], inner: int) -> dict:
 
 
 def rows(
-    case: Case, visits: Sequence[Mapping[str, Sequence[float]]], inner: Mapping[str, int], device: torch.device
+    case: Case,
+    visits: Sequence[Mapping[str, Sequence[float]]],
+    inner: Mapping[str, int],
+    device: torch.device,
+    host: Mapping[str, float] = MappingProxyType({}),
 ) -> list[dict]:
-    """One row a contender, in the case's order, from its samples in each visit; a contender without any says why."""
+    """One row a contender, in the case's order, from its samples in each visit; a contender without any says why.
+
+    `host`: seconds that a run holds the host, where that is not the measured time itself.
+    """
     names = {name for visit in visits for name in visit}
     samples = {name: [t for visit in visits for t in visit.get(name, ())] for name in names}
     made = []
@@ -360,6 +488,8 @@ def rows(
             continue
         time_s = summary(samples[name], inner[name])
         row |= {"status": "ok", "time_s": time_s}
+        if name in host:
+            row["host_s"] = host[name]
         if case.flops:
             row["flops_per_s"] = case.flops / time_s["median"]
         if case.nbytes:
@@ -399,7 +529,9 @@ class Results:
         if resume and unfinished(path, header):
             old = json.loads(path.read_text())
             self.data |= {"rows": old["rows"], "limits": old["limits"], "resumed": old.get("resumed", 0) + 1}
-            self.data["parts"] = {k: v for k, v in old.get("parts", {}).items() if v == "finished"}
+            kept = {k: v for k, v in old.get("parts", {}).items() if v == "finished" or v.startswith("failed")}
+            self.data["parts"] = kept
+            self.data |= {k: old[k] for k in ("selfcheck", "faults") if k in old}
 
     @property
     def limits(self) -> dict:
@@ -410,6 +542,11 @@ class Results:
         """Whether the rows of all these contenders are there already."""
         have = {row["id"] for row in self.data["rows"]}
         return all(f"{case_id} / {name}" in have for name in contenders)
+
+    def fatal(self, case_id: str) -> dict[str, tuple[str, str]]:
+        """Contenders of a case that took the device from an earlier process: status and reason, as `Case.failed`."""
+        rows = (row for row in self.data["rows"] if row["id"].startswith(f"{case_id} / ") and row["status"] == "failed")
+        return {row["contender"]: ("failed", row["why"]) for row in rows if row["why"].startswith(LOST)}
 
     def add(self, rows: Iterable[dict]) -> None:
         """Put rows in, replacing those of the same id, and write the file."""
@@ -428,6 +565,12 @@ class Results:
         os.replace(part, self.path)
 
 
+def parts_left(data: dict) -> list[str]:
+    """Parts of a run that `--resume` would do: not finished, and not failed for the last time."""
+    faults = data.get("faults", {})
+    return [p for p, how in data.get("parts", {}).items() if how != "finished" and faults.get(p, 0) < TRIES]
+
+
 def unfinished(path: Path, header: dict) -> bool:
     """Whether `path` holds a run of the same subcommand, machine and commit that was cut off."""
     if not path.exists():
@@ -441,7 +584,7 @@ def unfinished(path: Path, header: dict) -> bool:
 
 @dataclass
 class Run:
-    """What every subcommand gets: device, precision, effort, and where results go."""
+    """What every subcommand gets: device, precision, effort, where results go; `arguments` are the command line's."""
 
     device: torch.device
     dtype: torch.dtype
@@ -453,6 +596,7 @@ class Run:
     rivals: str = "default"
     brief: bool = False
     revisits: bool = False
+    arguments: tuple[str, ...] = ()
     kept: list[Case] = field(default_factory=list)
     at_end: list[Callable[[], None]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
@@ -462,7 +606,7 @@ class Run:
         return self.deadline is not None and time.monotonic() > self.deadline
 
     def cases(self, title: str, cases: Sequence[Case]) -> list[dict]:
-        """Prepare all, then time all, showing progress; rows go to disk case by case."""
+        """Prepare and time one after another, showing progress: time that runs out leaves the numbers of the first."""
         todo = [case for case in cases if not self.results.has(case.id, [c.name for c in case.contenders])]
         done: list[dict] = []
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -470,27 +614,53 @@ class Run:
             task = progress.add_task(title, total=len(todo) * 2)
             for i, case in enumerate(todo):
                 if self.out_of_time():
-                    break
-                progress.update(task, description=f"{title}: check and warm up {case.label()}", completed=i)
-                prepare(case)
-            for i, case in enumerate(todo):
-                if self.out_of_time():
                     console.print(f"{title}: out of time, {len(todo) - i} cases left; go on with --resume")
                     break
-                progress.update(task, description=f"{title}: time {case.label()}", completed=len(todo) + i)
-                made = measure(
-                    case,
-                    self.device,
-                    self.effort,
-                    lambda share, i=i: progress.update(task, completed=len(todo) + i + share),
-                )
-                if self.revisits:
-                    self.kept.append(case)
-                else:
-                    case.runners.clear()
+
+                def show(what: str, share: float, i: int = i, case: Case = case) -> None:
+                    progress.update(task, description=f"{title}: {what} {case.label()}", completed=2 * i + share)
+
+                made = self._case(case, show)
                 self.results.add(made)
                 done += made
         return done
+
+    def _case(self, case: Case, show: Callable[[str, float], None]) -> list[dict]:
+        """The rows of one case."""
+        with self.blamed(case):
+            show("check and warm up", 0.0)
+            prepare(case)
+            made = measure(case, self.device, self.effort, lambda share: show("time", 1.0 + share))
+        if self.revisits:
+            self.kept.append(case)
+        else:
+            case.runners.clear()
+        return made
+
+    @contextlib.contextmanager
+    def blamed(self, case: Case) -> Iterator[None]:
+        """Leaves out of the case what must not run, and where the device is lost inside writes the row of who did it:
+        the others of the case may try again in another process, that one may not."""
+        case.device = self.device
+        case.failed |= self.results.fatal(case.id)
+        if why := self.refusal(case.needs):
+            case.failed[case.ours] = ("refused", why)
+        try:
+            yield
+        except DeviceLost:
+            case.contenders = [c for c in case.contenders if case.failed.get(c.name, ("", ""))[1].startswith(LOST)]
+            self.results.add(rows(case, (), {}, self.device))
+            raise
+
+    def refusal(self, needs: Sequence[str]) -> str:
+        """Why ours is not timed: what the run's own self-check found in an op that it is made of; empty if nothing."""
+        face = {"cpu": "cpu", "cuda": "triton"}.get(self.device.type, "") if self.backend == "auto" else self.backend
+        dtype = str(self.dtype).removeprefix("torch.")
+        for found in self.results.data.get("selfcheck", {}).get("verdicts", ()):
+            ours = found["face"] in (face, "aten") and found["dtype"] == dtype and found["op"] in needs
+            if ours and found["status"] == "bad":
+                return f"self-check: {found['failure']}"
+        return ""
 
     def close(self, release: Callable[[], None]) -> None:
         """Call `release` when nothing measured so far is needed again: now, or after the second visit."""
