@@ -14,23 +14,28 @@ from torch import Tensor, nn
 from bench import correct, counts, models, rivals
 from bench.harness import Case, Contender, Run, Runner, seeded, stable_seed
 from bench.kernels import name as dtype_name
-from jasper_fast import InferenceEngine, Jasper
+from jasper_fast import InferenceEngine
 
 BATCHES, SECONDS = (1, 2, 4, 8, 16), (2.0, 7.0, 16.7)
 GRID = tuple(itertools.product(BATCHES, SECONDS))
 CPU_GRID = ((1, 2.0), (1, 7.0), (4, 2.0), (2, 2.0))  # the whole grid takes a small CPU an hour: ask for it with --full
+INFERS = ("conv1d.fused",)  # what the engine is made of, as the self-check names it
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
 class Models:
-    """One network's weights and every contender over them, built once and shared by all batch sizes."""
+    """One network's weights and every contender over them, built at first use and shared by all batch sizes."""
 
     def __init__(self, run: Run, model: str) -> None:
         self.run, self.cfg = run, models.config(model)
-        self.state = models.weights(self.cfg, run.device)
         self.contenders: dict[str, rivals.Model] = {}
         self.failures: dict[str, Exception] = {}
-        self.inputs = functools.cache(self._inputs)
+        self._held: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
+
+    @functools.cached_property
+    def state(self) -> dict[str, Tensor]:
+        """The weights in fp32."""
+        return models.weights(self.cfg, self.run.device)
 
     @functools.cached_property
     def plain(self) -> nn.Module:
@@ -59,22 +64,23 @@ class Models:
 
     def engine(self, _: nn.Module) -> rivals.Model:
         """jasper_fast's inference engine over the same weights."""
-        fused = Jasper(self.cfg, backend=self.run.backend).to(self.run.device)
-        fused.load_state_dict(self.state)
+        fused = models.fused(self.cfg, self.state, self.run.backend)
         return InferenceEngine(fused.eval(), dtype=self.run.dtype)
 
     def close(self) -> None:
         """Let go of all weights now, not when the collector comes by."""
-        self.contenders.clear()
-        self.inputs.cache_clear()
-        self.state = {}
-        for model in ("plain", "judge"):
-            self.__dict__.pop(model, None)
+        for held in (self.contenders, self.failures, self._held):
+            held.clear()
+        for made in ("state", "plain", "judge"):
+            self.__dict__.pop(made, None)
         gc.collect()
 
-    def _inputs(self, N: int, seconds: float) -> tuple[Tensor, Tensor]:
-        x, lengths = models.features(self.cfg, N, models.FRAMES[seconds], self.run.device, 0)
-        return x.to(self.run.dtype), lengths
+    def inputs(self, N: int, seconds: float) -> tuple[Tensor, Tensor]:
+        """Features in the precision under test and their lengths, the same tensors at every call."""
+        if (N, seconds) not in self._held:
+            x, lengths = models.features(self.cfg, N, models.FRAMES[seconds], self.run.device, 0)
+            self._held[N, seconds] = x.to(self.run.dtype), lengths
+        return self._held[N, seconds]
 
     def refill(self, N: int, seconds: float, seed: int) -> None:
         """New features in place."""
@@ -124,6 +130,7 @@ def case(shared: Models, model: str, N: int, seconds: float) -> Case:
         items=N,
         dtype=dtype_name(run.dtype),
         wall=True,
+        needs=INFERS,
     )
 
 
@@ -133,20 +140,23 @@ def sound_case(shared: Models, model: str, N: int, seconds: float) -> Case:
     from jasper_fast.decoding import greedy_decode
     from jasper_fast.text import Vocabulary
 
-    run = shared.run
-    front, words = LogMelFeatures(dither=0.0).to(run.device).eval(), Vocabulary()
-    audio = torch.empty(N, int(seconds * 16000), device=run.device)
-    lengths = torch.full((N,), audio.shape[1], dtype=torch.int64, device=run.device)
+    run, words = shared.run, Vocabulary()
+
+    @functools.cache
+    def sound() -> tuple[nn.Module, Tensor, Tensor]:
+        """The front end, samples (N, S) and their lengths (N,)."""
+        audio = torch.zeros(N, int(seconds * 16000), device=run.device)
+        lengths = torch.full((N,), audio.shape[1], dtype=torch.int64, device=run.device)
+        return LogMelFeatures(dither=0.0).to(run.device).eval(), audio, lengths
 
     def refill(seed: int) -> None:
-        g = seeded(stable_seed("audio", seed), run.device)
+        g, audio = seeded(stable_seed("audio", seed), run.device), sound()[1]
         audio.copy_(torch.randn(audio.shape, generator=g, device=run.device) * 0.1)
-
-    refill(0)
 
     def contender(name: str, make: Callable[[nn.Module], rivals.Model]) -> Contender:
         def build() -> Runner:
             call = shared.build(name, make)
+            front, audio, lengths = sound()
 
             def hear() -> tuple[Tensor, Tensor, list[str]]:
                 with torch.inference_mode():
@@ -163,6 +173,7 @@ def sound_case(shared: Models, model: str, N: int, seconds: float) -> Case:
         return Contender(name, build)
 
     def reference() -> dict[str, Tensor]:
+        front, audio, lengths = sound()
         with torch.inference_mode():
             x, frames = front(audio, lengths)
             log_probs, frames = shared.judge(x.to(next(shared.judge.parameters()).dtype), frames)
@@ -178,6 +189,7 @@ def sound_case(shared: Models, model: str, N: int, seconds: float) -> Case:
         items=N,
         dtype=dtype_name(run.dtype),
         wall=True,
+        needs=INFERS,
     )
 
 

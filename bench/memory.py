@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_iter
 from bench import counts, harness, models
 from bench.harness import Case, Contender, Run, Runner
 from bench.kernels import name as dtype_name
-from bench.train import TOLERANCE, Batch, answer
-from jasper_fast import Jasper
+from bench.train import LARGE, TOLERANCE, TRAINS, Batch, answer, judged_size
 
 # (model, N, T)
 CPU_GRID = (("jasper10x5", 2, 400), ("small", 8, 400), ("medium", 4, 400))
@@ -114,33 +113,31 @@ def step(module: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.devi
     return found
 
 
-def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Module], Batch]:
+def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Module], Callable[[], Batch]]:
     """The contenders of one model and batch, for the check that comes before any number.
 
-    Bytes do not depend on what the check runs on, so a large model on a CPU is checked on a short batch.
+    Bytes do not depend on what the check runs on, so a large model is checked on a small batch.
     """
     cfg = models.config(model)
-    state = models.weights(cfg, run.device)
-    small = counts.parameters(cfg) < 50e6 or run.device.type == "cuda"
-    batch, judged = Batch(cfg, N, T, run.device), Batch(cfg, N if small else 2, T if small else 64, run.device)
+    small = counts.parameters(cfg) < LARGE
+    state = functools.cache(lambda: models.weights(cfg, run.device))
+    batch = functools.cache(lambda: Batch(cfg, N, T, run.device))
+    judged_at = (N, T) if small else judged_size(run.device, cfg, N, T) if run.device.type == "cuda" else (2, 64)
+    judged = functools.cache(lambda: Batch(cfg, *judged_at, run.device))
     modules: dict[str, nn.Module] = {}
 
     def runner(name: str, make: Callable[[], nn.Module]) -> Callable[[], Runner]:
         def build() -> Runner:
-            modules[name] = make()
-            return Runner(lambda: None, lambda: answer(modules[name], modules[name], judged, state, run.dtype))
+            module = modules[name] = make()
+            return Runner(lambda: None, lambda: answer(module, module, judged(), state(), run.dtype))
 
         return build
 
-    def ours() -> nn.Module:
-        fused = Jasper(cfg, backend=run.backend).to(run.device)
-        fused.load_state_dict(state)
-        return fused
-
     def plain(dtype: torch.dtype, autocast_dtype: torch.dtype) -> dict[str, Tensor]:
-        module = models.eager(cfg, state, dtype)
-        found = answer(module, module, judged, state, autocast_dtype)
-        return found if small else {name: t.float() for name, t in found.items()}  # half the room for what is compared
+        module = models.eager(cfg, state(), dtype)
+        found = answer(module, module, judged(), state(), autocast_dtype)
+        roomy = small or run.device.type == "cuda"
+        return found if roomy else {name: t.float() for name, t in found.items()}  # half the room for what is compared
 
     made = Case(
         "memory",
@@ -151,14 +148,16 @@ def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Modul
             "mode": "training step",
         },
         [
-            Contender("jasper_fast", runner("jasper_fast", ours)),
-            Contender("eager", runner("eager", functools.partial(models.eager, cfg, state))),
+            Contender("jasper_fast", runner("jasper_fast", lambda: models.fused(cfg, state(), run.backend))),
+            Contender("eager", runner("eager", lambda: models.eager(cfg, state()))),
         ],
-        refill=judged.refill,
+        refill=lambda seed: judged().refill(seed),
         reference=lambda: plain(torch.float64, torch.float64),
-        low=(lambda: plain(torch.float32, run.dtype)) if small else None,
+        low=(lambda: plain(torch.float32, run.dtype)) if small or run.device.type == "cuda" else None,
         tolerance=TOLERANCE,
         dtype=dtype_name(run.dtype),
+        seeds=(1, 2) if small else (1,),
+        needs=TRAINS,
     )
     return made, modules, batch
 
@@ -166,16 +165,16 @@ def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Modul
 def measure(run: Run, model: str, N: int, T: int) -> list[dict]:
     """Rows of one model and batch: bytes kept for backward and peak bytes, ours and eager's."""
     made, modules, batch = case(run, model, N, T)
-    for contender in made.contenders:
-        with harness.caught(made, contender.name):
-            made.runners[contender.name] = contender.build()
-    large = made.low is None
-    harness.check(made, seeds=(1,) if large else (1, 2))
-    gc.collect()
     found = {}
-    for name in list(made.runners):
-        with harness.caught(made, name):
-            found[name] = step(modules[name], batch, run.dtype, run.device)
+    with run.blamed(made):
+        for contender in (c for c in made.contenders if c.name not in made.failed):
+            with harness.caught(made, contender.name):
+                made.runners[contender.name] = contender.build()
+        harness.check(made, made.seeds)
+        gc.collect()
+        for name in list(made.runners):
+            with harness.caught(made, name):
+                found[name] = step(modules[name], batch(), run.dtype, run.device)
     rows = []
     for contender in made.contenders:
         name = contender.name

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bench.harness import seeded, stable_seed
 from bench.machine import ROOT
-from jasper_fast import JasperConfig
+from jasper_fast import Jasper, JasperConfig
 from jasper_fast.eager import EagerJasper
 
 FRAMES = {2.0: 208, 7.0: 704, 16.7: 1680}  # seconds of audio to feature frames, padded as the reference pads
@@ -45,12 +45,26 @@ def config(name: str) -> JasperConfig:
     return JasperConfig.from_yaml(ROOT / "configs" / "jasper10x5dr.yaml" if name == "jasper10x5" else name)
 
 
-@torch.no_grad()
+_made: dict[tuple, dict[str, Tensor]] = {}
+
+
 def weights(cfg: JasperConfig, device: torch.device, frames: int = 208) -> dict[str, Tensor]:
     """A state dict whose activations neither vanish nor blow up, so that a wrong layer shows in the output: the usual
-    initialisation, random gamma and beta, and running statistics taken from one batch."""
-    with seeded_globally(stable_seed("weights", repr(cfg.encoder))):
-        model = EagerJasper(cfg).to(device)
+    initialisation, random gamma and beta, and running statistics taken from one batch.
+
+    The last one made is kept for the next case of the same network: copy before you write.
+    """
+    key = (repr(cfg), device, frames)
+    if key not in _made:
+        _made.clear()
+        with torch.inference_mode(False), torch.no_grad():  # whoever asks first, all can train on copies of it
+            _made[key] = _weights(cfg, device, frames)
+    return dict(_made[key])
+
+
+def _weights(cfg: JasperConfig, device: torch.device, frames: int) -> dict[str, Tensor]:
+    with seeded_globally(stable_seed("weights", repr(cfg.encoder))), device:
+        model = EagerJasper(cfg)
     g = seeded(stable_seed("norms"), device)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
     for norm in norms:
@@ -76,6 +90,16 @@ def eager(cfg: JasperConfig, state: dict[str, Tensor], dtype: torch.dtype = torc
         model = EagerJasper(cfg)
     own = {k: v.detach().to(dtype, copy=True) if v.is_floating_point() else v.clone() for k, v in state.items()}
     model.load_state_dict(own, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+    return model
+
+
+def fused(cfg: JasperConfig, state: dict[str, Tensor], backend: str) -> Jasper:
+    """jasper_fast's model with these weights, a copy of its own; no random numbers are drawn first."""
+    with torch.device("meta"):
+        model = Jasper(cfg, backend=backend)
+    model.load_state_dict({k: v.detach().clone() for k, v in state.items()}, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_()
     return model

@@ -13,7 +13,7 @@ from torch import nn
 
 from bench import models, tables, train
 from bench.harness import Run, synchronize
-from jasper_fast import InferenceEngine, Jasper
+from jasper_fast import InferenceEngine
 
 LAYER = "layer "
 
@@ -107,8 +107,7 @@ def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int
     """Profile one training step or one inference call of jasper_fast and of eager."""
     cfg = models.config(model)
     state = models.weights(cfg, run.device)
-    fused = Jasper(cfg, backend=run.backend).to(run.device)
-    fused.load_state_dict(state)
+    fused = models.fused(cfg, state, run.backend)
     found = []
     for name, module in (("jasper_fast", fused), ("eager", models.eager(cfg, state))):
         batch = train.Batch(cfg, N, T, run.device)

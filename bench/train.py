@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from bench import correct, counts, models, rivals
 from bench.harness import Case, Contender, Run, Runner
 from bench.kernels import name as dtype_name
-from jasper_fast import Jasper, NovoGrad
+from jasper_fast import NovoGrad
 
 # (model, N, T): the first is the one that a goal is set for
 CPU_GRID = (("small", 8, 400), ("medium", 4, 400))
 GPU_GRID = (("jasper10x5", 32, 1680), ("jasper10x5", 8, 1680), ("jasper10x5", 32, 704), ("jasper10x5", 64, 1680))
 MODES = ("forward+backward", "step")
+LARGE = 50e6  # parameters from which an fp64 answer is no small matter
+TRAINS = ("bn_relu_dropout", "conv1d", "panes")  # what a training step is made of, as the self-check names it
 # The forward's results are held to roundings. A gradient of a whole network is not: one ReLU that falls to the other
 # side moves it by a per cent, in eager PyTorch as in any kernel (bench.kernels holds each op's gradients to roundings).
 GRADIENTS = correct.Tolerance(factor=4.0, floor=0.03 / torch.finfo(torch.float32).eps, relative=0.03, peak=10.0)
@@ -108,17 +111,30 @@ def original(name: str) -> str:
     return name.removeprefix("_orig_mod.").removeprefix("model.")
 
 
+def judged_size(device: torch.device, cfg, N: int, T: int) -> tuple[int, int]:
+    """(N, T) of the batch on which a step's answers are compared with fp64: the timed one, unless that is a large
+    network's on a GPU, whose fp64 step would take tens of seconds and tens of GiB. Each of its ops is compared at full
+    size by `python -m bench kernels`."""
+    large = device.type == "cuda" and counts.parameters(cfg) >= LARGE
+    return (min(N, 2), T) if large else (N, T)
+
+
 def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
     """One model, batch and mode."""
     cfg = models.config(model)
     state = functools.cache(lambda: models.weights(cfg, run.device))
     batch = functools.cache(lambda: Batch(cfg, N, T, run.device))
-    exact = torch.float64 if counts.parameters(cfg) < 50e6 or run.device.type == "cuda" else torch.float32
+    judged_at = judged_size(run.device, cfg, N, T)
+    judged = batch if judged_at == (N, T) else functools.cache(lambda: Batch(cfg, *judged_at, run.device))
+    exact = torch.float64 if counts.parameters(cfg) < LARGE or run.device.type == "cuda" else torch.float32
+
+    def runner_of(module: nn.Module, call: rivals.Model) -> Runner:
+        timed = runner(module, call, batch(), state(), run.dtype, mode)
+        return dataclasses.replace(timed, outputs=lambda: answer(module, call, judged(), state(), run.dtype))
 
     def ours() -> Runner:
-        fused = Jasper(cfg, backend=run.backend).to(run.device)
-        fused.load_state_dict(state())
-        return runner(fused, fused, batch(), state(), run.dtype, mode)
+        fused = models.fused(cfg, state(), run.backend)
+        return runner_of(fused, fused)
 
     def rival(build: Callable[[nn.Module], rivals.Model]) -> Callable[[], Runner]:
         def make() -> Runner:
@@ -128,20 +144,24 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
             if module is not plain:  # the 1D weights it replaced take no part
                 for conv in (m for m in plain.modules() if isinstance(m, nn.Conv1d)):
                     conv.weight.requires_grad_(False)
-            return runner(module, call, batch(), state(), run.dtype, mode)
+            return runner_of(module, call)
 
         return make
 
     def plain(dtype: torch.dtype, autocast_dtype: torch.dtype) -> dict[str, Tensor]:
         module = models.eager(cfg, state(), dtype)
-        return answer(module, module, batch(), state(), autocast_dtype)
+        return answer(module, module, judged(), state(), autocast_dtype)
+
+    def refill(seed: int) -> None:
+        for held in {id(b): b for b in (batch(), judged())}.values():
+            held.refill(seed)
 
     chosen = rivals.choose("training", run.device, "default" if run.rivals == "compile" else run.rivals)
     return Case(
         "train",
         {"model": model, "batch": f"({N}, {cfg.encoder.in_feats}, {T})", "dtype": dtype_name(run.dtype), "mode": mode},
         [Contender("jasper_fast", ours), *(Contender(n, rival(b)) for n, b in chosen.items())],
-        refill=lambda seed: batch().refill(seed),
+        refill=refill,
         reference=lambda: plain(exact, exact),
         low=(lambda: plain(torch.float32, run.dtype)) if exact is torch.float64 else None,
         tolerance=TOLERANCE,
@@ -149,6 +169,8 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
         nbytes=counts.training_bytes(cfg, N, T, run.dtype.itemsize),
         items=N,
         dtype=dtype_name(run.dtype),
+        seeds=(1, 2) if judged is batch else (1,),
+        needs=TRAINS,
     )
 
 
