@@ -81,6 +81,11 @@ def mask(lengths: Tensor, T: int) -> Tensor:
     return (torch.arange(T, device=lengths.device) >= lengths[:, None]).unsqueeze(1)
 
 
+def zeroed(x: Tensor, mask: Tensor) -> Tensor:
+    """`x` with zeros where `mask`, in the memory that `x` has: masked_fill would answer in NCT memory."""
+    return torch.where(mask, 0.0, x)
+
+
 def eager_chain(
     y: Tensor,
     gamma: Tensor,
@@ -111,7 +116,7 @@ def eager_chain_2d(
     z = F.batch_norm(y.unsqueeze(2), *running, gamma, beta, True, MOMENTUM, EPS)
     if wide is not None:
         z = z + wide
-    return F.dropout(z.relu_(), p, True).masked_fill(mask(lengths, y.shape[2]).unsqueeze(2), 0).squeeze(2)
+    return zeroed(F.dropout(z.relu_(), p, True), mask(lengths, y.shape[2]).unsqueeze(2)).squeeze(2)
 
 
 def fused(backend: str) -> Callable[..., Tensor]:
@@ -246,6 +251,7 @@ def bn_relu_dropout(run: Run, shape: tuple[int, int, int], mode: str, residual: 
         flops=counts.bn_relu_dropout_flops(N, C, T, mode),
         nbytes=counts.bn_relu_dropout_bytes(N, C, T, size, mode, residual),
         dtype=name(run.dtype),
+        needs=("bn_relu_dropout",),
     )
 
 

@@ -78,7 +78,7 @@ class ChannelsLast2d(nn.Module):
     def _conv(self, name: str, conv: nn.Conv1d, x: Tensor, lens: Tensor | None) -> Tensor:
         if lens is not None:
             t = torch.arange(x.shape[-1], device=x.device)
-            x = x.masked_fill((t >= lens[:, None])[:, None, None, :], 0)
+            x = torch.where((t >= lens[:, None])[:, None, None, :], 0.0, x)  # masked_fill leaves channels_last memory
         return F.conv2d(x, self.weights[name], None, (1, conv.stride[0]), (0, conv.padding[0]), (1, conv.dilation[0]))
 
 
@@ -232,6 +232,7 @@ TRAINING: dict[str, Callable[[nn.Module], Model]] = {
     "compile": compiled("default"),
     "compile_reduce_overhead": compiled("reduce-overhead"),
 }
+KINDS = {"inference": INFERENCE, "training": TRAINING}
 # torch.compile of a 54-layer model takes minutes on a small CPU, so there it runs only when asked for
 DEFAULT = {
     ("inference", "cpu"): ("eager", "eager_no_masks", "eager_2d_channels_last", "onnxruntime", "openvino"),
@@ -241,9 +242,13 @@ DEFAULT = {
 }
 
 
+class UnknownRival(ValueError):
+    """A rival was asked for that nobody knows; the message names those that there are."""
+
+
 def choose(kind: str, device: torch.device, wanted: str) -> dict[str, Callable[[nn.Module], Model]]:
     """Rivals for `kind` ("inference" or "training"): `wanted` is default, all, or names with commas; eager always."""
-    known = INFERENCE if kind == "inference" else TRAINING
+    known = KINDS[kind]
     if wanted == "all":
         return known
     names = (
@@ -252,8 +257,18 @@ def choose(kind: str, device: torch.device, wanted: str) -> dict[str, Callable[[
         else ("eager", *(n for n in wanted.split(",") if n != "eager"))
     )
     if unknown := [n for n in names if n not in known]:
-        raise SystemExit(f"no rival {unknown[0]!r} for {kind}; known: {', '.join(known)}")
+        raise UnknownRival(f"no rival {unknown[0]!r} for {kind}; known: {', '.join(known)}")
     return {n: known[n] for n in names}
+
+
+def only(kind: str, wanted: str) -> str:
+    """`wanted` without the names that only the other kind knows: one choice for inference and training together."""
+    if wanted in ("default", "all"):
+        return wanted
+    names, known = wanted.split(","), {name for rivals in KINDS.values() for name in rivals}
+    if unknown := [n for n in names if n not in known]:
+        raise UnknownRival(f"no rival {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    return ",".join(n for n in names if n in KINDS[kind]) or "eager"
 
 
 SUB_BLOCK = ("eager", "eager_2d_channels_last", "compile_max_autotune", "cudnn")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bench import correct, counts, kernels, rivals
 from bench.cudnn_graphs import FusedConv
 from bench.harness import Case, Contender, Run, Runner, seeded, stable_seed
-from bench.sub_blocks import Layer, conv_2d, masked
+from bench.sub_blocks import Layer, conv_2d, masked, masked_last
 from jasper_fast import backends
 from jasper_fast.kernels import layout
 from jasper_fast.ops.conv1d import conv_face
@@ -38,14 +38,24 @@ class SubBlock(nn.Module):
         """What the conv reads: the decoder's input alone is not masked."""
         return x.to(self.conv.weight.dtype) if self.layer.head else masked(x.to(self.conv.weight.dtype), lengths)
 
+    def masked_last(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """The same in NTC memory."""
+        x = layout.ntc(x.to(self.conv.weight.dtype))
+        return x if self.layer.head else masked_last(x, lengths)
+
     def tail(self, y: Tensor) -> Tensor:
         """What follows the conv."""
         return y.float().log_softmax(dim=1) if self.layer.head else self.norm(y).relu_()
 
-    def channels_last(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """The same with a 2D conv in channels_last memory."""
-        y = conv_2d(layout.ntc(self.masked(x, lengths)), self.conv.weight, self.layer)
-        return self.tail(y if self.conv.bias is None else y + self.conv.bias[:, None])
+    def channels_last(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The same with a 2D conv in channels_last memory, the weight's once and for all."""
+        weight = layout.ntc(self.conv.weight)
+
+        def forward(x: Tensor, lengths: Tensor) -> Tensor:
+            y = conv_2d(self.masked_last(x, lengths), weight, self.layer)
+            return self.tail(y if self.conv.bias is None else y + self.conv.bias[:, None])
+
+        return forward
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight (C_out, C_in, K) and bias (C_out,), fp32 or better, with the batch norm in them."""
@@ -114,7 +124,8 @@ def fused(i: Inputs, backend: str) -> SubBlockCall:
     a, (weight, bias) = i.layer, i.module.folded()
     name = conv_face(i.ntc, a.stride, backend)
     if backend == "reference" or name == "aten":
-        return lambda x, lengths: _folded_aten(i, weight.to(i.dtype), bias.to(i.dtype), x, lengths)
+        weight, bias = layout.ntc(weight.to(i.dtype)), bias.to(i.dtype)
+        return lambda x, lengths: _folded_aten(i, weight, bias, x, lengths)
     impl = backends.face("conv1d", name)
     more = {"stride": a.stride, "padding": a.padding, "dilation": a.dilation, "relu": not a.head, "bias": bias}
     fast = {"algorithm": "fast_fir_2"} if name == "cpu" and a.stride == 1 and a.K >= 5 else {}
@@ -136,8 +147,8 @@ def fused(i: Inputs, backend: str) -> SubBlockCall:
 
 
 def _folded_aten(i: Inputs, weight: Tensor, bias: Tensor, x: Tensor, lengths: Tensor) -> Tensor:
-    y = conv_2d(layout.ntc(i.module.masked(x, lengths)), weight, i.layer) + bias[:, None]
-    return y.float().log_softmax(dim=1) if i.layer.head else masked(y.relu_(), i.layer.out_lengths(lengths))
+    y = conv_2d(i.module.masked_last(x, lengths), weight, i.layer) + bias[:, None]
+    return y.float().log_softmax(dim=1) if i.layer.head else masked_last(y.relu_(), i.layer.out_lengths(lengths))
 
 
 def max_autotuned_frozen(i: Inputs) -> SubBlockCall:
@@ -157,7 +168,7 @@ def cudnn(i: Inputs) -> SubBlockCall:
     a, (weight, bias) = i.layer, i.module.folded()
     x = layout.ntc(i.x.to(i.dtype))
     conv = FusedConv(x, weight.to(i.dtype), a.stride, a.padding, a.dilation, bias=bias)
-    return lambda x, lengths: conv(layout.ntc(i.module.masked(x, lengths)))
+    return lambda x, lengths: conv(i.module.masked_last(x, lengths))
 
 
 def case(run: Run, N: int, T: int, layer: Layer) -> Case:
@@ -165,7 +176,7 @@ def case(run: Run, N: int, T: int, layer: Layer) -> Case:
     inputs = functools.cache(lambda: Inputs(N, T, layer, run.dtype, run.device))
     builders: dict[str, Callable[[Inputs], SubBlockCall]] = {
         "eager": lambda i: i.module,
-        "eager_2d_channels_last": lambda i: i.module.channels_last,
+        "eager_2d_channels_last": lambda i: i.module.channels_last(),
         "compile_max_autotune": max_autotuned_frozen,
         "cudnn": cudnn,
     }
@@ -198,4 +209,5 @@ def case(run: Run, N: int, T: int, layer: Layer) -> Case:
         flops=conv.flops,
         nbytes=conv.nbytes(run.dtype.itemsize),
         dtype=kernels.name(run.dtype),
+        needs=("conv1d.fused",),
     )

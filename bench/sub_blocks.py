@@ -79,7 +79,8 @@ def layers() -> list[Layer]:
 
 
 class Inputs:
-    """One layer's tensors in both memories, the same values, refilled in place. `weight` is fp32 under 16 bits."""
+    """One layer's tensors in both memories, the same values, refilled in place. `weight` is fp32 under 16 bits, and
+    `weight_last` the same for a 2D conv in channels_last memory, which would else reorder it in every call."""
 
     def __init__(self, N: int, T: int, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
         self.layer, self.device, self.dtype = layer, device, dtype
@@ -91,6 +92,7 @@ class Inputs:
         master = torch.promote_types(dtype, torch.float32)
         shape = (layer.C_out, layer.C_in, layer.K)
         self.weight = torch.empty(shape, dtype=master, device=device, requires_grad=True)
+        self.weight_last = layout.ntc(self.weight.detach()).requires_grad_()
         self.gamma, self.beta = (torch.empty(layer.C_in, device=device, requires_grad=True) for _ in range(2))
         self.lengths = torch.empty(N, dtype=torch.int64, device=device)
         for memory in (self.nct, self.ntc):
@@ -118,6 +120,7 @@ class Inputs:
             self.ntc[name].copy_(t)
         scale = (self.layer.C_in * self.layer.K) ** -0.5
         self.weight.copy_(torch.randn(self.weight.shape, generator=g, device=self.device) * scale)
+        self.weight_last.copy_(self.weight)
 
     def fresh_running(self) -> tuple[Tensor, Tensor]:
         """Running statistics as a new layer has them."""
@@ -138,6 +141,11 @@ def masked(x: Tensor, lengths: Tensor) -> Tensor:
     return x.masked_fill(kernels.mask(lengths, x.shape[2]), 0)
 
 
+def masked_last(x: Tensor, lengths: Tensor) -> Tensor:
+    """The same of x in NTC memory, which it stays in."""
+    return kernels.zeroed(x, kernels.mask(lengths, x.shape[2]))
+
+
 def eager_conv(x: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
     """The reference's masked conv in NCT memory."""
     a = i.layer
@@ -145,14 +153,14 @@ def eager_conv(x: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor
 
 
 def conv_2d(x: Tensor, weight: Tensor, a: Layer) -> Tensor:
-    """A conv as a 2D one over a height of 1, in channels_last memory if `x` is in NTC memory."""
+    """A conv as a 2D one over a height of 1, in channels_last memory if `x` and `weight` are in NTC memory."""
     y = F.conv2d(x.unsqueeze(2), weight.unsqueeze(2), None, (1, a.stride), (0, a.padding), (1, a.dilation))
     return y.squeeze(2)
 
 
 def eager_conv_2d(x: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
     """The masked conv in channels_last memory."""
-    return conv_2d(masked(x, i.lengths), weight, i.layer)
+    return conv_2d(masked_last(x, i.lengths), weight, i.layer)
 
 
 def eager_sub_block(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
@@ -216,7 +224,7 @@ def cudnn_statistics(i: Inputs) -> Callable[..., Tensor]:
     def call(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
         conv.weight.copy_(weight.detach().unsqueeze(2))  # AMP's cast, once a step
         if a.first:
-            return conv(masked(y, i.lengths))
+            return conv(masked_last(y, i.lengths))
         return conv(kernels.eager_chain_2d(y, gamma, beta, i.fresh_running(), None, i.lengths, p))
 
     return call
@@ -240,15 +248,18 @@ def results(op: str, out: Tensor, wanted: dict[str, Tensor], dy: Tensor, i: Inpu
     return found
 
 
-def runner(op: str, function: Callable[..., Tensor], i: Inputs, memory: str, mode: str, *, amp: bool) -> Runner:
-    """An implementation on the inputs of its memory, under autocast with `amp`."""
+def runner(
+    op: str, function: Callable[..., Tensor], i: Inputs, memory: str, mode: str, *, amp: bool, last: bool = False
+) -> Runner:
+    """An implementation on the inputs of its memory, under autocast with `amp`; `last`: the weight is `weight_last`."""
     x, dy = (getattr(i, memory)[n] for n in ("x", "dy"))
-    wanted = leaves(op, i, x, i.weight, i.gamma, i.beta)
+    weight = i.weight_last if last else i.weight
+    wanted = leaves(op, i, x, weight, i.gamma, i.beta)
     scope = i.autocast if amp else contextlib.nullcontext
 
     def forward(p: float = kernels.P) -> Tensor:
         with scope():
-            return function(x, i, i.weight, i.gamma, i.beta, p)
+            return function(x, i, weight, i.gamma, i.beta, p)
 
     graph: dict[int, Tensor] = {}
 
@@ -296,8 +307,8 @@ def case(
     eager = {"conv1d": eager_conv, "sub_block": eager_sub_block}[op]
     eager_2d = {"conv1d": eager_conv_2d, "sub_block": eager_sub_block_2d}[op]
 
-    def plain(name: str, function: Callable[..., Tensor], memory: str, amp: bool) -> Contender:
-        return Contender(name, lambda: runner(op, function, inputs(), memory, mode, amp=amp))
+    def plain(name: str, function: Callable[..., Tensor], memory: str, amp: bool, last: bool = False) -> Contender:
+        return Contender(name, lambda: runner(op, function, inputs(), memory, mode, amp=amp, last=last))
 
     def cudnn() -> Runner:
         if mode != "forward":
@@ -307,7 +318,7 @@ def case(
     contenders = [plain("jasper_fast", fused, "ntc", False)]
     builders = {
         "eager": lambda: plain("eager", eager, "nct", True),
-        "eager_2d_channels_last": lambda: plain("eager_2d_channels_last", eager_2d, "ntc", True),
+        "eager_2d_channels_last": lambda: plain("eager_2d_channels_last", eager_2d, "ntc", True, True),
         "compile_max_autotune": lambda: Contender(
             "compile_max_autotune", lambda: max_autotuned(op, eager, inputs(), mode)
         ),
@@ -331,6 +342,7 @@ def case(
         flops=times * conv.flops,
         nbytes=times * conv.nbytes(size) + (counts.bn_relu_dropout_bytes(N, layer.C_in, T, size, mode) if norm else 0),
         dtype=kernels.name(run.dtype),
+        needs=("bn_relu_dropout", "conv1d") if norm else ("conv1d",),
     )
 
 
