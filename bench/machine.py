@@ -12,6 +12,9 @@ from pathlib import Path
 
 import torch
 
+from jasper_fast.kernels.tables import slug
+
+__all__ = ["ROOT", "clocks", "command", "commit", "describe", "name", "slug"]
 ROOT = Path(__file__).resolve().parents[1]
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "asimd", "sve")
 PACKAGES = ("torch", "triton", "numpy", "onnxruntime", "openvino", "tensorrt", "cupy-cuda12x", "cupy-cuda13x")
@@ -47,11 +50,6 @@ def name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     cpu = _cpu()
     return f"{cpu['name']}, {cpu['cores']} cores"
-
-
-def slug(text: str) -> str:
-    """`text` as a part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def command() -> str:

@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -17,14 +18,14 @@ BEGIN, END = "<!-- bench: made by python -m bench report --readme -->", "<!-- /b
 COMMITTED = ROOT / "bench" / "results"
 PERCENTILES = ("p50", "p90", "p95", "p99")
 STYLE = Path(__file__).parent / "page.css"
-RATIO = "its time / ours [95 %]"
+TITLES = {"kernels": "Kernels", "train": "Training step", "latency": "Inference", "launches": "Launches"}
 
 
 def main(paths: Sequence[Path], html: Path | None, readme: bool) -> int:
     """Write the page, or the README's table; returns the exit status."""
     if readme:
         return write_readme(list(paths) or sorted(COMMITTED.glob("*.json")))
-    chosen = list(paths) or sorted((ROOT / "build" / "bench").glob("*.json"), key=lambda p: p.stat().st_mtime)[-1:]
+    chosen = list(paths) or newest(ROOT / "build" / "bench")
     if not chosen:
         raise SystemExit("no result to report on: run python -m bench all first, or name JSON files")
     results = [load(path) for path in chosen]
@@ -37,6 +38,12 @@ def main(paths: Sequence[Path], html: Path | None, readme: bool) -> int:
     target.write_text(page(results))
     tables.console.print(f"wrote {target}")
     return 0
+
+
+def newest(folder: Path) -> list[Path]:
+    """The result written last, if there is one; traces of the profiler lie beside results."""
+    found = (path for path in folder.glob("*.json") if not path.name.startswith("trace_"))
+    return sorted(found, key=lambda p: p.stat().st_mtime)[-1:]
 
 
 def load(path: Path) -> dict:
@@ -109,15 +116,23 @@ def sections(result: dict) -> list[str]:
         parts.append('<p class="missed">This run was cut off: the rows are those that it finished.</p>')
     if result["goals"]:
         parts.append("<h2>Goals</h2>" + goals(result["goals"]))
-    for bench, title in (("kernels", "Kernels"), ("train", "Training step"), ("latency", "Inference")):
-        eager = [row for row in rows if row["bench"] == bench and row["contender"] == "eager" and "ratio" in row]
-        if eager:
-            entries = [(label(r), r["ratio"]["median"], r["ratio"]["low"], r["ratio"]["high"]) for r in eager]
-            note = "Timed in turns on the same inputs. Whiskers: 95 % interval. Dashed: as fast as eager."
-            parts.append(f'<h2>{title}: eager\'s time / ours</h2><p class="faint">{note}</p>')
-            parts.append(plot(svg.bars(entries, "x", 1.0)))
-    parts += [latency(rows), memory(rows), roofline(result), "<h2>Every timed row</h2>" + table(rows)]
+    parts += [speedups(rows, bench) for bench in TITLES]
+    parts += [latency(rows), beside_published(result), memory(rows), launches(rows), roofline(result)]
+    parts += [profiles(result), selfcheck(result), tuning(result), parts_of_run(result), timed(rows)]
     return [p for p in parts if p]
+
+
+def speedups(rows: Iterable[dict], bench: str) -> str:
+    """A bar for every rival that has a time, case after case."""
+    groups: dict[str, list[svg.Bar]] = {}
+    for r in (r for r in rows if r["bench"] == bench and "ratio" in r):
+        bar = (r["contender"], r["ratio"]["median"], r["ratio"]["low"], r["ratio"]["high"])
+        groups.setdefault(label(r), []).append(bar)
+    if not groups:
+        return ""
+    note = "Timed in turns on the same inputs. Whiskers: 95 % interval. Dashed: as fast as the rival."
+    plotted = plot(svg.bars(list(groups.items()), "x", 1.0))
+    return f'<h2>{TITLES[bench]}: each rival\'s time / ours</h2><p class="faint">{note}</p>{plotted}'
 
 
 def machine_list(result: dict) -> str:
@@ -129,14 +144,29 @@ def machine_list(result: dict) -> str:
     if m["gpu"]:
         gpu = m["gpu"]
         facts["GPU"] = f"{gpu['capability']}, {gpu['memory_gib']} GiB, driver {gpu['driver']}, CUDA {m['cuda']}"
+    before, after = (m["gpu"] or {}).get("clocks_at_start"), limits.get("clocks")
+    moments = {"clocks before the run": before, "clocks after load": after}
+    facts |= {when: state(found) for when, found in moments.items() if found}
     facts["versions"] = f"Python {m['python']}, " + ", ".join(f"{k} {v}" for k, v in m["packages"].items())
     facts |= {"commit": f"{m['commit']}{' with local changes' if m['dirty'] else ''}", "date": m["date"]}
     facts["command"] = m["command"]
     if limits:
         rates = ", ".join(f"{k} {v / 1e9:,.0f} GFLOP/s" for k, v in limits["matmul_flops_per_s"].items())
+        if m["gpu"] and "float32_mode" in limits:
+            rates += f" (rows of float32 are held to {limits['float32_mode']}, which their convolutions may use)"
         copy, launch = limits["copy_bytes_per_s"] / 1e9, limits["launch_s"]["host"] * 1e6
         facts["measured limits"] = f"matrix product {rates}; copy {copy:.1f} GB/s; launch {launch:.1f} us"
     return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items()) + "</dl>"
+
+
+def state(clocks: dict) -> str:
+    """What `machine.clocks` found, in words."""
+    if "cpu_mhz" in clocks or "temperature_c" in clocks:
+        mhz = ", ".join(str(v) for v in clocks.get("cpu_mhz", ()))
+        degrees = f"{clocks['temperature_c']:.0f} °C" if "temperature_c" in clocks else ""
+        return "; ".join(filter(None, [mhz and f"{mhz} MHz", degrees]))
+    units = {"temperature.gpu": " °C"}  # the only one that nvidia-smi gives without
+    return ", ".join(f"{name} {value}{units.get(name, '')}" for name, value in clocks.items())
 
 
 def goals(found: Sequence[dict]) -> str:
@@ -156,8 +186,13 @@ def latency(rows: Iterable[dict]) -> str:
     mine = [row for row in rows if row["bench"] == "latency" and row["status"] == "ok"]
     if not mine:
         return ""
-    entries = [(f"{r['contender']}: {label(r)}", r["ours"], [1e3 * r["time_s"][p] for p in PERCENTILES]) for r in mine]
-    return "<h2>Latency, P50 to P99</h2>" + plot(svg.percentiles(entries, [p.upper() for p in PERCENTILES], "ms"))
+    groups: dict[str, list] = {}
+    for r in mine:
+        values = [1e3 * r["time_s"][p] for p in PERCENTILES]
+        groups.setdefault(label(r), []).append((r["contender"], r["ours"], values))
+    plotted = svg.percentiles(list(groups.items()), [p.upper() for p in PERCENTILES], "ms")
+    note = "Dots: P50, P90, P95, P99; the first and the last in numbers, all of them in the table of every row."
+    return f'<h2>Latency, P50 to P99</h2><p class="faint">{note}</p>' + plot(plotted)
 
 
 def memory(rows: Iterable[dict]) -> str:
@@ -174,6 +209,72 @@ def memory(rows: Iterable[dict]) -> str:
         lines.append((side(row), [*start, *sizes, *shares]))
     heads = ("case", "", "kept for backward, MiB", "peak of the step, MiB", "ours / its, kept", "ours / its, peak")
     return "<h2>Memory of a training step</h2>" + grid(heads, lines) if lines else ""
+
+
+def launches(rows: Iterable[dict]) -> str:
+    """What one call launches, and how long it takes where nothing but launching is left to do."""
+    mine = [row for row in rows if row.get("launches")]
+    counted = tables.launch_columns(mine)
+    lines = []
+    for r in mine:
+        spent = tables.duration(r["time_s"]["median"]) if "time_s" in r else r["status"]
+        cells = [escape(label(r)), escape(r["contender"]), *(cell(r) for _, cell in counted), spent]
+        lines.append((side(r), cells))
+    heads = ("case", "contender", *(heading for heading, _ in counted), "median time")
+    return "<h2>Launches of one call</h2>" + grid(heads, lines) if lines else ""
+
+
+def profiles(result: dict) -> str:
+    """Where the time of a step went, by layer and by op."""
+    parts = []
+    for found in result.get("profiles", ()):
+        N, T = found["batch"]
+        title = f"{found['contender']}: {found['model']}, {found['mode']}, N = {N}, {T} frames"
+        parts.append(f"<h3>{escape(title)}</h3>")
+        if "why" in found:
+            parts.append(f'<p class="missed">{escape(found["status"])}: {escape(found["why"])}</p>')
+            continue
+        if "step_s" in found:
+            told = [tables.duration(found[k]) for k in ("step_s", "profiled_s")]
+            parts.append(f'<p class="faint">{told[0]} without the profiler, {told[1]} with it.</p>')
+        for title, records in tables.profiled(found["records"]):
+            heads, lines = tables.profile_lines(records, 12)
+            parts.append(grid((title, *heads), [("", [escape(name), *cells]) for name, *cells in lines]))
+    return "<h2>Where the time goes</h2>" + "".join(parts) if parts else ""
+
+
+def selfcheck(result: dict) -> str:
+    """The verdicts that the run gave on this machine's kernels, the bad ones with the reason."""
+    found = result.get("selfcheck")
+    if not found:
+        return ""
+    lines = []
+    for v in found["verdicts"]:
+        how = f"{v['status']}{', a quick check' if v.get('quick') else ''}"
+        cells = [escape(v["op"]), escape(v["face"]), how, str(v.get("checked", "")), escape(v.get("failure") or "")]
+        lines.append(({"good": ""}.get(v["status"], "wrong"), cells))
+    failures = "".join(f'<p class="missed">{escape(line)}</p>' for line in found.get("failures", ())[:20])
+    return "<h2>Self-check of the kernels</h2>" + grid(("op", "face", "verdict", "checks", ""), lines) + failures
+
+
+def tuning(result: dict) -> str:
+    """What the run's tuning would have dispatch choose: the fastest configuration of each shape."""
+    lines = []
+    for row in result.get("table", {}).get("rows", ()):
+        shape = f"{row['c_in']} to {row['c_out']}, K = {row['taps']}"
+        shape += "".join(f", {k} {row[k]}" for k in ("stride", "dilation") if row[k] != 1)
+        tile = ", ".join(f"{k} {v}" for k, v in (row.get("tile") or {}).items())
+        cells = [row["op"], shape, row["dtype"], f"2^{row['rows_log2']}", row["face"], tile]
+        lines.append(("", [*map(escape, cells), tables.duration(row["time_s"])]))
+    heads = ("op", "shape", "dtype", "rows", "face", "tile", "time")
+    return "<h2>Tuning: the fastest of each face</h2>" + grid(heads, lines) if lines else ""
+
+
+def parts_of_run(result: dict) -> str:
+    """How each part of `python -m bench gpu` ended."""
+    parts = result.get("parts", {})
+    lines = [("" if how == "finished" else "absent", [escape(part), escape(how)]) for part, how in parts.items()]
+    return "<h2>Parts of the run</h2>" + grid(("part", "how it ended"), lines) if lines else ""
 
 
 def roofline(result: dict) -> str:
@@ -198,65 +299,173 @@ def roofline(result: dict) -> str:
     return "<h2>How far from the machine's limits</h2>" + key + "".join(parts)
 
 
+def timed(rows: Sequence[dict]) -> str:
+    """All timed rows, a table a subcommand; a contender without a number says why."""
+    benches = dict.fromkeys(r["bench"] for r in rows if r["bench"] != "memory")
+    parts = [f"<h3>{TITLES.get(b, b)}</h3>" + table([r for r in rows if r["bench"] == b]) for b in benches]
+    note = f'<p class="faint">{escape(tables.FOOTNOTE)}</p>' if tables.starred(rows) else ""
+    return "<h2>Every timed row</h2>" + "".join(parts) + note if parts else ""
+
+
 def table(rows: Sequence[dict]) -> str:
-    """All timed rows; a contender without a number says why."""
-    lines, last = [], None
-    for row in (r for r in rows if r["bench"] != "memory"):
-        case = f"{row['bench']}: {escape(label(row))}"
+    """The timed rows of one subcommand."""
+    shown, lines, last = tables.columns(rows), [], None
+    for row in rows:
+        case = escape(label(row))
         start = ["" if case == last else case, escape(row["contender"])]
         last = case
         if row["status"] != "ok":
             lines.append((side(row), [*start, f"{row['status']}: {escape(row['why'])}"]))
-            continue
-        t, limit = row["time_s"], row.get("limit", {})
-        cells = [tables.duration(t[k]) for k in ("median", "p20", "p80", "p99")]
-        cells += [tables.rate(row), f"{100 * limit['share']:.0f} % ({limit['bound']})" if "share" in limit else ""]
-        cells.append(tables.span(row["ratio"]) if "ratio" in row else "")
-        lines.append((side(row), [*start, *cells]))
-    return grid(("case", "contender", "median", "p20", "p80", "p99", "rate", "of limit", RATIO), lines)
+        else:
+            lines.append((side(row), [*start, *(cell(row) for _, cell in shown)]))
+    return grid(("case", "contender", *(heading for heading, _ in shown)), lines)
 
 
 def comparison(results: Sequence[dict]) -> str:
-    """The rows that two or more results share, medians side by side."""
-    by_id = [{r["id"]: r for r in result["rows"] if r["status"] == "ok" and "time_s" in r} for result in results]
+    """What two or more results share, side by side: medians and ratios, and the bytes of training."""
     heads = [
         f"{escape(m['name'])}<br><small>{escape(str(m['commit']))} {escape(m['date'][:16])}</small>"
         for m in (r["machine"] for r in results)
     ]
+    parts = []
+    if lines := shared(results, "time_s", _beside_time):
+        parts += ['<p class="faint">Medians; in brackets, how many times as fast as the first; below, its time / ours '
+                  "[95 %].</p>"]  # fmt: skip
+        if len(results) == 2 and results[0]["machine"]["name"] == results[1]["machine"]["name"]:
+            parts.append(f"<p>{escape(str(agreement(*results)))}.</p>")
+        parts.append(grid(("case", "contender", *heads), lines))
+    if lines := shared(results, "memory", _beside_memory):
+        note = "Kept for backward and peak of the step, MiB; in brackets, times the first's."
+        parts.append(f'<h3>Memory</h3><p class="faint">{note}</p>' + grid(("case", "contender", *heads), lines))
+    return "<h2>Comparison</h2>" + ("".join(parts) or "<p>These results have no row in common.</p>")
+
+
+def shared(results: Sequence[dict], field: str, cell) -> list[tuple[str, list[str]]]:
+    """A line for each row that has `field` in all results; `cell(row, the first result's row)` is one's markup."""
+    by_id = [{r["id"]: r for r in result["rows"] if r["status"] == "ok" and field in r} for result in results]
     lines = []
     for key in (k for k in by_id[0] if all(k in other for other in by_id[1:])):
-        medians = [rows[key]["time_s"]["median"] for rows in by_id]
-        cells = [
-            tables.duration(m) + (f" <small>({medians[0] / m:.2f}x)</small>" if i else "")
-            for i, m in enumerate(medians)
-        ]
-        row = by_id[0][key]
-        lines.append((side(row), [f"{row['bench']}: {escape(label(row))}", escape(row["contender"]), *cells]))
+        first = by_id[0][key]
+        cells = [cell(rows[key], first) for rows in by_id]
+        lines.append((side(first), [f"{first['bench']}: {escape(label(first))}", escape(first["contender"]), *cells]))
+    return lines
+
+
+def _beside_time(row: dict, first: dict) -> str:
+    median = row["time_s"]["median"]
+    text = tables.duration(median)
+    if row is not first:
+        text += f" <small>({first['time_s']['median'] / median:.2f}x)</small>"
+    return text + (f"<br><small>{tables.span(row['ratio'])}</small>" if "ratio" in row else "")
+
+
+def _beside_memory(row: dict, first: dict) -> str:
+    told = []
+    for kind in ("kept_bytes", "peak_bytes"):
+        now, before = row["memory"][kind], first["memory"][kind]
+        told.append(f"{now / 2**20:.1f}" + (f" <small>({now / before:.3f})</small>" if row is not first else ""))
+    return " / ".join(told)
+
+
+# ------------------------------------------------------------------ other hardware
+
+ELSEWHERE = "<i>{}</i><br><small>published</small>"
+SAME = "Jasper 10x5, conv masks on; eager PyTorch of 2020 (20.10-py3 container)"
+
+
+def beside_published(result: dict) -> str:
+    """Our rows beside what was published for the reference system at the same batch and length, on other hardware."""
+    parts = [latency_beside(result, dtype) for dtype in ("float16", "bfloat16", "float32")] + [training_beside(result)]
+    if not any(parts):
+        return ""
+    note = (
+        f"Columns marked <i>published</i> were not measured here: {escape(published.SOURCE)}; {SAME}, on the hardware "
+        "that each names. They tell what that system was, not how much of a difference is ours and how much the "
+        "machine's."
+    )
+    return "<h2>Beside other hardware's published numbers</h2><p>" + note + "</p>" + "".join(parts)
+
+
+def ours_and_eager(rows: Iterable[dict], bench: str, **key: object) -> dict[tuple, dict[str, dict]]:
+    """Timed rows of Jasper 10x5 that match `key`, by case and contender."""
+    cases: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        mine = row["bench"] == bench and row["status"] == "ok" and row["contender"] in ("jasper_fast", "eager")
+        if mine and all(row["key"].get(k) == v for k, v in ({"model": "jasper10x5"} | key).items()):
+            cases.setdefault(tuple(row["key"].items()), {})[row["contender"]] = row
+    return cases
+
+
+def latency_beside(result: dict, dtype: str) -> str:
+    """Percentiles by (N, seconds): ours, eager here, and each GPU's."""
+    lines, elsewhere = [], published.latency(dtype)
+    for key, rows in ours_and_eager(result["rows"], "latency", path="acoustic model", dtype=dtype).items():
+        at = (dict(key)["N"], dict(key)["seconds"])
+        if any(at in found for found in elsewhere.values()):
+            quantiles = ("mean", "p90", "p95", "p99")
+            here = [
+                four([1e3 * rows[name]["time_s"][q] for q in quantiles]) if name in rows else ""
+                for name in ("jasper_fast", "eager")
+            ]
+            lines.append(
+                ("", [f"N = {at[0]}, {at[1]} s", *here, *(four(found.get(at)) for found in elsewhere.values())])
+            )
     if not lines:
-        return "<h2>Comparison</h2><p>These results have no row in common.</p>"
-    note = '<p class="faint">Medians; in brackets, how many times as fast as the first.</p>'
-    if len(results) == 2 and results[0]["machine"]["name"] == results[1]["machine"]["name"]:
-        note += f"<p>{escape(str(agreement(*results)))}.</p>"
-    return "<h2>Comparison</h2>" + note + grid(("case", "contender", *heads), lines)
+        return ""
+    name = escape(result["machine"]["name"])
+    heads = ["batch, length", f"jasper_fast<br><small>{name}</small>", f"eager<br><small>{name}</small>"]
+    heads += [ELSEWHERE.format(escape(gpu)) for gpu in elsewhere]
+    theirs = "FP16" if elsewhere is published.LATENCY_FP16 else "TF32 on the A100, FP32 on the others"
+    title = f"<h3>Latency, {dtype} here, {theirs} there: mean / P90 / P95 / P99, ms per batch</h3>"
+    return title + grid(heads, lines)
+
+
+def training_beside(result: dict) -> str:
+    """Utterances per second of a training step, ours, eager here, and of each single GPU at the same batch."""
+    lines = []
+    for key, rows in ours_and_eager(result["rows"], "train", mode="step").items():
+        case = dict(key)
+        N, _, T = (int(v) for v in case["batch"].strip("()").split(","))
+        theirs = [
+            f"<i>{escape(gpu)}</i> {rate:.1f}" for gpu, gpus, rate in published.training(N, case["dtype"]) if gpus == 1
+        ]
+        here = [f"{rows[name]['items_per_s']:.1f}" if name in rows else "" for name in ("jasper_fast", "eager")]
+        lines.append(("", [f"N = {N}, {T} frames, {case['dtype']}", *here, "; ".join(theirs) or "none published"]))
+    if not lines:
+        return ""
+    heads = ("batch", "jasper_fast", "eager", ELSEWHERE.format("one GPU, same batch"))
+    note = "Published batches held real speech of up to 16.7 s; ours are all of the same length."
+    return f'<h3>Training, utterances per second</h3><p class="faint">{note}</p>' + grid(heads, lines)
+
+
+def four(milliseconds: Sequence[float] | None) -> str:
+    """Mean, and smaller P90 / P95 / P99."""
+    if milliseconds is None:
+        return ""
+    mean, *rest = (f"{v:.1f}" if v < 1000 else f"{v:.0f}" for v in milliseconds)
+    return f"{mean} <small>/ {' / '.join(rest)}</small>"
 
 
 def references() -> str:
-    """The reference's published numbers, clearly marked as what they are."""
-    gpus = list(published.LATENCY_FP16)
-    lines = [
-        ("", [f"N = {N}, {s} s", *(" / ".join(f"{v:.2f}" for v in published.LATENCY_FP16[g][N, s]) for g in gpus)])
-        for N, s in published.LATENCY_FP16[gpus[0]]
-    ]
+    """All of the reference's published numbers, clearly marked as what they are."""
+    parts = []
+    for title, found in (
+        ("Latency in FP16", published.LATENCY_FP16),
+        ("Latency in TF32 on the A100, FP32 on the others", published.LATENCY_FP32),
+    ):
+        lines = [("", [f"N = {N}, {s} s", *(four(of_gpu[N, s]) for of_gpu in found.values())]) for N, s in found["T4"]]
+        heads = ("batch, length", *(escape(gpu) for gpu in found))
+        parts.append(f"<h3>{title}, ms per batch: mean / P90 / P95 / P99</h3>" + grid(heads, lines))
     steps = [
-        ("", [f"{gpu}, batch {batch}", "not published" if full is None else f"{full:.2f}", f"{amp:.2f}"])
-        for gpu, batch, full, amp in published.TRAINING
+        ("", [escape(gpu), str(batch), str(gpus), "not published" if full is None else f"{full:.2f}", f"{amp:.2f}"])
+        for gpu, batch, gpus, full, amp in published.TRAINING
     ]
+    heads = ("GPU", "batch of each", "GPUs", "TF32 (A100) or FP32", "AMP")
+    parts.append("<h3>Training, utterances per second of all GPUs together</h3>" + grid(heads, steps))
     return (
         "<h2>Other hardware: what was published for the reference system</h2>"
-        f'<p class="faint">Not measured here. {escape(published.SOURCE)}: eager PyTorch of 2020 (20.10-py3 container), '
-        "Jasper 10x5, conv masks on.</p>"
-        "<h3>Latency in FP16, ms per batch: mean / P90 / P95 / P99</h3>" + grid(("batch, length", *gpus), lines) + ""
-        "<h3>Training on one GPU, utterances per second</h3>" + grid(("GPU", "TF32 (A100) or FP32", "AMP"), steps)
+        f'<p class="faint">Not measured here. {escape(published.SOURCE)}; {SAME}.</p>'
+        f"<details><summary>All tables</summary>{''.join(parts)}</details>"
     )
 
 
@@ -264,7 +473,7 @@ def references() -> str:
 
 
 def write_readme(paths: Sequence[Path], readme: Path = ROOT / "README.md") -> int:
-    """Put a table a machine between the README's markers, each line from the newest result that has it."""
+    """Put a table a machine between the README's markers."""
     text = readme.read_text()
     if BEGIN not in text or END not in text:
         raise SystemExit(f"{readme.name}: the markers {BEGIN} and {END} are missing; put them where the table belongs")
@@ -280,14 +489,29 @@ def write_readme(paths: Sequence[Path], readme: Path = ROOT / "README.md") -> in
     return 0
 
 
+def quick(result: dict) -> bool:
+    """Whether a result was measured with --quick: a few pairs a row."""
+    return result.get("arguments", {}).get("quick") == "True"
+
+
+def chosen_goals(results: Sequence[dict]) -> list[tuple[dict, dict]]:
+    """(goal, result) for each goal, in the order of the goals: of the newest result that measured it in full, and of a
+    quick one only where there is no other. `results` are in the order of their dates."""
+    order = dict.fromkeys(goal["name"] for result in reversed(results) for goal in result["goals"])
+    chosen = {}
+    for result in sorted(results, key=lambda r: not quick(r)):  # quick ones first, so that full ones replace them
+        chosen |= {goal["name"]: (goal, result) for goal in result["goals"]}
+    return [chosen[name] for name in order]
+
+
 def readme_table(results: Sequence[dict]) -> str:
-    """Markdown: each goal's newest measurement on one machine, oldest result first, and how to repeat them."""
-    latest = {goal["name"]: (goal, result) for result in results for goal in result["goals"]}
+    """Markdown: each goal's measurement on one machine, and how to repeat it."""
+    chosen = chosen_goals(results)
     lines = [
         f"| {results[-1]['machine']['name']} | eager PyTorch | jasper_fast | ratio [95 %] |",
         "|---|---:|---:|---:|",
     ]
-    for goal, result in latest.values():
+    for goal, result in chosen:
         rows = {row["id"]: row for row in result["rows"]}
         pair = rows.get(goal["row"]), rows[goal["row"].rsplit(" / ", 1)[0] + " / jasper_fast"]
         if goal["measured"] is None:
@@ -301,14 +525,19 @@ def readme_table(results: Sequence[dict]) -> str:
         else:
             cells = [tables.duration(r["time_s"]["median"]) for r in pair]
             cells[0] += "" if pair[0]["contender"] == "eager" else f" ({pair[0]['contender']})"
-            cells.append(f"{goal['measured']:.2f}x [{goal['low']:.2f}, {goal['high']:.2f}]")
+            pairs = f" of {pair[0]['ratio']['pairs']} pairs" if "pairs" in pair[0].get("ratio", {}) else ""
+            cells.append(f"{goal['measured']:.2f}x [{goal['low']:.2f}, {goal['high']:.2f}]{pairs}")
         lines.append(f"| {goal['name']} | {' | '.join(cells)} |")
-    used = [r for r in results if any(result is r for _, result in latest.values())]
+    used = [r for r in results if any(result is r for _, result in chosen)]
     return "\n".join([*lines, "", *(f"- {source(r)}" for r in used), ""])
 
 
 def source(result: dict) -> str:
-    """Command, versions and file of a result."""
+    """Command, versions and file of a result; where the command put it matters to nobody who repeats it."""
     m, path = result["machine"], result["path"]
     file = f"[result](bench/results/{path.name})" if path.parent == COMMITTED else path.name
-    return f"`{m['command']}`; {m['threads']} threads, torch {m['packages']['torch']}, commit {m['commit']}; {file}"
+    command = re.sub(r" --out \S+", "", m["command"])
+    told = [f"{m['threads']} threads", f"torch {m['packages']['torch']}", f"commit {m['commit']}"]
+    if m.get("load_average"):
+        told.append(f"load average before {m['load_average'][0]:.1f}")
+    return f"`{command}`; {', '.join(told)}; {file}"

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-WIDTH, ROW = 720, 44
+WIDTH = 720
 
 
 def text(x: float, y: float, content: str, cls: str = "", anchor: str = "start") -> str:
@@ -22,40 +22,60 @@ def dot(cls: str, x: float, y: float, radius: float, title: str = "") -> str:
     return f'<circle class="{cls}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{escape(title)}</title></circle>'
 
 
-def bars(entries: Sequence[tuple[str, float, float, float]], unit: str, mark: float) -> str:
-    """Horizontal bars, (label, value, low, high), with whiskers from low to high and a line at `mark`."""
-    left = 4
-    scale = (WIDTH - 2 * left) / (1.12 * max([high for *_, high in entries] + [mark]))
-    parts = []
-    for i, (label, value, low, high) in enumerate(entries):
-        y = ROW * i
-        parts.append(text(left, y + 15, escape(label)))
-        cls = "good" if value >= mark else "bad"
-        parts.append(f'<rect class="{cls}" x="{left}" y="{y + 21}" width="{value * scale:.1f}" height="15" rx="2"/>')
-        a, b = left + low * scale, left + high * scale
-        parts.append(path("whisker", f"M{a:.1f} {y + 28.5} H{b:.1f} M{a:.1f} {y + 24} v9 M{b:.1f} {y + 24} v9"))
-        if b + 70 > WIDTH:
-            parts.append(text(min(left + value * scale, a) - 6, y + 33, f"{value:.2f}{unit}", "inside", "end"))
-        else:
-            parts.append(text(b + 6, y + 33, f"{value:.2f}{unit}", "value"))
-        parts.append(path("mark", f"M{left + mark * scale:.1f} {y + 18} v21"))
-    return _svg(ROW * len(entries) + 6, parts)
+Bar = tuple[str, float, float, float]
 
 
-def percentiles(entries: Sequence[tuple[str, bool, Sequence[float]]], marks: Sequence[str], unit: str) -> str:
-    """A line from the first to the last percentile, a dot at each: (label, ours, values in ascending order)."""
-    left, right = 8, 16
-    scale = (WIDTH - left - right) / (1.02 * max(v for *_, values in entries for v in values))
-    parts = []
-    for i, (label, ours, values) in enumerate(entries):
-        y, cls = ROW * i, "ours" if ours else "theirs"
-        numbers = ", ".join(f"{m} {v:.4g}" for m, v in zip(marks, values, strict=True))
-        parts.append(text(left, y + 15, f'{escape(label)} <tspan class="faint">{escape(numbers)} {unit}</tspan>'))
-        xs = [left + v * scale for v in values]
-        parts.append(path("base", f"M{left} {y + 29} H{WIDTH - right}"))
-        parts.append(path(f"line {cls}", f"M{xs[0]:.1f} {y + 29} H{xs[-1]:.1f}"))
-        parts += [dot(cls, x, y + 29, 5 - j) for j, x in enumerate(xs)]
-    return _svg(ROW * len(entries) + 6, parts)
+def bars(groups: Sequence[tuple[str, Sequence[Bar]]], unit: str, mark: float) -> str:
+    """Horizontal bars, (name, value, low, high), under a title a group, whiskers from low to high, a line at `mark`."""
+    left, thick, title, gap = 172, 20, 22, 10
+    entries = [bar for _, group in groups for bar in group]
+    scale = (WIDTH - left - 4) / (1.12 * max([high for *_, high in entries] + [mark]))
+    parts, y = [], 0
+    for label, group in groups:
+        parts.append(text(4, y + 15, escape(label)))
+        y += title
+        for name, value, low, high in group:
+            parts.append(text(left - 8, y + 13, escape(name), "faint", "end"))
+            cls = "good" if value >= mark else "bad"
+            parts.append(f'<rect class="{cls}" x="{left}" y="{y + 1}" width="{value * scale:.1f}" height="15" rx="2"/>')
+            a, b = left + low * scale, left + high * scale
+            parts.append(path("whisker", f"M{a:.1f} {y + 8.5} H{b:.1f} M{a:.1f} {y + 4} v9 M{b:.1f} {y + 4} v9"))
+            if b + 60 > WIDTH:
+                parts.append(text(min(left + value * scale, a) - 6, y + 13, f"{value:.2f}{unit}", "inside", "end"))
+            else:
+                parts.append(text(b + 6, y + 13, f"{value:.2f}{unit}", "value"))
+            y += thick
+        parts.append(path("mark", f"M{left + mark * scale:.1f} {y - thick * len(group) - 2} V{y - 1}"))
+        y += gap
+    return _svg(y, parts)
+
+
+def percentiles(
+    groups: Sequence[tuple[str, Sequence[tuple[str, bool, Sequence[float]]]]], marks: Sequence[str], unit: str
+) -> str:
+    """A line from the first to the last percentile, a dot at each: (name, ours, values in ascending order), under a
+    title a group."""
+    left, right, thick, title, gap = 172, 16, 20, 22, 10
+    scale = (WIDTH - left - right) / (1.02 * max(v for _, group in groups for *_, values in group for v in values))
+    parts, y = [], 0
+    for label, group in groups:
+        parts.append(text(4, y + 15, escape(label)))
+        y += title
+        for name, ours, values in group:
+            cls, at = "ours" if ours else "theirs", y + 9
+            numbers = ", ".join(f"{m} {v:.4g} {unit}" for m, v in zip(marks, values, strict=True))
+            xs = [left + v * scale for v in values]
+            parts.append(text(left - 8, y + 13, escape(name), "" if ours else "faint", "end"))
+            parts.append(path(f"line {cls}", f"M{xs[0]:.1f} {at} H{xs[-1]:.1f}"))
+            parts += [dot(cls, x, at, 5 - j, numbers) for j, x in enumerate(xs)]
+            told, room = f"{values[0]:.4g} to {values[-1]:.4g} {unit}", 130
+            after = xs[-1] + room < WIDTH
+            if after:  # a guide from the name to the dots, where no number stands in its way
+                parts.append(path("base", f"M{left} {at} H{xs[0]:.1f}"))
+            parts.append(text(xs[-1] + 9 if after else xs[0] - 9, y + 13, told, "faint", "start" if after else "end"))
+            y += thick
+        y += gap
+    return _svg(y, parts)
 
 
 def roofline(points: Sequence[tuple[str, float, float, bool]], flops_per_s: float, bytes_per_s: float) -> str:

@@ -1,12 +1,14 @@
-"""Results in the terminal."""
+"""Results in the terminal, and what the HTML page's tables have in common with them."""
+
+from collections.abc import Callable, Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 console = Console()
 if not console.is_terminal:  # a file or a pipe has no width: do not fold the columns to a guess of 80
-    console = Console(width=160)
-STYLES = {"wrong": "bold red", "failed": "red", "absent": "dim"}
+    console = Console(width=200)
+STYLES = {"wrong": "bold red", "failed": "red", "refused": "red", "absent": "dim"}
 
 
 def show(rows: list[dict], goals: list[dict]) -> None:
@@ -41,10 +43,90 @@ def span(ratio: dict) -> str:
     return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
+def share(row: dict) -> str:
+    """How near a row comes to its limit; a star where FOOTNOTE has something to say of it."""
+    limit = row.get("limit", {})
+    if "share" not in limit:
+        return ""
+    return f"{100 * limit['share']:.0f} %{'*' if limit['share'] > 1 else ''} ({limit['bound']})"
+
+
+FOOTNOTE = (
+    "* Effective FLOPs: counted by the definition, where a fast FIR algorithm multiplies less often. A small case may "
+    "also work from a cache, and the limit is itself measured in this run."
+)
+
+
+def starred(rows: Iterable[dict]) -> bool:
+    """Whether FOOTNOTE belongs under these rows."""
+    return any(row.get("limit", {}).get("share", 0) > 1 for row in rows)
+
+
+Column = tuple[str, Callable[[dict], str]]
+WAITS = {"mean": "mean", "p50": "P50", "p90": "P90", "p95": "P95", "p99": "P99"}  # of benches that a person waits for
+
+
+def columns(rows: Sequence[dict]) -> list[Column]:
+    """What the timed rows of one subcommand show beside case and contender: heading, and the cell of a row."""
+    timed = [row for row in rows if "time_s" in row]
+
+    def quantile(key: str) -> Callable[[dict], str]:
+        return lambda row: duration(row["time_s"][key])
+
+    if any(row["bench"] in ("latency", "launches") for row in timed):
+        found: list[Column] = [(heading, quantile(key)) for key, heading in WAITS.items()]
+    else:
+        spread = lambda row: f"{duration(row['time_s']['p20'])} to {duration(row['time_s']['p80'])}"  # noqa: E731
+        found = [("median", quantile("median")), ("p20 to p80", spread), ("p99", quantile("p99"))]
+    if any("host_s" in row for row in timed):
+        found.append(("host", lambda row: duration(row["host_s"]) if "host_s" in row else ""))
+    if any("items_per_s" in row for row in timed):
+        found.append(("utterances/s", lambda row: f"{row['items_per_s']:.3g}" if "items_per_s" in row else ""))
+    if any(rate(row) for row in timed):
+        found.append(("rate", rate))
+    if any(share(row) for row in timed):
+        found.append(("of limit", share))
+    found.append(("its time / ours [95 %]", lambda row: span(row["ratio"]) if "ratio" in row else ""))
+    return [*launch_columns(timed), *found]
+
+
+def launch_columns(rows: Sequence[dict]) -> list[Column]:
+    """The counts of `python -m bench launches`, by what is counted."""
+    kinds = dict.fromkeys(kind for row in rows for kind in row.get("launches", {}))
+
+    def count(kind: str) -> Callable[[dict], str]:
+        return lambda row: str(row.get("launches", {}).get(kind, ""))
+
+    return [(kind.replace("_", " "), count(kind)) for kind in kinds]
+
+
+PROFILE_TITLES = {"layer": "layer, forward", "backward": "layer, backward", "op": "op, its own time"}
+
+
+def profiled(records: Sequence[dict]) -> list[tuple[str, list[dict]]]:
+    """(title, records) of each kind that a profile has."""
+    kinds = ((title, [r for r in records if r["kind"] == kind]) for kind, title in PROFILE_TITLES.items())
+    return [(title, mine) for title, mine in kinds if mine]
+
+
+def profile_lines(records: Sequence[dict], limit: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings beside the name, and a line a record: name, time, share of all records, calls."""
+    whole = sum(r["seconds"] for r in records)
+    lines = [
+        (r["name"], duration(r["seconds"]), f"{100 * r['seconds'] / whole:.1f} %", str(r["calls"]))
+        for r in records[:limit]
+    ]
+    return ("time", "share", "calls"), lines
+
+
 def _timed(bench: str, rows: list[dict]) -> Table:
-    table = Table(title=bench, title_justify="left")
-    for column in ("case", "contender", "median", "p20 to p80", "p99", "rate", "of limit", "its time / ours [95 %]"):
-        table.add_column(column, justify="left" if column in ("case", "contender") else "right")
+    caption = FOOTNOTE if starred(rows) else None
+    table = Table(title=bench, title_justify="left", caption=caption, caption_justify="left")
+    shown = columns(rows)
+    for heading in ("case", "contender"):
+        table.add_column(heading)
+    for heading, _ in shown:
+        table.add_column(heading, justify="right")
     last = None
     for row in rows:
         case = " ".join(str(v) for v in row["key"].values())
@@ -52,21 +134,8 @@ def _timed(bench: str, rows: list[dict]) -> Table:
         if row["status"] != "ok":
             table.add_row(first, row["contender"], row["status"], style=STYLES[row["status"]])
             continue
-        t = row["time_s"]
-        share = f"{100 * row['limit']['share']:.0f} %" if "share" in row.get("limit", {}) else ""
-        spread = f"{duration(t['p20'])} to {duration(t['p80'])}"
-        beside = span(row["ratio"]) if "ratio" in row else ""
-        table.add_row(
-            first,
-            row["contender"],
-            duration(t["median"]),
-            spread,
-            duration(t["p99"]),
-            rate(row),
-            share,
-            beside,
-            style="bold" if row["ours"] else None,
-        )
+        cells = [cell(row) for _, cell in shown]
+        table.add_row(first, row["contender"], *cells, style="bold" if row["ours"] else None)
     return table
 
 

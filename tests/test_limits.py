@@ -20,11 +20,11 @@ def rates(monkeypatch):
 
 
 @pytest.mark.parametrize(("allowed", "mode", "rate"), [(True, "TF32", 8.0), (False, "IEEE", 1.0)])
-def test_fp32_on_a_gpu_is_held_to_the_rate_that_convolutions_may_use(rates, monkeypatch, allowed, mode, rate):
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32" if allowed else "ieee")
-    before = torch.backends.cuda.matmul.allow_tf32
-    found = limits.matmul_rates(GPU)
-    assert limits.float32_mode(GPU) == mode and torch.backends.cuda.matmul.allow_tf32 is before
+def test_fp32_on_a_gpu_is_held_to_the_rate_that_convolutions_may_use(rates, allowed, mode, rate):
+    with torch.backends.cudnn.flags(allow_tf32=allowed):
+        before = torch.backends.cuda.matmul.allow_tf32
+        found = limits.matmul_rates(GPU)
+        assert limits.float32_mode(GPU) == mode and torch.backends.cuda.matmul.allow_tf32 is before
     assert found == {
         "float32": rate,
         "float32 in IEEE": 1.0,

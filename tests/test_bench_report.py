@@ -1,0 +1,318 @@
+"""What a result says must be on its page and in the terminal: nothing that was measured stays in the JSON alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from bench import harness, machine, published, report, tables
+from bench.agreement import agreement
+from jasper_fast.kernels import tables as kernel_tables
+
+SAMPLES = [0.010 + 0.0001 * i for i in range(100)]
+RATIO = {"median": 1.5, "low": 1.4, "high": 1.6, "confidence": 0.95, "pairs": 100}
+LIMITS = {
+    "matmul_flops_per_s": {"float16": 8e14, "float32": 4e14, "float32 in IEEE": 5e13, "float32 in TF32": 4e14},
+    "float32_mode": "TF32",
+    "copy_bytes_per_s": 2.5e12,
+    "launch_s": {"host": 2e-6},
+    "clocks": {"clocks.sm": "1755 MHz", "temperature.gpu": "61"},
+}
+
+
+def row(bench: str, contender: str, key: dict, **more) -> dict:
+    case = bench + " " + " ".join(f"{k}={v}" for k, v in key.items())
+    made = {"id": f"{case} / {contender}", "bench": bench, "key": key, "contender": contender, "status": "ok"}
+    made |= {"ours": contender == "jasper_fast", "dtype": key.get("dtype", "float16"), "flops": 0, "bytes": 0}
+    if contender != "jasper_fast" and bench != "memory":
+        made["ratio"] = RATIO
+    if bench != "memory":
+        made["time_s"] = harness.summary(SAMPLES, 1)
+    return made | more
+
+
+def full(name: str = "NVIDIA Imaginary 9000") -> dict:
+    """A result of `python -m bench gpu` that has something of everything."""
+    utterance = {"model": "jasper10x5", "N": 4, "seconds": 7.0, "dtype": "float16", "path": "acoustic model"}
+    step = {"model": "jasper10x5", "batch": "(32, 64, 1680)", "dtype": "float16", "mode": "step"}
+    conv = {"op": "conv1d", "shape": "(32, 256->256, 832)", "taps": "K = 11", "dtype": "float16", "mode": "both"}
+    tiny = {"model": "small", "N": 1, "seconds": 0.32, "dtype": "float16", "path": "acoustic model"}
+    above = {"limit": {"bound": "compute", "floor_s": 1.0, "share": 1.25}}
+    above |= {"flops_per_s": 1e15, "flops": 1e12, "bytes": 1e9}
+    waiting = {"items_per_s": 777.0, "host_s": 123e-6}
+    counted = {"ops": 321, "kernels": 54, "host_launches": 3}
+    kept = {"kept_bytes": 10 * 2**20, "peak_bytes": 30 * 2**20}
+    rows = [
+        *(row("kernels", c, conv, **above) for c in ("jasper_fast", "eager", "cudnn")),
+        *(row("train", c, step, items_per_s=1234.5) for c in ("jasper_fast", "eager", "compile")),
+        *(row("latency", c, utterance, **waiting) for c in ("jasper_fast", "eager", "cuda_graph")),
+        *(row("launches", c, tiny, launches=counted) for c in ("jasper_fast", "eager")),
+        *(row("memory", c, step, memory=kept) for c in ("jasper_fast", "eager")),
+    ]  # fmt: skip
+    rows.append(row("latency", "tensorrt", utterance, status="absent", why="torch_tensorrt is <not> installed"))
+    for missing in ("time_s", "ratio"):
+        rows[-1].pop(missing)
+    profile = {"contender": "jasper_fast", "model": "small", "mode": "train", "batch": [8, 400], "step_s": 0.5}
+    profile |= {"profiled_s": 0.6, "records": [
+        {"kind": kind, "name": name, "seconds": 0.1, "calls": 5}
+        for kind, name in (("layer", "encoder.layers.3"), ("backward", "encoder.layers.4"), ("op", "aten::<conv>"))
+    ]}  # fmt: skip
+    refused = {"contender": "eager", "model": "small", "mode": "train", "batch": [8, 400]}
+    refused |= {"status": "wrong", "why": "NaN"}
+    verdict = {"op": "conv1d.forward", "face": "triton", "status": "bad", "quick": True, "checked": 41}
+    tuned = {"op": "conv1d.fused", "c_in": 256, "c_out": 384, "taps": 13, "stride": 1, "dilation": 2, "rows_log2": 12}
+    tuned |= {"dtype": "float16", "face": "triton", "tile": {"t": 128, "n": 64}, "time_s": 41e-6}
+    about = {
+        "name": name, "device": "cuda", "cpu": {"name": "c", "cores": 16, "isa": ["avx2"]}, "threads": 16,
+        "gpu": {"capability": "sm_90", "memory_gib": 79.6, "driver": "1.2",
+                "clocks_at_start": {"clocks.sm": "345 MHz", "temperature.gpu": "33"}},
+        "load_average": [0.5, 0.5, 0.5], "python": "3.11", "packages": {"torch": "2.13.0"}, "cuda": "13.0",
+        "commit": "0123456789", "dirty": False, "date": "2026-01-01T00:00:00+00:00", "command": "python -m bench gpu",
+    }  # fmt: skip
+    return {
+        "schema": 1, "machine": about, "limits": copy.deepcopy(LIMITS), "rows": rows, "goals": [], "finished": True,
+        "arguments": {"quick": "False"}, "profiles": [profile, refused], "table": {"rows": [tuned]},
+        "parts": {"self-check": "finished", "latency grid": "cut off"},
+        "selfcheck": {"seconds": 3.0, "verdicts": [verdict], "failures": ["conv1d.forward is off by 2"]},
+    }  # fmt: skip
+
+
+def section(html: str, title: str) -> str:
+    """What stands between a heading and the next one of its level."""
+    _, _, rest = html.partition(f"<h2>{title}")
+    assert rest, title
+    return rest.partition("<h2>")[0]
+
+
+def cells(html: str) -> list[list[str]]:
+    """Rows of the tables in `html`, cell by cell, without markup."""
+    lines = re.findall(r"<tr.*?</tr>", html)
+    return [[re.sub(r"<[^>]*>", "", c) for c in re.findall(r"<t[dh].*?</t[dh]>", line)] for line in lines]
+
+
+class Balance(HTMLParser):
+    """Fails on a tag that is closed in another order than it was opened."""
+
+    VOID = {"meta", "br"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.open += [] if tag in self.VOID else [tag]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture
+def page() -> str:
+    return report.page([full()])
+
+
+def test_the_page_is_well_formed_and_all_that_is_told_is_escaped(page):
+    for html in (page, report.page([full(), full("another <GPU>")])):
+        check = Balance()
+        check.feed(html)
+        assert not check.open
+        assert "<not>" not in html and "aten::<conv>" not in html and "<GPU>" not in html
+
+
+# ------------------------------------------------------------------ rows and bars
+
+
+def test_latency_rows_have_percentiles_mean_and_throughput(page):
+    found = cells(section(page, "Every timed row"))
+    heads = next(line for line in found if "P95" in line)
+    assert heads[2:9] == ["mean", "P50", "P90", "P95", "P99", "host", "utterances/s"]
+    ours = next(line for line in found if line[0].startswith("jasper10x5, N = 4"))
+    t = harness.summary(SAMPLES, 1)
+    assert ours[2:9] == [tables.duration(t[k]) for k in ("mean", "p50", "p90", "p95", "p99")] + ["123 us", "777"]
+
+
+def test_training_rows_have_throughput_and_kernels_keep_their_quantiles(page):
+    found = cells(section(page, "Every timed row"))
+    train = next(i for i, line in enumerate(found) if line[0].startswith("jasper10x5, (32"))
+    assert found[train - 1][2:6] == ["median", "p20 to p80", "p99", "utterances/s"] and "1.23e+03" in found[train]
+    assert found[0][2:5] == ["median", "p20 to p80", "p99"] and "utterances/s" not in found[0]
+
+
+def test_the_terminal_shows_the_same_columns(capsys):
+    result = full()
+    tables.show(result["rows"], [])
+    told = capsys.readouterr().out
+    for heading in ("P50", "P90", "P95", "P99", "mean", "utterances/s", "host launches", "125 %* (compute)", "321"):
+        assert heading in told, heading
+    assert tables.FOOTNOTE[:40] in told
+
+
+def test_every_rival_that_has_a_time_has_a_bar(page):
+    for title, names in (
+        ("Kernels: ", ("eager", "cudnn")),
+        ("Training step: ", ("eager", "compile")),
+        ("Inference: ", ("eager", "cuda_graph")),
+        ("Launches: ", ("eager",)),
+    ):
+        plot = section(page, title)
+        assert plot.count("<rect") == len(names)
+        assert all(f">{name}</text>" in plot for name in names)
+
+
+def test_a_share_above_the_limit_is_explained(page):
+    assert "125 %* (compute)" in page and page.count("Effective FLOPs: counted by the definition") == 1
+    modest = full()
+    for r in modest["rows"]:
+        r.pop("limit", None)
+    assert "Effective FLOPs" not in report.page([modest])
+
+
+# ------------------------------------------------------------------ what a GPU's run brings
+
+
+def test_launches_profiles_selfcheck_tuning_and_parts_are_on_the_page(page):
+    launched = cells(section(page, "Launches of one call"))
+    assert launched[0][2:5] == ["ops", "kernels", "host launches"] and launched[1][2:5] == ["321", "54", "3"]
+    profile = section(page, "Where the time goes")
+    for part in ("encoder.layers.3", "encoder.layers.4", "500 ms without the profiler, 600 ms with it", "wrong: NaN"):
+        assert part in profile
+    assert "conv1d.forward is off by 2" in section(page, "Self-check") and "41" in section(page, "Self-check")
+    assert "256 to 384, K = 13, dilation 2" in section(page, "Tuning") and "t 128, n 64" in section(page, "Tuning")
+    assert ["latency grid", "cut off"] in cells(section(page, "Parts of the run"))
+
+
+def test_clocks_and_temperature_are_shown(page):
+    assert "clocks.sm 345 MHz, temperature.gpu 33 °C" in page and "clocks.sm 1755 MHz, temperature.gpu 61 °C" in page
+    assert "held to TF32" in page
+    assert report.state({"cpu_mhz": [2600, 2700], "temperature_c": 55.4}) == "2600, 2700 MHz; 55 °C"
+    assert report.state({"cpu_mhz": [2600]}) == "2600 MHz"
+
+
+def test_a_comparison_has_ratios_and_memory():
+    second = full()
+    for r in second["rows"]:
+        if "memory" in r:
+            r["memory"] = {"kept_bytes": 5 * 2**20, "peak_bytes": 60 * 2**20}
+    html = section(report.page([full(), second]), "Comparison")
+    case = "memory: jasper10x5, (32, 64, 1680), float16, step"
+    assert [case, "eager", "10.0 / 30.0", "5.0 (0.500) / 60.0 (2.000)"] in cells(html)
+    eager = next(line for line in cells(html) if line[0].startswith("train") and line[1] == "eager")
+    assert "1.50 [1.40, 1.60]" in eager[2] and "(1.00x)" in eager[3]
+
+
+# ------------------------------------------------------------------ published numbers
+
+
+def test_published_tables_are_whole():
+    gpus = ["A100 80GB", "V100 16GB (DGX-1)", "V100 32GB (DGX-1)", "V100 32GB (DGX-2)", "T4"]
+    for table in (published.LATENCY_FP16, published.LATENCY_FP32):
+        assert list(table) == gpus
+        for found in table.values():
+            assert set(found) == {(N, s) for N in (1, 2, 4, 8, 16) for s in (2.0, 7.0, 16.7)}
+            for mean, p90, p95, p99 in found.values():
+                assert mean <= p90 * 1.1 and p90 <= p95 <= p99
+    assert len(published.TRAINING) == 23 and {gpus for _, _, gpus, _, _ in published.TRAINING} == {1, 4, 8, 16}
+    for gpu, batch, gpus, full_rate, amp in published.TRAINING:
+        one = next(r for r in published.TRAINING if r[:3] == (gpu, batch, 1))
+        assert 0.75 * gpus * one[4] <= amp <= gpus * one[4]  # weak scaling as published: 0.8 of linear at the least
+        assert full_rate is None or 1.4 < amp / full_rate < 2.95
+    # spot checks, one a table and one a column
+    assert published.latency("float32")["V100 16GB (DGX-1)"][8, 7.0] == (129.82, 130.65, 131.09, 132.91)
+    assert published.latency("bfloat16")["V100 32GB (DGX-2)"][16, 16.7] == (124.33, 125.57, 125.92, 128.78)
+    assert ("V100 32GB (DGX-2)", 1, 43.86) in published.training(64, "float16")
+    assert [gpu for gpu, gpus, _ in published.training(64, "float32") if gpus == 1] == ["A100 80GB"]
+
+
+def test_our_rows_stand_beside_the_published_ones_of_their_batch_and_length(page):
+    found = cells(section(page, "Beside other hardware"))
+    line = next(line for line in found if line[0] == "N = 4, 7.0 s")
+    mean = f"{1e3 * harness.summary(SAMPLES, 1)['mean']:.1f} / "  # in ms
+    assert line[1].startswith(mean) and line[2].startswith(mean)
+    assert line[3:] == ["34.1 / 34.3 / 34.6 / 35.4", "50.4 / 51.8 / 52.0 / 54.4", "52.1 / 53.1 / 53.6 / 55.7",
+                        "38.0 / 38.5 / 39.0 / 42.5", "49.9 / 52.2 / 52.9 / 54.2"]  # fmt: skip
+    heads = found[found.index(line) - 1]
+    assert all(h.endswith("published") for h in heads[3:]) and "NVIDIA Imaginary 9000" in heads[1]
+    train = next(line for line in found if line[0] == "N = 32, 1680 frames, float16")
+    assert train[1:3] == ["1234.5", "1234.5"] and "A100 80GB 64.3; V100 32GB (DGX-1) 34.1" in train[3]
+    assert "not measured here" in section(page, "Beside other hardware")
+
+
+def test_a_result_without_jasper_10x5_has_no_such_table():
+    result = full()
+    result["rows"] = [r for r in result["rows"] if r["key"].get("model") != "jasper10x5"]
+    html = report.page([result])
+    assert "Beside other hardware" not in html and "Not measured here" in html
+    key = {"model": "jasper10x5", "N": 3, "seconds": 2.0, "dtype": "float16", "path": "acoustic model"}
+    result["rows"].append(row("latency", "jasper_fast", key))
+    assert "Beside other hardware" not in report.page([result]), "nothing was published for N = 3"
+
+
+# ------------------------------------------------------------------ README
+
+
+def test_the_readme_s_table_is_what_the_committed_results_say(tmp_path):
+    committed = (machine.ROOT / "README.md").read_text()
+    copied = tmp_path / "README.md"
+    copied.write_text(committed)
+    assert report.write_readme(sorted(report.COMMITTED.glob("*.json")), copied) == 0
+    assert copied.read_text() == committed, "run: python -m bench report --readme"
+
+
+def test_what_the_readmes_say_of_two_runs_is_what_the_two_runs_say():
+    pair = [report.load(path) for path in sorted(report.COMMITTED.glob("all_amd-epyc-2-cores_*_5acebeae91.json"))]
+    found = agreement(*pair)
+    told = f"overlap in {found.rows - len(found.apart)} of {found.rows} rows"
+    for readme in ("README.md", "bench/README.md"):
+        text = (machine.ROOT / readme).read_text()
+        assert told in text, readme
+        named = set(re.findall(r"all_amd-epyc-2-cores_[0-9-]+_5acebeae91\.json", text))
+        assert named == {path.name for path in report.COMMITTED.glob("all_amd-epyc-2-cores_*_5acebeae91.json")}, readme
+
+
+@pytest.mark.parametrize("readme", ["README.md", "bench/README.md"])
+def test_links_of_the_readmes_lead_somewhere(readme):
+    path = machine.ROOT / readme
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text())
+    assert links and not [link for link in links if not (path.parent / link).exists()]
+
+
+def test_the_readme_takes_the_newest_result_in_full_before_any_quick_one():
+    def result(date: str, quick: bool, *names: str) -> dict:
+        return {
+            "machine": {"date": date}, "arguments": {"quick": str(quick)},
+            "goals": [{"name": name, "by": date} for name in names],
+        }  # fmt: skip
+
+    results = [
+        result("1", False, "a", "b", "c"),
+        result("2", False, "a", "b"),
+        result("3", True, "a", "d"),
+        result("4", True, "d"),
+    ]
+    found = {goal["name"]: by["machine"]["date"] for goal, by in report.chosen_goals(results)}
+    assert found == {"a": "2", "b": "2", "c": "1", "d": "4"}
+
+
+def test_a_source_says_the_load_and_not_where_the_file_was_put(tmp_path):
+    result = full() | {"path": tmp_path / "r.json"}
+    result["machine"]["command"] = "python -m bench all --out some/where --threads 2"
+    told = report.source(result)
+    assert told.startswith("`python -m bench all --threads 2`") and "load average before 0.5" in told
+    assert told.endswith("; r.json")
+
+
+def test_the_newest_result_is_no_trace(tmp_path):
+    for name in ("kernels_a.json", "trace_small_train_eager_1.json"):
+        (tmp_path / name).write_text(json.dumps({}))
+    assert report.newest(tmp_path) == [tmp_path / "kernels_a.json"]
+    assert report.newest(tmp_path / "none") == []
+
+
+def test_there_is_one_slug():
+    assert (
+        machine.slug is kernel_tables.slug and machine.slug("NVIDIA H100 80GB, 2 cores!") == "nvidia-h100-80gb-2-cores"
+    )
