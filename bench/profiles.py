@@ -1,43 +1,71 @@
-"""Where does the time of a step go: a torch.profiler trace with ranges named after layers, and two tables.
+"""Where does the time of a step go: a torch.profiler trace with ranges named after layers, and tables by layer and op.
 
-`python -m bench profile` writes `trace_<contender>.json` (open it in chrome://tracing or Perfetto).
+`python -m bench profile` writes `trace_<model>_<mode>_<contender>_<time>.json` (open it in chrome://tracing or
+Perfetto). What is profiled is checked first, as everywhere in bench: no profile of a wrong result.
+
+What it adds to a step is the profiler's own work and one range a layer (a sub-block, in the engine), on the host; no
+hook runs in backward, and no kernel is added: a node of autograd is put down to the layer in whose forward it was made,
+by the sequence number that PyTorch gives both. The step's time is told with and without. A CUDA graph has no layers, so
+the engine is profiled without graphs.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+import dataclasses
+import datetime
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from rich.table import Table
 from torch import nn
+from torch.autograd import DeviceType
 
-from bench import models, tables, train
-from bench.harness import Run, synchronize
+from bench import harness, latency, memory, models, tables, train
+from bench.harness import Case, Run, synchronize
+from bench.machine import slug
 from jasper_fast import InferenceEngine
 
 LAYER = "layer "
+BACKWARD = "autograd::engine::evaluate_function: "
+HEAD = "decoder.layers.0"
+
+
+# ------------------------------------------------------------------ ranges
+
+
+@contextlib.contextmanager
+def layer_range(name: str, device: torch.device) -> Iterator[None]:
+    """A profiler range, and on a GPU an NVTX range too."""
+    with torch.profiler.record_function(LAYER + name):
+        if device.type == "cuda":
+            torch.cuda.nvtx.range_push(name)
+        try:
+            yield
+        finally:
+            if device.type == "cuda":
+                torch.cuda.nvtx.range_pop()
 
 
 @contextlib.contextmanager
 def ranges(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """A profiler range (and on a GPU an NVTX range) around every layer's forward."""
+    """A range around every layer's forward."""
     layers = [(f"encoder.layers.{i}", layer) for i, layer in enumerate(module.encoder.layers)]
-    layers.append(("decoder.layers.0", module.decoder.layers[0]))
-    opened: dict[str, list] = {name: [] for name, _ in layers}
+    layers.append((HEAD, module.decoder.layers[0]))
+    opened: dict[str, list[contextlib.ExitStack]] = {name: [] for name, _ in layers}
 
     def enter(name: str) -> Callable[..., None]:
         def hook(*_: object) -> None:
-            opened[name].append(torch.profiler.record_function(LAYER + name).__enter__())
-            if device.type == "cuda":
-                torch.cuda.nvtx.range_push(name)
+            stack = contextlib.ExitStack()
+            stack.enter_context(layer_range(name, device))
+            opened[name].append(stack)
 
         return hook
 
     def leave(name: str) -> Callable[..., None]:
         def hook(*_: object) -> None:
-            if device.type == "cuda":
-                torch.cuda.nvtx.range_pop()
-            opened[name].pop().__exit__(None, None, None)
+            opened[name].pop().close()
 
         return hook
 
@@ -48,6 +76,35 @@ def ranges(module: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextlib.contextmanager
+def engine_ranges(engine: InferenceEngine, device: torch.device) -> Iterator[None]:
+    """A range around every sub-block of an engine, named after its layer; the engine never calls the layers."""
+
+    def inside(name: str, conv: Callable) -> Callable:
+        def call(*args: object, **kwargs: object) -> object:
+            with layer_range(name, device):
+                return conv(*args, **kwargs)
+
+        return call
+
+    runner = engine._run
+    plan, bound = runner._plan, getattr(runner, "shapes", {})
+    names = [
+        f"encoder.layers.{i}" for i, layer in enumerate(engine._model.encoder.layers) for _ in range(layer.b.repeat)
+    ]
+    steps = [dataclasses.replace(s, conv=inside(n, s.conv)) for n, s in zip(names, plan.steps, strict=True)]
+    bound.clear()  # shapes that were bound to the bare convs
+    runner._plan = dataclasses.replace(plan, steps=tuple(steps), head=inside(HEAD, plan.head))
+    try:
+        yield
+    finally:
+        runner._plan = plan
+        bound.clear()
+
+
+# ------------------------------------------------------------------ profiling
 
 
 def profile(step: Callable[[], object], device: torch.device, target: Path) -> list[dict]:
@@ -63,73 +120,151 @@ def profile(step: Callable[[], object], device: torch.device, target: Path) -> l
         synchronize(device)
     target.parent.mkdir(parents=True, exist_ok=True)
     trace.export_chrome_trace(str(target))
-    records = []
+    on_gpu, records = device.type == "cuda", []
     for event in trace.key_averages():
+        if event.device_type != DeviceType.CPU:
+            continue  # as the GPU saw it: its time is that of the op, or the range, which launched it
         layer = event.key.startswith(LAYER)
-        on_gpu = device.type == "cuda"
         total, own = (
             (event.device_time_total, event.self_device_time_total)
             if on_gpu
             else (event.cpu_time_total, event.self_cpu_time_total)
         )
-        seconds = (total if layer else own) * 1e-6
+        seconds, name = (total if layer else own) * 1e-6, event.key.removeprefix(LAYER)
         if seconds > 0:
-            records.append(
-                {
-                    "kind": "layer" if layer else "op",
-                    "name": event.key.removeprefix(LAYER),
-                    "seconds": seconds,
-                    "calls": event.count,
-                }
-            )
-    return sorted(records, key=lambda r: -r["seconds"])
+            records.append({"kind": "layer" if layer else "op", "name": name, "seconds": seconds, "calls": event.count})
+    return sorted([*records, *backward(trace.events(), on_gpu)], key=lambda r: -r["seconds"])
+
+
+def backward(events: Iterable, on_gpu: bool) -> list[dict]:
+    """One record a layer: the time of the autograd nodes that its forward made, found by their sequence numbers."""
+    made: dict[int, tuple[float, str]] = {}  # by sequence number: when the op began that made the node, and its layer
+    nodes = []
+    for event in events:
+        if event.device_type != DeviceType.CPU or event.sequence_nr < 0:
+            continue
+        if event.name.startswith(BACKWARD):
+            nodes.append(event)
+        elif within(event, BACKWARD) is None:
+            # ops that make no node share the number of the next one that does, which begins after them
+            found = (event.time_range.start, (within(event, LAYER) or "").removeprefix(LAYER))
+            made[event.sequence_nr] = max(made.get(event.sequence_nr, found), found)
+    spent: dict[str, list[float]] = {}
+    for node in nodes:
+        layer = made.get(node.sequence_nr, (0.0, ""))[1]
+        if layer:
+            spent.setdefault(layer, []).append(node.device_time_total if on_gpu else node.cpu_time_total)
+    return [
+        {"kind": "backward", "name": layer, "seconds": sum(times) * 1e-6, "calls": len(times)}
+        for layer, times in spent.items()
+        if sum(times) > 0
+    ]
+
+
+def within(event, prefix: str) -> str | None:
+    """The name of the innermost event around `event`, or of itself, that begins with `prefix`."""
+    while event is not None and not event.name.startswith(prefix):
+        event = event.cpu_parent
+    return None if event is None else event.name
 
 
 def show(title: str, records: list[dict], limit: int = 25) -> None:
-    """Time per layer (its forward) and per op (its own time, forward and backward)."""
-    for kind in ("layer", "op"):
-        mine = [r for r in records if r["kind"] == kind]
-        if not mine:
-            continue
-        whole = sum(r["seconds"] for r in mine)
-        table = Table(title=f"{title}: time per {kind}", title_justify="left")
-        table.add_column(kind)
-        for column in ("time", "share", "calls"):
+    """Time per layer, forward and backward, and per op."""
+    for kind, mine in tables.profiled(records):
+        heads, lines = tables.profile_lines(mine, limit)
+        table = Table(title=f"{title}\ntime per {kind}", title_justify="left")
+        table.add_column(kind.partition(",")[0])
+        for column in heads:
             table.add_column(column, justify="right")
-        for r in mine[:limit]:
-            table.add_row(
-                r["name"], tables.duration(r["seconds"]), f"{100 * r['seconds'] / whole:.1f} %", str(r["calls"])
-            )
+        for line in lines:
+            table.add_row(*line)
         tables.console.print(table)
 
 
+# ------------------------------------------------------------------ contenders
+
+Profiled = tuple[Callable[[], object], contextlib.AbstractContextManager]  # a step, and what names its layers
+
+
+class WithoutGraphs(latency.Models):
+    """The models of `python -m bench latency`, the engine without CUDA graphs."""
+
+    def engine(self, _: nn.Module) -> InferenceEngine:
+        """jasper_fast's inference engine over the same weights."""
+        fused = models.fused(self.cfg, self.state, self.run.backend)
+        return InferenceEngine(fused.eval(), dtype=self.run.dtype, graphs=False)
+
+
+def inference(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str], Profiled]]:
+    """The case that is checked, and each contender's call and ranges."""
+    shared = WithoutGraphs(dataclasses.replace(run, rivals="eager"), model)
+    at = f"{T} frames"  # no number of seconds that another part of bench may mean
+    models.FRAMES[at] = T
+    case = latency.case(shared, model, N, at)
+
+    def of(name: str) -> Profiled:
+        named = (
+            engine_ranges(shared.contenders[name], run.device)
+            if name == case.ours
+            else ranges(shared.contenders[name], run.device)
+        )
+        return case.runners[name].run, named
+
+    return case, of
+
+
+def training(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str], Profiled]]:
+    """The case that is checked, and each contender's step and ranges."""
+    case, modules, batch = memory.case(run, model, N, T)
+
+    def of(name: str) -> Profiled:
+        module = modules[name]
+        state = models.weights(models.config(model), run.device)
+        runner = train.runner(module, module, batch(), state, run.dtype, "step")
+        return runner.run, ranges(module, run.device)
+
+    return case, of
+
+
 def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int = 400) -> list[dict]:
-    """Profile one training step or one inference call of jasper_fast and of eager."""
-    cfg = models.config(model)
-    state = models.weights(cfg, run.device)
-    fused = models.fused(cfg, state, run.backend)
+    """Profile one training step or one inference call of jasper_fast and of eager, those of them that are right."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    case, of = {"train": training, "inference": inference}[mode](run, model, N, T)
     found = []
-    for name, module in (("jasper_fast", fused), ("eager", models.eager(cfg, state))):
-        batch = train.Batch(cfg, N, T, run.device)
-        if mode == "train":
-            step = train.runner(module, module, batch, state, run.dtype, "step").run
-        else:
-            module = module.to(run.dtype).eval()
-            call = InferenceEngine(module) if name == "jasper_fast" else module
-            x = batch.features.to(run.dtype)
-            step = _inference(call, x, batch.lengths)
-        with ranges(module, run.device):
-            records = profile(step, run.device, run.results.path.with_name(f"trace_{model}_{mode}_{name}.json"))
-        show(f"{name}, {model} {mode} ({N}, {cfg.encoder.in_feats}, {T})", records)
-        found.append({"contender": name, "model": model, "mode": mode, "batch": [N, T], "records": records})
+    with run.blamed(case):
+        harness.prepare(case)
+    for name in [contender.name for contender in case.contenders]:
+        about = {"contender": name, "model": model, "mode": mode, "batch": [N, T]}
+        if name in case.failed:
+            status, why = case.failed[name]
+            tables.console.print(f"{status}: {name}: {why}", style=tables.STYLES[status], markup=False)
+            found.append(about | {"status": status, "why": why, "records": []})
+            continue
+        step, named = of(name)
+        target = run.results.path.with_name(f"trace_{slug(Path(model).stem)}_{mode}_{name}_{stamp}.json")
+        bare, watched = [stopwatch(step, run.device)() for _ in range(4)], stopwatch(step, run.device)
+        with named:
+            records = profile(watched, run.device, target)
+        show(f"{name}, {model} {mode} ({N}, {models.config(model).encoder.in_feats}, {T})", records)
+        times = {"step_s": statistics.median(bare[1:]), "profiled_s": watched.seconds[-1]}
+        told = " without the profiler, ".join(tables.duration(t) for t in times.values())
+        tables.console.print(f"{name}: {told} with it; {target.name}", markup=False)
+        found.append(about | {"status": "ok", "trace": target.name, "records": records} | times)
     run.results.data["profiles"] = found
     run.results.write()
     return found
 
 
-def _inference(call: Callable, x: torch.Tensor, lengths: torch.Tensor) -> Callable[[], object]:
-    def step() -> object:
-        with torch.inference_mode():
-            return call(x, lengths)
+class stopwatch:
+    """`step`, waited for; `seconds` of each call."""
 
-    return step
+    def __init__(self, step: Callable[[], object], device: torch.device) -> None:
+        self.step, self.device, self.seconds = step, device, []
+
+    def __call__(self) -> float:
+        synchronize(self.device)
+        start = time.perf_counter()
+        self.step()
+        synchronize(self.device)
+        self.seconds.append(time.perf_counter() - start)
+        return self.seconds[-1]
