@@ -13,7 +13,7 @@ from jasper_fast import backends
 CPU = torch.device("cpu")
 SHAPE = (2, 256, 400)
 FACES = ("reference", "cpu", "eager")
-medians: dict[str, float] = {}
+shortest: dict[str, float] = {}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def inputs() -> kernels.Inputs:
 
 
 @pytest.mark.parametrize("face", FACES)
-@pytest.mark.benchmark(group="bn_relu_dropout forward + backward (2, 256, 400) fp32", min_rounds=5, max_time=1.0)
+@pytest.mark.benchmark(group="bn_relu_dropout forward + backward (2, 256, 400) fp32", min_rounds=5, max_time=0.5)
 def test_bn_relu_dropout(benchmark, inputs, face):
     if face != "eager" and (reason := backends.why_missing(face, "cpu")):
         pytest.skip(reason)
@@ -36,6 +36,6 @@ def test_bn_relu_dropout(benchmark, inputs, face):
     assert not runner.extra()
     benchmark(runner.run)
     if benchmark.enabled:
-        medians[face] = benchmark.stats.stats.median
-        if "reference" in medians:
-            benchmark.extra_info["of_reference"] = medians[face] / medians["reference"]
+        shortest[face] = benchmark.stats.stats.min
+        if "reference" in shortest:
+            benchmark.extra_info["of_reference"] = shortest[face] / shortest["reference"]

@@ -7,7 +7,7 @@ from bench import correct, latency, models, train
 from jasper_fast import InferenceEngine, Jasper
 
 CPU = torch.device("cpu")
-medians: dict[str, float] = {}
+shortest: dict[str, float] = {}
 
 
 @pytest.fixture(scope="module")
@@ -18,11 +18,11 @@ def small():
 
 
 def of_eager(benchmark, kind: str, contender: str) -> None:
-    """Keep the median's ratio to eager's beside the times."""
+    """Keep the ratio of the shortest times to eager's beside the times."""
     if benchmark.enabled:
-        medians[kind + contender] = benchmark.stats.stats.median
-        if kind + "eager" in medians:
-            benchmark.extra_info["of_eager"] = medians[kind + contender] / medians[kind + "eager"]
+        shortest[kind + contender] = benchmark.stats.stats.min
+        if kind + "eager" in shortest:
+            benchmark.extra_info["of_eager"] = shortest[kind + contender] / shortest[kind + "eager"]
 
 
 def plain(config, state, batch, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -32,7 +32,7 @@ def plain(config, state, batch, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("contender", ["eager", "jasper_fast"])
-@pytest.mark.benchmark(group="small Jasper, training forward + backward (2, 64, 200)", min_rounds=5, max_time=1.0)
+@pytest.mark.benchmark(group="small Jasper, training forward + backward (2, 64, 200)", min_rounds=5, max_time=1.5)
 def test_training(benchmark, small, contender):
     config, state = small
     batch = train.Batch(config, 2, 200, CPU)
@@ -45,7 +45,7 @@ def test_training(benchmark, small, contender):
 
 
 @pytest.mark.parametrize("contender", ["eager", "jasper_fast"])
-@pytest.mark.benchmark(group="small Jasper, inference (1, 64, 208)", min_rounds=5, max_time=1.0)
+@pytest.mark.benchmark(group="small Jasper, inference (1, 64, 208)", min_rounds=5, max_time=1.5)
 def test_inference(benchmark, small, contender):
     config, state = small
     inputs = models.features(config, 1, 208, CPU, 1)
