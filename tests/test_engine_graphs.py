@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from types import SimpleNamespace
 
@@ -127,13 +126,18 @@ def test_a_graph_is_captured_again_where_fp32_arithmetic_is_to_change(device, mo
     engine(features, lengths)
     bound = engine._run.shapes[2, 24]
     captures: list[object] = []
-    capture = engine._run._graphs.capture
+    capture, takes_tf32 = engine._run._graphs.capture, engine._run._takes_tf32
     monkeypatch.setattr(engine._run._graphs, "capture", lambda launch: captures.append(launch) or capture(launch))
     engine(features, lengths)
     assert captures == []
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not torch.backends.cudnn.allow_tf32)
-    engine(features, lengths)
-    engine(features, lengths)
+    setting = torch.backends.cudnn.conv
+    before = setting.fp32_precision
+    setting.fp32_precision = "ieee" if takes_tf32() else "tf32"
+    try:
+        engine(features, lengths)
+        engine(features, lengths)
+    finally:
+        setting.fp32_precision = before
     assert captures == [bound.launch]
 
 
@@ -227,7 +231,6 @@ class FakeCuda:
     def __init__(self):
         self.log: list[str] = []
         self.capturing = False
-        self.ids = itertools.count(1)
         self.current = self.Stream("cuda", "main")
         log = self.log
 
@@ -236,8 +239,8 @@ class FakeCuda:
                 log.append(f"record on {stream.name}")
 
         class CUDAGraph:
-            def capture_begin(self, pool, capture_error_mode):
-                log.append(f"begin {pool} {capture_error_mode}")
+            def capture_begin(self, capture_error_mode):
+                log.append(f"begin {capture_error_mode}")
 
             def capture_end(self):
                 log.append("end")
@@ -269,9 +272,6 @@ class FakeCuda:
     def is_current_stream_capturing(self):
         return self.capturing
 
-    def graph_pool_handle(self):
-        return f"pool {next(self.ids)}"
-
 
 class _Within:
     def __init__(self, fake, name, value):
@@ -292,14 +292,14 @@ def fake(monkeypatch):
     return fake
 
 
-def test_capture_warms_up_on_a_side_stream_and_shares_one_pool(fake):
+def test_capture_warms_up_on_a_side_stream_and_takes_no_pool_that_could_die(fake):
     made = CudaGraphs(torch.device("cuda"))
     replays = [made.capture(lambda: fake.log.append(f"launch on {fake.current.name}")) for _ in range(2)]
     once = [
         "side waits for main",
         "launch on side",
         "main waits for side",
-        "begin pool 1 thread_local",
+        "begin thread_local",
         "launch on side",
         "end",
     ]
@@ -361,3 +361,13 @@ def test_a_callers_own_capture_is_refused(fake):
     fake.capturing = True
     with pytest.raises(RuntimeError, match="call it outside of the capture"), Turns(torch.device("cuda")).turn():
         pass
+
+
+def test_an_engine_that_goes_waits_for_the_stream_that_ran_last(device):
+    """The allocator knows the stream on which the buffers were made, not those of the calls."""
+    _, ours = pair(config(), "triton", device)
+    engine = InferenceEngine(ours)
+    waits: list[str] = []
+    engine._turns._stream = SimpleNamespace(synchronize=lambda: waits.append("host"))
+    del engine
+    assert waits == ["host"]

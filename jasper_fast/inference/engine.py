@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Literal
 
 import torch
@@ -71,6 +72,9 @@ class InferenceEngine:
             with turns.turn():
                 runner = self._runner(weight.detach(), turns)
             self._turns, self._run, self._device = turns, runner, weight.device
+            # the allocator knows only the stream on which buffers were made, and calls may have come on others
+            self._waits = weakref.finalize(self, turns.finish)
+            self._waits.atexit = False
 
     def _runner(self, weight: Tensor, turns: Turns) -> Launches | Stepwise:
         dtype = self._wanted or weight.dtype

@@ -11,13 +11,15 @@ from torch import Tensor, cuda
 
 
 class CudaGraphs:
-    """Captures launches on one CUDA device; whatever they allocate comes from one pool that all its graphs share."""
+    """Captures launches on one CUDA device: launches that allocate nothing, so that each graph's own pool stays empty.
+
+    A pool that graphs share dies with the last of them, and PyTorch refuses to capture into a dead one.
+    """
 
     def __init__(self, device: torch.device):
         if device.type != "cuda":
             raise ValueError(f"graphs=True needs a CUDA GPU, and the weights are on {device}; take graphs='auto'")
         self._stream = cuda.Stream(device)
-        self._pool = cuda.graph_pool_handle()
 
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
         """Run `launch` once on a side stream, which compiles and loads its kernels, then capture it.
@@ -43,7 +45,7 @@ class CudaGraphs:
 
     def _record(self, graph: cuda.CUDAGraph, launch: Callable[[], None]) -> None:
         # thread_local: another thread's allocation, say a data loader's, does not break the capture
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        graph.capture_begin(capture_error_mode="thread_local")
         try:
             launch()
         except BaseException:
