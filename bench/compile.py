@@ -111,13 +111,15 @@ def _launches(arch: int, dtype: str) -> Iterator[tuple[str, str, object]]:
     for T, masks in [(T, True) for T in FRAMES] + [(FRAMES[0], False)]:
         for a in wide:
             name = f"{a.C_in}->{a.C_out} T{T}"
-            if a.first:  # descriptors know no stride, and features need no gradient
-                for source in conv1d.sources(exact, a.C_in, a.C_out, T, taps=a.K, masks=masks):
-                    if source.name.removesuffix(" no masks") in TRAINED_FIRST:
-                        yield f"conv1d {source.name}", f"{name} s{a.stride}", source
-            elif not a.head:  # it trains through ATen
-                for source in conv1d.sources(exact, a.C_in, a.C_out, T, taps=a.K, descriptors=tma, masks=masks):
-                    yield f"conv1d {source.name}", name, source
+            if a.head:  # it trains through ATen
+                continue
+            how = {"taps": a.K, "stride": a.stride, "masks": masks}
+            for odd in (False, True) if a.first and tma else (False,):  # no descriptor has an odd T at stride 2
+                for source in conv1d.sources(exact, a.C_in, a.C_out, T, descriptors=tma and not odd, **how):
+                    if not a.first:
+                        yield f"conv1d {source.name}", name, source
+                    elif source.name.removesuffix(" no masks") in TRAINED_FIRST:
+                        yield f"conv1d {source.name}", f"{name} s{a.stride}" + (" odd T" if odd else ""), source
         ends = (exact, first.C_out, last.C_in, last.C_out, T)
         for source in conv1d.first_and_last(*ends, descriptors=tma, masks=masks):
             at = first if source.name.startswith("first") else last
@@ -143,9 +145,9 @@ def _measured(arch: int, dtype: str) -> Iterator[tuple[str, str, object]]:
                 continue
             tuned = row.op.removeprefix("conv1d.")
             op, names = TUNED[tuned]
-            tma = arch >= 90 and row.stride == 1
             shape = (getattr(torch, dtype), row.c_in, row.c_out, max(1, (1 << row.rows_log2) // 32))
-            for source in conv1d.sources(*shape, taps=row.taps, descriptors=tma, tiles={op: Tile(**row.tile)}):
+            how = {"taps": row.taps, "stride": row.stride, "descriptors": arch >= 90}
+            for source in conv1d.sources(*shape, **how, tiles={op: Tile(**row.tile)}):
                 if re.fullmatch(names, source.name):
                     stride = f" s{row.stride}" if row.stride > 1 else ""
                     yield f"conv1d {source.name}", f"{row.c_in}->{row.c_out} {path.stem}{stride}", source
@@ -242,7 +244,7 @@ def _tensor_cores(job: Job, facts: dict) -> str | None:
 def _asynchronous(job: Job, facts: dict) -> str | None:
     if job.dtype == "float32" or not facts["dots"]:
         return None
-    if job.arch >= 90 and job.source.constants.get("HAS_DESCRIPTORS", True):
+    if job.arch >= 90 and not job.layer.endswith("odd T"):
         return None if facts["tma"] else "no TMA: no operand of its products comes through a tensor descriptor"
     if not facts["cp_async"]:
         return "no cp.async: all operands of its products pass through registers"

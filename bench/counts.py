@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 # Passes over a training norm's y, by where it stands. Its statistics come with y from the conv before. "inner", within
-# a block: z = f(y) twice (it is made again in backward), y in the epilogue of dgrad, and dz, y -> dy. "end": z once,
-# then dz, y to reduce and dz, y -> dy. "joined", an end with a residual: y, r -> z; dz, y, z; dz, y, z -> dy, dr.
+# a block: z = f(y) twice (it is made again in backward), y and z in the epilogue of dgrad, and dz, y -> dy. "end": z
+# once, then dz, y to reduce and dz, y -> dy. "joined", an end with a residual: y, r -> z; dz, y, z; dz, y, z -> dy, dr.
 # "pane": none, panes are one sum of GEMMs whose statistics come from their inputs.
-NORM_PASSES = {"inner": 2 + 2 + 1 + 3, "end": 2 + 2 + 3, "joined": 3 + 3 + 5, "pane": 0, "head": 0}
+NORM_PASSES = {"inner": 2 + 2 + 2 + 3, "end": 2 + 2 + 3, "joined": 3 + 3 + 5, "pane": 0, "head": 0}
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,10 @@ def bn_relu_dropout_bytes(N: int, C: int, T: int, itemsize: int, mode: str, resi
 
 def sub_block_bytes(conv: Conv, itemsize: int, mode: str, *, statistics: bool = True) -> int:
     """Training traffic from y to the next y, `conv` the convolution at the end: y -> z, the conv; backward y -> z
-    again, wgrad, dgrad that reads y in its epilogue, and g, y -> dy. 4 tensors forward and 10 backward where the conv
-    keeps the shape, and one more with `statistics`, where those of y are a pass of their own: they do not come with
-    y."""
-    tensors = {"forward": 2 + statistics, "backward": 2 + 1 + 3}
+    again, wgrad, dgrad that reads y and z in its epilogue, and g, y -> dy. 4 tensors forward and 11 backward where the
+    conv keeps the shape, and one more with `statistics`, where those of y are a pass of their own: they do not come
+    with y."""
+    tensors = {"forward": 2 + statistics, "backward": 2 + 2 + 3}
     tensors["both"] = tensors["forward"] + tensors["backward"]
     directions = {"forward": 1, "backward": 2, "both": 3}
     return directions[mode] * conv.nbytes(itemsize) + tensors[mode] * conv.input * itemsize

@@ -41,7 +41,6 @@ def test_good_kernels_break_no_rule():
     assert not complaints(job(80), AMPERE)
     assert not complaints(job(100), GOOD | {"wgmma": 0, "tcgen05": 16})
     assert not complaints(job(80, kernel="bn_relu_dropout forward"), POINTWISE)
-    assert not complaints(job(90, HAS_DESCRIPTORS=False), GOOD | {"tma": 0})  # pointers by design: stride 2
     assert not complaints(job(90), GOOD | {"dot_rows": 32, "wgmma": 0, "mma_sync": 64})  # too small for a warp group
     exact = job(80, "float32", PRECISION="ieee")
     assert not complaints(exact, AMPERE | {"mma_sync": 0, "cp_async": 0})
@@ -64,7 +63,6 @@ def test_good_kernels_break_no_rule():
         ("asynchronous copies", job(100), GOOD | {"wgmma": 0, "tcgen05": 16, "tma": 0}),
         ("asynchronous copies", job(89), AMPERE | {"cp_async": 0}),
         ("asynchronous copies", job(80), AMPERE | {"waiting_loads": 4}),
-        ("asynchronous copies", job(90, HAS_DESCRIPTORS=False), GOOD | {"tma": 0, "cp_async": 0}),
         ("no 16-bit scalar loads", job(80), AMPERE | {"narrow_loads": 1}),
         ("16-byte accesses", job(80, kernel="bn_relu_dropout forward"), POINTWISE | {"wide_loads": 0}),
         ("16-byte accesses", job(), GOOD | {"wide_stores": 0}),

@@ -9,6 +9,7 @@ from conftest import make_face
 from conv_cases import LAYERS, gradients, make
 from torch.nn import functional as F
 
+from jasper_fast.kernels.bn_relu_dropout import reference as bn
 from jasper_fast.kernels.conv1d import reference
 from jasper_fast.kernels.layout import ntc
 
@@ -41,6 +42,47 @@ def test_three_directions_through_tensor_descriptors(name, monkeypatch):
     if lengths is not None:  # padding may hold anything
         x = ntc(x.masked_fill((torch.arange(t, device=x.device) >= lengths[:, None])[:, None], torch.nan))
         assert not triton_impl.forward(x, weight, 1, weight.shape[2] // 2, 1, lengths).isnan().any()
+
+
+@pytest.mark.parametrize("c_in", [64, 24], ids=["descriptors", "channels that fill no block"])
+@pytest.mark.parametrize(("t", "lengths"), [(290, None), (291, None), (291, [291, 290]), (290, [280, 3]), (1, [1, 1])])
+def test_tensor_descriptors_at_stride_2(t, lengths, c_in, monkeypatch):
+    """Two frames to a row of the descriptor; an odd last one lies outside, and needs utterances an even one apart."""
+    case = (2, c_in, 32, t, 11, 2, 1, lengths)
+    x, weight, *shape, lengths = make(case, torch.float16, make_face("triton").device)
+    if lengths is not None:  # padding may hold anything
+        x = ntc(x.masked_fill((torch.arange(t, device=x.device) >= lengths[:, None])[:, None], torch.nan))
+    apart = ntc(x.new_empty(2, c_in, t + t % 2))[:, :, :t].copy_(x)
+    dy, w = ntc(torch.randn(2, 32, (t + 1) // 2, device=x.device).to(x.dtype)), triton_impl.pack(weight)
+    calls = [
+        (lambda: triton_impl.forward(apart, weight, *shape, lengths), t > 1),
+        (lambda: triton_impl.fused(apart.transpose(1, 2), w, stride=2, padding=5, in_lengths=lengths), t > 1),
+        (lambda: triton_impl.forward(x, weight, *shape, lengths), t % 2 == 0),
+        (lambda: triton_impl.wgrad(x, dy, 11, *shape, lengths), t % 2 == 0),
+    ]
+    plain = [call() for call, _ in calls]
+    loads = count_descriptor_loads(monkeypatch)
+    monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", True)
+    for (call, expected), want in zip(calls, plain, strict=True):
+        loads[0] = 0
+        assert torch.equal(call(), want)
+        assert not want.isnan().any()
+        assert x.is_cuda or (loads[0] > 0) == (expected and c_in == 64)
+    check(case, torch.float16)
+
+
+def count_descriptor_loads(monkeypatch) -> list[int]:
+    """A counter of the interpreter's loads through tensor descriptors."""
+    from triton.runtime import interpreter
+
+    loads, load = [0], interpreter.InterpreterBuilder.create_descriptor_load
+
+    def counted(*args):
+        loads[0] += 1
+        return load(*args)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_descriptor_load", counted)
+    return loads
 
 
 def check(layer, dtype):
@@ -111,6 +153,13 @@ def test_errors_name_what_is_wrong():
         triton_impl.dgrad(x, weight, 8, 2, 5, 1)
     with pytest.raises(TypeError, match="float64"):
         triton_impl.forward(x.double(), weight.double(), 1, 5, 1)
+    for channels in (4, 16):
+        with pytest.raises(ValueError, match=f"{channels} channels, the weight takes 8"):
+            triton_impl.forward(ntc(torch.ones(1, channels, 4)), weight, 1, 5, 1)
+    with pytest.raises(ValueError, match="no gradient of the conv"):
+        triton_impl.wgrad(x, ntc(torch.ones(1, 8, 5)), 11, 1, 5, 1)
+    with pytest.raises(ValueError, match="dense in NTC memory"):
+        triton_impl.wgrad(torch.ones(1, 8, 4), x, 11, 1, 5, 1)
 
 
 @pytest.mark.parametrize(("dtype", "made"), [(torch.float32, torch.float16), (torch.float16, torch.float16)])
@@ -146,23 +195,41 @@ def test_dgrad_with_the_batch_norms_reduction(name, dtype, p):
     mean, rstd = torch.randn(c, device=device) * 0.1, torch.rand(c, device=device) + 0.5
     seed = torch.tensor([3], device=device)
 
-    def plain(kind):
-        wide = [v.double() if kind == torch.float64 else v for v in (mean, rstd, gamma, beta)]
-        return reference.dgrad_bn(
-            dy.to(kind), weight.to(kind), padding, dilation, y.to(kind), *wide, lengths, seed, p
-        )  # fmt: skip
-
     # the ReLU's edge has two right answers: y is kept off it
     pre = (y.double() - mean[:, None]) * (gamma * rstd).double()[:, None] + beta[:, None]
     y = ntc(torch.where(pre.abs() < 0.01, torch.full_like(y, 0.0) + mean[:, None].to(dtype) + 3, y))
-    got = triton_impl.dgrad_bn(dy, weight, padding, dilation, y, mean, rstd, gamma, beta, lengths, seed, p)
+    norm = (mean, rstd, gamma, beta)
+    z = bn.forward(y, *norm, None, lengths, seed, p)
+
+    def plain(kind):  # by dropout drawn again, not by z
+        wide = [v.double() if kind == torch.float64 else v for v in norm]
+        dz = reference.dgrad(dy.to(kind), weight.to(kind), t, 1, padding, dilation, lengths)
+        rest = (y.to(kind), None, *wide)
+        g = bn.backward_apply(dz, *rest, None, None, lengths, seed, p, True)[1]
+        return g, *bn.backward_reduce(dz, *rest, lengths, seed, p)
+
+    got = triton_impl.dgrad_bn(dy, weight, padding, dilation, y, z, mean, rstd, lengths, p)
+    defined = reference.dgrad_bn(
+        dy.double(),
+        weight.double(),
+        padding,
+        dilation,
+        y.double(),
+        z.double(),
+        mean.double(),
+        rstd.double(),
+        lengths,
+        p,
+    )
+    for a, b in zip(defined, plain(torch.float64), strict=True):
+        torch.testing.assert_close(a, b)
     for what, ours, low, ref in zip(("g", "dbeta", "dgamma"), got, plain(dtype), plain(torch.float64), strict=True):
         assert_close(what, ours, low, ref)
     if lengths is not None:  # what lies in the padding of y is not read
         beyond = (torch.arange(t, device=device) >= lengths[:, None])[:, None]
         assert (got[0].masked_select(beyond) == 0).all()
         dirty = ntc(y.masked_fill(beyond, torch.nan))
-        again = triton_impl.dgrad_bn(dy, weight, padding, dilation, dirty, mean, rstd, gamma, beta, lengths, seed, p)
+        again = triton_impl.dgrad_bn(dy, weight, padding, dilation, dirty, z, mean, rstd, lengths, p)
         assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
@@ -174,12 +241,13 @@ def test_a_nan_in_a_frame_reaches_g_and_the_sums():
     c = y.shape[1]
     dy = ntc(torch.randn(2, weight.shape[0], y.shape[2], device=device).half())
     one, zero = torch.ones(c, device=device), torch.zeros(c, device=device)
-    g, dbeta, dgamma = triton_impl.dgrad_bn(dy, weight, padding, dilation, y, zero, one, one, one, lengths, None, 0.0)
+    z = bn.forward(y, zero, one, one, one, None, lengths, None, 0.0)
+    g, dbeta, dgamma = triton_impl.dgrad_bn(dy, weight, padding, dilation, y, z, zero, one, lengths, 0.0)
     assert not g.isnan().any()  # as in PyTorch: the gradient passes where the ReLU's input is NaN
     assert dgamma.isnan().nonzero().flatten().tolist() == [3]
     assert not dbeta.isnan().any()
     dy[0, 5, 9] = torch.inf
-    g, dbeta, _ = triton_impl.dgrad_bn(dy, weight, padding, dilation, y, zero, one, one, one, lengths, None, 0.0)
+    g, dbeta, _ = triton_impl.dgrad_bn(dy, weight, padding, dilation, y, z, zero, one, lengths, 0.0)
     assert not g[0, :, 4:15].isfinite().any()
     assert g[1].isfinite().all()
     assert not dbeta.isfinite().any()
@@ -244,3 +312,28 @@ def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
     assert_close(
         "dw", dw, triton_impl.wgrad(x, dy, k, 1, padding, 1), reference.wgrad(x.double(), dy.double(), k, 1, padding, 1)
     )
+
+
+@pytest.mark.parametrize("name", ["prologue", "k11", "k21", "pane"])
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+def test_padding_that_is_zero_gives_the_same_bits_as_padding_that_is_masked(name, descriptors, monkeypatch):
+    """`clean`, as the ops and the engine call: no tile leaves the descriptors for it."""
+    monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", descriptors)
+    x, weight, *shape, lengths = make(LAYERS[name], torch.float16, make_face("triton").device)
+    t, k = x.shape[2], weight.shape[2]
+    poisoned = ntc(x.masked_fill((torch.arange(t, device=x.device) >= lengths[:, None])[:, None], torch.nan))
+    y = triton_impl.forward(poisoned, weight, *shape, lengths)
+    dy = ntc(torch.randn_like(y))
+    dw = triton_impl.wgrad(poisoned, dy, k, *shape, lengths)
+    names = dict(zip(("stride", "padding", "dilation"), shape, strict=True)) | {"in_lengths": lengths}
+    z = triton_impl.fused(poisoned.transpose(1, 2), triton_impl.pack(weight), **names)
+    assert torch.equal(triton_impl.forward(x, weight, *shape, lengths, clean=True), y)
+    for got, want in zip(
+        triton_impl.forward_stats(x, weight, *shape, lengths, clean=True),
+        triton_impl.forward_stats(poisoned, weight, *shape, lengths),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+    assert torch.equal(triton_impl.fused(x.transpose(1, 2), triton_impl.pack(weight), clean=True, **names), z)
+    got = triton_impl.wgrad(x, dy, k, *shape, lengths, clean=True)
+    assert_close("dw", got, dw, gradients(x.double(), weight.double(), dy.double(), *shape)[1])

@@ -47,8 +47,10 @@ def test_fused_with_panes_over_a_history_buffer(layer, width, dtype):
 
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_the_first_conv_reads_features_as_they_are(dtype, masked):
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "weights by descriptors"])
+def test_the_first_conv_reads_features_as_they_are(dtype, masked, descriptors, monkeypatch):
     """(N, C, T) fp32 in; the cast, the transpose, the mask and the output's lengths are the kernel's."""
+    monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", descriptors)
     device = make_face("triton").device
     _, weight, *_ = make(LAYERS["prologue"], dtype, device)
     features, lengths = torch.randn(3, 64, 45, device=device), torch.tensor([45, 20, 0], device=device)

@@ -305,7 +305,7 @@ for n, t in kinds["batches"]:
                 conv.wgrad(x, dy, k, stride, pad, dilation, lengths)
                 if stride == 1:
                     conv.dgrad(dy, w, t, stride, pad, dilation, lengths)
-                    conv.dgrad_bn(dy, w, pad, dilation, x, *vectors, lengths, seed, 0.2)
+                    conv.dgrad_bn(dy, w, pad, dilation, x, x, *vectors[:2], lengths, 0.2)
             else:
                 bn.stats(x)
                 bn.forward(x, *vectors, None, lengths, seed, 0.2)

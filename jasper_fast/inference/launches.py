@@ -32,8 +32,8 @@ class TritonConv:
         self.bias = folded.bias.to(torch.float32, copy=True)
         self.b, self.relu, self.workspace = folded.b, folded.relu, workspace
 
-    def __call__(self, x: Tensor, out: Tensor, panes: Tensor | None = None, **lengths: object) -> None:
-        """`x` (N, T, C_in) and `panes` (N, T', C2) to `out` (N, T', C_out); `lengths` as `conv1d.fused` takes them."""
+    def __call__(self, x: Tensor, out: Tensor, panes: Tensor | None = None, **masks: object) -> None:
+        """`x` (N, T, C_in) and `panes` (N, T', C2) to `out` (N, T', C_out); the rest as `conv1d.fused` takes it."""
         self.impl.fused(
             x,
             self.packed,
@@ -46,7 +46,7 @@ class TritonConv:
             packed2=self.packed_panes,
             out=out,
             workspace=self.workspace,
-            **lengths,
+            **masks,
         )
 
 
@@ -93,6 +93,7 @@ class Launches:
         self._workspace = impl.Workspace(device)
         self._plan = make_plan(model, lambda folded: TritonConv(folded, dtype, self._workspace))
         self._dtype, self._turns, self._graphs, self._patient = dtype, turns, graphs, patient
+        self._takes_tf32 = impl.takes_tf32
         self._softmax = self._plan.n_classes <= impl.SOFTMAX_MAX  # in the last launch
         self._limit = limit
         self._span = bucket * prod(step.b.s for step in self._plan.steps) if self._plan.masks else 1
@@ -125,6 +126,7 @@ class Launches:
             in_lengths=bound.lengths,
             lengths_out=out_lengths,
             masked=False,
+            clean=True,
             log_softmax=fused,
         )
         self._turns.drop(old for old, new in zip(before, self._scratch(), strict=True) if old is not new)
@@ -154,7 +156,7 @@ class Launches:
         bound.replay()
 
     def _dependences(self) -> tuple[object, ...]:
-        return *self._scratch(), torch.backends.cudnn.allow_tf32
+        return *self._scratch(), self._dtype == torch.float32 and self._takes_tf32()
 
     def _scratch(self) -> tuple[Tensor, ...]:
         return self._workspace.part, self._workspace.arrived
@@ -187,7 +189,8 @@ class Launches:
                 told = {"lengths_out": lens, "masked": plan.masks} | ({} if i == 0 else {"in_lengths": before})
             elif plan.masks:
                 told = {"in_lengths": lens, "out_lengths": lens}
-            call = partial(step.conv, out=out, panes=panes, **told)
+            # kernels leave zeros past the lengths; only features that panes read from a buffer are as they came
+            call = partial(step.conv, out=out, panes=panes, clean=i > 0 and not plan.reads_source, **told)
             calls.append(call if i == 0 else partial(call, x))
             x = out
         return Bound(source, calls[0], calls[1:], x, lens)

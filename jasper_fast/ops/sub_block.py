@@ -45,12 +45,12 @@ def _backward(
     norm, how = (mean, rstd, gamma, beta), (1, padding, dilation, lengths)
     z = bn.forward(y, *norm, None, lengths, seed, p)
     dw = conv_wgrad(conv, z, dout, weight, *how)
-    del z
     if conv == "triton":  # the reduction in the epilogue; g is already masked, so that dropout has no part in it
         impl = _face("conv1d", conv)
-        g, dbeta, dgamma = impl.dgrad_bn(dout, weight, padding, dilation, y, *norm, lengths, seed, p, packed)
+        g, dbeta, dgamma = impl.dgrad_bn(dout, weight, padding, dilation, y, z, mean, rstd, lengths, p, packed)
         seed, p = None, 0.0
     else:
+        del z
         g = conv_dgrad(conv, dout, weight, y.shape[2], *how, packed=packed)
         dbeta, dgamma = bn.backward_reduce(g, y, None, *norm, lengths, seed, p)
     means = mean_sums(dbeta, dgamma, y, rows, group) if batch_stats else (None, None)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.layout import empty_ntc, ntc
 
 
 def forward(
@@ -40,7 +40,8 @@ def dgrad(
     packed: Tensor | None = None,
 ) -> Tensor:
     """dx (N, C_in, T) of `dy` (N, C_out, T')."""
-    x = dy.new_empty(()).expand(dy.shape[0], weight.shape[1], t)  # its shape is all that is asked of it
+    # Shape and memory format are all that is asked of it: expanded from a scalar it would make ATen copy dy to NCHW.
+    x = empty_ntc(dy.shape[0], weight.shape[1], t, like=dy)
     return _backward(dy, x, weight.to(dy.dtype), stride, padding, dilation, (True, False))[0]
 
 

@@ -71,24 +71,22 @@ def dgrad_bn(
     padding: int,
     dilation: int,
     y: Tensor,
+    z: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
     lengths: Tensor | None,
-    seed: Tensor | None,
     p: float,
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(g, dbeta, dgamma): `dgrad` at stride 1, then what bn_relu_dropout's backward reduces of it.
 
-    y (N, C, T) is what batch norm, ReLU, dropout and mask turned into the conv's input; g, of its shape and dtype, is
-    the gradient at the ReLU's input; dbeta = sum g and dgamma = sum g*yhat, (C,) each.
+    y (N, C, T) is what batch norm, ReLU, dropout of rate `p` and mask turned into the conv's input `z`; g, of its shape
+    and dtype, is the gradient at the ReLU's input, open where z > 0; dbeta = sum g and dgamma = sum g*yhat, (C,) each.
     """
     dz = dgrad(dy, weight, y.shape[2], 1, padding, dilation, lengths)
-    vectors = (mean, rstd, gamma, beta)
-    dbeta, dgamma = bn.backward_reduce(dz, y, None, *vectors, lengths, seed, p)
-    return bn.backward_apply(dz, y, None, *vectors, None, None, lengths, seed, p, True)[1], dbeta, dgamma
+    norm = (y, z, mean, rstd, torch.ones_like(mean), torch.zeros_like(mean))  # z says where the ReLU was open
+    dbeta, dgamma = bn.backward_reduce(dz, *norm, lengths, None, p)
+    return bn.backward_apply(dz, *norm, None, None, lengths, None, p, True)[1], dbeta, dgamma
 
 
 def wgrad(

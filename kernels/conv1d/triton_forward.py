@@ -11,19 +11,41 @@ whose inputs all lie beyond its utterance's length is not computed: its y is zer
 import triton
 import triton.language as tl
 
-from jasper_fast.kernels.conv1d.triton_loop import add_taps
+from jasper_fast.kernels.conv1d.triton_loop import add_taps, halves
+
+
+@triton.jit
+def _store_y(
+    acc, o0, n, t0, tile, y_ptr, part_mean_ptr, part_m2_ptr, frames_out, c_out, y_row, y_item,
+    HAS_STATS: tl.constexpr, VEC_OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The tile of y at row t0 of utterance n, channel o0, and its mean and M2."""
+    offs_t = t0 + tl.arange(0, BLOCK_T)
+    offs_o = o0 + tl.arange(0, BLOCK_N)
+    rows = offs_t < frames_out
+    if HAS_STATS:
+        mask_o = offs_o < c_out
+        count = tl.minimum(frames_out - t0, BLOCK_T).to(tl.float32)
+        mean = tl.sum(tl.where(rows[:, None], acc, 0.0), 0) / count
+        spread = tl.where(rows[:, None], acc - mean[None, :], 0.0)
+        tl.store(part_mean_ptr + tile * c_out + offs_o, mean, mask=mask_o)
+        tl.store(part_m2_ptr + tile * c_out + offs_o, tl.sum(spread * spread, 0), mask=mask_o)
+    mask_o = offs_o < (c_out // VEC_OUT) * VEC_OUT  # offs_o < c_out, with its alignment
+    offs = offs_t[:, None] * (y_row * VEC_OUT) + offs_o[None, :]
+    tl.store(y_ptr + n * y_item * VEC_OUT + offs, acc.to(y_ptr.dtype.element_ty), mask=rows[:, None] & mask_o[None, :])
 
 
 @triton.jit(
     do_not_specialize=[
-        "frames", "frames_out", "groups_in", "x_row", "x_item", "c_out", "y_row", "y_item", "taps", "stride", "padding",
-        "dilation", "t_blocks",
+        "frames", "frames_out", "groups_in", "x_row", "x_item", "c_out", "y_row", "y_item", "taps", "padding",
+        "dilation", "t_blocks", "lengths_ptr",
     ]
 )  # fmt: skip
 def conv1d_forward_kernel(
     x_ptr, x_desc, w_ptr, w_desc, y_ptr, part_mean_ptr, part_m2_ptr, lengths_ptr,
-    frames, frames_out, groups_in, x_row, x_item, c_out, y_row, y_item, taps, stride, padding, dilation, t_blocks,
-    HAS_LENGTHS: tl.constexpr, HAS_STATS: tl.constexpr, HAS_DESCRIPTORS: tl.constexpr,
+    frames, frames_out, groups_in, x_row, x_item, c_out, y_row, y_item, taps, padding, dilation, t_blocks,
+    STRIDE: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_STATS: tl.constexpr, HAS_DESCRIPTORS: tl.constexpr,
+    IS_CLEAN: tl.constexpr,
     VEC_IN: tl.constexpr, VEC_OUT: tl.constexpr, PAD: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -38,26 +60,25 @@ def conv1d_forward_kernel(
     if HAS_LENGTHS:
         limit = tl.minimum(tl.load(lengths_ptr + n).to(tl.int32), limit)
     steps = taps * tl.cdiv(C, BLOCK_K)
-    if (t0 * stride - padding >= limit) | (limit <= 0):
+    if (t0 * STRIDE - padding >= limit) | (limit <= 0):
         steps = 0
     acc = add_taps(
         tl.zeros([BLOCK_T, BLOCK_N], tl.float32), x_ptr + n * x_item * VEC_IN, x_desc, w_ptr, w_desc, n, t0, limit, o0,
-        0, steps, frames, C, C, tl.cdiv(c_out, PAD) * PAD, x_row * VEC_IN, 1, taps, stride, padding, dilation,
-        HAS_DESCRIPTORS, False, False, UPCAST, PRECISION, BLOCK_T, BLOCK_N, BLOCK_K,
+        0, steps, frames, C, C, tl.cdiv(c_out, PAD) * PAD, x_row * VEC_IN, 1, taps, padding, dilation, STRIDE,
+        HAS_DESCRIPTORS, IS_CLEAN, False, False, UPCAST, PRECISION, BLOCK_T, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    offs_t = t0 + tl.arange(0, BLOCK_T)
-    offs_o = o0 + tl.arange(0, BLOCK_N)
-    rows = offs_t < frames_out
-    if HAS_STATS:
-        mask_o = offs_o < c_out
-        count = tl.minimum(frames_out - t0, BLOCK_T).to(tl.float32)
-        mean = tl.sum(tl.where(rows[:, None], acc, 0.0), 0) / count
-        spread = tl.where(rows[:, None], acc - mean[None, :], 0.0)
-        tl.store(part_mean_ptr + tile * c_out + offs_o, mean, mask=mask_o)
-        tl.store(part_m2_ptr + tile * c_out + offs_o, tl.sum(spread * spread, 0), mask=mask_o)
-    mask_o = offs_o < (c_out // VEC_OUT) * VEC_OUT  # offs_o < c_out, with its alignment
-    offs = offs_t[:, None] * (y_row * VEC_OUT) + offs_o[None, :]
-    tl.store(y_ptr + n * y_item * VEC_OUT + offs, acc.to(y_ptr.dtype.element_ty), mask=rows[:, None] & mask_o[None, :])
+    if BLOCK_T * BLOCK_N > 128 * 128 and HAS_STATS:  # all at once does not fit the registers
+        left, right = halves(acc, BLOCK_T, BLOCK_N)
+        for half in tl.static_range(2):
+            _store_y(
+                left if half == 0 else right, o0 + half * (BLOCK_N // 2), n, t0, tile, y_ptr, part_mean_ptr,
+                part_m2_ptr, frames_out, c_out, y_row, y_item, HAS_STATS, VEC_OUT, BLOCK_T, BLOCK_N // 2,
+            )  # fmt: skip
+    else:
+        _store_y(
+            acc, o0, n, t0, tile, y_ptr, part_mean_ptr, part_m2_ptr, frames_out, c_out, y_row, y_item,
+            HAS_STATS, VEC_OUT, BLOCK_T, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["frames_out", "t_blocks", "tiles", "c_out"])

@@ -21,47 +21,49 @@ from jasper_fast.kernels.conv1d.triton_loop import add_taps, dot, out_frames
 @triton.jit
 def _add_panes(
     acc, x2_tile, x2_desc, w2_ptr, w2_desc, n, t0, limit, o0, i_begin, i_end, frames, C, C_pad, x2_row,
-    HAS_DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DESCRIPTORS: tl.constexpr, IS_CLEAN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """acc plus steps [i_begin, i_end) over the panes' channels."""
     if HAS_DESCRIPTORS:
-        whole = (limit == frames) | (t0 + BLOCK_T <= limit)
+        whole = IS_CLEAN | (limit == frames) | (t0 + BLOCK_T <= limit)
         for i in range(i_begin, tl.where(whole, i_end, i_begin)):
             x = x2_desc.load([n.to(tl.int32), t0, i * BLOCK_K]).reshape([BLOCK_T, BLOCK_K])
             acc = dot(x, w2_desc.load([i * BLOCK_K, o0]), acc, UPCAST, PRECISION)
         i_begin = tl.where(whole, i_end, i_begin)
-    offs_t = t0 + tl.arange(0, BLOCK_T)
-    offs_o = o0 + tl.arange(0, BLOCK_N)
-    for i in range(i_begin, i_end):
-        c = i * BLOCK_K + tl.arange(0, BLOCK_K)
-        mask = (offs_t < limit)[:, None] & (c < C)[None, :]
-        x = tl.load(x2_tile + (offs_t[:, None] * x2_row + c[None, :]), mask=mask, other=0.0)
-        mask = (c < C)[:, None] & (offs_o < C_pad)[None, :]
-        w = tl.load(w2_ptr + (c[:, None] * C_pad + offs_o[None, :]), mask=mask, other=0.0)
-        acc = dot(x, w, acc, UPCAST, PRECISION)
+    if not (HAS_DESCRIPTORS and IS_CLEAN):
+        offs_t = t0 + tl.arange(0, BLOCK_T)
+        offs_o = o0 + tl.arange(0, BLOCK_N)
+        for i in range(i_begin, i_end):
+            c = i * BLOCK_K + tl.arange(0, BLOCK_K)
+            mask = (offs_t < limit)[:, None] & (c < C)[None, :]
+            x = tl.load(x2_tile + (offs_t[:, None] * x2_row + c[None, :]), mask=mask, other=0.0)
+            mask = (c < C)[:, None] & (offs_o < C_pad)[None, :]
+            w = tl.load(w2_ptr + (c[:, None] * C_pad + offs_o[None, :]), mask=mask, other=0.0)
+            acc = dot(x, w, acc, UPCAST, PRECISION)
     return acc
 
 
 @triton.jit(
     do_not_specialize=[
         "frames", "frames_out", "groups_in", "x_row", "x_item", "x_chan", "groups_2", "x2_row", "x2_item", "c_out",
-        "z_row", "z_item", "taps", "stride", "padding", "dilation", "t_blocks", "splits",
+        "z_row", "z_item", "taps", "padding", "dilation", "t_blocks", "splits",
+        "in_lengths_ptr", "out_lengths_ptr", "lengths_out_ptr",
     ]
 )  # fmt: skip
 def conv1d_fused_kernel(
     x_ptr, x_desc, w_ptr, w_desc, x2_ptr, x2_desc, w2_ptr, w2_desc, z_ptr, bias_ptr,
     in_lengths_ptr, out_lengths_ptr, lengths_out_ptr, part_ptr, arrived_ptr,
     frames, frames_out, groups_in, x_row, x_item, x_chan, groups_2, x2_row, x2_item, c_out, z_row, z_item,
-    taps, stride, padding, dilation, t_blocks, splits,
+    taps, padding, dilation, t_blocks, splits, STRIDE: tl.constexpr,
     HAS_IN_LENGTHS: tl.constexpr, HAS_OUT_LENGTHS: tl.constexpr, HAS_LENGTHS_OUT: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_PANES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RELU: tl.constexpr, HAS_LOG_SOFTMAX: tl.constexpr,
-    HAS_SPLITS: tl.constexpr, HAS_DESCRIPTORS: tl.constexpr, IS_NCT: tl.constexpr,
+    HAS_SPLITS: tl.constexpr, HAS_DESCRIPTORS: tl.constexpr, IS_CLEAN: tl.constexpr, IS_NCT: tl.constexpr,
     VEC_IN: tl.constexpr, VEC_2: tl.constexpr, VEC_OUT: tl.constexpr, PAD: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """HAS_MASK: the lengths mask; without it in_lengths only feed lengths_out."""
+    """HAS_MASK: the lengths mask; without it in_lengths only feed lengths_out. IS_CLEAN: x and x2 are zero beyond."""
     C = groups_in * VEC_IN
     C_pad = tl.cdiv(c_out, PAD) * PAD
     n_blocks = tl.cdiv(c_out, BLOCK_N)
@@ -79,7 +81,7 @@ def conv1d_fused_kernel(
         length = tl.load(in_lengths_ptr + n)
         if HAS_LENGTHS_OUT:
             length = tl.minimum(tl.maximum(length, 0), frames)  # z may be longer than what x gives
-            new_length = out_frames(length, taps, stride, padding, dilation)
+            new_length = out_frames(length, taps, STRIDE, padding, dilation)
             tl.store(lengths_out_ptr + n, new_length, mask=(t0 == 0) & (o0 == 0) & (split == 0))
             if HAS_MASK:
                 end = tl.minimum(new_length.to(tl.int32), end)
@@ -90,7 +92,7 @@ def conv1d_fused_kernel(
         end = tl.minimum(tl.load(out_lengths_ptr + n).to(tl.int32), end)
 
     taps_steps = taps * tl.cdiv(C, BLOCK_K)
-    if (t0 * stride - padding >= limit) | (limit <= 0):
+    if (t0 * STRIDE - padding >= limit) | (limit <= 0):
         taps_steps = 0
     steps = taps_steps
     if HAS_PANES:
@@ -106,14 +108,14 @@ def conv1d_fused_kernel(
     acc = add_taps(
         tl.zeros([BLOCK_T, BLOCK_N], tl.float32), x_ptr + n * x_item * VEC_IN, x_desc, w_ptr, w_desc, n, t0, limit, o0,
         tl.minimum(i_begin, taps_steps), tl.minimum(i_end, taps_steps), frames, C, C, C_pad, x_row * VEC_IN, x_chan,
-        taps, stride, padding, dilation,
-        HAS_DESCRIPTORS, IS_NCT, False, UPCAST, PRECISION, BLOCK_T, BLOCK_N, BLOCK_K,
+        taps, padding, dilation, STRIDE,
+        HAS_DESCRIPTORS, IS_CLEAN, IS_NCT, False, UPCAST, PRECISION, BLOCK_T, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if HAS_PANES:
         acc = _add_panes(
             acc, x2_ptr + n * x2_item * VEC_2, x2_desc, w2_ptr, w2_desc, n, t0, limit_2, o0,
             tl.maximum(i_begin - taps_steps, 0), tl.maximum(i_end - taps_steps, 0), frames_out, groups_2 * VEC_2, C_pad,
-            x2_row * VEC_2, HAS_DESCRIPTORS, UPCAST, PRECISION, BLOCK_T, BLOCK_N, BLOCK_K,
+            x2_row * VEC_2, HAS_DESCRIPTORS, IS_CLEAN, UPCAST, PRECISION, BLOCK_T, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
     offs_t = t0 + tl.arange(0, BLOCK_T)

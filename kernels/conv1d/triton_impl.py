@@ -2,11 +2,12 @@
 
 N batch, C channels, T frames, K taps. The kernels: triton_forward.py, triton_dgrad.py, triton_wgrad.py for training,
 triton_fused.py for inference, triton_pack.py for weights; triton_loop.py is the reduction that they share. Activations
-are fp32 (TF32 where torch.backends.cudnn.allow_tf32, as PyTorch's own conv), fp16 or bf16; accumulators fp32.
+are fp32 (TF32 where PyTorch's own conv takes it, see `takes_tf32`), fp16 or bf16; accumulators fp32.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from jasper_fast.kernels import launch, philox
+from jasper_fast.kernels import launch
 from jasper_fast.kernels.conv1d import triton_tiles
 from jasper_fast.kernels.conv1d.triton_dgrad import conv1d_dgrad_kernel, conv1d_sums_merge_kernel
 from jasper_fast.kernels.conv1d.triton_forward import conv1d_forward_kernel, conv1d_stats_merge_kernel
@@ -91,13 +92,15 @@ def forward(
     dilation: int,
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
+    clean: bool = False,
 ) -> Tensor:
     """y (N, C_out, T') of `x` (N, C_in, T), zero at t >= `lengths` (N,), and `weight` (C_out, C_in, K); NTC memory.
 
-    packed: `pack(weight, x.dtype).data`, made here where None. Equivalent to
+    packed: `pack(weight, x.dtype).data`, made here where None. clean: `x` is zero there, not only to be taken for zero,
+    so that tiles which reach into the padding load like all others. Equivalent to
     `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, stride, padding, dilation)` in the dtype of `x`.
     """
-    return _forward(x, weight, stride, padding, dilation, lengths, packed, stats=False)[0]
+    return _forward(x, weight, stride, padding, dilation, lengths, packed, clean, stats=False)[0]
 
 
 def forward_stats(
@@ -108,17 +111,20 @@ def forward_stats(
     dilation: int,
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
+    clean: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y as `forward` gives it, with the mean and M2 (sum of squared deviations) of its channels over all N*T' rows.
 
     The statistics are those of the fp32 accumulators, not of `y` as rounded: fp32 (C_out,) each.
     """
-    return _forward(x, weight, stride, padding, dilation, lengths, packed, stats=True)
+    return _forward(x, weight, stride, padding, dilation, lengths, packed, clean, stats=True)
 
 
-def _forward(x, weight, stride, padding, dilation, lengths, packed, stats):
+def _forward(x, weight, stride, padding, dilation, lengths, packed, clean, stats):
     w = _packed(weight, packed, x)
     n, c_in, t = x.shape
+    if c_in != w.c_in:
+        raise ValueError(f"x has {c_in} channels, the weight takes {w.c_in}")
     t_out = _out_frames(t, w.taps, stride, padding, dilation)
     op = "forward_stats" if stats else "forward"
     tile = triton_tiles.choose(op, x.device, x.dtype, Shape(c_in, w.c_out, w.taps, stride, dilation, n * t_out), t_out)
@@ -130,9 +136,10 @@ def _forward(x, weight, stride, padding, dilation, lengths, packed, stats):
     x_desc = _activations(x.transpose(1, 2), stride, tile.t, tile.k)
     launch.run(
         conv1d_forward_kernel, (n * t_blocks * triton.cdiv(w.c_out, tile.n),), x,
-        x, x_desc, w.data, _weights(w, tile.k, tile.n, x_desc), y, part_mean, part_m2, lengths,
-        t, t_out, groups, x_row, x_item, w.c_out, y_row, y_item, w.taps, stride, padding, dilation, t_blocks,
-        HAS_LENGTHS=lengths is not None, HAS_STATS=stats, HAS_DESCRIPTORS=x_desc is not None,
+        x, x_desc, w.data, _weights(w, tile.k, tile.n, x_desc is not None), y, part_mean, part_m2, lengths,
+        t, t_out, groups, x_row, x_item, w.c_out, y_row, y_item, w.taps, padding, dilation, t_blocks,
+        STRIDE=stride, HAS_LENGTHS=lengths is not None, HAS_STATS=stats, HAS_DESCRIPTORS=x_desc is not None,
+        IS_CLEAN=x_desc is not None and (clean or lengths is None),
         VEC_IN=vec_in, VEC_OUT=vec_out, PAD=PAD_OUT, **_arithmetic(x), **_blocks(tile),
     )  # fmt: skip
     if not stats:
@@ -168,22 +175,21 @@ def dgrad_bn(
     padding: int,
     dilation: int,
     y: Tensor,
+    z: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
     lengths: Tensor | None,
-    seed: Tensor | None,
     p: float,
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(g, dbeta, dgamma) of z = mask(dropout(relu(batch norm of `y`))) that a conv at stride 1 turned into what has
-    the gradient `dy` (N, C_out, T').
+    """(g, dbeta, dgamma) of `z` = mask(dropout(relu(batch norm of `y`))), rate `p`, that a conv at stride 1 turned into
+    what has the gradient `dy` (N, C_out, T').
 
-    y (N, C, T); g, of its shape and dtype, is the gradient at the ReLU's input; dbeta = sum g and dgamma = sum g*yhat
-    are taken before g is rounded: (C,) fp32. As `dgrad`, then `backward_reduce` of bn_relu_dropout, in one pass.
+    y, z (N, C, T); g, of their shape and dtype, is the gradient at the ReLU's input, open where z > 0; dbeta = sum g
+    and dgamma = sum g*yhat are taken before g is rounded: (C,) fp32. As `dgrad`, then `backward_reduce` of
+    bn_relu_dropout, in one pass.
     """
-    return _dgrad(dy, weight, y.shape[2], padding, dilation, lengths, packed, (y, mean, rstd, gamma, beta, seed, p))
+    return _dgrad(dy, weight, y.shape[2], padding, dilation, lengths, packed, (y, z, mean, rstd, p))
 
 
 def _dgrad(dy, weight, t, padding, dilation, lengths, packed, norm=None):
@@ -197,21 +203,22 @@ def _dgrad(dy, weight, t, padding, dilation, lengths, packed, norm=None):
     op = "dgrad" if norm is None else "dgrad_bn"
     tile = triton_tiles.choose(op, dy.device, dy.dtype, Shape(w.c_in, c_out, w.taps, 1, dilation, n * t_dy), t)
     t_blocks = triton.cdiv(t, tile.t)
-    y, mean, rstd, gamma, beta, seed, p = (None,) * 6 + (0.0,) if norm is None else norm
+    y, z, mean, rstd, p = (None,) * 4 + (0.0,) if norm is None else norm
+    for v in (y, z) if norm is not None else ():
+        if v.shape != (n, w.c_in, t) or v.dtype != dy.dtype or not v.transpose(1, 2).is_contiguous():
+            got = f"{tuple(v.shape)} {v.dtype}, strides {v.stride()}"
+            raise ValueError(f"y and z must be {(n, w.c_in, t)} {dy.dtype}, dense in NTC memory, got {got}")
     g = empty_ntc(n, w.c_in, t, like=dy)
     part_g, part_gy = (None, None) if norm is None else _vectors(dy, 2, n * t_blocks, w.c_in)
     vec_dy, (groups_dy, dy_row, dy_item) = _sizes(dy.transpose(1, 2))
     vec = _vec(w.c_in)
     dy_desc = _activations(dy.transpose(1, 2), 1, tile.t, tile.k)
-    threshold, scale = philox.signed_threshold(p)
     launch.run(
         conv1d_dgrad_kernel, (n * t_blocks * triton.cdiv(w.c_in, tile.n),), dy,
-        dy, dy_desc, w.data, _weights(w, tile.n, tile.k, dy_desc), g, lengths,
-        y, mean, rstd, gamma, beta, seed, part_g, part_gy,
+        dy, dy_desc, w.data, _weights(w, tile.n, tile.k, dy_desc is not None), g, lengths,
+        y, z, mean, rstd, part_g, part_gy,
         t_dy, t, groups_dy, dy_row, dy_item, w.c_in // vec, w.taps, reach - padding, dilation, t_blocks,
-        threshold, scale,
-        HAS_LENGTHS=lengths is not None, HAS_NORM=norm is not None, HAS_DROPOUT=p > 0,
-        HAS_DESCRIPTORS=dy_desc is not None,
+        1 / (1 - p), HAS_LENGTHS=lengths is not None, HAS_NORM=norm is not None, HAS_DESCRIPTORS=dy_desc is not None,
         VEC_DY=vec_dy, VEC=vec, PAD=PAD_OUT, **_arithmetic(dy), **_blocks(tile),
     )  # fmt: skip
     if norm is None:
@@ -233,12 +240,17 @@ def wgrad(
     dilation: int,
     lengths: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    clean: bool = False,
 ) -> Tensor:
     """dweight (C_out, C_in, K = `k`), in `dtype` (default: that of `x`), of `x` (N, C_in, T), zero at t >= `lengths`
-    (N,), and `dy` (N, C_out, T')."""
+    (N,), and `dy` (N, C_out, T'), both dense in NTC memory; clean: as in `forward`."""
     _check(x, dy)
     n, c_in, t = x.shape
     c_out, t_out = dy.shape[1:]
+    if dy.shape[0] != n or t_out != _out_frames(t, k, stride, padding, dilation):
+        raise ValueError(f"dy {tuple(dy.shape)} is no gradient of the conv of x {tuple(x.shape)} with {k} taps")
+    if not (x.transpose(1, 2).is_contiguous() and dy.transpose(1, 2).is_contiguous()):
+        raise ValueError(f"x and dy must be dense in NTC memory, got strides {x.stride()} and {dy.stride()}")
     tile = triton_tiles.choose("wgrad", x.device, x.dtype, Shape(c_in, c_out, k, stride, dilation, n * t_out), t_out)
     programs = k * triton.cdiv(c_in, tile.n) * triton.cdiv(c_out, tile.k)
     share = triton.cdiv(n, min(n, tile.splits))
@@ -251,8 +263,9 @@ def wgrad(
     launch.run(
         conv1d_wgrad_kernel, (programs * shares,), x,
         x, x_desc if both else None, dy, dy_desc, parts, lengths,
-        n, t, t_out, c_in // vec_in, c_out // vec_out, k, stride, padding, dilation, share,
-        HAS_LENGTHS=lengths is not None, HAS_DESCRIPTORS=both, VEC_IN=vec_in, VEC_OUT=vec_out, **_arithmetic(x),
+        n, t, t_out, c_in // vec_in, c_out // vec_out, k, padding, dilation, share,
+        STRIDE=stride, HAS_LENGTHS=lengths is not None, HAS_DESCRIPTORS=both,
+        IS_CLEAN=both and (clean or lengths is None), VEC_IN=vec_in, VEC_OUT=vec_out, **_arithmetic(x),
         BLOCK_T=tile.t, BLOCK_I=tile.n, BLOCK_O=tile.k, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     dw = torch.empty((c_out, c_in, k), dtype=dtype or x.dtype, device=x.device)
@@ -280,6 +293,7 @@ def fused(
     out: Tensor | None = None,
     lengths_out: Tensor | None = None,
     masked: bool = True,
+    clean: bool = False,
     log_softmax: bool = False,
     workspace: Workspace | None = None,
 ) -> Tensor:
@@ -292,6 +306,7 @@ def fused(
 
     lengths_out: (N,) int64 that receives the output lengths of `in_lengths`, clamped to [0, T], which then mask the
     result; with `masked=False` nothing is masked. Where rows are masked `out` may be longer than the conv's result.
+    clean: x and x2 are zero beyond `in_lengths`, as in `forward`.
     log_softmax: of up to 128 channels, `out` is then fp32. workspace: lets several programs share a tile's reduction.
     Raises ValueError for shapes that do not fit and TypeError for dtypes.
     """
@@ -337,6 +352,8 @@ def fused(
     if x_desc is not None and x2 is not None:
         x2_desc = _activations(x2, 1, tile.t, tile.k)
         x_desc = x_desc if x2_desc is not None else None
+    whole = x_desc is not None and (clean or not masked or in_lengths is None)
+    by_descriptor = x_desc is not None or (nct and x2 is None and _has_tma(w.data) and c_in % tile.k == 0)
     if nct:
         vec_in, x_sizes, x_chan = 1, (c_in, 0, x.stride(0)), x.stride(2)
     else:
@@ -345,18 +362,23 @@ def fused(
     vec_out, (_, z_row, z_item) = _sizes(out)
     launch.run(
         conv1d_fused_kernel, (n * t_blocks * n_blocks * splits,), x,
-        x, x_desc, w.data, _weights(w, tile.k, tile.n, x_desc),
-        x2, x2_desc, None if x2 is None else packed2.data, _weights(packed2, tile.k, tile.n, x2_desc), out, bias,
-        in_lengths, out_lengths, lengths_out, part, arrived,
+        x, x_desc, w.data, _weights(w, tile.k, tile.n, by_descriptor),
+        x2, x2_desc, None if x2 is None else packed2.data, _weights(packed2, tile.k, tile.n, x2_desc is not None),
+        out, bias, in_lengths, out_lengths, lengths_out, part, arrived,
         t, t_out, *x_sizes, x_chan, *x2_sizes, w.c_out, z_row, z_item,
-        w.taps, stride, padding, dilation, t_blocks, splits,
-        HAS_IN_LENGTHS=in_lengths is not None, HAS_OUT_LENGTHS=out_lengths is not None,
+        w.taps, padding, dilation, t_blocks, splits,
+        STRIDE=stride, HAS_IN_LENGTHS=in_lengths is not None, HAS_OUT_LENGTHS=out_lengths is not None,
         HAS_LENGTHS_OUT=lengths_out is not None, HAS_MASK=masked, HAS_PANES=x2 is not None,
         HAS_BIAS=bias is not None, HAS_RELU=relu, HAS_LOG_SOFTMAX=log_softmax, HAS_SPLITS=splits > 1,
-        HAS_DESCRIPTORS=x_desc is not None, IS_NCT=nct,
+        HAS_DESCRIPTORS=by_descriptor, IS_CLEAN=whole, IS_NCT=nct,
         VEC_IN=vec_in, VEC_2=vec_2, VEC_OUT=vec_out, PAD=PAD_OUT, **_arithmetic(w.data), **_blocks(tile),
     )  # fmt: skip
     return out
+
+
+def takes_tf32() -> bool:
+    """Whether PyTorch's own fp32 convs round to TF32, and these with them."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # the older allow_tf32 raises where this one was set
 
 
 # ---- what the launches share ----
@@ -381,17 +403,30 @@ def _out_frames(t: int, taps: int, stride: int, padding: int, dilation: int) -> 
 
 
 def _activations(x: Tensor, stride: int, block_t: int, block_c: int) -> TensorDescriptor | None:
-    """A descriptor of `x` (N, T, C) for blocks of frames by channels, where the hardware has TMA and x fits it."""
-    wanted = torch.cuda.get_device_capability(x.device)[0] >= 9 if x.is_cuda else INTERPRET_DESCRIPTORS
-    aligned = x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:2])
-    if not (wanted and aligned and stride == 1 and x.element_size() == 2 and x.shape[2] % block_c == 0):
+    """A descriptor of `x` (N, T, C) as (N, T // stride, stride*C) for blocks of frames by channels, where the hardware
+    has TMA and x fits it."""
+    (n, t, c), (item, row, _) = x.shape, x.stride()
+    if not _has_tma(x) or c % block_c or x.data_ptr() % 16 or any(s * x.element_size() % 16 for s in (item, row)):
         return None
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, block_t, block_c])
+    # CUDA asks that a stride be a multiple of the one before: at stride 2 an odd T is not
+    if stride > 1 and (row != c or t < stride or (n > 1 and item % (stride * row))):
+        return None
+    item = item if n > 1 else stride * row
+    return TensorDescriptor(x, [n, t // stride, stride * c], [item, stride * row, 1], [1, block_t, block_c])
 
 
-def _weights(packed: Packed | None, block_rows: int, block_cols: int, beside: object) -> TensorDescriptor | None:
-    """A descriptor of a pack as (K*C_in, C_pad), where the activations `beside` it have one."""
-    if beside is None or packed is None:
+def _has_tma(x: Tensor) -> bool:
+    return x.element_size() == 2 and (_capability(x.device)[0] >= 9 if x.is_cuda else INTERPRET_DESCRIPTORS)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _weights(packed: Packed | None, block_rows: int, block_cols: int, wanted: bool) -> TensorDescriptor | None:
+    """A descriptor of a pack as (K*C_in, C_pad), where there is one and it is `wanted`."""
+    if packed is None or not wanted:
         return None
     rows = packed.data.view(-1, packed.data.shape[2])
     return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [block_rows, block_cols])
@@ -438,6 +473,6 @@ def _blocks(tile: Tile) -> dict[str, int]:
 
 
 def _arithmetic(x: Tensor) -> dict[str, object]:
-    tf32 = x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.allow_tf32
+    tf32 = x.dtype == torch.float32 and x.is_cuda and takes_tf32()
     interpreted = not isinstance(conv1d_forward_kernel, triton.JITFunction)
     return {"UPCAST": interpreted and x.dtype == torch.bfloat16, "PRECISION": "tf32" if tf32 else "ieee"}

@@ -4,7 +4,8 @@
 
 Steps run over chunks of BLOCK_K channels and, innermost, over the taps, so that the frames of a chunk come from cache
 K - 1 times of K. 16-bit tiles that touch no padding come through tensor descriptors (TMA) on sm_90 and later, whose
-zero fill is the conv's own; the others through masked pointers, which become cp.async.
+zero fill is the conv's own; the others through masked pointers, which become cp.async. At stride S the descriptor sees
+x as (N, T // S, S*C): frame p is row p // S there, from channel p % S * C on.
 """
 
 import triton
@@ -25,48 +26,82 @@ def out_frames(frames, taps, stride, padding, dilation):
 
 
 @triton.jit
+def strided_row(shift, padding, STRIDE: tl.constexpr):
+    """Of frame t*STRIDE + shift, shift >= -padding: its row less t, and its place among the STRIDE of that row."""
+    above = shift + padding * STRIDE  # not negative, for // truncates
+    return above // STRIDE - padding, above % STRIDE
+
+
+@triton.jit
+def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of the columns of a tile, for an epilogue that would not fit the registers."""
+    return tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
+
+
+@triton.jit
 def add_taps(
     acc, x_tile, x_desc, w_ptr, w_desc, n, t0, limit, o0, i_begin, i_end,
-    frames, C, C_w, C_pad, x_row, x_chan, taps, stride, padding, dilation,
-    HAS_DESCRIPTORS: tl.constexpr, IS_NCT: tl.constexpr, IS_TRANSPOSED: tl.constexpr,
+    frames, C, C_w, C_pad, x_row, x_chan, taps, padding, dilation, STRIDE: tl.constexpr,
+    HAS_DESCRIPTORS: tl.constexpr, IS_CLEAN: tl.constexpr, IS_NCT: tl.constexpr, IS_TRANSPOSED: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """acc [BLOCK_T, BLOCK_N] plus steps [i_begin, i_end) of the reduction.
 
-    x_tile: utterance n of x, C channels of it reduced; rows at t >= limit count as zero. Packed weights are (K, C_w,
-    C_pad); IS_TRANSPOSED reduces over their last dimension and takes the taps in reverse: the gradient of x.
+    x_tile: utterance n of x, C channels of it reduced; rows at t >= limit count as zero, and where IS_CLEAN they are.
+    Packed weights are (K, C_w, C_pad); IS_TRANSPOSED reduces over their last dimension and takes the taps in reverse:
+    the gradient of x.
     """
-    if HAS_DESCRIPTORS:  # stride 1; rows of padding may hold anything, so a tile that reaches some takes the other loop
-        whole = (limit == frames) | (t0 - padding + BLOCK_T + (taps - 1) * dilation <= limit)
+    if HAS_DESCRIPTORS and not IS_NCT:
+        seen = frames // STRIDE * STRIDE
+        if IS_CLEAN:
+            limit = frames
+        reach = (t0 + BLOCK_T - 1) * STRIDE + (taps - 1) * dilation - padding
+        whole = ((limit == frames) & (seen == frames)) | (reach < tl.minimum(limit, seen))
         for i in range(i_begin, tl.where(whole, i_end, i_begin)):
             tap = i % taps
             c0 = (i // taps) * BLOCK_K
-            x = x_desc.load([n.to(tl.int32), t0 - padding + tap * dilation, c0]).reshape([BLOCK_T, BLOCK_K])
+            row, place = strided_row(tap * dilation - padding, padding, STRIDE)
+            x = x_desc.load([n.to(tl.int32), t0 + row, place * C + c0]).reshape([BLOCK_T, BLOCK_K])
             if IS_TRANSPOSED:
                 w = tl.trans(w_desc.load([(taps - 1 - tap) * C_w + o0, c0]))
             else:
                 w = w_desc.load([tap * C_w + c0, o0])
             acc = dot(x, w, acc, UPCAST, PRECISION)
         i_begin = tl.where(whole, i_end, i_begin)
-    offs_c = tl.arange(0, BLOCK_K)
-    offs_o = o0 + tl.arange(0, BLOCK_N)
-    first = (t0 + tl.arange(0, BLOCK_T)) * stride - padding
-    for i in range(i_begin, i_end):
-        tap = i % taps
-        c = (i // taps) * BLOCK_K + offs_c
-        t = first + tap * dilation
-        mask = ((t >= 0) & (t < limit))[:, None] & (c < C)[None, :]
-        if IS_NCT:
-            offs_x = c[None, :] * x_chan + t[:, None]
-        else:
-            offs_x = t[:, None] * x_row + c[None, :]
-        x = tl.load(x_tile + offs_x, mask=mask, other=0.0).to(w_ptr.dtype.element_ty)
-        if IS_TRANSPOSED:
-            offs_w = ((taps - 1 - tap) * C_w + offs_o)[:, None] * C_pad + c[None, :]
-            w = tl.trans(tl.load(w_ptr + offs_w, mask=(offs_o < C_w)[:, None] & (c < C_pad)[None, :], other=0.0))
-        else:
-            offs_w = (tap * C_w + c)[:, None] * C_pad + offs_o[None, :]
-            w = tl.load(w_ptr + offs_w, mask=(c < C)[:, None] & (offs_o < C_pad)[None, :], other=0.0)
-        acc = dot(x, w, acc, UPCAST, PRECISION)
+    if not (HAS_DESCRIPTORS and IS_CLEAN and STRIDE == 1):  # a tile that reaches what a descriptor cannot leave out
+        offs_c = tl.arange(0, BLOCK_K)
+        offs_o = o0 + tl.arange(0, BLOCK_N)
+        first = (t0 + tl.arange(0, BLOCK_T)) * STRIDE - padding
+        # x that is cast on its way goes to the right of the product, hence through shared memory: on sm_90 products
+        # still running may read a left operand from registers that the next step already fills
+        SWAPPED: tl.constexpr = IS_NCT and w_ptr.dtype.element_ty.primitive_bitwidth == 16
+        if SWAPPED:
+            acc = tl.trans(acc)
+        for i in range(i_begin, i_end):
+            tap = i % taps
+            c = (i // taps) * BLOCK_K + offs_c
+            t = first + tap * dilation
+            if IS_TRANSPOSED:
+                offs_w = ((taps - 1 - tap) * C_w + offs_o)[:, None] * C_pad + c[None, :]
+                w = tl.trans(tl.load(w_ptr + offs_w, mask=(offs_o < C_w)[:, None] & (c < C_pad)[None, :], other=0.0))
+            elif HAS_DESCRIPTORS and IS_NCT:
+                w = w_desc.load([tap * C_w + (i // taps) * BLOCK_K, o0])
+            else:
+                offs_w = (tap * C_w + c)[:, None] * C_pad + offs_o[None, :]
+                w = tl.load(w_ptr + offs_w, mask=(c < C)[:, None] & (offs_o < C_pad)[None, :], other=0.0)
+            alive = (t >= 0) & (t < limit)
+            if SWAPPED:
+                offs_x = c[:, None] * x_chan + t[None, :]
+                x = tl.load(x_tile + offs_x, mask=(c < C)[:, None] & alive[None, :], other=0.0)
+                acc = dot(tl.trans(w), x.to(w_ptr.dtype.element_ty), acc, UPCAST, PRECISION)
+            else:
+                if IS_NCT:
+                    offs_x = c[None, :] * x_chan + t[:, None]
+                else:
+                    offs_x = t[:, None] * x_row + c[None, :]
+                x = tl.load(x_tile + offs_x, mask=alive[:, None] & (c < C)[None, :], other=0.0)
+                acc = dot(x, w, acc, UPCAST, PRECISION)
+        if SWAPPED:
+            acc = tl.trans(acc)
     return acc

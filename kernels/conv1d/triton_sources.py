@@ -19,13 +19,12 @@ from jasper_fast.kernels.conv1d.triton_wgrad import conv1d_wgrad_kernel, conv1d_
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _ACTIVATIONS = ("x_ptr", "w_ptr", "x2_ptr", "w2_ptr", "y_ptr", "z_ptr", "dy_ptr", "g_ptr", "pack_ptr")
 _INT64 = ("lengths_ptr", "in_lengths_ptr", "out_lengths_ptr", "lengths_out_ptr", "seed_ptr")
-_NORM = ("y_ptr", "mean_ptr", "rstd_ptr", "gamma_ptr", "beta_ptr", "part_g_ptr", "part_gy_ptr")
+_NORM = ("y_ptr", "z_ptr", "mean_ptr", "rstd_ptr", "part_g_ptr", "part_gy_ptr")
 # which arguments a launch leaves out (None) where a flag is off
 _OPTIONAL = {
     "HAS_LENGTHS": ("lengths_ptr",),
     "HAS_STATS": ("part_mean_ptr", "part_m2_ptr"),
     "HAS_NORM": _NORM,
-    "HAS_DROPOUT": ("seed_ptr",),
     "HAS_IN_LENGTHS": ("in_lengths_ptr",),
     "HAS_OUT_LENGTHS": ("out_lengths_ptr",),
     "HAS_LENGTHS_OUT": ("lengths_out_ptr",),
@@ -33,7 +32,7 @@ _OPTIONAL = {
     "HAS_BIAS": ("bias_ptr",),
     "HAS_SPLITS": ("part_ptr", "arrived_ptr"),
     "HAS_DESCRIPTORS": ("x_desc", "w_desc", "x2_desc", "w2_desc", "dy_desc"),
-    "HAS_MASK": (), "HAS_RELU": (), "HAS_LOG_SOFTMAX": (), "IS_NCT": (),
+    "HAS_MASK": (), "HAS_RELU": (), "HAS_LOG_SOFTMAX": (), "IS_NCT": (), "IS_CLEAN": (),
 }  # fmt: skip
 
 
@@ -44,6 +43,7 @@ def sources(
     t_out: int,
     *,
     taps: int = 25,
+    stride: int = 1,
     descriptors: bool = False,
     masks: bool = True,
     tiles: dict[str, Tile] | None = None,
@@ -54,7 +54,7 @@ def sources(
     "wgrad", "fused"), where they are not to be the default ones.
     """
     descriptors = descriptors and dtype.itemsize == 2
-    shape = Shape(c_in, c_out, taps, 1, 1, 32 * t_out)
+    shape = Shape(c_in, c_out, taps, stride, 1, 32 * t_out)
     tile = {op: (tiles or {}).get(op) or triton_tiles.default(op, dtype, shape, t_out) for op in _KERNELS}
     vec_in, vec_out = _vec(c_in), _vec(c_out)
 
@@ -62,18 +62,20 @@ def sources(
         flags = (*flags, *(_MASKS[op] if masks else ()))
         return _source(name + ("" if masks else " no masks"), _KERNELS[op], dtype, tile[op], descriptors, flags, **more)
 
-    ends = {"VEC_IN": vec_in, "VEC_OUT": vec_out, "PAD": PAD_OUT}
+    ends = {"VEC_IN": vec_in, "VEC_OUT": vec_out, "PAD": PAD_OUT, "STRIDE": stride}
     yield conv("forward", "forward", **ends)
     yield conv("forward stats", "forward", "HAS_STATS", **ends)
     back = {"VEC_DY": vec_out, "VEC": vec_in, "PAD": PAD_OUT}
-    yield conv("dgrad", "dgrad", **back)
-    yield conv("dgrad bn", "dgrad", "HAS_NORM", **back)
-    yield conv("dgrad bn dropout", "dgrad", "HAS_NORM", "HAS_DROPOUT", **back)
-    yield conv("wgrad", "wgrad", VEC_IN=vec_in, VEC_OUT=vec_out)
+    if stride == 1:
+        yield conv("dgrad", "dgrad", **back)
+        yield conv("dgrad bn", "dgrad", "HAS_NORM", **back)
+    yield conv("wgrad", "wgrad", VEC_IN=vec_in, VEC_OUT=vec_out, STRIDE=stride)
     folded = ("HAS_BIAS", "HAS_RELU")
-    for name, splits in (("", ()), (" split", ("HAS_SPLITS",))):
-        yield conv(f"fused{name}", "fused", *folded, *splits, **ends, VEC_2=1)
-        yield conv(f"fused panes{name}", "fused", *folded, "HAS_PANES", *splits, **ends, VEC_2=8)
+    for width in [tile["fused"]] if tiles else triton_tiles.narrower(tile["fused"], dtype):
+        tile["fused"] = width
+        for name, splits in (("", ()), (" split", ("HAS_SPLITS",))):
+            yield conv(f"fused{name}", "fused", *folded, *splits, **ends, VEC_2=1)
+            yield conv(f"fused panes{name}", "fused", *folded, "HAS_PANES", *splits, **ends, VEC_2=8)
     if not masks:
         return
     merge, meta = Tile(0, 0, 0, 4, 3), triton_tiles.transpose_meta(taps)
@@ -100,14 +102,16 @@ def first_and_last(
     tile = triton_tiles.default("fused", dtype, Shape(64, c_first, 11, 2, 1, 32 * t_out), t_out)
     flags = ("HAS_IN_LENGTHS", "HAS_LENGTHS_OUT", "HAS_BIAS", "HAS_RELU", "IS_NCT")
     told, flags = ("", (*flags, "HAS_MASK")) if masks else (" no masks", flags)
-    ends = {"VEC_IN": 1, "VEC_OUT": _vec(c_first), "VEC_2": 1, "PAD": PAD_OUT}
-    yield _source(f"first{told}", conv1d_fused_kernel, dtype, tile, False, flags, x_ptr="*fp32", **ends)
+    ends = {"VEC_IN": 1, "VEC_OUT": _vec(c_first), "VEC_2": 1, "PAD": PAD_OUT, "STRIDE": 2}
+    features = {"x_ptr": "*fp32", "x_desc": None}
+    for width in triton_tiles.narrower(tile, dtype):
+        yield _source(f"first{told}", conv1d_fused_kernel, dtype, width, descriptors, flags, **features, **ends)
     if not masks:  # the last conv masks nothing anyway
         return
     tile = triton_tiles.default("fused", dtype, Shape(c_last, symbols, 1, 1, 1, 32 * t_out), t_out)
     tile = tile._replace(n=max(16, triton.next_power_of_2(symbols)))
     flags = ("HAS_IN_LENGTHS", "HAS_LENGTHS_OUT", "HAS_BIAS", "HAS_LOG_SOFTMAX")
-    ends = {"VEC_IN": _vec(c_last), "VEC_OUT": _vec(symbols), "VEC_2": 1, "PAD": PAD_OUT}
+    ends = {"VEC_IN": _vec(c_last), "VEC_OUT": _vec(symbols), "VEC_2": 1, "PAD": PAD_OUT, "STRIDE": 1}
     for name, splits in (("last", ()), ("last split", ("HAS_SPLITS",))):
         yield _source(name, conv1d_fused_kernel, dtype, tile, descriptors, (*flags, *splits), z_ptr="*fp32", **ends)
 
@@ -137,6 +141,8 @@ def _source(
     on = {flag: flag in flags for flag in _OPTIONAL if flag in names}
     if "HAS_DESCRIPTORS" in on:
         on["HAS_DESCRIPTORS"] = descriptors
+    if "IS_CLEAN" in on:  # as the ops and the engine say of all but features
+        on["IS_CLEAN"] = descriptors and not on.get("IS_NCT")
     types = {a: "*fp32" if a.endswith("_ptr") else "i32" for a in names if a.islower() or a == "C"}
     types |= dict.fromkeys(_ACTIVATIONS, f"*{kind}") | dict.fromkeys(_INT64, "*i64")
     types |= {"arrived_ptr": "*i32", "scale": "fp32"} | _descriptors(kernel, kind, tile)

@@ -7,13 +7,17 @@ program owns `n` input by `k` output channels of one tap and takes `t` frames a 
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 
 from jasper_fast.kernels import tables
 
-WAVE = 132  # programs that fill a large GPU once; a constant, not the device's own count, so that runs repeat anywhere
+# of a large GPU (an H100), by which defaults are chosen; constants, not the device's own, so that runs repeat anywhere
+WAVE = 132  # programs that fill it once; of wgrad's it holds two waves at a time
+FLOP_S = 660e12  # of 16-bit matrix products that tiles here can hope for
+BYTES_S = 3e12
 MERGE_G, MERGE_C = 64, 32  # tiles at a time and channels of a merging program
 SOFTMAX_MAX = 128  # symbols of log-softmax in the epilogue
 MIN_STEPS = 8  # of a split: fewer, and the sum over splits costs more than it saves
@@ -49,6 +53,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, shape: Shape, fram
     return default(op, dtype, shape, frames)
 
 
+@functools.lru_cache(maxsize=4096)
 def default(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> Tile:
     """A sound tile for `frames` output frames an utterance where nothing was measured."""
     wide = dtype.itemsize == 2
@@ -66,7 +71,15 @@ def default(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> Tile:
     small = op == "fused" and not wide and t * n < 64 * 64  # with 4 warps some spill: panes on sm_100, the last conv
     warps = 8 if small else _warps(t * n)
     tile = Tile(t, n, k, warps, 3)
-    return tile._replace(splits=_splits(tile, shape)) if op == "fused" else tile
+    return _split(tile, shape, dtype) if op == "fused" else tile
+
+
+def narrower(tile: Tile, dtype: torch.dtype) -> list[Tile]:
+    """What `default` may choose for `fused` where `tile` makes too few programs: itself, and narrower ones."""
+    found = [tile]
+    while dtype.itemsize == 2 and found[-1].n > 32:
+        found.append(found[-1]._replace(n=found[-1].n // 2))
+    return found
 
 
 def candidates(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[Tile]:
@@ -90,7 +103,7 @@ def candidates(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[T
             tile = Tile(t, n, k, warps, stages)
             if op in ("fused", "wgrad"):
                 splits = _splits(tile, shape) if op == "fused" else _shares(tile, shape, frames)
-                found += [tile._replace(splits=s) for s in sorted({max(1, splits // 2), splits, 2 * splits})]
+                found += [tile._replace(splits=s) for s in sorted({1, max(1, splits // 2), splits, 2 * splits})]
             else:
                 found.append(tile)
     return list(dict.fromkeys(found))
@@ -102,15 +115,44 @@ def transpose_meta(taps: int) -> dict[str, int]:
 
 
 def _shares(tile: Tile, shape: Shape, frames: int) -> int:
-    """Groups of utterances whose partial gradients make two programs for each SM, where there are so many."""
+    """Groups of utterances with gradients of their own: the time of the last wave, and what the partials move."""
+    batch = max(1, shape.rows // frames)
     programs = shape.taps * -(-shape.c_in // tile.n) * -(-shape.c_out // tile.k)
-    return max(1, min(shape.rows // frames, 2 * WAVE // programs))
+    utterance = 2 * frames * tile.n * tile.k / (FLOP_S / (2 * WAVE))
+    partials = 8 * shape.taps * shape.c_in * shape.c_out / BYTES_S  # fp32, written and read
+
+    def seconds(shares: int) -> float:
+        return -(-programs * shares // (2 * WAVE)) * -(-batch // shares) * utterance + shares * partials
+
+    return min(range(1, min(batch, 64) + 1), key=seconds)
+
+
+def _split(tile: Tile, shape: Shape, dtype: torch.dtype) -> Tile:
+    """`tile`, or a narrower one, with the splits for which one SM moves the fewest bytes.
+
+    A program reads the frames and weights of its share of the steps; the last to arrive also reads all partial sums.
+    """
+
+    def moved(tile: Tile) -> int:
+        steps = -(-shape.taps * -(-shape.c_in // tile.k) // tile.splits)
+        partials = 4 * tile.t * tile.n * (tile.splits + 1) if tile.splits > 1 else 0
+        waves = -(-_tiles(tile, shape) * tile.splits // WAVE)
+        return waves * (steps * (tile.t + tile.n) * tile.k * dtype.itemsize + partials)
+
+    if _tiles(tile, shape) >= WAVE:
+        return tile
+    narrow = narrower(tile, dtype)
+    return min((n._replace(splits=s) for n in narrow for s in range(1, _splits(n, shape) + 1)), key=moved)
 
 
 def _splits(tile: Tile, shape: Shape) -> int:
-    tiles = -(-shape.rows // tile.t) * -(-shape.c_out // tile.n)
+    """The most programs that may share a tile: one wave of them, each with MIN_STEPS or more."""
     steps = shape.taps * -(-shape.c_in // tile.k)
-    return max(1, min(WAVE // tiles, steps // MIN_STEPS))
+    return max(1, min(WAVE // _tiles(tile, shape), steps // MIN_STEPS))
+
+
+def _tiles(tile: Tile, shape: Shape) -> int:
+    return -(-shape.rows // tile.t) * -(-shape.c_out // tile.n)
 
 
 def _fit(c: int, low: int, high: int) -> int:

@@ -11,18 +11,20 @@ added in a fixed order by a second kernel, which writes dw (C_out, C_in, K), PyT
 import triton
 import triton.language as tl
 
-from jasper_fast.kernels.conv1d.triton_loop import dot
+from jasper_fast.kernels.conv1d.triton_loop import dot, strided_row
 
 
 @triton.jit(
     do_not_specialize=[
-        "batch", "frames", "frames_out", "groups_in", "groups_out", "taps", "stride", "padding", "dilation", "share",
+        "batch", "frames", "frames_out", "groups_in", "groups_out", "taps", "padding", "dilation", "share",
+        "lengths_ptr",
     ]
 )  # fmt: skip
 def conv1d_wgrad_kernel(
     x_ptr, x_desc, dy_ptr, dy_desc, part_ptr, lengths_ptr,
-    batch, frames, frames_out, groups_in, groups_out, taps, stride, padding, dilation, share,
-    HAS_LENGTHS: tl.constexpr, HAS_DESCRIPTORS: tl.constexpr, VEC_IN: tl.constexpr, VEC_OUT: tl.constexpr,
+    batch, frames, frames_out, groups_in, groups_out, taps, padding, dilation, share,
+    STRIDE: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DESCRIPTORS: tl.constexpr, IS_CLEAN: tl.constexpr,
+    VEC_IN: tl.constexpr, VEC_OUT: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
@@ -46,27 +48,32 @@ def conv1d_wgrad_kernel(
         if HAS_LENGTHS:
             limit = tl.minimum(tl.load(lengths_ptr + n).to(tl.int32), limit)
         # outputs whose shifted input exists and is not padding: the rest multiply zeros
-        begin = tl.maximum(0, tl.cdiv(-shift, stride))
-        end = tl.minimum(frames_out, tl.cdiv(limit - shift, stride))
-        if HAS_DESCRIPTORS:  # stride 1, whole steps; what is left of the utterance takes the other loop
-            steps = tl.maximum(end - begin, 0) // BLOCK_T
+        begin = tl.maximum(0, tl.cdiv(-shift, STRIDE))
+        end = tl.minimum(frames_out, tl.cdiv(limit - shift, STRIDE))
+        if HAS_DESCRIPTORS:
+            row, place = strided_row(shift, padding, STRIDE)
+            if IS_CLEAN and STRIDE == 1:
+                steps = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_T)
+            else:  # whole steps; what is left of the utterance takes the other loop
+                steps = tl.maximum(tl.minimum(end, frames // STRIDE - row) - begin, 0) // BLOCK_T
             for i in range(steps):
                 t = begin + i * BLOCK_T
-                x = x_desc.load([n, t + shift, i0]).reshape([BLOCK_T, BLOCK_I])
+                x = x_desc.load([n, t + row, place * C_in + i0]).reshape([BLOCK_T, BLOCK_I])
                 dy = dy_desc.load([n, t, o0]).reshape([BLOCK_T, BLOCK_O])
                 acc = dot(tl.trans(x), dy, acc, UPCAST, PRECISION)
             begin += steps * BLOCK_T
-        x_n = x_ptr + tl.cast(n, tl.int64) * frames * C_in
-        dy_n = dy_ptr + tl.cast(n, tl.int64) * frames_out * C_out
-        for t0 in range(begin, end, BLOCK_T):
-            t = t0 + tl.arange(0, BLOCK_T)
-            mask_t = t < end
-            # x is loaded as its transpose: on sm_80 a tl.trans of what was loaded keeps it from being copied ahead
-            offs_x = (t * stride + shift)[None, :] * C_in + offs_i[:, None]
-            offs_dy = t[:, None] * C_out + offs_o[None, :]
-            x = tl.load(x_n + offs_x, mask=mask_i[:, None] & mask_t[None, :], other=0.0)
-            dy = tl.load(dy_n + offs_dy, mask=mask_t[:, None] & mask_o[None, :], other=0.0)
-            acc = dot(x, dy, acc, UPCAST, PRECISION)
+        if not (HAS_DESCRIPTORS and IS_CLEAN and STRIDE == 1):
+            x_n = x_ptr + tl.cast(n, tl.int64) * frames * C_in
+            dy_n = dy_ptr + tl.cast(n, tl.int64) * frames_out * C_out
+            for t0 in range(begin, end, BLOCK_T):
+                t = t0 + tl.arange(0, BLOCK_T)
+                mask_t = t < end
+                # x is loaded as its transpose: on sm_80 a tl.trans of what was loaded keeps it from being copied ahead
+                offs_x = (t * STRIDE + shift)[None, :] * C_in + offs_i[:, None]
+                offs_dy = t[:, None] * C_out + offs_o[None, :]
+                x = tl.load(x_n + offs_x, mask=mask_i[:, None] & mask_t[None, :], other=0.0)
+                dy = tl.load(dy_n + offs_dy, mask=mask_t[:, None] & mask_o[None, :], other=0.0)
+                acc = dot(x, dy, acc, UPCAST, PRECISION)
     base = part_ptr + (part * taps + tap) * C_in * C_out
     tl.store(base + offs_i[:, None] * C_out + offs_o[None, :], acc, mask=mask_i[:, None] & mask_o[None, :])
 
