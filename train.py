@@ -38,6 +38,7 @@ from jasper_fast.ema import EMA
 from jasper_fast.features import LogMelFeatures
 from jasper_fast.metrics import wer
 from jasper_fast.model import Jasper
+from jasper_fast.modules import PANE_FORMS
 from jasper_fast.optim import NovoGrad
 from jasper_fast.runs import Ranks, RunError, RunLog, StopRequest, preparing, seed_everything
 from jasper_fast.schedules import POLICIES, Schedule
@@ -84,6 +85,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     g = parser.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     g.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels; asking for a missing one is an error")
+    g.add_argument("--panes", choices=PANE_FORMS, default="auto", help="form of the residual; auto: gram on a GPU")
     g.add_argument("--amp", choices=tuple(AMP_DTYPES), default="off", help="mixed precision; fp16 scales the loss")
     g.add_argument("--seed", type=int, default=42, help="of weights, order, augmentation, dropout (42)")
     g.add_argument("--deterministic", action="store_true", help="bit-equal repeats on a GPU too, slower")
@@ -149,7 +151,7 @@ def main(args: argparse.Namespace, stop: StopRequest) -> None:
     reported = len(train_set.skipped)
 
     # Model and optimiser
-    core = Jasper(config, backend=args.backend).to(device)
+    core = Jasper(config, backend=args.backend, panes=args.panes).to(device)
     if args.init_from:
         weights = checkpoint.read_weights(args.init_from, ema=args.init_ema)
         checkpoint.load_weights(core, weights, labels=vocabulary.labels, strict=False)

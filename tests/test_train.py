@@ -18,7 +18,7 @@ import torch
 from speech import CONFIG, train_arguments, write_corpus
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jasper_fast import checkpoint, data
+from jasper_fast import checkpoint, data, ops
 from jasper_fast.config import JasperConfig
 from jasper_fast.eager import EagerJasper, out_lengths
 from jasper_fast.ema import EMA
@@ -412,6 +412,20 @@ def test_fine_tuning_with_other_labels(run_train, paths, tmp_path):
             train_arguments({**paths, "config": other}, tmp_path / "b", steps=1, val_manifests=None, init_from=source)
         )
     assert len(checkpoint.load(next((tmp_path / "b").glob("step_*.pt")))["labels"]) == 5
+
+
+def test_the_form_of_the_panes_reaches_the_model_and_is_recorded(run_train, paths, tmp_path, monkeypatch):
+    """--panes gram, where a CPU by itself takes plain; then resumed in the other form, which is noted."""
+    real, calls = ops.gram, []
+    monkeypatch.setattr(ops, "gram", lambda *args: calls.append(1) or real(*args))
+    run_train(train_arguments(paths, tmp_path, steps=1, val_manifests=None, panes="gram"))
+    assert calls
+    assert read_log(tmp_path / "log.jsonl")[0]["arguments"]["panes"] == "gram"
+    calls.clear()
+    said = run_train(train_arguments(paths, tmp_path, steps=2, val_manifests=None, panes="plain", resume=True))
+    assert "note: --panes was gram, now it is plain" in said and "done: step 2" in said
+    assert not calls
+    assert checkpoint.load(tmp_path / "step_00000002.pt")["arguments"]["panes"] == "plain"
 
 
 def test_two_processes_train_the_same_weights_and_resume(paths, tmp_path):
