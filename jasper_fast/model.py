@@ -26,7 +26,7 @@ class Jasper(nn.Module):
     outputs (no pane output is made for it), or "plain", pane by pane; "auto" is "gram" on a GPU, "plain" elsewhere.
 
     After `torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)` training on several ranks takes batch statistics over
-    all of them.
+    all of them (`jasper_fast.sync` says what torch.compile needs then).
 
     `backend`: "auto" takes the fastest face on the device of the input; "reference", "cpu", "triton" or "cuda" ask for
     one, and raise BackendMissing, saying how to get it, where it cannot run. Source of the semantics: the reference's

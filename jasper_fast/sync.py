@@ -2,6 +2,9 @@
 
 Counts of rows may differ between ranks, so they travel with the statistics and stay on the device. Every rank must call
 the same functions in the same order. An op knows its group by name, because a registered op takes no group objects.
+
+torch.compile traces the ops as they are, but Inductor then moves them to save memory, by the sizes of their tensors:
+ranks whose batches differ in shape compile with options={"reorder_for_peak_memory": False}, which keeps the order.
 """
 
 from __future__ import annotations
@@ -9,8 +12,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-_groups: dict[str, dist.ProcessGroup] = {}
 
 
 def group_of(bn: nn.Module) -> dist.ProcessGroup | None:
@@ -27,16 +28,18 @@ def group_of(bn: nn.Module) -> dist.ProcessGroup | None:
 
 def name(group: dist.ProcessGroup | None) -> str:
     """The name under which the functions here find `group`; "" for None."""
-    if group is None:
-        return ""
-    _groups[group.group_name] = group
-    return group.group_name
+    return "" if group is None else group.group_name
+
+
+def _find(name: str) -> dist.ProcessGroup:
+    """The group of that name, from PyTorch's own registry: one of ours would be filled only after a compiled graph."""
+    return dist.distributed_c10d._resolve_process_group(name)
 
 
 def all_reduce(x: Tensor, group: str) -> Tensor:
     """The sum of `x` over the ranks of `group`, in place; `x` itself where `group` is ""."""
     if group:
-        dist.all_reduce(x, group=_groups[group])
+        dist.all_reduce(x, group=_find(group))
     return x
 
 
@@ -45,9 +48,10 @@ def merge_stats(mean: Tensor, m2: Tensor, count: int, group: str) -> tuple[Tenso
 
     rows is a 0-d tensor. Ranks are merged in their order, so every rank gets the same bits.
     """
-    mine = torch.cat([mean, m2, mean.new_full((1,), count)])
-    ranks = mine.new_empty(dist.get_world_size(_groups[group]) * mine.numel())
-    dist.all_gather_into_tensor(ranks, mine, group=_groups[group])
+    mine, found = torch.cat([mean, m2, mean.new_full((1,), count)]), _find(group)
+    ranks = mine.new_empty(dist.get_world_size(found) * mine.numel())
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the newer name, and torch 2.11's
+    gather(ranks, mine, group=found)
     ranks, c = ranks.view(-1, mine.numel()), mean.numel()
     means, counts = ranks[:, :c], ranks[:, -1:]
     total = counts.sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from conftest import make_face
 from test_model import config, pair, valid_rows
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 from jasper_fast import Jasper, ops, sync
 from jasper_fast.eager import EagerJasper
@@ -46,9 +49,13 @@ def whole_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(n, 8, t), torch.tensor([61, 40, 13, 50, 0]), torch.randn(n, 31, 7)
 
 
-def step(model: nn.Module, features, lengths, up) -> dict[str, torch.Tensor]:
-    """Log-probabilities of valid rows, parameters' gradients and running statistics of one training step."""
-    log_probs, out = model.train()(features, lengths)
+def step(model: nn.Module, features, lengths, up, run: Callable | None = None) -> dict[str, torch.Tensor]:
+    """Log-probabilities of valid rows, parameters' gradients and running statistics of one training step.
+
+    `run`: `model` compiled, where that is to run.
+    """
+    model.train()
+    log_probs, out = (model if run is None else run)(features, lengths)
     rows = valid_rows(log_probs, out)
     (log_probs * up)[rows].sum().backward()
     found = {"log_probs": log_probs.detach()[rows]} | {f"grad {k}": p.grad for k, p in model.named_parameters()}
@@ -59,10 +66,14 @@ def share(rank: int, *tensors: torch.Tensor) -> list[torch.Tensor]:
     return [t.split(SPLIT)[rank] for t in tensors]
 
 
-def model_step(rank: int, backend: str, form: str, state: dict) -> dict[str, torch.Tensor]:
-    model = Jasper(config("dense"), backend=backend, panes=form)
+def synced(backend: str, form: str, state: dict, dropout: float = 0.0) -> nn.Module:
+    model = Jasper(config("dense", dropout=dropout), backend=backend, panes=form)
     model.load_state_dict(state)
-    return step(nn.SyncBatchNorm.convert_sync_batchnorm(model), *share(rank, *whole_batch()))
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def model_step(rank: int, backend: str, form: str, state: dict) -> dict[str, torch.Tensor]:
+    return step(synced(backend, form, state), *share(rank, *whole_batch()))
 
 
 @pytest.mark.parametrize(
@@ -89,6 +100,33 @@ def test_two_ranks_equal_one_process(tmp_path, backend, form):
     own = EagerJasper(config("dense"))
     own.load_state_dict(state)
     assert not torch.allclose(step(own, alone, whole_batch()[1][:3], up)["log_probs"], ranks[0]["log_probs"], atol=1e-2)
+
+
+def compiled_step(rank: int, backend: str, form: str, state: dict) -> tuple[int, dict, list[dict[str, torch.Tensor]]]:
+    """(graphs, reasons of graph breaks, [step compiled, step as it is]); compiled first, as nothing ran before it."""
+    counter, steps = CompileCounterWithBackend("aot_eager"), []
+    for compiled in (True, False):
+        model = synced(backend, form, state, dropout=0.2)
+        torch.manual_seed(rank)
+        run = torch.compile(model, backend=counter) if compiled else None
+        steps.append(step(model, *share(rank, *whole_batch()), run))
+    return counter.frame_count, dict(counters["graph_break"]), steps
+
+
+@pytest.mark.parametrize(("backend", "form"), [("reference", "gram"), ("cpu", "plain")])
+def test_two_compiled_ranks_equal_themselves_uncompiled(tmp_path, backend, form):
+    """Each in one graph, although their batches differ; the collectives inside are opaque to the compiler."""
+    make_face(backend)
+    _, ours = pair(config("dense"), "reference")
+    ranks = spawn(compiled_step, tmp_path, backend, form, ours.state_dict())
+    for graphs, breaks, (compiled, plain) in ranks:
+        assert (graphs, breaks) == (1, {})
+        for name, want in plain.items():
+            atol = 1e-5 * want.abs().max().item()
+            torch.testing.assert_close(compiled[name], want, atol=atol, rtol=1e-4, msg=name)
+    for name, value in ranks[0][2][0].items():
+        if name.startswith("buffer"):
+            assert torch.equal(ranks[1][2][0][name], value), f"{name}: ranks differ"
 
 
 def test_a_converted_model_alone_is_the_model_itself():
