@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <limits>
 #include <optional>
@@ -35,7 +36,7 @@ int multiprocessors(int device) {
 struct Device {
   explicit Device(const Tensor& y) : guard(y.get_device_index()), sms(multiprocessors(y.get_device_index())) {
     void* raw = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(y.get_device_index(), &raw));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(y.get_device_index(), &raw));
     stream = static_cast<cudaStream_t>(raw);
   }
   torch::stable::accelerator::DeviceGuard guard;
