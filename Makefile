@@ -35,13 +35,15 @@ $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: set PYTHON="; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# torch comes first and alone: nothing that follows may replace the build that was chosen.
+# torch comes first and alone: nothing that follows may replace the build that was chosen. Its own pins go with
+# the torch of constraints.txt only: others ask for other versions of Triton and setuptools, and the interpreter of
+# Triton 3.6 for numpy before 2.4.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt | $(PY)
 	@$(PY) -c 'import torch' 2>/dev/null || { echo "installing torch $(TORCH) and the rest, a few minutes"; \
 	  $(PIP) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "torch==$(TORCH)"; }
-	@$(PY) -c 'import torch; print("torch==" + torch.__version__)' > $(PINS)
-	@if grep -q "^torch==$(TORCH)" $(PINS); then grep -v '^torch==' constraints.txt; \
-	  else grep -vE '^(torch|triton)==' constraints.txt; fi >> $(PINS)
+	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(PINS)
+	@if grep -q "^$$(grep '^torch==' constraints.txt)" $(PINS); then grep -v '^torch==' constraints.txt; \
+	  else grep -vE '^(torch|triton|setuptools|numpy)==' constraints.txt; echo 'numpy<2.4'; fi >> $(PINS)
 	$(PIP) -c $(PINS) setuptools wheel ninja
 	$(PIP) -c $(PINS) --no-build-isolation -e '.[dev,demo]'
 	@touch $@
