@@ -151,11 +151,11 @@ def machine_list(result: dict) -> str:
     facts |= {"commit": f"{m['commit']}{' with local changes' if m['dirty'] else ''}", "date": m["date"]}
     facts["command"] = m["command"]
     if limits:
-        rates = ", ".join(f"{k} {v / 1e9:,.0f} GFLOP/s" for k, v in limits["matmul_flops_per_s"].items())
+        rates = ", ".join(f"{k} {tables.per_second(v, 'FLOP')}" for k, v in limits["matmul_flops_per_s"].items())
         if m["gpu"] and "float32_mode" in limits:
             rates += f" (rows of float32 are held to {limits['float32_mode']}, which their convolutions may use)"
-        copy, launch = limits["copy_bytes_per_s"] / 1e9, limits["launch_s"]["host"] * 1e6
-        facts["measured limits"] = f"matrix product {rates}; copy {copy:.1f} GB/s; launch {launch:.1f} us"
+        copy, launch = tables.per_second(limits["copy_bytes_per_s"], "B"), tables.duration(limits["launch_s"]["host"])
+        facts["measured limits"] = f"matrix product {rates}; copy {copy}; launch {launch}"
     return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items()) + "</dl>"
 
 
@@ -294,7 +294,8 @@ def roofline(result: dict) -> str:
         return ""
     key = (
         '<p class="key faint"><i class="ours"></i>jasper_fast <i class="theirs"></i>rivals. The roof is what this '
-        "machine reached in a matrix product and in a copy; a point above the slope works from cache.</p>"
+        "machine reached in a matrix product and in a copy; a point above the slope works from cache, one above the flat "
+        "part multiplies less often than the definition counts.</p>"
     )
     return "<h2>How far from the machine's limits</h2>" + key + "".join(parts)
 

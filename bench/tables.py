@@ -34,8 +34,19 @@ def duration(seconds: float) -> str:
 def rate(row: dict) -> str:
     """What the row achieves, in the unit of its bound."""
     if row.get("limit", {}).get("bound") == "memory":
-        return f"{row['bytes_per_s'] / 1e9:.3g} GB/s"
-    return f"{row['flops_per_s'] / 1e9:.3g} GFLOP/s" if "flops_per_s" in row else ""
+        return per_second(row["bytes_per_s"], "B")
+    return per_second(row["flops_per_s"], "FLOP") if "flops_per_s" in row else ""
+
+
+def per_second(value: float, of: str) -> str:
+    """A rate in the unit that reads best; `of` is what is counted."""
+    unit, scale = ("T", 1e12) if value >= 1e12 else ("G", 1e9)
+    return f"{value / scale:.3g} {unit}{of}/s"
+
+
+def plain(value: float) -> str:
+    """Three digits, and no power of ten."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def span(ratio: dict) -> str:
@@ -81,7 +92,7 @@ def columns(rows: Sequence[dict]) -> list[Column]:
     if any("host_s" in row for row in timed):
         found.append(("host", lambda row: duration(row["host_s"]) if "host_s" in row else ""))
     if any("items_per_s" in row for row in timed):
-        found.append(("utterances/s", lambda row: f"{row['items_per_s']:.3g}" if "items_per_s" in row else ""))
+        found.append(("utterances/s", lambda row: plain(row["items_per_s"]) if "items_per_s" in row else ""))
     if any(rate(row) for row in timed):
         found.append(("rate", rate))
     if any(share(row) for row in timed):
