@@ -294,8 +294,8 @@ def roofline(result: dict) -> str:
         return ""
     key = (
         '<p class="key faint"><i class="ours"></i>jasper_fast <i class="theirs"></i>rivals. The roof is what this '
-        "machine reached in a matrix product and in a copy; a point above the slope works from cache, one above the flat "
-        "part multiplies less often than the definition counts.</p>"
+        "machine reached in a matrix product and in a copy; a point above the slope works from cache, one above the "
+        "flat part multiplies less often than the definition counts.</p>"
     )
     return "<h2>How far from the machine's limits</h2>" + key + "".join(parts)
 

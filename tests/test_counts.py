@@ -12,7 +12,7 @@ from test_bench import make_run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import counts, kernels, models, sub_blocks
+from bench import counts, kernels, models, sub_block_inference, sub_blocks
 from jasper_fast import InferenceEngine, Jasper, ops
 from jasper_fast.eager import EagerJasper
 from jasper_fast.kernels import launch
@@ -200,6 +200,23 @@ def test_flops_of_conv_cases_are_pytorchs(op, layer, tmp_path):
     run = make_run(tmp_path)
     found = {mode: sub_blocks.case(run, op, N, T, layer, mode).flops for mode in expected}
     assert found == expected
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda a: f"{a.C_in}-{a.C_out}-{a.K}-{a.stride}")
+def test_counts_of_sub_blocks_in_inference(layer, launches, tmp_path):
+    """One kernel, whose bias is a vector to the passes, and an addition an element to FLOPs and PyTorch's counter."""
+    T = 40
+    case = sub_block_inference.case(make_run(tmp_path, backend="triton"), N, T, layer)
+    runner = case.contenders[0].build()
+    launches.clear()  # the pack
+    runner.run()
+    assert [name for name, _ in launches] == ["conv1d_fused"]
+    assert case.nbytes == 4 * (moved(launches) + layer.C_out)
+    x = torch.empty(N, layer.C_in, T, device="meta")
+    weight = torch.empty(layer.C_out, layer.C_in, layer.K, device="meta")
+    with FlopCounterMode(display=False) as flops:
+        y = torch.nn.functional.conv1d(x, weight, None, layer.stride, layer.padding, layer.dilation)
+    assert case.flops == flops.get_total_flops() + y.numel()
 
 
 # ------------------------------------------------------------------ arithmetic of bn_relu_dropout
