@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.harness import console
-from bench.machine import ROOT
+from bench.machine import ROOT, commit
 
 COMMITTED = Path(__file__).parent / "compiled"
 CACHE = ROOT / "build" / "compile"
@@ -233,7 +233,8 @@ def _multiplies(job: Job, facts: dict) -> bool:
 def _tensor_cores(job: Job, facts: dict) -> str | None:
     if not _multiplies(job, facts):
         return None
-    whole = facts["dot_rows"] >= 64  # smaller tiles do not fill a warp group's instruction
+    # of fp32 there are smaller tiles, which do not fill a warp group's instruction
+    whole = facts["dot_rows"] >= 64 or job.dtype != "float32"
     unit = {90: "wgmma", 100: "tcgen05"}.get(job.arch, "mma_sync") if whole else "mma_sync"
     found, other = facts[unit], facts["mma_sync"] if unit != "mma_sync" else 0
     if found < facts["dots"]:
@@ -330,7 +331,11 @@ def show(rows: list[dict]) -> None:
     heads = {
         "registers": "regs",
         "spilled": "spill",
+        "shared": "shared",
+        "wgmma": "wgmma",
         "mma_sync": "mma",
+        "tcgen05": "tcgen05",
+        "tma": "TMA",
         "cp_async": "cp.async",
         "narrow_loads": "16-bit",
     }
@@ -351,13 +356,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arch", type=_list(int, ARCHITECTURES), default=ARCHITECTURES, metavar="80,90", help="default: all"
     )
-    parser.add_argument("--dtype", type=_list(str, DTYPES), default=DTYPES, metavar="float16", help="default: all")
+    parser.add_argument(
+        "--dtype", type=_dtypes, default=DTYPES, metavar="fp16,bf16", help="fp32, fp16, bf16: default all"
+    )
     parser.add_argument("--quick", action="store_true", help="float16 everywhere, the other dtypes on sm_90 only")
     parser.add_argument("--kernel", default="", metavar="REGEX", help="only kernels whose name it matches")
     parser.add_argument("--update", action="store_true", help="write the table as it is now; look at the changes first")
     parser.add_argument("--table", type=Path, default=None, help="default: bench/compiled/triton-VERSION.json")
     parser.add_argument("--processes", type=int, default=2, help="that compile at the same time (default: 2)")
     parser.add_argument("--no-cache", action="store_true", help="compile what was compiled before, too")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for a JSON file of the rows and what was found")
+
+
+def _dtypes(given: str) -> tuple:
+    short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+    return _list(str, DTYPES)(",".join(short.get(name, name) for name in given.split(",")))
 
 
 def _list(kind: type, known: tuple) -> Callable[[str], tuple]:
@@ -420,6 +433,12 @@ def main(args: argparse.Namespace) -> int:
         table.write_text(text(version, (merged[k] for k in order)))
     elif changes:
         print(f"the table differs from {table.name}: if that was meant, run with --update and commit it")
+    if args.out is not None:
+        path = args.out / f"compile_triton-{version}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found_all = {"command": "compile", "triton": version, "commit": commit(), "broken": broken}
+        path.write_text(json.dumps(found_all | {"changes": changes, "rows": rows}, indent=1))
+        print(f"wrote {path}")
     spent = time.monotonic() - started
     failed = len(broken) + (0 if args.update else len(changes))
     print(f"Triton {version}: {len(rows)} kernels in {spent:.0f} s, {len(broken)} broken rules, {len(changes)} changes")

@@ -41,7 +41,9 @@ def test_good_kernels_break_no_rule():
     assert not complaints(job(80), AMPERE)
     assert not complaints(job(100), GOOD | {"wgmma": 0, "tcgen05": 16})
     assert not complaints(job(80, kernel="bn_relu_dropout forward"), POINTWISE)
-    assert not complaints(job(90), GOOD | {"dot_rows": 32, "wgmma": 0, "mma_sync": 64})  # too small for a warp group
+    small = {"dot_rows": 32, "wgmma": 0, "mma_sync": 64}  # too small for a warp group: only fp32 has such tiles
+    assert not complaints(job(90, "float32", PRECISION="tf32"), GOOD | small)
+    assert set(complaints(job(90), GOOD | small)) == {"tensor cores"}
     exact = job(80, "float32", PRECISION="ieee")
     assert not complaints(exact, AMPERE | {"mma_sync": 0, "cp_async": 0})
 

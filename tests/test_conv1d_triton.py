@@ -337,3 +337,22 @@ def test_padding_that_is_zero_gives_the_same_bits_as_padding_that_is_masked(name
     assert torch.equal(triton_impl.fused(x.transpose(1, 2), triton_impl.pack(weight), clean=True, **names), z)
     got = triton_impl.wgrad(x, dy, k, *shape, lengths, clean=True)
     assert_close("dw", got, dw, gradients(x.double(), weight.double(), dy.double(), *shape)[1])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_what_is_not_finite_in_a_frame_reaches_y_and_every_gradient(dtype, value):
+    x, weight, *shape, lengths = make(LAYERS["k11"], dtype, make_face("triton").device)
+    clean = triton_impl.forward(x, weight, *shape, lengths)
+    dy = ntc(torch.randn_like(clean))
+    x[0, 3, 20] = value
+    y, mean, m2 = triton_impl.forward_stats(x, weight, *shape, lengths)
+    assert not y[0, :, 15:26].isfinite().any() and y[0, :, :15].isfinite().all() and y[1].isfinite().all()
+    assert not mean.isfinite().any() and not m2.isfinite().any()
+    dw = triton_impl.wgrad(x, dy, 11, *shape, lengths)
+    assert not dw[:, 3].isfinite().any()
+    assert dw[:, :3].isfinite().all() and dw[:, 4:].isfinite().all()
+    dy[0, 5, 9] = value
+    dx = triton_impl.dgrad(dy, weight, x.shape[2], *shape, lengths)
+    assert not dx[0, :, 4:15].isfinite().any() and dx[0, :, 15:].isfinite().all() and dx[1].isfinite().all()
+    assert not triton_impl.wgrad(ntc(torch.ones_like(x)), dy, 11, *shape, lengths)[5].isfinite().any()

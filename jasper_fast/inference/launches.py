@@ -133,13 +133,11 @@ class Launches:
         return out if fused else out.float().log_softmax(dim=2), out_lengths
 
     def _readable(self, features: Tensor) -> Tensor:
-        """`features` as the first launch reads them: in fp32 or the weights' dtype, channels or frames neighbours."""
+        """`features` as the first launch reads them: frames neighbours in fp32, or channels in the weights' dtype."""
         _, c, t = features.shape
         frames, channels = t == 1 or features.stride(2) == 1, c == 1 or features.stride(1) == 1
         if not frames and not channels:
             features, frames = features.contiguous(), True
-        if features.dtype == self._dtype or (features.dtype == torch.float32 and frames and not channels):
-            return features
         return features.to(torch.float32 if frames and not channels else self._dtype)
 
     def _between(self, bound: Bound) -> None:

@@ -99,7 +99,8 @@ def candidates(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[T
             fits = n <= max(16, shape.c_in) and k <= max(16, shape.c_out)
         else:
             fits = n <= max(16, out) and k <= max(16, reduced) and t <= max(32, 2 * frames)
-        for stages in (3, 4) if fits else ():
+        deeper = (5, 6) if (t, n, k, warps) == (128, 128, 64, 8) and op != "wgrad" else ()  # where they leave one an SM
+        for stages in (3, 4, *deeper) if fits else ():
             tile = Tile(t, n, k, warps, stages)
             if op in ("fused", "wgrad"):
                 splits = _splits(tile, shape) if op == "fused" else _shares(tile, shape, frames)
