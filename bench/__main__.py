@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bench import goals, harness, limits, machine, tables
+from bench import goals, harness, limits, machine, rivals, tables
 from bench.harness import console
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -72,7 +72,11 @@ def parser() -> argparse.ArgumentParser:
     profile.add_argument(
         "--batch", default="8,400", metavar="N,T", help="utterances and feature frames (default: 8,400)"
     )
-    gpu = add("gpu", "everything in at most nine minutes, the most valuable numbers first; --resume goes on")
+    gpu = add(
+        "gpu",
+        "all but tuning in at most nine minutes, the most valuable numbers first; --resume goes on. Tiles and faces, "
+        "which dispatch chooses by, are a command of their own: python -m bench tune",
+    )
     gpu.add_argument("--budget", type=float, default=540.0, metavar="SECONDS", help="when to stop (default: 540)")
     add_compile(sub)
     add_tune(sub)
@@ -127,12 +131,17 @@ def main(arguments: list[str] | None = None) -> int:
 
         return tune.main(args, start)
     run = start(args)
-    SUBCOMMANDS[args.command](run, args)
+    run.arguments = tuple(sys.argv[1:] if arguments is None else arguments)
+    try:
+        SUBCOMMANDS[args.command](run, args)
+    except rivals.UnknownRival as error:
+        raise SystemExit(f"--rivals: {error}") from None
+    except harness.DeviceLost as error:  # its row is on disk
+        raise SystemExit(f"{error}\nnothing runs on {run.device} any more here; --resume goes on without it") from None
     found = goals.judge(run.results.data["rows"], run.device.type)
     run.results.data["goals"] = found
     run.results.data["seconds"] = round(time.monotonic() - run.started, 1)
-    parts = run.results.data.get("parts", {}).values()
-    run.results.data["finished"] = not (run.out_of_time() or any(part in ("cut off", "no time left") for part in parts))
+    run.results.data["finished"] = not (run.out_of_time() or harness.parts_left(run.results.data))
     run.results.write()
     tables.show(run.results.data["rows"], found)
     tables.console.print(f"wrote {_relative(run.results.path)}")

@@ -2,27 +2,35 @@
 
 `python -m bench gpu`; each case is on disk as soon as it is measured, and `--resume` goes on after the last one. Every
 part has a share of the time, so that none can take what the later ones need; what is left at the end goes to those that
-were cut off. `--backend auto` is Triton here: these are the numbers that dispatch is decided from. With `--device cpu`
-the same plan runs on a stand-in: the small Jasper and small shapes.
+were cut off. A part that fails costs the others nothing: where it took the GPU's context with it, the run goes on in a
+new process, and a part is tried twice at most. `--backend auto` is Triton here: these are the numbers that dispatch is
+decided from; what the self-check finds bad is not timed. Tiles are `python -m bench tune`, a command of its own: one
+case compiles up to 18. With `--device cpu` the same plan runs on a stand-in: the small Jasper and small shapes.
 """
 
+import contextlib
 import dataclasses
+import os
 import signal
-import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from bench import kernels, latency, launches, memory, sub_blocks, train
-from bench.harness import OutOfTime, Run, console
+from bench import harness, kernels, latency, launches, memory, sub_blocks, train, warm
+from bench.harness import DeviceLost, OutOfTime, Run, console
 from bench.machine import ROOT
 
 BUDGET = 540.0
+MODEL = "jasper10x5"
+ALL_MODES = ("forward", "backward", "inference")
 LIGHT = "eager,eager_no_masks,eager_2d_channels_last,cuda_graph"
 LIGHT_TRAINING = "eager,eager_2d_channels_last"
 SLOW = "compile_max_autotune"
 GOOD = 10.0  # seconds that must be left for another part to be worth starting
+PATIENCE = 60.0  # seconds after a part's time in which the interpreter must have come back from a kernel or compiler
+UNTIL = "BENCH_GPU_UNTIL"  # the time of day at which the budget ends, for the process that goes on with a run
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Part:
 
 
 def plan(run: Run) -> list[Part]:
-    """The parts in order of value; slow compilers come last, where they can cost nothing but themselves."""
+    """The parts in order of value."""
     light, light_training = ({"rivals": r} for r in (LIGHT, LIGHT_TRAINING))
     if run.device.type == "cpu":
         shapes = ((2, 64, 100), (2, 96, 100))
@@ -55,43 +63,49 @@ def plan(run: Run) -> list[Part]:
                 60,
                 lambda r: r.cases(
                     "kernels",
-                    sub_blocks.layer_cases(r, "sub_block", 2, 64, layer, ("forward", "backward", "inference")),
+                    sub_blocks.layer_cases(r, "sub_block", 2, 64, layer, ALL_MODES),
                 ),
             ),
             Part("launches", 60, launches.main),
         ]
-    model = "jasper10x5"
+    return [*first_nine_minutes(light, light_training), *and_then(light, light_training)]
+
+
+def first_nine_minutes(light: dict, light_training: dict) -> list[Part]:
+    """What a GPU is asked first; the shares together are the budget. First come ops that the host hardly touches."""
     return [
-        Part("self-check", 60, lambda r: selfcheck(r, quick=True)),
+        Part("self-check", 90, ready),
         Part(
             "bn_relu_dropout",
-            40,
+            25,
             lambda r: r.cases("kernels", kernels.cases_bn_relu_dropout(with_(r, {"quick": True, "rivals": "eager"}))),
         ),
+        Part("the five largest convs", 30, lambda r: all_layers(r, LIGHT_TRAINING, "conv1d", ("forward",), 5)),
+        Part("training step", 50, lambda r: train.main(with_(r, light_training), ((MODEL, 32, 1680),))),
         Part(
             "latency of one utterance",
-            60,
-            lambda r: latency.main(with_(r, light), model, grid=((1, 2.0), (1, 7.0), (1, 16.7))),
+            50,
+            lambda r: latency.main(with_(r, light), MODEL, grid=((1, 2.0), (1, 7.0), (1, 16.7))),
         ),
-        Part("training step", 60, lambda r: train.main(with_(r, light_training), ((model, 32, 1680),))),
-        Part("memory", 20, lambda r: memory.main(r, ((model, 8, 1680),))),
-        Part(
-            "sub-blocks",
-            140,
-            lambda r: all_layers(r, LIGHT_TRAINING, "sub_block", ("forward", "backward", "inference")),
-        ),
-        Part("the five largest convs", 30, lambda r: all_layers(r, LIGHT_TRAINING, "conv1d", ("forward",), 5)),
-        Part("tuning", 60, tuning),
+        Part("launches", 30, lambda r: launches.main(with_(r, {"rivals": "eager,cuda_graph"}))),
+        Part("memory", 20, lambda r: memory.main(r, ((MODEL, 8, 1680),))),
+        Part("sub-blocks", 120, lambda r: all_layers(r, LIGHT_TRAINING, "sub_block", ALL_MODES)),
+        Part("training grid", 40, lambda r: train.main(with_(r, light_training))),
+        Part("self-check in full", 85, selfcheck_in_full),
+    ]
+
+
+def and_then(light: dict, light_training: dict) -> list[Part]:
+    """What `--resume` goes on with; slow compilers come last, where they can cost nothing but themselves."""
+    return [
         Part("sub-blocks beside max-autotune and cuDNN", 90, slow_rivals),
-        Part("latency grid", 60, lambda r: latency.main(with_(r, light), model)),
+        Part("latency grid", 60, lambda r: latency.main(with_(r, light), MODEL)),
         Part("convs", 60, lambda r: all_layers(r, LIGHT_TRAINING, "conv1d", ("forward", "both"))),
         Part(
             "every width of bn_relu_dropout",
             40,
             lambda r: kernels.main(with_(r, {"rivals": "eager"}), "bn_relu_dropout"),
         ),
-        Part("launches", 20, lambda r: launches.main(with_(r, {"rivals": "eager,cuda_graph"}))),
-        Part("training grid", 60, lambda r: train.main(with_(r, light_training))),
         Part(
             "bn_relu_dropout beside torch.compile",
             40,
@@ -100,26 +114,25 @@ def plan(run: Run) -> list[Part]:
         Part(
             "training beside torch.compile",
             120,
-            lambda r: train.main(with_(r, {"rivals": "eager,compile"}), ((model, 32, 1680),)),
+            lambda r: train.main(with_(r, {"rivals": "eager,compile"}), ((MODEL, 32, 1680),)),
         ),
         Part(
             "latency beside torch.compile",
             120,
             lambda r: latency.main(
-                with_(r, {"rivals": "eager,compile,compile_reduce_overhead"}), model, grid=((1, 2.0),)
+                with_(r, {"rivals": "eager,compile,compile_reduce_overhead"}), MODEL, grid=((1, 2.0),)
             ),
         ),
         Part(
             "latency beside other runtimes",
             120,
-            lambda r: latency.main(with_(r, {"rivals": "eager,onnxruntime,tensorrt"}), model, grid=((1, 2.0),)),
+            lambda r: latency.main(with_(r, {"rivals": "eager,onnxruntime,tensorrt"}), MODEL, grid=((1, 2.0),)),
         ),
         Part(
             "latency beside frozen blocks",
             120,
-            lambda r: latency.main(with_(r, {"rivals": "eager,compile_blocks_frozen"}), model, grid=((1, 2.0),)),
+            lambda r: latency.main(with_(r, {"rivals": "eager,compile_blocks_frozen"}), MODEL, grid=((1, 2.0),)),
         ),
-        Part("self-check in full", 240, lambda r: selfcheck(r, quick=False)),
     ]
 
 
@@ -128,27 +141,59 @@ def with_(run: Run, changes: dict) -> Run:
     return dataclasses.replace(run, **changes)
 
 
+def ready(run: Run) -> None:
+    """The quick self-check in the run's dtype, while other processes compile what the next parts run."""
+    with warm.compilers(run, ("bn_relu_dropout", "the five largest convs", "latency of one utterance", "sub-blocks")):
+        selfcheck(run, quick=True, dtypes=(kernels.name(run.dtype),))
+
+
 def selfcheck(run: Run, *, quick: bool, **which: tuple[str, ...]) -> None:
-    """The verdicts of `jasper-fast selfcheck` for this device, kept for dispatch and in the result; `which`: `ops` and
-    `faces` to check, not all."""
+    """The verdicts of `jasper-fast selfcheck` for this device, kept for dispatch and in the result; `which`: `ops`,
+    `faces` and `dtypes` to check, not all. What was decided when the time ran out is kept too."""
+    from jasper_fast import selfcheck as check
+
+    started, report = time.monotonic(), check.Report()
+    try:
+        check.supervise(run.device, quick=quick, report=report, **which)
+    finally:
+        keep_verdicts(run, report.decided(), quick, time.monotonic() - started)
+
+
+def keep_verdicts(run: Run, rows: Sequence[dict], quick: bool, seconds: float) -> None:
+    """What the rows of a self-check say, for dispatch and in the result."""
     from jasper_fast import selfcheck as check
     from jasper_fast import trust
 
-    started = time.monotonic()
-    rows = check.supervise(run.device, quick=quick, **which)
     found = check.verdicts(rows, quick)
     with trust.locked():
         trust.keep(run.device, found)
     bad = [check.failure_of(row) for row in rows if row["status"] != "ok"]
-    run.results.data["selfcheck"] = {
-        "quick": quick,
-        "seconds": round(time.monotonic() - started, 1),
-        "verdicts": [vars(verdict) for verdict in found],
-        "failures": bad,
-    }
+    told = run.results.data.setdefault("selfcheck", {"seconds": 0.0, "verdicts": [], "failures": []})
+    told["seconds"] = round(told["seconds"] + seconds, 1)
+    new = {group(vars(verdict)): vars(verdict) for verdict in found}
+    told["verdicts"] = [v for v in told["verdicts"] if group(v) not in new] + list(new.values())
+    told["failures"] += [line for line in bad if line not in told["failures"]]
     for line in bad[:5]:
-        console.print(f"[red]self-check: {line}[/]")
+        console.print(f"self-check: {line}", style="red", markup=False)
     run.results.write()
+
+
+def group(verdict: dict) -> tuple[str, str, str]:
+    """What a verdict is about."""
+    return verdict["op"], verdict["face"], verdict["dtype"]
+
+
+def selfcheck_in_full(run: Run) -> None:
+    """All checks, those of the run's dtype first; a verdict that was reached is not asked for again."""
+    from jasper_fast import checks
+
+    verdicts = run.results.data.get("selfcheck", {}).get("verdicts", ())
+    done = {group(v) for v in verdicts if not v["quick"]}
+    left = [c for c in checks.plan(run.device) if (c.op, c.face, c.dtype) not in done]
+    own = kernels.name(run.dtype)
+    for dtype in sorted({c.dtype for c in left}, key=lambda dtype: (dtype != own, dtype)):
+        ops = dict.fromkeys(c.op for c in left if c.dtype == dtype)
+        selfcheck(run, quick=False, ops=tuple(ops), dtypes=(dtype,))
 
 
 def all_layers(run: Run, chosen: str, op: str, modes: tuple[str, ...], count: int | None = None) -> None:
@@ -170,54 +215,95 @@ def slow_rivals(run: Run) -> None:
     all_layers(run, SLOW, "sub_block", modes)
 
 
-def tuning(run: Run) -> None:
-    """Tiles of the most valuable shapes, as far as the time goes: `python -m bench tune` in a process of its own, which
-    a kernel may take down, with a result of its own, which `--install` takes."""
-    out, left = run.results.path.parent, run.deadline - time.monotonic() - 5.0
-    dtype = {"float16": "fp16", "bfloat16": "bf16"}.get(kernels.name(run.dtype), "fp32")
-    command = ["-m", "bench", "tune", "--device", str(run.device), "--dtype", dtype, "--out", str(out), "--resume"]
-    command += ["--budget", f"{left:.0f}"]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL)
-    run.results.data["tuning"] = {"command": " ".join(["python", *command]), "status": done.returncode}
-    if done.returncode:
-        raise RuntimeError(f"bench tune ended with status {done.returncode}")
-
-
 def main(run: Run, budget: float = BUDGET) -> None:
     """Work through the plan until it is done or the budget, counted from the run's start, is spent."""
-    end, scale = run.started + budget, budget / BUDGET
+    scale = budget / BUDGET
+    end = run.started + budget
+    if UNTIL in os.environ:  # this process goes on with another's budget
+        end = time.monotonic() + float(os.environ.pop(UNTIL)) - time.time()
     changes = {"effort": dataclasses.replace(run.effort, seconds=min(run.effort.seconds, 3.0))}
     if run.device.type == "cuda" and run.backend == "auto":
         changes["backend"] = "triton"
     run = with_(run, changes)
     run.results.data["backend"] = run.backend
-    todo = plan(run)
-    parts = run.results.data.setdefault("parts", {})
+    parts, faults = (run.results.data.setdefault(name, {}) for name in ("parts", "faults"))
+    begun = set()
     for again in (False, True):  # once in its share of the time, and once more in what is left
-        for part in todo:
-            if parts.get(part.title) == "finished" or (again and parts.get(part.title) != "cut off"):
+        for part in plan(run):
+            how, failed = parts.get(part.title), faults.get(part.title, 0)
+            if how == "finished" or failed >= harness.TRIES:
                 continue
+            if (part.title in begun and how != "cut off") if again else failed:
+                continue  # what failed in an earlier process waits for the others; in this one it is not tried again
             left = end - time.monotonic()
             if left < GOOD:
                 parts.setdefault(part.title, "no time left")
                 continue
-            parts[part.title] = _measure(run, part, left if again else min(left, part.seconds * scale))
-            console.print(f"gpu: {part.title}: {parts[part.title]}, {end - time.monotonic():.0f} s left")
-            run.results.write()
+            begun.add(part.title)
+
+            def ended(how: str, gone: bool, part: Part = part) -> None:
+                parts[part.title] = how
+                if how.startswith("failed"):
+                    faults[part.title] = faults.get(part.title, 0) + 1
+                console.print(f"gpu: {part.title}: {how}, {end - time.monotonic():.0f} s left", markup=False)
+                run.results.write()
+                if gone:
+                    go_on_elsewhere(run, end)
+
+            share = left if again else min(left, part.seconds * scale)
+            with outlasted(lambda ended=ended: ended("failed: a kernel or a compiler does not come back", True), share):
+                how, gone = _measure(run, part, share)
+            ended(how, gone)
+            harness.tidy(run.device)
     run.results.write()
 
 
-def _measure(run: Run, part: Part, seconds: float) -> str:
-    """How the part ended; one part's failure costs the others nothing."""
-    run = with_(run, {"deadline": time.monotonic() + seconds})
+def _measure(run: Run, part: Part, seconds: float) -> tuple[str, bool]:
+    """How the part ended, and whether the device ended with it; one part's failure costs the others nothing."""
+    run, gone = with_(run, {"deadline": time.monotonic() + seconds}), False
     try:
         with interrupted_after(seconds):
             part.measure(run)
-        return "cut off" if run.out_of_time() else "finished"
+        how = "cut off" if run.out_of_time() else "finished"
     except OutOfTime:
-        return "cut off"
-    except Exception as error:
-        return f"failed: {type(error).__name__}: {error}"
+        how = "cut off"
+    except DeviceLost as error:
+        how, gone = f"failed: {error}", True
+    except (Exception, SystemExit) as error:
+        how = f"failed: {harness.first_line(error)}"
+    if why := harness.lost(run.device):  # an error that came too late to belong to anyone
+        how, gone = how if how.startswith("failed") else f"failed: {why}", True
+    return how, gone
+
+
+def go_on_elsewhere(run: Run, end: float) -> None:
+    """The same command with --resume in this process's place: an illegal access is for ever, in the process that made
+    it. All that was found is on disk. Does not return."""
+    console.print("gpu: nothing runs on the device any more in this process: going on in a new one", markup=False)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {UNTIL: str(time.time() + end - time.monotonic()), "PYTHONPATH": path}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for entry in os.listdir("/proc/self/fd"):  # the driver's files must not keep the old context alive
+        with contextlib.suppress(OSError):  # the listing's own
+            if int(entry) > 2:
+                os.set_inheritable(int(entry), False)
+    signal.setitimer(signal.ITIMER_REAL, 0)  # timers outlive this
+    arguments = [*run.arguments, *(["--resume"] if "--resume" not in run.arguments else [])]
+    os.execve(sys.executable, [sys.executable, "-m", "bench", *arguments], env)
+
+
+@contextlib.contextmanager
+def outlasted(give_up: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Calls `give_up` in a thread if the body takes PATIENCE longer than `seconds`: no signal ends a call into C++ that
+    waits for a kernel that never ends."""
+    timer = threading.Timer(seconds + PATIENCE, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class interrupted_after:
