@@ -9,6 +9,8 @@ ranks whose batches differ in shape compile with options={"reorder_for_peak_memo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -60,10 +62,15 @@ def merge_stats(mean: Tensor, m2: Tensor, count: int, group: str) -> tuple[Tenso
     return mean, m2, total
 
 
-def merge_covariance(mean: Tensor, cov: Tensor, count: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean (C,), covariance (C, C), rows) of all ranks from each rank's own over its `count` rows; rows is 0-d."""
+def merge_covariance(
+    mean: Tensor, cov: Tensor, count: int, group: str, form: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean (C,), covariance, rows) of all ranks from each rank's own over its `count` rows; rows is 0-d.
+
+    `form` makes of a symmetric matrix (C, C) what `cov` holds of one.
+    """
     sums = all_reduce(torch.cat([mean * count, mean.new_full((1,), count)]), group)
     total = sums[-1]
     merged = sums[:-1] / total
     apart = mean - merged
-    return merged, all_reduce((cov + torch.outer(apart, apart)) * (count / total), group), total.clone()
+    return merged, all_reduce((cov + form(torch.outer(apart, apart))) * (count / total), group), total.clone()

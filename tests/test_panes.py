@@ -13,6 +13,7 @@ from torch.library import opcheck
 
 from jasper_fast import Jasper, ops
 from jasper_fast.config import JasperConfig
+from jasper_fast.ops.panes import lower
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 LOW = [torch.float32, torch.float16, torch.bfloat16]
@@ -53,6 +54,19 @@ def test_opcheck_plain_form(face):
     make_face(face)
     call = (*pane_inputs(torch.float32), 1e-3, "", face)
     opcheck(torch.ops.jasper_fast.panes_plain, call, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("c", [1, 2, 7, 24])
+def test_gram_is_mean_and_covariance(c):
+    x = torch.randn(3, c, 11, dtype=torch.float64).add(4).requires_grad_()
+    got, rows = ops.gram(x), x.transpose(1, 2).flatten(0, 1)
+    cov = torch.cov(rows.T, correction=0).view(c, c)
+    assert got.rows is None
+    for ours, want in ((got.mean, rows.mean(0)), (got.cov, lower(cov))):
+        torch.testing.assert_close(ours, want)
+        up = torch.randn_like(want)
+        grads = (torch.autograd.grad(v, x, up, retain_graph=True)[0] for v in (ours, want))
+        torch.testing.assert_close(*grads, atol=1e-12, rtol=1e-10)
 
 
 def test_fp64_equals_the_definition(form):
@@ -160,6 +174,40 @@ def test_on_a_gpu_dtypes_fit(low):
         p = impl.product(torch.empty(18, 8, device="cuda", dtype=low).T, x.transpose(1, 2).flatten(0, 1))
     assert {(t.dtype, t.device.type) for t in (mean, cov, p)} == {(torch.float32, "cuda")}
     assert (dx.dtype, dx.shape, dx.stride(), p.shape) == (low, x.shape, x.stride(), (8, 24))
+
+
+def test_the_gram_form_writes_each_activation_once():
+    """Which ops write a matrix of all rows: one more would be a pass over the largest tensors that there are."""
+    from torch._subclasses import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    impl, written = importlib.import_module("jasper_fast.ops.panes"), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dim() == 2 and len(out) == 18 and not func.is_view:
+                written.append(func.overloadpacket.__name__)
+            return out
+
+    def run(of, *args):
+        written.clear()
+        with Watch():
+            return of(*args)
+
+    with FakeTensorMode():  # the GPU's branch
+        x = torch.empty(2, 9, 24, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        mean, cov, _ = run(impl._gram, x, "")
+        assert written == ["empty_like", "sub"]
+        run(impl._gram_backward, x, mean, None, mean, cov, "")
+        assert written == ["new_empty", "mm", "addcdiv"]
+    xs = [torch.randn(2, 9, c).transpose(1, 2) for c in (24, 16, 24)]
+    weights, vectors = [torch.randn(32, x.shape[1], 1) for x in xs], [torch.rand(32) for _ in xs]
+    means, covs, _ = zip(*(impl._gram(x, "") for x in xs), strict=True)
+    out, *stats = run(impl._panes, xs, means, covs, weights, vectors, vectors, 1e-3, False)
+    assert written == ["addmm", "addmm_", "addmm_"]
+    run(impl._panes_backward, out, xs, means, covs, weights, vectors, *stats, 1e-3, False)
+    assert written == ["addmm"] * 3
 
 
 def test_one_row_raises_what_pytorch_raises(form):

@@ -5,6 +5,9 @@ output, shared by every later block):  mean_y = W m,  var_y = diag(W S W^T),  a 
 panes of a block are one sum of GEMMs,  out = sum_k x_k (diag(a_k) W_k)^T + (beta_k - a_k mean_y_k):  no pane output is
 ever stored, forward or backward. DESIGN 4.3. Where x has a large mean its rows are centred before a product, or what
 multiplies them is centred, so that rounding is relative to deviations.
+
+Of the symmetric S only L is made and kept, three quarters of it: the block lower triangle of its halves, with what lies
+below the diagonal blocks doubled, flat. For any row w of W, w S w^T = w L w^T, and 2 S = L + L^T.
 """
 
 from __future__ import annotations
@@ -46,55 +49,112 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a.to(wide) @ b.to(wide)
 
 
+def lower(s: Tensor) -> Tensor:
+    """L of a symmetric matrix (C, C), as `Gram.cov` holds it."""
+    half = s.shape[0] // 2
+    below = torch.cat([2 * s[half:, :half], s[half:, half:]], 1)
+    return torch.cat([s[:half, :half].flatten(), below.flatten()])
+
+
+def _kept(c):
+    """Elements of a flat L."""
+    return (c // 2) ** 2 + (c - c // 2) * c
+
+
+def _halves(a):
+    """The first C//2 of the C columns of `a`, and the others."""
+    return a.split((a.shape[1] // 2, a.shape[1] - a.shape[1] // 2), 1)
+
+
+def _blocks(flat, c):
+    """Of a flat L the blocks L11, L21 and L22, then the last two as one, all views: rows and columns cut at c//2."""
+    half = c // 2
+    top, below = flat.split((half**2, _kept(c) - half**2))
+    below = below.view(c - half, c)
+    return top.view(half, half), *_halves(below), below
+
+
+def _lower_product(a, b):
+    """The blocks of a^T b, flat as those of L, nothing doubled."""
+    left, right = _halves(a)
+    return torch.cat([product(left.T, _halves(b)[0]).flatten(), product(right.T, b).flatten()])
+
+
 def _gram(x, group):
     x = _rows(ntc(x))
     mean = x.mean(0, dtype=wide_dtype(x))
-    centred = (x - mean).to(x.dtype)  # before the product: E[x x^T] - m m^T would cancel
+    # centred before the product, as E[x x^T] - m m^T would cancel; by `out` in one pass, without a difference in fp32
+    centred = torch.sub(x, mean, out=torch.empty_like(x))
     cov = _row_product(centred).div_(x.shape[0]).to(mean.dtype)
+    _blocks(cov, x.shape[1])[1].mul_(2)
     if group:
-        return sync.merge_covariance(mean, cov, x.shape[0], group)
+        return sync.merge_covariance(mean, cov, x.shape[0], group, lower)
     return mean, cov, mean.new_empty(0)
 
 
 def _row_product(x):
     """x^T x, on the CPU summed in fp64 over chunks of rows: a variance keeps the accuracy that batch_norm has there."""
     if x.is_cuda or x.dtype == torch.float64:
-        return product(x.T, x)
-    total = x.new_zeros((x.shape[1], x.shape[1]), dtype=torch.float64)
+        return _lower_product(x, x)
+    total = x.new_zeros(_kept(x.shape[1]), dtype=torch.float64)
     for chunk in x.split(256):
-        total += product(chunk.T, chunk)
+        total += _lower_product(chunk, chunk)
     return total
 
 
 def _gram_backward(x, mean, rows, dmean, dcov, group):
     n, c, t = x.shape
     if group:
-        sums = sync.all_reduce(torch.cat([dmean, dcov.flatten()]), group)
-        dmean, dcov = sums[:c], sums[c:].view(c, c)
+        sums = sync.all_reduce(torch.cat([dmean, dcov]), group)
+        dmean, dcov = sums[:c], sums[c:]
     m = rows if group else n * t
-    d = (dcov + dcov.T) / m
+    d11, d21, d22, _ = _blocks(dcov, c)
+    d = torch.cat([torch.cat([d11 + d11.T, 2 * d21.T], 1), torch.cat([2 * d21, d22 + d22.T], 1)]).div_(m)
     scale = d.new_ones(())
     if x.dtype.itemsize == 2:  # d is small: to about 1, by a power of two, so that 16 bits hold it
         scale = torch.ldexp(scale, -d.abs().amax().frexp().exponent)
         d = (d * scale).to(x.dtype)
     # from d as rounded, so that its rounding moves the centred rows only
     k = dmean / m - (mean @ d.to(mean.dtype)) / scale
-    return torch.addcdiv(k, product(_rows(ntc(x)), d), scale).to(x.dtype).view(n, t, c).transpose(1, 2)
+    out = x.new_empty((n * t, c))
+    torch.addcdiv(k, product(_rows(ntc(x)), d), scale, out=out)
+    return out.view(n, t, c).transpose(1, 2)
+
+
+def _times_lower(w, flat):
+    """w L."""
+    l11, _, _, below = _blocks(flat, w.shape[1])
+    left, right = _halves(w)
+    out = right @ below
+    _halves(out)[0].addmm_(left, l11)
+    return out
+
+
+def _times_twice(w, flat):
+    """w (L + L^T) = 2 w S."""
+    l11, l21, _, below = _blocks(flat, w.shape[1])
+    left, right = _halves(w)
+    out = right @ below
+    _halves(out)[0].addmm_(left, l11, alpha=2)
+    _halves(out)[1].addmm_(left, l21.T, beta=2)
+    return out
 
 
 def _panes(xs, means, covs, weights, gammas, betas, eps, synced):
     n, _, t = xs[0].shape
-    out, pane_mean, pane_var = None, [], []
+    shift, products, pane_mean, pane_var = 0, [], [], []
     for x, m, s, w, gamma, beta in zip(xs, means, covs, weights, gammas, betas, strict=True):
         w = w.flatten(1).to(s.dtype)
-        mean, var = w @ m, ((w @ s) * w).sum(1).clamp_min_(0)
+        mean, var = w @ m, (_times_lower(w, s) * w).sum(1).clamp_min_(0)
         scaled = ((gamma * (var + eps).rsqrt())[:, None] * w).to(x.dtype)
         # from the rounded weights, so that their rounding moves the centred rows only
-        shift = (beta.double() - scaled.double() @ m.double()).to(x.dtype)
-        x, scaled = _rows(ntc(x)), scaled.T
-        out = torch.addmm(shift, x, scaled) if out is None else out.add_(shift).addmm_(x, scaled)
+        shift = shift + beta.double() - scaled.double() @ m.double()
+        products.append((_rows(ntc(x)), scaled.T))
         pane_mean.append(mean)
         pane_var.append(var)
+    out = torch.addmm(shift.to(xs[0].dtype), *products[0])  # all shifts at once: the sum is written once a pane
+    for x, scaled in products[1:]:
+        out.addmm_(x, scaled)
     return out.view(n, t, -1).transpose(1, 2), torch.stack(pane_mean), torch.stack(pane_var)
 
 
@@ -112,7 +172,7 @@ def _panes_backward(g, xs, means, covs, weights, gammas, pane_mean, pane_var, ep
         da = (p * w).sum(1)
         dgamma = rstd * da
         dvar = -0.5 * gamma * rstd**3 * da
-        dw = a[:, None] * p + (2 * dvar)[:, None] * (w @ s)
+        dw = torch.addcmul(a[:, None] * p, dvar[:, None], _times_twice(w, s))
         scaled = (a[:, None] * w).to(g.dtype)
         # what the rows' mean of g gives is taken off at once: it would only cancel, later and rounded. Ranks have
         # different ones, so where there are more it is left to the gradient of the mean.
@@ -120,7 +180,7 @@ def _panes_backward(g, xs, means, covs, weights, gammas, pane_mean, pane_var, ep
         shift = torch.zeros_like(scaled[0]) if synced else (-given / g.shape[0]).to(g.dtype)
         dxs.append(torch.addmm(shift, g, scaled).view(n, t, -1).transpose(1, 2))
         dmeans.append(-given - shift.to(wide) * g.shape[0])
-        dcovs.append(w.T @ (dvar[:, None] * w))
+        dcovs.append(_lower_product(w, dvar[:, None] * w))
         dweights.append(dw.to(weight.dtype).view(weight.shape))
         dgammas.append(dgamma)
     return dxs, dmeans, dcovs, dweights, dgammas, total
@@ -135,7 +195,7 @@ lib.impl("panes_backward", without_autocast(_panes_backward), "CompositeExplicit
 @torch.library.register_fake("jasper_fast::gram", lib=lib)
 def _(x, group):
     c, wide = x.shape[1], wide_dtype(x)
-    return x.new_empty(c, dtype=wide), x.new_empty((c, c), dtype=wide), x.new_empty(() if group else 0, dtype=wide)
+    return x.new_empty(c, dtype=wide), x.new_empty(_kept(c), dtype=wide), x.new_empty(() if group else 0, dtype=wide)
 
 
 @torch.library.register_fake("jasper_fast::gram_backward", lib=lib)
@@ -195,7 +255,10 @@ torch.library.register_autograd("jasper_fast::panes", _panes_grad, setup_context
 
 
 class Gram(NamedTuple):
-    """Mean (C,) and covariance (C, C) of a block output's rows; their number (0-d) where all ranks of a group count."""
+    """Mean (C,) and covariance of a block output's rows, and their number (0-d) where all ranks of a group count.
+
+    Of the covariance `lower` is held, a vector of about three quarters of C*C elements.
+    """
 
     mean: Tensor
     cov: Tensor
@@ -203,10 +266,10 @@ class Gram(NamedTuple):
 
 
 def gram(x: Tensor, group: dist.ProcessGroup | None = None) -> Gram:
-    """Mean (C,) and covariance (C, C) of the rows of `x` (N, C, T), fp32 (fp64 for fp64), differentiable.
+    """Mean (C,) and `lower` of the covariance of the rows of `x` (N, C, T), fp32 (fp64 for fp64), differentiable.
 
     With `group` over the rows of all its ranks, which may have unlike N*T; backward then adds up their gradients.
-    Equivalent to `r = x.transpose(1, 2).reshape(-1, C)`; `r.mean(0)`, `torch.cov(r.T, correction=0)`.
+    Equivalent to `r = x.transpose(1, 2).reshape(-1, C)`; `r.mean(0)`, `lower(torch.cov(r.T, correction=0))`.
     """
     name = sync.name(group)
     mean, cov, rows = torch.ops.jasper_fast.gram(x, name)

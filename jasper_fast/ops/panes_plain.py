@@ -3,7 +3,8 @@
 The plain form beside the Gram form of panes.py. A pane's output lives until it is added; backward makes it again, so
 that only the block outputs are kept, which have other readers anyway. With y = x W^T, yhat = (y - mean)*rstd and g the
 gradient at the sum, the same for every pane:
-    dgamma = sum g*yhat,   dbeta = sum g,   dy = gamma*rstd*(g - dbeta/M - yhat*dgamma/M),   dW = dy^T x,   dx = dy W
+    dgamma = sum g*yhat,   dbeta = sum g,   u = g - dbeta/M - yhat*dgamma/M,   a = gamma*rstd,
+    dW = diag(a) u^T x,   dx = u diag(a) W
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _forward(xs, weights, gammas, betas, eps, group, face):
     n, _, t = xs[0].shape
     bn, count = _face("bn_relu_dropout", face), n * t
     wide = wide_dtype(xs[0])
-    out = torch.stack(betas).sum(0).expand(count, -1).contiguous()  # wide: as many panes as there are, one rounding
+    out = torch.stack(betas).sum(0)  # of all rows with the first pane; wide: however many panes, one rounding
     pane_mean, pane_var, total = [], [], out.new_empty(0)
     for x, w, gamma in zip(xs, weights, gammas, strict=True):
         y = _rows(ntc(x)) @ w.flatten(1).to(x.dtype).T
@@ -42,11 +43,17 @@ def _forward(xs, weights, gammas, betas, eps, group, face):
         if group:
             mean, m2, total = sync.merge_stats(mean, m2, count, group)
         var = m2 / (total if group else count)
-        out.addcmul_(y - mean, gamma * (var + eps).rsqrt())
+        scaled = (_centred(y, mean), gamma * (var + eps).rsqrt())
+        out = out.addcmul_(*scaled) if pane_mean else torch.addcmul(out, *scaled)
         pane_mean.append(mean)
         pane_var.append(var)
     out = out.to(xs[0].dtype).view(n, t, -1).transpose(1, 2)
     return out, torch.stack(pane_mean), torch.stack(pane_var), total
+
+
+def _centred(y, mean):
+    """y - mean in the dtype of `mean`, in place of `y` where that is y's."""
+    return y.sub_(mean) if y.dtype == mean.dtype else y - mean
 
 
 def _backward(g, xs, weights, gammas, pane_mean, pane_var, rows, eps, group):
@@ -59,12 +66,13 @@ def _backward(g, xs, weights, gammas, pane_mean, pane_var, rows, eps, group):
     for k, (x, weight, gamma) in enumerate(zip(xs, weights, gammas, strict=True)):
         x, w = _rows(ntc(x)), weight.flatten(1).to(x.dtype)
         rstd = (pane_var[k] + eps).rsqrt()
-        yhat = (x @ w.T - pane_mean[k]).mul_(rstd)
-        dgamma = (g * yhat).sum(0)
-        mean_gy = sync.all_reduce(dgamma.clone(), group) / m
-        dy = ((centred - yhat.mul_(mean_gy)) * (gamma * rstd)).to(x.dtype)
-        dxs.append((dy @ w).view(n, t, -1).transpose(1, 2))
-        dweights.append(product(dy.T, x).to(weight.dtype).view(weight.shape))
+        y = _centred(x @ w.T, pane_mean[k])
+        dgamma = (g * y).sum(0).mul_(rstd)
+        slope = sync.all_reduce(dgamma.clone(), group).mul_(rstd) / m
+        u = torch.addcmul(centred, y, slope, value=-1, out=y).to(x.dtype)
+        a = (gamma * rstd)[:, None]  # scales the weight and its gradient, rather than every row of u
+        dxs.append((u @ (a * weight.flatten(1)).to(x.dtype)).view(n, t, -1).transpose(1, 2))
+        dweights.append((a * product(u.T, x)).to(weight.dtype).view(weight.shape))
         dgammas.append(dgamma)
     return dxs, dweights, dgammas, dbeta
 
