@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from close import assert_close
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jasper_fast.kernels import native
 from jasper_fast.kernels.conv1d import reference
@@ -270,3 +271,37 @@ def test_every_instruction_set(isa: str) -> None:
     if done.returncode and "JASPER_FAST_ISA" in done.stderr:
         pytest.skip(f"this machine has no {isa}")
     assert done.returncode == 0, done.stderr
+
+
+class Formats(TorchDispatchMode):
+    """Whether the activations that aten's conv backward is called with are channels-last, by argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            dy, x = args[:2]
+            self.seen.append(
+                [v.is_contiguous(memory_format=torch.channels_last) and 0 not in v.stride() for v in (dy, x)]
+            )
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution_backward.default and out[0] is not None:
+            self.seen[-1].append(out[0].is_contiguous(memory_format=torch.channels_last))
+        return out
+
+
+@pytest.mark.parametrize(("n", "t", "stride"), [(3, 37, 1), (1, 12, 1), (2, 40, 2)])
+def test_the_librarys_gradients_stay_in_channels_last_memory(n, t, stride):
+    """ATen goes by the strides of x and the weight: by an x without any it copied dy to NCHW, and dx back."""
+    from jasper_fast.kernels.conv1d import aten_impl
+
+    x, weight = ntc(torch.randn(n, 16, t)), torch.randn(24, 16, 5)
+    dy = ntc(torch.randn(n, 24, (t - 1) // stride + 1))
+    with Formats() as formats:
+        dx = aten_impl.dgrad(dy, weight, t, stride, 2, 1)
+        dw = aten_impl.wgrad(x, dy, 5, stride, 2, 1)
+    assert formats.seen == [[True, True, True], [True, True]]
+    torch.testing.assert_close(dx, reference.dgrad(dy, weight, t, stride, 2, 1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dw, reference.wgrad(x, dy, 5, stride, 2, 1), rtol=1e-4, atol=1e-4)
