@@ -15,7 +15,8 @@ from jasper_fast import trust
 from jasper_fast.kernels import tables
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-NORM = "bn_relu_dropout"
+NORM, PANES = "bn_relu_dropout", "panes"
+OLDEST = (8, 0)  # compute capability that the Triton kernels are written for: bf16, cp.async
 _MODULE = {
     "reference": "reference",
     "aten": "aten_impl",
@@ -36,10 +37,12 @@ def check(backend: str) -> str:
     return backend
 
 
-def why_missing(backend: str, device_type: str) -> str | None:
-    """None where `backend` runs on tensors of `device_type`, else one sentence that says what to do."""
+def why_missing(backend: str, device: torch.device | str) -> str | None:
+    """None where `backend` runs on tensors of `device`, else one sentence that says what to do."""
     from jasper_fast.kernels import native
 
+    device = torch.device(device)
+    device_type = device.type
     if backend == "reference":
         return None
     if backend == "cpu":
@@ -50,13 +53,24 @@ def why_missing(backend: str, device_type: str) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed: pip install 'triton>=3.6' (Linux x86-64)"
         if device_type == "cuda":
-            return None
+            return _too_old(device)
         if os.environ.get("TRITON_INTERPRET") == "1":
             return None
         return "the triton backend needs a CUDA tensor (on the CPU only its interpreter runs: set TRITON_INTERPRET=1)"
     if device_type != "cuda":
         return f"the cuda backend takes CUDA tensors, not {device_type}; move the model to a GPU or ask for 'auto'"
     return None if native.cuda_available() else native.explain()["cuda"]
+
+
+def _too_old(device: torch.device) -> str | None:
+    """Why the Triton kernels do not run on a GPU of that age; None too where PyTorch sees no GPU that could tell."""
+    found = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else OLDEST
+    if found >= OLDEST:
+        return None
+    return (
+        f"its kernels are written for compute capability {OLDEST[0]}.{OLDEST[1]} and later, this GPU has "
+        f"{found[0]}.{found[1]}: there 'auto' runs {NORM} on the cuda backend and the convs on cuDNN"
+    )
 
 
 def _named(backend: str, reason: str) -> str:
@@ -67,29 +81,39 @@ def _named(backend: str, reason: str) -> str:
 
 
 @torch.compiler.assume_constant_result
-def resolve(backend: str, device: torch.device | str, op: str | None = None) -> str:
+def resolve(backend: str, device: torch.device | str, op: str | None = None, dtype: torch.dtype | None = None) -> str:
     """The face that runs for `backend` on `device`: raises BackendMissing for a named one that cannot run.
 
-    `op`: of "auto", the op whose verdict on a GPU decides (see jasper_fast.trust); None asks for no verdict.
+    `op`: of "auto", the op whose verdict in `dtype` on a GPU decides (see jasper_fast.trust; without a dtype those in
+    all); None asks for no verdict.
     """
-    return _resolve(backend, device, op)
+    return _resolve(backend, device, op, dtype)
 
 
 @functools.cache
-def _resolve(backend: str, device: torch.device | str, op: str | None) -> str:
+def _resolve(backend: str, device: torch.device | str, op: str | None, dtype: torch.dtype | None) -> str:
     check(backend)
     device = torch.device(device)
     if backend != "auto":
-        if reason := why_missing(backend, device.type):
+        if reason := why_missing(backend, device):
             raise BackendMissing(_named(backend, reason))
         return backend
-    first = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+    first, reasons = None, []
+    for name in {"cpu": ("cpu",), "cuda": ("triton", "cuda")}.get(device.type, ()):
+        reason = why_missing(name, device)
+        first = first or (name if reason is None else None)
+        reasons += [] if reason is None else [_named(name, reason)]
     if first is None:
+        if reasons:
+            said = f"jasper_fast runs plain PyTorch on {device.type}: {'; '.join(reasons)}"
+            warnings.warn(said, RuntimeWarning, stacklevel=3)
         return "reference"
-    if reason := why_missing(first, device.type):
-        warnings.warn(f"jasper_fast runs plain PyTorch on {device.type}: {reason}", RuntimeWarning, stacklevel=3)
+    if op is None or device.type != "cuda":
+        return first
+    if dtype is not None and dtype not in tables.DTYPES:  # fp64, say, which no kernel takes
         return "reference"
-    return first if op is None or device.type != "cuda" or _trusted(op, first, device) else "reference"
+    dtypes = tables.DTYPES if dtype is None else (dtype,)
+    return first if all(_trusted(op, first, device, of, PLAIN) for of in dtypes) else "reference"
 
 
 @torch.compiler.assume_constant_result
@@ -112,9 +136,15 @@ def _norm_face(backend, device, dtype, channels, rows_log2) -> str:
         fastest = tables.fastest(tables.NORM_OPS, device, dtype, **tables.shape_of_norm(channels), rows=rows)
         if fastest == "reference":
             return fastest
-        if fastest == "cuda" and why_missing("cuda", device.type) is None and _trusted(NORM, "cuda", device):
+        next_one = "backend='auto' goes on to its Triton kernel"
+        if (
+            fastest == "cuda"
+            and resolve(backend, device) != "cuda"
+            and why_missing("cuda", device) is None
+            and _trusted(NORM, "cuda", device, dtype, next_one)
+        ):
             return fastest
-    return resolve(backend, device, NORM)
+    return resolve(backend, device, NORM, dtype)
 
 
 def conv_calls(*, stats: bool = False, dx: bool = False, dw: bool = False, norm: bool = False) -> tuple[str, ...]:
@@ -159,7 +189,7 @@ def _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> s
         sizes, rows = dict(zip(tables.SHAPE, shape, strict=True)), None if rows_log2 is None else 1 << rows_log2
         if tables.fastest(calls, device, dtype, **sizes, rows=rows) != "triton":
             return "aten"
-        return "triton" if _trusted("conv1d", "triton", device) else "aten"
+        return "triton" if _trusted("conv1d", "triton", device, dtype, LIBRARY) else "aten"
     return "triton"
 
 
@@ -175,28 +205,54 @@ def fused_face(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         return conv_face(backend, device, dtype)
     if tables.fastest_overall("conv1d.fused", device, dtype) != "triton":
         return "aten"
-    return "triton" if _trusted("conv1d.fused", "triton", device) else "aten"
+    return "triton" if _trusted("conv1d.fused", "triton", device, dtype, LIBRARY) else "aten"
 
 
-def _trusted(op: str, face: str, device: torch.device) -> bool:
+@torch.compiler.assume_constant_result
+def pane_form(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """How panes="auto" takes the panes' statistics in training: "gram" or "plain" (see jasper_fast.ops).
+
+    "gram" on a GPU, where the plain form's passes over pane outputs are what costs, if its verdict is good (a `backend`
+    asked for by name is not checked); "plain" elsewhere: on CPUs it is as fast or faster, and keeps less.
+    """
+    return _pane_form(backend, device, dtype)
+
+
+@functools.cache
+def _pane_form(backend, device, dtype) -> str:
+    device = torch.device(device)
+    if device.type != "cuda":
+        return "plain"
+    if backend != "auto" or dtype not in tables.DTYPES:
+        return "gram"
+    instead = "panes='auto' takes the plain form instead, which makes more passes over memory"
+    return "gram" if _trusted(PANES, "aten", device, dtype, instead) else "plain"
+
+
+# what "auto" does about a verdict that is not good
+PLAIN = "backend='auto' takes plain PyTorch for it instead, which is slower"
+LIBRARY = "backend='auto' takes PyTorch's own conv instead, which is slower here"
+
+
+def _trusted(op: str, face: str, device: torch.device, dtype: torch.dtype, instead: str) -> bool:
     """Whether the verdict on a GPU kernel is good; a warning, once for each, where it is not."""
     if device.index is None:
         device = torch.device(device.type, torch.cuda.current_device())
-    found = trust.verdict(op, face, device)
+    found = trust.verdict(op, face, device, tables.DTYPES[dtype])
     if found.status == trust.GOOD:
         return True
-    if (op, face, device) not in _warned:
-        _warned.add((op, face, device))
-        warnings.warn(trust.why_not(found, device), RuntimeWarning, stacklevel=4)
+    if (op, face, device, dtype) not in _warned:
+        _warned.add((op, face, device, dtype))
+        warnings.warn(trust.why_not(found, device, instead), RuntimeWarning, stacklevel=4)
     return False
 
 
-_warned: set[tuple[str, str, torch.device]] = set()
+_warned: set[tuple[str, str, torch.device, torch.dtype]] = set()
 
 
 def forget() -> None:
     """Drops every choice made so far: after a verdict or a table has changed."""
-    for cached in (_resolve, _norm_face, _conv_face, fused_face):
+    for cached in (_resolve, _norm_face, _conv_face, _pane_form, fused_face):
         cached.cache_clear()
     _warned.clear()
     trust.forget()
@@ -211,7 +267,7 @@ def face(op: str, name: str) -> ModuleType:
 
 def is_available(backend: str, device: torch.device | str = "cpu") -> bool:
     """Whether `backend` runs on `device`."""
-    return why_missing(check(backend), torch.device(device).type) is None
+    return why_missing(check(backend), device) is None
 
 
 def require(backend: str) -> str:

@@ -2,11 +2,14 @@
 
 A check calls one function of one face on two sets of inputs and then on the first again. Results must be within the
 tolerance of tests and benchmarks (twice the error of plain PyTorch at the same precision, plus a floor of roundings),
-and the same bits when they are asked for again; padding holds NaN where a kernel must not read it.
+and the same bits when they are asked for again; padding holds NaN where a kernel must not read it. Kernels are called
+as dispatch calls them: Triton's convs are told that x is zero in its padding (`clean`), as the ops and the engine do.
 """
 
 from __future__ import annotations
 
+import errno
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,7 +23,8 @@ from jasper_fast import backends
 from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import ntc
 
-OPS = ("bn_relu_dropout", "conv1d", "conv1d.fused")  # what has a verdict of its own
+OPS = ("bn_relu_dropout", "conv1d", "conv1d.fused", "panes")  # what has verdicts of its own, by face and dtype
+FACES = ("cpu", "triton", "cuda", "aten")  # panes are ATen's matrix products, put together by us
 CONV = ("forward", "forward_stats", "dgrad", "dgrad_bn", "wgrad")
 FLOOR = {torch.float32: 40.0}  # roundings; sums of ten thousand products in another order differ by twenty in fp32
 DTYPES = {name: dtype for dtype, name in tables.DTYPES.items()}
@@ -73,11 +77,22 @@ REAL_CONV = (
     Conv(4, 330, 768, 896, 29, 1, 2), Conv(4, 330, 896, 1024, 1), Conv(4, 330, 1024, 29, 1), Conv(1, 104, 768, 768, 25),
 )  # fmt: skip
 QUICK_CONV = (Conv(2, 37, 64, 48, 11), Conv(2, 200, 256, 256, 11))
+# More programs than any GPU runs at once (448 by 128 frames and channels, an H100 has 132 SMs): races and reuse of
+# shared memory show where programs follow each other on an SM. 39 GFLOP a call, of which a check makes two in fp64, two
+# in plain PyTorch and four of ours: tens of milliseconds on an H100, a second where fp64 is slow.
+WAVE_CONV = Conv(32, 840, 256, 256, 11)
+WAVE = "wave"  # its variant
+AGAIN = {WAVE: 2}  # times that a check asks for the first results again; one elsewhere
 SMALL_NORM = (Norm(2, 64, 37), Norm(3, 29, 1), Norm(3, 48, 7))
 REAL_NORM = (Norm(4, 256, 420), Norm(4, 768, 420), Norm(4, 1024, 331))
 QUICK_NORM = (Norm(2, 64, 37), Norm(2, 256, 200))
 NORM_VARIANTS = ("batch", "evaluation", "residual", "no dropout", "no lengths", "halo")
-FUSED_VARIANTS = ("plain", "panes", "features", "log-softmax", "splits")
+FUSED_VARIANTS = ("plain", "panes", "panes splits", "features", "log-softmax", "splits")
+UNCLEAN = "unclean"  # padding of x holds NaN and is not to be read: an engine's first conv, callers of the faces
+CLEAN_FUNCTIONS = ("forward", "forward_stats", "wgrad", "fused")  # of Triton's conv: those that may be told it is zero
+SMALL_PANES, PANES = 40, 256  # channels of a second input: 40 are no whole step of a tile, so descriptors stay out
+SMALL_GRAM, REAL_GRAM = (Norm(2, 24, 37), Norm(3, 40, 7)), (Norm(4, 256, 420), Norm(8, 768, 840))
+QUICK_GRAM = (Norm(2, 64, 37), Norm(4, 256, 420))
 
 
 @dataclass(frozen=True)
@@ -108,17 +123,30 @@ class Check:
 # ---- what is to be checked ----
 
 
-def plan(device: torch.device, *, quick: bool = False, ops: tuple[str, ...] = OPS, faces: tuple[str, ...] = ()) -> list:
-    """The checks for `device`: all faces that run on it (or `faces`), quick ones or all, of `ops`."""
-    unknown = [op for op in ops if op not in OPS]
-    if unknown:
-        raise ValueError(f"op {unknown[0]!r} is not one of {', '.join(OPS)}")
+def plan(
+    device: torch.device,
+    *,
+    quick: bool = False,
+    ops: tuple[str, ...] = OPS,
+    faces: tuple[str, ...] = (),
+    dtypes: tuple[str, ...] = (),
+) -> list[Check]:
+    """The checks for `device`: all faces that run on it (or `faces`), quick ones or all, of `ops`.
+
+    `dtypes` ("bfloat16", ...): which, of those that a face has; by default all, of a quick plan one.
+    """
+    for name, asked, known in (("op", ops, OPS), ("face", faces, FACES), ("dtype", dtypes, tuple(DTYPES))):
+        if unknown := [value for value in asked if value not in known]:
+            raise ValueError(f"{name} {unknown[0]!r} is not one of {', '.join(known)}")
     found: list[Check] = []
-    for face in ("cpu", "triton", "cuda"):
-        if (faces and face not in faces) or backends.why_missing(face, device.type) is not None:
+    for face in FACES:
+        if (faces and face not in faces) or (face != "aten" and backends.why_missing(face, device) is not None):
             continue
         large = device.type == "cuda" or face == "cpu"  # an interpreter takes minutes for a real shape
-        for dtype in _dtypes(face, device, quick):
+        for dtype in _dtypes(face, device, quick, dtypes):
+            if face == "aten":
+                found += _panes(dtype, quick, device.type == "cuda") if "panes" in ops else ()
+                continue
             if "bn_relu_dropout" in ops:
                 found += _norms(face, dtype, quick, large)
             if face != "cuda" and "conv1d" in ops:
@@ -128,12 +156,21 @@ def plan(device: torch.device, *, quick: bool = False, ops: tuple[str, ...] = OP
     return found
 
 
-def _dtypes(face: str, device: torch.device, quick: bool) -> tuple[str, ...]:
+def _dtypes(face: str, device: torch.device, quick: bool, wanted: tuple[str, ...]) -> tuple[str, ...]:
     if face == "cpu":
+        return tuple(dtype for dtype in ("float32",) if not wanted or dtype in wanted)
+    if wanted:
+        return tuple(dict.fromkeys(wanted))
+    if face == "aten" and device.type == "cpu":
         return ("float32",)
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
         return ("float16",) if quick else ("float16", "float32")
     return ("bfloat16",) if quick else ("bfloat16", "float16", "float32")
+
+
+def _panes(dtype: str, quick: bool, large: bool) -> Iterator[Check]:
+    for shape in (QUICK_GRAM if quick else SMALL_GRAM + REAL_GRAM) if large else SMALL_GRAM:
+        yield Check("panes", "aten", "panes", "default", shape, dtype)
 
 
 def _norms(face: str, dtype: str, quick: bool, large: bool) -> Iterator[Check]:
@@ -156,21 +193,32 @@ def _conv_shapes(quick: bool, large: bool, face: str) -> tuple[Conv, ...]:
 
 
 def _convs(face: str, dtype: str, quick: bool, large: bool, device: torch.device) -> Iterator[Check]:
-    for function in CONV if face == "triton" else ("forward", "dgrad", "wgrad"):
+    triton = face == "triton"
+    for function in CONV if triton else ("forward", "dgrad", "wgrad"):
         for shape in _conv_shapes(quick, large, face):
             if shape.stride == 1 or not function.startswith("dgrad"):
                 yield Check("conv1d", face, function, "default", shape, dtype)
-        if face == "triton":
+                if triton and not quick and function in CLEAN_FUNCTIONS and shape in SMALL_CONV:
+                    yield Check("conv1d", face, function, "default", shape, dtype, UNCLEAN)
+        if triton:
+            if large:
+                yield Check("conv1d", face, function, "default", WAVE_CONV, dtype, WAVE)
             yield from _measured("conv1d", function, dtype, quick, device)
 
 
 def _fused(face: str, dtype: str, quick: bool, large: bool, device: torch.device) -> Iterator[Check]:
+    triton = face == "triton"
     for shape in _conv_shapes(quick, large, face):
-        for variant in FUSED_VARIANTS if face == "triton" else FUSED_VARIANTS[:2]:
+        variants = FUSED_VARIANTS if triton else FUSED_VARIANTS[:2]
+        if triton and not quick and shape in SMALL_CONV:
+            variants += (f"plain {UNCLEAN}", f"panes {UNCLEAN}")
+        for variant in variants:
             wanted = {"features": shape.c_in <= 64, "log-softmax": shape.c_out <= 128, "panes": shape.stride == 1}
-            if wanted.get(variant, True):
+            if wanted.get(variant.split()[0], True):
                 yield Check("conv1d.fused", face, "fused", "default", shape, dtype, variant)
-    if face == "triton":
+    if triton:
+        if large:
+            yield Check("conv1d.fused", face, "fused", "default", WAVE_CONV, dtype, WAVE)
         yield from _measured("conv1d.fused", "fused", dtype, quick, device)
 
 
@@ -188,16 +236,22 @@ def _measured(op: str, function: str, dtype: str, quick: bool, device: torch.dev
         frames = max(1, min(1 << row.rows_log2, TABLE_ROWS) * row.stride)
         n = 1 if row.rows_log2 <= 10 else 4
         shape = Conv(n, max(1, frames // n - 3), row.c_in, row.c_out, row.taps, row.stride, row.dilation)
-        variant = ("splits" if row.tile["splits"] > 1 else "plain") if function == "fused" else ""
+        variants: tuple[str, ...] = ("",)
+        if function == "fused":
+            variants = ("splits",) if row.tile["splits"] > 1 else ("plain",)
+            if not quick and shape.stride == 1:  # a block's last conv takes its panes in with the same tile
+                variants += ("panes splits",) if row.tile["splits"] > 1 else ("panes",)
         configuration = f"table 2^{row.rows_log2} {row.label().removeprefix('triton ')}"
-        yield Check(op, row.face, function, configuration, shape, dtype, variant, dict(row.tile))
+        for variant in variants:
+            yield Check(op, row.face, function, configuration, shape, dtype, variant, dict(row.tile))
 
 
 # ---- one check ----
 
 
 def perform(check: Check, device: torch.device) -> dict[str, Any]:
-    """Run `check`; returns its description with status "ok", "wrong", "failed" or "no memory", and its errors.
+    """Run `check`; returns its description with status "ok", "wrong", "failed", "no memory" or "environment" (what the
+    kernel needs is missing on this machine: the detail says what to do), and its errors.
 
     `ours` and `theirs` are the errors of the tensor that came nearest to its limit, as a share of that tensor's size,
     and `share` how much of the limit it took.
@@ -206,13 +260,56 @@ def perform(check: Check, device: torch.device) -> dict[str, Any]:
     row = check.plain() | {"status": "ok", "ours": None, "theirs": None, "share": None, "detail": ""}
     try:
         found = _compare_all(check, device)
-    except torch.cuda.OutOfMemoryError as error:
-        row |= {"status": "no memory", "detail": str(error).splitlines()[0]}
     except Exception as error:  # whatever a kernel raises is its verdict
-        row |= {"status": "failed", "detail": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+        row |= blame(error)
     else:
         row |= found
     return row | {"seconds": round(time.perf_counter() - started, 3)}
+
+
+# (what an error says, what to do about it) where the machine is at fault, not the kernel
+FIXES = (
+    ("failed to find c compiler", "Triton builds its launcher in C: install a C compiler (gcc) or name one by CC"),
+    ("cannot find ptxas", "Triton's ptxas is missing: install triton anew, or name one by TRITON_PTXAS_PATH"),
+    ("is not defined for option 'gpu-name'", "ptxas is older than this GPU: update triton, or unset TRITON_PTXAS_PATH"),
+    ("unsupported .version", "ptxas is older than Triton: update triton, or unset TRITON_PTXAS_PATH"),
+    ("libcuda.so cannot found", "Triton finds no libcuda.so of the driver: run ldconfig, or set TRITON_LIBCUDA_PATH"),
+    ("could not create or locate cache dir", "set TRITON_CACHE_DIR to a folder that can be written"),
+    ("no space left on device", "free space in TRITON_CACHE_DIR (default ~/.triton/cache) and TMPDIR, or set them"),
+    ("no kernel image is available", "the CUDA library is not built for this GPU: see JASPER_FAST_CUDA_ARCHS"),
+    ("busy or unavailable", "another process has the GPU for itself: see nvidia-smi"),
+    ("driver version is insufficient", "update the NVIDIA driver"),
+)
+NO_MEMORY = ("out of memory", "alloc_failed", "cannot allocate memory")
+FREE_MEMORY = "another process may hold the memory: see nvidia-smi, and check again when it is free"
+
+
+def blame(error: BaseException) -> dict[str, str]:
+    """Status and detail of what an exception says: of the kernel, or of the machine that it was to run on."""
+    text = str(error)
+    detail = text if isinstance(error, PlainPyTorchFailed) else _in_a_line(error)
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or any(m in text.lower() for m in NO_MEMORY):
+        return {"status": "no memory", "detail": f"{detail} ({FREE_MEMORY})"}
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        text += " no space left on device"
+    fix = next((fix for what, fix in FIXES if what in text.lower()), None)
+    if fix is None and isinstance(error, subprocess.SubprocessError):  # what runs a compiler; PTXASError is another
+        fix = "Triton builds its launcher in C: it needs gcc, Python's headers (python3-dev) and space in TMPDIR"
+    if fix is None and isinstance(error, (OSError, ImportError)):  # kernels touch no files
+        fix = "the files of Triton and of its cache must be there for this user to read, run and write"
+    if fix is None and isinstance(error, PlainPyTorchFailed):
+        fix = "without it there is nothing to compare with"
+    if fix is None:
+        return {"status": "failed", "detail": detail}
+    return {"status": "environment", "detail": f"{detail} ({fix})"}
+
+
+class PlainPyTorchFailed(RuntimeError):
+    """The call beside the kernel's failed; if by the kernel's doing, the device says so when it is next waited for."""
+
+
+def _in_a_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _compare_all(check: Check, device: torch.device) -> dict[str, Any]:
@@ -223,7 +320,10 @@ def _compare_all(check: Check, device: torch.device) -> dict[str, Any]:
         outputs = _ours(check, drawn)
         got = {name: out.detach().clone() for name, out in outputs.items()}
         first = first or got
-        low, ref = drawn.low(), drawn.reference()
+        try:
+            low, ref = drawn.low(), drawn.reference()
+        except Exception as error:
+            raise PlainPyTorchFailed(f"plain PyTorch: {_in_a_line(error)}") from error
         if missing := ref.keys() ^ got.keys():
             return {"status": "wrong", "detail": f"results differ: {', '.join(sorted(missing))}"}
         for name in ref:
@@ -231,10 +331,10 @@ def _compare_all(check: Check, device: torch.device) -> dict[str, Any]:
             if not compared["share"] <= 1.0:  # a NaN is wrong too
                 return compared | {"status": "wrong", "detail": f"{name}: {compared['detail']}"}
             worst = max(worst, compared, key=lambda found: found["share"])
-    again = _ours(check, cases[0])
-    for name, out in again.items():
-        if not torch.equal(out, first[name]):
-            return {"status": "wrong", "detail": f"{name}: other results for the same inputs when called again"}
+    for _ in range(AGAIN.get(check.variant, 1)):
+        for name, out in _ours(check, cases[0]).items():
+            if not torch.equal(out, first[name]):
+                return {"status": "wrong", "detail": f"{name}: other results for the same inputs when called again"}
     return worst | {"detail": ""}
 
 
@@ -290,17 +390,19 @@ class Case:
 
 def case(check: Check, device: torch.device, seed: int, *, timed: bool = False) -> Case:
     """The inputs of `check` drawn from `seed`; `timed`: without padding, and a Triton conv's weight packed before."""
-    draw = _Draw(device, DTYPES[check.dtype], seed, timed)
+    draw = _Draw(device, DTYPES[check.dtype], seed, timed, check.variant == WAVE)
     if check.op == "bn_relu_dropout":
         return _norm_case(check, draw)
+    if check.op == "panes":
+        return _panes_case(check, draw)
     return _fused_case(check, draw) if check.function == "fused" else _conv_case(check, draw)
 
 
 class _Draw:
     """Random tensors on a device, the same for the same seed."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, seed: int, timed: bool) -> None:
-        self.device, self.dtype, self.timed = device, dtype, timed
+    def __init__(self, device: torch.device, dtype: torch.dtype, seed: int, timed: bool, busy: bool = False) -> None:
+        self.device, self.dtype, self.timed, self.busy = device, dtype, timed, busy
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
@@ -319,9 +421,11 @@ class _Draw:
         return torch.rand(shape, generator=self.generator, device=self.device)
 
     def lengths(self, n: int, t: int) -> Tensor:
-        """Full, a third, none, one frame, and so on; all full for a timing."""
+        """Full, a third, none, one frame, and so on; all full for a timing; full to half where all is to be busy."""
         if self.timed:
             return torch.full((n,), t, device=self.device)
+        if self.busy:
+            return torch.tensor([t - i * t // (2 * n) for i in range(n)], device=self.device)
         return torch.tensor([(t, t // 3, 0, min(1, t))[i % 4] for i in range(n)], device=self.device)
 
 
@@ -343,23 +447,29 @@ def _conv_case(check: Check, draw: _Draw) -> Case:
     rstd, gamma = (draw.uniform(s.c_in) + 0.5 for _ in range(2))
     seed = torch.tensor([1234567], device=draw.device)
     y = _off_the_edge(draw.activation(s.n, s.c_in, s.t), mean, rstd, gamma, beta)
-    nan, zero = _beyond(x, lengths, float("nan")), _beyond(x, lengths, 0.0)
+    z = y
+    if function == "dgrad_bn":
+        z = backends.face("bn_relu_dropout", "reference").forward(y, mean, rstd, gamma, beta, None, lengths, seed, 0.2)
+    zero, clean = _beyond(x, lengths, 0.0), _told_clean(check)
+    given = zero if clean else _beyond(x, lengths, float("nan"))
+    told = {"clean": True} if clean else {}
     pack = {"packed": backends.face("conv1d", check.face).pack(weight, draw.dtype).data} if draw.timed else {}
 
-    def results(face: str, x: Tensor, dy: Tensor, weight: Tensor, y: Tensor, *vectors: Tensor) -> dict[str, Tensor]:
+    def results(face: str, x: Tensor, dy: Tensor, weight: Tensor, *norm: Tensor) -> dict[str, Tensor]:
         impl, more = backends.face("conv1d", face), {} if face == "reference" else pack
+        how = {} if face == "reference" else told
         if function == "forward":
-            return {"y": impl.forward(x, weight, s.stride, s.padding, s.dilation, lengths, **more)}
+            return {"y": impl.forward(x, weight, s.stride, s.padding, s.dilation, lengths, **more, **how)}
         if function == "forward_stats":
-            out = impl.forward_stats(x, weight, s.stride, s.padding, s.dilation, lengths, **more)
+            out = impl.forward_stats(x, weight, s.stride, s.padding, s.dilation, lengths, **more, **how)
             return dict(zip(("y", "mean", "m2"), out, strict=True))
         if function == "dgrad":
             return {"dx": impl.dgrad(dy, weight, s.t, s.stride, s.padding, s.dilation, lengths, **more)}
         if function == "dgrad_bn":
-            out = impl.dgrad_bn(dy, weight, s.padding, s.dilation, y, *vectors, lengths, seed, 0.2, **more)
+            out = impl.dgrad_bn(dy, weight, s.padding, s.dilation, *norm, lengths, 0.2, **more)
             return dict(zip(("g", "dbeta", "dgamma"), out, strict=True))
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return {"dw": impl.wgrad(x, dy, s.k, s.stride, s.padding, s.dilation, lengths, dtype=wide)}
+        return {"dw": impl.wgrad(x, dy, s.k, s.stride, s.padding, s.dilation, lengths, dtype=wide, **how)}
 
     def low() -> dict[str, Tensor]:
         aten, bn = backends.face("conv1d", "aten"), backends.face("bn_relu_dropout", "reference")
@@ -376,20 +486,28 @@ def _conv_case(check: Check, draw: _Draw) -> Case:
         g = bn.backward_apply(dx, *norm, None, None, lengths, seed, 0.2, True)[1]
         return {"g": g, "dbeta": dbeta, "dgamma": dgamma}
 
-    tensors = {"dy": dy, "weight": weight, "y": y, "mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta}
+    tensors = {"dy": dy, "weight": weight, "y": y, "z": z, "mean": mean, "rstd": rstd}
     return Case(
-        lambda: results(check.face, nan, *tensors.values()),
+        lambda: results(check.face, given, *tensors.values()),
         low,
         lambda: results("reference", *_wide(zero, *tensors.values())),
-        tensors | pack | {"x": zero, "poisoned": nan, "lengths": lengths, "seed": seed},
+        tensors | pack | {"gamma": gamma, "beta": beta, "x": zero, "given": given, "lengths": lengths, "seed": seed},
     )
 
 
+def _told_clean(check: Check) -> bool:
+    """Whether the kernel is told that x is zero in its padding; the others are given NaN there."""
+    return check.face == "triton" and check.function in CLEAN_FUNCTIONS and UNCLEAN not in check.variant.split()
+
+
 def _fused_case(check: Check, draw: _Draw) -> Case:
-    s, variant = check.shape, check.variant
+    s, variant, words = check.shape, check.variant, check.variant.split()
     x, weight = draw.normal(s.n, s.t, s.c_in), draw.weight(s.c_out, s.c_in, s.k)
     bias, lengths = draw.normal(s.c_out, dtype=torch.float32, scale=0.3), draw.lengths(s.n, s.t)
-    x2, weight2 = (draw.normal(s.n, s.t, 40), draw.weight(s.c_out, 40, 1)) if variant == "panes" else (None, None)
+    x2 = weight2 = None
+    if "panes" in words:
+        c2 = PANES if s.c_in >= PANES else SMALL_PANES
+        x2, weight2 = draw.normal(s.n, s.t, c2), draw.weight(s.c_out, c2, 1)
     out_lengths = torch.div(lengths + 2 * s.padding - s.dilation * (s.k - 1) - 1, s.stride, rounding_mode="floor") + 1
     out_lengths = out_lengths.clamp_(0, s.t_out)
     relu = variant != "log-softmax"
@@ -398,21 +516,25 @@ def _fused_case(check: Check, draw: _Draw) -> Case:
     def masked(x: Tensor | None, value: float) -> Tensor | None:
         return None if x is None else _beyond(x.transpose(1, 2), lengths, value).transpose(1, 2)
 
-    impl, poisoned = backends.face("conv1d", check.face), masked(x, float("nan"))
+    impl, clean = backends.face("conv1d", check.face), _told_clean(check) and variant != "features"
+    padding = 0.0 if clean else float("nan")
+    given = masked(x, padding)
     more: dict[str, Any] = {"in_lengths": lengths, "out_lengths": out_lengths}
-    if variant == "features":  # fp32 and (N, C, T) as the network's first kernel reads them
-        poisoned = poisoned.float().transpose(1, 2).contiguous().transpose(1, 2)
+    if variant == "features":  # fp32 and (N, C, T), as the network's first kernel reads them, padding as users leave it
+        given = given.float().transpose(1, 2).contiguous().transpose(1, 2)
         more = {"in_lengths": lengths, "lengths_out": torch.empty_like(lengths)}
+    if clean:
+        more |= {"clean": True}
     if variant == "log-softmax":
         more |= {"log_softmax": True}
-    if variant == "splits":
+    if "splits" in words:
         more |= {"workspace": impl.Workspace(x.device)}
     if x2 is not None:
-        more |= {"x2": masked(x2, float("nan")), "packed2": impl.pack(weight2.to(x.dtype))}
+        more |= {"x2": masked(x2, padding), "packed2": impl.pack(weight2.to(x.dtype))}
     pack = impl.pack(weight.to(x.dtype))
 
     def ours() -> dict[str, Tensor]:
-        out = impl.fused(poisoned, pack, bias=bias, relu=relu, **conv, **more)
+        out = impl.fused(given, pack, bias=bias, relu=relu, **conv, **more)
         return {"z": out} | ({"lengths": more["lengths_out"]} if variant == "features" else {})
 
     def low() -> dict[str, Tensor]:
@@ -431,7 +553,7 @@ def _fused_case(check: Check, draw: _Draw) -> Case:
         z = _beyond(z.transpose(1, 2), out_lengths, 0.0).transpose(1, 2)
         return {"z": z} | ({"lengths": out_lengths} if variant == "features" else {})
 
-    inputs = {"x": x, "poisoned": poisoned, "weight": weight, "packed": pack.data, "bias": bias, "lengths": lengths}
+    inputs = {"x": x, "given": given, "weight": weight, "packed": pack.data, "bias": bias, "lengths": lengths}
     return Case(ours, low, reference, inputs | {"out_lengths": out_lengths})
 
 
@@ -486,6 +608,45 @@ def _norm_case(check: Check, draw: _Draw) -> Case:
         lambda: results("reference", y, dz, *tensors),
         lambda: results("reference", *_wide(y, dz, *tensors)),
         {name: t for name, t in named.items() if t is not None},
+    )
+
+
+def _panes_case(check: Check, draw: _Draw) -> Case:
+    """The definition is a 1x1 conv and batch norm a pane; of two block outputs, which a ReLU has made."""
+    from jasper_fast import ops
+
+    (n, c, t), eps = check.shape, 1e-3
+    widths, c_out = (c, max(8, c // 2)), c
+    xs = [_beyond(draw.activation(n, width, t).relu(), draw.lengths(n, t), 0.0) for width in widths]
+    weights = [draw.weight(c_out, width, 1) for width in widths]
+    gammas = [draw.uniform(c_out) + 0.5 for _ in widths]
+    betas = [draw.normal(c_out, dtype=torch.float32, scale=0.3) for _ in widths]
+    up = draw.activation(n, c_out, t)
+
+    def ours(xs: list[Tensor], weights: list[Tensor], gammas: list[Tensor], betas: list[Tensor]):
+        return ops.panes(xs, [ops.gram(x) for x in xs], weights, gammas, betas, eps=eps)
+
+    def plain(xs: list[Tensor], weights: list[Tensor], gammas: list[Tensor], betas: list[Tensor]):
+        out, means, variances = 0.0, [], []
+        for x, weight, gamma, beta in zip(xs, weights, gammas, betas, strict=True):
+            y = F.linear(x.transpose(1, 2), weight.flatten(1).to(x.dtype)).transpose(1, 2)
+            out = out + F.batch_norm(y, None, None, gamma, beta, training=True, eps=eps)
+            variance, mean = torch.var_mean(y.detach().to(gamma.dtype), (0, 2))
+            means, variances = [*means, mean], [*variances, variance]
+        return out, torch.stack(means), torch.stack(variances)
+
+    def results(panes: Callable, wide: bool) -> dict[str, Tensor]:
+        """Sum, means, variances, and the gradients of everything, through the Gram matrices too."""
+        leaves = [[(x.double() if wide else x.clone()).requires_grad_() for x in of] for of in named.values()]
+        out, mean, var = panes(*leaves)
+        grads = torch.autograd.grad(out, [x for of in leaves for x in of], up.to(out.dtype))
+        names = [f"d{name} {k}" for name in named for k in range(len(xs))]
+        return {"out": out.detach(), "mean": mean, "var": var} | dict(zip(names, grads, strict=True))
+
+    named = {"x": xs, "weight": weights, "gamma": gammas, "beta": betas}
+    inputs = {f"{name} {k}": x for name, of in named.items() for k, x in enumerate(of)}
+    return Case(
+        lambda: results(ours, False), lambda: results(plain, False), lambda: results(plain, True), inputs | {"up": up}
     )
 
 

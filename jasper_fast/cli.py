@@ -39,12 +39,15 @@ Runs every kernel, in every configuration that dispatch can choose on the device
 forward, backward and at inference, on small shapes and those of Jasper 10x5, and holds the results against fp64: an
 error may be twice that of plain PyTorch at the same precision, plus roundings. The kernels run in a process of their
 own: one that crashes or hangs is a verdict, not the end. backend="auto" uses the kernels of a GPU only where the
-verdict, which is kept by GPU, driver and versions, is good. Without a GPU the kernels of the CPU are checked, and with
-TRITON_INTERPRET=1 Triton's in its interpreter."""
+verdict, which is kept by dtype, GPU, driver and versions, is good; what a machine lacks for a check (a compiler,
+memory) is said, and is no verdict. Ended early, by Ctrl-C for one, it keeps the verdicts that it has reached. Without
+a GPU the kernels of the CPU are checked, and with TRITON_INTERPRET=1 Triton's in its interpreter."""
 SELFCHECK_END = """\
 exit status: 0 if every check passed, 1 otherwise, 2 for a wrong command.
 
-example: jasper-fast selfcheck --device cuda:0"""
+example: jasper-fast selfcheck --device cuda:0 --quick --dtype fp16"""
+
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class UsageError(Exception):
@@ -146,6 +149,10 @@ def parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
     one.add_argument("--quick", action="store_true", help="seconds: default tiles, two shapes, one dtype")
+    one.add_argument(
+        "--dtype", action="append", choices=tuple(_DTYPES), metavar="D",
+        help="fp32, fp16 or bf16, may be repeated; default: all, with --quick one",
+    )  # fmt: skip
     one.add_argument("--json", action="store_true", help="every check and the verdicts as JSON")
     one.add_argument("--no-cache", action="store_true", help="do not keep the verdicts")
     one.add_argument(
@@ -193,7 +200,7 @@ def _recognizer(arguments: argparse.Namespace) -> Recognizer:
         torch.device("cpu" if arguments.device == "auto" else arguments.device)
     except RuntimeError as error:
         raise UsageError(f"--device {arguments.device!r} is no device; give cpu, cuda or cuda:1") from error
-    dtype = {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[arguments.dtype]
+    dtype = None if arguments.dtype is None else getattr(torch, _DTYPES[arguments.dtype])
     return recognizer.load(
         arguments.checkpoint, arguments.config, arguments.ema, arguments.device, arguments.backend, dtype
     )
@@ -414,6 +421,7 @@ def _selfcheck(arguments: argparse.Namespace) -> int:
             quick=arguments.quick,
             as_json=arguments.json,
             cache=not arguments.no_cache,
+            dtypes=[_DTYPES[name] for name in arguments.dtype or ()],
             seconds=arguments.limit,
         )
     except selfcheck.CannotCheck as error:

@@ -172,7 +172,7 @@ def render(report: dict[str, Any], console: Any) -> None:
         table.add_row(name, on or "-", escape(backend["missing"] or ""))
     console.print(table)
     for verdict in report["verdicts"]:
-        what = f"{verdict['op']} ({verdict['face']}) on {verdict['device']}"
+        what = f"{verdict['op']} ({verdict['face']}, {verdict['dtype']}) on {verdict['device']}"
         failure = f": {verdict['failure']}" if verdict["failure"] else ""
         found = f"{verdict['status']}, {verdict['checked']} checks passed{', quick' if verdict['quick'] else ''}"
         console.print(f"self-check of {escape(what)}: {found}{escape(failure)}")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jasper_fast import ops, sync
+from jasper_fast import backends, ops, sync
 from jasper_fast.config import BlockConfig
 from jasper_fast.ops.conv1d import autocast, conv_face
 from jasper_fast.packs import Packs
@@ -21,8 +21,7 @@ class JasperBlock(nn.Module):
     `conv` and `res` are dictionaries keyed by the positions that the reference's nn.Sequential gives them
     (`conv.0.weight`, `conv.1.running_mean`, `conv.4.weight`, ..., `res.0.0.weight`), so state dicts are the same.
     `pane_form`: how training takes the panes' statistics, "gram" (`ops.panes`) or "plain" (`ops.panes_plain`); "auto"
-    is "gram" on a GPU, where the plain form's passes over pane outputs are what costs, and "plain" elsewhere: on CPUs
-    it is as fast or faster, and keeps less.
+    is as `backends.pane_form` says: "gram" on a GPU, "plain" elsewhere.
     """
 
     def __init__(
@@ -128,7 +127,9 @@ class JasperBlock(nn.Module):
         return ops.gram(source, sync.group_of(bn)) if self._is_gram(source) and bn.training else None
 
     def _is_gram(self, source: Tensor) -> bool:
-        return self.pane_form == "gram" or (self.pane_form == "auto" and source.is_cuda)
+        if self.pane_form != "auto":
+            return self.pane_form == "gram"
+        return backends.pane_form(self.backend, source.device, source.dtype) == "gram"
 
     def pane_sum(self, sources: list[Tensor], grams: list[ops.Gram | None]) -> Tensor:
         """Sum over the panes of BN(1x1 conv(source)), (N, C_out, T); updates the running statistics in training."""
@@ -136,7 +137,7 @@ class JasperBlock(nn.Module):
         weights, gammas, betas = [c.weight for c in convs], [b.weight for b in bns], [b.bias for b in bns]
         if not (self.training and bns[0].training):
             return sum_folded(sources, weights, bns)
-        if self._is_gram(sources[0]):
+        if all(map(self._is_gram, sources)):
             out, mean, var = ops.panes(sources, grams, weights, gammas, betas, eps=BN_EPS)
         else:
             group = sync.group_of(bns[0])

@@ -2,7 +2,8 @@
 
 A kernel that crashes, or that never ends, must not take the user's process or its CUDA context with it, and must be
 named. So `supervise` starts `python -m jasper_fast.selfcheck`, which says what it begins and what it found, a line
-each; when that process dies or falls silent, the check it was in is at fault, and another process does the rest.
+each; when that process dies or falls silent, the check it was in is at fault, and another process does the rest. Who
+ends the watching process early has what was found until then, in a `Report`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,7 +31,9 @@ from jasper_fast.trust import BAD, GOOD, UNCHECKED, Verdict
 MARK = "jasper-fast-selfcheck "  # begins a line of the protocol: a kernel may print what it likes
 CHECK_SECONDS = 180.0  # for one check, its compilation included
 START_SECONDS = 120.0  # for the interpreter, torch and the device
-FAULTS = ("wrong", "failed", "died", "hung")
+FAULTS = ("wrong", "failed", "died", "hung")  # of the kernel
+OPEN = ("no memory", "environment", "skipped")  # of no kernel: it was not checked
+FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # no kernel of ours sends these
 
 
 class CannotCheck(RuntimeError):
@@ -43,7 +47,8 @@ def child(source: IO[str] = sys.stdin) -> int:
     """Reads what to check as JSON from `source`, checks it, and reports on the standard output."""
     wanted = json.loads(source.read())
     device = torch.device(wanted["device"])
-    todo = checks.plan(device, quick=wanted["quick"], ops=tuple(wanted["ops"]), faces=tuple(wanted["faces"]))
+    which = {name: tuple(wanted[name]) for name in ("ops", "faces", "dtypes")}
+    todo = checks.plan(device, quick=wanted["quick"], **which)
     # what a kernel forgets to write is NaN, not what the last call left there
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -61,7 +66,9 @@ def child(source: IO[str] = sys.stdin) -> int:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         except RuntimeError as error:  # the context is gone with this kernel, and everything after it would fail too
-            _tell("fatal", row | {"status": "died", "detail": str(error).splitlines()[0]})
+            blamed = checks.blame(error)
+            died = {"status": "died", "detail": str(error).splitlines()[0]}
+            _tell("fatal", row | (died if blamed["status"] == "failed" else blamed))
             return 1
         _tell("result", row)
     _tell("end", None)
@@ -81,49 +88,77 @@ def command() -> list[str]:
 # ---- the process that watches ----
 
 
+@dataclass
+class Report:
+    """What a self-check has found so far: `planned` checks, and rows of those that were made by their ids."""
+
+    planned: list[dict[str, Any]] = field(default_factory=list)
+    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows in the order of the plan."""
+        return [self.found[check["id"]] for check in self.planned if check["id"] in self.found]
+
+    def decided(self) -> list[dict[str, Any]]:
+        """The rows that a verdict can be made of: all checks of their op, face and dtype were made, or one failed."""
+        rows, open_ = self.rows, {_group(check) for check in self.planned if check["id"] not in self.found}
+        open_ -= {_group(row) for row in rows if row["status"] in FAULTS}
+        return [row for row in rows if _group(row) not in open_]
+
+
+def _group(row: dict[str, Any]) -> tuple[str, str, str]:
+    """What has one verdict."""
+    return row["op"], row["face"], row["dtype"]
+
+
 def supervise(
     device: torch.device,
     *,
     quick: bool = False,
     ops: Sequence[str] = checks.OPS,
     faces: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
     seconds: float = CHECK_SECONDS,
     on_row: Callable[[dict, int], None] = lambda row, total: None,
     argv: Sequence[str] | None = None,
+    report: Report | None = None,
 ) -> list[dict[str, Any]]:
     """The rows of all checks for `device`: statuses of `checks.perform`, and "died", "hung" and "skipped".
 
-    After a kernel that died or hung, the other checks of its op and face are skipped: their verdict is given. `seconds`
-    limits each check; `on_row(row, total)` is called as rows come in; `argv` replaces the process' command line.
+    `ops`, `faces`, `dtypes` ("float16", ...): what to check, as `checks.plan` takes them. After a kernel that died or
+    hung, the other checks of its op, face and dtype are skipped: their verdict is given. `seconds` limits each check;
+    `on_row(row, total)` is called as rows come in; `argv` replaces the process' command line. Whatever is raised in
+    here ends the checking process at once, and `report` then holds what was found.
     Raises CannotCheck where the process does not reach the first check.
     """
-    rows: dict[str, dict[str, Any]] = {}
-    planned: list[dict] = []
+    report = report or Report()
+    which = {"ops": list(ops), "faces": list(faces), "dtypes": list(dtypes)}
     while True:
-        wanted = {"device": str(device), "quick": quick, "ops": list(ops), "faces": list(faces), "done": list(rows)}
+        wanted = {"device": str(device), "quick": quick, **which, "done": list(report.found)}
         try:
-            planned, fault = _watch(argv or command(), wanted, seconds, rows, on_row)
-            after, skipped = "after the one that ended the process", fault and (fault["op"], fault["face"])
+            fault = _watch(argv or command(), wanted, seconds, report, on_row)
+            after, skipped = "after the one that ended the process", fault and _group(fault)
         except CannotCheck as error:
-            if not planned:
+            if not report.planned:
                 raise
             fault, after, skipped = None, str(error), None  # the rest cannot be checked any more
         if fault is not None:
-            _note(rows, fault, on_row, len(planned))
-        for check in planned:
-            if check["id"] not in rows and skipped in (None, (check["op"], check["face"])):
-                _note(rows, check | {"status": "skipped", "detail": after}, on_row, len(planned))
-        if len(rows) == len(planned):
-            return [rows[check["id"]] for check in planned]
+            _note(report, fault, on_row)
+        for check in report.planned:
+            if check["id"] not in report.found and skipped in (None, _group(check)):
+                _note(report, check | {"status": "skipped", "detail": after}, on_row)
+        if len(report.found) == len(report.planned):
+            return report.rows
 
 
-def _note(rows: dict, row: dict, on_row: Callable, total: int) -> None:
-    rows[row["id"]] = {"ours": None, "theirs": None, "share": None, "seconds": None} | row
-    on_row(rows[row["id"]], total)
+def _note(report: Report, row: dict, on_row: Callable) -> None:
+    report.found[row["id"]] = {"ours": None, "theirs": None, "share": None, "seconds": None} | row
+    on_row(report.found[row["id"]], len(report.planned))
 
 
-def _watch(argv, wanted, seconds, rows, on_row) -> tuple[list[dict], dict | None]:
-    """Runs one process to its end or fault: (the plan, the row of the check that ended it, if one did)."""
+def _watch(argv, wanted, seconds, report, on_row) -> dict | None:
+    """Runs one process to its end or fault: the row of the check that ended it, if one did."""
     env = dict(os.environ)
     home = str(Path(__file__).resolve().parents[1])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [home, env.get("PYTHONPATH")]))
@@ -132,7 +167,7 @@ def _watch(argv, wanted, seconds, rows, on_row) -> tuple[list[dict], dict | None
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", env=env,
             start_new_session=True,
         )  # fmt: skip
-        planned, current, last_word, hung = [], None, "", False
+        current, last_word, hung, ended = None, "", False, False
         try:
             with contextlib.suppress(BrokenPipeError):  # it died at once: what follows says so
                 process.stdin.write(json.dumps(wanted))
@@ -140,20 +175,20 @@ def _watch(argv, wanted, seconds, rows, on_row) -> tuple[list[dict], dict | None
             for kind, value in _lines(process.stdout, START_SECONDS, seconds):
                 last_word = kind
                 if kind == "plan":
-                    planned = value
+                    report.planned = value
                 elif kind == "begin":
                     current = value
                 elif kind == "result":
-                    _note(rows, value, on_row, len(planned))
+                    _note(report, value, on_row)
                     current = None
-                elif kind == "fatal":
-                    return planned, value
                 else:
-                    return planned, None
+                    ended = True
+                    return value if kind == "fatal" else None
+            ended = True
         except TimeoutError:
             hung = True
-        finally:
-            code = _end(process, patient=not hung)
+        finally:  # where something else was raised, its receiver has no time to lose
+            code = _end(process, before=10.0 if ended else 0.0, after=30.0 if ended or hung else 5.0)
         last = _last_line(errors)
     if hung:
         how = f"gave no sign for {seconds if last_word else START_SECONDS:.0f} s"
@@ -161,10 +196,12 @@ def _watch(argv, wanted, seconds, rows, on_row) -> tuple[list[dict], dict | None
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
     if current is None:
         raise CannotCheck(f"the process that checks {how}, in no check{last}")
-    check = next(c for c in planned if c["id"] == current)
-    if not hung and "out of memory" in last:
-        return planned, check | {"status": "no memory", "detail": f"the process {how}{last}"}
-    return planned, check | {"status": "hung" if hung else "died", "detail": f"the process {how}{last}"}
+    check, detail = next(c for c in report.planned if c["id"] == current), f"the process {how}{last}"
+    if not hung and any(told in last.lower() for told in checks.NO_MEMORY):
+        return check | {"status": "no memory", "detail": f"{detail} ({checks.FREE_MEMORY})"}
+    if not hung and -code in FROM_OUTSIDE:
+        return check | {"status": "environment", "detail": f"{detail} (from outside, or for want of host memory)"}
+    return check | {"status": "hung" if hung else "died", "detail": detail}
 
 
 def _lines(stream: IO[str], start: float, each: float) -> Iterator[tuple[str, Any]]:
@@ -190,15 +227,15 @@ def _lines(stream: IO[str], start: float, each: float) -> Iterator[tuple[str, An
             yield json.loads(line.removeprefix(MARK))
 
 
-def _end(process: subprocess.Popen, patient: bool) -> int:
-    """Waits for the end of a process that has said all, or makes it; its exit status."""
+def _end(process: subprocess.Popen, before: float, after: float) -> int:
+    """Waits `before` seconds for the end of a process, then makes it, and waits `after` seconds; its exit status."""
     try:
-        return process.wait(timeout=10 if patient else 0)
+        return process.wait(timeout=before)
     except subprocess.TimeoutExpired:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         try:
-            return process.wait(timeout=30)
+            return process.wait(timeout=after)
         except subprocess.TimeoutExpired:  # stuck in the driver: nothing kills it, and nobody waits for it
             return -signal.SIGKILL
 
@@ -213,19 +250,19 @@ def _last_line(errors: IO[str]) -> str:
 
 
 def verdicts(rows: Sequence[dict[str, Any]], quick: bool) -> list[Verdict]:
-    """One verdict for each op and face among `rows`."""
-    found: dict[tuple[str, str], list[dict]] = {}
+    """One verdict for each op, face and dtype among `rows`."""
+    found: dict[tuple[str, str, str], list[dict]] = {}
     for row in rows:
-        found.setdefault((row["op"], row["face"]), []).append(row)
+        found.setdefault(_group(row), []).append(row)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     made = []
-    for (op, face), of in found.items():
+    for group, of in found.items():
         faults = [row for row in of if row["status"] in FAULTS]
-        open_ = [row for row in of if row["status"] in ("no memory", "skipped")]
+        open_ = [row for row in of if row["status"] in OPEN]
         status = BAD if faults else UNCHECKED if open_ else GOOD
         checked = sum(row["status"] == "ok" for row in of)
         failure = failure_of(([*faults, *open_] or [None])[0])
-        made.append(Verdict(op, face, status, quick, checked, failure, now))
+        made.append(Verdict(*group, status, quick, checked, failure, now))
     return made
 
 
@@ -237,14 +274,16 @@ def failure_of(row: dict[str, Any] | None) -> str:
     return f"{row['op']} {what} {row['status']}: {row['detail']}"
 
 
-def quick_verdict(device: torch.device, op: str, face: str) -> Verdict:
-    """The verdict of a quick check of one op on one face, in a process of its own."""
+def quick_verdict(device: torch.device, op: str, face: str, dtype: str) -> Verdict:
+    """The verdict of a quick check of one op on one face in one dtype, in a process of its own."""
+    none = Verdict(op, face, dtype, UNCHECKED, True, 0)
     try:
-        rows = supervise(device, quick=True, ops=(op,), faces=(face,))
+        rows = supervise(device, quick=True, ops=(op,), faces=(face,), dtypes=(dtype,))
     except (CannotCheck, OSError) as error:
-        return Verdict(op, face, UNCHECKED, True, 0, str(error))
+        no_memory = checks.blame(error)["status"] == "no memory"
+        return replace(none, failure=f"{error} ({checks.FREE_MEMORY})" if no_memory else str(error))
     found = verdicts(rows, quick=True)
-    return found[0] if found else Verdict(op, face, UNCHECKED, True, 0, f"there is no check of it for {device}")
+    return found[0] if found else replace(none, failure=f"there is no check of it for {device}")
 
 
 # ---- for people ----
@@ -275,43 +314,62 @@ def show(rows: Sequence[dict[str, Any]], found: Sequence[Verdict], device: torch
         table.add_row(op, face, escape(configuration), escape(shape), dtype, *errors, share, said)
     console.print(table)
     for row in rows:
-        if row["status"] in FAULTS or row["status"] == "no memory":
+        if row["status"] in FAULTS or row["status"] in ("no memory", "environment"):
             console.print(f"[red]{escape(failure_of(row))}[/red]")
     for verdict in found:
         colour = {GOOD: "green", BAD: "red"}.get(verdict.status, "yellow")
         console.print(
-            f"{verdict.op} ({verdict.face}): [bold {colour}]{verdict.status}[/bold {colour}], "
+            f"{verdict.op} ({verdict.face}, {verdict.dtype}): [bold {colour}]{verdict.status}[/bold {colour}], "
             f"{verdict.checked} checks passed{', quick' if verdict.quick else ''}"
         )
 
 
-def main(device: torch.device, *, quick: bool, as_json: bool, cache: bool, seconds: float = CHECK_SECONDS,
-         argv: Sequence[str] | None = None) -> int:  # fmt: skip
-    """Checks `device`, prints what was found, keeps the verdicts; returns 0 if every check passed, else 1."""
+def main(device: torch.device, *, quick: bool, as_json: bool, cache: bool, dtypes: Sequence[str] = (),
+         seconds: float = CHECK_SECONDS, argv: Sequence[str] | None = None) -> int:  # fmt: skip
+    """Checks `device`, prints what was found, keeps the verdicts; returns 0 if every check passed, else 1.
+
+    Ended early, by Ctrl-C for one, it prints and keeps what was found until then.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     errors = Console(stderr=True)
+    report, finished = Report(), False
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        task = progress.add_task("starting", total=None)
+    try:
+        with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+            task = progress.add_task("starting", total=None)
 
-        def on_row(row: dict, total: int) -> None:
-            progress.update(task, total=total, advance=1, description=f"{row['op']} {row['face']} {row['function']}")
+            def on_row(row: dict, total: int) -> None:
+                what = f"{row['op']} {row['face']} {row['function']}"
+                progress.update(task, total=total, advance=1, description=what)
 
-        rows = supervise(device, quick=quick, seconds=seconds, on_row=on_row, argv=argv)
-    found = verdicts(rows, quick)
-    if cache:
-        with trust.locked():
-            trust.keep(device, found)
-    if as_json:
-        report = {"key": trust.key(device), "verdicts": [vars(v) for v in found], "rows": rows}
-        print(json.dumps(report, indent=1))
-    else:
-        show(rows, found, device, Console(highlight=False, width=None if sys.stdout.isatty() else 160))
-        if not rows:
-            print(f"no kernel of this package runs on {device} here; `jasper-fast info` says how to get them")
+            more = {"seconds": seconds, "on_row": on_row, "argv": argv, "report": report}
+            supervise(device, quick=quick, dtypes=dtypes, **more)
+        finished = True
+    finally:
+        rows = report.rows
+        found = verdicts(report.decided(), quick)
+        if cache and found:
+            with trust.locked(trust.LOCK_SECONDS if finished else 2.0):
+                trust.keep(device, found)
+        if finished or rows:
+            _print(rows, found, device, as_json, finished)
     return int(any(row["status"] != "ok" for row in rows))
+
+
+def _print(rows: list[dict], found: list[Verdict], device: torch.device, as_json: bool, finished: bool) -> None:
+    from rich.console import Console
+
+    if as_json:
+        report = {"key": trust.key(device), "finished": finished, "verdicts": [vars(v) for v in found], "rows": rows}
+        print(json.dumps(report, indent=1))
+        return
+    show(rows, found, device, Console(highlight=False, width=None if sys.stdout.isatty() else 160))
+    if not finished:
+        print(f"ended early: {len(rows)} checks were made; an op without a verdict above was not checked to its end")
+    elif not rows:
+        print(f"no kernel of this package runs on {device} here; `jasper-fast info` says how to get them")
 
 
 if __name__ == "__main__":

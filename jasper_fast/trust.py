@@ -1,8 +1,8 @@
 """Whether `backend="auto"` may use a kernel on this machine: verdicts of the self-check, kept in the user's cache.
 
-A verdict holds for one op on one face, and for the GPU, driver, torch, Triton and sources that it was given under: any
-change asks for a new one. The cache is `JASPER_FAST_CACHE`, else `$XDG_CACHE_HOME/jasper_fast`, else
-`~/.cache/jasper_fast`.
+A verdict holds for one op on one face in one dtype, because each dtype is another kernel, and for the GPU, driver,
+torch, Triton and sources that it was given under: any change asks for a new one. The cache is `JASPER_FAST_CACHE`, else
+`$XDG_CACHE_HOME/jasper_fast`, else `~/.cache/jasper_fast`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-SCHEMA = 1
+SCHEMA = 2
 LOCK_SECONDS = 300.0
 DRIVER = Path("/proc/driver/nvidia/version")
 GOOD, BAD, UNCHECKED = "good", "bad", "unchecked"
@@ -31,14 +31,15 @@ GOOD, BAD, UNCHECKED = "good", "bad", "unchecked"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the self-check found for one op on one face.
+    """What the self-check found for one op on one face in one dtype ("bfloat16").
 
-    status: "good", "bad", or "unchecked" where the check itself could not run (no memory, say); quick: only a first
-    check of seconds; checked: how many checks; failure: the first thing that was wrong, and in which kernel.
+    status: "good", "bad", or "unchecked" where the check itself could not run (no memory, no compiler); quick: only a
+    first check of seconds; checked: how many checks; failure: the first thing that was wrong, and in which kernel.
     """
 
     op: str
     face: str
+    dtype: str
     status: str
     quick: bool
     checked: int
@@ -81,11 +82,12 @@ def driver() -> str:
 
 @functools.cache
 def sources() -> str:
-    """A hash of the kernels' sources, tables and native libraries."""
+    """A hash of what is checked, which is kernels, tables, native libraries and panes, and of the checks."""
     from jasper_fast.kernels import native, tables
 
-    kernels = Path(tables.__file__).parent
-    paths = [*kernels.rglob("*.py"), *kernels.rglob("*.json"), *tables.folder().glob("*.json")]
+    here, kernels = Path(__file__).parent, Path(tables.__file__).parent
+    paths = [here / "checks.py", here / "ops" / "panes.py", *kernels.rglob("*.py"), *kernels.rglob("*.json")]
+    paths += [*tables.folder().glob("*.json")]
     paths += native._library_dir().glob("*.so")
     digest = hashlib.sha256()
     for path in sorted({p.resolve() for p in paths}):
@@ -124,8 +126,8 @@ def path(device: torch.device) -> Path:
     return folder() / "verdicts" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
 
 
-def read(device: torch.device) -> dict[tuple[str, str], Verdict]:
-    """Kept verdicts for `device` by (op, face); none, with a message, where the file cannot be used."""
+def read(device: torch.device) -> dict[tuple[str, str, str], Verdict]:
+    """Kept verdicts for `device` by (op, face, dtype); none, with a message, where the file cannot be used."""
     file = path(device)
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
@@ -141,7 +143,7 @@ def read(device: torch.device) -> dict[tuple[str, str], Verdict]:
         return {}
 
 
-def _parse(data: dict, device: torch.device) -> dict[tuple[str, str], Verdict]:
+def _parse(data: dict, device: torch.device) -> dict[tuple[str, str, str], Verdict]:
     if data["schema"] != SCHEMA or data["key"] != key(device):
         raise ValueError("it is of another machine or version")
     found = {}
@@ -150,7 +152,7 @@ def _parse(data: dict, device: torch.device) -> dict[tuple[str, str], Verdict]:
         wrong = [f.name for f in fields(Verdict) if type(getattr(verdict, f.name)).__name__ != f.type]
         if wrong or verdict.status not in (GOOD, BAD):
             raise ValueError(f"{', '.join(wrong) or 'status'} of a verdict is not what it should be")
-        found[verdict.op, verdict.face] = verdict
+        found[verdict.op, verdict.face, verdict.dtype] = verdict
     return found
 
 
@@ -161,7 +163,7 @@ def keep(device: torch.device, verdicts: Iterable[Verdict]) -> None:
     """
     kept = read(device)
     for verdict in verdicts:
-        name = (verdict.op, verdict.face)
+        name = (verdict.op, verdict.face, verdict.dtype)
         before = kept.get(name)
         if verdict.status == UNCHECKED:
             _memory[device, *name] = verdict
@@ -183,8 +185,11 @@ def keep(device: torch.device, verdicts: Iterable[Verdict]) -> None:
 
 
 @contextmanager
-def locked() -> Iterator[None]:
-    """One process at a time, of all that share the cache: the ranks of a training run check once, not each."""
+def locked(patience: float = LOCK_SECONDS) -> Iterator[None]:
+    """One process at a time, of all that share the cache: the ranks of a training run check once, not each.
+
+    After `patience` seconds the body runs all the same.
+    """
     import fcntl  # not on Windows, where there is no Triton either
 
     try:
@@ -194,7 +199,7 @@ def locked() -> Iterator[None]:
         yield  # nowhere to keep a verdict, so nothing to wait for; keep() says so
         return
     with file:
-        until = time.monotonic() + LOCK_SECONDS
+        until = time.monotonic() + patience
         while time.monotonic() < until:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -216,47 +221,46 @@ def forget() -> None:
     sources.cache_clear()
 
 
-def verdict(op: str, face: str, device: torch.device, check: Callable | None = None) -> Verdict:
-    """The verdict on `op` ("bn_relu_dropout", "conv1d", "conv1d.fused") on `face`: kept, or from a quick check now.
+def verdict(op: str, face: str, device: torch.device, dtype: str, check: Callable | None = None) -> Verdict:
+    """The verdict on `op` ("bn_relu_dropout", "conv1d", "conv1d.fused", "panes") on `face` in `dtype` ("bfloat16"):
+    kept, or from a quick check now.
 
     The check runs in a process of its own, says so in one line on the standard error, and takes seconds.
-    `check(device, op, face) -> Verdict` takes its place in tests.
+    `check(device, op, face, dtype) -> Verdict` takes its place in tests.
     """
-    name = (device, op, face)
+    name = (device, op, face, dtype)
     if name not in _memory:
-        found = read(device).get((op, face))
+        found = read(device).get((op, face, dtype))
         if found is None:
             with locked():
-                found = read(device).get((op, face))  # another process may have been quicker
+                found = read(device).get((op, face, dtype))  # another process may have been quicker
                 if found is None:
-                    found = (check or _check_now)(device, op, face)
+                    found = (check or _check_now)(device, op, face, dtype)
                     keep(device, [found])
         _memory[name] = found
     return _memory[name]
 
 
-def _check_now(device: torch.device, op: str, face: str) -> Verdict:
+def _check_now(device: torch.device, op: str, face: str, dtype: str) -> Verdict:
     from jasper_fast import selfcheck
 
     started = time.monotonic()
-    what = f"jasper_fast: first use of {op} ({face}) on {key(device)['device']}: checking it"
+    what = f"jasper_fast: first use of {op} ({face}, {dtype}) on {key(device)['device']}: checking it"
     print(f"{what} ...", end="", file=sys.stderr, flush=True)
-    found = selfcheck.quick_verdict(device, op, face)
+    found = selfcheck.quick_verdict(device, op, face, dtype)
     print(f" {found.status}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     return found
 
 
-def why_not(found: Verdict, device: torch.device) -> str:
-    """The warning for a kernel that is not used."""
+def why_not(found: Verdict, device: torch.device, instead: str) -> str:
+    """The warning for a kernel that is not used; `instead`: what "auto" does about it."""
     name = key(device)["device"]
+    what = f"{found.op} ({found.face}, {found.dtype})"
     if found.status == UNCHECKED:
-        begin = f"{found.op} ({found.face}) could not be checked on {name}"
+        begin = f"{what} could not be checked on {name}"
     else:
-        begin = f"{found.op} ({found.face}) is WRONG on {name}"
-    return (
-        f"{begin}: {found.failure}. backend='auto' takes plain PyTorch for it instead, which is slower; "
-        f"`jasper-fast selfcheck` shows every kernel"
-    )
+        begin = f"{what} is WRONG on {name}"
+    return f"{begin}: {found.failure}. {instead}; `jasper-fast selfcheck` shows every kernel"
 
 
 def _say(text: str) -> None:

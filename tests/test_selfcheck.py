@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,11 +64,64 @@ def test_a_right_norm_passes(face, function, variant):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("variant", checks.FUSED_VARIANTS)
+@pytest.mark.parametrize("variant", [*checks.FUSED_VARIANTS, "plain unclean", "panes unclean", checks.WAVE])
 def test_a_right_fused_conv_passes_in_every_form_and_dtype(dtype, variant):
     face = make_face("triton").name
     row = checks.perform(Check("conv1d.fused", face, "fused", "default", CONV, dtype, variant), CPU)
     assert row["status"] == "ok", row
+
+
+@pytest.mark.parametrize("function", checks.CONV)
+@pytest.mark.parametrize("variant", ["", checks.UNCLEAN, checks.WAVE])
+def test_a_right_conv_passes_in_every_form(function, variant):
+    row = checks.perform(conv_check(make_face("triton").name, function, variant=variant), CPU)
+    assert row["status"] == "ok", row
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Flags of the conv kernels that are launched, with tensor descriptors as on sm_90."""
+    impl, run, seen = backends.face("conv1d", make_face("triton").name), launch.run, []
+
+    def watching(kernel, grid, like, *args, **meta):
+        if "HAS_DESCRIPTORS" in meta:
+            seen.append({k: v for k, v in meta.items() if k.startswith(("HAS", "IS"))})
+        return run(kernel, grid, like, *args, **meta)
+
+    monkeypatch.setattr(launch, "run", watching)
+    monkeypatch.setattr(impl, "INTERPRET_DESCRIPTORS", True)
+    return seen
+
+
+@pytest.mark.parametrize("function", ["forward", "forward_stats", "wgrad"])
+@pytest.mark.parametrize("variant", ["", checks.UNCLEAN])
+def test_convs_are_checked_as_they_are_dispatched(function, variant, launched):
+    """Told that the padding is zero, which on sm_90 selects other code, and not told."""
+    check = Check("conv1d", "triton", function, "default", Conv(2, 21, 64, 64, 3), "bfloat16", variant)
+    assert checks.perform(check, CPU)["status"] == "ok"
+    assert launched and all(f["HAS_DESCRIPTORS"] and f["IS_CLEAN"] is (variant == "") for f in launched)
+
+
+@pytest.mark.parametrize(("shape", "by_descriptor"), [(Conv(1, 11, 256, 64, 1), True), (Conv(1, 11, 64, 64, 1), False)])
+@pytest.mark.parametrize("variant", ["panes", "panes splits", "panes unclean"])
+def test_panes_are_checked_by_descriptors_on_real_shapes_and_without_on_small_ones(
+    shape, by_descriptor, variant, launched
+):
+    row = checks.perform(Check("conv1d.fused", "triton", "fused", "default", shape, "bfloat16", variant), CPU)
+    assert row["status"] == "ok", row
+    for flags in launched:
+        assert flags["HAS_PANES"] and flags["HAS_DESCRIPTORS"] is by_descriptor
+        assert flags["IS_CLEAN"] is (by_descriptor and "unclean" not in variant)
+
+
+def test_panes_of_every_real_conv_take_descriptors():
+    from jasper_fast.kernels.conv1d import triton_tiles
+
+    for s in checks.REAL_CONV:
+        if s.stride == 1 and s.c_in >= checks.PANES:
+            shape = triton_tiles.Shape(s.c_in, s.c_out, s.k, s.stride, s.dilation, s.n * s.t_out)
+            tiles = triton_tiles.candidates("fused", torch.bfloat16, shape, s.t_out)
+            assert all(checks.PANES % tile.k == 0 for tile in tiles)
 
 
 def scale(out, *_):
@@ -120,6 +177,37 @@ class Drifting:
     def __call__(self, out, *_):
         self.calls += 1
         return out * (1 + self.calls * 2.0**-22)
+
+
+class LateRace:
+    """Right but for the third call with the same inputs."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, out, *_):
+        self.calls += 1
+        return torch.nextafter(out, out + 1) if self.calls == 4 else out  # the second was with other inputs
+
+
+@pytest.mark.parametrize(("variant", "status"), [("", "ok"), (checks.WAVE, "wrong")])
+def test_where_the_gpu_is_full_the_same_inputs_are_tried_three_times(variant, status, monkeypatch):
+    impl, spoil = backends.face("conv1d", make_face("cpu").name), LateRace()
+    right = impl.forward
+    monkeypatch.setattr(impl, "forward", lambda *args: spoil(right(*args)))
+    row = checks.perform(conv_check("cpu", variant=variant), CPU)
+    assert row["status"] == status, row
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_products_of_panes_are_checked(dtype, wrong, monkeypatch):
+    panes = importlib.import_module("jasper_fast.ops.panes")
+    right = panes.product
+    if wrong:
+        monkeypatch.setattr(panes, "product", lambda a, b: 1.02 * right(a, b))
+    row = checks.perform(Check("panes", "aten", "panes", "default", Norm(2, 24, 37), dtype), CPU)
+    assert row["status"] == ("wrong" if wrong else "ok"), row
 
 
 WRONG = [scale, drop_a_row, one_element, in_half_precision, not_a_number, Stale, Drifting]
@@ -186,8 +274,60 @@ def test_memory_that_runs_out_is_no_fault_of_the_kernel(monkeypatch):
 
     monkeypatch.setattr(backends.face("conv1d", face), "forward", greedy)
     row = checks.perform(conv_check(face), CPU)
-    assert row["status"] == "no memory"
+    assert row["status"] == "no memory" and "another process may hold the memory: see nvidia-smi" in row["detail"]
     assert selfcheck.verdicts([row], quick=True)[0].status == UNCHECKED
+
+
+GCC = ["/usr/bin/gcc", "main.c", "-shared", "-o", "main.so"]
+
+
+@pytest.mark.parametrize(("error", "told"), [
+    (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), "name one by CC"),
+    (subprocess.CalledProcessError(1, GCC), "Python's headers (python3-dev)"),
+    (RuntimeError("Cannot find ptxas"), "TRITON_PTXAS_PATH"),
+    (FileNotFoundError(2, "No such file or directory", "/opt/ptxas"), "for this user to read, run and write"),
+    (PermissionError(13, "Permission denied", "/root/.triton"), "for this user to read, run and write"),
+    (OSError(28, "No space left on device"), "free space in TRITON_CACHE_DIR"),
+    (OSError(122, "Disk quota exceeded"), "free space in TRITON_CACHE_DIR"),
+    (ImportError("cuda_utils.so: failed to map segment"), "for this user to read, run and write"),
+    (AssertionError("libcuda.so cannot found!\nPossible files"), "run ldconfig"),
+    (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), "nvidia-smi"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "nvidia-smi"),
+    (RuntimeError("Triton Error [CUDA]: out of memory"), "nvidia-smi"),
+    (MemoryError(), "nvidia-smi"),
+])  # fmt: skip
+def test_what_the_machine_lacks_is_no_fault_of_the_kernel(error, told, monkeypatch):
+    def unable(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(backends.face("conv1d", make_face("cpu").name), "forward", unable)
+    row = checks.perform(conv_check("cpu"), CPU)
+    assert row["status"] in ("environment", "no memory") and told in row["detail"], row
+    (found,) = selfcheck.verdicts([row], quick=True)
+    assert found.status == UNCHECKED and told in found.failure
+    trust.keep(CPU, [found])
+    assert trust.read(CPU) == {}, "it is tried again when the machine has it"
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("PassManager::run failed"), TypeError("the triton face takes fp32"), ValueError("no gradient"),
+    RuntimeError("out of resource: shared memory, Required: 300000, Hardware limit: 232448"),
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("PTXAS error: Internal Triton PTX codegen error"),
+])  # fmt: skip
+def test_what_a_kernel_does_is_its_fault(error):
+    assert checks.blame(error)["status"] == "failed"
+
+
+def test_plain_pytorch_that_fails_is_no_fault_of_the_kernel(monkeypatch):
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED")
+
+    make_face("cpu")
+    monkeypatch.setattr(backends.face("conv1d", "aten"), "forward", broken)
+    row = checks.perform(conv_check("cpu"), CPU)
+    assert row["status"] == "environment"
+    assert row["detail"].startswith("plain PyTorch: RuntimeError: cuDNN error: CUDNN_STATUS_NOT_INITIALIZED (")
 
 
 def test_a_check_of_a_tile_runs_that_tile(monkeypatch):
@@ -222,7 +362,7 @@ def test_the_plan_holds_every_function_of_every_face_once(face):
     }  # fmt: skip
     for op in ("bn_relu_dropout", "conv1d"):  # every public function of the face is among them
         names = {"backward" if n.startswith("backward") else n for n in public(op, face)}
-        assert names - {"pack", "packed_shape", "packed_size", "sources"} <= {f for _, f in functions}
+        assert names - {"pack", "packed_shape", "packed_size", "sources", "takes_tf32"} <= {f for _, f in functions}
     quick = checks.plan(CPU, faces=(face,), quick=True)
     assert {(c.op, c.function) for c in quick} == functions and len(quick) < len(plan) / 2
 
@@ -238,8 +378,78 @@ def test_the_plan_leaves_out_what_was_not_asked_for():
     face = make_face("cpu").name
     plan = checks.plan(CPU, ops=("conv1d",), faces=(face,))
     assert {(check.op, check.face) for check in plan} == {("conv1d", "cpu")}
-    with pytest.raises(ValueError, match="op 'conv2d' is not one of"):
-        checks.plan(CPU, ops=("conv2d",))
+    for name in ("op", "face", "dtype"):
+        with pytest.raises(ValueError, match=f"{name} 'conv2d' is not one of"):
+            checks.plan(CPU, **{f"{name}s": ("conv2d",)})
+
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """An sm_90 with both libraries, without a table."""
+    monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Imaginary 9000")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(backends, "why_missing", lambda face, device: "a CPU's" if face == "cpu" else None)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_check_is_made_in_the_dtype_that_is_asked_for(gpu, quick):
+    plans = {dtype: checks.plan(GPU, quick=quick, dtypes=(dtype,)) for dtype in checks.DTYPES}
+    assert all({check.dtype for check in plan} == {dtype} for dtype, plan in plans.items())
+    same = [{check.id.replace(f"| {dtype} |", "|") for check in plan} for dtype, plan in plans.items()]
+    assert same[0] == same[1] == same[2]
+    assert {(c.op, c.face) for c in plans["float16"]} == {
+        ("bn_relu_dropout", "triton"), ("bn_relu_dropout", "cuda"), ("conv1d", "triton"), ("conv1d.fused", "triton"),
+        ("panes", "aten"),
+    }  # fmt: skip
+    by_default = [{check.id for check in checks.plan(GPU, quick=quick)}, {c.id for p in plans.values() for c in p}]
+    assert by_default[0] == by_default[1] if not quick else by_default[0] == {c.id for c in plans["bfloat16"]}
+
+
+def test_a_face_is_checked_in_the_dtypes_that_it_has():
+    make_face("cpu")
+    assert checks.plan(CPU, faces=("cpu",), dtypes=("float16",)) == []
+    assert {check.dtype for check in checks.plan(CPU, faces=("cpu",), dtypes=("float16", "float32"))} == {"float32"}
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_conv_is_checked_once_where_it_fills_the_gpu(gpu, quick):
+    from jasper_fast.kernels.conv1d import triton_tiles
+
+    waves = [check for check in checks.plan(GPU, quick=quick, dtypes=("bfloat16",)) if check.variant == checks.WAVE]
+    assert [check.function for check in waves] == [*checks.CONV, "fused"]
+    for check in waves:
+        s = check.shape
+        assert (s.n, s.t_out) == (32, 840) and s.c_in == s.c_out == 256
+        shape = triton_tiles.Shape(s.c_in, s.c_out, s.k, s.stride, s.dilation, s.n * s.t_out)
+        tile = triton_tiles.default(check.function, torch.bfloat16, shape, s.t_out)
+        if check.function == "wgrad":
+            programs = s.k * -(-s.c_in // tile.n) * -(-s.c_out // tile.k) * tile.splits
+        else:
+            programs = s.n * -(-s.t_out // tile.t) * -(-s.c_out // tile.n)
+        assert programs > 1.5 * 132, "an H100's SMs"
+    draw = checks._Draw(CPU, torch.float32, 1, False, True)
+    lengths = draw.lengths(32, 840)
+    assert lengths[0] == 840 and lengths.min() >= 420, "no program is idle for want of frames"
+    assert checks.case(dataclasses.replace(waves[0], face="triton", shape=CONV), CPU, 1).inputs["lengths"].min() > 0
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_convs_that_are_not_told_of_zeros_are_checked_on_small_shapes(gpu, quick):
+    plan = checks.plan(GPU, quick=quick, dtypes=("bfloat16",), ops=("conv1d", "conv1d.fused"))
+    unclean = [check for check in plan if checks.UNCLEAN in check.variant]
+    assert {(c.function, c.shape) for c in unclean if c.op == "conv1d"} == {
+        (f, s) for f in ("forward", "forward_stats", "wgrad") for s in checks.SMALL_CONV if not quick
+    }
+    assert {c.variant for c in unclean if c.op != "conv1d"} == (
+        set() if quick else {"plain unclean", "panes unclean"}
+    )  # fmt: skip
+    for check in unclean:
+        inputs = checks.case(dataclasses.replace(check, face="triton"), CPU, 1).inputs
+        assert inputs["given"].isnan().any()
 
 
 def test_the_plan_of_a_gpu_holds_every_tile_of_its_table(monkeypatch, tmp_path):
@@ -262,11 +472,11 @@ def test_the_plan_of_a_gpu_holds_every_tile_of_its_table(monkeypatch, tmp_path):
 
     plan = checks.plan(device)
     measured = [check for check in plan if check.tile]
-    assert [check.tile for check in measured] == tiles
-    assert [check.variant for check in measured] == ["", "", "", "splits"]
+    assert [check.tile for check in measured] == [*tiles, tiles[3]]
+    assert [check.variant for check in measured] == ["", "", "", "splits", "panes splits"]
     assert all((c.shape.c_in, c.shape.c_out, c.shape.k) == (256, 384, 13) for c in measured)
     assert len({check.id for check in plan}) == len(plan)
-    assert {check.face for check in plan} == {"triton", "cuda"}
+    assert {check.face for check in plan} == {"triton", "cuda", "aten"}
     real = {(c.shape.c_in, c.shape.c_out) for c in plan if c.op == "conv1d" and not c.tile}
     assert {(768, 768), (896, 1024), (1024, 29), (64, 256)} <= real
 
@@ -296,9 +506,8 @@ def test_real_shapes_are_those_of_the_model():
 def run_child(code: str, *, seconds: float = 60.0, ops=("conv1d", "bn_relu_dropout"), **more) -> list[dict]:
     """The rows of a supervised process that runs `code` before the self-check, on the CPU face."""
     make_face("cpu")
-    full = (
-        f"import os, sys, time, torch\nfrom jasper_fast import backends, checks, selfcheck\n{code}\nselfcheck.child()"
-    )
+    modules = "import os, signal, sys, time, torch\nfrom jasper_fast import backends, checks, selfcheck"
+    full = f"{modules}\n{code}\nselfcheck.child()"
     argv = [sys.executable, "-c", full]
     return selfcheck.supervise(CPU, quick=True, ops=ops, faces=("cpu",), seconds=seconds, argv=argv, **more)
 
@@ -371,6 +580,110 @@ torch.cuda.synchronize = synchronize
     assert all(row["status"] == "ok" for row in rows if row["op"] == "bn_relu_dropout")
 
 
+@pytest.mark.parametrize("how", ["KILL", "TERM"])
+def test_who_ends_the_process_from_outside_is_no_kernel(how):
+    """The host's memory has run out, say."""
+    rows = run_child(BREAK.format(function="forward", where="True", what=f"os.kill(os.getpid(), signal.SIG{how})"))
+    found = {v.op: v for v in selfcheck.verdicts(rows, quick=True)}
+    assert found["conv1d"].status == UNCHECKED and f"SIG{how} (from outside" in found["conv1d"].failure
+    assert found["bn_relu_dropout"].status == GOOD
+
+
+class OutOfTime(BaseException):
+    """As a benchmark's."""
+
+
+def test_a_check_that_is_cut_off_ends_at_once_and_leaves_what_was_found():
+    def cut(*_):
+        raise OutOfTime
+
+    def on_row(row, total):
+        if row["function"] == "dgrad" and "256" in row["shape"]:  # the next one sleeps
+            signal.setitimer(signal.ITIMER_REAL, 1.0)
+
+    report, before = selfcheck.Report(), signal.signal(signal.SIGALRM, cut)
+    code = BREAK.format(function="wgrad", where="True", what="time.sleep(600)")
+    code += "\nopen('/proc/self/comm', 'w').write('jasper-checks')"
+    try:
+        with pytest.raises(OutOfTime):
+            run_child(code, on_row=on_row, report=report)
+        cut_off = time.monotonic()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    children = [p for p in Path("/proc").glob("[0-9]*/comm") if read_or_nothing(p) == "jasper-checks"]
+    assert not children and time.monotonic() - cut_off < 3.0
+    assert {row["op"] for row in report.rows} == {"bn_relu_dropout", "conv1d"}
+    assert {row["op"] for row in report.decided()} == {"bn_relu_dropout"}, "of conv1d wgrad is missing"
+    assert all(row["status"] == "ok" for row in report.rows)
+
+
+def read_or_nothing(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def test_a_check_that_is_cut_off_in_the_first_second_ends_at_once(monkeypatch):
+    """While the process still imports: nothing waits for its end."""
+    ended, end = [], selfcheck._end
+
+    def timed(process, **patience):
+        started = time.monotonic()
+        status = end(process, **patience)
+        ended.append((process.poll(), time.monotonic() - started))
+        return status
+
+    def lines(*_):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(selfcheck, "_end", timed)
+    monkeypatch.setattr(selfcheck, "_lines", lines)
+    with pytest.raises(KeyboardInterrupt):
+        run_child("time.sleep(600)")
+    ((status, seconds),) = ended
+    assert status == -signal.SIGKILL and seconds < 3.0
+
+
+def rows_of(*statuses: tuple[str, str]) -> tuple[list[dict], dict[str, dict]]:
+    planned, found = [], {}
+    for number, (op, status) in enumerate(statuses):
+        check = Check(op, "triton", "forward", f"{number}", CONV, "float16").plain()
+        planned.append(check)
+        if status:
+            found[check["id"]] = check | {"status": status, "detail": "", "share": 0.5, "ours": 0.0, "theirs": 0.0}
+    return planned, found
+
+
+def test_what_was_found_is_a_verdict_where_nothing_can_change_it():
+    report = selfcheck.Report(*rows_of(
+        ("bn_relu_dropout", "ok"), ("conv1d", "ok"), ("conv1d", ""), ("conv1d.fused", "wrong"), ("conv1d.fused", ""),
+        ("panes", ""),
+    ))  # fmt: skip
+    found = {v.op: v.status for v in selfcheck.verdicts(report.decided(), quick=True)}
+    assert found == {"bn_relu_dropout": GOOD, "conv1d.fused": BAD}
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_the_command_cut_off_shows_and_keeps_what_was_found(as_json, monkeypatch, capsys):
+    def supervise(device, *, report, **_more):
+        report.planned, report.found = rows_of(("bn_relu_dropout", "ok"), ("conv1d", "ok"), ("conv1d", ""))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(selfcheck, "supervise", supervise)
+    with pytest.raises(KeyboardInterrupt):
+        selfcheck.main(CPU, quick=False, as_json=as_json, cache=True)
+    said = capsys.readouterr().out
+    if as_json:
+        report = json.loads(said)
+        assert not report["finished"] and len(report["rows"]) == 2 and len(report["verdicts"]) == 1
+    else:
+        assert "bn_relu_dropout (triton, float16): good" in said and "ended early: 2 checks were made" in said
+    assert {name: v.status for name, v in trust.read(CPU).items()} == {("bn_relu_dropout", "triton", "float16"): GOOD}
+
+
 def test_what_kernels_print_is_no_part_of_the_protocol():
     rows = run_child(BREAK.format(function="forward", where="True", what="print('jasper', end='', flush=True)"))
     assert {row["status"] for row in rows} == {"ok"}
@@ -416,18 +729,31 @@ def test_the_command_checks_the_cpu_and_the_interpreted_kernels_and_keeps_the_ve
     done = command("--quick", "--json", cache=tmp_path, interpret=True)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
-    assert {(v["op"], v["face"]) for v in report["verdicts"]} == {(o, f) for o in checks.OPS for f in ("cpu", "triton")}
+    assert report["finished"]
+    assert {(v["op"], v["face"], v["dtype"]) for v in report["verdicts"]} == {("panes", "aten", "float32")} | {
+        (op, *face) for op in checks.OPS[:3] for face in (("cpu", "float32"), ("triton", "bfloat16"))
+    }
     assert all(v["status"] == GOOD and v["quick"] for v in report["verdicts"])
     (file,) = (tmp_path / "verdicts").glob("*.json")
     kept = json.loads(file.read_text())
     assert kept["key"] == report["key"] and kept["verdicts"] == report["verdicts"]
 
 
+def test_the_command_checks_the_dtypes_that_it_is_told(tmp_path):
+    make_face("cpu")
+    done = command("--quick", "--dtype", "fp16", "--dtype", "bf16", "--json", cache=tmp_path, interpret=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert {(v["op"], v["face"], v["dtype"]) for v in report["verdicts"]} == {
+        ("panes", "aten", "float16"), ("panes", "aten", "bfloat16"),
+    }, "the native kernels of a CPU have fp32 only"  # fmt: skip
+
+
 def test_the_command_shows_a_table(tmp_path):
     make_face("cpu")
     done = command("--quick", "--no-cache", cache=tmp_path, interpret=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "conv1d (cpu): good" in done.stdout and "conv1d dgrad" in done.stdout
+    assert "conv1d (cpu, float32): good" in done.stdout and "conv1d dgrad" in done.stdout
     assert not (tmp_path / "verdicts").exists(), "--no-cache"
 
 
@@ -441,5 +767,5 @@ def test_a_failure_is_shown_and_is_the_exit_status(monkeypatch, capsys, tmp_path
     assert selfcheck.main(CPU, quick=True, as_json=False, cache=True) == 1
     said = capsys.readouterr().out
     assert "conv1d dgrad default (2, 64->48, 37) K 11 float32 wrong: dx: max error" in said.replace("\n", " ")
-    assert "conv1d (cpu): bad" in said and "bn_relu_dropout (cpu): good" in said
-    assert trust.read(CPU)["conv1d", "cpu"].status == BAD
+    assert "conv1d (cpu, float32): bad" in said and "bn_relu_dropout (cpu, float32): good" in said
+    assert trust.read(CPU)["conv1d", "cpu", "float32"].status == BAD

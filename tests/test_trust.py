@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import stat
@@ -18,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jasper_fast import backends, checks, cli, ops, selfcheck, trust
-from jasper_fast.kernels import tables
+from jasper_fast.kernels import native, tables
 from jasper_fast.ops.bn_relu_dropout import norm_face as norm_face_of
 from jasper_fast.trust import BAD, GOOD, UNCHECKED, Verdict
 
@@ -27,11 +28,13 @@ GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 NORM = "bn_relu_dropout"
 SHAPE = (256, 256, 11, 1, 1)
+BF16, FP16, FP32 = "bfloat16", "float16", "float32"
 
 
 def verdict(op: str = "conv1d", status: str = GOOD, face: str = "triton", **more) -> Verdict:
     values = {"quick": False, "checked": 3, "failure": "" if status == GOOD else "dgrad (2, 64->48, 37) wrong: 7 %"}
-    return Verdict(op, face, status, **(values | more), date="2026-01-01T00:00:00+00:00")
+    values |= {"dtype": BF16, **more}
+    return Verdict(op, face, status=status, **values, date="2026-01-01T00:00:00+00:00")
 
 
 @pytest.fixture(autouse=True)
@@ -46,14 +49,15 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU as far as dispatch can tell; gives the verdicts that a check there would find, by op or by op and face, and
-    counts checks."""
-    found: dict[str | tuple[str, str], Verdict] = {}
+    """A GPU as far as dispatch can tell; gives the verdicts that a check there would find, by op, by op and face, or by
+    op, face and dtype, and counts checks."""
+    found: dict[str | tuple[str, ...], Verdict] = {}
     checked: list[tuple] = []
 
-    def check(device, op, face):
-        checked.append((device, op, face))
-        return found.get((op, face)) or found.get(op) or verdict(op, face=face, quick=True)
+    def check(device, op, face, dtype):
+        checked.append((device, op, face, dtype))
+        known = found.get((op, face, dtype)) or found.get((op, face)) or found.get(op) or verdict(op, quick=True)
+        return dataclasses.replace(known, face=face, dtype=dtype)
 
     monkeypatch.setattr(backends, "why_missing", lambda backend, device_type: None)
     monkeypatch.setattr(trust, "key", lambda device: {"device": "NVIDIA Imaginary 9000", "driver": "580"})
@@ -142,16 +146,16 @@ def test_a_corrupt_file_is_said_and_checked_again(fault, capsys):
     trust.forget()
     checks = []
 
-    def check(device, op, face):
+    def check(device, op, face, dtype):
         checks.append(op)
         return verdict(op, face=face, quick=True, checked=9)
 
-    assert trust.verdict("conv1d", "triton", CPU, check).checked == 9
+    assert trust.verdict("conv1d", "triton", CPU, BF16, check).checked == 9
     said = capsys.readouterr().err
     assert str(trust.path(CPU)) in said and "checking again" in said
     assert checks == ["conv1d"]
     trust.forget()
-    assert trust.verdict("conv1d", "triton", CPU, check).checked == 9, "and the new one is kept"
+    assert trust.verdict("conv1d", "triton", CPU, BF16, check).checked == 9, "and the new one is kept"
     assert checks == ["conv1d"]
 
 
@@ -165,9 +169,9 @@ def test_a_cache_that_cannot_be_written_is_a_message(own_cache, capsys):
 
 def test_a_cache_that_is_a_file_is_a_message_and_verdicts_hold_for_the_process(own_cache, capsys):
     own_cache.write_text("not a folder")
-    assert trust.verdict("conv1d", "triton", CPU, lambda *_: verdict()).status == GOOD
+    assert trust.verdict("conv1d", "triton", CPU, BF16, lambda *_: verdict()).status == GOOD
     assert "set JASPER_FAST_CACHE" in capsys.readouterr().err
-    assert trust.verdict("conv1d", "triton", CPU, lambda *_: pytest.fail("checked twice")).status == GOOD
+    assert trust.verdict("conv1d", "triton", CPU, BF16, lambda *_: pytest.fail("checked twice")).status == GOOD
 
 
 @pytest.mark.parametrize(
@@ -184,27 +188,57 @@ def test_a_quick_check_that_finds_nothing_takes_nothing_back(before, new, kept):
     trust.keep(CPU, [before])
     trust.keep(CPU, [new])
     wanted = {"before": before, "new": new}[kept]
-    assert trust.read(CPU)["conv1d", "triton"] == wanted
-    assert trust.verdict("conv1d", "triton", CPU, lambda *_: pytest.fail("checked")) == wanted
+    assert trust.read(CPU)["conv1d", "triton", BF16] == wanted
+    assert trust.verdict("conv1d", "triton", CPU, BF16, lambda *_: pytest.fail("checked")) == wanted
 
 
 def test_what_could_not_be_checked_is_for_this_process_only():
     none = verdict(status=UNCHECKED)
-    assert trust.verdict("conv1d", "triton", CPU, lambda *_: none) == none
-    assert trust.verdict("conv1d", "triton", CPU, lambda *_: pytest.fail("checked twice")) == none
+    assert trust.verdict("conv1d", "triton", CPU, BF16, lambda *_: none) == none
+    assert trust.verdict("conv1d", "triton", CPU, BF16, lambda *_: pytest.fail("checked twice")) == none
     assert trust.read(CPU) == {}
     trust.forget()
-    assert trust.verdict("conv1d", "triton", CPU, lambda *_: verdict()) == verdict()
+    assert trust.verdict("conv1d", "triton", CPU, BF16, lambda *_: verdict()) == verdict()
+
+
+def test_a_verdict_is_of_one_dtype(capsys):
+    trust.keep(CPU, [verdict(), verdict(status=BAD, dtype=FP16)])
+    trust.forget()
+    fresh = verdict(dtype=FP32, quick=True)
+    assert trust.verdict("conv1d", "triton", CPU, BF16, lambda *_: pytest.fail("checked")).status == GOOD
+    assert trust.verdict("conv1d", "triton", CPU, FP16, lambda *_: pytest.fail("checked")).status == BAD
+    assert trust.verdict("conv1d", "triton", CPU, FP32, lambda *asked: fresh if asked[3] == FP32 else None) == fresh
+    assert {name: v.status for name, v in trust.read(CPU).items()} == {
+        ("conv1d", "triton", BF16): GOOD, ("conv1d", "triton", FP16): BAD, ("conv1d", "triton", FP32): GOOD,
+    }  # fmt: skip
+
+
+def test_what_an_older_version_kept_is_no_verdict(capsys):
+    """Before verdicts were of a dtype, one in bf16 spoke for all."""
+    old = {k: v for k, v in dataclasses.asdict(verdict()).items() if k != "dtype"}
+    data = {"schema": 1, "key": trust.key(CPU), "verdicts": [old]}
+    trust.path(CPU).parent.mkdir(parents=True)
+    trust.path(CPU).write_text(json.dumps(data))
+    assert trust.read(CPU) == {}
+    assert trust.verdict("conv1d", "triton", CPU, BF16, lambda *_: verdict(quick=True)).quick
+
+
+def test_the_checks_and_the_panes_are_among_the_sources(monkeypatch):
+    read, seen = Path.read_bytes, []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: seen.append(path) or read(path))
+    trust.sources.cache_clear()
+    trust.sources()
+    assert {ROOT / "jasper_fast" / "checks.py", ROOT / "jasper_fast" / "ops" / "panes.py"} <= set(seen)
 
 
 WAITS = """
 import sys, time, torch
 from jasper_fast import trust
-def check(device, op, face):
+def check(device, op, face, dtype):
     print("checked", flush=True)
     time.sleep(1.0)
-    return trust.Verdict(op, face, "good", True, 1)
-trust.verdict("conv1d", "triton", torch.device("cpu"), check)
+    return trust.Verdict(op, face, dtype, "good", True, 1)
+trust.verdict("conv1d", "triton", torch.device("cpu"), "bfloat16", check)
 """
 
 
@@ -220,10 +254,10 @@ def test_processes_that_start_together_check_once():
 
 
 def test_a_kernel_is_checked_on_first_use_and_used_where_it_is_right(gpu):
-    assert backends.resolve("auto", GPU, NORM) == "triton"
-    assert gpu.checked == [(GPU, NORM, "triton")]
+    assert backends.resolve("auto", GPU, NORM, torch.bfloat16) == "triton"
+    assert gpu.checked == [(GPU, NORM, "triton", BF16)]
     backends.forget()
-    assert backends.resolve("auto", GPU, NORM) == "triton"
+    assert backends.resolve("auto", GPU, NORM, torch.bfloat16) == "triton"
     assert len(gpu.checked) == 1, "the verdict was kept"
 
 
@@ -231,21 +265,69 @@ def test_a_kernel_is_checked_on_first_use_and_used_where_it_is_right(gpu):
 def test_a_bad_verdict_gives_plain_pytorch_and_one_loud_line(gpu, status, word):
     gpu.found[NORM] = verdict(NORM, status)
     with pytest.warns(RuntimeWarning) as said:
-        assert backends.resolve("auto", GPU, NORM) == "reference"
-        assert backends.resolve("auto", GPU, NORM) == "reference"
+        assert backends.resolve("auto", GPU, NORM, torch.bfloat16) == "reference"
+        assert backends.resolve("auto", GPU, NORM, torch.bfloat16) == "reference"
         backends._resolve.cache_clear()
-        assert backends.resolve("auto", GPU, NORM) == "reference"
+        assert backends.resolve("auto", GPU, NORM, torch.bfloat16) == "reference"
     assert len(said) == 1
     text = str(said[0].message)
-    assert f"{NORM} (triton) {word} NVIDIA Imaginary 9000" in text
+    assert f"{NORM} (triton, bfloat16) {word} NVIDIA Imaginary 9000" in text
     assert "dgrad (2, 64->48, 37) wrong: 7 %" in text and "jasper-fast selfcheck" in text
+
+
+def test_what_is_used_in_a_dtype_was_checked_in_it(gpu, monkeypatch, tmp_path):
+    put_table(monkeypatch, tmp_path, {"conv1d.forward": (1.0, 2.0), "conv1d.fused": (1.0, 2.0)}, (BF16, FP16, FP32))
+    ask = {"shape": SHAPE, "rows_log2": 12}
+    for op in (NORM, "conv1d", "conv1d.fused"):
+        gpu.found[op, "triton", FP16] = verdict(op, BAD)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert backends.norm_face("auto", GPU, dtype, 256, 12) == "triton"
+        assert backends.conv_face("auto", GPU, dtype, **ask) == backends.fused_face("auto", GPU, dtype) == "triton"
+    assert {(op, dtype) for _, op, _, dtype in gpu.checked} == {
+        (op, dtype) for op in (NORM, "conv1d", "conv1d.fused") for dtype in (BF16, FP32)
+    }
+    with pytest.warns(RuntimeWarning) as said:
+        assert backends.norm_face("auto", GPU, torch.float16, 256, 12) == "reference"
+        assert backends.conv_face("auto", GPU, torch.float16, **ask) == "aten"
+        assert backends.fused_face("auto", GPU, torch.float16) == "aten"
+    assert len(said) == 3 and all("(triton, float16) is WRONG" in str(w.message) for w in said)
+
+
+def test_who_names_no_dtype_asks_for_all(gpu):
+    gpu.found[NORM, "triton", BF16] = verdict(NORM, BAD)
+    with pytest.warns(RuntimeWarning, match="bfloat16"):
+        assert backends.resolve("auto", GPU, NORM) == "reference"
+    assert {dtype for *_, dtype in gpu.checked} == {BF16, FP16, FP32}
+
+
+def test_the_check_of_first_use_is_of_the_dtype_in_use(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(selfcheck, "supervise", lambda device, **which: asked.update(which) or [])
+    found = selfcheck.quick_verdict(GPU, "conv1d", "triton", FP16)
+    assert asked == {"quick": True, "ops": ("conv1d",), "faces": ("triton",), "dtypes": (FP16,)}
+    assert (found.dtype, found.status) == (FP16, UNCHECKED)
+
+
+def test_the_warning_says_what_follows(gpu, norm_table, monkeypatch, tmp_path):
+    gpu.found.update({op: verdict(op, BAD) for op in (NORM, "conv1d", "conv1d.fused", "panes")})
+    with pytest.warns(RuntimeWarning) as said:
+        assert norm_face(256) == "reference"
+        put_table(monkeypatch, tmp_path, {"conv1d.forward": (1.0, 2.0), "conv1d.fused": (1.0, 2.0)})
+        assert backends.conv_face("auto", GPU, torch.bfloat16, shape=SHAPE, rows_log2=12) == "aten"
+        assert backends.fused_face("auto", GPU, torch.bfloat16) == "aten"
+        assert backends.pane_form("auto", GPU, torch.bfloat16) == "plain"
+    told = [str(warning.message) for warning in said]
+    for line, what in zip(told, ("goes on to its Triton kernel", "takes plain PyTorch for it instead",
+                                 "takes PyTorch's own conv", "takes PyTorch's own conv",
+                                 "panes='auto' takes the plain form"), strict=True):  # fmt: skip
+        assert what in line
 
 
 def test_verdicts_are_of_each_op(gpu):
     gpu.found["conv1d"] = verdict("conv1d", BAD)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.resolve("auto", GPU, NORM) == "triton"
+        assert backends.resolve("auto", GPU, NORM, torch.bfloat16) == "triton"
 
 
 def test_a_backend_asked_for_by_name_is_not_checked(gpu):
@@ -262,13 +344,13 @@ def test_the_cpu_is_not_checked(gpu):
     assert gpu.checked == []
 
 
-def put_table(monkeypatch, tmp_path, times: dict[str, tuple[float, float]]) -> None:
+def put_table(monkeypatch, tmp_path, times: dict[str, tuple[float, float]], dtypes: tuple[str, ...] = (BF16,)) -> None:
     """A table of the imaginary GPU: {op: (seconds of triton, seconds of aten)}."""
     tile = {"t": 64, "n": 64, "k": 32, "num_warps": 4, "num_stages": 3, "splits": 1}
     shape = dict(zip(("c_in", "c_out", "taps", "stride", "dilation"), SHAPE, strict=True))
     rows = []
-    for op, (ours, library) in times.items():
-        same = {"op": op, "dtype": "bfloat16", **shape, "rows_log2": 12}
+    for (op, (ours, library)), dtype in itertools.product(times.items(), dtypes):
+        same = {"op": op, "dtype": dtype, **shape, "rows_log2": 12}
         rows.append(tables.Row(**same, face="triton", algorithm="direct", tile=tile, time_s=ours))
         rows.append(tables.Row(**same, face="aten", algorithm="library", tile=None, time_s=library))
     write_table(monkeypatch, tmp_path, rows)
@@ -300,13 +382,13 @@ def test_convs_take_the_face_that_the_table_says(gpu, monkeypatch, tmp_path):
     assert backends.conv_face("auto", GPU, torch.float16, calls=forward, **ask) == "aten", "not measured"
     assert backends.conv_face("auto", GPU, torch.float64, calls=forward, **ask) == "aten"
     assert backends.conv_face("auto", GPU, torch.bfloat16, calls=forward, strided_dx=True, **ask) == "aten"
-    assert gpu.checked == [(GPU, "conv1d", "triton")]
+    assert gpu.checked == [(GPU, "conv1d", "triton", BF16)]
 
 
 def test_a_faster_face_that_is_wrong_is_not_taken(gpu, monkeypatch, tmp_path):
     put_table(monkeypatch, tmp_path, {"conv1d.forward": (1.0, 2.0), "conv1d.fused": (1.0, 2.0)})
     gpu.found["conv1d"] = verdict("conv1d", BAD)
-    with pytest.warns(RuntimeWarning, match=r"conv1d \(triton\) is WRONG") as said:
+    with pytest.warns(RuntimeWarning, match=r"conv1d \(triton, bfloat16\) is WRONG") as said:
         assert backends.conv_face("auto", GPU, torch.bfloat16, shape=SHAPE, rows_log2=12) == "aten"
         assert backends.conv_face("auto", GPU, torch.bfloat16, shape=SHAPE, rows_log2=13) == "aten"
     assert len(said) == 1
@@ -344,21 +426,24 @@ def norm_face(channels: int, rows_log2: int | None = 12, dtype=torch.bfloat16, b
 
 def test_norms_run_in_triton_without_a_table(gpu):
     assert norm_face(256) == norm_face(768, None) == "triton"
-    assert gpu.checked == [(GPU, NORM, "triton")]
+    assert gpu.checked == [(GPU, NORM, "triton", BF16)]
 
 
 def test_norms_take_the_face_that_the_table_says_is_faster_both_ways(gpu, norm_table):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert norm_face(256) == "cuda", "1.5 + 0.2 < 1 + 1"
-        assert gpu.checked == [(GPU, NORM, "cuda")], "one face, one verdict"
+        assert gpu.checked == [(GPU, NORM, "cuda", BF16)], "one face, one verdict"
         assert norm_face(768) == "triton", "0.5 + 2 > 1 + 1"
         assert norm_face(384) == "reference"
         assert norm_face(256, 15) == norm_face(256, 16) == norm_face(256, None) == "triton", "the most measured"
         assert norm_face(256, 11) == "cuda", "the nearest measured"
         assert norm_face(640) == "triton", "backward was not measured"
-        assert norm_face(512) == norm_face(256, dtype=torch.float16) == norm_face(256, dtype=torch.float64) == "triton"
-    assert gpu.checked == [(GPU, NORM, "cuda"), (GPU, NORM, "triton")]
+        assert norm_face(512) == "triton"
+        assert gpu.checked == [(GPU, NORM, "cuda", BF16), (GPU, NORM, "triton", BF16)]
+        assert norm_face(256, dtype=torch.float16) == "triton", "not measured"
+        assert norm_face(256, dtype=torch.float64) == "reference", "no kernel takes it"
+    assert gpu.checked[2:] == [(GPU, NORM, "triton", FP16)]
 
 
 def test_norms_asked_for_by_name_and_on_the_cpu_are_not_looked_up(gpu, norm_table, monkeypatch):
@@ -382,8 +467,8 @@ def test_a_norm_that_is_wrong_in_cuda_runs_in_triton(gpu, norm_table):
     gpu.found[NORM, "cuda"] = verdict(NORM, BAD, face="cuda")
     with pytest.warns(RuntimeWarning) as said:
         assert norm_face(256) == norm_face(256, 11) == "triton"
-    assert len(said) == 1 and "bn_relu_dropout (cuda) is WRONG" in str(said[0].message)
-    assert gpu.checked == [(GPU, NORM, "cuda"), (GPU, NORM, "triton")]
+    assert len(said) == 1 and "bn_relu_dropout (cuda, bfloat16) is WRONG" in str(said[0].message)
+    assert gpu.checked == [(GPU, NORM, "cuda", BF16), (GPU, NORM, "triton", BF16)]
 
 
 def test_a_norm_that_is_wrong_in_triton_runs_in_cuda_where_that_is_faster(gpu, norm_table):
@@ -391,7 +476,7 @@ def test_a_norm_that_is_wrong_in_triton_runs_in_cuda_where_that_is_faster(gpu, n
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert norm_face(256) == "cuda"
-    with pytest.warns(RuntimeWarning, match=r"bn_relu_dropout \(triton\) is WRONG"):
+    with pytest.warns(RuntimeWarning, match=r"bn_relu_dropout \(triton, bfloat16\) is WRONG"):
         assert norm_face(768) == "reference"
 
 
@@ -407,7 +492,102 @@ def test_a_machine_without_the_cuda_library_runs_norms_in_triton(gpu, norm_table
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert norm_face(256) == "triton"
-    assert gpu.checked == [(GPU, NORM, "triton")]
+    assert gpu.checked == [(GPU, NORM, "triton", BF16)]
+
+
+# ---- GPUs too old for Triton ----
+
+
+@pytest.fixture
+def turing(gpu, monkeypatch):
+    """An sm_75 with the CUDA library."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(backends, "why_missing", WHY_MISSING)
+    monkeypatch.setattr(native, "cuda_available", lambda: True)
+    return gpu
+
+
+WHY_MISSING = backends.why_missing
+
+
+def test_a_gpu_before_ampere_takes_the_cuda_face_and_the_librarys_convs(turing, monkeypatch, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert norm_face(256, dtype=torch.float16) == norm_face(768, None, torch.float16) == "cuda"
+        assert backends.resolve("auto", GPU, NORM, torch.float16) == backends.resolve("auto", GPU) == "cuda"
+        put_table(monkeypatch, tmp_path, {"conv1d.forward": (1.0, 2.0), "conv1d.fused": (1.0, 2.0)}, (FP16,))
+        assert backends.conv_face("auto", GPU, torch.float16, shape=SHAPE, rows_log2=12) == "aten"
+        assert backends.fused_face("auto", GPU, torch.float16) == "aten"
+    assert turing.checked == [(GPU, NORM, "cuda", FP16)]
+
+
+def test_a_cuda_face_that_is_wrong_before_ampere_gives_plain_pytorch(turing):
+    turing.found[NORM] = verdict(NORM, BAD)
+    with pytest.warns(RuntimeWarning, match=r"\(cuda, float16\) is WRONG.*takes plain PyTorch for it instead") as said:
+        assert norm_face(256, dtype=torch.float16) == "reference"
+    assert len(said) == 1
+
+
+def test_without_the_cuda_library_before_ampere_both_reasons_are_told(turing, monkeypatch):
+    monkeypatch.setattr(native, "cuda_available", lambda: False)
+    with pytest.warns(RuntimeWarning, match="this GPU has 7.5.*backend 'cuda'"):
+        assert norm_face(256, dtype=torch.float16) == "reference"
+
+
+def test_triton_asked_for_by_name_before_ampere_is_an_error_that_says_why(turing):
+    for ask in (lambda: backends.resolve("triton", GPU), lambda: norm_face(256, backend="triton"),
+                lambda: backends.conv_face("triton", GPU, torch.float16)):  # fmt: skip
+        with pytest.raises(backends.BackendMissing, match=r"backend 'triton': .*8\.0 and later, this GPU has 7\.5"):
+            ask()
+    assert not backends.is_available("triton", GPU)
+    assert backends.resolve("cuda", GPU) == "cuda"
+
+
+def test_ampere_is_young_enough(turing, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert backends.resolve("triton", GPU) == backends.resolve("auto", GPU, NORM, torch.bfloat16) == "triton"
+
+
+@pytest.mark.parametrize(("capability", "faces"), [((7, 5), {"cuda", "aten"}), ((8, 6), {"triton", "cuda", "aten"})])
+def test_the_plan_has_the_faces_that_the_gpus_age_allows(turing, monkeypatch, tmp_path, capability, faces):
+    monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Imaginary 9000")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    plan = checks.plan(GPU)
+    assert {check.face for check in plan} == faces
+    assert {check.dtype for check in plan} == {FP16, FP32} | ({BF16} if capability >= (8, 0) else set())
+
+
+# ---- panes ----
+
+
+def test_panes_take_the_gram_form_on_a_gpu_where_it_is_right(gpu):
+    gpu.found["panes", "aten", FP16] = verdict("panes", BAD)
+    assert backends.pane_form("auto", GPU, torch.bfloat16) == "gram"
+    with pytest.warns(RuntimeWarning, match=r"panes \(aten, float16\) is WRONG") as said:
+        assert [backends.pane_form("auto", GPU, torch.float16) for _ in range(2)] == ["plain"] * 2
+    assert len(said) == 1
+    assert gpu.checked == [(GPU, "panes", "aten", BF16), (GPU, "panes", "aten", FP16)]
+    assert backends.pane_form("auto", GPU, torch.float64) == "gram"
+    assert backends.pane_form("triton", GPU, torch.float16) == "gram"
+    assert backends.pane_form("auto", CPU, torch.float32) == "plain"
+    assert len(gpu.checked) == 2, "no kernel of theirs, named, and a CPU"
+
+
+@pytest.mark.parametrize(("form", "status", "wanted"), [
+    ("auto", GOOD, True), ("auto", BAD, False), ("gram", BAD, True), ("plain", GOOD, False),
+])  # fmt: skip
+def test_a_block_takes_the_form_that_was_chosen(gpu, form, status, wanted):
+    from jasper_fast.config import JasperConfig
+    from jasper_fast.modules import JasperBlock
+
+    b = JasperConfig.from_yaml(ROOT / "configs" / "jasper10x5dr.yaml").encoder.blocks[1]
+    block = JasperBlock(8, b, [8], pane_form=form)
+    gpu.found["panes"] = verdict("panes", status)
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        assert block._is_gram(torch.empty(2, 8, 5, device=GPU, dtype=torch.float16)) is wanted
 
 
 class Faces(TorchDispatchMode):
@@ -435,6 +615,20 @@ def test_the_ops_run_on_the_face_that_was_chosen(gpu, norm_table, channels, want
         assert ops.sub_block(y, *vectors, weight, padding=1, p=0.2).shape == (4, 96, 1000)
     stats = ("bn_stats", wanted)
     assert faces.seen == [stats, (NORM, wanted), stats, ("sub_block", wanted)]
+
+
+def test_a_convs_statistics_come_from_the_face_of_the_norm_after_it(gpu, norm_table):
+    """The verdict asked for is the norm's own; none is where Triton's conv gives them, or nobody wants them."""
+    with FakeTensorMode(), Faces() as faces:
+        x = torch.empty(4, 1000, 96, dtype=torch.bfloat16, device=GPU).transpose(1, 2)
+        weight = torch.ones(256, 96, 3, device=GPU)
+        ops.conv1d(x, weight, padding=1)
+        ops.conv1d(x, weight, padding=1, backend="triton", stats=True)
+        assert gpu.checked == []
+        y, stats = ops.conv1d(x, weight, padding=1, stats=True)
+        ops.bn_relu_dropout(y, *(torch.ones(256, device=GPU) for _ in range(4)), stats=stats)
+    assert faces.seen[2:] == [("conv1d", "cuda"), (NORM, "cuda")]
+    assert gpu.checked == [(GPU, NORM, "cuda", BF16)]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -483,10 +677,10 @@ def test_a_first_check_may_happen_while_a_graph_is_traced(gpu):
     """The check reads files and starts a process: tracing must not follow it."""
 
     def chosen(x):
-        return x * len(backends.resolve("auto", torch.device("cuda", 0), NORM))
+        return x * len(backends.resolve("auto", torch.device("cuda", 0), NORM, torch.bfloat16))
 
     assert torch.equal(torch.compile(chosen, backend="eager", fullgraph=True)(torch.ones(2)), torch.full((2,), 6.0))
-    assert gpu.checked == [(GPU, NORM, "triton")]
+    assert gpu.checked == [(GPU, NORM, "triton", BF16)]
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -511,18 +705,18 @@ def test_every_face_of_the_norms_that_can_be_chosen_has_its_checks(monkeypatch, 
 def test_first_use_runs_the_check_and_says_so_in_one_line(capfd):
     if backends.why_missing("cpu", "cpu"):
         pytest.skip("the native CPU library is not built")
-    found = trust.verdict(NORM, "cpu", CPU)
+    found = trust.verdict(NORM, "cpu", CPU, FP32)
     assert found == dataclasses.replace(found, status=GOOD, quick=True) and found.checked >= 5
     lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 1 and "first use of bn_relu_dropout (cpu)" in lines[0] and "good" in lines[0]
+    assert len(lines) == 1 and "first use of bn_relu_dropout (cpu, float32)" in lines[0] and "good" in lines[0]
     trust._memory.clear()
-    assert trust.verdict(NORM, "cpu", CPU) == found
+    assert trust.verdict(NORM, "cpu", CPU, FP32) == found
     assert capfd.readouterr().err == ""
 
 
 def test_a_check_that_cannot_start_is_no_verdict(monkeypatch):
     monkeypatch.setattr(selfcheck, "command", lambda: [sys.executable, "-c", "raise SystemExit('no device for you')"])
-    found = selfcheck.quick_verdict(CPU, NORM, "cpu")
+    found = selfcheck.quick_verdict(CPU, NORM, "cpu", FP32)
     assert found.status == UNCHECKED and "no device for you" in found.failure
 
 
@@ -532,7 +726,7 @@ def test_info_shows_the_verdicts(capsys):
     trust.keep(CPU, [verdict(NORM, face="cpu"), verdict("conv1d", BAD, face="cpu")])
     assert cli.main(["info"]) == 0
     said = capsys.readouterr().out
-    assert "self-check of bn_relu_dropout (cpu) on cpu: good, 3 checks passed" in said
-    assert "self-check of conv1d (cpu) on cpu: bad, 3 checks passed: dgrad (2, 64->48, 37) wrong: 7 %" in said
+    assert "self-check of bn_relu_dropout (cpu, bfloat16) on cpu: good, 3 checks passed" in said
+    assert "self-check of conv1d (cpu, bfloat16) on cpu: bad, 3 checks passed: dgrad (2, 64->48, 37) wrong: 7 %" in said
     assert cli.main(["info", "--json"]) == 0
     assert [v["status"] for v in json.loads(capsys.readouterr().out)["verdicts"]] == [GOOD, BAD]

@@ -109,11 +109,16 @@ torch.library.register_autograd("jasper_fast::bn_relu_dropout", _grad, setup_con
 
 def norm_face(y: Tensor, backend: str) -> str:
     """Which face of the op serves `y` (N, C, T), its statistics included: see `backends.norm_face`."""
-    if not y.is_cuda:
-        return backends.resolve(backend, y.device, _OP)
-    channels = operator.index(y.shape[1])  # a constant in a traced graph too
-    rows_log2 = None if torch.compiler.is_compiling() else tables.bucket(y.shape[0] * y.shape[2])
-    return backends.norm_face(backend, y.device, y.dtype, channels, rows_log2)
+    return norm_face_of(y, y.shape[1], y.shape[2], backend)
+
+
+def norm_face_of(x: Tensor, channels: int, frames: int, backend: str) -> str:
+    """Which face of the op serves a tensor (N, `channels`, `frames`) of the batch, device and dtype of `x`."""
+    if not x.is_cuda:
+        return backends.resolve(backend, x.device, _OP)
+    channels = operator.index(channels)  # a constant in a traced graph too
+    rows_log2 = None if torch.compiler.is_compiling() else tables.bucket(x.shape[0] * frames)
+    return backends.norm_face(backend, x.device, x.dtype, channels, rows_log2)
 
 
 def draw_seeds(count: int, device: torch.device | str) -> Tensor:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from jasper_fast import backends
 from jasper_fast.backends import face as _face
-from jasper_fast.backends import resolve
 from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import ntc
+from jasper_fast.ops.bn_relu_dropout import norm_face_of
 from jasper_fast.ops.library import lib, without_autocast
 
 lib.define(
@@ -43,8 +43,8 @@ def conv_forward(
     impl = _face("conv1d", face)
     if face == "triton":
         if stats:
-            return impl.forward_stats(x, weight, stride, padding, dilation, lengths, packed)
-        y = impl.forward(x, weight, stride, padding, dilation, lengths, packed)
+            return impl.forward_stats(x, weight, stride, padding, dilation, lengths, packed, clean=True)
+        y = impl.forward(x, weight, stride, padding, dilation, lengths, packed, clean=True)
     else:
         y = impl.forward(x, weight.to(x.dtype), stride, padding, dilation, lengths)
     mean, m2 = bn.stats(y) if stats else (x.new_empty(0), x.new_empty(0))
@@ -55,7 +55,7 @@ def conv_wgrad(face: str, x: Tensor, dy: Tensor, weight: Tensor, *conv: object) 
     """dweight in the dtype of `weight`, which Triton writes straight from its fp32 sums."""
     impl = _face("conv1d", face)
     if face == "triton":
-        return impl.wgrad(x, dy, weight.shape[2], *conv, dtype=weight.dtype)
+        return impl.wgrad(x, dy, weight.shape[2], *conv, dtype=weight.dtype, clean=True)
     return impl.wgrad(x, dy, weight.shape[2], *conv).to(weight.dtype)
 
 
@@ -154,10 +154,14 @@ def conv1d(
     Equivalent to `F.conv1d(x, weight, None, stride, padding, dilation)`, and `bn_stats` of it.
     """
     x = autocast(x)
+    face = conv_face(x, stride, backend, weight, dilation, stats=stats)
+    bn_face = "reference"  # not called: nothing is asked of it, or the conv's epilogue gives it
+    if stats and face != "triton":
+        t_out = (x.shape[2] + 2 * padding - dilation * (weight.shape[2] - 1) - 1) // stride + 1
+        bn_face = norm_face_of(x, weight.shape[0], t_out, backend)
     y, mean, m2 = torch.ops.jasper_fast.conv1d(
-        x, weight, lengths, packed, stride, padding, dilation, stats,
-        resolve(backend, x.device, "bn_relu_dropout"), conv_face(x, stride, backend, weight, dilation, stats=stats),
-    )  # fmt: skip
+        x, weight, lengths, packed, stride, padding, dilation, stats, bn_face, face
+    )
     return (y, (mean, m2)) if stats else y
 
 
