@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +32,7 @@ def interpreted(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("the stand-in runs where Triton interprets")
     monkeypatch.setattr(machine, "_git", lambda *_: "abc")  # who commits meanwhile must not end a --resume
+    monkeypatch.setattr(tune, "born", time.monotonic)  # pytest's process is older than a budget
 
 
 def run(out: Path, *more: str, ops: str = "forward") -> tuple[int, dict]:
@@ -239,6 +243,8 @@ def second_tile(monkeypatch):
     def spoil(fault):
         def forward(*args, **kwargs):
             tile = tables.lookup("conv1d.forward", torch.device("cpu"), torch.float32, **SHAPE, rows=28).tile
+            if launch.run.__name__ == "only_compile":
+                return right(*args, **kwargs)
             return fault(right(*args, **kwargs)) if tile["num_stages"] == 4 else right(*args, **kwargs)
 
         monkeypatch.setattr(impl, "forward", forward)
@@ -351,6 +357,134 @@ def test_a_tile_that_spills_is_refused(tmp_path, monkeypatch):
     assert [(row["registers"], row["shared"], row["spilled"]) for row in ours] == [(90, 1024, 0)] * 2
 
 
+# ---- the library beside them ----
+
+
+@pytest.mark.parametrize("function", tune.CONV_OPS)
+def test_the_library_is_compared_by_what_its_timed_call_computes(function, monkeypatch):
+    """And right at once on the inputs that follow: nothing is left from those before."""
+    run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    layer = tune.layers(run.device)[0]
+    case = tune.make_case(run, function, layer, (2, 14), tune.Trial(Path("unused")))
+    case.contenders = [c for c in case.contenders if c.name == tune.LIBRARY]
+    harness.prepare(case)
+    assert case.runners.keys() == {tune.LIBRARY}, case.failed
+
+    name = {"wgrad": "wgrad", "dgrad": "dgrad", "dgrad_bn": "dgrad"}.get(function, "forward")
+    aten = backends.face("conv1d", "aten")
+    right, conv2d = getattr(aten, name), torch.nn.functional.conv2d
+    if function == "fused":
+        monkeypatch.setattr(tune.F, "conv2d", lambda *args: 1.01 * conv2d(*args))
+        case.low = lambda: case.reference()
+    else:
+        low = {k: v.clone() for k, v in case.low().items()}
+        monkeypatch.setattr(aten, name, lambda *args, **more: 1.01 * right(*args, **more))
+        case.low = lambda: low
+    harness.check(case, (2,))
+    assert case.failed[tune.LIBRARY][0] == "wrong"
+
+
+def test_the_librarys_weight_is_cast_and_ordered_once(monkeypatch):
+    """cuDNN would copy it to channels-last memory in every call, which is no part of a conv."""
+    run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16)
+    layer = tune.layers(run.device)[0]
+    for function in ("forward", "forward_stats", "dgrad", "dgrad_bn", "fused"):
+        seen = []
+        aten, conv2d, backward = backends.face("conv1d", "aten"), torch.nn.functional.conv2d, None
+        backward = aten._backward
+
+        def watched(x, weight, *rest, seen=seen, conv2d=conv2d):
+            seen.append(weight)
+            return conv2d(x, weight, *rest)
+
+        def watched_backward(dy, x, weight, *rest, seen=seen, backward=backward):
+            seen.append(weight.unsqueeze(2))
+            return backward(dy, x, weight, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.functional, "conv2d", watched)
+            patch.setattr(aten, "_backward", watched_backward)
+            case = tune.make_case(run, function, layer, (2, 14), tune.Trial(Path("unused")))
+            held = case.refill.__self__
+            runner = case.contenders[-1].build()
+            runner.run()
+            first = [w.clone() for w in seen]
+            case.refill(7)
+            runner.run()
+        assert all(w.is_contiguous(memory_format=torch.channels_last) and w.dtype == torch.bfloat16 for w in seen)
+        assert len({w.data_ptr() for w in seen}) == 1, "a captured graph reads the same memory"
+        assert torch.equal(seen[-1].squeeze(2), held.case.inputs["weight"].bfloat16())
+        assert not torch.equal(first[-1], seen[-1])
+
+
+# ---- compiling ahead ----
+
+
+def test_all_tiles_of_a_case_are_compiled_before_the_first_is_launched(tmp_path, monkeypatch):
+    log, real = [], launch.run
+
+    def launching(kernel, grid, like, *args, **meta):
+        log.append("launched")
+        return real(kernel, grid, like, *args, **meta)
+
+    kernel = importlib.import_module("jasper_fast.kernels.conv1d.triton_forward").conv1d_forward_kernel
+    right = type(kernel).run
+
+    def compiling(self, *args, warmup, **more):
+        if self is kernel and warmup:
+            log.append(f"stages {more['num_stages']}")
+        return right(self, *args, warmup=warmup, **more)
+
+    monkeypatch.setattr(launch, "run", launching)
+    monkeypatch.setattr(type(kernel), "run", compiling)
+    run_ = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    trial = tune.Trial(tmp_path / "trying")
+    op, layer, batch = tune.plan(run_.device, ("forward",))[0]
+    case = tune.make_case(run_, op, layer, batch, trial)
+    tune.compile_ahead(run_, case, trial)
+    assert [line for line in log if line != "launched"] == ["stages 3", "stages 4"]
+    assert log[-1] != "launched" and launch.run is launching
+    assert not trial.path.exists()
+
+
+def test_a_process_that_dies_while_it_compiles_ahead_compiles_one_after_another_next_time(tmp_path, monkeypatch):
+    def dying(calls):
+        raise SystemExit(77)
+
+    monkeypatch.setattr(tune, "_compile_ahead", dying)
+    with pytest.raises(SystemExit):
+        run(tmp_path)
+    code, data = run_resumed_until_it_ends(tmp_path)
+    assert code == 0 and data["finished"]
+    failed = [row for row in data["rows"] if row["status"] != "ok"]
+    assert {row["contender"] for row in failed} == {tune.AHEAD} and len(failed) == len(cases(data)) == 2
+    assert len(data["table"]["rows"]) == 4
+
+
+def run_resumed_until_it_ends(out: Path) -> tuple[int, dict]:
+    for _ in range(3):
+        try:
+            return run(out, "--resume")
+        except SystemExit:
+            continue
+    raise AssertionError("it dies each time")
+
+
+def test_an_interruption_leaves_nothing_of_the_asynchronous_mode(monkeypatch):
+    mode = importlib.import_module("triton.runtime._async_compile").active_mode
+    before = launch.run
+
+    def cut():
+        assert launch.run is not before
+        raise harness.OutOfTime
+
+    import contextvars
+
+    with pytest.raises(harness.OutOfTime):
+        contextvars.copy_context().run(tune._compile_ahead, [cut])
+    assert mode.get() is None and launch.run is before
+
+
 # ---- interruption ----
 
 
@@ -365,7 +499,7 @@ def test_a_run_without_time_is_unfinished_and_resume_keeps_what_is_there(tmp_pat
 
     monkeypatch.setattr(tune, "measure", first_only)
     code, data = run(tmp_path, ops="forward,wgrad")
-    assert code == 0 and not data["finished"]
+    assert code == tune.OUT_OF_TIME == 4 and not data["finished"]
     assert list(cases(data)) == seen[:1]
     assert {r["op"] for r in data["table"]["rows"]} == {"conv1d.forward"}, "the table as far as it has come"
 
@@ -378,7 +512,79 @@ def test_a_run_without_time_is_unfinished_and_resume_keeps_what_is_there(tmp_pat
 
 def test_the_budget_ends_a_run(tmp_path):
     code, data = run(tmp_path, "--budget", "0.001")
-    assert code == 0 and not data["finished"] and data["rows"] == []
+    assert code == tune.OUT_OF_TIME and not data["finished"] and data["rows"] == []
+
+
+def test_the_budget_counts_from_the_process_s_start(tmp_path, monkeypatch):
+    born = time.monotonic() - 100.0
+    monkeypatch.setattr(tune, "born", lambda: born)
+    assert run(tmp_path, "--budget", "100")[0] == tune.OUT_OF_TIME
+
+
+def test_a_process_knows_when_it_started():
+    code = "import time; time.sleep(1.0); from bench import tune; print(tune.LOADED - tune.born())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 1.0 <= float(done.stdout) < tune.LONGEST_START
+
+
+SLOW = """
+import hashlib, os, sys
+from jasper_fast import backends
+impl = backends.face("conv1d", "triton")
+right = impl.forward
+def forward(*args, **kwargs):
+    if os.environ.get("SLOW") and args[0].shape[1] == 24:
+        print("in it", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"x", b"y", 400_000_000)  # minutes in C, without the interpreter's lock
+    return right(*args, **kwargs)
+impl.forward = forward
+from bench import machine
+from bench.__main__ import main
+machine._git = lambda *_: "abc"
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_parent_that_ends_the_process_accuses_no_configuration(tmp_path):
+    """SIGTERM while a compiler, say, keeps the process from Python; then SIGKILL, as a parent without time does."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "SLOW": "1"}
+    argv = [sys.executable, "-c", SLOW, "tune", "--device", "cpu", "--seconds", "0.05", "--out", str(tmp_path),
+            "--ops", "forward"]  # fmt: skip
+    process = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout.readline() == "in it\n"
+    (trying,) = tmp_path.glob("*.trying")
+    process.terminate()
+    until = time.monotonic() + 20.0
+    while trying.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert process.poll() is None and not trying.exists()
+    process.kill()
+    process.communicate()
+    (path,) = tmp_path.glob("*.json")
+    data = json.loads(path.read_text())
+    assert list(cases(data)) and {row["status"] for row in data["rows"]} == {"ok"}
+    done = subprocess.run([*argv, "--resume"], cwd=ROOT, env=env | {"SLOW": ""}, capture_output=True, text=True)
+    data = json.loads(path.read_text())
+    assert done.returncode == 0, done.stderr
+    assert data["finished"] and {row["status"] for row in data["rows"]} == {"ok"}
+
+
+def test_a_process_that_is_ended_says_so_and_writes_what_there_is(tmp_path, monkeypatch):
+    measure, seen = tune.measure, []
+
+    def ended(run, case, trial):
+        seen.append(case.id)
+        if len(seen) == 2:
+            trial.begin(case.contenders[0].name)
+            signal.raise_signal(signal.SIGTERM)
+        return measure(run, case, trial)
+
+    monkeypatch.setattr(tune, "measure", ended)
+    before = signal.getsignal(signal.SIGTERM)
+    code, data = run(tmp_path)
+    assert code == 143 and not data["finished"] and list(cases(data)) == seen[:1] and data["table"]["rows"]
+    assert not list(tmp_path.glob("*.trying"))
+    assert signal.getsignal(signal.SIGTERM) is before and signal.set_wakeup_fd(-1) == -1
 
 
 def test_a_person_who_interrupts_accuses_no_configuration(tmp_path, monkeypatch):
@@ -398,14 +604,14 @@ def test_a_person_who_interrupts_accuses_no_configuration(tmp_path, monkeypatch)
 KILL = """
 import os, sys
 from jasper_fast import backends
-from jasper_fast.kernels import tables
+from jasper_fast.kernels import launch, tables
 import torch
 impl = backends.face("conv1d", "triton")
 right = impl.forward
 def forward(*args, **kwargs):
     row = tables.lookup("conv1d.forward", torch.device("cpu"), torch.float32, c_in=16, c_out=24, taps=3, stride=1,
                         dilation=1, rows=28)
-    if row.tile["num_stages"] == 4:
+    if row.tile["num_stages"] == 4 and launch.run.__name__ != "only_compile":
         os._exit(77)
     return right(*args, **kwargs)
 impl.forward = forward
