@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -222,7 +223,7 @@ def test_usage_errors(capsys):
 def test_info(capsys):
     assert run("info", "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["packages"]["torch"]["version"] == torch.__version__
+    assert report["packages"]["torch"]["version"] == metadata.version("torch")
     assert set(report["backends"]) == {"reference", "cpu", "triton", "cuda"}
     assert report["backends"]["reference"]["available"]
     for name, backend in report["backends"].items():
