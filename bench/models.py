@@ -31,7 +31,6 @@ def _blocks(prologue: int, widths: tuple[tuple[int, int, float], ...], repeat: i
 
 SMALL = _blocks(128, ((128, 11, 0.2), (192, 13, 0.2), (256, 17, 0.2)), 3, 256)
 MEDIUM = _blocks(256, ((256, 11, 0.2), (384, 13, 0.2), (512, 17, 0.2)), 3, 512)
-NAMES = ("small", "medium", "jasper10x5")
 
 
 def config(name: str) -> JasperConfig:

@@ -340,7 +340,7 @@ def case(
         low=lambda: answer(op, inputs(), run.dtype, mode),
         tolerance=TOLERANCE,
         flops=times * conv.flops,
-        nbytes=times * conv.nbytes(size) + (counts.bn_relu_dropout_bytes(N, layer.C_in, T, size, mode) if norm else 0),
+        nbytes=counts.sub_block_bytes(conv, size, mode) if norm else times * conv.nbytes(size),
         dtype=kernels.name(run.dtype),
         needs=("bn_relu_dropout", "conv1d") if norm else ("conv1d",),
     )

@@ -46,9 +46,8 @@ class Jasper(nn.Module):
         masks = self.config.encoder.use_conv_masks
         if lengths is None:
             lengths = torch.full((n,), t, dtype=torch.int64, device=features.device)
-        x = ntc(autocast(features))
-        if masks:
-            x = mask(x, lengths)
+        lengths = lengths.to(torch.int64)
+        x = ntc(autocast(mask(features, lengths) if masks else features))  # masked_fill leaves NCT memory
         seeds = self._seeds(x.device)
         sources, grams, lens = [x], [None], lengths
         for layer, seed in zip(self.encoder.layers, seeds, strict=True):

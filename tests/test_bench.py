@@ -385,13 +385,6 @@ def test_training_flops_are_pytorchs(jasper10x5):
     assert counts.training_flops(config, 2, 64) == flops.get_total_flops() + 3 * bias
 
 
-def test_bytes_of_bn_relu_dropout_are_its_passes():
-    tensor = 4 * 256 * 100 * 2
-    assert counts.bn_relu_dropout_bytes(4, 256, 100, 2, "forward") == 3 * tensor
-    assert counts.bn_relu_dropout_bytes(4, 256, 100, 2, "both") == 8 * tensor
-    assert counts.bn_relu_dropout_bytes(4, 256, 100, 2, "both", residual=True) == 12 * tensor
-
-
 # ------------------------------------------------------------------ memory
 
 

@@ -324,3 +324,11 @@ def test_one_frame_in_training_raises_what_pytorch_raises(backend):
     _, ours = pair(config(), backend)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         ours.train()(torch.randn(1, 8, 2), torch.tensor([2]))
+
+
+def test_lengths_may_be_any_integers():
+    model = Jasper(config()).eval()
+    features = torch.randn(2, model.config.encoder.in_feats, 20)
+    (a, m), (b, n) = (model(features, torch.tensor([20, 7], dtype=d)) for d in (torch.int32, torch.int64))
+    assert torch.equal(a, b)
+    assert torch.equal(m, n)

@@ -341,3 +341,14 @@ def test_conv1d_equals_pytorch(conv_backend, stride, dilation):
         grads.append([y.detach(), ws.grad] + ([xs.grad] if need else []))
     for want, got in zip(*grads, strict=True):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_conv_names_what_does_not_fit(backend):
+    x, weight, one = torch.zeros(2, 16, 9), torch.zeros(8, 32, 3), torch.ones(16)
+    with pytest.raises(ValueError, match=r"do not fit: \(2, 16, 9\), \(8, 32, 3\)"):
+        ops.conv1d(x, weight, backend=backend)
+    with pytest.raises(ValueError, match="do not fit"):
+        ops.sub_block(x, one, one, None, None, weight, backend=backend)
+    for lengths in (torch.tensor([9]), torch.tensor([9.0, 9.0]), torch.tensor([9, 9], dtype=torch.int32)):
+        with pytest.raises(ValueError, match=r"lengths must be \(2,\) int64"):
+            ops.conv1d(x, weight[:, :16], lengths=lengths, backend=backend)

@@ -262,9 +262,14 @@ def check(y, gamma, beta, running_mean, running_var, residual, lengths, p, halo)
             raise ValueError(f"{name} must be ({c},) for y {tuple(y.shape)}, got {tuple(v.shape)}")
     if residual is not None and residual.shape != y.shape:
         raise ValueError(f"residual must be {tuple(y.shape)} like y, got {tuple(residual.shape)}")
-    if lengths is not None and (lengths.shape != (n,) or lengths.is_floating_point()):
-        raise ValueError(f"lengths must be ({n},) integers, got {tuple(lengths.shape)} {lengths.dtype}")
+    check_lengths(lengths, n)
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p must lie in [0, 1), got {p}")
     if halo is not None and halo < 0:
         raise ValueError(f"halo counts frames beyond the length that y still fills: at least 0, got {halo}")
+
+
+def check_lengths(lengths: Tensor | None, n: int) -> None:
+    """Raises ValueError where `lengths` are not those of `n` utterances as every face reads them."""
+    if lengths is not None and (lengths.shape != (n,) or lengths.dtype != torch.int64):
+        raise ValueError(f"lengths must be ({n},) int64, got {tuple(lengths.shape)} {lengths.dtype}")

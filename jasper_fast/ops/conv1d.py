@@ -11,7 +11,7 @@ from jasper_fast import backends
 from jasper_fast.backends import face as _face
 from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import ntc
-from jasper_fast.ops.bn_relu_dropout import norm_face_of
+from jasper_fast.ops.bn_relu_dropout import check_lengths, norm_face_of
 from jasper_fast.ops.library import lib, without_autocast
 
 lib.define(
@@ -151,8 +151,11 @@ def conv1d(
     Triton's fp32, fp16 and bf16, both at stride 1 (or without a gradient of `x`); every other case runs ATen's conv2d
     on the channels-last view of the same memory.
 
-    Equivalent to `F.conv1d(x, weight, None, stride, padding, dilation)`, and `bn_stats` of it.
+    Raises ValueError for shapes that do not fit. Equivalent to `F.conv1d(x, weight, None, stride, padding, dilation)`,
+    and `bn_stats` of it; the mask is that of the reference's `MaskedConv1d` (jasper/model.py), applied beforehand.
     """
+    check_channels("x", x, weight)
+    check_lengths(lengths, x.shape[0])
     x = autocast(x)
     face = conv_face(x, stride, backend, weight, dilation, stats=stats)
     bn_face = "reference"  # not called: nothing is asked of it, or the conv's epilogue gives it
@@ -163,6 +166,14 @@ def conv1d(
         x, weight, lengths, packed, stride, padding, dilation, stats, bn_face, face
     )
     return (y, (mean, m2)) if stats else y
+
+
+def check_channels(name: str, x: Tensor, weight: Tensor) -> None:
+    """Raises ValueError where `weight` (C_out, C_in, K) is no conv's of `x` (N, C_in, T)."""
+    if x.dim() != 3 or weight.dim() != 3 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{name} (N, C, T) and weight (C_out, C, K) do not fit: {tuple(x.shape)}, {tuple(weight.shape)}"
+        )
 
 
 def autocast(x: Tensor) -> Tensor:

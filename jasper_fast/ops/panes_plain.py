@@ -15,9 +15,9 @@ from torch import Tensor
 
 from jasper_fast import sync
 from jasper_fast.backends import face as _face
-from jasper_fast.backends import resolve
 from jasper_fast.kernels.layout import ntc
 from jasper_fast.kernels.layout import rows as _rows
+from jasper_fast.ops.bn_relu_dropout import norm_face_of
 from jasper_fast.ops.library import lib, without_autocast
 from jasper_fast.ops.panes import check_rows, product, unbiased, wide_dtype
 
@@ -140,6 +140,6 @@ def panes_plain(
     check_rows(xs[0], name)
     out, mean, var, rows = torch.ops.jasper_fast.panes_plain(
         list(xs), list(weights), [g.to(wide) for g in gammas], [b.to(wide) for b in betas], eps, name,
-        resolve(backend, xs[0].device, "bn_relu_dropout"),
+        norm_face_of(xs[0], weights[0].shape[0], xs[0].shape[2], backend),
     )  # fmt: skip
     return out, mean, unbiased(var, xs[0], rows if name else None)

@@ -13,7 +13,7 @@ from torch import Tensor
 from jasper_fast.backends import face as _face
 from jasper_fast.kernels.layout import ntc
 from jasper_fast.ops.bn_relu_dropout import check, dropout_seed, mean_sums, norm_face, normaliser
-from jasper_fast.ops.conv1d import conv_dgrad, conv_face, conv_forward, conv_wgrad, fake_stats
+from jasper_fast.ops.conv1d import check_channels, conv_dgrad, conv_face, conv_forward, conv_wgrad, fake_stats
 from jasper_fast.ops.library import lib, without_autocast
 
 lib.define(
@@ -130,6 +130,7 @@ def sub_block(
     `F.conv1d(bn_relu_dropout(y, ...), weight, None, 1, padding, dilation)`.
     """
     check(y, gamma, beta, running_mean, running_var, None, lengths, p, halo)
+    check_channels("y", y, weight)
     norm = normaliser(y, running_mean, running_var, stats, training, frozen, momentum, eps, backend, group)
     p, seed = dropout_seed(p if training else 0.0, seed, y.device)
     wide = norm.mean.dtype

@@ -22,6 +22,7 @@ def forward(
     dilation: int,
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
+    clean: bool = False,
 ) -> Tensor:
     """y (N, C_out, T') of `x` (N, C_in, T) and `weight` (C_out, C_in, K); `x` is zero at t >= `lengths` (N,)."""
     weight = weight.to(x.dtype)
@@ -54,6 +55,7 @@ def wgrad(
     dilation: int,
     lengths: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    clean: bool = False,
 ) -> Tensor:
     """dweight (C_out, C_in, K) in `dtype` (default: that of `x`)."""
     weight = dy.new_empty(()).expand(dy.shape[1], x.shape[1], k)

@@ -93,6 +93,7 @@ def forward(
     dilation: int,
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
+    clean: bool = False,
 ) -> Tensor:
     """y (N, C_out, T') of `x` (N, C_in, T) in NTC memory, zero at t >= `lengths` (N,), and `weight` (C_out, C_in, K).
 
@@ -138,6 +139,7 @@ def wgrad(
     dilation: int,
     lengths: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    clean: bool = False,
 ) -> Tensor:
     """dweight (C_out, C_in, K = `k`) of `x` (N, C_in, T), zero at t >= `lengths`, and `dy` (N, C_out, T')."""
     if dtype not in (None, torch.float32):

@@ -21,6 +21,7 @@ def forward(
     dilation: int,
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
+    clean: bool = False,
 ) -> Tensor:
     """y (N, C_out, T') of `x` (N, C_in, T), zero at t >= `lengths` (N,), and `weight` (C_out, C_in, K); NTC memory.
 
@@ -40,6 +41,7 @@ def forward_stats(
     dilation: int,
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
+    clean: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y of `forward`, with the mean and M2 (sum of squared deviations) of its channels over all N*T' rows."""
     y = forward(x, weight, stride, padding, dilation, lengths)
@@ -98,6 +100,7 @@ def wgrad(
     dilation: int,
     lengths: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    clean: bool = False,
 ) -> Tensor:
     """dweight (C_out, C_in, K = `k`), in `dtype` (default: that of `x`), of `x` (N, C_in, T), zero at t >= `lengths`,
     and `dy` (N, C_out, T')."""

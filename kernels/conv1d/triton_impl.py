@@ -353,7 +353,7 @@ def fused(
         x2_desc = _activations(x2, 1, tile.t, tile.k)
         x_desc = x_desc if x2_desc is not None else None
     whole = x_desc is not None and (clean or not masked or in_lengths is None)
-    by_descriptor = x_desc is not None or (nct and x2 is None and _has_tma(w.data) and c_in % tile.k == 0)
+    by_descriptor = x_desc is not None or (nct and x2 is None and _has_tma(w.data))
     if nct:
         vec_in, x_sizes, x_chan = 1, (c_in, 0, x.stride(0)), x.stride(2)
     else:

@@ -73,34 +73,34 @@ def add_taps(
         offs_c = tl.arange(0, BLOCK_K)
         offs_o = o0 + tl.arange(0, BLOCK_N)
         first = (t0 + tl.arange(0, BLOCK_T)) * STRIDE - padding
-        # x that is cast on its way goes to the right of the product, hence through shared memory: on sm_90 products
-        # still running may read a left operand from registers that the next step already fills
-        SWAPPED: tl.constexpr = IS_NCT and w_ptr.dtype.element_ty.primitive_bitwidth == 16
+        # features are cast on their way: on the right of the product they pass through shared memory; on sm_90 a left
+        # operand would stay in registers, which the next step may fill while products still read them
+        SWAPPED: tl.constexpr = HAS_DESCRIPTORS and IS_NCT
         if SWAPPED:
             acc = tl.trans(acc)
         for i in range(i_begin, i_end):
             tap = i % taps
             c = (i // taps) * BLOCK_K + offs_c
             t = first + tap * dilation
-            if IS_TRANSPOSED:
-                offs_w = ((taps - 1 - tap) * C_w + offs_o)[:, None] * C_pad + c[None, :]
-                w = tl.trans(tl.load(w_ptr + offs_w, mask=(offs_o < C_w)[:, None] & (c < C_pad)[None, :], other=0.0))
-            elif HAS_DESCRIPTORS and IS_NCT:
-                w = w_desc.load([tap * C_w + (i // taps) * BLOCK_K, o0])
-            else:
-                offs_w = (tap * C_w + c)[:, None] * C_pad + offs_o[None, :]
-                w = tl.load(w_ptr + offs_w, mask=(c < C)[:, None] & (offs_o < C_pad)[None, :], other=0.0)
-            alive = (t >= 0) & (t < limit)
             if SWAPPED:
-                offs_x = c[:, None] * x_chan + t[None, :]
-                x = tl.load(x_tile + offs_x, mask=(c < C)[:, None] & alive[None, :], other=0.0)
+                mask = (c < C)[:, None] & ((t >= 0) & (t < limit))[None, :]
+                x = tl.load(x_tile + (c[:, None] * x_chan + t[None, :]), mask=mask, other=0.0)
+                w = w_desc.load([tap * C_w + (i // taps) * BLOCK_K, o0])
                 acc = dot(tl.trans(w), x.to(w_ptr.dtype.element_ty), acc, UPCAST, PRECISION)
             else:
+                mask = ((t >= 0) & (t < limit))[:, None] & (c < C)[None, :]
                 if IS_NCT:
                     offs_x = c[None, :] * x_chan + t[:, None]
                 else:
                     offs_x = t[:, None] * x_row + c[None, :]
-                x = tl.load(x_tile + offs_x, mask=alive[:, None] & (c < C)[None, :], other=0.0)
+                x = tl.load(x_tile + offs_x, mask=mask, other=0.0).to(w_ptr.dtype.element_ty)
+                if IS_TRANSPOSED:
+                    offs_w = ((taps - 1 - tap) * C_w + offs_o)[:, None] * C_pad + c[None, :]
+                    mask = (offs_o < C_w)[:, None] & (c < C_pad)[None, :]
+                    w = tl.trans(tl.load(w_ptr + offs_w, mask=mask, other=0.0))
+                else:
+                    offs_w = (tap * C_w + c)[:, None] * C_pad + offs_o[None, :]
+                    w = tl.load(w_ptr + offs_w, mask=(c < C)[:, None] & (offs_o < C_pad)[None, :], other=0.0)
                 acc = dot(x, w, acc, UPCAST, PRECISION)
         if SWAPPED:
             acc = tl.trans(acc)

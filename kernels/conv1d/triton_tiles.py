@@ -77,7 +77,7 @@ def default(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> Tile:
 def narrower(tile: Tile, dtype: torch.dtype) -> list[Tile]:
     """What `default` may choose for `fused` where `tile` makes too few programs: itself, and narrower ones."""
     found = [tile]
-    while dtype.itemsize == 2 and found[-1].n > 32:
+    while dtype.itemsize == 2 and found[-1].n > 32 and tile.t * found[-1].n > 64 * 64:  # 64 x 32 spills on sm_86
         found.append(found[-1]._replace(n=found[-1].n // 2))
     return found
 
