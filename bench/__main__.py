@@ -163,7 +163,9 @@ def start(args: argparse.Namespace) -> harness.Run:
     effort = harness.QUICK if args.quick else harness.Effort()
     if args.seconds:
         effort = dataclasses.replace(effort, seconds=args.seconds)
-    header = harness.header(device, vars(args)) | {"command": args.command}
+    if device.type == "cuda" and device.index is not None:  # events, streams and limits are the current device's
+        torch.cuda.set_device(device)
+    header = harness.header(device, vars(args), effort) | {"command": args.command}
     path = _resumable(args, header) if args.resume else None
     if path is None:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")

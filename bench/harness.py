@@ -571,15 +571,20 @@ def parts_left(data: dict) -> list[str]:
     return [p for p, how in data.get("parts", {}).items() if how != "finished" and faults.get(p, 0) < TRIES]
 
 
+ALIKE = ("device", "dtype", "backend", "quick", "threads")  # rows of runs that differ in one of these are not one run's
+
+
 def unfinished(path: Path, header: dict) -> bool:
-    """Whether `path` holds a run of the same subcommand, machine and commit that was cut off."""
+    """Whether `path` holds a run of the same subcommand, machine, commit and ALIKE arguments that was cut off."""
     if not path.exists():
         return False
     old = json.loads(path.read_text())
     same = old["command"] == header["command"] and all(
         old["machine"][k] == header["machine"][k] for k in ("name", "commit", "dirty")
     )
-    return same and not old["finished"]
+    before, now = (data.get("arguments", {}) for data in (old, header))
+    alike = all(before.get(k) == now.get(k) for k in ALIKE)
+    return same and alike and not old["finished"]
 
 
 @dataclass
@@ -688,12 +693,12 @@ class Run:
         self.at_end.clear()
 
 
-def header(device: torch.device, arguments: Mapping[str, object]) -> dict:
-    """The part of a result that says where it comes from."""
+def header(device: torch.device, arguments: Mapping[str, object], effort: Effort | None = None) -> dict:
+    """The part of a result that says where it comes from; `effort`: as the run makes it (default: the usual one)."""
     return {
         "machine": machine.describe(device),
         "arguments": {k: str(v) for k, v in arguments.items()},
-        "effort": asdict(Effort()),
+        "effort": asdict(effort or Effort()),
     }
 
 

@@ -490,8 +490,14 @@ def test_run_cut_off_keeps_its_rows_and_resumes(tmp_path):
         "softplus1",
         "softplus2",
     }
-    other = header | {"machine": header["machine"] | {"commit": "another"}}
-    assert not harness.Results(run.results.path, other, resume=True).data["rows"]
+    again.results.data["arguments"] = {"backend": "reference", "dtype": "None"}
+    again.results.write()
+    for other in (
+        header | {"machine": header["machine"] | {"commit": "another"}},
+        header | {"arguments": {"backend": "cpu", "dtype": "None"}},
+    ):
+        assert not harness.unfinished(run.results.path, other)
+        assert not harness.Results(run.results.path, other, resume=True).data["rows"]
 
 
 def test_deadline_stops_the_run(tmp_path):
