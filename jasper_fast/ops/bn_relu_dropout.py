@@ -18,7 +18,7 @@ from jasper_fast.ops.library import lib, without_autocast
 _OP = "bn_relu_dropout"
 
 lib.define("bn_stats(Tensor y, str face) -> (Tensor, Tensor)")
-lib.define("bn_sync_stats(Tensor mean, Tensor m2, int rows, str group) -> (Tensor, Tensor, Tensor)")
+lib.define("bn_sync_stats(Tensor mean, Tensor m2, SymInt rows, str group) -> (Tensor, Tensor, Tensor)")
 lib.define(
     "bn_relu_dropout(Tensor y, Tensor mean, Tensor rstd, Tensor gamma, Tensor beta, Tensor? residual, Tensor? lengths, "
     "Tensor? seed, Tensor? rows, float p, bool batch_stats, int? halo, str group, str face) -> Tensor"
