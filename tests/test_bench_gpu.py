@@ -602,17 +602,23 @@ def test_a_large_step_is_compared_on_a_small_batch(tmp_path, monkeypatch):
 # ------------------------------------------------------------------ channels_last
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mode", ["forward", "both", "inference"])
-def test_the_2d_rival_never_reorders_a_weight(mode, dtype, tmp_path, monkeypatch):
-    seen: list[bool] = []
+@pytest.fixture
+def seen(monkeypatch) -> list[bool]:
+    """Of every call of conv2d, whether input and weight came in channels_last memory."""
+    calls: list[bool] = []
     conv2d = F.conv2d
 
     def spying(x, weight, *args, **kwargs):
-        seen.append(all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight)))
+        calls.append(all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight)))
         return conv2d(x, weight, *args, **kwargs)
 
     monkeypatch.setattr(F, "conv2d", spying)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["forward", "both", "inference"])
+def test_the_2d_rival_never_reorders_a_weight(mode, dtype, tmp_path, seen):
     run = make_run(tmp_path)
     run.dtype = dtype
     for layer in (sub_blocks.Layer(16, 24, 11), sub_blocks.Layer(16, 24, 11, stride=2), sub_blocks.Layer(8, 8, 1)):
@@ -623,15 +629,7 @@ def test_the_2d_rival_never_reorders_a_weight(mode, dtype, tmp_path, monkeypatch
     assert len(seen) == 6 and all(seen)
 
 
-def test_the_2d_network_never_leaves_channels_last_memory(monkeypatch):
-    seen: list[bool] = []
-    conv2d = F.conv2d
-
-    def spying(x, weight, *args, **kwargs):
-        seen.append(all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight)))
-        return conv2d(x, weight, *args, **kwargs)
-
-    monkeypatch.setattr(F, "conv2d", spying)
+def test_the_2d_network_never_leaves_channels_last_memory(seen):
     config = models.config("small")
     state = models.weights(config, CPU, 64)
     model = rivals.ChannelsLast2d(models.eager(config, state))
