@@ -117,6 +117,22 @@ def test_statistics_of_the_accumulators(name, dtype):
     assert ((got_m2 - var * rows).abs() / ((var + 1e-3 * mean.square()) * rows)).max() <= 1e-4
 
 
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+def test_a_tile_too_wide_for_one_epilogue(descriptors, monkeypatch):
+    """As tuning may choose: 128 x 256, its statistics and its store in two halves."""
+    monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", descriptors)
+    case = (2, 16, 200, 140, 3, 1, 1, [140, 30])
+    x, weight, *shape, lengths = make(case, torch.float16, make_face("triton").device)
+    narrow = triton_impl.forward_stats(x, weight, *shape, lengths)
+    choose = triton_impl.triton_tiles.choose
+    monkeypatch.setattr(triton_impl.triton_tiles, "choose", lambda *a: choose(*a)._replace(t=128, n=256))
+    y, mean, m2 = triton_impl.forward_stats(x, weight, *shape, lengths)
+    low, ref = F.conv1d(x, weight, None, *shape), F.conv1d(x.double(), weight.double(), None, *shape)
+    assert_close("y", y, low, ref)
+    torch.testing.assert_close(mean, narrow[1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(m2, narrow[2], atol=1e-4, rtol=1e-4)
+
+
 def test_nan_in_padding_is_not_read_and_in_a_frame_arrives():
     device = make_face("triton").device
     x, weight, *shape, lengths = make(LAYERS["k11"], torch.float32, device)
@@ -182,10 +198,15 @@ def test_pack_is_the_weight_in_the_kernels_order(dtype, made):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("dtype", "descriptors"),
+    [(torch.float32, False), (torch.float16, False), (torch.float16, True)],
+    ids=["fp32", "fp16", "fp16, descriptors"],
+)
 @pytest.mark.parametrize("name", ["k11", "k21", "dilated", "pane", "one frame", "odd channels"])
-def test_dgrad_with_the_batch_norms_reduction(name, dtype, p):
+def test_dgrad_with_the_batch_norms_reduction(name, dtype, descriptors, p, monkeypatch):
     """g, dbeta and dgamma in one pass, beside dgrad and backward_reduce one after the other."""
+    monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", descriptors)
     device = make_face("triton").device
     y, weight, _, padding, dilation, lengths = make(LAYERS[name], dtype, device)
     n, c, t = y.shape
@@ -209,18 +230,8 @@ def test_dgrad_with_the_batch_norms_reduction(name, dtype, p):
         return g, *bn.backward_reduce(dz, *rest, lengths, seed, p)
 
     got = triton_impl.dgrad_bn(dy, weight, padding, dilation, y, z, mean, rstd, lengths, p)
-    defined = reference.dgrad_bn(
-        dy.double(),
-        weight.double(),
-        padding,
-        dilation,
-        y.double(),
-        z.double(),
-        mean.double(),
-        rstd.double(),
-        lengths,
-        p,
-    )
+    wide = [v.double() for v in (dy, weight, y, z, mean, rstd)]
+    defined = reference.dgrad_bn(*wide[:2], padding, dilation, *wide[2:], lengths, p)
     for a, b in zip(defined, plain(torch.float64), strict=True):
         torch.testing.assert_close(a, b)
     for what, ours, low, ref in zip(("g", "dbeta", "dgamma"), got, plain(dtype), plain(torch.float64), strict=True):

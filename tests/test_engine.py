@@ -251,3 +251,23 @@ def test_bad_options_are_named():
     ]:
         with pytest.raises(ValueError, match=message):
             InferenceEngine(ours, **options)
+
+
+@pytest.mark.parametrize("kind", ["jasper", "dense first"])
+def test_tensor_descriptors_change_no_bit(kind, monkeypatch):
+    """As sm_90 and later launch, where no tile ignores padding: kernels leave zeros there."""
+    triton_impl = pytest.importorskip("jasper_fast.kernels.conv1d.triton_impl")
+    device = make_face("triton").device
+    _, ours = pair(config(kind, feats=16), "triton", device)
+    engine = InferenceEngine(ours, dtype=torch.float16, graphs=False)
+    features, lengths = batch([150, 61, 0], feats=16, device=device)
+    if kind == "dense first":  # its panes take features as they came
+        features = features.nan_to_num(0.0)
+    results = []
+    for on in (False, True):
+        monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", on)
+        poison(engine)
+        results.append(engine(features, lengths))
+    (a, m), (b, n) = results
+    assert torch.equal(valid(a, m), valid(b, n))
+    assert not valid(b, n).isnan().any()

@@ -4,8 +4,9 @@
 
 A program owns BLOCK_I input by BLOCK_O output channels of one tap, over a share of the utterances, and takes BLOCK_T
 frames a step: x and dy are read once for each block of the other's channels and each tap (from cache, all but once).
-Rows whose shifted x does not exist or is padding are not read. The shares' fp32 partials (shares, K, C_in, C_out) are
-added in a fixed order by a second kernel, which writes dw (C_out, C_in, K), PyTorch's order.
+Rows whose shifted x does not exist or is padding are not read; where padding IS_CLEAN an utterance's last step may read
+some, zeros. The shares' fp32 partials (shares, K, C_in, C_out) are added in a fixed order by a second kernel, which
+writes dw (C_out, C_in, K), PyTorch's order.
 """
 
 import triton
