@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_bench import CPU, FAST, make_run, measured, softplus_case
+from bench_runs import CPU, FAST, make_run, measured, softplus_case
 
 from bench import (
     gpu,

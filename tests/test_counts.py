@@ -7,8 +7,8 @@ import dataclasses
 
 import pytest
 import torch
+from bench_runs import make_run
 from conftest import make_face
-from test_bench import make_run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 

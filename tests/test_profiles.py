@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
+from bench_runs import make_run
 from conftest import make_face
-from test_bench import make_run
 
 from bench import memory, models, profiles
 from jasper_fast import InferenceEngine

@@ -1,0 +1,74 @@
+"""A run and a case that take no time, for the tests of bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from bench import goals, harness
+from bench.harness import Case, Contender, Runner
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+FAST = harness.Effort(seconds=0.05, min_rounds=3, max_rounds=4)
+
+
+def make_run(tmp_path: Path, backend: str = "reference", **kwargs) -> harness.Run:
+    header = {"command": "kernels", "machine": {"name": "m", "commit": "c", "dirty": False, "device": "cpu"}}
+    results = harness.Results(tmp_path / "run.json", header)
+    return harness.Run(CPU, torch.float32, backend, True, results, FAST, **kwargs)
+
+
+def softplus_case(contenders: dict) -> Case:
+    """x (8, 16) -> softplus(x); each contender is a function of x."""
+    x = torch.empty(8, 16)
+
+    def build(function):
+        return lambda: Runner(lambda: function(x), lambda: {"y": function(x)})
+
+    return Case(
+        "test",
+        {"op": "softplus"},
+        [Contender("jasper_fast", build(F.softplus)), *(Contender(n, build(f)) for n, f in contenders.items())],
+        refill=lambda seed: x.copy_(torch.randn(8, 16, generator=harness.seeded(seed, CPU))),
+        reference=lambda: {"y": F.softplus(x.double())},
+        low=lambda: {"y": F.softplus(x)},
+        flops=1.0,
+        nbytes=1.0,
+    )
+
+
+def measured(op):
+    def part(run):
+        case = softplus_case({"eager": F.softplus})
+        case.key = {"op": op}
+        run.cases("test", [case])
+
+    return part
+
+
+def goal_rows() -> list[dict]:
+    rows = []
+    for goal, value in zip(goals.CPU_GOALS, (4.5, 3.0, 1.1, 1.2, 0.3), strict=True):
+        for name in ("jasper_fast", "eager"):
+            row = {
+                "id": f"{goal.name} / {name}",
+                "bench": goal.bench,
+                "key": dict(goal.key),
+                "contender": name,
+                "ours": name != "eager",
+                "status": "ok",
+            }
+            row["dtype"], row["bytes"], row["flops"] = "float32", 1, 1
+            if goal.bench == "memory":
+                row["memory"] = {"kept_bytes": 2**20, "peak_bytes": 2**20} | (
+                    {"ours_over_kept": value} if name == "eager" else {}
+                )
+            else:
+                row["time_s"] = harness.summary([0.001, 0.002], 1)
+                if name == "eager":
+                    row["ratio"] = {"median": value, "low": value - 0.1, "high": value + 0.1}
+            rows.append(row)
+    return rows

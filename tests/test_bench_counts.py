@@ -1,0 +1,67 @@
+"""FLOPs, bytes and parameters of all of Jasper 10x5, against PyTorch's own counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bench_runs import CPU
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import counts, models
+from jasper_fast.eager import EagerJasper
+
+
+@pytest.fixture(scope="module")
+def jasper10x5():
+    config = models.config("jasper10x5")
+    with torch.device("meta"):
+        model = EagerJasper(config).eval()
+    return config, model
+
+
+def test_every_conv_of_jasper_10x5_is_counted_as_pytorch_counts_it(jasper10x5):
+    config, model = jasper10x5
+    N, T, seen = 3, 416, {}
+
+    def hook(name):
+        def record(module, inputs, output):
+            tensors = (inputs[0], *module.parameters(), output)
+            seen[name] = (
+                sum(p.numel() for p in module.parameters()),
+                4 * sum(t.numel() for t in tensors),
+                output.shape[2],
+            )
+
+        return record
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv1d):
+            module.register_forward_hook(hook(name))
+    flops = FlopCounterMode(display=False, depth=8)
+    with flops, torch.device("meta"):
+        model(torch.empty(N, 64, T), torch.empty(N, dtype=torch.int64))
+    by_module = {k.removeprefix("EagerJasper."): v for k, v in flops.get_flop_counts().items()}
+    ours = {conv.name: conv for conv in counts.convs(config, N, T)}
+    assert list(ours) == list(seen) and len(ours) == 109
+    for name, conv in ours.items():
+        bias = conv.N * conv.T_out * conv.C_out if conv.bias else 0  # PyTorch leaves the bias out
+        assert sum(by_module[name].values()) == conv.flops - bias, name
+        assert (conv.weights, conv.nbytes(4), conv.T_out) == seen[name], name
+
+
+def test_jasper_10x5_totals(jasper10x5):
+    config, model = jasper10x5
+    assert counts.parameters(config) == sum(p.numel() for p in model.parameters()) == 332_632_349
+    assert counts.forward_flops(config, 1, 1680) / 840 == pytest.approx(0.665e9, rel=1e-3)
+    assert counts.forward_flops(config, 1, 208) == pytest.approx(69e9, rel=0.01)
+
+
+def test_training_flops_are_pytorchs(jasper10x5):
+    config = models.config("small")
+    model = EagerJasper(config)
+    flops = FlopCounterMode(display=False)
+    x, lengths = models.features(config, 2, 64, CPU, 0, ragged=True)
+    with flops:
+        model(x, lengths)[0].square().sum().backward()
+    bias = 2 * 32 * models.VOCABULARY
+    assert counts.training_flops(config, 2, 64) == flops.get_total_flops() + 3 * bias

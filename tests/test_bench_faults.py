@@ -1,0 +1,213 @@
+"""No number for a wrong result: faults of every kind, and rivals that are absent or fail, are rows that say so."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bench_runs import CPU, make_run, softplus_case
+from conftest import make_face
+
+from bench import correct, harness, kernels, rivals, sub_block_inference, sub_blocks
+from bench.harness import Contender
+
+
+def skipped_row(x):
+    y = torch.empty_like(x)
+    y[:-1] = F.softplus(x[:-1])  # the last row keeps whatever the allocator left there
+    return y
+
+
+def stale_buffer():
+    first = []
+
+    def call(x):
+        if not first:
+            first.append(F.softplus(x))
+        return first[0]
+
+    return call
+
+
+def stale_after(calls: int):
+    """Right while it is checked, and then the same answer for ever: only a check after the timing sees it."""
+    seen = []
+
+    def call(x):
+        if len(seen) < calls:
+            seen.append(F.softplus(x))
+        return seen[-1]
+
+    return call
+
+
+WRONG = {
+    "scaled": lambda: lambda x: F.softplus(x) * 1.001,
+    "one element": lambda: lambda x: F.softplus(x).index_fill(0, torch.tensor([3]), 0.5),
+    "skipped row": lambda: skipped_row,
+    "stale buffer": stale_buffer,
+    "stale after the check": lambda: stale_after(3),
+    "NaN": lambda: lambda x: F.softplus(x).masked_fill(x == x.max(), math.nan),
+    "shape": lambda: lambda x: F.softplus(x)[:, :8],
+    "nothing written": lambda: torch.empty_like,
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_wrong_kernel_gets_no_number(fault, tmp_path):
+    run = make_run(tmp_path)
+    rows = {
+        r["contender"]: r for r in run.cases("test", [softplus_case({"wrong": WRONG[fault](), "eager": F.softplus})])
+    }
+    assert rows["wrong"]["status"] == "wrong" and rows["wrong"]["why"].startswith("y:")
+    assert not {"time_s", "ratio", "flops_per_s", "bytes_per_s"} & set(rows["wrong"])
+    assert rows["eager"]["status"] == rows["jasper_fast"]["status"] == "ok"
+    assert rows["eager"]["ratio"]["low"] <= rows["eager"]["ratio"]["median"] <= rows["eager"]["ratio"]["high"]
+
+
+def test_absent_and_failing_rivals_are_rows_that_say_so(tmp_path):
+    def absent():
+        raise harness.Absent("get it so")
+
+    def broken(x):
+        raise RuntimeError("no kernel for this shape")
+
+    case = softplus_case({"broken": broken})
+    case.contenders = [*case.contenders, Contender("absent", absent)]
+    rows = {r["contender"]: r for r in make_run(tmp_path).cases("test", [case])}
+    assert (rows["absent"]["status"], rows["absent"]["why"]) == ("absent", "get it so")
+    assert rows["broken"]["status"] == "failed" and "no kernel for this shape" in rows["broken"]["why"]
+    assert rows["jasper_fast"]["status"] == "ok"
+
+
+FAULTY_CHAINS = {
+    "scaled": lambda z, y: z * 1.001,
+    "no mask": lambda z, y: z + 0.25 * (z == 0),
+    "skipped row": lambda z, y: z * (torch.arange(z.shape[2]) != 5),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY_CHAINS)
+def test_faulty_bn_relu_dropout_is_refused(fault, tmp_path):
+    def chain(y, gamma, beta, running, residual, lengths, p):
+        return FAULTY_CHAINS[fault](kernels.eager_chain(y, gamma, beta, running, residual, lengths, p), y)
+
+    run = make_run(tmp_path)
+    case = kernels.bn_relu_dropout(run, (2, 8, 40), "both", False, False)
+    inputs = kernels.Inputs(2, 8, 40, torch.float32, CPU, False)
+    case.refill, case.reference = inputs.refill, lambda: kernels.answer(inputs, torch.float64)
+    case.low = lambda: kernels.answer(inputs, torch.float32)
+    case.contenders = [
+        Contender("jasper_fast", lambda: kernels.runner(chain, inputs, "nct", "both", 0.2)),
+        Contender("eager", lambda: kernels.runner(kernels.eager_chain, inputs, "nct", "both", 0.2)),
+    ]
+    rows = {r["contender"]: r for r in run.cases("test", [case])}
+    assert rows["jasper_fast"]["status"] == "wrong"
+    assert rows["eager"]["status"] == "ok" and "ratio" not in rows["eager"]
+
+
+@pytest.mark.parametrize("fault", ["rate", "scale", "gradient"])
+def test_faulty_dropout_is_refused(fault):
+    inputs = kernels.Inputs(4, 64, 200, torch.float32, CPU, False)
+
+    def chain(y, gamma, beta, running, residual, lengths, p):
+        if p == 0 or fault == "gradient":
+            z = kernels.eager_chain(y, gamma, beta, running, residual, lengths, 0.0)
+        if p == 0:
+            return z
+        if fault == "rate":
+            return kernels.eager_chain(y, gamma, beta, running, residual, lengths, 0.15) * (0.85 / 0.8)
+        if fault == "scale":
+            return kernels.eager_chain(y, gamma, beta, running, residual, lengths, p) * (1 - p)
+        dropped = F.dropout(z.detach(), p, True)
+        return dropped + (z - z.detach())  # values right, the gradient ignores the mask
+
+    runner = kernels.runner(chain, inputs, "nct", "both", 0.2)
+    assert not correct.complaints(
+        runner.outputs(),
+        kernels.answer(inputs, torch.float32),
+        kernels.answer(inputs, torch.float64),
+        kernels.TOLERANCE,
+    )
+    found = runner.extra()
+    assert found and all(line.startswith("dropout on: ") for line in found)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_contenders_of_bn_relu_dropout_are_right(residual, dtype, tmp_path):
+    run = make_run(tmp_path)
+    run.dtype = dtype
+    rows = run.cases(
+        "test", [kernels.bn_relu_dropout(run, (3, 16, 57), mode, residual, False) for mode in kernels.MODES]
+    )
+    assert len(rows) == 9 and all(r["status"] == "ok" for r in rows), [r.get("why") for r in rows]
+
+
+LAYERS = [
+    sub_blocks.Layer(16, 24, 11),
+    sub_blocks.Layer(8, 8, 5, dilation=2),
+    sub_blocks.Layer(16, 29, 1, head=True),
+    sub_blocks.Layer(16, 24, 11, stride=2),
+]
+
+
+@pytest.mark.parametrize("op", ["conv1d", "sub_block"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_all_contenders_of_convs_are_right(op, backend, tmp_path):
+    make_face(backend)
+    run = make_run(tmp_path, backend=backend)
+    modes = (*sub_blocks.MODES, "inference") if op == "sub_block" else sub_blocks.MODES
+    rows = [row for layer in LAYERS for row in run.cases("test", sub_blocks.layer_cases(run, op, 2, 40, layer, modes))]
+    assert len(rows) == len(LAYERS) * len(modes) * 3
+    assert all(r["status"] == "ok" for r in rows), [(r["id"], r.get("why")) for r in rows if r["status"] != "ok"]
+    assert len({r["id"] for r in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("mode", ["both", "inference"])
+@pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.bfloat16), ("triton", torch.float16)])
+def test_sub_blocks_under_amp_are_right(mode, backend, dtype, tmp_path):
+    """fp32 master weights beside 16-bit activations, eager under autocast; the prologue reads fp32 features."""
+    make_face(backend)
+    run = make_run(tmp_path, backend=backend)
+    run.dtype = dtype
+    rows = [r for a in LAYERS for r in run.cases("test", sub_blocks.layer_cases(run, "sub_block", 2, 40, a, (mode,)))]
+    assert len(rows) == 12 and all(r["status"] == "ok" for r in rows), [(r["id"], r.get("why")) for r in rows]
+
+
+def test_a_wrong_sub_block_is_refused_in_every_mode(tmp_path, monkeypatch):
+    """An output scaled by 1.01 is no sub-block, in training or in inference."""
+    right, folded = sub_blocks.fused_sub_block, sub_block_inference.fused
+    monkeypatch.setattr(sub_blocks, "fused_sub_block", lambda b: lambda *a: right(b)(*a) * 1.01)
+    monkeypatch.setattr(sub_block_inference, "fused", lambda i, b: lambda *a: folded(i, b)(*a) * 1.01)
+    run = make_run(tmp_path)
+    modes = (*sub_blocks.MODES, "inference")
+    rows = run.cases("test", sub_blocks.layer_cases(run, "sub_block", 2, 40, LAYERS[0], modes))
+    assert {r["key"]["mode"]: r["status"] for r in rows if r["ours"]} == dict.fromkeys(modes, "wrong")
+    assert all(r["status"] == "ok" and "ratio" not in r for r in rows if not r["ours"])
+
+
+def test_rivals_of_sub_blocks_that_this_machine_lacks_are_rows_that_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(rivals, "needs_compiler", lambda: (_ for _ in ()).throw(harness.Absent("no compiler")))
+    run = make_run(tmp_path, rivals="all")
+    rows = run.cases("test", sub_blocks.layer_cases(run, "sub_block", 2, 40, LAYERS[0], ("forward", "inference")))
+    by_name = {(r["key"]["mode"], r["contender"]): r for r in rows}
+    for mode in ("forward", "inference"):
+        assert by_name[mode, "compile_max_autotune"]["why"] == "no compiler"
+        assert by_name[mode, "cudnn"]["status"] == "absent" and "NVIDIA GPU" in by_name[mode, "cudnn"]["why"]
+        assert by_name[mode, "jasper_fast"]["status"] == by_name[mode, "eager"]["status"] == "ok"
+
+
+def test_conv_shapes_are_jasper_10x5s():
+    shapes = sub_blocks.layers()
+    assert len(shapes) == 13 and shapes[:2] == [
+        sub_blocks.Layer(768, 896, 29, dilation=2),
+        sub_blocks.Layer(768, 768, 25),
+    ]
+    assert sub_blocks.Layer(64, 256, 11, stride=2) in shapes
+    assert shapes[-1] == sub_blocks.Layer(1024, 29, 1, head=True)
+    lengths = torch.tensor([1, 2, 7, 33])
+    for layer in shapes:
+        assert layer.out_lengths(lengths).tolist() == [layer.frames(t) for t in lengths.tolist()]

@@ -1,0 +1,112 @@
+"""Ratios and their intervals, second visits, results on disk that survive being cut off."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bench_runs import CPU, FAST, make_run, softplus_case
+
+from bench import harness, kernels
+from bench.harness import Contender, Runner
+
+
+def test_ratio_is_pair_by_pair_and_its_interval_holds_the_truth():
+    g = torch.Generator().manual_seed(0)
+    drift = torch.linspace(1.0, 3.0, 60)  # the machine slows down threefold during the run
+    ours = (drift * (1 + 0.02 * torch.randn(60, generator=g))).tolist()
+    rival = (1.5 * drift * (1 + 0.02 * torch.randn(60, generator=g))).tolist()
+    found = harness.ratio(rival, ours)
+    assert found["low"] <= 1.5 <= found["high"] and found["high"] - found["low"] < 0.05 and found["pairs"] == 60
+
+
+def test_a_second_visit_widens_the_interval_to_what_both_would_have_said():
+    first = {"ours": [1.0, 1.0, 1.0, 1.0], "eager": [2.0, 2.0, 2.0, 2.0]}
+    second = {"ours": [1.0, 1.0], "eager": [2.4, 2.4]}  # the machine in another mood
+    assert harness.ratio_of_visits([first], "eager", "ours") == harness.ratio(first["eager"], first["ours"])
+    found = harness.ratio_of_visits([first, second], "eager", "ours")
+    assert (found["low"], found["median"], found["high"]) == (2.0, 2.0, pytest.approx(2.4))
+    assert (found["pairs"], found["visits"]) == (6, 2)
+
+
+def test_a_run_comes_back_to_its_cases(tmp_path):
+    run = make_run(tmp_path, revisits=True)
+    released, broken = [], []
+    later = lambda x: F.softplus(x) * (1.001 if broken else 1.0)  # noqa: E731
+    cases = [softplus_case({"twin": F.softplus}), softplus_case({"scaled later": later})]
+    cases[1].key["op"] = "again"
+    run.cases("test", cases)
+    run.close(lambda: released.append(True))
+    once = {r["id"]: r for r in run.results.data["rows"]}
+    assert all(r["status"] == "ok" for r in once.values()) and not released and len(run.kept) == 2
+    broken.append(True)
+    run.revisit()
+    twice = {r["id"]: r for r in run.results.data["rows"]}
+    assert twice.keys() == once.keys() and released and not run.kept and not any(case.runners for case in cases)
+    twin = twice["test op=softplus / twin"]
+    assert twin["ratio"]["visits"] == 2 and "visits" not in once["test op=softplus / twin"]["ratio"]
+    assert twin["time_s"]["samples"] > once["test op=softplus / twin"]["time_s"]["samples"]
+    # right in the first visit and wrong in the second: no number stays
+    assert twice["test op=again / scaled later"]["status"] == "wrong"
+
+
+def test_backward_alone_is_timed_in_both_visits(tmp_path):
+    run = make_run(tmp_path, revisits=True)
+    run.cases("test", [kernels.bn_relu_dropout(run, (2, 8, 16), "backward", False, False)])
+    run.revisit()
+    found = run.results.data["rows"]
+    assert len(found) == 3 and [r["status"] for r in found] == ["ok"] * 3, [r.get("why") for r in found]
+    assert all(r["ratio"]["visits"] == 2 for r in found if not r["ours"])
+
+
+def test_quantiles():
+    assert harness.quantile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
+    assert harness.quantile([5.0], 0.99) == 5.0
+    s = harness.summary([1.0, 2.0, 3.0, 4.0, 5.0], 1)
+    assert s["median"] == s["p50"] == 3.0 and s["p20"] == pytest.approx(1.8) and s["min"] == 1.0
+
+
+def test_run_cut_off_keeps_its_rows_and_resumes(tmp_path):
+    def cases(later):
+        made = [softplus_case({"eager": F.softplus}) for _ in range(3)]
+        for i, case in enumerate(made):
+            case.key = {"op": f"softplus{i}"}
+        made[1].contenders = [*made[1].contenders, Contender("later", later)]
+        return made
+
+    def cut():
+        raise KeyboardInterrupt
+
+    run = make_run(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run.cases("test", [cases(None)[0]]), run.cases("test", cases(cut))
+    on_disk = json.loads(run.results.path.read_text())
+    assert {r["key"]["op"] for r in on_disk["rows"]} == {"softplus0"} and not on_disk["finished"]
+
+    header = {k: on_disk[k] for k in ("command", "machine")}
+    again = harness.Run(
+        CPU, torch.float32, "reference", True, harness.Results(run.results.path, header, resume=True), FAST
+    )
+    built = []
+    rows = again.cases("test", cases(lambda: built.append(1) or Runner(lambda: None, lambda: {})))
+    assert {r["key"]["op"] for r in rows} == {"softplus1", "softplus2"} and built == [1]
+    assert {r["key"]["op"] for r in json.loads(run.results.path.read_text())["rows"]} == {
+        "softplus0",
+        "softplus1",
+        "softplus2",
+    }
+    again.results.data["arguments"] = {"backend": "reference", "dtype": "None"}
+    again.results.write()
+    for other in (
+        header | {"machine": header["machine"] | {"commit": "another"}},
+        header | {"arguments": {"backend": "cpu", "dtype": "None"}},
+    ):
+        assert not harness.unfinished(run.results.path, other)
+        assert not harness.Results(run.results.path, other, resume=True).data["rows"]
+
+
+def test_deadline_stops_the_run(tmp_path):
+    run = make_run(tmp_path, deadline=0.0)
+    assert run.out_of_time() and run.cases("test", [softplus_case({})]) == []

@@ -1,0 +1,41 @@
+"""Bytes that a forward keeps for backward, however they are held."""
+
+from __future__ import annotations
+
+import torch
+from bench_runs import CPU
+
+from bench import memory
+
+
+class Keeper(torch.autograd.Function):
+    """Saves one tensor for backward, stashes another on itself, and lets a third go."""
+
+    stash: list = []
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x * 2)
+        Keeper.stash.append(torch.zeros(100))
+        return (x + torch.ones_like(x)).sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0]
+
+
+def test_kept_bytes_are_counted_however_held():
+    x = torch.randn(1000, requires_grad=True)
+    Keeper.stash.clear()
+    nbytes, births, loss = memory.kept(lambda: Keeper.apply(x), CPU)
+    assert nbytes == 4 * (1000 + 100 + 1)  # saved, stashed, the loss
+    assert births.peak >= 4 * 3000
+    loss.backward()
+    Keeper.stash.clear()
+
+
+def test_kept_bytes_of_a_plain_graph():
+    layer = torch.nn.Linear(8, 16, bias=False)
+    x = torch.randn(4, 8)
+    nbytes, _, _ = memory.kept(lambda: layer(x).relu().exp().sum(), CPU)
+    assert nbytes == 4 * (2 * 4 * 16 + 1)  # relu's and exp's outputs, and the loss; x and the weight are older

@@ -1,0 +1,118 @@
+"""Everything in nine minutes: the plan of `python -m bench gpu` is bounded, kept and resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+
+from bench_runs import ROOT, make_run, measured
+
+from bench import gpu, harness
+
+
+def endless_compiler(run):
+    while True:
+        time.sleep(0.01)
+
+
+def failing(run):
+    raise ValueError("no such kernel")
+
+
+def test_gpu_plan_is_bounded_written_as_it_goes_and_resumed(tmp_path, monkeypatch):
+    whole = gpu.BUDGET
+    plan = [
+        gpu.Part("first", whole, measured("a")),
+        gpu.Part("failing", whole, failing),
+        gpu.Part("compile", 0.1 * whole, endless_compiler),
+        gpu.Part("second", whole, measured("b")),
+        gpu.Part("endless too", whole, endless_compiler),
+        gpu.Part("last", whole, measured("c")),
+    ]
+    monkeypatch.setattr(gpu, "plan", lambda run: plan)
+    monkeypatch.setattr(gpu, "GOOD", 0.5)
+    monkeypatch.setattr(harness, "tidy", lambda device: None)  # a collection takes its time in a process full of tests
+    run = make_run(tmp_path)
+    gpu.main(run, time.monotonic() - run.started + 10.0)
+    parts = json.loads(run.results.path.read_text())["parts"]
+    assert parts == {
+        "first": "finished",
+        "failing": "failed: ValueError: no such kernel",
+        "compile": "cut off",  # by its own share of the time: the next one still had its turn
+        "second": "finished",
+        "endless too": "cut off",
+        "last": "no time left",
+    }
+
+    header = {k: run.results.data[k] for k in ("command", "machine")}
+    again = dataclasses.replace(
+        run, results=harness.Results(run.results.path, header, resume=True), started=time.monotonic()
+    )
+    plan[0] = gpu.Part("first", whole, failing)  # finished before: must not run again
+    plan[2] = gpu.Part("compile", whole, measured("compiled"))
+    plan[4] = gpu.Part("endless too", whole, measured("d"))
+    gpu.main(again)
+    on_disk = json.loads(run.results.path.read_text())
+    assert {title for title, how in on_disk["parts"].items() if how != "finished"} == {"failing"}
+    assert {r["key"]["op"] for r in on_disk["rows"]} == {"a", "b", "c", "d", "compiled"}
+
+
+def test_a_part_that_was_cut_off_goes_on_when_the_others_are_done(tmp_path, monkeypatch):
+    calls = []
+
+    def slow_at_first(run):
+        calls.append(run.deadline - time.monotonic())
+        if len(calls) == 1:
+            endless_compiler(run)
+        measured("slow")(run)
+
+    plan = [gpu.Part("slow", 0.05 * gpu.BUDGET, slow_at_first), gpu.Part("other", gpu.BUDGET, measured("other"))]
+    monkeypatch.setattr(gpu, "plan", lambda run: plan)
+    monkeypatch.setattr(gpu, "GOOD", 0.1)
+    run = make_run(tmp_path)
+    gpu.main(run, time.monotonic() - run.started + 20.0)
+    data = json.loads(run.results.path.read_text())
+    assert data["parts"] == {"slow": "finished", "other": "finished"}
+    assert [r["key"]["op"] for r in data["rows"]][::2] == ["other", "slow"]
+    assert calls[0] < 1.5 < calls[1]
+
+
+def test_the_self_check_s_verdict_is_in_the_result(tmp_path, monkeypatch):
+    from jasper_fast import selfcheck
+
+    row = {"op": "conv1d", "face": "triton", "function": "forward", "variant": "", "configuration": "t128", "id": "1"}
+    row |= {"shape": "(1, 2, 3)", "dtype": "float16", "detail": "error 2.0", "status": "wrong"}
+
+    def supervise(device, quick, report):
+        report.planned, report.found = [row], {row["id"]: row}
+
+    monkeypatch.setattr(selfcheck, "supervise", supervise)
+    monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
+    run = make_run(tmp_path)
+    gpu.selfcheck(run, quick=True)
+    told = json.loads(run.results.path.read_text())["selfcheck"]
+    assert told["verdicts"][0]["quick"] and told["verdicts"][0]["status"] == "bad"
+    assert "error 2.0" in told["failures"][0]
+
+
+def test_gpu_run_killed_in_the_middle_leaves_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
+    command = [sys.executable, "-m", "bench", "gpu", "--device", "cpu", "--quick", "--backend", "reference"]
+    process = subprocess.Popen([*command, "--out", str(tmp_path)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and not any(
+            json.loads(p.read_text())["rows"] for p in tmp_path.glob("gpu_*.json")
+        ):
+            time.sleep(0.05)
+        assert process.poll() is None, "it ended before it could be killed"
+    finally:
+        process.kill()
+        process.wait()
+    (path,) = tmp_path.glob("gpu_*.json")
+    data = json.loads(path.read_text())
+    assert data["rows"] and data["limits"] and not data["finished"]
+    assert all(row["status"] == "ok" for row in data["rows"]), [row.get("why") for row in data["rows"]]
+    assert harness.unfinished(path, data)

@@ -1,0 +1,96 @@
+"""A real result of the command line: how to repeat it, its page, the README's table."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from bench_runs import goal_rows
+
+from bench import __main__ as cli
+from bench import kernels, report
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """A real, tiny run of the command line."""
+    out = tmp_path_factory.mktemp("bench")
+    shapes, kernels.CPU_SHAPES = kernels.CPU_SHAPES, ((2, 8, 40), (2, 16, 40))
+    try:
+        arguments = [
+            "kernels",
+            "--op",
+            "bn_relu_dropout",
+            "--device",
+            "cpu",
+            "--quick",
+            "--backend",
+            "reference",
+            "--seconds",
+            "0.05",
+        ]
+        assert cli.main([*arguments, "--out", str(out)]) == 0
+    finally:
+        kernels.CPU_SHAPES = shapes
+    (path,) = out.glob("kernels_*.json")
+    return path
+
+
+def test_result_says_how_to_repeat_it(result):
+    data = json.loads(result.read_text())
+    assert data["finished"] and data["schema"] == 1
+    assert data["machine"]["packages"]["torch"] and data["machine"]["threads"] and data["machine"]["cpu"]["cores"]
+    assert data["limits"]["matmul_flops_per_s"]["float32"] > 1e9 and data["limits"]["copy_bytes_per_s"] > 1e8
+    for row in data["rows"]:
+        assert row["status"] == "ok" and row["limit"]["share"] > 0 and row["time_s"]["samples"] >= 3, row
+    assert len({row["id"] for row in data["rows"]}) == len(data["rows"]) == 9
+
+
+def test_report_is_one_page_that_needs_nothing_else(result, tmp_path):
+    page = tmp_path / "page.html"
+    assert cli.main(["report", str(result), str(result), "--html", str(page)]) == 0
+    html = page.read_text()
+    assert not re.search(r'(?:src|href)="|url\(|@import|https?://', html)
+    for part in (
+        "<svg",
+        "viewport",
+        "prefers-color-scheme: dark",
+        "Comparison",
+        "Every timed row",
+        "Not measured here",
+    ):
+        assert part in html
+    assert html.count("<table>") == html.count("</table>") and html.count("<svg") == html.count("</svg>")
+    assert "nan" not in re.findall(r'="([^"]*)"', html)
+
+
+def test_report_refuses_what_is_no_result(tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text("[]")
+    with pytest.raises(SystemExit, match="not a result"):
+        report.main([other], None, False)
+
+
+def test_readme_table_goes_between_its_markers(result, tmp_path):
+    data = json.loads(result.read_text())
+    data["rows"] = goal_rows()
+    path, readme = tmp_path / "r.json", tmp_path / "README.md"
+    path.write_text(json.dumps(data))
+    readme.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
+    assert report.write_readme([path], readme) == 0
+    once = readme.read_text()
+    assert once.startswith("above\n") and once.endswith("\nbelow\n") and "old" not in once
+    assert once.count("\n|---") == 1 and "4.50x [4.40, 4.60]" in once and "0.30 of eager's" in once
+    report.write_readme([path], readme)
+    assert readme.read_text() == once
+    readme.write_text("no markers")
+    with pytest.raises(SystemExit, match="markers"):
+        report.write_readme([path], readme)
+
+
+@pytest.mark.parametrize("command", [*cli.SUBCOMMANDS, "compile", "report"])
+def test_every_subcommand_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0 and "--" in capsys.readouterr().out
