@@ -69,10 +69,14 @@ def _backward(g, xs, weights, gammas, pane_mean, pane_var, rows, eps, group):
         y = _centred(x @ w.T, pane_mean[k])
         dgamma = (g * y).sum(0).mul_(rstd)
         slope = sync.all_reduce(dgamma.clone(), group).mul_(rstd) / m
-        u = torch.addcmul(centred, y, slope, value=-1, out=y).to(x.dtype)
-        a = (gamma * rstd)[:, None]  # scales the weight and its gradient, rather than every row of u
-        dxs.append((u @ (a * weight.flatten(1)).to(x.dtype)).view(n, t, -1).transpose(1, 2))
-        dweights.append((a * product(u.T, x)).to(weight.dtype).view(weight.shape))
+        u, a = torch.addcmul(centred, y, slope, value=-1, out=y), gamma * rstd
+        if x.dtype == wide:  # a scales the weight and its gradient, rather than every row of u
+            dx, dw = u @ (a[:, None] * weight.flatten(1)).to(x.dtype), a[:, None] * product(u.T, x)
+        else:  # g has 16 bits and u is near it: rounded before the scale, u would be g again, without what is taken off
+            u = torch.mul(u, a, out=u.new_empty(u.shape, dtype=x.dtype))
+            dx, dw = u @ w, product(u.T, x)
+        dxs.append(dx.view(n, t, -1).transpose(1, 2))
+        dweights.append(dw.to(weight.dtype).view(weight.shape))
         dgammas.append(dgamma)
     return dxs, dweights, dgammas, dbeta
 
