@@ -7,6 +7,7 @@ architecture has, lost its tensor cores or its asynchronous copies, or differs f
 import argparse
 import concurrent.futures
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -105,27 +106,29 @@ def _launches(arch: int, dtype: str) -> Iterator[tuple[str, str, object]]:
     from jasper_fast.kernels.bn_relu_dropout import triton_impl as bn
     from jasper_fast.kernels.conv1d import triton_sources as conv1d
 
-    exact, tma = getattr(torch, dtype), arch >= 90
+    number, tma = getattr(torch, dtype), arch >= 90
+    exacts = (False, True) if number == torch.float32 else (False,)  # TF32 or not, as the user has set PyTorch
     wide = sorted(layers(), key=lambda a: (-a.C_in, -a.C_out, a.K))
     first, last = next(a for a in wide if a.first), next(a for a in wide if a.head)
-    for T, masks in [(T, True) for T in FRAMES] + [(FRAMES[0], False)]:
+    lengths = [(T, True) for T in FRAMES] + [(FRAMES[0], False)]
+    for (T, masks), exact in itertools.product(lengths, exacts):
         for a in wide:
             name = f"{a.C_in}->{a.C_out} T{T}"
             if a.head:  # it trains through ATen
                 continue
-            how = {"taps": a.K, "stride": a.stride, "masks": masks}
+            how = {"taps": a.K, "stride": a.stride, "masks": masks, "exact": exact}
             for odd in (False, True) if a.first and tma else (False,):  # no descriptor has an odd T at stride 2
-                for source in conv1d.sources(exact, a.C_in, a.C_out, T, descriptors=tma and not odd, **how):
+                for source in conv1d.sources(number, a.C_in, a.C_out, T, descriptors=tma and not odd, **how):
                     if not a.first:
                         yield f"conv1d {source.name}", name, source
-                    elif source.name.removesuffix(" no masks") in TRAINED_FIRST:
+                    elif source.name.removesuffix(conv1d.EXACT).removesuffix(" no masks") in TRAINED_FIRST:
                         yield f"conv1d {source.name}", f"{name} s{a.stride}" + (" odd T" if odd else ""), source
-        ends = (exact, first.C_out, last.C_in, last.C_out, T)
-        for source in conv1d.first_and_last(*ends, descriptors=tma, masks=masks):
+        ends = (number, first.C_out, last.C_in, last.C_out, T)
+        for source in conv1d.first_and_last(*ends, descriptors=tma, masks=masks, exact=exact):
             at = first if source.name.startswith("first") else last
             yield f"conv1d {source.name}", f"{at.C_in}->{at.C_out} T{T}" + (" s2" if at is first else ""), source
     for C in sorted({a.C_in for a in wide if not a.first}, reverse=True):
-        for source in bn.sources(exact, C):
+        for source in bn.sources(number, C):
             yield f"bn_relu_dropout {source.name}", f"C{C}", source
     yield from _measured(arch, dtype)
 
@@ -147,10 +150,11 @@ def _measured(arch: int, dtype: str) -> Iterator[tuple[str, str, object]]:
             op, names = TUNED[tuned]
             shape = (getattr(torch, dtype), row.c_in, row.c_out, max(1, (1 << row.rows_log2) // 32))
             how = {"taps": row.taps, "stride": row.stride, "descriptors": arch >= 90}
-            for source in conv1d.sources(*shape, **how, tiles={op: Tile(**row.tile)}):
-                if re.fullmatch(names, source.name):
-                    stride = f" s{row.stride}" if row.stride > 1 else ""
-                    yield f"conv1d {source.name}", f"{row.c_in}->{row.c_out} {path.stem}{stride}", source
+            stride = f" s{row.stride}" if row.stride > 1 else ""
+            for exact in (False, True) if dtype == "float32" else (False,):
+                for source in conv1d.sources(*shape, **how, exact=exact, tiles={op: Tile(**row.tile)}):
+                    if re.fullmatch(names, source.name.removesuffix(conv1d.EXACT)):
+                        yield f"conv1d {source.name}", f"{row.c_in}->{row.c_out} {path.stem}{stride}", source
 
 
 # ------------------------------------------------------------------ compiling
@@ -224,14 +228,18 @@ def _shared(job: Job, facts: dict) -> str | None:
     return f"{facts['shared']} bytes a block, the architecture has {limit}" if facts["shared"] > limit else None
 
 
-def _multiplies(job: Job, facts: dict) -> bool:
-    """Whether the kernel has matrix products that tensor cores can do: 16 bits, or fp32 as TF32."""
-    exact = job.dtype == "float32" and job.source.constants.get("PRECISION") == "ieee"
-    return facts["dots"] > 0 and not exact
+def _exact(job: Job) -> bool:
+    """Whether the kernel's products are fp32 as they are, which no tensor core does."""
+    return job.dtype == "float32" and job.source.constants.get("PRECISION") == "ieee"
+
+
+def _exact_products(job: Job, facts: dict) -> str | None:
+    rounded = sum(facts[unit] for unit in ("wgmma", "mma_sync", "tcgen05"))
+    return f"{rounded} tensor-core instructions: they round fp32 to TF32" if _exact(job) and rounded else None
 
 
 def _tensor_cores(job: Job, facts: dict) -> str | None:
-    if not _multiplies(job, facts):
+    if not facts["dots"] or _exact(job):
         return None
     # of fp32 there are smaller tiles, which do not fill a warp group's instruction
     whole = facts["dot_rows"] >= 64 or job.dtype != "float32"
@@ -275,6 +283,7 @@ RULES = (
     Rule("no spill", _spill),
     Rule("shared memory fits", _shared),
     Rule("tensor cores", _tensor_cores),
+    Rule("exact fp32", _exact_products),
     Rule("asynchronous copies", _asynchronous),
     Rule("no 16-bit scalar loads", _narrow),
     Rule(

@@ -61,6 +61,9 @@ def test_good_kernels_break_no_rule():
         ("tensor cores", job(80), AMPERE | {"mma_sync": 0}),
         ("tensor cores", job(89, "float32", PRECISION="tf32"), AMPERE | {"mma_sync": 0}),
         ("tensor cores", job(100), GOOD),
+        ("exact fp32", job(80, "float32", PRECISION="ieee"), AMPERE),
+        ("exact fp32", job(90, "float32", PRECISION="ieee"), GOOD),
+        ("exact fp32", job(100, "float32", PRECISION="ieee"), GOOD | {"wgmma": 0, "tcgen05": 16}),
         ("asynchronous copies", job(), GOOD | {"tma": 0}),
         ("asynchronous copies", job(100), GOOD | {"wgmma": 0, "tcgen05": 16, "tma": 0}),
         ("asynchronous copies", job(89), AMPERE | {"cp_async": 0}),
@@ -73,6 +76,20 @@ def test_good_kernels_break_no_rule():
 )
 def test_a_broken_rule_is_named(rule, of, facts):
     assert set(complaints(of, facts)) == {rule}
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_every_fp32_product_has_a_row_rounded_to_tf32_and_an_exact_one(arch):
+    """Under either setting of PyTorch dispatch launches the same kernels."""
+    found = {"tf32": set(), "ieee": set()}
+    for kernel, layer, source in gate._launches(arch, "float32"):
+        if "PRECISION" in source.constants:
+            precision = source.constants["PRECISION"]
+            assert kernel.endswith(" ieee") == (precision == "ieee")
+            own = ("PRECISION", "BLOCK_T")  # exact inference takes fewer frames a program
+            others = sorted((k, repr(v)) for k, v in source.constants.items() if k not in own)
+            found[precision].add((kernel.removesuffix(" ieee"), layer.split(" T")[0], tuple(others)))
+    assert found["ieee"] and found["ieee"] == found["tf32"]
 
 
 def test_rules_spare_only_what_they_say():

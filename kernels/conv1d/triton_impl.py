@@ -45,8 +45,8 @@ class Workspace:
     """
 
     def __init__(self, device: torch.device | str) -> None:
-        self.device = torch.device(device)
         self.part = torch.empty(0, dtype=torch.float32, device=device)
+        self.device = self.part.device  # with its index, whatever device is the current one later
         self.arrived = torch.zeros(0, dtype=torch.int32, device=device)
 
     def reserve(self, elements: int, tiles: int) -> None:
@@ -130,6 +130,7 @@ def _forward(x, weight, stride, padding, dilation, lengths, packed, clean, stats
     tile = triton_tiles.choose(op, x.device, x.dtype, Shape(c_in, w.c_out, w.taps, stride, dilation, n * t_out), t_out)
     t_blocks = triton.cdiv(t_out, tile.t)
     y = empty_ntc(n, w.c_out, t_out, like=x)
+    _check_offsets(y)
     part_mean, part_m2 = _vectors(x, 2, n * t_blocks, w.c_out) if stats else (None, None)
     vec_in, (groups, x_row, x_item) = _sizes(x.transpose(1, 2))
     vec_out, (_, y_row, y_item) = _sizes(y.transpose(1, 2))
@@ -245,6 +246,7 @@ def wgrad(
     """dweight (C_out, C_in, K = `k`), in `dtype` (default: that of `x`), of `x` (N, C_in, T), zero at t >= `lengths`
     (N,), and `dy` (N, C_out, T'), both dense in NTC memory; clean: as in `forward`."""
     _check(x, dy)
+    _check_offsets(dy)
     n, c_in, t = x.shape
     c_out, t_out = dy.shape[1:]
     if dy.shape[0] != n or t_out != _out_frames(t, k, stride, padding, dilation):
@@ -333,9 +335,12 @@ def fused(
         _check(x2, packed2.data)
         if x2.shape != (n, t_out, packed2.c_in) or packed2.taps != 1 or packed2.c_out != w.c_out:
             raise ValueError(f"x2 {tuple(x2.shape)} and its weight do not fit an output of {(n, t_out, w.c_out)}")
-    tile = triton_tiles.choose(
-        "fused", x.device, w.data.dtype, Shape(c_in, w.c_out, w.taps, stride, dilation, n * t_out), t_out
-    )
+    _check_offsets(x, x2, out)
+    if workspace is not None and workspace.device != x.device:
+        raise ValueError(f"the workspace is on {workspace.device}, x on {x.device}: make one for each device")
+    shape = Shape(c_in, w.c_out, w.taps, stride, dilation, n * t_out)
+    exact = _arithmetic(w.data)["PRECISION"] == "ieee"
+    tile = triton_tiles.choose("fused", x.device, w.data.dtype, shape, t_out, exact)
     if log_softmax:
         if w.c_out > SOFTMAX_MAX:
             raise ValueError(f"log-softmax in the kernel takes up to {SOFTMAX_MAX} channels, got {w.c_out}")
@@ -437,8 +442,16 @@ def _check(x: Tensor, other: Tensor) -> None:
         raise TypeError(f"the triton face takes fp32, fp16 or bf16, all alike, got {x.dtype} and {other.dtype}")
     if x.numel() == 0:
         raise ValueError(f"x has no elements: shape {tuple(x.shape)}")
-    if x[0].numel() >= 1 << 31:
-        raise ValueError(f"one utterance of shape {tuple(x.shape[1:])} exceeds 32-bit offsets")
+    _check_offsets(x)
+
+
+def _check_offsets(*tensors: Tensor | None) -> None:
+    """Raises ValueError where an element of an utterance lies 2^31 or more from its first: in the kernels offsets
+    within an utterance have 32 bits."""
+    for x in tensors:
+        if x is not None and sum((s - 1) * d for s, d in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 1 << 31:
+            said = f"shape {tuple(x.shape[1:])}, strides {x.stride()[1:]}"
+            raise ValueError(f"one utterance of {said} exceeds 32-bit offsets: cut it into shorter ones")
 
 
 def _sizes(x: Tensor) -> tuple[int, tuple[int, int, int]]:

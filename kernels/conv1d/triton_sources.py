@@ -16,6 +16,7 @@ from jasper_fast.kernels.conv1d.triton_pack import PAD_OUT, conv1d_pack_kernel
 from jasper_fast.kernels.conv1d.triton_tiles import MERGE_C, MERGE_G, Shape, Tile
 from jasper_fast.kernels.conv1d.triton_wgrad import conv1d_wgrad_kernel, conv1d_wgrad_merge_kernel
 
+EXACT = " ieee"  # ends the names of kernels with exact fp32 products
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _ACTIVATIONS = ("x_ptr", "w_ptr", "x2_ptr", "w2_ptr", "y_ptr", "z_ptr", "dy_ptr", "g_ptr", "pack_ptr")
 _INT64 = ("lengths_ptr", "in_lengths_ptr", "out_lengths_ptr", "lengths_out_ptr", "seed_ptr")
@@ -46,21 +47,23 @@ def sources(
     stride: int = 1,
     descriptors: bool = False,
     masks: bool = True,
+    exact: bool = False,
     tiles: dict[str, Tile] | None = None,
 ) -> Iterator[aot.Source]:
     """The kernels of one layer's shape in every combination of flags that training and inference launch.
 
-    descriptors: as sm_90 and later launch them; masks: of a model with conv masks; tiles: by op ("forward", "dgrad",
-    "wgrad", "fused"), where they are not to be the default ones.
+    descriptors: as sm_90 and later launch them; masks: of a model with conv masks; exact: fp32 products as they are,
+    not rounded to TF32; tiles: by op ("forward", "dgrad", "wgrad", "fused"), where they are not to be the default ones.
     """
     descriptors = descriptors and dtype.itemsize == 2
     shape = Shape(c_in, c_out, taps, stride, 1, 32 * t_out)
-    tile = {op: (tiles or {}).get(op) or triton_tiles.default(op, dtype, shape, t_out) for op in _KERNELS}
+    tile = {op: (tiles or {}).get(op) or triton_tiles.default(op, dtype, shape, t_out, exact) for op in _KERNELS}
     vec_in, vec_out = _vec(c_in), _vec(c_out)
+    told = ("" if masks else " no masks") + (EXACT if exact else "")
 
     def conv(name: str, op: str, *flags: str, **more: object) -> aot.Source:
         flags = (*flags, *(_MASKS[op] if masks else ()))
-        return _source(name + ("" if masks else " no masks"), _KERNELS[op], dtype, tile[op], descriptors, flags, **more)
+        return _source(name + told, _KERNELS[op], dtype, tile[op], descriptors, flags, exact, **more)
 
     ends = {"VEC_IN": vec_in, "VEC_OUT": vec_out, "PAD": PAD_OUT, "STRIDE": stride}
     yield conv("forward", "forward", **ends)
@@ -95,25 +98,29 @@ def first_and_last(
     *,
     descriptors: bool = False,
     masks: bool = True,
+    exact: bool = False,
 ) -> Iterator[aot.Source]:
     """The network's first conv, over (N, C, T) fp32 features, to `c_first` channels, and its last, over `c_last`
-    channels, with log-softmax of `symbols`."""
+    channels, with log-softmax of `symbols`; the options are those of `sources`."""
     descriptors = descriptors and dtype.itemsize == 2
-    tile = triton_tiles.default("fused", dtype, Shape(64, c_first, 11, 2, 1, 32 * t_out), t_out)
+    tile = triton_tiles.default("fused", dtype, Shape(64, c_first, 11, 2, 1, 32 * t_out), t_out, exact)
     flags = ("HAS_IN_LENGTHS", "HAS_LENGTHS_OUT", "HAS_BIAS", "HAS_RELU", "IS_NCT")
     told, flags = ("", (*flags, "HAS_MASK")) if masks else (" no masks", flags)
+    end = EXACT if exact else ""
     ends = {"VEC_IN": 1, "VEC_OUT": _vec(c_first), "VEC_2": 1, "PAD": PAD_OUT, "STRIDE": 2}
     features = {"x_ptr": "*fp32", "x_desc": None}
     for width in triton_tiles.narrower(tile, dtype):
-        yield _source(f"first{told}", conv1d_fused_kernel, dtype, width, descriptors, flags, **features, **ends)
+        name = f"first{told}{end}"
+        yield _source(name, conv1d_fused_kernel, dtype, width, descriptors, flags, exact, **features, **ends)
     if not masks:  # the last conv masks nothing anyway
         return
-    tile = triton_tiles.default("fused", dtype, Shape(c_last, symbols, 1, 1, 1, 32 * t_out), t_out)
+    tile = triton_tiles.default("fused", dtype, Shape(c_last, symbols, 1, 1, 1, 32 * t_out), t_out, exact)
     tile = tile._replace(n=max(16, triton.next_power_of_2(symbols)))
     flags = ("HAS_IN_LENGTHS", "HAS_LENGTHS_OUT", "HAS_BIAS", "HAS_LOG_SOFTMAX")
     ends = {"VEC_IN": _vec(c_last), "VEC_OUT": _vec(symbols), "VEC_2": 1, "PAD": PAD_OUT, "STRIDE": 1}
     for name, splits in (("last", ()), ("last split", ("HAS_SPLITS",))):
-        yield _source(name, conv1d_fused_kernel, dtype, tile, descriptors, (*flags, *splits), z_ptr="*fp32", **ends)
+        last = (*flags, *splits)
+        yield _source(name + end, conv1d_fused_kernel, dtype, tile, descriptors, last, exact, z_ptr="*fp32", **ends)
 
 
 # what a model with conv masks adds to the flags of a launch
@@ -134,6 +141,7 @@ def _source(
     tile: Tile,
     descriptors: bool,
     flags: tuple[str, ...],
+    exact: bool = False,
     **given: object,
 ) -> aot.Source:
     """`given`: values of constexprs, and types ("*fp32") of arguments that differ from the dtype's."""
@@ -150,7 +158,7 @@ def _source(
     absent = {a: None for flag, arguments in _OPTIONAL.items() if not on.get(flag, True) for a in arguments}
     if kernel is not conv1d_dgrad_kernel:  # there y_ptr belongs to the batch norm; elsewhere it is the output
         absent.pop("y_ptr", None)
-    constants = {"UPCAST": False, "PRECISION": "tf32" if dtype == torch.float32 else "ieee"}
+    constants = {"UPCAST": False, "PRECISION": "tf32" if dtype == torch.float32 and not exact else "ieee"}
     if kernel is conv1d_wgrad_kernel:
         constants |= {"BLOCK_T": tile.t, "BLOCK_I": tile.n, "BLOCK_O": tile.k}
     else:

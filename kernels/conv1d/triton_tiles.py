@@ -45,17 +45,20 @@ class Shape(NamedTuple):
     rows: int
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, shape: Shape, frames: int) -> Tile:
+def choose(op: str, device: torch.device, dtype: torch.dtype, shape: Shape, frames: int, exact: bool = False) -> Tile:
     """The measured tile of `op` ("forward", "dgrad", ...) on this GPU where the table has one, else the default."""
     row = tables.lookup(f"conv1d.{op}", device, dtype, **shape._asdict())
     if row is not None:
         return Tile(**row.tile)
-    return default(op, dtype, shape, frames)
+    return default(op, dtype, shape, frames, exact)
 
 
 @functools.lru_cache(maxsize=4096)
-def default(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> Tile:
-    """A sound tile for `frames` output frames an utterance where nothing was measured."""
+def default(op: str, dtype: torch.dtype, shape: Shape, frames: int, exact: bool = False) -> Tile:
+    """A sound tile for `frames` output frames an utterance where nothing was measured.
+
+    exact: fp32 products are not rounded to TF32, which takes more registers.
+    """
     wide = dtype.itemsize == 2
     if op == "wgrad":
         side = 128 if wide else 64
@@ -67,6 +70,8 @@ def default(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> Tile:
     t = 128 if wide and frames > 64 else 64 if wide or frames > 32 else 32  # wgmma takes no fewer than 64
     if op == "fused" and shape.stride > 1:
         t = min(t, 64)  # the network's first kernel spills at 128
+    if op == "fused" and exact and not wide:
+        t = 32  # shared reductions spill at 64: with 4 warps on sm_86, with 8 on sm_100
     n, k = _fit(out, 16, 128 if wide else 64), _fit(reduced, 16, 64 if wide else 32)
     small = op == "fused" and not wide and t * n < 64 * 64  # with 4 warps some spill: panes on sm_100, the last conv
     warps = 8 if small else _warps(t * n)

@@ -1,0 +1,83 @@
+"""What the Triton convs refuse before a launch: utterances beyond 32-bit offsets, and scratch of another device.
+
+Tensors on the meta device have sizes and strides, but no memory.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from jasper_fast.kernels import launch
+from jasper_fast.kernels.conv1d import triton_impl
+from jasper_fast.kernels.layout import empty_ntc
+
+HALF = torch.float16
+FRAMES = 1 << 22  # by 512 channels: 2^31
+
+
+@pytest.fixture(autouse=True)
+def launched(monkeypatch) -> list[str]:
+    """The names of launches, none of which happens."""
+    names: list[str] = []
+    monkeypatch.setattr(launch, "run", lambda kernel, *args, **meta: names.append(kernel.__name__))
+    return names
+
+
+def made(n: int, c: int, t: int) -> torch.Tensor:
+    return empty_ntc(n, c, t, like=torch.empty(0, dtype=HALF, device="meta"))
+
+
+def weight(c_out: int, c_in: int, taps: int = 1) -> torch.Tensor:
+    return torch.empty(c_out, c_in, taps, dtype=HALF, device="meta")
+
+
+def refused():
+    return pytest.raises(ValueError, match="exceeds 32-bit offsets: cut it into shorter ones")
+
+
+def test_an_output_wider_than_its_input_is_refused_where_it_alone_is_too_long(launched):
+    packed = torch.empty(triton_impl.packed_shape(weight(528, 16)), dtype=HALF, device="meta")
+    with refused():
+        triton_impl.forward(made(1, 16, FRAMES), weight(528, 16), 1, 0, 1, packed=packed)
+    with refused():
+        triton_impl.wgrad(made(1, 16, FRAMES), made(1, 528, FRAMES), 1, 1, 0, 1)
+    with refused():
+        triton_impl.dgrad(made(1, 528, FRAMES), weight(528, 16), FRAMES, 1, 0, 1, packed=packed)
+    assert not launched
+
+
+def test_many_utterances_may_be_longer_than_that_together(launched):
+    triton_impl.wgrad(made(8, 16, FRAMES // 4), made(8, 528, FRAMES // 4), 1, 1, 0, 1)
+    assert "conv1d_wgrad_kernel" in launched
+
+
+@pytest.mark.parametrize("place", ["x", "x2", "out"])
+def test_a_slice_of_a_wide_history_buffer_is_judged_by_its_strides(launched, place):
+    """16 channels of each frame of a buffer of 1024: few elements, far from each other."""
+    frames = (1 << 21) + 1
+    history = torch.empty(1, frames, 1024, dtype=HALF, device="meta")[:, :, :16]
+    given = {name: torch.empty(1, frames, 16, dtype=HALF, device="meta") for name in ("x", "x2", "out")}
+    pack = triton_impl.Packed(torch.empty(1, 16, 16, dtype=HALF, device="meta"), 16, 16, 1)
+
+    def call(frames: int) -> None:
+        cut = {name: x[:, :frames] for name, x in (given | {place: history}).items()}
+        triton_impl.fused(cut.pop("x"), pack, packed2=pack, **cut)
+
+    with refused():
+        call(frames)
+    assert not launched
+    call(frames - 1)  # its last row begins 1024 elements earlier
+    assert launched == ["conv1d_fused_kernel"]
+
+
+def test_a_workspace_of_another_device_is_refused(launched):
+    pack = triton_impl.Packed(torch.empty(1, 16, 16, dtype=HALF, device="meta"), 16, 16, 1)
+    x = torch.empty(1, 9, 16, dtype=HALF, device="meta")
+    with pytest.raises(ValueError, match="the workspace is on cpu, x on meta: make one for each device"):
+        triton_impl.fused(x, pack, workspace=triton_impl.Workspace("cpu"))
+    assert not launched
+    triton_impl.fused(x, pack, workspace=triton_impl.Workspace("meta"))
+    assert launched == ["conv1d_fused_kernel"]
