@@ -1,0 +1,113 @@
+"""Jasper under torch.compile's own compiler, Inductor, and under torch.export: a small network beside itself as it is.
+
+tests/test_model.py compiles with aot_eager, which traces as Inductor does but fuses, reorders and frees nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import pytest
+import torch
+from close import assert_close
+from test_model import batch, config, pair, valid_rows
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from jasper_fast import Jasper
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor writes C++: install g++")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """No graph of another test, and PyTorch's own random numbers, so that both sides drop the same elements."""
+    import torch._inductor.config as inductor
+
+    torch._dynamo.reset()  # its limit of recompilations counts those of other tests
+    with inductor.patch(fallback_random=True):
+        yield
+    torch._dynamo.reset()
+
+
+def lengths_of(frames: int) -> torch.Tensor:
+    return torch.tensor([frames, frames // 2, 13])
+
+
+def step(model: Jasper, run, frames: int, low: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Loss, gradients and running statistics of one training step of `model`, called as `run`; dropout on."""
+    torch.manual_seed(frames)
+    model.zero_grad()
+    features, lengths = torch.randn(3, 8, frames), lengths_of(frames)
+    torch.manual_seed(8)
+    with torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None):
+        log_probs, out = run(features, lengths)
+    loss = log_probs[valid_rows(log_probs, out)].square().mean()
+    loss.backward()
+    found = {"loss": loss.detach()} | {f"grad {k}": p.grad.clone() for k, p in model.named_parameters()}
+    return found | {k: v.clone() for k, v in model.named_buffers() if v.is_floating_point()}
+
+
+def twin(model: Jasper) -> Jasper:
+    return copy.deepcopy(model)
+
+
+@pytest.mark.parametrize(("backend", "panes"), [("cpu", "plain"), ("cpu", "gram")])
+def test_a_compiled_step_equals_an_uncompiled_one_at_every_length(backend, panes):
+    """Loss, gradients and running statistics in fp32; a second length compiles once more, for any length."""
+    _, plain = pair(config(dropout=0.2), backend, panes=panes)
+    ours, counter = twin(plain), CompileCounterWithBackend("inductor")
+    run, graphs = torch.compile(ours, backend=counter, fullgraph=True), []
+    for frames in (61, 75, 90, 43):
+        want, got = step(plain.train(), plain, frames, None), step(ours.train(), run, frames, None)
+        graphs.append(counter.frame_count)
+        for name, value in want.items():
+            atol = 1e-5 * value.abs().max().item()
+            torch.testing.assert_close(got[name], value, atol=atol, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert graphs == [1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_compiled_step_under_autocast_is_as_good_as_an_uncompiled_one(backend):
+    """bf16: Inductor fuses and so rounds less often; beside fp32 it may be off by what the uncompiled step is."""
+    _, exact = pair(config(dropout=0.2), backend)
+    plain, ours = twin(exact), twin(exact)
+    ref = step(exact.train(), exact, 61, None)
+    low = step(plain.train(), plain, 61, torch.bfloat16)
+    got = step(ours.train(), torch.compile(ours, backend="inductor", fullgraph=True), 61, torch.bfloat16)
+    for kind in ("loss", "grad", "running"):
+        names = [k for k in low if kind in k]
+        assert names
+        of = lambda found, names=names: torch.cat([found[k].flatten() for k in names])  # noqa: E731
+        assert_close(kind, of(got).bfloat16(), of(low).bfloat16(), of(ref))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_compiled_inference_equals_uncompiled(backend):
+    _, ours = pair(config(), backend)
+    counter = CompileCounterWithBackend("inductor")
+    run = torch.compile(ours.eval(), backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for frames in (61, 75, 90):
+            torch.manual_seed(frames)
+            features, lengths = torch.randn(3, 8, frames), lengths_of(frames)
+            (want, want_out), (got, out) = ours(features, lengths), run(features, lengths)
+            assert torch.equal(out, want_out)
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_an_exported_model_serves_other_batches_and_lengths(backend, tmp_path):
+    """Saved and loaded, too: the ops are found by name."""
+    _, ours = pair(config(), backend)
+    n, t = torch.export.Dim("n", min=2, max=64), torch.export.Dim("t", min=32, max=4096)
+    shapes = {"features": {0: n, 2: t}, "lengths": {0: n}}
+    with torch.no_grad():
+        program = torch.export.export(ours.eval(), batch(), dynamic_shapes=shapes)
+        torch.export.save(program, tmp_path / "jasper.pt2")
+        served = torch.export.load(tmp_path / "jasper.pt2").module()
+        for features, lengths in (batch(), (torch.randn(2, 8, 90), torch.tensor([90, 7]))):
+            (want, want_out), (got, out) = ours(features, lengths), served(features, lengths)
+            assert torch.equal(out, want_out)
+            torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
