@@ -4,7 +4,7 @@ Legend: N batch, C channels, T frames, K taps, M = N*T rows. A multiply-add is t
 passes of the best kernels here move (kernels/README.md), every operand once a pass; vectors of length C do not count.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 # Passes over a training norm's y, by where it stands. Its statistics come with y from the conv before. "inner", within
@@ -144,6 +144,13 @@ def sub_block_bytes(conv: Conv, itemsize: int, mode: str, *, statistics: bool = 
     tensors["both"] = tensors["forward"] + tensors["backward"]
     directions = {"forward": 1, "backward": 2, "both": 3}
     return directions[mode] * conv.nbytes(itemsize) + tensors[mode] * conv.input * itemsize
+
+
+def panes_bytes(panes: Sequence[Conv], itemsize: int, mode: str) -> int:
+    """Training traffic of a block's panes: every direction moves each input and weight once, and the sum of the panes
+    or its gradient once. No pane's output is a tensor, and no pass is there for statistics (NORM_PASSES)."""
+    directions = {"forward": 1, "backward": 2, "both": 3}
+    return directions[mode] * itemsize * (sum(_moved(pane) for pane in panes) + panes[0].output)
 
 
 def bn_relu_dropout_flops(N: int, C: int, T: int, mode: str) -> int:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from bench import harness, kernels, latency, launches, memory, sub_blocks, train, warm
+from bench import harness, kernels, latency, launches, memory, panes, sub_blocks, train, warm
 from bench.harness import DeviceLost, OutOfTime, Run, console
 from bench.machine import ROOT
 
@@ -66,6 +66,7 @@ def plan(run: Run) -> list[Part]:
                     sub_blocks.layer_cases(r, "sub_block", 2, 64, layer, ALL_MODES),
                 ),
             ),
+            Part("panes", 60, lambda r: all_panes(r, [panes.Block((64, 64), 96)], (2, 64))),
             Part("launches", 60, launches.main),
         ]
     return [*first_nine_minutes(light, light_training), *and_then(light, light_training)]
@@ -89,9 +90,10 @@ def first_nine_minutes(light: dict, light_training: dict) -> list[Part]:
         ),
         Part("launches", 30, lambda r: launches.main(with_(r, {"rivals": "eager,cuda_graph"}))),
         Part("memory", 20, lambda r: memory.main(r, ((MODEL, 8, 1680),))),
-        Part("sub-blocks", 120, lambda r: all_layers(r, LIGHT_TRAINING, "sub_block", ALL_MODES)),
+        Part("panes", 25, lambda r: all_panes(r, panes.ends_and_middle())),
+        Part("sub-blocks", 110, lambda r: all_layers(r, LIGHT_TRAINING, "sub_block", ALL_MODES)),
         Part("training grid", 40, lambda r: train.main(with_(r, light_training))),
-        Part("self-check in full", 85, selfcheck_in_full),
+        Part("self-check in full", 70, selfcheck_in_full),
     ]
 
 
@@ -100,10 +102,11 @@ def and_then(light: dict, light_training: dict) -> list[Part]:
     return [
         Part("sub-blocks beside max-autotune and cuDNN", 90, slow_rivals),
         Part("latency grid", 60, lambda r: latency.main(with_(r, light), MODEL)),
-        Part("convs", 60, lambda r: all_layers(r, LIGHT_TRAINING, "conv1d", ("forward", "both"))),
+        Part("convs", 80, lambda r: all_layers(r, LIGHT_TRAINING, "conv1d", ("forward", "both", "backward"))),
+        Part("panes of all blocks", 60, lambda r: all_panes(r, panes.blocks()[::-1])),
         Part(
             "every width of bn_relu_dropout",
-            40,
+            80,
             lambda r: kernels.main(with_(r, {"rivals": "eager"}), "bn_relu_dropout"),
         ),
         Part(
@@ -196,11 +199,24 @@ def selfcheck_in_full(run: Run) -> None:
         selfcheck(run, quick=False, ops=tuple(ops), dtypes=(dtype,))
 
 
-def all_layers(run: Run, chosen: str, op: str, modes: tuple[str, ...], count: int | None = None) -> None:
-    """An op at the `count` largest layers (default: all), layer by layer, in a second or so a case."""
-    run = with_(
+def in_a_second(run: Run, chosen: str) -> Run:
+    """The same run with these rivals, in a second or so a case."""
+    return with_(
         run, {"rivals": chosen, "effort": dataclasses.replace(run.effort, seconds=min(run.effort.seconds, 1.0))}
     )
+
+
+def all_panes(run: Run, blocks: Sequence[panes.Block], size: tuple[int, int] | None = None) -> None:
+    """The panes of these blocks in both forms, block by block: what decides which of them a GPU takes."""
+    run = in_a_second(run, LIGHT_TRAINING)
+    for block in blocks:
+        cases = panes.block_cases(run, block, kernels.MODES, *(size or sub_blocks.size(run)))
+        run.cases(f"panes {cases[0].key['panes']}", cases)
+
+
+def all_layers(run: Run, chosen: str, op: str, modes: tuple[str, ...], count: int | None = None) -> None:
+    """An op at the `count` largest layers (default: all), layer by layer, in a second or so a case."""
+    run = in_a_second(run, chosen)
     for layer in sub_blocks.layers()[:count]:
         run.cases(
             f"{op} {layer.C_in}->{layer.C_out}",

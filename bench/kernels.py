@@ -1,11 +1,11 @@
-"""How fast is each op at each Jasper layer's shape: forward, backward, both; against the eager chain.
+"""How fast is each op at each Jasper layer's shape: forward, backward, both, inference; against the eager chain.
 
 `python -m bench kernels --op bn_relu_dropout`
 """
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,9 @@ from jasper_fast import ops
 from jasper_fast.kernels import layout
 
 P, EPS, MOMENTUM = 0.2, 1e-3, 0.1
-MODES = ("forward", "backward", "both")
+MODES = ("both", "forward", "backward")
+EVERY_MODE = (*MODES, "inference")
+Cases = Callable[[Run, str | None], Iterable[list[Case]]]  # of one mode or all, in groups made one after another
 # (N, C, T) on a CPU: the first two are the ones that goals are set for; the others are Jasper 10x5's remaining widths
 CPU_SHAPES = ((8, 256, 800), (4, 768, 800), (4, 384, 800), (4, 512, 800), (4, 640, 800), (4, 896, 800), (4, 1024, 800))
 GPU_SHAPES = tuple((32, C, 832) for C in (256, 768, 384, 512, 640, 896, 1024)) + ((1, 256, 352), (1, 768, 352))
@@ -260,35 +262,53 @@ def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def cases_bn_relu_dropout(run: Run) -> list[Case]:
-    """Both goals' shapes in every mode; the other widths forward and backward together; one shape with a residual."""
+def chosen(run: Run, mode: str | None, every: Sequence[str]) -> tuple[str, ...]:
+    """Of an op's modes the one that was asked for, else all of them; when quick forward and backward together."""
+    if mode is None:
+        return every[:1] if run.quick or run.brief else tuple(every)
+    return (mode,) if mode in every else ()
+
+
+def cases_bn_relu_dropout(run: Run, mode: str | None = None) -> list[Case]:
+    """Every width, and one with a residual, in every mode, the goals' shapes first; when quick these two, and one
+    with a residual, forward and backward together."""
     shapes = GPU_SHAPES if run.device.type == "cuda" else CPU_SHAPES
     goals, others = shapes[:2], shapes[2:]
-    compiled = run.rivals in ("all", "compile") or (run.rivals == "default" and not run.quick)
-    made = [bn_relu_dropout(run, s, "both", False, compiled) for s in goals]
+    asked = run.rivals.split(",")
+    compiled = "all" in asked or "compile" in asked or (run.rivals == "default" and not run.quick)
+    modes = chosen(run, mode, MODES)
+    made = [bn_relu_dropout(run, s, m, False, compiled and m == "both") for m, s in itertools.product(modes, goals)]
+    if run.brief and mode is None and not run.quick:
+        made += [bn_relu_dropout(run, goals[0], m, False, False) for m in MODES[1:]]
     if not run.quick:
-        single = goals[:1] if run.brief else goals
-        made += [
-            bn_relu_dropout(run, s, m, False, False) for s, m in itertools.product(single, ("forward", "backward"))
-        ]
-        made += [bn_relu_dropout(run, s, "both", False, False) for s in others]
-    return [*made, bn_relu_dropout(run, goals[1], "both", True, False)]
+        made += [bn_relu_dropout(run, s, m, False, False) for s, m in itertools.product(others, modes)]
+    return made + [bn_relu_dropout(run, goals[1], m, True, False) for m in modes]
 
 
-def operations() -> dict[str, Callable[[Run], Iterable[list[Case]]]]:
-    """What `--op` may name: cases in groups, each measured before the next is made."""
-    from bench import sub_blocks
+def operations() -> dict[str, Cases]:
+    """What `--op` may name."""
+    from bench import panes, sub_blocks
 
     convs = {op: sub_blocks.cases(op) for op in ("sub_block", "conv1d")}
-    return {"bn_relu_dropout": lambda run: [cases_bn_relu_dropout(run)], **convs}
+    return {"bn_relu_dropout": lambda run, mode: [cases_bn_relu_dropout(run, mode)], **convs, "panes": panes.cases}
 
 
-def main(run: Run, op: str = "all") -> list[dict]:
-    """Measure one op, or all."""
+def check_rivals(run: Run) -> None:
+    """Raises UnknownRival for a name in `--rivals` that no op has; `python -m bench all` may name a model's too."""
+    if run.rivals in ("default", "all"):
+        return
+    models = [name for kind in rivals.KINDS.values() for name in kind] if run.brief else []
+    known = dict.fromkeys((*rivals.SUB_BLOCK, "compile", *models))
+    if unknown := [n for n in run.rivals.split(",") if n not in known]:
+        raise rivals.UnknownRival(f"no rival {unknown[0]!r} for kernels; known: {', '.join(known)}")
+
+
+def main(run: Run, op: str = "all", mode: str | None = None) -> list[dict]:
+    """Measure one op, or all, in one of EVERY_MODE, or all that an op has."""
+    check_rivals(run)
     known = operations()
     if run.brief:
         known.pop("conv1d")  # sub_block holds the same convs
-    chosen = known if op == "all" else {op: known[op]}
-    return [
-        row for name, groups in chosen.items() for group in groups(run) for row in run.cases(f"kernels {name}", group)
-    ]
+    ops = known if op == "all" else {op: known[op]}
+    groups = ((name, group) for name, cases in ops.items() for group in cases(run, mode))
+    return [row for name, group in groups for row in run.cases(f"kernels {name}", group)]

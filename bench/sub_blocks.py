@@ -21,7 +21,7 @@ from bench.harness import Absent, Case, Contender, Run, Runner, seeded, stable_s
 from jasper_fast import ops
 from jasper_fast.kernels import layout
 
-MODES = ("forward", "backward", "both")
+MODES = ("both", "forward", "backward")
 # up to 22,000 products summed in another order: plain PyTorch's own layouts differ by 20 roundings
 TOLERANCE = correct.Tolerance(factor=2.0, floor=40.0)
 
@@ -203,7 +203,7 @@ def fused_sub_block(backend: str) -> Callable[..., Tensor]:
     return call
 
 
-def max_autotuned(op: str, function: Callable[..., Tensor], i: Inputs, mode: str) -> Runner:
+def max_autotuned(function: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:
     """torch.compile in max-autotune. Its CUDA graphs do not allow one forward's backward to run again and again, so
     where the backward pass is timed alone they are off."""
     rivals.needs_compiler()
@@ -212,7 +212,7 @@ def max_autotuned(op: str, function: Callable[..., Tensor], i: Inputs, mode: str
     functorch.donated_buffer = False  # a backward that donates its buffers runs only once; read in every call
     torch._dynamo.reset()
     tuned = "max-autotune-no-cudagraphs" if mode == "backward" else "max-autotune"
-    return runner(op, torch.compile(function, mode=tuned, dynamic=False), i, "nct", mode, amp=True)
+    return torch.compile(function, mode=tuned, dynamic=False)
 
 
 def cudnn_statistics(i: Inputs) -> Callable[..., Tensor]:
@@ -315,13 +315,14 @@ def case(
             raise Absent("cuDNN's frontend for Python has no fused pattern of this direction")
         return runner(op, cudnn_statistics(inputs()), inputs(), "ntc", mode, amp=False)
 
+    def tuned() -> Runner:
+        return runner(op, max_autotuned(eager, mode), inputs(), "nct", mode, amp=True)
+
     contenders = [plain("jasper_fast", fused, "ntc", False)]
     builders = {
         "eager": lambda: plain("eager", eager, "nct", True),
         "eager_2d_channels_last": lambda: plain("eager_2d_channels_last", eager_2d, "ntc", True, True),
-        "compile_max_autotune": lambda: Contender(
-            "compile_max_autotune", lambda: max_autotuned(op, eager, inputs(), mode)
-        ),
+        "compile_max_autotune": lambda: Contender("compile_max_autotune", tuned),
         "cudnn": lambda: Contender("cudnn", cudnn),
     }
     contenders += [builders[name]() for name in rivals.for_sub_blocks(run)]
@@ -357,23 +358,25 @@ def layer_cases(run: Run, op: str, N: int, T: int, layer: Layer, modes: tuple[st
     ]
 
 
+def size(run: Run) -> tuple[int, int]:
+    """(N, T) that a block's interior is timed at."""
+    return (32, 832) if run.device.type == "cuda" else (1 if run.brief else 2, 400)
+
+
 def batch(run: Run, layer: Layer) -> tuple[int, int]:
     """(N, T) that a layer is timed at; the prologue sees twice the frames."""
-    N, T = (32, 832) if run.device.type == "cuda" else (1 if run.brief else 2, 400)
+    N, T = size(run)
     return N, T * layer.stride
 
 
-def cases(op: str) -> Callable[[Run], Iterator[list[Case]]]:
-    """Layer by layer, so that only one layer's tensors are held: forward + backward and forward, of sub-blocks backward
-    and inference too; two layers when quick."""
+def cases(op: str) -> kernels.Cases:
+    """Layer by layer, so that only one layer's tensors are held, in every mode, sub-blocks in inference too; two layers
+    when quick."""
+    every = (*MODES, "inference") if op == "sub_block" else MODES
 
-    def make(run: Run) -> Iterator[list[Case]]:
-        if run.quick or run.brief:
-            for layer in (Layer(768, 768, 25), Layer(256, 256, 11)):
-                yield layer_cases(run, op, *batch(run, layer), layer, ("both",))
-            return
-        modes = ("both", "forward") + (("backward", "inference") if op == "sub_block" else ())
-        for layer in layers():
-            yield layer_cases(run, op, *batch(run, layer), layer, modes)
+    def make(run: Run, mode: str | None) -> Iterator[list[Case]]:
+        few = run.quick or run.brief
+        for layer in (Layer(768, 768, 25), Layer(256, 256, 11)) if few else layers():
+            yield layer_cases(run, op, *batch(run, layer), layer, kernels.chosen(run, mode, every))
 
     return make

@@ -26,6 +26,7 @@ from bench import (
     latency,
     memory,
     models,
+    panes,
     report,
     rivals,
     sub_block_inference,
@@ -380,6 +381,7 @@ def test_each_case_knows_the_ops_that_ours_is_made_of(tmp_path):
         (sub_blocks.case(run, "sub_block", 2, 40, layer, "both"), training),
         (sub_blocks.case(run, "sub_block", 2, 40, first, "both"), {"conv1d"}),
         (sub_block_inference.case(run, 2, 40, layer), {"conv1d.fused"}),
+        (panes.case(run, 2, 40, panes.Block((8,), 8), "both"), {"bn_relu_dropout"}),
         (train.case(run, "small", 2, 64, "step"), steps),
         (memory.case(run, "small", 2, 64)[0], steps),
         (latency.case(shared, "small", 1, 2.0), {"conv1d.fused"}),
@@ -431,6 +433,11 @@ def test_every_part_of_the_plan_for_a_gpu_can_make_its_cases(tmp_path, monkeypat
         "eager",
     }
     assert any(c.name == "cuda_graph" for case in found["launches"] for c in case.contenders)
+    for title, count in (("panes", 3), ("panes of all blocks", 10)):
+        assert len(found[title]) == count * len(kernels.MODES)
+        assert {c.name for case in found[title] for c in case.contenders} >= {"jasper_fast", "jasper_fast_plain"}
+    assert {case.key["mode"] for case in found["convs"]} == set(kernels.MODES)
+    assert {case.id for case in found["panes"]} < {case.id for case in found["panes of all blocks"]}
 
 
 def test_the_plan_has_every_question_once_and_the_most_valuable_first(tmp_path):
@@ -439,7 +446,7 @@ def test_the_plan_has_every_question_once_and_the_most_valuable_first(tmp_path):
     plan = gpu.plan(run)
     titles = [part.title for part in plan]
     assert len(set(titles)) == len(titles)
-    assert titles[:10] == [
+    assert titles[:11] == [
         "self-check",
         "bn_relu_dropout",
         "the five largest convs",
@@ -447,11 +454,12 @@ def test_the_plan_has_every_question_once_and_the_most_valuable_first(tmp_path):
         "latency of one utterance",
         "launches",
         "memory",
+        "panes",
         "sub-blocks",
         "training grid",
         "self-check in full",
     ]
-    assert sum(part.seconds for part in plan[:10]) <= gpu.BUDGET, "all of them have their share in one run"
+    assert sum(part.seconds for part in plan[:11]) <= gpu.BUDGET, "all of them have their share in one run"
 
 
 def test_the_full_self_check_keeps_the_verdicts_that_it_reached(tmp_path, monkeypatch):

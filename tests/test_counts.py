@@ -4,6 +4,7 @@ write: Triton's launches recorded and not run, for every conv and norm of Jasper
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from conftest import make_face
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import counts, kernels, models, sub_block_inference, sub_blocks
+from bench import counts, kernels, models, panes, sub_block_inference, sub_blocks
 from jasper_fast import InferenceEngine, Jasper, ops
 from jasper_fast.eager import EagerJasper
 from jasper_fast.kernels import launch
 
+pane_ops = importlib.import_module("jasper_fast.ops.panes")  # not the function of that name
 N = 3  # of no conv's taps, so that a tensor of N of something is an activation
 PADDED = 32  # channels of the decoder's pack
 CPU = torch.device("cpu")
@@ -217,6 +219,68 @@ def test_counts_of_sub_blocks_in_inference(layer, launches, tmp_path):
     with FlopCounterMode(display=False) as flops:
         y = torch.nn.functional.conv1d(x, weight, None, layer.stride, layer.padding, layer.dilation)
     assert case.flops == flops.get_total_flops() + y.numel()
+
+
+# ------------------------------------------------------------------ panes
+
+
+@pytest.mark.parametrize("block", panes.blocks(), ids=lambda b: str(len(b.widths)))
+def test_flops_of_panes_are_pytorchs(block, tmp_path):
+    """By the definition, a conv a pane: the Gram form's own products, its price, are no work of the computation."""
+    T = 40
+    meta = lambda *shape: torch.empty(shape, device="meta", requires_grad=True)  # noqa: E731
+    vectors = lambda: [meta(block.C_out) for _ in block.widths]  # noqa: E731
+    xs = [meta(N, C, T) for C in block.widths]
+    a = panes.Leaves(xs, [meta(block.C_out, C, 1) for C in block.widths], vectors(), vectors())
+    running = [(meta(block.C_out).detach(), meta(block.C_out).detach()) for _ in block.widths]
+    with FlopCounterMode(display=False) as forward:
+        out = panes.eager(a, torch.empty(N, device="meta"), running, ())
+    with FlopCounterMode(display=False) as backward:
+        out.backward(torch.empty_like(out))
+    expected = {"forward": forward.get_total_flops(), "backward": backward.get_total_flops()}
+    expected["both"] = sum(expected.values())
+    run = make_run(tmp_path)
+    assert {mode: panes.case(run, N, T, block, mode).flops for mode in expected} == expected
+
+
+class Products(TorchDispatchMode):
+    """Operands and results of matrix products over all rows, a set a direction: sums forward, weights' and inputs'
+    gradients backward. What a direction reads or writes again is not counted again."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows, self.seen = rows, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+            a, b = args[-2:]
+            if self.rows in (*a.shape, *b.shape):
+                direction = "wgrad" if a.shape[1] == self.rows else "rows"
+                tensors = {t.untyped_storage().data_ptr(): t for t in (a, b, out)}
+                self.seen.setdefault(direction, {}).update(tensors)
+        return out
+
+    def moved(self) -> int:
+        """Elements in all directions so far, which are forgotten."""
+        total = sum(t.numel() for tensors in self.seen.values() for t in tensors.values())
+        self.seen = {}
+        return total
+
+
+@pytest.mark.parametrize("block", [panes.Block((16, 24, 12), 20), panes.Block((24,), 16)], ids=["3", "1"])
+def test_bytes_of_panes_are_what_their_products_read_and_write(block, tmp_path):
+    T, run = 29, make_run(tmp_path)
+    i = panes.Inputs(N, T, block, torch.float32, CPU)
+    grams = panes.older_grams([*i.ntc, i.ntc[-1]])  # of all inputs: their price is the newest input's `gram`
+    means, covs = zip(*((g.mean, g.cov) for g in grams), strict=True)
+    count = lambda mode: panes.case(run, N, T, block, mode).nbytes  # noqa: E731
+    with torch.no_grad(), Products(N * T) as products:  # what the ops run: a mode sees nothing inside a call of one
+        _, mean, var = pane_ops._panes(i.ntc, means, covs, i.weights, i.gammas, i.betas, kernels.EPS, False)
+        assert count("forward") == 4 * products.moved()
+        pane_ops._panes_backward(i.dy["ntc"], i.ntc, means, covs, i.weights, i.gammas, mean, var, kernels.EPS, False)
+        assert count("backward") == 4 * products.moved()
+    assert count("both") == count("forward") + count("backward")
 
 
 # ------------------------------------------------------------------ arithmetic of bn_relu_dropout

@@ -1,0 +1,228 @@
+"""Panes as `python -m bench kernels` measures them: what is compared and charged, and which cases are asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from bench_runs import CPU, make_run
+from conftest import make_face
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench import kernels, panes, rivals, sub_blocks, warm
+from jasper_fast import ops
+
+BLOCK = panes.Block((16, 24, 9), 20)
+
+
+def statuses(rows: list[dict]) -> dict[tuple[str, str], str]:
+    return {(r["key"]["mode"], r["contender"]): r["status"] for r in rows}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_both_forms_and_the_eager_rivals_are_right_in_every_mode(dtype, tmp_path):
+    """In 16 bits at a size where a plain form that rounds u before its scale is wrong."""
+    run = make_run(tmp_path, backend="auto")
+    run.dtype = dtype
+    make_face("cpu")
+    rows = run.cases("test", panes.block_cases(run, dataclasses.replace(BLOCK, C_out=64), kernels.MODES, 4, 400))
+    names = ("jasper_fast", "jasper_fast_gram", "eager", "eager_2d_channels_last")
+    expected = {(mode, name): "ok" for mode in kernels.MODES for name in names}
+    assert statuses(rows) == expected, [(r["id"], r["why"]) for r in rows if r["status"] != "ok"]
+    assert all(r["dtype"] == str(dtype).removeprefix("torch.") for r in rows)
+
+
+def wide_matrices(monkeypatch) -> None:
+    """Gram matrices whose covariance is 5 % too large."""
+    gram = ops.gram
+    monkeypatch.setattr(ops, "gram", lambda x: gram(x)._replace(cov=gram(x).cov * 1.05))
+
+
+def a_wide_pane(monkeypatch) -> None:
+    """A sum in which the newest input's pane is 2 % too large."""
+    plain = ops.panes_plain
+
+    def faulty(xs, weights, gammas, betas, **more):
+        return plain(xs, weights, [*gammas[:-1], 1.02 * gammas[-1]], betas, **more)
+
+    monkeypatch.setattr(ops, "panes_plain", faulty)
+
+
+@pytest.mark.parametrize(("fault", "form"), [(wide_matrices, "jasper_fast_gram"), (a_wide_pane, "jasper_fast")])
+def test_a_wrong_form_has_no_time_in_any_mode(fault, form, tmp_path, monkeypatch):
+    fault(monkeypatch)
+    run = make_run(tmp_path)
+    found = statuses(run.cases("test", panes.block_cases(run, BLOCK, kernels.MODES, 2, 40)))
+    assert {key for key, status in found.items() if status == "wrong"} == {(mode, form) for mode in kernels.MODES}
+    assert all(status == "ok" for (_, name), status in found.items() if name != form)
+
+
+def test_running_statistics_are_compared(tmp_path, monkeypatch):
+    """Of each pane its own: a sum whose panes have them the other way round is wrong, though the sum is right."""
+    plain = ops.panes_plain
+
+    def faulty(*args, **more):
+        out, mean, var = plain(*args, **more)
+        return out, mean.flip(0), var
+
+    monkeypatch.setattr(ops, "panes_plain", faulty)
+    run = make_run(tmp_path)
+    rows = run.cases("test", [panes.case(run, 2, 40, BLOCK, "forward")])
+    assert rows[0]["status"] == "wrong" and rows[0]["why"].startswith("running_mean 0"), rows[0]
+
+
+class Calls(TorchDispatchMode):
+    """How often each op of ours is called, and on how many channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name.startswith("gram"):
+            self.seen.append((name, args[0].shape[1]))
+        if name == "_foreach_add_":
+            self.seen.append((name, len(args[0])))
+        return func(*args, **(kwargs or {}))
+
+
+CHARGED = {
+    "forward": [("gram", 9)],
+    "backward": [("gram_backward", 9), ("_foreach_add_", 4)],
+    "both": [("gram", 9), ("gram_backward", 9), ("_foreach_add_", 4)],
+}
+
+
+@pytest.mark.parametrize("mode", kernels.MODES)
+def test_a_run_pays_for_the_newest_matrix_and_adds_the_gradients_of_the_older(mode):
+    """Mean and covariance of two older inputs: four sums."""
+    i = panes.Inputs(2, 40, BLOCK, torch.float32, CPU)
+    runner = panes.runner(panes.fused("gram", "auto"), i, "ntc", mode, gram=True)
+    runner.run()  # makes what earlier blocks of the step have made, and the graph that a backward pass goes through
+    with Calls() as calls:
+        runner.run()
+    assert calls.seen == CHARGED[mode]
+
+
+def test_over_a_network_every_block_output_has_one_matrix():
+    found = panes.blocks()
+    assert [len(b.widths) for b in found] == list(range(1, 11))
+    assert found[-1] == panes.Block((256, 256, 256, 384, 384, 512, 512, 640, 640, 768), 768)
+    for before, block in itertools.pairwise(found):
+        assert block.widths == (*before.widths, before.C_out), "the newest input is the output of the block before"
+    assert panes.ends_and_middle() == [found[9], found[4], found[0]]
+
+
+@pytest.mark.parametrize("form", panes.FORMS)
+def test_a_retained_graph_is_of_the_inputs_as_they_are(form):
+    """A refill between two backward runs: the second must not go through the first one's graph, or its matrices."""
+    i = panes.Inputs(2, 40, BLOCK, torch.float32, CPU)
+    made: list[list[torch.Tensor]] = []
+    right = panes.fused(form, "auto")
+
+    def spying(leaves, lengths, running, older):
+        made.append([x.detach().clone() for x in leaves.xs] + [g.mean.detach().clone() for g in older])
+        return right(leaves, lengths, running, older)
+
+    runner = panes.runner(spying, i, "ntc", "backward", gram=form == "gram")
+    runner.run()
+    runner.run()
+    assert len(made) == 1
+    i.refill(7)
+    runner.run()
+    assert len(made) == 2
+    for k, x in enumerate(i.ntc):
+        assert torch.equal(made[1][k], x)
+    for k, mean in enumerate(made[1][len(i.ntc) :]):
+        torch.testing.assert_close(mean, i.ntc[k].detach().mean((0, 2)))
+
+
+# ------------------------------------------------------------------ what is asked for
+
+
+@pytest.fixture
+def collect(tmp_path):
+    def collected(device: str = "cpu", op: str = "all", mode: str | None = None, **changes) -> list:
+        run = warm.Collector(torch.device(device), torch.float32, "triton", False, make_run(tmp_path).results)
+        run = dataclasses.replace(run, **changes)
+        kernels.main(run, op, mode)
+        return run.found
+
+    return collected
+
+
+def modes(cases: list) -> dict[tuple[str, str], set[str]]:
+    found: dict[tuple[str, str], set[str]] = {}
+    for case in cases:
+        found.setdefault((case.key["op"], case.key["shape"]), set()).add(case.key["mode"])
+    return found
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_shape_of_every_op_is_measured_in_every_mode(device, collect):
+    cases = collect(device)
+    found = modes(cases)
+    assert len({case.id for case in cases}) == len(cases)
+    for (op, shape), asked in found.items():
+        assert asked == {*kernels.MODES, *(["inference"] if op == "sub_block" else [])}, (op, shape)
+    count = {op: sum(name == op for name, _ in found) for op in {name for name, _ in found}}
+    widths, blocks = (7, 3) if device == "cpu" else (9, 10)
+    layers = len({case.key["shape"] + case.key["taps"] for case in cases if case.key["op"] == "conv1d"})
+    assert layers == len(sub_blocks.layers())
+    assert count["bn_relu_dropout"] == widths and count["panes"] == blocks and count["bn_relu_dropout+residual"] == 1
+
+
+@pytest.mark.parametrize("op", ["all", "bn_relu_dropout", "conv1d", "sub_block", "panes"])
+@pytest.mark.parametrize("mode", kernels.EVERY_MODE)
+@pytest.mark.parametrize("quick", [True, False])
+def test_one_mode_alone(op, mode, quick, collect):
+    cases = collect(op=op, mode=mode, quick=quick)
+    assert {case.key["mode"] for case in cases} <= {mode}
+    assert bool(cases) == (mode != "inference" or op in ("all", "sub_block"))
+
+
+def test_a_brief_run_measures_few_cases(collect):
+    """`make bench` has ten minutes: both goals' shapes, a few more, two sub-blocks, one block's panes."""
+    cases = collect(brief=True)
+    ops_of = [case.key["op"] for case in cases]
+    assert {op: ops_of.count(op) for op in set(ops_of)} == {
+        "bn_relu_dropout": 9,
+        "bn_relu_dropout+residual": 1,
+        "sub_block": 2,
+        "panes": 1,
+    }
+    assert len(collect(quick=True)) == 2 + 1 + 2 + 2 + 1
+
+
+@pytest.mark.parametrize("wanted", ["nonsense", "eager,nonsense", "onnxruntime"])
+def test_a_rival_that_no_op_has_is_an_error_that_names_those_there_are(wanted, collect):
+    with pytest.raises(rivals.UnknownRival, match=r"(?s)no rival '(nonsense|onnxruntime)'.*known: eager,.*compile"):
+        collect(rivals=wanted)
+
+
+@pytest.mark.parametrize("wanted", ["default", "all", "eager", "eager,compile", "cudnn,compile_max_autotune"])
+def test_known_rivals_are_taken(wanted, collect):
+    cases = collect(rivals=wanted, op="bn_relu_dropout") + collect(rivals=wanted, op="panes")
+    names = {(case.key["op"], contender.name) for case in cases for contender in case.contenders}
+    compiled = wanted in ("default", "all", "eager,compile")
+    assert (("bn_relu_dropout", "compile") in names) == compiled
+    assert (("panes", "compile_max_autotune") in names) == (wanted == "all" or "max_autotune" in wanted)
+
+
+def test_a_brief_run_may_name_the_rivals_of_models(collect):
+    assert collect(rivals="onnxruntime", brief=True)
+    with pytest.raises(rivals.UnknownRival, match="nonsense"):
+        collect(rivals="nonsense", brief=True)
+
+
+def test_a_compiled_rival_that_is_lacking_says_so(tmp_path, monkeypatch):
+    def lacking() -> None:
+        raise sub_blocks.Absent("no compiler")
+
+    monkeypatch.setattr(rivals, "needs_compiler", lacking)
+    run = make_run(tmp_path, rivals="all")
+    rows = {r["contender"]: r for r in run.cases("test", [panes.case(run, 2, 40, BLOCK, "both")])}
+    assert rows["compile_max_autotune"]["why"] == "no compiler" and rows["jasper_fast"]["status"] == "ok"
