@@ -115,7 +115,7 @@ def sections(result: dict) -> list[str]:
     if not result.get("finished"):
         parts.append('<p class="missed">This run was cut off: the rows are those that it finished.</p>')
     if result["goals"]:
-        parts.append("<h2>Goals</h2>" + goals(result["goals"]))
+        parts.append("<h2>Goals</h2>" + goals(result["goals"], rows))
     parts += [speedups(rows, bench) for bench in TITLES]
     parts += [latency(rows), beside_published(result), memory(rows), launches(rows), roofline(result)]
     parts += [profiles(result), selfcheck(result), tuning(result), parts_of_run(result), timed(rows)]
@@ -126,11 +126,15 @@ def speedups(rows: Iterable[dict], bench: str) -> str:
     """A bar for every rival that has a time, case after case."""
     groups: dict[str, list[svg.Bar]] = {}
     for r in (r for r in rows if r["bench"] == bench and "ratio" in r):
-        bar = (r["contender"], r["ratio"]["median"], r["ratio"]["low"], r["ratio"]["high"])
+        median, ends = r["ratio"]["median"], [r["ratio"][k] for k in ("low", "high")]
+        bar = (r["contender"], median, *(ends if tables.known(r["ratio"]) else (median, median)))
         groups.setdefault(label(r), []).append(bar)
     if not groups:
         return ""
-    note = "Timed in turns on the same inputs. Whiskers: 95 % interval. Dashed: as fast as the rival."
+    note = (
+        f"Timed in turns on the same inputs. Whiskers: 95 % interval, none of fewer than {tables.PAIRS} pairs. Dashed: "
+        "as fast as the rival."
+    )
     plotted = plot(svg.bars(list(groups.items()), "x", 1.0))
     return f'<h2>{TITLES[bench]}: each rival\'s time / ours</h2><p class="faint">{note}</p>{plotted}'
 
@@ -169,15 +173,13 @@ def state(clocks: dict) -> str:
     return ", ".join(f"{name} {value}{units.get(name, '')}" for name, value in clocks.items())
 
 
-def goals(found: Sequence[dict]) -> str:
+def goals(found: Sequence[dict], rows: Sequence[dict]) -> str:
     """Each goal beside what was measured."""
     lines = []
     for g in found:
-        interval = f" [{g['low']:.3f}, {g['high']:.3f}]" if "low" in g else ""
-        measured = "no number" if g["measured"] is None else f"{g['measured']:.3f}{interval}"
         verdict = '<span class="met">met</span>' if g["met"] else '<span class="missed">not met</span>'
         goal = f"{'at most' if g['at_most'] else 'at least'} {g['goal']:g}"
-        lines.append(("", [escape(g["name"]), goal, measured, verdict]))
+        lines.append(("", [escape(g["name"]), goal, tables.measured(g, rows), verdict]))
     return grid(("what", "goal", "measured", ""), lines)
 
 
@@ -188,10 +190,14 @@ def latency(rows: Iterable[dict]) -> str:
         return ""
     groups: dict[str, list] = {}
     for r in mine:
-        values = [1e3 * r["time_s"][p] for p in PERCENTILES]
+        found = {p.upper(): tables.quantile(r, p) for p in PERCENTILES}
+        values = [(name, 1e3 * v) for name, v in found.items() if v is not None]
         groups.setdefault(label(r), []).append((r["contender"], r["ours"], values))
-    plotted = svg.percentiles(list(groups.items()), [p.upper() for p in PERCENTILES], "ms")
-    note = "Dots: P50, P90, P95, P99; the first and the last in numbers, all of them in the table of every row."
+    plotted = svg.percentiles(list(groups.items()), "ms")
+    note = (
+        "Dots: P50, P90, P95, P99, as far as the samples tell them (P90 takes 10, P95 20, P99 100); the first and the "
+        "last in numbers, all of them in the table of every row."
+    )
     return f'<h2>Latency, P50 to P99</h2><p class="faint">{note}</p>' + plot(plotted)
 
 
@@ -304,7 +310,8 @@ def timed(rows: Sequence[dict]) -> str:
     """All timed rows, a table a subcommand; a contender without a number says why."""
     benches = dict.fromkeys(r["bench"] for r in rows if r["bench"] != "memory")
     parts = [f"<h3>{TITLES.get(b, b)}</h3>" + table([r for r in rows if r["bench"] == b]) for b in benches]
-    note = f'<p class="faint">{escape(tables.FOOTNOTE)}</p>' if tables.starred(rows) else ""
+    found = dict.fromkeys(note for b in benches for note in tables.notes([r for r in rows if r["bench"] == b]))
+    note = "".join(f'<p class="faint">{escape(line)}</p>' for line in found)
     return "<h2>Every timed row</h2>" + "".join(parts) + note if parts else ""
 
 
@@ -400,12 +407,13 @@ def ours_and_eager(rows: Iterable[dict], bench: str, **key: object) -> dict[tupl
 def latency_beside(result: dict, dtype: str) -> str:
     """Percentiles by (N, seconds): ours, eager here, and each GPU's."""
     lines, elsewhere = [], published.latency(dtype)
-    for key, rows in ours_and_eager(result["rows"], "latency", path="acoustic model", dtype=dtype).items():
+    cases = ours_and_eager(result["rows"], "latency", path="acoustic model", dtype=dtype)
+    for key, rows in cases.items():
         at = (dict(key)["N"], dict(key)["seconds"])
         if any(at in found for found in elsewhere.values()):
             quantiles = ("mean", "p90", "p95", "p99")
             here = [
-                four([1e3 * rows[name]["time_s"][q] for q in quantiles]) if name in rows else ""
+                four([in_ms(tables.quantile(rows[name], q)) for q in quantiles]) if name in rows else ""
                 for name in ("jasper_fast", "eager")
             ]
             lines.append(
@@ -418,7 +426,14 @@ def latency_beside(result: dict, dtype: str) -> str:
     heads += [ELSEWHERE.format(escape(gpu)) for gpu in elsewhere]
     theirs = "FP16" if elsewhere is published.LATENCY_FP16 else "TF32 on the A100, FP32 on the others"
     title = f"<h3>Latency, {dtype} here, {theirs} there: mean / P90 / P95 / P99, ms per batch</h3>"
-    return title + grid(heads, lines)
+    here = [row for rows in cases.values() for row in rows.values()]
+    note = f'<p class="faint">{tables.FEW}</p>' if tables.few(here, ("p90", "p95", "p99")) else ""
+    return title + grid(heads, lines) + note
+
+
+def in_ms(seconds: float | None) -> float | None:
+    """Milliseconds of what was told."""
+    return None if seconds is None else 1e3 * seconds
 
 
 def training_beside(result: dict) -> str:
@@ -439,11 +454,11 @@ def training_beside(result: dict) -> str:
     return f'<h3>Training, utterances per second</h3><p class="faint">{note}</p>' + grid(heads, lines)
 
 
-def four(milliseconds: Sequence[float] | None) -> str:
-    """Mean, and smaller P90 / P95 / P99."""
+def four(milliseconds: Sequence[float | None] | None) -> str:
+    """Mean, and smaller P90 / P95 / P99; a dash for what too few samples tell."""
     if milliseconds is None:
         return ""
-    mean, *rest = (f"{v:.1f}" if v < 1000 else f"{v:.0f}" for v in milliseconds)
+    mean, *rest = (tables.DASH if v is None else f"{v:.1f}" if v < 1000 else f"{v:.0f}" for v in milliseconds)
     return f"{mean} <small>/ {' / '.join(rest)}</small>"
 
 
@@ -526,8 +541,10 @@ def readme_table(results: Sequence[dict]) -> str:
         else:
             cells = [tables.duration(r["time_s"]["median"]) for r in pair]
             cells[0] += "" if pair[0]["contender"] == "eager" else f" ({pair[0]['contender']})"
-            pairs = f" of {pair[0]['ratio']['pairs']} pairs" if "pairs" in pair[0].get("ratio", {}) else ""
-            cells.append(f"{goal['measured']:.2f}x [{goal['low']:.2f}, {goal['high']:.2f}]{pairs}")
+            found = pair[0]["ratio"]
+            interval = f" [{goal['low']:.2f}, {goal['high']:.2f}]" if tables.known(found) else ""
+            pairs = f" of {found['pairs']} pairs" if "pairs" in found else ""
+            cells.append(f"{goal['measured']:.2f}x{interval}{pairs}")
         lines.append(f"| {goal['name']} | {' | '.join(cells)} |")
     used = [r for r in results if any(result is r for _, result in chosen)]
     return "\n".join([*lines, "", *(f"- {source(r)}" for r in used), ""])

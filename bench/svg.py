@@ -39,7 +39,8 @@ def bars(groups: Sequence[tuple[str, Sequence[Bar]]], unit: str, mark: float) ->
             cls = "good" if value >= mark else "bad"
             parts.append(f'<rect class="{cls}" x="{left}" y="{y + 1}" width="{value * scale:.1f}" height="15" rx="2"/>')
             a, b = left + low * scale, left + high * scale
-            parts.append(path("whisker", f"M{a:.1f} {y + 8.5} H{b:.1f} M{a:.1f} {y + 4} v9 M{b:.1f} {y + 4} v9"))
+            if high > low:
+                parts.append(path("whisker", f"M{a:.1f} {y + 8.5} H{b:.1f} M{a:.1f} {y + 4} v9 M{b:.1f} {y + 4} v9"))
             if b + 60 > WIDTH:
                 parts.append(text(min(left + value * scale, a) - 6, y + 13, f"{value:.2f}{unit}", "inside", "end"))
             else:
@@ -50,25 +51,28 @@ def bars(groups: Sequence[tuple[str, Sequence[Bar]]], unit: str, mark: float) ->
     return _svg(y, parts)
 
 
-def percentiles(
-    groups: Sequence[tuple[str, Sequence[tuple[str, bool, Sequence[float]]]]], marks: Sequence[str], unit: str
-) -> str:
-    """A line from the first to the last percentile, a dot at each: (name, ours, values in ascending order), under a
-    title a group."""
+Series = tuple[str, bool, Sequence[tuple[str, float]]]
+
+
+def percentiles(groups: Sequence[tuple[str, Sequence[Series]]], unit: str) -> str:
+    """A line from the first to the last percentile, a dot at each: (name, ours, (percentile, value) in ascending
+    order), under a title a group."""
     left, right, thick, title, gap = 172, 16, 20, 22, 10
-    scale = (WIDTH - left - right) / (1.02 * max(v for _, group in groups for *_, values in group for v in values))
+    most = max(v for _, group in groups for *_, values in group for _, v in values)
+    scale = (WIDTH - left - right) / (1.02 * most)
     parts, y = [], 0
     for label, group in groups:
         parts.append(text(4, y + 15, escape(label)))
         y += title
         for name, ours, values in group:
             cls, at = "ours" if ours else "theirs", y + 9
-            numbers = ", ".join(f"{m} {v:.4g} {unit}" for m, v in zip(marks, values, strict=True))
-            xs = [left + v * scale for v in values]
+            numbers = ", ".join(f"{m} {v:.4g} {unit}" for m, v in values)
+            xs = [left + v * scale for _, v in values]
             parts.append(text(left - 8, y + 13, escape(name), "" if ours else "faint", "end"))
             parts.append(path(f"line {cls}", f"M{xs[0]:.1f} {at} H{xs[-1]:.1f}"))
             parts += [dot(cls, x, at, 5 - j, numbers) for j, x in enumerate(xs)]
-            told, room = f"{values[0]:.4g} to {values[-1]:.4g} {unit}", 130
+            ends, room = dict.fromkeys(f"{v:.4g}" for _, v in (values[0], values[-1])), 130
+            told = f"{' to '.join(ends)} {unit}"
             after = xs[-1] + room < WIDTH
             if after:  # a guide from the name to the dots, where no number stands in its way
                 parts.append(path("base", f"M{left} {at} H{xs[0]:.1f}"))

@@ -20,7 +20,7 @@ def show(rows: list[dict], goals: list[dict]) -> None:
             case = " ".join(str(v) for v in row["key"].values())
             console.print(f"{row['status']}: {row['contender']}, {case}: {row['why']}", style=STYLES[row["status"]])
     if goals:
-        console.print(_goals(goals))
+        console.print(_goals(goals, rows))
 
 
 def duration(seconds: float) -> str:
@@ -49,8 +49,32 @@ def plain(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+SAMPLES = {"p20": 5, "p80": 5, "p90": 10, "p95": 20, "p99": 100}  # fewer, and the quantile is the extreme itself
+DASH = "–"
+FEW = f"{DASH} too few samples for this percentile: P90 takes 10, P95 takes 20, P99 takes 100."
+PAIRS = 6  # of fewer, not even all of them from the least to the most hold the median in 95 % of runs: 1 - 2^(1 - n)
+
+
+def quantile(row: dict, key: str) -> float | None:
+    """A row's quantile in seconds, or None where its samples are too few to tell it."""
+    found = row["time_s"]
+    return found[key] if key in found and found["samples"] >= SAMPLES.get(key, 0) else None
+
+
+def few(rows: Iterable[dict], keys: Iterable[str]) -> bool:
+    """Whether FEW belongs under these rows."""
+    return any(quantile(row, key) is None for row in rows if "time_s" in row for key in keys)
+
+
+def known(ratio: dict) -> bool:
+    """Whether a ratio has an interval: of fewer than PAIRS pairs it would say more than it knows."""
+    return ratio.get("pairs", PAIRS) >= PAIRS
+
+
 def span(ratio: dict) -> str:
-    """A ratio and its interval."""
+    """A ratio and its interval, or of how few pairs it is."""
+    if not known(ratio):
+        return f"{ratio['median']:.2f} of {ratio['pairs']} pair{'s' if ratio['pairs'] > 1 else ''}"
     return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
@@ -77,18 +101,33 @@ Column = tuple[str, Callable[[dict], str]]
 WAITS = {"mean": "mean", "p50": "P50", "p90": "P90", "p95": "P95", "p99": "P99"}  # of benches that a person waits for
 
 
+def waited(rows: Iterable[dict]) -> bool:
+    """Whether these are rows of a bench that a person waits for."""
+    return any(row["bench"] in ("latency", "launches") for row in rows)
+
+
+def notes(rows: Sequence[dict]) -> list[str]:
+    """What belongs under a table of these timed rows."""
+    timed = [row for row in rows if "time_s" in row]
+    found = [FOOTNOTE] if starred(timed) else []
+    return found + ([FEW] if few(timed, SAMPLES if waited(timed) else ("p20", "p80", "p99")) else [])
+
+
 def columns(rows: Sequence[dict]) -> list[Column]:
     """What the timed rows of one subcommand show beside case and contender: heading, and the cell of a row."""
     timed = [row for row in rows if "time_s" in row]
 
-    def quantile(key: str) -> Callable[[dict], str]:
-        return lambda row: duration(row["time_s"][key])
+    def cell(*keys: str) -> Callable[[dict], str]:
+        def told(row: dict) -> str:
+            values = [quantile(row, key) for key in keys]
+            return DASH if None in values else " to ".join(duration(v) for v in values)
 
-    if any(row["bench"] in ("latency", "launches") for row in timed):
-        found: list[Column] = [(heading, quantile(key)) for key, heading in WAITS.items()]
+        return told
+
+    if waited(timed):
+        found: list[Column] = [(heading, cell(key)) for key, heading in WAITS.items()]
     else:
-        spread = lambda row: f"{duration(row['time_s']['p20'])} to {duration(row['time_s']['p80'])}"  # noqa: E731
-        found = [("median", quantile("median")), ("p20 to p80", spread), ("p99", quantile("p99"))]
+        found = [("median", cell("median")), ("p20 to p80", cell("p20", "p80")), ("p99", cell("p99"))]
     if any("host_s" in row for row in timed):
         found.append(("host", lambda row: duration(row["host_s"]) if "host_s" in row else ""))
     if any("items_per_s" in row for row in timed):
@@ -131,7 +170,7 @@ def profile_lines(records: Sequence[dict], limit: int) -> tuple[tuple[str, ...],
 
 
 def _timed(bench: str, rows: list[dict]) -> Table:
-    caption = FOOTNOTE if starred(rows) else None
+    caption = "\n".join(notes(rows)) or None
     table = Table(title=bench, title_justify="left", caption=caption, caption_justify="left")
     shown = columns(rows)
     for heading in ("case", "contender"):
@@ -179,15 +218,23 @@ def _memory(rows: list[dict]) -> Table:
     return table
 
 
-def _goals(goals: list[dict]) -> Table:
+def measured(goal: dict, rows: Iterable[dict]) -> str:
+    """What a goal's row came to, with the interval where its ratio has one."""
+    if goal["measured"] is None:
+        return "no number"
+    told = f"{goal['measured']:.3f}"
+    if "low" not in goal:
+        return told
+    ratio = next((row.get("ratio", {}) for row in rows if row["id"] == goal["row"]), {})
+    return f"{told} [{goal['low']:.3f}, {goal['high']:.3f}]" if known(ratio) else f"{told} of {ratio['pairs']} pairs"
+
+
+def _goals(goals: list[dict], rows: list[dict]) -> Table:
     table = Table(title="goals", title_justify="left")
     for column in ("what", "goal", "measured", ""):
         table.add_column(column)
     for g in goals:
-        if g["measured"] is None:
-            measured = "no number"
-        else:
-            measured = f"{g['measured']:.3f}" + (f" [{g['low']:.3f}, {g['high']:.3f}]" if "low" in g else "")
         sign = "at most" if g["at_most"] else "at least"
-        table.add_row(g["name"], f"{sign} {g['goal']:g}", measured, "[green]met[/]" if g["met"] else "[red]not met[/]")
+        told = measured(g, rows)
+        table.add_row(g["name"], f"{sign} {g['goal']:g}", told, "[green]met[/]" if g["met"] else "[red]not met[/]")
     return table

@@ -58,7 +58,6 @@ def test_inference(benchmark, small, contender):
         call = InferenceEngine(fused.eval())
     with torch.inference_mode():
         got, want = {"log_probs": call(*inputs)[0]}, {"log_probs": eager(*inputs)[0]}
-        tolerance = correct.Tolerance(relative=latency.TOLERANCES[torch.float32])
-        assert not correct.complaints(got, None, want, tolerance)
+        assert not correct.complaints(got, None, want, latency.TOLERANCES[torch.float32])
         benchmark(call, *inputs)
     of_eager(benchmark, "inference", contender)

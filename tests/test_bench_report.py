@@ -313,3 +313,61 @@ def test_there_is_one_slug():
     assert (
         machine.slug is kernel_tables.slug and machine.slug("NVIDIA H100 80GB, 2 cores!") == "nvidia-h100-80gb-2-cores"
     )
+
+
+# ------------------------------------------------------------------ what few samples do not tell
+
+
+def of(samples: int, pairs: int) -> dict:
+    """The same result from fewer samples and pairs."""
+    result = full()
+    for r in result["rows"]:
+        if "time_s" in r:
+            r["time_s"] = harness.summary(SAMPLES[:samples], 1)
+        if "ratio" in r:
+            r["ratio"] = RATIO | {"pairs": pairs}
+    return result
+
+
+@pytest.mark.parametrize(("samples", "told"), [(9, 0), (10, 1), (19, 1), (20, 2), (99, 2), (100, 3)])
+def test_a_percentile_is_told_only_where_it_is_not_the_extreme(samples, told, capsys):
+    result = of(samples, 100)
+    found = cells(section(report.page([result]), "Every timed row"))
+    ours = next(line for line in found if line[0].startswith("jasper10x5, N = 4"))
+    t = harness.summary(SAMPLES[:samples], 1)
+    wanted = [tables.duration(t[p]) for p in ("p90", "p95", "p99")[:told]] + [tables.DASH] * (3 - told)
+    assert ours[2:7] == [tables.duration(t["mean"]), tables.duration(t["p50"]), *wanted]
+    page = section(report.page([result]), "Latency, P50 to P99")
+    assert page.count("<circle") == 3 * (1 + told) and bool(re.search(r"P99 \S+ ms", page)) == (told == 3)
+    beside = cells(section(report.page([result]), "Beside other hardware"))
+    assert next(line for line in beside if line[0] == "N = 4, 7.0 s")[1].count(tables.DASH) == 3 - told
+    tables.show(result["rows"], [])
+    printed = capsys.readouterr().out
+    assert (tables.FEW[:40] in printed) == (tables.FEW in section(report.page([result]), "Every")) == (told < 3)
+
+
+def test_quantiles_that_a_result_leaves_out_are_dashes():
+    result = of(100, 100)
+    for r in result["rows"]:
+        r.get("time_s", {}).pop("p99", None)
+    html = report.page([result])
+    assert tables.FEW in html and not re.search(r"P99 \S+ ms", section(html, "Latency, P50 to P99"))
+
+
+@pytest.mark.parametrize(("pairs", "told"), [(5, False), (6, True)])
+def test_a_ratio_of_few_pairs_has_no_interval(pairs, told, tmp_path, capsys):
+    result = of(100, pairs)
+    goal = {"name": "g", "goal": 1.0, "at_most": False, "met": True, "measured": 1.5, "low": 1.4, "high": 1.6}
+    goal |= {"kind": "ratio", "row": next(r["id"] for r in result["rows"] if r["contender"] == "eager")}
+    result["goals"], result["path"] = [goal], tmp_path / "r.json"
+    tables.show(result["rows"], result["goals"])
+    html, readme = report.page([result]), report.readme_table([result])
+    for text, interval, few in (
+        (capsys.readouterr().out, "1.50 [1.40, 1.60]", f"1.50 of {pairs} pairs"),
+        (section(html, "Every timed row"), "1.50 [1.40, 1.60]", f"1.50 of {pairs} pairs"),
+        (section(html, "Goals"), "1.500 [1.400, 1.600]", f"1.500 of {pairs} pairs"),
+        (section(report.page([result, result]), "Comparison"), "1.50 [1.40, 1.60]", f"1.50 of {pairs} pairs"),
+        (readme, f"1.50x [1.40, 1.60] of {pairs} pairs", f"1.50x of {pairs} pairs"),
+    ):
+        assert (interval in text, few in text) == (told, not told)
+    assert ('class="whisker"' in html) == told
