@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SIGMAS = 5.0  # of a sum of independent roundings
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -14,9 +16,14 @@ class Tolerance:
     plus `floor` roundings in fp32 and one in lower precisions; with no plain PyTorch beside it, `relative`.
 
     fp32 has a floor of its own because sums in another order differ by more roundings than plain PyTorch happens to.
-    The RMS norm is held to that and the max norm to `peak` times it. `gradients` is the tolerance of the tensors named
-    "grad ..." where it must differ: among a network's millions of ReLUs some inputs lie within a rounding of zero and
-    fall to the other side, in every implementation, and each moves a few gradients by what its frame weighs.
+    The RMS norm is held to that and the max norm to `peak` times it. `along` bounds the error's share along the fp64
+    result, `|<got - ref, ref>| / <ref, ref>`, where roundings cancel and a scale, a lost term or a skipped utterance do
+    not; what is left of plain PyTorch's own error e (or of `relative`) over n elements, SIGMAS * e / sqrt(n), is added.
+
+    `gradients` is the tolerance of the tensors named "grad ..." where it must differ: among a network's millions of
+    ReLUs some inputs lie within a rounding of zero and fall to the other side, in every implementation, and each moves
+    a few gradients by what its frame weighs. `clear` is that of the tensors named "clear grad ...", of a network with
+    no such input (`models.clear`).
     """
 
     factor: float = 2.0
@@ -24,9 +31,13 @@ class Tolerance:
     relative: float = 1e-3
     peak: float = 1.0
     gradients: "Tolerance | None" = None
+    along: float = math.inf
+    clear: "Tolerance | None" = None
 
     def of(self, name: str) -> "Tolerance":
         """The tolerance for one tensor."""
+        if name.startswith("clear grad "):
+            return self.clear or self
         return self.gradients if self.gradients and name.startswith("grad ") else self
 
 
@@ -64,6 +75,18 @@ def _compare(name: str, got: Tensor, low: Tensor | None, ref: Tensor, tol: Toler
         if not error <= allowed:  # written so that a NaN is a complaint
             share = error / scale if scale else math.inf
             return f"{name}: {norm} error {error:.2e} ({share:.1e} of its size), allowed {allowed:.2e}"
+    return _compare_along(name, got, low, ref, tol) if math.isfinite(tol.along) else None
+
+
+def _compare_along(name: str, got: Tensor, low: Tensor | None, ref: Tensor, tol: Tolerance) -> str | None:
+    size = ref.square().sum().item()
+    if not size:
+        return None  # the norms have seen that `got` is zero too
+    error = abs(((got - ref) * ref).sum().item()) / size
+    plain = tol.relative if low is None else _rms(low.detach().to(ref.device).double() - ref) / _rms(ref)
+    allowed = tol.along + SIGMAS * plain / math.sqrt(ref.numel())
+    if not error <= allowed:
+        return f"{name}: error along it {error:.1e} of its size, allowed {allowed:.1e}"
     return None
 
 

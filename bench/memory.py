@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_iter
 from bench import counts, harness, models
 from bench.harness import Case, Contender, Run, Runner
 from bench.kernels import name as dtype_name
-from bench.train import LARGE, TOLERANCE, TRAINS, Batch, answer, judged_size
+from bench.train import LARGE, TRAINS, Batch, answer, judged_size, tolerance
 
 # (model, N, T)
 CPU_GRID = (("jasper10x5", 2, 400), ("small", 8, 400), ("medium", 4, 400))
@@ -154,7 +154,7 @@ def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Modul
         refill=lambda seed: judged().refill(seed),
         reference=lambda: plain(torch.float64, torch.float64),
         low=(lambda: plain(torch.float32, run.dtype)) if small or run.device.type == "cuda" else None,
-        tolerance=TOLERANCE,
+        tolerance=tolerance(run.dtype),
         dtype=dtype_name(run.dtype),
         seeds=(1, 2) if small else (1,),
         needs=TRAINS,

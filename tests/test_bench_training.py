@@ -1,0 +1,199 @@
+"""Training steps: a gradient that is wrong by per cents is refused in every precision, and a right one is not."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from bench_runs import CPU, make_run
+
+from bench import correct, models, rivals, train
+
+N, T = 4, 96
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LAYER = "encoder.layers.2.conv.4.weight"
+
+
+@cache
+def setting():
+    config = models.config("small")
+    batch = train.Batch(config, N, T, CPU)
+    batch.refill(train.CLEAR_SEED)
+    return config, models.weights(config, CPU), batch
+
+
+@cache
+def found(contender: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The clear answer of one contender."""
+    config, state, batch = setting()
+    if contender == "jasper_fast":
+        module = models.fused(config, state, "auto")
+    else:
+        module = models.eager(config, state, torch.float64 if dtype is torch.float64 else torch.float32)
+    if contender == "eager_2d_channels_last":
+        module = rivals.ChannelsLast2d(module)
+    return train.answer(module, module, batch, state, dtype)
+
+
+def complaints(got: dict[str, torch.Tensor], dtype: torch.dtype) -> list[str]:
+    """What the bench would say of a contender that answered so."""
+    return correct.complaints(got, found("eager", dtype), found("eager", torch.float64), train.tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("contender", ["jasper_fast", "eager_2d_channels_last"])
+def test_right_gradients_are_told_right(contender, dtype):
+    assert complaints(found(contender, DTYPES[dtype]), DTYPES[dtype]) == []
+
+
+def test_clear_weights_keep_every_relu_away_from_zero():
+    """And signs of both kinds are there, so that a ReLU left out shows."""
+    config, state, batch = setting()
+    model = models.eager(config, models.clear(config, state)).train()
+    nearest, signs = [], []
+
+    def watch(module, inputs):
+        x = inputs[0]
+        nearest.append((x.abs().amin() / x.std(2).mean()).item())
+        signs.append((x > 0).float().mean().item())
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.ReLU):
+            module.register_forward_pre_hook(watch)
+    with models.dropout_off(model):
+        model(batch.features, batch.lengths)
+    assert len(nearest) == 11 and min(nearest) > 0.1, nearest  # at the usual weights 1e-5
+    assert all(abs(share - (1 - 1 / models.OFF)) < 0.01 for share in signs), signs
+
+
+def scaled(by: float, name: str = LAYER):
+    return lambda g: {f"clear grad {name}": g[f"clear grad {name}"] * by}
+
+
+def shifted_taps(g):
+    return {f"clear grad {LAYER}": g[f"clear grad {LAYER}"].roll(1, 2)}
+
+
+def stale_dbeta(g):
+    name = "clear grad encoder.layers.2.conv.5.bias"
+    return {name: g[name].roll(1)}  # numbers of the right size, of something else
+
+
+def every_layer_scaled(g):
+    return {n: t * 1.02 for n, t in g.items() if n.startswith("clear grad ")}
+
+
+def one_element(g):
+    wrong = g[f"clear grad {LAYER}"].clone()
+    wrong[3, 5, 2] += wrong.abs().max() / 4
+    return {f"clear grad {LAYER}": wrong}
+
+
+FAULTS = {
+    "weight gradient x 1.0001": (scaled(1.0001), ("fp32",)),
+    "weight gradient x 1.01": (scaled(1.01), ("fp32", "fp16")),
+    "weight gradient x 1.02": (scaled(1.02), ("fp32", "fp16", "bf16")),
+    "weight gradient x 0.97": (scaled(0.97), ("fp32", "fp16", "bf16")),
+    "dgamma x 1.05": (scaled(1.05, "encoder.layers.2.conv.5.weight"), ("fp32", "fp16", "bf16")),
+    "a pane's weight gradient x 0.97": (scaled(0.97, "encoder.layers.3.res.1.0.weight"), ("fp32", "fp16", "bf16")),
+    "every gradient x 1.02": (every_layer_scaled, ("fp32", "fp16", "bf16")),
+    "taps shifted": (shifted_taps, ("fp32", "fp16", "bf16")),
+    "dbeta of something else": (stale_dbeta, ("fp32", "fp16", "bf16")),
+    "one element": (one_element, ("fp32", "fp16", "bf16")),
+    "no weight gradient": (scaled(0.0), ("fp32", "fp16", "bf16")),
+}
+EACH = [(fault, dtype) for fault, (_, dtypes) in FAULTS.items() for dtype in dtypes]
+
+
+@pytest.mark.parametrize(("fault", "dtype"), EACH)
+def test_a_faulty_gradient_is_refused(fault, dtype):
+    right = found("jasper_fast", DTYPES[dtype])
+    told = complaints({**right, **FAULTS[fault][0](right)}, DTYPES[dtype])
+    assert told and all(line.startswith("clear grad ") for line in told), told
+    assert fault == "every gradient x 1.02" or len(told) == 1
+
+
+class Wgrad(torch.autograd.Function):
+    """A convolution whose weight gradient is that of all utterances but the last."""
+
+    @staticmethod
+    def forward(ctx, x, weight, padding):
+        ctx.save_for_backward(x, weight)
+        ctx.padding = padding
+        return torch.nn.functional.conv1d(x, weight, None, 1, padding)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx = torch.nn.grad.conv1d_input(x.shape, weight, dy, 1, ctx.padding)
+        return dx, torch.nn.grad.conv1d_weight(x[:-1], weight.shape, dy[:-1], 1, ctx.padding), None
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_skipped_utterance_gets_no_time(dtype, tmp_path, monkeypatch):
+    """Through the whole bench: the row says wrong and has no time, the rival's is ok."""
+
+    def faulty(config, state, backend):
+        model = models.eager(config, state)
+        conv = model.encoder.layers[2].conv[4]
+
+        def forward(x, lengths):
+            t = torch.arange(x.shape[2])
+            x = x.masked_fill((t >= lengths[:, None])[:, None], 0)
+            low = DTYPES[dtype]
+            return Wgrad.apply(x.to(low), conv.weight.to(low), conv.padding[0])
+
+        conv.forward = forward
+        return model
+
+    monkeypatch.setattr(models, "fused", faulty)
+    run = make_run(tmp_path, rivals="eager")
+    run.dtype = DTYPES[dtype]
+    rows = {r["contender"]: r for r in run.cases("test", [train.case(run, "small", N, T, "forward+backward")])}
+    assert rows["jasper_fast"]["status"] == "wrong" and "time_s" not in rows["jasper_fast"]
+    assert rows["jasper_fast"]["why"].startswith(f"clear grad {LAYER}: ")
+    assert rows["eager"]["status"] == "ok", rows["eager"]
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [("fp16", "forward+backward"), ("fp16", "step"), ("bf16", "step")])
+def test_fp16_scales_the_loss_as_training_does(dtype, mode, monkeypatch):
+    calls = []
+
+    class Scaler(torch.amp.GradScaler):
+        def __init__(self, device, enabled):
+            super().__init__(device, init_scale=64.0, enabled=enabled)
+
+        def step(self, optimizer):
+            calls.append("step")
+            return super().step(optimizer)
+
+        def update(self):
+            calls.append("update")
+            return super().update()
+
+    monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
+    config, state, _ = setting()
+    module, batch = models.eager(config, state), train.Batch(config, 2, 32, CPU)
+    bias, before = "decoder.layers.0.bias", module.decoder.layers[0].bias.detach().clone()
+    want = train.answer(module, module, batch, state, DTYPES[dtype])[f"grad {bias}"]
+    with models.dropout_off(module):
+        train.runner(module, module, batch, state, DTYPES[dtype], mode).run()
+    got = module.get_parameter(bias)
+    scale = 64.0 if dtype == "fp16" else 1.0
+    torch.testing.assert_close(got.grad, scale * want, atol=0.05 * scale * want.abs().max().item(), rtol=0)
+    assert calls == (["step", "update"] if mode == "step" else [])
+    assert got.isfinite().all() and torch.equal(got, before) == (mode != "step")
+
+
+def test_answers_in_fp16_are_scaled_as_far_as_nothing_overflows(monkeypatch):
+    """A scale that overflows gives way to a smaller one; gradients come back unscaled."""
+    config, state, _ = setting()
+    module, batch = models.eager(config, state), train.Batch(config, 2, 32, CPU)
+    bias = "grad decoder.layers.0.bias"
+    monkeypatch.setattr(train, "SCALES", (2.0**30, 64.0))
+    scaled = train.answer(module, module, batch, state, torch.float16)[bias]
+    plain = train.answer(module, module, batch, state, torch.float32)[bias]
+    torch.testing.assert_close(scaled, plain, atol=0.02 * plain.abs().max().item(), rtol=0)
+    monkeypatch.setattr(train, "SCALES", (2.0**30,))
+    assert not train.answer(module, module, batch, state, torch.float16)[bias].isfinite().all()
