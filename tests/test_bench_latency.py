@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from bench_runs import make_run
@@ -220,3 +222,48 @@ def test_a_gpu_takes_the_samples_that_a_p99_takes(tmp_path):
     assert asked.max_rounds >= asked.min_rounds >= tables.SAMPLES["p99"]
     assert latency.effort(on(run, "cpu")) == harness.Effort()
     assert latency.effort(dataclasses.replace(on(run, "cuda"), quick=True)).min_rounds < 100
+
+
+# ------------------------------------------------------------------ ONNX Runtime
+
+
+class Session:
+    """A stand-in for an ONNX Runtime session: reads and writes the memory that it was told of, as ours would be."""
+
+    def __init__(self, model) -> None:
+        self.model, self.bound = model, {}
+
+    def io_binding(self) -> Session:
+        self.bound = {}
+        return self
+
+    def bind_input(self, name, device_type, device_id, element_type, shape, buffer_ptr) -> None:
+        assert (device_type, device_id) == ("cpu", 0)
+        size = int(np.prod(shape)) * np.dtype(element_type).itemsize
+        memory = (ctypes.c_byte * size).from_address(buffer_ptr)
+        self.bound[name] = torch.from_numpy(np.frombuffer(memory, element_type).reshape(shape))
+
+    bind_output = bind_input
+
+    def run_with_iobinding(self, binding) -> None:
+        with torch.no_grad():
+            found = self.model(binding.bound["features"].float(), binding.bound["lengths"])
+        for name, t in zip(("log_probs", "out_lengths"), found, strict=True):
+            assert t.shape == binding.bound[name].shape
+            binding.bound[name].copy_(t)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_onnx_runtime_is_given_tensors_where_they_are(dtype, tmp_path):
+    shared = latency.Models(make_run(tmp_path), "small")
+    call = rivals.bound(Session(shared.plain), shared.plain)
+    x, lengths = models.features(shared.cfg, 2, 63, torch.device("cpu"), 1, ragged=True)
+    x = x.to(dtype)
+    first, out = call(x.transpose(1, 2).contiguous().transpose(1, 2), lengths)  # in another memory order
+    with torch.no_grad():
+        want, out_lengths = shared.plain(x.float(), lengths)
+    assert torch.equal(first, want) and torch.equal(out, out_lengths)
+    call(torch.zeros_like(x), lengths)
+    assert torch.equal(first, want), "an answer is in memory of its own"
+    with pytest.raises(ValueError, match="take --dtype fp32 or fp16"):
+        call(x.bfloat16(), lengths)
