@@ -5,15 +5,21 @@ import dataclasses
 import datetime
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from bench import goals, harness, limits, machine, rivals, tables
+from bench import goals, harness, limits, machine, options, rivals, tables
 from bench.harness import console
+from jasper_fast import backends
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ALL_SECONDS = 570.0
+DEFAULT_BATCH, DEFAULT_MEMORY_BATCH = (8, 400), (2, 400)  # (N, T)
+OURS = "jasper_fast"  # the contender
+INTERRUPTED = 130  # exit status, as a shell tells Ctrl-C
 DEFAULT_OUT = machine.ROOT / "build" / "bench"
 
 
@@ -22,7 +28,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     sub = top.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--device", default=None, help="cpu, cuda or cuda:1 (default: the GPU where there is one)")
+    common.add_argument(
+        "--device", type=options.device, default=None, help="cpu, cuda or cuda:1 (default: the GPU where there is one)"
+    )
     common.add_argument("--dtype", choices=DTYPES, default=None, help="default: fp32 on a CPU, fp16 on a GPU")
     common.add_argument(
         "--backend",
@@ -34,9 +42,16 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="folder for the JSON file (default: build/bench)"
     )
     common.add_argument("--quick", action="store_true", help="the goals' cases only, fewer repetitions")
-    common.add_argument("--rivals", default="default", help="default, all, or names with commas (see bench/rivals.py)")
-    common.add_argument("--threads", type=int, default=None, help="CPU threads for all contenders (default: PyTorch's)")
-    common.add_argument("--seconds", type=float, default=None, help="time to spend on each case")
+    common.add_argument(
+        "--rivals",
+        type=options.rivals,
+        default="default",
+        help="default, all, or names with commas (see bench/rivals.py)",
+    )
+    common.add_argument(
+        "--threads", type=options.count, default=None, help="CPU threads for all contenders (default: PyTorch's)"
+    )
+    common.add_argument("--seconds", type=options.seconds, default=None, help="time to spend on each case")
     common.add_argument(
         "--resume",
         action="store_true",
@@ -51,15 +66,19 @@ def parser() -> argparse.ArgumentParser:
     )
     add("train", "training steps: forward + backward and full, utterances per second").add_argument(
         "--model",
+        type=options.models_batch(DEFAULT_BATCH),
         action="append",
         metavar="NAME[:N,T]",
         help="small, medium, jasper10x5 or a YAML file, with batch and frames",
     )
     latency = add("latency", "percentiles of a batch's time by batch size and audio length")
-    latency.add_argument("--model", default="jasper10x5", help="small, medium, jasper10x5 or a YAML file")
+    latency.add_argument(
+        "--model", type=options.model, default="jasper10x5", help="small, medium, jasper10x5 or a YAML file"
+    )
     latency.add_argument("--full", action="store_true", help="the whole grid of batch sizes and lengths on a CPU too")
     add("memory", "bytes that a training forward keeps for backward, and the step's peak").add_argument(
         "--model",
+        type=options.models_batch(DEFAULT_MEMORY_BATCH),
         action="append",
         metavar="NAME[:N,T]",
         help="small, medium, jasper10x5 or a YAML file, with batch and frames",
@@ -67,17 +86,25 @@ def parser() -> argparse.ArgumentParser:
     add("all", "kernels, train, latency and memory: small, medium and Jasper 10x5, in under 10 minutes on two cores")
     add("launches", "ops and kernels launched by a call, and the host's time for them")
     profile = add("profile", "a torch.profiler trace with ranges named after layers, and time per layer and op")
-    profile.add_argument("--model", default="small", help="small, medium, jasper10x5 or a YAML file")
+    profile.add_argument(
+        "--model", type=options.model, default="small", help="small, medium, jasper10x5 or a YAML file"
+    )
     profile.add_argument("--mode", choices=("train", "inference"), default="train")
     profile.add_argument(
-        "--batch", default="8,400", metavar="N,T", help="utterances and feature frames (default: 8,400)"
+        "--batch",
+        type=options.batch,
+        default=DEFAULT_BATCH,
+        metavar="N,T",
+        help="utterances and feature frames (default: 8,400)",
     )
     gpu = add(
         "gpu",
         "all but tuning in at most nine minutes, the most valuable numbers first; --resume goes on. Tiles and faces, "
         "which dispatch chooses by, are a command of their own: python -m bench tune",
     )
-    gpu.add_argument("--budget", type=float, default=540.0, metavar="SECONDS", help="when to stop (default: 540)")
+    gpu.add_argument(
+        "--budget", type=options.seconds, default=540.0, metavar="SECONDS", help="when to stop (default: 540)"
+    )
     add_compile(sub)
     add_tune(sub)
     report = sub.add_parser(
@@ -88,11 +115,11 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument(
         "results",
         nargs="*",
-        type=Path,
+        type=options.result,
         help="JSON files (default: the newest in build/bench; with --readme, those in bench/results)",
     )
     report.add_argument(
-        "--html", type=Path, default=None, help="where the page goes (default: beside the first result)"
+        "--html", type=options.page, default=None, help="where the page goes (default: beside the first result)"
     )
     report.add_argument("--readme", action="store_true", help="write the table between the markers of README.md")
     return top
@@ -115,9 +142,36 @@ def add_tune(sub: argparse._SubParsersAction) -> None:
     tune.add_arguments(sub.add_parser("tune", help=help, description=tune.__doc__, formatter_class=raw))
 
 
+def shell(arguments: list[str] | None = None) -> int:
+    """`main` for a shell: what a user can mend is one line and status 2, as of argparse."""
+    try:
+        return main(arguments)
+    except SystemExit as end:
+        if not isinstance(end.code, str):
+            raise
+        print(f"python -m bench: error: {end.code}", file=sys.stderr)
+        return 2
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status."""
+    """Run a subcommand; returns the exit status: 0, 1 where ours has no number or a part failed, 130 after Ctrl-C."""
     args = parser().parse_args(arguments)
+    begun: list[harness.Run] = []
+
+    def begin(args: argparse.Namespace) -> harness.Run:
+        begun.append(start(args))
+        begun[0].arguments = tuple(sys.argv[1:] if arguments is None else arguments)
+        return begun[0]
+
+    try:
+        return _command(args, begin)
+    except KeyboardInterrupt:
+        _say(_kept(begun[0].results) if begun else "interrupted: nothing was measured yet")
+        return INTERRUPTED
+
+
+def _command(args: argparse.Namespace, begin: Callable[[argparse.Namespace], harness.Run]) -> int:
+    """The subcommand; `begin` makes its run."""
     if args.command == "report":
         from bench import report
 
@@ -129,34 +183,61 @@ def main(arguments: list[str] | None = None) -> int:
     if args.command == "tune":
         from bench import tune
 
-        return tune.main(args, start)
-    run = start(args)
-    run.arguments = tuple(sys.argv[1:] if arguments is None else arguments)
+        return tune.main(args, begin)
+    return _measure(begin(args), args)
+
+
+def _measure(run: harness.Run, args: argparse.Namespace) -> int:
+    """A subcommand that measures rows: the rows, the goals, and what has no number."""
     try:
         SUBCOMMANDS[args.command](run, args)
     except rivals.UnknownRival as error:
         raise SystemExit(f"--rivals: {error}") from None
     except harness.DeviceLost as error:  # its row is on disk
-        raise SystemExit(f"{error}\nnothing runs on {run.device} any more here; --resume goes on without it") from None
-    found = goals.judge(run.results.data["rows"], run.device.type)
-    run.results.data["goals"] = found
-    run.results.data["seconds"] = round(time.monotonic() - run.started, 1)
-    run.results.data["finished"] = not (run.out_of_time() or harness.parts_left(run.results.data))
+        _say(f"{error}\nnothing runs on {run.device} any more here; --resume goes on without it")
+        return 1
+    data = run.results.data
+    data["goals"] = goals.judge(data["rows"], run.device.type)
+    data["seconds"] = round(time.monotonic() - run.started, 1)
+    data["finished"] = not (run.out_of_time() or harness.parts_left(data))
     run.results.write()
-    tables.show(run.results.data["rows"], found)
+    tables.show(data["rows"], data["goals"])
     tables.console.print(f"wrote {_relative(run.results.path)}")
     if args.command in ("all", "gpu"):
         from bench import report
 
         report.main([run.results.path], None, False)
-    return 1 if any(row["status"] == "wrong" and row["ours"] for row in run.results.data["rows"]) else 0
+    if told := shortfall(data):
+        _say(told)
+    return 1 if told else 0
+
+
+def shortfall(data: dict) -> str:
+    """What fails the command: ours without a number, in rows or profiles, and parts of a run that failed."""
+    rows = [(row["status"], row["id"]) for row in data["rows"] if row["ours"] and row["status"] != "ok"]
+    profiles = [p for p in data.get("profiles", ()) if p["contender"] == OURS and p["status"] != "ok"]
+    rows += [(p["status"], f"profile of {p['model']} {p['mode']}") for p in profiles]
+    parts = [f"{title}: {how}" for title, how in data.get("parts", {}).items() if how.startswith("failed")]
+    counts = ", ".join(f"{n} {status}" for status, n in Counter(status for status, _ in rows).items())
+    named = "; ".join(name.removesuffix(f" / {OURS}") for _, name in rows)
+    told = [f"{OURS} has no number ({counts}) in {named}"] if rows else []
+    return ". ".join(told + ([f"parts that failed: {'; '.join(parts)}"] if parts else []))
+
+
+def _kept(results: harness.Results) -> str:
+    """What an interrupted run leaves."""
+    rows = len(results.data["rows"])
+    if not results.path.exists():
+        return "interrupted: nothing was measured yet"
+    return f"interrupted: {rows} rows are in {_relative(results.path)}; the same command with --resume goes on"
 
 
 def start(args: argparse.Namespace) -> harness.Run:
     """Device, precision and result file of a run; its ceilings measured first."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: this PyTorch sees no GPU (python -m jasper_fast info says more)")
+    if args.backend != "auto" and (reason := backends.why_missing(args.backend, device)):
+        raise SystemExit(f"--backend {args.backend}: {reason}")
+    options.writable(args.out)
     if args.threads:
         torch.set_num_threads(args.threads)
     dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "fp16")]
@@ -191,16 +272,6 @@ def _resumable(args: argparse.Namespace, header: dict) -> Path | None:
     return None
 
 
-def _grid(models: list[str] | None, default: tuple[int, int]) -> tuple:
-    """("small", 8, 400) from "small:8,400"."""
-    grid = []
-    for text in models or ():
-        model, _, batch = text.rpartition(":") if ":" in text else (text, "", "")
-        N, T = (int(v) for v in batch.split(",")) if batch else default
-        grid.append((model, N, T))
-    return tuple(grid)
-
-
 def _kernels(run: harness.Run, args: argparse.Namespace) -> None:
     from bench import kernels
 
@@ -213,7 +284,7 @@ def _kernels(run: harness.Run, args: argparse.Namespace) -> None:
 def _train(run: harness.Run, args: argparse.Namespace) -> None:
     from bench import train
 
-    train.main(run, _grid(args.model, (8, 400)))
+    train.main(run, tuple(args.model or ()))
 
 
 def _latency(run: harness.Run, args: argparse.Namespace) -> None:
@@ -225,7 +296,7 @@ def _latency(run: harness.Run, args: argparse.Namespace) -> None:
 def _memory(run: harness.Run, args: argparse.Namespace) -> None:
     from bench import memory
 
-    memory.main(run, _grid(args.model, (2, 400)))
+    memory.main(run, tuple(args.model or ()))
 
 
 def _all(run: harness.Run, args: argparse.Namespace) -> None:
@@ -249,8 +320,7 @@ def _launches(run: harness.Run, args: argparse.Namespace) -> None:
 def _profile(run: harness.Run, args: argparse.Namespace) -> None:
     from bench import profiles
 
-    N, T = (int(v) for v in args.batch.split(","))
-    profiles.main(run, args.model, args.mode, N, T)
+    profiles.main(run, args.model, args.mode, *args.batch)
 
 
 def _gpu(run: harness.Run, args: argparse.Namespace) -> None:
@@ -271,9 +341,14 @@ SUBCOMMANDS = {
 }
 
 
+def _say(text: str) -> None:
+    """A line for a person, never folded: it may hold a path."""
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
 def _relative(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(shell())

@@ -527,7 +527,7 @@ class Results:
         self.path, self.started = path, time.monotonic()
         self.data = {"schema": SCHEMA, **header, "limits": {}, "rows": [], "finished": False}
         if resume and unfinished(path, header):
-            old = json.loads(path.read_text())
+            old = read(path)
             self.data |= {"rows": old["rows"], "limits": old["limits"], "resumed": old.get("resumed", 0) + 1}
             kept = {k: v for k, v in old.get("parts", {}).items() if v == "finished" or v.startswith("failed")}
             self.data["parts"] = kept
@@ -571,6 +571,25 @@ def parts_left(data: dict) -> list[str]:
     return [p for p, how in data.get("parts", {}).items() if how != "finished" and faults.get(p, 0) < TRIES]
 
 
+RESULT = {"schema", "command", "machine", "rows", "limits", "finished"}
+ROW = {"id", "bench", "key", "contender", "ours", "status"}
+
+
+def read(path: Path) -> dict:
+    """The result in a file; raises ValueError, which names the file, where it holds none."""
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict) or (missing := RESULT - set(found)):
+            raise ValueError("no " + (", ".join(sorted(missing)) if isinstance(found, dict) else "object") + " in it")
+        if not all(isinstance(row, dict) and set(row) >= ROW for row in found["rows"]):
+            raise ValueError("rows that are none")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not a result of python -m bench ({error})") from None
+    return found
+
+
 ALIKE = ("device", "dtype", "backend", "quick", "threads")  # rows of runs that differ in one of these are not one run's
 
 
@@ -578,7 +597,12 @@ def unfinished(path: Path, header: dict) -> bool:
     """Whether `path` holds a run of the same subcommand, machine, commit and ALIKE arguments that was cut off."""
     if not path.exists():
         return False
-    old = json.loads(path.read_text())
+    try:
+        old = read(path)
+    except ValueError as error:
+        raise SystemExit(f"--resume: {error}; delete it, or run without --resume") from None
+    if old["schema"] != SCHEMA:
+        return False
     same = old["command"] == header["command"] and all(
         old["machine"][k] == header["machine"][k] for k in ("name", "commit", "dirty")
     )

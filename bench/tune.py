@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import correct, counts, harness, machine, models
+from bench import correct, counts, harness, machine, models, options
 from bench.gpu import interrupted_after
 from bench.harness import Case, Contender, DeviceLost, OutOfTime, Run, Runner, console
 from jasper_fast import backends, checks
@@ -77,12 +77,16 @@ class Terminated(BaseException):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
-    parser.add_argument("--device", default=None, help="cuda, cuda:1, or cpu for the stand-in (default: the GPU)")
+    parser.add_argument(
+        "--device", type=options.device, default=None, help="cuda, cuda:1, or cpu for the stand-in (default: the GPU)"
+    )
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default=None, help="default: bf16; fp32 on a CPU")
     parser.add_argument("--ops", default="all", help=f"all, or some of {','.join(OPS)}")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"time to spend on each case ({SECONDS})")
     parser.add_argument(
-        "--budget", type=float, default=BUDGET, metavar="SECONDS",
+        "--seconds", type=options.seconds, default=SECONDS, help=f"time to spend on each case ({SECONDS})"
+    )
+    parser.add_argument(
+        "--budget", type=options.seconds, default=BUDGET, metavar="SECONDS",
         help=f"of this process, when to stop ({BUDGET:.0f}), with exit status {OUT_OF_TIME}; --resume goes on",
     )  # fmt: skip
     parser.add_argument(

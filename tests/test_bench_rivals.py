@@ -41,5 +41,5 @@ def test_unknown_rival_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no rival 'nobody'"):
         rivals.only("training", "eager,nobody")
     monkeypatch.setattr(limits, "measure", lambda *_: {})
-    with pytest.raises(SystemExit, match="--rivals: no rival 'nobody' for training; known: eager"):
-        cli.main(["train", "--device", "cpu", "--rivals", "nobody", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="--rivals: no rival 'openvino' for training; known: eager"):
+        cli.main(["train", "--device", "cpu", "--rivals", "openvino", "--out", str(tmp_path)])

@@ -1,0 +1,228 @@
+"""The command line of bench: a mistake is one line, the exit status says what has no number, Ctrl-C keeps the rows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bench_runs import softplus_case
+
+from bench import __main__ as cli
+from bench import gpu, harness, kernels, limits, machine, options, profiles, report
+
+MEASURING = [*cli.SUBCOMMANDS]
+RUNS = [*MEASURING, "tune"]
+LIMITS = {"matmul_flops_per_s": {"float32": 1e12}, "copy_bytes_per_s": 1e12, "launch_s": {"host": 1e-6}}
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Runs that measure no limits and write no page."""
+    monkeypatch.setattr(limits, "measure", lambda *_: dict(LIMITS))
+    monkeypatch.setattr(report, "main", lambda *_: 0)
+
+
+def told(capsys, arguments: list[str]) -> str:
+    """The last line that the command ends with; the status is 2 and nothing was measured."""
+    try:
+        assert cli.shell(arguments) == 2
+    except SystemExit as end:
+        assert end.code == 2
+    out, err = capsys.readouterr()
+    assert not out and "Traceback" not in err
+    return err.strip().splitlines()[-1]
+
+
+# ------------------------------------------------------------------ mistakes
+
+
+MISTAKES = [
+    *([command, "--device", "mps"] for command in RUNS),
+    *([command, "--device", "nonsense"] for command in RUNS),
+    *([command, "--device", "cpu:1"] for command in RUNS),
+    *([command, "--seconds", value] for command in RUNS for value in ("-1", "0", "nan", "soon")),
+    *([command, "--threads", value] for command in MEASURING for value in ("0", "-2", "two")),
+    *([command, "--rivals", "eager,nonsense"] for command in MEASURING),
+    *([command, "--dtype", "fp8"] for command in RUNS),
+    *([command, "--budget", "-5"] for command in ("gpu", "tune")),
+    *([command, "--model", value] for command in ("train", "memory", "latency", "profile") for value in ("nosuch", "")),
+    *(
+        [command, "--model", f"small:{batch}"]
+        for command in ("train", "memory")
+        for batch in ("8", "8,", "8,400,1", "0,400", "8,-1", "a,b", "")
+    ),
+    ["train", "--model", "nosuch:8,400"],
+    ["latency", "--model", "small:8,400"],
+    *(["profile", "--batch", batch] for batch in ("8", "0,400", "eight,400")),
+    ["kernels", "--op", "softmax"],
+    ["tune", "--device", "cpu", "--ops", "softmax"],
+    ["report", "missing.json"],
+    ["report", "--html", "no/such/folder/page.html"],
+]
+
+
+@pytest.mark.parametrize("arguments", MISTAKES, ids=" ".join)
+def test_a_mistake_is_one_line_that_names_its_option(arguments, capsys, at_once, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    out = ["--out", str(tmp_path)] if arguments[0] in RUNS else []
+    line = told(capsys, [*arguments, *out])
+    option = next((a for a in arguments if a.startswith("--") and a != "--device"), None)
+    option = option or ("--device" if "--device" in arguments else "results")
+    value = arguments[-1]
+    assert "error: " in line and option in line and value.split(",")[-1] in line, line
+
+
+@pytest.mark.parametrize("command", ["train", "memory", "latency", "profile"])
+@pytest.mark.parametrize(
+    "text",
+    ["encoder: [", "encoder: {}\n", "- 1\n", "encoder: {blocks: [{filters: 8, taps: 3}]}\ndecoder: {in_feats: 8}"],
+)
+def test_a_model_file_that_holds_none_is_told(command, text, capsys, at_once, tmp_path):
+    (tmp_path / "net.yaml").write_text(text)
+    line = told(capsys, [command, "--model", str(tmp_path / "net.yaml"), "--out", str(tmp_path)])
+    assert "--model: " in line and "net.yaml" in line and "jasper10x5" in line, line
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "\xff\xfe", '{"rows": [], "schema": 1}', None])
+def test_what_is_no_result_is_told(content, capsys, tmp_path):
+    path = tmp_path / "run.json"
+    path.mkdir() if content is None else path.write_bytes(content.encode("latin-1"))
+    assert "run.json" in told(capsys, ["report", str(path)])
+
+
+@pytest.mark.parametrize("command", MEASURING)
+def test_a_folder_that_cannot_be_written_is_told(command, capsys, at_once, tmp_path):
+    (tmp_path / "file").write_text("")
+    options = ["--device", "cpu", "--out"]
+    line = told(capsys, [command, *options, str(tmp_path / "file")])
+    assert f"--out {tmp_path / 'file'}: is a file; name a folder" in line
+    assert "--out /proc/bench: " in told(capsys, [command, *options, "/proc/bench"])
+
+
+@pytest.mark.parametrize("command", MEASURING)
+@pytest.mark.parametrize("content", ["{", "[]", '{"rows": 3}'])
+def test_a_damaged_file_is_not_resumed(command, content, capsys, at_once, tmp_path):
+    damaged = tmp_path / f"{command}_{machine.slug(machine.name(torch.device('cpu')))}_20260101-000000_c.json"
+    damaged.write_text(content)
+    line = told(capsys, [command, "--device", "cpu", "--out", str(tmp_path), "--resume"])
+    assert f"--resume: {damaged}" in line and "delete it" in line
+    assert damaged.read_text() == content
+
+
+def test_a_face_that_the_device_lacks_is_told_before_anything_is_measured(capsys, at_once, tmp_path):
+    line = told(capsys, ["kernels", "--device", "cpu", "--backend", "cuda", "--out", str(tmp_path)])
+    assert "--backend cuda: the cuda backend takes CUDA tensors" in line
+
+
+def test_a_gpu_that_is_not_there_is_told(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device: cuda: this PyTorch sees no GPU" in told(capsys, ["kernels", "--device", "cuda"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert "cuda:7: PyTorch sees 2 GPUs; take cuda:0 to cuda:1" in told(capsys, ["kernels", "--device", "cuda:7"])
+    assert options.device("cuda:1") == "cuda:1"
+
+
+def test_what_is_right_is_read():
+    args = cli.parser().parse_args(["train", "--model", "small", "--model", "configs/jasper10x5dr.yaml:8,1680"])
+    assert args.model == [("small", 8, 400), ("configs/jasper10x5dr.yaml", 8, 1680)]
+    assert cli.parser().parse_args(["memory", "--model", "small"]).model == [("small", 2, 400)]
+    assert cli.parser().parse_args(["profile"]).batch == (8, 400)
+    assert cli.parser().parse_args(["kernels", "--rivals", "eager,cudnn"]).rivals == "eager,cudnn"
+
+
+# ------------------------------------------------------------------ exit status
+
+
+def measured(outcome: dict[str, tuple[str, str]]):
+    """A subcommand that times one case of which `outcome` has failed."""
+
+    def run(run: harness.Run, op: str) -> None:
+        case = softplus_case({"eager": F.softplus})
+        case.failed = dict(outcome)
+        run.cases("test", [case])
+
+    return run
+
+
+QUICK = ["--device", "cpu", "--quick", "--seconds", "0.05"]
+
+
+@pytest.mark.parametrize("status", ["wrong", "failed", "refused", "absent"])
+def test_ours_without_a_number_fails_the_command(status, capsys, at_once, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "main", measured({"jasper_fast": (status, "why not")}))
+    assert cli.main(["kernels", *QUICK, "--out", str(tmp_path)]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == f"jasper_fast has no number (1 {status}) in test op=softplus"
+
+
+def test_a_rival_without_a_number_does_not(capsys, at_once, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "main", measured({"eager": ("wrong", "why not")}))
+    assert cli.main(["kernels", *QUICK, "--out", str(tmp_path)]) == 0
+
+
+def test_a_part_that_failed_fails_the_command(capsys, at_once, tmp_path, monkeypatch):
+    def failing(run: harness.Run) -> None:
+        raise ValueError("no such kernel")
+
+    plan = [gpu.Part("first", 270, lambda run: measured({})(run, "")), gpu.Part("second", 270, failing)]
+    monkeypatch.setattr(gpu, "plan", lambda run: plan)
+    assert cli.main(["gpu", *QUICK, "--out", str(tmp_path)]) == 1
+    assert (
+        capsys.readouterr().err.strip().splitlines()[-1]
+        == "parts that failed: second: failed: ValueError: no such kernel"
+    )
+    plan.pop()
+    assert cli.main(["gpu", *QUICK, "--out", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(("broken", "status"), [("jasper_fast", 1), ("eager", 0)])
+def test_a_profile_of_ours_that_failed_fails_the_command(broken, status, capsys, at_once, tmp_path, monkeypatch):
+    def failing(run: harness.Run, model: str, mode: str, N: int, T: int) -> None:
+        about = {"model": model, "mode": mode, "records": []}
+        run.results.data["profiles"] = [
+            about | {"contender": name, "status": "failed" if name == broken else "ok", "why": "no memory"}
+            for name in ("jasper_fast", "eager")
+        ]
+
+    monkeypatch.setattr(profiles, "main", failing)
+    assert cli.main(["profile", *QUICK, "--out", str(tmp_path)]) == status
+    assert ("jasper_fast has no number (1 failed) in profile of small train" in capsys.readouterr().err) == bool(status)
+
+
+def test_a_lost_device_fails_the_command(capsys, at_once, tmp_path, monkeypatch):
+    def losing(run: harness.Run, op: str) -> None:
+        raise harness.DeviceLost("illegal memory access")
+
+    monkeypatch.setattr(kernels, "main", losing)
+    assert cli.shell(["kernels", *QUICK, "--out", str(tmp_path)]) == 1
+    assert "--resume goes on without it" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_says_what_it_keeps_and_goes_on(capsys, at_once, tmp_path, monkeypatch):
+    def interrupted(run: harness.Run, op: str) -> None:
+        measured({})(run, op)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernels, "main", interrupted)
+    command = ["kernels", *QUICK, "--out", str(tmp_path)]
+    assert cli.main(command) == 130
+    (path,) = tmp_path.glob("*.json")
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said == f"interrupted: 2 rows are in {path}; the same command with --resume goes on"
+    assert len(json.loads(path.read_text())["rows"]) == 2
+    monkeypatch.setattr(kernels, "main", lambda run, op: None)
+    assert cli.main([*command, "--resume"]) == 0
+    after = json.loads(path.read_text())
+    assert list(tmp_path.glob("*.json")) == [path] and len(after["rows"]) == 2 and after["finished"]
+
+
+def test_interrupted_before_anything_is_measured(capsys, tmp_path, monkeypatch):
+    def interrupted(*_: object) -> dict:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(limits, "measure", interrupted)
+    assert cli.main(["kernels", *QUICK, "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "interrupted: nothing was measured yet"
