@@ -89,7 +89,8 @@ def grid(headings: Sequence[str], lines: Iterable[tuple[str, Sequence[str]]]) ->
             tags[-1] = f'<td class="l" colspan="{wide + 1}">{cells[-1]}</td>'
         rows.append(f'<tr class="{cls}">{"".join(tags)}</tr>')
     heads = "".join(f"<th>{h}</th>" for h in headings)
-    return f'<div class="wide"><table><tr>{heads}</tr>{"".join(rows)}</table></div>'
+    named = ' class="named"' if headings[1] == "contender" else ""
+    return f'<div class="wide"><table{named}><tr>{heads}</tr>{"".join(rows)}</table></div>'
 
 
 def plot(content: str) -> str:
@@ -213,7 +214,14 @@ def memory(rows: Iterable[dict]) -> str:
         sizes = [f"{m[k] / 2**20:.1f}" for k in ("kept_bytes", "peak_bytes")]
         shares = [f"{m[k]:.3f}" if k in m else "" for k in ("ours_over_kept", "ours_over_peak")]
         lines.append((side(row), [*start, *sizes, *shares]))
-    heads = ("case", "", "kept for backward, MiB", "peak of the step, MiB", "ours / its, kept", "ours / its, peak")
+    heads = (
+        "case",
+        "contender",
+        "kept for backward, MiB",
+        "peak of the step, MiB",
+        "ours / its, kept",
+        "ours / its, peak",
+    )
     return "<h2>Memory of a training step</h2>" + grid(heads, lines) if lines else ""
 
 

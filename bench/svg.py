@@ -100,7 +100,8 @@ def roofline(points: Sequence[tuple[str, float, float, bool]], flops_per_s: floa
     parts = []
     for d in range(x0, x1 + 1):
         parts.append(path("grid", f"M{at_x(10**d):.1f} {pad} V{height - bottom}"))
-        parts.append(text(at_x(10**d), height - bottom + 18, f"{10.0**d:g}", "faint", "middle"))
+        anchor = "middle" if d < x1 else "end"  # the last would stand half outside
+        parts.append(text(at_x(10**d), height - bottom + 18, f"{10.0**d:g}", "faint", anchor))
     for d in range(y0, y1 + 1):
         parts.append(path("grid", f"M{left} {at_y(10**d):.1f} H{WIDTH - pad}"))
         parts.append(text(left - 6, at_y(10**d) + 5, _short(10**d), "faint", "end"))
