@@ -199,6 +199,7 @@ def _measure(run: harness.Run, args: argparse.Namespace) -> int:
     data = run.results.data
     data["goals"] = goals.judge(data["rows"], run.device.type)
     data["seconds"] = round(time.monotonic() - run.started, 1)
+    data["clocks"]["end"] = machine.clocks(run.device)
     data["finished"] = not (run.out_of_time() or harness.parts_left(data))
     run.results.write()
     tables.show(data["rows"], data["goals"])
@@ -257,6 +258,7 @@ def start(args: argparse.Namespace) -> harness.Run:
         console.print(f"[yellow]load average {load[0]:.1f} on {cores} cores: other work will blur every number[/]")
     results = harness.Results(path, header, args.resume)
     run = harness.Run(device, dtype, args.backend, args.quick, results, effort, rivals=args.rivals)
+    results.data["clocks"] = {"start": machine.clocks(device)}
     if not results.limits:
         with console.status("measuring the machine's limits"):
             results.data["limits"] = limits.measure(device, args.quick)

@@ -11,6 +11,7 @@ import functools
 import gc
 import hashlib
 import json
+import math
 import os
 import random
 import statistics
@@ -31,6 +32,7 @@ from bench import correct, machine
 SCHEMA = 1
 CONFIDENCE = 0.95
 PERCENTILES = (0.05, 0.20, 0.50, 0.80, 0.90, 0.95, 0.99)
+THROTTLED = 0.05  # of the run's highest clock
 CPU = torch.device("cpu")
 LOST = "the device ran nothing more in that process"  # begins the row of the contender that did it
 TRIES = 2  # of a part of a run that fails
@@ -79,7 +81,8 @@ class Case:
     `flops` and `nbytes` are the least that the computation must do and move; `items` is what one run completes
     (utterances, for instance), for throughput. `seeds`: the inputs on which all are compared before the timing; one is
     enough where an answer takes seconds, because another is compared afterwards. `needs`: the ops, as the self-check
-    names them, that ours is made of. `device`: the run's, where it looks for each contender's faults.
+    names them, that ours is made of. `device`: the run's, where it looks for each contender's faults. `readings`: of
+    clocks, while it was timed.
     """
 
     bench: str
@@ -101,6 +104,7 @@ class Case:
     runners: dict[str, Runner] = field(default_factory=dict)
     failed: dict[str, tuple[str, str]] = field(default_factory=dict)
     visits: list[dict[str, list[float]]] = field(default_factory=list)
+    readings: list[dict] = field(default_factory=list)
 
     @property
     def id(self) -> str:
@@ -122,7 +126,7 @@ class Effort:
     target: float = 0.01
 
 
-QUICK = Effort(seconds=1.5, min_rounds=5, max_rounds=60, target=0.02)
+QUICK = Effort(seconds=1.5, min_rounds=6, max_rounds=60, target=0.02)
 
 
 # ------------------------------------------------------------------ clocks
@@ -153,6 +157,7 @@ class WallClock:
 class CudaClock:
     """Device time between events, with the L2 cache flushed before each run.
 
+    The flush reads: what a flush wrote would go back to memory inside the timed run, at that run's cost.
     The device sleeps before the first event while the host launches the whole run: small ops would otherwise be timed
     at the speed of Python. The sleep covers what the host was seen to need, up to LONGEST; where it needs more, its
     time is part of the answer, as it is for a user.
@@ -164,7 +169,8 @@ class CudaClock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-        self.flush = torch.empty(max(size, 32 << 20), dtype=torch.int8, device=device)
+        self.flush = torch.empty(max(size, 32 << 20) // 4, dtype=torch.float32, device=device)
+        self.sink = torch.empty((), dtype=torch.float32, device=device)
         self.hosts: dict[int, float] = {}
 
     def sample(self, run: Callable[[], object], inner: int) -> float:
@@ -173,7 +179,7 @@ class CudaClock:
         total = 0.0
         for _ in range(inner):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self.flush.zero_()
+            torch.sum(self.flush, 0, out=self.sink)
             torch.cuda._sleep(cycles)
             start.record()
             run()
@@ -218,6 +224,46 @@ def cycles_per_second(device: torch.device) -> float:
     end.record()
     end.synchronize()
     return 4e6 / (start.elapsed_time(end) / 1e3)
+
+
+class Gauge:
+    """Reads clocks, temperature and power between rounds, when what they tell of has just run."""
+
+    EVERY = 0.25  # seconds
+
+    def __init__(self, device: torch.device, readings: list[dict]) -> None:
+        self.device, self.readings, self.last = device, readings, -math.inf
+
+    def look(self, last: bool = False) -> None:
+        """One reading, if the one before is old, or it is the last."""
+        now = time.monotonic()
+        if (last or now - self.last >= self.EVERY) and (found := machine.clocks(self.device)):
+            self.readings.append(found)
+            self.last = now
+
+
+def clocks_during(readings: Sequence[dict]) -> dict:
+    """What the readings of a case say: the clock's median and lowest in MHz, the most of everything else."""
+    rates = [rate for reading in readings if (rate := mhz(reading)) is not None]
+    found = {"mhz": statistics.median(rates), "mhz_lowest": min(rates)} if rates else {}
+    for name in ("temperature_c", "power_w", "load_average"):
+        if values := [reading[name] for reading in readings if name in reading]:
+            found[name] = max(values)
+    held = sorted({why for reading in readings for why in reading.get("held_by", ())})
+    return found | ({"held_by": held} if held else {}) | {"readings": len(readings)}
+
+
+def mhz(reading: dict) -> float | None:
+    """The clock that work ran at: a GPU's multiprocessors', or the fastest core's, because others may be idle."""
+    return reading.get("sm_mhz", max(reading.get("cpu_mhz", ()), default=None))
+
+
+def mark_throttled(rows: Iterable[dict], limits: dict) -> None:
+    """Say of each row whose clock was markedly below the run's highest that it was."""
+    rows = [row for row in rows if "mhz" in row.get("clocks", {})]
+    highest = max([mhz(limits.get("clocks", {})) or 0.0, *(row["clocks"]["mhz"] for row in rows)])
+    for row in rows:
+        row["throttled"] = row["clocks"]["mhz"] < (1 - THROTTLED) * highest
 
 
 def clock(device: torch.device, wall: bool) -> WallClock | CudaClock:
@@ -362,6 +408,7 @@ def _rounds(
 ) -> tuple[dict, dict, dict]:
     names = list(case.runners)
     samples: dict[str, list[float]] = {name: [] for name in names}
+    gauge = Gauge(ticker.device, case.readings)
     inner: dict[str, int] = {}
     host: dict[str, float] = {}
     for name in names:
@@ -381,6 +428,7 @@ def _rounds(
                     samples[name].append(ticker.sample(case.runners[name].run, inner[name]))
             names = [n for n in names if n in case.runners]
             done += 1
+            gauge.look()
             spent = time.perf_counter() - started
             on_round(min(1.0, max(spent / effort.seconds, done / effort.max_rounds)))
             enough = done >= effort.min_rounds and done % 4 == 0 and _settled(case, samples, names, effort.target)
@@ -389,6 +437,7 @@ def _rounds(
                 break
             if done % 8 == 0:
                 gc.collect(0)
+        gauge.look(last=True)
     finally:
         if was_enabled:
             gc.enable()
@@ -406,18 +455,30 @@ def ratio(rival: Sequence[float], ours: Sequence[float], resamples: int = 2000, 
     """Rival time / our time, pair by pair: the median and its bootstrap 95 % interval (rounds drawn again in short
     runs of neighbours, because neighbouring rounds share the machine's mood)."""
     pairs = [r / o for r, o in zip(rival, ours, strict=False)]
-    rng, n = random.Random(seed), len(pairs)
+    low, high = interval(pairs, resamples, seed)
+    told = {"confidence": confidence(len(pairs)), "pairs": len(pairs)}
+    return {"median": statistics.median(pairs), "low": low, "high": high} | told
+
+
+def interval(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """The bootstrap interval of the median: values drawn again in short runs of neighbours."""
+    rng, n = random.Random(seed), len(values)
     block = max(1, round(n ** (1 / 3)))
     medians = []
     for _ in range(resamples):
         drawn: list[float] = []
         while len(drawn) < n:
             start = rng.randrange(n)
-            drawn += [pairs[(start + i) % n] for i in range(block)]
+            drawn += [values[(start + i) % n] for i in range(block)]
         medians.append(statistics.median(drawn[:n]))
     medians.sort()
     low, high = (medians[min(resamples - 1, int(q * resamples))] for q in ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
-    return {"median": statistics.median(pairs), "low": low, "high": high, "confidence": CONFIDENCE, "pairs": n}
+    return low, high
+
+
+def confidence(n: int) -> float:
+    """What an interval from `n` values can claim: all of them lie on one side of the true median in 2 of 2^n cases."""
+    return min(CONFIDENCE, 1 - 2 * 0.5**n)
 
 
 def ratio_of_visits(visits: Sequence[Mapping[str, Sequence[float]]], rival: str, ours: str) -> dict:
@@ -428,7 +489,7 @@ def ratio_of_visits(visits: Sequence[Mapping[str, Sequence[float]]], rival: str,
         return parts[0]
     pooled = [r / o for pair in pairs for r, o in zip(*pair, strict=False)]
     span = {"low": min(p["low"] for p in parts), "high": max(p["high"] for p in parts)}
-    told = {"confidence": CONFIDENCE, "pairs": len(pooled), "visits": len(parts)}
+    told = {"confidence": confidence(len(pooled)), "pairs": len(pooled), "visits": len(parts)}
     return {"median": statistics.median(pooled), **span, **told}
 
 
@@ -441,13 +502,25 @@ def quantile(values: Sequence[float], q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
+def samples_for(q: float) -> int:
+    """Samples from which the q-quantile is another than the least or greatest of them."""
+    return math.ceil(round(1 / min(q, 1 - q), 6))
+
+
 def summary(samples: Sequence[float], inner: int) -> dict:
-    """Quantiles of the samples in seconds; a sample is the mean of `inner` runs."""
+    """Quantiles of the samples in seconds, a sample being the mean of `inner` runs; the interval of the median with its
+    confidence; and in `too_few_for` the quantiles that so few samples tell only as their extremes."""
+    names = {q: f"p{round(100 * q):02d}" for q in PERCENTILES}
+    low, high = interval(samples, 500)
     return {
         "median": statistics.median(samples),
         "mean": statistics.fmean(samples),
         "min": min(samples),
-        **{f"p{round(100 * q):02d}": quantile(samples, q) for q in PERCENTILES},
+        "median_low": low,
+        "median_high": high,
+        "confidence": confidence(len(samples)),
+        **{name: quantile(samples, q) for q, name in names.items()},
+        "too_few_for": [name for q, name in names.items() if len(samples) < samples_for(q)],
         "samples": len(samples),
         "inner": inner,
     }
@@ -488,6 +561,8 @@ def rows(
             continue
         time_s = summary(samples[name], inner[name])
         row |= {"status": "ok", "time_s": time_s}
+        if case.readings:
+            row["clocks"] = clocks_during(case.readings)
         if name in host:
             row["host_s"] = host[name]
         if case.flops:
@@ -555,6 +630,7 @@ class Results:
             against_limits(row, self.limits)
             row["at_s"] = round(time.monotonic() - self.started, 1)
         self.data["rows"] = [r for r in self.data["rows"] if r["id"] not in new] + list(new.values())
+        mark_throttled(self.data["rows"], self.limits)
         self.write()
 
     def write(self) -> None:

@@ -7,21 +7,25 @@ from collections.abc import Callable
 
 import torch
 
-from bench import harness
+from bench import harness, machine
 
 GIB = 1 << 30
 
 
 def measure(device: torch.device, quick: bool = False) -> dict:
     """Ceilings of `device`: FLOP/s per dtype, bytes/s read plus written by a large copy, seconds per launch."""
-    return {
+    found = {
         "matmul_flops_per_s": matmul_rates(device, quick),
         "float32_mode": float32_mode(device),
         "copy_bytes_per_s": copy_bandwidth(device, quick),
+        "clocks": machine.clocks(device),  # as they are under load
         "launch_s": launch_overhead(device),
         "method": "best of repeated runs: square matmul, copy of a buffer beyond the caches, one-element add",
-        "clocks": harness.machine.clocks(device),
     }
+    if device.type == "cuda":
+        times, found["cupy"] = cupy_launch(device)
+        found["launch_s"] |= times
+    return found
 
 
 def matmul_rates(device: torch.device, quick: bool = False) -> dict[str, float]:
@@ -86,11 +90,24 @@ def launch_overhead(device: torch.device) -> dict[str, float]:
             for _ in range(100):
                 x.add_(1)
         found["in_graph"] = _best(device, graph.replay) / 100
-        if importlib.util.find_spec("cupyx") is not None:
-            from cupyx.profiler import benchmark
-
-            found["cupy_host"] = float(statistics.median(benchmark(lambda: x.add_(1), n_repeat=500).cpu_times))
     return found
+
+
+def cupy_launch(device: torch.device) -> tuple[dict[str, float], str]:
+    """Seconds of a launch at the host and on the device as CuPy's profiler sees them, and its version or why not."""
+    if importlib.util.find_spec("cupyx") is None:
+        return {}, f"absent: pip install cupy-cuda{(torch.version.cuda or '13').partition('.')[0]}x"
+    x = torch.zeros(1, device=device)
+    try:
+        import cupy
+        from cupyx.profiler import benchmark
+
+        at = (device.index if device.index is not None else torch.cuda.current_device(),)
+        seen = benchmark(lambda: x.add_(1), n_repeat=500, n_warmup=50, devices=at)
+    except Exception as error:  # a CuPy of another CUDA must not cost the run its numbers
+        return {}, f"failed: {harness.first_line(error)}"
+    medians = (float(statistics.median(times.ravel())) for times in (seen.cpu_times, seen.gpu_times))
+    return dict(zip(("cupy_host", "cupy_device"), medians, strict=True)), cupy.__version__
 
 
 def _round_trip(device: torch.device, x: torch.Tensor) -> float:

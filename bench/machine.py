@@ -1,23 +1,29 @@
 """What a result needs to be repeated: the hardware, the versions, the commit and the command."""
 
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
+from bench import nvml
 from jasper_fast.kernels.tables import slug
 
 __all__ = ["ROOT", "clocks", "command", "commit", "describe", "name", "slug"]
 ROOT = Path(__file__).resolve().parents[1]
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "asimd", "sve")
-PACKAGES = ("torch", "triton", "numpy", "onnxruntime", "openvino", "tensorrt", "cupy-cuda12x", "cupy-cuda13x")
+# by the names of their distributions: cupy-cuda13x, onnxruntime-gpu, tensorrt-cu12, nvidia-cudnn-frontend, ...
+PACKAGES = re.compile(
+    r"(torch|pytorch-triton|triton|numpy)$|(cuda|cupy|nvidia|onnx|openvino|tensorrt|torch-tensorrt)(-|script|runtime|$)"
+)
 
 
 def describe(device: torch.device) -> dict:
@@ -31,7 +37,8 @@ def describe(device: torch.device) -> dict:
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        "packages": {p: v for p in PACKAGES if (v := _version(p))},
+        "packages": packages(),
+        "compilers": compilers(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "commit": commit(),
@@ -65,19 +72,54 @@ def commit() -> str | None:
 
 
 def clocks(device: torch.device) -> dict:
-    """Clock rates, temperature and power as far as this machine lets us read them."""
+    """Clock rates, temperature and power as far as this machine lets us read them, in well under a millisecond."""
     if device.type == "cuda":
-        fields = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "clocks_event_reasons.active")
-        line = _run(
-            "nvidia-smi", f"--id={device.index or 0}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"
-        )
-        return dict(zip(fields, (part.strip() for part in line.split(",")), strict=False)) if line else {}
+        return nvml.read(device)
     mhz = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _read("/proc/cpuinfo"), re.MULTILINE)
     millidegrees = _read("/sys/class/thermal/thermal_zone0/temp").strip()
     return {
         **({"cpu_mhz": [round(float(m)) for m in mhz]} if mhz else {}),
         **({"temperature_c": int(millidegrees) / 1000} if millidegrees.lstrip("-").isdigit() else {}),
+        **({"load_average": os.getloadavg()[0]} if hasattr(os, "getloadavg") else {}),
     }
+
+
+@functools.cache
+def packages() -> dict[str, str]:
+    """Versions of whatever is installed that computes: PyTorch, Triton, rivals, NVIDIA's libraries."""
+    found: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():  # in the order of sys.path: the first is what is imported
+        name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
+        if PACKAGES.match(name):
+            found.setdefault(name, distribution.version)
+    return dict(sorted(found.items()))
+
+
+@functools.cache
+def compilers() -> dict[str, str]:
+    """What compiles here, by program: the ptxas that Triton runs, nvcc, the C++ compiler of torch.compile."""
+    found = {}
+    if ptxas := _ptxas():
+        found["ptxas"] = ptxas
+    nvcc = _run(
+        shutil.which("nvcc") or str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/nvcc"), "--version"
+    )
+    if told := re.search(r"release [\d.]+, V([\d.]+)", nvcc or ""):
+        found["nvcc"] = told[1]
+    cxx = os.environ.get("CXX") or next((c for c in ("g++", "clang++") if shutil.which(c)), None)
+    if cxx and (told := _run(*shlex.split(cxx), "--version")):
+        found["c++"] = told.splitlines()[0]
+    return found
+
+
+def _ptxas() -> str | None:
+    """The version of the ptxas that Triton runs, its own or TRITON_PTXAS_PATH's."""
+    try:
+        from triton import knobs
+
+        return knobs.nvidia.ptxas.version
+    except (ImportError, OSError, RuntimeError):  # no Triton, or none that finds a ptxas: nothing compiles there
+        return None
 
 
 def _cpu() -> dict:
@@ -100,23 +142,16 @@ def _gpu(device: torch.device) -> dict | None:
     if device.type != "cuda":
         return None
     p = torch.cuda.get_device_properties(device)
-    driver = _run("nvidia-smi", f"--id={device.index or 0}", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "name": p.name,
         "capability": f"sm_{p.major}{p.minor}",
         "sm_count": p.multi_processor_count,
         "memory_gib": round(p.total_memory / 2**30, 1),
         "l2_mib": round(p.L2_cache_size / 2**20, 1),
-        "driver": driver,
+        "driver": nvml.driver(),
+        "cuda_of_driver": nvml.cuda_driver(),
         "clocks_at_start": clocks(device),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _git(*args: str) -> str | None:

@@ -1,0 +1,212 @@
+"""Clocks beside the times, the driver's library on a stand-in, what few samples can claim, CuPy's profiler."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from bench_runs import CPU, FAST, make_run, softplus_case
+
+from bench import harness, limits, machine, nvml
+
+CUDA = torch.device("cuda", 0)
+
+
+class Driver:
+    """libnvidia-ml with one GPU, which knows no power."""
+
+    UUID = b"GPU-12345678-0000"
+
+    def nvmlInit_v2(self):
+        return 0
+
+    def nvmlDeviceGetHandleByUUID(self, uuid, handle):
+        handle._obj.value = 77
+        return 0 if uuid == self.UUID else 6
+
+    def nvmlDeviceGetClockInfo(self, handle, kind, value):
+        assert handle.value == 77
+        value._obj.value = {1: 1755, 2: 2619}[kind]
+        return 0
+
+    def nvmlDeviceGetTemperature(self, handle, sensor, value):
+        value._obj.value = 61
+        return 0
+
+    def nvmlDeviceGetPowerUsage(self, handle, value):
+        value._obj.value = 1
+        return 3  # not supported
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle, bits):
+        bits._obj.value = 0x1 | 0x4 | 0x40
+        return 0
+
+    def nvmlSystemGetDriverVersion(self, text, size):
+        text.value = b"580.65.06"
+        return 0
+
+    def nvmlSystemGetCudaDriverVersion_v2(self, number):
+        number._obj.value = 13020
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    for cached in (nvml.library, nvml.handle):
+        cached.cache_clear()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="12345678-0000"))
+    yield
+    for cached in (nvml.library, nvml.handle):
+        cached.cache_clear()
+
+
+def test_the_driver_s_library_is_read_and_what_it_lacks_is_left_out(driver):
+    held = ["software power cap", "hardware thermal slowdown"]
+    expected = {"sm_mhz": 1755, "memory_mhz": 2619, "temperature_c": 61, "held_by": held}
+    assert machine.clocks(CUDA) == expected
+    assert (nvml.driver(), nvml.cuda_driver()) == ("580.65.06", "13.2")
+
+
+def test_without_the_driver_s_library_the_fields_stay_empty(driver, monkeypatch):
+    def missing(name: str):
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert (machine.clocks(CUDA), nvml.driver(), nvml.cuda_driver()) == ({}, None, None)
+
+
+def test_a_gpu_that_the_library_does_not_know_is_not_taken_for_another(driver, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="other"))
+    assert machine.clocks(CUDA) == {}
+
+
+def test_rows_tell_their_clocks_and_which_of_them_ran_slowly(tmp_path, monkeypatch):
+    rates = {"fast": 1980, "a little slower": 1900, "slow": 1500}
+    now: list[str] = []
+    reading = lambda _: {"sm_mhz": rates[now[-1]], "temperature_c": 60 + len(now)}  # noqa: E731
+    monkeypatch.setattr(machine, "clocks", reading)
+    run = make_run(tmp_path)
+    for name in rates:
+        now.append(name)
+        case = softplus_case({"eager": F.softplus})
+        case.key = {"op": name}
+        run.cases("test", [case])
+    rows = {row["key"]["op"]: row for row in run.results.data["rows"] if row["ours"]}
+    assert {name: row["throttled"] for name, row in rows.items()} == {
+        "fast": False,
+        "a little slower": False,
+        "slow": True,
+    }
+    assert rows["slow"]["clocks"]["mhz"] == 1500 and rows["slow"]["clocks"]["temperature_c"] == 63
+    harness.mark_throttled(rows.values(), {"clocks": {"sm_mhz": 2200}})  # the limits ran faster than any row
+    assert all(row["throttled"] for row in rows.values())
+
+
+def test_a_cpu_is_told_by_its_fastest_core_and_its_load():
+    readings = [
+        {"cpu_mhz": [800, 3000], "load_average": 0.5},
+        {"cpu_mhz": [2000, 900], "load_average": 2.5},
+        {"cpu_mhz": [2500, 2500]},
+    ]
+    found = harness.clocks_during(readings)
+    assert found == {"mhz": 2500, "mhz_lowest": 2000, "load_average": 2.5, "readings": 3}
+    assert harness.clocks_during([{"temperature_c": 50.0}]) == {"temperature_c": 50.0, "readings": 1}
+
+
+def test_clocks_are_read_seldom_but_never_not_at_all(monkeypatch):
+    seen: list[int] = []
+    monkeypatch.setattr(machine, "clocks", lambda _: {"sm_mhz": seen.append(1) or len(seen)})
+    case = softplus_case({"eager": F.softplus})
+    harness.prepare(case)
+    harness.measure(case, CPU, FAST)
+    assert [r["sm_mhz"] for r in case.readings] == [1, 2]  # after the first of its few rounds, and at the end
+
+
+def test_a_machine_that_tells_no_clock_has_rows_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "clocks", lambda _: {})
+    rows = make_run(tmp_path).cases("test", [softplus_case({"eager": F.softplus})])
+    assert all(row["status"] == "ok" and "clocks" not in row and "throttled" not in row for row in rows)
+
+
+# ------------------------------------------------------------------ versions
+
+
+def test_whatever_is_installed_is_recorded(monkeypatch):
+    names = ("torch", "cupy-cuda13x", "nvidia_cudnn_frontend", "torch_tensorrt", "tensorrt-cu12", "onnxscript", "onnx")
+    names += ("onnxruntime-gpu", "nvidia-cuda-runtime", "openvino", "Triton", "pytest", "torchvision", "cudatoolkitten")
+    installed = [SimpleNamespace(metadata={"Name": name}, version=str(i)) for i, name in enumerate(names)]
+    installed.append(SimpleNamespace(metadata={"Name": "triton"}, version="hidden by the one before"))
+    monkeypatch.setattr(machine.importlib.metadata, "distributions", lambda: installed)
+    found = machine.packages.__wrapped__()
+    expected = {name.lower().replace("_", "-") for name in names} - {"pytest", "torchvision", "cudatoolkitten"}
+    assert set(found) == expected and found["triton"] == str(names.index("Triton"))
+
+
+def test_compilers_are_recorded(monkeypatch):
+    said = {"g++": "g++ 14.2\nCopyright", "nvcc": "Cuda compilation tools, release 13.0, V13.0.88"}
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name if name in said else None)
+    monkeypatch.setattr(machine, "_run", lambda program, *_: said.get(program))
+    found = machine.compilers.__wrapped__()
+    assert found["nvcc"] == "13.0.88" and found["c++"] == "g++ 14.2"
+
+
+# ------------------------------------------------------------------ what few samples can claim
+
+
+@pytest.mark.parametrize(("n", "claimed"), [(1, 0.0), (3, 0.75), (5, 0.9375), (6, 0.95), (100, 0.95)])
+def test_few_pairs_claim_less(n, claimed):
+    assert harness.ratio([2.0] * n, [1.0] * n)["confidence"] == claimed
+    assert harness.summary([1.0] * n, 1)["confidence"] == claimed
+
+
+def test_quantiles_that_are_the_extremes_are_named():
+    few = lambda n: harness.summary([float(i) for i in range(n)], 1)["too_few_for"]  # noqa: E731
+    assert few(4) == ["p05", "p20", "p80", "p90", "p95", "p99"]
+    assert few(10) == ["p05", "p95", "p99"] and few(99) == ["p99"] and few(100) == []
+
+
+def test_the_median_has_an_interval_of_its_own():
+    g = torch.Generator().manual_seed(0)
+    found = harness.summary((1 + 0.1 * torch.randn(200, generator=g)).tolist(), 1)
+    assert found["p20"] < found["median_low"] < 1.0 < found["median_high"] < found["p80"]
+
+
+# ------------------------------------------------------------------ the launch, by CuPy
+
+
+def cupy(monkeypatch, benchmark) -> None:
+    module, inner = ModuleType("cupy"), ModuleType("cupyx.profiler")
+    module.__version__, inner.benchmark = "14.0", benchmark
+    for name, made in {"cupy": module, "cupyx": ModuleType("cupyx"), "cupyx.profiler": inner}.items():
+        monkeypatch.setitem(sys.modules, name, made)
+    monkeypatch.setattr(limits.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+
+def test_cupy_times_the_launch_at_the_host_and_on_the_device(monkeypatch):
+    def benchmark(call, n_repeat: int, n_warmup: int, devices: tuple[int, ...]):
+        call()
+        assert devices == (0,)
+        return SimpleNamespace(cpu_times=numpy.array([3e-6, 1e-6, 2e-6]), gpu_times=numpy.array([[5e-6, 4e-6, 9e-6]]))
+
+    cupy(monkeypatch, benchmark)
+    assert limits.cupy_launch(CPU) == ({"cupy_host": 2e-6, "cupy_device": 5e-6}, "14.0")
+
+
+def test_a_cupy_that_is_absent_or_broken_says_so(monkeypatch):
+    monkeypatch.setattr(limits.importlib.util, "find_spec", lambda name: None)
+    times, why = limits.cupy_launch(CPU)
+    assert not times and why.startswith("absent: pip install cupy-cuda")
+
+    def broken(*_: object, **__: object):
+        raise RuntimeError("CUDA driver version is insufficient")
+
+    cupy(monkeypatch, broken)
+    assert limits.cupy_launch(CPU) == ({}, "failed: RuntimeError: CUDA driver version is insufficient")
