@@ -461,7 +461,9 @@ def ratio(rival: Sequence[float], ours: Sequence[float], resamples: int = 2000, 
 
 
 def interval(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """The bootstrap interval of the median: values drawn again in short runs of neighbours."""
+    """The interval of the median, CONFIDENCE where `confidence` says so: the bootstrap's, values drawn again in short
+    runs of neighbours, and at least that of their ranks, because the bootstrap of a dozen values is too sure (0.83 of
+    the truths in six independent values, 0.89 in twelve)."""
     rng, n = random.Random(seed), len(values)
     block = max(1, round(n ** (1 / 3)))
     medians = []
@@ -473,7 +475,18 @@ def interval(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> t
         medians.append(statistics.median(drawn[:n]))
     medians.sort()
     low, high = (medians[min(resamples - 1, int(q * resamples))] for q in ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
-    return low, high
+    ordered, rank = sorted(values), rank_of_interval(n)
+    return min(low, ordered[rank]), max(high, ordered[n - 1 - rank])
+
+
+@functools.cache
+def rank_of_interval(n: int) -> int:
+    """From how many values in, at both ends, the sorted values still hold the median with CONFIDENCE; 0 at least."""
+    outside, rank = 2 * 0.5**n, 0  # the chance that the truth lies beyond the values at `rank`
+    while outside + 2 * math.comb(n, rank + 1) * 0.5**n <= 1 - CONFIDENCE:
+        rank += 1
+        outside += 2 * math.comb(n, rank) * 0.5**n
+    return rank
 
 
 def confidence(n: int) -> float:

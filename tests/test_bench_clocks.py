@@ -166,6 +166,16 @@ def test_few_pairs_claim_less(n, claimed):
     assert harness.summary([1.0] * n, 1)["confidence"] == claimed
 
 
+@pytest.mark.parametrize("n", [6, 12, 30])
+def test_intervals_hold_the_truth_as_often_as_they_claim(n):
+    g = torch.Generator().manual_seed(n)
+    held = 0
+    for values in (1 + 0.1 * torch.randn(200, n, generator=g)).tolist():
+        low, high = harness.interval(values, 50)
+        held += low <= 1.0 <= high
+    assert held >= 0.93 * 200
+
+
 def test_quantiles_that_are_the_extremes_are_named():
     few = lambda n: harness.summary([float(i) for i in range(n)], 1)["too_few_for"]  # noqa: E731
     assert few(4) == ["p05", "p20", "p80", "p90", "p95", "p99"]
