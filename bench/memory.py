@@ -6,11 +6,13 @@ however it is held, is one that the step keeps.
 
 import functools
 import gc
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._C._profiler import _EventType
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -29,7 +31,7 @@ class Births(TorchDispatchMode):
 
     A storage counts once whatever views it has; those of `before` do not count. Weak references keep identities, so
     that an address used again is not taken for the storage that had it, and keep no bytes. A tensor made inside a
-    custom op is seen as its output or as the next op's input.
+    custom op is seen as its output or as the next op's input; one that also ends there is not seen, but by `peak`.
     """
 
     def __init__(self, device_type: str, before: dict[int, StorageWeakRef]) -> None:
@@ -86,21 +88,70 @@ def kept(forward: Callable[[], Tensor], device: torch.device) -> tuple[int, Birt
     return alive + sum(hidden.values()), births, loss
 
 
+def peak(work: Callable[[], object], device_type: str, parameters: Collection[nn.Parameter] = ()) -> int:
+    """The most bytes that `work` has allocated at once on the device, the `parameters`' gradients left out.
+
+    Every allocation through PyTorch's allocators counts, those inside C++ and custom ops too. What an op takes from the
+    system by itself does not: oneDNN's scratch, and the cpu face's, a few tiles a thread.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    tree = profiler.profiler.kineto_results.experimental_event_tree()
+    events = [e for e in _walk(tree) if e.typed[0] == _EventType.Allocation and e.typed[1].device.type == device_type]
+    events.sort(key=lambda e: e.start_time_ns)
+    return most_alive(
+        [(e.typed[1].ptr, e.typed[1].alloc_size) for e in events],
+        but={p.grad.untyped_storage().data_ptr() for p in parameters if p.grad is not None},
+    )
+
+
+def most_alive(events: Sequence[tuple[int, int]], but: Collection[int] = ()) -> int:
+    """The most bytes alive at once, from (address, bytes born or, below zero, freed) in order. Frees of what is older
+    do not count, nor what lives at the end at one of the addresses `but`."""
+    alive: dict[int, int] = {}
+    last = {address: i for i, (address, nbytes) in enumerate(events) if nbytes > 0 and address in but}
+    total = most = 0
+    for i, (address, nbytes) in enumerate(events):
+        if nbytes > 0 and last.get(address) != i:
+            alive[address] = nbytes
+            total += nbytes
+            most = max(most, total)
+        elif nbytes < 0:
+            total -= alive.pop(address, 0)
+    return most
+
+
+def _walk(events: Iterable) -> Iterator:
+    left = list(events)
+    while left:  # deeper than Python recurses
+        event = left.pop()
+        yield event
+        left += event.children
+
+
 def step(module: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.device) -> dict:
     """Bytes of the second training step, dropout on; the first may set up what later steps use again.
 
-    The peak runs over forward and backward, the parameters' gradients left out: every training keeps those.
+    The peak runs over forward and backward, the parameters' gradients left out: every training keeps those. On a CPU it
+    is of every allocation; on a GPU of the tensors that ops take and return, `allocator_peak_bytes` beside it.
     """
     module.train()
     forward = lambda: batch.loss(module, dtype)[0]  # noqa: E731
     forward().backward()
     module.zero_grad(set_to_none=True)
-    nbytes, births, loss = kept(forward, device)
-    births.parameters = list(module.parameters())
-    with births:
-        loss.backward()
-    found = {"kept_bytes": nbytes, "peak_bytes": births.peak}
-    del loss, births
+    parameters, found = list(module.parameters()), {}
+
+    def counted() -> None:
+        found["kept_bytes"], births, loss = kept(forward, device)
+        births.parameters = parameters
+        with births:
+            loss.backward()
+        found["peak_bytes"] = births.peak
+
+    if device.type == "cpu":
+        found["peak_bytes"] = peak(counted, "cpu", parameters)
+    else:
+        counted()
     module.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from bench_runs import CPU, make_run
 
-from bench import correct, models, rivals, train
+from bench import correct, memory, models, rivals, train
 
 N, T = 4, 96
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -197,3 +197,40 @@ def test_answers_in_fp16_are_scaled_as_far_as_nothing_overflows(monkeypatch):
     torch.testing.assert_close(scaled, plain, atol=0.02 * plain.abs().max().item(), rtol=0)
     monkeypatch.setattr(train, "SCALES", (2.0**30,))
     assert not train.answer(module, module, batch, state, torch.float16)[bias].isfinite().all()
+
+
+@torch.library.custom_op("bench_test::with_a_temporary", mutates_args=())
+def with_a_temporary(x: torch.Tensor) -> torch.Tensor:
+    return x + torch.ones(1_000_000).sum()
+
+
+def test_peak_sees_what_lives_and_ends_inside_a_custom_op():
+    x = torch.randn(1000)
+    nbytes = memory.peak(lambda: with_a_temporary(x), "cpu")
+    assert 4_000_000 < nbytes < 4_020_000
+    births = memory.kept(lambda: with_a_temporary(x), CPU)[1]
+    assert births.peak < 10_000, "dispatch alone does not see it"
+
+
+def test_peak_leaves_out_gradients_and_nothing_else():
+    w = torch.nn.Parameter(torch.randn(1000, 1000))
+    x = torch.randn(4, 1000)
+    w.sum().backward()  # lazy set-up
+    w.grad = None
+    without = memory.peak(lambda: (x @ w).sum().backward(), "cpu", [w])
+    w.grad = None
+    assert without < 100_000 and memory.peak(lambda: (x @ w).sum().backward(), "cpu") > 4_000_000
+
+
+def test_most_alive_follows_addresses_that_are_used_again():
+    events = [(1, 10), (2, 5), (1, -10), (1, 7), (9, -100), (2, -5), (3, 4)]
+    assert memory.most_alive(events) == 15
+    assert memory.most_alive(events, but={1}) == 15  # the first at that address was no gradient
+    assert memory.most_alive([(1, 7), (3, 4), (3, -4), (4, 2)], but={1}) == 4
+
+
+def test_memory_rows_of_both_contenders_have_the_allocator_s_peak(tmp_path):
+    rows = memory.main(make_run(tmp_path, backend="cpu"), (("small", 2, 64),))
+    assert [r["status"] for r in rows] == ["ok", "ok"], [r.get("why") for r in rows]
+    for row in rows:
+        assert row["memory"]["peak_bytes"] > row["memory"]["kept_bytes"] > 0
