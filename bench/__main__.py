@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bench import goals, harness, limits, machine, options, rivals, tables
+from bench import goals, harness, limits, machine, options, result_file, rivals, tables
 from bench.harness import console
 from jasper_fast import backends
 
@@ -200,7 +200,7 @@ def _measure(run: harness.Run, args: argparse.Namespace) -> int:
     data["goals"] = goals.judge(data["rows"], run.device.type)
     data["seconds"] = round(time.monotonic() - run.started, 1)
     data["clocks"]["end"] = machine.clocks(run.device)
-    data["finished"] = not (run.out_of_time() or harness.parts_left(data))
+    data["finished"] = not (run.out_of_time() or result_file.parts_left(data))
     run.results.write()
     tables.show(data["rows"], data["goals"])
     tables.console.print(f"wrote {_relative(run.results.path)}")
@@ -269,7 +269,7 @@ def start(args: argparse.Namespace) -> harness.Run:
 def _resumable(args: argparse.Namespace, header: dict) -> Path | None:
     """The newest unfinished result of the same subcommand, machine and commit."""
     for path in sorted(args.out.glob(f"{args.command}_{machine.slug(header['machine']['name'])}_*.json"), reverse=True):
-        if harness.unfinished(path, header):
+        if result_file.unfinished(path, header):
             return path
     return None
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from bench import harness, kernels, latency, launches, memory, panes, sub_blocks, train, warm
+from bench import harness, kernels, latency, launches, memory, panes, result_file, sub_blocks, train, warm
 from bench.harness import DeviceLost, OutOfTime, Run, console
 from bench.machine import ROOT
 
@@ -247,7 +247,7 @@ def main(run: Run, budget: float = BUDGET) -> None:
     for again in (False, True):  # once in its share of the time, and once more in what is left
         for part in plan(run):
             how, failed = parts.get(part.title), faults.get(part.title, 0)
-            if how == "finished" or failed >= harness.TRIES:
+            if how == "finished" or failed >= result_file.TRIES:
                 continue
             if (part.title in begun and how != "cut off") if again else failed:
                 continue  # what failed in an earlier process waits for the others; in this one it is not tried again

@@ -7,19 +7,12 @@ a ratio's interval then spans what each visit alone would have said, because a m
 """
 
 import contextlib
-import functools
 import gc
 import hashlib
-import json
-import math
-import os
-import random
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -28,14 +21,11 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from torch import Tensor
 
 from bench import correct, machine
+from bench.clocks import CudaClock, Gauge, WallClock, clock, clocks_during, synchronize
+from bench.ratios import ratio, ratio_of_visits, summary
+from bench.result_file import LOST, Results
 
-SCHEMA = 1
-CONFIDENCE = 0.95
-PERCENTILES = (0.05, 0.20, 0.50, 0.80, 0.90, 0.95, 0.99)
-THROTTLED = 0.05  # of the run's highest clock
 CPU = torch.device("cpu")
-LOST = "the device ran nothing more in that process"  # begins the row of the contender that did it
-TRIES = 2  # of a part of a run that fails
 console = Console(stderr=True)
 
 
@@ -129,152 +119,7 @@ class Effort:
 QUICK = Effort(seconds=1.5, min_rounds=6, max_rounds=60, target=0.02)
 
 
-# ------------------------------------------------------------------ clocks
-
-
-class WallClock:
-    """Host time around a call, device work included: what someone waiting for an answer sees."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        # on a GPU every sample is one run that is waited for: several in a queue would tell throughput, not waiting
-        self.min_sample = 2e-3 if device.type == "cpu" else 0.0
-
-    def sample(self, run: Callable[[], object], inner: int) -> float:
-        """Seconds of one run, the mean over `inner` runs."""
-        synchronize(self.device)
-        start = time.perf_counter()
-        for _ in range(inner):
-            run()
-            synchronize(self.device)
-        return (time.perf_counter() - start) / inner
-
-    def host(self, run: Callable[[], object]) -> float | None:
-        """What of it the host has to do before a GPU can go on alone; on a CPU there is no such part."""
-        return None if self.device.type == "cpu" else host_seconds(run, self.device)
-
-
-class CudaClock:
-    """Device time between events, with the L2 cache flushed before each run.
-
-    The flush reads: what a flush wrote would go back to memory inside the timed run, at that run's cost.
-    The device sleeps before the first event while the host launches the whole run: small ops would otherwise be timed
-    at the speed of Python. The sleep covers what the host was seen to need, up to LONGEST; where it needs more, its
-    time is part of the answer, as it is for a user.
-    """
-
-    min_sample = 0.0
-    SPARE, LONGEST = 0.3e-3, 10e-3  # seconds
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-        self.flush = torch.empty(max(size, 32 << 20) // 4, dtype=torch.float32, device=device)
-        self.sink = torch.empty((), dtype=torch.float32, device=device)
-        self.hosts: dict[int, float] = {}
-
-    def sample(self, run: Callable[[], object], inner: int) -> float:
-        """Seconds of one run, the mean over `inner` runs."""
-        cycles = round(self.sleep(self.host(run)) * cycles_per_second(self.device))
-        total = 0.0
-        for _ in range(inner):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.sum(self.flush, 0, out=self.sink)
-            torch.cuda._sleep(cycles)
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            total += start.elapsed_time(end) / 1e3
-        return total / inner
-
-    def sleep(self, host: float) -> float:
-        """Seconds for which the device waits for a host that launches a run in `host` seconds."""
-        return min(1.5 * host + self.SPARE, self.LONGEST)
-
-    def host(self, run: Callable[[], object]) -> float:
-        """Seconds until `run` returns to the host; learned once."""
-        if id(run) not in self.hosts:
-            self.hosts[id(run)] = host_seconds(run, self.device)
-        return self.hosts[id(run)]
-
-
-def host_seconds(run: Callable[[], object], device: torch.device, short: float = 20e-3) -> float:
-    """Seconds until `run` returns to the host, the device idle before: launching, and whatever it waits for inside.
-
-    The median of three, or of one that takes longer than `short`.
-    """
-    seen: list[float] = []
-    while len(seen) < (3 if max(seen, default=0.0) < short else 1):
-        synchronize(device)
-        start = time.perf_counter()
-        run()
-        seen.append(time.perf_counter() - start)
-    synchronize(device)
-    return statistics.median(seen)
-
-
-@functools.cache
-def cycles_per_second(device: torch.device) -> float:
-    """The rate at which `torch.cuda._sleep` counts; within the clock's moods, for which a sleep has room to spare."""
-    torch.cuda._sleep(1000)  # loads the kernel
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    torch.cuda._sleep(4_000_000)
-    end.record()
-    end.synchronize()
-    return 4e6 / (start.elapsed_time(end) / 1e3)
-
-
-class Gauge:
-    """Reads clocks, temperature and power between rounds, when what they tell of has just run."""
-
-    EVERY = 0.25  # seconds
-
-    def __init__(self, device: torch.device, readings: list[dict]) -> None:
-        self.device, self.readings, self.last = device, readings, -math.inf
-
-    def look(self, last: bool = False) -> None:
-        """One reading, if the one before is old, or it is the last."""
-        now = time.monotonic()
-        if (last or now - self.last >= self.EVERY) and (found := machine.clocks(self.device)):
-            self.readings.append(found)
-            self.last = now
-
-
-def clocks_during(readings: Sequence[dict]) -> dict:
-    """What the readings of a case say: the clock's median and lowest in MHz, the most of everything else."""
-    rates = [rate for reading in readings if (rate := mhz(reading)) is not None]
-    found = {"mhz": statistics.median(rates), "mhz_lowest": min(rates)} if rates else {}
-    for name in ("temperature_c", "power_w", "load_average"):
-        if values := [reading[name] for reading in readings if name in reading]:
-            found[name] = max(values)
-    held = sorted({why for reading in readings for why in reading.get("held_by", ())})
-    return found | ({"held_by": held} if held else {}) | {"readings": len(readings)}
-
-
-def mhz(reading: dict) -> float | None:
-    """The clock that work ran at: a GPU's multiprocessors', or the fastest core's, because others may be idle."""
-    return reading.get("sm_mhz", max(reading.get("cpu_mhz", ()), default=None))
-
-
-def mark_throttled(rows: Iterable[dict], limits: dict) -> None:
-    """Say of each row whose clock was markedly below the run's highest that it was."""
-    rows = [row for row in rows if "mhz" in row.get("clocks", {})]
-    highest = max([mhz(limits.get("clocks", {})) or 0.0, *(row["clocks"]["mhz"] for row in rows)])
-    for row in rows:
-        row["throttled"] = row["clocks"]["mhz"] < (1 - THROTTLED) * highest
-
-
-def clock(device: torch.device, wall: bool) -> WallClock | CudaClock:
-    """Events on a GPU unless the question is a person's waiting time."""
-    return CudaClock(device) if device.type == "cuda" and not wall else WallClock(device)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+# ------------------------------------------------------------------ the device
 
 
 def lost(device: torch.device | None) -> str:
@@ -451,94 +296,6 @@ def _settled(case: Case, samples: dict[str, list[float]], names: Sequence[str], 
     return all((r["high"] - r["low"]) / 2 <= target * r["median"] for r in intervals)
 
 
-def ratio(rival: Sequence[float], ours: Sequence[float], resamples: int = 2000, seed: int = 0) -> dict:
-    """Rival time / our time, pair by pair: the median and its bootstrap 95 % interval (rounds drawn again in short
-    runs of neighbours, because neighbouring rounds share the machine's mood)."""
-    pairs = [r / o for r, o in zip(rival, ours, strict=False)]
-    low, high = interval(pairs, resamples, seed)
-    told = {"confidence": confidence(len(pairs)), "pairs": len(pairs)}
-    return {"median": statistics.median(pairs), "low": low, "high": high} | told
-
-
-def interval(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """The interval of the median, CONFIDENCE where `confidence` says so: the bootstrap's, values drawn again in short
-    runs of neighbours, and at least that of their ranks, because the bootstrap of a dozen values is too sure (0.83 of
-    the truths in six independent values, 0.89 in twelve)."""
-    rng, n = random.Random(seed), len(values)
-    block = max(1, round(n ** (1 / 3)))
-    medians = []
-    for _ in range(resamples):
-        drawn: list[float] = []
-        while len(drawn) < n:
-            start = rng.randrange(n)
-            drawn += [values[(start + i) % n] for i in range(block)]
-        medians.append(statistics.median(drawn[:n]))
-    medians.sort()
-    low, high = (medians[min(resamples - 1, int(q * resamples))] for q in ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
-    ordered, rank = sorted(values), rank_of_interval(n)
-    return min(low, ordered[rank]), max(high, ordered[n - 1 - rank])
-
-
-@functools.cache
-def rank_of_interval(n: int) -> int:
-    """From how many values in, at both ends, the sorted values still hold the median with CONFIDENCE; 0 at least."""
-    outside, rank = 2 * 0.5**n, 0  # the chance that the truth lies beyond the values at `rank`
-    while outside + 2 * math.comb(n, rank + 1) * 0.5**n <= 1 - CONFIDENCE:
-        rank += 1
-        outside += 2 * math.comb(n, rank) * 0.5**n
-    return rank
-
-
-def confidence(n: int) -> float:
-    """What an interval from `n` values can claim: all of them lie on one side of the true median in 2 of 2^n cases."""
-    return min(CONFIDENCE, 1 - 2 * 0.5**n)
-
-
-def ratio_of_visits(visits: Sequence[Mapping[str, Sequence[float]]], rival: str, ours: str) -> dict:
-    """The ratio over all pairs of all visits; its interval spans those of the visits."""
-    pairs = [(v[rival], v[ours]) for v in visits if v.get(rival) and v.get(ours)]
-    parts = [ratio(*pair) for pair in pairs]
-    if len(parts) == 1:
-        return parts[0]
-    pooled = [r / o for pair in pairs for r, o in zip(*pair, strict=False)]
-    span = {"low": min(p["low"] for p in parts), "high": max(p["high"] for p in parts)}
-    told = {"confidence": confidence(len(pooled)), "pairs": len(pooled), "visits": len(parts)}
-    return {"median": statistics.median(pooled), **span, **told}
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """The q-quantile by linear interpolation."""
-    ordered = sorted(values)
-    at = q * (len(ordered) - 1)
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
-
-
-def samples_for(q: float) -> int:
-    """Samples from which the q-quantile is another than the least or greatest of them."""
-    return math.ceil(round(1 / min(q, 1 - q), 6))
-
-
-def summary(samples: Sequence[float], inner: int) -> dict:
-    """Quantiles of the samples in seconds, a sample being the mean of `inner` runs; the interval of the median with its
-    confidence; and in `too_few_for` the quantiles that so few samples tell only as their extremes."""
-    names = {q: f"p{round(100 * q):02d}" for q in PERCENTILES}
-    low, high = interval(samples, 500)
-    return {
-        "median": statistics.median(samples),
-        "mean": statistics.fmean(samples),
-        "min": min(samples),
-        "median_low": low,
-        "median_high": high,
-        "confidence": confidence(len(samples)),
-        **{name: quantile(samples, q) for q, name in names.items()},
-        "too_few_for": [name for q, name in names.items() if len(samples) < samples_for(q)],
-        "samples": len(samples),
-        "inner": inner,
-    }
-
-
 def rows(
     case: Case,
     visits: Sequence[Mapping[str, Sequence[float]]],
@@ -590,114 +347,7 @@ def rows(
     return made
 
 
-def against_limits(row: dict, limits: dict) -> None:
-    """Add the floor that the machine's measured ceilings set for the row, and how near the row comes to it."""
-    rate, bandwidth = limits.get("matmul_flops_per_s", {}).get(row["dtype"]), limits.get("copy_bytes_per_s")
-    floors = {}
-    if rate and row["flops"]:
-        floors["compute"] = row["flops"] / rate
-    if bandwidth and row["bytes"]:
-        floors["memory"] = row["bytes"] / bandwidth
-    if floors:
-        bound = max(floors, key=floors.__getitem__)
-        row["limit"] = {"bound": bound, "floor_s": floors[bound]}
-        if row["status"] == "ok":
-            row["limit"]["share"] = floors[bound] / row["time_s"]["median"]
-
-
-# ------------------------------------------------------------------ results on disk
-
-
-class Results:
-    """One JSON file a run, written again after every case, so that a run cut off keeps what it finished."""
-
-    def __init__(self, path: Path, header: dict, resume: bool = False) -> None:
-        self.path, self.started = path, time.monotonic()
-        self.data = {"schema": SCHEMA, **header, "limits": {}, "rows": [], "finished": False}
-        if resume and unfinished(path, header):
-            old = read(path)
-            self.data |= {"rows": old["rows"], "limits": old["limits"], "resumed": old.get("resumed", 0) + 1}
-            kept = {k: v for k, v in old.get("parts", {}).items() if v == "finished" or v.startswith("failed")}
-            self.data["parts"] = kept
-            self.data |= {k: old[k] for k in ("selfcheck", "faults") if k in old}
-
-    @property
-    def limits(self) -> dict:
-        """The machine's measured ceilings."""
-        return self.data["limits"]
-
-    def has(self, case_id: str, contenders: Iterable[str]) -> bool:
-        """Whether the rows of all these contenders are there already."""
-        have = {row["id"] for row in self.data["rows"]}
-        return all(f"{case_id} / {name}" in have for name in contenders)
-
-    def fatal(self, case_id: str) -> dict[str, tuple[str, str]]:
-        """Contenders of a case that took the device from an earlier process: status and reason, as `Case.failed`."""
-        rows = (row for row in self.data["rows"] if row["id"].startswith(f"{case_id} / ") and row["status"] == "failed")
-        return {row["contender"]: ("failed", row["why"]) for row in rows if row["why"].startswith(LOST)}
-
-    def add(self, rows: Iterable[dict]) -> None:
-        """Put rows in, replacing those of the same id, and write the file."""
-        new = {row["id"]: row for row in rows}
-        for row in new.values():
-            against_limits(row, self.limits)
-            row["at_s"] = round(time.monotonic() - self.started, 1)
-        self.data["rows"] = [r for r in self.data["rows"] if r["id"] not in new] + list(new.values())
-        mark_throttled(self.data["rows"], self.limits)
-        self.write()
-
-    def write(self) -> None:
-        """Write the file whole or not at all."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.data, indent=1) + "\n")
-        os.replace(part, self.path)
-
-
-def parts_left(data: dict) -> list[str]:
-    """Parts of a run that `--resume` would do: not finished, and not failed for the last time."""
-    faults = data.get("faults", {})
-    return [p for p, how in data.get("parts", {}).items() if how != "finished" and faults.get(p, 0) < TRIES]
-
-
-RESULT = {"schema", "command", "machine", "rows", "limits", "finished"}
-ROW = {"id", "bench", "key", "contender", "ours", "status"}
-
-
-def read(path: Path) -> dict:
-    """The result in a file; raises ValueError, which names the file, where it holds none."""
-    try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict) or (missing := RESULT - set(found)):
-            raise ValueError("no " + (", ".join(sorted(missing)) if isinstance(found, dict) else "object") + " in it")
-        if not all(isinstance(row, dict) and set(row) >= ROW for row in found["rows"]):
-            raise ValueError("rows that are none")
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a result of python -m bench ({error})") from None
-    return found
-
-
-ALIKE = ("device", "dtype", "backend", "quick", "threads")  # rows of runs that differ in one of these are not one run's
-
-
-def unfinished(path: Path, header: dict) -> bool:
-    """Whether `path` holds a run of the same subcommand, machine, commit and ALIKE arguments that was cut off."""
-    if not path.exists():
-        return False
-    try:
-        old = read(path)
-    except ValueError as error:
-        raise SystemExit(f"--resume: {error}; delete it, or run without --resume") from None
-    if old["schema"] != SCHEMA:
-        return False
-    same = old["command"] == header["command"] and all(
-        old["machine"][k] == header["machine"][k] for k in ("name", "commit", "dirty")
-    )
-    before, now = (data.get("arguments", {}) for data in (old, header))
-    alike = all(before.get(k) == now.get(k) for k in ALIKE)
-    return same and alike and not old["finished"]
+# ------------------------------------------------------------------ a run
 
 
 @dataclass

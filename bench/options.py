@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bench import harness
+from bench import result_file
 
 Batch = tuple[str, int, int]  # (model, N, T)
 MODELS = ("small", "medium", "jasper10x5")
@@ -124,7 +124,7 @@ def writable(folder: Path) -> None:
 def result(text: str) -> Path:
     """A file that a run of `python -m bench` left."""
     try:
-        harness.read(Path(text))
+        result_file.read(Path(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return Path(text)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from bench_runs import CPU, FAST, make_run, softplus_case
 
-from bench import harness, limits, machine, nvml
+from bench import clocks, harness, limits, machine, nvml, ratios
 
 CUDA = torch.device("cuda", 0)
 
@@ -104,7 +104,7 @@ def test_rows_tell_their_clocks_and_which_of_them_ran_slowly(tmp_path, monkeypat
         "slow": True,
     }
     assert rows["slow"]["clocks"]["mhz"] == 1500 and rows["slow"]["clocks"]["temperature_c"] == 63
-    harness.mark_throttled(rows.values(), {"clocks": {"sm_mhz": 2200}})  # the limits ran faster than any row
+    clocks.mark_throttled(rows.values(), {"clocks": {"sm_mhz": 2200}})  # the limits ran faster than any row
     assert all(row["throttled"] for row in rows.values())
 
 
@@ -114,9 +114,9 @@ def test_a_cpu_is_told_by_its_fastest_core_and_its_load():
         {"cpu_mhz": [2000, 900], "load_average": 2.5},
         {"cpu_mhz": [2500, 2500]},
     ]
-    found = harness.clocks_during(readings)
+    found = clocks.clocks_during(readings)
     assert found == {"mhz": 2500, "mhz_lowest": 2000, "load_average": 2.5, "readings": 3}
-    assert harness.clocks_during([{"temperature_c": 50.0}]) == {"temperature_c": 50.0, "readings": 1}
+    assert clocks.clocks_during([{"temperature_c": 50.0}]) == {"temperature_c": 50.0, "readings": 1}
 
 
 def test_clocks_are_read_seldom_but_never_not_at_all(monkeypatch):
@@ -162,8 +162,8 @@ def test_compilers_are_recorded(monkeypatch):
 
 @pytest.mark.parametrize(("n", "claimed"), [(1, 0.0), (3, 0.75), (5, 0.9375), (6, 0.95), (100, 0.95)])
 def test_few_pairs_claim_less(n, claimed):
-    assert harness.ratio([2.0] * n, [1.0] * n)["confidence"] == claimed
-    assert harness.summary([1.0] * n, 1)["confidence"] == claimed
+    assert ratios.ratio([2.0] * n, [1.0] * n)["confidence"] == claimed
+    assert ratios.summary([1.0] * n, 1)["confidence"] == claimed
 
 
 @pytest.mark.parametrize("n", [6, 12, 30])
@@ -171,20 +171,20 @@ def test_intervals_hold_the_truth_as_often_as_they_claim(n):
     g = torch.Generator().manual_seed(n)
     held = 0
     for values in (1 + 0.1 * torch.randn(200, n, generator=g)).tolist():
-        low, high = harness.interval(values, 50)
+        low, high = ratios.interval(values, 50)
         held += low <= 1.0 <= high
     assert held >= 0.93 * 200
 
 
 def test_quantiles_that_are_the_extremes_are_named():
-    few = lambda n: harness.summary([float(i) for i in range(n)], 1)["too_few_for"]  # noqa: E731
+    few = lambda n: ratios.summary([float(i) for i in range(n)], 1)["too_few_for"]  # noqa: E731
     assert few(4) == ["p05", "p20", "p80", "p90", "p95", "p99"]
     assert few(10) == ["p05", "p95", "p99"] and few(99) == ["p99"] and few(100) == []
 
 
 def test_the_median_has_an_interval_of_its_own():
     g = torch.Generator().manual_seed(0)
-    found = harness.summary((1 + 0.1 * torch.randn(200, generator=g)).tolist(), 1)
+    found = ratios.summary((1 + 0.1 * torch.randn(200, generator=g)).tolist(), 1)
     assert found["p20"] < found["median_low"] < 1.0 < found["median_high"] < found["p80"]
 
 

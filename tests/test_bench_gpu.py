@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from bench_runs import CPU, FAST, make_run, measured, softplus_case
 
 from bench import (
+    clocks,
     gpu,
     harness,
     kernels,
@@ -28,6 +29,7 @@ from bench import (
     models,
     panes,
     report,
+    result_file,
     rivals,
     sub_block_inference,
     sub_blocks,
@@ -89,8 +91,8 @@ def device(monkeypatch) -> Gpu:
     monkeypatch.setattr(torch.cuda, "_sleep", made.sleep)
     monkeypatch.setattr(torch.cuda, "synchronize", made.wait)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=1024))
-    monkeypatch.setattr(harness, "cycles_per_second", lambda _: made.rate)
-    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: made.now, monotonic=time.monotonic))
+    monkeypatch.setattr(clocks, "cycles_per_second", lambda _: made.rate)
+    monkeypatch.setattr(clocks, "time", SimpleNamespace(perf_counter=lambda: made.now, monotonic=time.monotonic))
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, device=None, **k: empty(*a, **k))
     return made
@@ -254,7 +256,7 @@ def test_a_lost_device_costs_its_part_and_not_the_run(tmp_path, context, monkeyp
     run.device = CUDA
     with pytest.raises(Replaced):
         gpu.main(run)
-    assert begun == ["breaking"] and harness.parts_left(json.loads(run.results.path.read_text())) == ["breaking"]
+    assert begun == ["breaking"] and result_file.parts_left(json.loads(run.results.path.read_text())) == ["breaking"]
 
     context.fault, run = "", again(run)
     with pytest.raises(Replaced):
@@ -264,7 +266,7 @@ def test_a_lost_device_costs_its_part_and_not_the_run(tmp_path, context, monkeyp
     context.fault, run = "", again(run)
     gpu.main(run)
     data = json.loads(run.results.path.read_text())
-    assert begun == ["breaking", "other", "breaking"] and not harness.parts_left(data)
+    assert begun == ["breaking", "other", "breaking"] and not result_file.parts_left(data)
     assert data["parts"] == {"breaking": "failed: ValueError: nothing works", "other": "finished"}
 
 
@@ -297,7 +299,7 @@ def test_a_failed_part_is_unfinished_until_it_has_failed_twice(tmp_path, monkeyp
     for count, left in ((1, ["failing"]), (2, []), (2, [])):
         gpu.main(run)
         data = json.loads(run.results.path.read_text())
-        assert len(tries) == count and harness.parts_left(data) == left
+        assert len(tries) == count and result_file.parts_left(data) == left
         assert data["parts"] == {"failing": "failed: ValueError: no such kernel"}
         run = again(run)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from bench_runs import CPU, FAST, make_run, softplus_case
 
-from bench import harness, kernels
+from bench import harness, kernels, ratios, result_file
 from bench.harness import Contender, Runner
 
 
@@ -62,8 +62,8 @@ def test_backward_alone_is_timed_in_both_visits(tmp_path):
 
 
 def test_quantiles():
-    assert harness.quantile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
-    assert harness.quantile([5.0], 0.99) == 5.0
+    assert ratios.quantile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
+    assert ratios.quantile([5.0], 0.99) == 5.0
     s = harness.summary([1.0, 2.0, 3.0, 4.0, 5.0], 1)
     assert s["median"] == s["p50"] == 3.0 and s["p20"] == pytest.approx(1.8) and s["min"] == 1.0
 
@@ -103,7 +103,7 @@ def test_run_cut_off_keeps_its_rows_and_resumes(tmp_path):
         header | {"machine": header["machine"] | {"commit": "another"}},
         header | {"arguments": {"backend": "cpu", "dtype": "None"}},
     ):
-        assert not harness.unfinished(run.results.path, other)
+        assert not result_file.unfinished(run.results.path, other)
         assert not harness.Results(run.results.path, other, resume=True).data["rows"]
 
 

@@ -10,7 +10,7 @@ import time
 
 from bench_runs import ROOT, make_run, measured
 
-from bench import gpu, harness
+from bench import gpu, harness, result_file
 
 
 def endless_compiler(run):
@@ -115,4 +115,4 @@ def test_gpu_run_killed_in_the_middle_leaves_its_rows(tmp_path, monkeypatch):
     data = json.loads(path.read_text())
     assert data["rows"] and data["limits"] and not data["finished"]
     assert all(row["status"] == "ok" for row in data["rows"]), [row.get("why") for row in data["rows"]]
-    assert harness.unfinished(path, data)
+    assert result_file.unfinished(path, data)

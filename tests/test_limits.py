@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import harness, limits
+from bench import limits, result_file
 
 GPU = torch.device("cuda")
 
@@ -33,7 +33,7 @@ def test_fp32_on_a_gpu_is_held_to_the_rate_that_convolutions_may_use(rates, allo
         "float16": 16.0,
     }
     row = {"dtype": "float32", "flops": 16.0, "bytes": 0, "status": "ok", "time_s": {"median": 4.0}}
-    harness.against_limits(row, {"matmul_flops_per_s": found})
+    result_file.against_limits(row, {"matmul_flops_per_s": found})
     assert row["limit"] == {"bound": "compute", "floor_s": 16.0 / rate, "share": 4.0 / rate}
 
 
