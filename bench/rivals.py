@@ -268,6 +268,7 @@ INFERENCE: dict[str, Callable[[nn.Module], Model]] = {
 }
 TRAINING: dict[str, Callable[[nn.Module], Model]] = {
     "eager": eager,
+    "eager_no_masks": eager_no_masks,
     "eager_2d_channels_last": ChannelsLast2d,
     "compile": compiled("default"),
     "compile_reduce_overhead": compiled("reduce-overhead"),

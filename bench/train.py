@@ -21,6 +21,7 @@ from jasper_fast import NovoGrad
 CPU_GRID = (("small", 8, 400), ("medium", 4, 400))
 GPU_GRID = (("jasper10x5", 32, 1680), ("jasper10x5", 8, 1680), ("jasper10x5", 32, 704), ("jasper10x5", 64, 1680))
 MODES = ("forward+backward", "step")
+FULL = ", all lengths full"  # after a mode: no utterance is padded, so that a network without masks is right
 LARGE = 50e6  # parameters from which an fp64 answer is no small matter
 TRAINS = ("bn_relu_dropout", "conv1d", "panes")  # what a training step is made of, as the self-check names it
 # A whole network's gradients at its usual weights are held loosely: one ReLU that falls to the other side moves some by
@@ -63,13 +64,19 @@ def tolerance(dtype: torch.dtype) -> correct.Tolerance:
 TOLERANCE = tolerance(torch.float32)
 
 
+def precision(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype whose roundings a step in `dtype` makes: fp16's, where a GPU multiplies fp32 in TF32, as long."""
+    tf32 = device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return torch.float16 if dtype is torch.float32 and tf32 else dtype
+
+
 class Batch:
     """Features, lengths and transcripts, refilled in place; `clear`: answered at weights with no ReLU near zero."""
 
-    def __init__(self, cfg, N: int, T: int, device: torch.device) -> None:
-        self.cfg, self.N, self.T, self.device = cfg, N, T, device
+    def __init__(self, cfg, N: int, T: int, device: torch.device, ragged: bool = True) -> None:
+        self.cfg, self.N, self.T, self.device, self.ragged = cfg, N, T, device, ragged
         self.clear = False
-        self.features, self.lengths = models.features(cfg, N, T, device, 0, ragged=True)
+        self.features, self.lengths = models.features(cfg, N, T, device, 0, ragged)
         self.targets, self.target_lengths = models.targets(N, T // 2, device, 0)
 
     def refill(self, seed: int) -> None:
@@ -77,7 +84,7 @@ class Batch:
         self.clear = seed == CLEAR_SEED
         for mine, new in zip(
             (self.features, self.lengths),
-            models.features(self.cfg, self.N, self.T, self.device, seed, ragged=True),
+            models.features(self.cfg, self.N, self.T, self.device, seed, self.ragged),
             strict=True,
         ):
             mine.copy_(new)
@@ -181,16 +188,17 @@ def judged_size(device: torch.device, cfg, N: int, T: int) -> tuple[int, int]:
 
 
 def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
-    """One model, batch and mode."""
+    """One model, batch and mode; a mode that ends in FULL has unpadded utterances, and eager without masks beside."""
+    full = mode.endswith(FULL)
     cfg = models.config(model)
     state = functools.cache(lambda: models.weights(cfg, run.device))
-    batch = functools.cache(lambda: Batch(cfg, N, T, run.device))
+    batch = functools.cache(lambda: Batch(cfg, N, T, run.device, not full))
     judged_at = judged_size(run.device, cfg, N, T)
-    judged = batch if judged_at == (N, T) else functools.cache(lambda: Batch(cfg, *judged_at, run.device))
+    judged = batch if judged_at == (N, T) else functools.cache(lambda: Batch(cfg, *judged_at, run.device, not full))
     exact = torch.float64 if counts.parameters(cfg) < LARGE or run.device.type == "cuda" else torch.float32
 
     def runner_of(module: nn.Module, call: rivals.Model) -> Runner:
-        timed = runner(module, call, batch(), state(), run.dtype, mode)
+        timed = runner(module, call, batch(), state(), run.dtype, mode.removesuffix(FULL))
         return dataclasses.replace(timed, outputs=lambda: answer(module, call, judged(), state(), run.dtype))
 
     def ours() -> Runner:
@@ -217,7 +225,7 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
         for held in {id(b): b for b in (batch(), judged())}.values():
             held.refill(seed)
 
-    chosen = rivals.choose("training", run.device, "default" if run.rivals == "compile" else run.rivals)
+    chosen = of_batch(rivals_of(run), full)
     return Case(
         "train",
         {"model": model, "batch": f"({N}, {cfg.encoder.in_feats}, {T})", "dtype": dtype_name(run.dtype), "mode": mode},
@@ -225,7 +233,7 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
         refill=refill,
         reference=lambda: plain(exact, exact),
         low=(lambda: plain(torch.float32, run.dtype)) if exact is torch.float64 else None,
-        tolerance=tolerance(run.dtype),
+        tolerance=tolerance(precision(run.device, run.dtype)),
         flops=counts.training_flops(cfg, N, T),
         nbytes=counts.training_bytes(cfg, N, T, run.dtype.itemsize),
         items=N,
@@ -235,6 +243,16 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
     )
 
 
+def rivals_of(run: Run) -> dict[str, Callable[[nn.Module], rivals.Model]]:
+    """The rivals that the run asks for."""
+    return rivals.choose("training", run.device, "default" if run.rivals == "compile" else run.rivals)
+
+
+def of_batch(chosen: dict, full: bool) -> dict:
+    """Those of the rivals that meet a batch: without padding eager with and without masks, else all with masks."""
+    return {n: b for n, b in chosen.items() if (n in ("eager", "eager_no_masks") if full else n != "eager_no_masks")}
+
+
 def main(run: Run, grid: tuple = ()) -> list[dict]:
     """Measure the grid for the device, or the given one."""
     grid = grid or (GPU_GRID if run.device.type == "cuda" else CPU_GRID[: 1 if run.quick else None])
@@ -242,6 +260,8 @@ def main(run: Run, grid: tuple = ()) -> list[dict]:
     for model, N, T in grid:  # one at a time: each case holds a model per contender
         for mode in MODES[:1] if run.quick or (run.brief and model != "small") else MODES:
             found += run.cases(f"train {model}", [case(run, model, N, T, mode)])
+    for model, N, T in grid[:1] if "eager_no_masks" in rivals_of(run) else ():
+        found += run.cases(f"train {model}", [case(run, model, N, T, MODES[0] + FULL)])
     return found
 
 

@@ -234,3 +234,37 @@ def test_memory_rows_of_both_contenders_have_the_allocator_s_peak(tmp_path):
     assert [r["status"] for r in rows] == ["ok", "ok"], [r.get("why") for r in rows]
     for row in rows:
         assert row["memory"]["peak_bytes"] > row["memory"]["kept_bytes"] > 0
+
+
+def test_eager_without_masks_meets_unpadded_batches_only(tmp_path):
+    run = make_run(tmp_path, rivals="eager,eager_no_masks,eager_2d_channels_last")
+    rows = train.main(run, (("small", 2, 64),))
+    seen = {(r["key"]["mode"], r["contender"]): r["status"] for r in rows}
+    masked = ("jasper_fast", "eager", "eager_2d_channels_last")
+    full = "forward+backward, all lengths full"
+    assert seen == {("forward+backward", c): "ok" for c in masked} | {
+        (full, c): "ok" for c in ("jasper_fast", "eager", "eager_no_masks")
+    }, [r.get("why") for r in rows]
+
+
+def test_eager_without_masks_is_wrong_where_utterances_are_padded(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "of_batch", lambda chosen, full: chosen)
+    run = make_run(tmp_path, rivals="eager,eager_no_masks")
+    rows = {r["contender"]: r for r in run.cases("test", [train.case(run, "small", 2, 64, "forward+backward")])}
+    assert rows["eager_no_masks"]["status"] == "wrong" and rows["eager"]["status"] == "ok"
+
+
+def test_no_case_without_padding_unless_someone_meets_it(tmp_path):
+    assert "eager_no_masks" in rivals.DEFAULT["training", "cuda"]
+    assert "eager_no_masks" not in train.rivals_of(make_run(tmp_path))
+
+
+def test_tf32_is_held_to_its_own_roundings(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
+    assert train.precision(cuda, torch.float32) is torch.float16
+    assert (
+        train.precision(CPU, torch.float32) is torch.float32 and train.precision(cuda, torch.bfloat16) is torch.bfloat16
+    )
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    assert train.precision(cuda, torch.float32) is torch.float32
