@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from bench import correct, counts, models, rivals
+from bench import correct, counts, limits, models, rivals
 from bench.harness import Case, Contender, Run, Runner, seeded, stable_seed
 from bench.kernels import name as dtype_name
 from jasper_fast import NovoGrad
@@ -66,8 +66,7 @@ TOLERANCE = tolerance(torch.float32)
 
 def precision(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The dtype whose roundings a step in `dtype` makes: fp16's, where a GPU multiplies fp32 in TF32, as long."""
-    tf32 = device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    return torch.float16 if dtype is torch.float32 and tf32 else dtype
+    return torch.float16 if dtype is torch.float32 and limits.float32_mode(device) == "TF32" else dtype
 
 
 class Batch:

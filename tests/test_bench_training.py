@@ -8,7 +8,7 @@ import pytest
 import torch
 from bench_runs import CPU, make_run
 
-from bench import correct, memory, models, rivals, train
+from bench import correct, limits, memory, models, rivals, train
 
 N, T = 4, 96
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -260,11 +260,7 @@ def test_no_case_without_padding_unless_someone_meets_it(tmp_path):
 
 
 def test_tf32_is_held_to_its_own_roundings(monkeypatch):
-    cuda = torch.device("cuda")
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
-    assert train.precision(cuda, torch.float32) is torch.float16
-    assert (
-        train.precision(CPU, torch.float32) is torch.float32 and train.precision(cuda, torch.bfloat16) is torch.bfloat16
-    )
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
-    assert train.precision(cuda, torch.float32) is torch.float32
+    assert train.precision(CPU, torch.float32) is torch.float32
+    monkeypatch.setattr(limits, "float32_mode", lambda device: "TF32")
+    assert train.precision(torch.device("cuda"), torch.float32) is torch.float16
+    assert train.precision(torch.device("cuda"), torch.bfloat16) is torch.bfloat16
