@@ -61,8 +61,13 @@ def parser() -> argparse.ArgumentParser:
     def add(name: str, help: str) -> argparse.ArgumentParser:
         return sub.add_parser(name, help=help, description=help, parents=[common])
 
-    add("kernels", "each op at each Jasper layer shape, beside the eager chain").add_argument(
-        "--op", default="all", help="bn_relu_dropout, sub_block, conv1d or all"
+    kernels = add("kernels", "each op at each Jasper layer shape, beside the eager chain")
+    kernels.add_argument("--op", default="all", help="bn_relu_dropout, sub_block, conv1d, panes or all")
+    kernels.add_argument(
+        "--mode",
+        choices=("forward", "backward", "both", "inference"),
+        default=None,
+        help="one mode alone (default: all that an op has)",
     )
     add("train", "training steps: forward + backward and full, utterances per second").add_argument(
         "--model",
@@ -184,7 +189,20 @@ def _command(args: argparse.Namespace, begin: Callable[[argparse.Namespace], har
         from bench import tune
 
         return tune.main(args, begin)
+    if args.command == "kernels":
+        _check_op(args)
     return _measure(begin(args), args)
+
+
+def _check_op(args: argparse.Namespace) -> None:
+    """An op that nobody knows, or a mode that it lacks, is told before anything is measured."""
+    from bench import kernels
+
+    known = ("all", *kernels.operations())
+    if args.op not in known:
+        raise SystemExit(f"--op {args.op}: not one of {', '.join(known)}")
+    if args.mode == "inference" and args.op not in ("all", "sub_block"):
+        raise SystemExit(f"--op {args.op} has no --mode inference: sub_block has")
 
 
 def _measure(run: harness.Run, args: argparse.Namespace) -> int:
@@ -277,10 +295,7 @@ def _resumable(args: argparse.Namespace, header: dict) -> Path | None:
 def _kernels(run: harness.Run, args: argparse.Namespace) -> None:
     from bench import kernels
 
-    known = ("all", *kernels.operations())
-    if args.op not in known:
-        raise SystemExit(f"--op {args.op}: not one of {', '.join(known)}")
-    kernels.main(run, args.op)
+    kernels.main(run, args.op, args.mode)
 
 
 def _train(run: harness.Run, args: argparse.Namespace) -> None:

@@ -57,6 +57,7 @@ MISTAKES = [
     ["latency", "--model", "small:8,400"],
     *(["profile", "--batch", batch] for batch in ("8", "0,400", "eight,400")),
     ["kernels", "--op", "softmax"],
+    ["kernels", "--op", "conv1d", "--mode", "inference"],
     ["tune", "--device", "cpu", "--ops", "softmax"],
     ["report", "missing.json"],
     ["report", "--html", "no/such/folder/page.html"],
@@ -139,7 +140,7 @@ def test_what_is_right_is_read():
 def measured(outcome: dict[str, tuple[str, str]]):
     """A subcommand that times one case of which `outcome` has failed."""
 
-    def run(run: harness.Run, op: str) -> None:
+    def run(run: harness.Run, op: str, mode: str | None) -> None:
         case = softplus_case({"eager": F.softplus})
         case.failed = dict(outcome)
         run.cases("test", [case])
@@ -193,7 +194,7 @@ def test_a_profile_of_ours_that_failed_fails_the_command(broken, status, capsys,
 
 
 def test_a_lost_device_fails_the_command(capsys, at_once, tmp_path, monkeypatch):
-    def losing(run: harness.Run, op: str) -> None:
+    def losing(run: harness.Run, op: str, mode: str | None) -> None:
         raise harness.DeviceLost("illegal memory access")
 
     monkeypatch.setattr(kernels, "main", losing)
@@ -202,8 +203,8 @@ def test_a_lost_device_fails_the_command(capsys, at_once, tmp_path, monkeypatch)
 
 
 def test_an_interrupted_run_says_what_it_keeps_and_goes_on(capsys, at_once, tmp_path, monkeypatch):
-    def interrupted(run: harness.Run, op: str) -> None:
-        measured({})(run, op)
+    def interrupted(run: harness.Run, op: str, mode: str | None) -> None:
+        measured({})(run, op, mode)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(kernels, "main", interrupted)
@@ -213,7 +214,7 @@ def test_an_interrupted_run_says_what_it_keeps_and_goes_on(capsys, at_once, tmp_
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said == f"interrupted: 2 rows are in {path}; the same command with --resume goes on"
     assert len(json.loads(path.read_text())["rows"]) == 2
-    monkeypatch.setattr(kernels, "main", lambda run, op: None)
+    monkeypatch.setattr(kernels, "main", lambda run, op, mode: None)
     assert cli.main([*command, "--resume"]) == 0
     after = json.loads(path.read_text())
     assert list(tmp_path.glob("*.json")) == [path] and len(after["rows"]) == 2 and after["finished"]
