@@ -92,7 +92,7 @@ def first_nine_minutes(light: dict, light_training: dict) -> list[Part]:
         Part("memory", 20, lambda r: memory.main(r, ((MODEL, 8, 1680),))),
         Part("panes", 25, lambda r: all_panes(r, panes.ends_and_middle())),
         Part("sub-blocks", 110, lambda r: all_layers(r, LIGHT_TRAINING, "sub_block", ALL_MODES)),
-        Part("training grid", 40, lambda r: train.main(with_(r, light_training))),
+        Part("training grid", 40, lambda r: train.main(with_(r, {"rivals": f"{LIGHT_TRAINING},eager_no_masks"}))),
         Part("self-check in full", 70, selfcheck_in_full),
     ]
 

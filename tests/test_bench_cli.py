@@ -140,7 +140,7 @@ def test_what_is_right_is_read():
 def measured(outcome: dict[str, tuple[str, str]]):
     """A subcommand that times one case of which `outcome` has failed."""
 
-    def run(run: harness.Run, op: str, mode: str | None) -> None:
+    def run(run: harness.Run, op: str, mode: str | None = None) -> None:
         case = softplus_case({"eager": F.softplus})
         case.failed = dict(outcome)
         run.cases("test", [case])
