@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench import options
 from bench.harness import console
 from bench.machine import ROOT, commit
 
@@ -369,10 +370,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", type=_dtypes, default=DTYPES, metavar="fp16,bf16", help="fp32, fp16, bf16: default all"
     )
     parser.add_argument("--quick", action="store_true", help="float16 everywhere, the other dtypes on sm_90 only")
-    parser.add_argument("--kernel", default="", metavar="REGEX", help="only kernels whose name it matches")
+    parser.add_argument(
+        "--kernel", type=options.pattern, default="", metavar="REGEX", help="only kernels whose name it matches"
+    )
     parser.add_argument("--update", action="store_true", help="write the table as it is now; look at the changes first")
     parser.add_argument("--table", type=Path, default=None, help="default: bench/compiled/triton-VERSION.json")
-    parser.add_argument("--processes", type=int, default=2, help="that compile at the same time (default: 2)")
+    parser.add_argument("--processes", type=options.count, default=2, help="that compile at the same time (default: 2)")
     parser.add_argument("--no-cache", action="store_true", help="compile what was compiled before, too")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for a JSON file of the rows and what was found")
 
@@ -407,6 +410,8 @@ def main(args: argparse.Namespace) -> int:
         asked = arch in args.arch and dtype in args.dtype and re.search(args.kernel, kernel)
         return bool(asked) and (not args.quick or dtype == "float16" or arch == 90)
 
+    if args.out is not None:
+        options.writable(args.out)
     chosen = [job for job in jobs(args.arch, args.dtype) if wanted(job.key)]
     if not chosen:
         raise SystemExit(f"--kernel {args.kernel}: no kernel's name matches")

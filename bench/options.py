@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -54,6 +55,15 @@ def seconds(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return value
+
+
+def pattern(text: str) -> str:
+    """A regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+    return text
 
 
 def batch(text: str) -> tuple[int, int]:

@@ -59,6 +59,8 @@ MISTAKES = [
     ["kernels", "--op", "softmax"],
     ["kernels", "--op", "conv1d", "--mode", "inference"],
     ["tune", "--device", "cpu", "--ops", "softmax"],
+    ["compile", "--kernel", "["],
+    *(["compile", "--processes", value] for value in ("0", "many")),
     ["report", "missing.json"],
     ["report", "--html", "no/such/folder/page.html"],
 ]
