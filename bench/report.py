@@ -166,12 +166,24 @@ def machine_list(result: dict) -> str:
 
 def state(clocks: dict) -> str:
     """What `machine.clocks` found, in words."""
+    if "sm_mhz" in clocks:
+        return gpu_state(clocks)
     if "cpu_mhz" in clocks or "temperature_c" in clocks:
         mhz = ", ".join(str(v) for v in clocks.get("cpu_mhz", ()))
         degrees = f"{clocks['temperature_c']:.0f} °C" if "temperature_c" in clocks else ""
         return "; ".join(filter(None, [mhz and f"{mhz} MHz", degrees]))
     units = {"temperature.gpu": " °C"}  # the only one that nvidia-smi gives without
     return ", ".join(f"{name} {value}{units.get(name, '')}" for name, value in clocks.items())
+
+
+GPU_STATE = {"sm_mhz": "SM {} MHz", "memory_mhz": "memory {} MHz", "temperature_c": "{} °C", "power_w": "{:.0f} W"}
+
+
+def gpu_state(clocks: dict) -> str:
+    """What the driver's library told of a GPU, in words; `held_by` is why its clock was held down."""
+    found = [text.format(clocks[name]) for name, text in GPU_STATE.items() if name in clocks]
+    held = [f"held by {why}" for why in clocks.get("held_by", ())]
+    return ", ".join(found + held)
 
 
 def goals(found: Sequence[dict], rows: Sequence[dict]) -> str:

@@ -52,6 +52,7 @@ def plain(value: float) -> str:
 SAMPLES = {"p20": 5, "p80": 5, "p90": 10, "p95": 20, "p99": 100}  # fewer, and the quantile is the extreme itself
 DASH = "–"
 FEW = f"{DASH} too few samples for this percentile: P90 takes 10, P95 takes 20, P99 takes 100."
+SLOWED = "‡ its clock ran more than 5 % below the run's highest while it was timed."
 PAIRS = 6  # of fewer, not even all of them from the least to the most hold the median in 95 % of runs: 1 - 2^(1 - n)
 
 
@@ -110,6 +111,7 @@ def notes(rows: Sequence[dict]) -> list[str]:
     """What belongs under a table of these timed rows."""
     timed = [row for row in rows if "time_s" in row]
     found = [FOOTNOTE] if starred(timed) else []
+    found += [SLOWED] if any(row.get("throttled") for row in timed) else []
     return found + ([FEW] if few(timed, SAMPLES if waited(timed) else ("p20", "p80", "p99")) else [])
 
 
@@ -120,7 +122,8 @@ def columns(rows: Sequence[dict]) -> list[Column]:
     def cell(*keys: str) -> Callable[[dict], str]:
         def told(row: dict) -> str:
             values = [quantile(row, key) for key in keys]
-            return DASH if None in values else " to ".join(duration(v) for v in values)
+            mark = " ‡" if row.get("throttled") and keys[0] in ("median", "p50") else ""
+            return DASH if None in values else " to ".join(duration(v) for v in values) + mark
 
         return told
 

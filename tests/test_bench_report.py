@@ -371,3 +371,19 @@ def test_a_ratio_of_few_pairs_has_no_interval(pairs, told, tmp_path, capsys):
     ):
         assert (interval in text, few in text) == (told, not told)
     assert ('class="whisker"' in html) == told
+
+
+def test_a_row_of_a_slowed_clock_is_marked():
+    slowed = row("latency", "jasper_fast", {"N": 1, "seconds": 2.0}, throttled=True)
+    quick = row("latency", "eager", {"N": 1, "seconds": 2.0}, throttled=False)
+    told = dict(tables.columns([slowed, quick]))
+    assert told["P50"](slowed) == f"{told['P50'](quick)} ‡" and "‡" not in told["P90"](slowed)
+    assert tables.SLOWED in tables.notes([slowed, quick]) and tables.SLOWED not in tables.notes([quick])
+
+
+def test_a_gpus_clocks_are_told_in_words():
+    told = report.state(
+        {"sm_mhz": 1755, "memory_mhz": 2619, "temperature_c": 61, "power_w": 412.3, "held_by": ["power"]}
+    )
+    assert told == "SM 1755 MHz, memory 2619 MHz, 61 °C, 412 W, held by power"
+    assert report.state({"cpu_mhz": [2445]}) == "2445 MHz"
