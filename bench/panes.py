@@ -26,8 +26,9 @@ from jasper_fast import backends, ops
 from jasper_fast.eager import block_shapes
 from jasper_fast.kernels import layout
 
-# up to 4,608 products summed in another order, then sums over N*T rows: as convs and batch norms are held
-TOLERANCE = correct.Tolerance(factor=2.0, floor=40.0)
+# up to 4,608 products and N*T rows summed in another order: with one thread the weight gradient of eager in
+# channels_last is 57 roundings from fp64 at 1,600 rows
+TOLERANCE = correct.Tolerance(factor=2.0, floor=100.0)
 FORMS = ("gram", "plain")
 
 
