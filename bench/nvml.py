@@ -50,9 +50,9 @@ def read(device: torch.device) -> dict:
     milliwatts = _uint("nvmlDeviceGetPowerUsage", at)
     found = mhz | {"temperature_c": _uint("nvmlDeviceGetTemperature", at, GPU_SENSOR)}
     found["power_w"] = None if milliwatts is None else milliwatts / 1000
-    bits = ctypes.c_ulonglong()
-    if library().nvmlDeviceGetCurrentClocksThrottleReasons(at, ctypes.byref(bits)) == 0:
-        found["held_by"] = [name for bit, name in REASONS.items() if bits.value & bit]
+    bits = _told("nvmlDeviceGetCurrentClocksThrottleReasons", ctypes.c_ulonglong(), at)
+    if bits is not None:
+        found["held_by"] = [name for bit, name in REASONS.items() if bits & bit]
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -71,5 +71,10 @@ def cuda_driver() -> str | None:
 
 
 def _uint(function: str, *args: object) -> int | None:
-    value = ctypes.c_uint()
-    return value.value if getattr(library(), function)(*args, ctypes.byref(value)) == 0 else None
+    return _told(function, ctypes.c_uint(), *args)
+
+
+def _told(function: str, value: ctypes.c_uint | ctypes.c_ulonglong, *args: object) -> int | None:
+    """What `function` writes into `value`; None where it fails, or this driver has no such function."""
+    ask = getattr(library(), function, None)
+    return value.value if ask is not None and ask(*args, ctypes.byref(value)) == 0 else None

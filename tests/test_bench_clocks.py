@@ -81,6 +81,12 @@ def test_without_the_driver_s_library_the_fields_stay_empty(driver, monkeypatch)
     assert (machine.clocks(CUDA), nvml.driver(), nvml.cuda_driver()) == ({}, None, None)
 
 
+def test_a_driver_without_a_function_tells_the_rest(driver, monkeypatch):
+    monkeypatch.delattr(Driver, "nvmlDeviceGetCurrentClocksThrottleReasons")
+    told = machine.clocks(CUDA)
+    assert "held_by" not in told and told["sm_mhz"] > 0
+
+
 def test_a_gpu_that_the_library_does_not_know_is_not_taken_for_another(driver, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="other"))
     assert machine.clocks(CUDA) == {}
