@@ -37,6 +37,19 @@ def test_failed_rows_and_rows_without_a_ratio_do_not_count():
     assert "no row" in str(found)
 
 
+def test_rows_of_too_few_pairs_for_an_interval_are_told_and_not_counted():
+    few = row("few", 1.0, 1.0)
+    few["ratio"]["pairs"] = 5
+    enough = few | {"ratio": few["ratio"] | {"pairs": 6}}
+    apart = row("apart", 1.0, 1.1), row("apart", 2.0, 2.1)
+    found = agreement(result(few, apart[0]), result(enough, apart[1]))
+    assert (found.rows, found.apart, found.too_few) == (1, ("apart",), 1)
+    assert str(found) == "intervals of the ratios overlap in 0 of 1 rows (0 %); 1 row has too few pairs"
+    found = agreement(result(few, few | {"id": "b"}), result(few, few | {"id": "b"}))
+    assert (found.rows, found.too_few) == (0, 2) and str(found).endswith("; 2 rows have too few pairs")
+    assert "too few" not in str(agreement(result(enough), result(enough)))
+
+
 def test_the_report_of_two_results_says_it(tmp_path, capsys):
     committed = next(report.COMMITTED.glob("latency_*.json"))
     first = json.loads(committed.read_text())
