@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench import models, rivals
 from bench.harness import Run, Runner, console, synchronize
 from bench.kernels import name as dtype_name
+from bench.kineto import recorded
 from bench.latency import Models
 from bench.latency import case as latency_case
 from bench.train import case as train_case
@@ -55,7 +56,7 @@ def count(runner: Runner, device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         synchronize(device)
-        with torch.profiler.profile(activities=activities) as trace:
+        with recorded(activities) as trace:
             runner.run()
             synchronize(device)
         on_device = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch._C._profiler import _EventType
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from bench import counts, harness, models
 from bench.harness import Case, Contender, Run, Runner
 from bench.kernels import name as dtype_name
+from bench.kineto import recorded
 from bench.train import LARGE, TRAINS, Batch, answer, judged_size, precision, tolerance
 
 # (model, N, T)
@@ -94,7 +95,7 @@ def peak(work: Callable[[], object], device_type: str, parameters: Collection[nn
     Every allocation through PyTorch's allocators counts, those inside C++ and custom ops too. What an op takes from the
     system by itself does not: some of oneDNN's scratch, and the cpu face's, 0.3 MiB a thread at Jasper 10x5.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with recorded([ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     tree = profiler.profiler.kineto_results.experimental_event_tree()
     events = [e for e in _walk(tree) if e.typed[0] == _EventType.Allocation and e.typed[1].device.type == device_type]

@@ -24,6 +24,7 @@ from torch.autograd import DeviceType
 
 from bench import harness, latency, memory, models, tables, train
 from bench.harness import Case, Run, synchronize
+from bench.kineto import recorded
 from bench.machine import slug
 from jasper_fast import InferenceEngine
 
@@ -115,7 +116,7 @@ def profile(step: Callable[[], object], device: torch.device, target: Path) -> l
     for _ in range(2):
         step()
     synchronize(device)
-    with torch.profiler.profile(activities=activities) as trace:
+    with recorded(activities) as trace:
         step()
         synchronize(device)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 
+import pytest
 import torch
 from bench_runs import CPU
 
-from bench import launches, models, profiles
+from bench import kineto, launches, memory, models, profiles
 from bench.harness import Runner
 from jasper_fast.eager import EagerJasper
 
@@ -30,3 +32,28 @@ def test_profile_names_layers_and_ops(tmp_path):
     names = {e.get("name") for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
     assert "layer encoder.layers.3" in names
     assert not model.encoder.layers[0]._forward_hooks
+
+
+def test_a_profile_leaves_nothing_on_the_terminal_and_hides_no_error(tmp_path, capfd):
+    def step():
+        os.write(2, b"USDT: of the step's own\n")
+        return torch.ones(3) + 1
+
+    records = profiles.profile(step, CPU, tmp_path / "trace.json")
+    assert any(r["name"] == "aten::add" for r in records)
+    assert memory.peak(lambda: torch.ones(256), "cpu") == 1024
+    out, err = capfd.readouterr()
+    assert (out, set(err.splitlines())) == ("", {"USDT: of the step's own"})  # nothing is caught while a step runs
+    with pytest.raises(RuntimeError), kineto.without_marks():
+        os.write(2, b"USDT:2026 profiler_start\nERROR: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES\n")
+        raise RuntimeError
+    assert capfd.readouterr().err == "ERROR: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES\n"
+
+
+def test_a_step_that_fails_stops_the_profiler(tmp_path):
+    def step():
+        raise ValueError
+
+    with pytest.raises(ValueError), kineto.recorded([torch.profiler.ProfilerActivity.CPU]):
+        step()
+    assert not torch.autograd._profiler_enabled()
