@@ -1,4 +1,4 @@
-"""torch.profiler without the lines that Kineto, the library under it, writes to the terminal at every start and stop."""
+"""torch.profiler without what Kineto, the library under it, writes to the terminal at every start and stop."""
 
 import contextlib
 import os
