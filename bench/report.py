@@ -3,9 +3,10 @@
 `python -m bench report RESULT...`, `python -m bench report --readme`
 """
 
+import functools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -93,9 +94,11 @@ def grid(headings: Sequence[str], lines: Iterable[tuple[str, Sequence[str]]]) ->
     return f'<div class="wide"><table{named}><tr>{heads}</tr>{"".join(rows)}</table></div>'
 
 
-def plot(content: str) -> str:
-    """A plot that scrolls sideways on a phone."""
-    return f'<div class="plot">{content}</div>'
+def plot(draw: Callable[[svg.Form], str]) -> str:
+    """A plot in two forms, of which the page's style shows the one that fits."""
+    return "".join(
+        f'<div class="{cls}">{draw(form)}</div>' for cls, form in (("broad", svg.WIDE), ("slim", svg.NARROW))
+    )
 
 
 def side(row: dict) -> str:
@@ -136,7 +139,7 @@ def speedups(rows: Iterable[dict], bench: str) -> str:
         f"Timed in turns on the same inputs. Whiskers: 95 % interval, none of fewer than {tables.PAIRS} pairs. Dashed: "
         "as fast as the rival."
     )
-    plotted = plot(svg.bars(list(groups.items()), "x", 1.0))
+    plotted = plot(lambda form: svg.bars(list(groups.items()), "x", 1.0, form))
     return f'<h2>{TITLES[bench]}: each rival\'s time / ours</h2><p class="faint">{note}</p>{plotted}'
 
 
@@ -206,12 +209,12 @@ def latency(rows: Iterable[dict]) -> str:
         found = {p.upper(): tables.quantile(r, p) for p in PERCENTILES}
         values = [(name, 1e3 * v) for name, v in found.items() if v is not None]
         groups.setdefault(label(r), []).append((r["contender"], r["ours"], values))
-    plotted = svg.percentiles(list(groups.items()), "ms")
+    plotted = plot(lambda form: svg.percentiles(list(groups.items()), "ms", form))
     note = (
         "Dots: P50, P90, P95, P99, as far as the samples tell them (P90 takes 10, P95 20, P99 100); the first and the "
         "last in numbers, all of them in the table of every row."
     )
-    return f'<h2>Latency, P50 to P99</h2><p class="faint">{note}</p>' + plot(plotted)
+    return f'<h2>Latency, P50 to P99</h2><p class="faint">{note}</p>{plotted}'
 
 
 def memory(rows: Iterable[dict]) -> str:
@@ -315,7 +318,8 @@ def roofline(result: dict) -> str:
         ]
         if points:
             points.sort(key=lambda p: p[3])  # ours on top
-            parts.append(f"<h3>{dtype}</h3>" + plot(svg.roofline(points, rate, limits["copy_bytes_per_s"])))
+            drawn = functools.partial(svg.roofline, points, rate, limits["copy_bytes_per_s"])
+            parts.append(f"<h3>{dtype}</h3>" + plot(drawn))
     if not parts:
         return ""
     key = (

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
 
-from bench import harness, machine, published, report, tables
+from bench import harness, machine, published, report, svg, tables
 from bench.agreement import agreement
 from jasper_fast.kernels import tables as kernel_tables
 
@@ -94,6 +95,11 @@ def cells(html: str) -> list[list[str]]:
     return [[re.sub(r"<[^>]*>", "", c) for c in re.findall(r"<t[dh].*?</t[dh]>", line)] for line in lines]
 
 
+def forms(html: str) -> tuple[str, str]:
+    """The only plot in `html` in its two forms, for a broad page and for a phone."""
+    return tuple(re.search(f'<div class="{cls}">(.*?)</div>', html)[1] for cls in ("broad", "slim"))
+
+
 class Balance(HTMLParser):
     """Fails on a tag that is closed in another order than it was opened."""
 
@@ -158,9 +164,9 @@ def test_every_rival_that_has_a_time_has_a_bar(page):
         ("Inference: ", ("eager", "cuda_graph")),
         ("Launches: ", ("eager",)),
     ):
-        plot = section(page, title)
-        assert plot.count("<rect") == len(names)
-        assert all(f">{name}</text>" in plot for name in names)
+        for plot in forms(section(page, title)):
+            assert plot.count("<rect") == len(names)
+            assert all(f">{name}</text>" in plot for name in names)
 
 
 def test_a_share_above_the_limit_is_explained(page):
@@ -169,6 +175,57 @@ def test_a_share_above_the_limit_is_explained(page):
     for r in modest["rows"]:
         r.pop("limit", None)
     assert "Effective FLOPs" not in report.page([modest])
+
+
+# ------------------------------------------------------------------ a phone
+
+
+def overhanging(plot: str, font: int) -> list[str]:
+    """Texts that leave their plot, a character taken for 0.6 of the font's size."""
+    width, found = float(re.search(r'viewBox="0 0 (\d+)', plot)[1]), []
+    for anchor, x, told in re.findall(r'<text class="[^"]*" text-anchor="(\w+)" x="([\d.]+)"[^>]*>(.*?)</text>', plot):
+        wide = 0.6 * font * len(unescape(told))
+        left = float(x) - {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]
+        if left < -1 or left + wide > width + 1:
+            found.append(told)
+    return found
+
+
+def test_no_text_of_a_plot_leaves_it():
+    result = full()
+    for r in result["rows"]:  # the longest names that there are, times from the shortest to the longest, long bars
+        if r["bench"] == "kernels":
+            r["key"] = {
+                "op": "bn_relu_dropout+residual",
+                "shape": "(32, 1024->1024, 832)",
+                "taps": "K = 29 s = 2 d = 2",
+            }
+        if r["contender"] == "cudnn":
+            r["contender"], r["ratio"] = "compile_max_autotune", RATIO | {"median": 1234.5, "high": 2345.6}
+        if r["contender"] == "cuda_graph":
+            r["contender"] = "eager_2d_channels_last"
+            r["time_s"] = harness.summary([1e-3 * i * i for i in range(100)], 1)
+    html = report.page([result])
+    for title in ("Kernels: ", "Training step: ", "Inference: ", "Latency, P50", "How far from"):
+        for form, plot in zip((svg.WIDE, svg.NARROW), forms(section(html, title)), strict=True):
+            assert f'viewBox="0 0 {form.width} ' in plot and not overhanging(plot, form.font), title
+    assert len(svg.NARROW.lines(report.label(result["rows"][0]))) > 1
+
+
+def test_the_form_that_a_page_of_any_width_shows_can_be_read():
+    css = report.STYLE.read_text()
+    turn = int(
+        re.search(r"max-width: (\d+)px\) \{\s*\.broad \{ display: none \}\s*\.slim \{ display: block \}", css)[1]
+    )
+    fonts = [
+        int(re.search(rf"^{of} \{{[^}}]*?(\d+)px(?: system-ui| \}})", css, re.M)[1]) for of in ("svg", r"\.slim svg")
+    ]
+    assert fonts == [svg.WIDE.font, svg.NARROW.font] and re.search(r"^\.slim \{ display: none \}", css, re.M)
+    margins = 2 * int(re.search(r"^main \{.*padding: 20px (\d+)px", css, re.M)[1])
+    for form, narrowest in ((svg.WIDE, turn + 1), (svg.NARROW, 320)):
+        assert form.font * min(1.0, (narrowest - margins) / form.width) >= 11
+    rules = re.findall(r"^(?:\.slim |\.broad )?svg \{.*\}|^\.(?:slim|broad) \{.*\}", css, re.M)
+    assert len(rules) == 3 and not any("min-width" in rule or "overflow" in rule for rule in rules)
 
 
 # ------------------------------------------------------------------ what a GPU's run brings
@@ -337,8 +394,8 @@ def test_a_percentile_is_told_only_where_it_is_not_the_extreme(samples, told, ca
     t = harness.summary(SAMPLES[:samples], 1)
     wanted = [tables.duration(t[p]) for p in ("p90", "p95", "p99")[:told]] + [tables.DASH] * (3 - told)
     assert ours[2:7] == [tables.duration(t["mean"]), tables.duration(t["p50"]), *wanted]
-    page = section(report.page([result]), "Latency, P50 to P99")
-    assert page.count("<circle") == 3 * (1 + told) and bool(re.search(r"P99 \S+ ms", page)) == (told == 3)
+    for plot in forms(section(report.page([result]), "Latency, P50 to P99")):
+        assert plot.count("<circle") == 3 * (1 + told) and bool(re.search(r"P99 \S+ ms", plot)) == (told == 3)
     beside = cells(section(report.page([result]), "Beside other hardware"))
     assert next(line for line in beside if line[0] == "N = 4, 7.0 s")[1].count(tables.DASH) == 3 - told
     tables.show(result["rows"], [])
