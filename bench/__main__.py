@@ -320,7 +320,7 @@ def _all(run: harness.Run, args: argparse.Namespace) -> None:
     from bench import kernels, latency, memory, train
 
     run.brief, run.revisits, run.deadline = True, True, run.started + ALL_SECONDS
-    run.effort = dataclasses.replace(run.effort, seconds=min(run.effort.seconds, 3.0), min_rounds=4)
+    run.effort = dataclasses.replace(run.effort.at_most(3.0), min_rounds=4)
     kernels.main(run)
     train.main(run)
     latency.main(run, "jasper10x5")

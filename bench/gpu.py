@@ -29,6 +29,7 @@ LIGHT = "eager,eager_no_masks,eager_2d_channels_last,cuda_graph"
 LIGHT_TRAINING = "eager,eager_2d_channels_last"
 SLOW = "compile_max_autotune"
 GOOD = 10.0  # seconds that must be left for another part to be worth starting
+CASE = 3.0  # seconds, at most
 PATIENCE = 60.0  # seconds after a part's time in which the interpreter must have come back from a kernel or compiler
 UNTIL = "BENCH_GPU_UNTIL"  # the time of day at which the budget ends, for the process that goes on with a run
 
@@ -107,7 +108,7 @@ def and_then(light: dict, light_training: dict) -> list[Part]:
         Part(
             "every width of bn_relu_dropout",
             80,
-            lambda r: kernels.main(with_(r, {"rivals": "eager"}), "bn_relu_dropout"),
+            lambda r: kernels.main(in_a_second(r, "eager"), "bn_relu_dropout"),
         ),
         Part(
             "bn_relu_dropout beside torch.compile",
@@ -201,9 +202,7 @@ def selfcheck_in_full(run: Run) -> None:
 
 def in_a_second(run: Run, chosen: str) -> Run:
     """The same run with these rivals, in a second or so a case."""
-    return with_(
-        run, {"rivals": chosen, "effort": dataclasses.replace(run.effort, seconds=min(run.effort.seconds, 1.0))}
-    )
+    return with_(run, {"rivals": chosen, "effort": run.effort.at_most(1.0)})
 
 
 def all_panes(run: Run, blocks: Sequence[panes.Block], size: tuple[int, int] | None = None) -> None:
@@ -237,7 +236,7 @@ def main(run: Run, budget: float = BUDGET) -> None:
     end = run.started + budget
     if UNTIL in os.environ:  # this process goes on with another's budget
         end = time.monotonic() + float(os.environ.pop(UNTIL)) - time.time()
-    changes = {"effort": dataclasses.replace(run.effort, seconds=min(run.effort.seconds, 3.0))}
+    changes = {"effort": run.effort.at_most(CASE)}
     if run.device.type == "cuda" and run.backend == "auto":
         changes["backend"] = "triton"
     run = with_(run, changes)

@@ -7,6 +7,7 @@ a ratio's interval then spans what each visit alone would have said, because a m
 """
 
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import sys
@@ -62,6 +63,20 @@ class Contender:
     build: Callable[[], Runner]
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How long to time a case: until every ratio's interval is narrower than +-`target`, within these bounds."""
+
+    seconds: float = 6.0
+    min_rounds: int = 12
+    max_rounds: int = 300
+    target: float = 0.01
+
+    def at_most(self, seconds: float) -> "Effort":
+        """The same in no more than so many seconds a case."""
+        return dataclasses.replace(self, seconds=min(self.seconds, seconds))
+
+
 @dataclass
 class Case:
     """One question put to several contenders.
@@ -71,8 +86,9 @@ class Case:
     `flops` and `nbytes` are the least that the computation must do and move; `items` is what one run completes
     (utterances, for instance), for throughput. `seeds`: the inputs on which all are compared before the timing; one is
     enough where an answer takes seconds, because another is compared afterwards. `needs`: the ops, as the self-check
-    names them, that ours is made of. `device`: the run's, where it looks for each contender's faults. `readings`: of
-    clocks, while it was timed.
+    names them, that ours is made of. `share`: of the run's seconds a case that it takes; `rounds`: as many at least as
+    its quantiles take. `device`: the run's, where it looks for each contender's faults. `readings`: of clocks, while it
+    was timed.
     """
 
     bench: str
@@ -90,6 +106,8 @@ class Case:
     wall: bool = False
     seeds: tuple[int, ...] = (1, 2)
     needs: tuple[str, ...] = ()
+    share: float = 1.0
+    rounds: int = 0
     device: torch.device | None = None
     runners: dict[str, Runner] = field(default_factory=dict)
     failed: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -105,15 +123,10 @@ class Case:
         """The case for people."""
         return " ".join(str(v) for v in self.key.values())
 
-
-@dataclass(frozen=True)
-class Effort:
-    """How long to time a case: until every ratio's interval is narrower than +-`target`, within these bounds."""
-
-    seconds: float = 6.0
-    min_rounds: int = 12
-    max_rounds: int = 300
-    target: float = 0.01
+    def effort(self, run: Effort) -> Effort:
+        """What it takes of a run's effort."""
+        rounds = max(run.min_rounds, self.rounds)
+        return dataclasses.replace(run, seconds=self.share * run.seconds, min_rounds=rounds)
 
 
 QUICK = Effort(seconds=1.5, min_rounds=6, max_rounds=60, target=0.02)
@@ -242,7 +255,7 @@ def measure(
 ) -> list[dict]:
     """Time a prepared case; returns one row a contender, of this visit and of earlier ones together."""
     ticker = clock(device, case.wall)
-    samples, inner, host = _rounds(case, ticker, effort, on_round)
+    samples, inner, host = _rounds(case, ticker, case.effort(effort), on_round)
     check(case, (3,))  # what was right before the timing must still be right after it
     case.visits.append({name: s for name, s in samples.items() if name in case.runners})
     return rows(case, case.visits, inner, device, host)

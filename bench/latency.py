@@ -3,7 +3,6 @@
 `python -m bench latency`; the grid is the reference's, N in 1, 2, 4, 8, 16 by 2, 7, 16.7 s.
 """
 
-import dataclasses
 import functools
 import gc
 import itertools
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import correct, counts, models, rivals, tables
-from bench.harness import Case, Contender, Effort, Run, Runner, seeded, stable_seed
+from bench.harness import Case, Contender, Run, Runner, seeded, stable_seed
 from bench.kernels import name as dtype_name
 from jasper_fast import InferenceEngine, LogMelFeatures
 from jasper_fast.decoding import greedy_decode
@@ -163,6 +162,7 @@ def case(shared: Models, model: str, N: int, seconds: float) -> Case:
         dtype=dtype_name(run.dtype),
         wall=True,
         needs=INFERS,
+        **sampled(run),
     )
 
 
@@ -230,6 +230,7 @@ def sound_case(shared: Models, model: str, N: int, seconds: float) -> Case:
         dtype=dtype_name(run.dtype),
         wall=True,
         needs=INFERS,
+        **sampled(run),
     )
 
 
@@ -263,15 +264,14 @@ def misread(log_probs: Tensor, lengths: Tensor, texts: Sequence[str], words: Voc
     ]
 
 
-def effort(run: Run) -> Effort:
-    """The run's effort; on a GPU as many rounds as a P99 takes, if they are short.
+def sampled(run: Run) -> dict[str, float]:
+    """A case's rounds and share of the run's seconds: on a GPU as many rounds as a P99 takes, if they are short.
 
     A case whose rounds are long stops at thrice its seconds: half as many, so that it costs little more than before.
     """
     if run.device.type != "cuda" or run.quick:
-        return run.effort
-    rounds = max(run.effort.min_rounds, tables.SAMPLES["p99"])
-    return dataclasses.replace(run.effort, min_rounds=rounds, seconds=run.effort.seconds / 2)
+        return {}
+    return {"rounds": tables.SAMPLES["p99"], "share": 0.5}
 
 
 def grids(run: Run, full: bool, grid: tuple) -> tuple[tuple, tuple]:
@@ -285,7 +285,6 @@ def grids(run: Run, full: bool, grid: tuple) -> tuple[tuple, tuple]:
 
 def main(run: Run, model: str = "jasper10x5", full: bool = False, grid: tuple = ()) -> list[dict]:
     """Measure the grid for the device (all of it on a GPU or with `full`), the acoustic model alone first."""
-    run = dataclasses.replace(run, effort=effort(run))
     shared = Models(run, model)
     alone, heard = grids(run, full, grid)
     cases = [case(shared, model, N, seconds) for N, seconds in alone]

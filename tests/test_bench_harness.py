@@ -61,6 +61,19 @@ def test_backward_alone_is_timed_in_both_visits(tmp_path):
     assert all(r["ratio"]["visits"] == 2 for r in found if not r["ours"])
 
 
+def test_a_case_takes_its_own_rounds_and_share_in_both_visits(tmp_path):
+    run = make_run(tmp_path, revisits=True)
+    run.effort = harness.Effort(seconds=60.0, min_rounds=4, max_rounds=20, target=1e9)  # the first look is enough
+    usual, more, less = (softplus_case({"twin": F.softplus}) for _ in range(3))
+    more.key, more.rounds = {"op": "more"}, 12
+    less.key, less.share = {"op": "less"}, 1e-9
+    run.cases("test", [usual, more, less])
+    run.revisit()
+    pairs = {r["key"]["op"]: r["ratio"]["pairs"] for r in run.results.data["rows"] if "ratio" in r}
+    assert pairs == {"softplus": 2 * 4, "more": 2 * 12, "less": 2 * 3}
+    assert (run.effort.at_most(1.0).seconds, run.effort.at_most(90.0)) == (1.0, run.effort)
+
+
 def test_quantiles():
     assert ratios.quantile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
     assert ratios.quantile([5.0], 0.99) == 5.0

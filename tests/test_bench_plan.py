@@ -8,9 +8,10 @@ import subprocess
 import sys
 import time
 
+import torch
 from bench_runs import ROOT, make_run, measured
 
-from bench import gpu, harness, result_file
+from bench import gpu, harness, memory, result_file
 
 
 def endless_compiler(run):
@@ -20,6 +21,27 @@ def endless_compiler(run):
 
 def failing(run):
     raise ValueError("no such kernel")
+
+
+def test_a_part_of_the_plan_has_time_for_all_its_cases(tmp_path, monkeypatch):
+    asked: list[float] = []
+
+    def keep(run, title, cases):
+        asked.extend(case.effort(run.effort).seconds for case in cases)
+        return []
+
+    monkeypatch.setattr(harness.Run, "cases", keep)
+    monkeypatch.setattr(memory, "main", lambda *_: None)  # counts bytes, by no clock
+    for name in ("ready", "selfcheck_in_full"):
+        monkeypatch.setattr(gpu, name, lambda run: None)
+    effort, timed = harness.Effort().at_most(gpu.CASE), 0
+    run = dataclasses.replace(make_run(tmp_path, "triton"), device=torch.device("cuda"), quick=False, effort=effort)
+    for part in gpu.plan(dataclasses.replace(run, dtype=torch.float16)):
+        asked.clear()
+        part.measure(run)
+        timed += bool(asked)
+        assert sum(asked) <= part.seconds, f"{part.title}: {len(asked)} cases take {sum(asked)} s"
+    assert timed == len(gpu.plan(run)) - 3
 
 
 def test_gpu_plan_is_bounded_written_as_it_goes_and_resumed(tmp_path, monkeypatch):
