@@ -16,7 +16,6 @@ from bench.harness import Case, Contender, Run, Runner, seeded, stable_seed
 from bench.sub_blocks import Layer, conv_2d, masked, masked_last
 from jasper_fast import backends
 from jasper_fast.kernels import layout
-from jasper_fast.ops.conv1d import conv_face
 
 TOLERANCE = correct.Tolerance(factor=2.0, floor=40.0)
 
@@ -122,14 +121,13 @@ SubBlockCall = Callable[[Tensor, Tensor], Tensor]
 def fused(i: Inputs, backend: str) -> SubBlockCall:
     """jasper_fast's one kernel a sub-block, weights folded and packed once, as InferenceEngine runs it."""
     a, (weight, bias) = i.layer, i.module.folded()
-    name = conv_face(i.ntc, a.stride, backend)
+    name = backends.fused_face(backend, i.device, i.dtype)
     if backend == "reference" or name == "aten":
         weight, bias = layout.ntc(weight.to(i.dtype)), bias.to(i.dtype)
         return lambda x, lengths: _folded_aten(i, weight, bias, x, lengths)
     impl = backends.face("conv1d", name)
     more = {"stride": a.stride, "padding": a.padding, "dilation": a.dilation, "relu": not a.head, "bias": bias}
-    fast = {"algorithm": "fast_fir_2"} if name == "cpu" and a.stride == 1 and a.K >= 5 else {}
-    packed = impl.pack(weight.to(i.dtype), **fast)
+    packed = impl.pack_once(weight, i.dtype, a.stride) if name == "cpu" else impl.pack(weight, i.dtype)
     if name == "triton":  # one launch: features in any strides and in fp32, lengths and log-softmax are the kernel's
         more |= {"log_softmax": a.head, "workspace": impl.Workspace(i.device)}
         if a.stride > 1:
@@ -140,7 +138,7 @@ def fused(i: Inputs, backend: str) -> SubBlockCall:
         masks = {} if a.head else {"in_lengths": lengths}
         if not a.head and "lengths_out" not in more:
             masks["out_lengths"] = a.out_lengths(lengths)
-        z = impl.fused(x if name == "triton" else x.contiguous(), packed, **more, **masks)
+        z = impl.fused(x if name == "triton" else x.float().contiguous(), packed, **more, **masks)
         return (z.float().log_softmax(dim=2) if a.head and name != "triton" else z).transpose(1, 2)
 
     return call

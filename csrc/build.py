@@ -23,7 +23,9 @@ COMMON = "-O3 -std=c++20 -DTORCH_TARGET_VERSION=0x020b000000000000"  # stable AB
 CPU_FLAGS = "-fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wno-unknown-pragmas -Wno-psabi"
 ISAS = {"generic": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    ISAS |= {"avx2": "-mavx2 -mfma -mf16c", "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"}
+    ISAS["avx2"] = "-mavx2 -mfma -mf16c"
+    ISAS["avx512"] = f"{ISAS['avx2']} -mavx512f -mavx512bw -mavx512vl -mavx512dq"
+    ISAS["avx512_bf16"] = f"{ISAS['avx512']} -mavx512bf16"
 CUDA_ARCHS = "75;80;86;89;90a;100;120"
 
 

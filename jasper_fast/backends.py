@@ -197,10 +197,13 @@ def _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> s
 def fused_face(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The face that serves a whole network at inference in `dtype`: "triton", "cpu" or "aten".
 
+    The CPU kernels take 16 bits too, except for bf16 where the CPU has AMX: ATen's convs use it, ours do not.
     On a GPU "auto" takes Triton where the GPU's table says that its sub-blocks are the faster ones in all, and the
     verdict on them is good.
     """
     device = torch.device(device)
+    if dtype != torch.float64 and resolve(backend, device) == "cpu":
+        return "aten" if dtype == torch.bfloat16 and _has_amx() else "cpu"
     if backend != "auto" or device.type != "cuda" or resolve(backend, device) != "triton":
         return conv_face(backend, device, dtype)
     if tables.fastest_overall("conv1d.fused", device, dtype) != "triton":
@@ -227,6 +230,10 @@ def _pane_form(backend, device, dtype) -> str:
         return "gram"
     instead = "panes='auto' takes the plain form instead, which makes more passes over memory"
     return "gram" if _trusted(PANES, "aten", device, dtype, instead) else "plain"
+
+
+def _has_amx() -> bool:
+    return torch.cpu._is_amx_tile_supported()
 
 
 # what "auto" does about a verdict that is not good

@@ -83,7 +83,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype",
         choices=("fp32", "fp16", "bf16"),
-        help="of weights and activations (default: the checkpoint's); fp16 is the fast one on a GPU, fp32 on a CPU",
+        help="of weights and activations (default: the checkpoint's); fast: fp16 on a GPU, bf16 on a CPU that has it",
     )
     group.add_argument("--batch-size", type=_positive(int), default=16, metavar="N", help="utterances at a time (16)")
     group.add_argument(

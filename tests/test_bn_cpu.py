@@ -27,7 +27,7 @@ from jasper_fast.kernels.layout import ntc
 pytestmark = pytest.mark.skipif(not native.cpu_available(), reason="the native CPU library is not built: make install")
 
 ROOT = Path(__file__).resolve().parents[1]
-LEVELS = ("generic", "avx2", "avx512")
+LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 EPS, P = 1e-3, 0.2
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -159,7 +159,7 @@ def test_an_unknown_or_absent_instruction_set_is_an_error(tmp_path):
     done = at_level("sse9", tmp_path / "out.pt")
     assert done.returncode != 0
     assert "JASPER_FAST_ISA=sse9" in done.stderr
-    assert "generic, avx2 or avx512" in done.stderr
+    assert "generic, avx2, avx512 or avx512_bf16" in done.stderr
 
 
 def test_philox_known_answer():

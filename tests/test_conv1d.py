@@ -260,7 +260,7 @@ for algorithm in cpu.ALGORITHMS:
 
 
 @needs_native
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set(isa: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LEVELS],

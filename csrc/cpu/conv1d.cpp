@@ -1,4 +1,4 @@
-// fp32 1D convolution in (N, T, C) memory: argument checks and threads. The loops are in isa/conv1d_*.cpp.
+// 1D convolution in (N, T, C) memory, fp32 with weights in fp32 or bf16: argument checks and threads. The loops are in isa/conv1d_*.cpp.
 
 #include "conv1d.h"
 
@@ -46,6 +46,17 @@ const float* contiguous_fp32(const Tensor& t, const char* name) {
   return static_cast<const float*>(t.const_data_ptr());
 }
 
+bool is_bf16(const Tensor& t) { return t.scalar_type() == torch::headeronly::ScalarType::BFloat16; }
+
+// Packed weights, fp32 or pairs of bf16.
+const float* contiguous_packed(const Tensor& t, const char* name) {
+  if (!is_bf16(t)) return contiguous_fp32(t, name);
+  STD_TORCH_CHECK(JF_DISPATCH(conv1d_has_bf16)(), "conv1d: ", name, " is bfloat16, which this process' instruction ",
+                  "set (see jasper_fast_cpu::isa) does not multiply; pack in float32");
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), "conv1d: ", name, " must be contiguous and on the CPU");
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
 const int64_t* lengths_of(const std::optional<Tensor>& lengths, const char* name, int64_t n, int64_t most) {
   if (!lengths.has_value()) return nullptr;
   STD_TORCH_CHECK(lengths->is_cpu() && lengths->scalar_type() == torch::headeronly::ScalarType::Long &&
@@ -79,10 +90,15 @@ void run_tasks(int64_t tasks, const F& body) {
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t conv1d_packed_size(int64_t c_out, int64_t c_in, int64_t taps, bool transposed, int64_t fir_level) {
+bool conv1d_has_bf16() { return JF_DISPATCH(conv1d_has_bf16)(); }
+
+// In elements of their dtype.
+int64_t conv1d_packed_size(int64_t c_out, int64_t c_in, int64_t taps, bool transposed, int64_t fir_level, bool bf16) {
+  STD_TORCH_CHECK(!bf16 || fir_level == 0, "conv1d: weights in bfloat16 are for fir_level 0, got ", fir_level);
   const int64_t columns = JF_DISPATCH(conv1d_columns)();
   const int64_t outputs = transposed ? c_in : c_out, inputs = transposed ? c_out : c_in;
-  return div_up(outputs, columns) * columns * inputs * conv1d_packed_taps(taps, checked_level(fir_level, taps, 1));
+  const int64_t all_taps = conv1d_packed_taps(taps, checked_level(fir_level, taps, 1));
+  return div_up(outputs, columns) * columns * conv1d_units(inputs, bf16) * (bf16 ? 2 : 1) * all_taps;
 }
 
 void conv1d_pack(const Tensor& weight, bool transposed, int64_t fir_level, Tensor packed) {
@@ -94,8 +110,9 @@ void conv1d_pack(const Tensor& weight, bool transposed, int64_t fir_level, Tenso
   args.taps = weight.size(2);
   args.transposed = transposed;
   args.fir_level = checked_level(fir_level, args.taps, 1);
-  args.packed = const_cast<float*>(contiguous_fp32(packed, "packed"));
-  const int64_t size = conv1d_packed_size(args.c_out, args.c_in, args.taps, transposed, fir_level);
+  args.bf16 = is_bf16(packed);
+  args.packed = const_cast<float*>(contiguous_packed(packed, "packed"));
+  const int64_t size = conv1d_packed_size(args.c_out, args.c_in, args.taps, transposed, fir_level, args.bf16);
   STD_TORCH_CHECK(packed.numel() == size, "conv1d: packed must have conv1d_packed_size() = ", size, " elements, got ",
                   packed.numel());
   const auto pack_block = JF_DISPATCH(conv1d_pack_block);
@@ -151,8 +168,9 @@ void conv1d_fwd(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t ta
   args.padding = padding;
   check_geometry(args.t_in, args.t_out, taps, stride, dilation, padding);
   args.fir_level = checked_level(fir_level, taps, stride);
-  args.packed = contiguous_fp32(packed, "packed");
-  const int64_t size = conv1d_packed_size(c_out, args.x.channels, taps, false, fir_level);
+  args.bf16 = is_bf16(packed);
+  args.packed = contiguous_packed(packed, "packed");
+  const int64_t size = conv1d_packed_size(c_out, args.x.channels, taps, false, fir_level, args.bf16);
   STD_TORCH_CHECK(packed.numel() == size, "conv1d: packed must have ", size, " elements for C_out = ", c_out,
                   ", C_in = ", args.x.channels, ", K = ", taps, ", got ", packed.numel(),
                   "; was it packed with the same fir_level and JASPER_FAST_ISA?");
@@ -168,8 +186,9 @@ void conv1d_fwd(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t ta
     args.x2 = rows_of(*x2, "x2");
     STD_TORCH_CHECK(stride == 1 && x2->size(0) == args.n && x2->size(1) == args.t_out && args.t_out == args.t_in,
                     "conv1d: x2 needs stride 1 and must be (", args.n, ", ", args.t_out, ", C2) with T_out = T_in");
-    args.packed2 = contiguous_fp32(*packed2, "packed2");
-    const int64_t size2 = conv1d_packed_size(c_out, args.x2.channels, 1, false, 0);
+    STD_TORCH_CHECK(is_bf16(*packed2) == args.bf16, "conv1d: packed2 must have packed's dtype");
+    args.packed2 = contiguous_packed(*packed2, "packed2");
+    const int64_t size2 = conv1d_packed_size(c_out, args.x2.channels, 1, false, 0, args.bf16);
     STD_TORCH_CHECK(packed2->numel() == size2, "conv1d: packed2 must have ", size2, " elements, got ",
                     packed2->numel());
     if (args.x2.channels == 0) args.x2.data = nullptr;
@@ -222,7 +241,8 @@ void conv1d_wgrad(const Tensor& x, const Tensor& dy, const std::optional<Tensor>
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(jasper_fast_cpu, m) {
-  m.def("conv1d_packed_size(int c_out, int c_in, int taps, bool transposed, int fir_level) -> int");
+  m.def("conv1d_has_bf16() -> bool");
+  m.def("conv1d_packed_size(int c_out, int c_in, int taps, bool transposed, int fir_level, bool bf16) -> int");
   m.def("conv1d_pack(Tensor weight, bool transposed, int fir_level, Tensor(a!) packed) -> ()");
   m.def(
       "conv1d_fwd(Tensor x, Tensor packed, int c_out, int taps, int stride, int dilation, int padding, int fir_level, "
@@ -234,6 +254,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jasper_fast_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(jasper_fast_cpu, CompositeExplicitAutograd, m) {
+  m.impl("conv1d_has_bf16", TORCH_BOX(&conv1d_has_bf16));
   m.impl("conv1d_packed_size", TORCH_BOX(&conv1d_packed_size));
 }
 

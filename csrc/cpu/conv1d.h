@@ -23,6 +23,7 @@ struct ConvForward {
   ConvRows x2;  // data is null without panes
   const float* packed = nullptr;
   const float* packed2 = nullptr;
+  bool bf16 = false;  // packed and packed2 hold pairs of bf16, each in the place of a float
   const float* bias = nullptr;
   const int64_t* in_lengths = nullptr;
   const int64_t* out_lengths = nullptr;
@@ -55,6 +56,7 @@ struct ConvPack {
   float* packed = nullptr;
   int64_t c_out = 0, c_in = 0, taps = 1;
   bool transposed = false;  // pack for the gradient with respect to x
+  bool bf16 = false;
   int64_t fir_level = 0;
 };
 
@@ -62,6 +64,7 @@ struct ConvPack {
 #define JF_DECLARE_CONV1D(ISA)                                                                              \
   namespace ISA {                                                                                           \
   int64_t conv1d_columns();                                                                                 \
+  bool conv1d_has_bf16();                                                                                   \
   int64_t conv1d_wgrad_channels(int64_t taps);                                                              \
   void conv1d_pack_block(const ConvPack& args, int64_t block);                                              \
   void conv1d_forward_task(const ConvForward& args, const ConvRowGroup& group, int64_t block_begin,         \
@@ -70,6 +73,9 @@ struct ConvPack {
   }
 JF_FOR_EACH_ISA(JF_DECLARE_CONV1D)
 #undef JF_DECLARE_CONV1D
+
+// Floats, or pairs of bf16, that hold `channels` channels.
+inline int64_t conv1d_units(int64_t channels, bool bf16) { return bf16 ? (channels + 1) / 2 : channels; }
 
 // Rows [begin, end) of the output see at least one row of x in [0, length).
 inline void conv1d_live_rows(int64_t length, int64_t t_out, int64_t taps, int64_t stride, int64_t dilation,

@@ -42,8 +42,8 @@ constexpr int kTargets = 1 << kMaxFirLevel;  // output rows that share a product
 constexpr int kVectors = 2;
 constexpr int kColumns = kVector * kVectors;
 constexpr int64_t kLine = 16;             // floats in a cache line
-constexpr int64_t kLongChunk = 64;        // channels a chunk with many taps: the window of all taps fits L1
-constexpr int64_t kShortChunk = 256;      // channels a chunk with few taps: long enough to hide the epilogue
+constexpr int64_t kLongChunk = 64;        // units a chunk with many taps: the window of all taps fits L1
+constexpr int64_t kShortChunk = 256;      // units a chunk with few taps: long enough to hide the epilogue
 constexpr int64_t kFewTaps = 4;
 constexpr int kLongStride = 80;           // floats between window rows, 5 and 17 cache lines
 constexpr int kShortStride = 272;
@@ -59,11 +59,40 @@ inline Vec load_some(const float* p, int64_t count) {  // zeros from `count` on
 }
 inline void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = (VecUnaligned)v; }
 
+// A unit is what a step of the reduction takes, as large as a float: one channel, or a pair of them in bf16.
+struct Fp32 {
+  static void add_product(Vec& sum, const float* a, Vec b) { sum += splat(*a) * b; }
+  static void put(float* to, const float* from, int64_t channels) {
+    int64_t i = 0;
+    for (; i + kVector <= channels; i += kVector) store(to + i, load(from + i));
+    for (; i < channels; ++i) to[i] = from[i];
+  }
+};
+
+#if defined(__AVX512BF16__)
+struct Bf16 {
+  static void add_product(Vec& sum, const float* a, Vec b) {
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)splat(*a), (__m512bh)b);
+  }
+  static void put(float* to, const float* from, int64_t channels) {
+    int64_t i = 0;
+    for (; i + 2 * kVector <= channels; i += 2 * kVector) put_units(to + i / 2, load(from + i), load(from + i + kVector));
+    if (i == channels) return;
+    alignas(64) float units[kVector];
+    put_units(units, load_some(from + i, channels - i), load_some(from + i + kVector, channels - i - kVector));
+    std::memcpy(to + i / 2, units, (channels - i + 1) / 2 * sizeof(float));
+  }
+
+ private:
+  static void put_units(float* to, Vec low, Vec high) { store(to, (Vec)_mm512_cvtne2ps_pbh(high, low)); }
+};
+#endif
+
 struct Tile {
-  const float* a = nullptr;             // row m, tap k, channel i: a[m * A_STRIDE + tap_offsets[k] + i * a_step]
+  const float* a = nullptr;             // row m, tap k, unit i: a[m * A_STRIDE + tap_offsets[k] + i * a_step]
   const int64_t* tap_offsets = nullptr;
   int64_t taps = 1, depth = 0, a_step = 1;
-  const float* b = nullptr;             // [taps][depth][kColumns]
+  const float* b = nullptr;             // [taps][depth][kColumns], `depth` units
   const float* next = nullptr;          // panel wanted next, next_lines lines of it fetched after each tap
   int64_t next_lines = 0;
   float* y = nullptr;                   // row m goes to y + offsets[i] + m * y_stride if m < rows[i], for each target i
@@ -87,7 +116,7 @@ inline Vec relu_of(Vec v) {  // keeps NaN
 #endif
 }
 
-template <int ROWS, int A_STRIDE>
+template <class OP, int ROWS, int A_STRIDE>
 void tile(const Tile& g) {
   Vec acc[ROWS][kVectors];
   alignas(64) float sums[ROWS][kColumns];
@@ -134,9 +163,8 @@ void tile(const Tile& g) {
       for (int64_t line = 0; line < kColumns; line += kLine) __builtin_prefetch(b + 12 * kColumns + line, 0, 3);
 #pragma GCC unroll 16
       for (int m = 0; m < ROWS; ++m) {
-        const Vec av = splat(a[m * A_STRIDE]);
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) acc[m][v] += av * bv[v];
+        for (int v = 0; v < kVectors; ++v) OP::add_product(acc[m][v], a + m * A_STRIDE, bv[v]);
       }
       a += step;
       b += kColumns;
@@ -194,21 +222,21 @@ void tile(const Tile& g) {
 
 using TileFn = void (*)(const Tile&);
 
-template <int A_STRIDE, int... ROWS>
+template <class OP, int A_STRIDE, int... ROWS>
 TileFn pick(int64_t rows, std::integer_sequence<int, ROWS...>) {
-  static constexpr TileFn table[] = {tile<ROWS + 1, A_STRIDE>...};
+  static constexpr TileFn table[] = {tile<OP, ROWS + 1, A_STRIDE>...};
   return table[rows - 1];
 }
 
-inline TileFn tile_fn(int64_t rows, int a_stride) {
+template <class OP>
+TileFn tile_fn(int64_t rows, int a_stride) {
   constexpr auto all = std::make_integer_sequence<int, kRows>{};
-  if (a_stride == kLongStride) return pick<kLongStride>(rows, all);
-  if (a_stride == kShortStride) return pick<kShortStride>(rows, all);
-  return pick<1>(rows, all);
+  return a_stride == kLongStride ? pick<OP, kLongStride>(rows, all) : pick<OP, kShortStride>(rows, all);
 }
 
 // `rows` rows of the GEMM as tiles of nearly equal height; `g` holds what the tiles share.
-inline void tiles(Tile g, int64_t rows, int a_stride) {
+template <class OP>
+void tiles(Tile g, int64_t rows, int a_stride) {
   const int64_t count = (rows + kRows - 1) / kRows;
   for (int64_t i = 0, begin = 0; i < count; ++i) {
     const int64_t end = rows * (i + 1) / count;
@@ -217,7 +245,7 @@ inline void tiles(Tile g, int64_t rows, int a_stride) {
     t.y += begin * g.y_stride;
     for (int64_t& left : t.rows) left -= begin;
     if (g.next != nullptr) t.next += i * g.taps * g.next_lines * kLine;
-    tile_fn(end - begin, a_stride)(t);
+    tile_fn<OP>(end - begin, a_stride)(t);
     begin = end;
   }
 }
@@ -237,11 +265,7 @@ struct Scratch {  // grows to the largest task its thread has seen
 };
 thread_local Scratch scratch;
 
-inline void copy_row(float* to, const float* from, int64_t count) {
-  int64_t i = 0;
-  for (; i + kVector <= count; i += kVector) store(to + i, load(from + i));
-  for (; i < count; ++i) to[i] = from[i];
-}
+inline void copy_row(float* to, const float* from, int64_t count) { Fp32::put(to, from, count); }
 
 inline void add_row(float* to, const float* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
@@ -256,14 +280,6 @@ struct Source {
   int64_t stride, rows;
   const float* row(int64_t t) const { return t >= 0 && t < rows ? data + t * stride : nullptr; }
 };
-
-inline void put_row(float* to, const float* from, int64_t count) {
-  if (from != nullptr) {
-    copy_row(to, from, count);
-  } else {
-    std::memset(to, 0, count * sizeof(float));
-  }
-}
 
 }  // namespace
 }  // namespace JF_ISA

@@ -16,7 +16,8 @@ Isa best_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::generic;
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  return avx512_bf16 ? Isa::avx512_bf16 : avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::generic;
 #else
   return Isa::generic;
 #endif
@@ -26,13 +27,13 @@ Isa choose_isa() {
   const Isa best = best_isa();
   const char* asked = std::getenv("JASPER_FAST_ISA");
   if (asked == nullptr || *asked == '\0') return best;
-  for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx512}) {
+  for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512_bf16}) {
     if (std::string(asked) != isa_name(isa)) continue;
     if (isa <= best) return isa;
     throw std::runtime_error(std::string("JASPER_FAST_ISA=") + asked + ": this CPU has " + isa_name(best) +
                              " only; unset the variable or name a lower level");
   }
-  throw std::runtime_error(std::string("JASPER_FAST_ISA=") + asked + ": expected generic, avx2 or avx512");
+  throw std::runtime_error(std::string("JASPER_FAST_ISA=") + asked + ": expected generic, avx2, avx512 or avx512_bf16");
 }
 
 std::string isa_in_use() { return isa_name(cpu_isa()); }
@@ -41,6 +42,8 @@ std::string isa_in_use() { return isa_name(cpu_isa()); }
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:

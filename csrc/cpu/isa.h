@@ -6,10 +6,10 @@
 
 namespace jf {
 
-enum class Isa { generic, avx2, avx512 };
+enum class Isa { generic, avx2, avx512, avx512_bf16 };
 
-// The best level of this CPU; the environment variable JASPER_FAST_ISA=generic|avx2|avx512 lowers it (never raises it).
-// Throws std::runtime_error on a name that is none of these, or a level that this machine does not have.
+// The best level of this CPU; the environment variable JASPER_FAST_ISA=generic|avx2|avx512|avx512_bf16 lowers it
+// (never raises it). Throws std::runtime_error on a name that is none of these, or a level that this machine lacks.
 Isa cpu_isa();
 
 const char* isa_name(Isa isa);
@@ -18,11 +18,12 @@ const char* isa_name(Isa isa);
 
 // JF_DISPATCH(f)(args...): jf::<level>::f of the level in use. Non-x86 builds have the generic level only.
 #if defined(__x86_64__) || defined(_M_X64)
-#define JF_DISPATCH(f)                                   \
-  (::jf::cpu_isa() == ::jf::Isa::avx512 ? &::jf::avx512::f \
-   : ::jf::cpu_isa() == ::jf::Isa::avx2 ? &::jf::avx2::f   \
-                                        : &::jf::generic::f)
-#define JF_FOR_EACH_ISA(declare) declare(generic) declare(avx2) declare(avx512)
+#define JF_DISPATCH(f)                                               \
+  (::jf::cpu_isa() == ::jf::Isa::avx512_bf16 ? &::jf::avx512_bf16::f \
+   : ::jf::cpu_isa() == ::jf::Isa::avx512    ? &::jf::avx512::f      \
+   : ::jf::cpu_isa() == ::jf::Isa::avx2      ? &::jf::avx2::f        \
+                                             : &::jf::generic::f)
+#define JF_FOR_EACH_ISA(declare) declare(generic) declare(avx2) declare(avx512) declare(avx512_bf16)
 #else
 #define JF_DISPATCH(f) (&::jf::generic::f)
 #define JF_FOR_EACH_ISA(declare) declare(generic)

@@ -1,4 +1,4 @@
-"""The plan step by step through ATen (any device and dtype) or the CPU kernels (fp32, fast FIR)."""
+"""The plan step by step through ATen (any device and dtype) or the CPU kernels (fp32 with fast FIR, or bf16)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from jasper_fast import backends
 from jasper_fast.inference.plan import Buffers, Folded, make_plan
 from jasper_fast.model import Jasper, mask
 
-# Taps from which the nested fast FIR with 1.7 times fewer multiplications outweighs its 2.3 times larger weights.
-FAST_FIR_TAPS = 5
-
 
 class Stepwise:
     """Features (N, C, T) and lengths (N,) to (log_probs (N, T', V) fp32, lengths), on the "aten" or the "cpu" face."""
 
     def __init__(self, model: Jasper, dtype: torch.dtype, face: str):
-        conv = CpuConv if face == "cpu" else lambda folded: AtenConv(folded, dtype)
-        self._plan = make_plan(model, conv)
-        self.buffers = Buffers(dtype, model.decoder.layers[0].weight.device)
+        conv = CpuConv if face == "cpu" else AtenConv
+        self._plan = make_plan(model, lambda folded: conv(folded, dtype))
+        held = torch.float32 if face == "cpu" else dtype
+        self.buffers = Buffers(held, model.decoder.layers[0].weight.device)
 
     def run(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         plan, buffers = self._plan, self.buffers
@@ -69,14 +67,11 @@ class AtenConv:
 class CpuConv:
     """A folded sub-block through the CPU kernel: weights packed once, bias, panes, ReLU and mask inside."""
 
-    def __init__(self, folded: Folded):
+    def __init__(self, folded: Folded, dtype: torch.dtype):
         self.impl = backends.face("conv1d", "cpu")
-        b = folded.b
-        self.packed = self.impl.pack(
-            folded.weight.float(), algorithm="fast_fir_2" if b.s == 1 and b.k >= FAST_FIR_TAPS else "direct"
-        )
-        self.packed_panes = None if folded.panes is None else self.impl.pack(folded.panes.float().unsqueeze(2))
-        self.bias, self.b, self.relu = folded.bias.float().clone(), b, folded.relu
+        self.packed = self.impl.pack_once(folded.weight, dtype, folded.b.s)
+        self.packed_panes = None if folded.panes is None else self.impl.pack_once(folded.panes.unsqueeze(2), dtype)
+        self.bias, self.b, self.relu = folded.bias.float().clone(), folded.b, folded.relu
 
     def __call__(self, x: Tensor, panes: Tensor | None, lens_in: Tensor | None, lens: Tensor | None, out: Tensor):
         """As AtenConv; rows of `x` at t >= `lens_in` are not read, rows beyond their reach not computed."""

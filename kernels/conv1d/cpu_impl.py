@@ -1,4 +1,6 @@
-"""The CPU face of conv1d: C++ micro-kernels (csrc/cpu/isa/conv1d_*.cpp), fp32, vectorised at run time and threaded.
+"""The CPU face of conv1d: C++ micro-kernels (csrc/cpu/isa/conv1d_*.cpp), vectorised at run time and threaded.
+
+x and y are fp32. So are weights; for `fused`, on a CPU that multiplies pairs of bf16 (AVX512-BF16), they may be bf16.
 
 Weights are packed in every call, by an algorithm that the shape chooses: `packed` is not used. Results are the same
 bits whatever the number of threads, and an item's are the same in any batch and with any padding.
@@ -15,10 +17,11 @@ from jasper_fast.kernels import native
 from jasper_fast.kernels.layout import empty_ntc
 
 ALGORITHMS = {"direct": 0, "fast_fir_1": 1, "fast_fir_2": 2}  # how often the fast FIR algorithm is nested
-# In training the weights are packed once a call: below so many rows the larger packs of the fast algorithm cost more
-# than they save (measured on Zen 4 at 256 x 256 x 11 and 768 x 768 x 25).
-_FAST_ROWS = 512
+# Taps from which 1.7 times fewer multiplications outweigh 2.3 times larger weights. In training the weights are packed
+# once a call: below so many rows the larger packs cost more than they save (measured on Zen 4 at 256 x 256 x 11 and
+# 768 x 768 x 25).
 _FAST_TAPS = 5
+_FAST_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Packed:
     `fast_fir_1` (Parker and Parhi's two-parallel FIR filter) does 1.3 times fewer multiplications than `direct` and
     keeps 1.5 times as much; `fast_fir_2`, the same nested, 1.7 times fewer and 2.3 times as much. They need stride 1
     and K >= 2 and 4. A NaN or infinity in x may reach 1 and 3 rows further than K says.
+    Weights in bf16 are always `direct`; x is rounded to bf16 where it meets them, and sums are fp32.
     """
 
     data: Tensor
@@ -37,21 +41,47 @@ class Packed:
     algorithm: str = "direct"
 
 
-def pack(weight: Tensor, *, transposed: bool = False, algorithm: str = "direct", out: Tensor | None = None) -> Packed:
-    """`weight` (C_out, C_in, K) packed for `fused`; `transposed` packs the conv that gives the gradient of x.
+def has_bf16() -> bool:
+    """Whether this process' instruction set multiplies pairs of bf16, so that `pack` may make them."""
+    return native.cpu().conv1d_has_bf16()
 
-    out: a float32 buffer of `packed_size(...)` elements to write into, so that a module can keep one.
+
+def pack(
+    weight: Tensor,
+    *,
+    transposed: bool = False,
+    algorithm: str = "direct",
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+) -> Packed:
+    """fp32 `weight` (C_out, C_in, K) packed for `fused`; `transposed` packs the conv that gives the gradient of x.
+
+    dtype: float32, or bfloat16 where `has_bf16()`. out: a buffer of that dtype and `packed_size(...)` elements to write
+    into, so that a module can keep one.
     """
     c_out, c_in, taps = weight.shape
     if out is None:
-        out = torch.empty(packed_size(weight, transposed=transposed, algorithm=algorithm), dtype=torch.float32)
+        out = torch.empty(packed_size(weight, transposed=transposed, algorithm=algorithm, dtype=dtype), dtype=dtype)
     native.cpu().conv1d_pack(weight.detach().contiguous(), transposed, ALGORITHMS[algorithm], out)
     return Packed(out, *((c_in, c_out) if transposed else (c_out, c_in)), taps, algorithm)
 
 
-def packed_size(weight: Tensor, *, transposed: bool = False, algorithm: str = "direct") -> int:
-    """Elements that `pack` writes for `weight` (C_out, C_in, K)."""
-    return native.cpu().conv1d_packed_size(*weight.shape, transposed, ALGORITHMS[algorithm])
+def pack_once(weight: Tensor, dtype: torch.dtype, stride: int = 1) -> Packed:
+    """`weight` (C_out, C_in, K) of any dtype packed for many calls of `fused` at `stride`, in a network in `dtype`.
+
+    bf16 where this CPU multiplies it, at twice the rate of fp32; else fp32, than which no other dtype is faster here.
+    """
+    if dtype == torch.bfloat16 and has_bf16():
+        return pack(weight.float(), dtype=dtype)
+    return pack(weight.float(), algorithm="fast_fir_2" if stride == 1 and weight.shape[2] >= _FAST_TAPS else "direct")
+
+
+def packed_size(
+    weight: Tensor, *, transposed: bool = False, algorithm: str = "direct", dtype: torch.dtype = torch.float32
+) -> int:
+    """Elements of `dtype` that `pack` writes for `weight` (C_out, C_in, K)."""
+    bf16 = dtype == torch.bfloat16
+    return native.cpu().conv1d_packed_size(*weight.shape, transposed, ALGORITHMS[algorithm], bf16)
 
 
 def fused(

@@ -6,7 +6,8 @@
 // where x has no row) is copied once into a buffer whose row stride is odd in cache lines: a power-of-two C would put
 // all rows into the same few L1 sets. All taps then read the same window, shifted, and all column blocks reuse it.
 // Weights are packed [column block][chunk][tap][channel][kColumns]; a (block, chunk) panel fits L2 and is prefetched
-// while the panel before it is in use. Every output element is a sum of sums of at most kChain products in a fixed
+// while the panel before it is in use. With weights in bf16 the window is rounded to bf16 as it is copied, and two
+// channels are one step of the reduction, where this instruction set multiplies pairs; sums are fp32 as ever. Every output element is a sum of sums of at most kChain products in a fixed
 // order, whatever the tiling and the number of threads; the short chains keep fp32's rounding error small.
 
 #include "../conv1d_fir.h"
@@ -22,7 +23,7 @@ namespace {
 struct Chunk {
   const float* packed;    // first block's panel of this chunk
   int64_t block_stride;   // floats between the panels of neighbouring blocks
-  int64_t depth;          // channels
+  int64_t depth;          // units
   const float* after;     // panel wanted after the last block's
   bool first, last;
 };
@@ -72,6 +73,7 @@ struct Forward {
   }
 
   // One GEMM over all rows: `offsets` says where each tap's first row lies in the window.
+  template <class OP>
   void direct(const Chunk& chunk, const float* window, const std::vector<int64_t>& offsets, int a_stride) const {
     const int64_t rows = group.end - group.begin, taps = offsets.size();
     for (int64_t block = block_begin; block < block_end; ++block) {
@@ -87,7 +89,7 @@ struct Forward {
       g.accumulate = !chunk.first;
       g.finish = chunk.last;
       g.bias = bias_of(block, bias);
-      tiles(g, rows, a_stride);
+      tiles<OP>(g, rows, a_stride);
     }
   }
 
@@ -97,9 +99,22 @@ struct Forward {
     return padded;
   }
 
+  // The `depth` units from `at` on of a row of `channels` channels, zero without one.
+  template <class OP>
+  void put_row(float* to, const float* row, int64_t at, int64_t depth, int64_t channels) const {
+    const int64_t begin = at * (args.bf16 ? 2 : 1);
+    if (row != nullptr) {
+      OP::put(to, row + begin, std::min(depth * (args.bf16 ? 2 : 1), channels - begin));
+    } else {
+      std::memset(to, 0, depth * sizeof(float));
+    }
+  }
+
   // A strided conv reads its window in `stride` phases, so that a tap's rows are neighbours.
+  template <class OP>
   void main_direct() const {
     const int64_t taps = args.taps, channels = args.x.channels, rows = group.end - group.begin;
+    const int64_t units = conv1d_units(channels, args.bf16);
     const int64_t step = chunk_channels(taps);
     const int a_stride = window_stride(taps);
     const int64_t phase_rows = rows + (taps - 1) * args.dilation / args.stride + 1;
@@ -112,31 +127,32 @@ struct Forward {
     }
     const Source x = source(args.x);
     const int64_t first_row = group.begin * args.stride - args.padding;
-    for (int64_t c = 0; c < channels; c += step) {
-      const int64_t depth = std::min(step, channels - c);
+    for (int64_t at = 0; at < units; at += step) {
+      const int64_t depth = std::min(step, units - at);
       for (int64_t phase = 0; phase < args.stride; ++phase) {
         for (int64_t j = 0; j < phase_rows; ++j) {
-          const float* from = x.row(first_row + j * args.stride + phase);
-          put_row(window + (phase * phase_rows + j) * a_stride, from ? from + c : nullptr, depth);
+          const float* row = x.row(first_row + j * args.stride + phase);
+          put_row<OP>(window + (phase * phase_rows + j) * a_stride, row, at, depth, channels);
         }
       }
-      direct(chunk_at(args.packed, channels, taps, c, depth, c == 0, args.x2.data == nullptr), window, offsets,
-             a_stride);
+      direct<OP>(chunk_at(args.packed, units, taps, at, depth, at == 0, args.x2.data == nullptr), window, offsets,
+                 a_stride);
     }
   }
 
+  template <class OP>
   void panes() const {
     const int64_t channels = args.x2.channels, rows = group.end - group.begin;
+    const int64_t units = conv1d_units(channels, args.bf16);
     float* window = scratch.floats(rows * kShortStride);
     scratch.tap_offsets.assign(1, 0);
     const Source x2 = source(args.x2);
-    for (int64_t c = 0; c < channels; c += kShortChunk) {
-      const int64_t depth = std::min(kShortChunk, channels - c);
+    for (int64_t at = 0; at < units; at += kShortChunk) {
+      const int64_t depth = std::min(kShortChunk, units - at);
       for (int64_t j = 0; j < rows; ++j) {
-        const float* from = x2.row(group.begin + j);
-        put_row(window + j * kShortStride, from ? from + c : nullptr, depth);
+        put_row<OP>(window + j * kShortStride, x2.row(group.begin + j), at, depth, channels);
       }
-      direct(chunk_at(args.packed2, channels, 1, c, depth, false, true), window, scratch.tap_offsets, kShortStride);
+      direct<OP>(chunk_at(args.packed2, units, 1, at, depth, false, true), window, scratch.tap_offsets, kShortStride);
     }
   }
 
@@ -146,15 +162,15 @@ struct Forward {
   }
 
   // `ends`: after the last chunk nothing more is added to y.
-  Chunk chunk_at(const float* packed, int64_t channels, int64_t taps, int64_t c, int64_t depth, bool first,
+  Chunk chunk_at(const float* packed, int64_t units, int64_t taps, int64_t at, int64_t depth, bool first,
                  bool ends) const {
     Chunk chunk;
-    chunk.block_stride = channels * taps * kColumns;
+    chunk.block_stride = units * taps * kColumns;
     const float* base = packed + block_begin * chunk.block_stride;
-    chunk.packed = base + c * taps * kColumns;
+    chunk.packed = base + at * taps * kColumns;
     chunk.depth = depth;
-    const bool final_chunk = c + depth == channels;
-    chunk.after = final_chunk ? nullptr : base + (c + depth) * taps * kColumns;
+    const bool final_chunk = at + depth == units;
+    chunk.after = final_chunk ? nullptr : base + (at + depth) * taps * kColumns;
     chunk.first = first;
     chunk.last = final_chunk && ends;
     return chunk;
@@ -206,7 +222,7 @@ struct Forward {
             g.y = y_row(block, group.begin + q);
             g.next = nullptr;
             if (q == 0) fetch(g, is_last ? panel_of(chunk, block + 1) : g.b + size, size, steps);
-            tiles(g, steps, kLongStride);
+            tiles<Fp32>(g, steps, kLongStride);
           }
           g.b += size;
         }
@@ -241,19 +257,34 @@ struct Forward {
 
 int64_t conv1d_columns() { return kColumns; }
 
+bool conv1d_has_bf16() {
+#if defined(__AVX512BF16__)
+  return true;
+#else
+  return false;
+#endif
+}
+
 void conv1d_forward_task(const ConvForward& args, const ConvRowGroup& group, int64_t block_begin, int64_t block_end) {
   const Forward task{args, group, block_begin, block_end};
   task.fill(group.fill_begin, group.begin);
   task.fill(group.end, group.fill_end);
   if (group.begin == group.end) return;
+#if defined(__AVX512BF16__)
+  if (args.bf16) {
+    task.main_direct<Bf16>();
+    if (args.x2.data != nullptr) task.panes<Bf16>();
+    return;
+  }
+#endif
   if (args.fir_level == 0) {
-    task.main_direct();
+    task.main_direct<Fp32>();
   } else if (args.fir_level == 1) {
     task.main_fast_fir<1>();
   } else {
     task.main_fast_fir<2>();
   }
-  if (args.x2.data != nullptr) task.panes();
+  if (args.x2.data != nullptr) task.panes<Fp32>();
 }
 
 }  // namespace JF_ISA

@@ -1,4 +1,5 @@
-// Weights of conv1d in the order its micro-kernel reads them: [column block][chunk][product][tap][channel][kColumns].
+// Weights of conv1d in the order its micro-kernel reads them: [column block][chunk][product][tap][unit][kColumns].
+// A unit is a channel, or a pair of channels in bf16.
 
 #include "../conv1d_tile.h"
 
@@ -63,6 +64,28 @@ float* put_filters(int64_t level, const float* filter, int64_t taps, float* spar
   return put_filters(level - 1, spare, odd, inner_spare, to, stride);
 }
 
+// The bits of `v` rounded to bf16 (to nearest, ties to even), in the upper half.
+uint32_t bf16_bits(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  if (v != v) return (bits | 0x400000u) & 0xffff0000u;
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+}
+
+// One channel's taps to the lower (`half` 0) or upper halves of its units, rows `stride` apart.
+void put_bf16(const float* filter, int64_t taps, int half, float* to, int64_t stride) {
+  for (int64_t k = 0; k < taps; ++k) {
+    for (int64_t j = 0; j < kColumns; ++j) {
+      uint32_t unit = bf16_bits(filter[k * kColumns + j]) >> 16, lower = 0;
+      if (half == 1) {
+        std::memcpy(&lower, to + k * stride + j, sizeof lower);
+        unit = unit << 16 | lower;
+      }
+      std::memcpy(to + k * stride + j, &unit, sizeof unit);
+    }
+  }
+}
+
 }  // namespace
 
 void conv1d_pack_block(const ConvPack& args, int64_t block) {
@@ -73,21 +96,26 @@ void conv1d_pack_block(const ConvPack& args, int64_t block) {
   const int64_t all_taps = conv1d_packed_taps(taps, args.fir_level);
   const int64_t step = args.fir_level > 0 ? kLongChunk : chunk_channels(taps);
   const int64_t columns = std::min<int64_t>(kColumns, outputs - block * kColumns);
+  const int64_t per = args.bf16 ? 2 : 1, units = conv1d_units(inputs, args.bf16);  // channels a unit, units
   const float* base = args.weight + block * kColumns * stride_out;
   float* const filter = scratch.floats((2 * taps + kMaxFirLevel) * kColumns);  // all taps of one input, and sub-filters
-  for (int64_t c = 0; c < inputs; c += step) {
-    const int64_t depth = std::min(step, inputs - c);
-    float* panel = args.packed + (block * inputs + c) * all_taps * kColumns;
-    if (taps == 1 && !args.transposed) {
+  for (int64_t at = 0; at < units; at += step) {
+    const int64_t depth = std::min(step, units - at), c = at * per;
+    float* panel = args.packed + (block * units + at) * all_taps * kColumns;
+    if (taps == 1 && !args.transposed && !args.bf16) {
       transpose(base + c, stride_out, columns, depth, panel);
       continue;
     }
-    for (int64_t i = 0; i < depth; ++i) {
+    for (int64_t i = 0; i < std::min(depth * per, inputs - c); ++i) {
       transpose(base + (c + i) * stride_in, stride_out, columns, taps, filter);
       if (args.transposed) {
         for (int64_t k = 0; k < taps / 2; ++k) {
           std::swap_ranges(filter + k * kColumns, filter + (k + 1) * kColumns, filter + (taps - 1 - k) * kColumns);
         }
+      }
+      if (args.bf16) {
+        put_bf16(filter, taps, i % 2, panel + i / 2 * kColumns, depth * kColumns);
+        continue;
       }
       put_filters(args.fir_level, filter, taps, filter + taps * kColumns, panel + i * kColumns, depth * kColumns);
     }

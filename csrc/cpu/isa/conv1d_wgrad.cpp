@@ -87,7 +87,7 @@ struct WeightGrad {
     g.y_stride = kColumns;
     g.rows[0] = tile_height(i);
     g.accumulate = true;
-    tile_fn(tile_height(i), 1)(g);
+    pick<Fp32, 1>(tile_height(i), std::make_integer_sequence<int, kRows>{})(g);
   }
 
   void add_direct(int64_t n, int64_t length, int64_t t0, int64_t t1) const {

@@ -1,0 +1,179 @@
+"""Weights in bf16 on the CPU face: exact products of the rounded operands, summed in fp32."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from close import assert_close
+from engines import batch, config, pair, valid
+
+from jasper_fast import InferenceEngine, backends
+from jasper_fast.kernels import native
+from jasper_fast.kernels.conv1d import reference
+
+pytestmark = pytest.mark.skipif(not native.cpu_available(), reason=str(native.explain()["cpu"]))
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def cpu():
+    from jasper_fast.kernels.conv1d import cpu_impl
+
+    if not cpu_impl.has_bf16():
+        pytest.skip("this process' instruction set does not multiply bf16 (AVX512-BF16)")
+    return cpu_impl
+
+
+# C_in, C_out, K, T, stride, dilation, lengths: odd channels, more than a chunk of them (128 and 512), rows past a tile
+SHAPES = [
+    (1, 1, 1, 1, 1, 1, (1, 0)),
+    (29, 33, 1, 37, 1, 1, (37, 5, 0)),
+    (513, 40, 1, 150, 1, 1, (150, 149)),
+    (64, 256, 11, 200, 2, 1, (200, 91, 1)),
+    (129, 64, 11, 300, 1, 1, (300, 257, 128)),
+    (33, 70, 25, 5, 1, 1, (5, 3, 0)),
+    (65, 33, 29, 61, 1, 2, (61, 60)),
+    (1030, 31, 3, 20, 1, 1, (20, 7)),
+]
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_exact_products_of_rounded_operands(shape, relu, cpu) -> None:
+    """The reference in fp64 on operands rounded to bf16; PyTorch's own path is the same operands in fp32."""
+    c_in, c_out, k, t, stride, dilation, lengths = shape
+    lengths = torch.tensor(lengths)
+    x, weight = torch.randn(len(lengths), t, c_in), torch.randn(c_out, c_in, k) / (c_in * k) ** 0.5
+    bias = torch.randn(c_out)
+    options = {"stride": stride, "padding": k // 2 * dilation, "dilation": dilation, "in_lengths": lengths}
+    options |= {"bias": bias, "relu": relu}
+    low, ref = (
+        reference.fused(x.to(BF16).to(d), weight.to(BF16).to(d), **options) for d in (torch.float32, torch.float64)
+    )
+    x[torch.arange(t) >= lengths[:, None]] = float("nan")
+    got = cpu.fused(x, cpu.pack(weight, dtype=BF16), out=torch.full(ref.shape, float("nan")), **options)
+    assert_close("y", got, low, ref)
+
+
+def test_panes_and_history_slices(cpu) -> None:
+    n, t, c_in, c2, c_out, k = 3, 150, 63, 531, 96, 11
+    lengths = torch.tensor([150, 31, 0])
+    history = torch.randn(n, t, c2 + c_out)
+    before = history.clone()
+    x2, out, x = history[:, :, :c2], history[:, :, c2:], history[:, :, 7 : 7 + c_in]
+    weight, weight2, bias = torch.randn(c_out, c_in, k) / 26, torch.randn(c_out, c2, 1) / 17, torch.randn(c_out)
+    options = {"padding": 5, "in_lengths": lengths, "relu": True, "out_lengths": lengths, "bias": bias}
+    low, ref = (
+        reference.fused(*(v.to(BF16).to(d) for v in (x, weight)), **{k: v.to(BF16).to(d) for k, v in held}, **options)
+        for d in (torch.float32, torch.float64)
+        for held in ((("x2", x2), ("weight2", weight2)),)
+    )
+    packed, packed2 = cpu.pack(weight, dtype=BF16), cpu.pack(weight2, dtype=BF16)
+    assert packed.data.dtype == BF16
+    cpu.fused(x, packed, x2=x2, packed2=packed2, out=out, **options)
+    assert_close("y", out.clone(), low, ref)
+    assert torch.equal(history[:, :, :c2], before[:, :, :c2])
+
+
+def test_the_transposed_pack_gives_the_gradient_of_x(cpu) -> None:
+    dy, weight = torch.randn(2, 50, 45), torch.randn(45, 38, 5) / 15
+    got = cpu.fused(dy, cpu.pack(weight, transposed=True, dtype=BF16), padding=2)
+    low, ref = (
+        reference.dgrad(dy.to(BF16).to(d).transpose(1, 2), weight.to(BF16).to(d), 50, 1, 2, 1).transpose(1, 2)
+        for d in (torch.float32, torch.float64)
+    )
+    assert_close("dx", got, low, ref)
+
+
+def test_a_nan_and_an_infinity_come_out_of_their_rows_only(cpu) -> None:
+    weight = torch.randn(33, 41, 11)
+    for value in (float("nan"), float("inf")):
+        x = torch.randn(1, 60, 41)
+        x[0, 30, 40] = value  # the channel that has no partner
+        bad = ~cpu.fused(x, cpu.pack(weight, dtype=BF16), padding=5).isfinite().all(2)[0]
+        assert bad[25:36].all() and not bad[:25].any() and not bad[36:].any()
+
+
+def test_an_item_is_the_same_bits_in_any_batch_and_with_any_threads(cpu) -> None:
+    lengths = torch.tensor([300, 171, 40])
+    x, packed = torch.randn(3, 300, 96), cpu.pack(torch.randn(70, 96, 11), dtype=BF16)
+    options = {"padding": 5, "in_lengths": lengths, "out_lengths": lengths}
+    whole = cpu.fused(x, packed, **options)
+    for i, length in enumerate(lengths):
+        assert torch.equal(cpu.fused(x[i : i + 1, :length].clone(), packed, padding=5)[0], whole[i, :length])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3, 7):
+            torch.set_num_threads(count)
+            assert torch.equal(whole, cpu.fused(x, packed, **options))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_wrong_packs_are_named(cpu) -> None:
+    weight = torch.randn(33, 24, 11)
+    with pytest.raises(RuntimeError, match="fir_level 0"):
+        cpu.pack(weight, algorithm="fast_fir_1", dtype=BF16)
+    packed, other = cpu.pack(weight, dtype=BF16), cpu.pack(torch.randn(33, 4, 1))
+    with pytest.raises(RuntimeError, match="packed2 must have packed's dtype"):
+        cpu.fused(torch.zeros(2, 50, 24), packed, padding=5, x2=torch.zeros(2, 50, 4), packed2=other)
+    with pytest.raises(RuntimeError, match="elements"):
+        cpu.fused(torch.zeros(2, 50, 27), packed, padding=5)
+
+
+LOWER = """
+import torch
+from jasper_fast.kernels.conv1d import cpu_impl as cpu
+assert not cpu.has_bf16()
+try:
+    cpu.pack(torch.randn(4, 4, 3), dtype=torch.bfloat16)
+except RuntimeError as error:
+    assert "does not multiply; pack in float32" in str(error), error
+else:
+    raise SystemExit("packed")
+"""
+
+
+def test_a_lower_instruction_set_says_so() -> None:
+    env = {**os.environ, "JASPER_FAST_ISA": "generic"}
+    done = subprocess.run([sys.executable, "-c", LOWER], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_engine_in_bf16_multiplies_bf16(cpu) -> None:
+    _, ours = pair(config(), "cpu")
+    engine = InferenceEngine(ours, dtype=BF16)
+    convs = [step.conv for step in engine._run._plan.steps]
+    assert {conv.packed.data.dtype for conv in convs} == {BF16}
+    assert {conv.packed_panes.data.dtype for conv in convs if conv.packed_panes is not None} == {BF16}
+    features, lengths = batch([31, 17])
+    got, out = engine(features, lengths)
+    wide, _ = InferenceEngine(ours)(features, lengths)
+    assert not torch.equal(valid(got, out), valid(wide, out))
+    torch.testing.assert_close(valid(got, out), valid(wide, out), atol=0.05, rtol=0.05)
+
+
+def test_an_engine_in_fp16_is_the_one_in_fp32() -> None:
+    """No CPU kernel is faster in fp16, and fp32 is at least as precise."""
+    _, ours = pair(config(), "cpu")
+    features, lengths = batch([31, 17])
+    got, want = (InferenceEngine(ours, dtype=dtype)(features, lengths)[0] for dtype in (torch.float16, torch.float32))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_bf16_goes_to_aten_where_it_has_amx(amx, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    device = torch.device("cpu")
+    backends.forget()
+    try:
+        faces = {dtype: backends.fused_face("auto", device, dtype) for dtype in (BF16, torch.float16, torch.float32)}
+        assert faces == {BF16: "aten" if amx else "cpu", torch.float16: "cpu", torch.float32: "cpu"}
+        assert backends.fused_face("auto", device, torch.float64) == "aten"
+        assert backends.fused_face("reference", device, BF16) == "aten"
+    finally:
+        backends.forget()
