@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from bench_runs import CPU, FAST, make_run, softplus_case
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from bench import harness, kernels, ratios, result_file
+from bench import clocks, harness, kernels, ratios, result_file
 from bench.harness import Contender, Runner
 
 
@@ -118,6 +122,47 @@ def test_run_cut_off_keeps_its_rows_and_resumes(tmp_path):
     ):
         assert not result_file.unfinished(run.results.path, other)
         assert not harness.Results(run.results.path, other, resume=True).data["rows"]
+
+
+class Touched(TorchDispatchMode):
+    """The op, and the storages that it reads and writes by its schema, one after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[tuple[str, set[int]]] = []
+        self.written: list[tuple[str, set[int]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        reads, writes = set(), set()
+        for i, argument in enumerate(func._schema.arguments):
+            given = args[i] if i < len(args) else (kwargs or {}).get(argument.name)
+            writing = argument.alias_info is not None and argument.alias_info.is_write
+            found = {t.untyped_storage().data_ptr() for t in tree_leaves(given) if isinstance(t, Tensor)}
+            (writes if writing else reads).update(found)
+        self.read.append((str(func), reads))
+        self.written.append((str(func), writes))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_flush_of_the_cache_only_reads(monkeypatch):
+    events = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 1.0)
+    for name, stub in {
+        "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=20 << 20),
+        "Event": lambda enable_timing: events,
+        "_sleep": lambda cycles: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    monkeypatch.setattr(clocks, "cycles_per_second", lambda device: 1e9)
+    ticker = clocks.CudaClock(CPU)
+    assert ticker.flush.nbytes == 40 << 20
+    bits, flush = ticker.flush.view(torch.int32), ticker.flush.untyped_storage().data_ptr()
+    bits.random_(generator=harness.seeded(0, CPU))
+    before, read_first = bits.clone(), []
+    with Touched() as seen:
+        ticker.sample(lambda: read_first.append(any(flush in reads for _, reads in seen.read)), 3)
+    assert read_first[-3:] == [True] * 3 and sum(flush in reads for _, reads in seen.read) == 3
+    assert torch.equal(bits, before), "by no value"
+    assert not [op for op, writes in seen.written if flush in writes], "nor by a write of the same values"
 
 
 def test_deadline_stops_the_run(tmp_path):
