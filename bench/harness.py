@@ -27,6 +27,7 @@ from bench.ratios import ratio, ratio_of_visits, summary
 from bench.result_file import LOST, Results
 
 CPU = torch.device("cpu")
+LONG = 1.0  # seconds of a run that a CPU is warm after
 console = Console(stderr=True)
 
 
@@ -65,7 +66,10 @@ class Contender:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to time a case: until every ratio's interval is narrower than +-`target`, within these bounds."""
+    """How long to time a case: until every ratio's interval is narrower than +-`target`, within these bounds.
+
+    After thrice the `seconds` three rounds are enough, after nine times as many the round that is over.
+    """
 
     seconds: float = 6.0
     min_rounds: int = 12
@@ -88,7 +92,7 @@ class Case:
     enough where an answer takes seconds, because another is compared afterwards. `needs`: the ops, as the self-check
     names them, that ours is made of. `share`: of the run's seconds a case that it takes; `rounds`: as many at least as
     its quantiles take. `device`: the run's, where it looks for each contender's faults. `readings`: of clocks, while it
-    was timed.
+    was timed. `hurried`: a round takes so long that there were fewer of them than usual.
     """
 
     bench: str
@@ -113,6 +117,7 @@ class Case:
     failed: dict[str, tuple[str, str]] = field(default_factory=dict)
     visits: list[dict[str, list[float]]] = field(default_factory=list)
     readings: list[dict] = field(default_factory=list)
+    hurried: bool = False
 
     @property
     def id(self) -> str:
@@ -174,9 +179,12 @@ def prepare(case: Case) -> None:
             with caught(case, contender.name):
                 case.runners[contender.name] = contender.build()
     check(case, case.seeds)
+    on_gpu = case.device is not None and case.device.type == "cuda"
     for name in list(case.runners):
         with caught(case, name):
-            for _ in range(2):
+            started = time.perf_counter()
+            case.runners[name].run()
+            if time.perf_counter() - started < LONG or on_gpu:  # there a graph is captured in the second run
                 case.runners[name].run()
     gc.collect()
 
@@ -257,6 +265,7 @@ def measure(
     ticker = clock(device, case.wall)
     samples, inner, host = _rounds(case, ticker, case.effort(effort), on_round)
     check(case, (3,))  # what was right before the timing must still be right after it
+    case.hurried |= max(map(len, samples.values()), default=effort.min_rounds) < effort.min_rounds
     case.visits.append({name: s for name, s in samples.items() if name in case.runners})
     return rows(case, case.visits, inner, device, host)
 
@@ -290,7 +299,8 @@ def _rounds(
             spent = time.perf_counter() - started
             on_round(min(1.0, max(spent / effort.seconds, done / effort.max_rounds)))
             enough = done >= effort.min_rounds and done % 4 == 0 and _settled(case, samples, names, effort.target)
-            late = spent > effort.seconds and (done >= effort.min_rounds or (spent > 3 * effort.seconds and done >= 3))
+            least = effort.min_rounds if spent <= 3 * effort.seconds else 3 if spent <= 9 * effort.seconds else 1
+            late = spent > effort.seconds and done >= least
             if enough or late:
                 break
             if done % 8 == 0:
@@ -345,6 +355,8 @@ def rows(
         time_s = summary(samples[name], inner[name])
         row |= {"status": "ok", "time_s": time_s}
         if case.readings:
+        if case.hurried:
+            row["hurried"] = True
             row["clocks"] = clocks_during(case.readings)
         if name in host:
             row["host_s"] = host[name]

@@ -53,6 +53,7 @@ SAMPLES = {"p20": 5, "p80": 5, "p90": 10, "p95": 20, "p99": 100}  # fewer, and t
 DASH = "–"
 FEW = f"{DASH} too few samples for this percentile: P90 takes 10, P95 takes 20, P99 takes 100."
 SLOWED = "‡ its clock ran more than 5 % below the run's highest while it was timed."
+HURRIED = "† timed in fewer rounds than usual: each takes long beside the time that a case has."
 PAIRS = 6  # of fewer, not even all of them from the least to the most hold the median in 95 % of runs: 1 - 2^(1 - n)
 
 
@@ -60,6 +61,11 @@ def quantile(row: dict, key: str) -> float | None:
     """A row's quantile in seconds, or None where its samples are too few to tell it."""
     found = row["time_s"]
     return found[key] if key in found and found["samples"] >= SAMPLES.get(key, 0) else None
+
+
+def marks(row: dict) -> str:
+    """What a row's median carries, for SLOWED and HURRIED to explain."""
+    return "".join(f" {mark}" for field, mark in (("throttled", SLOWED[0]), ("hurried", HURRIED[0])) if row.get(field))
 
 
 def few(rows: Iterable[dict], keys: Iterable[str]) -> bool:
@@ -112,6 +118,7 @@ def notes(rows: Sequence[dict]) -> list[str]:
     timed = [row for row in rows if "time_s" in row]
     found = [FOOTNOTE] if starred(timed) else []
     found += [SLOWED] if any(row.get("throttled") for row in timed) else []
+    found += [HURRIED] if any(row.get("hurried") for row in timed) else []
     return found + ([FEW] if few(timed, SAMPLES if waited(timed) else ("p20", "p80", "p99")) else [])
 
 
@@ -122,7 +129,7 @@ def columns(rows: Sequence[dict]) -> list[Column]:
     def cell(*keys: str) -> Callable[[dict], str]:
         def told(row: dict) -> str:
             values = [quantile(row, key) for key in keys]
-            mark = " ‡" if row.get("throttled") and keys[0] in ("median", "p50") else ""
+            mark = marks(row) if keys[0] in ("median", "p50") else ""
             return DASH if None in values else " to ".join(duration(v) for v in values) + mark
 
         return told

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench import clocks, harness, kernels, ratios, result_file
+from bench import clocks, harness, kernels, ratios, result_file, sub_blocks, tables
 from bench.harness import Contender, Runner
 
 
@@ -74,8 +77,43 @@ def test_a_case_takes_its_own_rounds_and_share_in_both_visits(tmp_path):
     run.cases("test", [usual, more, less])
     run.revisit()
     pairs = {r["key"]["op"]: r["ratio"]["pairs"] for r in run.results.data["rows"] if "ratio" in r}
-    assert pairs == {"softplus": 2 * 4, "more": 2 * 12, "less": 2 * 3}
+    assert pairs == {"softplus": 2 * 4, "more": 2 * 12, "less": 2 * 1}
     assert (run.effort.at_most(1.0).seconds, run.effort.at_most(90.0)) == (1.0, run.effort)
+
+
+@pytest.mark.parametrize(
+    ("round_s", "rounds", "warm_ups"), [(0.3, 6, 2), (0.9, 4, 2), (2.0, 3, 1), (4.0, 3, 1), (10.0, 1, 1)]
+)
+def test_rounds_that_take_long_are_few_and_their_rows_say_so(round_s, rounds, warm_ups, tmp_path, monkeypatch):
+    now = itertools.count(0.0, round_s)  # every look at the clock is a round, or a run, later
+    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: next(now), monotonic=time.monotonic))
+    run, ran = make_run(tmp_path), []
+    run.effort = harness.Effort(seconds=1.0, min_rounds=6, max_rounds=6, target=0.0)
+    case = softplus_case({"eager": lambda x: ran.append(len(case.runners)) or F.softplus(x)})
+    harness.prepare(case)
+    assert len(ran) == len(case.seeds) + warm_ups
+    monkeypatch.setattr(harness, "synchronize", lambda device: None)
+    ran.clear()
+    harness.prepare(dataclasses.replace(case, device=torch.device("cuda")))
+    assert len(ran) == len(case.seeds) + 2, "a GPU's graph is captured in the second run"
+    found = harness.measure(case, CPU, run.effort)
+    assert found[1]["ratio"]["pairs"] == found[0]["time_s"]["samples"] == rounds
+    assert [row.get("hurried", False) for row in found] == [rounds < 6] * 2
+    assert tables.marks(found[0]) == (" †" if rounds < 6 else "")
+    assert (tables.HURRIED in tables.notes(found)) == (rounds < 6)
+
+
+def test_convs_in_fp16_on_a_cpu_are_one_utterance_checked_once_before(tmp_path):
+    run = make_run(tmp_path)
+    for device, dtype, size, seeds in (
+        ("cpu", torch.float16, (1, 104), (1,)),
+        ("cpu", torch.bfloat16, (2, 400), (1, 2)),
+        ("cuda", torch.float16, (32, 832), (1, 2)),
+    ):
+        asked = dataclasses.replace(run, device=torch.device(device), dtype=dtype)
+        (case,), *_ = sub_blocks.cases("conv1d")(asked, "forward")
+        assert sub_blocks.size(asked) == size and case.seeds == seeds
+        assert case.key["shape"].startswith(f"({size[0]}, ") and case.key["shape"].endswith(f", {size[1]})")
 
 
 def test_quantiles():

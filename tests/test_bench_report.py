@@ -438,6 +438,18 @@ def test_a_row_of_a_slowed_clock_is_marked():
     assert tables.SLOWED in tables.notes([slowed, quick]) and tables.SLOWED not in tables.notes([quick])
 
 
+def test_a_row_of_few_rounds_is_marked_on_the_page_and_in_the_terminal(capsys):
+    result = full()
+    assert "†" not in report.page([result])
+    for r in result["rows"]:
+        r["hurried"] = r["ours"]
+    result["rows"][0]["throttled"] = True
+    html = section(report.page([result]), "Every timed row")
+    assert html.count(" †</td>") == 4 and html.count(" ‡ †</td>") == 1 and html.count(tables.HURRIED) == 1
+    tables.show(result["rows"], [])
+    assert tables.HURRIED in capsys.readouterr().out
+
+
 def test_a_gpus_clocks_are_told_in_words():
     told = report.state(
         {"sm_mhz": 1755, "memory_mhz": 2619, "temperature_c": 61, "power_w": 412.3, "held_by": ["power"]}
