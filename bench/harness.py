@@ -264,8 +264,8 @@ def measure(
     """Time a prepared case; returns one row a contender, of this visit and of earlier ones together."""
     ticker = clock(device, case.wall)
     samples, inner, host = _rounds(case, ticker, case.effort(effort), on_round)
-    check(case, (3,))  # what was right before the timing must still be right after it
     case.hurried |= max(map(len, samples.values()), default=effort.min_rounds) < effort.min_rounds
+    check(case, (3,))  # what was right before the timing must still be right after it
     case.visits.append({name: s for name, s in samples.items() if name in case.runners})
     return rows(case, case.visits, inner, device, host)
 
@@ -354,9 +354,9 @@ def rows(
             continue
         time_s = summary(samples[name], inner[name])
         row |= {"status": "ok", "time_s": time_s}
-        if case.readings:
         if case.hurried:
             row["hurried"] = True
+        if case.readings:
             row["clocks"] = clocks_during(case.readings)
         if name in host:
             row["host_s"] = host[name]
