@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bench import goals, harness, limits, machine, options, result_file, rivals, tables
+from bench import cudnn_search, goals, harness, limits, machine, options, result_file, rivals, tables
 from bench.harness import console
 from jasper_fast import backends
 
@@ -266,6 +266,7 @@ def start(args: argparse.Namespace) -> harness.Run:
     if device.type == "cuda" and device.index is not None:  # events, streams and limits are the current device's
         torch.cuda.set_device(device)
     header = harness.header(device, vars(args), effort) | {"command": args.command}
+    header["cudnn_benchmark"] = cudnn_search.on(device)
     path = _resumable(args, header) if args.resume else None
     if path is None:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")

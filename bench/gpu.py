@@ -10,6 +10,7 @@ case compiles up to 18. With `--device cpu` the same plan runs on a stand-in: th
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from bench import harness, kernels, latency, launches, memory, panes, result_file, sub_blocks, train, warm
+from bench import cudnn_search, harness, kernels, latency, launches, memory, panes, result_file, sub_blocks, train, warm
 from bench.harness import DeviceLost, OutOfTime, Run, console
 from bench.machine import ROOT
 
@@ -28,8 +29,9 @@ ALL_MODES = ("forward", "backward", "inference")
 LIGHT = "eager,eager_no_masks,eager_2d_channels_last,cuda_graph"
 LIGHT_TRAINING = "eager,eager_2d_channels_last"
 SLOW = "compile_max_autotune"
-GOOD = 10.0  # seconds that must be left for another part to be worth starting
 CASE = 3.0  # seconds, at most
+GOOD = 10.0  # seconds that must be left for another part to be worth starting
+AGAIN = 20.0  # seconds from one interruption to the next, where the first was lost
 PATIENCE = 60.0  # seconds after a part's time in which the interpreter must have come back from a kernel or compiler
 UNTIL = "BENCH_GPU_UNTIL"  # the time of day at which the budget ends, for the process that goes on with a run
 
@@ -83,18 +85,18 @@ def first_nine_minutes(light: dict, light_training: dict) -> list[Part]:
             lambda r: r.cases("kernels", kernels.cases_bn_relu_dropout(with_(r, {"quick": True, "rivals": "eager"}))),
         ),
         Part("the five largest convs", 30, lambda r: all_layers(r, LIGHT_TRAINING, "conv1d", ("forward",), 5)),
-        Part("training step", 50, lambda r: train.main(with_(r, light_training), ((MODEL, 32, 1680),))),
+        Part("training step", 75, lambda r: train.main(with_(r, light_training), ((MODEL, 32, 1680),))),
         Part(
             "latency of one utterance",
             50,
             lambda r: latency.main(with_(r, light), MODEL, grid=((1, 2.0), (1, 7.0), (1, 16.7))),
         ),
-        Part("launches", 30, lambda r: launches.main(with_(r, {"rivals": "eager,cuda_graph"}))),
+        Part("launches", 30, all_launches),
         Part("memory", 20, lambda r: memory.main(r, ((MODEL, 8, 1680),))),
         Part("panes", 25, lambda r: all_panes(r, panes.ends_and_middle())),
         Part("sub-blocks", 110, lambda r: all_layers(r, LIGHT_TRAINING, "sub_block", ALL_MODES)),
         Part("training grid", 40, lambda r: train.main(with_(r, {"rivals": f"{LIGHT_TRAINING},eager_no_masks"}))),
-        Part("self-check in full", 70, selfcheck_in_full),
+        Part("self-check in full", 45, selfcheck_in_full),
     ]
 
 
@@ -200,6 +202,12 @@ def selfcheck_in_full(run: Run) -> None:
         selfcheck(run, quick=False, ops=tuple(ops), dtypes=(dtype,))
 
 
+def all_launches(run: Run) -> None:
+    """Launches of small calls; which algorithm cuDNN launches is no part of the question."""
+    with cudnn_search.off():
+        launches.main(with_(run, {"rivals": "eager,cuda_graph"}))
+
+
 def in_a_second(run: Run, chosen: str) -> Run:
     """The same run with these rivals, in a second or so a case."""
     return with_(run, {"rivals": chosen, "effort": run.effort.at_most(1.0)})
@@ -226,6 +234,9 @@ def all_layers(run: Run, chosen: str, op: str, modes: tuple[str, ...], count: in
 def slow_rivals(run: Run) -> None:
     """Sub-blocks beside what takes long to prepare: cuDNN's patterns at every layer first, then max-autotune."""
     modes = ("forward", "inference", "backward")
+    if importlib.util.find_spec("cudnn") is None:  # a row that says so is no reason to time the others twice
+        all_layers(run, f"cudnn,{SLOW}", "sub_block", modes)
+        return
     all_layers(run, "cudnn", "sub_block", ("forward", "inference"))
     all_layers(run, SLOW, "sub_block", modes)
 
@@ -286,9 +297,24 @@ def _measure(run: Run, part: Part, seconds: float) -> tuple[str, bool]:
         how, gone = f"failed: {error}", True
     except (Exception, SystemExit) as error:
         how = f"failed: {harness.first_line(error)}"
+    interrupted_after.no_more()
+    if how == "cut off":
+        end_compilers()
     if why := harness.lost(run.device):  # an error that came too late to belong to anyone
         how, gone = how if how.startswith("failed") else f"failed: {why}", True
     return how, gone
+
+
+def end_compilers() -> None:
+    """Ends the processes that torch.compile compiles in: what a part that was cut off has queued there would compile on
+    beside the timing of the next ones. They start anew when they are needed."""
+    compilers = sys.modules.get("torch._inductor.async_compile")
+    if compilers is None:
+        return
+    for pool in list(compilers._pool_set):
+        if (process := getattr(pool, "process", None)) is not None:
+            process.kill()  # else the shutdown waits for its queue, up to five minutes
+    compilers.shutdown_compile_workers()
 
 
 def go_on_elsewhere(run: Run, end: float) -> None:
@@ -322,18 +348,28 @@ def outlasted(give_up: Callable[[], None], seconds: float) -> Iterator[None]:
 
 
 class interrupted_after:
-    """Raise OutOfTime in the main thread after `seconds`, between two lines of Python: it stops compilers too."""
+    """Raise OutOfTime in the main thread after `seconds`, between two lines of Python: it stops compilers too.
+
+    And every AGAIN seconds from then on, until the body ends: Python drops what is raised in a destructor or a weak
+    reference's callback, and a compiler's process is full of them. `no_more` is for who has caught it.
+    """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
+    @staticmethod
+    def no_more() -> None:
+        """Ends it where one came just as the body had ended."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
     def __enter__(self) -> None:
         def stop(*_: object) -> None:
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
             raise OutOfTime
 
         self.before = signal.signal(signal.SIGALRM, stop)
         signal.setitimer(signal.ITIMER_REAL, self.seconds)
 
     def __exit__(self, *_: object) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        self.no_more()
         signal.signal(signal.SIGALRM, self.before)

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from bench import counts, harness, models
+from bench import counts, cudnn_search, harness, models
 from bench.harness import Case, Contender, Run, Runner
 from bench.kernels import name as dtype_name
 from bench.kineto import recorded
@@ -262,7 +262,7 @@ def main(run: Run, grid: tuple = ()) -> list[dict]:
         if run.out_of_time() or run.results.has(done, ("jasper_fast", "eager")):
             continue
         gc.collect()
-        with harness.console.status(f"memory: count {model} ({N}, 64, {T})"):
+        with harness.console.status(f"memory: count {model} ({N}, 64, {T})"), cudnn_search.off():
             rows = measure(run, model, N, T)
         run.results.add(rows)
         found += rows

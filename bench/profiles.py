@@ -108,8 +108,15 @@ def engine_ranges(engine: InferenceEngine, device: torch.device) -> Iterator[Non
 # ------------------------------------------------------------------ profiling
 
 
+class NoKernels(RuntimeError):
+    """A GPU's profile without the GPU."""
+
+
 def profile(step: Callable[[], object], device: torch.device, target: Path) -> list[dict]:
-    """Run `step` under the profiler; writes the trace and returns one record an op or layer, by time."""
+    """Run `step` under the profiler; writes the trace and returns one record an op or layer, by time.
+
+    Raises NoKernels where the profiler sees nothing of the GPU.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -122,6 +129,11 @@ def profile(step: Callable[[], object], device: torch.device, target: Path) -> l
     target.parent.mkdir(parents=True, exist_ok=True)
     trace.export_chrome_trace(str(target))
     on_gpu, records = device.type == "cuda", []
+    if on_gpu and not any(event.device_type == DeviceType.CUDA for event in trace.events()):
+        raise NoKernels(
+            f"the profiler saw nothing run on {device}: CUPTI, which tells it, is missing or may not be used here "
+            "(pip install nvidia-cuda-cupti; in a container the driver must allow profiling)"
+        )
     for event in trace.key_averages():
         if event.device_type != DeviceType.CPU:
             continue  # as the GPU saw it: its time is that of the op, or the range, which launched it
@@ -244,8 +256,13 @@ def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int
         step, named = of(name)
         target = run.results.path.with_name(f"trace_{slug(Path(model).stem)}_{mode}_{name}_{stamp}.json")
         bare, watched = [stopwatch(step, run.device)() for _ in range(4)], stopwatch(step, run.device)
-        with named:
-            records = profile(watched, run.device, target)
+        try:
+            with named:
+                records = profile(watched, run.device, target)
+        except NoKernels as error:
+            tables.console.print(f"failed: {name}: {error}", style=tables.STYLES["failed"], markup=False)
+            found.append(about | {"status": "failed", "why": str(error), "records": []})
+            continue
         show(f"{name}, {model} {mode} ({N}, {models.config(model).encoder.in_feats}, {T})", records)
         times = {"step_s": statistics.median(bare[1:]), "profiled_s": watched.seconds[-1]}
         told = " without the profiler, ".join(tables.duration(t) for t in times.values())

@@ -6,6 +6,7 @@ Each builder takes an EagerJasper in the wanted mode and returns a callable of t
 
 import contextlib
 import copy
+import gc
 import importlib.util
 import os
 import tempfile
@@ -95,8 +96,7 @@ def compiled(mode: str) -> Callable[[nn.Module], Model]:
     """torch.compile over the whole model."""
 
     def build(model: nn.Module) -> Model:
-        needs_compiler()
-        torch._dynamo.reset()
+        fresh_compiler()
         return torch.compile(model, mode=mode, dynamic=False)
 
     return build
@@ -104,10 +104,9 @@ def compiled(mode: str) -> Callable[[nn.Module], Model]:
 
 def compiled_blocks_frozen(model: nn.Module) -> Model:
     """torch.compile in max-autotune with freezing, block by block (inference only)."""
-    needs_compiler()
+    fresh_compiler()
     import torch._inductor.config as inductor
 
-    torch._dynamo.reset()
     frozen = copy.copy(model)
     frozen._modules = dict(model._modules)
     frozen.encoder = nn.Module()
@@ -115,11 +114,50 @@ def compiled_blocks_frozen(model: nn.Module) -> Model:
         torch.compile(block, mode="max-autotune", dynamic=False) for block in model.encoder.layers
     )
 
+    ready: set[torch.Size] = set()
+
     def call(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        with inductor.patch(freezing=True), torch.no_grad():
-            return frozen(features, lengths)
+        with torch.no_grad():
+            if features.shape in ready:  # the compiler's setting, which takes the host's time, is for compiling alone
+                return frozen(features, lengths)
+            with inductor.patch(freezing=True):
+                found = frozen(features, lengths)
+        ready.add(features.shape)
+        return found
 
     return call
+
+
+VARIANTS = 64  # of a compiled function
+
+
+def fresh_compiler() -> None:
+    """torch.compile with nothing compiled yet, and never eager in its place: beyond 8 variants of a function, which
+    Jasper's twelve blocks are, or a grid's shapes, it would go on in eager with a warning, and eager would be timed."""
+    needs_compiler()
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = VARIANTS
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
+def captured(call: Callable[[], object], before: int = 1) -> tuple["torch.cuda.CUDAGraph", object]:
+    """`call` as a CUDA graph, and what it returned in the capture; run `before` times on a side stream first, where
+    whatever happens only once happens. No garbage collection meanwhile: what it frees could break off the capture."""
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(before):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph):
+            out = call()
+    finally:
+        if collects:
+            gc.enable()
+    return graph, out
 
 
 def cuda_graph(model: nn.Module) -> Model:
@@ -132,15 +170,8 @@ def cuda_graph(model: nn.Module) -> Model:
         key = (features.shape, features.dtype)
         if key not in graphs:
             still = features.clone(), lengths.clone()
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side), torch.no_grad():
-                for _ in range(3):
-                    model(*still)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph), torch.no_grad():
-                out = model(*still)
+            with torch.no_grad():
+                graph, out = captured(lambda: model(*still), before=3)
             graphs[key] = (graph, still, out)
         graph, still, out = graphs[key]
         still[0].copy_(features)

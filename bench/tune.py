@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import correct, counts, harness, machine, models, options
+from bench import correct, counts, harness, machine, models, options, rivals
 from bench.gpu import interrupted_after
 from bench.harness import Case, Contender, DeviceLost, OutOfTime, Run, Runner, console
 from jasper_fast import backends, checks
@@ -160,6 +160,7 @@ def work(run: Run, todo: list[tuple[str, Layer, tuple[int, int]]], trial: "Trial
             with interrupted_after(left):
                 rows = attempt(run, (op, layer, batch), trial)
         except OutOfTime:
+            interrupted_after.no_more()
             return OUT_OF_TIME
         except KeyboardInterrupt:  # by a person, not by the configuration that was being tried
             trial.forget()
@@ -573,14 +574,7 @@ def replayed(call: Callable[[], object], device: torch.device) -> Callable[[], o
     """`call` as a CUDA graph, itself on the CPU."""
     if device.type != "cuda":
         return call
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    graph, _ = rivals.captured(call)
     return graph.replay
 
 

@@ -66,8 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("titles", nargs="+")
     parser.add_argument("--take", default="0,1", metavar="I,N", help="every Nth case from the Ith on")
     args = parser.parse_args(arguments)
-    results = harness.Results(Path(os.devnull), {})
-    run = Collector(torch.device(args.device), getattr(torch, args.dtype), args.backend, False, results)
+    results, device = harness.Results(Path(os.devnull), {}), torch.device(args.device)
+    if device.index is not None:  # an engine's streams and graphs are the current device's
+        torch.cuda.set_device(device)
+    run = Collector(device, getattr(torch, args.dtype), args.backend, False, results)
     for part in gpu.plan(run):
         if part.title in args.titles:
             part.measure(run)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import importlib.util
 import json
 import os
 import signal
@@ -42,6 +43,7 @@ from jasper_fast import checks
 
 ROOT = Path(__file__).parents[1]
 CUDA = torch.device("cuda", 0)
+measured_rate = clocks.cycles_per_second.__wrapped__  # before a stand-in takes its place
 
 
 # ------------------------------------------------------------------ clocks
@@ -145,6 +147,13 @@ def test_rows_carry_the_host_s_time_and_still_make_a_report(device, tmp_path):
     assert [r["time_s"]["median"] for r in rows] == pytest.approx([10e-6, 40e-6]) and rows[0]["clock"] == "events"
     assert rows[1]["ratio"]["median"] == pytest.approx(4.0)
     assert "eager" in report.table(rows)
+
+
+def test_sleeps_are_counted_at_the_clock_that_the_device_rises_to(device, monkeypatch):
+    """An idle GPU begins at a fifth of its clock: a sleep of so few cycles would end before the host has launched."""
+    rates = iter([2e8, 4e8, 1e9, 9e8, 8e8])
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: cycles > 1000 and device.launch(cycles / next(rates)))
+    assert measured_rate(CUDA) == pytest.approx(1e9)
 
 
 # ------------------------------------------------------------------ one case's failure, and one after another
@@ -349,6 +358,54 @@ def test_a_kernel_that_never_ends_is_left_behind(tmp_path, monkeypatch):
     assert left.is_set() and run.results.data["faults"]["deaf"] >= 1
 
 
+class Deaf:
+    """What is raised while it dies, Python drops."""
+
+    def __del__(self) -> None:
+        for _ in range(20):
+            time.sleep(0.02)
+
+
+def test_an_interruption_that_got_lost_comes_again_and_none_comes_later(monkeypatch):
+    lost: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: lost.append(dropped.exc_type))
+    monkeypatch.setattr(gpu, "AGAIN", 0.2)
+    with pytest.raises(harness.OutOfTime), gpu.interrupted_after(0.1):
+        Deaf()
+        for _ in range(1000):
+            time.sleep(0.02)
+    assert lost == [harness.OutOfTime]
+    gpu.interrupted_after.no_more()
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0.0
+
+
+@pytest.mark.parametrize("how", ["cut off", "finished"])
+def test_a_part_that_is_cut_off_leaves_no_compiler_at_work(how, tmp_path, monkeypatch):
+    """torch.compile's own shutdown waits for all that is queued."""
+    done: list[str] = []
+    pool = SimpleNamespace(process=SimpleNamespace(kill=lambda: done.append("killed")))
+    compilers = SimpleNamespace(_pool_set=[pool], shutdown_compile_workers=lambda: done.append("shut"))
+    monkeypatch.setitem(sys.modules, "torch._inductor.async_compile", compilers)
+
+    def part(run: harness.Run) -> None:
+        if how == "cut off":
+            raise harness.OutOfTime
+
+    assert gpu._measure(make_run(tmp_path), gpu.Part("compiling", 10.0, part), 10.0) == (how, False)
+    assert done == (["killed", "shut"] if how == "cut off" else [])
+
+
+def test_the_compilers_that_a_cut_off_part_leaves_can_be_ended():
+    """What `end_compilers` takes for granted of PyTorch's private parts."""
+    script = (
+        "import torch, torch._inductor.async_compile as a, torch._inductor.config as c, time; c.compile_threads = 2\n"
+    )
+    script += "from bench import gpu; pool = a.AsyncCompile.process_pool(); pool.submit(time.sleep, 600)\n"
+    script += "gpu.end_compilers(); pool.process.wait(60); assert not a._pool_set; print('ended')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "ended" in done.stdout, done.stderr
+
+
 # ------------------------------------------------------------------ what the self-check refused
 
 
@@ -528,6 +585,34 @@ def test_other_processes_run_ours_once_and_end_with_the_time(tmp_path, monkeypat
     with warm.compilers(make_run(tmp_path, deadline=0.0), ("bn_relu_dropout",)):
         assert started and all("bench.warm" in child.args for child in started)
     assert all(child.returncode is not None for child in started)
+
+
+def test_other_processes_run_on_the_run_s_own_gpu(monkeypatch):
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for device in ("cuda:1", "cpu", "cuda"):
+        assert warm.main([device, "float16", "triton", "no part"]) == 0
+    assert chosen == [torch.device("cuda", 1)]
+
+
+def test_a_machine_that_only_measures_needs_nothing_for_sound_and_text():
+    """GPU machines have PyTorch and Triton, and often no way to get more."""
+    script = "import sys; sys.modules |= dict.fromkeys(('soundfile', 'soxr', 'anyascii', 'jiwer', 'openvino'))\n"
+    script += "import bench.__main__, bench.gpu, bench.tune, bench.profiles, bench.report, jasper_fast.selfcheck"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("frontend", [False, True])
+def test_cudnn_s_rows_cost_no_second_timing_where_it_is_absent(frontend, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: frontend or None if name == "cudnn" else found(name))
+    results = make_run(tmp_path).results
+    run = warm.Collector(torch.device("cuda"), torch.float16, "triton", False, results, FAST)
+    gpu.slow_rivals(run)
+    names = {name: [c.id for c in run.found if name in {x.name for x in c.contenders}] for name in ("cudnn", gpu.SLOW)}
+    assert len(run.found) == (len(sub_blocks.layers()) * (5 if frontend else 3))
+    assert all(len(set(ids)) == len(ids) > 0 for ids in names.values())
 
 
 # ------------------------------------------------------------------ models

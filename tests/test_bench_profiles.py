@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from bench_runs import CPU
+from bench_runs import CPU, make_run
 
 from bench import kineto, launches, memory, models, profiles
 from bench.harness import Runner
@@ -57,3 +57,17 @@ def test_a_step_that_fails_stops_the_profiler(tmp_path):
     with pytest.raises(ValueError), kineto.recorded([torch.profiler.ProfilerActivity.CPU]):
         step()
     assert not torch.autograd._profiler_enabled()
+
+
+def test_a_gpu_s_profile_without_kernels_is_a_failure(tmp_path, monkeypatch):
+    """Without CUPTI every time is zero, which reads like an empty step."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    with pytest.raises(profiles.NoKernels, match="CUPTI"):
+        profiles.profile(lambda: torch.ones(3) + 1, torch.device("cuda"), tmp_path / "trace.json")
+
+    def blind(*_):
+        raise profiles.NoKernels("no CUPTI")
+
+    monkeypatch.setattr(profiles, "profile", blind)
+    found = profiles.main(make_run(tmp_path), "small", "inference", 1, 64)
+    assert [(f["status"], f["why"], f["records"]) for f in found] == [("failed", "no CUPTI", [])] * 2

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+
 import pytest
 import torch
 from bench_runs import CPU
@@ -43,3 +46,127 @@ def test_unknown_rival_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "measure", lambda *_: {})
     with pytest.raises(SystemExit, match="--rivals: no rival 'openvino' for training; known: eager"):
         cli.main(["train", "--device", "cpu", "--rivals", "openvino", "--out", str(tmp_path)])
+
+
+# ------------------------------------------------------------------ compilers and graphs, on stand-ins
+
+
+@pytest.fixture
+def graphs_run(monkeypatch) -> list[int]:
+    """torch.compile without a compiler: one entry for each call of a graph that Dynamo made."""
+    ran: list[int] = []
+
+    def backend(graph, _):
+        return lambda *args: ran.append(1) or graph(*args)
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compile(model, backend=backend, dynamic=False))
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):  # and as it was afterwards
+        yield ran
+    torch._dynamo.reset()
+
+
+def dense(blocks: int) -> tuple[EagerJasper, torch.Tensor, torch.Tensor]:
+    """So many dense blocks between two others, no two alike in their panes."""
+    widths = tuple((8, 3, 0.0) for _ in range(blocks))
+    encoder = {"in_feats": 8, "activation": "relu", "use_conv_masks": True}
+    encoder["blocks"] = models._blocks(8, widths, 1, 8)
+    config = models.JasperConfig.from_dict({"encoder": encoder, "decoder": {"in_feats": 8, "n_classes": 4}})
+    return EagerJasper(config).eval(), torch.randn(1, 8, 20), torch.tensor([20])
+
+
+def test_every_block_of_twelve_is_compiled(graphs_run):
+    """PyTorch compiles eight variants of a function and runs the others in eager, with a warning alone."""
+    model, x, lengths = dense(10)
+    call = rivals.compiled_blocks_frozen(model)
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(call(x, lengths)[0], model(x, lengths)[0])
+    assert len(graphs_run) == 2 * 12
+
+
+def test_every_shape_of_a_grid_is_compiled_or_an_error(graphs_run, monkeypatch):
+    model, *_ = dense(0)
+    call = rivals.compiled("default")(model)
+    shapes = [torch.randn(1, 8, T) for T in range(20, 40, 2)]
+    with torch.no_grad():
+        for x in shapes:
+            call(x, torch.tensor([x.shape[2]]))
+    assert len(graphs_run) == len(shapes) > 8
+    monkeypatch.setattr(rivals, "VARIANTS", 3)
+    call = rivals.compiled("default")(model)
+    with torch.no_grad(), pytest.raises(Exception, match="recompile_limit"):
+        for x in shapes:
+            call(x, torch.tensor([x.shape[2]]))
+
+
+class Capture:
+    """torch.cuda as far as a capture needs it; `log` is what happened in it, and whether Python could collect."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.log: list[str] = []
+        self.capturing = False
+        for name in ("Stream", "current_stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda: self)
+        for name in ("stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, lambda _, name=name: self.scope(name))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def wait_stream(self, other: object) -> None:
+        self.log.append("wait")
+
+    @contextlib.contextmanager
+    def scope(self, name: str):
+        self.log.append(name)
+        yield
+
+    def work(self) -> str:
+        self.log.append("call, no collection" if not gc.isenabled() else "call")
+        return f"result {len(self.log)}"
+
+
+def test_a_capture_is_warmed_up_on_a_side_stream_and_nothing_is_collected_in_it(monkeypatch):
+    device = Capture(monkeypatch)
+    graph, out = rivals.captured(device.work, before=2)
+    assert graph is device and out == "result 7" and gc.isenabled()
+    assert device.log == ["wait", "stream", "call", "call", "wait", "graph", "call, no collection"]
+    calls = iter([None, ValueError("not permitted when stream is capturing")])
+
+    def failing() -> None:
+        if error := next(calls):
+            raise error
+
+    with pytest.raises(ValueError, match="capturing"):
+        rivals.captured(failing)
+    assert gc.isenabled()
+
+
+def test_a_graph_s_answers_are_of_the_call_s_own_inputs(monkeypatch):
+    """The graph reads and writes its own memory: inputs are copied in, results out, and a shape has its own graph."""
+
+    class Graph:
+        def __init__(self, call) -> None:
+            self.call, self.out = call, call()
+
+        def replay(self) -> None:
+            for held, new in zip(self.out, self.call(), strict=True):
+                held.copy_(new)
+
+    made: list[Graph] = []
+
+    def captured(call, before: int):
+        made.append(Graph(call))
+        return made[-1], made[-1].out
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(rivals, "captured", captured)
+    config = models.config("small")
+    model = models.eager(config, models.weights(config, CPU, 64)).eval().requires_grad_(False)
+    call = rivals.cuda_graph(model)
+    inputs = [models.features(config, N, 64, CPU, seed, ragged=True) for seed, N in ((1, 2), (2, 2), (3, 1))]
+    found = [call(*i) for i in inputs]
+    for i, (log_probs, lengths) in zip(inputs, found, strict=True):
+        want, out_lengths = model(*i)
+        assert torch.equal(log_probs, want) and torch.equal(lengths, out_lengths)
+    assert len(made) == 2

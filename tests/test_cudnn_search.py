@@ -1,0 +1,67 @@
+"""cuDNN times its algorithms for what is timed, and for nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bench_runs import CPU, FAST, make_run, softplus_case
+
+from bench import cudnn_search, gpu, harness, launches, memory, train
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def searching():
+    """As on a GPU: the flag alone, which means nothing here."""
+    assert cudnn_search.on(CUDA)
+    yield
+    assert not cudnn_search.on(CPU)
+
+
+def searches() -> bool:
+    return torch.backends.cudnn.benchmark
+
+
+def test_contenders_are_searched_for_and_answers_are_not():
+    seen: dict[str, set[bool]] = {"theirs": set(), "answers": set()}
+
+    def spy(name: str, function):
+        return lambda *a: seen[name].add(searches()) or function(*a)
+
+    case = softplus_case({"eager": spy("theirs", F.softplus)})
+    case.reference, case.low = spy("answers", case.reference), spy("answers", case.low)
+    harness.prepare(case)
+    harness.measure(case, CPU, FAST)
+    assert seen == {"theirs": {True}, "answers": {False}} and searches()
+
+
+def test_a_search_goes_on_after_an_answer_that_failed():
+    case = softplus_case({})
+    case.reference = lambda: 1 / 0
+    harness.prepare(case)
+    assert case.failed and searches()
+
+
+@pytest.mark.parametrize("judged_at", [(1, 64), (2, 64)])
+def test_a_step_is_searched_for_at_the_batch_that_is_timed(judged_at, tmp_path, monkeypatch):
+    """At the batch of its check too where that is the same one: the first call of a shape decides."""
+    monkeypatch.setattr(train, "judged_size", lambda *_: judged_at)
+    runner = train.case(make_run(tmp_path, rivals="eager"), "small", 2, 64, "forward+backward").contenders[1].build()
+    seen = []
+    loss = train.Batch.loss
+    monkeypatch.setattr(train.Batch, "loss", lambda *a: seen.append(searches()) or loss(*a))
+    runner.outputs()
+    runner.run()
+    assert seen == [judged_at == (2, 64), True]
+
+
+def test_bytes_and_launches_are_counted_without_a_search(tmp_path, monkeypatch):
+    seen = []
+    run = make_run(tmp_path)
+    monkeypatch.setattr(memory, "measure", lambda *_: seen.append(searches()) or [])
+    memory.main(run, (("small", 1, 32),))
+    monkeypatch.setattr(launches, "main", lambda run: seen.append(searches()))
+    gpu.all_launches(run)
+    assert seen == [False, False] and searches()
