@@ -15,6 +15,10 @@ import torch
 # Triton decides at import whether it interprets; without a GPU its kernels run in numpy.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+else:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # two calls of cuBLAS give the same bits
+    # fp32 is exact in these tests: which convs cuDNN rounds to TF32 is its own choice, conv by conv
+    torch.backends.cudnn.allow_tf32 = False
 
 FACES = ("reference", "cpu", "triton", "cuda")
 
@@ -51,6 +55,21 @@ def make_face(name: str) -> Face:
     return Face(name, torch.device("cuda" if name == "cuda" or (name == "triton" and gpu) else "cpu"))
 
 
+def settle(name: str) -> str:
+    """`name` of a face that runs here; where it takes a GPU, tensors that the test makes without a device lie there."""
+    face = make_face(name)
+    if face.device.type == "cuda":
+        torch.set_default_device(face.device)
+    return face.name
+
+
+def interpreted() -> None:
+    """Skips the test, with the reason, where Triton's kernels do not take tensors of the CPU."""
+    make_face("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton is not interpreted: there is a GPU")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic implementation:UserWarning")
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -66,6 +85,13 @@ def face(request: pytest.FixtureRequest) -> Face:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def unsettled():
+    """What `settle` set is of one test."""
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

@@ -114,11 +114,11 @@ def check(face, case: Case, training: bool = True) -> dict[str, Tensor]:
     for name in ref.keys() - {"mean", "m2"}:
         assert_close(name, got[name], low[name], ref[name])
     # a sum's rounding grows with its depth, each face's own choice: a few eps, far below a slip such as 1/(M-1)
-    rows = case.y.shape[0] * case.y.shape[2]
+    rows, bound = case.y.shape[0] * case.y.shape[2], 4e-6 if case.y.is_cuda else 1e-6  # a GPU divides to two roundings
     off = (got["mean"] - ref["mean"]).abs() / (ref["mean"].abs() + (ref["m2"] / rows).sqrt())
-    assert off.max() <= 1e-6, f"mean is off by {off.max():.1e} deviations"
+    assert off.max() <= bound, f"mean is off by {off.max():.1e} deviations"
     off = (got["m2"] - ref["m2"]).abs() / (ref["m2"] + 1e-12)
-    assert off.max() <= 1e-6, f"M2 is off by {off.max():.1e} of itself"
+    assert off.max() <= bound, f"M2 is off by {off.max():.1e} of itself"
     for name in ("z", "dy", *(["dres"] if case.residual is not None else [])):
         assert ntc(got[name]).data_ptr() == got[name].data_ptr(), f"{name} is not in NTC memory"
     return got

@@ -9,7 +9,7 @@ import importlib
 import pytest
 import torch
 from bench_runs import make_run
-from conftest import make_face
+from conftest import interpreted
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,7 +29,7 @@ INNER = [layer for layer in LAYERS if not layer.first]
 @pytest.fixture
 def launches(monkeypatch) -> list[tuple[str, list[torch.Size]]]:
     """(kernel, shapes of its tensors that are no vectors), one a launch; nothing runs."""
-    make_face("triton")
+    interpreted()
     told: list[tuple[str, list[torch.Size]]] = []
 
     def record(kernel, grid, like, *args, **meta):

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_face
+from conftest import make_face, settle
 
 from jasper_fast import InferenceEngine, Jasper, JasperConfig
 from jasper_fast.backends import BackendMissing
@@ -74,7 +74,7 @@ def backend(request):
 
 @pytest.fixture(params=["reference", "cpu", "triton"])
 def any_backend(request):
-    return make_face(request.param).name
+    return settle(request.param)
 
 
 def valid_rows(log_probs, lengths):
@@ -260,13 +260,13 @@ def test_lengths_that_halve_to_nothing_train(any_backend, panes):
 @pytest.mark.parametrize("panes", ["gram", "plain"])
 @pytest.mark.parametrize("which", ["reference", "triton"])
 def test_bfloat16_autocast_trains_close_to_fp32(which, panes):
-    make_face(which)
+    settle(which)
     cfg = config()
     features, lengths = batch()
     losses = []
     for enabled in (False, True):
         _, ours = pair(cfg, which, panes=panes)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with torch.autocast(features.device.type, torch.bfloat16, enabled=enabled):
             log_probs, out = ours.train()(features, lengths)
         assert log_probs.dtype == torch.float32
         loss = log_probs[valid_rows(log_probs, out)].square().mean()

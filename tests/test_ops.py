@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from close import assert_close
-from conftest import make_face
+from conftest import make_face, settle
 from torch.library import opcheck
 
 from jasper_fast import ops
@@ -18,7 +18,7 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_
 
 @pytest.fixture(params=["reference", "cpu", "triton"])
 def backend(request):
-    return make_face(request.param).name
+    return settle(request.param)
 
 
 @pytest.fixture(params=["reference", "cpu"])
@@ -63,7 +63,7 @@ def packed_by_triton(weight):
 
 
 def test_opcheck_with_a_pack():
-    make_face("triton")
+    settle("triton")
     x, w = torch.randn(2, 8, 11, requires_grad=True), torch.randn(5, 8, 3, requires_grad=True)
     call = (x, w, torch.tensor([11, 6]), packed_by_triton(w), 1, 1, 1, True, "triton", "triton")
     opcheck(torch.ops.jasper_fast.conv1d, call, test_utils=CHECKS)
@@ -84,7 +84,7 @@ def test_conv1d_gives_the_statistics_of_its_output(backend, stride):
 
 def test_a_pack_changes_no_bit():
     """Forward, statistics and both gradients with a pack that its owner keeps, and with one made inside."""
-    make_face("triton")
+    settle("triton")
     results = []
     for use in (False, True):
         torch.manual_seed(3)
@@ -98,7 +98,7 @@ def test_a_pack_changes_no_bit():
 
 def test_a_weight_changed_before_backward_is_noticed():
     """The pack is no saved tensor, but the weight is: autograd refuses the stale graph."""
-    make_face("triton")
+    settle("triton")
     x, w = torch.randn(2, 8, 19), torch.randn(20, 8, 5, requires_grad=True)
     y = ops.conv1d(x, w, padding=2, backend="triton", packed=packed_by_triton(w))
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_autocast_takes_the_master_weight(backend, low):
     x, w = torch.randn(2, 8, 19), torch.randn(24, 8, 5, requires_grad=True)
     kept = []
     with (
-        torch.autocast("cpu", low),
+        torch.autocast(x.device.type, low),
         torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
     ):
         y = ops.conv1d(x, w, padding=2, backend=backend)
@@ -220,7 +220,7 @@ def test_sub_block_against_fp64(backend, dtype):
     if backend == "cpu" and dtype != torch.float32:
         pytest.skip("the CPU conv takes fp32")
     got, (y, gamma, beta, weight, lengths, up) = grads_of_sub_block(backend, 3, dtype)
-    keep = philox.keep_mask(*y.shape, 0.2, 5) & (torch.arange(y.shape[2]) < lengths[:, None])[:, None]
+    keep = philox.keep_mask(*y.shape, 0.2, 5, y.device) & (torch.arange(y.shape[2]) < lengths[:, None])[:, None]
     results = []
     for low in (torch.float64, dtype):
         stats_dtype = torch.float64 if low == torch.float64 else torch.float32

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from close import assert_close
-from conftest import make_face
+from conftest import settle
 from torch.library import opcheck
 
 from jasper_fast import Jasper, ops
@@ -51,7 +51,7 @@ def test_opcheck_gram_form():
 
 @pytest.mark.parametrize("face", ["reference", "cpu", "triton"])
 def test_opcheck_plain_form(face):
-    make_face(face)
+    settle(face)
     call = (*pane_inputs(torch.float32), 1e-3, "", face)
     opcheck(torch.ops.jasper_fast.panes_plain, call, test_utils=CHECKS)
 
@@ -97,7 +97,7 @@ def test_gradcheck(form):
 
 @pytest.mark.parametrize("face", ["cpu", "triton"])
 def test_the_plain_form_takes_statistics_on_each_face(face):
-    make_face(face)
+    settle(face)
     inputs = pane_inputs(torch.float32, m=(3, 29))
     leaves = [v for vs in inputs for v in vs]
     results = []

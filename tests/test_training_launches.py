@@ -12,7 +12,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import make_face
+from conftest import interpreted, settle
 from test_model import batch, config, pair
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,7 +28,7 @@ BLOCKS, CONVS, PANES = 6, 9, 1 + 2 + 3  # of config("dense"): its repeats are 1,
 @pytest.fixture
 def launches(monkeypatch) -> list[str]:
     """The name of every kernel launched, in order, with the flags that are set; nothing runs."""
-    make_face("triton")
+    interpreted()
     told: list[str] = []
 
     def record(kernel, grid, like, *args, **meta):
@@ -174,7 +174,7 @@ def test_packs_are_in_no_state_dict_and_no_copy(launches):
 
 def test_a_forward_takes_the_weights_as_they_are_now():
     """Really launched: after the weights change in place the next forward is that of a fresh model with them."""
-    make_face("triton")
+    settle("triton")
     _, ours = pair(config("none"), "triton")
     features, lengths = batch()
     ours.eval()
