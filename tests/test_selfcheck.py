@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_face
+from conftest import interpreted, make_face
 
 from jasper_fast import backends, checks, selfcheck, trust
 from jasper_fast.checks import Check, Conv, Norm
@@ -38,6 +38,11 @@ def face(request) -> str:
     return make_face(request.param).name
 
 
+def here(face: str) -> torch.device:
+    """Where `face` runs on this machine."""
+    return make_face(face).device
+
+
 def conv_check(face: str, function: str = "forward", **more) -> Check:
     return Check("conv1d", face, function, "default", CONV, "float32", **more)
 
@@ -51,14 +56,14 @@ def norm_check(face: str, function: str = "forward", variant: str = "batch") -> 
 
 @pytest.mark.parametrize("function", ["forward", "dgrad", "wgrad"])
 def test_a_right_conv_passes(face, function):
-    row = checks.perform(conv_check(face, function), CPU)
+    row = checks.perform(conv_check(face, function), here(face))
     assert row["status"] == "ok" and 0 <= row["share"] <= 1, row
 
 
 @pytest.mark.parametrize("function", ["stats", "forward", "backward"])
 @pytest.mark.parametrize("variant", checks.NORM_VARIANTS)
 def test_a_right_norm_passes(face, function, variant):
-    row = checks.perform(norm_check(face, function, variant), CPU)
+    row = checks.perform(norm_check(face, function, variant), here(face))
     assert row["status"] == "ok", row
 
 
@@ -66,14 +71,14 @@ def test_a_right_norm_passes(face, function, variant):
 @pytest.mark.parametrize("variant", [*checks.FUSED_VARIANTS, "plain unclean", "panes unclean", checks.WAVE])
 def test_a_right_fused_conv_passes_in_every_form_and_dtype(dtype, variant):
     face = make_face("triton").name
-    row = checks.perform(Check("conv1d.fused", face, "fused", "default", CONV, dtype, variant), CPU)
+    row = checks.perform(Check("conv1d.fused", face, "fused", "default", CONV, dtype, variant), here(face))
     assert row["status"] == "ok", row
 
 
 @pytest.mark.parametrize("function", checks.CONV)
-@pytest.mark.parametrize("variant", ["", checks.UNCLEAN, checks.WAVE])
+@pytest.mark.parametrize("variant", ["", checks.UNCLEAN, checks.WAVE, checks.EXACT])
 def test_a_right_conv_passes_in_every_form(function, variant):
-    row = checks.perform(conv_check(make_face("triton").name, function, variant=variant), CPU)
+    row = checks.perform(conv_check("triton", function, variant=variant), here("triton"))
     assert row["status"] == "ok", row
 
 
@@ -97,7 +102,7 @@ def launched(monkeypatch):
 def test_convs_are_checked_as_they_are_dispatched(function, variant, launched):
     """Told that the padding is zero, which on sm_90 selects other code, and not told."""
     check = Check("conv1d", "triton", function, "default", Conv(2, 21, 64, 64, 3), "bfloat16", variant)
-    assert checks.perform(check, CPU)["status"] == "ok"
+    assert checks.perform(check, here("triton"))["status"] == "ok"
     assert launched and all(f["HAS_DESCRIPTORS"] and f["IS_CLEAN"] is (variant == "") for f in launched)
 
 
@@ -106,7 +111,8 @@ def test_convs_are_checked_as_they_are_dispatched(function, variant, launched):
 def test_panes_are_checked_by_descriptors_on_real_shapes_and_without_on_small_ones(
     shape, by_descriptor, variant, launched
 ):
-    row = checks.perform(Check("conv1d.fused", "triton", "fused", "default", shape, "bfloat16", variant), CPU)
+    check = Check("conv1d.fused", "triton", "fused", "default", shape, "bfloat16", variant)
+    row = checks.perform(check, here("triton"))
     assert row["status"] == "ok", row
     for flags in launched:
         assert flags["HAS_PANES"] and flags["HAS_DESCRIPTORS"] is by_descriptor
@@ -228,6 +234,45 @@ def test_a_wrong_kernel_is_caught(op, function, name, fault, monkeypatch):
     assert row["detail"]
 
 
+@pytest.mark.parametrize("function", ["forward", "dgrad", "wgrad"])
+@pytest.mark.parametrize(("bits", "tf32", "status"), [(10, True, "ok"), (10, False, "wrong"), (7, True, "wrong")])
+def test_fp32_is_held_to_tf32_where_convs_round_to_it(function, bits, tf32, status, monkeypatch):
+    """Operands cut off to `bits`, as tensor cores take them (TF32 has 10), beside PyTorch's convs, exact as cuDNN's may
+    be: no fault where TF32 is allowed."""
+    impl, floor = backends.face("conv1d", make_face("cpu").name), checks._floor
+    right = getattr(impl, function)
+
+    def cut(x):
+        return (x.view(torch.int32) & -(1 << (23 - bits))).view(torch.float32)
+
+    monkeypatch.setattr(impl, function, lambda a, b, *rest, **how: right(cut(a), cut(b), *rest, **how))
+    monkeypatch.setattr(impl, "takes_tf32", lambda: tf32, raising=False)
+    monkeypatch.setattr(checks, "_floor", lambda check, device: floor(check, GPU))
+    check = dataclasses.replace(conv_check("cpu", function), shape=Conv(2, 200, 256, 256, 11))
+    assert checks.perform(check, CPU)["status"] == status
+
+
+def test_an_exact_check_asks_for_exact_products_and_leaves_the_setting_as_it_was(monkeypatch):
+    impl, seen = backends.face("conv1d", make_face("cpu").name), []
+    right, conv = impl.forward, torch.backends.cudnn.conv
+    monkeypatch.setattr(impl, "forward", lambda *args: seen.append(conv.fp32_precision) or right(*args))
+    before, conv.fp32_precision = conv.fp32_precision, "tf32"
+    try:
+        for variant in ("", checks.EXACT):
+            assert checks.perform(conv_check("cpu", variant=variant), CPU)["status"] == "ok"
+        assert set(seen[:3]) == {"tf32"} and set(seen[3:]) == {"ieee"} and conv.fp32_precision == "tf32"
+    finally:
+        conv.fp32_precision = before
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_conv_is_checked_with_exact_products_too(gpu, quick):
+    plan = [check for check in checks.plan(GPU, quick=quick) if checks.EXACT in check.variant.split()]
+    assert {check.dtype for check in plan} == (set() if quick else {"float32"})
+    plan = checks.plan(GPU, quick=quick, dtypes=("float32",))
+    assert {c.function for c in plan if checks.EXACT in c.variant.split()} == {*checks.CONV, "fused"}
+
+
 def test_a_buffer_that_is_shared_by_calls_is_no_fault_of_its_results(monkeypatch):
     """Results are compared before the next call: who keeps them longer is the op's affair, tested with the ops."""
     face = make_face("cpu").name
@@ -339,7 +384,7 @@ def test_a_check_of_a_tile_runs_that_tile(monkeypatch):
         return run(kernel, grid, like, *args, **meta)
 
     monkeypatch.setattr(launch, "run", watching)
-    row = checks.perform(conv_check(face, tile=tile), CPU)
+    row = checks.perform(conv_check(face, tile=tile), here(face))
     assert row["status"] == "ok", row
     wanted = {"BLOCK_T": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 2, "num_stages": 2}
     assert wanted in seen
@@ -351,7 +396,8 @@ def test_a_check_of_a_tile_runs_that_tile(monkeypatch):
 
 
 def test_the_plan_holds_every_function_of_every_face_once(face):
-    plan = checks.plan(CPU, faces=(face,))
+    device = here(face)
+    plan = checks.plan(device, faces=(face,))
     assert len({check.id for check in plan}) == len(plan)
     functions = {(check.op, check.function) for check in plan}
     convs = checks.CONV if face == "triton" else ("forward", "dgrad", "wgrad")
@@ -361,8 +407,9 @@ def test_the_plan_holds_every_function_of_every_face_once(face):
     }  # fmt: skip
     for op in ("bn_relu_dropout", "conv1d"):  # every public function of the face is among them
         names = {"backward" if n.startswith("backward") else n for n in public(op, face)}
-        assert names - {"pack", "packed_shape", "packed_size", "sources", "takes_tf32"} <= {f for _, f in functions}
-    quick = checks.plan(CPU, faces=(face,), quick=True)
+        others = {"pack", "pack_once", "packed_shape", "packed_size", "sources", "takes_tf32", "has_bf16"}
+        assert names - others <= {f for _, f in functions}
+    quick = checks.plan(device, faces=(face,), quick=True)
     assert {(c.op, c.function) for c in quick} == functions and len(quick) < len(plan) / 2
 
 
@@ -398,8 +445,12 @@ def gpu(monkeypatch, tmp_path):
 def test_every_check_is_made_in_the_dtype_that_is_asked_for(gpu, quick):
     plans = {dtype: checks.plan(GPU, quick=quick, dtypes=(dtype,)) for dtype in checks.DTYPES}
     assert all({check.dtype for check in plan} == {dtype} for dtype, plan in plans.items())
-    same = [{check.id.replace(f"| {dtype} |", "|") for check in plan} for dtype, plan in plans.items()]
-    assert same[0] == same[1] == same[2]
+    exact = {check.id for check in plans["float32"] if checks.EXACT in check.variant}  # the others are never rounded
+    same = [
+        {check.id.replace(f"| {dtype} |", "|") for check in plan if check.id not in exact}
+        for dtype, plan in plans.items()
+    ]
+    assert exact and same[0] == same[1] == same[2]
     assert {(c.op, c.face) for c in plans["float16"]} == {
         ("bn_relu_dropout", "triton"), ("bn_relu_dropout", "cuda"), ("conv1d", "triton"), ("conv1d.fused", "triton"),
         ("panes", "aten"),
@@ -447,7 +498,7 @@ def test_convs_that_are_not_told_of_zeros_are_checked_on_small_shapes(gpu, quick
         set() if quick else {"plain unclean", "panes unclean"}
     )  # fmt: skip
     for check in unclean:
-        inputs = checks.case(dataclasses.replace(check, face="triton"), CPU, 1).inputs
+        inputs = checks.case(check, here("triton"), 1).inputs
         assert inputs["given"].isnan().any()
 
 
@@ -729,7 +780,7 @@ def command(*arguments: str, cache: Path, interpret: bool) -> subprocess.Complet
 
 
 def test_the_command_checks_the_cpu_and_the_interpreted_kernels_and_keeps_the_verdicts(tmp_path):
-    make_face("cpu"), make_face("triton")
+    make_face("cpu"), interpreted()
     done = command("--quick", "--json", cache=tmp_path, interpret=True)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
