@@ -69,25 +69,14 @@ def parser() -> argparse.ArgumentParser:
         default=None,
         help="one mode alone (default: all that an op has)",
     )
-    add("train", "training steps: forward + backward and full, utterances per second").add_argument(
-        "--model",
-        type=options.models_batch(DEFAULT_BATCH),
-        action="append",
-        metavar="NAME[:N,T]",
-        help="small, medium, jasper10x5 or a YAML file, with batch and frames",
-    )
+    add_models(add("train", "training steps: forward + backward and full, utterances per second"), DEFAULT_BATCH)
     latency = add("latency", "percentiles of a batch's time by batch size and audio length")
     latency.add_argument(
         "--model", type=options.model, default="jasper10x5", help="small, medium, jasper10x5 or a YAML file"
     )
     latency.add_argument("--full", action="store_true", help="the whole grid of batch sizes and lengths on a CPU too")
-    add("memory", "bytes that a training forward keeps for backward, and the step's peak").add_argument(
-        "--model",
-        type=options.models_batch(DEFAULT_MEMORY_BATCH),
-        action="append",
-        metavar="NAME[:N,T]",
-        help="small, medium, jasper10x5 or a YAML file, with batch and frames",
-    )
+    memory = add("memory", "bytes that a training forward keeps for backward, and the step's peak")
+    add_models(memory, DEFAULT_MEMORY_BATCH)
     add("all", "kernels, train, latency and memory: small, medium and Jasper 10x5, in under 10 minutes on two cores")
     add("launches", "ops and kernels launched by a call, and the host's time for them")
     profile = add("profile", "a torch.profiler trace with ranges named after layers, and time per layer and op")
@@ -128,6 +117,17 @@ def parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--readme", action="store_true", help="write the table between the markers of README.md")
     return top
+
+
+def add_models(command: argparse.ArgumentParser, batch: tuple[int, int]) -> None:
+    """`--model`, as often as one likes, each with a batch of its own or this one."""
+    command.add_argument(
+        "--model",
+        type=options.models_batch(batch),
+        action="append",
+        metavar="NAME[:N,T]",
+        help="small, medium, jasper10x5 or a YAML file, with batch and frames",
+    )
 
 
 def add_compile(sub: argparse._SubParsersAction) -> None:

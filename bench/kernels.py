@@ -146,6 +146,12 @@ def fused(backend: str) -> Callable[..., Tensor]:
     return call
 
 
+def named(z: Tensor, gradients: Sequence[Tensor], running: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """All that is compared of an answer; without a residual there is one gradient less."""
+    statistics = dict(zip(("running_mean", "running_var"), running, strict=True))
+    return {"z": z, **dict(zip(GRADIENTS, gradients, strict=False)), **statistics}
+
+
 def runner(chain: Callable[..., Tensor], inputs: Inputs, memory: str, mode: str, p: float) -> Runner:
     """A chain on the inputs of its memory; `outputs` are all results and gradients with dropout off."""
     tensors = getattr(inputs, memory)
@@ -158,12 +164,7 @@ def runner(chain: Callable[..., Tensor], inputs: Inputs, memory: str, mode: str,
         stats = inputs.fresh_running()
         z = forward(q, stats)
         gradients = torch.autograd.grad(z, wanted, tensors["dz"])
-        return {
-            "z": z,
-            **dict(zip(GRADIENTS, gradients, strict=False)),
-            "running_mean": stats[0],
-            "running_var": stats[1],
-        }
+        return named(z, gradients, stats)
 
     def both() -> None:
         torch.autograd.grad(forward(p, running), wanted, tensors["dz"])
@@ -193,12 +194,7 @@ def answer(inputs: Inputs, dtype: torch.dtype, keep: Tensor | None = None, p: fl
     z = z.masked_fill(mask(inputs.lengths, z.shape[2]), 0)
     wanted = [leaves["y"], gamma, beta] + ([leaves["residual"]] if "residual" in leaves else [])
     gradients = torch.autograd.grad(z, wanted, inputs.nct["dz"].to(dtype))
-    return {
-        "z": z.detach(),
-        **dict(zip(GRADIENTS, gradients, strict=False)),
-        "running_mean": running[0],
-        "running_var": running[1],
-    }
+    return named(z.detach(), gradients, running)
 
 
 def dropout_complaints(got: Mapping[str, Tensor], inputs: Inputs, p: float) -> list[str]:
