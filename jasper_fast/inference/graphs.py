@@ -24,7 +24,8 @@ class CudaGraphs:
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
         """Run `launch` once on a side stream, which compiles and loads its kernels, then capture it.
 
-        Returns the replay, which runs on the stream that is current then. Other threads may use the device meanwhile.
+        Returns the replay, which runs on the stream that is current then. Other threads may use the device meanwhile,
+        but draw nothing from its default random generator: PyTorch lends it to every capture, and then refuses others.
         Raises RuntimeError where the launches cannot be captured.
         """
         current = cuda.current_stream(self._stream.device)
