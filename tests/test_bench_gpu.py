@@ -694,6 +694,23 @@ def test_a_large_step_is_compared_on_a_small_batch(tmp_path, monkeypatch):
     assert set(sizes) == {1} and len(sizes) == 2 * 4, "two contenders, low and reference, before and after the timing"
 
 
+@pytest.mark.parametrize(("order", "made"), [(("forward",), 0), (("forward", "both"), 1), (("both", "forward"), 1)])
+def test_answers_are_made_once_and_gradients_only_where_they_are_asked_for(order, made, tmp_path, monkeypatch):
+    """In fp64 they take longer than all that is timed."""
+    forwards, backwards = [], []
+    conv, results = sub_blocks.eager_conv, sub_blocks.results
+    monkeypatch.setattr(sub_blocks, "eager_conv", lambda *a: forwards.append(1) or conv(*a))
+    monkeypatch.setattr(sub_blocks, "results", lambda *a: backwards.append(1) or results(*a))
+    i = sub_blocks.Inputs(2, 20, sub_blocks.Layer(8, 8, 3), torch.float32, CPU)
+    for mode in (*order, *order):
+        found = sub_blocks.answer("conv1d", i, torch.float64, mode)
+        assert set(found) == ({"y"} if mode == "forward" else {"y", "dx", "dweight"})
+        assert torch.equal(found["y"], conv(i.nct["x"].double(), i, i.weight.double(), None, None, 0.0))
+    assert len(backwards) == made and len(forwards) == 1 + (order[0] == "forward") * made
+    i.refill(5)
+    assert not torch.equal(sub_blocks.answer("conv1d", i, torch.float64, "forward")["y"], found["y"])
+
+
 # ------------------------------------------------------------------ channels_last
 
 
