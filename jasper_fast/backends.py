@@ -166,6 +166,7 @@ def conv_face(
 ) -> str:
     """The face that runs a conv in `dtype` on `device`: ours where it has the dtype and the gradients, else "aten".
 
+    The CPU kernels compute in fp32: 16 bits go to ATen where the CPU has instructions for them, which ATen uses.
     strided_dx: the gradient of x at a stride is asked for, which only ATen has. On a GPU "auto" stays with cuDNN, in
     channels-last memory, unless the GPU's table has `shape` (c_in, c_out, taps, stride, dilation) and says that the
     `calls` together are faster in Triton at 2**rows_log2 rows (None: the most measured), and the verdict on it is good.
@@ -180,7 +181,7 @@ def _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> s
     if strided_dx:
         return "aten"
     if face == "cpu":
-        return "cpu" if dtype == torch.float32 else "aten"
+        return "aten" if dtype == torch.float64 or _has_amx(dtype) or _has_avx512(dtype) else "cpu"
     if face != "triton" or dtype == torch.float64:
         return "aten"
     if backend == "auto":
@@ -197,13 +198,13 @@ def _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> s
 def fused_face(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The face that serves a whole network at inference in `dtype`: "triton", "cpu" or "aten".
 
-    The CPU kernels take 16 bits too, except for bf16 where the CPU has AMX: ATen's convs use it, ours do not.
+    The CPU kernels take 16 bits too, except where the CPU has AMX for them: ATen's convs use it, ours do not.
     On a GPU "auto" takes Triton where the GPU's table says that its sub-blocks are the faster ones in all, and the
     verdict on them is good.
     """
     device = torch.device(device)
-    if dtype != torch.float64 and resolve(backend, device) == "cpu":
-        return "aten" if dtype == torch.bfloat16 and _has_amx() else "cpu"
+    if resolve(backend, device) == "cpu":
+        return "aten" if dtype == torch.float64 or _has_amx(dtype) else "cpu"
     if backend != "auto" or device.type != "cuda" or resolve(backend, device) != "triton":
         return conv_face(backend, device, dtype)
     if tables.fastest_overall("conv1d.fused", device, dtype) != "triton":
@@ -232,8 +233,15 @@ def _pane_form(backend, device, dtype) -> str:
     return "gram" if _trusted(PANES, "aten", device, dtype, instead) else "plain"
 
 
-def _has_amx() -> bool:
-    return torch.cpu._is_amx_tile_supported()
+def _has_amx(dtype: torch.dtype) -> bool:
+    """Whether this CPU's matrix unit takes `dtype`."""
+    known = {torch.bfloat16: torch.cpu._is_amx_tile_supported, torch.float16: torch.cpu._is_amx_fp16_supported}
+    return dtype in known and known[dtype]()
+
+
+def _has_avx512(dtype: torch.dtype) -> bool:
+    """Whether this CPU's vector unit multiplies 16-bit `dtype` in pairs."""
+    return dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
 
 
 # what "auto" does about a verdict that is not good

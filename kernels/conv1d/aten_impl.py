@@ -1,7 +1,7 @@
 """conv1d through ATen: conv2d over the channels-last view of the same memory, so that no transpose is made.
 
 N batch, C channels, T frames, K taps. Weights of another dtype are cast to that of the activations; nothing is packed.
-For every device and dtype that has no kernel of ours yet. ATen's own conv1d
+For every device and dtype that has no faster kernel of ours. ATen's own conv1d
 makes its input contiguous in NCT order; a (N, C, 1, T) view with C innermost takes cuDNN's and oneDNN's NHWC kernels.
 """
 

@@ -1,6 +1,7 @@
 """The CPU face of conv1d: C++ micro-kernels (csrc/cpu/isa/conv1d_*.cpp), vectorised at run time and threaded.
 
-x and y are fp32. So are weights; for `fused`, on a CPU that multiplies pairs of bf16 (AVX512-BF16), they may be bf16.
+`fused` takes x and gives y in fp32, with weights in fp32 or, on a CPU that multiplies pairs of it (AVX512-BF16), bf16.
+The functions of training take 16 bits as well, and compute in fp32.
 
 Weights are packed in every call, by an algorithm that the shape chooses: `packed` is not used. Results are the same
 bits whatever the number of threads, and an item's are the same in any batch and with any padding.
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 
 from jasper_fast.kernels import native
-from jasper_fast.kernels.layout import empty_ntc
 
 ALGORITHMS = {"direct": 0, "fast_fir_1": 1, "fast_fir_2": 2}  # how often the fast FIR algorithm is nested
 # Taps from which 1.7 times fewer multiplications outweigh 2.3 times larger weights. In training the weights are packed
@@ -129,9 +129,10 @@ def forward(
 
     Equivalent to `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, stride, padding, dilation)`.
     """
-    packed = pack(weight, algorithm=_algorithm(weight, x.shape[0] * x.shape[2], stride))
-    rows = x.transpose(1, 2)
-    return fused(rows, packed, stride=stride, padding=padding, dilation=dilation, in_lengths=lengths).transpose(1, 2)
+    packed = pack(weight.float(), algorithm=_algorithm(weight, x.shape[0] * x.shape[2], stride))
+    rows = x.transpose(1, 2).float()
+    y = fused(rows, packed, stride=stride, padding=padding, dilation=dilation, in_lengths=lengths)
+    return y.to(x.dtype).transpose(1, 2)
 
 
 def dgrad(
@@ -154,10 +155,10 @@ def dgrad(
             f"conv1d: the CPU kernel has a gradient of x for stride 1 and padding <= dilation * (K - 1), not for "
             f"stride {stride}, padding {padding}, dilation {dilation}, K {weight.shape[2]}; use backend='reference'"
         )
-    packed = pack(weight, transposed=True, algorithm=_algorithm(weight, dy.shape[0] * dy.shape[2], stride))
-    dx = empty_ntc(dy.shape[0], weight.shape[1], t, like=dy)
-    fused(dy.transpose(1, 2), packed, padding=flipped, dilation=dilation, out_lengths=lengths, out=dx.transpose(1, 2))
-    return dx
+    packed = pack(weight.float(), transposed=True, algorithm=_algorithm(weight, dy.shape[0] * dy.shape[2], stride))
+    dx = torch.empty((dy.shape[0], t, weight.shape[1]), dtype=torch.float32)  # t is not implied where K is even
+    fused(dy.transpose(1, 2).float(), packed, padding=flipped, dilation=dilation, out_lengths=lengths, out=dx)
+    return dx.to(dy.dtype).transpose(1, 2)
 
 
 def wgrad(
@@ -171,12 +172,13 @@ def wgrad(
     dtype: torch.dtype | None = None,
     clean: bool = False,
 ) -> Tensor:
-    """dweight (C_out, C_in, K = `k`) of `x` (N, C_in, T), zero at t >= `lengths`, and `dy` (N, C_out, T')."""
+    """dweight (C_out, C_in, K = `k`), fp32, of `x` (N, C_in, T), zero at t >= `lengths`, and `dy` (N, C_out, T')."""
     if dtype not in (None, torch.float32):
         raise TypeError(f"the cpu face computes in fp32, and gives no gradient in {dtype}")
     dw = torch.empty((dy.shape[1], x.shape[1], k), dtype=torch.float32)
     algorithm = ALGORITHMS[_algorithm(dw, dy.shape[0] * dy.shape[2], stride)]
-    native.cpu().conv1d_wgrad(x.transpose(1, 2), dy.transpose(1, 2), lengths, stride, dilation, padding, algorithm, dw)
+    rows, dy_rows = (v.transpose(1, 2).float() for v in (x, dy))
+    native.cpu().conv1d_wgrad(rows, dy_rows, lengths, stride, dilation, padding, algorithm, dw)
     return dw
 
 

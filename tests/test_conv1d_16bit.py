@@ -1,4 +1,4 @@
-"""Weights in bf16 on the CPU face: exact products of the rounded operands, summed in fp32."""
+"""16 bits on the CPU face: weights in bf16, whose products are exact and summed in fp32, and training in fp32."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from close import assert_close
 from engines import batch, config, pair, valid
+from test_conv1d import CASES, make, pytorch
 
 from jasper_fast import InferenceEngine, backends
 from jasper_fast.kernels import native
@@ -165,15 +166,45 @@ def test_an_engine_in_fp16_is_the_one_in_fp32() -> None:
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("amx", [False, True])
-def test_bf16_goes_to_aten_where_it_has_amx(amx, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+CPUS = {  # which of AVX512-BF16, AMX and AMX-FP16 a CPU has: the faces at inference, in training
+    "none": ((False, False, False), {"bf16": ("cpu", "cpu"), "fp16": ("cpu", "cpu")}),
+    "avx512_bf16": ((True, False, False), {"bf16": ("cpu", "aten"), "fp16": ("cpu", "cpu")}),
+    "amx": ((True, True, False), {"bf16": ("aten", "aten"), "fp16": ("cpu", "cpu")}),
+    "amx_fp16": ((True, True, True), {"bf16": ("aten", "aten"), "fp16": ("aten", "aten")}),
+}
+
+
+@pytest.mark.parametrize("name", CPUS)
+def test_aten_gets_the_dtypes_that_it_has_instructions_for(name, monkeypatch) -> None:
+    has, wanted = CPUS[name]
+    wanted |= {"fp32": ("cpu", "cpu"), "fp64": ("aten", "aten")}
+    dtypes = {"bf16": BF16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+    for unit, there in zip(("avx512_bf16", "amx_tile", "amx_fp16"), has, strict=True):
+        monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda there=there: there)
     device = torch.device("cpu")
     backends.forget()
     try:
-        faces = {dtype: backends.fused_face("auto", device, dtype) for dtype in (BF16, torch.float16, torch.float32)}
-        assert faces == {BF16: "aten" if amx else "cpu", torch.float16: "cpu", torch.float32: "cpu"}
-        assert backends.fused_face("auto", device, torch.float64) == "aten"
-        assert backends.fused_face("reference", device, BF16) == "aten"
+        for dtype, faces in wanted.items():
+            got = tuple(of("auto", device, dtypes[dtype]) for of in (backends.fused_face, backends.conv_face))
+            assert got == faces, dtype
+            assert backends.fused_face("reference", device, dtypes[dtype]) == "aten"
     finally:
         backends.forget()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+@pytest.mark.parametrize("case", [c for c in CASES if c.stride == 1], ids=str)
+def test_training_in_16_bits(case, dtype) -> None:
+    """Forward and both gradients against fp64 on the same 16-bit numbers, beside PyTorch's own in 16 bits."""
+    from jasper_fast.kernels.conv1d import cpu_impl
+
+    x, weight, dy, lengths = make(case)
+    x, weight, dy = x.to(dtype), weight.to(dtype), dy.to(dtype)
+    low, ref = (pytorch(case, x, weight, dy, lengths, d) for d in (dtype, torch.float64))
+    got = (
+        cpu_impl.forward(x, weight, *case.geometry, lengths),
+        cpu_impl.dgrad(dy, weight, case.t, *case.geometry, lengths),
+        cpu_impl.wgrad(x, dy, case.k, *case.geometry, lengths).to(dtype),
+    )
+    for name, *values in zip(("y", "dx", "dw"), got, low, ref, strict=True):
+        assert_close(name, *values)
