@@ -60,6 +60,9 @@ def count(runner: Runner, device: torch.device) -> dict[str, int]:
             runner.run()
             synchronize(device)
         on_device = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        if not on_device:
+            console.print(f"launches: the profiler saw no kernel on {device}: CUPTI is missing or may not be used here")
+            return found
         found["kernels"] = len(on_device)
         found["host_launches"] = sum("Launch" in e.name for e in trace.events() if e.name.startswith("cu"))
     return found

@@ -587,6 +587,23 @@ def test_other_processes_run_ours_once_and_end_with_the_time(tmp_path, monkeypat
     assert all(child.returncode is not None for child in started)
 
 
+def test_a_process_that_cannot_be_ended_holds_nobody_up(tmp_path, monkeypatch):
+    """A kernel that never ends holds its process in the driver, killed or not."""
+    killed: list[int] = []
+
+    class Stuck:
+        def __init__(self, *_, **__) -> None:
+            self.kill = lambda: killed.append(1)
+
+        def wait(self, timeout: float | None) -> None:
+            raise subprocess.TimeoutExpired("stuck", timeout or 0.0)
+
+    monkeypatch.setattr(subprocess, "Popen", Stuck)
+    with warm.compilers(make_run(tmp_path, deadline=0.0), ("bn_relu_dropout",)):
+        pass
+    assert killed
+
+
 def test_other_processes_run_on_the_run_s_own_gpu(monkeypatch):
     chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)

@@ -71,3 +71,9 @@ def test_a_gpu_s_profile_without_kernels_is_a_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(profiles, "profile", blind)
     found = profiles.main(make_run(tmp_path), "small", "inference", 1, 64)
     assert [(f["status"], f["why"], f["records"]) for f in found] == [("failed", "no CUPTI", [])] * 2
+
+
+def test_launches_that_cannot_be_counted_are_not_told_as_none(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    found = launches.count(Runner(lambda: torch.ones(4).exp(), dict), torch.device("cuda"))
+    assert found == {"ops": 2} and "CUPTI" in capsys.readouterr().err
