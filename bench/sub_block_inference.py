@@ -10,14 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from bench import correct, counts, kernels, rivals
+from bench import counts, kernels, rivals, sub_blocks
 from bench.cudnn_graphs import FusedConv
 from bench.harness import Case, Contender, Run, Runner, seeded, stable_seed
 from bench.sub_blocks import Layer, conv_2d, masked, masked_last
 from jasper_fast import backends
 from jasper_fast.kernels import layout
-
-TOLERANCE = correct.Tolerance(factor=2.0, floor=40.0)
 
 
 class SubBlock(nn.Module):
@@ -203,7 +201,7 @@ def case(run: Run, N: int, T: int, layer: Layer) -> Case:
         refill=lambda seed: inputs().refill(seed),
         reference=lambda: inputs().answer(torch.float64),
         low=lambda: inputs().answer(run.dtype),
-        tolerance=TOLERANCE,
+        tolerance=sub_blocks.tolerance(run),
         flops=conv.flops,
         nbytes=conv.nbytes(run.dtype.itemsize),
         dtype=kernels.name(run.dtype),

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import correct, counts, kernels, models, rivals
+from bench import correct, counts, kernels, limits, models, rivals
 from bench.cudnn_graphs import FusedConv
 from bench.harness import Absent, Case, Contender, Run, Runner, seeded, stable_seed
 from jasper_fast import ops
@@ -24,6 +24,15 @@ from jasper_fast.kernels import layout
 MODES = ("both", "forward", "backward")
 # up to 22,000 products summed in another order: plain PyTorch's own layouts differ by 20 roundings
 TOLERANCE = correct.Tolerance(factor=2.0, floor=40.0)
+# Four roundings of TF32 (2**-10, where fp32's is 2**-23): tensor cores cut operands off, and whether plain PyTorch
+# rounds is cuDNN's choice, so that its own error may be none.
+ROUNDED = correct.Tolerance(factor=2.0, floor=4.0 * 2**13)
+
+
+def tolerance(run: Run) -> correct.Tolerance:
+    """That of convs in the run's dtype: fp32 may be rounded to TF32 on a GPU, unless PyTorch is told otherwise."""
+    rounded = run.dtype is torch.float32 and limits.float32_mode(run.device) == "TF32"
+    return ROUNDED if rounded else TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -345,7 +354,7 @@ def case(
         refill=lambda seed: inputs().refill(seed),
         reference=lambda: answer(op, inputs(), torch.float64, mode),
         low=lambda: answer(op, inputs(), run.dtype, mode),
-        tolerance=TOLERANCE,
+        tolerance=tolerance(run),
         flops=times * conv.flops,
         nbytes=counts.sub_block_bytes(conv, size, mode) if norm else times * conv.nbytes(size),
         dtype=kernels.name(run.dtype),

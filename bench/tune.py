@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import correct, counts, harness, machine, models, options, rivals
+from bench import counts, harness, kernels, machine, models, options, rivals, sub_blocks
 from bench.gpu import interrupted_after
 from bench.harness import Case, Contender, DeviceLost, OutOfTime, Run, Runner, console
 from jasper_fast import backends, checks
@@ -55,7 +55,6 @@ STAND_IN = ((2, 14),)
 LIBRARY = "aten"  # cuDNN on a GPU
 AHEAD = "all tiles, compiled ahead"  # what is being tried while no contender is
 PLAIN = (LIBRARY, "reference")  # what is not ours
-TOLERANCE = correct.Tolerance(factor=2.0, floor=40.0)  # as the sub-blocks'
 
 
 class Layer(NamedTuple):
@@ -349,7 +348,7 @@ def make_case(run: Run, op: str, layer: Layer, batch: tuple[int, int], trial: "T
         refill=held.refill,
         reference=lambda: held.case.reference(),
         low=lambda: held.case.low(),
-        tolerance=TOLERANCE,
+        tolerance=kernels.TOLERANCE if layer.kind == "norm" else sub_blocks.tolerance(run),
         ours=contenders[0].name,
         flops=flops,
         nbytes=nbytes,
