@@ -158,7 +158,7 @@ def fused(form: str, backend: str) -> PaneSum:
             grams = [*older, *map(ops.gram, a.xs[len(older) :])]
             out, mean, var = ops.panes(a.xs, grams, a.weights, a.gammas, a.betas, eps=kernels.EPS)
         else:
-            more = {"eps": kernels.EPS, "backend": backend}
+            more = {"lengths": lengths, "eps": kernels.EPS, "backend": backend}
             out, mean, var = ops.panes_plain(a.xs, a.weights, a.gammas, a.betas, **more)
         with torch.no_grad():
             for stat, buffers in zip((mean, var), zip(*running, strict=True), strict=True):

@@ -217,7 +217,7 @@ def pane_form(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """How panes="auto" takes the panes' statistics in training: "gram" or "plain" (see jasper_fast.ops).
 
     "gram" on a GPU, where the plain form's passes over pane outputs are what costs, if its verdict is good (a `backend`
-    asked for by name is not checked); "plain" elsewhere: on CPUs it is as fast or faster, and keeps less.
+    asked for by name is not checked); "plain" elsewhere: on CPUs it is faster.
     """
     return _pane_form(backend, device, dtype)
 

@@ -74,7 +74,7 @@ class JasperBlock(nn.Module):
             else:
                 z = self._fused(ops.bn_relu_dropout, y, stats, i, lengths, seeds)
                 y, stats = self._conv(i + 1, z, lengths)
-        residual = self.pane_sum(sources, grams) if sources else None
+        residual = self.pane_sum(sources, grams, lengths[0] if lengths else None) if sources else None
         return self._fused(ops.bn_relu_dropout, y, stats, b.repeat - 1, lengths, seeds, residual=residual)
 
     def _takes_stats(self, i: int) -> bool:
@@ -131,8 +131,11 @@ class JasperBlock(nn.Module):
             return self.pane_form == "gram"
         return backends.pane_form(self.backend, source.device, source.dtype) == "gram"
 
-    def pane_sum(self, sources: list[Tensor], grams: list[ops.Gram | None]) -> Tensor:
-        """Sum over the panes of BN(1x1 conv(source)), (N, C_out, T); updates the running statistics in training."""
+    def pane_sum(self, sources: list[Tensor], grams: list[ops.Gram | None], lengths: Tensor | None) -> Tensor:
+        """Sum over the panes of BN(1x1 conv(source)), (N, C_out, T); updates the running statistics in training.
+
+        `sources` are zero at t >= `lengths` (N,).
+        """
         convs, bns = zip(*self.panes(), strict=True)
         weights, gammas, betas = [c.weight for c in convs], [b.weight for b in bns], [b.bias for b in bns]
         if not (self.training and bns[0].training):
@@ -142,7 +145,7 @@ class JasperBlock(nn.Module):
         else:
             group = sync.group_of(bns[0])
             out, mean, var = ops.panes_plain(
-                sources, weights, gammas, betas, eps=BN_EPS, backend=self.backend, group=group
+                sources, weights, gammas, betas, lengths=lengths, eps=BN_EPS, backend=self.backend, group=group
             )
         with torch.no_grad():
             for stat, running in ((mean, "running_mean"), (var, "running_var")):

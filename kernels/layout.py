@@ -23,3 +23,16 @@ def rows(x: Tensor) -> Tensor:
     """The (N*T, C) matrix view of an NTC tensor (N, C, T): one row a frame."""
     n, c, t = x.shape
     return x.transpose(1, 2).reshape(n * t, c)
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of statistics and sums over the rows of `x`."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of two matrices of one dtype, summed and returned in `wide_dtype`."""
+    if a.is_cuda and a.dtype.itemsize == 2:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    wide = wide_dtype(a)
+    return a.to(wide) @ b.to(wide)

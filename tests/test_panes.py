@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +17,11 @@ from torch.library import opcheck
 
 from jasper_fast import Jasper, ops
 from jasper_fast.config import JasperConfig
+from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.panes import reference
 from jasper_fast.ops.panes import lower
 
+plain = importlib.import_module("jasper_fast.ops.panes_plain")  # not the function of that name
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 LOW = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -49,10 +56,13 @@ def test_opcheck_gram_form():
     opcheck(torch.ops.jasper_fast.panes, (xs, means, covs, weights, gammas, betas, 1e-3, False), test_utils=CHECKS)
 
 
+@pytest.mark.parametrize("keep", [0, 1, 5])
 @pytest.mark.parametrize("face", ["reference", "cpu", "triton"])
-def test_opcheck_plain_form(face):
+def test_opcheck_plain_form(face, keep):
     settle(face)
-    call = (*pane_inputs(torch.float32), 1e-3, "", face)
+    xs, weights, *vectors = pane_inputs(torch.float32)
+    gamma, beta = (torch.stack(v).detach().requires_grad_() for v in vectors)
+    call = (xs, weights, gamma, beta, torch.tensor([7, 4]), 1e-3, keep, "", face)
     opcheck(torch.ops.jasper_fast.panes_plain, call, test_utils=CHECKS)
 
 
@@ -225,3 +235,156 @@ def test_an_unknown_form_is_named():
     )
     with pytest.raises(ValueError, match="'dense' is not one of auto, gram, plain"):
         Jasper(config, panes="dense")
+
+
+# ---- the plain form on its faces ----
+
+# (N, T, lengths, channels of the xs, C): channels below, at and beside the vector widths, more rows than a chunk
+FACE_CASES = [
+    (1, 5, None, (3,), 1),
+    (3, 29, (29, 0, 17), (33, 64), 40),
+    (2, 150, (150, 131), (16, 300), 70),
+    (1, 1, (1,), (7, 5, 2), 17),
+]
+
+
+def pass_through(face, case, dtype=torch.float32) -> list[torch.Tensor]:
+    """All that a face of `panes` computes, in fp64: outputs, sum, reduction, gradients (dx where it is defined)."""
+    n, t, lengths, widths, c = case
+    g = torch.Generator().manual_seed(3)
+    randn = lambda *size: torch.randn(size, generator=g).to(dtype)  # noqa: E731
+    lengths = None if lengths is None else torch.tensor(lengths)
+    live = torch.arange(t) < (torch.full((n,), t) if lengths is None else lengths)[:, None]
+    xs = [ntc(randn(n, w, t) * live[:, None]) for w in widths]
+    weights = [randn(c, w, 1) for w in widths]
+    y = torch.full((len(xs), n * t, c), float("nan"), dtype=dtype)
+    face.outputs(xs, weights, lengths, y)
+    mean, scale, slope, up = randn(len(xs), c), randn(len(xs), c), randn(len(xs), c), randn(n * t, c)
+    found = [y, face.forward(y, mean, scale, randn(c)), face.forward(y, mean, scale, randn(n * t, c))]
+    before = y.clone()
+    found.append(face.backward_reduce(up, y, mean))
+    dxs, dweights = face.gradients(up, randn(c), y, mean, scale, slope, xs, weights, lengths)
+    assert torch.equal(y, before), "backward writes into what is kept"
+    return [v.double() for v in (*found, *(dx * live[:, None] for dx in dxs), *dweights)]
+
+
+def compare_faces() -> None:
+    """The CPU face of this process' instruction set against the definition in fp64, every case."""
+    from jasper_fast.kernels.panes import cpu_impl
+
+    for case in FACE_CASES:
+        want = pass_through(reference, case, torch.float64)
+        for i, (ours, exact) in enumerate(zip(pass_through(cpu_impl, case), want, strict=True)):
+            error = ((ours - exact).abs().max() / exact.abs().max()).item()
+            assert error < 3e-6, (case, i, error)  # a NaN is an error too
+
+
+@pytest.mark.parametrize("level", ["generic", "avx2", "avx512", "avx512_bf16"])
+def test_the_cpu_face_at_every_instruction_set(level):
+    settle("cpu")
+    root = Path(__file__).resolve().parents[1]
+    env = os.environ | {"JASPER_FAST_ISA": level, "PYTHONPATH": f"{root}:{root / 'tests'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+    if done.returncode and f"JASPER_FAST_ISA={level}" in done.stderr:
+        pytest.skip(f"this machine has no {level}")
+    assert done.returncode == 0, done.stderr
+
+
+def gradients_of(inputs, **how) -> list[torch.Tensor]:
+    """Sum, statistics and every gradient of the plain form."""
+    leaves = [v for vs in inputs for v in vs]
+    out, *stats = ops.panes_plain(*inputs, **how)
+    up = torch.randn(out.shape, generator=torch.Generator().manual_seed(8)).to(out.dtype)
+    return [out.detach(), *stats, *torch.autograd.grad(out, leaves, up)]
+
+
+def test_the_cpu_face_gives_the_same_bits_whatever_the_threads():
+    settle("cpu")
+    inputs, before, found = (
+        pane_inputs(torch.float32, m=(3, 211), widths=(20, 35), c_out=70),
+        torch.get_num_threads(),
+        [],
+    )
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(gradients_of(inputs))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize(("face", "dtype"), [("reference", torch.float64), ("cpu", torch.float32)])
+def test_frames_beyond_the_lengths_are_skipped_and_counted(face, dtype):
+    """Padding takes part in the statistics, and its gradient in those of gamma and beta, whatever the op skips."""
+    settle(face)
+    lengths, (xs, *parameters) = torch.tensor([9, 4]), pane_inputs(dtype, m=(2, 9), widths=(3, 20), c_out=18)
+    live = torch.arange(9) < lengths[:, None, None]
+    inputs = [[(x.detach() * live).requires_grad_() for x in xs], *parameters]
+    got, want = gradients_of(inputs, lengths=lengths, backend=face), gradients_of(inputs, backend="reference")
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        torch.testing.assert_close(g * live if i in (3, 4) else g, w * live if i in (3, 4) else w, atol=1e-4, rtol=1e-4)
+
+
+def saved(inputs, **how) -> int:
+    """Elements that the plain form saves beside its inputs and vectors."""
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append((t.dim(), t.numel())), lambda _: None):
+        out = ops.panes_plain(*inputs, **how)[0]
+    assert out.requires_grad
+    inputs_of_three = 2 * len(inputs[0])
+    of_three = [numel for dim, numel in sizes if dim == 3]
+    assert len(of_three) == inputs_of_three + 1
+    return of_three[-1]
+
+
+def test_a_cpu_keeps_the_outputs_of_the_newest_panes():
+    """KEPT of them; elsewhere, in 16 bits and in fp64 none, and none where no gradient is asked for."""
+    settle("cpu")
+    inputs = pane_inputs(torch.float32, m=(2, 20), widths=(3,) * (plain.KEPT + 2), c_out=6)
+    assert saved(inputs, backend="cpu") == plain.KEPT * 40 * 6
+    assert saved([vs[:2] for vs in inputs], backend="cpu") == 2 * 40 * 6
+    assert saved(inputs, backend="reference") == 0
+    low = [[x.detach().bfloat16().requires_grad_() for x in inputs[0]], *inputs[1:]]
+    assert saved(low, backend="cpu") == 0
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_what_is_made_again_is_what_would_be_kept(kept, monkeypatch):
+    settle("cpu")
+    inputs = pane_inputs(torch.float32, m=(3, 50), widths=(20, 35, 9), c_out=33)
+    want = gradients_of(inputs)
+    monkeypatch.setattr(plain, "KEPT", kept)
+    for got, all_kept in zip(gradients_of(inputs), want, strict=True):
+        torch.testing.assert_close(got, all_kept, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("face", ["reference", "cpu"])
+def test_backward_twice_through_one_graph(face):
+    """What is kept stays as it is, and no two gradients share memory: optimisers write in place."""
+    settle(face)
+    inputs = pane_inputs(torch.float32, m=(2, 30), widths=(4, 5, 6), c_out=7)
+    leaves = [v for vs in inputs for v in vs]
+    out = ops.panes_plain(*inputs, backend=face)[0]
+    up = torch.randn(out.shape)
+    first = torch.autograd.grad(out, leaves, up, retain_graph=True)
+    kept = [v.clone() for v in first]
+    assert len({v.data_ptr() for v in first}) == len(first)
+    for v in first:
+        v.add_(1)
+    assert all(map(torch.equal, torch.autograd.grad(out, leaves, up), kept))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"), [([3, 10], r"lengths\[1\] = 10 is not in \[0, 9\]"), ([3], "lengths must")]
+)
+def test_wrong_lengths_are_named(lengths, message):
+    settle("cpu")
+    inputs = pane_inputs(torch.float32, m=(2, 9))
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        ops.panes_plain(*inputs, lengths=torch.tensor(lengths), backend="cpu")
+
+
+if __name__ == "__main__":
+    compare_faces()

@@ -14,6 +14,13 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__clang__) || __GNUC__ >= 12
+#define JF_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int JfShuffle __attribute__((vector_size(16)));
+#define JF_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (JfShuffle{__VA_ARGS__}))
+#endif
+
 namespace jf {
 namespace JF_ISA {
 namespace {
@@ -269,6 +276,38 @@ inline void copy_row(float* to, const float* from, int64_t count) { Fp32::put(to
 
 inline void add_row(float* to, const float* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
+// to[p * to_stride + j] = from[j * stride + p] for j < columns, p < positions; by 4 x 4 blocks in registers.
+inline void transpose(const float* from, int64_t stride, int64_t columns, int64_t positions, float* to,
+                      int64_t to_stride) {
+  typedef float Quad __attribute__((vector_size(16)));
+  typedef float QuadUnaligned __attribute__((vector_size(16), aligned(4), may_alias));
+  const int64_t quads = positions >= 4 ? columns / 4 * 4 : 0;
+  for (int64_t j = 0; j < quads; j += 4) {
+    for (int64_t at = 0; at < positions; at += 4) {
+      const int64_t p = std::min(at, positions - 4);  // the last block overlaps the one before
+      const float* q = from + j * stride + p;
+      const Quad a = *reinterpret_cast<const QuadUnaligned*>(q);
+      const Quad b = *reinterpret_cast<const QuadUnaligned*>(q + stride);
+      const Quad c = *reinterpret_cast<const QuadUnaligned*>(q + 2 * stride);
+      const Quad d = *reinterpret_cast<const QuadUnaligned*>(q + 3 * stride);
+      const Quad ab_low = JF_SHUFFLE(a, b, 0, 4, 1, 5);
+      const Quad ab_high = JF_SHUFFLE(a, b, 2, 6, 3, 7);
+      const Quad cd_low = JF_SHUFFLE(c, d, 0, 4, 1, 5);
+      const Quad cd_high = JF_SHUFFLE(c, d, 2, 6, 3, 7);
+      const auto put = [&](int64_t i, Quad v) {
+        *reinterpret_cast<QuadUnaligned*>(to + (p + i) * to_stride + j) = (QuadUnaligned)v;
+      };
+      put(0, JF_SHUFFLE(ab_low, cd_low, 0, 1, 4, 5));
+      put(1, JF_SHUFFLE(ab_low, cd_low, 2, 3, 6, 7));
+      put(2, JF_SHUFFLE(ab_high, cd_high, 0, 1, 4, 5));
+      put(3, JF_SHUFFLE(ab_high, cd_high, 2, 3, 6, 7));
+    }
+  }
+  for (int64_t p = 0; p < positions; ++p) {
+    for (int64_t j = quads; j < columns; ++j) to[p * to_stride + j] = from[j * stride + p];
+  }
 }
 
 inline int64_t chunk_channels(int64_t taps) { return taps > kFewTaps ? kLongChunk : kShortChunk; }

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jasper_fast import sync
-from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.layout import ntc, product, wide_dtype
 from jasper_fast.kernels.layout import rows as _rows
 from jasper_fast.ops.library import lib, without_autocast
 
@@ -34,19 +34,6 @@ lib.define(
     "Tensor pane_mean, Tensor pane_var, float eps, bool synced) "
     "-> (Tensor[], Tensor[], Tensor[], Tensor[], Tensor[], Tensor)"
 )
-
-
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of statistics and sums over the rows of `x`."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of two matrices of one dtype, summed and returned in `wide_dtype`."""
-    if a.is_cuda and a.dtype.itemsize == 2:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    wide = wide_dtype(a)
-    return a.to(wide) @ b.to(wide)
 
 
 def lower(s: Tensor) -> Tensor:

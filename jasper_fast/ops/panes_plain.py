@@ -1,10 +1,10 @@
 """Dense-residual panes (1x1 conv + batch norm) summed as PyTorch computes them: one GEMM and its statistics a pane.
 
-The plain form beside the Gram form of panes.py. A pane's output lives until it is added; backward makes it again, so
-that only the block outputs are kept, which have other readers anyway. With y = x W^T, yhat = (y - mean)*rstd and g the
-gradient at the sum, the same for every pane:
-    dgamma = sum g*yhat,   dbeta = sum g,   u = g - dbeta/M - yhat*dgamma/M,   a = gamma*rstd,
-    dW = diag(a) u^T x,   dx = u diag(a) W
+The plain form beside the Gram form of panes.py. A pane's output lives until it is added and backward makes it again, so
+that only the block outputs are kept, which have other readers anyway; but on a CPU, where a product costs more than
+memory, KEPT of them are kept. With y = x W^T, yhat = (y - mean)*rstd and g the gradient at the sum, the same
+for every pane:
+    dgamma = sum g*yhat,   dbeta = sum g,   dy = gamma*rstd*(g - dbeta/M - yhat*dgamma/M),   dW = dy^T x,   dx = dy W
 """
 
 from __future__ import annotations
@@ -15,70 +15,76 @@ from torch import Tensor
 
 from jasper_fast import sync
 from jasper_fast.backends import face as _face
-from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.layout import ntc, wide_dtype
 from jasper_fast.kernels.layout import rows as _rows
-from jasper_fast.ops.bn_relu_dropout import norm_face_of
+from jasper_fast.ops.bn_relu_dropout import check_lengths, norm_face_of
 from jasper_fast.ops.library import lib, without_autocast
-from jasper_fast.ops.panes import check_rows, product, unbiased, wide_dtype
+from jasper_fast.ops.panes import check_rows, unbiased
 
 lib.define(
-    "panes_plain(Tensor[] xs, Tensor[] weights, Tensor[] gammas, Tensor[] betas, float eps, str group, str face) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    "panes_plain(Tensor[] xs, Tensor[] weights, Tensor gamma, Tensor beta, Tensor? lengths, float eps, int keep, "
+    "str group, str face) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 lib.define(
-    "panes_plain_backward(Tensor g, Tensor[] xs, Tensor[] weights, Tensor[] gammas, Tensor pane_mean, Tensor pane_var, "
-    "Tensor rows, float eps, str group) -> (Tensor[], Tensor[], Tensor[], Tensor)"
+    "panes_plain_backward(Tensor g, Tensor[] xs, Tensor[] weights, Tensor gamma, Tensor? lengths, Tensor pane_mean, "
+    "Tensor pane_var, Tensor rows, Tensor kept, float eps, str group, str face) "
+    "-> (Tensor[], Tensor[], Tensor, Tensor)"
 )
 
+KEPT = 7  # pane outputs that a block keeps on a CPU: those of the newest inputs, which are the widest
 
-def _forward(xs, weights, gammas, betas, eps, group, face):
+
+def _impl_name(face: str, *tensors: Tensor) -> str:
+    """Which face of `panes` serves where batch norm runs on `face`: the CPU's C++ takes fp32 alone."""
+    return "cpu" if face == "cpu" and all(t.dtype == torch.float32 for t in tensors) else "reference"
+
+
+def _groups(panes, kept):
+    """Slices of the `panes` with a place for their outputs: one by one those not kept, at once those that are."""
+    passing = len(panes) - len(kept)
+    place = kept.new_empty((1, *kept.shape[1:])) if passing else kept
+    yield from ((slice(k, k + 1), place) for k in range(passing))
+    if len(kept):
+        yield slice(passing, None), kept
+
+
+def _forward(xs, weights, gamma, beta, lengths, eps, keep, group, face):
     n, _, t = xs[0].shape
-    bn, count = _face("bn_relu_dropout", face), n * t
-    wide = wide_dtype(xs[0])
-    out = torch.stack(betas).sum(0)  # of all rows with the first pane; wide: however many panes, one rounding
-    pane_mean, pane_var, total = [], [], out.new_empty(0)
-    for x, w, gamma in zip(xs, weights, gammas, strict=True):
-        y = _rows(ntc(x)) @ w.flatten(1).to(x.dtype).T
-        mean, m2 = (s.to(wide) for s in bn.stats(y.view(n, t, -1).transpose(1, 2)))
+    bn, impl = _face("bn_relu_dropout", face), _face("panes", _impl_name(face, *xs, *weights))
+    out = beta.sum(0)  # wide: however many panes, one rounding
+    kept, total = xs[0].new_empty((min(keep, len(xs)), n * t, len(out))), out.new_empty(0)
+    means, variances = [], []
+    for panes, ys in _groups(xs, kept):
+        impl.outputs(xs[panes], weights[panes], lengths, ys)
+        means_m2s = zip(*(bn.stats(y.view(n, t, -1).transpose(1, 2)) for y in ys), strict=True)
+        mean, m2 = (torch.cat(stats).to(out.dtype) for stats in means_m2s)
         if group:
-            mean, m2, total = sync.merge_stats(mean, m2, count, group)
-        var = m2 / (total if group else count)
-        scaled = (_centred(y, mean), gamma * (var + eps).rsqrt())
-        out = out.addcmul_(*scaled) if pane_mean else torch.addcmul(out, *scaled)
-        pane_mean.append(mean)
-        pane_var.append(var)
+            mean, m2, total = sync.merge_stats(mean, m2, n * t, group)
+        means.append(mean.view(len(ys), -1))
+        variances.append(m2.view(len(ys), -1) / (total if group else n * t))
+        out = impl.forward(ys, means[-1], gamma[panes] * (variances[-1] + eps).rsqrt(), out)
     out = out.to(xs[0].dtype).view(n, t, -1).transpose(1, 2)
-    return out, torch.stack(pane_mean), torch.stack(pane_var), total
+    return out, torch.cat(means), torch.cat(variances), total, kept
 
 
-def _centred(y, mean):
-    """y - mean in the dtype of `mean`, in place of `y` where that is y's."""
-    return y.sub_(mean) if y.dtype == mean.dtype else y - mean
-
-
-def _backward(g, xs, weights, gammas, pane_mean, pane_var, rows, eps, group):
-    n, _, t = g.shape
-    g = _rows(ntc(g))
-    wide, m = pane_mean.dtype, rows if group else n * t
-    dbeta = g.sum(0, dtype=wide)
-    centred = g - sync.all_reduce(dbeta.clone(), group) / m
-    dxs, dweights, dgammas = [], [], []
-    for k, (x, weight, gamma) in enumerate(zip(xs, weights, gammas, strict=True)):
-        x, w = _rows(ntc(x)), weight.flatten(1).to(x.dtype)
-        rstd = (pane_var[k] + eps).rsqrt()
-        y = _centred(x @ w.T, pane_mean[k])
-        dgamma = (g * y).sum(0).mul_(rstd)
-        slope = sync.all_reduce(dgamma.clone(), group).mul_(rstd) / m
-        u, a = torch.addcmul(centred, y, slope, value=-1, out=y), gamma * rstd
-        if x.dtype == wide:  # a scales the weight and its gradient, rather than every row of u
-            dx, dw = u @ (a[:, None] * weight.flatten(1)).to(x.dtype), a[:, None] * product(u.T, x)
-        else:  # g has 16 bits and u is near it: rounded before the scale, u would be g again, without what is taken off
-            u = torch.mul(u, a, out=u.new_empty(u.shape, dtype=x.dtype))
-            dx, dw = u @ w, product(u.T, x)
-        dxs.append(dx.view(n, t, -1).transpose(1, 2))
-        dweights.append(dw.to(weight.dtype).view(weight.shape))
+def _backward(g, xs, weights, gamma, lengths, pane_mean, pane_var, rows, kept, eps, group, face):
+    impl = _face("panes", _impl_name(face, g, *xs, *weights))
+    m, g = rows if group else g.shape[0] * g.shape[2], _rows(ntc(g))
+    dbeta = g.sum(0, dtype=pane_mean.dtype)
+    mean_g = sync.all_reduce(dbeta.clone(), group) / m
+    rstd = (pane_var + eps).rsqrt()
+    scale, dgammas, dxs, dweights = gamma * rstd, [], [], []
+    for panes, ys in _groups(xs, kept):
+        if ys is not kept:
+            impl.outputs(xs[panes], weights[panes], lengths, ys)
+        dgamma = impl.backward_reduce(g, ys, pane_mean[panes]) * rstd[panes]
+        slope = sync.all_reduce(dgamma.clone(), group) * rstd[panes] / m
+        vectors = pane_mean[panes], scale[panes], slope
+        dx, dw = impl.gradients(g, mean_g, ys, *vectors, xs[panes], weights[panes], lengths)
+        dxs += dx
+        dweights += dw
         dgammas.append(dgamma)
-    return dxs, dweights, dgammas, dbeta
+    return dxs, dweights, torch.cat(dgammas), dbeta
 
 
 lib.impl("panes_plain", without_autocast(_forward), "CompositeExplicitAutograd")
@@ -86,40 +92,38 @@ lib.impl("panes_plain_backward", without_autocast(_backward), "CompositeExplicit
 
 
 @torch.library.register_fake("jasper_fast::panes_plain", lib=lib)
-def _(xs, weights, gammas, betas, eps, group, face):
+def _(xs, weights, gamma, beta, lengths, eps, keep, group, face):
     n, _, t = xs[0].shape
-    c_out, wide = weights[0].shape[0], wide_dtype(xs[0])
-    stat = xs[0].new_empty((len(xs), c_out), dtype=wide)
+    c_out, stat = weights[0].shape[0], torch.empty_like(gamma)
     out = xs[0].new_empty((n, t, c_out)).transpose(1, 2)
-    return out, stat, torch.empty_like(stat), stat.new_empty(() if group else 0)
+    kept = xs[0].new_empty((min(keep, len(xs)), n * t, c_out))
+    return out, stat, torch.empty_like(stat), stat.new_empty(() if group else 0), kept
 
 
 @torch.library.register_fake("jasper_fast::panes_plain_backward", lib=lib)
-def _(g, xs, weights, gammas, pane_mean, pane_var, rows, eps, group):
+def _(g, xs, weights, gamma, lengths, pane_mean, pane_var, rows, kept, eps, group, face):
     n, _, t = g.shape
     dxs = [g.new_empty((n, t, x.shape[1])).transpose(1, 2) for x in xs]
-    like = [[torch.empty_like(v) for v in vs] for vs in (weights, gammas)]
-    return dxs, *like, pane_mean.new_empty(pane_mean.shape[1])
+    dweights = [w.new_empty(w.shape) for w in weights]
+    return dxs, dweights, torch.empty_like(pane_mean), pane_mean.new_empty(pane_mean.shape[1])
 
 
 def _save(ctx, inputs, output):
-    xs, weights, gammas, _, ctx.eps, ctx.group, _ = inputs
-    ctx.count = len(xs)
-    ctx.save_for_backward(*xs, *weights, *gammas, *output[1:])
+    xs, weights, gamma, _, lengths, ctx.eps, _, ctx.group, ctx.face = inputs
+    ctx.save_for_backward(*xs, *weights, gamma, lengths, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _grad(ctx, g, *_):
-    n = ctx.count
+    *lists, gamma, lengths, mean, var, rows, kept = ctx.saved_tensors
+    n = len(lists) // 2
     if g is None:
-        return *([None] * n for _ in range(4)), None, None, None
-    saved = list(ctx.saved_tensors)
-    lists = [saved[i * n : (i + 1) * n] for i in range(3)]
-    dxs, dweights, dgammas, dbeta = torch.ops.jasper_fast.panes_plain_backward(
-        g, *lists, *saved[-3:], ctx.eps, ctx.group
+        return [None] * n, [None] * n, *(None,) * 7
+    dxs, dweights, dgamma, dbeta = torch.ops.jasper_fast.panes_plain_backward(
+        g, lists[:n], lists[n:], gamma, lengths, mean, var, rows, kept, ctx.eps, ctx.group, ctx.face
     )
-    return dxs, dweights, dgammas, [dbeta.clone() for _ in range(n)], None, None, None
+    return dxs, dweights, dgamma, dbeta.repeat(n, 1), *(None,) * 5  # betas are optimised in place: none shares memory
 
 
 torch.library.register_autograd("jasper_fast::panes_plain", _grad, setup_context=_save, lib=lib)
@@ -131,6 +135,7 @@ def panes_plain(
     gammas: list[Tensor],
     betas: list[Tensor],
     *,
+    lengths: Tensor | None = None,
     eps: float = 1e-3,
     backend: str = "auto",
     group: dist.ProcessGroup | None = None,
@@ -138,12 +143,16 @@ def panes_plain(
     """Sum of the panes of a block in training, pane by pane: what `panes` gives, without Gram matrices.
 
     Returns (sum (N, C_out, T), means, unbiased variances (P, C_out)); `backend` takes the statistics, over the rows of
-    all ranks of `group` where there is one. Arguments, errors and equivalent as for `panes`.
+    all ranks of `group` where there is one. `lengths` (N,): the xs are zero at t >= lengths, kernels skip those frames,
+    and the gradient of the xs there may be anything. Other arguments, errors and equivalent as for `panes`.
     """
     wide, name = wide_dtype(xs[0]), sync.name(group)
     check_rows(xs[0], name)
-    out, mean, var, rows = torch.ops.jasper_fast.panes_plain(
-        list(xs), list(weights), [g.to(wide) for g in gammas], [b.to(wide) for b in betas], eps, name,
-        norm_face_of(xs[0], weights[0].shape[0], xs[0].shape[2], backend),
+    check_lengths(lengths, xs[0].shape[0])
+    face = norm_face_of(xs[0], weights[0].shape[0], xs[0].shape[2], backend)
+    keep = KEPT if _impl_name(face, *xs, *weights) == "cpu" and torch.is_grad_enabled() else 0
+    out, mean, var, rows, _ = torch.ops.jasper_fast.panes_plain(
+        list(xs), list(weights), torch.stack(gammas).to(wide), torch.stack(betas).to(wide), lengths, eps, keep, name,
+        face,
     )  # fmt: skip
     return out, mean, unbiased(var, xs[0], rows if name else None)

@@ -3,47 +3,14 @@
 
 #include "../conv1d_tile.h"
 
-#if defined(__clang__) || __GNUC__ >= 12
-#define JF_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-typedef int JfShuffle __attribute__((vector_size(16)));
-#define JF_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (JfShuffle{__VA_ARGS__}))
-#endif
-
 namespace jf {
 namespace JF_ISA {
 namespace {
 
-// to[p][j] = from[j * stride + p] for j < columns, and zeros up to kColumns; by 4 x 4 blocks in registers.
-void transpose(const float* from, int64_t stride, int64_t columns, int64_t positions, float* to) {
-  typedef float Quad __attribute__((vector_size(16)));
-  typedef float QuadUnaligned __attribute__((vector_size(16), aligned(4), may_alias));
-  const int64_t quads = positions >= 4 ? columns / 4 * 4 : 0;
-  for (int64_t j = 0; j < quads; j += 4) {
-    for (int64_t at = 0; at < positions; at += 4) {
-      const int64_t p = std::min(at, positions - 4);  // the last block overlaps the one before
-      const float* q = from + j * stride + p;
-      const Quad a = *reinterpret_cast<const QuadUnaligned*>(q);
-      const Quad b = *reinterpret_cast<const QuadUnaligned*>(q + stride);
-      const Quad c = *reinterpret_cast<const QuadUnaligned*>(q + 2 * stride);
-      const Quad d = *reinterpret_cast<const QuadUnaligned*>(q + 3 * stride);
-      const Quad ab_low = JF_SHUFFLE(a, b, 0, 4, 1, 5);
-      const Quad ab_high = JF_SHUFFLE(a, b, 2, 6, 3, 7);
-      const Quad cd_low = JF_SHUFFLE(c, d, 0, 4, 1, 5);
-      const Quad cd_high = JF_SHUFFLE(c, d, 2, 6, 3, 7);
-      const auto put = [&](int64_t i, Quad v) {
-        *reinterpret_cast<QuadUnaligned*>(to + (p + i) * kColumns + j) = (QuadUnaligned)v;
-      };
-      put(0, JF_SHUFFLE(ab_low, cd_low, 0, 1, 4, 5));
-      put(1, JF_SHUFFLE(ab_low, cd_low, 2, 3, 6, 7));
-      put(2, JF_SHUFFLE(ab_high, cd_high, 0, 1, 4, 5));
-      put(3, JF_SHUFFLE(ab_high, cd_high, 2, 3, 6, 7));
-    }
-  }
-  for (int64_t p = 0; p < positions; ++p) {
-    for (int64_t j = quads; j < columns; ++j) to[p * kColumns + j] = from[j * stride + p];
-    for (int64_t j = columns; j < kColumns; ++j) to[p * kColumns + j] = 0.0f;
-  }
+// to[p][j] = from[j * stride + p] for j < columns, and zeros up to kColumns.
+void transpose_padded(const float* from, int64_t stride, int64_t columns, int64_t positions, float* to) {
+  transpose(from, stride, columns, positions, to, kColumns);
+  for (int64_t p = 0; p < positions; ++p) std::fill(to + p * kColumns + columns, to + (p + 1) * kColumns, 0.0f);
 }
 
 // Filters of all products, one row a tap, `stride` apart from `to` on; returns where the next would go.
@@ -103,11 +70,18 @@ void conv1d_pack_block(const ConvPack& args, int64_t block) {
     const int64_t depth = std::min(step, units - at), c = at * per;
     float* panel = args.packed + (block * units + at) * all_taps * kColumns;
     if (taps == 1 && !args.transposed && !args.bf16) {
-      transpose(base + c, stride_out, columns, depth, panel);
+      transpose_padded(base + c, stride_out, columns, depth, panel);
+      continue;
+    }
+    if (taps == 1 && args.transposed && !args.bf16) {  // rows as they lie
+      for (int64_t i = 0; i < depth; ++i) {
+        copy_row(panel + i * kColumns, base + (c + i) * stride_in, columns);
+        std::fill(panel + i * kColumns + columns, panel + (i + 1) * kColumns, 0.0f);
+      }
       continue;
     }
     for (int64_t i = 0; i < std::min(depth * per, inputs - c); ++i) {
-      transpose(base + (c + i) * stride_in, stride_out, columns, taps, filter);
+      transpose_padded(base + (c + i) * stride_in, stride_out, columns, taps, filter);
       if (args.transposed) {
         for (int64_t k = 0; k < taps / 2; ++k) {
           std::swap_ranges(filter + k * kColumns, filter + (k + 1) * kColumns, filter + (taps - 1 - k) * kColumns);

@@ -175,6 +175,11 @@ struct WeightGrad {
         take_filters(args.fir_level, from, taps, spare, whole, step);
         from = whole;
       }
+      if (taps == 1) {
+        float* const to = args.dw + block * kColumns * args.x.channels + c_begin + tile_begin(i);
+        transpose(from, kColumns, height, columns, to, args.x.channels);
+        continue;
+      }
       for (int64_t j = 0; j < columns; ++j) {
         float* to = args.dw + ((block * kColumns + j) * args.x.channels + c_begin + tile_begin(i)) * taps;
         for (int64_t m = 0; m < height; ++m) {

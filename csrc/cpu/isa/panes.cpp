@@ -1,0 +1,97 @@
+// Batch norm of the outputs y of a block's panes and their sum, and the way back, on rows of C channels in fp32.
+//
+//   forward  reads y of each pane, start    writes start + sum (y - mean)*scale
+//   reduce   reads y of each pane, g        sum g*(y - mean), a pane
+//   apply    reads y of one pane, g         writes scale*(g - mean_g - (y - mean)*slope)
+#include "../panes.h"
+
+#include "../vec.h"
+
+namespace jf {
+namespace JF_ISA {
+namespace {
+
+constexpr int kRows = 4;                  // rows that share the loads of a channel's vectors
+constexpr int64_t kBlockElements = 4096;  // of y, so that a block of it and of g fit L1
+
+// Calls column(c, lanes, full) for each W channels; full is a compile-time flag.
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+template <class Column>
+JF_INLINE void for_columns(int64_t channels, Column column) {
+  int64_t c = 0;
+  for (; c + W <= channels; c += W) column(c, W, Flag<true>{});
+  if (c < channels) column(c, (int)(channels - c), Flag<false>{});
+}
+
+template <int ROWS>
+JF_INLINE void forward(const PanesArgs& a, int64_t row) {
+  for_columns(a.c, [&](int64_t c, int n, auto full) {
+    constexpr bool kFull = decltype(full)::value;
+    F sum[ROWS];
+    for (int r = 0; r < ROWS; ++r) sum[r] = load_part<kFull>(a.start + (row + r) * a.start_stride + c, n);
+    for (int64_t p = 0; p < a.panes; ++p) {
+      const F mean = load_part<kFull>(a.mean + p * a.c + c, n), scale = load_part<kFull>(a.scale + p * a.c + c, n);
+      const float* y = a.y + (p * a.rows + row) * a.c + c;
+      for (int r = 0; r < ROWS; ++r) sum[r] += (load_part<kFull>(y + r * a.c, n) - mean) * scale;
+    }
+    for (int r = 0; r < ROWS; ++r) store_part<kFull>(a.out + (row + r) * a.c + c, sum[r], n);
+  });
+}
+
+template <int ROWS>
+JF_INLINE void apply(const PanesArgs& a, int64_t row) {
+  for_columns(a.c, [&](int64_t c, int n, auto full) {
+    constexpr bool kFull = decltype(full)::value;
+    const F mean = load_part<kFull>(a.mean + c, n), mean_g = load_part<kFull>(a.mean_g + c, n);
+    const F scale = load_part<kFull>(a.scale + c, n), slope = load_part<kFull>(a.slope + c, n);
+    for (int r = 0; r < ROWS; ++r) {
+      const int64_t i = (row + r) * a.c + c;
+      const F centred = load_part<kFull>(a.g + i, n) - mean_g;
+      store_part<kFull>(a.out + i, (centred - (load_part<kFull>(a.y + i, n) - mean) * slope) * scale, n);
+    }
+  });
+}
+
+}  // namespace
+
+void panes_forward_rows(const PanesArgs& a, int64_t row, int64_t end) {
+  for (; row + kRows <= end; row += kRows) forward<kRows>(a, row);
+  for (; row < end; ++row) forward<1>(a, row);
+}
+
+void panes_apply_rows(const PanesArgs& a, int64_t row, int64_t end) {
+  for (; row + kRows <= end; row += kRows) apply<kRows>(a, row);
+  for (; row < end; ++row) apply<1>(a, row);
+}
+
+// partial: (panes, padded) sums in fp64, as their terms cancel; padded: whole cache lines.
+void panes_reduce_rows(const PanesArgs& a, int64_t row, int64_t end, double* partial) {
+  const int64_t padded = (a.c + 15) / 16 * 16, step = max64(1, kBlockElements / a.c);
+  std::memset(partial, 0, a.panes * padded * sizeof(double));
+  for (; row < end; row += step) {
+    const int64_t rows = min64(step, end - row);
+    for (int64_t p = 0; p < a.panes; ++p) {
+      const float *y = a.y + (p * a.rows + row) * a.c, *g = a.g + row * a.c;
+      for_columns(a.c, [&](int64_t c, int n, auto full) {
+        constexpr bool kFull = decltype(full)::value;
+        const F mean = load_part<kFull>(a.mean + p * a.c + c, n);
+        const D mean_lower = lower(mean), mean_upper = upper(mean);
+        double* const sums = partial + p * padded + c;
+        D sum_lower = load_raw<D>(sums), sum_upper = load_raw<D>(sums + WD);
+        for (int64_t r = 0; r < rows; ++r) {
+          const F of_y = load_part<kFull>(y + r * a.c + c, n), of_g = load_part<kFull>(g + r * a.c + c, n);
+          sum_lower += lower(of_g) * (lower(of_y) - mean_lower);
+          sum_upper += upper(of_g) * (upper(of_y) - mean_upper);
+        }
+        std::memcpy(sums, &sum_lower, sizeof(D));
+        std::memcpy(sums + WD, &sum_upper, sizeof(D));
+      });
+    }
+  }
+}
+
+}  // namespace JF_ISA
+}  // namespace jf

@@ -1,0 +1,54 @@
+"""The CPU face: C++ kernels (csrc/cpu), fp32, vectorised at run time and threaded; padding is not multiplied.
+
+Results are the same bits whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jasper_fast.kernels import native
+from jasper_fast.kernels.layout import ntc
+
+
+def outputs(xs: list[Tensor], weights: list[Tensor], lengths: Tensor | None, y: Tensor) -> None:
+    """Fills `y` (P, N*T, C) with x W^T of each pane."""
+    native.cpu().panes_outputs(*_operands(xs, weights), lengths, y)
+
+
+def forward(y: Tensor, mean: Tensor, scale: Tensor, start: Tensor) -> Tensor:
+    """`start` (N*T, C) or (C,) + sum over panes of (y - mean)*scale, (N*T, C); a matrix may be written over."""
+    out = y.new_empty(y.shape[1:]) if start.dim() == 1 else start
+    native.cpu().panes_forward(y, mean, scale, start, out)
+    return out
+
+
+def backward_reduce(g: Tensor, y: Tensor, mean: Tensor) -> Tensor:
+    """sum over rows of g*(y - mean), (P, C)."""
+    sums = torch.empty_like(mean)
+    native.cpu().panes_reduce(g, y, mean, sums)
+    return sums
+
+
+def gradients(
+    g: Tensor,
+    mean_g: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    slope: Tensor,
+    xs: list[Tensor],
+    weights: list[Tensor],
+    lengths: Tensor | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(dx, dW) of each pane; dx has any values at t >= `lengths`, dW the dtype of the weight."""
+    operands = _operands(xs, weights)
+    dxs, dweights = ([torch.empty_like(t) for t in tensors] for tensors in operands)
+    native.cpu().panes_gradients(g, mean_g, y, mean, scale, slope, *operands, lengths, dxs, dweights)
+    return [dx.transpose(1, 2) for dx in dxs], dweights
+
+
+def _operands(xs: list[Tensor], weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The xs as (N, T, C) and the weights, as the kernels read them."""
+    return [ntc(x).transpose(1, 2) for x in xs], [w.contiguous() for w in weights]

@@ -1,0 +1,48 @@
+"""The definition in plain PyTorch: any device, any floating dtype; products are ATen's, over padding too."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jasper_fast.kernels.layout import ntc, product, rows
+
+
+def outputs(xs: list[Tensor], weights: list[Tensor], lengths: Tensor | None, y: Tensor) -> None:
+    """Fills `y` (P, N*T, C) with x W^T of each pane."""
+    for x, weight, out in zip(xs, weights, y, strict=True):
+        torch.mm(rows(ntc(x)), weight.flatten(1).to(x.dtype).T, out=out)
+
+
+def forward(y: Tensor, mean: Tensor, scale: Tensor, start: Tensor) -> Tensor:
+    """`start` (N*T, C) or (C,) + sum over panes of (y - mean)*scale, (N*T, C); a matrix may be written over."""
+    out = start
+    for of, m, s in zip(y, mean, scale, strict=True):
+        out = torch.addcmul(out, of - m, s)
+    return out
+
+
+def backward_reduce(g: Tensor, y: Tensor, mean: Tensor) -> Tensor:
+    """sum over rows of g*(y - mean), (P, C)."""
+    return torch.stack([(g * (of - m)).sum(0) for of, m in zip(y, mean, strict=True)])
+
+
+def gradients(
+    g: Tensor,
+    mean_g: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    slope: Tensor,
+    xs: list[Tensor],
+    weights: list[Tensor],
+    lengths: Tensor | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(dx, dW) of each pane; dx has any values at t >= `lengths`, dW the dtype of the weight."""
+    centred, dxs, dweights = g - mean_g, [], []
+    for x, weight, of, m, a, s in zip(xs, weights, y, mean, scale, slope, strict=True):
+        # rounded to 16 bits after the scale: before it that would give g back, without what is taken off
+        dy = torch.mul(torch.addcmul(centred, of - m, s, value=-1), a, out=torch.empty_like(g))
+        dxs.append((dy @ weight.flatten(1).to(dy.dtype)).view(*x.transpose(1, 2).shape).transpose(1, 2))
+        dweights.append(product(dy.T, rows(ntc(x))).view(weight.shape).to(weight.dtype))
+    return dxs, dweights
