@@ -89,6 +89,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--amp", choices=tuple(AMP_DTYPES), default="off", help="mixed precision; fp16 scales the loss")
     g.add_argument("--seed", type=int, default=42, help="of weights, order, augmentation, dropout (42)")
     g.add_argument("--deterministic", action="store_true", help="bit-equal repeats on a GPU too, slower")
+    g.add_argument("--cudnn-benchmark", action="store_true", help="cuDNN times its algorithms for each new batch shape")
     g = parser.add_argument_group("output")
     g.add_argument("--output-dir", required=True, metavar="DIR", help="for logs and checkpoints")
     g.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint, if there is one")
@@ -105,6 +106,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("epochs", "steps", "grad_accumulation", "log_every", "val_every", "save_every", "keep"):
         if (getattr(args, name) or 1) < 1 or getattr(args, name) == 0:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.deterministic and args.cudnn_benchmark:
+        parser.error("--cudnn-benchmark lets the clock choose algorithms, which --deterministic forbids: drop either")
     return args
 
 
@@ -115,6 +118,7 @@ def main(args: argparse.Namespace, stop: StopRequest) -> None:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = args.cudnn_benchmark
     seed_everything(args.seed)
 
     # Data

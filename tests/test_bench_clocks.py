@@ -226,3 +226,12 @@ def test_a_cupy_that_is_absent_or_broken_says_so(monkeypatch):
 
     cupy(monkeypatch, broken)
     assert limits.cupy_launch(CPU) == ({}, "failed: RuntimeError: CUDA driver version is insufficient")
+
+
+@pytest.mark.parametrize("checkout", ["0123456789", None])
+def test_a_copy_without_git_is_told_its_commit(checkout, monkeypatch):
+    monkeypatch.setattr(machine, "_git", lambda *args: checkout)
+    monkeypatch.delenv("JASPER_FAST_COMMIT", raising=False)
+    assert machine.commit() == checkout
+    monkeypatch.setenv("JASPER_FAST_COMMIT", "fedcba9876")
+    assert machine.commit() == (checkout or "fedcba9876")

@@ -19,7 +19,7 @@ from speech import CONFIG, train_arguments, write_corpus
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jasper_fast import checkpoint, data, ops
-from jasper_fast.config import JasperConfig
+from jasper_fast.config import ConfigError, JasperConfig
 from jasper_fast.eager import EagerJasper, out_lengths
 from jasper_fast.ema import EMA
 from jasper_fast.features import LogMelFeatures
@@ -336,6 +336,23 @@ def run_train(monkeypatch, capsys):
         return capsys.readouterr().err
 
     return run
+
+
+NOTHING = dict.fromkeys(("config", "train", "val"), Path("none.yaml"))
+
+
+@pytest.mark.parametrize("asked", [True, None])
+def test_cudnn_chooses_by_the_clock_where_it_is_asked_to(asked, run_train, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not asked)
+    with pytest.raises(ConfigError, match=r"none\.yaml"):
+        run_train(train_arguments(NOTHING, tmp_path, cudnn_benchmark=asked))
+    assert torch.backends.cudnn.benchmark == bool(asked)
+
+
+def test_the_clock_and_bit_equal_repeats_do_not_go_together(run_train, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_train(train_arguments(NOTHING, tmp_path, cudnn_benchmark=True, deterministic=True))
+    assert "drop either" in capsys.readouterr().err
 
 
 def test_training_from_manifest_to_checkpoint(run_train, paths, tmp_path):
