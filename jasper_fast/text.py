@@ -7,7 +7,6 @@ import string
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-
 LABELS = [" ", *string.ascii_lowercase, "'"]  # the reference's alphabet; the blank comes after it
 
 
