@@ -30,6 +30,14 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def matmul(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """a @ b of two matrices in their dtype; in fp16 on a CPU through fp32, where ATen is 5 to 30 times faster."""
+    if a.dtype != torch.float16 or a.device.type != "cpu":
+        return torch.mm(a, b, out=out)
+    wide = product(a, b)
+    return wide.to(a.dtype) if out is None else out.copy_(wide)
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of two matrices of one dtype, summed and returned in `wide_dtype`."""
     if a.is_cuda and a.dtype.itemsize == 2:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jasper_fast.kernels.layout import ntc, product, rows
+from jasper_fast.kernels.layout import matmul, ntc, product, rows
 
 
 def outputs(xs: list[Tensor], weights: list[Tensor], lengths: Tensor | None, y: Tensor) -> None:
     """Fills `y` (P, N*T, C) with x W^T of each pane."""
     for x, weight, out in zip(xs, weights, y, strict=True):
-        torch.mm(rows(ntc(x)), weight.flatten(1).to(x.dtype).T, out=out)
+        matmul(rows(ntc(x)), weight.flatten(1).to(x.dtype).T, out=out)
 
 
 def forward(y: Tensor, mean: Tensor, scale: Tensor, start: Tensor) -> Tensor:
@@ -43,6 +43,6 @@ def gradients(
     for x, weight, of, m, a, s in zip(xs, weights, y, mean, scale, slope, strict=True):
         # rounded to 16 bits after the scale: before it that would give g back, without what is taken off
         dy = torch.mul(torch.addcmul(centred, of - m, s, value=-1), a, out=torch.empty_like(g))
-        dxs.append((dy @ weight.flatten(1).to(dy.dtype)).view(*x.transpose(1, 2).shape).transpose(1, 2))
+        dxs.append(matmul(dy, weight.flatten(1).to(dy.dtype)).view(*x.transpose(1, 2).shape).transpose(1, 2))
         dweights.append(product(dy.T, rows(ntc(x))).view(weight.shape).to(weight.dtype))
     return dxs, dweights
