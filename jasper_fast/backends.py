@@ -166,7 +166,7 @@ def conv_face(
 ) -> str:
     """The face that runs a conv in `dtype` on `device`: ours where it has the dtype and the gradients, else "aten".
 
-    The CPU kernels compute in fp32: 16 bits go to ATen where the CPU has instructions for them, which ATen uses.
+    The CPU kernels take 16 bits too, except where the CPU has AMX for them: ATen's convs use it, ours do not.
     strided_dx: the gradient of x at a stride is asked for, which only ATen has. On a GPU "auto" stays with cuDNN, in
     channels-last memory, unless the GPU's table has `shape` (c_in, c_out, taps, stride, dilation) and says that the
     `calls` together are faster in Triton at 2**rows_log2 rows (None: the most measured), and the verdict on it is good.
@@ -181,7 +181,7 @@ def _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> s
     if strided_dx:
         return "aten"
     if face == "cpu":
-        return "aten" if dtype == torch.float64 or _has_amx(dtype) or _has_avx512(dtype) else "cpu"
+        return "aten" if dtype == torch.float64 or _has_amx(dtype) else "cpu"
     if face != "triton" or dtype == torch.float64:
         return "aten"
     if backend == "auto":
@@ -198,13 +198,10 @@ def _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> s
 def fused_face(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The face that serves a whole network at inference in `dtype`: "triton", "cpu" or "aten".
 
-    The CPU kernels take 16 bits too, except where the CPU has AMX for them: ATen's convs use it, ours do not.
     On a GPU "auto" takes Triton where the GPU's table says that its sub-blocks are the faster ones in all, and the
     verdict on them is good.
     """
     device = torch.device(device)
-    if resolve(backend, device) == "cpu":
-        return "aten" if dtype == torch.float64 or _has_amx(dtype) else "cpu"
     if backend != "auto" or device.type != "cuda" or resolve(backend, device) != "triton":
         return conv_face(backend, device, dtype)
     if tables.fastest_overall("conv1d.fused", device, dtype) != "triton":
@@ -237,11 +234,6 @@ def _has_amx(dtype: torch.dtype) -> bool:
     """Whether this CPU's matrix unit takes `dtype`."""
     known = {torch.bfloat16: torch.cpu._is_amx_tile_supported, torch.float16: torch.cpu._is_amx_fp16_supported}
     return dtype in known and known[dtype]()
-
-
-def _has_avx512(dtype: torch.dtype) -> bool:
-    """Whether this CPU's vector unit multiplies 16-bit `dtype` in pairs."""
-    return dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
 
 
 # what "auto" does about a verdict that is not good

@@ -210,7 +210,7 @@ void conv1d_fwd(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t ta
 }
 
 void conv1d_wgrad(const Tensor& x, const Tensor& dy, const std::optional<Tensor>& in_lengths, int64_t stride,
-                  int64_t dilation, int64_t padding, int64_t fir_level, Tensor dw) {
+                  int64_t dilation, int64_t padding, int64_t fir_level, bool bf16, Tensor dw) {
   ConvWeightGrad args;
   args.x = rows_of(x, "x");
   args.dy = rows_of(dy, "dy");
@@ -228,6 +228,9 @@ void conv1d_wgrad(const Tensor& x, const Tensor& dy, const std::optional<Tensor>
   check_geometry(args.t_in, args.t_out, args.taps, stride, dilation, padding);
   args.in_lengths = lengths_of(in_lengths, "in_lengths", args.n, args.t_in);
   args.fir_level = checked_level(fir_level, args.taps, stride);
+  args.bf16 = bf16;
+  STD_TORCH_CHECK(!bf16 || (fir_level == 0 && conv1d_has_bf16()), "conv1d: products in bfloat16 need fir_level 0 and ",
+                  "an instruction set that has them (see jasper_fast_cpu::isa)");
 
   const int64_t channels = args.x.channels, blocks = div_up(args.dy.channels, JF_DISPATCH(conv1d_columns)());
   const int64_t ranges = div_up(channels, JF_DISPATCH(conv1d_wgrad_channels)(args.taps));
@@ -250,7 +253,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jasper_fast_cpu, m) {
       "-> ()");
   m.def(
       "conv1d_wgrad(Tensor x, Tensor dy, Tensor? in_lengths, int stride, int dilation, int padding, int fir_level, "
-      "Tensor(a!) dw) -> ()");
+      "bool bf16, Tensor(a!) dw) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(jasper_fast_cpu, CompositeExplicitAutograd, m) {

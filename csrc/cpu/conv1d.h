@@ -49,6 +49,7 @@ struct ConvWeightGrad {
   int64_t n = 0, t_in = 0, t_out = 0;
   int64_t taps = 1, stride = 1, dilation = 1, padding = 0;
   int64_t fir_level = 0;
+  bool bf16 = false;  // products of x and dy as rounded to bf16
 };
 
 struct ConvPack {

@@ -10,6 +10,9 @@
 #include <utility>
 #include <vector>
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // as in vec.h
+#endif
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -88,6 +91,12 @@ struct Bf16 {
     alignas(64) float units[kVector];
     put_units(units, load_some(from + i, channels - i), load_some(from + i + kVector, channels - i - kVector));
     std::memcpy(to + i / 2, units, (channels - i + 1) / 2 * sizeof(float));
+  }
+
+  // Units whose lower halves are `low`.
+  static Vec pair(Vec low, Vec high) {
+    const __m512i upper = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high));
+    return (Vec)(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low)) | _mm512_slli_epi32(upper, 16));
   }
 
  private:

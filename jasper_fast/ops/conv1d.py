@@ -149,7 +149,7 @@ def conv1d(
     (fp64 for fp64) over all N*T' rows, without gradient, as `bn_relu_dropout` and `sub_block` take them. `packed`:
     `weight` packed by the Triton face in the dtype of `x`, where a module keeps that. The native CPU kernel and
     Triton's take fp32, fp16 and bf16, both at stride 1 (or without a gradient of `x`); every other case, and 16 bits on
-    a CPU that has instructions for them, runs ATen's conv2d on the channels-last view of the same memory.
+    a CPU that has AMX for them, runs ATen's conv2d on the channels-last view of the same memory.
 
     Raises ValueError for shapes that do not fit. Equivalent to `F.conv1d(x, weight, None, stride, padding, dilation)`,
     and `bn_stats` of it; the mask is that of the reference's `MaskedConv1d` (jasper/model.py), applied beforehand.

@@ -3,7 +3,8 @@
 //   dw[co, c, k] = sum_n sum_t x[n, t*s + k*d - p, c] * dy[n, t, co]
 //
 // A task owns a block of co and some channels of x and walks all items in order. Segments of rows of x and dy are
-// packed so that all taps read them from L1; only rows whose shifted x exists take part.
+// packed so that all taps read them from L1; only rows whose shifted x exists take part. In bf16 two rows of dy are one
+// step: a row of x is packed with the row `stride` after it, so that pairs of any shift are there.
 
 #include "../conv1d_fir.h"
 #include "../conv1d_tile.h"
@@ -74,7 +75,8 @@ struct WeightGrad {
     for (int64_t j = columns; j < kColumns; ++j) to[j] = 0.0f;
   }
 
-  // `depth` rows of x (step a_step) times rows of dy, added to the sums.
+  // `depth` rows of x (step a_step) times rows of dy, or pairs of rows, added to the sums.
+  template <class OP>
   void multiply(int64_t i, int64_t slot, const float* a, int64_t a_step, const float* b, int64_t depth) const {
     static constexpr int64_t no_offset = 0;
     Tile g;
@@ -87,7 +89,7 @@ struct WeightGrad {
     g.y_stride = kColumns;
     g.rows[0] = tile_height(i);
     g.accumulate = true;
-    pick<Fp32, 1>(tile_height(i), std::make_integer_sequence<int, kRows>{})(g);
+    pick<OP, 1>(tile_height(i), std::make_integer_sequence<int, kRows>{})(g);
   }
 
   void add_direct(int64_t n, int64_t length, int64_t t0, int64_t t1) const {
@@ -109,11 +111,47 @@ struct WeightGrad {
         const int64_t to = length > shift ? (length - 1 - shift) / stride + 1 : 0;
         const int64_t begin = std::max(t0, from), end = std::min(t1, to);
         if (begin >= end) continue;
-        multiply(i, k, x + (begin * stride + shift - x_begin) * x_stride, stride * x_stride,
-                 dy_rows + (begin - t0) * kColumns, end - begin);
+        multiply<Fp32>(i, k, x + (begin * stride + shift - x_begin) * x_stride, stride * x_stride,
+                       dy_rows + (begin - t0) * kColumns, end - begin);
       }
     }
   }
+
+#if defined(__AVX512BF16__)
+  void add_bf16(int64_t n, int64_t length, int64_t t0, int64_t t1) const {
+    const int64_t stride = args.stride, rows = t1 - t0, pairs = (rows + 1) / 2;
+    for (int64_t j = 0; j < pairs; ++j) {
+      const float *low = dy_at(n, t0 + 2 * j), *high = 2 * j + 1 < rows ? dy_at(n, t0 + 2 * j + 1) : nullptr;
+      for (int64_t at = 0; at < kColumns; at += kVector) {
+        const Vec upper = high == nullptr ? Vec{} : load_some(high + at, columns - at);
+        store(dy_rows + j * kColumns + at, Bf16::pair(load_some(low + at, columns - at), upper));
+      }
+    }
+    const int64_t first = t0 * stride - args.padding;  // the row of x that the window begins with
+    const int64_t window = (2 * pairs - 2) * stride + (args.taps - 1) * args.dilation + 1;
+    for (int64_t i = 0; i < tiles; ++i) {
+      const Source x{args.x.data + n * args.x.stride_n + c_begin + tile_begin(i), args.x.stride_t, length};
+      const auto values = [&](int64_t r, int64_t at) {
+        const float* row = x.row(first + r);
+        return row == nullptr ? Vec{} : load_some(row + at, copied(i) - at);
+      };
+      for (int64_t r = 0; r < window; ++r) {
+        for (int64_t at = 0; at < kGradStride; at += kVector) {
+          store(x_rows + r * kGradStride + at, Bf16::pair(values(r, at), values(r + stride, at)));
+        }
+      }
+      for (int64_t k = 0; k < args.taps; ++k) {
+        const int64_t shift = k * args.dilation - args.padding;
+        const int64_t from = shift < 0 ? (-shift + stride - 1) / stride : 0;
+        const int64_t to = length > shift ? (length - 1 - shift) / stride + 1 : 0;
+        const int64_t begin = (std::max(t0, from) - t0) / 2, end = (std::min(t1, to) - t0 + 1) / 2;
+        if (begin >= end) continue;
+        multiply<Bf16>(i, k, x_rows + (2 * begin * stride + k * args.dilation) * kGradStride, 2 * stride * kGradStride,
+                       dy_rows + begin * kColumns, end - begin);
+      }
+    }
+  }
+#endif
 
   // Each product's filter gradient is its inputs times its share of dy, over every 2^LEVEL-th row.
   template <int LEVEL>
@@ -158,7 +196,7 @@ struct WeightGrad {
         int64_t slot = 0;
         for (size_t p = 0; p < products.size(); ++p) {
           for (int64_t k = 0; k < products[p].taps; ++k, ++slot) {
-            multiply(i, slot, x_rows + p * window_size + k * kGradStride, kGradStride, dy_rows + p * dy_size, steps);
+            multiply<Fp32>(i, slot, x_rows + p * window_size + k * kGradStride, kGradStride, dy_rows + p * dy_size, steps);
           }
         }
       }
@@ -205,6 +243,12 @@ void conv1d_wgrad_task(const ConvWeightGrad& args, int64_t block, int64_t c_begi
     conv1d_live_rows(length, args.t_out, args.taps, args.stride, args.dilation, args.padding, begin, end);
     for (int64_t t = begin; t < end; t += task.segment) {
       const int64_t to = std::min(t + task.segment, end);
+#if defined(__AVX512BF16__)
+      if (args.bf16) {
+        task.add_bf16(n, length, t, to);
+        continue;
+      }
+#endif
       if (args.fir_level == 0) {
         task.add_direct(n, length, t, to);
       } else if (args.fir_level == 1) {
