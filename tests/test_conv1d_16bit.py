@@ -56,8 +56,10 @@ def test_exact_products_of_rounded_operands(shape, relu, cpu) -> None:
         reference.fused(x.to(BF16).to(d), weight.to(BF16).to(d), **options) for d in (torch.float32, torch.float64)
     )
     x[torch.arange(t) >= lengths[:, None]] = float("nan")
-    got = cpu.fused(x, cpu.pack(weight, dtype=BF16), out=torch.full(ref.shape, float("nan")), **options)
+    packed = cpu.pack(weight, dtype=BF16)
+    got = cpu.fused(x, packed, out=torch.full(ref.shape, float("nan")), **options)
     assert_close("y", got, low, ref)
+    assert torch.equal(cpu.fused(x.to(BF16), packed, **options), got)
 
 
 def test_panes_and_history_slices(cpu) -> None:
@@ -78,6 +80,10 @@ def test_panes_and_history_slices(cpu) -> None:
     cpu.fused(x, packed, x2=x2, packed2=packed2, out=out, **options)
     assert_close("y", out.clone(), low, ref)
     assert torch.equal(history[:, :, :c2], before[:, :, :c2])
+    got = out.clone()
+    history = history.to(BF16)  # at an odd channel, so that its pairs begin between words
+    cpu.fused(history[:, :, 7 : 7 + c_in], packed, x2=history[:, :, :c2], packed2=packed2, out=out, **options)
+    assert torch.equal(out, got)
 
 
 def test_the_transposed_pack_gives_the_gradient_of_x(cpu) -> None:
@@ -122,6 +128,8 @@ def test_wrong_packs_are_named(cpu) -> None:
     packed, other = cpu.pack(weight, dtype=BF16), cpu.pack(torch.randn(33, 4, 1))
     with pytest.raises(RuntimeError, match="packed2 must have packed's dtype"):
         cpu.fused(torch.zeros(2, 50, 24), packed, padding=5, x2=torch.zeros(2, 50, 4), packed2=other)
+    with pytest.raises(RuntimeError, match="x must be a float32"):
+        cpu.fused(torch.zeros(2, 50, 24, dtype=BF16), cpu.pack(weight), padding=5)
     with pytest.raises(RuntimeError, match="elements"):
         cpu.fused(torch.zeros(2, 50, 27), packed, padding=5)
 

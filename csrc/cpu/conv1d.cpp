@@ -32,12 +32,15 @@ void check_fp32(const Tensor& t, const char* name) {
                   " must be a float32 tensor on the CPU; convert it with .float().cpu()");
 }
 
-ConvRows rows_of(const Tensor& t, const char* name) {
-  check_fp32(t, name);
+bool is_bf16(const Tensor& t) { return t.scalar_type() == torch::headeronly::ScalarType::BFloat16; }
+
+// `bf16`: it may be that as well.
+ConvRows rows_of(const Tensor& t, const char* name, bool bf16 = false) {
+  if (!bf16 || !t.is_cpu() || !is_bf16(t)) check_fp32(t, name);
   STD_TORCH_CHECK(t.dim() == 3, "conv1d: ", name, " must be (N, T, C), got ", t.dim(), " dimensions");
   STD_TORCH_CHECK(t.size(2) <= 1 || t.stride(2) == 1, "conv1d: ", name,
                   " must have unit channel stride, got ", t.stride(2), "; pass layout.ntc(x).transpose(1, 2)");
-  return {static_cast<const float*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.size(2)};
+  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.size(2), is_bf16(t)};
 }
 
 const float* contiguous_fp32(const Tensor& t, const char* name) {
@@ -45,8 +48,6 @@ const float* contiguous_fp32(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_contiguous(), "conv1d: ", name, " must be contiguous; call .contiguous()");
   return static_cast<const float*>(t.const_data_ptr());
 }
-
-bool is_bf16(const Tensor& t) { return t.scalar_type() == torch::headeronly::ScalarType::BFloat16; }
 
 // Packed weights, fp32 or pairs of bf16.
 const float* contiguous_packed(const Tensor& t, const char* name) {
@@ -151,13 +152,14 @@ void conv1d_fwd(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t ta
                 const std::optional<Tensor>& bias, bool relu, const std::optional<Tensor>& out_lengths,
                 const std::optional<Tensor>& x2, const std::optional<Tensor>& packed2, Tensor y) {
   ConvForward args;
-  args.x = rows_of(x, "x");
+  args.bf16 = is_bf16(packed);
+  args.x = rows_of(x, "x", args.bf16);
   args.n = x.size(0);
   args.t_in = x.size(1);
   const ConvRows out = rows_of(y, "y");
   STD_TORCH_CHECK(y.size(0) == args.n && y.size(2) == c_out, "conv1d: y must be (", args.n, ", T_out, ", c_out,
                   "), got (", y.size(0), ", ", y.size(1), ", ", y.size(2), ")");
-  args.y = const_cast<float*>(out.data);
+  args.y = static_cast<float*>(y.data_ptr());
   args.y_stride_n = out.stride_n;
   args.y_stride_t = out.stride_t;
   args.t_out = y.size(1);
@@ -168,7 +170,6 @@ void conv1d_fwd(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t ta
   args.padding = padding;
   check_geometry(args.t_in, args.t_out, taps, stride, dilation, padding);
   args.fir_level = checked_level(fir_level, taps, stride);
-  args.bf16 = is_bf16(packed);
   args.packed = contiguous_packed(packed, "packed");
   const int64_t size = conv1d_packed_size(c_out, args.x.channels, taps, false, fir_level, args.bf16);
   STD_TORCH_CHECK(packed.numel() == size, "conv1d: packed must have ", size, " elements for C_out = ", c_out,
@@ -183,7 +184,7 @@ void conv1d_fwd(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t ta
   args.out_lengths = lengths_of(out_lengths, "out_lengths", args.n, args.t_out);
   STD_TORCH_CHECK(x2.has_value() == packed2.has_value(), "conv1d: x2 and packed2 go together");
   if (x2.has_value()) {
-    args.x2 = rows_of(*x2, "x2");
+    args.x2 = rows_of(*x2, "x2", args.bf16);
     STD_TORCH_CHECK(stride == 1 && x2->size(0) == args.n && x2->size(1) == args.t_out && args.t_out == args.t_in,
                     "conv1d: x2 needs stride 1 and must be (", args.n, ", ", args.t_out, ", C2) with T_out = T_in");
     STD_TORCH_CHECK(is_bf16(*packed2) == args.bf16, "conv1d: packed2 must have packed's dtype");
@@ -212,8 +213,9 @@ void conv1d_fwd(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t ta
 void conv1d_wgrad(const Tensor& x, const Tensor& dy, const std::optional<Tensor>& in_lengths, int64_t stride,
                   int64_t dilation, int64_t padding, int64_t fir_level, bool bf16, Tensor dw) {
   ConvWeightGrad args;
-  args.x = rows_of(x, "x");
-  args.dy = rows_of(dy, "dy");
+  args.x = rows_of(x, "x", bf16);
+  args.dy = rows_of(dy, "dy", bf16);
+  STD_TORCH_CHECK(args.x.bf16 == args.dy.bf16, "conv1d: x and dy must have one dtype");
   args.n = x.size(0);
   args.t_in = x.size(1);
   args.t_out = dy.size(1);

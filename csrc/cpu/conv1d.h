@@ -11,16 +11,17 @@ namespace jf {
 // How many times the two-parallel fast FIR algorithm is nested: 0 is the definition itself.
 constexpr int64_t kMaxFirLevel = 2;
 
-struct ConvRows {  // one (N, T, C) activation; row t of item n starts at data + n * stride_n + t * stride_t
-  const float* data = nullptr;
+struct ConvRows {  // one (N, T, C) activation; row t of item n starts n * stride_n + t * stride_t elements after data
+  const void* data = nullptr;
   int64_t stride_n = 0;
   int64_t stride_t = 0;
   int64_t channels = 0;
+  bool bf16 = false;  // or fp32
 };
 
 struct ConvForward {
   ConvRows x;
-  ConvRows x2;  // data is null without panes
+  ConvRows x2;  // data is null without panes; both may be bf16 where the weights are
   const float* packed = nullptr;
   const float* packed2 = nullptr;
   bool bf16 = false;  // packed and packed2 hold pairs of bf16, each in the place of a float
@@ -49,7 +50,7 @@ struct ConvWeightGrad {
   int64_t n = 0, t_in = 0, t_out = 0;
   int64_t taps = 1, stride = 1, dilation = 1, padding = 0;
   int64_t fir_level = 0;
-  bool bf16 = false;  // products of x and dy as rounded to bf16
+  bool bf16 = false;  // products of x and dy as rounded to bf16, which both may be
 };
 
 struct ConvPack {

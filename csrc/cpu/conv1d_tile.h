@@ -93,11 +93,20 @@ struct Bf16 {
     std::memcpy(to + i / 2, units, (channels - i + 1) / 2 * sizeof(float));
   }
 
-  // Units whose lower halves are `low`.
-  static Vec pair(Vec low, Vec high) {
-    const __m512i upper = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high));
-    return (Vec)(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low)) | _mm512_slli_epi32(upper, 16));
+  static void put(float* to, const uint16_t* from, int64_t channels) {
+    if (channels % 2 == 1) to[channels / 2] = 0.0f;
+    std::memcpy(to, from, channels * sizeof *from);
   }
+  // One row of bf16 that many lanes wide; zeros from `count` on.
+  static __m512i lanes(const float* p, int64_t count) {
+    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(load_some(p, count)));
+  }
+  static __m512i lanes(const uint16_t* p, int64_t count) {
+    const __mmask16 some = count >= kVector ? 0xffff : (1u << std::max<int64_t>(count, 0)) - 1;
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, p));
+  }
+  // Units of two rows' lanes.
+  static Vec pair(__m512i low, __m512i high) { return (Vec)(low | _mm512_slli_epi32(high, 16)); }
 
  private:
   static void put_units(float* to, Vec low, Vec high) { store(to, (Vec)_mm512_cvtne2ps_pbh(high, low)); }
@@ -323,11 +332,18 @@ inline int64_t chunk_channels(int64_t taps) { return taps > kFewTaps ? kLongChun
 inline int window_stride(int64_t taps) { return taps > kFewTaps ? kLongStride : kShortStride; }
 
 // One item of x: rows outside [0, rows) are zero.
+template <class T>
 struct Source {
-  const float* data;
+  const T* data;
   int64_t stride, rows;
-  const float* row(int64_t t) const { return t >= 0 && t < rows ? data + t * stride : nullptr; }
+  const T* row(int64_t t) const { return t >= 0 && t < rows ? data + t * stride : nullptr; }
 };
+
+// Item n of `x`, from channel c on.
+template <class T>
+Source<T> item_of(const ConvRows& x, int64_t n, int64_t c, int64_t rows) {
+  return {static_cast<const T*>(x.data) + n * x.stride_n + c, x.stride_t, rows};
+}
 
 }  // namespace
 }  // namespace JF_ISA

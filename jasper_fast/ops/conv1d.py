@@ -38,7 +38,7 @@ def conv_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, M2) of a conv on `face`, the statistics from its epilogue, or else by the `bn` face; empty if unasked.
 
-    `weight` may be wider than `x`: Triton packs it as it is, the other faces get a copy in the dtype of `x`.
+    `weight` may be wider than `x`: each face rounds it as it packs or copies it.
     """
     impl = _face("conv1d", face)
     if face == "triton":
@@ -46,7 +46,7 @@ def conv_forward(
             return impl.forward_stats(x, weight, stride, padding, dilation, lengths, packed, clean=True)
         y = impl.forward(x, weight, stride, padding, dilation, lengths, packed, clean=True)
     else:
-        y = impl.forward(x, weight.to(x.dtype), stride, padding, dilation, lengths)
+        y = impl.forward(x, weight, stride, padding, dilation, lengths)
     mean, m2 = bn.stats(y) if stats else (x.new_empty(0), x.new_empty(0))
     return y, mean, m2
 
@@ -64,7 +64,7 @@ def conv_dgrad(face: str, dy: Tensor, weight: Tensor, t: int, *conv: object, pac
     impl = _face("conv1d", face)
     if face == "triton":
         return impl.dgrad(dy, weight, t, *conv, packed)
-    return impl.dgrad(dy, weight.to(dy.dtype), t, *conv)
+    return impl.dgrad(dy, weight, t, *conv)
 
 
 def _forward(x, weight, lengths, packed, stride, padding, dilation, stats, bn_face, face):

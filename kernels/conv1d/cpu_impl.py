@@ -1,7 +1,7 @@
 """The CPU face of conv1d: C++ micro-kernels (csrc/cpu/isa/conv1d_*.cpp), vectorised at run time and threaded.
 
-`fused` takes x and gives y in fp32, with weights in fp32 or, on a CPU that multiplies pairs of it (AVX512-BF16), bf16.
-The functions of training take 16 bits as well, and compute in bf16 there, else in fp32.
+`fused` takes x and gives y in fp32, with weights in fp32 or, on a CPU that multiplies pairs of it (AVX512-BF16), bf16,
+as x may be then. The functions of training take 16 bits as well, and compute in bf16 there, else in fp32.
 
 Weights are packed in every call, by an algorithm that the shape chooses: `packed` is not used. Results are the same
 bits whatever the number of threads, and an item's are the same in any batch and with any padding.
@@ -130,8 +130,8 @@ def forward(
 
     Equivalent to `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, stride, padding, dilation)`.
     """
-    packed = pack(weight.float(), **_how(x, weight, x.shape[0] * x.shape[2], stride))
-    rows = x.transpose(1, 2).float()
+    how = _how(x, weight, x.shape[0] * x.shape[2], stride)
+    packed, rows = pack(weight.float(), **how), x.transpose(1, 2).to(how["dtype"])
     y = fused(rows, packed, stride=stride, padding=padding, dilation=dilation, in_lengths=lengths)
     return y.to(x.dtype).transpose(1, 2)
 
@@ -156,9 +156,10 @@ def dgrad(
             f"conv1d: the CPU kernel has a gradient of x for stride 1 and padding <= dilation * (K - 1), not for "
             f"stride {stride}, padding {padding}, dilation {dilation}, K {weight.shape[2]}; use backend='reference'"
         )
-    packed = pack(weight.float(), transposed=True, **_how(dy, weight, dy.shape[0] * dy.shape[2], stride))
+    how = _how(dy, weight, dy.shape[0] * dy.shape[2], stride)
+    packed, rows = pack(weight.float(), transposed=True, **how), dy.transpose(1, 2).to(how["dtype"])
     dx = torch.empty((dy.shape[0], t, weight.shape[1]), dtype=torch.float32)  # t is not implied where K is even
-    fused(dy.transpose(1, 2).float(), packed, padding=flipped, dilation=dilation, out_lengths=lengths, out=dx)
+    fused(rows, packed, padding=flipped, dilation=dilation, out_lengths=lengths, out=dx)
     return dx.to(dy.dtype).transpose(1, 2)
 
 
@@ -179,7 +180,7 @@ def wgrad(
     dw = torch.empty((dy.shape[1], x.shape[1], k), dtype=torch.float32)
     how = _how(x, dw, dy.shape[0] * dy.shape[2], stride)
     algorithm, bf16 = ALGORITHMS[how["algorithm"]], how["dtype"] == torch.bfloat16
-    rows, dy_rows = (v.transpose(1, 2).float() for v in (x, dy))
+    rows, dy_rows = (v.transpose(1, 2).to(how["dtype"]) for v in (x, dy))
     native.cpu().conv1d_wgrad(rows, dy_rows, lengths, stride, dilation, padding, algorithm, bf16, dw)
     return dw
 

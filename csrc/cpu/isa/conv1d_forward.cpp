@@ -100,8 +100,8 @@ struct Forward {
   }
 
   // The `depth` units from `at` on of a row of `channels` channels, zero without one.
-  template <class OP>
-  void put_row(float* to, const float* row, int64_t at, int64_t depth, int64_t channels) const {
+  template <class OP, class T>
+  void put_row(float* to, const T* row, int64_t at, int64_t depth, int64_t channels) const {
     const int64_t begin = at * (args.bf16 ? 2 : 1);
     if (row != nullptr) {
       OP::put(to, row + begin, std::min(depth * (args.bf16 ? 2 : 1), channels - begin));
@@ -111,7 +111,7 @@ struct Forward {
   }
 
   // A strided conv reads its window in `stride` phases, so that a tap's rows are neighbours.
-  template <class OP>
+  template <class OP, class T>
   void main_direct() const {
     const int64_t taps = args.taps, channels = args.x.channels, rows = group.end - group.begin;
     const int64_t units = conv1d_units(channels, args.bf16);
@@ -125,13 +125,13 @@ struct Forward {
       const int64_t shift = k * args.dilation;
       offsets[k] = (shift % args.stride * phase_rows + shift / args.stride) * a_stride;
     }
-    const Source x = source(args.x);
+    const Source<T> x = source<T>(args.x);
     const int64_t first_row = group.begin * args.stride - args.padding;
     for (int64_t at = 0; at < units; at += step) {
       const int64_t depth = std::min(step, units - at);
       for (int64_t phase = 0; phase < args.stride; ++phase) {
         for (int64_t j = 0; j < phase_rows; ++j) {
-          const float* row = x.row(first_row + j * args.stride + phase);
+          const T* row = x.row(first_row + j * args.stride + phase);
           put_row<OP>(window + (phase * phase_rows + j) * a_stride, row, at, depth, channels);
         }
       }
@@ -140,13 +140,13 @@ struct Forward {
     }
   }
 
-  template <class OP>
+  template <class OP, class T>
   void panes() const {
     const int64_t channels = args.x2.channels, rows = group.end - group.begin;
     const int64_t units = conv1d_units(channels, args.bf16);
     float* window = scratch.floats(rows * kShortStride);
     scratch.tap_offsets.assign(1, 0);
-    const Source x2 = source(args.x2);
+    const Source<T> x2 = source<T>(args.x2);
     for (int64_t at = 0; at < units; at += kShortChunk) {
       const int64_t depth = std::min(kShortChunk, units - at);
       for (int64_t j = 0; j < rows; ++j) {
@@ -156,9 +156,9 @@ struct Forward {
     }
   }
 
-  Source source(const ConvRows& x) const {
-    const int64_t rows = args.in_lengths != nullptr ? args.in_lengths[group.n] : args.t_in;
-    return {x.data + group.n * x.stride_n, x.stride_t, rows};
+  template <class T>
+  Source<T> source(const ConvRows& x) const {
+    return item_of<T>(x, group.n, 0, args.in_lengths != nullptr ? args.in_lengths[group.n] : args.t_in);
   }
 
   // `ends`: after the last chunk nothing more is added to y.
@@ -234,7 +234,7 @@ struct Forward {
   void fill_windows(float* windows, int64_t window_rows, int64_t q, int64_t c, int64_t depth) const {
     constexpr int phases = power(2, LEVEL), sources = 2 * phases - 1, products = power(3, LEVEL);
     alignas(64) static constexpr float zeros[kLongChunk] = {};
-    const Source x = source(args.x);
+    const Source<float> x = source<float>(args.x);
     const float* row[sources];
     const int64_t window_size = window_rows * kLongStride;
     for (int64_t j = 0; j < window_rows; ++j) {
@@ -272,19 +272,19 @@ void conv1d_forward_task(const ConvForward& args, const ConvRowGroup& group, int
   if (group.begin == group.end) return;
 #if defined(__AVX512BF16__)
   if (args.bf16) {
-    task.main_direct<Bf16>();
-    if (args.x2.data != nullptr) task.panes<Bf16>();
+    args.x.bf16 ? task.main_direct<Bf16, uint16_t>() : task.main_direct<Bf16, float>();
+    if (args.x2.data != nullptr) args.x2.bf16 ? task.panes<Bf16, uint16_t>() : task.panes<Bf16, float>();
     return;
   }
 #endif
   if (args.fir_level == 0) {
-    task.main_direct<Fp32>();
+    task.main_direct<Fp32, float>();
   } else if (args.fir_level == 1) {
     task.main_fast_fir<1>();
   } else {
     task.main_fast_fir<2>();
   }
-  if (args.x2.data != nullptr) task.panes<Fp32>();
+  if (args.x2.data != nullptr) task.panes<Fp32, float>();
 }
 
 }  // namespace JF_ISA

@@ -67,8 +67,9 @@ struct WeightGrad {
   float* sums_at(int64_t i, int64_t slot) const {
     return sums + (tile_begin(i) * slots + slot * tile_height(i)) * kColumns;
   }
-  const float* dy_at(int64_t n, int64_t t) const {
-    return args.dy.data + n * args.dy.stride_n + t * args.dy.stride_t + block * kColumns;
+  template <class T = float>
+  const T* dy_at(int64_t n, int64_t t) const {
+    return item_of<T>(args.dy, n, block * kColumns, t + 1).row(t);
   }
   void put_dy(float* to, const float* from) const {
     copy_row(to, from, columns);
@@ -99,7 +100,7 @@ struct WeightGrad {
     const int64_t x_end = std::min(length, (t1 - 1) * stride + reach - args.padding + 1);
     for (int64_t i = 0; i < tiles; ++i) {
       int64_t x_stride = args.x.stride_t;
-      const float* x = args.x.data + n * args.x.stride_n + c_begin + tile_begin(i) + x_begin * x_stride;
+      const float* x = item_of<float>(args.x, n, c_begin + tile_begin(i), length).data + x_begin * x_stride;
       if (args.taps > kFewTaps) {
         for (int64_t r = 0; r < x_end - x_begin; ++r) copy_row(x_rows + r * kGradStride, x + r * x_stride, copied(i));
         x = x_rows;
@@ -118,22 +119,23 @@ struct WeightGrad {
   }
 
 #if defined(__AVX512BF16__)
+  template <class T>
   void add_bf16(int64_t n, int64_t length, int64_t t0, int64_t t1) const {
     const int64_t stride = args.stride, rows = t1 - t0, pairs = (rows + 1) / 2;
     for (int64_t j = 0; j < pairs; ++j) {
-      const float *low = dy_at(n, t0 + 2 * j), *high = 2 * j + 1 < rows ? dy_at(n, t0 + 2 * j + 1) : nullptr;
+      const T *low = dy_at<T>(n, t0 + 2 * j), *high = dy_at<T>(n, t0 + std::min(2 * j + 1, rows - 1));
       for (int64_t at = 0; at < kColumns; at += kVector) {
-        const Vec upper = high == nullptr ? Vec{} : load_some(high + at, columns - at);
-        store(dy_rows + j * kColumns + at, Bf16::pair(load_some(low + at, columns - at), upper));
+        const __m512i upper = Bf16::lanes(high + at, 2 * j + 1 < rows ? columns - at : 0);
+        store(dy_rows + j * kColumns + at, Bf16::pair(Bf16::lanes(low + at, columns - at), upper));
       }
     }
     const int64_t first = t0 * stride - args.padding;  // the row of x that the window begins with
     const int64_t window = (2 * pairs - 2) * stride + (args.taps - 1) * args.dilation + 1;
     for (int64_t i = 0; i < tiles; ++i) {
-      const Source x{args.x.data + n * args.x.stride_n + c_begin + tile_begin(i), args.x.stride_t, length};
+      const Source<T> x = item_of<T>(args.x, n, c_begin + tile_begin(i), length);
       const auto values = [&](int64_t r, int64_t at) {
-        const float* row = x.row(first + r);
-        return row == nullptr ? Vec{} : load_some(row + at, copied(i) - at);
+        const T* row = x.row(first + r);
+        return row == nullptr ? __m512i{} : Bf16::lanes(row + at, copied(i) - at);
       };
       for (int64_t r = 0; r < window; ++r) {
         for (int64_t at = 0; at < kGradStride; at += kVector) {
@@ -179,7 +181,7 @@ struct WeightGrad {
       }
       const int64_t window_rows = steps + products[0].taps - 1, window_size = window_rows * kGradStride;
       for (int64_t i = 0; i < tiles; ++i) {
-        const Source x{args.x.data + n * args.x.stride_n + c_begin + tile_begin(i), args.x.stride_t, length};
+        const Source<float> x = item_of<float>(args.x, n, c_begin + tile_begin(i), length);
         for (int64_t j = 0; j < window_rows; ++j) {
           const float* row[sources];
           for (int f = 0; f < sources; ++f) {
@@ -245,7 +247,7 @@ void conv1d_wgrad_task(const ConvWeightGrad& args, int64_t block, int64_t c_begi
       const int64_t to = std::min(t + task.segment, end);
 #if defined(__AVX512BF16__)
       if (args.bf16) {
-        task.add_bf16(n, length, t, to);
+        args.x.bf16 ? task.add_bf16<uint16_t>(n, length, t, to) : task.add_bf16<float>(n, length, t, to);
         continue;
       }
 #endif
