@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import make_face
 
-from bench import counts, harness, machine, models, tune
+from bench import counts, harness, machine, models, tune, tune_builders, tune_cases, tune_table
 from bench.__main__ import main
 from jasper_fast import backends
 from jasper_fast.kernels import launch, tables
@@ -62,8 +62,8 @@ def test_the_command_times_right_tiles_faces_and_the_library_and_makes_a_table(t
     data = json.loads(path.read_text())
     assert data["finished"] and data["command"] == "tune"
     assert {row["status"] for row in data["rows"]} == {"ok"}, done.stdout
-    wanted = tune.plan(torch.device("cpu"), tune.OPS)
-    assert {op for op, *_ in wanted} == set(tune.OPS)
+    wanted = tune_cases.plan(torch.device("cpu"), tune_cases.OPS)
+    assert {op for op, *_ in wanted} == set(tune_cases.OPS)
     assert len(cases(data)) == len(wanted) == 12
     for rows in cases(data).values():
         if next(iter(rows.values()))["key"]["op"] in tables.NORM_OPS:
@@ -107,7 +107,7 @@ def test_help_tells_the_options(capsys):
 
 
 def test_every_conv_of_the_network_is_tuned_once_and_the_heaviest_first():
-    layers = tune.layers(GPU)
+    layers = tune_cases.layers(GPU)
     cfg = models.config("jasper10x5")
     convs = list(counts.convs(cfg, 1, 840))
     assert {(c.C_in, c.C_out, c.K) for c in convs} == {(layer.c_in, layer.c_out, layer.taps) for layer in layers}
@@ -126,18 +126,18 @@ def test_every_conv_of_the_network_is_tuned_once_and_the_heaviest_first():
 
 
 def test_the_order_is_by_share_and_training_and_inference_both_come_early():
-    todo = tune.plan(GPU, tune.OPS)
+    todo = tune_cases.plan(GPU, tune_cases.OPS)
     assert len(set(todo)) == len(todo)
-    heaviest = tune.layers(GPU)[0]
+    heaviest = tune_cases.layers(GPU)[0]
     assert [layer for _, layer, _ in todo[:6]] == [heaviest] * 6
-    assert {op for op, *_ in todo[:6]} == set(tune.CONV_OPS)
-    assert {batch for _, _, batch in todo[:6]} == {tune.TRAINING[0], tune.INFERENCE[0]}
+    assert {op for op, *_ in todo[:6]} == set(tune_cases.CONV_OPS)
+    assert {batch for _, _, batch in todo[:6]} == {tune_cases.TRAINING[0], tune_cases.INFERENCE[0]}
     first = {layer: i for i, (_, layer, _) in reversed(list(enumerate(todo)))}
     shares = [layer.share for layer in sorted(first, key=first.__getitem__)]
     assert shares == sorted(shares, reverse=True)
     for op, layer, batch in todo:
-        assert op in tune.used(layer.kind)
-        assert batch in (tune.INFERENCE if op == "fused" else tune.TRAINING)
+        assert op in tune_cases.used(layer.kind)
+        assert batch in (tune_cases.INFERENCE if op == "fused" else tune_cases.TRAINING)
         assert not (op.startswith("dgrad") and layer.stride > 1)
 
 
@@ -145,9 +145,9 @@ def test_the_candidates_of_a_gpu_can_be_rows_of_a_table():
     """Their labels tell them apart, and every one has the form that a table wants."""
     from jasper_fast.kernels.conv1d import triton_tiles
 
-    for layer in tune.layers(GPU):
-        for op in tune.used(layer.kind):
-            for n, frames in tune.INFERENCE if op == "fused" else tune.TRAINING:
+    for layer in tune_cases.layers(GPU):
+        for op in tune_cases.used(layer.kind):
+            for n, frames in tune_cases.INFERENCE if op == "fused" else tune_cases.TRAINING:
                 shape = triton_tiles.Shape(*layer[:5], n * frames)
                 tiles = [c._asdict() for c in triton_tiles.candidates(op, torch.bfloat16, shape, frames)]
                 assert tiles and len({json.dumps(t) for t in tiles}) == len(tiles)
@@ -157,7 +157,7 @@ def test_the_candidates_of_a_gpu_can_be_rows_of_a_table():
 
 
 def test_every_width_of_the_norms_is_tuned_both_ways_at_the_training_batches():
-    widths = tune.norms(GPU)
+    widths = tune_cases.norms(GPU)
     model = models.config("jasper10x5").encoder
     assert {layer.c_in for layer in widths} == {block.filters for block in model.blocks}
     assert all(layer == (layer.c_in, layer.c_in, 1, 1, 1, "norm", layer.share) for layer in widths)
@@ -171,14 +171,14 @@ def test_every_width_of_the_norms_is_tuned_both_ways_at_the_training_batches():
     )
     assert 0.1 < sum(layer.share for layer in widths) < 0.5, "of the bytes of a step, which are the convs' too"
 
-    todo = tune.plan(GPU, tune.OPS)
+    todo = tune_cases.plan(GPU, tune_cases.OPS)
     found = [(op, layer, batch) for op, layer, batch in todo if layer.kind == "norm"]
-    assert len(found) == 2 * len(widths) * len(tune.TRAINING)
-    assert {(op, batch) for op, _, batch in found} == {(o, b) for o in tables.NORM_OPS for b in tune.TRAINING}
+    assert len(found) == 2 * len(widths) * len(tune_cases.TRAINING)
+    assert {(op, batch) for op, _, batch in found} == {(o, b) for o in tables.NORM_OPS for b in tune_cases.TRAINING}
     for first, second in zip(found[::2], found[1::2], strict=True):
         assert first[1:] == second[1:] and first[0] != second[0], "one without the other chooses nothing"
     assert todo[0][1].kind != "norm" and todo[-1][1].kind != "norm"
-    assert tune.plan(GPU, tables.NORM_OPS) == found, "they can be asked for alone"
+    assert tune_cases.plan(GPU, tables.NORM_OPS) == found, "they can be asked for alone"
 
 
 @pytest.mark.parametrize(("missing", "wanted"), [
@@ -187,8 +187,8 @@ def test_every_width_of_the_norms_is_tuned_both_ways_at_the_training_batches():
 def test_the_contenders_of_a_norm_are_the_faces_that_the_machine_has(monkeypatch, missing, wanted):
     monkeypatch.setattr(backends, "why_missing", lambda face, kind: "not built" if face in missing else None)
     run = SimpleNamespace(device=GPU, dtype=torch.bfloat16)
-    op, layer, batch = tune.plan(GPU, tables.NORM_OPS)[0]
-    case = tune.make_case(run, op, layer, batch, None)
+    op, layer, batch = tune_cases.plan(GPU, tables.NORM_OPS)[0]
+    case = tune_cases.make_case(run, op, layer, batch, None)
     assert [c.name for c in case.contenders] == wanted and case.ours == "triton"
     (n, frames), c = batch, layer.c_in
     assert case.nbytes == 2 * n * frames * c * {"forward": 3, "backward": 5}[op.split(".")[1]]
@@ -216,9 +216,9 @@ def test_a_norm_is_called_as_a_training_step_calls_it(monkeypatch):
         monkeypatch.setattr(impl, name, watched(name))
     run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     wanted = {"forward": ["stats", "forward"], "backward": ["backward_reduce", "backward_apply"]}
-    for op, layer, batch in tune.plan(run.device, tables.NORM_OPS):
+    for op, layer, batch in tune_cases.plan(run.device, tables.NORM_OPS):
         calls.clear()
-        case = tune.make_case(run, op, layer, batch, tune.Trial(Path("unused")))
+        case = tune_cases.make_case(run, op, layer, batch, tune_builders.Trial(Path("unused")))
         held = case.refill.__self__
         held.call("triton")
         assert [name for name, *_ in calls] == wanted[op.split(".")[1]]
@@ -328,7 +328,7 @@ class Kernel:
 
 def test_facts_are_the_most_of_all_kernels_of_a_call():
     before = launch.run
-    with tune.compiled() as facts:
+    with tune_builders.compiled() as facts:
         launch.run(Kernel(Built(128, 4096, 0)), (1,), torch.ones(1))
         launch.run(Kernel(Built(96, 65536, 3)), (1,), torch.ones(1))
         launch.run(Kernel(None), (1,), torch.ones(1))
@@ -346,7 +346,7 @@ def test_a_tile_that_spills_is_refused(tmp_path, monkeypatch):
         calls.append(None)
         yield {"registers": 255 if len(calls) % 2 else 90, "shared": 1024, "spilled": 16 if len(calls) % 2 else 0}
 
-    monkeypatch.setattr(tune, "compiled", compiled)
+    monkeypatch.setattr(tune_builders, "compiled", compiled)
     _, data = run(tmp_path)
     for rows in cases(data).values():
         library = rows.pop("aten")
@@ -360,34 +360,34 @@ def test_a_tile_that_spills_is_refused(tmp_path, monkeypatch):
 # ---- the library beside them ----
 
 
-@pytest.mark.parametrize("function", tune.CONV_OPS)
+@pytest.mark.parametrize("function", tune_cases.CONV_OPS)
 def test_the_library_is_compared_by_what_its_timed_call_computes(function, monkeypatch):
     """And right at once on the inputs that follow: nothing is left from those before."""
     run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
-    layer = tune.layers(run.device)[0]
-    case = tune.make_case(run, function, layer, (2, 14), tune.Trial(Path("unused")))
-    case.contenders = [c for c in case.contenders if c.name == tune.LIBRARY]
+    layer = tune_cases.layers(run.device)[0]
+    case = tune_cases.make_case(run, function, layer, (2, 14), tune_builders.Trial(Path("unused")))
+    case.contenders = [c for c in case.contenders if c.name == tune_cases.LIBRARY]
     harness.prepare(case)
-    assert case.runners.keys() == {tune.LIBRARY}, case.failed
+    assert case.runners.keys() == {tune_cases.LIBRARY}, case.failed
 
     name = {"wgrad": "wgrad", "dgrad": "dgrad", "dgrad_bn": "dgrad"}.get(function, "forward")
     aten = backends.face("conv1d", "aten")
     right, conv2d = getattr(aten, name), torch.nn.functional.conv2d
     if function == "fused":
-        monkeypatch.setattr(tune.F, "conv2d", lambda *args: 1.01 * conv2d(*args))
+        monkeypatch.setattr(tune_builders.F, "conv2d", lambda *args: 1.01 * conv2d(*args))
         case.low = lambda: case.reference()
     else:
         low = {k: v.clone() for k, v in case.low().items()}
         monkeypatch.setattr(aten, name, lambda *args, **more: 1.01 * right(*args, **more))
         case.low = lambda: low
     harness.check(case, (2,))
-    assert case.failed[tune.LIBRARY][0] == "wrong"
+    assert case.failed[tune_cases.LIBRARY][0] == "wrong"
 
 
 def test_the_librarys_weight_is_cast_and_ordered_once(monkeypatch):
     """cuDNN would copy it to channels-last memory in every call, which is no part of a conv."""
     run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16)
-    layer = tune.layers(run.device)[0]
+    layer = tune_cases.layers(run.device)[0]
     for function in ("forward", "forward_stats", "dgrad", "dgrad_bn", "fused"):
         seen = []
         aten, conv2d, backward = backends.face("conv1d", "aten"), torch.nn.functional.conv2d, None
@@ -404,7 +404,7 @@ def test_the_librarys_weight_is_cast_and_ordered_once(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(torch.nn.functional, "conv2d", watched)
             patch.setattr(aten, "_backward", watched_backward)
-            case = tune.make_case(run, function, layer, (2, 14), tune.Trial(Path("unused")))
+            case = tune_cases.make_case(run, function, layer, (2, 14), tune_builders.Trial(Path("unused")))
             held = case.refill.__self__
             runner = case.contenders[-1].build()
             runner.run()
@@ -438,10 +438,10 @@ def test_all_tiles_of_a_case_are_compiled_before_the_first_is_launched(tmp_path,
     monkeypatch.setattr(launch, "run", launching)
     monkeypatch.setattr(type(kernel), "run", compiling)
     run_ = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
-    trial = tune.Trial(tmp_path / "trying")
-    op, layer, batch = tune.plan(run_.device, ("forward",))[0]
-    case = tune.make_case(run_, op, layer, batch, trial)
-    tune.compile_ahead(run_, case, trial)
+    trial = tune_builders.Trial(tmp_path / "trying")
+    op, layer, batch = tune_cases.plan(run_.device, ("forward",))[0]
+    case = tune_cases.make_case(run_, op, layer, batch, trial)
+    tune_builders.compile_ahead(run_, case, trial)
     assert [line for line in log if line != "launched"] == ["stages 3", "stages 4"]
     assert log[-1] != "launched" and launch.run is launching
     assert not trial.path.exists()
@@ -451,13 +451,13 @@ def test_a_process_that_dies_while_it_compiles_ahead_compiles_one_after_another_
     def dying(calls):
         raise SystemExit(77)
 
-    monkeypatch.setattr(tune, "_compile_ahead", dying)
+    monkeypatch.setattr(tune_builders, "_compile_ahead", dying)
     with pytest.raises(SystemExit):
         run(tmp_path)
     code, data = run_resumed_until_it_ends(tmp_path)
     assert code == 0 and data["finished"]
     failed = [row for row in data["rows"] if row["status"] != "ok"]
-    assert {row["contender"] for row in failed} == {tune.AHEAD} and len(failed) == len(cases(data)) == 2
+    assert {row["contender"] for row in failed} == {tune_builders.AHEAD} and len(failed) == len(cases(data)) == 2
     assert len(data["table"]["rows"]) == 4
 
 
@@ -481,7 +481,7 @@ def test_an_interruption_leaves_nothing_of_the_asynchronous_mode(monkeypatch):
     import contextvars
 
     with pytest.raises(harness.OutOfTime):
-        contextvars.copy_context().run(tune._compile_ahead, [cut])
+        contextvars.copy_context().run(tune_builders._compile_ahead, [cut])
     assert mode.get() is None and launch.run is before
 
 
@@ -700,7 +700,7 @@ def result(path: Path, *, gpu: str | None = "NVIDIA Imaginary 9000", driver: str
     of |= {"packages": {"torch": "2.13.0", "triton": "3.7.1"}, "commit": "abc", "dirty": False, "command": "x"}
     of |= {"date": "2026"}
     data = {"command": "tune", "machine": of}
-    data["table"] = {"header": tune.table_header(data), "rows": [row.plain() | changes]}
+    data["table"] = {"header": tune_table.table_header(data), "rows": [row.plain() | changes]}
     path.write_text(json.dumps(data))
     return path
 
