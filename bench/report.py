@@ -5,18 +5,17 @@
 
 import functools
 import json
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from bench import published, svg, tables
+from bench import readme_table, svg, tables
 from bench.agreement import agreement
 from bench.goals import judge
 from bench.machine import ROOT
+from bench.markup import grid, label, plot, side
+from bench.report_published import beside_published, references
 
-BEGIN, END = "<!-- bench: made by python -m bench report --readme -->", "<!-- /bench -->"
-COMMITTED = ROOT / "bench" / "results"
 PERCENTILES = ("p50", "p90", "p95", "p99")
 STYLE = Path(__file__).parent / "page.css"
 TITLES = {"kernels": "Kernels", "train": "Training step", "latency": "Inference", "launches": "Launches"}
@@ -25,7 +24,8 @@ TITLES = {"kernels": "Kernels", "train": "Training step", "latency": "Inference"
 def main(paths: Sequence[Path], html: Path | None, readme: bool) -> int:
     """Write the page, or the README's table; returns the exit status."""
     if readme:
-        return write_readme(list(paths) or sorted(COMMITTED.glob("*.json")))
+        committed = sorted(readme_table.COMMITTED.glob("*.json"))
+        return readme_table.write(load(path) for path in list(paths) or committed)
     chosen = list(paths) or newest(ROOT / "build" / "bench")
     if not chosen:
         raise SystemExit("no result to report on: run python -m bench all first, or name JSON files")
@@ -48,13 +48,14 @@ def newest(folder: Path) -> list[Path]:
 
 
 def load(path: Path) -> dict:
-    """A result file; says what is wrong with one that is not."""
+    """A result with its path and goals; says what is wrong with a file that is none."""
     try:
         result = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise SystemExit(f"{path}: not a result of python -m bench ({error})") from error
     if not isinstance(result, dict) or "rows" not in result or result.get("schema") != 1:
         raise SystemExit(f"{path}: not a result of this version of python -m bench; run it again")
+    result["path"] = path
     result["goals"] = judge(result["rows"], result["machine"]["device"].split(":")[0])
     return result
 
@@ -78,38 +79,6 @@ def page(results: Sequence[dict]) -> str:
         '<meta name="viewport" content="width=device-width,initial-scale=1"><title>jasper_fast bench</title>'
         f"<style>{STYLE.read_text()}</style></head><body><main>{''.join(body)}</main></body></html>\n"
     )
-
-
-def grid(headings: Sequence[str], lines: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """A table that scrolls sideways on a phone: (class, cells of markup) a line; a short line's last cell is wide."""
-    rows = []
-    for cls, cells in lines:
-        wide = len(headings) - len(cells)
-        tags = [f"<td>{c}</td>" for c in cells]
-        if wide:
-            tags[-1] = f'<td class="l" colspan="{wide + 1}">{cells[-1]}</td>'
-        rows.append(f'<tr class="{cls}">{"".join(tags)}</tr>')
-    heads = "".join(f"<th>{h}</th>" for h in headings)
-    named = ' class="named"' if headings[1] == "contender" else ""
-    return f'<div class="wide"><table{named}><tr>{heads}</tr>{"".join(rows)}</table></div>'
-
-
-def plot(draw: Callable[[svg.Form], str]) -> str:
-    """A plot in two forms, of which the page's style shows the one that fits."""
-    return "".join(
-        f'<div class="{cls}">{draw(form)}</div>' for cls, form in (("broad", svg.WIDE), ("slim", svg.NARROW))
-    )
-
-
-def side(row: dict) -> str:
-    """The class of a row: ours, theirs, or why it has no number."""
-    return row["status"] if row["status"] != "ok" else "ours" if row["ours"] else "theirs"
-
-
-def label(row: dict) -> str:
-    """A row's case in words."""
-    units = {"N": "N = {}", "seconds": "{} s", "p": "p = {}"}
-    return ", ".join(units.get(k, "{}").format(v) for k, v in row["key"].items())
 
 
 def sections(result: dict) -> list[str]:
@@ -397,189 +366,3 @@ def _beside_memory(row: dict, first: dict) -> str:
         now, before = row["memory"][kind], first["memory"][kind]
         told.append(f"{now / 2**20:.1f}" + (f" <small>({now / before:.3f})</small>" if row is not first else ""))
     return " / ".join(told)
-
-
-# ------------------------------------------------------------------ other hardware
-
-ELSEWHERE = "<i>{}</i><br><small>published</small>"
-SAME = "Jasper 10x5, conv masks on; eager PyTorch of 2020 (20.10-py3 container)"
-
-
-def beside_published(result: dict) -> str:
-    """Our rows beside what was published for the reference system at the same batch and length, on other hardware."""
-    parts = [latency_beside(result, dtype) for dtype in ("float16", "bfloat16", "float32")] + [training_beside(result)]
-    if not any(parts):
-        return ""
-    note = (
-        f"Columns marked <i>published</i> were not measured here: {escape(published.SOURCE)}; {SAME}, on the hardware "
-        "that each names. They tell what that system was, not how much of a difference is ours and how much the "
-        "machine's."
-    )
-    return "<h2>Beside other hardware's published numbers</h2><p>" + note + "</p>" + "".join(parts)
-
-
-def ours_and_eager(rows: Iterable[dict], bench: str, **key: object) -> dict[tuple, dict[str, dict]]:
-    """Timed rows of Jasper 10x5 that match `key`, by case and contender."""
-    cases: dict[tuple, dict[str, dict]] = {}
-    for row in rows:
-        mine = row["bench"] == bench and row["status"] == "ok" and row["contender"] in ("jasper_fast", "eager")
-        if mine and all(row["key"].get(k) == v for k, v in ({"model": "jasper10x5"} | key).items()):
-            cases.setdefault(tuple(row["key"].items()), {})[row["contender"]] = row
-    return cases
-
-
-def latency_beside(result: dict, dtype: str) -> str:
-    """Percentiles by (N, seconds): ours, eager here, and each GPU's."""
-    lines, elsewhere = [], published.latency(dtype)
-    cases = ours_and_eager(result["rows"], "latency", path="acoustic model", dtype=dtype)
-    for key, rows in cases.items():
-        at = (dict(key)["N"], dict(key)["seconds"])
-        if any(at in found for found in elsewhere.values()):
-            quantiles = ("mean", "p90", "p95", "p99")
-            here = [
-                four([in_ms(tables.quantile(rows[name], q)) for q in quantiles]) if name in rows else ""
-                for name in ("jasper_fast", "eager")
-            ]
-            lines.append(
-                ("", [f"N = {at[0]}, {at[1]} s", *here, *(four(found.get(at)) for found in elsewhere.values())])
-            )
-    if not lines:
-        return ""
-    name = escape(result["machine"]["name"])
-    heads = ["batch, length", f"jasper_fast<br><small>{name}</small>", f"eager<br><small>{name}</small>"]
-    heads += [ELSEWHERE.format(escape(gpu)) for gpu in elsewhere]
-    theirs = "FP16" if elsewhere is published.LATENCY_FP16 else "TF32 on the A100, FP32 on the others"
-    title = f"<h3>Latency, {dtype} here, {theirs} there: mean / P90 / P95 / P99, ms per batch</h3>"
-    here = [row for rows in cases.values() for row in rows.values()]
-    note = f'<p class="faint">{tables.FEW}</p>' if tables.few(here, ("p90", "p95", "p99")) else ""
-    return title + grid(heads, lines) + note
-
-
-def in_ms(seconds: float | None) -> float | None:
-    """Milliseconds of what was told."""
-    return None if seconds is None else 1e3 * seconds
-
-
-def training_beside(result: dict) -> str:
-    """Utterances per second of a training step, ours, eager here, and of each single GPU at the same batch."""
-    lines = []
-    for key, rows in ours_and_eager(result["rows"], "train", mode="step").items():
-        case = dict(key)
-        N, _, T = (int(v) for v in case["batch"].strip("()").split(","))
-        theirs = [
-            f"<i>{escape(gpu)}</i> {rate:.1f}" for gpu, gpus, rate in published.training(N, case["dtype"]) if gpus == 1
-        ]
-        here = [f"{rows[name]['items_per_s']:.1f}" if name in rows else "" for name in ("jasper_fast", "eager")]
-        lines.append(("", [f"N = {N}, {T} frames, {case['dtype']}", *here, "; ".join(theirs) or "none published"]))
-    if not lines:
-        return ""
-    heads = ("batch", "jasper_fast", "eager", ELSEWHERE.format("one GPU, same batch"))
-    note = "Published batches held real speech of up to 16.7 s; ours are all of the same length."
-    return f'<h3>Training, utterances per second</h3><p class="faint">{note}</p>' + grid(heads, lines)
-
-
-def four(milliseconds: Sequence[float | None] | None) -> str:
-    """Mean, and smaller P90 / P95 / P99; a dash for what too few samples tell."""
-    if milliseconds is None:
-        return ""
-    mean, *rest = (tables.DASH if v is None else f"{v:.1f}" if v < 1000 else f"{v:.0f}" for v in milliseconds)
-    return f"{mean} <small>/ {' / '.join(rest)}</small>"
-
-
-def references() -> str:
-    """All of the reference's published numbers, clearly marked as what they are."""
-    parts = []
-    for title, found in (
-        ("Latency in FP16", published.LATENCY_FP16),
-        ("Latency in TF32 on the A100, FP32 on the others", published.LATENCY_FP32),
-    ):
-        lines = [("", [f"N = {N}, {s} s", *(four(of_gpu[N, s]) for of_gpu in found.values())]) for N, s in found["T4"]]
-        heads = ("batch, length", *(escape(gpu) for gpu in found))
-        parts.append(f"<h3>{title}, ms per batch: mean / P90 / P95 / P99</h3>" + grid(heads, lines))
-    steps = [
-        ("", [escape(gpu), str(batch), str(gpus), "not published" if full is None else f"{full:.2f}", f"{amp:.2f}"])
-        for gpu, batch, gpus, full, amp in published.TRAINING
-    ]
-    heads = ("GPU", "batch of each", "GPUs", "TF32 (A100) or FP32", "AMP")
-    parts.append("<h3>Training, utterances per second of all GPUs together</h3>" + grid(heads, steps))
-    return (
-        "<h2>Other hardware: what was published for the reference system</h2>"
-        f'<p class="faint">Not measured here. {escape(published.SOURCE)}; {SAME}.</p>'
-        f"<details><summary>All tables</summary>{''.join(parts)}</details>"
-    )
-
-
-# ------------------------------------------------------------------ README
-
-
-def write_readme(paths: Sequence[Path], readme: Path = ROOT / "README.md") -> int:
-    """Put a table a machine between the README's markers."""
-    text = readme.read_text()
-    if BEGIN not in text or END not in text:
-        raise SystemExit(f"{readme.name}: the markers {BEGIN} and {END} are missing; put them where the table belongs")
-    machines: dict[str, list[dict]] = {}
-    for result in sorted((load(p) | {"path": p} for p in paths), key=lambda r: r["machine"]["date"]):
-        machines.setdefault(result["machine"]["name"], []).append(result)
-    if not machines:
-        raise SystemExit("no result in bench/results: commit one, or name JSON files")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n{''.join(readme_table(r) for r in machines.values())}{END}{after}")
-    tables.console.print(f"wrote the table in {readme.name}")
-    return 0
-
-
-def quick(result: dict) -> bool:
-    """Whether a result was measured with --quick: a few pairs a row."""
-    return result.get("arguments", {}).get("quick") == "True"
-
-
-def chosen_goals(results: Sequence[dict]) -> list[tuple[dict, dict]]:
-    """(goal, result) for each goal, in the order of the goals: of the newest result that measured it in full, and of a
-    quick one only where there is no other. `results` are in the order of their dates."""
-    order = dict.fromkeys(goal["name"] for result in reversed(results) for goal in result["goals"])
-    chosen = {}
-    for result in sorted(results, key=lambda r: not quick(r)):  # quick ones first, so that full ones replace them
-        chosen |= {goal["name"]: (goal, result) for goal in result["goals"]}
-    return [chosen[name] for name in order]
-
-
-def readme_table(results: Sequence[dict]) -> str:
-    """Markdown: each goal's measurement on one machine, and how to repeat it."""
-    chosen = chosen_goals(results)
-    lines = [
-        f"| {results[-1]['machine']['name']} | eager PyTorch | jasper_fast | ratio [95 %] |",
-        "|---|---:|---:|---:|",
-    ]
-    for goal, result in chosen:
-        rows = {row["id"]: row for row in result["rows"]}
-        pair = rows.get(goal["row"]), rows[goal["row"].rsplit(" / ", 1)[0] + " / jasper_fast"]
-        if goal["measured"] is None:
-            cells = ["no number", pair[1].get("why", ""), ""]
-        elif goal["kind"] == "share":
-            cells = [tables.duration(r["time_s"]["median"]) if r and "time_s" in r else "" for r in pair]
-            cells.append(f"{100 * goal['measured']:.0f} % of the limit")
-        elif "memory" in pair[0]:
-            cells = [f"{r['memory']['kept_bytes'] / 2**20:,.0f} MiB" for r in pair]
-            cells.append(f"{goal['measured']:.2f} of eager's")
-        else:
-            cells = [tables.duration(r["time_s"]["median"]) for r in pair]
-            cells[0] += "" if pair[0]["contender"] == "eager" else f" ({pair[0]['contender']})"
-            found = pair[0]["ratio"]
-            interval = f" [{goal['low']:.2f}, {goal['high']:.2f}]" if tables.known(found) else ""
-            pairs = f" of {found['pairs']} pairs" if "pairs" in found else ""
-            cells.append(f"{goal['measured']:.2f}x{interval}{pairs}")
-        lines.append(f"| {goal['name']} | {' | '.join(cells)} |")
-    used = [r for r in results if any(result is r for _, result in chosen)]
-    return "\n".join([*lines, "", *(f"- {source(r)}" for r in used), ""])
-
-
-def source(result: dict) -> str:
-    """Command, versions and file of a result; where the command put it matters to nobody who repeats it."""
-    m, path = result["machine"], result["path"]
-    file = f"[result](bench/results/{path.name})" if path.parent == COMMITTED else path.name
-    command = re.sub(r" --out \S+", "", m["command"])
-    told = [f"{m['threads']} threads", f"torch {m['packages']['torch']}", f"commit {m['commit']}"]
-    if m.get("load_average"):
-        told.append(f"load average before {m['load_average'][0]:.1f}")
-    return f"`{command}`; {', '.join(told)}; {file}"

@@ -3,7 +3,7 @@
 import copy
 import json
 
-from bench import report
+from bench import readme_table, report
 from bench.agreement import agreement
 
 
@@ -51,7 +51,7 @@ def test_rows_of_too_few_pairs_for_an_interval_are_told_and_not_counted():
 
 
 def test_the_report_of_two_results_says_it(tmp_path, capsys):
-    committed = min(report.COMMITTED.glob("all_*.json"))
+    committed = min(readme_table.COMMITTED.glob("all_*.json"))
     first = json.loads(committed.read_text())
     second = copy.deepcopy(first)
     moved = next(r for r in second["rows"] if "ratio" in r)

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from bench import harness, machine, published, report, svg, tables
+from bench import harness, machine, markup, published, readme_table, report, svg, tables
 from bench.agreement import agreement
 from jasper_fast.kernels import tables as kernel_tables
 
@@ -209,7 +209,7 @@ def test_no_text_of_a_plot_leaves_it():
     for title in ("Kernels: ", "Training step: ", "Inference: ", "Latency, P50", "How far from"):
         for form, plot in zip((svg.WIDE, svg.NARROW), forms(section(html, title)), strict=True):
             assert f'viewBox="0 0 {form.width} ' in plot and not overhanging(plot, form.font), title
-    assert len(svg.NARROW.lines(report.label(result["rows"][0]))) > 1
+    assert len(svg.NARROW.lines(markup.label(result["rows"][0]))) > 1
 
 
 def test_the_form_that_a_page_of_any_width_shows_can_be_read():
@@ -315,7 +315,8 @@ def test_the_readme_s_table_is_what_the_committed_results_say(tmp_path):
     committed = (machine.ROOT / "README.md").read_text()
     copied = tmp_path / "README.md"
     copied.write_text(committed)
-    assert report.write_readme(sorted(report.COMMITTED.glob("*.json")), copied) == 0
+    results = map(report.load, sorted(readme_table.COMMITTED.glob("*.json")))
+    assert readme_table.write(results, copied) == 0
     assert copied.read_text() == committed, "run: python -m bench report --readme"
 
 
@@ -323,7 +324,7 @@ def test_the_readme_s_table_is_what_the_committed_results_say(tmp_path):
 def test_what_the_readmes_say_of_two_runs_is_what_the_two_runs_say(readme):
     text = (machine.ROOT / readme).read_text()
     first, second = sorted(set(re.findall(r"all_\w[\w-]+\.json", text)))
-    found = agreement(report.load(report.COMMITTED / first), report.load(report.COMMITTED / second))
+    found = agreement(report.load(readme_table.COMMITTED / first), report.load(readme_table.COMMITTED / second))
     assert f"overlap in {found.rows - len(found.apart)} of {found.rows} rows" in text
 
 
@@ -347,14 +348,14 @@ def test_the_readme_takes_the_newest_result_in_full_before_any_quick_one():
         result("3", True, "a", "d"),
         result("4", True, "d"),
     ]
-    found = {goal["name"]: by["machine"]["date"] for goal, by in report.chosen_goals(results)}
+    found = {goal["name"]: by["machine"]["date"] for goal, by in readme_table.chosen_goals(results)}
     assert found == {"a": "2", "b": "2", "c": "1", "d": "4"}
 
 
 def test_a_source_says_the_load_and_not_where_the_file_was_put(tmp_path):
     result = full() | {"path": tmp_path / "r.json"}
     result["machine"]["command"] = "python -m bench all --out some/where --threads 2"
-    told = report.source(result)
+    told = readme_table.source(result)
     assert told.startswith("`python -m bench all --threads 2`") and "load average before 0.5" in told
     assert told.endswith("; r.json")
 
@@ -418,7 +419,7 @@ def test_a_ratio_of_few_pairs_has_no_interval(pairs, told, tmp_path, capsys):
     goal |= {"kind": "ratio", "row": next(r["id"] for r in result["rows"] if r["contender"] == "eager")}
     result["goals"], result["path"] = [goal], tmp_path / "r.json"
     tables.show(result["rows"], result["goals"])
-    html, readme = report.page([result]), report.readme_table([result])
+    html, readme = report.page([result]), readme_table.table([result])
     for text, interval, few in (
         (capsys.readouterr().out, "1.50 [1.40, 1.60]", f"1.50 of {pairs} pairs"),
         (section(html, "Every timed row"), "1.50 [1.40, 1.60]", f"1.50 of {pairs} pairs"),

@@ -9,7 +9,7 @@ import pytest
 from bench_runs import goal_rows
 
 from bench import __main__ as cli
-from bench import kernels, report
+from bench import kernels, readme_table, report
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +77,16 @@ def test_readme_table_goes_between_its_markers(result, tmp_path):
     data["rows"] = goal_rows()
     path, readme = tmp_path / "r.json", tmp_path / "README.md"
     path.write_text(json.dumps(data))
-    readme.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
-    assert report.write_readme([path], readme) == 0
+    readme.write_text(f"above\n{readme_table.BEGIN}\nold\n{readme_table.END}\nbelow\n")
+    assert readme_table.write([report.load(path)], readme) == 0
     once = readme.read_text()
     assert once.startswith("above\n") and once.endswith("\nbelow\n") and "old" not in once
     assert once.count("\n|---") == 1 and "4.50x [4.40, 4.60]" in once and "0.30 of eager's" in once
-    report.write_readme([path], readme)
+    readme_table.write([report.load(path)], readme)
     assert readme.read_text() == once
     readme.write_text("no markers")
     with pytest.raises(SystemExit, match="markers"):
-        report.write_readme([path], readme)
+        readme_table.write([report.load(path)], readme)
 
 
 @pytest.mark.parametrize("command", [*cli.SUBCOMMANDS, "compile", "report"])
