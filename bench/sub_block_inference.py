@@ -149,10 +149,9 @@ def _folded_aten(i: Inputs, weight: Tensor, bias: Tensor, x: Tensor, lengths: Te
 
 def max_autotuned_frozen(i: Inputs) -> SubBlockCall:
     """torch.compile in max-autotune with freezing, which folds the batch norm."""
-    rivals.needs_compiler()
+    rivals.fresh_compiler()
     import torch._inductor.config as inductor
 
-    torch._dynamo.reset()
     compiled = torch.compile(i.module, mode="max-autotune", dynamic=False)
     with inductor.patch(freezing=True), torch.inference_mode():
         compiled(i.x, i.lengths)

@@ -215,11 +215,10 @@ def fused_sub_block(backend: str) -> Callable[..., Tensor]:
 def max_autotuned(function: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:
     """torch.compile in max-autotune. Its CUDA graphs do not allow one forward's backward to run again and again, so
     where the backward pass is timed alone they are off."""
-    rivals.needs_compiler()
+    rivals.fresh_compiler()
     import torch._functorch.config as functorch
 
     functorch.donated_buffer = False  # a backward that donates its buffers runs only once; read in every call
-    torch._dynamo.reset()
     tuned = "max-autotune-no-cudagraphs" if mode == "backward" else "max-autotune"
     return torch.compile(function, mode=tuned, dynamic=False)
 

@@ -10,7 +10,7 @@ import torch
 from bench_runs import CPU
 
 from bench import __main__ as cli
-from bench import limits, models, rivals
+from bench import limits, models, rivals, sub_block_inference, sub_blocks
 from jasper_fast.eager import EagerJasper
 
 
@@ -98,6 +98,26 @@ def test_every_shape_of_a_grid_is_compiled_or_an_error(graphs_run, monkeypatch):
     with torch.no_grad(), pytest.raises(Exception, match="recompile_limit"):
         for x in shapes:
             call(x, torch.tensor([x.shape[2]]))
+
+
+def test_a_sub_block_s_compiled_function_never_runs_in_eager(graphs_run):
+    """However many variants it has: an earlier case's do not count, and eight are no limit."""
+    with torch._functorch.config.patch(donated_buffer=True):  # and as it was afterwards
+        for _ in range(2):
+            call = sub_blocks.max_autotuned(lambda x: 2 * x, "forward")
+            for n in range(2, 12):
+                call(torch.ones(n))
+    assert len(graphs_run) == 2 * 10
+
+
+def test_a_frozen_sub_block_never_runs_in_eager(graphs_run):
+    layer = sub_blocks.Layer(4, 4, 3)
+    i = sub_block_inference.Inputs(1, 20, layer, torch.float32, torch.device("cpu"))
+    call = sub_block_inference.max_autotuned_frozen(i)
+    with torch.inference_mode():
+        for T in range(21, 31):
+            call(i.x.new_zeros(1, 4, T), i.lengths)
+    assert len(graphs_run) == 11, "one when it was made"
 
 
 class Capture:
