@@ -13,14 +13,14 @@ from jasper_fast.eager import EagerJasper
 FEATS = 8
 
 
-def block(filters, repeat=1, k=5, s=1, d=1, residual=False, dense=False):
+def block(filters, repeat=1, k=5, s=1, d=1, dropout=0.0, residual=False, dense=False):
     return {
         "filters": filters,
         "repeat": repeat,
         "kernel_size": [k],
         "stride": [s],
         "dilation": [d],
-        "dropout": 0.0,
+        "dropout": dropout,
         "residual": residual,
         "residual_dense": dense,
     }

@@ -8,25 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_face, settle
+from engines import block
 
 from jasper_fast import InferenceEngine, Jasper, JasperConfig
 from jasper_fast.backends import BackendMissing
 from jasper_fast.config import BlockConfig
 from jasper_fast.eager import EagerJasper
 from jasper_fast.modules import JasperBlock
-
-
-def block(filters, repeat=1, k=5, s=1, d=1, dropout=0.0, residual=False, dense=False):
-    return {
-        "filters": filters,
-        "repeat": repeat,
-        "kernel_size": [k],
-        "stride": [s],
-        "dilation": [d],
-        "dropout": dropout,
-        "residual": residual,
-        "residual_dense": dense,
-    }
 
 
 def config(kind="dense", masks=True, dropout=0.0):
