@@ -60,7 +60,8 @@ def tolerance(dtype: torch.dtype) -> correct.Tolerance:
         2.0, 64.0 if fp32 else 2 * one, relative=5e-5 if fp32 else 24 * eps, peak=2.0, along=ALONG[dtype]
     )
     relative = 1e-4 if fp32 else 8 * eps
-    return correct.Tolerance(4.0, 256.0, relative=relative, gradients=usual, clear=clear)
+    # A loss is one number: eager's may be right by chance, so a tenth of a rounding is allowed anyway.
+    return correct.Tolerance(4.0, 256.0 if fp32 else one / 10, relative=relative, gradients=usual, clear=clear)
 
 
 TOLERANCE = tolerance(torch.float32)

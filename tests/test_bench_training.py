@@ -264,3 +264,13 @@ def test_tf32_is_held_to_its_own_roundings(monkeypatch):
     monkeypatch.setattr(limits, "float32_mode", lambda device: "TF32")
     assert train.precision(torch.device("cuda"), torch.float32) is torch.float16
     assert train.precision(torch.device("cuda"), torch.bfloat16) is torch.bfloat16
+
+
+@pytest.mark.parametrize(("dtype", "off"), [(torch.bfloat16, 5e-4), (torch.float16, 6e-5)])
+def test_a_loss_that_eager_hits_by_chance_is_no_measure(dtype, off):
+    """A tenth of a rounding is no fault where eager's single number happens to have no error; three tenths are."""
+    exact = {"loss": torch.tensor(500.0, dtype=torch.float64)}
+    lucky = {"loss": torch.tensor(500.0)}
+    for factor, refused in ((1.0, False), (5.0, True)):
+        got = {"loss": torch.tensor(500.0 * (1 + factor * off))}
+        assert bool(correct.complaints(got, lucky, exact, train.tolerance(dtype))) == refused
