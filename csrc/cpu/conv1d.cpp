@@ -1,13 +1,14 @@
-// 1D convolution in (N, T, C) memory, fp32 with weights in fp32 or bf16: argument checks and threads. The loops are in isa/conv1d_*.cpp.
+// 1D convolution in (N, T, C) memory, of fp32 or bf16, summed in fp32: argument checks and threads. The loops are in
+// isa/conv1d_*.cpp.
 
 #include "conv1d.h"
+#include "tasks.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <atomic>
 #include <optional>
 #include <vector>
 
@@ -17,7 +18,6 @@ using torch::stable::Tensor;
 using namespace jf;
 
 constexpr int64_t kGroupRows = 128;     // rows of one item that share a window in L2, doubled for the fast algorithm
-constexpr int64_t kTasksPerThread = 4;  // tasks are drawn from a counter: a thread that loses its core delays few
 
 int64_t checked_level(int64_t fir_level, int64_t taps, int64_t stride) {
   STD_TORCH_CHECK(fir_level >= 0 && fir_level <= kMaxFirLevel, "conv1d: fir_level must be in [0, ", kMaxFirLevel,
@@ -78,18 +78,6 @@ void check_geometry(int64_t t_in, int64_t t_out, int64_t taps, int64_t stride, i
   const int64_t expected = reach >= 0 ? reach / stride + 1 : 0;
   STD_TORCH_CHECK(t_out == expected, "conv1d: the output must have ", expected, " frames, got ", t_out);
 }
-
-// Runs body(i) for i in [0, tasks); which thread runs which task is left to chance, results must not depend on it.
-template <class F>
-void run_tasks(int64_t tasks, const F& body) {
-  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < tasks; i = next++) body(i);
-  });
-}
-
-int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool conv1d_has_bf16() { return JF_DISPATCH(conv1d_has_bf16)(); }
 

@@ -7,13 +7,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
 #include <new>
 #include <optional>
 #include <vector>
 
 #include "conv1d.h"
+#include "tasks.h"
 
 namespace jf {
 namespace {
@@ -24,9 +24,6 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kChunkRows = 64;      // of a pass; its sums are merged in order, whatever the threads
 constexpr int64_t kGroupRows = 256;     // of one item in a task of a product
-constexpr int64_t kTasksPerThread = 4;  // tasks are drawn from a counter: a thread that loses its core delays few
-
-int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- arguments ----
 template <class... Sizes>
@@ -78,16 +75,6 @@ ConvRows rows_of(const Batch& batch, const float* data, int64_t channels) {
 }
 
 // ---- threads ----
-// Runs body(i) for i in [0, tasks); which thread runs which task is left to chance, results must not depend on it.
-template <class F>
-void run_tasks(int64_t tasks, const F& body) {
-  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < tasks; i = next++) body(i);
-  });
-}
-
 int64_t chunks_of(const PanesArgs& a) { return div_up(a.rows, kChunkRows); }
 
 template <class Rows>

@@ -1,4 +1,4 @@
-// What csrc/cpu/panes.cpp hands to the kernels in csrc/cpu/isa/panes.cpp: fp32 matrices of contiguous rows of C channels.
+// What panes.cpp (checks, threads) hands to isa/panes.cpp (loops): fp32 matrices of contiguous rows of C channels.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,7 @@
 """The CPU face: C++ kernels (csrc/cpu), fp32, vectorised at run time and threaded; padding is not multiplied.
 
-Results are the same bits whatever the number of threads.
+Shapes are those of reference.py, all tensors contiguous but the xs. Results are the same bits whatever the number of
+threads.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from jasper_fast.kernels.layout import ntc
 
 
 def outputs(xs: list[Tensor], weights: list[Tensor], lengths: Tensor | None, y: Tensor) -> None:
-    """Fills `y` (P, N*T, C) with x W^T of each pane."""
+    """Fills `y` with x W^T of each pane."""
     native.cpu().panes_outputs(*_operands(xs, weights), lengths, y)
 
 
 def forward(y: Tensor, mean: Tensor, scale: Tensor, start: Tensor) -> Tensor:
-    """`start` (N*T, C) or (C,) + sum over panes of (y - mean)*scale, (N*T, C); a matrix may be written over."""
+    """`start` + sum over panes of (y - mean)*scale, (N*T, C_out); `start` is such a matrix, written over, or (C_out,)."""
     out = y.new_empty(y.shape[1:]) if start.dim() == 1 else start
     native.cpu().panes_forward(y, mean, scale, start, out)
     return out
 
 
 def backward_reduce(g: Tensor, y: Tensor, mean: Tensor) -> Tensor:
-    """sum over rows of g*(y - mean), (P, C)."""
+    """sum over rows of g*(y - mean), (P, C_out)."""
     sums = torch.empty_like(mean)
     native.cpu().panes_reduce(g, y, mean, sums)
     return sums
@@ -42,7 +43,7 @@ def gradients(
     weights: list[Tensor],
     lengths: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(dx, dW) of each pane; dx has any values at t >= `lengths`, dW the dtype of the weight."""
+    """Lists of dx and of dW, in the shapes of x and the weight; dx has any values at t >= `lengths`."""
     operands = _operands(xs, weights)
     dxs, dweights = ([torch.empty_like(t) for t in tensors] for tensors in operands)
     native.cpu().panes_gradients(g, mean_g, y, mean, scale, slope, *operands, lengths, dxs, dweights)

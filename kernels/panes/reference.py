@@ -1,4 +1,9 @@
-"""The definition in plain PyTorch: any device, any floating dtype; products are ATen's, over padding too."""
+"""The definition in plain PyTorch: any device, any floating dtype; products are ATen's, over padding too.
+
+Of P panes: xs[k] (N, C_k, T) and weights[k] (C_out, C_k, 1); outputs y (P, N*T, C_out) in the dtype of the xs; mean,
+scale = gamma*rstd and slope (P, C_out), fp32 or wider; g, the gradient of the sum, (N*T, C_out), and mean_g (C_out,), its
+mean over rows; lengths (N,) int64 or None, beyond which the xs are zero.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +14,13 @@ from jasper_fast.kernels.layout import matmul, ntc, product, rows
 
 
 def outputs(xs: list[Tensor], weights: list[Tensor], lengths: Tensor | None, y: Tensor) -> None:
-    """Fills `y` (P, N*T, C) with x W^T of each pane."""
+    """Fills `y` with x W^T of each pane."""
     for x, weight, out in zip(xs, weights, y, strict=True):
         matmul(rows(ntc(x)), weight.flatten(1).to(x.dtype).T, out=out)
 
 
 def forward(y: Tensor, mean: Tensor, scale: Tensor, start: Tensor) -> Tensor:
-    """`start` (N*T, C) or (C,) + sum over panes of (y - mean)*scale, (N*T, C); a matrix may be written over."""
+    """`start` + sum over panes of (y - mean)*scale, (N*T, C_out); `start` is such a matrix, written over, or (C_out,)."""
     out = start
     for of, m, s in zip(y, mean, scale, strict=True):
         out = torch.addcmul(out, of - m, s)
@@ -23,7 +28,7 @@ def forward(y: Tensor, mean: Tensor, scale: Tensor, start: Tensor) -> Tensor:
 
 
 def backward_reduce(g: Tensor, y: Tensor, mean: Tensor) -> Tensor:
-    """sum over rows of g*(y - mean), (P, C)."""
+    """sum over rows of g*(y - mean), (P, C_out)."""
     return torch.stack([(g * (of - m)).sum(0) for of, m in zip(y, mean, strict=True)])
 
 
@@ -38,7 +43,10 @@ def gradients(
     weights: list[Tensor],
     lengths: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(dx, dW) of each pane; dx has any values at t >= `lengths`, dW the dtype of the weight."""
+    """dW = dy^T x and dx = dy W of each pane, dy = scale*(g - mean_g - slope*(y - mean)): lists of dx and of dW.
+
+    Shapes are those of x and the weight; dx has any values at t >= `lengths`, dW the dtype of the weight.
+    """
     centred, dxs, dweights = g - mean_g, [], []
     for x, weight, of, m, a, s in zip(xs, weights, y, mean, scale, slope, strict=True):
         # rounded to 16 bits after the scale: before it that would give g back, without what is taken off

@@ -1,17 +1,17 @@
-// fp32 1D convolution over (N, T, C) memory as an implicit GEMM, compiled once per instruction set.
+// 1D convolution over (N, T, C) memory as an implicit GEMM, compiled once per instruction set.
 //
 //   y[t, co] = sum_k sum_c x[t*s + k*d - p, c] * w[co, c, k]
 //
 // The reduction is cut into chunks of channels. Of each chunk a window of x (the rows of the group and their halo, zero
 // where x has no row) is copied once into a buffer whose row stride is odd in cache lines: a power-of-two C would put
 // all rows into the same few L1 sets. All taps then read the same window, shifted, and all column blocks reuse it.
-// Weights are packed [column block][chunk][tap][channel][kColumns]; a (block, chunk) panel fits L2 and is prefetched
-// while the panel before it is in use. With weights in bf16 the window is rounded to bf16 as it is copied, and two
-// channels are one step of the reduction, where this instruction set multiplies pairs; sums are fp32 as ever. Every output element is a sum of sums of at most kChain products in a fixed
-// order, whatever the tiling and the number of threads; the short chains keep fp32's rounding error small.
+// Weights are packed [column block][chunk][tap][unit][kColumns]; a (block, chunk) panel fits L2 and is prefetched
+// while the panel before it is in use. Every output element is a sum of sums of at most kChain products in a fixed
+// order, whatever the tiling and the number of threads; the short chains keep fp32's rounding error small. With weights
+// in bf16 a unit is two channels, x is rounded to bf16 as it is copied into the window, and sums are fp32 as ever.
 
 #include "../conv1d_fir.h"
-#include "../conv1d_tile.h"
+#include "../conv1d_rows.h"
 
 #include <cstring>
 
@@ -102,9 +102,9 @@ struct Forward {
   // The `depth` units from `at` on of a row of `channels` channels, zero without one.
   template <class OP, class T>
   void put_row(float* to, const T* row, int64_t at, int64_t depth, int64_t channels) const {
-    const int64_t begin = at * (args.bf16 ? 2 : 1);
+    const int64_t begin = at * OP::kChannels;
     if (row != nullptr) {
-      OP::put(to, row + begin, std::min(depth * (args.bf16 ? 2 : 1), channels - begin));
+      OP::put(to, row + begin, std::min(depth * OP::kChannels, channels - begin));
     } else {
       std::memset(to, 0, depth * sizeof(float));
     }

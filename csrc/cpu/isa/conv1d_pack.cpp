@@ -1,7 +1,7 @@
 // Weights of conv1d in the order its micro-kernel reads them: [column block][chunk][product][tap][unit][kColumns].
 // A unit is a channel, or a pair of channels in bf16.
 
-#include "../conv1d_tile.h"
+#include "../conv1d_rows.h"
 
 namespace jf {
 namespace JF_ISA {

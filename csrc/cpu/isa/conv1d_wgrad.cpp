@@ -7,7 +7,7 @@
 // step: a row of x is packed with the row `stride` after it, so that pairs of any shift are there.
 
 #include "../conv1d_fir.h"
-#include "../conv1d_tile.h"
+#include "../conv1d_rows.h"
 
 #include <cstring>
 
@@ -198,7 +198,8 @@ struct WeightGrad {
         int64_t slot = 0;
         for (size_t p = 0; p < products.size(); ++p) {
           for (int64_t k = 0; k < products[p].taps; ++k, ++slot) {
-            multiply<Fp32>(i, slot, x_rows + p * window_size + k * kGradStride, kGradStride, dy_rows + p * dy_size, steps);
+            multiply<Fp32>(i, slot, x_rows + p * window_size + k * kGradStride, kGradStride, dy_rows + p * dy_size,
+                           steps);
           }
         }
       }

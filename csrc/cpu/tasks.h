@@ -1,0 +1,26 @@
+// Threads of the files outside of isa/: tasks drawn from a counter, so that a thread that loses its core delays few.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+namespace jf {
+
+constexpr int64_t kTasksPerThread = 4;
+
+inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Runs body(i) for i in [0, tasks); which thread runs which task is left to chance, results must not depend on it.
+template <class F>
+void run_tasks(int64_t tasks, const F& body) {
+  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < tasks; i = next++) body(i);
+  });
+}
+
+}  // namespace jf
