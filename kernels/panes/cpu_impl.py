@@ -19,7 +19,7 @@ def outputs(xs: list[Tensor], weights: list[Tensor], lengths: Tensor | None, y: 
 
 
 def forward(y: Tensor, mean: Tensor, scale: Tensor, start: Tensor) -> Tensor:
-    """`start` + sum over panes of (y - mean)*scale, (N*T, C_out); `start` is such a matrix, written over, or (C_out,)."""
+    """`start` + sum over panes of (y - mean)*scale, (N*T, C_out); `start`: such a matrix, written over, or (C_out,)."""
     out = y.new_empty(y.shape[1:]) if start.dim() == 1 else start
     native.cpu().panes_forward(y, mean, scale, start, out)
     return out

@@ -1,8 +1,8 @@
 """The definition in plain PyTorch: any device, any floating dtype; products are ATen's, over padding too.
 
 Of P panes: xs[k] (N, C_k, T) and weights[k] (C_out, C_k, 1); outputs y (P, N*T, C_out) in the dtype of the xs; mean,
-scale = gamma*rstd and slope (P, C_out), fp32 or wider; g, the gradient of the sum, (N*T, C_out), and mean_g (C_out,), its
-mean over rows; lengths (N,) int64 or None, beyond which the xs are zero.
+scale = gamma*rstd and slope (P, C_out), fp32 or wider; g, the gradient of the sum, (N*T, C_out), and mean_g (C_out,),
+its mean over rows; lengths (N,) int64 or None, beyond which the xs are zero.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def outputs(xs: list[Tensor], weights: list[Tensor], lengths: Tensor | None, y: 
 
 
 def forward(y: Tensor, mean: Tensor, scale: Tensor, start: Tensor) -> Tensor:
-    """`start` + sum over panes of (y - mean)*scale, (N*T, C_out); `start` is such a matrix, written over, or (C_out,)."""
+    """`start` + sum over panes of (y - mean)*scale, (N*T, C_out); `start`: such a matrix, written over, or (C_out,)."""
     out = start
     for of, m, s in zip(y, mean, scale, strict=True):
         out = torch.addcmul(out, of - m, s)
