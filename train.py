@@ -28,22 +28,32 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn.parallel import DistributedDataParallel
 
-from jasper_fast import __version__, augment, checkpoint, data
-from jasper_fast.backends import BACKENDS, BackendMissing
-from jasper_fast.checkpoint import CheckpointError
-from jasper_fast.config import ConfigError, JasperConfig
-from jasper_fast.data import ManifestError
-from jasper_fast.decoding import greedy_decode
-from jasper_fast.ema import EMA
-from jasper_fast.features import LogMelFeatures
-from jasper_fast.metrics import wer
-from jasper_fast.model import Jasper
-from jasper_fast.modules import PANE_FORMS
-from jasper_fast.optim import NovoGrad
-from jasper_fast.runs import Ranks, RunError, RunLog, StopRequest, preparing, seed_everything
-from jasper_fast.schedules import POLICIES, Schedule
-from jasper_fast.text import Vocabulary
-from jasper_fast.training import AMP_DTYPES, BufferGuard, Frontend, Meter, Run, train_step, validate_run
+from jasper_fast import __version__
+from jasper_fast.data import batches as batches_module
+from jasper_fast.data import dataset as dataset_module
+from jasper_fast.data.manifest import ManifestError
+from jasper_fast.dispatch.backends import BACKENDS, BackendMissing
+from jasper_fast.nn import checkpoint, formats, loading
+from jasper_fast.nn.block import PANE_FORMS
+from jasper_fast.nn.checkpoint import CheckpointError
+from jasper_fast.nn.config import ConfigError, JasperConfig
+from jasper_fast.nn.model import Jasper
+from jasper_fast.speech import augment
+from jasper_fast.speech.decoding import greedy_decode
+from jasper_fast.speech.features import LogMelFeatures
+from jasper_fast.speech.metrics import wer
+from jasper_fast.speech.text import Vocabulary
+from jasper_fast.training import folder as folder_module
+from jasper_fast.training import randomness
+from jasper_fast.training.ema import EMA
+from jasper_fast.training.meter import Meter
+from jasper_fast.training.optim import NovoGrad
+from jasper_fast.training.randomness import seed_everything
+from jasper_fast.training.run_state import Run
+from jasper_fast.training.runs import Ranks, RunError, RunLog, StopRequest, preparing
+from jasper_fast.training.schedules import POLICIES, Schedule
+from jasper_fast.training.step import AMP_DTYPES, BufferGuard, Frontend, train_step
+from jasper_fast.training.validate import validate_run
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -138,14 +148,14 @@ def main(args: argparse.Namespace, stop: StopRequest) -> None:
     common = {"data_dir": args.data_dir, "seed": args.seed, "frame_samples": features["train"].hop_length * stride}
     with preparing("training data"):
         settings = inputs["train"].get("audio_dataset")
-        train_set = data.SpeechDataset.from_manifests(args.train_manifests, vocabulary, settings, **common)
-        plan = data.BatchPlan(train_set.durations, **sizes, bucketing=not args.no_bucketing)
+        train_set = dataset_module.SpeechDataset.from_manifests(args.train_manifests, vocabulary, settings, **common)
+        plan = batches_module.BatchPlan(train_set.durations, **sizes, bucketing=not args.no_bucketing)
     val_set = val_plan = None
     if args.val_manifests:
         with preparing("validation data"):
             settings, common["training"] = inputs["val"].get("audio_dataset"), False
-            val_set = data.SpeechDataset.from_manifests(args.val_manifests, vocabulary, settings, **common)
-            val_plan = data.BatchPlan(val_set.durations, **sizes, shuffle=False)
+            val_set = dataset_module.SpeechDataset.from_manifests(args.val_manifests, vocabulary, settings, **common)
+            val_plan = batches_module.BatchPlan(val_set.durations, **sizes, shuffle=False)
     for name, dataset in (("training", train_set), ("validation", val_set)):
         if dataset is not None:
             hours = sum(dataset.durations(0)) / 3600
@@ -157,8 +167,8 @@ def main(args: argparse.Namespace, stop: StopRequest) -> None:
     # Model and optimiser
     core = Jasper(config, backend=args.backend, panes=args.panes).to(device)
     if args.init_from:
-        weights = checkpoint.read_weights(args.init_from, ema=args.init_ema)
-        checkpoint.load_weights(core, weights, labels=vocabulary.labels, strict=False)
+        weights = formats.read_weights(args.init_from, ema=args.init_ema)
+        loading.load_weights(core, weights, labels=vocabulary.labels, strict=False)
     model = core
     if ranks.world > 1:  # running statistics are made equal before they are used, not in every forward
         places = [device.index] if device.type == "cuda" else None
@@ -192,7 +202,7 @@ def main(args: argparse.Namespace, stop: StopRequest) -> None:
 
     # Where to start, and where to write
     output = Path(args.output_dir)
-    folder = checkpoint.Folder(output, args.keep, args.milestones)
+    folder = folder_module.Folder(output, args.keep, args.milestones)
     if folder.steps() and not args.resume:
         raise RunError(f"{output} holds checkpoints of an earlier run: add --resume or choose another --output-dir")
     rng_states = None
@@ -225,18 +235,20 @@ def main(args: argparse.Namespace, stop: StopRequest) -> None:
         ranks.same_buffers(core)
         about = {"format": checkpoint.FORMAT, "versions": versions, "arguments": vars(args)}
         about |= {"config": config.to_dict(), "labels": list(vocabulary.labels)}
-        return run.state_dict() | about | {"rng": ranks.gather(checkpoint.rng_state())}
+        return run.state_dict() | about | {"rng": ranks.gather(randomness.rng_state())}
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not ranks.first) as progress, contextlib.closing(log):
         bar = progress.add_task("training", total=total_steps, completed=run.step)
         if rng_states is not None and len(rng_states) == ranks.world:
-            checkpoint.set_rng_state(rng_states[ranks.rank])
+            randomness.set_rng_state(rng_states[ranks.rank])
         ending = run.step >= total_steps
         while not ending:
             core.train(), frontend.train()
             first = run.position * args.grad_accumulation
-            loader = data.batches(train_set, plan, run.epoch, first, args.num_workers, pin_memory=device.type == "cuda")
+            loader = batches_module.batches(
+                train_set, plan, run.epoch, first, args.num_workers, pin_memory=device.type == "cuda"
+            )
             steps_here = math.ceil(plan.steps(run.epoch) / args.grad_accumulation)
             while run.position < steps_here and not ending:
                 # One step
@@ -293,7 +305,7 @@ def main(args: argparse.Namespace, stop: StopRequest) -> None:
                 if epoch_over:
                     run.epoch, run.position = run.epoch + 1, 0
                 if val_set and (val_due or (ending and not stop.signal)):
-                    batches = functools.partial(data.batches, val_set, val_plan, workers=args.num_workers)
+                    batches = functools.partial(batches_module.batches, val_set, val_plan, workers=args.num_workers)
                     results = validate_run(run, ranks, val_frontend, batches, vocabulary, amp_dtype, args.seed)
                     for weights, r in results.items():
                         log.write(run.step, f"val_{weights}", loss=r.loss, wer=r.wer, cer=r.cer)

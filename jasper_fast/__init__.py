@@ -15,11 +15,11 @@ if not (_here / "kernels").is_dir():  # a source checkout: kernels/ lies beside 
     __path__.append(str(_here.parent))
 
 _PUBLIC = {
-    "Jasper": "model",
-    "JasperConfig": "config",
+    "Jasper": "nn.model",
+    "JasperConfig": "nn.config",
     "InferenceEngine": "inference",
-    "LogMelFeatures": "features",
-    "NovoGrad": "optim",
+    "LogMelFeatures": "speech.features",
+    "NovoGrad": "training.optim",
 }
 __all__ = ["__version__", *_PUBLIC]
 

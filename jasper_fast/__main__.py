@@ -2,7 +2,7 @@
 
 import sys
 
-from jasper_fast.cli import main
+from jasper_fast.cli.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast import InferenceEngine, Jasper, JasperConfig
-from jasper_fast.eager import EagerJasper
+from jasper_fast.nn.eager import EagerJasper
 
 FEATS = 8
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from jasper_fast import audio
-from jasper_fast.audio import AudioError
+from jasper_fast.speech import audio
+from jasper_fast.speech.audio import AudioError
 
 
 def tone(seconds=1.0, rate=16000, hz=440.0):

@@ -8,7 +8,7 @@ from bench_runs import CPU
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import counts, models
-from jasper_fast.eager import EagerJasper
+from jasper_fast.nn.eager import EagerJasper
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,8 @@ from bench import (
     warm,
 )
 from bench.harness import Case, Runner
-from jasper_fast import checks
+from jasper_fast.dispatch import verdict as verdict_module
+from jasper_fast.selfcheck import checks
 
 ROOT = Path(__file__).parents[1]
 CUDA = torch.device("cuda", 0)
@@ -446,7 +447,7 @@ def test_each_case_knows_the_ops_that_ours_is_made_of(tmp_path):
         (latency.case(shared, "small", 1, 2.0), {"conv1d.fused"}),
         (latency.sound_case(shared, "small", 1, 2.0), {"conv1d.fused"}),
     ):
-        assert set(case.needs) == ops <= set(checks.OPS), case.id
+        assert set(case.needs) == ops <= set(verdict_module.OPS), case.id
 
 
 def test_memory_s_refused_and_unanswerable_cases_are_rows(tmp_path, monkeypatch):
@@ -522,7 +523,7 @@ def test_the_plan_has_every_question_once_and_the_most_valuable_first(tmp_path):
 
 
 def test_the_full_self_check_keeps_the_verdicts_that_it_reached(tmp_path, monkeypatch):
-    from jasper_fast import selfcheck
+    from jasper_fast.dispatch import probe
 
     plan = [
         SimpleNamespace(op=op, face=face, dtype=dtype)
@@ -543,7 +544,7 @@ def test_the_full_self_check_keeps_the_verdicts_that_it_reached(tmp_path, monkey
         if len(calls) == 1:
             raise harness.OutOfTime
 
-    monkeypatch.setattr(selfcheck, "supervise", supervise)
+    monkeypatch.setattr(probe, "supervise", supervise)
     monkeypatch.setattr(checks, "plan", lambda device: plan)
     monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
     run = make_run(tmp_path)
@@ -615,7 +616,7 @@ def test_other_processes_run_on_the_run_s_own_gpu(monkeypatch):
 def test_a_machine_that_only_measures_needs_nothing_for_sound_and_text():
     """GPU machines have PyTorch and Triton, and often no way to get more."""
     script = "import sys; sys.modules |= dict.fromkeys(('soundfile', 'soxr', 'anyascii', 'jiwer', 'openvino'))\n"
-    script += "import bench.__main__, bench.gpu, bench.tune, bench.profiles, bench.report, jasper_fast.selfcheck"
+    script += "import bench.__main__, bench.gpu, bench.tune, bench.profiles, bench.report, jasper_fast.selfcheck.show"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 

@@ -13,7 +13,7 @@ from bench_runs import make_run
 
 from bench import harness, latency, models, rivals, tables
 from jasper_fast import InferenceEngine
-from jasper_fast.text import Vocabulary
+from jasper_fast.speech.text import Vocabulary
 
 LETTERS = Vocabulary()
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -103,7 +103,7 @@ def test_a_part_that_was_cut_off_goes_on_when_the_others_are_done(tmp_path, monk
 
 
 def test_the_self_check_s_verdict_is_in_the_result(tmp_path, monkeypatch):
-    from jasper_fast import selfcheck
+    from jasper_fast.dispatch import probe
 
     row = {"op": "conv1d", "face": "triton", "function": "forward", "variant": "", "configuration": "t128", "id": "1"}
     row |= {"shape": "(1, 2, 3)", "dtype": "float16", "detail": "error 2.0", "status": "wrong"}
@@ -111,7 +111,7 @@ def test_the_self_check_s_verdict_is_in_the_result(tmp_path, monkeypatch):
     def supervise(device, quick, report):
         report.planned, report.found = [row], {row["id"]: row}
 
-    monkeypatch.setattr(selfcheck, "supervise", supervise)
+    monkeypatch.setattr(probe, "supervise", supervise)
     monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
     run = make_run(tmp_path)
     gpu.selfcheck(run, quick=True)

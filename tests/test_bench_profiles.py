@@ -11,7 +11,7 @@ from bench_runs import CPU, make_run
 
 from bench import kineto, launches, memory, models, profiles
 from bench.harness import Runner
-from jasper_fast.eager import EagerJasper
+from jasper_fast.nn.eager import EagerJasper
 
 
 def test_launches_are_counted():

@@ -11,7 +11,7 @@ from bench_runs import CPU
 
 from bench import __main__ as cli
 from bench import limits, models, rivals, sub_block_inference, sub_blocks
-from jasper_fast.eager import EagerJasper
+from jasper_fast.nn.eager import EagerJasper
 
 
 def test_rivals_compute_what_eager_computes():

@@ -16,10 +16,14 @@ import pytest
 import torch
 import yaml
 
-from jasper_fast import checkpoint
-from jasper_fast.checkpoint import CheckpointError, Folder, load, load_model, read_weights, save
-from jasper_fast.config import JasperConfig
-from jasper_fast.model import Jasper
+from jasper_fast.nn import checkpoint, formats
+from jasper_fast.nn.checkpoint import CheckpointError, load, save
+from jasper_fast.nn.config import JasperConfig
+from jasper_fast.nn.formats import read_weights
+from jasper_fast.nn.loading import load_model
+from jasper_fast.nn.model import Jasper
+from jasper_fast.training import randomness
+from jasper_fast.training.folder import Folder
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = list(" abcdefg")
@@ -188,11 +192,11 @@ def test_a_broken_newest_is_reported_and_the_one_before_taken(tmp_path):
 
 def test_random_generators_continue(tmp_path):
     random.gauss(0, 1), np.random.randn()  # both keep half a pair
-    save(tmp_path / "rng.pt", checkpoint.rng_state())
+    save(tmp_path / "rng.pt", randomness.rng_state())
     draw = lambda: (torch.rand(3).tolist(), random.gauss(0, 1), random.random(), np.random.randn(3).tolist())  # noqa: E731
     expected = draw()
     draw()
-    checkpoint.set_rng_state(load(tmp_path / "rng.pt"))
+    randomness.set_rng_state(load(tmp_path / "rng.pt"))
     assert draw() == expected
 
 
@@ -339,7 +343,7 @@ def test_warm_start_from_something_else_is_an_error(tmp_path):
 
 
 def test_the_default_model_is_the_published_one():
-    built = JasperConfig.from_dict(checkpoint.jasper10x5dr())
+    built = JasperConfig.from_dict(formats.jasper10x5dr())
     file = JasperConfig.from_yaml(ROOT / "configs" / "jasper10x5dr.yaml")
     assert (built.encoder, built.decoder) == (file.encoder, file.decoder)
     with torch.device("meta"):

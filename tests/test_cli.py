@@ -11,10 +11,13 @@ import pytest
 import soundfile
 import torch
 
-from jasper_fast import Jasper, JasperConfig, checkpoint, cli, recognizer
-from jasper_fast.data import Utterance
-from jasper_fast.metrics import wer
-from jasper_fast.text import LABELS
+from jasper_fast import Jasper, JasperConfig
+from jasper_fast.cli import command
+from jasper_fast.data.manifest import Utterance
+from jasper_fast.inference import recognizer
+from jasper_fast.nn import checkpoint
+from jasper_fast.speech.metrics import wer
+from jasper_fast.speech.text import LABELS
 
 
 def block(filters, repeat, kernel, stride=1, residual=False):
@@ -75,7 +78,7 @@ def bad(tmp_path):
 
 
 def run(*argv):
-    return cli.main([*map(str, argv), *(["--backend", "reference", "--quiet"] if argv[0] != "info" else [])])
+    return command.main([*map(str, argv), *(["--backend", "reference", "--quiet"] if argv[0] != "info" else [])])
 
 
 def test_transcribe(model, files, capsys):
@@ -197,14 +200,14 @@ def test_errors_are_one_line(model, files, tmp_path, capsys):
 
 
 def test_unknown_backend(model, files, capsys):
-    assert cli.main(["transcribe", files[0], "--checkpoint", model, "--backend", "metal"]) == 2
+    assert command.main(["transcribe", files[0], "--checkpoint", model, "--backend", "metal"]) == 2
     assert "metal" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["transcribe", "--help"], ["evaluate", "--help"], ["info", "--help"]])
 def test_help(argv, capsys):
     with pytest.raises(SystemExit) as end:
-        cli.main(argv)
+        command.main(argv)
     assert end.value.code == 0 and "usage: jasper-fast" in capsys.readouterr().out
 
 
@@ -216,7 +219,7 @@ def test_usage_errors(capsys):
         ["evaluate", "--manifest", "m", "--checkpoint", "c", "--threads", "0"],
     ):
         with pytest.raises(SystemExit) as end:
-            cli.main(argv)
+            command.main(argv)
         assert end.value.code == 2 and "usage: jasper-fast" in capsys.readouterr().err
 
 
@@ -241,6 +244,6 @@ def python(*argv):
 
 
 def test_module_runs_and_imports_little():
-    code = "import sys; from jasper_fast.cli import parser; parser(); print('torch' in sys.modules)"
+    code = "import sys; from jasper_fast.cli.command import parser; parser(); print('torch' in sys.modules)"
     assert python("-c", code) == "False"
     assert python("-m", "jasper_fast", "--version").startswith("jasper_fast ")

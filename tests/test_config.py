@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from jasper_fast import Jasper, JasperConfig
-from jasper_fast.config import ConfigError
-from jasper_fast.eager import EagerJasper
+from jasper_fast.nn.config import ConfigError
+from jasper_fast.nn.eager import EagerJasper
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

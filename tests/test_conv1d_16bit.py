@@ -12,7 +12,8 @@ from close import assert_close
 from engines import batch, config, pair, valid
 from test_conv1d import CASES, Case, make, pytorch
 
-from jasper_fast import InferenceEngine, backends
+from jasper_fast import InferenceEngine
+from jasper_fast.dispatch import choose
 from jasper_fast.kernels import native
 from jasper_fast.kernels.conv1d import reference
 
@@ -189,14 +190,14 @@ def test_aten_gets_the_dtypes_that_it_has_instructions_for(name, monkeypatch) ->
     for unit, there in zip(("amx_tile", "amx_fp16"), has, strict=True):
         monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda there=there: there)
     device = torch.device("cpu")
-    backends.forget()
+    choose.forget()
     try:
         for dtype, faces in wanted.items():
-            got = tuple(of("auto", device, dtypes[dtype]) for of in (backends.fused_face, backends.conv_face))
+            got = tuple(of("auto", device, dtypes[dtype]) for of in (choose.fused_face, choose.conv_face))
             assert got == faces, dtype
-            assert backends.fused_face("reference", device, dtypes[dtype]) == "aten"
+            assert choose.fused_face("reference", device, dtypes[dtype]) == "aten"
     finally:
-        backends.forget()
+        choose.forget()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])

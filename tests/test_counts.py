@@ -4,7 +4,6 @@ write: Triton's launches recorded and not run, for every conv and norm of Jasper
 from __future__ import annotations
 
 import dataclasses
-import importlib
 
 import pytest
 import torch
@@ -15,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import counts, kernels, models, panes, sub_block_inference, sub_blocks
 from jasper_fast import InferenceEngine, Jasper, ops
-from jasper_fast.eager import EagerJasper
 from jasper_fast.kernels import launch
+from jasper_fast.kernels.panes import gram
+from jasper_fast.nn.eager import EagerJasper
 
-pane_ops = importlib.import_module("jasper_fast.ops.panes")  # not the function of that name
 N = 3  # of no conv's taps, so that a tensor of N of something is an activation
 PADDED = 32  # channels of the decoder's pack
 CPU = torch.device("cpu")
@@ -276,9 +275,9 @@ def test_bytes_of_panes_are_what_their_products_read_and_write(block, tmp_path):
     means, covs = zip(*((g.mean, g.cov) for g in grams), strict=True)
     count = lambda mode: panes.case(run, N, T, block, mode).nbytes  # noqa: E731
     with torch.no_grad(), Products(N * T) as products:  # what the ops run: a mode sees nothing inside a call of one
-        _, mean, var = pane_ops._panes(i.ntc, means, covs, i.weights, i.gammas, i.betas, kernels.EPS, False)
+        _, mean, var = gram.forward(i.ntc, means, covs, i.weights, i.gammas, i.betas, kernels.EPS)
         assert count("forward") == 4 * products.moved()
-        pane_ops._panes_backward(i.dy["ntc"], i.ntc, means, covs, i.weights, i.gammas, mean, var, kernels.EPS, False)
+        gram.backward(i.dy["ntc"], i.ntc, means, covs, i.weights, i.gammas, mean, var, kernels.EPS, False)
         assert count("backward") == 4 * products.moved()
     assert count("both") == count("forward") + count("backward")
 

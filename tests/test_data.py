@@ -10,18 +10,11 @@ import pytest
 import soundfile
 import torch
 
-from jasper_fast.data import (
-    BatchPlan,
-    Join,
-    ManifestError,
-    SpeechDataset,
-    Utterance,
-    batches,
-    collate,
-    ctc_frames,
-    read_manifest,
-)
-from jasper_fast.text import Vocabulary
+from jasper_fast.data.batches import BatchPlan, batches, collate
+from jasper_fast.data.dataset import SpeechDataset, ctc_frames
+from jasper_fast.data.manifest import ManifestError, Utterance, read_manifest
+from jasper_fast.data.perturb import Join
+from jasper_fast.speech.text import Vocabulary
 
 V = Vocabulary()
 

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from jasper_fast.decoding import greedy_decode, greedy_transcripts
-from jasper_fast.text import Vocabulary
+from jasper_fast.speech.decoding import greedy_decode, greedy_transcripts
+from jasper_fast.speech.text import Vocabulary
 
 V = Vocabulary(" ab")
 BLANK = "_"

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from jasper_fast import Jasper, JasperConfig, audio
-from jasper_fast.data import read_manifest
+from jasper_fast import Jasper, JasperConfig
+from jasper_fast.data.manifest import read_manifest
 from jasper_fast.demo import __main__ as demo
 from jasper_fast.demo import compare, corpus, espeak, learn, report
-from jasper_fast.eager import EagerJasper
+from jasper_fast.nn.eager import EagerJasper
+from jasper_fast.speech import audio
 
 CONFIG = JasperConfig.from_yaml(demo.CONFIG)
 
@@ -203,7 +204,7 @@ def test_fused_keeps_fewer_bytes_than_eager():
 
 
 def test_a_short_run_leaves_the_page_the_numbers_and_a_model(tmp_path, synthesiser, capsys):
-    from jasper_fast.checkpoint import load_model
+    from jasper_fast.nn.loading import load_model
 
     out = tmp_path / "demo"
     command = ["--out", str(out), "--minutes", "0.03", "--train-utterances", "16", "--test-utterances", "6"]

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from jasper_fast.config import BlockConfig
-from jasper_fast.eager import EagerBlock
 from jasper_fast.kernels import philox
-from jasper_fast.modules import JasperBlock
+from jasper_fast.nn.block import JasperBlock
+from jasper_fast.nn.config import BlockConfig
+from jasper_fast.nn.eager import EagerBlock
 
 WIDTHS = (3, 4)  # channels of the block outputs that the panes take; the last of them is the block's input
 LENGTHS = torch.tensor([7, 4])

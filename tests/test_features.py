@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from jasper_fast import augment
-from jasper_fast.augment import SpecAugment, SpecCutout
-from jasper_fast.features import LogMelFeatures, mel_filterbank
+from jasper_fast.speech import augment
+from jasper_fast.speech.augment import SpecAugment, SpecCutout
+from jasper_fast.speech.features import LogMelFeatures, mel_filterbank
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "features.safetensors"
 

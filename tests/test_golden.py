@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from jasper_fast import InferenceEngine, Jasper, JasperConfig, NovoGrad
-from jasper_fast.eager import EagerJasper
+from jasper_fast.nn.eager import EagerJasper
 
 
 @pytest.fixture(scope="module")

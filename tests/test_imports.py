@@ -64,6 +64,95 @@ def test_package_does_not_import_scripts(path: Path) -> None:
     assert not faults, f"{path} imports {sorted(faults)}"
 
 
+# What each room of the package may import, beside itself and `jasper_fast` itself; "" is the package's own files.
+LAYERS = {
+    "speech": set(),
+    "data": {"speech"},
+    "kernels": set(),
+    "dispatch": {"kernels"},
+    "ops": {"dispatch", "kernels"},
+    "nn": {"ops", "dispatch", "kernels"},
+    "selfcheck": {"ops", "dispatch", "kernels"},
+    "training": {"nn", "data", "speech"},
+    "inference": {"nn", "data", "speech", "ops", "dispatch", "kernels"},
+    "cli": {"inference", "selfcheck", "nn", "data", "speech", "dispatch", "kernels"},
+    "demo": {"inference", "training", "nn", "data", "speech", "ops", "dispatch"},
+    "": {"cli"},
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package, by its name: kernels/ lies beside it in a checkout."""
+    named = {}
+    for path in files("jasper_fast", "kernels"):
+        parts = (*(("jasper_fast",) if path.is_relative_to(ROOT / "kernels") else ()), *path.relative_to(ROOT).parts)
+        name = ".".join(parts).removesuffix(".py").removesuffix(".__init__")
+        named[name] = path
+    return named
+
+
+def graph(named: dict[str, Path]) -> dict[str, set[str]]:
+    """Which modules each module imports: `from package import name` is one of the package where `name` is no module."""
+    found = {}
+    for name, path in named.items():
+        targets = set()
+        for target in imports(path.read_text(), package_of(path)):
+            while target and target not in named:
+                target = target.rpartition(".")[0]
+            targets |= {target} if target else set()
+        found[name] = targets - {name, "jasper_fast"}
+    return found
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """A circle among the arrows, the first name again at the end; empty where there is none."""
+    done: set[str] = set()
+
+    def walk(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        for target in sorted(arrows.get(name, ())):
+            if found := walk(target, [*path, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(arrows) if (found := walk(name, []))), [])
+
+
+def room(module: str) -> str:
+    """The room of a module of the package: the folder below `jasper_fast`, "" for the package's own files."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in LAYERS else ""
+
+
+def test_rooms_import_only_the_rooms_below_them() -> None:
+    wrong = {
+        f"{name} -> {target}"
+        for name, targets in graph(modules()).items()
+        for target in targets
+        if room(target) not in LAYERS[room(name)] | {room(name)}
+    }
+    assert not wrong, f"arrows against the table of layers: {sorted(wrong)}"
+
+
+def test_every_room_is_in_the_table() -> None:
+    folders = {path.name for path in (ROOT / "jasper_fast").iterdir() if (path / "__init__.py").is_file()}
+    assert folders | {"kernels", ""} == set(LAYERS)
+
+
+def test_there_is_no_circle_of_rooms_or_of_files() -> None:
+    assert circle({name: below - {""} for name, below in LAYERS.items()}) == []
+    assert circle(graph(modules())) == []
+
+
+def test_circles_are_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b"}}) == ["b", "d", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
 def test_nobody_imports_kernels_by_its_folder_name() -> None:
     paths = [*files("kernels", "jasper_fast", "bench", "tests"), *ROOT.glob("*.py")]
     faults = {
@@ -80,7 +169,7 @@ def test_nobody_imports_kernels_by_its_folder_name() -> None:
         ("from jasper_fast.ops import x", kernels_fault),
         ("from .. import ops", kernels_fault),
         ("def f():\n    import rich", kernels_fault),
-        ("import importlib\nimportlib.import_module('jasper_fast.model')", kernels_fault),
+        ("import importlib\nimportlib.import_module('jasper_fast.nn.model')", kernels_fault),
         ("import bench.harness", package_fault),
         ("def f():\n    from train import main", package_fault),
     ],

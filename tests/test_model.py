@@ -11,10 +11,10 @@ from conftest import make_face, settle
 from engines import block
 
 from jasper_fast import InferenceEngine, Jasper, JasperConfig
-from jasper_fast.backends import BackendMissing
-from jasper_fast.config import BlockConfig
-from jasper_fast.eager import EagerJasper
-from jasper_fast.modules import JasperBlock
+from jasper_fast.dispatch.backends import BackendMissing
+from jasper_fast.nn.block import JasperBlock
+from jasper_fast.nn.config import BlockConfig
+from jasper_fast.nn.eager import EagerJasper
 
 
 def config(kind="dense", masks=True, dropout=0.0):

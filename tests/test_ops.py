@@ -10,7 +10,7 @@ from conftest import make_face, settle
 from torch.library import opcheck
 
 from jasper_fast import ops
-from jasper_fast.backends import BackendMissing
+from jasper_fast.dispatch.backends import BackendMissing
 from jasper_fast.kernels import philox
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from jasper_fast.ema import EMA
-from jasper_fast.optim import NovoGrad
+from jasper_fast.training.ema import EMA
+from jasper_fast.training.optim import NovoGrad
 
 SHAPES = ((5, 3, 11), (7,), (1,), (4, 5, 1), ())
 
@@ -175,9 +175,9 @@ def test_four_golden_steps(shared):
     """Model, loss and optimiser together: the reference's parameters after four steps on one batch."""
     from safetensors import safe_open
 
-    from jasper_fast.config import JasperConfig
-    from jasper_fast.eager import EagerJasper
-    from jasper_fast.training import ctc_loss
+    from jasper_fast.nn.config import JasperConfig
+    from jasper_fast.nn.eager import EagerJasper
+    from jasper_fast.training.step import ctc_loss
 
     with safe_open(shared / "golden" / "jasper_small_dense.safetensors", "pt") as file:
         meta, golden = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
@@ -16,12 +15,13 @@ from conftest import settle
 from torch.library import opcheck
 
 from jasper_fast import Jasper, ops
-from jasper_fast.config import JasperConfig
 from jasper_fast.kernels.layout import ntc
-from jasper_fast.kernels.panes import reference
-from jasper_fast.ops.panes import lower
+from jasper_fast.kernels.panes import gram, reference
+from jasper_fast.kernels.panes.gram import lower
+from jasper_fast.nn.config import JasperConfig
+from jasper_fast.ops import panes_plain_op
 
-plain = importlib.import_module("jasper_fast.ops.panes_plain")  # not the function of that name
+plain = panes_plain_op
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 LOW = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -176,12 +176,11 @@ def test_on_a_gpu_dtypes_fit(low):
     """The GPU's branch (16-bit products summed in fp32 come from another ATen op there) on tensors without content."""
     from torch._subclasses import FakeTensorMode
 
-    impl = importlib.import_module("jasper_fast.ops.panes")  # not the function of that name
     with FakeTensorMode():
         x = torch.empty(2, 9, 24, device="cuda", dtype=low).transpose(1, 2)
-        mean, cov, _ = impl._gram(x, "")
-        dx = impl._gram_backward(x, mean, None, mean, cov, "")
-        p = impl.product(torch.empty(18, 8, device="cuda", dtype=low).T, x.transpose(1, 2).flatten(0, 1))
+        mean, cov = gram.gram(x)
+        dx = gram.gram_backward(x, mean, mean, cov, 18)
+        p = gram.product(torch.empty(18, 8, device="cuda", dtype=low).T, x.transpose(1, 2).flatten(0, 1))
     assert {(t.dtype, t.device.type) for t in (mean, cov, p)} == {(torch.float32, "cuda")}
     assert (dx.dtype, dx.shape, dx.stride(), p.shape) == (low, x.shape, x.stride(), (8, 24))
 
@@ -191,7 +190,7 @@ def test_the_gram_form_writes_each_activation_once():
     from torch._subclasses import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    impl, written = importlib.import_module("jasper_fast.ops.panes"), []
+    written = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -207,16 +206,16 @@ def test_the_gram_form_writes_each_activation_once():
 
     with FakeTensorMode():  # the GPU's branch
         x = torch.empty(2, 9, 24, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-        mean, cov, _ = run(impl._gram, x, "")
+        mean, cov = run(gram.gram, x)
         assert written == ["empty_like", "sub"]
-        run(impl._gram_backward, x, mean, None, mean, cov, "")
+        run(gram.gram_backward, x, mean, mean, cov, 18)
         assert written == ["new_empty", "mm", "addcdiv"]
     xs = [torch.randn(2, 9, c).transpose(1, 2) for c in (24, 16, 24)]
     weights, vectors = [torch.randn(32, x.shape[1], 1) for x in xs], [torch.rand(32) for _ in xs]
-    means, covs, _ = zip(*(impl._gram(x, "") for x in xs), strict=True)
-    out, *stats = run(impl._panes, xs, means, covs, weights, vectors, vectors, 1e-3, False)
+    means, covs = zip(*(gram.gram(x) for x in xs), strict=True)
+    out, *stats = run(gram.forward, xs, means, covs, weights, vectors, vectors, 1e-3)
     assert written == ["addmm", "addmm_", "addmm_"]
-    run(impl._panes_backward, out, xs, means, covs, weights, vectors, *stats, 1e-3, False)
+    run(gram.backward, out, xs, means, covs, weights, vectors, *stats, 1e-3, False)
     assert written == ["addmm"] * 3
 
 

@@ -11,8 +11,8 @@ from conftest import interpreted, make_face
 
 from bench import memory, models, profiles
 from jasper_fast import InferenceEngine
-from jasper_fast.eager import EagerJasper
 from jasper_fast.kernels import launch
+from jasper_fast.nn.eager import EagerJasper
 
 CPU = torch.device("cpu")
 ENCODER = {f"encoder.layers.{i}" for i in range(5)}

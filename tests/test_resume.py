@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from speech import train_arguments, write_corpus
 
-from jasper_fast.runs import read_log
+from jasper_fast.training.runs import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"steps": 12, "grad_accumulation": 2, "save_every": 3, "val_every": 4, "ema": 0.9}  # 2 steps an epoch

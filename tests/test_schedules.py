@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from jasper_fast.schedules import POLICIES, Schedule
+from jasper_fast.training.schedules import POLICIES, Schedule
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 import signal
@@ -15,10 +14,12 @@ import pytest
 import torch
 from conftest import interpreted, make_face
 
-from jasper_fast import backends, checks, selfcheck, trust
-from jasper_fast.checks import Check, Conv, Norm
+from jasper_fast.dispatch import backends, probe, verdict, verdicts
+from jasper_fast.dispatch.verdict import BAD, GOOD, UNCHECKED
 from jasper_fast.kernels import launch, tables
-from jasper_fast.trust import BAD, GOOD, UNCHECKED
+from jasper_fast.kernels.panes import gram
+from jasper_fast.selfcheck import cases, checks, perform, show
+from jasper_fast.selfcheck.checks import Check, Conv, Norm
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -28,9 +29,9 @@ CONV = Conv(2, 21, 24, 20, 5)
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
-    trust.forget()
+    verdicts.forget()
     yield
-    trust.forget()
+    verdicts.forget()
 
 
 @pytest.fixture(params=["cpu", "triton"])
@@ -56,14 +57,14 @@ def norm_check(face: str, function: str = "forward", variant: str = "batch") -> 
 
 @pytest.mark.parametrize("function", ["forward", "dgrad", "wgrad"])
 def test_a_right_conv_passes(face, function):
-    row = checks.perform(conv_check(face, function), here(face))
+    row = perform.perform(conv_check(face, function), here(face))
     assert row["status"] == "ok" and 0 <= row["share"] <= 1, row
 
 
 @pytest.mark.parametrize("function", ["stats", "forward", "backward"])
 @pytest.mark.parametrize("variant", checks.NORM_VARIANTS)
 def test_a_right_norm_passes(face, function, variant):
-    row = checks.perform(norm_check(face, function, variant), here(face))
+    row = perform.perform(norm_check(face, function, variant), here(face))
     assert row["status"] == "ok", row
 
 
@@ -71,14 +72,14 @@ def test_a_right_norm_passes(face, function, variant):
 @pytest.mark.parametrize("variant", [*checks.FUSED_VARIANTS, "plain unclean", "panes unclean", checks.WAVE])
 def test_a_right_fused_conv_passes_in_every_form_and_dtype(dtype, variant):
     face = make_face("triton").name
-    row = checks.perform(Check("conv1d.fused", face, "fused", "default", CONV, dtype, variant), here(face))
+    row = perform.perform(Check("conv1d.fused", face, "fused", "default", CONV, dtype, variant), here(face))
     assert row["status"] == "ok", row
 
 
 @pytest.mark.parametrize("function", checks.CONV)
 @pytest.mark.parametrize("variant", ["", checks.UNCLEAN, checks.WAVE, checks.EXACT])
 def test_a_right_conv_passes_in_every_form(function, variant):
-    row = checks.perform(conv_check("triton", function, variant=variant), here("triton"))
+    row = perform.perform(conv_check("triton", function, variant=variant), here("triton"))
     assert row["status"] == "ok", row
 
 
@@ -102,7 +103,7 @@ def launched(monkeypatch):
 def test_convs_are_checked_as_they_are_dispatched(function, variant, launched):
     """Told that the padding is zero, which on sm_90 selects other code, and not told."""
     check = Check("conv1d", "triton", function, "default", Conv(2, 21, 64, 64, 3), "bfloat16", variant)
-    assert checks.perform(check, here("triton"))["status"] == "ok"
+    assert perform.perform(check, here("triton"))["status"] == "ok"
     assert launched and all(f["HAS_DESCRIPTORS"] and f["IS_CLEAN"] is (variant == "") for f in launched)
 
 
@@ -112,7 +113,7 @@ def test_panes_are_checked_by_descriptors_on_real_shapes_and_without_on_small_on
     shape, by_descriptor, variant, launched
 ):
     check = Check("conv1d.fused", "triton", "fused", "default", shape, "bfloat16", variant)
-    row = checks.perform(check, here("triton"))
+    row = perform.perform(check, here("triton"))
     assert row["status"] == "ok", row
     for flags in launched:
         assert flags["HAS_PANES"] and flags["HAS_DESCRIPTORS"] is by_descriptor
@@ -200,18 +201,17 @@ def test_where_the_gpu_is_full_the_same_inputs_are_tried_three_times(variant, st
     impl, spoil = backends.face("conv1d", make_face("cpu").name), LateRace()
     right = impl.forward
     monkeypatch.setattr(impl, "forward", lambda *args: spoil(right(*args)))
-    row = checks.perform(conv_check("cpu", variant=variant), CPU)
+    row = perform.perform(conv_check("cpu", variant=variant), CPU)
     assert row["status"] == status, row
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("wrong", [False, True])
 def test_products_of_panes_are_checked(dtype, wrong, monkeypatch):
-    panes = importlib.import_module("jasper_fast.ops.panes")
-    right = panes.product
+    right = gram.product
     if wrong:
-        monkeypatch.setattr(panes, "product", lambda a, b: 1.02 * right(a, b))
-    row = checks.perform(Check("panes", "aten", "panes", "default", Norm(2, 24, 37), dtype), CPU)
+        monkeypatch.setattr(gram, "product", lambda a, b: 1.02 * right(a, b))
+    row = perform.perform(Check("panes", "aten", "panes", "default", Norm(2, 24, 37), dtype), CPU)
     assert row["status"] == ("wrong" if wrong else "ok"), row
 
 
@@ -229,7 +229,7 @@ def test_a_wrong_kernel_is_caught(op, function, name, fault, monkeypatch):
     right = getattr(impl, name)
     monkeypatch.setattr(impl, name, lambda *args, **kwargs: spoil(right(*args, **kwargs)))
     check = conv_check(face, function) if op == "conv1d" else norm_check(face, function)
-    row = checks.perform(check, CPU)
+    row = perform.perform(check, CPU)
     assert row["status"] == "wrong", row
     assert row["detail"]
 
@@ -239,7 +239,7 @@ def test_a_wrong_kernel_is_caught(op, function, name, fault, monkeypatch):
 def test_fp32_is_held_to_tf32_where_convs_round_to_it(function, bits, tf32, status, monkeypatch):
     """Operands cut off to `bits`, as tensor cores take them (TF32 has 10), beside PyTorch's convs, exact as cuDNN's may
     be: no fault where TF32 is allowed."""
-    impl, floor = backends.face("conv1d", make_face("cpu").name), checks._floor
+    impl, floor = backends.face("conv1d", make_face("cpu").name), perform._floor
     right = getattr(impl, function)
 
     def cut(x):
@@ -247,9 +247,9 @@ def test_fp32_is_held_to_tf32_where_convs_round_to_it(function, bits, tf32, stat
 
     monkeypatch.setattr(impl, function, lambda a, b, *rest, **how: right(cut(a), cut(b), *rest, **how))
     monkeypatch.setattr(impl, "takes_tf32", lambda: tf32, raising=False)
-    monkeypatch.setattr(checks, "_floor", lambda check, device: floor(check, GPU))
+    monkeypatch.setattr(perform, "_floor", lambda check, device: floor(check, GPU))
     check = dataclasses.replace(conv_check("cpu", function), shape=Conv(2, 200, 256, 256, 11))
-    assert checks.perform(check, CPU)["status"] == status
+    assert perform.perform(check, CPU)["status"] == status
 
 
 def test_an_exact_check_asks_for_exact_products_and_leaves_the_setting_as_it_was(monkeypatch):
@@ -259,7 +259,7 @@ def test_an_exact_check_asks_for_exact_products_and_leaves_the_setting_as_it_was
     before, conv.fp32_precision = conv.fp32_precision, "tf32"
     try:
         for variant in ("", checks.EXACT):
-            assert checks.perform(conv_check("cpu", variant=variant), CPU)["status"] == "ok"
+            assert perform.perform(conv_check("cpu", variant=variant), CPU)["status"] == "ok"
         assert set(seen[:3]) == {"tf32"} and set(seen[3:]) == {"ieee"} and conv.fp32_precision == "tf32"
     finally:
         conv.fp32_precision = before
@@ -279,7 +279,7 @@ def test_a_buffer_that_is_shared_by_calls_is_no_fault_of_its_results(monkeypatch
     impl, spoil = backends.face("conv1d", face), OneBuffer()
     right = impl.forward
     monkeypatch.setattr(impl, "forward", lambda *args, **kwargs: spoil(right(*args, **kwargs)))
-    assert checks.perform(conv_check(face), CPU)["status"] == "ok"
+    assert perform.perform(conv_check(face), CPU)["status"] == "ok"
 
 
 def test_padding_that_is_read_is_caught(monkeypatch):
@@ -287,7 +287,7 @@ def test_padding_that_is_read_is_caught(monkeypatch):
     impl = backends.face("conv1d", face)
     right = impl.forward
     monkeypatch.setattr(impl, "forward", lambda x, w, s, p, d, lengths: right(x, w, s, p, d, None))
-    row = checks.perform(conv_check(face), CPU)
+    row = perform.perform(conv_check(face), CPU)
     assert row["status"] == "wrong" and "nan" in row["detail"]
 
 
@@ -296,7 +296,7 @@ def test_a_wrong_dropout_mask_is_caught(monkeypatch):
     impl = backends.face("bn_relu_dropout", face)
     right = impl.forward
     monkeypatch.setattr(impl, "forward", lambda *args: right(*args[:-2], args[-2] + 1, args[-1]))
-    assert checks.perform(norm_check(face), CPU)["status"] == "wrong"
+    assert perform.perform(norm_check(face), CPU)["status"] == "wrong"
 
 
 def test_a_kernel_that_raises_is_caught_and_quoted(monkeypatch):
@@ -306,7 +306,7 @@ def test_a_kernel_that_raises_is_caught_and_quoted(monkeypatch):
         raise RuntimeError("PassManager::run failed\nsecond line")
 
     monkeypatch.setattr(backends.face("conv1d", face), "forward", broken)
-    row = checks.perform(conv_check(face), CPU)
+    row = perform.perform(conv_check(face), CPU)
     assert (row["status"], row["detail"]) == ("failed", "RuntimeError: PassManager::run failed")
 
 
@@ -317,9 +317,9 @@ def test_memory_that_runs_out_is_no_fault_of_the_kernel(monkeypatch):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr(backends.face("conv1d", face), "forward", greedy)
-    row = checks.perform(conv_check(face), CPU)
+    row = perform.perform(conv_check(face), CPU)
     assert row["status"] == "no memory" and "another process may hold the memory: see nvidia-smi" in row["detail"]
-    assert selfcheck.verdicts([row], quick=True)[0].status == UNCHECKED
+    assert verdict.verdicts([row], quick=True)[0].status == UNCHECKED
 
 
 GCC = ["/usr/bin/gcc", "main.c", "-shared", "-o", "main.so"]
@@ -345,12 +345,12 @@ def test_what_the_machine_lacks_is_no_fault_of_the_kernel(error, told, monkeypat
         raise error
 
     monkeypatch.setattr(backends.face("conv1d", make_face("cpu").name), "forward", unable)
-    row = checks.perform(conv_check("cpu"), CPU)
+    row = perform.perform(conv_check("cpu"), CPU)
     assert row["status"] in ("environment", "no memory") and told in row["detail"], row
-    (found,) = selfcheck.verdicts([row], quick=True)
+    (found,) = verdict.verdicts([row], quick=True)
     assert found.status == UNCHECKED and told in found.failure
-    trust.keep(CPU, [found])
-    assert trust.read(CPU) == {}, "it is tried again when the machine has it"
+    verdicts.keep(CPU, [found])
+    assert verdicts.read(CPU) == {}, "it is tried again when the machine has it"
 
 
 @pytest.mark.parametrize("error", [
@@ -360,7 +360,7 @@ def test_what_the_machine_lacks_is_no_fault_of_the_kernel(error, told, monkeypat
     RuntimeError("PTXAS error: Internal Triton PTX codegen error"),
 ])  # fmt: skip
 def test_what_a_kernel_does_is_its_fault(error):
-    assert checks.blame(error)["status"] == "failed"
+    assert verdict.blame(error)["status"] == "failed"
 
 
 def test_plain_pytorch_that_fails_is_no_fault_of_the_kernel(monkeypatch):
@@ -369,7 +369,7 @@ def test_plain_pytorch_that_fails_is_no_fault_of_the_kernel(monkeypatch):
 
     make_face("cpu")
     monkeypatch.setattr(backends.face("conv1d", "aten"), "forward", broken)
-    row = checks.perform(conv_check("cpu"), CPU)
+    row = perform.perform(conv_check("cpu"), CPU)
     assert row["status"] == "environment"
     assert row["detail"].startswith("plain PyTorch: RuntimeError: cuDNN error: CUDNN_STATUS_NOT_INITIALIZED (")
 
@@ -384,7 +384,7 @@ def test_a_check_of_a_tile_runs_that_tile(monkeypatch):
         return run(kernel, grid, like, *args, **meta)
 
     monkeypatch.setattr(launch, "run", watching)
-    row = checks.perform(conv_check(face, tile=tile), here(face))
+    row = perform.perform(conv_check(face, tile=tile), here(face))
     assert row["status"] == "ok", row
     wanted = {"BLOCK_T": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 2, "num_stages": 2}
     assert wanted in seen
@@ -481,10 +481,10 @@ def test_every_conv_is_checked_once_where_it_fills_the_gpu(gpu, quick):
         else:
             programs = s.n * -(-s.t_out // tile.t) * -(-s.c_out // tile.n)
         assert programs > 1.5 * 132, "an H100's SMs"
-    draw = checks._Draw(CPU, torch.float32, 1, False, True)
+    draw = cases._Draw(CPU, torch.float32, 1, False, True)
     lengths = draw.lengths(32, 840)
     assert lengths[0] == 840 and lengths.min() >= 420, "no program is idle for want of frames"
-    assert checks.case(dataclasses.replace(waves[0], face="triton", shape=CONV), CPU, 1).inputs["lengths"].min() > 0
+    assert cases.case(dataclasses.replace(waves[0], face="triton", shape=CONV), CPU, 1).inputs["lengths"].min() > 0
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -498,7 +498,7 @@ def test_convs_that_are_not_told_of_zeros_are_checked_on_small_shapes(gpu, quick
         set() if quick else {"plain unclean", "panes unclean"}
     )  # fmt: skip
     for check in unclean:
-        inputs = checks.case(check, here("triton"), 1).inputs
+        inputs = cases.case(check, here("triton"), 1).inputs
         assert inputs["given"].isnan().any()
 
 
@@ -559,7 +559,7 @@ def run_child(code: str, *, seconds: float = 60.0, ops=("conv1d", "bn_relu_dropo
     modules = "import os, signal, sys, time, torch\nfrom jasper_fast import backends, checks, selfcheck"
     full = f"{modules}\n{code}\nselfcheck.child()"
     argv = [sys.executable, "-c", full]
-    return selfcheck.supervise(CPU, quick=True, ops=ops, faces=("cpu",), seconds=seconds, argv=argv, **more)
+    return probe.supervise(CPU, quick=True, ops=ops, faces=("cpu",), seconds=seconds, argv=argv, **more)
 
 
 BREAK = """
@@ -588,7 +588,7 @@ def test_a_kernel_that_kills_its_process_is_named_and_the_rest_goes_on():
     assert sorted(name for name, _ in told) == sorted(row["id"] for row in rows)
     assert {total for _, total in told} == {len(plan)}
 
-    found = {v.op: v for v in selfcheck.verdicts(rows, quick=True)}
+    found = {v.op: v for v in verdict.verdicts(rows, quick=True)}
     assert found["bn_relu_dropout"].status == GOOD
     assert found["conv1d"].status == BAD
     assert "dgrad default (2, 256->256, 200) K 11 float32 died" in found["conv1d"].failure
@@ -599,7 +599,7 @@ def test_a_kernel_that_never_ends_is_named():
     rows = run_child(code, seconds=15.0, ops=("conv1d",))
     (hung,) = [row for row in rows if row["status"] == "hung"]
     assert hung["function"] == "wgrad" and "gave no sign for 15 s" in hung["detail"]
-    assert selfcheck.verdicts(rows, quick=True)[0].status == BAD
+    assert verdict.verdicts(rows, quick=True)[0].status == BAD
 
 
 def test_a_kernel_that_ruins_the_context_is_named():
@@ -634,7 +634,7 @@ torch.cuda.synchronize = synchronize
 def test_who_ends_the_process_from_outside_is_no_kernel(how):
     """The host's memory has run out, say."""
     rows = run_child(BREAK.format(function="forward", where="True", what=f"os.kill(os.getpid(), signal.SIG{how})"))
-    found = {v.op: v for v in selfcheck.verdicts(rows, quick=True)}
+    found = {v.op: v for v in verdict.verdicts(rows, quick=True)}
     assert found["conv1d"].status == UNCHECKED and f"SIG{how} (from outside" in found["conv1d"].failure
     assert found["bn_relu_dropout"].status == GOOD
 
@@ -652,7 +652,7 @@ def test_a_check_that_is_cut_off_ends_at_once_and_leaves_what_was_found(monkeypa
             signal.setitimer(signal.ITIMER_REAL, 1.0)
 
     ended = spy_on_ends(monkeypatch)
-    report, before = selfcheck.Report(), signal.signal(signal.SIGALRM, cut)
+    report, before = probe.Report(), signal.signal(signal.SIGALRM, cut)
     code = BREAK.format(function="wgrad", where="True", what="time.sleep(600)")
     code += "\nopen('/proc/self/comm', 'w').write('jasper-checks')"
     try:
@@ -683,7 +683,7 @@ def test_a_check_that_is_cut_off_in_the_first_second_ends_at_once(monkeypatch):
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr(selfcheck, "_lines", lines)
+    monkeypatch.setattr(probe, "_lines", lines)
     with pytest.raises(KeyboardInterrupt):
         run_child("time.sleep(600)")
     assert ended == [(0.0, -signal.SIGKILL)]
@@ -691,14 +691,14 @@ def test_a_check_that_is_cut_off_in_the_first_second_ends_at_once(monkeypatch):
 
 def spy_on_ends(monkeypatch) -> list[tuple[float, int | None]]:
     """Of every process that is ended: the seconds that its own end is waited for, and how it ended."""
-    ended, end = [], selfcheck._end
+    ended, end = [], probe._end
 
     def spied(process, before, after):
         status = end(process, before=before, after=after)
         ended.append((before, process.poll()))
         return status
 
-    monkeypatch.setattr(selfcheck, "_end", spied)
+    monkeypatch.setattr(probe, "_end", spied)
     return ended
 
 
@@ -713,11 +713,11 @@ def rows_of(*statuses: tuple[str, str]) -> tuple[list[dict], dict[str, dict]]:
 
 
 def test_what_was_found_is_a_verdict_where_nothing_can_change_it():
-    report = selfcheck.Report(*rows_of(
+    report = probe.Report(*rows_of(
         ("bn_relu_dropout", "ok"), ("conv1d", "ok"), ("conv1d", ""), ("conv1d.fused", "wrong"), ("conv1d.fused", ""),
         ("panes", ""),
     ))  # fmt: skip
-    found = {v.op: v.status for v in selfcheck.verdicts(report.decided(), quick=True)}
+    found = {v.op: v.status for v in verdict.verdicts(report.decided(), quick=True)}
     assert found == {"bn_relu_dropout": GOOD, "conv1d.fused": BAD}
 
 
@@ -727,16 +727,18 @@ def test_the_command_cut_off_shows_and_keeps_what_was_found(as_json, monkeypatch
         report.planned, report.found = rows_of(("bn_relu_dropout", "ok"), ("conv1d", "ok"), ("conv1d", ""))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(selfcheck, "supervise", supervise)
+    monkeypatch.setattr(probe, "supervise", supervise)
     with pytest.raises(KeyboardInterrupt):
-        selfcheck.main(CPU, quick=False, as_json=as_json, cache=True)
+        show.main(CPU, quick=False, as_json=as_json, cache=True)
     said = capsys.readouterr().out
     if as_json:
         report = json.loads(said)
         assert not report["finished"] and len(report["rows"]) == 2 and len(report["verdicts"]) == 1
     else:
         assert "bn_relu_dropout (triton, float16): good" in said and "ended early: 2 checks were made" in said
-    assert {name: v.status for name, v in trust.read(CPU).items()} == {("bn_relu_dropout", "triton", "float16"): GOOD}
+    assert {name: v.status for name, v in verdicts.read(CPU).items()} == {
+        ("bn_relu_dropout", "triton", "float16"): GOOD
+    }
 
 
 def test_what_kernels_print_is_no_part_of_the_protocol():
@@ -745,7 +747,7 @@ def test_what_kernels_print_is_no_part_of_the_protocol():
 
 
 def test_a_process_that_does_not_start_is_no_verdict_on_a_kernel():
-    with pytest.raises(selfcheck.CannotCheck, match="ended with status 3, in no check: what a pity"):
+    with pytest.raises(probe.CannotCheck, match="ended with status 3, in no check: what a pity"):
         run_child("print('what a pity', file=sys.stderr); sys.exit(3)")
 
 
@@ -759,14 +761,14 @@ open({str(flag)!r}, "w").close()
 """ + BREAK.format(function="forward", where="True", what="os._exit(9)")
     rows = run_child(code)
     assert next(row["status"] for row in rows if row["function"] == "forward" and row["op"] == "conv1d") == "died"
-    found = {v.op: v.status for v in selfcheck.verdicts(rows, quick=True)}
+    found = {v.op: v.status for v in verdict.verdicts(rows, quick=True)}
     assert found["conv1d"] == BAD
 
 
 def test_memory_that_runs_out_in_the_driver_is_no_fault_of_the_kernel():
     what = "print('CUDA error: out of memory', file=sys.stderr); sys.stderr.flush(); os._exit(1)"
     rows = run_child(BREAK.format(function="forward", where="True", what=what), ops=("conv1d",))
-    assert selfcheck.verdicts(rows, quick=True)[0].status == UNCHECKED
+    assert verdict.verdicts(rows, quick=True)[0].status == UNCHECKED
 
 
 # ---- the command ----
@@ -786,7 +788,7 @@ def test_the_command_checks_the_cpu_and_the_interpreted_kernels_and_keeps_the_ve
     report = json.loads(done.stdout)
     assert report["finished"]
     assert {(v["op"], v["face"], v["dtype"]) for v in report["verdicts"]} == {("panes", "aten", "float32")} | {
-        (op, *face) for op in checks.OPS[:3] for face in (("cpu", "float32"), ("triton", "bfloat16"))
+        (op, *face) for op in verdict.OPS[:3] for face in (("cpu", "float32"), ("triton", "bfloat16"))
     }
     assert all(v["status"] == GOOD and v["quick"] for v in report["verdicts"])
     (file,) = (tmp_path / "verdicts").glob("*.json")
@@ -817,10 +819,10 @@ def test_a_failure_is_shown_and_is_the_exit_status(monkeypatch, capsys, tmp_path
     code = BREAK.format(function="dgrad", where="True", what="return 1.01 * right(x, w, *rest, **more)")
     full = f"from jasper_fast import backends, selfcheck\n{code}\nselfcheck.child()"
     argv = [sys.executable, "-c", full]
-    monkeypatch.setattr(selfcheck, "command", lambda: argv)
+    monkeypatch.setattr(probe, "command", lambda: argv)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert selfcheck.main(CPU, quick=True, as_json=False, cache=True) == 1
+    assert show.main(CPU, quick=True, as_json=False, cache=True) == 1
     said = capsys.readouterr().out
     assert "conv1d dgrad default (2, 64->48, 37) K 11 float32 wrong: dx: max error" in said.replace("\n", " ")
     assert "conv1d (cpu, float32): bad" in said and "bn_relu_dropout (cpu, float32): good" in said
-    assert trust.read(CPU)["conv1d", "cpu", "float32"].status == BAD
+    assert verdicts.read(CPU)["conv1d", "cpu", "float32"].status == BAD

@@ -17,8 +17,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
-from jasper_fast import Jasper, ops, sync
-from jasper_fast.eager import EagerJasper
+from jasper_fast import Jasper, ops
+from jasper_fast.nn.eager import EagerJasper
+from jasper_fast.ops import sync
 
 SPLIT = (3, 2)  # utterances of each rank
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch was built without gloo")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from jasper_fast.metrics import cer, wer, word_errors
-from jasper_fast.text import UnknownSymbolError, Vocabulary, cardinal, expand_numbers, normalize
+from jasper_fast.speech.metrics import cer, wer, word_errors
+from jasper_fast.speech.text import UnknownSymbolError, Vocabulary, cardinal, expand_numbers, normalize
 
 
 def test_default_vocabulary():

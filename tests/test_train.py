@@ -18,15 +18,22 @@ import torch
 from speech import CONFIG, train_arguments, write_corpus
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jasper_fast import checkpoint, data, ops
-from jasper_fast.config import ConfigError, JasperConfig
-from jasper_fast.eager import EagerJasper, out_lengths
-from jasper_fast.ema import EMA
-from jasper_fast.features import LogMelFeatures
-from jasper_fast.optim import NovoGrad
-from jasper_fast.runs import Ranks, RunError, RunLog, StopRequest, own_randomness, read_log
-from jasper_fast.text import Vocabulary
-from jasper_fast.training import BufferGuard, Frontend, Meter, StepResult, batch_loss, ctc_loss, train_step, validate
+from jasper_fast import ops
+from jasper_fast.data import batches as batches_module
+from jasper_fast.data import dataset as dataset_module
+from jasper_fast.nn import checkpoint, loading
+from jasper_fast.nn.architecture import out_lengths
+from jasper_fast.nn.config import ConfigError, JasperConfig
+from jasper_fast.nn.eager import EagerJasper
+from jasper_fast.speech.features import LogMelFeatures
+from jasper_fast.speech.text import Vocabulary
+from jasper_fast.training.ema import EMA
+from jasper_fast.training.meter import Meter
+from jasper_fast.training.optim import NovoGrad
+from jasper_fast.training.randomness import own_randomness
+from jasper_fast.training.runs import Ranks, RunError, RunLog, StopRequest, read_log
+from jasper_fast.training.step import BufferGuard, Frontend, StepResult, batch_loss, ctc_loss, train_step
+from jasper_fast.training.validate import validate
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -58,11 +65,11 @@ def paths(tmp_path_factory):
 
 @pytest.fixture
 def dataset(paths):
-    return data.SpeechDataset.from_manifests([paths["train"]], Vocabulary(CONFIG["labels"]))
+    return dataset_module.SpeechDataset.from_manifests([paths["train"]], Vocabulary(CONFIG["labels"]))
 
 
 def a_batch(dataset, items=range(4)):
-    return data.collate([dataset[i] for i in items])
+    return batches_module.collate([dataset[i] for i in items])
 
 
 def front():
@@ -227,24 +234,24 @@ def test_meter_counts_names_and_gives_up():
 
 def test_validation_gives_error_rates_and_names_bad_utterances(dataset):
     model, features = Model(), front()
-    plan = data.BatchPlan(dataset.durations, batch_size=4, shuffle=False)
+    plan = batches_module.BatchPlan(dataset.durations, batch_size=4, shuffle=False)
     before = [t.clone() for t in model.state_dict().values()]
 
     def run(batches):
         return validate(model, features, batches, dataset.vocabulary, device=CPU)
 
-    result = run(data.batches(dataset, plan))
+    result = run(batches_module.batches(dataset, plan))
     assert result.utterances == len(dataset) and not result.bad
     assert model.training and features.training
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
     model.eval()
     expected = []
-    for batch in data.batches(dataset, plan):
+    for batch in batches_module.batches(dataset, plan):
         f, lengths = features.eval().features(batch.audio, batch.audio_lengths)
         log_probs, lengths = model(f, lengths)
         expected.append(ctc_loss(log_probs, lengths, batch.targets, batch.target_lengths))
     assert result.loss == pytest.approx(torch.cat(expected).mean().item(), rel=1e-5)
-    batches = list(data.batches(dataset, plan))
+    batches = list(batches_module.batches(dataset, plan))
     batches[0].audio[1, 50] = math.nan
     poisoned = run(batches)
     assert poisoned.bad == [f"{batches[0].names[1]}: its loss is nan"]
@@ -258,10 +265,10 @@ def test_ema_weights_are_what_validation_sees(dataset):
     ema = EMA(model, 0.5)
     with torch.no_grad():
         model.decoder.layers[0].bias[-1] = 1e4  # live weights say nothing but blanks
-    plan = data.BatchPlan(dataset.durations, batch_size=4, shuffle=False)
-    live = validate(model, front(), data.batches(dataset, plan), dataset.vocabulary, device=CPU)
+    plan = batches_module.BatchPlan(dataset.durations, batch_size=4, shuffle=False)
+    live = validate(model, front(), batches_module.batches(dataset, plan), dataset.vocabulary, device=CPU)
     with ema.applied_to(model):
-        average = validate(model, front(), data.batches(dataset, plan), dataset.vocabulary, device=CPU)
+        average = validate(model, front(), batches_module.batches(dataset, plan), dataset.vocabulary, device=CPU)
     assert live.loss > 1e4 > average.loss
 
 
@@ -371,7 +378,7 @@ def test_training_from_manifest_to_checkpoint(run_train, paths, tmp_path):
     assert (tmp_path / "milestone_epoch_0002.pt").exists()
     assert len(list(tmp_path.glob("step_*.pt"))) == 2
     assert list((tmp_path / "tensorboard").iterdir())
-    model = checkpoint.load_model(tmp_path / "best.pt", ema=True)
+    model = loading.load_model(tmp_path / "best.pt", ema=True)
     assert model.config.labels == tuple(CONFIG["labels"])
     with pytest.raises(RunError, match="add --resume or choose another"):
         run_train(train_arguments(paths, tmp_path, epochs=6))
@@ -398,7 +405,7 @@ def test_files_that_cannot_be_read_are_reported_and_left_out(run_train, paths, t
 
 
 def test_a_nan_loss_is_named_and_training_goes_on(run_train, paths, tmp_path, monkeypatch):
-    real = data.collate
+    real = batches_module.collate
 
     def collate(items):
         batch = real(items)
@@ -407,7 +414,7 @@ def test_a_nan_loss_is_named_and_training_goes_on(run_train, paths, tmp_path, mo
                 batch.audio[i] = math.nan
         return batch
 
-    monkeypatch.setattr(data, "collate", collate)
+    monkeypatch.setattr(batches_module, "collate", collate)
     said = run_train(train_arguments(paths, tmp_path, epochs=2, val_manifests=None))
     assert "step skipped: " in said and "train7.wav: its features are not finite" in said
     records = read_log(tmp_path / "log.jsonl")

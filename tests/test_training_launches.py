@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import memory, models
 from jasper_fast import Jasper
-from jasper_fast.eager import EagerJasper
 from jasper_fast.kernels import launch
+from jasper_fast.nn.eager import EagerJasper
 
 BLOCKS, CONVS, PANES = 6, 9, 1 + 2 + 3  # of config("dense"): its repeats are 1, 2, 3, 1, 1, 1
 

@@ -18,10 +18,13 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jasper_fast import backends, checks, cli, ops, selfcheck, trust
+from jasper_fast import ops
+from jasper_fast.cli import command
+from jasper_fast.dispatch import backends, choose, probe, verdicts
+from jasper_fast.dispatch.verdict import BAD, GOOD, UNCHECKED, Verdict
 from jasper_fast.kernels import native, tables
-from jasper_fast.ops.bn_relu_dropout import norm_face as norm_face_of
-from jasper_fast.trust import BAD, GOOD, UNCHECKED, Verdict
+from jasper_fast.ops.bn_relu_dropout_op import norm_face as norm_face_of
+from jasper_fast.selfcheck import checks
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = torch.device("cuda", 0)
@@ -41,10 +44,10 @@ def verdict(op: str = "conv1d", status: str = GOOD, face: str = "triton", **more
 def own_cache(tmp_path, monkeypatch):
     """A cache of this test's own, and choices that nothing else made."""
     monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
-    backends.forget()
+    choose.forget()
     yield tmp_path / "cache"
     monkeypatch.undo()
-    backends.forget()
+    choose.forget()
 
 
 @pytest.fixture
@@ -60,9 +63,9 @@ def gpu(monkeypatch):
         return dataclasses.replace(known, face=face, dtype=dtype)
 
     monkeypatch.setattr(backends, "why_missing", lambda backend, device_type: None)
-    monkeypatch.setattr(trust, "key", lambda device: {"device": "NVIDIA Imaginary 9000", "driver": "580"})
-    monkeypatch.setattr(trust, "_check_now", check)
-    monkeypatch.setattr(trust, "forget", trust._memory.clear)
+    monkeypatch.setattr(verdicts, "key", lambda device: {"device": "NVIDIA Imaginary 9000", "driver": "580"})
+    monkeypatch.setattr(verdicts, "_check_now", check)
+    monkeypatch.setattr(verdicts, "forget", verdicts._memory.clear)
     monkeypatch.setattr(tables, "_gpu_name", lambda index: "NVIDIA Imaginary 9000")
     monkeypatch.setattr(tables, "forget", tables._index.cache_clear)
     return type("Gpu", (), {"found": found, "checked": checked})
@@ -74,39 +77,41 @@ def gpu(monkeypatch):
 def test_the_folder_is_the_users_and_can_be_chosen(monkeypatch, tmp_path):
     monkeypatch.setenv("JASPER_FAST_CACHE", "/own")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert trust.folder() == Path("/own")
+    assert verdicts.folder() == Path("/own")
     monkeypatch.delenv("JASPER_FAST_CACHE")
-    assert trust.folder() == Path("/xdg/jasper_fast")
+    assert verdicts.folder() == Path("/xdg/jasper_fast")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert trust.folder() == tmp_path / ".cache" / "jasper_fast"
+    assert verdicts.folder() == tmp_path / ".cache" / "jasper_fast"
 
 
 def test_verdicts_come_back_as_they_were_kept():
     made = [verdict(), verdict(NORM, BAD), verdict("conv1d.fused", quick=True)]
-    trust.keep(CPU, made)
-    trust.forget()
-    assert list(trust.read(CPU).values()) == made
-    assert [p.name for p in trust.path(CPU).parent.iterdir()] == [trust.path(CPU).name], "no half-written file is left"
+    verdicts.keep(CPU, made)
+    verdicts.forget()
+    assert list(verdicts.read(CPU).values()) == made
+    assert [p.name for p in verdicts.path(CPU).parent.iterdir()] == [verdicts.path(CPU).name], (
+        "no half-written file is left"
+    )
 
 
 @pytest.mark.parametrize("part", ["device", "driver", "torch", "triton", "interpreted", "jasper_fast", "sources"])
 def test_another_machine_or_version_has_no_verdict(part, monkeypatch):
-    trust.keep(CPU, [verdict()])
-    key = trust.key(CPU)
+    verdicts.keep(CPU, [verdict()])
+    key = verdicts.key(CPU)
     assert part in key
-    monkeypatch.setattr(trust, "key", lambda device: key | {part: "another"})
-    assert trust.read(CPU) == {}
+    monkeypatch.setattr(verdicts, "key", lambda device: key | {part: "another"})
+    assert verdicts.read(CPU) == {}
 
 
 def test_the_sources_are_those_of_kernels_and_tables(monkeypatch, tmp_path):
-    before = trust.sources()
+    before = verdicts.sources()
     monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path))
-    trust.sources.cache_clear()
-    assert trust.sources() == before
+    verdicts.sources.cache_clear()
+    assert verdicts.sources() == before
     (tmp_path / "gpu.json").write_text("{}")
-    trust.sources.cache_clear()
-    assert trust.sources() != before
+    verdicts.sources.cache_clear()
+    assert verdicts.sources() != before
 
 
 @pytest.mark.parametrize(
@@ -118,17 +123,17 @@ def test_the_sources_are_those_of_kernels_and_tables(monkeypatch, tmp_path):
     ],
 )
 def test_the_drivers_version_is_read_where_linux_tells_it(text, version, tmp_path, monkeypatch):
-    monkeypatch.setattr(trust, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(verdicts, "DRIVER", tmp_path / "version")
     monkeypatch.setenv("PATH", "")
     (tmp_path / "version").write_text(text)
-    assert trust.driver() == version
+    assert verdicts.driver() == version
 
 
 FAULTY = {
     "no JSON": "{",
     "no object": "[]",
     "an old schema": json.dumps({"schema": 0}),
-    "another key": json.dumps({"schema": trust.SCHEMA, "key": {}, "verdicts": []}),
+    "another key": json.dumps({"schema": verdicts.SCHEMA, "key": {}, "verdicts": []}),
     "a status of its own": None,
     "a number for a text": None,
 }
@@ -136,26 +141,26 @@ FAULTY = {
 
 @pytest.mark.parametrize("fault", FAULTY)
 def test_a_corrupt_file_is_said_and_checked_again(fault, capsys):
-    trust.keep(CPU, [verdict()])
-    data = json.loads(trust.path(CPU).read_text())
+    verdicts.keep(CPU, [verdict()])
+    data = json.loads(verdicts.path(CPU).read_text())
     if fault == "a status of its own":
         data["verdicts"][0]["status"] = "great"
     if fault == "a number for a text":
         data["verdicts"][0]["failure"] = 7
-    trust.path(CPU).write_text(FAULTY[fault] or json.dumps(data))
-    trust.forget()
+    verdicts.path(CPU).write_text(FAULTY[fault] or json.dumps(data))
+    verdicts.forget()
     checks = []
 
     def check(device, op, face, dtype):
         checks.append(op)
         return verdict(op, face=face, quick=True, checked=9)
 
-    assert trust.verdict("conv1d", "triton", CPU, BF16, check).checked == 9
+    assert verdicts.verdict("conv1d", "triton", CPU, BF16, check).checked == 9
     said = capsys.readouterr().err
-    assert str(trust.path(CPU)) in said and "checking again" in said
+    assert str(verdicts.path(CPU)) in said and "checking again" in said
     assert checks == ["conv1d"]
-    trust.forget()
-    assert trust.verdict("conv1d", "triton", CPU, BF16, check).checked == 9, "and the new one is kept"
+    verdicts.forget()
+    assert verdicts.verdict("conv1d", "triton", CPU, BF16, check).checked == 9, "and the new one is kept"
     assert checks == ["conv1d"]
 
 
@@ -163,15 +168,15 @@ def test_a_corrupt_file_is_said_and_checked_again(fault, capsys):
 def test_a_cache_that_cannot_be_written_is_a_message(own_cache, capsys):
     own_cache.mkdir()
     own_cache.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    trust.keep(CPU, [verdict()])
+    verdicts.keep(CPU, [verdict()])
     assert "set JASPER_FAST_CACHE" in capsys.readouterr().err
 
 
 def test_a_cache_that_is_a_file_is_a_message_and_verdicts_hold_for_the_process(own_cache, capsys):
     own_cache.write_text("not a folder")
-    assert trust.verdict("conv1d", "triton", CPU, BF16, lambda *_: verdict()).status == GOOD
+    assert verdicts.verdict("conv1d", "triton", CPU, BF16, lambda *_: verdict()).status == GOOD
     assert "set JASPER_FAST_CACHE" in capsys.readouterr().err
-    assert trust.verdict("conv1d", "triton", CPU, BF16, lambda *_: pytest.fail("checked twice")).status == GOOD
+    assert verdicts.verdict("conv1d", "triton", CPU, BF16, lambda *_: pytest.fail("checked twice")).status == GOOD
 
 
 @pytest.mark.parametrize(
@@ -185,30 +190,30 @@ def test_a_cache_that_is_a_file_is_a_message_and_verdicts_hold_for_the_process(o
     ],
 )
 def test_a_quick_check_that_finds_nothing_takes_nothing_back(before, new, kept):
-    trust.keep(CPU, [before])
-    trust.keep(CPU, [new])
+    verdicts.keep(CPU, [before])
+    verdicts.keep(CPU, [new])
     wanted = {"before": before, "new": new}[kept]
-    assert trust.read(CPU)["conv1d", "triton", BF16] == wanted
-    assert trust.verdict("conv1d", "triton", CPU, BF16, lambda *_: pytest.fail("checked")) == wanted
+    assert verdicts.read(CPU)["conv1d", "triton", BF16] == wanted
+    assert verdicts.verdict("conv1d", "triton", CPU, BF16, lambda *_: pytest.fail("checked")) == wanted
 
 
 def test_what_could_not_be_checked_is_for_this_process_only():
     none = verdict(status=UNCHECKED)
-    assert trust.verdict("conv1d", "triton", CPU, BF16, lambda *_: none) == none
-    assert trust.verdict("conv1d", "triton", CPU, BF16, lambda *_: pytest.fail("checked twice")) == none
-    assert trust.read(CPU) == {}
-    trust.forget()
-    assert trust.verdict("conv1d", "triton", CPU, BF16, lambda *_: verdict()) == verdict()
+    assert verdicts.verdict("conv1d", "triton", CPU, BF16, lambda *_: none) == none
+    assert verdicts.verdict("conv1d", "triton", CPU, BF16, lambda *_: pytest.fail("checked twice")) == none
+    assert verdicts.read(CPU) == {}
+    verdicts.forget()
+    assert verdicts.verdict("conv1d", "triton", CPU, BF16, lambda *_: verdict()) == verdict()
 
 
 def test_a_verdict_is_of_one_dtype(capsys):
-    trust.keep(CPU, [verdict(), verdict(status=BAD, dtype=FP16)])
-    trust.forget()
+    verdicts.keep(CPU, [verdict(), verdict(status=BAD, dtype=FP16)])
+    verdicts.forget()
     fresh = verdict(dtype=FP32, quick=True)
-    assert trust.verdict("conv1d", "triton", CPU, BF16, lambda *_: pytest.fail("checked")).status == GOOD
-    assert trust.verdict("conv1d", "triton", CPU, FP16, lambda *_: pytest.fail("checked")).status == BAD
-    assert trust.verdict("conv1d", "triton", CPU, FP32, lambda *asked: fresh if asked[3] == FP32 else None) == fresh
-    assert {name: v.status for name, v in trust.read(CPU).items()} == {
+    assert verdicts.verdict("conv1d", "triton", CPU, BF16, lambda *_: pytest.fail("checked")).status == GOOD
+    assert verdicts.verdict("conv1d", "triton", CPU, FP16, lambda *_: pytest.fail("checked")).status == BAD
+    assert verdicts.verdict("conv1d", "triton", CPU, FP32, lambda *asked: fresh if asked[3] == FP32 else None) == fresh
+    assert {name: v.status for name, v in verdicts.read(CPU).items()} == {
         ("conv1d", "triton", BF16): GOOD, ("conv1d", "triton", FP16): BAD, ("conv1d", "triton", FP32): GOOD,
     }  # fmt: skip
 
@@ -216,19 +221,20 @@ def test_a_verdict_is_of_one_dtype(capsys):
 def test_what_an_older_version_kept_is_no_verdict(capsys):
     """Before verdicts were of a dtype, one in bf16 spoke for all."""
     old = {k: v for k, v in dataclasses.asdict(verdict()).items() if k != "dtype"}
-    data = {"schema": 1, "key": trust.key(CPU), "verdicts": [old]}
-    trust.path(CPU).parent.mkdir(parents=True)
-    trust.path(CPU).write_text(json.dumps(data))
-    assert trust.read(CPU) == {}
-    assert trust.verdict("conv1d", "triton", CPU, BF16, lambda *_: verdict(quick=True)).quick
+    data = {"schema": 1, "key": verdicts.key(CPU), "verdicts": [old]}
+    verdicts.path(CPU).parent.mkdir(parents=True)
+    verdicts.path(CPU).write_text(json.dumps(data))
+    assert verdicts.read(CPU) == {}
+    assert verdicts.verdict("conv1d", "triton", CPU, BF16, lambda *_: verdict(quick=True)).quick
 
 
 def test_the_checks_and_the_panes_are_among_the_sources(monkeypatch):
     read, seen = Path.read_bytes, []
     monkeypatch.setattr(Path, "read_bytes", lambda path: seen.append(path) or read(path))
-    trust.sources.cache_clear()
-    trust.sources()
-    assert {ROOT / "jasper_fast" / "checks.py", ROOT / "jasper_fast" / "ops" / "panes.py"} <= set(seen)
+    verdicts.sources.cache_clear()
+    verdicts.sources()
+    wanted = "jasper_fast/selfcheck/cases.py", "jasper_fast/ops/panes_op.py", "kernels/panes/gram.py"
+    assert {ROOT / path for path in wanted} <= set(seen)
 
 
 WAITS = """
@@ -254,10 +260,10 @@ def test_processes_that_start_together_check_once():
 
 
 def test_a_kernel_is_checked_on_first_use_and_used_where_it_is_right(gpu):
-    assert backends.resolve("auto", GPU, NORM, torch.bfloat16) == "triton"
+    assert choose.resolve("auto", GPU, NORM, torch.bfloat16) == "triton"
     assert gpu.checked == [(GPU, NORM, "triton", BF16)]
-    backends.forget()
-    assert backends.resolve("auto", GPU, NORM, torch.bfloat16) == "triton"
+    choose.forget()
+    assert choose.resolve("auto", GPU, NORM, torch.bfloat16) == "triton"
     assert len(gpu.checked) == 1, "the verdict was kept"
 
 
@@ -265,10 +271,10 @@ def test_a_kernel_is_checked_on_first_use_and_used_where_it_is_right(gpu):
 def test_a_bad_verdict_gives_plain_pytorch_and_one_loud_line(gpu, status, word):
     gpu.found[NORM] = verdict(NORM, status)
     with pytest.warns(RuntimeWarning) as said:
-        assert backends.resolve("auto", GPU, NORM, torch.bfloat16) == "reference"
-        assert backends.resolve("auto", GPU, NORM, torch.bfloat16) == "reference"
-        backends._resolve.cache_clear()
-        assert backends.resolve("auto", GPU, NORM, torch.bfloat16) == "reference"
+        assert choose.resolve("auto", GPU, NORM, torch.bfloat16) == "reference"
+        assert choose.resolve("auto", GPU, NORM, torch.bfloat16) == "reference"
+        choose._resolve.cache_clear()
+        assert choose.resolve("auto", GPU, NORM, torch.bfloat16) == "reference"
     assert len(said) == 1
     text = str(said[0].message)
     assert f"{NORM} (triton, bfloat16) {word} NVIDIA Imaginary 9000" in text
@@ -281,29 +287,29 @@ def test_what_is_used_in_a_dtype_was_checked_in_it(gpu, monkeypatch, tmp_path):
     for op in (NORM, "conv1d", "conv1d.fused"):
         gpu.found[op, "triton", FP16] = verdict(op, BAD)
     for dtype in (torch.bfloat16, torch.float32):
-        assert backends.norm_face("auto", GPU, dtype, 256, 12) == "triton"
-        assert backends.conv_face("auto", GPU, dtype, **ask) == backends.fused_face("auto", GPU, dtype) == "triton"
+        assert choose.norm_face("auto", GPU, dtype, 256, 12) == "triton"
+        assert choose.conv_face("auto", GPU, dtype, **ask) == choose.fused_face("auto", GPU, dtype) == "triton"
     assert {(op, dtype) for _, op, _, dtype in gpu.checked} == {
         (op, dtype) for op in (NORM, "conv1d", "conv1d.fused") for dtype in (BF16, FP32)
     }
     with pytest.warns(RuntimeWarning) as said:
-        assert backends.norm_face("auto", GPU, torch.float16, 256, 12) == "reference"
-        assert backends.conv_face("auto", GPU, torch.float16, **ask) == "aten"
-        assert backends.fused_face("auto", GPU, torch.float16) == "aten"
+        assert choose.norm_face("auto", GPU, torch.float16, 256, 12) == "reference"
+        assert choose.conv_face("auto", GPU, torch.float16, **ask) == "aten"
+        assert choose.fused_face("auto", GPU, torch.float16) == "aten"
     assert len(said) == 3 and all("(triton, float16) is WRONG" in str(w.message) for w in said)
 
 
 def test_who_names_no_dtype_asks_for_all(gpu):
     gpu.found[NORM, "triton", BF16] = verdict(NORM, BAD)
     with pytest.warns(RuntimeWarning, match="bfloat16"):
-        assert backends.resolve("auto", GPU, NORM) == "reference"
+        assert choose.resolve("auto", GPU, NORM) == "reference"
     assert {dtype for *_, dtype in gpu.checked} == {BF16, FP16, FP32}
 
 
 def test_the_check_of_first_use_is_of_the_dtype_in_use(monkeypatch):
     asked = {}
-    monkeypatch.setattr(selfcheck, "supervise", lambda device, **which: asked.update(which) or [])
-    found = selfcheck.quick_verdict(GPU, "conv1d", "triton", FP16)
+    monkeypatch.setattr(probe, "supervise", lambda device, **which: asked.update(which) or [])
+    found = probe.quick_verdict(GPU, "conv1d", "triton", FP16)
     assert asked == {"quick": True, "ops": ("conv1d",), "faces": ("triton",), "dtypes": (FP16,)}
     assert (found.dtype, found.status) == (FP16, UNCHECKED)
 
@@ -313,9 +319,9 @@ def test_the_warning_says_what_follows(gpu, norm_table, monkeypatch, tmp_path):
     with pytest.warns(RuntimeWarning) as said:
         assert norm_face(256) == "reference"
         put_table(monkeypatch, tmp_path, {"conv1d.forward": (1.0, 2.0), "conv1d.fused": (1.0, 2.0)})
-        assert backends.conv_face("auto", GPU, torch.bfloat16, shape=SHAPE, rows_log2=12) == "aten"
-        assert backends.fused_face("auto", GPU, torch.bfloat16) == "aten"
-        assert backends.pane_form("auto", GPU, torch.bfloat16) == "plain"
+        assert choose.conv_face("auto", GPU, torch.bfloat16, shape=SHAPE, rows_log2=12) == "aten"
+        assert choose.fused_face("auto", GPU, torch.bfloat16) == "aten"
+        assert choose.pane_form("auto", GPU, torch.bfloat16) == "plain"
     told = [str(warning.message) for warning in said]
     for line, what in zip(told, ("goes on to its Triton kernel", "takes plain PyTorch for it instead",
                                  "takes PyTorch's own conv", "takes PyTorch's own conv",
@@ -327,20 +333,20 @@ def test_verdicts_are_of_each_op(gpu):
     gpu.found["conv1d"] = verdict("conv1d", BAD)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.resolve("auto", GPU, NORM, torch.bfloat16) == "triton"
+        assert choose.resolve("auto", GPU, NORM, torch.bfloat16) == "triton"
 
 
 def test_a_backend_asked_for_by_name_is_not_checked(gpu):
     gpu.found[NORM] = verdict(NORM, BAD)
     for name in ("triton", "cuda", "reference"):
-        assert backends.resolve(name, GPU, NORM) == name
-    assert backends.conv_face("triton", GPU, torch.bfloat16) == "triton"
+        assert choose.resolve(name, GPU, NORM) == name
+    assert choose.conv_face("triton", GPU, torch.bfloat16) == "triton"
     assert gpu.checked == []
 
 
 def test_the_cpu_is_not_checked(gpu):
-    assert backends.resolve("auto", CPU, NORM) == "cpu"
-    assert backends.conv_face("auto", CPU, torch.float32, shape=SHAPE) == "cpu"
+    assert choose.resolve("auto", CPU, NORM) == "cpu"
+    assert choose.conv_face("auto", CPU, torch.float32, shape=SHAPE) == "cpu"
     assert gpu.checked == []
 
 
@@ -364,24 +370,22 @@ def write_table(monkeypatch, tmp_path, rows: list[tables.Row]) -> None:
 
 
 def test_convs_stay_with_the_library_without_a_table(gpu):
-    calls = backends.conv_calls(dx=True, dw=True)
-    assert backends.conv_face("auto", GPU, torch.bfloat16, calls=calls, shape=SHAPE, rows_log2=12) == "aten"
-    assert backends.fused_face("auto", GPU, torch.bfloat16) == "aten"
+    calls = choose.conv_calls(dx=True, dw=True)
+    assert choose.conv_face("auto", GPU, torch.bfloat16, calls=calls, shape=SHAPE, rows_log2=12) == "aten"
+    assert choose.fused_face("auto", GPU, torch.bfloat16) == "aten"
     assert gpu.checked == [], "what is not used is not checked"
 
 
 def test_convs_take_the_face_that_the_table_says(gpu, monkeypatch, tmp_path):
     put_table(monkeypatch, tmp_path, {"conv1d.forward": (1.0, 2.0), "conv1d.wgrad": (5.0, 1.0)})
-    forward, both = backends.conv_calls(), backends.conv_calls(dw=True)
+    forward, both = choose.conv_calls(), choose.conv_calls(dw=True)
     ask = {"shape": SHAPE, "rows_log2": 12}
-    assert backends.conv_face("auto", GPU, torch.bfloat16, calls=forward, **ask) == "triton"
-    assert backends.conv_face("auto", GPU, torch.bfloat16, calls=forward, shape=SHAPE) == "triton", (
-        "under torch.compile"
-    )
-    assert backends.conv_face("auto", GPU, torch.bfloat16, calls=both, **ask) == "aten"
-    assert backends.conv_face("auto", GPU, torch.float16, calls=forward, **ask) == "aten", "not measured"
-    assert backends.conv_face("auto", GPU, torch.float64, calls=forward, **ask) == "aten"
-    assert backends.conv_face("auto", GPU, torch.bfloat16, calls=forward, strided_dx=True, **ask) == "aten"
+    assert choose.conv_face("auto", GPU, torch.bfloat16, calls=forward, **ask) == "triton"
+    assert choose.conv_face("auto", GPU, torch.bfloat16, calls=forward, shape=SHAPE) == "triton", "under torch.compile"
+    assert choose.conv_face("auto", GPU, torch.bfloat16, calls=both, **ask) == "aten"
+    assert choose.conv_face("auto", GPU, torch.float16, calls=forward, **ask) == "aten", "not measured"
+    assert choose.conv_face("auto", GPU, torch.float64, calls=forward, **ask) == "aten"
+    assert choose.conv_face("auto", GPU, torch.bfloat16, calls=forward, strided_dx=True, **ask) == "aten"
     assert gpu.checked == [(GPU, "conv1d", "triton", BF16)]
 
 
@@ -389,12 +393,12 @@ def test_a_faster_face_that_is_wrong_is_not_taken(gpu, monkeypatch, tmp_path):
     put_table(monkeypatch, tmp_path, {"conv1d.forward": (1.0, 2.0), "conv1d.fused": (1.0, 2.0)})
     gpu.found["conv1d"] = verdict("conv1d", BAD)
     with pytest.warns(RuntimeWarning, match=r"conv1d \(triton, bfloat16\) is WRONG") as said:
-        assert backends.conv_face("auto", GPU, torch.bfloat16, shape=SHAPE, rows_log2=12) == "aten"
-        assert backends.conv_face("auto", GPU, torch.bfloat16, shape=SHAPE, rows_log2=13) == "aten"
+        assert choose.conv_face("auto", GPU, torch.bfloat16, shape=SHAPE, rows_log2=12) == "aten"
+        assert choose.conv_face("auto", GPU, torch.bfloat16, shape=SHAPE, rows_log2=13) == "aten"
     assert len(said) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.fused_face("auto", GPU, torch.bfloat16) == "triton", "the verdict on inference is another"
+        assert choose.fused_face("auto", GPU, torch.bfloat16) == "triton", "the verdict on inference is another"
 
 
 # {(channels, rows_log2): {face: (seconds of forward, of backward)}}
@@ -421,7 +425,7 @@ def norm_table(monkeypatch, tmp_path):
 
 
 def norm_face(channels: int, rows_log2: int | None = 12, dtype=torch.bfloat16, backend: str = "auto") -> str:
-    return backends.norm_face(backend, GPU, dtype, channels, rows_log2)
+    return choose.norm_face(backend, GPU, dtype, channels, rows_log2)
 
 
 def test_norms_run_in_triton_without_a_table(gpu):
@@ -450,7 +454,7 @@ def test_norms_asked_for_by_name_and_on_the_cpu_are_not_looked_up(gpu, norm_tabl
     monkeypatch.setattr(tables, "fastest", lambda *_, **__: pytest.fail("looked up"))
     for name in ("triton", "cuda", "reference"):
         assert norm_face(256, backend=name) == norm_face(768, backend=name) == name
-    assert backends.norm_face("auto", CPU, torch.float32, 256, 12) == "cpu"
+    assert choose.norm_face("auto", CPU, torch.float32, 256, 12) == "cpu"
     assert gpu.checked == []
 
 
@@ -458,7 +462,7 @@ def test_norms_are_looked_up_once(gpu, norm_table, monkeypatch):
     assert norm_face(256) == "cuda"
     monkeypatch.setattr(tables, "fastest", lambda *_, **__: pytest.fail("looked up again"))
     assert norm_face(256) == "cuda"
-    backends.forget()
+    choose.forget()
     with pytest.raises(pytest.fail.Exception):
         norm_face(256)
 
@@ -515,10 +519,10 @@ def test_a_gpu_before_ampere_takes_the_cuda_face_and_the_librarys_convs(turing, 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert norm_face(256, dtype=torch.float16) == norm_face(768, None, torch.float16) == "cuda"
-        assert backends.resolve("auto", GPU, NORM, torch.float16) == backends.resolve("auto", GPU) == "cuda"
+        assert choose.resolve("auto", GPU, NORM, torch.float16) == choose.resolve("auto", GPU) == "cuda"
         put_table(monkeypatch, tmp_path, {"conv1d.forward": (1.0, 2.0), "conv1d.fused": (1.0, 2.0)}, (FP16,))
-        assert backends.conv_face("auto", GPU, torch.float16, shape=SHAPE, rows_log2=12) == "aten"
-        assert backends.fused_face("auto", GPU, torch.float16) == "aten"
+        assert choose.conv_face("auto", GPU, torch.float16, shape=SHAPE, rows_log2=12) == "aten"
+        assert choose.fused_face("auto", GPU, torch.float16) == "aten"
     assert turing.checked == [(GPU, NORM, "cuda", FP16)]
 
 
@@ -537,17 +541,17 @@ def test_without_the_cuda_library_before_ampere_both_reasons_are_told(turing, mo
 
 
 def test_triton_asked_for_by_name_before_ampere_is_an_error_that_says_why(turing):
-    for ask in (lambda: backends.resolve("triton", GPU), lambda: norm_face(256, backend="triton"),
-                lambda: backends.conv_face("triton", GPU, torch.float16)):  # fmt: skip
+    for ask in (lambda: choose.resolve("triton", GPU), lambda: norm_face(256, backend="triton"),
+                lambda: choose.conv_face("triton", GPU, torch.float16)):  # fmt: skip
         with pytest.raises(backends.BackendMissing, match=r"backend 'triton': .*8\.0 and later, this GPU has 7\.5"):
             ask()
     assert not backends.is_available("triton", GPU)
-    assert backends.resolve("cuda", GPU) == "cuda"
+    assert choose.resolve("cuda", GPU) == "cuda"
 
 
 def test_ampere_is_young_enough(turing, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    assert backends.resolve("triton", GPU) == backends.resolve("auto", GPU, NORM, torch.bfloat16) == "triton"
+    assert choose.resolve("triton", GPU) == choose.resolve("auto", GPU, NORM, torch.bfloat16) == "triton"
 
 
 @pytest.mark.parametrize(("capability", "faces"), [((7, 5), {"cuda", "aten"}), ((8, 6), {"triton", "cuda", "aten"})])
@@ -565,14 +569,14 @@ def test_the_plan_has_the_faces_that_the_gpus_age_allows(turing, monkeypatch, tm
 
 def test_panes_take_the_gram_form_on_a_gpu_where_it_is_right(gpu):
     gpu.found["panes", "aten", FP16] = verdict("panes", BAD)
-    assert backends.pane_form("auto", GPU, torch.bfloat16) == "gram"
+    assert choose.pane_form("auto", GPU, torch.bfloat16) == "gram"
     with pytest.warns(RuntimeWarning, match=r"panes \(aten, float16\) is WRONG") as said:
-        assert [backends.pane_form("auto", GPU, torch.float16) for _ in range(2)] == ["plain"] * 2
+        assert [choose.pane_form("auto", GPU, torch.float16) for _ in range(2)] == ["plain"] * 2
     assert len(said) == 1
     assert gpu.checked == [(GPU, "panes", "aten", BF16), (GPU, "panes", "aten", FP16)]
-    assert backends.pane_form("auto", GPU, torch.float64) == "gram"
-    assert backends.pane_form("triton", GPU, torch.float16) == "gram"
-    assert backends.pane_form("auto", CPU, torch.float32) == "plain"
+    assert choose.pane_form("auto", GPU, torch.float64) == "gram"
+    assert choose.pane_form("triton", GPU, torch.float16) == "gram"
+    assert choose.pane_form("auto", CPU, torch.float32) == "plain"
     assert len(gpu.checked) == 2, "no kernel of theirs, named, and a CPU"
 
 
@@ -580,8 +584,8 @@ def test_panes_take_the_gram_form_on_a_gpu_where_it_is_right(gpu):
     ("auto", GOOD, True), ("auto", BAD, False), ("gram", BAD, True), ("plain", GOOD, False),
 ])  # fmt: skip
 def test_a_block_takes_the_form_that_was_chosen(gpu, form, status, wanted):
-    from jasper_fast.config import JasperConfig
-    from jasper_fast.modules import JasperBlock
+    from jasper_fast.nn.block import JasperBlock
+    from jasper_fast.nn.config import JasperConfig
 
     b = JasperConfig.from_yaml(ROOT / "configs" / "jasper10x5dr.yaml").encoder.blocks[1]
     block = JasperBlock(8, b, [8], pane_form=form)
@@ -652,9 +656,9 @@ def test_the_face_of_a_norm_is_a_constant_of_a_compiled_graph(gpu, norm_table, d
 
 
 def test_the_calls_of_a_conv_are_those_of_its_use():
-    assert backends.conv_calls() == ("conv1d.forward",)
-    assert backends.conv_calls(stats=True, dw=True) == ("conv1d.forward_stats", "conv1d.wgrad")
-    assert backends.conv_calls(stats=True, dx=True, dw=True, norm=True) == (
+    assert choose.conv_calls() == ("conv1d.forward",)
+    assert choose.conv_calls(stats=True, dw=True) == ("conv1d.forward_stats", "conv1d.wgrad")
+    assert choose.conv_calls(stats=True, dx=True, dw=True, norm=True) == (
         "conv1d.forward_stats", "conv1d.dgrad_bn", "conv1d.wgrad",
     )  # fmt: skip
 
@@ -662,9 +666,9 @@ def test_the_calls_of_a_conv_are_those_of_its_use():
 def test_the_choice_is_a_constant_of_a_compiled_graph():
     def chosen(x, weight):
         c_out, c_in, taps = weight.shape
-        calls = backends.conv_calls(dw=True)
-        face = backends.conv_face("auto", x.device, x.dtype, calls=calls, shape=(c_in, c_out, taps, 1, 1))
-        norm = backends.resolve("auto", x.device, NORM)
+        calls = choose.conv_calls(dw=True)
+        face = choose.conv_face("auto", x.device, x.dtype, calls=calls, shape=(c_in, c_out, taps, 1, 1))
+        norm = choose.resolve("auto", x.device, NORM)
         return x * len(face) + len(norm)
 
     x, weight = torch.ones(2, 3, 4), torch.ones(5, 3, 1)
@@ -678,7 +682,7 @@ def test_a_first_check_may_happen_while_a_graph_is_traced(gpu):
     """The check reads files and starts a process: tracing must not follow it."""
 
     def chosen(x):
-        return x * len(backends.resolve("auto", torch.device("cuda", 0), NORM, torch.bfloat16))
+        return x * len(choose.resolve("auto", torch.device("cuda", 0), NORM, torch.bfloat16))
 
     assert torch.equal(torch.compile(chosen, backend="eager", fullgraph=True)(torch.ones(2)), torch.full((2,), 6.0))
     assert gpu.checked == [(GPU, NORM, "triton", BF16)]
@@ -706,28 +710,28 @@ def test_every_face_of_the_norms_that_can_be_chosen_has_its_checks(monkeypatch, 
 def test_first_use_runs_the_check_and_says_so_in_one_line(capfd):
     if backends.why_missing("cpu", "cpu"):
         pytest.skip("the native CPU library is not built")
-    found = trust.verdict(NORM, "cpu", CPU, FP32)
+    found = verdicts.verdict(NORM, "cpu", CPU, FP32)
     assert found == dataclasses.replace(found, status=GOOD, quick=True) and found.checked >= 5
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and "first use of bn_relu_dropout (cpu, float32)" in lines[0] and "good" in lines[0]
-    trust._memory.clear()
-    assert trust.verdict(NORM, "cpu", CPU, FP32) == found
+    verdicts._memory.clear()
+    assert verdicts.verdict(NORM, "cpu", CPU, FP32) == found
     assert capfd.readouterr().err == ""
 
 
 def test_a_check_that_cannot_start_is_no_verdict(monkeypatch):
-    monkeypatch.setattr(selfcheck, "command", lambda: [sys.executable, "-c", "raise SystemExit('no device for you')"])
-    found = selfcheck.quick_verdict(CPU, NORM, "cpu", FP32)
+    monkeypatch.setattr(probe, "command", lambda: [sys.executable, "-c", "raise SystemExit('no device for you')"])
+    found = probe.quick_verdict(CPU, NORM, "cpu", FP32)
     assert found.status == UNCHECKED and "no device for you" in found.failure
 
 
 def test_info_shows_the_verdicts(capsys):
-    assert cli.main(["info"]) == 0
+    assert command.main(["info"]) == 0
     assert "`jasper-fast selfcheck` runs it" in capsys.readouterr().out
-    trust.keep(CPU, [verdict(NORM, face="cpu"), verdict("conv1d", BAD, face="cpu")])
-    assert cli.main(["info"]) == 0
+    verdicts.keep(CPU, [verdict(NORM, face="cpu"), verdict("conv1d", BAD, face="cpu")])
+    assert command.main(["info"]) == 0
     said = capsys.readouterr().out
     assert "self-check of bn_relu_dropout (cpu, bfloat16) on cpu: good, 3 checks passed" in said
     assert "self-check of conv1d (cpu, bfloat16) on cpu: bad, 3 checks passed: dgrad (2, 64->48, 37) wrong: 7 %" in said
-    assert cli.main(["info", "--json"]) == 0
+    assert command.main(["info", "--json"]) == 0
     assert [v["status"] for v in json.loads(capsys.readouterr().out)["verdicts"]] == [GOOD, BAD]

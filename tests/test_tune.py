@@ -18,7 +18,7 @@ from conftest import make_face
 
 from bench import counts, harness, machine, models, tune, tune_builders, tune_cases, tune_table
 from bench.__main__ import main
-from jasper_fast import backends
+from jasper_fast.dispatch import backends
 from jasper_fast.kernels import launch, tables
 
 ROOT = Path(__file__).resolve().parents[1]

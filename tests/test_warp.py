@@ -7,11 +7,13 @@ import pytest
 import soundfile
 import torch
 
-from jasper_fast import audio, augment
-from jasper_fast.data import NoisePerturbation, SpeechDataset, Utterance
-from jasper_fast.features import _hz_to_mel, _mel_to_hz
-from jasper_fast.text import Vocabulary
-from jasper_fast.warp import SpeakerWarp
+from jasper_fast.data.dataset import SpeechDataset
+from jasper_fast.data.manifest import Utterance
+from jasper_fast.data.perturb import NoisePerturbation
+from jasper_fast.speech import audio, augment
+from jasper_fast.speech.features import _hz_to_mel, _mel_to_hz
+from jasper_fast.speech.text import Vocabulary
+from jasper_fast.speech.warp import SpeakerWarp
 
 BANDS = 64
 

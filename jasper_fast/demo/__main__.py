@@ -19,11 +19,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from jasper_fast import JasperConfig, LogMelFeatures, __version__, audio, backends, checkpoint
-from jasper_fast.data import read_manifest
+from jasper_fast import JasperConfig, LogMelFeatures, __version__
+from jasper_fast.data.manifest import read_manifest
 from jasper_fast.demo import compare, corpus, learn, report
 from jasper_fast.demo.espeak import SynthError
-from jasper_fast.recognizer import Recognizer
+from jasper_fast.dispatch import choose
+from jasper_fast.inference.recognizer import Recognizer
+from jasper_fast.nn import checkpoint
+from jasper_fast.speech import audio
 
 CONFIG = Path(str(files("jasper_fast.configs") / "demo.yaml"))
 
@@ -164,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
             "name": cpu_name(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
-            "backend": backends.resolve("auto", device.type),
+            "backend": choose.resolve("auto", device.type),
         },
         "command": " ".join(["python -m jasper_fast.demo", *(sys.argv[1:] if argv is None else argv)]),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
@@ -184,12 +187,12 @@ def measure(
     config: JasperConfig, learned: learn.Learned, train: Path, device: torch.device, seconds: float, seed: int
 ) -> dict[str, dict]:
     """`compare.compare` on a batch of the corpus, as training sees it, and on one utterance of average length."""
-    from jasper_fast import data
+    from jasper_fast.data import batches
 
     features = learned.frontend.features
     train_set, _, _ = learn.datasets(config, train, train, 2 * features.hop_length, seed)
-    plan = data.BatchPlan(train_set.durations, learn.BATCH_SIZE, bucketing=False, seed=seed)
-    batch = next(data.batches(train_set, plan))
+    plan = batches.BatchPlan(train_set.durations, learn.BATCH_SIZE, bucketing=False, seed=seed)
+    batch = next(batches.batches(train_set, plan))
     x, lengths, _ = learned.frontend(batch.audio.to(device), batch.audio_lengths)
     middle = int(lengths.argsort()[len(lengths) // 2])
     length = lengths[middle : middle + 1]

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from jasper_fast import InferenceEngine, Jasper, JasperConfig, NovoGrad
-from jasper_fast.eager import EagerJasper
-from jasper_fast.training import ctc_loss
+from jasper_fast.nn.eager import EagerJasper
+from jasper_fast.training.step import ctc_loss
 
 
 def _clock(device: torch.device) -> float:

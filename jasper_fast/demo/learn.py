@@ -10,10 +10,13 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jasper_fast import Jasper, JasperConfig, LogMelFeatures, NovoGrad, augment, data
-from jasper_fast.ema import EMA
-from jasper_fast.text import Vocabulary
-from jasper_fast.training import BufferGuard, Frontend, Validation, train_step, validate
+from jasper_fast import Jasper, JasperConfig, LogMelFeatures, NovoGrad
+from jasper_fast.data import batches, dataset
+from jasper_fast.speech import augment
+from jasper_fast.speech.text import Vocabulary
+from jasper_fast.training.ema import EMA
+from jasper_fast.training.step import BufferGuard, Frontend, train_step
+from jasper_fast.training.validate import Validation, validate
 
 BATCH_SIZE = 8
 LR, MIN_LR, WEIGHT_DECAY = 0.02, 1e-4, 1e-3
@@ -77,13 +80,13 @@ def rate(progress: float) -> float:
 
 def datasets(
     config: JasperConfig, train: Path, test: Path, frame_samples: int, seed: int
-) -> tuple[data.SpeechDataset, data.SpeechDataset, Vocabulary]:
+) -> tuple[dataset.SpeechDataset, dataset.SpeechDataset, Vocabulary]:
     vocabulary = Vocabulary(config.labels)
     common = {"frame_samples": frame_samples, "seed": seed}
     settings = config.input_train["audio_dataset"]
     return (
-        data.SpeechDataset.from_manifests(train, vocabulary, settings, **common),
-        data.SpeechDataset.from_manifests(
+        dataset.SpeechDataset.from_manifests(train, vocabulary, settings, **common),
+        dataset.SpeechDataset.from_manifests(
             test, vocabulary, config.input_val["audio_dataset"], **common, training=False
         ),
         vocabulary,
@@ -104,15 +107,15 @@ def learn(
     them, and judges it on `test` about `looks` times.
 
     The test chooses nothing: the settings are fixed, the last averaged weights are the result. The steps are those of
-    `train.py` (`jasper_fast.training.train_step`) with NovoGrad.
+    `train.py` (`jasper_fast.training.step.train_step`) with NovoGrad.
     """
     torch.manual_seed(seed)
     features = LogMelFeatures.from_config(config.input_train["filterbank_features"])
     frontend = Frontend(features, augment.from_config(config.input_train)).to(device)
     model = Jasper(config).to(device)
     train_set, test_set, vocabulary = datasets(config, train, test, 2 * features.hop_length, seed)
-    plan = data.BatchPlan(train_set.durations, BATCH_SIZE, seed=seed)
-    test_plan = data.BatchPlan(test_set.durations, 2 * BATCH_SIZE, shuffle=False)
+    plan = batches.BatchPlan(train_set.durations, BATCH_SIZE, seed=seed)
+    test_plan = batches.BatchPlan(test_set.durations, 2 * BATCH_SIZE, shuffle=False)
     optimizer = NovoGrad(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     ema, guard = EMA(model, EMA_DECAY, warmup=True), BufferGuard(model)
@@ -126,7 +129,7 @@ def learn(
 
     def judge() -> None:
         with ema.applied_to(model):
-            found = validate(model, frontend, data.batches(test_set, test_plan), vocabulary, device=device)
+            found = validate(model, frontend, batches.batches(test_set, test_plan), vocabulary, device=device)
         result.last, seconds = found, time.perf_counter() - begin
         result.wer.append({"seconds": seconds, "step": result.steps, "wer": found.wer, "loss": found.loss})
 
@@ -135,7 +138,7 @@ def learn(
         bar = progress.add_task("training", total=1.0, figures="")
         epoch = 0
         while True:
-            for batch in data.batches(train_set, plan, epoch, workers=workers):
+            for batch in batches.batches(train_set, plan, epoch, workers=workers):
                 done = max((time.perf_counter() - begin) / budget, result.steps / steps)
                 if done >= 1:
                     break

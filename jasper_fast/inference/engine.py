@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from jasper_fast import backends
+from jasper_fast.dispatch import choose
 from jasper_fast.inference.graphs import CudaGraphs, Turns
 from jasper_fast.inference.launches import Launches
 from jasper_fast.inference.stepwise import Stepwise
-from jasper_fast.model import Jasper, check_features
+from jasper_fast.nn.model import Jasper, check_features
 
 
 class InferenceEngine:
@@ -79,7 +79,7 @@ class InferenceEngine:
 
     def _runner(self, weight: Tensor, turns: Turns) -> Launches | Stepwise:
         dtype = self._wanted or weight.dtype
-        face = backends.fused_face(self._model.backend, weight.device, dtype)
+        face = choose.fused_face(self._model.backend, weight.device, dtype)
         if self._graphs is True and face != "triton":
             raise ValueError(f"graphs=True needs the triton face, and this engine's is {face!r}; take graphs='auto'")
         if face != "triton":

@@ -16,10 +16,10 @@ from operator import is_not
 import torch
 from torch import Tensor
 
-from jasper_fast import backends
+from jasper_fast.dispatch import backends
 from jasper_fast.inference.graphs import CudaGraphs, Turns
 from jasper_fast.inference.plan import Buffers, Folded, make_plan
-from jasper_fast.model import Jasper
+from jasper_fast.nn.model import Jasper
 
 
 class TritonConv:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jasper_fast.config import BlockConfig
-from jasper_fast.model import Jasper
-from jasper_fast.modules import JasperBlock
+from jasper_fast.nn.block import JasperBlock
+from jasper_fast.nn.config import BlockConfig
+from jasper_fast.nn.model import Jasper
 
 POINTWISE = BlockConfig(filters=1, kernel_size=(1,), residual=False)  # the decoder's conv
 

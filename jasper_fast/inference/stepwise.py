@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jasper_fast import backends
+from jasper_fast.dispatch import backends
 from jasper_fast.inference.plan import Buffers, Folded, make_plan
-from jasper_fast.model import Jasper, mask
+from jasper_fast.nn.model import Jasper, mask
 
 
 class Stepwise:

@@ -5,5 +5,6 @@
 
 x_p: logical (N, C_p, T), memory N, T, C_p, zero at t >= lengths; W_p (C, C_p, 1); y: (P, N*T, C), the outputs of P
 panes; g, start, out: (N*T, C); mean, scale, slope: (P, C); mean_g: (C,). Vectors are fp32 under 16-bit activations.
-Each face exports `outputs`, `forward`, `backward_reduce` and `gradients`; `reference.py` is their definition.
+Each face exports `outputs`, `forward`, `backward_reduce` and `gradients`; `reference.py` is their definition. `gram.py`
+is the other form of the same sum, which needs no outputs in memory; its products are ATen's on every device.
 """

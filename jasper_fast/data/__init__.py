@@ -1,0 +1,1 @@
+"""Manifests, perturbation, datasets and batches."""

@@ -1,0 +1,190 @@
+"""Batches: which utterances form one, and how they are loaded and padded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from jasper_fast.data.dataset import Item, SpeechDataset
+from jasper_fast.data.manifest import Skipped
+
+
+@dataclass
+class Batch:
+    """Utterances of one step: audio (N, S) fp32, zero beyond audio_lengths (N,) in samples; targets (N, U) int64,
+    0 beyond target_lengths (N,); texts, names, indices in the dataset, and ``starts``, the seconds trimmed from their
+    fronts. ``skipped`` lists what was left out; ``epoch`` and ``step`` (in the epoch) say where the batch belongs.
+    N may be 0 where nothing could be read."""
+
+    audio: Tensor
+    audio_lengths: Tensor
+    targets: Tensor
+    target_lengths: Tensor
+    texts: list[str]
+    names: list[str]
+    indices: list[int]
+    skipped: list[Skipped] = field(default_factory=list)
+    starts: list[float] = field(default_factory=list)
+    epoch: int = 0
+    step: int = 0
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> Batch:
+        self.audio, self.audio_lengths = f(self.audio), f(self.audio_lengths)
+        self.targets, self.target_lengths = f(self.targets), f(self.target_lengths)
+        return self
+
+    def pin_memory(self) -> Batch:
+        return self._map(Tensor.pin_memory)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+        """Moves the tensors to the device, in place."""
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+
+def _padded(rows: Sequence[np.ndarray | list[int]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    out = torch.zeros(len(rows), int(lengths.max()) if len(rows) else 0, dtype=dtype)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.as_tensor(row, dtype=dtype)
+    return out, lengths
+
+
+def collate(items: Sequence[Item]) -> Batch:
+    """Items of a SpeechDataset as one zero-padded Batch; those without audio are left out and listed."""
+    good = [item for item in items if item.audio is not None]
+    audio_, audio_lengths = _padded([item.audio for item in good], torch.float32)
+    targets, target_lengths = _padded([item.target for item in good], torch.int64)
+    return Batch(
+        audio_,
+        audio_lengths,
+        targets,
+        target_lengths,
+        [item.text for item in good],
+        [item.name for item in good],
+        [item.index for item in good],
+        [s for item in items for s in item.skipped],
+        [item.start for item in good],
+    )
+
+
+class BatchPlan:
+    """Which items form which batch, for every epoch, as a pure function of (seed, epoch): resume by skipping steps.
+
+    durations in seconds: a list, or a function of the epoch (``dataset.durations``). Give ``batch_size`` (utterances
+    per batch and rank), ``max_seconds`` (of padded audio per batch and rank: count times the longest; one utterance
+    longer than that is a batch of its own), or both. ``bucketing`` puts items of like length together, with 10 % of
+    chance in the order; batches come shuffled, or unshuffled with ``shuffle=False`` (then in the given order, or by
+    length with bucketing). With ``world_size`` ranks every rank has the same number of steps and batches of like length
+    at each step; the rest is filled by repetition, or left out with ``drop_last`` (without shuffling it is neither: an
+    evaluation counts each utterance once). Raises ValueError for sizes that are not positive or a rank out of range.
+    """
+
+    def __init__(
+        self,
+        durations: Sequence[float] | Callable[[int], Sequence[float]],
+        batch_size: int | None = None,
+        max_seconds: float | None = None,
+        bucketing: bool = True,
+        seed: int = 0,
+        *,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size is None and max_seconds is None:
+            raise ValueError("give batch_size, max_seconds or both")
+        if (batch_size is not None and batch_size < 1) or (max_seconds is not None and not max_seconds > 0):
+            raise ValueError(f"batch_size={batch_size} and max_seconds={max_seconds} must be positive")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not in 0..{world_size - 1}")
+        self._durations = durations
+        self.batch_size, self.max_seconds, self.bucketing, self.seed = batch_size, max_seconds, bucketing, seed
+        self.shuffle, self.drop_last, self.rank, self.world_size = shuffle, drop_last, rank, world_size
+        self._kept: tuple[int, list[list[int]]] = (-1, [])
+
+    def batches(self, epoch: int = 0) -> list[list[int]]:
+        """This rank's batches of the epoch, in order: lists of item indices."""
+        if self._kept[0] != epoch:
+            self._kept = (epoch, self._make(epoch))
+        return self._kept[1]
+
+    def steps(self, epoch: int = 0) -> int:
+        return len(self.batches(epoch))
+
+    def __len__(self) -> int:
+        return self.steps(0)
+
+    def _make(self, epoch: int) -> list[list[int]]:
+        seconds = np.asarray(self._durations(epoch) if callable(self._durations) else self._durations, dtype=float)
+        rng = np.random.default_rng((self.seed, epoch))
+        jitter = 1 + 0.1 * rng.random(len(seconds)) if self.shuffle else 1.0
+        if self.bucketing:
+            order = np.argsort(seconds * jitter, kind="stable")
+        else:
+            order = rng.permutation(len(seconds)) if self.shuffle else np.arange(len(seconds))
+        batches = self._cut(order.tolist(), seconds)
+        if not self.shuffle:
+            return batches[self.rank :: self.world_size]
+        if len(batches) % self.world_size:
+            whole = len(batches) // self.world_size * self.world_size
+            if self.drop_last:
+                batches = batches[:whole]
+            else:
+                missing = self.world_size - (len(batches) - whole)
+                batches += [batches[i % len(batches)] for i in range(missing)]
+        steps = len(batches) // self.world_size
+        return [batches[step * self.world_size + self.rank] for step in rng.permutation(steps)]
+
+    def _cut(self, order: list[int], seconds: np.ndarray) -> list[list[int]]:
+        batches: list[list[int]] = []
+        current: list[int] = []
+        longest = 0.0
+        for index in order:
+            grown = max(longest, seconds[index])
+            full = self.batch_size is not None and len(current) == self.batch_size
+            full |= self.max_seconds is not None and grown * (len(current) + 1) > self.max_seconds
+            if current and full:
+                batches.append(current)
+                current, grown = [], seconds[index]
+            current.append(index)
+            longest = grown
+        partial = self.batch_size is not None and len(current) < self.batch_size and self.max_seconds is None
+        if current and not (self.drop_last and partial):
+            batches.append(current)
+        return batches
+
+
+def batches(
+    dataset: SpeechDataset,
+    plan: BatchPlan,
+    epoch: int = 0,
+    start_step: int = 0,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """The batches of an epoch from ``start_step`` on, loaded by ``workers`` processes (0: this one).
+
+    What is skipped on the way is added to ``dataset.skipped``. Draws nothing from torch's global generator.
+    """
+    keys = [[(epoch, index) for index in batch] for batch in plan.batches(epoch)[start_step:]]
+    loader = DataLoader(
+        dataset,
+        batch_sampler=keys,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(0),
+    )
+    for step, batch in enumerate(loader, start_step):
+        batch.epoch, batch.step = epoch, step
+        dataset.skipped.add(batch.skipped)
+        yield batch

@@ -1,0 +1,149 @@
+"""Manifests: utterances from JSON lines or the reference's JSON array, and what was left out of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jasper_fast.speech import audio
+from jasper_fast.speech.audio import AudioError
+
+
+class ManifestError(ValueError):
+    """A manifest cannot be read; the message names the file, the line or entry, and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One line of a manifest: ``duration`` seconds of the file at ``path`` from ``offset`` seconds on, and its text.
+
+    ``alternatives``: files of the same utterance at other speeds, of which training takes one at random.
+    """
+
+    path: str
+    duration: float
+    text: str
+    offset: float = 0.0
+    speaker: str | None = None
+    alternatives: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}@{self.offset:g}" if self.offset else self.path
+
+
+def read_manifest(
+    path: str | os.PathLike, data_dir: str | os.PathLike | None = None, offline_speeds: bool = False
+) -> list[Utterance]:
+    """Utterances of a manifest: JSON lines (NeMo: audio_filepath, duration, text[, offset, speaker]) or one JSON array
+    (the reference: transcript, files, original_duration).
+
+    Relative paths are taken from ``data_dir``, by default the manifest's folder. A missing duration is read from the
+    file's header (NaN where that fails: the dataset reports it). Of the reference's ``files`` the one at speed 1 is
+    used, all of them with ``offline_speeds``. Raises ManifestError naming the line or entry.
+    """
+    path = Path(path)
+    root = Path(data_dir) if data_dir is not None else path.parent
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{path}: cannot read the manifest: {error}") from error
+    utterances = []
+    for where, entry in _entries(path, content):
+        try:
+            utterances.append(_utterance(entry, root, offline_speeds))
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
+            raise ManifestError(f"{path}, {where}: {what}") from error
+    if not utterances:
+        raise ManifestError(f"{path}: holds no utterances")
+    return utterances
+
+
+def _entries(path: Path, content: str) -> Iterator[tuple[str, Any]]:
+    if content.lstrip().startswith("["):
+        try:
+            entries = json.loads(content)
+        except json.JSONDecodeError as error:
+            raise ManifestError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
+        for i, entry in enumerate(entries):
+            yield f"entry {i}", entry
+        return
+    for number, line in enumerate(content.splitlines(), 1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ManifestError(
+                    f"{path}, line {number}: not valid JSON: {error.msg} (column {error.colno})"
+                ) from error
+
+
+def _utterance(entry: Any, root: Path, offline_speeds: bool) -> Utterance:
+    if not isinstance(entry, dict):
+        raise TypeError(f"expected an object with 'audio_filepath' or 'files', got {type(entry).__name__}")
+    text = next((entry[k] for k in ("text", "transcript") if entry.get(k) is not None), None)
+    if text is None:
+        if "text_filepath" not in entry:
+            raise KeyError("text")
+        text = (root / entry["text_filepath"]).read_text(encoding="utf-8").replace("\n", " ")
+    if not isinstance(text, str):
+        raise TypeError(f"the text must be a string, got {text!r}")
+    alternatives: tuple[str, ...] = ()
+    if "files" in entry:
+        files = entry["files"]
+        plain = [f for f in files if f.get("speed", 1.0) == 1.0] or files
+        if not plain:
+            raise ValueError("'files' is empty")
+        file = plain[0]["fname"]
+        if offline_speeds:
+            alternatives = tuple(str(root / f["fname"]) for f in files)
+        duration = entry.get("original_duration", plain[0].get("duration"))
+    else:
+        file, duration = entry["audio_filepath"], entry.get("duration")
+    offset = float(entry.get("offset") or 0.0)
+    path = str(root / file)
+    if duration is None:
+        try:
+            duration = audio.duration(path) - offset
+        except AudioError:
+            duration = math.nan
+    speaker = entry.get("speaker")
+    return Utterance(path, float(duration), text, offset, None if speaker is None else str(speaker), alternatives)
+
+
+class Skipped(NamedTuple):
+    """Why an utterance was left out: ``reason`` is one of a few words to count by, ``detail`` says it in full."""
+
+    name: str
+    reason: str
+    detail: str
+
+
+@dataclass
+class SkipReport:
+    """What was left out: ``counts`` by reason and ``items``, each utterance once for each reason."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    items: list[Skipped] = field(default_factory=list)
+    _seen: set[tuple[str, str]] = field(default_factory=set, repr=False)
+
+    def add(self, skipped: Sequence[Skipped]) -> None:
+        for item in skipped:
+            if (item.name, item.reason) not in self._seen:
+                self._seen.add((item.name, item.reason))
+                self.counts[item.reason] += 1
+                self.items.append(item)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())
+        return f"{len(self)} skipped ({reasons})" if self.items else "none skipped"

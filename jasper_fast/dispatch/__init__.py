@@ -1,0 +1,1 @@
+"""Which face of an op runs, whether it is to be trusted, and why one is missing."""

@@ -1,0 +1,111 @@
+"""What a verdict on a kernel is, and what an error says of the kernel or of the machine."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+GOOD, BAD, UNCHECKED = "good", "bad", "unchecked"
+OPS = ("bn_relu_dropout", "conv1d", "conv1d.fused", "panes")  # what has verdicts of its own, by face and dtype
+FACES = ("cpu", "triton", "cuda", "aten")  # panes are ATen's matrix products, put together by us
+FAULTS = ("wrong", "failed", "died", "hung")  # of the kernel
+OPEN = ("no memory", "environment", "skipped")  # of no kernel: it was not checked
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the self-check found for one op on one face in one dtype ("bfloat16").
+
+    status: "good", "bad", or "unchecked" where the check itself could not run (no memory, no compiler); quick: only a
+    first check of seconds; checked: how many checks; failure: the first thing that was wrong, and in which kernel.
+    """
+
+    op: str
+    face: str
+    dtype: str
+    status: str
+    quick: bool
+    checked: int
+    failure: str = ""
+    date: str = ""
+
+
+# (what an error says, what to do about it) where the machine is at fault, not the kernel
+FIXES = (
+    ("failed to find c compiler", "Triton builds its launcher in C: install a C compiler (gcc) or name one by CC"),
+    ("cannot find ptxas", "Triton's ptxas is missing: install triton anew, or name one by TRITON_PTXAS_PATH"),
+    ("is not defined for option 'gpu-name'", "ptxas is older than this GPU: update triton, or unset TRITON_PTXAS_PATH"),
+    ("unsupported .version", "ptxas is older than Triton: update triton, or unset TRITON_PTXAS_PATH"),
+    ("libcuda.so cannot found", "Triton finds no libcuda.so of the driver: run ldconfig, or set TRITON_LIBCUDA_PATH"),
+    ("could not create or locate cache dir", "set TRITON_CACHE_DIR to a folder that can be written"),
+    ("no space left on device", "free space in TRITON_CACHE_DIR (default ~/.triton/cache) and TMPDIR, or set them"),
+    ("no kernel image is available", "the CUDA library is not built for this GPU: see JASPER_FAST_CUDA_ARCHS"),
+    ("busy or unavailable", "another process has the GPU for itself: see nvidia-smi"),
+    ("driver version is insufficient", "update the NVIDIA driver"),
+)
+NO_MEMORY = ("out of memory", "alloc_failed", "cannot allocate memory")
+FREE_MEMORY = "another process may hold the memory: see nvidia-smi, and check again when it is free"
+
+
+def blame(error: BaseException) -> dict[str, str]:
+    """Status and detail of what an exception says: of the kernel, or of the machine that it was to run on."""
+    text = str(error)
+    detail = text if isinstance(error, PlainPyTorchFailed) else in_a_line(error)
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or any(m in text.lower() for m in NO_MEMORY):
+        return {"status": "no memory", "detail": f"{detail} ({FREE_MEMORY})"}
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        text += " no space left on device"
+    fix = next((fix for what, fix in FIXES if what in text.lower()), None)
+    if fix is None and isinstance(error, subprocess.SubprocessError):  # what runs a compiler; PTXASError is another
+        fix = "Triton builds its launcher in C: it needs gcc, Python's headers (python3-dev) and space in TMPDIR"
+    if fix is None and isinstance(error, (OSError, ImportError)):  # kernels touch no files
+        fix = "the files of Triton and of its cache must be there for this user to read, run and write"
+    if fix is None and isinstance(error, PlainPyTorchFailed):
+        fix = "without it there is nothing to compare with"
+    if fix is None:
+        return {"status": "failed", "detail": detail}
+    return {"status": "environment", "detail": f"{detail} ({fix})"}
+
+
+class PlainPyTorchFailed(RuntimeError):
+    """The call beside the kernel's failed; if by the kernel's doing, the device says so when it is next waited for."""
+
+
+def in_a_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def group_of(row: dict[str, Any]) -> tuple[str, str, str]:
+    """What has one verdict."""
+    return row["op"], row["face"], row["dtype"]
+
+
+def judge(rows: Sequence[dict[str, Any]], quick: bool) -> list[Verdict]:
+    """One verdict for each op, face and dtype among `rows`."""
+    found: dict[tuple[str, str, str], list[dict]] = {}
+    for row in rows:
+        found.setdefault(group_of(row), []).append(row)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    made = []
+    for group, of in found.items():
+        faults = [row for row in of if row["status"] in FAULTS]
+        open_ = [row for row in of if row["status"] in OPEN]
+        status = BAD if faults else UNCHECKED if open_ else GOOD
+        checked = sum(row["status"] == "ok" for row in of)
+        failure = failure_of(([*faults, *open_] or [None])[0])
+        made.append(Verdict(*group, status, quick, checked, failure, now))
+    return made
+
+
+def failure_of(row: dict[str, Any] | None) -> str:
+    """A failed row in words: which kernel, with what, and what happened."""
+    if row is None:
+        return ""
+    what = " ".join(filter(None, (row["function"], row["variant"], row["configuration"], row["shape"], row["dtype"])))
+    return f"{row['op']} {what} {row['status']}: {row['detail']}"

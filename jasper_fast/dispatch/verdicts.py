@@ -1,0 +1,242 @@
+"""Whether `backend="auto"` may use a kernel on this machine: verdicts of the self-check, kept in the user's cache.
+
+A verdict holds for one op on one face in one dtype, because each dtype is another kernel, and for the GPU, driver,
+torch, Triton and sources that it was given under: any change asks for a new one. The cache is `JASPER_FAST_CACHE`, else
+`$XDG_CACHE_HOME/jasper_fast`, else `~/.cache/jasper_fast`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+
+from jasper_fast import __version__
+from jasper_fast.dispatch import probe
+from jasper_fast.dispatch.verdict import BAD, GOOD, UNCHECKED, Verdict
+from jasper_fast.kernels import native, tables
+
+SCHEMA = 2
+LOCK_SECONDS = 300.0
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+@functools.cache
+def key(device: torch.device) -> dict[str, str]:
+    """What a verdict for `device` is valid under."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {_cpu()}",
+        "driver": driver() if device.type == "cuda" else "",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "interpreted": str(os.environ.get("TRITON_INTERPRET") == "1"),
+        "jasper_fast": __version__,
+        "sources": sources(),
+    }
+
+
+def driver() -> str:
+    """The version of the NVIDIA driver, "unknown" where nothing tells it."""
+    if DRIVER.is_file() and (
+        found := re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", DRIVER.read_text(errors="replace"))
+    ):
+        return found.group(1)
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return (done.stdout.split() or ["unknown"])[0]
+
+
+@functools.cache
+def sources() -> str:
+    """A hash of what is checked, which is kernels, tables, native libraries and panes, and of the checks."""
+    package, kernels = Path(__file__).parents[1], Path(tables.__file__).parent
+    paths = [
+        *package.glob("selfcheck/*.py"),
+        *package.glob("ops/*.py"),
+        *kernels.rglob("*.py"),
+        *kernels.rglob("*.json"),
+    ]
+    paths += [*tables.folder().glob("*.json")]
+    paths += native._library_dir().glob("*.so")
+    digest = hashlib.sha256()
+    for path in sorted({p.resolve() for p in paths}):
+        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def _cpu() -> str:
+    isa = native.cpu().isa() if native.cpu_available() else "no native library"
+    return f"{torch.backends.cpu.get_cpu_capability()}, {isa}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def folder() -> Path:
+    """Where verdicts are kept."""
+    if own := os.environ.get("JASPER_FAST_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "jasper_fast"
+
+
+def path(device: torch.device) -> Path:
+    """The file of the verdicts for `device`."""
+    text = json.dumps(key(device), sort_keys=True)
+    return folder() / "verdicts" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+
+
+def read(device: torch.device) -> dict[tuple[str, str, str], Verdict]:
+    """Kept verdicts for `device` by (op, face, dtype); none, with a message, where the file cannot be used."""
+    file = path(device)
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        _say(f"cannot read {file} ({error}): checking again")
+        return {}
+    try:
+        return _parse(data, device)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        _say(f"{file} does not hold verdicts ({type(error).__name__}: {error}): checking again")
+        return {}
+
+
+def _parse(data: dict, device: torch.device) -> dict[tuple[str, str, str], Verdict]:
+    if data["schema"] != SCHEMA or data["key"] != key(device):
+        raise ValueError("it is of another machine or version")
+    found = {}
+    for values in data["verdicts"]:
+        verdict = Verdict(**values)
+        wrong = [f.name for f in fields(Verdict) if type(getattr(verdict, f.name)).__name__ != f.type]
+        if wrong or verdict.status not in (GOOD, BAD):
+            raise ValueError(f"{', '.join(wrong) or 'status'} of a verdict is not what it should be")
+        found[verdict.op, verdict.face, verdict.dtype] = verdict
+    return found
+
+
+def keep(device: torch.device, verdicts: Iterable[Verdict]) -> None:
+    """Puts verdicts into the cache file for `device` and into this process; a good quick one never replaces another.
+
+    One that could not be given ("unchecked") is for this process only. A cache that cannot be written is a message.
+    """
+    kept = read(device)
+    for verdict in verdicts:
+        name = (verdict.op, verdict.face, verdict.dtype)
+        before = kept.get(name)
+        if verdict.status == UNCHECKED:
+            _memory[device, *name] = verdict
+            continue
+        if before is None or verdict.status == BAD or not verdict.quick:
+            kept[name] = verdict
+        _memory[device, *name] = kept[name]
+    if not kept:
+        return
+    data = {"schema": SCHEMA, "key": key(device), "verdicts": [asdict(v) for v in kept.values()]}
+    file = path(device)
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, file)
+    except OSError as error:
+        _say(f"cannot keep the verdict in {file} ({error}); set JASPER_FAST_CACHE to a folder that can be written")
+
+
+@contextmanager
+def locked(patience: float = LOCK_SECONDS) -> Iterator[None]:
+    """One process at a time, of all that share the cache: the ranks of a training run check once, not each.
+
+    After `patience` seconds the body runs all the same.
+    """
+    import fcntl  # not on Windows, where there is no Triton either
+
+    try:
+        folder().mkdir(parents=True, exist_ok=True)
+        file = open(folder() / "lock", "w")  # noqa: SIM115
+    except OSError:
+        yield  # nowhere to keep a verdict, so nothing to wait for; keep() says so
+        return
+    with file:
+        until = time.monotonic() + patience
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield
+
+
+_memory: dict[tuple, Verdict] = {}
+
+
+def forget() -> None:
+    """Drops what this process knows, so that the cache is read again."""
+    _memory.clear()
+    key.cache_clear()
+    sources.cache_clear()
+
+
+def verdict(op: str, face: str, device: torch.device, dtype: str, check: Callable | None = None) -> Verdict:
+    """The verdict on `op` ("bn_relu_dropout", "conv1d", "conv1d.fused", "panes") on `face` in `dtype` ("bfloat16"):
+    kept, or from a quick check now.
+
+    The check runs in a process of its own, says so in one line on the standard error, and takes seconds.
+    `check(device, op, face, dtype) -> Verdict` takes its place in tests.
+    """
+    name = (device, op, face, dtype)
+    if name not in _memory:
+        found = read(device).get((op, face, dtype))
+        if found is None:
+            with locked():
+                found = read(device).get((op, face, dtype))  # another process may have been quicker
+                if found is None:
+                    found = (check or _check_now)(device, op, face, dtype)
+                    keep(device, [found])
+        _memory[name] = found
+    return _memory[name]
+
+
+def _check_now(device: torch.device, op: str, face: str, dtype: str) -> Verdict:
+    started = time.monotonic()
+    what = f"jasper_fast: first use of {op} ({face}, {dtype}) on {key(device)['device']}: checking it"
+    print(f"{what} ...", end="", file=sys.stderr, flush=True)
+    found = probe.quick_verdict(device, op, face, dtype)
+    print(f" {found.status}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def why_not(found: Verdict, device: torch.device, instead: str) -> str:
+    """The warning for a kernel that is not used; `instead`: what "auto" does about it."""
+    name = key(device)["device"]
+    what = f"{found.op} ({found.face}, {found.dtype})"
+    if found.status == UNCHECKED:
+        begin = f"{what} could not be checked on {name}"
+    else:
+        begin = f"{what} is WRONG on {name}"
+    return f"{begin}: {found.failure}. {instead}; `jasper-fast selfcheck` shows every kernel"
+
+
+def _say(text: str) -> None:
+    print(f"jasper_fast: {text}", file=sys.stderr)

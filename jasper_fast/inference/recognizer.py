@@ -1,0 +1,151 @@
+"""A model that reads audio: checkpoint, features, engine and greedy decoding put together."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jasper_fast.data import batches, manifest
+from jasper_fast.data import dataset as dataset_module
+from jasper_fast.inference import InferenceEngine
+from jasper_fast.nn.config import JasperConfig
+from jasper_fast.nn.loading import load_model
+from jasper_fast.nn.model import Jasper
+from jasper_fast.speech.decoding import Transcript, greedy_transcripts
+from jasper_fast.speech.features import LogMelFeatures
+from jasper_fast.speech.text import LABELS, Vocabulary
+
+
+@dataclass
+class Recognition:
+    """What became of utterances: ``transcripts`` by their index (None where skipped), and the time that it took.
+
+    ``audio_seconds`` of the transcribed ones; ``compute_seconds`` from samples to text; ``wall_seconds`` with reading.
+    """
+
+    transcripts: list[Transcript | None]
+    references: list[str]
+    seconds: list[float]
+    skipped: manifest.SkipReport
+    audio_seconds: float
+    compute_seconds: float
+    wall_seconds: float
+
+
+class Recognizer:
+    """Audio to text with a Jasper, on one device: ``recognizer(audio (N, S), lengths (N,)) -> list[Transcript]``.
+
+    Features and labels are those of ``model.config`` (``input_val``); without labels there, the English alphabet where
+    the model has 29 classes. ``dtype`` is that of weights and activations (features and sums stay fp32), by default the
+    model's. Each utterance gets the same transcript alone and in any batch. Raises ValueError where labels, classes or
+    mel bands do not fit one another.
+    """
+
+    def __init__(
+        self,
+        model: Jasper,
+        vocabulary: Vocabulary | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        config = model.config
+        self.device = torch.device(device)
+        self.vocabulary = vocabulary or Vocabulary(_labels(config))
+        if self.vocabulary.n_classes != config.decoder.n_classes:
+            raise ValueError(
+                f"{len(self.vocabulary)} labels and the blank do not fit a model of {config.decoder.n_classes} classes"
+            )
+        settings = config.input_val or config.input_train
+        self.audio_settings: dict[str, Any] = settings.get("audio_dataset") or {}
+        bank = {"n_filt": config.encoder.in_feats} | (settings.get("filterbank_features") or {})
+        self.features = LogMelFeatures.from_config(bank, pad_to_max_duration=False).to(self.device).eval()
+        if self.features.n_mels != config.encoder.in_feats:
+            raise ValueError(
+                f"filterbank_features.n_filt is {self.features.n_mels}, the model takes {config.encoder.in_feats}"
+            )
+        self.sample_rate = self.features.sample_rate
+        self.engine = InferenceEngine(model.to(self.device).eval(), dtype=dtype)
+        stride = math.prod(block.s**block.repeat for block in config.encoder.blocks)
+        self.frame_seconds = self.features.hop_length * stride / self.sample_rate
+
+    @torch.inference_mode()
+    def __call__(self, audio: Tensor, lengths: Tensor) -> list[Transcript]:
+        audio, lengths = audio.to(self.device, non_blocking=True), lengths.to(self.device, non_blocking=True)
+        log_probs, out_lengths = self.engine(*self.features(audio, lengths))
+        return greedy_transcripts(log_probs, out_lengths, self.vocabulary, self.frame_seconds)
+
+    def recognize(
+        self,
+        utterances: Sequence[manifest.Utterance],
+        batch_size: int = 16,
+        max_seconds: float = 240.0,
+        workers: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> Recognition:
+        """Reads and transcribes utterances in batches of like length; what cannot be read is in ``skipped``.
+
+        At most ``batch_size`` utterances and ``max_seconds`` of padded audio at a time (one longer than that goes
+        alone); ``progress`` is called with the number of utterances just finished.
+        """
+        started = time.perf_counter()
+        trim = bool(self.audio_settings.get("trim_silence", False))
+        dataset = dataset_module.SpeechDataset(
+            utterances, self.vocabulary, self.sample_rate, trim_silence=trim, training=False
+        )
+        plan = batches.BatchPlan(dataset.durations, batch_size, max_seconds, shuffle=False)
+        transcripts: list[Transcript | None] = [None] * len(dataset)
+        seconds = [0.0] * len(dataset)
+        compute = 0.0
+        for batch, planned in zip(batches.batches(dataset, plan, workers=workers), plan.batches(), strict=True):
+            if len(batch):
+                before = time.perf_counter()
+                found = self(batch.audio, batch.audio_lengths)
+                compute += time.perf_counter() - before
+                lengths = batch.audio_lengths.tolist()
+                for index, transcript, start, length in zip(batch.indices, found, batch.starts, lengths, strict=True):
+                    transcripts[index] = transcript.shifted(start)
+                    seconds[index] = length / self.sample_rate
+            if progress is not None:
+                progress(len(planned))
+        wall = time.perf_counter() - started
+        return Recognition(transcripts, dataset.texts, seconds, dataset.skipped, sum(seconds), compute, wall)
+
+
+def _labels(config: Any) -> list[str]:
+    if config.labels is not None:
+        return list(config.labels)
+    if config.decoder.n_classes == len(LABELS) + 1:
+        return LABELS
+    raise ValueError(
+        f"neither the checkpoint nor the configuration says what the {config.decoder.n_classes} classes stand for; "
+        "give a configuration with labels"
+    )
+
+
+def load(
+    checkpoint: str | os.PathLike,
+    config: str | os.PathLike | None = None,
+    ema: bool = False,
+    device: torch.device | str = "auto",
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+) -> Recognizer:
+    """A Recognizer from a checkpoint of any kind that ``checkpoint.load_model`` reads.
+
+    ``config``: a YAML file, where the checkpoint carries none; ``ema``: its moving average; ``device`` "auto" takes a
+    GPU where there is one; ``dtype``: as ``Recognizer`` takes it. Raises CheckpointError, ConfigError, ValueError or
+    BackendMissing, each with what to do.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} is not there: PyTorch sees no CUDA GPU; take 'cpu' or 'auto'")
+    parsed = JasperConfig.from_yaml(config) if config is not None else None
+    return Recognizer(load_model(checkpoint, config=parsed, ema=ema, backend=backend), device=device, dtype=dtype)

@@ -1,0 +1,40 @@
+"""What every Jasper shares, fused or eager: shapes of its blocks, frames that come out, initial weights."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from jasper_fast.nn.config import BlockConfig, JasperConfig
+
+BN_EPS, BN_MOMENTUM = 1e-3, 0.1
+
+
+def block_shapes(config: JasperConfig) -> list[tuple[int, BlockConfig, list[int]]]:
+    """(input channels, block, channels of each pane) for every block; dense panes are all block outputs so far."""
+    shapes, c_in, dense = [], config.encoder.in_feats, []
+    for b in config.encoder.blocks:
+        if b.residual and b.residual_dense:
+            dense = dense or [c_in]
+            shapes.append((c_in, b, list(dense)))
+            dense.append(b.filters)
+        else:
+            shapes.append((c_in, b, [c_in] if b.residual else []))
+            dense = []
+        c_in = b.filters
+    return shapes
+
+
+def out_lengths(config: JasperConfig, lengths: Tensor) -> Tensor:
+    """Frames of the log-probabilities for `lengths` (N,) frames of features."""
+    for b in config.encoder.blocks:
+        for _ in range(b.repeat):
+            lengths = b.out_length(lengths)
+    return lengths
+
+
+def init_weights(model: nn.Module, config: JasperConfig) -> None:
+    """The reference's initialisation: `init` for conv weights (gain 1), 1 and 0 for batch norm."""
+    for part, init in ((model.encoder, config.encoder.init), (model.decoder, config.decoder.init)):
+        for module in part.modules():
+            if isinstance(module, nn.Conv1d):
+                getattr(nn.init, f"{init}_")(module.weight)

@@ -1,0 +1,172 @@
+"""A Jasper block: parameters under the reference's names, computed by the fused ops in NTC memory."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jasper_fast import ops
+from jasper_fast.dispatch import choose
+from jasper_fast.nn.architecture import BN_EPS, BN_MOMENTUM
+from jasper_fast.nn.config import BlockConfig
+from jasper_fast.nn.packs import Packs
+from jasper_fast.ops import sync
+from jasper_fast.ops.conv1d_op import autocast, conv_face
+
+PANE_FORMS = ("auto", "gram", "plain")
+
+
+class JasperBlock(nn.Module):
+    """R sub-blocks (conv, batch norm, ReLU, dropout); the last one adds the residual panes before its ReLU.
+
+    `conv` and `res` are dictionaries keyed by the positions that the reference's nn.Sequential gives them
+    (`conv.0.weight`, `conv.1.running_mean`, `conv.4.weight`, ..., `res.0.0.weight`), so state dicts are the same.
+    `pane_form`: how training takes the panes' statistics, "gram" (`ops.panes`) or "plain" (`ops.panes_plain`); "auto"
+    is as `backends.pane_form` says: "gram" on a GPU, "plain" elsewhere.
+    """
+
+    def __init__(
+        self, c_in: int, b: BlockConfig, panes: list[int], backend: str = "auto", pane_form: str = "auto"
+    ):  # fmt: skip
+        super().__init__()
+        if pane_form not in PANE_FORMS:
+            raise ValueError(f"panes {pane_form!r} is not one of {', '.join(PANE_FORMS)}")
+        self.b, self.backend, self.pane_form = b, backend, pane_form
+        self.halo = -(-max(0, b.d * (b.k - 1) - b.padding) // b.s)  # frames beyond the length that a conv still fills
+        self.packs = Packs()
+        self.conv = nn.ModuleDict()
+        for i in range(b.repeat):
+            channels = c_in if i == 0 else b.filters
+            self.conv[str(4 * i)] = nn.Conv1d(channels, b.filters, b.k, b.s, b.padding, b.d, bias=False)
+            self.conv[str(4 * i + 1)] = nn.BatchNorm1d(b.filters, BN_EPS, BN_MOMENTUM)
+        if panes:
+            self.res = nn.ModuleList(
+                nn.ModuleList([nn.Conv1d(c, b.filters, 1, bias=False), nn.BatchNorm1d(b.filters, BN_EPS, BN_MOMENTUM)])
+                for c in panes
+            )
+
+    def sub_blocks(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]:
+        """The R (conv, batch norm) pairs in order."""
+        return [(self.conv[str(4 * i)], self.conv[str(4 * i + 1)]) for i in range(self.b.repeat)]
+
+    def panes(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]:
+        """The (1x1 conv, batch norm) pairs of the residual, in the order of the block outputs that they take."""
+        return [tuple(pane) for pane in self.res] if hasattr(self, "res") else []
+
+    def forward(
+        self, x: Tensor, sources: list[Tensor], grams: list, lengths: list[Tensor] | None, seeds: Tensor | None
+    ) -> Tensor:
+        """`x` (N, C_in, T) to (N, C_out, T'), both zero in the padding.
+
+        `sources`: the block outputs that the panes take, with `grams` (from `gram`, None for the plain form) in
+        training; `lengths`: frames at the input of each sub-block and at the end, R + 1 tensors (N,), or None without
+        masks; `seeds`: R int64.
+        """
+        b, x = self.b, autocast(x)
+        y, stats = self._conv(0, x, lengths)
+        for i in range(b.repeat - 1):
+            if b.s == 1:
+                weight, following = self.sub_blocks()[i + 1][0].weight, self._takes_stats(i + 1)
+                face = conv_face(y, 1, self.backend, weight, b.d, stats=following, norm=True)
+                how = {"padding": b.padding, "dilation": b.d, "next_stats": following}
+                packed = self.packs(i + 1, weight, y.dtype, face)
+                out = self._fused(ops.sub_block, y, stats, i, lengths, seeds, weight, packed=packed, **how)
+                y, stats = out if how["next_stats"] else (out, None)
+            else:
+                z = self._fused(ops.bn_relu_dropout, y, stats, i, lengths, seeds)
+                y, stats = self._conv(i + 1, z, lengths)
+        residual = self.pane_sum(sources, grams, lengths[0] if lengths else None) if sources else None
+        return self._fused(ops.bn_relu_dropout, y, stats, b.repeat - 1, lengths, seeds, residual=residual)
+
+    def _takes_stats(self, i: int) -> bool:
+        """Whether the batch norm after conv `i` uses statistics of the batch."""
+        return self.training and self.sub_blocks()[i][1].training
+
+    def _conv(self, i: int, x: Tensor, lengths: list[Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Conv `i` of `x`, with the statistics of its output where they are taken."""
+        b, weight, stats = self.b, self.sub_blocks()[i][0].weight, self._takes_stats(i)
+        out = ops.conv1d(
+            x,
+            weight,
+            lengths=lengths[i] if lengths else None,
+            stride=b.s,
+            padding=b.padding,
+            dilation=b.d,
+            backend=self.backend,
+            stats=stats,
+            packed=self.packs(i, weight, x.dtype, conv_face(x, b.s, self.backend, weight, b.d, stats=stats)),
+        )
+        return out if stats else (out, None)
+
+    def _fused(self, op, y: Tensor, stats, i: int, lengths, seeds: Tensor | None, *args, **kwargs):
+        """`op` with the batch norm, dropout and mask that follow conv `i`, whose output `y` has the batch's `stats`."""
+        bn = self.sub_blocks()[i][1]
+        return op(
+            y,
+            bn.weight,
+            bn.bias,
+            bn.running_mean,
+            bn.running_var,
+            *args,
+            lengths=lengths[i + 1] if lengths else None,
+            stats=stats,
+            p=self.b.dropout,
+            training=self.training,
+            frozen=not bn.training,
+            momentum=bn.momentum,
+            eps=bn.eps,
+            seed=None if seeds is None else seeds[i : i + 1],
+            backend=self.backend,
+            halo=self.halo if lengths else None,
+            group=sync.group_of(bn),
+            **kwargs,
+        )
+
+    def gram(self, source: Tensor) -> ops.Gram | None:
+        """What the panes of this block, and of later ones, want to know of a block output; None where nothing."""
+        bn = self.panes()[0][1]
+        return ops.gram(source, sync.group_of(bn)) if self._is_gram(source) and bn.training else None
+
+    def _is_gram(self, source: Tensor) -> bool:
+        if self.pane_form != "auto":
+            return self.pane_form == "gram"
+        return choose.pane_form(self.backend, source.device, source.dtype) == "gram"
+
+    def pane_sum(self, sources: list[Tensor], grams: list[ops.Gram | None], lengths: Tensor | None) -> Tensor:
+        """Sum over the panes of BN(1x1 conv(source)), (N, C_out, T); updates the running statistics in training.
+
+        `sources` are zero at t >= `lengths` (N,).
+        """
+        convs, bns = zip(*self.panes(), strict=True)
+        weights, gammas, betas = [c.weight for c in convs], [b.weight for b in bns], [b.bias for b in bns]
+        if not (self.training and bns[0].training):
+            return sum_folded(sources, weights, bns)
+        if all(map(self._is_gram, sources)):
+            out, mean, var = ops.panes(sources, grams, weights, gammas, betas, eps=BN_EPS)
+        else:
+            group = sync.group_of(bns[0])
+            out, mean, var = ops.panes_plain(
+                sources, weights, gammas, betas, lengths=lengths, eps=BN_EPS, backend=self.backend, group=group
+            )
+        with torch.no_grad():
+            for stat, running in ((mean, "running_mean"), (var, "running_var")):
+                buffers = [getattr(bn, running) for bn in bns]
+                torch._foreach_lerp_(buffers, list(stat.to(buffers[0].dtype).unbind()), BN_MOMENTUM)
+        return out
+
+
+def fold(bn: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+    """(scale, shift), each (C,): batch norm with running statistics is `y * scale + shift`."""
+    scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+    return scale, bn.bias - bn.running_mean * scale
+
+
+def sum_folded(sources: list[Tensor], weights: list[Tensor], bns) -> Tensor:
+    """The pane sum with running statistics: one GEMM a pane, differentiable in everything but the statistics."""
+    out = None
+    for x, weight, bn in zip(sources, weights, bns, strict=True):
+        scale, shift = fold(bn)
+        y = F.linear(x.transpose(1, 2), (scale[:, None] * weight.flatten(1)).to(x.dtype), shift.to(x.dtype))
+        out = y if out is None else out + y
+    return out.transpose(1, 2)

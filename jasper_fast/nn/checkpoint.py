@@ -1,0 +1,85 @@
+"""Checkpoint files: atomic writes, and reads that execute nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = "jasper_fast 1"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read or used; the message names the file and what to do."""
+
+
+def save(path: str | Path, state: dict[str, Any]) -> None:
+    """Writes `state` so that `path` holds either what it held before or all of `state`, whatever happens meanwhile.
+
+    `state`: tensors and plain Python values. The bytes go to a temporary file beside `path`, to the disk (fsync), and
+    only then take the name. Raises CheckpointError, with the old file untouched, if they cannot be written (disk full).
+    Equivalent to `torch.save(state, path)` where nothing fails.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name itself must reach the disk too
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:
+        if temporary.exists():
+            temporary.unlink()
+        if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
+            error = error.__context__  # PyTorch's writer hides what the disk said
+        free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0
+        kept = f"; the earlier {path.name} is untouched" if path.exists() else ""
+        raise CheckpointError(
+            f"cannot write {path}: {error} ({free:.0f} MiB free on that disk){kept}. Free some space, or choose "
+            f"another folder or a smaller number of kept checkpoints"
+        ) from error
+
+
+def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """The dictionary in a PyTorch checkpoint file, tensors only: nothing in the file is ever executed.
+
+    Checks the checksum of every record, so that a damaged file is noticed before it is used. Raises CheckpointError
+    naming the file and what to do. Equivalent to `torch.load(path, map_location, weights_only=True)`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; give the path of a checkpoint (.pt) or of a NeMo model (.nemo)")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if bad := archive.testzip():
+                    raise CheckpointError(f"{path} is damaged (record {bad}); take an earlier checkpoint")
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:  # bytes that are no checkpoint make the unpickler fail in any way
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise CheckpointError(
+                f"{path} holds Python objects ({found[1]}) and is not loaded, because loading "
+                f"them could run anything; save it again, where it was made, as torch.save({{'state_dict': "
+                f"model.state_dict()}}, ...)"
+            ) from error
+        raise CheckpointError(
+            f"{path} is not a complete PyTorch checkpoint ({path.stat().st_size} bytes): it was cut short, or is "
+            f"another kind of file; copy it again or take an earlier checkpoint"
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dictionary with a 'state_dict'")
+    return state

@@ -1,0 +1,192 @@
+"""The weights in checkpoints of this project, of NVIDIA's Jasper and of NeMo, under one set of names."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jasper_fast.nn.checkpoint import FORMAT, CheckpointError, load
+
+
+@dataclass
+class Weights:
+    """Weights under this project's names, with what their file says about the model; `kind` is the file's layout."""
+
+    path: Path
+    kind: str
+    state_dict: dict[str, Tensor]
+    config: dict[str, Any] | None = None
+    labels: list[str] | None = None
+
+
+def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
+    """The weights in a file of any known layout; `ema` asks for the moving average.
+
+    Reads this project's checkpoints, NVIDIA's Jasper for PyTorch of 2021 and later (`encoder.layers.*`) and of 2019 and
+    2020 (`jasper_encoder.encoder.*`), bare state dicts of those, and NeMo's `.nemo` archives, compressed or not.
+    Raises CheckpointError naming the file for anything else, and where the moving average is asked for and absent.
+    """
+    path = Path(path)
+    if path.is_file() and tarfile.is_tarfile(path):  # asked first: a tar that ends in a zip passes for a zip
+        if ema:
+            raise CheckpointError(f"{path}: a NeMo archive carries no moving average; load it without ema")
+        return _read_nemo(path)
+    state = load(path)
+    key = "ema_state_dict" if ema else "state_dict"
+    if ema and not state.get(key):
+        raise CheckpointError(f"{path} carries no moving average (ema_state_dict); load it without ema")
+    entries = state.get(key, state)
+    if not isinstance(entries, dict) or not all(isinstance(v, Tensor) for v in entries.values()):
+        raise CheckpointError(f"{path} holds no model: there is no 'state_dict' among {', '.join(map(str, state))}")
+    entries = {name.removeprefix("module."): tensor for name, tensor in entries.items()}
+    kind = "jasper_fast" if state.get("format") == FORMAT else "reference v2"
+    if any(name.startswith("jasper_encoder.") for name in entries):
+        kind, entries = "reference v1", _rename(entries, _V1, drop=("acoustic_model.", "audio_preprocessor."))
+    elif any(name.startswith("encoder.encoder.") for name in entries):
+        kind, entries = "NeMo", _rename(entries, _NEMO, drop=("preproc", "spec_aug"))
+    config = state.get("config") if kind == "jasper_fast" else None
+    return Weights(path, kind, entries, config, state.get("labels") if kind == "jasper_fast" else None)
+
+
+def jasper10x5dr(n_classes: int = 29) -> dict[str, Any]:
+    """The published dense-residual Jasper 10x5 (332,632,349 parameters at 29 classes), as a dictionary."""
+
+    def block(filters: int, kernel: int, dropout: float, repeat: int = 1, stride: int = 1, dilation: int = 1) -> dict:
+        dense = repeat > 1
+        return {
+            "filters": filters, "repeat": repeat, "kernel_size": [kernel], "stride": [stride], "dilation": [dilation],
+            "dropout": dropout, "residual": dense, "residual_dense": dense,
+        }  # fmt: skip
+
+    table = ((256, 11, 0.2), (384, 13, 0.2), (512, 17, 0.2), (640, 21, 0.3), (768, 25, 0.3))
+    blocks = [block(256, 11, 0.2, stride=2)]
+    blocks += [block(*row, repeat=5) for row in table for _ in range(2)]
+    blocks += [block(896, 29, 0.4, dilation=2), block(1024, 1, 0.4)]
+    encoder = {"in_feats": 64, "activation": "relu", "use_conv_masks": True, "blocks": blocks}
+    return {"encoder": encoder, "decoder": {"in_feats": 1024, "n_classes": n_classes}}
+
+
+_V1 = ((r"^jasper_encoder\.encoder\.", "encoder.layers."), (r"^jasper_decoder\.decoder_layers\.", "decoder.layers."))
+_NEMO = (
+    (r"^encoder\.encoder\.", "encoder.layers."),
+    (r"^decoder\.decoder_layers\.", "decoder.layers."),
+    (r"\.mconv\.", ".conv."),
+    (r"^(encoder\..*\.\d+)\.conv\.weight$", r"\1.weight"),  # the convolution inside a masked one
+)
+
+
+def _rename(entries: dict[str, Tensor], rules: Sequence[tuple[str, str]], drop: Sequence[str]) -> dict[str, Tensor]:
+    renamed = {}
+    for name, tensor in entries.items():
+        if any(part in name for part in drop):
+            continue
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def _read_nemo(path: Path) -> Weights:
+    """A `.nemo` archive, read in memory: `model_config.yaml` and `model_weights.ckpt`."""
+    import yaml
+
+    members: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path, "r:*") as archive:
+            for member in archive:
+                name = Path(member.name).name
+                if member.isfile() and name in ("model_config.yaml", "model_weights.ckpt"):
+                    members[name] = archive.extractfile(member).read()
+        if len(members) < 2:
+            raise CheckpointError(
+                f"{path} is a tar archive without model_config.yaml and model_weights.ckpt: not NeMo's"
+            )
+        document = yaml.safe_load(members["model_config.yaml"])
+        entries = torch.load(io.BytesIO(members["model_weights.ckpt"]), map_location="cpu", weights_only=True)
+        config = _nemo_config(document)
+    except (tarfile.TarError, EOFError, OSError, RuntimeError, pickle.UnpicklingError, yaml.YAMLError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is not a complete NeMo archive ({error}); copy or download it again") from error
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: its model_config.yaml is not that of a Jasper (at {error})") from error
+    entries = _rename(entries, _NEMO, drop=("preproc", "spec_aug"))
+    return Weights(path, "NeMo", entries, config, config["labels"])
+
+
+def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
+    """NeMo's model configuration in this project's terms; raises CheckpointError for blocks that no Jasper has."""
+    document = _resolved(document, document)
+    encoder, decoder = document["encoder"], document["decoder"]
+    labels = list(decoder.get("vocabulary") or document.get("labels") or ()) or None
+    blocks = []
+    for i, block in enumerate(encoder["jasper"]):
+        foreign = [k for k in ("separable", "se", "stride_last") if block.get(k)]
+        foreign += [k for k, usual in (("groups", 1), ("heads", -1), ("norm", "batch")) if block.get(k, usual) != usual]
+        if foreign:
+            raise CheckpointError(
+                f"block {i} of the NeMo model has {foreign[0]}={block[foreign[0]]}: it is not a Jasper (QuartzNet and "
+                f"Citrinet are other models)"
+            )
+        kernel, stride, dilation = (_one(block.get(k, 1)) for k in ("kernel", "stride", "dilation"))
+        if kernel % 2 == 0:
+            raise CheckpointError(
+                f"block {i} of the NeMo model has the even kernel {kernel}, which NeMo pads differently"
+            )
+        blocks.append(
+            {
+                "filters": block["filters"], "repeat": block["repeat"], "kernel_size": [kernel], "stride": [stride],
+                "dilation": [dilation], "dropout": float(block.get("dropout", 0.0)),
+                "residual": bool(block.get("residual", False)),
+                "residual_dense": bool(block.get("residual_dense", False)),
+            }
+        )  # fmt: skip
+    n_classes = decoder.get("num_classes", -1)
+    n_classes = len(labels) if labels and (n_classes is None or n_classes < 1) else n_classes
+    front = document.get("preprocessor", {})
+    features = {
+        "sample_rate": front.get("sample_rate", 16000), "window_size": front.get("window_size", 0.02),
+        "window_stride": front.get("window_stride", 0.01), "window": front.get("window", "hann"),
+        "n_filt": front.get("features", 64), "n_fft": front.get("n_fft") or 512, "normalize": "per_feature",
+        "frame_splicing": front.get("frame_splicing", 1), "dither": 0.0, "pad_align": front.get("pad_to", 16) or 1,
+    }  # fmt: skip
+    return {
+        "labels": labels,
+        "input_val": {"audio_dataset": {"sample_rate": features["sample_rate"]}, "filterbank_features": features},
+        "jasper": {
+            "encoder": {
+                "in_feats": encoder["feat_in"],
+                "activation": encoder.get("activation", "relu"),
+                "use_conv_masks": bool(encoder.get("conv_mask", True)),
+                "blocks": blocks,
+            },
+            "decoder": {"in_feats": decoder["feat_in"], "n_classes": n_classes + 1},
+        },
+    }
+
+
+def _one(value: Any) -> int:
+    return int(value[0] if isinstance(value, (list, tuple)) else value)
+
+
+def _resolved(value: Any, root: dict[str, Any]) -> Any:
+    """`value` with every `${a.b}` replaced by what stands there under `root` (which is also called `model`)."""
+    if isinstance(value, dict):
+        return {k: _resolved(v, root) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_resolved(v, root) for v in value]
+    if isinstance(value, str) and (match := re.fullmatch(r"\$\{([\w.]+)\}", value)):
+        found: Any = root
+        for part in match[1].removeprefix("model.").split("."):
+            found = found[part]
+        return _resolved(found, root)
+    return value

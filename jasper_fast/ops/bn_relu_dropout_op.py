@@ -1,0 +1,276 @@
+"""Batch norm, residual sum, ReLU, dropout and the next conv's mask as one op."""
+
+from __future__ import annotations
+
+import operator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from jasper_fast.dispatch import choose
+from jasper_fast.dispatch.backends import face as _face
+from jasper_fast.kernels import tables
+from jasper_fast.kernels.layout import ntc
+from jasper_fast.ops import sync
+from jasper_fast.ops.registration import lib, without_autocast
+
+_OP = "bn_relu_dropout"
+
+lib.define("bn_stats(Tensor y, str face) -> (Tensor, Tensor)")
+lib.define("bn_sync_stats(Tensor mean, Tensor m2, SymInt rows, str group) -> (Tensor, Tensor, Tensor)")
+lib.define(
+    "bn_relu_dropout(Tensor y, Tensor mean, Tensor rstd, Tensor gamma, Tensor beta, Tensor? residual, Tensor? lengths, "
+    "Tensor? seed, Tensor? rows, float p, bool batch_stats, int? halo, str group, str face) -> Tensor"
+)
+lib.define(
+    "bn_relu_dropout_backward(Tensor dz, Tensor y, Tensor? z, Tensor mean, Tensor rstd, Tensor gamma, Tensor beta, "
+    "Tensor? lengths, Tensor? seed, Tensor? rows, float p, bool batch_stats, int? halo, bool has_residual, str group, "
+    "str face) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _stats(y, face):
+    return _face(_OP, face).stats(ntc(y))
+
+
+def _forward(y, mean, rstd, gamma, beta, residual, lengths, seed, rows, p, batch_stats, halo, group, face):
+    residual = None if residual is None else ntc(residual)
+    return _face(_OP, face).forward(ntc(y), mean, rstd, gamma, beta, residual, lengths, seed, p)
+
+
+def _backward(
+    dz, y, z, mean, rstd, gamma, beta, lengths, seed, rows, p, batch_stats, halo, has_residual, group, face
+):  # fmt: skip
+    impl = _face(_OP, face)
+    saved = (ntc(dz), ntc(y), None if z is None else ntc(z), mean, rstd, gamma, beta)
+    dbeta, dgamma = impl.backward_reduce(*saved, lengths, seed, p)
+    means = mean_sums(dbeta, dgamma, y, rows, group) if batch_stats else (None, None)
+    dy, dres = impl.backward_apply(*saved, *means, lengths, seed, p, has_residual, halo)
+    return dy, dgamma, dbeta, dy.new_empty(0) if dres is None else dres
+
+
+def mean_sums(dbeta: Tensor, dgamma: Tensor, y: Tensor, rows: Tensor | None, group: str) -> tuple[Tensor, Tensor]:
+    """(dbeta/M, dgamma/M) over the rows of all ranks of `group`: the sums of this rank are left as they are."""
+    if not group:
+        m = y.shape[0] * y.shape[2]
+        return dbeta / m, dgamma / m
+    return tuple(sync.all_reduce(torch.stack([dbeta, dgamma]), group) / rows)
+
+
+lib.impl("bn_stats", without_autocast(_stats), "CompositeExplicitAutograd")
+lib.impl("bn_sync_stats", sync.merge_stats, "CompositeExplicitAutograd")
+lib.impl("bn_relu_dropout", without_autocast(_forward), "CompositeExplicitAutograd")
+lib.impl("bn_relu_dropout_backward", without_autocast(_backward), "CompositeExplicitAutograd")
+
+
+def _like(y: Tensor) -> Tensor:
+    n, c, t = y.shape
+    return y.new_empty((n, t, c)).transpose(1, 2)
+
+
+@torch.library.register_fake("jasper_fast::bn_stats", lib=lib)
+def _(y, face):
+    stat = y.new_empty(y.shape[1], dtype=torch.float64 if y.dtype == torch.float64 else torch.float32)
+    return stat, torch.empty_like(stat)
+
+
+@torch.library.register_fake("jasper_fast::bn_sync_stats", lib=lib)
+def _(mean, m2, rows, group):
+    return torch.empty_like(mean), torch.empty_like(m2), mean.new_empty(())
+
+
+@torch.library.register_fake("jasper_fast::bn_relu_dropout", lib=lib)
+def _(y, *_args):
+    return _like(y)
+
+
+@torch.library.register_fake("jasper_fast::bn_relu_dropout_backward", lib=lib)
+def _(dz, y, z, mean, rstd, gamma, beta, lengths, seed, rows, p, batch_stats, halo, has_residual, group, face):
+    return _like(y), torch.empty_like(gamma), torch.empty_like(beta), _like(y) if has_residual else y.new_empty(0)
+
+
+def _save(ctx, inputs, output):
+    *norm, residual, lengths, seed, rows, ctx.p, ctx.batch_stats, ctx.halo, ctx.group, ctx.face = inputs
+    ctx.has_residual = residual is not None
+    # With a residual the output tells where the ReLU was open; it lives on as a block output anyway.
+    ctx.save_for_backward(norm[0], output if ctx.has_residual else None, *norm[1:], lengths, seed, rows)
+
+
+def _grad(ctx, dz):
+    dy, dgamma, dbeta, dres = torch.ops.jasper_fast.bn_relu_dropout_backward(
+        dz, *ctx.saved_tensors, ctx.p, ctx.batch_stats, ctx.halo, ctx.has_residual, ctx.group, ctx.face
+    )
+    return dy, None, None, dgamma, dbeta, dres if ctx.has_residual else None, *(None,) * 8
+
+
+torch.library.register_autograd("jasper_fast::bn_relu_dropout", _grad, setup_context=_save, lib=lib)
+
+
+def norm_face(y: Tensor, backend: str) -> str:
+    """Which face of the op serves `y` (N, C, T), its statistics included: see `backends.norm_face`."""
+    return norm_face_of(y, y.shape[1], y.shape[2], backend)
+
+
+def norm_face_of(x: Tensor, channels: int, frames: int, backend: str) -> str:
+    """Which face of the op serves a tensor (N, `channels`, `frames`) of the batch, device and dtype of `x`."""
+    if not x.is_cuda:
+        return choose.resolve(backend, x.device, _OP)
+    channels = operator.index(channels)  # a constant in a traced graph too
+    rows_log2 = None if torch.compiler.is_compiling() else tables.bucket(x.shape[0] * frames)
+    return choose.norm_face(backend, x.device, x.dtype, channels, rows_log2)
+
+
+def draw_seeds(count: int, device: torch.device | str) -> Tensor:
+    """`count` dropout seeds, int64 (count,) on `device`, from PyTorch's default generator there.
+
+    On CUDA they are drawn on the device, without a host sync, so a captured graph replays with fresh masks.
+    """
+    return torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=device)
+
+
+def bn_stats(y: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Per-channel mean and M2 (sum of squared deviations) of `y` (N, C, T) over all N*T rows, padding included.
+
+    Returns two (C,) tensors, fp32 (fp64 for fp64 input). Equivalent to `y.mean((0, 2))` and `y.var((0, 2)) * (M - 1)`.
+    """
+    return torch.ops.jasper_fast.bn_stats(y.detach(), norm_face(y, backend))
+
+
+def bn_relu_dropout(
+    y: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    lengths: Tensor | None = None,
+    stats: tuple[Tensor, Tensor] | None = None,
+    p: float = 0.0,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-3,
+    seed: Tensor | int | None = None,
+    backend: str = "auto",
+    frozen: bool = False,
+    halo: int | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Batch norm, residual sum, ReLU, dropout and zeroing of the padding in one pass.
+
+    Shapes: `y`, `residual` and the result (N, C, T), fp32, fp16, bf16 or fp64 (reference face), in NTC memory (other
+    strides are copied); `gamma`, `beta`, `running_mean`, `running_var` (C,); `lengths` (N,) integer frames, from which
+    on the result is zero. `stats` is (mean, M2) of `y` over its N*T rows, each (C,), where a conv already took them.
+
+    With `training` the statistics are those of the batch, padding included, the running ones are updated in place, and
+    elements are dropped with probability `p`. Without it the running statistics normalise and nothing is dropped.
+    `frozen` with `training` drops, but normalises with the running statistics and leaves them alone. `seed` (one int64)
+    fixes the mask (Philox4x32-10, the same bits on every face); None draws one from PyTorch's generator.
+
+    `halo`, with `lengths`, says that `y` is zero at t >= length + halo, as a conv of an input that is zero in its
+    padding leaves it: `ceil((dilation * (K - 1) - padding) / stride)` frames. Backward then need not read those.
+    `group` with `training` takes the statistics over the rows of all its ranks, which may have unlike N*T, as
+    nn.SyncBatchNorm does; the gradients of gamma and beta stay those of this rank.
+
+    Raises ValueError for shapes that do not fit, for p outside [0, 1), for a negative halo, and in training for N*T = 1
+    as PyTorch does; BackendMissing for a backend asked for by name that cannot run here.
+
+    Semantics: one sub-block of the reference's `jasper/model.py` after its conv. Equivalent to
+
+        z = F.batch_norm(y, running_mean, running_var, gamma, beta, training, momentum, eps)
+        z = F.dropout(F.relu(z + residual), p, training)
+        z = z.masked_fill(torch.arange(T) >= lengths[:, None, None], 0)
+    """
+    check(y, gamma, beta, running_mean, running_var, residual, lengths, p, halo)
+    norm = normaliser(y, running_mean, running_var, stats, training, frozen, momentum, eps, backend, group)
+    p, seed = dropout_seed(p if training else 0.0, seed, y.device)
+    if residual is not None:
+        residual = residual.to(y.dtype)
+    wide = norm.mean.dtype
+    return torch.ops.jasper_fast.bn_relu_dropout(
+        y, norm.mean, norm.rstd, gamma.to(wide), beta.to(wide), residual, lengths, seed, norm.rows, p,
+        norm.batch_stats, halo, norm.group, norm_face(y, backend),
+    )  # fmt: skip
+
+
+class Normaliser(NamedTuple):
+    """What y is normalised with; where those are statistics of a group's batch, its rows (0-d) and its name."""
+
+    mean: Tensor
+    rstd: Tensor
+    batch_stats: bool
+    rows: Tensor | None
+    group: str
+
+
+def normaliser(
+    y: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    stats: tuple[Tensor, Tensor] | None,
+    training: bool,
+    frozen: bool,
+    momentum: float,
+    eps: float,
+    backend: str,
+    group: dist.ProcessGroup | None,
+) -> Normaliser:
+    """The batch's statistics, which then also update the running ones, or else the running statistics."""
+    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+    batch_stats = training and not frozen
+    rows, name = None, sync.name(group) if batch_stats else ""
+    if batch_stats:
+        m = y.shape[0] * y.shape[2]
+        if m == 1 and not name:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
+        mean, m2 = bn_stats(y, backend) if stats is None else (s.detach() for s in stats)
+        if name:
+            mean, m2, rows = torch.ops.jasper_fast.bn_sync_stats(mean, m2, m, name)
+            m = rows
+        var = m2 / m
+        _update(running_mean, mean, momentum)
+        _update(running_var, m2 / (m - 1), momentum)
+    elif running_mean is None or running_var is None:
+        raise ValueError("running_mean and running_var are needed where the batch's own statistics are not used")
+    else:
+        mean, var = running_mean.detach(), running_var.detach()
+    return Normaliser(mean.to(wide), (var.to(wide) + eps).rsqrt(), batch_stats, rows, name)
+
+
+def dropout_seed(p: float, seed: Tensor | int | None, device: torch.device) -> tuple[float, Tensor | None]:
+    """(p, seed tensor (1,)): the seed is drawn where none is given, and None where nothing is dropped."""
+    if p == 0.0:
+        return p, None
+    if seed is None:
+        return p, draw_seeds(1, device)
+    return p, seed if isinstance(seed, Tensor) else torch.tensor([seed], dtype=torch.int64, device=device)
+
+
+def _update(running: Tensor | None, value: Tensor, momentum: float) -> None:
+    if running is not None:
+        with torch.no_grad():
+            running.lerp_(value.to(running.dtype), momentum)
+
+
+def check(y, gamma, beta, running_mean, running_var, residual, lengths, p, halo) -> None:
+    if y.dim() != 3:
+        raise ValueError(f"y must be (N, C, T), got {tuple(y.shape)}")
+    n, c, _ = y.shape
+    for name, v in (("gamma", gamma), ("beta", beta), ("running_mean", running_mean), ("running_var", running_var)):
+        if v is not None and v.shape != (c,):
+            raise ValueError(f"{name} must be ({c},) for y {tuple(y.shape)}, got {tuple(v.shape)}")
+    if residual is not None and residual.shape != y.shape:
+        raise ValueError(f"residual must be {tuple(y.shape)} like y, got {tuple(residual.shape)}")
+    check_lengths(lengths, n)
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"p must lie in [0, 1), got {p}")
+    if halo is not None and halo < 0:
+        raise ValueError(f"halo counts frames beyond the length that y still fills: at least 0, got {halo}")
+
+
+def check_lengths(lengths: Tensor | None, n: int) -> None:
+    """Raises ValueError where `lengths` are not those of `n` utterances as every face reads them."""
+    if lengths is not None and (lengths.shape != (n,) or lengths.dtype != torch.int64):
+        raise ValueError(f"lengths must be ({n},) int64, got {tuple(lengths.shape)} {lengths.dtype}")

@@ -1,0 +1,213 @@
+"""1D convolution in NTC memory, and the batch statistics of its output."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from jasper_fast.dispatch import choose
+from jasper_fast.dispatch.backends import face as _face
+from jasper_fast.kernels import tables
+from jasper_fast.kernels.layout import ntc
+from jasper_fast.ops.bn_relu_dropout_op import check_lengths, norm_face_of
+from jasper_fast.ops.registration import lib, without_autocast
+
+lib.define(
+    "conv1d(Tensor x, Tensor weight, Tensor? lengths, Tensor? packed, int stride, int padding, int dilation, "
+    "bool stats, str bn_face, str face) -> (Tensor, Tensor, Tensor)"
+)
+lib.define(
+    "conv1d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? lengths, Tensor? packed, int stride, int padding, "
+    "int dilation, bool need_dx, str face) -> (Tensor, Tensor)"
+)
+
+
+def conv_forward(
+    face: str,
+    bn: ModuleType,
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    lengths: Tensor | None,
+    packed: Tensor | None,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, M2) of a conv on `face`, the statistics from its epilogue, or else by the `bn` face; empty if unasked.
+
+    `weight` may be wider than `x`: each face rounds it as it packs or copies it.
+    """
+    impl = _face("conv1d", face)
+    if face == "triton":
+        if stats:
+            return impl.forward_stats(x, weight, stride, padding, dilation, lengths, packed, clean=True)
+        y = impl.forward(x, weight, stride, padding, dilation, lengths, packed, clean=True)
+    else:
+        y = impl.forward(x, weight, stride, padding, dilation, lengths)
+    mean, m2 = bn.stats(y) if stats else (x.new_empty(0), x.new_empty(0))
+    return y, mean, m2
+
+
+def conv_wgrad(face: str, x: Tensor, dy: Tensor, weight: Tensor, *conv: object) -> Tensor:
+    """dweight in the dtype of `weight`, which Triton writes straight from its fp32 sums."""
+    impl = _face("conv1d", face)
+    if face == "triton":
+        return impl.wgrad(x, dy, weight.shape[2], *conv, dtype=weight.dtype, clean=True)
+    return impl.wgrad(x, dy, weight.shape[2], *conv).to(weight.dtype)
+
+
+def conv_dgrad(face: str, dy: Tensor, weight: Tensor, t: int, *conv: object, packed: Tensor | None) -> Tensor:
+    """dx of `t` frames, in the dtype of `dy`."""
+    impl = _face("conv1d", face)
+    if face == "triton":
+        return impl.dgrad(dy, weight, t, *conv, packed)
+    return impl.dgrad(dy, weight, t, *conv)
+
+
+def _forward(x, weight, lengths, packed, stride, padding, dilation, stats, bn_face, face):
+    bn = _face("bn_relu_dropout", bn_face)
+    return conv_forward(face, bn, ntc(x), weight, stride, padding, dilation, lengths, packed, stats)
+
+
+def _backward(dy, x, weight, lengths, packed, stride, padding, dilation, need_dx, face):
+    dy, x = ntc(dy), ntc(x)
+    conv = (stride, padding, dilation, lengths)
+    dw = conv_wgrad(face, x, dy, weight, *conv)
+    dx = conv_dgrad(face, dy, weight, x.shape[2], *conv, packed=packed) if need_dx else dy.new_empty(0)
+    return dx, dw
+
+
+lib.impl("conv1d", without_autocast(_forward), "CompositeExplicitAutograd")
+lib.impl("conv1d_backward", without_autocast(_backward), "CompositeExplicitAutograd")
+
+
+def fake_stats(y: Tensor, c: int, stats: bool) -> tuple[Tensor, Tensor]:
+    """Mean and M2 of `c` channels as tensors without content, beside a `y` without content."""
+    if not stats:
+        return y.new_empty(0), y.new_empty(0)
+    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+    return y.new_empty(c, dtype=wide), y.new_empty(c, dtype=wide)
+
+
+@torch.library.register_fake("jasper_fast::conv1d", lib=lib)
+def _(x, weight, lengths, packed, stride, padding, dilation, stats, bn_face, face):
+    n, _, t = x.shape
+    c_out, _, k = weight.shape
+    t_out = (t + 2 * padding - dilation * (k - 1) - 1) // stride + 1
+    return x.new_empty((n, t_out, c_out)).transpose(1, 2), *fake_stats(x, c_out, stats)
+
+
+@torch.library.register_fake("jasper_fast::conv1d_backward", lib=lib)
+def _(dy, x, weight, lengths, packed, stride, padding, dilation, need_dx, face):
+    n, c, t = x.shape
+    dx = x.new_empty((n, t, c)).transpose(1, 2) if need_dx else x.new_empty(0)
+    return dx, weight.new_empty(weight.shape)
+
+
+def _save(ctx, inputs, output):
+    # The pack is no saved tensor: its module fills the same buffer again from the same weight, whose version is checked
+    x, weight, lengths, ctx.packed, ctx.stride, ctx.padding, ctx.dilation, _, _, ctx.face = inputs
+    ctx.save_for_backward(x, weight, lengths)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _grad(ctx, dy, _dmean, _dm2):
+    if dy is None:
+        return (None,) * 10
+    x, weight, lengths = ctx.saved_tensors
+    need_dx = ctx.needs_input_grad[0]
+    dx, dw = torch.ops.jasper_fast.conv1d_backward(
+        dy, x, weight, lengths, ctx.packed, ctx.stride, ctx.padding, ctx.dilation, need_dx, ctx.face
+    )
+    return dx if need_dx else None, dw, *(None,) * 8
+
+
+torch.library.register_autograd("jasper_fast::conv1d", _grad, setup_context=_save, lib=lib)
+
+
+def conv1d(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    backend: str = "auto",
+    stats: bool = False,
+    packed: Tensor | None = None,
+) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Convolve `x` (N, C_in, T) with `weight` (C_out, C_in, K); returns y (N, C_out, T') in NTC memory.
+
+    `x` must be zero at t >= `lengths` (N,), as bn_relu_dropout leaves it: kernels then skip those frames, and the
+    gradient of `x` there may be anything. Under autocast `x` is cast to its dtype, else it keeps its own; the weight
+    is cast inside, and its gradient has the weight's dtype. `stats` returns (y, (mean, M2)): fp32 (C_out,) tensors
+    (fp64 for fp64) over all N*T' rows, without gradient, as `bn_relu_dropout` and `sub_block` take them. `packed`:
+    `weight` packed by the Triton face in the dtype of `x`, where a module keeps that. The native CPU kernel and
+    Triton's take fp32, fp16 and bf16, both at stride 1 (or without a gradient of `x`); every other case, and 16 bits on
+    a CPU that has AMX for them, runs ATen's conv2d on the channels-last view of the same memory.
+
+    Raises ValueError for shapes that do not fit. Equivalent to `F.conv1d(x, weight, None, stride, padding, dilation)`,
+    and `bn_stats` of it; the mask is that of the reference's `MaskedConv1d` (jasper/model.py), applied beforehand.
+    """
+    check_channels("x", x, weight)
+    check_lengths(lengths, x.shape[0])
+    x = autocast(x)
+    face = conv_face(x, stride, backend, weight, dilation, stats=stats)
+    bn_face = "reference"  # not called: nothing is asked of it, or the conv's epilogue gives it
+    if stats and face != "triton":
+        t_out = (x.shape[2] + 2 * padding - dilation * (weight.shape[2] - 1) - 1) // stride + 1
+        bn_face = norm_face_of(x, weight.shape[0], t_out, backend)
+    y, mean, m2 = torch.ops.jasper_fast.conv1d(
+        x, weight, lengths, packed, stride, padding, dilation, stats, bn_face, face
+    )
+    return (y, (mean, m2)) if stats else y
+
+
+def check_channels(name: str, x: Tensor, weight: Tensor) -> None:
+    """Raises ValueError where `weight` (C_out, C_in, K) is no conv's of `x` (N, C_in, T)."""
+    if x.dim() != 3 or weight.dim() != 3 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{name} (N, C, T) and weight (C_out, C, K) do not fit: {tuple(x.shape)}, {tuple(weight.shape)}"
+        )
+
+
+def autocast(x: Tensor) -> Tensor:
+    """`x` in autocast's dtype where it is on; the weights stay as they are."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def conv_face(
+    x: Tensor,
+    stride: int,
+    backend: str,
+    weight: Tensor | None = None,
+    dilation: int = 1,
+    *,
+    stats: bool = False,
+    norm: bool = False,
+) -> str:
+    """Which face of the conv serves `x` (N, C, T): ours where it has the dtype and the gradients, ATen's elsewhere.
+
+    On a GPU "auto" stays with cuDNN in channels-last memory but where measurements of the conv of `weight` there say
+    otherwise; `stats` and `norm` tell which calls those are (see `backends.conv_face`).
+    """
+    shape = rows_log2 = None
+    grad = torch.is_grad_enabled()
+    if weight is not None:
+        c_out, c_in, taps = weight.shape
+        shape = (c_in, c_out, taps, stride, dilation)
+        if not torch.compiler.is_compiling():  # a traced batch has no one size
+            rows_log2 = tables.bucket(x.shape[0] * -(-x.shape[2] // stride))
+    dw = weight is not None and weight.requires_grad
+    return choose.conv_face(
+        backend, x.device, x.dtype,
+        strided_dx=stride != 1 and x.requires_grad,
+        calls=choose.conv_calls(stats=stats, dx=grad and x.requires_grad, dw=grad and dw, norm=norm),
+        shape=shape, rows_log2=rows_log2,
+    )  # fmt: skip

@@ -1,0 +1,158 @@
+"""Dense-residual panes (1x1 conv + batch norm) summed as PyTorch computes them: one GEMM and its statistics a pane.
+
+The plain form beside the Gram form of panes.py. A pane's output lives until it is added and backward makes it again, so
+that only the block outputs are kept, which have other readers anyway; but on a CPU, where a product costs more than
+memory, KEPT of them are kept. With y = x W^T, yhat = (y - mean)*rstd and g the gradient at the sum, the same
+for every pane:
+    dgamma = sum g*yhat,   dbeta = sum g,   dy = gamma*rstd*(g - dbeta/M - yhat*dgamma/M),   dW = dy^T x,   dx = dy W
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from jasper_fast.dispatch.backends import face as _face
+from jasper_fast.kernels.layout import ntc, wide_dtype
+from jasper_fast.kernels.layout import rows as _rows
+from jasper_fast.ops import sync
+from jasper_fast.ops.bn_relu_dropout_op import check_lengths, norm_face_of
+from jasper_fast.ops.panes_op import check_rows, unbiased
+from jasper_fast.ops.registration import lib, without_autocast
+
+lib.define(
+    "panes_plain(Tensor[] xs, Tensor[] weights, Tensor gamma, Tensor beta, Tensor? lengths, float eps, int keep, "
+    "str group, str face) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+lib.define(
+    "panes_plain_backward(Tensor g, Tensor[] xs, Tensor[] weights, Tensor gamma, Tensor? lengths, Tensor pane_mean, "
+    "Tensor pane_var, Tensor rows, Tensor kept, float eps, str group, str face) "
+    "-> (Tensor[], Tensor[], Tensor, Tensor)"
+)
+
+KEPT = 7  # pane outputs that a block keeps on a CPU: those of the newest inputs, which are the widest
+
+
+def _impl_name(face: str, *tensors: Tensor) -> str:
+    """Which face of `panes` serves where batch norm runs on `face`: the CPU's C++ takes fp32 alone."""
+    return "cpu" if face == "cpu" and all(t.dtype == torch.float32 for t in tensors) else "reference"
+
+
+def _groups(panes, kept):
+    """Slices of the `panes` with a place for their outputs: one by one those not kept, at once those that are."""
+    passing = len(panes) - len(kept)
+    place = kept.new_empty((1, *kept.shape[1:])) if passing else kept
+    yield from ((slice(k, k + 1), place) for k in range(passing))
+    if len(kept):
+        yield slice(passing, None), kept
+
+
+def _forward(xs, weights, gamma, beta, lengths, eps, keep, group, face):
+    n, _, t = xs[0].shape
+    bn, impl = _face("bn_relu_dropout", face), _face("panes", _impl_name(face, *xs, *weights))
+    out = beta.sum(0)  # wide: however many panes, one rounding
+    kept, total = xs[0].new_empty((min(keep, len(xs)), n * t, len(out))), out.new_empty(0)
+    means, variances = [], []
+    for panes, ys in _groups(xs, kept):
+        impl.outputs(xs[panes], weights[panes], lengths, ys)
+        means_m2s = zip(*(bn.stats(y.view(n, t, -1).transpose(1, 2)) for y in ys), strict=True)
+        mean, m2 = (torch.cat(stats).to(out.dtype) for stats in means_m2s)
+        if group:
+            mean, m2, total = sync.merge_stats(mean, m2, n * t, group)
+        means.append(mean.view(len(ys), -1))
+        variances.append(m2.view(len(ys), -1) / (total if group else n * t))
+        out = impl.forward(ys, means[-1], gamma[panes] * (variances[-1] + eps).rsqrt(), out)
+    out = out.to(xs[0].dtype).view(n, t, -1).transpose(1, 2)
+    return out, torch.cat(means), torch.cat(variances), total, kept
+
+
+def _backward(g, xs, weights, gamma, lengths, pane_mean, pane_var, rows, kept, eps, group, face):
+    impl = _face("panes", _impl_name(face, g, *xs, *weights))
+    m, g = rows if group else g.shape[0] * g.shape[2], _rows(ntc(g))
+    dbeta = g.sum(0, dtype=pane_mean.dtype)
+    mean_g = sync.all_reduce(dbeta.clone(), group) / m
+    rstd = (pane_var + eps).rsqrt()
+    scale, dgammas, dxs, dweights = gamma * rstd, [], [], []
+    for panes, ys in _groups(xs, kept):
+        if ys is not kept:
+            impl.outputs(xs[panes], weights[panes], lengths, ys)
+        dgamma = impl.backward_reduce(g, ys, pane_mean[panes]) * rstd[panes]
+        slope = sync.all_reduce(dgamma.clone(), group) * rstd[panes] / m
+        vectors = pane_mean[panes], scale[panes], slope
+        dx, dw = impl.gradients(g, mean_g, ys, *vectors, xs[panes], weights[panes], lengths)
+        dxs += dx
+        dweights += dw
+        dgammas.append(dgamma)
+    return dxs, dweights, torch.cat(dgammas), dbeta
+
+
+lib.impl("panes_plain", without_autocast(_forward), "CompositeExplicitAutograd")
+lib.impl("panes_plain_backward", without_autocast(_backward), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("jasper_fast::panes_plain", lib=lib)
+def _(xs, weights, gamma, beta, lengths, eps, keep, group, face):
+    n, _, t = xs[0].shape
+    c_out, stat = weights[0].shape[0], torch.empty_like(gamma)
+    out = xs[0].new_empty((n, t, c_out)).transpose(1, 2)
+    kept = xs[0].new_empty((min(keep, len(xs)), n * t, c_out))
+    return out, stat, torch.empty_like(stat), stat.new_empty(() if group else 0), kept
+
+
+@torch.library.register_fake("jasper_fast::panes_plain_backward", lib=lib)
+def _(g, xs, weights, gamma, lengths, pane_mean, pane_var, rows, kept, eps, group, face):
+    n, _, t = g.shape
+    dxs = [g.new_empty((n, t, x.shape[1])).transpose(1, 2) for x in xs]
+    dweights = [w.new_empty(w.shape) for w in weights]
+    return dxs, dweights, torch.empty_like(pane_mean), pane_mean.new_empty(pane_mean.shape[1])
+
+
+def _save(ctx, inputs, output):
+    xs, weights, gamma, _, lengths, ctx.eps, _, ctx.group, ctx.face = inputs
+    ctx.save_for_backward(*xs, *weights, gamma, lengths, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _grad(ctx, g, *_):
+    *lists, gamma, lengths, mean, var, rows, kept = ctx.saved_tensors
+    n = len(lists) // 2
+    if g is None:
+        return [None] * n, [None] * n, *(None,) * 7
+    dxs, dweights, dgamma, dbeta = torch.ops.jasper_fast.panes_plain_backward(
+        g, lists[:n], lists[n:], gamma, lengths, mean, var, rows, kept, ctx.eps, ctx.group, ctx.face
+    )
+    return dxs, dweights, dgamma, dbeta.repeat(n, 1), *(None,) * 5  # betas are optimised in place: none shares memory
+
+
+torch.library.register_autograd("jasper_fast::panes_plain", _grad, setup_context=_save, lib=lib)
+
+
+def panes_plain(
+    xs: list[Tensor],
+    weights: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    *,
+    lengths: Tensor | None = None,
+    eps: float = 1e-3,
+    backend: str = "auto",
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the panes of a block in training, pane by pane: what `panes` gives, without Gram matrices.
+
+    Returns (sum (N, C_out, T), means, unbiased variances (P, C_out)); `backend` takes the statistics, over the rows of
+    all ranks of `group` where there is one. `lengths` (N,): the xs are zero at t >= lengths, kernels skip those frames,
+    and the gradient of the xs there may be anything. Other arguments, errors and equivalent as for `panes`.
+    """
+    wide, name = wide_dtype(xs[0]), sync.name(group)
+    check_rows(xs[0], name)
+    check_lengths(lengths, xs[0].shape[0])
+    face = norm_face_of(xs[0], weights[0].shape[0], xs[0].shape[2], backend)
+    keep = KEPT if _impl_name(face, *xs, *weights) == "cpu" and torch.is_grad_enabled() else 0
+    out, mean, var, rows, _ = torch.ops.jasper_fast.panes_plain(
+        list(xs), list(weights), torch.stack(gammas).to(wide), torch.stack(betas).to(wide), lengths, eps, keep, name,
+        face,
+    )  # fmt: skip
+    return out, mean, unbiased(var, xs[0], rows if name else None)

@@ -1,0 +1,142 @@
+"""From y to y: batch norm, ReLU, dropout and mask of one conv's output, then the next conv, as one autograd node.
+
+It saves y and a few vectors and remakes z once in backward, so that of a sub-block only its conv's output is kept.
+Statistics come with y and go with the next y, so that in training none takes a pass of its own where a conv has them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from jasper_fast.dispatch.backends import face as _face
+from jasper_fast.kernels.layout import ntc
+from jasper_fast.ops.bn_relu_dropout_op import check, dropout_seed, mean_sums, norm_face, normaliser
+from jasper_fast.ops.conv1d_op import check_channels, conv_dgrad, conv_face, conv_forward, conv_wgrad, fake_stats
+from jasper_fast.ops.registration import lib, without_autocast
+
+lib.define(
+    "sub_block(Tensor y, Tensor mean, Tensor rstd, Tensor gamma, Tensor beta, Tensor? lengths, Tensor? seed, "
+    "Tensor? rows, Tensor weight, Tensor? packed, float p, bool batch_stats, int? halo, int padding, int dilation, "
+    "bool stats, str group, str bn_face, str conv) -> (Tensor, Tensor, Tensor)"
+)
+lib.define(
+    "sub_block_backward(Tensor dout, Tensor y, Tensor mean, Tensor rstd, Tensor gamma, Tensor beta, Tensor? lengths, "
+    "Tensor? seed, Tensor? rows, Tensor weight, Tensor? packed, float p, bool batch_stats, int? halo, int padding, "
+    "int dilation, str group, str bn_face, str conv) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _forward(
+    y, mean, rstd, gamma, beta, lengths, seed, rows, weight, packed,
+    p, batch_stats, halo, padding, dilation, stats, group, bn_face, conv,
+):  # fmt: skip
+    bn = _face("bn_relu_dropout", bn_face)
+    z = bn.forward(ntc(y), mean, rstd, gamma, beta, None, lengths, seed, p)
+    return conv_forward(conv, bn, z, weight, 1, padding, dilation, lengths, packed, stats)
+
+
+def _backward(
+    dout, y, mean, rstd, gamma, beta, lengths, seed, rows, weight, packed,
+    p, batch_stats, halo, padding, dilation, group, bn_face, conv,
+):  # fmt: skip
+    bn, dout, y = _face("bn_relu_dropout", bn_face), ntc(dout), ntc(y)
+    norm, how = (mean, rstd, gamma, beta), (1, padding, dilation, lengths)
+    z = bn.forward(y, *norm, None, lengths, seed, p)
+    dw = conv_wgrad(conv, z, dout, weight, *how)
+    if conv == "triton":  # the reduction in the epilogue; g is already masked, so that dropout has no part in it
+        impl = _face("conv1d", conv)
+        g, dbeta, dgamma = impl.dgrad_bn(dout, weight, padding, dilation, y, z, mean, rstd, lengths, p, packed)
+        seed, p = None, 0.0
+    else:
+        del z
+        g = conv_dgrad(conv, dout, weight, y.shape[2], *how, packed=packed)
+        dbeta, dgamma = bn.backward_reduce(g, y, None, *norm, lengths, seed, p)
+    means = mean_sums(dbeta, dgamma, y, rows, group) if batch_stats else (None, None)
+    dy, _ = bn.backward_apply(g, y, None, *norm, *means, lengths, seed, p, False, halo)
+    return dy, dgamma, dbeta, dw
+
+
+lib.impl("sub_block", without_autocast(_forward), "CompositeExplicitAutograd")
+lib.impl("sub_block_backward", without_autocast(_backward), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("jasper_fast::sub_block", lib=lib)
+def _(
+    y, mean, rstd, gamma, beta, lengths, seed, rows, weight, packed,
+    p, batch_stats, halo, padding, dilation, stats, group, bn_face, conv,
+):  # fmt: skip
+    n, _, t = y.shape
+    c_out, _, k = weight.shape
+    out = y.new_empty((n, t + 2 * padding - dilation * (k - 1), c_out)).transpose(1, 2)
+    return out, *fake_stats(y, c_out, stats)
+
+
+@torch.library.register_fake("jasper_fast::sub_block_backward", lib=lib)
+def _(dout, y, mean, rstd, gamma, beta, lengths, seed, rows, weight, *_args):
+    n, c, t = y.shape
+    dy = y.new_empty((n, t, c)).transpose(1, 2)
+    return dy, torch.empty_like(gamma), torch.empty_like(beta), weight.new_empty(weight.shape)
+
+
+def _save(ctx, inputs, output):
+    tensors, ctx.packed, (*before, _, group, bn, conv) = inputs[:9], inputs[9], inputs[10:]  # no saved pack: see conv1d
+    ctx.save_for_backward(*tensors)
+    ctx.rest = (*before, group, bn, conv)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _grad(ctx, dout, _dmean, _dm2):
+    if dout is None:
+        return (None,) * 19
+    dy, dgamma, dbeta, dw = torch.ops.jasper_fast.sub_block_backward(dout, *ctx.saved_tensors, ctx.packed, *ctx.rest)
+    return dy, None, None, dgamma, dbeta, None, None, None, dw, *(None,) * 10
+
+
+torch.library.register_autograd("jasper_fast::sub_block", _grad, setup_context=_save, lib=lib)
+
+
+def sub_block(
+    y: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    padding: int = 0,
+    dilation: int = 1,
+    stats: tuple[Tensor, Tensor] | None = None,
+    p: float = 0.0,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-3,
+    seed: Tensor | int | None = None,
+    backend: str = "auto",
+    frozen: bool = False,
+    halo: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    next_stats: bool = False,
+    packed: Tensor | None = None,
+) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Batch norm, ReLU, dropout and mask of a conv's output `y` (N, C, T), then the next conv at stride 1, one node.
+
+    Returns (N, C_out, T') in NTC memory and in the dtype of `y`; `weight` (C_out, C, K), cast inside, as `packed` is
+    for `conv1d`; with `next_stats` returns (that, (mean, M2)), as `conv1d` does with `stats`. The other arguments, and
+    the errors, are those of `bn_relu_dropout`. Keeps `y`, not what the conv reads, for backward. Equivalent to
+    `F.conv1d(bn_relu_dropout(y, ...), weight, None, 1, padding, dilation)`.
+    """
+    check(y, gamma, beta, running_mean, running_var, None, lengths, p, halo)
+    check_channels("y", y, weight)
+    norm = normaliser(y, running_mean, running_var, stats, training, frozen, momentum, eps, backend, group)
+    p, seed = dropout_seed(p if training else 0.0, seed, y.device)
+    wide = norm.mean.dtype
+    out, mean, m2 = torch.ops.jasper_fast.sub_block(
+        y, norm.mean, norm.rstd, gamma.to(wide), beta.to(wide), lengths, seed, norm.rows, weight, packed,
+        p, norm.batch_stats, halo, padding, dilation, next_stats, norm.group,
+        norm_face(y, backend), conv_face(y, 1, backend, weight, dilation, stats=next_stats, norm=True),
+    )  # fmt: skip
+    return (out, (mean, m2)) if next_stats else out

@@ -1,0 +1,1 @@
+"""Every kernel against fp64, in a process of its own."""

@@ -1,0 +1,233 @@
+"""Which checks a device needs: every kernel and configuration that dispatch can choose there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+
+from jasper_fast.dispatch import backends
+from jasper_fast.dispatch.verdict import FACES, OPS
+from jasper_fast.kernels import tables
+
+CONV = ("forward", "forward_stats", "dgrad", "dgrad_bn", "wgrad")
+DTYPES = {name: dtype for dtype, name in tables.DTYPES.items()}
+QUICK_TILES = 3  # of a table, by function, in a quick check
+TABLE_ROWS = 2048  # rows of the inputs on which a table's tiles are checked
+
+
+class Conv(NamedTuple):
+    """A conv's inputs: batch, frames, channels, taps, stride, dilation."""
+
+    n: int
+    t: int
+    c_in: int
+    c_out: int
+    k: int
+    stride: int = 1
+    dilation: int = 1
+
+    def __str__(self) -> str:
+        more = (f" s {self.stride}" if self.stride > 1 else "") + (f" d {self.dilation}" if self.dilation > 1 else "")
+        return f"({self.n}, {self.c_in}->{self.c_out}, {self.t}) K {self.k}{more}"
+
+    @property
+    def padding(self) -> int:
+        return (self.k // 2) * self.dilation
+
+    @property
+    def t_out(self) -> int:
+        return (self.t + 2 * self.padding - self.dilation * (self.k - 1) - 1) // self.stride + 1
+
+
+class Norm(NamedTuple):
+    """Inputs of bn_relu_dropout: batch, channels, frames."""
+
+    n: int
+    c: int
+    t: int
+
+    def __str__(self) -> str:
+        return f"({self.n}, {self.c}, {self.t})"
+
+
+# odd frames, one frame, fewer frames than the taps reach, stride 2, dilation 2 with channels that no tile divides
+SMALL_CONV = (Conv(2, 37, 64, 48, 11), Conv(3, 1, 32, 32, 1), Conv(3, 5, 32, 29, 25), Conv(2, 41, 64, 32, 11, 2),
+              Conv(2, 23, 35, 48, 3, 1, 2))  # fmt: skip
+# the convs of Jasper 10x5: prologue, main convs, its dilated one, epilogue, decoder
+REAL_CONV = (
+    Conv(4, 420, 64, 256, 11, 2), Conv(4, 330, 256, 256, 11), Conv(4, 330, 256, 384, 13), Conv(4, 330, 384, 384, 13),
+    Conv(4, 330, 512, 512, 17), Conv(4, 330, 640, 640, 21), Conv(4, 330, 768, 768, 25),
+    Conv(4, 330, 768, 896, 29, 1, 2), Conv(4, 330, 896, 1024, 1), Conv(4, 330, 1024, 29, 1), Conv(1, 104, 768, 768, 25),
+)  # fmt: skip
+QUICK_CONV = (Conv(2, 37, 64, 48, 11), Conv(2, 200, 256, 256, 11))
+# More programs than any GPU runs at once (448 by 128 frames and channels, an H100 has 132 SMs): races and reuse of
+# shared memory show where programs follow each other on an SM. 39 GFLOP a call, of which a check makes two in fp64, two
+# in plain PyTorch and four of ours: tens of milliseconds on an H100, a second where fp64 is slow.
+WAVE_CONV = Conv(32, 840, 256, 256, 11)
+WAVE = "wave"  # its variant
+EXACT = "exact"  # fp32 products as they are, other kernels than those that round to TF32, as a GPU does by default
+SMALL_NORM = (Norm(2, 64, 37), Norm(3, 29, 1), Norm(3, 48, 7))
+REAL_NORM = (Norm(4, 256, 420), Norm(4, 768, 420), Norm(4, 1024, 331))
+QUICK_NORM = (Norm(2, 64, 37), Norm(2, 256, 200))
+NORM_VARIANTS = ("batch", "evaluation", "residual", "no dropout", "no lengths", "halo")
+FUSED_VARIANTS = ("plain", "panes", "panes splits", "features", "log-softmax", "splits")
+UNCLEAN = "unclean"  # padding of x holds NaN and is not to be read: an engine's first conv, callers of the faces
+CLEAN_FUNCTIONS = ("forward", "forward_stats", "wgrad", "fused")  # of Triton's conv: those that may be told it is zero
+SMALL_PANES, PANES = 40, 256  # channels of a second input: 40 are no whole step of a tile, so descriptors stay out
+SMALL_GRAM, REAL_GRAM = (Norm(2, 24, 37), Norm(3, 40, 7)), (Norm(4, 256, 420), Norm(8, 768, 840))
+QUICK_GRAM = (Norm(2, 64, 37), Norm(4, 256, 420))
+
+
+@dataclass(frozen=True)
+class Check:
+    """One function of one face, with one configuration, on one shape."""
+
+    op: str
+    face: str
+    function: str
+    configuration: str
+    shape: Conv | Norm
+    dtype: str
+    variant: str = ""
+    tile: dict[str, int] | None = None
+
+    @property
+    def id(self) -> str:
+        """Unique in a plan, the same in every process."""
+        return " | ".join((self.op, self.face, self.function, self.configuration, str(self.shape), self.dtype,
+                           self.variant))  # fmt: skip
+
+    def plain(self) -> dict[str, str]:
+        """What a report shows of it."""
+        found = {k: str(v) for k, v in asdict(self).items() if k not in ("tile", "shape")}
+        return found | {"id": self.id, "shape": str(self.shape)}
+
+
+def plan(
+    device: torch.device,
+    *,
+    quick: bool = False,
+    ops: tuple[str, ...] = OPS,
+    faces: tuple[str, ...] = (),
+    dtypes: tuple[str, ...] = (),
+) -> list[Check]:
+    """The checks for `device`: all faces that run on it (or `faces`), quick ones or all, of `ops`.
+
+    `dtypes` ("bfloat16", ...): which, of those that a face has; by default all, of a quick plan one.
+    """
+    for name, asked, known in (("op", ops, OPS), ("face", faces, FACES), ("dtype", dtypes, tuple(DTYPES))):
+        if unknown := [value for value in asked if value not in known]:
+            raise ValueError(f"{name} {unknown[0]!r} is not one of {', '.join(known)}")
+    found: list[Check] = []
+    for face in FACES:
+        if (faces and face not in faces) or (face != "aten" and backends.why_missing(face, device) is not None):
+            continue
+        large = device.type == "cuda" or face == "cpu"  # an interpreter takes minutes for a real shape
+        for dtype in _dtypes(face, device, quick, dtypes):
+            if face == "aten":
+                found += _panes(dtype, quick, device.type == "cuda") if "panes" in ops else ()
+                continue
+            if "bn_relu_dropout" in ops:
+                found += _norms(face, dtype, quick, large)
+            if face != "cuda" and "conv1d" in ops:
+                found += _convs(face, dtype, quick, large, device)
+            if face != "cuda" and "conv1d.fused" in ops:
+                found += _fused(face, dtype, quick, large, device)
+    return found
+
+
+def _dtypes(face: str, device: torch.device, quick: bool, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    if face == "cpu":
+        return tuple(dtype for dtype in ("float32",) if not wanted or dtype in wanted)
+    if wanted:
+        return tuple(dict.fromkeys(wanted))
+    if face == "aten" and device.type == "cpu":
+        return ("float32",)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
+        return ("float16",) if quick else ("float16", "float32")
+    return ("bfloat16",) if quick else ("bfloat16", "float16", "float32")
+
+
+def _panes(dtype: str, quick: bool, large: bool) -> Iterator[Check]:
+    for shape in (QUICK_GRAM if quick else SMALL_GRAM + REAL_GRAM) if large else SMALL_GRAM:
+        yield Check("panes", "aten", "panes", "default", shape, dtype)
+
+
+def _norms(face: str, dtype: str, quick: bool, large: bool) -> Iterator[Check]:
+    shapes = QUICK_NORM if quick else SMALL_NORM + (REAL_NORM if large else ())
+    for shape in shapes if large else shapes[:3]:
+        if not large and shape.c > 64:
+            continue
+        yield Check("bn_relu_dropout", face, "stats", "default", shape, dtype)
+        for variant in ("batch", "residual") if quick else NORM_VARIANTS:
+            yield Check("bn_relu_dropout", face, "forward", "default", shape, dtype, variant)
+            yield Check("bn_relu_dropout", face, "backward", "default", shape, dtype, variant)
+
+
+def _conv_shapes(quick: bool, large: bool, face: str) -> tuple[Conv, ...]:
+    if not large:
+        return SMALL_CONV[:2] if quick else SMALL_CONV
+    if face == "cpu":
+        return QUICK_CONV if quick else (*SMALL_CONV, QUICK_CONV[1])
+    return QUICK_CONV if quick else SMALL_CONV + REAL_CONV
+
+
+def _convs(face: str, dtype: str, quick: bool, large: bool, device: torch.device) -> Iterator[Check]:
+    triton = face == "triton"
+    for function in CONV if triton else ("forward", "dgrad", "wgrad"):
+        for shape in _conv_shapes(quick, large, face):
+            if shape.stride == 1 or not function.startswith("dgrad"):
+                yield Check("conv1d", face, function, "default", shape, dtype)
+                if triton and not quick and function in CLEAN_FUNCTIONS and shape in SMALL_CONV:
+                    yield Check("conv1d", face, function, "default", shape, dtype, UNCLEAN)
+        if triton:
+            if large:
+                yield Check("conv1d", face, function, "default", WAVE_CONV, dtype, WAVE)
+            for shape in QUICK_CONV if large and dtype == "float32" else ():
+                yield Check("conv1d", face, function, "default", shape, dtype, EXACT)
+            yield from _measured("conv1d", function, dtype, quick, device)
+
+
+def _fused(face: str, dtype: str, quick: bool, large: bool, device: torch.device) -> Iterator[Check]:
+    triton = face == "triton"
+    for shape in _conv_shapes(quick, large, face):
+        variants = FUSED_VARIANTS if triton else FUSED_VARIANTS[:2]
+        if triton and not quick and shape in SMALL_CONV:
+            variants += (f"plain {UNCLEAN}", f"panes {UNCLEAN}")
+        for variant in variants:
+            wanted = {"features": shape.c_in <= 64, "log-softmax": shape.c_out <= 128, "panes": shape.stride == 1}
+            if wanted.get(variant.split()[0], True):
+                yield Check("conv1d.fused", face, "fused", "default", shape, dtype, variant)
+    if triton:
+        if large:
+            yield Check("conv1d.fused", face, "fused", "default", WAVE_CONV, dtype, WAVE)
+        for shape in QUICK_CONV if large and dtype == "float32" else ():
+            yield Check("conv1d.fused", face, "fused", "default", shape, dtype, f"panes splits {EXACT}")
+        yield from _measured("conv1d.fused", "fused", dtype, quick, device)
+
+
+def _measured(op: str, function: str, dtype: str, quick: bool, device: torch.device) -> Iterator[Check]:
+    """The tiles of this GPU's table: all of them, or the most frequent ones."""
+    table = tables.for_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    rows = [r for r in (table.rows if table else ()) if r.op == f"conv1d.{function}" and r.dtype == dtype and r.tile]
+    if quick:
+        count: dict[str, int] = {}
+        for row in rows:
+            count[row.label()] = count.get(row.label(), 0) + 1
+        kept = sorted(count, key=lambda label: -count[label])[:QUICK_TILES]
+        rows = [next(r for r in rows if r.label() == label) for label in kept]
+    for row in rows:
+        frames = max(1, min(1 << row.rows_log2, TABLE_ROWS) * row.stride)
+        n = 1 if row.rows_log2 <= 10 else 4
+        shape = Conv(n, max(1, frames // n - 3), row.c_in, row.c_out, row.taps, row.stride, row.dilation)
+        variants: tuple[str, ...] = ("",)
+        if function == "fused":
+            variants = ("splits",) if row.tile["splits"] > 1 else ("plain",)
+            if not quick and shape.stride == 1:  # a block's last conv takes its panes in with the same tile
+                variants += ("panes splits",) if row.tile["splits"] > 1 else ("panes",)
+        configuration = f"table 2^{row.rows_log2} {row.label().removeprefix('triton ')}"
+        for variant in variants:
+            yield Check(op, row.face, function, configuration, shape, dtype, variant, dict(row.tile))

@@ -1,0 +1,57 @@
+"""The process that runs kernels: `python -m jasper_fast.selfcheck.child`, which `dispatch.probe` starts and watches.
+
+It says on its standard output what it begins and what it found, one line each.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import IO
+
+import torch
+
+from jasper_fast.dispatch import verdict
+from jasper_fast.dispatch.probe import MARK
+from jasper_fast.selfcheck import checks, perform
+
+
+def child(source: IO[str] = sys.stdin) -> int:
+    """Reads what to check as JSON from `source`, checks it, and reports on the standard output."""
+    wanted = json.loads(source.read())
+    device = torch.device(wanted["device"])
+    which = {name: tuple(wanted[name]) for name in ("ops", "faces", "dtypes")}
+    todo = checks.plan(device, quick=wanted["quick"], **which)
+    # what a kernel forgets to write is NaN, not what the last call left there
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    probe = torch.ones(64, 64, device=device)
+    if not torch.equal(probe @ probe, torch.full_like(probe, 64.0)):
+        raise SystemExit(f"PyTorch itself multiplies matrices wrongly on {device}")
+    _tell("plan", [check.plain() for check in todo])
+    done = set(wanted["done"])
+    for check in todo:
+        if check.id in done:
+            continue
+        _tell("begin", check.id)
+        row = perform.perform(check, device)
+        try:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        except RuntimeError as error:  # the context is gone with this kernel, and everything after it would fail too
+            blamed = verdict.blame(error)
+            died = {"status": "died", "detail": str(error).splitlines()[0]}
+            _tell("fatal", row | (died if blamed["status"] == "failed" else blamed))
+            return 1
+        _tell("result", row)
+    _tell("end", None)
+    return 0
+
+
+def _tell(kind: str, value: object) -> None:
+    sys.stdout.write(f"\n{MARK}{json.dumps([kind, value])}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(child())

@@ -1,0 +1,1 @@
+"""Sound and text: audio, features, augmentation, vocabularies, greedy decoding, error rates."""

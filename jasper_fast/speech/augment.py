@@ -1,0 +1,158 @@
+"""Masking of features for training, over a whole batch at once and without waiting for the device.
+
+Both modules take features (N, F, T) and lengths (N,) in frames and return features of the same shape, dtype and memory
+order, with the masked cells 0 (the mean, after normalisation). In evaluation mode they return their input. Random
+numbers come from torch's generator of the features' device. Semantics: SpecAugment and CutoutAugment of NVIDIA's Jasper
+for PyTorch, except that the places in time are drawn within each utterance's own length, not within the padded batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jasper_fast.speech.warp import SpeakerWarp
+
+
+def _uniform_int(low: int, high: Tensor | int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Integers in low..high, both included; high may be a tensor that broadcasts to shape."""
+    return low + (torch.rand(shape, device=device) * (high - low + 1)).long()
+
+
+def _spans(count: Tensor | int, masks: int, low: int, high: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """First and end, each (N, masks), of random spans of low..high cells that lie within 0..count-1 where they fit."""
+    shape = (like.shape[0], masks)
+    width = _uniform_int(low, high, shape, like.device)
+    room = torch.as_tensor(count, device=like.device) - width
+    first = _uniform_int(0, room.clamp(min=1) - 1, shape, like.device)
+    return first, first + width
+
+
+def _inside(first: Tensor, end: Tensor, cells: int) -> Tensor:
+    """(N, masks, cells): whether a cell lies in the span."""
+    at = torch.arange(cells, device=first.device)
+    return (at >= first[..., None]) & (at < end[..., None])
+
+
+def _check_range(what: str, low: int, high: int) -> None:
+    if not 0 <= low <= high:
+        raise ValueError(f"{what}: need 0 <= min <= max, got min {low} and max {high}")
+
+
+class SpecAugment(nn.Module):
+    """Zeroes ``freq_masks`` spans of min_freq..max_freq mel bands and ``time_masks`` of min_time..max_time frames.
+
+    ``max_time_ratio`` (1.0: no bound, as in the reference) caps a span at that share of the utterance, for corpora of
+    utterances as short as max_time. Raises ValueError for an empty range.
+    """
+
+    def __init__(
+        self,
+        freq_masks: int = 0,
+        max_freq: int = 10,
+        time_masks: int = 0,
+        max_time: int = 10,
+        min_freq: int = 0,
+        min_time: int = 0,
+        max_time_ratio: float = 1.0,
+    ) -> None:
+        super().__init__()
+        _check_range("SpecAugment frequency", min_freq, max_freq)
+        _check_range("SpecAugment time", min_time, max_time)
+        if not 0 < max_time_ratio <= 1:
+            raise ValueError(f"SpecAugment: max_time_ratio must be in (0, 1], got {max_time_ratio}")
+        self.freq_masks, self.min_freq, self.max_freq = freq_masks, min_freq, max_freq
+        self.time_masks, self.min_time, self.max_time = time_masks, min_time, max_time
+        self.max_time_ratio = max_time_ratio
+
+    @torch.no_grad()
+    def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
+        if not self.training:
+            return features
+        _, bands, frames = features.shape
+        features = features.clone()  # masked_fill would lose the memory order
+        if self.freq_masks:
+            first, end = _spans(bands, self.freq_masks, self.min_freq, self.max_freq, features)
+            features.masked_fill_(_inside(first, end, bands).any(1)[:, :, None], 0)
+        if self.time_masks:
+            longest: Tensor | int = self.max_time
+            if self.max_time_ratio < 1:
+                longest = (lengths * self.max_time_ratio).long().clamp(self.min_time, self.max_time)[:, None]
+            first, end = _spans(lengths[:, None], self.time_masks, self.min_time, longest, features)
+            features.masked_fill_(_inside(first, end, frames).any(1)[:, None, :], 0)
+        return features
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.freq_masks} x {self.min_freq}..{self.max_freq} bands, "
+            f"{self.time_masks} x {self.min_time}..{self.max_time} frames"
+        )
+
+
+class SpecCutout(nn.Module):
+    """Zeroes ``masks`` rectangles of min_freq..max_freq mel bands by min_time..max_time frames.
+
+    Raises ValueError for an empty range.
+    """
+
+    def __init__(
+        self, masks: int = 0, max_freq: int = 20, max_time: int = 5, min_freq: int = 20, min_time: int = 5
+    ) -> None:
+        super().__init__()
+        _check_range("SpecCutout frequency", min_freq, max_freq)
+        _check_range("SpecCutout time", min_time, max_time)
+        self.masks = masks
+        self.min_freq, self.max_freq = min_freq, max_freq
+        self.min_time, self.max_time = min_time, max_time
+
+    @torch.no_grad()
+    def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
+        if not self.training or not self.masks:
+            return features
+        _, bands, frames = features.shape
+        in_freq = _inside(*_spans(bands, self.masks, self.min_freq, self.max_freq, features), bands)
+        in_time = _inside(*_spans(lengths[:, None], self.masks, self.min_time, self.max_time, features), frames)
+        return features.clone().masked_fill_((in_freq[:, :, :, None] & in_time[:, :, None, :]).any(1), 0)
+
+    def extra_repr(self) -> str:
+        return f"{self.masks} x {self.min_freq}..{self.max_freq} bands x {self.min_time}..{self.max_time} frames"
+
+
+class Augment(nn.Module):
+    """Speaker warp, cutout, SpecAugment, the last two as the reference orders them; each may be None."""
+
+    def __init__(
+        self,
+        cutout: SpecCutout | None = None,
+        spec_augment: SpecAugment | None = None,
+        speaker_warp: SpeakerWarp | None = None,
+    ) -> None:
+        super().__init__()
+        self.cutout, self.spec_augment, self.speaker_warp = cutout, spec_augment, speaker_warp
+
+    def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
+        for step in (self.speaker_warp, self.cutout, self.spec_augment):
+            if step is not None:
+                features = step(features, lengths)
+        return features
+
+
+def from_config(input_train: dict[str, Any]) -> Augment:
+    """Builds the augmentation of ``input_train``: the reference's spec_augment and cutout_augment, at its top level or
+    nested in filterbank_features, and speaker_warp at its top level; none given, none done.
+
+    Raises ValueError naming an unknown key.
+    """
+    places = (input_train, input_train.get("filterbank_features") or {})
+    built = {}
+    kinds = {"cutout_augment": SpecCutout, "spec_augment": SpecAugment, "speaker_warp": SpeakerWarp}
+    for name, kind in kinds.items():
+        settings = next((place[name] for place in places if place.get(name)), None)
+        if settings is not None:
+            try:
+                built[name] = kind(**settings)
+            except TypeError as error:
+                raise ValueError(f"{name}: {error}") from error
+    return Augment(built.get("cutout_augment"), built.get("spec_augment"), built.get("speaker_warp"))

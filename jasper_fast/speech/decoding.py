@@ -1,0 +1,124 @@
+"""Greedy CTC decoding on the device of the log-probs; one copy to the host per batch.
+
+Shapes: N utterances, T frames, V classes; the blank is the last class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jasper_fast.speech.text import Vocabulary
+
+
+@dataclass(frozen=True)
+class Word:
+    """A piece of a transcript: its text, start and end in seconds, and the confidence in it (0 to 1)."""
+
+    text: str
+    start: float
+    end: float
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """A transcript with its symbols and words in time; ``confidence`` is the mean over the symbols (1 where none)."""
+
+    text: str
+    symbols: list[Word]
+    words: list[Word]
+    confidence: float
+
+    def shifted(self, seconds: float) -> Transcript:
+        """The same, ``seconds`` later."""
+        if not seconds:
+            return self
+        symbols, words = (
+            [replace(w, start=w.start + seconds, end=w.end + seconds) for w in pieces]
+            for pieces in (self.symbols, self.words)
+        )
+        return replace(self, symbols=symbols, words=words)
+
+
+def _best_path(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
+    """Best class of each frame, -1 at t >= length, and its probability, both (N, T), on the host."""
+    if log_probs.dim() != 3 or lengths.shape != log_probs.shape[:1]:
+        raise ValueError(
+            f"log_probs must be (N, T, V) and lengths (N,), got {tuple(log_probs.shape)} and {tuple(lengths.shape)}"
+        )
+    if log_probs.shape[2] != vocabulary.n_classes:
+        raise ValueError(
+            f"log_probs have {log_probs.shape[2]} classes, the vocabulary {vocabulary.n_classes} with its blank; "
+            "decode with the labels that the model was trained on"
+        )
+    best, ids = log_probs.detach().max(-1)
+    beyond = torch.arange(ids.shape[1], device=ids.device) >= lengths.to(ids.device)[:, None]
+    # fp32 holds every class exactly: two arrays in one transfer. A NaN beyond the length is nobody's business.
+    packed = torch.stack((ids.masked_fill(beyond, -1).float(), best.float().masked_fill(beyond, 0))).cpu().numpy()
+    broken = np.isnan(packed[1]).any(1).nonzero()[0]
+    if broken.size:
+        raise ValueError(f"log_probs hold NaN in valid frames of batch items {broken.tolist()}")
+    return packed[0].astype(np.int64), np.exp(packed[1])
+
+
+def _emitted(ids: np.ndarray, blank: int) -> np.ndarray:
+    """Whether a frame begins a symbol: it is valid, not blank, and differs from the frame before; shape of ids."""
+    emit = (ids >= 0) & (ids != blank)
+    emit[..., 1:] &= ids[..., 1:] != ids[..., :-1]
+    return emit
+
+
+def greedy_decode(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> list[str]:
+    """Texts of the best path: argmax per frame, repeats collapsed, blanks dropped, frames at t >= length ignored.
+
+    log_probs (N, T, V) of any float dtype, lengths (N,) in frames. Waits for the device once. Raises ValueError for
+    wrong shapes, for a number of classes that is not the vocabulary's, and for NaN in a valid frame, naming the items.
+
+    Equivalent, for one utterance: ``[c for c, _ in itertools.groupby(log_probs[:length].argmax(-1).tolist())]``
+    without the blanks.
+    """
+    ids, _ = _best_path(log_probs, lengths, vocabulary)
+    emitted = _emitted(ids, vocabulary.blank)
+    return [vocabulary.decode(row[emit].tolist()) for row, emit in zip(ids, emitted, strict=True)]
+
+
+def greedy_transcripts(
+    log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary, frame_seconds: float = 0.02
+) -> list[Transcript]:
+    """As ``greedy_decode``, with times and confidences of symbols and words; ``frame_seconds`` per output frame.
+
+    CTC emits a symbol somewhere in its sound, not along it: a symbol lasts from its first frame to the end of its
+    repeats. Its confidence is the highest probability among those frames, a word's the product over its symbols.
+    """
+    ids, probs = _best_path(log_probs, lengths, vocabulary)
+    return [_transcript(i, p, vocabulary, frame_seconds) for i, p in zip(ids, probs, strict=True)]
+
+
+def _transcript(ids: np.ndarray, probs: np.ndarray, vocabulary: Vocabulary, frame_seconds: float) -> Transcript:
+    symbols = []
+    change = np.append(np.flatnonzero(np.diff(ids)) + 1, len(ids))
+    for first in np.flatnonzero(_emitted(ids, vocabulary.blank)):
+        end = change[np.searchsorted(change, first, side="right")]
+        text = vocabulary.labels[ids[first]]
+        confidence = float(probs[first:end].max())
+        symbols.append(Word(text, float(first * frame_seconds), float(end * frame_seconds), confidence))
+    text = vocabulary.decode(ids[_emitted(ids, vocabulary.blank)].tolist())
+    mean = sum(s.confidence for s in symbols) / len(symbols) if symbols else 1.0
+    if vocabulary.of_words:
+        return Transcript(text, symbols, symbols, mean)
+    words: list[Word] = []
+    inside = False
+    for s in symbols:
+        if s.text == " ":
+            inside = False
+        elif inside:
+            w = words[-1]
+            words[-1] = Word(w.text + s.text, w.start, s.end, w.confidence * s.confidence)
+        else:
+            words.append(s)
+            inside = True
+    return Transcript(text, symbols, words, mean)

@@ -1,0 +1,240 @@
+"""Log-mel features on the device of the audio: what Jasper hears.
+
+Shapes: N utterances, S samples, T frames, F mel bands.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LOG_GUARD = 1e-20  # added to the mel power before the logarithm
+STD_GUARD = 1e-5  # added to the standard deviation before the division
+_NOISE_PERIOD = 16384  # samples after which the fixed dither of evaluation mode repeats
+_AUGMENT_KEYS = ("spec_augment", "cutout_augment")  # nested in the reference's filterbank_features; see augment.py
+
+_WINDOWS = {
+    "hann": torch.hann_window,
+    "hamming": torch.hamming_window,
+    "blackman": torch.blackman_window,
+    "bartlett": torch.bartlett_window,
+}
+
+
+def _hz_to_mel(hz: Tensor) -> Tensor:
+    """Slaney's scale: linear to 1 kHz at 200/3 Hz per mel, logarithmic above (27 mels for each factor of 6.4)."""
+    return torch.where(hz < 1000.0, hz * 3 / 200, 15 + 27 * torch.log(hz.clamp(min=1e-10) / 1000) / math.log(6.4))
+
+
+def _mel_to_hz(mel: Tensor) -> Tensor:
+    return torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * math.log(6.4) / 27))
+
+
+def mel_filterbank(
+    sample_rate: int = 16000, n_fft: int = 512, n_mels: int = 64, f_min: float = 0.0, f_max: float | None = None
+) -> Tensor:
+    """Triangular mel filters of equal area, (n_mels, n_fft // 2 + 1) fp32; frequencies in Hz.
+
+    The same numbers as ``librosa.filters.mel(..., htk=False, norm="slaney")``, to 2e-9.
+    Raises ValueError for an empty band of frequencies or one that passes sample_rate / 2.
+    """
+    f_max = sample_rate / 2 if f_max is None else float(f_max)
+    if not 0 <= f_min < f_max <= sample_rate / 2:
+        raise ValueError(f"mel band {f_min} to {f_max} Hz must lie within 0 to {sample_rate / 2} Hz (half the rate)")
+    bounds = _hz_to_mel(torch.tensor([f_min, f_max], dtype=torch.float64))
+    steps = torch.arange(n_mels + 2, dtype=torch.float64) / (n_mels + 1)
+    corners = _mel_to_hz(bounds[0] + (bounds[1] - bounds[0]) * steps)
+    bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * sample_rate / n_fft
+    low, centre, high = (corners[i : i + n_mels, None] for i in range(3))
+    rise = (bins - low) / (centre - low)
+    fall = (high - bins) / (high - centre)
+    return (torch.minimum(rise, fall).clamp(min=0) * 2 / (high - low)).float()
+
+
+class LogMelFeatures(nn.Module):
+    """Audio (N, S) in [-1, 1], lengths (N,) in samples -> features (N, n_mels, T) fp32, lengths (N,) in frames.
+
+    Pre-emphasis, dither, power spectrum (centred windows), mel filters, log, normalisation of each band to mean 0 and
+    standard deviation 1 over the utterance's valid frames; frames at or beyond the length are exactly 0.
+    lengths = ceil(samples / hop); T is 1 + S // hop, rounded up to a multiple of ``pad_to_multiple``.
+    The memory of the features is (N, T, n_mels), which is where the network starts.
+
+    Semantics: FilterbankFeatures of NVIDIA's Jasper for PyTorch (DeepLearningExamples), except
+    - samples beyond the length are taken as zero, whatever the caller left there;
+    - ``batch_invariant=True`` (the default) lets the end of *every* utterance see zeros. The reference reflects the end
+      of the longest utterance of a batch, so its last frame depends on who else is in the batch whenever its length
+      is no multiple of the hop; ``batch_invariant=False`` does the same as the reference;
+    - dither is added in training and evaluation as in the reference, but in evaluation mode it is a fixed noise, so
+      that a transcript does not change from call to call; ``dither=0`` switches it off;
+    - an utterance of one frame (variance of one value: NaN in the reference) or none gives zeros; a batch shorter than
+      the reflection (S <= n_fft / 2, an error in the reference) is extended by zeros.
+
+    A NaN in a valid sample stays a NaN in the features: it is for the caller to report. Always computed in fp32,
+    without gradient, without waiting for the device. Windows in seconds, frequencies in Hz. Raises ValueError for a
+    bad argument.
+
+    Equivalent, for one utterance without dither::
+
+        x = torch.cat([x[:1], x[1:] - 0.97 * x[:-1]])
+        power = torch.stft(x, 512, 160, 320, torch.hann_window(320, periodic=False), return_complex=True).abs() ** 2
+        y = torch.log(mel_filterbank() @ power + 1e-20)[:, : math.ceil(len(x) / 160)]
+        y = (y - y.mean(1, keepdim=True)) / (y.std(1, keepdim=True) + 1e-5)
+    """
+
+    def __init__(
+        self,
+        sample_rate: int = 16000,
+        n_mels: int = 64,
+        dither: float = 1e-5,
+        pad_to_multiple: int = 16,
+        *,
+        window_size: float = 0.02,
+        window_stride: float = 0.01,
+        window: str = "hann",
+        n_fft: int | None = None,
+        f_min: float = 0.0,
+        f_max: float | None = None,
+        preemphasis: float | None = 0.97,
+        normalize: str | None = "per_feature",
+        log: bool = True,
+        pad_to_max_duration: bool = False,
+        max_duration: float = math.inf,
+        batch_invariant: bool = True,
+    ) -> None:
+        super().__init__()
+        self.sample_rate = sample_rate
+        self.n_mels = n_mels
+        self.dither = dither
+        self.pad_to_multiple = pad_to_multiple
+        self.win_length = int(sample_rate * window_size)
+        self.hop_length = int(sample_rate * window_stride)
+        self.n_fft = n_fft or 2 ** math.ceil(math.log2(self.win_length))
+        self.preemphasis = preemphasis
+        self.normalize = normalize
+        self.log = log
+        self.batch_invariant = batch_invariant
+        self._window_name, self._f_min, self._f_max = window, f_min, f_max
+        if window not in _WINDOWS:
+            raise ValueError(f"window={window!r} is unknown; choose one of {', '.join(_WINDOWS)}")
+        if normalize not in ("per_feature", "all_features", None):
+            raise ValueError(f"normalize={normalize!r} is unknown; choose 'per_feature', 'all_features' or None")
+        if dither < 0:
+            raise ValueError(f"dither={dither} must not be negative")
+        if not 0 < self.win_length <= self.n_fft:
+            raise ValueError(f"a window of {self.win_length} samples does not fit n_fft={self.n_fft}")
+        if pad_to_max_duration and not math.isfinite(max_duration):
+            raise ValueError("pad_to_max_duration needs max_duration in seconds")
+        self.min_frames = 0
+        if pad_to_max_duration:
+            self.min_frames = 1 + math.ceil((max_duration * sample_rate - self.win_length) / self.hop_length)
+        for name, value in self._constants().items():
+            self.register_buffer(name, value, persistent=False)
+
+    @classmethod
+    def from_config(cls, filterbank_features: dict[str, Any], **overrides: Any) -> LogMelFeatures:
+        """Builds from the reference's ``filterbank_features`` dict; ``overrides`` are arguments of this class.
+
+        The nested spec_augment and cutout_augment belong to ``speech.augment.from_config`` and are passed over.
+        Raises ValueError naming an unknown key.
+        """
+        names = {"n_filt": "n_mels", "pad_align": "pad_to_multiple", "preemph": "preemphasis"}
+        names |= {"lowfreq": "f_min", "highfreq": "f_max"}
+        same = ("sample_rate", "window_size", "window_stride", "window", "n_fft", "dither", "normalize", "log")
+        same += ("pad_to_max_duration", "max_duration")
+        arguments: dict[str, Any] = {}
+        for key, value in filterbank_features.items():
+            if key in _AUGMENT_KEYS:
+                continue
+            if key == "frame_splicing":
+                if value != 1:
+                    raise ValueError(f"filterbank_features.frame_splicing={value} is not supported; use 1")
+                continue
+            if key not in names and key not in same:
+                known = ", ".join(sorted([*names, *same, "frame_splicing", *_AUGMENT_KEYS]))
+                raise ValueError(f"filterbank_features.{key} is unknown; known keys: {known}")
+            arguments[names.get(key, key)] = value
+        return cls(**(arguments | overrides))
+
+    def _constants(self) -> dict[str, Tensor]:
+        bank = mel_filterbank(self.sample_rate, self.n_fft, self.n_mels, self._f_min, self._f_max)
+        noise = torch.randn(_NOISE_PERIOD, generator=torch.Generator().manual_seed(0))
+        window = _WINDOWS[self._window_name](self.win_length, periodic=False, dtype=torch.float32)
+        return {"mel": bank, "window": window, "noise": noise}
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.mel.dtype != torch.float32 and not self.mel.is_meta:
+            # .half() of a whole model must not round the filters: only the device is followed, not the dtype.
+            for name, value in self._constants().items():
+                setattr(self, name, value.to(self.mel.device))
+        return self
+
+    def frames(self, samples: Tensor | int) -> Tensor | int:
+        """Number of valid frames of so many samples: ceil(samples / hop)."""
+        return (samples + self.hop_length - 1) // self.hop_length
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.sample_rate} Hz, n_mels={self.n_mels}, window={self.win_length}, hop={self.hop_length}, "
+            f"n_fft={self.n_fft}, dither={self.dither}, pad_to_multiple={self.pad_to_multiple}"
+        )
+
+    @torch.no_grad()
+    def forward(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        if audio.dim() != 2 or lengths.shape != audio.shape[:1]:
+            raise ValueError(
+                f"audio must be (N, samples) and lengths (N,), got {tuple(audio.shape)} and {tuple(lengths.shape)}"
+            )
+        with torch.autocast(audio.device.type, enabled=False):
+            return self._features(audio.float(), lengths.to(audio.device, torch.int64))
+
+    def _features(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        samples = audio.shape[1]
+        lengths = lengths.clamp(max=samples)
+        beyond = torch.arange(samples, device=audio.device) >= lengths[:, None]
+        audio = audio.masked_fill(beyond, 0)
+        # Up to the next hop with zeros: then no valid frame reaches the reflection at the end (see the class).
+        extend = -samples % self.hop_length if self.batch_invariant else 0
+        extend = max(extend, self.n_fft // 2 + 1 - samples)
+        audio = F.pad(audio, (0, extend))
+        if self.dither > 0:
+            audio = audio + self.dither * self._dither_noise(audio)
+        if self.preemphasis is not None:
+            audio = torch.cat((audio[:, :1], audio[:, 1:] - self.preemphasis * audio[:, :-1]), dim=1)
+        spectrum = torch.stft(
+            audio, self.n_fft, self.hop_length, self.win_length, self.window, center=True, return_complex=True
+        )
+        total = 1 + samples // self.hop_length
+        real, imag = torch.view_as_real(spectrum[..., :total]).unbind(-1)
+        power = torch.addcmul(real.square(), imag, imag).transpose(1, 2)  # keeps frames outermost, as .sum() would not
+        mel = power @ self.mel.t()  # (N, T, F): the memory order of the network
+        if self.log:
+            mel = torch.log(mel + LOG_GUARD)
+
+        frames = self.frames(lengths)
+        invalid = (torch.arange(total, device=audio.device) >= frames[:, None])[..., None]
+        mel = self._normalize(mel, frames, invalid)
+        padded = max(total, self.min_frames)
+        if self.pad_to_multiple > 0:
+            padded += -padded % self.pad_to_multiple
+        return F.pad(mel, (0, 0, 0, padded - total)).transpose(1, 2), frames
+
+    def _dither_noise(self, audio: Tensor) -> Tensor:
+        if self.training:
+            return torch.randn_like(audio)
+        samples = audio.shape[1]
+        return self.noise.repeat(-(-samples // _NOISE_PERIOD))[:samples]
+
+    def _normalize(self, mel: Tensor, frames: Tensor, invalid: Tensor) -> Tensor:
+        if self.normalize is None:
+            return mel.masked_fill(invalid, 0)
+        dims = 1 if self.normalize == "per_feature" else (1, 2)
+        count = (frames * (1 if self.normalize == "per_feature" else self.n_mels)).view(-1, 1, 1)
+        mean = mel.masked_fill(invalid, 0).sum(dims, keepdim=True) / count.clamp(min=1)
+        centred = (mel - mean).masked_fill(invalid, 0)
+        std = (centred.square().sum(dims, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+        return centred / (std + STD_GUARD)

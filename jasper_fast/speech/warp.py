@@ -1,0 +1,76 @@
+"""Other speakers and other microphones, made from the features of those that are there; on the device, without waiting.
+
+N utterances, F mel bands, T frames.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from jasper_fast.speech.features import _hz_to_mel, _mel_to_hz
+
+
+class SpeakerWarp(nn.Module):
+    """Stretches the frequency axis and colours the spectrum of each utterance at random, in training only.
+
+    Features (N, F, T) and lengths (N,) in frames give features of the same shape, dtype and memory order, 0 at and
+    beyond the length. Frequencies are multiplied by a factor between 1 / ``max_warp`` and ``max_warp`` (log-uniform),
+    as another vocal tract would; near ``f_max``, the upper edge of the highest band, the map bends so that it stays
+    within the bands. ``equalize`` is the standard deviation of each of four cosines over the bands that are added to
+    every frame, as another microphone would; it is for ``normalize: all_features``, since normalisation of each band
+    takes a microphone away. Raises ValueError for arguments out of range.
+
+    Source: N. Jaitly and G. Hinton, Vocal Tract Length Perturbation improves speech recognition, 2013, applied to mel
+    bands instead of the filterbank. Equivalent, for one utterance ``x`` (F, T) and its factor ``a``::
+
+        position = bands_of(frequency / a)             # where band f of the result is read
+        y = interpolate(x, position)
+    """
+
+    def __init__(
+        self, max_warp: float = 1.15, equalize: float = 0.0, f_max: float = 8000.0, knee: float = 0.85
+    ) -> None:
+        super().__init__()
+        if not 1 <= max_warp < 2:
+            raise ValueError(f"speaker_warp: max_warp must lie in [1, 2), not {max_warp}")
+        if equalize < 0:
+            raise ValueError(f"speaker_warp: equalize must not be negative, not {equalize}")
+        if not (f_max > 0 and 0 < knee < 1):
+            raise ValueError(f"speaker_warp: need f_max > 0 and 0 < knee < 1, not {f_max} and {knee}")
+        self.max_warp, self.equalize, self.f_max, self.knee = max_warp, equalize, float(f_max), knee
+
+    def matrices(self, factors: Tensor, bands: int) -> Tensor:
+        """(N, F, F) fp32: row f holds the weights of the bands that make band f; rows add up to 1."""
+        f_max, device = self.f_max, factors.device
+        top = _hz_to_mel(torch.tensor(f_max, dtype=torch.float32, device=device))
+        step = top / (bands + 1)
+        hz = _mel_to_hz(step * torch.arange(1, bands + 1, device=device, dtype=torch.float32))
+        a = factors.float()[:, None]
+        bend = self.knee * f_max * a.clamp(max=1)  # up to here the result at hz is the source at hz / a
+        above = bend / a + (hz - bend) * (f_max - bend / a) / (f_max - bend)
+        source = torch.where(hz <= bend, hz / a, above)
+        position = (_hz_to_mel(source) / step - 1).clamp(0, bands - 1)
+        return (1 - (position[..., None] - torch.arange(bands, device=device)).abs()).clamp(min=0)
+
+    @torch.no_grad()
+    def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
+        if not self.training:
+            return features
+        n, bands, frames = features.shape
+        x = features.transpose(1, 2)  # (N, T, F), the memory order
+        if self.max_warp > 1:
+            exponent = 2 * torch.rand(n, device=x.device) - 1
+            matrices = self.matrices(torch.exp(exponent * math.log(self.max_warp)), bands).to(x.dtype)
+            x = x @ matrices.transpose(1, 2)
+        if self.equalize:
+            angle = torch.linspace(0, math.pi, bands, device=x.device)
+            waves = torch.stack([torch.cos(j * angle) / math.sqrt(j) for j in range(1, 5)])
+            x = x + (self.equalize * torch.randn(n, 4, device=x.device) @ waves)[:, None].to(x.dtype)
+        beyond = torch.arange(frames, device=x.device) >= lengths[:, None]
+        return x.masked_fill(beyond[..., None], 0).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        return f"max_warp={self.max_warp}, equalize={self.equalize}, f_max={self.f_max:g} Hz"

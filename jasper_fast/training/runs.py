@@ -1,0 +1,156 @@
+"""What a run is: its processes, how it is stopped, and its log."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+class RunError(RuntimeError):
+    """A run cannot start or go on; the message says why and what to do."""
+
+
+@contextmanager
+def preparing(what: str) -> Iterator[None]:
+    """Inside, a ValueError (a setting or a file that cannot be used) ends the run as a RunError that names `what`."""
+    try:
+        yield
+    except ValueError as error:
+        raise RunError(f"{what}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that `torchrun` started: `rank` of `world`; alone it is 0 of 1."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @classmethod
+    def start(cls, device: str = "auto") -> Ranks:
+        """Joins the process group, if torchrun made one: nccl on GPUs, gloo on CPUs.
+
+        `device`: "auto", "cpu", "cuda" or "cuda:1". Raises RunError where a GPU is asked for and there is none.
+        """
+        rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise RunError("--device cuda: PyTorch sees no GPU; check nvidia-smi, or use --device cpu")
+        place = torch.device(f"cuda:{local}" if device == "cuda" else device)
+        if place.type == "cuda":
+            torch.cuda.set_device(place)
+        if "RANK" in os.environ:
+            dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        return cls(rank, world, place)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` holds on any rank; all ranks must ask. Waits for the device where there is more than one."""
+        if self.world == 1:
+            return flag
+        votes = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(votes)
+        return bool(votes.item())
+
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of every rank, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def same_buffers(self, *modules_or_tensors: Any) -> None:
+        """Gives all ranks the first one's buffers (running statistics differ between ranks) or tensors."""
+        if self.world > 1:
+            for item in modules_or_tensors:
+                for tensor in item.buffers() if isinstance(item, nn.Module) else item:
+                    dist.broadcast(tensor, 0)
+
+
+class StopRequest:
+    """Turns SIGINT and SIGTERM into a flag that the loop reads between steps; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, _frame: Any) -> None:
+        self.signal = signal.Signals(number).name
+        self.restore()
+
+    def restore(self) -> None:
+        """Puts the earlier handlers back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class RunLog:
+    """`log.jsonl` (one record a line, flushed) and TensorBoard in `folder`; silent where not `enabled`, for ranks > 0.
+
+    From `step` > 0 on it continues: records of later steps, which a killed run left behind, are removed.
+    """
+
+    def __init__(self, folder: str | Path, step: int = 0, enabled: bool = True):
+        self._file = self._board = None
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "log.jsonl"
+        kept = [r for r in read_log(path) if r["step"] <= step] if step else []
+        temporary = path.with_name(".log.jsonl.tmp")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, kind: str, **values: Any) -> None:
+        """Appends a record; its numbers go to TensorBoard as `kind/name`. NaN and infinity become null."""
+        if self._file is None:
+            return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, "kind": kind} | finite) + "\n")
+        self._file.flush()
+        for name, value in finite.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines log; a last line cut short by a kill is left out."""
+    path = Path(path)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    records = []
+    for i, line in enumerate(lines):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if i + 1 < len(lines):
+                raise RunError(f"{path}, line {i + 1} is not JSON: remove the line or the file") from None
+    return records

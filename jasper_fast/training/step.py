@@ -1,0 +1,141 @@
+"""One training step: features, forward, CTC loss, backward, and an update that a bad batch cannot spoil.
+
+N utterances, T frames, V classes (blank last). Nothing here waits for the device unless its docstring says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jasper_fast.data.batches import Batch
+from jasper_fast.speech.augment import Augment
+from jasper_fast.speech.features import LogMelFeatures
+
+AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
+    """CTC loss of each utterance, (N,) fp32, not divided by its target's length.
+
+    `log_probs` (N, T, V) with the blank last, `lengths` (N,) frames, `targets` (N, U) or concatenated, `target_lengths`
+    (N,). Infinite where a target does not fit its frames. On a GPU, lengths that are already on the host save a wait.
+    Semantics: the reference's `CTCLossNM`. Equivalent to `F.ctc_loss(log_probs.transpose(0, 1), ...,
+    blank=V - 1, reduction="none")` in fp32.
+    """
+    with torch.autocast(log_probs.device.type, enabled=False):
+        rows = log_probs.float().transpose(0, 1)
+        return F.ctc_loss(rows, targets, lengths, target_lengths, blank=rows.shape[2] - 1, reduction="none")
+
+
+def batch_loss(losses: Tensor) -> Tensor:
+    """Mean of `losses` (N,); if one of them is NaN or infinite, NaN, so that every gradient shows it (on all ranks)."""
+    bad = torch.where(torch.isfinite(losses).all(), 1.0, math.nan)
+    return losses.mean() * bad
+
+
+class Frontend(nn.Module):
+    """Audio to features on the device, with the augmentation in training: masks and all."""
+
+    def __init__(self, features: LogMelFeatures, augment: Augment | None = None):
+        super().__init__()
+        self.features, self.augment = features, augment or Augment()
+
+    def forward(self, audio: Tensor, audio_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`audio` (N, samples), `audio_lengths` (N,) samples -> features, lengths on the device, lengths as given."""
+        features, lengths = self.features(audio, audio_lengths.to(audio.device, non_blocking=True))
+        return self.augment(features, lengths), lengths, self.features.frames(audio_lengths)
+
+
+class BufferGuard:
+    """Undoes what a bad batch did to a model's buffers (running statistics): one NaN would stay in them for ever."""
+
+    def __init__(self, model: nn.Module):
+        groups: dict[tuple, list[Tensor]] = {}
+        for buffer in model.buffers():
+            groups.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+        self.groups = list(groups.values())
+        self.before: list[Tensor] = []
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """To be called before the forward of a step."""
+        self.before = [torch.cat([b.flatten() for b in buffers]) for buffers in self.groups]
+
+    @torch.no_grad()
+    def settle(self, good: Tensor) -> None:
+        """Keeps the buffers where `good` (a boolean scalar on their device) holds, else puts the old values back."""
+        for buffers, before in zip(self.groups, self.before, strict=True):
+            chosen = torch.where(good, torch.cat([b.flatten() for b in buffers]), before)
+            pieces = chosen.split([b.numel() for b in buffers])
+            torch._foreach_copy_(buffers, [p.view_as(b) for p, b in zip(pieces, buffers, strict=True)])
+
+
+@dataclass
+class StepResult:
+    """What a step leaves, on the device: its utterances' losses, the gradient's norm, the last micro-batch's output."""
+
+    losses: list[Tensor]
+    heard: list[Tensor]  # whether each utterance's features are finite
+    names: list[str]
+    grad_norm: Tensor
+    log_probs: Tensor
+    lengths: Tensor
+    texts: list[str]
+
+
+def train_step(
+    model: nn.Module,
+    frontend: Frontend,
+    batches: Sequence[Batch],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    guard: BufferGuard,
+    *,
+    device: torch.device,
+    amp_dtype: torch.dtype | None = None,
+    clip_norm: float = 0.0,
+) -> StepResult:
+    """Forward and backward over `batches` (their gradients are averaged), then one step of `optimizer`.
+
+    A NaN or an infinity in the loss or the gradient makes the step change nothing: parameters, optimiser state and
+    running statistics stay, decided on the device. `model` may be a DistributedDataParallel. The optimiser must
+    understand `found_inf`, as NovoGrad and PyTorch's fused AdamW do.
+    """
+    core = getattr(model, "module", model)
+    guard.remember()
+    optimizer.zero_grad(set_to_none=True)
+    losses, heard, names = [], [], []
+    for i, batch in enumerate(batches):
+        audio, targets = (t.to(device, non_blocking=True) for t in (batch.audio, batch.targets))
+        silent = model.no_sync() if core is not model and i + 1 < len(batches) else nullcontext()
+        with silent:
+            features, lengths, frames = frontend(audio, batch.audio_lengths)
+            with torch.autocast(device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):
+                log_probs, out_lengths = model(features, lengths)
+            each = ctc_loss(log_probs, core.out_lengths(frames), targets, batch.target_lengths)
+            scaler.scale(batch_loss(each) / len(batches)).backward()
+        losses.append(each.detach())
+        heard.append(torch.isfinite(features).flatten(1).all(1))
+        names += batch.names
+    good = torch.isfinite(torch.cat(losses)).all()
+    scaler.unscale_(optimizer)
+    grads = [p.grad for p in core.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if clip_norm:
+        torch._foreach_mul_(grads, (clip_norm / (norm + 1e-6)).clamp(max=1.0))
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+    guard.settle(good)
+    return StepResult(losses, heard, names, norm, log_probs.detach(), out_lengths, batch.texts)

@@ -1,0 +1,116 @@
+"""Loss, WER and CER of a model over the batches of all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from jasper_fast.data.batches import Batch
+from jasper_fast.speech.decoding import greedy_decode
+from jasper_fast.speech.metrics import cer, wer
+from jasper_fast.speech.text import Vocabulary
+from jasper_fast.training.randomness import own_randomness
+from jasper_fast.training.run_state import Run
+from jasper_fast.training.runs import Ranks, RunError
+from jasper_fast.training.step import Frontend, ctc_loss
+
+
+@dataclass
+class Validation:
+    """Figures of a validation: means over utterances, word and character error rates as fractions, some transcripts."""
+
+    loss: float
+    wer: float
+    cer: float
+    utterances: int
+    bad: list[str] = field(default_factory=list)
+    examples: list[tuple[str, str]] = field(default_factory=list)
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    frontend: Frontend,
+    batches: Iterable[Batch],
+    vocabulary: Vocabulary,
+    *,
+    device: torch.device,
+    amp_dtype: torch.dtype | None = None,
+    examples: int = 3,
+) -> Validation:
+    """Loss, WER and CER of `model` by greedy decoding, over the batches of all ranks; the model's mode is put back.
+
+    Utterances with a loss that is NaN or infinite are named in `bad`, and left out of the mean loss; where the output
+    itself is NaN the transcript counts as empty. Waits for the device. Raises RunError if there is no utterance.
+    """
+    core = getattr(model, "module", model)
+    modes = [(m, m.training) for m in (core, frontend)]
+    references, hypotheses, losses, bad = [], [], [], []
+    for module, _ in modes:
+        module.eval()
+    try:
+        for batch in batches:
+            if not len(batch):  # nothing of it could be read; the dataset has the report
+                continue
+            features, lengths, frames = frontend(batch.audio.to(device, non_blocking=True), batch.audio_lengths)
+            with torch.autocast(device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):
+                log_probs, out_lengths = core(features, lengths)
+            each = ctc_loss(log_probs, core.out_lengths(frames), batch.targets.to(device), batch.target_lengths)
+            for name, value in zip(batch.names, each.tolist(), strict=True):
+                (losses if math.isfinite(value) else bad).append(
+                    value if math.isfinite(value) else f"{name}: its loss is {value}"
+                )
+            texts = greedy_decode(torch.nan_to_num(log_probs, nan=-1e4), out_lengths, vocabulary)
+            broken = torch.isnan(log_probs).any(2) & (
+                torch.arange(log_probs.shape[1], device=device) < out_lengths.to(device)[:, None]
+            )
+            hypotheses += ["" if nan else text for nan, text in zip(broken.any(1).tolist(), texts, strict=True)]
+            references += batch.texts
+    finally:
+        for module, training in modes:
+            module.train(training)
+    if dist.is_initialized():
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, (references, hypotheses, losses, bad))
+        references, hypotheses, losses, bad = ([x for part in parts for x in part[i]] for i in range(4))
+    if not references:
+        raise RunError("the validation manifests hold no usable utterance; see the report of skipped ones")
+    return Validation(
+        loss=sum(losses) / len(losses) if losses else math.nan,
+        wer=wer(references, hypotheses),
+        cer=cer(references, hypotheses),
+        utterances=len(references),
+        bad=bad,
+        examples=list(zip(references[:examples], hypotheses[:examples], strict=True)),
+    )
+
+
+def validate_run(
+    run: Run,
+    ranks: Ranks,
+    frontend: Frontend,
+    batches: Callable[[], Iterable[Batch]],
+    vocabulary: Vocabulary,
+    amp_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> dict[str, Validation]:
+    """`validate` with the live weights ("live"), then with the moving average ("ema") where there is one.
+
+    All ranks first take the running statistics of rank 0. The random generators stay where they are. `batches` makes
+    this rank's batches anew.
+    """
+    ranks.same_buffers(run.model, run.ema.average.values() if run.ema else ())
+    results = {}
+    for weights in ("live", "ema") if run.ema else ("live",):
+        with own_randomness(seed), run.ema.applied_to(run.model) if weights == "ema" else nullcontext():
+            results[weights] = validate(
+                run.model, frontend, batches(), vocabulary, device=ranks.device, amp_dtype=amp_dtype
+            )
+    return results
