@@ -29,8 +29,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.nn.parallel import DistributedDataParallel
 
 from jasper_fast import __version__
-from jasper_fast.data import batches as batches_module
-from jasper_fast.data import dataset as dataset_module
+from jasper_fast.data.batches import BatchPlan, load_batches
+from jasper_fast.data.dataset import SpeechDataset
 from jasper_fast.data.manifest import ManifestError
 from jasper_fast.dispatch.backends import BACKENDS, BackendMissing
 from jasper_fast.nn import checkpoint, formats, loading
@@ -43,9 +43,9 @@ from jasper_fast.speech.decoding import greedy_decode
 from jasper_fast.speech.features import LogMelFeatures
 from jasper_fast.speech.metrics import wer
 from jasper_fast.speech.text import Vocabulary
-from jasper_fast.training import folder as folder_module
 from jasper_fast.training import randomness
 from jasper_fast.training.ema import EMA
+from jasper_fast.training.folder import Folder
 from jasper_fast.training.meter import Meter
 from jasper_fast.training.optim import NovoGrad
 from jasper_fast.training.randomness import seed_everything
@@ -148,14 +148,14 @@ def main(args: argparse.Namespace, stop: StopRequest) -> None:
     common = {"data_dir": args.data_dir, "seed": args.seed, "frame_samples": features["train"].hop_length * stride}
     with preparing("training data"):
         settings = inputs["train"].get("audio_dataset")
-        train_set = dataset_module.SpeechDataset.from_manifests(args.train_manifests, vocabulary, settings, **common)
-        plan = batches_module.BatchPlan(train_set.durations, **sizes, bucketing=not args.no_bucketing)
+        train_set = SpeechDataset.from_manifests(args.train_manifests, vocabulary, settings, **common)
+        plan = BatchPlan(train_set.durations, **sizes, bucketing=not args.no_bucketing)
     val_set = val_plan = None
     if args.val_manifests:
         with preparing("validation data"):
             settings, common["training"] = inputs["val"].get("audio_dataset"), False
-            val_set = dataset_module.SpeechDataset.from_manifests(args.val_manifests, vocabulary, settings, **common)
-            val_plan = batches_module.BatchPlan(val_set.durations, **sizes, shuffle=False)
+            val_set = SpeechDataset.from_manifests(args.val_manifests, vocabulary, settings, **common)
+            val_plan = BatchPlan(val_set.durations, **sizes, shuffle=False)
     for name, dataset in (("training", train_set), ("validation", val_set)):
         if dataset is not None:
             hours = sum(dataset.durations(0)) / 3600
@@ -202,7 +202,7 @@ def main(args: argparse.Namespace, stop: StopRequest) -> None:
 
     # Where to start, and where to write
     output = Path(args.output_dir)
-    folder = folder_module.Folder(output, args.keep, args.milestones)
+    folder = Folder(output, args.keep, args.milestones)
     if folder.steps() and not args.resume:
         raise RunError(f"{output} holds checkpoints of an earlier run: add --resume or choose another --output-dir")
     rng_states = None
@@ -246,9 +246,7 @@ def main(args: argparse.Namespace, stop: StopRequest) -> None:
         while not ending:
             core.train(), frontend.train()
             first = run.position * args.grad_accumulation
-            loader = batches_module.batches(
-                train_set, plan, run.epoch, first, args.num_workers, pin_memory=device.type == "cuda"
-            )
+            loader = load_batches(train_set, plan, run.epoch, first, args.num_workers, pin_memory=device.type == "cuda")
             steps_here = math.ceil(plan.steps(run.epoch) / args.grad_accumulation)
             while run.position < steps_here and not ending:
                 # One step
@@ -305,7 +303,7 @@ def main(args: argparse.Namespace, stop: StopRequest) -> None:
                 if epoch_over:
                     run.epoch, run.position = run.epoch + 1, 0
                 if val_set and (val_due or (ending and not stop.signal)):
-                    batches = functools.partial(batches_module.batches, val_set, val_plan, workers=args.num_workers)
+                    batches = functools.partial(load_batches, val_set, val_plan, workers=args.num_workers)
                     results = validate_run(run, ranks, val_frontend, batches, vocabulary, amp_dtype, args.seed)
                     for weights, r in results.items():
                         log.write(run.step, f"val_{weights}", loss=r.loss, wer=r.wer, cer=r.cer)

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 
-from jasper_fast.data.batches import BatchPlan, batches, collate
+from jasper_fast.data.batches import BatchPlan, collate, load_batches
 from jasper_fast.data.dataset import SpeechDataset, ctc_frames
 from jasper_fast.data.manifest import ManifestError, Utterance, read_manifest
 from jasper_fast.data.perturb import Join
@@ -154,22 +154,22 @@ def test_bad_files_are_skipped_reported_and_replaced(corpus, tmp_path, workers):
     more = [Utterance(str(bad), 0.7, "a"), Utterance(str(tmp_path / "nan.wav"), 0.5, "b")]
     dataset = SpeechDataset(corpus + more, V)
     plan = BatchPlan(dataset.durations, batch_size=4)
-    seen = [len(b) for b in batches(dataset, plan, workers=workers)]
+    seen = [len(b) for b in load_batches(dataset, plan, workers=workers)]
     assert sum(seen) == 14  # neighbours stand in for them
     assert dataset.skipped.counts == {"unreadable": 2}
     assert "bad.wav: cannot be read" in "".join(s.detail for s in dataset.skipped.items)
     assert "NaN" in "".join(s.detail for s in dataset.skipped.items)
-    list(batches(dataset, plan, epoch=1, workers=workers))
+    list(load_batches(dataset, plan, epoch=1, workers=workers))
     assert len(dataset.skipped) == 2  # each once
     evaluation = SpeechDataset(corpus + more, V, training=False)
     plan = BatchPlan(evaluation.durations, batch_size=4, shuffle=False)
-    assert sum(len(b) for b in batches(evaluation, plan, workers=workers)) == 12
+    assert sum(len(b) for b in load_batches(evaluation, plan, workers=workers)) == 12
     assert evaluation.skipped.counts == {"unreadable": 2}
 
 
 def test_nothing_readable(tmp_path):
     dataset = SpeechDataset([Utterance(str(tmp_path / f"{i}.wav"), 1.0, "a") for i in range(3)], V)
-    (batch,) = batches(dataset, BatchPlan(dataset.durations, batch_size=4))
+    (batch,) = load_batches(dataset, BatchPlan(dataset.durations, batch_size=4))
     assert len(batch) == 0 and batch.audio.shape == (0, 0) and dataset.skipped.counts == {"unreadable": 3}
 
 
@@ -272,10 +272,10 @@ def test_preloaded_is_the_same(corpus, tmp_path, workers):
     for u in corpus:
         Path(u.path).rename(u.path + ".gone")
     plan = BatchPlan(plain.durations, 4)
-    got = list(batches(preloaded, plan, workers=workers))
+    got = list(load_batches(preloaded, plan, workers=workers))
     for u in corpus:
         Path(u.path + ".gone").rename(u.path)
-    for a, b in zip(batches(plain, plan), got, strict=True):
+    for a, b in zip(load_batches(plain, plan), got, strict=True):
         assert torch.equal(a.audio, b.audio) and a.texts == b.texts
     assert preloaded.skipped.counts == {"unreadable": 1}
     with pytest.raises(ValueError, match="GiB of audio do not fit"):
@@ -356,7 +356,7 @@ def test_resumes_exactly_at_a_step(corpus, workers):
             corpus, V, speed_perturbation={}, gain_perturbation=(-6, 6, 0.5), join=(1, 3), seed=seed
         )
         plan = BatchPlan(dataset.durations, max_seconds=8, seed=seed)
-        return list(batches(dataset, plan, epoch=3, start_step=start, workers=workers))
+        return list(load_batches(dataset, plan, epoch=3, start_step=start, workers=workers))
 
     state = torch.get_rng_state()
     whole, rest = run(0), run(2)

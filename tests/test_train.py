@@ -19,8 +19,8 @@ from speech import CONFIG, train_arguments, write_corpus
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jasper_fast import ops
-from jasper_fast.data import batches as batches_module
-from jasper_fast.data import dataset as dataset_module
+from jasper_fast.data.batches import BatchPlan, collate, load_batches
+from jasper_fast.data.dataset import SpeechDataset
 from jasper_fast.nn import checkpoint, loading
 from jasper_fast.nn.architecture import out_lengths
 from jasper_fast.nn.config import ConfigError, JasperConfig
@@ -65,11 +65,11 @@ def paths(tmp_path_factory):
 
 @pytest.fixture
 def dataset(paths):
-    return dataset_module.SpeechDataset.from_manifests([paths["train"]], Vocabulary(CONFIG["labels"]))
+    return SpeechDataset.from_manifests([paths["train"]], Vocabulary(CONFIG["labels"]))
 
 
 def a_batch(dataset, items=range(4)):
-    return batches_module.collate([dataset[i] for i in items])
+    return collate([dataset[i] for i in items])
 
 
 def front():
@@ -234,24 +234,24 @@ def test_meter_counts_names_and_gives_up():
 
 def test_validation_gives_error_rates_and_names_bad_utterances(dataset):
     model, features = Model(), front()
-    plan = batches_module.BatchPlan(dataset.durations, batch_size=4, shuffle=False)
+    plan = BatchPlan(dataset.durations, batch_size=4, shuffle=False)
     before = [t.clone() for t in model.state_dict().values()]
 
     def run(batches):
         return validate(model, features, batches, dataset.vocabulary, device=CPU)
 
-    result = run(batches_module.batches(dataset, plan))
+    result = run(load_batches(dataset, plan))
     assert result.utterances == len(dataset) and not result.bad
     assert model.training and features.training
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
     model.eval()
     expected = []
-    for batch in batches_module.batches(dataset, plan):
+    for batch in load_batches(dataset, plan):
         f, lengths = features.eval().features(batch.audio, batch.audio_lengths)
         log_probs, lengths = model(f, lengths)
         expected.append(ctc_loss(log_probs, lengths, batch.targets, batch.target_lengths))
     assert result.loss == pytest.approx(torch.cat(expected).mean().item(), rel=1e-5)
-    batches = list(batches_module.batches(dataset, plan))
+    batches = list(load_batches(dataset, plan))
     batches[0].audio[1, 50] = math.nan
     poisoned = run(batches)
     assert poisoned.bad == [f"{batches[0].names[1]}: its loss is nan"]
@@ -265,10 +265,10 @@ def test_ema_weights_are_what_validation_sees(dataset):
     ema = EMA(model, 0.5)
     with torch.no_grad():
         model.decoder.layers[0].bias[-1] = 1e4  # live weights say nothing but blanks
-    plan = batches_module.BatchPlan(dataset.durations, batch_size=4, shuffle=False)
-    live = validate(model, front(), batches_module.batches(dataset, plan), dataset.vocabulary, device=CPU)
+    plan = BatchPlan(dataset.durations, batch_size=4, shuffle=False)
+    live = validate(model, front(), load_batches(dataset, plan), dataset.vocabulary, device=CPU)
     with ema.applied_to(model):
-        average = validate(model, front(), batches_module.batches(dataset, plan), dataset.vocabulary, device=CPU)
+        average = validate(model, front(), load_batches(dataset, plan), dataset.vocabulary, device=CPU)
     assert live.loss > 1e4 > average.loss
 
 
@@ -405,16 +405,14 @@ def test_files_that_cannot_be_read_are_reported_and_left_out(run_train, paths, t
 
 
 def test_a_nan_loss_is_named_and_training_goes_on(run_train, paths, tmp_path, monkeypatch):
-    real = batches_module.collate
-
-    def collate(items):
-        batch = real(items)
+    def with_nan(items):
+        batch = collate(items)
         for i, name in enumerate(batch.names):
             if name.endswith("train7.wav"):
                 batch.audio[i] = math.nan
         return batch
 
-    monkeypatch.setattr(batches_module, "collate", collate)
+    monkeypatch.setattr("jasper_fast.data.batches.collate", with_nan)
     said = run_train(train_arguments(paths, tmp_path, epochs=2, val_manifests=None))
     assert "step skipped: " in said and "train7.wav: its features are not finite" in said
     records = read_log(tmp_path / "log.jsonl")

@@ -163,7 +163,7 @@ class BatchPlan:
         return batches
 
 
-def batches(
+def load_batches(
     dataset: SpeechDataset,
     plan: BatchPlan,
     epoch: int = 0,

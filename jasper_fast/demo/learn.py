@@ -129,7 +129,7 @@ def learn(
 
     def judge() -> None:
         with ema.applied_to(model):
-            found = validate(model, frontend, batches.batches(test_set, test_plan), vocabulary, device=device)
+            found = validate(model, frontend, batches.load_batches(test_set, test_plan), vocabulary, device=device)
         result.last, seconds = found, time.perf_counter() - begin
         result.wer.append({"seconds": seconds, "step": result.steps, "wer": found.wer, "loss": found.loss})
 
@@ -138,7 +138,7 @@ def learn(
         bar = progress.add_task("training", total=1.0, figures="")
         epoch = 0
         while True:
-            for batch in batches.batches(train_set, plan, epoch, workers=workers):
+            for batch in batches.load_batches(train_set, plan, epoch, workers=workers):
                 done = max((time.perf_counter() - begin) / budget, result.steps / steps)
                 if done >= 1:
                     break

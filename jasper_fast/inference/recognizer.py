@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast.data import batches, manifest
-from jasper_fast.data import dataset as dataset_module
+from jasper_fast.data.dataset import SpeechDataset
 from jasper_fast.inference import InferenceEngine
 from jasper_fast.nn.config import JasperConfig
 from jasper_fast.nn.loading import load_model
@@ -96,14 +96,12 @@ class Recognizer:
         """
         started = time.perf_counter()
         trim = bool(self.audio_settings.get("trim_silence", False))
-        dataset = dataset_module.SpeechDataset(
-            utterances, self.vocabulary, self.sample_rate, trim_silence=trim, training=False
-        )
+        dataset = SpeechDataset(utterances, self.vocabulary, self.sample_rate, trim_silence=trim, training=False)
         plan = batches.BatchPlan(dataset.durations, batch_size, max_seconds, shuffle=False)
         transcripts: list[Transcript | None] = [None] * len(dataset)
         seconds = [0.0] * len(dataset)
         compute = 0.0
-        for batch, planned in zip(batches.batches(dataset, plan, workers=workers), plan.batches(), strict=True):
+        for batch, planned in zip(batches.load_batches(dataset, plan, workers=workers), plan.batches(), strict=True):
             if len(batch):
                 before = time.perf_counter()
                 found = self(batch.audio, batch.audio_lengths)
