@@ -319,7 +319,7 @@ def test_memory_that_runs_out_is_no_fault_of_the_kernel(monkeypatch):
     monkeypatch.setattr(backends.face("conv1d", face), "forward", greedy)
     row = perform.perform(conv_check(face), CPU)
     assert row["status"] == "no memory" and "another process may hold the memory: see nvidia-smi" in row["detail"]
-    assert verdict.verdicts([row], quick=True)[0].status == UNCHECKED
+    assert verdict.judge([row], quick=True)[0].status == UNCHECKED
 
 
 GCC = ["/usr/bin/gcc", "main.c", "-shared", "-o", "main.so"]
@@ -347,7 +347,7 @@ def test_what_the_machine_lacks_is_no_fault_of_the_kernel(error, told, monkeypat
     monkeypatch.setattr(backends.face("conv1d", make_face("cpu").name), "forward", unable)
     row = perform.perform(conv_check("cpu"), CPU)
     assert row["status"] in ("environment", "no memory") and told in row["detail"], row
-    (found,) = verdict.verdicts([row], quick=True)
+    (found,) = verdict.judge([row], quick=True)
     assert found.status == UNCHECKED and told in found.failure
     verdicts.keep(CPU, [found])
     assert verdicts.read(CPU) == {}, "it is tried again when the machine has it"
@@ -588,7 +588,7 @@ def test_a_kernel_that_kills_its_process_is_named_and_the_rest_goes_on():
     assert sorted(name for name, _ in told) == sorted(row["id"] for row in rows)
     assert {total for _, total in told} == {len(plan)}
 
-    found = {v.op: v for v in verdict.verdicts(rows, quick=True)}
+    found = {v.op: v for v in verdict.judge(rows, quick=True)}
     assert found["bn_relu_dropout"].status == GOOD
     assert found["conv1d"].status == BAD
     assert "dgrad default (2, 256->256, 200) K 11 float32 died" in found["conv1d"].failure
@@ -599,7 +599,7 @@ def test_a_kernel_that_never_ends_is_named():
     rows = run_child(code, seconds=15.0, ops=("conv1d",))
     (hung,) = [row for row in rows if row["status"] == "hung"]
     assert hung["function"] == "wgrad" and "gave no sign for 15 s" in hung["detail"]
-    assert verdict.verdicts(rows, quick=True)[0].status == BAD
+    assert verdict.judge(rows, quick=True)[0].status == BAD
 
 
 def test_a_kernel_that_ruins_the_context_is_named():
@@ -634,7 +634,7 @@ torch.cuda.synchronize = synchronize
 def test_who_ends_the_process_from_outside_is_no_kernel(how):
     """The host's memory has run out, say."""
     rows = run_child(BREAK.format(function="forward", where="True", what=f"os.kill(os.getpid(), signal.SIG{how})"))
-    found = {v.op: v for v in verdict.verdicts(rows, quick=True)}
+    found = {v.op: v for v in verdict.judge(rows, quick=True)}
     assert found["conv1d"].status == UNCHECKED and f"SIG{how} (from outside" in found["conv1d"].failure
     assert found["bn_relu_dropout"].status == GOOD
 
@@ -717,7 +717,7 @@ def test_what_was_found_is_a_verdict_where_nothing_can_change_it():
         ("bn_relu_dropout", "ok"), ("conv1d", "ok"), ("conv1d", ""), ("conv1d.fused", "wrong"), ("conv1d.fused", ""),
         ("panes", ""),
     ))  # fmt: skip
-    found = {v.op: v.status for v in verdict.verdicts(report.decided(), quick=True)}
+    found = {v.op: v.status for v in verdict.judge(report.decided(), quick=True)}
     assert found == {"bn_relu_dropout": GOOD, "conv1d.fused": BAD}
 
 
@@ -761,14 +761,14 @@ open({str(flag)!r}, "w").close()
 """ + BREAK.format(function="forward", where="True", what="os._exit(9)")
     rows = run_child(code)
     assert next(row["status"] for row in rows if row["function"] == "forward" and row["op"] == "conv1d") == "died"
-    found = {v.op: v.status for v in verdict.verdicts(rows, quick=True)}
+    found = {v.op: v.status for v in verdict.judge(rows, quick=True)}
     assert found["conv1d"] == BAD
 
 
 def test_memory_that_runs_out_in_the_driver_is_no_fault_of_the_kernel():
     what = "print('CUDA error: out of memory', file=sys.stderr); sys.stderr.flush(); os._exit(1)"
     rows = run_child(BREAK.format(function="forward", where="True", what=what), ops=("conv1d",))
-    assert verdict.verdicts(rows, quick=True)[0].status == UNCHECKED
+    assert verdict.judge(rows, quick=True)[0].status == UNCHECKED
 
 
 # ---- the command ----
