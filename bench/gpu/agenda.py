@@ -21,7 +21,7 @@ SLOW = "compile_max_autotune"
 
 @dataclass(frozen=True)
 class Part:
-    """`measure(run)` takes at most `seconds` of `BUDGET`, and more only when all the others had theirs."""
+    """`measure(run)` takes at most `seconds` of the usual budget, and more only when all the others had theirs."""
 
     title: str
     seconds: float

@@ -1,4 +1,4 @@
-"""Starts and ends the processes that compile ahead (`warm`)."""
+"""Processes that compile ahead are started and ended here; `warm` is what each of them runs."""
 
 import contextlib
 import os
