@@ -65,12 +65,17 @@ setup(
         "jasper_fast.configs",
         "jasper_fast.kernels",
         *(f"jasper_fast.kernels.{p}" for p in find_packages("kernels")),
+        "jasper_fast.bench",
+        *(f"jasper_fast.bench.{p}" for p in find_packages("bench")),
     ],
-    package_dir={"jasper_fast.kernels": "kernels", "jasper_fast.configs": "configs"},
+    package_dir={"jasper_fast.kernels": "kernels", "jasper_fast.configs": "configs", "jasper_fast.bench": "bench"},
     package_data={
         "jasper_fast.configs": ["*.yaml"],
         "jasper_fast.kernels": ["README.md", "tables/README.md", "tables/*.json"],
+        "jasper_fast.bench": ["compiled/*.json"],
+        "jasper_fast.bench.report": ["page.css"],
     },
+    include_package_data=False,  # MANIFEST.in is for the sdist: it has bench/quick, which no wheel needs
     distclass=Binary,
     cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": Wheel},
 )

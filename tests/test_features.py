@@ -1,6 +1,5 @@
 """LogMelFeatures against the reference's numbers and its promises; SpecAugment and SpecCutout."""
 
-
 import pytest
 import torch
 from conftest import GOLDEN

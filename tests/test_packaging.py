@@ -33,17 +33,33 @@ def described() -> dict:
 
 
 def test_every_python_folder_is_packed(described: dict) -> None:
-    folders = {
-        path.parent.relative_to(ROOT) for name in ("jasper_fast", "kernels") for path in (ROOT / name).rglob("*.py")
-    }
+    roots = ("jasper_fast", "kernels", "bench")
+    folders = {path.parent.relative_to(ROOT) for name in roots for path in (ROOT / name).rglob("*.py")}
+    folders.remove(Path("bench", "quick"))  # pytest's
     wanted = {".".join(f.parts if f.parts[0] == "jasper_fast" else ("jasper_fast", *f.parts)) for f in folders}
     assert wanted - set(described["packages"]) == set()
+    assert "jasper_fast.bench.quick" not in described["packages"]
 
 
-def test_mapped_folders_exist_and_kernels_is_no_package_of_its_own(described: dict) -> None:
+def test_mapped_folders_exist_and_kernels_and_bench_are_no_packages_of_their_own(described: dict) -> None:
     for folder in described["package_dir"].values():
         assert (ROOT / folder).is_dir()
     assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow the published package called kernels"
+    assert not (ROOT / "bench" / "__init__.py").exists(), "its modules would load under two names"
+
+
+def test_data_that_bench_reads_is_packed(described: dict) -> None:
+    for package, wanted in (("bench", "bench/compiled/*.json"), ("bench.report", "bench/report/page.css")):
+        folder = ROOT / package.replace(".", "/")
+        found = {p for pattern in described["package_data"][f"jasper_fast.{package}"] for p in folder.glob(pattern)}
+        assert found and found == set(ROOT.glob(wanted))
+
+
+@pytest.mark.parametrize("name", ["bench", "jasper_fast.bench"])
+def test_bench_starts_under_both_names(name: str) -> None:
+    command = [sys.executable, "-m", name, "report", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: python -m bench report")
 
 
 def test_configs_are_found_as_resources() -> None:
