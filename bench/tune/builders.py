@@ -20,7 +20,7 @@ from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.rivals import cuda_graphs
 from jasper_fast.dispatch import backends
 from jasper_fast.kernels import tables
-from jasper_fast.selfcheck import cases
+from jasper_fast.selfcheck import cases, checks
 
 AHEAD = "all tiles, compiled ahead"  # what is being tried while no contender is
 
@@ -46,7 +46,7 @@ class Trial:
 class Held:
     """A case's inputs, made on first use and refilled in place: captured graphs read the same memory."""
 
-    def __init__(self, check: plan.Check, device: torch.device) -> None:
+    def __init__(self, check: checks.Check, device: torch.device) -> None:
         self.check, self.device = check, device
         self._case: cases.Case | None = None
         self._derived: dict[str, tuple[Callable[[dict[str, Tensor]], Tensor], Tensor]] = {}

@@ -124,9 +124,7 @@ def make_case(run: Run, op: str, layer: Layer, batch: tuple[int, int], trial: Tr
         nbytes = counts.bn_relu_dropout_bytes(*shape, size, mode)
         name, contenders_of, rows = op, faces, n * frames
     else:
-        shape = checks.Conv(
-            n, frames * layer.stride, layer.c_in, layer.c_out, layer.taps, layer.stride, layer.dilation
-        )
+        shape = checks.Conv(n, frames * layer.stride, layer.c_in, layer.c_out, layer.taps, layer.stride, layer.dilation)
         variant = ""
         if op == "fused":
             variant = "log-softmax" if layer.kind == "decoder" else "splits"
