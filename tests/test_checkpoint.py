@@ -79,7 +79,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     program = f"""
 import resource, signal, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
-from jasper_fast.checkpoint import CheckpointError, save
+from jasper_fast.nn.checkpoint import CheckpointError, save
 path = {str(tmp_path / "a.pt")!r}
 save(path, {{"x": torch.ones(10)}})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

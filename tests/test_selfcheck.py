@@ -556,8 +556,8 @@ def test_real_shapes_are_those_of_the_model():
 def run_child(code: str, *, seconds: float = 60.0, ops=("conv1d", "bn_relu_dropout"), **more) -> list[dict]:
     """The rows of a supervised process that runs `code` before the self-check, on the CPU face."""
     make_face("cpu")
-    modules = "import os, signal, sys, time, torch\nfrom jasper_fast import backends, checks, selfcheck"
-    full = f"{modules}\n{code}\nselfcheck.child()"
+    modules = "import os, signal, sys, time, torch\nfrom jasper_fast.dispatch import backends\nfrom jasper_fast.selfcheck import child, perform"
+    full = f"{modules}\n{code}\nchild.child()"
     argv = [sys.executable, "-c", full]
     return probe.supervise(CPU, quick=True, ops=ops, faces=("cpu",), seconds=seconds, argv=argv, **more)
 
@@ -817,7 +817,7 @@ def test_the_command_shows_a_table(tmp_path):
 def test_a_failure_is_shown_and_is_the_exit_status(monkeypatch, capsys, tmp_path):
     make_face("cpu")
     code = BREAK.format(function="dgrad", where="True", what="return 1.01 * right(x, w, *rest, **more)")
-    full = f"from jasper_fast import backends, selfcheck\n{code}\nselfcheck.child()"
+    full = f"from jasper_fast.dispatch import backends\nfrom jasper_fast.selfcheck import child\n{code}\nchild.child()"
     argv = [sys.executable, "-c", full]
     monkeypatch.setattr(probe, "command", lambda: argv)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
