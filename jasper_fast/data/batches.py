@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from jasper_fast.data.dataset import Item, SpeechDataset
@@ -51,22 +52,16 @@ class Batch:
 
 def _padded(rows: Sequence[np.ndarray | list[int]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-    out = torch.zeros(len(rows), int(lengths.max()) if len(rows) else 0, dtype=dtype)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = torch.as_tensor(row, dtype=dtype)
-    return out, lengths
+    tensors = [torch.as_tensor(row, dtype=dtype) for row in rows]
+    return pad_sequence(tensors, batch_first=True) if rows else torch.zeros(0, 0, dtype=dtype), lengths
 
 
 def collate(items: Sequence[Item]) -> Batch:
     """Items of a SpeechDataset as one zero-padded Batch; those without audio are left out and listed."""
     good = [item for item in items if item.audio is not None]
-    audio_, audio_lengths = _padded([item.audio for item in good], torch.float32)
-    targets, target_lengths = _padded([item.target for item in good], torch.int64)
     return Batch(
-        audio_,
-        audio_lengths,
-        targets,
-        target_lengths,
+        *_padded([item.audio for item in good], torch.float32),
+        *_padded([item.target for item in good], torch.int64),
         [item.text for item in good],
         [item.name for item in good],
         [item.index for item in good],

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from jasper_fast.data import batches, manifest
 from jasper_fast.data.dataset import SpeechDataset
+from jasper_fast.data.settings import AudioSettings
 from jasper_fast.inference import InferenceEngine
 from jasper_fast.nn.config import JasperConfig
 from jasper_fast.nn.loading import load_model
@@ -95,8 +96,8 @@ class Recognizer:
         alone); ``progress`` is called with the number of utterances just finished.
         """
         started = time.perf_counter()
-        trim = bool(self.audio_settings.get("trim_silence", False))
-        dataset = SpeechDataset(utterances, self.vocabulary, self.sample_rate, trim_silence=trim, training=False)
+        audio = AudioSettings(self.sample_rate, bool(self.audio_settings.get("trim_silence", False)))
+        dataset = SpeechDataset(utterances, self.vocabulary, audio, training=False)
         plan = batches.BatchPlan(dataset.durations, batch_size, max_seconds, shuffle=False)
         transcripts: list[Transcript | None] = [None] * len(dataset)
         seconds = [0.0] * len(dataset)
