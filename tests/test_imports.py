@@ -80,6 +80,8 @@ LAYERS = {
     "": {"cli"},
 }
 
+BELOW_ALL = {"jasper_fast", "jasper_fast.extras"}  # these two import nothing of ours
+
 
 def modules() -> dict[str, Path]:
     """Every module of the package, by its name: kernels/ lies beside it in a checkout."""
@@ -100,7 +102,7 @@ def graph(named: dict[str, Path]) -> dict[str, set[str]]:
             while target and target not in named:
                 target = target.rpartition(".")[0]
             targets |= {target} if target else set()
-        found[name] = targets - {name, "jasper_fast"}
+        found[name] = targets - {name, *BELOW_ALL}
     return found
 
 
