@@ -79,7 +79,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     program = f"""
 import resource, signal, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
-from jasper_fast.checkpoint import CheckpointError, save
+from jasper_fast.nn.checkpoint import CheckpointError, save
 path = {str(tmp_path / "a.pt")!r}
 save(path, {{"x": torch.ones(10)}})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -153,13 +153,14 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
 
 
 def test_the_last_few_the_best_and_the_milestones_are_kept(tmp_path):
-    folder = Folder(tmp_path, keep=2, milestones=[2])
+    folder = Folder(tmp_path, keep=2)
     for step in range(1, 7):
         state = run_state(step)
         folder.save(state)
-        folder.save_milestone(state, epoch=step // 2)
         if step == 3:
-            folder.save_best(state | {"best_wer": 0.5})
+            folder.save(state | {"best_wer": 0.5}, "best")
+        if step == 4:
+            folder.save(state, "milestone_epoch_0002")
     assert sorted(os.listdir(tmp_path)) == [
         "best.pt", "milestone_epoch_0002.pt", "step_00000005.pt", "step_00000006.pt",
     ]  # fmt: skip

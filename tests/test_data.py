@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 
-from jasper_fast.data.batches import BatchPlan, collate, load_batches
+from jasper_fast.data.batches import BatchSampler, collate, load_batches
 from jasper_fast.data.dataset import SpeechDataset, ctc_frames
 from jasper_fast.data.join import Clips
 from jasper_fast.data.manifest import ManifestError, Utterance, read_manifest
@@ -39,7 +39,7 @@ def a_set(utterances, training=True, seed=0, **audio_dataset):
 
 
 def load(dataset, workers=0, epoch=0, start=0, **plan):
-    plan = BatchPlan(dataset.durations, **({"batch_size": 4} | plan))
+    plan = BatchSampler(dataset.durations, **({"batch_size": 4} | plan))
     return list(load_batches(dataset, plan, epoch, start, workers))
 
 
@@ -313,23 +313,23 @@ def durations(n=101, seed=0):
 @pytest.mark.parametrize("sizes", [{"batch_size": 8}, {"max_seconds": 60}, {"batch_size": 5, "max_seconds": 60}])
 def test_plan_covers_each_epoch_once(sizes, bucketing):
     d = durations()
-    plan = BatchPlan(d, bucketing=bucketing, seed=3, **sizes)
+    plan = BatchSampler(d, bucketing=bucketing, seed=3, **sizes)
     for epoch in range(3):
         epoch_batches = plan.batches(epoch)
         assert sorted(itertools.chain(*epoch_batches)) == list(range(101))
         for batch in epoch_batches:
             assert len(batch) <= sizes.get("batch_size", 101)
             assert len(batch) * max(d[i] for i in batch) <= sizes.get("max_seconds", 1e9)
-    assert plan.batches(0) == BatchPlan(d, bucketing=bucketing, seed=3, **sizes).batches(0)
+    assert plan.batches(0) == BatchSampler(d, bucketing=bucketing, seed=3, **sizes).batches(0)
     assert plan.batches(0) != plan.batches(1)
-    assert plan.batches(0) != BatchPlan(d, bucketing=bucketing, seed=4, **sizes).batches(0)
+    assert plan.batches(0) != BatchSampler(d, bucketing=bucketing, seed=4, **sizes).batches(0)
 
 
 def test_bucketing_saves_padding():
     d = durations(400)
 
     def padded(bucketing):
-        return sum(len(b) * max(d[i] for i in b) for b in BatchPlan(d, 16, bucketing=bucketing).batches(0))
+        return sum(len(b) * max(d[i] for i in b) for b in BatchSampler(d, 16, bucketing=bucketing).batches(0))
 
     assert padded(True) < 1.1 * sum(d) < 1.3 * sum(d) < padded(False)
 
@@ -337,7 +337,7 @@ def test_bucketing_saves_padding():
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_ranks_share_the_work(drop_last):
     d = durations()
-    plans = [BatchPlan(d, 8, seed=1, rank=r, world_size=4, drop_last=drop_last).batches(2) for r in range(4)]
+    plans = [BatchSampler(d, 8, seed=1, rank=r, world_size=4, drop_last=drop_last).batches(2) for r in range(4)]
     assert len({len(p) for p in plans}) == 1
     seen = Counter(i for p in plans for b in p for i in b)
     if drop_last:
@@ -346,16 +346,16 @@ def test_ranks_share_the_work(drop_last):
         assert len(seen) == 101
     spread = [max(d[i] for b in step for i in b) - min(d[i] for b in step for i in b) for step in zip(*plans)]
     assert np.mean(spread) < 8
-    evaluation = [BatchPlan(d, 8, shuffle=False, rank=r, world_size=4).batches() for r in range(4)]
+    evaluation = [BatchSampler(d, 8, shuffle=False, rank=r, world_size=4).batches() for r in range(4)]
     assert sorted(i for p in evaluation for b in p for i in b) == list(range(101))
 
 
 def test_plan_in_order():
-    plan = BatchPlan([3.0, 1.0, 2.0], 2, shuffle=False, bucketing=False)
+    plan = BatchSampler([3.0, 1.0, 2.0], 2, shuffle=False, bucketing=False)
     assert plan.batches() == [[0, 1], [2]] and len(plan) == 2
-    assert BatchPlan([3.0, 1.0, 2.0], 2, shuffle=False).batches() == [[1, 2], [0]]
-    assert BatchPlan([3.0, 90.0, 2.0], max_seconds=10, shuffle=False).batches() == [[2, 0], [1]]
-    assert BatchPlan([1.0] * 5, 2, drop_last=True).steps() == 2
+    assert BatchSampler([3.0, 1.0, 2.0], 2, shuffle=False).batches() == [[1, 2], [0]]
+    assert BatchSampler([3.0, 90.0, 2.0], max_seconds=10, shuffle=False).batches() == [[2, 0], [1]]
+    assert BatchSampler([1.0] * 5, 2, drop_last=True).steps() == 2
 
 
 @pytest.mark.parametrize(
@@ -369,7 +369,7 @@ def test_plan_in_order():
 )
 def test_bad_plans(arguments, message):
     with pytest.raises(ValueError, match=message):
-        BatchPlan([1.0], **arguments)
+        BatchSampler([1.0], **arguments)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -18,7 +18,7 @@ SETTINGS = {"steps": 12, "grad_accumulation": 2, "save_every": 3, "val_every": 4
 
 # Each of these runs train.py in a process that kills itself, as SIGKILL does, at a chosen point.
 IN_A_STEP = """
-import jasper_fast.training as training
+from jasper_fast.training import step as training
 real, calls = training.ctc_loss, 0
 def ctc_loss(*args):
     global calls
@@ -82,7 +82,9 @@ def curves(folder: Path) -> dict[str, list]:
     kept = {}
     for r in read_log(folder / "log.jsonl"):
         if r["kind"] != "start":
-            kept.setdefault(r["kind"], []).append({k: v for k, v in r.items() if k != "utterances_per_s"})
+            kept.setdefault(r["kind"], []).append(
+                {k: v for k, v in r.items() if k not in ("utterances_per_s", "minutes")}
+            )
     return kept
 
 

@@ -18,8 +18,8 @@ import torch
 from speech import CONFIG, train_arguments, write_corpus
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jasper_fast import ops
-from jasper_fast.data.batches import BatchPlan, collate, load_batches
+from jasper_fast import ops, train
+from jasper_fast.data.batches import BatchSampler, collate, load_batches
 from jasper_fast.data.dataset import SpeechDataset
 from jasper_fast.nn import checkpoint, loading
 from jasper_fast.nn.architecture import out_lengths
@@ -234,7 +234,7 @@ def test_meter_counts_names_and_gives_up():
 
 def test_validation_gives_error_rates_and_names_bad_utterances(dataset):
     model, features = Model(), front()
-    plan = BatchPlan(dataset.durations, batch_size=4, shuffle=False)
+    plan = BatchSampler(dataset.durations, batch_size=4, shuffle=False)
     before = [t.clone() for t in model.state_dict().values()]
 
     def run(batches):
@@ -265,7 +265,7 @@ def test_ema_weights_are_what_validation_sees(dataset):
     ema = EMA(model, 0.5)
     with torch.no_grad():
         model.decoder.layers[0].bias[-1] = 1e4  # live weights say nothing but blanks
-    plan = BatchPlan(dataset.durations, batch_size=4, shuffle=False)
+    plan = BatchSampler(dataset.durations, batch_size=4, shuffle=False)
     live = validate(model, front(), load_batches(dataset, plan), dataset.vocabulary, device=CPU)
     with ema.applied_to(model):
         average = validate(model, front(), load_batches(dataset, plan), dataset.vocabulary, device=CPU)
@@ -329,10 +329,8 @@ def test_a_gpu_that_is_not_there_is_an_error():
 
 
 @pytest.fixture
-def run_train(monkeypatch, capsys):
+def run_train(capsys):
     """Runs train.py in this process; returns what it says."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    import train
 
     def run(arguments):
         stop = StopRequest()

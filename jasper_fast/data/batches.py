@@ -70,7 +70,7 @@ def collate(items: Sequence[Item]) -> Batch:
     )
 
 
-class BatchPlan:
+class BatchSampler:
     """Which items form which batch, for every epoch, as a pure function of (seed, epoch): resume by skipping steps.
 
     durations in seconds: a list, or a function of the epoch (``dataset.durations``). Give ``batch_size`` (utterances
@@ -160,7 +160,7 @@ class BatchPlan:
 
 def load_batches(
     dataset: SpeechDataset,
-    plan: BatchPlan,
+    sampler: BatchSampler,
     epoch: int = 0,
     start_step: int = 0,
     workers: int = 0,
@@ -170,7 +170,7 @@ def load_batches(
 
     What is skipped on the way is added to ``dataset.skipped``. Draws nothing from torch's global generator.
     """
-    keys = [[(epoch, index) for index in batch] for batch in plan.batches(epoch)[start_step:]]
+    keys = [[(epoch, index) for index in batch] for batch in sampler.batches(epoch)[start_step:]]
     loader = DataLoader(
         dataset,
         batch_sampler=keys,

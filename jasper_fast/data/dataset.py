@@ -146,7 +146,7 @@ class SpeechDataset(Dataset):
         return (self.settings.join and self.settings.join.items) or len(self.utterances)
 
     def durations(self, epoch: int = 0) -> list[float]:
-        """Seconds of every item in that epoch, joined and perturbed: what a BatchPlan goes by."""
+        """Seconds of every item in that epoch, joined and perturbed: what a BatchSampler goes by."""
         if self.settings.join is None and self.settings.perturb.keeps_length:
             return list(self._seconds)
         draws = (self._draw(epoch, i) for i in range(len(self)))

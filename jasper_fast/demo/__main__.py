@@ -191,7 +191,7 @@ def measure(
 
     features = learned.frontend.features
     train_set, _, _ = learn.datasets(config, train, train, 2 * features.hop_length, seed)
-    plan = batches.BatchPlan(train_set.durations, learn.BATCH_SIZE, bucketing=False, seed=seed)
+    plan = batches.BatchSampler(train_set.durations, learn.BATCH_SIZE, bucketing=False, seed=seed)
     batch = next(batches.load_batches(train_set, plan))
     x, lengths, _ = learned.frontend(batch.audio.to(device), batch.audio_lengths)
     middle = int(lengths.argsort()[len(lengths) // 2])

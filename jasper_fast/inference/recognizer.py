@@ -98,11 +98,13 @@ class Recognizer:
         started = time.perf_counter()
         audio = AudioSettings(self.sample_rate, bool(self.audio_settings.get("trim_silence", False)))
         dataset = SpeechDataset(utterances, self.vocabulary, audio, training=False)
-        plan = batches.BatchPlan(dataset.durations, batch_size, max_seconds, shuffle=False)
+        sampler = batches.BatchSampler(dataset.durations, batch_size, max_seconds, shuffle=False)
         transcripts: list[Transcript | None] = [None] * len(dataset)
         seconds = [0.0] * len(dataset)
         compute = 0.0
-        for batch, planned in zip(batches.load_batches(dataset, plan, workers=workers), plan.batches(), strict=True):
+        for batch, planned in zip(
+            batches.load_batches(dataset, sampler, workers=workers), sampler.batches(), strict=True
+        ):
             if len(batch):
                 before = time.perf_counter()
                 found = self(batch.audio, batch.audio_lengths)
