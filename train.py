@@ -85,6 +85,7 @@ def arguments(argv: list[str] | None = None, prog: str | None = None) -> argpars
     g.add_argument("--warmup-steps", type=int, help="replaces --warmup-epochs")
     g.add_argument("--hold-epochs", type=float, default=0.0, help="at the peak (0)")
     g.add_argument("--hold-steps", type=int, help="replaces --hold-epochs")
+    g.add_argument("--lr-by-clock", action="store_true", help="reach the schedule's end with --max-minutes, if earlier")
     g.add_argument("--ema", type=float, default=0.0, metavar="DECAY", help="moving average of the weights (0: none)")
     g.add_argument("--ema-warmup", action="store_true", help="shorter average in the first steps, for short runs")
     g.add_argument("--max-bad-steps", type=int, default=20, help="NaN or infinite steps in a row that end the run (20)")
@@ -112,6 +113,8 @@ def arguments(argv: list[str] | None = None, prog: str | None = None) -> argpars
     for name in ("epochs", "steps", "grad_accumulation", "log_every", "val_every", "save_every", "keep"):
         if (getattr(args, name) or 1) < 1 or getattr(args, name) == 0:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.lr_by_clock and not args.max_minutes:
+        parser.error("--lr-by-clock needs --max-minutes")
     if args.deterministic and args.cudnn_benchmark:
         parser.error("--cudnn-benchmark lets the clock choose algorithms, which --deterministic forbids: drop either")
     return args
@@ -271,7 +274,8 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
         model.train(), train.frontend.train()
         while not ending:
             # One step
-            batches, lr = next(micro_batches), schedule(state.step)
+            elapsed = state.minutes / args.max_minutes if args.lr_by_clock else 0.0
+            batches, lr = next(micro_batches), schedule(max(state.step, int(elapsed * total)))
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
             result = train_step(
@@ -326,9 +330,9 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
     console.print(f"{how}: step {state.step}, {state.minutes:.1f} minutes{best}, checkpoints in {folder.path}")
 
 
-def command(argv: list[str] | None = None, prog: str | None = None) -> int:
+def command(argv: list[str] | None = None) -> int:
     """The command line; gives its exit status. What users get wrong is one line, never a traceback."""
-    args, stop = arguments(argv, prog), StopRequest()
+    args, stop = arguments(argv, argv and "jasper-fast train"), StopRequest()
     try:
         main(args, stop)
         return 0

@@ -76,7 +76,7 @@ LAYERS = {
     "training": {"nn", "data", "speech"},
     "inference": {"nn", "data", "speech", "ops", "dispatch", "kernels"},
     "cli": {"inference", "selfcheck", "nn", "data", "speech", "dispatch", "kernels"},
-    "demo": {"inference", "training", "nn", "data", "speech", "ops", "dispatch"},
+    "demo": {"inference", "training", "nn", "data", "speech", "ops", "dispatch", "kernels"},
     "": {"cli"},
 }
 

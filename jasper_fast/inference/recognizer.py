@@ -147,6 +147,6 @@ def load(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} is not there: PyTorch sees no CUDA GPU; take 'cpu' or 'auto'")
+        raise ValueError(f"device '{device}' is not there: PyTorch sees no CUDA GPU; take 'cpu' or 'auto'")
     parsed = JasperConfig.from_yaml(config) if config is not None else None
     return Recognizer(load_model(checkpoint, config=parsed, ema=ema, backend=backend), device=device, dtype=dtype)
