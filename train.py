@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from jasper_fast import __version__
+from jasper_fast import __version__, options
 from jasper_fast.data.manifest import ManifestError
 from jasper_fast.dispatch.backends import BACKENDS, BackendMissing
 from jasper_fast.extras import MissingExtra
@@ -34,6 +34,7 @@ from jasper_fast.nn.block import PANE_FORMS
 from jasper_fast.nn.checkpoint import CheckpointError
 from jasper_fast.nn.config import ConfigError, JasperConfig
 from jasper_fast.nn.model import Jasper
+from jasper_fast.options import option
 from jasper_fast.speech.metrics import wer
 from jasper_fast.speech.text import Vocabulary
 from jasper_fast.training.console import talker, training_bar
@@ -49,64 +50,71 @@ from jasper_fast.training.state import TrainingState
 from jasper_fast.training.step import AMP_DTYPES, BufferGuard, train_step
 from jasper_fast.training.validate import heard, validate_state
 
+OPTIONS = {
+    "data and model": [
+        option("--config", required=True, metavar="YAML", help="model, labels, features, augmentation"),
+        option("--train-manifests", nargs="+", required=True, metavar="FILE", help="JSON lines or the reference's"),
+        option("--val-manifests", nargs="+", default=[], metavar="FILE", help="no validation without"),
+        option("--data-dir", metavar="DIR", help="root of the audio paths (each manifest's folder)"),
+        option("--init-from", metavar="CKPT", help="start from these weights; other labels get a new decoder"),
+        option("--init-ema", action="store_true", help="take the moving average of --init-from"),
+    ],
+    "length of the run; the first limit reached ends it": [
+        option("--epochs", type=int, default=100, help="passes over the data (100)"),
+        option("--steps", type=int, help="updates of the weights; replaces --epochs"),
+        option("--max-minutes", type=float, help="over all parts of a resumed run"),
+    ],
+    "batches, of each process": [
+        option("--batch-size", type=int, help="utterances in a micro-batch (16, without --batch-seconds)"),
+        option("--batch-seconds", type=float, help="padded seconds of audio in a micro-batch"),
+        option("--grad-accumulation", type=int, default=1, metavar="N", help="micro-batches in a step (1)"),
+        option("--no-bucketing", action="store_true", help="mix lengths within a batch"),
+        option("--num-workers", type=int, default=0, help="processes that read audio; 0 reads in the training one"),
+    ],
+    "optimisation": [
+        option("--optimizer", choices=("novograd", "adamw"), default="novograd", help="(novograd)"),
+        option("--betas", type=float, nargs=2, metavar="B", help="(novograd 0.95 0, adamw 0.9 0.999)"),
+        option("--weight-decay", type=float, default=1e-3, help="of all parameters (0.001)"),
+        option("--clip-norm", type=float, default=0.0, help="bound on the gradient's norm (0: none)"),
+        option("--lr", type=float, default=0.01, help="peak learning rate (0.01)"),
+        option("--min-lr", type=float, default=1e-5, help="its floor (1e-5)"),
+        option("--lr-policy", choices=POLICIES, default="exponential", help="after warm-up and hold (exponential)"),
+        option("--lr-gamma", type=float, default=0.981, help="exponential: factor of an epoch (0.981)"),
+        option("--lr-power", type=float, default=2.0, help="polynomial: exponent (2)"),
+        option("--warmup-epochs", type=float, default=2.0, help="linear warm-up (2)"),
+        option("--warmup-steps", type=int, help="replaces --warmup-epochs"),
+        option("--hold-epochs", type=float, default=0.0, help="at the peak (0)"),
+        option("--hold-steps", type=int, help="replaces --hold-epochs"),
+        option("--lr-by-clock", action="store_true", help="reach the schedule's end with --max-minutes, if earlier"),
+        option("--ema", type=float, default=0.0, metavar="DECAY", help="moving average of the weights (0: none)"),
+        option("--ema-warmup", action="store_true", help="shorter average in the first steps, for short runs"),
+        option("--max-bad-steps", type=int, default=20, help="NaN or infinite steps in a row that end the run (20)"),
+    ],
+    "machine": [
+        option("--device", default="auto", help="auto, cpu, cuda, cuda:1"),
+        option("--backend", choices=BACKENDS, default="auto", help="kernels; asking for a missing one is an error"),
+        option("--panes", choices=PANE_FORMS, default="auto", help="form of the residual; auto: gram on a GPU"),
+        option("--amp", choices=tuple(AMP_DTYPES), default="off", help="mixed precision; fp16 scales the loss"),
+        option("--seed", type=int, default=42, help="of weights, order, augmentation, dropout (42)"),
+        option("--deterministic", action="store_true", help="bit-equal repeats on a GPU too, slower"),
+        option("--cudnn-benchmark", action="store_true", help="cuDNN times its algorithms for each new batch shape"),
+    ],
+    "output": [
+        option("--output-dir", required=True, metavar="DIR", help="for logs and checkpoints"),
+        option("--resume", action="store_true", help="continue from the newest whole checkpoint, if there is one"),
+        option("--log-every", type=int, default=25, metavar="STEPS", help="figures; a GPU is waited for then (25)"),
+        option("--val-every", type=int, metavar="STEPS", help="validation (each epoch)"),
+        option("--save-every", type=int, metavar="STEPS", help="checkpoint (each epoch)"),
+        option("--keep", type=int, default=2, metavar="N", help="last checkpoints to keep (2)"),
+        option("--milestones", type=int, nargs="*", default=[], metavar="EPOCH", help="checkpoints to keep for good"),
+    ],
+}
+
 
 def arguments(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    g = parser.add_argument_group("data and model")
-    g.add_argument("--config", required=True, metavar="YAML", help="model, labels, features, augmentation")
-    g.add_argument("--train-manifests", nargs="+", required=True, metavar="FILE", help="JSON lines or the reference's")
-    g.add_argument("--val-manifests", nargs="+", default=[], metavar="FILE", help="no validation without")
-    g.add_argument("--data-dir", metavar="DIR", help="root of the audio paths (each manifest's folder)")
-    g.add_argument("--init-from", metavar="CKPT", help="start from these weights; other labels get a new decoder")
-    g.add_argument("--init-ema", action="store_true", help="take the moving average of --init-from")
-    g = parser.add_argument_group("length of the run; the first limit reached ends it")
-    g.add_argument("--epochs", type=int, default=100, help="passes over the data (100)")
-    g.add_argument("--steps", type=int, help="updates of the weights; replaces --epochs")
-    g.add_argument("--max-minutes", type=float, help="over all parts of a resumed run")
-    g = parser.add_argument_group("batches, of each process")
-    g.add_argument("--batch-size", type=int, help="utterances in a micro-batch (16, without --batch-seconds)")
-    g.add_argument("--batch-seconds", type=float, help="padded seconds of audio in a micro-batch")
-    g.add_argument("--grad-accumulation", type=int, default=1, metavar="N", help="micro-batches in a step (1)")
-    g.add_argument("--no-bucketing", action="store_true", help="mix lengths within a batch")
-    g.add_argument("--num-workers", type=int, default=0, help="processes that read audio; 0 reads in the training one")
-    g = parser.add_argument_group("optimisation")
-    g.add_argument("--optimizer", choices=("novograd", "adamw"), default="novograd", help="(novograd)")
-    g.add_argument("--betas", type=float, nargs=2, metavar="B", help="(novograd 0.95 0, adamw 0.9 0.999)")
-    g.add_argument("--weight-decay", type=float, default=1e-3, help="of all parameters (0.001)")
-    g.add_argument("--clip-norm", type=float, default=0.0, help="bound on the gradient's norm (0: none)")
-    g.add_argument("--lr", type=float, default=0.01, help="peak learning rate (0.01)")
-    g.add_argument("--min-lr", type=float, default=1e-5, help="its floor (1e-5)")
-    g.add_argument("--lr-policy", choices=POLICIES, default="exponential", help="after warm-up and hold (exponential)")
-    g.add_argument("--lr-gamma", type=float, default=0.981, help="exponential: factor of an epoch (0.981)")
-    g.add_argument("--lr-power", type=float, default=2.0, help="polynomial: exponent (2)")
-    g.add_argument("--warmup-epochs", type=float, default=2.0, help="linear warm-up (2)")
-    g.add_argument("--warmup-steps", type=int, help="replaces --warmup-epochs")
-    g.add_argument("--hold-epochs", type=float, default=0.0, help="at the peak (0)")
-    g.add_argument("--hold-steps", type=int, help="replaces --hold-epochs")
-    g.add_argument("--lr-by-clock", action="store_true", help="reach the schedule's end with --max-minutes, if earlier")
-    g.add_argument("--ema", type=float, default=0.0, metavar="DECAY", help="moving average of the weights (0: none)")
-    g.add_argument("--ema-warmup", action="store_true", help="shorter average in the first steps, for short runs")
-    g.add_argument("--max-bad-steps", type=int, default=20, help="NaN or infinite steps in a row that end the run (20)")
-    g = parser.add_argument_group("machine")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    g.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels; asking for a missing one is an error")
-    g.add_argument("--panes", choices=PANE_FORMS, default="auto", help="form of the residual; auto: gram on a GPU")
-    g.add_argument("--amp", choices=tuple(AMP_DTYPES), default="off", help="mixed precision; fp16 scales the loss")
-    g.add_argument("--seed", type=int, default=42, help="of weights, order, augmentation, dropout (42)")
-    g.add_argument("--deterministic", action="store_true", help="bit-equal repeats on a GPU too, slower")
-    g.add_argument("--cudnn-benchmark", action="store_true", help="cuDNN times its algorithms for each new batch shape")
-    g = parser.add_argument_group("output")
-    g.add_argument("--output-dir", required=True, metavar="DIR", help="for logs and checkpoints")
-    g.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint, if there is one")
-    g.add_argument("--log-every", type=int, default=25, metavar="STEPS", help="figures; a GPU is waited for then (25)")
-    g.add_argument("--val-every", type=int, metavar="STEPS", help="validation (each epoch)")
-    g.add_argument("--save-every", type=int, metavar="STEPS", help="checkpoint (each epoch)")
-    g.add_argument("--keep", type=int, default=2, metavar="N", help="last checkpoints to keep (2)")
-    g.add_argument(
-        "--milestones", type=int, nargs="*", default=[], metavar="EPOCH", help="checkpoints to keep for good"
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=raw)
+    options.add(parser, OPTIONS)
     args = parser.parse_args(argv)
     if args.batch_size is None and args.batch_seconds is None:
         args.batch_size = 16

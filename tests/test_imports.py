@@ -80,7 +80,7 @@ LAYERS = {
     "": {"cli"},
 }
 
-BELOW_ALL = {"jasper_fast", "jasper_fast.extras"}  # these two import nothing of ours
+BELOW_ALL = {"jasper_fast", "jasper_fast.extras", "jasper_fast.options"}  # these import nothing of ours
 
 
 def modules() -> dict[str, Path]:

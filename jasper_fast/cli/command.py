@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"jasper_fast {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (transcribe, evaluate, info, selfcheck):
-        module.add(commands)
+        common.subcommand(commands, module)
     for name, (help, *_) in _PASSED_ON.items():
         commands.add_parser(name, help=help, add_help=False)
     return top

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from jasper_fast.options import add, option
 
 if TYPE_CHECKING:
     import torch
@@ -22,12 +25,13 @@ class UsageError(Exception):
     """The command line asks for what cannot be done."""
 
 
-def subcommand(commands: Any, name: str, help: str, run: Callable, description: str, epilog: str = "") -> Any:
-    """A parser of its own for the subcommand `name`, which `run` carries out."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = commands.add_parser(name, help=help, description=description, epilog=epilog, formatter_class=raw)
-    parser.set_defaults(run=run)
-    return parser
+def subcommand(commands: Any, module: ModuleType) -> None:
+    """Adds the subcommand that `module` describes: its name, HELP, DESCRIPTION, END, OPTIONS and function `run`."""
+    raw, name = argparse.RawDescriptionHelpFormatter, module.__name__.rpartition(".")[2]
+    texts = {"help": module.HELP, "description": module.DESCRIPTION, "epilog": module.END}
+    parser = commands.add_parser(name, **texts, formatter_class=raw)
+    add(parser, module.OPTIONS)
+    parser.set_defaults(run=module.run)
 
 
 def positive(kind: type) -> Any:
@@ -41,38 +45,39 @@ def positive(kind: type) -> Any:
     return parse
 
 
-def add_device(parser: Any) -> None:
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
-
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """The options of `recognize`."""
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="FILE",
-        help="weights: of this project, of NVIDIA's Jasper for PyTorch, or a .nemo archive",
-    )
-    group.add_argument("--config", metavar="YAML", help="model configuration, where the checkpoint carries none")
-    group.add_argument("--ema", action="store_true", help="use the moving average of the weights")
-    add_device(group)
-    group.add_argument(
-        "--backend", default="auto", help="auto, reference, cpu, triton or cuda; see `jasper-fast info` (default: auto)"
-    )
-    group = parser.add_argument_group("speed")
-    group.add_argument(
-        "--dtype",
-        choices=tuple(DTYPES),
-        help="of weights and activations (default: the checkpoint's); fast: fp16 on a GPU, bf16 on a CPU that has it",
-    )
-    group.add_argument("--batch-size", type=positive(int), default=16, metavar="N", help="utterances at a time (16)")
-    group.add_argument(
-        "--max-seconds", type=positive(float), default=240.0, metavar="S", help="padded audio at a time (240 s)"
-    )
-    group.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read audio (0: this one)")
-    group.add_argument("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's)")
-    group.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+DEVICE = option("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
+MODEL = {  # the options of `load` and `recognize`
+    "model": [
+        option(
+            "--checkpoint",
+            required=True,
+            metavar="FILE",
+            help="weights: of this project, of NVIDIA's Jasper for PyTorch, or a .nemo archive",
+        ),
+        option("--config", metavar="YAML", help="model configuration, where the checkpoint carries none"),
+        option("--ema", action="store_true", help="use the moving average of the weights"),
+        DEVICE,
+        option(
+            "--backend",
+            default="auto",
+            help="auto, reference, cpu, triton or cuda; see `jasper-fast info` (default: auto)",
+        ),
+    ],
+    "speed": [
+        option(
+            "--dtype",
+            choices=tuple(DTYPES),
+            help="of weights and activations (default: the checkpoint's); fast: fp16 on a GPU, bf16 on a CPU with it",
+        ),
+        option("--batch-size", type=positive(int), default=16, metavar="N", help="utterances at a time (16)"),
+        option(
+            "--max-seconds", type=positive(float), default=240.0, metavar="S", help="padded audio at a time (240 s)"
+        ),
+        option("--workers", type=int, default=0, metavar="N", help="processes that read audio (0: this one)"),
+        option("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's)"),
+        option("-q", "--quiet", action="store_true", help="no progress bar"),
+    ],
+}
 
 
 def device_of(text: str) -> torch.device:

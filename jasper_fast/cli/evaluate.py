@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jasper_fast.cli import common
+from jasper_fast.options import option
 
 if TYPE_CHECKING:
     from jasper_fast.inference.recognizer import Recognition, Recognizer
@@ -24,15 +25,17 @@ checkpoint or configuration.
 example: jasper-fast evaluate --manifest dev.jsonl --checkpoint runs/best.pt --out result.json"""
 
 
-def add(commands: Any) -> None:
-    help = "word and character error rate on a manifest"
-    parser = common.subcommand(commands, "evaluate", help, run, DESCRIPTION, END)
-    parser.add_argument("--manifest", required=True, action="append", metavar="FILE", help="may be given several times")
-    parser.add_argument("--data-dir", metavar="DIR", help="where the manifest's paths start (default: its own folder)")
-    parser.add_argument("--worst", type=int, default=10, metavar="N", help="how many of the worst to show (10)")
-    parser.add_argument("--out", metavar="FILE", help="write figures and every utterance as JSON")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 if any file could not be read")
-    common.add_model(parser)
+HELP = "word and character error rate on a manifest"
+OPTIONS = {
+    "": [
+        option("--manifest", required=True, action="append", metavar="FILE", help="may be given several times"),
+        option("--data-dir", metavar="DIR", help="where the manifest's paths start (default: its own folder)"),
+        option("--worst", type=int, default=10, metavar="N", help="how many of the worst to show (10)"),
+        option("--out", metavar="FILE", help="write figures and every utterance as JSON"),
+        option("--strict", action="store_true", help="exit with 1 if any file could not be read"),
+    ],
+    **common.MODEL,
+}
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ import sys
 from importlib import metadata
 from typing import Any
 
-from jasper_fast.cli import common
+from jasper_fast.options import option
 
 # package, what it is for, the extra that brings it ("": always needed)
 _PACKAGES = (
@@ -34,11 +34,13 @@ _PACKAGES = (
 )
 
 
-def add(commands: Any) -> None:
-    help = "machine, backends, versions, and how to get what is missing"
-    description = "Shows the machine, which backends run on it, versions, and how to get what is missing."
-    parser = common.subcommand(commands, "info", help, run, description)
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
+HELP = "machine, backends, versions, and how to get what is missing"
+DESCRIPTION, END = "Shows the machine, which backends run on it, versions, and how to get what is missing.", ""
+OPTIONS = {
+    "": [
+        option("--json", action="store_true", help="the same as JSON"),
+    ],
+}
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from jasper_fast.cli import common
 from jasper_fast.extras import need
+from jasper_fast.options import option
 
 DESCRIPTION = """\
 Runs every kernel, in every configuration that dispatch can choose on the device (its table's tiles and the defaults),
@@ -22,21 +22,29 @@ exit status: 0 if every check passed, 1 otherwise, 2 for a wrong command.
 example: jasper-fast selfcheck --device cuda:0 --quick --dtype fp16"""
 
 
-def add(commands: Any) -> None:
-    help = "are the kernels right on this machine? every one against fp64"
-    parser = common.subcommand(commands, "selfcheck", help, run, DESCRIPTION, END)
-    common.add_device(parser)
-    parser.add_argument("--quick", action="store_true", help="seconds: default tiles, two shapes, one dtype")
-    parser.add_argument(
-        "--dtype", action="append", choices=tuple(common.DTYPES), metavar="D",
-        help="fp32, fp16 or bf16, may be repeated; default: all, with --quick one",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="every check and the verdicts as JSON")
-    parser.add_argument("--no-cache", action="store_true", help="do not keep the verdicts")
-    parser.add_argument(
-        "--limit", type=common.positive(float), default=180.0, metavar="S",
-        help="for one check, compilation included (180 s)",
-    )  # fmt: skip
+HELP = "are the kernels right on this machine? every one against fp64"
+OPTIONS = {
+    "": [
+        common.DEVICE,
+        option("--quick", action="store_true", help="seconds: default tiles, two shapes, one dtype"),
+        option(
+            "--dtype",
+            action="append",
+            choices=tuple(common.DTYPES),
+            metavar="D",
+            help="fp32, fp16 or bf16, may be repeated; default: all, with --quick one",
+        ),
+        option("--json", action="store_true", help="every check and the verdicts as JSON"),
+        option("--no-cache", action="store_true", help="do not keep the verdicts"),
+        option(
+            "--limit",
+            type=common.positive(float),
+            default=180.0,
+            metavar="S",
+            help="for one check, compilation included (180 s)",
+        ),
+    ],
+}
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jasper_fast.cli import common
+from jasper_fast.options import option
 
 DESCRIPTION = """\
 Writes one line per file to the standard output: the path, a tab, the text; with --json one JSON object per line, with
@@ -21,16 +22,17 @@ checkpoint or configuration.
 example: jasper-fast transcribe talk.wav call.flac --checkpoint runs/best.pt"""
 
 
-def add(commands: Any) -> None:
-    parser = common.subcommand(commands, "transcribe", "audio files to text", run, DESCRIPTION, END)
-    parser.add_argument("files", nargs="*", metavar="FILE", help="audio files")
-    parser.add_argument(
-        "--list", metavar="FILE", help="a text file that names more audio files, one a line ('-': stdin)"
-    )
-    parser.add_argument("--json", action="store_true", help="JSON lines with words, their times and confidences")
-    parser.add_argument("--out", metavar="FILE", help="write there instead of to the standard output")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 if any file could not be read")
-    common.add_model(parser)
+HELP = "audio files to text"
+OPTIONS = {
+    "": [
+        option("files", nargs="*", metavar="FILE", help="audio files"),
+        option("--list", metavar="FILE", help="a text file that names more audio files, one a line ('-': stdin)"),
+        option("--json", action="store_true", help="JSON lines with words, their times and confidences"),
+        option("--out", metavar="FILE", help="write there instead of to the standard output"),
+        option("--strict", action="store_true", help="exit with 1 if any file could not be read"),
+    ],
+    **common.MODEL,
+}
 
 
 def run(arguments: argparse.Namespace) -> int:
