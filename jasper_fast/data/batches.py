@@ -78,8 +78,8 @@ class BatchSampler:
     longer than that is a batch of its own), or both. ``bucketing`` puts items of like length together, with 10 % of
     chance in the order; batches come shuffled, or unshuffled with ``shuffle=False`` (then in the given order, or by
     length with bucketing). With ``world_size`` ranks every rank has the same number of steps and batches of like length
-    at each step; the rest is filled by repetition, or left out with ``drop_last`` (without shuffling it is neither: an
-    evaluation counts each utterance once). Raises ValueError for sizes that are not positive or a rank out of range.
+    at each step; the rest is filled by repetition (without shuffling it is not: an evaluation
+    counts each utterance once). Raises ValueError for sizes that are not positive or a rank out of range.
     """
 
     def __init__(
@@ -91,7 +91,6 @@ class BatchSampler:
         seed: int = 0,
         *,
         shuffle: bool = True,
-        drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -103,7 +102,7 @@ class BatchSampler:
             raise ValueError(f"rank {rank} is not in 0..{world_size - 1}")
         self._durations = durations
         self.batch_size, self.max_seconds, self.bucketing, self.seed = batch_size, max_seconds, bucketing, seed
-        self.shuffle, self.drop_last, self.rank, self.world_size = shuffle, drop_last, rank, world_size
+        self.shuffle, self.rank, self.world_size = shuffle, rank, world_size
         self._kept: tuple[int, list[list[int]]] = (-1, [])
 
     def batches(self, epoch: int = 0) -> list[list[int]]:
@@ -129,13 +128,8 @@ class BatchSampler:
         batches = self._cut(order.tolist(), seconds)
         if not self.shuffle:
             return batches[self.rank :: self.world_size]
-        if len(batches) % self.world_size:
-            whole = len(batches) // self.world_size * self.world_size
-            if self.drop_last:
-                batches = batches[:whole]
-            else:
-                missing = self.world_size - (len(batches) - whole)
-                batches += [batches[i % len(batches)] for i in range(missing)]
+        count = len(batches)
+        batches += [batches[i % count] for i in range(-count % self.world_size)]
         steps = len(batches) // self.world_size
         return [batches[step * self.world_size + self.rank] for step in rng.permutation(steps)]
 
@@ -152,10 +146,7 @@ class BatchSampler:
                 current, grown = [], seconds[index]
             current.append(index)
             longest = grown
-        partial = self.batch_size is not None and len(current) < self.batch_size and self.max_seconds is None
-        if current and not (self.drop_last and partial):
-            batches.append(current)
-        return batches
+        return [*batches, current] if current else batches
 
 
 def load_batches(

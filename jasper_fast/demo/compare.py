@@ -21,14 +21,14 @@ def compare(
     training forward keeps for backward; `ratio`: fused over eager).
     """
     model = f"{config}:{batch[0]},{batch[1]}"
-    step = _measure("train", model, folder, device, seconds, mode="step")
+    step = _measure("train", model, folder, device, seconds, mode="forward+backward")
     listen = _measure("latency", str(config), folder, device, seconds)
     kept = _measure("memory", model, folder, device, seconds)
     spoken = listen["fused"]["key"]
     shape = f"{batch[0]} utterances, {batch[1] / 100:.1f} s"
     sizes = {f"{side}_bytes": row["memory"]["kept_bytes"] for side, row in kept.items()}
     return {
-        "train": _rates(step, batch[0]) | {"shape": shape},
+        "train": _rates(step, batch[0]) | {"shape": f"{shape}, forward and backward"},
         "inference": _rates(listen, spoken["N"]) | {"shape": f"{spoken['N']} utterance, {spoken['seconds']} s"},
         "memory": sizes | {"ratio": sizes["fused_bytes"] / sizes["eager_bytes"], "shape": shape},
     }

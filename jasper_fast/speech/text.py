@@ -64,12 +64,6 @@ class Vocabulary:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Vocabulary) and self.labels == other.labels
 
-    def __hash__(self) -> int:
-        return hash(tuple(self.labels))
-
-    def __repr__(self) -> str:
-        return f"Vocabulary({''.join(self.labels)!r})"
-
     def encode(self, text: str) -> list[int]:
         """Indices of the characters (or words) of ``text``, all of them labels (``normalize`` sees to the characters).
 
