@@ -32,6 +32,7 @@ from jasper_fast.training.meter import Meter
 from jasper_fast.training.optim import NovoGrad
 from jasper_fast.training.randomness import own_randomness
 from jasper_fast.training.runs import Ranks, RunError, RunLog, StopRequest, read_log
+from jasper_fast.training.state import TrainingState
 from jasper_fast.training.step import BufferGuard, Frontend, StepResult, batch_loss, ctc_loss, train_step
 from jasper_fast.training.validate import validate
 
@@ -501,8 +502,20 @@ def test_help_explains_every_option(run_train, capsys):
     with pytest.raises(SystemExit):
         run_train(["--help"])
     said = capsys.readouterr().out
-    for word in ("--train-manifests", "--grad-accumulation", "--resume", "torchrun", "SIGKILL"):
-        assert word in said
+    missing = {
+        word for word in ("--train-manifests", "--lr-by-clock", "--resume", "torchrun", "SIGKILL") if word not in said
+    }
+    assert not missing
+
+
+def test_the_schedule_can_follow_the_clock(run_train, paths, tmp_path, monkeypatch):
+    """Half of the time is over at the first step: so is half of the schedule."""
+    monkeypatch.setattr(TrainingState, "minutes", property(lambda state: 0.5 + state.step / 100))
+    schedule = {"lr_policy": "polynomial", "lr_power": 1, "warmup_steps": 0, "lr": 0.1, "steps": 20}
+    arguments = train_arguments(paths, tmp_path, max_minutes=1, lr_by_clock=True, val_manifests=None, **schedule)
+    run_train(arguments)
+    rates = [r["lr"] for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "train"]
+    assert rates[0] == pytest.approx(0.05) and rates == sorted(rates, reverse=True) and len(rates) == 20
 
 
 def test_command_line_errors_are_one_line(paths, tmp_path):

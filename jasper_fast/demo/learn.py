@@ -18,7 +18,7 @@ from jasper_fast.training.runs import StopRequest, read_log
 from jasper_fast.training.state import TrainingState
 
 BATCH_SIZE = 8
-LOOKS = 10  # validations
+LOOKS = 6  # validations, each of the live weights and of the average
 
 
 class Threads:
