@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+import warnings
 from importlib import metadata
 from typing import Any
 
@@ -112,17 +113,16 @@ def collect() -> dict[str, Any]:
     from jasper_fast.dispatch import choose
     from jasper_fast.kernels import native
 
-    gpus = []
-    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        p = torch.cuda.get_device_properties(i)
-        gpus.append(
-            {
-                "name": p.name,
-                "capability": f"{p.major}.{p.minor}",
-                "memory_gib": round(p.total_memory / 2**30, 1),
-                "multiprocessors": p.multi_processor_count,
-            }
-        )
+    places = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    gpus = [
+        {
+            "name": p.name,
+            "capability": f"{p.major}.{p.minor}",
+            "memory_gib": round(p.total_memory / 2**30, 1),
+            "multiprocessors": p.multi_processor_count,
+        }
+        for p in places
+    ]
     packages = {}
     for name, purpose, extra in _PACKAGES:
         version = _version(name)
@@ -130,8 +130,6 @@ def collect() -> dict[str, Any]:
         if version is None:
             packages[name]["get"] = f"pip install '{f'jasper-fast[{extra}]' if extra else name}'"
     found = _backends()
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # what is missing is listed in full
         auto = {device: choose.resolve("auto", device) for device in (["cpu", "cuda"] if gpus else ["cpu"])}

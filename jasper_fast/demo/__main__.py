@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from jasper_fast import Jasper, LogMelFeatures, __version__
+from jasper_fast import Jasper, LogMelFeatures, __version__, options
 from jasper_fast.data.manifest import Utterance, read_manifest
 from jasper_fast.demo import compare, corpus, learn, report
 from jasper_fast.demo.espeak import SynthError
@@ -30,9 +30,23 @@ from jasper_fast.dispatch import choose
 from jasper_fast.inference.recognizer import Recognizer
 from jasper_fast.kernels import native
 from jasper_fast.nn import checkpoint
+from jasper_fast.options import option
 from jasper_fast.speech import audio
 
 CONFIG = Path(str(files("jasper_fast.configs") / "demo.yaml"))
+
+
+OPTIONS = [
+    option("--out", type=Path, default=Path("build/demo"), help="folder for the corpus and the results"),
+    option("--steps", type=int, default=2500, help="updates of the weights"),
+    option("--minutes", type=float, default=5.5, help="end the training by then, on a slow machine"),
+    option("--config", type=Path, default=CONFIG, help="the model"),
+    option("--device", default="auto", help="auto, cpu, cuda or cuda:N"),
+    option("--train-utterances", type=int, default=1120, help="commands to learn from"),
+    option("--test-utterances", type=int, default=200, help="commands by other voices"),
+    option("--compare-seconds", type=float, default=20.0, help="time to measure fused against eager"),
+    option("--seed", type=int, default=0, help="of the corpus, the weights and the order"),
+]
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -41,15 +55,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for the corpus and the results")
-    parser.add_argument("--steps", type=int, default=2500, help="updates of the weights")
-    parser.add_argument("--minutes", type=float, default=5.5, help="end the training by then, on a slow machine")
-    parser.add_argument("--config", type=Path, default=CONFIG, help="the model")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--train-utterances", type=int, default=1120, help="commands to learn from")
-    parser.add_argument("--test-utterances", type=int, default=200, help="commands by other voices")
-    parser.add_argument("--compare-seconds", type=float, default=20.0, help="time to measure fused against eager")
-    parser.add_argument("--seed", type=int, default=0, help="of the corpus, the weights and the order")
+    options.add(parser, {"": OPTIONS})
     return parser.parse_args(argv)
 
 
