@@ -556,8 +556,8 @@ def test_real_shapes_are_those_of_the_model():
 def run_child(code: str, *, seconds: float = 60.0, ops=("conv1d", "bn_relu_dropout"), **more) -> list[dict]:
     """The rows of a supervised process that runs `code` before the self-check, on the CPU face."""
     make_face("cpu")
-    modules = "import os, signal, sys, time, torch\nfrom jasper_fast.dispatch import backends\nfrom jasper_fast.selfcheck import checks, child, perform"
-    full = f"{modules}\n{code}\nchild.child()"
+    own = "from jasper_fast.dispatch import backends\nfrom jasper_fast.selfcheck import checks, child, perform"
+    full = f"import os, signal, sys, time, torch\n{own}\n{code}\nchild.child()"
     argv = [sys.executable, "-c", full]
     return probe.supervise(CPU, quick=True, ops=ops, faces=("cpu",), seconds=seconds, argv=argv, **more)
 

@@ -1,9 +1,10 @@
-"""The state of a run: all that a checkpoint must hold for it to go on exactly where it stands."""
+"""The state of a training: all that a checkpoint must hold for it to go on exactly where it stands."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from jasper_fast.training.meter import Meter
 
 
 @dataclass
-class Run:
+class TrainingState:
     """Everything that a run must save to go on exactly where it stands, but for the random generators."""
 
     model: nn.Module
@@ -26,15 +27,21 @@ class Run:
     position: int = 0  # steps done in this epoch
     step: int = 0  # steps done in all
     best_wer: float = math.inf
-    minutes: float = 0.0  # of earlier parts of the run
+    earlier: float = 0.0  # minutes of the run's earlier parts
+    clock: float = field(default_factory=time.monotonic)
 
     _PARTS = ("optimizer", "scaler", "meter")
-    _PLACES = ("epoch", "position", "step", "best_wer", "minutes")
+    _PLACES = ("epoch", "position", "step", "best_wer")
+
+    @property
+    def minutes(self) -> float:
+        """Over all parts of the run."""
+        return self.earlier + (time.monotonic() - self.clock) / 60
 
     def state_dict(self) -> dict[str, Any]:
         """Model and moving average under the reference's keys, the rest by name."""
         state = {name: getattr(self, name).state_dict() for name in self._PARTS}
-        state |= {name: getattr(self, name) for name in self._PLACES}
+        state |= {name: getattr(self, name) for name in (*self._PLACES, "minutes")}
         state["ema_state_dict"] = self.ema.state_dict() if self.ema else None
         state["ema_updates"] = self.ema.updates if self.ema else 0
         return state | {"state_dict": self.model.state_dict()}
@@ -46,6 +53,6 @@ class Run:
             getattr(self, name).load_state_dict(state[name])
         for name in self._PLACES:
             setattr(self, name, state[name])
+        self.earlier, self.clock = state["minutes"], time.monotonic()
         if self.ema:
-            average = state["ema_state_dict"] or state["state_dict"]
-            self.ema.load_state_dict(average, state["ema_updates"])
+            self.ema.load_state_dict(state["ema_state_dict"] or state["state_dict"], state["ema_updates"])
