@@ -65,10 +65,10 @@ def moved(launches) -> int:
     return total
 
 
-def hollow(config) -> Jasper:
+def hollow(config, panes: str = "gram") -> Jasper:
     """Weights without values: nothing reads them."""
     with torch.device("meta"):
-        model = Jasper(config, backend="triton", panes="gram")
+        model = Jasper(config, backend="triton", panes=panes)
     return model.to_empty(device="cpu")
 
 
