@@ -728,7 +728,7 @@ def test_a_result_is_installed_and_chosen_from(tmp_path, own_tables):
 
 
 def test_faces_are_installed_and_chosen_from_and_the_gate_has_no_more_to_compile(tmp_path, own_tables):
-    from jasper_fast.bench.compile import gate
+    from jasper_fast.bench.compile import launches
 
     path = result(tmp_path / "r.json")
     data = json.loads(path.read_text())
@@ -745,7 +745,7 @@ def test_faces_are_installed_and_chosen_from_and_the_gate_has_no_more_to_compile
     shape = tables.shape_of_norm(256)
     assert tables.fastest(tables.NORM_OPS, GPU, torch.bfloat16, **shape, rows=4096) == "cuda"
     assert tables.fastest(tables.NORM_OPS[:1], GPU, torch.bfloat16, **shape, rows=4096) == "triton"
-    assert list(gate._measured(90, "bfloat16")) == [], "a face without a tile is compiled with the rest"
+    assert list(launches.measured(90, "bfloat16")) == [], "a face without a tile is compiled with the rest"
 
 
 def test_results_of_the_same_versions_add_up_and_others_are_replaced(tmp_path, own_tables):
