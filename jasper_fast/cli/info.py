@@ -6,7 +6,6 @@ import os
 import platform
 import sys
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 # package, what it is for, how to get it where it is missing
@@ -26,16 +25,6 @@ _PACKAGES = (
     ("kenlm", "n-gram models", "pip install 'jasper-fast[lm]'"),
 )
 _OPTIONAL = {"espeakng-loader", "cupy-cuda13x", "flashlight-text", "kenlm", "tensorboard", "triton"}
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.lower().startswith(("model name", "cpu model")):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return platform.processor() or platform.machine()
 
 
 def _memory_gib() -> float | None:
@@ -99,6 +88,7 @@ def collect() -> dict[str, Any]:
 
     from jasper_fast import __version__
     from jasper_fast.dispatch import choose
+    from jasper_fast.kernels import native
 
     gpus = []
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -128,7 +118,7 @@ def collect() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "cpu": {
-            "name": _cpu_name(),
+            "name": native.cpu_name(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "threads": torch.get_num_threads(),
             "memory_gib": _memory_gib(),
