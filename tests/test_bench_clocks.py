@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from bench_runs import CPU, FAST, make_run, softplus_case
 
 from jasper_fast.bench.harness import checking, clocks, limits, machine, nvml, ratios, timing
+from jasper_fast.bench.harness.measurement import Measurement
 
 CUDA = torch.device("cuda", 0)
 
@@ -93,9 +94,7 @@ def test_rows_tell_their_clocks_and_which_of_them_ran_slowly(tmp_path, monkeypat
     run = make_run(tmp_path)
     for name in rates:
         now.append(name)
-        case = softplus_case({"eager": F.softplus})
-        case.key = {"op": name}
-        run.cases("test", [case])
+        run.cases("test", [softplus_case({"eager": F.softplus}, name)])
     rows = {row["key"]["op"]: row for row in run.results.data["rows"] if row["ours"]}
     assert {name: row["throttled"] for name, row in rows.items()} == {
         "fast": False,
@@ -121,10 +120,10 @@ def test_a_cpu_is_told_by_its_fastest_core_and_its_load():
 def test_clocks_are_read_seldom_but_never_not_at_all(monkeypatch):
     seen: list[int] = []
     monkeypatch.setattr(machine, "clocks", lambda _: {"sm_mhz": seen.append(1) or len(seen)})
-    case = softplus_case({"eager": F.softplus})
-    checking.prepare(case)
-    timing.measure(case, CPU, FAST)
-    assert [r["sm_mhz"] for r in case.readings] == [1, 2]  # after the first of its few rounds, and at the end
+    m = Measurement(softplus_case({"eager": F.softplus}), CPU)
+    checking.prepare(m)
+    timing.measure(m, FAST)
+    assert [r["sm_mhz"] for r in m.readings] == [1, 2]  # after the first of its few rounds, and at the end
 
 
 def test_a_machine_that_tells_no_clock_has_rows_all_the_same(tmp_path, monkeypatch):

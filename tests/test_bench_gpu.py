@@ -36,8 +36,9 @@ from jasper_fast.bench.cases.layers import Layer, layers
 from jasper_fast.bench.commands import memory as memory_command
 from jasper_fast.bench.gpu import agenda, ahead, gpu, self_check, warm
 from jasper_fast.bench.harness import checking, clocks, devices, interruption, result_file, timing
-from jasper_fast.bench.harness.case import Case, Runner
+from jasper_fast.bench.harness.case import Case, Contender, Runner
 from jasper_fast.bench.harness.errors import DeviceLost, OutOfTime
+from jasper_fast.bench.harness.measurement import Measurement
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.report import report, tables
 from jasper_fast.bench.rivals.eager_layouts import ChannelsLast2d
@@ -141,11 +142,11 @@ def test_waiting_time_is_of_one_run_at_a_time(device):
 def test_rows_carry_the_host_s_time_and_still_make_a_report(device, tmp_path):
     case = softplus_case({"eager": F.softplus})
     runs = {"jasper_fast": (1e-3, 10e-6), "eager": (2e-3, 40e-6)}
-    for contender in case.contenders:
-        runner = dataclasses.replace(contender.build(), run=small_op(device, 1, *runs[contender.name]))
-        contender.build = lambda runner=runner: runner
-    checking.prepare(case)
-    rows = timing.measure(case, CUDA, FAST)
+    runners = (dataclasses.replace(c.build(), run=small_op(device, 1, *runs[c.name])) for c in case.contenders)
+    contenders = [Contender(name, lambda runner=runner: runner) for name, runner in zip(runs, runners, strict=True)]
+    m = Measurement(dataclasses.replace(case, contenders=contenders), CUDA)
+    checking.prepare(m)
+    rows = timing.measure(m, FAST)
     assert [r["host_s"] for r in rows] == pytest.approx([1e-3, 2e-3])
     assert [r["time_s"]["median"] for r in rows] == pytest.approx([10e-6, 40e-6]) and rows[0]["clock"] == "events"
     assert rows[1]["ratio"]["median"] == pytest.approx(4.0)
@@ -163,14 +164,12 @@ def test_sleeps_are_counted_at_the_clock_that_the_device_rises_to(device, monkey
 
 
 def test_without_an_answer_only_that_case_has_no_number(tmp_path):
-    broken, refilled, fine = (softplus_case({"eager": F.softplus}) for _ in range(3))
-    for i, case in enumerate((broken, refilled, fine)):
-        case.key = {"op": f"softplus{i}"}
-
     def no_memory(*_: object):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 49 GiB")
 
-    broken.reference, refilled.refill = no_memory, no_memory
+    broken, refilled, fine = (softplus_case({"eager": F.softplus}, f"softplus{i}") for i in range(3))
+    broken = dataclasses.replace(broken, reference=no_memory)
+    refilled = dataclasses.replace(refilled, refill=no_memory)
     rows = make_run(tmp_path).cases("test", [broken, refilled, fine])
     assert [r["status"] for r in rows] == ["failed"] * 4 + ["ok"] * 2
     assert all("nothing to compare it with: OutOfMemoryError" in r["why"] for r in rows[:4])
@@ -178,17 +177,15 @@ def test_without_an_answer_only_that_case_has_no_number(tmp_path):
 
 def test_a_case_is_on_disk_before_the_next_is_prepared(tmp_path):
     run = make_run(tmp_path)
-    first, second = (softplus_case({"eager": F.softplus}) for _ in range(2))
-    first.key = {"op": "first"}
 
     def spent() -> Runner:
         raise OutOfTime
 
-    second.contenders[0].build = spent
+    first, second = (softplus_case({"eager": F.softplus}, name) for name in ("first", "second"))
+    second = dataclasses.replace(second, contenders=[Contender("jasper_fast", spent)])
     with pytest.raises(OutOfTime):
         run.cases("test", [first, second])
     assert {r["key"]["op"] for r in json.loads(run.results.path.read_text())["rows"]} == {"first"}
-    assert not first.runners
 
 
 # ------------------------------------------------------------------ a lost device
@@ -711,10 +708,6 @@ def test_a_large_step_is_compared_on_a_small_batch(tmp_path, monkeypatch):
     run = make_run(tmp_path, rivals="eager")
     case = train.case(run, "small", 3, 64, "forward+backward")
     assert case.seeds == (1,)
-    seen: list[int] = []
-    for contender in case.contenders:
-        build = contender.build
-        contender.build = lambda build=build: seen.append(1) or build()
     rows = run.cases("test", [case])
     assert [r["status"] for r in rows] == ["ok", "ok"], [r.get("why") for r in rows]
     assert set(sizes) == {1} and len(sizes) == 2 * 4, "two contenders, low and reference, before and after the timing"

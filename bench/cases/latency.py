@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from jasper_fast import InferenceEngine, LogMelFeatures
 from jasper_fast.bench.cases import counts, models
-from jasper_fast.bench.cases.common import name as dtype_name
 from jasper_fast.bench.harness import correct, ratios
 from jasper_fast.bench.harness.case import Case, Contender, Runner
 from jasper_fast.bench.harness.run import Run
@@ -147,7 +146,7 @@ def case(shared: Models, model: str, N: int, seconds: float) -> Case:
         chosen = {"eager": chosen["eager"]}
     return Case(
         "latency",
-        {"model": model, "N": N, "seconds": seconds, "dtype": dtype_name(run.dtype), "path": "acoustic model"},
+        {"model": model, "N": N, "seconds": seconds, "dtype": run.dtype_name, "path": "acoustic model"},
         [contender("jasper_fast", shared.engine), *(contender(n, b) for n, b in chosen.items())],
         refill=lambda seed: shared.refill(N, seconds, seed),
         reference=lambda: shared.answer(*shared.inputs(N, seconds)),
@@ -156,7 +155,6 @@ def case(shared: Models, model: str, N: int, seconds: float) -> Case:
         flops=counts.forward_flops(shared.cfg, N, T),
         nbytes=counts.forward_bytes(shared.cfg, N, T, run.dtype.itemsize),
         items=N,
-        dtype=dtype_name(run.dtype),
         wall=True,
         needs=INFERS,
         **sampled(run),
@@ -214,7 +212,7 @@ def sound_case(shared: Models, model: str, N: int, seconds: float) -> Case:
     chosen = choice.choose("inference", run.device, run.rivals)
     return Case(
         "latency",
-        {"model": model, "N": N, "seconds": seconds, "dtype": dtype_name(run.dtype), "path": "sound to text"},
+        {"model": model, "N": N, "seconds": seconds, "dtype": run.dtype_name, "path": "sound to text"},
         [
             contender("jasper_fast", shared.engine),
             *(contender(name, make) for name, make in chosen.items() if name in SOUND_RIVALS),
@@ -224,7 +222,6 @@ def sound_case(shared: Models, model: str, N: int, seconds: float) -> Case:
         low=shared.low(features),
         tolerance=TOLERANCES[run.dtype],
         items=N,
-        dtype=dtype_name(run.dtype),
         wall=True,
         needs=INFERS,
         **sampled(run),

@@ -25,7 +25,7 @@ from torch.autograd import DeviceType
 from jasper_fast import InferenceEngine
 from jasper_fast.bench.cases import latency, memory, models, train
 from jasper_fast.bench.harness import checking
-from jasper_fast.bench.harness.case import Case
+from jasper_fast.bench.harness.case import Case, Runner
 from jasper_fast.bench.harness.devices import synchronize
 from jasper_fast.bench.harness.kineto import recorded
 from jasper_fast.bench.harness.machine import slug
@@ -212,29 +212,25 @@ class WithoutGraphs(latency.Models):
         return InferenceEngine(fused.eval(), dtype=self.run.dtype, graphs=False)
 
 
-def inference(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str], Profiled]]:
+def inference(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str, Runner], Profiled]]:
     """The case that is checked, and each contender's call and ranges."""
     shared = WithoutGraphs(dataclasses.replace(run, rivals="eager"), model)
     at = f"{T} frames"  # no number of seconds that another part of bench may mean
     models.FRAMES[at] = T
     case = latency.case(shared, model, N, at)
 
-    def of(name: str) -> Profiled:
-        named = (
-            engine_ranges(shared.contenders[name], run.device)
-            if name == case.ours
-            else ranges(shared.contenders[name], run.device)
-        )
-        return case.runners[name].run, named
+    def of(name: str, ready: Runner) -> Profiled:
+        within = engine_ranges if name == case.ours else ranges
+        return ready.run, within(shared.contenders[name], run.device)
 
     return case, of
 
 
-def training(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str], Profiled]]:
+def training(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str, Runner], Profiled]]:
     """The case that is checked, and each contender's step and ranges."""
     case, modules, batch = memory.case(run, model, N, T)
 
-    def of(name: str) -> Profiled:
+    def of(name: str, _: Runner) -> Profiled:
         module = modules[name]
         state = models.weights(models.config(model), run.device)
         runner = train.runner(module, module, batch(), state, run.dtype, "step")
@@ -248,16 +244,16 @@ def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     case, of = {"train": training, "inference": inference}[mode](run, model, N, T)
     found = []
-    with run.blamed(case):
-        checking.prepare(case)
-    for name in [contender.name for contender in case.contenders]:
+    with run.begun(case) as m:
+        checking.prepare(m)
+    for name in case.names:
         about = {"contender": name, "model": model, "mode": mode, "batch": [N, T]}
-        if name in case.failed:
-            status, why = case.failed[name]
+        if name in m.failed:
+            status, why = m.failed[name]
             tables.console.print(f"{status}: {name}: {why}", style=tables.STYLES[status], markup=False)
             found.append(about | {"status": status, "why": why, "records": []})
             continue
-        step, named = of(name)
+        step, named = of(name, m.runners[name])
         target = run.results.path.with_name(f"trace_{slug(Path(model).stem)}_{mode}_{name}_{stamp}.json")
         bare, watched = [stopwatch(step, run.device)() for _ in range(4)], stopwatch(step, run.device)
         try:
