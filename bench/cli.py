@@ -17,7 +17,7 @@ from jasper_fast.bench.harness.case import QUICK, Effort
 from jasper_fast.bench.harness.console import console
 from jasper_fast.bench.harness.errors import DeviceLost
 from jasper_fast.bench.harness.run import Run
-from jasper_fast.bench.report import goals, tables
+from jasper_fast.bench.report import goals, terminal
 from jasper_fast.bench.rivals import choice
 from jasper_fast.dispatch import backends
 
@@ -183,9 +183,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _command(args: argparse.Namespace, begin: Callable[[argparse.Namespace], Run]) -> int:
     """The subcommand; `begin` makes its run."""
     if args.command == "report":
-        from jasper_fast.bench.report import report
+        from jasper_fast.bench.report import html_page
 
-        return report.main(args.results, args.html, args.readme)
+        return html_page.main(args.results, args.html, args.readme)
     if args.command == "compile":
         from jasper_fast.bench.compile import gate
 
@@ -225,12 +225,12 @@ def _measure(run: Run, args: argparse.Namespace) -> int:
     data["clocks"]["end"] = machine.clocks(run.device)
     data["finished"] = not (run.out_of_time() or result_file.parts_left(data))
     run.results.write()
-    tables.show(data["rows"], data["goals"])
-    tables.console.print(f"wrote {_relative(run.results.path)}")
+    terminal.show(data["rows"], data["goals"])
+    terminal.console.print(f"wrote {_relative(run.results.path)}")
     if args.command in ("all", "gpu"):
-        from jasper_fast.bench.report import report
+        from jasper_fast.bench.report import html_page
 
-        report.main([run.results.path], None, False)
+        html_page.main([run.results.path], None, False)
     if told := shortfall(data):
         _say(told)
     return 1 if told else 0

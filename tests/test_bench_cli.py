@@ -15,7 +15,7 @@ from jasper_fast.bench.gpu import agenda
 from jasper_fast.bench.harness import limits, machine, options, result_file
 from jasper_fast.bench.harness.errors import DeviceLost
 from jasper_fast.bench.harness.run import Run
-from jasper_fast.bench.report import report
+from jasper_fast.bench.report import html_page
 
 MEASURING = [*cli.SUBCOMMANDS]
 RUNS = [*MEASURING, "tune"]
@@ -26,7 +26,7 @@ LIMITS = {"matmul_flops_per_s": {"float32": 1e12}, "copy_bytes_per_s": 1e12, "la
 def at_once(monkeypatch):
     """Runs that measure no limits and write no page."""
     monkeypatch.setattr(limits, "measure", lambda *_: dict(LIMITS))
-    monkeypatch.setattr(report, "main", lambda *_: 0)
+    monkeypatch.setattr(html_page, "main", lambda *_: 0)
 
 
 def told(capsys, arguments: list[str]) -> str:

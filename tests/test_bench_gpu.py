@@ -40,7 +40,7 @@ from jasper_fast.bench.harness.case import Case, Contender, Runner
 from jasper_fast.bench.harness.errors import DeviceLost, OutOfTime
 from jasper_fast.bench.harness.measurement import Measurement
 from jasper_fast.bench.harness.run import Run
-from jasper_fast.bench.report import report, tables
+from jasper_fast.bench.report import terminal
 from jasper_fast.bench.rivals.eager_layouts import ChannelsLast2d
 from jasper_fast.dispatch.verdict import OPS
 from jasper_fast.selfcheck import checks
@@ -139,7 +139,7 @@ def test_waiting_time_is_of_one_run_at_a_time(device):
     assert ticker.host(run) == pytest.approx(1e-3) and clocks.WallClock(CPU).host(run) is None
 
 
-def test_rows_carry_the_host_s_time_and_still_make_a_report(device, tmp_path):
+def test_rows_carry_the_host_s_time_and_still_make_a_table(device, capsys):
     case = softplus_case({"eager": F.softplus})
     runs = {"jasper_fast": (1e-3, 10e-6), "eager": (2e-3, 40e-6)}
     runners = (dataclasses.replace(c.build(), run=small_op(device, 1, *runs[c.name])) for c in case.contenders)
@@ -150,7 +150,8 @@ def test_rows_carry_the_host_s_time_and_still_make_a_report(device, tmp_path):
     assert [r["host_s"] for r in rows] == pytest.approx([1e-3, 2e-3])
     assert [r["time_s"]["median"] for r in rows] == pytest.approx([10e-6, 40e-6]) and rows[0]["clock"] == "events"
     assert rows[1]["ratio"]["median"] == pytest.approx(4.0)
-    assert "eager" in report.table(rows)
+    terminal.show(rows, [])
+    assert "host" in capsys.readouterr().out
 
 
 def test_sleeps_are_counted_at_the_clock_that_the_device_rises_to(device, monkeypatch):
@@ -425,8 +426,8 @@ def test_what_the_self_check_found_bad_is_not_timed(tmp_path, monkeypatch, capsy
     rows = run.cases("test", [bn_relu_dropout.case(run, (2, 8, 40), "both", False, False)])
     assert [r["status"] for r in rows] == ["refused", "ok", "ok"]
     assert rows[0]["why"] == "self-check: stats wrong: error 2.0" and not any("ratio" in r for r in rows)
-    tables.show(rows, [])
-    assert "refused: jasper_fast" in capsys.readouterr().out and "refused: self-check" in report.table(rows)
+    terminal.show(rows, [])
+    assert "refused: jasper_fast" in capsys.readouterr().out
     kept = json.loads(run.results.path.read_text())["selfcheck"]
     assert again(run).results.data["selfcheck"] == kept, "a resumed run knows it too"
 
@@ -619,7 +620,7 @@ def test_a_machine_that_only_measures_needs_nothing_for_sound_and_text():
     script = "import sys; sys.modules |= dict.fromkeys(('soundfile', 'soxr', 'anyascii', 'jiwer', 'openvino'))\n"
     script += "import jasper_fast.bench.cli, jasper_fast.selfcheck.show; from jasper_fast.bench.gpu import gpu, warm; "
     script += "from jasper_fast.bench.tune import tune; from jasper_fast.bench.commands import profile; "
-    script += "from jasper_fast.bench.report import report"
+    script += "from jasper_fast.bench.report import html_page"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 

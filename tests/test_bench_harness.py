@@ -22,7 +22,7 @@ from jasper_fast.bench.harness.case import Contender, Effort, Runner
 from jasper_fast.bench.harness.measurement import Measurement
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.harness.seeds import seeded
-from jasper_fast.bench.report import tables
+from jasper_fast.bench.report import words
 
 
 def test_ratio_is_pair_by_pair_and_its_interval_holds_the_truth():
@@ -106,8 +106,8 @@ def test_rounds_that_take_long_are_few_and_their_rows_say_so(round_s, rounds, wa
     found = timing.measure(m, run.effort)
     assert found[1]["ratio"]["pairs"] == found[0]["time_s"]["samples"] == rounds
     assert [row.get("hurried", False) for row in found] == [rounds < 6] * 2
-    assert tables.marks(found[0]) == (" †" if rounds < 6 else "")
-    assert (tables.HURRIED in tables.notes(found)) == (rounds < 6)
+    assert words.marks(found[0]) == (" †" if rounds < 6 else "")
+    assert (words.HURRIED in words.notes(found)) == (rounds < 6)
 
 
 def test_convs_in_fp16_on_a_cpu_are_one_utterance_checked_once_before(tmp_path):

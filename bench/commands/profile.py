@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from rich.table import Table
 from torch import nn
 from torch.autograd import DeviceType
 
@@ -30,7 +29,7 @@ from jasper_fast.bench.harness.devices import synchronize
 from jasper_fast.bench.harness.kineto import recorded
 from jasper_fast.bench.harness.machine import slug
 from jasper_fast.bench.harness.run import Run
-from jasper_fast.bench.report import tables
+from jasper_fast.bench.report import terminal, words
 
 LAYER = "layer "
 BACKWARD = "autograd::engine::evaluate_function: "
@@ -187,15 +186,12 @@ def within(event, prefix: str) -> str | None:
 
 def show(title: str, records: list[dict], limit: int = 25) -> None:
     """Time per layer, forward and backward, and per op."""
-    for kind, mine in tables.profiled(records):
-        heads, lines = tables.profile_lines(mine, limit)
-        table = Table(title=f"{title}\ntime per {kind}", title_justify="left")
-        table.add_column(kind.partition(",")[0])
-        for column in heads:
-            table.add_column(column, justify="right")
+    for kind, mine in words.profiled(records):
+        heads, lines = words.profile_lines(mine, limit)
+        table = terminal.table(f"{title}\ntime per {kind}", (kind.partition(",")[0], *heads), 1)
         for line in lines:
             table.add_row(*line)
-        tables.console.print(table)
+        terminal.console.print(table)
 
 
 # ------------------------------------------------------------------ contenders
@@ -250,7 +246,7 @@ def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int
         about = {"contender": name, "model": model, "mode": mode, "batch": [N, T]}
         if name in m.failed:
             status, why = m.failed[name]
-            tables.console.print(f"{status}: {name}: {why}", style=tables.STYLES[status], markup=False)
+            terminal.console.print(f"{status}: {name}: {why}", style=terminal.STYLES[status], markup=False)
             found.append(about | {"status": status, "why": why, "records": []})
             continue
         step, named = of(name, m.runners[name])
@@ -260,13 +256,13 @@ def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int
             with named:
                 records = profile(watched, run.device, target)
         except NoKernels as error:
-            tables.console.print(f"failed: {name}: {error}", style=tables.STYLES["failed"], markup=False)
+            terminal.console.print(f"failed: {name}: {error}", style=terminal.STYLES["failed"], markup=False)
             found.append(about | {"status": "failed", "why": str(error), "records": []})
             continue
         show(f"{name}, {model} {mode} ({N}, {models.config(model).encoder.in_feats}, {T})", records)
         times = {"step_s": statistics.median(bare[1:]), "profiled_s": watched.seconds[-1]}
-        told = " without the profiler, ".join(tables.duration(t) for t in times.values())
-        tables.console.print(f"{name}: {told} with it; {target.name}", markup=False)
+        told = " without the profiler, ".join(words.duration(t) for t in times.values())
+        terminal.console.print(f"{name}: {told} with it; {target.name}", markup=False)
         found.append(about | {"status": "ok", "trace": target.name, "records": records} | times)
     run.results.data["profiles"] = found
     run.results.write()
