@@ -323,7 +323,7 @@ def test_the_new_process_is_the_same_command_with_what_is_left_of_the_time(tmp_p
     (path, argv, env), (_, second, _) = called
     assert path == sys.executable and argv[1:] == ["-m", "jasper_fast.bench", "gpu", "--out", "here", "--resume"]
     assert second[1:] == ["-m", "jasper_fast.bench", "gpu", "--resume"]
-    assert float(env[gpu.UNTIL]) - time.time() == pytest.approx(100.0, abs=5.0)
+    assert float(env[gpu.UNTIL]) - time.time() == pytest.approx(100.0, abs=60.0)
 
     monkeypatch.setenv(gpu.UNTIL, str(time.time() + gpu.GOOD / 2))
     monkeypatch.setattr(agenda, "plan", lambda run: [agenda.Part("late", gpu.BUDGET, measured("late"))])
@@ -335,7 +335,7 @@ def test_a_process_replaces_itself(tmp_path):
     script = "from types import SimpleNamespace as N; from jasper_fast.bench.gpu import gpu; import time, os\n"
     script += "kept = os.open('/dev/null', os.O_RDONLY); os.set_inheritable(kept, True)\n"
     script += "gpu.go_on_elsewhere(N(arguments=('gpu', '--help')), time.monotonic() + 9)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "--budget" in done.stdout, done.stderr
 
 
@@ -346,7 +346,7 @@ def test_a_kernel_that_never_ends_is_left_behind(tmp_path, monkeypatch):
     def deaf(run: Run) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
         try:
-            assert left.wait(30.0)
+            assert left.wait(300.0)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
 
@@ -404,8 +404,8 @@ def test_the_compilers_that_a_cut_off_part_leaves_can_be_ended():
     script += (
         "from jasper_fast.bench.gpu import gpu; pool = a.AsyncCompile.process_pool(); pool.submit(time.sleep, 600)\n"
     )
-    script += "gpu.end_compilers(); pool.process.wait(60); assert not a._pool_set; print('ended')"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    script += "gpu.end_compilers(); pool.process.wait(300); assert not a._pool_set; print('ended')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "ended" in done.stdout, done.stderr
 
 
@@ -617,12 +617,39 @@ def test_other_processes_run_on_the_run_s_own_gpu(monkeypatch):
 
 def test_a_machine_that_only_measures_needs_nothing_for_sound_and_text():
     """GPU machines have PyTorch and Triton, and often no way to get more."""
-    script = "import sys; sys.modules |= dict.fromkeys(('soundfile', 'soxr', 'anyascii', 'jiwer', 'openvino'))\n"
+    absent = ("soundfile", "soxr", "anyascii", "jiwer", "openvino", "jinja2", "markupsafe", "pynvml")
+    script = f"import sys; sys.modules |= dict.fromkeys({absent})\n"
     script += "import jasper_fast.bench.cli, jasper_fast.selfcheck.show; from jasper_fast.bench.gpu import gpu, warm; "
     script += "from jasper_fast.bench.tune import tune; from jasper_fast.bench.commands import profile; "
     script += "from jasper_fast.bench.report import html_page"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_without_jinja_and_pynvml_has_its_numbers_and_a_line_for_each(tmp_path):
+    """A finder that knows neither: the numbers are written, the page is not, and the status says nothing failed."""
+    script = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("jinja2", "markupsafe", "pynvml"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocked())
+import torch
+from jasper_fast.bench import cli
+from jasper_fast.bench.gpu import agenda
+from jasper_fast.bench.harness import limits, machine
+agenda.plan = lambda run: []
+limits.measure = lambda *_: {}
+assert machine.clocks(torch.device("cuda")) == {}
+sys.exit(cli.main(["gpu", "--device", "cpu", "--quick", "--out", sys.argv[1]]))
+"""
+    argv = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "a page of results needs Jinja2: pip install jinja2" in done.stderr
+    assert "pip install nvidia-ml-py" in done.stderr
+    assert len(list(tmp_path.glob("gpu_*.json"))) == 1 and not list(tmp_path.glob("*.html"))
 
 
 @pytest.mark.parametrize("frontend", [False, True])

@@ -98,7 +98,7 @@ def cells(html: str) -> list[list[str]]:
 
 def forms(html: str) -> tuple[str, str]:
     """The only plot in `html` in its two forms, for a broad page and for a phone."""
-    return tuple(re.search(f'<div class="{cls}">(.*?)</div>', html)[1] for cls in ("broad", "slim"))
+    return tuple(re.search(f'<div class="{cls}">(.*?)</div>', html, re.S)[1] for cls in ("broad", "slim"))
 
 
 class Balance(HTMLParser):

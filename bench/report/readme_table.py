@@ -79,7 +79,11 @@ def source(result: dict) -> str:
     m, path = result["machine"], result["path"]
     file = f"[result](bench/results/{path.name})" if path.parent == COMMITTED else path.name
     command = re.sub(r" --out \S+", "", m["command"])
-    told = [f"{m['threads']} threads", f"torch {m['packages']['torch']}", f"commit {m['commit']}"]
+    told = [
+        f"{m['threads']} thread{'s' * (m['threads'] != 1)}",
+        f"torch {m['packages']['torch']}",
+        f"commit {m['commit']}",
+    ]
     if m.get("load_average"):
         told.append(f"load average before {m['load_average'][0]:.1f}")
     return f"`{command}`; {', '.join(told)}; {file}"
