@@ -536,7 +536,7 @@ def test_a_process_knows_when_it_started():
 
 SLOW = """
 import hashlib, os, sys
-from jasper_fast import backends
+from jasper_fast.dispatch import backends
 impl = backends.face("conv1d", "triton")
 right = impl.forward
 def forward(*args, **kwargs):
@@ -608,7 +608,7 @@ def test_a_person_who_interrupts_accuses_no_configuration(tmp_path, monkeypatch)
 
 KILL = """
 import os, sys
-from jasper_fast import backends
+from jasper_fast.dispatch import backends
 from jasper_fast.kernels import launch, tables
 import torch
 impl = backends.face("conv1d", "triton")

@@ -33,11 +33,12 @@ def library() -> ModuleType | None:
 @functools.cache
 def handle(device: torch.device) -> object | None:
     """The library's handle of PyTorch's device, found by its UUID: indices differ under CUDA_VISIBLE_DEVICES."""
-    nvml, uuid = library(), str(torch.cuda.get_device_properties(device).uuid)
-    found = (
-        (_told(nvml.nvmlDeviceGetHandleByUUID, f"{prefix}{uuid}") for prefix in ("GPU-", "MIG-", "")) if nvml else ()
-    )
-    return next((at for at in found if at is not None), None)  # PyTorch leaves the prefix out
+    nvml = library()
+    if nvml is None:
+        return None
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    found = (_told(nvml.nvmlDeviceGetHandleByUUID, prefix + uuid) for prefix in ("GPU-", "MIG-", ""))  # it has none
+    return next((at for at in found if at is not None), None)
 
 
 def read(device: torch.device) -> dict:

@@ -121,7 +121,12 @@ def _converted(model: nn.Module) -> object:
 def _compiled(network: object, precision: str) -> Model:
     import openvino as ov
 
-    hints = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+    # threads pinned to cores would stand in the way of the other contenders', which take turns with these
+    hints = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+        "ENABLE_CPU_PINNING": False,
+    }
     ready = ov.compile_model(network, "CPU", hints | {"INFERENCE_PRECISION_HINT": precision})
 
     def call(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
