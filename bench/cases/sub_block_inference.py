@@ -4,6 +4,7 @@ The prologue reads fp32 features in NCT memory, as a front end leaves them; the 
 contender's weights are in the precision under test. Rows at t >= length of the result belong to no one.
 """
 
+import copy
 import functools
 from collections.abc import Callable
 
@@ -20,6 +21,7 @@ from jasper_fast.bench.rivals import choice, compiler
 from jasper_fast.bench.rivals.cudnn_graphs import FusedConv
 from jasper_fast.dispatch import backends, choose
 from jasper_fast.kernels import layout
+from jasper_fast.nn import block
 
 
 class SubBlock(nn.Module):
@@ -64,16 +66,16 @@ class SubBlock(nn.Module):
         weight = self.conv.weight.detach().to(wide)
         if self.layer.head:
             return weight, self.conv.bias.detach().to(wide)
-        norm = self.norm
-        scale = norm.weight.detach().to(wide) * (norm.running_var.to(wide) + norm.eps).rsqrt()
-        return scale[:, None, None] * weight, norm.bias.detach().to(wide) - norm.running_mean.to(wide) * scale
+        scale, shift = block.fold(copy.deepcopy(self.norm).to(wide).requires_grad_(False))
+        return scale[:, None, None] * weight, shift
 
 
-class Inputs:
+class Inputs(common.Held):
     """One layer's weights and input, refilled in place; `exact` holds the fp64 copy that answers come from."""
 
     def __init__(self, N: int, T: int, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
-        self.layer, self.dtype, self.device = layer, dtype, device
+        super().__init__(dtype, device)
+        self.layer = layer
         g = seeded(stable_seed("sub_block_inference", layer), device)
         self.module = SubBlock(layer).to(device).eval().requires_grad_(False)
         with torch.no_grad():
@@ -89,14 +91,10 @@ class Inputs:
         self.lengths = torch.empty(N, dtype=torch.int64, device=device)
         self.refill(0)
 
-    def refill(self, seed: int) -> None:
-        """New features and lengths; zero in the padding, as every sub-block leaves it."""
-        g = seeded(stable_seed("sub_block_inference", seed), self.device)
-        N, _, T = self.x.shape
-        self.lengths.copy_(torch.randint(T // 2, T + 1, (N,), generator=g, device=self.device))
-        self.lengths[0] = T
-        x = torch.randn(self.x.shape, generator=g, device=self.device)
-        self.x.copy_(masked(x, self.lengths))
+    def fill(self, g: torch.Generator) -> None:
+        """Zero in the padding, as every sub-block leaves it."""
+        self.draw_lengths(self.lengths, self.x.shape[2], g)
+        self.x.copy_(masked(self.randn(self.x, g), self.lengths))
         if self.ntc is not self.x:
             self.ntc.copy_(self.x)
 
@@ -199,7 +197,7 @@ def case(run: Run, N: int, T: int, layer: Layer) -> Case:
     conv = counts.Conv("", N, layer.C_in, layer.C_out, layer.K, T, layer.frames(T), bias=True)
     return Case(
         "kernels",
-        {"op": "sub_block", **layer.key(N, T), "dtype": common.name(run.dtype), "mode": "inference"},
+        {"op": "sub_block", **layer.key(N, T), "dtype": run.dtype_name, "mode": "inference"},
         contenders,
         refill=lambda seed: inputs().refill(seed),
         reference=lambda: inputs().answer(torch.float64),
@@ -207,6 +205,5 @@ def case(run: Run, N: int, T: int, layer: Layer) -> Case:
         tolerance=common.tolerance(run),
         flops=conv.flops,
         nbytes=conv.nbytes(run.dtype.itemsize),
-        dtype=common.name(run.dtype),
         needs=("conv1d.fused",),
     )

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jasper_fast.bench.cases import common
 from jasper_fast.bench.harness import devices
 from jasper_fast.bench.harness.case import Case, Contender, Runner
 from jasper_fast.bench.harness.run import Run
@@ -77,7 +78,7 @@ class Held:
         return self._derived[name][1]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class TunedContender(Contender):
     """A contender with what its row in the table will say; `call`, of inputs that are `held`, launches its kernels."""
 
@@ -159,7 +160,7 @@ def library_builder(run: Run, held: Held) -> Callable[[], Runner]:
             x, bias = i["x"].transpose(1, 2).unsqueeze(2), held.derived("bias", lambda i: i["bias"].to(run.dtype))
             z = F.conv2d(x, weight, bias, (1, s.stride), (0, s.padding), (1, s.dilation)).squeeze(2)
             z = z.float().log_softmax(1) if check.variant == "log-softmax" else z.relu_()
-            return {"z": z.masked_fill_(beyond(i["out_lengths"], z.shape[2]), 0.0).transpose(1, 2)}
+            return {"z": z.masked_fill_(common.mask(i["out_lengths"], z.shape[2]), 0.0).transpose(1, 2)}
         y = aten.forward(i["x"], weight.squeeze(2), *conv)
         return {"y": y} | (dict(zip(("mean", "m2"), bn.stats(y), strict=True)) if function == "forward_stats" else {})
 
@@ -177,11 +178,6 @@ def library_builder(run: Run, held: Held) -> Callable[[], Runner]:
         return Runner(replayed(call, run.device), outputs)
 
     return build
-
-
-def beyond(lengths: Tensor, frames: int) -> Tensor:
-    """(N, 1, T), true at t >= length."""
-    return (torch.arange(frames, device=lengths.device) >= lengths[:, None])[:, None]
 
 
 def replayed(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
