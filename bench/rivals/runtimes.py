@@ -26,6 +26,8 @@ def onnx_runtime(model: nn.Module) -> Model:
     device = next(model.parameters()).device
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # threads that spin after a call would take the cores from the contender whose turn comes next
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
     if provider not in onnxruntime.get_available_providers():
         raise Absent(f"onnxruntime has no {provider}: pip install onnxruntime-gpu")
