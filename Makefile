@@ -45,7 +45,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt | $(PY)
 	@if grep -q "^$$(grep '^torch==' constraints.txt)" $(PINS); then grep -v '^torch==' constraints.txt; \
 	  else grep -vE '^(torch|triton|setuptools|numpy)==' constraints.txt; echo 'numpy<2.4'; fi >> $(PINS)
 	$(PIP) -c $(PINS) 'setuptools>=77' wheel ninja
-	$(PIP) -c $(PINS) --no-build-isolation -e '.[dev,demo]'
+	$(PIP) -c $(PINS) --no-build-isolation -e '.[dev]'
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)

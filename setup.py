@@ -10,6 +10,7 @@ from pathlib import Path
 from setuptools import Command, Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -47,6 +48,14 @@ class Build(build):
     sub_commands = [*build.sub_commands, ("build_native", None)]
 
 
+class BuildPython(build_py):
+    """train.py, which lies at the top of a checkout, becomes jasper_fast.train."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        found = super().find_package_modules(package, package_dir)
+        return [*found, (package, "train", "train.py")] if package == "jasper_fast" else found
+
+
 class Binary(Distribution):
     def has_ext_modules(self) -> bool:
         return True
@@ -65,12 +74,18 @@ setup(
         "jasper_fast.configs",
         "jasper_fast.kernels",
         *(f"jasper_fast.kernels.{p}" for p in find_packages("kernels")),
+        "jasper_fast.bench",
+        *(f"jasper_fast.bench.{p}" for p in find_packages("bench")),
     ],
-    package_dir={"jasper_fast.kernels": "kernels", "jasper_fast.configs": "configs"},
+    package_dir={"jasper_fast.kernels": "kernels", "jasper_fast.configs": "configs", "jasper_fast.bench": "bench"},
     package_data={
+        "jasper_fast.demo": ["*.j2"],
         "jasper_fast.configs": ["*.yaml"],
         "jasper_fast.kernels": ["README.md", "tables/README.md", "tables/*.json"],
+        "jasper_fast.bench": ["compiled/*.json"],
+        "jasper_fast.bench.report": ["page.css"],
     },
+    include_package_data=False,  # MANIFEST.in is for the sdist: it has bench/quick, which no wheel needs
     distclass=Binary,
-    cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": Wheel},
+    cmdclass={"build": Build, "build_native": BuildNative, "build_py": BuildPython, "bdist_wheel": Wheel},
 )

@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+import platform
 import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["Missing", "cpu", "cpu_available", "cuda", "cuda_available", "explain"]
+__all__ = ["Missing", "cpu", "cpu_available", "cpu_name", "cuda", "cuda_available", "explain"]
 
 BUILD = "run `make install`, or `python setup.py build_native` in a checkout"
 
@@ -116,6 +117,16 @@ def cpu_available() -> bool:
 def cuda_available() -> bool:
     """True if the CUDA library loads and torch sees a GPU."""
     return _cuda.why_not() is None
+
+
+def cpu_name() -> str:
+    """The processor as the system calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.lower().startswith(("model name", "cpu model")))
+    return next(named, "") or platform.processor() or platform.machine()
 
 
 def explain() -> dict[str, str | None]:

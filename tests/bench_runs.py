@@ -7,18 +7,21 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from bench import goals, harness
-from bench.harness import Case, Contender, Runner
+from jasper_fast.bench.harness import ratios, result_file
+from jasper_fast.bench.harness.case import Case, Contender, Effort, Runner
+from jasper_fast.bench.harness.run import Run
+from jasper_fast.bench.harness.seeds import seeded
+from jasper_fast.bench.report import goals
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
-FAST = harness.Effort(seconds=0.05, min_rounds=3, max_rounds=4)
+FAST = Effort(seconds=0.05, min_rounds=3, max_rounds=4)
 
 
-def make_run(tmp_path: Path, backend: str = "reference", **kwargs) -> harness.Run:
+def make_run(tmp_path: Path, backend: str = "reference", **kwargs) -> Run:
     header = {"command": "kernels", "machine": {"name": "m", "commit": "c", "dirty": False, "device": "cpu"}}
-    results = harness.Results(tmp_path / "run.json", header)
-    return harness.Run(CPU, torch.float32, backend, True, results, FAST, **kwargs)
+    results = result_file.Results(tmp_path / "run.json", header)
+    return Run(CPU, torch.float32, backend, True, results, FAST, **kwargs)
 
 
 def softplus_case(contenders: dict) -> Case:
@@ -32,7 +35,7 @@ def softplus_case(contenders: dict) -> Case:
         "test",
         {"op": "softplus"},
         [Contender("jasper_fast", build(F.softplus)), *(Contender(n, build(f)) for n, f in contenders.items())],
-        refill=lambda seed: x.copy_(torch.randn(8, 16, generator=harness.seeded(seed, CPU))),
+        refill=lambda seed: x.copy_(torch.randn(8, 16, generator=seeded(seed, CPU))),
         reference=lambda: {"y": F.softplus(x.double())},
         low=lambda: {"y": F.softplus(x)},
         flops=1.0,
@@ -67,7 +70,7 @@ def goal_rows() -> list[dict]:
                     {"ours_over_kept": value} if name == "eager" else {}
                 )
             else:
-                row["time_s"] = harness.summary([0.001, 0.002], 1)
+                row["time_s"] = ratios.summary([0.001, 0.002], 1)
                 if name == "eager":
                     row["ratio"] = {"median": value, "low": value - 0.1, "high": value + 0.1}
             rows.append(row)

@@ -1,4 +1,4 @@
-"""Shared fixtures: the faces of an op, seeds, poisoned uninitialised memory, the data beside the checkout."""
+"""Shared fixtures: the faces of an op, seeds, poisoned uninitialised memory."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ else:
     # fp32 is exact in these tests: which convs cuDNN rounds to TF32 is its own choice, conv by conv
     torch.backends.cudnn.allow_tf32 = False
 
+GOLDEN = Path(__file__).with_name("golden")  # outputs of the reference system; see the README there
 FACES = ("reference", "cpu", "triton", "cuda")
 
 
@@ -104,12 +105,3 @@ def poisoned_memory():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of golden vectors and data that lies beside some checkouts."""
-    path = Path(__file__).resolve().parents[2] / "shared"
-    if not path.is_dir():
-        pytest.skip(f"no golden vectors or data at {path}")
-    return path

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import triton
 import triton.language as tl
 
-from bench.compile import FACTS
+from jasper_fast.bench.compile.gate import FACTS
 from jasper_fast.kernels import aot
 
 

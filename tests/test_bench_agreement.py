@@ -3,8 +3,8 @@
 import copy
 import json
 
-from bench import readme_table, report
-from bench.agreement import agreement
+from jasper_fast.bench.report import readme_table, report
+from jasper_fast.bench.report.agreement import agreement
 
 
 def row(name: str, low: float, high: float) -> dict:

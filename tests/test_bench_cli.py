@@ -9,8 +9,13 @@ import torch
 import torch.nn.functional as F
 from bench_runs import softplus_case
 
-from bench import __main__ as cli
-from bench import gpu, harness, kernels, limits, machine, options, profiles, report
+from jasper_fast.bench import cli
+from jasper_fast.bench.commands import kernels, profile
+from jasper_fast.bench.gpu import agenda
+from jasper_fast.bench.harness import limits, machine, options
+from jasper_fast.bench.harness.errors import DeviceLost
+from jasper_fast.bench.harness.run import Run
+from jasper_fast.bench.report import report
 
 MEASURING = [*cli.SUBCOMMANDS]
 RUNS = [*MEASURING, "tune"]
@@ -142,7 +147,7 @@ def test_what_is_right_is_read():
 def measured(outcome: dict[str, tuple[str, str]]):
     """A subcommand that times one case of which `outcome` has failed."""
 
-    def run(run: harness.Run, op: str, mode: str | None = None) -> None:
+    def run(run: Run, op: str, mode: str | None = None) -> None:
         case = softplus_case({"eager": F.softplus})
         case.failed = dict(outcome)
         run.cases("test", [case])
@@ -167,11 +172,11 @@ def test_a_rival_without_a_number_does_not(capsys, at_once, tmp_path, monkeypatc
 
 
 def test_a_part_that_failed_fails_the_command(capsys, at_once, tmp_path, monkeypatch):
-    def failing(run: harness.Run) -> None:
+    def failing(run: Run) -> None:
         raise ValueError("no such kernel")
 
-    plan = [gpu.Part("first", 270, lambda run: measured({})(run, "")), gpu.Part("second", 270, failing)]
-    monkeypatch.setattr(gpu, "plan", lambda run: plan)
+    plan = [agenda.Part("first", 270, lambda run: measured({})(run, "")), agenda.Part("second", 270, failing)]
+    monkeypatch.setattr(agenda, "plan", lambda run: plan)
     assert cli.main(["gpu", *QUICK, "--out", str(tmp_path)]) == 1
     assert (
         capsys.readouterr().err.strip().splitlines()[-1]
@@ -183,21 +188,21 @@ def test_a_part_that_failed_fails_the_command(capsys, at_once, tmp_path, monkeyp
 
 @pytest.mark.parametrize(("broken", "status"), [("jasper_fast", 1), ("eager", 0)])
 def test_a_profile_of_ours_that_failed_fails_the_command(broken, status, capsys, at_once, tmp_path, monkeypatch):
-    def failing(run: harness.Run, model: str, mode: str, N: int, T: int) -> None:
+    def failing(run: Run, model: str, mode: str, N: int, T: int) -> None:
         about = {"model": model, "mode": mode, "records": []}
         run.results.data["profiles"] = [
             about | {"contender": name, "status": "failed" if name == broken else "ok", "why": "no memory"}
             for name in ("jasper_fast", "eager")
         ]
 
-    monkeypatch.setattr(profiles, "main", failing)
+    monkeypatch.setattr(profile, "main", failing)
     assert cli.main(["profile", *QUICK, "--out", str(tmp_path)]) == status
     assert ("jasper_fast has no number (1 failed) in profile of small train" in capsys.readouterr().err) == bool(status)
 
 
 def test_a_lost_device_fails_the_command(capsys, at_once, tmp_path, monkeypatch):
-    def losing(run: harness.Run, op: str, mode: str | None) -> None:
-        raise harness.DeviceLost("illegal memory access")
+    def losing(run: Run, op: str, mode: str | None) -> None:
+        raise DeviceLost("illegal memory access")
 
     monkeypatch.setattr(kernels, "main", losing)
     assert cli.shell(["kernels", *QUICK, "--out", str(tmp_path)]) == 1
@@ -205,7 +210,7 @@ def test_a_lost_device_fails_the_command(capsys, at_once, tmp_path, monkeypatch)
 
 
 def test_an_interrupted_run_says_what_it_keeps_and_goes_on(capsys, at_once, tmp_path, monkeypatch):
-    def interrupted(run: harness.Run, op: str, mode: str | None) -> None:
+    def interrupted(run: Run, op: str, mode: str | None) -> None:
         measured({})(run, op, mode)
         raise KeyboardInterrupt
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from bench_runs import CPU, FAST, make_run, softplus_case
 
-from bench import clocks, harness, limits, machine, nvml, ratios
+from jasper_fast.bench.harness import checking, clocks, limits, machine, nvml, ratios, timing
 
 CUDA = torch.device("cuda", 0)
 
@@ -129,8 +129,8 @@ def test_clocks_are_read_seldom_but_never_not_at_all(monkeypatch):
     seen: list[int] = []
     monkeypatch.setattr(machine, "clocks", lambda _: {"sm_mhz": seen.append(1) or len(seen)})
     case = softplus_case({"eager": F.softplus})
-    harness.prepare(case)
-    harness.measure(case, CPU, FAST)
+    checking.prepare(case)
+    timing.measure(case, CPU, FAST)
     assert [r["sm_mhz"] for r in case.readings] == [1, 2]  # after the first of its few rounds, and at the end
 
 

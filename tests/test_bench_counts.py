@@ -7,7 +7,7 @@ import torch
 from bench_runs import CPU
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import counts, models
+from jasper_fast.bench.cases import counts, models
 from jasper_fast.nn.eager import EagerJasper
 
 

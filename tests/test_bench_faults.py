@@ -10,8 +10,12 @@ import torch.nn.functional as F
 from bench_runs import CPU, make_run, softplus_case
 from conftest import interpreted, make_face
 
-from bench import correct, harness, kernels, rivals, sub_block_inference, sub_blocks
-from bench.harness import Contender
+from jasper_fast.bench.cases import bn_relu_dropout, by_layer, common, sub_block_inference, sub_blocks
+from jasper_fast.bench.cases.layers import Layer, layers
+from jasper_fast.bench.harness import correct
+from jasper_fast.bench.harness.case import Contender
+from jasper_fast.bench.harness.errors import Absent
+from jasper_fast.bench.rivals import compiler
 
 
 def skipped_row(x):
@@ -69,7 +73,7 @@ def test_wrong_kernel_gets_no_number(fault, tmp_path):
 
 def test_absent_and_failing_rivals_are_rows_that_say_so(tmp_path):
     def absent():
-        raise harness.Absent("get it so")
+        raise Absent("get it so")
 
     def broken(x):
         raise RuntimeError("no kernel for this shape")
@@ -92,16 +96,16 @@ FAULTY_CHAINS = {
 @pytest.mark.parametrize("fault", FAULTY_CHAINS)
 def test_faulty_bn_relu_dropout_is_refused(fault, tmp_path):
     def chain(y, gamma, beta, running, residual, lengths, p):
-        return FAULTY_CHAINS[fault](kernels.eager_chain(y, gamma, beta, running, residual, lengths, p), y)
+        return FAULTY_CHAINS[fault](common.eager_chain(y, gamma, beta, running, residual, lengths, p), y)
 
     run = make_run(tmp_path)
-    case = kernels.bn_relu_dropout(run, (2, 8, 40), "both", False, False)
-    inputs = kernels.Inputs(2, 8, 40, torch.float32, CPU, False)
-    case.refill, case.reference = inputs.refill, lambda: kernels.answer(inputs, torch.float64)
-    case.low = lambda: kernels.answer(inputs, torch.float32)
+    case = bn_relu_dropout.case(run, (2, 8, 40), "both", False, False)
+    inputs = bn_relu_dropout.Inputs(2, 8, 40, torch.float32, CPU, False)
+    case.refill, case.reference = inputs.refill, lambda: bn_relu_dropout.answer(inputs, torch.float64)
+    case.low = lambda: bn_relu_dropout.answer(inputs, torch.float32)
     case.contenders = [
-        Contender("jasper_fast", lambda: kernels.runner(chain, inputs, "nct", "both", 0.2)),
-        Contender("eager", lambda: kernels.runner(kernels.eager_chain, inputs, "nct", "both", 0.2)),
+        Contender("jasper_fast", lambda: bn_relu_dropout.runner(chain, inputs, "nct", "both", 0.2)),
+        Contender("eager", lambda: bn_relu_dropout.runner(common.eager_chain, inputs, "nct", "both", 0.2)),
     ]
     rows = {r["contender"]: r for r in run.cases("test", [case])}
     assert rows["jasper_fast"]["status"] == "wrong"
@@ -110,26 +114,26 @@ def test_faulty_bn_relu_dropout_is_refused(fault, tmp_path):
 
 @pytest.mark.parametrize("fault", ["rate", "scale", "gradient"])
 def test_faulty_dropout_is_refused(fault):
-    inputs = kernels.Inputs(4, 64, 200, torch.float32, CPU, False)
+    inputs = bn_relu_dropout.Inputs(4, 64, 200, torch.float32, CPU, False)
 
     def chain(y, gamma, beta, running, residual, lengths, p):
         if p == 0 or fault == "gradient":
-            z = kernels.eager_chain(y, gamma, beta, running, residual, lengths, 0.0)
+            z = common.eager_chain(y, gamma, beta, running, residual, lengths, 0.0)
         if p == 0:
             return z
         if fault == "rate":
-            return kernels.eager_chain(y, gamma, beta, running, residual, lengths, 0.15) * (0.85 / 0.8)
+            return common.eager_chain(y, gamma, beta, running, residual, lengths, 0.15) * (0.85 / 0.8)
         if fault == "scale":
-            return kernels.eager_chain(y, gamma, beta, running, residual, lengths, p) * (1 - p)
+            return common.eager_chain(y, gamma, beta, running, residual, lengths, p) * (1 - p)
         dropped = F.dropout(z.detach(), p, True)
         return dropped + (z - z.detach())  # values right, the gradient ignores the mask
 
-    runner = kernels.runner(chain, inputs, "nct", "both", 0.2)
+    runner = bn_relu_dropout.runner(chain, inputs, "nct", "both", 0.2)
     assert not correct.complaints(
         runner.outputs(),
-        kernels.answer(inputs, torch.float32),
-        kernels.answer(inputs, torch.float64),
-        kernels.TOLERANCE,
+        bn_relu_dropout.answer(inputs, torch.float32),
+        bn_relu_dropout.answer(inputs, torch.float64),
+        bn_relu_dropout.TOLERANCE,
     )
     found = runner.extra()
     assert found and all(line.startswith("dropout on: ") for line in found)
@@ -140,17 +144,15 @@ def test_faulty_dropout_is_refused(fault):
 def test_all_contenders_of_bn_relu_dropout_are_right(residual, dtype, tmp_path):
     run = make_run(tmp_path)
     run.dtype = dtype
-    rows = run.cases(
-        "test", [kernels.bn_relu_dropout(run, (3, 16, 57), mode, residual, False) for mode in kernels.MODES]
-    )
+    rows = run.cases("test", [bn_relu_dropout.case(run, (3, 16, 57), mode, residual, False) for mode in common.MODES])
     assert len(rows) == 9 and all(r["status"] == "ok" for r in rows), [r.get("why") for r in rows]
 
 
 LAYERS = [
-    sub_blocks.Layer(16, 24, 11),
-    sub_blocks.Layer(8, 8, 5, dilation=2),
-    sub_blocks.Layer(16, 29, 1, head=True),
-    sub_blocks.Layer(16, 24, 11, stride=2),
+    Layer(16, 24, 11),
+    Layer(8, 8, 5, dilation=2),
+    Layer(16, 29, 1, head=True),
+    Layer(16, 24, 11, stride=2),
 ]
 
 
@@ -159,8 +161,8 @@ LAYERS = [
 def test_all_contenders_of_convs_are_right(op, backend, tmp_path):
     make_face(backend)
     run = make_run(tmp_path, backend=backend)
-    modes = (*sub_blocks.MODES, "inference") if op == "sub_block" else sub_blocks.MODES
-    rows = [row for layer in LAYERS for row in run.cases("test", sub_blocks.layer_cases(run, op, 2, 40, layer, modes))]
+    modes = (*common.MODES, "inference") if op == "sub_block" else common.MODES
+    rows = [row for layer in LAYERS for row in run.cases("test", by_layer.layer_cases(run, op, 2, 40, layer, modes))]
     assert len(rows) == len(LAYERS) * len(modes) * 3
     assert all(r["status"] == "ok" for r in rows), [(r["id"], r.get("why")) for r in rows if r["status"] != "ok"]
     assert len({r["id"] for r in rows}) == len(rows)
@@ -173,7 +175,7 @@ def test_sub_blocks_under_amp_are_right(mode, backend, dtype, tmp_path):
     interpreted() if backend == "triton" else make_face(backend)
     run = make_run(tmp_path, backend=backend)
     run.dtype = dtype
-    rows = [r for a in LAYERS for r in run.cases("test", sub_blocks.layer_cases(run, "sub_block", 2, 40, a, (mode,)))]
+    rows = [r for a in LAYERS for r in run.cases("test", by_layer.layer_cases(run, "sub_block", 2, 40, a, (mode,)))]
     assert len(rows) == 12 and all(r["status"] == "ok" for r in rows), [(r["id"], r.get("why")) for r in rows]
 
 
@@ -183,16 +185,16 @@ def test_a_wrong_sub_block_is_refused_in_every_mode(tmp_path, monkeypatch):
     monkeypatch.setattr(sub_blocks, "fused_sub_block", lambda b: lambda *a: right(b)(*a) * 1.01)
     monkeypatch.setattr(sub_block_inference, "fused", lambda i, b: lambda *a: folded(i, b)(*a) * 1.01)
     run = make_run(tmp_path)
-    modes = (*sub_blocks.MODES, "inference")
-    rows = run.cases("test", sub_blocks.layer_cases(run, "sub_block", 2, 40, LAYERS[0], modes))
+    modes = (*common.MODES, "inference")
+    rows = run.cases("test", by_layer.layer_cases(run, "sub_block", 2, 40, LAYERS[0], modes))
     assert {r["key"]["mode"]: r["status"] for r in rows if r["ours"]} == dict.fromkeys(modes, "wrong")
     assert all(r["status"] == "ok" and "ratio" not in r for r in rows if not r["ours"])
 
 
 def test_rivals_of_sub_blocks_that_this_machine_lacks_are_rows_that_say_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(rivals, "needs_compiler", lambda: (_ for _ in ()).throw(harness.Absent("no compiler")))
+    monkeypatch.setattr(compiler, "needs_compiler", lambda: (_ for _ in ()).throw(Absent("no compiler")))
     run = make_run(tmp_path, rivals="all")
-    rows = run.cases("test", sub_blocks.layer_cases(run, "sub_block", 2, 40, LAYERS[0], ("forward", "inference")))
+    rows = run.cases("test", by_layer.layer_cases(run, "sub_block", 2, 40, LAYERS[0], ("forward", "inference")))
     by_name = {(r["key"]["mode"], r["contender"]): r for r in rows}
     for mode in ("forward", "inference"):
         assert by_name[mode, "compile_max_autotune"]["why"] == "no compiler"
@@ -201,13 +203,13 @@ def test_rivals_of_sub_blocks_that_this_machine_lacks_are_rows_that_say_so(tmp_p
 
 
 def test_conv_shapes_are_jasper_10x5s():
-    shapes = sub_blocks.layers()
+    shapes = layers()
     assert len(shapes) == 13 and shapes[:2] == [
-        sub_blocks.Layer(768, 896, 29, dilation=2),
-        sub_blocks.Layer(768, 768, 25),
+        Layer(768, 896, 29, dilation=2),
+        Layer(768, 768, 25),
     ]
-    assert sub_blocks.Layer(64, 256, 11, stride=2) in shapes
-    assert shapes[-1] == sub_blocks.Layer(1024, 29, 1, head=True)
+    assert Layer(64, 256, 11, stride=2) in shapes
+    assert shapes[-1] == Layer(1024, 29, 1, head=True)
     lengths = torch.tensor([1, 2, 7, 33])
     for layer in shapes:
         assert layer.out_lengths(lengths).tolist() == [layer.frames(t) for t in lengths.tolist()]

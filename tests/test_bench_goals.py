@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from bench_runs import goal_rows, make_run
 
-from bench import goals, harness, kernels, sub_blocks
+from jasper_fast.bench.cases import bn_relu_dropout, by_layer, common
+from jasper_fast.bench.cases.layers import layers
+from jasper_fast.bench.harness import ratios
+from jasper_fast.bench.report import goals
 
 
 def test_goals_are_judged_from_the_rows():
@@ -18,7 +21,7 @@ def gpu_row(goal: goals.Goal, contender: str, **more) -> dict:
     case = goal.bench + " " + " ".join(f"{k}={v}" for k, v in goal.key.items())
     key = {"shape": "any"} | goal.key
     row = {"id": f"{case} / {contender}", "bench": goal.bench, "key": key, "contender": contender}
-    return row | {"ours": contender == "jasper_fast", "status": "ok", "time_s": harness.summary([0.001], 1)} | more
+    return row | {"ours": contender == "jasper_fast", "status": "ok", "time_s": ratios.summary([0.001], 1)} | more
 
 
 def test_gpu_goals_hold_shares_of_the_limit_and_the_best_rival():
@@ -48,12 +51,12 @@ def test_gpu_goals_are_about_cases_that_the_plan_measures(tmp_path):
     """A goal whose key no case has would never be judged."""
     run = make_run(tmp_path)
     run.device, run.dtype = torch.device("cuda"), torch.float16
-    cases = [kernels.bn_relu_dropout(run, s, "both", False, False) for s in kernels.GPU_SHAPES[:2]]
-    for layer in sub_blocks.layers():
-        N, T = sub_blocks.batch(run, layer)
+    cases = [bn_relu_dropout.case(run, s, "both", False, False) for s in bn_relu_dropout.GPU_SHAPES[:2]]
+    for layer in layers():
+        N, T = common.batch(run, layer)
         modes = ("forward", "backward", "inference")
-        cases += sub_blocks.layer_cases(run, "sub_block", N, T, layer, modes)
-        cases += sub_blocks.layer_cases(run, "conv1d", N, T, layer, ("forward",))
+        cases += by_layer.layer_cases(run, "sub_block", N, T, layer, modes)
+        cases += by_layer.layer_cases(run, "conv1d", N, T, layer, ("forward",))
     for goal in goals.gpu_goals():
         about = [c for c in cases if goal.matches({"bench": c.bench, "key": c.key})]
         wanted = 13 if isinstance(goal, goals.NeverSlower) else 0 if goal.bench == "memory" else 1

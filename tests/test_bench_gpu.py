@@ -20,26 +20,28 @@ import torch
 import torch.nn.functional as F
 from bench_runs import CPU, FAST, make_run, measured, softplus_case
 
-from bench import (
-    clocks,
-    gpu,
-    harness,
-    kernels,
+from jasper_fast.bench.cases import (
+    bn_relu_dropout,
+    by_layer,
+    common,
     latency,
     memory,
     models,
     panes,
-    report,
-    result_file,
-    rivals,
     sub_block_inference,
     sub_blocks,
-    tables,
     train,
-    warm,
 )
-from bench.harness import Case, Runner
-from jasper_fast.dispatch import verdict as verdict_module
+from jasper_fast.bench.cases.layers import Layer, layers
+from jasper_fast.bench.commands import memory as memory_command
+from jasper_fast.bench.gpu import agenda, ahead, gpu, self_check, warm
+from jasper_fast.bench.harness import checking, clocks, devices, interruption, result_file, timing
+from jasper_fast.bench.harness.case import Case, Runner
+from jasper_fast.bench.harness.errors import DeviceLost, OutOfTime
+from jasper_fast.bench.harness.run import Run
+from jasper_fast.bench.report import report, tables
+from jasper_fast.bench.rivals.eager_layouts import ChannelsLast2d
+from jasper_fast.dispatch.verdict import OPS
 from jasper_fast.selfcheck import checks
 
 ROOT = Path(__file__).parents[1]
@@ -113,7 +115,7 @@ def small_op(device: Gpu, launches: int, host: float, kernel: float):
 
 
 def test_events_time_the_device_and_not_python(device):
-    ticker = harness.CudaClock(CUDA)
+    ticker = clocks.CudaClock(CUDA)
     run = small_op(device, 3, host=100e-6, kernel=10e-6)
     assert [ticker.sample(run, 1) for _ in range(3)] == pytest.approx([30e-6] * 3)
     assert ticker.host(run) == pytest.approx(300e-6)
@@ -121,7 +123,7 @@ def test_events_time_the_device_and_not_python(device):
 
 
 def test_a_long_host_time_is_part_of_the_answer(device):
-    ticker = harness.CudaClock(CUDA)
+    ticker = clocks.CudaClock(CUDA)
     run = small_op(device, 100, host=1e-3, kernel=10e-6)
     assert 80e-3 < ticker.sample(run, 1) <= 100e-3 and device.slept == [ticker.LONGEST]
     heavy = small_op(device, 100, host=1e-4, kernel=10e-3)  # the device is behind anyway
@@ -129,11 +131,11 @@ def test_a_long_host_time_is_part_of_the_answer(device):
 
 
 def test_waiting_time_is_of_one_run_at_a_time(device):
-    ticker = harness.WallClock(CUDA)
+    ticker = clocks.WallClock(CUDA)
     run = small_op(device, 1, host=1e-3, kernel=5e-3)
     assert ticker.sample(run, 4) == pytest.approx(6e-3), "not the pipeline's 5.25 ms"
-    assert ticker.min_sample == 0.0 and harness.WallClock(CPU).min_sample > 0
-    assert ticker.host(run) == pytest.approx(1e-3) and harness.WallClock(CPU).host(run) is None
+    assert ticker.min_sample == 0.0 and clocks.WallClock(CPU).min_sample > 0
+    assert ticker.host(run) == pytest.approx(1e-3) and clocks.WallClock(CPU).host(run) is None
 
 
 def test_rows_carry_the_host_s_time_and_still_make_a_report(device, tmp_path):
@@ -142,8 +144,8 @@ def test_rows_carry_the_host_s_time_and_still_make_a_report(device, tmp_path):
     for contender in case.contenders:
         runner = dataclasses.replace(contender.build(), run=small_op(device, 1, *runs[contender.name]))
         contender.build = lambda runner=runner: runner
-    harness.prepare(case)
-    rows = harness.measure(case, CUDA, FAST)
+    checking.prepare(case)
+    rows = timing.measure(case, CUDA, FAST)
     assert [r["host_s"] for r in rows] == pytest.approx([1e-3, 2e-3])
     assert [r["time_s"]["median"] for r in rows] == pytest.approx([10e-6, 40e-6]) and rows[0]["clock"] == "events"
     assert rows[1]["ratio"]["median"] == pytest.approx(4.0)
@@ -180,10 +182,10 @@ def test_a_case_is_on_disk_before_the_next_is_prepared(tmp_path):
     first.key = {"op": "first"}
 
     def spent() -> Runner:
-        raise harness.OutOfTime
+        raise OutOfTime
 
     second.contenders[0].build = spent
-    with pytest.raises(harness.OutOfTime):
+    with pytest.raises(OutOfTime):
         run.cases("test", [first, second])
     assert {r["key"]["op"] for r in json.loads(run.results.path.read_text())["rows"]} == {"first"}
     assert not first.runners
@@ -212,15 +214,15 @@ class Context:
 def context(monkeypatch) -> Context:
     made = Context()
     monkeypatch.setattr(torch.cuda, "synchronize", made.synchronize)
-    monkeypatch.setattr(harness, "clock", lambda device, wall: harness.WallClock(CPU))
-    monkeypatch.setattr(harness, "tidy", lambda device: None)
+    monkeypatch.setattr(timing, "clock", lambda device, wall: clocks.WallClock(CPU))
+    monkeypatch.setattr(devices, "tidy", lambda device: None)
     return made
 
 
-def again(run: harness.Run) -> harness.Run:
+def again(run: Run) -> Run:
     """The same run in the next process."""
     header = {k: run.results.data[k] for k in ("command", "machine")}
-    results = harness.Results(run.results.path, header, resume=True)
+    results = result_file.Results(run.results.path, header, resume=True)
     return dataclasses.replace(run, results=results, started=time.monotonic())
 
 
@@ -228,7 +230,7 @@ def test_who_loses_the_device_has_a_row_and_no_second_chance(tmp_path, context):
     run = make_run(tmp_path)
     run.device = CUDA
     case = lambda: softplus_case({"breaking": context.break_it, "eager": F.softplus})  # noqa: E731
-    with pytest.raises(harness.DeviceLost, match="breaking"):
+    with pytest.raises(DeviceLost, match="breaking"):
         run.cases("test", [case()])
     (row,) = json.loads(run.results.path.read_text())["rows"]
     assert row["contender"] == "breaking" and "illegal memory access" in row["why"]
@@ -245,21 +247,21 @@ def test_a_lost_device_costs_its_part_and_not_the_run(tmp_path, context, monkeyp
     class Replaced(BaseException):
         """The end of a process that another replaces."""
 
-    def replaced(run: harness.Run, end: float) -> None:
+    def replaced(run: Run, end: float) -> None:
         raise Replaced
 
-    def breaking(run: harness.Run) -> None:
+    def breaking(run: Run) -> None:
         begun.append("breaking")
         context.break_it(torch.zeros(1))
         raise ValueError("nothing works")
 
-    def other(run: harness.Run) -> None:
+    def other(run: Run) -> None:
         begun.append("other")
 
     begun: list[str] = []
     whole = gpu.BUDGET
     monkeypatch.setattr(
-        gpu, "plan", lambda run: [gpu.Part("breaking", whole, breaking), gpu.Part("other", whole, other)]
+        agenda, "plan", lambda run: [agenda.Part("breaking", whole, breaking), agenda.Part("other", whole, other)]
     )
     monkeypatch.setattr(gpu, "go_on_elsewhere", replaced)
     run = make_run(tmp_path)
@@ -283,28 +285,28 @@ def test_a_lost_device_costs_its_part_and_not_the_run(tmp_path, context, monkeyp
 def test_a_fault_that_nobody_noticed_ends_its_own_part(tmp_path, context, monkeypatch):
     run = make_run(tmp_path)
     run.device = CUDA
-    part = gpu.Part("quiet", 10.0, lambda run: context.break_it(torch.zeros(1)))
+    part = agenda.Part("quiet", 10.0, lambda run: context.break_it(torch.zeros(1)))
     how, gone = gpu._measure(run, part, 10.0)
     assert gone and how.startswith("failed: ") and "illegal memory access" in how
 
 
 @pytest.mark.parametrize("stop", [SystemExit("no rival"), ValueError("no rival")])
 def test_no_exception_of_a_part_ends_the_run(stop, tmp_path):
-    def stopping(run: harness.Run) -> None:
+    def stopping(run: Run) -> None:
         raise stop
 
-    how, gone = gpu._measure(make_run(tmp_path), gpu.Part("stopping", 10.0, stopping), 10.0)
+    how, gone = gpu._measure(make_run(tmp_path), agenda.Part("stopping", 10.0, stopping), 10.0)
     assert how == f"failed: {type(stop).__name__}: no rival" and not gone
 
 
 def test_a_failed_part_is_unfinished_until_it_has_failed_twice(tmp_path, monkeypatch):
     tries: list[int] = []
 
-    def failing(run: harness.Run) -> None:
+    def failing(run: Run) -> None:
         tries.append(1)
         raise ValueError("no such kernel")
 
-    monkeypatch.setattr(gpu, "plan", lambda run: [gpu.Part("failing", gpu.BUDGET, failing)])
+    monkeypatch.setattr(agenda, "plan", lambda run: [agenda.Part("failing", gpu.BUDGET, failing)])
     run = make_run(tmp_path)
     for count, left in ((1, ["failing"]), (2, []), (2, [])):
         gpu.main(run)
@@ -321,18 +323,18 @@ def test_the_new_process_is_the_same_command_with_what_is_left_of_the_time(tmp_p
     gpu.go_on_elsewhere(run, time.monotonic() + 100.0)
     gpu.go_on_elsewhere(dataclasses.replace(run, arguments=("gpu", "--resume")), 0.0)
     (path, argv, env), (_, second, _) = called
-    assert path == sys.executable and argv[1:] == ["-m", "bench", "gpu", "--out", "here", "--resume"]
-    assert second[1:] == ["-m", "bench", "gpu", "--resume"]
+    assert path == sys.executable and argv[1:] == ["-m", "jasper_fast.bench", "gpu", "--out", "here", "--resume"]
+    assert second[1:] == ["-m", "jasper_fast.bench", "gpu", "--resume"]
     assert float(env[gpu.UNTIL]) - time.time() == pytest.approx(100.0, abs=5.0)
 
     monkeypatch.setenv(gpu.UNTIL, str(time.time() + gpu.GOOD / 2))
-    monkeypatch.setattr(gpu, "plan", lambda run: [gpu.Part("late", gpu.BUDGET, measured("late"))])
+    monkeypatch.setattr(agenda, "plan", lambda run: [agenda.Part("late", gpu.BUDGET, measured("late"))])
     gpu.main(run)
     assert run.results.data["parts"] == {"late": "no time left"} and gpu.UNTIL not in os.environ
 
 
 def test_a_process_replaces_itself(tmp_path):
-    script = "from types import SimpleNamespace as N; from bench import gpu; import time, os\n"
+    script = "from types import SimpleNamespace as N; from jasper_fast.bench.gpu import gpu; import time, os\n"
     script += "kept = os.open('/dev/null', os.O_RDONLY); os.set_inheritable(kept, True)\n"
     script += "gpu.go_on_elsewhere(N(arguments=('gpu', '--help')), time.monotonic() + 9)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -343,7 +345,7 @@ def test_a_kernel_that_never_ends_is_left_behind(tmp_path, monkeypatch):
     """A call into C++ hears no signal; here it is a part that blocks the alarm."""
     left = threading.Event()
 
-    def deaf(run: harness.Run) -> None:
+    def deaf(run: Run) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
         try:
             assert left.wait(30.0)
@@ -352,9 +354,9 @@ def test_a_kernel_that_never_ends_is_left_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu, "PATIENCE", 0.1)
     monkeypatch.setattr(gpu, "go_on_elsewhere", lambda run, end: left.set())
-    monkeypatch.setattr(gpu, "plan", lambda run: [gpu.Part("deaf", 0.001 * gpu.BUDGET, deaf)])
+    monkeypatch.setattr(agenda, "plan", lambda run: [agenda.Part("deaf", 0.001 * gpu.BUDGET, deaf)])
     run = make_run(tmp_path)
-    with contextlib.suppress(harness.OutOfTime):
+    with contextlib.suppress(OutOfTime):
         gpu.main(run)
     assert left.is_set() and run.results.data["faults"]["deaf"] >= 1
 
@@ -370,13 +372,13 @@ class Deaf:
 def test_an_interruption_that_got_lost_comes_again_and_none_comes_later(monkeypatch):
     lost: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda dropped: lost.append(dropped.exc_type))
-    monkeypatch.setattr(gpu, "AGAIN", 0.2)
-    with pytest.raises(harness.OutOfTime), gpu.interrupted_after(0.1):
+    monkeypatch.setattr(interruption, "AGAIN", 0.2)
+    with pytest.raises(OutOfTime), interruption.interrupted_after(0.1):
         Deaf()
         for _ in range(1000):
             time.sleep(0.02)
-    assert lost == [harness.OutOfTime]
-    gpu.interrupted_after.no_more()
+    assert lost == [OutOfTime]
+    interruption.interrupted_after.no_more()
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0.0
 
 
@@ -388,11 +390,11 @@ def test_a_part_that_is_cut_off_leaves_no_compiler_at_work(how, tmp_path, monkey
     compilers = SimpleNamespace(_pool_set=[pool], shutdown_compile_workers=lambda: done.append("shut"))
     monkeypatch.setitem(sys.modules, "torch._inductor.async_compile", compilers)
 
-    def part(run: harness.Run) -> None:
+    def part(run: Run) -> None:
         if how == "cut off":
-            raise harness.OutOfTime
+            raise OutOfTime
 
-    assert gpu._measure(make_run(tmp_path), gpu.Part("compiling", 10.0, part), 10.0) == (how, False)
+    assert gpu._measure(make_run(tmp_path), agenda.Part("compiling", 10.0, part), 10.0) == (how, False)
     assert done == (["killed", "shut"] if how == "cut off" else [])
 
 
@@ -401,7 +403,9 @@ def test_the_compilers_that_a_cut_off_part_leaves_can_be_ended():
     script = (
         "import torch, torch._inductor.async_compile as a, torch._inductor.config as c, time; c.compile_threads = 2\n"
     )
-    script += "from bench import gpu; pool = a.AsyncCompile.process_pool(); pool.submit(time.sleep, 600)\n"
+    script += (
+        "from jasper_fast.bench.gpu import gpu; pool = a.AsyncCompile.process_pool(); pool.submit(time.sleep, 600)\n"
+    )
     script += "gpu.end_compilers(); pool.process.wait(60); assert not a._pool_set; print('ended')"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "ended" in done.stdout, done.stderr
@@ -410,7 +414,7 @@ def test_the_compilers_that_a_cut_off_part_leaves_can_be_ended():
 # ------------------------------------------------------------------ what the self-check refused
 
 
-def refused(run: harness.Run, op: str) -> harness.Run:
+def refused(run: Run, op: str) -> Run:
     verdict = {"op": op, "face": run.backend, "dtype": "float32", "status": "bad", "quick": True}
     verdict |= {"failure": "stats wrong: error 2.0"}
     others = [verdict | {"failure": "another's"} | other for other in ({"face": "cuda"}, {"dtype": "float16"})]
@@ -419,9 +423,9 @@ def refused(run: harness.Run, op: str) -> harness.Run:
 
 
 def test_what_the_self_check_found_bad_is_not_timed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "fused", lambda backend: lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(bn_relu_dropout, "fused", lambda backend: lambda *_: pytest.fail("it ran"))
     run = refused(make_run(tmp_path), "bn_relu_dropout")
-    rows = run.cases("test", [kernels.bn_relu_dropout(run, (2, 8, 40), "both", False, False)])
+    rows = run.cases("test", [bn_relu_dropout.case(run, (2, 8, 40), "both", False, False)])
     assert [r["status"] for r in rows] == ["refused", "ok", "ok"]
     assert rows[0]["why"] == "self-check: stats wrong: error 2.0" and not any("ratio" in r for r in rows)
     tables.show(rows, [])
@@ -432,11 +436,11 @@ def test_what_the_self_check_found_bad_is_not_timed(tmp_path, monkeypatch, capsy
 
 def test_each_case_knows_the_ops_that_ours_is_made_of(tmp_path):
     run = make_run(tmp_path)
-    layer, first = sub_blocks.Layer(8, 8, 3), sub_blocks.Layer(8, 8, 3, stride=2)
+    layer, first = Layer(8, 8, 3), Layer(8, 8, 3, stride=2)
     shared = latency.Models(run, "small")
     training, steps = {"bn_relu_dropout", "conv1d"}, set(train.TRAINS)
     for case, ops in (
-        (kernels.bn_relu_dropout(run, (2, 8, 40), "both", False, False), {"bn_relu_dropout"}),
+        (bn_relu_dropout.case(run, (2, 8, 40), "both", False, False), {"bn_relu_dropout"}),
         (sub_blocks.case(run, "conv1d", 2, 40, layer, "both"), {"conv1d"}),
         (sub_blocks.case(run, "sub_block", 2, 40, layer, "both"), training),
         (sub_blocks.case(run, "sub_block", 2, 40, first, "both"), {"conv1d"}),
@@ -447,12 +451,12 @@ def test_each_case_knows_the_ops_that_ours_is_made_of(tmp_path):
         (latency.case(shared, "small", 1, 2.0), {"conv1d.fused"}),
         (latency.sound_case(shared, "small", 1, 2.0), {"conv1d.fused"}),
     ):
-        assert set(case.needs) == ops <= set(verdict_module.OPS), case.id
+        assert set(case.needs) == ops <= set(OPS), case.id
 
 
 def test_memory_s_refused_and_unanswerable_cases_are_rows(tmp_path, monkeypatch):
     run = refused(make_run(tmp_path), "conv1d")
-    rows = {r["contender"]: r for r in memory.main(run, (("small", 1, 32),))}
+    rows = {r["contender"]: r for r in memory_command.main(run, (("small", 1, 32),))}
     assert rows["jasper_fast"]["status"] == "refused" and rows["eager"]["status"] == "ok"
     assert "ours_over_kept" not in rows["eager"]["memory"]
 
@@ -472,13 +476,13 @@ def test_every_part_of_the_plan_for_a_gpu_can_make_its_cases(tmp_path, monkeypat
     def counted(run: warm.Collector, model: str, N: int, T: int) -> list[dict]:
         return run.cases("memory", [memory.case(run, model, N, T)[0]])
 
-    monkeypatch.setattr(gpu, "selfcheck", lambda run, **which: None)
+    monkeypatch.setattr(self_check, "selfcheck", lambda run, **which: None)
     monkeypatch.setattr(checks, "plan", lambda device: [])
-    monkeypatch.setattr(warm, "compilers", compilers)
-    monkeypatch.setattr(memory, "measure", counted)
+    monkeypatch.setattr(ahead, "compilers", compilers)
+    monkeypatch.setattr(memory_command, "measure", counted)
     results = make_run(tmp_path).results
     run = warm.Collector(torch.device("cuda"), torch.float16, "triton", False, results, FAST)
-    plan = gpu.plan(run)
+    plan = agenda.plan(run)
     found: dict[str, list[Case]] = {}
     for part in plan:
         part.measure(dataclasses.replace(run, found=found.setdefault(part.title, [])))
@@ -494,16 +498,16 @@ def test_every_part_of_the_plan_for_a_gpu_can_make_its_cases(tmp_path, monkeypat
     }
     assert any(c.name == "cuda_graph" for case in found["launches"] for c in case.contenders)
     for title, count in (("panes", 3), ("panes of all blocks", 10)):
-        assert len(found[title]) == count * len(kernels.MODES)
+        assert len(found[title]) == count * len(common.MODES)
         assert {c.name for case in found[title] for c in case.contenders} >= {"jasper_fast", "jasper_fast_plain"}
-    assert {case.key["mode"] for case in found["convs"]} == set(kernels.MODES)
+    assert {case.key["mode"] for case in found["convs"]} == set(common.MODES)
     assert {case.id for case in found["panes"]} < {case.id for case in found["panes of all blocks"]}
 
 
 def test_the_plan_has_every_question_once_and_the_most_valuable_first(tmp_path):
     run = make_run(tmp_path)
     run.device = torch.device("cuda")
-    plan = gpu.plan(run)
+    plan = agenda.plan(run)
     titles = [part.title for part in plan]
     assert len(set(titles)) == len(titles)
     assert titles[:11] == [
@@ -542,7 +546,7 @@ def test_the_full_self_check_keeps_the_verdicts_that_it_reached(tmp_path, monkey
         reached = report.planned[:-1] if len(calls) == 1 else report.planned
         report.found = {row["id"]: row for row in reached}
         if len(calls) == 1:
-            raise harness.OutOfTime
+            raise OutOfTime
 
     monkeypatch.setattr(probe, "supervise", supervise)
     monkeypatch.setattr(checks, "plan", lambda device: plan)
@@ -550,23 +554,23 @@ def test_the_full_self_check_keeps_the_verdicts_that_it_reached(tmp_path, monkey
     run = make_run(tmp_path)
     quick = {"op": "conv1d", "face": "triton", "dtype": "float32", "status": "good", "quick": True}
     run.results.data["selfcheck"] = {"seconds": 1.0, "verdicts": [quick], "failures": []}
-    with pytest.raises(harness.OutOfTime):
-        gpu.selfcheck_in_full(run)
+    with pytest.raises(OutOfTime):
+        self_check.selfcheck_in_full(run)
     assert len(run.results.data["selfcheck"]["verdicts"]) == 3
-    gpu.selfcheck_in_full(run)
+    self_check.selfcheck_in_full(run)
     assert calls == [
         (("float32",), ("conv1d", "panes")),  # the run's own dtype first
         (("float32",), ("panes",)),
         (("bfloat16",), ("conv1d", "panes")),
     ]
     verdicts = run.results.data["selfcheck"]["verdicts"]
-    assert {gpu.group(v) for v in verdicts} == {(c.op, c.face, c.dtype) for c in plan}
+    assert {self_check.group(v) for v in verdicts} == {(c.op, c.face, c.dtype) for c in plan}
     assert not any(v["quick"] for v in verdicts) and len(verdicts) == len(plan)
 
 
 def test_other_processes_run_ours_once_and_end_with_the_time(tmp_path, monkeypatch):
     ran: list[str] = []
-    fused = kernels.fused
+    fused = bn_relu_dropout.fused
 
     def counted(backend: str):
         def call(*args):
@@ -575,16 +579,16 @@ def test_other_processes_run_ours_once_and_end_with_the_time(tmp_path, monkeypat
 
         return call
 
-    monkeypatch.setattr(kernels, "fused", counted)
-    monkeypatch.setattr(kernels, "eager_chain", lambda *a: pytest.fail("no rival has to be compiled"))
+    monkeypatch.setattr(bn_relu_dropout, "fused", counted)
+    monkeypatch.setattr(common, "eager_chain", lambda *a: pytest.fail("no rival has to be compiled"))
     assert warm.main(["cpu", "float32", "reference", "bn_relu_dropout", "--take", "1,2"]) == 0
     assert ran == ["(2, 96, 100)"]
 
     started: list[subprocess.Popen] = []
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
-    with warm.compilers(make_run(tmp_path, deadline=0.0), ("bn_relu_dropout",)):
-        assert started and all("bench.warm" in child.args for child in started)
+    with ahead.compilers(make_run(tmp_path, deadline=0.0), ("bn_relu_dropout",)):
+        assert started and all("jasper_fast.bench.gpu.warm" in child.args for child in started)
     assert all(child.returncode is not None for child in started)
 
 
@@ -600,7 +604,7 @@ def test_a_process_that_cannot_be_ended_holds_nobody_up(tmp_path, monkeypatch):
             raise subprocess.TimeoutExpired("stuck", timeout or 0.0)
 
     monkeypatch.setattr(subprocess, "Popen", Stuck)
-    with warm.compilers(make_run(tmp_path, deadline=0.0), ("bn_relu_dropout",)):
+    with ahead.compilers(make_run(tmp_path, deadline=0.0), ("bn_relu_dropout",)):
         pass
     assert killed
 
@@ -616,7 +620,9 @@ def test_other_processes_run_on_the_run_s_own_gpu(monkeypatch):
 def test_a_machine_that_only_measures_needs_nothing_for_sound_and_text():
     """GPU machines have PyTorch and Triton, and often no way to get more."""
     script = "import sys; sys.modules |= dict.fromkeys(('soundfile', 'soxr', 'anyascii', 'jiwer', 'openvino'))\n"
-    script += "import bench.__main__, bench.gpu, bench.tune, bench.profiles, bench.report, jasper_fast.selfcheck.show"
+    script += "import jasper_fast.bench.cli, jasper_fast.selfcheck.show; from jasper_fast.bench.gpu import gpu, warm; "
+    script += "from jasper_fast.bench.tune import tune; from jasper_fast.bench.commands import profile; "
+    script += "from jasper_fast.bench.report import report"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
@@ -627,9 +633,11 @@ def test_cudnn_s_rows_cost_no_second_timing_where_it_is_absent(frontend, tmp_pat
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: frontend or None if name == "cudnn" else found(name))
     results = make_run(tmp_path).results
     run = warm.Collector(torch.device("cuda"), torch.float16, "triton", False, results, FAST)
-    gpu.slow_rivals(run)
-    names = {name: [c.id for c in run.found if name in {x.name for x in c.contenders}] for name in ("cudnn", gpu.SLOW)}
-    assert len(run.found) == (len(sub_blocks.layers()) * (5 if frontend else 3))
+    agenda.slow_rivals(run)
+    names = {
+        name: [c.id for c in run.found if name in {x.name for x in c.contenders}] for name in ("cudnn", agenda.SLOW)
+    }
+    assert len(run.found) == (len(layers()) * (5 if frontend else 3))
     assert all(len(set(ids)) == len(ids) > 0 for ids in names.values())
 
 
@@ -719,7 +727,7 @@ def test_answers_are_made_once_and_gradients_only_where_they_are_asked_for(order
     conv, results = sub_blocks.eager_conv, sub_blocks.results
     monkeypatch.setattr(sub_blocks, "eager_conv", lambda *a: forwards.append(1) or conv(*a))
     monkeypatch.setattr(sub_blocks, "results", lambda *a: backwards.append(1) or results(*a))
-    i = sub_blocks.Inputs(2, 20, sub_blocks.Layer(8, 8, 3), torch.float32, CPU)
+    i = sub_blocks.Inputs(2, 20, Layer(8, 8, 3), torch.float32, CPU)
     for mode in (*order, *order):
         found = sub_blocks.answer("conv1d", i, torch.float64, mode)
         assert set(found) == ({"y"} if mode == "forward" else {"y", "dx", "dweight"})
@@ -751,8 +759,8 @@ def seen(monkeypatch) -> list[bool]:
 def test_the_2d_rival_never_reorders_a_weight(mode, dtype, tmp_path, seen):
     run = make_run(tmp_path)
     run.dtype = dtype
-    for layer in (sub_blocks.Layer(16, 24, 11), sub_blocks.Layer(16, 24, 11, stride=2), sub_blocks.Layer(8, 8, 1)):
-        (case,) = sub_blocks.layer_cases(run, "sub_block", 2, 40, layer, (mode,))
+    for layer in (Layer(16, 24, 11), Layer(16, 24, 11, stride=2), Layer(8, 8, 1)):
+        (case,) = by_layer.layer_cases(run, "sub_block", 2, 40, layer, (mode,))
         rival = next(c for c in case.contenders if c.name == "eager_2d_channels_last").build()
         rival.run()
         rival.outputs()
@@ -762,7 +770,7 @@ def test_the_2d_rival_never_reorders_a_weight(mode, dtype, tmp_path, seen):
 def test_the_2d_network_never_leaves_channels_last_memory(seen):
     config = models.config("small")
     state = models.weights(config, CPU, 64)
-    model = rivals.ChannelsLast2d(models.eager(config, state))
+    model = ChannelsLast2d(models.eager(config, state))
     train.restore(model, state)
     model(*models.features(config, 2, 64, CPU, 1, ragged=True))
     assert len(seen) == len(model.weights) and all(seen)

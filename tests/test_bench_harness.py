@@ -16,8 +16,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench import clocks, harness, kernels, ratios, result_file, sub_blocks, tables
-from bench.harness import Contender, Runner
+from jasper_fast.bench.cases import bn_relu_dropout, by_layer, common
+from jasper_fast.bench.harness import checking, clocks, devices, ratios, result_file, timing
+from jasper_fast.bench.harness.case import Contender, Effort, Runner
+from jasper_fast.bench.harness.run import Run
+from jasper_fast.bench.harness.seeds import seeded
+from jasper_fast.bench.report import tables
 
 
 def test_ratio_is_pair_by_pair_and_its_interval_holds_the_truth():
@@ -25,15 +29,15 @@ def test_ratio_is_pair_by_pair_and_its_interval_holds_the_truth():
     drift = torch.linspace(1.0, 3.0, 60)  # the machine slows down threefold during the run
     ours = (drift * (1 + 0.02 * torch.randn(60, generator=g))).tolist()
     rival = (1.5 * drift * (1 + 0.02 * torch.randn(60, generator=g))).tolist()
-    found = harness.ratio(rival, ours)
+    found = ratios.ratio(rival, ours)
     assert found["low"] <= 1.5 <= found["high"] and found["high"] - found["low"] < 0.05 and found["pairs"] == 60
 
 
 def test_a_second_visit_widens_the_interval_to_what_both_would_have_said():
     first = {"ours": [1.0, 1.0, 1.0, 1.0], "eager": [2.0, 2.0, 2.0, 2.0]}
     second = {"ours": [1.0, 1.0], "eager": [2.4, 2.4]}  # the machine in another mood
-    assert harness.ratio_of_visits([first], "eager", "ours") == harness.ratio(first["eager"], first["ours"])
-    found = harness.ratio_of_visits([first, second], "eager", "ours")
+    assert ratios.ratio_of_visits([first], "eager", "ours") == ratios.ratio(first["eager"], first["ours"])
+    found = ratios.ratio_of_visits([first, second], "eager", "ours")
     assert (found["low"], found["median"], found["high"]) == (2.0, 2.0, pytest.approx(2.4))
     assert (found["pairs"], found["visits"]) == (6, 2)
 
@@ -61,7 +65,7 @@ def test_a_run_comes_back_to_its_cases(tmp_path):
 
 def test_backward_alone_is_timed_in_both_visits(tmp_path):
     run = make_run(tmp_path, revisits=True)
-    run.cases("test", [kernels.bn_relu_dropout(run, (2, 8, 16), "backward", False, False)])
+    run.cases("test", [bn_relu_dropout.case(run, (2, 8, 16), "backward", False, False)])
     run.revisit()
     found = run.results.data["rows"]
     assert len(found) == 3 and [r["status"] for r in found] == ["ok"] * 3, [r.get("why") for r in found]
@@ -70,7 +74,7 @@ def test_backward_alone_is_timed_in_both_visits(tmp_path):
 
 def test_a_case_takes_its_own_rounds_and_share_in_both_visits(tmp_path):
     run = make_run(tmp_path, revisits=True)
-    run.effort = harness.Effort(seconds=60.0, min_rounds=4, max_rounds=20, target=1e9)  # the first look is enough
+    run.effort = Effort(seconds=60.0, min_rounds=4, max_rounds=20, target=1e9)  # the first look is enough
     usual, more, less = (softplus_case({"twin": F.softplus}) for _ in range(3))
     more.key, more.rounds = {"op": "more"}, 12
     less.key, less.share = {"op": "less"}, 1e-9
@@ -86,17 +90,19 @@ def test_a_case_takes_its_own_rounds_and_share_in_both_visits(tmp_path):
 )
 def test_rounds_that_take_long_are_few_and_their_rows_say_so(round_s, rounds, warm_ups, tmp_path, monkeypatch):
     now = itertools.count(0.0, round_s)  # every look at the clock is a round, or a run, later
-    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: next(now), monotonic=time.monotonic))
+    for module in (checking, timing):
+        fake = SimpleNamespace(perf_counter=lambda: next(now), monotonic=time.monotonic)
+        monkeypatch.setattr(module, "time", fake)
     run, ran = make_run(tmp_path), []
-    run.effort = harness.Effort(seconds=1.0, min_rounds=6, max_rounds=6, target=0.0)
+    run.effort = Effort(seconds=1.0, min_rounds=6, max_rounds=6, target=0.0)
     case = softplus_case({"eager": lambda x: ran.append(len(case.runners)) or F.softplus(x)})
-    harness.prepare(case)
+    checking.prepare(case)
     assert len(ran) == len(case.seeds) + warm_ups
-    monkeypatch.setattr(harness, "synchronize", lambda device: None)
+    monkeypatch.setattr(devices, "synchronize", lambda device: None)
     ran.clear()
-    harness.prepare(dataclasses.replace(case, device=torch.device("cuda")))
+    checking.prepare(dataclasses.replace(case, device=torch.device("cuda")))
     assert len(ran) == len(case.seeds) + 2, "a GPU's graph is captured in the second run"
-    found = harness.measure(case, CPU, run.effort)
+    found = timing.measure(case, CPU, run.effort)
     assert found[1]["ratio"]["pairs"] == found[0]["time_s"]["samples"] == rounds
     assert [row.get("hurried", False) for row in found] == [rounds < 6] * 2
     assert tables.marks(found[0]) == (" †" if rounds < 6 else "")
@@ -111,15 +117,15 @@ def test_convs_in_fp16_on_a_cpu_are_one_utterance_checked_once_before(tmp_path):
         ("cuda", torch.float16, (32, 832), (1, 2)),
     ):
         asked = dataclasses.replace(run, device=torch.device(device), dtype=dtype)
-        (case,), *_ = sub_blocks.cases("conv1d")(asked, "forward")
-        assert sub_blocks.size(asked) == size and case.seeds == seeds
+        (case,), *_ = by_layer.cases("conv1d")(asked, "forward")
+        assert common.size(asked) == size and case.seeds == seeds
         assert case.key["shape"].startswith(f"({size[0]}, ") and case.key["shape"].endswith(f", {size[1]})")
 
 
 def test_quantiles():
     assert ratios.quantile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
     assert ratios.quantile([5.0], 0.99) == 5.0
-    s = harness.summary([1.0, 2.0, 3.0, 4.0, 5.0], 1)
+    s = ratios.summary([1.0, 2.0, 3.0, 4.0, 5.0], 1)
     assert s["median"] == s["p50"] == 3.0 and s["p20"] == pytest.approx(1.8) and s["min"] == 1.0
 
 
@@ -141,9 +147,7 @@ def test_run_cut_off_keeps_its_rows_and_resumes(tmp_path):
     assert {r["key"]["op"] for r in on_disk["rows"]} == {"softplus0"} and not on_disk["finished"]
 
     header = {k: on_disk[k] for k in ("command", "machine")}
-    again = harness.Run(
-        CPU, torch.float32, "reference", True, harness.Results(run.results.path, header, resume=True), FAST
-    )
+    again = Run(CPU, torch.float32, "reference", True, result_file.Results(run.results.path, header, resume=True), FAST)
     built = []
     rows = again.cases("test", cases(lambda: built.append(1) or Runner(lambda: None, lambda: {})))
     assert {r["key"]["op"] for r in rows} == {"softplus1", "softplus2"} and built == [1]
@@ -159,7 +163,7 @@ def test_run_cut_off_keeps_its_rows_and_resumes(tmp_path):
         header | {"arguments": {"backend": "cpu", "dtype": "None"}},
     ):
         assert not result_file.unfinished(run.results.path, other)
-        assert not harness.Results(run.results.path, other, resume=True).data["rows"]
+        assert not result_file.Results(run.results.path, other, resume=True).data["rows"]
 
 
 class Touched(TorchDispatchMode):
@@ -194,7 +198,7 @@ def test_the_flush_of_the_cache_only_reads(monkeypatch):
     ticker = clocks.CudaClock(CPU)
     assert ticker.flush.nbytes == 40 << 20
     bits, flush = ticker.flush.view(torch.int32), ticker.flush.untyped_storage().data_ptr()
-    bits.random_(generator=harness.seeded(0, CPU))
+    bits.random_(generator=seeded(0, CPU))
     before, read_first = bits.clone(), []
     with Touched() as seen:
         ticker.sample(lambda: read_first.append(any(flush in reads for _, reads in seen.read)), 3)

@@ -11,8 +11,14 @@ import pytest
 import torch
 from bench_runs import make_run
 
-from bench import harness, latency, models, rivals, tables
 from jasper_fast import InferenceEngine
+from jasper_fast.bench.cases import counts, latency, models
+from jasper_fast.bench.commands import latency as latency_command
+from jasper_fast.bench.harness import ratios
+from jasper_fast.bench.harness.case import Case, Effort
+from jasper_fast.bench.harness.run import Run
+from jasper_fast.bench.rivals import choice, runtimes
+from jasper_fast.bench.rivals.eager_layouts import Model
 from jasper_fast.speech.text import Vocabulary
 
 LETTERS = Vocabulary()
@@ -51,7 +57,7 @@ WEIGHTS = {
 }
 
 
-def stale_frames(call: rivals.Model) -> rivals.Model:
+def stale_frames(call: Model) -> Model:
     """One row of frames is what it was in the call before."""
     before: list[torch.Tensor] = []
 
@@ -86,11 +92,11 @@ def rows_of(tmp_path, case_of, dtype=torch.float32, engine=None) -> dict[str, di
     return {row["contender"]: row for row in run.cases("test", [case_of(shared)])}
 
 
-def acoustic(shared: latency.Models) -> harness.Case:
+def acoustic(shared: latency.Models) -> Case:
     return latency.case(shared, "small", 1, 2.0)
 
 
-def heard(shared: latency.Models) -> harness.Case:
+def heard(shared: latency.Models) -> Case:
     return latency.sound_case(shared, "small", 2, 2.0)
 
 
@@ -125,7 +131,7 @@ def test_a_large_model_is_judged_in_fp32_on_a_cpu_and_by_eager_s_error_in_a_lowe
     assert large.judged_in is torch.float32 and large.low(tuple) is None
     assert latency.Models(dataclasses.replace(run, dtype=torch.bfloat16), "jasper10x5").low(tuple) is not None
     # without eager beside it, the fault of a per cent is beyond what `relative` allows
-    monkeypatch.setattr(latency.counts, "parameters", lambda cfg: 333e6)
+    monkeypatch.setattr(counts, "parameters", lambda cfg: 333e6)
 
     def faulty(shared):
         state = scaled(shared.state, 1.01)
@@ -194,38 +200,42 @@ def test_the_best_path_by_hand():
 # ------------------------------------------------------------------ how much is measured
 
 
-def on(run: harness.Run, device: str) -> harness.Run:
-    return dataclasses.replace(run, device=torch.device(device), effort=harness.Effort(), quick=False)
+def on(run: Run, device: str) -> Run:
+    return dataclasses.replace(run, device=torch.device(device), effort=Effort(), quick=False)
 
 
 def test_a_gpu_measures_the_whole_grid_of_both_and_a_cpu_what_it_has_time_for(tmp_path):
     run = make_run(tmp_path)
     gpu, cpu = on(run, "cuda"), on(run, "cpu")
-    assert latency.grids(gpu, False, ()) == latency.grids(cpu, True, ()) == (latency.GRID, latency.GRID)
-    assert latency.grids(gpu, False, ((1, 2.0),)) == (((1, 2.0),), ((1, 2.0),))
-    assert latency.grids(cpu, False, ())[1] == ((1, 2.0), (1, 7.0))
+    assert (
+        latency_command.grids(gpu, False, ())
+        == latency_command.grids(cpu, True, ())
+        == (latency_command.GRID, latency_command.GRID)
+    )
+    assert latency_command.grids(gpu, False, ((1, 2.0),)) == (((1, 2.0),), ((1, 2.0),))
+    assert latency_command.grids(cpu, False, ())[1] == ((1, 2.0), (1, 7.0))
     brief = dataclasses.replace(cpu, brief=True)
-    assert latency.grids(brief, False, ())[1] == ((1, 2.0),)
-    assert latency.grids(run, False, ())[1] == (), "--quick"
+    assert latency_command.grids(brief, False, ())[1] == ((1, 2.0),)
+    assert latency_command.grids(run, False, ())[1] == (), "--quick"
 
 
 def test_sound_to_text_meets_cuda_graphs_where_they_are_asked_for(tmp_path):
     for wanted, names in (("default", ["eager"]), ("eager,compile,cuda_graph", ["eager", "cuda_graph"])):
         shared = latency.Models(make_run(tmp_path, rivals=wanted), "small")
         assert [c.name for c in latency.sound_case(shared, "small", 1, 2.0).contenders] == ["jasper_fast", *names]
-    assert set(latency.SOUND_RIVALS) <= set(rivals.DEFAULT["inference", "cuda"])
+    assert set(latency.SOUND_RIVALS) <= set(choice.DEFAULT["inference", "cuda"])
 
 
 def test_a_gpu_takes_the_samples_that_a_p99_takes(tmp_path):
-    def asked(run: harness.Run) -> list[harness.Effort]:
+    def asked(run: Run) -> list[Effort]:
         shared = latency.Models(run, "small")
         return [make(shared, "small", 1, 2.0).effort(run.effort) for make in (latency.case, latency.sound_case)]
 
     run = make_run(tmp_path)
     for effort in asked(on(run, "cuda")):
-        assert effort.max_rounds >= effort.min_rounds >= tables.SAMPLES["p99"]
-        assert effort.seconds == harness.Effort().seconds / 2
-    assert asked(on(run, "cpu")) == [harness.Effort()] * 2
+        assert effort.max_rounds >= effort.min_rounds >= ratios.SAMPLES["p99"]
+        assert effort.seconds == Effort().seconds / 2
+    assert asked(on(run, "cpu")) == [Effort()] * 2
     assert all(effort.min_rounds < 100 for effort in asked(dataclasses.replace(on(run, "cuda"), quick=True)))
 
 
@@ -261,7 +271,7 @@ class Session:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_onnx_runtime_is_given_tensors_where_they_are(dtype, tmp_path):
     shared = latency.Models(make_run(tmp_path), "small")
-    call = rivals.bound(Session(shared.plain), shared.plain)
+    call = runtimes.bound(Session(shared.plain), shared.plain)
     x, lengths = models.features(shared.cfg, 2, 63, torch.device("cpu"), 1, ragged=True)
     x = x.to(dtype)
     first, out = call(x.transpose(1, 2).contiguous().transpose(1, 2), lengths)  # in another memory order

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from bench_runs import CPU
 
-from bench import memory
+from jasper_fast.bench.harness import allocations
 
 
 class Keeper(torch.autograd.Function):
@@ -27,7 +27,7 @@ class Keeper(torch.autograd.Function):
 def test_kept_bytes_are_counted_however_held():
     x = torch.randn(1000, requires_grad=True)
     Keeper.stash.clear()
-    nbytes, births, loss = memory.kept(lambda: Keeper.apply(x), CPU)
+    nbytes, births, loss = allocations.kept(lambda: Keeper.apply(x), CPU)
     assert nbytes == 4 * (1000 + 100 + 1)  # saved, stashed, the loss
     assert births.peak >= 4 * 3000
     loss.backward()
@@ -37,5 +37,5 @@ def test_kept_bytes_are_counted_however_held():
 def test_kept_bytes_of_a_plain_graph():
     layer = torch.nn.Linear(8, 16, bias=False)
     x = torch.randn(4, 8)
-    nbytes, _, _ = memory.kept(lambda: layer(x).relu().exp().sum(), CPU)
+    nbytes, _, _ = allocations.kept(lambda: layer(x).relu().exp().sum(), CPU)
     assert nbytes == 4 * (2 * 4 * 16 + 1)  # relu's and exp's outputs, and the loss; x and the weight are older

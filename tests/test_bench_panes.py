@@ -11,8 +11,13 @@ from bench_runs import CPU, make_run
 from conftest import make_face
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import kernels, panes, rivals, sub_blocks, warm
 from jasper_fast import ops
+from jasper_fast.bench.cases import common, panes
+from jasper_fast.bench.cases.layers import layers
+from jasper_fast.bench.commands import kernels
+from jasper_fast.bench.gpu import warm
+from jasper_fast.bench.harness.errors import Absent
+from jasper_fast.bench.rivals import choice, compiler
 
 BLOCK = panes.Block((16, 24, 9), 20)
 
@@ -27,9 +32,9 @@ def test_both_forms_and_the_eager_rivals_are_right_in_every_mode(dtype, tmp_path
     run = make_run(tmp_path, backend="auto")
     run.dtype = dtype
     make_face("cpu")
-    rows = run.cases("test", panes.block_cases(run, dataclasses.replace(BLOCK, C_out=64), kernels.MODES, 4, 400))
+    rows = run.cases("test", panes.block_cases(run, dataclasses.replace(BLOCK, C_out=64), common.MODES, 4, 400))
     names = ("jasper_fast", "jasper_fast_gram", "eager", "eager_2d_channels_last")
-    expected = {(mode, name): "ok" for mode in kernels.MODES for name in names}
+    expected = {(mode, name): "ok" for mode in common.MODES for name in names}
     assert statuses(rows) == expected, [(r["id"], r["why"]) for r in rows if r["status"] != "ok"]
     assert all(r["dtype"] == str(dtype).removeprefix("torch.") for r in rows)
 
@@ -54,8 +59,8 @@ def a_wide_pane(monkeypatch) -> None:
 def test_a_wrong_form_has_no_time_in_any_mode(fault, form, tmp_path, monkeypatch):
     fault(monkeypatch)
     run = make_run(tmp_path)
-    found = statuses(run.cases("test", panes.block_cases(run, BLOCK, kernels.MODES, 2, 40)))
-    assert {key for key, status in found.items() if status == "wrong"} == {(mode, form) for mode in kernels.MODES}
+    found = statuses(run.cases("test", panes.block_cases(run, BLOCK, common.MODES, 2, 40)))
+    assert {key for key, status in found.items() if status == "wrong"} == {(mode, form) for mode in common.MODES}
     assert all(status == "ok" for (_, name), status in found.items() if name != form)
 
 
@@ -96,7 +101,7 @@ CHARGED = {
 }
 
 
-@pytest.mark.parametrize("mode", kernels.MODES)
+@pytest.mark.parametrize("mode", common.MODES)
 def test_a_run_pays_for_the_newest_matrix_and_adds_the_gradients_of_the_older(mode):
     """Mean and covariance of two older inputs: four sums."""
     i = panes.Inputs(2, 40, BLOCK, torch.float32, CPU)
@@ -167,11 +172,11 @@ def test_every_shape_of_every_op_is_measured_in_every_mode(device, collect):
     found = modes(cases)
     assert len({case.id for case in cases}) == len(cases)
     for (op, shape), asked in found.items():
-        assert asked == {*kernels.MODES, *(["inference"] if op == "sub_block" else [])}, (op, shape)
+        assert asked == {*common.MODES, *(["inference"] if op == "sub_block" else [])}, (op, shape)
     count = {op: sum(name == op for name, _ in found) for op in {name for name, _ in found}}
     widths, blocks = (7, 3) if device == "cpu" else (9, 10)
-    layers = len({case.key["shape"] + case.key["taps"] for case in cases if case.key["op"] == "conv1d"})
-    assert layers == len(sub_blocks.layers())
+    shapes = len({case.key["shape"] + case.key["taps"] for case in cases if case.key["op"] == "conv1d"})
+    assert shapes == len(layers())
     assert count["bn_relu_dropout"] == widths and count["panes"] == blocks and count["bn_relu_dropout+residual"] == 1
 
 
@@ -199,7 +204,7 @@ def test_a_brief_run_measures_few_cases(collect):
 
 @pytest.mark.parametrize("wanted", ["nonsense", "eager,nonsense", "onnxruntime"])
 def test_a_rival_that_no_op_has_is_an_error_that_names_those_there_are(wanted, collect):
-    with pytest.raises(rivals.UnknownRival, match=r"(?s)no rival '(nonsense|onnxruntime)'.*known: eager,.*compile"):
+    with pytest.raises(choice.UnknownRival, match=r"(?s)no rival '(nonsense|onnxruntime)'.*known: eager,.*compile"):
         collect(rivals=wanted)
 
 
@@ -214,15 +219,15 @@ def test_known_rivals_are_taken(wanted, collect):
 
 def test_a_brief_run_may_name_the_rivals_of_models(collect):
     assert collect(rivals="onnxruntime", brief=True)
-    with pytest.raises(rivals.UnknownRival, match="nonsense"):
+    with pytest.raises(choice.UnknownRival, match="nonsense"):
         collect(rivals="nonsense", brief=True)
 
 
 def test_a_compiled_rival_that_is_lacking_says_so(tmp_path, monkeypatch):
     def lacking() -> None:
-        raise sub_blocks.Absent("no compiler")
+        raise Absent("no compiler")
 
-    monkeypatch.setattr(rivals, "needs_compiler", lacking)
+    monkeypatch.setattr(compiler, "needs_compiler", lacking)
     run = make_run(tmp_path, rivals="all")
     rows = {r["contender"]: r for r in run.cases("test", [panes.case(run, 2, 40, BLOCK, "both")])}
     assert rows["compile_max_autotune"]["why"] == "no compiler" and rows["jasper_fast"]["status"] == "ok"

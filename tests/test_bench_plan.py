@@ -11,7 +11,11 @@ import time
 import torch
 from bench_runs import ROOT, make_run, measured
 
-from bench import gpu, harness, memory, result_file
+from jasper_fast.bench.commands import memory
+from jasper_fast.bench.gpu import agenda, gpu, self_check
+from jasper_fast.bench.harness import devices, result_file
+from jasper_fast.bench.harness.case import Effort
+from jasper_fast.bench.harness.run import Run
 
 
 def endless_compiler(run):
@@ -30,33 +34,33 @@ def test_a_part_of_the_plan_has_time_for_all_its_cases(tmp_path, monkeypatch):
         asked.extend(case.effort(run.effort).seconds for case in cases)
         return []
 
-    monkeypatch.setattr(harness.Run, "cases", keep)
+    monkeypatch.setattr(Run, "cases", keep)
     monkeypatch.setattr(memory, "main", lambda *_: None)  # counts bytes, by no clock
-    for name in ("ready", "selfcheck_in_full"):
-        monkeypatch.setattr(gpu, name, lambda run: None)
-    effort, timed = harness.Effort().at_most(gpu.CASE), 0
+    for module, name in ((agenda, "ready"), (self_check, "selfcheck_in_full")):
+        monkeypatch.setattr(module, name, lambda run: None)
+    effort, timed = Effort().at_most(gpu.CASE), 0
     run = dataclasses.replace(make_run(tmp_path, "triton"), device=torch.device("cuda"), quick=False, effort=effort)
-    for part in gpu.plan(dataclasses.replace(run, dtype=torch.float16)):
+    for part in agenda.plan(dataclasses.replace(run, dtype=torch.float16)):
         asked.clear()
         part.measure(run)
         timed += bool(asked)
         assert sum(asked) <= part.seconds, f"{part.title}: {len(asked)} cases take {sum(asked)} s"
-    assert timed == len(gpu.plan(run)) - 3
+    assert timed == len(agenda.plan(run)) - 3
 
 
 def test_gpu_plan_is_bounded_written_as_it_goes_and_resumed(tmp_path, monkeypatch):
     whole = gpu.BUDGET
     plan = [
-        gpu.Part("first", whole, measured("a")),
-        gpu.Part("failing", whole, failing),
-        gpu.Part("compile", 0.1 * whole, endless_compiler),
-        gpu.Part("second", whole, measured("b")),
-        gpu.Part("endless too", whole, endless_compiler),
-        gpu.Part("last", whole, measured("c")),
+        agenda.Part("first", whole, measured("a")),
+        agenda.Part("failing", whole, failing),
+        agenda.Part("compile", 0.1 * whole, endless_compiler),
+        agenda.Part("second", whole, measured("b")),
+        agenda.Part("endless too", whole, endless_compiler),
+        agenda.Part("last", whole, measured("c")),
     ]
-    monkeypatch.setattr(gpu, "plan", lambda run: plan)
+    monkeypatch.setattr(agenda, "plan", lambda run: plan)
     monkeypatch.setattr(gpu, "GOOD", 0.5)
-    monkeypatch.setattr(harness, "tidy", lambda device: None)  # a collection takes its time in a process full of tests
+    monkeypatch.setattr(devices, "tidy", lambda device: None)  # a collection takes its time in a process full of tests
     run = make_run(tmp_path)
     gpu.main(run, time.monotonic() - run.started + 10.0)
     parts = json.loads(run.results.path.read_text())["parts"]
@@ -71,11 +75,11 @@ def test_gpu_plan_is_bounded_written_as_it_goes_and_resumed(tmp_path, monkeypatc
 
     header = {k: run.results.data[k] for k in ("command", "machine")}
     again = dataclasses.replace(
-        run, results=harness.Results(run.results.path, header, resume=True), started=time.monotonic()
+        run, results=result_file.Results(run.results.path, header, resume=True), started=time.monotonic()
     )
-    plan[0] = gpu.Part("first", whole, failing)  # finished before: must not run again
-    plan[2] = gpu.Part("compile", whole, measured("compiled"))
-    plan[4] = gpu.Part("endless too", whole, measured("d"))
+    plan[0] = agenda.Part("first", whole, failing)  # finished before: must not run again
+    plan[2] = agenda.Part("compile", whole, measured("compiled"))
+    plan[4] = agenda.Part("endless too", whole, measured("d"))
     gpu.main(again)
     on_disk = json.loads(run.results.path.read_text())
     assert {title for title, how in on_disk["parts"].items() if how != "finished"} == {"failing"}
@@ -91,8 +95,8 @@ def test_a_part_that_was_cut_off_goes_on_when_the_others_are_done(tmp_path, monk
             endless_compiler(run)
         measured("slow")(run)
 
-    plan = [gpu.Part("slow", 0.05 * gpu.BUDGET, slow_at_first), gpu.Part("other", gpu.BUDGET, measured("other"))]
-    monkeypatch.setattr(gpu, "plan", lambda run: plan)
+    plan = [agenda.Part("slow", 0.05 * gpu.BUDGET, slow_at_first), agenda.Part("other", gpu.BUDGET, measured("other"))]
+    monkeypatch.setattr(agenda, "plan", lambda run: plan)
     monkeypatch.setattr(gpu, "GOOD", 0.1)
     run = make_run(tmp_path)
     gpu.main(run, time.monotonic() - run.started + 20.0)
@@ -114,7 +118,7 @@ def test_the_self_check_s_verdict_is_in_the_result(tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "supervise", supervise)
     monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
     run = make_run(tmp_path)
-    gpu.selfcheck(run, quick=True)
+    self_check.selfcheck(run, quick=True)
     told = json.loads(run.results.path.read_text())["selfcheck"]
     assert told["verdicts"][0]["quick"] and told["verdicts"][0]["status"] == "bad"
     assert "error 2.0" in told["failures"][0]

@@ -9,8 +9,10 @@ import pytest
 import torch
 from bench_runs import CPU, make_run
 
-from bench import kineto, launches, memory, models, profiles
-from bench.harness import Runner
+from jasper_fast.bench.cases import models
+from jasper_fast.bench.commands import launches, profile
+from jasper_fast.bench.harness import allocations, kineto
+from jasper_fast.bench.harness.case import Runner
 from jasper_fast.nn.eager import EagerJasper
 
 
@@ -23,8 +25,8 @@ def test_launches_are_counted():
 def test_profile_names_layers_and_ops(tmp_path):
     model = EagerJasper(models.config("small")).eval()
     inputs = models.features(model.config, 1, 64, CPU, 0)
-    with profiles.ranges(model, CPU), torch.no_grad():
-        records = profiles.profile(lambda: model(*inputs), CPU, tmp_path / "trace.json")
+    with profile.ranges(model, CPU), torch.no_grad():
+        records = profile.profile(lambda: model(*inputs), CPU, tmp_path / "trace.json")
     layers = {r["name"]: r for r in records if r["kind"] == "layer"}
     assert set(layers) == {*(f"encoder.layers.{i}" for i in range(5)), "decoder.layers.0"}
     assert all(r["calls"] == 1 and r["seconds"] > 0 for r in layers.values())
@@ -39,9 +41,9 @@ def test_a_profile_leaves_nothing_on_the_terminal_and_hides_no_error(tmp_path, c
         os.write(2, b"USDT: of the step's own\n")
         return torch.ones(3) + 1
 
-    records = profiles.profile(step, CPU, tmp_path / "trace.json")
+    records = profile.profile(step, CPU, tmp_path / "trace.json")
     assert any(r["name"] == "aten::add" for r in records)
-    assert memory.peak(lambda: torch.ones(256), "cpu") == 1024
+    assert allocations.peak(lambda: torch.ones(256), "cpu") == 1024
     out, err = capfd.readouterr()
     assert (out, set(err.splitlines())) == ("", {"USDT: of the step's own"})  # nothing is caught while a step runs
     with pytest.raises(RuntimeError), kineto.without_marks():
@@ -62,14 +64,14 @@ def test_a_step_that_fails_stops_the_profiler(tmp_path):
 def test_a_gpu_s_profile_without_kernels_is_a_failure(tmp_path, monkeypatch):
     """Without CUPTI every time is zero, which reads like an empty step."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    with pytest.raises(profiles.NoKernels, match="CUPTI"):
-        profiles.profile(lambda: torch.ones(3) + 1, torch.device("cuda"), tmp_path / "trace.json")
+    with pytest.raises(profile.NoKernels, match="CUPTI"):
+        profile.profile(lambda: torch.ones(3) + 1, torch.device("cuda"), tmp_path / "trace.json")
 
     def blind(*_):
-        raise profiles.NoKernels("no CUPTI")
+        raise profile.NoKernels("no CUPTI")
 
-    monkeypatch.setattr(profiles, "profile", blind)
-    found = profiles.main(make_run(tmp_path), "small", "inference", 1, 64)
+    monkeypatch.setattr(profile, "profile", blind)
+    found = profile.main(make_run(tmp_path), "small", "inference", 1, 64)
     assert [(f["status"], f["why"], f["records"]) for f in found] == [("failed", "no CUPTI", [])] * 2
 
 

@@ -10,8 +10,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from bench import harness, machine, markup, published, readme_table, report, svg, tables
-from bench.agreement import agreement
+from jasper_fast.bench.harness import machine, paths, ratios
+from jasper_fast.bench.report import markup, published, readme_table, report, svg, tables
+from jasper_fast.bench.report.agreement import agreement
 from jasper_fast.kernels import tables as kernel_tables
 
 SAMPLES = [0.010 + 0.0001 * i for i in range(100)]
@@ -32,7 +33,7 @@ def row(bench: str, contender: str, key: dict, **more) -> dict:
     if contender != "jasper_fast" and bench != "memory":
         made["ratio"] = RATIO
     if bench != "memory":
-        made["time_s"] = harness.summary(SAMPLES, 1)
+        made["time_s"] = ratios.summary(SAMPLES, 1)
     return made | more
 
 
@@ -137,7 +138,7 @@ def test_latency_rows_have_percentiles_mean_and_throughput(page):
     heads = next(line for line in found if "P95" in line)
     assert heads[2:9] == ["mean", "P50", "P90", "P95", "P99", "host", "utterances/s"]
     ours = next(line for line in found if line[0].startswith("jasper10x5, N = 4"))
-    t = harness.summary(SAMPLES, 1)
+    t = ratios.summary(SAMPLES, 1)
     assert ours[2:9] == [tables.duration(t[k]) for k in ("mean", "p50", "p90", "p95", "p99")] + ["123 us", "777"]
 
 
@@ -204,7 +205,7 @@ def test_no_text_of_a_plot_leaves_it():
             r["contender"], r["ratio"] = "compile_max_autotune", RATIO | {"median": 1234.5, "high": 2345.6}
         if r["contender"] == "cuda_graph":
             r["contender"] = "eager_2d_channels_last"
-            r["time_s"] = harness.summary([1e-3 * i * i for i in range(100)], 1)
+            r["time_s"] = ratios.summary([1e-3 * i * i for i in range(100)], 1)
     html = report.page([result])
     for title in ("Kernels: ", "Training step: ", "Inference: ", "Latency, P50", "How far from"):
         for form, plot in zip((svg.WIDE, svg.NARROW), forms(section(html, title)), strict=True):
@@ -287,7 +288,7 @@ def test_published_tables_are_whole():
 def test_our_rows_stand_beside_the_published_ones_of_their_batch_and_length(page):
     found = cells(section(page, "Beside other hardware"))
     line = next(line for line in found if line[0] == "N = 4, 7.0 s")
-    mean = f"{1e3 * harness.summary(SAMPLES, 1)['mean']:.1f} / "  # in ms
+    mean = f"{1e3 * ratios.summary(SAMPLES, 1)['mean']:.1f} / "  # in ms
     assert line[1].startswith(mean) and line[2].startswith(mean)
     assert line[3:] == ["34.1 / 34.3 / 34.6 / 35.4", "50.4 / 51.8 / 52.0 / 54.4", "52.1 / 53.1 / 53.6 / 55.7",
                         "38.0 / 38.5 / 39.0 / 42.5", "49.9 / 52.2 / 52.9 / 54.2"]  # fmt: skip
@@ -312,7 +313,7 @@ def test_a_result_without_jasper_10x5_has_no_such_table():
 
 
 def test_the_readme_s_table_is_what_the_committed_results_say(tmp_path):
-    committed = (machine.ROOT / "README.md").read_text()
+    committed = (paths.CHECKOUT / "README.md").read_text()
     copied = tmp_path / "README.md"
     copied.write_text(committed)
     results = map(report.load, sorted(readme_table.COMMITTED.glob("*.json")))
@@ -322,7 +323,7 @@ def test_the_readme_s_table_is_what_the_committed_results_say(tmp_path):
 
 @pytest.mark.parametrize("readme", ["README.md", "bench/README.md"])
 def test_what_the_readmes_say_of_two_runs_is_what_the_two_runs_say(readme):
-    text = (machine.ROOT / readme).read_text()
+    text = (paths.CHECKOUT / readme).read_text()
     first, second = sorted(set(re.findall(r"all_\w[\w-]+\.json", text)))
     found = agreement(report.load(readme_table.COMMITTED / first), report.load(readme_table.COMMITTED / second))
     assert f"overlap in {found.rows - len(found.apart)} of {found.rows} rows" in text
@@ -330,7 +331,7 @@ def test_what_the_readmes_say_of_two_runs_is_what_the_two_runs_say(readme):
 
 @pytest.mark.parametrize("readme", ["README.md", "bench/README.md"])
 def test_links_of_the_readmes_lead_somewhere(readme):
-    path = machine.ROOT / readme
+    path = paths.CHECKOUT / readme
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text())
     assert links and not [link for link in links if not (path.parent / link).exists()]
 
@@ -381,7 +382,7 @@ def of(samples: int, pairs: int) -> dict:
     result = full()
     for r in result["rows"]:
         if "time_s" in r:
-            r["time_s"] = harness.summary(SAMPLES[:samples], 1)
+            r["time_s"] = ratios.summary(SAMPLES[:samples], 1)
         if "ratio" in r:
             r["ratio"] = RATIO | {"pairs": pairs}
     return result
@@ -392,7 +393,7 @@ def test_a_percentile_is_told_only_where_it_is_not_the_extreme(samples, told, ca
     result = of(samples, 100)
     found = cells(section(report.page([result]), "Every timed row"))
     ours = next(line for line in found if line[0].startswith("jasper10x5, N = 4"))
-    t = harness.summary(SAMPLES[:samples], 1)
+    t = ratios.summary(SAMPLES[:samples], 1)
     wanted = [tables.duration(t[p]) for p in ("p90", "p95", "p99")[:told]] + [tables.DASH] * (3 - told)
     assert ours[2:7] == [tables.duration(t["mean"]), tables.duration(t["p50"]), *wanted]
     for plot in forms(section(report.page([result]), "Latency, P50 to P99")):

@@ -8,15 +8,16 @@ import re
 import pytest
 from bench_runs import goal_rows
 
-from bench import __main__ as cli
-from bench import kernels, readme_table, report
+from jasper_fast.bench import cli
+from jasper_fast.bench.cases import bn_relu_dropout
+from jasper_fast.bench.report import readme_table, report
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     """A real, tiny run of the command line."""
     out = tmp_path_factory.mktemp("bench")
-    shapes, kernels.CPU_SHAPES = kernels.CPU_SHAPES, ((2, 8, 40), (2, 16, 40))
+    shapes, bn_relu_dropout.CPU_SHAPES = bn_relu_dropout.CPU_SHAPES, ((2, 8, 40), (2, 16, 40))
     try:
         arguments = [
             "kernels",
@@ -32,7 +33,7 @@ def result(tmp_path_factory):
         ]
         assert cli.main([*arguments, "--out", str(out)]) == 0
     finally:
-        kernels.CPU_SHAPES = shapes
+        bn_relu_dropout.CPU_SHAPES = shapes
     (path,) = out.glob("kernels_*.json")
     return path
 

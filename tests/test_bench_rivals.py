@@ -9,8 +9,12 @@ import pytest
 import torch
 from bench_runs import CPU
 
-from bench import __main__ as cli
-from bench import limits, models, rivals, sub_block_inference, sub_blocks
+from jasper_fast.bench import cli
+from jasper_fast.bench.cases import models, sub_block_inference
+from jasper_fast.bench.cases.layers import Layer
+from jasper_fast.bench.harness import limits
+from jasper_fast.bench.rivals import choice, compiler, cuda_graphs
+from jasper_fast.bench.rivals.eager_layouts import ChannelsLast2d, eager_no_masks
 from jasper_fast.nn.eager import EagerJasper
 
 
@@ -20,7 +24,7 @@ def test_rivals_compute_what_eager_computes():
     x, lengths = models.features(config, 2, 64, CPU, 1)
     with torch.no_grad():
         want, out_lengths = model(x, lengths)
-        for build in (rivals.eager_no_masks, rivals.ChannelsLast2d):
+        for build in (eager_no_masks, ChannelsLast2d):
             got, got_lengths = build(model)(x, lengths)
             torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
             assert torch.equal(got_lengths, out_lengths)
@@ -38,11 +42,11 @@ def test_dropout_off_and_on_again():
 
 def test_unknown_rival_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no rival 'nobody'"):
-        rivals.choose("inference", CPU, "nobody")
-    assert rivals.only("training", "eager,cuda_graph") == rivals.only("training", "cuda_graph") == "eager"
-    assert rivals.only("inference", "eager,cuda_graph") == "eager,cuda_graph"
+        choice.choose("inference", CPU, "nobody")
+    assert choice.only("training", "eager,cuda_graph") == choice.only("training", "cuda_graph") == "eager"
+    assert choice.only("inference", "eager,cuda_graph") == "eager,cuda_graph"
     with pytest.raises(ValueError, match="no rival 'nobody'"):
-        rivals.only("training", "eager,nobody")
+        choice.only("training", "eager,nobody")
     monkeypatch.setattr(limits, "measure", lambda *_: {})
     with pytest.raises(SystemExit, match="--rivals: no rival 'openvino' for training; known: eager"):
         cli.main(["train", "--device", "cpu", "--rivals", "openvino", "--out", str(tmp_path)])
@@ -78,7 +82,7 @@ def dense(blocks: int) -> tuple[EagerJasper, torch.Tensor, torch.Tensor]:
 def test_every_block_of_twelve_is_compiled(graphs_run):
     """PyTorch compiles eight variants of a function and runs the others in eager, with a warning alone."""
     model, x, lengths = dense(10)
-    call = rivals.compiled_blocks_frozen(model)
+    call = compiler.compiled_blocks_frozen(model)
     for _ in range(2):
         with torch.no_grad():
             torch.testing.assert_close(call(x, lengths)[0], model(x, lengths)[0])
@@ -87,14 +91,14 @@ def test_every_block_of_twelve_is_compiled(graphs_run):
 
 def test_every_shape_of_a_grid_is_compiled_or_an_error(graphs_run, monkeypatch):
     model, *_ = dense(0)
-    call = rivals.compiled("default")(model)
+    call = compiler.compiled("default")(model)
     shapes = [torch.randn(1, 8, T) for T in range(20, 40, 2)]
     with torch.no_grad():
         for x in shapes:
             call(x, torch.tensor([x.shape[2]]))
     assert len(graphs_run) == len(shapes) > 8
-    monkeypatch.setattr(rivals, "VARIANTS", 3)
-    call = rivals.compiled("default")(model)
+    monkeypatch.setattr(compiler, "VARIANTS", 3)
+    call = compiler.compiled("default")(model)
     with torch.no_grad(), pytest.raises(Exception, match="recompile_limit"):
         for x in shapes:
             call(x, torch.tensor([x.shape[2]]))
@@ -104,14 +108,14 @@ def test_a_sub_block_s_compiled_function_never_runs_in_eager(graphs_run):
     """However many variants it has: an earlier case's do not count, and eight are no limit."""
     with torch._functorch.config.patch(donated_buffer=True):  # and as it was afterwards
         for _ in range(2):
-            call = sub_blocks.max_autotuned(lambda x: 2 * x, "forward")
+            call = compiler.max_autotuned(lambda x: 2 * x, "forward")
             for n in range(2, 12):
                 call(torch.ones(n))
     assert len(graphs_run) == 2 * 10
 
 
 def test_a_frozen_sub_block_never_runs_in_eager(graphs_run):
-    layer = sub_blocks.Layer(4, 4, 3)
+    layer = Layer(4, 4, 3)
     i = sub_block_inference.Inputs(1, 20, layer, torch.float32, torch.device("cpu"))
     call = sub_block_inference.max_autotuned_frozen(i)
     with torch.inference_mode():
@@ -148,7 +152,7 @@ class Capture:
 
 def test_a_capture_is_warmed_up_on_a_side_stream_and_nothing_is_collected_in_it(monkeypatch):
     device = Capture(monkeypatch)
-    graph, out = rivals.captured(device.work, before=2)
+    graph, out = cuda_graphs.captured(device.work, before=2)
     assert graph is device and out == "result 7" and gc.isenabled()
     assert device.log == ["wait", "stream", "call", "call", "wait", "graph", "call, no collection"]
     calls = iter([None, ValueError("not permitted when stream is capturing")])
@@ -158,7 +162,7 @@ def test_a_capture_is_warmed_up_on_a_side_stream_and_nothing_is_collected_in_it(
             raise error
 
     with pytest.raises(ValueError, match="capturing"):
-        rivals.captured(failing)
+        cuda_graphs.captured(failing)
     assert gc.isenabled()
 
 
@@ -180,10 +184,10 @@ def test_a_graph_s_answers_are_of_the_call_s_own_inputs(monkeypatch):
         return made[-1], made[-1].out
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(rivals, "captured", captured)
+    monkeypatch.setattr(cuda_graphs, "captured", captured)
     config = models.config("small")
     model = models.eager(config, models.weights(config, CPU, 64)).eval().requires_grad_(False)
-    call = rivals.cuda_graph(model)
+    call = cuda_graphs.cuda_graph(model)
     inputs = [models.features(config, N, 64, CPU, seed, ragged=True) for seed, N in ((1, 2), (2, 2), (3, 1))]
     found = [call(*i) for i in inputs]
     for i, (log_probs, lengths) in zip(inputs, found, strict=True):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import correct, limits, sub_blocks
-from bench.harness import Run
+from jasper_fast.bench.cases import common
+from jasper_fast.bench.harness import correct, limits
+from jasper_fast.bench.harness.run import Run
 
 
 def run_in(dtype: torch.dtype) -> Run:
@@ -35,7 +36,7 @@ def answers() -> dict[str, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("mode", ["TF32", "IEEE"])
 def test_cut_operands_pass_where_tf32_is_allowed_only(mode, answers, monkeypatch) -> None:
     monkeypatch.setattr(limits, "float32_mode", lambda device: mode)
-    tolerance = sub_blocks.tolerance(run_in(torch.float32))
+    tolerance = common.tolerance(run_in(torch.float32))
     said = correct.complaints(answers["cut"], answers["low"], answers["ref"], tolerance)
     assert bool(said) == (mode == "IEEE")
     assert not correct.complaints(answers["low"], answers["low"], answers["ref"], tolerance)
@@ -46,4 +47,4 @@ def test_cut_operands_pass_where_tf32_is_allowed_only(mode, answers, monkeypatch
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bits_have_their_own_rounding(dtype, monkeypatch) -> None:
     monkeypatch.setattr(limits, "float32_mode", lambda device: "TF32")
-    assert sub_blocks.tolerance(run_in(dtype)) is sub_blocks.TOLERANCE
+    assert common.tolerance(run_in(dtype)) is common.CONV_TOLERANCE

@@ -8,7 +8,12 @@ import pytest
 import torch
 from bench_runs import CPU, make_run
 
-from bench import correct, limits, memory, models, rivals, train
+from jasper_fast.bench.cases import models, train
+from jasper_fast.bench.commands import memory
+from jasper_fast.bench.commands import train as train_command
+from jasper_fast.bench.harness import allocations, correct, limits
+from jasper_fast.bench.rivals import choice
+from jasper_fast.bench.rivals.eager_layouts import ChannelsLast2d
 
 N, T = 4, 96
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -32,7 +37,7 @@ def found(contender: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     else:
         module = models.eager(config, state, torch.float64 if dtype is torch.float64 else torch.float32)
     if contender == "eager_2d_channels_last":
-        module = rivals.ChannelsLast2d(module)
+        module = ChannelsLast2d(module)
     return train.answer(module, module, batch, state, dtype)
 
 
@@ -206,9 +211,9 @@ def with_a_temporary(x: torch.Tensor) -> torch.Tensor:
 
 def test_peak_sees_what_lives_and_ends_inside_a_custom_op():
     x = torch.randn(1000)
-    nbytes = memory.peak(lambda: with_a_temporary(x), "cpu")
+    nbytes = allocations.peak(lambda: with_a_temporary(x), "cpu")
     assert 4_000_000 < nbytes < 4_020_000
-    births = memory.kept(lambda: with_a_temporary(x), CPU)[1]
+    births = allocations.kept(lambda: with_a_temporary(x), CPU)[1]
     assert births.peak < 10_000, "dispatch alone does not see it"
 
 
@@ -217,16 +222,16 @@ def test_peak_leaves_out_gradients_and_nothing_else():
     x = torch.randn(4, 1000)
     w.sum().backward()  # lazy set-up
     w.grad = None
-    without = memory.peak(lambda: (x @ w).sum().backward(), "cpu", [w])
+    without = allocations.peak(lambda: (x @ w).sum().backward(), "cpu", [w])
     w.grad = None
-    assert without < 100_000 and memory.peak(lambda: (x @ w).sum().backward(), "cpu") > 4_000_000
+    assert without < 100_000 and allocations.peak(lambda: (x @ w).sum().backward(), "cpu") > 4_000_000
 
 
 def test_most_alive_follows_addresses_that_are_used_again():
     events = [(1, 10), (2, 5), (1, -10), (1, 7), (9, -100), (2, -5), (3, 4)]
-    assert memory.most_alive(events) == 15
-    assert memory.most_alive(events, but={1}) == 15  # the first at that address was no gradient
-    assert memory.most_alive([(1, 7), (3, 4), (3, -4), (4, 2)], but={1}) == 4
+    assert allocations.most_alive(events) == 15
+    assert allocations.most_alive(events, but={1}) == 15  # the first at that address was no gradient
+    assert allocations.most_alive([(1, 7), (3, 4), (3, -4), (4, 2)], but={1}) == 4
 
 
 def test_memory_rows_of_both_contenders_have_the_allocator_s_peak(tmp_path):
@@ -238,7 +243,7 @@ def test_memory_rows_of_both_contenders_have_the_allocator_s_peak(tmp_path):
 
 def test_eager_without_masks_meets_unpadded_batches_only(tmp_path):
     run = make_run(tmp_path, rivals="eager,eager_no_masks,eager_2d_channels_last")
-    rows = train.main(run, (("small", 2, 64),))
+    rows = train_command.main(run, (("small", 2, 64),))
     seen = {(r["key"]["mode"], r["contender"]): r["status"] for r in rows}
     masked = ("jasper_fast", "eager", "eager_2d_channels_last")
     full = "forward+backward, all lengths full"
@@ -255,7 +260,7 @@ def test_eager_without_masks_is_wrong_where_utterances_are_padded(tmp_path, monk
 
 
 def test_no_case_without_padding_unless_someone_meets_it(tmp_path):
-    assert "eager_no_masks" in rivals.DEFAULT["training", "cuda"]
+    assert "eager_no_masks" in choice.DEFAULT["training", "cuda"]
     assert "eager_no_masks" not in train.rivals_of(make_run(tmp_path))
 
 

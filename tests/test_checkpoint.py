@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from jasper_fast.nn import checkpoint, formats
+from jasper_fast.nn import checkpoint
 from jasper_fast.nn.checkpoint import CheckpointError, load, save
 from jasper_fast.nn.config import JasperConfig
 from jasper_fast.nn.formats import read_weights
@@ -79,7 +79,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     program = f"""
 import resource, signal, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
-from jasper_fast.checkpoint import CheckpointError, save
+from jasper_fast.nn.checkpoint import CheckpointError, save
 path = {str(tmp_path / "a.pt")!r}
 save(path, {{"x": torch.ones(10)}})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -124,18 +124,19 @@ def test_a_flipped_bit_is_noticed(tmp_path):
         load(path)
 
 
-def test_foreign_files_are_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"none\.pt: no such file"):
-        load(tmp_path / "none.pt")
-    (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(CheckpointError, match=r"text\.pt .*another\s+kind of file"):
-        load(tmp_path / "text.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(CheckpointError, match=r"list\.pt holds a list"):
-        load(tmp_path / "list.pt")
-    torch.save({"epoch": 3}, tmp_path / "nothing.pt")
-    with pytest.raises(CheckpointError, match="holds no model"):
-        read_weights(tmp_path / "nothing.pt")
+@pytest.mark.parametrize(
+    ("name", "write", "message"),
+    [
+        ("none.pt", lambda path: None, r"none\.pt: no such file"),
+        ("text.pt", lambda path: path.write_text("hello"), r"text\.pt .*another\s+kind of file"),
+        ("list.pt", lambda path: torch.save([1, 2], path), r"list\.pt holds a list"),
+        ("nothing.pt", lambda path: torch.save({"epoch": 3}, path), "holds no model"),
+    ],
+)
+def test_foreign_files_are_named(tmp_path, name, write, message):
+    write(tmp_path / name)
+    with pytest.raises(CheckpointError, match=message):
+        read_weights(tmp_path / name)
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path):
@@ -153,13 +154,14 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
 
 
 def test_the_last_few_the_best_and_the_milestones_are_kept(tmp_path):
-    folder = Folder(tmp_path, keep=2, milestones=[2])
+    folder = Folder(tmp_path, keep=2)
     for step in range(1, 7):
         state = run_state(step)
         folder.save(state)
-        folder.save_milestone(state, epoch=step // 2)
         if step == 3:
-            folder.save_best(state | {"best_wer": 0.5})
+            folder.save(state | {"best_wer": 0.5}, "best")
+        if step == 4:
+            folder.save(state, "milestone_epoch_0002")
     assert sorted(os.listdir(tmp_path)) == [
         "best.pt", "milestone_epoch_0002.pt", "step_00000005.pt", "step_00000006.pt",
     ]  # fmt: skip
@@ -218,31 +220,33 @@ def test_own_checkpoints_carry_their_configuration(tmp_path):
         load_model(tmp_path / "b.pt", ema=True)
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_reference_v2(tmp_path, prefix):
-    model = trained_model()
-    entries = {prefix + k: v for k, v in model.state_dict().items()}
-    torch.save({"epoch": 1, "best_wer": 0.3, "state_dict": entries, "optimizer": {}, "scaler": {}}, tmp_path / "v2.pt")
-    assert torch.equal(outputs(load_model(tmp_path / "v2.pt", config=config(), backend="reference")), outputs(model))
-    torch.save(entries, tmp_path / "bare.pt")
-    assert torch.equal(outputs(load_model(tmp_path / "bare.pt", config=config(), backend="reference")), outputs(model))
-
-
-def test_reference_v1(tmp_path):
-    model = trained_model()
-    entries = {}
-    for name, tensor in model.state_dict().items():
-        if name.endswith("num_batches_tracked"):
-            continue
+def v1_entries(state):
+    """As the reference of 2019 named them, with the copies and buffers that it saved beside."""
+    entries = {"audio_preprocessor.featurizer.window": torch.ones(320)}
+    for name, tensor in state.items():
         old = name.replace("encoder.layers.", "jasper_encoder.encoder.")
         old = old.replace("decoder.layers.", "jasper_decoder.decoder_layers.")
-        entries |= {old: tensor, f"acoustic_model.{old}": tensor}
-    entries["audio_preprocessor.featurizer.window"] = torch.ones(320)
-    torch.save(
-        {"epoch": 1, "state_dict": entries, "optimizer": {}}, tmp_path / "v1.pt", _use_new_zipfile_serialization=False
-    )
-    assert read_weights(tmp_path / "v1.pt").kind == "reference v1"
-    assert torch.equal(outputs(load_model(tmp_path / "v1.pt", config=config(), backend="reference")), outputs(model))
+        if not name.endswith("num_batches_tracked"):
+            entries |= {old: tensor, f"acoustic_model.{old}": tensor}
+    return entries
+
+
+@pytest.mark.parametrize(
+    ("kind", "document"),
+    [
+        ("reference v2", lambda state: {"state_dict": state, "epoch": 1, "optimizer": {}, "scaler": {}}),
+        ("reference v2", lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}}),
+        ("reference v2", lambda state: state),
+        ("reference v1", lambda state: {"state_dict": v1_entries(state), "epoch": 1, "optimizer": {}}),
+    ],
+    ids=["v2", "v2 of several GPUs", "bare", "v1"],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_reference_checkpoints(tmp_path, kind, document, zipped):
+    model, path = trained_model(), tmp_path / "a.pt"
+    torch.save(document(model.state_dict()), path, _use_new_zipfile_serialization=zipped)
+    assert read_weights(path).kind == kind
+    assert torch.equal(outputs(load_model(path, config=config(), backend="reference")), outputs(model))
 
 
 def nemo_archive(path, model, *, masked, mode, encoder=None):
@@ -340,11 +344,3 @@ def test_warm_start_from_something_else_is_an_error(tmp_path):
     torch.save({"state_dict": {"encoder.layers.0.other": torch.ones(2)}}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match="no weight of it fits"):
         load_model(tmp_path / "a.pt", config=config(), strict=False)
-
-
-def test_the_default_model_is_the_published_one():
-    built = JasperConfig.from_dict(formats.jasper10x5dr())
-    file = JasperConfig.from_yaml(ROOT / "configs" / "jasper10x5dr.yaml")
-    assert (built.encoder, built.decoder) == (file.encoder, file.decoder)
-    with torch.device("meta"):
-        assert sum(p.numel() for p in Jasper(built).parameters()) == 332_632_349

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 from importlib import metadata
 from pathlib import Path
 
@@ -209,6 +210,19 @@ def test_help(argv, capsys):
     with pytest.raises(SystemExit) as end:
         command.main(argv)
     assert end.value.code == 0 and "usage: jasper-fast" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command_", "module", "function"),
+    [("train", "train", "command"), ("bench", "bench.cli", "shell"), ("demo", "demo.__main__", "main")],
+)
+def test_commands_with_options_of_their_own(command_, module, function, monkeypatch):
+    given = []
+    made = types.ModuleType(module)
+    setattr(made, function, lambda argv: given.append(argv) or 7)
+    monkeypatch.setitem(sys.modules, f"jasper_fast.{module}", made)
+    assert command.main([command_, "--help", "--steps", "3"]) == 7
+    assert given == [["--help", "--steps", "3"]]
 
 
 def test_usage_errors(capsys):

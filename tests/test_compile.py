@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 triton = pytest.importorskip("triton")
-gate = pytest.importorskip("bench.compile")
+gate = pytest.importorskip("jasper_fast.bench.compile.gate")
 aot = pytest.importorskip("jasper_fast.kernels.aot")
 
 ROOT = Path(__file__).resolve().parents[1]

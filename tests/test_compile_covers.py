@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 
 from test_engine_launches import hollow, jasper10x5
 
-from bench import compile as gate
 from jasper_fast import InferenceEngine, Jasper
+from jasper_fast.bench.compile import gate
 from jasper_fast.kernels import launch
 from jasper_fast.kernels.conv1d import triton_impl
 

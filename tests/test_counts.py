@@ -12,8 +12,9 @@ from conftest import interpreted
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import counts, kernels, models, panes, sub_block_inference, sub_blocks
 from jasper_fast import InferenceEngine, Jasper, ops
+from jasper_fast.bench.cases import bn_relu_dropout, common, counts, models, panes, sub_block_inference, sub_blocks
+from jasper_fast.bench.cases.layers import layers
 from jasper_fast.kernels import launch
 from jasper_fast.kernels.panes import gram
 from jasper_fast.nn.eager import EagerJasper
@@ -21,7 +22,7 @@ from jasper_fast.nn.eager import EagerJasper
 N = 3  # of no conv's taps, so that a tensor of N of something is an activation
 PADDED = 32  # channels of the decoder's pack
 CPU = torch.device("cpu")
-LAYERS = sub_blocks.layers()
+LAYERS = layers()
 INNER = [layer for layer in LAYERS if not layer.first]
 
 
@@ -275,9 +276,9 @@ def test_bytes_of_panes_are_what_their_products_read_and_write(block, tmp_path):
     means, covs = zip(*((g.mean, g.cov) for g in grams), strict=True)
     count = lambda mode: panes.case(run, N, T, block, mode).nbytes  # noqa: E731
     with torch.no_grad(), Products(N * T) as products:  # what the ops run: a mode sees nothing inside a call of one
-        _, mean, var = gram.forward(i.ntc, means, covs, i.weights, i.gammas, i.betas, kernels.EPS)
+        _, mean, var = gram.forward(i.ntc, means, covs, i.weights, i.gammas, i.betas, common.EPS)
         assert count("forward") == 4 * products.moved()
-        gram.backward(i.dy["ntc"], i.ntc, means, covs, i.weights, i.gammas, mean, var, kernels.EPS, False)
+        gram.backward(i.dy["ntc"], i.ntc, means, covs, i.weights, i.gammas, mean, var, common.EPS, False)
         assert count("backward") == 4 * products.moved()
     assert count("both") == count("forward") + count("backward")
 
@@ -304,19 +305,19 @@ class Arithmetic(TorchDispatchMode):
 
 def test_flops_of_bn_relu_dropout_are_those_of_its_formula():
     """The formula of kernels/README.md, op by op: right by autograd, and counted as it runs."""
-    inputs = kernels.Inputs(2, 8, 40, torch.float64, CPU, False)
+    inputs = bn_relu_dropout.Inputs(2, 8, 40, torch.float64, CPU, False)
     y, dz = (inputs.nct[n].detach() for n in ("y", "dz"))
     gamma, beta = (t.detach().double()[:, None] for t in (inputs.gamma, inputs.beta))
     p, M = 0.2, y.shape[0] * y.shape[2]
     keep = torch.rand(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) >= p
-    keep &= ~kernels.mask(inputs.lengths, y.shape[2])
+    keep &= ~common.mask(inputs.lengths, y.shape[2])
     scale, zero = 1 / (1 - p), torch.zeros((), dtype=torch.float64)
 
     with Arithmetic(y.shape) as forward:
         mean = y.sum((0, 2), keepdim=True)[0] / M
         centred = y - mean
         m2 = (centred * centred).sum((0, 2), keepdim=True)[0]
-        rstd = (m2 / M + kernels.EPS).rsqrt()
+        rstd = (m2 / M + common.EPS).rsqrt()
         pre = (y - mean) * (gamma * rstd) + beta
         z = torch.where(keep, pre.relu() * scale, zero)
     open_ = keep & (pre > 0)
@@ -327,7 +328,7 @@ def test_flops_of_bn_relu_dropout_are_those_of_its_formula():
         g = torch.where(open_, dz * scale, zero)
         yhat = (y - mean) * rstd
         dy = (g - dbeta / M - yhat * (dgamma / M)) * (gamma * rstd)
-    want = kernels.answer(inputs, torch.float64, keep, p)
+    want = bn_relu_dropout.answer(inputs, torch.float64, keep, p)
     got = {"z": z, "dy": dy, "dgamma": dgamma.flatten(), "dbeta": dbeta.flatten()}
     for name, tensor in got.items():
         torch.testing.assert_close(tensor, want[name].double(), msg=name)

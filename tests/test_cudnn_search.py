@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from bench_runs import CPU, FAST, make_run, softplus_case
 
-from bench import cudnn_search, gpu, harness, launches, memory, train
+from jasper_fast.bench.cases import train
+from jasper_fast.bench.commands import launches, memory
+from jasper_fast.bench.gpu import agenda
+from jasper_fast.bench.harness import checking, cudnn_search, timing
 
 CUDA = torch.device("cuda")
 
@@ -32,15 +35,15 @@ def test_contenders_are_searched_for_and_answers_are_not():
 
     case = softplus_case({"eager": spy("theirs", F.softplus)})
     case.reference, case.low = spy("answers", case.reference), spy("answers", case.low)
-    harness.prepare(case)
-    harness.measure(case, CPU, FAST)
+    checking.prepare(case)
+    timing.measure(case, CPU, FAST)
     assert seen == {"theirs": {True}, "answers": {False}} and searches()
 
 
 def test_a_search_goes_on_after_an_answer_that_failed():
     case = softplus_case({})
     case.reference = lambda: 1 / 0
-    harness.prepare(case)
+    checking.prepare(case)
     assert case.failed and searches()
 
 
@@ -63,5 +66,5 @@ def test_bytes_and_launches_are_counted_without_a_search(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "measure", lambda *_: seen.append(searches()) or [])
     memory.main(run, (("small", 1, 32),))
     monkeypatch.setattr(launches, "main", lambda run: seen.append(searches()))
-    gpu.all_launches(run)
+    agenda.all_launches(run)
     assert seen == [False, False] and searches()

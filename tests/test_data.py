@@ -10,25 +10,37 @@ import pytest
 import soundfile
 import torch
 
-from jasper_fast.data.batches import BatchPlan, collate, load_batches
+from jasper_fast.data.batches import BatchSampler, collate, load_batches
 from jasper_fast.data.dataset import SpeechDataset, ctc_frames
+from jasper_fast.data.join import Clips
 from jasper_fast.data.manifest import ManifestError, Utterance, read_manifest
-from jasper_fast.data.perturb import Join
+from jasper_fast.data.perturb import Change
+from jasper_fast.data.settings import AudioSettings
 from jasper_fast.speech.text import Vocabulary
 
 V = Vocabulary()
+LETTERS = "abcdefghijkl"
 
 
 @pytest.fixture
 def corpus(tmp_path):
     """Twelve utterances of 0.5 to 1.6 s by two speakers; each is a constant of its own level."""
     utterances = []
-    for i in range(12):
+    for i, letter in enumerate(LETTERS):
         path = tmp_path / f"u{i}.{'flac' if i % 2 else 'wav'}"
         samples = np.full(8000 + 1600 * i, (i + 1) / 16)
         soundfile.write(path, samples, 16000)
-        utterances.append(Utterance(str(path), len(samples) / 16000, f"word {'abcdefghijkl'[i]}", speaker=f"s{i % 2}"))
+        utterances.append(Utterance(str(path), len(samples) / 16000, f"word {letter}", speaker=f"s{i % 2}"))
     return utterances
+
+
+def a_set(utterances, training=True, seed=0, **audio_dataset):
+    return SpeechDataset(utterances, V, AudioSettings.from_config(audio_dataset), training=training, seed=seed)
+
+
+def load(dataset, workers=0, epoch=0, start=0, **plan):
+    plan = BatchSampler(dataset.durations, **({"batch_size": 4} | plan))
+    return list(load_batches(dataset, plan, epoch, start, workers))
 
 
 def lines(tmp_path, *entries):
@@ -71,8 +83,7 @@ def test_reads_the_duration_from_the_file_and_the_text_from_another(tmp_path):
     here, missing = read_manifest(path)
     assert here.duration == 0.25 and here.text == "some text"
     assert np.isnan(missing.duration)
-    dataset = SpeechDataset([here, missing], V)
-    assert dataset.skipped.counts == {"bad_duration": 1}
+    assert a_set([here, missing]).skipped.counts == {"bad_duration": 1}
 
 
 @pytest.mark.parametrize(
@@ -109,26 +120,26 @@ def test_filters_count_and_list(corpus):
         Utterance(path, 0.2, "mississippi is long"),
         Utterance(path, float("nan"), "a"),
     ]
-    dataset = SpeechDataset(corpus + more, V, max_duration=16.7)
+    dataset = a_set(corpus + more, max_duration=16.7)
     assert len(dataset) == 12
     assert dataset.skipped.counts == Counter(too_long=1, too_short=1, empty_text=1, too_short_for_ctc=1, bad_duration=1)
     assert "20.00 s, more than 16.7" in dataset.skipped.items[0].detail
     assert "19 symbols need 22" in dataset.skipped.items[3].detail
     assert "5 skipped" in str(dataset.skipped)
-    kept = SpeechDataset(corpus + more, V, max_duration=16.7, training=False)
+    kept = a_set(corpus + more, training=False, max_duration=16.7)
     assert len(kept) == 17 and not len(kept.skipped)  # an evaluation counts them all
-    raw = SpeechDataset([*corpus, Utterance(path, 1.0, "Ä!")], V, normalize_text=False)
+    raw = a_set([*corpus, Utterance(path, 1.0, "Ä!")], normalize_transcripts=False)
     assert raw.skipped.counts == {"unknown_symbols": 1} and "'!', 'Ä'" in raw.skipped.items[0].detail
     with pytest.raises(ValueError, match=r"no utterance is left of 1: 1 skipped \(1 too_long\)"):
-        SpeechDataset(more[:1], V, max_duration=1)
+        a_set(more[:1], max_duration=1)
 
 
 def test_ctc_frames():
-    assert ctc_frames([]) == 0 and ctc_frames([1, 2, 3]) == 3 and ctc_frames([1, 1, 1, 2]) == 6
+    assert [ctc_frames(target) for target in ([], [1, 2, 3], [1, 1, 1, 2])] == [0, 3, 6]
 
 
 def test_items_and_collate(corpus):
-    dataset = SpeechDataset(corpus, V)
+    dataset = a_set(corpus)
     batch = collate([dataset[i] for i in (3, 0)])
     assert batch.audio.shape == (2, 12800) and batch.audio.dtype == torch.float32
     assert batch.audio_lengths.tolist() == [12800, 8000]
@@ -141,48 +152,43 @@ def test_items_and_collate(corpus):
 
 
 def test_offsets(corpus):
-    u = Utterance(corpus[0].path, 0.2, "a", offset=0.1)
-    assert len(SpeechDataset([u], V)[0].audio) == 3200 and SpeechDataset([u], V)[0].name.endswith("@0.1")
+    item = a_set([Utterance(corpus[0].path, 0.2, "a", offset=0.1)])[0]
+    assert len(item.audio) == 3200 and item.name.endswith("@0.1")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_files_are_skipped_reported_and_replaced(corpus, tmp_path, workers):
     bad = tmp_path / "bad.wav"
     bad.write_text("nonsense")
-    nan = np.full(8000, np.nan)
-    soundfile.write(tmp_path / "nan.wav", nan, 16000, subtype="FLOAT")
-    more = [Utterance(str(bad), 0.7, "a"), Utterance(str(tmp_path / "nan.wav"), 0.5, "b")]
-    dataset = SpeechDataset(corpus + more, V)
-    plan = BatchPlan(dataset.durations, batch_size=4)
-    seen = [len(b) for b in load_batches(dataset, plan, workers=workers)]
-    assert sum(seen) == 14  # neighbours stand in for them
+    soundfile.write(tmp_path / "nan.wav", np.full(8000, np.nan), 16000, subtype="FLOAT")
+    all_of_them = [*corpus, Utterance(str(bad), 0.7, "a"), Utterance(str(tmp_path / "nan.wav"), 0.5, "b")]
+    dataset = a_set(all_of_them)
+    assert sum(map(len, load(dataset, workers))) == 14  # neighbours stand in for them
     assert dataset.skipped.counts == {"unreadable": 2}
-    assert "bad.wav: cannot be read" in "".join(s.detail for s in dataset.skipped.items)
-    assert "NaN" in "".join(s.detail for s in dataset.skipped.items)
-    list(load_batches(dataset, plan, epoch=1, workers=workers))
+    details = "".join(s.detail for s in dataset.skipped.items)
+    assert "bad.wav: cannot be read" in details and "NaN" in details
+    load(dataset, workers, epoch=1)
     assert len(dataset.skipped) == 2  # each once
-    evaluation = SpeechDataset(corpus + more, V, training=False)
-    plan = BatchPlan(evaluation.durations, batch_size=4, shuffle=False)
-    assert sum(len(b) for b in load_batches(evaluation, plan, workers=workers)) == 12
+    evaluation = a_set(all_of_them, training=False)
+    assert sum(map(len, load(evaluation, workers, shuffle=False))) == 12
     assert evaluation.skipped.counts == {"unreadable": 2}
 
 
 def test_nothing_readable(tmp_path):
-    dataset = SpeechDataset([Utterance(str(tmp_path / f"{i}.wav"), 1.0, "a") for i in range(3)], V)
-    (batch,) = load_batches(dataset, BatchPlan(dataset.durations, batch_size=4))
+    dataset = a_set([Utterance(str(tmp_path / f"{i}.wav"), 1.0, "a") for i in range(3)])
+    (batch,) = load(dataset)
     assert len(batch) == 0 and batch.audio.shape == (0, 0) and dataset.skipped.counts == {"unreadable": 3}
 
 
 def test_audio_shorter_than_the_manifest_says(corpus):
-    dataset = SpeechDataset([*corpus, Utterance(corpus[0].path, 3.0, "thirty symbols need thirty frames" * 2)], V)
-    item = dataset[12]
+    item = a_set([*corpus, Utterance(corpus[0].path, 3.0, "thirty symbols need thirty frames" * 2)])[12]
     assert item.audio is not None and item.index == 11
     assert [s.reason for s in item.skipped] == ["too_short_for_ctc"]
 
 
 def test_speed_perturbation_is_of_seed_epoch_and_index(corpus):
     def lengths(seed=0, epoch=0, **speed):
-        dataset = SpeechDataset(corpus, V, speed_perturbation=speed or {}, seed=seed)
+        dataset = a_set(corpus, seed=seed, speed_perturbation=speed)
         out = [len(dataset[epoch, i].audio) for i in range(12)]
         assert out == pytest.approx([d * 16000 for d in dataset.durations(epoch)], abs=2)
         return out
@@ -197,89 +203,106 @@ def test_speed_perturbation_is_of_seed_epoch_and_index(corpus):
     assert lengths(p=0.0) == plain
 
 
+def test_what_a_seed_draws_never_changes(corpus):
+    """A resumed run goes on with the draws of the version that began it."""
+    settings = {f"{name}_perturbation": {"p": 1.0} for name in ("speed", "gain", "shift", "noise", "tempo")}
+    joined = {"min_clips": 2, "max_clips": 3, "noise_db": (-50, -30)}
+    clips, change = a_set(corpus, seed=1, join=joined, **settings)._draw(2, 6)
+    assert clips == Clips(
+        indices=(10, 6),
+        gaps=(0.0947941192167296, 0.23201362664443134, 0.0008266311584001262),
+        noise_db=-36.76891316751847,
+    )
+    assert change == Change(
+        speed=0.9839179341094895,
+        gain=-1.8507683250155722,
+        shift=4.1034927422505625,
+        variant=0.3803490166640793,
+        snr_db=59.192417989065504,
+        slope=-0.8201809818998476,
+        noise_seed=1501244032,
+        tempo=1.2207688181921472,
+    )
+
+
 def test_speed_never_makes_it_too_short_for_ctc(corpus):
     u = Utterance(corpus[0].path, 0.5, "x" * 13)  # 25 frames, all needed
-    dataset = SpeechDataset([u], V, speed_perturbation=(1.5, 2.0))
-    assert len(dataset[0].audio) == 8000
+    assert len(a_set([u], speed_perturbation={"min_rate": 1.5, "max_rate": 2.0})[0].audio) == 8000
 
 
 def test_gain_and_shift(corpus):
-    gain = SpeechDataset(corpus, V, gain_perturbation={"p": 1.0, "min_gain_dbfs": 6, "max_gain_dbfs": 6})
-    assert np.abs(gain[0].audio / SpeechDataset(corpus, V)[0].audio - 10**0.3).max() < 1e-5
-    left = SpeechDataset(corpus, V, shift_perturbation=(5.0, 5.0, 1.0))[0].audio
-    assert (left[-80:] == 0).all() and (left[:-80] != 0).all() and len(left) == 8000
-    right = SpeechDataset(corpus, V, shift_perturbation=(-5.0, -5.0, 1.0))[0].audio
-    assert (right[:80] == 0).all() and (right[80:] != 0).all()
+    gain = a_set(corpus, gain_perturbation={"p": 1.0, "min_gain_dbfs": 6, "max_gain_dbfs": 6})
+    assert np.abs(gain[0].audio / a_set(corpus)[0].audio - 10**0.3).max() < 1e-5
+    for ms, zeros, rest in ((5.0, slice(-80, None), slice(-80)), (-5.0, slice(80), slice(80, None))):
+        moved = a_set(corpus, shift_perturbation={"p": 1.0, "min_shift_ms": ms, "max_shift_ms": ms})[0].audio
+        assert (moved[zeros] == 0).all() and (moved[rest] != 0).all() and len(moved) == 8000
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"speed_perturbation": {"rate": 1}}, r"speed_perturbation\.rate is unknown"),
-        ({"speed_perturbation": (1.2, 1.0)}, "0 < min_rate <= max_rate"),
-        ({"join": (3, 2)}, "min_clips <= max_clips"),
+        ({"speed_perturbation": {"min_rate": 1.2, "max_rate": 1.0}}, "speed_perturbation: need 0 < min <= max"),
+        ({"tempo_perturbation": {"min_rate": 0.0}}, "tempo_perturbation: need 0 < min <= max"),
+        (
+            {"noise_perturbation": {"min_snr_db": 30, "max_snr_db": 5}},
+            "noise_perturbation: need min <= max, got min 30",
+        ),
+        ({"join": {"min_clips": 3, "max_clips": 2}}, "join: need 1 <= min_clips <= max_clips"),
         ({"join": {"max_gap": -1}}, "min_gap <= max_gap"),
+        ({"trim_silense": True}, r"audio_dataset\.trim_silense is unknown; known keys: max_duration"),
     ],
 )
-def test_bad_settings(corpus, settings, message):
+def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
-        SpeechDataset(corpus, V, **settings)
+        AudioSettings.from_config(settings)
 
 
 def test_join(corpus):
-    dataset = SpeechDataset(corpus, V, join=Join(2, 4, 0.1, 0.2))
+    dataset = a_set(corpus, join={"min_clips": 2, "max_clips": 4, "min_gap": 0.1, "max_gap": 0.2})
     assert len(dataset) == 12
     for epoch, index in itertools.product(range(2), range(12)):
         item = dataset[epoch, index]
-        words = item.text.split("word ")[1:]
-        assert 2 <= len(words) <= 4 and "abcdefghijkl"[index] in "".join(words)
-        clips = ["abcdefghijkl".index(w.strip()) for w in words]
+        clips = [LETTERS.index(word.strip()) for word in item.text.split("word ")[1:]]
+        assert 2 <= len(clips) <= 4 and index in clips
         assert {c % 2 for c in clips} == {index % 2}  # one speaker
         levels = [int(k) for k, _ in itertools.groupby(np.round(item.audio * 16)) if k]
-        merged = [c + 1 for c in clips]
-        assert levels == merged
+        assert levels == [c + 1 for c in clips]
         assert item.audio[:1600].max() == 0 and item.audio[-1600:].max() == 0
         assert len(item.audio) == pytest.approx(16000 * dataset.durations(epoch)[index], abs=5)
         assert V.decode(item.target) == item.text and len(item.name.split(" + ")) == len(clips)
-        again = dataset[epoch, index]
-        assert np.array_equal(item.audio, again.audio)
-    assert dataset[0, 0].text != dataset[1, 0].text or dataset[0, 1].text != dataset[1, 1].text
+        assert np.array_equal(item.audio, dataset[epoch, index].audio)
+    assert [dataset[0, i].text for i in range(2)] != [dataset[1, i].text for i in range(2)]
 
 
 def test_join_noise_room_and_limits(corpus, tmp_path):
-    noisy = SpeechDataset(corpus, V, join={"min_gap": 0.1, "noise_db": (-40, -40)})[0]
-    assert noisy.audio[:1600].std() == pytest.approx(0.01, rel=0.1)
-    assert np.array_equal(noisy.audio, SpeechDataset(corpus, V, join={"min_gap": 0.1, "noise_db": (-40, -40)})[0].audio)
-    short = SpeechDataset(corpus, V, join=Join(7, 7), max_duration=4.0)
+    noisy = [a_set(corpus, join={"min_gap": 0.1, "noise_db": (-40, -40)})[0].audio for _ in range(2)]
+    assert noisy[0][:1600].std() == pytest.approx(0.01, rel=0.1) and np.array_equal(*noisy)
+    short = a_set(corpus, join={"min_clips": 7}, max_duration=4.0)
     assert len(short[0].text.split("word ")) == 8  # never fewer clips than asked for
-    short = SpeechDataset(corpus, V, join=Join(1, 7, same_speaker=False), max_duration=4.0)
+    short = a_set(corpus, join={"same_speaker": False}, max_duration=4.0)
     assert max(short.durations(0)) <= 4.0 and max(len(i.text) for i in map(short.__getitem__, range(12))) > 20
-    tight = SpeechDataset([Utterance(corpus[0].path, 0.5, "x" * 40)], V, join=Join(1, 1))
+    one = {"min_clips": 1, "max_clips": 1}
+    tight = a_set([Utterance(corpus[0].path, 0.5, "x" * 40)], join=one)
     assert len(tight[0].audio) == ctc_frames([1] * 40) * 320
     bad = Utterance(str(tmp_path / "none.wav"), 0.5, "lost", speaker="s0")
-    with_bad = SpeechDataset([*corpus, bad], V, join=Join(4, 4))
-    item = with_bad[12]
-    assert "lost" not in item.text and item.text and item.skipped[0].reason == "unreadable"
+    item = a_set([*corpus, bad], join={"min_clips": 4, "max_clips": 4})[12]
+    assert "lost" not in item.text and item.text and item.skipped[0].reason == "unreadable" and item.index == 12
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_preloaded_is_the_same(corpus, tmp_path, workers):
-    bad = Utterance(str(tmp_path / "none.wav"), 0.6, "x")
-    done = []
-    plain, preloaded = (SpeechDataset([*corpus, bad], V, speed_perturbation={}, join=(1, 3)) for _ in range(2))
-    preloaded.preload(progress=done.append)
-    assert sum(done) == 13
+    everything = [*corpus, Utterance(str(tmp_path / "none.wav"), 0.6, "x")]
+    settings = {"speed_perturbation": {}, "join": {"max_clips": 3}}
+    plain = load(a_set(everything, **settings))
+    preloaded = a_set(everything, preload=True, **settings)
     for u in corpus:
-        Path(u.path).rename(u.path + ".gone")
-    plan = BatchPlan(plain.durations, 4)
-    got = list(load_batches(preloaded, plan, workers=workers))
-    for u in corpus:
-        Path(u.path + ".gone").rename(u.path)
-    for a, b in zip(load_batches(plain, plan), got, strict=True):
+        Path(u.path).unlink()
+    for a, b in zip(plain, load(preloaded, workers), strict=True):
         assert torch.equal(a.audio, b.audio) and a.texts == b.texts
     assert preloaded.skipped.counts == {"unreadable": 1}
     with pytest.raises(ValueError, match="GiB of audio do not fit"):
-        plain.preload(max_gib=1e-5)
+        preloaded.reader.preload(everything, max_gib=1e-5)
 
 
 def durations(n=101, seed=0):
@@ -290,49 +313,43 @@ def durations(n=101, seed=0):
 @pytest.mark.parametrize("sizes", [{"batch_size": 8}, {"max_seconds": 60}, {"batch_size": 5, "max_seconds": 60}])
 def test_plan_covers_each_epoch_once(sizes, bucketing):
     d = durations()
-    plan = BatchPlan(d, bucketing=bucketing, seed=3, **sizes)
+    plan = BatchSampler(d, bucketing=bucketing, seed=3, **sizes)
     for epoch in range(3):
         epoch_batches = plan.batches(epoch)
         assert sorted(itertools.chain(*epoch_batches)) == list(range(101))
         for batch in epoch_batches:
             assert len(batch) <= sizes.get("batch_size", 101)
             assert len(batch) * max(d[i] for i in batch) <= sizes.get("max_seconds", 1e9)
-    assert plan.batches(0) == BatchPlan(d, bucketing=bucketing, seed=3, **sizes).batches(0)
+    assert plan.batches(0) == BatchSampler(d, bucketing=bucketing, seed=3, **sizes).batches(0)
     assert plan.batches(0) != plan.batches(1)
-    assert plan.batches(0) != BatchPlan(d, bucketing=bucketing, seed=4, **sizes).batches(0)
+    assert plan.batches(0) != BatchSampler(d, bucketing=bucketing, seed=4, **sizes).batches(0)
 
 
 def test_bucketing_saves_padding():
     d = durations(400)
 
     def padded(bucketing):
-        return sum(len(b) * max(d[i] for i in b) for b in BatchPlan(d, 16, bucketing=bucketing).batches(0))
+        return sum(len(b) * max(d[i] for i in b) for b in BatchSampler(d, 16, bucketing=bucketing).batches(0))
 
     assert padded(True) < 1.1 * sum(d) < 1.3 * sum(d) < padded(False)
 
 
-@pytest.mark.parametrize("drop_last", [True, False])
-def test_ranks_share_the_work(drop_last):
+def test_ranks_share_the_work():
     d = durations()
-    plans = [BatchPlan(d, 8, seed=1, rank=r, world_size=4, drop_last=drop_last).batches(2) for r in range(4)]
-    assert len({len(p) for p in plans}) == 1
-    seen = Counter(i for p in plans for b in p for i in b)
-    if drop_last:
-        assert max(seen.values()) == 1 and len(seen) == 96
-    else:
-        assert len(seen) == 101
-    spread = [max(d[i] for b in step for i in b) - min(d[i] for b in step for i in b) for step in zip(*plans)]
+    shares = [BatchSampler(d, 8, seed=1, rank=r, world_size=4).batches(2) for r in range(4)]
+    assert len({len(s) for s in shares}) == 1
+    assert len({i for s in shares for b in s for i in b}) == 101
+    spread = [max(d[i] for b in step for i in b) - min(d[i] for b in step for i in b) for step in zip(*shares)]
     assert np.mean(spread) < 8
-    evaluation = [BatchPlan(d, 8, shuffle=False, rank=r, world_size=4).batches() for r in range(4)]
-    assert sorted(i for p in evaluation for b in p for i in b) == list(range(101))
+    evaluation = [BatchSampler(d, 8, shuffle=False, rank=r, world_size=4).batches() for r in range(4)]
+    assert sorted(i for s in evaluation for b in s for i in b) == list(range(101))
 
 
 def test_plan_in_order():
-    plan = BatchPlan([3.0, 1.0, 2.0], 2, shuffle=False, bucketing=False)
+    plan = BatchSampler([3.0, 1.0, 2.0], 2, shuffle=False, bucketing=False)
     assert plan.batches() == [[0, 1], [2]] and len(plan) == 2
-    assert BatchPlan([3.0, 1.0, 2.0], 2, shuffle=False).batches() == [[1, 2], [0]]
-    assert BatchPlan([3.0, 90.0, 2.0], max_seconds=10, shuffle=False).batches() == [[2, 0], [1]]
-    assert BatchPlan([1.0] * 5, 2, drop_last=True).steps() == 2
+    assert BatchSampler([3.0, 1.0, 2.0], 2, shuffle=False).batches() == [[1, 2], [0]]
+    assert BatchSampler([3.0, 90.0, 2.0], max_seconds=10, shuffle=False).batches() == [[2, 0], [1]]
 
 
 @pytest.mark.parametrize(
@@ -346,17 +363,15 @@ def test_plan_in_order():
 )
 def test_bad_plans(arguments, message):
     with pytest.raises(ValueError, match=message):
-        BatchPlan([1.0], **arguments)
+        BatchSampler([1.0], **arguments)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumes_exactly_at_a_step(corpus, workers):
-    def run(start, seed=5):
-        dataset = SpeechDataset(
-            corpus, V, speed_perturbation={}, gain_perturbation=(-6, 6, 0.5), join=(1, 3), seed=seed
-        )
-        plan = BatchPlan(dataset.durations, max_seconds=8, seed=seed)
-        return list(load_batches(dataset, plan, epoch=3, start_step=start, workers=workers))
+    settings = {"speed_perturbation": {}, "gain_perturbation": {"p": 0.5}, "join": {"max_clips": 3}}
+
+    def run(start):
+        return load(a_set(corpus, seed=5, **settings), workers, 3, start, batch_size=None, max_seconds=8, seed=5)
 
     state = torch.get_rng_state()
     whole, rest = run(0), run(2)
@@ -370,12 +385,11 @@ def test_from_manifests(corpus, tmp_path):
     path = lines(tmp_path, *({"audio_filepath": u.path, "duration": u.duration, "text": u.text} for u in corpus))
     config = {"sample_rate": 8000, "trim_silence": True, "normalize_transcripts": True, "max_duration": 1.0}
     config |= {"speed_perturbation": {"discrete": False, "min_rate": 0.85, "max_rate": 1.15}}
-    config |= {"ignore_offline_speed_perturbation": True}
+    config |= {"ignore_offline_speed_perturbation": True, "pad_to_max_duration": False}
     dataset = SpeechDataset.from_manifests(path, V, config, seed=2)
-    assert len(dataset) == 6 and dataset.sample_rate == 8000 and dataset.seed == 2 and dataset.speed.max_rate == 1.15
+    settings = dataset.settings
+    assert (len(dataset), dataset.seed, settings.sample_rate, settings.perturb.speed.high) == (6, 2, 8000, 1.15)
     assert len(SpeechDataset.from_manifests([path, path], V, {"max_utts": 15})) == 15
     joined = SpeechDataset.from_manifests(path, V, {"preload": True, "join": {"min_clips": 2, "max_clips": 2}})
     Path(corpus[0].path).unlink()
     assert joined[0].text.count("word") == 2
-    with pytest.raises(ValueError, match=r"audio_dataset\.trim_silense is unknown"):
-        SpeechDataset.from_manifests(path, V, {"trim_silense": True})

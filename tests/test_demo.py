@@ -2,6 +2,8 @@
 
 import json
 import struct
+import sys
+import types
 import xml.etree.ElementTree as ElementTree
 import zlib
 
@@ -9,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from jasper_fast import Jasper, JasperConfig
+from jasper_fast import JasperConfig
 from jasper_fast.data.manifest import read_manifest
 from jasper_fast.demo import __main__ as demo
 from jasper_fast.demo import compare, corpus, espeak, learn, report
-from jasper_fast.nn.eager import EagerJasper
+from jasper_fast.nn.loading import load_model
 from jasper_fast.speech import audio
 
 CONFIG = JasperConfig.from_yaml(demo.CONFIG)
@@ -65,7 +67,7 @@ def test_voices_differ_and_an_unknown_one_is_named(synthesiser):
 
 
 def test_a_missing_synthesiser_says_what_to_install(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "espeakng_loader", None)
+    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
     monkeypatch.setattr(espeak.Espeak, "_started", None)
     with pytest.raises(espeak.SynthError, match="pip install espeakng-loader"):
         espeak.Espeak.start()
@@ -93,131 +95,129 @@ def test_png_holds_the_levels_with_low_bands_at_the_bottom():
     assert (rows[:-1] == 0).all()
 
 
-def result(**changes) -> dict:
-    speed = {"shape": "4 utterances, 2.0 s", "eager_utterances_per_second": 80.0, "fused_utterances_per_second": 120.0}
-    return {
-        "wer_unseen": 0.0132,
-        "train_step_ratio": 1.5,
-        "inference_ratio": 1.5,
-        "memory_ratio": 0.4,
-        "train": speed,
-        "inference": speed,
-        "memory": {"shape": "4 utterances, 2.0 s", "eager_bytes": 50e6, "fused_bytes": 20e6},
-        "curves": {
-            "loss": [{"seconds": 2.0 * i, "step": i, "loss": 60.0 / (1 + i)} for i in range(20)],
-            "wer": [{"seconds": 10.0 * i, "step": i, "wer": 1 / (1 + i)} for i in range(5)],
-        },
-        "corpus": dict.fromkeys(
-            ("train_utterances", "train_voices", "train_minutes", "test_utterances", "test_voices"), 10
-        ),
-        "model": {"name": "demo.yaml", "parameters": 1234567},
-        "machine": {"name": "A <CPU> & more", "device": "cpu", "threads": 2},
-        "versions": {"torch": "2.13.0"},
-        "seconds": {"training": 270.0, "total": 300.0},
-        "command": "python -m jasper_fast.demo --out 'a<b'",
-        "date": "2026-11-22T12:00+00:00",
-        "examples": [
-            {"file": "test/0.wav", "speaker": "f4", "reference": "open the door", "transcript": "open the door"},
-            {"file": "test/1.wav", "speaker": "m3", "reference": "close the door", "transcript": ""},
-        ],
-    } | changes
+SPEED = {"shape": "4 utterances, 2.0 s", "eager_utterances_per_second": 80.0, "fused_utterances_per_second": 120.0}
+COUNTS = ("train_utterances", "train_voices", "train_minutes", "test_utterances", "test_voices")
+RESULT = {
+    "wer_unseen": 0.0132,
+    "train": SPEED | {"ratio": 1.5},
+    "inference": SPEED | {"ratio": 1.25},
+    "memory": {"shape": "4 utterances, 2.0 s", "eager_bytes": 50e6, "fused_bytes": 23e6, "ratio": 0.46},
+    "curves": {
+        "loss": [{"minutes": i / 30, "step": i, "loss": 60.0 / (1 + i)} for i in range(20)],
+        "wer": [{"minutes": i / 6, "step": i, "wer": 1 / (1 + i)} for i in range(5)],
+    },
+    "corpus": dict.fromkeys(COUNTS, 10),
+    "model": {"name": "demo.yaml", "parameters": 1234567},
+    "machine": {"name": "A <CPU> & more", "device": "cpu", "threads": 2},
+    "versions": {"torch": "2.13.0"},
+    "seconds": {"training": 270.0, "total": 300.0},
+    "command": "python -m jasper_fast.demo --out 'a<b'",
+    "date": "2026-11-22T12:00+00:00",
+    "examples": [
+        {"file": "test/0.wav", "speaker": "f4", "reference": "open the door", "transcript": "open the door"},
+        {"file": "test/1.wav", "speaker": "m3", "reference": "close the door", "transcript": ""},
+    ],
+}
 
 
-@pytest.mark.parametrize("points", [1, 5])
+@pytest.mark.parametrize("points", [0, 1, 5])
 def test_the_page_is_well_formed_and_needs_nothing_else(points):
-    r = result()
-    r["curves"] = {k: v[:points] for k, v in r["curves"].items()}
-    page = report.render(r, [np.random.default_rng(0).random((64, 100)), None], [b"RIFF", None])
+    curves = {kind: curve[:points] for kind, curve in RESULT["curves"].items()}
+    features = [np.random.default_rng(0).random((64, 100)), None]
+    page = report.render(RESULT | {"curves": curves}, features, [b"RIFF", None])
     root = ElementTree.fromstring(page.partition("\n")[2])  # without the doctype it is XML too
-    assert "1.3 %" in page
-    assert "prefers-color-scheme: dark" in page
-    assert "width=device-width" in page
+    for said in ("1.3 %", "prefers-color-scheme: dark", "width=device-width", "A &lt;CPU&gt; &amp; more", "a&lt;b"):
+        assert said in page
     links = [e.get(k) for e in root.iter() for k in ("src", "href") if e.get(k)]
-    assert links
-    assert all(link.startswith("data:") for link in links)
+    assert len(links) == 2 and all(link.startswith("data:") for link in links)
     assert len(root.findall(".//svg")) == 2
-    assert "A &lt;CPU&gt; &amp; more" in page
+    assert len(root.findall(".//circle")) == points
 
 
-def test_ticks_cover_the_values_with_round_steps():
-    assert report._ticks(100) == [0, 25, 50, 75, 100]
-    assert report._ticks(4.5)[-1] >= 4.5
-    assert report._ticks(0.0)[0] == 0
+def test_fewer_bytes_are_a_share_of_eagers_and_no_gain():
+    rows = report.comparison_rows(RESULT)
+    assert [row[3:] for row in rows] == [
+        ("1.50", "times eager's speed, training step"),
+        ("1.25", "times eager's speed, inference"),
+        ("0.46", "of eager's bytes, kept for backward"),
+    ]
+    assert rows[2][1:3] == ("50.0", "23.0")
 
 
-def test_the_learning_rate_follows_the_clock():
-    rates = [learn.rate(p / 100) for p in range(101)]
-    assert max(rates) == pytest.approx(learn.LR, rel=0.05)
-    assert rates[0] < 0.1 * learn.LR
-    assert rates[-1] == learn.MIN_LR
-    assert rates[-1] < rates[50] < rates[10]
+@pytest.mark.parametrize(("top", "expected"), [(100, [0, 25, 50, 75, 100]), (4.5, [0, 2, 4, 6]), (0.0, [0])])
+def test_ticks_cover_the_values_with_round_steps(top, expected):
+    assert report.ticks(top) == expected
 
 
-def test_the_faster_number_of_threads_stays():
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ({1: 1.0, 2: 0.6}, [1, 1, 1, 2, 2, 2, 2, 2]),
+        ({1: 1.0, 2: 1.2}, [1, 1, 1, 2, 2, 2, 1, 1]),
+        ({1: 1.0, 2: 9.0}, [1, 1, 1, 2, 2, 1, 1, 1]),  # dropped before its trial is over
+    ],
+)
+def test_the_faster_number_of_threads_stays(times, expected):
     had = torch.get_num_threads()
     try:
-        for times, expected in (
-            ({1: 1.0, 2: 0.6}, [1, 1, 1, 2, 2, 2, 2, 2]),
-            ({1: 1.0, 2: 1.2}, [1, 1, 1, 2, 2, 2, 1, 1]),
-            ({1: 1.0, 2: 9.0}, [1, 1, 1, 2, 2, 1, 1, 1]),  # dropped before its trial is over
-        ):
-            threads = learn.Threads([1, 2], trial=3)
-            used = []
-            for _ in expected:
-                used.append(torch.get_num_threads())
-                threads.took(times[used[-1]])
-            assert used == expected
+        threads, used = learn.Threads([1, 2], trial=3), []
+        for _ in expected:
+            used.append(torch.get_num_threads())
+            threads.took(times[used[-1]])
+        assert used == expected
     finally:
         torch.set_num_threads(had)
 
 
-def test_interleave_calls_both_equally_often():
-    calls = []
-    times = compare.interleave(lambda: calls.append("e"), lambda: calls.append("f"), torch.device("cpu"), 0.0, least=6)
-    assert len(times[0]) == len(times[1]) == 6
-    assert calls.count("e") == calls.count("f")
-    assert calls[4:8] in (["f", "e", "e", "f"], ["e", "f", "f", "e"])
+BENCH = """
+import json, pathlib
+
+def main(argv):
+    command, options = argv[0], iter(argv[1:])
+    given = {name: True if name == "--quick" else next(options) for name in options}
+    key = {"train": {"mode": "forward+backward"}, "latency": {"N": 1, "seconds": 2.0}, "memory": {}}[command]
+    sides = ((True, 0.1, 40), (False, 0.2, 100))
+    rows = [{"ours": ours, "key": key, "time_s": {"median": t}, "memory": {"kept_bytes": n}} for ours, t, n in sides]
+    rows += [row | {"key": {"mode": "step"}, "time_s": {"median": 9.0}} for row in rows if "mode" in key]
+    out = pathlib.Path(given["--out"])
+    out.mkdir(parents=True)
+    (out / "result.json").write_text(json.dumps({"rows": rows, "given": given}))
+    return 0
+"""
 
 
-def test_kept_bytes_of_a_plain_model_are_those_that_can_be_counted():
-    """A linear layer keeps its input, ReLU its output: those and the result that is held."""
-
-    class Small(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = torch.nn.Linear(8, 16)
-
-        def forward(self, x, lengths):
-            return torch.relu(self.a(x * 2)) * 3, lengths
-
-    x = torch.randn(4, 8)
-    kept = compare.kept_for_backward(Small(), x, torch.tensor([1]))
-    rows = 4 * 4
-    assert kept == rows * 8 + rows * 16 + rows * 16  # x * 2, relu, the output
+@pytest.fixture
+def bench(monkeypatch):
+    """A bench that measures nothing: fused takes half of eager's time, and keeps 0.4 of its bytes."""
+    module = types.ModuleType("jasper_fast.bench.cli")
+    exec(BENCH, module.__dict__)
+    monkeypatch.setitem(sys.modules, "jasper_fast.bench.cli", module)
 
 
-def test_fused_keeps_fewer_bytes_than_eager():
-    torch.manual_seed(0)
-    x, lengths = torch.randn(2, 64, 96), torch.tensor([96, 60])
-    eager, fused = (compare.kept_for_backward(kind(CONFIG), x, lengths) for kind in (EagerJasper, Jasper))
-    assert 0 < fused < eager
+def test_the_comparison_is_the_benchs(bench, tmp_path):
+    found = compare.compare(demo.CONFIG, tmp_path, (8, 208), torch.device("cpu"), 3.0)
+    assert found["train"] == {
+        "eager_utterances_per_second": 40.0,
+        "fused_utterances_per_second": 80.0,
+        "ratio": 2.0,
+        "shape": "8 utterances, 2.1 s, forward and backward",
+    }
+    assert (found["inference"]["ratio"], found["inference"]["shape"]) == (2.0, "1 utterance, 2.0 s")
+    assert found["memory"] == {"fused_bytes": 40, "eager_bytes": 100, "ratio": 0.4, "shape": "8 utterances, 2.1 s"}
+    given = json.loads((tmp_path / "memory" / "result.json").read_text())["given"]
+    assert given["--model"] == f"{demo.CONFIG}:8,208" and given["--device"] == "cpu" and given["--quick"]
 
 
-def test_a_short_run_leaves_the_page_the_numbers_and_a_model(tmp_path, synthesiser, capsys):
-    from jasper_fast.nn.loading import load_model
-
+def test_a_short_run_leaves_the_page_the_numbers_and_a_model(bench, tmp_path, synthesiser, capsys):
     out = tmp_path / "demo"
-    command = ["--out", str(out), "--minutes", "0.03", "--train-utterances", "16", "--test-utterances", "6"]
-    assert demo.main([*command, "--compare-seconds", "0.1", "--device", "cpu"]) == 0
+    command = ["--out", str(out), "--steps", "3", "--train-utterances", "16", "--test-utterances", "6"]
+    assert demo.main([*command, "--device", "cpu"]) == 0
     found = json.loads((out / "result.json").read_text())
-    assert found["wer_unseen"] >= 0
-    for key in ("train_step_ratio", "inference_ratio", "memory_ratio"):
-        assert found[key] > 0
-    assert found["training"]["steps"] >= 1
-    assert len(found["examples"]) == 3
+    assert found["wer_unseen"] >= 0 and found["training"]["steps"] == 3
+    assert [r["step"] for r in found["curves"]["loss"]] == [1, 2, 3] == [r["step"] for r in found["curves"]["wer"]]
     assert found["curves"]["wer"][-1]["wer"] == found["wer_unseen"]
     page = (out / "index.html").read_text()
     ElementTree.fromstring(page.partition("\n")[2])
-    assert page.count("data:audio/wav") == 3
+    assert len(found["examples"]) == page.count("data:audio/wav") == 3
     assert sum(p.numel() for p in load_model(out / "model.pt").parameters()) == found["model"]["parameters"]
     assert "index.html" in capsys.readouterr().out

@@ -1,24 +1,19 @@
 """LogMelFeatures against the reference's numbers and its promises; SpecAugment and SpecCutout."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import GOLDEN
 
 from jasper_fast.speech import augment
 from jasper_fast.speech.augment import SpecAugment, SpecCutout
 from jasper_fast.speech.features import LogMelFeatures, mel_filterbank
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "features.safetensors"
-
 
 @pytest.fixture
 def golden():
-    if not GOLDEN.exists():
-        pytest.skip(f"the reference's numbers are not at {GOLDEN}")
     from safetensors.torch import load_file
 
-    return load_file(GOLDEN)
+    return load_file(GOLDEN / "features.safetensors")
 
 
 def noise(*shape, seed=0):

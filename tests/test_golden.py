@@ -7,16 +7,17 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import GOLDEN
 
 from jasper_fast import InferenceEngine, Jasper, JasperConfig, NovoGrad
 from jasper_fast.nn.eager import EagerJasper
 
 
 @pytest.fixture(scope="module")
-def golden(shared):
+def golden():
     from safetensors import safe_open
 
-    with safe_open(shared / "golden" / "jasper_small_dense.safetensors", "pt") as f:
+    with safe_open(GOLDEN / "jasper_small_dense.safetensors", "pt") as f:
         meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
     encoder = {
         "in_feats": int(meta["in_feats"]),

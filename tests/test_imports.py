@@ -1,27 +1,54 @@
-"""Arrows of import run one way: train, bench, tests -> jasper_fast -> jasper_fast.kernels -> the native libraries."""
+"""Arrows of import run one way: train, bench, tests -> jasper_fast -> jasper_fast.kernels -> the native libraries.
+
+Imports inside functions count like all others.
+"""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+MAPPED = ("kernels", "bench")  # folders that setup.py maps into the package
 KERNELS_MAY = {"torch", "triton", "numpy"} | sys.stdlib_module_names
-PRIVATE_MAY_NOT = {"bench", "tests", "train", "conftest", "close"}
+
+# What each room may import beside itself; "" is the files of the package that lie in no room.
+LAYERS = {
+    "kernels": set(),
+    "speech": set(),
+    "data": {"speech"},
+    "dispatch": {"kernels"},
+    "ops": {"dispatch", "kernels"},
+    "nn": {"ops", "dispatch", "kernels"},
+    "selfcheck": {"ops", "dispatch", "kernels"},
+    "training": {"nn", "data", "speech"},
+    "inference": {"nn", "data", "speech", "ops", "dispatch", "kernels"},
+    "demo": {"inference", "training", "nn", "data", "speech", "ops", "dispatch", "kernels"},
+    "cli": {"bench.cli", "inference", "selfcheck", "nn", "data", "speech", "dispatch", "kernels"},
+    "": {"cli"},
+}
+BELOW_ALL = {"jasper_fast", "jasper_fast.extras", "jasper_fast.options"}  # these import nothing of ours
+PACKAGE = set(LAYERS) - {"demo", "cli", ""}
+BENCH = ("harness", "rivals", "cases", "report", ("commands", "compile"), ("gpu", "tune"), "cli", "__main__")
+for rank, rooms in enumerate(BENCH):  # each imports those before it; of two beside each other neither the other
+    below = {f"bench.{r}" for group in BENCH[:rank] for r in ((group,) if isinstance(group, str) else group)}
+    for name in (rooms,) if isinstance(rooms, str) else rooms:
+        LAYERS[f"bench.{name}"] = below | PACKAGE
 
 
 def files(*folders: str) -> list[Path]:
     found = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
     assert found, f"no Python files in {folders}"
-    return found
+    return [path for path in found if path.parent.name != "quick"]  # bench/quick holds tests
 
 
 def imports(source: str, package: str) -> set[str]:
-    """Absolute dotted names that `source`, a module in `package`, imports, those inside functions too."""
+    """Absolute dotted names that `source`, a module in `package`, imports."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -39,9 +66,47 @@ def imports(source: str, package: str) -> set[str]:
     return names
 
 
+def name_of(path: Path) -> str:
+    """The dotted name of a file of the package."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("jasper_fast", *parts) if parts[0] in MAPPED else parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
 def package_of(path: Path) -> str:
-    parts = path.relative_to(ROOT).parent.parts
-    return ".".join(("jasper_fast", *parts) if parts and parts[0] == "kernels" else parts)
+    name = name_of(path)
+    return name if path.name == "__init__.py" else name.rpartition(".")[0]
+
+
+def graph() -> dict[str, set[str]]:
+    """The modules of the package, each with those that it imports."""
+    named = {name_of(path): path for path in files("jasper_fast", *MAPPED)}
+    found = {}
+    for name, path in named.items():
+        targets = set()
+        for target in imports(path.read_text(), package_of(path)):
+            while target and target not in named:  # a function, a class: its module
+                target = target.rpartition(".")[0]
+            targets |= {target} if target else set()
+        found[name] = targets - {name, *BELOW_ALL}
+    return found
+
+
+def room(module: str) -> str:
+    """The room of a module, "" for one that lies in none."""
+    parts = module.split(".")[1:]
+    names = [".".join(parts[:2]), *parts[:1]] if parts[:1] == ["bench"] else parts[:1]
+    return next((name for name in names if name in LAYERS), "")
+
+
+def wrong_arrows(arrows: dict[str, set[str]]) -> list[str]:
+    pairs = [(a, b) for a, targets in arrows.items() for b in targets]
+    return [f"{a} -> {b}" for a, b in sorted(pairs) if room(b) not in LAYERS[room(a)] | {room(a)}]
+
+
+def sort(arrows: dict[str, set[str]]) -> None:
+    """Raises CycleError, which names the circle, where there is one."""
+    tuple(TopologicalSorter(arrows).static_order())
 
 
 def kernels_fault(name: str) -> bool:
@@ -49,118 +114,47 @@ def kernels_fault(name: str) -> bool:
 
 
 def package_fault(name: str) -> bool:
-    return name.split(".")[0] in PRIVATE_MAY_NOT
+    return name.split(".")[0] in {*MAPPED, "tests", "train", "conftest", "close"}
 
 
-@pytest.mark.parametrize("path", files("kernels"), ids=lambda p: str(p.relative_to(ROOT)))
-def test_kernels_import_nothing_above_them(path: Path) -> None:
-    faults = {name for name in imports(path.read_text(), package_of(path)) if kernels_fault(name)}
-    assert not faults, f"{path} imports {sorted(faults)}"
-
-
-@pytest.mark.parametrize("path", files("jasper_fast"), ids=lambda p: str(p.relative_to(ROOT)))
-def test_package_does_not_import_scripts(path: Path) -> None:
-    faults = {name for name in imports(path.read_text(), package_of(path)) if package_fault(name)}
-    assert not faults, f"{path} imports {sorted(faults)}"
-
-
-# What each room of the package may import, beside itself and `jasper_fast` itself; "" is the package's own files.
-LAYERS = {
-    "speech": set(),
-    "data": {"speech"},
-    "kernels": set(),
-    "dispatch": {"kernels"},
-    "ops": {"dispatch", "kernels"},
-    "nn": {"ops", "dispatch", "kernels"},
-    "selfcheck": {"ops", "dispatch", "kernels"},
-    "training": {"nn", "data", "speech"},
-    "inference": {"nn", "data", "speech", "ops", "dispatch", "kernels"},
-    "cli": {"inference", "selfcheck", "nn", "data", "speech", "dispatch", "kernels"},
-    "demo": {"inference", "training", "nn", "data", "speech", "ops", "dispatch"},
-    "": {"cli"},
-}
-
-
-def modules() -> dict[str, Path]:
-    """Every module of the package, by its name: kernels/ lies beside it in a checkout."""
-    named = {}
-    for path in files("jasper_fast", "kernels"):
-        parts = (*(("jasper_fast",) if path.is_relative_to(ROOT / "kernels") else ()), *path.relative_to(ROOT).parts)
-        name = ".".join(parts).removesuffix(".py").removesuffix(".__init__")
-        named[name] = path
-    return named
-
-
-def graph(named: dict[str, Path]) -> dict[str, set[str]]:
-    """Which modules each module imports: `from package import name` is one of the package where `name` is no module."""
-    found = {}
-    for name, path in named.items():
-        targets = set()
-        for target in imports(path.read_text(), package_of(path)):
-            while target and target not in named:
-                target = target.rpartition(".")[0]
-            targets |= {target} if target else set()
-        found[name] = targets - {name, "jasper_fast"}
-    return found
-
-
-def circle(arrows: dict[str, set[str]]) -> list[str]:
-    """A circle among the arrows, the first name again at the end; empty where there is none."""
-    done: set[str] = set()
-
-    def walk(name: str, path: list[str]) -> list[str]:
-        if name in path:
-            return [*path[path.index(name) :], name]
-        if name in done:
-            return []
-        for target in sorted(arrows.get(name, ())):
-            if found := walk(target, [*path, name]):
-                return found
-        done.add(name)
-        return []
-
-    return next((found for name in sorted(arrows) if (found := walk(name, []))), [])
-
-
-def room(module: str) -> str:
-    """The room of a module of the package: the folder below `jasper_fast`, "" for the package's own files."""
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in LAYERS else ""
+def faults(paths: list[Path], fault) -> set[str]:
+    found = {(path, name) for path in paths for name in imports(path.read_text(), package_of(path)) if fault(name)}
+    return {f"{path.relative_to(ROOT)} imports {name}" for path, name in found}
 
 
 def test_rooms_import_only_the_rooms_below_them() -> None:
-    wrong = {
-        f"{name} -> {target}"
-        for name, targets in graph(modules()).items()
-        for target in targets
-        if room(target) not in LAYERS[room(name)] | {room(name)}
-    }
-    assert not wrong, f"arrows against the table of layers: {sorted(wrong)}"
+    arrows = graph()
+    assert "jasper_fast.dispatch.probe" in arrows["jasper_fast.dispatch.verdicts"], "the graph has no arrows"
+    assert wrong_arrows(arrows) == []
 
 
-def test_every_room_is_in_the_table() -> None:
-    folders = {path.name for path in (ROOT / "jasper_fast").iterdir() if (path / "__init__.py").is_file()}
-    assert folders | {"kernels", ""} == set(LAYERS)
+def test_every_room_is_in_the_table_and_says_what_it_holds() -> None:
+    folders = [path.parent for path in files("jasper_fast", "bench") if path.name == "__init__.py"]
+    assert {room(name_of(folder)) for folder in folders} | {"kernels", "bench.cli", "bench.__main__"} == set(LAYERS)
+    assert all(ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) for folder in folders)
 
 
 def test_there_is_no_circle_of_rooms_or_of_files() -> None:
-    assert circle({name: below - {""} for name, below in LAYERS.items()}) == []
-    assert circle(graph(modules())) == []
+    sort({name: below - {""} for name, below in LAYERS.items()})
+    sort(graph())
 
 
-def test_circles_are_found() -> None:
-    assert circle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b"}}) == ["b", "d", "b"]
-    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+def test_kernels_import_nothing_above_them() -> None:
+    assert faults(files("kernels"), kernels_fault) == set()
 
 
-def test_nobody_imports_kernels_by_its_folder_name() -> None:
-    paths = [*files("kernels", "jasper_fast", "bench", "tests"), *ROOT.glob("*.py")]
-    faults = {
-        str(path.relative_to(ROOT))
-        for path in paths
-        if any(name.split(".")[0] == "kernels" for name in imports(path.read_text(), package_of(path)))
-    }
-    assert not faults, f"import jasper_fast.kernels instead: {sorted(faults)}"
+def test_nobody_imports_a_mapped_folder_or_a_script_by_its_own_name() -> None:
+    assert faults(files("jasper_fast", *MAPPED), package_fault) == set()
+    others = [*(ROOT / "tests").glob("*.py"), *ROOT.glob("*.py")]
+    assert faults(others, lambda name: name.split(".")[0] in MAPPED) == set(), "import jasper_fast.kernels instead"
+
+
+def test_wrong_arrows_and_circles_are_found() -> None:
+    assert wrong_arrows({"jasper_fast.dispatch.choose": {"jasper_fast.ops.sync"}}) != []
+    assert wrong_arrows({"jasper_fast.bench.cases.panes": {"jasper_fast.bench.gpu.agenda"}}) != []
+    assert wrong_arrows({"jasper_fast.cli.info": {"jasper_fast.bench.gpu.agenda"}}) != []
+    with pytest.raises(CycleError, match="cycle"):
+        sort({"a": {"b"}, "b": {"c"}, "c": {"b"}})
 
 
 @pytest.mark.parametrize(
@@ -170,15 +164,15 @@ def test_nobody_imports_kernels_by_its_folder_name() -> None:
         ("from .. import ops", kernels_fault),
         ("def f():\n    import rich", kernels_fault),
         ("import importlib\nimportlib.import_module('jasper_fast.nn.model')", kernels_fault),
-        ("import bench.harness", package_fault),
+        ("import bench.cli", package_fault),
         ("def f():\n    from train import main", package_fault),
     ],
 )
-def test_the_walk_sees_wrong_arrows(source: str, fault) -> None:
+def test_the_walk_sees_wrong_imports(source: str, fault) -> None:
     assert any(fault(name) for name in imports(source, "jasper_fast.kernels"))
 
 
-def test_the_walk_lets_right_arrows_pass() -> None:
+def test_the_walk_lets_right_imports_pass() -> None:
     source = "import torch, math\nfrom jasper_fast.kernels import layout\nfrom . import philox\nfrom .conv1d import x"
     assert not any(map(kernels_fault, imports(source, "jasper_fast.kernels")))
 

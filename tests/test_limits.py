@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import limits, result_file
+from jasper_fast.bench.harness import limits, result_file
 
 GPU = torch.device("cuda")
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+INSTALLED = {"dev", "train", "demo", "bench"}  # dev brings the others
+OPTIONAL = ("anyascii", "inflect", "jinja2", "jiwer", "pynvml", "rich", "safetensors", "soundfile", "tensorboard")
 BUILD = runpy.run_path(str(ROOT / "csrc" / "build.py"))
 
 
@@ -33,17 +35,93 @@ def described() -> dict:
 
 
 def test_every_python_folder_is_packed(described: dict) -> None:
-    folders = {
-        path.parent.relative_to(ROOT) for name in ("jasper_fast", "kernels") for path in (ROOT / name).rglob("*.py")
-    }
+    roots = ("jasper_fast", "kernels", "bench")
+    folders = {path.parent.relative_to(ROOT) for name in roots for path in (ROOT / name).rglob("*.py")}
+    folders.remove(Path("bench", "quick"))  # pytest's
     wanted = {".".join(f.parts if f.parts[0] == "jasper_fast" else ("jasper_fast", *f.parts)) for f in folders}
     assert wanted - set(described["packages"]) == set()
+    assert "jasper_fast.bench.quick" not in described["packages"]
 
 
-def test_mapped_folders_exist_and_kernels_is_no_package_of_its_own(described: dict) -> None:
+def test_mapped_folders_exist_and_kernels_and_bench_are_no_packages_of_their_own(described: dict) -> None:
     for folder in described["package_dir"].values():
         assert (ROOT / folder).is_dir()
     assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow the published package called kernels"
+    assert not (ROOT / "bench" / "__init__.py").exists(), "its modules would load under two names"
+
+
+def test_data_that_bench_reads_is_packed(described: dict) -> None:
+    for package, wanted in (("bench", "bench/compiled/*.json"), ("bench.report", "bench/report/page.css")):
+        folder = ROOT / package.replace(".", "/")
+        found = {p for pattern in described["package_data"][f"jasper_fast.{package}"] for p in folder.glob(pattern)}
+        assert found and found == set(ROOT.glob(wanted))
+
+
+@pytest.mark.parametrize("name", ["bench", "jasper_fast.bench"])
+def test_bench_starts_under_both_names(name: str) -> None:
+    command = [sys.executable, "-m", name, "report", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: python -m bench report")
+
+
+def test_a_wheel_has_train_py_as_a_module_of_the_package(described: dict) -> None:
+    from setuptools import Distribution
+
+    command = described["cmdclass"]["build_py"](Distribution({"packages": ["jasper_fast"], "script_name": "setup.py"}))
+    command.finalize_options()
+    assert ("jasper_fast", "train", "train.py") in command.find_package_modules(
+        "jasper_fast", str(ROOT / "jasper_fast")
+    )
+    assert "train.py" not in {m[2] for m in command.find_package_modules("jasper_fast.cli", "jasper_fast/cli")}
+
+
+WITHOUT = f"""
+import importlib.abc, sys
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {OPTIONAL}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+"""
+INFERENCE = """
+import torch
+from jasper_fast import InferenceEngine, Jasper, JasperConfig, LogMelFeatures
+from jasper_fast.selfcheck import checks, child
+
+block = {"filters": 8, "kernel_size": [3], "residual": False}
+config = {"encoder": {"in_feats": 64, "blocks": [block]}, "decoder": {"in_feats": 8, "n_classes": 4}}
+model = Jasper(JasperConfig.from_dict(config)).eval()
+log_probs, lengths = InferenceEngine(model)(*LogMelFeatures().eval()(torch.randn(1, 16000), torch.tensor([16000])))
+assert torch.isfinite(log_probs).all()
+assert checks.plan(torch.device("cpu"), quick=True) and callable(child.child)
+"""
+
+
+def without(code: str) -> subprocess.CompletedProcess:
+    """What a process says that runs `code` where nothing optional is installed."""
+    return subprocess.run([sys.executable, "-c", WITHOUT + code], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_inference_and_the_self_check_need_no_extra() -> None:
+    done = without(INFERENCE)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "hint"),
+    [
+        ("from jasper_fast.speech.metrics import wer; wer(['a'], ['b'])", "jiwer is not installed: pip install"),
+        ("from jasper_fast.speech.text import normalize; normalize('5')", "'jasper-fast[train]'"),
+        ("from jasper_fast.training.runs import RunLog; RunLog('unused')", "tensorboard is not installed"),
+        ("from jasper_fast.demo import report; report.render({})", "'jasper-fast[demo]'"),
+        ("from jasper_fast.cli.command import main; sys.exit(main(['demo']))", "error: rich is not installed"),
+    ],
+)
+def test_a_missing_extra_says_how_to_get_it(code: str, hint: str) -> None:
+    done = without(code)
+    assert done.returncode and hint in done.stderr, done.stderr
 
 
 def test_configs_are_found_as_resources() -> None:
@@ -63,10 +141,12 @@ def test_pins_satisfy_the_declared_ranges() -> None:
     pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for text in [*project["dependencies"], *extras["dev"], *extras["demo"]]:
-        wanted = Requirement(text)
+    for wanted in map(Requirement, [*project["dependencies"], *(t for e in INSTALLED for t in extras[e])]):
+        if wanted.name == project["name"]:
+            assert wanted.extras <= INSTALLED, f"{wanted} is not all that make install brings"
+            continue
         assert wanted.name in pins, f"{wanted.name} is not pinned in constraints.txt"
-        assert wanted.specifier.contains(pins[wanted.name]), f"{text}, but {pins[wanted.name]} is pinned"
+        assert wanted.specifier.contains(pins[wanted.name]), f"{wanted}, but {pins[wanted.name]} is pinned"
 
 
 def test_ninja_file_compiles_every_source_and_each_instruction_set() -> None:

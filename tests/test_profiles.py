@@ -9,8 +9,9 @@ import torch
 from bench_runs import make_run
 from conftest import interpreted, make_face
 
-from bench import memory, models, profiles
 from jasper_fast import InferenceEngine
+from jasper_fast.bench.cases import memory, models
+from jasper_fast.bench.commands import profile
 from jasper_fast.kernels import launch
 from jasper_fast.nn.eager import EagerJasper
 
@@ -25,13 +26,13 @@ def names(records: list[dict], kind: str) -> dict[str, int]:
 
 def ranges_in(path) -> set[str]:
     events = json.loads(path.read_text())["traceEvents"]
-    return {e["name"].removeprefix(profiles.LAYER) for e in events if e.get("name", "").startswith(profiles.LAYER)}
+    return {e["name"].removeprefix(profile.LAYER) for e in events if e.get("name", "").startswith(profile.LAYER)}
 
 
 @pytest.mark.parametrize("mode", ["train", "inference"])
 def test_both_contenders_have_tables_of_all_layers(mode, tmp_path):
     run = make_run(tmp_path)
-    ours, eager = profiles.main(run, "small", mode, 2, T)
+    ours, eager = profile.main(run, "small", mode, 2, T)
     assert (ours["contender"], eager["contender"]) == ("jasper_fast", "eager")
     for found in (ours, eager):
         assert found["status"] == "ok" and found["step_s"] > 0 and found["profiled_s"] > 0
@@ -41,12 +42,12 @@ def test_both_contenders_have_tables_of_all_layers(mode, tmp_path):
     assert json.loads(run.results.path.read_text())["profiles"] == [ours, eager]
     if mode == "inference":
         repeats = [b.repeat for b in models.config("small").encoder.blocks]
-        wanted = {f"encoder.layers.{i}": repeat for i, repeat in enumerate(repeats)} | {profiles.HEAD: 1}
+        wanted = {f"encoder.layers.{i}": repeat for i, repeat in enumerate(repeats)} | {profile.HEAD: 1}
         assert names(ours["records"], "layer") == wanted  # a range for each sub-block of the engine
         assert not names(ours["records"], "backward")
     else:
         assert set(names(ours["records"], "backward")) == ENCODER
-        assert set(names(eager["records"], "backward")) == ENCODER | {profiles.HEAD}
+        assert set(names(eager["records"], "backward")) == ENCODER | {profile.HEAD}
 
 
 def test_backward_s_nodes_belong_to_the_layer_that_made_them(tmp_path):
@@ -57,10 +58,10 @@ def test_backward_s_nodes_belong_to_the_layer_that_made_them(tmp_path):
     def step():
         model(x, lengths)[0].square().sum().backward()
 
-    with profiles.ranges(model, CPU):
-        records = profiles.profile(step, CPU, tmp_path / "trace.json")
+    with profile.ranges(model, CPU):
+        records = profile.profile(step, CPU, tmp_path / "trace.json")
     nodes = names(records, "backward")
-    assert nodes.pop(profiles.HEAD) == 1
+    assert nodes.pop(profile.HEAD) == 1
     wanted = {"encoder.layers.0": 4, "encoder.layers.4": 5}
     for i, block in list(enumerate(config.encoder.blocks))[1:4]:
         panes = i  # one a block output so far, each of mask, conv, norm, sum
@@ -70,7 +71,7 @@ def test_backward_s_nodes_belong_to_the_layer_that_made_them(tmp_path):
 
 def test_a_second_run_keeps_the_first_one_s_traces(tmp_path):
     for _ in range(2):
-        profiles.main(make_run(tmp_path), "small", "inference", 1, T)
+        profile.main(make_run(tmp_path), "small", "inference", 1, T)
     assert len(list(tmp_path.glob("trace_small_inference_eager_*.json"))) == 2
 
 
@@ -84,7 +85,7 @@ def test_a_wrong_contender_has_no_profile(mode, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "fused", scaled)
     if mode == "train":  # where the check puts the right weights back
         monkeypatch.setattr(memory, "answer", wrong_if_ours(memory.answer))
-    ours, eager = profiles.main(make_run(tmp_path), "small", mode, 2, T)
+    ours, eager = profile.main(make_run(tmp_path), "small", mode, 2, T)
     assert ours["status"] == "wrong" and "log_probs" in ours["why"] and ours["records"] == []
     assert eager["status"] == "ok" and not list(tmp_path.glob("trace_*jasper_fast*"))
 
@@ -108,14 +109,12 @@ def test_an_engine_is_as_it_was_after_its_ranges(backend, monkeypatch):
     engine = InferenceEngine(models.fused(config, models.weights(config, CPU), backend).eval(), graphs=False)
     inputs, plan = models.features(config, 1, T, CPU, 0), engine._run._plan
     before = engine(*inputs)[0]
-    with profiles.engine_ranges(engine, CPU), torch.profiler.profile() as trace:
+    with profile.engine_ranges(engine, CPU), torch.profiler.profile() as trace:
         inside = engine(*inputs)[0]
-    seen = {
-        e.key.removeprefix(profiles.LAYER): e.count for e in trace.key_averages() if e.key.startswith(profiles.LAYER)
-    }
-    assert sum(seen.values()) == len(plan.steps) + 1 and set(seen) == ENCODER | {profiles.HEAD}
+    seen = {e.key.removeprefix(profile.LAYER): e.count for e in trace.key_averages() if e.key.startswith(profile.LAYER)}
+    assert sum(seen.values()) == len(plan.steps) + 1 and set(seen) == ENCODER | {profile.HEAD}
     with torch.profiler.profile() as trace:
         after = engine(*inputs)[0]
-    assert engine._run._plan is plan and not any(e.key.startswith(profiles.LAYER) for e in trace.key_averages())
+    assert engine._run._plan is plan and not any(e.key.startswith(profile.LAYER) for e in trace.key_averages())
     if backend != "triton":  # whose launches did not run
         assert torch.equal(before, inside) and torch.equal(before, after)

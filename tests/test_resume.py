@@ -18,7 +18,7 @@ SETTINGS = {"steps": 12, "grad_accumulation": 2, "save_every": 3, "val_every": 4
 
 # Each of these runs train.py in a process that kills itself, as SIGKILL does, at a chosen point.
 IN_A_STEP = """
-import jasper_fast.training as training
+import jasper_fast.training.step as training
 real, calls = training.ctc_loss, 0
 def ctc_loss(*args):
     global calls

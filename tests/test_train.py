@@ -18,8 +18,8 @@ import torch
 from speech import CONFIG, train_arguments, write_corpus
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jasper_fast import ops
-from jasper_fast.data.batches import BatchPlan, collate, load_batches
+from jasper_fast import ops, train
+from jasper_fast.data.batches import BatchSampler, collate, load_batches
 from jasper_fast.data.dataset import SpeechDataset
 from jasper_fast.nn import checkpoint, loading
 from jasper_fast.nn.architecture import out_lengths
@@ -32,6 +32,7 @@ from jasper_fast.training.meter import Meter
 from jasper_fast.training.optim import NovoGrad
 from jasper_fast.training.randomness import own_randomness
 from jasper_fast.training.runs import Ranks, RunError, RunLog, StopRequest, read_log
+from jasper_fast.training.state import TrainingState
 from jasper_fast.training.step import BufferGuard, Frontend, StepResult, batch_loss, ctc_loss, train_step
 from jasper_fast.training.validate import validate
 
@@ -234,7 +235,7 @@ def test_meter_counts_names_and_gives_up():
 
 def test_validation_gives_error_rates_and_names_bad_utterances(dataset):
     model, features = Model(), front()
-    plan = BatchPlan(dataset.durations, batch_size=4, shuffle=False)
+    plan = BatchSampler(dataset.durations, batch_size=4, shuffle=False)
     before = [t.clone() for t in model.state_dict().values()]
 
     def run(batches):
@@ -265,7 +266,7 @@ def test_ema_weights_are_what_validation_sees(dataset):
     ema = EMA(model, 0.5)
     with torch.no_grad():
         model.decoder.layers[0].bias[-1] = 1e4  # live weights say nothing but blanks
-    plan = BatchPlan(dataset.durations, batch_size=4, shuffle=False)
+    plan = BatchSampler(dataset.durations, batch_size=4, shuffle=False)
     live = validate(model, front(), load_batches(dataset, plan), dataset.vocabulary, device=CPU)
     with ema.applied_to(model):
         average = validate(model, front(), load_batches(dataset, plan), dataset.vocabulary, device=CPU)
@@ -329,10 +330,8 @@ def test_a_gpu_that_is_not_there_is_an_error():
 
 
 @pytest.fixture
-def run_train(monkeypatch, capsys):
+def run_train(capsys):
     """Runs train.py in this process; returns what it says."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    import train
 
     def run(arguments):
         stop = StopRequest()
@@ -503,8 +502,20 @@ def test_help_explains_every_option(run_train, capsys):
     with pytest.raises(SystemExit):
         run_train(["--help"])
     said = capsys.readouterr().out
-    for word in ("--train-manifests", "--grad-accumulation", "--resume", "torchrun", "SIGKILL"):
-        assert word in said
+    missing = {
+        word for word in ("--train-manifests", "--lr-by-clock", "--resume", "torchrun", "SIGKILL") if word not in said
+    }
+    assert not missing
+
+
+def test_the_schedule_can_follow_the_clock(run_train, paths, tmp_path, monkeypatch):
+    """Half of the time is over at the first step: so is half of the schedule."""
+    monkeypatch.setattr(TrainingState, "minutes", property(lambda state: 0.5 + state.step / 100))
+    schedule = {"lr_policy": "polynomial", "lr_power": 1, "warmup_steps": 0, "lr": 0.1, "steps": 20}
+    arguments = train_arguments(paths, tmp_path, max_minutes=1, lr_by_clock=True, val_manifests=None, **schedule)
+    run_train(arguments)
+    rates = [r["lr"] for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "train"]
+    assert rates[0] == pytest.approx(0.05) and rates == sorted(rates, reverse=True) and len(rates) == 20
 
 
 def test_command_line_errors_are_one_line(paths, tmp_path):

@@ -17,8 +17,9 @@ from test_model import batch, config, pair
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import memory, models
 from jasper_fast import Jasper
+from jasper_fast.bench.cases import models
+from jasper_fast.bench.harness import allocations
 from jasper_fast.kernels import launch
 from jasper_fast.nn.eager import EagerJasper
 
@@ -115,7 +116,7 @@ def kept(module: torch.nn.Module, n: int, t: int) -> int:
     lengths = torch.full((n,), t, device=device)
     forward = lambda: module(features, lengths)[0].square().mean()  # noqa: E731
     forward()
-    return memory.kept(forward, device)[0]
+    return allocations.kept(forward, device)[0]
 
 
 def test_a_step_keeps_a_quarter_of_what_eager_keeps(launches):

@@ -239,12 +239,13 @@ def test_the_checks_and_the_panes_are_among_the_sources(monkeypatch):
 
 WAITS = """
 import sys, time, torch
-from jasper_fast import trust
+from jasper_fast.dispatch import verdicts
+from jasper_fast.dispatch.verdict import Verdict
 def check(device, op, face, dtype):
     print("checked", flush=True)
     time.sleep(1.0)
-    return trust.Verdict(op, face, dtype, "good", True, 1)
-trust.verdict("conv1d", "triton", torch.device("cpu"), "bfloat16", check)
+    return Verdict(op, face, dtype, "good", True, 1)
+verdicts.verdict("conv1d", "triton", torch.device("cpu"), "bfloat16", check)
 """
 
 

@@ -16,8 +16,14 @@ import pytest
 import torch
 from conftest import make_face
 
-from bench import counts, harness, machine, models, tune, tune_builders, tune_cases, tune_table
-from bench.__main__ import main
+from jasper_fast.bench.cases import counts, models
+from jasper_fast.bench.cli import main
+from jasper_fast.bench.harness import checking, devices, machine
+from jasper_fast.bench.harness.errors import OutOfTime
+from jasper_fast.bench.tune import builders as tune_builders
+from jasper_fast.bench.tune import cases as tune_cases
+from jasper_fast.bench.tune import table as tune_table
+from jasper_fast.bench.tune import tune
 from jasper_fast.dispatch import backends
 from jasper_fast.kernels import launch, tables
 
@@ -367,7 +373,7 @@ def test_the_library_is_compared_by_what_its_timed_call_computes(function, monke
     layer = tune_cases.layers(run.device)[0]
     case = tune_cases.make_case(run, function, layer, (2, 14), tune_builders.Trial(Path("unused")))
     case.contenders = [c for c in case.contenders if c.name == tune_cases.LIBRARY]
-    harness.prepare(case)
+    checking.prepare(case)
     assert case.runners.keys() == {tune_cases.LIBRARY}, case.failed
 
     name = {"wgrad": "wgrad", "dgrad": "dgrad", "dgrad_bn": "dgrad"}.get(function, "forward")
@@ -379,7 +385,7 @@ def test_the_library_is_compared_by_what_its_timed_call_computes(function, monke
         monkeypatch.setattr(tune_builders.F, "conv2d", lambda *args: 1.01 * conv2d(*args))
     else:
         monkeypatch.setattr(aten, name, lambda *args, **more: 1.01 * right(*args, **more))
-    harness.check(case, (2,))
+    checking.check(case, (2,))
     assert case.failed[tune_cases.LIBRARY][0] == "wrong"
 
 
@@ -475,11 +481,11 @@ def test_an_interruption_leaves_nothing_of_the_asynchronous_mode(monkeypatch):
 
     def cut():
         assert launch.run is not before
-        raise harness.OutOfTime
+        raise OutOfTime
 
     import contextvars
 
-    with pytest.raises(harness.OutOfTime):
+    with pytest.raises(OutOfTime):
         contextvars.copy_context().run(tune_builders._compile_ahead, [cut])
     assert mode.get() is None and launch.run is before
 
@@ -493,7 +499,7 @@ def test_a_run_without_time_is_unfinished_and_resume_keeps_what_is_there(tmp_pat
     def first_only(run, case, trial):
         seen.append(case.id)
         if len(seen) == 2:
-            raise harness.OutOfTime
+            raise OutOfTime
         return measure(run, case, trial)
 
     monkeypatch.setattr(tune, "measure", first_only)
@@ -521,14 +527,14 @@ def test_the_budget_counts_from_the_process_s_start(tmp_path, monkeypatch):
 
 
 def test_a_process_knows_when_it_started():
-    code = "import time; time.sleep(1.0); from bench import tune; print(tune.LOADED - tune.born())"
+    code = "import time; time.sleep(1.0); from jasper_fast.bench.tune import tune; print(tune.LOADED - tune.born())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert 1.0 <= float(done.stdout) < tune.LONGEST_START
 
 
 SLOW = """
 import hashlib, os, sys
-from jasper_fast import backends
+from jasper_fast.dispatch import backends
 impl = backends.face("conv1d", "triton")
 right = impl.forward
 def forward(*args, **kwargs):
@@ -537,8 +543,8 @@ def forward(*args, **kwargs):
         hashlib.pbkdf2_hmac("sha256", b"x", b"y", 400_000_000)  # minutes in C, without the interpreter's lock
     return right(*args, **kwargs)
 impl.forward = forward
-from bench import machine
-from bench.__main__ import main
+from jasper_fast.bench.cli import main
+from jasper_fast.bench.harness import machine
 machine._git = lambda *_: "abc"
 sys.exit(main(sys.argv[1:]))
 """
@@ -601,7 +607,7 @@ def test_a_person_who_interrupts_accuses_no_configuration(tmp_path, monkeypatch)
 
 KILL = """
 import os, sys
-from jasper_fast import backends
+from jasper_fast.dispatch import backends
 from jasper_fast.kernels import launch, tables
 import torch
 impl = backends.face("conv1d", "triton")
@@ -613,8 +619,8 @@ def forward(*args, **kwargs):
         os._exit(77)
     return right(*args, **kwargs)
 impl.forward = forward
-from bench import machine
-from bench.__main__ import main
+from jasper_fast.bench.cli import main
+from jasper_fast.bench.harness import machine
 machine._git = lambda *_: "abc"
 sys.argv = ["bench", *sys.argv[1:]]
 sys.exit(main(sys.argv[1:]))
@@ -657,7 +663,7 @@ def test_a_lost_device_ends_the_run_and_is_remembered(tmp_path, second_tile, mon
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     second_tile(losing)
-    monkeypatch.setattr(harness, "synchronize", synchronize)
+    monkeypatch.setattr(devices, "synchronize", synchronize)
     code, data = run(tmp_path)
     assert code == 3 and not data["finished"] and data["rows"] == []
     calls.clear()
@@ -670,14 +676,14 @@ def test_a_lost_device_ends_the_run_and_is_remembered(tmp_path, second_tile, mon
 
 def test_a_case_that_cannot_be_measured_costs_the_others_nothing(tmp_path, monkeypatch):
     """Its reference has no memory, say."""
-    right = harness.prepare
+    right = checking.prepare
 
     def prepare(case):
         if "16->24" in case.id:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
         right(case)
 
-    monkeypatch.setattr(harness, "prepare", prepare)
+    monkeypatch.setattr(checking, "prepare", prepare)
     code, data = run(tmp_path)
     assert code == 0 and data["finished"]
     first, second = cases(data).values()
@@ -722,7 +728,7 @@ def test_a_result_is_installed_and_chosen_from(tmp_path, own_tables):
 
 
 def test_faces_are_installed_and_chosen_from_and_the_gate_has_no_more_to_compile(tmp_path, own_tables):
-    from bench import compile as gate
+    from jasper_fast.bench.compile import gate
 
     path = result(tmp_path / "r.json")
     data = json.loads(path.read_text())

@@ -1,41 +1,53 @@
-"""What this machine offers: versions, processors, which backends run, and how to get those that do not."""
+"""`jasper-fast info`: versions, processors, which backends run on this machine, and how to get those that do not."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import sys
+import warnings
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-# package, what it is for, how to get it where it is missing
+from jasper_fast.options import option
+
+# package, what it is for, the extra that brings it ("": always needed)
 _PACKAGES = (
-    ("torch", "everything", "pip install torch"),
-    ("triton", "the triton backend", "pip install 'triton>=3.6' (Linux x86-64)"),
-    ("numpy", "audio", "pip install numpy"),
-    ("soundfile", "reading audio", "pip install soundfile"),
-    ("soxr", "resampling, speed perturbation", "pip install soxr"),
-    ("jiwer", "error rates", "pip install jiwer"),
-    ("anyascii", "text normalisation", "pip install anyascii"),
-    ("safetensors", "golden vectors", "pip install safetensors"),
-    ("tensorboard", "curves of a training run", "pip install tensorboard"),
-    ("espeakng-loader", "the demo's voices", "pip install 'jasper-fast[demo]'"),
-    ("cupy-cuda13x", "tools on CUDA", "pip install 'jasper-fast[cuda]'"),
-    ("flashlight-text", "beam search", "pip install 'jasper-fast[lm]'"),
-    ("kenlm", "n-gram models", "pip install 'jasper-fast[lm]'"),
+    ("torch", "everything", ""),
+    ("triton", "the triton backend, on Linux x86-64", ""),
+    ("numpy", "audio", ""),
+    ("soundfile", "reading audio", ""),
+    ("soxr", "resampling, speed perturbation", ""),
+    ("anyascii", "text normalisation", "train"),
+    ("inflect", "numbers in words", "train"),
+    ("jiwer", "error rates", "train"),
+    ("rich", "progress and tables", "train"),
+    ("tensorboard", "curves of a training run", "train"),
+    ("espeakng-loader", "the demo's voices", "demo"),
+    ("jinja2", "pages of results", "bench"),
+    ("nvidia-ml-py", "a GPU's clocks", "bench"),
+    ("safetensors", "golden vectors", "dev"),
+    ("cupy-cuda13x", "tools on CUDA", "cuda"),
+    ("flashlight-text", "beam search", "lm"),
+    ("kenlm", "n-gram models", "lm"),
 )
-_OPTIONAL = {"espeakng-loader", "cupy-cuda13x", "flashlight-text", "kenlm", "tensorboard", "triton"}
 
 
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.lower().startswith(("model name", "cpu model")):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return platform.processor() or platform.machine()
+HELP = "machine, backends, versions, and how to get what is missing"
+DESCRIPTION, END = "Shows the machine, which backends run on it, versions, and how to get what is missing.", ""
+OPTIONS = {
+    "": [
+        option("--json", action="store_true", help="the same as JSON"),
+    ],
+}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    report = collect()
+    print(json.dumps(report, indent=1) if arguments.json else render(report))
+    return 0
 
 
 def _memory_gib() -> float | None:
@@ -99,27 +111,25 @@ def collect() -> dict[str, Any]:
 
     from jasper_fast import __version__
     from jasper_fast.dispatch import choose
+    from jasper_fast.kernels import native
 
-    gpus = []
-    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        p = torch.cuda.get_device_properties(i)
-        gpus.append(
-            {
-                "name": p.name,
-                "capability": f"{p.major}.{p.minor}",
-                "memory_gib": round(p.total_memory / 2**30, 1),
-                "multiprocessors": p.multi_processor_count,
-            }
-        )
+    places = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    gpus = [
+        {
+            "name": p.name,
+            "capability": f"{p.major}.{p.minor}",
+            "memory_gib": round(p.total_memory / 2**30, 1),
+            "multiprocessors": p.multi_processor_count,
+        }
+        for p in places
+    ]
     packages = {}
-    for name, purpose, how in _PACKAGES:
+    for name, purpose, extra in _PACKAGES:
         version = _version(name)
-        packages[name] = {"version": version, "for": purpose, "optional": name in _OPTIONAL}
+        packages[name] = {"version": version, "for": purpose, "optional": bool(extra) or name == "triton"}
         if version is None:
-            packages[name]["get"] = how
+            packages[name]["get"] = f"pip install '{f'jasper-fast[{extra}]' if extra else name}'"
     found = _backends()
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # what is missing is listed in full
         auto = {device: choose.resolve("auto", device) for device in (["cpu", "cuda"] if gpus else ["cpu"])}
@@ -128,7 +138,7 @@ def collect() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "cpu": {
-            "name": _cpu_name(),
+            "name": native.cpu_name(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "threads": torch.get_num_threads(),
             "memory_gib": _memory_gib(),
@@ -143,47 +153,44 @@ def collect() -> dict[str, Any]:
     }
 
 
-def render(report: dict[str, Any], console: Any) -> None:
-    """Prints ``collect()``'s report on a rich console."""
-    from rich.markup import escape
-    from rich.table import Table
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(map(str.rstrip, lines))
 
+
+def render(report: dict[str, Any]) -> str:
+    """``collect()``'s report as text."""
     cpu, cuda = report["cpu"], report["cuda"]
-    console.print(f"[bold]jasper_fast {report['jasper_fast']}[/bold]  Python {report['python']}, {report['platform']}")
     native = f"native kernels run {cpu['native_isa']}" if cpu["native_isa"] else "native kernels not built"
     memory = f", {cpu['memory_gib']} GiB" if cpu["memory_gib"] else ""
-    console.print(
-        f"CPU  {escape(cpu['name'])}: {cpu['cores']} cores, {cpu['threads']} threads{memory}; "
-        f"torch runs {cpu['torch_isa']}, {native}"
-    )
+    lines = [
+        f"jasper_fast {report['jasper_fast']}  Python {report['python']}, {report['platform']}",
+        f"CPU  {cpu['name']}: {cpu['cores']} cores, {cpu['threads']} threads{memory}; torch runs {cpu['torch_isa']}, "
+        f"{native}",
+    ]
     for i, gpu in enumerate(cuda["gpus"]):
-        console.print(
-            f"GPU {i}  {escape(gpu['name'])}: sm_{gpu['capability'].replace('.', '')}, {gpu['memory_gib']} GiB, "
+        lines.append(
+            f"GPU {i}  {gpu['name']}: sm_{gpu['capability'].replace('.', '')}, {gpu['memory_gib']} GiB, "
             f"{gpu['multiprocessors']} multiprocessors (torch for CUDA {cuda['torch_built_for']})"
         )
     if not cuda["gpus"]:
         built = f"built for CUDA {cuda['torch_built_for']}" if cuda["torch_built_for"] else "a CPU build"
-        console.print(f"GPU  none that torch sees (torch is {built})")
-    table = Table(box=None, pad_edge=False)
-    for column in ("backend", "runs on", "otherwise"):
-        table.add_column(column)
+        lines.append(f"GPU  none that torch sees (torch is {built})")
+    rows = [("backend", "runs on", "otherwise")]
     for name, backend in report["backends"].items():
-        chosen = [device for device, face in report["auto"].items() if face == name]
-        on = ", ".join(f"{d} (auto)" if d in chosen else d for d in backend["devices"])
-        table.add_row(name, on or "-", escape(backend["missing"] or ""))
-    console.print(table)
+        on = ", ".join(f"{d} (auto)" if report["auto"].get(d) == name else d for d in backend["devices"])
+        rows.append((name, on or "-", backend["missing"] or ""))
+    lines.append(_table(rows))
     for verdict in report["verdicts"]:
         what = f"{verdict['op']} ({verdict['face']}, {verdict['dtype']}) on {verdict['device']}"
         failure = f": {verdict['failure']}" if verdict["failure"] else ""
         found = f"{verdict['status']}, {verdict['checked']} checks passed{', quick' if verdict['quick'] else ''}"
-        console.print(f"self-check of {escape(what)}: {found}{escape(failure)}")
+        lines.append(f"self-check of {what}: {found}{failure}")
     if not report["verdicts"]:
-        console.print("self-check: not run with these versions; `jasper-fast selfcheck` runs it")
-    table = Table(box=None, pad_edge=False)
-    for column in ("package", "version", "for", "how to get it"):
-        table.add_column(column)
+        lines.append("self-check: not run with these versions; `jasper-fast selfcheck` runs it")
+    rows = [("package", "version", "for", "how to get it")]
     for name, package in report["packages"].items():
-        need = "" if package["version"] else escape(package["get"])
-        absent = "- (optional)" if package["optional"] else "missing"
-        table.add_row(name, package["version"] or absent, package["for"], need)
-    console.print(table)
+        version = package["version"] or ("- (optional)" if package["optional"] else "missing")
+        rows.append((name, version, package["for"], package.get("get", "")))
+    return "\n".join([*lines, _table(rows)])

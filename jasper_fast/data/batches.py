@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from jasper_fast.data.dataset import Item, SpeechDataset
@@ -51,22 +52,16 @@ class Batch:
 
 def _padded(rows: Sequence[np.ndarray | list[int]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-    out = torch.zeros(len(rows), int(lengths.max()) if len(rows) else 0, dtype=dtype)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = torch.as_tensor(row, dtype=dtype)
-    return out, lengths
+    tensors = [torch.as_tensor(row, dtype=dtype) for row in rows]
+    return pad_sequence(tensors, batch_first=True) if rows else torch.zeros(0, 0, dtype=dtype), lengths
 
 
 def collate(items: Sequence[Item]) -> Batch:
     """Items of a SpeechDataset as one zero-padded Batch; those without audio are left out and listed."""
     good = [item for item in items if item.audio is not None]
-    audio_, audio_lengths = _padded([item.audio for item in good], torch.float32)
-    targets, target_lengths = _padded([item.target for item in good], torch.int64)
     return Batch(
-        audio_,
-        audio_lengths,
-        targets,
-        target_lengths,
+        *_padded([item.audio for item in good], torch.float32),
+        *_padded([item.target for item in good], torch.int64),
         [item.text for item in good],
         [item.name for item in good],
         [item.index for item in good],
@@ -75,7 +70,7 @@ def collate(items: Sequence[Item]) -> Batch:
     )
 
 
-class BatchPlan:
+class BatchSampler:
     """Which items form which batch, for every epoch, as a pure function of (seed, epoch): resume by skipping steps.
 
     durations in seconds: a list, or a function of the epoch (``dataset.durations``). Give ``batch_size`` (utterances
@@ -83,8 +78,8 @@ class BatchPlan:
     longer than that is a batch of its own), or both. ``bucketing`` puts items of like length together, with 10 % of
     chance in the order; batches come shuffled, or unshuffled with ``shuffle=False`` (then in the given order, or by
     length with bucketing). With ``world_size`` ranks every rank has the same number of steps and batches of like length
-    at each step; the rest is filled by repetition, or left out with ``drop_last`` (without shuffling it is neither: an
-    evaluation counts each utterance once). Raises ValueError for sizes that are not positive or a rank out of range.
+    at each step; the rest is filled by repetition (without shuffling it is not: an evaluation
+    counts each utterance once). Raises ValueError for sizes that are not positive or a rank out of range.
     """
 
     def __init__(
@@ -96,7 +91,6 @@ class BatchPlan:
         seed: int = 0,
         *,
         shuffle: bool = True,
-        drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -108,7 +102,7 @@ class BatchPlan:
             raise ValueError(f"rank {rank} is not in 0..{world_size - 1}")
         self._durations = durations
         self.batch_size, self.max_seconds, self.bucketing, self.seed = batch_size, max_seconds, bucketing, seed
-        self.shuffle, self.drop_last, self.rank, self.world_size = shuffle, drop_last, rank, world_size
+        self.shuffle, self.rank, self.world_size = shuffle, rank, world_size
         self._kept: tuple[int, list[list[int]]] = (-1, [])
 
     def batches(self, epoch: int = 0) -> list[list[int]]:
@@ -134,13 +128,8 @@ class BatchPlan:
         batches = self._cut(order.tolist(), seconds)
         if not self.shuffle:
             return batches[self.rank :: self.world_size]
-        if len(batches) % self.world_size:
-            whole = len(batches) // self.world_size * self.world_size
-            if self.drop_last:
-                batches = batches[:whole]
-            else:
-                missing = self.world_size - (len(batches) - whole)
-                batches += [batches[i % len(batches)] for i in range(missing)]
+        count = len(batches)
+        batches += [batches[i % count] for i in range(-count % self.world_size)]
         steps = len(batches) // self.world_size
         return [batches[step * self.world_size + self.rank] for step in rng.permutation(steps)]
 
@@ -157,15 +146,12 @@ class BatchPlan:
                 current, grown = [], seconds[index]
             current.append(index)
             longest = grown
-        partial = self.batch_size is not None and len(current) < self.batch_size and self.max_seconds is None
-        if current and not (self.drop_last and partial):
-            batches.append(current)
-        return batches
+        return [*batches, current] if current else batches
 
 
 def load_batches(
     dataset: SpeechDataset,
-    plan: BatchPlan,
+    sampler: BatchSampler,
     epoch: int = 0,
     start_step: int = 0,
     workers: int = 0,
@@ -175,7 +161,7 @@ def load_batches(
 
     What is skipped on the way is added to ``dataset.skipped``. Draws nothing from torch's global generator.
     """
-    keys = [[(epoch, index) for index in batch] for batch in plan.batches(epoch)[start_step:]]
+    keys = [[(epoch, index) for index in batch] for batch in sampler.batches(epoch)[start_step:]]
     loader = DataLoader(
         dataset,
         batch_sampler=keys,

@@ -7,7 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,11 @@ class Utterance:
     @property
     def name(self) -> str:
         return f"{self.path}@{self.offset:g}" if self.offset else self.path
+
+    @property
+    def seconds(self) -> float:
+        """The duration, 0 where it is not known."""
+        return self.duration if math.isfinite(self.duration) else 0.0
 
 
 def read_manifest(
@@ -126,24 +131,27 @@ class Skipped(NamedTuple):
     detail: str
 
 
-@dataclass
 class SkipReport:
-    """What was left out: ``counts`` by reason and ``items``, each utterance once for each reason."""
+    """What was left out: ``items``, each utterance once for each reason, and ``counts`` by reason."""
 
-    counts: Counter[str] = field(default_factory=Counter)
-    items: list[Skipped] = field(default_factory=list)
-    _seen: set[tuple[str, str]] = field(default_factory=set, repr=False)
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], Skipped] = {}
 
     def add(self, skipped: Sequence[Skipped]) -> None:
         for item in skipped:
-            if (item.name, item.reason) not in self._seen:
-                self._seen.add((item.name, item.reason))
-                self.counts[item.reason] += 1
-                self.items.append(item)
+            self._found.setdefault((item.name, item.reason), item)
+
+    @property
+    def items(self) -> list[Skipped]:
+        return list(self._found.values())
+
+    @property
+    def counts(self) -> Counter[str]:
+        return Counter(reason for _, reason in self._found)
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self._found)
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())
-        return f"{len(self)} skipped ({reasons})" if self.items else "none skipped"
+        return f"{len(self)} skipped ({reasons})" if len(self) else "none skipped"

@@ -8,27 +8,45 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import platform
 import random
+import statistics
 import sys
 import time
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from jasper_fast import JasperConfig, LogMelFeatures, __version__
-from jasper_fast.data.manifest import read_manifest
+from jasper_fast import Jasper, LogMelFeatures, __version__, options
+from jasper_fast.data.manifest import Utterance, read_manifest
 from jasper_fast.demo import compare, corpus, learn, report
 from jasper_fast.demo.espeak import SynthError
 from jasper_fast.dispatch import choose
 from jasper_fast.inference.recognizer import Recognizer
+from jasper_fast.kernels import native
 from jasper_fast.nn import checkpoint
+from jasper_fast.options import option
 from jasper_fast.speech import audio
 
 CONFIG = Path(str(files("jasper_fast.configs") / "demo.yaml"))
+
+
+OPTIONS = [
+    option("--out", type=Path, default=Path("build/demo"), help="folder for the corpus and the results"),
+    option("--steps", type=int, default=2500, help="updates of the weights"),
+    option("--minutes", type=float, default=5.5, help="end the training by then, on a slow machine"),
+    option("--config", type=Path, default=CONFIG, help="the model"),
+    option("--device", default="auto", help="auto, cpu, cuda or cuda:N"),
+    option("--train-utterances", type=int, default=1120, help="commands to learn from"),
+    option("--test-utterances", type=int, default=200, help="commands by other voices"),
+    option("--compare-seconds", type=float, default=20.0, help="time to measure fused against eager"),
+    option("--seed", type=int, default=0, help="of the corpus, the weights and the order"),
+]
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -37,29 +55,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for the corpus and the results")
-    parser.add_argument("--steps", type=int, default=2500, help="updates of the weights")
-    parser.add_argument("--minutes", type=float, default=5.5, help="end the training by then, on a slow machine")
-    parser.add_argument("--config", type=Path, default=CONFIG, help="the model")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--train-utterances", type=int, default=1120, help="commands to learn from")
-    parser.add_argument("--test-utterances", type=int, default=200, help="commands by other voices")
-    parser.add_argument("--compare-seconds", type=float, default=20.0, help="time to measure fused against eager")
-    parser.add_argument("--seed", type=int, default=0, help="of the corpus, the weights and the order")
+    options.add(parser, {"": OPTIONS})
     return parser.parse_args(argv)
 
 
-def cpu_name() -> str:
-    """The processor as the system calls it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def picture(path: str):
+def picture(path: Path) -> np.ndarray:
     """Log-mel features (bands, frames) of a file as they are before normalisation, for the eye."""
     samples = torch.from_numpy(audio.load(path, corpus.SAMPLE_RATE))[None]
     features = LogMelFeatures(normalize=None, dither=0.0, pad_to_multiple=1)
@@ -69,138 +69,99 @@ def picture(path: str):
 
 def table(result: dict) -> Table:
     grid = Table(title="fused beside eager, measured in turn", title_justify="left")
-    for name in ("", "eager", "fused", "gain"):
+    for name in ("", "eager", "fused", "beside eager"):
         grid.add_column(name, justify="right" if name else "left")
-    for row in report.comparison_rows(result):
-        grid.add_row(*row)
+    for what, eager, fused, number, meaning in report.comparison_rows(result):
+        grid.add_row(what, eager, fused, f"{number} {meaning}")
     return grid
+
+
+def listen(model: Jasper, unheard: list[Utterance], device: torch.device, seed: int) -> tuple[list[Path], list[dict]]:
+    """One utterance of each of three voices that were not in training: their files, and what the model hears."""
+    rng = random.Random(seed)
+    voices = rng.sample(corpus.voices("test"), 3)
+    chosen = [rng.choice([u for u in unheard if u.speaker == voice.name] or unheard) for voice in voices]
+    transcripts = Recognizer(model, device=device).recognize(chosen).transcripts
+    examples = [
+        {"speaker": u.speaker, "reference": u.text, "transcript": heard.text}
+        for u, heard in zip(chosen, transcripts, strict=True)
+    ]
+    return [Path(u.path) for u in chosen], examples
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    console = Console(highlight=False)
-    start = time.perf_counter()
-    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    config = JasperConfig.from_yaml(args.config)
-    out = args.out
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    console.print(
-        f"[bold]jasper_fast {__version__} demo[/] on {cpu_name()}, {place}: at most {args.minutes + 1:.0f} minutes"
-    )
+    console, out = Console(highlight=False, soft_wrap=True), args.out
+    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    machine = {
+        "name": native.cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "backend": choose.resolve("auto", device.type),
+    }
+    console.print(f"[bold]jasper_fast {__version__} demo[/] on {machine['name']}, {machine['device']}")
+    console.print(f"at most {args.minutes + 1:.0f} minutes")
 
+    ends = [time.perf_counter()]
     try:
         train = corpus.synthesise(out / "corpus", "train", args.train_utterances, args.seed)
         test = corpus.synthesise(out / "corpus", "test", args.test_utterances, args.seed)
     except SynthError as error:
-        console.print(f"[red]error:[/] {error}", soft_wrap=True)
+        console.print(f"[red]error:[/] {error}")
         return 1
-    spoken = time.perf_counter()
     heard, unheard = read_manifest(train), read_manifest(test)
 
-    learned = learn.learn(config, train, test, args.steps, args.minutes, device, args.seed)
-    model = learned.model
+    ends.append(time.perf_counter())
+    folder = out / "training"
+    learned = learn.learn(args.config, (train, test), folder, args.steps, args.minutes, str(device), args.seed)
+    model, last = learned.model, learned.wer[-1]
+    voices = {split: len(corpus.voices(split)) for split in ("train", "test")}
     console.print(
-        f"{learned.steps} steps, {learned.utterances} utterances in {learned.seconds:.0f} s;"
-        f" [bold]WER {learned.last.wer:.1%} on {len(corpus.voices('test'))} voices that were not in training[/]"
+        f"{last['step']} steps: [bold]WER {last['wer']:.1%} on {voices['test']} voices that were not in training[/]"
     )
-    saved = out / "model.pt"
-    checkpoint.save(
-        saved,
-        {
-            "format": checkpoint.FORMAT,
-            "config": config.to_dict(),
-            "labels": list(learned.vocabulary.labels),
-            "state_dict": model.state_dict(),
-        },
-    )
+    config = model.config
+    state = {"format": checkpoint.FORMAT, "config": config.to_dict(), "labels": list(config.labels)}
+    checkpoint.save(out / "model.pt", state | {"state_dict": model.state_dict()})
+    paths, examples = listen(model, unheard, device, args.seed)
+    for path, example in zip(paths, examples, strict=True):
+        example["file"] = str(path.relative_to(out))
+        console.print(f"  {path}: [bold]{example['transcript']}[/] (spoken: {example['reference']})")
 
-    rng = random.Random(args.seed)
-    chosen = []
-    for voice in rng.sample(corpus.voices("test"), 3):
-        chosen.append(rng.choice([u for u in unheard if u.speaker == voice.name] or unheard))
-    heard_texts = Recognizer(model, learned.vocabulary, device).recognize(chosen).transcripts
-    examples = [
-        {
-            "file": str(Path(u.path).relative_to(out)),
-            "speaker": u.speaker,
-            "reference": u.text,
-            "transcript": transcript.text,
-        }
-        for u, transcript in zip(chosen, heard_texts, strict=True)
-    ]
-    for u, e in zip(chosen, examples, strict=True):
-        console.print(f"  {u.path}: [bold]{e['transcript']}[/] (spoken: {u.text})", soft_wrap=True)
-
-    measuring = time.perf_counter()
+    ends.append(time.perf_counter())
     console.print("measuring fused against eager ...")
-    measured = measure(config, learned, train, device, args.compare_seconds, args.seed)
-    end = time.perf_counter()
-    memory = measured["memory"]
-    minutes_spoken = sum(u.duration for u in heard) / 60
+    frames = 16 * math.ceil(100 * statistics.median(u.duration for u in heard) / 16)
+    batch = learn.BATCH_SIZE, frames
+    measured = compare.compare(args.config, out / "bench", batch, device, args.compare_seconds / 2)
+    ends.append(time.perf_counter())
     result = {
-        "wer_unseen": learned.last.wer,
-        "cer_unseen": learned.last.cer,
-        "train_step_ratio": measured["train"]["ratio"],
-        "inference_ratio": measured["inference"]["ratio"],
-        "memory_ratio": memory["fused_bytes"] / memory["eager_bytes"],
+        "wer_unseen": last["wer"],
+        "cer_unseen": last["cer"],
         **measured,
-        "seconds": {
-            "corpus": spoken - start,
-            "training": learned.seconds,
-            "measuring": end - measuring,
-            "total": end - start,
-        },
-        "training": {"steps": learned.steps, "utterances": learned.utterances},
+        "seconds": {part: b - a for part, a, b in zip(("corpus", "training", "measuring"), ends, ends[1:])},
+        "training": {"steps": last["step"]},
         "corpus": {
             "train_utterances": len(heard),
-            "train_voices": len(corpus.voices("train")),
-            "train_minutes": minutes_spoken,
+            "train_voices": voices["train"],
+            "train_minutes": sum(u.duration for u in heard) / 60,
             "test_utterances": len(unheard),
-            "test_voices": len(corpus.voices("test")),
+            "test_voices": voices["test"],
         },
         "model": {"name": args.config.name, "parameters": sum(p.numel() for p in model.parameters())},
         "examples": examples,
         "curves": {"loss": learned.loss, "wer": learned.wer},
         "versions": {"jasper_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": {
-            "name": cpu_name(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
-            "backend": choose.resolve("auto", device.type),
-        },
+        "machine": machine,
         "command": " ".join(["python -m jasper_fast.demo", *(sys.argv[1:] if argv is None else argv)]),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
     }
+    result["seconds"]["total"] = ends[-1] - ends[0]
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    paths = [out / e["file"] for e in examples]
-    page = report.render(result, [picture(str(p)) for p in paths], [p.read_bytes() for p in paths])
+    page = report.render(result, [picture(path) for path in paths], [path.read_bytes() for path in paths])
     (out / "index.html").write_text(page, encoding="utf-8")
     console.print(table(result))
-    made = f"{out / 'index.html'}: the page; {out / 'result.json'}: the numbers; {saved}: the model"
-    console.print(made, soft_wrap=True)
-    console.print(f"jasper-fast transcribe --checkpoint {saved} {paths[0]}", soft_wrap=True)
+    console.print(f"{out / 'index.html'}: the page; {out / 'result.json'}: the numbers; {out / 'model.pt'}: the model")
+    console.print(f"jasper-fast transcribe --checkpoint {out / 'model.pt'} {paths[0]}")
     return 0
-
-
-def measure(
-    config: JasperConfig, learned: learn.Learned, train: Path, device: torch.device, seconds: float, seed: int
-) -> dict[str, dict]:
-    """`compare.compare` on a batch of the corpus, as training sees it, and on one utterance of average length."""
-    from jasper_fast.data import batches
-
-    features = learned.frontend.features
-    train_set, _, _ = learn.datasets(config, train, train, 2 * features.hop_length, seed)
-    plan = batches.BatchPlan(train_set.durations, learn.BATCH_SIZE, bucketing=False, seed=seed)
-    batch = next(batches.load_batches(train_set, plan))
-    x, lengths, _ = learned.frontend(batch.audio.to(device), batch.audio_lengths)
-    middle = int(lengths.argsort()[len(lengths) // 2])
-    length = lengths[middle : middle + 1]
-    frames = -(-int(length) // 16) * 16
-    one = (x[middle : middle + 1, :, :frames].clone(memory_format=torch.preserve_format), length)
-    targets = batch.targets.to(device)
-    state = learned.model.state_dict()
-    return compare.compare(config, state, (x, lengths, targets, batch.target_lengths), one, device, seconds)
 
 
 if __name__ == "__main__":

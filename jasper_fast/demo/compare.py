@@ -1,144 +1,52 @@
-"""Fused beside eager, alternating in one process: training steps, inference, bytes kept for backward."""
+"""Fused beside eager on this machine: the bench's training step, inference and bytes kept for backward."""
 
 from __future__ import annotations
 
-import gc
-import statistics
-import time
-from collections.abc import Callable
+import json
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
-from jasper_fast import InferenceEngine, Jasper, JasperConfig, NovoGrad
-from jasper_fast.nn.eager import EagerJasper
-from jasper_fast.training.step import ctc_loss
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def interleave(
-    eager: Callable[[], object], fused: Callable[[], object], device: torch.device, seconds: float, least: int = 5
-) -> tuple[list[float], list[float]]:
-    """Seconds per call of both, called in turn for about `seconds` and at least `least` times each, after warming up.
-
-    Who goes first alternates, so that neither always runs in the other's wake.
-    """
-    times: tuple[list[float], list[float]] = ([], [])
-    sides = ((0, eager), (1, fused))
-    for call in (eager, fused) * 2:
-        call()
-    stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop or len(times[0]) < least:
-        for which, call in sides if len(times[0]) % 2 else sides[::-1]:
-            begin = _clock(device)
-            call()
-            times[which].append(_clock(device) - begin)
-    return times
-
-
-def _rates(times: tuple[list[float], list[float]], utterances: int) -> dict[str, float]:
-    eager, fused = (statistics.median(t) for t in times)
-    return {
-        "eager_utterances_per_second": utterances / eager,
-        "fused_utterances_per_second": utterances / fused,
-        "ratio": eager / fused,
-        "rounds": len(times[0]),
-    }
-
-
-def _step(model: nn.Module, features: Tensor, lengths: Tensor, targets: Tensor, sizes: Tensor) -> Callable[[], None]:
-    """One training step: forward, CTC, backward, NovoGrad; the same but for the model. Its rate is too low to learn."""
-    optimizer = NovoGrad(model.parameters(), lr=1e-6)
-    model.train()
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        log_probs, out = model(features, lengths)
-        ctc_loss(log_probs, out, targets, sizes).mean().backward()
-        optimizer.step()
-
-    return step
-
-
-class _Storages(TorchDispatchMode):
-    """Watches every op and remembers, weakly, each storage that it touches, with its size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in tree_iter((args, kwargs, out)):
-            if isinstance(t, Tensor):
-                storage = t.untyped_storage()
-                key = storage._cdata
-                if key not in self.seen or self.seen[key][0].expired():  # an address may be used again
-                    self.seen[key] = (StorageWeakRef(storage), storage.nbytes())
-        return out
-
-    def alive(self) -> dict[int, int]:
-        return {key: size for key, (ref, size) in self.seen.items() if not ref.expired()}
-
-
-def kept_for_backward(model: nn.Module, features: Tensor, lengths: Tensor) -> int:
-    """Bytes of the storages born in the second training forward of `model` and alive after it, however held."""
-    model.train()
-    model(features, lengths)[0].sum().backward()  # sets up what later steps use again
-    model.zero_grad(set_to_none=True)
-    with _Storages() as watched:
-        held = [model.state_dict(), features, lengths]
-        first = model(features, lengths)[0]
-        del first
-        gc.collect()
-        before = set(watched.alive())
-        output = model(features, lengths)[0]
-        gc.collect()
-        alive = watched.alive()
-    del output, held
-    return sum(size for key, size in alive.items() if key not in before)
+from jasper_fast.extras import need
 
 
 def compare(
-    config: JasperConfig,
-    state: dict[str, Tensor],
-    batch: tuple[Tensor, Tensor, Tensor, Tensor],
-    one: tuple[Tensor, Tensor],
-    device: torch.device,
-    seconds: float = 12.0,
+    config: Path, folder: Path, batch: tuple[int, int], device: torch.device, seconds: float
 ) -> dict[str, dict]:
-    """Measures `Jasper` (backend "auto") and `EagerJasper`, both holding `state`.
+    """Measures the model of `config` and its eager twin for about `seconds` of training steps and as much of inference.
 
-    `batch`: features (N, C, T), lengths (N,), targets and their lengths of a training step; `one`: features and lengths
-    of an utterance to transcribe; all on `device`. Returns `train`, `inference` (utterances per second; `ratio`: eager
-    time over fused time, medians) and `memory` (bytes that one training forward keeps for backward).
+    `batch`: utterances and feature frames of a training step. The bench's results go to `folder`. Returns `train` and
+    `inference` (utterances per second; `ratio`: eager time over fused time, medians) and `memory` (bytes that one
+    training forward keeps for backward; `ratio`: fused over eager).
     """
-    eager, fused = EagerJasper(config).to(device), Jasper(config).to(device)
-    for model in (eager, fused):
-        model.load_state_dict(state)
-    engine = InferenceEngine(fused.eval())
-    eager.eval()
+    model = f"{config}:{batch[0]},{batch[1]}"
+    step = _measure("train", model, folder, device, seconds, mode="forward+backward")
+    listen = _measure("latency", str(config), folder, device, seconds)
+    kept = _measure("memory", model, folder, device, seconds)
+    spoken = listen["fused"]["key"]
+    shape = f"{batch[0]} utterances, {batch[1] / 100:.1f} s"
+    sizes = {f"{side}_bytes": row["memory"]["kept_bytes"] for side, row in kept.items()}
+    return {
+        "train": _rates(step, batch[0]) | {"shape": f"{shape}, forward and backward"},
+        "inference": _rates(listen, spoken["N"]) | {"shape": f"{spoken['N']} utterance, {spoken['seconds']} s"},
+        "memory": sizes | {"ratio": sizes["fused_bytes"] / sizes["eager_bytes"], "shape": shape},
+    }
 
-    @torch.no_grad()
-    def listen() -> None:
-        eager(*one)
 
-    inference = _rates(interleave(listen, lambda: engine(*one), device, seconds / 3), len(one[1]))
-    train = _rates(
-        interleave(_step(eager, *batch), _step(fused, *batch), device, seconds * 2 / 3),
-        len(batch[1]),
-    )
-    eager.train(), fused.train()
-    memory = {f"{name}_bytes": kept_for_backward(m, *batch[:2]) for name, m in (("eager", eager), ("fused", fused))}
-    shape = f"{len(batch[1])} utterances, {batch[0].shape[2] / 100:.1f} s"
-    train["shape"] = memory["shape"] = shape
-    inference["shape"] = f"1 utterance, {one[0].shape[2] / 100:.1f} s"
-    return {"train": train, "inference": inference, "memory": memory}
+def _measure(
+    command: str, model: str, folder: Path, device: torch.device, seconds: float, **key: str
+) -> dict[str, Any]:
+    """Runs `jasper-fast bench COMMAND`; gives the rows "fused" and "eager" of the case whose key holds `key`."""
+    out = folder / command
+    common = ["--device", str(device), "--dtype", "fp32", "--quick", "--seconds", str(seconds), "--out", str(out)]
+    need("jasper_fast.bench.cli", "bench").main([command, "--model", model, *common, "--rivals", "eager"])
+    newest = max(out.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    rows = [row for row in json.loads(newest.read_text())["rows"] if key.items() <= row["key"].items()]
+    return {"fused" if row["ours"] else "eager": row for row in rows}
+
+
+def _rates(rows: dict[str, Any], utterances: int) -> dict[str, float]:
+    eager, fused = (rows[side]["time_s"]["median"] for side in ("eager", "fused"))
+    rates = {"eager_utterances_per_second": utterances / eager, "fused_utterances_per_second": utterances / fused}
+    return rates | {"ratio": eager / fused}

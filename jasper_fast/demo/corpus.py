@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +28,26 @@ TRAIN_MEN = (
 TEST_WOMEN = "f4 Andrea Annie linda"
 TEST_MEN = "m3 Andy Michael gustave klatt3 paul"
 
-ROOMS = ("kitchen", "bedroom", "garden", "office")
-THINGS = ("light", "lamp", "fan", "heater", "radio")
-COLOURS = ("red", "green", "blue", "yellow")
+COMMANDS = (
+    "<turn> <on> the <room> <thing>",
+    "set the <clock> to <number> <time>",
+    "make the <light> <colour>",
+    "<open> the <room> <hole>",
+    "<number> <plus> <number>",
+)
+WORDS = {
+    "turn": ("turn", "switch"),
+    "on": ("on", "off"),
+    "room": ("kitchen", "bedroom", "garden", "office"),
+    "thing": ("light", "lamp", "fan", "heater", "radio"),
+    "clock": ("timer", "alarm"),
+    "time": ("minutes", "hours"),
+    "light": ("light", "lamp"),
+    "colour": ("red", "green", "blue", "yellow"),
+    "open": ("open", "close"),
+    "hole": ("door", "window"),
+    "plus": ("plus", "minus", "times"),
+}
 UNITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
 TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
@@ -61,18 +79,8 @@ def number(rng: random.Random) -> str:
 
 def sentence(rng: random.Random) -> str:
     """One random command."""
-    style = rng.randrange(5)
-    if style == 0:
-        return (
-            f"{rng.choice(('turn', 'switch'))} {rng.choice(('on', 'off'))} the {rng.choice(ROOMS)} {rng.choice(THINGS)}"
-        )
-    if style == 1:
-        return f"set the {rng.choice(('timer', 'alarm'))} to {number(rng)} {rng.choice(('minutes', 'hours'))}"
-    if style == 2:
-        return f"make the {rng.choice(THINGS[:2])} {rng.choice(COLOURS)}"
-    if style == 3:
-        return f"{rng.choice(('open', 'close'))} the {rng.choice(ROOMS)} {rng.choice(('door', 'window'))}"
-    return f"{number(rng)} {rng.choice(('plus', 'minus', 'times'))} {number(rng)}"
+    words = lambda match: number(rng) if match[1] == "number" else rng.choice(WORDS[match[1]])  # noqa: E731
+    return re.sub(r"<(\w+)>", words, rng.choice(COMMANDS))
 
 
 def trim(samples: np.ndarray, sample_rate: int, keep: float = 0.08, level: float = 0.01) -> np.ndarray:
@@ -112,13 +120,7 @@ def synthesise(out: Path, split: str, count: int, seed: int = 0, progress: bool 
         samples += noise.standard_normal(len(samples), dtype=np.float32) * 10 ** rng.uniform(-4, -2.5)
         name = f"{split}/{index:04d}_{voice.name}.wav"
         soundfile.write(out / name, samples, SAMPLE_RATE, subtype="PCM_16")
-        lines.append(
-            {
-                "audio_filepath": name,
-                "duration": round(len(samples) / SAMPLE_RATE, 4),
-                "text": text,
-                "speaker": voice.name,
-            }
-        )
+        line = {"audio_filepath": name, "duration": round(len(samples) / SAMPLE_RATE, 4)}
+        lines.append(line | {"text": text, "speaker": voice.name})
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return manifest

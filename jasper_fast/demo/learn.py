@@ -1,51 +1,56 @@
-"""Training for so many steps or so much time: the learning rate follows whichever ends first."""
+"""Training by train.py, for so many steps or so much time: the learning rate follows whichever ends first."""
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jasper_fast import Jasper, JasperConfig, LogMelFeatures, NovoGrad
-from jasper_fast.data import batches, dataset
-from jasper_fast.speech import augment
-from jasper_fast.speech.text import Vocabulary
-from jasper_fast.training.ema import EMA
-from jasper_fast.training.step import BufferGuard, Frontend, train_step
-from jasper_fast.training.validate import Validation, validate
+from jasper_fast import Jasper, train
+from jasper_fast.nn.loading import load_model
+from jasper_fast.training.folder import Folder
+from jasper_fast.training.runs import StopRequest, read_log
+from jasper_fast.training.state import TrainingState
 
 BATCH_SIZE = 8
-LR, MIN_LR, WEIGHT_DECAY = 0.02, 1e-4, 1e-3
-WARMUP = 0.03  # share of the training
-EMA_DECAY = 0.99
+LOOKS = 6  # validations, each of the live weights and of the average
 
 
 class Threads:
     """Sets the number of CPU threads that trains fastest now: on busy cores one thread beats many that wait in turn.
 
-    Up to `trial` steps are timed with each of the candidates, in their order: one that is clearly slower
-    than an earlier one is dropped at its second step. The fastest then stays until the next `reset`.
+    Called after each step, it times up to `trial` of them with each of the candidates, in their order: one that is
+    clearly slower than an earlier one is dropped at its second step. The fastest then stays for `period` steps.
     """
 
-    def __init__(self, candidates: list[int], trial: int = 6):
-        self.candidates, self.trial = candidates, trial
+    def __init__(self, candidates: list[int], trial: int = 6, period: int = 250):
+        self.candidates, self.trial, self.period = candidates, trial, period
         self.reset()
+
+    def __call__(self, state: TrainingState) -> None:
+        if state.step % self.period == 0:
+            self.reset()
+        else:
+            self.took(time.perf_counter() - self.before)
+        self.before = time.perf_counter()
 
     def reset(self) -> None:
         """Begins the trials anew."""
         self.medians: list[float] = []
         self.seconds: list[float] = []
+        self.before = time.perf_counter()
         torch.set_num_threads(self.candidates[0])
 
-    def took(self, seconds_per_utterance: float) -> None:
+    def took(self, seconds: float) -> None:
         """Takes the time of a step in, and moves on."""
         if len(self.medians) == len(self.candidates):
             return
-        self.seconds.append(seconds_per_utterance)
+        self.seconds.append(seconds)
         hopeless = self.medians and len(self.seconds) >= 2 and min(self.seconds) > 1.5 * min(self.medians)
         if len(self.seconds) < self.trial and not hopeless:
             return
@@ -58,118 +63,39 @@ class Threads:
 
 @dataclass
 class Learned:
-    """What training leaves: the model with averaged weights, its front end, and the curves over seconds."""
+    """What training leaves: the model with averaged weights, and the log's records of training and of its judgement."""
 
     model: Jasper
-    frontend: Frontend
-    vocabulary: Vocabulary
-    last: Validation
-    seconds: float
-    steps: int = 0
-    utterances: int = 0
-    loss: list[dict[str, float]] = field(default_factory=list)
-    wer: list[dict[str, float]] = field(default_factory=list)
-
-
-def rate(progress: float) -> float:
-    """The learning rate at `progress` (0 to 1) of the training: a short warm-up, then a straight line down."""
-    if progress < WARMUP:
-        return LR * progress / WARMUP + MIN_LR
-    return max(LR * (1 - progress) / (1 - WARMUP), MIN_LR)
-
-
-def datasets(
-    config: JasperConfig, train: Path, test: Path, frame_samples: int, seed: int
-) -> tuple[dataset.SpeechDataset, dataset.SpeechDataset, Vocabulary]:
-    vocabulary = Vocabulary(config.labels)
-    common = {"frame_samples": frame_samples, "seed": seed}
-    settings = config.input_train["audio_dataset"]
-    return (
-        dataset.SpeechDataset.from_manifests(train, vocabulary, settings, **common),
-        dataset.SpeechDataset.from_manifests(
-            test, vocabulary, config.input_val["audio_dataset"], **common, training=False
-        ),
-        vocabulary,
-    )
+    loss: list[dict[str, Any]]
+    wer: list[dict[str, Any]]
 
 
 def learn(
-    config: JasperConfig,
-    train: Path,
-    test: Path,
-    steps: int,
-    minutes: float,
-    device: torch.device,
-    seed: int = 0,
-    looks: int = 10,
+    config: Path, manifests: tuple[Path, Path], folder: Path, steps: int, minutes: float, device: str, seed: int = 0
 ) -> Learned:
-    """Trains a Jasper of `config` on the manifest `train` for `steps`, or for `minutes` where a machine is too slow for
-    them, and judges it on `test` about `looks` times.
+    """Trains a Jasper of `config` on the first of the manifests for `steps`, or for `minutes` where a machine is too
+    slow for them, and judges it on the second. What an earlier call left in `folder` is removed.
 
-    The test chooses nothing: the settings are fixed, the last averaged weights are the result. The steps are those of
-    `train.py` (`jasper_fast.training.step.train_step`) with NovoGrad.
+    The test chooses nothing: the settings are fixed, the last averaged weights are the result. Raises KeyboardInterrupt
+    where it was told to stop.
     """
-    torch.manual_seed(seed)
-    features = LogMelFeatures.from_config(config.input_train["filterbank_features"])
-    frontend = Frontend(features, augment.from_config(config.input_train)).to(device)
-    model = Jasper(config).to(device)
-    train_set, test_set, vocabulary = datasets(config, train, test, 2 * features.hop_length, seed)
-    plan = batches.BatchPlan(train_set.durations, BATCH_SIZE, seed=seed)
-    test_plan = batches.BatchPlan(test_set.durations, 2 * BATCH_SIZE, shuffle=False)
-    optimizer = NovoGrad(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
-    scaler = torch.amp.GradScaler(device.type, enabled=False)
-    ema, guard = EMA(model, EMA_DECAY, warmup=True), BufferGuard(model)
-    pending: list[torch.Tensor] = []
-    threads = Threads(sorted({1, torch.get_num_threads()}))
-    workers = 4 if device.type == "cuda" else 0
-
-    budget, begin = 60 * minutes, time.perf_counter()
-    result = Learned(model, frontend, vocabulary, Validation(0.0, 1.0, 1.0, 0), 0.0)
-    next_look = 1 / looks
-
-    def judge() -> None:
-        with ema.applied_to(model):
-            found = validate(model, frontend, batches.load_batches(test_set, test_plan), vocabulary, device=device)
-        result.last, seconds = found, time.perf_counter() - begin
-        result.wer.append({"seconds": seconds, "step": result.steps, "wer": found.wer, "loss": found.loss})
-
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn()
-    with Progress(*columns) as progress:
-        bar = progress.add_task("training", total=1.0, figures="")
-        epoch = 0
-        while True:
-            for batch in batches.load_batches(train_set, plan, epoch, workers=workers):
-                done = max((time.perf_counter() - begin) / budget, result.steps / steps)
-                if done >= 1:
-                    break
-                for group in optimizer.param_groups:
-                    group["lr"] = rate(done)
-                before = time.perf_counter()
-                step = train_step(model, frontend, [batch], optimizer, scaler, guard, device=device)
-                ema.update(model)
-                pending += step.losses
-                threads.took((time.perf_counter() - before) / len(batch))
-                result.steps += 1
-                result.utterances += len(batch)
-                if result.steps % 10:
-                    continue
-                loss, pending = torch.cat(pending).mean().item(), []
-                now = time.perf_counter() - begin
-                result.loss.append({"seconds": now, "step": result.steps, "loss": loss})
-                wer = f", WER {result.wer[-1]['wer']:.1%}" if result.wer else ""
-                progress.update(bar, completed=min(done, 1.0), figures=f"loss {loss:.2f}{wer}")
-                if next_look < done < 1 - 0.4 / looks:
-                    judge()
-                    threads.reset()
-                    next_look = done + 1 / looks
-            else:
-                epoch += 1
-                continue
-            break
-        progress.update(bar, completed=1.0)
-    judge()
-    ema_state = {name: tensor.clone() for name, tensor in ema.state_dict().items()}
-    model.load_state_dict(ema_state)
-    model.eval(), frontend.eval()
-    result.seconds = time.perf_counter() - begin
-    return result
+    shutil.rmtree(folder, ignore_errors=True)
+    options = {
+        "config": config, "train-manifests": manifests[0], "val-manifests": manifests[1], "output-dir": folder,
+        "steps": steps, "max-minutes": minutes, "batch-size": BATCH_SIZE, "device": device, "seed": seed, "keep": 1,
+        "num-workers": 4 if device.startswith("cuda") else 0, "lr": 0.02, "min-lr": 1e-4, "lr-policy": "polynomial",
+        "lr-power": 1, "warmup-steps": round(0.03 * steps), "ema": 0.99, "log-every": max(1, min(50, steps // 20)),
+        "val-every": max(1, steps // LOOKS), "save-every": steps,
+    }  # fmt: skip
+    argv = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    stop, had = StopRequest(), torch.get_num_threads()
+    try:
+        train.main(train.arguments([*argv, "--ema-warmup", "--lr-by-clock"]), stop, Threads(sorted({1, had})))
+    finally:
+        stop.restore()
+        torch.set_num_threads(had)
+    if stop.signal:
+        raise KeyboardInterrupt(stop.signal)
+    records = read_log(folder / "log.jsonl")
+    model = load_model(Folder(folder).steps()[-1], ema=True)
+    return Learned(model, *([r for r in records if r["kind"] == kind] for kind in ("train", "val_ema")))

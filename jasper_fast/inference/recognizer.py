@@ -14,6 +14,7 @@ from torch import Tensor
 
 from jasper_fast.data import batches, manifest
 from jasper_fast.data.dataset import SpeechDataset
+from jasper_fast.data.settings import AudioSettings
 from jasper_fast.inference import InferenceEngine
 from jasper_fast.nn.config import JasperConfig
 from jasper_fast.nn.loading import load_model
@@ -95,13 +96,15 @@ class Recognizer:
         alone); ``progress`` is called with the number of utterances just finished.
         """
         started = time.perf_counter()
-        trim = bool(self.audio_settings.get("trim_silence", False))
-        dataset = SpeechDataset(utterances, self.vocabulary, self.sample_rate, trim_silence=trim, training=False)
-        plan = batches.BatchPlan(dataset.durations, batch_size, max_seconds, shuffle=False)
+        audio = AudioSettings(self.sample_rate, bool(self.audio_settings.get("trim_silence", False)))
+        dataset = SpeechDataset(utterances, self.vocabulary, audio, training=False)
+        sampler = batches.BatchSampler(dataset.durations, batch_size, max_seconds, shuffle=False)
         transcripts: list[Transcript | None] = [None] * len(dataset)
         seconds = [0.0] * len(dataset)
         compute = 0.0
-        for batch, planned in zip(batches.load_batches(dataset, plan, workers=workers), plan.batches(), strict=True):
+        for batch, planned in zip(
+            batches.load_batches(dataset, sampler, workers=workers), sampler.batches(), strict=True
+        ):
             if len(batch):
                 before = time.perf_counter()
                 found = self(batch.audio, batch.audio_lengths)
@@ -144,6 +147,6 @@ def load(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} is not there: PyTorch sees no CUDA GPU; take 'cpu' or 'auto'")
+        raise ValueError(f"device '{device}' is not there: PyTorch sees no CUDA GPU; take 'cpu' or 'auto'")
     parsed = JasperConfig.from_yaml(config) if config is not None else None
     return Recognizer(load_model(checkpoint, config=parsed, ema=ema, backend=backend), device=device, dtype=dtype)

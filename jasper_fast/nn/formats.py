@@ -8,6 +8,7 @@ import re
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast.nn.checkpoint import FORMAT, CheckpointError, load
+from jasper_fast.nn.config import JasperConfig
 
 
 @dataclass
@@ -60,18 +62,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
 def jasper10x5dr(n_classes: int = 29) -> dict[str, Any]:
     """The published dense-residual Jasper 10x5 (332,632,349 parameters at 29 classes), as a dictionary."""
 
-    def block(filters: int, kernel: int, dropout: float, repeat: int = 1, stride: int = 1, dilation: int = 1) -> dict:
-        dense = repeat > 1
-        return {
-            "filters": filters, "repeat": repeat, "kernel_size": [kernel], "stride": [stride], "dilation": [dilation],
-            "dropout": dropout, "residual": dense, "residual_dense": dense,
-        }  # fmt: skip
-
-    table = ((256, 11, 0.2), (384, 13, 0.2), (512, 17, 0.2), (640, 21, 0.3), (768, 25, 0.3))
-    blocks = [block(256, 11, 0.2, stride=2)]
-    blocks += [block(*row, repeat=5) for row in table for _ in range(2)]
-    blocks += [block(896, 29, 0.4, dilation=2), block(1024, 1, 0.4)]
-    encoder = {"in_feats": 64, "activation": "relu", "use_conv_masks": True, "blocks": blocks}
+    encoder = JasperConfig.from_yaml(files("jasper_fast.configs") / "jasper10x5dr.yaml").to_dict()["jasper"]["encoder"]
     return {"encoder": encoder, "decoder": {"in_feats": 1024, "n_classes": n_classes}}
 
 

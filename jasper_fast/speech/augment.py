@@ -84,12 +84,6 @@ class SpecAugment(nn.Module):
             features.masked_fill_(_inside(first, end, frames).any(1)[:, None, :], 0)
         return features
 
-    def extra_repr(self) -> str:
-        return (
-            f"{self.freq_masks} x {self.min_freq}..{self.max_freq} bands, "
-            f"{self.time_masks} x {self.min_time}..{self.max_time} frames"
-        )
-
 
 class SpecCutout(nn.Module):
     """Zeroes ``masks`` rectangles of min_freq..max_freq mel bands by min_time..max_time frames.
@@ -103,21 +97,16 @@ class SpecCutout(nn.Module):
         super().__init__()
         _check_range("SpecCutout frequency", min_freq, max_freq)
         _check_range("SpecCutout time", min_time, max_time)
-        self.masks = masks
-        self.min_freq, self.max_freq = min_freq, max_freq
-        self.min_time, self.max_time = min_time, max_time
+        self.masks, self.freq, self.time = masks, (min_freq, max_freq), (min_time, max_time)
 
     @torch.no_grad()
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
         if not self.training or not self.masks:
             return features
         _, bands, frames = features.shape
-        in_freq = _inside(*_spans(bands, self.masks, self.min_freq, self.max_freq, features), bands)
-        in_time = _inside(*_spans(lengths[:, None], self.masks, self.min_time, self.max_time, features), frames)
+        in_freq = _inside(*_spans(bands, self.masks, *self.freq, features), bands)
+        in_time = _inside(*_spans(lengths[:, None], self.masks, *self.time, features), frames)
         return features.clone().masked_fill_((in_freq[:, :, :, None] & in_time[:, :, None, :]).any(1), 0)
-
-    def extra_repr(self) -> str:
-        return f"{self.masks} x {self.min_freq}..{self.max_freq} bands x {self.min_time}..{self.max_time} frames"
 
 
 class Augment(nn.Module):
@@ -146,13 +135,11 @@ def from_config(input_train: dict[str, Any]) -> Augment:
     Raises ValueError naming an unknown key.
     """
     places = (input_train, input_train.get("filterbank_features") or {})
-    built = {}
-    kinds = {"cutout_augment": SpecCutout, "spec_augment": SpecAugment, "speaker_warp": SpeakerWarp}
+    kinds, built = {"cutout_augment": SpecCutout, "spec_augment": SpecAugment, "speaker_warp": SpeakerWarp}, []
     for name, kind in kinds.items():
         settings = next((place[name] for place in places if place.get(name)), None)
-        if settings is not None:
-            try:
-                built[name] = kind(**settings)
-            except TypeError as error:
-                raise ValueError(f"{name}: {error}") from error
-    return Augment(built.get("cutout_augment"), built.get("spec_augment"), built.get("speaker_warp"))
+        try:
+            built.append(settings and kind(**settings))
+        except TypeError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return Augment(*built)

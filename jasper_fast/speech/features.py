@@ -17,6 +17,14 @@ STD_GUARD = 1e-5  # added to the standard deviation before the division
 _NOISE_PERIOD = 16384  # samples after which the fixed dither of evaluation mode repeats
 _AUGMENT_KEYS = ("spec_augment", "cutout_augment")  # nested in the reference's filterbank_features; see augment.py
 
+_SAME = "sample_rate window_size window_stride window n_fft dither normalize log pad_to_max_duration max_duration"
+_KEYS = {name: name for name in _SAME.split()} | {  # of the reference's filterbank_features, with our names
+    "n_filt": "n_mels",
+    "pad_align": "pad_to_multiple",
+    "preemph": "preemphasis",
+    "lowfreq": "f_min",
+    "highfreq": "f_max",
+}
 _WINDOWS = {
     "hann": torch.hann_window,
     "hamming": torch.hamming_window,
@@ -106,31 +114,24 @@ class LogMelFeatures(nn.Module):
         batch_invariant: bool = True,
     ) -> None:
         super().__init__()
-        self.sample_rate = sample_rate
-        self.n_mels = n_mels
-        self.dither = dither
-        self.pad_to_multiple = pad_to_multiple
-        self.win_length = int(sample_rate * window_size)
-        self.hop_length = int(sample_rate * window_stride)
+        self.sample_rate, self.n_mels, self.pad_to_multiple = sample_rate, n_mels, pad_to_multiple
+        self.dither, self.preemphasis, self.normalize, self.log = dither, preemphasis, normalize, log
+        self.win_length, self.hop_length = int(sample_rate * window_size), int(sample_rate * window_stride)
         self.n_fft = n_fft or 2 ** math.ceil(math.log2(self.win_length))
-        self.preemphasis = preemphasis
-        self.normalize = normalize
-        self.log = log
         self.batch_invariant = batch_invariant
         self._window_name, self._f_min, self._f_max = window, f_min, f_max
-        if window not in _WINDOWS:
-            raise ValueError(f"window={window!r} is unknown; choose one of {', '.join(_WINDOWS)}")
-        if normalize not in ("per_feature", "all_features", None):
-            raise ValueError(f"normalize={normalize!r} is unknown; choose 'per_feature', 'all_features' or None")
-        if dither < 0:
-            raise ValueError(f"dither={dither} must not be negative")
-        if not 0 < self.win_length <= self.n_fft:
-            raise ValueError(f"a window of {self.win_length} samples does not fit n_fft={self.n_fft}")
-        if pad_to_max_duration and not math.isfinite(max_duration):
-            raise ValueError("pad_to_max_duration needs max_duration in seconds")
-        self.min_frames = 0
-        if pad_to_max_duration:
-            self.min_frames = 1 + math.ceil((max_duration * sample_rate - self.win_length) / self.hop_length)
+        known = ("per_feature", "all_features", None)
+        for fits, wrong in (
+            (window in _WINDOWS, f"window={window!r} is unknown; choose one of {', '.join(_WINDOWS)}"),
+            (normalize in known, f"normalize={normalize!r} is unknown; choose one of {', '.join(map(repr, known))}"),
+            (dither >= 0, f"dither={dither} must not be negative"),
+            (0 < self.win_length <= self.n_fft, f"a window of {self.win_length} samples does not fit {n_fft=}"),
+            (not pad_to_max_duration or math.isfinite(max_duration), "pad_to_max_duration needs max_duration"),
+        ):
+            if not fits:
+                raise ValueError(wrong)
+        longest = max_duration if pad_to_max_duration else 0.0
+        self.min_frames = 1 + math.ceil((longest * sample_rate - self.win_length) / self.hop_length)
         for name, value in self._constants().items():
             self.register_buffer(name, value, persistent=False)
 
@@ -141,23 +142,13 @@ class LogMelFeatures(nn.Module):
         The nested spec_augment and cutout_augment belong to ``speech.augment.from_config`` and are passed over.
         Raises ValueError naming an unknown key.
         """
-        names = {"n_filt": "n_mels", "pad_align": "pad_to_multiple", "preemph": "preemphasis"}
-        names |= {"lowfreq": "f_min", "highfreq": "f_max"}
-        same = ("sample_rate", "window_size", "window_stride", "window", "n_fft", "dither", "normalize", "log")
-        same += ("pad_to_max_duration", "max_duration")
-        arguments: dict[str, Any] = {}
-        for key, value in filterbank_features.items():
-            if key in _AUGMENT_KEYS:
-                continue
-            if key == "frame_splicing":
-                if value != 1:
-                    raise ValueError(f"filterbank_features.frame_splicing={value} is not supported; use 1")
-                continue
-            if key not in names and key not in same:
-                known = ", ".join(sorted([*names, *same, "frame_splicing", *_AUGMENT_KEYS]))
-                raise ValueError(f"filterbank_features.{key} is unknown; known keys: {known}")
-            arguments[names.get(key, key)] = value
-        return cls(**(arguments | overrides))
+        given = {key: value for key, value in filterbank_features.items() if key not in _AUGMENT_KEYS}
+        if (spliced := given.pop("frame_splicing", 1)) != 1:
+            raise ValueError(f"filterbank_features.frame_splicing={spliced} is not supported; use 1")
+        if unknown := given.keys() - _KEYS.keys():
+            known = ", ".join(sorted([*_KEYS, "frame_splicing", *_AUGMENT_KEYS]))
+            raise ValueError(f"filterbank_features.{min(unknown)} is unknown; known keys: {known}")
+        return cls(**({_KEYS[key]: value for key, value in given.items()} | overrides))
 
     def _constants(self) -> dict[str, Tensor]:
         bank = mel_filterbank(self.sample_rate, self.n_fft, self.n_mels, self._f_min, self._f_max)
@@ -176,12 +167,6 @@ class LogMelFeatures(nn.Module):
     def frames(self, samples: Tensor | int) -> Tensor | int:
         """Number of valid frames of so many samples: ceil(samples / hop)."""
         return (samples + self.hop_length - 1) // self.hop_length
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.sample_rate} Hz, n_mels={self.n_mels}, window={self.win_length}, hop={self.hop_length}, "
-            f"n_fft={self.n_fft}, dither={self.dither}, pad_to_multiple={self.pad_to_multiple}"
-        )
 
     @torch.no_grad()
     def forward(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,8 +204,7 @@ class LogMelFeatures(nn.Module):
         invalid = (torch.arange(total, device=audio.device) >= frames[:, None])[..., None]
         mel = self._normalize(mel, frames, invalid)
         padded = max(total, self.min_frames)
-        if self.pad_to_multiple > 0:
-            padded += -padded % self.pad_to_multiple
+        padded += -padded % (self.pad_to_multiple or 1)
         return F.pad(mel, (0, 0, 0, padded - total)).transpose(1, 2), frames
 
     def _dither_noise(self, audio: Tensor) -> Tensor:

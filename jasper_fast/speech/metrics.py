@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jiwer
+from jasper_fast.extras import need
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def _tidy(texts: Sequence[str] | str) -> list[str]:
     return [" ".join(t.split()) for t in ([texts] if isinstance(texts, str) else texts)]
 
 
-def _count(references: Sequence[str] | str, hypotheses: Sequence[str] | str, process, size) -> Errors:
+def _count(references: Sequence[str] | str, hypotheses: Sequence[str] | str, process: str, size) -> Errors:
     references, hypotheses = _tidy(references), _tidy(hypotheses)
     if len(references) != len(hypotheses):
         raise ValueError(f"{len(references)} references and {len(hypotheses)} hypotheses; they must pair up")
@@ -40,19 +40,19 @@ def _count(references: Sequence[str] | str, hypotheses: Sequence[str] | str, pro
     pairs = [(r, h) for r, h in zip(references, hypotheses, strict=True) if r]
     if not pairs:
         return Errors(0, 0, inserted, 0)
-    result = process(*map(list, zip(*pairs, strict=True)))
+    result = getattr(need("jiwer", "train"), process)(*map(list, zip(*pairs, strict=True)))
     length = result.hits + result.substitutions + result.deletions
     return Errors(result.substitutions, result.deletions, result.insertions + inserted, length)
 
 
 def word_errors(references: Sequence[str] | str, hypotheses: Sequence[str] | str) -> Errors:
     """Word edits of the corpus; words are what white space parts. Raises ValueError if the lists differ in length."""
-    return _count(references, hypotheses, jiwer.process_words, lambda t: len(t.split()))
+    return _count(references, hypotheses, "process_words", lambda t: len(t.split()))
 
 
 def character_errors(references: Sequence[str] | str, hypotheses: Sequence[str] | str) -> Errors:
     """Character edits of the corpus, single spaces between words included. Raises ValueError as ``word_errors``."""
-    return _count(references, hypotheses, jiwer.process_characters, len)
+    return _count(references, hypotheses, "process_characters", len)
 
 
 def wer(references: Sequence[str] | str, hypotheses: Sequence[str] | str) -> float:

@@ -7,6 +7,9 @@ import string
 import unicodedata
 from collections.abc import Iterable, Sequence
 
+from jasper_fast.extras import need
+from jasper_fast.speech.numbers import expand_numbers
+
 LABELS = [" ", *string.ascii_lowercase, "'"]  # the reference's alphabet; the blank comes after it
 
 
@@ -61,12 +64,6 @@ class Vocabulary:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Vocabulary) and self.labels == other.labels
 
-    def __hash__(self) -> int:
-        return hash(tuple(self.labels))
-
-    def __repr__(self) -> str:
-        return f"Vocabulary({''.join(self.labels)!r})"
-
     def encode(self, text: str) -> list[int]:
         """Indices of the characters (or words) of ``text``, all of them labels (``normalize`` sees to the characters).
 
@@ -117,6 +114,7 @@ def normalize(text: str, labels: Sequence[str] | Vocabulary | None = None, engli
     Whatever is a label is never changed (digits that are labels stay digits, an alphabet with umlauts keeps them).
     The English words of numbers and abbreviations are used where ``english`` is true; by default, where all letters of
     the labels are ASCII. Semantics: english_cleaners of NVIDIA's Jasper for PyTorch, which knows ASCII alphabets only.
+    Raises MissingExtra where a text needs anyascii or inflect and it is not installed.
     """
     vocabulary = labels if isinstance(labels, Vocabulary) else Vocabulary(labels)
     keep = vocabulary.characters
@@ -156,9 +154,7 @@ def _fold(character: str, keep: set[str]) -> str:
         return character.lower()
     if unicodedata.category(character)[0] == "Z":
         return " "
-    from anyascii import anyascii  # transcripts alone need it: what measures kernels runs without
-
-    return anyascii(character).lower()
+    return need("anyascii", "train").anyascii(character).lower()
 
 
 # "misess" is the reference's own spelling, which models trained by it have learnt.
@@ -188,101 +184,3 @@ _ABBREVIATION = re.compile(rf"\b({'|'.join(_ABBREVIATIONS)})\.", re.IGNORECASE)
 def expand_abbreviations(text: str) -> str:
     """Titles and the like written in full: 'dr.' -> 'doctor'."""
     return _ABBREVIATION.sub(lambda m: _ABBREVIATIONS[m[1].lower()], text)
-
-
-# fmt: off
-_UNITS = [
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
-]
-_TENS = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-# fmt: on
-_SCALES = ["", "thousand", "million", "billion", "trillion", "quadrillion", "quintillion"]
-_ORDINALS = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth"}
-_ORDINALS["twelve"] = "twelfth"
-_LARGEST = 1000 ** len(_SCALES)
-
-
-def _below_hundred(n: int) -> str:
-    if n < 20:
-        return _UNITS[n]
-    return _TENS[n // 10] + (f"-{_UNITS[n % 10]}" if n % 10 else "")
-
-
-def _below_thousand(n: int, joint: str) -> str:
-    hundreds, rest = divmod(n, 100)
-    words = [f"{_UNITS[hundreds]} hundred"] if hundreds else []
-    if rest:
-        words.append(_below_hundred(rest))
-    return joint.join(words)
-
-
-def cardinal(n: int, joint: str = " ") -> str:
-    """English words of 0 <= n < 10**21: 1234 -> 'one thousand two hundred thirty-four'.
-
-    ``joint`` stands before the tens and units; ' and ' gives 'one thousand two hundred and thirty-four'.
-    Raises ValueError outside the range.
-    """
-    if not 0 <= n < _LARGEST:
-        raise ValueError(f"{n} is outside 0..{_LARGEST - 1}")
-    if n == 0:
-        return _UNITS[0]
-    above, last = divmod(n, 1000)
-    words = _below_thousand(last, joint)
-    between = joint if 0 < last < 100 else " "
-    for scale in _SCALES[1:]:
-        above, group = divmod(above, 1000)
-        if group:
-            words = f"{_below_thousand(group, joint)} {scale}{between if words else ''}{words}"
-            between = " "
-    return words
-
-
-def _ordinal(match: re.Match[str]) -> str:
-    if len(match[1]) > 21:
-        return _digits(match[1])
-    words = cardinal(int(match[1]), " and ")
-    head, last = re.fullmatch(r"(.*?)([a-z]+)", words).groups()
-    if last in _ORDINALS:
-        return head + _ORDINALS[last]
-    return f"{head}{last[:-1]}ieth" if last.endswith("y") else f"{head}{last}th"
-
-
-def _digits(number: str) -> str:
-    return " ".join(_UNITS[int(d)] for d in number)
-
-
-def _number(match: re.Match[str]) -> str:
-    """Years in pairs, long numbers and those with a leading zero digit by digit, the rest as cardinals."""
-    number = match[0]
-    n = int(number) if len(number) <= 21 else _LARGEST
-    if n >= _LARGEST or number[0] == "0" or (n > 10**9 and n % 10**4 != 0):
-        return _digits(number)
-    if not 1000 < n < 3000 or n == 2000 or 2000 < n < 2010:
-        return cardinal(n)
-    century, rest = divmod(n, 100)
-    if rest == 0:
-        return f"{cardinal(century)} hundred"
-    return f"{cardinal(century)} {'oh ' if rest < 10 else ''}{cardinal(rest)}"
-
-
-def _dollars(match: re.Match[str]) -> str:
-    amount = match[1].replace(",", "")
-    parts = amount.split(".")
-    if len(parts) > 2:
-        return f"{amount} dollars"
-    dollars, cents = (int(p or 0) for p in (*parts, "0")[:2])
-    amounts = [f"{n} {unit}{'' if n == 1 else 's'}" for n, unit in ((dollars, "dollar"), (cents, "cent")) if n]
-    return " ".join(amounts) or "zero dollars"
-
-
-def expand_numbers(text: str) -> str:
-    """Numbers in English words: commas taken out, dollars and cents, decimals with 'point', ordinals, years, cardinals.
-
-    '$3.50 in 1984, the 21st' -> 'three dollars fifty cents in nineteen eighty-four, the twenty-first'.
-    """
-    text = re.sub(r"[0-9][0-9,]+[0-9]", lambda m: m[0].replace(",", ""), text)
-    text = re.sub(r"\$([0-9.,]*[0-9])", _dollars, text)
-    text = re.sub(r"([0-9]+)\.([0-9]+)", r"\1 point \2", text)
-    text = re.sub(r"([0-9]+)(?:st|nd|rd|th)", _ordinal, text, flags=re.IGNORECASE)
-    return re.sub(r"[0-9]+", _number, text)

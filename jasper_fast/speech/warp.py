@@ -71,6 +71,3 @@ class SpeakerWarp(nn.Module):
             x = x + (self.equalize * torch.randn(n, 4, device=x.device) @ waves)[:, None].to(x.dtype)
         beyond = torch.arange(frames, device=x.device) >= lengths[:, None]
         return x.masked_fill(beyond[..., None], 0).transpose(1, 2)
-
-    def extra_repr(self) -> str:
-        return f"max_warp={self.max_warp}, equalize={self.equalize}, f_max={self.f_max:g} Hz"

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EMA"]
-
 
 class EMA:
     """Moving average of everything in `model.state_dict()`: `average = decay * average + (1 - decay) * live`.

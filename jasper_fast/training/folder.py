@@ -21,25 +21,12 @@ class Folder:
             raise ValueError(f"keep must be at least 1, got {keep}: resuming needs a checkpoint")
         self.path, self.keep, self.milestones = Path(path), keep, frozenset(milestones)
 
-    def save(self, state: dict[str, Any]) -> Path:
-        """Writes `state` under its `step`, then removes what is older than the last `keep`; raises CheckpointError."""
-        path = self.path / f"step_{state['step']:08d}.pt"
-        save(path, state)
+    def save(self, state: dict[str, Any], name: str | None = None) -> None:
+        """Writes `state` for good as `name`.pt ("best": its `best_wer` is its own), or under its step, where only the
+        last `keep` stay. Raises CheckpointError."""
+        save(self.path / f"{name or 'step_{:08d}'.format(state['step'])}.pt", state)
         for old in self.steps()[: -self.keep]:
             old.unlink()
-        return path
-
-    def save_milestone(self, state: dict[str, Any], epoch: int) -> Path | None:
-        """Writes `state` for good if `epoch` is a milestone."""
-        if epoch not in self.milestones:
-            return None
-        save(path := self.path / f"milestone_epoch_{epoch:04d}.pt", state)
-        return path
-
-    def save_best(self, state: dict[str, Any]) -> Path:
-        """Writes `state`, whose `best_wer` is its own, as `best.pt`."""
-        save(path := self.path / "best.pt", state)
-        return path
 
     def steps(self) -> list[Path]:
         """The rotating checkpoints, oldest first."""
@@ -50,10 +37,11 @@ class Folder:
         for leftover in self.path.glob(".*.pt.tmp"):
             leftover.unlink()
 
-    def latest(self, report: Callable[[str], None] = warnings.warn) -> tuple[Path, dict[str, Any]] | None:
+    def latest(self, warn: Callable[[str], None] = warnings.warn) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that can be read, with its contents; None if there is none at all.
 
-        Each file that cannot be read is reported, and the one before it taken; raises CheckpointError if none can.
+        `warn` is told of each file that cannot be read, and the one before it taken. Raises CheckpointError if none
+        can.
         """
         others = [p for p in (*sorted(self.path.glob("milestone_*.pt"))[::-1], self.path / "best.pt") if p.exists()]
         candidates = [*self.steps()[::-1], *others]
@@ -64,7 +52,7 @@ class Folder:
                     raise CheckpointError(f"{path} was not written by this project's training")
                 return path, state
             except CheckpointError as error:
-                report(f"{error}; trying the one before it")
+                warn(f"{error}; trying the one before it")
         if candidates:
             raise CheckpointError(
                 f"none of the {len(candidates)} checkpoints in {self.path} can be read; empty the folder to start anew"

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["NovoGrad"]
-
 
 class NovoGrad(torch.optim.Optimizer):
     """NovoGrad (Ginsburg et al., 2019), with the update of NVIDIA's Jasper: the second moment is one scalar per tensor.

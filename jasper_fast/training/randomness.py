@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 
 def rng_state() -> dict[str, Any]:
     """The state of every random generator of this process: torch, each CUDA device, Python, NumPy; tensors and ints."""
-    import numpy as np
-
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -32,8 +32,6 @@ def rng_state() -> dict[str, Any]:
 
 def set_rng_state(state: dict[str, Any]) -> None:
     """Puts every random generator where `rng_state` found it."""
-    import numpy as np
-
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
@@ -56,8 +54,14 @@ def own_randomness(seed: int) -> Iterator[None]:
 
 def seed_everything(seed: int) -> None:
     """Seeds the generators of torch (all devices), Python and NumPy."""
-    import numpy as np
-
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
+
+
+def settle(deterministic: bool, cudnn_benchmark: bool) -> None:
+    """Whether repeats are bit-equal on a GPU too, and whether cuDNN times its algorithms for each new shape."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = cudnn_benchmark

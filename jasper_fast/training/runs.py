@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from jasper_fast.extras import need
+
 
 class RunError(RuntimeError):
     """A run cannot start or go on; the message says why and what to do."""
@@ -60,6 +62,13 @@ class Ranks:
     def first(self) -> bool:
         """Whether this process writes files and talks."""
         return self.rank == 0
+
+    @property
+    def place(self) -> str:
+        """What this process computes on, in words."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{torch.get_num_threads()} CPU threads"
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds on any rank; all ranks must ask. Waits for the device where there is more than one."""
@@ -112,8 +121,7 @@ class RunLog:
         self._file = self._board = None
         if not enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
+        writer = need("torch.utils.tensorboard", "train").SummaryWriter
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "log.jsonl"
@@ -122,7 +130,7 @@ class RunLog:
         temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         os.replace(temporary, path)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board = writer(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, step: int, kind: str, **values: Any) -> None:
         """Appends a record; its numbers go to TensorBoard as `kind/name`. NaN and infinity become null."""

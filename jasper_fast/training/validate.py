@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from jasper_fast.data.batches import Batch
 from jasper_fast.speech.decoding import greedy_decode
 from jasper_fast.speech.metrics import cer, wer
 from jasper_fast.speech.text import Vocabulary
 from jasper_fast.training.randomness import own_randomness
-from jasper_fast.training.run_state import Run
 from jasper_fast.training.runs import Ranks, RunError
+from jasper_fast.training.state import TrainingState
 from jasper_fast.training.step import Frontend, ctc_loss
 
 
@@ -32,6 +32,11 @@ class Validation:
     utterances: int
     bad: list[str] = field(default_factory=list)
     examples: list[tuple[str, str]] = field(default_factory=list)
+
+
+def heard(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> list[str]:
+    """As `greedy_decode`, where outputs (N, T, V) that are NaN say something rather than raise."""
+    return greedy_decode(torch.nan_to_num(log_probs, nan=-1e4), lengths, vocabulary)
 
 
 @torch.no_grad()
@@ -63,11 +68,10 @@ def validate(
             with torch.autocast(device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):
                 log_probs, out_lengths = core(features, lengths)
             each = ctc_loss(log_probs, core.out_lengths(frames), batch.targets.to(device), batch.target_lengths)
-            for name, value in zip(batch.names, each.tolist(), strict=True):
-                (losses if math.isfinite(value) else bad).append(
-                    value if math.isfinite(value) else f"{name}: its loss is {value}"
-                )
-            texts = greedy_decode(torch.nan_to_num(log_probs, nan=-1e4), out_lengths, vocabulary)
+            values = each.tolist()
+            losses += filter(math.isfinite, values)
+            bad += [f"{n}: its loss is {v}" for n, v in zip(batch.names, values, strict=True) if not math.isfinite(v)]
+            texts = heard(log_probs, out_lengths, vocabulary)
             broken = torch.isnan(log_probs).any(2) & (
                 torch.arange(log_probs.shape[1], device=device) < out_lengths.to(device)[:, None]
             )
@@ -92,8 +96,8 @@ def validate(
     )
 
 
-def validate_run(
-    run: Run,
+def validate_state(
+    state: TrainingState,
     ranks: Ranks,
     frontend: Frontend,
     batches: Callable[[], Iterable[Batch]],
@@ -106,11 +110,11 @@ def validate_run(
     All ranks first take the running statistics of rank 0. The random generators stay where they are. `batches` makes
     this rank's batches anew.
     """
-    ranks.same_buffers(run.model, run.ema.average.values() if run.ema else ())
+    ranks.same_buffers(state.model, state.ema.average.values() if state.ema else ())
     results = {}
-    for weights in ("live", "ema") if run.ema else ("live",):
-        with own_randomness(seed), run.ema.applied_to(run.model) if weights == "ema" else nullcontext():
+    for weights in ("live", "ema") if state.ema else ("live",):
+        with own_randomness(seed), state.ema.applied_to(state.model) if weights == "ema" else nullcontext():
             results[weights] = validate(
-                run.model, frontend, batches(), vocabulary, device=ranks.device, amp_dtype=amp_dtype
+                state.model, frontend, batches(), vocabulary, device=ranks.device, amp_dtype=amp_dtype
             )
     return results

@@ -1,0 +1,33 @@
+"""The cases of conv1d and sub_block, layer by layer, training and inference together."""
+
+import functools
+from collections.abc import Iterator
+
+from jasper_fast.bench.cases import common, sub_block_inference, sub_blocks
+from jasper_fast.bench.cases.layers import Layer, layers
+from jasper_fast.bench.harness.case import Case
+from jasper_fast.bench.harness.run import Run
+
+
+def layer_cases(run: Run, op: str, N: int, T: int, layer: Layer, modes: tuple[str, ...]) -> list[Case]:
+    """The modes of one layer, over the same inputs; "inference" may be among them."""
+    inputs = functools.cache(lambda: sub_blocks.Inputs(N, T, layer, run.dtype, run.device))
+    return [
+        sub_block_inference.case(run, N, T, layer)
+        if mode == "inference"
+        else sub_blocks.case(run, op, N, T, layer, mode, inputs)
+        for mode in modes
+    ]
+
+
+def cases(op: str) -> common.Cases:
+    """Layer by layer, so that only one layer's tensors are held, in every mode, sub-blocks in inference too; two layers
+    when quick."""
+    every = (*common.MODES, "inference") if op == "sub_block" else common.MODES
+
+    def make(run: Run, mode: str | None) -> Iterator[list[Case]]:
+        few = run.quick or run.brief
+        for layer in (Layer(768, 768, 25), Layer(256, 256, 11)) if few else layers():
+            yield layer_cases(run, op, *common.batch(run, layer), layer, common.chosen(run, mode, every))
+
+    return make

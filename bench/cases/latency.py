@@ -1,0 +1,271 @@
+"""Cases of `python -m bench latency`: one batch of audio through the acoustic model alone, and from sound to text."""
+
+import functools
+import gc
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from jasper_fast import InferenceEngine, LogMelFeatures
+from jasper_fast.bench.cases import counts, models
+from jasper_fast.bench.cases.common import name as dtype_name
+from jasper_fast.bench.harness import correct, ratios
+from jasper_fast.bench.harness.case import Case, Contender, Runner
+from jasper_fast.bench.harness.run import Run
+from jasper_fast.bench.harness.seeds import seeded, stable_seed
+from jasper_fast.bench.rivals import choice
+from jasper_fast.bench.rivals.eager_layouts import Model
+from jasper_fast.speech.decoding import greedy_decode
+from jasper_fast.speech.text import Vocabulary
+
+INFERS = ("conv1d.fused",)  # what the engine is made of, as the self-check names it
+SOUND_RIVALS = ("eager", "cuda_graph")
+# Errors of right contenders over eager's own, largest of RMS / max (small and medium, N = 1, 2 of 2 s, N = 1 of 7 and
+# 16.7 s, three seeds, on a CPU): in fp32 2.7 / 3.5, where eager is off by at most 8.8e-7 of the largest value; the
+# engine's fast FIR 1.4 / 1.6. In fp16 and bf16, which have no fast FIR, 1.03 / 1.24; the engine 0.78 / 0.94. One layer
+# scaled by 1.01 is 5000 times eager's error in fp32, and 2.6 at the least in fp16. In bf16 eager is off by 0.5 %, twice
+# what that fault does: there a layer must be off by about 8 %. In Jasper 10x5, fp32 beside fp32, contenders differ by
+# 2.3e-5 of the largest value at most.
+LOW = correct.Tolerance(factor=2.0, floor=16.0, peak=1.5)
+TOLERANCES = {
+    torch.float32: correct.Tolerance(factor=4.0, floor=16.0, relative=5e-5),
+    torch.float16: LOW,
+    torch.bfloat16: LOW,
+}
+
+
+class Models:
+    """One network's weights and every contender over them, built at first use and shared by all batch sizes."""
+
+    def __init__(self, run: Run, model: str) -> None:
+        self.run, self.cfg = run, models.config(model)
+        self.contenders: dict[str, Model] = {}
+        self.failures: dict[str, Exception] = {}
+        self._held: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
+
+    @functools.cached_property
+    def state(self) -> dict[str, Tensor]:
+        """The weights in fp32."""
+        return models.weights(self.cfg, self.run.device)
+
+    @functools.cached_property
+    def plain(self) -> nn.Module:
+        """The eager model in evaluation, in the precision under test."""
+        return models.eager(self.cfg, self.state, self.run.dtype).eval().requires_grad_(False)
+
+    @functools.cached_property
+    def judge(self) -> nn.Module:
+        """The eager model that answers are held against: fp64 where that costs little."""
+        return models.eager(self.cfg, self.state, self.judged_in).eval().requires_grad_(False)
+
+    @property
+    def judged_in(self) -> torch.dtype:
+        """The judge's precision."""
+        small = counts.parameters(self.cfg) < 50e6 or self.run.device.type == "cuda"
+        return torch.float64 if small else torch.float32
+
+    def answer(self, x: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+        """What contenders should say of these features."""
+        with torch.inference_mode():
+            return told(*self.judge(x.to(self.judged_in), lengths))
+
+    def low(self, inputs: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], dict[str, Tensor]] | None:
+        """Plain eager's answer, whose own error is the measure of others'; None where the judge is no better."""
+        if self.judged_in == self.run.dtype:
+            return None
+
+        def answer() -> dict[str, Tensor]:
+            with torch.inference_mode():
+                x, lengths = inputs()
+                return told(*self.plain(x.to(self.run.dtype), lengths))
+
+        return answer
+
+    def build(self, name: str, make: Callable[[nn.Module], Model]) -> Model:
+        """The contender, made at its first use; its failure is remembered and raised again."""
+        if name in self.failures:
+            raise self.failures[name]
+        if name not in self.contenders:
+            try:
+                self.contenders[name] = make(self.plain)
+            except Exception as error:  # the row of every batch size reports it
+                self.failures[name] = error
+                raise
+        return self.contenders[name]
+
+    def engine(self, _: nn.Module) -> Model:
+        """jasper_fast's inference engine over the same weights."""
+        fused = models.fused(self.cfg, self.state, self.run.backend)
+        return InferenceEngine(fused.eval(), dtype=self.run.dtype)
+
+    def close(self) -> None:
+        """Let go of all weights now, not when the collector comes by."""
+        for held in (self.contenders, self.failures, self._held):
+            held.clear()
+        for made in ("state", "plain", "judge"):
+            self.__dict__.pop(made, None)
+        gc.collect()
+
+    def inputs(self, N: int, seconds: float) -> tuple[Tensor, Tensor]:
+        """Features in the precision under test and their lengths, the same tensors at every call."""
+        if (N, seconds) not in self._held:
+            x, lengths = models.features(self.cfg, N, models.FRAMES[seconds], self.run.device, 0)
+            self._held[N, seconds] = x.to(self.run.dtype), lengths
+        return self._held[N, seconds]
+
+    def refill(self, N: int, seconds: float, seed: int) -> None:
+        """New features in place."""
+        x, _ = models.features(self.cfg, N, models.FRAMES[seconds], self.run.device, seed)
+        self.inputs(N, seconds)[0].copy_(x)
+
+
+def told(log_probs: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    """What is compared of an answer."""
+    return {"log_probs": models.valid(log_probs, lengths), "lengths": lengths}
+
+
+def case(shared: Models, model: str, N: int, seconds: float) -> Case:
+    """The acoustic model alone at one batch size and audio length."""
+    run, T = shared.run, models.FRAMES[seconds]
+
+    def contender(name: str, make: Callable[[nn.Module], Model]) -> Contender:
+        def build() -> Runner:
+            call = shared.build(name, make)
+            inputs = shared.inputs(N, seconds)
+
+            def timed() -> tuple[Tensor, Tensor]:
+                with torch.inference_mode():
+                    return call(*inputs)
+
+            return Runner(timed, lambda: told(*timed()))
+
+        return Contender(name, build)
+
+    chosen = choice.choose("inference", run.device, "default" if run.rivals == "compile" else run.rivals)
+    if not (run.rivals != "default" or (N, seconds) == (1, 2.0) or run.device.type == "cuda"):
+        chosen = {"eager": chosen["eager"]}
+    return Case(
+        "latency",
+        {"model": model, "N": N, "seconds": seconds, "dtype": dtype_name(run.dtype), "path": "acoustic model"},
+        [contender("jasper_fast", shared.engine), *(contender(n, b) for n, b in chosen.items())],
+        refill=lambda seed: shared.refill(N, seconds, seed),
+        reference=lambda: shared.answer(*shared.inputs(N, seconds)),
+        low=shared.low(lambda: shared.inputs(N, seconds)),
+        tolerance=TOLERANCES[run.dtype],
+        flops=counts.forward_flops(shared.cfg, N, T),
+        nbytes=counts.forward_bytes(shared.cfg, N, T, run.dtype.itemsize),
+        items=N,
+        dtype=dtype_name(run.dtype),
+        wall=True,
+        needs=INFERS,
+        **sampled(run),
+    )
+
+
+def sound_case(shared: Models, model: str, N: int, seconds: float) -> Case:
+    """From samples to text: log-mel features, the acoustic model, greedy decoding; the model alone differs.
+
+    Log-probabilities are held to the reference, and each text to `best_path` of the log-probabilities it came from.
+    Texts of two right models may differ: where a frame's two best classes are a rounding apart, either may win. Random
+    weights hardly ever say the same letter twice, so the decoder also reads what does.
+    """
+    run, words = shared.run, Vocabulary()
+
+    @functools.cache
+    def sound() -> tuple[nn.Module, Tensor, Tensor]:
+        """The front end, samples (N, S) and their lengths (N,)."""
+        audio = torch.zeros(N, int(seconds * 16000), device=run.device)
+        lengths = torch.full((N,), audio.shape[1], dtype=torch.int64, device=run.device)
+        return LogMelFeatures(dither=0.0).to(run.device).eval(), audio, lengths
+
+    def refill(seed: int) -> None:
+        g, audio = seeded(stable_seed("audio", seed), run.device), sound()[1]
+        audio.copy_(torch.randn(audio.shape, generator=g, device=run.device) * 0.1)
+
+    def features() -> tuple[Tensor, Tensor]:
+        front, audio, lengths = sound()
+        with torch.inference_mode():
+            return front(audio, lengths)
+
+    def contender(name: str, make: Callable[[nn.Module], Model]) -> Contender:
+        def build() -> Runner:
+            call = shared.build(name, make)
+            heard: list[tuple[Tensor, Tensor, list[str]]] = []
+
+            def hear() -> tuple[Tensor, Tensor, list[str]]:
+                x, frames = features()
+                with torch.inference_mode():
+                    log_probs, frames = call(x.to(run.dtype), frames)
+                    return log_probs, frames, greedy_decode(log_probs, frames, words)
+
+            def outputs() -> dict[str, Tensor]:
+                heard[:] = [hear()]
+                return told(*heard[0][:2])
+
+            def texts() -> list[str]:
+                drawn = repeating(N, heard[0][0].shape[1], words, run.device)
+                return misread(*heard.pop(), words) + misread(*drawn, greedy_decode(*drawn, words), words)
+
+            return Runner(hear, outputs, texts)
+
+        return Contender(name, build)
+
+    chosen = choice.choose("inference", run.device, run.rivals)
+    return Case(
+        "latency",
+        {"model": model, "N": N, "seconds": seconds, "dtype": dtype_name(run.dtype), "path": "sound to text"},
+        [
+            contender("jasper_fast", shared.engine),
+            *(contender(name, make) for name, make in chosen.items() if name in SOUND_RIVALS),
+        ],
+        refill=refill,
+        reference=lambda: shared.answer(*features()),
+        low=shared.low(features),
+        tolerance=TOLERANCES[run.dtype],
+        items=N,
+        dtype=dtype_name(run.dtype),
+        wall=True,
+        needs=INFERS,
+        **sampled(run),
+    )
+
+
+def best_path(log_probs: Tensor, length: int, labels: Sequence[str]) -> str:
+    """The text of one utterance (T, V), frame by frame as the definition says it; the blank is the last class."""
+    text, last = "", len(labels)
+    for best in log_probs[:length].float().argmax(-1).tolist():
+        if best not in (last, len(labels)):
+            text += labels[best]
+        last = best
+    return text
+
+
+def repeating(N: int, T: int, words: Vocabulary, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N, T, V) whose best path is of two letters and many blanks, and lengths from half to whole."""
+    g = seeded(stable_seed("path"), device)
+    path = torch.randint(words.blank - 2, words.blank + 1, (N, T), generator=g, device=device)
+    logits = 4.0 * torch.nn.functional.one_hot(path, words.n_classes).float()
+    return logits.log_softmax(2), torch.linspace(T, T / 2, N, device=device).long()
+
+
+def misread(log_probs: Tensor, lengths: Tensor, texts: Sequence[str], words: Vocabulary) -> list[str]:
+    """Complaints about texts that are not the best paths of their own log-probabilities."""
+    if len(texts) != log_probs.shape[0]:
+        return [f"text: {len(texts)} of {log_probs.shape[0]} utterances"]
+    wanted = [best_path(p, n, words.labels) for p, n in zip(log_probs.cpu(), lengths.tolist(), strict=True)]
+    return [
+        f"text of utterance {i}: {text[:40]!r}, its best path says {want[:40]!r}"
+        for i, (text, want) in enumerate(zip(texts, wanted, strict=True))
+        if text != want
+    ]
+
+
+def sampled(run: Run) -> dict[str, float]:
+    """A case's rounds and share of the run's seconds: on a GPU as many rounds as a P99 takes, if they are short.
+
+    A case whose rounds are long stops at thrice its seconds: half as many, so that it costs little more than before.
+    """
+    if run.device.type != "cuda" or run.quick:
+        return {}
+    return {"rounds": ratios.SAMPLES["p99"], "share": 0.5}

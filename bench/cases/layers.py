@@ -1,0 +1,67 @@
+"""Jasper 10x5's distinct main convs."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jasper_fast.bench.cases import counts, models
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A main conv of Jasper: `head` is the decoder's, which has a bias and no norm after it."""
+
+    C_in: int
+    C_out: int
+    K: int
+    stride: int = 1
+    dilation: int = 1
+    head: bool = False
+
+    @property
+    def padding(self) -> int:
+        """Zeros on either side, as the reference pads."""
+        return self.K // 2 * self.dilation
+
+    @property
+    def first(self) -> bool:
+        """Whether it reads features: no norm before it, no gradient of its input."""
+        return self.stride > 1
+
+    def frames(self, T: int) -> int:
+        """Frames of its output."""
+        return counts.conv_out(T, self.K, self.stride, self.dilation)
+
+    def out_lengths(self, lengths: Tensor) -> Tensor:
+        """The same of lengths (N,): themselves where the conv keeps them."""
+        if self.stride == 1 and self.K % 2:
+            return lengths
+        reach = self.dilation * (self.K - 1)
+        return torch.div(lengths + 2 * self.padding - reach - 1, self.stride, rounding_mode="floor") + 1
+
+    def key(self, N: int, T: int) -> dict:
+        """What a row calls it; T frames of input."""
+        stride = f" s = {self.stride}" if self.stride > 1 else ""
+        dilation = f" d = {self.dilation}" if self.dilation > 1 else ""
+        return {"shape": f"({N}, {self.C_in}->{self.C_out}, {T})", "taps": f"K = {self.K}{stride}{dilation}"}
+
+
+def layers() -> list[Layer]:
+    """Jasper 10x5's 13 distinct main convs, the most products first."""
+    cfg, found = models.config("jasper10x5"), []
+    for conv in counts.convs(cfg, 1, 64):
+        if ".res." in conv.name:
+            continue
+        head = not conv.name.startswith("encoder")
+        block = None if head else cfg.encoder.blocks[int(conv.name.split(".")[2])]
+        steps = (1, 1) if head else (block.s, block.d)
+        found.append(Layer(conv.C_in, conv.C_out, conv.K, *steps, head=head))
+    return sorted(dict.fromkeys(found), key=lambda a: -a.C_in * a.C_out * a.K)
+
+
+def conv_2d(x: Tensor, weight: Tensor, a: Layer) -> Tensor:
+    """A conv as a 2D one over a height of 1, in channels_last memory if `x` and `weight` are in NTC memory."""
+    y = F.conv2d(x.unsqueeze(2), weight.unsqueeze(2), None, (1, a.stride), (0, a.padding), (1, a.dilation))
+    return y.squeeze(2)

@@ -1,0 +1,98 @@
+"""The case of `python -m bench memory`: a training step, its answers checked and its bytes counted."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from jasper_fast.bench.cases import counts, models
+from jasper_fast.bench.cases.common import name as dtype_name
+from jasper_fast.bench.cases.train import LARGE, TRAINS, Batch, answer, judged_size, precision, tolerance
+from jasper_fast.bench.harness import allocations
+from jasper_fast.bench.harness.case import Case, Contender, Runner
+from jasper_fast.bench.harness.run import Run
+
+
+def step(module: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.device) -> dict:
+    """Bytes of the second training step, dropout on; the first may set up what later steps use again.
+
+    The peak runs over forward and backward, the parameters' gradients left out: every training keeps those. On a CPU it
+    is of every allocation; on a GPU of the tensors that ops take and return, `allocator_peak_bytes` beside it.
+    """
+    module.train()
+    forward = lambda: batch.loss(module, dtype)[0]  # noqa: E731
+    forward().backward()
+    module.zero_grad(set_to_none=True)
+    parameters, found = list(module.parameters()), {}
+
+    def counted() -> None:
+        found["kept_bytes"], births, loss = allocations.kept(forward, device)
+        births.parameters = parameters
+        with births:
+            loss.backward()
+        found["peak_bytes"] = births.peak
+
+    if device.type == "cpu":
+        found["peak_bytes"] = allocations.peak(counted, "cpu", parameters)
+    else:
+        counted()
+    module.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        start = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        forward().backward()
+        torch.cuda.synchronize(device)
+        found["allocator_peak_bytes"] = torch.cuda.max_memory_allocated(device) - start
+        module.zero_grad(set_to_none=True)
+    return found
+
+
+def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Module], Callable[[], Batch]]:
+    """The contenders of one model and batch, for the check that comes before any number.
+
+    Bytes do not depend on what the check runs on, so a large model is checked on a small batch.
+    """
+    cfg = models.config(model)
+    small = counts.parameters(cfg) < LARGE
+    state = functools.cache(lambda: models.weights(cfg, run.device))
+    batch = functools.cache(lambda: Batch(cfg, N, T, run.device))
+    judged_at = (N, T) if small else judged_size(run.device, cfg, N, T) if run.device.type == "cuda" else (2, 64)
+    judged = functools.cache(lambda: Batch(cfg, *judged_at, run.device))
+    modules: dict[str, nn.Module] = {}
+
+    def runner(name: str, make: Callable[[], nn.Module]) -> Callable[[], Runner]:
+        def build() -> Runner:
+            module = modules[name] = make()
+            return Runner(lambda: None, lambda: answer(module, module, judged(), state(), run.dtype))
+
+        return build
+
+    def plain(dtype: torch.dtype, autocast_dtype: torch.dtype) -> dict[str, Tensor]:
+        module = models.eager(cfg, state(), dtype)
+        found = answer(module, module, judged(), state(), autocast_dtype)
+        roomy = small or run.device.type == "cuda"
+        return found if roomy else {name: t.float() for name, t in found.items()}  # half the room for what is compared
+
+    made = Case(
+        "memory",
+        {
+            "model": model,
+            "batch": f"({N}, {cfg.encoder.in_feats}, {T})",
+            "dtype": dtype_name(run.dtype),
+            "mode": "training step",
+        },
+        [
+            Contender("jasper_fast", runner("jasper_fast", lambda: models.fused(cfg, state(), run.backend))),
+            Contender("eager", runner("eager", lambda: models.eager(cfg, state()))),
+        ],
+        refill=lambda seed: judged().refill(seed),
+        reference=lambda: plain(torch.float64, torch.float64),
+        low=(lambda: plain(torch.float32, run.dtype)) if small or run.device.type == "cuda" else None,
+        tolerance=tolerance(precision(run.device, run.dtype)),
+        dtype=dtype_name(run.dtype),
+        seeds=(1, 2) if small else (1,),
+        needs=TRAINS,
+    )
+    return made, modules, batch

@@ -1,0 +1,201 @@
+"""The networks, weights and inputs that the model benchmarks share."""
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jasper_fast import Jasper, JasperConfig
+from jasper_fast.bench.harness.seeds import seeded, stable_seed
+from jasper_fast.nn.eager import EagerJasper
+
+FRAMES = {2.0: 208, 7.0: 704, 16.7: 1680}  # seconds of audio to feature frames, padded as the reference pads
+VOCABULARY = 29
+
+
+def _blocks(prologue: int, widths: tuple[tuple[int, int, float], ...], repeat: int, last: int) -> list[dict]:
+    """A dense-residual Jasper's blocks: prologue at stride 2, one block per (width, taps, dropout), a 1x1 epilogue."""
+
+    def block(filters: int, K: int, p: float, **more) -> dict:
+        return {"filters": filters, "kernel_size": [K], "stride": [1], "dilation": [1], "dropout": p, **more}
+
+    first = block(prologue, 11, 0.2, repeat=1, residual=False) | {"stride": [2]}
+    dense = [block(w, K, p, repeat=repeat, residual=True, residual_dense=True) for w, K, p in widths]
+    return [first, *dense, block(last, 1, 0.4, repeat=1, residual=False)]
+
+
+SMALL = _blocks(128, ((128, 11, 0.2), (192, 13, 0.2), (256, 17, 0.2)), 3, 256)
+MEDIUM = _blocks(256, ((256, 11, 0.2), (384, 13, 0.2), (512, 17, 0.2)), 3, 512)
+
+
+def config(name: str) -> JasperConfig:
+    """ "small" (128 to 256 channels), "medium" (256 to 512), "jasper10x5", or the path of a YAML file."""
+    if name in ("small", "medium"):
+        blocks = SMALL if name == "small" else MEDIUM
+        encoder = {"in_feats": 64, "activation": "relu", "use_conv_masks": True, "blocks": copy.deepcopy(blocks)}
+        return JasperConfig.from_dict(
+            {"encoder": encoder, "decoder": {"in_feats": blocks[-1]["filters"], "n_classes": VOCABULARY}}
+        )
+    return JasperConfig.from_yaml(files("jasper_fast.configs") / "jasper10x5dr.yaml" if name == "jasper10x5" else name)
+
+
+_made: dict[tuple, dict[str, Tensor]] = {}
+
+
+def weights(cfg: JasperConfig, device: torch.device, frames: int = 208) -> dict[str, Tensor]:
+    """A state dict whose activations neither vanish nor blow up, so that a wrong layer shows in the output: the usual
+    initialisation, random gamma and beta, and running statistics taken from one batch.
+
+    The last one made is kept for the next case of the same network: copy before you write.
+    """
+    key = (repr(cfg), device, frames)
+    if key not in _made:
+        _made.clear()
+        with torch.inference_mode(False), torch.no_grad():  # whoever asks first, all can train on copies of it
+            _made[key] = _weights(cfg, device, frames)
+    return dict(_made[key])
+
+
+def _weights(cfg: JasperConfig, device: torch.device, frames: int) -> dict[str, Tensor]:
+    with seeded_globally(stable_seed("weights", repr(cfg.encoder))), device:
+        model = EagerJasper(cfg)
+    g = seeded(stable_seed("norms"), device)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
+    for norm in norms:
+        norm.weight.copy_(torch.rand(norm.num_features, generator=g, device=device) + 0.5)
+        norm.bias.copy_(torch.randn(norm.num_features, generator=g, device=device) * 0.1)
+        norm.momentum = 1.0
+    with dropout_off(model):
+        model.train()(*features(cfg, 1, frames, device, seed=0))
+    return model.state_dict()
+
+
+FAR = 6.0  # standard deviations between a clear network's ReLUs and zero
+OFF = 8  # of so many channels one is off
+
+
+@torch.no_grad()
+def clear(cfg: JasperConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` changed such that no ReLU's input comes near zero: its gradients differ by roundings and nothing else.
+
+    Every norm's beta lies FAR standard deviations above zero, in one channel of OFF below. Each weight is orthogonal to
+    the mean activation m (C_in,) that it meets, tap by tap, so that the signal is not lost beside m, nor at the edges
+    of an utterance. All are numbers that bf16 can hold: casting them to bf16 changes nothing.
+    """
+    made = dict(state)
+
+    def orthogonal(name: str, m: Tensor | None) -> None:
+        w = made[name].float()
+        if m is not None:
+            u = m / m.norm()
+            w = w - torch.einsum("oik,i->ok", w, u)[:, None, :] * u[None, :, None]
+        made[name] = w
+
+    history: list[Tensor | None] = [None]  # the features' mean is zero
+    for b, block in enumerate(cfg.encoder.blocks):
+        at, m = f"encoder.layers.{b}", history[-1]
+        panes = (history if block.residual_dense else history[-1:]) if block.residual else []
+        for r in range(block.repeat):
+            orthogonal(f"{at}.conv.{4 * r}.weight", m)
+            norm = f"{at}.conv.{4 * r + 1}"
+            variance, others = made[f"{norm}.weight"].square(), torch.zeros_like(made[f"{norm}.bias"])
+            for k, pane in enumerate(panes if r == block.repeat - 1 else ()):
+                orthogonal(f"{at}.res.{k}.0.weight", pane)
+                variance = variance + made[f"{at}.res.{k}.1.weight"].square()
+                others = others + made[f"{at}.res.{k}.1.bias"]
+            on = torch.arange(variance.numel(), device=variance.device) % OFF != OFF - 1
+            beta = FAR * variance.sqrt()
+            made[f"{norm}.bias"] = torch.where(on, beta, -beta) - others
+            m = beta * on
+        dense = block.residual and block.residual_dense
+        history = [*history, m] if dense else [m]
+    orthogonal("decoder.layers.0.weight", history[-1])
+    held = {k for k, t in made.items() if t.is_floating_point() and "running" not in k}
+    return {k: t.bfloat16().to(state[k].dtype) if k in held else t for k, t in made.items()}
+
+
+@contextlib.contextmanager
+def seeded_globally(seed: int) -> Iterator[None]:
+    """PyTorch's default generators from `seed`, as they were afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def eager(cfg: JasperConfig, state: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> EagerJasper:
+    """The plain model with these weights, a copy of its own."""
+    with torch.device("meta"):
+        model = EagerJasper(cfg)
+    own = {k: v.detach().to(dtype, copy=True) if v.is_floating_point() else v.clone() for k, v in state.items()}
+    model.load_state_dict(own, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+    return model
+
+
+def fused(cfg: JasperConfig, state: dict[str, Tensor], backend: str) -> Jasper:
+    """jasper_fast's model with these weights, a copy of its own; no random numbers are drawn first."""
+    with torch.device("meta"):
+        model = Jasper(cfg, backend=backend)
+    model.load_state_dict({k: v.detach().clone() for k, v in state.items()}, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+    return model
+
+
+def features(
+    cfg: JasperConfig, N: int, T: int, device: torch.device, seed: int, ragged: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Random features (N, C, T) and lengths (N,): all full, or between half and full with one full."""
+    g = seeded(stable_seed("features", seed), device)
+    x = torch.randn(N, cfg.encoder.in_feats, T, generator=g, device=device)
+    lengths = torch.full((N,), T, dtype=torch.int64, device=device)
+    if ragged:
+        lengths = torch.randint(T // 2, T + 1, (N,), generator=g, device=device)
+        lengths[0] = T
+        x = x.masked_fill((torch.arange(T, device=device) >= lengths[:, None]).unsqueeze(1), 0)
+    return x, lengths
+
+
+def targets(N: int, frames: int, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
+    """Random transcripts (N, U) and their lengths (N,), short enough for half the frames."""
+    g = seeded(stable_seed("targets", seed), device)
+    U = max(1, frames // 12)
+    return torch.randint(0, VOCABULARY - 1, (N, U), generator=g, device=device), torch.full((N,), U, device=device)
+
+
+def ctc(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
+    """The reference's loss: per utterance, then the plain mean over the batch."""
+    blank = log_probs.shape[2] - 1
+    return F.ctc_loss(log_probs.transpose(0, 1), targets, lengths, target_lengths, blank, reduction="none").mean()
+
+
+@contextlib.contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    """The very model with no dropout: its Dropout modules and its blocks' configurations say 0 until the end."""
+    undo = []
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            undo.append((module, "p", module.p))
+            module.p = 0.0
+        for attribute in ("b", "cfg"):
+            block = getattr(module, attribute, None)
+            if dataclasses.is_dataclass(block) and hasattr(block, "dropout"):
+                undo.append((module, attribute, block))
+                setattr(module, attribute, dataclasses.replace(block, dropout=0.0))
+    try:
+        yield
+    finally:
+        for module, attribute, value in undo:
+            setattr(module, attribute, value)
+
+
+def valid(log_probs: Tensor, lengths: Tensor) -> Tensor:
+    """The log-probabilities that mean something: rows t < length, zero elsewhere."""
+    t = torch.arange(log_probs.shape[1], device=log_probs.device)
+    return log_probs.masked_fill((t >= lengths.to(log_probs.device)[:, None]).unsqueeze(2), 0)

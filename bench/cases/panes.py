@@ -1,0 +1,315 @@
+"""Cases of `python -m bench kernels` for the panes of a dense block in training: the sum of BN(1x1 conv) over all block
+outputs so far.
+
+Both forms of ours are rows of one case: `jasper_fast` is what dispatch takes on this device, and beside it stands the
+other, `jasper_fast_gram` or `jasper_fast_plain`. So this is where Gram or plain is decided for a GPU.
+
+A block output's Gram matrix is made once a step and serves every later block; in backward its gradients from all of
+them are added up, and its part of dx is made once. Of the ten dense blocks each is the first to read one output, the
+newest, and finds the older ones' matrices made. So the Gram form's time holds, forward, the newest input's `gram`, and
+backward the newest input's `gram_backward` and one addition for each older matrix: over the ten blocks that is what a
+step pays. All dx are compared in full, the parts of the older matrices included.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jasper_fast import ops
+from jasper_fast.bench.cases import common, counts, models
+from jasper_fast.bench.harness import correct
+from jasper_fast.bench.harness.case import Case, Contender, Runner
+from jasper_fast.bench.harness.run import Run
+from jasper_fast.bench.harness.seeds import seeded, stable_seed
+from jasper_fast.bench.rivals import choice, compiler
+from jasper_fast.dispatch import choose
+from jasper_fast.kernels import layout
+from jasper_fast.nn.architecture import block_shapes
+
+# up to 4,608 products and N*T rows summed in another order: with one thread the weight gradient of eager in
+# channels_last is 57 roundings from fp64 at 1,600 rows
+TOLERANCE = correct.Tolerance(factor=2.0, floor=100.0)
+FORMS = ("gram", "plain")
+
+
+@dataclass(frozen=True)
+class Block:
+    """The panes of a dense block: the channels of each block output that they take, the newest last."""
+
+    widths: tuple[int, ...]
+    C_out: int
+
+    def key(self, N: int, T: int) -> dict:
+        """What a row calls it."""
+        count = f"{len(self.widths)} input{'s' if len(self.widths) > 1 else ''}"
+        return {"shape": f"({N}, {sum(self.widths)}->{self.C_out}, {T})", "panes": count}
+
+
+def blocks() -> list[Block]:
+    """Jasper 10x5's ten dense blocks in order: 1 to 10 inputs."""
+    shapes = block_shapes(models.config("jasper10x5"))
+    return [Block(tuple(panes), b.filters) for _, b, panes in shapes if panes]
+
+
+def ends_and_middle() -> list[Block]:
+    """The last block, the fifth and the first: the most products first."""
+    found = blocks()
+    return [found[-1], found[(len(found) - 1) // 2], found[0]]
+
+
+class Inputs:
+    """One block's tensors in both memories, the same values, refilled in place; parameters are fp32 under 16 bits."""
+
+    def __init__(self, N: int, T: int, block: Block, dtype: torch.dtype, device: torch.device) -> None:
+        self.device, self.dtype = device, dtype
+        self.nct = [torch.empty(N, C, T, dtype=dtype, device=device) for C in block.widths]
+        self.ntc = [layout.ntc(x) for x in self.nct]
+        self.dy = {"nct": torch.empty(N, block.C_out, T, dtype=dtype, device=device)}
+        self.dy["ntc"] = layout.ntc(self.dy["nct"])
+        wide = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
+        self.weights = [torch.empty(block.C_out, C, 1, **wide) for C in block.widths]
+        self.gammas, self.betas = ([torch.empty(block.C_out, **wide) for _ in block.widths] for _ in range(2))
+        self.lengths = torch.empty(N, dtype=torch.int64, device=device)
+        for t in (*self.nct, *self.ntc, *self.weights, *self.gammas, *self.betas):
+            t.requires_grad_()
+        self.answers: dict[tuple, dict[str, Tensor]] = {}
+        self.refills = 0
+        self.refill(0)
+
+    @torch.no_grad()
+    def refill(self, seed: int) -> None:
+        """New values everywhere; each x after a ReLU, with channels of unlike means, x and dy zero in the padding, as
+        every block leaves them; lengths between half and full."""
+        self.seed, self.refills = seed, self.refills + 1
+        g = seeded(stable_seed("panes", seed), self.device)
+        randn = lambda *shape: torch.randn(shape, generator=g, device=self.device)  # noqa: E731
+        N, _, T = self.nct[0].shape
+        self.lengths.copy_(torch.randint(T // 2, T + 1, (N,), generator=g, device=self.device))
+        self.lengths[0] = T
+        for x, last in zip(self.nct, self.ntc, strict=True):
+            x.copy_(common.masked((randn(*x.shape) + 0.5 * randn(x.shape[1], 1)).relu_(), self.lengths))
+            last.copy_(x)
+        self.dy["nct"].copy_(common.masked(randn(*self.dy["nct"].shape), self.lengths))
+        self.dy["ntc"].copy_(self.dy["nct"])
+        for weight, gamma, beta in zip(self.weights, self.gammas, self.betas, strict=True):
+            weight.copy_(randn(*weight.shape) * weight.shape[1] ** -0.5)
+            gamma.copy_(torch.rand(gamma.shape, generator=g, device=self.device) + 0.5)
+            beta.copy_(randn(*beta.shape) * 0.3)
+
+    def fresh_running(self, dtype: torch.dtype | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Running mean and variance of each pane as a new layer has them."""
+        like = [g.detach().to(dtype or g.dtype) for g in self.gammas]
+        return [(torch.zeros_like(g), torch.ones_like(g)) for g in like]
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """AMP as a user has it on: nothing in fp32."""
+        if self.dtype in (torch.float16, torch.bfloat16):
+            return torch.autocast(self.device.type, self.dtype)
+        return contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """What a sum of panes is made of and differentiated by, a list each."""
+
+    xs: list[Tensor]
+    weights: list[Tensor]
+    gammas: list[Tensor]
+    betas: list[Tensor]
+
+    def named(self) -> dict[str, Tensor]:
+        """All of them by the names of their gradients."""
+        lists = {"dx": self.xs, "dweight": self.weights, "dgamma": self.gammas, "dbeta": self.betas}
+        return {f"{name} {k}": t for name, tensors in lists.items() for k, t in enumerate(tensors)}
+
+
+# ------------------------------------------------------------------ the contenders
+# `(leaves, lengths, running statistics, Gram matrices of the older inputs) -> sum (N, C_out, T)`; the last are () but
+# for the Gram form
+
+PaneSum = Callable[[Leaves, Tensor, list[tuple[Tensor, Tensor]], Sequence[ops.Gram]], Tensor]
+
+
+def eager(a: Leaves, lengths: Tensor, running: list[tuple[Tensor, Tensor]], older: Sequence[ops.Gram]) -> Tensor:
+    """The reference's panes in NCT memory, one module a step: mask, conv, batch norm, sum."""
+    out = None
+    for x, weight, gamma, beta, stats in zip(a.xs, a.weights, a.gammas, a.betas, running, strict=True):
+        y = F.conv1d(common.masked(x, lengths), weight)
+        y = F.batch_norm(y, *stats, gamma, beta, True, common.MOMENTUM, common.EPS)
+        out = y if out is None else out + y
+    return out
+
+
+def eager_2d(a: Leaves, lengths: Tensor, running: list[tuple[Tensor, Tensor]], older: Sequence[ops.Gram]) -> Tensor:
+    """The same in channels_last memory: of a 1x1 weight that is any."""
+    out = None
+    for x, weight, gamma, beta, stats in zip(a.xs, a.weights, a.gammas, a.betas, running, strict=True):
+        y = F.conv2d(common.masked_last(x, lengths).unsqueeze(2), weight.unsqueeze(2))
+        y = F.batch_norm(y, *stats, gamma, beta, True, common.MOMENTUM, common.EPS)
+        out = y if out is None else out + y
+    return out.squeeze(2)
+
+
+def fused(form: str, backend: str) -> PaneSum:
+    """jasper_fast's panes in a form, as a block of its model calls them."""
+
+    def call(a: Leaves, lengths: Tensor, running: list[tuple[Tensor, Tensor]], older: Sequence[ops.Gram]) -> Tensor:
+        if form == "gram":
+            grams = [*older, *map(ops.gram, a.xs[len(older) :])]
+            out, mean, var = ops.panes(a.xs, grams, a.weights, a.gammas, a.betas, eps=common.EPS)
+        else:
+            more = {"lengths": lengths, "eps": common.EPS, "backend": backend}
+            out, mean, var = ops.panes_plain(a.xs, a.weights, a.gammas, a.betas, **more)
+        with torch.no_grad():
+            for stat, buffers in zip((mean, var), zip(*running, strict=True), strict=True):
+                torch._foreach_lerp_(list(buffers), list(stat.unbind()), common.MOMENTUM)
+        return out
+
+    return call
+
+
+# ------------------------------------------------------------------ running and checking
+
+
+def older_grams(xs: Sequence[Tensor]) -> list[ops.Gram]:
+    """Of all inputs but the newest, as earlier blocks of the step have made them."""
+    with torch.no_grad():
+        found = [ops.gram(x) for x in xs[:-1]]
+    for t in (t for gram in found for t in (gram.mean, gram.cov)):
+        t.requires_grad_()
+    return found
+
+
+def results(out: Tensor, a: Leaves, dy: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    """Gradients; dx in the padding belongs to no one, because its input is zero there."""
+    wanted = a.named()
+    found = dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), dy), strict=True))
+    return {name: common.masked(t, lengths) if name.startswith("dx") else t for name, t in found.items()}
+
+
+def statistics(running: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """The running statistics of each pane, by name."""
+    names = ("running_mean", "running_var")
+    return {f"{name} {k}": t for k, stats in enumerate(running) for name, t in zip(names, stats, strict=True)}
+
+
+def runner(function: PaneSum, i: Inputs, memory: str, mode: str, *, amp: bool = False, gram: bool = False) -> Runner:
+    """An implementation on the inputs of its memory, under autocast with `amp`; `gram`: the older inputs' matrices are
+    given, and their gradients added to those of later blocks."""
+    a, dy = Leaves(getattr(i, memory), i.weights, i.gammas, i.betas), i.dy[memory]
+    running = i.fresh_running()
+    scope = i.autocast if amp else contextlib.nullcontext
+    made: dict[str, object] = {}  # of the inputs as they are now
+
+    def older() -> Sequence[ops.Gram]:
+        if made.get("refills") != i.refills:  # a check, or another case of the block, has refilled the inputs
+            made.clear()
+            made.update(refills=i.refills, older=older_grams(a.xs) if gram else ())
+        return made["older"]
+
+    def forward(stats: list[tuple[Tensor, Tensor]] = running, given: Sequence[ops.Gram] | None = None) -> Tensor:
+        with scope():
+            return function(a, i.lengths, stats, older() if given is None else given)
+
+    wanted = list(a.named().values())
+
+    def gradients(out: Tensor, retain: bool) -> None:
+        matrices = [t for g in older() for t in (g.mean, g.cov)]
+        found = torch.autograd.grad(out, wanted + matrices, dy, retain_graph=retain)
+        if matrices:
+            sums = made.setdefault("sums", [torch.zeros_like(t) for t in matrices])
+            torch._foreach_add_(sums, list(found[len(wanted) :]))
+
+    def backward() -> None:
+        older()  # forgets the graph of other inputs
+        if "graph" not in made:
+            made["graph"] = forward()
+        gradients(made["graph"], True)
+
+    def outputs() -> dict[str, Tensor]:
+        made.clear()
+        stats = i.fresh_running()
+        if mode == "forward":
+            return {"sum": forward(stats), **statistics(stats)}
+        out = forward(stats, ())
+        return {"sum": out, **statistics(stats), **results(out, a, dy, i.lengths)}
+
+    run = {"forward": forward, "backward": backward, "both": lambda: gradients(forward(), False)}[mode]
+    return Runner(run, outputs)
+
+
+def answer(i: Inputs, dtype: torch.dtype, mode: str) -> dict[str, Tensor]:
+    """Sum, running statistics and gradients by plain PyTorch in `dtype` (16 bits: under autocast); of each seed's
+    inputs once."""
+    key = (i.seed, dtype)
+    if key not in i.answers:
+        wide = torch.promote_types(dtype, torch.float32)
+        of = lambda tensors, dtype: [t.detach().to(dtype).requires_grad_() for t in tensors]  # noqa: E731
+        a = Leaves(of(i.nct, dtype), *(of(tensors, wide) for tensors in (i.weights, i.gammas, i.betas)))
+        running = i.fresh_running(wide)
+        with i.autocast() if dtype is not torch.float64 else contextlib.nullcontext():
+            out = eager(a, i.lengths, running, ())
+        found = results(out, a, i.dy["nct"].to(out.dtype), i.lengths)
+        i.answers[key] = {"sum": out.detach(), **statistics(running), **found}
+    found = i.answers[key]
+    return {k: t for k, t in found.items() if not k.startswith("d")} if mode == "forward" else found
+
+
+def case(run: Run, N: int, T: int, block: Block, mode: str, shared: Callable[[], Inputs] | None = None) -> Case:
+    """One block's panes and mode, `N` utterances of `T` frames; cases of one block may share their inputs."""
+    inputs = shared or functools.cache(lambda: Inputs(N, T, block, run.dtype, run.device))
+    form = choose.pane_form(run.backend, run.device, run.dtype)
+
+    def ours(name: str, form: str) -> Contender:
+        make = lambda: runner(fused(form, run.backend), inputs(), "ntc", mode, gram=form == "gram")  # noqa: E731
+        return Contender(name, make)
+
+    def rival(name: str, build: Callable[[], PaneSum], memory: str) -> Contender:
+        return Contender(name, lambda: runner(build(), inputs(), memory, mode, amp=True))
+
+    contenders = [ours("jasper_fast", form)]
+    contenders += [ours(f"jasper_fast_{other}", other) for other in FORMS if other != form]
+    known = {
+        "eager": (lambda: eager, "nct"),
+        "eager_2d_channels_last": (lambda: eager_2d, "ntc"),
+        "compile_max_autotune": (lambda: compiler.max_autotuned(eager, mode), "nct"),
+    }
+    contenders += [rival(name, *known[name]) for name in choice.for_sub_blocks(run) if name in known]
+    panes = [counts.Conv("", N, C, block.C_out, 1, T, T, place="pane") for C in block.widths]
+    directions = {"forward": 1, "backward": 2, "both": 3}
+    return Case(
+        "kernels",
+        {"op": "panes", **block.key(N, T), "dtype": common.name(run.dtype), "mode": mode},
+        contenders,
+        refill=lambda seed: inputs().refill(seed),
+        reference=lambda: answer(inputs(), torch.float64, mode),
+        low=lambda: answer(inputs(), run.dtype, mode),
+        tolerance=TOLERANCE,
+        flops=directions[mode] * sum(pane.flops for pane in panes),
+        nbytes=counts.panes_bytes(panes, run.dtype.itemsize, mode),
+        dtype=common.name(run.dtype),
+        needs=("panes",) if form == "gram" else ("bn_relu_dropout",),
+    )
+
+
+def block_cases(run: Run, block: Block, modes: Sequence[str], N: int, T: int) -> list[Case]:
+    """The modes of one block, over the same inputs."""
+    inputs = functools.cache(lambda: Inputs(N, T, block, run.dtype, run.device))
+    return [case(run, N, T, block, mode, inputs) for mode in modes]
+
+
+def cases(run: Run, mode: str | None = None) -> Iterator[list[Case]]:
+    """Block by block, so that only one block's tensors are held: all ten on a GPU, the last, the fifth and the first on
+    a CPU; when quick the fifth alone."""
+    if run.quick or run.brief:
+        chosen = ends_and_middle()[1:2]
+    else:
+        chosen = blocks()[::-1] if run.device.type == "cuda" else ends_and_middle()
+    N, T = common.size(run)
+    for block in chosen:
+        yield block_cases(run, block, common.chosen(run, mode, common.MODES), N, T)

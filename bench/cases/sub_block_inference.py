@@ -1,0 +1,212 @@
+"""Sub-blocks in inference: conv with its batch norm folded, bias, ReLU, mask; beside what does the same today.
+
+The prologue reads fp32 features in NCT memory, as a front end leaves them; the decoder ends in log-softmax. Every
+contender's weights are in the precision under test. Rows at t >= length of the result belong to no one.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from jasper_fast.bench.cases import common, counts
+from jasper_fast.bench.cases.common import masked, masked_last
+from jasper_fast.bench.cases.layers import Layer, conv_2d
+from jasper_fast.bench.harness.case import Case, Contender, Runner
+from jasper_fast.bench.harness.run import Run
+from jasper_fast.bench.harness.seeds import seeded, stable_seed
+from jasper_fast.bench.rivals import choice, compiler
+from jasper_fast.bench.rivals.cudnn_graphs import FusedConv
+from jasper_fast.dispatch import backends, choose
+from jasper_fast.kernels import layout
+
+
+class SubBlock(nn.Module):
+    """The reference's modules in evaluation: mask, conv, batch norm, ReLU; the decoder: conv with bias, log-softmax."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        a = self.layer = layer
+        self.conv = nn.Conv1d(a.C_in, a.C_out, a.K, a.stride, a.padding, a.dilation, bias=a.head)
+        self.norm = nn.Identity() if a.head else nn.BatchNorm1d(a.C_out, common.EPS)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """`x` (N, C_in, T) to z (N, C_out, T'), or log-probabilities (N, V, T') fp32."""
+        return self.tail(self.conv(self.masked(x, lengths)))
+
+    def masked(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """What the conv reads: the decoder's input alone is not masked."""
+        return x.to(self.conv.weight.dtype) if self.layer.head else masked(x.to(self.conv.weight.dtype), lengths)
+
+    def masked_last(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """The same in NTC memory."""
+        x = layout.ntc(x.to(self.conv.weight.dtype))
+        return x if self.layer.head else masked_last(x, lengths)
+
+    def tail(self, y: Tensor) -> Tensor:
+        """What follows the conv."""
+        return y.float().log_softmax(dim=1) if self.layer.head else self.norm(y).relu_()
+
+    def channels_last(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The same with a 2D conv in channels_last memory, the weight's once and for all."""
+        weight = layout.ntc(self.conv.weight)
+
+        def forward(x: Tensor, lengths: Tensor) -> Tensor:
+            y = conv_2d(self.masked_last(x, lengths), weight, self.layer)
+            return self.tail(y if self.conv.bias is None else y + self.conv.bias[:, None])
+
+        return forward
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight (C_out, C_in, K) and bias (C_out,), fp32 or better, with the batch norm in them."""
+        wide = torch.promote_types(self.conv.weight.dtype, torch.float32)
+        weight = self.conv.weight.detach().to(wide)
+        if self.layer.head:
+            return weight, self.conv.bias.detach().to(wide)
+        norm = self.norm
+        scale = norm.weight.detach().to(wide) * (norm.running_var.to(wide) + norm.eps).rsqrt()
+        return scale[:, None, None] * weight, norm.bias.detach().to(wide) - norm.running_mean.to(wide) * scale
+
+
+class Inputs:
+    """One layer's weights and input, refilled in place; `exact` holds the fp64 copy that answers come from."""
+
+    def __init__(self, N: int, T: int, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
+        self.layer, self.dtype, self.device = layer, dtype, device
+        g = seeded(stable_seed("sub_block_inference", layer), device)
+        self.module = SubBlock(layer).to(device).eval().requires_grad_(False)
+        with torch.no_grad():
+            for name, t in [*self.module.named_parameters(), *self.module.named_buffers()]:
+                if t.is_floating_point():
+                    spread = (layer.C_in * layer.K) ** -0.5 if name == "conv.weight" else 0.3
+                    centre = 1.0 if name in ("norm.weight", "norm.running_var") else 0.0
+                    t.copy_(torch.randn(t.shape, generator=g, device=device).clamp(-2, 2) * spread + centre)
+        self.module.to(dtype)
+        feed = torch.float32 if layer.first and dtype.itemsize == 2 else dtype  # a front end makes fp32
+        self.x = torch.empty(N, layer.C_in, T, dtype=feed, device=device)
+        self.ntc = self.x if layer.first else layout.ntc(self.x)
+        self.lengths = torch.empty(N, dtype=torch.int64, device=device)
+        self.refill(0)
+
+    def refill(self, seed: int) -> None:
+        """New features and lengths; zero in the padding, as every sub-block leaves it."""
+        g = seeded(stable_seed("sub_block_inference", seed), self.device)
+        N, _, T = self.x.shape
+        self.lengths.copy_(torch.randint(T // 2, T + 1, (N,), generator=g, device=self.device))
+        self.lengths[0] = T
+        x = torch.randn(self.x.shape, generator=g, device=self.device)
+        self.x.copy_(masked(x, self.lengths))
+        if self.ntc is not self.x:
+            self.ntc.copy_(self.x)
+
+    def answer(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """z by plain PyTorch in `dtype`, of the weights and input as they are in the precision under test."""
+        module = SubBlock(self.layer).to(self.device, dtype).eval()
+        module.load_state_dict(self.module.state_dict())
+        x = self.x.to(self.dtype).to(dtype)
+        with torch.no_grad():
+            y = module.conv(module.masked(x, self.lengths))
+            z = y.log_softmax(dim=1) if self.layer.head and dtype is torch.float64 else module.tail(y)
+        return {"z": self.valid(z)}
+
+    def valid(self, z: Tensor) -> Tensor:
+        """z in the frames that mean something, zero elsewhere."""
+        return masked(z, self.layer.out_lengths(self.lengths))
+
+
+# ------------------------------------------------------------------ the contenders: `(x, lengths) -> z (N, C_out, T')`
+
+SubBlockCall = Callable[[Tensor, Tensor], Tensor]
+
+
+def fused(i: Inputs, backend: str) -> SubBlockCall:
+    """jasper_fast's one kernel a sub-block, weights folded and packed once, as InferenceEngine runs it."""
+    a, (weight, bias) = i.layer, i.module.folded()
+    name = choose.fused_face(backend, i.device, i.dtype)
+    if backend == "reference" or name == "aten":
+        weight, bias = layout.ntc(weight.to(i.dtype)), bias.to(i.dtype)
+        return lambda x, lengths: _folded_aten(i, weight, bias, x, lengths)
+    impl = backends.face("conv1d", name)
+    more = {"stride": a.stride, "padding": a.padding, "dilation": a.dilation, "relu": not a.head, "bias": bias}
+    packed = impl.pack_once(weight, i.dtype, a.stride) if name == "cpu" else impl.pack(weight, i.dtype)
+    if name == "triton":  # one launch: features in any strides and in fp32, lengths and log-softmax are the kernel's
+        more |= {"log_softmax": a.head, "workspace": impl.Workspace(i.device)}
+        if a.stride > 1:
+            more["lengths_out"] = torch.empty_like(i.lengths)
+
+    def call(x: Tensor, lengths: Tensor) -> Tensor:
+        x = x.transpose(1, 2)  # (N, T, C)
+        masks = {} if a.head else {"in_lengths": lengths}
+        if not a.head and "lengths_out" not in more:
+            masks["out_lengths"] = a.out_lengths(lengths)
+        z = impl.fused(x if name == "triton" else x.float().contiguous(), packed, **more, **masks)
+        return (z.float().log_softmax(dim=2) if a.head and name != "triton" else z).transpose(1, 2)
+
+    return call
+
+
+def _folded_aten(i: Inputs, weight: Tensor, bias: Tensor, x: Tensor, lengths: Tensor) -> Tensor:
+    y = conv_2d(i.module.masked_last(x, lengths), weight, i.layer) + bias[:, None]
+    return y.float().log_softmax(dim=1) if i.layer.head else masked_last(y.relu_(), i.layer.out_lengths(lengths))
+
+
+def max_autotuned_frozen(i: Inputs) -> SubBlockCall:
+    """torch.compile in max-autotune with freezing, which folds the batch norm."""
+    compiler.fresh_compiler()
+    import torch._inductor.config as inductor
+
+    compiled = torch.compile(i.module, mode="max-autotune", dynamic=False)
+    with inductor.patch(freezing=True), torch.inference_mode():
+        compiled(i.x, i.lengths)
+    return compiled
+
+
+def cudnn(i: Inputs) -> SubBlockCall:
+    """cuDNN's conv + bias + ReLU as one fused engine, the batch norm folded; the mask stays a pass of its own."""
+    a, (weight, bias) = i.layer, i.module.folded()
+    x = layout.ntc(i.x.to(i.dtype))
+    conv = FusedConv(x, weight.to(i.dtype), a.stride, a.padding, a.dilation, bias=bias)
+    return lambda x, lengths: conv(i.module.masked_last(x, lengths))
+
+
+def case(run: Run, N: int, T: int, layer: Layer) -> Case:
+    """One layer in inference."""
+    inputs = functools.cache(lambda: Inputs(N, T, layer, run.dtype, run.device))
+    builders: dict[str, Callable[[Inputs], SubBlockCall]] = {
+        "eager": lambda i: i.module,
+        "eager_2d_channels_last": lambda i: i.module.channels_last(),
+        "compile_max_autotune": max_autotuned_frozen,
+        "cudnn": cudnn,
+    }
+
+    def contender(name: str, build: Callable[[Inputs], SubBlockCall], memory: str) -> Contender:
+        def make() -> Runner:
+            i = inputs()
+            call, x = build(i), getattr(i, memory)
+
+            def timed() -> Tensor:
+                with torch.inference_mode():
+                    return call(x, i.lengths)
+
+            return Runner(timed, lambda: {"z": i.valid(timed())})
+
+        return Contender(name, make)
+
+    contenders = [contender("jasper_fast", lambda i: fused(i, run.backend), "ntc")]
+    for name in choice.for_sub_blocks(run):
+        contenders.append(contender(name, builders[name], "x" if name in ("eager", "compile_max_autotune") else "ntc"))
+    conv = counts.Conv("", N, layer.C_in, layer.C_out, layer.K, T, layer.frames(T), bias=True)
+    return Case(
+        "kernels",
+        {"op": "sub_block", **layer.key(N, T), "dtype": common.name(run.dtype), "mode": "inference"},
+        contenders,
+        refill=lambda seed: inputs().refill(seed),
+        reference=lambda: inputs().answer(torch.float64),
+        low=lambda: inputs().answer(run.dtype),
+        tolerance=common.tolerance(run),
+        flops=conv.flops,
+        nbytes=conv.nbytes(run.dtype.itemsize),
+        dtype=common.name(run.dtype),
+        needs=("conv1d.fused",),
+    )

@@ -1,0 +1,271 @@
+"""Cases of `python -m bench kernels` that hold a convolution: conv1d alone, and the sub-block in training.
+
+Every distinct main conv of Jasper 10x5 is a shape: the prologue (stride 2, from features), eleven at stride 1, the
+decoder's. A training sub-block goes from y to y: batch norm, ReLU, dropout and mask of one conv's output, then the next
+conv; the prologue's has no norm before it. Under 16 bits the weight is the fp32 master that AMP keeps, and its rivals
+run under autocast, which casts it as AMP does.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jasper_fast import ops
+from jasper_fast.bench.cases import common, counts
+from jasper_fast.bench.cases.layers import Layer, conv_2d
+from jasper_fast.bench.harness.case import Case, Contender, Runner
+from jasper_fast.bench.harness.errors import Absent
+from jasper_fast.bench.harness.run import Run
+from jasper_fast.bench.harness.seeds import seeded, stable_seed
+from jasper_fast.bench.rivals import choice, compiler
+from jasper_fast.bench.rivals.cudnn_graphs import FusedConv
+from jasper_fast.kernels import layout
+
+
+class Inputs:
+    """One layer's tensors in both memories, the same values, refilled in place. `weight` is fp32 under 16 bits, and
+    `weight_last` the same for a 2D conv in channels_last memory, which would else reorder it in every call."""
+
+    def __init__(self, N: int, T: int, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
+        self.layer, self.device, self.dtype = layer, device, dtype
+        self.nct = {
+            "x": torch.empty(N, layer.C_in, T, dtype=dtype, device=device),
+            "dy": torch.empty(N, layer.C_out, layer.frames(T), dtype=dtype, device=device),
+        }
+        self.ntc = {n: layout.ntc(t) for n, t in self.nct.items()}
+        master = torch.promote_types(dtype, torch.float32)
+        shape = (layer.C_out, layer.C_in, layer.K)
+        self.weight = torch.empty(shape, dtype=master, device=device, requires_grad=True)
+        self.weight_last = layout.ntc(self.weight.detach()).requires_grad_()
+        self.gamma, self.beta = (torch.empty(layer.C_in, device=device, requires_grad=True) for _ in range(2))
+        self.lengths = torch.empty(N, dtype=torch.int64, device=device)
+        for memory in (self.nct, self.ntc):
+            memory["x"].requires_grad_(not layer.first)
+        self.answers: dict[tuple, dict[str, Tensor]] = {}
+        self.refills = 0
+        self.refill(0)
+
+    @torch.no_grad()
+    def refill(self, seed: int) -> None:
+        """New values everywhere; lengths between half and full; x zero in the padding, as every op leaves it."""
+        self.seed, self.refills = seed, self.refills + 1
+        g = seeded(stable_seed("conv", seed), self.device)
+        N, _, T = self.nct["x"].shape
+        self.lengths.copy_(torch.randint(T // 2, T + 1, (N,), generator=g, device=self.device))
+        self.lengths[0] = T
+        self.gamma.copy_(torch.rand(self.gamma.shape, generator=g, device=self.device) + 0.5)
+        self.beta.copy_(torch.randn(self.beta.shape, generator=g, device=self.device) * 0.3)
+        for t in self.nct.values():
+            t.copy_(torch.randn(t.shape, generator=g, device=self.device))
+        x = common.masked(self.nct["x"], self.lengths)
+        self.nct["x"].copy_(x if self.layer.first else common.off_the_edge(x, self.gamma, self.beta, None, self.dtype))
+        self.nct["x"].masked_fill_(common.mask(self.lengths, T), 0)
+        for name, t in self.nct.items():
+            self.ntc[name].copy_(t)
+        scale = (self.layer.C_in * self.layer.K) ** -0.5
+        self.weight.copy_(torch.randn(self.weight.shape, generator=g, device=self.device) * scale)
+        self.weight_last.copy_(self.weight)
+
+    def fresh_running(self) -> tuple[Tensor, Tensor]:
+        """Running statistics as a new layer has them."""
+        return torch.zeros_like(self.gamma), torch.ones_like(self.gamma)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """AMP as a user has it on: nothing in fp32."""
+        if self.dtype in (torch.float16, torch.bfloat16):
+            return torch.autocast(self.device.type, self.dtype)
+        return contextlib.nullcontext()
+
+
+def eager_conv(x: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
+    """The reference's masked conv in NCT memory."""
+    a = i.layer
+    return F.conv1d(common.masked(x, i.lengths), weight, None, a.stride, a.padding, a.dilation)
+
+
+def eager_conv_2d(x: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
+    """The masked conv in channels_last memory."""
+    return conv_2d(common.masked_last(x, i.lengths), weight, i.layer)
+
+
+def eager_sub_block(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
+    """Batch norm, ReLU, dropout, mask and the next conv, one module a step in NCT memory."""
+    if i.layer.first:
+        return eager_conv(y, i, weight, gamma, beta, p)
+    stats = tuple(s.to(gamma.dtype) for s in i.fresh_running())
+    z = common.eager_chain(y, gamma, beta, stats, None, i.lengths, p)
+    return F.conv1d(z, weight, None, 1, i.layer.padding, i.layer.dilation)
+
+
+def eager_sub_block_2d(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
+    """The same in channels_last memory."""
+    if i.layer.first:
+        return eager_conv_2d(y, i, weight, gamma, beta, p)
+    z = common.eager_chain_2d(y, gamma, beta, i.fresh_running(), None, i.lengths, p)
+    return conv_2d(z, weight, i.layer)
+
+
+def fused_conv(backend: str) -> Callable[..., Tensor]:
+    """jasper_fast's conv1d."""
+
+    def call(x: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
+        a = i.layer
+        steps = {"stride": a.stride, "padding": a.padding, "dilation": a.dilation}
+        return ops.conv1d(x, weight, lengths=i.lengths, backend=backend, **steps)
+
+    return call
+
+
+def fused_sub_block(backend: str) -> Callable[..., Tensor]:
+    """jasper_fast's sub_block; the prologue is its conv1d."""
+
+    def call(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
+        if i.layer.first:
+            return fused_conv(backend)(y, i, weight, gamma, beta, p)
+        more = {"padding": i.layer.padding, "dilation": i.layer.dilation, "p": p, "backend": backend}
+        return ops.sub_block(y, gamma, beta, *i.fresh_running(), weight, lengths=i.lengths, **more)
+
+    return call
+
+
+def cudnn_statistics(i: Inputs) -> Callable[..., Tensor]:
+    """The chain in channels_last memory, then cuDNN's conv that leaves the next batch norm's sums: forward only."""
+    a = i.layer
+    weight = i.weight.detach().to(i.dtype)
+    conv = FusedConv(i.ntc["x"].detach(), weight, a.stride, a.padding, a.dilation, stats=True)
+
+    def call(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
+        conv.weight.copy_(weight.detach().unsqueeze(2))  # AMP's cast, once a step
+        if a.first:
+            return conv(common.masked_last(y, i.lengths))
+        return conv(common.eager_chain_2d(y, gamma, beta, i.fresh_running(), None, i.lengths, p))
+
+    return call
+
+
+# ------------------------------------------------------------------ running and checking
+
+
+def leaves(op: str, i: Inputs, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> dict[str, Tensor]:
+    """What gets a gradient, by the gradient's name."""
+    if i.layer.first:
+        return {"dweight": weight}
+    return {"dx": x, "dweight": weight} | ({"dgamma": gamma, "dbeta": beta} if op == "sub_block" else {})
+
+
+def results(op: str, out: Tensor, wanted: dict[str, Tensor], dy: Tensor, i: Inputs) -> dict[str, Tensor]:
+    """Output and gradients; a conv's dx in the padding belongs to no one, because its input is zero there."""
+    found = {"y": out, **dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), dy), strict=True))}
+    if op == "conv1d" and "dx" in found:
+        found["dx"] = common.masked(found["dx"], i.lengths)
+    return found
+
+
+def runner(
+    op: str, function: Callable[..., Tensor], i: Inputs, memory: str, mode: str, *, amp: bool, last: bool = False
+) -> Runner:
+    """An implementation on the inputs of its memory, under autocast with `amp`; `last`: the weight is `weight_last`."""
+    x, dy = (getattr(i, memory)[n] for n in ("x", "dy"))
+    weight = i.weight_last if last else i.weight
+    wanted = leaves(op, i, x, weight, i.gamma, i.beta)
+    scope = i.autocast if amp else contextlib.nullcontext
+
+    def forward(p: float = common.P) -> Tensor:
+        with scope():
+            return function(x, i, weight, i.gamma, i.beta, p)
+
+    graph: dict[int, Tensor] = {}
+
+    def backward() -> None:
+        if i.refills not in graph:  # another case of the layer may have refilled what the graph has saved
+            graph.clear()
+            graph[i.refills] = forward()
+        torch.autograd.grad(graph[i.refills], list(wanted.values()), dy, retain_graph=True)
+
+    def both() -> None:
+        torch.autograd.grad(forward(), list(wanted.values()), dy)
+
+    def outputs() -> dict[str, Tensor]:
+        graph.clear()
+        out = forward(0.0)
+        return {"y": out} if mode == "forward" else results(op, out, wanted, dy, i)
+
+    return Runner({"forward": forward, "backward": backward, "both": both}[mode], outputs)
+
+
+def answer(op: str, i: Inputs, dtype: torch.dtype, mode: str) -> dict[str, Tensor]:
+    """Output and gradients by plain PyTorch in `dtype` (16 bits: under autocast); of each seed's inputs once, and the
+    gradients, twice the work, only where a mode is held to them."""
+    forward, key = mode == "forward", (op, i.seed, dtype)
+    if key not in i.answers and (not forward or (*key, mode) not in i.answers):
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        x = i.nct["x"].detach().to(dtype).requires_grad_(not i.layer.first)
+        weight, gamma, beta = (t.detach().to(wide).requires_grad_() for t in (i.weight, i.gamma, i.beta))
+        function = {"conv1d": eager_conv, "sub_block": eager_sub_block}[op]
+        with i.autocast() if dtype is not torch.float64 else contextlib.nullcontext():
+            out = function(x, i, weight, gamma, beta, 0.0)
+        if forward:
+            i.answers[*key, mode] = {"y": out.detach()}
+        else:
+            i.answers[key] = results(op, out, leaves(op, i, x, weight, gamma, beta), i.nct["dy"].to(dtype), i)
+            i.answers[key]["y"] = out.detach()
+    if forward:
+        return {"y": (i.answers.get(key) or i.answers[*key, mode])["y"]}
+    return i.answers[key]
+
+
+def case(
+    run: Run, op: str, N: int, T: int, layer: Layer, mode: str, shared: Callable[[], Inputs] | None = None
+) -> Case:
+    """One layer and mode, `N` utterances of `T` frames; cases of one layer may share their inputs.
+
+    Where only the forward pass is timed, only its result is checked: the other modes check the gradients too.
+    """
+    inputs = shared or functools.cache(lambda: Inputs(N, T, layer, run.dtype, run.device))
+    fused = {"conv1d": fused_conv, "sub_block": fused_sub_block}[op](run.backend)
+    eager = {"conv1d": eager_conv, "sub_block": eager_sub_block}[op]
+    eager_2d = {"conv1d": eager_conv_2d, "sub_block": eager_sub_block_2d}[op]
+
+    def plain(name: str, function: Callable[..., Tensor], memory: str, amp: bool, last: bool = False) -> Contender:
+        return Contender(name, lambda: runner(op, function, inputs(), memory, mode, amp=amp, last=last))
+
+    def cudnn() -> Runner:
+        if mode != "forward":
+            raise Absent("cuDNN's frontend for Python has no fused pattern of this direction")
+        return runner(op, cudnn_statistics(inputs()), inputs(), "ntc", mode, amp=False)
+
+    def tuned() -> Runner:
+        return runner(op, compiler.max_autotuned(eager, mode), inputs(), "nct", mode, amp=True)
+
+    contenders = [plain("jasper_fast", fused, "ntc", False)]
+    builders = {
+        "eager": lambda: plain("eager", eager, "nct", True),
+        "eager_2d_channels_last": lambda: plain("eager_2d_channels_last", eager_2d, "ntc", True, True),
+        "compile_max_autotune": lambda: Contender("compile_max_autotune", tuned),
+        "cudnn": lambda: Contender("cudnn", cudnn),
+    }
+    contenders += [builders[name]() for name in choice.for_sub_blocks(run)]
+    conv = counts.Conv("", N, layer.C_in, layer.C_out, layer.K, T, layer.frames(T))
+    directions = {"forward": 1, "backward": 1 if layer.first else 2}
+    times = directions.get(mode, sum(directions.values()))
+    norm = op == "sub_block" and not layer.first
+    size = run.dtype.itemsize
+    key = {"op": op, **layer.key(N, T), "dtype": common.name(run.dtype), "mode": mode}
+    return Case(
+        "kernels",
+        key,
+        contenders,
+        refill=lambda seed: inputs().refill(seed),
+        reference=lambda: answer(op, inputs(), torch.float64, mode),
+        low=lambda: answer(op, inputs(), run.dtype, mode),
+        tolerance=common.tolerance(run),
+        flops=times * conv.flops,
+        nbytes=counts.sub_block_bytes(conv, size, mode) if norm else times * conv.nbytes(size),
+        dtype=common.name(run.dtype),
+        seeds=(1,) if common.slow(run) else (1, 2),
+        needs=("bn_relu_dropout", "conv1d") if norm else ("conv1d",),
+    )

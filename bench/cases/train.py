@@ -1,0 +1,263 @@
+"""Cases of `python -m bench train`: forward and backward of a network, and its full step with CTC and the optimiser."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from jasper_fast import NovoGrad
+from jasper_fast.bench.cases import counts, models
+from jasper_fast.bench.cases.common import name as dtype_name
+from jasper_fast.bench.harness import correct, cudnn_search, limits
+from jasper_fast.bench.harness.case import Case, Contender, Runner
+from jasper_fast.bench.harness.run import Run
+from jasper_fast.bench.harness.seeds import seeded, stable_seed
+from jasper_fast.bench.rivals import choice
+from jasper_fast.bench.rivals.eager_layouts import ChannelsLast2d, Model
+
+FULL = ", all lengths full"  # after a mode: no utterance is padded, so that a network without masks is right
+LARGE = 50e6  # parameters from which an fp64 answer is no small matter
+TRAINS = ("bn_relu_dropout", "conv1d", "panes")  # what a training step is made of, as the self-check names it
+# A whole network's gradients at its usual weights are held loosely: one ReLU that falls to the other side moves some by
+# a per cent, in eager PyTorch as in any kernel. Inputs of CLEAR_SEED are therefore answered by the same module at
+# weights where no ReLU is near zero (models.clear), and there gradients are held to roundings.
+#
+# Worst errors seen on a CPU, as shares of the fp64 gradient, of eager, 2D and the cpu face, in bf16 the reference face
+# too. Clear: small (8, 64, 400), two seeds (bf16: five), and (2, 64, 64), medium (4, 64, 400), one seed; Jasper 10x5
+# (2, 64, 128) has up to twice the RMS, and 0.09 % (fp16) and 1.4 % (bf16) along. Usual: small (8, 64, 400), three
+# seeds; fp16's bounds there lie between the others' and are not from a measurement.
+#
+#                    RMS: weight, gamma, beta    max: weight, gamma, beta    along: weight, gamma, beta
+#     clear   fp32   6e-6    8e-6    2e-5        9e-6    9e-6    2e-5        7e-7    9e-7    1.4e-6
+#             fp16   0.4 %   0.4 %   1.4 %       0.5 %   0.5 %   1.3 %       0.06 %  0.07 %  0.2 %
+#             bf16   3.1 %   3.2 %   9.4 %       4.0 %   5.2 %   12 %        0.6 %   0.6 %   1.5 %
+#     usual   fp32   1.5 %                       7.6 %                       0.16 %
+#             bf16   28 %                        41 %                        7.9 %
+CLEAR_SEED = 1
+SCALES = (65536.0, 4096.0, 256.0, 16.0, 1.0)  # of fp16's loss, from where a GradScaler starts
+ALONG = {torch.float32: 5e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
+ALONG_USUAL = {torch.float32: 5e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
+
+
+def tolerance(dtype: torch.dtype) -> correct.Tolerance:
+    """How far a step's answers may be from fp64's, trained in `dtype`; `relative` where no eager step stands beside."""
+    fp32, eps = dtype is torch.float32, torch.finfo(dtype).eps
+    one = eps / torch.finfo(torch.float32).eps  # a rounding: autocast's gradients are fp32 themselves
+    usual = correct.Tolerance(
+        2.0,
+        0.03 / eps if fp32 else 8 * one,
+        relative=0.03 if fp32 else 0.5,
+        peak=10.0 if fp32 else 2.0,
+        along=ALONG_USUAL[dtype],
+    )
+    clear = correct.Tolerance(
+        2.0, 64.0 if fp32 else 2 * one, relative=5e-5 if fp32 else 24 * eps, peak=2.0, along=ALONG[dtype]
+    )
+    relative = 1e-4 if fp32 else 8 * eps
+    # A loss is one number: eager's may be right by chance, so a tenth of a rounding is allowed anyway.
+    return correct.Tolerance(4.0, 256.0 if fp32 else one / 10, relative=relative, gradients=usual, clear=clear)
+
+
+TOLERANCE = tolerance(torch.float32)
+
+
+def precision(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype whose roundings a step in `dtype` makes: fp16's, where a GPU multiplies fp32 in TF32, as long."""
+    return torch.float16 if dtype is torch.float32 and limits.float32_mode(device) == "TF32" else dtype
+
+
+class Batch:
+    """Features, lengths and transcripts, refilled in place; `clear`: answered at weights with no ReLU near zero."""
+
+    def __init__(self, cfg, N: int, T: int, device: torch.device, ragged: bool = True) -> None:
+        self.cfg, self.N, self.T, self.device, self.ragged = cfg, N, T, device, ragged
+        self.clear = False
+        self.features, self.lengths = models.features(cfg, N, T, device, 0, ragged)
+        self.targets, self.target_lengths = models.targets(N, T // 2, device, 0)
+
+    def refill(self, seed: int) -> None:
+        """New values everywhere."""
+        self.clear = seed == CLEAR_SEED
+        for mine, new in zip(
+            (self.features, self.lengths),
+            models.features(self.cfg, self.N, self.T, self.device, seed, self.ragged),
+            strict=True,
+        ):
+            mine.copy_(new)
+        self.targets.copy_(models.targets(self.N, self.T // 2, self.device, seed)[0])
+
+    def loss(self, model: Model, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, log-probabilities, their lengths), under autocast for a low precision."""
+        with autocast(self.device, dtype):
+            log_probs, lengths = model(self.features.to(_parameter_dtype(model)), self.lengths)
+        return models.ctc(log_probs, lengths, self.targets, self.target_lengths), log_probs, lengths
+
+    def cotangent(self, log_probs: Tensor, lengths: Tensor) -> Tensor:
+        """Random weights of the log-probabilities, zero beyond the lengths."""
+        g = seeded(stable_seed("cotangent"), self.device)
+        random = torch.randn(log_probs.shape, generator=g, device=self.device)
+        return models.valid(random, lengths).to(log_probs) / math.sqrt(self.N * log_probs.shape[1])
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Mixed precision for fp16 and bf16, nothing otherwise."""
+    if dtype in (torch.float16, torch.bfloat16):
+        return torch.autocast(device.type, dtype)
+    return contextlib.nullcontext()
+
+
+def runner(
+    module: nn.Module, call: Model, batch: Batch, state: Mapping[str, Tensor], dtype: torch.dtype, mode: str
+) -> Runner:
+    """`call` runs `module`'s parameters (renamed, perhaps). Timed as it trains: dropout on, and in fp16 with the loss
+    scaled, without which small gradients are zero."""
+    module.train()
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = NovoGrad(parameters, lr=1e-4, weight_decay=1e-3) if mode == "step" else None
+    scaler = torch.amp.GradScaler(batch.device.type, enabled=dtype is torch.float16)
+
+    def run() -> None:
+        for p in parameters:
+            p.grad = None
+        scaler.scale(batch.loss(call, dtype)[0]).backward()
+        if optimizer is not None:
+            scaler.step(optimizer)
+            scaler.update()
+
+    return Runner(run, lambda: answer(module, call, batch, state, dtype))
+
+
+def answer(
+    module: nn.Module, call: Model, batch: Batch, state: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Log-probabilities, every gradient and every running statistic of one step from `state`, dropout off; the loss
+    too, unless the batch asks for clear weights: its gradients are then those of a random sum of the log-probabilities,
+    to which every frame adds alike. The module has the weights of `state` afterwards.
+
+    In fp16 the loss is scaled as far as nothing overflows, as a GradScaler scales it, and the gradients scaled back."""
+    weights = models.clear(batch.cfg, state) if batch.clear else state
+    module.train()
+    for scale in SCALES if dtype is torch.float16 else (1.0,):
+        restore(module, weights)
+        module.zero_grad(set_to_none=True)
+        with models.dropout_off(module):
+            loss, log_probs, lengths = batch.loss(call, dtype)
+            if batch.clear:
+                loss = (log_probs * batch.cotangent(log_probs, lengths)).sum()
+            (loss * scale).backward()
+        if all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None):
+            break
+    found = {"log_probs": models.valid(log_probs.detach(), lengths)}
+    found |= {} if batch.clear else {"loss": loss.detach()}
+    kind = "clear grad" if batch.clear else "grad"
+    for name, p in module.named_parameters():
+        if p.grad is not None:
+            found[f"{kind} {original(name)}"] = p.grad.reshape(state[original(name)].shape) / scale
+    buffers = ((original(n), b) for n, b in module.named_buffers())
+    found |= {name: b.clone() for name, b in buffers if "running" in name}
+    module.zero_grad(set_to_none=True)
+    if batch.clear:
+        restore(module, state)
+    return found
+
+
+@torch.no_grad()
+def restore(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """`state` into a module whose names or shapes a rival may have wrapped."""
+    for name, t in (*module.named_parameters(), *module.named_buffers()):
+        t.copy_(state[original(name)].reshape(t.shape))
+
+
+def original(name: str) -> str:
+    """The state-dict name behind a wrapped one."""
+    if name.startswith("weights."):  # ChannelsLast2d keeps its 2D weights under escaped names
+        return name.removeprefix("weights.").replace("/", ".") + ".weight"
+    return name.removeprefix("_orig_mod.").removeprefix("model.")
+
+
+def judged_size(device: torch.device, cfg, N: int, T: int) -> tuple[int, int]:
+    """(N, T) of the batch on which a step's answers are compared with fp64: the timed one, unless that is a large
+    network's on a GPU, whose fp64 step would take tens of seconds and tens of GiB. Each of its ops is compared at full
+    size by `python -m bench kernels`."""
+    large = device.type == "cuda" and counts.parameters(cfg) >= LARGE
+    return (min(N, 2), T) if large else (N, T)
+
+
+def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
+    """One model, batch and mode; a mode that ends in FULL has unpadded utterances, and eager without masks beside."""
+    full = mode.endswith(FULL)
+    cfg = models.config(model)
+    state = functools.cache(lambda: models.weights(cfg, run.device))
+    batch = functools.cache(lambda: Batch(cfg, N, T, run.device, not full))
+    judged_at = judged_size(run.device, cfg, N, T)
+    judged = batch if judged_at == (N, T) else functools.cache(lambda: Batch(cfg, *judged_at, run.device, not full))
+    exact = torch.float64 if counts.parameters(cfg) < LARGE or run.device.type == "cuda" else torch.float32
+
+    def runner_of(module: nn.Module, call: Model) -> Runner:
+        timed = runner(module, call, batch(), state(), run.dtype, mode.removesuffix(FULL))
+
+        def outputs() -> dict[str, Tensor]:
+            # a batch that is not timed is not worth a search; one that is must be searched for at its first call
+            with cudnn_search.off() if judged is not batch else contextlib.nullcontext():
+                return answer(module, call, judged(), state(), run.dtype)
+
+        return dataclasses.replace(timed, outputs=outputs)
+
+    def ours() -> Runner:
+        fused = models.fused(cfg, state(), run.backend)
+        return runner_of(fused, fused)
+
+    def rival(build: Callable[[nn.Module], Model]) -> Callable[[], Runner]:
+        def make() -> Runner:
+            plain = models.eager(cfg, state())
+            call = build(plain)
+            module = call if isinstance(call, ChannelsLast2d) else plain
+            if module is not plain:  # the 1D weights it replaced take no part
+                for conv in (m for m in plain.modules() if isinstance(m, nn.Conv1d)):
+                    conv.weight.requires_grad_(False)
+            return runner_of(module, call)
+
+        return make
+
+    def plain(dtype: torch.dtype, autocast_dtype: torch.dtype) -> dict[str, Tensor]:
+        module = models.eager(cfg, state(), dtype)
+        return answer(module, module, judged(), state(), autocast_dtype)
+
+    def refill(seed: int) -> None:
+        for held in {id(b): b for b in (batch(), judged())}.values():
+            held.refill(seed)
+
+    chosen = of_batch(rivals_of(run), full)
+    return Case(
+        "train",
+        {"model": model, "batch": f"({N}, {cfg.encoder.in_feats}, {T})", "dtype": dtype_name(run.dtype), "mode": mode},
+        [Contender("jasper_fast", ours), *(Contender(n, rival(b)) for n, b in chosen.items())],
+        refill=refill,
+        reference=lambda: plain(exact, exact),
+        low=(lambda: plain(torch.float32, run.dtype)) if exact is torch.float64 else None,
+        tolerance=tolerance(precision(run.device, run.dtype)),
+        flops=counts.training_flops(cfg, N, T),
+        nbytes=counts.training_bytes(cfg, N, T, run.dtype.itemsize),
+        items=N,
+        dtype=dtype_name(run.dtype),
+        seeds=(1, 2) if judged is batch else (1,),
+        needs=TRAINS,
+    )
+
+
+def rivals_of(run: Run) -> dict[str, Callable[[nn.Module], Model]]:
+    """The rivals that the run asks for."""
+    return choice.choose("training", run.device, "default" if run.rivals == "compile" else run.rivals)
+
+
+def of_batch(chosen: dict, full: bool) -> dict:
+    """Those of the rivals that meet a batch: without padding eager with and without masks, else all with masks."""
+    return {n: b for n, b in chosen.items() if (n in ("eager", "eager_no_masks") if full else n != "eager_no_masks")}
+
+
+def _parameter_dtype(model: Model) -> torch.dtype:
+    return next((p.dtype for p in model.parameters()), torch.float32) if isinstance(model, nn.Module) else torch.float32

@@ -1,0 +1,373 @@
+"""`python -m bench SUBCOMMAND`: measure jasper_fast on this machine. No data set is needed."""
+
+import argparse
+import dataclasses
+import datetime
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from jasper_fast.bench.commands import choices
+from jasper_fast.bench.harness import cudnn_search, limits, machine, options, paths, result_file
+from jasper_fast.bench.harness.case import QUICK, Effort
+from jasper_fast.bench.harness.console import console
+from jasper_fast.bench.harness.errors import DeviceLost
+from jasper_fast.bench.harness.run import Run
+from jasper_fast.bench.report import goals, tables
+from jasper_fast.bench.rivals import choice
+from jasper_fast.dispatch import backends
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ALL_SECONDS = 570.0
+DEFAULT_BATCH, DEFAULT_MEMORY_BATCH = (8, 400), (2, 400)  # (N, T)
+OURS = "jasper_fast"  # the contender
+INTERRUPTED = 130  # exit status, as a shell tells Ctrl-C
+
+
+def parser() -> argparse.ArgumentParser:
+    """All subcommands and their options."""
+    top = argparse.ArgumentParser(prog=paths.COMMAND, description=__doc__)
+    sub = top.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--device", type=options.device, default=None, help="cpu, cuda or cuda:1 (default: the GPU where there is one)"
+    )
+    common.add_argument("--dtype", choices=DTYPES, default=None, help="default: fp32 on a CPU, fp16 on a GPU")
+    common.add_argument(
+        "--backend",
+        default="auto",
+        choices=("auto", "reference", "cpu", "triton", "cuda"),
+        help="the face of jasper_fast's ops that is timed",
+    )
+    common.add_argument(
+        "--out", type=Path, default=paths.OUT, metavar="DIR", help="folder for the JSON file (default: build/bench)"
+    )
+    common.add_argument("--quick", action="store_true", help="the goals' cases only, fewer repetitions")
+    common.add_argument(
+        "--rivals",
+        type=choices.rivals,
+        default="default",
+        help="default, all, or names with commas (see bench/rivals)",
+    )
+    common.add_argument(
+        "--threads", type=options.count, default=None, help="CPU threads for all contenders (default: PyTorch's)"
+    )
+    common.add_argument("--seconds", type=options.seconds, default=None, help="time to spend on each case")
+    common.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the finished rows of the last run cut off on this machine and commit",
+    )
+
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        return sub.add_parser(name, help=help, description=help, parents=[common])
+
+    kernels = add("kernels", "each op at each Jasper layer shape, beside the eager chain")
+    kernels.add_argument("--op", default="all", help="bn_relu_dropout, sub_block, conv1d, panes or all")
+    kernels.add_argument(
+        "--mode",
+        choices=("forward", "backward", "both", "inference"),
+        default=None,
+        help="one mode alone (default: all that an op has)",
+    )
+    add_models(add("train", "training steps: forward + backward and full, utterances per second"), DEFAULT_BATCH)
+    latency = add("latency", "percentiles of a batch's time by batch size and audio length")
+    latency.add_argument(
+        "--model", type=choices.model, default="jasper10x5", help="small, medium, jasper10x5 or a YAML file"
+    )
+    latency.add_argument("--full", action="store_true", help="the whole grid of batch sizes and lengths on a CPU too")
+    memory = add("memory", "bytes that a training forward keeps for backward, and the step's peak")
+    add_models(memory, DEFAULT_MEMORY_BATCH)
+    add("all", "kernels, train, latency and memory: small, medium and Jasper 10x5, in under 10 minutes on two cores")
+    add("launches", "ops and kernels launched by a call, and the host's time for them")
+    profile = add("profile", "a torch.profiler trace with ranges named after layers, and time per layer and op")
+    profile.add_argument(
+        "--model", type=choices.model, default="small", help="small, medium, jasper10x5 or a YAML file"
+    )
+    profile.add_argument("--mode", choices=("train", "inference"), default="train")
+    profile.add_argument(
+        "--batch",
+        type=options.batch,
+        default=DEFAULT_BATCH,
+        metavar="N,T",
+        help="utterances and feature frames (default: 8,400)",
+    )
+    gpu = add(
+        "gpu",
+        "all but tuning in at most nine minutes, the most valuable numbers first; --resume goes on. Tiles and faces, "
+        "which dispatch chooses by, are a command of their own: python -m bench tune",
+    )
+    gpu.add_argument(
+        "--budget", type=options.seconds, default=540.0, metavar="SECONDS", help="when to stop (default: 540)"
+    )
+    add_compile(sub)
+    add_tune(sub)
+    report = sub.add_parser(
+        "report",
+        help="one self-contained HTML page, or the README's table, from results",
+        description="One self-contained HTML page, or the README's table, from results.",
+    )
+    report.add_argument(
+        "results",
+        nargs="*",
+        type=options.result,
+        help="JSON files (default: the newest in build/bench; with --readme, those in bench/results)",
+    )
+    report.add_argument(
+        "--html", type=options.page, default=None, help="where the page goes (default: beside the first result)"
+    )
+    report.add_argument("--readme", action="store_true", help="write the table between the markers of README.md")
+    return top
+
+
+def add_models(command: argparse.ArgumentParser, batch: tuple[int, int]) -> None:
+    """`--model`, as often as one likes, each with a batch of its own or this one."""
+    command.add_argument(
+        "--model",
+        type=choices.models_batch(batch),
+        action="append",
+        metavar="NAME[:N,T]",
+        help="small, medium, jasper10x5 or a YAML file, with batch and frames",
+    )
+
+
+def add_compile(sub: argparse._SubParsersAction) -> None:
+    """The gate's own options: it needs no device."""
+    from jasper_fast.bench.compile import gate
+
+    help = "every kernel for sm_80 to sm_100 without a GPU, against the rules and the committed table"
+    gate.add_arguments(sub.add_parser("compile", help=help, description=help))
+
+
+def add_tune(sub: argparse._SubParsersAction) -> None:
+    """Tuning has options of its own: it times one face's configurations, not contenders."""
+    from jasper_fast.bench.tune import tune
+
+    help = "tiles of the Triton convs on this GPU, beside cuDNN, and the table that dispatch chooses by"
+    raw = argparse.RawDescriptionHelpFormatter
+    tune.add_arguments(sub.add_parser("tune", help=help, description=tune.__doc__, formatter_class=raw))
+
+
+def shell(arguments: list[str] | None = None) -> int:
+    """`main` for a shell: what a user can mend is one line and status 2, as of argparse."""
+    try:
+        return main(arguments)
+    except SystemExit as end:
+        if not isinstance(end.code, str):
+            raise
+        print(f"{paths.COMMAND}: error: {end.code}", file=sys.stderr)
+        return 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status: 0, 1 where ours has no number or a part failed, 130 after Ctrl-C."""
+    args = parser().parse_args(arguments)
+    begun: list[Run] = []
+
+    def begin(args: argparse.Namespace) -> Run:
+        begun.append(start(args))
+        begun[0].arguments = tuple(sys.argv[1:] if arguments is None else arguments)
+        return begun[0]
+
+    try:
+        return _command(args, begin)
+    except KeyboardInterrupt:
+        _say(_kept(begun[0].results) if begun else "interrupted: nothing was measured yet")
+        return INTERRUPTED
+
+
+def _command(args: argparse.Namespace, begin: Callable[[argparse.Namespace], Run]) -> int:
+    """The subcommand; `begin` makes its run."""
+    if args.command == "report":
+        from jasper_fast.bench.report import report
+
+        return report.main(args.results, args.html, args.readme)
+    if args.command == "compile":
+        from jasper_fast.bench.compile import gate
+
+        return gate.main(args)
+    if args.command == "tune":
+        from jasper_fast.bench.tune import tune
+
+        return tune.main(args, begin)
+    if args.command == "kernels":
+        _check_op(args)
+    return _measure(begin(args), args)
+
+
+def _check_op(args: argparse.Namespace) -> None:
+    """An op that nobody knows, or a mode that it lacks, is told before anything is measured."""
+    from jasper_fast.bench.commands import kernels
+
+    known = ("all", *kernels.operations())
+    if args.op not in known:
+        raise SystemExit(f"--op {args.op}: not one of {', '.join(known)}")
+    if args.mode == "inference" and args.op not in ("all", "sub_block"):
+        raise SystemExit(f"--op {args.op} has no --mode inference: sub_block has")
+
+
+def _measure(run: Run, args: argparse.Namespace) -> int:
+    """A subcommand that measures rows: the rows, the goals, and what has no number."""
+    try:
+        SUBCOMMANDS[args.command](run, args)
+    except choice.UnknownRival as error:
+        raise SystemExit(f"--rivals: {error}") from None
+    except DeviceLost as error:  # its row is on disk
+        _say(f"{error}\nnothing runs on {run.device} any more here; --resume goes on without it")
+        return 1
+    data = run.results.data
+    data["goals"] = goals.judge(data["rows"], run.device.type)
+    data["seconds"] = round(time.monotonic() - run.started, 1)
+    data["clocks"]["end"] = machine.clocks(run.device)
+    data["finished"] = not (run.out_of_time() or result_file.parts_left(data))
+    run.results.write()
+    tables.show(data["rows"], data["goals"])
+    tables.console.print(f"wrote {_relative(run.results.path)}")
+    if args.command in ("all", "gpu"):
+        from jasper_fast.bench.report import report
+
+        report.main([run.results.path], None, False)
+    if told := shortfall(data):
+        _say(told)
+    return 1 if told else 0
+
+
+def shortfall(data: dict) -> str:
+    """What fails the command: ours without a number, in rows or profiles, and parts of a run that failed."""
+    rows = [(row["status"], row["id"]) for row in data["rows"] if row["ours"] and row["status"] != "ok"]
+    profiles = [p for p in data.get("profiles", ()) if p["contender"] == OURS and p["status"] != "ok"]
+    rows += [(p["status"], f"profile of {p['model']} {p['mode']}") for p in profiles]
+    parts = [f"{title}: {how}" for title, how in data.get("parts", {}).items() if how.startswith("failed")]
+    counts = ", ".join(f"{n} {status}" for status, n in Counter(status for status, _ in rows).items())
+    named = "; ".join(name.removesuffix(f" / {OURS}") for _, name in rows)
+    told = [f"{OURS} has no number ({counts}) in {named}"] if rows else []
+    return ". ".join(told + ([f"parts that failed: {'; '.join(parts)}"] if parts else []))
+
+
+def _kept(results: result_file.Results) -> str:
+    """What an interrupted run leaves."""
+    rows = len(results.data["rows"])
+    if not results.path.exists():
+        return "interrupted: nothing was measured yet"
+    return f"interrupted: {rows} rows are in {_relative(results.path)}; the same command with --resume goes on"
+
+
+def start(args: argparse.Namespace) -> Run:
+    """Device, precision and result file of a run; its ceilings measured first."""
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.backend != "auto" and (reason := backends.why_missing(args.backend, device)):
+        raise SystemExit(f"--backend {args.backend}: {reason}")
+    options.writable(args.out)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "fp16")]
+    effort = QUICK if args.quick else Effort()
+    if args.seconds:
+        effort = dataclasses.replace(effort, seconds=args.seconds)
+    if device.type == "cuda" and device.index is not None:  # events, streams and limits are the current device's
+        torch.cuda.set_device(device)
+    header = result_file.header(device, vars(args), effort) | {"command": args.command}
+    header["cudnn_benchmark"] = cudnn_search.on(device)
+    path = _resumable(args, header) if args.resume else None
+    if path is None:
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        name, commit = machine.slug(header["machine"]["name"]), header["machine"]["commit"] or "nogit"
+        path = args.out / f"{args.command}_{name}_{stamp}_{commit}.json"
+    load, cores = header["machine"]["load_average"], header["machine"]["cpu"]["cores"]
+    if load and load[0] > 0.5 * cores:
+        console.print(f"[yellow]load average {load[0]:.1f} on {cores} cores: other work will blur every number[/]")
+    results = result_file.Results(path, header, args.resume)
+    run = Run(device, dtype, args.backend, args.quick, results, effort, rivals=args.rivals)
+    results.data["clocks"] = {"start": machine.clocks(device)}
+    if not results.limits:
+        with console.status("measuring the machine's limits"):
+            results.data["limits"] = limits.measure(device, args.quick)
+        results.write()
+    return run
+
+
+def _resumable(args: argparse.Namespace, header: dict) -> Path | None:
+    """The newest unfinished result of the same subcommand, machine and commit."""
+    for path in sorted(args.out.glob(f"{args.command}_{machine.slug(header['machine']['name'])}_*.json"), reverse=True):
+        if result_file.unfinished(path, header):
+            return path
+    return None
+
+
+def _kernels(run: Run, args: argparse.Namespace) -> None:
+    from jasper_fast.bench.commands import kernels
+
+    kernels.main(run, args.op, args.mode)
+
+
+def _train(run: Run, args: argparse.Namespace) -> None:
+    from jasper_fast.bench.commands import train
+
+    train.main(run, tuple(args.model or ()))
+
+
+def _latency(run: Run, args: argparse.Namespace) -> None:
+    from jasper_fast.bench.commands import latency
+
+    latency.main(run, args.model, args.full)
+
+
+def _memory(run: Run, args: argparse.Namespace) -> None:
+    from jasper_fast.bench.commands import memory
+
+    memory.main(run, tuple(args.model or ()))
+
+
+def _all(run: Run, args: argparse.Namespace) -> None:
+    from jasper_fast.bench.commands import kernels, latency, memory, train
+
+    run.brief, run.revisits, run.deadline = True, True, run.started + ALL_SECONDS
+    run.effort = dataclasses.replace(run.effort.at_most(3.0), min_rounds=4)
+    kernels.main(run)
+    train.main(run)
+    latency.main(run, "jasper10x5")
+    run.revisit()
+    memory.main(run)
+
+
+def _launches(run: Run, args: argparse.Namespace) -> None:
+    from jasper_fast.bench.commands import launches
+
+    launches.main(run)
+
+
+def _profile(run: Run, args: argparse.Namespace) -> None:
+    from jasper_fast.bench.commands import profile
+
+    profile.main(run, args.model, args.mode, *args.batch)
+
+
+def _gpu(run: Run, args: argparse.Namespace) -> None:
+    from jasper_fast.bench.gpu import gpu
+
+    gpu.main(run, args.budget)
+
+
+SUBCOMMANDS = {
+    "kernels": _kernels,
+    "train": _train,
+    "latency": _latency,
+    "memory": _memory,
+    "all": _all,
+    "launches": _launches,
+    "profile": _profile,
+    "gpu": _gpu,
+}
+
+
+def _say(text: str) -> None:
+    """A line for a person, never folded: it may hold a path."""
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,0 +1,55 @@
+"""What `--model` and `--rivals` may say; a mistake is told before anything is measured."""
+
+import argparse
+from pathlib import Path
+
+from jasper_fast.bench.cases import models
+from jasper_fast.bench.harness import options
+from jasper_fast.bench.rivals import choice
+from jasper_fast.nn.config import ConfigError
+
+Batch = tuple[str, int, int]  # (model, N, T)
+MODELS = ("small", "medium", "jasper10x5")
+
+
+def model(text: str) -> str:
+    """small, medium, jasper10x5 or a YAML file that holds a network."""
+    if text in MODELS:
+        return text
+    known = f"a model is {', '.join(MODELS)} or a YAML file such as configs/jasper10x5dr.yaml"
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r}: no such file, and {known}")
+    try:
+        models.config(text)
+    except (ConfigError, OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{_line(error)}; {known}") from None
+    return text
+
+
+def models_batch(default: tuple[int, int]):
+    """Reads "small:8,400" as ("small", 8, 400), and "small" with the default (N, T)."""
+
+    def read(text: str) -> Batch:
+        name, colon, sizes = text.rpartition(":")
+        if not colon:
+            return (model(text), *default)
+        try:
+            return (model(name), *options.batch(sizes))
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+    read.__name__ = "model"  # argparse's word for it
+    return read
+
+
+def rivals(text: str) -> str:
+    """default, all, or names of rivals that a model or an op has."""
+    known = sorted({*choice.SUB_BLOCK, *(name for kind in choice.KINDS.values() for name in kind)})
+    if text not in ("default", "all") and (unknown := [name for name in text.split(",") if name not in known]):
+        raise argparse.ArgumentTypeError(f"no rival {unknown[0]!r}; known: default, all, or some of {','.join(known)}")
+    return text
+
+
+def _line(error: Exception) -> str:
+    """An error's message in one line."""
+    return " ".join(str(error).split())

@@ -1,0 +1,34 @@
+"""How long does one batch take: percentiles by batch size and audio length, acoustic model alone and sound to text.
+
+`python -m bench latency`; the grid is the reference's, N in 1, 2, 4, 8, 16 by 2, 7, 16.7 s.
+"""
+
+import itertools
+
+from jasper_fast.bench.cases import latency
+from jasper_fast.bench.harness.run import Run
+
+BATCHES, SECONDS = (1, 2, 4, 8, 16), (2.0, 7.0, 16.7)
+GRID = tuple(itertools.product(BATCHES, SECONDS))
+CPU_GRID = ((1, 2.0), (1, 7.0), (4, 2.0), (2, 2.0))  # the whole grid takes a small CPU an hour: ask for it with --full
+SOUND_CPU_GRID = ((1, 2.0), (1, 7.0))
+
+
+def grids(run: Run, full: bool, grid: tuple) -> tuple[tuple, tuple]:
+    """(N, seconds) of the acoustic model alone, and of sound to text: `grid`, or what is usual for the device."""
+    everything = full or run.device.type == "cuda"
+    alone = grid or (GRID if everything else CPU_GRID[: 1 if run.quick else 3 if run.brief else None])
+    if run.quick:
+        return alone, ()
+    return alone, alone if everything else SOUND_CPU_GRID[: 1 if run.brief or grid else None]
+
+
+def main(run: Run, model: str = "jasper10x5", full: bool = False, grid: tuple = ()) -> list[dict]:
+    """Measure the grid for the device (all of it on a GPU or with `full`), the acoustic model alone first."""
+    shared = latency.Models(run, model)
+    alone, heard = grids(run, full, grid)
+    cases = [latency.case(shared, model, N, seconds) for N, seconds in alone]
+    cases += [latency.sound_case(shared, model, N, seconds) for N, seconds in heard]
+    found = run.cases(f"latency {model}", cases)
+    run.close(shared.close)
+    return found

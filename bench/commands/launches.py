@@ -1,0 +1,112 @@
+"""How many ops and kernels does one call launch, and what does the host spend on launching them?
+
+`python -m bench launches`; at one utterance of 32 frames nothing but the overhead is left to time.
+"""
+
+import dataclasses
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from jasper_fast.bench.cases import models
+from jasper_fast.bench.cases.common import name as dtype_name
+from jasper_fast.bench.cases.latency import Models
+from jasper_fast.bench.cases.latency import case as latency_case
+from jasper_fast.bench.cases.train import case as train_case
+from jasper_fast.bench.harness.case import Runner
+from jasper_fast.bench.harness.console import console
+from jasper_fast.bench.harness.devices import synchronize
+from jasper_fast.bench.harness.kineto import recorded
+from jasper_fast.bench.harness.run import Run
+from jasper_fast.bench.rivals import choice
+
+FRAMES = 32
+# ops that only look at memory in another way: nothing is launched for them
+VIEWS = (
+    "view",
+    "_unsafe_view",
+    "transpose",
+    "t",
+    "unsqueeze",
+    "squeeze",
+    "slice",
+    "select",
+    "detach",
+    "expand",
+    "alias",
+    "as_strided",
+)
+
+
+class Ops(TorchDispatchMode):
+    """Counts what reaches the dispatcher, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ not in VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+def count(runner: Runner, device: torch.device) -> dict[str, int]:
+    """Ops dispatched by one run, and on a GPU kernels and copies launched on it."""
+    for _ in range(2):  # an engine captures its graph at the second call
+        runner.run()
+    with Ops() as ops:
+        runner.run()
+    found = {"ops": ops.count}
+    if device.type == "cuda":
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        synchronize(device)
+        with recorded(activities) as trace:
+            runner.run()
+            synchronize(device)
+        on_device = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        if not on_device:
+            console.print(f"launches: the profiler saw no kernel on {device}: CUPTI is missing or may not be used here")
+            return found
+        found["kernels"] = len(on_device)
+        found["host_launches"] = sum("Launch" in e.name for e in trace.events() if e.name.startswith("cu"))
+    return found
+
+
+def cases(run: Run) -> list:
+    """Inference and training of the small Jasper, and of Jasper 10x5 on a GPU, at a size that is all overhead."""
+    made = []
+    inference, training = (
+        dataclasses.replace(run, rivals=choice.only(kind, run.rivals)) for kind in ("inference", "training")
+    )
+    for model in ("small", "jasper10x5") if run.device.type == "cuda" else ("small",):
+        shared = Models(inference, model)
+        models.FRAMES[0.32] = FRAMES
+        made += [latency_case(shared, model, 1, 0.32), train_case(training, model, 1, FRAMES, "forward+backward")]
+    return made
+
+
+def main(run: Run) -> list[dict]:
+    """Count each contender's launches, then time the same calls in turns."""
+    found = []
+    for case in cases(run):
+        case.bench, case.flops, case.nbytes, case.wall = "launches", 0.0, 0.0, True
+        counts: dict[str, dict[str, int]] = {}
+        for contender in case.contenders:
+            contender.build = _counting(contender.build, contender.name, counts, run.device)
+        rows = run.cases("launches", [case])
+        for row in rows:
+            row["launches"] = counts.get(row["contender"], {})
+        run.results.add(rows)
+        found += rows
+    for row in (r for r in found if r["status"] == "ok"):
+        console.print(f"{row['key']['model']} {row['contender']}: {row['launches']} ({dtype_name(run.dtype)})")
+    return found
+
+
+def _counting(build, name: str, counts: dict, device: torch.device):
+    def built() -> Runner:
+        runner = build()
+        counts[name] = count(runner, device)
+        return runner
+
+    return built

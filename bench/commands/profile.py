@@ -1,0 +1,292 @@
+"""Where does the time of a step go: a torch.profiler trace with ranges named after layers, and tables by layer and op.
+
+`python -m bench profile` writes `trace_<model>_<mode>_<contender>_<time>.json` (open it in chrome://tracing or
+Perfetto). What is profiled is checked first, as everywhere in bench: no profile of a wrong result.
+
+What it adds to a step is the profiler's own work and one range a layer (a sub-block, in the engine), on the host; no
+hook runs in backward, and no kernel is added: a node of autograd is put down to the layer in whose forward it was made,
+by the sequence number that PyTorch gives both. The step's time is told with and without. A CUDA graph has no layers, so
+the engine is profiled without graphs.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import nn
+from torch.autograd import DeviceType
+
+from jasper_fast import InferenceEngine
+from jasper_fast.bench.cases import latency, memory, models, train
+from jasper_fast.bench.harness import checking
+from jasper_fast.bench.harness.case import Case
+from jasper_fast.bench.harness.devices import synchronize
+from jasper_fast.bench.harness.kineto import recorded
+from jasper_fast.bench.harness.machine import slug
+from jasper_fast.bench.harness.run import Run
+from jasper_fast.bench.report import tables
+
+LAYER = "layer "
+BACKWARD = "autograd::engine::evaluate_function: "
+HEAD = "decoder.layers.0"
+
+
+# ------------------------------------------------------------------ ranges
+
+
+@contextlib.contextmanager
+def layer_range(name: str, device: torch.device) -> Iterator[None]:
+    """A profiler range, and on a GPU an NVTX range too."""
+    with torch.profiler.record_function(LAYER + name):
+        if device.type == "cuda":
+            torch.cuda.nvtx.range_push(name)
+        try:
+            yield
+        finally:
+            if device.type == "cuda":
+                torch.cuda.nvtx.range_pop()
+
+
+@contextlib.contextmanager
+def ranges(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """A range around every layer's forward."""
+    layers = [(f"encoder.layers.{i}", layer) for i, layer in enumerate(module.encoder.layers)]
+    layers.append((HEAD, module.decoder.layers[0]))
+    opened: dict[str, list[contextlib.ExitStack]] = {name: [] for name, _ in layers}
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            stack = contextlib.ExitStack()
+            stack.enter_context(layer_range(name, device))
+            opened[name].append(stack)
+
+        return hook
+
+    def leave(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            opened[name].pop().close()
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(enter(name)) for name, layer in layers]
+    hooks += [layer.register_forward_hook(leave(name)) for name, layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def engine_ranges(engine: InferenceEngine, device: torch.device) -> Iterator[None]:
+    """A range around every sub-block of an engine, named after its layer; the engine never calls the layers."""
+
+    def inside(name: str, conv: Callable) -> Callable:
+        def call(*args: object, **kwargs: object) -> object:
+            with layer_range(name, device):
+                return conv(*args, **kwargs)
+
+        return call
+
+    runner = engine._run
+    plan, bound = runner._plan, getattr(runner, "shapes", {})
+    names = [
+        f"encoder.layers.{i}" for i, layer in enumerate(engine._model.encoder.layers) for _ in range(layer.b.repeat)
+    ]
+    steps = [dataclasses.replace(s, conv=inside(n, s.conv)) for n, s in zip(names, plan.steps, strict=True)]
+    bound.clear()  # shapes that were bound to the bare convs
+    runner._plan = dataclasses.replace(plan, steps=tuple(steps), head=inside(HEAD, plan.head))
+    try:
+        yield
+    finally:
+        runner._plan = plan
+        bound.clear()
+
+
+# ------------------------------------------------------------------ profiling
+
+
+class NoKernels(RuntimeError):
+    """A GPU's profile without the GPU."""
+
+
+def profile(step: Callable[[], object], device: torch.device, target: Path) -> list[dict]:
+    """Run `step` under the profiler; writes the trace and returns one record an op or layer, by time.
+
+    Raises NoKernels where the profiler sees nothing of the GPU.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    for _ in range(2):
+        step()
+    synchronize(device)
+    with recorded(activities) as trace:
+        step()
+        synchronize(device)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    trace.export_chrome_trace(str(target))
+    on_gpu, records = device.type == "cuda", []
+    if on_gpu and not any(event.device_type == DeviceType.CUDA for event in trace.events()):
+        raise NoKernels(
+            f"the profiler saw nothing run on {device}: CUPTI, which tells it, is missing or may not be used here "
+            "(pip install nvidia-cuda-cupti; in a container the driver must allow profiling)"
+        )
+    for event in trace.key_averages():
+        if event.device_type != DeviceType.CPU:
+            continue  # as the GPU saw it: its time is that of the op, or the range, which launched it
+        layer = event.key.startswith(LAYER)
+        total, own = (
+            (event.device_time_total, event.self_device_time_total)
+            if on_gpu
+            else (event.cpu_time_total, event.self_cpu_time_total)
+        )
+        seconds, name = (total if layer else own) * 1e-6, event.key.removeprefix(LAYER)
+        if seconds > 0:
+            records.append({"kind": "layer" if layer else "op", "name": name, "seconds": seconds, "calls": event.count})
+    return sorted([*records, *backward(trace.events(), on_gpu)], key=lambda r: -r["seconds"])
+
+
+def backward(events: Iterable, on_gpu: bool) -> list[dict]:
+    """One record a layer: the time of the autograd nodes that its forward made, found by their sequence numbers."""
+    made: dict[int, tuple[float, str]] = {}  # by sequence number: when the op began that made the node, and its layer
+    nodes = []
+    for event in events:
+        if event.device_type != DeviceType.CPU or event.sequence_nr < 0:
+            continue
+        if event.name.startswith(BACKWARD):
+            nodes.append(event)
+        elif within(event, BACKWARD) is None:
+            # ops that make no node share the number of the next one that does, which begins after them
+            found = (event.time_range.start, (within(event, LAYER) or "").removeprefix(LAYER))
+            made[event.sequence_nr] = max(made.get(event.sequence_nr, found), found)
+    spent: dict[str, list[float]] = {}
+    for node in nodes:
+        layer = made.get(node.sequence_nr, (0.0, ""))[1]
+        if layer:
+            spent.setdefault(layer, []).append(node.device_time_total if on_gpu else node.cpu_time_total)
+    return [
+        {"kind": "backward", "name": layer, "seconds": sum(times) * 1e-6, "calls": len(times)}
+        for layer, times in spent.items()
+        if sum(times) > 0
+    ]
+
+
+def within(event, prefix: str) -> str | None:
+    """The name of the innermost event around `event`, or of itself, that begins with `prefix`."""
+    while event is not None and not event.name.startswith(prefix):
+        event = event.cpu_parent
+    return None if event is None else event.name
+
+
+def show(title: str, records: list[dict], limit: int = 25) -> None:
+    """Time per layer, forward and backward, and per op."""
+    for kind, mine in tables.profiled(records):
+        heads, lines = tables.profile_lines(mine, limit)
+        table = Table(title=f"{title}\ntime per {kind}", title_justify="left")
+        table.add_column(kind.partition(",")[0])
+        for column in heads:
+            table.add_column(column, justify="right")
+        for line in lines:
+            table.add_row(*line)
+        tables.console.print(table)
+
+
+# ------------------------------------------------------------------ contenders
+
+Profiled = tuple[Callable[[], object], contextlib.AbstractContextManager]  # a step, and what names its layers
+
+
+class WithoutGraphs(latency.Models):
+    """The models of `python -m bench latency`, the engine without CUDA graphs."""
+
+    def engine(self, _: nn.Module) -> InferenceEngine:
+        """jasper_fast's inference engine over the same weights."""
+        fused = models.fused(self.cfg, self.state, self.run.backend)
+        return InferenceEngine(fused.eval(), dtype=self.run.dtype, graphs=False)
+
+
+def inference(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str], Profiled]]:
+    """The case that is checked, and each contender's call and ranges."""
+    shared = WithoutGraphs(dataclasses.replace(run, rivals="eager"), model)
+    at = f"{T} frames"  # no number of seconds that another part of bench may mean
+    models.FRAMES[at] = T
+    case = latency.case(shared, model, N, at)
+
+    def of(name: str) -> Profiled:
+        named = (
+            engine_ranges(shared.contenders[name], run.device)
+            if name == case.ours
+            else ranges(shared.contenders[name], run.device)
+        )
+        return case.runners[name].run, named
+
+    return case, of
+
+
+def training(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str], Profiled]]:
+    """The case that is checked, and each contender's step and ranges."""
+    case, modules, batch = memory.case(run, model, N, T)
+
+    def of(name: str) -> Profiled:
+        module = modules[name]
+        state = models.weights(models.config(model), run.device)
+        runner = train.runner(module, module, batch(), state, run.dtype, "step")
+        return runner.run, ranges(module, run.device)
+
+    return case, of
+
+
+def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int = 400) -> list[dict]:
+    """Profile one training step or one inference call of jasper_fast and of eager, those of them that are right."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    case, of = {"train": training, "inference": inference}[mode](run, model, N, T)
+    found = []
+    with run.blamed(case):
+        checking.prepare(case)
+    for name in [contender.name for contender in case.contenders]:
+        about = {"contender": name, "model": model, "mode": mode, "batch": [N, T]}
+        if name in case.failed:
+            status, why = case.failed[name]
+            tables.console.print(f"{status}: {name}: {why}", style=tables.STYLES[status], markup=False)
+            found.append(about | {"status": status, "why": why, "records": []})
+            continue
+        step, named = of(name)
+        target = run.results.path.with_name(f"trace_{slug(Path(model).stem)}_{mode}_{name}_{stamp}.json")
+        bare, watched = [stopwatch(step, run.device)() for _ in range(4)], stopwatch(step, run.device)
+        try:
+            with named:
+                records = profile(watched, run.device, target)
+        except NoKernels as error:
+            tables.console.print(f"failed: {name}: {error}", style=tables.STYLES["failed"], markup=False)
+            found.append(about | {"status": "failed", "why": str(error), "records": []})
+            continue
+        show(f"{name}, {model} {mode} ({N}, {models.config(model).encoder.in_feats}, {T})", records)
+        times = {"step_s": statistics.median(bare[1:]), "profiled_s": watched.seconds[-1]}
+        told = " without the profiler, ".join(tables.duration(t) for t in times.values())
+        tables.console.print(f"{name}: {told} with it; {target.name}", markup=False)
+        found.append(about | {"status": "ok", "trace": target.name, "records": records} | times)
+    run.results.data["profiles"] = found
+    run.results.write()
+    return found
+
+
+class stopwatch:
+    """`step`, waited for; `seconds` of each call."""
+
+    def __init__(self, step: Callable[[], object], device: torch.device) -> None:
+        self.step, self.device, self.seconds = step, device, []
+
+    def __call__(self) -> float:
+        synchronize(self.device)
+        start = time.perf_counter()
+        self.step()
+        synchronize(self.device)
+        self.seconds.append(time.perf_counter() - start)
+        return self.seconds[-1]

@@ -1,0 +1,463 @@
+"""The ahead-of-time gate: every kernel that dispatch can choose, compiled for each architecture without a GPU.
+
+`python -m bench compile` prints what each one uses and fails where one spills, asks for more shared memory than the
+architecture has, lost its tensor cores or its asynchronous copies, or differs from bench/compiled/triton-VERSION.json.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from jasper_fast.bench.harness import options, paths
+from jasper_fast.bench.harness.console import console
+from jasper_fast.bench.harness.machine import commit
+
+COMMITTED = paths.BENCH / "compiled"
+CACHE = paths.BUILD / "compile"
+DTYPES = ("float32", "float16", "bfloat16")
+FRAMES = (840, 48, 16)  # T' of 16.7 s, and two for which the default tiles have fewer rows
+KEY = ("arch", "dtype", "kernel", "tile", "layer")
+FACTS = (
+    "registers", "spilled", "shared", "dots", "dot_rows", "wgmma", "mma_sync", "tcgen05", "tma", "cp_async",
+    "wide_loads", "wide_stores", "narrow_loads", "waiting_loads", "nan_eaters",
+)  # fmt: skip
+# a table's op: the kernel that takes its tile, and the names of that kernel's launches for it
+TUNED = {
+    "forward": ("forward", "forward"),
+    "forward_stats": ("forward", "forward stats"),
+    "dgrad": ("dgrad", "dgrad"),
+    "dgrad_bn": ("dgrad", "dgrad bn.*"),
+    "wgrad": ("wgrad", "wgrad"),
+    "fused": ("fused", "fused.*"),
+}
+TRAINED_FIRST = (
+    "forward",
+    "forward stats",
+    "wgrad",
+    "stats merge",
+    "wgrad merge",
+    "pack",
+)  # of the network's first conv
+COLD = re.compile(r"merge|pack")  # run once a step over little data: a spill there costs nothing that shows
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row to be: where it stands in the table, and what is compiled for it."""
+
+    arch: int
+    dtype: str
+    kernel: str
+    layer: str
+    source: object  # aot.Source: Triton is imported by those who compile, not by everyone who asks for --help
+
+    @property
+    def tile(self) -> str:
+        """The blocks, warps and stages, as the kernel names them."""
+        s = self.source
+        blocks = (f"{k.removeprefix('BLOCK_')}{v}" for k, v in s.constants.items() if k.startswith("BLOCK_"))
+        return " ".join([*blocks, f"w{s.num_warps}", f"s{s.num_stages}"])
+
+    @property
+    def key(self) -> tuple:
+        """What names the row in every table."""
+        return self.arch, self.dtype, self.kernel, self.tile, self.layer
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """What names its code in the cache."""
+        return self.source.digest(self.arch)
+
+
+# ------------------------------------------------------------------ what there is to compile
+
+
+def jobs(archs: Iterable[int], dtypes: Iterable[str]) -> Iterator[Job]:
+    """Each distinct launch of Jasper 10x5's layers once, under the widest layer that makes it."""
+    for arch in archs:
+        for dtype in dtypes:
+            seen: dict = {}
+            for kernel, layer, source in _launches(arch, dtype):
+                job = Job(arch, dtype, kernel, layer, source)
+                same = (kernel, job.digest)
+                if same in seen:
+                    continue
+                if job.key in seen:
+                    raise ValueError(f"two launches called {label(job.key)} differ: their sources need other names")
+                seen[same] = seen[job.key] = True
+                yield job
+
+
+def _launches(arch: int, dtype: str) -> Iterator[tuple[str, str, object]]:
+    """(kernel, layer, source) of every launch that dispatch can choose, with default tiles and with measured ones."""
+    import torch
+
+    from jasper_fast.bench.cases.layers import layers
+    from jasper_fast.kernels.bn_relu_dropout import triton_impl as bn
+    from jasper_fast.kernels.conv1d import triton_sources as conv1d
+
+    number, tma = getattr(torch, dtype), arch >= 90
+    exacts = (False, True) if number == torch.float32 else (False,)  # TF32 or not, as the user has set PyTorch
+    wide = sorted(layers(), key=lambda a: (-a.C_in, -a.C_out, a.K))
+    first, last = next(a for a in wide if a.first), next(a for a in wide if a.head)
+    lengths = [(T, True) for T in FRAMES] + [(FRAMES[0], False)]
+    for (T, masks), exact in itertools.product(lengths, exacts):
+        for a in wide:
+            name = f"{a.C_in}->{a.C_out} T{T}"
+            if a.head:  # it trains through ATen
+                continue
+            how = {"taps": a.K, "stride": a.stride, "masks": masks, "exact": exact}
+            for odd in (False, True) if a.first and tma else (False,):  # no descriptor has an odd T at stride 2
+                for source in conv1d.sources(number, a.C_in, a.C_out, T, descriptors=tma and not odd, **how):
+                    if not a.first:
+                        yield f"conv1d {source.name}", name, source
+                    elif source.name.removesuffix(conv1d.EXACT).removesuffix(" no masks") in TRAINED_FIRST:
+                        yield f"conv1d {source.name}", f"{name} s{a.stride}" + (" odd T" if odd else ""), source
+        ends = (number, first.C_out, last.C_in, last.C_out, T)
+        for source in conv1d.first_and_last(*ends, descriptors=tma, masks=masks, exact=exact):
+            at = first if source.name.startswith("first") else last
+            yield f"conv1d {source.name}", f"{at.C_in}->{at.C_out} T{T}" + (" s2" if at is first else ""), source
+    for C in sorted({a.C_in for a in wide if not a.first}, reverse=True):
+        for source in bn.sources(number, C):
+            yield f"bn_relu_dropout {source.name}", f"C{C}", source
+    yield from _measured(arch, dtype)
+
+
+def _measured(arch: int, dtype: str) -> Iterator[tuple[str, str, object]]:
+    """The launches with tiles from the tables of this architecture's GPUs."""
+    import torch
+
+    from jasper_fast.kernels import tables
+    from jasper_fast.kernels.conv1d import triton_sources as conv1d
+    from jasper_fast.kernels.conv1d.triton_tiles import Tile
+
+    for path in sorted(tables.folder().glob("*.json")):
+        table = tables.load(path)
+        for row in table.rows if table.header["capability"] == f"sm_{arch}" else ():
+            if row.tile is None or row.dtype != dtype:
+                continue
+            tuned = row.op.removeprefix("conv1d.")
+            op, names = TUNED[tuned]
+            shape = (getattr(torch, dtype), row.c_in, row.c_out, max(1, (1 << row.rows_log2) // 32))
+            how = {"taps": row.taps, "stride": row.stride, "descriptors": arch >= 90}
+            stride = f" s{row.stride}" if row.stride > 1 else ""
+            for exact in (False, True) if dtype == "float32" else (False,):
+                for source in conv1d.sources(*shape, **how, exact=exact, tiles={op: Tile(**row.tile)}):
+                    if re.fullmatch(names, source.name.removesuffix(conv1d.EXACT)):
+                        yield f"conv1d {source.name}", f"{row.c_in}->{row.c_out} {path.stem}{stride}", source
+
+
+# ------------------------------------------------------------------ compiling
+
+
+def compiled(todo: list[Job], processes: int, cache: Path | None, on_row: Callable[[], None]) -> dict[str, dict]:
+    """The facts of every job by digest: from the cache, or compiled now by `processes` processes."""
+    known = json.loads(cache.read_text()) if cache is not None and cache.exists() else {}
+    missing = {job.digest: job for job in todo if job.digest not in known}
+    if not missing:
+        return {job.digest: known[job.digest] for job in todo}
+    started = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=started) as pool:
+        asked = {pool.submit(_facts, job.arch, job.dtype, job.key, digest): digest for digest, job in missing.items()}
+        try:
+            for done in concurrent.futures.as_completed(asked):
+                known[asked[done]] = done.result()
+                on_row()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            if cache is not None:
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                part = cache.with_suffix(f".{os.getpid()}.part")
+                part.write_text(json.dumps(known))
+                os.replace(part, cache)
+    return {job.digest: known[job.digest] for job in todo}
+
+
+@functools.cache
+def _by_key(arch: int, dtype: str) -> dict[tuple, Job]:
+    return {job.key: job for job in jobs([arch], [dtype])}
+
+
+def _facts(arch: int, dtype: str, key: tuple, digest: str) -> dict:
+    from jasper_fast.kernels import aot
+
+    job = _by_key(arch, dtype).get(key)
+    if job is None or job.digest != digest:
+        raise RuntimeError(f"{label(key)} changed on disk while kernels were being compiled: run again")
+    found = aot.compile_for(job.source, arch)
+    return {name: getattr(found, name) for name in FACTS}
+
+
+# ------------------------------------------------------------------ the rules
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`broken(job, facts)` says what is wrong, or None. `spared`: kernels it does not hold for, and why."""
+
+    name: str
+    broken: Callable[[Job, dict], str | None]
+    spared: tuple[tuple[str, str], ...] = ()
+
+    def complaint(self, job: Job, facts: dict) -> str | None:
+        """What the rule says about a row."""
+        if any(re.search(pattern, label(job.key)) for pattern, _ in self.spared):
+            return None
+        return self.broken(job, facts)
+
+
+def _spill(job: Job, facts: dict) -> str | None:
+    spilled = facts["spilled"] and not COLD.search(job.kernel)
+    return f"{facts['spilled']} bytes of stack a thread" if spilled else None
+
+
+def _shared(job: Job, facts: dict) -> str | None:
+    from jasper_fast.kernels.tables import SHARED_LIMIT
+
+    limit = SHARED_LIMIT.get(f"sm_{job.arch}", SHARED_LIMIT["sm_90"])
+    return f"{facts['shared']} bytes a block, the architecture has {limit}" if facts["shared"] > limit else None
+
+
+def _exact(job: Job) -> bool:
+    """Whether the kernel's products are fp32 as they are, which no tensor core does."""
+    return job.dtype == "float32" and job.source.constants.get("PRECISION") == "ieee"
+
+
+def _exact_products(job: Job, facts: dict) -> str | None:
+    rounded = sum(facts[unit] for unit in ("wgmma", "mma_sync", "tcgen05"))
+    return f"{rounded} tensor-core instructions: they round fp32 to TF32" if _exact(job) and rounded else None
+
+
+def _tensor_cores(job: Job, facts: dict) -> str | None:
+    if not facts["dots"] or _exact(job):
+        return None
+    # of fp32 there are smaller tiles, which do not fill a warp group's instruction
+    whole = facts["dot_rows"] >= 64 or job.dtype != "float32"
+    unit = {90: "wgmma", 100: "tcgen05"}.get(job.arch, "mma_sync") if whole else "mma_sync"
+    found, other = facts[unit], facts["mma_sync"] if unit != "mma_sync" else 0
+    if found < facts["dots"]:
+        return f"{facts['dots']} matrix products in the source, {found} {unit} instructions"
+    return f"{other} of the products are mma.sync, not {unit}" if other else None
+
+
+def _asynchronous(job: Job, facts: dict) -> str | None:
+    if job.dtype == "float32" or not facts["dots"]:
+        return None
+    if job.arch >= 90 and not job.layer.endswith("odd T"):
+        return None if facts["tma"] else "no TMA: no operand of its products comes through a tensor descriptor"
+    if not facts["cp_async"]:
+        return "no cp.async: all operands of its products pass through registers"
+    waiting = facts["waiting_loads"]
+    return f"{waiting} wide loads into registers in a loop of products: an operand lost cp.async" if waiting else None
+
+
+def _narrow(job: Job, facts: dict) -> str | None:
+    if job.dtype == "float32" or not facts["narrow_loads"]:
+        return None
+    return f"{facts['narrow_loads']} scalar 16-bit loads in an innermost loop"
+
+
+def _wide(job: Job, facts: dict) -> str | None:
+    if COLD.search(job.kernel):
+        return None
+    if not facts["dots"] and not facts["wide_loads"]:
+        return "no 16-byte loads"
+    return None if facts["wide_stores"] else "no 16-byte stores"
+
+
+def _nan(job: Job, facts: dict) -> str | None:
+    return f"{facts['nan_eaters']} max.f32, which drop a NaN" if facts["nan_eaters"] else None
+
+
+RULES = (
+    Rule("no spill", _spill),
+    Rule("shared memory fits", _shared),
+    Rule("tensor cores", _tensor_cores),
+    Rule("exact fp32", _exact_products),
+    Rule("asynchronous copies", _asynchronous),
+    Rule("no 16-bit scalar loads", _narrow),
+    Rule(
+        "16-byte accesses",
+        _wide,
+        (
+            ("bn_relu_dropout (stats|backward_reduce)", "they leave a number a channel"),
+            ("conv1d last", "rows of 29 symbols start anywhere"),
+        ),
+    ),
+    Rule("a NaN passes", _nan, (("conv1d last", "log-softmax's own maximum; a NaN comes back with exp"),)),
+)
+
+
+# ------------------------------------------------------------------ the table
+
+
+def text(version: str, rows: Iterable[dict]) -> str:
+    """The table as JSON, a line a row, so that a difference reads as one; facts that are 0 are left out."""
+    lines = ",\n".join(json.dumps({k: v for k, v in row.items() if v != 0}) for row in rows)
+    return f'{{"triton": {json.dumps(version)}, "rows": [\n{lines}\n]}}\n'
+
+
+def read(table: Path) -> list[dict]:
+    """The rows of a table."""
+    return [dict.fromkeys((*KEY, *FACTS), 0) | row for row in json.loads(table.read_text())["rows"]]
+
+
+def by_key(rows: Iterable[dict]) -> dict[tuple, dict]:
+    """Rows under what names them."""
+    return {tuple(row[k] for k in KEY): row for row in rows}
+
+
+def differences(committed: dict[tuple, dict], found: dict[tuple, dict]) -> list[str]:
+    """A line for each row that appeared, went, or changed, with old and new values."""
+    lines = []
+    for key, row in found.items():
+        old = committed.get(key)
+        if old is None:
+            lines.append(f"{label(key)}: new, not in the committed table")
+        elif changed := [f"{k} {old.get(k)} -> {row[k]}" for k in row if old.get(k) != row[k]]:
+            lines.append(f"{label(key)}: {', '.join(changed)}")
+    return lines + [f"{label(key)}: in the committed table, made no more" for key in committed if key not in found]
+
+
+def label(key: tuple) -> str:
+    """A row's name for people."""
+    arch, dtype, kernel, tile, layer = key
+    return f"sm_{arch} {dtype} {kernel} [{tile}] {layer}"
+
+
+def show(rows: list[dict]) -> None:
+    """Every row with its facts, aligned."""
+    heads = {
+        "registers": "regs",
+        "spilled": "spill",
+        "shared": "shared",
+        "wgmma": "wgmma",
+        "mma_sync": "mma",
+        "tcgen05": "tcgen05",
+        "tma": "TMA",
+        "cp_async": "cp.async",
+        "narrow_loads": "16-bit",
+    }
+    names = [label(tuple(row[k] for k in KEY)) for row in rows]
+    wide = max(map(len, names), default=0)
+    print(" ".join([" " * wide, *(f"{head:>8}" for head in heads.values())]))
+    for name, row in zip(names, rows, strict=True):
+        print(" ".join([f"{name:<{wide}}", *(f"{row[c]:>8}" for c in heads)]))
+
+
+# ------------------------------------------------------------------ the command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m bench compile`."""
+    from jasper_fast.kernels.aot import ARCHITECTURES
+
+    parser.add_argument(
+        "--arch", type=_list(int, ARCHITECTURES), default=ARCHITECTURES, metavar="80,90", help="default: all"
+    )
+    parser.add_argument(
+        "--dtype", type=_dtypes, default=DTYPES, metavar="fp16,bf16", help="fp32, fp16, bf16: default all"
+    )
+    parser.add_argument("--quick", action="store_true", help="float16 everywhere, the other dtypes on sm_90 only")
+    parser.add_argument(
+        "--kernel", type=options.pattern, default="", metavar="REGEX", help="only kernels whose name it matches"
+    )
+    parser.add_argument("--update", action="store_true", help="write the table as it is now; look at the changes first")
+    parser.add_argument("--table", type=Path, default=None, help="default: bench/compiled/triton-VERSION.json")
+    parser.add_argument("--processes", type=options.count, default=2, help="that compile at the same time (default: 2)")
+    parser.add_argument("--no-cache", action="store_true", help="compile what was compiled before, too")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for a JSON file of the rows and what was found")
+
+
+def _dtypes(given: str) -> tuple:
+    short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+    return _list(str, DTYPES)(",".join(short.get(name, name) for name in given.split(",")))
+
+
+def _list(kind: type, known: tuple) -> Callable[[str], tuple]:
+    def parse(given: str) -> tuple:
+        values = tuple(map(kind, given.split(",")))
+        if unknown := [v for v in values if v not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]} is not one of {', '.join(map(str, known))}")
+        return values
+
+    return parse
+
+
+def main(args: argparse.Namespace) -> int:
+    """Compile, print, judge; 1 where a rule is broken or the table differs."""
+    if os.environ.get("TRITON_INTERPRET") == "1":  # read when kernels are defined: go on where it is not set
+        rest = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        return subprocess.run(
+            [sys.executable, "-m", "jasper_fast.bench", *sys.argv[sys.argv.index("compile") :]], env=rest
+        ).returncode
+    import triton
+
+    started, version = time.monotonic(), triton.__version__
+    table = args.table or COMMITTED / f"triton-{version}.json"
+
+    def wanted(key: tuple) -> bool:
+        arch, dtype, kernel = key[:3]
+        asked = arch in args.arch and dtype in args.dtype and re.search(args.kernel, kernel)
+        return bool(asked) and (not args.quick or dtype == "float16" or arch == 90)
+
+    if args.update and args.table is None:
+        paths.checkout("--update without --table")
+    if args.out is not None:
+        options.writable(args.out)
+    chosen = [job for job in jobs(args.arch, args.dtype) if wanted(job.key)]
+    if not chosen:
+        raise SystemExit(f"--kernel {args.kernel}: no kernel's name matches")
+    cache = None if args.no_cache else CACHE / f"triton-{version}.json"
+    with console.status("") as status:
+        done = iter(range(1, len(chosen) + 1))
+        tick = lambda: status.update(f"Triton {version}: compiled {next(done)} of at most {len(chosen)}")  # noqa: E731
+        facts = compiled(chosen, args.processes, cache, tick)
+    rows = [dict(zip(KEY, job.key, strict=True)) | facts[job.digest] for job in chosen]
+    show(rows)
+    found = by_key(rows)
+    broken = [
+        f"{label(job.key)}: {rule.name}: {why}"
+        for job in chosen
+        for rule in RULES
+        if (why := rule.complaint(job, facts[job.digest]))
+    ]
+    for line in broken:
+        print(f"FAILED {line}")
+    old = by_key(read(table)) if table.exists() else None
+    if old is None and not args.update:
+        print(f"FAILED no table for Triton {version} at {table}: make it with --update and commit it")
+        return 1
+    old = old or {}
+    asked = {key: row for key, row in old.items() if wanted(key)}
+    changes = differences(asked, found)
+    for line in changes:
+        print(f"{'CHANGED' if args.update else 'DIFFERS'} {line}")
+    if args.update:
+        merged = {k: r for k, r in old.items() if k not in asked} | found
+        order = sorted(merged, key=lambda k: (k[0], DTYPES.index(k[1]), *k[2:]))
+        table.parent.mkdir(parents=True, exist_ok=True)
+        table.write_text(text(version, (merged[k] for k in order)))
+    elif changes:
+        print(f"the table differs from {table.name}: if that was meant, run with --update and commit it")
+    if args.out is not None:
+        path = args.out / f"compile_triton-{version}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found_all = {"command": "compile", "triton": version, "commit": commit(), "broken": broken}
+        path.write_text(json.dumps(found_all | {"changes": changes, "rows": rows}, indent=1))
+        print(f"wrote {path}")
+    spent = time.monotonic() - started
+    failed = len(broken) + (0 if args.update else len(changes))
+    print(f"Triton {version}: {len(rows)} kernels in {spent:.0f} s, {len(broken)} broken rules, {len(changes)} changes")
+    return 1 if failed else 0

@@ -1,0 +1,179 @@
+"""The parts of `python -m bench gpu` in order of value."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from jasper_fast.bench.cases import bn_relu_dropout, by_layer, common, panes
+from jasper_fast.bench.cases.layers import Layer, layers
+from jasper_fast.bench.commands import kernels, latency, launches, memory, train
+from jasper_fast.bench.gpu import ahead, self_check
+from jasper_fast.bench.harness import cudnn_search
+from jasper_fast.bench.harness.run import Run
+
+MODEL = "jasper10x5"
+ALL_MODES = ("backward", "forward", "inference")  # the first one's fp64 answers hold the second's
+LIGHT = "eager,eager_no_masks,eager_2d_channels_last,cuda_graph"
+LIGHT_TRAINING = "eager,eager_2d_channels_last"
+SLOW = "compile_max_autotune"
+
+
+@dataclass(frozen=True)
+class Part:
+    """`measure(run)` takes at most `seconds` of the usual budget, and more only when all the others had theirs."""
+
+    title: str
+    seconds: float
+    measure: Callable[[Run], object]
+
+
+def plan(run: Run) -> list[Part]:
+    """The parts in order of value."""
+    light, light_training = ({"rivals": r} for r in (LIGHT, LIGHT_TRAINING))
+    if run.device.type == "cpu":
+        shapes = ((2, 64, 100), (2, 96, 100))
+        layer = Layer(64, 64, 11)
+        return [
+            Part(
+                "self-check",
+                60,
+                lambda r: self_check.selfcheck(r, quick=True, ops=("bn_relu_dropout",), faces=("cpu",)),
+            ),
+            Part(
+                "bn_relu_dropout",
+                60,
+                lambda r: r.cases("kernels", [bn_relu_dropout.case(r, s, "both", False, False) for s in shapes]),
+            ),
+            Part("latency", 60, lambda r: latency.main(with_(r, light), "small", grid=((1, 2.0), (2, 2.0)))),
+            Part("training step", 60, lambda r: train.main(with_(r, light_training), (("small", 2, 64),))),
+            Part("memory", 60, lambda r: memory.main(r, (("small", 2, 64),))),
+            Part(
+                "sub-blocks",
+                60,
+                lambda r: r.cases(
+                    "kernels",
+                    by_layer.layer_cases(r, "sub_block", 2, 64, layer, ALL_MODES),
+                ),
+            ),
+            Part("panes", 60, lambda r: all_panes(r, [panes.Block((64, 64), 96)], (2, 64))),
+            Part("launches", 60, launches.main),
+        ]
+    return [*first_nine_minutes(light, light_training), *and_then(light, light_training)]
+
+
+def first_nine_minutes(light: dict, light_training: dict) -> list[Part]:
+    """What a GPU is asked first; the shares together are the budget. First come ops that the host hardly touches."""
+    return [
+        Part("self-check", 90, ready),
+        Part(
+            "bn_relu_dropout",
+            25,
+            lambda r: r.cases("kernels", bn_relu_dropout.cases(with_(r, {"quick": True, "rivals": "eager"}))),
+        ),
+        Part("the five largest convs", 30, lambda r: all_layers(r, LIGHT_TRAINING, "conv1d", ("forward",), 5)),
+        Part("training step", 75, lambda r: train.main(with_(r, light_training), ((MODEL, 32, 1680),))),
+        Part(
+            "latency of one utterance",
+            50,
+            lambda r: latency.main(with_(r, light), MODEL, grid=((1, 2.0), (1, 7.0), (1, 16.7))),
+        ),
+        Part("launches", 30, all_launches),
+        Part("memory", 20, lambda r: memory.main(r, ((MODEL, 8, 1680),))),
+        Part("panes", 25, lambda r: all_panes(r, panes.ends_and_middle())),
+        Part("sub-blocks", 110, lambda r: all_layers(r, LIGHT_TRAINING, "sub_block", ALL_MODES)),
+        Part("training grid", 40, lambda r: train.main(with_(r, {"rivals": f"{LIGHT_TRAINING},eager_no_masks"}))),
+        Part("self-check in full", 45, self_check.selfcheck_in_full),
+    ]
+
+
+def and_then(light: dict, light_training: dict) -> list[Part]:
+    """What `--resume` goes on with; slow compilers come last, where they can cost nothing but themselves."""
+    return [
+        Part("sub-blocks beside max-autotune and cuDNN", 90, slow_rivals),
+        Part("latency grid", 60, lambda r: latency.main(with_(r, light), MODEL)),
+        Part("convs", 80, lambda r: all_layers(r, LIGHT_TRAINING, "conv1d", ("both", "forward", "backward"))),
+        Part("panes of all blocks", 60, lambda r: all_panes(r, panes.blocks()[::-1])),
+        Part(
+            "every width of bn_relu_dropout",
+            80,
+            lambda r: kernels.main(in_a_second(r, "eager"), "bn_relu_dropout"),
+        ),
+        Part(
+            "bn_relu_dropout beside torch.compile",
+            40,
+            lambda r: kernels.main(with_(r, {"quick": True, "rivals": "compile"}), "bn_relu_dropout"),
+        ),
+        Part(
+            "training beside torch.compile",
+            120,
+            lambda r: train.main(with_(r, {"rivals": "eager,compile"}), ((MODEL, 32, 1680),)),
+        ),
+        Part(
+            "latency beside torch.compile",
+            120,
+            lambda r: latency.main(
+                with_(r, {"rivals": "eager,compile,compile_reduce_overhead"}), MODEL, grid=((1, 2.0),)
+            ),
+        ),
+        Part(
+            "latency beside other runtimes",
+            120,
+            lambda r: latency.main(with_(r, {"rivals": "eager,onnxruntime,tensorrt"}), MODEL, grid=((1, 2.0),)),
+        ),
+        Part(
+            "latency beside frozen blocks",
+            120,
+            lambda r: latency.main(with_(r, {"rivals": "eager,compile_blocks_frozen"}), MODEL, grid=((1, 2.0),)),
+        ),
+    ]
+
+
+def with_(run: Run, changes: dict) -> Run:
+    """The same run with other settings."""
+    return dataclasses.replace(run, **changes)
+
+
+def ready(run: Run) -> None:
+    """The quick self-check in the run's dtype, while other processes compile what the next parts run."""
+    with ahead.compilers(run, ("bn_relu_dropout", "the five largest convs", "latency of one utterance", "sub-blocks")):
+        self_check.selfcheck(run, quick=True, dtypes=(common.name(run.dtype),))
+
+
+def all_launches(run: Run) -> None:
+    """Launches of small calls; which algorithm cuDNN launches is no part of the question."""
+    with cudnn_search.off():
+        launches.main(with_(run, {"rivals": "eager,cuda_graph"}))
+
+
+def in_a_second(run: Run, chosen: str) -> Run:
+    """The same run with these rivals, in a second or so a case."""
+    return with_(run, {"rivals": chosen, "effort": run.effort.at_most(1.0)})
+
+
+def all_panes(run: Run, blocks: Sequence[panes.Block], size: tuple[int, int] | None = None) -> None:
+    """The panes of these blocks in both forms, block by block: what decides which of them a GPU takes."""
+    run = in_a_second(run, LIGHT_TRAINING)
+    for block in blocks:
+        cases = panes.block_cases(run, block, common.MODES, *(size or common.size(run)))
+        run.cases(f"panes {cases[0].key['panes']}", cases)
+
+
+def all_layers(run: Run, chosen: str, op: str, modes: tuple[str, ...], count: int | None = None) -> None:
+    """An op at the `count` largest layers (default: all), layer by layer, in a second or so a case."""
+    run = in_a_second(run, chosen)
+    for layer in layers()[:count]:
+        run.cases(
+            f"{op} {layer.C_in}->{layer.C_out}",
+            by_layer.layer_cases(run, op, *common.batch(run, layer), layer, modes),
+        )
+
+
+def slow_rivals(run: Run) -> None:
+    """Sub-blocks beside what takes long to prepare: cuDNN's patterns at every layer first, then max-autotune."""
+    modes = ("forward", "inference", "backward")
+    if importlib.util.find_spec("cudnn") is None:  # a row that says so is no reason to time the others twice
+        all_layers(run, f"cudnn,{SLOW}", "sub_block", modes)
+        return
+    all_layers(run, "cudnn", "sub_block", ("forward", "inference"))
+    all_layers(run, SLOW, "sub_block", modes)

@@ -1,0 +1,38 @@
+"""Processes that compile ahead are started and ended here; `warm` is what each of them runs."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from jasper_fast.bench.harness import paths
+from jasper_fast.bench.harness.run import Run
+
+SPARE = 5.0  # seconds before the deadline at which those that still compile are ended
+
+
+@contextlib.contextmanager
+def compilers(run: Run, titles: Sequence[str]) -> Iterator[None]:
+    """While the body runs, and as long after it as the deadline allows, others compile for the parts `titles`."""
+    count = max(1, min(12, len(os.sched_getaffinity(0)) - 2))
+    name = str(run.dtype).removeprefix("torch.")
+    command = [sys.executable, "-m", "jasper_fast.bench.gpu.warm", str(run.device), name, run.backend, *titles]
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    children = [
+        subprocess.Popen([*command, "--take", f"{i},{count}"], cwd=paths.CHECKOUT, **quiet) for i in range(count)
+    ]
+    try:
+        yield
+        for child in children:
+            left = None if run.deadline is None else max(0.0, run.deadline - SPARE - time.monotonic())
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(left)
+    finally:
+        for child in children:
+            child.kill()
+        end = time.monotonic() + SPARE
+        for child in children:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver: nobody waits for it
+                child.wait(max(0.0, end - time.monotonic()))

@@ -1,0 +1,135 @@
+"""Everything that is worth knowing about a GPU in nine minutes, the most valuable numbers first.
+
+`python -m bench gpu`; each case is on disk as soon as it is measured, and `--resume` goes on after the last one. Every
+part has a share of the time, so that none can take what the later ones need; what is left at the end goes to those that
+were cut off. A part that fails costs the others nothing: where it took the GPU's context with it, the run goes on in a
+new process, and a part is tried twice at most. `--backend auto` is Triton here: these are the numbers that dispatch is
+decided from; what the self-check finds bad is not timed. Tiles are `python -m bench tune`, a command of its own: one
+case compiles up to 18. With `--device cpu` the same plan runs on a stand-in: the small Jasper and small shapes.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from jasper_fast.bench.gpu import agenda
+from jasper_fast.bench.harness import devices, interruption, paths, result_file
+from jasper_fast.bench.harness.console import console
+from jasper_fast.bench.harness.errors import DeviceLost, OutOfTime, first_line
+from jasper_fast.bench.harness.run import Run
+
+BUDGET = 540.0
+CASE = 3.0  # seconds, at most
+GOOD = 10.0  # seconds that must be left for another part to be worth starting
+PATIENCE = 60.0  # seconds after a part's time in which the interpreter must have come back from a kernel or compiler
+UNTIL = "BENCH_GPU_UNTIL"  # the time of day at which the budget ends, for the process that goes on with a run
+
+
+def main(run: Run, budget: float = BUDGET) -> None:
+    """Work through the plan until it is done or the budget, counted from the run's start, is spent."""
+    scale = budget / BUDGET
+    end = run.started + budget
+    if UNTIL in os.environ:  # this process goes on with another's budget
+        end = time.monotonic() + float(os.environ.pop(UNTIL)) - time.time()
+    changes = {"effort": run.effort.at_most(CASE)}
+    if run.device.type == "cuda" and run.backend == "auto":
+        changes["backend"] = "triton"
+    run = agenda.with_(run, changes)
+    run.results.data["backend"] = run.backend
+    parts, faults = (run.results.data.setdefault(name, {}) for name in ("parts", "faults"))
+    begun = set()
+    for again in (False, True):  # once in its share of the time, and once more in what is left
+        for part in agenda.plan(run):
+            how, failed = parts.get(part.title), faults.get(part.title, 0)
+            if how == "finished" or failed >= result_file.TRIES:
+                continue
+            if (part.title in begun and how != "cut off") if again else failed:
+                continue  # what failed in an earlier process waits for the others; in this one it is not tried again
+            left = end - time.monotonic()
+            if left < GOOD:
+                parts.setdefault(part.title, "no time left")
+                continue
+            begun.add(part.title)
+
+            def ended(how: str, gone: bool, part: agenda.Part = part) -> None:
+                parts[part.title] = how
+                if how.startswith("failed"):
+                    faults[part.title] = faults.get(part.title, 0) + 1
+                console.print(f"gpu: {part.title}: {how}, {end - time.monotonic():.0f} s left", markup=False)
+                run.results.write()
+                if gone:
+                    go_on_elsewhere(run, end)
+
+            share = left if again else min(left, part.seconds * scale)
+            with outlasted(lambda ended=ended: ended("failed: a kernel or a compiler does not come back", True), share):
+                how, gone = _measure(run, part, share)
+            ended(how, gone)
+            devices.tidy(run.device)
+    run.results.write()
+
+
+def _measure(run: Run, part: agenda.Part, seconds: float) -> tuple[str, bool]:
+    """How the part ended, and whether the device ended with it; one part's failure costs the others nothing."""
+    run, gone = agenda.with_(run, {"deadline": time.monotonic() + seconds}), False
+    try:
+        with interruption.interrupted_after(seconds):
+            part.measure(run)
+        how = "cut off" if run.out_of_time() else "finished"
+    except OutOfTime:
+        how = "cut off"
+    except DeviceLost as error:
+        how, gone = f"failed: {error}", True
+    except (Exception, SystemExit) as error:
+        how = f"failed: {first_line(error)}"
+    interruption.interrupted_after.no_more()
+    if how == "cut off":
+        end_compilers()
+    if why := devices.lost(run.device):  # an error that came too late to belong to anyone
+        how, gone = how if how.startswith("failed") else f"failed: {why}", True
+    return how, gone
+
+
+def end_compilers() -> None:
+    """Ends the processes that torch.compile compiles in: what a part that was cut off has queued there would compile on
+    beside the timing of the next ones. They start anew when they are needed."""
+    compilers = sys.modules.get("torch._inductor.async_compile")
+    if compilers is None:
+        return
+    for pool in list(compilers._pool_set):
+        if (process := getattr(pool, "process", None)) is not None:
+            process.kill()  # else the shutdown waits for its queue, up to five minutes
+    compilers.shutdown_compile_workers()
+
+
+def go_on_elsewhere(run: Run, end: float) -> None:
+    """The same command with --resume in this process's place: an illegal access is for ever, in the process that made
+    it. All that was found is on disk. Does not return."""
+    console.print("gpu: nothing runs on the device any more in this process: going on in a new one", markup=False)
+    path = os.pathsep.join(map(str, filter(None, [paths.CHECKOUT, os.environ.get("PYTHONPATH")])))
+    env = os.environ | {UNTIL: str(time.time() + end - time.monotonic()), "PYTHONPATH": path}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for entry in os.listdir("/proc/self/fd"):  # the driver's files must not keep the old context alive
+        with contextlib.suppress(OSError):  # the listing's own
+            if int(entry) > 2:
+                os.set_inheritable(int(entry), False)
+    signal.setitimer(signal.ITIMER_REAL, 0)  # timers outlive this
+    arguments = [*run.arguments, *(["--resume"] if "--resume" not in run.arguments else [])]
+    os.execve(sys.executable, [sys.executable, "-m", "jasper_fast.bench", *arguments], env)
+
+
+@contextlib.contextmanager
+def outlasted(give_up: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Calls `give_up` in a thread if the body takes PATIENCE longer than `seconds`: no signal ends a call into C++ that
+    waits for a kernel that never ends."""
+    timer = threading.Timer(seconds + PATIENCE, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,0 +1,52 @@
+"""The self-check's verdicts on this device, for dispatch and in the result."""
+
+import time
+from collections.abc import Sequence
+
+from jasper_fast.bench.cases import common
+from jasper_fast.bench.harness.console import console
+from jasper_fast.bench.harness.run import Run
+from jasper_fast.dispatch import probe, verdict, verdicts
+from jasper_fast.selfcheck import checks
+
+
+def selfcheck(run: Run, *, quick: bool, **which: tuple[str, ...]) -> None:
+    """The verdicts of `jasper-fast selfcheck` for this device, kept for dispatch and in the result; `which`: `ops`,
+    `faces` and `dtypes` to check, not all. What was decided when the time ran out is kept too."""
+    started, report = time.monotonic(), probe.Report()
+    try:
+        probe.supervise(run.device, quick=quick, report=report, **which)
+    finally:
+        keep_verdicts(run, report.decided(), quick, time.monotonic() - started)
+
+
+def keep_verdicts(run: Run, rows: Sequence[dict], quick: bool, seconds: float) -> None:
+    """What the rows of a self-check say, for dispatch and in the result."""
+    found = verdict.judge(rows, quick)
+    with verdicts.locked():
+        verdicts.keep(run.device, found)
+    bad = [verdict.failure_of(row) for row in rows if row["status"] != "ok"]
+    told = run.results.data.setdefault("selfcheck", {"seconds": 0.0, "verdicts": [], "failures": []})
+    told["seconds"] = round(told["seconds"] + seconds, 1)
+    new = {group(vars(v)): vars(v) for v in found}
+    told["verdicts"] = [v for v in told["verdicts"] if group(v) not in new] + list(new.values())
+    told["failures"] += [line for line in bad if line not in told["failures"]]
+    for line in bad[:5]:
+        console.print(f"self-check: {line}", style="red", markup=False)
+    run.results.write()
+
+
+def group(row: dict) -> tuple[str, str, str]:
+    """What a verdict is about."""
+    return row["op"], row["face"], row["dtype"]
+
+
+def selfcheck_in_full(run: Run) -> None:
+    """All checks, those of the run's dtype first; a verdict that was reached is not asked for again."""
+    kept = run.results.data.get("selfcheck", {}).get("verdicts", ())
+    done = {group(v) for v in kept if not v["quick"]}
+    left = [c for c in checks.plan(run.device) if (c.op, c.face, c.dtype) not in done]
+    own = common.name(run.dtype)
+    for dtype in sorted({c.dtype for c in left}, key=lambda dtype: (dtype != own, dtype)):
+        ops = dict.fromkeys(c.op for c in left if c.dtype == dtype)
+        selfcheck(run, quick=False, ops=tuple(ops), dtypes=(dtype,))

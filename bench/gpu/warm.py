@@ -1,0 +1,60 @@
+"""Compiles what `python -m bench gpu` is about to run, in several processes, while it checks kernels.
+
+Triton compiles a kernel in seconds, one after another, in the process that first launches it, and keeps it on disk for
+all others. So each of these processes runs our contender of some of the cases once. What fails here fails again, and is
+told, where it is measured.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from jasper_fast.bench.gpu import agenda
+from jasper_fast.bench.harness import devices, result_file
+from jasper_fast.bench.harness.case import Case
+from jasper_fast.bench.harness.run import Run
+
+
+@dataclass
+class Collector(Run):
+    """A run that measures nothing: it keeps the cases that it is asked to measure."""
+
+    found: list[Case] = field(default_factory=list)
+
+    def cases(self, title: str, cases: Sequence[Case]) -> list[dict]:
+        """Keep them."""
+        self.found += cases
+        return []
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """One of the processes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("device", "dtype", "backend"):
+        parser.add_argument(name)
+    parser.add_argument("titles", nargs="+")
+    parser.add_argument("--take", default="0,1", metavar="I,N", help="every Nth case from the Ith on")
+    args = parser.parse_args(arguments)
+    results, device = result_file.Results(Path(os.devnull), {}), torch.device(args.device)
+    if device.index is not None:  # an engine's streams and graphs are the current device's
+        torch.cuda.set_device(device)
+    run = Collector(device, getattr(torch, args.dtype), args.backend, False, results)
+    for part in agenda.plan(run):
+        if part.title in args.titles:
+            part.measure(run)
+    first, step = (int(v) for v in args.take.split(","))
+    for case in run.found[first::step]:
+        with contextlib.suppress(Exception):
+            case.contenders[0].build().run()
+            devices.synchronize(run.device)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

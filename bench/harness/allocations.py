@@ -1,0 +1,117 @@
+"""Bytes that are kept and the most alive at once: counted, not sampled."""
+
+import gc
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch._C._profiler import _EventType
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import ProfilerActivity
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from jasper_fast.bench.harness.kineto import recorded
+
+
+class Births(TorchDispatchMode):
+    """Watches every op: which storages are born, how many bytes of them are alive, and the most that ever were.
+
+    A storage counts once whatever views it has; those of `before` do not count. Weak references keep identities, so
+    that an address used again is not taken for the storage that had it, and keep no bytes. A tensor made inside a
+    custom op is seen as its output or as the next op's input; one that also ends there is not seen, but by `peak`.
+    """
+
+    def __init__(self, device_type: str, before: dict[int, StorageWeakRef]) -> None:
+        super().__init__()
+        self.device_type, self.before = device_type, before
+        self.parameters: list[nn.Parameter] = []
+        self.born: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        grew = False
+        for t in tree_iter((args, kwargs, out)):
+            if isinstance(t, Tensor) and t.device.type == self.device_type:
+                storage = t.untyped_storage()
+                if storage._cdata not in self.before and storage._cdata not in self.born:
+                    self.born[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                    grew = True
+        if grew:
+            gradients = {p.grad.untyped_storage()._cdata for p in self.parameters if p.grad is not None}
+            self.peak = max(self.peak, self.alive(but=gradients))
+        return out
+
+    def alive(self, but: Collection[int] = ()) -> int:
+        """Bytes born and still alive, those at the addresses `but` left out."""
+        for key in [key for key, (ref, _) in self.born.items() if ref.expired()]:
+            del self.born[key]
+        return sum(nbytes for key, (_, nbytes) in self.born.items() if key not in but)
+
+
+def reachable(device_type: str) -> dict[int, torch.UntypedStorage]:
+    """By address, every storage that a Python tensor on the device holds now."""
+    found = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor) and thing.device.type == device_type and thing.layout == torch.strided:
+            storage = thing.untyped_storage()
+            found[storage._cdata] = storage
+    return found
+
+
+def kept(forward: Callable[[], Tensor], device: torch.device) -> tuple[int, Births, Tensor]:
+    """(bytes kept, what was watched, the loss) of `forward`, whose returned loss holds the graph."""
+    gc.collect()
+    births = Births(device.type, {key: StorageWeakRef(s) for key, s in reachable(device.type).items()})
+    with births:
+        loss = forward()
+    gc.collect()
+    alive = births.alive()
+    hidden = {
+        key: s.nbytes()
+        for key, s in reachable(device.type).items()
+        if key not in births.before and key not in births.born
+    }
+    return alive + sum(hidden.values()), births, loss
+
+
+def peak(work: Callable[[], object], device_type: str, parameters: Collection[nn.Parameter] = ()) -> int:
+    """The most bytes that `work` has allocated at once on the device, the `parameters`' gradients left out.
+
+    Every allocation through PyTorch's allocators counts, those inside C++ and custom ops too. What an op takes from the
+    system by itself does not: some of oneDNN's scratch, and the cpu face's, 0.3 MiB a thread at Jasper 10x5.
+    """
+    with recorded([ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    tree = profiler.profiler.kineto_results.experimental_event_tree()
+    events = [e for e in _walk(tree) if e.typed[0] == _EventType.Allocation and e.typed[1].device.type == device_type]
+    events.sort(key=lambda e: e.start_time_ns)
+    return most_alive(
+        [(e.typed[1].ptr, e.typed[1].alloc_size) for e in events],
+        but={p.grad.untyped_storage().data_ptr() for p in parameters if p.grad is not None},
+    )
+
+
+def most_alive(events: Sequence[tuple[int, int]], but: Collection[int] = ()) -> int:
+    """The most bytes alive at once, from (address, bytes born or, below zero, freed) in order. Frees of what is older
+    do not count, nor what lives at the end at one of the addresses `but`."""
+    alive: dict[int, int] = {}
+    last = {address: i for i, (address, nbytes) in enumerate(events) if nbytes > 0 and address in but}
+    total = most = 0
+    for i, (address, nbytes) in enumerate(events):
+        if nbytes > 0 and last.get(address) != i:
+            alive[address] = nbytes
+            total += nbytes
+            most = max(most, total)
+        elif nbytes < 0:
+            total -= alive.pop(address, 0)
+    return most
+
+
+def _walk(events: Iterable) -> Iterator:
+    left = list(events)
+    while left:  # deeper than Python recurses
+        event = left.pop()
+        yield event
+        left += event.children

@@ -1,0 +1,157 @@
+"""How a run is timed, by the wall or by events, and what the machine's own clocks said meanwhile."""
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from jasper_fast.bench.harness import devices, machine
+
+THROTTLED = 0.05  # of the run's highest clock
+
+
+class WallClock:
+    """Host time around a call, device work included: what someone waiting for an answer sees."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        # on a GPU every sample is one run that is waited for: several in a queue would tell throughput, not waiting
+        self.min_sample = 2e-3 if device.type == "cpu" else 0.0
+
+    def sample(self, run: Callable[[], object], inner: int) -> float:
+        """Seconds of one run, the mean over `inner` runs."""
+        devices.synchronize(self.device)
+        start = time.perf_counter()
+        for _ in range(inner):
+            run()
+            devices.synchronize(self.device)
+        return (time.perf_counter() - start) / inner
+
+    def host(self, run: Callable[[], object]) -> float | None:
+        """What of it the host has to do before a GPU can go on alone; on a CPU there is no such part."""
+        return None if self.device.type == "cpu" else host_seconds(run, self.device)
+
+
+class CudaClock:
+    """Device time between events, with the L2 cache flushed before each run.
+
+    The flush reads: what a flush wrote would go back to memory inside the timed run, at that run's cost.
+    The device sleeps before the first event while the host launches the whole run: small ops would otherwise be timed
+    at the speed of Python. The sleep covers what the host was seen to need, up to LONGEST; where it needs more, its
+    time is part of the answer, as it is for a user.
+    """
+
+    min_sample = 0.0
+    SPARE, LONGEST = 0.3e-3, 10e-3  # seconds
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        self.flush = torch.empty(max(size, 32 << 20) // 4, dtype=torch.float32, device=device)
+        self.sink = torch.empty((), dtype=torch.float32, device=device)
+        self.hosts: dict[int, float] = {}
+
+    def sample(self, run: Callable[[], object], inner: int) -> float:
+        """Seconds of one run, the mean over `inner` runs."""
+        cycles = round(self.sleep(self.host(run)) * cycles_per_second(self.device))
+        total = 0.0
+        for _ in range(inner):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.sum(self.flush, 0, out=self.sink)
+            torch.cuda._sleep(cycles)
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            total += start.elapsed_time(end) / 1e3
+        return total / inner
+
+    def sleep(self, host: float) -> float:
+        """Seconds for which the device waits for a host that launches a run in `host` seconds."""
+        return min(1.5 * host + self.SPARE, self.LONGEST)
+
+    def host(self, run: Callable[[], object]) -> float:
+        """Seconds until `run` returns to the host; learned once."""
+        if id(run) not in self.hosts:
+            self.hosts[id(run)] = host_seconds(run, self.device)
+        return self.hosts[id(run)]
+
+
+def host_seconds(run: Callable[[], object], device: torch.device, short: float = 20e-3) -> float:
+    """Seconds until `run` returns to the host, the device idle before: launching, and whatever it waits for inside.
+
+    The median of three, or of one that takes longer than `short`.
+    """
+    seen: list[float] = []
+    while len(seen) < (3 if max(seen, default=0.0) < short else 1):
+        devices.synchronize(device)
+        start = time.perf_counter()
+        run()
+        seen.append(time.perf_counter() - start)
+    devices.synchronize(device)
+    return statistics.median(seen)
+
+
+@functools.cache
+def cycles_per_second(device: torch.device) -> float:
+    """The rate at which `torch.cuda._sleep` counts; within the clock's moods, for which a sleep has room to spare."""
+    torch.cuda._sleep(1000)  # loads the kernel
+    rates = []
+    for _ in range(
+        5
+    ):  # an idle GPU's clock is a fifth of its highest and rises meanwhile; a sleep must not be too short
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        torch.cuda._sleep(4_000_000)
+        end.record()
+        end.synchronize()
+        rates.append(4e6 / (start.elapsed_time(end) / 1e3))
+    return max(rates)
+
+
+class Gauge:
+    """Reads clocks, temperature and power between rounds, when what they tell of has just run."""
+
+    EVERY = 0.25  # seconds
+
+    def __init__(self, device: torch.device, readings: list[dict]) -> None:
+        self.device, self.readings, self.last = device, readings, -math.inf
+
+    def look(self, last: bool = False) -> None:
+        """One reading, if the one before is old, or it is the last."""
+        now = time.monotonic()
+        if (last or now - self.last >= self.EVERY) and (found := machine.clocks(self.device)):
+            self.readings.append(found)
+            self.last = now
+
+
+def clocks_during(readings: Sequence[dict]) -> dict:
+    """What the readings of a case say: the clock's median and lowest in MHz, the most of everything else."""
+    rates = [rate for reading in readings if (rate := mhz(reading)) is not None]
+    found = {"mhz": statistics.median(rates), "mhz_lowest": min(rates)} if rates else {}
+    for name in ("temperature_c", "power_w", "load_average"):
+        if values := [reading[name] for reading in readings if name in reading]:
+            found[name] = max(values)
+    held = sorted({why for reading in readings for why in reading.get("held_by", ())})
+    return found | ({"held_by": held} if held else {}) | {"readings": len(readings)}
+
+
+def mhz(reading: dict) -> float | None:
+    """The clock that work ran at: a GPU's multiprocessors', or the fastest core's, because others may be idle."""
+    return reading.get("sm_mhz", max(reading.get("cpu_mhz", ()), default=None))
+
+
+def mark_throttled(rows: Iterable[dict], limits: dict) -> None:
+    """Say of each row whose clock was markedly below the run's highest that it was."""
+    rows = [row for row in rows if "mhz" in row.get("clocks", {})]
+    highest = max([mhz(limits.get("clocks", {})) or 0.0, *(row["clocks"]["mhz"] for row in rows)])
+    for row in rows:
+        row["throttled"] = row["clocks"]["mhz"] < (1 - THROTTLED) * highest
+
+
+def clock(device: torch.device, wall: bool) -> WallClock | CudaClock:
+    """Events on a GPU unless the question is a person's waiting time."""
+    return CudaClock(device) if device.type == "cuda" and not wall else WallClock(device)

@@ -1,0 +1,143 @@
+"""The machine's ceilings, measured in every run: matrix-multiply rate, copy bandwidth, launch overhead."""
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from jasper_fast.bench.harness import clocks, devices, machine
+from jasper_fast.bench.harness.errors import first_line
+
+GIB = 1 << 30
+
+
+def measure(device: torch.device, quick: bool = False) -> dict:
+    """Ceilings of `device`: FLOP/s per dtype, bytes/s read plus written by a large copy, seconds per launch."""
+    found = {
+        "matmul_flops_per_s": matmul_rates(device, quick),
+        "float32_mode": float32_mode(device),
+        "copy_bytes_per_s": copy_bandwidth(device, quick),
+        "clocks": machine.clocks(device),  # as they are under load
+        "launch_s": launch_overhead(device),
+        "method": "best of repeated runs: square matmul, copy of a buffer beyond the caches, one-element add",
+    }
+    if device.type == "cuda":
+        times, found["cupy"] = cupy_launch(device)
+        found["launch_s"] |= times
+    return found
+
+
+def matmul_rates(device: torch.device, quick: bool = False) -> dict[str, float]:
+    """FLOP/s of a large square matrix product, by dtype. On a GPU float32 is what `float32_mode` says, because that is
+    what convolutions of fp32 tensors run in; both rates are listed beside it."""
+    size = (1536 if quick else 2048) if device.type == "cpu" else 8192
+    rates = {}
+    dtypes = [torch.float32, torch.bfloat16] + ([torch.float16] if device.type == "cuda" else [])
+    for dtype in dtypes:
+        if dtype is not torch.float32 and device.type == "cpu" and not _fast_bf16():
+            continue  # emulated: a hundred times slower than fp32 and no one's ceiling
+        if dtype is torch.float32 and device.type == "cuda":
+            both = {mode: _fp32_rate(device, size, mode) for mode in ("IEEE", "TF32")}
+            rates["float32"] = both[float32_mode(device)]
+            rates |= {f"float32 in {mode}": rate for mode, rate in both.items()}
+        else:
+            rates[str(dtype).removeprefix("torch.")] = _matmul_rate(device, dtype, size)
+    return rates
+
+
+def float32_mode(device: torch.device) -> str:
+    """What products of fp32 tensors may be rounded to: PyTorch lets cuDNN's convolutions, and with them this project's,
+    use TF32 unless it is told otherwise."""
+    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "TF32" if device.type == "cuda" and tf32 else "IEEE"
+
+
+def _fp32_rate(device: torch.device, size: int, mode: str) -> float:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = mode == "TF32"
+    try:
+        return _matmul_rate(device, torch.float32, size)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / _best(device, lambda: torch.mm(a, b, out=out))
+
+
+def copy_bandwidth(device: torch.device, quick: bool = False) -> float:
+    """Bytes read plus bytes written per second by a copy far larger than the caches."""
+    size = (GIB // 8 if quick else GIB // 4) if device.type == "cpu" else GIB
+    src = torch.ones(size, dtype=torch.uint8, device=device)
+    dst = torch.empty_like(src)
+    return 2 * size / _best(device, lambda: dst.copy_(src))
+
+
+def launch_overhead(device: torch.device) -> dict[str, float]:
+    """Seconds the host spends to launch a one-element add, and on a GPU from launch to the result at the host."""
+    x = torch.zeros(1, device=device)
+    for _ in range(100):
+        x.add_(1)
+    devices.synchronize(device)
+    found = {"host": _per_call(device, lambda: x.add_(1), 2000)}
+    if device.type == "cuda":
+        found["round_trip"] = statistics.median(_round_trip(device, x) for _ in range(200))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(100):
+                x.add_(1)
+        found["in_graph"] = _best(device, graph.replay) / 100
+    return found
+
+
+def cupy_launch(device: torch.device) -> tuple[dict[str, float], str]:
+    """Seconds of a launch at the host and on the device as CuPy's profiler sees them, and its version or why not."""
+    if importlib.util.find_spec("cupyx") is None:
+        return {}, f"absent: pip install cupy-cuda{(torch.version.cuda or '13').partition('.')[0]}x"
+    x = torch.zeros(1, device=device)
+    try:
+        import cupy
+        from cupyx.profiler import benchmark
+
+        at = (device.index if device.index is not None else torch.cuda.current_device(),)
+        seen = benchmark(lambda: x.add_(1), n_repeat=500, n_warmup=50, devices=at)
+    except Exception as error:  # a CuPy of another CUDA must not cost the run its numbers
+        return {}, f"failed: {first_line(error)}"
+    medians = (float(statistics.median(times.ravel())) for times in (seen.cpu_times, seen.gpu_times))
+    return dict(zip(("cupy_host", "cupy_device"), medians, strict=True)), cupy.__version__
+
+
+def _round_trip(device: torch.device, x: torch.Tensor) -> float:
+    start = time.perf_counter()
+    x.add_(1)
+    devices.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _per_call(device: torch.device, call: Callable[[], object], n: int) -> float:
+    start = time.perf_counter()
+    for _ in range(n):
+        call()
+    spent = time.perf_counter() - start
+    devices.synchronize(device)
+    return spent / n
+
+
+def _best(device: torch.device, call: Callable[[], object], seconds: float = 0.6) -> float:
+    """Shortest time of a call: a ceiling is what the machine can do, not what it does on average."""
+    ticker = clocks.clock(device, wall=False)
+    best, end = ticker.sample(call, 1), time.perf_counter() + seconds
+    for _ in range(4):
+        best = min(best, ticker.sample(call, 1))
+    while time.perf_counter() < end:
+        best = min(best, ticker.sample(call, 1))
+    return best
+
+
+def _fast_bf16() -> bool:
+    has = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(has and has()) or bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())

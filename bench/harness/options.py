@@ -1,0 +1,103 @@
+"""What the command line's options may say; a mistake is told before anything is measured."""
+
+import argparse
+import math
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+
+from jasper_fast.bench.harness import result_file
+
+BATCH = "utterances and feature frames, both at least 1, as in 8,400"
+
+
+def device(text: str) -> str:
+    """cpu, cuda or cuda:1, where PyTorch sees it; as it was written."""
+    try:
+        found = torch.device(text)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda") or (found.type == "cpu" and found.index is not None):
+        raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:1")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(
+            f"{text}: this PyTorch sees no GPU (python -m jasper_fast info says more); take --device cpu"
+        )
+    if found.type == "cuda" and found.index is not None and found.index >= (there := torch.cuda.device_count()):
+        raise argparse.ArgumentTypeError(
+            f"{text}: PyTorch sees {there} GPU{'s' * (there > 1)}; take cuda:0{f' to cuda:{there - 1}' * (there > 1)}"
+        )
+    return text
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return value
+
+
+def seconds(text: str) -> float:
+    """A time above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
+
+
+def pattern(text: str) -> str:
+    """A regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+    return text
+
+
+def batch(text: str) -> tuple[int, int]:
+    """(N, T) from "8,400"."""
+    try:
+        N, T = (int(value) for value in text.split(","))
+    except ValueError:
+        N = T = 0
+    if min(N, T) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {BATCH}")
+    return N, T
+
+
+def writable(folder: Path) -> None:
+    """Makes the folder of `--out`, and says so where no file can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        why = "is a file" if folder.is_file() else os.strerror(error.errno or 0)
+        raise SystemExit(f"--out {folder}: {why}; name a folder that can be written") from None
+
+
+def result(text: str) -> Path:
+    """A file that a run of `python -m bench` left."""
+    try:
+        result_file.read(Path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
+def page(text: str) -> Path:
+    """Where a page can be written: a path in a folder that is there, and not itself a folder."""
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no file in a folder that is there; name one, as in page.html")
+    return path

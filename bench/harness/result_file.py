@@ -1,0 +1,134 @@
+"""Results on disk: one JSON file a run, written after every case, and what --resume takes from it."""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from jasper_fast.bench.harness import machine
+from jasper_fast.bench.harness.case import Effort
+from jasper_fast.bench.harness.clocks import mark_throttled
+
+SCHEMA = 1
+LOST = "the device ran nothing more in that process"  # begins the row of the contender that did it
+TRIES = 2  # of a part of a run that fails
+
+
+def header(device: torch.device, arguments: Mapping[str, object], effort: Effort | None = None) -> dict:
+    """The part of a result that says where it comes from; `effort`: as the run makes it (default: the usual one)."""
+    return {
+        "machine": machine.describe(device),
+        "arguments": {k: str(v) for k, v in arguments.items()},
+        "effort": asdict(effort or Effort()),
+    }
+
+
+def against_limits(row: dict, limits: dict) -> None:
+    """Add the floor that the machine's measured ceilings set for the row, and how near the row comes to it."""
+    rate, bandwidth = limits.get("matmul_flops_per_s", {}).get(row["dtype"]), limits.get("copy_bytes_per_s")
+    floors = {}
+    if rate and row["flops"]:
+        floors["compute"] = row["flops"] / rate
+    if bandwidth and row["bytes"]:
+        floors["memory"] = row["bytes"] / bandwidth
+    if floors:
+        bound = max(floors, key=floors.__getitem__)
+        row["limit"] = {"bound": bound, "floor_s": floors[bound]}
+        if row["status"] == "ok":
+            row["limit"]["share"] = floors[bound] / row["time_s"]["median"]
+
+
+class Results:
+    """One JSON file a run, written again after every case, so that a run cut off keeps what it finished."""
+
+    def __init__(self, path: Path, header: dict, resume: bool = False) -> None:
+        self.path, self.started = path, time.monotonic()
+        self.data = {"schema": SCHEMA, **header, "limits": {}, "rows": [], "finished": False}
+        if resume and unfinished(path, header):
+            old = read(path)
+            self.data |= {"rows": old["rows"], "limits": old["limits"], "resumed": old.get("resumed", 0) + 1}
+            kept = {k: v for k, v in old.get("parts", {}).items() if v == "finished" or v.startswith("failed")}
+            self.data["parts"] = kept
+            self.data |= {k: old[k] for k in ("selfcheck", "faults") if k in old}
+
+    @property
+    def limits(self) -> dict:
+        """The machine's measured ceilings."""
+        return self.data["limits"]
+
+    def has(self, case_id: str, contenders: Iterable[str]) -> bool:
+        """Whether the rows of all these contenders are there already."""
+        have = {row["id"] for row in self.data["rows"]}
+        return all(f"{case_id} / {name}" in have for name in contenders)
+
+    def fatal(self, case_id: str) -> dict[str, tuple[str, str]]:
+        """Contenders of a case that took the device from an earlier process: status and reason, as `Case.failed`."""
+        rows = (row for row in self.data["rows"] if row["id"].startswith(f"{case_id} / ") and row["status"] == "failed")
+        return {row["contender"]: ("failed", row["why"]) for row in rows if row["why"].startswith(LOST)}
+
+    def add(self, rows: Iterable[dict]) -> None:
+        """Put rows in, replacing those of the same id, and write the file."""
+        new = {row["id"]: row for row in rows}
+        for row in new.values():
+            against_limits(row, self.limits)
+            row["at_s"] = round(time.monotonic() - self.started, 1)
+        self.data["rows"] = [r for r in self.data["rows"] if r["id"] not in new] + list(new.values())
+        mark_throttled(self.data["rows"], self.limits)
+        self.write()
+
+    def write(self) -> None:
+        """Write the file whole or not at all."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.data, indent=1) + "\n")
+        os.replace(part, self.path)
+
+
+def parts_left(data: dict) -> list[str]:
+    """Parts of a run that `--resume` would do: not finished, and not failed for the last time."""
+    faults = data.get("faults", {})
+    return [p for p, how in data.get("parts", {}).items() if how != "finished" and faults.get(p, 0) < TRIES]
+
+
+RESULT = {"schema", "command", "machine", "rows", "limits", "finished"}
+ROW = {"id", "bench", "key", "contender", "ours", "status"}
+
+
+def read(path: Path) -> dict:
+    """The result in a file; raises ValueError, which names the file, where it holds none."""
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict) or (missing := RESULT - set(found)):
+            raise ValueError("no " + (", ".join(sorted(missing)) if isinstance(found, dict) else "object") + " in it")
+        if not all(isinstance(row, dict) and set(row) >= ROW for row in found["rows"]):
+            raise ValueError("rows that are none")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not a result of python -m bench ({error})") from None
+    return found
+
+
+ALIKE = ("device", "dtype", "backend", "quick", "threads")  # rows of runs that differ in one of these are not one run's
+
+
+def unfinished(path: Path, header: dict) -> bool:
+    """Whether `path` holds a run of the same subcommand, machine, commit and ALIKE arguments that was cut off."""
+    if not path.exists():
+        return False
+    try:
+        old = read(path)
+    except ValueError as error:
+        raise SystemExit(f"--resume: {error}; delete it, or run without --resume") from None
+    if old["schema"] != SCHEMA:
+        return False
+    same = old["command"] == header["command"] and all(
+        old["machine"][k] == header["machine"][k] for k in ("name", "commit", "dirty")
+    )
+    before, now = (data.get("arguments", {}) for data in (old, header))
+    alike = all(before.get(k) == now.get(k) for k in ALIKE)
+    return same and alike and not old["finished"]

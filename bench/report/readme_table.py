@@ -1,0 +1,85 @@
+"""The table of the project's README, between two markers in it: what the newest results of each machine measured."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from jasper_fast.bench.harness import paths
+from jasper_fast.bench.report import tables
+
+BEGIN, END = "<!-- bench: made by python -m bench report --readme -->", "<!-- /bench -->"
+COMMITTED = paths.BENCH / "results"
+
+
+def write(results: Iterable[dict], readme: Path | None = None) -> int:
+    """Put a table a machine between the markers of `readme` (default: the checkout's)."""
+    readme = readme or paths.checkout("--readme") / "README.md"
+    text = readme.read_text()
+    if BEGIN not in text or END not in text:
+        raise SystemExit(f"{readme.name}: the markers {BEGIN} and {END} are missing; put them where the table belongs")
+    machines: dict[str, list[dict]] = {}
+    for result in sorted(results, key=lambda r: r["machine"]["date"]):
+        machines.setdefault(result["machine"]["name"], []).append(result)
+    if not machines:
+        raise SystemExit("no result in bench/results: commit one, or name JSON files")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    readme.write_text(f"{before}{BEGIN}\n{''.join(table(r) for r in machines.values())}{END}{after}")
+    tables.console.print(f"wrote the table in {readme.name}")
+    return 0
+
+
+def quick(result: dict) -> bool:
+    """Whether a result was measured with --quick: a few pairs a row."""
+    return result.get("arguments", {}).get("quick") == "True"
+
+
+def chosen_goals(results: Sequence[dict]) -> list[tuple[dict, dict]]:
+    """(goal, result) for each goal, in the order of the goals: of the newest result that measured it in full, and of a
+    quick one only where there is no other. `results` are in the order of their dates."""
+    order = dict.fromkeys(goal["name"] for result in reversed(results) for goal in result["goals"])
+    chosen = {}
+    for result in sorted(results, key=lambda r: not quick(r)):  # quick ones first, so that full ones replace them
+        chosen |= {goal["name"]: (goal, result) for goal in result["goals"]}
+    return [chosen[name] for name in order]
+
+
+def table(results: Sequence[dict]) -> str:
+    """Markdown: each goal's measurement on one machine, and how to repeat it."""
+    chosen = chosen_goals(results)
+    lines = [
+        f"| {results[-1]['machine']['name']} | eager PyTorch | jasper_fast | ratio [95 %] |",
+        "|---|---:|---:|---:|",
+    ]
+    for goal, result in chosen:
+        rows = {row["id"]: row for row in result["rows"]}
+        pair = rows.get(goal["row"]), rows[goal["row"].rsplit(" / ", 1)[0] + " / jasper_fast"]
+        if goal["measured"] is None:
+            cells = ["no number", pair[1].get("why", ""), ""]
+        elif goal["kind"] == "share":
+            cells = [tables.duration(r["time_s"]["median"]) if r and "time_s" in r else "" for r in pair]
+            cells.append(f"{100 * goal['measured']:.0f} % of the limit")
+        elif "memory" in pair[0]:
+            cells = [f"{r['memory']['kept_bytes'] / 2**20:,.0f} MiB" for r in pair]
+            cells.append(f"{goal['measured']:.2f} of eager's")
+        else:
+            cells = [tables.duration(r["time_s"]["median"]) for r in pair]
+            cells[0] += "" if pair[0]["contender"] == "eager" else f" ({pair[0]['contender']})"
+            found = pair[0]["ratio"]
+            interval = f" [{goal['low']:.2f}, {goal['high']:.2f}]" if tables.known(found) else ""
+            pairs = f" of {found['pairs']} pairs" if "pairs" in found else ""
+            cells.append(f"{goal['measured']:.2f}x{interval}{pairs}")
+        lines.append(f"| {goal['name']} | {' | '.join(cells)} |")
+    used = [r for r in results if any(result is r for _, result in chosen)]
+    return "\n".join([*lines, "", *(f"- {source(r)}" for r in used), ""])
+
+
+def source(result: dict) -> str:
+    """Command, versions and file of a result; where the command put it matters to nobody who repeats it."""
+    m, path = result["machine"], result["path"]
+    file = f"[result](bench/results/{path.name})" if path.parent == COMMITTED else path.name
+    command = re.sub(r" --out \S+", "", m["command"])
+    told = [f"{m['threads']} threads", f"torch {m['packages']['torch']}", f"commit {m['commit']}"]
+    if m.get("load_average"):
+        told.append(f"load average before {m['load_average'][0]:.1f}")
+    return f"`{command}`; {', '.join(told)}; {file}"

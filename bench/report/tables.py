@@ -1,0 +1,251 @@
+"""Results in the terminal, and what the HTML page's tables have in common with them."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from jasper_fast.bench.harness import ratios
+
+console = Console()
+if not console.is_terminal:  # a file or a pipe has no width: do not fold the columns to a guess of 80
+    console = Console(width=200)
+STYLES = {"wrong": "bold red", "failed": "red", "refused": "red", "absent": "dim"}
+
+
+def show(rows: list[dict], goals: list[dict]) -> None:
+    """One table a subcommand, then the goals."""
+    for bench in dict.fromkeys(row["bench"] for row in rows):
+        mine = [row for row in rows if row["bench"] == bench]
+        console.print(_memory(mine) if bench == "memory" else _timed(bench, mine))
+        for row in (r for r in mine if r["status"] != "ok"):
+            case = " ".join(str(v) for v in row["key"].values())
+            console.print(f"{row['status']}: {row['contender']}, {case}: {row['why']}", style=STYLES[row["status"]])
+    if goals:
+        console.print(_goals(goals, rows))
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that reads best."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}" if seconds < 1000 * scale else f"{seconds / scale:.0f} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+def rate(row: dict) -> str:
+    """What the row achieves, in the unit of its bound."""
+    if row.get("limit", {}).get("bound") == "memory":
+        return per_second(row["bytes_per_s"], "B")
+    return per_second(row["flops_per_s"], "FLOP") if "flops_per_s" in row else ""
+
+
+def per_second(value: float, of: str) -> str:
+    """A rate in the unit that reads best; `of` is what is counted."""
+    unit, scale = ("T", 1e12) if value >= 1e12 else ("G", 1e9)
+    return f"{value / scale:.3g} {unit}{of}/s"
+
+
+def plain(value: float) -> str:
+    """Three digits, and no power of ten."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+DASH = "–"
+FEW = f"{DASH} too few samples for this percentile: P90 takes 10, P95 takes 20, P99 takes 100."
+SLOWED = "‡ its clock ran more than 5 % below the run's highest while it was timed."
+HURRIED = "† timed in fewer rounds than usual: each takes long beside the time that a case has."
+PAIRS = 6  # of fewer, not even all of them from the least to the most hold the median in 95 % of runs: 1 - 2^(1 - n)
+
+
+def quantile(row: dict, key: str) -> float | None:
+    """A row's quantile in seconds, or None where its samples are too few to tell it."""
+    found = row["time_s"]
+    return found[key] if key in found and found["samples"] >= ratios.SAMPLES.get(key, 0) else None
+
+
+def marks(row: dict) -> str:
+    """What a row's median carries, for SLOWED and HURRIED to explain."""
+    return "".join(f" {mark}" for field, mark in (("throttled", SLOWED[0]), ("hurried", HURRIED[0])) if row.get(field))
+
+
+def few(rows: Iterable[dict], keys: Iterable[str]) -> bool:
+    """Whether FEW belongs under these rows."""
+    return any(quantile(row, key) is None for row in rows if "time_s" in row for key in keys)
+
+
+def known(ratio: dict) -> bool:
+    """Whether a ratio has an interval: of fewer than PAIRS pairs it would say more than it knows."""
+    return ratio.get("pairs", PAIRS) >= PAIRS
+
+
+def span(ratio: dict) -> str:
+    """A ratio and its interval, or of how few pairs it is."""
+    if not known(ratio):
+        return f"{ratio['median']:.2f} of {ratio['pairs']} pair{'s' if ratio['pairs'] > 1 else ''}"
+    return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+
+def share(row: dict) -> str:
+    """How near a row comes to its limit; a star where FOOTNOTE has something to say of it."""
+    limit = row.get("limit", {})
+    if "share" not in limit:
+        return ""
+    return f"{100 * limit['share']:.0f} %{'*' if limit['share'] > 1 else ''} ({limit['bound']})"
+
+
+FOOTNOTE = (
+    "* Effective FLOPs: counted by the definition, where a fast FIR algorithm multiplies less often. A small case may "
+    "also work from a cache, and the limit is itself measured in this run."
+)
+
+
+def starred(rows: Iterable[dict]) -> bool:
+    """Whether FOOTNOTE belongs under these rows."""
+    return any(row.get("limit", {}).get("share", 0) > 1 for row in rows)
+
+
+Column = tuple[str, Callable[[dict], str]]
+WAITS = {"mean": "mean", "p50": "P50", "p90": "P90", "p95": "P95", "p99": "P99"}  # of benches that a person waits for
+
+
+def waited(rows: Iterable[dict]) -> bool:
+    """Whether these are rows of a bench that a person waits for."""
+    return any(row["bench"] in ("latency", "launches") for row in rows)
+
+
+def notes(rows: Sequence[dict]) -> list[str]:
+    """What belongs under a table of these timed rows."""
+    timed = [row for row in rows if "time_s" in row]
+    found = [FOOTNOTE] if starred(timed) else []
+    found += [SLOWED] if any(row.get("throttled") for row in timed) else []
+    found += [HURRIED] if any(row.get("hurried") for row in timed) else []
+    return found + ([FEW] if few(timed, ratios.SAMPLES if waited(timed) else ("p20", "p80", "p99")) else [])
+
+
+def columns(rows: Sequence[dict]) -> list[Column]:
+    """What the timed rows of one subcommand show beside case and contender: heading, and the cell of a row."""
+    timed = [row for row in rows if "time_s" in row]
+
+    def cell(*keys: str) -> Callable[[dict], str]:
+        def told(row: dict) -> str:
+            values = [quantile(row, key) for key in keys]
+            mark = marks(row) if keys[0] in ("median", "p50") else ""
+            return DASH if None in values else " to ".join(duration(v) for v in values) + mark
+
+        return told
+
+    if waited(timed):
+        found: list[Column] = [(heading, cell(key)) for key, heading in WAITS.items()]
+    else:
+        found = [("median", cell("median")), ("p20 to p80", cell("p20", "p80")), ("p99", cell("p99"))]
+    if any("host_s" in row for row in timed):
+        found.append(("host", lambda row: duration(row["host_s"]) if "host_s" in row else ""))
+    if any("items_per_s" in row for row in timed):
+        found.append(("utterances/s", lambda row: plain(row["items_per_s"]) if "items_per_s" in row else ""))
+    if any(rate(row) for row in timed):
+        found.append(("rate", rate))
+    if any(share(row) for row in timed):
+        found.append(("of limit", share))
+    found.append(("its time / ours [95 %]", lambda row: span(row["ratio"]) if "ratio" in row else ""))
+    return [*launch_columns(timed), *found]
+
+
+def launch_columns(rows: Sequence[dict]) -> list[Column]:
+    """The counts of `python -m bench launches`, by what is counted."""
+    kinds = dict.fromkeys(kind for row in rows for kind in row.get("launches", {}))
+
+    def count(kind: str) -> Callable[[dict], str]:
+        return lambda row: str(row.get("launches", {}).get(kind, ""))
+
+    return [(kind.replace("_", " "), count(kind)) for kind in kinds]
+
+
+PROFILE_TITLES = {"layer": "layer, forward", "backward": "layer, backward", "op": "op, its own time"}
+
+
+def profiled(records: Sequence[dict]) -> list[tuple[str, list[dict]]]:
+    """(title, records) of each kind that a profile has."""
+    kinds = ((title, [r for r in records if r["kind"] == kind]) for kind, title in PROFILE_TITLES.items())
+    return [(title, mine) for title, mine in kinds if mine]
+
+
+def profile_lines(records: Sequence[dict], limit: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings beside the name, and a line a record: name, time, share of all records, calls."""
+    whole = sum(r["seconds"] for r in records)
+    lines = [
+        (r["name"], duration(r["seconds"]), f"{100 * r['seconds'] / whole:.1f} %", str(r["calls"]))
+        for r in records[:limit]
+    ]
+    return ("time", "share", "calls"), lines
+
+
+def _timed(bench: str, rows: list[dict]) -> Table:
+    caption = "\n".join(notes(rows)) or None
+    table = Table(title=bench, title_justify="left", caption=caption, caption_justify="left")
+    shown = columns(rows)
+    for heading in ("case", "contender"):
+        table.add_column(heading)
+    for heading, _ in shown:
+        table.add_column(heading, justify="right")
+    last = None
+    for row in rows:
+        case = " ".join(str(v) for v in row["key"].values())
+        first, last = ("" if case == last else case), case
+        if row["status"] != "ok":
+            table.add_row(first, row["contender"], row["status"], style=STYLES[row["status"]])
+            continue
+        cells = [cell(row) for _, cell in shown]
+        table.add_row(first, row["contender"], *cells, style="bold" if row["ours"] else None)
+    return table
+
+
+def _memory(rows: list[dict]) -> Table:
+    table = Table(title="memory", title_justify="left")
+    for column in (
+        "case",
+        "contender",
+        "kept for backward",
+        "peak of the step",
+        "ours / its, kept",
+        "ours / its, peak",
+    ):
+        table.add_column(column, justify="left" if column in ("case", "contender") else "right")
+    for row in rows:
+        case = " ".join(str(v) for v in row["key"].values())
+        if row["status"] != "ok":
+            table.add_row(case, row["contender"], row["status"], style=STYLES[row["status"]])
+            continue
+        m = row["memory"]
+        shares = [f"{m[k]:.3f}" if k in m else "" for k in ("ours_over_kept", "ours_over_peak")]
+        table.add_row(
+            case,
+            row["contender"],
+            f"{m['kept_bytes'] / 2**20:.1f} MiB",
+            f"{m['peak_bytes'] / 2**20:.1f} MiB",
+            *shares,
+            style="bold" if row["ours"] else None,
+        )
+    return table
+
+
+def measured(goal: dict, rows: Iterable[dict]) -> str:
+    """What a goal's row came to, with the interval where its ratio has one."""
+    if goal["measured"] is None:
+        return "no number"
+    told = f"{goal['measured']:.3f}"
+    if "low" not in goal:
+        return told
+    ratio = next((row.get("ratio", {}) for row in rows if row["id"] == goal["row"]), {})
+    return f"{told} [{goal['low']:.3f}, {goal['high']:.3f}]" if known(ratio) else f"{told} of {ratio['pairs']} pairs"
+
+
+def _goals(goals: list[dict], rows: list[dict]) -> Table:
+    table = Table(title="goals", title_justify="left")
+    for column in ("what", "goal", "measured", ""):
+        table.add_column(column)
+    for g in goals:
+        sign = "at most" if g["at_most"] else "at least"
+        told = measured(g, rows)
+        table.add_row(g["name"], f"{sign} {g['goal']:g}", told, "[green]met[/]" if g["met"] else "[red]not met[/]")
+    return table

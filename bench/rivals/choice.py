@@ -1,0 +1,79 @@
+"""Which rivals there are, and which of them a run meets."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from jasper_fast.bench.harness.run import Run
+from jasper_fast.bench.rivals import compiler, cuda_graphs, eager_layouts, runtimes
+from jasper_fast.bench.rivals.eager_layouts import ChannelsLast2d, Model
+
+INFERENCE: dict[str, Callable[[nn.Module], Model]] = {
+    "eager": eager_layouts.eager,
+    "eager_no_masks": eager_layouts.eager_no_masks,
+    "eager_2d_channels_last": ChannelsLast2d,
+    "compile": compiler.compiled("default"),
+    "compile_reduce_overhead": compiler.compiled("reduce-overhead"),
+    "compile_blocks_frozen": compiler.compiled_blocks_frozen,
+    "cuda_graph": cuda_graphs.cuda_graph,
+    "onnxruntime": runtimes.onnx_runtime,
+    "openvino": runtimes.openvino,
+    "tensorrt": runtimes.tensorrt,
+}
+TRAINING: dict[str, Callable[[nn.Module], Model]] = {
+    "eager": eager_layouts.eager,
+    "eager_no_masks": eager_layouts.eager_no_masks,
+    "eager_2d_channels_last": ChannelsLast2d,
+    "compile": compiler.compiled("default"),
+    "compile_reduce_overhead": compiler.compiled("reduce-overhead"),
+}
+KINDS = {"inference": INFERENCE, "training": TRAINING}
+# torch.compile of a 54-layer model takes minutes on a small CPU, so there it runs only when asked for
+DEFAULT = {
+    ("inference", "cpu"): ("eager", "eager_no_masks", "eager_2d_channels_last", "onnxruntime", "openvino"),
+    ("inference", "cuda"): tuple(n for n in INFERENCE if n != "openvino"),
+    ("training", "cpu"): ("eager", "eager_2d_channels_last"),
+    ("training", "cuda"): tuple(TRAINING),
+}
+
+
+class UnknownRival(ValueError):
+    """A rival was asked for that nobody knows; the message names those that there are."""
+
+
+def choose(kind: str, device: torch.device, wanted: str) -> dict[str, Callable[[nn.Module], Model]]:
+    """Rivals for `kind` ("inference" or "training"): `wanted` is default, all, or names with commas; eager always."""
+    known = KINDS[kind]
+    if wanted == "all":
+        return known
+    names = (
+        DEFAULT[kind, device.type]
+        if wanted == "default"
+        else ("eager", *(n for n in wanted.split(",") if n != "eager"))
+    )
+    if unknown := [n for n in names if n not in known]:
+        raise UnknownRival(f"no rival {unknown[0]!r} for {kind}; known: {', '.join(known)}")
+    return {n: known[n] for n in names}
+
+
+def only(kind: str, wanted: str) -> str:
+    """`wanted` without the names that only the other kind knows: one choice for inference and training together."""
+    if wanted in ("default", "all"):
+        return wanted
+    names, known = wanted.split(","), {name for rivals in KINDS.values() for name in rivals}
+    if unknown := [n for n in names if n not in known]:
+        raise UnknownRival(f"no rival {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    return ",".join(n for n in names if n in KINDS[kind]) or "eager"
+
+
+SUB_BLOCK = ("eager", "eager_2d_channels_last", "compile_max_autotune", "cudnn")
+
+
+def for_sub_blocks(run: Run) -> tuple[str, ...]:
+    """Rivals of a conv or sub-block: all on a GPU, the eager ones on a CPU, or those that `--rivals` names."""
+    if run.rivals == "all":
+        return SUB_BLOCK
+    if run.rivals == "default":
+        return SUB_BLOCK if run.device.type == "cuda" and not run.quick else SUB_BLOCK[:2]
+    return ("eager", *(name for name in SUB_BLOCK[1:] if name in run.rivals.split(",")))

@@ -1,0 +1,132 @@
+"""Other runtimes over the same weights: ONNX Runtime, OpenVINO, TensorRT (inference only)."""
+
+import contextlib
+import importlib.util
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jasper_fast.bench.harness.errors import Absent
+from jasper_fast.bench.rivals.eager_layouts import Model
+
+
+def onnx_runtime(model: nn.Module) -> Model:
+    """ONNX Runtime with all its graph optimisations; inputs and outputs stay on the model's device (inference only)."""
+    _need("onnxruntime", "pip install onnxruntime onnx onnxscript")
+    _need("onnx", "pip install onnx onnxscript")
+    import onnxruntime
+
+    device = next(model.parameters()).device
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
+    if provider not in onnxruntime.get_available_providers():
+        raise Absent(f"onnxruntime has no {provider}: pip install onnxruntime-gpu")
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    settings = {"device_id": str(stream.device.index), "user_compute_stream": str(stream.cuda_stream)} if stream else {}
+    with tempfile.TemporaryDirectory() as folder, _no_grad_eval(model):
+        path = Path(folder) / "jasper.onnx"
+        features = torch.zeros(
+            2, model.config.encoder.in_feats, 64, device=device, dtype=next(model.parameters()).dtype
+        )
+        lengths = torch.full((2,), 64, device=device)
+        dims = {"features": {0: "N", 2: "T"}, "lengths": {0: "N"}}
+        names = {"input_names": ["features", "lengths"], "output_names": ["log_probs", "out_lengths"]}
+        torch.onnx.export(model, (features, lengths), str(path), dynamic_axes=dims, dynamo=False, **names)
+        session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, settings)])
+    if provider not in session.get_providers():  # it falls back to the CPU with a warning alone
+        raise Absent(f"onnxruntime cannot load its {provider}: install the CUDA and cuDNN that it was built for")
+    return bound(session, model, stream)
+
+
+def bound(session, model: nn.Module, stream: "torch.cuda.Stream | None" = None) -> Model:
+    """An ONNX Runtime session that reads and writes tensors where they are; `stream` is the one that it runs on.
+
+    Its stream waits for the caller's and the caller's for it, so that neither reads what is not yet written.
+    """
+    numbers = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
+
+    def place(name: str, t: Tensor) -> dict:
+        if t.dtype not in numbers:
+            raise ValueError(f"ONNX Runtime is given no {t.dtype} here: take --dtype fp32 or fp16")
+        at = {"device_type": t.device.type, "device_id": t.device.index or 0, "buffer_ptr": t.data_ptr()}
+        return {"name": name, "element_type": numbers[t.dtype], "shape": tuple(t.shape), **at}
+
+    def call(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        features, lengths = features.contiguous(), lengths.contiguous()
+        N, T, V = features.shape[0], _frames_out(model, features.shape[2]), model.decoder.layers[0].out_channels
+        log_probs, out_lengths = features.new_empty((N, T, V), dtype=torch.float32), torch.empty_like(lengths)
+        binding = session.io_binding()
+        binding.bind_input(**place("features", features))
+        binding.bind_input(**place("lengths", lengths))
+        binding.bind_output(**place("log_probs", log_probs))
+        binding.bind_output(**place("out_lengths", out_lengths))
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
+        session.run_with_iobinding(binding)
+        if stream is not None:
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
+        return log_probs, out_lengths
+
+    return call
+
+
+def _frames_out(model: nn.Module, T: int) -> int:
+    """Frames of the model's output for T of its input."""
+    for block in model.encoder.layers:
+        for _ in range(block.cfg.repeat):
+            T = block.cfg.out_length(T)
+    return T
+
+
+def openvino(model: nn.Module) -> Model:
+    """OpenVINO on the CPU, weights in the model's own precision (inference only)."""
+    _need("openvino", "pip install openvino")
+    if next(model.parameters()).device.type != "cpu":
+        raise Absent("OpenVINO is timed on the CPU only")
+    import openvino as ov
+
+    features = torch.zeros(2, model.config.encoder.in_feats, 64, dtype=next(model.parameters()).dtype)
+    with _no_grad_eval(model):
+        converted = ov.convert_model(model, example_input=(features, torch.full((2,), 64)))
+    hints = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    ready = ov.compile_model(converted, "CPU", hints)
+
+    def call(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        found = ready((features.numpy(), lengths.numpy()))
+        return torch.from_numpy(found[0].copy()), torch.from_numpy(found[1].copy())
+
+    return call
+
+
+def tensorrt(model: nn.Module) -> Model:
+    """TensorRT through Torch-TensorRT (inference only)."""
+    if not torch.cuda.is_available():
+        raise Absent("TensorRT needs an NVIDIA GPU")
+    _need("torch_tensorrt", "pip install torch-tensorrt")
+    import torch_tensorrt  # noqa: F401  registers the backend
+
+    return torch.compile(model, backend="tensorrt", dynamic=False)
+
+
+def _need(module: str, get: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise Absent(f"{module} is not installed: {get}")
+
+
+@contextlib.contextmanager
+def _no_grad_eval(model: nn.Module):
+    was = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was)

@@ -1,0 +1,1 @@
+"""`python -m bench tune`: tiles and faces measured on this GPU, for the tables that dispatch chooses by."""

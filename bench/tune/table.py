@@ -1,0 +1,122 @@
+"""The table of a result of `python -m bench tune`: its rows and header, how it is installed, what a person is told."""
+
+import json
+from pathlib import Path
+
+from jasper_fast.bench.harness.console import console
+from jasper_fast.bench.harness.run import Run
+from jasper_fast.bench.tune.cases import LIBRARY
+from jasper_fast.kernels import tables
+
+PLAIN = (LIBRARY, "reference")  # what is not ours
+
+
+def put_table(run: Run) -> None:
+    """The table that the result's rows make, into the result, checked, and the file written."""
+    found = {
+        "header": table_header(run.results.data),
+        "rows": [row.plain() for row in winners(run.results.data["rows"])],
+    }
+    tables.parse(found, "the table of this run")
+    run.results.data["table"] = found
+    run.results.write()
+
+
+def winners(rows: list[dict]) -> list[tables.Row]:
+    """The fastest right configuration of each key of the table."""
+    best: dict[tuple, tables.Row] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            made = tables.Row(**row["tune"], time_s=row["time_s"]["median"])
+            if made.key not in best or made.time_s < best[made.key].time_s:
+                best[made.key] = made
+    return list(best.values())
+
+
+def table_header(data: dict) -> dict[str, str]:
+    """Where a table's numbers come from."""
+    of, gpu = data["machine"], data["machine"]["gpu"]
+    return {
+        "gpu": gpu["name"] if gpu else of["name"],
+        "capability": gpu["capability"] if gpu else "sm_00",
+        "driver": (gpu["driver"] or "unknown") if gpu else "none",
+        "torch": of["packages"]["torch"],
+        "triton": of["packages"]["triton"],
+        "commit": (of["commit"] or "unknown") + ("-dirty" if of["dirty"] else ""),
+        "command": of["command"],
+        "date": of["date"],
+    }
+
+
+def install(path: Path) -> int:
+    """Merge a result's table into the one of its GPU; rows of other versions of driver, torch or Triton go."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        say(f"{path}: cannot be read: {error}")
+        return 1
+    if data.get("command") != "tune" or not data.get("table"):
+        say(f"{path}: no result of `python -m bench tune`")
+        return 1
+    if data["machine"]["gpu"] is None:
+        say(f"{path}: measured on a CPU's stand-in: only a GPU's result can be a table")
+        return 1
+    try:
+        new = tables.parse(data["table"], f"{path}: table")
+        old = tables.for_gpu(new.header["gpu"])
+    except tables.TableError as error:
+        say(str(error))
+        return 1
+    rows = {row.key: row for row in new.rows}
+    if old is not None:
+        same = all(old.header[k] == new.header[k] for k in ("driver", "torch", "triton"))
+        rows = ({row.key: row for row in old.rows} if same else {}) | rows
+        if not same:
+            say(f"the {len(old.rows)} rows of other versions of driver, torch or Triton are replaced")
+    target = tables.folder() / f"{tables.slug(new.header['gpu'])}.json"
+    tables.write(target, new.header, rows.values())
+    say(f"wrote {len(rows)} rows, {len(new.rows)} of them new, to {target}; now run `jasper-fast selfcheck`")
+    return 0
+
+
+def say(text: str) -> None:
+    """A line for a person, never folded: it may hold a path."""
+    console.print(text, soft_wrap=True, markup=False)
+
+
+def summary(run: Run, done: int, of: int) -> None:
+    """The winners beside plain PyTorch, and what was not chosen and why."""
+    from rich.table import Table as Shown
+
+    from jasper_fast.bench.report.tables import console as out
+    from jasper_fast.bench.report.tables import duration
+
+    rows = run.results.data["rows"]
+    shown = Shown(title=f"tune: {done} of {of} cases", title_justify="left")
+    for column in ("op", "shape", "fastest of ours", "time", "rate", "PyTorch / ours"):
+        shown.add_column(column, justify="left" if column in ("op", "shape", "fastest of ours") else "right")
+    by_case: dict[str, list[dict]] = {}
+    for row in rows:
+        by_case.setdefault(row["id"].rsplit(" / ", 1)[0], []).append(row)
+    for of_case in by_case.values():
+        right = {r["contender"]: r for r in of_case if r["status"] == "ok"}
+        ours = min((r for n, r in right.items() if n not in PLAIN), key=lambda r: r["time_s"]["median"], default=None)
+        plain = next((r for n, r in right.items() if n in PLAIN), None)
+        key = of_case[0]["key"]
+        if ours is None:
+            shown.add_row(key["op"], key["shape"], "none", "", "", "", style="red")
+            continue
+        spent = ours["time_s"]["median"]
+        beside = f"{plain['time_s']['median'] / spent:.2f}" if plain else ""
+        rate = f"{ours['flops'] / spent / 1e12:.3g} TFLOP/s"
+        if key["op"] in tables.NORM_OPS:
+            rate = f"{ours['bytes'] / spent / 1e9:.3g} GB/s"
+        name = ours["contender"].removeprefix("triton ")
+        shown.add_row(key["op"], key["shape"], name, duration(spent), rate, beside)
+    out.print(shown)
+    for row in (r for r in rows if r["status"] != "ok"):
+        case = " ".join(str(v) for v in row["key"].values())
+        out.print(f"{row['status']}: {row['contender']}, {case}: {row['why']}", style="red")
+    out.print(f"wrote {run.results.path}")
+    if run.device.type == "cuda":
+        out.print(f"to make it this GPU's choice: python -m bench tune --install {run.results.path}")

@@ -1,0 +1,148 @@
+"""What the subcommands share: options of a model, reading with it, and what is said meanwhile."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from jasper_fast.options import add, option
+
+if TYPE_CHECKING:
+    import torch
+
+    from jasper_fast.data.manifest import Utterance
+    from jasper_fast.inference.recognizer import Recognition, Recognizer
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+class UsageError(Exception):
+    """The command line asks for what cannot be done."""
+
+
+def subcommand(commands: Any, module: ModuleType) -> None:
+    """Adds the subcommand that `module` describes: its name, HELP, DESCRIPTION, END, OPTIONS and function `run`."""
+    raw, name = argparse.RawDescriptionHelpFormatter, module.__name__.rpartition(".")[2]
+    texts = {"help": module.HELP, "description": module.DESCRIPTION, "epilog": module.END}
+    parser = commands.add_parser(name, **texts, formatter_class=raw)
+    add(parser, module.OPTIONS)
+    parser.set_defaults(run=module.run)
+
+
+def positive(kind: type) -> Any:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not positive")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+DEVICE = option("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
+MODEL = {  # the options of `load` and `recognize`
+    "model": [
+        option(
+            "--checkpoint",
+            required=True,
+            metavar="FILE",
+            help="weights: of this project, of NVIDIA's Jasper for PyTorch, or a .nemo archive",
+        ),
+        option("--config", metavar="YAML", help="model configuration, where the checkpoint carries none"),
+        option("--ema", action="store_true", help="use the moving average of the weights"),
+        DEVICE,
+        option(
+            "--backend",
+            default="auto",
+            help="auto, reference, cpu, triton or cuda; see `jasper-fast info` (default: auto)",
+        ),
+    ],
+    "speed": [
+        option(
+            "--dtype",
+            choices=tuple(DTYPES),
+            help="of weights and activations (default: the checkpoint's); fast: fp16 on a GPU, bf16 on a CPU with it",
+        ),
+        option("--batch-size", type=positive(int), default=16, metavar="N", help="utterances at a time (16)"),
+        option(
+            "--max-seconds", type=positive(float), default=240.0, metavar="S", help="padded audio at a time (240 s)"
+        ),
+        option("--workers", type=int, default=0, metavar="N", help="processes that read audio (0: this one)"),
+        option("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's)"),
+        option("-q", "--quiet", action="store_true", help="no progress bar"),
+    ],
+}
+
+
+def device_of(text: str) -> torch.device:
+    """The device that `--device` names. Raises UsageError where that is none."""
+    import torch
+
+    try:
+        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text)
+    except RuntimeError as error:
+        raise UsageError(f"--device {text!r} is no device; give cpu, cuda or cuda:1") from error
+
+
+def load(arguments: argparse.Namespace) -> Recognizer:
+    """The recogniser that the options of `add_model` ask for."""
+    import torch
+
+    from jasper_fast.dispatch import backends
+    from jasper_fast.inference import recognizer
+
+    backends.check(arguments.backend)
+    if arguments.workers < 0:
+        raise UsageError(f"--workers {arguments.workers} is negative")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = device_of(arguments.device)
+    dtype = None if arguments.dtype is None else getattr(torch, DTYPES[arguments.dtype])
+    return recognizer.load(arguments.checkpoint, arguments.config, arguments.ema, device, arguments.backend, dtype)
+
+
+def recognize(arguments: argparse.Namespace, recognizer: Recognizer, utterances: Sequence[Utterance]) -> Recognition:
+    """Recognises the utterances, with a count on the standard error where that is a terminal; says what was skipped."""
+    done, total, shown = 0, len(utterances), sys.stderr.isatty() and not arguments.quiet
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if shown:
+            end = "\r" if done < total else "\n"
+            print(f"\r{done} of {total} utterances", end=end, file=sys.stderr, flush=True)
+
+    options = arguments.batch_size, arguments.max_seconds, arguments.workers
+    result = recognizer.recognize(utterances, *options, advance)
+    for item in result.skipped.items:
+        print(f"skipped ({item.reason}): {item.detail}", file=sys.stderr)
+    if len(result.skipped):
+        print(f"{len(result.skipped)} of {total} could not be used", file=sys.stderr)
+    return result
+
+
+def speed(result: Recognition) -> str:
+    return (
+        f"{result.audio_seconds:.1f} s of audio in {result.wall_seconds:.2f} s: RTFx "
+        f"{result.audio_seconds / max(result.wall_seconds, 1e-9):.1f} with reading, "
+        f"{result.audio_seconds / max(result.compute_seconds, 1e-9):.1f} without"
+    )
+
+
+def write(path: str, text: str) -> None:
+    """Writes text so that the file is whole or not there."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, target)
+
+
+def check_writable(path: str | None) -> None:
+    if path and not Path(path).resolve().parent.is_dir():
+        raise UsageError(f"--out {path}: the folder {Path(path).resolve().parent} does not exist")

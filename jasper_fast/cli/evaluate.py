@@ -1,0 +1,110 @@
+"""`jasper-fast evaluate`: word and character error rate on a manifest."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from jasper_fast.cli import common
+from jasper_fast.options import option
+
+if TYPE_CHECKING:
+    from jasper_fast.inference.recognizer import Recognition, Recognizer
+
+DESCRIPTION = """\
+Transcribes every utterance of a manifest (JSON lines with audio_filepath, duration, text, or the array of NVIDIA's
+Jasper) and prints word and character error rate over all of them, speed as seconds of audio per second (RTFx), and
+the worst utterances. References are normalised as in training. Nothing is left out but files that cannot be read:
+they are listed, and not in the error rates."""
+END = """\
+exit status: 0, or 1 if no utterance could be read (with --strict: if any could not), 2 for a wrong command, manifest,
+checkpoint or configuration.
+
+example: jasper-fast evaluate --manifest dev.jsonl --checkpoint runs/best.pt --out result.json"""
+
+
+HELP = "word and character error rate on a manifest"
+OPTIONS = {
+    "": [
+        option("--manifest", required=True, action="append", metavar="FILE", help="may be given several times"),
+        option("--data-dir", metavar="DIR", help="where the manifest's paths start (default: its own folder)"),
+        option("--worst", type=int, default=10, metavar="N", help="how many of the worst to show (10)"),
+        option("--out", metavar="FILE", help="write figures and every utterance as JSON"),
+        option("--strict", action="store_true", help="exit with 1 if any file could not be read"),
+    ],
+    **common.MODEL,
+}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from jasper_fast.data import manifest
+    from jasper_fast.speech.metrics import character_errors, word_errors
+
+    common.check_writable(arguments.out)
+    utterances = [u for path in arguments.manifest for u in manifest.read_manifest(path, arguments.data_dir)]
+    recognizer = common.load(arguments)
+    result = common.recognize(arguments, recognizer, utterances)
+    rows = []
+    for utterance, reference, transcript, seconds in zip(
+        utterances, result.references, result.transcripts, result.seconds, strict=True
+    ):
+        if transcript is None:
+            continue
+        words, characters = word_errors(reference, transcript.text), character_errors(reference, transcript.text)
+        row = {"audio_filepath": utterance.path, "offset": utterance.offset, "duration": round(seconds, 3)}
+        row |= {"text": reference, "pred_text": transcript.text.strip(), "confidence": round(transcript.confidence, 4)}
+        row |= {"word_errors": words.total, "words": words.length}
+        rows.append(row | {"character_errors": characters.total, "characters": characters.length})
+    if not rows:
+        print("no utterance could be read", file=sys.stderr)
+        return 1
+    figures = _figures(arguments, recognizer, result, rows)
+    if arguments.out:
+        common.write(
+            arguments.out, json.dumps(figures | {"utterances_list": rows}, indent=1, ensure_ascii=False) + "\n"
+        )
+    print(
+        f"WER {100 * figures['wer']:.2f} %  CER {100 * figures['cer']:.2f} %  "
+        f"{figures['utterances']} utterances, {figures['words']} words: {figures['substitutions']} substituted, "
+        f"{figures['deletions']} deleted, {figures['insertions']} inserted"
+    )
+    bad = sorted((r for r in rows if r["word_errors"]), key=lambda r: r["word_errors"] / max(r["words"], 1))
+    for row in bad[::-1][: max(arguments.worst, 0)]:
+        print(f"{row['word_errors']}/{row['words']}  {row['audio_filepath']}")
+        print(f"      said  {row['text']}\n      heard {row['pred_text']}")
+    print(common.speed(result))
+    return int(arguments.strict and len(rows) < len(utterances))
+
+
+def _figures(arguments: argparse.Namespace, recognizer: Recognizer, result: Recognition, rows: list[dict]) -> dict:
+    import torch
+
+    from jasper_fast import __version__
+    from jasper_fast.speech.metrics import character_errors, word_errors
+
+    references, hypotheses = [r["text"] for r in rows], [r["pred_text"] for r in rows]
+    words, characters = word_errors(references, hypotheses), character_errors(references, hypotheses)
+    return {
+        "wer": words.rate,
+        "cer": characters.rate,
+        "utterances": len(rows),
+        "words": words.length,
+        "substitutions": words.substitutions,
+        "deletions": words.deletions,
+        "insertions": words.insertions,
+        "audio_seconds": round(result.audio_seconds, 3),
+        "wall_seconds": round(result.wall_seconds, 3),
+        "compute_seconds": round(result.compute_seconds, 3),
+        "rtfx": result.audio_seconds / max(result.wall_seconds, 1e-9),
+        "rtfx_compute": result.audio_seconds / max(result.compute_seconds, 1e-9),
+        "skipped": [item._asdict() for item in result.skipped.items],
+        "manifests": arguments.manifest,
+        "checkpoint": arguments.checkpoint,
+        "ema": arguments.ema,
+        "device": str(recognizer.device),
+        "backend": arguments.backend,
+        "threads": torch.get_num_threads(),
+        "versions": {"jasper_fast": __version__, "torch": torch.__version__},
+    }

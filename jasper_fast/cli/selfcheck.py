@@ -1,0 +1,76 @@
+"""`jasper-fast selfcheck`: every kernel against fp64."""
+
+from __future__ import annotations
+
+import argparse
+
+from jasper_fast.cli import common
+from jasper_fast.extras import need
+from jasper_fast.options import option
+
+DESCRIPTION = """\
+Runs every kernel, in every configuration that dispatch can choose on the device (its table's tiles and the defaults),
+forward, backward and at inference, on small shapes and those of Jasper 10x5, and holds the results against fp64: an
+error may be twice that of plain PyTorch at the same precision, plus roundings. The kernels run in a process of their
+own: one that crashes or hangs is a verdict, not the end. backend="auto" uses the kernels of a GPU only where the
+verdict, which is kept by dtype, GPU, driver and versions, is good; what a machine lacks for a check (a compiler,
+memory) is said, and is no verdict. Ended early, by Ctrl-C for one, it keeps the verdicts that it has reached. Without
+a GPU the kernels of the CPU are checked, and with TRITON_INTERPRET=1 Triton's in its interpreter."""
+END = """\
+exit status: 0 if every check passed, 1 otherwise, 2 for a wrong command.
+
+example: jasper-fast selfcheck --device cuda:0 --quick --dtype fp16"""
+
+
+HELP = "are the kernels right on this machine? every one against fp64"
+OPTIONS = {
+    "": [
+        common.DEVICE,
+        option("--quick", action="store_true", help="seconds: default tiles, two shapes, one dtype"),
+        option(
+            "--dtype",
+            action="append",
+            choices=tuple(common.DTYPES),
+            metavar="D",
+            help="fp32, fp16 or bf16, may be repeated; default: all, with --quick one",
+        ),
+        option("--json", action="store_true", help="every check and the verdicts as JSON"),
+        option("--no-cache", action="store_true", help="do not keep the verdicts"),
+        option(
+            "--limit",
+            type=common.positive(float),
+            default=180.0,
+            metavar="S",
+            help="for one check, compilation included (180 s)",
+        ),
+    ],
+}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from jasper_fast.dispatch import probe
+    from jasper_fast.selfcheck import show
+
+    need("rich", "train")  # it shows its table by it
+    device = common.device_of(arguments.device)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = torch.cuda.current_device() if device.index is None and count else device.index or 0
+        if index >= count:
+            raise common.UsageError(
+                f"--device {arguments.device}: PyTorch sees {count} GPUs here; `jasper-fast info` says more"
+            )
+        device = torch.device("cuda", index)
+    try:
+        return show.main(
+            device,
+            quick=arguments.quick,
+            as_json=arguments.json,
+            cache=not arguments.no_cache,
+            dtypes=[common.DTYPES[name] for name in arguments.dtype or ()],
+            seconds=arguments.limit,
+        )
+    except probe.CannotCheck as error:
+        raise common.UsageError(str(error)) from error

@@ -1,0 +1,63 @@
+"""Joining several utterances into one item, with silences around and between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Clips:
+    """What an item is made of: utterances by index, silences in seconds (one more than utterances), their noise."""
+
+    indices: tuple[int, ...]
+    gaps: tuple[float, ...] = (0.0, 0.0)
+    noise_db: float | None = None
+
+    def seconds(self, durations: Sequence[float]) -> float:
+        return sum(durations[i] for i in self.indices) + sum(self.gaps)
+
+    def silence(self, samples: int, rng: np.random.Generator) -> np.ndarray:
+        """(samples,) fp32 zeros, or white noise ``noise_db`` below full scale."""
+        if self.noise_db is None:
+            return np.zeros(samples, np.float32)
+        return rng.standard_normal(samples, np.float32) * np.float32(10 ** (self.noise_db / 20))
+
+
+@dataclass(frozen=True)
+class Join:
+    """Joins min_clips..max_clips utterances into one, with silences of min_gap..max_gap seconds around and between.
+
+    Each item holds its own utterance and random others, of the same speaker with ``same_speaker`` (where speakers are
+    known). ``noise_db`` (low, high) fills the silences with white noise of that level below full scale; None: zeros.
+    ``items`` per epoch: as many as there are utterances, unless given.
+    """
+
+    min_clips: int = 1
+    max_clips: int = 7
+    min_gap: float = 0.0
+    max_gap: float = 0.3
+    same_speaker: bool = True
+    noise_db: tuple[float, float] | None = None
+    items: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_clips <= self.max_clips:
+            raise ValueError(f"need 1 <= min_clips <= max_clips, got {self.min_clips}, {self.max_clips}")
+        if not 0 <= self.min_gap <= self.max_gap:
+            raise ValueError(f"need 0 <= min_gap <= max_gap, got {self.min_gap}, {self.max_gap}")
+
+    def draw(
+        self, own: int, pool: Sequence[int], durations: Sequence[float], longest: float, rng: np.random.Generator
+    ) -> Clips:
+        """Utterance ``own`` among others of ``pool``, by chance; no more of them than fit ``longest`` seconds."""
+        count = int(rng.integers(self.min_clips, self.max_clips + 1))
+        indices = [pool[i] for i in rng.integers(0, len(pool), count)]
+        indices[int(rng.integers(0, count))] = own
+        gaps = rng.uniform(self.min_gap, self.max_gap, count + 1).tolist()
+        noise_db = float(rng.uniform(*self.noise_db)) if self.noise_db else None
+        while len(indices) > self.min_clips and sum(durations[i] for i in indices) + sum(gaps) > longest:
+            del indices[-1 if indices[-1] != own else 0], gaps[-1]  # from the end, but never the item's own
+        return Clips(tuple(indices), tuple(gaps), noise_db)

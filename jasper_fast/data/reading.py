@@ -1,0 +1,58 @@
+"""Reading the audio of utterances, from their files or from memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from jasper_fast.data.manifest import Utterance
+from jasper_fast.speech import audio
+from jasper_fast.speech.audio import AudioError
+
+
+class AudioReader:
+    """Reads utterances at ``sample_rate`` Hz, with ``trim`` without the silence at both ends."""
+
+    def __init__(self, sample_rate: int, trim: bool = False) -> None:
+        self.sample_rate, self.trim = sample_rate, trim
+        self._memory: dict[Utterance, tuple[np.ndarray, float]] = {}
+
+    def read(self, utterance: Utterance, variant: float | None = None) -> tuple[np.ndarray, float]:
+        """Samples (S,) fp32, which must not be written to, and the seconds that trimming took from their front.
+
+        ``variant``, 0 to 1, chooses among the utterance's alternatives, where it has any. Raises AudioError.
+        """
+        if utterance in self._memory:
+            return self._memory[utterance]
+        path, seconds = utterance.path, utterance.seconds
+        if utterance.alternatives and variant is not None:
+            path = utterance.alternatives[int(variant * len(utterance.alternatives))]
+            seconds = 0.0  # the whole of it: its length is not in the manifest's entry
+        samples = audio.load(path, self.sample_rate, utterance.offset, seconds)
+        if not self.trim:
+            return samples, 0.0
+        first, end = audio.silence_bounds(samples)
+        return samples[first:end], first / self.sample_rate
+
+    def preload(self, utterances: Sequence[Utterance], max_gib: float = 4.0) -> None:
+        """Keeps the audio in memory, trimmed and resampled, for corpora that are read many times.
+
+        Takes 4 bytes a sample; workers forked later share it. Files that cannot be read are reported when they are
+        used, those with alternatives are always read. Raises ValueError above ``max_gib``.
+        """
+        gib = sum(u.seconds for u in utterances) * self.sample_rate * 4 / 2**30
+        if gib > max_gib:
+            raise ValueError(f"{gib:.1f} GiB of audio do not fit the {max_gib} GiB allowed; do not preload this corpus")
+
+        def read(utterance: Utterance) -> tuple[np.ndarray, float] | None:
+            try:
+                return self.read(utterance)
+            except AudioError:
+                return None
+
+        plain = [u for u in utterances if not u.alternatives]
+        with ThreadPoolExecutor() as pool:
+            loaded = zip(plain, pool.map(read, plain), strict=True)
+            self._memory = {utterance: found for utterance, found in loaded if found is not None}

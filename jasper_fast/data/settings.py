@@ -1,0 +1,70 @@
+"""How a data set is read, filtered and perturbed: the keys of the reference's ``audio_dataset``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from jasper_fast.data import perturb
+from jasper_fast.data.join import Join
+from jasper_fast.data.perturb import Perturb
+
+# Each perturbation's default, and the keys of the configuration with the fields that they set.
+_P = {"p": "p"}
+_RATES = {"min_rate": "low", "max_rate": "high"} | _P
+_PERTURBATIONS = {
+    "speed": (perturb.SPEED, _RATES | {"discrete": "discrete"}),
+    "gain": (perturb.GAIN, {"min_gain_dbfs": "low", "max_gain_dbfs": "high"} | _P),
+    "shift": (perturb.SHIFT, {"min_shift_ms": "low", "max_shift_ms": "high"} | _P),
+    "noise": (perturb.NOISE, {"min_snr_db": "low", "max_snr_db": "high"} | _P),
+    "tempo": (perturb.TEMPO, _RATES),
+}
+_PLAIN = {name: name for name in ("sample_rate", "trim_silence", "min_duration", "max_duration", "preload")}
+_PLAIN |= {"normalize_transcripts": "normalize_text", "max_utts": "max_utterances"}
+_ELSEWHERE = {"pad_to_max_duration", "sort_by_duration"}  # LogMelFeatures pads, BatchSampler orders
+
+
+@dataclass(frozen=True)
+class AudioSettings:
+    """Sample rate and trimming; the bounds of a training utterance in seconds; what is done to it by chance.
+
+    ``offline_speeds`` takes an utterance's files at other speeds too, ``max_utterances`` (0: all) the first ones,
+    ``preload`` keeps all audio in memory.
+    """
+
+    sample_rate: int = 16000
+    trim_silence: bool = False
+    normalize_text: bool = True
+    min_duration: float = 0.1
+    max_duration: float = math.inf
+    perturb: Perturb = field(default_factory=Perturb)
+    join: Join | None = None
+    offline_speeds: bool = False
+    max_utterances: int = 0
+    preload: bool = False
+
+    @classmethod
+    def from_config(cls, audio_dataset: dict[str, Any] | None) -> AudioSettings:
+        """From the reference's dict, which may also hold ``noise_perturbation``, ``tempo_perturbation``, ``join`` and
+        ``preload``. Raises ValueError naming an unknown key or a setting out of range."""
+        left, parts = dict(audio_dataset or {}), {}
+        for name, (default, keys) in _PERTURBATIONS.items():
+            parts[name] = _built(default, left.pop(f"{name}_perturbation", None), keys, f"{name}_perturbation")
+        join = _built(Join(), left.pop("join", None), {f.name: f.name for f in fields(Join)}, "join")
+        offline = not left.pop("ignore_offline_speed_perturbation", True)
+        settings = cls(perturb=Perturb(**parts), join=join, offline_speeds=offline)
+        plain = {key: value for key, value in left.items() if key not in _ELSEWHERE}
+        return _built(settings, plain, _PLAIN, "audio_dataset")
+
+
+def _built(default: Any, given: dict[str, Any] | None, keys: dict[str, str], where: str) -> Any:
+    """The dataclass ``default`` with the fields that ``given`` sets; None where nothing is given."""
+    if given is None:
+        return None
+    if unknown := given.keys() - keys.keys():
+        raise ValueError(f"{where}.{min(unknown)} is unknown; known keys: {', '.join(sorted(keys))}")
+    try:
+        return replace(default, **{keys[key]: value for key, value in given.items()})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

@@ -1,0 +1,18 @@
+"""Packages that only some tasks need; pyproject.toml lists them as extras."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+
+class MissingExtra(ImportError):
+    """A package of an extra is not installed; the message says how to get it."""
+
+
+def need(module: str, extra: str) -> ModuleType:
+    """The module, imported; raises MissingExtra, naming the extra that brings it, where it is not installed."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingExtra(f"{error.name} is not installed: pip install 'jasper-fast[{extra}]'") from error

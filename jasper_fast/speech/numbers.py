@@ -1,0 +1,55 @@
+"""Numbers in English words, as the text cleaners of NVIDIA's Jasper write them (both by the package inflect)."""
+
+from __future__ import annotations
+
+import re
+
+from jasper_fast.extras import need
+
+_LONGEST = 21  # digits; longer numbers are spoken digit by digit
+_engine = None
+
+
+def _words(number: int | str, andword: str = "", **settings: object) -> str:
+    global _engine
+    if _engine is None:  # takes seconds to import: texts without digits do without
+        _engine = need("inflect", "train").engine()
+    return _engine.number_to_words(number, andword=andword, **settings).replace(",", "")
+
+
+def _ordinal(match: re.Match[str]) -> str:
+    number = match[1]
+    return _words(number, group=1) if len(number) > _LONGEST else _words(f"{int(number)}th", "and")
+
+
+def _number(match: re.Match[str]) -> str:
+    """Years in pairs, long numbers and those with a leading zero digit by digit, the rest as cardinals."""
+    n = int(match[0])
+    if len(match[0]) > _LONGEST or match[0][0] == "0" or (n > 10**9 and n % 10**4):
+        return _words(match[0], group=1)
+    if not 1000 < n < 3000 or n == 2000 or 2000 < n < 2010:
+        return _words(n)
+    return _words(n, group=2, zero="oh") if n % 100 else f"{_words(n // 100)} hundred"
+
+
+def _dollars(match: re.Match[str]) -> str:
+    amount = match[1].replace(",", "")
+    parts = amount.split(".")
+    if len(parts) > 2:
+        return f"{amount} dollars"
+    dollars, cents = (int(p or 0) for p in (*parts, "0")[:2])
+    amounts = [f"{n} {unit}{'' if n == 1 else 's'}" for n, unit in ((dollars, "dollar"), (cents, "cent")) if n]
+    return " ".join(amounts) or "zero dollars"
+
+
+def expand_numbers(text: str) -> str:
+    """Numbers in English words: commas taken out, dollars and cents, decimals with 'point', ordinals, years, cardinals.
+
+    '$3.50 in 1984, the 21st' -> 'three dollars fifty cents in nineteen eighty-four, the twenty-first'. Raises
+    MissingExtra where the text holds a digit and inflect is not installed.
+    """
+    text = re.sub(r"[0-9][0-9,]+[0-9]", lambda m: m[0].replace(",", ""), text)
+    text = re.sub(r"\$([0-9.,]*[0-9])", _dollars, text)
+    text = re.sub(r"([0-9]+)\.([0-9]+)", r"\1 point \2", text)
+    text = re.sub(r"([0-9]+)(?:st|nd|rd|th)", _ordinal, text, flags=re.IGNORECASE)
+    return re.sub(r"[0-9]+", _number, text)

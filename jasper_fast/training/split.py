@@ -1,0 +1,96 @@
+"""The two parts of a training's data: what is learnt from, and what judges."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jasper_fast.data.batches import Batch, BatchSampler, load_batches
+from jasper_fast.data.dataset import SpeechDataset
+from jasper_fast.nn.config import JasperConfig
+from jasper_fast.speech import augment
+from jasper_fast.speech.features import LogMelFeatures
+from jasper_fast.speech.text import Vocabulary
+from jasper_fast.training.runs import RunError, preparing
+from jasper_fast.training.state import TrainingState
+from jasper_fast.training.step import Frontend
+
+
+@dataclass
+class Split:
+    """Utterances, the batches that they form, and the front end that hears them."""
+
+    name: str
+    dataset: SpeechDataset
+    sampler: BatchSampler
+    frontend: Frontend
+    workers: int = 0
+    told: int = 0  # how many of the skipped utterances were told
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        manifests: Sequence[str],
+        config: JasperConfig,
+        *,
+        data_dir: str | None = None,
+        training: bool = True,
+        seed: int = 0,
+        workers: int = 0,
+        **sampling: Any,
+    ) -> Split:
+        """Reads `manifests` with the settings of `config`: `input_train` for training, else `input_val`.
+
+        `sampling`: arguments of BatchSampler. Raises RunError, naming what cannot be used.
+        """
+        settings = config.input_train if training else config.input_val or config.input_train
+        with preparing(f"{name} data"):
+            features = LogMelFeatures.from_config(settings.get("filterbank_features", {}))
+            if features.n_mels != (wanted := config.encoder.in_feats):
+                kind = "input_train" if training else "input_val"
+                raise ValueError(f"{kind} makes {features.n_mels} features, the encoder takes {wanted}")
+            stride = math.prod(b.s**b.repeat for b in config.encoder.blocks)
+            dataset = SpeechDataset.from_manifests(
+                manifests, Vocabulary(config.labels), settings.get("audio_dataset"), data_dir,
+                training=training, seed=seed, frame_samples=features.hop_length * stride,
+            )  # fmt: skip
+            sampler = BatchSampler(dataset.durations, shuffle=training, seed=seed, **sampling)
+            frontend = Frontend(features, augment.from_config(settings) if training else None)
+        return cls(name, dataset, sampler, frontend, workers)
+
+    def __str__(self) -> str:
+        hours = sum(self.dataset.durations(0)) / 3600
+        return f"{self.name}: {len(self.dataset)} utterances, {hours:.2f} hours, {self.dataset.skipped}"
+
+    def newly_skipped(self, most: int = 5) -> list[str]:
+        """Why utterances were skipped since the last call, a line each for the first few."""
+        items = self.dataset.skipped.items[self.told :]
+        self.told += len(items)
+        return [f"  skipped: {item.detail}" for item in items[:most]]
+
+    def batches(self) -> Iterator[Batch]:
+        """All batches of this rank, once."""
+        return load_batches(self.dataset, self.sampler, workers=self.workers)
+
+    def steps(self, epoch: int, accumulation: int) -> int:
+        """Steps in an epoch, of so many micro-batches each."""
+        return math.ceil(self.sampler.steps(epoch) / accumulation)
+
+    def micro_batches(self, state: TrainingState, accumulation: int, pin_memory: bool) -> Iterator[list[Batch]]:
+        """The micro-batches of each step from where `state` stands, epoch after epoch, as long as `state` moves on.
+
+        Raises RunError where nothing of a whole step could be read.
+        """
+        while True:
+            first = state.position * accumulation
+            loader = load_batches(self.dataset, self.sampler, state.epoch, first, self.workers, pin_memory)
+            for _ in range(state.position, self.steps(state.epoch, accumulation)):
+                batches = [b for b in itertools.islice(loader, accumulation) if len(b)]
+                if not batches:
+                    cause = self.dataset.skipped.items[-1].detail
+                    raise RunError(f"no file of a whole step could be read: {cause}")
+                yield batches

@@ -1,0 +1,58 @@
+"""The state of a training: all that a checkpoint must hold for it to go on exactly where it stands."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from jasper_fast.training.ema import EMA
+from jasper_fast.training.meter import Meter
+
+
+@dataclass
+class TrainingState:
+    """Everything that a run must save to go on exactly where it stands, but for the random generators."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    meter: Meter
+    ema: EMA | None = None
+    epoch: int = 0  # the one under way, from 0
+    position: int = 0  # steps done in this epoch
+    step: int = 0  # steps done in all
+    best_wer: float = math.inf
+    earlier: float = 0.0  # minutes of the run's earlier parts
+    clock: float = field(default_factory=time.monotonic)
+
+    _PARTS = ("optimizer", "scaler", "meter")
+    _PLACES = ("epoch", "position", "step", "best_wer")
+
+    @property
+    def minutes(self) -> float:
+        """Over all parts of the run."""
+        return self.earlier + (time.monotonic() - self.clock) / 60
+
+    def state_dict(self) -> dict[str, Any]:
+        """Model and moving average under the reference's keys, the rest by name."""
+        state = {name: getattr(self, name).state_dict() for name in self._PARTS}
+        state |= {name: getattr(self, name) for name in (*self._PLACES, "minutes")}
+        state["ema_state_dict"] = self.ema.state_dict() if self.ema else None
+        state["ema_updates"] = self.ema.updates if self.ema else 0
+        return state | {"state_dict": self.model.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes everything back. A moving average that starts only now starts from the saved weights."""
+        self.model.load_state_dict(state["state_dict"])
+        for name in self._PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        for name in self._PLACES:
+            setattr(self, name, state[name])
+        self.earlier, self.clock = state["minutes"], time.monotonic()
+        if self.ema:
+            self.ema.load_state_dict(state["ema_state_dict"] or state["state_dict"], state["ema_updates"])

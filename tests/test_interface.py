@@ -1,0 +1,100 @@
+"""What users and files depend on, against a recorded list: op schemas, signatures, state-dict keys, commands, results.
+
+`python tests/test_interface.py` records it anew, where a change is meant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDED = Path(__file__).with_name("interface.json")
+BENCH = ("kernels", "train", "latency", "memory", "all", "launches", "gpu", "profile", "tune", "compile", "report")
+PACKAGE = ("transcribe", "evaluate", "info", "selfcheck")
+
+
+def schemas() -> list[str]:
+    """The ops of the package, as torch.library knows them."""
+    import jasper_fast.ops  # noqa: F401
+
+    return sorted(str(s) for s in torch._C._jit_get_all_schemas() if s.name.startswith("jasper_fast::"))
+
+
+def signatures() -> dict[str, list[str]]:
+    """Parameters of the public functions and classes, by name."""
+    import jasper_fast
+    from jasper_fast import ops
+
+    public = {name: getattr(jasper_fast, name) for name in jasper_fast.__all__ if name != "__version__"}
+    public |= {f"ops.{name}": getattr(ops, name) for name in ops.__all__}
+    return {name: list(inspect.signature(of).parameters) for name, of in public.items()}
+
+
+def state_dict() -> list[str]:
+    """Names and shapes of the entries of Jasper 10x5 dense residual."""
+    from jasper_fast import Jasper, JasperConfig
+
+    with torch.device("meta"):
+        model = Jasper(JasperConfig.from_yaml(ROOT / "configs" / "jasper10x5dr.yaml"))
+    return [f"{name} {tuple(t.shape)}" for name, t in model.state_dict().items()]
+
+
+def options(main, argv: list[str]) -> list[str]:
+    """The options that a command's --help lists."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        main([*argv, "--help"])
+    return sorted(set(re.findall(r"^ +(?:-\w, )?(--[a-z0-9-]+)", said.getvalue(), re.MULTILINE)))
+
+
+def commands() -> dict[str, list[str]]:
+    """The options of every command."""
+    import train
+    from jasper_fast.bench import cli as bench
+    from jasper_fast.cli import command
+
+    found = {f"bench {name}": options(bench.main, [name]) for name in BENCH}
+    found |= {f"jasper-fast {name}": options(command.main, [name]) for name in PACKAGE}
+    return found | {"train.py": options(train.arguments, [])}
+
+
+def result() -> dict[str, list[str]]:
+    """The keys of a result's machine and of its measured rows, those inside them too."""
+    import tempfile
+
+    from bench_runs import CPU, make_run, softplus_case
+
+    from jasper_fast.bench.harness import machine
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = make_run(Path(folder))
+        run.cases("test", [softplus_case({"eager": torch.nn.functional.softplus})])
+        rows = json.loads((Path(folder) / "run.json").read_text())["rows"]
+    keys = {key for row in rows for key in row}
+    keys |= {
+        f"{key}.{inner}" for row in rows for key, value in row.items() if isinstance(value, dict) for inner in value
+    }
+    return {"machine": sorted(machine.describe(CPU)), "rows": sorted(k for k in keys if not k.startswith("clocks."))}
+
+
+PARTS = {of.__name__: of for of in (schemas, signatures, state_dict, commands, result)}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_it_is_as_recorded(part: str) -> None:
+    recorded, found = json.loads(RECORDED.read_text())[part], PARTS[part]()
+    assert found == recorded, f"if that is meant: python {Path(__file__).relative_to(ROOT)}"
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    RECORDED.write_text(json.dumps({name: of() for name, of in PARTS.items()}, indent=1) + "\n")
