@@ -19,6 +19,16 @@ def empty_ntc(n: int, c: int, t: int, *, like: Tensor, dtype: torch.dtype | None
     return torch.empty((n, t, c), dtype=dtype or like.dtype, device=like.device).transpose(1, 2)
 
 
+def padding(lengths: Tensor, t: int) -> Tensor:
+    """Which of `t` frames lie at t >= `lengths` (N,): bool (N, 1, T), to be broadcast over channels."""
+    return (torch.arange(t, device=lengths.device) >= lengths[:, None])[:, None]
+
+
+def mask(x: Tensor, lengths: Tensor | None, value: float = 0.0) -> Tensor:
+    """`x` (N, C, T) with `value` at t >= `lengths` (N,), whatever was there; `x` itself where they are None."""
+    return x if lengths is None else x.masked_fill(padding(lengths, x.shape[2]), value)
+
+
 def rows(x: Tensor) -> Tensor:
     """The (N*T, C) matrix view of an NTC tensor (N, C, T): one row a frame."""
     n, c, t = x.shape

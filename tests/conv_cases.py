@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.layout import mask, ntc
+from jasper_fast.kernels.operands import Geometry
 
 # (N, C_in, C_out, T, K, stride, dilation, lengths)
 Layer = tuple[int, int, int, int, int, int, int, list[int] | None]
@@ -27,15 +28,14 @@ LAYERS: dict[str, Layer] = {
 
 
 def make(layer: Layer, dtype: torch.dtype, device: torch.device) -> tuple:
-    """x (N, C_in, T) in NTC memory, zero in its padding, weight, stride, padding, dilation, lengths."""
+    """x (N, C_in, T) in NTC memory, zero in its padding, weight, geometry, lengths."""
     n, c_in, c_out, t, k, stride, dilation, lengths = layer
     x = torch.randn(n, c_in, t)
     if lengths is not None:
         lengths = torch.tensor(lengths)
-        x = x.masked_fill((torch.arange(t) >= lengths[:, None])[:, None], 0.0)
-        lengths = lengths.to(device)
+        x, lengths = mask(x, lengths), lengths.to(device)
     weight = (torch.randn(c_out, c_in, k) / (c_in * k) ** 0.5).to(device, dtype)
-    return ntc(x.to(device, dtype)), weight, stride, dilation * (k - 1) // 2, dilation, lengths
+    return ntc(x.to(device, dtype)), weight, Geometry(stride, dilation * (k - 1) // 2, dilation), lengths
 
 
 def gradients(x: Tensor, weight: Tensor, dy: Tensor, stride: int, padding: int, dilation: int) -> tuple[Tensor, Tensor]:

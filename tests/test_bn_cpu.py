@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from jasper_fast.kernels import native
 from jasper_fast.kernels.bn_relu_dropout import cpu_impl
 from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.operands import Mask, Norm
 
 pytestmark = pytest.mark.skipif(not native.cpu_available(), reason="the native CPU library is not built: make install")
 
@@ -85,15 +86,15 @@ def make(index: int, residual: bool, p: float, dtype: torch.dtype) -> dict:
 
 def run(case: dict) -> dict[str, Tensor]:
     """Forward and backward through the face's four functions, with the batch's statistics."""
-    y, lengths, seed, p = (case[k] for k in ("y", "lengths", "seed", "p"))
+    y, mask = case["y"], Mask(case["lengths"], case["seed"], case["p"])
     rows = y.shape[0] * y.shape[2]
     mean, m2 = cpu_impl.stats(y)
-    rstd = (m2.double() / rows + EPS).rsqrt().float()
-    z = cpu_impl.forward(y, mean, rstd, case["gamma"], case["beta"], case["residual"], lengths, seed, p)
+    norm = Norm(mean, (m2.double() / rows + EPS).rsqrt().float(), case["gamma"], case["beta"])
+    z = cpu_impl.forward(y, norm, case["residual"], mask)
     residual = case["residual"] is not None
-    saved = (case["dz"], y, z if residual else None, mean, rstd, case["gamma"], case["beta"])
-    dbeta, dgamma = cpu_impl.backward_reduce(*saved, lengths, seed, p)
-    dy, dres = cpu_impl.backward_apply(*saved, dbeta / rows, dgamma / rows, lengths, seed, p, residual)
+    saved = (case["dz"], y, z if residual else None, norm)
+    dbeta, dgamma = cpu_impl.backward_reduce(*saved, mask)
+    dy, dres = cpu_impl.backward_apply(*saved, (dbeta / rows, dgamma / rows), mask, residual)
     out = {"mean": mean, "m2": m2, "z": z, "dbeta": dbeta, "dgamma": dgamma, "dy": dy}
     return out | ({"dres": dres} if residual else {})
 
@@ -229,7 +230,7 @@ def test_every_value_survives_loading_and_storing(dtype):
     y = patterns.to(torch.int32 if dtype == torch.float32 else torch.int16).view(dtype)[: len(patterns) // 16 * 16]
     y = y.reshape(1, -1, 16).transpose(1, 2)
     one, zero = torch.ones(16), torch.zeros(16)
-    z = cpu_impl.forward(y, zero, one, one, zero, None, None, None, 0.0)
+    z = cpu_impl.forward(y, Norm(zero, one, one, zero), None, Mask())
     assert torch.equal(z.isnan(), y.isnan())
     assert torch.equal(z[~z.isnan()], y[~y.isnan()])
 
@@ -238,7 +239,7 @@ def test_shapes_dtypes_and_memory_are_checked():
     y, one = ntc(torch.randn(2, 8, 5)), torch.ones(8)
 
     def forward(y=y, mean=one, residual=None, lengths=None, seed=None, p=0.0):
-        cpu_impl.forward(y, mean, one, one, one, residual, lengths, seed, p)
+        cpu_impl.forward(y, Norm(mean, one, one, one), residual, Mask(lengths, seed, p))
 
     forward()
     for message, wrong in {
@@ -260,12 +261,12 @@ def test_shapes_dtypes_and_memory_are_checked():
     with pytest.raises(RuntimeError, match="no rows"):
         cpu_impl.stats(torch.empty(0, 8, 5))
     with pytest.raises(RuntimeError, match="z is needed where there is a residual"):
-        cpu_impl.backward_apply(y, y, None, one, one, one, one, None, None, None, None, 0.0, True)
+        cpu_impl.backward_apply(y, y, None, Norm(one, one, one, one), None, Mask(), True)
 
 
 def test_lengths_beyond_the_batch_mean_all_frames_and_negative_ones_none():
     y, one, zero = ntc(torch.rand(2, 8, 5) + 1), torch.ones(8), torch.zeros(8)
-    z = cpu_impl.forward(y, zero, one, one, zero, None, torch.tensor([9, -4]), None, 0.0)
+    z = cpu_impl.forward(y, Norm(zero, one, one, zero), None, Mask(torch.tensor([9, -4])))
     assert torch.equal(z[0], y[0])
     assert (z[1] == 0).all()
 

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from jasper_fast.kernels import philox
 from jasper_fast.kernels.bn_relu_dropout import reference
-from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.layout import mask, ntc, padding
+from jasper_fast.kernels.operands import Mask, Norm
 
 EPS = 1e-3
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -40,6 +41,10 @@ class Case:
         gamma, beta = self.gamma.to(vectors), self.beta.to(vectors)
         return Case(self.y.to(dtype), gamma, beta, residual, self.lengths, self.seed, self.p, self.dz.to(dtype))
 
+    @property
+    def mask(self) -> Mask:
+        return Mask(self.lengths, self.seed, self.p)
+
     def alive(self) -> Tensor:
         """Neither dropped nor padding: bool (N, C, T)."""
         n, c, t = self.y.shape
@@ -47,7 +52,7 @@ class Case:
         if self.p > 0:
             alive &= philox.keep_mask(n, c, t, self.p, self.seed, self.y.device)
         if self.lengths is not None:
-            alive &= (torch.arange(t, device=self.y.device) < self.lengths[:, None])[:, None]
+            alive &= ~padding(self.lengths, t)
         return alive
 
 
@@ -78,14 +83,12 @@ def run(op, case: Case, training: bool) -> dict[str, Tensor]:
         mean, m2 = op.stats(case.y)
     else:
         mean, m2 = case.beta * 0.1, case.gamma * n * t
-    rstd = rstd_of(m2, n * t)
-    z = op.forward(case.y, mean, rstd, case.gamma, case.beta, case.residual, case.lengths, case.seed, case.p)
-    saved = (z if case.residual is not None else None, mean, rstd, case.gamma, case.beta)
-    dbeta, dgamma = op.backward_reduce(case.dz, case.y, *saved, case.lengths, case.seed, case.p)
-    means = (dbeta / (n * t), dgamma / (n * t)) if training else (None, None)
-    dy, dres = op.backward_apply(
-        case.dz, case.y, *saved, *means, case.lengths, case.seed, case.p, case.residual is not None
-    )
+    norm = Norm(mean, rstd_of(m2, n * t), case.gamma, case.beta)
+    z = op.forward(case.y, norm, case.residual, case.mask)
+    saved = (case.dz, case.y, z if case.residual is not None else None, norm)
+    dbeta, dgamma = op.backward_reduce(*saved, case.mask)
+    means = (dbeta / (n * t), dgamma / (n * t)) if training else None
+    dy, dres = op.backward_apply(*saved, means, case.mask, case.residual is not None)
     out = {"z": z, "dy": dy, "dgamma": dgamma, "dbeta": dbeta, "mean": mean, "m2": m2}
     return out if dres is None else out | {"dres": dres}
 
@@ -182,7 +185,7 @@ def test_dropout_bits_are_the_same_on_every_face(face, c, dtype):
     seed = torch.tensor([-(5 << 40) + 17], device=face.device)
     y = ntc(torch.ones(n, c, t, dtype=dtype, device=face.device))
     one, zero = torch.ones(c, device=face.device), torch.zeros(c, device=face.device)
-    z = face.load("bn_relu_dropout").forward(y, zero, one, one, zero, None, None, seed, p)
+    z = face.load("bn_relu_dropout").forward(y, Norm(zero, one, one, zero), None, Mask(None, seed, p))
     keep = philox.keep_mask(n, c, t, p, seed, face.device)
     assert torch.equal(z != 0, keep)
     off = (z[keep].double() * (1 - p) - 1).abs().max()
@@ -193,10 +196,9 @@ def test_keep_rate(face):
     n, c, t, p = 2, 64, 400, 0.2
     one, zero = torch.ones(c, device=face.device), torch.zeros(c, device=face.device)
     y = ntc(torch.ones(n, c, t, device=face.device))
-    op = face.load("bn_relu_dropout")
+    op, norm = face.load("bn_relu_dropout"), Norm(zero, one, one, zero)
     first, second = (
-        op.forward(y, zero, one, one, zero, None, None, torch.tensor([seed], device=face.device), p) != 0
-        for seed in (1, 2)
+        op.forward(y, norm, None, Mask(None, torch.tensor([seed], device=face.device), p)) != 0 for seed in (1, 2)
     )
     assert abs(first.double().mean() - (1 - p)) <= 5 * math.sqrt(p * (1 - p) / (n * c * t))
     assert not torch.equal(first, second)
@@ -209,15 +211,15 @@ def test_garbage_in_padding_changes_nothing(face, residual, dtype):
     op = face.load("bn_relu_dropout")
     case = make(3, 36, 17, dtype=dtype, device=face.device, residual=residual, lengths=[17, 6, 0], p=0.2)
     clean = run(op, case, training=False)
-    padding = ~(torch.arange(17, device=face.device) < case.lengths[:, None])[:, None].expand_as(case.y)
+    inside = padding(case.lengths, 17).expand_as(case.y)
     for x in (case.y, case.dz, case.residual):
         if x is not None:
-            x[padding] = math.nan
+            x[inside] = math.nan
     soiled = run(op, case, training=False)
     for name, value in clean.items():
         assert torch.equal(soiled[name], value), name
         if value.dim() == 3:
-            assert (value[padding] == 0).all(), name
+            assert (value[inside] == 0).all(), name
 
 
 def test_gradient_in_padding_is_ignored_in_training(face):
@@ -233,25 +235,20 @@ def test_gradient_in_padding_is_ignored_in_training(face):
 def halo_case(face, dtype, residual, halo, n=4, c=40, t=61) -> Case:
     """A case whose y, as a conv of masked input leaves it, is zero at t >= length + halo."""
     case = make(n, c, t, dtype=dtype, device=face.device, residual=residual, lengths=[t, 30, 1, 0], p=0.2)
-    case.y[beyond(case, halo)] = 0
+    case.y = ntc(mask(case.y, case.lengths + halo))
     return case
-
-
-def beyond(case: Case, halo: int) -> Tensor:
-    t = torch.arange(case.y.shape[2], device=case.y.device)
-    return (t >= case.lengths[:, None] + halo)[:, None].expand_as(case.y)
 
 
 def apply(op, case: Case, y: Tensor, halo: int | None) -> tuple[Tensor, Tensor | None]:
     """backward_apply of `y`, with the statistics and sums of the case's own y."""
     rows = case.y.shape[0] * case.y.shape[2]
     mean, m2 = op.stats(case.y)
-    saved = (mean, rstd_of(m2, rows), case.gamma, case.beta)
-    z = op.forward(case.y, *saved, case.residual, case.lengths, case.seed, case.p)
+    norm = Norm(mean, rstd_of(m2, rows), case.gamma, case.beta)
+    z = op.forward(case.y, norm, case.residual, case.mask)
     z = None if case.residual is None else z
-    dbeta, dgamma = op.backward_reduce(case.dz, case.y, z, *saved, case.lengths, case.seed, case.p)
+    dbeta, dgamma = op.backward_reduce(case.dz, case.y, z, norm, case.mask)
     means, has_residual = (dbeta / rows, dgamma / rows), case.residual is not None
-    return op.backward_apply(case.dz, y, z, *saved, *means, case.lengths, case.seed, case.p, has_residual, halo)
+    return op.backward_apply(case.dz, y, z, norm, means, case.mask, has_residual, halo)
 
 
 def same_bits(got: tuple[Tensor, Tensor | None], want: tuple[Tensor, Tensor | None]) -> bool:
@@ -273,7 +270,7 @@ def test_beyond_the_halo_y_is_not_read(name, c, dtype):
     """NaN in rows that `halo` calls zero reaches nothing; without the hint it reaches dy, so it was there."""
     face = make_face(name)
     op, case = face.load("bn_relu_dropout"), halo_case(face, dtype, False, 3, c=c)
-    soiled = ntc(case.y.masked_fill(beyond(case, 3), math.nan))
+    soiled = ntc(mask(case.y, case.lengths + 3, math.nan))
     got = apply(op, case, soiled, 3)
     assert got[0].isfinite().all()
     assert same_bits(got, apply(op, case, case.y, None))
@@ -306,7 +303,7 @@ def test_dropped_nan_is_zero(face):
     seed = torch.tensor([7], device=face.device)
     y = torch.full((n, t, c), math.nan, device=face.device).transpose(1, 2)
     one, zero = torch.ones(c, device=face.device), torch.zeros(c, device=face.device)
-    z = face.load("bn_relu_dropout").forward(y, zero, one, one, zero, None, None, seed, p)
+    z = face.load("bn_relu_dropout").forward(y, Norm(zero, one, one, zero), None, Mask(None, seed, p))
     keep = philox.keep_mask(n, c, t, p, seed, face.device)
     assert z[keep].isnan().all()
     assert (z[~keep] == 0).all()
@@ -325,30 +322,30 @@ def test_p_out_of_range_is_refused(face):
     y = ntc(torch.ones(1, 8, 2, device=face.device))
     one, seed = torch.ones(8, device=face.device), torch.tensor([1], device=face.device)
     with pytest.raises((ValueError, RuntimeError), match=r"\bp\b"):
-        face.load("bn_relu_dropout").forward(y, one, one, one, one, None, None, seed, 1.0)
+        face.load("bn_relu_dropout").forward(y, Norm(one, one, one, one), None, Mask(None, seed, 1.0))
 
 
 class Reference(torch.autograd.Function):
     """The reference's hand-written backward as autograd sees it, statistics included."""
 
     @staticmethod
-    def forward(ctx, y, gamma, beta, residual, lengths, seed, p, training):
+    def forward(ctx, y, gamma, beta, residual, mask, training):
         rows = y.shape[0] * y.shape[2]
         mean, m2 = reference.stats(y) if training else (0.1 * torch.ones_like(gamma), rows * torch.ones_like(gamma))
-        rstd = rstd_of(m2, rows)
-        z = reference.forward(y, mean, rstd, gamma, beta, residual, lengths, seed, p)
-        ctx.save_for_backward(y, z if residual is not None else None, mean, rstd, gamma, beta, lengths, seed)
-        ctx.p, ctx.training, ctx.rows = p, training, rows
+        norm = Norm(mean, rstd_of(m2, rows), gamma, beta)
+        z = reference.forward(y, norm, residual, mask)
+        ctx.save_for_backward(y, z if residual is not None else None, *norm)
+        ctx.mask, ctx.training, ctx.rows = mask, training, rows
         return z
 
     @staticmethod
     def backward(ctx, dz):
-        y, z, mean, rstd, gamma, beta, lengths, seed = ctx.saved_tensors
-        saved = (ntc(dz), y, z, mean, rstd, gamma, beta)
-        dbeta, dgamma = reference.backward_reduce(*saved, lengths, seed, ctx.p)
-        means = (dbeta / ctx.rows, dgamma / ctx.rows) if ctx.training else (None, None)
-        dy, dres = reference.backward_apply(*saved, *means, lengths, seed, ctx.p, z is not None)
-        return dy, dgamma, dbeta, dres, None, None, None, None
+        y, z, *norm = ctx.saved_tensors
+        saved = (ntc(dz), y, z, Norm(*norm))
+        dbeta, dgamma = reference.backward_reduce(*saved, ctx.mask)
+        means = (dbeta / ctx.rows, dgamma / ctx.rows) if ctx.training else None
+        dy, dres = reference.backward_apply(*saved, means, ctx.mask, z is not None)
+        return dy, dgamma, dbeta, dres, None, None
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -361,7 +358,7 @@ def test_reference_backward_is_the_derivative_of_its_forward(p, residual, traini
         x.requires_grad_()
 
     def call(y, gamma, beta, res=None):
-        return Reference.apply(y, gamma, beta, res, case.lengths, case.seed, p, training)
+        return Reference.apply(y, gamma, beta, res, case.mask, training)
 
     assert torch.autograd.gradcheck(call, inputs)
 

@@ -16,9 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from jasper_fast.kernels import native
 from jasper_fast.kernels.conv1d import reference
-from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.layout import mask, ntc
+from jasper_fast.kernels.operands import Geometry, Lengths
 
 needs_native = pytest.mark.skipif(not native.cpu_available(), reason=str(native.explain()["cpu"]))
+PADDED = Geometry(1, 5)
 
 
 @pytest.fixture
@@ -39,12 +41,8 @@ class Case:
     lengths: tuple[int, ...] | None = None
 
     @property
-    def padding(self) -> int:
-        return self.k // 2 * self.dilation
-
-    @property
-    def geometry(self) -> tuple[int, int, int]:
-        return self.stride, self.padding, self.dilation
+    def geometry(self) -> Geometry:
+        return Geometry(self.stride, self.k // 2 * self.dilation, self.dilation)
 
     def __str__(self) -> str:
         lengths = "" if self.lengths is None else "-l" + "_".join(map(str, self.lengths))
@@ -72,38 +70,29 @@ CASES = [
 def make(case: Case, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """x in NTC memory with NaN in its padding, weight, dy and lengths."""
     n = 3 if case.lengths is None else len(case.lengths)
-    x = ntc(torch.randn(n, case.c_in, case.t, dtype=dtype))
+    x = torch.randn(n, case.c_in, case.t, dtype=dtype)
     weight = torch.randn(case.c_out, case.c_in, case.k, dtype=dtype) / (case.c_in * case.k) ** 0.5
     lengths = None if case.lengths is None else torch.tensor(case.lengths)
-    if lengths is not None:
-        for i, length in enumerate(case.lengths):
-            x[i, :, length:] = float("nan")
-    t_out = (case.t + 2 * case.padding - case.dilation * (case.k - 1) - 1) // case.stride + 1
-    return x, weight, ntc(torch.randn(n, case.c_out, t_out, dtype=dtype)), lengths
-
-
-def masked(x: Tensor, lengths: Tensor | None) -> Tensor:
-    if lengths is None:
-        return x
-    return x.masked_fill(torch.arange(x.shape[2]) >= lengths[:, None, None], 0)
+    dy = torch.randn(n, case.c_out, case.geometry.frames(case.t, case.k), dtype=dtype)
+    return ntc(mask(x, lengths, float("nan"))), weight, ntc(dy), lengths
 
 
 def pytorch(case: Case, x: Tensor, weight: Tensor, dy: Tensor, lengths: Tensor | None, dtype) -> tuple[Tensor, ...]:
     """y, dx and dweight of F.conv1d and autograd in `dtype`; dx is zero in the padding, as ours."""
-    x = masked(x, lengths).to(dtype).clone(memory_format=torch.contiguous_format).requires_grad_()
+    x = mask(x, lengths).to(dtype).clone(memory_format=torch.contiguous_format).requires_grad_()
     weight = weight.to(dtype).clone().requires_grad_()
     y = F.conv1d(x, weight, None, *case.geometry)
     y.backward(dy.to(dtype))
-    return y.detach(), masked(x.grad, lengths), weight.grad
+    return y.detach(), mask(x.grad, lengths), weight.grad
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_reference_is_conv1d(case: Case) -> None:
     x, weight, dy, lengths = make(case, torch.float64)
     y, dx, dw = pytorch(case, x, weight, dy, lengths, torch.float64)
-    torch.testing.assert_close(reference.forward(x, weight, *case.geometry, lengths), y)
-    torch.testing.assert_close(reference.dgrad(dy, weight, case.t, *case.geometry, lengths), dx)
-    torch.testing.assert_close(reference.wgrad(x, dy, case.k, *case.geometry, lengths), dw)
+    torch.testing.assert_close(reference.forward(x, weight, case.geometry, lengths), y)
+    torch.testing.assert_close(reference.dgrad(dy, weight, case.t, case.geometry, lengths), dx)
+    torch.testing.assert_close(reference.wgrad(x, dy, case.k, case.geometry, lengths), dw)
 
 
 # The fast algorithm multiplies sums of operands, rounded before: of two, of four.
@@ -128,7 +117,7 @@ def algorithm(request, cpu, monkeypatch) -> str:
 def test_forward(case: Case, cpu, algorithm: str) -> None:
     x, weight, dy, lengths = make(case)
     low, ref = (pytorch(case, x, weight, dy, lengths, dtype)[0] for dtype in (torch.float32, torch.float64))
-    got = cpu.forward(x, weight, *case.geometry, lengths)
+    got = cpu.forward(x, weight, case.geometry, lengths)
     assert got.stride(1) == 1
     assert_close("y", got, low, ref, FACTOR[algorithm])
 
@@ -140,12 +129,12 @@ def test_backward(case: Case, cpu, algorithm: str) -> None:
     (_, dx_low, dw_low), (_, dx, dw) = (
         pytorch(case, x, weight, dy, lengths, d) for d in (torch.float32, torch.float64)
     )
-    assert_close("dw", cpu.wgrad(x, dy, case.k, *case.geometry, lengths), dw_low, dw, FACTOR[algorithm])
+    assert_close("dw", cpu.wgrad(x, dy, case.k, case.geometry, lengths), dw_low, dw, FACTOR[algorithm])
     if case.stride == 1:
-        assert_close("dx", cpu.dgrad(dy, weight, case.t, *case.geometry, lengths), dx_low, dx, FACTOR[algorithm])
+        assert_close("dx", cpu.dgrad(dy, weight, case.t, case.geometry, lengths), dx_low, dx, FACTOR[algorithm])
     else:
         with pytest.raises(ValueError, match="stride"):
-            cpu.dgrad(dy, weight, case.t, *case.geometry, lengths)
+            cpu.dgrad(dy, weight, case.t, case.geometry, lengths)
 
 
 @needs_native
@@ -161,15 +150,15 @@ def test_fused_epilogue_on_history_slices(relu: bool, has_mask: bool, algorithm:
     x2, out, x = history[:, :, :c2], history[:, :, c2:], history[:, :, 7 : 7 + c_in]
     weight, weight2 = torch.randn(c_out, c_in, k) / 26, torch.randn(c_out, c2, 1) / 17
     bias = torch.randn(c_out)
-    options = {"padding": 5, "in_lengths": lengths, "relu": relu, "out_lengths": lengths if has_mask else None}
+    options = {"lengths": Lengths(lengths, lengths if has_mask else None), "relu": relu}
     low, ref = (
         reference.fused(
-            x.to(d), weight.to(d), x2=x2.to(d), weight2=weight2.to(d), bias=bias.to(d), **options
+            x.to(d), weight.to(d), PADDED, panes=(x2.to(d), weight2.to(d)), bias=bias.to(d), **options
         )
         for d in (torch.float32, torch.float64)
     )  # fmt: skip
     packed, packed2 = cpu.pack(weight, algorithm=algorithm), cpu.pack(weight2)
-    got = cpu.fused(x, packed, x2=x2, packed2=packed2, bias=bias, out=out, **options)
+    got = cpu.fused(x, packed, PADDED, panes=(x2, packed2), bias=bias, out=out, **options)
     assert got is out
     assert_close("y", out.clone(), low, ref, FACTOR[algorithm])
     torch.testing.assert_close(history[:, :, :c2], before[:, :, :c2], rtol=0, atol=0, equal_nan=True)
@@ -180,7 +169,7 @@ def test_nan_in_a_valid_frame_comes_out(algorithm: str, cpu) -> None:
     x, weight = torch.randn(1, 60, 40), torch.randn(33, 40, 11)
     x[0, 30, 3] = float("nan")
     for relu in (False, True):
-        y = cpu.fused(x, cpu.pack(weight, algorithm=algorithm), padding=5, relu=relu)
+        y = cpu.fused(x, cpu.pack(weight, algorithm=algorithm), PADDED, relu=relu)
         bad = y.isnan().any(2)[0]
         reach = REACH[algorithm]
         assert bad[25:36].all() and not bad[: 25 - reach].any() and not bad[36 + reach :].any()
@@ -192,18 +181,18 @@ def test_an_item_is_the_same_bits_in_any_batch_and_with_any_threads(algorithm: s
     x, weight = torch.randn(3, 300, 96), torch.randn(70, 96, 11)
     dy = torch.randn(3, 70, 300)
     packed = cpu.pack(weight, algorithm=algorithm)
-    whole = cpu.fused(x, packed, padding=5, in_lengths=lengths, out_lengths=lengths)
+    whole = cpu.fused(x, packed, PADDED, lengths=Lengths(lengths, lengths))
     for i, length in enumerate(lengths):
-        alone = cpu.fused(x[i : i + 1, :length].clone(), packed, padding=5)
+        alone = cpu.fused(x[i : i + 1, :length].clone(), packed, PADDED)
         assert torch.equal(alone[0], whole[i, :length])
-    dw = cpu.wgrad(x.transpose(1, 2), ntc(dy), 11, 1, 5, 1, lengths)
+    dw = cpu.wgrad(x.transpose(1, 2), ntc(dy), 11, PADDED, lengths)
     threads = torch.get_num_threads()
     try:
         for count in (1, 3, 7):
             torch.set_num_threads(count)
             assert torch.equal(packed.data, cpu.pack(weight, algorithm=algorithm).data)
-            assert torch.equal(whole, cpu.fused(x, packed, padding=5, in_lengths=lengths, out_lengths=lengths))
-            assert torch.equal(dw, cpu.wgrad(x.transpose(1, 2), ntc(dy), 11, 1, 5, 1, lengths))
+            assert torch.equal(whole, cpu.fused(x, packed, PADDED, lengths=Lengths(lengths, lengths)))
+            assert torch.equal(dw, cpu.wgrad(x.transpose(1, 2), ntc(dy), 11, PADDED, lengths))
     finally:
         torch.set_num_threads(threads)
 
@@ -220,41 +209,45 @@ def test_pack_into_a_buffer_of_the_callers(cpu) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"in_lengths": torch.tensor([50])}, "in_lengths"),
-        ({"in_lengths": torch.tensor([51, 3])}, r"in_lengths\[0\] = 51"),
+        ({"lengths": Lengths(torch.tensor([50]))}, "in_lengths"),
+        ({"lengths": Lengths(torch.tensor([51, 3]))}, r"in_lengths\[0\] = 51"),
         ({"bias": torch.zeros(3)}, "bias"),
         ({"out": torch.empty(2, 50, 31)}, r"y must be \(2, T_out, 33\)"),
         ({"out": torch.empty(2, 49, 33)}, "50 frames"),
-        ({"x2": torch.zeros(2, 50, 4)}, "x2 and packed2"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict, message: str, cpu) -> None:
     x, packed = torch.randn(2, 50, 24), cpu.pack(torch.randn(33, 24, 11))
     with pytest.raises(RuntimeError, match=message):
-        cpu.fused(x, packed, padding=5, **change)
+        cpu.fused(x, packed, PADDED, **change)
     with pytest.raises(RuntimeError, match="unit channel stride"):
-        cpu.fused(torch.randn(2, 24, 50).transpose(1, 2), packed, padding=5)
+        cpu.fused(torch.randn(2, 24, 50).transpose(1, 2), packed, PADDED)
     with pytest.raises(RuntimeError, match="float32"):
-        cpu.fused(x.double(), packed, padding=5)
+        cpu.fused(x.double(), packed, PADDED)
+    for told in (Lengths(masked=False), Lengths(torch.tensor([50, 3]), made=torch.empty(2, dtype=torch.int64))):
+        with pytest.raises(ValueError, match="makes none"):
+            cpu.fused(x, packed, PADDED, lengths=told)
 
 
 LEVELS = """
 import sys, torch
 from jasper_fast.kernels.conv1d import cpu_impl as cpu, reference
 from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.operands import Geometry
+how = Geometry(1, 5)
 torch.manual_seed(0)
 x, w, dy = ntc(torch.randn(2, 65, 150)), torch.randn(70, 65, 11) / 26, ntc(torch.randn(2, 70, 150))
 lengths = torch.tensor([150, 77])
 for t, got, want in (
-    ("y", cpu.forward(x, w, 1, 5, 1, lengths), reference.forward(x.double(), w.double(), 1, 5, 1, lengths)),
-    ("dx", cpu.dgrad(dy, w, 150, 1, 5, 1, lengths), reference.dgrad(dy.double(), w.double(), 150, 1, 5, 1, lengths)),
-    ("dw", cpu.wgrad(x, dy, 11, 1, 5, 1, lengths), reference.wgrad(x.double(), dy.double(), 11, 1, 5, 1, lengths)),
+    ("y", cpu.forward(x, w, how, lengths), reference.forward(x.double(), w.double(), how, lengths)),
+    ("dx", cpu.dgrad(dy, w, 150, how, lengths), reference.dgrad(dy.double(), w.double(), 150, how, lengths)),
+    ("dw", cpu.wgrad(x, dy, 11, how, lengths), reference.wgrad(x.double(), dy.double(), 11, how, lengths)),
 ):
     error = ((got - want).abs().max() / want.abs().max()).item()
     assert error < 3e-6, (t, error)
 for algorithm in cpu.ALGORITHMS:
-    got = cpu.fused(x.transpose(1, 2), cpu.pack(w, algorithm=algorithm), padding=5)
-    want = reference.fused(x.transpose(1, 2).double(), w.double(), padding=5)
+    got = cpu.fused(x.transpose(1, 2), cpu.pack(w, algorithm=algorithm), how)
+    want = reference.fused(x.transpose(1, 2).double(), w.double(), how)
     assert (got - want).abs().max() < 1e-5, algorithm
 """
 
@@ -300,8 +293,8 @@ def test_the_librarys_gradients_stay_in_channels_last_memory(n, t, stride):
     x, weight = ntc(torch.randn(n, 16, t)), torch.randn(24, 16, 5)
     dy = ntc(torch.randn(n, 24, (t - 1) // stride + 1))
     with Formats() as formats:
-        dx = aten_impl.dgrad(dy, weight, t, stride, 2, 1)
-        dw = aten_impl.wgrad(x, dy, 5, stride, 2, 1)
+        dx = aten_impl.dgrad(dy, weight, t, Geometry(stride, 2))
+        dw = aten_impl.wgrad(x, dy, 5, Geometry(stride, 2))
     assert formats.seen == [[True, True, True], [True, True]]
-    torch.testing.assert_close(dx, reference.dgrad(dy, weight, t, stride, 2, 1), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(dw, reference.wgrad(x, dy, 5, stride, 2, 1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dx, reference.dgrad(dy, weight, t, Geometry(stride, 2)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dw, reference.wgrad(x, dy, 5, Geometry(stride, 2)), rtol=1e-4, atol=1e-4)

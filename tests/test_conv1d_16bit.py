@@ -10,12 +10,13 @@ import pytest
 import torch
 from close import assert_close
 from engines import batch, config, pair, valid
-from test_conv1d import CASES, Case, make, pytorch
+from test_conv1d import CASES, PADDED, Case, make, pytorch
 
 from jasper_fast import InferenceEngine
 from jasper_fast.dispatch import choose
 from jasper_fast.kernels import native
 from jasper_fast.kernels.conv1d import reference
+from jasper_fast.kernels.operands import Geometry, Lengths
 
 pytestmark = pytest.mark.skipif(not native.cpu_available(), reason=str(native.explain()["cpu"]))
 BF16 = torch.bfloat16
@@ -51,16 +52,16 @@ def test_exact_products_of_rounded_operands(shape, relu, cpu) -> None:
     lengths = torch.tensor(lengths)
     x, weight = torch.randn(len(lengths), t, c_in), torch.randn(c_out, c_in, k) / (c_in * k) ** 0.5
     bias = torch.randn(c_out)
-    options = {"stride": stride, "padding": k // 2 * dilation, "dilation": dilation, "in_lengths": lengths}
-    options |= {"bias": bias, "relu": relu}
+    how, options = Geometry(stride, k // 2 * dilation, dilation), {"lengths": Lengths(lengths), "relu": relu}
+    options["bias"] = bias
     low, ref = (
-        reference.fused(x.to(BF16).to(d), weight.to(BF16).to(d), **options) for d in (torch.float32, torch.float64)
+        reference.fused(x.to(BF16).to(d), weight.to(BF16).to(d), how, **options) for d in (torch.float32, torch.float64)
     )
     x[torch.arange(t) >= lengths[:, None]] = float("nan")
     packed = cpu.pack(weight, dtype=BF16)
-    got = cpu.fused(x, packed, out=torch.full(ref.shape, float("nan")), **options)
+    got = cpu.fused(x, packed, how, out=torch.full(ref.shape, float("nan")), **options)
     assert_close("y", got, low, ref)
-    assert torch.equal(cpu.fused(x.to(BF16), packed, **options), got)
+    assert torch.equal(cpu.fused(x.to(BF16), packed, how, **options), got)
 
 
 def test_panes_and_history_slices(cpu) -> None:
@@ -70,28 +71,28 @@ def test_panes_and_history_slices(cpu) -> None:
     before = history.clone()
     x2, out, x = history[:, :, :c2], history[:, :, c2:], history[:, :, 7 : 7 + c_in]
     weight, weight2, bias = torch.randn(c_out, c_in, k) / 26, torch.randn(c_out, c2, 1) / 17, torch.randn(c_out)
-    options = {"padding": 5, "in_lengths": lengths, "relu": True, "out_lengths": lengths, "bias": bias}
+    options = {"lengths": Lengths(lengths, lengths), "relu": True, "bias": bias}
+    rounded = [v.to(BF16) for v in (x, weight, x2, weight2)]
     low, ref = (
-        reference.fused(*(v.to(BF16).to(d) for v in (x, weight)), **{k: v.to(BF16).to(d) for k, v in held}, **options)
-        for d in (torch.float32, torch.float64)
-        for held in ((("x2", x2), ("weight2", weight2)),)
+        reference.fused(*wide[:2], PADDED, panes=wide[2:], **options)
+        for wide in ([v.to(d) for v in rounded] for d in (torch.float32, torch.float64))
     )
     packed, packed2 = cpu.pack(weight, dtype=BF16), cpu.pack(weight2, dtype=BF16)
     assert packed.data.dtype == BF16
-    cpu.fused(x, packed, x2=x2, packed2=packed2, out=out, **options)
+    cpu.fused(x, packed, PADDED, panes=(x2, packed2), out=out, **options)
     assert_close("y", out.clone(), low, ref)
     assert torch.equal(history[:, :, :c2], before[:, :, :c2])
     got = out.clone()
     history = history.to(BF16)  # at an odd channel, so that its pairs begin between words
-    cpu.fused(history[:, :, 7 : 7 + c_in], packed, x2=history[:, :, :c2], packed2=packed2, out=out, **options)
+    cpu.fused(history[:, :, 7 : 7 + c_in], packed, PADDED, panes=(history[:, :, :c2], packed2), out=out, **options)
     assert torch.equal(out, got)
 
 
 def test_the_transposed_pack_gives_the_gradient_of_x(cpu) -> None:
     dy, weight = torch.randn(2, 50, 45), torch.randn(45, 38, 5) / 15
-    got = cpu.fused(dy, cpu.pack(weight, transposed=True, dtype=BF16), padding=2)
+    got = cpu.fused(dy, cpu.pack(weight, transposed=True, dtype=BF16), Geometry(1, 2))
     low, ref = (
-        reference.dgrad(dy.to(BF16).to(d).transpose(1, 2), weight.to(BF16).to(d), 50, 1, 2, 1).transpose(1, 2)
+        reference.dgrad(dy.to(BF16).to(d).transpose(1, 2), weight.to(BF16).to(d), 50, Geometry(1, 2)).transpose(1, 2)
         for d in (torch.float32, torch.float64)
     )
     assert_close("dx", got, low, ref)
@@ -102,22 +103,22 @@ def test_a_nan_and_an_infinity_come_out_of_their_rows_only(cpu) -> None:
     for value in (float("nan"), float("inf")):
         x = torch.randn(1, 60, 41)
         x[0, 30, 40] = value  # the channel that has no partner
-        bad = ~cpu.fused(x, cpu.pack(weight, dtype=BF16), padding=5).isfinite().all(2)[0]
+        bad = ~cpu.fused(x, cpu.pack(weight, dtype=BF16), PADDED).isfinite().all(2)[0]
         assert bad[25:36].all() and not bad[:25].any() and not bad[36:].any()
 
 
 def test_an_item_is_the_same_bits_in_any_batch_and_with_any_threads(cpu) -> None:
     lengths = torch.tensor([300, 171, 40])
     x, packed = torch.randn(3, 300, 96), cpu.pack(torch.randn(70, 96, 11), dtype=BF16)
-    options = {"padding": 5, "in_lengths": lengths, "out_lengths": lengths}
-    whole = cpu.fused(x, packed, **options)
+    told = Lengths(lengths, lengths)
+    whole = cpu.fused(x, packed, PADDED, lengths=told)
     for i, length in enumerate(lengths):
-        assert torch.equal(cpu.fused(x[i : i + 1, :length].clone(), packed, padding=5)[0], whole[i, :length])
+        assert torch.equal(cpu.fused(x[i : i + 1, :length].clone(), packed, PADDED)[0], whole[i, :length])
     threads = torch.get_num_threads()
     try:
         for count in (1, 3, 7):
             torch.set_num_threads(count)
-            assert torch.equal(whole, cpu.fused(x, packed, **options))
+            assert torch.equal(whole, cpu.fused(x, packed, PADDED, lengths=told))
     finally:
         torch.set_num_threads(threads)
 
@@ -128,11 +129,11 @@ def test_wrong_packs_are_named(cpu) -> None:
         cpu.pack(weight, algorithm="fast_fir_1", dtype=BF16)
     packed, other = cpu.pack(weight, dtype=BF16), cpu.pack(torch.randn(33, 4, 1))
     with pytest.raises(RuntimeError, match="packed2 must have packed's dtype"):
-        cpu.fused(torch.zeros(2, 50, 24), packed, padding=5, x2=torch.zeros(2, 50, 4), packed2=other)
+        cpu.fused(torch.zeros(2, 50, 24), packed, PADDED, panes=(torch.zeros(2, 50, 4), other))
     with pytest.raises(RuntimeError, match="x must be a float32"):
-        cpu.fused(torch.zeros(2, 50, 24, dtype=BF16), cpu.pack(weight), padding=5)
+        cpu.fused(torch.zeros(2, 50, 24, dtype=BF16), cpu.pack(weight), PADDED)
     with pytest.raises(RuntimeError, match="elements"):
-        cpu.fused(torch.zeros(2, 50, 27), packed, padding=5)
+        cpu.fused(torch.zeros(2, 50, 27), packed, PADDED)
 
 
 LOWER = """
@@ -209,10 +210,10 @@ def test_training_in_16_bits(case, dtype) -> None:
     x, weight, dy, lengths = make(case)
     x, weight, dy = x.to(dtype), weight.to(dtype), dy.to(dtype)
     low, ref = (pytorch(case, x, weight, dy, lengths, d) for d in (dtype, torch.float64))
-    assert_close("y", cpu_impl.forward(x, weight, *case.geometry, lengths), low[0], ref[0])
-    assert_close("dw", cpu_impl.wgrad(x, dy, case.k, *case.geometry, lengths).to(dtype), low[2], ref[2])
+    assert_close("y", cpu_impl.forward(x, weight, case.geometry, lengths), low[0], ref[0])
+    assert_close("dw", cpu_impl.wgrad(x, dy, case.k, case.geometry, lengths), low[2], ref[2])
     if case.stride == 1:
-        assert_close("dx", cpu_impl.dgrad(dy, weight, case.t, *case.geometry, lengths), low[1], ref[1])
+        assert_close("dx", cpu_impl.dgrad(dy, weight, case.t, case.geometry, lengths), low[1], ref[1])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -221,7 +222,7 @@ def test_the_weight_gradient_multiplies_bf16_and_sums_in_fp32(case, cpu) -> None
     x, weight, dy, lengths = make(case)
     x, dy = x.to(BF16), dy.to(BF16)
     low, ref = (pytorch(case, x, weight, dy, lengths, d)[2] for d in (torch.float32, torch.float64))
-    got = cpu.wgrad(x, dy, case.k, *case.geometry, lengths)
+    got = cpu.wgrad(x, dy, case.k, case.geometry, lengths, torch.float32)
     assert got.dtype == torch.float32
     assert_close("dw", got, low, ref)
 
@@ -233,7 +234,7 @@ def test_which_products_training_makes(name, cpu, monkeypatch) -> None:
     x, weight, dy, _ = make(case)
     monkeypatch.setattr(cpu, "has_bf16", lambda: name == "bf16")
     x, weight = x.to(BF16), weight * (1 + 2.0**-11)  # bf16 has no such weight
-    got = cpu.forward(x, weight, *case.geometry).double()
+    got = cpu.forward(x, weight, case.geometry).double()
     exact, rounded = (pytorch(case, x, w, dy, None, torch.float64)[0] for w in (weight, weight.to(BF16)))
     near, far = (exact, rounded) if name == "none" else (rounded, exact)
     assert (got - near.to(BF16)).abs().sum() < (got - far.to(BF16)).abs().sum()

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from jasper_fast.kernels import launch
 from jasper_fast.kernels.conv1d import triton_impl
 from jasper_fast.kernels.layout import empty_ntc
+from jasper_fast.kernels.operands import Geometry
 
 HALF = torch.float16
 FRAMES = 1 << 22  # by 512 channels: 2^31
@@ -41,16 +42,16 @@ def refused():
 def test_an_output_wider_than_its_input_is_refused_where_it_alone_is_too_long(launched):
     packed = torch.empty(triton_impl.packed_shape(weight(528, 16)), dtype=HALF, device="meta")
     with refused():
-        triton_impl.forward(made(1, 16, FRAMES), weight(528, 16), 1, 0, 1, packed=packed)
+        triton_impl.forward(made(1, 16, FRAMES), weight(528, 16), Geometry(), packed=packed)
     with refused():
-        triton_impl.wgrad(made(1, 16, FRAMES), made(1, 528, FRAMES), 1, 1, 0, 1)
+        triton_impl.wgrad(made(1, 16, FRAMES), made(1, 528, FRAMES), 1, Geometry())
     with refused():
-        triton_impl.dgrad(made(1, 528, FRAMES), weight(528, 16), FRAMES, 1, 0, 1, packed=packed)
+        triton_impl.dgrad(made(1, 528, FRAMES), weight(528, 16), FRAMES, Geometry(), packed=packed)
     assert not launched
 
 
 def test_many_utterances_may_be_longer_than_that_together(launched):
-    triton_impl.wgrad(made(8, 16, FRAMES // 4), made(8, 528, FRAMES // 4), 1, 1, 0, 1)
+    triton_impl.wgrad(made(8, 16, FRAMES // 4), made(8, 528, FRAMES // 4), 1, Geometry())
     assert "conv1d_wgrad_kernel" in launched
 
 
@@ -64,7 +65,7 @@ def test_a_slice_of_a_wide_history_buffer_is_judged_by_its_strides(launched, pla
 
     def call(frames: int) -> None:
         cut = {name: x[:, :frames] for name, x in (given | {place: history}).items()}
-        triton_impl.fused(cut.pop("x"), pack, packed2=pack, **cut)
+        triton_impl.fused(cut["x"], pack, Geometry(), panes=(cut["x2"], pack), out=cut["out"])
 
     with refused():
         call(frames)
@@ -77,7 +78,7 @@ def test_a_workspace_of_another_device_is_refused(launched):
     pack = triton_impl.Packed(torch.empty(1, 16, 16, dtype=HALF, device="meta"), 16, 16, 1)
     x = torch.empty(1, 9, 16, dtype=HALF, device="meta")
     with pytest.raises(ValueError, match="the workspace is on cpu, x on meta: make one for each device"):
-        triton_impl.fused(x, pack, workspace=triton_impl.Workspace("cpu"))
+        triton_impl.fused(x, pack, Geometry(), workspace=triton_impl.Workspace("cpu"))
     assert not launched
-    triton_impl.fused(x, pack, workspace=triton_impl.Workspace("meta"))
+    triton_impl.fused(x, pack, Geometry(), workspace=triton_impl.Workspace("meta"))
     assert launched == ["conv1d_fused_kernel"]

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from jasper_fast.kernels.bn_relu_dropout import reference as bn
 from jasper_fast.kernels.conv1d import reference
-from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.layout import mask, ntc, padding
+from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
 
 triton_impl = pytest.importorskip("jasper_fast.kernels.conv1d.triton_impl")
 
@@ -34,14 +35,13 @@ def test_three_directions_in_bf16(name):
 @pytest.mark.parametrize("name", ["k11", "k21", "k25", "dilated", "decoder"])
 def test_three_directions_through_tensor_descriptors(name, monkeypatch):
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", True)
-    t = LAYERS[name][3]
-    x, weight, *_, lengths = make(LAYERS[name], torch.float16, make_face("triton").device)
+    x, weight, shape, lengths = make(LAYERS[name], torch.float16, make_face("triton").device)
     if not x.is_cuda:
         assert triton_impl._activations(x.transpose(1, 2), 1, 32, 16) is not None
     check(LAYERS[name], torch.float16)
     if lengths is not None:  # padding may hold anything
-        x = ntc(x.masked_fill((torch.arange(t, device=x.device) >= lengths[:, None])[:, None], torch.nan))
-        assert not triton_impl.forward(x, weight, 1, weight.shape[2] // 2, 1, lengths).isnan().any()
+        x = ntc(mask(x, lengths, torch.nan))
+        assert not triton_impl.forward(x, weight, shape, lengths).isnan().any()
 
 
 @pytest.mark.parametrize("c_in", [64, 24], ids=["descriptors", "channels that fill no block"])
@@ -49,16 +49,16 @@ def test_three_directions_through_tensor_descriptors(name, monkeypatch):
 def test_tensor_descriptors_at_stride_2(t, lengths, c_in, monkeypatch):
     """Two frames to a row of the descriptor; an odd last one lies outside, and needs utterances an even one apart."""
     case = (2, c_in, 32, t, 11, 2, 1, lengths)
-    x, weight, *shape, lengths = make(case, torch.float16, make_face("triton").device)
+    x, weight, shape, lengths = make(case, torch.float16, make_face("triton").device)
     if lengths is not None:  # padding may hold anything
-        x = ntc(x.masked_fill((torch.arange(t, device=x.device) >= lengths[:, None])[:, None], torch.nan))
+        x = ntc(mask(x, lengths, torch.nan))
     apart = ntc(x.new_empty(2, c_in, t + t % 2))[:, :, :t].copy_(x)
     dy, w = ntc(torch.randn(2, 32, (t + 1) // 2, device=x.device).to(x.dtype)), triton_impl.pack(weight)
     calls = [
-        (lambda: triton_impl.forward(apart, weight, *shape, lengths), t > 1),
-        (lambda: triton_impl.fused(apart.transpose(1, 2), w, stride=2, padding=5, in_lengths=lengths), t > 1),
-        (lambda: triton_impl.forward(x, weight, *shape, lengths), t % 2 == 0),
-        (lambda: triton_impl.wgrad(x, dy, 11, *shape, lengths), t % 2 == 0),
+        (lambda: triton_impl.forward(apart, weight, shape, lengths), t > 1),
+        (lambda: triton_impl.fused(apart.transpose(1, 2), w, shape, lengths=Lengths(lengths)), t > 1),
+        (lambda: triton_impl.forward(x, weight, shape, lengths), t % 2 == 0),
+        (lambda: triton_impl.wgrad(x, dy, 11, shape, lengths), t % 2 == 0),
     ]
     plain = [call() for call, _ in calls]
     loads = count_descriptor_loads(monkeypatch)
@@ -87,29 +87,28 @@ def count_descriptor_loads(monkeypatch) -> list[int]:
 
 def check(layer, dtype):
     device = make_face("triton").device
-    x, weight, *shape, lengths = make(layer, dtype, device)
-    y = triton_impl.forward(x, weight, *shape, lengths)
+    x, weight, shape, lengths = make(layer, dtype, device)
+    y = triton_impl.forward(x, weight, shape, lengths)
     low, ref = F.conv1d(x, weight, None, *shape), F.conv1d(x.double(), weight.double(), None, *shape)
     assert_close("y", y, low, ref)
     dy = ntc(torch.randn_like(ref).to(dtype))
     low, ref = gradients(x, weight, dy, *shape), gradients(x.double(), weight.double(), dy.double(), *shape)
-    dw = triton_impl.wgrad(x, dy, weight.shape[2], *shape, lengths)
+    dw = triton_impl.wgrad(x, dy, weight.shape[2], shape, lengths)
     assert_close("dw", dw, low[1], ref[1])
-    if shape[0] == 1:
-        dx = triton_impl.dgrad(dy, weight, x.shape[2], *shape, lengths)
+    if shape.stride == 1:
+        dx = triton_impl.dgrad(dy, weight, x.shape[2], shape, lengths)
         if lengths is not None:
-            padding = (torch.arange(x.shape[2], device=device) >= lengths[:, None])[:, None]
-            assert (dx.masked_select(padding) == 0).all()
-            low, ref = ([g[0].masked_fill(padding, 0.0)] for g in (low, ref))
+            assert (dx.masked_select(padding(lengths, x.shape[2])) == 0).all()
+            low, ref = ([mask(g[0], lengths)] for g in (low, ref))
         assert_close("dx", dx, low[0], ref[0])
 
 
 @pytest.mark.parametrize("name", ["prologue", "k13", "decoder", "odd channels"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_statistics_of_the_accumulators(name, dtype):
-    x, weight, *shape, lengths = make(LAYERS[name], dtype, make_face("triton").device)
-    y, got_mean, got_m2 = triton_impl.forward_stats(x, weight, *shape, lengths)
-    assert torch.equal(y, triton_impl.forward(x, weight, *shape, lengths))
+    x, weight, shape, lengths = make(LAYERS[name], dtype, make_face("triton").device)
+    y, got_mean, got_m2 = triton_impl.forward_stats(x, weight, shape, lengths)
+    assert torch.equal(y, triton_impl.forward(x, weight, shape, lengths))
     ref = F.conv1d(x.double(), weight.double(), None, *shape)
     rows = ref.shape[0] * ref.shape[2]
     var, mean = torch.var_mean(ref, (0, 2), correction=0)
@@ -122,11 +121,11 @@ def test_a_tile_too_wide_for_one_epilogue(descriptors, monkeypatch):
     """As tuning may choose: 128 x 256, its statistics and its store in two halves."""
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", descriptors)
     case = (2, 16, 200, 140, 3, 1, 1, [140, 30])
-    x, weight, *shape, lengths = make(case, torch.float16, make_face("triton").device)
-    narrow = triton_impl.forward_stats(x, weight, *shape, lengths)
+    x, weight, shape, lengths = make(case, torch.float16, make_face("triton").device)
+    narrow = triton_impl.forward_stats(x, weight, shape, lengths)
     choose = triton_impl.triton_tiles.choose
     monkeypatch.setattr(triton_impl.triton_tiles, "choose", lambda *a: choose(*a)._replace(t=128, n=256, num_warps=8))
-    y, mean, m2 = triton_impl.forward_stats(x, weight, *shape, lengths)
+    y, mean, m2 = triton_impl.forward_stats(x, weight, shape, lengths)
     low, ref = F.conv1d(x, weight, None, *shape), F.conv1d(x.double(), weight.double(), None, *shape)
     assert_close("y", y, low, ref)
     torch.testing.assert_close(mean, narrow[1], atol=1e-5, rtol=1e-5)
@@ -136,13 +135,13 @@ def test_a_tile_too_wide_for_one_epilogue(descriptors, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, whose tensor cores round fp32 to TF32")
 @pytest.mark.parametrize("name", ["k11", "decoder", "odd channels"])
 def test_fp32_is_rounded_to_tf32_where_pytorch_rounds_it(name):
-    x, weight, *shape, lengths = make(LAYERS[name], torch.float32, make_face("triton").device)
+    x, weight, shape, lengths = make(LAYERS[name], torch.float32, make_face("triton").device)
     ref, conv, errors = F.conv1d(x.double(), weight.double(), None, *shape), torch.backends.cudnn.conv, {}
     before = conv.fp32_precision
     try:
         for precision in ("tf32", "ieee"):
             conv.fp32_precision = precision
-            errors[precision] = (triton_impl.forward(x, weight, *shape, lengths) - ref).abs().max() / ref.abs().max()
+            errors[precision] = (triton_impl.forward(x, weight, shape, lengths) - ref).abs().max() / ref.abs().max()
     finally:
         conv.fp32_precision = before
     assert errors["ieee"] <= 2e-6 < 1e-4 < errors["tf32"] <= 4 * 2**-10
@@ -150,28 +149,28 @@ def test_fp32_is_rounded_to_tf32_where_pytorch_rounds_it(name):
 
 def test_nan_in_padding_is_not_read_and_in_a_frame_arrives():
     device = make_face("triton").device
-    x, weight, *shape, lengths = make(LAYERS["k11"], torch.float32, device)
-    clean = triton_impl.forward(x, weight, *shape, lengths)
+    x, weight, shape, lengths = make(LAYERS["k11"], torch.float32, device)
+    clean = triton_impl.forward(x, weight, shape, lengths)
     dirty = x.clone()
     dirty[1, :, int(lengths[1]) :] = torch.nan
-    assert torch.equal(triton_impl.forward(ntc(dirty), weight, *shape, lengths), clean)
+    assert torch.equal(triton_impl.forward(ntc(dirty), weight, shape, lengths), clean)
     dy = ntc(torch.randn_like(clean))
     k = weight.shape[2]
     assert torch.equal(
-        triton_impl.wgrad(ntc(dirty), dy, k, *shape, lengths), triton_impl.wgrad(x, dy, k, *shape, lengths)
+        triton_impl.wgrad(ntc(dirty), dy, k, shape, lengths), triton_impl.wgrad(x, dy, k, shape, lengths)
     )
     dirty[0, 3, 20] = torch.nan
-    y = triton_impl.forward(ntc(dirty), weight, *shape, lengths)
+    y = triton_impl.forward(ntc(dirty), weight, shape, lengths)
     assert y[0, :, 15:26].isnan().all()
     assert not y[1].isnan().any()
 
 
 def test_wgrad_adds_its_shares_in_a_fixed_order():
     device = make_face("triton").device
-    x, weight, *shape, lengths = make((5, 16, 16, 9, 3, 1, 1, [9, 1, 0, 4, 9]), torch.float32, device)
+    x, weight, shape, lengths = make((5, 16, 16, 9, 3, 1, 1, [9, 1, 0, 4, 9]), torch.float32, device)
     dy = ntc(torch.randn(5, 16, 9, device=device))
-    first = triton_impl.wgrad(x, dy, 3, *shape, lengths)
-    assert torch.equal(first, triton_impl.wgrad(x, dy, 3, *shape, lengths))
+    first = triton_impl.wgrad(x, dy, 3, shape, lengths)
+    assert torch.equal(first, triton_impl.wgrad(x, dy, 3, shape, lengths))
     low = gradients(x, weight, dy, *shape)[1]
     assert_close("dw", first, low, gradients(x.double(), weight.double(), dy.double(), *shape)[1])
 
@@ -180,18 +179,18 @@ def test_errors_name_what_is_wrong():
     settle("triton")  # a weight is packed before what follows is looked at
     x, weight = ntc(torch.ones(1, 8, 4)), torch.ones(8, 8, 11)
     with pytest.raises(ValueError, match="fewer than 11"):
-        triton_impl.forward(x, weight, 1, 0, 1)
+        triton_impl.forward(x, weight, Geometry())
     with pytest.raises(ValueError, match="stride 1"):
-        triton_impl.dgrad(x, weight, 8, 2, 5, 1)
+        triton_impl.dgrad(x, weight, 8, Geometry(2, 5))
     with pytest.raises(TypeError, match="float64"):
-        triton_impl.forward(x.double(), weight.double(), 1, 5, 1)
+        triton_impl.forward(x.double(), weight.double(), Geometry(1, 5))
     for channels in (4, 16):
         with pytest.raises(ValueError, match=f"{channels} channels, the weight takes 8"):
-            triton_impl.forward(ntc(torch.ones(1, channels, 4)), weight, 1, 5, 1)
+            triton_impl.forward(ntc(torch.ones(1, channels, 4)), weight, Geometry(1, 5))
     with pytest.raises(ValueError, match="no gradient of the conv"):
-        triton_impl.wgrad(x, ntc(torch.ones(1, 8, 5)), 11, 1, 5, 1)
+        triton_impl.wgrad(x, ntc(torch.ones(1, 8, 5)), 11, Geometry(1, 5))
     with pytest.raises(ValueError, match="dense in NTC memory"):
-        triton_impl.wgrad(torch.ones(1, 8, 4), x, 11, 1, 5, 1)
+        triton_impl.wgrad(torch.ones(1, 8, 4), x, 11, Geometry(1, 5))
 
 
 @pytest.mark.parametrize(("dtype", "made"), [(torch.float32, torch.float16), (torch.float16, torch.float16)])
@@ -206,8 +205,8 @@ def test_pack_is_the_weight_in_the_kernels_order(dtype, made):
     assert torch.equal(buffer, packed.data)
     x = ntc(torch.randn(1, 33, 7, device=weight.device).to(made))
     for got, want in zip(
-        triton_impl.forward_stats(x, weight, 1, 2, 1, None, packed.data),
-        triton_impl.forward_stats(x, weight.to(made), 1, 2, 1),
+        triton_impl.forward_stats(x, weight, Geometry(1, 2), None, packed.data),
+        triton_impl.forward_stats(x, weight.to(made), Geometry(1, 2)),
         strict=True,
     ):
         assert torch.equal(got, want)
@@ -224,10 +223,10 @@ def test_dgrad_with_the_batch_norms_reduction(name, dtype, descriptors, p, monke
     """g, dbeta and dgamma in one pass, beside dgrad and backward_reduce one after the other."""
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", descriptors)
     device = make_face("triton").device
-    y, weight, _, padding, dilation, lengths = make(LAYERS[name], dtype, device)
+    y, weight, shape, lengths = make(LAYERS[name], dtype, device)
     n, c, t = y.shape
     y = ntc(torch.randn(n, c, t, device=device).to(dtype))  # a conv's output: not zero in the padding
-    dy = ntc(torch.randn(n, weight.shape[0], t + 2 * padding - dilation * (weight.shape[2] - 1)).to(device, dtype))
+    dy = ntc(torch.randn(n, weight.shape[0], shape.frames(t, weight.shape[2])).to(device, dtype))
     gamma, beta = torch.rand(c, device=device) + 0.5, torch.randn(c, device=device)
     mean, rstd = torch.randn(c, device=device) * 0.1, torch.rand(c, device=device) + 0.5
     seed = torch.tensor([3], device=device)
@@ -235,46 +234,44 @@ def test_dgrad_with_the_batch_norms_reduction(name, dtype, descriptors, p, monke
     # the ReLU's edge has two right answers: y is kept off it
     pre = (y.double() - mean[:, None]) * (gamma * rstd).double()[:, None] + beta[:, None]
     y = ntc(torch.where(pre.abs() < 0.01, torch.full_like(y, 0.0) + mean[:, None].to(dtype) + 3, y))
-    norm = (mean, rstd, gamma, beta)
-    z = bn.forward(y, *norm, None, lengths, seed, p)
+    norm, zeroed = Norm(mean, rstd, gamma, beta), Mask(lengths, seed, p)
+    z = bn.forward(y, norm, None, zeroed)
 
     def plain(kind):  # by dropout drawn again, not by z
-        wide = [v.double() if kind == torch.float64 else v for v in norm]
-        dz = reference.dgrad(dy.to(kind), weight.to(kind), t, 1, padding, dilation, lengths)
-        rest = (y.to(kind), None, *wide)
-        g = bn.backward_apply(dz, *rest, None, None, lengths, seed, p, True)[1]
-        return g, *bn.backward_reduce(dz, *rest, lengths, seed, p)
+        dz = reference.dgrad(dy.to(kind), weight.to(kind), t, shape, lengths)
+        rest = (y.to(kind), None, wide_norm if kind == torch.float64 else norm)
+        g = bn.backward_apply(dz, *rest, None, zeroed, True)[1]
+        return g, *bn.backward_reduce(dz, *rest, zeroed)
 
-    got = triton_impl.dgrad_bn(dy, weight, padding, dilation, y, z, mean, rstd, lengths, p)
-    wide = [v.double() for v in (dy, weight, y, z, mean, rstd)]
-    defined = reference.dgrad_bn(*wide[:2], padding, dilation, *wide[2:], lengths, p)
+    got = triton_impl.dgrad_bn(dy, weight, shape, y, z, norm, zeroed)
+    wide, wide_norm = [v.double() for v in (dy, weight, y, z)], Norm(*(v.double() for v in norm))
+    defined = reference.dgrad_bn(*wide[:2], shape, *wide[2:], wide_norm, zeroed)
     for a, b in zip(defined, plain(torch.float64), strict=True):
         torch.testing.assert_close(a, b)
     for what, ours, low, ref in zip(("g", "dbeta", "dgamma"), got, plain(dtype), plain(torch.float64), strict=True):
         assert_close(what, ours, low, ref)
     if lengths is not None:  # what lies in the padding of y is not read
-        beyond = (torch.arange(t, device=device) >= lengths[:, None])[:, None]
-        assert (got[0].masked_select(beyond) == 0).all()
-        dirty = ntc(y.masked_fill(beyond, torch.nan))
-        again = triton_impl.dgrad_bn(dy, weight, padding, dilation, dirty, z, mean, rstd, lengths, p)
+        assert (got[0].masked_select(padding(lengths, t)) == 0).all()
+        again = triton_impl.dgrad_bn(dy, weight, shape, ntc(mask(y, lengths, torch.nan)), z, norm, zeroed)
         assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
 def test_a_nan_in_a_frame_reaches_g_and_the_sums():
     device = make_face("triton").device
-    y, weight, _, padding, dilation, lengths = make(LAYERS["k11"], torch.float16, device)
+    y, weight, shape, lengths = make(LAYERS["k11"], torch.float16, device)
     y = ntc(y.abs())  # with gamma = beta = 1 every ReLU is open
     y[0, 3, 20] = torch.nan
     c = y.shape[1]
     dy = ntc(torch.randn(2, weight.shape[0], y.shape[2], device=device).half())
     one, zero = torch.ones(c, device=device), torch.zeros(c, device=device)
-    z = bn.forward(y, zero, one, one, one, None, lengths, None, 0.0)
-    g, dbeta, dgamma = triton_impl.dgrad_bn(dy, weight, padding, dilation, y, z, zero, one, lengths, 0.0)
+    norm, zeroed = Norm(zero, one, one, one), Mask(lengths)
+    z = bn.forward(y, norm, None, zeroed)
+    g, dbeta, dgamma = triton_impl.dgrad_bn(dy, weight, shape, y, z, norm, zeroed)
     assert not g.isnan().any()  # as in PyTorch: the gradient passes where the ReLU's input is NaN
     assert dgamma.isnan().nonzero().flatten().tolist() == [3]
     assert not dbeta.isnan().any()
     dy[0, 5, 9] = torch.inf
-    g, dbeta, _ = triton_impl.dgrad_bn(dy, weight, padding, dilation, y, z, zero, one, lengths, 0.0)
+    g, dbeta, _ = triton_impl.dgrad_bn(dy, weight, shape, y, z, norm, zeroed)
     assert not g[0, :, 4:15].isfinite().any()
     assert g[1].isfinite().all()
     assert not dbeta.isfinite().any()
@@ -282,10 +279,10 @@ def test_a_nan_in_a_frame_reaches_g_and_the_sums():
 
 def test_wgrad_for_a_master_weight_is_not_rounded():
     device = make_face("triton").device
-    x, weight, *shape, lengths = make(LAYERS["k13"], torch.float16, device)
+    x, weight, shape, lengths = make(LAYERS["k13"], torch.float16, device)
     dy = ntc(torch.randn(2, weight.shape[0], x.shape[2], device=device).half())
-    wide = triton_impl.wgrad(x, dy, weight.shape[2], *shape, lengths, torch.float32)
-    assert torch.equal(wide.half(), triton_impl.wgrad(x, dy, weight.shape[2], *shape, lengths))
+    wide = triton_impl.wgrad(x, dy, weight.shape[2], shape, lengths, torch.float32)
+    assert torch.equal(wide.half(), triton_impl.wgrad(x, dy, weight.shape[2], shape, lengths))
     ref = gradients(x.double(), weight.double(), dy.double(), *shape)[1]
     assert_close("dw", wide, ref.float(), ref, factor=4.0)
 
@@ -300,10 +297,9 @@ def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
         pytest.skip("products are counted in the interpreter")
     from triton.runtime.interpreter import interpreter_builder as builder
 
-    t, k, padding, block = 128, 11, 5, 16
+    t, k, how, block = 128, 11, Geometry(1, 5), 16
     lengths = torch.tensor([t, t // 2, t // 4, 0])
-    x = torch.randn(4, 16, t).masked_fill((torch.arange(t) >= lengths[:, None])[:, None], 0.0)
-    x, weight = ntc(x), torch.randn(32, 16, k) / 13
+    x, weight = ntc(mask(torch.randn(4, 16, t), lengths)), torch.randn(32, 16, k) / 13
     dy = ntc(torch.randn(4, 32, t))
     tile = triton_impl.Tile(block, 16, 16, 4, 2)
     monkeypatch.setattr(triton_impl.triton_tiles, "choose", lambda *a: tile)
@@ -319,26 +315,23 @@ def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
         return -(-min(frames, t) // block)
 
     short = [int(v) for v in lengths]
-    (y, mean, m2), done = products(triton_impl.forward_stats, x, weight, 1, padding, 1, lengths)
-    assert done == sum(tiles(length + padding) if length else 0 for length in short) * 2 * k
-    whole, everything = products(triton_impl.forward_stats, x, weight, 1, padding, 1)
+    (y, mean, m2), done = products(triton_impl.forward_stats, x, weight, how, lengths)
+    assert done == sum(tiles(length + how.padding) if length else 0 for length in short) * 2 * k
+    whole, everything = products(triton_impl.forward_stats, x, weight, how)
     assert everything == 4 * (t // block) * 2 * k
     assert torch.equal(y, whole[0]) and torch.equal(mean, whole[1]) and torch.equal(m2, whole[2])
 
-    dx, done = products(triton_impl.dgrad, dy, weight, t, 1, padding, 1, lengths)
+    dx, done = products(triton_impl.dgrad, dy, weight, t, how, lengths)
     assert done == sum(map(tiles, short)) * 2 * k  # C_out = 32 in steps of 16
-    whole, _ = products(triton_impl.dgrad, dy, weight, t, 1, padding, 1)
-    inside = (torch.arange(t) < lengths[:, None])[:, None]
-    assert torch.equal(dx, whole.masked_fill(~inside, 0.0))
+    whole, _ = products(triton_impl.dgrad, dy, weight, t, how)
+    assert torch.equal(dx, mask(whole, lengths))
 
-    dw, done = products(triton_impl.wgrad, x, dy, k, 1, padding, 1, lengths)
+    dw, done = products(triton_impl.wgrad, x, dy, k, how, lengths)
     rows = sum(
         -(-max(0, min(t, length - shift) - max(0, -shift)) // block) for shift in range(-5, 6) for length in short
     )
     assert done == rows * 2  # C_out = 32 in blocks of 16
-    assert_close(
-        "dw", dw, triton_impl.wgrad(x, dy, k, 1, padding, 1), reference.wgrad(x.double(), dy.double(), k, 1, padding, 1)
-    )
+    assert_close("dw", dw, triton_impl.wgrad(x, dy, k, how), reference.wgrad(x.double(), dy.double(), k, how))
 
 
 @pytest.mark.parametrize("name", ["prologue", "k11", "k21", "pane"])
@@ -346,40 +339,39 @@ def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
 def test_padding_that_is_zero_gives_the_same_bits_as_padding_that_is_masked(name, descriptors, monkeypatch):
     """`clean`, as the ops and the engine call: no tile leaves the descriptors for it."""
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", descriptors)
-    x, weight, *shape, lengths = make(LAYERS[name], torch.float16, make_face("triton").device)
-    t, k = x.shape[2], weight.shape[2]
-    poisoned = ntc(x.masked_fill((torch.arange(t, device=x.device) >= lengths[:, None])[:, None], torch.nan))
-    y = triton_impl.forward(poisoned, weight, *shape, lengths)
+    x, weight, shape, lengths = make(LAYERS[name], torch.float16, make_face("triton").device)
+    k, poisoned = weight.shape[2], ntc(mask(x, lengths, torch.nan))
+    y = triton_impl.forward(poisoned, weight, shape, lengths)
     dy = ntc(torch.randn_like(y))
-    dw = triton_impl.wgrad(poisoned, dy, k, *shape, lengths)
-    names = dict(zip(("stride", "padding", "dilation"), shape, strict=True)) | {"in_lengths": lengths}
-    z = triton_impl.fused(poisoned.transpose(1, 2), triton_impl.pack(weight), **names)
-    assert torch.equal(triton_impl.forward(x, weight, *shape, lengths, clean=True), y)
+    dw = triton_impl.wgrad(poisoned, dy, k, shape, lengths)
+    given = triton_impl.pack(weight), shape
+    z = triton_impl.fused(poisoned.transpose(1, 2), *given, lengths=Lengths(lengths))
+    assert torch.equal(triton_impl.forward(x, weight, shape, lengths, clean=True), y)
     for got, want in zip(
-        triton_impl.forward_stats(x, weight, *shape, lengths, clean=True),
-        triton_impl.forward_stats(poisoned, weight, *shape, lengths),
+        triton_impl.forward_stats(x, weight, shape, lengths, clean=True),
+        triton_impl.forward_stats(poisoned, weight, shape, lengths),
         strict=True,
     ):
         assert torch.equal(got, want)
-    assert torch.equal(triton_impl.fused(x.transpose(1, 2), triton_impl.pack(weight), clean=True, **names), z)
-    got = triton_impl.wgrad(x, dy, k, *shape, lengths, clean=True)
+    assert torch.equal(triton_impl.fused(x.transpose(1, 2), *given, lengths=Lengths(lengths), clean=True), z)
+    got = triton_impl.wgrad(x, dy, k, shape, lengths, clean=True)
     assert_close("dw", got, dw, gradients(x.double(), weight.double(), dy.double(), *shape)[1])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_what_is_not_finite_in_a_frame_reaches_y_and_every_gradient(dtype, value):
-    x, weight, *shape, lengths = make(LAYERS["k11"], dtype, make_face("triton").device)
-    clean = triton_impl.forward(x, weight, *shape, lengths)
+    x, weight, shape, lengths = make(LAYERS["k11"], dtype, make_face("triton").device)
+    clean = triton_impl.forward(x, weight, shape, lengths)
     dy = ntc(torch.randn_like(clean))
     x[0, 3, 20] = value
-    y, mean, m2 = triton_impl.forward_stats(x, weight, *shape, lengths)
+    y, mean, m2 = triton_impl.forward_stats(x, weight, shape, lengths)
     assert not y[0, :, 15:26].isfinite().any() and y[0, :, :15].isfinite().all() and y[1].isfinite().all()
     assert not mean.isfinite().any() and not m2.isfinite().any()
-    dw = triton_impl.wgrad(x, dy, 11, *shape, lengths)
+    dw = triton_impl.wgrad(x, dy, 11, shape, lengths)
     assert not dw[:, 3].isfinite().any()
     assert dw[:, :3].isfinite().all() and dw[:, 4:].isfinite().all()
     dy[0, 5, 9] = value
-    dx = triton_impl.dgrad(dy, weight, x.shape[2], *shape, lengths)
+    dx = triton_impl.dgrad(dy, weight, x.shape[2], shape, lengths)
     assert not dx[0, :, 4:15].isfinite().any() and dx[0, :, 15:].isfinite().all() and dx[1].isfinite().all()
-    assert not triton_impl.wgrad(ntc(torch.ones_like(x)), dy, 11, *shape, lengths)[5].isfinite().any()
+    assert not triton_impl.wgrad(ntc(torch.ones_like(x)), dy, 11, shape, lengths)[5].isfinite().any()

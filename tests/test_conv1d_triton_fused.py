@@ -9,6 +9,8 @@ from conftest import make_face
 from conv_cases import LAYERS, make
 
 from jasper_fast.kernels.conv1d import reference
+from jasper_fast.kernels.layout import mask, padding
+from jasper_fast.kernels.operands import Geometry, Lengths
 
 triton_impl = pytest.importorskip("jasper_fast.kernels.conv1d.triton_impl")
 
@@ -18,27 +20,26 @@ triton_impl = pytest.importorskip("jasper_fast.kernels.conv1d.triton_impl")
 def test_fused_with_panes_over_a_history_buffer(layer, width, dtype):
     """Panes read the first channels of a wider buffer, the output is a slice of it, whatever lies beyond is NaN."""
     device = make_face("triton").device
-    x, weight, *shape, lengths = make(LAYERS[layer], dtype, device)
+    x, weight, shape, lengths = make(LAYERS[layer], dtype, device)
     n, c_out, t = x.shape[0], weight.shape[0], x.shape[2]
-    names = dict(zip(("stride", "padding", "dilation"), shape, strict=True))
     history = torch.full((n, t, width + c_out + 8), torch.nan, device=device, dtype=dtype)
-    inside = (torch.arange(t, device=device) < lengths[:, None])[:, :, None]
+    inside = ~padding(lengths, t).transpose(1, 2)
     history[:, :, :width] = torch.randn(n, t, width).to(device, dtype).where(inside, torch.nan)
     panes, out = history[:, :, :width], history[:, :, width : width + c_out]
     w2, bias = (torch.randn(c_out, width, 1) / width**0.5).to(device, dtype), torch.randn(c_out, device=device)
-    given = {"in_lengths": lengths, "bias": bias, "relu": True, "out_lengths": lengths}
+    given = {"lengths": Lengths(lengths, lengths), "relu": True}
 
     def plain(dtype):
         return reference.fused(
-            x.transpose(1, 2).to(dtype), weight.to(dtype), **names, **given | {"bias": bias.to(dtype)},
-            x2=panes.to(dtype), weight2=w2.to(dtype),
+            x.transpose(1, 2).to(dtype), weight.to(dtype), shape, bias=bias.to(dtype),
+            panes=(panes.to(dtype), w2.to(dtype)), **given,
         )  # fmt: skip
 
     low, ref = plain(dtype), plain(torch.float64)
+    packed = triton_impl.pack(weight), shape
     got = triton_impl.fused(
-        x.transpose(1, 2), triton_impl.pack(weight), **names, **given,
-        x2=panes, packed2=triton_impl.pack(w2), out=out,
-    )  # fmt: skip
+        x.transpose(1, 2), *packed, bias=bias, panes=(panes, triton_impl.pack(w2)), out=out, **given
+    )
     assert got.data_ptr() == out.data_ptr()
     assert_close("z", got, low, ref)
     assert (got.masked_select(~inside) == 0).all()
@@ -55,25 +56,23 @@ def test_the_first_conv_reads_features_as_they_are(dtype, masked, descriptors, m
     _, weight, *_ = make(LAYERS["prologue"], dtype, device)
     features, lengths = torch.randn(3, 64, 45, device=device), torch.tensor([45, 20, 0], device=device)
     if masked:
-        features.masked_fill_((torch.arange(45, device=device) >= lengths[:, None])[:, None], torch.nan)
+        features = mask(features, lengths, torch.nan)
     made = torch.full((3,), -1, device=device)
     bias = torch.randn(32, device=device)
     room = 26 if masked else 23  # longer than the conv's result: a bucket's length
     out = torch.full((3, room, 32), torch.nan, device=device, dtype=dtype)
-    given = {"stride": 2, "padding": 5, "bias": bias, "relu": True}
-    triton_impl.fused(
-        features.transpose(1, 2), triton_impl.pack(weight), **given, in_lengths=lengths, lengths_out=made,
-        masked=masked, out=out,
-    )  # fmt: skip
+    how, told = Geometry(2, 5), Lengths(lengths, None, made, masked)
+    packed = triton_impl.pack(weight), how
+    triton_impl.fused(features.transpose(1, 2), *packed, lengths=told, bias=bias, relu=True, out=out)
     assert made.tolist() == [23, 10, 0]
-    want = reference.fused(
-        features.transpose(1, 2).to(dtype), weight, **given | {"bias": bias.to(dtype)},
-        **({"in_lengths": lengths, "out_lengths": made} if masked else {}),
-    )  # fmt: skip
     assert (out[:, 23:] == 0).all()
-    ref = reference.fused(
-        features.transpose(1, 2).to(dtype).double(), weight.double(), **given | {"bias": bias.double()},
-        **({"in_lengths": lengths, "out_lengths": made} if masked else {}),
+    x = features.transpose(1, 2).to(dtype)
+    want, ref = (
+        reference.fused(
+            x.to(kind), weight.to(kind), how, bias=bias.to(kind), relu=True,
+            lengths=Lengths(lengths, made) if masked else Lengths(),
+        )
+        for kind in (dtype, torch.float64)
     )  # fmt: skip
     assert_close("z", out[:, :23], want, ref)
 
@@ -85,15 +84,15 @@ def test_the_last_conv_ends_in_log_softmax(dtype):
     bias, lengths = torch.randn(29, device=device), torch.tensor([19, 4], device=device)
     made = torch.empty_like(lengths)
     rows = x.transpose(1, 2)
-    got = triton_impl.fused(
-        rows, triton_impl.pack(weight), bias=bias, in_lengths=lengths, lengths_out=made, masked=False, log_softmax=True
-    )
+    told = Lengths(lengths, None, made, masked=False)
+    got = triton_impl.fused(rows, triton_impl.pack(weight), Geometry(), bias=bias, lengths=told, log_softmax=True)
     assert torch.equal(made, lengths) and got.dtype == torch.float32
     logits = rows.double() @ weight[:, :, 0].double().T + bias
     low = (rows @ weight[:, :, 0].T + bias.to(dtype)).float().log_softmax(2)
     assert_close("log-probabilities", got, low, logits.log_softmax(2))
     with pytest.raises(ValueError, match="up to 128"):
-        triton_impl.fused(rows, triton_impl.pack(torch.randn(129, 64, 1).to(device, dtype)), log_softmax=True)
+        wide = torch.randn(129, 64, 1, device=device).to(dtype)
+        triton_impl.fused(rows, triton_impl.pack(wide), Geometry(), log_softmax=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
@@ -101,13 +100,13 @@ def test_the_last_conv_ends_in_log_softmax(dtype):
 def test_a_shared_reduction_gives_the_same_and_repeats(splits, dtype, monkeypatch):
     """splits programs a tile: right, the same bits again, counters back at 0, nothing of an earlier launch left."""
     device = make_face("triton").device
-    x, weight, *shape, lengths = make(LAYERS["k13"], dtype, device)
+    x, weight, shape, lengths = make(LAYERS["k13"], dtype, device)
     n, _, t = x.shape
-    names = dict(zip(("stride", "padding", "dilation"), shape, strict=True))
     panes = torch.randn(n, t, 40, device=device).to(dtype)
     w2, bias = (torch.randn(48, 40, 1) / 7).to(device, dtype), torch.randn(48, device=device)
-    given = names | {"in_lengths": lengths, "bias": bias, "relu": True, "out_lengths": lengths, "x2": panes}
-    alone = triton_impl.fused(x.transpose(1, 2), triton_impl.pack(weight), **given, packed2=triton_impl.pack(w2))
+    given = {"lengths": Lengths(lengths, lengths), "relu": True}
+    ours = given | {"bias": bias, "panes": (panes, triton_impl.pack(w2))}
+    alone = triton_impl.fused(x.transpose(1, 2), triton_impl.pack(weight), shape, **ours)
     choose = triton_impl.triton_tiles.choose
     monkeypatch.setattr(
         triton_impl.triton_tiles, "choose", lambda *a: choose(*a)._replace(n=16, k=16, splits=splits)
@@ -115,13 +114,11 @@ def test_a_shared_reduction_gives_the_same_and_repeats(splits, dtype, monkeypatc
     workspace, results = triton_impl.Workspace(device), []
     for _ in range(2):
         results.append(
-            triton_impl.fused(
-                x.transpose(1, 2), triton_impl.pack(weight), **given, packed2=triton_impl.pack(w2), workspace=workspace
-            )
+            triton_impl.fused(x.transpose(1, 2), triton_impl.pack(weight), shape, **ours, workspace=workspace)
         )
         assert workspace.arrived.numel() > 0 and (workspace.arrived == 0).all()
         workspace.part.fill_(torch.nan)
     assert torch.equal(*results)
-    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in given.items()}
-    ref = reference.fused(x.transpose(1, 2).double(), weight.double(), **wide, weight2=w2.double())
+    wide = {"bias": bias.double(), "panes": (panes.double(), w2.double())}
+    ref = reference.fused(x.transpose(1, 2).double(), weight.double(), shape, **wide, **given)
     assert_close("z", results[0], alone, ref)

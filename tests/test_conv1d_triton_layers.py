@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from jasper_fast.kernels import philox
 from jasper_fast.kernels.conv1d import reference
-from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.layout import mask, ntc, padding
+from jasper_fast.kernels.operands import Lengths, Mask, Norm
 
 triton_impl = pytest.importorskip("jasper_fast.kernels.conv1d.triton_impl")
 from jasper_fast.kernels.bn_relu_dropout import triton_impl as triton_bn  # noqa: E402
@@ -68,26 +69,24 @@ def layer(shape, batch):
 
 def test_training(shape, batch, dtype):
     device = make_face("triton").device
-    _, weight, stride, padding, dilation, lengths = make(layer(shape, batch), dtype, device)
+    _, weight, geometry, lengths = make(layer(shape, batch), dtype, device)
     (n, c, k), t = (len(batch[1]), shape[0], shape[2]), batch[0]
     vectors = torch.randn(c) * 0.1, torch.rand(c) + 0.5, torch.rand(c) + 0.5, torch.randn(c) * 0.5
     mean, rstd, gamma, beta = (v.to(device) for v in vectors)
     y, seed = torch.randn(n, c, t, device=device), torch.tensor([7], device=device)
+    norm, zeroed = Norm(mean, rstd, gamma, beta), Mask(lengths, seed, P)
     pre = (y - mean[:, None]) * (gamma * rstd)[:, None] + beta[:, None]
     y = y.where(pre.abs() > 0.02, mean[:, None] + 3)  # off the ReLU's edge, where two answers are right
-    beyond = (torch.arange(t, device=device) >= lengths[:, None])[:, None]
+    beyond = padding(lengths, t)
     y = ntc(y.to(dtype).masked_fill(beyond, torch.nan))  # nothing reads it: these are not the batch's own statistics
 
-    z = triton_bn.forward(y, mean, rstd, gamma, beta, None, lengths, seed, P)
-    out, got_mean, got_m2 = triton_impl.forward_stats(z, weight, stride, padding, dilation, lengths)
+    z = triton_bn.forward(y, norm, None, zeroed)
+    out, got_mean, got_m2 = triton_impl.forward_stats(z, weight, geometry, lengths)
     dout = ntc(torch.randn(out.shape, device=device).to(dtype))
-    got = {"z": z, "y": out, "dw": triton_impl.wgrad(z, dout, k, stride, padding, dilation, lengths)}
-    if stride == 1:
-        given = (y, z, mean, rstd, lengths, P)
-        g, got["dbeta"], got["dgamma"] = triton_impl.dgrad_bn(dout, weight, padding, dilation, *given)
-        got["dy"] = triton_bn.backward_apply(
-            g, y, None, mean, rstd, gamma, beta, None, None, lengths, None, 0.0, False
-        )[0]  # fmt: skip
+    got = {"z": z, "y": out, "dw": triton_impl.wgrad(z, dout, k, geometry, lengths)}
+    if geometry.stride == 1:
+        g, got["dbeta"], got["dgamma"] = triton_impl.dgrad_bn(dout, weight, geometry, y, z, norm, zeroed)
+        got["dy"] = triton_bn.backward_apply(g, y, None, norm, None, Mask(lengths), False)[0]
 
     keep = philox.keep_mask(n, c, t, P, seed, device) & ~beyond
 
@@ -99,7 +98,7 @@ def test_training(shape, batch, dtype):
         w = weight.to(kind).clone().requires_grad_()
         pre = (leaf.to(wide) - v[0][:, None]) * v[1][:, None] * a[:, None] + b[:, None]
         z = (pre.relu() / (1 - P)).where(keep, 0.0).to(kind)
-        out = F.conv1d(z, w, None, stride, padding, dilation)
+        out = F.conv1d(z, w, None, *geometry)
         out.backward(dout.to(kind))
         return {"z": z, "y": out, "dw": w.grad, "dy": leaf.grad, "dgamma": a.grad, "dbeta": b.grad}
 
@@ -116,25 +115,21 @@ def test_training(shape, batch, dtype):
 
 def test_inference(shape, batch, dtype):
     device = make_face("triton").device
-    x, weight, stride, padding, dilation, lengths = make(layer(shape, batch), dtype, device)
+    x, weight, geometry, lengths = make(layer(shape, batch), dtype, device)
     (n, _, t), (c_out, _, k) = x.shape, weight.shape
-    t_out = (t + 2 * padding - dilation * (k - 1) - 1) // stride + 1
-    ends = (lengths + 2 * padding - dilation * (k - 1) - 1) // stride + 1
-    inside = (torch.arange(t_out, device=device) < ends[:, None])[:, :, None]
-    x = x.transpose(1, 2).masked_fill((torch.arange(t, device=device) >= lengths[:, None])[:, :, None], torch.nan)
-    panes = torch.randn(n, t_out, 24, device=device).to(dtype).where(inside, torch.nan) if stride == 1 else None
+    t_out, ends = geometry.frames(t, k), geometry.frames(lengths, k)
+    inside = ~padding(ends, t_out).transpose(1, 2)
+    x = mask(x, lengths, torch.nan).transpose(1, 2)
+    panes = torch.randn(n, t_out, 24, device=device).to(dtype).where(inside, torch.nan)
+    panes = panes if geometry.stride == 1 else None
     w2, bias = (torch.randn(c_out, 24, 1) / 5).to(device, dtype), torch.randn(c_out, device=device)
-    given = {"stride": stride, "padding": padding, "dilation": dilation, "relu": True, "out_lengths": ends}
-    got = triton_impl.fused(
-        x, triton_impl.pack(weight), in_lengths=lengths, bias=bias, x2=panes,
-        packed2=None if panes is None else triton_impl.pack(w2), **given,
-    )  # fmt: skip
+    given = {"lengths": Lengths(lengths, ends), "relu": True}
+    packed = None if panes is None else (panes, triton_impl.pack(w2))
+    got = triton_impl.fused(x, triton_impl.pack(weight), geometry, bias=bias, panes=packed, **given)
 
     def plain(kind):
-        return reference.fused(
-            x.to(kind), weight.to(kind), in_lengths=lengths, bias=bias.to(kind),
-            x2=None if panes is None else panes.to(kind), weight2=w2.to(kind), **given,
-        )  # fmt: skip
+        wide = None if panes is None else (panes.to(kind), w2.to(kind))
+        return reference.fused(x.to(kind), weight.to(kind), geometry, bias=bias.to(kind), panes=wide, **given)
 
     assert_close("z", got, plain(dtype), plain(torch.float64))
     assert (got.masked_select(~inside) == 0).all()

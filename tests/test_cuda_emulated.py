@@ -18,6 +18,7 @@ from torch import Tensor
 from jasper_fast.kernels import philox
 from jasper_fast.kernels.bn_relu_dropout import reference
 from jasper_fast.kernels.layout import empty_ntc, ntc
+from jasper_fast.kernels.operands import Mask, Norm
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -70,22 +71,22 @@ class Emulated:
         self.run(STATS, y, 0.0, mean, m2)
         return mean, m2
 
-    def forward(self, y, mean, rstd, gamma, beta, residual, lengths, seed, p):
-        z = empty_ntc(*y.shape, like=y)
-        channels = {"mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta}
-        self.run(FORWARD, y, p, residual=residual, lengths=lengths, seed=seed, out=z, **channels)
+    def forward(self, y, norm, residual, mask):
+        z, (lengths, seed, p) = empty_ntc(*y.shape, like=y), mask
+        self.run(FORWARD, y, p, residual=residual, lengths=lengths, seed=seed, out=z, **norm._asdict())
         return z
 
-    def backward_reduce(self, dz, y, z, mean, rstd, gamma, beta, lengths, seed, p):
+    def backward_reduce(self, dz, y, z, norm, mask):
         dbeta, dgamma = torch.empty(y.shape[1]), torch.empty(y.shape[1])
-        channels = {"mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta}
+        lengths, seed, p = mask
         seed = seed if z is None else None  # as in bn_relu_dropout.cu
-        self.run(REDUCE, y, p, dbeta, dgamma, dz=dz, z=z, lengths=lengths, seed=seed, **channels)
+        self.run(REDUCE, y, p, dbeta, dgamma, dz=dz, z=z, lengths=lengths, seed=seed, **norm._asdict())
         return dbeta, dgamma
 
-    def backward_apply(self, dz, y, z, mean, rstd, gamma, beta, mean_g, mean_gy, lengths, seed, p, has_residual):
+    def backward_apply(self, dz, y, z, norm, means, mask, has_residual):
         dy, dres = empty_ntc(*y.shape, like=y), empty_ntc(*y.shape, like=y) if has_residual else None
-        channels = {"mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta, "mean_g": mean_g, "mean_gy": mean_gy}
+        channels = norm._asdict() | dict(zip(("mean_g", "mean_gy"), means or (None, None), strict=True))
+        lengths, seed, p = mask
         seed = seed if z is None else None
         self.run(APPLY, y, p, dz=dz, z=z, lengths=lengths, seed=seed, out=dy, dres=dres, **channels)
         return dy, dres
@@ -124,6 +125,10 @@ def tensors(n: int, c: int, t: int, dtype: torch.dtype, shift: float = 0.0) -> d
     }
 
 
+def norm_of(x: dict[str, Tensor]) -> Norm:
+    return Norm(*(x[name] for name in Norm._fields))
+
+
 def double(*tensors: Tensor | None) -> list[Tensor | None]:
     return [x if x is None or not x.is_floating_point() else x.double() for x in tensors]
 
@@ -154,29 +159,31 @@ def test_both_ways(emulated: Emulated, shape, dtype, residual, p, padded) -> Non
     x = tensors(n, c, t, dtype)
     lengths = torch.randint(0, t + 1, (n,)) if padded else None
     seed = torch.tensor([-(2**61) + 12345]) if p else None
-    channels = [x[name] for name in ("mean", "rstd", "gamma", "beta")]
+    norm = norm_of(x)
     if padded:  # what lies in the padding of dz and of the residual must not be seen
         for i, length in enumerate(lengths):
             x["dz"][i, :, length:] = x["residual"][i, :, length:] = float("nan")
 
-    args = [*channels, x["residual"] if residual else None, lengths, seed]
+    added, mask = x["residual"] if residual else None, Mask(lengths, seed, p)
+    wide_y, wide_added, *wide = double(x["y"], added, *norm)
     z, low, ref = (
-        emulated.forward(x["y"], *args, p),
-        reference.forward(x["y"], *args, p),
-        reference.forward(*double(x["y"], *args), p),
+        emulated.forward(x["y"], norm, added, mask),
+        reference.forward(x["y"], norm, added, mask),
+        reference.forward(wide_y, Norm(*wide), wide_added, mask),
     )
     assert_close("z", z, low, ref)
     assert torch.equal(z == 0, low == 0), "other elements were dropped, masked or clipped"
 
-    args = [x["dz"], x["y"], z if residual else None, *channels]
-    sums = emulated.backward_reduce(*args, lengths, seed, p)
-    wide = reference.backward_reduce(*double(*args), lengths, seed, p)
-    for name, *three in zip(("dbeta", "dgamma"), sums, reference.backward_reduce(*args, lengths, seed, p), wide):
+    saved = [x["dz"], x["y"], z if residual else None]
+    args, wide_args = (*saved, norm), (*double(*saved), Norm(*wide))
+    sums = emulated.backward_reduce(*args, mask)
+    wide_sums = reference.backward_reduce(*wide_args, mask)
+    for name, *three in zip(("dbeta", "dgamma"), sums, reference.backward_reduce(*args, mask), wide_sums):
         assert_close(name, *three)
-    for means in ([None, None], [(s / (n * t)).float() for s in wide]):
-        grads = emulated.backward_apply(*args, *means, lengths, seed, p, residual)
-        low = reference.backward_apply(*args, *means, lengths, seed, p, residual)
-        ref = reference.backward_apply(*double(*args, *means), lengths, seed, p, residual)
+    for means in (None, [(s / (n * t)).float() for s in wide_sums]):
+        grads = emulated.backward_apply(*args, means, mask, residual)
+        low = reference.backward_apply(*args, means, mask, residual)
+        ref = reference.backward_apply(*wide_args, means and double(*means), mask, residual)
         for name, *three in zip(("dy", "dres"), grads, low, ref, strict=True):
             if three[0] is not None:
                 assert_close(name, *three)
@@ -186,14 +193,14 @@ def test_results_do_not_depend_on_the_cut(emulated: Emulated) -> None:
     """Elementwise passes give the same bits whatever the number of multiprocessors; reductions stay within rounding."""
     x = tensors(2, 40, 500, torch.float16)
     lengths, seed = torch.tensor([500, 123]), torch.tensor([7])
-    channels = [x[name] for name in ("mean", "rstd", "gamma", "beta")]
+    norm = norm_of(x)
     results = []
     for emulated.sms in (1, 3, 132):
         results.append(
             [
-                emulated.forward(x["y"], *channels, None, lengths, seed, 0.5),
+                emulated.forward(x["y"], norm, None, Mask(lengths, seed, 0.5)),
                 *emulated.stats(x["y"]),
-                *emulated.backward_reduce(x["dz"], x["y"], None, *channels, lengths, seed, 0.5),
+                *emulated.backward_reduce(x["dz"], x["y"], None, norm, Mask(lengths, seed, 0.5)),
             ]
         )
     for other in results[1:]:
@@ -204,26 +211,26 @@ def test_results_do_not_depend_on_the_cut(emulated: Emulated) -> None:
 
 def test_misaligned_pointers_take_the_scalar_path(emulated: Emulated) -> None:
     x = tensors(2, 32, 9, torch.float32)
-    channels = [x[name] for name in ("mean", "rstd", "gamma", "beta")]
+    norm = norm_of(x)
     flat = torch.empty(x["y"].numel() + 1)
     shifted = flat[1:].reshape(2, 9, 32).transpose(1, 2).copy_(x["y"])
     assert shifted.data_ptr() % 16 != 0
     seed = torch.tensor([3])
     assert torch.equal(
-        emulated.forward(shifted, *channels, None, None, seed, 0.5),
-        emulated.forward(x["y"], *channels, None, None, seed, 0.5),
+        emulated.forward(shifted, norm, None, Mask(None, seed, 0.5)),
+        emulated.forward(x["y"], norm, None, Mask(None, seed, 0.5)),
     )
 
 
 def test_nan_passes_relu_and_its_gradient_but_not_the_mask(emulated: Emulated) -> None:
     x = tensors(1, 16, 10, torch.float32)
-    channels = [x[name] for name in ("mean", "rstd", "gamma", "beta")]
+    norm = norm_of(x)
     lengths, seed = torch.tensor([6]), torch.tensor([11])
     x["y"][0, :, 3] = x["y"][0, :, 8] = float("nan")
-    z = emulated.forward(x["y"], *channels, None, lengths, seed, 0.5)
+    z = emulated.forward(x["y"], norm, None, Mask(lengths, seed, 0.5))
     keep = philox.keep_mask(1, 16, 10, 0.5, seed)
     assert torch.equal(z[0, :, 3].isnan(), keep[0, :, 3])
     assert (z[0, :, 6:] == 0).all()
-    dbeta, dgamma = emulated.backward_reduce(x["dz"], x["y"], None, *channels, lengths, seed, 0.5)
+    dbeta, dgamma = emulated.backward_reduce(x["dz"], x["y"], None, norm, Mask(lengths, seed, 0.5))
     assert torch.equal(dgamma.isnan(), keep[0, :, 3])
     assert not dbeta.isnan().any()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from jasper_fast.kernels import philox
+from jasper_fast.kernels.layout import mask
 from jasper_fast.nn.block import JasperBlock
 from jasper_fast.nn.config import BlockConfig
 from jasper_fast.nn.eager import EagerBlock
@@ -30,16 +31,12 @@ def build(form: str, dropout: float, **more) -> JasperBlock:
     return block
 
 
-def masked(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    return x.masked_fill((torch.arange(x.shape[2]) >= lengths[:, None])[:, None], 0)
-
-
 def run(block: JasperBlock, sources, seeds, parameters=None) -> torch.Tensor:
     """The block's output, with masks; `sources` need not be zero in their padding."""
     steps = [LENGTHS]
     for _ in range(block.b.repeat):
         steps.append(block.b.out_length(steps[-1]))
-    sources = [masked(s, LENGTHS) for s in sources]
+    sources = [mask(s, LENGTHS) for s in sources]
     grams = [block.gram(s) for s in sources]
     given = (sources[-1], sources, grams, steps, seeds)
     return functional_call(block, parameters, given) if parameters else block(*given)
@@ -79,7 +76,7 @@ def definition(block: EagerBlock, sources, seeds) -> torch.Tensor:
             x = F.relu(y) * keep[i]
     for (conv, bn), source in zip(block.res, sources, strict=True):
         y = y + bn(conv(source, LENGTHS))
-    return masked(F.relu(y) * keep[-1], lens)
+    return mask(F.relu(y) * keep[-1], lens)
 
 
 @pytest.mark.parametrize("more", [{}, {"dilation": (1,), "kernel_size": (5,)}, {"repeat": 1}], ids=str)
@@ -102,3 +99,30 @@ def test_equals_autograd_on_the_definition(form, dropout, more):
         results.append([out.detach(), *gradients, *running])
     for i, (got, want) in enumerate(zip(*results, strict=True)):
         torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-8, msg=str(i))
+
+
+@pytest.mark.parametrize("form", ["gram", "plain"])
+def test_panes_train_by_the_eps_and_momentum_of_their_modules(form):
+    """As evaluation does; PyTorch's batch norms of the same settings say what comes out."""
+    block = build(form, 0.0)
+    sources = [mask(s.detach(), LENGTHS) for s in inputs()]
+    expected, stats = 0.0, []
+    for (conv, bn), source in zip(block.panes(), sources, strict=True):
+        bn.eps, bn.momentum = 0.3, 0.25
+        mean, var = bn.running_mean.clone(), bn.running_var.clone()
+        y = F.conv1d(source, conv.weight)
+        expected = expected + F.batch_norm(y, mean, var, bn.weight, bn.bias, True, bn.momentum, bn.eps)
+        stats.append((mean, var))
+    out = block.pane_sum(sources, [block.gram(s) for s in sources], LENGTHS)
+    torch.testing.assert_close(out, expected)
+    for (_, bn), (mean, var) in zip(block.panes(), stats, strict=True):
+        torch.testing.assert_close(bn.running_mean, mean)
+        torch.testing.assert_close(bn.running_var, var)
+
+
+def test_panes_that_disagree_are_refused():
+    block = build("gram", 0.0)
+    block.panes()[0][1].eps = 0.3
+    sources = [mask(s, LENGTHS) for s in inputs()]
+    with pytest.raises(ValueError, match="a block's panes share one eps and momentum"):
+        block.pane_sum(sources, [block.gram(s) for s in sources], LENGTHS)

@@ -24,21 +24,19 @@ def public(op: str, stem: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(("op", "face"), [(op, face) for op, (_, faces) in OPS.items() for face in faces])
 def test_signatures_equal_the_reference(op, face):
+    """Of what every face has, and of what some have beyond it; `fused` takes packs, of which the reference has none."""
     names, _ = OPS[op]
     want, got = public(op, "reference"), public(op, f"{face}_impl")
-    assert {name: got.get(name) for name in names} == {name: want[name] for name in names}
+    assert names <= got.keys()
+    both = (want.keys() & got.keys()) - {"fused"}
+    assert {name: got[name] for name in both} == {name: want[name] for name in both}
 
 
 def test_faces_with_packed_weights_fuse_alike():
-    """Triton's takes more: lengths made on the device, log-softmax, a workspace."""
-    cpu, triton = (public("conv1d", f"{face}_impl")["fused"].removesuffix(") -> Tensor") for face in ("cpu", "triton"))
-    assert triton.startswith(cpu)
-
-
-def test_reductions_along_a_conv_are_defined_alike():
-    reference, triton = (public("conv1d", stem) for stem in ("reference", "triton_impl"))
-    for name in ("forward_stats", "dgrad_bn"):
-        assert triton[name] == reference[name]
+    """Triton's takes more: zero padding, log-softmax, a workspace."""
+    cpu, triton = (public("conv1d", f"{face}_impl") for face in ("cpu", "triton"))
+    assert triton["fused"].startswith(cpu["fused"].removesuffix(") -> Tensor"))
+    assert triton["pack_once"] == cpu["pack_once"]
 
 
 def test_every_op_is_listed():

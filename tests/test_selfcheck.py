@@ -215,6 +215,36 @@ def test_products_of_panes_are_checked(dtype, wrong, monkeypatch):
     assert row["status"] == ("wrong" if wrong else "ok"), row
 
 
+@pytest.mark.parametrize("function", ["outputs", "forward", "backward_reduce", "gradients"])
+def test_a_wrong_kernel_of_the_plain_panes_is_caught(function, monkeypatch):
+    impl = backends.face("panes", make_face("cpu").name)
+    right, check = getattr(impl, function), Check("panes", "cpu", "plain", "default", Norm(2, 24, 37), "float32")
+    assert perform.perform(check, CPU)["status"] == "ok"
+
+    def wrong(*args):
+        out = right(*args)
+        for x in (args[-1],) if out is None else out[0] if isinstance(out, tuple) else (out,):
+            x.mul_(1.01)
+        return out
+
+    monkeypatch.setattr(impl, function, wrong)
+    assert perform.perform(check, CPU)["status"] == "wrong"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("op", ["conv1d", "conv1d.fused", "bn_relu_dropout"])
+def test_a_wrong_kernel_in_16_bits_is_caught(op, dtype, monkeypatch):
+    face = make_face("cpu").name
+    impl, name = backends.face(op.partition(".")[0], face), "fused" if op == "conv1d.fused" else "forward"
+    shape, variant = (
+        (CONV, "plain" if name == "fused" else "") if op != "bn_relu_dropout" else (Norm(2, 24, 21), "batch")
+    )
+    check, right = Check(op, face, name, "default", shape, dtype, variant), getattr(impl, name)
+    assert perform.perform(check, CPU)["status"] == "ok"
+    monkeypatch.setattr(impl, name, lambda *args, **how: 1.03 * right(*args, **how))
+    assert perform.perform(check, CPU)["status"] == "wrong"
+
+
 WRONG = [scale, drop_a_row, one_element, in_half_precision, not_a_number, Stale, Drifting]
 
 
@@ -286,7 +316,7 @@ def test_padding_that_is_read_is_caught(monkeypatch):
     face = make_face("cpu").name
     impl = backends.face("conv1d", face)
     right = impl.forward
-    monkeypatch.setattr(impl, "forward", lambda x, w, s, p, d, lengths: right(x, w, s, p, d, None))
+    monkeypatch.setattr(impl, "forward", lambda x, w, geometry, lengths, *_: right(x, w, geometry, None))
     row = perform.perform(conv_check(face), CPU)
     assert row["status"] == "wrong" and "nan" in row["detail"]
 
@@ -295,7 +325,7 @@ def test_a_wrong_dropout_mask_is_caught(monkeypatch):
     face = make_face("cpu").name
     impl = backends.face("bn_relu_dropout", face)
     right = impl.forward
-    monkeypatch.setattr(impl, "forward", lambda *args: right(*args[:-2], args[-2] + 1, args[-1]))
+    monkeypatch.setattr(impl, "forward", lambda *args: right(*args[:-1], args[-1]._replace(seed=args[-1].seed + 1)))
     assert perform.perform(norm_check(face), CPU)["status"] == "wrong"
 
 
@@ -403,7 +433,7 @@ def test_the_plan_holds_every_function_of_every_face_once(face):
     convs = checks.CONV if face == "triton" else ("forward", "dgrad", "wgrad")
     assert functions == {
         *(("bn_relu_dropout", f) for f in ("stats", "forward", "backward")),
-        *(("conv1d", f) for f in convs), ("conv1d.fused", "fused"),
+        *(("conv1d", f) for f in convs), ("conv1d.fused", "fused"), *([("panes", "plain")] if face == "cpu" else []),
     }  # fmt: skip
     for op in ("bn_relu_dropout", "conv1d"):  # every public function of the face is among them
         names = {"backward" if n.startswith("backward") else n for n in public(op, face)}
@@ -460,9 +490,14 @@ def test_every_check_is_made_in_the_dtype_that_is_asked_for(gpu, quick):
 
 
 def test_a_face_is_checked_in_the_dtypes_that_it_has():
+    """The C++ kernels in all three, as dispatch takes them, but for the panes' in fp32 alone; a quick check in one."""
     make_face("cpu")
-    assert checks.plan(CPU, faces=("cpu",), dtypes=("float16",)) == []
-    assert {check.dtype for check in checks.plan(CPU, faces=("cpu",), dtypes=("float16", "float32"))} == {"float32"}
+    plan = checks.plan(CPU, faces=("cpu",))
+    in_each = {dtype: {check.op for check in plan if check.dtype == dtype} for dtype in checks.DTYPES}
+    assert in_each["float32"] == set(verdict.OPS)
+    assert in_each["float16"] == in_each["bfloat16"] == set(verdict.OPS) - {"panes"}
+    assert {check.dtype for check in checks.plan(CPU, faces=("cpu",), dtypes=("float16",))} == {"float16"}
+    assert {check.dtype for check in checks.plan(CPU, quick=True)} <= {"float32", "bfloat16"}
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -553,11 +588,17 @@ def test_real_shapes_are_those_of_the_model():
 # ---- processes that die ----
 
 
+MODULES = """
+import os, signal, sys, time, torch
+from jasper_fast.dispatch import backends
+from jasper_fast.selfcheck import checks, child, perform
+"""
+
+
 def run_child(code: str, *, seconds: float = 60.0, ops=("conv1d", "bn_relu_dropout"), **more) -> list[dict]:
     """The rows of a supervised process that runs `code` before the self-check, on the CPU face."""
     make_face("cpu")
-    own = "from jasper_fast.dispatch import backends\nfrom jasper_fast.selfcheck import checks, child, perform"
-    full = f"import os, signal, sys, time, torch\n{own}\n{code}\nchild.child()"
+    full = f"{MODULES}\n{code}\nchild.child()"
     argv = [sys.executable, "-c", full]
     return probe.supervise(CPU, quick=True, ops=ops, faces=("cpu",), seconds=seconds, argv=argv, **more)
 
@@ -727,7 +768,7 @@ def test_the_command_cut_off_shows_and_keeps_what_was_found(as_json, monkeypatch
         report.planned, report.found = rows_of(("bn_relu_dropout", "ok"), ("conv1d", "ok"), ("conv1d", ""))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(probe, "supervise", supervise)
+    monkeypatch.setattr(show, "supervise", supervise)
     with pytest.raises(KeyboardInterrupt):
         show.main(CPU, quick=False, as_json=as_json, cache=True)
     said = capsys.readouterr().out
@@ -789,7 +830,7 @@ def test_the_command_checks_the_cpu_and_the_interpreted_kernels_and_keeps_the_ve
     assert report["finished"]
     assert {(v["op"], v["face"], v["dtype"]) for v in report["verdicts"]} == {("panes", "aten", "float32")} | {
         (op, *face) for op in verdict.OPS[:3] for face in (("cpu", "float32"), ("triton", "bfloat16"))
-    }
+    } | {("panes", "cpu", "float32")}
     assert all(v["status"] == GOOD and v["quick"] for v in report["verdicts"])
     (file,) = (tmp_path / "verdicts").glob("*.json")
     kept = json.loads(file.read_text())
@@ -802,8 +843,10 @@ def test_the_command_checks_the_dtypes_that_it_is_told(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert {(v["op"], v["face"], v["dtype"]) for v in report["verdicts"]} == {
-        ("panes", "aten", "float16"), ("panes", "aten", "bfloat16"),
-    }, "the native kernels of a CPU have fp32 only"  # fmt: skip
+        (op, face, dtype)
+        for op, face in (("panes", "aten"), *((op, "cpu") for op in verdict.OPS[:3]))
+        for dtype in ("float16", "bfloat16")
+    }
 
 
 def test_the_command_shows_a_table(tmp_path):
@@ -817,7 +860,7 @@ def test_the_command_shows_a_table(tmp_path):
 def test_a_failure_is_shown_and_is_the_exit_status(monkeypatch, capsys, tmp_path):
     make_face("cpu")
     code = BREAK.format(function="dgrad", where="True", what="return 1.01 * right(x, w, *rest, **more)")
-    full = f"from jasper_fast.dispatch import backends\nfrom jasper_fast.selfcheck import child\n{code}\nchild.child()"
+    full = f"{MODULES}\n{code}\nchild.child()"
     argv = [sys.executable, "-c", full]
     monkeypatch.setattr(probe, "command", lambda: argv)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -256,6 +256,7 @@ import torch
 from jasper_fast.kernels import aot, launch
 from jasper_fast.kernels.bn_relu_dropout import triton_impl as bn
 from jasper_fast.kernels.conv1d import triton_impl as conv
+from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
 
 dtype, seen = torch.float16, []
 kinds = json.loads(sys.argv[2])
@@ -269,38 +270,38 @@ def take(one):
 def calls():
     for n, t in kinds["batches"]:
         for c_in, c_out, k, stride, dilation in kinds["shapes"]:
-            pad = (k // 2) * dilation
-            t_out = (t + 2 * pad - dilation * (k - 1) - 1) // stride + 1
+            how = Geometry(stride, (k // 2) * dilation, dilation)
+            t_out = how.frames(t, k)
             ntc = lambda c, frames: torch.zeros(n, frames, c, dtype=dtype).transpose(1, 2)
             x, dy, w = ntc(c_in, t), ntc(c_out, t_out), torch.zeros(c_out, c_in, k)
             odd = t % 2  # lengths and seeds are slices: every second one is not aligned to 16 bytes
             lengths, seed = torch.zeros(n + 1, dtype=torch.int64)[odd:][:n], torch.zeros(2, dtype=torch.int64)[odd:][:1]
-            vectors = [torch.zeros(c_in) for _ in range(4)]
+            norm, mask = Norm(*(torch.zeros(c_in) for _ in range(4))), Mask(lengths, seed, 0.2)
             for call in kinds["calls"]:
                 start = len(seen)
                 if call == "fused":
                     pack, half = conv.pack(w, dtype), lengths // 2
-                    more = {"stride": stride, "padding": pad, "dilation": dilation, "bias": torch.zeros(c_out)}
-                    conv.fused(x.transpose(1, 2), pack, relu=True, in_lengths=lengths, out_lengths=half, **more)
-                    conv.fused(x.transpose(1, 2), pack, workspace=conv.Workspace("cpu"), **more)
+                    more = {"bias": torch.zeros(c_out)}
+                    conv.fused(x.transpose(1, 2), pack, how, relu=True, lengths=Lengths(lengths, half), **more)
+                    conv.fused(x.transpose(1, 2), pack, how, workspace=conv.Workspace("cpu"), **more)
                     features = torch.zeros(n, c_in, t).transpose(1, 2)
-                    conv.fused(features, pack, in_lengths=lengths, lengths_out=half, **more)
+                    conv.fused(features, pack, how, lengths=Lengths(lengths, made=half), **more)
                     if stride == 1:
                         panes = torch.zeros(n, t_out, 72, dtype=dtype)[:, :, :64]
                         pack2 = conv.pack(torch.zeros(c_out, 64, 1), dtype)
-                        conv.fused(x.transpose(1, 2), pack, x2=panes, packed2=pack2, **more)
+                        conv.fused(x.transpose(1, 2), pack, how, panes=(panes, pack2), **more)
                 elif call == "conv":
-                    conv.forward(x, w, stride, pad, dilation, lengths)
-                    conv.forward_stats(x, w, stride, pad, dilation, lengths)
-                    conv.wgrad(x, dy, k, stride, pad, dilation, lengths)
+                    conv.forward(x, w, how, lengths)
+                    conv.forward_stats(x, w, how, lengths)
+                    conv.wgrad(x, dy, k, how, lengths)
                     if stride == 1:
-                        conv.dgrad(dy, w, t, stride, pad, dilation, lengths)
-                        conv.dgrad_bn(dy, w, pad, dilation, x, x, *vectors[:2], lengths, 0.2)
+                        conv.dgrad(dy, w, t, how, lengths)
+                        conv.dgrad_bn(dy, w, how, x, x, norm, mask)
                 else:
                     bn.stats(x)
-                    bn.forward(x, *vectors, None, lengths, seed, 0.2)
-                    bn.backward_reduce(x, x, None, *vectors, lengths, seed, 0.2)
-                    bn.backward_apply(x, x, None, *vectors, vectors[0], vectors[0], lengths, seed, 0.2, False)
+                    bn.forward(x, norm, None, mask)
+                    bn.backward_reduce(x, x, None, norm, mask)
+                    bn.backward_apply(x, x, None, norm, norm[:2], mask, False)
                 for name, values in seen[start:]:
                     print(json.dumps([name, [c_in, c_out, k, stride, dilation], values]))
                 del seen[start:]

@@ -12,9 +12,9 @@ from jasper_fast.bench.harness import correct, limits
 from jasper_fast.bench.harness.case import Case
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.harness.seeds import seeded, stable_seed
+from jasper_fast.kernels.layout import mask as masked
 from jasper_fast.nn.architecture import BN_EPS as EPS
 from jasper_fast.nn.architecture import BN_MOMENTUM as MOMENTUM
-from jasper_fast.nn.model import mask as masked
 
 P = 0.2  # of dropout
 MODES = ("both", "forward", "backward")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from jasper_fast import Jasper, JasperConfig
 from jasper_fast.bench.harness.seeds import seeded, stable_seed
+from jasper_fast.kernels.layout import mask
 from jasper_fast.nn.eager import EagerJasper
-from jasper_fast.nn.model import mask
 
 FRAMES = {2.0: 208, 7.0: 704, 16.7: 1680}  # seconds of audio to feature frames, padded as the reference pads
 VOCABULARY = 29

@@ -4,7 +4,6 @@ The prologue reads fp32 features in NCT memory, as a front end leaves them; the 
 contender's weights are in the precision under test. Rows at t >= length of the result belong to no one.
 """
 
-import copy
 import functools
 from collections.abc import Callable
 
@@ -21,6 +20,7 @@ from jasper_fast.bench.rivals import choice, compiler
 from jasper_fast.bench.rivals.cudnn_graphs import FusedConv
 from jasper_fast.dispatch import backends, choose
 from jasper_fast.kernels import layout
+from jasper_fast.kernels.operands import FULL, Geometry, Lengths
 from jasper_fast.nn import block
 
 
@@ -66,7 +66,7 @@ class SubBlock(nn.Module):
         weight = self.conv.weight.detach().to(wide)
         if self.layer.head:
             return weight, self.conv.bias.detach().to(wide)
-        scale, shift = block.fold(copy.deepcopy(self.norm).to(wide).requires_grad_(False))
+        scale, shift = (v.detach() for v in block.fold(self.norm, wide))
         return scale[:, None, None] * weight, shift
 
 
@@ -126,19 +126,18 @@ def fused(i: Inputs, backend: str) -> SubBlockCall:
         weight, bias = layout.ntc(weight.to(i.dtype)), bias.to(i.dtype)
         return lambda x, lengths: _folded_aten(i, weight, bias, x, lengths)
     impl = backends.face("conv1d", name)
-    more = {"stride": a.stride, "padding": a.padding, "dilation": a.dilation, "relu": not a.head, "bias": bias}
+    more, made = {"relu": not a.head, "bias": bias}, None
     packed = impl.pack_once(weight, i.dtype, a.stride) if name == "cpu" else impl.pack(weight, i.dtype)
     if name == "triton":  # one launch: features in any strides and in fp32, lengths and log-softmax are the kernel's
         more |= {"log_softmax": a.head, "workspace": impl.Workspace(i.device)}
         if a.stride > 1:
-            more["lengths_out"] = torch.empty_like(i.lengths)
+            made = torch.empty_like(i.lengths)
 
     def call(x: Tensor, lengths: Tensor) -> Tensor:
         x = x.transpose(1, 2)  # (N, T, C)
-        masks = {} if a.head else {"in_lengths": lengths}
-        if not a.head and "lengths_out" not in more:
-            masks["out_lengths"] = a.out_lengths(lengths)
-        z = impl.fused(x if name == "triton" else x.float().contiguous(), packed, **more, **masks)
+        masks = FULL if a.head else Lengths(lengths, a.out_lengths(lengths) if made is None else None, made)
+        x = x if name == "triton" else x.float().contiguous()
+        z = impl.fused(x, packed, Geometry(a.stride, a.padding, a.dilation), lengths=masks, **more)
         return (z.float().log_softmax(dim=2) if a.head and name != "triton" else z).transpose(1, 2)
 
     return call

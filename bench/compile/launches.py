@@ -12,6 +12,7 @@ from jasper_fast.kernels import aot, launch, tables
 from jasper_fast.kernels.bn_relu_dropout import triton_impl as bn
 from jasper_fast.kernels.conv1d import triton_impl as conv1d
 from jasper_fast.kernels.conv1d import triton_tiles
+from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
 
 N, P = 32, 0.2  # utterances, with FRAMES enough rows for whole tiles; dropout rate
 FRAMES = (840, 48, 16)  # T' of 16.7 s, and two for which the default tiles have fewer rows
@@ -62,55 +63,54 @@ def conv_calls(a: Layer, T: int, dtype: torch.dtype, masks: bool) -> dict[str, C
     x = torch.empty(N, T, a.C_in, dtype=dtype, device=META).transpose(1, 2)
     weight, channel = torch.empty(a.C_out, a.C_in, a.K, device=META), torch.empty(a.C_in, device=META)
     lengths = torch.empty(N, dtype=torch.int64, device=META)
-    at, masked = (a.stride, a.padding, a.dilation), lengths if masks else None
-    fused = {"fused": functools.partial(_fused, a, x, weight, lengths, masks)}
+    how, masked = Geometry(a.stride, a.padding, a.dilation), lengths if masks else None
+    fused = {"fused": functools.partial(_fused, a, x, weight, how, lengths, masks)}
     if a.head:  # it trains through ATen
         return fused
     dy = x.new_empty(N, a.frames(T), a.C_out).transpose(1, 2)
     training = {
-        "forward": lambda: conv1d.forward(x, weight, *at, masked, clean=True),
-        "forward_stats": lambda: conv1d.forward_stats(x, weight, *at, masked, clean=True),
-        "wgrad": lambda: conv1d.wgrad(x, dy, a.K, *at, masked, dtype=weight.dtype, clean=True),
+        "forward": lambda: conv1d.forward(x, weight, how, masked, clean=True),
+        "forward_stats": lambda: conv1d.forward_stats(x, weight, how, masked, clean=True),
+        "wgrad": lambda: conv1d.wgrad(x, dy, a.K, how, masked, dtype=weight.dtype, clean=True),
     }
     if not a.first:
         training |= {
-            "dgrad": lambda: conv1d.dgrad(dy, weight, T, *at, masked),
-            "dgrad_bn": lambda: conv1d.dgrad_bn(dy, weight, *at[1:], x, x, channel, channel, masked, P),
+            "dgrad": lambda: conv1d.dgrad(dy, weight, T, how, masked),
+            "dgrad_bn": lambda: conv1d.dgrad_bn(dy, weight, how, x, x, Norm(*[channel] * 4), Mask(masked, p=P)),
         }
     return fused | training
 
 
-def _fused(a: Layer, x: torch.Tensor, weight: torch.Tensor, lengths: torch.Tensor, masks: bool) -> None:
+def _fused(a: Layer, x: torch.Tensor, weight: torch.Tensor, how: Geometry, lengths: torch.Tensor, masks: bool) -> None:
     """What the inference engine calls of a layer: of the first over fp32 features, of the last with log-softmax."""
     fused = functools.partial(
-        conv1d.fused, packed=conv1d.pack(weight, x.dtype), bias=weight.new_empty(a.C_out), relu=not a.head,
-        stride=a.stride, padding=a.padding, dilation=a.dilation, workspace=conv1d.Workspace(META),
+        conv1d.fused, packed=conv1d.pack(weight, x.dtype), geometry=how, bias=weight.new_empty(a.C_out),
+        relu=not a.head, workspace=conv1d.Workspace(META),
     )  # fmt: skip
-    ntc, ends = x.transpose(1, 2), {"in_lengths": lengths, "lengths_out": lengths}
+    ntc, ends = x.transpose(1, 2), Lengths(lengths, made=lengths, masked=masks and not a.head)
     if a.first:
-        fused(torch.empty(x.shape, device=META).transpose(1, 2), masked=masks, **ends)
+        fused(torch.empty(x.shape, device=META).transpose(1, 2), lengths=ends)
     elif a.head:
-        fused(ntc, masked=False, clean=True, log_softmax=True, **ends)
+        fused(ntc, lengths=ends, clean=True, log_softmax=True)
     else:
-        masked = dict.fromkeys(("in_lengths", "out_lengths"), lengths if masks else None)
-        fused(ntc, clean=True, **masked)
-        panes = conv1d.pack(weight.new_empty(a.C_out, PANES, 1), x.dtype)
-        fused(ntc, clean=True, x2=x.new_empty(*ntc.shape[:2], PANES), packed2=panes, **masked)
+        masked = Lengths(lengths, lengths) if masks else Lengths()
+        fused(ntc, lengths=masked, clean=True)
+        panes = x.new_empty(*ntc.shape[:2], PANES), conv1d.pack(weight.new_empty(a.C_out, PANES, 1), x.dtype)
+        fused(ntc, lengths=masked, clean=True, panes=panes)
 
 
 def norm_calls(C: int, dtype: torch.dtype) -> None:
     """All functions of bn_relu_dropout over `C` channels, in every combination of what a call can leave out."""
     y = torch.empty(N, FRAMES[0], C, dtype=dtype, device=META).transpose(1, 2)
     some = torch.empty(N, dtype=torch.int64, device=META)
-    vectors = [torch.empty(C, device=META) for _ in range(4)]
+    norm = Norm(*(torch.empty(C, device=META) for _ in range(4)))
     bn.stats(y)
     for residual, lengths, p in itertools.product((None, y), (None, some), (0.0, P)):
-        seed = some[:1] if p else None
-        bn.forward(y, *vectors, residual, lengths, seed, p)
-        saved, rest = (y, y, residual, *vectors), (lengths, seed, p)
-        bn.backward_reduce(*saved, *rest)
-        for means, halo in (((None, None), None), (vectors[:2], None), (vectors[:2], 0)):
-            bn.backward_apply(*saved, *means, *rest, residual is not None, halo)
+        mask = Mask(lengths, some[:1] if p else None, p)
+        bn.forward(y, norm, residual, mask)
+        bn.backward_reduce(y, y, residual, norm, mask)
+        for means, halo in ((None, None), (norm[:2], None), (norm[:2], 0)):
+            bn.backward_apply(y, y, residual, norm, means, mask, residual is not None, halo)
 
 
 def _exacts(dtype: torch.dtype) -> tuple[bool, ...]:

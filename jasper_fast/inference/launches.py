@@ -18,41 +18,14 @@ from torch import Tensor
 
 from jasper_fast.dispatch import backends
 from jasper_fast.inference.graphs import CudaGraphs, Turns
-from jasper_fast.inference.plan import Buffers, Folded, make_plan
+from jasper_fast.inference.plan import Buffers, KernelConv, make_plan
+from jasper_fast.kernels.operands import FULL, Lengths
 from jasper_fast.nn.model import Jasper
-
-
-class TritonConv:
-    """A folded sub-block through the Triton kernel: weights packed once, bias, panes, ReLU and mask inside."""
-
-    def __init__(self, folded: Folded, dtype: torch.dtype, workspace: object):
-        self.impl = backends.face("conv1d", "triton")
-        self.packed = self.impl.pack(folded.weight.float(), dtype)
-        self.packed_panes = None if folded.panes is None else self.impl.pack(folded.panes.float().unsqueeze(2), dtype)
-        self.bias = folded.bias.to(torch.float32, copy=True)
-        self.b, self.relu, self.workspace = folded.b, folded.relu, workspace
-
-    def __call__(self, x: Tensor, out: Tensor, panes: Tensor | None = None, **masks: object) -> None:
-        """`x` (N, T, C_in) and `panes` (N, T', C2) to `out` (N, T', C_out); the rest as `conv1d.fused` takes it."""
-        self.impl.fused(
-            x,
-            self.packed,
-            stride=self.b.s,
-            padding=self.b.padding,
-            dilation=self.b.d,
-            bias=self.bias,
-            relu=self.relu,
-            x2=panes,
-            packed2=self.packed_panes,
-            out=out,
-            workspace=self.workspace,
-            **masks,
-        )
 
 
 @dataclass
 class Bound:
-    """One (N, T) bound to the buffers: the first launch but for its input, the launches between, the last's input."""
+    """One (N, T) bound to the buffers: the first launch, but for input and lengths, those between, the last's input."""
 
     source: Tensor | None  # (N, T, C_in), where the first block's panes need the features
     first: Callable[..., None]
@@ -91,7 +64,7 @@ class Launches:
         device = model.decoder.layers[0].weight.device
         impl = backends.face("conv1d", "triton")
         self._workspace = impl.Workspace(device)
-        self._plan = make_plan(model, lambda folded: TritonConv(folded, dtype, self._workspace))
+        self._plan = make_plan(model, lambda folded: KernelConv(folded, dtype, "triton", workspace=self._workspace))
         self._dtype, self._turns, self._graphs, self._patient = dtype, turns, graphs, patient
         self._takes_tf32 = impl.takes_tf32
         self._softmax = self._plan.n_classes <= impl.SOFTMAX_MAX  # in the last launch
@@ -114,7 +87,7 @@ class Launches:
         else:  # rows past T hold another call's: a length past T must not reach them
             x, lengths = bound.source, lengths.clamp(0, t)
             x[:, :t].copy_(features.transpose(1, 2))
-        bound.first(x, in_lengths=lengths)
+        bound.first(x, lengths=Lengths(lengths, None, self.lengths.held["lengths0"][:n], plan.masks))
         self._between(bound)
         out_lengths = torch.empty((n,), dtype=torch.int64, device=features.device)
         fused = self._softmax
@@ -123,9 +96,7 @@ class Launches:
         plan.head(
             bound.last[:, :t_out],
             out,
-            in_lengths=bound.lengths,
-            lengths_out=out_lengths,
-            masked=False,
+            lengths=Lengths(bound.lengths, None, out_lengths, masked=False),
             clean=True,
             log_softmax=fused,
         )
@@ -181,15 +152,13 @@ class Launches:
         for i, (step, t) in enumerate(zip(plan.steps, frames[1:], strict=True)):
             out = buffers.view(step.out, n, t)
             panes = buffers.view(step.panes, n, t) if step.panes else None
-            told: dict[str, object] = {}
+            told = Lengths(lens, lens) if plan.masks else FULL
             if changes[i]:
                 before, lens = lens, self.lengths.held[f"lengths{sum(changes[:i])}"][:n]
-                told = {"lengths_out": lens, "masked": plan.masks} | ({} if i == 0 else {"in_lengths": before})
-            elif plan.masks:
-                told = {"in_lengths": lens, "out_lengths": lens}
+                told = Lengths(before, None, lens, plan.masks)
             # kernels leave zeros past the lengths; only features that panes read from a buffer are as they came
-            call = partial(step.conv, out=out, panes=panes, clean=i > 0 and not plan.reads_source, **told)
-            calls.append(call if i == 0 else partial(call, x))
+            call = partial(step.conv, out=out, panes=panes, clean=i > 0 and not plan.reads_source)
+            calls.append(call if i == 0 else partial(call, x, lengths=told))
             x = out
         return Bound(source, calls[0], calls[1:], x, lens)
 

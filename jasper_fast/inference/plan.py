@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from jasper_fast.nn.block import JasperBlock
+from jasper_fast.dispatch import backends
+from jasper_fast.kernels.operands import FULL, Geometry, Lengths
+from jasper_fast.nn.block import JasperBlock, fold
 from jasper_fast.nn.config import BlockConfig
 from jasper_fast.nn.model import Jasper
 
@@ -42,12 +44,44 @@ class Folded:
     relu: bool
 
 
+class FoldedConv(Protocol):
+    """A folded sub-block, ready to run."""
+
+    def __call__(
+        self, x: Tensor, out: Tensor, panes: Tensor | None = None, lengths: Lengths = FULL, **how: object
+    ) -> None:
+        """`x` (N, T, C_in) and `panes` (N, T', C2), zero beyond `lengths.before`, to `out` (N, T', C_out).
+
+        how: what its face alone takes, as its `fused` does.
+        """
+
+
+class KernelConv:
+    """A FoldedConv in one kernel of the face: weights packed once, bias, panes, ReLU and mask inside.
+
+    What it is to read beyond `lengths.before` may be anything. `more`: further arguments of `fused`, for every call.
+    """
+
+    def __init__(self, folded: Folded, dtype: torch.dtype, face: str, **more: object):
+        impl = backends.face("conv1d", face)
+        self.geometry = Geometry(folded.b.s, folded.b.padding, folded.b.d)
+        self.packed = impl.pack_once(folded.weight, dtype, folded.b.s)
+        self.packed_panes = None if folded.panes is None else impl.pack_once(folded.panes.unsqueeze(2), dtype)
+        self._fused = partial(impl.fused, bias=folded.bias.to(torch.float32, copy=True), relu=folded.relu, **more)
+
+    def __call__(
+        self, x: Tensor, out: Tensor, panes: Tensor | None = None, lengths: Lengths = FULL, **how: object
+    ) -> None:
+        panes = None if panes is None else (panes, self.packed_panes)
+        self._fused(x, self.packed, self.geometry, lengths=lengths, panes=panes, out=out, **how)
+
+
 @dataclass(frozen=True)
 class Step:
     """One sub-block: its conv as a runner made it, where it writes, and what its panes take, if it has any."""
 
     b: BlockConfig
-    conv: Any
+    conv: FoldedConv
     out: Place
     panes: Place | None
 
@@ -63,7 +97,7 @@ class Plan:
 
     source: Place
     steps: tuple[Step, ...]
-    head: Any
+    head: FoldedConv
     masks: bool
     n_classes: int
 
@@ -103,7 +137,7 @@ class Plan:
         return features.new_zeros(shape, dtype=torch.float32), self.out_frames(lengths).clone()
 
 
-def make_plan(model: Jasper, conv: Callable[[Folded], Any]) -> Plan:
+def make_plan(model: Jasper, conv: Callable[[Folded], FoldedConv]) -> Plan:
     """Fold `model`, in fp32 or better whatever its dtype is, and make each sub-block's conv with `conv`."""
     layers: list[JasperBlock] = list(model.encoder.layers)
     head = model.decoder.layers[0]
@@ -123,20 +157,14 @@ def _sub_blocks(layer: JasperBlock, source: Place, dtype: torch.dtype) -> Iterat
     """The folded sub-blocks of a block whose input lies at `source`; the last takes the panes' channels."""
     b = layer.b
     for r, (conv, bn) in enumerate(layer.sub_blocks()):
-        scale, bias = _fold(bn, dtype)
+        scale, bias = fold(bn, dtype)
         panes, joined = None, None
         if r == b.repeat - 1 and layer.panes():
             panes = Place(source.buffer, source.width, 0 if b.residual_dense else source.begin, source.end)
-            folded = [(_fold(pane_bn, dtype), pane.weight.flatten(1)) for pane, pane_bn in layer.panes()]
+            folded = [(fold(pane_bn, dtype), pane.weight.flatten(1)) for pane, pane_bn in layer.panes()]
             joined = torch.cat([pane_scale[:, None] * weight for (pane_scale, _), weight in folded], 1)
             bias = bias + sum(shift for (_, shift), _ in folded)
         yield Folded(scale[:, None, None] * conv.weight, bias, joined, b, relu=True), panes
-
-
-def _fold(bn: nn.BatchNorm1d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(scale, shift), each (C,) in `dtype`: batch norm with running statistics is `y * scale + shift`."""
-    scale = bn.weight.to(dtype) * (bn.running_var.to(dtype) + bn.eps).rsqrt()
-    return scale, bn.bias.to(dtype) - bn.running_mean.to(dtype) * scale
 
 
 def _places(layers: list[JasperBlock], in_feats: int) -> list[Place]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jasper_fast.dispatch import backends
-from jasper_fast.inference.plan import Buffers, Folded, make_plan
-from jasper_fast.nn.model import Jasper, mask
+from jasper_fast.inference.plan import Buffers, Folded, KernelConv, make_plan
+from jasper_fast.kernels.layout import mask
+from jasper_fast.kernels.operands import FULL, Lengths
+from jasper_fast.nn.model import Jasper
 
 
 class Stepwise:
     """Features (N, C, T) and lengths (N,) to (log_probs (N, T', V) fp32, lengths), on the "aten" or the "cpu" face."""
 
     def __init__(self, model: Jasper, dtype: torch.dtype, face: str):
-        conv = CpuConv if face == "cpu" else AtenConv
+        conv = partial(KernelConv, face=face) if face == "cpu" else AtenConv
         self._plan = make_plan(model, lambda folded: conv(folded, dtype))
         held = torch.float32 if face == "cpu" else dtype
         self.buffers = Buffers(held, model.decoder.layers[0].weight.device)
@@ -36,15 +39,15 @@ class Stepwise:
                 t, lens = step.b.out_length(t), step.b.out_length(lens)
             out = buffers.view(step.out, n, t)
             panes = buffers.view(step.panes, n, t) if step.panes else None
-            step.conv(x, panes, lens_in if plan.masks else None, lens if plan.masks else None, out)
+            step.conv(x, out, panes, Lengths(lens_in, lens) if plan.masks else FULL)
             x = out
         logits = x.new_empty((n, t, plan.n_classes))
-        plan.head(x, None, None, None, logits)
+        plan.head(x, logits)
         return logits.float().log_softmax(dim=2), lens.clone() if lens is lengths else lens
 
 
 class AtenConv:
-    """A folded sub-block through ATen, on any device and in any dtype."""
+    """A FoldedConv through ATen, on any device and in any dtype."""
 
     def __init__(self, folded: Folded, dtype: torch.dtype):
         self.weight = folded.weight.to(dtype).unsqueeze(2).clone(memory_format=torch.channels_last)
@@ -52,8 +55,7 @@ class AtenConv:
         self.panes = None if folded.panes is None else folded.panes.to(dtype)
         self.b, self.relu = folded.b, folded.relu
 
-    def __call__(self, x: Tensor, panes: Tensor | None, lens_in: Tensor | None, lens: Tensor | None, out: Tensor):
-        """`x` (N, T, C_in), zero in its padding, and `panes` (N, T', C) to `out` (N, T', C_out), masked by `lens`."""
+    def __call__(self, x: Tensor, out: Tensor, panes: Tensor | None = None, lengths: Lengths = FULL) -> None:
         b = self.b
         x = x.transpose(1, 2).unsqueeze(2)
         y = F.conv2d(x, self.weight, self.bias, (1, b.s), (0, b.padding), (1, b.d)).squeeze(2).transpose(1, 2)
@@ -61,31 +63,4 @@ class AtenConv:
             y = y + F.linear(panes, self.panes)
         if self.relu:
             y = y.relu_()
-        out.copy_(y if lens is None else mask(y.transpose(1, 2), lens).transpose(1, 2))
-
-
-class CpuConv:
-    """A folded sub-block through the CPU kernel: weights packed once, bias, panes, ReLU and mask inside."""
-
-    def __init__(self, folded: Folded, dtype: torch.dtype):
-        self.impl = backends.face("conv1d", "cpu")
-        self.packed = self.impl.pack_once(folded.weight, dtype, folded.b.s)
-        self.packed_panes = None if folded.panes is None else self.impl.pack_once(folded.panes.unsqueeze(2), dtype)
-        self.bias, self.b, self.relu = folded.bias.float().clone(), folded.b, folded.relu
-
-    def __call__(self, x: Tensor, panes: Tensor | None, lens_in: Tensor | None, lens: Tensor | None, out: Tensor):
-        """As AtenConv; rows of `x` at t >= `lens_in` are not read, rows beyond their reach not computed."""
-        self.impl.fused(
-            x,
-            self.packed,
-            stride=self.b.s,
-            padding=self.b.padding,
-            dilation=self.b.d,
-            in_lengths=lens_in,
-            bias=self.bias,
-            relu=self.relu,
-            out_lengths=lens,
-            x2=panes,
-            packed2=self.packed_panes,
-            out=out,
-        )
+        out.copy_(mask(y.transpose(1, 2), lengths.after).transpose(1, 2))

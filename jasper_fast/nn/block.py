@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from jasper_fast.nn.architecture import BN_EPS, BN_MOMENTUM
 from jasper_fast.nn.config import BlockConfig
 from jasper_fast.nn.packs import Packs
 from jasper_fast.ops import sync
-from jasper_fast.ops.conv1d_op import autocast, conv_face
+from jasper_fast.ops.conv1d_op import autocast
 
 PANE_FORMS = ("auto", "gram", "plain")
 
@@ -68,11 +70,10 @@ class JasperBlock(nn.Module):
         for i in range(b.repeat - 1):
             if b.s == 1:
                 weight, following = self.sub_blocks()[i + 1][0].weight, self._takes_stats(i + 1)
-                face = conv_face(y, 1, self.backend, weight, b.d, stats=following, norm=True)
                 how = {"padding": b.padding, "dilation": b.d, "next_stats": following}
-                packed = self.packs(i + 1, weight, y.dtype, face)
-                out = self._fused(ops.sub_block, y, stats, i, lengths, seeds, weight, packed=packed, **how)
-                y, stats = out if how["next_stats"] else (out, None)
+                how["packed"] = partial(self.packs, i + 1)
+                out = self._fused(ops.sub_block, y, stats, i, lengths, seeds, weight, **how)
+                y, stats = out if following else (out, None)
             else:
                 z = self._fused(ops.bn_relu_dropout, y, stats, i, lengths, seeds)
                 y, stats = self._conv(i + 1, z, lengths)
@@ -95,7 +96,7 @@ class JasperBlock(nn.Module):
             dilation=b.d,
             backend=self.backend,
             stats=stats,
-            packed=self.packs(i, weight, x.dtype, conv_face(x, b.s, self.backend, weight, b.d, stats=stats)),
+            packed=partial(self.packs, i),
         )
         return out if stats else (out, None)
 
@@ -136,37 +137,41 @@ class JasperBlock(nn.Module):
     def pane_sum(self, sources: list[Tensor], grams: list[ops.Gram | None], lengths: Tensor | None) -> Tensor:
         """Sum over the panes of BN(1x1 conv(source)), (N, C_out, T); updates the running statistics in training.
 
-        `sources` are zero at t >= `lengths` (N,).
+        `sources` are zero at t >= `lengths` (N,). Raises ValueError in training where the panes' batch norms have
+        unlike eps or momentum.
         """
         convs, bns = zip(*self.panes(), strict=True)
         weights, gammas, betas = [c.weight for c in convs], [b.weight for b in bns], [b.bias for b in bns]
         if not (self.training and bns[0].training):
             return sum_folded(sources, weights, bns)
+        (eps, momentum), *others = {(bn.eps, bn.momentum) for bn in bns}
+        if others:
+            raise ValueError(f"a block's panes share one eps and momentum, got {sorted([(eps, momentum), *others])}")
         if all(map(self._is_gram, sources)):
-            out, mean, var = ops.panes(sources, grams, weights, gammas, betas, eps=BN_EPS)
+            out, mean, var = ops.panes(sources, grams, weights, gammas, betas, eps=eps)
         else:
             group = sync.group_of(bns[0])
             out, mean, var = ops.panes_plain(
-                sources, weights, gammas, betas, lengths=lengths, eps=BN_EPS, backend=self.backend, group=group
+                sources, weights, gammas, betas, lengths=lengths, eps=eps, backend=self.backend, group=group
             )
         with torch.no_grad():
             for stat, running in ((mean, "running_mean"), (var, "running_var")):
                 buffers = [getattr(bn, running) for bn in bns]
-                torch._foreach_lerp_(buffers, list(stat.to(buffers[0].dtype).unbind()), BN_MOMENTUM)
+                torch._foreach_lerp_(buffers, list(stat.to(buffers[0].dtype).unbind()), momentum)
         return out
 
 
-def fold(bn: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
-    """(scale, shift), each (C,): batch norm with running statistics is `y * scale + shift`."""
-    scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
-    return scale, bn.bias - bn.running_mean * scale
+def fold(bn: nn.BatchNorm1d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(scale, shift), each (C,) in `dtype`: batch norm with running statistics is `y * scale + shift`."""
+    scale = bn.weight.to(dtype) * (bn.running_var.to(dtype) + bn.eps).rsqrt()
+    return scale, bn.bias.to(dtype) - bn.running_mean.to(dtype) * scale
 
 
 def sum_folded(sources: list[Tensor], weights: list[Tensor], bns) -> Tensor:
     """The pane sum with running statistics: one GEMM a pane, differentiable in everything but the statistics."""
     out = None
     for x, weight, bn in zip(sources, weights, bns, strict=True):
-        scale, shift = fold(bn)
+        scale, shift = fold(bn, bn.weight.dtype)
         y = F.linear(x.transpose(1, 2), (scale[:, None] * weight.flatten(1)).to(x.dtype), shift.to(x.dtype))
         out = y if out is None else out + y
     return out.transpose(1, 2)

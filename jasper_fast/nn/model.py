@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from jasper_fast import ops
 from jasper_fast.dispatch import backends
-from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.layout import mask, ntc
 from jasper_fast.nn.architecture import block_shapes, init_weights
 from jasper_fast.nn.architecture import out_lengths as _out_lengths
 from jasper_fast.nn.block import JasperBlock
@@ -91,12 +91,6 @@ class Jasper(nn.Module):
         ]
         if counters:
             torch._foreach_add_(counters, 1)
-
-
-def mask(x: Tensor, lengths: Tensor) -> Tensor:
-    """`x` (N, C, T) with zeros at t >= `lengths` (N,), whatever was there."""
-    t = torch.arange(x.shape[2], device=x.device)
-    return x.masked_fill((t >= lengths[:, None])[:, None], 0)
 
 
 def check_features(features: Tensor, lengths: Tensor | None, config: JasperConfig) -> tuple[int, int, int]:

@@ -24,11 +24,12 @@ class Packs:
 
         None where `face` packs for itself, and under torch.compile, which traces no buffer of ours.
         """
-        if face != "triton" or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return None
         impl = backends.face("conv1d", face)
-        held = self._held.get(index)
-        shape = impl.packed_shape(weight)
+        if not hasattr(impl, "packed_shape"):
+            return None
+        held, shape = self._held.get(index), impl.packed_shape(weight)
         if held is None or held.shape != shape or held.dtype != dtype or held.device != weight.device:
             held = self._held[index] = torch.empty(shape, dtype=dtype, device=weight.device)
         impl.pack(weight, dtype, out=held)

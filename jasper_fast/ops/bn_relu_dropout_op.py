@@ -13,6 +13,7 @@ from jasper_fast.dispatch import choose
 from jasper_fast.dispatch.backends import face as _face
 from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.operands import Mask, Norm
 from jasper_fast.ops import sync
 from jasper_fast.ops.registration import lib, without_autocast
 
@@ -37,17 +38,18 @@ def _stats(y, face):
 
 def _forward(y, mean, rstd, gamma, beta, residual, lengths, seed, rows, p, batch_stats, halo, group, face):
     residual = None if residual is None else ntc(residual)
-    return _face(_OP, face).forward(ntc(y), mean, rstd, gamma, beta, residual, lengths, seed, p)
+    return _face(_OP, face).forward(ntc(y), Norm(mean, rstd, gamma, beta), residual, Mask(lengths, seed, p))
 
 
 def _backward(
     dz, y, z, mean, rstd, gamma, beta, lengths, seed, rows, p, batch_stats, halo, has_residual, group, face
 ):  # fmt: skip
     impl = _face(_OP, face)
-    saved = (ntc(dz), ntc(y), None if z is None else ntc(z), mean, rstd, gamma, beta)
-    dbeta, dgamma = impl.backward_reduce(*saved, lengths, seed, p)
-    means = mean_sums(dbeta, dgamma, y, rows, group) if batch_stats else (None, None)
-    dy, dres = impl.backward_apply(*saved, *means, lengths, seed, p, has_residual, halo)
+    saved = (ntc(dz), ntc(y), None if z is None else ntc(z), Norm(mean, rstd, gamma, beta))
+    mask = Mask(lengths, seed, p)
+    dbeta, dgamma = impl.backward_reduce(*saved, mask)
+    means = mean_sums(dbeta, dgamma, y, rows, group) if batch_stats else None
+    dy, dres = impl.backward_apply(*saved, means, mask, has_residual, halo)
     return dy, dgamma, dbeta, dy.new_empty(0) if dres is None else dres
 
 

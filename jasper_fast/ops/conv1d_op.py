@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -11,8 +12,11 @@ from jasper_fast.dispatch import choose
 from jasper_fast.dispatch.backends import face as _face
 from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.operands import Geometry
 from jasper_fast.ops.bn_relu_dropout_op import check_lengths, norm_face_of
 from jasper_fast.ops.registration import lib, without_autocast
+
+Pack = Callable[[Tensor, torch.dtype, str], Tensor | None]  # a weight's pack for a dtype and a face
 
 lib.define(
     "conv1d(Tensor x, Tensor weight, Tensor? lengths, Tensor? packed, int stride, int padding, int dilation, "
@@ -25,58 +29,36 @@ lib.define(
 
 
 def conv_forward(
-    face: str,
+    conv: ModuleType,
     bn: ModuleType,
     x: Tensor,
     weight: Tensor,
-    stride: int,
-    padding: int,
-    dilation: int,
+    geometry: Geometry,
     lengths: Tensor | None,
     packed: Tensor | None,
     stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, M2) of a conv on `face`, the statistics from its epilogue, or else by the `bn` face; empty if unasked.
+    """(y, mean, M2) of a conv on the face `conv`, the statistics from its epilogue, or else by the face `bn`; empty if
+    unasked.
 
     `weight` may be wider than `x`: each face rounds it as it packs or copies it.
     """
-    impl = _face("conv1d", face)
-    if face == "triton":
-        if stats:
-            return impl.forward_stats(x, weight, stride, padding, dilation, lengths, packed, clean=True)
-        y = impl.forward(x, weight, stride, padding, dilation, lengths, packed, clean=True)
-    else:
-        y = impl.forward(x, weight, stride, padding, dilation, lengths)
+    if stats and hasattr(conv, "forward_stats"):
+        return conv.forward_stats(x, weight, geometry, lengths, packed, clean=True)
+    y = conv.forward(x, weight, geometry, lengths, packed, clean=True)
     mean, m2 = bn.stats(y) if stats else (x.new_empty(0), x.new_empty(0))
     return y, mean, m2
 
 
-def conv_wgrad(face: str, x: Tensor, dy: Tensor, weight: Tensor, *conv: object) -> Tensor:
-    """dweight in the dtype of `weight`, which Triton writes straight from its fp32 sums."""
-    impl = _face("conv1d", face)
-    if face == "triton":
-        return impl.wgrad(x, dy, weight.shape[2], *conv, dtype=weight.dtype, clean=True)
-    return impl.wgrad(x, dy, weight.shape[2], *conv).to(weight.dtype)
-
-
-def conv_dgrad(face: str, dy: Tensor, weight: Tensor, t: int, *conv: object, packed: Tensor | None) -> Tensor:
-    """dx of `t` frames, in the dtype of `dy`."""
-    impl = _face("conv1d", face)
-    if face == "triton":
-        return impl.dgrad(dy, weight, t, *conv, packed)
-    return impl.dgrad(dy, weight, t, *conv)
-
-
 def _forward(x, weight, lengths, packed, stride, padding, dilation, stats, bn_face, face):
-    bn = _face("bn_relu_dropout", bn_face)
-    return conv_forward(face, bn, ntc(x), weight, stride, padding, dilation, lengths, packed, stats)
+    faces = _face("conv1d", face), _face("bn_relu_dropout", bn_face)
+    return conv_forward(*faces, ntc(x), weight, Geometry(stride, padding, dilation), lengths, packed, stats)
 
 
 def _backward(dy, x, weight, lengths, packed, stride, padding, dilation, need_dx, face):
-    dy, x = ntc(dy), ntc(x)
-    conv = (stride, padding, dilation, lengths)
-    dw = conv_wgrad(face, x, dy, weight, *conv)
-    dx = conv_dgrad(face, dy, weight, x.shape[2], *conv, packed=packed) if need_dx else dy.new_empty(0)
+    impl, geometry, dy, x = _face("conv1d", face), Geometry(stride, padding, dilation), ntc(dy), ntc(x)
+    dw = impl.wgrad(x, dy, weight.shape[2], geometry, lengths, weight.dtype, clean=True)
+    dx = impl.dgrad(dy, weight, x.shape[2], geometry, lengths, packed) if need_dx else dy.new_empty(0)
     return dx, dw
 
 
@@ -96,7 +78,7 @@ def fake_stats(y: Tensor, c: int, stats: bool) -> tuple[Tensor, Tensor]:
 def _(x, weight, lengths, packed, stride, padding, dilation, stats, bn_face, face):
     n, _, t = x.shape
     c_out, _, k = weight.shape
-    t_out = (t + 2 * padding - dilation * (k - 1) - 1) // stride + 1
+    t_out = Geometry(stride, padding, dilation).frames(t, k)
     return x.new_empty((n, t_out, c_out)).transpose(1, 2), *fake_stats(x, c_out, stats)
 
 
@@ -139,7 +121,7 @@ def conv1d(
     dilation: int = 1,
     backend: str = "auto",
     stats: bool = False,
-    packed: Tensor | None = None,
+    packed: Tensor | Pack | None = None,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
     """Convolve `x` (N, C_in, T) with `weight` (C_out, C_in, K); returns y (N, C_out, T') in NTC memory.
 
@@ -147,8 +129,9 @@ def conv1d(
     gradient of `x` there may be anything. Under autocast `x` is cast to its dtype, else it keeps its own; the weight
     is cast inside, and its gradient has the weight's dtype. `stats` returns (y, (mean, M2)): fp32 (C_out,) tensors
     (fp64 for fp64) over all N*T' rows, without gradient, as `bn_relu_dropout` and `sub_block` take them. `packed`:
-    `weight` packed by the Triton face in the dtype of `x`, where a module keeps that. The native CPU kernel and
-    Triton's take fp32, fp16 and bf16, both at stride 1 (or without a gradient of `x`); every other case, and 16 bits on
+    `weight` packed by the Triton face in the dtype of `x`, where a module keeps that, or what gives it, of (weight,
+    dtype, face), for the face that is chosen (None where that one packs for itself). The native CPU kernel and Triton's
+    take fp32, fp16 and bf16, both at stride 1 (or without a gradient of `x`); every other case, and 16 bits on
     a CPU that has AMX for them, runs ATen's conv2d on the channels-last view of the same memory.
 
     Raises ValueError for shapes that do not fit. Equivalent to `F.conv1d(x, weight, None, stride, padding, dilation)`,
@@ -156,12 +139,11 @@ def conv1d(
     """
     check_channels("x", x, weight)
     check_lengths(lengths, x.shape[0])
-    x = autocast(x)
-    face = conv_face(x, stride, backend, weight, dilation, stats=stats)
-    bn_face = "reference"  # not called: nothing is asked of it, or the conv's epilogue gives it
-    if stats and face != "triton":
-        t_out = (x.shape[2] + 2 * padding - dilation * (weight.shape[2] - 1) - 1) // stride + 1
-        bn_face = norm_face_of(x, weight.shape[0], t_out, backend)
+    x, geometry = autocast(x), Geometry(stride, padding, dilation)
+    face, packed = conv_face(x, weight, geometry, backend, packed, stats=stats)
+    bn_face = "reference"  # of no statistics: it is not called
+    if stats:
+        bn_face = norm_face_of(x, weight.shape[0], geometry.frames(x.shape[2], weight.shape[2]), backend)
     y, mean, m2 = torch.ops.jasper_fast.conv1d(
         x, weight, lengths, packed, stride, padding, dilation, stats, bn_face, face
     )
@@ -184,30 +166,28 @@ def autocast(x: Tensor) -> Tensor:
 
 def conv_face(
     x: Tensor,
-    stride: int,
+    weight: Tensor,
+    geometry: Geometry,
     backend: str,
-    weight: Tensor | None = None,
-    dilation: int = 1,
+    packed: Tensor | Pack | None,
     *,
     stats: bool = False,
     norm: bool = False,
-) -> str:
-    """Which face of the conv serves `x` (N, C, T): ours where it has the dtype and the gradients, ATen's elsewhere.
+) -> tuple[str, Tensor | None]:
+    """The face of the conv of `x` (N, C, T), ours where it has the dtype and the gradients, else ATen's; and its pack.
 
     On a GPU "auto" stays with cuDNN in channels-last memory but where measurements of the conv of `weight` there say
     otherwise; `stats` and `norm` tell which calls those are (see `backends.conv_face`).
     """
-    shape = rows_log2 = None
-    grad = torch.is_grad_enabled()
-    if weight is not None:
-        c_out, c_in, taps = weight.shape
-        shape = (c_in, c_out, taps, stride, dilation)
-        if not torch.compiler.is_compiling():  # a traced batch has no one size
-            rows_log2 = tables.bucket(x.shape[0] * -(-x.shape[2] // stride))
-    dw = weight is not None and weight.requires_grad
-    return choose.conv_face(
+    rows_log2, grad = None, torch.is_grad_enabled()
+    c_out, c_in, taps = weight.shape
+    if not torch.compiler.is_compiling():  # a traced batch has no one size
+        rows_log2 = tables.bucket(x.shape[0] * -(-x.shape[2] // geometry.stride))
+    dx, dw = grad and x.requires_grad, grad and weight.requires_grad
+    face = choose.conv_face(
         backend, x.device, x.dtype,
-        strided_dx=stride != 1 and x.requires_grad,
-        calls=choose.conv_calls(stats=stats, dx=grad and x.requires_grad, dw=grad and dw, norm=norm),
-        shape=shape, rows_log2=rows_log2,
+        strided_dx=geometry.stride != 1 and x.requires_grad,
+        calls=choose.conv_calls(stats=stats, dx=dx, dw=dw, norm=norm),
+        shape=(c_in, c_out, taps, geometry.stride, geometry.dilation), rows_log2=rows_log2,
     )  # fmt: skip
+    return face, packed(weight, x.dtype, face) if callable(packed) else packed

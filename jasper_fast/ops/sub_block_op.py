@@ -12,8 +12,9 @@ from torch import Tensor
 
 from jasper_fast.dispatch.backends import face as _face
 from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.operands import Geometry, Mask, Norm
 from jasper_fast.ops.bn_relu_dropout_op import check, dropout_seed, mean_sums, norm_face, normaliser
-from jasper_fast.ops.conv1d_op import check_channels, conv_dgrad, conv_face, conv_forward, conv_wgrad, fake_stats
+from jasper_fast.ops.conv1d_op import Pack, check_channels, conv_face, conv_forward, fake_stats
 from jasper_fast.ops.registration import lib, without_autocast
 
 lib.define(
@@ -33,28 +34,27 @@ def _forward(
     p, batch_stats, halo, padding, dilation, stats, group, bn_face, conv,
 ):  # fmt: skip
     bn = _face("bn_relu_dropout", bn_face)
-    z = bn.forward(ntc(y), mean, rstd, gamma, beta, None, lengths, seed, p)
-    return conv_forward(conv, bn, z, weight, 1, padding, dilation, lengths, packed, stats)
+    z = bn.forward(ntc(y), Norm(mean, rstd, gamma, beta), None, Mask(lengths, seed, p))
+    return conv_forward(_face("conv1d", conv), bn, z, weight, Geometry(1, padding, dilation), lengths, packed, stats)
 
 
 def _backward(
     dout, y, mean, rstd, gamma, beta, lengths, seed, rows, weight, packed,
     p, batch_stats, halo, padding, dilation, group, bn_face, conv,
 ):  # fmt: skip
-    bn, dout, y = _face("bn_relu_dropout", bn_face), ntc(dout), ntc(y)
-    norm, how = (mean, rstd, gamma, beta), (1, padding, dilation, lengths)
-    z = bn.forward(y, *norm, None, lengths, seed, p)
-    dw = conv_wgrad(conv, z, dout, weight, *how)
-    if conv == "triton":  # the reduction in the epilogue; g is already masked, so that dropout has no part in it
-        impl = _face("conv1d", conv)
-        g, dbeta, dgamma = impl.dgrad_bn(dout, weight, padding, dilation, y, z, mean, rstd, lengths, p, packed)
-        seed, p = None, 0.0
+    impl, bn, dout, y = _face("conv1d", conv), _face("bn_relu_dropout", bn_face), ntc(dout), ntc(y)
+    norm, mask, geometry = Norm(mean, rstd, gamma, beta), Mask(lengths, seed, p), Geometry(1, padding, dilation)
+    z = bn.forward(y, norm, None, mask)
+    dw = impl.wgrad(z, dout, weight.shape[2], geometry, lengths, weight.dtype, clean=True)
+    if hasattr(impl, "dgrad_bn"):  # the reduction in the epilogue; g is masked, so that dropout has no more part in it
+        g, dbeta, dgamma = impl.dgrad_bn(dout, weight, geometry, y, z, norm, mask, packed)
+        mask = Mask(lengths)
     else:
         del z
-        g = conv_dgrad(conv, dout, weight, y.shape[2], *how, packed=packed)
-        dbeta, dgamma = bn.backward_reduce(g, y, None, *norm, lengths, seed, p)
-    means = mean_sums(dbeta, dgamma, y, rows, group) if batch_stats else (None, None)
-    dy, _ = bn.backward_apply(g, y, None, *norm, *means, lengths, seed, p, False, halo)
+        g = impl.dgrad(dout, weight, y.shape[2], geometry, lengths, packed)
+        dbeta, dgamma = bn.backward_reduce(g, y, None, norm, mask)
+    means = mean_sums(dbeta, dgamma, y, rows, group) if batch_stats else None
+    dy, _ = bn.backward_apply(g, y, None, norm, means, mask, False, halo)
     return dy, dgamma, dbeta, dw
 
 
@@ -69,7 +69,7 @@ def _(
 ):  # fmt: skip
     n, _, t = y.shape
     c_out, _, k = weight.shape
-    out = y.new_empty((n, t + 2 * padding - dilation * (k - 1), c_out)).transpose(1, 2)
+    out = y.new_empty((n, Geometry(1, padding, dilation).frames(t, k), c_out)).transpose(1, 2)
     return out, *fake_stats(y, c_out, stats)
 
 
@@ -120,7 +120,7 @@ def sub_block(
     halo: int | None = None,
     group: dist.ProcessGroup | None = None,
     next_stats: bool = False,
-    packed: Tensor | None = None,
+    packed: Tensor | Pack | None = None,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
     """Batch norm, ReLU, dropout and mask of a conv's output `y` (N, C, T), then the next conv at stride 1, one node.
 
@@ -134,9 +134,10 @@ def sub_block(
     norm = normaliser(y, running_mean, running_var, stats, training, frozen, momentum, eps, backend, group)
     p, seed = dropout_seed(p if training else 0.0, seed, y.device)
     wide = norm.mean.dtype
+    conv, packed = conv_face(y, weight, Geometry(1, padding, dilation), backend, packed, stats=next_stats, norm=True)
     out, mean, m2 = torch.ops.jasper_fast.sub_block(
         y, norm.mean, norm.rstd, gamma.to(wide), beta.to(wide), lengths, seed, norm.rows, weight, packed,
         p, norm.batch_stats, halo, padding, dilation, next_stats, norm.group,
-        norm_face(y, backend), conv_face(y, 1, backend, weight, dilation, stats=next_stats, norm=True),
+        norm_face(y, backend), conv,
     )  # fmt: skip
     return (out, (mean, m2)) if next_stats else out

@@ -11,6 +11,7 @@ import torch
 from jasper_fast.dispatch import backends
 from jasper_fast.dispatch.verdict import FACES, OPS
 from jasper_fast.kernels import tables
+from jasper_fast.kernels.operands import Geometry
 
 CONV = ("forward", "forward_stats", "dgrad", "dgrad_bn", "wgrad")
 DTYPES = {name: dtype for dtype, name in tables.DTYPES.items()}
@@ -34,12 +35,12 @@ class Conv(NamedTuple):
         return f"({self.n}, {self.c_in}->{self.c_out}, {self.t}) K {self.k}{more}"
 
     @property
-    def padding(self) -> int:
-        return (self.k // 2) * self.dilation
+    def geometry(self) -> Geometry:
+        return Geometry(self.stride, (self.k // 2) * self.dilation, self.dilation)
 
     @property
     def t_out(self) -> int:
-        return (self.t + 2 * self.padding - self.dilation * (self.k - 1) - 1) // self.stride + 1
+        return self.geometry.frames(self.t, self.k)
 
 
 class Norm(NamedTuple):
@@ -127,8 +128,9 @@ def plan(
             continue
         large = device.type == "cuda" or face == "cpu"  # an interpreter takes minutes for a real shape
         for dtype in _dtypes(face, device, quick, dtypes):
+            if "panes" in ops:
+                found += _panes(face, dtype, quick, device.type == "cuda")
             if face == "aten":
-                found += _panes(dtype, quick, device.type == "cuda") if "panes" in ops else ()
                 continue
             if "bn_relu_dropout" in ops:
                 found += _norms(face, dtype, quick, large)
@@ -140,24 +142,28 @@ def plan(
 
 
 def _dtypes(face: str, device: torch.device, quick: bool, wanted: tuple[str, ...]) -> tuple[str, ...]:
-    if face == "cpu":
-        return tuple(dtype for dtype in ("float32",) if not wanted or dtype in wanted)
     if wanted:
         return tuple(dict.fromkeys(wanted))
-    if face == "aten" and device.type == "cpu":
+    if device.type == "cpu" and (face == "aten" or (face == "cpu" and quick)):
         return ("float32",)
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
         return ("float16",) if quick else ("float16", "float32")
     return ("bfloat16",) if quick else ("bfloat16", "float16", "float32")
 
 
-def _panes(dtype: str, quick: bool, large: bool) -> Iterator[Check]:
-    for shape in (QUICK_GRAM if quick else SMALL_GRAM + REAL_GRAM) if large else SMALL_GRAM:
-        yield Check("panes", "aten", "panes", "default", shape, dtype)
+def _panes(face: str, dtype: str, quick: bool, large: bool) -> Iterator[Check]:
+    """The Gram form, whose products are ATen's, and the plain form in C++, which takes fp32 alone."""
+    if face == "aten":
+        for shape in (QUICK_GRAM if quick else SMALL_GRAM + REAL_GRAM) if large else SMALL_GRAM:
+            yield Check("panes", face, "panes", "default", shape, dtype)
+    elif face == "cpu" and dtype == "float32":
+        for shape in QUICK_GRAM if quick else SMALL_GRAM + REAL_GRAM[:1]:
+            yield Check("panes", face, "plain", "default", shape, dtype)
 
 
 def _norms(face: str, dtype: str, quick: bool, large: bool) -> Iterator[Check]:
-    shapes = QUICK_NORM if quick else SMALL_NORM + (REAL_NORM if large else ())
+    real = QUICK_NORM[1:] if face == "cpu" and dtype != "float32" else REAL_NORM  # plain 16 bits take a CPU minutes
+    shapes = QUICK_NORM if quick else SMALL_NORM + (real if large else ())
     for shape in shapes if large else shapes[:3]:
         if not large and shape.c > 64:
             continue
@@ -177,7 +183,8 @@ def _conv_shapes(quick: bool, large: bool, face: str) -> tuple[Conv, ...]:
 
 def _convs(face: str, dtype: str, quick: bool, large: bool, device: torch.device) -> Iterator[Check]:
     triton = face == "triton"
-    for function in CONV if triton else ("forward", "dgrad", "wgrad"):
+    impl = backends.face("conv1d", face)
+    for function in (function for function in CONV if hasattr(impl, function)):
         for shape in _conv_shapes(quick, large, face):
             if shape.stride == 1 or not function.startswith("dgrad"):
                 yield Check("conv1d", face, function, "default", shape, dtype)

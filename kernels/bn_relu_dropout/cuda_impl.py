@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast.kernels import native
+from jasper_fast.kernels.operands import Mask, Norm
 
 
 def stats(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -19,38 +20,17 @@ def stats(y: Tensor) -> tuple[Tensor, Tensor]:
     return mean, m2
 
 
-def forward(
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    residual: Tensor | None,
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-) -> Tensor:
+def forward(y: Tensor, norm: Norm, residual: Tensor | None, mask: Mask) -> Tensor:
     """z = mask(dropout(relu((y - mean)*rstd*gamma + beta [+ residual]))); frames t >= length are 0, y is not read."""
     z = torch.empty_like(y)
-    native.cuda().bn_forward(y, mean, rstd, gamma, beta, residual, lengths, seed, p, z)
+    native.cuda().bn_forward(y, *norm, residual, *mask, z)
     return z
 
 
-def backward_reduce(
-    dz: Tensor,
-    y: Tensor,
-    z: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-) -> tuple[Tensor, Tensor]:
+def backward_reduce(dz: Tensor, y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> tuple[Tensor, Tensor]:
     """(dbeta, dgamma) = (sum g, sum g*yhat) per channel; g is dz where the gradient passes ReLU, dropout and mask."""
     dbeta, dgamma = _channels(y), _channels(y)
-    native.cuda().bn_backward_reduce(dz, y, z, mean, rstd, gamma, beta, lengths, seed, p, dbeta, dgamma)
+    native.cuda().bn_backward_reduce(dz, y, z, *norm, *mask, dbeta, dgamma)
     return dbeta, dgamma
 
 
@@ -58,25 +38,19 @@ def backward_apply(
     dz: Tensor,
     y: Tensor,
     z: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    mean_g: Tensor | None,
-    mean_gy: Tensor | None,
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    p: float,
+    norm: Norm,
+    means: tuple[Tensor, Tensor] | None,
+    mask: Mask,
     has_residual: bool,
     halo: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dy = gamma*rstd*(g - mean_g - yhat*mean_gy), without the means where they are None, and dres = g or None.
+    """dy = gamma*rstd*(g - mean_g - yhat*mean_gy), without the `means` where they are None, and dres = g or None.
 
     halo: y is zero at t >= length + halo; this face reads it there all the same.
     """
     dy = torch.empty_like(y)
     dres = torch.empty_like(y) if has_residual else None
-    native.cuda().bn_backward_apply(dz, y, z, mean, rstd, gamma, beta, mean_g, mean_gy, lengths, seed, p, dy, dres)
+    native.cuda().bn_backward_apply(dz, y, z, *norm, *(means or (None, None)), *mask, dy, dres)
     return dy, dres
 
 

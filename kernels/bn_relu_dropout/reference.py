@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from jasper_fast.kernels import philox
-from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.layout import ntc, padding
+from jasper_fast.kernels.operands import Mask, Norm
 
 
 def stats(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,47 +24,26 @@ def stats(y: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var * (y.shape[0] * y.shape[2])
 
 
-def forward(
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    residual: Tensor | None,
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-) -> Tensor:
+def forward(y: Tensor, norm: Norm, residual: Tensor | None, mask: Mask) -> Tensor:
     """z (N, C, T) of y's dtype, NTC memory: mask(dropout(relu((y - mean)*rstd*gamma + beta [+ residual])))."""
-    pre = _pre(y, mean, rstd, gamma, beta)
+    pre = _pre(y, norm)
     if residual is not None:
         pre = pre + _wide(residual)
-    z = torch.relu(pre) * _scale(p)
-    alive = _alive(y, lengths, seed, p)
+    z = torch.relu(pre) * _scale(mask.p)
+    alive = _alive(y, mask)
     if alive is not None:
         z = z.where(alive, 0.0)
     return ntc(z.to(y.dtype))
 
 
-def backward_reduce(
-    dz: Tensor,
-    y: Tensor,
-    z: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-) -> tuple[Tensor, Tensor]:
+def backward_reduce(dz: Tensor, y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> tuple[Tensor, Tensor]:
     """(dbeta, dgamma) = (sum g, sum g*yhat) per channel, (C,) each, where g is the gradient at the ReLU's input.
 
     z: the forward's output where there was a residual, else None (the ReLU's sign is then remade from y).
     """
-    open_ = _open(y, z, mean, rstd, gamma, beta, lengths, seed, p)
-    g = (_wide(dz) * _scale(p)).where(open_, 0.0)
-    yhat = ((_wide(y) - mean[:, None]) * rstd[:, None]).where(open_, 0.0)
+    open_ = _open(y, z, norm, mask)
+    g = (_wide(dz) * _scale(mask.p)).where(open_, 0.0)
+    yhat = _yhat(y, norm).where(open_, 0.0)
     return g.sum((0, 2)), (g * yhat).sum((0, 2))
 
 
@@ -71,35 +51,26 @@ def backward_apply(
     dz: Tensor,
     y: Tensor,
     z: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    mean_g: Tensor | None,
-    mean_gy: Tensor | None,
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    p: float,
+    norm: Norm,
+    means: tuple[Tensor, Tensor] | None,
+    mask: Mask,
     has_residual: bool,
     halo: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """dy = gamma*rstd*(g - mean_g - yhat*mean_gy), and dres = g where there was a residual; NTC memory, dtype of y.
 
-    mean_g = dbeta/M, mean_gy = dgamma/M, (C,) each; both None with evaluation statistics, where dy = gamma*rstd*g.
+    means: mean_g = dbeta/M and mean_gy = dgamma/M, (C,) each; None with evaluation statistics, where dy = gamma*rstd*g.
     halo: rows of y at t >= length + halo count as zero and need not be read: y is a conv of an input whose padding is
     zero, so that it is exactly zero there itself. None: nothing is known of them.
     """
-    if halo is not None and lengths is not None:
-        t = torch.arange(y.shape[2], device=y.device)
-        y = y.where((t < lengths[:, None] + halo)[:, None], 0.0)
-    open_ = _open(y, z, mean, rstd, gamma, beta, lengths, seed, p)
-    g = (_wide(dz) * _scale(p)).where(open_, 0.0)
-    a = (gamma * rstd)[:, None]
-    if mean_g is None:
-        dy = a * g
-    else:
-        yhat = (_wide(y) - mean[:, None]) * rstd[:, None]
-        dy = a * (g - mean_g[:, None] - yhat * mean_gy[:, None])
+    if halo is not None and mask.lengths is not None:
+        y = y.masked_fill(padding(mask.lengths + halo, y.shape[2]), 0.0)
+    g = (_wide(dz) * _scale(mask.p)).where(_open(y, z, norm, mask), 0.0)
+    dy = g
+    if means is not None:
+        mean_g, mean_gy = means
+        dy = g - mean_g[:, None] - _yhat(y, norm) * mean_gy[:, None]
+    dy = (norm.gamma * norm.rstd)[:, None] * dy
     return ntc(dy.to(y.dtype)), ntc(g.to(y.dtype)) if has_residual else None
 
 
@@ -112,38 +83,29 @@ def _scale(p: float) -> float:
     return 1.0 / (1.0 - p)
 
 
-def _pre(y: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+def _yhat(y: Tensor, norm: Norm) -> Tensor:
+    return (_wide(y) - norm.mean[:, None]) * norm.rstd[:, None]
+
+
+def _pre(y: Tensor, norm: Norm) -> Tensor:
     # y - mean first: a*y + (beta - a*mean) would cancel where |mean| is large beside the deviation
-    return (_wide(y) - mean[:, None]) * (gamma * rstd)[:, None] + beta[:, None]
+    return (_wide(y) - norm.mean[:, None]) * (norm.gamma * norm.rstd)[:, None] + norm.beta[:, None]
 
 
-def _alive(y: Tensor, lengths: Tensor | None, seed: Tensor | None, p: float) -> Tensor | None:
+def _alive(y: Tensor, mask: Mask) -> Tensor | None:
     """Elements that are neither padding nor dropped: bool, broadcastable to (N, C, T); None if all are."""
-    n, c, t = y.shape
-    alive = None
-    if lengths is not None:
-        alive = (torch.arange(t, device=y.device) < lengths[:, None])[:, None, :]
-    if p > 0:
-        keep = philox.keep_mask(n, c, t, p, seed, y.device)
+    alive = None if mask.lengths is None else ~padding(mask.lengths, y.shape[2])
+    if mask.p > 0:
+        keep = philox.keep_mask(*y.shape, mask.p, mask.seed, y.device)
         alive = keep if alive is None else keep & alive
     return alive
 
 
-def _open(
-    y: Tensor,
-    z: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-) -> Tensor:
+def _open(y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> Tensor:
     """Elements through which gradient flows: bool (N, C, T)."""
     if z is not None:  # exactly 0 where clipped or dropped; padding goes by its length, whatever z holds there
-        passed, seed, p = ~(z <= 0), None, 0.0
+        passed, mask = ~(z <= 0), Mask(mask.lengths)
     else:
-        passed = ~(_pre(y, mean, rstd, gamma, beta) <= 0)
-    alive = _alive(y, lengths, seed, p)
+        passed = ~(_pre(y, norm) <= 0)
+    alive = _alive(y, mask)
     return passed if alive is None else passed & alive

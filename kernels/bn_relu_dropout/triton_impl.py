@@ -21,6 +21,7 @@ from torch import Tensor
 
 from jasper_fast.kernels import launch, philox
 from jasper_fast.kernels.layout import empty_ntc
+from jasper_fast.kernels.operands import Mask, Norm
 from jasper_fast.kernels.triton_dropout import keep
 
 TILE_BYTES = 8192  # of a pointwise tile: 64 a thread and input, so four 16-byte loads of each are in flight
@@ -318,17 +319,7 @@ def stats(y: Tensor) -> tuple[Tensor, Tensor]:
     return mean, m2
 
 
-def forward(
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    residual: Tensor | None,
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-) -> Tensor:
+def forward(y: Tensor, norm: Norm, residual: Tensor | None, mask: Mask) -> Tensor:
     """z (N, C, T) of y's dtype, NTC memory; see `reference.forward`."""
     n, c, t = y.shape
     rows = _rows(y)
@@ -336,38 +327,27 @@ def forward(
     block_m, block_c, vec = _blocks(c, TILE_BYTES // y.dtype.itemsize)
     launch.run(
         _forward_kernel, (triton.cdiv(rows, block_m) * triton.cdiv(c, block_c),), y,
-        y, residual, z, mean, rstd, gamma, beta, lengths, seed,
-        rows, t, c // vec, *philox.signed_threshold(p),
-        HAS_RESIDUAL=residual is not None, HAS_LENGTHS=lengths is not None, HAS_DROPOUT=p > 0,
+        y, residual, z, *norm, mask.lengths, mask.seed,
+        rows, t, c // vec, *philox.signed_threshold(mask.p),
+        HAS_RESIDUAL=residual is not None, HAS_LENGTHS=mask.lengths is not None, HAS_DROPOUT=mask.p > 0,
         BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=NUM_WARPS,
     )  # fmt: skip
     return z
 
 
-def backward_reduce(
-    dz: Tensor,
-    y: Tensor,
-    z: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-) -> tuple[Tensor, Tensor]:
+def backward_reduce(dz: Tensor, y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> tuple[Tensor, Tensor]:
     """(dbeta, dgamma) = (sum g, sum g*yhat), fp32 (C,) each; see `reference.backward_reduce`."""
     rows, c = _rows(y), y.shape[1]
-    seed = seed if z is None else None  # z tells what was dropped
+    seed = mask.seed if z is None else None  # z tells what was dropped
     dbeta, dgamma = _vectors(y, 2)
     chunk, partials = _chunks(rows)
     part_dbeta, part_dgamma = _vectors(y, 2, partials)
     block_m, block_c, vec = _blocks(c, LANES)
     launch.run(
         _backward_reduce_kernel, (partials * triton.cdiv(c, block_c),), y,
-        dz, y, z, mean, rstd, gamma, beta, lengths, seed, part_dbeta, part_dgamma,
-        rows, y.shape[2], chunk, c // vec, *philox.signed_threshold(p),
-        HAS_Z=z is not None, HAS_LENGTHS=lengths is not None, HAS_DROPOUT=p > 0 and z is None,
+        dz, y, z, *norm, mask.lengths, seed, part_dbeta, part_dgamma,
+        rows, y.shape[2], chunk, c // vec, *philox.signed_threshold(mask.p),
+        HAS_Z=z is not None, HAS_LENGTHS=mask.lengths is not None, HAS_DROPOUT=mask.p > 0 and z is None,
         BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=NUM_WARPS,
     )  # fmt: skip
     launch.run(
@@ -382,38 +362,29 @@ def backward_apply(
     dz: Tensor,
     y: Tensor,
     z: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    mean_g: Tensor | None,
-    mean_gy: Tensor | None,
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    p: float,
+    norm: Norm,
+    means: tuple[Tensor, Tensor] | None,
+    mask: Mask,
     has_residual: bool,
     halo: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """dy and, with a residual, dres: (N, C, T) of y's dtype, NTC memory; see `reference.backward_apply`."""
     n, c, t = y.shape
     rows = _rows(y)
-    seed = seed if z is None else None  # z tells what was dropped
+    seed = mask.seed if z is None else None  # z tells what was dropped
     dy = empty_ntc(n, c, t, like=y)
     dres = empty_ntc(n, c, t, like=y) if has_residual else None
     block_m, block_c, vec = _blocks(c, APPLY_LANES)
     launch.run(
         _backward_apply_kernel, (triton.cdiv(rows, block_m) * triton.cdiv(c, block_c),), y,
-        dz, y, z, dy, dres, mean, rstd, gamma, beta, mean_g, mean_gy,
-        lengths, seed, rows, t, halo or 0, c // vec, *philox.signed_threshold(p),
-        HAS_Z=z is not None, HAS_RESIDUAL=has_residual, HAS_BATCH_STATS=mean_g is not None,
-        HAS_LENGTHS=lengths is not None, HAS_HALO=_has_halo(lengths, mean_g, halo), HAS_DROPOUT=p > 0 and z is None,
+        dz, y, z, dy, dres, *norm, *(means or (None, None)),
+        mask.lengths, seed, rows, t, halo or 0, c // vec, *philox.signed_threshold(mask.p),
+        HAS_Z=z is not None, HAS_RESIDUAL=has_residual, HAS_BATCH_STATS=means is not None,
+        HAS_LENGTHS=mask.lengths is not None, HAS_DROPOUT=mask.p > 0 and z is None,
+        HAS_HALO=not (halo is None or mask.lengths is None or means is None),
         BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=APPLY_WARPS,
     )  # fmt: skip
     return dy, dres
-
-
-def _has_halo(lengths: Tensor | None, mean_g: Tensor | None, halo: int | None) -> bool:
-    return halo is not None and lengths is not None and mean_g is not None
 
 
 def _rows(y: Tensor) -> int:

@@ -12,59 +12,56 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jasper_fast.kernels.layout import empty_ntc, ntc
+from jasper_fast.kernels.operands import Geometry
 
 
 def forward(
     x: Tensor,
     weight: Tensor,
-    stride: int,
-    padding: int,
-    dilation: int,
+    geometry: Geometry,
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
     clean: bool = False,
 ) -> Tensor:
     """y (N, C_out, T') of `x` (N, C_in, T) and `weight` (C_out, C_in, K); `x` is zero at t >= `lengths` (N,)."""
-    weight = weight.to(x.dtype)
-    y = F.conv2d(x.unsqueeze(2), weight.unsqueeze(2), None, (1, stride), (0, padding), (1, dilation))
-    return ntc(y.squeeze(2))
+    return ntc(F.conv2d(x.unsqueeze(2), weight.to(x.dtype).unsqueeze(2), None, *_in_2d(geometry)).squeeze(2))
 
 
 def dgrad(
     dy: Tensor,
     weight: Tensor,
     t: int,
-    stride: int,
-    padding: int,
-    dilation: int,
+    geometry: Geometry,
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
 ) -> Tensor:
     """dx (N, C_in, T) of `dy` (N, C_out, T')."""
     # Shape and memory format are all that is asked of it: expanded from a scalar it would make ATen copy dy to NCHW.
     x = empty_ntc(dy.shape[0], weight.shape[1], t, like=dy)
-    return _backward(dy, x, weight.to(dy.dtype), stride, padding, dilation, (True, False))[0]
+    return _backward(dy, x, weight.to(dy.dtype), geometry, (True, False))[0]
 
 
 def wgrad(
     x: Tensor,
     dy: Tensor,
     k: int,
-    stride: int,
-    padding: int,
-    dilation: int,
+    geometry: Geometry,
     lengths: Tensor | None = None,
     dtype: torch.dtype | None = None,
     clean: bool = False,
 ) -> Tensor:
     """dweight (C_out, C_in, K) in `dtype` (default: that of `x`)."""
     weight = dy.new_empty(()).expand(dy.shape[1], x.shape[1], k)
-    return _backward(dy, x, weight, stride, padding, dilation, (False, True))[1].to(dtype or x.dtype)
+    return _backward(dy, x, weight, geometry, (False, True))[1].to(dtype or x.dtype)
 
 
-def _backward(dy, x, weight, stride, padding, dilation, which):
+def _in_2d(geometry: Geometry) -> list[tuple[int, int]]:
+    return [(1, geometry.stride), (0, geometry.padding), (1, geometry.dilation)]
+
+
+def _backward(dy, x, weight, geometry, which):
     dx, dw, _ = torch.ops.aten.convolution_backward(
         dy.unsqueeze(2), x.unsqueeze(2), weight.unsqueeze(2), None,
-        (1, stride), (0, padding), (1, dilation), False, (0, 0), 1, (*which, False),
+        *_in_2d(geometry), False, (0, 0), 1, (*which, False),
     )  # fmt: skip
     return (None if dx is None else ntc(dx.squeeze(2))), (None if dw is None else dw.squeeze(2).contiguous())

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast.kernels import native
+from jasper_fast.kernels.operands import FULL, Geometry, Lengths
 
 ALGORITHMS = {"direct": 0, "fast_fir_1": 1, "fast_fir_2": 2}  # how often the fast FIR algorithm is nested
 # Taps from which 1.7 times fewer multiplications outweigh 2.3 times larger weights. In training the weights are packed
@@ -88,30 +89,31 @@ def packed_size(
 def fused(
     x: Tensor,
     packed: Packed,
+    geometry: Geometry,
     *,
-    stride: int = 1,
-    padding: int = 0,
-    dilation: int = 1,
-    in_lengths: Tensor | None = None,
+    lengths: Lengths = FULL,
     bias: Tensor | None = None,
     relu: bool = False,
-    out_lengths: Tensor | None = None,
-    x2: Tensor | None = None,
-    packed2: Packed | None = None,
+    panes: tuple[Tensor, Packed] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """mask(relu(conv1d(x) + x2 @ packed2 + bias)) of `x` (N, T, C_in) and `x2` (N, T', C2), into `out` (N, T', C_out).
+    """mask(relu(conv1d(x) + x2 @ packed2 + bias)) of `x` (N, T, C_in), into `out` (N, T', C_out).
 
-    All three have unit channel stride and any other strides, so that a slice of a history buffer will do. Rows of x
-    and x2 at t >= `in_lengths` (N,) count as zero and are not read; rows of the result at t >= `out_lengths` (N,) are
-    zero and cost nothing, and so do rows that no row of x reaches. packed2 is a 1x1 conv, packed `direct`.
+    panes: x2 (N, T', C2) and packed2, a 1x1 conv packed `direct`. x, x2 and out have unit channel stride and any other
+    strides, so that a slice of a history buffer will do. Rows of x and x2 at t >= `lengths.before` count as zero and
+    are not read; rows of the result at t >= `lengths.after` are zero and cost nothing, and so do rows that no row of x
+    reaches. Raises ValueError where lengths are to be made, or not to mask: those are a GPU's.
     """
+    if lengths.made is not None or not lengths.masked:
+        raise ValueError("the cpu face masks by lengths that it is given, and makes none")
     if out is None:
-        frames = (x.shape[1] + 2 * padding - dilation * (packed.taps - 1) - 1) // stride + 1
-        out = torch.empty((x.shape[0], max(frames, 0), packed.c_out), dtype=torch.float32)
+        frames = max(geometry.frames(x.shape[1], packed.taps), 0)
+        out = torch.empty((x.shape[0], frames, packed.c_out), dtype=torch.float32)
+    x2, packed2 = panes or (None, None)
     native.cpu().conv1d_fwd(
-        x, packed.data, packed.c_out, packed.taps, stride, dilation, padding, ALGORITHMS[packed.algorithm],
-        in_lengths, bias, relu, out_lengths, x2, None if packed2 is None else packed2.data, out,
+        x, packed.data, packed.c_out, packed.taps, geometry.stride, geometry.dilation, geometry.padding,
+        ALGORITHMS[packed.algorithm], lengths.before, bias, relu, lengths.after,
+        x2, None if packed2 is None else packed2.data, out,
     )  # fmt: skip
     return out
 
@@ -119,30 +121,25 @@ def fused(
 def forward(
     x: Tensor,
     weight: Tensor,
-    stride: int,
-    padding: int,
-    dilation: int,
+    geometry: Geometry,
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
     clean: bool = False,
 ) -> Tensor:
     """y (N, C_out, T') of `x` (N, C_in, T) in NTC memory, zero at t >= `lengths` (N,), and `weight` (C_out, C_in, K).
 
-    Equivalent to `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, stride, padding, dilation)`.
+    Equivalent to `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, *geometry)`.
     """
-    how = _how(x, weight, x.shape[0] * x.shape[2], stride)
-    packed, rows = pack(weight.float(), **how), x.transpose(1, 2).to(how["dtype"])
-    y = fused(rows, packed, stride=stride, padding=padding, dilation=dilation, in_lengths=lengths)
-    return y.to(x.dtype).transpose(1, 2)
+    how = _how(x, weight, x.shape[0] * x.shape[2], geometry.stride)
+    rows = x.transpose(1, 2).to(how["dtype"])
+    return fused(rows, pack(weight.float(), **how), geometry, lengths=Lengths(lengths)).to(x.dtype).transpose(1, 2)
 
 
 def dgrad(
     dy: Tensor,
     weight: Tensor,
     t: int,
-    stride: int,
-    padding: int,
-    dilation: int,
+    geometry: Geometry,
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
 ) -> Tensor:
@@ -150,6 +147,7 @@ def dgrad(
 
     It is the conv of dy with the taps reversed and the channels swapped.
     """
+    stride, padding, dilation = geometry
     flipped = dilation * (weight.shape[2] - 1) - padding
     if stride != 1 or flipped < 0:
         raise ValueError(
@@ -159,7 +157,7 @@ def dgrad(
     how = _how(dy, weight, dy.shape[0] * dy.shape[2], stride)
     packed, rows = pack(weight.float(), transposed=True, **how), dy.transpose(1, 2).to(how["dtype"])
     dx = torch.empty((dy.shape[0], t, weight.shape[1]), dtype=torch.float32)  # t is not implied where K is even
-    fused(rows, packed, padding=flipped, dilation=dilation, out_lengths=lengths, out=dx)
+    fused(rows, packed, Geometry(1, flipped, dilation), lengths=Lengths(after=lengths), out=dx)
     return dx.to(dy.dtype).transpose(1, 2)
 
 
@@ -167,22 +165,20 @@ def wgrad(
     x: Tensor,
     dy: Tensor,
     k: int,
-    stride: int,
-    padding: int,
-    dilation: int,
+    geometry: Geometry,
     lengths: Tensor | None = None,
     dtype: torch.dtype | None = None,
     clean: bool = False,
 ) -> Tensor:
-    """dweight (C_out, C_in, K = `k`), fp32, of `x` (N, C_in, T), zero at t >= `lengths`, and `dy` (N, C_out, T')."""
-    if dtype not in (None, torch.float32):
-        raise TypeError(f"the cpu face computes in fp32, and gives no gradient in {dtype}")
+    """dweight (C_out, C_in, K = `k`), in `dtype` (default: that of `x`) from sums in fp32, of `x` (N, C_in, T), zero at
+    t >= `lengths`, and `dy` (N, C_out, T')."""
+    stride, padding, dilation = geometry
     dw = torch.empty((dy.shape[1], x.shape[1], k), dtype=torch.float32)
     how = _how(x, dw, dy.shape[0] * dy.shape[2], stride)
     algorithm, bf16 = ALGORITHMS[how["algorithm"]], how["dtype"] == torch.bfloat16
     rows, dy_rows = (v.transpose(1, 2).to(how["dtype"]) for v in (x, dy))
     native.cpu().conv1d_wgrad(rows, dy_rows, lengths, stride, dilation, padding, algorithm, bf16, dw)
-    return dw
+    return dw.to(dtype or x.dtype)
 
 
 def _how(x: Tensor, weight: Tensor, rows: int, stride: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from jasper_fast.kernels.conv1d.triton_pack import PAD_OUT, conv1d_pack_kernel
 from jasper_fast.kernels.conv1d.triton_tiles import MERGE_C, MERGE_G, SOFTMAX_MAX, Shape, Tile, transpose_meta
 from jasper_fast.kernels.conv1d.triton_wgrad import conv1d_wgrad_kernel, conv1d_wgrad_merge_kernel
 from jasper_fast.kernels.layout import empty_ntc
+from jasper_fast.kernels.operands import FULL, Geometry, Lengths, Mask, Norm
 
 INTERPRET_DESCRIPTORS = False  # the descriptor loops in the interpreter, for tests
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -86,9 +87,7 @@ def packed_shape(weight: Tensor) -> tuple[int, int, int]:
 def forward(
     x: Tensor,
     weight: Tensor,
-    stride: int,
-    padding: int,
-    dilation: int,
+    geometry: Geometry,
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
     clean: bool = False,
@@ -97,17 +96,15 @@ def forward(
 
     packed: `pack(weight, x.dtype).data`, made here where None. clean: `x` is zero there, not only to be taken for zero,
     so that tiles which reach into the padding load like all others. Equivalent to
-    `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, stride, padding, dilation)` in the dtype of `x`.
+    `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, *geometry)` in the dtype of `x`.
     """
-    return _forward(x, weight, stride, padding, dilation, lengths, packed, clean, stats=False)[0]
+    return _forward(x, weight, geometry, lengths, packed, clean, stats=False)[0]
 
 
 def forward_stats(
     x: Tensor,
     weight: Tensor,
-    stride: int,
-    padding: int,
-    dilation: int,
+    geometry: Geometry,
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
     clean: bool = False,
@@ -116,15 +113,15 @@ def forward_stats(
 
     The statistics are those of the fp32 accumulators, not of `y` as rounded: fp32 (C_out,) each.
     """
-    return _forward(x, weight, stride, padding, dilation, lengths, packed, clean, stats=True)
+    return _forward(x, weight, geometry, lengths, packed, clean, stats=True)
 
 
-def _forward(x, weight, stride, padding, dilation, lengths, packed, clean, stats):
-    w = _packed(weight, packed, x)
+def _forward(x, weight, geometry, lengths, packed, clean, stats):
+    w, (stride, padding, dilation) = _packed(weight, packed, x), geometry
     n, c_in, t = x.shape
     if c_in != w.c_in:
         raise ValueError(f"x has {c_in} channels, the weight takes {w.c_in}")
-    t_out = _out_frames(t, w.taps, stride, padding, dilation)
+    t_out = _out_frames(t, w.taps, geometry)
     op = "forward_stats" if stats else "forward"
     tile = triton_tiles.choose(op, x.device, x.dtype, Shape(c_in, w.c_out, w.taps, stride, dilation, n * t_out), t_out)
     t_blocks = triton.cdiv(t_out, tile.t)
@@ -157,42 +154,38 @@ def dgrad(
     dy: Tensor,
     weight: Tensor,
     t: int,
-    stride: int,
-    padding: int,
-    dilation: int,
+    geometry: Geometry,
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
 ) -> Tensor:
     """dx (N, C_in, T = `t`) of `dy` (N, C_out, T'), zero at t >= `lengths`; stride 1; NTC memory."""
-    if stride != 1:
-        raise ValueError(f"the triton face's dgrad takes stride 1, got {stride}: use backend='reference' for this conv")
-    return _dgrad(dy, weight, t, padding, dilation, lengths, packed)[0]
+    return _dgrad(dy, weight, t, geometry, lengths, packed)[0]
 
 
 def dgrad_bn(
     dy: Tensor,
     weight: Tensor,
-    padding: int,
-    dilation: int,
+    geometry: Geometry,
     y: Tensor,
     z: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    lengths: Tensor | None,
-    p: float,
+    norm: Norm,
+    mask: Mask,
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(g, dbeta, dgamma) of `z` = mask(dropout(relu(batch norm of `y`))), rate `p`, that a conv at stride 1 turned into
-    what has the gradient `dy` (N, C_out, T').
+    """(g, dbeta, dgamma) of `z` = mask(dropout(relu(batch norm of `y`))), by `norm` and `mask`, that a conv at stride 1
+    turned into what has the gradient `dy` (N, C_out, T').
 
     y, z (N, C, T); g, of their shape and dtype, is the gradient at the ReLU's input, open where z > 0; dbeta = sum g
     and dgamma = sum g*yhat are taken before g is rounded: (C,) fp32. As `dgrad`, then `backward_reduce` of
     bn_relu_dropout, in one pass.
     """
-    return _dgrad(dy, weight, y.shape[2], padding, dilation, lengths, packed, (y, z, mean, rstd, p))
+    return _dgrad(dy, weight, y.shape[2], geometry, mask.lengths, packed, (y, z, norm.mean, norm.rstd, mask.p))
 
 
-def _dgrad(dy, weight, t, padding, dilation, lengths, packed, norm=None):
+def _dgrad(dy, weight, t, geometry, lengths, packed, norm=None):
+    stride, padding, dilation = geometry
+    if stride != 1:
+        raise ValueError(f"the triton face's dgrad takes stride 1, got {stride}: use backend='reference' for this conv")
     w = _packed(weight, packed, dy)
     n, c_out, t_dy = dy.shape
     if c_out != w.c_out:
@@ -235,9 +228,7 @@ def wgrad(
     x: Tensor,
     dy: Tensor,
     k: int,
-    stride: int,
-    padding: int,
-    dilation: int,
+    geometry: Geometry,
     lengths: Tensor | None = None,
     dtype: torch.dtype | None = None,
     clean: bool = False,
@@ -247,8 +238,8 @@ def wgrad(
     _check(x, dy)
     _check_offsets(dy)
     n, c_in, t = x.shape
-    c_out, t_out = dy.shape[1:]
-    if dy.shape[0] != n or t_out != _out_frames(t, k, stride, padding, dilation):
+    (stride, padding, dilation), (c_out, t_out) = geometry, dy.shape[1:]
+    if dy.shape[0] != n or t_out != _out_frames(t, k, geometry):
         raise ValueError(f"dy {tuple(dy.shape)} is no gradient of the conv of x {tuple(x.shape)} with {k} taps")
     if not (x.transpose(1, 2).is_contiguous() and dy.transpose(1, 2).is_contiguous()):
         raise ValueError(f"x and dy must be dense in NTC memory, got strides {x.stride()} and {dy.stride()}")
@@ -278,68 +269,48 @@ def wgrad(
     return dw
 
 
+def pack_once(weight: Tensor, dtype: torch.dtype, stride: int = 1) -> Packed:
+    """`weight` (C_out, C_in, K) of any dtype packed for many calls of `fused` at `stride`, in a network in `dtype`."""
+    return pack(weight.float(), dtype)
+
+
 def fused(
     x: Tensor,
     packed: Packed,
+    geometry: Geometry,
     *,
-    stride: int = 1,
-    padding: int = 0,
-    dilation: int = 1,
-    in_lengths: Tensor | None = None,
+    lengths: Lengths = FULL,
     bias: Tensor | None = None,
     relu: bool = False,
-    out_lengths: Tensor | None = None,
-    x2: Tensor | None = None,
-    packed2: Packed | None = None,
+    panes: tuple[Tensor, Packed] | None = None,
     out: Tensor | None = None,
-    lengths_out: Tensor | None = None,
-    masked: bool = True,
     clean: bool = False,
     log_softmax: bool = False,
     workspace: Workspace | None = None,
 ) -> Tensor:
-    """mask(relu(conv1d(x) + x2 @ packed2 + bias)) of `x` (N, T, C_in) and `x2` (N, T', C2), into `out` (N, T', C_out).
+    """mask(relu(conv1d(x) + x2 @ packed2 + bias)) of `x` (N, T, C_in), into `out` (N, T', C_out).
 
-    `out` and `x2` have unit channel stride and any other strides, so that a slice of a history buffer will do; `x` too,
-    or unit frame stride (features as they are, fp32 whatever the pack's dtype). Rows of x and x2 at t >= `in_lengths`
-    (N,) count as zero and are not read; rows of the result at t >= `out_lengths` (N,) are zero; tiles wholly there, or
-    beyond the reach of x, cost no loads and no products. `bias` is fp32 (C_out,).
+    panes: x2 (N, T', C2) and packed2, a 1x1 conv. `out` and x2 have unit channel stride and any other strides, so that
+    a slice of a history buffer will do; `x` too, or unit frame stride (features as they are, fp32 whatever the pack's
+    dtype). Rows of x and x2 at t >= `lengths.before` count as zero and are not read; rows of the result at
+    t >= `lengths.after` are zero; tiles wholly there, or beyond the reach of x, cost no loads and no products. Where
+    rows are masked `out` may be longer than the conv's result. `bias` is fp32 (C_out,).
 
-    lengths_out: (N,) int64 that receives the output lengths of `in_lengths`, clamped to [0, T], which then mask the
-    result; with `masked=False` nothing is masked. Where rows are masked `out` may be longer than the conv's result.
-    clean: x and x2 are zero beyond `in_lengths`, as in `forward`.
-    log_softmax: of up to 128 channels, `out` is then fp32. workspace: lets several programs share a tile's reduction.
+    clean: x and x2 are zero beyond `lengths.before`, as in `forward`. log_softmax: of up to 128 channels, `out` is then
+    fp32. workspace: lets several programs share a tile's reduction.
     Raises ValueError for shapes that do not fit and TypeError for dtypes.
     """
-    w, masked = packed, masked and (in_lengths is not None or out_lengths is not None)
-    n, t, c_in = x.shape
+    w, (stride, padding, dilation), (n, t, c_in) = packed, geometry, x.shape
     nct = c_in > 1 and (x.stride(2) != 1 or (t == 1 and x.dtype != w.data.dtype))  # of one frame either is true
-    if x.dtype != w.data.dtype and not (nct and x.dtype == torch.float32):
-        raise TypeError(f"the triton face takes x and weights of one dtype, got {x.dtype} and {w.data.dtype}")
-    if nct and x.stride(1) != 1 and t > 1:
-        raise ValueError(f"neither channels nor frames of x are neighbours in memory: strides {x.stride()} (N, T, C)")
-    _check(w.data, w.data)
-    if c_in != w.c_in:
-        raise ValueError(f"x has {c_in} channels, the weight takes {w.c_in}")
-    if lengths_out is not None and (in_lengths is None or out_lengths is not None):
-        raise ValueError("lengths_out is made from in_lengths and takes the place of out_lengths")
-    t_out = _out_frames(t, w.taps, stride, padding, dilation)
-    if out is None:
-        out = torch.empty((n, t_out, w.c_out), dtype=torch.float32 if log_softmax else w.data.dtype, device=x.device)
-    longer = masked and (lengths_out is not None or out_lengths is not None) and out.shape[1] > t_out
-    t_out = out.shape[1] if longer else t_out
-    if out.shape != (n, t_out, w.c_out):
-        raise ValueError(f"out has shape {tuple(out.shape)}, the conv gives {(n, t_out, w.c_out)}")
-    if x2 is not None:
-        _check(x2, packed2.data)
-        if x2.shape != (n, t_out, packed2.c_in) or packed2.taps != 1 or packed2.c_out != w.c_out:
-            raise ValueError(f"x2 {tuple(x2.shape)} and its weight do not fit an output of {(n, t_out, w.c_out)}")
-    _check_offsets(x, x2, out)
+    masked = lengths.masked and (lengths.before is not None or lengths.after is not None)
+    x2, w2 = panes or (None, None)
+    out = _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, nct)
+    t_out = out.shape[1]
     if workspace is not None and workspace.device != x.device:
         raise ValueError(f"the workspace is on {workspace.device}, x on {x.device}: make one for each device")
     shape = Shape(c_in, w.c_out, w.taps, stride, dilation, n * t_out)
-    exact = _arithmetic(w.data)["PRECISION"] == "ieee"
-    tile = triton_tiles.choose("fused", x.device, w.data.dtype, shape, t_out, exact)
+    arithmetic = _arithmetic(w.data)
+    tile = triton_tiles.choose("fused", x.device, w.data.dtype, shape, t_out, arithmetic["PRECISION"] == "ieee")
     if log_softmax:
         if w.c_out > SOFTMAX_MAX:
             raise ValueError(f"log-softmax in the kernel takes up to {SOFTMAX_MAX} channels, got {w.c_out}")
@@ -352,31 +323,58 @@ def fused(
         workspace.reserve(tiles * splits * tile.t * tile.n, tiles)
         part, arrived = workspace.part, workspace.arrived
     x_desc = None if nct else _activations(x, stride, tile.t, tile.k)
-    x2_desc = None
-    if x_desc is not None and x2 is not None:
-        x2_desc = _activations(x2, 1, tile.t, tile.k)
-        x_desc = x_desc if x2_desc is not None else None
-    whole = x_desc is not None and (clean or not masked or in_lengths is None)
+    x2_desc = None if x_desc is None or x2 is None else _activations(x2, 1, tile.t, tile.k)
+    if x2 is not None and x2_desc is None:
+        x_desc = None
+    whole = x_desc is not None and (clean or not masked or lengths.before is None)
     by_descriptor = x_desc is not None or (nct and x2 is None and _has_tma(w.data))
     if nct:
         vec_in, x_sizes, x_chan = 1, (c_in, 0, x.stride(0)), x.stride(2)
     else:
         (vec_in, x_sizes), x_chan = _sizes(x), 1
-    vec_2, x2_sizes = _sizes(x2) if x2 is not None else (1, (0, 0, 0))
+    vec_2, x2_sizes = (1, (0, 0, 0)) if x2 is None else _sizes(x2)
     vec_out, (_, z_row, z_item) = _sizes(out)
     launch.run(
         conv1d_fused_kernel, (n * t_blocks * n_blocks * splits,), x,
         x, x_desc, w.data, _weights(w, tile.k, tile.n, by_descriptor),
-        x2, x2_desc, None if x2 is None else packed2.data, _weights(packed2, tile.k, tile.n, x2_desc is not None),
-        out, bias, in_lengths, out_lengths, lengths_out, part, arrived,
+        x2, x2_desc, None if x2 is None else w2.data, _weights(w2, tile.k, tile.n, x2_desc is not None),
+        out, bias, *lengths[:3], part, arrived,
         t, t_out, *x_sizes, x_chan, *x2_sizes, w.c_out, z_row, z_item,
         w.taps, padding, dilation, t_blocks, splits,
-        STRIDE=stride, HAS_IN_LENGTHS=in_lengths is not None, HAS_OUT_LENGTHS=out_lengths is not None,
-        HAS_LENGTHS_OUT=lengths_out is not None, HAS_MASK=masked, HAS_PANES=x2 is not None,
+        STRIDE=stride, HAS_IN_LENGTHS=lengths.before is not None, HAS_OUT_LENGTHS=lengths.after is not None,
+        HAS_LENGTHS_OUT=lengths.made is not None, HAS_MASK=masked, HAS_PANES=x2 is not None,
         HAS_BIAS=bias is not None, HAS_RELU=relu, HAS_LOG_SOFTMAX=log_softmax, HAS_SPLITS=splits > 1,
         HAS_DESCRIPTORS=by_descriptor, IS_CLEAN=whole, IS_NCT=nct,
-        VEC_IN=vec_in, VEC_2=vec_2, VEC_OUT=vec_out, PAD=PAD_OUT, **_arithmetic(w.data), **_blocks(tile),
+        VEC_IN=vec_in, VEC_2=vec_2, VEC_OUT=vec_out, PAD=PAD_OUT, **arithmetic, **_blocks(tile),
     )  # fmt: skip
+    return out
+
+
+def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, nct) -> Tensor:
+    """`out`, or a new one where it is None; raises ValueError or TypeError where the operands of `fused` do not fit."""
+    n, t, c_in = x.shape
+    if x.dtype != w.data.dtype and not (nct and x.dtype == torch.float32):
+        raise TypeError(f"the triton face takes x and weights of one dtype, got {x.dtype} and {w.data.dtype}")
+    if nct and x.stride(1) != 1 and t > 1:
+        raise ValueError(f"neither channels nor frames of x are neighbours in memory: strides {x.stride()} (N, T, C)")
+    _check(w.data, w.data)
+    if c_in != w.c_in:
+        raise ValueError(f"x has {c_in} channels, the weight takes {w.c_in}")
+    if lengths.made is not None and (lengths.before is None or lengths.after is not None):
+        raise ValueError("lengths are made from those before the conv, and take the place of those after it")
+    t_out = _out_frames(t, w.taps, geometry)
+    if out is None:
+        out = torch.empty((n, t_out, w.c_out), dtype=torch.float32 if log_softmax else w.data.dtype, device=x.device)
+    if masked and (lengths.made is not None or lengths.after is not None):
+        t_out = max(t_out, out.shape[1])
+    if out.shape != (n, t_out, w.c_out):
+        raise ValueError(f"out has shape {tuple(out.shape)}, the conv gives {(n, t_out, w.c_out)}")
+    x2, w2 = panes or (None, None)
+    if x2 is not None:
+        _check(x2, w2.data)
+        if x2.shape != (n, t_out, w2.c_in) or w2.taps != 1 or w2.c_out != w.c_out:
+            raise ValueError(f"x2 {tuple(x2.shape)} and its weight do not fit an output of {(n, t_out, w.c_out)}")
+    _check_offsets(x, x2, out)
     return out
 
 
@@ -398,11 +396,11 @@ def _packed(weight: Tensor, data: Tensor | None, x: Tensor) -> Packed:
     return Packed(data, c_out, c_in, taps)
 
 
-def _out_frames(t: int, taps: int, stride: int, padding: int, dilation: int) -> int:
-    t_out = (t + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+def _out_frames(t: int, taps: int, geometry: Geometry) -> int:
+    t_out = geometry.frames(t, taps)
     if t_out < 1:
-        span = dilation * (taps - 1) + 1
-        raise ValueError(f"{t} frames with padding {padding} are fewer than {span}, the span of the taps")
+        span = geometry.dilation * (taps - 1) + 1
+        raise ValueError(f"{t} frames with padding {geometry.padding} are fewer than {span}, the span of the taps")
     return t_out
 
 
