@@ -83,7 +83,7 @@ setup(
         "jasper_fast.configs": ["*.yaml"],
         "jasper_fast.kernels": ["README.md", "tables/README.md", "tables/*.json"],
         "jasper_fast.bench": ["compiled/*.json"],
-        "jasper_fast.bench.report": ["page.css"],
+        "jasper_fast.bench.report": ["page.css", "published.json", "*.j2"],
     },
     include_package_data=False,  # MANIFEST.in is for the sdist: it has bench/quick, which no wheel needs
     distclass=Binary,

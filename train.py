@@ -200,6 +200,9 @@ def resume(args: argparse.Namespace, folder: Folder, state: TrainingState, ranks
     return saved["rng"][ranks.rank]
 
 
+STEP = "loss {loss:.3f}, WER {wer:.1%}, lr {lr:.2e}, grad norm {grad_norm:.3g}, {utterances_per_s:.1f} utterances/s"
+
+
 class Due(NamedTuple):
     """What follows a step."""
 
@@ -262,9 +265,8 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
     versions = {"jasper_fast": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
     about |= {"versions": versions, "arguments": vars(args)}
     log.write(state.step, "start", device=ranks.place, processes=ranks.world, arguments=vars(args), versions=versions)
-    size = sum(p.numel() for p in state.model.parameters())
-    each, total = schedule.steps_per_epoch, schedule.total_steps
-    console.print(f"{size:,} parameters on {ranks.place}, {each} steps an epoch, {total} in all")
+    size, total = sum(p.numel() for p in state.model.parameters()), schedule.total_steps
+    console.print(f"{size:,} parameters on {ranks.place}, {schedule.steps_per_epoch} steps an epoch, {total} in all")
 
     def save(*names: str | None) -> None:
         """Writes a checkpoint under each of the names, None for its step; every rank must ask."""
@@ -309,14 +311,11 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
                 talker().print(*(f"step skipped: {culprit}" for culprit in bad), sep="\n")
                 log.write(state.step, "skipped", names=bad)
             if due.log:
-                figures = state.meter.figures() | {"lr": lr, "epoch": epochs, "minutes": state.minutes}
-                figures["wer"] = wer(result.texts, heard(result.log_probs, result.lengths, vocabulary))
+                said = wer(result.texts, heard(result.log_probs, result.lengths, vocabulary))
+                figures = state.meter.figures() | {"lr": lr, "epoch": epochs, "wer": said, "minutes": state.minutes}
                 log.write(state.step, "train", **figures)
                 progress(state.step, f"epoch {state.epoch + 1}, loss {figures['loss']:.3f}")
-                console.print(
-                    f"step {state.step}: loss {figures['loss']:.3f}, WER {figures['wer']:.1%}, lr {lr:.2e}, "
-                    f"grad norm {figures['grad_norm']:.3g}, {figures['utterances_per_s']:.1f} utterances/s"
-                )
+                console.print(f"step {state.step}: {STEP.format(**figures)}")
             if due.epoch_over:
                 state.epoch, state.position = state.epoch + 1, 0
             if due.epoch_over or ending:  # files that turned out to be unusable

@@ -17,7 +17,7 @@ from jasper_fast.bench.harness.case import QUICK, Effort
 from jasper_fast.bench.harness.console import console
 from jasper_fast.bench.harness.errors import DeviceLost
 from jasper_fast.bench.harness.run import Run
-from jasper_fast.bench.report import goals, tables
+from jasper_fast.bench.report import goals, terminal
 from jasper_fast.bench.rivals import choice
 from jasper_fast.dispatch import backends
 
@@ -28,10 +28,8 @@ OURS = "jasper_fast"  # the contender
 INTERRUPTED = 130  # exit status, as a shell tells Ctrl-C
 
 
-def parser() -> argparse.ArgumentParser:
-    """All subcommands and their options."""
-    top = argparse.ArgumentParser(prog=paths.COMMAND, description=__doc__)
-    sub = top.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
+def common_options() -> argparse.ArgumentParser:
+    """What every subcommand that measures rows takes."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--device", type=options.device, default=None, help="cpu, cuda or cuda:1 (default: the GPU where there is one)"
@@ -62,6 +60,14 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep the finished rows of the last run cut off on this machine and commit",
     )
+    return common
+
+
+def parser() -> argparse.ArgumentParser:
+    """All subcommands and their options."""
+    top = argparse.ArgumentParser(prog=paths.COMMAND, description=__doc__)
+    sub = top.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
+    common = common_options()
 
     def add(name: str, help: str) -> argparse.ArgumentParser:
         return sub.add_parser(name, help=help, description=help, parents=[common])
@@ -183,9 +189,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _command(args: argparse.Namespace, begin: Callable[[argparse.Namespace], Run]) -> int:
     """The subcommand; `begin` makes its run."""
     if args.command == "report":
-        from jasper_fast.bench.report import report
+        from jasper_fast.bench.report import html_page
 
-        return report.main(args.results, args.html, args.readme)
+        return html_page.main(args.results, args.html, args.readme)
     if args.command == "compile":
         from jasper_fast.bench.compile import gate
 
@@ -213,7 +219,7 @@ def _check_op(args: argparse.Namespace) -> None:
 def _measure(run: Run, args: argparse.Namespace) -> int:
     """A subcommand that measures rows: the rows, the goals, and what has no number."""
     try:
-        SUBCOMMANDS[args.command](run, args)
+        _work(run, args)
     except choice.UnknownRival as error:
         raise SystemExit(f"--rivals: {error}") from None
     except DeviceLost as error:  # its row is on disk
@@ -225,12 +231,15 @@ def _measure(run: Run, args: argparse.Namespace) -> int:
     data["clocks"]["end"] = machine.clocks(run.device)
     data["finished"] = not (run.out_of_time() or result_file.parts_left(data))
     run.results.write()
-    tables.show(data["rows"], data["goals"])
-    tables.console.print(f"wrote {_relative(run.results.path)}")
+    terminal.show(data["rows"], data["goals"])
+    terminal.console.print(f"wrote {_relative(run.results.path)}")
     if args.command in ("all", "gpu"):
-        from jasper_fast.bench.report import report
+        from jasper_fast.bench.report import html_page
 
-        report.main([run.results.path], None, False)
+        try:
+            html_page.main([run.results.path], None, False)
+        except SystemExit as missing:  # what a page needs; the numbers need nothing of it
+            _say(f"no page: {missing}")
     if told := shortfall(data):
         _say(told)
     return 1 if told else 0
@@ -298,33 +307,26 @@ def _resumable(args: argparse.Namespace, header: dict) -> Path | None:
     return None
 
 
-def _kernels(run: Run, args: argparse.Namespace) -> None:
-    from jasper_fast.bench.commands import kernels
-
-    kernels.main(run, args.op, args.mode)
+SUBCOMMANDS = ("kernels", "train", "latency", "memory", "all", "launches", "profile", "gpu")  # that measure rows
 
 
-def _train(run: Run, args: argparse.Namespace) -> None:
-    from jasper_fast.bench.commands import train
+def _work(run: Run, args: argparse.Namespace) -> None:
+    """What a subcommand of SUBCOMMANDS measures."""
+    from jasper_fast.bench.commands import kernels, latency, launches, memory, profile, train
+    from jasper_fast.bench.gpu import gpu
 
-    train.main(run, tuple(args.model or ()))
-
-
-def _latency(run: Run, args: argparse.Namespace) -> None:
-    from jasper_fast.bench.commands import latency
-
-    latency.main(run, args.model, args.full)
-
-
-def _memory(run: Run, args: argparse.Namespace) -> None:
-    from jasper_fast.bench.commands import memory
-
-    memory.main(run, tuple(args.model or ()))
-
-
-def _all(run: Run, args: argparse.Namespace) -> None:
-    from jasper_fast.bench.commands import kernels, latency, memory, train
-
+    work: dict[str, Callable[[], object]] = {
+        "kernels": lambda: kernels.main(run, args.op, args.mode),
+        "train": lambda: train.main(run, tuple(args.model or ())),
+        "latency": lambda: latency.main(run, args.model, args.full),
+        "memory": lambda: memory.main(run, tuple(args.model or ())),
+        "launches": lambda: launches.main(run),
+        "profile": lambda: profile.main(run, args.model, args.mode, *args.batch),
+        "gpu": lambda: gpu.main(run, args.budget),
+    }
+    if args.command in work:
+        work[args.command]()
+        return
     run.brief, run.revisits, run.deadline = True, True, run.started + ALL_SECONDS
     run.effort = dataclasses.replace(run.effort.at_most(3.0), min_rounds=4)
     kernels.main(run)
@@ -332,36 +334,6 @@ def _all(run: Run, args: argparse.Namespace) -> None:
     latency.main(run, "jasper10x5")
     run.revisit()
     memory.main(run)
-
-
-def _launches(run: Run, args: argparse.Namespace) -> None:
-    from jasper_fast.bench.commands import launches
-
-    launches.main(run)
-
-
-def _profile(run: Run, args: argparse.Namespace) -> None:
-    from jasper_fast.bench.commands import profile
-
-    profile.main(run, args.model, args.mode, *args.batch)
-
-
-def _gpu(run: Run, args: argparse.Namespace) -> None:
-    from jasper_fast.bench.gpu import gpu
-
-    gpu.main(run, args.budget)
-
-
-SUBCOMMANDS = {
-    "kernels": _kernels,
-    "train": _train,
-    "latency": _latency,
-    "memory": _memory,
-    "all": _all,
-    "launches": _launches,
-    "profile": _profile,
-    "gpu": _gpu,
-}
 
 
 def _say(text: str) -> None:

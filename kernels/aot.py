@@ -1,42 +1,85 @@
 """Ahead-of-time compilation of Triton kernels for a GPU architecture, with no GPU, and the facts it leaves.
 
-Needs a process without TRITON_INTERPRET: the switch is read when a kernel is defined.
+Compiling needs a process without TRITON_INTERPRET: the switch is read when a kernel is defined.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import create_function_from_signature
+
+from jasper_fast.kernels.launch import Launch
 
 ARCHITECTURES = (80, 86, 89, 90, 100)
 _WIDE = r"{}\.global\S*(?:\.v4\.[bfu]32|\.v2\.[bfu]64|\.v8\.[bfu]32|\.v4\.[bfu]64)"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
-    """A kernel as one launch compiles it: argument types by name ("*fp16", "i32", ...) and values of its constexprs."""
+    """A kernel as Triton's launcher compiles it for one launch.
 
-    name: str
+    signature: types by argument ("*fp16", "i32", "constexpr", ...); constexprs and attrs (alignment): values by the
+    argument's place; options: "num_warps", "num_stages" and what else the launch gave the compiler.
+    """
+
     kernel: triton.JITFunction
-    signature: dict[str, str]
-    constants: dict[str, object]
-    num_warps: int = 4
-    num_stages: int = 3
+    signature: dict[str, object]
+    constexprs: dict[tuple[int, ...], object]
+    attrs: dict[tuple[int, ...], list]
+    options: dict[str, object]
+
+    @property
+    def constants(self) -> dict[str, object]:
+        """Values of the constexprs by name."""
+        return {self.kernel.arg_names[place[0]]: value for place, value in self.constexprs.items() if len(place) == 1}
 
     def digest(self, arch: int) -> str:
-        """The same for sources that compile to the same code on `arch`, whatever they are called."""
-        constants = sorted((name, repr(value)) for name, value in self.constants.items())
-        launch = (sorted(self.signature.items()), constants, self.num_warps, self.num_stages)
-        parts = (self.kernel.cache_key, *launch, arch, triton.__version__, _own_text())
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+        """The same for sources that compile to the same code on `arch`."""
+        launch = (self.signature, self.constexprs, self.attrs, self.options)
+        parts = (self.kernel.cache_key, *(sorted(map(repr, part.items())) for part in launch), arch)
+        return hashlib.sha256(repr((*parts, triton.__version__, _own_text())).encode()).hexdigest()[:32]
+
+
+def source(launch: Launch, arch: int) -> Source:
+    """What Triton's own launcher compiles for `launch` on compute capability `arch` (80 is 8.0): types and alignment of
+    the arguments are those of the values it was given. Launches that share a compiled kernel have one source.
+
+    Raises TypeError for a kernel that @triton.jit did not make (an autotuner has launches of its own) and for arguments
+    that are not the kernel's; KeyError for a keyword that neither the kernel nor the compiler knows.
+    """
+    kernel, backend, binder = _binder(launch.kernel, arch)
+    bound, specialization, options = binder(*launch.args, **launch.meta)
+    key = (launch.kernel, arch, repr((specialization, options)))
+    if key not in _described:
+        parsed, *types = kernel._pack_args(backend, launch.meta, bound, specialization, options)
+        warps = {"num_warps": parsed.num_warps, "num_stages": parsed.num_stages}
+        _described[key] = Source(kernel, *types, warps | options)
+    return _described[key]
+
+
+_described: dict[tuple, Source] = {}
+
+
+@functools.cache
+def _binder(kernel: object, arch: int) -> tuple[triton.JITFunction, object, Callable]:
+    if isinstance(kernel, InterpretedFunction):  # the same kernel as far as its launches go
+        kernel = triton.JITFunction(kernel.fn, **kernel.kwargs)
+    if not isinstance(kernel, triton.JITFunction):
+        raise TypeError(f"{kernel} is no kernel that @triton.jit made: what it launches cannot be told")
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    return kernel, backend, create_function_from_signature(kernel.signature, kernel.params, backend)
 
 
 @dataclass(frozen=True)
@@ -118,23 +161,13 @@ class Facts:
 
 
 def compile_for(source: Source, arch: int) -> Facts:
-    """Compile for compute capability `arch` (80 is 8.0); pointers are taken as 16-byte aligned, as PyTorch's are.
-
-    Raises RuntimeError in a process that interprets Triton.
-    """
-    if not isinstance(source.kernel, triton.JITFunction):
+    """Compile for compute capability `arch`; raises RuntimeError in a process that interprets Triton."""
+    if triton.knobs.runtime.interpret:
         raise RuntimeError("Triton interprets in this process: compile in one without TRITON_INTERPRET set")
-    names = source.kernel.arg_names
-    signature = {name: source.signature.get(name, "constexpr") for name in names}
-    missing = [name for name in names if signature[name] == "constexpr" and name not in source.constants]
-    if missing:
-        raise ValueError(f"{source.name}: neither a type nor a value for {', '.join(missing)}")
-    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
-    constants = {name: source.constants[name] for name in names if signature[name] == "constexpr"}
     built = triton.compile(
-        ASTSource(fn=source.kernel, signature=signature, constexprs=constants, attrs=attrs),
+        ASTSource(source.kernel, source.signature, source.constexprs, source.attrs),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": source.num_warps, "num_stages": source.num_stages},
+        options=source.options,
     )
     usage = _resource_usage(built.asm["cubin"])
     rows = [int(m) for m in re.findall(r"= tt\.dot .*-> tensor<(\d+)x\d+x", built.asm["ttir"])]
@@ -172,6 +205,7 @@ def _cuobjdump(cubin: bytes, *options: str) -> str:
         return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
+@functools.cache
 def _own_text() -> str:
     """What decides the facts besides the kernel: this file."""
     return Path(__file__).read_text()

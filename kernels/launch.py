@@ -2,10 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Launch(NamedTuple):
+    """A launch that was recorded and did not happen: what `run` was given."""
+
+    kernel: object
+    grid: tuple[int, ...]
+    args: tuple[object, ...]
+    meta: dict[str, object]
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return self.kernel.__name__
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        """Arguments and constexprs by name."""
+        names = [name for name in self.kernel.arg_names if name not in self.meta]
+        return dict(zip(names, self.args, strict=True)) | self.meta
+
+
+class _Recording(NamedTuple):
+    take: Callable[[Launch], object]
+    arch: int | None
+
+
+_recording: _Recording | None = None
 
 
 def run(kernel: object, grid: Sequence[int], like: Tensor, *args: object, **meta: object) -> None:
@@ -13,8 +45,39 @@ def run(kernel: object, grid: Sequence[int], like: Tensor, *args: object, **meta
 
     Triton launches on the current device, so that one is changed for the call where it is another.
     """
+    if _recording is not None:
+        _recording.take(Launch(kernel, tuple(grid), args, meta))
+        return
     if not like.is_cuda or like.device.index == torch.cuda.current_device():
         kernel[tuple(grid)](*args, **meta)
         return
     with torch.cuda.device(like.device):
         kernel[tuple(grid)](*args, **meta)
+
+
+@contextlib.contextmanager
+def recorded(take: Callable[[Launch], object], arch: int | None = None) -> Iterator[None]:
+    """Gives the launches made inside to `take`, and none of them happens; with `arch` (90 is 9.0) they are those that a
+    GPU of that architecture gets, wherever the tensors are, without values on the meta device too.
+
+    It holds for the whole process: not for use while other threads launch kernels.
+    """
+    global _recording
+    before, _recording = _recording, _Recording(take, arch)
+    try:
+        yield
+    finally:
+        _recording = before
+
+
+def architecture(device: torch.device) -> int | None:
+    """Compute capability (90 is 9.0) for which launches on `device` are compiled; None where they are interpreted."""
+    return _recording.arch if _recording is not None and _recording.arch is not None else _own(device)
+
+
+@functools.cache
+def _own(device: torch.device) -> int | None:
+    if device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

@@ -24,7 +24,7 @@ def make_run(tmp_path: Path, backend: str = "reference", **kwargs) -> Run:
     return Run(CPU, torch.float32, backend, True, results, FAST, **kwargs)
 
 
-def softplus_case(contenders: dict) -> Case:
+def softplus_case(contenders: dict, op: str = "softplus", **more) -> Case:
     """x (8, 16) -> softplus(x); each contender is a function of x."""
     x = torch.empty(8, 16)
 
@@ -33,21 +33,20 @@ def softplus_case(contenders: dict) -> Case:
 
     return Case(
         "test",
-        {"op": "softplus"},
+        {"op": op},
         [Contender("jasper_fast", build(F.softplus)), *(Contender(n, build(f)) for n, f in contenders.items())],
         refill=lambda seed: x.copy_(torch.randn(8, 16, generator=seeded(seed, CPU))),
         reference=lambda: {"y": F.softplus(x.double())},
         low=lambda: {"y": F.softplus(x)},
         flops=1.0,
         nbytes=1.0,
+        **more,
     )
 
 
 def measured(op):
     def part(run):
-        case = softplus_case({"eager": F.softplus})
-        case.key = {"op": op}
-        run.cases("test", [case])
+        run.cases("test", [softplus_case({"eager": F.softplus}, op)])
 
     return part
 

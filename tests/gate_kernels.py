@@ -12,26 +12,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 import triton
 import triton.language as tl
 
 from jasper_fast.bench.compile.gate import FACTS
-from jasper_fast.kernels import aot
+from jasper_fast.kernels import aot, launch
 
 
-@triton.jit
-def product(x_ptr, w_ptr, y_ptr, steps, C, ALIGNED: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr):
-    """y = x w over `steps` blocks; unaligned rows give scalar loads, a transposed tile goes through registers."""
-    row = C * 8 if ALIGNED else C
+@triton.jit(do_not_specialize=["steps", "C"])
+def product(x_ptr, w_ptr, y_ptr, steps, C, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr):
+    """y = x w over `steps` blocks; unaligned tensors give scalar loads, a transposed tile goes through registers."""
     offs = tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     for i in range(steps):
-        x = tl.load(x_ptr + offs[:, None] * row + (i * BLOCK + offs)[None, :])
-        w = tl.load(w_ptr + (i * BLOCK + offs)[:, None] * row + offs[None, :])
+        x = tl.load(x_ptr + offs[:, None] * C * 8 + (i * BLOCK + offs)[None, :])
+        w = tl.load(w_ptr + (i * BLOCK + offs)[:, None] * C * 8 + offs[None, :])
         if TRANSPOSED:
             x = tl.trans(x)
         acc = tl.dot(x, w, acc)
-    tl.store(y_ptr + offs[:, None] * row + offs[None, :], acc.to(tl.float16))
+    tl.store(y_ptr + offs[:, None] * C * 8 + offs[None, :], acc.to(tl.float16))
 
 
 @triton.jit
@@ -42,35 +42,42 @@ def relu(x_ptr, y_ptr, PLAIN: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(y_ptr + tl.arange(0, BLOCK), y)
 
 
-def multiply(name: str, block: int, warps: int, stages: int = 3, aligned: bool = True, transposed: bool = False):
-    types = {"x_ptr": "*fp16", "w_ptr": "*fp16", "y_ptr": "*fp16", "steps": "i32", "C": "i32"}
-    flags = {"ALIGNED": aligned, "TRANSPOSED": transposed, "BLOCK": block}
-    return aot.Source(name, product, types, flags, warps, stages)
+def source(kernel: object, arch: int, *args: object, **meta: object) -> aot.Source:
+    """That of a launch."""
+    made: list[launch.Launch] = []
+    with launch.recorded(made.append, arch):
+        launch.run(kernel, (1,), args[0], *args, **meta)
+    return aot.source(made[0], arch)
 
 
-def pointwise(name: str, plain: bool) -> aot.Source:
-    return aot.Source(name, relu, {"x_ptr": "*fp32", "y_ptr": "*fp32"}, {"PLAIN": plain, "BLOCK": 1024})
+def multiply(block: int, arch: int = 80, first: int = 0, transposed: bool = False, **options: int) -> aot.Source:
+    x = torch.zeros(first + 8, dtype=torch.float16)[first:]
+    return source(product, arch, x, x, x, 4, 64, TRANSPOSED=transposed, BLOCK=block, num_warps=4, **options)
 
 
 def main() -> None:
-    found = {}
-    for source in (
-        multiply("good", 64, 4),
-        multiply("spilling", 256, 4),
-        multiply("scalar", 64, 4, aligned=False),
-        multiply("through registers", 64, 4, transposed=True),
-        multiply("narrow tile", 16, 4),
-        pointwise("maximum", True),
-        pointwise("select", False),
-    ):
-        facts = aot.compile_for(source, 80)
-        found[source.name] = {name: getattr(facts, name) for name in FACTS}
-        if source.kernel is relu:
-            found[source.name]["sass_maxima"] = len(re.findall(r"\bFMNMX(?!\.NAN)", facts.sass()))
-    hopper = aot.compile_for(multiply("good", 64, 4), 90)
-    found["good on sm_90"] = {name: getattr(hopper, name) for name in FACTS}
-    digests = [multiply("a", 64, 4).digest(80), multiply("b", 64, 4).digest(80), multiply("a", 64, 4, 2).digest(80)]
-    found["digests"] = [*digests, multiply("a", 64, 4).digest(90)]
+    x, found = torch.zeros(8), {}
+    for name, arch, of in [
+        ("good", 80, multiply(64)),
+        ("spilling", 80, multiply(256)),
+        ("scalar", 80, multiply(64, first=1)),
+        ("through registers", 80, multiply(64, transposed=True)),
+        ("narrow tile", 80, multiply(16)),
+        ("maximum", 80, source(relu, 80, x, x, PLAIN=True, BLOCK=1024)),
+        ("select", 80, source(relu, 80, x, x, PLAIN=False, BLOCK=1024)),
+        ("good on sm_90", 90, multiply(64, 90)),
+    ]:
+        facts = aot.compile_for(of, arch)
+        found[name] = {fact: getattr(facts, fact) for fact in FACTS}
+        if of.kernel is relu:
+            found[name]["sass_maxima"] = len(re.findall(r"\bFMNMX(?!\.NAN)", facts.sass()))
+    found["digests"] = [
+        multiply(64).digest(80),
+        multiply(64, first=8).digest(80),
+        multiply(64, first=1).digest(80),
+        multiply(64, num_stages=2).digest(80),
+        multiply(64, 90).digest(90),
+    ]
     print(json.dumps(found))
 
 

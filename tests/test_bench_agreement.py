@@ -3,7 +3,7 @@
 import copy
 import json
 
-from jasper_fast.bench.report import readme_table, report
+from jasper_fast.bench.report import html_page, readme_table
 from jasper_fast.bench.report.agreement import agreement
 
 
@@ -58,7 +58,7 @@ def test_the_report_of_two_results_says_it(tmp_path, capsys):
     moved["ratio"] |= {"low": 90.0, "median": 91.0, "high": 92.0}
     other = tmp_path / "second.json"
     other.write_text(json.dumps(second))
-    assert report.main([committed, other], tmp_path / "page.html", False) == 0
+    assert html_page.main([committed, other], tmp_path / "page.html", False) == 0
     told = capsys.readouterr().out
     total = sum("ratio" in r for r in first["rows"])
     assert f"overlap in {total - 1} of {total} rows" in told

@@ -2,94 +2,88 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from types import ModuleType, SimpleNamespace
 
 import numpy
+import pynvml
 import pytest
 import torch
 import torch.nn.functional as F
 from bench_runs import CPU, FAST, make_run, softplus_case
 
 from jasper_fast.bench.harness import checking, clocks, limits, machine, nvml, ratios, timing
+from jasper_fast.bench.harness.measurement import Measurement
 
 CUDA = torch.device("cuda", 0)
 
 
 class Driver:
-    """libnvidia-ml with one GPU, which knows no power."""
+    """libnvidia-ml with one GPU, under pynvml: what it answers, by function; another status than 0 is a failure."""
 
     UUID = b"GPU-12345678-0000"
 
-    def nvmlInit_v2(self):
-        return 0
+    def __init__(self) -> None:
+        values = {
+            "nvmlDeviceGetTemperature": 61,
+            "nvmlDeviceGetCurrentClocksThrottleReasons": 0x1 | 0x4 | 0x40,
+            "nvmlSystemGetCudaDriverVersion_v2": 13020,
+        }
+        for name, value in values.items():
+            setattr(self, name, lambda *args, value=value: self.write(args[-1], value))
+        self.nvmlInitWithFlags = lambda flags: 0
+        self.nvmlDeviceGetPowerUsage = lambda *args: 3  # not supported
+        self.nvmlDeviceGetClockInfo = lambda at, kind, into: self.write(into, {1: 1755, 2: 2619}[kind.value])
+        self.nvmlSystemGetDriverVersion = lambda into, size: self.write(into, b"580.65.06")
+        self.nvmlDeviceGetHandleByUUID = lambda uuid, into: 0 if uuid.value == self.UUID else 6
 
-    def nvmlDeviceGetHandleByUUID(self, uuid, handle):
-        handle._obj.value = 77
-        return 0 if uuid == self.UUID else 6
-
-    def nvmlDeviceGetClockInfo(self, handle, kind, value):
-        assert handle.value == 77
-        value._obj.value = {1: 1755, 2: 2619}[kind]
-        return 0
-
-    def nvmlDeviceGetTemperature(self, handle, sensor, value):
-        value._obj.value = 61
-        return 0
-
-    def nvmlDeviceGetPowerUsage(self, handle, value):
-        value._obj.value = 1
-        return 3  # not supported
-
-    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle, bits):
-        bits._obj.value = 0x1 | 0x4 | 0x40
-        return 0
-
-    def nvmlSystemGetDriverVersion(self, text, size):
-        text.value = b"580.65.06"
-        return 0
-
-    def nvmlSystemGetCudaDriverVersion_v2(self, number):
-        number._obj.value = 13020
+    def write(self, into: object, value: object) -> int:
+        target = getattr(into, "_obj", into)
+        target.value = value
         return 0
 
 
 @pytest.fixture
 def driver(monkeypatch):
-    for cached in (nvml.library, nvml.handle):
-        cached.cache_clear()
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    """Gives the setter of what the dynamic linker finds: a Driver, unless a test says otherwise."""
+
+    def fresh(found: object) -> None:
+        for cached in (nvml.library, nvml.handle, pynvml._nvmlGetFunctionPointer_cache):
+            getattr(cached, "cache_clear", getattr(cached, "clear", None))()
+        monkeypatch.setattr(pynvml, "nvmlLib", found)
+
+    def missing(name: str):
+        raise OSError(name)
+
+    monkeypatch.setattr(pynvml, "CDLL", missing)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="12345678-0000"))
-    yield
-    for cached in (nvml.library, nvml.handle):
-        cached.cache_clear()
+    fresh(Driver())
+    yield fresh
+    fresh(None)
 
 
-def test_the_driver_s_library_is_read_and_what_it_lacks_is_left_out(driver):
+def test_the_driver_s_library_is_read_and_what_it_lacks_is_left_out(driver, monkeypatch):
     held = ["software power cap", "hardware thermal slowdown"]
     expected = {"sm_mhz": 1755, "memory_mhz": 2619, "temperature_c": 61, "held_by": held}
     assert machine.clocks(CUDA) == expected
     assert (nvml.driver(), nvml.cuda_driver()) == ("580.65.06", "13.2")
-
-
-def test_without_the_driver_s_library_the_fields_stay_empty(driver, monkeypatch):
-    def missing(name: str):
-        raise OSError(name)
-
-    monkeypatch.setattr(ctypes, "CDLL", missing)
-    assert (machine.clocks(CUDA), nvml.driver(), nvml.cuda_driver()) == ({}, None, None)
-
-
-def test_a_driver_without_a_function_tells_the_rest(driver, monkeypatch):
-    monkeypatch.delattr(Driver, "nvmlDeviceGetCurrentClocksThrottleReasons")
-    told = machine.clocks(CUDA)
-    assert "held_by" not in told and told["sm_mhz"] > 0
-
-
-def test_a_gpu_that_the_library_does_not_know_is_not_taken_for_another(driver, monkeypatch):
+    old = Driver()
+    del old.nvmlDeviceGetCurrentClocksThrottleReasons
+    driver(old)
+    assert "held_by" not in machine.clocks(CUDA), "a driver without a function tells the rest"
+    assert machine.clocks(CUDA)["sm_mhz"] > 0
+    driver(None)
+    assert (machine.clocks(CUDA), nvml.driver(), nvml.cuda_driver()) == ({}, None, None), "no driver"
+    driver(Driver())
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="other"))
-    assert machine.clocks(CUDA) == {}
+    assert machine.clocks(CUDA) == {}, "a GPU that the library does not know is not taken for another"
+
+
+def test_without_pynvml_the_fields_stay_empty_and_a_line_says_why_once(driver, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    for _ in range(2):
+        assert (machine.clocks(CUDA), nvml.driver(), nvml.cuda_driver()) == ({}, None, None)
+    assert capsys.readouterr().err.count("pip install nvidia-ml-py") == 1
 
 
 def test_rows_tell_their_clocks_and_which_of_them_ran_slowly(tmp_path, monkeypatch):
@@ -100,9 +94,7 @@ def test_rows_tell_their_clocks_and_which_of_them_ran_slowly(tmp_path, monkeypat
     run = make_run(tmp_path)
     for name in rates:
         now.append(name)
-        case = softplus_case({"eager": F.softplus})
-        case.key = {"op": name}
-        run.cases("test", [case])
+        run.cases("test", [softplus_case({"eager": F.softplus}, name)])
     rows = {row["key"]["op"]: row for row in run.results.data["rows"] if row["ours"]}
     assert {name: row["throttled"] for name, row in rows.items()} == {
         "fast": False,
@@ -128,10 +120,10 @@ def test_a_cpu_is_told_by_its_fastest_core_and_its_load():
 def test_clocks_are_read_seldom_but_never_not_at_all(monkeypatch):
     seen: list[int] = []
     monkeypatch.setattr(machine, "clocks", lambda _: {"sm_mhz": seen.append(1) or len(seen)})
-    case = softplus_case({"eager": F.softplus})
-    checking.prepare(case)
-    timing.measure(case, CPU, FAST)
-    assert [r["sm_mhz"] for r in case.readings] == [1, 2]  # after the first of its few rounds, and at the end
+    m = Measurement(softplus_case({"eager": F.softplus}), CPU)
+    checking.prepare(m)
+    timing.measure(m, FAST)
+    assert [r["sm_mhz"] for r in m.readings] == [1, 2]  # after the first of its few rounds, and at the end
 
 
 def test_a_machine_that_tells_no_clock_has_rows_all_the_same(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 
 import pytest
@@ -79,7 +81,7 @@ def test_absent_and_failing_rivals_are_rows_that_say_so(tmp_path):
         raise RuntimeError("no kernel for this shape")
 
     case = softplus_case({"broken": broken})
-    case.contenders = [*case.contenders, Contender("absent", absent)]
+    case = dataclasses.replace(case, contenders=[*case.contenders, Contender("absent", absent)])
     rows = {r["contender"]: r for r in make_run(tmp_path).cases("test", [case])}
     assert (rows["absent"]["status"], rows["absent"]["why"]) == ("absent", "get it so")
     assert rows["broken"]["status"] == "failed" and "no kernel for this shape" in rows["broken"]["why"]
@@ -99,14 +101,18 @@ def test_faulty_bn_relu_dropout_is_refused(fault, tmp_path):
         return FAULTY_CHAINS[fault](common.eager_chain(y, gamma, beta, running, residual, lengths, p), y)
 
     run = make_run(tmp_path)
-    case = bn_relu_dropout.case(run, (2, 8, 40), "both", False, False)
     inputs = bn_relu_dropout.Inputs(2, 8, 40, torch.float32, CPU, False)
-    case.refill, case.reference = inputs.refill, lambda: bn_relu_dropout.answer(inputs, torch.float64)
-    case.low = lambda: bn_relu_dropout.answer(inputs, torch.float32)
-    case.contenders = [
-        Contender("jasper_fast", lambda: bn_relu_dropout.runner(chain, inputs, "nct", "both", 0.2)),
-        Contender("eager", lambda: bn_relu_dropout.runner(common.eager_chain, inputs, "nct", "both", 0.2)),
-    ]
+    chains = {"jasper_fast": chain, "eager": common.eager_chain}
+    case = dataclasses.replace(
+        bn_relu_dropout.case(run, (2, 8, 40), "both", False, False),
+        refill=inputs.refill,
+        reference=lambda: bn_relu_dropout.answer(inputs, torch.float64),
+        low=lambda: bn_relu_dropout.answer(inputs, torch.float32),
+        contenders=[
+            Contender(name, functools.partial(bn_relu_dropout.runner, of_it, inputs, "nct", "both", 0.2))
+            for name, of_it in chains.items()
+        ],
+    )
     rows = {r["contender"]: r for r in run.cases("test", [case])}
     assert rows["jasper_fast"]["status"] == "wrong"
     assert rows["eager"]["status"] == "ok" and "ratio" not in rows["eager"]

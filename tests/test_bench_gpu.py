@@ -36,10 +36,11 @@ from jasper_fast.bench.cases.layers import Layer, layers
 from jasper_fast.bench.commands import memory as memory_command
 from jasper_fast.bench.gpu import agenda, ahead, gpu, self_check, warm
 from jasper_fast.bench.harness import checking, clocks, devices, interruption, result_file, timing
-from jasper_fast.bench.harness.case import Case, Runner
+from jasper_fast.bench.harness.case import Case, Contender, Runner
 from jasper_fast.bench.harness.errors import DeviceLost, OutOfTime
+from jasper_fast.bench.harness.measurement import Measurement
 from jasper_fast.bench.harness.run import Run
-from jasper_fast.bench.report import report, tables
+from jasper_fast.bench.report import terminal
 from jasper_fast.bench.rivals.eager_layouts import ChannelsLast2d
 from jasper_fast.dispatch.verdict import OPS
 from jasper_fast.selfcheck import checks
@@ -138,18 +139,19 @@ def test_waiting_time_is_of_one_run_at_a_time(device):
     assert ticker.host(run) == pytest.approx(1e-3) and clocks.WallClock(CPU).host(run) is None
 
 
-def test_rows_carry_the_host_s_time_and_still_make_a_report(device, tmp_path):
+def test_rows_carry_the_host_s_time_and_still_make_a_table(device, capsys):
     case = softplus_case({"eager": F.softplus})
     runs = {"jasper_fast": (1e-3, 10e-6), "eager": (2e-3, 40e-6)}
-    for contender in case.contenders:
-        runner = dataclasses.replace(contender.build(), run=small_op(device, 1, *runs[contender.name]))
-        contender.build = lambda runner=runner: runner
-    checking.prepare(case)
-    rows = timing.measure(case, CUDA, FAST)
+    runners = (dataclasses.replace(c.build(), run=small_op(device, 1, *runs[c.name])) for c in case.contenders)
+    contenders = [Contender(name, lambda runner=runner: runner) for name, runner in zip(runs, runners, strict=True)]
+    m = Measurement(dataclasses.replace(case, contenders=contenders), CUDA)
+    checking.prepare(m)
+    rows = timing.measure(m, FAST)
     assert [r["host_s"] for r in rows] == pytest.approx([1e-3, 2e-3])
     assert [r["time_s"]["median"] for r in rows] == pytest.approx([10e-6, 40e-6]) and rows[0]["clock"] == "events"
     assert rows[1]["ratio"]["median"] == pytest.approx(4.0)
-    assert "eager" in report.table(rows)
+    terminal.show(rows, [])
+    assert "host" in capsys.readouterr().out
 
 
 def test_sleeps_are_counted_at_the_clock_that_the_device_rises_to(device, monkeypatch):
@@ -163,14 +165,12 @@ def test_sleeps_are_counted_at_the_clock_that_the_device_rises_to(device, monkey
 
 
 def test_without_an_answer_only_that_case_has_no_number(tmp_path):
-    broken, refilled, fine = (softplus_case({"eager": F.softplus}) for _ in range(3))
-    for i, case in enumerate((broken, refilled, fine)):
-        case.key = {"op": f"softplus{i}"}
-
     def no_memory(*_: object):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 49 GiB")
 
-    broken.reference, refilled.refill = no_memory, no_memory
+    broken, refilled, fine = (softplus_case({"eager": F.softplus}, f"softplus{i}") for i in range(3))
+    broken = dataclasses.replace(broken, reference=no_memory)
+    refilled = dataclasses.replace(refilled, refill=no_memory)
     rows = make_run(tmp_path).cases("test", [broken, refilled, fine])
     assert [r["status"] for r in rows] == ["failed"] * 4 + ["ok"] * 2
     assert all("nothing to compare it with: OutOfMemoryError" in r["why"] for r in rows[:4])
@@ -178,17 +178,15 @@ def test_without_an_answer_only_that_case_has_no_number(tmp_path):
 
 def test_a_case_is_on_disk_before_the_next_is_prepared(tmp_path):
     run = make_run(tmp_path)
-    first, second = (softplus_case({"eager": F.softplus}) for _ in range(2))
-    first.key = {"op": "first"}
 
     def spent() -> Runner:
         raise OutOfTime
 
-    second.contenders[0].build = spent
+    first, second = (softplus_case({"eager": F.softplus}, name) for name in ("first", "second"))
+    second = dataclasses.replace(second, contenders=[Contender("jasper_fast", spent)])
     with pytest.raises(OutOfTime):
         run.cases("test", [first, second])
     assert {r["key"]["op"] for r in json.loads(run.results.path.read_text())["rows"]} == {"first"}
-    assert not first.runners
 
 
 # ------------------------------------------------------------------ a lost device
@@ -325,7 +323,7 @@ def test_the_new_process_is_the_same_command_with_what_is_left_of_the_time(tmp_p
     (path, argv, env), (_, second, _) = called
     assert path == sys.executable and argv[1:] == ["-m", "jasper_fast.bench", "gpu", "--out", "here", "--resume"]
     assert second[1:] == ["-m", "jasper_fast.bench", "gpu", "--resume"]
-    assert float(env[gpu.UNTIL]) - time.time() == pytest.approx(100.0, abs=5.0)
+    assert float(env[gpu.UNTIL]) - time.time() == pytest.approx(100.0, abs=60.0)
 
     monkeypatch.setenv(gpu.UNTIL, str(time.time() + gpu.GOOD / 2))
     monkeypatch.setattr(agenda, "plan", lambda run: [agenda.Part("late", gpu.BUDGET, measured("late"))])
@@ -337,7 +335,7 @@ def test_a_process_replaces_itself(tmp_path):
     script = "from types import SimpleNamespace as N; from jasper_fast.bench.gpu import gpu; import time, os\n"
     script += "kept = os.open('/dev/null', os.O_RDONLY); os.set_inheritable(kept, True)\n"
     script += "gpu.go_on_elsewhere(N(arguments=('gpu', '--help')), time.monotonic() + 9)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "--budget" in done.stdout, done.stderr
 
 
@@ -348,7 +346,7 @@ def test_a_kernel_that_never_ends_is_left_behind(tmp_path, monkeypatch):
     def deaf(run: Run) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
         try:
-            assert left.wait(30.0)
+            assert left.wait(300.0)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
 
@@ -406,8 +404,8 @@ def test_the_compilers_that_a_cut_off_part_leaves_can_be_ended():
     script += (
         "from jasper_fast.bench.gpu import gpu; pool = a.AsyncCompile.process_pool(); pool.submit(time.sleep, 600)\n"
     )
-    script += "gpu.end_compilers(); pool.process.wait(60); assert not a._pool_set; print('ended')"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    script += "gpu.end_compilers(); pool.process.wait(300); assert not a._pool_set; print('ended')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "ended" in done.stdout, done.stderr
 
 
@@ -428,8 +426,8 @@ def test_what_the_self_check_found_bad_is_not_timed(tmp_path, monkeypatch, capsy
     rows = run.cases("test", [bn_relu_dropout.case(run, (2, 8, 40), "both", False, False)])
     assert [r["status"] for r in rows] == ["refused", "ok", "ok"]
     assert rows[0]["why"] == "self-check: stats wrong: error 2.0" and not any("ratio" in r for r in rows)
-    tables.show(rows, [])
-    assert "refused: jasper_fast" in capsys.readouterr().out and "refused: self-check" in report.table(rows)
+    terminal.show(rows, [])
+    assert "refused: jasper_fast" in capsys.readouterr().out
     kept = json.loads(run.results.path.read_text())["selfcheck"]
     assert again(run).results.data["selfcheck"] == kept, "a resumed run knows it too"
 
@@ -619,12 +617,39 @@ def test_other_processes_run_on_the_run_s_own_gpu(monkeypatch):
 
 def test_a_machine_that_only_measures_needs_nothing_for_sound_and_text():
     """GPU machines have PyTorch and Triton, and often no way to get more."""
-    script = "import sys; sys.modules |= dict.fromkeys(('soundfile', 'soxr', 'anyascii', 'jiwer', 'openvino'))\n"
+    absent = ("soundfile", "soxr", "anyascii", "jiwer", "openvino", "jinja2", "markupsafe", "pynvml")
+    script = f"import sys; sys.modules |= dict.fromkeys({absent})\n"
     script += "import jasper_fast.bench.cli, jasper_fast.selfcheck.show; from jasper_fast.bench.gpu import gpu, warm; "
     script += "from jasper_fast.bench.tune import tune; from jasper_fast.bench.commands import profile; "
-    script += "from jasper_fast.bench.report import report"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    script += "from jasper_fast.bench.report import html_page"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_without_jinja_and_pynvml_has_its_numbers_and_a_line_for_each(tmp_path):
+    """A finder that knows neither: the numbers are written, the page is not, and the status says nothing failed."""
+    script = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("jinja2", "markupsafe", "pynvml"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocked())
+import torch
+from jasper_fast.bench import cli
+from jasper_fast.bench.gpu import agenda
+from jasper_fast.bench.harness import limits, machine
+agenda.plan = lambda run: []
+limits.measure = lambda *_: {}
+assert machine.clocks(torch.device("cuda")) == {}
+sys.exit(cli.main(["gpu", "--device", "cpu", "--quick", "--out", sys.argv[1]]))
+"""
+    argv = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "a page of results needs Jinja2: pip install jinja2" in done.stderr
+    assert "pip install nvidia-ml-py" in done.stderr
+    assert len(list(tmp_path.glob("gpu_*.json"))) == 1 and not list(tmp_path.glob("*.html"))
 
 
 @pytest.mark.parametrize("frontend", [False, True])
@@ -711,10 +736,6 @@ def test_a_large_step_is_compared_on_a_small_batch(tmp_path, monkeypatch):
     run = make_run(tmp_path, rivals="eager")
     case = train.case(run, "small", 3, 64, "forward+backward")
     assert case.seeds == (1,)
-    seen: list[int] = []
-    for contender in case.contenders:
-        build = contender.build
-        contender.build = lambda build=build: seen.append(1) or build()
     rows = run.cases("test", [case])
     assert [r["status"] for r in rows] == ["ok", "ok"], [r.get("why") for r in rows]
     assert set(sizes) == {1} and len(sizes) == 2 * 4, "two contenders, low and reference, before and after the timing"

@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_leaves
 from jasper_fast.bench.cases import bn_relu_dropout, by_layer, common
 from jasper_fast.bench.harness import checking, clocks, devices, ratios, result_file, timing
 from jasper_fast.bench.harness.case import Contender, Effort, Runner
+from jasper_fast.bench.harness.measurement import Measurement
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.harness.seeds import seeded
-from jasper_fast.bench.report import tables
+from jasper_fast.bench.report import words
 
 
 def test_ratio_is_pair_by_pair_and_its_interval_holds_the_truth():
@@ -46,16 +47,17 @@ def test_a_run_comes_back_to_its_cases(tmp_path):
     run = make_run(tmp_path, revisits=True)
     released, broken = [], []
     later = lambda x: F.softplus(x) * (1.001 if broken else 1.0)  # noqa: E731
-    cases = [softplus_case({"twin": F.softplus}), softplus_case({"scaled later": later})]
-    cases[1].key["op"] = "again"
+    cases = [softplus_case({"twin": F.softplus}), softplus_case({"scaled later": later}, "again")]
     run.cases("test", cases)
     run.close(lambda: released.append(True))
     once = {r["id"]: r for r in run.results.data["rows"]}
-    assert all(r["status"] == "ok" for r in once.values()) and not released and len(run.kept) == 2
+    assert all(r["status"] == "ok" for r in once.values()) and not released
+    kept = list(run.kept)
+    assert [m.case for m in kept] == cases and all(m.runners for m in kept)
     broken.append(True)
     run.revisit()
     twice = {r["id"]: r for r in run.results.data["rows"]}
-    assert twice.keys() == once.keys() and released and not run.kept and not any(case.runners for case in cases)
+    assert twice.keys() == once.keys() and released and not run.kept and not any(m.runners for m in kept)
     twin = twice["test op=softplus / twin"]
     assert twin["ratio"]["visits"] == 2 and "visits" not in once["test op=softplus / twin"]["ratio"]
     assert twin["time_s"]["samples"] > once["test op=softplus / twin"]["time_s"]["samples"]
@@ -75,10 +77,8 @@ def test_backward_alone_is_timed_in_both_visits(tmp_path):
 def test_a_case_takes_its_own_rounds_and_share_in_both_visits(tmp_path):
     run = make_run(tmp_path, revisits=True)
     run.effort = Effort(seconds=60.0, min_rounds=4, max_rounds=20, target=1e9)  # the first look is enough
-    usual, more, less = (softplus_case({"twin": F.softplus}) for _ in range(3))
-    more.key, more.rounds = {"op": "more"}, 12
-    less.key, less.share = {"op": "less"}, 1e-9
-    run.cases("test", [usual, more, less])
+    changes = {"softplus": {}, "more": {"rounds": 12}, "less": {"share": 1e-9}}
+    run.cases("test", [softplus_case({"twin": F.softplus}, op, **change) for op, change in changes.items()])
     run.revisit()
     pairs = {r["key"]["op"]: r["ratio"]["pairs"] for r in run.results.data["rows"] if "ratio" in r}
     assert pairs == {"softplus": 2 * 4, "more": 2 * 12, "less": 2 * 1}
@@ -95,18 +95,19 @@ def test_rounds_that_take_long_are_few_and_their_rows_say_so(round_s, rounds, wa
         monkeypatch.setattr(module, "time", fake)
     run, ran = make_run(tmp_path), []
     run.effort = Effort(seconds=1.0, min_rounds=6, max_rounds=6, target=0.0)
-    case = softplus_case({"eager": lambda x: ran.append(len(case.runners)) or F.softplus(x)})
-    checking.prepare(case)
+    case = softplus_case({"eager": lambda x: ran.append(1) or F.softplus(x)})
+    m = Measurement(case, CPU)
+    checking.prepare(m)
     assert len(ran) == len(case.seeds) + warm_ups
     monkeypatch.setattr(devices, "synchronize", lambda device: None)
     ran.clear()
-    checking.prepare(dataclasses.replace(case, device=torch.device("cuda")))
+    checking.prepare(Measurement(case, torch.device("cuda")))
     assert len(ran) == len(case.seeds) + 2, "a GPU's graph is captured in the second run"
-    found = timing.measure(case, CPU, run.effort)
+    found = timing.measure(m, run.effort)
     assert found[1]["ratio"]["pairs"] == found[0]["time_s"]["samples"] == rounds
     assert [row.get("hurried", False) for row in found] == [rounds < 6] * 2
-    assert tables.marks(found[0]) == (" †" if rounds < 6 else "")
-    assert (tables.HURRIED in tables.notes(found)) == (rounds < 6)
+    assert words.marks(found[0]) == (" †" if rounds < 6 else "")
+    assert (words.HURRIED in words.notes(found)) == (rounds < 6)
 
 
 def test_convs_in_fp16_on_a_cpu_are_one_utterance_checked_once_before(tmp_path):
@@ -131,10 +132,8 @@ def test_quantiles():
 
 def test_run_cut_off_keeps_its_rows_and_resumes(tmp_path):
     def cases(later):
-        made = [softplus_case({"eager": F.softplus}) for _ in range(3)]
-        for i, case in enumerate(made):
-            case.key = {"op": f"softplus{i}"}
-        made[1].contenders = [*made[1].contenders, Contender("later", later)]
+        made = [softplus_case({"eager": F.softplus}, f"softplus{i}") for i in range(3)]
+        made[1] = dataclasses.replace(made[1], contenders=[*made[1].contenders, Contender("later", later)])
         return made
 
     def cut():

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 
 from jasper_fast.bench.harness import machine, paths, ratios
-from jasper_fast.bench.report import markup, published, readme_table, report, svg, tables
+from jasper_fast.bench.report import html_page, published, readme_table, svg, terminal, words
 from jasper_fast.bench.report.agreement import agreement
 from jasper_fast.kernels import tables as kernel_tables
 
@@ -98,7 +98,7 @@ def cells(html: str) -> list[list[str]]:
 
 def forms(html: str) -> tuple[str, str]:
     """The only plot in `html` in its two forms, for a broad page and for a phone."""
-    return tuple(re.search(f'<div class="{cls}">(.*?)</div>', html)[1] for cls in ("broad", "slim"))
+    return tuple(re.search(f'<div class="{cls}">(.*?)</div>', html, re.S)[1] for cls in ("broad", "slim"))
 
 
 class Balance(HTMLParser):
@@ -119,11 +119,11 @@ class Balance(HTMLParser):
 
 @pytest.fixture
 def page() -> str:
-    return report.page([full()])
+    return html_page.page([full()])
 
 
 def test_the_page_is_well_formed_and_all_that_is_told_is_escaped(page):
-    for html in (page, report.page([full(), full("another <GPU>")])):
+    for html in (page, html_page.page([full(), full("another <GPU>")])):
         check = Balance()
         check.feed(html)
         assert not check.open
@@ -139,7 +139,7 @@ def test_latency_rows_have_percentiles_mean_and_throughput(page):
     assert heads[2:9] == ["mean", "P50", "P90", "P95", "P99", "host", "utterances/s"]
     ours = next(line for line in found if line[0].startswith("jasper10x5, N = 4"))
     t = ratios.summary(SAMPLES, 1)
-    assert ours[2:9] == [tables.duration(t[k]) for k in ("mean", "p50", "p90", "p95", "p99")] + ["123 us", "777"]
+    assert ours[2:9] == [words.duration(t[k]) for k in ("mean", "p50", "p90", "p95", "p99")] + ["123 us", "777"]
 
 
 def test_training_rows_have_throughput_and_kernels_keep_their_quantiles(page):
@@ -151,11 +151,11 @@ def test_training_rows_have_throughput_and_kernels_keep_their_quantiles(page):
 
 def test_the_terminal_shows_the_same_columns(capsys):
     result = full()
-    tables.show(result["rows"], [])
+    terminal.show(result["rows"], [])
     told = capsys.readouterr().out
     for heading in ("P50", "P90", "P95", "P99", "mean", "utterances/s", "host launches", "125 %* (compute)", "321"):
         assert heading in told, heading
-    assert tables.FOOTNOTE[:40] in told
+    assert words.FOOTNOTE[:40] in told
 
 
 def test_every_rival_that_has_a_time_has_a_bar(page):
@@ -175,7 +175,7 @@ def test_a_share_above_the_limit_is_explained(page):
     modest = full()
     for r in modest["rows"]:
         r.pop("limit", None)
-    assert "Effective FLOPs" not in report.page([modest])
+    assert "Effective FLOPs" not in html_page.page([modest])
 
 
 # ------------------------------------------------------------------ a phone
@@ -206,15 +206,15 @@ def test_no_text_of_a_plot_leaves_it():
         if r["contender"] == "cuda_graph":
             r["contender"] = "eager_2d_channels_last"
             r["time_s"] = ratios.summary([1e-3 * i * i for i in range(100)], 1)
-    html = report.page([result])
+    html = html_page.page([result])
     for title in ("Kernels: ", "Training step: ", "Inference: ", "Latency, P50", "How far from"):
         for form, plot in zip((svg.WIDE, svg.NARROW), forms(section(html, title)), strict=True):
             assert f'viewBox="0 0 {form.width} ' in plot and not overhanging(plot, form.font), title
-    assert len(svg.NARROW.lines(markup.label(result["rows"][0]))) > 1
+    assert len(svg.NARROW.lines(html_page.label(result["rows"][0]))) > 1
 
 
 def test_the_form_that_a_page_of_any_width_shows_can_be_read():
-    css = report.STYLE.read_text()
+    css = html_page.STYLE.read_text()
     turn = int(
         re.search(r"max-width: (\d+)px\) \{\s*\.broad \{ display: none \}\s*\.slim \{ display: block \}", css)[1]
     )
@@ -246,8 +246,8 @@ def test_launches_profiles_selfcheck_tuning_and_parts_are_on_the_page(page):
 def test_clocks_and_temperature_are_shown(page):
     assert "clocks.sm 345 MHz, temperature.gpu 33 °C" in page and "clocks.sm 1755 MHz, temperature.gpu 61 °C" in page
     assert "held to TF32" in page and "float16 800 TFLOP/s" in page and "copy 2.5 TB/s; launch 2 us" in page
-    assert report.state({"cpu_mhz": [2600, 2700], "temperature_c": 55.4}) == "2600, 2700 MHz; 55 °C"
-    assert report.state({"cpu_mhz": [2600]}) == "2600 MHz"
+    assert html_page.state({"cpu_mhz": [2600, 2700], "temperature_c": 55.4}) == "2600, 2700 MHz; 55 °C"
+    assert html_page.state({"cpu_mhz": [2600]}) == "2600 MHz"
 
 
 def test_a_comparison_has_ratios_and_memory():
@@ -255,7 +255,7 @@ def test_a_comparison_has_ratios_and_memory():
     for r in second["rows"]:
         if "memory" in r:
             r["memory"] = {"kept_bytes": 5 * 2**20, "peak_bytes": 60 * 2**20}
-    html = section(report.page([full(), second]), "Comparison")
+    html = section(html_page.page([full(), second]), "Comparison")
     case = "memory: jasper10x5, (32, 64, 1680), float16, step"
     assert [case, "eager", "10.0 / 30.0", "5.0 (0.500) / 60.0 (2.000)"] in cells(html)
     eager = next(line for line in cells(html) if line[0].startswith("train") and line[1] == "eager")
@@ -302,11 +302,11 @@ def test_our_rows_stand_beside_the_published_ones_of_their_batch_and_length(page
 def test_a_result_without_jasper_10x5_has_no_such_table():
     result = full()
     result["rows"] = [r for r in result["rows"] if r["key"].get("model") != "jasper10x5"]
-    html = report.page([result])
+    html = html_page.page([result])
     assert "Beside other hardware" not in html and "Not measured here" in html
     key = {"model": "jasper10x5", "N": 3, "seconds": 2.0, "dtype": "float16", "path": "acoustic model"}
     result["rows"].append(row("latency", "jasper_fast", key))
-    assert "Beside other hardware" not in report.page([result]), "nothing was published for N = 3"
+    assert "Beside other hardware" not in html_page.page([result]), "nothing was published for N = 3"
 
 
 # ------------------------------------------------------------------ README
@@ -316,7 +316,7 @@ def test_the_readme_s_table_is_what_the_committed_results_say(tmp_path):
     committed = (paths.CHECKOUT / "README.md").read_text()
     copied = tmp_path / "README.md"
     copied.write_text(committed)
-    results = map(report.load, sorted(readme_table.COMMITTED.glob("*.json")))
+    results = map(html_page.load, sorted(readme_table.COMMITTED.glob("*.json")))
     assert readme_table.write(results, copied) == 0
     assert copied.read_text() == committed, "run: python -m bench report --readme"
 
@@ -325,7 +325,7 @@ def test_the_readme_s_table_is_what_the_committed_results_say(tmp_path):
 def test_what_the_readmes_say_of_two_runs_is_what_the_two_runs_say(readme):
     text = (paths.CHECKOUT / readme).read_text()
     first, second = sorted(set(re.findall(r"all_\w[\w-]+\.json", text)))
-    found = agreement(report.load(readme_table.COMMITTED / first), report.load(readme_table.COMMITTED / second))
+    found = agreement(html_page.load(readme_table.COMMITTED / first), html_page.load(readme_table.COMMITTED / second))
     assert f"overlap in {found.rows - len(found.apart)} of {found.rows} rows" in text
 
 
@@ -364,8 +364,8 @@ def test_a_source_says_the_load_and_not_where_the_file_was_put(tmp_path):
 def test_the_newest_result_is_no_trace(tmp_path):
     for name in ("kernels_a.json", "trace_small_train_eager_1.json"):
         (tmp_path / name).write_text(json.dumps({}))
-    assert report.newest(tmp_path) == [tmp_path / "kernels_a.json"]
-    assert report.newest(tmp_path / "none") == []
+    assert html_page.newest(tmp_path) == [tmp_path / "kernels_a.json"]
+    assert html_page.newest(tmp_path / "none") == []
 
 
 def test_there_is_one_slug():
@@ -391,26 +391,26 @@ def of(samples: int, pairs: int) -> dict:
 @pytest.mark.parametrize(("samples", "told"), [(9, 0), (10, 1), (19, 1), (20, 2), (99, 2), (100, 3)])
 def test_a_percentile_is_told_only_where_it_is_not_the_extreme(samples, told, capsys):
     result = of(samples, 100)
-    found = cells(section(report.page([result]), "Every timed row"))
+    found = cells(section(html_page.page([result]), "Every timed row"))
     ours = next(line for line in found if line[0].startswith("jasper10x5, N = 4"))
     t = ratios.summary(SAMPLES[:samples], 1)
-    wanted = [tables.duration(t[p]) for p in ("p90", "p95", "p99")[:told]] + [tables.DASH] * (3 - told)
-    assert ours[2:7] == [tables.duration(t["mean"]), tables.duration(t["p50"]), *wanted]
-    for plot in forms(section(report.page([result]), "Latency, P50 to P99")):
+    wanted = [words.duration(t[p]) for p in ("p90", "p95", "p99")[:told]] + [words.DASH] * (3 - told)
+    assert ours[2:7] == [words.duration(t["mean"]), words.duration(t["p50"]), *wanted]
+    for plot in forms(section(html_page.page([result]), "Latency, P50 to P99")):
         assert plot.count("<circle") == 3 * (1 + told) and bool(re.search(r"P99 \S+ ms", plot)) == (told == 3)
-    beside = cells(section(report.page([result]), "Beside other hardware"))
-    assert next(line for line in beside if line[0] == "N = 4, 7.0 s")[1].count(tables.DASH) == 3 - told
-    tables.show(result["rows"], [])
+    beside = cells(section(html_page.page([result]), "Beside other hardware"))
+    assert next(line for line in beside if line[0] == "N = 4, 7.0 s")[1].count(words.DASH) == 3 - told
+    terminal.show(result["rows"], [])
     printed = capsys.readouterr().out
-    assert (tables.FEW[:40] in printed) == (tables.FEW in section(report.page([result]), "Every")) == (told < 3)
+    assert (words.FEW[:40] in printed) == (words.FEW in section(html_page.page([result]), "Every")) == (told < 3)
 
 
 def test_quantiles_that_a_result_leaves_out_are_dashes():
     result = of(100, 100)
     for r in result["rows"]:
         r.get("time_s", {}).pop("p99", None)
-    html = report.page([result])
-    assert tables.FEW in html and not re.search(r"P99 \S+ ms", section(html, "Latency, P50 to P99"))
+    html = html_page.page([result])
+    assert words.FEW in html and not re.search(r"P99 \S+ ms", section(html, "Latency, P50 to P99"))
 
 
 @pytest.mark.parametrize(("pairs", "told"), [(5, False), (6, True)])
@@ -419,13 +419,13 @@ def test_a_ratio_of_few_pairs_has_no_interval(pairs, told, tmp_path, capsys):
     goal = {"name": "g", "goal": 1.0, "at_most": False, "met": True, "measured": 1.5, "low": 1.4, "high": 1.6}
     goal |= {"kind": "ratio", "row": next(r["id"] for r in result["rows"] if r["contender"] == "eager")}
     result["goals"], result["path"] = [goal], tmp_path / "r.json"
-    tables.show(result["rows"], result["goals"])
-    html, readme = report.page([result]), readme_table.table([result])
+    terminal.show(result["rows"], result["goals"])
+    html, readme = html_page.page([result]), readme_table.table([result])
     for text, interval, few in (
         (capsys.readouterr().out, "1.50 [1.40, 1.60]", f"1.50 of {pairs} pairs"),
         (section(html, "Every timed row"), "1.50 [1.40, 1.60]", f"1.50 of {pairs} pairs"),
         (section(html, "Goals"), "1.500 [1.400, 1.600]", f"1.500 of {pairs} pairs"),
-        (section(report.page([result, result]), "Comparison"), "1.50 [1.40, 1.60]", f"1.50 of {pairs} pairs"),
+        (section(html_page.page([result, result]), "Comparison"), "1.50 [1.40, 1.60]", f"1.50 of {pairs} pairs"),
         (readme, f"1.50x [1.40, 1.60] of {pairs} pairs", f"1.50x of {pairs} pairs"),
     ):
         assert (interval in text, few in text) == (told, not told)
@@ -435,26 +435,26 @@ def test_a_ratio_of_few_pairs_has_no_interval(pairs, told, tmp_path, capsys):
 def test_a_row_of_a_slowed_clock_is_marked():
     slowed = row("latency", "jasper_fast", {"N": 1, "seconds": 2.0}, throttled=True)
     quick = row("latency", "eager", {"N": 1, "seconds": 2.0}, throttled=False)
-    told = dict(tables.columns([slowed, quick]))
+    told = dict(words.columns([slowed, quick]))
     assert told["P50"](slowed) == f"{told['P50'](quick)} ‡" and "‡" not in told["P90"](slowed)
-    assert tables.SLOWED in tables.notes([slowed, quick]) and tables.SLOWED not in tables.notes([quick])
+    assert words.SLOWED in words.notes([slowed, quick]) and words.SLOWED not in words.notes([quick])
 
 
 def test_a_row_of_few_rounds_is_marked_on_the_page_and_in_the_terminal(capsys):
     result = full()
-    assert "†" not in report.page([result])
+    assert "†" not in html_page.page([result])
     for r in result["rows"]:
         r["hurried"] = r["ours"]
     result["rows"][0]["throttled"] = True
-    html = section(report.page([result]), "Every timed row")
-    assert html.count(" †</td>") == 4 and html.count(" ‡ †</td>") == 1 and html.count(tables.HURRIED) == 1
-    tables.show(result["rows"], [])
-    assert tables.HURRIED in capsys.readouterr().out
+    html = section(html_page.page([result]), "Every timed row")
+    assert html.count(" †</td>") == 4 and html.count(" ‡ †</td>") == 1 and html.count(words.HURRIED) == 1
+    terminal.show(result["rows"], [])
+    assert words.HURRIED in capsys.readouterr().out
 
 
 def test_a_gpus_clocks_are_told_in_words():
-    told = report.state(
+    told = html_page.state(
         {"sm_mhz": 1755, "memory_mhz": 2619, "temperature_c": 61, "power_w": 412.3, "held_by": ["power"]}
     )
     assert told == "SM 1755 MHz, memory 2619 MHz, 61 °C, 412 W, held by power"
-    assert report.state({"cpu_mhz": [2445]}) == "2445 MHz"
+    assert html_page.state({"cpu_mhz": [2445]}) == "2445 MHz"

@@ -10,7 +10,7 @@ from bench_runs import goal_rows
 
 from jasper_fast.bench import cli
 from jasper_fast.bench.cases import bn_relu_dropout
-from jasper_fast.bench.report import readme_table, report
+from jasper_fast.bench.report import html_page, readme_table
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_report_refuses_what_is_no_result(tmp_path):
     other = tmp_path / "other.json"
     other.write_text("[]")
     with pytest.raises(SystemExit, match="not a result"):
-        report.main([other], None, False)
+        html_page.main([other], None, False)
 
 
 def test_readme_table_goes_between_its_markers(result, tmp_path):
@@ -79,15 +79,15 @@ def test_readme_table_goes_between_its_markers(result, tmp_path):
     path, readme = tmp_path / "r.json", tmp_path / "README.md"
     path.write_text(json.dumps(data))
     readme.write_text(f"above\n{readme_table.BEGIN}\nold\n{readme_table.END}\nbelow\n")
-    assert readme_table.write([report.load(path)], readme) == 0
+    assert readme_table.write([html_page.load(path)], readme) == 0
     once = readme.read_text()
     assert once.startswith("above\n") and once.endswith("\nbelow\n") and "old" not in once
     assert once.count("\n|---") == 1 and "4.50x [4.40, 4.60]" in once and "0.30 of eager's" in once
-    readme_table.write([report.load(path)], readme)
+    readme_table.write([html_page.load(path)], readme)
     assert readme.read_text() == once
     readme.write_text("no markers")
     with pytest.raises(SystemExit, match="markers"):
-        readme_table.write([report.load(path)], readme)
+        readme_table.write([html_page.load(path)], readme)
 
 
 @pytest.mark.parametrize("command", [*cli.SUBCOMMANDS, "compile", "report"])

@@ -1,94 +1,105 @@
-"""The gate compiles what is launched: each kernel of a Jasper 10x5 training step and inference call is one of its rows.
-
-Launches are recorded and not run, with the pointers of sm_80 and with the tensor descriptors of sm_90.
-"""
+"""The gate compiles what is launched: each kernel of a Jasper 10x5 training step and inference call is one of its rows,
+for the same types, alignment, flags, tiles, warps and stages. Launches are recorded and not run."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
-from conftest import make_face
+from conftest import interpreted
 
 pytest.importorskip("triton")
 
-from test_engine_launches import hollow, jasper10x5
+import triton
+from test_counts import hollow as unfilled
+from test_engine_launches import hollow, jasper10x5, unread
 
-from jasper_fast import InferenceEngine, Jasper
-from jasper_fast.bench.compile import gate
-from jasper_fast.kernels import launch
-from jasper_fast.kernels.conv1d import triton_impl
-
-# PRECISION and UPCAST say how this machine interprets; the number of programs that share work is no constant
-OWN = ("PRECISION", "UPCAST")
-
-
-def launch_key(name: str, constants: dict, num_warps: int, num_stages: int) -> tuple:
-    """What a kernel is compiled for, but its dtypes."""
-    kept = {k: v for k, v in constants.items() if k.isupper() and len(k) > 1 and k not in OWN}
-    return (name, tuple(sorted((k, int(v)) for k, v in kept.items())), num_warps, num_stages)
+from jasper_fast import InferenceEngine
+from jasper_fast.bench.compile import launches
+from jasper_fast.kernels import aot, launch
+from jasper_fast.kernels.bn_relu_dropout import triton_impl as bn
 
 
-@pytest.fixture
-def launched(monkeypatch) -> set[tuple]:
-    """The keys of all launches, none of which happens."""
-    if make_face("triton").device.type == "cuda":
-        pytest.skip("on a GPU its own architecture decides: this is for those that are not here")
-    seen: set[tuple] = set()
-
-    def run(kernel, grid, like, *args, **meta):
-        seen.add(launch_key(kernel.__name__, meta, meta.get("num_warps", 4), meta.get("num_stages", 3)))
-
-    monkeypatch.setattr(launch, "run", run)
-    return seen
+@pytest.fixture(autouse=True)
+def no_gpu():
+    interpreted()  # a GPU is launched on as its own architecture only
 
 
-def rows(arch: int, dtype: str) -> set[tuple]:
-    """The same of the gate's rows."""
-    return {
-        launch_key(
-            s.kernel.__name__,
-            {k: v for k, v in s.constants.items() if k in s.kernel.arg_names},
-            s.num_warps,
-            s.num_stages,
-        )
-        for _, _, s in gate._launches(arch, dtype)
-    }
+@functools.cache
+def rows(arch: int, dtype: str) -> set[aot.Source]:
+    return {source for _, _, source in launches.recorded(arch, dtype)}
 
 
-def uncovered(seen: set[tuple], arch: int, dtype: str) -> list[str]:
-    known = rows(arch, dtype)
-    assert seen, "nothing was launched"
-    return [f"{key}\nnearest: {nearest(key, known)}" for key in sorted(seen - known)]
+def uncovered(calls: Callable[[], object], arch: int, dtype: str) -> list[set[str]]:
+    """The launches of `calls` that are no row, each as what differs from the nearest row of its kernel."""
+    made: set[aot.Source] = set()
+    with launch.recorded(lambda one: made.add(aot.source(one, arch)), arch):
+        calls()
+    assert made, "nothing was launched"
+    missing, known = made - rows(arch, dtype), rows(arch, dtype)
+    return [min((told(m) ^ told(s) for s in known if s.kernel is m.kernel), key=len, default=told(m)) for m in missing]
 
 
-def nearest(key: tuple, known: set[tuple]) -> list:
-    same = [k for k in known if k[0] == key[0]]
-    best = min(same, key=lambda k: len(set(k[1]) ^ set(key[1])), default=None)
-    return best and sorted(set(best[1]) ^ set(key[1])) + [best[2:], key[2:]]
+def told(source: aot.Source) -> set[str]:
+    return set(map(repr, [*source.signature.items(), *source.constants.items(), *source.attrs.items()]))
 
 
 @pytest.mark.parametrize(("panes", "masks"), [("gram", True), ("plain", True), ("gram", False)])
 @pytest.mark.parametrize(("arch", "dtype"), [(80, "float32"), (80, "bfloat16"), (90, "bfloat16")])
-def test_every_launch_of_a_training_step_is_a_row(arch, dtype, panes, masks, launched, monkeypatch):
-    monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", arch >= 90)
-    model = Jasper(jasper10x5(masks), backend="triton", panes=panes).train()
-    features, lengths = torch.randn(2, 64, 400), torch.tensor([400, 300])
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-        log_probs, _ = model(features, lengths)
-    log_probs.sum().backward()
-    assert not (missing := uncovered(launched, arch, dtype)), "\n".join(missing)
+def test_every_launch_of_a_training_step_is_a_row(arch, dtype, panes, masks):
+    def step():
+        model = unfilled(jasper10x5(masks), panes).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            log_probs, _ = model(torch.randn(2, 64, 400), torch.tensor([400, 300]))
+        log_probs.sum().backward()
+
+    assert uncovered(step, arch, dtype) == []
 
 
 @pytest.mark.parametrize(("frames", "masks"), [(1680, True), (200, True), (1680, False)])
 @pytest.mark.parametrize(("arch", "dtype"), [(80, "float32"), (80, "float16"), (90, "float16")])
-def test_every_launch_of_an_inference_call_is_a_row(arch, dtype, frames, masks, launched, monkeypatch):
-    monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", arch >= 90)
+def test_every_launch_of_an_inference_call_is_a_row(arch, dtype, frames, masks, monkeypatch):
+    def call():
+        engine = InferenceEngine(hollow(jasper10x5(masks), torch.device("cpu")), dtype=getattr(torch, dtype))
+        engine(torch.randn(1, 64, frames), torch.tensor([frames]))
 
-    def pack(weight, dtype=None):  # 333 M parameters are not needed to see launches
-        data = torch.empty((), dtype=dtype or weight.dtype).expand(triton_impl.packed_shape(weight))
-        return triton_impl.Packed(data.contiguous() if arch >= 90 else data, *weight.shape)
+    unread(monkeypatch, dense=arch >= 90)
+    assert uncovered(call, arch, dtype) == []
 
-    monkeypatch.setattr(triton_impl, "pack", pack)
-    engine = InferenceEngine(hollow(jasper10x5(masks), torch.device("cpu")), dtype=getattr(torch, dtype))
-    engine(torch.randn(1, 64, frames), torch.tensor([frames]))
-    assert not (missing := uncovered(launched, arch, dtype)), "\n".join(missing)
+
+@pytest.mark.parametrize(("first", "missing"), [(0, 0), (8, 0), (1, 1)])
+def test_a_launch_of_another_alignment_is_no_row(first, missing):
+    """A slice that does not begin at 16 bytes has a kernel of its own."""
+    y = torch.zeros(first + 2 * 40 * 256, dtype=torch.float16)[first:].view(2, 40, 256).transpose(1, 2)
+    found = uncovered(lambda: bn.stats(y), 80, "float16")
+    assert len(found) == missing and all("((0,), [])" in differences for differences in found)
+
+
+def free(x_ptr, frames):
+    """A kernel."""
+
+
+@pytest.mark.parametrize(("given", "kernels"), [([], 3), (["frames"], 1)])
+def test_a_length_that_is_specialised_is_seen(given, kernels):
+    """T = 1 and T = 16 are what Triton compiles for on their own where it may."""
+    jit = triton.jit(free, do_not_specialize=given)
+    assert len({aot.source(launch.Launch(jit, (1,), (None, t), {}), 90) for t in range(1, 41)}) == kernels
+
+
+def test_what_cannot_be_described_is_refused():
+    made: list[launch.Launch] = []
+    with launch.recorded(made.append):
+        bn.stats(torch.zeros(2, 40, 64).transpose(1, 2))
+    one, tuned = made[0], triton.autotune([triton.Config({})], key=[])
+    for wrong, error in [
+        (one._replace(kernel=tuned(one.kernel)), TypeError),
+        (one._replace(args=one.args[1:]), TypeError),
+        (one._replace(meta=one.meta | {"num_wraps": 4}), KeyError),
+        (one._replace(meta=one.meta | {"num_warps": 3}), AssertionError),
+    ]:
+        with pytest.raises(error):
+            aot.source(wrong, 80)
+    with pytest.raises(RuntimeError, match="interprets"):
+        aot.compile_for(aot.source(one, 80), 80)

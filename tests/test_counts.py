@@ -4,6 +4,7 @@ write: Triton's launches recorded and not run, for every conv and norm of Jasper
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -27,17 +28,17 @@ INNER = [layer for layer in LAYERS if not layer.first]
 
 
 @pytest.fixture
-def launches(monkeypatch) -> list[tuple[str, list[torch.Size]]]:
+def launches() -> Iterator[list[tuple[str, list[torch.Size]]]]:
     """(kernel, shapes of its tensors that are no vectors), one a launch; nothing runs."""
     interpreted()
     told: list[tuple[str, list[torch.Size]]] = []
 
-    def record(kernel, grid, like, *args, **meta):
-        tensors = [a for a in (*args, *meta.values()) if isinstance(a, torch.Tensor)]
-        told.append((kernel.fn.__name__.strip("_").removesuffix("_kernel"), [t.shape for t in tensors if t.dim() == 3]))
+    def take(one: launch.Launch) -> None:
+        tensors = [a for a in one.arguments.values() if isinstance(a, torch.Tensor)]
+        told.append((one.name.strip("_").removesuffix("_kernel"), [t.shape for t in tensors if t.dim() == 3]))
 
-    monkeypatch.setattr(launch, "run", record)
-    return told
+    with launch.recorded(take):
+        yield told
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +65,10 @@ def moved(launches) -> int:
     return total
 
 
-def hollow(config) -> Jasper:
+def hollow(config, panes: str = "gram") -> Jasper:
     """Weights without values: nothing reads them."""
     with torch.device("meta"):
-        model = Jasper(config, backend="triton", panes="gram")
+        model = Jasper(config, backend="triton", panes=panes)
     return model.to_empty(device="cpu")
 
 

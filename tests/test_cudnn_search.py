@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from jasper_fast.bench.cases import train
 from jasper_fast.bench.commands import launches, memory
 from jasper_fast.bench.gpu import agenda
 from jasper_fast.bench.harness import checking, cudnn_search, timing
+from jasper_fast.bench.harness.measurement import Measurement
 
 CUDA = torch.device("cuda")
 
@@ -34,17 +37,17 @@ def test_contenders_are_searched_for_and_answers_are_not():
         return lambda *a: seen[name].add(searches()) or function(*a)
 
     case = softplus_case({"eager": spy("theirs", F.softplus)})
-    case.reference, case.low = spy("answers", case.reference), spy("answers", case.low)
-    checking.prepare(case)
-    timing.measure(case, CPU, FAST)
+    answers = {name: spy("answers", getattr(case, name)) for name in ("reference", "low")}
+    m = Measurement(dataclasses.replace(case, **answers), CPU)
+    checking.prepare(m)
+    timing.measure(m, FAST)
     assert seen == {"theirs": {True}, "answers": {False}} and searches()
 
 
 def test_a_search_goes_on_after_an_answer_that_failed():
-    case = softplus_case({})
-    case.reference = lambda: 1 / 0
-    checking.prepare(case)
-    assert case.failed and searches()
+    m = Measurement(dataclasses.replace(softplus_case({}), reference=lambda: 1 / 0))
+    checking.prepare(m)
+    assert m.failed and searches()
 
 
 @pytest.mark.parametrize("judged_at", [(1, 64), (2, 64)])

@@ -437,7 +437,7 @@ def test_the_plan_holds_every_function_of_every_face_once(face):
     }  # fmt: skip
     for op in ("bn_relu_dropout", "conv1d"):  # every public function of the face is among them
         names = {"backward" if n.startswith("backward") else n for n in public(op, face)}
-        others = {"pack", "pack_once", "packed_shape", "packed_size", "takes_tf32", "has_bf16", "sources"}
+        others = {"pack", "pack_once", "packed_shape", "packed_size", "takes_tf32", "has_bf16"}
         assert names - others <= {f for _, f in functions}
     quick = checks.plan(device, faces=(face,), quick=True)
     assert {(c.op, c.function) for c in quick} == functions and len(quick) < len(plan) / 2

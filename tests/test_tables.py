@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -249,72 +248,66 @@ def test_tables_are_packed(monkeypatch):
     assert "tables/*.json" in seen["package_data"]["jasper_fast.kernels"]
 
 
-# Prints, kernel by kernel and launch by launch, the key under which Triton keeps its compiled kernels. The launches are
-# those of the faces; nothing is compiled or run. In a process of its own: the interpreter has no such keys.
+# Prints, launch by launch, what Triton compiles the kernel for. The launches are those of the faces, and none happens.
 KEYS = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler.compiler import make_backend
-from triton.runtime.jit import create_function_from_signature
-from jasper_fast.kernels import launch
+from jasper_fast.kernels import aot, launch
 from jasper_fast.kernels.bn_relu_dropout import triton_impl as bn
 from jasper_fast.kernels.conv1d import triton_impl as conv
 from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
 
-backend = make_backend(GPUTarget("cuda", 90, 32))
-binders, seen = {}, []
-
-def record(kernel, grid, like, *args, **meta):
-    if kernel not in binders:
-        binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, backend)
-    _, specialization, options = binders[kernel](*args, **meta)
-    name = getattr(kernel, "__name__", None) or kernel.fn.__name__
-    values = dict(zip([p.name for p in kernel.params], map(str, specialization)))
-    seen.append((name, values | {k: str(v) for k, v in options.items()}))
-
-launch.run = record
-dtype = torch.float16
+dtype, seen = torch.float16, []
 kinds = json.loads(sys.argv[2])
-conv.INTERPRET_DESCRIPTORS = kinds["descriptors"]  # as sm_90 and later launch
-for n, t in kinds["batches"]:
-    for c_in, c_out, k, stride, dilation in kinds["shapes"]:
-        how = Geometry(stride, (k // 2) * dilation, dilation)
-        t_out = how.frames(t, k)
-        ntc = lambda c, frames: torch.zeros(n, frames, c, dtype=dtype).transpose(1, 2)
-        x, dy, w = ntc(c_in, t), ntc(c_out, t_out), torch.zeros(c_out, c_in, k)
-        odd = t % 2  # lengths and seeds are slices: every second one is not aligned to 16 bytes
-        lengths, seed = torch.zeros(n + 1, dtype=torch.int64)[odd:][:n], torch.zeros(2, dtype=torch.int64)[odd:][:1]
-        norm, mask = Norm(*(torch.zeros(c_in) for _ in range(4))), Mask(lengths, seed, 0.2)
-        for call in kinds["calls"]:
-            start = len(seen)
-            if call == "fused":
-                pack, half = conv.pack(w, dtype), lengths // 2
-                more = {"bias": torch.zeros(c_out)}
-                conv.fused(x.transpose(1, 2), pack, how, relu=True, lengths=Lengths(lengths, half), **more)
-                conv.fused(x.transpose(1, 2), pack, how, workspace=conv.Workspace("cpu"), **more)
-                features = torch.zeros(n, c_in, t).transpose(1, 2)
-                conv.fused(features, pack, how, lengths=Lengths(lengths, made=half), **more)
-                if stride == 1:
-                    panes = torch.zeros(n, t_out, 72, dtype=dtype)[:, :, :64]
-                    pack2 = conv.pack(torch.zeros(c_out, 64, 1), dtype)
-                    conv.fused(x.transpose(1, 2), pack, how, panes=(panes, pack2), **more)
-            elif call == "conv":
-                conv.forward(x, w, how, lengths)
-                conv.forward_stats(x, w, how, lengths)
-                conv.wgrad(x, dy, k, how, lengths)
-                if stride == 1:
-                    conv.dgrad(dy, w, t, how, lengths)
-                    conv.dgrad_bn(dy, w, how, x, x, norm, mask)
-            else:
-                bn.stats(x)
-                bn.forward(x, norm, None, mask)
-                bn.backward_reduce(x, x, None, norm, mask)
-                bn.backward_apply(x, x, None, norm, norm[:2], mask, False)
-            for name, values in seen[start:]:
-                print(json.dumps([name, [c_in, c_out, k, stride, dilation], values]))
-            del seen[start:]
+arch = 90 if kinds["descriptors"] else 80
+
+def take(one):
+    made = aot.source(one, arch)
+    types = {n: (made.signature[n], made.constants.get(n), made.attrs.get((i,))) for i, n in enumerate(made.signature)}
+    seen.append((one.name, {k: str(v) for k, v in (types | made.options).items()}))
+
+def calls():
+    for n, t in kinds["batches"]:
+        for c_in, c_out, k, stride, dilation in kinds["shapes"]:
+            how = Geometry(stride, (k // 2) * dilation, dilation)
+            t_out = how.frames(t, k)
+            ntc = lambda c, frames: torch.zeros(n, frames, c, dtype=dtype).transpose(1, 2)
+            x, dy, w = ntc(c_in, t), ntc(c_out, t_out), torch.zeros(c_out, c_in, k)
+            odd = t % 2  # lengths and seeds are slices: every second one is not aligned to 16 bytes
+            lengths, seed = torch.zeros(n + 1, dtype=torch.int64)[odd:][:n], torch.zeros(2, dtype=torch.int64)[odd:][:1]
+            norm, mask = Norm(*(torch.zeros(c_in) for _ in range(4))), Mask(lengths, seed, 0.2)
+            for call in kinds["calls"]:
+                start = len(seen)
+                if call == "fused":
+                    pack, half = conv.pack(w, dtype), lengths // 2
+                    more = {"bias": torch.zeros(c_out)}
+                    conv.fused(x.transpose(1, 2), pack, how, relu=True, lengths=Lengths(lengths, half), **more)
+                    conv.fused(x.transpose(1, 2), pack, how, workspace=conv.Workspace("cpu"), **more)
+                    features = torch.zeros(n, c_in, t).transpose(1, 2)
+                    conv.fused(features, pack, how, lengths=Lengths(lengths, made=half), **more)
+                    if stride == 1:
+                        panes = torch.zeros(n, t_out, 72, dtype=dtype)[:, :, :64]
+                        pack2 = conv.pack(torch.zeros(c_out, 64, 1), dtype)
+                        conv.fused(x.transpose(1, 2), pack, how, panes=(panes, pack2), **more)
+                elif call == "conv":
+                    conv.forward(x, w, how, lengths)
+                    conv.forward_stats(x, w, how, lengths)
+                    conv.wgrad(x, dy, k, how, lengths)
+                    if stride == 1:
+                        conv.dgrad(dy, w, t, how, lengths)
+                        conv.dgrad_bn(dy, w, how, x, x, norm, mask)
+                else:
+                    bn.stats(x)
+                    bn.forward(x, norm, None, mask)
+                    bn.backward_reduce(x, x, None, norm, mask)
+                    bn.backward_apply(x, x, None, norm, norm[:2], mask, False)
+                for name, values in seen[start:]:
+                    print(json.dumps([name, [c_in, c_out, k, stride, dilation], values]))
+                del seen[start:]
+
+with launch.recorded(take, arch):
+    calls()
 """
 
 
@@ -322,9 +315,8 @@ def launch_keys(call: str, shapes: list, batches: list, descriptors: bool) -> li
     """(kernel, conv shape, what its launch is compiled for) of every launch."""
     pytest.importorskip("triton")
     root = Path(__file__).resolve().parents[1]
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     kinds = json.dumps({"batches": batches, "shapes": shapes, "calls": [call], "descriptors": descriptors})
-    done = subprocess.run([sys.executable, "-c", KEYS, root, kinds], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", KEYS, root, kinds], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [(name, tuple(shape), values) for name, shape, values in map(json.loads, done.stdout.splitlines())]
 
@@ -353,31 +345,3 @@ def test_launches_do_not_compile_anew_for_every_length_and_batch(call, descripto
     for name, shape, *_ in by_launch:
         per_kernel[name, shape] = per_kernel.get((name, shape), 0) + 1
     assert max(per_kernel.values()) <= most, f"flags or tiles follow N or T: {per_kernel}"
-
-
-SPECIALISED = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler.compiler import make_backend
-from triton.runtime.jit import create_function_from_signature
-
-def kernel(x_ptr, frames):
-    pass
-
-for free in ([], ["frames"]):
-    jit = triton.jit(kernel, do_not_specialize=free)
-    binder = create_function_from_signature(jit.signature, jit.params, make_backend(GPUTarget("cuda", 90, 32)))
-    print(len({str(binder(None, t)[1]) for t in range(1, 41)}))
-"""
-
-
-def test_the_keys_see_an_argument_that_is_specialised(tmp_path):
-    """T = 1 and T = 16 are what Triton compiles for on their own where it may."""
-    pytest.importorskip("triton")
-    script = tmp_path / "specialised.py"
-    script.write_text(SPECIALISED)
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    specialised, free = map(int, done.stdout.split())
-    assert specialised == 3 and free == 1

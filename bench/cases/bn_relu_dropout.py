@@ -3,7 +3,7 @@ Jasper's layers, beside the eager chain."""
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,8 @@ from torch import Tensor
 from jasper_fast import ops
 from jasper_fast.bench.cases import common, counts
 from jasper_fast.bench.harness import correct
-from jasper_fast.bench.harness.case import Case, Contender, Runner
+from jasper_fast.bench.harness.case import Answer, Case, Contender, Runner
 from jasper_fast.bench.harness.run import Run
-from jasper_fast.bench.harness.seeds import seeded, stable_seed
 from jasper_fast.bench.rivals import compiler
 from jasper_fast.kernels import layout
 
@@ -24,68 +23,39 @@ GPU_SHAPES = tuple((32, C, 832) for C in (256, 768, 384, 512, 640, 896, 1024)) +
 GRADIENTS = ("dy", "dgamma", "dbeta", "dres")
 
 
-class Inputs:
+class Inputs(common.Held):
     """One shape's tensors in both memories, the same values in each, refilled in place."""
 
     def __init__(self, N: int, C: int, T: int, dtype: torch.dtype, device: torch.device, residual: bool) -> None:
-        self.device, self.dtype = device, dtype
+        super().__init__(dtype, device)
         names = ("y", "dz", "residual") if residual else ("y", "dz")
         self.nct = {n: torch.empty(N, C, T, dtype=dtype, device=device) for n in names}
         self.ntc = {n: layout.ntc(t) for n, t in self.nct.items()}
-        self.gamma, self.beta = torch.empty(C, device=device), torch.empty(C, device=device)
+        self.gamma, self.beta = (torch.empty(C, device=device, requires_grad=True) for _ in range(2))
         self.lengths = torch.empty(N, dtype=torch.int64, device=device)
-        for t in (*self.nct.values(), *self.ntc.values(), self.gamma, self.beta):
-            t.requires_grad_()
-        self.nct["dz"].requires_grad_(False)
-        self.ntc["dz"].requires_grad_(False)
-        self.refills = 0
+        for name, t in (*self.nct.items(), *self.ntc.items()):
+            t.requires_grad_(name != "dz")
         self.refill(0)
 
-    @torch.no_grad()
-    def refill(self, seed: int) -> None:
-        """New values everywhere; lengths between half and full, the first full."""
-        self.refills += 1
-        g = seeded(stable_seed("bn_relu_dropout", seed), self.device)
-        N, C, T = self.nct["y"].shape
-        self.gamma.copy_(torch.rand(C, generator=g, device=self.device) + 0.5)
-        self.beta.copy_(torch.randn(C, generator=g, device=self.device) * 0.3)
+    def fill(self, g: torch.Generator) -> None:
+        """Channels of y have a mean of their own, as a conv's output has."""
+        self.gamma.copy_(self.positive(self.gamma, g))
+        self.beta.copy_(self.randn(self.beta, g) * 0.3)
         for t in self.nct.values():
-            t.copy_(torch.randn(N, C, T, generator=g, device=self.device))
-        # channels with a mean of their own, as a conv's output has
-        y = 1.5 * self.nct["y"] + torch.randn(C, 1, generator=g, device=self.device)
+            t.copy_(self.randn(t, g))
+        y = 1.5 * self.nct["y"] + self.randn(self.gamma, g)[:, None]
         self.nct["y"].copy_(common.off_the_edge(y, self.gamma, self.beta, self.nct.get("residual"), self.dtype))
         for name, t in self.nct.items():
             self.ntc[name].copy_(t)
-        self.lengths.copy_(torch.randint(T // 2, T + 1, (N,), generator=g, device=self.device))
-        self.lengths[0] = T
-
-    def fresh_running(self) -> tuple[Tensor, Tensor]:
-        """Running statistics as a new layer has them."""
-        C = self.gamma.numel()
-        return torch.zeros(C, device=self.device), torch.ones(C, device=self.device)
+        self.draw_lengths(self.lengths, y.shape[2], g)
 
 
-def fused(backend: str) -> Callable[..., Tensor]:
+def fused(backend: str) -> common.Chain:
     """jasper_fast's op with the chain's signature."""
+    more = {"momentum": common.MOMENTUM, "eps": common.EPS, "backend": backend, "training": True}
 
-    def call(
-        y: Tensor,
-        gamma: Tensor,
-        beta: Tensor,
-        running: tuple[Tensor, Tensor],
-        residual: Tensor | None,
-        lengths: Tensor,
-        p: float,
-    ) -> Tensor:
-        kwargs = {
-            "residual": residual,
-            "lengths": lengths,
-            "p": p,
-            "momentum": common.MOMENTUM,
-            "eps": common.EPS,
-            "backend": backend,
-        }
-        return ops.bn_relu_dropout(y, gamma, beta, *running, training=True, **kwargs)
+    def call(y: Tensor, gamma: Tensor, beta: Tensor, running: common.Stats, residual, lengths, p: float) -> Tensor:
+        return ops.bn_relu_dropout(y, gamma, beta, *running, residual=residual, lengths=lengths, p=p, **more)
 
     return call
 
@@ -96,32 +66,25 @@ def named(z: Tensor, gradients: Sequence[Tensor], running: tuple[Tensor, ...]) -
     return {"z": z, **dict(zip(GRADIENTS, gradients, strict=False)), **statistics}
 
 
-def runner(chain: Callable[..., Tensor], inputs: Inputs, memory: str, mode: str, p: float) -> Runner:
+def runner(chain: common.Chain, inputs: Inputs, memory: str, mode: str, p: float) -> Runner:
     """A chain on the inputs of its memory; `outputs` are all results and gradients with dropout off."""
     tensors = getattr(inputs, memory)
     residual = tensors.get("residual")
     wanted = [tensors["y"], inputs.gamma, inputs.beta] + ([residual] if residual is not None else [])
-    running = inputs.fresh_running()
-    forward = lambda q, stats: chain(tensors["y"], inputs.gamma, inputs.beta, stats, residual, inputs.lengths, q)  # noqa: E731
+    running = common.fresh_running(inputs.gamma)
+
+    def forward(q: float = p, stats: common.Stats = running) -> Tensor:
+        return chain(tensors["y"], inputs.gamma, inputs.beta, stats, residual, inputs.lengths, q)
+
+    def gradients(z: Tensor, retain: bool = False) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(z, wanted, tensors["dz"], retain_graph=retain)
 
     def everything(q: float) -> dict[str, Tensor]:
-        stats = inputs.fresh_running()
+        stats = common.fresh_running(inputs.gamma)
         z = forward(q, stats)
-        gradients = torch.autograd.grad(z, wanted, tensors["dz"])
-        return named(z, gradients, stats)
+        return named(z, gradients(z), stats)
 
-    def both() -> None:
-        torch.autograd.grad(forward(p, running), wanted, tensors["dz"])
-
-    graph: dict[int, Tensor] = {}
-
-    def backward() -> None:
-        if inputs.refills not in graph:  # a check has refilled what the graph has saved
-            graph.clear()
-            graph[inputs.refills] = forward(p, running)
-        torch.autograd.grad(graph[inputs.refills], wanted, tensors["dz"], retain_graph=True)
-
-    run = {"forward": lambda: forward(p, running), "backward": backward, "both": both}[mode]
+    run = common.timed(mode, inputs, forward, gradients)
     return Runner(run, lambda: everything(0.0), lambda: dropout_complaints(everything(p), inputs, p))
 
 
@@ -130,18 +93,18 @@ def answer(inputs: Inputs, dtype: torch.dtype, keep: Tensor | None = None, p: fl
     leaves = {n: t.detach().to(dtype).requires_grad_() for n, t in inputs.nct.items() if n != "dz"}
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     gamma, beta = (t.detach().to(wide).requires_grad_() for t in (inputs.gamma, inputs.beta))
-    running = tuple(t.to(wide) for t in inputs.fresh_running())
+    running = common.fresh_running(gamma.detach())
     z = F.batch_norm(leaves["y"], *running, gamma, beta, True, common.MOMENTUM, common.EPS)
     z = (z + leaves["residual"] if "residual" in leaves else z).relu()
     if keep is not None:
         z = z * keep / (1 - p)
-    z = z.masked_fill(common.mask(inputs.lengths, z.shape[2]), 0)
+    z = common.masked(z, inputs.lengths)
     wanted = [leaves["y"], gamma, beta] + ([leaves["residual"]] if "residual" in leaves else [])
     gradients = torch.autograd.grad(z, wanted, inputs.nct["dz"].to(dtype))
     return named(z.detach(), gradients, running)
 
 
-def dropout_complaints(got: Mapping[str, Tensor], inputs: Inputs, p: float) -> list[str]:
+def dropout_complaints(got: Answer, inputs: Inputs, p: float) -> list[str]:
     """With dropout on: the mask that z shows must have the right rate, and every gradient must follow that mask."""
     keep = got["z"] != 0
     off = answer(inputs, torch.float32)["z"] > 1e-3
@@ -161,7 +124,7 @@ def case(run: Run, shape: tuple[int, int, int], mode: str, residual: bool, compi
     N, C, T = shape
     inputs = functools.cache(lambda: Inputs(N, C, T, run.dtype, run.device, residual))
 
-    def make(chain: Callable[..., Tensor], memory: str) -> Callable[[], Runner]:
+    def make(chain: common.Chain, memory: str) -> Callable[[], Runner]:
         return lambda: runner(chain, inputs(), memory, mode, common.P)
 
     def compile_chain() -> Runner:
@@ -183,7 +146,7 @@ def case(run: Run, shape: tuple[int, int, int], mode: str, residual: bool, compi
         {
             "op": "bn_relu_dropout" + ("+residual" if residual else ""),
             "shape": f"({N}, {C}, {T})",
-            "dtype": common.name(run.dtype),
+            "dtype": run.dtype_name,
             "mode": mode,
             "p": common.P,
         },
@@ -194,7 +157,6 @@ def case(run: Run, shape: tuple[int, int, int], mode: str, residual: bool, compi
         tolerance=TOLERANCE,
         flops=counts.bn_relu_dropout_flops(N, C, T, mode),
         nbytes=counts.bn_relu_dropout_bytes(N, C, T, size, mode, residual),
-        dtype=common.name(run.dtype),
         needs=("bn_relu_dropout",),
     )
 

@@ -1,5 +1,6 @@
 """What the cases of `python -m bench kernels` share: constants, masks, the eager chain, tolerance and sizes."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -10,8 +11,12 @@ from jasper_fast.bench.cases.layers import Layer
 from jasper_fast.bench.harness import correct, limits
 from jasper_fast.bench.harness.case import Case
 from jasper_fast.bench.harness.run import Run
+from jasper_fast.bench.harness.seeds import seeded, stable_seed
+from jasper_fast.kernels.layout import mask as masked
+from jasper_fast.nn.architecture import BN_EPS as EPS
+from jasper_fast.nn.architecture import BN_MOMENTUM as MOMENTUM
 
-P, EPS, MOMENTUM = 0.2, 1e-3, 0.1
+P = 0.2  # of dropout
 MODES = ("both", "forward", "backward")
 Cases = Callable[[Run, str | None], Iterable[list[Case]]]  # of one mode or all, in groups made one after another
 # of convs, up to 22,000 products summed in another order: plain PyTorch's own layouts differ by 20 roundings
@@ -33,61 +38,99 @@ def off_the_edge(y: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor | None
 
 
 def mask(lengths: Tensor, T: int) -> Tensor:
-    """(N, 1, T), true at t >= length, as the reference builds it before every conv."""
+    """(N, 1, T), true at t >= length."""
     return (torch.arange(T, device=lengths.device) >= lengths[:, None]).unsqueeze(1)
 
 
-def zeroed(x: Tensor, mask: Tensor) -> Tensor:
-    """`x` with zeros where `mask`, in the memory that `x` has: masked_fill would answer in NCT memory."""
-    return torch.where(mask, 0.0, x)
-
-
-def masked(x: Tensor, lengths: Tensor) -> Tensor:
-    """x with zeros in the padding, by the reference's masked_fill."""
-    return x.masked_fill(mask(lengths, x.shape[2]), 0)
-
-
 def masked_last(x: Tensor, lengths: Tensor) -> Tensor:
-    """The same of x in NTC memory, which it stays in."""
-    return zeroed(x, mask(lengths, x.shape[2]))
+    """`masked`, in the memory that `x` has: masked_fill would answer in NCT memory."""
+    return torch.where(mask(lengths, x.shape[2]), 0.0, x)
+
+
+class Held:
+    """An op's inputs, refilled in place; `answers`, by seed, are kept for the cases that share them."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.answers: dict[tuple, dict[str, Tensor]] = {}
+        self.refills = 0
+
+    @torch.no_grad()
+    def refill(self, seed: int) -> None:
+        """New values everywhere."""
+        self.seed, self.refills = seed, self.refills + 1
+        self.fill(seeded(stable_seed(type(self).__module__.rpartition(".")[2], seed), self.device))
+
+    def fill(self, g: torch.Generator) -> None:
+        """Draw the new values."""
+        raise NotImplementedError
+
+    def randn(self, like: Tensor, g: torch.Generator) -> Tensor:
+        """As many normal numbers as `like` has."""
+        return torch.randn(like.shape, generator=g, device=self.device)
+
+    def positive(self, like: Tensor, g: torch.Generator) -> Tensor:
+        """Uniform from 0.5 to 1.5, as a gamma may be."""
+        return torch.rand(like.shape, generator=g, device=self.device) + 0.5
+
+    def draw_lengths(self, lengths: Tensor, T: int, g: torch.Generator) -> None:
+        """Between half and full, the first full."""
+        lengths.copy_(torch.randint(T // 2, T + 1, lengths.shape, generator=g, device=self.device))
+        lengths[0] = T
+
+    def autocast(self, on: bool = True) -> contextlib.AbstractContextManager:
+        """AMP as a user has it on: nothing in fp32."""
+        return autocast(self.device, self.dtype if on else torch.float32)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Mixed precision for fp16 and bf16, nothing otherwise."""
+    return torch.autocast(device.type, dtype) if dtype.itemsize == 2 else contextlib.nullcontext()
+
+
+def fresh_running(gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """Running statistics as a new layer has them."""
+    return torch.zeros_like(gamma), torch.ones_like(gamma)
+
+
+def timed(
+    mode: str, held: Held, forward: Callable[[], object], gradients: Callable[[object, bool], object]
+) -> Callable[[], object]:
+    """What is timed of an op in training: `forward`, the `gradients(out, retain)` of one forward again and again, or
+    both."""
+    graph: dict[int, object] = {}
+
+    def backward() -> None:
+        if held.refills not in graph:  # a check, or another case of the inputs, has refilled what the graph has saved
+            graph.clear()
+            graph[held.refills] = forward()
+        gradients(graph[held.refills], True)
+
+    return {"forward": forward, "backward": backward, "both": lambda: gradients(forward(), False)}[mode]
+
+
+Chain = Callable[..., Tensor]  # (y, gamma, beta, running statistics, residual or None, lengths, p) -> z, all (N, C, T)
+Stats = tuple[Tensor, Tensor]
+
+
+def _chain(y: Tensor, gamma: Tensor, beta: Tensor, running: Stats, residual: Tensor | None, p: float) -> Tensor:
+    z = F.batch_norm(y, *running, gamma, beta, True, MOMENTUM, EPS)
+    return F.dropout((z if residual is None else z + residual).relu_(), p, True)
 
 
 def eager_chain(
-    y: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    running: tuple[Tensor, Tensor],
-    residual: Tensor | None,
-    lengths: Tensor,
-    p: float,
+    y: Tensor, gamma: Tensor, beta: Tensor, running: Stats, residual: Tensor | None, lengths: Tensor, p: float
 ) -> Tensor:
     """Plain PyTorch as the reference runs it: batch norm, sum, ReLU in place, dropout, the next conv's masked_fill."""
-    z = F.batch_norm(y, *running, gamma, beta, True, MOMENTUM, EPS)
-    if residual is not None:
-        z = z + residual
-    return F.dropout(z.relu_(), p, True).masked_fill(mask(lengths, y.shape[2]), 0)
+    return masked(_chain(y, gamma, beta, running, residual, p), lengths)
 
 
 def eager_chain_2d(
-    y: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    running: tuple[Tensor, Tensor],
-    residual: Tensor | None,
-    lengths: Tensor,
-    p: float,
+    y: Tensor, gamma: Tensor, beta: Tensor, running: Stats, residual: Tensor | None, lengths: Tensor, p: float
 ) -> Tensor:
     """The same chain on NTC memory, seen as a channels_last image of height 1."""
     wide = None if residual is None else residual.unsqueeze(2)
-    z = F.batch_norm(y.unsqueeze(2), *running, gamma, beta, True, MOMENTUM, EPS)
-    if wide is not None:
-        z = z + wide
-    return zeroed(F.dropout(z.relu_(), p, True), mask(lengths, y.shape[2]).unsqueeze(2)).squeeze(2)
-
-
-def name(dtype: torch.dtype) -> str:
-    """float32, not torch.float32."""
-    return str(dtype).removeprefix("torch.")
+    return masked_last(_chain(y.unsqueeze(2), gamma, beta, running, wide, p).squeeze(2), lengths)
 
 
 def chosen(run: Run, mode: str | None, every: Sequence[str]) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from jasper_fast.bench.cases import counts, models
-from jasper_fast.bench.cases.common import name as dtype_name
 from jasper_fast.bench.cases.train import LARGE, TRAINS, Batch, answer, judged_size, precision, tolerance
 from jasper_fast.bench.harness import allocations
 from jasper_fast.bench.harness.case import Case, Contender, Runner
@@ -80,7 +79,7 @@ def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Modul
         {
             "model": model,
             "batch": f"({N}, {cfg.encoder.in_feats}, {T})",
-            "dtype": dtype_name(run.dtype),
+            "dtype": run.dtype_name,
             "mode": "training step",
         },
         [
@@ -91,7 +90,6 @@ def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Modul
         reference=lambda: plain(torch.float64, torch.float64),
         low=(lambda: plain(torch.float32, run.dtype)) if small or run.device.type == "cuda" else None,
         tolerance=tolerance(precision(run.device, run.dtype)),
-        dtype=dtype_name(run.dtype),
         seeds=(1, 2) if small else (1,),
         needs=TRAINS,
     )

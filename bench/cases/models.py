@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.resources import files
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from jasper_fast import Jasper, JasperConfig
 from jasper_fast.bench.harness.seeds import seeded, stable_seed
+from jasper_fast.kernels.layout import mask
 from jasper_fast.nn.eager import EagerJasper
 
 FRAMES = {2.0: 208, 7.0: 704, 16.7: 1680}  # seconds of audio to feature frames, padded as the reference pads
@@ -129,23 +130,20 @@ def seeded_globally(seed: int) -> Iterator[None]:
 
 def eager(cfg: JasperConfig, state: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> EagerJasper:
     """The plain model with these weights, a copy of its own."""
-    with torch.device("meta"):
-        model = EagerJasper(cfg)
-    own = {k: v.detach().to(dtype, copy=True) if v.is_floating_point() else v.clone() for k, v in state.items()}
-    model.load_state_dict(own, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_()
-    return model
+    return _with_weights(lambda: EagerJasper(cfg), state, dtype)
 
 
 def fused(cfg: JasperConfig, state: dict[str, Tensor], backend: str) -> Jasper:
-    """jasper_fast's model with these weights, a copy of its own; no random numbers are drawn first."""
-    with torch.device("meta"):
-        model = Jasper(cfg, backend=backend)
-    model.load_state_dict({k: v.detach().clone() for k, v in state.items()}, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_()
-    return model
+    """jasper_fast's model with these weights, a copy of its own."""
+    return _with_weights(lambda: Jasper(cfg, backend=backend), state, torch.float32)
+
+
+def _with_weights(make: Callable[[], nn.Module], state: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    with torch.device("meta"):  # no random numbers are drawn first
+        model = make()
+    own = {k: v.detach().to(dtype if v.is_floating_point() else v.dtype, copy=True) for k, v in state.items()}
+    model.load_state_dict(own, assign=True)
+    return model.requires_grad_()
 
 
 def features(
@@ -158,7 +156,7 @@ def features(
     if ragged:
         lengths = torch.randint(T // 2, T + 1, (N,), generator=g, device=device)
         lengths[0] = T
-        x = x.masked_fill((torch.arange(T, device=device) >= lengths[:, None]).unsqueeze(1), 0)
+        x = mask(x, lengths)
     return x, lengths
 
 
@@ -197,5 +195,4 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
 
 def valid(log_probs: Tensor, lengths: Tensor) -> Tensor:
     """The log-probabilities that mean something: rows t < length, zero elsewhere."""
-    t = torch.arange(log_probs.shape[1], device=log_probs.device)
-    return log_probs.masked_fill((t >= lengths.to(log_probs.device)[:, None]).unsqueeze(2), 0)
+    return mask(log_probs.transpose(1, 2), lengths.to(log_probs.device)).transpose(1, 2)

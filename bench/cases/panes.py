@@ -11,9 +11,8 @@ backward the newest input's `gram_backward` and one addition for each older matr
 step pays. All dx are compared in full, the parts of the older matrices included.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,6 @@ from jasper_fast.bench.cases import common, counts, models
 from jasper_fast.bench.harness import correct
 from jasper_fast.bench.harness.case import Case, Contender, Runner
 from jasper_fast.bench.harness.run import Run
-from jasper_fast.bench.harness.seeds import seeded, stable_seed
 from jasper_fast.bench.rivals import choice, compiler
 from jasper_fast.dispatch import choose
 from jasper_fast.kernels import layout
@@ -62,11 +60,11 @@ def ends_and_middle() -> list[Block]:
     return [found[-1], found[(len(found) - 1) // 2], found[0]]
 
 
-class Inputs:
+class Inputs(common.Held):
     """One block's tensors in both memories, the same values, refilled in place; parameters are fp32 under 16 bits."""
 
     def __init__(self, N: int, T: int, block: Block, dtype: torch.dtype, device: torch.device) -> None:
-        self.device, self.dtype = device, dtype
+        super().__init__(dtype, device)
         self.nct = [torch.empty(N, C, T, dtype=dtype, device=device) for C in block.widths]
         self.ntc = [layout.ntc(x) for x in self.nct]
         self.dy = {"nct": torch.empty(N, block.C_out, T, dtype=dtype, device=device)}
@@ -77,40 +75,26 @@ class Inputs:
         self.lengths = torch.empty(N, dtype=torch.int64, device=device)
         for t in (*self.nct, *self.ntc, *self.weights, *self.gammas, *self.betas):
             t.requires_grad_()
-        self.answers: dict[tuple, dict[str, Tensor]] = {}
-        self.refills = 0
         self.refill(0)
 
-    @torch.no_grad()
-    def refill(self, seed: int) -> None:
-        """New values everywhere; each x after a ReLU, with channels of unlike means, x and dy zero in the padding, as
-        every block leaves them; lengths between half and full."""
-        self.seed, self.refills = seed, self.refills + 1
-        g = seeded(stable_seed("panes", seed), self.device)
-        randn = lambda *shape: torch.randn(shape, generator=g, device=self.device)  # noqa: E731
-        N, _, T = self.nct[0].shape
-        self.lengths.copy_(torch.randint(T // 2, T + 1, (N,), generator=g, device=self.device))
-        self.lengths[0] = T
+    def fill(self, g: torch.Generator) -> None:
+        """Each x after a ReLU, with channels of unlike means; x and dy zero in the padding, as every block leaves
+        them."""
+        self.draw_lengths(self.lengths, self.nct[0].shape[2], g)
         for x, last in zip(self.nct, self.ntc, strict=True):
-            x.copy_(common.masked((randn(*x.shape) + 0.5 * randn(x.shape[1], 1)).relu_(), self.lengths))
+            means = 0.5 * torch.randn(x.shape[1], 1, generator=g, device=self.device)
+            x.copy_(common.masked((self.randn(x, g) + means).relu_(), self.lengths))
             last.copy_(x)
-        self.dy["nct"].copy_(common.masked(randn(*self.dy["nct"].shape), self.lengths))
+        self.dy["nct"].copy_(common.masked(self.randn(self.dy["nct"], g), self.lengths))
         self.dy["ntc"].copy_(self.dy["nct"])
         for weight, gamma, beta in zip(self.weights, self.gammas, self.betas, strict=True):
-            weight.copy_(randn(*weight.shape) * weight.shape[1] ** -0.5)
-            gamma.copy_(torch.rand(gamma.shape, generator=g, device=self.device) + 0.5)
-            beta.copy_(randn(*beta.shape) * 0.3)
+            weight.copy_(self.randn(weight, g) * weight.shape[1] ** -0.5)
+            gamma.copy_(self.positive(gamma, g))
+            beta.copy_(self.randn(beta, g) * 0.3)
 
-    def fresh_running(self, dtype: torch.dtype | None = None) -> list[tuple[Tensor, Tensor]]:
+    def fresh_running(self, dtype: torch.dtype | None = None) -> list[common.Stats]:
         """Running mean and variance of each pane as a new layer has them."""
-        like = [g.detach().to(dtype or g.dtype) for g in self.gammas]
-        return [(torch.zeros_like(g), torch.ones_like(g)) for g in like]
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """AMP as a user has it on: nothing in fp32."""
-        if self.dtype in (torch.float16, torch.bfloat16):
-            return torch.autocast(self.device.type, self.dtype)
-        return contextlib.nullcontext()
+        return [common.fresh_running(g.detach().to(dtype or g.dtype)) for g in self.gammas]
 
 
 @dataclass(frozen=True)
@@ -132,33 +116,34 @@ class Leaves:
 # `(leaves, lengths, running statistics, Gram matrices of the older inputs) -> sum (N, C_out, T)`; the last are () but
 # for the Gram form
 
-PaneSum = Callable[[Leaves, Tensor, list[tuple[Tensor, Tensor]], Sequence[ops.Gram]], Tensor]
+PaneSum = Callable[[Leaves, Tensor, list[common.Stats], Sequence[ops.Gram]], Tensor]
 
 
-def eager(a: Leaves, lengths: Tensor, running: list[tuple[Tensor, Tensor]], older: Sequence[ops.Gram]) -> Tensor:
+def eager(a: Leaves, lengths: Tensor, running: list[common.Stats], older: Sequence[ops.Gram]) -> Tensor:
     """The reference's panes in NCT memory, one module a step: mask, conv, batch norm, sum."""
-    out = None
-    for x, weight, gamma, beta, stats in zip(a.xs, a.weights, a.gammas, a.betas, running, strict=True):
-        y = F.conv1d(common.masked(x, lengths), weight)
-        y = F.batch_norm(y, *stats, gamma, beta, True, common.MOMENTUM, common.EPS)
-        out = y if out is None else out + y
-    return out
+    convs = (F.conv1d(common.masked(x, lengths), weight) for x, weight in zip(a.xs, a.weights, strict=True))
+    return _sum_of_norms(convs, a, running)
 
 
-def eager_2d(a: Leaves, lengths: Tensor, running: list[tuple[Tensor, Tensor]], older: Sequence[ops.Gram]) -> Tensor:
+def eager_2d(a: Leaves, lengths: Tensor, running: list[common.Stats], older: Sequence[ops.Gram]) -> Tensor:
     """The same in channels_last memory: of a 1x1 weight that is any."""
-    out = None
-    for x, weight, gamma, beta, stats in zip(a.xs, a.weights, a.gammas, a.betas, running, strict=True):
-        y = F.conv2d(common.masked_last(x, lengths).unsqueeze(2), weight.unsqueeze(2))
-        y = F.batch_norm(y, *stats, gamma, beta, True, common.MOMENTUM, common.EPS)
-        out = y if out is None else out + y
-    return out.squeeze(2)
+    xs = (common.masked_last(x, lengths).unsqueeze(2) for x in a.xs)
+    convs = (F.conv2d(x, weight.unsqueeze(2)) for x, weight in zip(xs, a.weights, strict=True))
+    return _sum_of_norms(convs, a, running).squeeze(2)
+
+
+def _sum_of_norms(ys: Iterable[Tensor], a: Leaves, running: list[common.Stats]) -> Tensor:
+    norms = (
+        F.batch_norm(y, *stats, gamma, beta, True, common.MOMENTUM, common.EPS)
+        for y, stats, gamma, beta in zip(ys, running, a.gammas, a.betas, strict=True)
+    )
+    return functools.reduce(torch.add, norms)
 
 
 def fused(form: str, backend: str) -> PaneSum:
     """jasper_fast's panes in a form, as a block of its model calls them."""
 
-    def call(a: Leaves, lengths: Tensor, running: list[tuple[Tensor, Tensor]], older: Sequence[ops.Gram]) -> Tensor:
+    def call(a: Leaves, lengths: Tensor, running: list[common.Stats], older: Sequence[ops.Gram]) -> Tensor:
         if form == "gram":
             grams = [*older, *map(ops.gram, a.xs[len(older) :])]
             out, mean, var = ops.panes(a.xs, grams, a.weights, a.gammas, a.betas, eps=common.EPS)
@@ -192,7 +177,7 @@ def results(out: Tensor, a: Leaves, dy: Tensor, lengths: Tensor) -> dict[str, Te
     return {name: common.masked(t, lengths) if name.startswith("dx") else t for name, t in found.items()}
 
 
-def statistics(running: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+def statistics(running: list[common.Stats]) -> dict[str, Tensor]:
     """The running statistics of each pane, by name."""
     names = ("running_mean", "running_var")
     return {f"{name} {k}": t for k, stats in enumerate(running) for name, t in zip(names, stats, strict=True)}
@@ -202,45 +187,35 @@ def runner(function: PaneSum, i: Inputs, memory: str, mode: str, *, amp: bool = 
     """An implementation on the inputs of its memory, under autocast with `amp`; `gram`: the older inputs' matrices are
     given, and their gradients added to those of later blocks."""
     a, dy = Leaves(getattr(i, memory), i.weights, i.gammas, i.betas), i.dy[memory]
-    running = i.fresh_running()
-    scope = i.autocast if amp else contextlib.nullcontext
-    made: dict[str, object] = {}  # of the inputs as they are now
+    running, wanted = i.fresh_running(), list(a.named().values())
+    made: dict[int, Sequence[ops.Gram]] = {}  # by refill
+    sums: list[Tensor] = []
 
     def older() -> Sequence[ops.Gram]:
-        if made.get("refills") != i.refills:  # a check, or another case of the block, has refilled the inputs
+        if i.refills not in made:
             made.clear()
-            made.update(refills=i.refills, older=older_grams(a.xs) if gram else ())
-        return made["older"]
+            made[i.refills] = older_grams(a.xs) if gram else ()
+        return made[i.refills]
 
-    def forward(stats: list[tuple[Tensor, Tensor]] = running, given: Sequence[ops.Gram] | None = None) -> Tensor:
-        with scope():
+    def forward(stats: list[common.Stats] = running, given: Sequence[ops.Gram] | None = None) -> Tensor:
+        with i.autocast(amp):
             return function(a, i.lengths, stats, older() if given is None else given)
-
-    wanted = list(a.named().values())
 
     def gradients(out: Tensor, retain: bool) -> None:
         matrices = [t for g in older() for t in (g.mean, g.cov)]
         found = torch.autograd.grad(out, wanted + matrices, dy, retain_graph=retain)
         if matrices:
-            sums = made.setdefault("sums", [torch.zeros_like(t) for t in matrices])
+            sums[:] = sums or [torch.zeros_like(t) for t in matrices]
             torch._foreach_add_(sums, list(found[len(wanted) :]))
 
-    def backward() -> None:
-        older()  # forgets the graph of other inputs
-        if "graph" not in made:
-            made["graph"] = forward()
-        gradients(made["graph"], True)
-
     def outputs() -> dict[str, Tensor]:
-        made.clear()
         stats = i.fresh_running()
         if mode == "forward":
             return {"sum": forward(stats), **statistics(stats)}
         out = forward(stats, ())
         return {"sum": out, **statistics(stats), **results(out, a, dy, i.lengths)}
 
-    run = {"forward": forward, "backward": backward, "both": lambda: gradients(forward(), False)}[mode]
-    return Runner(run, outputs)
+    return Runner(common.timed(mode, i, forward, gradients), outputs)
 
 
 def answer(i: Inputs, dtype: torch.dtype, mode: str) -> dict[str, Tensor]:
@@ -252,7 +227,7 @@ def answer(i: Inputs, dtype: torch.dtype, mode: str) -> dict[str, Tensor]:
         of = lambda tensors, dtype: [t.detach().to(dtype).requires_grad_() for t in tensors]  # noqa: E731
         a = Leaves(of(i.nct, dtype), *(of(tensors, wide) for tensors in (i.weights, i.gammas, i.betas)))
         running = i.fresh_running(wide)
-        with i.autocast() if dtype is not torch.float64 else contextlib.nullcontext():
+        with i.autocast(dtype is not torch.float64):
             out = eager(a, i.lengths, running, ())
         found = results(out, a, i.dy["nct"].to(out.dtype), i.lengths)
         i.answers[key] = {"sum": out.detach(), **statistics(running), **found}
@@ -284,7 +259,7 @@ def case(run: Run, N: int, T: int, block: Block, mode: str, shared: Callable[[],
     directions = {"forward": 1, "backward": 2, "both": 3}
     return Case(
         "kernels",
-        {"op": "panes", **block.key(N, T), "dtype": common.name(run.dtype), "mode": mode},
+        {"op": "panes", **block.key(N, T), "dtype": run.dtype_name, "mode": mode},
         contenders,
         refill=lambda seed: inputs().refill(seed),
         reference=lambda: answer(inputs(), torch.float64, mode),
@@ -292,7 +267,6 @@ def case(run: Run, N: int, T: int, block: Block, mode: str, shared: Callable[[],
         tolerance=TOLERANCE,
         flops=directions[mode] * sum(pane.flops for pane in panes),
         nbytes=counts.panes_bytes(panes, run.dtype.itemsize, mode),
-        dtype=common.name(run.dtype),
         needs=("panes",) if form == "gram" else ("bn_relu_dropout",),
     )
 

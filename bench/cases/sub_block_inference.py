@@ -20,6 +20,8 @@ from jasper_fast.bench.rivals import choice, compiler
 from jasper_fast.bench.rivals.cudnn_graphs import FusedConv
 from jasper_fast.dispatch import backends, choose
 from jasper_fast.kernels import layout
+from jasper_fast.kernels.operands import FULL, Geometry, Lengths
+from jasper_fast.nn import block
 
 
 class SubBlock(nn.Module):
@@ -64,16 +66,16 @@ class SubBlock(nn.Module):
         weight = self.conv.weight.detach().to(wide)
         if self.layer.head:
             return weight, self.conv.bias.detach().to(wide)
-        norm = self.norm
-        scale = norm.weight.detach().to(wide) * (norm.running_var.to(wide) + norm.eps).rsqrt()
-        return scale[:, None, None] * weight, norm.bias.detach().to(wide) - norm.running_mean.to(wide) * scale
+        scale, shift = (v.detach() for v in block.fold(self.norm, wide))
+        return scale[:, None, None] * weight, shift
 
 
-class Inputs:
+class Inputs(common.Held):
     """One layer's weights and input, refilled in place; `exact` holds the fp64 copy that answers come from."""
 
     def __init__(self, N: int, T: int, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
-        self.layer, self.dtype, self.device = layer, dtype, device
+        super().__init__(dtype, device)
+        self.layer = layer
         g = seeded(stable_seed("sub_block_inference", layer), device)
         self.module = SubBlock(layer).to(device).eval().requires_grad_(False)
         with torch.no_grad():
@@ -89,14 +91,10 @@ class Inputs:
         self.lengths = torch.empty(N, dtype=torch.int64, device=device)
         self.refill(0)
 
-    def refill(self, seed: int) -> None:
-        """New features and lengths; zero in the padding, as every sub-block leaves it."""
-        g = seeded(stable_seed("sub_block_inference", seed), self.device)
-        N, _, T = self.x.shape
-        self.lengths.copy_(torch.randint(T // 2, T + 1, (N,), generator=g, device=self.device))
-        self.lengths[0] = T
-        x = torch.randn(self.x.shape, generator=g, device=self.device)
-        self.x.copy_(masked(x, self.lengths))
+    def fill(self, g: torch.Generator) -> None:
+        """Zero in the padding, as every sub-block leaves it."""
+        self.draw_lengths(self.lengths, self.x.shape[2], g)
+        self.x.copy_(masked(self.randn(self.x, g), self.lengths))
         if self.ntc is not self.x:
             self.ntc.copy_(self.x)
 
@@ -128,19 +126,18 @@ def fused(i: Inputs, backend: str) -> SubBlockCall:
         weight, bias = layout.ntc(weight.to(i.dtype)), bias.to(i.dtype)
         return lambda x, lengths: _folded_aten(i, weight, bias, x, lengths)
     impl = backends.face("conv1d", name)
-    more = {"stride": a.stride, "padding": a.padding, "dilation": a.dilation, "relu": not a.head, "bias": bias}
+    more, made = {"relu": not a.head, "bias": bias}, None
     packed = impl.pack_once(weight, i.dtype, a.stride) if name == "cpu" else impl.pack(weight, i.dtype)
     if name == "triton":  # one launch: features in any strides and in fp32, lengths and log-softmax are the kernel's
         more |= {"log_softmax": a.head, "workspace": impl.Workspace(i.device)}
         if a.stride > 1:
-            more["lengths_out"] = torch.empty_like(i.lengths)
+            made = torch.empty_like(i.lengths)
 
     def call(x: Tensor, lengths: Tensor) -> Tensor:
         x = x.transpose(1, 2)  # (N, T, C)
-        masks = {} if a.head else {"in_lengths": lengths}
-        if not a.head and "lengths_out" not in more:
-            masks["out_lengths"] = a.out_lengths(lengths)
-        z = impl.fused(x if name == "triton" else x.float().contiguous(), packed, **more, **masks)
+        masks = FULL if a.head else Lengths(lengths, a.out_lengths(lengths) if made is None else None, made)
+        x = x if name == "triton" else x.float().contiguous()
+        z = impl.fused(x, packed, Geometry(a.stride, a.padding, a.dilation), lengths=masks, **more)
         return (z.float().log_softmax(dim=2) if a.head and name != "triton" else z).transpose(1, 2)
 
     return call
@@ -199,7 +196,7 @@ def case(run: Run, N: int, T: int, layer: Layer) -> Case:
     conv = counts.Conv("", N, layer.C_in, layer.C_out, layer.K, T, layer.frames(T), bias=True)
     return Case(
         "kernels",
-        {"op": "sub_block", **layer.key(N, T), "dtype": common.name(run.dtype), "mode": "inference"},
+        {"op": "sub_block", **layer.key(N, T), "dtype": run.dtype_name, "mode": "inference"},
         contenders,
         refill=lambda seed: inputs().refill(seed),
         reference=lambda: inputs().answer(torch.float64),
@@ -207,6 +204,5 @@ def case(run: Run, N: int, T: int, layer: Layer) -> Case:
         tolerance=common.tolerance(run),
         flops=conv.flops,
         nbytes=conv.nbytes(run.dtype.itemsize),
-        dtype=common.name(run.dtype),
         needs=("conv1d.fused",),
     )

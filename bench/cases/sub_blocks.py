@@ -6,7 +6,6 @@ conv; the prologue's has no norm before it. Under 16 bits the weight is the fp32
 run under autocast, which casts it as AMP does.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable
 
@@ -20,18 +19,18 @@ from jasper_fast.bench.cases.layers import Layer, conv_2d
 from jasper_fast.bench.harness.case import Case, Contender, Runner
 from jasper_fast.bench.harness.errors import Absent
 from jasper_fast.bench.harness.run import Run
-from jasper_fast.bench.harness.seeds import seeded, stable_seed
 from jasper_fast.bench.rivals import choice, compiler
 from jasper_fast.bench.rivals.cudnn_graphs import FusedConv
 from jasper_fast.kernels import layout
 
 
-class Inputs:
+class Inputs(common.Held):
     """One layer's tensors in both memories, the same values, refilled in place. `weight` is fp32 under 16 bits, and
     `weight_last` the same for a 2D conv in channels_last memory, which would else reorder it in every call."""
 
     def __init__(self, N: int, T: int, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
-        self.layer, self.device, self.dtype = layer, device, dtype
+        super().__init__(dtype, device)
+        self.layer = layer
         self.nct = {
             "x": torch.empty(N, layer.C_in, T, dtype=dtype, device=device),
             "dy": torch.empty(N, layer.C_out, layer.frames(T), dtype=dtype, device=device),
@@ -45,40 +44,22 @@ class Inputs:
         self.lengths = torch.empty(N, dtype=torch.int64, device=device)
         for memory in (self.nct, self.ntc):
             memory["x"].requires_grad_(not layer.first)
-        self.answers: dict[tuple, dict[str, Tensor]] = {}
-        self.refills = 0
         self.refill(0)
 
-    @torch.no_grad()
-    def refill(self, seed: int) -> None:
-        """New values everywhere; lengths between half and full; x zero in the padding, as every op leaves it."""
-        self.seed, self.refills = seed, self.refills + 1
-        g = seeded(stable_seed("conv", seed), self.device)
-        N, _, T = self.nct["x"].shape
-        self.lengths.copy_(torch.randint(T // 2, T + 1, (N,), generator=g, device=self.device))
-        self.lengths[0] = T
-        self.gamma.copy_(torch.rand(self.gamma.shape, generator=g, device=self.device) + 0.5)
-        self.beta.copy_(torch.randn(self.beta.shape, generator=g, device=self.device) * 0.3)
-        for t in self.nct.values():
-            t.copy_(torch.randn(t.shape, generator=g, device=self.device))
-        x = common.masked(self.nct["x"], self.lengths)
-        self.nct["x"].copy_(x if self.layer.first else common.off_the_edge(x, self.gamma, self.beta, None, self.dtype))
-        self.nct["x"].masked_fill_(common.mask(self.lengths, T), 0)
-        for name, t in self.nct.items():
-            self.ntc[name].copy_(t)
-        scale = (self.layer.C_in * self.layer.K) ** -0.5
-        self.weight.copy_(torch.randn(self.weight.shape, generator=g, device=self.device) * scale)
+    def fill(self, g: torch.Generator) -> None:
+        """x is zero in the padding, as every op leaves it."""
+        self.draw_lengths(self.lengths, self.nct["x"].shape[2], g)
+        self.gamma.copy_(self.positive(self.gamma, g))
+        self.beta.copy_(self.randn(self.beta, g) * 0.3)
+        x, dy = (self.randn(self.nct[name], g) for name in ("x", "dy"))
+        x = common.masked(x, self.lengths)
+        if not self.layer.first:
+            x = common.masked(common.off_the_edge(x, self.gamma, self.beta, None, self.dtype), self.lengths)
+        for memory in (self.nct, self.ntc):
+            memory["x"].copy_(x)
+            memory["dy"].copy_(dy)
+        self.weight.copy_(self.randn(self.weight, g) * (self.layer.C_in * self.layer.K) ** -0.5)
         self.weight_last.copy_(self.weight)
-
-    def fresh_running(self) -> tuple[Tensor, Tensor]:
-        """Running statistics as a new layer has them."""
-        return torch.zeros_like(self.gamma), torch.ones_like(self.gamma)
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """AMP as a user has it on: nothing in fp32."""
-        if self.dtype in (torch.float16, torch.bfloat16):
-            return torch.autocast(self.device.type, self.dtype)
-        return contextlib.nullcontext()
 
 
 def eager_conv(x: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
@@ -96,7 +77,7 @@ def eager_sub_block(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: T
     """Batch norm, ReLU, dropout, mask and the next conv, one module a step in NCT memory."""
     if i.layer.first:
         return eager_conv(y, i, weight, gamma, beta, p)
-    stats = tuple(s.to(gamma.dtype) for s in i.fresh_running())
+    stats = common.fresh_running(gamma.detach())
     z = common.eager_chain(y, gamma, beta, stats, None, i.lengths, p)
     return F.conv1d(z, weight, None, 1, i.layer.padding, i.layer.dilation)
 
@@ -105,7 +86,7 @@ def eager_sub_block_2d(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta
     """The same in channels_last memory."""
     if i.layer.first:
         return eager_conv_2d(y, i, weight, gamma, beta, p)
-    z = common.eager_chain_2d(y, gamma, beta, i.fresh_running(), None, i.lengths, p)
+    z = common.eager_chain_2d(y, gamma, beta, common.fresh_running(i.gamma), None, i.lengths, p)
     return conv_2d(z, weight, i.layer)
 
 
@@ -127,7 +108,7 @@ def fused_sub_block(backend: str) -> Callable[..., Tensor]:
         if i.layer.first:
             return fused_conv(backend)(y, i, weight, gamma, beta, p)
         more = {"padding": i.layer.padding, "dilation": i.layer.dilation, "p": p, "backend": backend}
-        return ops.sub_block(y, gamma, beta, *i.fresh_running(), weight, lengths=i.lengths, **more)
+        return ops.sub_block(y, gamma, beta, *common.fresh_running(i.gamma), weight, lengths=i.lengths, **more)
 
     return call
 
@@ -142,7 +123,7 @@ def cudnn_statistics(i: Inputs) -> Callable[..., Tensor]:
         conv.weight.copy_(weight.detach().unsqueeze(2))  # AMP's cast, once a step
         if a.first:
             return conv(common.masked_last(y, i.lengths))
-        return conv(common.eager_chain_2d(y, gamma, beta, i.fresh_running(), None, i.lengths, p))
+        return conv(common.eager_chain_2d(y, gamma, beta, common.fresh_running(i.gamma), None, i.lengths, p))
 
     return call
 
@@ -172,29 +153,17 @@ def runner(
     x, dy = (getattr(i, memory)[n] for n in ("x", "dy"))
     weight = i.weight_last if last else i.weight
     wanted = leaves(op, i, x, weight, i.gamma, i.beta)
-    scope = i.autocast if amp else contextlib.nullcontext
 
     def forward(p: float = common.P) -> Tensor:
-        with scope():
+        with i.autocast(amp):
             return function(x, i, weight, i.gamma, i.beta, p)
 
-    graph: dict[int, Tensor] = {}
-
-    def backward() -> None:
-        if i.refills not in graph:  # another case of the layer may have refilled what the graph has saved
-            graph.clear()
-            graph[i.refills] = forward()
-        torch.autograd.grad(graph[i.refills], list(wanted.values()), dy, retain_graph=True)
-
-    def both() -> None:
-        torch.autograd.grad(forward(), list(wanted.values()), dy)
-
     def outputs() -> dict[str, Tensor]:
-        graph.clear()
         out = forward(0.0)
         return {"y": out} if mode == "forward" else results(op, out, wanted, dy, i)
 
-    return Runner({"forward": forward, "backward": backward, "both": both}[mode], outputs)
+    gradients = lambda out, retain: torch.autograd.grad(out, list(wanted.values()), dy, retain_graph=retain)  # noqa: E731
+    return Runner(common.timed(mode, i, forward, gradients), outputs)
 
 
 def answer(op: str, i: Inputs, dtype: torch.dtype, mode: str) -> dict[str, Tensor]:
@@ -202,11 +171,11 @@ def answer(op: str, i: Inputs, dtype: torch.dtype, mode: str) -> dict[str, Tenso
     gradients, twice the work, only where a mode is held to them."""
     forward, key = mode == "forward", (op, i.seed, dtype)
     if key not in i.answers and (not forward or (*key, mode) not in i.answers):
-        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        wide = torch.promote_types(dtype, torch.float32)
         x = i.nct["x"].detach().to(dtype).requires_grad_(not i.layer.first)
         weight, gamma, beta = (t.detach().to(wide).requires_grad_() for t in (i.weight, i.gamma, i.beta))
         function = {"conv1d": eager_conv, "sub_block": eager_sub_block}[op]
-        with i.autocast() if dtype is not torch.float64 else contextlib.nullcontext():
+        with i.autocast(dtype is not torch.float64):
             out = function(x, i, weight, gamma, beta, 0.0)
         if forward:
             i.answers[*key, mode] = {"y": out.detach()}
@@ -254,7 +223,7 @@ def case(
     times = directions.get(mode, sum(directions.values()))
     norm = op == "sub_block" and not layer.first
     size = run.dtype.itemsize
-    key = {"op": op, **layer.key(N, T), "dtype": common.name(run.dtype), "mode": mode}
+    key = {"op": op, **layer.key(N, T), "dtype": run.dtype_name, "mode": mode}
     return Case(
         "kernels",
         key,
@@ -265,7 +234,6 @@ def case(
         tolerance=common.tolerance(run),
         flops=times * conv.flops,
         nbytes=counts.sub_block_bytes(conv, size, mode) if norm else times * conv.nbytes(size),
-        dtype=common.name(run.dtype),
         seeds=(1,) if common.slow(run) else (1, 2),
         needs=("bn_relu_dropout", "conv1d") if norm else ("conv1d",),
     )

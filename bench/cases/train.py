@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jasper_fast import NovoGrad
-from jasper_fast.bench.cases import counts, models
-from jasper_fast.bench.cases.common import name as dtype_name
+from jasper_fast.bench.cases import common, counts, models
 from jasper_fast.bench.harness import correct, cudnn_search, limits
 from jasper_fast.bench.harness.case import Case, Contender, Runner
 from jasper_fast.bench.harness.run import Run
@@ -82,17 +81,14 @@ class Batch:
     def refill(self, seed: int) -> None:
         """New values everywhere."""
         self.clear = seed == CLEAR_SEED
-        for mine, new in zip(
-            (self.features, self.lengths),
-            models.features(self.cfg, self.N, self.T, self.device, seed, self.ragged),
-            strict=True,
-        ):
-            mine.copy_(new)
+        features, lengths = models.features(self.cfg, self.N, self.T, self.device, seed, self.ragged)
+        self.features.copy_(features)
+        self.lengths.copy_(lengths)
         self.targets.copy_(models.targets(self.N, self.T // 2, self.device, seed)[0])
 
     def loss(self, model: Model, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, log-probabilities, their lengths), under autocast for a low precision."""
-        with autocast(self.device, dtype):
+        with common.autocast(self.device, dtype):
             log_probs, lengths = model(self.features.to(_parameter_dtype(model)), self.lengths)
         return models.ctc(log_probs, lengths, self.targets, self.target_lengths), log_probs, lengths
 
@@ -101,13 +97,6 @@ class Batch:
         g = seeded(stable_seed("cotangent"), self.device)
         random = torch.randn(log_probs.shape, generator=g, device=self.device)
         return models.valid(random, lengths).to(log_probs) / math.sqrt(self.N * log_probs.shape[1])
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """Mixed precision for fp16 and bf16, nothing otherwise."""
-    if dtype in (torch.float16, torch.bfloat16):
-        return torch.autocast(device.type, dtype)
-    return contextlib.nullcontext()
 
 
 def runner(
@@ -234,7 +223,7 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
     chosen = of_batch(rivals_of(run), full)
     return Case(
         "train",
-        {"model": model, "batch": f"({N}, {cfg.encoder.in_feats}, {T})", "dtype": dtype_name(run.dtype), "mode": mode},
+        {"model": model, "batch": f"({N}, {cfg.encoder.in_feats}, {T})", "dtype": run.dtype_name, "mode": mode},
         [Contender("jasper_fast", ours), *(Contender(n, rival(b)) for n, b in chosen.items())],
         refill=refill,
         reference=lambda: plain(exact, exact),
@@ -243,7 +232,6 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
         flops=counts.training_flops(cfg, N, T),
         nbytes=counts.training_bytes(cfg, N, T, run.dtype.itemsize),
         items=N,
-        dtype=dtype_name(run.dtype),
         seeds=(1, 2) if judged is batch else (1,),
         needs=TRAINS,
     )

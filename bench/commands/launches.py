@@ -4,19 +4,20 @@
 """
 
 import dataclasses
+import functools
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jasper_fast.bench.cases import models
-from jasper_fast.bench.cases.common import name as dtype_name
 from jasper_fast.bench.cases.latency import Models
 from jasper_fast.bench.cases.latency import case as latency_case
 from jasper_fast.bench.cases.train import case as train_case
-from jasper_fast.bench.harness.case import Runner
+from jasper_fast.bench.harness.case import Case, Contender, Runner
 from jasper_fast.bench.harness.console import console
 from jasper_fast.bench.harness.devices import synchronize
 from jasper_fast.bench.harness.kineto import recorded
+from jasper_fast.bench.harness.measurement import Row
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.rivals import choice
 
@@ -72,7 +73,7 @@ def count(runner: Runner, device: torch.device) -> dict[str, int]:
     return found
 
 
-def cases(run: Run) -> list:
+def cases(run: Run) -> list[Case]:
     """Inference and training of the small Jasper, and of Jasper 10x5 on a GPU, at a size that is all overhead."""
     made = []
     inference, training = (
@@ -85,28 +86,25 @@ def cases(run: Run) -> list:
     return made
 
 
-def main(run: Run) -> list[dict]:
+def main(run: Run) -> list[Row]:
     """Count each contender's launches, then time the same calls in turns."""
     found = []
     for case in cases(run):
-        case.bench, case.flops, case.nbytes, case.wall = "launches", 0.0, 0.0, True
         counts: dict[str, dict[str, int]] = {}
-        for contender in case.contenders:
-            contender.build = _counting(contender.build, contender.name, counts, run.device)
+        counted = [Contender(c.name, functools.partial(_counting, c, counts, run.device)) for c in case.contenders]
+        case = dataclasses.replace(case, bench="launches", contenders=counted, flops=0.0, nbytes=0.0, wall=True)
         rows = run.cases("launches", [case])
         for row in rows:
             row["launches"] = counts.get(row["contender"], {})
         run.results.add(rows)
         found += rows
     for row in (r for r in found if r["status"] == "ok"):
-        console.print(f"{row['key']['model']} {row['contender']}: {row['launches']} ({dtype_name(run.dtype)})")
+        console.print(f"{row['key']['model']} {row['contender']}: {row['launches']} ({run.dtype_name})")
     return found
 
 
-def _counting(build, name: str, counts: dict, device: torch.device):
-    def built() -> Runner:
-        runner = build()
-        counts[name] = count(runner, device)
-        return runner
-
-    return built
+def _counting(contender: Contender, counts: dict[str, dict[str, int]], device: torch.device) -> Runner:
+    """The contender's runner, its launches counted."""
+    runner = contender.build()
+    counts[contender.name] = count(runner, device)
+    return runner

@@ -7,9 +7,9 @@ however it is held, is one that the step keeps.
 import gc
 
 from jasper_fast.bench.cases import memory
-from jasper_fast.bench.cases.common import name as dtype_name
 from jasper_fast.bench.harness import checking, cudnn_search
 from jasper_fast.bench.harness.console import console
+from jasper_fast.bench.harness.measurement import Row
 from jasper_fast.bench.harness.run import Run
 
 # (model, N, T)
@@ -17,51 +17,32 @@ CPU_GRID = (("jasper10x5", 2, 400), ("small", 8, 400), ("medium", 4, 400))
 GPU_GRID = (("jasper10x5", 32, 1680), ("jasper10x5", 2, 400))
 
 
-def measure(run: Run, model: str, N: int, T: int) -> list[dict]:
+def measure(run: Run, model: str, N: int, T: int) -> list[Row]:
     """Rows of one model and batch: bytes kept for backward and peak bytes, ours and eager's."""
-    made, modules, batch = memory.case(run, model, N, T)
+    case, modules, batch = memory.case(run, model, N, T)
     found = {}
-    with run.blamed(made):
-        for contender in (c for c in made.contenders if c.name not in made.failed):
-            with checking.caught(made, contender.name):
-                made.runners[contender.name] = contender.build()
-        checking.check(made, made.seeds)
+    with run.begun(case) as m:
+        m.build()
+        checking.check(m, case.seeds)
         gc.collect()
-        for name in list(made.runners):
-            with checking.caught(made, name):
+        for name in list(m.runners):
+            with m.caught(name):
                 found[name] = memory.step(modules[name], batch(), run.dtype, run.device)
-    rows = []
-    for contender in made.contenders:
-        name = contender.name
-        row = {
-            "id": f"{made.id} / {name}",
-            "bench": "memory",
-            "key": made.key,
-            "contender": name,
-            "ours": name == made.ours,
-            "dtype": made.dtype,
-            "flops": 0,
-            "bytes": 0,
-        }
-        if name in made.failed:
-            row |= dict(zip(("status", "why"), made.failed[name], strict=True))
-        else:
-            row |= {"status": "ok", "memory": found[name]}
-            if name != made.ours and made.ours in found:
-                row["memory"] |= {
-                    f"ours_over_{kind}": found[made.ours][f"{kind}_bytes"] / found[name][f"{kind}_bytes"]
-                    for kind in ("kept", "peak")
-                }
-        rows.append(row)
+    rows = [m.begin_row(name) for name in case.names]
+    ours = {} if case.ours in m.failed else found[case.ours]
+    for row in (row for row in rows if row["status"] == "ok"):
+        row["memory"] = dict(its := found[row["contender"]])
+        if ours and not row["ours"]:
+            row["memory"] |= {f"ours_over_{k}": ours[f"{k}_bytes"] / its[f"{k}_bytes"] for k in ("kept", "peak")}
     return rows
 
 
-def main(run: Run, grid: tuple = ()) -> list[dict]:
+def main(run: Run, grid: tuple = ()) -> list[Row]:
     """Measure the grid for the device, or the given one."""
     found = []
     usual = GPU_GRID if run.device.type == "cuda" else CPU_GRID
     for model, N, T in grid or usual[: 1 if run.quick else None]:
-        done = f"memory model={model} batch=({N}, 64, {T}) dtype={dtype_name(run.dtype)} mode=training step"
+        done = f"memory model={model} batch=({N}, 64, {T}) dtype={run.dtype_name} mode=training step"
         if run.out_of_time() or run.results.has(done, ("jasper_fast", "eager")):
             continue
         gc.collect()

@@ -18,19 +18,18 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from rich.table import Table
 from torch import nn
 from torch.autograd import DeviceType
 
 from jasper_fast import InferenceEngine
 from jasper_fast.bench.cases import latency, memory, models, train
 from jasper_fast.bench.harness import checking
-from jasper_fast.bench.harness.case import Case
+from jasper_fast.bench.harness.case import Case, Runner
 from jasper_fast.bench.harness.devices import synchronize
 from jasper_fast.bench.harness.kineto import recorded
 from jasper_fast.bench.harness.machine import slug
 from jasper_fast.bench.harness.run import Run
-from jasper_fast.bench.report import tables
+from jasper_fast.bench.report import terminal, words
 
 LAYER = "layer "
 BACKWARD = "autograd::engine::evaluate_function: "
@@ -187,15 +186,12 @@ def within(event, prefix: str) -> str | None:
 
 def show(title: str, records: list[dict], limit: int = 25) -> None:
     """Time per layer, forward and backward, and per op."""
-    for kind, mine in tables.profiled(records):
-        heads, lines = tables.profile_lines(mine, limit)
-        table = Table(title=f"{title}\ntime per {kind}", title_justify="left")
-        table.add_column(kind.partition(",")[0])
-        for column in heads:
-            table.add_column(column, justify="right")
+    for kind, mine in words.profiled(records):
+        heads, lines = words.profile_lines(mine, limit)
+        table = terminal.table(f"{title}\ntime per {kind}", (kind.partition(",")[0], *heads), 1)
         for line in lines:
             table.add_row(*line)
-        tables.console.print(table)
+        terminal.console.print(table)
 
 
 # ------------------------------------------------------------------ contenders
@@ -212,29 +208,25 @@ class WithoutGraphs(latency.Models):
         return InferenceEngine(fused.eval(), dtype=self.run.dtype, graphs=False)
 
 
-def inference(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str], Profiled]]:
+def inference(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str, Runner], Profiled]]:
     """The case that is checked, and each contender's call and ranges."""
     shared = WithoutGraphs(dataclasses.replace(run, rivals="eager"), model)
     at = f"{T} frames"  # no number of seconds that another part of bench may mean
     models.FRAMES[at] = T
     case = latency.case(shared, model, N, at)
 
-    def of(name: str) -> Profiled:
-        named = (
-            engine_ranges(shared.contenders[name], run.device)
-            if name == case.ours
-            else ranges(shared.contenders[name], run.device)
-        )
-        return case.runners[name].run, named
+    def of(name: str, ready: Runner) -> Profiled:
+        within = engine_ranges if name == case.ours else ranges
+        return ready.run, within(shared.contenders[name], run.device)
 
     return case, of
 
 
-def training(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str], Profiled]]:
+def training(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str, Runner], Profiled]]:
     """The case that is checked, and each contender's step and ranges."""
     case, modules, batch = memory.case(run, model, N, T)
 
-    def of(name: str) -> Profiled:
+    def of(name: str, _: Runner) -> Profiled:
         module = modules[name]
         state = models.weights(models.config(model), run.device)
         runner = train.runner(module, module, batch(), state, run.dtype, "step")
@@ -248,29 +240,29 @@ def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     case, of = {"train": training, "inference": inference}[mode](run, model, N, T)
     found = []
-    with run.blamed(case):
-        checking.prepare(case)
-    for name in [contender.name for contender in case.contenders]:
+    with run.begun(case) as m:
+        checking.prepare(m)
+    for name in case.names:
         about = {"contender": name, "model": model, "mode": mode, "batch": [N, T]}
-        if name in case.failed:
-            status, why = case.failed[name]
-            tables.console.print(f"{status}: {name}: {why}", style=tables.STYLES[status], markup=False)
+        if name in m.failed:
+            status, why = m.failed[name]
+            terminal.console.print(f"{status}: {name}: {why}", style=terminal.STYLES[status], markup=False)
             found.append(about | {"status": status, "why": why, "records": []})
             continue
-        step, named = of(name)
+        step, named = of(name, m.runners[name])
         target = run.results.path.with_name(f"trace_{slug(Path(model).stem)}_{mode}_{name}_{stamp}.json")
         bare, watched = [stopwatch(step, run.device)() for _ in range(4)], stopwatch(step, run.device)
         try:
             with named:
                 records = profile(watched, run.device, target)
         except NoKernels as error:
-            tables.console.print(f"failed: {name}: {error}", style=tables.STYLES["failed"], markup=False)
+            terminal.console.print(f"failed: {name}: {error}", style=terminal.STYLES["failed"], markup=False)
             found.append(about | {"status": "failed", "why": str(error), "records": []})
             continue
         show(f"{name}, {model} {mode} ({N}, {models.config(model).encoder.in_feats}, {T})", records)
         times = {"step_s": statistics.median(bare[1:]), "profiled_s": watched.seconds[-1]}
-        told = " without the profiler, ".join(tables.duration(t) for t in times.values())
-        tables.console.print(f"{name}: {told} with it; {target.name}", markup=False)
+        told = " without the profiler, ".join(words.duration(t) for t in times.values())
+        terminal.console.print(f"{name}: {told} with it; {target.name}", markup=False)
         found.append(about | {"status": "ok", "trace": target.name, "records": records} | times)
     run.results.data["profiles"] = found
     run.results.write()

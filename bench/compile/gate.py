@@ -7,7 +7,6 @@ architecture has, lost its tensor cores or its asynchronous copies, or differs f
 import argparse
 import concurrent.futures
 import functools
-import itertools
 import json
 import multiprocessing
 import os
@@ -26,29 +25,11 @@ from jasper_fast.bench.harness.machine import commit
 COMMITTED = paths.BENCH / "compiled"
 CACHE = paths.BUILD / "compile"
 DTYPES = ("float32", "float16", "bfloat16")
-FRAMES = (840, 48, 16)  # T' of 16.7 s, and two for which the default tiles have fewer rows
 KEY = ("arch", "dtype", "kernel", "tile", "layer")
 FACTS = (
     "registers", "spilled", "shared", "dots", "dot_rows", "wgmma", "mma_sync", "tcgen05", "tma", "cp_async",
     "wide_loads", "wide_stores", "narrow_loads", "waiting_loads", "nan_eaters",
 )  # fmt: skip
-# a table's op: the kernel that takes its tile, and the names of that kernel's launches for it
-TUNED = {
-    "forward": ("forward", "forward"),
-    "forward_stats": ("forward", "forward stats"),
-    "dgrad": ("dgrad", "dgrad"),
-    "dgrad_bn": ("dgrad", "dgrad bn.*"),
-    "wgrad": ("wgrad", "wgrad"),
-    "fused": ("fused", "fused.*"),
-}
-TRAINED_FIRST = (
-    "forward",
-    "forward stats",
-    "wgrad",
-    "stats merge",
-    "wgrad merge",
-    "pack",
-)  # of the network's first conv
 COLD = re.compile(r"merge|pack")  # run once a step over little data: a spill there costs nothing that shows
 
 
@@ -67,7 +48,7 @@ class Job:
         """The blocks, warps and stages, as the kernel names them."""
         s = self.source
         blocks = (f"{k.removeprefix('BLOCK_')}{v}" for k, v in s.constants.items() if k.startswith("BLOCK_"))
-        return " ".join([*blocks, f"w{s.num_warps}", f"s{s.num_stages}"])
+        return " ".join([*blocks, f"w{s.options['num_warps']}", f"s{s.options['num_stages']}"])
 
     @property
     def key(self) -> tuple:
@@ -85,77 +66,19 @@ class Job:
 
 def jobs(archs: Iterable[int], dtypes: Iterable[str]) -> Iterator[Job]:
     """Each distinct launch of Jasper 10x5's layers once, under the widest layer that makes it."""
+    from jasper_fast.bench.compile.launches import recorded
+
     for arch in archs:
         for dtype in dtypes:
-            seen: dict = {}
-            for kernel, layer, source in _launches(arch, dtype):
+            seen: set = set()
+            for kernel, layer, source in recorded(arch, dtype):
                 job = Job(arch, dtype, kernel, layer, source)
-                same = (kernel, job.digest)
-                if same in seen:
+                if (kernel, source) in seen:
                     continue
                 if job.key in seen:
                     raise ValueError(f"two launches called {label(job.key)} differ: their sources need other names")
-                seen[same] = seen[job.key] = True
+                seen |= {(kernel, source), job.key}
                 yield job
-
-
-def _launches(arch: int, dtype: str) -> Iterator[tuple[str, str, object]]:
-    """(kernel, layer, source) of every launch that dispatch can choose, with default tiles and with measured ones."""
-    import torch
-
-    from jasper_fast.bench.cases.layers import layers
-    from jasper_fast.kernels.bn_relu_dropout import triton_impl as bn
-    from jasper_fast.kernels.conv1d import triton_sources as conv1d
-
-    number, tma = getattr(torch, dtype), arch >= 90
-    exacts = (False, True) if number == torch.float32 else (False,)  # TF32 or not, as the user has set PyTorch
-    wide = sorted(layers(), key=lambda a: (-a.C_in, -a.C_out, a.K))
-    first, last = next(a for a in wide if a.first), next(a for a in wide if a.head)
-    lengths = [(T, True) for T in FRAMES] + [(FRAMES[0], False)]
-    for (T, masks), exact in itertools.product(lengths, exacts):
-        for a in wide:
-            name = f"{a.C_in}->{a.C_out} T{T}"
-            if a.head:  # it trains through ATen
-                continue
-            how = {"taps": a.K, "stride": a.stride, "masks": masks, "exact": exact}
-            for odd in (False, True) if a.first and tma else (False,):  # no descriptor has an odd T at stride 2
-                for source in conv1d.sources(number, a.C_in, a.C_out, T, descriptors=tma and not odd, **how):
-                    if not a.first:
-                        yield f"conv1d {source.name}", name, source
-                    elif source.name.removesuffix(conv1d.EXACT).removesuffix(" no masks") in TRAINED_FIRST:
-                        yield f"conv1d {source.name}", f"{name} s{a.stride}" + (" odd T" if odd else ""), source
-        ends = (number, first.C_out, last.C_in, last.C_out, T)
-        for source in conv1d.first_and_last(*ends, descriptors=tma, masks=masks, exact=exact):
-            at = first if source.name.startswith("first") else last
-            yield f"conv1d {source.name}", f"{at.C_in}->{at.C_out} T{T}" + (" s2" if at is first else ""), source
-    for C in sorted({a.C_in for a in wide if not a.first}, reverse=True):
-        for source in bn.sources(number, C):
-            yield f"bn_relu_dropout {source.name}", f"C{C}", source
-    yield from _measured(arch, dtype)
-
-
-def _measured(arch: int, dtype: str) -> Iterator[tuple[str, str, object]]:
-    """The launches with tiles from the tables of this architecture's GPUs."""
-    import torch
-
-    from jasper_fast.kernels import tables
-    from jasper_fast.kernels.conv1d import triton_sources as conv1d
-    from jasper_fast.kernels.conv1d.triton_tiles import Tile
-
-    for path in sorted(tables.folder().glob("*.json")):
-        table = tables.load(path)
-        for row in table.rows if table.header["capability"] == f"sm_{arch}" else ():
-            if row.tile is None or row.dtype != dtype:
-                continue
-            tuned = row.op.removeprefix("conv1d.")
-            op, names = TUNED[tuned]
-            shape = (getattr(torch, dtype), row.c_in, row.c_out, max(1, (1 << row.rows_log2) // 32))
-            how = {"taps": row.taps, "stride": row.stride, "descriptors": arch >= 90}
-            stride = f" s{row.stride}" if row.stride > 1 else ""
-            for exact in (False, True) if dtype == "float32" else (False,):
-                for source in conv1d.sources(*shape, **how, exact=exact, tiles={op: Tile(**row.tile)}):
-                    if re.fullmatch(names, source.name.removesuffix(conv1d.EXACT)):
-                        yield f"conv1d {source.name}", f"{row.c_in}->{row.c_out} {path.stem}{stride}", source
 
 
 # ------------------------------------------------------------------ compiling

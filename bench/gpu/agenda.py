@@ -137,7 +137,7 @@ def with_(run: Run, changes: dict) -> Run:
 def ready(run: Run) -> None:
     """The quick self-check in the run's dtype, while other processes compile what the next parts run."""
     with ahead.compilers(run, ("bn_relu_dropout", "the five largest convs", "latency of one utterance", "sub-blocks")):
-        self_check.selfcheck(run, quick=True, dtypes=(common.name(run.dtype),))
+        self_check.selfcheck(run, quick=True, dtypes=(run.dtype_name,))
 
 
 def all_launches(run: Run) -> None:

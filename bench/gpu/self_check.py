@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 
-from jasper_fast.bench.cases import common
 from jasper_fast.bench.harness.console import console
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.dispatch import probe, verdict, verdicts
@@ -46,7 +45,7 @@ def selfcheck_in_full(run: Run) -> None:
     kept = run.results.data.get("selfcheck", {}).get("verdicts", ())
     done = {group(v) for v in kept if not v["quick"]}
     left = [c for c in checks.plan(run.device) if (c.op, c.face, c.dtype) not in done]
-    own = common.name(run.dtype)
+    own = run.dtype_name
     for dtype in sorted({c.dtype for c in left}, key=lambda dtype: (dtype != own, dtype)):
         ops = dict.fromkeys(c.op for c in left if c.dtype == dtype)
         selfcheck(run, quick=False, ops=tuple(ops), dtypes=(dtype,))

@@ -152,6 +152,9 @@ def mark_throttled(rows: Iterable[dict], limits: dict) -> None:
         row["throttled"] = row["clocks"]["mhz"] < (1 - THROTTLED) * highest
 
 
-def clock(device: torch.device, wall: bool) -> WallClock | CudaClock:
+Clock = WallClock | CudaClock
+
+
+def clock(device: torch.device, wall: bool) -> Clock:
     """Events on a GPU unless the question is a person's waiting time."""
     return CudaClock(device) if device.type == "cuda" and not wall else WallClock(device)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from jasper_fast.bench.harness import nvml, paths
+from jasper_fast.kernels import native
 from jasper_fast.kernels.tables import slug
 
 __all__ = ["clocks", "command", "commit", "describe", "name", "slug"]
@@ -123,13 +124,12 @@ def _ptxas() -> str | None:
 
 def _cpu() -> dict:
     text = _read("/proc/cpuinfo")
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     have = set(flags.group(1).split()) if flags else set()
     memory = re.search(r"^MemTotal:\s*(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "name": model.group(1).strip() if model else platform.processor() or platform.machine(),
+        "name": native.cpu_name(),
         "cores": cores,
         "isa": [f for f in ISA_FLAGS if f in have],
         "torch_isa": torch.backends.cpu.get_cpu_capability(),

@@ -1,80 +1,81 @@
 """A GPU's clocks, temperature and power by the driver's own library: a call takes microseconds, nvidia-smi 50 ms."""
 
-import ctypes
 import functools
+from collections.abc import Callable
+from types import ModuleType
 
 import torch
 
-__all__ = ["cuda_driver", "driver", "read"]
-SM, MEMORY = 1, 2  # nvmlClockType_t
-GPU_SENSOR = 0  # nvmlTemperatureSensors_t
-# bits of nvmlDeviceGetCurrentClocksThrottleReasons that tell of a clock held down; idle and the user's own are left out
+from jasper_fast.bench.harness.console import console
+
+# what tells of a clock held down; an idle GPU and the user's own settings are left out
 REASONS = {
-    0x4: "software power cap",
-    0x8: "hardware slowdown",
-    0x20: "software thermal slowdown",
-    0x40: "hardware thermal slowdown",
-    0x80: "hardware power brake",
+    "SwPowerCap": "software power cap",
+    "HwSlowdown": "hardware slowdown",
+    "SwThermalSlowdown": "software thermal slowdown",
+    "HwThermalSlowdown": "hardware thermal slowdown",
+    "HwPowerBrakeSlowdown": "hardware power brake",
 }
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The driver's library, ready; None where there is none."""
+def library() -> ModuleType | None:
+    """pynvml, ready; None, with a line that says so, where it is not installed, and None where there is no driver."""
     try:
-        found = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
+        import pynvml
+    except ImportError:
+        told = "no clocks, temperature or driver version of the GPU in the result: pip install nvidia-ml-py"
+        console.print(told, soft_wrap=True)
         return None
-    return found if found.nvmlInit_v2() == 0 else None
+    return None if _told(pynvml.nvmlInit, default=pynvml) is pynvml else pynvml
 
 
 @functools.cache
-def handle(device: torch.device) -> ctypes.c_void_p | None:
+def handle(device: torch.device) -> object | None:
     """The library's handle of PyTorch's device, found by its UUID: indices differ under CUDA_VISIBLE_DEVICES."""
-    lib = library()
-    if lib is None:
+    nvml = library()
+    if nvml is None:
         return None
-    uuid, found = str(torch.cuda.get_device_properties(device).uuid), ctypes.c_void_p()
-    for prefix in ("GPU-", "MIG-", ""):  # PyTorch leaves it out
-        if lib.nvmlDeviceGetHandleByUUID(f"{prefix}{uuid}".encode(), ctypes.byref(found)) == 0:
-            return found
-    return None
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    found = (_told(nvml.nvmlDeviceGetHandleByUUID, prefix + uuid) for prefix in ("GPU-", "MIG-", ""))  # it has none
+    return next((at for at in found if at is not None), None)
 
 
 def read(device: torch.device) -> dict:
     """MHz of the multiprocessors and the memory, degrees, watts, and what holds the clock down; what can be read."""
-    at = handle(device)
+    nvml, at = library(), handle(device)
     if at is None:
         return {}
-    mhz = {name: _uint("nvmlDeviceGetClockInfo", at, kind) for name, kind in (("sm_mhz", SM), ("memory_mhz", MEMORY))}
-    milliwatts = _uint("nvmlDeviceGetPowerUsage", at)
-    found = mhz | {"temperature_c": _uint("nvmlDeviceGetTemperature", at, GPU_SENSOR)}
-    found["power_w"] = None if milliwatts is None else milliwatts / 1000
-    bits = _told("nvmlDeviceGetCurrentClocksThrottleReasons", ctypes.c_ulonglong(), at)
-    if bits is not None:
-        found["held_by"] = [name for bit, name in REASONS.items() if bits & bit]
+    milliwatts = _told(nvml.nvmlDeviceGetPowerUsage, at)
+    bits = _told(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, at)
+    found = {
+        "sm_mhz": _told(nvml.nvmlDeviceGetClockInfo, at, nvml.NVML_CLOCK_SM),
+        "memory_mhz": _told(nvml.nvmlDeviceGetClockInfo, at, nvml.NVML_CLOCK_MEM),
+        "temperature_c": _told(nvml.nvmlDeviceGetTemperature, at, nvml.NVML_TEMPERATURE_GPU),
+        "power_w": None if milliwatts is None else milliwatts / 1000,
+        "held_by": None if bits is None else [
+            told for name, told in REASONS.items() if bits & getattr(nvml, f"nvmlClocksThrottleReason{name}")
+        ],
+    }  # fmt: skip
     return {name: value for name, value in found.items() if value is not None}
 
 
 def driver() -> str | None:
     """The driver's version."""
-    lib, text = library(), ctypes.create_string_buffer(96)
-    return text.value.decode() if lib is not None and lib.nvmlSystemGetDriverVersion(text, 96) == 0 else None
+    return _told(library().nvmlSystemGetDriverVersion) if library() else None
 
 
 def cuda_driver() -> str | None:
     """The newest CUDA that the driver serves."""
-    lib, number = library(), ctypes.c_int()
-    if lib is None or lib.nvmlSystemGetCudaDriverVersion_v2(ctypes.byref(number)) != 0:
-        return None
-    return f"{number.value // 1000}.{number.value % 1000 // 10}"
+    number = _told(library().nvmlSystemGetCudaDriverVersion_v2) if library() else None
+    return None if number is None else f"{number // 1000}.{number % 1000 // 10}"
 
 
-def _uint(function: str, *args: object) -> int | None:
-    return _told(function, ctypes.c_uint(), *args)
+def _told(ask: Callable, *args: object, default: object = None) -> object:
+    """What the library answers; `default` where it fails, or this driver has no such function."""
+    from pynvml import NVMLError
 
-
-def _told(function: str, value: ctypes.c_uint | ctypes.c_ulonglong, *args: object) -> int | None:
-    """What `function` writes into `value`; None where it fails, or this driver has no such function."""
-    ask = getattr(library(), function, None)
-    return value.value if ask is not None and ask(*args, ctypes.byref(value)) == 0 else None
+    try:
+        return ask(*args)
+    except NVMLError:
+        return default

@@ -12,9 +12,9 @@ import torch
 from jasper_fast.bench.harness import machine
 from jasper_fast.bench.harness.case import Effort
 from jasper_fast.bench.harness.clocks import mark_throttled
+from jasper_fast.bench.harness.measurement import LOST, Row
 
 SCHEMA = 1
-LOST = "the device ran nothing more in that process"  # begins the row of the contender that did it
 TRIES = 2  # of a part of a run that fails
 
 
@@ -27,7 +27,7 @@ def header(device: torch.device, arguments: Mapping[str, object], effort: Effort
     }
 
 
-def against_limits(row: dict, limits: dict) -> None:
+def against_limits(row: Row, limits: dict) -> None:
     """Add the floor that the machine's measured ceilings set for the row, and how near the row comes to it."""
     rate, bandwidth = limits.get("matmul_flops_per_s", {}).get(row["dtype"]), limits.get("copy_bytes_per_s")
     floors = {}
@@ -66,11 +66,11 @@ class Results:
         return all(f"{case_id} / {name}" in have for name in contenders)
 
     def fatal(self, case_id: str) -> dict[str, tuple[str, str]]:
-        """Contenders of a case that took the device from an earlier process: status and reason, as `Case.failed`."""
+        """Contenders of a case that took the device from an earlier process, as `Measurement.failed` has them."""
         rows = (row for row in self.data["rows"] if row["id"].startswith(f"{case_id} / ") and row["status"] == "failed")
         return {row["contender"]: ("failed", row["why"]) for row in rows if row["why"].startswith(LOST)}
 
-    def add(self, rows: Iterable[dict]) -> None:
+    def add(self, rows: Iterable[Row]) -> None:
         """Put rows in, replacing those of the same id, and write the file."""
         new = {row["id"]: row for row in rows}
         for row in new.values():

@@ -12,7 +12,9 @@ from jasper_fast.bench.harness import checking, timing
 from jasper_fast.bench.harness.case import Case, Effort
 from jasper_fast.bench.harness.console import console
 from jasper_fast.bench.harness.errors import DeviceLost
-from jasper_fast.bench.harness.result_file import LOST, Results
+from jasper_fast.bench.harness.measurement import LOST, Measurement, Row
+from jasper_fast.bench.harness.result_file import Results
+from jasper_fast.kernels import tables
 
 
 @dataclass
@@ -30,20 +32,24 @@ class Run:
     brief: bool = False
     revisits: bool = False
     arguments: tuple[str, ...] = ()
-    kept: list[Case] = field(default_factory=list)
+    kept: list[Measurement] = field(default_factory=list)
     at_end: list[Callable[[], None]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
+
+    @property
+    def dtype_name(self) -> str:
+        """float32, not torch.float32."""
+        return tables.DTYPES[self.dtype]
 
     def out_of_time(self) -> bool:
         """Whether the run's time is spent."""
         return self.deadline is not None and time.monotonic() > self.deadline
 
-    def cases(self, title: str, cases: Sequence[Case]) -> list[dict]:
+    def cases(self, title: str, cases: Sequence[Case]) -> list[Row]:
         """Prepare and time one after another, showing progress: time that runs out leaves the numbers of the first."""
-        todo = [case for case in cases if not self.results.has(case.id, [c.name for c in case.contenders])]
-        done: list[dict] = []
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
+        todo = [case for case in cases if not self.results.has(case.id, case.names)]
+        done: list[Row] = []
+        with _progress() as progress:
             task = progress.add_task(title, total=len(todo) * 2)
             for i, case in enumerate(todo):
                 if self.out_of_time():
@@ -58,39 +64,37 @@ class Run:
                 done += made
         return done
 
-    def _case(self, case: Case, show: Callable[[str, float], None]) -> list[dict]:
+    def _case(self, case: Case, show: Callable[[str, float], None]) -> list[Row]:
         """The rows of one case."""
-        with self.blamed(case):
+        with self.begun(case) as m:
             show("check and warm up", 0.0)
-            checking.prepare(case)
-            made = timing.measure(case, self.device, self.effort, lambda share: show("time", 1.0 + share))
+            checking.prepare(m)
+            made = timing.measure(m, self.effort, lambda share: show("time", 1.0 + share))
         if self.revisits:
-            self.kept.append(case)
+            self.kept.append(m)
         else:
-            case.runners.clear()
+            m.runners.clear()
         return made
 
     @contextlib.contextmanager
-    def blamed(self, case: Case) -> Iterator[None]:
-        """Leaves out of the case what must not run, and where the device is lost inside writes the row of who did it:
-        the others of the case may try again in another process, that one may not."""
-        case.device = self.device
-        case.failed |= self.results.fatal(case.id)
+    def begun(self, case: Case) -> Iterator[Measurement]:
+        """A measurement of the case without what must not run; where the device is lost inside, the row of who did it
+        is written: the others of the case may try again in another process, that one may not."""
+        m = Measurement(case, self.device, failed=self.results.fatal(case.id))
         if why := self.refusal(case.needs):
-            case.failed[case.ours] = ("refused", why)
+            m.fail(case.ours, "refused", why)
         try:
-            yield
+            yield m
         except DeviceLost:
-            case.contenders = [c for c in case.contenders if case.failed.get(c.name, ("", ""))[1].startswith(LOST)]
-            self.results.add(timing.rows(case, (), {}, self.device))
+            m.case = case.only([name for name, (_, why) in m.failed.items() if why.startswith(LOST)])
+            self.results.add(m.rows({}, {}))
             raise
 
     def refusal(self, needs: Sequence[str]) -> str:
         """Why ours is not timed: what the run's own self-check found in an op that it is made of; empty if nothing."""
         face = {"cpu": "cpu", "cuda": "triton"}.get(self.device.type, "") if self.backend == "auto" else self.backend
-        dtype = str(self.dtype).removeprefix("torch.")
         for found in self.results.data.get("selfcheck", {}).get("verdicts", ()):
-            ours = found["face"] in (face, "aten") and found["dtype"] == dtype and found["op"] in needs
+            ours = found["face"] in (face, "aten") and found["dtype"] == self.dtype_name and found["op"] in needs
             if ours and found["status"] == "bad":
                 return f"self-check: {found['failure']}"
         return ""
@@ -104,18 +108,22 @@ class Run:
 
     def revisit(self) -> None:
         """Time every case that was kept once more, in the same order, as far as the time goes."""
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
+        with _progress() as progress:
             task = progress.add_task("again", total=len(self.kept))
-            for i, case in enumerate(self.kept):
+            for i, m in enumerate(self.kept):
                 if self.out_of_time():
                     console.print(f"out of time, {len(self.kept) - i} cases have one visit only")
                     break
-                progress.update(task, description=f"again: {case.bench} {case.label()}", completed=i)
-                self.results.add(timing.measure(case, self.device, self.effort))
-        for case in self.kept:
-            case.runners.clear()
-        self.kept.clear()
+                progress.update(task, description=f"again: {m.case.bench} {m.case.label()}", completed=i)
+                self.results.add(timing.measure(m, self.effort))
+        for m in self.kept:
+            m.runners.clear()
         for release in self.at_end:
             release()
+        self.kept.clear()
         self.at_end.clear()
+
+
+def _progress() -> Progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)

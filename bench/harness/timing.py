@@ -8,61 +8,60 @@ a ratio's interval then spans what each visit alone would have said, because a m
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-
-import torch
+from collections.abc import Callable, Sequence
 
 from jasper_fast.bench.harness import checking
-from jasper_fast.bench.harness.case import Case, Effort
-from jasper_fast.bench.harness.clocks import CudaClock, Gauge, WallClock, clock, clocks_during
-from jasper_fast.bench.harness.ratios import ratio, ratio_of_visits, summary
+from jasper_fast.bench.harness.case import Effort
+from jasper_fast.bench.harness.clocks import Clock, Gauge, clock
+from jasper_fast.bench.harness.measurement import Measurement, Row
+from jasper_fast.bench.harness.ratios import ratio
 
 
-def measure(
-    case: Case, device: torch.device, effort: Effort, on_round: Callable[[float], None] = lambda share: None
-) -> list[dict]:
+def measure(m: Measurement, effort: Effort, on_round: Callable[[float], None] = lambda share: None) -> list[Row]:
     """Time a prepared case; returns one row a contender, of this visit and of earlier ones together."""
-    ticker = clock(device, case.wall)
-    samples, inner, host = _rounds(case, ticker, case.effort(effort), on_round)
-    case.hurried |= max(map(len, samples.values()), default=effort.min_rounds) < effort.min_rounds
-    checking.check(case, (3,))  # what was right before the timing must still be right after it
-    case.visits.append({name: s for name, s in samples.items() if name in case.runners})
-    return rows(case, case.visits, inner, device, host)
+    effort = m.case.effort(effort)
+    ticker = clock(m.device, m.case.wall)
+    inner, host = _inner_runs(m, ticker)
+    samples = _rounds(m, ticker, inner, effort, on_round)
+    m.hurried |= max(map(len, samples.values()), default=effort.min_rounds) < effort.min_rounds
+    checking.check(m, (3,))  # what was right before the timing must still be right after it
+    m.visits.append({name: s for name, s in samples.items() if name in m.runners})
+    return m.rows(inner, host)
+
+
+def _inner_runs(m: Measurement, ticker: Clock) -> tuple[dict[str, int], dict[str, float]]:
+    """Runs a sample of each contender, and seconds that a run holds the host where a GPU computes."""
+    inner, host = {}, {}
+    for name in list(m.runners):
+        with m.caught(name):
+            once = ticker.sample(m.runners[name].run, 1)
+            inner[name] = max(1, int(ticker.min_sample / max(once, 1e-9)))
+            if (told := ticker.host(m.runners[name].run)) is not None:
+                host[name] = told
+    return inner, host
 
 
 def _rounds(
-    case: Case, ticker: WallClock | CudaClock, effort: Effort, on_round: Callable[[float], None]
-) -> tuple[dict, dict, dict]:
-    names = list(case.runners)
+    m: Measurement, ticker: Clock, inner: dict[str, int], effort: Effort, on_round: Callable[[float], None]
+) -> dict[str, list[float]]:
+    """Samples of each contender, in turns until they say enough or the time is spent."""
+    gauge, names = Gauge(m.device, m.readings), list(m.runners)
     samples: dict[str, list[float]] = {name: [] for name in names}
-    gauge = Gauge(ticker.device, case.readings)
-    inner: dict[str, int] = {}
-    host: dict[str, float] = {}
-    for name in names:
-        with checking.caught(case, name):
-            once = ticker.sample(case.runners[name].run, 1)
-            inner[name] = max(1, int(ticker.min_sample / max(once, 1e-9)))
-            if (told := ticker.host(case.runners[name].run)) is not None:
-                host[name] = told
-    names = [n for n in names if n in case.runners]
     was_enabled, started, done = gc.isenabled(), time.perf_counter(), 0
     gc.disable()
     try:
         while names and done < effort.max_rounds:
-            order = names if done % 2 == 0 else names[::-1]  # A B, B A: no one always runs on another's caches
-            for name in order:
-                with checking.caught(case, name):
-                    samples[name].append(ticker.sample(case.runners[name].run, inner[name]))
-            names = [n for n in names if n in case.runners]
+            for name in names if done % 2 == 0 else names[::-1]:  # A B, B A: no one always runs on another's caches
+                with m.caught(name):
+                    samples[name].append(ticker.sample(m.runners[name].run, inner[name]))
+            names = [n for n in names if n in m.runners]
             done += 1
             gauge.look()
             spent = time.perf_counter() - started
             on_round(min(1.0, max(spent / effort.seconds, done / effort.max_rounds)))
-            enough = done >= effort.min_rounds and done % 4 == 0 and _settled(case, samples, names, effort.target)
+            enough = done >= effort.min_rounds and done % 4 == 0 and _settled(m, samples, names, effort.target)
             least = effort.min_rounds if spent <= 3 * effort.seconds else 3 if spent <= 9 * effort.seconds else 1
-            late = spent > effort.seconds and done >= least
-            if enough or late:
+            if enough or (spent > effort.seconds and done >= least):
                 break
             if done % 8 == 0:
                 gc.collect(0)
@@ -70,64 +69,12 @@ def _rounds(
     finally:
         if was_enabled:
             gc.enable()
-    return samples, inner, host
+    return samples
 
 
-def _settled(case: Case, samples: dict[str, list[float]], names: Sequence[str], target: float) -> bool:
-    if case.ours not in names or len(names) < 2:
+def _settled(m: Measurement, samples: dict[str, list[float]], names: Sequence[str], target: float) -> bool:
+    ours = m.case.ours
+    if ours not in names or len(names) < 2:
         return False
-    intervals = (ratio(samples[n], samples[case.ours], resamples=200) for n in names if n != case.ours)
+    intervals = (ratio(samples[n], samples[ours], resamples=200) for n in names if n != ours)
     return all((r["high"] - r["low"]) / 2 <= target * r["median"] for r in intervals)
-
-
-def rows(
-    case: Case,
-    visits: Sequence[Mapping[str, Sequence[float]]],
-    inner: Mapping[str, int],
-    device: torch.device,
-    host: Mapping[str, float] = MappingProxyType({}),
-) -> list[dict]:
-    """One row a contender, in the case's order, from its samples in each visit; a contender without any says why.
-
-    `host`: seconds that a run holds the host, where that is not the measured time itself.
-    """
-    names = {name for visit in visits for name in visit}
-    samples = {name: [t for visit in visits for t in visit.get(name, ())] for name in names}
-    made = []
-    for contender in case.contenders:
-        name = contender.name
-        row = {
-            "id": f"{case.id} / {name}",
-            "bench": case.bench,
-            "key": case.key,
-            "contender": name,
-            "ours": name == case.ours,
-        }
-        row |= {
-            "dtype": case.dtype,
-            "flops": case.flops,
-            "bytes": case.nbytes,
-            "clock": "wall" if case.wall or device.type != "cuda" else "events",
-        }
-        if name in case.failed:
-            status, why = case.failed[name]
-            made.append(row | {"status": status, "why": why})
-            continue
-        time_s = summary(samples[name], inner[name])
-        row |= {"status": "ok", "time_s": time_s}
-        if case.hurried:
-            row["hurried"] = True
-        if case.readings:
-            row["clocks"] = clocks_during(case.readings)
-        if name in host:
-            row["host_s"] = host[name]
-        if case.flops:
-            row["flops_per_s"] = case.flops / time_s["median"]
-        if case.nbytes:
-            row["bytes_per_s"] = case.nbytes / time_s["median"]
-        if case.items:
-            row["items_per_s"] = case.items / time_s["median"]
-        if name != case.ours and case.ours in samples and case.ours not in case.failed:
-            row["ratio"] = ratio_of_visits(visits, name, case.ours)
-        made.append(row)
-    return made

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jasper_fast.bench.report import tables
+from jasper_fast.bench.report import words
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def agreement(first: dict, second: dict) -> Agreement:
     """Compare the rows that both results measured, each with pairs enough for an interval."""
     ones, others = _ratios(first), _ratios(second)
     both = {key: (ones[key], others[key]) for key in ones if key in others}
-    told = {key: pair for key, pair in both.items() if all(map(tables.known, pair))}
+    told = {key: pair for key, pair in both.items() if all(map(words.known, pair))}
     apart = tuple(key for key, (a, b) in told.items() if a["low"] > b["high"] or b["low"] > a["high"])
     return Agreement(len(told), apart, len(both) - len(told))
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jasper_fast.bench.harness import paths
-from jasper_fast.bench.report import tables
+from jasper_fast.bench.report import terminal, words
 
 BEGIN, END = "<!-- bench: made by python -m bench report --readme -->", "<!-- /bench -->"
 COMMITTED = paths.BENCH / "results"
@@ -25,7 +25,7 @@ def write(results: Iterable[dict], readme: Path | None = None) -> int:
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     readme.write_text(f"{before}{BEGIN}\n{''.join(table(r) for r in machines.values())}{END}{after}")
-    tables.console.print(f"wrote the table in {readme.name}")
+    terminal.console.print(f"wrote the table in {readme.name}")
     return 0
 
 
@@ -57,16 +57,16 @@ def table(results: Sequence[dict]) -> str:
         if goal["measured"] is None:
             cells = ["no number", pair[1].get("why", ""), ""]
         elif goal["kind"] == "share":
-            cells = [tables.duration(r["time_s"]["median"]) if r and "time_s" in r else "" for r in pair]
+            cells = [words.duration(r["time_s"]["median"]) if r and "time_s" in r else "" for r in pair]
             cells.append(f"{100 * goal['measured']:.0f} % of the limit")
         elif "memory" in pair[0]:
             cells = [f"{r['memory']['kept_bytes'] / 2**20:,.0f} MiB" for r in pair]
             cells.append(f"{goal['measured']:.2f} of eager's")
         else:
-            cells = [tables.duration(r["time_s"]["median"]) for r in pair]
+            cells = [words.duration(r["time_s"]["median"]) for r in pair]
             cells[0] += "" if pair[0]["contender"] == "eager" else f" ({pair[0]['contender']})"
             found = pair[0]["ratio"]
-            interval = f" [{goal['low']:.2f}, {goal['high']:.2f}]" if tables.known(found) else ""
+            interval = f" [{goal['low']:.2f}, {goal['high']:.2f}]" if words.known(found) else ""
             pairs = f" of {found['pairs']} pairs" if "pairs" in found else ""
             cells.append(f"{goal['measured']:.2f}x{interval}{pairs}")
         lines.append(f"| {goal['name']} | {' | '.join(cells)} |")
@@ -79,7 +79,11 @@ def source(result: dict) -> str:
     m, path = result["machine"], result["path"]
     file = f"[result](bench/results/{path.name})" if path.parent == COMMITTED else path.name
     command = re.sub(r" --out \S+", "", m["command"])
-    told = [f"{m['threads']} threads", f"torch {m['packages']['torch']}", f"commit {m['commit']}"]
+    told = [
+        f"{m['threads']} thread{'s' * (m['threads'] != 1)}",
+        f"torch {m['packages']['torch']}",
+        f"commit {m['commit']}",
+    ]
     if m.get("load_average"):
         told.append(f"load average before {m['load_average'][0]:.1f}")
     return f"`{command}`; {', '.join(told)}; {file}"

@@ -19,6 +19,7 @@ INFERENCE: dict[str, Callable[[nn.Module], Model]] = {
     "cuda_graph": cuda_graphs.cuda_graph,
     "onnxruntime": runtimes.onnx_runtime,
     "openvino": runtimes.openvino,
+    "openvino_int8": runtimes.openvino_int8,
     "tensorrt": runtimes.tensorrt,
 }
 TRAINING: dict[str, Callable[[nn.Module], Model]] = {
@@ -32,7 +33,7 @@ KINDS = {"inference": INFERENCE, "training": TRAINING}
 # torch.compile of a 54-layer model takes minutes on a small CPU, so there it runs only when asked for
 DEFAULT = {
     ("inference", "cpu"): ("eager", "eager_no_masks", "eager_2d_channels_last", "onnxruntime", "openvino"),
-    ("inference", "cuda"): tuple(n for n in INFERENCE if n != "openvino"),
+    ("inference", "cuda"): tuple(n for n in INFERENCE if not n.startswith("openvino")),
     ("training", "cpu"): ("eager", "eager_2d_channels_last"),
     ("training", "cuda"): tuple(TRAINING),
 }

@@ -1,6 +1,7 @@
 """Other runtimes over the same weights: ONNX Runtime, OpenVINO, TensorRT (inference only)."""
 
 import contextlib
+import copy
 import importlib.util
 import tempfile
 from pathlib import Path
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 
 from jasper_fast.bench.harness.errors import Absent
 from jasper_fast.bench.rivals.eager_layouts import Model
+from jasper_fast.nn.architecture import out_lengths as frames_out
 
 
 def onnx_runtime(model: nn.Module) -> Model:
     """ONNX Runtime with all its graph optimisations; inputs and outputs stay on the model's device (inference only)."""
+    if next(model.parameters()).device.type == "cpu" and _dtype(model) is torch.bfloat16:
+        raise Absent("ONNX Runtime has no bf16 convolutions on a CPU")
     _need("onnxruntime", "pip install onnxruntime onnx onnxscript")
     _need("onnx", "pip install onnx onnxscript")
     import onnxruntime
@@ -22,6 +26,8 @@ def onnx_runtime(model: nn.Module) -> Model:
     device = next(model.parameters()).device
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # threads that spin after a call would take the cores from the contender whose turn comes next
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
     if provider not in onnxruntime.get_available_providers():
         raise Absent(f"onnxruntime has no {provider}: pip install onnxruntime-gpu")
@@ -57,7 +63,7 @@ def bound(session, model: nn.Module, stream: "torch.cuda.Stream | None" = None) 
 
     def call(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         features, lengths = features.contiguous(), lengths.contiguous()
-        N, T, V = features.shape[0], _frames_out(model, features.shape[2]), model.decoder.layers[0].out_channels
+        N, T, V = features.shape[0], frames_out(model.config, features.shape[2]), model.decoder.layers[0].out_channels
         log_probs, out_lengths = features.new_empty((N, T, V), dtype=torch.float32), torch.empty_like(lengths)
         binding = session.io_binding()
         binding.bind_input(**place("features", features))
@@ -74,33 +80,59 @@ def bound(session, model: nn.Module, stream: "torch.cuda.Stream | None" = None) 
     return call
 
 
-def _frames_out(model: nn.Module, T: int) -> int:
-    """Frames of the model's output for T of its input."""
-    for block in model.encoder.layers:
-        for _ in range(block.cfg.repeat):
-            T = block.cfg.out_length(T)
-    return T
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
 
 
 def openvino(model: nn.Module) -> Model:
-    """OpenVINO on the CPU, weights in the model's own precision (inference only)."""
+    """OpenVINO on the CPU, its weights fp32 and its arithmetic in bf16 where the model's is (inference only)."""
+    converted = _converted(model)
+    return _compiled(converted, "bf16" if _dtype(model) is torch.bfloat16 else "f32")
+
+
+def openvino_int8(model: nn.Module) -> Model:
+    """OpenVINO's network in int8, by NNCF from the first inputs of each shape (inference only)."""
+    _need("nncf", "pip install openvino nncf")
+    converted, ready = _converted(model), {}
+
+    def call(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        if features.shape not in ready:
+            import nncf
+
+            sample = nncf.Dataset([(features.float().numpy(), lengths.numpy())])
+            quantized = nncf.quantize(converted, sample, subset_size=1)
+            ready[features.shape] = _compiled(quantized, "f32")
+        return ready[features.shape](features, lengths)
+
+    return call
+
+
+def _converted(model: nn.Module) -> object:
+    """OpenVINO's network of the model in fp32."""
     _need("openvino", "pip install openvino")
     if next(model.parameters()).device.type != "cpu":
         raise Absent("OpenVINO is timed on the CPU only")
     import openvino as ov
 
-    features = torch.zeros(2, model.config.encoder.in_feats, 64, dtype=next(model.parameters()).dtype)
-    with _no_grad_eval(model):
-        converted = ov.convert_model(model, example_input=(features, torch.full((2,), 64)))
+    wide = copy.deepcopy(model).float()
+    with _no_grad_eval(wide):
+        features = torch.zeros(2, model.config.encoder.in_feats, 64)
+        return ov.convert_model(wide, example_input=(features, torch.full((2,), 64)))
+
+
+def _compiled(network: object, precision: str) -> Model:
+    import openvino as ov
+
+    # threads pinned to cores would stand in the way of the other contenders', which take turns with these
     hints = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
+        "ENABLE_CPU_PINNING": False,
     }
-    ready = ov.compile_model(converted, "CPU", hints)
+    ready = ov.compile_model(network, "CPU", hints | {"INFERENCE_PRECISION_HINT": precision})
 
     def call(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        found = ready((features.numpy(), lengths.numpy()))
+        found = ready((features.float().numpy(), lengths.numpy()))
         return torch.from_numpy(found[0].copy()), torch.from_numpy(found[1].copy())
 
     return call

@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jasper_fast.bench.cases import common
 from jasper_fast.bench.harness import devices
 from jasper_fast.bench.harness.case import Case, Contender, Runner
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.rivals import cuda_graphs
 from jasper_fast.dispatch import backends
 from jasper_fast.kernels import tables
+from jasper_fast.kernels.operands import Mask, Norm
 from jasper_fast.selfcheck import cases, checks
 
 AHEAD = "all tiles, compiled ahead"  # what is being tried while no contender is
@@ -77,7 +79,7 @@ class Held:
         return self._derived[name][1]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class TunedContender(Contender):
     """A contender with what its row in the table will say; `call`, of inputs that are `held`, launches its kernels."""
 
@@ -130,11 +132,21 @@ def builder(
     return build
 
 
+def norm_of(inputs: dict[str, Tensor]) -> Norm:
+    """The batch norm among a check's inputs."""
+    return Norm(*(inputs[name] for name in Norm._fields))
+
+
+def mask_of(inputs: dict[str, Tensor]) -> Mask:
+    """The mask and dropout among a check's inputs."""
+    return Mask(inputs["lengths"], inputs["seed"], 0.2)
+
+
 def library_builder(run: Run, held: Held) -> Callable[[], Runner]:
     """What stands in the kernel's place where the library convolves: its call and, in training, batch norm's pass."""
     check = held.check
     s, function = check.shape, check.function
-    conv = (s.stride, s.padding, s.dilation)
+    conv = s.geometry
     aten, bn = backends.face("conv1d", "aten"), backends.face("bn_relu_dropout", "triton")
 
     def channels_last(inputs: dict[str, Tensor]) -> Tensor:
@@ -145,31 +157,26 @@ def library_builder(run: Run, held: Held) -> Callable[[], Runner]:
         # cast once, as autocast's cache and an engine do, and in the memory that cuDNN would copy it to in every call
         weight = held.derived("weight", channels_last)
         if function == "wgrad":
-            return {"dw": aten.wgrad(i["x"], i["dy"], s.k, *conv, dtype=torch.float32)}
+            return {"dw": aten.wgrad(i["x"], i["dy"], s.k, conv, dtype=torch.float32)}
         if function.startswith("dgrad"):
-            dx = aten.dgrad(i["dy"], weight.squeeze(2), s.t, *conv)
+            dx = aten.dgrad(i["dy"], weight.squeeze(2), s.t, conv)
             if function == "dgrad":
                 return {"dx": dx}
-            norm = (i["mean"], i["rstd"], i["gamma"], i["beta"], i["lengths"], i["seed"], 0.2)
-            return {
-                "dx": dx,
-                **dict(zip(("dbeta", "dgamma"), bn.backward_reduce(dx, i["y"], None, *norm), strict=True)),
-            }
+            sums = bn.backward_reduce(dx, i["y"], None, norm_of(i), mask_of(i))
+            return {"dx": dx} | dict(zip(("dbeta", "dgamma"), sums, strict=True))
         if function == "fused":
             x, bias = i["x"].transpose(1, 2).unsqueeze(2), held.derived("bias", lambda i: i["bias"].to(run.dtype))
-            z = F.conv2d(x, weight, bias, (1, s.stride), (0, s.padding), (1, s.dilation)).squeeze(2)
+            z = F.conv2d(x, weight, bias, (1, s.stride), (0, conv.padding), (1, s.dilation)).squeeze(2)
             z = z.float().log_softmax(1) if check.variant == "log-softmax" else z.relu_()
-            return {"z": z.masked_fill_(beyond(i["out_lengths"], z.shape[2]), 0.0).transpose(1, 2)}
-        y = aten.forward(i["x"], weight.squeeze(2), *conv)
+            return {"z": z.masked_fill_(common.mask(i["out_lengths"], z.shape[2]), 0.0).transpose(1, 2)}
+        y = aten.forward(i["x"], weight.squeeze(2), conv)
         return {"y": y} | (dict(zip(("mean", "m2"), bn.stats(y), strict=True)) if function == "forward_stats" else {})
 
     def outputs() -> dict[str, Tensor]:
         found = call()
         if function == "dgrad_bn":  # g is of the pass that comes after, and not timed: the kernel's epilogue has it too
             i, plain = held.case.inputs, backends.face("bn_relu_dropout", "reference")
-            norm = (i["y"], None, i["mean"], i["rstd"], i["gamma"], i["beta"])
-            of_dx = plain.backward_apply(found["dx"], *norm, None, None, i["lengths"], i["seed"], 0.2, True)
-            found["g"] = of_dx[1]
+            found["g"] = plain.backward_apply(found["dx"], i["y"], None, norm_of(i), None, mask_of(i), True)[1]
         return found
 
     def build() -> Runner:
@@ -177,11 +184,6 @@ def library_builder(run: Run, held: Held) -> Callable[[], Runner]:
         return Runner(replayed(call, run.device), outputs)
 
     return build
-
-
-def beyond(lengths: Tensor, frames: int) -> Tensor:
-    """(N, 1, T), true at t >= length."""
-    return (torch.arange(frames, device=lengths.device) >= lengths[:, None])[:, None]
 
 
 def replayed(call: Callable[[], object], device: torch.device) -> Callable[[], object]:

@@ -147,7 +147,6 @@ def make_case(run: Run, op: str, layer: Layer, batch: tuple[int, int], trial: Tr
         ours=contenders[0].name,
         flops=flops,
         nbytes=nbytes,
-        dtype=dtype,
     )
 
 

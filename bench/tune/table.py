@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jasper_fast.bench.harness.console import console
 from jasper_fast.bench.harness.run import Run
+from jasper_fast.bench.report import terminal, words
 from jasper_fast.bench.tune.cases import LIBRARY
 from jasper_fast.kernels import tables
 
@@ -86,15 +87,9 @@ def say(text: str) -> None:
 
 def summary(run: Run, done: int, of: int) -> None:
     """The winners beside plain PyTorch, and what was not chosen and why."""
-    from rich.table import Table as Shown
-
-    from jasper_fast.bench.report.tables import console as out
-    from jasper_fast.bench.report.tables import duration
-
     rows = run.results.data["rows"]
-    shown = Shown(title=f"tune: {done} of {of} cases", title_justify="left")
-    for column in ("op", "shape", "fastest of ours", "time", "rate", "PyTorch / ours"):
-        shown.add_column(column, justify="left" if column in ("op", "shape", "fastest of ours") else "right")
+    headings = ("op", "shape", "fastest of ours", "time", "rate", "PyTorch / ours")
+    shown = terminal.table(f"tune: {done} of {of} cases", headings, 3)
     by_case: dict[str, list[dict]] = {}
     for row in rows:
         by_case.setdefault(row["id"].rsplit(" / ", 1)[0], []).append(row)
@@ -108,15 +103,12 @@ def summary(run: Run, done: int, of: int) -> None:
             continue
         spent = ours["time_s"]["median"]
         beside = f"{plain['time_s']['median'] / spent:.2f}" if plain else ""
-        rate = f"{ours['flops'] / spent / 1e12:.3g} TFLOP/s"
-        if key["op"] in tables.NORM_OPS:
-            rate = f"{ours['bytes'] / spent / 1e9:.3g} GB/s"
+        by_bytes = key["op"] in tables.NORM_OPS
+        rate = words.per_second(ours["bytes" if by_bytes else "flops"] / spent, "B" if by_bytes else "FLOP")
         name = ours["contender"].removeprefix("triton ")
-        shown.add_row(key["op"], key["shape"], name, duration(spent), rate, beside)
-    out.print(shown)
-    for row in (r for r in rows if r["status"] != "ok"):
-        case = " ".join(str(v) for v in row["key"].values())
-        out.print(f"{row['status']}: {row['contender']}, {case}: {row['why']}", style="red")
-    out.print(f"wrote {run.results.path}")
+        shown.add_row(key["op"], key["shape"], name, words.duration(spent), rate, beside)
+    terminal.console.print(shown)
+    terminal.without_number(rows)
+    terminal.console.print(f"wrote {run.results.path}")
     if run.device.type == "cuda":
-        out.print(f"to make it this GPU's choice: python -m bench tune --install {run.results.path}")
+        terminal.console.print(f"to make it this GPU's choice: python -m bench tune --install {run.results.path}")

@@ -25,11 +25,13 @@ from pathlib import Path
 
 import torch
 
-from jasper_fast.bench.harness import checking, devices, options, paths, result_file, timing
+from jasper_fast.bench.harness import checking, devices, options, paths, timing
 from jasper_fast.bench.harness.case import Case, Effort
 from jasper_fast.bench.harness.console import console
 from jasper_fast.bench.harness.errors import DeviceLost, OutOfTime, first_line
 from jasper_fast.bench.harness.interruption import interrupted_after
+from jasper_fast.bench.harness.measurement import LOST as LOST_ROW
+from jasper_fast.bench.harness.measurement import Measurement, Row
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.tune.builders import AHEAD, Trial, compile_ahead
 from jasper_fast.bench.tune.cases import LIBRARY, OPS, Layer, make_case, plan
@@ -129,7 +131,7 @@ def work(run: Run, todo: list[tuple[str, Layer, tuple[int, int]]], trial: Trial)
         console.print(f"tune {number} of {len(todo)}: {case.label()}, {left:.0f} s left")
         try:
             with interrupted_after(left):
-                rows = attempt(run, (op, layer, batch), trial)
+                rows = attempt(run, case, trial)
         except OutOfTime:
             interrupted_after.no_more()
             return OUT_OF_TIME
@@ -145,54 +147,50 @@ def work(run: Run, todo: list[tuple[str, Layer, tuple[int, int]]], trial: Trial)
     return 0
 
 
-def attempt(run: Run, what: tuple[str, Layer, tuple[int, int]], trial: Trial) -> list[dict]:
+def attempt(run: Run, case: Case, trial: Trial) -> list[Row]:
     """The rows of a case; where it cannot be measured at all (no memory for its inputs, say), they say so."""
-    case = make_case(run, *what, trial)
-    case.device = run.device
+    m = Measurement(case, run.device)
     try:
-        return measure(run, case, trial)
+        return measure(run, m, trial)
     except DeviceLost:
-        accuse(case, trial)
+        accuse(m, trial)
         raise
     except Exception as error:  # one case's failure costs the others nothing
         if told := devices.lost(run.device):
-            accuse(case, trial)
+            accuse(m, trial)
             raise DeviceLost(f"{case.label()}: {told}") from error
         why = first_line(error)
-    case = make_case(run, *what, trial)
-    case.failed = {c.name: ("failed", why) for c in case.contenders}
-    rows = timing.rows(case, {}, {}, run.device)
-    return [row | {"tune": c.row} for row, c in zip(rows, case.contenders, strict=True)]
+    failed = Measurement(case, run.device, failed=dict.fromkeys(case.names, ("failed", why)))
+    return [row | {"tune": c.row} for row, c in zip(failed.rows({}, {}), case.contenders, strict=True)]
 
 
-def measure(run: Run, case: Case, trial: Trial) -> list[dict]:
+def measure(run: Run, m: Measurement, trial: Trial) -> list[Row]:
     """Check all contenders, time them, the slow ones only for the first rounds; returns their rows."""
-    killers = {row["contender"] for row in run.results.data["rows"] if row["id"].startswith(f"{case.id} / ")}
-    case.contenders = [c for c in case.contenders if c.name not in killers]
-    described = {c.name: c.row for c in case.contenders}
+    killers = {row["contender"] for row in run.results.data["rows"] if row["id"].startswith(f"{m.case.id} / ")}
+    m.case = m.case.only([name for name in m.case.names if name not in killers])
+    described = {c.name: c.row for c in m.case.contenders}
     if AHEAD not in killers:
-        compile_ahead(run, case, trial)
-    checking.prepare(case)
-    first = timing.measure(case, run.device, FIRST_ROUNDS)
+        compile_ahead(run, m.case, trial)
+    checking.prepare(m)
+    first = timing.measure(m, FIRST_ROUNDS)
     times = {row["contender"]: row["time_s"]["median"] for row in first if row["status"] == "ok"}
     for name, spent in times.items():
         if spent > SLOW * min(times.values()) and name != LIBRARY:
-            del case.runners[name]
-    case.contenders = [c for c in case.contenders if c.name in case.runners]
-    rows = timing.measure(case, run.device, run.effort) if case.contenders else []
-    rows = [row for row in first if row["contender"] not in {r["contender"] for r in rows}] + rows
-    case.runners.clear()
+            del m.runners[name]
+    m.case = m.case.only(list(m.runners))
+    rows = {row["contender"]: row for row in (*first, *(timing.measure(m, run.effort) if m.runners else ()))}
+    m.runners.clear()
     if run.device.type == "cuda":
         torch.cuda.empty_cache()  # the graphs' memory
-    for row in rows:
-        name, facts = row["contender"], trial.facts.get(row["contender"], {})
+    for name, row in rows.items():
+        facts = trial.facts.get(name, {})
         row["tune"] = described[name] | {k: facts.get(k) for k in ("registers", "shared", "spilled")}
-    return rows
+    return list(rows.values())
 
 
 def finished(run: Run, case: Case) -> bool:
     """Whether the result has all rows of a case."""
-    return run.results.has(case.id, [c.name for c in case.contenders])
+    return run.results.has(case.id, case.names)
 
 
 # ------------------------------------------------------------------ the process: its start, its end, and what ends it
@@ -243,10 +241,10 @@ def terminated(trial: Trial) -> Iterator[None]:
         os.close(reader)
 
 
-def accuse(case: Case, trial: Trial) -> None:
+def accuse(m: Measurement, trial: Trial) -> None:
     """Notes who lost the device: it may have been another than the last that was tried first."""
-    for name, (_, why) in case.failed.items():
-        if why.startswith(result_file.LOST) or "CUDA error" in why:
+    for name, (_, why) in m.failed.items():
+        if why.startswith(LOST_ROW) or "CUDA error" in why:
             trial.begin(name)
             return
 

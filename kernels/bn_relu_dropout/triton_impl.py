@@ -14,15 +14,12 @@ read, except by stats and by backward_apply with batch statistics, which count p
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels import aot, launch, philox
+from jasper_fast.kernels import launch, philox
 from jasper_fast.kernels.layout import empty_ntc
 from jasper_fast.kernels.operands import Mask, Norm
 from jasper_fast.kernels.triton_dropout import keep
@@ -341,13 +338,14 @@ def forward(y: Tensor, norm: Norm, residual: Tensor | None, mask: Mask) -> Tenso
 def backward_reduce(dz: Tensor, y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> tuple[Tensor, Tensor]:
     """(dbeta, dgamma) = (sum g, sum g*yhat), fp32 (C,) each; see `reference.backward_reduce`."""
     rows, c = _rows(y), y.shape[1]
+    seed = mask.seed if z is None else None  # z tells what was dropped
     dbeta, dgamma = _vectors(y, 2)
     chunk, partials = _chunks(rows)
     part_dbeta, part_dgamma = _vectors(y, 2, partials)
     block_m, block_c, vec = _blocks(c, LANES)
     launch.run(
         _backward_reduce_kernel, (partials * triton.cdiv(c, block_c),), y,
-        dz, y, z, *norm, mask.lengths, mask.seed, part_dbeta, part_dgamma,
+        dz, y, z, *norm, mask.lengths, seed, part_dbeta, part_dgamma,
         rows, y.shape[2], chunk, c // vec, *philox.signed_threshold(mask.p),
         HAS_Z=z is not None, HAS_LENGTHS=mask.lengths is not None, HAS_DROPOUT=mask.p > 0 and z is None,
         BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=NUM_WARPS,
@@ -373,13 +371,14 @@ def backward_apply(
     """dy and, with a residual, dres: (N, C, T) of y's dtype, NTC memory; see `reference.backward_apply`."""
     n, c, t = y.shape
     rows = _rows(y)
+    seed = mask.seed if z is None else None  # z tells what was dropped
     dy = empty_ntc(n, c, t, like=y)
     dres = empty_ntc(n, c, t, like=y) if has_residual else None
     block_m, block_c, vec = _blocks(c, APPLY_LANES)
     launch.run(
         _backward_apply_kernel, (triton.cdiv(rows, block_m) * triton.cdiv(c, block_c),), y,
         dz, y, z, dy, dres, *norm, *(means or (None, None)),
-        mask.lengths, mask.seed, rows, t, halo or 0, c // vec, *philox.signed_threshold(mask.p),
+        mask.lengths, seed, rows, t, halo or 0, c // vec, *philox.signed_threshold(mask.p),
         HAS_Z=z is not None, HAS_RESIDUAL=has_residual, HAS_BATCH_STATS=means is not None,
         HAS_LENGTHS=mask.lengths is not None, HAS_DROPOUT=mask.p > 0 and z is None,
         HAS_HALO=not (halo is None or mask.lengths is None or means is None),
@@ -410,52 +409,3 @@ def _blocks(c: int, elements: int) -> tuple[int, int, int]:
     """BLOCK_M, BLOCK_C, VEC: the tile, and the largest of 8, 4, 1 that divides C (the compiler's alignment)."""
     block_c = min(128, max(16, triton.next_power_of_2(c)))
     return elements // block_c, block_c, next(v for v in (8, 4, 1) if c % v == 0)
-
-
-# ---- for compilation without a GPU ----
-
-_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-_ACTIVATIONS = ("y_ptr", "z_ptr", "dz_ptr", "residual_ptr", "dy_ptr", "dres_ptr")
-_OPTIONAL = {"z_ptr": "HAS_Z", "residual_ptr": "HAS_RESIDUAL", "dres_ptr": "HAS_RESIDUAL", "lengths_ptr": "HAS_LENGTHS"}
-_OPTIONAL |= {"seed_ptr": "HAS_DROPOUT", "mean_g_ptr": "HAS_BATCH_STATS", "mean_gy_ptr": "HAS_BATCH_STATS"}
-_SCALARS = dict.fromkeys(("rows", "frames", "halo", "chunk", "partials", "c_groups", "C", "threshold"), "i32")
-
-
-def sources(dtype: torch.dtype, c: int) -> Iterator[aot.Source]:
-    """Every kernel, in every combination of its flags that a launch with `c` channels of `dtype` can choose."""
-
-    def source(name: str, kernel: triton.JITFunction, tile: int, **flags: bool) -> aot.Source:
-        block_m, block_c, vec = _blocks(c, tile)
-        types = {"scale": "fp32", "lengths_ptr": "*i64", "seed_ptr": "*i64"} | _SCALARS
-        types |= dict.fromkeys(_ACTIVATIONS, _TYPES[dtype])
-        signature = {a: types.get(a, "*fp32") for a in kernel.arg_names if a.islower() or a == "C"}
-        for pointer, flag in _OPTIONAL.items():
-            if flag in flags and not flags[flag] and pointer in signature:
-                del signature[pointer]
-        absent = {a: None for a in kernel.arg_names if a not in signature}
-        told = "".join(f" {flag.removeprefix('HAS_').lower()}" for flag, on in flags.items() if on)
-        return aot.Source(
-            name + told, kernel, signature,
-            absent | {"BLOCK_M": block_m, "BLOCK_C": block_c, "VEC": vec} | flags,
-            num_warps=APPLY_WARPS if kernel is _backward_apply_kernel else NUM_WARPS,
-        )  # fmt: skip
-
-    tile = TILE_BYTES // dtype.itemsize
-    yield source("stats", _stats_kernel, LANES)
-    for name, kernel in (("stats_merge", _stats_merge_kernel), ("sum_merge", _sum_merge_kernel)):
-        merge = source(name, kernel, LANES)
-        merge.constants.update(BLOCK_G=MAX_PARTIALS, BLOCK_C=MERGE_C)
-        yield merge
-    for residual, lengths, dropout in itertools.product((False, True), repeat=3):
-        flags = {"HAS_LENGTHS": lengths, "HAS_DROPOUT": dropout}
-        yield source("forward", _forward_kernel, tile, HAS_RESIDUAL=residual, **flags)
-        if residual and dropout:
-            continue  # z tells what was dropped
-        yield source("backward_reduce", _backward_reduce_kernel, LANES, HAS_Z=residual, **flags)
-        for batch, halo in ((False, False), (True, False), (True, True)):
-            if halo and not lengths:
-                continue
-            yield source(
-                "backward_apply", _backward_apply_kernel, APPLY_LANES,
-                HAS_Z=residual, HAS_RESIDUAL=residual, HAS_BATCH_STATS=batch, **flags, HAS_HALO=halo,
-            )  # fmt: skip

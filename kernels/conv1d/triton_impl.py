@@ -7,7 +7,6 @@ are fp32 (TF32 where PyTorch's own conv takes it, see `takes_tf32`), fp16 or bf1
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -419,12 +418,8 @@ def _activations(x: Tensor, stride: int, block_t: int, block_c: int) -> TensorDe
 
 
 def _has_tma(x: Tensor) -> bool:
-    return x.element_size() == 2 and (_capability(x.device)[0] >= 9 if x.is_cuda else INTERPRET_DESCRIPTORS)
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    arch = launch.architecture(x.device)
+    return x.element_size() == 2 and (INTERPRET_DESCRIPTORS if arch is None else arch >= 90)
 
 
 def _weights(packed: Packed | None, block_rows: int, block_cols: int, wanted: bool) -> TensorDescriptor | None:
@@ -484,6 +479,6 @@ def _blocks(tile: Tile) -> dict[str, int]:
 
 
 def _arithmetic(x: Tensor) -> dict[str, object]:
-    tf32 = x.dtype == torch.float32 and x.is_cuda and takes_tf32()
-    interpreted = not isinstance(conv1d_forward_kernel, triton.JITFunction)
-    return {"UPCAST": interpreted and x.dtype == torch.bfloat16, "PRECISION": "tf32" if tf32 else "ieee"}
+    arch = launch.architecture(x.device)
+    tf32 = x.dtype == torch.float32 and arch is not None and takes_tf32()
+    return {"UPCAST": arch is None and x.dtype == torch.bfloat16, "PRECISION": "tf32" if tf32 else "ieee"}

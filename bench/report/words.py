@@ -1,28 +1,8 @@
-"""Results in the terminal, and what the HTML page's tables have in common with them."""
+"""How results are told, in the terminal and on the page: units, marks, notes, and the columns of tables."""
 
 from collections.abc import Callable, Iterable, Sequence
 
-from rich.console import Console
-from rich.table import Table
-
 from jasper_fast.bench.harness import ratios
-
-console = Console()
-if not console.is_terminal:  # a file or a pipe has no width: do not fold the columns to a guess of 80
-    console = Console(width=200)
-STYLES = {"wrong": "bold red", "failed": "red", "refused": "red", "absent": "dim"}
-
-
-def show(rows: list[dict], goals: list[dict]) -> None:
-    """One table a subcommand, then the goals."""
-    for bench in dict.fromkeys(row["bench"] for row in rows):
-        mine = [row for row in rows if row["bench"] == bench]
-        console.print(_memory(mine) if bench == "memory" else _timed(bench, mine))
-        for row in (r for r in mine if r["status"] != "ok"):
-            case = " ".join(str(v) for v in row["key"].values())
-            console.print(f"{row['status']}: {row['contender']}, {case}: {row['why']}", style=STYLES[row["status"]])
-    if goals:
-        console.print(_goals(goals, rows))
 
 
 def duration(seconds: float) -> str:
@@ -120,7 +100,10 @@ def notes(rows: Sequence[dict]) -> list[str]:
     found = [FOOTNOTE] if starred(timed) else []
     found += [SLOWED] if any(row.get("throttled") for row in timed) else []
     found += [HURRIED] if any(row.get("hurried") for row in timed) else []
-    return found + ([FEW] if few(timed, ratios.SAMPLES if waited(timed) else ("p20", "p80", "p99")) else [])
+    found += [f"{r['contender']}, {r['precision']}: {r['rule']}" for r in rows if "rule" in r]
+    return list(dict.fromkeys(found)) + (
+        [FEW] if few(timed, ratios.SAMPLES if waited(timed) else ("p20", "p80", "p99")) else []
+    )
 
 
 def columns(rows: Sequence[dict]) -> list[Column]:
@@ -180,53 +163,20 @@ def profile_lines(records: Sequence[dict], limit: int) -> tuple[tuple[str, ...],
     return ("time", "share", "calls"), lines
 
 
-def _timed(bench: str, rows: list[dict]) -> Table:
-    caption = "\n".join(notes(rows)) or None
-    table = Table(title=bench, title_justify="left", caption=caption, caption_justify="left")
-    shown = columns(rows)
-    for heading in ("case", "contender"):
-        table.add_column(heading)
-    for heading, _ in shown:
-        table.add_column(heading, justify="right")
-    last = None
-    for row in rows:
-        case = " ".join(str(v) for v in row["key"].values())
-        first, last = ("" if case == last else case), case
-        if row["status"] != "ok":
-            table.add_row(first, row["contender"], row["status"], style=STYLES[row["status"]])
-            continue
-        cells = [cell(row) for _, cell in shown]
-        table.add_row(first, row["contender"], *cells, style="bold" if row["ours"] else None)
-    return table
+def _mib(kind: str) -> Callable[[dict], str]:
+    return lambda row: f"{row['memory'][kind] / 2**20:.1f}"
 
 
-def _memory(rows: list[dict]) -> Table:
-    table = Table(title="memory", title_justify="left")
-    for column in (
-        "case",
-        "contender",
-        "kept for backward",
-        "peak of the step",
-        "ours / its, kept",
-        "ours / its, peak",
-    ):
-        table.add_column(column, justify="left" if column in ("case", "contender") else "right")
-    for row in rows:
-        case = " ".join(str(v) for v in row["key"].values())
-        if row["status"] != "ok":
-            table.add_row(case, row["contender"], row["status"], style=STYLES[row["status"]])
-            continue
-        m = row["memory"]
-        shares = [f"{m[k]:.3f}" if k in m else "" for k in ("ours_over_kept", "ours_over_peak")]
-        table.add_row(
-            case,
-            row["contender"],
-            f"{m['kept_bytes'] / 2**20:.1f} MiB",
-            f"{m['peak_bytes'] / 2**20:.1f} MiB",
-            *shares,
-            style="bold" if row["ours"] else None,
-        )
-    return table
+def _share(kind: str) -> Callable[[dict], str]:
+    return lambda row: f"{row['memory'][kind]:.3f}" if kind in row["memory"] else ""
+
+
+MEMORY: list[Column] = [
+    ("kept for backward, MiB", _mib("kept_bytes")),
+    ("peak of the step, MiB", _mib("peak_bytes")),
+    ("ours / its, kept", _share("ours_over_kept")),
+    ("ours / its, peak", _share("ours_over_peak")),
+]
 
 
 def measured(goal: dict, rows: Iterable[dict]) -> str:
@@ -238,14 +188,3 @@ def measured(goal: dict, rows: Iterable[dict]) -> str:
         return told
     ratio = next((row.get("ratio", {}) for row in rows if row["id"] == goal["row"]), {})
     return f"{told} [{goal['low']:.3f}, {goal['high']:.3f}]" if known(ratio) else f"{told} of {ratio['pairs']} pairs"
-
-
-def _goals(goals: list[dict], rows: list[dict]) -> Table:
-    table = Table(title="goals", title_justify="left")
-    for column in ("what", "goal", "measured", ""):
-        table.add_column(column)
-    for g in goals:
-        sign = "at most" if g["at_most"] else "at least"
-        told = measured(g, rows)
-        table.add_row(g["name"], f"{sign} {g['goal']:g}", told, "[green]met[/]" if g["met"] else "[red]not met[/]")
-    return table

@@ -1,0 +1,155 @@
+"""What there is to compile: the launches of the Triton faces' own functions at Jasper 10x5's layers, recorded."""
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+
+from jasper_fast.bench.cases.layers import Layer, layers
+from jasper_fast.kernels import aot, launch, tables
+from jasper_fast.kernels.bn_relu_dropout import triton_impl as bn
+from jasper_fast.kernels.conv1d import triton_impl as conv1d
+from jasper_fast.kernels.conv1d import triton_tiles
+from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
+
+N, P = 32, 0.2  # utterances, with FRAMES enough rows for whole tiles; dropout rate
+FRAMES = (840, 48, 16)  # T' of 16.7 s, and two for which the default tiles have fewer rows
+PANES = 256  # channels that a residual block adds
+META = torch.device("meta")
+EXACT = " ieee"  # ends the names of kernels with exact fp32 products
+PARTS = {"HAS_STATS": " stats", "HAS_NORM": " bn", "HAS_PANES": " panes", "HAS_SPLITS": " split"}
+
+Recorded = Iterator[tuple[str, str, aot.Source]]  # (kernel, layer, source)
+
+
+def recorded(arch: int, dtype: str) -> Recorded:
+    """Every launch that dispatch can choose, with default tiles and with measured ones."""
+    number = getattr(torch, dtype)
+    wide = sorted(layers(), key=lambda a: (a.head, -a.C_in, -a.C_out, a.K))
+    lengths = [(T, True) for T in FRAMES] + [(FRAMES[0], False)]
+    for (T, masks), exact, a in itertools.product(lengths, _exacts(number), wide):
+        for odd in range(a.stride):  # of an odd T at stride 2 there is no descriptor
+            name = f"{a.C_in}->{a.C_out} T{T}" + " s2" * a.first + " odd T" * odd
+            for op, call in conv_calls(a, a.stride * T - odd, number, masks).items():
+                for tile in _tiles(a, T, number, exact) if op == "fused" else [None]:
+                    yield from ((kernel, name, source) for kernel, source in _sources(arch, call, op, tile, exact))
+    for C in sorted({a.C_in for a in wide if not a.first}, reverse=True):
+        for kernel, source in _sources(arch, functools.partial(norm_calls, C, number)):
+            yield kernel, f"C{C}", source
+    yield from measured(arch, dtype)
+
+
+def measured(arch: int, dtype: str) -> Recorded:
+    """The launches with tiles from the tables of this architecture's GPUs."""
+    number = getattr(torch, dtype)
+    for path in sorted(tables.folder().glob("*.json")):
+        table = tables.load(path)
+        for row in table.rows if table.header["capability"] == f"sm_{arch}" else ():
+            if row.tile is None or row.dtype != dtype:
+                continue
+            a, op = Layer(row.c_in, row.c_out, row.taps, row.stride, row.dilation), row.op.removeprefix("conv1d.")
+            call = conv_calls(a, a.stride * max(1, (1 << row.rows_log2) // N), number, True)[op]
+            name = f"{a.C_in}->{a.C_out} {path.stem}" + f" s{a.stride}" * a.first
+            for exact, splits in itertools.product(_exacts(number), (1, 2) if op == "fused" else (1,)):
+                for kernel, source in _sources(arch, call, op, {**row.tile, "splits": splits}, exact):
+                    if "PRECISION" in source.constants:  # what packs and merges has no such tile
+                        yield kernel, name, source
+
+
+def conv_calls(a: Layer, T: int, dtype: torch.dtype, masks: bool) -> dict[str, Callable[[], object]]:
+    """What training and inference call of a layer at `T` frames, by the op whose tile is taken."""
+    x = torch.empty(N, T, a.C_in, dtype=dtype, device=META).transpose(1, 2)
+    weight, channel = torch.empty(a.C_out, a.C_in, a.K, device=META), torch.empty(a.C_in, device=META)
+    lengths = torch.empty(N, dtype=torch.int64, device=META)
+    how, masked = Geometry(a.stride, a.padding, a.dilation), lengths if masks else None
+    fused = {"fused": functools.partial(_fused, a, x, weight, how, lengths, masks)}
+    if a.head:  # it trains through ATen
+        return fused
+    dy = x.new_empty(N, a.frames(T), a.C_out).transpose(1, 2)
+    training = {
+        "forward": lambda: conv1d.forward(x, weight, how, masked, clean=True),
+        "forward_stats": lambda: conv1d.forward_stats(x, weight, how, masked, clean=True),
+        "wgrad": lambda: conv1d.wgrad(x, dy, a.K, how, masked, dtype=weight.dtype, clean=True),
+    }
+    if not a.first:
+        training |= {
+            "dgrad": lambda: conv1d.dgrad(dy, weight, T, how, masked),
+            "dgrad_bn": lambda: conv1d.dgrad_bn(dy, weight, how, x, x, Norm(*[channel] * 4), Mask(masked, p=P)),
+        }
+    return fused | training
+
+
+def _fused(a: Layer, x: torch.Tensor, weight: torch.Tensor, how: Geometry, lengths: torch.Tensor, masks: bool) -> None:
+    """What the inference engine calls of a layer: of the first over fp32 features, of the last with log-softmax."""
+    fused = functools.partial(
+        conv1d.fused, packed=conv1d.pack(weight, x.dtype), geometry=how, bias=weight.new_empty(a.C_out),
+        relu=not a.head, workspace=conv1d.Workspace(META),
+    )  # fmt: skip
+    ntc, ends = x.transpose(1, 2), Lengths(lengths, made=lengths, masked=masks and not a.head)
+    if a.first:
+        fused(torch.empty(x.shape, device=META).transpose(1, 2), lengths=ends)
+    elif a.head:
+        fused(ntc, lengths=ends, clean=True, log_softmax=True)
+    else:
+        masked = Lengths(lengths, lengths) if masks else Lengths()
+        fused(ntc, lengths=masked, clean=True)
+        panes = x.new_empty(*ntc.shape[:2], PANES), conv1d.pack(weight.new_empty(a.C_out, PANES, 1), x.dtype)
+        fused(ntc, lengths=masked, clean=True, panes=panes)
+
+
+def norm_calls(C: int, dtype: torch.dtype) -> None:
+    """All functions of bn_relu_dropout over `C` channels, in every combination of what a call can leave out."""
+    y = torch.empty(N, FRAMES[0], C, dtype=dtype, device=META).transpose(1, 2)
+    some = torch.empty(N, dtype=torch.int64, device=META)
+    norm = Norm(*(torch.empty(C, device=META) for _ in range(4)))
+    bn.stats(y)
+    for residual, lengths, p in itertools.product((None, y), (None, some), (0.0, P)):
+        mask = Mask(lengths, some[:1] if p else None, p)
+        bn.forward(y, norm, residual, mask)
+        bn.backward_reduce(y, y, residual, norm, mask)
+        for means, halo in ((None, None), (norm[:2], None), (norm[:2], 0)):
+            bn.backward_apply(y, y, residual, norm, means, mask, residual is not None, halo)
+
+
+def _exacts(dtype: torch.dtype) -> tuple[bool, ...]:
+    """fp32 products are rounded to TF32 or are not, as the user has set PyTorch."""
+    return (False, True) if dtype == torch.float32 else (False,)
+
+
+def _tiles(a: Layer, T: int, dtype: torch.dtype, exact: bool) -> Iterator[dict[str, int]]:
+    """The tiles that dispatch takes for a layer's inference, where they are many and where programs must share them."""
+    shape = triton_tiles.Shape(a.C_in, a.C_out, a.K, a.stride, a.dilation, N * T)
+    for tile in triton_tiles.narrower(triton_tiles.default("fused", dtype, shape, T, exact), dtype):
+        yield from (tile._replace(splits=splits)._asdict() for splits in (1, 2))
+
+
+def _sources(
+    arch: int, call: Callable[[], object], op: str = "", tile: dict[str, int] | None = None, exact: bool = False
+) -> list[tuple[str, aot.Source]]:
+    """(kernel, source) of each launch of `call`, with `tile` for `op` where one is given."""
+    found: list[tuple[str, aot.Source]] = []
+    conv = torch.backends.cudnn.conv
+    before, conv.fp32_precision = conv.fp32_precision, "ieee" if exact else "tf32"
+    taken = launch.recorded(lambda one: found.append((called(one, exact), aot.source(one, arch))), arch)
+    try:
+        with taken, tables.forced(f"conv1d.{op}", tile) if tile else contextlib.nullcontext():
+            call()
+    finally:
+        conv.fp32_precision = before
+    return found
+
+
+def called(one: launch.Launch, exact: bool) -> str:
+    """What a row calls the kernel of a launch: its function, and which of its parts are on."""
+    values = one.arguments
+    name = one.name.strip("_").removesuffix("_kernel")
+    if not name.startswith("conv1d"):
+        flags = (flag.removeprefix("HAS_").lower() for flag in values if flag.startswith("HAS_") and values[flag])
+        return " ".join(["bn_relu_dropout", name, *flags])
+    name = name.replace("_", " ")
+    name = "conv1d first" if values.get("IS_NCT") else "conv1d last" if values.get("HAS_LOG_SOFTMAX") else name
+    name += "".join(told for flag, told in PARTS.items() if values.get(flag))
+    unmasked = not values.get("HAS_MASK", values.get("HAS_LENGTHS", True)) and not values.get("HAS_LOG_SOFTMAX")
+    return name + " no masks" * unmasked + EXACT * (exact and "PRECISION" in values)

@@ -1,0 +1,139 @@
+"""What comes of a case while it is measured, and the rows that this makes."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+import torch
+
+from jasper_fast.bench.harness import devices
+from jasper_fast.bench.harness.case import Case, Runner
+from jasper_fast.bench.harness.clocks import clocks_during
+from jasper_fast.bench.harness.errors import Absent, DeviceLost, first_line
+from jasper_fast.bench.harness.ratios import ratio_of_visits, summary
+
+LOST = "the device ran nothing more in that process"  # begins the row of the contender that did it
+
+
+class Row(TypedDict, total=False):
+    """What a result says of one contender of a case."""
+
+    id: str
+    bench: str
+    key: dict
+    contender: str
+    ours: bool
+    dtype: str
+    flops: float
+    bytes: float
+    clock: str
+    at_s: float
+    status: str  # ok, wrong, failed, refused or absent
+    why: str  # it has no number
+    # with a time: seconds by quantile, what that achieves, how it compares, and how it was measured
+    time_s: dict
+    host_s: float
+    flops_per_s: float
+    bytes_per_s: float
+    items_per_s: float
+    ratio: dict
+    limit: dict
+    clocks: dict
+    throttled: bool
+    hurried: bool
+    # judged by a rule of its own: the rule in words, and what was found
+    precision: str
+    rule: str
+    judged: dict
+    # what a subcommand counts
+    memory: dict
+    launches: dict
+    tune: dict
+
+
+@dataclass
+class Measurement:
+    """A case on its way to rows: the contenders that are ready, those that have no number and why, and the samples.
+
+    `device`: where each contender's faults are looked for. `visits`: seconds by contender, of each time that the case
+    was timed. `readings`: of clocks, meanwhile. `hurried`: a round takes so long that there were fewer than usual.
+    """
+
+    case: Case
+    device: torch.device | None = None
+    runners: dict[str, Runner] = field(default_factory=dict)
+    failed: dict[str, tuple[str, str]] = field(default_factory=dict)
+    visits: list[dict[str, list[float]]] = field(default_factory=list)
+    readings: list[dict] = field(default_factory=list)
+    hurried: bool = False
+
+    def fail(self, name: str, status: str, why: str) -> None:
+        """The contender has no number, and why."""
+        self.failed[name] = (status, why)
+        self.runners.pop(name, None)
+
+    def build(self) -> None:
+        """Build the contenders that have not failed."""
+        for contender in (c for c in self.case.contenders if c.name not in self.failed):
+            with self.caught(contender.name):
+                self.runners[contender.name] = contender.build()
+
+    @contextlib.contextmanager
+    def caught(self, name: str) -> Iterator[None]:
+        """A contender's failure is its own row, never the end of the run; the device's loss is the end of this
+        process."""
+        try:
+            yield
+            self.wait()
+        except Absent as error:
+            self.fail(name, "absent", str(error))
+        except Exception as error:  # whatever a rival raises belongs in its row
+            self.fail(name, "failed", first_line(error))
+            if why := devices.lost(self.device):
+                self.fail(name, "failed", f"{LOST}: {why}")
+                raise DeviceLost(f"{name}, {self.case.label()}: {why}") from error
+
+    def wait(self) -> None:
+        """For the device: a fault shows here, in the row of who launched the kernel, not in the next one's."""
+        if self.device is not None:
+            devices.synchronize(self.device)
+
+    def begin_row(self, name: str) -> Row:
+        """What a contender's row says whether or not it has a number."""
+        case = self.case
+        row: Row = {"id": f"{case.id} / {name}", "bench": case.bench, "key": case.key, "contender": name}
+        row |= {"ours": name == case.ours, "dtype": case.dtype, "flops": case.flops, "bytes": case.nbytes}
+        if name in self.failed:
+            row |= dict(zip(("status", "why"), self.failed[name], strict=True))
+        else:
+            row["status"] = "ok"
+        if rule := getattr(self.runners.get(name), "rule", None):
+            row |= {"precision": rule.precision, "rule": rule.words, "judged": rule.found}
+        return row
+
+    def rows(self, inner: Mapping[str, int], host: Mapping[str, float]) -> list[Row]:
+        """One row a contender, in the case's order, from its samples in all visits; a contender without any says why.
+
+        `inner`: runs a sample; `host`: seconds that a run holds the host, where that is not the measured time itself.
+        """
+        case, made = self.case, []
+        timed_by = "events" if self.device is not None and self.device.type == "cuda" and not case.wall else "wall"
+        for name in case.names:
+            row = self.begin_row(name) | {"clock": timed_by}
+            made.append(row)
+            if name in self.failed:
+                continue
+            row["time_s"] = summary([t for visit in self.visits for t in visit.get(name, ())], inner[name])
+            if self.hurried:
+                row["hurried"] = True
+            if self.readings:
+                row["clocks"] = clocks_during(self.readings)
+            if name in host:
+                row["host_s"] = host[name]
+            for kind, amount in (("flops", case.flops), ("bytes", case.nbytes), ("items", case.items)):
+                if amount:
+                    row[f"{kind}_per_s"] = amount / row["time_s"]["median"]
+            if name != case.ours and case.ours not in self.failed and any(case.ours in v for v in self.visits):
+                row["ratio"] = ratio_of_visits(self.visits, name, case.ours)
+        return made

@@ -1,0 +1,309 @@
+"""One self-contained HTML page from results, and the README's table from the committed ones.
+
+`python -m bench report RESULT...`, `python -m bench report --readme`; the page's markup is in page.html.j2.
+"""
+
+import functools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from jasper_fast.bench.harness.paths import OUT
+from jasper_fast.bench.report import published, readme_table, svg, words
+from jasper_fast.bench.report.agreement import agreement
+from jasper_fast.bench.report.goals import judge
+from jasper_fast.bench.report.terminal import console
+
+HERE = Path(__file__).parent
+STYLE = HERE / "page.css"
+TITLES = {"kernels": "Kernels", "train": "Training step", "latency": "Inference", "launches": "Launches"}
+SAME = "Jasper 10x5, conv masks on; eager PyTorch of 2020 (20.10-py3 container)"
+Lines = list[tuple[str, Sequence[object]]]  # class and cells of a table's rows
+
+
+def main(paths: Sequence[Path], html: Path | None, readme: bool) -> int:
+    """Write the page, or the README's table; returns the exit status."""
+    if readme:
+        committed = sorted(readme_table.COMMITTED.glob("*.json"))
+        return readme_table.write(load(path) for path in list(paths) or committed)
+    chosen = list(paths) or newest(OUT)
+    if not chosen:
+        raise SystemExit("no result to report on: run python -m bench all first, or name JSON files")
+    results = [load(path) for path in chosen]
+    if len(results) == 2:
+        found = agreement(*results)
+        console.print(str(found))
+        for row in found.apart:
+            console.print(f"  apart: {row}", markup=False)
+    target = html or chosen[0].with_suffix(".html")
+    target.write_text(page(results))
+    console.print(f"wrote {target}")
+    return 0
+
+
+def newest(folder: Path) -> list[Path]:
+    """The result written last, if there is one; traces of the profiler lie beside results."""
+    found = (path for path in folder.glob("*.json") if not path.name.startswith("trace_"))
+    return sorted(found, key=lambda p: p.stat().st_mtime)[-1:]
+
+
+def load(path: Path) -> dict:
+    """A result with its path and goals; says what is wrong with a file that is none."""
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise SystemExit(f"{path}: not a result of python -m bench ({error})") from error
+    if not isinstance(result, dict) or "rows" not in result or result.get("schema") != 1:
+        raise SystemExit(f"{path}: not a result of this version of python -m bench; run it again")
+    result["path"] = path
+    result["goals"] = judge(result["rows"], result["machine"]["device"].split(":")[0])
+    return result
+
+
+def page(results: Sequence[dict]) -> str:
+    """The whole page; raises SystemExit where Jinja2 is missing."""
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ImportError:
+        raise SystemExit("a page of results needs Jinja2: pip install jinja2") from None
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    known = (facts, ratios_of, percentiles_of, longest, beside, in_words, roofs, verdict_lines, memory_lines, plain)
+    known += (launch_lines, tuned_lines, part_lines, by_bench, row_lines, all_notes, shared, agreement)
+    environment.globals |= {function.__name__: function for function in known}
+    environment.globals |= {"words": words, "published": published, "same": SAME, "titles": TITLES}
+    environment.globals |= {"forms": (svg.WIDE, svg.NARROW), "style": STYLE.read_text()}
+    return environment.get_template("page.html.j2").render(results=results)
+
+
+# ------------------------------------------------------------------ rows
+
+
+def side(row: dict) -> str:
+    """The class of a row: ours, theirs, or why it has no number."""
+    return row["status"] if row["status"] != "ok" else "ours" if row["ours"] else "theirs"
+
+
+def label(row: dict) -> str:
+    """A row's case in words."""
+    units = {"N": "N = {}", "seconds": "{} s", "p": "p = {}"}
+    return ", ".join(units.get(k, "{}").format(v) for k, v in row["key"].items())
+
+
+def plain(lines: Iterable[Sequence[str]]) -> Lines:
+    """Lines of no class."""
+    return [("", cells) for cells in lines]
+
+
+def row_lines(rows: Sequence[dict], shown: Sequence[words.Column]) -> Lines:
+    """A line a row, its case where it is another than that of the row before; one without a number says why."""
+    lines, last = [], None
+    for row in rows:
+        case, start = label(row), ["", row["contender"]]
+        if case != last:
+            start[0] = last = case
+        cells = [cell(row) for _, cell in shown] if row["status"] == "ok" else [f"{row['status']}: {row['why']}"]
+        lines.append((side(row), [*start, *cells]))
+    return lines
+
+
+def by_bench(rows: Iterable[dict]) -> dict[str, list[dict]]:
+    """The timed rows of each subcommand."""
+    found: dict[str, list[dict]] = {}
+    for row in (row for row in rows if row["bench"] != "memory"):
+        found.setdefault(row["bench"], []).append(row)
+    return found
+
+
+def all_notes(rows: Iterable[dict]) -> list[str]:
+    """What belongs under the tables of all of them."""
+    return list(dict.fromkeys(note for mine in by_bench(rows).values() for note in words.notes(mine)))
+
+
+def memory_lines(rows: Iterable[dict]) -> Lines:
+    """Bytes kept for backward and the step's peak, ours beside eager's; each line has its case."""
+    return [line for row in rows if row["bench"] == "memory" for line in row_lines([row], words.MEMORY)]
+
+
+def launch_lines(rows: Iterable[dict], counted: Sequence[words.Column]) -> Lines:
+    """What one call launches, and how long it takes where nothing but launching is left to do."""
+    return [
+        (side(r), [label(r), r["contender"], *(cell(r) for _, cell in counted),
+                   words.duration(r["time_s"]["median"]) if "time_s" in r else r["status"]])
+        for r in rows if r.get("launches")
+    ]  # fmt: skip
+
+
+def shared(results: Sequence[dict], field: str) -> list[tuple[tuple[str, str, str], list[dict]]]:
+    """(class, case, contender) and the results' rows, for each row that has `field` in all of them."""
+    by_id = [{r["id"]: r for r in result["rows"] if r["status"] == "ok" and field in r} for result in results]
+    both = [[rows[key] for rows in by_id] for key in by_id[0] if all(key in other for other in by_id[1:])]
+    return [((side(r[0]), f"{r[0]['bench']}: {label(r[0])}", r[0]["contender"]), r) for r in both]
+
+
+# ------------------------------------------------------------------ what is drawn
+
+
+def ratios_of(rows: Iterable[dict], bench: str) -> dict[str, list[tuple]]:
+    """By case, (name, value, low, high) of every rival that has a time."""
+    groups: dict[str, list[tuple]] = {}
+    for r in (r for r in rows if r["bench"] == bench and "ratio" in r):
+        median, ends = r["ratio"]["median"], [r["ratio"][k] for k in ("low", "high")]
+        bar = (r["contender"], median, *(ends if words.known(r["ratio"]) else (median, median)))
+        groups.setdefault(label(r), []).append(bar)
+    return groups
+
+
+def percentiles_of(rows: Iterable[dict]) -> dict[str, list[tuple]]:
+    """By case, (name, ours, milliseconds, all of them and the outermost in words) of every contender."""
+    groups: dict[str, list[tuple]] = {}
+    for r in (row for row in rows if row["bench"] == "latency" and row["status"] == "ok"):
+        found = {p.upper(): words.quantile(r, p) for p in ("p50", "p90", "p95", "p99")}
+        ms = {name: 1e3 * v for name, v in found.items() if v is not None}
+        values = list(ms.values())
+        numbers = ", ".join(f"{name} {v:.4g} ms" for name, v in ms.items())
+        ends = " to ".join(dict.fromkeys(f"{v:.4g}" for v in (values[0], values[-1])))
+        groups.setdefault(label(r), []).append((r["contender"], r["ours"], values, numbers, f"{ends} ms"))
+    return groups
+
+
+def longest(groups: dict[str, list[tuple]]) -> float:
+    """The greatest value of a plot: of bars their ends, and the mark at 1; of percentiles the last."""
+    return max(entry[2][-1] if len(entry) == 5 else max(entry[3], 1.0) for group in groups.values() for entry in group)
+
+
+def roofs(result: dict) -> dict[str, functools.partial]:
+    """By dtype, what draws the achieved rates under the machine's measured ceilings, ours on top."""
+    found, limits = {}, result["limits"]
+    for dtype, rate in limits.get("matmul_flops_per_s", {}).items():
+        rated = (r for r in result["rows"] if r["status"] == "ok" and r["dtype"] == dtype and r.get("flops_per_s"))
+        points = [
+            (f"{r['contender']}: {label(r)}", r["flops"] / r["bytes"], r["flops_per_s"], r["ours"])
+            for r in rated if r["bytes"]
+        ]  # fmt: skip
+        if points:
+            points.sort(key=lambda p: p[3])
+            found[dtype] = functools.partial(svg.roofline, points, rate, limits["copy_bytes_per_s"])
+    return found
+
+
+# ------------------------------------------------------------------ the machine, and what the run found of its kernels
+
+
+def facts(result: dict) -> dict[str, object]:
+    """Where the numbers come from and how to get them again."""
+    m, limits = result["machine"], result["limits"]
+    told = {"machine": m["name"], "instructions": ", ".join(m["cpu"]["isa"]), "threads": m["threads"]}
+    if m["load_average"]:
+        told["load before the run"] = f"{m['load_average'][0]:.1f} on {m['cpu']['cores']} cores"
+    if gpu := m["gpu"]:
+        told["GPU"] = f"{gpu['capability']}, {gpu['memory_gib']} GiB, driver {gpu['driver']}, CUDA {m['cuda']}"
+    before, after = (m["gpu"] or {}).get("clocks_at_start"), limits.get("clocks")
+    moments = {"clocks before the run": before, "clocks after load": after}
+    told |= {when: state(found) for when, found in moments.items() if found}
+    told["versions"] = f"Python {m['python']}, " + ", ".join(f"{k} {v}" for k, v in m["packages"].items())
+    told |= {"commit": f"{m['commit']}{' with local changes' if m['dirty'] else ''}", "date": m["date"]}
+    told["command"] = m["command"]
+    if limits:
+        rates = ", ".join(f"{k} {words.per_second(v, 'FLOP')}" for k, v in limits["matmul_flops_per_s"].items())
+        if m["gpu"] and "float32_mode" in limits:
+            rates += f" (rows of float32 are held to {limits['float32_mode']}, which their convolutions may use)"
+        copy, launch = words.per_second(limits["copy_bytes_per_s"], "B"), words.duration(limits["launch_s"]["host"])
+        told["measured limits"] = f"matrix product {rates}; copy {copy}; launch {launch}"
+    return told
+
+
+GPU_STATE = {"sm_mhz": "SM {} MHz", "memory_mhz": "memory {} MHz", "temperature_c": "{} °C", "power_w": "{:.0f} W"}
+
+
+def state(clocks: dict) -> str:
+    """What `machine.clocks` found, in words; `held_by` is why a GPU's clock was held down."""
+    if "sm_mhz" in clocks:
+        found = [text.format(clocks[name]) for name, text in GPU_STATE.items() if name in clocks]
+        return ", ".join(found + [f"held by {why}" for why in clocks.get("held_by", ())])
+    if "cpu_mhz" in clocks or "temperature_c" in clocks:
+        mhz = ", ".join(str(v) for v in clocks.get("cpu_mhz", ()))
+        degrees = f"{clocks['temperature_c']:.0f} °C" if "temperature_c" in clocks else ""
+        return "; ".join(filter(None, [mhz and f"{mhz} MHz", degrees]))
+    units = {"temperature.gpu": " °C"}  # the only one that nvidia-smi gives without
+    return ", ".join(f"{name} {value}{units.get(name, '')}" for name, value in clocks.items())
+
+
+def verdict_lines(result: dict) -> Lines:
+    """The verdicts that the run gave on this machine's kernels, the bad ones with the reason."""
+    return [
+        ("" if v["status"] == "good" else "wrong", (v["op"], v["face"],
+         f"{v['status']}{', a quick check' if v.get('quick') else ''}", v.get("checked", ""), v.get("failure") or ""))
+        for v in result.get("selfcheck", {}).get("verdicts", ())
+    ]  # fmt: skip
+
+
+def tuned_lines(result: dict) -> Lines:
+    """What the run's tuning would have dispatch choose: the fastest configuration of each shape."""
+    lines = []
+    for row in result.get("table", {}).get("rows", ()):
+        shape = f"{row['c_in']} to {row['c_out']}, K = {row['taps']}"
+        shape += "".join(f", {k} {row[k]}" for k in ("stride", "dilation") if row[k] != 1)
+        tile = ", ".join(f"{k} {v}" for k, v in (row.get("tile") or {}).items())
+        cells = (row["op"], shape, row["dtype"], f"2^{row['rows_log2']}", row["face"], tile)
+        lines.append(("", (*cells, words.duration(row["time_s"]))))
+    return lines
+
+
+def part_lines(result: dict) -> Lines:
+    """How each part of `python -m bench gpu` ended."""
+    return [
+        ("" if how == "finished" else "absent", item) for item in result.get("parts", {}).items() for how in item[1:]
+    ]
+
+
+# ------------------------------------------------------------------ beside what was published
+
+
+def beside(result: dict) -> list[dict]:
+    """Tables of our rows beside what was published for the reference system at the same batch and length."""
+    found = [latency_beside(result, dtype) for dtype in ("float16", "bfloat16", "float32")]
+    lines = []
+    for key, rows in ours_and_eager(result["rows"], "train", mode="step").items():
+        case = dict(key)
+        N, _, T = (int(v) for v in case["batch"].strip("()").split(","))
+        theirs = [(gpu, rate) for gpu, gpus, rate in published.training(N, case["dtype"]) if gpus == 1]
+        here = [f"{rows[name]['items_per_s']:.1f}" if name in rows else "" for name in ("jasper_fast", "eager")]
+        lines.append((f"N = {N}, {T} frames, {case['dtype']}", here, theirs))
+    return [table for table in (*found, {"lines": lines}) if table["lines"]]
+
+
+def ours_and_eager(rows: Iterable[dict], bench: str, **key: object) -> dict[tuple, dict[str, dict]]:
+    """Timed rows of Jasper 10x5 that match `key`, by case and contender."""
+    cases: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        mine = row["bench"] == bench and row["status"] == "ok" and row["contender"] in ("jasper_fast", "eager")
+        if mine and all(row["key"].get(k) == v for k, v in ({"model": "jasper10x5"} | key).items()):
+            cases.setdefault(tuple(row["key"].items()), {})[row["contender"]] = row
+    return cases
+
+
+def latency_beside(result: dict, dtype: str) -> dict:
+    """Percentiles by (N, seconds): ours, eager here, and each GPU's."""
+    lines, elsewhere = [], published.latency(dtype)
+    cases = ours_and_eager(result["rows"], "latency", path="acoustic model", dtype=dtype)
+    for key, rows in cases.items():
+        at = (dict(key)["N"], dict(key)["seconds"])
+        if any(at in found for found in elsewhere.values()):
+            seconds = (
+                [words.quantile(rows[name], q) for q in ("mean", "p90", "p95", "p99")] if name in rows else None
+                for name in ("jasper_fast", "eager")
+            )
+            here = [in_words(told and [None if v is None else 1e3 * v for v in told]) for told in seconds]
+            lines.append(
+                (f"N = {at[0]}, {at[1]} s", [*here, *(in_words(found.get(at)) for found in elsewhere.values())])
+            )
+    theirs = "FP16" if elsewhere is published.LATENCY_FP16 else "TF32 on the A100, FP32 on the others"
+    few = words.few((row for rows in cases.values() for row in rows.values()), ("p90", "p95", "p99"))
+    return {"dtype": dtype, "theirs": theirs, "gpus": list(elsewhere), "lines": lines, "few": few}
+
+
+def in_words(milliseconds: Sequence[float | None] | None) -> list[str]:
+    """Mean, P90, P95 and P99; a dash for what too few samples tell."""
+    return [words.DASH if v is None else f"{v:.1f}" if v < 1000 else f"{v:.0f}" for v in milliseconds or ()]

@@ -1,0 +1,64 @@
+"""Results in the terminal."""
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from jasper_fast.bench.report import words
+
+console = Console()
+if not console.is_terminal:  # a file or a pipe has no width: do not fold the columns to a guess of 80
+    console = Console(width=200)
+STYLES = {"wrong": "bold red", "failed": "red", "refused": "red", "absent": "dim"}
+
+
+def show(rows: list[dict], goals: list[dict]) -> None:
+    """One table a subcommand, then the goals."""
+    for bench in dict.fromkeys(row["bench"] for row in rows):
+        mine = [row for row in rows if row["bench"] == bench]
+        console.print(_rows(bench, mine, words.MEMORY if bench == "memory" else words.columns(mine)))
+        without_number(mine)
+    if goals:
+        console.print(_goals(goals, rows))
+
+
+def without_number(rows: Iterable[dict]) -> None:
+    """A line for each row that has no number: why."""
+    for row in (r for r in rows if r["status"] != "ok"):
+        line = f"{row['status']}: {row['contender']}, {_case(row)}: {row['why']}"
+        console.print(line, style=STYLES[row["status"]], markup=False)
+
+
+def table(title: str, headings: Sequence[str], left: int, caption: str | None = None) -> Table:
+    """A table of which the first `left` columns are words."""
+    made = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for i, heading in enumerate(headings):
+        made.add_column(heading, justify="left" if i < left else "right")
+    return made
+
+
+def _case(row: dict) -> str:
+    return " ".join(str(v) for v in row["key"].values())
+
+
+def _rows(bench: str, rows: list[dict], columns: Sequence[words.Column]) -> Table:
+    made = table(bench, ("case", "contender", *(h for h, _ in columns)), 2, "\n".join(words.notes(rows)) or None)
+    last = None
+    for row in rows:
+        case = _case(row)
+        first, last = ("" if case == last else case), case
+        if row["status"] != "ok":
+            made.add_row(first, row["contender"], row["status"], style=STYLES[row["status"]])
+        else:
+            cells = (cell(row) for _, cell in columns)
+            made.add_row(first, row["contender"], *cells, style="bold" if row["ours"] else None)
+    return made
+
+
+def _goals(goals: list[dict], rows: list[dict]) -> Table:
+    made = table("goals", ("what", "goal", "measured", ""), 4)
+    for g in goals:
+        goal, met = f"{'at most' if g['at_most'] else 'at least'} {g['goal']:g}", "[green]met[/]"
+        made.add_row(g["name"], goal, words.measured(g, rows), met if g["met"] else "[red]not met[/]")
+    return made
