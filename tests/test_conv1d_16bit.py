@@ -201,21 +201,6 @@ def test_aten_gets_the_dtypes_that_it_has_instructions_for(name, monkeypatch) ->
         choose.forget()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, BF16])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_training_in_16_bits(case, dtype) -> None:
-    """Forward and both gradients against fp64 on the same 16-bit numbers, beside PyTorch's own in 16 bits."""
-    from jasper_fast.kernels.conv1d import cpu_impl
-
-    x, weight, dy, lengths = make(case)
-    x, weight, dy = x.to(dtype), weight.to(dtype), dy.to(dtype)
-    low, ref = (pytorch(case, x, weight, dy, lengths, d) for d in (dtype, torch.float64))
-    assert_close("y", cpu_impl.forward(x, weight, case.geometry, lengths), low[0], ref[0])
-    assert_close("dw", cpu_impl.wgrad(x, dy, case.k, case.geometry, lengths), low[2], ref[2])
-    if case.stride == 1:
-        assert_close("dx", cpu_impl.dgrad(dy, weight, case.t, case.geometry, lengths), low[1], ref[1])
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_weight_gradient_multiplies_bf16_and_sums_in_fp32(case, cpu) -> None:
     """As near to fp64 on the same bf16 numbers as PyTorch's fp32 is."""

@@ -11,37 +11,10 @@ from torch.nn import functional as F
 
 from jasper_fast.kernels.bn_relu_dropout import reference as bn
 from jasper_fast.kernels.conv1d import reference
-from jasper_fast.kernels.layout import mask, ntc, padding
+from jasper_fast.kernels.layout import mask, ntc
 from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
 
 triton_impl = pytest.importorskip("jasper_fast.kernels.conv1d.triton_impl")
-
-
-@pytest.fixture(params=LAYERS.values(), ids=LAYERS.keys())
-def layer(request):
-    return request.param
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_three_directions(layer, dtype):
-    check(layer, dtype)
-
-
-@pytest.mark.parametrize("name", ["k11", "pane", "one frame"])
-def test_three_directions_in_bf16(name):
-    check(LAYERS[name], torch.bfloat16)
-
-
-@pytest.mark.parametrize("name", ["k11", "k21", "k25", "dilated", "decoder"])
-def test_three_directions_through_tensor_descriptors(name, monkeypatch):
-    monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", True)
-    x, weight, shape, lengths = make(LAYERS[name], torch.float16, make_face("triton").device)
-    if not x.is_cuda:
-        assert triton_impl._activations(x.transpose(1, 2), 1, 32, 16) is not None
-    check(LAYERS[name], torch.float16)
-    if lengths is not None:  # padding may hold anything
-        x = ntc(mask(x, lengths, torch.nan))
-        assert not triton_impl.forward(x, weight, shape, lengths).isnan().any()
 
 
 @pytest.mark.parametrize("c_in", [64, 24], ids=["descriptors", "channels that fill no block"])
@@ -68,7 +41,6 @@ def test_tensor_descriptors_at_stride_2(t, lengths, c_in, monkeypatch):
         assert torch.equal(call(), want)
         assert not want.isnan().any()
         assert x.is_cuda or (loads[0] > 0) == (expected and c_in == 64)
-    check(case, torch.float16)
 
 
 def count_descriptor_loads(monkeypatch) -> list[int]:
@@ -83,37 +55,6 @@ def count_descriptor_loads(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_descriptor_load", counted)
     return loads
-
-
-def check(layer, dtype):
-    device = make_face("triton").device
-    x, weight, shape, lengths = make(layer, dtype, device)
-    y = triton_impl.forward(x, weight, shape, lengths)
-    low, ref = F.conv1d(x, weight, None, *shape), F.conv1d(x.double(), weight.double(), None, *shape)
-    assert_close("y", y, low, ref)
-    dy = ntc(torch.randn_like(ref).to(dtype))
-    low, ref = gradients(x, weight, dy, *shape), gradients(x.double(), weight.double(), dy.double(), *shape)
-    dw = triton_impl.wgrad(x, dy, weight.shape[2], shape, lengths)
-    assert_close("dw", dw, low[1], ref[1])
-    if shape.stride == 1:
-        dx = triton_impl.dgrad(dy, weight, x.shape[2], shape, lengths)
-        if lengths is not None:
-            assert (dx.masked_select(padding(lengths, x.shape[2])) == 0).all()
-            low, ref = ([mask(g[0], lengths)] for g in (low, ref))
-        assert_close("dx", dx, low[0], ref[0])
-
-
-@pytest.mark.parametrize("name", ["prologue", "k13", "decoder", "odd channels"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_statistics_of_the_accumulators(name, dtype):
-    x, weight, shape, lengths = make(LAYERS[name], dtype, make_face("triton").device)
-    y, got_mean, got_m2 = triton_impl.forward_stats(x, weight, shape, lengths)
-    assert torch.equal(y, triton_impl.forward(x, weight, shape, lengths))
-    ref = F.conv1d(x.double(), weight.double(), None, *shape)
-    rows = ref.shape[0] * ref.shape[2]
-    var, mean = torch.var_mean(ref, (0, 2), correction=0)
-    assert ((got_mean - mean).abs() / (var + mean.square()).sqrt()).max() <= 1e-5
-    assert ((got_m2 - var * rows).abs() / ((var + 1e-3 * mean.square()) * rows)).max() <= 1e-4
 
 
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
@@ -210,50 +151,6 @@ def test_pack_is_the_weight_in_the_kernels_order(dtype, made):
         strict=True,
     ):
         assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("p", [0.0, 0.2])
-@pytest.mark.parametrize(
-    ("dtype", "descriptors"),
-    [(torch.float32, False), (torch.float16, False), (torch.float16, True)],
-    ids=["fp32", "fp16", "fp16, descriptors"],
-)
-@pytest.mark.parametrize("name", ["k11", "k21", "dilated", "pane", "one frame", "odd channels"])
-def test_dgrad_with_the_batch_norms_reduction(name, dtype, descriptors, p, monkeypatch):
-    """g, dbeta and dgamma in one pass, beside dgrad and backward_reduce one after the other."""
-    monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", descriptors)
-    device = make_face("triton").device
-    y, weight, shape, lengths = make(LAYERS[name], dtype, device)
-    n, c, t = y.shape
-    y = ntc(torch.randn(n, c, t, device=device).to(dtype))  # a conv's output: not zero in the padding
-    dy = ntc(torch.randn(n, weight.shape[0], shape.frames(t, weight.shape[2])).to(device, dtype))
-    gamma, beta = torch.rand(c, device=device) + 0.5, torch.randn(c, device=device)
-    mean, rstd = torch.randn(c, device=device) * 0.1, torch.rand(c, device=device) + 0.5
-    seed = torch.tensor([3], device=device)
-
-    # the ReLU's edge has two right answers: y is kept off it
-    pre = (y.double() - mean[:, None]) * (gamma * rstd).double()[:, None] + beta[:, None]
-    y = ntc(torch.where(pre.abs() < 0.01, torch.full_like(y, 0.0) + mean[:, None].to(dtype) + 3, y))
-    norm, zeroed = Norm(mean, rstd, gamma, beta), Mask(lengths, seed, p)
-    z = bn.forward(y, norm, None, zeroed)
-
-    def plain(kind):  # by dropout drawn again, not by z
-        dz = reference.dgrad(dy.to(kind), weight.to(kind), t, shape, lengths)
-        rest = (y.to(kind), None, wide_norm if kind == torch.float64 else norm)
-        g = bn.backward_apply(dz, *rest, None, zeroed, True)[1]
-        return g, *bn.backward_reduce(dz, *rest, zeroed)
-
-    got = triton_impl.dgrad_bn(dy, weight, shape, y, z, norm, zeroed)
-    wide, wide_norm = [v.double() for v in (dy, weight, y, z)], Norm(*(v.double() for v in norm))
-    defined = reference.dgrad_bn(*wide[:2], shape, *wide[2:], wide_norm, zeroed)
-    for a, b in zip(defined, plain(torch.float64), strict=True):
-        torch.testing.assert_close(a, b)
-    for what, ours, low, ref in zip(("g", "dbeta", "dgamma"), got, plain(dtype), plain(torch.float64), strict=True):
-        assert_close(what, ours, low, ref)
-    if lengths is not None:  # what lies in the padding of y is not read
-        assert (got[0].masked_select(padding(lengths, t)) == 0).all()
-        again = triton_impl.dgrad_bn(dy, weight, shape, ntc(mask(y, lengths, torch.nan)), z, norm, zeroed)
-        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
 def test_a_nan_in_a_frame_reaches_g_and_the_sums():

@@ -1,0 +1,86 @@
+"""The conv's kernels in every direction and at inference, on every layer shape of Jasper 10x5 with few channels.
+
+Inputs and the other two answers, plain PyTorch's and fp64's, are the self-check's; the tolerance is that of tests.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from close import assert_close
+from conftest import make_face
+
+from jasper_fast.dispatch import backends
+from jasper_fast.selfcheck.cases import case
+from jasper_fast.selfcheck.checks import CONV, UNCLEAN, Check, Conv
+
+# (C_in, C_out, K, stride, dilation) of the 13 distinct main convs, channels divided by 16
+LAYERS = {
+    "prologue": (16, 16, 11, 2, 1),
+    "block 1": (16, 16, 11, 1, 1),
+    "block 3, first": (16, 24, 13, 1, 1),
+    "block 3": (24, 24, 13, 1, 1),
+    "block 5, first": (24, 32, 17, 1, 1),
+    "block 5": (32, 32, 17, 1, 1),
+    "block 7, first": (32, 40, 21, 1, 1),
+    "block 7": (40, 40, 21, 1, 1),
+    "block 9, first": (40, 48, 25, 1, 1),
+    "block 9": (48, 48, 25, 1, 1),
+    "epilogue, dilated": (48, 56, 29, 1, 2),
+    "epilogue, 1x1": (56, 64, 1, 1, 1),
+    "decoder": (64, 29, 1, 1, 1),
+}
+# (N, T); of three utterances the second has a third of the frames, and the third none
+BATCHES = {"odd T": (3, 45), "shorter than the halo": (2, 9), "one frame": (4, 1), "one utterance": (1, 70)}
+SHAPES = {
+    f"{layer}, {batch}": Conv(*size, c_in, c_out, *rest)
+    for layer, (c_in, c_out, *rest) in LAYERS.items()
+    for batch, size in BATCHES.items()
+} | {"odd channels": Conv(2, 70, 33, 30, 5, 1, 2), "more channels than frames": Conv(3, 37, 257, 29, 3)}
+
+
+@pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
+def shape(request):
+    return request.param
+
+
+def assert_right(name: str, shape: Conv, dtype: str) -> None:
+    """Every function of the face `name`, with NaN in the padding that it is not to read."""
+    face, impl = make_face(name), backends.face("conv1d", name)
+    unclean = UNCLEAN if name == "triton" else ""
+    functions = [f for f in CONV if hasattr(impl, f) and (shape.stride == 1 or not f.startswith("dgrad"))]
+    drawn = {f: Check("conv1d", name, f, "test", shape, dtype, unclean) for f in functions}
+    variant = f"{'panes' if shape.stride == 1 else 'plain'} {unclean}".strip()
+    drawn["fused"] = Check("conv1d.fused", name, "fused", "test", shape, dtype, variant)
+    for function, check in drawn.items():
+        found = case(check, face.device, 1)
+        got, low, ref = found.ours(), found.low(), found.reference()
+        # in fp32 PyTorch may happen to sum in a better order; a CPU engine's convs multiply sums of four operands
+        factor = 6.0 if (name, function) == ("cpu", "fused") else 4.0 if dtype == "float32" else 2.0
+        for key in ref:
+            assert_close(f"{key} of {function}", got[key], low[key], ref[key], factor)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_cpu(shape, dtype):
+    assert_right("cpu", shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_triton(shape, dtype):
+    assert_right("triton", shape, dtype)
+
+
+@pytest.mark.parametrize("name", ["block 1", "block 7", "epilogue, dilated", "epilogue, 1x1"])
+def test_triton_in_bf16(name):
+    assert_right("triton", SHAPES[f"{name}, odd T"], "bfloat16")
+
+
+@pytest.mark.parametrize("name", ["block 1", "block 9", "prologue", "epilogue, dilated", "decoder"])
+def test_triton_through_tensor_descriptors(name, monkeypatch):
+    impl = pytest.importorskip("jasper_fast.kernels.conv1d.triton_impl")
+    monkeypatch.setattr(impl, "INTERPRET_DESCRIPTORS", True)
+    x = torch.empty(3, 45, 64, dtype=torch.float16, device=make_face("triton").device)
+    assert impl._activations(x, 1, 32, 16) is not None or x.is_cuda
+    (c_in, c_out, *rest), (n, t) = LAYERS[name], BATCHES["odd T"]
+    assert_right("triton", Conv(n, t, 64 if c_in < 64 else c_in, c_out, *rest), "float16")
