@@ -82,7 +82,9 @@ def curves(folder: Path) -> dict[str, list]:
     kept = {}
     for r in read_log(folder / "log.jsonl"):
         if r["kind"] != "start":
-            kept.setdefault(r["kind"], []).append({k: v for k, v in r.items() if k not in ("utterances_per_s", "minutes")})
+            kept.setdefault(r["kind"], []).append(
+                {k: v for k, v in r.items() if k not in ("utterances_per_s", "minutes")}
+            )
     return kept
 
 
