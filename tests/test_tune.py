@@ -231,7 +231,7 @@ def test_a_norm_is_called_as_a_training_step_calls_it(monkeypatch):
         held = case.refill.__self__
         held.call("triton")
         assert [name for name, *_ in calls] == wanted[op.split(".")[1]]
-        for name, args, more in calls:
+        for name, args, _ in calls:
             if name == "stats":
                 continue
             lengths, seed, p = next(arg for arg in args if isinstance(arg, Mask))
