@@ -3,6 +3,7 @@
 #   make install    .venv with jasper_fast, editable, and its native libraries
 #   make demo       train on synthetic speech, transcribe voices it never heard, fused beside eager
 #   make test       all tests
+#   make test-fast  all but the slow ones, under three minutes
 #   make compile    every Triton kernel for sm_80 to sm_100, by the pinned Triton and the GPU machines', against the tables
 #   make bench      measure kernels, training, latency and memory beside eager PyTorch, under ten minutes
 #   make lint       ruff
@@ -22,7 +23,7 @@ PINS := $(VENV)/constraints.txt
 OLDER := $(CURDIR)/build/triton-3.6.0
 NATIVE := $(shell find csrc -type f -not -name '*.pyc')
 
-.PHONY: install demo test compile bench lint clean distclean help
+.PHONY: install demo test test-fast compile bench lint clean distclean help
 .DEFAULT_GOAL := help
 
 help:
@@ -58,6 +59,9 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 tests
+
+test-fast: install
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 -m "not slow" tests
 
 # Triton's code differs between versions: the older one lies in a folder of its own and comes first on the path.
 $(OLDER)/.installed: | $(VENV)/.installed
