@@ -380,8 +380,8 @@ def backward_apply(
         dz, y, z, dy, dres, *norm, *(means or (None, None)),
         mask.lengths, seed, rows, t, halo or 0, c // vec, *philox.signed_threshold(mask.p),
         HAS_Z=z is not None, HAS_RESIDUAL=has_residual, HAS_BATCH_STATS=means is not None,
-        HAS_LENGTHS=mask.lengths is not None, HAS_DROPOUT=mask.p > 0 and z is None,
-        HAS_HALO=not (halo is None or mask.lengths is None or means is None),
+        HAS_LENGTHS=mask.lengths is not None,
+        HAS_HALO=not (halo is None or mask.lengths is None or means is None), HAS_DROPOUT=mask.p > 0 and z is None,
         BLOCK_M=block_m, BLOCK_C=block_c, VEC=vec, num_warps=APPLY_WARPS,
     )  # fmt: skip
     return dy, dres
