@@ -69,7 +69,7 @@ class JasperBlock(nn.Module):
         y, stats = self._conv(0, x, lengths)
         for i in range(b.repeat - 1):
             if b.s == 1:
-                weight, following = self.sub_blocks()[i + 1][0].weight, self._takes_stats(i + 1)
+                weight, following = self.sub_blocks()[i + 1][0].weight, of_the_batch(self.sub_blocks()[i + 1][1])
                 how = {"padding": b.padding, "dilation": b.d, "next_stats": following}
                 how["packed"] = partial(self.packs, i + 1)
                 out = self._fused(ops.sub_block, y, stats, i, lengths, seeds, weight, **how)
@@ -80,16 +80,13 @@ class JasperBlock(nn.Module):
         residual = self.pane_sum(sources, grams, lengths[0] if lengths else None) if sources else None
         return self._fused(ops.bn_relu_dropout, y, stats, b.repeat - 1, lengths, seeds, residual=residual)
 
-    def _takes_stats(self, i: int) -> bool:
-        """Whether the batch norm after conv `i` uses statistics of the batch."""
-        return self.training and self.sub_blocks()[i][1].training
-
     def _conv(self, i: int, x: Tensor, lengths: list[Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Conv `i` of `x`, with the statistics of its output where they are taken."""
-        b, weight, stats = self.b, self.sub_blocks()[i][0].weight, self._takes_stats(i)
+        b, (conv, bn) = self.b, self.sub_blocks()[i]
+        stats = of_the_batch(bn)
         out = ops.conv1d(
             x,
-            weight,
+            conv.weight,
             lengths=lengths[i] if lengths else None,
             stride=b.s,
             padding=b.padding,
@@ -112,10 +109,10 @@ class JasperBlock(nn.Module):
             *args,
             lengths=lengths[i + 1] if lengths else None,
             stats=stats,
-            p=self.b.dropout,
-            training=self.training,
-            frozen=not bn.training,
-            momentum=bn.momentum,
+            p=self.b.dropout if self.training else 0.0,
+            training=self.training or of_the_batch(bn),
+            frozen=not of_the_batch(bn),
+            momentum=momentum_of(bn),
             eps=bn.eps,
             seed=None if seeds is None else seeds[i : i + 1],
             backend=self.backend,
@@ -124,10 +121,10 @@ class JasperBlock(nn.Module):
             **kwargs,
         )
 
-    def gram(self, source: Tensor) -> ops.Gram | None:
-        """What the panes of this block, and of later ones, want to know of a block output; None where nothing."""
-        bn = self.panes()[0][1]
-        return ops.gram(source, sync.group_of(bn)) if self._is_gram(source) and bn.training else None
+    def gram(self, pane: int, source: Tensor) -> ops.Gram | None:
+        """What `pane` of this block, and those of later ones, want to know of a block output; None where nothing."""
+        bn = self.panes()[pane][1]
+        return ops.gram(source, sync.group_of(bn)) if self._is_gram(source) and of_the_batch(bn) else None
 
     def _is_gram(self, source: Tensor) -> bool:
         if self.pane_form != "auto":
@@ -135,34 +132,64 @@ class JasperBlock(nn.Module):
         return choose.pane_form(self.backend, source.device, source.dtype) == "gram"
 
     def pane_sum(self, sources: list[Tensor], grams: list[ops.Gram | None], lengths: Tensor | None) -> Tensor:
-        """Sum over the panes of BN(1x1 conv(source)), (N, C_out, T); updates the running statistics in training.
+        """Sum over the panes of BN(1x1 conv(source)), (N, C_out, T), each by its own settings; updates statistics.
 
-        `sources` are zero at t >= `lengths` (N,). Raises ValueError in training where the panes' batch norms have
-        unlike eps or momentum.
+        `sources` are zero at t >= `lengths` (N,). Panes whose batch norms are set alike, as a rule all, are one call.
         """
-        convs, bns = zip(*self.panes(), strict=True)
-        weights, gammas, betas = [c.weight for c in convs], [b.weight for b in bns], [b.bias for b in bns]
-        if not (self.training and bns[0].training):
-            return sum_folded(sources, weights, bns)
-        (eps, momentum), *others = {(bn.eps, bn.momentum) for bn in bns}
-        if others:
-            raise ValueError(f"a block's panes share one eps and momentum, got {sorted([(eps, momentum), *others])}")
-        if all(map(self._is_gram, sources)):
-            out, mean, var = ops.panes(sources, grams, weights, gammas, betas, eps=eps)
+        alike: dict[tuple, list[int]] = {}
+        for k, (_, bn) in enumerate(self.panes()):
+            how = (bn.eps, bn.momentum, sync.group_of(bn)) if of_the_batch(bn) else None
+            alike.setdefault(how, []).append(k)
+        total = None
+        for how, which in alike.items():
+            convs, bns = zip(*(self.panes()[k] for k in which), strict=True)
+            xs, weights = [sources[k] for k in which], [conv.weight for conv in convs]
+            if how is None:
+                out = sum_folded(xs, weights, bns)
+            else:
+                out = self._batch_sum(xs, [grams[k] for k in which], weights, bns, lengths)
+            total = out if total is None else total + out
+        return total
+
+    def _batch_sum(self, xs, grams, weights, bns, lengths: Tensor | None) -> Tensor:
+        """The pane sum with statistics of the batch, which the running ones take in."""
+        gammas, betas, eps = [bn.weight for bn in bns], [bn.bias for bn in bns], bns[0].eps
+        if all(map(self._is_gram, xs)):
+            out, mean, var = ops.panes(xs, grams, weights, gammas, betas, eps=eps)
         else:
-            group = sync.group_of(bns[0])
-            out, mean, var = ops.panes_plain(
-                sources, weights, gammas, betas, lengths=lengths, eps=eps, backend=self.backend, group=group
-            )
+            how = {"lengths": lengths, "eps": eps, "backend": self.backend, "group": sync.group_of(bns[0])}
+            out, mean, var = ops.panes_plain(xs, weights, gammas, betas, **how)
         with torch.no_grad():
-            for stat, running in ((mean, "running_mean"), (var, "running_var")):
-                buffers = [getattr(bn, running) for bn in bns]
-                torch._foreach_lerp_(buffers, list(stat.to(buffers[0].dtype).unbind()), momentum)
+            for stats, running in ((mean, "running_mean"), (var, "running_var")):
+                kept = [(getattr(bn, running), stat) for bn, stat in zip(bns, stats, strict=True)]
+                kept = [(buffer, stat.to(buffer.dtype)) for buffer, stat in kept if buffer is not None]
+                if kept and bns[0].momentum is not None:
+                    torch._foreach_lerp_(*map(list, zip(*kept, strict=True)), bns[0].momentum)
+                elif kept:
+                    for bn, (buffer, stat) in zip(bns, kept, strict=True):
+                        buffer.lerp_(stat, momentum_of(bn).to(stat.dtype))
         return out
 
 
+def of_the_batch(bn: nn.BatchNorm1d) -> bool:
+    """Whether `bn` normalises with the statistics of the batch, as nn.BatchNorm1d decides it."""
+    return bn.training or bn.running_mean is None
+
+
+def momentum_of(bn: nn.BatchNorm1d) -> float | Tensor:
+    """The weight of a batch's statistics in the running ones; without a momentum all batches weigh the same."""
+    if bn.momentum is None and bn.num_batches_tracked is not None:
+        return 1.0 / (bn.num_batches_tracked + 1)
+    return bn.momentum or 0.0
+
+
 def fold(bn: nn.BatchNorm1d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(scale, shift), each (C,) in `dtype`: batch norm with running statistics is `y * scale + shift`."""
+    """(scale, shift), each (C,) in `dtype`: batch norm with running statistics is `y * scale + shift`.
+
+    Raises ValueError for one that keeps none (track_running_stats=False).
+    """
+    if bn.running_mean is None:
+        raise ValueError("a batch norm without running statistics cannot be folded: run the model, not an engine")
     scale = bn.weight.to(dtype) * (bn.running_var.to(dtype) + bn.eps).rsqrt()
     return scale, bn.bias.to(dtype) - bn.running_mean.to(dtype) * scale
 

@@ -58,17 +58,16 @@ class Jasper(nn.Module):
                 same = b.s == 1 and 2 * b.padding == b.d * (b.k - 1)  # saves some tiny kernels
                 steps.append(steps[-1] if same else b.out_length(steps[-1]))
             taken = (sources if b.residual_dense else sources[-1:]) if b.residual else []
-            if taken and self.training:
-                for i in range(len(sources) - len(taken), len(sources)):
-                    grams[i] = grams[i] or layer.gram(sources[i])
-            x = layer(x, taken, grams[len(sources) - len(taken) :], steps if masks else None, seed)
+            first = len(sources) - len(taken)
+            for pane in range(len(taken)):
+                grams[first + pane] = grams[first + pane] or layer.gram(pane, sources[first + pane])
+            x = layer(x, taken, grams[first:], steps if masks else None, seed)
             lens = steps[-1]
             if b.residual and b.residual_dense:
                 sources, grams = [*sources, x], [*grams, None]
             else:
                 sources, grams = [x], [None]
-        if self.training:
-            self._count_batch()
+        self._count_batch()
         head = self.decoder.layers[0]
         logits = F.linear(sources[-1].transpose(1, 2), head.weight.flatten(1), head.bias)
         return logits.float().log_softmax(dim=2), lens
@@ -87,7 +86,7 @@ class Jasper(nn.Module):
         counters = [
             m.num_batches_tracked
             for m in self.encoder.modules()
-            if isinstance(m, (nn.BatchNorm1d, nn.SyncBatchNorm)) and m.training
+            if isinstance(m, (nn.BatchNorm1d, nn.SyncBatchNorm)) and m.training and m.num_batches_tracked is not None
         ]
         if counters:
             torch._foreach_add_(counters, 1)

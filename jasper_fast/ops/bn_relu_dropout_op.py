@@ -250,10 +250,11 @@ def dropout_seed(p: float, seed: Tensor | int | None, device: torch.device) -> t
     return p, seed if isinstance(seed, Tensor) else torch.tensor([seed], dtype=torch.int64, device=device)
 
 
-def _update(running: Tensor | None, value: Tensor, momentum: float) -> None:
+def _update(running: Tensor | None, value: Tensor, momentum: float | Tensor) -> None:
     if running is not None:
         with torch.no_grad():
-            running.lerp_(value.to(running.dtype), momentum)
+            weight = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
+            running.lerp_(value.to(running.dtype), weight)
 
 
 def check(y, gamma, beta, running_mean, running_var, residual, lengths, p, halo) -> None:

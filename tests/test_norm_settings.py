@@ -1,0 +1,124 @@
+"""Every batch norm of a Jasper obeys its own settings, main ones and panes, as nn.BatchNorm1d defines them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_model import config
+from torch import nn
+
+from jasper_fast import InferenceEngine, Jasper
+from jasper_fast.nn.eager import EagerJasper
+
+LENGTHS = torch.tensor([40, 23])
+
+
+def norms(model: nn.Module) -> dict[str, nn.BatchNorm1d]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm1d)}
+
+
+def own_eps(bn: nn.BatchNorm1d, i: int) -> None:
+    bn.eps = 10.0 ** -(i % 4)
+
+
+def own_momentum(bn: nn.BatchNorm1d, i: int) -> None:
+    bn.momentum = (None, 0.1, 0.5, 1.0)[i % 4]
+
+
+def frozen(bn: nn.BatchNorm1d, i: int) -> None:
+    bn.train(i % 3 != 0)
+
+
+def untracked(bn: nn.BatchNorm1d, i: int) -> None:
+    if i % 2:
+        bn.track_running_stats, bn.running_mean, bn.running_var, bn.num_batches_tracked = False, None, None, None
+
+
+def all_at_once(bn: nn.BatchNorm1d, i: int) -> None:
+    own_eps(bn, i)
+    own_momentum(bn, i // 2)
+    frozen(bn, i // 3)
+    untracked(bn, i // 5)
+
+
+def pair(form: str, change=lambda bn, i: None) -> tuple[EagerJasper, Jasper]:
+    """An eager and a fused model of the same weights, their batch norms changed alike, in fp64 and without dropout."""
+    made = config("dense")
+    for block in made.encoder.blocks:
+        object.__setattr__(block, "dropout", 0.0)
+    torch.manual_seed(3)
+    eager = EagerJasper(made).double()
+    for bn in norms(eager).values():
+        nn.init.uniform_(bn.weight, 0.5, 1.5)
+        bn.running_mean.normal_()
+        bn.running_var.uniform_(0.5, 2)
+    fused = Jasper(made, backend="reference", panes=form).double()
+    fused.load_state_dict(eager.state_dict())
+    for model in (eager, fused):
+        model.train()
+        for i, bn in enumerate(norms(model).values()):
+            change(bn, i)
+    return eager, fused
+
+
+def equal(eager: EagerJasper, fused: Jasper, features: torch.Tensor) -> None:
+    (want, lengths), (got, _) = (model(features, LENGTHS) for model in (eager, fused))
+    valid = torch.arange(want.shape[1]) < lengths[:, None]
+    torch.testing.assert_close(got[valid], want[valid], atol=1e-5, rtol=1e-5)  # log-probabilities are fp32
+
+
+def features_of(model: EagerJasper) -> torch.Tensor:
+    return torch.randn(2, model.config.encoder.in_feats, 40, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("form", ["gram", "plain"])
+@pytest.mark.parametrize("change", [own_eps, own_momentum, frozen, untracked, all_at_once], ids=lambda f: f.__name__)
+def test_a_norm_does_what_its_settings_say(form, change):
+    eager, fused = pair(form, change)
+    for _ in range(2):
+        equal(eager, fused, features_of(eager))
+    for (name, want), got in zip(sorted(eager.named_buffers()), (b for _, b in sorted(fused.named_buffers()))):
+        torch.testing.assert_close(got, want, msg=lambda told, name=name: f"{name}: {told}")
+    features = features_of(eager)
+    weight = torch.randn(2, 20, fused.config.decoder.n_classes, dtype=torch.float64)
+    for model in (eager, fused):
+        log_probs, lengths = model(features, LENGTHS)
+        valid = torch.arange(log_probs.shape[1]) < lengths[:, None]
+        (log_probs * weight[:, : log_probs.shape[1]])[valid].sum().backward()
+    ours = dict(fused.named_parameters())
+    for name, parameter in eager.named_parameters():
+        torch.testing.assert_close(
+            ours[name].grad, parameter.grad, atol=1e-5, rtol=1e-4, msg=lambda t, n=name: f"{n}: {t}"
+        )
+    eager.eval(), fused.eval()
+    with torch.no_grad():
+        equal(eager, fused, features)
+
+
+def test_update_bn_recomputes_the_statistics():
+    eager, fused = pair("plain")
+    batches = [features_of(eager) for _ in range(3)]
+    for model in (eager, fused):
+        torch.optim.swa_utils.update_bn(batches, of_features(model))
+    for (name, want), got in zip(sorted(eager.named_buffers()), (b for _, b in sorted(fused.named_buffers()))):
+        torch.testing.assert_close(got, want, msg=lambda told, name=name: f"{name}: {told}")
+
+
+def of_features(model: nn.Module) -> nn.Module:
+    """`model` as `update_bn` calls it: of one argument."""
+
+    class OfFeatures(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return self.model(features, LENGTHS)[0]
+
+    return OfFeatures()
+
+
+def test_an_engine_refuses_a_norm_without_running_statistics():
+    _, fused = pair("plain", untracked)
+    with pytest.raises(ValueError, match="without running statistics"):
+        InferenceEngine(fused.eval())
