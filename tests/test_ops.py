@@ -352,3 +352,28 @@ def test_a_conv_names_what_does_not_fit(backend):
     for lengths in (torch.tensor([9]), torch.tensor([9.0, 9.0]), torch.tensor([9, 9], dtype=torch.int32)):
         with pytest.raises(ValueError, match=r"lengths must be \(2,\) int64"):
             ops.conv1d(x, weight[:, :16], lengths=lengths, backend=backend)
+
+
+def twice_differentiable() -> dict:
+    """For each op a function of leaves, and the leaves."""
+    x, w = torch.randn(2, 4, 9, requires_grad=True), torch.randn(5, 4, 3, requires_grad=True)
+    gamma, beta = torch.rand(4, requires_grad=True), torch.randn(4, requires_grad=True)
+    pane = torch.randn(5, 4, 1, requires_grad=True)
+    wide = [torch.rand(5, requires_grad=True) for _ in range(2)]
+    stats = torch.zeros(4), torch.ones(4)
+    return {
+        "conv1d": (lambda: ops.conv1d(x, w, padding=1), [x, w]),
+        "bn_relu_dropout": (lambda: ops.bn_relu_dropout(x, gamma, beta, *stats), [x, gamma, beta]),
+        "sub_block": (lambda: ops.sub_block(x, gamma, beta, *stats, w, padding=1), [x, gamma, beta, w]),
+        "gram": (lambda: ops.gram(x).cov, [x]),
+        "panes": (lambda: ops.panes([x], [ops.gram(x)], [pane], wide[:1], wide[1:])[0], [x, pane, *wide]),
+        "panes_plain": (lambda: ops.panes_plain([x], [pane], wide[:1], wide[1:])[0], [x, pane, *wide]),
+    }
+
+
+@pytest.mark.parametrize("op", ["conv1d", "bn_relu_dropout", "sub_block", "gram", "panes", "panes_plain"])
+def test_a_second_derivative_is_an_error(op):
+    call, leaves = twice_differentiable()[op]
+    first = torch.autograd.grad(call().square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        sum(g.square().sum() for g in first).backward()

@@ -15,7 +15,7 @@ from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import ntc
 from jasper_fast.kernels.operands import Mask, Norm
 from jasper_fast.ops import sync
-from jasper_fast.ops.registration import lib, without_autocast
+from jasper_fast.ops.registration import lib, register_autograd, without_autocast
 
 _OP = "bn_relu_dropout"
 
@@ -107,7 +107,7 @@ def _grad(ctx, dz):
     return dy, None, None, dgamma, dbeta, dres if ctx.has_residual else None, *(None,) * 8
 
 
-torch.library.register_autograd("jasper_fast::bn_relu_dropout", _grad, setup_context=_save, lib=lib)
+register_autograd("bn_relu_dropout", _grad, _save)
 
 
 def norm_face(y: Tensor, backend: str) -> str:

@@ -14,7 +14,7 @@ from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import ntc
 from jasper_fast.kernels.operands import Geometry
 from jasper_fast.ops.bn_relu_dropout_op import check_lengths, norm_face_of
-from jasper_fast.ops.registration import lib, without_autocast
+from jasper_fast.ops.registration import lib, register_autograd, without_autocast
 
 Pack = Callable[[Tensor, torch.dtype, str], Tensor | None]  # a weight's pack for a dtype and a face
 
@@ -108,7 +108,7 @@ def _grad(ctx, dy, _dmean, _dm2):
     return dx if need_dx else None, dw, *(None,) * 8
 
 
-torch.library.register_autograd("jasper_fast::conv1d", _grad, setup_context=_save, lib=lib)
+register_autograd("conv1d", _grad, _save)
 
 
 def conv1d(

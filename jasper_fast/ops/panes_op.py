@@ -11,7 +11,7 @@ from torch import Tensor
 from jasper_fast.kernels.layout import wide_dtype
 from jasper_fast.kernels.panes import gram as impl
 from jasper_fast.ops import sync
-from jasper_fast.ops.registration import lib, without_autocast
+from jasper_fast.ops.registration import lib, register_autograd, without_autocast
 
 lib.define("gram(Tensor x, str group) -> (Tensor, Tensor, Tensor)")
 lib.define("gram_backward(Tensor x, Tensor mean, Tensor rows, Tensor dmean, Tensor dcov, str group) -> Tensor")
@@ -113,8 +113,8 @@ def _panes_grad(ctx, g, _dmean, _dvar):
     return dxs, dmeans, dcovs, dweights, dgammas, [dbeta.clone() for _ in range(n)], None, None
 
 
-torch.library.register_autograd("jasper_fast::gram", _gram_grad, setup_context=_gram_save, lib=lib)
-torch.library.register_autograd("jasper_fast::panes", _panes_grad, setup_context=_panes_save, lib=lib)
+register_autograd("gram", _gram_grad, _gram_save)
+register_autograd("panes", _panes_grad, _panes_save)
 
 
 class Gram(NamedTuple):

@@ -19,7 +19,7 @@ from jasper_fast.kernels.layout import rows as _rows
 from jasper_fast.ops import sync
 from jasper_fast.ops.bn_relu_dropout_op import check_lengths, norm_face_of
 from jasper_fast.ops.panes_op import check_rows, unbiased
-from jasper_fast.ops.registration import lib, without_autocast
+from jasper_fast.ops.registration import lib, register_autograd, without_autocast
 
 lib.define(
     "panes_plain(Tensor[] xs, Tensor[] weights, Tensor gamma, Tensor beta, Tensor? lengths, float eps, int keep, "
@@ -126,7 +126,7 @@ def _grad(ctx, g, *_):
     return dxs, dweights, dgamma, dbeta.repeat(n, 1), *(None,) * 5  # betas are optimised in place: none shares memory
 
 
-torch.library.register_autograd("jasper_fast::panes_plain", _grad, setup_context=_save, lib=lib)
+register_autograd("panes_plain", _grad, _save)
 
 
 def panes_plain(

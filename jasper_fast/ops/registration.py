@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 lib = torch.library.Library("jasper_fast", "DEF")
 
@@ -21,3 +23,25 @@ def without_autocast(impl):
             return impl(x, *args)
 
     return run
+
+
+def register_autograd(op: str, grad, setup_context) -> None:
+    """Registers `grad` as the gradient of `op`; to differentiate that gradient again is an error.
+
+    The ops of the backward pass have no gradient of their own, and PyTorch would take their results for constants: a
+    gradient penalty or a Hessian would be wrong without a word.
+    """
+    said = f"jasper_fast::{op} has no second derivative: take jasper_fast.nn.eager.EagerJasper for it".encode()
+
+    def refusing(x: Tensor) -> Tensor:
+        return torch._C._functions.DelayedError(said, 1)(x.detach().requires_grad_())
+
+    @functools.wraps(grad)
+    def once(ctx, *grads):
+        if not torch.is_grad_enabled():  # that is, without create_graph
+            return grad(ctx, *grads)
+        with torch.no_grad():
+            found = grad(ctx, *grads)
+        return tree_map_only(Tensor, refusing, found)
+
+    torch.library.register_autograd(f"jasper_fast::{op}", once, setup_context=setup_context, lib=lib)

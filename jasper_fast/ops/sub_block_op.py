@@ -15,7 +15,7 @@ from jasper_fast.kernels.layout import ntc
 from jasper_fast.kernels.operands import Geometry, Mask, Norm
 from jasper_fast.ops.bn_relu_dropout_op import check, dropout_seed, mean_sums, norm_face, normaliser
 from jasper_fast.ops.conv1d_op import Pack, check_channels, conv_face, conv_forward, fake_stats
-from jasper_fast.ops.registration import lib, without_autocast
+from jasper_fast.ops.registration import lib, register_autograd, without_autocast
 
 lib.define(
     "sub_block(Tensor y, Tensor mean, Tensor rstd, Tensor gamma, Tensor beta, Tensor? lengths, Tensor? seed, "
@@ -95,7 +95,7 @@ def _grad(ctx, dout, _dmean, _dm2):
     return dy, None, None, dgamma, dbeta, None, None, None, dw, *(None,) * 10
 
 
-torch.library.register_autograd("jasper_fast::sub_block", _grad, setup_context=_save, lib=lib)
+register_autograd("sub_block", _grad, _save)
 
 
 def sub_block(
