@@ -48,3 +48,21 @@ def imaginary_gpus_table(tmp_path, monkeypatch):
 
     yield put
     tables._index.cache_clear()
+
+
+def wrap(monkeypatch, owner: object, name: str, around) -> None:
+    """Puts `around(right, *args, **more)` in the place of `owner.name`, which it gets as `right`."""
+    right = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **more: around(right, *args, **more))
+
+
+def spied(monkeypatch, owner: object, name: str, note=lambda *args, **more: args) -> list:
+    """What `note` makes of the arguments of each call of `owner.name`, which works as before."""
+    calls: list = []
+
+    def around(right, *args, **more):
+        calls.append(note(*args, **more))
+        return right(*args, **more)
+
+    wrap(monkeypatch, owner, name, around)
+    return calls
