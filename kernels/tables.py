@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ ALGORITHMS = ("direct", "library")  # our own kernels; whatever the library take
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 HEADER = ("gpu", "capability", "driver", "torch", "triton", "commit", "command", "date")
 SHAPE = ("c_in", "c_out", "taps", "stride", "dilation")
-TILE = ("t", "n", "k", "num_warps", "num_stages", "splits")
 MAX_ROWS_LOG2 = 40
 # Shared memory that one program may have, bytes, by compute capability (CUDA's programming guide); newer: the largest.
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_87": 166912, "sm_89": 101376, "sm_90": 232448, "sm_120": 101376}
@@ -95,12 +95,7 @@ class Row:
 
     def plain(self) -> dict[str, Any]:
         """The row as a file holds it."""
-        found = asdict(replace(self, tile=None if self.tile is None else dict(self.tile)))
-        del found["exact"]
-        return found
-
-
-_FIELDS = tuple(f.name for f in fields(Row) if f.name != "exact")
+        return {name: getattr(self, name) for name in _ROW}
 
 
 @dataclass(frozen=True)
@@ -319,26 +314,19 @@ def load(path: Path) -> Table:
 
 def parse(data: object, where: str) -> Table:
     """A table from plain values; raises TableError that begins with `where`."""
-    if not isinstance(data, dict) or set(data) != {"header", "rows"} or not isinstance(data.get("rows"), list):
+    if not isinstance(data, dict) or set(data) != {"header", "rows"} or not isinstance(data["rows"], list):
         raise TableError(f"{where}: a table is an object with a header and a list of rows")
-    header = data["header"]
-    if not isinstance(header, dict) or set(header) != set(HEADER):
-        raise TableError(f"{where}: header: its fields must be {', '.join(HEADER)}")
-    for name, value in header.items():
-        if not isinstance(value, str) or not value:
-            raise TableError(f"{where}: header: {name} must be a text that is not empty, got {value!r}")
-    if not re.fullmatch(r"sm_\d{2,3}", header["capability"]):
-        raise TableError(f"{where}: header: capability must read like sm_90, got {header['capability']!r}")
-    rows, seen = [], {}
+    if fault := _fault(data["header"], _HEADER):
+        raise TableError(f"{where}: header: {fault}")
+    rows: dict[tuple, Row] = {}
     for number, values in enumerate(data["rows"], 1):
-        row, fault = _row(values, header["capability"])
-        if fault is None and row.key in seen:
-            fault = f"the same key as row {seen[row.key]}"
-        if fault is not None:
+        if fault := _row_fault(values, data["header"]["capability"]):
             raise TableError(f"{where}: row {number}: {fault}")
-        seen[row.key] = number
-        rows.append(row)
-    return Table(header, tuple(rows))
+        row = Row(**values)
+        if row.key in rows:
+            raise TableError(f"{where}: row {number}: the same key as row {list(rows).index(row.key) + 1}")
+        rows[row.key] = row
+    return Table(data["header"], tuple(rows.values()))
 
 
 def write(path: Path, header: Mapping[str, str], rows: Iterable[Row]) -> None:
@@ -353,51 +341,90 @@ def write(path: Path, header: Mapping[str, str], rows: Iterable[Row]) -> None:
     os.replace(part, path)
 
 
-def _row(values: object, capability: str) -> tuple[Row | None, str | None]:
-    """(the row, None), or (None, what is wrong with it)."""
+# ---- what a file must hold ----
+
+_Rule = tuple[Callable[[Any], bool], str]  # whether a value is right, and what it must be in words
+
+
+def _one_of(allowed: Iterable[str]) -> _Rule:
+    return lambda value: isinstance(value, str) and value in allowed, f"one of {', '.join(allowed)}"
+
+
+def _whole(low: int, high: float, told: str = "a whole number from {} to {}") -> _Rule:
+    return lambda value: type(value) is int and low <= value <= high, told.format(low, high)
+
+
+def _power(low: int, high: int) -> _Rule:
+    right, told = _whole(low, high, "a power of two from {} to {}")
+    return lambda value: right(value) and value & (value - 1) == 0, told
+
+
+def _matching(pattern: str, told: str) -> _Rule:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value, re.DOTALL) is not None, told
+
+
+def _or_null(rule: _Rule) -> _Rule:
+    return lambda value: value is None or rule[0](value), f"{rule[1]} or null"
+
+
+_HEADER: dict[str, _Rule] = {
+    **dict.fromkeys(HEADER, _matching(".+", "a text that is not empty")),
+    "capability": _matching(r"sm_\d{2,3}", "a text like sm_90"),
+}
+_ROW: dict[str, _Rule] = {
+    "op": _one_of(OPS),
+    "dtype": _one_of(_ITEMSIZE),
+    **dict.fromkeys(SHAPE, _whole(1, math.inf, "a positive whole number")),
+    "rows_log2": _whole(0, MAX_ROWS_LOG2),
+    "face": _one_of(FACES),
+    "algorithm": _one_of(ALGORITHMS),
+    "tile": (lambda value: True, "judged with its op and face"),
+    "time_s": (lambda value: isinstance(value, float) and 0 < value < math.inf, "a positive number of seconds"),
+    **dict.fromkeys(("registers", "shared", "spilled"), _or_null(_whole(0, math.inf, "a whole number"))),
+}
+_TILE: dict[str, _Rule] = {
+    **dict.fromkeys(("t", "n", "k"), _power(16, 256)),
+    "num_warps": _power(1, 16),
+    "num_stages": _whole(1, 8),
+    "splits": _whole(1, 1024),
+}
+
+
+def _fault(values: object, rules: Mapping[str, _Rule]) -> str | None:
+    """What keeps `values` from being an object with these fields and nothing else, or None."""
     if not isinstance(values, dict):
-        return None, f"an object is wanted, got {values!r}"
-    if set(values) != set(_FIELDS):
-        wrong = sorted(set(values) ^ set(_FIELDS))
-        return None, f"unknown or missing fields: {', '.join(wrong)}"
-    for name, allowed in (("op", OPS), ("dtype", _ITEMSIZE), ("face", FACES), ("algorithm", ALGORITHMS)):
-        if not isinstance(values[name], str) or values[name] not in allowed:
-            return None, f"{name} {values[name]!r} is not one of {', '.join(allowed)}"
-    for name in SHAPE:
-        if not _whole(values[name], 1):
-            return None, f"{name} must be a positive whole number, got {values[name]!r}"
-    if values["op"] in NORM_OPS and shape_of_norm(values["c_in"]) != {name: values[name] for name in SHAPE}:
-        return None, f"{values['op']} has its channels as c_in and c_out, and taps, stride and dilation 1"
-    if not _whole(values["rows_log2"], 0) or values["rows_log2"] > MAX_ROWS_LOG2:
-        return None, f"rows_log2 must be a whole number from 0 to {MAX_ROWS_LOG2}, got {values['rows_log2']!r}"
-    if not isinstance(values["time_s"], float) or not 0 < values["time_s"] < float("inf"):
-        return None, f"time_s must be a positive number of seconds, got {values['time_s']!r}"
-    for name in ("registers", "shared", "spilled"):
-        if values[name] is not None and not _whole(values[name], 0):
-            return None, f"{name} must be a whole number or null, got {values[name]!r}"
+        return f"an object is wanted, got {values!r}"
+    if wrong := sorted(values.keys() ^ rules.keys()):
+        return f"unknown or missing fields: {', '.join(wrong)}"
+    faults = (
+        f"{name} must be {wanted}, got {values[name]!r}"
+        for name, (right, wanted) in rules.items()
+        if not right(values[name])
+    )
+    return next(faults, None)
+
+
+def _row_fault(values: object, capability: str) -> str | None:
+    """Why `values` are no row of a table of a GPU with this compute capability, or None."""
+    if fault := _fault(values, _ROW):
+        return fault
+    op, face, limit = values["op"], values["face"], SHARED_LIMIT.get(capability, _LARGEST_SHARED)
+    if op in NORM_OPS and not shape_of_norm(values["c_in"]).items() <= values.items():
+        return f"{op} has its channels as c_in and c_out, and taps, stride and dilation 1"
     if values["spilled"]:
-        return None, f"the kernel spills {values['spilled']} bytes: such a configuration is never chosen"
-    limit = SHARED_LIMIT.get(capability, _LARGEST_SHARED)
+        return f"the kernel spills {values['spilled']} bytes: such a configuration is never chosen"
     if (values["shared"] or 0) > limit:
-        return None, f"the kernel takes {values['shared']} bytes of shared memory, {capability} has {limit}"
-    tiled = values["op"].startswith("conv1d.") and values["face"] == "triton"
+        return f"the kernel takes {values['shared']} bytes of shared memory, {capability} has {limit}"
+    tiled = op.startswith("conv1d.") and face == "triton"
     if (values["tile"] is not None) != tiled:
-        return None, f"{values['op']} on {values['face']} {'needs a' if tiled else 'has no'} tile"
-    fault = tile_fault(values["op"], values["dtype"], values["tile"], limit) if tiled else None
-    return (Row(**values), None) if fault is None else (None, fault)
+        return f"{op} on {face} {'needs a' if tiled else 'has no'} tile"
+    return tile_fault(op, values["dtype"], values["tile"], limit) if tiled else None
 
 
 def tile_fault(op: str, dtype: str, tile: object, shared: int = _LARGEST_SHARED) -> str | None:
     """Why the Triton conv cannot run `tile` with `shared` bytes of shared memory a program, or None."""
-    if not isinstance(tile, dict) or set(tile) != set(TILE):
-        return f"tile: its fields must be {', '.join(TILE)}, got {tile!r}"
-    for name, low, high in (("t", 16, 256), ("n", 16, 256), ("k", 16, 256), ("num_warps", 1, 16)):
-        value = tile[name]
-        if not _whole(value, low) or value > high or value & (value - 1):
-            return f"tile: {name} must be a power of two from {low} to {high}, got {value!r}"
-    for name, high in (("num_stages", 8), ("splits", 1024)):
-        if not _whole(tile[name], 1) or tile[name] > high:
-            return f"tile: {name} must be a whole number from 1 to {high}, got {tile[name]!r}"
+    if fault := _fault(tile, _TILE):
+        return f"tile: {fault}"
     if tile["splits"] > 1 and op not in _SPLIT:
         return f"tile: {op} does not split its reduction, got splits {tile['splits']}"
     t, n, k = tile["t"], tile["n"], tile["k"]
@@ -409,7 +436,3 @@ def tile_fault(op: str, dtype: str, tile: object, shared: int = _LARGEST_SHARED)
     if needed > shared:
         return f"tile: its stages take {needed} bytes of shared memory at least, a program has {shared}"
     return None
-
-
-def _whole(value: object, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low

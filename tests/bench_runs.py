@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -13,15 +15,15 @@ from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.harness.seeds import seeded
 from jasper_fast.bench.report import goals
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 ROOT = Path(__file__).parents[1]
 FAST = Effort(seconds=0.05, min_rounds=3, max_rounds=4)
 
 
-def make_run(tmp_path: Path, backend: str = "reference", **kwargs) -> Run:
+def make_run(tmp_path: Path, backend: str = "reference", device=CPU, dtype=torch.float32, **kwargs) -> Run:
     header = {"command": "kernels", "machine": {"name": "m", "commit": "c", "dirty": False, "device": "cpu"}}
     results = result_file.Results(tmp_path / "run.json", header)
-    return Run(CPU, torch.float32, backend, True, results, FAST, **kwargs)
+    return Run(device, dtype, backend, True, results, FAST, **kwargs)
 
 
 def softplus_case(contenders: dict, op: str = "softplus", **more) -> Case:
@@ -74,3 +76,20 @@ def goal_rows() -> list[dict]:
                     row["ratio"] = {"median": value, "low": value - 0.1, "high": value + 0.1}
             rows.append(row)
     return rows
+
+
+def python(script: str, *arguments: object) -> subprocess.CompletedProcess:
+    """A process of its own that has run `script` without a fault."""
+    argv = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def raising(error: BaseException):
+    """A function of anything that raises `error`."""
+
+    def function(*_: object, **__: object):
+        raise error
+
+    return function

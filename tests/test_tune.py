@@ -1,9 +1,12 @@
-"""`python -m bench tune` on the stand-in: what it measures, refuses and keeps, interruption, tables from results."""
+"""`python -m bench tune` on the stand-in: what it measures, refuses and keeps, interruption."""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -15,31 +18,28 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_face
+import torch.nn.functional as F
+from conftest import interpreted
+from standins import spied, wrap
 
-from jasper_fast.bench.cases import counts, models
 from jasper_fast.bench.cli import main
 from jasper_fast.bench.harness import checking, devices, machine
 from jasper_fast.bench.harness.errors import OutOfTime
 from jasper_fast.bench.harness.measurement import Measurement
 from jasper_fast.bench.tune import builders as tune_builders
 from jasper_fast.bench.tune import cases as tune_cases
-from jasper_fast.bench.tune import table as tune_table
 from jasper_fast.bench.tune import tune
 from jasper_fast.dispatch import backends
 from jasper_fast.kernels import launch, tables
-from jasper_fast.kernels.operands import Mask
 
 ROOT = Path(__file__).resolve().parents[1]
-GPU = torch.device("cuda", 0)
+CPU_RUN = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
 SHAPE = {"c_in": 16, "c_out": 24, "taps": 3, "stride": 1, "dilation": 1}
 
 
 @pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    make_face("triton")
-    if torch.cuda.is_available():
-        pytest.skip("the stand-in runs where Triton interprets")
+def stand_in(monkeypatch):
+    interpreted()
     monkeypatch.setattr(machine, "_git", lambda *_: "abc")  # who commits meanwhile must not end a --resume
     monkeypatch.setattr(tune, "born", time.monotonic)  # pytest's process is older than a budget
 
@@ -47,8 +47,34 @@ def interpreted(monkeypatch):
 def run(out: Path, *more: str, ops: str = "forward") -> tuple[int, dict]:
     """Exit status and result of a run on the stand-in."""
     status = main(["tune", "--device", "cpu", "--seconds", "0.05", "--out", str(out), "--ops", ops, *more])
-    (path,) = out.glob("tune_*.json")
-    return status, json.loads(path.read_text())
+    return status, written(out)
+
+
+def written(out: Path) -> dict:
+    """The only result in a folder."""
+    (path,) = out.glob("*.json")
+    return json.loads(path.read_text())
+
+
+def command(out: Path, *more: str, script: str | None = None) -> list[str]:
+    """The command as a process of its own; `script` prepares it and hands over to `main`."""
+    start = ["-c", script + HANDS_OVER] if script else ["-m", "bench"]
+    return [sys.executable, *start, "tune", "--device", "cpu", "--seconds", "0.05", "--out", str(out), *more]
+
+
+HANDS_OVER = """
+import sys
+from jasper_fast.bench.cli import main
+from jasper_fast.bench.harness import machine
+machine._git = lambda *_: "abc"
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def process(argv: list[str], **env: str) -> subprocess.CompletedProcess:
+    """A process that has ended, with Triton's interpreter and what else `env` says."""
+    env = os.environ | {"TRITON_INTERPRET": "1"} | env
+    return subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
 def cases(data: dict) -> dict[str, dict[str, dict]]:
@@ -63,12 +89,10 @@ def cases(data: dict) -> dict[str, dict[str, dict]]:
 
 
 def test_the_command_times_right_tiles_faces_and_the_library_and_makes_a_table(tmp_path):
-    env = os.environ | {"TRITON_INTERPRET": "1"}
-    argv = [sys.executable, "-m", "bench", "tune", "--device", "cpu", "--seconds", "0.05", "--out", str(tmp_path)]
-    done = subprocess.run([*argv], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = process(command(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = tmp_path.iterdir()
-    data = json.loads(path.read_text())
+    data = written(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
     assert data["finished"] and data["command"] == "tune"
     assert {row["status"] for row in data["rows"]} == {"ok"}, done.stdout
     wanted = tune_cases.plan(torch.device("cpu"), tune_cases.OPS)
@@ -92,15 +116,15 @@ def test_the_command_times_right_tiles_faces_and_the_library_and_makes_a_table(t
         assert column in done.stdout
 
 
-def test_without_the_interpreter_a_cpu_is_told_how(tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(SystemExit, match="set TRITON_INTERPRET=1"):
-        main(["tune", "--device", "cpu", "--out", str(tmp_path)])
-
-
-def test_an_unknown_op_is_told(tmp_path):
-    with pytest.raises(SystemExit, match="--ops backward: not one of all, forward"):
-        main(["tune", "--device", "cpu", "--ops", "forward,backward", "--out", str(tmp_path)])
+@pytest.mark.parametrize(("interpret", "ops", "told"), [
+    (None, "forward", "set TRITON_INTERPRET=1"), ("1", "forward,backward", "--ops backward: not one of all, forward"),
+])  # fmt: skip
+def test_what_cannot_be_tuned_is_told(tmp_path, monkeypatch, interpret, ops, told):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if interpret is None:
+        monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(SystemExit, match=told):
+        run(tmp_path, ops=ops)
 
 
 def test_help_tells_the_options(capsys):
@@ -112,153 +136,25 @@ def test_help_tells_the_options(capsys):
         assert option in said
 
 
-# ---- what is tuned ----
-
-
-def test_every_conv_of_the_network_is_tuned_once_and_the_heaviest_first():
-    layers = tune_cases.layers(GPU)
-    cfg = models.config("jasper10x5")
-    convs = list(counts.convs(cfg, 1, 840))
-    assert {(c.C_in, c.C_out, c.K) for c in convs} == {(layer.c_in, layer.c_out, layer.taps) for layer in layers}
-    assert len({layer[:5] for layer in layers}) == len(layers)
-    assert sum(layer.share for layer in layers) == pytest.approx(1.0)
-    assert [layer.share for layer in layers] == sorted((layer.share for layer in layers), reverse=True)
-    weight = {c.name: c.C_in * c.C_out * c.K for c in convs}
-    heaviest = [c for c in convs if (c.C_in, c.C_out, c.K) == layers[0][:3]]
-    assert layers[0].share == pytest.approx(sum(weight[c.name] for c in heaviest) / sum(weight.values()), rel=0.05)
-    kinds = {layer[:5]: layer.kind for layer in layers}
-    assert kinds[64, 256, 11, 2, 1] == "prologue"
-    assert kinds[768, 896, 29, 1, 2] == "main"
-    assert kinds[1024, 29, 1, 1, 1] == "decoder"
-    assert kinds[256, 768, 1, 1, 1] == "pane"
-    assert kinds[896, 1024, 1, 1, 1] == "main"
-
-
-def test_the_order_is_by_share_and_training_and_inference_both_come_early():
-    todo = tune_cases.plan(GPU, tune_cases.OPS)
-    assert len(set(todo)) == len(todo)
-    heaviest = tune_cases.layers(GPU)[0]
-    assert [layer for _, layer, _ in todo[:6]] == [heaviest] * 6
-    assert {op for op, *_ in todo[:6]} == set(tune_cases.CONV_OPS)
-    assert {batch for _, _, batch in todo[:6]} == {tune_cases.TRAINING[0], tune_cases.INFERENCE[0]}
-    first = {layer: i for i, (_, layer, _) in reversed(list(enumerate(todo)))}
-    shares = [layer.share for layer in sorted(first, key=first.__getitem__)]
-    assert shares == sorted(shares, reverse=True)
-    for op, layer, batch in todo:
-        assert op in tune_cases.used(layer.kind)
-        assert batch in (tune_cases.INFERENCE if op == "fused" else tune_cases.TRAINING)
-        assert not (op.startswith("dgrad") and layer.stride > 1)
-
-
-def test_the_candidates_of_a_gpu_can_be_rows_of_a_table():
-    """Their labels tell them apart, and every one has the form that a table wants."""
-    from jasper_fast.kernels.conv1d import triton_tiles
-
-    for layer in tune_cases.layers(GPU):
-        for op in tune_cases.used(layer.kind):
-            for n, frames in tune_cases.INFERENCE if op == "fused" else tune_cases.TRAINING:
-                shape = triton_tiles.Shape(*layer[:5], n * frames)
-                tiles = [c._asdict() for c in triton_tiles.candidates(op, torch.bfloat16, shape, frames)]
-                assert tiles and len({json.dumps(t) for t in tiles}) == len(tiles)
-                faults = [tables.tile_fault(f"conv1d.{op}", "bfloat16", tile) for tile in tiles]
-                assert faults[0] is None, f"the default of {op} for {layer}: {faults[0]}"
-                assert sum(fault is None for fault in faults) > len(tiles) / 2
-
-
-def test_every_width_of_the_norms_is_tuned_both_ways_at_the_training_batches():
-    widths = tune_cases.norms(GPU)
-    model = models.config("jasper10x5").encoder
-    assert {layer.c_in for layer in widths} == {block.filters for block in model.blocks}
-    assert all(layer == (layer.c_in, layer.c_in, 1, 1, 1, "norm", layer.share) for layer in widths)
-    assert [layer.share for layer in widths] == sorted((layer.share for layer in widths), reverse=True)
-    rows = {b.filters: 0 for b in model.blocks}
-    for block in model.blocks:
-        rows[block.filters] += block.repeat * block.filters
-    most = max(rows, key=rows.__getitem__)
-    assert widths[0].c_in == most and widths[0].share / widths[-1].share == pytest.approx(
-        rows[most] / rows[widths[-1].c_in]
-    )
-    assert 0.1 < sum(layer.share for layer in widths) < 0.5, "of the bytes of a step, which are the convs' too"
-
-    todo = tune_cases.plan(GPU, tune_cases.OPS)
-    found = [(op, layer, batch) for op, layer, batch in todo if layer.kind == "norm"]
-    assert len(found) == 2 * len(widths) * len(tune_cases.TRAINING)
-    assert {(op, batch) for op, _, batch in found} == {(o, b) for o in tables.NORM_OPS for b in tune_cases.TRAINING}
-    for first, second in zip(found[::2], found[1::2], strict=True):
-        assert first[1:] == second[1:] and first[0] != second[0], "one without the other chooses nothing"
-    assert todo[0][1].kind != "norm" and todo[-1][1].kind != "norm"
-    assert tune_cases.plan(GPU, tables.NORM_OPS) == found, "they can be asked for alone"
-
-
-@pytest.mark.parametrize(("missing", "wanted"), [
-    ((), ["triton", "cuda", "reference"]), (("cuda",), ["triton", "reference"]),
-])  # fmt: skip
-def test_the_contenders_of_a_norm_are_the_faces_that_the_machine_has(monkeypatch, missing, wanted):
-    monkeypatch.setattr(backends, "why_missing", lambda face, kind: "not built" if face in missing else None)
-    run = SimpleNamespace(device=GPU, dtype=torch.bfloat16)
-    op, layer, batch = tune_cases.plan(GPU, tables.NORM_OPS)[0]
-    case = tune_cases.make_case(run, op, layer, batch, None)
-    assert [c.name for c in case.contenders] == wanted and case.ours == "triton"
-    (n, frames), c = batch, layer.c_in
-    assert case.nbytes == 2 * n * frames * c * {"forward": 3, "backward": 5}[op.split(".")[1]]
-    for contender in case.contenders:
-        row = contender.row
-        assert {k: row[k] for k in tables.SHAPE} == tables.shape_of_norm(c)
-        assert (row["op"], row["face"], row["tile"]) == (op, contender.name, None)
-        assert row["rows_log2"] == tables.bucket(n * frames)
-
-
-def test_a_norm_is_called_as_a_training_step_calls_it(monkeypatch):
-    """Statistics and forward; reduction and gradient: with lengths, dropout, a halo and the batch's means."""
-    impl, calls = backends.face("bn_relu_dropout", "triton"), []
-
-    def watched(name):
-        right = getattr(impl, name)
-
-        def call(*args, **more):
-            calls.append((name, args, more))
-            return right(*args, **more)
-
-        return call
-
-    for name in ("stats", "forward", "backward_reduce", "backward_apply"):
-        monkeypatch.setattr(impl, name, watched(name))
-    run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
-    wanted = {"forward": ["stats", "forward"], "backward": ["backward_reduce", "backward_apply"]}
-    for op, layer, batch in tune_cases.plan(run.device, tables.NORM_OPS):
-        calls.clear()
-        case = tune_cases.make_case(run, op, layer, batch, tune_builders.Trial(Path("unused")))
-        held = case.refill.__self__
-        held.call("triton")
-        assert [name for name, *_ in calls] == wanted[op.split(".")[1]]
-        for name, args, _ in calls:
-            if name == "stats":
-                continue
-            lengths, seed, p = next(arg for arg in args if isinstance(arg, Mask))
-            assert lengths.tolist() == [batch[1]] * batch[0] and seed.numel() == 1 and p == 0.2
-            if name == "backward_apply":
-                assert args[4] is not None and args[7] == 2  # means of the batch, halo
-
-
 # ---- what is refused ----
 
 
 @pytest.fixture
 def second_tile(monkeypatch):
     """Spoils what the conv's forward gives with one of the candidates: gives the setter of the fault."""
-    impl = backends.face("conv1d", "triton")
-    right = impl.forward
 
     def spoil(fault):
-        def forward(*args, **kwargs):
-            tile = tables.lookup("conv1d.forward", torch.device("cpu"), torch.float32, **SHAPE, rows=28).tile
-            if launch.run.__name__ == "only_compile":
-                return right(*args, **kwargs)
-            return fault(right(*args, **kwargs)) if tile["num_stages"] == 4 else right(*args, **kwargs)
+        def forward(right, *args, **kwargs):
+            y = right(*args, **kwargs)
+            tile = tables.lookup("conv1d.forward", CPU_RUN.device, torch.float32, **SHAPE, rows=28).tile
+            spoilt = tile["num_stages"] == 4 and launch.run.__name__ != "only_compile"
+            return fault(y) if spoilt else y
 
-        monkeypatch.setattr(impl, "forward", forward)
+        with monkeypatch.context() as patch:
+            wrap(patch, backends.face("conv1d", "triton"), "forward", forward)
+            yield
 
-    return spoil
+    return contextlib.contextmanager(spoil)
 
 
 def raising(_out):
@@ -275,8 +171,8 @@ def raising(_out):
     ids=["scaled", "a row dropped", "does not run"],
 )
 def test_a_wrong_or_failing_tile_is_a_row_and_never_chosen(tmp_path, second_tile, fault, status, why):
-    second_tile(fault)
-    code, data = run(tmp_path)
+    with second_tile(fault):
+        code, data = run(tmp_path)
     assert code == 0
     rows = [r for r in data["rows"] if r["contender"] != "aten" and r["tune"]["tile"]["num_stages"] == 4]
     assert len(rows) == 2 and all(row["status"] == status and row["why"].startswith(why) for row in rows)
@@ -292,22 +188,19 @@ def test_a_stale_result_is_refused(tmp_path, second_tile):
         first.append(y)
         return first[0] if y.shape == first[0].shape else y
 
-    second_tile(stale)
-    _, data = run(tmp_path)
+    with second_tile(stale):
+        _, data = run(tmp_path)
     rows = next(iter(cases(data).values()))
     assert [r["status"] for r in rows.values() if r["contender"] != "aten"] == ["ok", "wrong"]
 
 
 @pytest.mark.parametrize("name", ["stats", "forward", "backward_reduce", "backward_apply"])
 def test_a_face_that_is_wrong_is_a_row_and_never_chosen(tmp_path, monkeypatch, name):
-    impl = backends.face("bn_relu_dropout", "triton")
-    right = getattr(impl, name)
-
-    def spoilt(*args, **more):
+    def spoilt(right, *args, **more):
         out = right(*args, **more)
         return out * 1.01 if isinstance(out, torch.Tensor) else tuple(None if t is None else t * 1.01 for t in out)
 
-    monkeypatch.setattr(impl, name, spoilt)
+    wrap(monkeypatch, backends.face("bn_relu_dropout", "triton"), name, spoilt)
     code, data = run(tmp_path, ops=",".join(tables.NORM_OPS))
     assert code == 0 and data["finished"]
     status = {(row["key"]["op"], row["contender"]): row["status"] for row in data["rows"]}
@@ -319,43 +212,26 @@ def test_a_face_that_is_wrong_is_a_row_and_never_chosen(tmp_path, monkeypatch, n
     assert all({k: getattr(row, k) for k in tables.SHAPE} == tables.shape_of_norm(24) for row in table.rows)
 
 
-class Built:
-    """A compiled kernel as Triton gives it back."""
-
-    def __init__(self, registers: int, shared: int, spills: int):
-        self.n_regs, self.n_spills = registers, spills
-        self.metadata = type("Metadata", (), {"shared": shared})
-
-
-class Kernel:
-    def __init__(self, built):
-        self.built = built
-
-    def __getitem__(self, grid):
-        return lambda *args, **meta: self.built
+def kernel(*built: int) -> dict:
+    """A kernel by its grid, whose launch gives what was compiled: registers, shared bytes and spills; or nothing."""
+    registers, shared, spills = built or (0, 0, 0)
+    one = SimpleNamespace(n_regs=registers, n_spills=spills, metadata=SimpleNamespace(shared=shared))
+    return {(1,): lambda *args, **meta: one if built else None}
 
 
 def test_facts_are_the_most_of_all_kernels_of_a_call():
     before = launch.run
     with tune_builders.compiled() as facts:
-        launch.run(Kernel(Built(128, 4096, 0)), (1,), torch.ones(1))
-        launch.run(Kernel(Built(96, 65536, 3)), (1,), torch.ones(1))
-        launch.run(Kernel(None), (1,), torch.ones(1))
+        for built in ((128, 4096, 0), (96, 65536, 3), ()):
+            launch.run(kernel(*built), (1,), torch.ones(1))
     assert facts == {"registers": 128, "shared": 65536, "spilled": 12}
     assert launch.run is before
 
 
 def test_a_tile_that_spills_is_refused(tmp_path, monkeypatch):
-    import contextlib
-
-    calls = []
-
-    @contextlib.contextmanager
-    def compiled():
-        calls.append(None)
-        yield {"registers": 255 if len(calls) % 2 else 90, "shared": 1024, "spilled": 16 if len(calls) % 2 else 0}
-
-    monkeypatch.setattr(tune_builders, "compiled", compiled)
+    facts = itertools.cycle([(255, 16), (90, 0)])
+    found = lambda: dict(zip(("registers", "spilled"), next(facts), strict=True)) | {"shared": 1024}  # noqa: E731
+    monkeypatch.setattr(tune_builders, "compiled", lambda: contextlib.nullcontext(found()))
     _, data = run(tmp_path)
     for rows in cases(data).values():
         library = rows.pop("aten")
@@ -372,86 +248,61 @@ def test_a_tile_that_spills_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("function", tune_cases.CONV_OPS)
 def test_the_library_is_compared_by_what_its_timed_call_computes(function, monkeypatch):
     """And right at once on the inputs that follow: nothing is left from those before."""
-    run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
-    layer = tune_cases.layers(run.device)[0]
-    case = tune_cases.make_case(run, function, layer, (2, 14), tune_builders.Trial(Path("unused")))
+    layer = tune_cases.layers(CPU_RUN.device)[0]
+    case = tune_cases.make_case(CPU_RUN, function, layer, (2, 14), tune_builders.Trial(Path("unused")))
     m = Measurement(case.only([tune_cases.LIBRARY]))
     checking.prepare(m)
     assert m.runners.keys() == {tune_cases.LIBRARY}, m.failed
 
     name = {"wgrad": "wgrad", "dgrad": "dgrad", "dgrad_bn": "dgrad"}.get(function, "forward")
-    aten = backends.face("conv1d", "aten")
-    right, conv2d = getattr(aten, name), torch.nn.functional.conv2d
     low = {k: v.clone() for k, v in case.low().items()}
     m.case = dataclasses.replace(m.case, low=lambda: low)
-    if function == "fused":
-        monkeypatch.setattr(tune_builders.F, "conv2d", lambda *args: 1.01 * conv2d(*args))
-    else:
-        monkeypatch.setattr(aten, name, lambda *args, **more: 1.01 * right(*args, **more))
+    called = (F, "conv2d") if function == "fused" else (backends.face("conv1d", "aten"), name)
+    wrap(monkeypatch, *called, lambda right, *args, **more: 1.01 * right(*args, **more))
     checking.check(m, (2,))
     assert m.failed[tune_cases.LIBRARY][0] == "wrong"
 
 
-def test_the_librarys_weight_is_cast_and_ordered_once(monkeypatch):
+@pytest.mark.parametrize("function", ["forward", "forward_stats", "dgrad", "dgrad_bn", "fused"])
+def test_the_librarys_weight_is_cast_and_ordered_once(monkeypatch, function):
     """cuDNN would copy it to channels-last memory in every call, which is no part of a conv."""
     run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16)
     layer = tune_cases.layers(run.device)[0]
-    for function in ("forward", "forward_stats", "dgrad", "dgrad_bn", "fused"):
-        seen = []
-        aten, conv2d, backward = backends.face("conv1d", "aten"), torch.nn.functional.conv2d, None
-        backward = aten._backward
-
-        def watched(x, weight, *rest, seen=seen, conv2d=conv2d):
-            seen.append(weight)
-            return conv2d(x, weight, *rest)
-
-        def watched_backward(dy, x, weight, *rest, seen=seen, backward=backward):
-            seen.append(weight.unsqueeze(2))
-            return backward(dy, x, weight, *rest)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.nn.functional, "conv2d", watched)
-            patch.setattr(aten, "_backward", watched_backward)
-            case = tune_cases.make_case(run, function, layer, (2, 14), tune_builders.Trial(Path("unused")))
-            held = case.refill.__self__
-            runner = case.contenders[-1].build()
-            runner.run()
-            first = [w.clone() for w in seen]
-            case.refill(7)
-            runner.run()
-        assert all(w.is_contiguous(memory_format=torch.channels_last) and w.dtype == torch.bfloat16 for w in seen)
-        assert len({w.data_ptr() for w in seen}) == 1, "a captured graph reads the same memory"
-        assert torch.equal(seen[-1].squeeze(2), held.case.inputs["weight"].bfloat16())
-        assert not torch.equal(first[-1], seen[-1])
+    forward = spied(monkeypatch, F, "conv2d", lambda x, weight, *_: weight)
+    aten = backends.face("conv1d", "aten")
+    backward = spied(monkeypatch, aten, "_backward", lambda dy, x, weight, *_: weight.unsqueeze(2))
+    case = tune_cases.make_case(run, function, layer, (2, 14), tune_builders.Trial(Path("unused")))
+    runner = case.contenders[-1].build()
+    runner.run()
+    first = (forward + backward)[-1].clone()
+    case.refill(7)
+    runner.run()
+    seen = forward + backward
+    assert all(w.is_contiguous(memory_format=torch.channels_last) and w.dtype == torch.bfloat16 for w in seen)
+    assert len({w.data_ptr() for w in seen}) == 1, "a captured graph reads the same memory"
+    assert torch.equal(seen[-1].squeeze(2), case.refill.__self__.case.inputs["weight"].bfloat16())
+    assert not torch.equal(first, seen[-1])
 
 
 # ---- compiling ahead ----
 
 
 def test_all_tiles_of_a_case_are_compiled_before_the_first_is_launched(tmp_path, monkeypatch):
-    log, real = [], launch.run
-
-    def launching(kernel, grid, like, *args, **meta):
-        log.append("launched")
-        return real(kernel, grid, like, *args, **meta)
-
     kernel = importlib.import_module("jasper_fast.kernels.conv1d.triton_forward").conv1d_forward_kernel
-    right = type(kernel).run
+    log = spied(monkeypatch, launch, "run", lambda *args, **meta: "launched")
+    before = launch.run
 
-    def compiling(self, *args, warmup, **more):
+    def compiling(right, self, *args, warmup, **more):
         if self is kernel and warmup:
-            log.append(f"stages {more['num_stages']}")
+            log.append(more["num_stages"])
         return right(self, *args, warmup=warmup, **more)
 
-    monkeypatch.setattr(launch, "run", launching)
-    monkeypatch.setattr(type(kernel), "run", compiling)
-    run_ = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    wrap(monkeypatch, type(kernel), "run", compiling)
     trial = tune_builders.Trial(tmp_path / "trying")
-    op, layer, batch = tune_cases.plan(run_.device, ("forward",))[0]
-    case = tune_cases.make_case(run_, op, layer, batch, trial)
-    tune_builders.compile_ahead(run_, case, trial)
-    assert [line for line in log if line != "launched"] == ["stages 3", "stages 4"]
-    assert log[-1] != "launched" and launch.run is launching
+    case = tune_cases.make_case(CPU_RUN, *tune_cases.plan(CPU_RUN.device, ("forward",))[0], trial)
+    tune_builders.compile_ahead(CPU_RUN, case, trial)
+    assert [line for line in log if line != "launched"] == [3, 4]
+    assert log[-1] != "launched" and launch.run is before
     assert not trial.path.exists()
 
 
@@ -462,20 +313,13 @@ def test_a_process_that_dies_while_it_compiles_ahead_compiles_one_after_another_
     monkeypatch.setattr(tune_builders, "_compile_ahead", dying)
     with pytest.raises(SystemExit):
         run(tmp_path)
-    code, data = run_resumed_until_it_ends(tmp_path)
+    with pytest.raises(SystemExit):  # the note of the first case's end is a row now, and the second dies as well
+        run(tmp_path, "--resume")
+    code, data = run(tmp_path, "--resume")
     assert code == 0 and data["finished"]
     failed = [row for row in data["rows"] if row["status"] != "ok"]
     assert {row["contender"] for row in failed} == {tune_builders.AHEAD} and len(failed) == len(cases(data)) == 2
     assert len(data["table"]["rows"]) == 4
-
-
-def run_resumed_until_it_ends(out: Path) -> tuple[int, dict]:
-    for _ in range(3):
-        try:
-            return run(out, "--resume")
-        except SystemExit:
-            continue
-    raise AssertionError("it dies each time")
 
 
 def test_an_interruption_leaves_nothing_of_the_asynchronous_mode(monkeypatch):
@@ -486,8 +330,6 @@ def test_an_interruption_leaves_nothing_of_the_asynchronous_mode(monkeypatch):
         assert launch.run is not before
         raise OutOfTime
 
-    import contextvars
-
     with pytest.raises(OutOfTime):
         contextvars.copy_context().run(tune_builders._compile_ahead, [cut])
     assert mode.get() is None and launch.run is before
@@ -496,16 +338,25 @@ def test_an_interruption_leaves_nothing_of_the_asynchronous_mode(monkeypatch):
 # ---- interruption ----
 
 
-def test_a_run_without_time_is_unfinished_and_resume_keeps_what_is_there(tmp_path, monkeypatch):
-    measure, seen = tune.measure, []
+def at_the_second_case(monkeypatch, happens) -> list[str]:
+    """`happens(trial, case)` when the second case of a run is measured; gives the ids of those that were begun."""
+    seen: list[str] = []
 
-    def first_only(run, m, trial):
+    def measure(right, run, m, trial):
         seen.append(m.case.id)
         if len(seen) == 2:
-            raise OutOfTime
-        return measure(run, m, trial)
+            happens(trial, m.case)
+        return right(run, m, trial)
 
-    monkeypatch.setattr(tune, "measure", first_only)
+    wrap(monkeypatch, tune, "measure", measure)
+    return seen
+
+
+def test_a_run_without_time_is_unfinished_and_resume_keeps_what_is_there(tmp_path, monkeypatch):
+    def out_of_time(trial, case):
+        raise OutOfTime
+
+    seen = at_the_second_case(monkeypatch, out_of_time)
     code, data = run(tmp_path, ops="forward,wgrad")
     assert code == tune.OUT_OF_TIME == 4 and not data["finished"]
     assert list(cases(data)) == seen[:1]
@@ -546,48 +397,37 @@ def forward(*args, **kwargs):
         hashlib.pbkdf2_hmac("sha256", b"x", b"y", 400_000_000)  # minutes in C, without the interpreter's lock
     return right(*args, **kwargs)
 impl.forward = forward
-from jasper_fast.bench.cli import main
-from jasper_fast.bench.harness import machine
-machine._git = lambda *_: "abc"
-sys.exit(main(sys.argv[1:]))
 """
 
 
 def test_a_parent_that_ends_the_process_accuses_no_configuration(tmp_path):
     """SIGTERM while a compiler, say, keeps the process from Python; then SIGKILL, as a parent without time does."""
+    argv = command(tmp_path, "--ops", "forward", script=SLOW)
     env = os.environ | {"TRITON_INTERPRET": "1", "SLOW": "1"}
-    argv = [sys.executable, "-c", SLOW, "tune", "--device", "cpu", "--seconds", "0.05", "--out", str(tmp_path),
-            "--ops", "forward"]  # fmt: skip
-    process = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout.readline() == "in it\n"
+    slow = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert slow.stdout.readline() == "in it\n"
     (trying,) = tmp_path.glob("*.trying")
-    process.terminate()
+    slow.terminate()
     until = time.monotonic() + 300.0
     while trying.exists() and time.monotonic() < until:
         time.sleep(0.05)
-    assert process.poll() is None and not trying.exists()
-    process.kill()
-    process.communicate()
-    (path,) = tmp_path.glob("*.json")
-    data = json.loads(path.read_text())
+    assert slow.poll() is None and not trying.exists()
+    slow.kill()
+    slow.communicate()
+    data = written(tmp_path)
     assert list(cases(data)) and {row["status"] for row in data["rows"]} == {"ok"}
-    done = subprocess.run([*argv, "--resume"], cwd=ROOT, env=env | {"SLOW": ""}, capture_output=True, text=True)
-    data = json.loads(path.read_text())
+    done = process([*argv, "--resume"])
+    data = written(tmp_path)
     assert done.returncode == 0, done.stderr
     assert data["finished"] and {row["status"] for row in data["rows"]} == {"ok"}
 
 
 def test_a_process_that_is_ended_says_so_and_writes_what_there_is(tmp_path, monkeypatch):
-    measure, seen = tune.measure, []
+    def ended(trial, case):
+        trial.begin(case.ours)
+        signal.raise_signal(signal.SIGTERM)
 
-    def ended(run, m, trial):
-        seen.append(m.case.id)
-        if len(seen) == 2:
-            trial.begin(m.case.ours)
-            signal.raise_signal(signal.SIGTERM)
-        return measure(run, m, trial)
-
-    monkeypatch.setattr(tune, "measure", ended)
+    seen = at_the_second_case(monkeypatch, ended)
     before = signal.getsignal(signal.SIGTERM)
     code, data = run(tmp_path)
     assert code == 143 and not data["finished"] and list(cases(data)) == seen[:1] and data["table"]["rows"]
@@ -621,26 +461,15 @@ def forward(*args, **kwargs):
         os._exit(77)
     return right(*args, **kwargs)
 impl.forward = forward
-from jasper_fast.bench.cli import main
-from jasper_fast.bench.harness import machine
-machine._git = lambda *_: "abc"
-sys.argv = ["bench", *sys.argv[1:]]
-sys.exit(main(sys.argv[1:]))
 """
 
 
 def test_a_configuration_that_ends_the_process_is_skipped_by_the_next_one(tmp_path):
-    env = os.environ | {"TRITON_INTERPRET": "1"}
-    argv = [sys.executable, "-c", KILL, "tune", "--device", "cpu", "--seconds", "0.05", "--out", str(tmp_path),
-            "--ops", "forward"]  # fmt: skip
-    codes = []
-    for more in ([], ["--resume"], ["--resume"]):
-        done = subprocess.run([*argv, *more], cwd=ROOT, env=env, capture_output=True, text=True)
-        codes.append(done.returncode)
-    assert codes == [77, 77, 0], done.stderr
-    (path,) = tmp_path.glob("*.json")
+    argv = command(tmp_path, "--ops", "forward", script=KILL)
+    done = [process([*argv, *more]) for more in ([], ["--resume"], ["--resume"])]
+    assert [one.returncode for one in done] == [77, 77, 0], done[-1].stderr
+    data = written(tmp_path)
     assert not list(tmp_path.glob("*.trying"))
-    data = json.loads(path.read_text())
     assert data["finished"]
     assert len(cases(data)) == 2
     for rows in cases(data).values():
@@ -656,20 +485,17 @@ def test_a_lost_device_ends_the_run_and_is_remembered(tmp_path, second_tile, mon
 
     def losing(y):
         calls.append(None)
-        if len(calls) >= when:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        lost()
         return y
 
-    def synchronize(device):
+    def lost(device=None):
         if len(calls) >= when:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    second_tile(losing)
-    monkeypatch.setattr(devices, "synchronize", synchronize)
-    code, data = run(tmp_path)
+    with second_tile(losing), monkeypatch.context() as patch:
+        patch.setattr(devices, "synchronize", lost)
+        code, data = run(tmp_path)
     assert code == 3 and not data["finished"] and data["rows"] == []
-    calls.clear()
-    second_tile(lambda y: y)
     code, data = run(tmp_path, "--resume")
     assert code == 0 and data["finished"]
     (refused,) = [row for row in data["rows"] if row["status"] != "ok"]
@@ -678,14 +504,13 @@ def test_a_lost_device_ends_the_run_and_is_remembered(tmp_path, second_tile, mon
 
 def test_a_case_that_cannot_be_measured_costs_the_others_nothing(tmp_path, monkeypatch):
     """Its reference has no memory, say."""
-    right = checking.prepare
 
-    def prepare(m):
+    def prepare(right, m):
         if "16->24" in m.case.id:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
         right(m)
 
-    monkeypatch.setattr(checking, "prepare", prepare)
+    wrap(monkeypatch, checking, "prepare", prepare)
     code, data = run(tmp_path)
     assert code == 0 and data["finished"]
     first, second = cases(data).values()
@@ -693,83 +518,3 @@ def test_a_case_that_cannot_be_measured_costs_the_others_nothing(tmp_path, monke
     assert all("CUDA out of memory" in row["why"] for row in first.values())
     assert {row["status"] for row in second.values()} == {"ok"}
     assert {row["c_in"] for row in data["table"]["rows"]} == {24}
-
-
-# ---- tables from results ----
-
-
-def result(path: Path, *, gpu: str | None = "NVIDIA Imaginary 9000", driver: str = "580.1", **changes) -> Path:
-    """A result file as a GPU's run leaves it, with one row of the table."""
-    tile = {"t": 64, "n": 32, "k": 16, "num_warps": 4, "num_stages": 3, "splits": 1}
-    row = tables.Row(op="conv1d.forward", dtype="bfloat16", **SHAPE, rows_log2=12, face="triton", algorithm="direct",
-                     tile=tile, time_s=1e-3, registers=90, shared=1024, spilled=0)  # fmt: skip
-    of = {"name": gpu or "a CPU", "gpu": gpu and {"name": gpu, "capability": "sm_90", "driver": driver}}
-    of |= {"packages": {"torch": "2.13.0", "triton": "3.7.1"}, "commit": "abc", "dirty": False, "command": "x"}
-    of |= {"date": "2026"}
-    data = {"command": "tune", "machine": of}
-    data["table"] = {"header": tune_table.table_header(data), "rows": [row.plain() | changes]}
-    path.write_text(json.dumps(data))
-    return path
-
-
-@pytest.fixture
-def own_tables(tmp_path, monkeypatch):
-    where = tmp_path / "tables"
-    monkeypatch.setenv("JASPER_FAST_TABLES", str(where))
-    monkeypatch.setattr(tables, "_gpu_name", lambda index: "NVIDIA Imaginary 9000")
-    tables._index.cache_clear()
-    yield where
-    tables._index.cache_clear()
-
-
-def test_a_result_is_installed_and_chosen_from(tmp_path, own_tables):
-    assert main(["tune", "--install", str(result(tmp_path / "r.json"))]) == 0
-    found = tables.lookup("conv1d.forward", GPU, torch.bfloat16, **SHAPE, rows=4096)
-    assert found.tile["t"] == 64
-    assert [p.name for p in own_tables.iterdir()] == ["nvidia-imaginary-9000.json"]
-
-
-def test_faces_are_installed_and_chosen_from_and_the_gate_has_no_more_to_compile(tmp_path, own_tables):
-    from jasper_fast.bench.compile import launches
-
-    path = result(tmp_path / "r.json")
-    data = json.loads(path.read_text())
-    (row,) = data["table"]["rows"]
-    row |= dict.fromkeys(("tile", "registers", "shared", "spilled")) | tables.shape_of_norm(256)
-    times = {"triton": (2.0, 3.0), "cuda": (3.0, 1.0)}
-    data["table"]["rows"] = [
-        row | {"op": op, "face": face, "time_s": spent}
-        for face, both in times.items()
-        for op, spent in zip(tables.NORM_OPS, both, strict=True)
-    ]
-    path.write_text(json.dumps(data))
-    assert main(["tune", "--install", str(path)]) == 0
-    shape = tables.shape_of_norm(256)
-    assert tables.fastest(tables.NORM_OPS, GPU, torch.bfloat16, **shape, rows=4096) == "cuda"
-    assert tables.fastest(tables.NORM_OPS[:1], GPU, torch.bfloat16, **shape, rows=4096) == "triton"
-    assert list(launches.measured(90, "bfloat16")) == [], "a face without a tile is compiled with the rest"
-
-
-def test_results_of_the_same_versions_add_up_and_others_are_replaced(tmp_path, own_tables):
-    install = lambda **more: main(["tune", "--install", str(result(tmp_path / "r.json", **more))])  # noqa: E731
-    rows = lambda: tables.for_gpu("NVIDIA Imaginary 9000").rows  # noqa: E731
-    assert install() == install(dtype="float16") == install(time_s=5e-4) == 0
-    assert [(r.dtype, r.time_s) for r in rows()] == [("bfloat16", 5e-4), ("float16", 1e-3)]
-    assert install(driver="581.0", op="conv1d.dgrad") == 0
-    assert [r.op for r in rows()] == ["conv1d.dgrad"]
-
-
-@pytest.mark.parametrize(
-    ("make", "told"),
-    [
-        (lambda path: result(path, gpu=None), "only a GPU's result can be a table"),
-        (lambda path: result(path, spilled=8), "row 1: the kernel spills 8 bytes"),
-        (lambda path: path, "cannot be read"),
-        (lambda path: path.write_text('{"command": "kernels"}') and path, "no result of `python -m bench tune`"),
-    ],
-    ids=["stand-in", "faulty row", "no file", "another command"],
-)
-def test_what_is_no_result_of_a_gpu_is_refused(tmp_path, own_tables, make, told, capsys):
-    assert main(["tune", "--install", str(make(tmp_path / "r.json"))]) == 1
-    assert told in capsys.readouterr().err
-    assert not own_tables.exists()

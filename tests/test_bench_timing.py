@@ -1,0 +1,124 @@
+"""Timing on a stand-in of a GPU: events and waiting, the host's part, sleeps while the clock rises."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bench_runs import CPU, CUDA, FAST, softplus_case
+
+from jasper_fast.bench.harness import checking, clocks, timing
+from jasper_fast.bench.harness.case import Contender
+from jasper_fast.bench.harness.measurement import Measurement
+from jasper_fast.bench.report import terminal
+
+measured_rate = clocks.cycles_per_second.__wrapped__  # before a stand-in takes its place
+
+
+class Gpu:
+    """A device with a queue, and a host whose clock moves only when something takes its time."""
+
+    rate = 1e9  # cycles of a sleep a second
+
+    def __init__(self) -> None:
+        self.now = self.free_at = 0.0
+        self.slept: list[float] = []
+
+    def launch(self, seconds: float) -> None:
+        self.free_at = max(self.free_at, self.now) + seconds
+
+    def sleep(self, cycles: int) -> None:
+        self.slept.append(cycles / self.rate)
+        self.launch(cycles / self.rate)
+
+    def wait(self, *_: object) -> None:
+        self.now = max(self.now, self.free_at)
+
+
+@pytest.fixture
+def device(monkeypatch) -> Gpu:
+    made = Gpu()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = max(made.free_at, made.now)
+
+        def synchronize(self) -> None:
+            made.now = max(made.now, self.at)
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1e3 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", made.sleep)
+    monkeypatch.setattr(torch.cuda, "synchronize", made.wait)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=1024))
+    monkeypatch.setattr(clocks, "cycles_per_second", lambda _: made.rate)
+    monkeypatch.setattr(clocks, "time", SimpleNamespace(perf_counter=lambda: made.now, monotonic=time.monotonic))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, device=None, **k: empty(*a, **k))
+    return made
+
+
+def small_op(device: Gpu, launches: int, host: float, kernel: float):
+    """Python that takes longer to launch a kernel than the device takes to run it."""
+
+    def run() -> None:
+        for _ in range(launches):
+            device.now += host
+            device.launch(kernel)
+
+    return run
+
+
+def test_events_time_the_device_and_not_python(device):
+    ticker = clocks.CudaClock(CUDA)
+    run = small_op(device, 3, host=100e-6, kernel=10e-6)
+    assert [ticker.sample(run, 1) for _ in range(3)] == pytest.approx([30e-6] * 3)
+    assert ticker.host(run) == pytest.approx(300e-6)
+    assert max(device.slept) < 1.1e-3
+
+
+def test_a_long_host_time_is_part_of_the_answer(device):
+    ticker = clocks.CudaClock(CUDA)
+    run = small_op(device, 100, host=1e-3, kernel=10e-6)
+    assert 80e-3 < ticker.sample(run, 1) <= 100e-3 and device.slept == [ticker.LONGEST]
+    heavy = small_op(device, 100, host=1e-4, kernel=10e-3)  # the device is behind anyway
+    assert ticker.sample(heavy, 1) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_waiting_time_is_of_one_run_at_a_time(device):
+    ticker = clocks.WallClock(CUDA)
+    run = small_op(device, 1, host=1e-3, kernel=5e-3)
+    assert ticker.sample(run, 4) == pytest.approx(6e-3), "not the pipeline's 5.25 ms"
+    assert ticker.min_sample == 0.0 and clocks.WallClock(CPU).min_sample > 0
+    assert ticker.host(run) == pytest.approx(1e-3) and clocks.WallClock(CPU).host(run) is None
+
+
+def test_rows_carry_the_host_s_time_and_still_make_a_table(device, capsys):
+    case = softplus_case({"eager": F.softplus})
+    runs = {"jasper_fast": (1e-3, 10e-6), "eager": (2e-3, 40e-6)}
+    runners = (dataclasses.replace(c.build(), run=small_op(device, 1, *runs[c.name])) for c in case.contenders)
+    contenders = [Contender(name, lambda runner=runner: runner) for name, runner in zip(runs, runners, strict=True)]
+    m = Measurement(dataclasses.replace(case, contenders=contenders), CUDA)
+    checking.prepare(m)
+    rows = timing.measure(m, FAST)
+    assert [r["host_s"] for r in rows] == pytest.approx([1e-3, 2e-3])
+    assert [r["time_s"]["median"] for r in rows] == pytest.approx([10e-6, 40e-6]) and rows[0]["clock"] == "events"
+    assert rows[1]["ratio"]["median"] == pytest.approx(4.0)
+    terminal.show(rows, [])
+    assert "host" in capsys.readouterr().out
+
+
+def test_sleeps_are_counted_at_the_clock_that_the_device_rises_to(device, monkeypatch):
+    """An idle GPU begins at a fifth of its clock: a sleep of so few cycles would end before the host has launched."""
+    rates = iter([2e8, 4e8, 1e9, 9e8, 8e8])
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: cycles > 1000 and device.launch(cycles / next(rates)))
+    assert measured_rate(CUDA) == pytest.approx(1e9)

@@ -1,0 +1,233 @@
+"""Verdicts: how they are kept, when a check is made, and what the command line tells of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from standins import verdict, verdicts_of_its_own  # noqa: F401
+
+from jasper_fast.cli import command
+from jasper_fast.dispatch import backends, probe, verdicts
+from jasper_fast.dispatch.verdict import BAD, GOOD, UNCHECKED
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+NORM = "bn_relu_dropout"
+BF16, FP16, FP32 = "bfloat16", "float16", "float32"
+
+
+def of_conv(check=None, dtype: str = BF16):
+    """The verdict on the conv in Triton; a test fails where that needs a check and none is given."""
+    return verdicts.verdict("conv1d", "triton", CPU, dtype, check or (lambda *_: pytest.fail("checked")))
+
+
+# ---- the cache ----
+
+
+def test_the_folder_is_the_users_and_can_be_chosen(monkeypatch, tmp_path):
+    monkeypatch.setenv("JASPER_FAST_CACHE", "/own")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert verdicts.folder() == Path("/own")
+    monkeypatch.delenv("JASPER_FAST_CACHE")
+    assert verdicts.folder() == Path("/xdg/jasper_fast")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert verdicts.folder() == tmp_path / ".cache" / "jasper_fast"
+
+
+def test_verdicts_come_back_as_they_were_kept():
+    made = [verdict(), verdict(NORM, BAD), verdict("conv1d.fused", quick=True)]
+    verdicts.keep(CPU, made)
+    verdicts.forget()
+    assert list(verdicts.read(CPU).values()) == made
+    assert [p.name for p in verdicts.path(CPU).parent.iterdir()] == [verdicts.path(CPU).name], (
+        "no half-written file is left"
+    )
+
+
+@pytest.mark.parametrize("part", ["device", "driver", "torch", "triton", "interpreted", "jasper_fast", "sources"])
+def test_another_machine_or_version_has_no_verdict(part, monkeypatch):
+    verdicts.keep(CPU, [verdict()])
+    key = verdicts.key(CPU)
+    assert part in key
+    monkeypatch.setattr(verdicts, "key", lambda device: key | {part: "another"})
+    assert verdicts.read(CPU) == {}
+
+
+def test_the_sources_are_those_of_kernels_and_tables(monkeypatch, tmp_path):
+    before = verdicts.sources()
+    monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path))
+    verdicts.sources.cache_clear()
+    assert verdicts.sources() == before
+    (tmp_path / "gpu.json").write_text("{}")
+    verdicts.sources.cache_clear()
+    assert verdicts.sources() != before
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n", "535.104.05"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (x)\n", "580.65.06"),
+        ("GCC version: 13\n", "unknown"),
+    ],
+)
+def test_the_drivers_version_is_read_where_linux_tells_it(text, version, tmp_path, monkeypatch):
+    monkeypatch.setattr(verdicts, "DRIVER", tmp_path / "version")
+    monkeypatch.setenv("PATH", "")
+    (tmp_path / "version").write_text(text)
+    assert verdicts.driver() == version
+
+
+def altered(data: dict, **changes) -> dict:
+    """A kept file with another value in its verdict."""
+    return data | {"verdicts": [data["verdicts"][0] | changes]}
+
+
+FAULTY = {
+    "no JSON": lambda data: None,
+    "no object": lambda data: [],
+    "an old schema": lambda data: {"schema": 0},
+    "an older version's, whose verdicts were of no dtype": lambda data: altered(data, dtype=None) | {"schema": 1},
+    "another key": lambda data: data | {"key": {}},
+    "a status of its own": lambda data: altered(data, status="great"),
+    "a number for a text": lambda data: altered(data, failure=7),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY.values(), ids=FAULTY.keys())
+def test_a_corrupt_file_is_said_and_checked_again(fault, capsys):
+    verdicts.keep(CPU, [verdict()])
+    spoilt = fault(json.loads(verdicts.path(CPU).read_text()))
+    verdicts.path(CPU).write_text("{" if spoilt is None else json.dumps(spoilt))
+    verdicts.forget()
+    fresh = verdict(quick=True, checked=9)
+    assert of_conv(lambda *_: fresh) == fresh
+    said = capsys.readouterr().err
+    assert str(verdicts.path(CPU)) in said and "checking again" in said
+    verdicts.forget()
+    assert of_conv() == fresh, "and the new one is kept"
+
+
+@pytest.mark.parametrize("spoil", [
+    pytest.param(lambda cache: cache.mkdir(stat.S_IRUSR | stat.S_IXUSR), id="read-only",
+                 marks=pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")),
+    pytest.param(lambda cache: cache.write_text("not a folder"), id="a file"),
+])  # fmt: skip
+def test_a_cache_that_cannot_be_written_is_a_message_and_verdicts_hold_for_the_process(own_cache, capsys, spoil):
+    spoil(own_cache)
+    assert of_conv(lambda *_: verdict()).status == GOOD
+    assert "set JASPER_FAST_CACHE" in capsys.readouterr().err
+    assert of_conv().status == GOOD
+
+
+@pytest.mark.parametrize(
+    ("before", "new", "kept"),
+    [
+        (verdict(), verdict(quick=True), "before"),
+        (verdict(), verdict(status=BAD, quick=True), "new"),
+        (verdict(status=BAD), verdict(quick=True), "before"),
+        (verdict(status=BAD), verdict(), "new"),
+        (verdict(quick=True), verdict(), "new"),
+    ],
+)
+def test_a_quick_check_that_finds_nothing_takes_nothing_back(before, new, kept):
+    verdicts.keep(CPU, [before])
+    verdicts.keep(CPU, [new])
+    assert verdicts.read(CPU)["conv1d", "triton", BF16] == of_conv() == {"before": before, "new": new}[kept]
+
+
+def test_what_could_not_be_checked_is_for_this_process_only():
+    none = verdict(status=UNCHECKED)
+    assert of_conv(lambda *_: none) == of_conv() == none
+    assert verdicts.read(CPU) == {}
+    verdicts.forget()
+    assert of_conv(lambda *_: verdict()) == verdict()
+
+
+def test_a_verdict_is_of_one_dtype():
+    verdicts.keep(CPU, [verdict(), verdict(status=BAD, dtype=FP16)])
+    verdicts.forget()
+    assert (of_conv().status, of_conv(dtype=FP16).status) == (GOOD, BAD)
+    of_conv(lambda device, op, face, dtype: verdict(dtype=dtype, quick=True), FP32)
+    assert {name: v.status for name, v in verdicts.read(CPU).items()} == {
+        ("conv1d", "triton", BF16): GOOD, ("conv1d", "triton", FP16): BAD, ("conv1d", "triton", FP32): GOOD,
+    }  # fmt: skip
+
+
+def test_the_checks_and_the_panes_are_among_the_sources(monkeypatch):
+    read, seen = Path.read_bytes, []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: seen.append(path) or read(path))
+    verdicts.sources.cache_clear()
+    verdicts.sources()
+    wanted = "jasper_fast/selfcheck/cases.py", "jasper_fast/ops/panes_op.py", "kernels/panes/gram.py"
+    assert {ROOT / path for path in wanted} <= set(seen)
+
+
+WAITS = """
+import sys, time, torch
+from jasper_fast.dispatch import verdicts
+from jasper_fast.dispatch.verdict import Verdict
+def check(device, op, face, dtype):
+    print("checked", flush=True)
+    time.sleep(1.0)
+    return Verdict(op, face, dtype, "good", True, 1)
+verdicts.verdict("conv1d", "triton", torch.device("cpu"), "bfloat16", check)
+"""
+
+
+def test_processes_that_start_together_check_once():
+    start = [sys.executable, "-c", WAITS]
+    many = [subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate()[0] for process in many]
+    assert [process.returncode for process in many] == [0, 0, 0]
+    assert "".join(said).count("checked") == 1
+
+
+# ---- the check itself ----
+
+
+def test_the_check_of_first_use_is_of_the_dtype_in_use(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(probe, "supervise", lambda device, **which: asked.update(which) or [])
+    found = probe.quick_verdict(GPU, "conv1d", "triton", FP16)
+    assert asked == {"quick": True, "ops": ("conv1d",), "faces": ("triton",), "dtypes": (FP16,)}
+    assert (found.dtype, found.status) == (FP16, UNCHECKED)
+
+
+def test_first_use_runs_the_check_and_says_so_in_one_line(capfd):
+    if backends.why_missing("cpu", "cpu"):
+        pytest.skip("the native CPU library is not built")
+    found = verdicts.verdict(NORM, "cpu", CPU, FP32)
+    assert found == dataclasses.replace(found, status=GOOD, quick=True) and found.checked >= 5
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and "first use of bn_relu_dropout (cpu, float32)" in lines[0] and "good" in lines[0]
+    verdicts._memory.clear()
+    assert verdicts.verdict(NORM, "cpu", CPU, FP32) == found
+    assert capfd.readouterr().err == ""
+
+
+def test_a_check_that_cannot_start_is_no_verdict(monkeypatch):
+    monkeypatch.setattr(probe, "command", lambda: [sys.executable, "-c", "raise SystemExit('no device for you')"])
+    found = probe.quick_verdict(CPU, NORM, "cpu", FP32)
+    assert found.status == UNCHECKED and "no device for you" in found.failure
+
+
+def test_info_shows_the_verdicts(capsys):
+    assert command.main(["info"]) == 0
+    assert "`jasper-fast selfcheck` runs it" in capsys.readouterr().out
+    verdicts.keep(CPU, [verdict(NORM, face="cpu"), verdict("conv1d", BAD, face="cpu")])
+    assert command.main(["info"]) == 0
+    said = capsys.readouterr().out
+    assert "self-check of bn_relu_dropout (cpu, bfloat16) on cpu: good, 3 checks passed" in said
+    assert "self-check of conv1d (cpu, bfloat16) on cpu: bad, 3 checks passed: dgrad (2, 64->48, 37) wrong: 7 %" in said
+    assert command.main(["info", "--json"]) == 0
+    assert [v["status"] for v in json.loads(capsys.readouterr().out)["verdicts"]] == [GOOD, BAD]
