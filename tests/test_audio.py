@@ -1,13 +1,18 @@
 """Reading files of any rate and shape; every way a file can be bad is told apart."""
 
+import io
+import itertools
+import os
 import pickle
+import socket
+import threading
 
 import numpy as np
 import pytest
 import soundfile
 
-from jasper_fast.speech import audio
-from jasper_fast.speech.audio import AudioError
+from jasper_fast.speech import audio, mp3
+from jasper_fast.speech.audio import AudioError, ShortAudio
 
 
 def tone(seconds=1.0, rate=16000, hz=440.0):
@@ -60,6 +65,11 @@ def bad_files(tmp_path):
     nan[[5, 7]] = np.nan, np.inf
     write(tmp_path / "nan.wav", nan, subtype="FLOAT")
     (tmp_path / "folder.wav").mkdir()
+    write(tmp_path / "loud.wav", np.array([0.1, -1e19]), subtype="FLOAT")
+    (tmp_path / "headerless.raw").write_bytes(bytes(1000))
+    write(tmp_path / "slow.wav", tone(), 8)
+    os.mkfifo(tmp_path / "pipe.wav")
+    (tmp_path / "loop.wav").symlink_to(tmp_path / "loop.wav")
 
 
 @pytest.mark.parametrize(
@@ -71,6 +81,15 @@ def bad_files(tmp_path):
         ("text.wav", "cannot be read as audio"),
         ("truncated.flac", "truncated|damaged"),
         ("none.wav", "holds no samples"),
+        ("loud.wav", r"samples of 1e\+19, where 1 is full scale"),
+        ("headerless.raw", "cannot be read as audio"),
+        ("slow.wav", "8 Hz is too low"),
+        ("pipe.wav", "nothing came through this pipe"),
+        ("loop.wav", "symbolic links"),
+        ("good.flac/a.wav", "Not a directory"),
+        (f"{'n' * 256}.wav", "File name too long"),
+        ("nul\0.wav", "null"),
+        ("half\ud800.wav", "half a character"),
         ("nan.wav", "2 of 16000 samples are NaN or infinite"),
     ],
 )
@@ -81,6 +100,116 @@ def test_bad_files_say_what_is_wrong(tmp_path, name, cause):
     assert caught.value.path == str(tmp_path / name) and str(tmp_path / name) in str(caught.value)
     copy = pickle.loads(pickle.dumps(caught.value))
     assert str(copy) == str(caught.value) and copy.cause == caught.value.cause
+
+
+def test_a_socket_and_a_locked_folder_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind("s.wav")
+        with pytest.raises(AudioError, match=r"s\.wav: is neither a file nor a pipe"):
+            audio.load("s.wav")
+
+    def locked(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "stat", locked)  # root may read any folder
+    with pytest.raises(AudioError, match=r"a\.wav: cannot be read as audio: Permission denied"):
+        audio.load("a.wav")
+
+
+def test_names_of_any_bytes_and_raw_ones_with_a_header(tmp_path):
+    for name in (b"\xff\xe9.wav", "é\u2028.wav".encode(), b"wav.raw"):
+        path = os.fsdecode(os.fsencode(tmp_path) + b"/" + name)
+        buffer = io.BytesIO()
+        soundfile.write(buffer, tone(), 16000, format="WAV")
+        with open(path, "wb") as file:
+            file.write(buffer.getvalue())
+        assert len(audio.load(path)) == 16000 and audio.duration(path) == 1.0
+
+
+def test_reads_a_pipe(tmp_path):
+    data = write(tmp_path / "a.wav", tone()).read_bytes()
+    out, into = os.pipe()
+
+    def feed():
+        with open(into, "wb") as file:
+            file.write(data)
+
+    thread = threading.Thread(target=feed)
+    thread.start()
+    path = f"/dev/fd/{out}"
+    with pytest.raises(AudioError, match="is a pipe"):
+        audio.duration(path)
+    assert np.array_equal(audio.load(path), audio.load(tmp_path / "a.wav"))
+    thread.join()
+    os.close(out)
+
+
+@pytest.mark.parametrize(
+    ("container", "codec"),
+    [
+        *itertools.product(("WAV", "AIFF", "W64"), ["GSM610"]),
+        *itertools.product(["WAV"], ("G721_32", "NMS_ADPCM_16", "NMS_ADPCM_24", "NMS_ADPCM_32")),
+        *itertools.product(["AU"], ("G721_32", "G723_24", "G723_40")),
+        *itertools.product(["XI"], ("DPCM_8", "DPCM_16")),
+        *itertools.product(["WAV"], ("IMA_ADPCM", "MS_ADPCM", "ULAW")),  # these can seek
+    ],
+)
+def test_codecs_that_cannot_seek(tmp_path, container, codec):
+    x = tone(2.0, 8000)
+    path = write(tmp_path / "a", x, 8000, format=container, subtype=codec)
+    rate = soundfile.info(path).samplerate  # XI has one of its own
+    whole = audio.load(path, rate)
+    assert 16000 <= len(whole) < 16400 and np.corrcoef(whole[:16000], x)[0, 1] > 0.8
+    part = audio.load(path, rate, 8000 / rate, 4000 / rate)
+    assert np.array_equal(part, whole[8000:12000])
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+@pytest.mark.parametrize("mode", ["VARIABLE", "CONSTANT"])
+def test_mp3_without_a_table_of_contents(tmp_path, rate, mode):
+    loud = np.random.default_rng(0).standard_normal(int(4.84 * rate)) * 0.3
+    loud[: len(loud) // 2] *= 0.001
+    path = write(tmp_path / "a.mp3", loud, rate, format="MP3", bitrate_mode=mode, compression_level=0.5)
+    assert len(audio.load(path, rate)) == len(loud)
+    data = path.read_bytes()
+    first = mp3._size(data)
+    assert b"Xing" in data[:first] or b"Info" in data[:first]
+    for before, after in ((b"", b""), (b"ID3\3\0\0\0\0\0\x14" + bytes(20), b"TAG" + bytes(125))):
+        path.write_bytes(before + data[first:] + after)
+        got = audio.load(path, rate)
+        assert len(loud) <= len(got) < len(loud) + 2 * 1152 and audio.duration(path) == len(got) / rate
+
+
+@pytest.mark.parametrize(
+    ("container", "codec"),
+    [("WAV", "PCM_16"), ("WAV", "GSM610"), ("AIFF", "PCM_16"), ("AU", "ULAW"), ("W64", "PCM_16"), ("RF64", "FLOAT")],
+)
+def test_a_file_cut_in_half_gives_what_is_there_and_both_lengths(tmp_path, container, codec):
+    path = write(tmp_path / "a", tone(2.0), format=container, subtype=codec)
+    whole, data = audio.load(path), path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(
+        ShortAudio, match=r"truncated: the header promises [12]\.\d+ s, [01]\.\d+ s are there"
+    ) as caught:
+        audio.load(path)
+    short = caught.value
+    assert short.reason == "truncated" and 15000 < len(short.samples) < 16500
+    assert np.array_equal(short.samples[:15000], whole[:15000])
+    assert float(short.cause.split()[4]) == pytest.approx(2.0, abs=0.02)
+    assert str(pickle.loads(pickle.dumps(short))) == str(short)
+    assert audio.duration(path) == pytest.approx(2.0, abs=0.02)
+    assert len(audio.load(path, duration=0.5)) == 8000  # what is asked for is there
+    with pytest.raises(ShortAudio):
+        audio.load(path, offset=0.5, duration=1.0)
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF])
+def test_a_header_written_before_the_length_was_known_promises_nothing(tmp_path, size):
+    data = bytearray(write(tmp_path / "a.wav", tone()).read_bytes())
+    data[4:8] = data[40:44] = size.to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(data)
+    assert len(audio.load(tmp_path / "a.wav")) == 16000
 
 
 def test_bad_offset(tmp_path):

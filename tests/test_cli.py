@@ -1,6 +1,7 @@
 """The commands on a tiny model with random weights: output, exit status, and errors that are one line."""
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -13,10 +14,11 @@ import soundfile
 import torch
 
 from jasper_fast import Jasper, JasperConfig
-from jasper_fast.cli import command
+from jasper_fast.cli import command, common
 from jasper_fast.data.manifest import Utterance
 from jasper_fast.inference import recognizer
 from jasper_fast.nn import checkpoint
+from jasper_fast.speech.decoding import NotFinite
 from jasper_fast.speech.metrics import wer
 from jasper_fast.speech.text import LABELS
 
@@ -261,3 +263,61 @@ def test_module_runs_and_imports_little():
     code = "import sys; from jasper_fast.cli.command import parser; parser(); print('torch' in sys.modules)"
     assert python("-c", code) == "False"
     assert python("-m", "jasper_fast", "--version").startswith("jasper_fast ")
+
+
+def test_a_model_that_makes_nan_of_one_file_keeps_the_others(model, files, tmp_path, capsys, monkeypatch):
+    soundfile.write(tmp_path / "odd.wav", np.full(16000, 0.9), 16000)
+    original = recognizer.Recognizer.__call__
+
+    def broken(self, audio, lengths):
+        if bool((audio > 0.8).any()):
+            raise NotFinite("log_probs hold NaN")
+        return original(self, audio, lengths)
+
+    assert run("transcribe", *files, "--checkpoint", model) == 0
+    wanted = capsys.readouterr().out
+    monkeypatch.setattr(recognizer.Recognizer, "__call__", broken)
+    assert run("transcribe", files[0], tmp_path / "odd.wav", *files[1:], "--checkpoint", model) == 0
+    printed = capsys.readouterr()
+    assert printed.out == wanted
+    assert f"skipped (not_finite): {tmp_path / 'odd.wav'}: the model makes NaN of it" in printed.err
+
+
+def test_evaluate_warns_and_counts_lost_symbols(files, tmp_path, capsys):
+    model = write_checkpoint(tmp_path / "few.pt", tiny([x for x in LABELS if x not in "qz"]))
+    data = Path(files[0]).read_bytes()
+    (tmp_path / "cut.wav").write_bytes(data[: len(data) // 2])
+    entries = [
+        {"audio_filepath": "cut.wav", "duration": 1.0, "text": "a"},
+        {"audio_filepath": files[1], "duration": 9.9, "text": "quiz\u200b: Q"},
+        {"audio_filepath": "nothing.wav", "duration": 1.0, "text": "a \ud800"},
+    ]
+    manifest, out = tmp_path / "m.jsonl", tmp_path / "out.json"
+    manifest.write_text("\n".join(map(json.dumps, entries)))
+    assert run("evaluate", "--manifest", manifest, "--checkpoint", model, "--out", out) == 0
+    report, error = json.loads(out.read_text()), capsys.readouterr().err
+    assert [w["reason"] for w in report["warned"]] == ["truncated", "wrong_duration"] and report["utterances"] == 2
+    assert "warning (truncated): " in error and "the header promises 1.000 s, 0.499 s are there" in error
+    assert "the manifest says 9.900 s, 2.300 s are there" in error
+    assert f"1 text of {manifest} lost symbols: q z" in error
+    assert report["lost_symbols"] == {str(manifest): {"texts": 1, "symbols": ["q", "z"]}}
+
+
+def test_a_word_outside_a_vocabulary_of_words_is_named_and_the_rest_is_evaluated(files, tmp_path, capsys):
+    model = write_checkpoint(tmp_path / "words.pt", tiny(["one", "two"]))
+    texts = ["one two", "ten", "two"]
+    entries = [{"audio_filepath": f, "duration": 0.6, "text": t} for f, t in zip(files, texts, strict=True)]
+    manifest, out = tmp_path / "m.jsonl", tmp_path / "out.json"
+    manifest.write_text("\n".join(map(json.dumps, entries)))
+    assert run("evaluate", "--manifest", manifest, "--checkpoint", model, "--out", out) == 0
+    rows = json.loads(out.read_text())["utterances_list"]
+    assert [(r["audio_filepath"], r["text"]) for r in rows] == [(files[0], "one two"), (files[2], "two")]
+    assert "skipped (unknown_symbols)" in capsys.readouterr().err
+
+
+def test_out_may_be_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    common.write(str(tmp_path / "pipe"), "figures")
+    assert os.read(reader, 100) == b"figures" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)

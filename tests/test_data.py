@@ -98,12 +98,25 @@ def test_reads_the_duration_from_the_file_and_the_text_from_another(tmp_path):
         (["[{}]"], "entry 0: 'text' is missing"),
         (["[", "{]"], "line 2: not valid JSON"),
         ([""], "holds no utterances"),
+        ([{"files": ["a.wav"], "text": "x"}], r"line 1: 'files' must be a list of objects .*\['a.wav'\]"),
+        ([{"files": {"fname": "a.wav"}, "text": "x"}], "line 1: 'files' must be a list"),
+        ([f'{{"audio_filepath": "a", "duration": {"9" * 400}, "text": "x"}}'], "line 1: .*too large"),
+        ([f'{{"audio_filepath": "a", "duration": {"9" * 5000}, "text": "x"}}'], "line 1: not valid JSON"),
+        ([f'[{{"audio_filepath": "a", "duration": {"9" * 5000}, "text": "x"}}]'], "not valid JSON"),
     ],
 )
 def test_broken_manifests_say_where(tmp_path, entries, message):
     with pytest.raises(ManifestError, match=message) as caught:
         read_manifest(lines(tmp_path, *entries))
     assert "manifest.jsonl" in str(caught.value)
+
+
+def test_line_ends_of_unicode_are_part_of_a_text(tmp_path):
+    path = tmp_path / "m.jsonl"
+    text = '{"audio_filepath": "a.wav", "duration": 1, "text": "one\u2028two\u2029three\u0085four"}\r\n'
+    path.write_bytes(("\ufeff" + text * 2).encode())
+    assert [u.text for u in read_manifest(path)] == ["one\u2028two\u2029three\u0085four"] * 2
+    assert a_set(read_manifest(path)).texts == ["one two three four"] * 2
 
 
 def test_missing_manifest():
@@ -183,7 +196,42 @@ def test_nothing_readable(tmp_path):
 def test_audio_shorter_than_the_manifest_says(corpus):
     item = a_set([*corpus, Utterance(corpus[0].path, 3.0, "thirty symbols need thirty frames" * 2)])[12]
     assert item.audio is not None and item.index == 11
-    assert [s.reason for s in item.skipped] == ["too_short_for_ctc"]
+    assert [s.reason for s in item.skipped] == ["wrong_duration"]
+    assert "the manifest says 3.000 s, 0.500 s are there" in item.skipped[0].detail
+
+
+def test_truncated_files_are_left_out_of_training_and_evaluated_with_a_warning(corpus, tmp_path):
+    data = Path(corpus[10].path).read_bytes()
+    (tmp_path / "cut.wav").write_bytes(data[: len(data) // 2])
+    cut = Utterance(str(tmp_path / "cut.wav"), corpus[10].duration, "word")
+    long = Utterance(corpus[0].path, 9.9, "word")
+    dataset = a_set([*corpus, cut, long])
+    load(dataset)
+    assert dataset.skipped.counts == {"truncated": 1, "wrong_duration": 1} and not dataset.skipped.warned
+    for trim in (False, True):
+        evaluation = a_set([*corpus, cut, long], training=False, trim_silence=trim)
+        assert sum(map(len, load(evaluation, shuffle=False))) == 14
+        assert not len(evaluation.skipped) and {w.reason for w in evaluation.skipped.warned} == {
+            "truncated",
+            "wrong_duration",
+        }
+        assert "1 used although truncated" in str(evaluation.skipped)
+        details = "".join(w.detail for w in evaluation.skipped.warned)
+        assert "the header promises 1.500 s, 0.749 s are there" in details
+        assert "the manifest says 9.900 s, 0.500 s are there" in details
+    samples = evaluation[12].audio
+    assert len(samples) == len(data) // 4 - 22
+
+
+def test_texts_that_lose_symbols_are_counted_by_manifest(tmp_path):
+    texts = ["5 яблок", "hello мир", "ёлка", "мир, да!"]
+    soundfile.write(tmp_path / "a.wav", np.zeros(16000), 16000)
+    path = lines(tmp_path, *({"audio_filepath": "a.wav", "duration": 1, "text": t} for t in texts))
+    russian = Vocabulary(" абвгдежзийклмнопрстуфхцчшщъыьэюя")
+    dataset = SpeechDataset.from_manifests(path, russian)
+    assert dataset.texts == ["яблок", "мир", "лка", "мир да"]
+    assert str(dataset.skipped) == f"none skipped; 3 texts of {path} lost symbols: 5 h e l o ё"
+    assert dataset.skipped.lost == {str(path): (3, ["5", "h", "e", "l", "o", "ё"])}
 
 
 def test_speed_perturbation_is_of_seed_epoch_and_index(corpus):

@@ -4,7 +4,7 @@ import pytest
 
 from jasper_fast.speech.metrics import cer, wer, word_errors
 from jasper_fast.speech.numbers import expand_numbers
-from jasper_fast.speech.text import UnknownSymbolError, Vocabulary, normalize
+from jasper_fast.speech.text import UnknownSymbolError, Vocabulary, normalize, normalize_and_lost
 
 
 def test_default_vocabulary():
@@ -85,6 +85,27 @@ def test_custom_alphabets():
     assert normalize("room 101!", list(" abcdefghijklmnopqrstuvwxyz0123456789")) == "room 101"
     assert normalize("a-b, c", list(" abc-")) == "a-b c"
     assert normalize("Hello", list("Helo")) == "Hello"
+
+
+RUSSIAN = " абвгдежзийклмнопрстуфхцчшщъыьэюя"
+
+
+@pytest.mark.parametrize(
+    ("text", "labels", "left", "lost"),
+    [
+        ("5 яблок", RUSSIAN, "яблок", "5"),
+        ("Hello мир", RUSSIAN, "мир", "helo"),
+        ("ёлка и Ёж", RUSSIAN, "лка и ж", "ё"),
+        ("Мир, да! \u200b«Нет» — №", RUSSIAN, "мир да нет", "№"),
+        ("Mr. Müller owes $5 & more!", None, "mister muller owes five dollars and more", ""),
+        ("five 5", "efiv ", "five five", ""),
+        ("6 ox", " ixo", "ix ox", "s"),
+        ("cafe\u0301 straße", " abcdefrst", "cafe strasse", ""),
+        ("日本", "xy ", "", "日本"),
+    ],
+)  # fmt: skip
+def test_what_normalisation_drops_is_told(text, labels, left, lost):
+    assert normalize_and_lost(text, labels and list(labels)) == (left, list(lost))
 
 
 @pytest.mark.parametrize(

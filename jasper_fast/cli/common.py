@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -107,24 +107,33 @@ def load(arguments: argparse.Namespace) -> Recognizer:
     return recognizer.load(arguments.checkpoint, arguments.config, arguments.ema, device, arguments.backend, dtype)
 
 
-def recognize(arguments: argparse.Namespace, recognizer: Recognizer, utterances: Sequence[Utterance]) -> Recognition:
-    """Recognises the utterances, with a count on the standard error where that is a terminal; says what was skipped."""
-    done, total, shown = 0, len(utterances), sys.stderr.isatty() and not arguments.quiet
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
+def recognize(
+    arguments: argparse.Namespace, recognizer: Recognizer, utterances: Sequence[Utterance], window: int | None = None
+) -> Iterator[Recognition]:
+    """Recognises the utterances and gives what there is after each batch, as ``Recognizer.stream``; says meanwhile
+    what was skipped or is short, and, where the standard error is a terminal, a count."""
+    total, shown = len(utterances), sys.stderr.isatty() and not arguments.quiet
+    options = arguments.batch_size, arguments.max_seconds, arguments.workers, window
+    told = warned = 0
+    for result in recognizer.stream(utterances, *options):
+        for item in result.skipped.items[told:]:
+            print(f"skipped ({item.reason}): {item.detail}", file=sys.stderr)
+        for item in result.skipped.warned[warned:]:
+            print(f"warning ({item.reason}): {item.detail}; what is there was used", file=sys.stderr)
+        told, warned = len(result.skipped), len(result.skipped.warned)
         if shown:
-            end = "\r" if done < total else "\n"
-            print(f"\r{done} of {total} utterances", end=end, file=sys.stderr, flush=True)
+            end = "\r" if result.finished < total else "\n"
+            print(f"\r{result.finished} of {total} utterances", end=end, file=sys.stderr, flush=True)
+        yield result
+    for line in result.skipped.losses:
+        print(line, file=sys.stderr)
+    if told:
+        print(f"{told} of {total} could not be used", file=sys.stderr)
 
-    options = arguments.batch_size, arguments.max_seconds, arguments.workers
-    result = recognizer.recognize(utterances, *options, advance)
-    for item in result.skipped.items:
-        print(f"skipped ({item.reason}): {item.detail}", file=sys.stderr)
-    if len(result.skipped):
-        print(f"{len(result.skipped)} of {total} could not be used", file=sys.stderr)
-    return result
+
+def any_name() -> None:
+    """Lets the standard output take names of files as they are, whatever its locale: UTF-8, and other bytes as such."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def speed(result: Recognition) -> str:
@@ -136,10 +145,13 @@ def speed(result: Recognition) -> str:
 
 
 def write(path: str, text: str) -> None:
-    """Writes text so that the file is whole or not there."""
+    """Writes text so that the file is whole or not there; a device or pipe is written to, and stays what it is."""
     target = Path(path)
+    if target.exists() and not target.is_file():
+        target.write_text(text, encoding="utf-8", errors="backslashreplace")
+        return
     temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character: \udcff, as JSON has it
     os.replace(temporary, target)
 
 

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Transcribes every utterance of a manifest (JSON lines with audio_filepath, duration, text, or the array of NVIDIA's
 Jasper) and prints word and character error rate over all of them, speed as seconds of audio per second (RTFx), and
-the worst utterances. References are normalised as in training. Nothing is left out but files that cannot be read:
-they are listed, and not in the error rates."""
+the worst utterances. References are normalised as in training; symbols that this drops are counted by manifest.
+Nothing is left out but files that cannot be used: they are listed, and not in the error rates. Of a file that is
+shorter than its header or the manifest says, what is there is used, with a warning."""
 END = """\
 exit status: 0, or 1 if no utterance could be read (with --strict: if any could not), 2 for a wrong command, manifest,
 checkpoint or configuration.
@@ -43,9 +44,10 @@ def run(arguments: argparse.Namespace) -> int:
     from jasper_fast.speech.metrics import character_errors, word_errors
 
     common.check_writable(arguments.out)
+    common.any_name()
     utterances = [u for path in arguments.manifest for u in manifest.read_manifest(path, arguments.data_dir)]
     recognizer = common.load(arguments)
-    result = common.recognize(arguments, recognizer, utterances)
+    *_, result = common.recognize(arguments, recognizer, utterances)
     rows = []
     for utterance, reference, transcript, seconds in zip(
         utterances, result.references, result.transcripts, result.seconds, strict=True
@@ -100,6 +102,8 @@ def _figures(arguments: argparse.Namespace, recognizer: Recognizer, result: Reco
         "rtfx": result.audio_seconds / max(result.wall_seconds, 1e-9),
         "rtfx_compute": result.audio_seconds / max(result.compute_seconds, 1e-9),
         "skipped": [item._asdict() for item in result.skipped.items],
+        "warned": [item._asdict() for item in result.skipped.warned],
+        "lost_symbols": {m: {"texts": n, "symbols": symbols} for m, (n, symbols) in result.skipped.lost.items()},
         "manifests": arguments.manifest,
         "checkpoint": arguments.checkpoint,
         "ema": arguments.ema,

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +18,19 @@ from jasper_fast.options import option
 DESCRIPTION = """\
 Writes one line per file to the standard output: the path, a tab, the text; with --json one JSON object per line, with
 the words in time. Files of any rate and number of channels that libsndfile reads (WAV, FLAC, OGG, MP3, ...).
-Messages go to the standard error. A file that cannot be read is reported there and left out."""
+Messages go to the standard error. A file that cannot be used is reported there, with the reason, and left out; of one
+that is shorter than its header says, what is there is transcribed, with a warning. Lines are written as they come, in
+the order of the files, in UTF-8; a name in another encoding is written byte by byte (in JSON as \\udcXX).
+A run that was cut off is continued by the same command with --resume: files whose line is in --out are kept and not
+transcribed again, a half-written last line is dropped, files that could not be used are tried again."""
 END = """\
-exit status: 0 if at least one file was transcribed (with --strict: if all were), 1 otherwise, 2 for a wrong command,
+exit status: 0 if at least one file is transcribed (with --strict: if all are), 1 otherwise, 2 for a wrong command,
 checkpoint or configuration.
 
 example: jasper-fast transcribe talk.wav call.flac --checkpoint runs/best.pt"""
 
 
+_WINDOW = 8  # batches among which files are sorted by length: more pad less, fewer write sooner
 HELP = "audio files to text"
 OPTIONS = {
     "": [
@@ -29,6 +38,7 @@ OPTIONS = {
         option("--list", metavar="FILE", help="a text file that names more audio files, one a line ('-': stdin)"),
         option("--json", action="store_true", help="JSON lines with words, their times and confidences"),
         option("--out", metavar="FILE", help="write there instead of to the standard output"),
+        option("--resume", action="store_true", help="keep what is in --out, and transcribe the files not in it"),
         option("--strict", action="store_true", help="exit with 1 if any file could not be read"),
     ],
     **common.MODEL,
@@ -41,11 +51,19 @@ def run(arguments: argparse.Namespace) -> int:
 
     files = list(arguments.files)
     if arguments.list:
-        source = sys.stdin.read() if arguments.list == "-" else Path(arguments.list).read_text(encoding="utf-8")
-        files += filter(None, map(str.strip, source.splitlines()))
+        source = sys.stdin.buffer.read() if arguments.list == "-" else Path(arguments.list).read_bytes()
+        lines = source.decode("utf-8-sig", "surrogateescape").split("\n")
+        files += filter(None, (line.strip(" \t\r") for line in lines))
     if not files:
         raise common.UsageError("no files; name audio files, or a list of them with --list")
+    if arguments.resume and not arguments.out:
+        raise common.UsageError("--resume goes on with the file that --out names; give --out too")
     common.check_writable(arguments.out)
+    kept = _finished(Path(arguments.out), arguments.json) if arguments.resume else Counter()
+    every, written = len(files), kept.total()
+    files = [file for file in files if not _take(kept, _name(file, arguments.json))]
+    if not files:
+        return 0
     recognizer = common.load(arguments)
     utterances = []
     for file in files:
@@ -54,19 +72,59 @@ def run(arguments: argparse.Namespace) -> int:
         except audio.AudioError:
             seconds = 0.0  # reading it will say why
         utterances.append(Utterance(file, seconds, ""))
-    result = common.recognize(arguments, recognizer, utterances)
-    line = _record if arguments.json else lambda file, transcript, seconds: f"{file}\t{transcript.text.strip()}"
-    found = zip(files, result.transcripts, result.seconds, strict=True)
-    lines = [line(file, transcript, seconds) for file, transcript, seconds in found if transcript is not None]
-    text = "".join(f"{line}\n" for line in lines)
-    if arguments.out:
-        common.write(arguments.out, text)
-    else:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    line = _record if arguments.json else lambda file, transcript, _: f"{_name(file)}\t{transcript.text.strip()}"
+    errors = "backslashreplace" if arguments.json else "surrogateescape"  # JSON has names of no encoding as \udcff
+    done = 0
+    with _output(arguments) as out:
+        for result in common.recognize(arguments, recognizer, utterances, _WINDOW * arguments.batch_size):
+            for i in range(done, result.done):
+                if result.transcripts[i] is not None:
+                    text = line(files[i], result.transcripts[i], result.seconds[i])
+                    out.write(f"{text}\n".encode("utf-8", errors))
+                    written += 1
+            done = result.done
+            out.flush()
     if not arguments.quiet:
         print(common.speed(result), file=sys.stderr)
-    return int(not lines or (arguments.strict and len(lines) < len(files)))
+    return int(not written or (arguments.strict and written < every))
+
+
+@contextlib.contextmanager
+def _output(arguments: argparse.Namespace) -> Iterator[Any]:
+    if not arguments.out:
+        sys.stdout.flush()
+        yield sys.stdout.buffer
+        return
+    with open(arguments.out, "ab" if arguments.resume else "wb") as out:
+        yield out
+
+
+def _name(file: str, json: bool = False) -> str:
+    """The name as an output has it: one line, in text."""
+    return file if json else file.replace("\n", "\\n")
+
+
+def _take(kept: Counter[str], name: str) -> bool:
+    kept[name] -= 1
+    return kept[name] >= 0
+
+
+def _finished(out: Path, as_json: bool) -> Counter[str]:
+    """How often each file is in an output, of which a last line without an end is cut off."""
+    content = out.read_bytes() if out.exists() else b""
+    if whole := content.rpartition(b"\n")[0]:
+        whole += b"\n"
+    names: Counter[str] = Counter()
+    for number, line in enumerate(whole.decode("utf-8", "surrogateescape").split("\n")[:-1], 1):
+        try:
+            name = json.loads(line)["audio_filepath"] if as_json else line[: line.rindex("\t")]
+        except (ValueError, TypeError, KeyError):
+            kind = "a record of --json" if as_json else "a name, a tab and a text"
+            raise common.UsageError(f"--out {out}, line {number}: is not {kind}; nothing was changed") from None
+        names[name] += 1
+    if len(whole) < len(content):
+        os.truncate(out, len(whole))
+    return names
 
 
 def _record(file: str, transcript: Any, seconds: float) -> str:

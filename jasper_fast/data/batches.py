@@ -19,8 +19,8 @@ from jasper_fast.data.manifest import Skipped
 class Batch:
     """Utterances of one step: audio (N, S) fp32, zero beyond audio_lengths (N,) in samples; targets (N, U) int64,
     0 beyond target_lengths (N,); texts, names, indices in the dataset, and ``starts``, the seconds trimmed from their
-    fronts. ``skipped`` lists what was left out; ``epoch`` and ``step`` (in the epoch) say where the batch belongs.
-    N may be 0 where nothing could be read."""
+    fronts. ``skipped`` lists what was left out, ``warned`` what is used although something is wrong with it; ``epoch``
+    and ``step`` (in the epoch) say where the batch belongs. N may be 0 where nothing could be read."""
 
     audio: Tensor
     audio_lengths: Tensor
@@ -33,6 +33,7 @@ class Batch:
     starts: list[float] = field(default_factory=list)
     epoch: int = 0
     step: int = 0
+    warned: list[Skipped] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -67,6 +68,7 @@ def collate(items: Sequence[Item]) -> Batch:
         [item.index for item in good],
         [s for item in items for s in item.skipped],
         [item.start for item in good],
+        warned=[w for item in items for w in item.warned],
     )
 
 
@@ -77,7 +79,8 @@ class BatchSampler:
     per batch and rank), ``max_seconds`` (of padded audio per batch and rank: count times the longest; one utterance
     longer than that is a batch of its own), or both. ``bucketing`` puts items of like length together, with 10 % of
     chance in the order; batches come shuffled, or unshuffled with ``shuffle=False`` (then in the given order, or by
-    length with bucketing). With ``world_size`` ranks every rank has the same number of steps and batches of like length
+    length with bucketing; with ``window`` by length among so many neighbours only). With ``world_size`` ranks every
+    rank has the same number of steps and batches of like length
     at each step; the rest is filled by repetition (without shuffling it is not: an evaluation
     counts each utterance once). Raises ValueError for sizes that are not positive or a rank out of range.
     """
@@ -91,6 +94,7 @@ class BatchSampler:
         seed: int = 0,
         *,
         shuffle: bool = True,
+        window: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -102,7 +106,7 @@ class BatchSampler:
             raise ValueError(f"rank {rank} is not in 0..{world_size - 1}")
         self._durations = durations
         self.batch_size, self.max_seconds, self.bucketing, self.seed = batch_size, max_seconds, bucketing, seed
-        self.shuffle, self.rank, self.world_size = shuffle, rank, world_size
+        self.shuffle, self.window, self.rank, self.world_size = shuffle, window, rank, world_size
         self._kept: tuple[int, list[list[int]]] = (-1, [])
 
     def batches(self, epoch: int = 0) -> list[list[int]]:
@@ -121,7 +125,9 @@ class BatchSampler:
         seconds = np.asarray(self._durations(epoch) if callable(self._durations) else self._durations, dtype=float)
         rng = np.random.default_rng((self.seed, epoch))
         jitter = 1 + 0.1 * rng.random(len(seconds)) if self.shuffle else 1.0
-        if self.bucketing:
+        if self.bucketing and self.window and not self.shuffle:
+            order = np.lexsort((seconds, np.arange(len(seconds)) // self.window))
+        elif self.bucketing:
             order = np.argsort(seconds * jitter, kind="stable")
         else:
             order = rng.permutation(len(seconds)) if self.shuffle else np.arange(len(seconds))
@@ -173,4 +179,5 @@ def load_batches(
     for step, batch in enumerate(loader, start_step):
         batch.epoch, batch.step = epoch, step
         dataset.skipped.add(batch.skipped)
+        dataset.skipped.warn(batch.warned)
         yield batch

@@ -24,8 +24,8 @@ from jasper_fast.data.manifest import Skipped, SkipReport, Utterance, read_manif
 from jasper_fast.data.perturb import Change, Perturb
 from jasper_fast.data.reading import AudioReader
 from jasper_fast.data.settings import AudioSettings
-from jasper_fast.speech.audio import AudioError
-from jasper_fast.speech.text import UnknownSymbolError, Vocabulary, normalize
+from jasper_fast.speech.audio import AudioError, ShortAudio
+from jasper_fast.speech.text import UnknownSymbolError, Vocabulary, normalize_and_lost
 
 _SUBSTITUTES = 8  # other utterances tried in the place of one that cannot be read, in training
 
@@ -34,7 +34,7 @@ _SUBSTITUTES = 8  # other utterances tried in the place of one that cannot be re
 class Item:
     """One utterance ready to be collated; ``audio`` is None where it had to be skipped.
 
-    ``start``: seconds that trimming took from its front.
+    ``start``: seconds that trimming took from its front; ``warned``: what is wrong with audio that is used.
     """
 
     index: int
@@ -44,6 +44,7 @@ class Item:
     target: list[int]
     skipped: list[Skipped] = field(default_factory=list)
     start: float = 0.0
+    warned: list[Skipped] = field(default_factory=list)
 
 
 def ctc_frames(target: Sequence[int]) -> int:
@@ -59,7 +60,8 @@ class SpeechDataset(Dataset):
     normalisation or holds symbols that are no labels, and those with fewer output frames than CTC needs
     (``frame_samples`` samples per output frame: hop times the model's stride); an unreadable file is replaced by a
     neighbour in length. With ``training=False`` nothing is perturbed, joined, replaced or left out for its length or
-    text: only unreadable files are skipped. Raises ValueError if nothing is left.
+    text: only unreadable files are skipped, and what is there of a truncated one is used, with a warning. ``kept``
+    holds the places of what is left in ``utterances``. Raises ValueError if nothing is left.
     """
 
     def __init__(
@@ -80,8 +82,13 @@ class SpeechDataset(Dataset):
         self.utterances: list[Utterance] = []
         self.texts: list[str] = []
         self.targets: list[list[int]] = []
-        for utterance in utterances:
-            text = normalize(utterance.text, vocabulary) if settings.normalize_text else utterance.text
+        self.kept: list[int] = []
+        for place, utterance in enumerate(utterances):
+            text, lost = utterance.text, []
+            if settings.normalize_text:
+                text, lost = normalize_and_lost(text, vocabulary)
+            if lost:
+                self.skipped.lose(utterance.manifest, lost)
             try:
                 target = vocabulary.encode(text)
                 unfit = self._unfit(utterance, target) if training else None
@@ -90,6 +97,7 @@ class SpeechDataset(Dataset):
             if unfit is not None:
                 self.skipped.add([unfit])
                 continue
+            self.kept.append(place)
             self.utterances.append(utterance)
             self.texts.append(text)
             self.targets.append(target)
@@ -183,18 +191,24 @@ class SpeechDataset(Dataset):
         item.skipped = skipped
         return item
 
-    def _read(self, index: int, change: Change, skipped: list[Skipped]) -> tuple[np.ndarray | None, float]:
+    def _read(
+        self, index: int, change: Change, skipped: list[Skipped], warned: list[Skipped]
+    ) -> tuple[np.ndarray | None, float]:
         utterance = self.utterances[index]
         try:
             return self.reader.read(utterance, change.variant if self.training else None)
         except AudioError as error:
-            skipped.append(Skipped(utterance.name, "unreadable", str(error)))
+            found = Skipped(utterance.name, error.reason, str(error))
+            if isinstance(error, ShortAudio) and not self.training:
+                warned.append(found)
+                return error.samples, error.start
+            skipped.append(found)
             return None, 0.0
 
     def _single(self, index: int, change: Change) -> Item:
         name, target = self.utterances[index].name, self.targets[index]
         item = Item(index, name, self.texts[index], None, target)
-        item.audio, item.start = self._read(index, change, item.skipped)
+        item.audio, item.start = self._read(index, change, item.skipped, item.warned)
         if item.audio is None or not self.training:
             return item
         if (short := self._too_short_for_ctc(name, len(item.audio), target)) is not None:
@@ -209,7 +223,7 @@ class SpeechDataset(Dataset):
     def _joined(self, index: int, clips: Clips, change: Change, rng: np.random.Generator) -> Item:
         pieces, read, skipped, rate = [], [], [], self.settings.sample_rate
         for clip, gap in zip(clips.indices, clips.gaps, strict=False):
-            samples, _ = self._read(clip, change, skipped)
+            samples, _ = self._read(clip, change, skipped, [])
             if samples is not None:
                 pieces += [clips.silence(round(gap * rate), rng), samples]
                 read.append(clip)

@@ -7,12 +7,14 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jasper_fast.speech import audio
 from jasper_fast.speech.audio import AudioError
+
+_SHOWN = 40  # symbols of those that texts lost
 
 
 class ManifestError(ValueError):
@@ -23,7 +25,8 @@ class ManifestError(ValueError):
 class Utterance:
     """One line of a manifest: ``duration`` seconds of the file at ``path`` from ``offset`` seconds on, and its text.
 
-    ``alternatives``: files of the same utterance at other speeds, of which training takes one at random.
+    ``alternatives``: files of the same utterance at other speeds, of which training takes one at random;
+    ``manifest``: the file that names the utterance.
     """
 
     path: str
@@ -32,6 +35,7 @@ class Utterance:
     offset: float = 0.0
     speaker: str | None = None
     alternatives: tuple[str, ...] = ()
+    manifest: str = field(default="", compare=False)
 
     @property
     def name(self) -> str:
@@ -62,8 +66,8 @@ def read_manifest(
     utterances = []
     for where, entry in _entries(path, content):
         try:
-            utterances.append(_utterance(entry, root, offline_speeds))
-        except (KeyError, TypeError, ValueError, OSError) as error:
+            utterances.append(replace(_utterance(entry, root, offline_speeds), manifest=str(path)))
+        except (KeyError, TypeError, ValueError, OSError, OverflowError) as error:
             what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
             raise ManifestError(f"{path}, {where}: {what}") from error
     if not utterances:
@@ -77,10 +81,12 @@ def _entries(path: Path, content: str) -> Iterator[tuple[str, Any]]:
             entries = json.loads(content)
         except json.JSONDecodeError as error:
             raise ManifestError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:  # a number of too many digits, brackets within brackets
+            raise ManifestError(f"{path}: not valid JSON: {error}") from error
         for i, entry in enumerate(entries):
             yield f"entry {i}", entry
         return
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):  # JSON lets other line ends, as U+2028, stand in a text
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
@@ -88,6 +94,8 @@ def _entries(path: Path, content: str) -> Iterator[tuple[str, Any]]:
                 raise ManifestError(
                     f"{path}, line {number}: not valid JSON: {error.msg} (column {error.colno})"
                 ) from error
+            except (ValueError, RecursionError) as error:
+                raise ManifestError(f"{path}, line {number}: not valid JSON: {error}") from error
 
 
 def _utterance(entry: Any, root: Path, offline_speeds: bool) -> Utterance:
@@ -97,12 +105,14 @@ def _utterance(entry: Any, root: Path, offline_speeds: bool) -> Utterance:
     if text is None:
         if "text_filepath" not in entry:
             raise KeyError("text")
-        text = (root / entry["text_filepath"]).read_text(encoding="utf-8").replace("\n", " ")
+        text = (root / entry["text_filepath"]).read_text(encoding="utf-8-sig").replace("\n", " ")
     if not isinstance(text, str):
         raise TypeError(f"the text must be a string, got {text!r}")
     alternatives: tuple[str, ...] = ()
     if "files" in entry:
         files = entry["files"]
+        if not isinstance(files, list) or not all(isinstance(f, dict) for f in files):
+            raise TypeError(f"'files' must be a list of objects with 'fname', got {files!r}")
         plain = [f for f in files if f.get("speed", 1.0) == 1.0] or files
         if not plain:
             raise ValueError("'files' is empty")
@@ -132,10 +142,39 @@ class Skipped(NamedTuple):
 
 
 class SkipReport:
-    """What was left out: ``items``, each utterance once for each reason, and ``counts`` by reason."""
+    """What was left out: ``items``, each utterance once for each reason, and ``counts`` by reason.
+
+    ``warned`` lists what was used although something is wrong with it; ``lost`` has, for each manifest, the number of
+    texts that lost symbols in normalisation, and those symbols.
+    """
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, str], Skipped] = {}
+        self._warned: dict[tuple[str, str], Skipped] = {}
+        self.lost: dict[str, tuple[int, list[str]]] = {}
+
+    def warn(self, used: Sequence[Skipped]) -> None:
+        for item in used:
+            self._warned.setdefault((item.name, item.reason), item)
+
+    def lose(self, manifest: str, symbols: Sequence[str]) -> None:
+        """Counts one more text, of which normalisation dropped these symbols."""
+        count, known = self.lost.get(manifest, (0, []))
+        self.lost[manifest] = count + 1, [*known, *(s for s in symbols if s not in known)]
+
+    @property
+    def warned(self) -> list[Skipped]:
+        return list(self._warned.values())
+
+    @property
+    def losses(self) -> list[str]:
+        """What ``lost`` holds, a line for each manifest."""
+        lines = []
+        for manifest, (count, symbols) in self.lost.items():
+            texts = f"{count} text{'s' * (count > 1)}{manifest and f' of {manifest}'}"
+            more = f" and {len(symbols) - _SHOWN} more" if len(symbols) > _SHOWN else ""
+            lines.append(f"{texts} lost symbols: {' '.join(symbols[:_SHOWN])}{more}")
+        return lines
 
     def add(self, skipped: Sequence[Skipped]) -> None:
         for item in skipped:
@@ -154,4 +193,7 @@ class SkipReport:
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())
-        return f"{len(self)} skipped ({reasons})" if len(self) else "none skipped"
+        parts = [f"{len(self)} skipped ({reasons})" if len(self) else "none skipped"]
+        warned = Counter(reason for _, reason in self._warned)
+        parts += [f"{count} used although {reason}" for reason, count in warned.most_common()]
+        return "; ".join(parts + self.losses)

@@ -9,7 +9,9 @@ import numpy as np
 
 from jasper_fast.data.manifest import Utterance
 from jasper_fast.speech import audio
-from jasper_fast.speech.audio import AudioError
+from jasper_fast.speech.audio import AudioError, ShortAudio
+
+_ROUNDING = 0.1  # seconds, and as much as 1 %, by which a manifest's duration may be more than a file holds
 
 
 class AudioReader:
@@ -22,7 +24,8 @@ class AudioReader:
     def read(self, utterance: Utterance, variant: float | None = None) -> tuple[np.ndarray, float]:
         """Samples (S,) fp32, which must not be written to, and the seconds that trimming took from their front.
 
-        ``variant``, 0 to 1, chooses among the utterance's alternatives, where it has any. Raises AudioError.
+        ``variant``, 0 to 1, chooses among the utterance's alternatives, where it has any. Raises AudioError; where
+        the file holds less than its header or the manifest promises, ShortAudio with what there is.
         """
         if utterance in self._memory:
             return self._memory[utterance]
@@ -30,7 +33,18 @@ class AudioReader:
         if utterance.alternatives and variant is not None:
             path = utterance.alternatives[int(variant * len(utterance.alternatives))]
             seconds = 0.0  # the whole of it: its length is not in the manifest's entry
-        samples = audio.load(path, self.sample_rate, utterance.offset, seconds)
+        try:
+            samples = audio.load(path, self.sample_rate, utterance.offset, seconds)
+            held = len(samples) / self.sample_rate
+            if seconds > held * 1.01 + _ROUNDING:
+                cause = f"the manifest says {seconds:.3f} s, {held:.3f} s are there"
+                raise ShortAudio(path, cause, "wrong_duration", samples)
+        except ShortAudio as short:
+            short.samples, short.start = self._trimmed(short.samples)
+            raise
+        return self._trimmed(samples)
+
+    def _trimmed(self, samples: np.ndarray) -> tuple[np.ndarray, float]:
         if not self.trim:
             return samples, 0.0
         first, end = audio.silence_bounds(samples)

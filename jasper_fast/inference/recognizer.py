@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from jasper_fast.data import batches, manifest
+from jasper_fast.data.batches import Batch
 from jasper_fast.data.dataset import SpeechDataset
 from jasper_fast.data.settings import AudioSettings
 from jasper_fast.inference import InferenceEngine
 from jasper_fast.nn.config import JasperConfig
 from jasper_fast.nn.loading import load_model
 from jasper_fast.nn.model import Jasper
-from jasper_fast.speech.decoding import Transcript, greedy_transcripts
+from jasper_fast.speech.decoding import NotFinite, Transcript, greedy_transcripts
 from jasper_fast.speech.features import LogMelFeatures
 from jasper_fast.speech.text import LABELS, Vocabulary
 
@@ -29,15 +30,18 @@ class Recognition:
     """What became of utterances: ``transcripts`` by their index (None where skipped), and the time that it took.
 
     ``audio_seconds`` of the transcribed ones; ``compute_seconds`` from samples to text; ``wall_seconds`` with reading.
+    While ``Recognizer.stream`` is at work, the first ``done`` utterances and ``finished`` ones in all are as they stay.
     """
 
     transcripts: list[Transcript | None]
     references: list[str]
     seconds: list[float]
     skipped: manifest.SkipReport
-    audio_seconds: float
-    compute_seconds: float
-    wall_seconds: float
+    audio_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    done: int = 0
+    finished: int = 0
 
 
 class Recognizer:
@@ -90,33 +94,75 @@ class Recognizer:
         workers: int = 0,
         progress: Callable[[int], None] | None = None,
     ) -> Recognition:
-        """Reads and transcribes utterances in batches of like length; what cannot be read is in ``skipped``.
+        """Reads and transcribes utterances in batches of like length; what cannot be used is in ``skipped``.
 
         At most ``batch_size`` utterances and ``max_seconds`` of padded audio at a time (one longer than that goes
         alone); ``progress`` is called with the number of utterances just finished.
         """
+        before = 0
+        for result in self.stream(utterances, batch_size, max_seconds, workers):
+            if progress is not None:
+                progress(result.finished - before)
+            before = result.finished
+        return result
+
+    def stream(
+        self,
+        utterances: Sequence[manifest.Utterance],
+        batch_size: int = 16,
+        max_seconds: float = 240.0,
+        workers: int = 0,
+        window: int | None = None,
+    ) -> Iterator[Recognition]:
+        """As ``recognize``, after each batch: the same Recognition again and again, with more in it each time.
+
+        With ``window``, only so many neighbours are sorted by their length, so that ``done`` grows steadily. An
+        utterance of which the model makes NaN, or which does not fit the memory alone, is skipped like an unreadable
+        file.
+        """
         started = time.perf_counter()
         audio = AudioSettings(self.sample_rate, bool(self.audio_settings.get("trim_silence", False)))
         dataset = SpeechDataset(utterances, self.vocabulary, audio, training=False)
-        sampler = batches.BatchSampler(dataset.durations, batch_size, max_seconds, shuffle=False)
-        transcripts: list[Transcript | None] = [None] * len(dataset)
-        seconds = [0.0] * len(dataset)
-        compute = 0.0
-        for batch, planned in zip(
-            batches.load_batches(dataset, sampler, workers=workers), sampler.batches(), strict=True
-        ):
-            if len(batch):
-                before = time.perf_counter()
-                found = self(batch.audio, batch.audio_lengths)
-                compute += time.perf_counter() - before
-                lengths = batch.audio_lengths.tolist()
-                for index, transcript, start, length in zip(batch.indices, found, batch.starts, lengths, strict=True):
-                    transcripts[index] = transcript.shifted(start)
-                    seconds[index] = length / self.sample_rate
-            if progress is not None:
-                progress(len(planned))
-        wall = time.perf_counter() - started
-        return Recognition(transcripts, dataset.texts, seconds, dataset.skipped, sum(seconds), compute, wall)
+        plan = batches.BatchSampler(dataset.durations, batch_size, max_seconds, shuffle=False, window=window)
+        count, left = len(utterances), set(dataset.kept)
+        references = [u.text for u in utterances]
+        for place, text in zip(dataset.kept, dataset.texts, strict=True):
+            references[place] = text
+        result = Recognition([None] * count, references, [0.0] * count, dataset.skipped)
+        for batch, planned in zip(batches.load_batches(dataset, plan, workers=workers), plan.batches(), strict=True):
+            before = time.perf_counter()
+            found = self._heard(batch, dataset.skipped) if len(batch) else []
+            result.compute_seconds += time.perf_counter() - before
+            lengths = batch.audio_lengths.tolist()
+            for index, transcript, start, length in zip(batch.indices, found, batch.starts, lengths, strict=True):
+                if transcript is not None:
+                    place = dataset.kept[index]
+                    result.transcripts[place] = transcript.shifted(start)
+                    result.seconds[place] = length / self.sample_rate
+                    result.audio_seconds += result.seconds[place]
+            left -= {dataset.kept[index] for index in planned}
+            result.finished = count - len(left)
+            while result.done < count and result.done not in left:
+                result.done += 1
+            result.wall_seconds = time.perf_counter() - started
+            yield result
+
+    def _heard(self, batch: Batch, skipped: manifest.SkipReport) -> list[Transcript | None]:
+        """The transcripts of a batch; if it fails, of each by itself, and None where that fails too."""
+        try:
+            return self(batch.audio, batch.audio_lengths)
+        except (NotFinite, torch.OutOfMemoryError, MemoryError):
+            pass
+        found: list[Transcript | None] = []
+        for name, audio, length in zip(batch.names, batch.audio, batch.audio_lengths, strict=True):
+            try:
+                found += self(audio[None, :length], length[None])
+            except (NotFinite, torch.OutOfMemoryError, MemoryError) as error:
+                reason = "not_finite" if isinstance(error, NotFinite) else "out_of_memory"
+                cause = "the model makes NaN of it" if isinstance(error, NotFinite) else f"out of memory: {error}"
+                skipped.add([manifest.Skipped(name, reason, f"{name}: {cause}")])
+                found.append(None)
+        return found
 
 
 def _labels(config: Any) -> list[str]:

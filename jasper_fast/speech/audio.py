@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
+import re
+import stat
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import soxr
 
+from jasper_fast.speech import mp3
+
+_LOUDEST = 1e10  # full scale is 1, of integers kept as floats 2^31; the squares of what is louder overflow fp32
+_LOWEST_RATE = 1000  # Hz; below, a small file would fill the memory when it is resampled
+_CHUNK = 1 << 22  # samples read at a time: a header that promises too much costs no memory
+_STREAMED = 0x7FFF0000  # bytes; headers written before the length was known hold this or more
+
 
 class AudioError(Exception):
-    """A file gives no usable audio; ``path`` is the file, ``cause`` says what is wrong with it."""
+    """A file gives no usable audio; ``path`` is the file, ``cause`` says what is wrong with it.
+
+    ``reason`` is a word to count by.
+    """
+
+    reason = "unreadable"
 
     def __init__(self, path: str | os.PathLike, cause: str) -> None:
         super().__init__(str(path), cause)
@@ -22,25 +37,94 @@ class AudioError(Exception):
         return f"{self.path}: {self.cause}"
 
 
-def _open(path: str | os.PathLike) -> soundfile.SoundFile:
-    file = Path(path)
-    if not file.exists():
-        raise AudioError(path, "no such file")
-    if file.is_dir():
-        raise AudioError(path, "is a folder, not an audio file")
-    if file.stat().st_size == 0:
-        raise AudioError(path, "empty file (0 bytes)")
+class ShortAudio(AudioError):
+    """A file holds less than was promised; ``samples`` are what there is, from ``start`` seconds on.
+
+    ``reason``: "truncated" where the file's header promised more, "wrong_duration" where the manifest did.
+    """
+
+    def __init__(self, path: str | os.PathLike, cause: str, reason: str, samples: np.ndarray) -> None:
+        super().__init__(path, cause)
+        self.args = (str(path), cause, reason, samples)  # what pickle makes it again from
+        self.reason, self.samples, self.start = reason, samples, 0.0
+
+
+class _File(soundfile.SoundFile):
+    """Read from front to back. Some codecs cannot seek, and soundfile would seek after each read."""
+
+    def seekable(self) -> bool:
+        return False
+
+    def forward(self, frames: int) -> None:
+        """Passes over frames at the beginning."""
+        if super().seekable():
+            self.seek(frames)
+            return
+        for _ in self.chunks(frames):
+            pass
+
+    def chunks(self, frames: int):
+        """The next ``frames`` frames or what there is of them: arrays (frames, channels) fp32."""
+        size = max(1, _CHUNK // self.channels)
+        while frames > 0:
+            samples = self.read(min(size, frames), dtype="float32", always_2d=True)
+            yield samples
+            frames = frames - len(samples) if len(samples) else 0
+
+    def promised(self) -> int:
+        """Frames that the file had when its header was written; libsndfile notes what it corrects in its log."""
+        log = self.extra_info
+        for name in ("data|SSND|BODY|Data Size", "riff|Riff size"):
+            if found := re.search(rf"^\s*(?:{name})\s*: (\d+) \(should be (\d+)\)", log, re.MULTILINE):
+                said, held = int(found[1]), int(found[2])
+                if held < said < _STREAMED and (more := self.frames * said // max(held, 1)) > self.frames:
+                    return more
+        return self.frames
+
+
+def _bytes(path: str | os.PathLike) -> io.BytesIO:
+    """All that is in a file or a pipe; a pipe that nobody writes to is empty, and not waited for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(descriptor, True)
+    with open(descriptor, "rb") as file:
+        return io.BytesIO(file.read())
+
+
+def _open(path: str | os.PathLike, pipes: bool = True) -> _File:
     try:
-        return soundfile.SoundFile(file)
-    except (soundfile.LibsndfileError, OSError) as error:
-        reason = getattr(error, "error_string", None) or str(error)
+        name = os.fsencode(path)
+        status = os.stat(name)
+        if stat.S_ISDIR(status.st_mode):
+            raise AudioError(path, "is a folder, not an audio file")
+        pipe = stat.S_ISFIFO(status.st_mode)
+        if not pipe and not stat.S_ISREG(status.st_mode):
+            raise AudioError(path, "is neither a file nor a pipe")
+        if pipe and not pipes:
+            raise AudioError(path, "is a pipe: its length shows when it is read")
+        # By its name, soundfile would take a file called *.raw for one without a header.
+        source = _bytes(path) if pipe or name.lower().endswith(b".raw") else name
+        if not (len(source.getbuffer()) if isinstance(source, io.BytesIO) else status.st_size):
+            raise AudioError(path, "empty file (0 bytes)" if not pipe else "empty: nothing came through this pipe")
+        file = _File(source)
+        if file.format == "MP3":
+            whole = source.getvalue() if isinstance(source, io.BytesIO) else Path(os.fsdecode(name)).read_bytes()
+            if (counted := mp3.with_length(whole)) is not None:
+                file.close()
+                file = _File(io.BytesIO(counted))
+        return file
+    except FileNotFoundError as error:
+        raise AudioError(path, "no such file") from error
+    except UnicodeEncodeError as error:
+        raise AudioError(path, "no such file: the name holds half a character") from error
+    except (soundfile.LibsndfileError, OSError, ValueError) as error:
+        reason = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
         raise AudioError(path, f"cannot be read as audio: {reason.strip()}") from error
 
 
 def duration(path: str | os.PathLike) -> float:
-    """Seconds of audio by the file's header. Raises AudioError where there is none."""
-    with _open(path) as file:
-        return file.frames / file.samplerate
+    """Seconds of audio that the file's header promises. Raises AudioError where there is none, and for a pipe."""
+    with _open(path, pipes=False) as file:
+        return file.promised() / file.samplerate
 
 
 def load(
@@ -49,37 +133,51 @@ def load(
     """Audio of a file as (samples,) fp32, mono (mean of the channels), resampled to ``sample_rate``.
 
     Reads ``duration`` seconds from ``offset`` seconds on; None or 0 reads to the end. Integer formats are scaled to
-    [-1, 1). Raises AudioError naming the file and the cause: missing, unreadable, truncated, empty, no samples at the
-    offset, NaN or infinite samples.
+    [-1, 1). A pipe is read to its end, once. Raises AudioError naming the file and the cause: missing, unreadable,
+    empty, no samples at the offset, samples that are NaN, infinite or beyond 1e10; ShortAudio, which holds what is
+    there, where the header promises more of what was asked for.
     """
     if not (offset >= 0 and math.isfinite(offset)) or (duration is not None and not duration >= 0):
         raise AudioError(path, f"offset={offset} and duration={duration} must not be negative")
+    try:
+        return _load(path, sample_rate, offset, duration)
+    except MemoryError as error:
+        raise AudioError(path, "does not fit into memory") from error
+
+
+def _load(path: str | os.PathLike, sample_rate: int, offset: float, duration: float | None) -> np.ndarray:
     with _open(path) as file:
-        rate, frames = file.samplerate, file.frames
+        rate, frames, promised = file.samplerate, file.frames, file.promised()
         if frames <= 0:
             raise AudioError(path, "holds no samples")
+        if rate < _LOWEST_RATE:
+            raise AudioError(path, f"a sample rate of {rate} Hz is too low for speech")
         first = int(offset * rate)
         if first >= frames:
             raise AudioError(path, f"offset {offset} s is past the end ({frames / rate:.3f} s)")
-        expected = frames - first
+        wanted = promised - first
         if duration:
-            expected = min(expected, max(1, round(min(duration * rate, frames))))
+            wanted = min(wanted, max(1, round(min(duration * rate, promised))))
         try:
-            file.seek(first)
-            samples = file.read(expected, dtype="float32", always_2d=True)
+            if first:
+                file.forward(first)
+            samples = np.concatenate([*file.chunks(min(wanted, frames - first))])
         except (soundfile.LibsndfileError, RuntimeError) as error:
             raise AudioError(path, f"damaged: {getattr(error, 'error_string', error)}") from error
-    if len(samples) < expected:
-        raise AudioError(
-            path, f"truncated: the header promises {first + expected} samples, {first + len(samples)} are there"
-        )
+    lengths = f"the header promises {promised / rate:.3f} s, {(first + len(samples)) / rate:.3f} s are there"
+    if not len(samples):
+        raise AudioError(path, f"truncated: {lengths}")
     mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
     if not np.isfinite(mono).all():
         raise AudioError(path, f"{int((~np.isfinite(mono)).sum())} of {len(mono)} samples are NaN or infinite")
-    mono = resample(mono, rate, sample_rate)
-    if not len(mono):
-        raise AudioError(path, f"{expected} samples at {rate} Hz leave none at {sample_rate} Hz")
-    return np.ascontiguousarray(mono)
+    if (peak := float(np.abs(mono).max())) > _LOUDEST:
+        raise AudioError(path, f"damaged: samples of {peak:.3g}, where 1 is full scale")
+    found = np.ascontiguousarray(resample(mono, rate, sample_rate))
+    if not len(found):
+        raise AudioError(path, f"{len(mono)} samples at {rate} Hz leave none at {sample_rate} Hz")
+    if wanted - len(samples) > rate // 100:  # less is rounding: codecs count in blocks
+        raise ShortAudio(path, f"truncated: {lengths}", "truncated", found)
+    return found
 
 
 def resample(samples: np.ndarray, rate: float, new_rate: float) -> np.ndarray:

@@ -14,6 +14,10 @@ from torch import Tensor
 from jasper_fast.speech.text import Vocabulary
 
 
+class NotFinite(ValueError):
+    """The log-probs of an utterance hold NaN."""
+
+
 @dataclass(frozen=True)
 class Word:
     """A piece of a transcript: its text, start and end in seconds, and the confidence in it (0 to 1)."""
@@ -61,7 +65,7 @@ def _best_path(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> tu
     packed = torch.stack((ids.masked_fill(beyond, -1).float(), best.float().masked_fill(beyond, 0))).cpu().numpy()
     broken = np.isnan(packed[1]).any(1).nonzero()[0]
     if broken.size:
-        raise ValueError(f"log_probs hold NaN in valid frames of batch items {broken.tolist()}")
+        raise NotFinite(f"log_probs hold NaN in valid frames of batch items {broken.tolist()}")
     return packed[0].astype(np.int64), np.exp(packed[1])
 
 

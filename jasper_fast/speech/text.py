@@ -116,6 +116,14 @@ def normalize(text: str, labels: Sequence[str] | Vocabulary | None = None, engli
     the labels are ASCII. Semantics: english_cleaners of NVIDIA's Jasper for PyTorch, which knows ASCII alphabets only.
     Raises MissingExtra where a text needs anyascii or inflect and it is not installed.
     """
+    return normalize_and_lost(text, labels, english)[0]
+
+
+def normalize_and_lost(
+    text: str, labels: Sequence[str] | Vocabulary | None = None, english: bool | None = None
+) -> tuple[str, list[str]]:
+    """The text as ``normalize`` gives it, and the letters, digits and symbols (lower case) of which nothing, or not
+    all, is left in it: 'hello мир' with Russian labels -> 'мир', ['h', 'e', 'l', 'o']."""
     vocabulary = labels if isinstance(labels, Vocabulary) else Vocabulary(labels)
     keep = vocabulary.characters
     if english is None:
@@ -123,6 +131,7 @@ def normalize(text: str, labels: Sequence[str] | Vocabulary | None = None, engli
     text = unicodedata.normalize("NFC", text)
     if english:
         text = re.sub(r"£([0-9,]*[0-9]+)", r"\1 pounds", text)
+    before = text
     text = "".join(c if c in keep else _fold(c, keep) for c in text)
     if english:
         if keep.isdisjoint(string.digits):
@@ -135,9 +144,24 @@ def normalize(text: str, labels: Sequence[str] | Vocabulary | None = None, engli
     if not _has_case(keep, str.lower) and _has_case(keep, str.upper):
         text = "".join(c if c in keep else c.upper() for c in text)  # the words just written
     punctuation = {ord(c): " " for c in string.punctuation if c not in keep}
-    text = "".join(c for c in text.translate(punctuation) if c in keep or c.isspace())
-    text = " ".join(text.split())
-    return text.replace(" ", vocabulary.separator)
+    text = text.translate(punctuation)
+    dropped = {c for c in text if c not in keep and not c.isspace()}
+    text = " ".join("".join(c for c in text if c not in dropped).split())
+    return text.replace(" ", vocabulary.separator), _lost(before, dropped, keep)
+
+
+def _lost(before: str, dropped: set[str], keep: set[str]) -> list[str]:
+    """The characters of a text that ended, in part or whole, as ``dropped`` ones; those among these that it never
+    held, as the letters of numbers in words; and letters without any transliteration."""
+    lower, lost, explained = {c.lower() for c in dropped}, {}, set()
+    for c in dict.fromkeys(before):
+        if c in keep or (c.isascii() and not dropped):
+            continue
+        folded = set(_fold(c, keep).lower())
+        if folded & lower or (not folded and c.isalnum()):
+            lost[c.lower()] = None
+            explained |= folded
+    return [*lost, *sorted(lower - explained)]
 
 
 def _has_case(keep: set[str], case) -> bool:
@@ -152,7 +176,7 @@ def _fold(character: str, keep: set[str]) -> str:
             return form
     if character.isascii():
         return character.lower()
-    if unicodedata.category(character)[0] == "Z":
+    if character.isspace() or unicodedata.category(character)[0] == "Z":
         return " "
     return need("anyascii", "train").anyascii(character).lower()
 

@@ -1,0 +1,54 @@
+"""The length of MP3 files without a table of contents: libsndfile guesses it from the first frame's bit rate."""
+
+from __future__ import annotations
+
+_KBITS = {  # of layer III, by the header's index 1 to 14
+    3: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),  # MPEG-1
+    2: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),  # MPEG-2
+    0: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),  # MPEG-2.5
+}
+_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
+
+
+def _size(header: bytes) -> int:
+    """Bytes of the frame of layer III that begins with this header; 0 if it is none, or its size is not told."""
+    if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
+        return 0
+    version, bits, rate = header[1] >> 3 & 3, header[2] >> 4, header[2] >> 2 & 3
+    if version not in _RATES or not 0 < bits < 15 or rate == 3:
+        return 0
+    samples = 144_000 if version == 3 else 72_000
+    return samples * _KBITS[version][bits - 1] // _RATES[version][rate] + (header[2] >> 1 & 1)
+
+
+def _side(header: bytes) -> int:
+    """Where a table of contents would lie in the frame."""
+    mono, first = header[3] >> 6 == 3, header[1] >> 3 & 3 == 3
+    return 4 + ((17 if mono else 32) if first else (9 if mono else 17))
+
+
+def with_length(data: bytes) -> bytes | None:
+    """An MP3 file with the number of its frames written in front, as a Xing header; None where it tells it already,
+    or does not begin with frames of layer III."""
+    at = 0
+    while data[at : at + 3] == b"ID3" and len(data) >= at + 10:
+        a, b, c, d = data[at + 6 : at + 10]
+        at += 10 + (a << 21 | b << 14 | c << 7 | d) + (10 if data[at + 5] & 0x10 else 0)
+    start, header, count, lost = at, data[at : at + 4], 0, False
+    while 0 <= at < len(data):
+        size = _size(data[at : at + 4])
+        if not size or (lost and not _size(data[at + size : at + size + 4])):
+            if not count:
+                return None
+            at, lost = data.find(b"\xff", at + 1), True  # what is no frame is passed over
+            continue
+        lost = False
+        if not count and any(name in data[at : at + size] for name in (b"Xing", b"Info", b"VBRI")):
+            return None
+        count += at + size <= len(data)
+        at += size
+    if not count:
+        return None
+    head = bytes((header[0], header[1] | 1, header[2] & 0x0D | 0x90, header[3]))  # no checksum, room for the count
+    table = b"Xing" + (1).to_bytes(4, "big") + count.to_bytes(4, "big")
+    return (head + bytes(_side(head) - 4) + table).ljust(_size(head), b"\0") + data[start:]

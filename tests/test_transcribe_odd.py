@@ -1,0 +1,164 @@
+"""`transcribe` on many files of which some are odd: each fault is a line, the rest is written, a kill loses nothing."""
+
+import io
+import json
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from test_cli import write_checkpoint
+
+ROOT = Path(__file__).parents[1]
+KILLED = """
+import os, signal, sys
+from jasper_fast.cli import command
+from jasper_fast.inference.recognizer import Recognizer
+original, left = Recognizer.__call__, int(sys.argv[1])
+def call(self, audio, lengths):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, audio, lengths)
+Recognizer.__call__ = call
+sys.exit(command.main(sys.argv[2:]))
+"""
+
+
+def wav(samples, rate=16000, format="WAV", subtype=None):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=format, subtype=subtype)
+    return buffer.getvalue()
+
+
+def good_file(i, rng):
+    t = np.arange(int(16000 * rng.uniform(0.3, 1.2))) / 16000
+    sweep = 0.3 * np.sin(2 * np.pi * (200 + 900 * t * rng.random()) * t) + 0.01 * rng.standard_normal(len(t))
+    data = wav(sweep, subtype="GSM610" if i % 20 == 3 else None)
+    name = {5: b"\xff%d.wav", 6: "\u0451\u2028%d.wav".encode(), 7: b"line\\n%d.wav"}.get(i % 20, b"good%d.wav") % i
+    return name, data[: len(data) // 2] if i % 20 == 9 else data
+
+
+def odd_files(folder, copy):
+    """Twenty (name, part of the reason), the files written."""
+    nan, loud = np.full(800, 0.1), np.full(800, 0.1)
+    nan[7], loud[7] = np.nan, 1e19
+    noise = np.random.default_rng(0).uniform(-1, 1, 16000)
+    flac, caf = wav(noise, format="FLAC"), wav(noise, format="CAF")
+    contents = {
+        "text": (b"no audio at all", "cannot be read as audio"),
+        "empty": (b"", "empty file"),
+        "headerless.raw": (bytes(1000), "cannot be read as audio"),
+        "loud": (wav(loud, subtype="FLOAT"), "where 1 is full scale"),
+        "nan": (wav(nan, subtype="FLOAT"), "1 of 800 samples are NaN"),
+        "infinite": (wav(nan * np.inf, subtype="FLOAT"), "800 of 800 samples are NaN or infinite"),
+        "nothing": (wav(np.zeros(0)), "holds no samples"),
+        "half.flac": (flac[: len(flac) // 2], "damaged"),
+        "half.caf": (caf[: len(caf) // 2], "malformed"),
+        "header": (wav(noise)[:12], "cannot be read as audio"),
+        "slow": (wav(noise, 8), "8 Hz is too low"),
+        "random.mp3": (b"\xff\xfb\x90" + bytes(noise.astype(np.int8)[:100]), "cannot be read as audio"),
+        os.fsdecode(b"\xfe.wav"): (b"no audio", "cannot be read as audio"),
+    }
+    found = [(f"{copy}missing.wav", "no such file"), (f"{copy}{'n' * 256}.wav", "File name too long")]
+    found += [(f"good{copy}.wav/a.wav", "Not a directory"), (f"{copy}socket", "neither a file nor a pipe")]
+    os.mknod(folder / f"{copy}socket", stat.S_IFSOCK | 0o600)
+    for name, (data, reason) in contents.items():
+        (folder / f"{copy}{name}").write_bytes(data)
+        found.append((f"{copy}{name}", reason))
+    (folder / f"{copy}folder").mkdir()
+    (folder / f"{copy}loop").symlink_to(f"{copy}loop")
+    os.mkfifo(folder / f"{copy}pipe")
+    found += [(f"{copy}folder", "is a folder"), (f"{copy}loop", "symbolic links"), (f"{copy}pipe", "nothing came")]
+    assert len(found) == 20
+    return found
+
+
+def transcribe(folder, *argv, kill=None, locale="C.UTF-8", check=True):
+    start = ["-m", "jasper_fast"] if kill is None else ["-c", KILLED, str(kill)]
+    command = [sys.executable, *start, "transcribe", "--checkpoint", "model.pt", "--backend", "reference", *argv]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "LC_ALL": locale, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, cwd=folder, env=environment)
+    wanted = 0 if kill is None else -signal.SIGKILL
+    assert not check or done.returncode == wanted, done.stderr.decode()
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["text", "json"])
+def test_forty_odd_files_of_two_hundred_and_kills_at_random(tmp_path, form):
+    rng, chance = np.random.default_rng(1), random.Random(1)
+    write_checkpoint(tmp_path / "model.pt")
+    good = [good_file(i, rng) for i in range(160)]
+    for name, data in good:
+        (tmp_path / os.fsdecode(name)).write_bytes(data)
+    odd = odd_files(tmp_path, 0) + odd_files(tmp_path, 1)
+    names = [os.fsdecode(name) for name, _ in good]
+    for name, _ in odd:
+        names.insert(chance.randrange(len(names)), name)
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf" + os.fsencode("\r\n".join(names)))
+
+    arguments = ["--list", "list.txt", "--batch-size", "4", *form]
+    whole = transcribe(tmp_path, *arguments, "--out", "whole")
+    lines = (tmp_path / "whole").read_bytes().split(b"\n")[:-1]
+    given = (
+        [json.loads(x)["audio_filepath"] for x in lines]
+        if form
+        else [os.fsdecode(x.rpartition(b"\t")[0]) for x in lines]
+    )
+    bad = {name for name, _ in odd}
+    assert given == [name for name in names if name not in bad] and len(given) == 160
+    said = whole.stderr.decode("utf-8").splitlines()
+    assert len(bad) == 40
+    for name, reason in odd:
+        shown = name.encode("utf-8", "backslashreplace").decode()
+        (line,) = [x for x in said if x.startswith("skipped (unreadable): ") and f": {shown}: " in x]
+        assert reason in line
+    assert sum(x.startswith("warning (truncated): ") for x in said) == 8
+    assert transcribe(tmp_path, *arguments, "--strict", "--out", "again", check=False).returncode == 1
+
+    kills = 0
+    for _ in range(3):
+        transcribe(tmp_path, *arguments, "--out", "parts", "--resume", kill=chance.randint(2, 12))
+        part = (tmp_path / "parts").read_bytes()
+        assert len(part) < (tmp_path / "whole").stat().st_size
+        cut = chance.randrange(len(part)) if part else 0
+        (tmp_path / "parts").write_bytes(part[: max(cut, len(part) - 30)])  # a last line half written
+        kills += bool(part)
+    assert kills
+    transcribe(tmp_path, *arguments, "--out", "parts", "--resume")
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+    before = (tmp_path / "parts").stat().st_mtime_ns
+    transcribe(tmp_path, *names_of(given), *form, "--out", "parts", "--resume")  # nothing is left to do
+    assert (tmp_path / "parts").stat().st_mtime_ns == before
+
+
+def names_of(given):
+    return [os.fsencode(name) for name in given]
+
+
+def test_names_pass_through_an_ascii_output(tmp_path):
+    write_checkpoint(tmp_path / "model.pt")
+    names = [b"\xff.wav", "\u0451.wav".encode(), b"two\nlines.wav"]
+    for name in names:
+        (tmp_path / os.fsdecode(name)).write_bytes(wav(np.full(8000, 0.1)))
+    os.environ.pop("PYTHONUTF8", None)
+    printed = transcribe(tmp_path, *names, locale="en_US.ISO-8859-1").stdout
+    assert [x.partition(b"\t")[0] for x in printed.split(b"\n")[:-1]] == [*names[:2], b"two\\nlines.wav"]
+
+
+def test_resume_refuses_what_it_did_not_write(tmp_path):
+    write_checkpoint(tmp_path / "model.pt")
+    (tmp_path / "out").write_text("notes of mine\n")
+    done = transcribe(tmp_path, "a.wav", "--out", "out", "--resume", check=False)
+    assert done.returncode == 2 and b"out, line 1: is not a name, a tab and a text; nothing was changed" in done.stderr
+    assert (tmp_path / "out").read_text() == "notes of mine\n"
+    done = transcribe(tmp_path, "a.wav", "--resume", check=False)
+    assert done.returncode == 2 and b"give --out too" in done.stderr
