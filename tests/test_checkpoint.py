@@ -16,12 +16,14 @@ import pytest
 import torch
 import yaml
 
+from jasper_fast.inference.recognizer import Recognizer
 from jasper_fast.nn import checkpoint
 from jasper_fast.nn.checkpoint import CheckpointError, load, save
 from jasper_fast.nn.config import JasperConfig
 from jasper_fast.nn.formats import read_weights
 from jasper_fast.nn.loading import load_model
 from jasper_fast.nn.model import Jasper
+from jasper_fast.speech.features import LogMelFeatures, mel_filterbank
 from jasper_fast.training import randomness
 from jasper_fast.training.folder import Folder
 
@@ -249,7 +251,7 @@ def test_reference_checkpoints(tmp_path, kind, document, zipped):
     assert torch.equal(outputs(load_model(path, config=config(), backend="reference")), outputs(model))
 
 
-def nemo_archive(path, model, *, masked, mode, encoder=None):
+def nemo_archive(path, model, *, masked=True, mode="w", encoder=None, front=None, more=None):
     entries = {"preprocessor.featurizer.fb": torch.ones(1, 6, 9)}
     for name, tensor in model.state_dict().items():
         new = name.replace("decoder.layers", "decoder.decoder_layers").replace("encoder.layers", "encoder.encoder")
@@ -267,10 +269,11 @@ def nemo_archive(path, model, *, masked, mode, encoder=None):
     document = {
         "model_defaults": {"dropout": 0.25},
         "labels": LABELS,
-        "preprocessor": {"sample_rate": 16000, "features": 6, "n_fft": 512, "pad_to": 16, "window": "hann"},
+        "preprocessor": {"sample_rate": 16000, "features": 6, "n_fft": 512, "pad_to": 16, "window": "hann"}
+        | (front or {}),
         "encoder": {"feat_in": 6, "activation": "relu", "conv_mask": masked, "jasper": jasper} | (encoder or {}),
         "decoder": {"feat_in": 12, "num_classes": len(LABELS), "vocabulary": "${labels}"},
-    }
+    } | (more or {})
     weights = io.BytesIO()
     torch.save(entries, weights)
     with tarfile.open(path, mode) as archive:
@@ -297,6 +300,42 @@ def test_nemo(tmp_path, masked, mode):
     assert loaded.config.encoder.blocks[0].dropout == 0.25
     if masked:
         assert torch.equal(outputs(loaded), outputs(model))
+
+
+def test_nemo_features_are_those_of_the_file(tmp_path):
+    fixed = {"fixed_mean": [0.5] * 6, "fixed_std": [2.0] * 6}
+    front = {"_target_": "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor", "preemph": 0.9,
+             "lowfreq": 100, "highfreq": 7000, "log_zero_guard_type": "clamp", "log_zero_guard_value": "tiny",
+             "mag_power": 1.0, "pad_to": 8, "dither": 0.5, "stft_conv": False}  # fmt: skip
+    for normalize in ("all_features", fixed, None):
+        nemo_archive(tmp_path / "m.nemo", trained_model(), front=front | {"normalize": normalize})
+        loaded = load_model(tmp_path / "m.nemo", backend="reference").config.input_val["filterbank_features"]
+        heard = LogMelFeatures.from_config(loaded)
+        assert (heard.convention, heard.log_guard, heard.log_guard_type) == ("nemo", torch.finfo().tiny, "clamp")
+        assert (heard.mag_power, heard.preemphasis, heard.normalize, heard.pad_to_multiple) == (1.0, 0.9, normalize, 8)
+        assert torch.equal(heard.mel, mel_filterbank(n_mels=6, f_min=100, f_max=7000))
+    nemo_archive(tmp_path / "m.nemo", trained_model())
+    heard = Recognizer(load_model(tmp_path / "m.nemo", backend="reference")).features
+    assert (heard.convention, heard.log_guard, heard.log_guard_type) == ("nemo", 2**-24, "add")
+
+
+@pytest.mark.parametrize(
+    "front",
+    [{"normalize": "per_utterance"}, {"log_zero_guard_type": "max"}, {"log_zero_guard_value": "small"},
+     {"exact_pad": True}, {"pad_to": "max"}, {"pad_value": -1.0}, {"mel_norm": None}, {"frame_splicing": 3},
+     {"_target_": "nemo.collections.asr.modules.AudioToMFCCPreprocessor"}, {"use_deltas": True}],
+    ids=lambda front: next(iter(front)),
+)  # fmt: skip
+def test_nemo_features_that_cannot_be_made_are_named(tmp_path, front):
+    nemo_archive(tmp_path / "m.nemo", trained_model(), front=front)
+    with pytest.raises(CheckpointError, match=rf"m\.nemo: preprocessor\.{next(iter(front))}=.* is not supported"):
+        load_model(tmp_path / "m.nemo")
+
+
+def test_a_nemo_model_of_pieces_of_words_is_refused(tmp_path):
+    nemo_archive(tmp_path / "m.nemo", trained_model(), more={"tokenizer": {"dir": "x", "type": "bpe"}})
+    with pytest.raises(CheckpointError, match=r"m\.nemo: .*tokenizer"):
+        load_model(tmp_path / "m.nemo")
 
 
 def test_nemo_archives_that_are_no_jasper(tmp_path):

@@ -106,7 +106,7 @@ def _read_nemo(path: Path) -> Weights:
         config = _nemo_config(document)
     except (tarfile.TarError, EOFError, OSError, RuntimeError, pickle.UnpicklingError, yaml.YAMLError) as error:
         if isinstance(error, CheckpointError):
-            raise
+            raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from None
         raise CheckpointError(f"{path} is not a complete NeMo archive ({error}); copy or download it again") from error
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its model_config.yaml is not that of a Jasper (at {error})") from error
@@ -117,6 +117,8 @@ def _read_nemo(path: Path) -> Weights:
 def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
     """NeMo's model configuration in this project's terms; raises CheckpointError for blocks that no Jasper has."""
     document = _resolved(document, document)
+    if document.get("tokenizer"):
+        raise CheckpointError("the NeMo model has a tokenizer: its symbols are pieces of words, and a Jasper's letters")
     encoder, decoder = document["encoder"], document["decoder"]
     labels = list(decoder.get("vocabulary") or document.get("labels") or ()) or None
     blocks = []
@@ -143,13 +145,7 @@ def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
         )  # fmt: skip
     n_classes = decoder.get("num_classes", -1)
     n_classes = len(labels) if labels and (n_classes is None or n_classes < 1) else n_classes
-    front = document.get("preprocessor", {})
-    features = {
-        "sample_rate": front.get("sample_rate", 16000), "window_size": front.get("window_size", 0.02),
-        "window_stride": front.get("window_stride", 0.01), "window": front.get("window", "hann"),
-        "n_filt": front.get("features", 64), "n_fft": front.get("n_fft") or 512, "normalize": "per_feature",
-        "frame_splicing": front.get("frame_splicing", 1), "dither": 0.0, "pad_align": front.get("pad_to", 16) or 1,
-    }  # fmt: skip
+    features = _nemo_features(document.get("preprocessor") or {})
     return {
         "labels": labels,
         "input_val": {"audio_dataset": {"sample_rate": features["sample_rate"]}, "filterbank_features": features},
@@ -163,6 +159,51 @@ def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
             "decoder": {"in_feats": decoder["feat_in"], "n_classes": n_classes + 1},
         },
     }
+
+
+# Keys of NeMo's AudioToMelSpectrogramPreprocessor: with the names and defaults that they have here, those that must
+# have one value, and those that change nothing in evaluation or name another way to the same numbers.
+_NEMO_FEATURES = {
+    "sample_rate": ("sample_rate", 16000), "window_size": ("window_size", 0.02),
+    "window_stride": ("window_stride", 0.01), "window": ("window", "hann"), "normalize": ("normalize", "per_feature"),
+    "n_fft": ("n_fft", None), "preemph": ("preemph", 0.97), "features": ("n_filt", 64), "lowfreq": ("lowfreq", 0),
+    "highfreq": ("highfreq", None), "log": ("log", True), "log_zero_guard_type": ("log_zero_guard_type", "add"),
+    "log_zero_guard_value": ("log_zero_guard_value", 2**-24), "dither": ("dither", 1e-5), "pad_to": ("pad_align", 16),
+    "frame_splicing": ("frame_splicing", 1), "mag_power": ("mag_power", 2.0),
+}  # fmt: skip
+_NEMO_ONLY = {"n_window_size": None, "n_window_stride": None, "exact_pad": False, "stft_exact_pad": False,
+              "pad_value": 0, "mel_norm": "slaney", "frame_splicing": 1}  # fmt: skip
+_NEMO_IDLE = {"_target_", "cls", "rng", "nb_augmentation_prob", "nb_max_freq", "use_torchaudio", "stft_conv"}
+_NEMO_TARGET = "AudioToMelSpectrogramPreprocessor"
+
+
+def _nemo_features(front: dict[str, Any]) -> dict[str, Any]:
+    """NeMo's `preprocessor` as `filterbank_features`; raises CheckpointError naming what cannot be made here."""
+    known = _NEMO_FEATURES.keys() | _NEMO_ONLY.keys() | _NEMO_IDLE
+    wrong = [key for key in front if key not in known]
+    wrong += [key for key, only in _NEMO_ONLY.items() if front.get(key, only) != only]
+    wrong += [key for key in ("_target_", "cls") if str(front.get(key, _NEMO_TARGET)).split(".")[-1] != _NEMO_TARGET]
+    normalize = front.get("normalize")
+    if isinstance(normalize, str) and normalize not in ("per_feature", "all_features"):
+        wrong.append("normalize")
+    if front.get("log_zero_guard_type", "add") not in ("add", "clamp"):
+        wrong.append("log_zero_guard_type")
+    features = {ours: front.get(theirs, default) for theirs, (ours, default) in _NEMO_FEATURES.items()}
+    guard = features["log_zero_guard_value"]
+    if isinstance(guard, str):
+        limits = torch.finfo(torch.float32)
+        features["log_zero_guard_value"] = {"tiny": limits.tiny, "eps": limits.eps}.get(guard)
+        wrong += ["log_zero_guard_value"] if guard not in ("tiny", "eps") else []
+    if not isinstance(features["pad_align"], int):
+        wrong.append("pad_to")
+    if wrong:
+        raise CheckpointError(
+            f"preprocessor.{wrong[0]}={front[wrong[0]]!r} of the NeMo model is not supported: the features that it was "
+            f"trained on cannot be made here"
+        )
+    if not normalize and "normalize" in front:  # null, and false of older files: none
+        features["normalize"] = None
+    return features | {"pad_align": features["pad_align"] or 1, "convention": "nemo"}
 
 
 def _one(value: Any) -> int:
