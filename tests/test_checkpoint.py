@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,8 @@ from jasper_fast.inference.recognizer import Recognizer
 from jasper_fast.nn import checkpoint
 from jasper_fast.nn.checkpoint import CheckpointError, load, save
 from jasper_fast.nn.config import JasperConfig
-from jasper_fast.nn.formats import read_weights
-from jasper_fast.nn.loading import load_model
+from jasper_fast.nn.formats import published_labels, read_weights
+from jasper_fast.nn.loading import load_model, load_weights
 from jasper_fast.nn.model import Jasper
 from jasper_fast.speech.features import LogMelFeatures, mel_filterbank
 from jasper_fast.training import randomness
@@ -371,12 +372,95 @@ def test_warm_start_with_other_labels(tmp_path, labels):
     save(tmp_path / "a.pt", state | {"state_dict": model.state_dict()})
     with pytest.raises(CheckpointError, match="strict=False"):
         load_model(tmp_path / "a.pt", config=config(labels), backend="reference")
-    with pytest.warns(UserWarning, match="the decoder is initialised anew"):
+    with pytest.warns(UserWarning, match=r"anew for other labels, but its rows of the blank and of \d+ of"):
         warm = load_model(tmp_path / "a.pt", config=config(labels), strict=False, backend="reference")
     assert warm.decoder.layers[0].weight.shape[0] == len(labels) + 1
     for name, tensor in warm.state_dict().items():
         assert name.startswith("decoder.") or torch.equal(tensor, model.state_dict()[name]), name
-    assert not (warm.decoder.layers[0].weight[:9] == model.decoder.layers[0].weight).any()
+    head, old = warm.decoder.layers[0], model.decoder.layers[0]
+    for i, label in enumerate([*labels, "blank"]):  # the blank is last in both
+        known = [*LABELS, "blank"].index(label) if label in [*LABELS, "blank"] else None
+        if known is None:
+            assert not (head.weight[i] == old.weight).any()
+        else:
+            assert torch.equal(head.weight[i], old.weight[known]) and head.bias[i] == old.bias[known]
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA's", "bare", "Lightning", "Lightning, labels unsaid"])
+def test_warm_start_from_a_file_that_may_not_say_its_labels(tmp_path, kind):
+    """As many labels, but others: the shapes fit, so that only the alphabets tell."""
+    model, other = trained_model(), list(" hijklmn")
+    state = model.state_dict()
+    if kind.startswith("Lightning"):
+        wrapped = {f"model._orig_mod.{name}": tensor for name, tensor in state.items()}
+        said = {} if "unsaid" in kind else {"cfg": {"decoder": {"vocabulary": LABELS}}}
+        document = {"state_dict": wrapped, "pytorch-lightning_version": "2.5.0", "hyper_parameters": said}
+    else:
+        document = state if kind == "bare" else {"state_dict": state, "optimizer": {}}
+    torch.save(document, tmp_path / "a.pt")
+    row = 0 if kind == "Lightning" else None  # the one label in both, where they are known
+    with pytest.warns(UserWarning, match="the decoder is initialised anew"):
+        warm = load_model(tmp_path / "a.pt", config=config(other), strict=False, backend="reference")
+    head, old = warm.decoder.layers[0], model.decoder.layers[0]
+    same = (head.weight == old.weight).flatten(1).all(1).tolist()
+    assert same == [i in (row, 8) and row is not None for i in range(9)]
+    weights = read_weights(tmp_path / "a.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_weights(warm, weights, labels=other, strict=False, decoder="keep")
+        assert torch.equal(head.weight, old.weight)
+    with pytest.warns(UserWarning, match="as asked"):
+        load_weights(warm, weights, labels=LABELS, strict=False, decoder="new")
+
+
+def test_the_published_alphabet_keeps_its_decoder(tmp_path):
+    """NVIDIA's files say nothing of their labels, and all have this alphabet."""
+    model = Jasper(config(published_labels()), backend="reference")
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "a.pt")
+    with pytest.warns(UserWarning, match="does not say what its labels are"):
+        warm = load_model(tmp_path / "a.pt", config=model.config, strict=False, backend="reference")
+    assert torch.equal(warm.decoder.layers[0].weight, model.decoder.layers[0].weight)
+
+
+@pytest.mark.parametrize("wrap", [lambda n: f"_orig_mod.{n}", lambda n: f"module._orig_mod.{n}",
+                                  lambda n: n.replace("encoder.", "encoder._orig_mod.", 1)])  # fmt: skip
+def test_weights_of_compiled_models(tmp_path, wrap):
+    model = trained_model()
+    torch.save({wrap(name): tensor for name, tensor in model.state_dict().items()}, tmp_path / "a.pt")
+    assert torch.equal(outputs(load_model(tmp_path / "a.pt", config=config(), backend="reference")), outputs(model))
+
+
+def test_the_two_files_of_nemo_0(tmp_path):
+    model = trained_model()
+    encoder, decoder = tmp_path / "JasperEncoder-STEP-100.pt", tmp_path / "JasperDecoderForCTC-STEP-100.pt"
+    entries = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith("encoder."):
+            name = name.replace("encoder.layers", "encoder").replace(".conv.", ".mconv.")
+            entries[name.removesuffix("weight") + "conv.weight" if tensor.dim() == 3 else name] = tensor
+    torch.save(entries, encoder)
+    with pytest.raises(CheckpointError, match=r"the JasperEncoder; put the other, JasperDecoderForCTC-STEP-100\.pt"):
+        load_model(encoder, config=config(), backend="reference")
+    head = model.decoder.layers[0]
+    torch.save({"decoder_layers.0.weight": head.weight, "decoder_layers.0.bias": head.bias}, decoder)
+    for path in (encoder, decoder):
+        assert torch.equal(outputs(load_model(path, config=config(), backend="reference")), outputs(model))
+    torch.save(entries, decoder)
+    with pytest.raises(CheckpointError, match="does not hold a JasperDecoderForCTC"):
+        load_model(encoder, config=config())
+
+
+def test_a_frozen_encoder_stays_as_it_is():
+    model = trained_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.freeze_encoder()
+    model.train()
+    features, lengths = torch.randn(2, 6, 32), torch.tensor([32, 20])
+    model(features, lengths)[0].square().sum().backward()
+    assert all((p.grad is None) == name.startswith("encoder.") for name, p in model.named_parameters())
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"decoder.layers.0.weight", "decoder.layers.0.bias"}
 
 
 def test_warm_start_from_something_else_is_an_error(tmp_path):

@@ -34,8 +34,10 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
     """The weights in a file of any known layout; `ema` asks for the moving average.
 
     Reads this project's checkpoints, NVIDIA's Jasper for PyTorch of 2021 and later (`encoder.layers.*`) and of 2019 and
-    2020 (`jasper_encoder.encoder.*`), bare state dicts of those, and NeMo's `.nemo` archives, compressed or not.
-    Raises CheckpointError naming the file for anything else, and where the moving average is asked for and absent.
+    2020 (`jasper_encoder.encoder.*`), bare state dicts of those, NeMo's `.nemo` archives, compressed or not, its pairs
+    of files (`JasperEncoder-*.pt`, `JasperDecoderForCTC-*.pt`: `path` is either) and checkpoints of Lightning; also
+    what `torch.compile` or DistributedDataParallel wrapped. Raises CheckpointError naming the file for anything else,
+    and where the moving average is asked for and absent.
     """
     path = Path(path)
     if path.is_file() and tarfile.is_tarfile(path):  # asked first: a tar that ends in a zip passes for a zip
@@ -49,14 +51,69 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
     entries = state.get(key, state)
     if not isinstance(entries, dict) or not all(isinstance(v, Tensor) for v in entries.values()):
         raise CheckpointError(f"{path} holds no model: there is no 'state_dict' among {', '.join(map(str, state))}")
-    entries = {name.removeprefix("module."): tensor for name, tensor in entries.items()}
+    entries = {_unwrapped(name): tensor for name, tensor in entries.items()}
+    if half := _nemo_half(entries):
+        entries |= _other_half(path, half)
+        return Weights(path, "NeMo", _rename(entries, (*_NEMO_HALVES, *_NEMO), drop=()))
     kind = "jasper_fast" if state.get("format") == FORMAT else "reference v2"
     if any(name.startswith("jasper_encoder.") for name in entries):
         kind, entries = "reference v1", _rename(entries, _V1, drop=("acoustic_model.", "audio_preprocessor."))
     elif any(name.startswith("encoder.encoder.") for name in entries):
         kind, entries = "NeMo", _rename(entries, _NEMO, drop=("preproc", "spec_aug"))
-    config = state.get("config") if kind == "jasper_fast" else None
-    return Weights(path, kind, entries, config, state.get("labels") if kind == "jasper_fast" else None)
+    if kind == "jasper_fast":
+        return Weights(path, kind, entries, state.get("config"), state.get("labels"))
+    return Weights(path, kind, entries, labels=_lightning_labels(state.get("hyper_parameters")))
+
+
+def _unwrapped(name: str) -> str:
+    """The name without what torch.compile, DistributedDataParallel and a Lightning module around the model add."""
+    name = name.replace("_orig_mod.", "")
+    while name.startswith(("module.", "model.")):
+        name = name.partition(".")[2]
+    return name
+
+
+def _lightning_labels(settings: Any) -> list[str] | None:
+    """The alphabet in a Lightning checkpoint's `hyper_parameters`: `labels`, or a NeMo configuration's."""
+    if not isinstance(settings, dict):
+        return None
+    decoder = settings.get("decoder")
+    found = (decoder.get("vocabulary") if isinstance(decoder, dict) else None) or settings.get("labels")
+    if isinstance(found, (list, tuple)) and all(isinstance(label, str) for label in found):
+        return list(found)
+    return next(filter(None, (_lightning_labels(settings.get(key)) for key in ("cfg", "config", "model"))), None)
+
+
+_HALVES = {"JasperEncoder": r"^encoder\.\d+\.", "JasperDecoderForCTC": r"^decoder_layers\."}
+_NEMO_HALVES = ((r"^encoder\.(\d+)\.", r"encoder.encoder.\1."), (r"^decoder_layers\.", "decoder.decoder_layers."))
+
+
+def _nemo_half(entries: dict[str, Tensor]) -> str | None:
+    """Which of the two modules of NeMo 0.x has these entries, None for a whole model."""
+    for module, pattern in _HALVES.items():
+        if entries and all(re.match(pattern, name) for name in entries):
+            return module
+    return None
+
+
+def _other_half(path: Path, half: str) -> dict[str, Tensor]:
+    """The entries of the file that NeMo 0.x saved beside `path`, which holds the module `half`."""
+    (other,) = _HALVES.keys() - {half}
+    beside = path.with_name(path.name.replace(half, other))
+    if beside == path or not beside.is_file():
+        name = beside.name if beside != path else f"{other}-*.pt"
+        raise CheckpointError(
+            f"{path} is one of NeMo's two files, the {half}; put the other, {name}, beside it (and keep their names)"
+        )
+    entries = {_unwrapped(name): tensor for name, tensor in load(beside).items()}
+    if _nemo_half(entries) != other:
+        raise CheckpointError(f"{beside} does not hold a {other}, which belongs to {path}")
+    return entries
+
+
+def published_labels() -> list[str]:
+    """The alphabet of the published Jasper, of which its files say nothing: space, a to z, apostrophe."""
+    return list(JasperConfig.from_yaml(files("jasper_fast.configs") / "jasper10x5dr.yaml").labels)
 
 
 def jasper10x5dr(n_classes: int = 29) -> dict[str, Any]:

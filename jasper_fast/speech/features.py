@@ -93,9 +93,9 @@ class LogMelFeatures(nn.Module):
 
     ``convention="nemo"`` makes the features of NeMo's FilterbankFeatures instead: lengths = samples // hop, zeros
     beyond both ends of the audio, pre-emphasis silent beyond the length, dither in training only, and a guard of
-    2^-24. For either convention ``log_guard`` sets that guard, which is added to the power or, with ``log_guard_type="clamp"``, is
-    its lower bound; ``mag_power`` is the exponent of the magnitude; ``normalize`` is "per_feature", "all_features",
-    None, or NeMo's dict of ``fixed_mean`` and ``fixed_std``, one number a band.
+    2^-24. For either convention ``log_guard`` sets that guard, which is added to the power or, with
+    ``log_guard_type="clamp"``, is its lower bound; ``mag_power`` is the exponent of the magnitude; ``normalize`` is
+    "per_feature", "all_features", None, or NeMo's dict of ``fixed_mean`` and ``fixed_std``, one number a band.
 
     A NaN in a valid sample stays a NaN in the features: it is for the caller to report. Always computed in fp32,
     without gradient, without waiting for the device. Windows in seconds, frequencies in Hz. Raises ValueError for a
