@@ -56,8 +56,10 @@ OPTIONS = {
         option("--train-manifests", nargs="+", required=True, metavar="FILE", help="JSON lines or the reference's"),
         option("--val-manifests", nargs="+", default=[], metavar="FILE", help="no validation without"),
         option("--data-dir", metavar="DIR", help="root of the audio paths (each manifest's folder)"),
-        option("--init-from", metavar="CKPT", help="start from these weights; other labels get a new decoder"),
+        option("--init-from", metavar="CKPT", help="start from these weights; decoder rows of shared labels too"),
         option("--init-ema", action="store_true", help="take the moving average of --init-from"),
+        option("--init-decoder", choices=loading.DECODERS, default="auto", help="keep: --init-from's, whatever labels"),
+        option("--freeze-encoder", action="store_true", help="train the decoder alone; the encoder stays as it is"),
     ],
     "length of the run; the first limit reached ends it": [
         option("--epochs", type=int, default=100, help="passes over the data (100)"),
@@ -147,7 +149,9 @@ def make_model(args: argparse.Namespace, config: JasperConfig, ranks: Ranks) -> 
     core = Jasper(config, backend=args.backend, panes=args.panes).to(ranks.device)
     if args.init_from:
         weights = formats.read_weights(args.init_from, ema=args.init_ema)
-        loading.load_weights(core, weights, labels=config.labels, strict=False)
+        loading.load_weights(core, weights, labels=config.labels, strict=False, decoder=args.init_decoder)
+    if args.freeze_encoder:
+        core.freeze_encoder()
     model: nn.Module = core
     if ranks.world > 1:  # running statistics are made equal before they are used, not in every forward
         places = [ranks.device.index] if ranks.device.type == "cuda" else None
@@ -156,7 +160,8 @@ def make_model(args: argparse.Namespace, config: JasperConfig, ranks: Ranks) -> 
     if args.optimizer == "adamw":
         kind, betas = functools.partial(torch.optim.AdamW, fused=True), (0.9, 0.999)
     betas = tuple(args.betas or betas)
-    optimizer = kind(core.parameters(), lr=args.lr, betas=betas, weight_decay=args.weight_decay)
+    learning = [p for p in core.parameters() if p.requires_grad]
+    optimizer = kind(learning, lr=args.lr, betas=betas, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.amp == "fp16")
     ema = EMA(core, args.ema, warmup=args.ema_warmup) if args.ema else None
     return model, TrainingState(core, optimizer, scaler, Meter(args.max_bad_steps), ema)

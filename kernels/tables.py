@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -185,7 +186,7 @@ def shape_of_norm(channels: int) -> dict[str, int]:
 
 def bucket(rows: int) -> int:
     """rows_log2: the exponent of the power of two at or above `rows`."""
-    return max(0, (rows - 1).bit_length())
+    return max(0, (operator.index(rows) - 1).bit_length())  # a tensor under torch.jit.trace
 
 
 @contextmanager

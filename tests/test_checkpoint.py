@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,14 @@ import pytest
 import torch
 import yaml
 
+from jasper_fast.inference.recognizer import Recognizer
 from jasper_fast.nn import checkpoint
 from jasper_fast.nn.checkpoint import CheckpointError, load, save
 from jasper_fast.nn.config import JasperConfig
-from jasper_fast.nn.formats import read_weights
-from jasper_fast.nn.loading import load_model
+from jasper_fast.nn.formats import published_labels, read_weights
+from jasper_fast.nn.loading import load_model, load_weights
 from jasper_fast.nn.model import Jasper
+from jasper_fast.speech.features import LogMelFeatures, mel_filterbank
 from jasper_fast.training import randomness
 from jasper_fast.training.folder import Folder
 
@@ -249,7 +252,7 @@ def test_reference_checkpoints(tmp_path, kind, document, zipped):
     assert torch.equal(outputs(load_model(path, config=config(), backend="reference")), outputs(model))
 
 
-def nemo_archive(path, model, *, masked, mode, encoder=None):
+def nemo_archive(path, model, *, masked=True, mode="w", encoder=None, front=None, more=None):
     entries = {"preprocessor.featurizer.fb": torch.ones(1, 6, 9)}
     for name, tensor in model.state_dict().items():
         new = name.replace("decoder.layers", "decoder.decoder_layers").replace("encoder.layers", "encoder.encoder")
@@ -267,10 +270,11 @@ def nemo_archive(path, model, *, masked, mode, encoder=None):
     document = {
         "model_defaults": {"dropout": 0.25},
         "labels": LABELS,
-        "preprocessor": {"sample_rate": 16000, "features": 6, "n_fft": 512, "pad_to": 16, "window": "hann"},
+        "preprocessor": {"sample_rate": 16000, "features": 6, "n_fft": 512, "pad_to": 16, "window": "hann"}
+        | (front or {}),
         "encoder": {"feat_in": 6, "activation": "relu", "conv_mask": masked, "jasper": jasper} | (encoder or {}),
         "decoder": {"feat_in": 12, "num_classes": len(LABELS), "vocabulary": "${labels}"},
-    }
+    } | (more or {})
     weights = io.BytesIO()
     torch.save(entries, weights)
     with tarfile.open(path, mode) as archive:
@@ -297,6 +301,42 @@ def test_nemo(tmp_path, masked, mode):
     assert loaded.config.encoder.blocks[0].dropout == 0.25
     if masked:
         assert torch.equal(outputs(loaded), outputs(model))
+
+
+def test_nemo_features_are_those_of_the_file(tmp_path):
+    fixed = {"fixed_mean": [0.5] * 6, "fixed_std": [2.0] * 6}
+    front = {"_target_": "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor", "preemph": 0.9,
+             "lowfreq": 100, "highfreq": 7000, "log_zero_guard_type": "clamp", "log_zero_guard_value": "tiny",
+             "mag_power": 1.0, "pad_to": 8, "dither": 0.5, "stft_conv": False}  # fmt: skip
+    for normalize in ("all_features", fixed, None):
+        nemo_archive(tmp_path / "m.nemo", trained_model(), front=front | {"normalize": normalize})
+        loaded = load_model(tmp_path / "m.nemo", backend="reference").config.input_val["filterbank_features"]
+        heard = LogMelFeatures.from_config(loaded)
+        assert (heard.convention, heard.log_guard, heard.log_guard_type) == ("nemo", torch.finfo().tiny, "clamp")
+        assert (heard.mag_power, heard.preemphasis, heard.normalize, heard.pad_to_multiple) == (1.0, 0.9, normalize, 8)
+        assert torch.equal(heard.mel, mel_filterbank(n_mels=6, f_min=100, f_max=7000))
+    nemo_archive(tmp_path / "m.nemo", trained_model())
+    heard = Recognizer(load_model(tmp_path / "m.nemo", backend="reference")).features
+    assert (heard.convention, heard.log_guard, heard.log_guard_type) == ("nemo", 2**-24, "add")
+
+
+@pytest.mark.parametrize(
+    "front",
+    [{"normalize": "per_utterance"}, {"log_zero_guard_type": "max"}, {"log_zero_guard_value": "small"},
+     {"exact_pad": True}, {"pad_to": "max"}, {"pad_value": -1.0}, {"mel_norm": None}, {"frame_splicing": 3},
+     {"_target_": "nemo.collections.asr.modules.AudioToMFCCPreprocessor"}, {"use_deltas": True}],
+    ids=lambda front: next(iter(front)),
+)  # fmt: skip
+def test_nemo_features_that_cannot_be_made_are_named(tmp_path, front):
+    nemo_archive(tmp_path / "m.nemo", trained_model(), front=front)
+    with pytest.raises(CheckpointError, match=rf"m\.nemo: preprocessor\.{next(iter(front))}=.* is not supported"):
+        load_model(tmp_path / "m.nemo")
+
+
+def test_a_nemo_model_of_pieces_of_words_is_refused(tmp_path):
+    nemo_archive(tmp_path / "m.nemo", trained_model(), more={"tokenizer": {"dir": "x", "type": "bpe"}})
+    with pytest.raises(CheckpointError, match=r"m\.nemo: .*tokenizer"):
+        load_model(tmp_path / "m.nemo")
 
 
 def test_nemo_archives_that_are_no_jasper(tmp_path):
@@ -332,12 +372,95 @@ def test_warm_start_with_other_labels(tmp_path, labels):
     save(tmp_path / "a.pt", state | {"state_dict": model.state_dict()})
     with pytest.raises(CheckpointError, match="strict=False"):
         load_model(tmp_path / "a.pt", config=config(labels), backend="reference")
-    with pytest.warns(UserWarning, match="the decoder is initialised anew"):
+    with pytest.warns(UserWarning, match=r"anew for other labels, but its rows of the blank and of \d+ of"):
         warm = load_model(tmp_path / "a.pt", config=config(labels), strict=False, backend="reference")
     assert warm.decoder.layers[0].weight.shape[0] == len(labels) + 1
     for name, tensor in warm.state_dict().items():
         assert name.startswith("decoder.") or torch.equal(tensor, model.state_dict()[name]), name
-    assert not (warm.decoder.layers[0].weight[:9] == model.decoder.layers[0].weight).any()
+    head, old = warm.decoder.layers[0], model.decoder.layers[0]
+    for i, label in enumerate([*labels, "blank"]):  # the blank is last in both
+        known = [*LABELS, "blank"].index(label) if label in [*LABELS, "blank"] else None
+        if known is None:
+            assert not (head.weight[i] == old.weight).any()
+        else:
+            assert torch.equal(head.weight[i], old.weight[known]) and head.bias[i] == old.bias[known]
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA's", "bare", "Lightning", "Lightning, labels unsaid"])
+def test_warm_start_from_a_file_that_may_not_say_its_labels(tmp_path, kind):
+    """As many labels, but others: the shapes fit, so that only the alphabets tell."""
+    model, other = trained_model(), list(" hijklmn")
+    state = model.state_dict()
+    if kind.startswith("Lightning"):
+        wrapped = {f"model._orig_mod.{name}": tensor for name, tensor in state.items()}
+        said = {} if "unsaid" in kind else {"cfg": {"decoder": {"vocabulary": LABELS}}}
+        document = {"state_dict": wrapped, "pytorch-lightning_version": "2.5.0", "hyper_parameters": said}
+    else:
+        document = state if kind == "bare" else {"state_dict": state, "optimizer": {}}
+    torch.save(document, tmp_path / "a.pt")
+    row = 0 if kind == "Lightning" else None  # the one label in both, where they are known
+    with pytest.warns(UserWarning, match="the decoder is initialised anew"):
+        warm = load_model(tmp_path / "a.pt", config=config(other), strict=False, backend="reference")
+    head, old = warm.decoder.layers[0], model.decoder.layers[0]
+    same = (head.weight == old.weight).flatten(1).all(1).tolist()
+    assert same == [i in (row, 8) and row is not None for i in range(9)]
+    weights = read_weights(tmp_path / "a.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_weights(warm, weights, labels=other, strict=False, decoder="keep")
+        assert torch.equal(head.weight, old.weight)
+    with pytest.warns(UserWarning, match="as asked"):
+        load_weights(warm, weights, labels=LABELS, strict=False, decoder="new")
+
+
+def test_the_published_alphabet_keeps_its_decoder(tmp_path):
+    """NVIDIA's files say nothing of their labels, and all have this alphabet."""
+    model = Jasper(config(published_labels()), backend="reference")
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "a.pt")
+    with pytest.warns(UserWarning, match="does not say what its labels are"):
+        warm = load_model(tmp_path / "a.pt", config=model.config, strict=False, backend="reference")
+    assert torch.equal(warm.decoder.layers[0].weight, model.decoder.layers[0].weight)
+
+
+@pytest.mark.parametrize("wrap", [lambda n: f"_orig_mod.{n}", lambda n: f"module._orig_mod.{n}",
+                                  lambda n: n.replace("encoder.", "encoder._orig_mod.", 1)])  # fmt: skip
+def test_weights_of_compiled_models(tmp_path, wrap):
+    model = trained_model()
+    torch.save({wrap(name): tensor for name, tensor in model.state_dict().items()}, tmp_path / "a.pt")
+    assert torch.equal(outputs(load_model(tmp_path / "a.pt", config=config(), backend="reference")), outputs(model))
+
+
+def test_the_two_files_of_nemo_0(tmp_path):
+    model = trained_model()
+    encoder, decoder = tmp_path / "JasperEncoder-STEP-100.pt", tmp_path / "JasperDecoderForCTC-STEP-100.pt"
+    entries = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith("encoder."):
+            name = name.replace("encoder.layers", "encoder").replace(".conv.", ".mconv.")
+            entries[name.removesuffix("weight") + "conv.weight" if tensor.dim() == 3 else name] = tensor
+    torch.save(entries, encoder)
+    with pytest.raises(CheckpointError, match=r"the JasperEncoder; put the other, JasperDecoderForCTC-STEP-100\.pt"):
+        load_model(encoder, config=config(), backend="reference")
+    head = model.decoder.layers[0]
+    torch.save({"decoder_layers.0.weight": head.weight, "decoder_layers.0.bias": head.bias}, decoder)
+    for path in (encoder, decoder):
+        assert torch.equal(outputs(load_model(path, config=config(), backend="reference")), outputs(model))
+    torch.save(entries, decoder)
+    with pytest.raises(CheckpointError, match="does not hold a JasperDecoderForCTC"):
+        load_model(encoder, config=config())
+
+
+def test_a_frozen_encoder_stays_as_it_is():
+    model = trained_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.freeze_encoder()
+    model.train()
+    features, lengths = torch.randn(2, 6, 32), torch.tensor([32, 20])
+    model(features, lengths)[0].square().sum().backward()
+    assert all((p.grad is None) == name.startswith("encoder.") for name, p in model.named_parameters())
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"decoder.layers.0.weight", "decoder.layers.0.bias"}
 
 
 def test_warm_start_from_something_else_is_an_error(tmp_path):

@@ -189,3 +189,69 @@ def test_augment_from_config():
         augment.from_config({"spec_augment": {"freq_mask": 2}})
     with pytest.raises(ValueError, match="min 5 and max 4"):
         SpecAugment(min_time=5, max_time=4)
+
+
+# --- NeMo's convention -------------------------------------------------------------------------------------------
+
+
+def nemo(audio, lengths, *, guard=2**-24, guard_type="add", power=2.0, normalize="per_feature", preemphasis=0.97):
+    """FilterbankFeatures of NeMo in evaluation, step by step in fp64; batches and padding as there."""
+    x, frames = audio.double(), lengths // 160
+    if preemphasis is not None:
+        x = torch.cat((x[:, :1], x[:, 1:] - preemphasis * x[:, :-1]), dim=1)
+        x = x.masked_fill(torch.arange(x.shape[1]) >= lengths[:, None], 0.0)
+    window = torch.hann_window(320, periodic=False, dtype=torch.float64)
+    spectrum = torch.stft(x, 512, 160, 320, window, center=True, pad_mode="constant", return_complex=True)
+    x = mel_filterbank().double() @ spectrum.abs().pow(power)
+    x = torch.log(x + guard if guard_type == "add" else x.clamp(min=guard))
+    for i, n in enumerate(frames.tolist()):
+        valid = x[i, :, :n]
+        if normalize == "per_feature":
+            x[i] = (x[i] - valid.mean(1, keepdim=True)) / (valid.std(1, keepdim=True) + 1e-5)
+        elif normalize == "all_features":
+            x[i] = (x[i] - valid.mean()) / (valid.std() + 1e-5)
+        elif normalize:
+            mean, std = (torch.tensor(normalize[k]).double()[:, None] for k in ("fixed_mean", "fixed_std"))
+            x[i] = (x[i] - mean) / std
+        x[i, :, n:] = 0
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % 16)), frames
+
+
+FIXED = {"fixed_mean": [-0.1 * i for i in range(64)], "fixed_std": [1.0 + 0.1 * i for i in range(64)]}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({}, {}),
+        ({"guard": 1e-6, "guard_type": "clamp"}, {"log_guard": 1e-6, "log_guard_type": "clamp"}),
+        ({"power": 1.0}, {"mag_power": 1.0}),
+        ({"normalize": "all_features"}, {"normalize": "all_features"}),
+        ({"normalize": FIXED}, {"normalize": FIXED}),
+        ({"normalize": None}, {"normalize": None}),
+        ({"preemphasis": None}, {"preemphasis": None}),
+    ],
+    ids=["default", "clamp", "magnitude", "all features", "fixed", "none", "no pre-emphasis"],
+)
+def test_nemo_convention(theirs, ours):
+    """Digital silence included: the guard decides there what a band's mean and deviation are."""
+    audio, lengths = noise(3, 16123), torch.tensor([16123, 12345, 8000])
+    audio[0, 9000:11000] = 0
+    audio[1, 12345:] = audio[2, 8000:] = 0
+    expected, frames = nemo(audio, lengths, **theirs)
+    module = LogMelFeatures(convention="nemo", **ours).eval()
+    features, found = module(audio, lengths)
+    assert found.tolist() == frames.tolist() == [100, 77, 50] and features.shape == expected.shape
+    torch.testing.assert_close(features.double(), expected, atol=2e-3, rtol=1e-3)
+    alone, _ = module(audio[1:2, :12345], lengths[1:2])
+    torch.testing.assert_close(alone[0, :, :77], features[1, :, :77], atol=1e-4, rtol=1e-4)
+    again, _ = module(audio, lengths)
+    assert torch.equal(again, features)
+    assert not torch.equal(module.train()(audio, lengths)[0], features)  # dither is for training
+
+
+def test_nemo_frames_and_what_is_unknown():
+    assert LogMelFeatures(convention="nemo").frames(319) == 1 and LogMelFeatures().frames(319) == 2
+    for wrong in ({"convention": "kaldi"}, {"log_guard_type": "max"}, {"normalize": FIXED, "n_mels": 80}):
+        with pytest.raises(ValueError, match=r"kaldi|log_guard_type|fixed_mean"):
+            LogMelFeatures(**wrong)

@@ -435,6 +435,16 @@ def test_fine_tuning_with_other_labels(run_train, paths, tmp_path):
     assert len(checkpoint.load(next((tmp_path / "b").glob("step_*.pt")))["labels"]) == 5
 
 
+def test_a_frozen_encoder_is_that_of_the_file(run_train, paths, tmp_path):
+    run_train(train_arguments(paths, tmp_path / "a", steps=1, val_manifests=None))
+    source = next((tmp_path / "a").glob("step_*.pt"))
+    more = {"init_from": source, "freeze_encoder": True, "init_decoder": "keep"}
+    run_train(train_arguments(paths, tmp_path / "b", steps=2, val_manifests=None, **more))
+    before, after = (checkpoint.load(p)["state_dict"] for p in (source, max((tmp_path / "b").glob("step_*.pt"))))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if name.startswith("encoder.")}
+
+
 def test_the_form_of_the_panes_reaches_the_model_and_is_recorded(run_train, paths, tmp_path, monkeypatch):
     """--panes gram, where a CPU by itself takes plain; then resumed in the other form, which is noted."""
     real, calls = ops.gram, []

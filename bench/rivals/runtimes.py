@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from jasper_fast.bench.harness.errors import Absent
 from jasper_fast.bench.rivals.eager_layouts import Model
+from jasper_fast.inference import export
 from jasper_fast.nn.architecture import out_lengths as frames_out
 
 
@@ -20,7 +21,8 @@ def onnx_runtime(model: nn.Module) -> Model:
     if next(model.parameters()).device.type == "cpu" and _dtype(model) is torch.bfloat16:
         raise Absent("ONNX Runtime has no bf16 convolutions on a CPU")
     _need("onnxruntime", "pip install onnxruntime onnx onnxscript")
-    _need("onnx", "pip install onnx onnxscript")
+    for module in ("onnx", "onnxscript"):
+        _need(module, "pip install onnx onnxscript")
     import onnxruntime
 
     device = next(model.parameters()).device
@@ -35,13 +37,7 @@ def onnx_runtime(model: nn.Module) -> Model:
     settings = {"device_id": str(stream.device.index), "user_compute_stream": str(stream.cuda_stream)} if stream else {}
     with tempfile.TemporaryDirectory() as folder, _no_grad_eval(model):
         path = Path(folder) / "jasper.onnx"
-        features = torch.zeros(
-            2, model.config.encoder.in_feats, 64, device=device, dtype=next(model.parameters()).dtype
-        )
-        lengths = torch.full((2,), 64, device=device)
-        dims = {"features": {0: "N", 2: "T"}, "lengths": {0: "N"}}
-        names = {"input_names": ["features", "lengths"], "output_names": ["log_probs", "out_lengths"]}
-        torch.onnx.export(model, (features, lengths), str(path), dynamic_axes=dims, dynamo=False, **names)
+        export.write_onnx(model, path, ("features", "lengths"), ("log_probs", "out_lengths"))
         session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, settings)])
     if provider not in session.get_providers():  # it falls back to the CPU with a warning alone
         raise Absent(f"onnxruntime cannot load its {provider}: install the CUDA and cuDNN that it was built for")

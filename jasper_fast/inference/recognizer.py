@@ -62,7 +62,7 @@ class Recognizer:
     ) -> None:
         config = model.config
         self.device = torch.device(device)
-        self.vocabulary = vocabulary or Vocabulary(_labels(config))
+        self.vocabulary = vocabulary or Vocabulary(labels_of(config))
         if self.vocabulary.n_classes != config.decoder.n_classes:
             raise ValueError(
                 f"{len(self.vocabulary)} labels and the blank do not fit a model of {config.decoder.n_classes} classes"
@@ -165,7 +165,8 @@ class Recognizer:
         return found
 
 
-def _labels(config: Any) -> list[str]:
+def labels_of(config: Any) -> list[str]:
+    """The labels of a configuration, else the English alphabet where the classes fit; ValueError where they do not."""
     if config.labels is not None:
         return list(config.labels)
     if config.decoder.n_classes == len(LABELS) + 1:

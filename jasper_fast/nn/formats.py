@@ -34,8 +34,10 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
     """The weights in a file of any known layout; `ema` asks for the moving average.
 
     Reads this project's checkpoints, NVIDIA's Jasper for PyTorch of 2021 and later (`encoder.layers.*`) and of 2019 and
-    2020 (`jasper_encoder.encoder.*`), bare state dicts of those, and NeMo's `.nemo` archives, compressed or not.
-    Raises CheckpointError naming the file for anything else, and where the moving average is asked for and absent.
+    2020 (`jasper_encoder.encoder.*`), bare state dicts of those, NeMo's `.nemo` archives, compressed or not, its pairs
+    of files (`JasperEncoder-*.pt`, `JasperDecoderForCTC-*.pt`: `path` is either) and checkpoints of Lightning; also
+    what `torch.compile` or DistributedDataParallel wrapped. Raises CheckpointError naming the file for anything else,
+    and where the moving average is asked for and absent.
     """
     path = Path(path)
     if path.is_file() and tarfile.is_tarfile(path):  # asked first: a tar that ends in a zip passes for a zip
@@ -49,14 +51,69 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
     entries = state.get(key, state)
     if not isinstance(entries, dict) or not all(isinstance(v, Tensor) for v in entries.values()):
         raise CheckpointError(f"{path} holds no model: there is no 'state_dict' among {', '.join(map(str, state))}")
-    entries = {name.removeprefix("module."): tensor for name, tensor in entries.items()}
+    entries = {_unwrapped(name): tensor for name, tensor in entries.items()}
+    if half := _nemo_half(entries):
+        entries |= _other_half(path, half)
+        return Weights(path, "NeMo", _rename(entries, (*_NEMO_HALVES, *_NEMO), drop=()))
     kind = "jasper_fast" if state.get("format") == FORMAT else "reference v2"
     if any(name.startswith("jasper_encoder.") for name in entries):
         kind, entries = "reference v1", _rename(entries, _V1, drop=("acoustic_model.", "audio_preprocessor."))
     elif any(name.startswith("encoder.encoder.") for name in entries):
         kind, entries = "NeMo", _rename(entries, _NEMO, drop=("preproc", "spec_aug"))
-    config = state.get("config") if kind == "jasper_fast" else None
-    return Weights(path, kind, entries, config, state.get("labels") if kind == "jasper_fast" else None)
+    if kind == "jasper_fast":
+        return Weights(path, kind, entries, state.get("config"), state.get("labels"))
+    return Weights(path, kind, entries, labels=_lightning_labels(state.get("hyper_parameters")))
+
+
+def _unwrapped(name: str) -> str:
+    """The name without what torch.compile, DistributedDataParallel and a Lightning module around the model add."""
+    name = name.replace("_orig_mod.", "")
+    while name.startswith(("module.", "model.")):
+        name = name.partition(".")[2]
+    return name
+
+
+def _lightning_labels(settings: Any) -> list[str] | None:
+    """The alphabet in a Lightning checkpoint's `hyper_parameters`: `labels`, or a NeMo configuration's."""
+    if not isinstance(settings, dict):
+        return None
+    decoder = settings.get("decoder")
+    found = (decoder.get("vocabulary") if isinstance(decoder, dict) else None) or settings.get("labels")
+    if isinstance(found, (list, tuple)) and all(isinstance(label, str) for label in found):
+        return list(found)
+    return next(filter(None, (_lightning_labels(settings.get(key)) for key in ("cfg", "config", "model"))), None)
+
+
+_HALVES = {"JasperEncoder": r"^encoder\.\d+\.", "JasperDecoderForCTC": r"^decoder_layers\."}
+_NEMO_HALVES = ((r"^encoder\.(\d+)\.", r"encoder.encoder.\1."), (r"^decoder_layers\.", "decoder.decoder_layers."))
+
+
+def _nemo_half(entries: dict[str, Tensor]) -> str | None:
+    """Which of the two modules of NeMo 0.x has these entries, None for a whole model."""
+    for module, pattern in _HALVES.items():
+        if entries and all(re.match(pattern, name) for name in entries):
+            return module
+    return None
+
+
+def _other_half(path: Path, half: str) -> dict[str, Tensor]:
+    """The entries of the file that NeMo 0.x saved beside `path`, which holds the module `half`."""
+    (other,) = _HALVES.keys() - {half}
+    beside = path.with_name(path.name.replace(half, other))
+    if beside == path or not beside.is_file():
+        name = beside.name if beside != path else f"{other}-*.pt"
+        raise CheckpointError(
+            f"{path} is one of NeMo's two files, the {half}; put the other, {name}, beside it (and keep their names)"
+        )
+    entries = {_unwrapped(name): tensor for name, tensor in load(beside).items()}
+    if _nemo_half(entries) != other:
+        raise CheckpointError(f"{beside} does not hold a {other}, which belongs to {path}")
+    return entries
+
+
+def published_labels() -> list[str]:
+    """The alphabet of the published Jasper, of which its files say nothing: space, a to z, apostrophe."""
+    return list(JasperConfig.from_yaml(files("jasper_fast.configs") / "jasper10x5dr.yaml").labels)
 
 
 def jasper10x5dr(n_classes: int = 29) -> dict[str, Any]:
@@ -106,7 +163,7 @@ def _read_nemo(path: Path) -> Weights:
         config = _nemo_config(document)
     except (tarfile.TarError, EOFError, OSError, RuntimeError, pickle.UnpicklingError, yaml.YAMLError) as error:
         if isinstance(error, CheckpointError):
-            raise
+            raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from None
         raise CheckpointError(f"{path} is not a complete NeMo archive ({error}); copy or download it again") from error
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its model_config.yaml is not that of a Jasper (at {error})") from error
@@ -117,6 +174,8 @@ def _read_nemo(path: Path) -> Weights:
 def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
     """NeMo's model configuration in this project's terms; raises CheckpointError for blocks that no Jasper has."""
     document = _resolved(document, document)
+    if document.get("tokenizer"):
+        raise CheckpointError("the NeMo model has a tokenizer: its symbols are pieces of words, and a Jasper's letters")
     encoder, decoder = document["encoder"], document["decoder"]
     labels = list(decoder.get("vocabulary") or document.get("labels") or ()) or None
     blocks = []
@@ -143,13 +202,7 @@ def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
         )  # fmt: skip
     n_classes = decoder.get("num_classes", -1)
     n_classes = len(labels) if labels and (n_classes is None or n_classes < 1) else n_classes
-    front = document.get("preprocessor", {})
-    features = {
-        "sample_rate": front.get("sample_rate", 16000), "window_size": front.get("window_size", 0.02),
-        "window_stride": front.get("window_stride", 0.01), "window": front.get("window", "hann"),
-        "n_filt": front.get("features", 64), "n_fft": front.get("n_fft") or 512, "normalize": "per_feature",
-        "frame_splicing": front.get("frame_splicing", 1), "dither": 0.0, "pad_align": front.get("pad_to", 16) or 1,
-    }  # fmt: skip
+    features = _nemo_features(document.get("preprocessor") or {})
     return {
         "labels": labels,
         "input_val": {"audio_dataset": {"sample_rate": features["sample_rate"]}, "filterbank_features": features},
@@ -163,6 +216,51 @@ def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
             "decoder": {"in_feats": decoder["feat_in"], "n_classes": n_classes + 1},
         },
     }
+
+
+# Keys of NeMo's AudioToMelSpectrogramPreprocessor: with the names and defaults that they have here, those that must
+# have one value, and those that change nothing in evaluation or name another way to the same numbers.
+_NEMO_FEATURES = {
+    "sample_rate": ("sample_rate", 16000), "window_size": ("window_size", 0.02),
+    "window_stride": ("window_stride", 0.01), "window": ("window", "hann"), "normalize": ("normalize", "per_feature"),
+    "n_fft": ("n_fft", None), "preemph": ("preemph", 0.97), "features": ("n_filt", 64), "lowfreq": ("lowfreq", 0),
+    "highfreq": ("highfreq", None), "log": ("log", True), "log_zero_guard_type": ("log_zero_guard_type", "add"),
+    "log_zero_guard_value": ("log_zero_guard_value", 2**-24), "dither": ("dither", 1e-5), "pad_to": ("pad_align", 16),
+    "frame_splicing": ("frame_splicing", 1), "mag_power": ("mag_power", 2.0),
+}  # fmt: skip
+_NEMO_ONLY = {"n_window_size": None, "n_window_stride": None, "exact_pad": False, "stft_exact_pad": False,
+              "pad_value": 0, "mel_norm": "slaney", "frame_splicing": 1}  # fmt: skip
+_NEMO_IDLE = {"_target_", "cls", "rng", "nb_augmentation_prob", "nb_max_freq", "use_torchaudio", "stft_conv"}
+_NEMO_TARGET = "AudioToMelSpectrogramPreprocessor"
+
+
+def _nemo_features(front: dict[str, Any]) -> dict[str, Any]:
+    """NeMo's `preprocessor` as `filterbank_features`; raises CheckpointError naming what cannot be made here."""
+    known = _NEMO_FEATURES.keys() | _NEMO_ONLY.keys() | _NEMO_IDLE
+    wrong = [key for key in front if key not in known]
+    wrong += [key for key, only in _NEMO_ONLY.items() if front.get(key, only) != only]
+    wrong += [key for key in ("_target_", "cls") if str(front.get(key, _NEMO_TARGET)).split(".")[-1] != _NEMO_TARGET]
+    normalize = front.get("normalize")
+    if isinstance(normalize, str) and normalize not in ("per_feature", "all_features"):
+        wrong.append("normalize")
+    if front.get("log_zero_guard_type", "add") not in ("add", "clamp"):
+        wrong.append("log_zero_guard_type")
+    features = {ours: front.get(theirs, default) for theirs, (ours, default) in _NEMO_FEATURES.items()}
+    guard = features["log_zero_guard_value"]
+    if isinstance(guard, str):
+        limits = torch.finfo(torch.float32)
+        features["log_zero_guard_value"] = {"tiny": limits.tiny, "eps": limits.eps}.get(guard)
+        wrong += ["log_zero_guard_value"] if guard not in ("tiny", "eps") else []
+    if not isinstance(features["pad_align"], int):
+        wrong.append("pad_to")
+    if wrong:
+        raise CheckpointError(
+            f"preprocessor.{wrong[0]}={front[wrong[0]]!r} of the NeMo model is not supported: the features that it was "
+            f"trained on cannot be made here"
+        )
+    if not normalize and "normalize" in front:  # null, and false of older files: none
+        features["normalize"] = None
+    return features | {"pad_align": features["pad_align"] or 1, "convention": "nemo"}
 
 
 def _one(value: Any) -> int:

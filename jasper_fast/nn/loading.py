@@ -5,24 +5,35 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
 from jasper_fast.nn.checkpoint import CheckpointError
 from jasper_fast.nn.config import JasperConfig
-from jasper_fast.nn.formats import Weights, jasper10x5dr, read_weights
+from jasper_fast.nn.formats import Weights, jasper10x5dr, published_labels, read_weights
 from jasper_fast.nn.model import Jasper
+
+DECODERS = ("auto", "keep", "new")
 
 
 def load_weights(
-    model: nn.Module, weights: Weights, *, labels: Sequence[str] | None = None, strict: bool = True
+    model: nn.Module,
+    weights: Weights,
+    *,
+    labels: Sequence[str] | None = None,
+    strict: bool = True,
+    decoder: Literal["auto", "keep", "new"] = "auto",
 ) -> None:
     """Copies `weights` into `model`, or, if that stands on the meta device, makes them its own.
 
-    With `strict` every entry must be there in the right shape. Without, this is a warm start: a decoder of another size
-    or for other `labels`, and whatever else is missing or of another shape, keeps its fresh initialisation, and a
-    warning says so. Raises CheckpointError naming the entries, and also if no entry of the encoder fits.
+    With `strict` every entry must be there in the right shape. Without, this is a warm start: what is missing or of
+    another shape keeps its fresh initialisation, and a warning says so. `labels` are the model's; a warm start to other
+    ones copies the decoder's rows of the labels that both alphabets have, and of the blank. Where the file says nothing
+    of its labels the decoder is copied only if the model has the published alphabet, and else initialised anew;
+    `decoder="keep"` copies it whatever the labels, "new" never does. Raises CheckpointError naming the entries, and
+    also if no entry of the encoder fits.
     """
     own, given = model.state_dict(), dict(weights.state_dict)
     for name in own:  # files of PyTorch 0.4 lack the counters
@@ -43,13 +54,15 @@ def load_weights(
         )
     reasons = []
     other = labels is not None and weights.labels is not None and list(labels) != list(weights.labels)
-    decoder = [name for name in own if name.startswith("decoder.")]
-    if other or any(name in wrong for name in decoder):
-        if strict:
-            raise CheckpointError(f"{weights.path} was trained with other labels; pass strict=False for a warm start")
-        reasons.append(f"the decoder is initialised anew ({'other labels' if other else wrong[decoder[0]]})")
-        wrong |= dict.fromkeys(decoder, "new")
-    rest = [name for name in wrong if name not in decoder]
+    if strict and other:
+        raise CheckpointError(f"{weights.path} was trained with other labels; pass strict=False for a warm start")
+    head = [name for name in own if name.startswith("decoder.")]
+    if not strict:
+        rows, reason = _decoder_rows(weights, labels, decoder, [wrong.get(name) for name in head])
+        if rows is not None:
+            wrong |= dict.fromkeys(head, "new")
+        reasons += [reason] if reason else []
+    rest = [name for name in wrong if name not in head]
     if rest:
         reasons.append(f"{len(rest)} entries keep their initial values, the first is {rest[0]} ({wrong[rest[0]]})")
     fitting = {name: given[name] for name in own if name not in wrong}
@@ -68,6 +81,42 @@ def load_weights(
     with torch.no_grad():
         for name, tensor in fitting.items():
             own[name].copy_(tensor)
+        if not strict and rows:
+            to, source = map(list, zip(*rows, strict=True))
+            for name in head:
+                own[name][to] = given[name][source].to(own[name])
+
+
+def _decoder_rows(
+    weights: Weights, labels: Sequence[str] | None, decoder: str, wrong: list[str | None]
+) -> tuple[list[tuple[int, int]] | None, str | None]:
+    """What a warm start does with the decoder: pairs of a row here and its row in the file, None to take it whole.
+
+    The second is what to tell the user. `wrong`: what is amiss with the decoder's entries.
+    """
+    misfit = next(filter(None, wrong), None)
+    if decoder == "keep":
+        if misfit:
+            raise CheckpointError(f"{weights.path}: its decoder cannot be kept ({misfit})")
+        return None, None
+    if decoder == "new":
+        return [], "the decoder is initialised anew, as asked"
+    if labels is None:
+        return ([], f"the decoder is initialised anew ({misfit})") if misfit else (None, None)
+    if weights.labels is None:
+        if misfit or list(labels) != published_labels():
+            why = misfit or "the file does not say what its labels are; decoder='keep' keeps its rows as they are"
+            return [], f"the decoder is initialised anew ({why})"
+        return None, "the file does not say what its labels are: its decoder is taken to be for space, a to z, '"
+    if list(labels) == list(weights.labels) and not misfit:
+        return None, None
+    old = {label: i for i, label in enumerate(weights.labels)}
+    bias = weights.state_dict.get("decoder.layers.0.bias")
+    shared = [(i, old[label]) for i, label in enumerate(labels) if label in old]
+    if bias is None or len(bias) != len(old) + 1 or not shared:
+        return [], f"the decoder is initialised anew ({misfit or 'other labels'})"
+    rows = f"its rows of the blank and of {len(shared)} of the {len(labels)} labels are copied"
+    return [*shared, (len(labels), len(old))], f"the decoder is initialised anew for other labels, but {rows}"
 
 
 def load_model(
@@ -81,7 +130,8 @@ def load_model(
     """A Jasper in evaluation mode with the weights in `path`; see `read_weights` for the files it understands.
 
     `config`: the model to build; default what the file says, and Jasper 10x5 dense residual for a file of NVIDIA's,
-    which says nothing. `strict=False` with a `config` for other labels is a warm start: a new decoder, and a warning.
+    which says nothing. `strict=False` with a `config` for other labels is a warm start, with a warning (see
+    `load_weights`).
     Raises CheckpointError where the file is not readable or does not fit.
     """
     weights = read_weights(path, ema=ema)

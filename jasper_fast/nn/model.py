@@ -41,6 +41,18 @@ class Jasper(nn.Module):
         self.encoder.layers = nn.ModuleList(JasperBlock(c, b, p, backend, panes) for c, b, p in block_shapes(config))
         self.decoder.layers = nn.ModuleList([nn.Conv1d(config.decoder.in_feats, config.decoder.n_classes, 1)])
         init_weights(self, config)
+        self.encoder_frozen = False
+
+    def freeze_encoder(self) -> None:
+        """Makes the encoder a fixed function: no gradients, and evaluation mode (statistics, no dropout) for good."""
+        self.encoder_frozen = True
+        self.encoder.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Jasper:
+        super().train(mode)
+        if self.encoder_frozen:
+            self.encoder.eval()
+        return self
 
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         n, _, t = check_features(features, lengths, self.config)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LOG_GUARD = 1e-20  # added to the mel power before the logarithm
+LOG_GUARDS = {"reference": 1e-20, "nemo": 2**-24}  # of the mel power before the logarithm, by convention
 STD_GUARD = 1e-5  # added to the standard deviation before the division
 _NOISE_PERIOD = 16384  # samples after which the fixed dither of evaluation mode repeats
 _AUGMENT_KEYS = ("spec_augment", "cutout_augment")  # nested in the reference's filterbank_features; see augment.py
@@ -24,6 +24,10 @@ _KEYS = {name: name for name in _SAME.split()} | {  # of the reference's filterb
     "preemph": "preemphasis",
     "lowfreq": "f_min",
     "highfreq": "f_max",
+    "log_zero_guard_type": "log_guard_type",
+    "log_zero_guard_value": "log_guard",
+    "mag_power": "mag_power",
+    "convention": "convention",
 }
 _WINDOWS = {
     "hann": torch.hann_window,
@@ -63,6 +67,12 @@ def mel_filterbank(
     return (torch.minimum(rise, fall).clamp(min=0) * 2 / (high - low)).float()
 
 
+def _is_fixed(normalize: Any, n_mels: int) -> bool:
+    if not isinstance(normalize, dict) or normalize.keys() != {"fixed_mean", "fixed_std"}:
+        return False
+    return all(len(values) == n_mels for values in normalize.values())
+
+
 class LogMelFeatures(nn.Module):
     """Audio (N, S) in [-1, 1], lengths (N,) in samples -> features (N, n_mels, T) fp32, lengths (N,) in frames.
 
@@ -80,6 +90,12 @@ class LogMelFeatures(nn.Module):
       that a transcript does not change from call to call; ``dither=0`` switches it off;
     - an utterance of one frame (variance of one value: NaN in the reference) or none gives zeros; a batch shorter than
       the reflection (S <= n_fft / 2, an error in the reference) is extended by zeros.
+
+    ``convention="nemo"`` makes the features of NeMo's FilterbankFeatures instead: lengths = samples // hop, zeros
+    beyond both ends of the audio, pre-emphasis silent beyond the length, dither in training only, and a guard of
+    2^-24. For either convention ``log_guard`` sets that guard, which is added to the power or, with
+    ``log_guard_type="clamp"``, is its lower bound; ``mag_power`` is the exponent of the magnitude; ``normalize`` is
+    "per_feature", "all_features", None, or NeMo's dict of ``fixed_mean`` and ``fixed_std``, one number a band.
 
     A NaN in a valid sample stays a NaN in the features: it is for the caller to report. Always computed in fp32,
     without gradient, without waiting for the device. Windows in seconds, frequencies in Hz. Raises ValueError for a
@@ -107,23 +123,35 @@ class LogMelFeatures(nn.Module):
         f_min: float = 0.0,
         f_max: float | None = None,
         preemphasis: float | None = 0.97,
-        normalize: str | None = "per_feature",
+        normalize: str | dict[str, Any] | None = "per_feature",
         log: bool = True,
+        log_guard: float | None = None,
+        log_guard_type: str = "add",
+        mag_power: float = 2.0,
         pad_to_max_duration: bool = False,
         max_duration: float = math.inf,
         batch_invariant: bool = True,
+        convention: str = "reference",
     ) -> None:
         super().__init__()
         self.sample_rate, self.n_mels, self.pad_to_multiple = sample_rate, n_mels, pad_to_multiple
         self.dither, self.preemphasis, self.normalize, self.log = dither, preemphasis, normalize, log
         self.win_length, self.hop_length = int(sample_rate * window_size), int(sample_rate * window_stride)
         self.n_fft = n_fft or 2 ** math.ceil(math.log2(self.win_length))
-        self.batch_invariant = batch_invariant
+        self.batch_invariant, self.convention = batch_invariant, convention
+        self.log_guard = LOG_GUARDS.get(convention) if log_guard is None else log_guard
+        self.log_guard_type, self.mag_power = log_guard_type, mag_power
         self._window_name, self._f_min, self._f_max = window, f_min, f_max
         known = ("per_feature", "all_features", None)
         for fits, wrong in (
             (window in _WINDOWS, f"window={window!r} is unknown; choose one of {', '.join(_WINDOWS)}"),
-            (normalize in known, f"normalize={normalize!r} is unknown; choose one of {', '.join(map(repr, known))}"),
+            (convention in LOG_GUARDS, f"{convention=} is unknown; choose one of {', '.join(LOG_GUARDS)}"),
+            (log_guard_type in ("add", "clamp"), f"{log_guard_type=} is unknown; choose add or clamp"),
+            (
+                _is_fixed(normalize, n_mels) or normalize in known,
+                f"normalize={normalize!r} is unknown; choose one of {', '.join(map(repr, known))}, or give fixed_mean "
+                f"and fixed_std, {n_mels} numbers each",
+            ),
             (dither >= 0, f"dither={dither} must not be negative"),
             (0 < self.win_length <= self.n_fft, f"a window of {self.win_length} samples does not fit {n_fft=}"),
             (not pad_to_max_duration or math.isfinite(max_duration), "pad_to_max_duration needs max_duration"),
@@ -165,8 +193,8 @@ class LogMelFeatures(nn.Module):
         return self
 
     def frames(self, samples: Tensor | int) -> Tensor | int:
-        """Number of valid frames of so many samples: ceil(samples / hop)."""
-        return (samples + self.hop_length - 1) // self.hop_length
+        """Number of valid frames of so many samples: ceil(samples / hop), and floor in NeMo's convention."""
+        return (samples + (0 if self.convention == "nemo" else self.hop_length - 1)) // self.hop_length
 
     @torch.no_grad()
     def forward(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,7 +206,7 @@ class LogMelFeatures(nn.Module):
             return self._features(audio.float(), lengths.to(audio.device, torch.int64))
 
     def _features(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        samples = audio.shape[1]
+        samples, nemo = audio.shape[1], self.convention == "nemo"
         lengths = lengths.clamp(max=samples)
         beyond = torch.arange(samples, device=audio.device) >= lengths[:, None]
         audio = audio.masked_fill(beyond, 0)
@@ -186,19 +214,24 @@ class LogMelFeatures(nn.Module):
         extend = -samples % self.hop_length if self.batch_invariant else 0
         extend = max(extend, self.n_fft // 2 + 1 - samples)
         audio = F.pad(audio, (0, extend))
-        if self.dither > 0:
+        if self.dither > 0 and (self.training or not nemo):
             audio = audio + self.dither * self._dither_noise(audio)
         if self.preemphasis is not None:
             audio = torch.cat((audio[:, :1], audio[:, 1:] - self.preemphasis * audio[:, :-1]), dim=1)
+        if nemo:
+            audio = audio.masked_fill(F.pad(beyond, (0, extend), value=True), 0)
         spectrum = torch.stft(
-            audio, self.n_fft, self.hop_length, self.win_length, self.window, center=True, return_complex=True
-        )
+            audio, self.n_fft, self.hop_length, self.win_length, self.window,
+            center=True, pad_mode="constant" if nemo else "reflect", return_complex=True,
+        )  # fmt: skip
         total = 1 + samples // self.hop_length
         real, imag = torch.view_as_real(spectrum[..., :total]).unbind(-1)
         power = torch.addcmul(real.square(), imag, imag).transpose(1, 2)  # keeps frames outermost, as .sum() would not
+        if self.mag_power != 2:
+            power = power.pow(self.mag_power / 2)
         mel = power @ self.mel.t()  # (N, T, F): the memory order of the network
         if self.log:
-            mel = torch.log(mel + LOG_GUARD)
+            mel = torch.log(mel + self.log_guard if self.log_guard_type == "add" else mel.clamp(min=self.log_guard))
 
         frames = self.frames(lengths)
         invalid = (torch.arange(total, device=audio.device) >= frames[:, None])[..., None]
@@ -216,6 +249,9 @@ class LogMelFeatures(nn.Module):
     def _normalize(self, mel: Tensor, frames: Tensor, invalid: Tensor) -> Tensor:
         if self.normalize is None:
             return mel.masked_fill(invalid, 0)
+        if isinstance(self.normalize, dict):
+            mean, std = (mel.new_tensor(self.normalize[key]) for key in ("fixed_mean", "fixed_std"))
+            return ((mel - mean) / std).masked_fill(invalid, 0)
         dims = 1 if self.normalize == "per_feature" else (1, 2)
         count = (frames * (1 if self.normalize == "per_feature" else self.n_mels)).view(-1, 1, 1)
         mean = mel.masked_fill(invalid, 0).sum(dims, keepdim=True) / count.clamp(min=1)

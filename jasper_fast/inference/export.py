@@ -1,0 +1,226 @@
+"""Jasper for other runtimes: one plain graph of convolutions, checked against the engine before it is written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jasper_fast.extras import need
+from jasper_fast.inference.engine import InferenceEngine
+from jasper_fast.nn.architecture import out_lengths
+from jasper_fast.nn.block import fold
+from jasper_fast.nn.config import BlockConfig
+from jasper_fast.nn.model import Jasper
+
+INPUTS, OUTPUTS = ("audio_signal", "length"), ("logprobs", "encoded_lengths")
+TOLERANCE = 1e-3  # between log-probabilities of the graph and of the engine, both fp32
+Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class ExportError(ValueError):
+    """A graph that cannot be made, or does not compute what the engine does."""
+
+
+class _Conv(nn.Module):
+    """A convolution over (N, C, 1, T), its batch norm folded in: runtimes have better kernels for 2D than for 1D."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, b: BlockConfig | None = None):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight[:, :, None]), nn.Parameter(bias)
+        self.how = {"stride": (1, b.s), "padding": (0, b.padding), "dilation": (1, b.d)} if b else {}
+
+    @classmethod
+    def folded(cls, conv: nn.Conv1d, bn: nn.BatchNorm1d, b: BlockConfig | None = None) -> _Conv:
+        scale, shift = fold(bn.double())
+        dtype = conv.weight.dtype
+        return cls((conv.weight.double() * scale[:, None, None]).to(dtype), shift.to(dtype), b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, **self.how)
+
+
+class PlainJasper(nn.Module):
+    """Jasper for evaluation in convolutions, sums, ReLU and masks alone: what other runtimes are given.
+
+    `forward(features (N, C, T), lengths (N,)) -> (log_probs (N, T', V) fp32, lengths (N,))`, as `model.eval()` gives on
+    rows t < length. Batch norm is folded into copies of the weights of `model`, a Jasper or an EagerJasper. With conv
+    masks, neither the padding's length nor what stands in it changes anything.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.config = model.config
+        self.blocks, self.panes = nn.ModuleList(), nn.ModuleList()
+        for layer, b in zip(model.encoder.layers, self.config.encoder.blocks, strict=True):
+            modules = [
+                _copy(m) for m in layer.conv.children() if isinstance(m, (nn.Conv1d, nn.BatchNorm1d, nn.SyncBatchNorm))
+            ]
+            pairs = zip(modules[::2], modules[1::2], strict=True)
+            self.blocks.append(nn.ModuleList(_Conv.folded(conv, bn, b) for conv, bn in pairs))
+            panes = [map(_copy, pane) for pane in getattr(layer, "res", None) or ()]
+            self.panes.append(nn.ModuleList(_Conv.folded(conv, bn) for conv, bn in panes))
+        head = model.decoder.layers[0]
+        self.head = _Conv(head.weight.detach().clone(), head.bias.detach().clone())
+
+    def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        lens = lengths
+        xs = [self._masked(features.unsqueeze(2), lens)]
+        for convs, panes, b in zip(self.blocks, self.panes, self.config.encoder.blocks, strict=True):
+            x = xs[-1]
+            for i, conv in enumerate(convs):
+                x, lens = conv(x), b.out_length(lens)
+                if i == len(convs) - 1:
+                    for pane, source in zip(panes, xs if b.residual_dense else xs[-1:], strict=False):
+                        x = x + pane(source)
+                x = self._masked(x.relu(), lens)
+            xs = [*xs, x] if b.residual and b.residual_dense else [x]
+        log_probs = self.head(xs[-1]).squeeze(2).transpose(1, 2).float().log_softmax(dim=2)
+        return log_probs, lens
+
+    def _masked(self, x: Tensor, lengths: Tensor) -> Tensor:
+        if not self.config.encoder.use_conv_masks:
+            return x
+        t = torch.arange(x.shape[3], device=x.device)
+        return x.masked_fill((t >= lengths[:, None])[:, None, None], 0)
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A batch norm or convolution with tensors of its own, so that folding leaves the model as it is."""
+    if isinstance(module, nn.Conv1d):
+        return module
+    same = nn.BatchNorm1d(module.num_features, module.eps, device=module.weight.device, dtype=module.weight.dtype)
+    same.load_state_dict(module.state_dict())
+    return same
+
+
+def example(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Features and lengths to trace by: no size is 1 or a round number, which a tracer might take for a constant."""
+    weight = model.head.weight
+    features = torch.zeros(3, model.config.encoder.in_feats, 187, device=weight.device, dtype=weight.dtype)
+    return features, torch.tensor([187, 101, 53], device=weight.device)
+
+
+def program(model: nn.Module) -> torch.export.ExportedProgram:
+    """`torch.export` of the plain graph of `model`: ATen's operations alone, for any N and T.
+
+    It is saved by `torch.export.save` and loads where this package is not installed.
+    """
+    plain = PlainJasper(model).eval()
+    n, t = torch.export.Dim("N", min=1), torch.export.Dim.DYNAMIC
+    with torch.no_grad():
+        return torch.export.export(plain, example(plain), dynamic_shapes=({0: n, 2: t}, {0: n}))
+
+
+def write_onnx(
+    model: nn.Module, path: str | Path, inputs: Sequence[str] = INPUTS, outputs: Sequence[str] = OUTPUTS
+) -> None:
+    """The plain graph of `model` as an ONNX file; large weights lie beside it, in `path`.data.
+
+    Raises MissingExtra without onnx and onnxscript.
+    """
+    need("onnx", "export"), need("onnxscript", "export")
+    plain = program(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch's exporter about itself
+        torch.onnx.export(
+            plain, (), str(path), input_names=list(inputs), output_names=list(outputs), dynamo=True, verbose=False
+        )
+
+
+def differs(run: Run, engine: Run, model: nn.Module, seed: int = 0) -> float:
+    """Largest difference between two ways to run `model`, over valid frames of random features.
+
+    Three utterances in a batch with NaN in the padding, where there are conv masks, and again each alone at its own
+    length: lengths that no export was traced by.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    masks = model.config.encoder.use_conv_masks
+    lengths = torch.tensor([331, 90, 17]) if masks else torch.tensor([331, 331, 331])
+    features = torch.randn(3, model.config.encoder.in_feats, 331, generator=generator)
+    if masks:
+        features.masked_fill_((torch.arange(331) >= lengths[:, None])[:, None], math.nan)
+    batch, found = run(features, lengths)
+    expected = out_lengths(model.config, lengths)
+    if found.tolist() != expected.tolist():
+        raise ExportError(f"the graph gives lengths {found.tolist()} where the model gives {expected.tolist()}")
+    worst = 0.0
+    for i, (length, frames) in enumerate(zip(lengths.tolist(), expected.tolist(), strict=True)):
+        alone = features[i : i + 1, :, :length].contiguous(), lengths[i : i + 1]
+        wanted = engine(*alone)[0][0, :frames]
+        for got in (batch[i, :frames], run(*alone)[0][0, :frames]):
+            difference = (got - wanted).abs().max().item()
+            worst = max(worst, math.inf if math.isnan(difference) else difference)
+    return worst
+
+
+def in_onnx_runtime(path: str | Path) -> Run:
+    """The graph in an ONNX file, run by ONNX Runtime on the CPU. Raises MissingExtra without onnxruntime."""
+    session = need("onnxruntime", "export").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        given = dict(zip(INPUTS, (features.numpy(), lengths.numpy()), strict=True))
+        log_probs, frames = session.run(list(OUTPUTS), given)
+        return torch.from_numpy(log_probs), torch.from_numpy(frames)
+
+    return run
+
+
+def export_onnx(model: Jasper, labels: Sequence[str], folder: str | Path) -> float:
+    """Writes `model` as the folder that onnx-asr reads, after ONNX Runtime gave the engine's numbers; the difference.
+
+    `model.onnx` takes `audio_signal` (N, C, T) fp32 and `length` (N,) int64 and gives `logprobs` (N, T', V) and
+    `encoded_lengths`; `vocab.txt` and `config.json` are onnx-asr's, `features.json` says how the features are made.
+    Raises ExportError for a folder that holds something or a graph that differs by more than TOLERANCE (nothing is
+    written then), MissingExtra without onnx, onnxscript and onnxruntime.
+    """
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        need(module, "export")
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ExportError(f"{folder} exists and is not an empty folder; choose another name")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    model = model.float().cpu().eval()
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        made = Path(temporary) / "made"
+        made.mkdir()
+        write_onnx(model, made / "model.onnx")
+        difference = differs(in_onnx_runtime(made / "model.onnx"), InferenceEngine(model), model)
+        if difference > TOLERANCE:
+            raise ExportError(
+                f"ONNX Runtime's log-probabilities differ by {difference:.2g} from the engine's (at most {TOLERANCE} "
+                f"is rounding); nothing was written"
+            )
+        for name, text in _beside(model, labels).items():
+            (made / name).write_text(text, encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        os.replace(made, folder)
+    return difference
+
+
+def _beside(model: Jasper, labels: Sequence[str]) -> dict[str, str]:
+    """The files of the folder beside the model, by name."""
+    config = model.config
+    symbols = ["▁" if label == " " else label for label in labels] + ["<blk>"]
+    about: dict[str, Any] = {
+        "model_type": "nemo-conformer-ctc",
+        "features_size": config.encoder.in_feats,
+        "subsampling_factor": math.prod(b.s**b.repeat for b in config.encoder.blocks),
+    }
+    features = (config.input_val or config.input_train).get("filterbank_features") or {}
+    return {
+        "vocab.txt": "".join(f"{symbol} {i}\n" for i, symbol in enumerate(symbols)),
+        "config.json": json.dumps(about, indent=1),
+        "features.json": json.dumps(features, indent=1),
+    }
