@@ -181,7 +181,9 @@ def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
     )
 
 
-def resume(args: argparse.Namespace, folder: Folder, state: TrainingState, ranks: Ranks, console: Any) -> Any:
+def resume(
+    args: argparse.Namespace, folder: Folder, state: TrainingState, train: Split, ranks: Ranks, console: Any
+) -> Any:
     """Puts `state` where the run stands that `folder` holds; gives the random generators' state, None at a start."""
     if folder.steps() and not args.resume:
         raise RunError(
@@ -192,10 +194,27 @@ def resume(args: argparse.Namespace, folder: Folder, state: TrainingState, ranks
     if found is None:
         return None
     path, saved = found
-    state.load_state_dict(saved)
+    kind, instead = saved["arguments"]["optimizer"], f"or start anew: --init-from {path} --output-dir elsewhere"
+    if kind != args.optimizer:
+        raise RunError(f"{path} was trained with --optimizer {kind}: go on with that, {instead}")
+    if list(saved["labels"]) != list(train.dataset.vocabulary.labels):
+        raise RunError(
+            f"{path} was trained with other labels than {args.config} has: take its configuration, {instead}"
+        )
+    try:
+        state.load_state_dict(saved)
+    except (RuntimeError, ValueError) as error:
+        what = str(error).splitlines()[0]
+        raise RunError(
+            f"{path} is of another model than {args.config}: take its configuration, {instead} ({what})"
+        ) from error
     for key, value in saved["arguments"].items():
         if getattr(args, key, None) != value and key not in ("resume", "output_dir"):
             console.print(f"note: --{key.replace('_', '-')} was {value}, now it is {getattr(args, key, 'gone')}")
+    if args.amp == "fp16" and not saved["scaler"]:
+        console.print("note: the loss scale starts afresh")
+    if note := train.go_on(state, saved, args.grad_accumulation):
+        console.print(f"note: {note}")
     console.print(f"resuming from {path}: epoch {state.epoch + 1}, step {state.step}")
     if len(saved["rng"]) != ranks.world:
         console.print(
@@ -264,11 +283,11 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
     schedule = make_schedule(args, train.steps(0, args.grad_accumulation))
     seed_everything(args.seed + ranks.rank)  # equal weights, but each process has noise and dropout of its own
     folder = Folder(args.output_dir, args.keep, args.milestones)
-    generators = resume(args, folder, state, ranks, console)
+    generators = resume(args, folder, state, train, ranks, console)
     log = RunLog(folder.path, state.step, enabled=ranks.first)
     about = {"format": checkpoint.FORMAT, "config": config.to_dict(), "labels": vocabulary.labels}
     versions = {"jasper_fast": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
-    about |= {"versions": versions, "arguments": vars(args)}
+    about |= {"versions": versions, "arguments": vars(args), "data": train.print_of_data()}
     log.write(state.step, "start", device=ranks.place, processes=ranks.world, arguments=vars(args), versions=versions)
     size, total = sum(p.numel() for p in state.model.parameters()), schedule.total_steps
     console.print(f"{size:,} parameters on {ranks.place}, {schedule.steps_per_epoch} steps an epoch, {total} in all")
@@ -322,7 +341,7 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
                 progress(state.step, f"epoch {state.epoch + 1}, loss {figures['loss']:.3f}")
                 console.print(f"step {state.step}: {STEP.format(**figures)}")
             if due.epoch_over:
-                state.epoch, state.position = state.epoch + 1, 0
+                state.next_epoch()
             if due.epoch_over or ending:  # files that turned out to be unusable
                 for line in train.newly_skipped():
                     console.print(line)

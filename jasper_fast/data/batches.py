@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -108,6 +108,11 @@ class BatchSampler:
         self.batch_size, self.max_seconds, self.bucketing, self.seed = batch_size, max_seconds, bucketing, seed
         self.shuffle, self.window, self.rank, self.world_size = shuffle, window, rank, world_size
         self._kept: tuple[int, list[list[int]]] = (-1, [])
+        self._left_out: tuple[int, frozenset[int]] = (-1, frozenset())
+
+    def leave_out(self, epoch: int, items: Iterable[int]) -> None:
+        """Makes the batches of `epoch` of the other items: these were taken in batches of other sizes."""
+        self._left_out, self._kept = (epoch, frozenset(items)), (-1, [])
 
     def batches(self, epoch: int = 0) -> list[list[int]]:
         """This rank's batches of the epoch, in order: lists of item indices."""
@@ -131,7 +136,8 @@ class BatchSampler:
             order = np.argsort(seconds * jitter, kind="stable")
         else:
             order = rng.permutation(len(seconds)) if self.shuffle else np.arange(len(seconds))
-        batches = self._cut(order.tolist(), seconds)
+        left_out = self._left_out[1] if self._left_out[0] == epoch else ()
+        batches = self._cut([i for i in order.tolist() if i not in left_out], seconds)
         if not self.shuffle:
             return batches[self.rank :: self.world_size]
         count = len(batches)

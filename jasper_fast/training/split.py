@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -80,12 +81,46 @@ class Split:
         """Steps in an epoch, of so many micro-batches each."""
         return math.ceil(self.sampler.steps(epoch) / accumulation)
 
+    def print_of_data(self) -> str:
+        """Equal where the items of every epoch are: utterances, perturbations, seed."""
+        what = [(u.name, u.duration) for u in self.dataset.utterances]
+        return hashlib.sha256(repr((what, self.dataset.settings, self.dataset.seed)).encode()).hexdigest()
+
+    def go_on(self, state: TrainingState, saved: dict[str, Any], accumulation: int) -> str:
+        """Puts `state` where a run of perhaps other batches left the epoch; says in a line what that changes, or "".
+
+        What those batches held of the epoch is not heard again in it, all else is. `saved`: the checkpoint.
+        """
+        then, now = saved["arguments"], self.sampler
+        sizes = (then["batch_size"], then["batch_seconds"], not then["no_bucketing"], len(saved["rng"]))
+        same = sizes == (now.batch_size, now.max_seconds, now.bucketing, now.world_size)
+        if saved.get("data", self.print_of_data()) != self.print_of_data():
+            state.position, state.taken = 0, []
+            return f"the training data have changed: epoch {state.epoch + 1} begins anew"
+        if same and then["grad_accumulation"] == accumulation:
+            now.leave_out(state.epoch, state.taken)
+            return ""
+        taken, steps = set(state.taken), state.position * then["grad_accumulation"]
+        for rank in range(sizes[-1]):
+            how = {"shuffle": True, "rank": rank, "world_size": sizes[-1]}
+            past = BatchSampler(self.dataset.durations, *sizes[:3], then["seed"], **how)
+            past.leave_out(state.epoch, state.taken)
+            taken |= {item for batch in past.batches(state.epoch)[:steps] for item in batch}
+        state.position, state.taken = 0, sorted(taken)
+        now.leave_out(state.epoch, taken)
+        left = len(self.dataset) - len(taken)
+        if not left:
+            state.next_epoch()
+        return f"the batches have changed: {left} of {len(self.dataset)} utterances are left of the epoch"
+
     def micro_batches(self, state: TrainingState, accumulation: int, pin_memory: bool) -> Iterator[list[Batch]]:
         """The micro-batches of each step from where `state` stands, epoch after epoch, as long as `state` moves on.
 
         Raises RunError where nothing of a whole step could be read.
         """
         while True:
+            if state.position >= self.steps(state.epoch, accumulation):
+                raise RunError(f"epoch {state.epoch + 1} holds no step after step {state.position}")
             first = state.position * accumulation
             loader = load_batches(self.dataset, self.sampler, state.epoch, first, self.workers, pin_memory)
             for _ in range(state.position, self.steps(state.epoch, accumulation)):

@@ -24,14 +24,18 @@ class TrainingState:
     meter: Meter
     ema: EMA | None = None
     epoch: int = 0  # the one under way, from 0
-    position: int = 0  # steps done in this epoch
+    position: int = 0  # steps done in this epoch, in batches as they are made now
+    taken: list[int] = field(default_factory=list)  # items of this epoch that came in batches of other sizes
     step: int = 0  # steps done in all
     best_wer: float = math.inf
     earlier: float = 0.0  # minutes of the run's earlier parts
     clock: float = field(default_factory=time.monotonic)
 
     _PARTS = ("optimizer", "scaler", "meter")
-    _PLACES = ("epoch", "position", "step", "best_wer")
+    _PLACES = ("epoch", "position", "taken", "step", "best_wer")
+
+    def next_epoch(self) -> None:
+        self.epoch, self.position, self.taken = self.epoch + 1, 0, []
 
     @property
     def minutes(self) -> float:
@@ -47,12 +51,19 @@ class TrainingState:
         return state | {"state_dict": self.model.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes everything back. A moving average that starts only now starts from the saved weights."""
+        """Takes everything back, but for the optimiser's settings, which stay as they are now.
+
+        A moving average or a loss scale that starts only now starts afresh.
+        """
         self.model.load_state_dict(state["state_dict"])
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         for name in self._PARTS:
-            getattr(self, name).load_state_dict(state[name])
+            if state[name] or name != "scaler":  # of a run that scaled nothing it is empty
+                getattr(self, name).load_state_dict(state[name])
+        for group, now in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(now)
         for name in self._PLACES:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))
         self.earlier, self.clock = state["minutes"], time.monotonic()
         if self.ema:
             self.ema.load_state_dict(state["ema_state_dict"] or state["state_dict"], state["ema_updates"])
