@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+import mmap
 import os
 import re
 import stat
-from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -90,6 +90,14 @@ def _bytes(path: str | os.PathLike) -> io.BytesIO:
         return io.BytesIO(file.read())
 
 
+def _counted(source: io.BytesIO | bytes) -> bytes | None:
+    """``mp3.with_length`` of a file, of which no more is read than that needs."""
+    if isinstance(source, io.BytesIO):
+        return mp3.with_length(source.getvalue())
+    with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return mp3.with_length(data)
+
+
 def _open(path: str | os.PathLike, pipes: bool = True) -> _File:
     try:
         name = os.fsencode(path)
@@ -106,11 +114,9 @@ def _open(path: str | os.PathLike, pipes: bool = True) -> _File:
         if not (len(source.getbuffer()) if isinstance(source, io.BytesIO) else status.st_size):
             raise AudioError(path, "empty file (0 bytes)" if not pipe else "empty: nothing came through this pipe")
         file = _File(source)
-        if file.format == "MP3":
-            whole = source.getvalue() if isinstance(source, io.BytesIO) else Path(os.fsdecode(name)).read_bytes()
-            if (counted := mp3.with_length(whole)) is not None:
-                file.close()
-                file = _File(io.BytesIO(counted))
+        if file.format == "MP3" and (counted := _counted(source)) is not None:
+            file.close()
+            file = _File(io.BytesIO(counted))
         return file
     except FileNotFoundError as error:
         raise AudioError(path, "no such file") from error

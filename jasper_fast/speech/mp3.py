@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 _KBITS = {  # of layer III, by the header's index 1 to 14
     3: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),  # MPEG-1
     2: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),  # MPEG-2
@@ -27,7 +29,7 @@ def _side(header: bytes) -> int:
     return 4 + ((17 if mono else 32) if first else (9 if mono else 17))
 
 
-def with_length(data: bytes) -> bytes | None:
+def with_length(data: bytes | mmap.mmap) -> bytes | None:
     """An MP3 file with the number of its frames written in front, as a Xing header; None where it tells it already,
     or does not begin with frames of layer III."""
     at = 0
