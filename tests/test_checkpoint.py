@@ -450,6 +450,16 @@ def test_the_two_files_of_nemo_0(tmp_path):
         load_model(encoder, config=config())
 
 
+def test_a_warm_start_that_hears_other_features_says_so(tmp_path):
+    nemo_archive(tmp_path / "m.nemo", trained_model())
+    with pytest.warns(UserWarning, match="by the convention 'nemo', the configuration's are by 'reference'"):
+        load_model(tmp_path / "m.nemo", config=config(), strict=False, backend="reference")
+    same = JasperConfig.from_dict(config().to_dict() | {"input_train": {"filterbank_features": {"convention": "nemo"}}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(tmp_path / "m.nemo", config=same, strict=False, backend="reference")
+
+
 def test_a_frozen_encoder_stays_as_it_is():
     model = trained_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

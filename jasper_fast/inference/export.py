@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import tempfile
@@ -130,6 +131,7 @@ def write_onnx(
     Raises MissingExtra without onnx and onnxscript.
     """
     need("onnx", "export"), need("onnxscript", "export")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is absent
     plain = program(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PyTorch's exporter about itself

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -62,6 +62,14 @@ def load_weights(
         if rows is not None:
             wrong |= dict.fromkeys(head, "new")
         reasons += [reason] if reason else []
+    config = getattr(model, "config", None)
+    if not strict and weights.config and config:
+        theirs, ours = _convention(weights.config), _convention(vars(config))
+        if theirs != ours:
+            reasons.append(
+                f"its features were made by the convention {theirs!r}, the configuration's are by {ours!r} "
+                f"(filterbank_features.convention)"
+            )
     rest = [name for name in wrong if name not in head]
     if rest:
         reasons.append(f"{len(rest)} entries keep their initial values, the first is {rest[0]} ({wrong[rest[0]]})")
@@ -85,6 +93,11 @@ def load_weights(
             to, source = map(list, zip(*rows, strict=True))
             for name in head:
                 own[name][to] = given[name][source].to(own[name])
+
+
+def _convention(config: dict[str, Any]) -> str:
+    settings = config.get("input_train") or config.get("input_val") or {}
+    return (settings.get("filterbank_features") or {}).get("convention", "reference")
 
 
 def _decoder_rows(
