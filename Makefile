@@ -5,6 +5,7 @@
 #   make test       all tests
 #   make compile    every Triton kernel for sm_80 to sm_100, by the pinned Triton and the GPU machines', against the tables
 #   make bench      measure kernels, training, latency and memory beside eager PyTorch, under ten minutes
+#   make sanitize   tests of the ops under AddressSanitizer, UBSan and ThreadSanitizer
 #   make lint       ruff
 #   make clean      remove build products; make distclean removes .venv too
 #
@@ -22,7 +23,7 @@ PINS := $(VENV)/constraints.txt
 OLDER := $(CURDIR)/build/triton-3.6.0
 NATIVE := $(shell find csrc -type f -not -name '*.pyc')
 
-.PHONY: install demo test compile bench lint clean distclean help
+.PHONY: install demo test sanitize compile bench lint clean distclean help
 .DEFAULT_GOAL := help
 
 help:
@@ -71,6 +72,9 @@ compile: install $(OLDER)/.installed
 
 bench: install
 	$(PY) -m bench all
+
+sanitize: install
+	$(PY) tests/fuzz/sanitize.py
 
 lint: install
 	$(VENV)/bin/ruff check .
