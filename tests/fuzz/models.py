@@ -96,8 +96,8 @@ def compare(what: str, got: dict, lows: list[dict], ref: dict, floor: int = 64) 
     """`got` is within twice the error of the eager twin in fp32, and `floor` eps of the size of the values.
 
     `lows` are eager's results in fp32, and those after features moved by one eps and weights by four: batch norm of few
-    values may magnify rounding at will, and eager shows by how much. Gradients are of the size of the largest of the step, and
-    a mean of the size of its deviation: those that cancel to nothing are rounding and no more.
+    values may magnify rounding at will, and eager shows by how much. Gradients are of the size of the largest of
+    the step, and a mean of the size of its deviation: those that cancel to nothing are rounding and no more.
     """
     assert got.keys() == ref.keys(), f"{what}: other entries: {got.keys() ^ ref.keys()}"
     largest = max((float(v.abs().max()) for k, v in ref.items() if k.startswith("grad")), default=0.0)
