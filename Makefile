@@ -6,6 +6,7 @@
 #   make test-fast  all but the slow ones, under three minutes
 #   make compile    every Triton kernel for sm_80 to sm_100, by the pinned Triton and the GPU machines', against the tables
 #   make bench      measure kernels, training, latency and memory beside eager PyTorch, under ten minutes
+#   make sanitize   tests of the ops under AddressSanitizer, UBSan and ThreadSanitizer
 #   make lint       ruff
 #   make clean      remove build products; make distclean removes .venv too
 #
@@ -23,7 +24,7 @@ PINS := $(VENV)/constraints.txt
 OLDER := $(CURDIR)/build/triton-3.6.0
 NATIVE := $(shell find csrc -type f -not -name '*.pyc')
 
-.PHONY: install demo test test-fast compile bench lint clean distclean help
+.PHONY: install demo test test-fast compile bench sanitize lint clean distclean help
 .DEFAULT_GOAL := help
 
 help:
@@ -75,6 +76,9 @@ compile: install $(OLDER)/.installed
 
 bench: install
 	$(PY) -m bench all
+
+sanitize: install
+	$(PY) tests/fuzz/sanitize.py
 
 lint: install
 	$(VENV)/bin/ruff check .

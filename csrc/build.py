@@ -1,6 +1,8 @@
 """Compile csrc/ into two plain shared libraries over PyTorch's stable ABI; incremental, with ninja.
 
-    python csrc/build.py              rebuild jasper_fast/lib/*.so in place (setup.py does the same)
+    python csrc/build.py                        rebuild jasper_fast/lib/*.so in place (setup.py does the same)
+    python csrc/build.py --sanitize address     the CPU library with AddressSanitizer and UBSan, in build/sanitize/
+    python csrc/build.py --sanitize thread      the same with ThreadSanitizer (`make sanitize` runs tests with both)
 
 JASPER_FAST_CUDA=0 skips the CUDA library; JASPER_FAST_CUDA_ARCHS="80;90a" chooses its architectures; CXX names the
 C++ compiler. The CPU library needs a C++20 compiler and torch's headers; the CUDA one nvcc besides, but neither a GPU
@@ -8,6 +10,7 @@ nor a torch with CUDA.
 No Python headers are used: one build serves every Python and every torch from 2.11 on.
 """
 
+import argparse
 import fcntl
 import importlib.util
 import os
@@ -26,6 +29,11 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx2"] = "-mavx2 -mfma -mf16c"
     ISAS["avx512"] = f"{ISAS['avx2']} -mavx512f -mavx512bw -mavx512vl -mavx512dq"
     ISAS["avx512_bf16"] = f"{ISAS['avx512']} -mavx512bf16"
+SANITIZE = {
+    "address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined",
+    # ThreadSanitizer does not see the barriers of torch's OpenMP, but it sees those of std::thread (csrc/cpu/tasks.h).
+    "thread": "-fsanitize=thread -DJF_STD_THREADS -pthread",
+}
 CUDA_ARCHS = "75;80;86;89;90a;100;120"
 
 
@@ -52,14 +60,16 @@ def gencode(nvcc: str) -> str:
     return " ".join([*flags, f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"])
 
 
-def ninja_file(torch: Path, cxx: str, nvcc: str | None) -> tuple[str, list[str]]:
+def ninja_file(torch: Path, cxx: str, nvcc: str | None, sanitize: str | None) -> tuple[str, list[str]]:
     """The text of build.ninja and the names of the libraries that it makes."""
+    checks = f" -O1 -g1 -fno-omit-frame-pointer {SANITIZE[sanitize]}" if sanitize else ""
     include = f"-isystem {torch / 'include'} -I{ROOT / 'csrc'}"
     link = f"-L{torch / 'lib'} -ltorch_cpu"
+    make = f"{cxx} -shared{checks}"
     text = [
-        f"rule cxx\n  command = {cxx} {COMMON} {CPU_FLAGS} {include} $isa -MMD -MF $out.d -c $in -o $out",
+        f"rule cxx\n  command = {cxx} {COMMON} {CPU_FLAGS}{checks} {include} $isa -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = c++ $out",
-        f"rule link\n  command = {cxx} -shared -Wl,--no-undefined $in {link} -o $out\n  description = link $out",
+        f"rule link\n  command = {make} -Wl,--no-undefined $in {link} -o $out\n  description = link $out",
     ]
     objects = []
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
@@ -94,8 +104,12 @@ def ninja_file(torch: Path, cxx: str, nvcc: str | None) -> tuple[str, list[str]]
     return "\n".join(text) + "\n", libraries
 
 
-def compile_libraries(target: Path) -> list[Path]:
-    """Build what this machine can build, put it into `target`, and say in one line what is left out and why."""
+def compile_libraries(target: Path, sanitize: str | None = None) -> list[Path]:
+    """Build what this machine can build, put it into `target`, and say in one line what is left out and why.
+
+    `sanitize`, a key of SANITIZE, builds the CPU library alone, with those checks in it.
+    """
+    work = target / "objects" if sanitize else WORK
     torch, cxx = (
         torch_dir(),
         os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"),
@@ -106,24 +120,24 @@ def compile_libraries(target: Path) -> list[Path]:
         return skip("no C++ compiler: install g++ or clang++, or set CXX", "CPU and CUDA")
     if importlib.util.find_spec("ninja") is None:
         return skip("no ninja: pip install ninja", "CPU and CUDA")
-    wanted = os.environ.get("JASPER_FAST_CUDA", "1") != "0"
+    wanted = os.environ.get("JASPER_FAST_CUDA", "1") != "0" and not sanitize
     nvcc = find_nvcc() if wanted else None
-    if nvcc is None:
+    if nvcc is None and not sanitize:
         skip("no nvcc: put it on PATH or set CUDA_HOME" if wanted else "JASPER_FAST_CUDA=0", "CUDA")
-    WORK.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
     target.mkdir(parents=True, exist_ok=True)
-    with open(WORK / "lock", "w") as lock:
+    with open(work / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two builds in one checkout wait for each other
-        text, names = ninja_file(torch, cxx, nvcc)
-        ninja = WORK / "build.ninja"
+        text, names = ninja_file(torch, cxx, nvcc, sanitize)
+        ninja = work / "build.ninja"
         if not ninja.exists() or ninja.read_text() != text:
             ninja.write_text(text)
         made, failed = [], []
         for name in names:  # one by one: the CPU library stands although the CUDA one does not compile
-            if subprocess.call([sys.executable, "-m", "ninja", "-C", str(WORK), name]):
+            if subprocess.call([sys.executable, "-m", "ninja", "-C", str(work), name]):
                 failed.append(name)
             else:
-                made.append(install(WORK / name, target / name))
+                made.append(install(work / name, target / name))
         if failed:
             hint = "" if failed == names[:1] else " (JASPER_FAST_CUDA=0 leaves the CUDA part out)"
             sys.exit(f"jasper_fast: {' and '.join(failed)} did not build, see above{hint}")
@@ -146,4 +160,7 @@ def skip(reason: str, what: str) -> list[Path]:
 
 
 if __name__ == "__main__":
-    compile_libraries(ROOT / "jasper_fast" / "lib")
+    parser = argparse.ArgumentParser(description="compile csrc/ into jasper_fast/lib")
+    parser.add_argument("--sanitize", choices=SANITIZE, help="build the CPU library with these checks, apart")
+    kind = parser.parse_args().sanitize
+    compile_libraries(ROOT / "build" / "sanitize" / kind if kind else ROOT / "jasper_fast" / "lib", kind)

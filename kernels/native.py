@@ -1,11 +1,13 @@
 """The two native libraries, loaded on first use; importing this module never fails and loads nothing.
 
 `cpu()` and `cuda()` return the namespaces `torch.ops.jasper_fast_cpu` and `torch.ops.jasper_fast_cuda`, or raise
-`Missing`, which says why the library is not to be had and how to get it.
+`Missing`, which says why the library is not to be had and how to get it. The environment variable
+JASPER_FAST_LIB=FOLDER takes the libraries of another folder, such as those with sanitizers (`make sanitize`).
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import threading
 from pathlib import Path
@@ -23,6 +25,8 @@ class Missing(RuntimeError):
 
 
 def _library_dir() -> Path:
+    if chosen := os.environ.get("JASPER_FAST_LIB"):
+        return Path(chosen).resolve()
     root = Path(__file__).resolve().parents[1]  # a checkout, or jasper_fast/ where it is installed
     package = root / "jasper_fast"
     return (package if (package / "__init__.py").is_file() else root) / "lib"
@@ -33,7 +37,7 @@ class Library:
 
     Args:
         name: "cpu" or "cuda".
-        directory: where `libjasper_fast_<name>.so` lies; the package's own `lib/` where None.
+        directory: where `libjasper_fast_<name>.so` lies; JASPER_FAST_LIB, or the package's own `lib/`, where None.
     """
 
     def __init__(self, name: str, directory: Path | None = None) -> None:

@@ -94,7 +94,8 @@ class Emulated:
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    nvcc = runpy.run_path(str(CSRC / "build.py"))["find_nvcc"]()
+    build = runpy.run_path(str(CSRC / "build.py"))
+    nvcc = build["find_nvcc"]()
     compiler = os.environ.get("CXX") or shutil.which("c++")
     if nvcc is None or compiler is None:
         pytest.skip("needs the CUDA toolkit's headers (nvcc) and a C++ compiler")
@@ -102,6 +103,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     include = [word.strip('"') for word in line.split() if word.strip('"').startswith("-I")]
     library = tmp_path_factory.mktemp("emulated") / "emulated.so"
     flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
+    if kind := os.environ.get("JASPER_FAST_SANITIZE"):  # tests/fuzz/sanitize.py
+        flags += build["SANITIZE"][kind].split()
     subprocess.run([compiler, *flags, *include, str(CSRC / "cuda/emulate.cpp"), "-o", str(library)], check=True)
     return Emulated(library)
 

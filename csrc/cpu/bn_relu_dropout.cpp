@@ -1,5 +1,6 @@
 // The CPU operators of bn_relu_dropout: argument checks, threads, fixed-order merges. Kernels: isa/bn_relu_dropout.cpp.
 #include "bn_relu_dropout.h"
+#include "tasks.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -132,7 +133,7 @@ void add_mask(BnArgs& a, const OptionalTensor& lengths, const OptionalTensor& se
 template <class Work>
 void for_chunks(const BnArgs& a, Work work) {
   const int64_t rows = a.n * a.t, chunk_rows = bn_chunk_rows(a.c), chunks = (rows + chunk_rows - 1) / chunk_rows;
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+  parallel(chunks, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) work(k, k * chunk_rows, std::min(rows, (k + 1) * chunk_rows));
   });
 }

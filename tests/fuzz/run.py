@@ -1,0 +1,48 @@
+"""Fuzzing for as long as asked: python tests/fuzz/run.py models|manifests|audio|checkpoints --cases 2000 --seed 1
+
+Case i has the seed SEED + i. Every failing case prints its seed, the error and a command that runs it alone; the exit
+status says whether any failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
+
+KINDS = ("models", "manifests", "audio", "checkpoints")
+
+
+def failures(kind: str, cases: int, seed: int) -> list[str]:
+    """What is wrong with each failing case of `kind`, one line each, with the command that runs it again."""
+    import hostile
+    import models
+
+    case = models.case if kind == "models" else getattr(hostile, kind)
+    found = []
+    for i in range(seed, seed + cases):
+        try:
+            case(i)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}".replace("\n", " ")
+            found.append(f"seed {i}: {text}\n  python tests/fuzz/run.py {kind} --cases 1 --seed {i}")
+            print(found[-1], flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="run random cases; case i has the seed SEED + i")
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    failed = failures(args.kind, args.cases, args.seed)
+    print(f"{args.kind}: {args.cases} cases from seed {args.seed}, {len(failed)} failed")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

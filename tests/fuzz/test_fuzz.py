@@ -1,0 +1,17 @@
+"""A few random cases of every kind; run.py runs as many as asked."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import run
+
+
+@pytest.mark.parametrize(("kind", "cases"), [("models", 24), ("manifests", 300), ("audio", 200), ("checkpoints", 150)])
+def test_random_cases(kind: str, cases: int) -> None:
+    failed = run.failures(kind, cases, seed=0)
+    assert not failed, "\n".join(failed)
