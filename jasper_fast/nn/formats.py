@@ -46,10 +46,11 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
         return _read_nemo(path)
     state = load(path)
     key = "ema_state_dict" if ema else "state_dict"
-    if ema and not state.get(key):
+    if ema and not (isinstance(state.get(key), dict) and state[key]):
         raise CheckpointError(f"{path} carries no moving average (ema_state_dict); load it without ema")
     entries = state.get(key, state)
-    if not isinstance(entries, dict) or not all(isinstance(v, Tensor) for v in entries.values()):
+    fit = isinstance(entries, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in entries.items())
+    if not fit:
         raise CheckpointError(f"{path} holds no model: there is no 'state_dict' among {', '.join(map(str, state))}")
     entries = {_unwrapped(name): tensor for name, tensor in entries.items()}
     if half := _nemo_half(entries):

@@ -62,8 +62,7 @@ def damage(content: bytes, rng: random.Random, first: int | None = None) -> byte
     return bytes(data)
 
 
-# Known fault: an integer beyond floats, such as 10**400, as duration or offset raises OverflowError (data/manifest.py).
-VALUES = [None, True, 0, -1, 1e400, float("nan"), 10**300, "", "x", "\0", "a" * 300, [], {}, [1], {"fname": 1}]
+VALUES = [None, True, 0, -1, 1e400, float("nan"), 10**300, 10**400, "", "x", "\0", "a" * 300, [], {}, [1], {"fname": 1}]
 
 
 def mutate(value, rng: random.Random):
@@ -90,16 +89,6 @@ ARRAY = [
 ]
 
 
-def _known(content: bytes) -> bool:
-    """Known fault: an entry whose 'files' are not objects raises AttributeError (data/manifest.py, _utterance)."""
-    try:
-        entries = json.loads(content) if content.startswith(b"[") else [json.loads(x) for x in content.splitlines()]
-    except ValueError:
-        return False
-    files = [e["files"] for e in entries if isinstance(e, dict) and "files" in e] if isinstance(entries, list) else []
-    return any(isinstance(f, (list, dict, str)) and not all(isinstance(x, dict) for x in f) for f in files)
-
-
 def manifests(seed: int) -> None:
     rng = random.Random(seed)
     how = rng.choice(["bytes", "damage", "json", "json"])
@@ -113,8 +102,6 @@ def manifests(seed: int) -> None:
             lines, array = [mutate(line, rng) for line in lines], mutate(array, rng)
         text = json.dumps(array) if rng.random() < 0.5 else "\n".join(map(json.dumps, lines))
         content = text.encode() if how == "json" else damage(text.encode(), rng)
-    if _known(content):
-        return
     with written(content, "manifest.json") as path:
         try:
             read_manifest(path, offline_speeds=rng.random() < 0.5)
@@ -143,10 +130,6 @@ def audio(seed: int) -> None:
         for read in (reader.duration, reader.load):
             try:
                 read(path)
-            except MemoryError:
-                # Known fault (speech/audio.py, load): a header that claims billions of frames asks for their memory.
-                if soundfile.info(path).frames < 2**28:
-                    raise
             except AudioError as error:
                 assert str(path) in str(error), f"the message does not name the file: {error}"
 
@@ -165,10 +148,8 @@ def checkpoints(seed: int) -> None:
     if how < 0.1:
         content = rng.randbytes(rng.randint(0, 2000))
     elif how < 0.3:  # a whole file of wrong types
-        # Known faults (nn/formats.py, read_weights): a state dict with a name that is no string, such as {1: tensor},
-        # raises AttributeError; a tensor of several elements as ema_state_dict raises RuntimeError. Neither is drawn.
-        tensor = torch.ones(1)
-        wrong = [None, 1, "x", [tensor], {"a": 1}, {}, {"a": None}, tensor, {"a": {"b": tensor}}]
+        tensor = torch.ones(2)
+        wrong = [None, 1, "x", [tensor], {"a": 1}, {}, {"a": None}, tensor, {"a": {"b": tensor}}, {1: tensor}]
         keys = rng.sample(["format", "state_dict", "ema_state_dict", "config", "labels", "x"], rng.randint(0, 5))
         state = {key: rng.choice(wrong) for key in keys} if rng.random() < 0.8 else rng.choice(wrong)
         file = io.BytesIO()

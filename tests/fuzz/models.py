@@ -40,13 +40,10 @@ def draw_config(rng: random.Random) -> JasperConfig:
 
 def draw_settings(model: nn.Module, rng: random.Random) -> None:
     """Every batch norm gets an eps, a momentum, a scale and running statistics of its own."""
-    for name, bn in model.named_modules():
+    for bn in model.modules():
         if not isinstance(bn, nn.BatchNorm1d):
             continue
-        # Known fault: in training the panes take one eps and one momentum for all (nn/block.py, pane_sum), whatever
-        # their batch norms say; theirs stay as they are made.
-        if ".res." not in name:
-            bn.eps, bn.momentum = rng.choice([1e-5, 1e-3, 0.1]), rng.choice([0.01, 0.1, 0.9, 1.0])
+        bn.eps, bn.momentum = rng.choice([1e-5, 1e-3, 0.1]), rng.choice([None, 0.01, 0.1, 0.9, 1.0])
         bn.running_mean.normal_(0, 0.1)
         bn.running_var.uniform_(0.5, 2)
         nn.init.uniform_(bn.weight, -1.5, 1.5)
