@@ -162,6 +162,7 @@ LAYERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["conv1d", "sub_block"])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_all_contenders_of_convs_are_right(op, backend, tmp_path):
@@ -174,6 +175,7 @@ def test_all_contenders_of_convs_are_right(op, backend, tmp_path):
     assert len({r["id"] for r in rows}) == len(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["both", "inference"])
 @pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.bfloat16), ("triton", torch.float16)])
 def test_sub_blocks_under_amp_are_right(mode, backend, dtype, tmp_path):

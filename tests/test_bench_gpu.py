@@ -198,6 +198,7 @@ def test_the_new_process_is_the_same_command_with_what_is_left_of_the_time(tmp_p
     assert run.results.data["parts"] == {"late": "no time left"} and gpu.UNTIL not in os.environ
 
 
+@pytest.mark.slow
 def test_a_process_replaces_itself():
     done = python("""
 from types import SimpleNamespace as N; from jasper_fast.bench.gpu import gpu; import time, os
@@ -261,6 +262,7 @@ def test_a_part_that_is_cut_off_leaves_no_compiler_at_work(how, tmp_path, monkey
     assert done == (["killed", "shut"] if how == "cut off" else [])
 
 
+@pytest.mark.slow
 def test_the_compilers_that_a_cut_off_part_leaves_can_be_ended():
     """What `end_compilers` takes for granted of PyTorch's private parts."""
     python("""
@@ -312,6 +314,7 @@ def test_each_case_knows_the_ops_that_ours_is_made_of(tmp_path):
         assert set(case.needs) == ops <= set(OPS), case.id
 
 
+@pytest.mark.slow
 def test_memory_s_refused_and_unanswerable_cases_are_rows(tmp_path, monkeypatch):
     run = refused(make_run(tmp_path), "conv1d")
     rows = {r["contender"]: r for r in memory_command.main(run, (("small", 1, 32),))}
@@ -327,6 +330,7 @@ def collector(tmp_path) -> warm.Collector:
     return warm.Collector(torch.device("cuda"), torch.float16, "triton", False, make_run(tmp_path).results, FAST)
 
 
+@pytest.mark.slow
 def test_every_part_of_the_plan_for_a_gpu_can_make_its_cases(tmp_path, monkeypatch):
     """All parts up to their contenders, which are built on the device only: a rival that nobody knows shows here."""
     asked: list[str] = []
@@ -468,6 +472,7 @@ def test_other_processes_run_on_the_run_s_own_gpu(monkeypatch):
     assert chosen == [torch.device("cuda", 1)]
 
 
+@pytest.mark.slow
 def test_a_machine_that_only_measures_needs_nothing_for_sound_and_text():
     """GPU machines have PyTorch and Triton, and often no way to get more."""
     absent = ("soundfile", "soxr", "anyascii", "jiwer", "openvino", "jinja2", "markupsafe", "pynvml")
@@ -479,6 +484,7 @@ from jasper_fast.bench.report import html_page
 """)
 
 
+@pytest.mark.slow
 def test_a_run_without_jinja_and_pynvml_has_its_numbers_and_a_line_for_each(tmp_path):
     """A finder that knows neither: the numbers are written, the page is not, and the status says nothing failed."""
     script = """

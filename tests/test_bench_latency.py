@@ -100,6 +100,7 @@ def heard(shared: latency.Models) -> Case:
     return latency.sound_case(shared, "small", 2, 2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_right_contenders_have_times(dtype, tmp_path):
     rows = rows_of(tmp_path, acoustic, DTYPES[dtype])
@@ -108,6 +109,7 @@ def test_right_contenders_have_times(dtype, tmp_path):
     ), [row.get("why") for row in rows.values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "fault"), FAULTS)
 def test_a_faulty_engine_has_no_time(dtype, fault, tmp_path):
     def faulty(shared):

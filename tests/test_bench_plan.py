@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
 from bench_runs import ROOT, make_run, measured
 
@@ -48,6 +49,7 @@ def test_a_part_of_the_plan_has_time_for_all_its_cases(tmp_path, monkeypatch):
     assert timed == len(agenda.plan(run)) - 3
 
 
+@pytest.mark.slow
 def test_gpu_plan_is_bounded_written_as_it_goes_and_resumed(tmp_path, monkeypatch):
     whole = gpu.BUDGET
     plan = [
@@ -86,6 +88,7 @@ def test_gpu_plan_is_bounded_written_as_it_goes_and_resumed(tmp_path, monkeypatc
     assert {r["key"]["op"] for r in on_disk["rows"]} == {"a", "b", "c", "d", "compiled"}
 
 
+@pytest.mark.slow
 def test_a_part_that_was_cut_off_goes_on_when_the_others_are_done(tmp_path, monkeypatch):
     calls = []
 
@@ -124,6 +127,7 @@ def test_the_self_check_s_verdict_is_in_the_result(tmp_path, monkeypatch):
     assert "error 2.0" in told["failures"][0]
 
 
+@pytest.mark.slow
 def test_gpu_run_killed_in_the_middle_leaves_its_rows(tmp_path, monkeypatch):
     monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
     command = [sys.executable, "-m", "bench", "gpu", "--device", "cpu", "--quick", "--backend", "reference"]

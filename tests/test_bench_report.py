@@ -388,6 +388,7 @@ def of(samples: int, pairs: int) -> dict:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("samples", "told"), [(9, 0), (10, 1), (19, 1), (20, 2), (99, 2), (100, 3)])
 def test_a_percentile_is_told_only_where_it_is_not_the_extreme(samples, told, capsys):
     result = of(samples, 100)

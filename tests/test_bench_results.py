@@ -38,6 +38,7 @@ def result(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_result_says_how_to_repeat_it(result):
     data = json.loads(result.read_text())
     assert data["finished"] and data["schema"] == 1

@@ -79,6 +79,7 @@ def dense(blocks: int) -> tuple[EagerJasper, torch.Tensor, torch.Tensor]:
     return EagerJasper(config).eval(), torch.randn(1, 8, 20), torch.tensor([20])
 
 
+@pytest.mark.slow
 def test_every_block_of_twelve_is_compiled(graphs_run):
     """PyTorch compiles eight variants of a function and runs the others in eager, with a warning alone."""
     model, x, lengths = dense(10)
@@ -89,6 +90,7 @@ def test_every_block_of_twelve_is_compiled(graphs_run):
     assert len(graphs_run) == 2 * 12
 
 
+@pytest.mark.slow
 def test_every_shape_of_a_grid_is_compiled_or_an_error(graphs_run, monkeypatch):
     model, *_ = dense(0)
     call = compiler.compiled("default")(model)

@@ -46,6 +46,7 @@ def complaints(got: dict[str, torch.Tensor], dtype: torch.dtype) -> list[str]:
     return correct.complaints(got, found("eager", dtype), found("eager", torch.float64), train.tolerance(dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("contender", ["jasper_fast", "eager_2d_channels_last"])
 def test_right_gradients_are_told_right(contender, dtype):
@@ -135,6 +136,7 @@ class Wgrad(torch.autograd.Function):
         return dx, torch.nn.grad.conv1d_weight(x[:-1], weight.shape, dy[:-1], 1, ctx.padding), None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_skipped_utterance_gets_no_time(dtype, tmp_path, monkeypatch):
     """Through the whole bench: the row says wrong and has no time, the rival's is ok."""
@@ -234,6 +236,7 @@ def test_most_alive_follows_addresses_that_are_used_again():
     assert allocations.most_alive([(1, 7), (3, 4), (3, -4), (4, 2)], but={1}) == 4
 
 
+@pytest.mark.slow
 def test_memory_rows_of_both_contenders_have_the_allocator_s_peak(tmp_path):
     rows = memory.main(make_run(tmp_path, backend="cpu"), (("small", 2, 64),))
     assert [r["status"] for r in rows] == ["ok", "ok"], [r.get("why") for r in rows]
@@ -241,6 +244,7 @@ def test_memory_rows_of_both_contenders_have_the_allocator_s_peak(tmp_path):
         assert row["memory"]["peak_bytes"] > row["memory"]["kept_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_eager_without_masks_meets_unpadded_batches_only(tmp_path):
     run = make_run(tmp_path, rivals="eager,eager_no_masks,eager_2d_channels_last")
     rows = train_command.main(run, (("small", 2, 64),))
@@ -252,6 +256,7 @@ def test_eager_without_masks_meets_unpadded_batches_only(tmp_path):
     }, [r.get("why") for r in rows]
 
 
+@pytest.mark.slow
 def test_eager_without_masks_is_wrong_where_utterances_are_padded(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "of_batch", lambda chosen, full: chosen)
     run = make_run(tmp_path, rivals="eager,eager_no_masks")

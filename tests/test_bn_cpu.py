@@ -138,6 +138,7 @@ def at_level(level: str, out: Path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, __file__, str(out)], env=env, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set_against_fp64(level, tmp_path):
     if LEVELS.index(level) > best_level():
@@ -156,6 +157,7 @@ def test_every_instruction_set_against_fp64(level, tmp_path):
         assert torch.allclose(got["m2"].double(), ref["m2"], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_an_unknown_or_absent_instruction_set_is_an_error(tmp_path):
     done = at_level("sse9", tmp_path / "out.pt")
     assert done.returncode != 0

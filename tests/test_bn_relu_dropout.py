@@ -139,6 +139,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.slow
 @dtypes
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s[:3])))
@@ -255,6 +256,7 @@ def same_bits(got: tuple[Tensor, Tensor | None], want: tuple[Tensor, Tensor | No
     return all(w is None if g is None else torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
+@pytest.mark.slow
 @dtypes
 @pytest.mark.parametrize("halo", [0, 3, 100])
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
@@ -263,6 +265,7 @@ def test_halo_changes_no_bit(face, residual, halo, dtype):
     assert same_bits(apply(op, case, case.y, halo), apply(op, case, case.y, None))
 
 
+@pytest.mark.slow
 @dtypes
 @pytest.mark.parametrize("c", [40, 29, 256])
 @pytest.mark.parametrize("name", ["reference", "triton"])

@@ -135,6 +135,7 @@ def run(arguments: list[str], **env: str) -> subprocess.CompletedProcess:
     return done
 
 
+@pytest.mark.slow
 def test_facts_of_kernels_that_break_the_rules_on_purpose(made):
     judged = {name: set(complaints(job(80), facts)) for name, facts in made.items() if isinstance(facts, dict)}
     assert judged["good"] == set()
@@ -163,6 +164,7 @@ PART = ["-m", "bench", "compile", "--arch", "90", "--dtype", "float16", "--kerne
 PART += ["--processes", "1"]
 
 
+@pytest.mark.slow
 def test_part_of_the_committed_table_holds():
     """The whole of it is `make compile`'s to check."""
     if not (gate.COMMITTED / f"triton-{triton.__version__}.json").exists():
@@ -172,6 +174,7 @@ def test_part_of_the_committed_table_holds():
     assert "sm_90 float16 conv1d fused" in done.stdout and "0 broken rules, 0 changes" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_table_that_differs_fails_and_update_puts_it_right(tmp_path):
     table = tmp_path / "table.json"
     command = [*PART, "--table", str(table)]

@@ -46,6 +46,7 @@ def told(source: aot.Source) -> set[str]:
     return set(map(repr, [*source.signature.items(), *source.constants.items(), *source.attrs.items()]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("panes", "masks"), [("gram", True), ("plain", True), ("gram", False)])
 @pytest.mark.parametrize(("arch", "dtype"), [(80, "float32"), (80, "bfloat16"), (90, "bfloat16")])
 def test_every_launch_of_a_training_step_is_a_row(arch, dtype, panes, masks):

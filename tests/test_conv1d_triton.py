@@ -17,6 +17,7 @@ from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
 triton_impl = pytest.importorskip("jasper_fast.kernels.conv1d.triton_impl")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("c_in", [64, 24], ids=["descriptors", "channels that fill no block"])
 @pytest.mark.parametrize(("t", "lengths"), [(290, None), (291, None), (291, [291, 290]), (290, [280, 3]), (1, [1, 1])])
 def test_tensor_descriptors_at_stride_2(t, lengths, c_in, monkeypatch):
@@ -187,6 +188,7 @@ def test_wgrad_for_a_master_weight_is_not_rounded():
 # ---- padding costs nothing ----
 
 
+@pytest.mark.slow
 def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
     """Matrix products of a batch with lengths (T, T/2, T/4, 0): those of its frames plus halo, and the same results."""
     device = make_face("triton").device
@@ -231,6 +233,7 @@ def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
     assert_close("dw", dw, triton_impl.wgrad(x, dy, k, how), reference.wgrad(x.double(), dy.double(), k, how))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["prologue", "k11", "k21", "pane"])
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
 def test_padding_that_is_zero_gives_the_same_bits_as_padding_that_is_masked(name, descriptors, monkeypatch):

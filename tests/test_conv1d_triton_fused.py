@@ -95,6 +95,7 @@ def test_the_last_conv_ends_in_log_softmax(dtype):
         triton_impl.fused(rows, triton_impl.pack(wide), Geometry(), log_softmax=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("splits", [2, 3, 7])
 def test_a_shared_reduction_gives_the_same_and_repeats(splits, dtype, monkeypatch):

@@ -107,6 +107,7 @@ def test_training_flops_of_jasper_10x5_are_pytorchs(jasper10x5):
     assert counts.forward_flops(jasper10x5, N, T) < counts.training_flops(jasper10x5, N, T) / 2.99
 
 
+@pytest.mark.slow
 def test_training_bytes_are_what_a_step_of_jasper_10x5_moves(jasper10x5, launches):
     """Convs and norms from the launches; panes and the decoder, which are ATen's, from the eager modules' tensors."""
     T = 64

@@ -140,6 +140,7 @@ def double(*tensors: Tensor | None) -> list[Tensor | None]:
 SHAPES = [(2, 64, 37), (3, 200, 21), (2, 8, 300), (2, 29, 19), (1, 16, 700), (5, 24, 1), (2, 1, 70)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_stats(emulated: Emulated, shape, dtype) -> None:
@@ -156,6 +157,7 @@ CASES += [(shape, dtype, *FLAGS[7 - i]) for i, shape in enumerate(SHAPES) for dt
 CASES += [((2, 64, 37), torch.float16, *flags) for flags in FLAGS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "dtype", "residual", "p", "padded"), dict.fromkeys(CASES), ids=str)
 def test_both_ways(emulated: Emulated, shape, dtype, residual, p, padded) -> None:
     n, c, t = shape

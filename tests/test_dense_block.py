@@ -46,6 +46,7 @@ def inputs() -> list[torch.Tensor]:
     return [torch.randn(2, c, 7, dtype=torch.float64).requires_grad_() for c in WIDTHS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("form", ["gram", "plain"])
 def test_gradcheck(form, dropout):

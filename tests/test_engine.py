@@ -65,6 +65,7 @@ def test_without_lengths_all_frames_count(face):
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jasper", "dense first"])
 def test_layout_and_dtype_of_the_features_do_not_matter(kind, face):
     _, engine = engine_of(face, config(kind))
@@ -200,6 +201,7 @@ def test_inference_mode_may_come_and_go(face):
         assert torch.equal(engine(features, lengths)[0], want)
 
 
+@pytest.mark.slow
 def test_threads_share_an_engine(face):
     _, engine = engine_of(face, bucket=8)
     batches = [batch(lengths, device=face.device) for lengths in ([31, 17], [9], [40, 2, 5])]

@@ -30,6 +30,7 @@ def captured(engine) -> int:
     return sum(bound.replay is not None for bound in engine._run.shapes.values())
 
 
+@pytest.mark.slow
 def test_graphs_and_buckets_change_no_bit(device):
     """Whatever came before: longer, louder, more utterances, memory full of NaN."""
     _, ours = pair(config(), "triton", device)
@@ -86,6 +87,7 @@ def test_the_shape_used_longest_ago_goes_first(device):
     assert list(engine._run.shapes) == [(1, 24), (1, 16)]
 
 
+@pytest.mark.slow
 def test_growth_drops_every_graph(device):
     """Else the smaller buffers would live on beside the larger, in as many sizes as there were."""
     _, ours = pair(config(), "triton", device)
@@ -101,6 +103,7 @@ def test_growth_drops_every_graph(device):
     assert torch.equal(engine(*large)[0], plain(*large)[0])
 
 
+@pytest.mark.slow
 def test_a_graph_does_not_outlive_its_scratch(device):
     """Partial sums of split reductions: their memory grows inside the launches."""
     blocks = [{"filters": 64, "kernel_size": [11], "repeat": 3, "residual": False, "dropout": 0.0}]

@@ -69,6 +69,7 @@ def which(request):
     return request.param
 
 
+@pytest.mark.slow
 def test_evaluation(golden, which):
     config, tensors = golden
     model = _build(which, config, tensors).eval()
@@ -81,6 +82,7 @@ def test_evaluation(golden, which):
         assert (log_probs - tensors["eval.log_probs"])[valid].abs().max() <= 1e-4
 
 
+@pytest.mark.slow
 def test_first_training_step(golden, which):
     config, tensors = golden
     model = _build(which, config, tensors).train()
@@ -103,6 +105,7 @@ def test_first_training_step(golden, which):
         assert _relative(parameter.grad, want[name]) <= 1e-3, name
 
 
+@pytest.mark.slow
 def test_four_novograd_steps(golden, which):
     config, tensors = golden
     model = _build(which, config, tensors).train()

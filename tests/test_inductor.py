@@ -52,6 +52,7 @@ def twin(model: Jasper) -> Jasper:
     return copy.deepcopy(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "panes"), [("cpu", "plain"), ("cpu", "gram")])
 def test_a_compiled_step_equals_an_uncompiled_one_at_every_length(backend, panes):
     """Loss, gradients and running statistics in fp32; a second length compiles once more, for any length."""

@@ -83,6 +83,7 @@ def test_evaluation_equals_eager(kind, masks, backend):
             torch.testing.assert_close(got[rows], want[rows], atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("panes", ["gram", "plain"])
 @pytest.mark.parametrize(("kind", "masks"), [("dense", True), ("dense", False), ("plain", True), ("none", True)])
 def test_training_step_equals_eager(kind, masks, panes, any_backend):
@@ -127,6 +128,7 @@ def test_frozen_batch_norm_equals_eager(backend):
         assert (grads[1][name] - want).abs().max() <= 2e-4 * want.abs().max().clamp_min(1e-6), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_garbage_in_the_padding_changes_nothing(any_backend, training):
     cfg = config(dropout=0.2)
@@ -226,6 +228,7 @@ def test_faces_give_the_same_training_step():
         torch.testing.assert_close(got, want, atol=1e-4 * want.abs().max().item(), rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("panes", ["gram", "plain"])
 def test_lengths_that_halve_to_nothing_train(any_backend, panes):
     """T, T/2, T/4 and 0 frames: the same step as the definition's, dropout on, and finite everywhere."""
@@ -245,6 +248,7 @@ def test_lengths_that_halve_to_nothing_train(any_backend, panes):
         torch.testing.assert_close(got, want, atol=2e-4 * want.abs().max().item(), rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("panes", ["gram", "plain"])
 @pytest.mark.parametrize("which", ["reference", "triton"])
 def test_bfloat16_autocast_trains_close_to_fp32(which, panes):
@@ -271,6 +275,7 @@ def test_compile_has_no_graph_break(backend):
     assert explained.graph_break_count == 0, explained.break_reasons
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("panes", ["gram", "plain"])
 def test_compiled_forward_and_gradients_match(any_backend, panes):
     """Training, dropout on, with its running statistics, then evaluation: one graph each, and the same numbers."""

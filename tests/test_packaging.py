@@ -57,6 +57,7 @@ def test_data_that_bench_reads_is_packed(described: dict) -> None:
         assert found and found == set(ROOT.glob(wanted))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bench", "jasper_fast.bench"])
 def test_bench_starts_under_both_names(name: str) -> None:
     command = [sys.executable, "-m", name, "report", "--help"]
@@ -104,6 +105,7 @@ def without(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", WITHOUT + code], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_inference_and_the_self_check_need_no_extra() -> None:
     done = without(INFERENCE)
     assert done.returncode == 0, done.stderr

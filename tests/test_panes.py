@@ -278,6 +278,7 @@ def compare_faces() -> None:
             assert error < 3e-6, (case, i, error)  # a NaN is an error too
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["generic", "avx2", "avx512", "avx512_bf16"])
 def test_the_cpu_face_at_every_instruction_set(level):
     settle("cpu")

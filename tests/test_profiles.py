@@ -29,6 +29,7 @@ def ranges_in(path) -> set[str]:
     return {e["name"].removeprefix(profile.LAYER) for e in events if e.get("name", "").startswith(profile.LAYER)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["train", "inference"])
 def test_both_contenders_have_tables_of_all_layers(mode, tmp_path):
     run = make_run(tmp_path)

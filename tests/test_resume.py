@@ -99,6 +99,7 @@ def untouched(paths, tmp_path_factory):
     return result
 
 
+@pytest.mark.slow
 def test_three_kills_change_nothing(paths, untouched, tmp_path):
     """In a step, in the middle of a checkpoint's bytes, and between its last byte and its name."""
     fresh = train_arguments(paths, tmp_path, **SETTINGS)
@@ -120,6 +121,7 @@ def test_three_kills_change_nothing(paths, untouched, tmp_path):
     assert curves(tmp_path) == untouched
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_ends_well(paths, untouched, tmp_path):
     in_step_5 = IN_A_STEP.replace("SIGKILL", "SIGTERM")
     errors = finish(start(train_arguments(paths, tmp_path, **SETTINGS), in_step_5), 0)

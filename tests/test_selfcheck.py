@@ -68,6 +68,7 @@ def test_a_right_norm_passes(face, function, variant):
     assert row["status"] == "ok", row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("variant", [*checks.FUSED_VARIANTS, "plain unclean", "panes unclean", checks.WAVE])
 def test_a_right_fused_conv_passes_in_every_form_and_dtype(dtype, variant):
@@ -107,6 +108,7 @@ def test_convs_are_checked_as_they_are_dispatched(function, variant, launched):
     assert launched and all(f["HAS_DESCRIPTORS"] and f["IS_CLEAN"] is (variant == "") for f in launched)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "by_descriptor"), [(Conv(1, 11, 256, 64, 1), True), (Conv(1, 11, 64, 64, 1), False)])
 @pytest.mark.parametrize("variant", ["panes", "panes splits", "panes unclean"])
 def test_panes_are_checked_by_descriptors_on_real_shapes_and_without_on_small_ones(
@@ -635,6 +637,7 @@ def test_a_kernel_that_kills_its_process_is_named_and_the_rest_goes_on():
     assert "dgrad default (2, 256->256, 200) K 11 float32 died" in found["conv1d"].failure
 
 
+@pytest.mark.slow
 def test_a_kernel_that_never_ends_is_named():
     code = BREAK.format(function="wgrad", where="True", what="time.sleep(600)")
     rows = run_child(code, seconds=15.0, ops=("conv1d",))
@@ -643,6 +646,7 @@ def test_a_kernel_that_never_ends_is_named():
     assert verdict.judge(rows, quick=True)[0].status == BAD
 
 
+@pytest.mark.slow
 def test_a_kernel_that_ruins_the_context_is_named():
     """On a GPU the error comes back from the synchronisation after the kernel, and from everything that follows."""
     code = """
@@ -671,6 +675,7 @@ torch.cuda.synchronize = synchronize
     assert all(row["status"] == "ok" for row in rows if row["op"] == "bn_relu_dropout")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["KILL", "TERM"])
 def test_who_ends_the_process_from_outside_is_no_kernel(how):
     """The host's memory has run out, say."""
@@ -684,6 +689,7 @@ class OutOfTime(BaseException):
     """As a benchmark's."""
 
 
+@pytest.mark.slow
 def test_a_check_that_is_cut_off_ends_at_once_and_leaves_what_was_found(monkeypatch):
     def cut(*_):
         raise OutOfTime
@@ -762,6 +768,7 @@ def test_what_was_found_is_a_verdict_where_nothing_can_change_it():
     assert found == {"bn_relu_dropout": GOOD, "conv1d.fused": BAD}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_json", [True, False])
 def test_the_command_cut_off_shows_and_keeps_what_was_found(as_json, monkeypatch, capsys):
     def supervise(device, *, report, **_more):
@@ -782,16 +789,19 @@ def test_the_command_cut_off_shows_and_keeps_what_was_found(as_json, monkeypatch
     }
 
 
+@pytest.mark.slow
 def test_what_kernels_print_is_no_part_of_the_protocol():
     rows = run_child(BREAK.format(function="forward", where="True", what="print('jasper', end='', flush=True)"))
     assert {row["status"] for row in rows} == {"ok"}
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_start_is_no_verdict_on_a_kernel():
     with pytest.raises(probe.CannotCheck, match="ended with status 3, in no check: what a pity"):
         run_child("print('what a pity', file=sys.stderr); sys.exit(3)")
 
 
+@pytest.mark.slow
 def test_a_device_that_is_lost_on_the_way_leaves_what_was_not_checked_open(tmp_path):
     """The process dies in a kernel, and the next one does not start."""
     flag = tmp_path / "started"
@@ -806,6 +816,7 @@ open({str(flag)!r}, "w").close()
     assert found["conv1d"] == BAD
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_in_the_driver_is_no_fault_of_the_kernel():
     what = "print('CUDA error: out of memory', file=sys.stderr); sys.stderr.flush(); os._exit(1)"
     rows = run_child(BREAK.format(function="forward", where="True", what=what), ops=("conv1d",))
@@ -822,6 +833,7 @@ def command(*arguments: str, cache: Path, interpret: bool) -> subprocess.Complet
     return subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_command_checks_the_cpu_and_the_interpreted_kernels_and_keeps_the_verdicts(tmp_path):
     make_face("cpu"), interpreted()
     done = command("--quick", "--json", cache=tmp_path, interpret=True)
@@ -837,6 +849,7 @@ def test_the_command_checks_the_cpu_and_the_interpreted_kernels_and_keeps_the_ve
     assert kept["key"] == report["key"] and kept["verdicts"] == report["verdicts"]
 
 
+@pytest.mark.slow
 def test_the_command_checks_the_dtypes_that_it_is_told(tmp_path):
     make_face("cpu")
     done = command("--quick", "--dtype", "fp16", "--dtype", "bf16", "--json", cache=tmp_path, interpret=False)
@@ -849,6 +862,7 @@ def test_the_command_checks_the_dtypes_that_it_is_told(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_the_command_shows_a_table(tmp_path):
     make_face("cpu")
     done = command("--quick", "--no-cache", cache=tmp_path, interpret=False)
@@ -857,6 +871,7 @@ def test_the_command_shows_a_table(tmp_path):
     assert not (tmp_path / "verdicts").exists(), "--no-cache"
 
 
+@pytest.mark.slow
 def test_a_failure_is_shown_and_is_the_exit_status(monkeypatch, capsys, tmp_path):
     make_face("cpu")
     code = BREAK.format(function="dgrad", where="True", what="return 1.01 * right(x, w, *rest, **more)")

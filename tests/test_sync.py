@@ -77,6 +77,7 @@ def model_step(rank: int, backend: str, form: str, state: dict) -> dict[str, tor
     return step(synced(backend, form, state), *share(rank, *whole_batch()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "form"),
     [("reference", "gram"), ("reference", "plain"), ("cpu", "gram"), ("cpu", "plain"), ("triton", "gram")],
@@ -114,6 +115,7 @@ def compiled_step(rank: int, backend: str, form: str, state: dict) -> tuple[int,
     return counter.frame_count, dict(counters["graph_break"]), steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "form"), [("reference", "gram"), ("cpu", "plain")])
 def test_two_compiled_ranks_equal_themselves_uncompiled(tmp_path, backend, form):
     """Each in one graph, although their batches differ; the collectives inside are opaque to the compiler."""
@@ -199,6 +201,7 @@ def op_step(rank: int | None, form: str) -> dict[str, torch.Tensor]:
     return {"out": out.detach(), "mean": panes[1], "var": panes[2], "running": torch.stack(running), **gradients}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["gram", "plain"])
 def test_ranks_with_unlike_frames(tmp_path, form):
     """Every op that takes statistics: two ranks with 7 and 12 frames give what one process gives for all 19."""
@@ -226,6 +229,7 @@ def _offset() -> torch.Tensor:
     return torch.randn(1, 5, sum(FRAMES)) + 3000.0
 
 
+@pytest.mark.slow
 def test_merged_statistics_do_not_cancel(tmp_path):
     ranks = spawn(large_means, tmp_path)
     ref = _offset().double()
@@ -243,6 +247,7 @@ def one_frame_each(rank: int) -> torch.Tensor:
     return torch.cat(running)
 
 
+@pytest.mark.slow
 def test_a_rank_with_a_single_frame_is_enough_where_others_have_more(tmp_path):
     for running in spawn(one_frame_each, tmp_path):
         torch.testing.assert_close(running, torch.tensor([1.5, F.relu(torch.tensor(0.5))]))

@@ -330,6 +330,7 @@ CALLS = {"conv": ("conv", False, 4), "conv, descriptors": ("conv", True, 4), "bn
          "fused": ("fused", False, 8), "fused, descriptors": ("fused", True, 8)}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("call", "descriptors", "most"), CALLS.values(), ids=CALLS.keys())
 def test_launches_do_not_compile_anew_for_every_length_and_batch(call, descriptors, most):
     batches = [(2, t) for t in range(1, 41)] + [(n, 37) for n in (1, 3, 4, 16)]

@@ -15,6 +15,7 @@ def test_default_vocabulary():
     assert Vocabulary(v.labels) == v and Vocabulary("ab") != v
 
 
+@pytest.mark.slow
 def test_a_vocabulary_of_words():
     v = Vocabulary(["zero", "one", "two"])
     assert v.of_words and v.n_classes == 4

@@ -459,6 +459,7 @@ def test_the_form_of_the_panes_reaches_the_model_and_is_recorded(run_train, path
     assert checkpoint.load(tmp_path / "step_00000002.pt")["arguments"]["panes"] == "plain"
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_weights_and_resume(paths, tmp_path):
     """torchrun with gloo: half the batches each, accumulation without needless all-reduces, one log."""
     settings = {"grad_accumulation": 2, "batch_size": 2, "ema": 0.9, "val_every": 4}
@@ -528,6 +529,7 @@ def test_the_schedule_can_follow_the_clock(run_train, paths, tmp_path, monkeypat
     assert rates[0] == pytest.approx(0.05) and rates == sorted(rates, reverse=True) and len(rates) == 20
 
 
+@pytest.mark.slow
 def test_command_line_errors_are_one_line(paths, tmp_path):
     arguments = train_arguments({**paths, "train": tmp_path / "none.jsonl"}, tmp_path)
     done = subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True)

@@ -119,6 +119,7 @@ def kept(module: torch.nn.Module, n: int, t: int) -> int:
     return allocations.kept(forward, device)[0]
 
 
+@pytest.mark.slow
 def test_a_step_keeps_a_quarter_of_what_eager_keeps(launches):
     """Jasper 10x5: conv and block outputs are 0.21 of eager's bytes. The Gram form keeps three quarters of a covariance
     for each block output beside them, whatever the batch."""
@@ -173,6 +174,7 @@ def test_packs_are_in_no_state_dict_and_no_copy(launches):
         assert {p.data_ptr() for p in packs(twin).values()}.isdisjoint(p.data_ptr() for p in packs(ours).values())
 
 
+@pytest.mark.slow
 def test_a_forward_takes_the_weights_as_they_are_now():
     """Really launched: after the weights change in place the next forward is that of a fresh model with them."""
     settle("triton")

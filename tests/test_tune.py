@@ -88,6 +88,7 @@ def cases(data: dict) -> dict[str, dict[str, dict]]:
 # ---- end to end ----
 
 
+@pytest.mark.slow
 def test_the_command_times_right_tiles_faces_and_the_library_and_makes_a_table(tmp_path):
     done = process(command(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -161,6 +162,7 @@ def raising(_out):
     raise RuntimeError("out of resource: shared memory\nmore")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "status", "why"),
     [
@@ -181,6 +183,7 @@ def test_a_wrong_or_failing_tile_is_a_row_and_never_chosen(tmp_path, second_tile
     assert [row["tile"]["num_stages"] for row in chosen] == [3, 3]
 
 
+@pytest.mark.slow
 def test_a_stale_result_is_refused(tmp_path, second_tile):
     first = []
 
@@ -194,6 +197,7 @@ def test_a_stale_result_is_refused(tmp_path, second_tile):
     assert [r["status"] for r in rows.values() if r["contender"] != "aten"] == ["ok", "wrong"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["stats", "forward", "backward_reduce", "backward_apply"])
 def test_a_face_that_is_wrong_is_a_row_and_never_chosen(tmp_path, monkeypatch, name):
     def spoilt(right, *args, **more):
@@ -228,6 +232,7 @@ def test_facts_are_the_most_of_all_kernels_of_a_call():
     assert launch.run is before
 
 
+@pytest.mark.slow
 def test_a_tile_that_spills_is_refused(tmp_path, monkeypatch):
     facts = itertools.cycle([(255, 16), (90, 0)])
     found = lambda: dict(zip(("registers", "spilled"), next(facts), strict=True)) | {"shared": 1024}  # noqa: E731
@@ -306,6 +311,7 @@ def test_all_tiles_of_a_case_are_compiled_before_the_first_is_launched(tmp_path,
     assert not trial.path.exists()
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_while_it_compiles_ahead_compiles_one_after_another_next_time(tmp_path, monkeypatch):
     def dying(calls):
         raise SystemExit(77)
@@ -352,6 +358,7 @@ def at_the_second_case(monkeypatch, happens) -> list[str]:
     return seen
 
 
+@pytest.mark.slow
 def test_a_run_without_time_is_unfinished_and_resume_keeps_what_is_there(tmp_path, monkeypatch):
     def out_of_time(trial, case):
         raise OutOfTime
@@ -380,6 +387,7 @@ def test_the_budget_counts_from_the_process_s_start(tmp_path, monkeypatch):
     assert run(tmp_path, "--budget", "100")[0] == tune.OUT_OF_TIME
 
 
+@pytest.mark.slow
 def test_a_process_knows_when_it_started():
     code = "import time; time.sleep(1.0); from jasper_fast.bench.tune import tune; print(tune.LOADED - tune.born())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -400,6 +408,7 @@ impl.forward = forward
 """
 
 
+@pytest.mark.slow
 def test_a_parent_that_ends_the_process_accuses_no_configuration(tmp_path):
     """SIGTERM while a compiler, say, keeps the process from Python; then SIGKILL, as a parent without time does."""
     argv = command(tmp_path, "--ops", "forward", script=SLOW)
@@ -422,6 +431,7 @@ def test_a_parent_that_ends_the_process_accuses_no_configuration(tmp_path):
     assert data["finished"] and {row["status"] for row in data["rows"]} == {"ok"}
 
 
+@pytest.mark.slow
 def test_a_process_that_is_ended_says_so_and_writes_what_there_is(tmp_path, monkeypatch):
     def ended(trial, case):
         trial.begin(case.ours)
@@ -435,6 +445,7 @@ def test_a_process_that_is_ended_says_so_and_writes_what_there_is(tmp_path, monk
     assert signal.getsignal(signal.SIGTERM) is before and signal.set_wakeup_fd(-1) == -1
 
 
+@pytest.mark.slow
 def test_a_person_who_interrupts_accuses_no_configuration(tmp_path, monkeypatch):
     def interrupted(run, m, trial):
         trial.begin(m.case.ours)
@@ -464,6 +475,7 @@ impl.forward = forward
 """
 
 
+@pytest.mark.slow
 def test_a_configuration_that_ends_the_process_is_skipped_by_the_next_one(tmp_path):
     argv = command(tmp_path, "--ops", "forward", script=KILL)
     done = [process([*argv, *more]) for more in ([], ["--resume"], ["--resume"])]
@@ -479,6 +491,7 @@ def test_a_configuration_that_ends_the_process_is_skipped_by_the_next_one(tmp_pa
     assert len(data["table"]["rows"]) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", [1, 3], ids=["in its first call", "in its first timing"])
 def test_a_lost_device_ends_the_run_and_is_remembered(tmp_path, second_tile, monkeypatch, when):
     calls = []
@@ -502,6 +515,7 @@ def test_a_lost_device_ends_the_run_and_is_remembered(tmp_path, second_tile, mon
     assert "lost the device" in refused["why"] and "stages 4" in refused["contender"]
 
 
+@pytest.mark.slow
 def test_a_case_that_cannot_be_measured_costs_the_others_nothing(tmp_path, monkeypatch):
     """Its reference has no memory, say."""
 
