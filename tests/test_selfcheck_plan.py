@@ -1,0 +1,198 @@
+"""The plan of the self-check: every kernel and configuration that dispatch can choose, once."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_face
+from standins import verdicts_of_its_own  # noqa: F401
+
+from jasper_fast.dispatch import backends, verdict
+from jasper_fast.kernels import tables
+from jasper_fast.selfcheck import cases, checks
+from jasper_fast.selfcheck.checks import Conv
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+CONV = Conv(2, 21, 24, 20, 5)
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def face(request) -> str:
+    return make_face(request.param).name
+
+
+def here(face: str) -> torch.device:
+    """Where `face` runs on this machine."""
+    return make_face(face).device
+
+
+def test_the_plan_holds_every_function_of_every_face_once(face):
+    device = here(face)
+    plan = checks.plan(device, faces=(face,))
+    assert len({check.id for check in plan}) == len(plan)
+    functions = {(check.op, check.function) for check in plan}
+    convs = checks.CONV if face == "triton" else ("forward", "dgrad", "wgrad")
+    assert functions == {
+        *(("bn_relu_dropout", f) for f in ("stats", "forward", "backward")),
+        *(("conv1d", f) for f in convs), ("conv1d.fused", "fused"), *([("panes", "plain")] if face == "cpu" else []),
+    }  # fmt: skip
+    for op in ("bn_relu_dropout", "conv1d"):  # every public function of the face is among them
+        names = {"backward" if n.startswith("backward") else n for n in public(op, face)}
+        others = {"pack", "pack_once", "packed_shape", "packed_size", "takes_tf32", "has_bf16"}
+        assert names - others <= {f for _, f in functions}
+    quick = checks.plan(device, faces=(face,), quick=True)
+    assert {(c.op, c.function) for c in quick} == functions and len(quick) < len(plan) / 2
+
+
+def public(op: str, face: str) -> set[str]:
+    module = backends.face(op, face)
+    named = {name: thing for name, thing in vars(module).items() if not name.startswith("_")}
+    return {n for n, t in named.items() if callable(t) and getattr(t, "__module__", "") == module.__name__
+            and not isinstance(t, type)}  # fmt: skip
+
+
+def test_the_plan_leaves_out_what_was_not_asked_for():
+    face = make_face("cpu").name
+    plan = checks.plan(CPU, ops=("conv1d",), faces=(face,))
+    assert {(check.op, check.face) for check in plan} == {("conv1d", "cpu")}
+    for name in ("op", "face", "dtype"):
+        with pytest.raises(ValueError, match=f"{name} 'conv2d' is not one of"):
+            checks.plan(CPU, **{f"{name}s": ("conv2d",)})
+
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """An sm_90 with both libraries, without a table."""
+    monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Imaginary 9000")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(backends, "why_missing", lambda face, device: "a CPU's" if face == "cpu" else None)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_check_is_made_in_the_dtype_that_is_asked_for(gpu, quick):
+    plans = {dtype: checks.plan(GPU, quick=quick, dtypes=(dtype,)) for dtype in checks.DTYPES}
+    assert all({check.dtype for check in plan} == {dtype} for dtype, plan in plans.items())
+    exact = {check.id for check in plans["float32"] if checks.EXACT in check.variant}  # the others are never rounded
+    same = [
+        {check.id.replace(f"| {dtype} |", "|") for check in plan if check.id not in exact}
+        for dtype, plan in plans.items()
+    ]
+    assert exact and same[0] == same[1] == same[2]
+    assert {(c.op, c.face) for c in plans["float16"]} == {
+        ("bn_relu_dropout", "triton"), ("bn_relu_dropout", "cuda"), ("conv1d", "triton"), ("conv1d.fused", "triton"),
+        ("panes", "aten"),
+    }  # fmt: skip
+    by_default = [{check.id for check in checks.plan(GPU, quick=quick)}, {c.id for p in plans.values() for c in p}]
+    assert by_default[0] == by_default[1] if not quick else by_default[0] == {c.id for c in plans["bfloat16"]}
+
+
+def test_a_face_is_checked_in_the_dtypes_that_it_has():
+    """The C++ kernels in all three, as dispatch takes them, but for the panes' in fp32 alone; a quick check in one."""
+    make_face("cpu")
+    plan = checks.plan(CPU, faces=("cpu",))
+    in_each = {dtype: {check.op for check in plan if check.dtype == dtype} for dtype in checks.DTYPES}
+    assert in_each["float32"] == set(verdict.OPS)
+    assert in_each["float16"] == in_each["bfloat16"] == set(verdict.OPS) - {"panes"}
+    assert {check.dtype for check in checks.plan(CPU, faces=("cpu",), dtypes=("float16",))} == {"float16"}
+    assert {check.dtype for check in checks.plan(CPU, quick=True)} <= {"float32", "bfloat16"}
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_conv_is_checked_once_where_it_fills_the_gpu(gpu, quick):
+    from jasper_fast.kernels.conv1d import triton_tiles
+
+    waves = [check for check in checks.plan(GPU, quick=quick, dtypes=("bfloat16",)) if check.variant == checks.WAVE]
+    assert [check.function for check in waves] == [*checks.CONV, "fused"]
+    for check in waves:
+        s = check.shape
+        assert (s.n, s.t_out) == (32, 840) and s.c_in == s.c_out == 256
+        shape = triton_tiles.Shape(s.c_in, s.c_out, s.k, s.stride, s.dilation, s.n * s.t_out)
+        tile = triton_tiles.default(check.function, torch.bfloat16, shape, s.t_out)
+        if check.function == "wgrad":
+            programs = s.k * -(-s.c_in // tile.n) * -(-s.c_out // tile.k) * tile.splits
+        else:
+            programs = s.n * -(-s.t_out // tile.t) * -(-s.c_out // tile.n)
+        assert programs > 1.5 * 132, "an H100's SMs"
+    draw = cases._Draw(CPU, torch.float32, 1, False, True)
+    lengths = draw.lengths(32, 840)
+    assert lengths[0] == 840 and lengths.min() >= 420, "no program is idle for want of frames"
+    assert cases.case(dataclasses.replace(waves[0], face="triton", shape=CONV), CPU, 1).inputs["lengths"].min() > 0
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_convs_that_are_not_told_of_zeros_are_checked_on_small_shapes(gpu, quick):
+    plan = checks.plan(GPU, quick=quick, dtypes=("bfloat16",), ops=("conv1d", "conv1d.fused"))
+    unclean = [check for check in plan if checks.UNCLEAN in check.variant]
+    assert {(c.function, c.shape) for c in unclean if c.op == "conv1d"} == {
+        (f, s) for f in ("forward", "forward_stats", "wgrad") for s in checks.SMALL_CONV if not quick
+    }
+    assert {c.variant for c in unclean if c.op != "conv1d"} == (
+        set() if quick else {"plain unclean", "panes unclean"}
+    )  # fmt: skip
+    for check in unclean:
+        inputs = cases.case(check, here("triton"), 1).inputs
+        assert inputs["given"].isnan().any()
+
+
+def test_the_plan_of_a_gpu_holds_every_tile_of_its_table(monkeypatch, tmp_path):
+    gpu, device = "NVIDIA Imaginary 9000", torch.device("cuda", 0)
+    tiles = [{"t": t, "n": 64, "k": 32, "num_warps": 4, "num_stages": 3, "splits": s} for t, s in
+             ((16, 1), (32, 1), (64, 1), (128, 4))]  # fmt: skip
+    same = {"dtype": "bfloat16", "c_in": 256, "c_out": 384, "taps": 13, "stride": 1, "dilation": 1, "time_s": 1.0}
+    ours = {"face": "triton", "algorithm": "direct"}
+    rows = [
+        tables.Row(op="conv1d.forward", rows_log2=b, tile=t, **same, **ours) for b, t in zip((8, 12, 15), tiles[:3])
+    ]
+    rows.append(tables.Row(op="conv1d.fused", rows_log2=7, tile=tiles[3], **same, **ours))
+    rows.append(tables.Row(op="conv1d.forward", rows_log2=8, tile=None, face="aten", algorithm="library", **same))
+    header = dict.fromkeys(tables.HEADER, "x") | {"gpu": gpu, "capability": "sm_90"}
+    tables.write(tmp_path / f"{tables.slug(gpu)}.json", header, rows)
+    monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "why_missing", lambda face, kind: None if face in ("triton", "cuda") else "not here")
+
+    plan = checks.plan(device)
+    measured = [check for check in plan if check.tile]
+    assert [check.tile for check in measured] == [*tiles, tiles[3]]
+    assert [check.variant for check in measured] == ["", "", "", "splits", "panes splits"]
+    assert all((c.shape.c_in, c.shape.c_out, c.shape.k) == (256, 384, 13) for c in measured)
+    assert len({check.id for check in plan}) == len(plan)
+    assert {check.face for check in plan} == {"triton", "cuda", "aten"}
+    real = {(c.shape.c_in, c.shape.c_out) for c in plan if c.op == "conv1d" and not c.tile}
+    assert {(768, 768), (896, 1024), (1024, 29), (64, 256)} <= real
+
+    quick = [check.tile for check in checks.plan(device, quick=True) if check.tile]
+    assert quick == [*tiles[:3], tiles[3]], "up to three of an op"
+    monkeypatch.setattr(checks, "QUICK_TILES", 1)
+    assert len([check.tile for check in checks.plan(device, quick=True) if check.tile]) == 2
+
+
+def test_real_shapes_are_those_of_the_model():
+    from jasper_fast import JasperConfig
+
+    encoder = JasperConfig.from_yaml(ROOT / "configs" / "jasper10x5dr.yaml").encoder
+    wanted, channels = set(), encoder.in_feats
+    for block in encoder.blocks:
+        for _ in range(block.repeat):
+            wanted.add((channels, block.filters, block.k, block.s, block.d))
+            channels = block.filters
+    have = {(c.c_in, c.c_out, c.k, c.stride, c.dilation) for c in checks.REAL_CONV}
+    assert (64, 256, 11, 2, 1) in wanted and (768, 896, 29, 1, 2) in wanted
+    assert len(have & wanted) >= 9 and have - wanted == {(1024, 29, 1, 1, 1)}, "the decoder's is of another list"
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_conv_is_checked_with_exact_products_too(gpu, quick):
+    plan = [check for check in checks.plan(GPU, quick=quick) if checks.EXACT in check.variant.split()]
+    assert {check.dtype for check in plan} == (set() if quick else {"float32"})
+    plan = checks.plan(GPU, quick=quick, dtypes=("float32",))
+    assert {c.function for c in plan if checks.EXACT in c.variant.split()} == {*checks.CONV, "fused"}

@@ -1,0 +1,320 @@
+"""The process of the self-check: kernels that kill it or hang are named; the command shows and keeps what was found."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import interpreted, make_face
+from standins import verdicts_of_its_own  # noqa: F401
+
+from jasper_fast.dispatch import probe, verdict, verdicts
+from jasper_fast.dispatch.verdict import BAD, GOOD, UNCHECKED
+from jasper_fast.selfcheck import checks, show
+from jasper_fast.selfcheck.checks import Check, Conv
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+CONV = Conv(2, 21, 24, 20, 5)
+
+
+MODULES = """
+import os, signal, sys, time, torch
+from jasper_fast.dispatch import backends
+from jasper_fast.selfcheck import checks, child, perform
+"""
+
+
+def run_child(code: str, *, seconds: float = 60.0, ops=("conv1d", "bn_relu_dropout"), **more) -> list[dict]:
+    """The rows of a supervised process that runs `code` before the self-check, on the CPU face."""
+    make_face("cpu")
+    full = f"{MODULES}\n{code}\nchild.child()"
+    argv = [sys.executable, "-c", full]
+    return probe.supervise(CPU, quick=True, ops=ops, faces=("cpu",), seconds=seconds, argv=argv, **more)
+
+
+BREAK = """
+impl = backends.face("conv1d", "cpu")
+right = impl.{function}
+def broken(x, w, *rest, **more):
+    if {where}:
+        {what}
+    return right(x, w, *rest, **more)
+impl.{function} = broken
+"""
+
+
+def test_a_kernel_that_kills_its_process_is_named_and_the_rest_goes_on():
+    code = BREAK.format(function="dgrad", where="x.shape[1] == 256", what="os.kill(os.getpid(), 11)")
+    told = []
+    rows = run_child(code, on_row=lambda row, total: told.append((row["id"], total)))
+    by_status = {s: [r for r in rows if r["status"] == s] for s in ("ok", "died", "skipped")}
+    (dead,) = by_status["died"]
+    assert (dead["function"], dead["shape"]) == ("dgrad", "(2, 256->256, 200) K 11")
+    assert "SIGSEGV" in dead["detail"]
+    assert {r["op"] for r in by_status["skipped"]} == {"conv1d"}
+    assert {r["op"] for r in by_status["ok"]} == {"conv1d", "bn_relu_dropout"}
+    plan = checks.plan(CPU, quick=True, ops=("conv1d", "bn_relu_dropout"), faces=("cpu",))
+    assert [row["id"] for row in rows] == [check.id for check in plan]
+    assert sorted(name for name, _ in told) == sorted(row["id"] for row in rows)
+    assert {total for _, total in told} == {len(plan)}
+
+    found = {v.op: v for v in verdict.judge(rows, quick=True)}
+    assert found["bn_relu_dropout"].status == GOOD
+    assert found["conv1d"].status == BAD
+    assert "dgrad default (2, 256->256, 200) K 11 float32 died" in found["conv1d"].failure
+
+
+@pytest.mark.slow
+def test_a_kernel_that_never_ends_is_named():
+    code = BREAK.format(function="wgrad", where="True", what="time.sleep(600)")
+    rows = run_child(code, seconds=15.0, ops=("conv1d",))
+    (hung,) = [row for row in rows if row["status"] == "hung"]
+    assert hung["function"] == "wgrad" and "gave no sign for 15 s" in hung["detail"]
+    assert verdict.judge(rows, quick=True)[0].status == BAD
+
+
+@pytest.mark.slow
+def test_a_kernel_that_ruins_the_context_is_named():
+    """On a GPU the error comes back from the synchronisation after the kernel, and from everything that follows."""
+    code = """
+device_of = torch.device
+torch.device = lambda name: device_of(name) if name != "cpu" else Pretended()
+class Pretended:
+    type, index = "cuda", 0
+    def __str__(self): return "cuda:0"
+checks.plan = (lambda plan: lambda device, **more: plan(device_of("cpu"), **more))(checks.plan)
+right, done = perform.perform, []
+def performing(check, device):
+    done.append(check)
+    return right(check, device_of("cpu"))
+perform.perform = performing
+ones, full_like = torch.ones, torch.full_like
+torch.ones = lambda *shape, device=None, **more: ones(*shape, **more)
+def synchronize(device):
+    if done[-1].function == "dgrad":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+torch.cuda.synchronize = synchronize
+"""
+    rows = run_child(code)
+    (dead,) = [row for row in rows if row["status"] == "died"]
+    assert dead["function"] == "dgrad" and "illegal memory access" in dead["detail"]
+    assert {row["op"] for row in rows if row["status"] == "skipped"} == {"conv1d"}
+    assert all(row["status"] == "ok" for row in rows if row["op"] == "bn_relu_dropout")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["KILL", "TERM"])
+def test_who_ends_the_process_from_outside_is_no_kernel(how):
+    """The host's memory has run out, say."""
+    rows = run_child(BREAK.format(function="forward", where="True", what=f"os.kill(os.getpid(), signal.SIG{how})"))
+    found = {v.op: v for v in verdict.judge(rows, quick=True)}
+    assert found["conv1d"].status == UNCHECKED and f"SIG{how} (from outside" in found["conv1d"].failure
+    assert found["bn_relu_dropout"].status == GOOD
+
+
+class OutOfTime(BaseException):
+    """As a benchmark's."""
+
+
+@pytest.mark.slow
+def test_a_check_that_is_cut_off_ends_at_once_and_leaves_what_was_found(monkeypatch):
+    def cut(*_):
+        raise OutOfTime
+
+    def on_row(row, total):
+        if row["function"] == "dgrad" and "256" in row["shape"]:  # the next one sleeps
+            signal.setitimer(signal.ITIMER_REAL, 1.0)
+
+    ended = spy_on_ends(monkeypatch)
+    report, before = probe.Report(), signal.signal(signal.SIGALRM, cut)
+    code = BREAK.format(function="wgrad", where="True", what="time.sleep(600)")
+    code += "\nopen('/proc/self/comm', 'w').write('jasper-checks')"
+    try:
+        with pytest.raises(OutOfTime):
+            run_child(code, on_row=on_row, report=report)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    children = [p for p in Path("/proc").glob("[0-9]*/comm") if read_or_nothing(p) == "jasper-checks"]
+    assert not children and ended == [(0.0, -signal.SIGKILL)]
+    assert {row["op"] for row in report.rows} == {"bn_relu_dropout", "conv1d"}
+    assert {row["op"] for row in report.decided()} == {"bn_relu_dropout"}, "of conv1d wgrad is missing"
+    assert all(row["status"] == "ok" for row in report.rows)
+
+
+def read_or_nothing(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def test_a_check_that_is_cut_off_in_the_first_second_ends_at_once(monkeypatch):
+    """While the process still imports: nothing waits for its end."""
+    ended = spy_on_ends(monkeypatch)
+
+    def lines(*_):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(probe, "_lines", lines)
+    with pytest.raises(KeyboardInterrupt):
+        run_child("time.sleep(600)")
+    assert ended == [(0.0, -signal.SIGKILL)]
+
+
+def spy_on_ends(monkeypatch) -> list[tuple[float, int | None]]:
+    """Of every process that is ended: the seconds that its own end is waited for, and how it ended."""
+    ended, end = [], probe._end
+
+    def spied(process, before, after):
+        status = end(process, before=before, after=after)
+        ended.append((before, process.poll()))
+        return status
+
+    monkeypatch.setattr(probe, "_end", spied)
+    return ended
+
+
+def rows_of(*statuses: tuple[str, str]) -> tuple[list[dict], dict[str, dict]]:
+    planned, found = [], {}
+    for number, (op, status) in enumerate(statuses):
+        check = Check(op, "triton", "forward", f"{number}", CONV, "float16").plain()
+        planned.append(check)
+        if status:
+            found[check["id"]] = check | {"status": status, "detail": "", "share": 0.5, "ours": 0.0, "theirs": 0.0}
+    return planned, found
+
+
+def test_what_was_found_is_a_verdict_where_nothing_can_change_it():
+    report = probe.Report(*rows_of(
+        ("bn_relu_dropout", "ok"), ("conv1d", "ok"), ("conv1d", ""), ("conv1d.fused", "wrong"), ("conv1d.fused", ""),
+        ("panes", ""),
+    ))  # fmt: skip
+    found = {v.op: v.status for v in verdict.judge(report.decided(), quick=True)}
+    assert found == {"bn_relu_dropout": GOOD, "conv1d.fused": BAD}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("as_json", [True, False])
+def test_the_command_cut_off_shows_and_keeps_what_was_found(as_json, monkeypatch, capsys):
+    def supervise(device, *, report, **_more):
+        report.planned, report.found = rows_of(("bn_relu_dropout", "ok"), ("conv1d", "ok"), ("conv1d", ""))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(show, "supervise", supervise)
+    with pytest.raises(KeyboardInterrupt):
+        show.main(CPU, quick=False, as_json=as_json, cache=True)
+    said = capsys.readouterr().out
+    if as_json:
+        report = json.loads(said)
+        assert not report["finished"] and len(report["rows"]) == 2 and len(report["verdicts"]) == 1
+    else:
+        assert "bn_relu_dropout (triton, float16): good" in said and "ended early: 2 checks were made" in said
+    assert {name: v.status for name, v in verdicts.read(CPU).items()} == {
+        ("bn_relu_dropout", "triton", "float16"): GOOD
+    }
+
+
+@pytest.mark.slow
+def test_what_kernels_print_is_no_part_of_the_protocol():
+    rows = run_child(BREAK.format(function="forward", where="True", what="print('jasper', end='', flush=True)"))
+    assert {row["status"] for row in rows} == {"ok"}
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_start_is_no_verdict_on_a_kernel():
+    with pytest.raises(probe.CannotCheck, match="ended with status 3, in no check: what a pity"):
+        run_child("print('what a pity', file=sys.stderr); sys.exit(3)")
+
+
+@pytest.mark.slow
+def test_a_device_that_is_lost_on_the_way_leaves_what_was_not_checked_open(tmp_path):
+    """The process dies in a kernel, and the next one does not start."""
+    flag = tmp_path / "started"
+    code = f"""
+if os.path.exists({str(flag)!r}):
+    sys.exit("no device any more")
+open({str(flag)!r}, "w").close()
+""" + BREAK.format(function="forward", where="True", what="os._exit(9)")
+    rows = run_child(code)
+    assert next(row["status"] for row in rows if row["function"] == "forward" and row["op"] == "conv1d") == "died"
+    found = {v.op: v.status for v in verdict.judge(rows, quick=True)}
+    assert found["conv1d"] == BAD
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_in_the_driver_is_no_fault_of_the_kernel():
+    what = "print('CUDA error: out of memory', file=sys.stderr); sys.stderr.flush(); os._exit(1)"
+    rows = run_child(BREAK.format(function="forward", where="True", what=what), ops=("conv1d",))
+    assert verdict.judge(rows, quick=True)[0].status == UNCHECKED
+
+
+# ---- the command ----
+
+
+def command(*arguments: str, cache: Path, interpret: bool) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"JASPER_FAST_CACHE": str(cache)}
+    env |= {"TRITON_INTERPRET": "1"} if interpret else {}
+    argv = [sys.executable, "-m", "jasper_fast", "selfcheck", "--device", "cpu", *arguments]
+    return subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_command_checks_the_cpu_and_the_interpreted_kernels_and_keeps_the_verdicts(tmp_path):
+    make_face("cpu"), interpreted()
+    done = command("--quick", "--json", cache=tmp_path, interpret=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["finished"]
+    assert {(v["op"], v["face"], v["dtype"]) for v in report["verdicts"]} == {("panes", "aten", "float32")} | {
+        (op, *face) for op in verdict.OPS[:3] for face in (("cpu", "float32"), ("triton", "bfloat16"))
+    } | {("panes", "cpu", "float32")}
+    assert all(v["status"] == GOOD and v["quick"] for v in report["verdicts"])
+    (file,) = (tmp_path / "verdicts").glob("*.json")
+    kept = json.loads(file.read_text())
+    assert kept["key"] == report["key"] and kept["verdicts"] == report["verdicts"]
+
+
+@pytest.mark.slow
+def test_the_command_checks_the_dtypes_that_it_is_told(tmp_path):
+    make_face("cpu")
+    done = command("--quick", "--dtype", "fp16", "--dtype", "bf16", "--json", cache=tmp_path, interpret=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert {(v["op"], v["face"], v["dtype"]) for v in report["verdicts"]} == {
+        (op, face, dtype)
+        for op, face in (("panes", "aten"), *((op, "cpu") for op in verdict.OPS[:3]))
+        for dtype in ("float16", "bfloat16")
+    }
+
+
+@pytest.mark.slow
+def test_the_command_shows_a_table(tmp_path):
+    make_face("cpu")
+    done = command("--quick", "--no-cache", cache=tmp_path, interpret=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "conv1d (cpu, float32): good" in done.stdout and "conv1d dgrad" in done.stdout
+    assert not (tmp_path / "verdicts").exists(), "--no-cache"
+
+
+@pytest.mark.slow
+def test_a_failure_is_shown_and_is_the_exit_status(monkeypatch, capsys, tmp_path):
+    make_face("cpu")
+    code = BREAK.format(function="dgrad", where="True", what="return 1.01 * right(x, w, *rest, **more)")
+    full = f"{MODULES}\n{code}\nchild.child()"
+    argv = [sys.executable, "-c", full]
+    monkeypatch.setattr(probe, "command", lambda: argv)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert show.main(CPU, quick=True, as_json=False, cache=True) == 1
+    said = capsys.readouterr().out
+    assert "conv1d dgrad default (2, 64->48, 37) K 11 float32 wrong: dx: max error" in said.replace("\n", " ")
+    assert "conv1d (cpu, float32): bad" in said and "bn_relu_dropout (cpu, float32): good" in said
+    assert verdicts.read(CPU)["conv1d", "cpu", "float32"].status == BAD
