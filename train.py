@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import math
 import sys
@@ -284,6 +285,9 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
     seed_everything(args.seed + ranks.rank)  # equal weights, but each process has noise and dropout of its own
     folder = Folder(args.output_dir, args.keep, args.milestones)
     generators = resume(args, folder, state, train, ranks, console)
+    if train.changed and not args.steps:  # --epochs counts epochs, however many steps they have now
+        left = train.steps_left(state, args.epochs, args.grad_accumulation)
+        schedule = dataclasses.replace(schedule, total_steps=state.step + max(left, 0) or 1)
     log = RunLog(folder.path, state.step, enabled=ranks.first)
     about = {"format": checkpoint.FORMAT, "config": config.to_dict(), "labels": vocabulary.labels}
     versions = {"jasper_fast": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}

@@ -112,7 +112,7 @@ def test_other_data_begin_the_epoch_anew():
     plan, smaller = Plan(Utterances(), 4, None, True, 1, 1), Plan(Utterances(20), 4, None, True, 1, 1)
     state = standing(2, 8)
     (said,) = smaller.go_on(state, plan.saved())
-    assert said == "the training data have changed: epoch 3 begins anew"
+    assert said == "the training data, their perturbation or --seed have changed: epoch 3 begins anew"
     assert (state.epoch, state.position) == (2, 0) and set(smaller.taken(2, 0, 99)) == set(range(20))
 
 
@@ -156,6 +156,13 @@ def test_a_run_goes_on_with_fewer_steps_an_epoch(change, paths, run, tmp_path):
     steps = [r for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "train"]
     assert [r["step"] for r in steps] == list(range(1, 11))
     assert next(r["epoch"] for r in steps if r["step"] == 8) == 1.0  # the rest of the epoch, in one step
+
+
+@pytest.mark.slow
+def test_epochs_are_counted_whatever_their_steps(paths, run, tmp_path):
+    """Seven of eight steps, then the rest of that epoch in one, then two epochs of two steps each."""
+    run(paths, tmp_path, batch_size=2, steps=7)
+    assert "done: step 12" in run(paths, tmp_path, batch_size=8, epochs=3, resume=True)
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ class Split:
     frontend: Frontend
     workers: int = 0
     told: int = 0  # how many of the skipped utterances were told
+    changed: bool = False  # whether a resumed run makes other batches than the run before
 
     @classmethod
     def load(
@@ -95,11 +96,12 @@ class Split:
         sizes = (then["batch_size"], then["batch_seconds"], not then["no_bucketing"], len(saved["rng"]))
         same = sizes == (now.batch_size, now.max_seconds, now.bucketing, now.world_size)
         if saved.get("data", self.print_of_data()) != self.print_of_data():
-            state.position, state.taken = 0, []
-            return f"the training data have changed: epoch {state.epoch + 1} begins anew"
+            self.changed, state.position, state.taken = True, 0, []
+            return f"the training data, their perturbation or --seed have changed: epoch {state.epoch + 1} begins anew"
         if same and then["grad_accumulation"] == accumulation:
             now.leave_out(state.epoch, state.taken)
             return ""
+        self.changed = True
         taken, steps = set(state.taken), state.position * then["grad_accumulation"]
         for rank in range(sizes[-1]):
             how = {"shuffle": True, "rank": rank, "world_size": sizes[-1]}
@@ -112,6 +114,11 @@ class Split:
         if not left:
             state.next_epoch()
         return f"the batches have changed: {left} of {len(self.dataset)} utterances are left of the epoch"
+
+    def steps_left(self, state: TrainingState, epochs: int, accumulation: int) -> int:
+        """Steps from where `state` stands to the end of so many epochs, those to come taken to be as long as the first."""
+        later = max(0, epochs - state.epoch - 1) * self.steps(0, accumulation)
+        return self.steps(state.epoch, accumulation) - state.position + later
 
     def micro_batches(self, state: TrainingState, accumulation: int, pin_memory: bool) -> Iterator[list[Batch]]:
         """The micro-batches of each step from where `state` stands, epoch after epoch, as long as `state` moves on.
