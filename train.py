@@ -286,8 +286,9 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
     folder = Folder(args.output_dir, args.keep, args.milestones)
     generators = resume(args, folder, state, train, ranks, console)
     if train.changed and not args.steps:  # --epochs counts epochs, however many steps they have now
-        left = train.steps_left(state, args.epochs, args.grad_accumulation)
-        schedule = dataclasses.replace(schedule, total_steps=state.step + max(left, 0) or 1)
+        left = train.steps(state.epoch, args.grad_accumulation) - state.position
+        left += (args.epochs - state.epoch - 1) * schedule.steps_per_epoch
+        schedule = dataclasses.replace(schedule, total_steps=max(1, state.step + left))
     log = RunLog(folder.path, state.step, enabled=ranks.first)
     about = {"format": checkpoint.FORMAT, "config": config.to_dict(), "labels": vocabulary.labels}
     versions = {"jasper_fast": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}

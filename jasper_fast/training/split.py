@@ -115,11 +115,6 @@ class Split:
             state.next_epoch()
         return f"the batches have changed: {left} of {len(self.dataset)} utterances are left of the epoch"
 
-    def steps_left(self, state: TrainingState, epochs: int, accumulation: int) -> int:
-        """Steps from where `state` stands to the end of so many epochs, those to come taken to be as long as the first."""
-        later = max(0, epochs - state.epoch - 1) * self.steps(0, accumulation)
-        return self.steps(state.epoch, accumulation) - state.position + later
-
     def micro_batches(self, state: TrainingState, accumulation: int, pin_memory: bool) -> Iterator[list[Batch]]:
         """The micro-batches of each step from where `state` stands, epoch after epoch, as long as `state` moves on.
 
