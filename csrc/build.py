@@ -60,7 +60,7 @@ def gencode(nvcc: str) -> str:
     return " ".join([*flags, f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"])
 
 
-def ninja_file(torch: Path, cxx: str, nvcc: str | None, sanitize: str | None) -> tuple[str, list[str]]:
+def ninja_file(torch: Path, cxx: str, nvcc: str | None, sanitize: str | None = None) -> tuple[str, list[str]]:
     """The text of build.ninja and the names of the libraries that it makes."""
     checks = f" -O1 -g1 -fno-omit-frame-pointer {SANITIZE[sanitize]}" if sanitize else ""
     include = f"-isystem {torch / 'include'} -I{ROOT / 'csrc'}"

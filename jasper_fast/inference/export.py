@@ -42,7 +42,7 @@ class _Conv(nn.Module):
 
     @classmethod
     def folded(cls, conv: nn.Conv1d, bn: nn.BatchNorm1d, b: BlockConfig | None = None) -> _Conv:
-        scale, shift = fold(bn.double())
+        scale, shift = fold(bn, torch.float64)
         dtype = conv.weight.dtype
         return cls((conv.weight.double() * scale[:, None, None]).to(dtype), shift.to(dtype), b)
 
