@@ -171,6 +171,7 @@ def test_a_rival_without_a_number_does_not(capsys, at_once, tmp_path, monkeypatc
     assert cli.main(["kernels", *QUICK, "--out", str(tmp_path)]) == 0
 
 
+@pytest.mark.slow
 def test_a_part_that_failed_fails_the_command(capsys, at_once, tmp_path, monkeypatch):
     def failing(run: Run) -> None:
         raise ValueError("no such kernel")

@@ -145,6 +145,7 @@ def test_faulty_dropout_is_refused(fault):
     assert found and all(line.startswith("dropout on: ") for line in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_contenders_of_bn_relu_dropout_are_right(residual, dtype, tmp_path):
@@ -187,6 +188,7 @@ def test_sub_blocks_under_amp_are_right(mode, backend, dtype, tmp_path):
     assert len(rows) == 12 and all(r["status"] == "ok" for r in rows), [(r["id"], r.get("why")) for r in rows]
 
 
+@pytest.mark.slow
 def test_a_wrong_sub_block_is_refused_in_every_mode(tmp_path, monkeypatch):
     """An output scaled by 1.01 is no sub-block, in training or in inference."""
     right, folded = sub_blocks.fused_sub_block, sub_block_inference.fused

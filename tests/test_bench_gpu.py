@@ -57,6 +57,7 @@ def written(run: Run) -> dict:
 # ------------------------------------------------------------------ one case's failure, and one after another
 
 
+@pytest.mark.slow
 def test_without_an_answer_only_that_case_has_no_number(tmp_path):
     no_memory = raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 49 GiB"))
     broken, refilled, fine = (softplus_case({"eager": F.softplus}, f"softplus{i}") for i in range(3))
@@ -208,6 +209,7 @@ gpu.go_on_elsewhere(N(arguments=('gpu', '--help')), time.monotonic() + 9)
     assert "--budget" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_kernel_that_never_ends_is_left_behind(tmp_path, monkeypatch):
     """A call into C++ hears no signal; here it is a part that blocks the alarm."""
     left = threading.Event()

@@ -175,6 +175,7 @@ def test_texts_and_lengths_of_the_drawn_path_tell_decoders_apart():
     assert lengths.tolist() == [50, 37, 25] and any(a == b for a, b in itertools.pairwise(texts[0]))
 
 
+@pytest.mark.slow
 def test_sound_to_text_is_right_as_it_stands_and_wrong_with_a_faulty_model(tmp_path):
     rows = rows_of(tmp_path, heard)
     assert {name: row["status"] for name, row in rows.items()} == {"jasper_fast": "ok", "eager": "ok"}

@@ -26,6 +26,7 @@ def statuses(rows: list[dict]) -> dict[tuple[str, str], str]:
     return {(r["key"]["mode"], r["contender"]): r["status"] for r in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_both_forms_and_the_eager_rivals_are_right_in_every_mode(dtype, tmp_path):
     """In 16 bits at a size where a plain form that rounds u before its scale is wrong."""

@@ -28,6 +28,7 @@ def failing(run):
     raise ValueError("no such kernel")
 
 
+@pytest.mark.slow
 def test_a_part_of_the_plan_has_time_for_all_its_cases(tmp_path, monkeypatch):
     asked: list[float] = []
 

@@ -170,6 +170,7 @@ def test_every_rival_that_has_a_time_has_a_bar(page):
             assert all(f">{name}</text>" in plot for name in names)
 
 
+@pytest.mark.slow
 def test_a_share_above_the_limit_is_explained(page):
     assert "125 %* (compute)" in page and page.count("Effective FLOPs: counted by the definition") == 1
     modest = full()

@@ -116,6 +116,7 @@ def test_a_sub_block_s_compiled_function_never_runs_in_eager(graphs_run):
     assert len(graphs_run) == 2 * 10
 
 
+@pytest.mark.slow
 def test_a_frozen_sub_block_never_runs_in_eager(graphs_run):
     layer = Layer(4, 4, 3)
     i = sub_block_inference.Inputs(1, 20, layer, torch.float32, torch.device("cpu"))

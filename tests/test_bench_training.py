@@ -112,6 +112,7 @@ FAULTS = {
 EACH = [(fault, dtype) for fault, (_, dtypes) in FAULTS.items() for dtype in dtypes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "dtype"), EACH)
 def test_a_faulty_gradient_is_refused(fault, dtype):
     right = found("jasper_fast", DTYPES[dtype])
@@ -163,6 +164,7 @@ def test_a_skipped_utterance_gets_no_time(dtype, tmp_path, monkeypatch):
     assert rows["eager"]["status"] == "ok", rows["eager"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "mode"), [("fp16", "forward+backward"), ("fp16", "step"), ("bf16", "step")])
 def test_fp16_scales_the_loss_as_training_does(dtype, mode, monkeypatch):
     calls = []
@@ -193,6 +195,7 @@ def test_fp16_scales_the_loss_as_training_does(dtype, mode, monkeypatch):
     assert got.isfinite().all() and torch.equal(got, before) == (mode != "step")
 
 
+@pytest.mark.slow
 def test_answers_in_fp16_are_scaled_as_far_as_nothing_overflows(monkeypatch):
     """A scale that overflows gives way to a smaller one; gradients come back unscaled."""
     config, state, _ = setting()
@@ -211,6 +214,7 @@ def with_a_temporary(x: torch.Tensor) -> torch.Tensor:
     return x + torch.ones(1_000_000).sum()
 
 
+@pytest.mark.slow
 def test_peak_sees_what_lives_and_ends_inside_a_custom_op():
     x = torch.randn(1000)
     nbytes = allocations.peak(lambda: with_a_temporary(x), "cpu")

@@ -312,6 +312,7 @@ def test_dropped_nan_is_zero(face):
     assert (z[~keep] == 0).all()
 
 
+@pytest.mark.slow
 @dtypes
 def test_two_runs_give_the_same_bits(face, dtype):
     op = face.load("bn_relu_dropout")

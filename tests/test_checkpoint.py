@@ -77,6 +77,7 @@ def test_round_trip_leaves_nothing_beside(tmp_path):
     assert os.listdir(tmp_path / "new") == ["a.pt"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     """A real write error, by the operating system's limit on file sizes."""
     program = f"""

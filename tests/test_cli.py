@@ -259,6 +259,7 @@ def python(*argv):
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_module_runs_and_imports_little():
     code = "import sys; from jasper_fast.cli.command import parser; parser(); print('torch' in sys.modules)"
     assert python("-c", code) == "False"

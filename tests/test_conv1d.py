@@ -252,6 +252,7 @@ for algorithm in cpu.ALGORITHMS:
 """
 
 
+@pytest.mark.slow
 @needs_native
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set(isa: str) -> None:

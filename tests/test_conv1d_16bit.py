@@ -149,6 +149,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_a_lower_instruction_set_says_so() -> None:
     env = {**os.environ, "JASPER_FAST_ISA": "generic"}
     done = subprocess.run([sys.executable, "-c", LOWER], env=env, capture_output=True, text=True)

@@ -258,6 +258,7 @@ def test_padding_that_is_zero_gives_the_same_bits_as_padding_that_is_masked(name
     assert_close("dw", got, dw, gradients(x.double(), weight.double(), dy.double(), *shape)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_what_is_not_finite_in_a_frame_reaches_y_and_every_gradient(dtype, value):

@@ -97,6 +97,7 @@ def test_every_norm_of_jasper_10x5_is_counted_where_it_stands(jasper10x5):
     assert {p: places.count(p) for p in set(places)} == {"inner": 40, "joined": 10, "end": 3, "pane": 55, "head": 1}
 
 
+@pytest.mark.slow
 def test_training_flops_of_jasper_10x5_are_pytorchs(jasper10x5):
     T = 208
     with FlopCounterMode(display=False) as flops, torch.device("meta"):

@@ -194,6 +194,7 @@ def test_both_ways(emulated: Emulated, shape, dtype, residual, p, padded) -> Non
                 assert_close(name, *three)
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_cut(emulated: Emulated) -> None:
     """Elementwise passes give the same bits whatever the number of multiprocessors; reductions stay within rounding."""
     x = tensors(2, 40, 500, torch.float16)

@@ -23,6 +23,7 @@ def engine_of(face, cfg=None, **options):
     return eager, InferenceEngine(ours, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_every_kind_of_block_equals_eager_in_fp64(kind, masks, face):
@@ -85,6 +86,7 @@ def test_layout_and_dtype_of_the_features_do_not_matter(kind, face):
         assert torch.equal(engine(form, lengths)[0], want), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
 def test_lengths_of_other_integers_and_strides(dtype, face):
     _, engine = engine_of(face)
@@ -125,6 +127,7 @@ def test_folding_is_precise_whatever_the_dtype(name):
     torch.testing.assert_close(valid(got, out), valid(want, out), atol=0.02, rtol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held", [torch.float16, torch.float64])
 def test_a_model_of_another_dtype_runs_in_the_wanted_one(held, face):
     """Exactly as the same weights held in fp32, where folding is the same."""
@@ -147,6 +150,7 @@ def test_vocabularies_of_every_size(classes, face):
     torch.testing.assert_close(valid(got, out), valid(want, out), atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_nan_in_a_valid_frame_reaches_its_own_utterance_only(face):
     _, engine = engine_of(face)
     features, lengths = batch([31, 31], device=face.device)
@@ -156,6 +160,7 @@ def test_a_nan_in_a_valid_frame_reaches_its_own_utterance_only(face):
     assert torch.equal(got[0], clean[0]) and got[1].isnan().any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jasper", "plain residual"])
 def test_results_are_memory_of_their_own(kind, face):
     """Also the lengths, where no conv changes them."""
@@ -173,6 +178,7 @@ def test_results_are_memory_of_their_own(kind, face):
     assert torch.equal(again[0], kept) and torch.equal(again[1], kept_out)
 
 
+@pytest.mark.slow
 def test_weights_are_copies_until_refresh(face):
     eager, ours = pair(config(), face.name, face.device)
     engine = InferenceEngine(ours)
@@ -191,6 +197,7 @@ def test_weights_are_copies_until_refresh(face):
     assert not torch.allclose(valid(after, out), valid(before, out))
 
 
+@pytest.mark.slow
 def test_inference_mode_may_come_and_go(face):
     _, engine = engine_of(face)
     features, lengths = batch([31, 17], device=face.device)

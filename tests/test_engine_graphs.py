@@ -54,6 +54,7 @@ def test_graphs_and_buckets_change_no_bit(device):
     assert captured(engine) == 3
 
 
+@pytest.mark.slow
 def test_without_masks_each_length_has_its_graph(device):
     eager, ours = pair(config(masks=False), "triton", device)
     engine = InferenceEngine(ours, graphs=True, bucket=8)
@@ -68,6 +69,7 @@ def test_without_masks_each_length_has_its_graph(device):
     assert list(engine._run.shapes) == [(2, 22), (2, 20)]
 
 
+@pytest.mark.slow
 def test_lengths_of_a_bucket_share_a_graph(device):
     _, ours = pair(config(), "triton", device)
     engine = InferenceEngine(ours, graphs=True, bucket=8)
@@ -144,6 +146,7 @@ def test_a_graph_is_captured_again_where_fp32_arithmetic_is_to_change(device, mo
     assert captures == [bound.launch]
 
 
+@pytest.mark.slow
 def test_refresh_drops_every_graph(device):
     eager, ours = pair(config(), "triton", device)
     engine = InferenceEngine(ours, graphs=True, bucket=8)
@@ -159,6 +162,7 @@ def test_refresh_drops_every_graph(device):
     torch.testing.assert_close(valid(engine(features, lengths)[0], out), valid(want, out), atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_auto_captures_a_shape_when_it_comes_back(device):
     _, ours = pair(config(), "triton", device)
     engine = InferenceEngine(ours, graphs=True, bucket=8)
@@ -171,6 +175,7 @@ def test_auto_captures_a_shape_when_it_comes_back(device):
     assert torch.equal(first, second) and torch.equal(engine(features, lengths)[0], first)
 
 
+@pytest.mark.slow
 def test_results_are_memory_of_their_own(device):
     _, ours = pair(config(), "triton", device)
     engine = InferenceEngine(ours, graphs=True, bucket=8)
@@ -181,6 +186,7 @@ def test_results_are_memory_of_their_own(device):
     assert all(torch.equal(x, y) for x, y in zip(first, kept, strict=True))
 
 
+@pytest.mark.slow
 def test_threads_share_an_engine(device):
     _, ours = pair(config("plain residual"), "triton", device)
     engine = InferenceEngine(ours, graphs=True, bucket=8, graph_limit=1)
@@ -206,6 +212,7 @@ def test_threads_share_an_engine(device):
     assert wrong == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jasper", "dense first", "lengths change twice"])
 def test_impossible_lengths_are_clamped_by_the_kernels(kind, device):
     """On a GPU nobody looks at them before; here the check is passed by."""

@@ -68,6 +68,7 @@ def test_a_compiled_step_equals_an_uncompiled_one_at_every_length(backend, panes
     assert graphs == [1, 2, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_a_compiled_step_under_autocast_is_as_good_as_an_uncompiled_one(backend):
     """bf16: Inductor fuses and so rounds less often; beside fp32 it may be off by what the uncompiled step is."""
@@ -83,6 +84,7 @@ def test_a_compiled_step_under_autocast_is_as_good_as_an_uncompiled_one(backend)
         assert_close(kind, of(got).bfloat16(), of(low).bfloat16(), of(ref))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_compiled_inference_equals_uncompiled(backend):
     _, ours = pair(config(), backend)
@@ -98,6 +100,7 @@ def test_compiled_inference_equals_uncompiled(backend):
     assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_an_exported_model_serves_other_batches_and_lengths(backend, tmp_path):
     """Saved and loaded, too: the ops are found by name."""

@@ -150,6 +150,7 @@ def test_garbage_in_the_padding_changes_nothing(any_backend, training):
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.slow
 def test_garbage_in_the_padding_changes_nothing_in_the_engine(any_backend):
     _, ours = pair(config(), any_backend)
     engine = InferenceEngine(ours.eval())
@@ -268,6 +269,7 @@ def test_bfloat16_autocast_trains_close_to_fp32(which, panes):
     assert losses[1] == pytest.approx(losses[0], rel=0.03)
 
 
+@pytest.mark.slow
 def test_compile_has_no_graph_break(backend):
     _, ours = pair(config(dropout=0.2), backend)
     features, lengths = batch()

@@ -15,6 +15,7 @@ from jasper_fast.kernels import native
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_importing_loads_no_library() -> None:
     code = "from jasper_fast.kernels import native; print('jasper_fast_cpu.so' in open('/proc/self/maps').read())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -49,6 +49,7 @@ def conv_face_of(backend):
     return {"reference": "aten"}.get(backend, backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stats", [False, True])
 def test_opcheck_conv1d(backend, stats):
     x, w = torch.randn(2, 8, 11, requires_grad=True), torch.randn(5, 8, 3, requires_grad=True)
@@ -161,6 +162,7 @@ def test_sub_block_equals_its_two_halves(backend, p):
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("stats", [False, True])
 def test_opcheck_sub_block(backend, stats, packed):
@@ -205,6 +207,7 @@ def grads_of_sub_block(backend, halo, dtype=torch.float32, c=24, t=37, k=7, **ho
     return [out.detach(), *torch.autograd.grad(out, [y, *leaves], up)], (y.detach(), gamma, beta, weight, lengths, up)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_a_halo_changes_no_bit(backend, dtype):
     if backend == "cpu" and dtype != torch.float32:

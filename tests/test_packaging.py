@@ -111,6 +111,7 @@ def test_inference_and_the_self_check_need_no_extra() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "hint"),
     [

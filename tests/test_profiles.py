@@ -70,12 +70,14 @@ def test_backward_s_nodes_belong_to_the_layer_that_made_them(tmp_path):
     assert nodes == wanted
 
 
+@pytest.mark.slow
 def test_a_second_run_keeps_the_first_one_s_traces(tmp_path):
     for _ in range(2):
         profile.main(make_run(tmp_path), "small", "inference", 1, T)
     assert len(list(tmp_path.glob("trace_small_inference_eager_*.json"))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["train", "inference"])
 def test_a_wrong_contender_has_no_profile(mode, tmp_path, monkeypatch):
     right = models.fused

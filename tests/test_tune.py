@@ -250,6 +250,7 @@ def test_a_tile_that_spills_is_refused(tmp_path, monkeypatch):
 # ---- the library beside them ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", tune_cases.CONV_OPS)
 def test_the_library_is_compared_by_what_its_timed_call_computes(function, monkeypatch):
     """And right at once on the inputs that follow: nothing is left from those before."""
@@ -376,11 +377,13 @@ def test_a_run_without_time_is_unfinished_and_resume_keeps_what_is_there(tmp_pat
     assert len(cases(data)) == 4 and len(data["table"]["rows"]) == 8
 
 
+@pytest.mark.slow
 def test_the_budget_ends_a_run(tmp_path):
     code, data = run(tmp_path, "--budget", "0.001")
     assert code == tune.OUT_OF_TIME and not data["finished"] and data["rows"] == []
 
 
+@pytest.mark.slow
 def test_the_budget_counts_from_the_process_s_start(tmp_path, monkeypatch):
     born = time.monotonic() - 100.0
     monkeypatch.setattr(tune, "born", lambda: born)
