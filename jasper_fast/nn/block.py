@@ -25,7 +25,7 @@ class JasperBlock(nn.Module):
     `conv` and `res` are dictionaries keyed by the positions that the reference's nn.Sequential gives them
     (`conv.0.weight`, `conv.1.running_mean`, `conv.4.weight`, ..., `res.0.0.weight`), so state dicts are the same.
     `pane_form`: how training takes the panes' statistics, "gram" (`ops.panes`) or "plain" (`ops.panes_plain`); "auto"
-    is as `backends.pane_form` says: "gram" on a GPU, "plain" elsewhere.
+    is as `choose.pane_form` says: "gram" on a GPU, "plain" elsewhere.
     """
 
     def __init__(

@@ -111,7 +111,7 @@ register_autograd("bn_relu_dropout", _grad, _save)
 
 
 def norm_face(y: Tensor, backend: str) -> str:
-    """Which face of the op serves `y` (N, C, T), its statistics included: see `backends.norm_face`."""
+    """Which face of the op serves `y` (N, C, T), its statistics included: see `choose.norm_face`."""
     return norm_face_of(y, y.shape[1], y.shape[2], backend)
 
 

@@ -177,7 +177,7 @@ def conv_face(
     """The face of the conv of `x` (N, C, T), ours where it has the dtype and the gradients, else ATen's; and its pack.
 
     On a GPU "auto" stays with cuDNN in channels-last memory but where measurements of the conv of `weight` there say
-    otherwise; `stats` and `norm` tell which calls those are (see `backends.conv_face`).
+    otherwise; `stats` and `norm` tell which calls those are (see `choose.conv_face`).
     """
     rows_log2, grad = None, torch.is_grad_enabled()
     c_out, c_in, taps = weight.shape
