@@ -2,8 +2,8 @@
 
 The plain form; panes_op.py has the Gram form. A pane's output lives until it is added, and backward makes it again, so
 that only the block outputs are kept, which have other readers anyway. On a CPU, where recomputing costs more than
-memory, the outputs of the newest KEPT panes are saved. With y = x W^T, yhat = (y - mean)*rstd and g the gradient at the sum, the same
-for every pane:
+memory, the outputs of the newest KEPT panes are saved. With y = x W^T, yhat = (y - mean)*rstd and g the gradient at
+the sum, the same for every pane:
     dgamma = sum g*yhat,   dbeta = sum g,   dy = gamma*rstd*(g - dbeta/M - yhat*dgamma/M),   dW = dy^T x,   dx = dy W
 """
 
