@@ -7,6 +7,7 @@ JASPER_FAST_LIB=FOLDER takes the libraries of another folder, such as those with
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import threading
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Missing", "cpu", "cpu_available", "cpu_name", "cuda", "cuda_available", "explain"]
+__all__ = ["Missing", "cpu", "cpu_available", "cpu_name", "cuda", "cuda_available", "cuda_library", "explain"]
 
 BUILD = "run `make install`, or `python setup.py build_native` in a checkout"
 
@@ -111,6 +112,12 @@ def cpu() -> Any:
 def cuda() -> Any:
     """`torch.ops.jasper_fast_cuda`; raises `Missing` without the CUDA library, torch with CUDA and a GPU."""
     return _cuda.ops()
+
+
+def cuda_library() -> ctypes.CDLL:
+    """The CUDA library's C functions; raises `Missing` as `cuda` does."""
+    _cuda.ops()
+    return ctypes.CDLL(str(_cuda.path))
 
 
 def cpu_available() -> bool:

@@ -5,6 +5,8 @@
 // lanes, a warpgroup-wide one by all 128 threads, with the same scalar arguments.
 #pragma once
 
+#include <utility>
+
 #include "common.cuh"
 
 #ifdef JF_EMULATE
@@ -103,6 +105,24 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
 
 __device__ __forceinline__ float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 
+// ---- global memory between CTAs --------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int load_acquire(const int* at) {
+  int value;
+  asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+
+// Adds, releasing what this thread and those it has synchronised with have written; returns the value before.
+__device__ __forceinline__ int add_release(int* at, int value) {
+  int before;
+  asm volatile("atom.add.acq_rel.gpu.s32 %0, [%1], %2;" : "=r"(before) : "l"(at), "r"(value) : "memory");
+  return before;
+}
+
+// From L2, past an L1 that may be stale.
+__device__ __forceinline__ float4 load_cg(const float4* at) { return __ldcg(at); }
+
 // ---- sm_90: mbarriers, bulk copies, proxies ------------------------------------------------------------------------
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t count) {
@@ -191,8 +211,9 @@ __device__ __forceinline__ void wgmma_wait() {
 // Keeps the compiler from moving accesses to an accumulator across this point.
 template <int COUNT>
 __device__ __forceinline__ void wgmma_hold(float (&d)[COUNT]) {
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  [&]<int... I>(std::integer_sequence<int, I...>) {
+    (void(([&] { asm volatile("" : "+f"(d[I])::"memory"); })()), ...);
+  }(std::make_integer_sequence<int, COUNT>{});
 }
 
 // d = [d +] a*b, m64nNk16 of fp16 or bf16, fp32 accumulators, both operands in shared memory. a is 64 x 16, b 16 x N;

@@ -1,0 +1,80 @@
+// The convs' kernels behind a C interface without torch, which kernels/conv1d/cuda_launch.py calls. Each function launches
+// one kernel on the current device and returns null, or what went wrong. dtypes: 0 fp32, 1 fp16, 2 bf16.
+// With JF_EMULATE this file is host C++, and the kernels run where they are called.
+#include "conv1d_launch.cuh"
+
+namespace {
+
+namespace conv = jf::conv;
+using conv::Launch;
+
+constexpr const char* kUnknown = "the cuda face has no kernel for this tile and dtype on this GPU";
+
+const char* result(bool known) {
+#ifdef JF_EMULATE
+  return known ? jf::emulation_error() : kUnknown;
+#else
+  if (!known) return kUnknown;
+  const cudaError_t error = cudaGetLastError();
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)
+    return "built without this GPU's architecture: build again with JASPER_FAST_CUDA_ARCHS set to it";
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+#endif
+}
+
+template <class F>
+const char* with_dtype(int dtype, F&& f) {
+  if (dtype == 0) return f(float{});
+  if (dtype == 1) return f(__half{});
+  if (dtype == 2) return f(__nv_bfloat16{});
+  return kUnknown;
+}
+
+}  // namespace
+
+#define JF_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Bytes of the two structs of arguments, which kernels/conv1d/cuda_args.py must agree on.
+JF_EXPORT void jf_conv1d_sizes(int* args, int* wgrad_args) {
+  *args = sizeof(conv::Args), *wgrad_args = sizeof(conv::WgradArgs);
+}
+
+JF_EXPORT const char* jf_conv1d(const Launch* l, int dtype, int mode, int transposed, int block, const conv::Args* a) {
+  if (dtype == 1) return result(conv::launch_conv<__half>(*l, mode, transposed, block, *a));
+  if (dtype == 2) return result(conv::launch_conv<__nv_bfloat16>(*l, mode, transposed, block, *a));
+  return kUnknown;
+}
+
+JF_EXPORT const char* jf_conv1d_merge(const Launch* l, const float* part_a, const float* part_b, float* a, float* b,
+                                      int tiles, int t_blocks, int block, int frames, int c, int stats) {
+  conv::run(*l, conv::kMergeThreads, conv::merge_kernel, part_a, part_b, a, b, tiles, t_blocks, block, frames, c, stats);
+  return result(true);
+}
+
+JF_EXPORT const char* jf_conv1d_wgrad(const Launch* l, int dtype, int taps, const conv::WgradArgs* a) {
+  if (dtype == 1) return result(conv::launch_wgrad<__half>(*l, taps, *a));
+  if (dtype == 2) return result(conv::launch_wgrad<__nv_bfloat16>(*l, taps, *a));
+  return kUnknown;
+}
+
+JF_EXPORT const char* jf_conv1d_wgrad_merge(const Launch* l, int dtype, const float* parts, void* dw, int shares, int taps,
+                                            int64_t pairs) {
+  return with_dtype(dtype, [&](auto tag) {
+    using W = decltype(tag);
+    conv::run(*l, conv::kWgradMergeThreads, conv::wgrad_merge_kernel<W>, parts, static_cast<W*>(dw), shares, taps, pairs);
+    return result(true);
+  });
+}
+
+JF_EXPORT const char* jf_conv1d_pack(const Launch* l, int from, int to, const void* weight, void* pack, int c_out, int c_in,
+                                     int taps) {
+  return with_dtype(from, [&](auto tag) {
+    using W = decltype(tag);
+    const auto into = [&](auto* at) {
+      using T = std::remove_pointer_t<decltype(at)>;
+      conv::run(*l, conv::kPackThreads, conv::pack_kernel<W, T>, static_cast<const W*>(weight), at, c_out, c_in, taps);
+      return result(true);
+    };
+    return to == 1 ? into(static_cast<__half*>(pack)) : to == 2 ? into(static_cast<__nv_bfloat16*>(pack)) : kUnknown;
+  });
+}

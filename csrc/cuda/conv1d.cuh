@@ -1,0 +1,217 @@
+// What the conv kernels share: their arguments, the pack of a weight, panels of activations in shared memory, tiles.
+//
+// A panel holds 64 channels of the rows that a tile reads, as [parity][C/8][row][8 channels]: 16-byte cells. Row r of
+// parity q is frame `first + r*stride + q`, so that a tap is a shift in rows. Rows beyond an utterance and channels
+// beyond C are zeros. A pack holds the weight as images of 64 x 64 channels, [C_in/8][C_out][8 of C_in], so that either
+// side can be reduced: (tap, block of C_in, block of C_out, image), both numbers of blocks even, zeros in the rest.
+#pragma once
+
+#include <utility>
+
+#include "ptx.cuh"
+
+namespace jf::conv {
+
+constexpr int kChunk = 64, kCells = kChunk / 8;      // channels of a panel and of an image's side
+constexpr int kImage = kChunk * kChunk;              // elements of an image: 8 KB
+constexpr int kOut = 128;                            // output channels of a tile: two images
+constexpr int kSlab = 32;                            // frames that pass the epilogue at a time
+
+enum Mode : int { kPlain = 0, kStats = 1, kNorm = 2, kLogSoftmax = 3 };
+enum Source : int { kCell16 = 0, kElement = 1, kFloat = 2 };  // how activations are read: cells, or elements of T or fp32
+
+// One operand whose channels are reduced: activations (N, T, C) and the pack that they meet.
+struct Operand {
+  const void *x, *pack;
+  int64_t item, row, channel;  // strides of x, in elements
+  int channels, blocks_in, blocks_out, source;
+};
+
+struct Args {
+  Operand main, panes;                       // panes: one tap at the output's own frames; no channels: none
+  const int64_t *in_lengths, *out_lengths;   // null: all frames
+  int64_t* lengths_out;                      // receives the output lengths of in_lengths
+  void* out;
+  const float* bias;
+  float *part_a, *part_b;                    // (tiles, C_out): mean and M2, or the sums of g and g*yhat
+  const void *y, *z;                         // kNorm: dense, of the shape of out
+  const float *mean, *rstd;
+  float* shares;                             // (tiles, splits, frames of a tile, kOut) partial sums
+  int* arrived;                              // (tiles): zero before and after
+  int64_t out_item, out_row;
+  float scale;
+  int batch, frames, frames_out, c_out, taps, stride, padding, dilation;
+  int relu, masked, out_vector;              // out_vector: rows of out take 16-byte stores
+  int t_blocks, o_blocks, splits, stages, panels_kept;  // the last two: places for weights and for panels (sm_90a)
+};
+
+// f(0) .. f(N - 1) with compile-time arguments. Accumulators are indexed by constants only, or the compiler moves them to
+// local memory.
+template <class F, int... I>
+__device__ __forceinline__ void static_for(std::integer_sequence<int, I...>, F&& f) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+__device__ __forceinline__ void static_for(F&& f) {
+  static_for(std::make_integer_sequence<int, N>{}, f);
+}
+
+inline __host__ __device__ int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+// Blocks of 64 channels of a pack's side.
+inline __host__ __device__ int pack_blocks(int channels) { return divide_up(channels, kOut) * 2; }
+
+// Rows of one parity of a panel for `block` frames; odd, so that the eight cells of a row lie in eight bank groups.
+inline __host__ __device__ int panel_rows(int block, int taps, int dilation, int stride) {
+  return (block + (taps - 1) * dilation / stride) | 1;
+}
+
+inline __host__ __device__ int panel_bytes(int rows, int stride) { return stride * kCells * rows * 16; }
+
+// The frames and channels of one CTA's work, and which steps of the reduction it has: chunks of 64 channels, inside them
+// the taps; the panes' chunks come last, one step each.
+struct Tile {
+  int index;  // (n, block of frames)
+  int n, t0, o0, split;
+  int limit, limit_panes, end;  // inputs, the panes' inputs and outputs at or beyond these frames are zero
+  int stop;                     // the tile's frames end here
+  int main_steps, begin, count;
+
+  __device__ __forceinline__ Tile(const Args& a, int block, int id) {
+    split = id % a.splits, id /= a.splits;
+    o0 = id % a.o_blocks * kOut;  // channels innermost: neighbours share their frames in L2
+    index = id / a.o_blocks;
+    n = index / a.t_blocks;
+    t0 = index % a.t_blocks * block;
+    stop = t0 + block < a.frames_out ? t0 + block : a.frames_out;
+    limit = a.frames, limit_panes = end = a.frames_out;
+    if (a.in_lengths != nullptr) {
+      int64_t length = a.in_lengths[n];
+      length = length < 0 ? 0 : length < a.frames ? length : a.frames;
+      if (a.lengths_out != nullptr) {
+        const int reach = static_cast<int>(length) + 2 * a.padding - a.dilation * (a.taps - 1) - 1 + a.stride;
+        const int made = reach < 0 ? 0 : reach / a.stride;
+        if (t0 == 0 && o0 == 0 && split == 0 && threadIdx.x == 0) a.lengths_out[n] = made;
+        if (a.masked && made < end) end = made;
+      }
+      if (a.masked) {
+        limit = static_cast<int>(length);
+        if (limit < limit_panes) limit_panes = limit;
+      }
+    }
+    if (a.out_lengths != nullptr && a.out_lengths[n] < end) end = a.out_lengths[n] < 0 ? 0 : static_cast<int>(a.out_lengths[n]);
+    main_steps = limit <= 0 || t0 * a.stride - a.padding >= limit ? 0 : a.taps * divide_up(a.main.channels, kChunk);
+    int steps = main_steps + (t0 < limit_panes ? divide_up(a.panes.channels, kChunk) : 0);
+    if (t0 >= end) steps = main_steps = 0;
+    const int share = divide_up(steps, a.splits);
+    begin = share * split < steps ? share * split : steps;
+    count = steps - begin < share ? steps - begin : share;
+  }
+};
+
+// One step of a tile: which chunk of which operand, and which tap.
+struct Step {
+  int chunk, tap;  // chunks count through both operands
+  bool panes;
+
+  __device__ __forceinline__ Step(const Args& a, const Tile& tile, int i) {
+    i += tile.begin;
+    panes = i >= tile.main_steps;
+    const int main_chunks = tile.main_steps / a.taps;
+    chunk = panes ? main_chunks + i - tile.main_steps : i / a.taps;
+    tap = panes ? 0 : i % a.taps;
+  }
+
+  // The next step, without a division.
+  __device__ __forceinline__ void advance(const Args& a, const Tile& tile) {
+    if (!panes && ++tap < a.taps) return;
+    tap = 0, ++chunk;
+    panes = chunk * a.taps >= tile.main_steps;
+  }
+
+  // This chunk's place among those of its operand.
+  __device__ __forceinline__ int part(const Args& a, const Tile& tile) const {
+    return panes ? chunk - tile.main_steps / a.taps : chunk;
+  }
+};
+
+// One 16-byte cell of activations from elements that are not 16-byte neighbours, or fp32.
+template <class T>
+__device__ __forceinline__ uint4 gather(const Operand& x, int64_t at, int channel) {
+  T values[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    values[i] = narrow<T>(0.f);
+    if (channel + i < x.channels) {
+      const int64_t place = at + (channel + i) * x.channel;
+      values[i] = x.source == kFloat ? narrow<T>(static_cast<const float*>(x.x)[place]) : static_cast<const T*>(x.x)[place];
+    }
+  }
+  uint4 cell;
+  memcpy(&cell, values, sizeof(cell));
+  return cell;
+}
+
+// `count` threads, of which this is `thread`, copy a panel of chunk `part` into shared memory at `to`: row r of parity q
+// holds frame first + r*step + q of utterance n, zeros where that is outside [0, limit). ASYNC: cells go by copy_async,
+// which the caller commits; the others, and all without ASYNC, are stored when this returns.
+template <class T, bool ASYNC>
+__device__ __forceinline__ void load_panel(const Operand& x, uint32_t to, int n, int part, int first, int step, int rows,
+                                           int limit, int thread, int count) {
+  const int cell = thread % kCells, channel = part * kChunk + cell * 8;
+  const int64_t item = n * x.item;
+  for (int q = 0; q < step; ++q)
+    for (int r = thread / kCells; r < rows; r += count / kCells) {
+      const int frame = first + r * step + q;
+      const bool inside = frame >= 0 && frame < limit && channel < x.channels;
+      const uint32_t place = to + ((q * kCells + cell) * rows + r) * 16;
+      const int64_t at = item + frame * x.row;
+      if (x.source == kCell16) {
+        const T* from = static_cast<const T*>(x.x) + (inside ? at + channel : 0);
+        if constexpr (ASYNC)
+          ptx::copy_async(place, from, inside ? 16 : 0);
+        else
+          ptx::store_shared(place, inside ? *reinterpret_cast<const uint4*>(from) : uint4{});
+      } else {
+        ptx::store_shared(place, inside ? gather<T>(x, at, channel) : uint4{});
+      }
+    }
+}
+
+// The two images, 64 output channels each, that step `s` of the tile needs: their places in the pack. TRANSPOSED reduces
+// over C_out and takes the taps in reverse (the gradient of x).
+template <class T, bool TRANSPOSED>
+__device__ __forceinline__ const T* image(const Args& a, const Tile& tile, const Step& s, int half) {
+  const Operand& x = s.panes ? a.panes : a.main;
+  const int out = tile.o0 / kChunk + half, in = s.part(a, tile);
+  const int64_t at = TRANSPOSED ? (static_cast<int64_t>(a.taps - 1 - s.tap) * x.blocks_in + out) * x.blocks_out + in
+                                : (static_cast<int64_t>(s.tap) * x.blocks_in + in) * x.blocks_out + out;
+  return static_cast<const T*>(x.pack) + at * kImage;
+}
+
+// ---- packing -------------------------------------------------------------------------------------------------------
+
+constexpr int kPackThreads = 256;
+
+// One CTA packs one image of every tap: w (C_out, C_in, K) of type W, contiguous, into pack of type T. Reads w and writes
+// the pack once.
+template <class W, class T>
+__global__ void __launch_bounds__(kPackThreads) pack_kernel(const W* w, T* pack, int c_out, int c_in, int taps) {
+  const int blocks_in = pack_blocks(c_in), blocks_out = pack_blocks(c_out);
+  const int out0 = static_cast<int>(blockIdx.x) % blocks_out * kChunk, in0 = static_cast<int>(blockIdx.x) / blocks_out * kChunk;
+  for (int tap = 0; tap < taps; ++tap) {
+    T* to = pack + (static_cast<int64_t>(tap) * blocks_in * blocks_out + blockIdx.x) * kImage;
+    for (int i = threadIdx.x; i < kImage / 8; i += kPackThreads) {
+      const int out = out0 + i % kChunk, in = in0 + i / kChunk * 8;
+      T cell[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const bool inside = out < c_out && in + j < c_in;
+        cell[j] = narrow<T>(inside ? wide(w[(static_cast<int64_t>(out) * c_in + in + j) * taps + tap]) : 0.f);
+      }
+      store<T, 8>(to + i * 8, cell);
+    }
+  }
+}
+
+}  // namespace jf::conv

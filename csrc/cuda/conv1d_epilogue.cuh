@@ -1,0 +1,226 @@
+// What follows the reduction, on every architecture: a tile's sums pass through shared memory in slabs of 32 frames.
+//
+//   kPlain       out = mask(relu(sum + bias))                 kLogSoftmax   out = mask(log-softmax(sum + bias)), fp32
+//   kStats       out = sum; mean and M2 of the tile's sums    kNorm         out = g, sums of g and g*yhat (see reference.py)
+//
+// A thread owns 8 neighbouring channels (16 bytes) of every (threads/16)th frame. Bytes: out once; kNorm reads y and z.
+#pragma once
+
+#include "conv1d.cuh"
+
+namespace jf::conv {
+
+// Floats from one frame of a slab to the next; both keep the stores of their loop free of bank conflicts.
+constexpr int kPitchMma = kOut + 8, kPitchWgmma = kOut + 4;
+constexpr int kStagingBytes = kSlab * kPitchMma * 4;
+
+template <class T, int MODE, int THREADS, int PITCH>
+class Epilogue {
+  static constexpr int kLanes = THREADS / 16, kRows = kSlab / kLanes;  // frames side by side; of a thread in a slab
+  static constexpr bool kBiased = MODE == kPlain || MODE == kLogSoftmax;
+  static_assert(kLanes * kOut * 2 * 4 + kLanes * 4 <= kStagingBytes);
+
+ public:
+  __device__ __forceinline__ Epilogue(const Args& a, const Tile& tile, int thread)
+      : a_(a), tile_(tile), thread_(thread), group_(thread % 16), lane_(thread / 16) {
+    const int channel = tile.o0 + group_ * 8;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      bias_[i] = kBiased && a.bias != nullptr && channel + i < a.c_out ? a.bias[channel + i] : 0.f;
+  }
+
+  // Frames t0 + at .. t0 + at + 31 of the tile, whose sums lie at `staging`.
+  __device__ __forceinline__ void slab(const float* staging, int at) {
+    float v[kRows][8];
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      const float* from = staging + (lane_ + j * kLanes) * PITCH + group_ * 8;
+      const float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + 4);
+      v[j][0] = low.x, v[j][1] = low.y, v[j][2] = low.z, v[j][3] = low.w;
+      v[j][4] = high.x, v[j][5] = high.y, v[j][6] = high.z, v[j][7] = high.w;
+    }
+    if constexpr (MODE == kStats) moments(v, at);
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      const int t = tile_.t0 + at + lane_ + j * kLanes;
+      if constexpr (MODE == kNorm) {
+        gradient(v[j], t);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          v[j][i] += bias_[i];
+          if (kBiased && a_.relu && v[j][i] <= 0.f) v[j][i] = 0.f;  // a NaN passes
+        }
+        if constexpr (MODE == kLogSoftmax) log_softmax(v[j]);
+        if (t >= tile_.end)
+#pragma unroll
+          for (int i = 0; i < 8; ++i) v[j][i] = 0.f;
+      }
+      if (t < tile_.stop) put(v[j], t);
+    }
+  }
+
+  // The tile's partial results, once all slabs have passed; `scratch` is the staging, `sync` a barrier of these threads.
+  template <class Sync>
+  __device__ __forceinline__ void finish(float* scratch, Sync&& sync) {
+    if constexpr (MODE != kStats && MODE != kNorm) return;
+    float* counts = scratch + kLanes * kOut * 2;
+    sync();
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      scratch[(lane_ * kOut + group_ * 8 + i) * 2] = first_[i];
+      scratch[(lane_ * kOut + group_ * 8 + i) * 2 + 1] = second_[i];
+    }
+    if (group_ == 0) counts[lane_] = count_;
+    sync();
+    const int channel = tile_.o0 + thread_;
+    if (thread_ < kOut && channel < a_.c_out) {
+      float first = 0.f, second = 0.f, n = 0.f;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const float* from = scratch + (lane * kOut + thread_) * 2;
+        if constexpr (MODE == kStats) {
+          merge_moments(n, first, second, counts[lane], from[0], from[1]);
+          n += counts[lane];
+        } else {
+          first += from[0], second += from[1];
+        }
+      }
+      const int64_t at = static_cast<int64_t>(tile_.index) * a_.c_out + channel;
+      a_.part_a[at] = first;
+      a_.part_b[at] = MODE == kNorm ? second * a_.rstd[channel] : second;
+    }
+    sync();  // the staging may be written again
+  }
+
+ private:
+  __device__ __forceinline__ void moments(const float (&v)[kRows][8], int at) {
+    float n = 0.f;
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) n += tile_.t0 + at + lane_ + j * kLanes < tile_.stop ? 1.f : 0.f;
+    if (n == 0.f) return;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float mean = 0.f, m2 = 0.f;
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) mean += j < n ? v[j][i] : 0.f;  // the frames that exist come first
+      mean /= n;
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) m2 += j < n ? (v[j][i] - mean) * (v[j][i] - mean) : 0.f;
+      merge_moments(count_, first_[i], second_[i], n, mean, m2);
+    }
+    count_ += n;
+  }
+
+  // dz to g, and what it adds to the two sums.
+  __device__ __forceinline__ void gradient(float (&v)[8], int t) {
+    const int channel = tile_.o0 + group_ * 8;
+    const int64_t at = (static_cast<int64_t>(tile_.n) * a_.frames_out + t) * a_.c_out + channel;
+    const bool whole = a_.out_vector && channel + 8 <= a_.c_out;
+    const int end = tile_.end < tile_.stop ? tile_.end : tile_.stop;
+    T y[8], z[8];
+    if (t < end && whole) {
+      memcpy(y, static_cast<const T*>(a_.y) + at, sizeof(y));
+      memcpy(z, static_cast<const T*>(a_.z) + at, sizeof(z));
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const bool alive = t < end && channel + i < a_.c_out;
+      if (alive && !whole) y[i] = static_cast<const T*>(a_.y)[at + i], z[i] = static_cast<const T*>(a_.z)[at + i];
+      if (alive && !(wide(z[i]) <= 0.f)) {  // a NaN passes
+        v[i] *= a_.scale;
+        first_[i] += v[i];
+        second_[i] = fmaf(v[i], wide(y[i]) - a_.mean[channel + i], second_[i]);
+      } else {
+        v[i] = 0.f;
+      }
+    }
+  }
+
+  // Over the channels of one frame, which 16 neighbouring lanes hold.
+  __device__ __forceinline__ void log_softmax(float (&v)[8]) {
+    const int channels = a_.c_out - group_ * 8;
+    float top = -INFINITY, sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (i < channels) top = v[i] > top || v[i] != v[i] ? v[i] : top;
+#pragma unroll
+    for (int lanes = 1; lanes < 16; lanes *= 2) {
+      const float other = ptx::shuffle_xor(top, lanes);
+      top = other > top || other != other ? other : top;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (i < channels) sum += expf(v[i] - top);
+#pragma unroll
+    for (int lanes = 1; lanes < 16; lanes *= 2) sum += ptx::shuffle_xor(sum, lanes);
+    const float log_sum = logf(sum);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = v[i] - top - log_sum;
+  }
+
+  __device__ __forceinline__ void put(const float (&v)[8], int t) {
+    const int channel = tile_.o0 + group_ * 8;
+    const int64_t at = tile_.n * a_.out_item + t * a_.out_row + channel;
+    if constexpr (MODE == kLogSoftmax) {
+      for (int i = 0; i < 8 && channel + i < a_.c_out; ++i) static_cast<float*>(a_.out)[at + i] = v[i];
+      return;
+    }
+    T values[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[i] = narrow<T>(v[i]);
+    if (a_.out_vector && channel + 8 <= a_.c_out)
+      store<T, 8>(static_cast<T*>(a_.out) + at, values);
+    else
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        if (channel + i < a_.c_out) static_cast<T*>(a_.out)[at + i] = values[i];
+  }
+
+  const Args& a_;
+  const Tile& tile_;
+  int thread_, group_, lane_;
+  float bias_[8], first_[8] = {}, second_[8] = {}, count_ = 0.f;
+};
+
+// ---- partial results of all tiles ----------------------------------------------------------------------------------
+
+constexpr int kMergeThreads = 256, kMergeChannels = 32, kMergeLanes = kMergeThreads / kMergeChannels;
+
+// Tiles' (tiles, C) partials to C results, in a fixed order: lane l takes every kMergeLanes-th tile, the lanes are merged
+// one after the other. block: frames of a tile; stats: mean and M2 by Chan's formula, else two sums.
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_kernel(const float* part_a, const float* part_b, float* a, float* b, int tiles, int t_blocks, int block,
+                 int frames, int c, int stats) {
+  float* memory = reinterpret_cast<float*>(ptx::arena());
+  const int lane = threadIdx.x / kMergeChannels, column = threadIdx.x % kMergeChannels;
+  const int channel = static_cast<int>(blockIdx.x) * kMergeChannels + column;
+  float first = 0.f, second = 0.f, n = 0.f;
+  if (channel < c)
+    for (int tile = lane; tile < tiles; tile += kMergeLanes) {
+      const int64_t at = static_cast<int64_t>(tile) * c + channel;
+      if (stats) {
+        const int left = frames - tile % t_blocks * block;
+        const float count = static_cast<float>(left < block ? left : block);
+        merge_moments(n, first, second, count, part_a[at], part_b[at]);
+        n += count;
+      } else {
+        first += part_a[at], second += part_b[at];
+      }
+    }
+  float* mine = memory + threadIdx.x * 3;
+  mine[0] = first, mine[1] = second, mine[2] = n;
+  __syncthreads();
+  if (lane != 0 || channel >= c) return;
+  for (int other = 1; other < kMergeLanes; ++other) {
+    const float* from = memory + (other * kMergeChannels + column) * 3;
+    if (stats) {
+      merge_moments(n, first, second, from[2], from[0], from[1]);
+      n += from[2];
+    } else {
+      first += from[0], second += from[1];
+    }
+  }
+  a[channel] = first, b[channel] = second;
+}
+
+}  // namespace jf::conv

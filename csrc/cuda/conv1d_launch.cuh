@@ -1,0 +1,127 @@
+// Which instance of the conv kernels runs, and its launch. How the work is cut is planned in Python
+// (kernels/conv1d/cuda_tiles.py), for this library, for NVRTC and for the emulation alike.
+//
+// `loop` is the inner loop: 75 mma.sync m16n8k8, 80 mma.sync m16n8k16 with cp.async, 90 wgmma (forward and gradient of x;
+// its gradient of the weight is that of 80).
+#pragma once
+
+#include "conv1d_mma.cuh"
+#include "conv1d_wgmma.cuh"
+#include "conv1d_wgrad.cuh"
+
+namespace jf::conv {
+
+constexpr int kStages75 = 2, kStages80 = 3;
+
+// What an architecture does not run is not compiled for it.
+#ifdef __CUDA_ARCH__
+#if __CUDA_ARCH__ >= 800
+#define JF_CONV_HAS_75 0
+#else
+#define JF_CONV_HAS_75 1
+#endif
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define JF_CONV_HAS_90 1
+#else
+#define JF_CONV_HAS_90 0
+#endif
+#define JF_CONV_HAS_80 (!JF_CONV_HAS_75 && !JF_CONV_HAS_90)
+#else
+#define JF_CONV_HAS_75 1
+#define JF_CONV_HAS_80 1
+#define JF_CONV_HAS_90 1
+#endif
+
+template <class T, int MODE, int BLOCK, bool TRANSPOSED>
+__global__ void __launch_bounds__(kMmaThreads, 1) conv_75(const __grid_constant__ Args a) {
+#if JF_CONV_HAS_75
+  mma_conv<T, MODE, BLOCK, kStages75, false, false, TRANSPOSED>(a);
+#endif
+}
+
+template <class T, int MODE, int BLOCK, bool TRANSPOSED>
+__global__ void __launch_bounds__(kMmaThreads, 1) conv_80(const __grid_constant__ Args a) {
+#if JF_CONV_HAS_80
+  mma_conv<T, MODE, BLOCK, kStages80, true, true, TRANSPOSED>(a);
+#endif
+}
+
+template <class T, int MODE, int FRAMES, bool TRANSPOSED>
+__global__ void __launch_bounds__(kWgmmaThreads, 1) conv_90(const __grid_constant__ Args a) {
+#if JF_CONV_HAS_90
+  wgmma_conv<T, MODE, FRAMES, TRANSPOSED>(a);
+#endif
+}
+
+template <class T, int TAPS>
+__global__ void __launch_bounds__(kWgradThreads, 1) wgrad_75(const __grid_constant__ WgradArgs a) {
+#if JF_CONV_HAS_75
+  wgrad<T, TAPS, kStages75, false, false>(a);
+#endif
+}
+
+template <class T, int TAPS>
+__global__ void __launch_bounds__(kWgradThreads, 1) wgrad_80(const __grid_constant__ WgradArgs a) {
+#if !JF_CONV_HAS_75 || !defined(__CUDA_ARCH__)
+  wgrad<T, TAPS, kStages80, true, true>(a);
+#endif
+}
+
+struct Launch {
+  int loop, grid, shared;
+  int cooperative;  // all CTAs are on the device at once
+  void* stream;
+};
+
+template <class... P, class... A>
+void run(const Launch& l, int threads, void (*kernel)(P...), const A&... args) {
+#ifdef JF_EMULATE
+  launch_emulated(l.grid, threads, l.shared, l.cooperative ? l.grid : 1, [&] { kernel(args...); });
+#else
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared) != cudaSuccess) return;
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = l.cooperative;
+  cudaLaunchConfig_t config{};
+  config.gridDim = l.grid, config.blockDim = threads, config.dynamicSmemBytes = l.shared;
+  config.stream = static_cast<cudaStream_t>(l.stream), config.attrs = &cooperative, config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, P(args)...);
+#endif
+}
+
+// The instance for tiles of `block` frames; false where there is none.
+template <int MODE, bool TRANSPOSED, class T>
+bool launch_block(const Launch& l, int block, const Args& a) {
+  if (l.loop == 90 && block == 216) return run(l, kWgmmaThreads, conv_90<T, MODE, 216, TRANSPOSED>, a), true;
+  if (l.loop == 90 && block == 176) return run(l, kWgmmaThreads, conv_90<T, MODE, 176, TRANSPOSED>, a), true;
+  if (l.loop == 90 && block == 104) return run(l, kWgmmaThreads, conv_90<T, MODE, 104, TRANSPOSED>, a), true;
+  if (l.loop == 90 && block == 64) return run(l, kWgmmaThreads, conv_90<T, MODE, 64, TRANSPOSED>, a), true;
+  if (l.loop == 80 && block == 128) return run(l, kMmaThreads, conv_80<T, MODE, 128, TRANSPOSED>, a), true;
+  if (l.loop == 80 && block == 64) return run(l, kMmaThreads, conv_80<T, MODE, 64, TRANSPOSED>, a), true;
+  if constexpr (std::is_same_v<T, __half>)
+    if (l.loop == 75 && block == 64) return run(l, kMmaThreads, conv_75<T, MODE, 64, TRANSPOSED>, a), true;
+  return false;
+}
+
+template <class T>
+bool launch_conv(const Launch& l, int mode, bool transposed, int block, const Args& a) {
+  if (!transposed && mode == kPlain) return launch_block<kPlain, false, T>(l, block, a);
+  if (!transposed && mode == kStats) return launch_block<kStats, false, T>(l, block, a);
+  if (!transposed && mode == kLogSoftmax) return launch_block<kLogSoftmax, false, T>(l, block, a);
+  if (transposed && mode == kPlain) return launch_block<kPlain, true, T>(l, block, a);
+  if (transposed && mode == kNorm) return launch_block<kNorm, true, T>(l, block, a);
+  return false;
+}
+
+template <class T>
+bool launch_wgrad(const Launch& l, int taps, const WgradArgs& a) {
+  if (l.loop >= 80 && taps == 1) return run(l, kWgradThreads, wgrad_80<T, 1>, a), true;
+  if (l.loop >= 80 && taps == 2) return run(l, kWgradThreads, wgrad_80<T, 2>, a), true;
+  if constexpr (std::is_same_v<T, __half>) {
+    if (l.loop == 75 && taps == 1) return run(l, kWgradThreads, wgrad_75<T, 1>, a), true;
+    if (l.loop == 75 && taps == 2) return run(l, kWgradThreads, wgrad_75<T, 2>, a), true;
+  }
+  return false;
+}
+
+}  // namespace jf::conv

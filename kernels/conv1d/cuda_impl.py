@@ -1,0 +1,383 @@
+"""The CUDA C++ face of conv1d (NVIDIA sm_75 and later, fp16; bf16 from sm_80): checks, workspace, plans and launches.
+
+N batch, C channels, T frames, K taps. The kernels: csrc/cuda/conv1d_mma.cuh and conv1d_wgmma.cuh for outputs and
+gradients of inputs, conv1d_wgrad.cuh for gradients of weights, conv1d_epilogue.cuh for what follows. Accumulators are
+fp32. What this face does not have (other dtypes, the gradient of x at a stride) is ATen's, by dispatch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles
+from jasper_fast.kernels.conv1d.cuda_args import (
+    IMAGE,
+    LOG_SOFTMAX,
+    NORM,
+    OUT,
+    PLAIN,
+    STATS,
+    Args,
+    Operand,
+    WgradArgs,
+    address,
+    pack_blocks,
+)
+from jasper_fast.kernels.conv1d.cuda_tiles import SLAB, Plan, Work
+from jasper_fast.kernels.layout import empty_ntc
+from jasper_fast.kernels.operands import FULL, Geometry, Lengths, Mask, Norm
+
+SIXTEEN = (torch.float16, torch.bfloat16)
+SOFTMAX_MAX = OUT  # symbols of log-softmax in the epilogue
+
+
+class Packed(NamedTuple):
+    """A conv's weight packed: images of 64 x 64 channels, `data` (K, blocks of C_in, of C_out, 4096)."""
+
+    data: Tensor
+    c_out: int
+    c_in: int
+    taps: int
+
+
+class Workspace:
+    """Scratch of `fused` for shared reductions: fp32 partials, and counters that are zero between launches.
+
+    One stream at a time may use it; whoever owns it (an inference engine) sees to that.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.part = torch.empty(0, dtype=torch.float32, device=device)
+        self.device = self.part.device
+        self.arrived = torch.zeros(0, dtype=torch.int32, device=device)
+
+    def reserve(self, elements: int, tiles: int) -> None:
+        """Grow to `elements` partial sums and `tiles` counters."""
+        if self.part.numel() < elements:
+            self.part = torch.empty(elements, dtype=torch.float32, device=self.device)
+        if self.arrived.numel() < tiles:
+            self.arrived = torch.zeros(tiles, dtype=torch.int32, device=self.device)
+
+
+def packed_shape(weight: Tensor) -> tuple[int, int, int, int]:
+    """Shape of what `pack` writes for `weight` (C_out, C_in, K)."""
+    c_out, c_in, taps = weight.shape
+    return taps, pack_blocks(c_in), pack_blocks(c_out), IMAGE
+
+
+def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Packed:
+    """`weight` (C_out, C_in, K), fp32, fp16 or bf16, packed for every function here, in `dtype` (default: its own).
+
+    out: a buffer of `packed_shape(weight)` and `dtype` to write into, so that a module can keep one.
+    """
+    w = weight.detach().contiguous()
+    c_out, c_in, taps = w.shape
+    if out is None:
+        out = torch.empty(packed_shape(weight), dtype=dtype or w.dtype, device=w.device)
+    if out.shape != packed_shape(weight) or out.dtype != (dtype or out.dtype) or not out.is_contiguous():
+        raise ValueError(f"out must be {packed_shape(weight)} {dtype}, got {tuple(out.shape)} {out.dtype}")
+    if w.dtype not in cuda_launch.DTYPES or out.dtype not in SIXTEEN:
+        raise TypeError(f"the cuda face packs fp32, fp16 and bf16 for fp16 and bf16, got {w.dtype} for {out.dtype}")
+    dtypes = cuda_launch.DTYPES
+    cuda_launch.run(
+        "jf_conv1d_pack", w, out.shape[1] * out.shape[2], 0, dtypes[w.dtype], dtypes[out.dtype], address(w),
+        address(out), c_out, c_in, taps,
+    )  # fmt: skip
+    return Packed(out, c_out, c_in, taps)
+
+
+def pack_once(weight: Tensor, dtype: torch.dtype, stride: int = 1) -> Packed:
+    """`weight` (C_out, C_in, K) of any dtype packed for many calls of `fused` at `stride`, in a network in `dtype`."""
+    return pack(weight.float(), dtype)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    lengths: Tensor | None = None,
+    packed: Tensor | None = None,
+    clean: bool = False,
+) -> Tensor:
+    """y (N, C_out, T') of `x` (N, C_in, T), zero at t >= `lengths` (N,), and `weight` (C_out, C_in, K); NTC memory.
+
+    packed: `pack(weight, x.dtype).data`, made here where None. clean: `x` is zero there, which this face does not need.
+    Equivalent to `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, *geometry)` in the dtype of `x`.
+    """
+    return _forward(x, weight, geometry, lengths, packed, PLAIN)[0]
+
+
+def forward_stats(
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    lengths: Tensor | None = None,
+    packed: Tensor | None = None,
+    clean: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y as `forward` gives it, with the mean and M2 (sum of squared deviations) of its channels over all N*T' rows.
+
+    The statistics are those of the fp32 accumulators, not of `y` as rounded: fp32 (C_out,) each.
+    """
+    return _forward(x, weight, geometry, lengths, packed, STATS)
+
+
+def _forward(x, weight, geometry, lengths, packed, mode):
+    w = _packed(weight, packed, x)
+    n, c_in, t = x.shape
+    if c_in != w.c_in:
+        raise ValueError(f"x has {c_in} channels, the weight takes {w.c_in}")
+    t_out = _out_frames(t, w.taps, geometry)
+    y = empty_ntc(n, w.c_out, t_out, like=x)
+    work = Work(n, t_out, c_in, w.c_out, 0, w.taps, geometry.stride, geometry.dilation)
+    args = _args(Operand.of(x.transpose(1, 2), w.data, c_in, w.c_out), y.transpose(1, 2), t, w.taps, geometry)
+    args.in_lengths, args.masked = address(_int64(lengths)), True
+    return y, *_launch(args, x, w, work, mode, False)
+
+
+def dgrad(
+    dy: Tensor,
+    weight: Tensor,
+    t: int,
+    geometry: Geometry,
+    lengths: Tensor | None = None,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """dx (N, C_in, T = `t`) of `dy` (N, C_out, T'), zero at t >= `lengths`; stride 1; NTC memory."""
+    return _dgrad(dy, weight, t, geometry, lengths, packed)[0]
+
+
+def dgrad_bn(
+    dy: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    y: Tensor,
+    z: Tensor,
+    norm: Norm,
+    mask: Mask,
+    packed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(g, dbeta, dgamma) of `z` = mask(dropout(relu(batch norm of `y`))), by `norm` and `mask`, that a conv at stride 1
+    turned into what has the gradient `dy` (N, C_out, T').
+
+    y, z (N, C, T); g, of their shape and dtype, is the gradient at the ReLU's input, open where z > 0; dbeta = sum g
+    and dgamma = sum g*yhat are taken before g is rounded: (C,) fp32. As `dgrad`, then `backward_reduce` of
+    bn_relu_dropout, in one pass.
+    """
+    return _dgrad(dy, weight, y.shape[2], geometry, mask.lengths, packed, (y, z, norm, mask))
+
+
+def _dgrad(dy, weight, t, geometry, lengths, packed, sub_block=None):
+    stride, padding, dilation = geometry
+    if stride != 1:
+        raise ValueError(f"the cuda face's dgrad takes stride 1, got {stride}: use backend='reference' for this conv")
+    w = _packed(weight, packed, dy)
+    n, c_out, t_dy = dy.shape
+    reach = dilation * (w.taps - 1)
+    if c_out != w.c_out or t_dy != t + 2 * padding - reach:
+        raise ValueError(f"dy {tuple(dy.shape)} is no gradient of a conv to {w.c_out} channels of {t} frames")
+    g = empty_ntc(n, w.c_in, t, like=dy)
+    work = Work(n, t, c_out, w.c_in, 0, w.taps, 1, dilation)
+    source = Operand.of(dy.transpose(1, 2), w.data, w.c_in, c_out)
+    args = _args(source, g.transpose(1, 2), t_dy, w.taps, Geometry(1, reach - padding, dilation))
+    args.out_lengths = address(_int64(lengths))
+    if sub_block is None:
+        return g, *_launch(args, dy, w, work, PLAIN, True)
+    y, z, norm, mask = sub_block
+    for v in y, z:
+        if v.shape != (n, w.c_in, t) or v.dtype != dy.dtype or not v.transpose(1, 2).is_contiguous():
+            got = f"{tuple(v.shape)} {v.dtype}, strides {v.stride()}"
+            raise ValueError(f"y and z must be {(n, w.c_in, t)} {dy.dtype}, dense in NTC memory, got {got}")
+    args.y, args.z, args.scale = address(y), address(z), 1 / (1 - mask.p)
+    args.mean, args.rstd = address(_float(norm.mean)), address(_float(norm.rstd))
+    args.out_vector = args.out_vector and w.c_in % 8 == 0 and y.data_ptr() % 16 == 0 and z.data_ptr() % 16 == 0
+    return g, *_launch(args, dy, w, work, NORM, True)
+
+
+def wgrad(
+    x: Tensor,
+    dy: Tensor,
+    k: int,
+    geometry: Geometry,
+    lengths: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    clean: bool = False,
+) -> Tensor:
+    """dweight (C_out, C_in, K = `k`), in `dtype` (default: that of `x`), of `x` (N, C_in, T), zero at t >= `lengths`
+    (N,), and `dy` (N, C_out, T')."""
+    _check(x, dy)
+    n, c_in, t = x.shape
+    c_out, t_out = dy.shape[1:]
+    if dy.shape[0] != n or t_out != _out_frames(t, k, geometry):
+        raise ValueError(f"dy {tuple(dy.shape)} is no gradient of the conv of x {tuple(x.shape)} with {k} taps")
+    cut = cuda_tiles.plan_wgrad(cuda_launch.gpu(x.device), Work(n, t_out, c_in, c_out, 0, k, geometry[0], geometry[2]))
+    parts = torch.empty((cut.shares, k, c_out, c_in), dtype=torch.float32, device=x.device)
+    dw = torch.empty((c_out, c_in, k), dtype=dtype or x.dtype, device=x.device)
+    args = WgradArgs(
+        Operand.of(x.transpose(1, 2)), Operand.of(dy.transpose(1, 2)), address(_int64(lengths)), address(parts),
+        n, t, t_out, k, *geometry, cut.in_blocks, cut.out_blocks, cut.tap_groups, cut.shares, cut.segments, cut.share,
+    )  # fmt: skip
+    cuda_launch.run("jf_conv1d_wgrad", x, cut.grid, cut.shared, cuda_launch.DTYPES[x.dtype], cut.taps, args)
+    pairs = c_out * c_in
+    cuda_launch.run(
+        "jf_conv1d_wgrad_merge", x, -(-pairs // 128), 0, cuda_launch.DTYPES[dw.dtype], address(parts), address(dw),
+        cut.shares, k, pairs,
+    )  # fmt: skip
+    return dw
+
+
+def fused(
+    x: Tensor,
+    packed: Packed,
+    geometry: Geometry,
+    *,
+    lengths: Lengths = FULL,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    panes: tuple[Tensor, Packed] | None = None,
+    out: Tensor | None = None,
+    clean: bool = False,
+    log_softmax: bool = False,
+    workspace: Workspace | None = None,
+) -> Tensor:
+    """mask(relu(conv1d(x) + x2 @ packed2 + bias)) of `x` (N, T, C_in), into `out` (N, T', C_out).
+
+    panes: x2 (N, T', C2) and packed2, a 1x1 conv. `x`, x2 and `out` may be slices of wider buffers; `x` may have any
+    strides, and be fp32 whatever the pack's dtype. Rows of x and x2 at t >= `lengths.before` count as zero and are not
+    read; rows of the result at t >= `lengths.after` are zero. Where rows are masked `out` may be longer than the conv's
+    result. `bias` is fp32 (C_out,). log_softmax: of up to 128 channels, `out` is then fp32. workspace: lets several
+    CTAs share a tile's reduction. clean: x and x2 are zero beyond `lengths.before`, which this face does not need.
+    Raises ValueError for shapes that do not fit and TypeError for dtypes.
+    """
+    w, (n, t, c_in) = packed, x.shape
+    x2, w2 = panes or (None, None)
+    masked = lengths.masked and (lengths.before is not None or lengths.after is not None)
+    out = _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked)
+    t_out = out.shape[1]
+    args = _args(Operand.of(x, w.data, c_in, w.c_out), out, t, w.taps, geometry)
+    if x2 is not None:
+        args.panes = Operand.of(x2, w2.data, w2.c_in, w2.c_out)
+    args.in_lengths, args.out_lengths, args.lengths_out = (address(_int64(v)) for v in lengths[:3])
+    args.masked, args.bias, args.relu = masked, address(_float(bias)), relu
+    if not masked:
+        args.out_lengths = None
+        args.in_lengths = args.in_lengths if lengths.made is not None else None
+    c_panes = 0 if x2 is None else w2.c_in
+    work = Work(n, t_out, c_in, w.c_out, c_panes, w.taps, geometry.stride, geometry.dilation)
+    _launch(args, x, w, work, LOG_SOFTMAX if log_softmax else PLAIN, False, workspace)
+    return out
+
+
+def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked) -> Tensor:
+    """`out`, or a new one where it is None; raises ValueError or TypeError where the operands of `fused` do not fit."""
+    n, t, c_in = x.shape
+    if x.dtype not in (w.data.dtype, torch.float32):
+        raise TypeError(f"the cuda face takes x in fp32 or in the dtype of the weights, got {x.dtype}, {w.data.dtype}")
+    if c_in != w.c_in:
+        raise ValueError(f"x has {c_in} channels, the weight takes {w.c_in}")
+    if lengths.made is not None and (lengths.before is None or lengths.after is not None):
+        raise ValueError("lengths are made from those before the conv, and take the place of those after it")
+    if log_softmax and w.c_out > SOFTMAX_MAX:
+        raise ValueError(f"log-softmax in the kernel takes up to {SOFTMAX_MAX} channels, got {w.c_out}")
+    t_out = _out_frames(t, w.taps, geometry)
+    dtype = torch.float32 if log_softmax else w.data.dtype
+    if out is None:
+        out = torch.empty((n, t_out, w.c_out), dtype=dtype, device=x.device)
+    if masked and (lengths.made is not None or lengths.after is not None):
+        t_out = max(t_out, out.shape[1])
+    if out.shape != (n, t_out, w.c_out) or out.dtype != dtype:
+        raise ValueError(f"out is {tuple(out.shape)} {out.dtype}, the conv gives {(n, t_out, w.c_out)} {dtype}")
+    x2, w2 = panes or (None, None)
+    if x2 is not None:
+        if x2.dtype != w2.data.dtype or w2.data.dtype != w.data.dtype:
+            raise TypeError(f"x2 and both packs must have one dtype, got {x2.dtype}, {w2.data.dtype}, {w.data.dtype}")
+        if x2.shape != (n, t_out, w2.c_in) or w2.taps != 1 or w2.c_out != w.c_out:
+            raise ValueError(f"x2 {tuple(x2.shape)} and its weight do not fit an output of {(n, t_out, w.c_out)}")
+    return out
+
+
+# ---- what the launches share ----
+
+
+def _args(source: Operand, out: Tensor, frames: int, taps: int, geometry: Geometry) -> Args:
+    """Arguments of a conv from `frames` frames into `out` (N, T', C_out)."""
+    (n, t_out, c_out), (item, row, one) = out.shape, out.stride()
+    if one != 1 and c_out > 1:
+        raise ValueError(f"channels of out must be neighbours in memory, got strides {out.stride()} for (N, T, C)")
+    taken = (item if n > 1 else 0, row if t_out > 1 else 0, out.data_ptr() // 2)
+    return Args(
+        main=source, out=address(out), out_item=item, out_row=row, scale=1.0, batch=n, frames=frames, frames_out=t_out,
+        c_out=c_out, taps=taps, stride=geometry.stride, padding=geometry.padding, dilation=geometry.dilation,
+        out_vector=all(s % 8 == 0 for s in taken),
+    )  # fmt: skip
+
+
+def _launch(args, x, w, work, mode, transposed, workspace=None) -> tuple[Tensor | None, Tensor | None]:
+    """Plan and launch; the merged results of a `mode` that has them, (C_out,) fp32 each."""
+    gpu = cuda_launch.gpu(x.device)
+    cut: Plan = cuda_tiles.plan(gpu, work, workspace is not None)
+    args.t_blocks, args.o_blocks, args.splits = cut.t_blocks, cut.o_blocks, cut.splits
+    args.stages, args.panels_kept = cut.stages, cut.panels
+    tiles = work.batch * cut.t_blocks
+    if cut.splits > 1:
+        if workspace.device != x.device:
+            raise ValueError(f"the workspace is on {workspace.device}, x on {x.device}: make one for each device")
+        shared_tiles = tiles * cut.o_blocks
+        workspace.reserve(shared_tiles * cut.splits * -(-cut.block // SLAB) * SLAB * OUT, shared_tiles)
+        args.shares, args.arrived = address(workspace.part), address(workspace.arrived)
+    parts = None
+    if mode in (STATS, NORM):
+        parts = torch.empty((2, tiles, work.c_out), dtype=torch.float32, device=x.device)
+        args.part_a, args.part_b = address(parts[0]), address(parts[1])
+    dtype = cuda_launch.DTYPES[w.data.dtype]
+    cuda_launch.run(
+        "jf_conv1d", x, cut.grid, cut.shared, dtype, mode, transposed, cut.block, args, cooperative=cut.splits > 1
+    )
+    if parts is None:
+        return None, None
+    first, second = (torch.empty(work.c_out, dtype=torch.float32, device=x.device) for _ in range(2))
+    cuda_launch.run(
+        "jf_conv1d_merge", x, -(-work.c_out // 32), 256 * 3 * 4, args.part_a, args.part_b, address(first),
+        address(second), tiles, cut.t_blocks, cut.block, work.frames, work.c_out, mode == STATS,
+    )  # fmt: skip
+    return first, second
+
+
+def _packed(weight: Tensor, data: Tensor | None, x: Tensor) -> Packed:
+    if data is None:
+        data = pack(weight, x.dtype).data
+    _check(x, data)
+    c_out, c_in, taps = weight.shape
+    if data.shape != packed_shape(weight):
+        raise ValueError(f"packed has shape {tuple(data.shape)}, the weight packs to {packed_shape(weight)}")
+    return Packed(data, c_out, c_in, taps)
+
+
+def _out_frames(t: int, taps: int, geometry: Geometry) -> int:
+    t_out = geometry.frames(t, taps)
+    if t_out < 1:
+        span = geometry.dilation * (taps - 1) + 1
+        raise ValueError(f"{t} frames with padding {geometry.padding} are fewer than {span}, the span of the taps")
+    return t_out
+
+
+def _check(x: Tensor, other: Tensor) -> None:
+    if x.dtype not in SIXTEEN or x.dtype != other.dtype:
+        raise TypeError(f"the cuda face's convs take fp16 or bf16, all alike, got {x.dtype} and {other.dtype}")
+    if x.numel() == 0:
+        raise ValueError(f"x has no elements: shape {tuple(x.shape)}")
+
+
+def _int64(x: Tensor | None) -> Tensor | None:
+    if x is not None and (x.dtype != torch.int64 or not x.is_contiguous()):
+        raise TypeError(f"lengths must be contiguous int64, got {x.dtype}, strides {x.stride()}")
+    return x
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    if x is not None and (x.dtype != torch.float32 or not x.is_contiguous()):
+        raise TypeError(f"vectors of channels must be contiguous fp32, got {x.dtype}, strides {x.stride()}")
+    return x

@@ -1,0 +1,64 @@
+"""Launches of the CUDA convs on the device of their data, on its current stream."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from jasper_fast.kernels import native
+from jasper_fast.kernels.conv1d import cuda_tiles
+from jasper_fast.kernels.conv1d.cuda_args import Args, Int, Launch, Long, Pointer, WgradArgs
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_SIGNATURES = {
+    "jf_conv1d": (Int, Int, Int, Int, ctypes.POINTER(Args)),
+    "jf_conv1d_merge": (Pointer, Pointer, Pointer, Pointer, Int, Int, Int, Int, Int, Int),
+    "jf_conv1d_wgrad": (Int, Int, ctypes.POINTER(WgradArgs)),
+    "jf_conv1d_wgrad_merge": (Int, Pointer, Pointer, Int, Int, Long),
+    "jf_conv1d_pack": (Int, Int, Pointer, Pointer, Int, Int, Int),
+}
+
+
+class Functions:
+    """The C functions of csrc/cuda/conv1d.cu in a library."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        sizes = Int(), Int()
+        library.jf_conv1d_sizes(*(ctypes.byref(size) for size in sizes))
+        if (sizes[0].value, sizes[1].value) != (ctypes.sizeof(Args), ctypes.sizeof(WgradArgs)):
+            raise native.Missing(f"{library._name} is of another version than this code; {native.BUILD}")
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = (ctypes.POINTER(Launch), *arguments), ctypes.c_char_p
+            setattr(self, name, function)
+
+
+@functools.cache
+def functions() -> Functions:
+    """Those of the CUDA library; raises `native.Missing` where it cannot be used."""
+    return Functions(native.cuda_library())
+
+
+@functools.cache
+def gpu(device: torch.device) -> cuda_tiles.Gpu:
+    """What plans ask of `device`."""
+    p = torch.cuda.get_device_properties(device)
+    loop = 90 if p.major == 9 else 80 if p.major >= 8 else 75
+    return cuda_tiles.Gpu(loop, p.multi_processor_count, p.shared_memory_per_block_optin)
+
+
+def run(name: str, like: Tensor, grid: int, shared: int, *args: object, cooperative: bool = False) -> None:
+    """Call C function `name`: a launch of `grid` CTAs with `shared` bytes of shared memory on the device of `like`."""
+    here, stream = contextlib.nullcontext(), None
+    if like.is_cuda:
+        if like.device.index != torch.cuda.current_device():
+            here = torch.cuda.device(like.device)
+        stream = torch.cuda.current_stream(like.device).cuda_stream
+    with here:
+        launch = Launch(gpu(like.device).loop, grid, shared, cooperative, stream)
+        if error := getattr(functions(), name)(launch, *args):
+            raise RuntimeError(f"{name}: {error.decode()}")

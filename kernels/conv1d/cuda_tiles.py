@@ -1,0 +1,151 @@
+"""How the CUDA convs cut their work: frames of a tile, splits of its reduction, shared memory.
+
+`loop` names the inner loop: 75 mma.sync with loads through registers, 80 mma.sync with cp.async, 90 wgmma. Clocks are
+those of one multiprocessor, derived from its rates (kernels/README.md), and serve only to compare tiles.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from jasper_fast.kernels.conv1d.cuda_args import CHUNK, OUT
+
+BLOCKS = {75: (64,), 80: (128, 64), 90: (216, 176, 104, 64)}  # frames of a tile
+STAGES = {75: 2, 80: 3}  # places for weights; of loop 90 as many as fit, up to MAX_STAGES
+MAX_STAGES, MAX_PANELS = 8, 4
+PANELS = 2
+SLAB = 32  # frames that pass the epilogue at a time
+FRAMES = 64  # frames of a step of wgrad
+MIN_STEPS = 8  # of a split: fewer, and the sum over splits costs more than it saves
+_WEIGHTS = OUT * CHUNK * 2  # bytes of a step's weights
+_STAGING = SLAB * (OUT + 8) * 4
+_STAGING_90 = SLAB * (OUT + 4) * 4
+_PRODUCTS = {75: 512, 80: 1024, 90: 2048}  # 16-bit products a clock
+
+
+class Gpu(NamedTuple):
+    """What the plans ask of a GPU: its inner loop, multiprocessors, and bytes of shared memory that a CTA may have."""
+
+    loop: int
+    sms: int
+    shared: int
+
+
+class Plan(NamedTuple):
+    """A conv's cut: frames of a tile, tiles along T and C_out, splits of a tile's reduction, CTAs, shared memory."""
+
+    block: int
+    t_blocks: int
+    o_blocks: int
+    splits: int
+    grid: int
+    shared: int
+    stages: int = 0
+    panels: int = 0
+
+
+class Wgrad(NamedTuple):
+    """The cut of a gradient of a weight: taps of a CTA, blocks and groups, shares of `share` segments of 64 frames."""
+
+    taps: int
+    in_blocks: int
+    out_blocks: int
+    tap_groups: int
+    segments: int
+    share: int
+    shares: int
+    grid: int
+    shared: int
+
+
+class Work(NamedTuple):
+    """A conv: N, T', reduced and output channels, channels of the panes, taps, stride, dilation."""
+
+    batch: int
+    frames: int
+    c_red: int
+    c_out: int
+    c_panes: int
+    taps: int
+    stride: int
+    dilation: int
+
+    @property
+    def steps(self) -> int:
+        """Steps of a whole tile."""
+        return self.taps * -(-self.c_red // CHUNK) + -(-self.c_panes // CHUNK)
+
+
+def panel_rows(block: int, taps: int, dilation: int, stride: int) -> int:
+    """Rows of one parity of a panel: odd, so that the cells of a row lie in different banks."""
+    return (block + (taps - 1) * dilation // stride) | 1
+
+
+def _panel_bytes(block: int, taps: int, dilation: int, stride: int) -> int:
+    return panel_rows(block, taps, dilation, stride) * stride * CHUNK * 2
+
+
+def shared_bytes(loop: int, block: int, work: Work, stages: int = 0, panels: int = 0) -> int:
+    """Shared memory of a CTA, as the kernels lay it out."""
+    panel = _panel_bytes(block, work.taps, work.dilation, work.stride)
+    if loop == 90:
+        return panels * panel + stages * _WEIGHTS + _STAGING_90 + (MAX_STAGES + MAX_PANELS) * 16
+    return max(PANELS * panel + STAGES[loop] * _WEIGHTS, _STAGING)  # the staging takes the pipeline's place
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(gpu: Gpu, work: Work, may_split: bool = False) -> Plan:
+    """The cut that should take the fewest clocks; raises ValueError where no tile fits the GPU's shared memory."""
+    plans = [p for block in BLOCKS[gpu.loop] if (p := _plan(gpu, work, block, may_split)) is not None]
+    if not plans:
+        raise ValueError(
+            f"a conv of {work.taps} taps at dilation {work.dilation} and stride {work.stride} does not fit the "
+            f"{gpu.shared} bytes of shared memory of this GPU's blocks: use backend='reference' for it"
+        )
+    return min(plans, key=lambda p: _clocks(gpu, work, p))
+
+
+def _plan(gpu: Gpu, work: Work, block: int, may_split: bool) -> Plan | None:
+    t_blocks, o_blocks = -(-work.frames // block), -(-work.c_out // OUT)
+    tiles = work.batch * t_blocks * o_blocks
+    splits = 1
+    if may_split and tiles:
+        splits = max(1, min(gpu.sms // tiles, work.steps // MIN_STEPS, 4 * -(-block // SLAB)))
+    stages, panels = 0, 0
+    if gpu.loop == 90:
+        panels = MAX_PANELS if work.taps == 1 else PANELS
+        fitting = (s for s in range(MAX_STAGES, 1, -1) if shared_bytes(90, block, work, s, panels) <= gpu.shared)
+        stages = next(fitting, 0)
+        if stages == 0:
+            return None
+    shared = shared_bytes(gpu.loop, block, work, stages, panels)
+    if shared > gpu.shared:
+        return None
+    grid = tiles * splits
+    if gpu.loop == 90:
+        grid = min(grid, gpu.sms)  # persistent CTAs walk over the tiles
+    return Plan(block, t_blocks, o_blocks, splits, grid, shared, stages, panels)
+
+
+def _clocks(gpu: Gpu, work: Work, p: Plan) -> float:
+    """Clocks of the last multiprocessor to finish."""
+    tensor = OUT * p.block * CHUNK / _PRODUCTS[gpu.loop]
+    port = 256 + 2 * p.block if gpu.loop == 90 else 0.75 * tensor  # reads of operands, writes of weights
+    epilogue = 16 * p.block + (500 if p.splits > 1 else 0)
+    tiles = work.batch * p.t_blocks * p.o_blocks * p.splits
+    return -(-tiles // gpu.sms) * (work.steps / p.splits * max(tensor, port) + epilogue)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_wgrad(gpu: Gpu, work: Work) -> Wgrad:
+    """The cut of dw (c_out, c_red, taps); about two CTAs for each multiprocessor."""
+    taps = 1 if work.taps == 1 else 2
+    in_blocks, out_blocks = -(-work.c_red // CHUNK), -(-work.c_out // OUT)
+    groups, segments = -(-work.taps // taps), -(-work.frames // FRAMES)
+    tiles, everything = in_blocks * out_blocks * groups, work.batch * segments
+    share = -(-everything // max(1, min(2 * gpu.sms // tiles, everything)))
+    shares = -(-everything // share)
+    rows = _panel_bytes(FRAMES, taps, work.dilation, work.stride)
+    shared = STAGES[min(gpu.loop, 80)] * (2 * (FRAMES | 1) * CHUNK * 2 + rows)
+    return Wgrad(taps, in_blocks, out_blocks, groups, segments, share, shares, tiles * shares, shared)
