@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from jasper_fast.bench.compile import cuda
 from jasper_fast.bench.harness import options, paths
 from jasper_fast.bench.harness.console import console
 from jasper_fast.bench.harness.machine import commit
@@ -292,7 +293,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", type=_dtypes, default=DTYPES, metavar="fp16,bf16", help="fp32, fp16, bf16: default all"
     )
-    parser.add_argument("--quick", action="store_true", help="float16 everywhere, the other dtypes on sm_90 only")
+    parser.add_argument(
+        "--cuda", action="store_true", help="the convs in CUDA C++ by nvcc, for sm_75 to sm_120, instead of Triton's"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="float16 everywhere, the other dtypes on sm_90 only; --cuda: 75, 80, 90a"
+    )
     parser.add_argument(
         "--kernel", type=options.pattern, default="", metavar="REGEX", help="only kernels whose name it matches"
     )
@@ -320,6 +326,8 @@ def _list(kind: type, known: tuple) -> Callable[[str], tuple]:
 
 def main(args: argparse.Namespace) -> int:
     """Compile, print, judge; 1 where a rule is broken or the table differs."""
+    if args.cuda:
+        return cuda.main(args)
     if os.environ.get("TRITON_INTERPRET") == "1":  # read when kernels are defined: go on where it is not set
         rest = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         return subprocess.run(

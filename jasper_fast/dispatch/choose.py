@@ -102,7 +102,8 @@ def conv_face(
     The CPU kernels take 16 bits too, except where the CPU has AMX for them: ATen's convs use it, ours do not.
     strided_dx: the gradient of x at a stride is asked for, which only ATen has. On a GPU "auto" stays with cuDNN, in
     channels-last memory, unless the GPU's table has `shape` (c_in, c_out, taps, stride, dilation) and says that the
-    `calls` together are faster in Triton at 2**rows_log2 rows (None: the most measured), and the verdict on it is good.
+    `calls` together are faster on one of ours at 2**rows_log2 rows (None: the most measured), and the verdict on it is
+    good. A GPU too old for Triton takes the CUDA face without a table.
     """
     return _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2)
 
@@ -115,31 +116,44 @@ def _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> s
         return "aten"
     if face == "cpu":
         return "aten" if dtype == torch.float64 or _has_amx(dtype) else "cpu"
-    if face != "triton" or dtype == torch.float64:
+    if face not in CONVS or not _takes(face, device, dtype):
         return "aten"
-    if backend == "auto":
+    if backend != "auto":
+        return face
+    if face == "triton":  # where Triton runs, a table must say which is faster
         if shape is None:
             return "aten"
         sizes, rows = dict(zip(tables.SHAPE, shape, strict=True)), None if rows_log2 is None else 1 << rows_log2
-        if tables.fastest(calls, device, dtype, **sizes, rows=rows) != "triton":
+        face = tables.fastest(calls, device, dtype, **sizes, rows=rows)
+        if face not in CONVS or not _takes(face, device, dtype) or backends.why_missing(face, device) is not None:
             return "aten"
-        return "triton" if _trusted("conv1d", "triton", device, dtype, LIBRARY) else "aten"
-    return "triton"
+    return face if _trusted("conv1d", face, device, dtype, LIBRARY) else "aten"
+
+
+def _takes(face: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the convs of `face`, one of CONVS, take `dtype` on `device`."""
+    if face == "triton":
+        return dtype in tables.DTYPES
+    found = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else backends.OLDEST
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and found >= backends.OLDEST)
 
 
 @functools.cache
 def fused_face(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The face that serves a whole network at inference in `dtype`: "triton", "cpu" or "aten".
+    """The face that serves a whole network at inference in `dtype`: "triton", "cuda", "cpu" or "aten".
 
-    On a GPU "auto" takes Triton where the GPU's table says that its sub-blocks are the faster ones in all, and the
-    verdict on them is good.
+    On a GPU "auto" takes the face whose sub-blocks the GPU's table says are the fastest in all, if the verdict on them
+    is good; the CUDA face without a table where Triton does not run.
     """
     device = torch.device(device)
-    if backend != "auto" or device.type != "cuda" or resolve(backend, device) != "triton":
+    face = resolve(backend, device)
+    if backend != "auto" or device.type != "cuda" or face not in CONVS:
         return conv_face(backend, device, dtype)
-    if tables.fastest_overall("conv1d.fused", device, dtype) != "triton":
+    if face == "triton":
+        face = tables.fastest_overall("conv1d.fused", device, dtype)
+    if face not in CONVS or not _takes(face, device, dtype) or backends.why_missing(face, device) is not None:
         return "aten"
-    return "triton" if _trusted("conv1d.fused", "triton", device, dtype, LIBRARY) else "aten"
+    return face if _trusted("conv1d.fused", face, device, dtype, LIBRARY) else "aten"
 
 
 @torch.compiler.assume_constant_result
@@ -168,6 +182,8 @@ def _has_amx(dtype: torch.dtype) -> bool:
     known = {torch.bfloat16: torch.cpu._is_amx_tile_supported, torch.float16: torch.cpu._is_amx_fp16_supported}
     return dtype in known and known[dtype]()
 
+
+CONVS = ("triton", "cuda")  # faces whose convs run on a GPU
 
 # what "auto" does about a verdict that is not good
 PLAIN = "backend='auto' takes plain PyTorch for it instead, which is slower"

@@ -31,10 +31,11 @@ class InferenceEngine:
     nothing but this call's input. Any number of threads and CUDA streams may call one engine: it runs on the caller's
     current stream, one call at a time (make an engine a thread for more; they share nothing).
 
-    On the triton face a call is one kernel a sub-block, features to log-probabilities, and no ATen op, where lengths
-    are int64 and the vocabulary has up to 128 symbols (ATen does a larger one's log-softmax, and copies features that
-    the first block's own panes take). All kernels but the first and the last are one CUDA graph for each N and, with
-    conv masks, each `bucket` frames of T' (without masks, each T), of which the `graph_limit` used last are kept.
+    On the triton and cuda faces a call is one kernel a sub-block, features to log-probabilities, and no ATen op, where
+    lengths are int64 and the vocabulary has up to 128 symbols (ATen does a larger one's log-softmax, and copies
+    features that the first block's own panes take). All kernels but the first and the last are one CUDA graph for each
+    N and, with conv masks, each `bucket` frames of T' (without masks, each T), of which the `graph_limit` used last are
+    kept.
     graphs: "auto" captures on a GPU when a shape comes for the second time; True at the first, and is a ValueError
     where there is no such face; False never. Results are the same bits with and without.
 
@@ -80,14 +81,17 @@ class InferenceEngine:
     def _runner(self, weight: Tensor, turns: Turns) -> Launches | Stepwise:
         dtype = self._wanted or weight.dtype
         face = choose.fused_face(self._model.backend, weight.device, dtype)
-        if self._graphs is True and face != "triton":
-            raise ValueError(f"graphs=True needs the triton face, and this engine's is {face!r}; take graphs='auto'")
-        if face != "triton":
+        if self._graphs is True and face not in choose.CONVS:
+            raise ValueError(
+                f"graphs=True needs the triton or the cuda face, and this engine's is {face!r}; take graphs='auto'"
+            )
+        if face not in choose.CONVS:
             return Stepwise(self._model, dtype, face)
         wanted = weight.is_cuda if self._graphs == "auto" else self._graphs
         return Launches(
             self._model,
             dtype,
+            face,
             turns,
             CudaGraphs(weight.device) if wanted else None,
             patient=self._graphs == "auto",

@@ -43,7 +43,8 @@ class Bound:
 
 
 class Launches:
-    """Features (N, C, T) and lengths (N,) int64 to (log_probs (N, T', V) fp32, lengths), on the "triton" face.
+    """Features (N, C, T) and lengths (N,) int64 to (log_probs (N, T', V) fp32, lengths), on `face`, "triton"
+    or "cuda".
 
     With masks T is rounded up, so that T' is a multiple of `bucket`: rows past a batch's own frames are past all its
     lengths too, so they are zero and cost no products. `graphs`: what captures the launches between the first and the
@@ -54,6 +55,7 @@ class Launches:
         self,
         model: Jasper,
         dtype: torch.dtype,
+        face: str,
         turns: Turns,
         graphs: CudaGraphs | None,
         *,
@@ -62,9 +64,9 @@ class Launches:
         limit: int,
     ):
         device = model.decoder.layers[0].weight.device
-        impl = backends.face("conv1d", "triton")
+        impl = backends.face("conv1d", face)
         self._workspace = impl.Workspace(device)
-        self._plan = make_plan(model, lambda folded: KernelConv(folded, dtype, "triton", workspace=self._workspace))
+        self._plan = make_plan(model, lambda folded: KernelConv(folded, dtype, face, workspace=self._workspace))
         self._dtype, self._turns, self._graphs, self._patient = dtype, turns, graphs, patient
         self._takes_tf32 = impl.takes_tf32
         self._softmax = self._plan.n_classes <= impl.SOFTMAX_MAX  # in the last launch

@@ -134,9 +134,11 @@ def plan(
                 continue
             if "bn_relu_dropout" in ops:
                 found += _norms(face, dtype, quick, large)
-            if face != "cuda" and "conv1d" in ops:
+            if face == "cuda" and dtype == "float32":
+                continue  # its convs take 16 bits
+            if "conv1d" in ops:
                 found += _convs(face, dtype, quick, large, device)
-            if face != "cuda" and "conv1d.fused" in ops:
+            if "conv1d.fused" in ops:
                 found += _fused(face, dtype, quick, large, device)
     return found
 
@@ -190,9 +192,9 @@ def _convs(face: str, dtype: str, quick: bool, large: bool, device: torch.device
                 yield Check("conv1d", face, function, "default", shape, dtype)
                 if triton and not quick and function in CLEAN_FUNCTIONS and shape in SMALL_CONV:
                     yield Check("conv1d", face, function, "default", shape, dtype, UNCLEAN)
+        if face != "cpu" and large:
+            yield Check("conv1d", face, function, "default", WAVE_CONV, dtype, WAVE)
         if triton:
-            if large:
-                yield Check("conv1d", face, function, "default", WAVE_CONV, dtype, WAVE)
             for shape in QUICK_CONV if large and dtype == "float32" else ():
                 yield Check("conv1d", face, function, "default", shape, dtype, EXACT)
             yield from _measured("conv1d", function, dtype, quick, device)
@@ -201,16 +203,16 @@ def _convs(face: str, dtype: str, quick: bool, large: bool, device: torch.device
 def _fused(face: str, dtype: str, quick: bool, large: bool, device: torch.device) -> Iterator[Check]:
     triton = face == "triton"
     for shape in _conv_shapes(quick, large, face):
-        variants = FUSED_VARIANTS if triton else FUSED_VARIANTS[:2]
+        variants = FUSED_VARIANTS[:2] if face == "cpu" else FUSED_VARIANTS
         if triton and not quick and shape in SMALL_CONV:
             variants += (f"plain {UNCLEAN}", f"panes {UNCLEAN}")
         for variant in variants:
             wanted = {"features": shape.c_in <= 64, "log-softmax": shape.c_out <= 128, "panes": shape.stride == 1}
             if wanted.get(variant.split()[0], True):
                 yield Check("conv1d.fused", face, "fused", "default", shape, dtype, variant)
+    if face != "cpu" and large:
+        yield Check("conv1d.fused", face, "fused", "default", WAVE_CONV, dtype, WAVE)
     if triton:
-        if large:
-            yield Check("conv1d.fused", face, "fused", "default", WAVE_CONV, dtype, WAVE)
         for shape in QUICK_CONV if large and dtype == "float32" else ():
             yield Check("conv1d.fused", face, "fused", "default", shape, dtype, f"panes splits {EXACT}")
         yield from _measured("conv1d.fused", "fused", dtype, quick, device)

@@ -299,6 +299,11 @@ def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked) -> Tens
     return out
 
 
+def takes_tf32() -> bool:
+    """Whether fp32 convs round to TF32: there are none here."""
+    return False
+
+
 # ---- what the launches share ----
 
 

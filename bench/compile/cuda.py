@@ -1,0 +1,232 @@
+"""The gate of the CUDA C++ convs: csrc/cuda/conv1d.cu compiled by nvcc for each architecture, without a GPU.
+
+`python -m bench compile --cuda` prints what each kernel uses, and fails where one spills, lost its tensor cores or its
+asynchronous copies, waits between products of one step, or differs from bench/compiled/nvcc-VERSION.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import hashlib
+import itertools
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from jasper_fast.bench.harness import options, paths
+from jasper_fast.bench.harness.machine import commit
+
+ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
+QUICK = ("75", "80", "90a")  # one for each inner loop
+INSTRUCTIONS = {
+    "HGMMA": "wgmma", "HMMA": "mma_sync", "LDSM": "ldmatrix", "LDGSTS": "cp_async", "UBLKCP": "bulk_copies",
+    "STL": "local_stores", "LDL": "local_loads",
+}  # fmt: skip
+FACTS = ("registers", "spilled", "stack", *INSTRUCTIONS.values(), "waits")
+SOURCE = paths.BENCH.parent / "csrc" / "cuda" / "conv1d.cu"
+_KERNEL = re.compile(r"jf::conv::(\w+?)(?:_kernel)?(?:<(.*)>)?\(")
+_MODES = {"0": "plain", "1": "stats", "2": "norm", "3": "log-softmax"}
+
+
+def flags(arch: str) -> list[str]:
+    """What the library is built with, for one architecture."""
+    return ["-O3", "-std=c++20", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", "-Xptxas", "-v"]
+
+
+def compile_for(nvcc: str, arch: str, folder: Path) -> list[dict]:
+    """The facts of every kernel that `arch` has a body of."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cubin = folder / f"conv1d.sm_{arch}.cubin"
+    command = [nvcc, *flags(arch), "-cubin", "-o", str(cubin), str(SOURCE)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"nvcc failed for sm_{arch}:\n{done.stderr.strip()[-2000:]}")
+    if serial := re.search(r".*wgmma.*serializ.*", done.stderr):
+        raise SystemExit(f"sm_{arch}: {serial.group(0).strip()}")
+    used = _resources(done.stderr)
+    rows = []
+    for symbol, code in _functions(cubin).items():
+        counts = Counter(INSTRUCTIONS[word] for word in code if word in INSTRUCTIONS)
+        name = describe(_demangle(symbol))
+        if name is None or (not counts["wgmma"] and not counts["mma_sync"] and "conv" in name.split()[0]):
+            continue  # another architecture's: its body is empty here
+        if name.startswith("wgrad_") and not counts["mma_sync"]:
+            continue
+        rows.append({"arch": arch, "kernel": name} | dict.fromkeys(FACTS, 0) | used[symbol] | counts | _waits(code))
+    return rows
+
+
+def describe(name: str) -> str | None:
+    """A demangled kernel in words: "conv_90 fp16 stats 216", with "dgrad" where its weights are transposed."""
+    found = _KERNEL.search(name)
+    if found is None:
+        return None
+    kernel, given = found.group(1), [word.strip() for word in (found.group(2) or "").split(",")]
+    short = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "fp32"}
+    words = [short.get(word, re.sub(r"\((?:int|bool)\)", "", word)) for word in given if word]
+    if kernel.startswith("conv_"):
+        dtype, mode, block, transposed = words
+        words = [dtype, _MODES[mode], block, *(["dgrad"] if transposed in ("1", "true") else [])]
+    return " ".join([kernel, *words])
+
+
+def _resources(log: str) -> dict[str, dict]:
+    """Registers, stack and spills by symbol, of what `ptxas -v` prints."""
+    found: dict[str, dict] = {}
+    symbol = ""
+    for line in log.splitlines():
+        if m := re.search(r"Compiling entry function '(\w+)'", line):
+            symbol = m.group(1)
+            found[symbol] = {}
+        elif m := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", line):
+            found.setdefault(symbol, {}).update(stack=int(m.group(1)), spilled=int(m.group(2)))
+        elif m := re.search(r"Used (\d+) registers", line):
+            found[symbol]["registers"] = int(m.group(1))
+    return found
+
+
+def _functions(cubin: Path) -> dict[str, list[str]]:
+    """The opcodes of each kernel, in their order."""
+    listing = subprocess.run([_tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    found: dict[str, list[str]] = {}
+    code: list[str] = []
+    for line in listing.splitlines():
+        if m := re.match(r"\.section\s+\.text\.(\w+)", line.strip()):
+            code = found.setdefault(m.group(1), [])
+        elif m := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)([.\w]*)\s*([^;]*)", line):
+            opcode, rest = m.group(1), m.group(2) + m.group(3)
+            code.append("DRAIN" if opcode == "WARPGROUP" and "DEPBAR" in rest and "0x0" in rest else opcode)
+    return found
+
+
+def _waits(code: list[str]) -> dict[str, int]:
+    """Waits for all products between two products of one step: the compiler made them serial."""
+    products = [i for i, word in enumerate(code) if word == "HGMMA"]
+    return {"waits": sum("DRAIN" in code[a:b] for a, b in itertools.pairwise(products))}
+
+
+def _tool(name: str) -> str:
+    """A tool of the CUDA toolkit; Triton brings it where there is none."""
+    import triton
+
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    found = shutil.which(name) or (str(bundled) if bundled.exists() else None)
+    if found is None:
+        raise SystemExit(f"{name} is not found: it comes with the CUDA toolkit, and with Triton's wheels")
+    return found
+
+
+def _demangle(symbol: str) -> str:
+    return subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
+
+
+# ------------------------------------------------------------------ rules and table
+
+
+def complaints(row: dict) -> list[str]:
+    """What is wrong with a kernel, a line each."""
+    found, kernel = [], row["kernel"]
+    if row["spilled"] or row["stack"] or row["local_loads"] or row["local_stores"]:
+        found.append(f"{row['spilled']} bytes spilled, {row['stack']} bytes of stack a thread")
+    if row["waits"]:
+        found.append(f"{row['waits']} waits between products of one step")
+    wanted = {"conv_90": ("wgmma", "bulk_copies", "cp_async"), "conv_80": ("mma_sync", "ldmatrix", "cp_async")}
+    wanted |= {"conv_75": ("mma_sync", "ldmatrix"), "wgrad_80": wanted["conv_80"], "wgrad_75": ("mma_sync", "ldmatrix")}
+    found += [f"no {name} instruction" for name in wanted.get(kernel.split()[0], ()) if not row[name]]
+    return found
+
+
+def read(table: Path) -> list[dict]:
+    """The rows of a table; facts that are 0 are left out in the file."""
+    return [dict.fromkeys(FACTS, 0) | row for row in json.loads(table.read_text())["rows"]]
+
+
+def write(table: Path, version: str, rows: Iterable[dict]) -> None:
+    """The table as JSON, a line a row, so that a difference reads as one."""
+    lines = ",\n".join(json.dumps({k: v for k, v in row.items() if v != 0}) for row in rows)
+    table.write_text(f'{{"nvcc": {json.dumps(version)}, "rows": [\n{lines}\n]}}\n')
+
+
+def differences(old: list[dict], new: list[dict], archs: Iterable[str]) -> list[str]:
+    """A line for each kernel of `archs` that appeared, went, or changed."""
+    before = {(row["arch"], row["kernel"]): row for row in old if row["arch"] in archs}
+    after = {(row["arch"], row["kernel"]): row for row in new}
+    lines = [f"sm_{a} {k}: in the committed table, made no more" for a, k in before.keys() - after.keys()]
+    for (arch, kernel), row in after.items():
+        was = before.get((arch, kernel))
+        if was is None:
+            lines.append(f"sm_{arch} {kernel}: new, not in the committed table")
+        elif changed := [f"{name} {was[name]} -> {row[name]}" for name in FACTS if was[name] != row[name]]:
+            lines.append(f"sm_{arch} {kernel}: {', '.join(changed)}")
+    return lines
+
+
+def show(rows: list[dict]) -> None:
+    """Every kernel with its facts, aligned."""
+    names = [f"sm_{row['arch']} {row['kernel']}" for row in rows]
+    wide = max(map(len, names), default=0)
+    print(" ".join([" " * wide, *(f"{fact:>12}" for fact in FACTS)]))
+    for name, row in zip(names, rows, strict=True):
+        print(" ".join([f"{name:<{wide}}", *(f"{row[fact]:>12}" for fact in FACTS)]))
+
+
+def main(args: argparse.Namespace) -> int:
+    """Compile, print, judge; 1 where a rule is broken or the table differs, 2 without nvcc."""
+    build = runpy.run_path(str(paths.BENCH.parent / "csrc" / "build.py"))
+    nvcc = build["find_nvcc"]()
+    if nvcc is None:
+        print("no nvcc: put it on PATH or set CUDA_HOME", file=sys.stderr)
+        return 2
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"release (\d+\.\d+)", told).group(1)
+    table = args.table or paths.BENCH / "compiled" / f"nvcc-{version}.json"
+    if args.update and args.table is None:
+        paths.checkout("--update without --table")
+    if args.out is not None:
+        options.writable(args.out)
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    archs = [a for a in (QUICK if args.quick else ARCHS) if f"compute_{a.rstrip('a')}" in known]
+    started = time.monotonic()
+    sources = sorted(SOURCE.parent.glob("*.cuh")) + [SOURCE]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + version.encode()).hexdigest()[:16]
+    folder = paths.BUILD / "compile" / f"nvcc-{digest}"
+
+    def rows_of(arch: str) -> list[dict]:
+        kept = folder / f"sm_{arch}.json"
+        if args.no_cache or not kept.exists():
+            rows = compile_for(nvcc, arch, folder)
+            kept.write_text(json.dumps(rows))
+        return json.loads(kept.read_text())
+
+    with concurrent.futures.ThreadPoolExecutor(args.processes) as pool:
+        rows = [row for found in pool.map(rows_of, archs) for row in sorted(found, key=lambda row: row["kernel"])]
+    show(rows)
+    broken = [f"sm_{row['arch']} {row['kernel']}: {why}" for row in rows for why in complaints(row)]
+    for line in broken:
+        print(f"FAILED {line}")
+    if not table.exists() and not args.update:
+        print(f"FAILED no table for nvcc {version} at {table}: make it with --update and commit it")
+        return 1
+    old = read(table) if table.exists() else []
+    changes = differences(old, rows, archs)
+    for line in changes:
+        print(f"{'CHANGED' if args.update else 'DIFFERS'} {line}")
+    if args.update:
+        kept = [row for row in old if row["arch"] not in archs]
+        write(table, version, sorted(kept + rows, key=lambda row: (ARCHS.index(row["arch"]), row["kernel"])))
+    if args.out is not None:
+        path = args.out / f"compile_nvcc-{version}.json"
+        found = {"command": "compile --cuda", "nvcc": version, "commit": commit(), "broken": broken}
+        path.write_text(json.dumps(found | {"changes": changes, "rows": rows}, indent=1))
+        print(f"wrote {path}")
+    spent = time.monotonic() - started
+    print(f"nvcc {version}: {len(rows)} kernels in {spent:.0f} s, {len(broken)} broken rules, {len(changes)} changes")
+    return 1 if broken or (changes and not args.update) else 0
