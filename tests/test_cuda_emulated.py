@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import os
-import runpy
-import shutil
-import subprocess
 from pathlib import Path
 
+import cuda_host
 import pytest
 import torch
 from close import assert_close
@@ -20,7 +17,6 @@ from jasper_fast.kernels.bn_relu_dropout import reference
 from jasper_fast.kernels.layout import empty_ntc, ntc
 from jasper_fast.kernels.operands import Mask, Norm
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 POINTERS = (
     "y",
@@ -42,7 +38,7 @@ STATS, FORWARD, REDUCE, APPLY = range(4)
 
 
 class Raw(ctypes.Structure):
-    """The struct Raw of csrc/cuda/emulate.cpp."""
+    """The struct Raw of csrc/cuda/emulate/bn_relu_dropout.cpp."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in POINTERS),
@@ -93,20 +89,8 @@ class Emulated:
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    build = runpy.run_path(str(CSRC / "build.py"))
-    nvcc = build["find_nvcc"]()
-    compiler = os.environ.get("CXX") or shutil.which("c++")
-    if nvcc is None or compiler is None:
-        pytest.skip("needs the CUDA toolkit's headers (nvcc) and a C++ compiler")
-    line = subprocess.run([nvcc, "-dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
-    include = [word.strip('"') for word in line.split() if word.strip('"').startswith("-I")]
-    library = tmp_path_factory.mktemp("emulated") / "emulated.so"
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
-    if kind := os.environ.get("JASPER_FAST_SANITIZE"):  # tests/fuzz/sanitize.py
-        flags += build["SANITIZE"][kind].split()
-    subprocess.run([compiler, *flags, *include, str(CSRC / "cuda/emulate.cpp"), "-o", str(library)], check=True)
-    return Emulated(library)
+def emulated() -> Emulated:
+    return Emulated(cuda_host.build([cuda_host.CSRC / "cuda/emulate/bn_relu_dropout.cpp"]))
 
 
 def tensors(n: int, c: int, t: int, dtype: torch.dtype, shift: float = 0.0) -> dict[str, Tensor]:

@@ -1,5 +1,5 @@
 // What every CUDA kernel here shares: 16-byte packs, dtype conversion, Philox, the moments' merge.
-// Also compiles as host C++ with JF_EMULATE (see emulate.h), so that the kernels can be run and tested without a GPU.
+// Also compiles as host C++ with JF_EMULATE (see emulate/cuda.h), so that the kernels can be run and tested without a GPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,10 +11,20 @@
 #include <type_traits>
 
 #ifdef JF_EMULATE
-#include "emulate.h"
+#include "emulate/cuda.h"
 #else
 #include <cuda_runtime.h>
 #define JF_LAUNCH(kernel, grid, block, stream, ...) kernel<<<static_cast<unsigned>(grid), block, 0, stream>>>(__VA_ARGS__)
+// With `shared` bytes of dynamic shared memory. Errors are cudaGetLastError's.
+#define JF_LAUNCH_DYNAMIC(kernel, grid, block, shared, stream, ...)                                              \
+  do {                                                                                                           \
+    const auto jf_bytes = static_cast<int>(shared);                                                              \
+    if (jf_bytes <= 48 * 1024 ||                                                                                 \
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, jf_bytes) == cudaSuccess)      \
+      kernel<<<static_cast<unsigned>(grid), block, jf_bytes, stream>>>(__VA_ARGS__);                             \
+  } while (false)
+// The same where CTAs wait for each other. The caller sees to it that the GPU holds the whole grid at once.
+#define JF_LAUNCH_TOGETHER JF_LAUNCH_DYNAMIC
 #endif
 
 namespace jf {

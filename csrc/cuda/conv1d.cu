@@ -10,10 +10,15 @@ using conv::Launch;
 
 constexpr const char* kUnknown = "the cuda face has no kernel for this tile and dtype on this GPU";
 
-const char* result(bool known) {
+// What came of `launch`, which says whether there is such a kernel.
+template <class F>
+const char* result(F&& launch) {
+  bool known = true;
 #ifdef JF_EMULATE
-  return known ? jf::emulation_error() : kUnknown;
+  const char* error = jf::emulated_error([&] { known = launch(); });
+  return known ? error : kUnknown;
 #else
+  known = launch();
   if (!known) return kUnknown;
   const cudaError_t error = cudaGetLastError();
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)
@@ -23,11 +28,11 @@ const char* result(bool known) {
 }
 
 template <class F>
-const char* with_dtype(int dtype, F&& f) {
-  if (dtype == 0) return f(float{});
-  if (dtype == 1) return f(__half{});
-  if (dtype == 2) return f(__nv_bfloat16{});
-  return kUnknown;
+bool with_dtype(int dtype, F&& f) {
+  if (dtype == 0) f(float{});
+  if (dtype == 1) f(__half{});
+  if (dtype == 2) f(__nv_bfloat16{});
+  return dtype >= 0 && dtype <= 2;
 }
 
 }  // namespace
@@ -40,41 +45,48 @@ JF_EXPORT void jf_conv1d_sizes(int* args, int* wgrad_args) {
 }
 
 JF_EXPORT const char* jf_conv1d(const Launch* l, int dtype, int mode, int transposed, int block, const conv::Args* a) {
-  if (dtype == 1) return result(conv::launch_conv<__half>(*l, mode, transposed, block, *a));
-  if (dtype == 2) return result(conv::launch_conv<__nv_bfloat16>(*l, mode, transposed, block, *a));
-  return kUnknown;
+  return result([&] {
+    if (dtype == 1) return conv::launch_conv<__half>(*l, mode, transposed, block, *a);
+    return dtype == 2 && conv::launch_conv<__nv_bfloat16>(*l, mode, transposed, block, *a);
+  });
 }
 
 JF_EXPORT const char* jf_conv1d_merge(const Launch* l, const float* part_a, const float* part_b, float* a, float* b,
                                       int tiles, int t_blocks, int block, int frames, int c, int stats) {
-  conv::run(*l, conv::kMergeThreads, conv::merge_kernel, part_a, part_b, a, b, tiles, t_blocks, block, frames, c, stats);
-  return result(true);
+  return result([&] {
+    conv::run(*l, conv::kMergeThreads, conv::merge_kernel, part_a, part_b, a, b, tiles, t_blocks, block, frames, c, stats);
+    return true;
+  });
 }
 
 JF_EXPORT const char* jf_conv1d_wgrad(const Launch* l, int dtype, int taps, const conv::WgradArgs* a) {
-  if (dtype == 1) return result(conv::launch_wgrad<__half>(*l, taps, *a));
-  if (dtype == 2) return result(conv::launch_wgrad<__nv_bfloat16>(*l, taps, *a));
-  return kUnknown;
+  return result([&] {
+    if (dtype == 1) return conv::launch_wgrad<__half>(*l, taps, *a);
+    return dtype == 2 && conv::launch_wgrad<__nv_bfloat16>(*l, taps, *a);
+  });
 }
 
 JF_EXPORT const char* jf_conv1d_wgrad_merge(const Launch* l, int dtype, const float* parts, void* dw, int shares, int taps,
                                             int64_t pairs) {
-  return with_dtype(dtype, [&](auto tag) {
-    using W = decltype(tag);
-    conv::run(*l, conv::kWgradMergeThreads, conv::wgrad_merge_kernel<W>, parts, static_cast<W*>(dw), shares, taps, pairs);
-    return result(true);
+  return result([&] {
+    return with_dtype(dtype, [&](auto tag) {
+      using W = decltype(tag);
+      conv::run(*l, conv::kWgradMergeThreads, conv::wgrad_merge_kernel<W>, parts, static_cast<W*>(dw), shares, taps, pairs);
+    });
   });
 }
 
 JF_EXPORT const char* jf_conv1d_pack(const Launch* l, int from, int to, const void* weight, void* pack, int c_out, int c_in,
                                      int taps) {
-  return with_dtype(from, [&](auto tag) {
-    using W = decltype(tag);
-    const auto into = [&](auto* at) {
-      using T = std::remove_pointer_t<decltype(at)>;
-      conv::run(*l, conv::kPackThreads, conv::pack_kernel<W, T>, static_cast<const W*>(weight), at, c_out, c_in, taps);
-      return result(true);
-    };
-    return to == 1 ? into(static_cast<__half*>(pack)) : to == 2 ? into(static_cast<__nv_bfloat16*>(pack)) : kUnknown;
+  return result([&] {
+    return to > 0 && with_dtype(from, [&](auto tag) {
+      using W = decltype(tag);
+      const W* w = static_cast<const W*>(weight);
+      if (to == 1)
+        conv::run(*l, conv::kPackThreads, conv::pack_kernel<W, __half>, w, static_cast<__half*>(pack), c_out, c_in, taps);
+      else
+        conv::run(*l, conv::kPackThreads, conv::pack_kernel<W, __nv_bfloat16>, w, static_cast<__nv_bfloat16*>(pack), c_out,
+                  c_in, taps);
+    });
   });
 }

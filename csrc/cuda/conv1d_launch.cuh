@@ -76,7 +76,7 @@ struct Launch {
 template <class... P, class... A>
 void run(const Launch& l, int threads, void (*kernel)(P...), const A&... args) {
 #ifdef JF_EMULATE
-  launch_emulated(l.grid, threads, l.shared, l.cooperative ? l.grid : 1, [&] { kernel(args...); });
+  launch_emulated(l.grid, threads, l.shared, l.cooperative ? 0 : emulated_resident(), [&] { kernel(args...); });
 #else
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared) != cudaSuccess) return;
   cudaLaunchAttribute cooperative{};

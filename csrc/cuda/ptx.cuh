@@ -105,23 +105,34 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
 
 __device__ __forceinline__ float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 
-// ---- global memory between CTAs --------------------------------------------------------------------------------------
+// ---- global memory that other CTAs write during the kernel -----------------------------------------------------------
 
+// Sees what other CTAs wrote before the add_release whose result it reads. A loop that polls must poll through this.
 __device__ __forceinline__ int load_acquire(const int* at) {
   int value;
-  asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(__cvta_generic_to_global(at)) : "memory");
   return value;
 }
 
-// Adds, releasing what this thread and those it has synchronised with have written; returns the value before.
+// Adds, and returns the value before: what this thread wrote, or saw after a barrier, is visible to who reads the sum.
 __device__ __forceinline__ int add_release(int* at, int value) {
   int before;
-  asm volatile("atom.add.acq_rel.gpu.s32 %0, [%1], %2;" : "=r"(before) : "l"(at), "r"(value) : "memory");
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(at)), "r"(value)
+               : "memory");
   return before;
 }
 
-// From L2, past an L1 that may be stale.
-__device__ __forceinline__ float4 load_cg(const float4* at) { return __ldcg(at); }
+// 16 bytes from L2, past an L1 that may hold older ones.
+__device__ __forceinline__ float4 load_cg(const float4* at) {
+  float4 x;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(__cvta_generic_to_global(at))
+               : "memory");
+  return x;
+}
 
 // ---- sm_90: mbarriers, bulk copies, proxies ------------------------------------------------------------------------
 

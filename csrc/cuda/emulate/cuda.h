@@ -1,0 +1,88 @@
+// Host stand-ins for the CUDA language, so that the kernels run on a CPU in tests. The threads of a CTA are fibers on one
+// OS thread (engine.cpp). Variables with __shared__ are static here: kernels that have them run one CTA at a time.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __forceinline__
+#undef __noinline__
+#undef __shared__
+#undef __constant__
+#undef __launch_bounds__
+#undef __grid_constant__
+#undef __align__
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __noinline__
+#define __shared__ static
+#define __constant__ static const
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) alignas(n)
+#define __restrict__ __restrict
+
+namespace jf {
+
+struct Index {
+  unsigned x = 0, y = 0, z = 0;
+};
+extern Index threadIdx, blockIdx, blockDim, gridDim;
+
+// Runs the kernel for every thread of every CTA. `resident` CTAs run at once (0: the whole grid), each with `shared`
+// bytes of dynamic shared memory. Throws std::runtime_error with one line that says which thread did what wrong.
+void launch_emulated(int64_t grid, int block, size_t shared, int resident, const std::function<void()>& kernel);
+
+// What JF_LAUNCH_DYNAMIC takes for `resident`.
+int emulated_resident();
+
+// Tells the checks of asynchronous copies which global memory there is; none is told: any address is right.
+void emulated_memory(const void* from, size_t bytes);
+
+// Runs `body`; null where it ended well, else the message of its error, valid until the next call.
+const char* emulated_error(const std::function<void()>& body);
+
+void __syncthreads();
+void __syncwarp(unsigned mask = 0xffffffffu);
+void __threadfence();
+int atomicAdd(int* at, int value);
+
+template <class T>
+T __ldg(const T* at) {
+  return *at;
+}
+template <class T>
+T __ldcg(const T* at) {
+  return *at;
+}
+
+inline float __expf(float x) { return expf(x); }
+inline float __logf(float x) { return logf(x); }
+inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline float fdividef(float a, float b) { return a / b; }
+
+}  // namespace jf
+
+extern "C" {
+// Of later launches: `resident` as above; a seed other than 0 takes the runnable warps and lanes in an order drawn from it
+// and interrupts them, so that other interleavings are seen.
+void jf_emulation(int resident, uint64_t seed);
+// How often the instruction of this name ran in the last launch, once for a warp where it is a warp's.
+int64_t jf_emulation_count(const char* instruction);
+}
+
+#define JF_LAUNCH(kernel, grid, block, stream, ...) \
+  ::jf::launch_emulated(grid, block, 0, 1, [&] { kernel(__VA_ARGS__); })
+#define JF_LAUNCH_DYNAMIC(kernel, grid, block, shared, stream, ...) \
+  ::jf::launch_emulated(grid, block, shared, ::jf::emulated_resident(), [&] { kernel(__VA_ARGS__); })
+#define JF_LAUNCH_TOGETHER(kernel, grid, block, shared, stream, ...) \
+  ::jf::launch_emulated(grid, block, shared, 0, [&] { kernel(__VA_ARGS__); })

@@ -1,0 +1,138 @@
+// The inside of the engine: fibers, warps, CTAs. Compiled without ThreadSanitizer's instrumentation: the engine itself says
+// which thread reads and writes what (tsan.h), so its own state does not look like a race.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cuda.h"
+#include "sanitizers.h"
+
+namespace jf::engine {
+
+constexpr uint32_t kBase = 1024;             // the address at which dynamic shared memory begins
+constexpr uint32_t kRed = 1024;              // bytes around the arena that must keep their pattern
+constexpr uint32_t kMostShared = 227 * 1024;
+
+struct Warp;
+struct Cta;
+struct WarpProducts;  // products.cpp
+struct GroupProducts;
+
+struct Copy {  // a copy_async under way
+  uint32_t to, bytes;
+  const void* from;
+};
+
+struct Fiber {
+  void* stack_pointer = nullptr;
+  unsigned char* stack = nullptr;
+  size_t stack_bytes = 0;
+  Warp* warp = nullptr;
+  Cta* cta = nullptr;
+  int thread = 0, lane = 0;
+  bool spins = false, ended = false;
+  Fiber* next_waiter = nullptr;
+  const char* waits_for = "";  // with `address` and `parity`, for the message about a deadlock
+  uint32_t address = 0, parity = 0;
+  std::vector<Copy> copies;      // in order of issue
+  std::deque<size_t> groups;     // sizes of the committed groups
+  size_t uncommitted = 0;
+  std::vector<uint32_t> dirty;   // cells that it wrote since its last fence_async_proxy
+  SanitizerFiber sanitizer;
+};
+
+using Collective = void (*)(Warp&, void* const* arguments);
+
+struct Warp {
+  Cta* cta = nullptr;
+  Fiber* lanes[32] = {};
+  int index = 0;
+  uint32_t all = 0, ready = 0, turn = 0;  // lanes: of the warp, that can run, that run in this turn
+  bool queued = false;
+  const char* name = nullptr;  // the collective at which lanes have arrived
+  Collective run = nullptr;
+  uint32_t arrived = 0;
+  void* arguments[32] = {};
+  char clocks[2] = {};  // what ThreadSanitizer's happens-before hangs on
+  uint32_t collectives = 0;
+  std::shared_ptr<WarpProducts> products;
+};
+
+struct Mbarrier {
+  uint32_t address = 0;
+  uint32_t count = 0, pending = 0, phase = 0;
+  int64_t bytes = 0;
+  int maker = 0;
+  bool visible = false;  // to the asynchronous proxy
+  Fiber* waiters = nullptr;
+  char clocks[2] = {};
+};
+
+struct NamedBarrier {
+  int threads = 0, arrived = 0;
+  uint32_t generation = 0;
+  std::vector<bool> seen;
+  Fiber* waiters = nullptr;
+  char clocks[2] = {};
+};
+
+struct Cta {
+  int64_t block = -1;
+  int threads = 0, live = 0;
+  uint32_t shared = 0;
+  unsigned char* memory = nullptr;  // the arena
+  std::vector<uint16_t> writer;     // of each 16-byte cell: 1 + the thread whose generic write no fence has passed, or 0
+  std::vector<uint8_t> mbarrier_at; // of each 8 bytes: 1 + index in mbarriers, or 0
+  std::deque<Mbarrier> mbarriers;
+  NamedBarrier named[16];
+  std::vector<Warp> warps;
+  std::vector<std::shared_ptr<GroupProducts>> groups;
+};
+
+struct Bulk {  // a copy_bulk under way
+  Cta* cta;
+  int thread;
+  uint32_t to, bytes, barrier;
+  const void* from;
+  uint64_t due;  // in turns of warps
+};
+
+extern Fiber* current;
+
+// Counts of instructions, by name.
+void count(const char* instruction);
+
+// Ends the launch with this message, said of the running thread, or of `thread` of `cta`.
+[[noreturn]] void fail(const char* instruction, const std::string& text);
+[[noreturn]] void fail(const Cta& cta, int thread, const char* instruction, const std::string& text);
+
+void block(const char* waits_for, uint32_t address = 0, uint32_t parity = 0);
+void wake(Fiber* fiber);
+void wake_all(Fiber*& waiters);
+void spin();    // lets others run, for a loop that polls
+uint64_t bulk_due();
+void point();   // where a seeded schedule may interrupt
+
+// Waits for the other lanes of the warp; the last one runs `run` for all of them.
+void collective(const char* name, void* arguments, Collective run);
+
+// memory.cpp
+unsigned char* cells(Cta& cta, uint32_t at, uint32_t bytes, uint32_t align, const char* instruction);
+void check_clean(Cta& cta, uint32_t at, uint32_t bytes, const char* instruction);
+void check_global(const void* from, size_t bytes, const char* instruction);
+void start_memory(Cta& cta, uint32_t shared);
+void end_memory(Cta& cta);
+bool complete_bulk(uint64_t now, bool oldest);  // whether any was completed
+void forget_bulk();
+void thread_ends(Fiber& fiber);
+std::string describe(const Fiber& fiber);
+
+// products.cpp
+void end_products(Cta& cta);
+
+}  // namespace jf::engine

@@ -1,0 +1,468 @@
+// Shared memory and what moves through it: stores, asynchronous copies, barriers. What each instruction does is taken from
+// the PTX ISA; the choices that it leaves open are made so that a mistake shows: a copy's destination is NaN from its issue
+// on, its source is read and its destination written as late as the waits allow.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <stdexcept>
+
+#include "engine.h"
+#include "twins.h"
+
+namespace jf {
+namespace engine {
+namespace {
+
+constexpr int kPoison = 0xff;  // a NaN in fp16, bf16 and fp32
+constexpr int kPattern = 0xa5;
+constexpr uint32_t kMostCount = (1u << 20) - 1;  // of arrivals and of bytes of an mbarrier
+
+struct Range {
+  const char* from;
+  size_t bytes;
+};
+std::vector<Range> global;
+std::vector<Bulk> bulks;
+#ifdef JF_TSAN
+void* async_thread = nullptr;
+char bulk_clock;
+#endif
+
+std::string hex(uint32_t address) {
+  char text[16];
+  std::snprintf(text, sizeof(text), "0x%x", address);
+  return text;
+}
+
+std::string number(int64_t value) { return std::to_string(value); }
+
+void check_no_mbarrier(Cta& cta, uint32_t at, uint32_t bytes, const char* instruction) {
+  if (cta.mbarriers.empty() || !bytes) return;
+  const auto first = cta.mbarrier_at.begin() + (at - kBase) / 8, last = cta.mbarrier_at.begin() + (at - kBase + bytes + 7) / 8;
+  const auto hit = std::find_if(first, last, [](uint8_t index) { return index != 0; });
+  if (hit != last) fail(instruction, "writes over the mbarrier at " + hex(kBase + 8 * (hit - cta.mbarrier_at.begin())));
+}
+
+void mark(Fiber& fiber, uint32_t at) {
+  const uint32_t cell = (at - kBase) / 16;
+  const uint16_t writer = fiber.thread + 1;
+  if (fiber.cta->writer[cell] == writer) return;
+  fiber.cta->writer[cell] = writer;
+  fiber.dirty.push_back(cell);
+}
+
+void complete_copies(Fiber& fiber, size_t count) {
+  for (size_t i = 0; i < count; ++i) {
+    const Copy& copy = fiber.copies[i];
+    unsigned char* to = cells(*fiber.cta, copy.to, 16, 16, "copy_async");
+    unsigned char cell[16] = {};
+    if (copy.bytes) {
+      saw_read(copy.from, copy.bytes);
+      for (uint32_t j = 0; j < copy.bytes; ++j) cell[j] = static_cast<const unsigned char*>(copy.from)[j];
+    }
+    __builtin_memcpy(to, cell, 16);
+    saw_write(to, 16);
+    mark(fiber, copy.to);
+  }
+  Unseen unseen;
+  fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + count);
+}
+
+// ---- mbarriers -----------------------------------------------------------------------------------------------------
+
+Mbarrier& mbarrier(Cta& cta, uint32_t at, const char* instruction) {
+  unsigned char* memory = cells(cta, at, 8, 8, instruction);
+  const uint8_t index = cta.mbarrier_at[(at - kBase) / 8];
+  if (!index) fail(instruction, "no mbarrier was initialised at " + hex(at));
+  saw_read(memory, 8);
+  return cta.mbarriers[index - 1];
+}
+
+void check_phase(Mbarrier& barrier) {
+  if (barrier.pending || barrier.bytes) return;
+  ++barrier.phase;
+  barrier.pending = barrier.count;
+  wake_all(barrier.waiters);
+}
+
+// ---- named barriers ------------------------------------------------------------------------------------------------
+
+void check_complete(NamedBarrier& barrier) {
+  if (barrier.arrived < barrier.threads) return;
+  ++barrier.generation;
+  barrier.arrived = 0;
+  barrier.seen.clear();
+  wake_all(barrier.waiters);
+}
+
+void use_barrier(int id, int threads, bool wait, const char* instruction) {
+  Fiber& me = *current;
+  NamedBarrier& barrier = me.cta->named[id];
+  Unseen unseen;
+  if (!barrier.arrived) {
+    barrier.threads = threads;
+    barrier.seen.assign(me.cta->threads, false);
+  } else if (barrier.threads != threads) {
+    fail(instruction, "barrier " + number(id) + " of " + number(threads) + " threads, others named " + number(barrier.threads));
+  }
+  if (barrier.seen[me.thread]) fail(instruction, "arrives at barrier " + number(id) + " twice in one phase");
+  barrier.seen[me.thread] = true;
+  ++barrier.arrived;
+  char* clock = &barrier.clocks[barrier.generation & 1];
+  release(clock);
+  const uint32_t generation = barrier.generation;
+  check_complete(barrier);
+  if (!wait) return;
+  while (barrier.generation == generation) {
+    me.next_waiter = barrier.waiters;
+    barrier.waiters = &me;
+    block(instruction, id, 0);
+  }
+  acquire(clock);
+}
+
+}  // namespace
+
+unsigned char* cells(Cta& cta, uint32_t at, uint32_t bytes, uint32_t align, const char* instruction) {
+  if (at % align) fail(instruction, "shared address " + hex(at) + " is not aligned to " + number(align) + " bytes");
+  if (at < kBase || at - kBase > cta.shared || bytes > cta.shared - (at - kBase))
+    fail(instruction, number(bytes) + " bytes at shared address " + hex(at) + " are out of bounds: the CTA has " + hex(kBase) +
+                          " to " + hex(kBase + cta.shared));
+  return cta.memory + (at - kBase);
+}
+
+void check_clean(Cta& cta, uint32_t at, uint32_t bytes, const char* instruction) {
+  const uint32_t first = (at - kBase) / 16, last = (at - kBase + bytes + 15) / 16;
+  for (uint32_t cell = first; cell < last; ++cell)
+    if (cta.writer[cell])
+      fail(instruction, "shared address " + hex(kBase + 16 * cell) + " was written by thread " + number(cta.writer[cell] - 1) +
+                            " without a fence_async_proxy of that thread since");
+}
+
+void check_global(const void* from, size_t bytes, const char* instruction) {
+  if (global.empty() || !bytes) return;
+  const char* at = static_cast<const char*>(from);
+  for (const Range& range : global)
+    if (at >= range.from && at + bytes <= range.from + range.bytes) return;
+  const Range* nearest = &global[0];
+  const auto distance = [&](const Range& range) { return at < range.from ? range.from - at : at - range.from; };
+  for (const Range& range : global)
+    if (distance(range) < distance(*nearest)) nearest = &range;
+  fail(instruction, number(bytes) + " bytes of global memory are out of bounds: at " + number(at - nearest->from) + " of a tensor of " +
+                        number(nearest->bytes) + " bytes");
+}
+
+void start_memory(Cta& cta, uint32_t shared) {
+  constexpr size_t room = 4096 + kMostShared + 4096;
+  if (!cta.memory) {
+    void* memory = mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::runtime_error("no memory for an emulated CTA");
+    cta.memory = static_cast<unsigned char*>(memory) + 4096;
+  }
+  allow(cta.memory - 4096, room);
+  cta.shared = shared;
+  std::memset(cta.memory, kPoison, shared);
+  std::memset(cta.memory - kRed, kPattern, kRed);
+  std::memset(cta.memory + shared, kPattern, kRed);
+  forbid(cta.memory - 4096, 4096);
+  forbid(cta.memory + shared, room - 4096 - shared);
+  cta.writer.assign(shared / 16 + 1, 0);
+  cta.mbarrier_at.assign(shared / 8 + 2, 0);
+  cta.mbarriers.clear();
+  for (NamedBarrier& barrier : cta.named) barrier = NamedBarrier{};
+}
+
+void end_memory(Cta& cta) {
+  for (const Bulk& bulk : bulks)
+    if (bulk.cta == &cta) fail(cta, bulk.thread, "copy_bulk", "was still under way when its CTA ended");
+  allow(cta.memory - kRed, kRed);
+  allow(cta.memory + cta.shared, kRed);
+  for (uint32_t i = 0; i < kRed; ++i) {
+    if (cta.memory[cta.shared + i] != kPattern)
+      fail(cta, 0, "a store", "wrote " + number(i) + " bytes past the end of shared memory (any thread of the CTA)");
+    if (cta.memory[-1 - static_cast<int64_t>(i)] != kPattern)
+      fail(cta, 0, "a store", "wrote " + number(i + 1) + " bytes before shared memory (any thread of the CTA)");
+  }
+}
+
+bool complete_bulk(uint64_t now, bool oldest) {
+  if (bulks.empty()) return false;
+  bool any = false;
+  for (size_t i = 0; i < bulks.size();) {
+    if (bulks[i].due > now && !(oldest && i == 0)) {
+      ++i;
+      continue;
+    }
+    const Bulk bulk = bulks[i];
+    bulks.erase(bulks.begin() + i);
+    Cta& cta = *bulk.cta;
+    for (uint32_t cell = (bulk.to - kBase) / 16; cell < (bulk.to - kBase + bulk.bytes) / 16; ++cell)
+      if (cta.writer[cell])
+        fail(cta, bulk.thread, "copy_bulk", "thread " + number(cta.writer[cell] - 1) + " wrote to its destination meanwhile, at " +
+                                                hex(kBase + 16 * cell));
+    Mbarrier& barrier = cta.mbarriers[cta.mbarrier_at[(bulk.barrier - kBase) / 8] - 1];
+    unsigned char* to = cta.memory + (bulk.to - kBase);
+    std::memcpy(to, bulk.from, bulk.bytes);
+#ifdef JF_TSAN
+    if (!async_thread) async_thread = __tsan_create_fiber(0);
+    void* me = __tsan_get_current_fiber();
+    __tsan_switch_to_fiber(async_thread, __tsan_switch_to_fiber_no_sync);
+    acquire(&bulk_clock);
+    saw_read(bulk.from, bulk.bytes);
+    saw_write(to, bulk.bytes);
+    release(&barrier.clocks[barrier.phase & 1]);
+    __tsan_switch_to_fiber(me, __tsan_switch_to_fiber_no_sync);
+#endif
+    barrier.bytes -= bulk.bytes;
+    if (barrier.bytes < -static_cast<int64_t>(kMostCount))
+      fail(cta, bulk.thread, "copy_bulk", "the mbarrier at " + hex(bulk.barrier) + " counts too many bytes");
+    check_phase(barrier);
+    any = true;
+    oldest = false;
+  }
+  return any;
+}
+
+void forget_bulk() { bulks.clear(); }
+
+void thread_ends(Fiber& fiber) {
+  complete_copies(fiber, fiber.copies.size());
+  NamedBarrier& barrier = fiber.cta->named[0];  // __syncthreads waits for the threads that have not ended
+  if (barrier.arrived) --barrier.threads, check_complete(barrier);
+}
+
+std::string describe(const Fiber& fiber) {
+  std::string text = fiber.waits_for;
+  if (text == "mbarrier_wait") {
+    const Mbarrier& barrier = fiber.cta->mbarriers[fiber.cta->mbarrier_at[(fiber.address - kBase) / 8] - 1];
+    text += " for parity " + number(fiber.parity) + " of " + hex(fiber.address) + ", which is in phase " + number(barrier.phase) +
+            " and lacks " + number(barrier.pending) + " of " + number(barrier.count) + " arrivals and " + number(barrier.bytes) +
+            " bytes";
+  } else if (text == "barrier_sync" || text == "__syncthreads") {
+    const NamedBarrier& barrier = fiber.cta->named[fiber.address];
+    text += " " + number(fiber.address) + ", where " + number(barrier.arrived) + " of " + number(barrier.threads) + " threads are";
+  }
+  return text;
+}
+
+}  // namespace engine
+
+using namespace engine;
+
+void __syncthreads() {
+  point();
+  use_barrier(0, current->cta->live, true, "__syncthreads");
+}
+
+void __syncwarp(unsigned mask) {
+  if (mask != 0xffffffffu) fail("__syncwarp", "only whole warps are emulated");
+  collective("__syncwarp", nullptr, nullptr);
+}
+
+static char fence_clock;
+
+void __threadfence() {
+  acquire(&fence_clock);
+  release(&fence_clock);
+}
+
+int atomicAdd(int* at, int value) {
+  point();
+  acquire(at);
+  release(at);
+  const int old = *at;
+  *at += value;
+  return old;
+}
+
+void emulated_memory(const void* from, size_t bytes) {
+  if (!from)
+    global.clear();
+  else
+    global.push_back({static_cast<const char*>(from), bytes});
+}
+
+namespace twin {
+
+unsigned char* arena() { return current->cta->memory; }
+
+uint32_t shared_address(const void* at) {
+  const int64_t offset = static_cast<const unsigned char*>(at) - current->cta->memory;
+  if (offset < 0 || offset > current->cta->shared) fail("shared_address", "the pointer is not into the CTA's dynamic shared memory");
+  return kBase + static_cast<uint32_t>(offset);
+}
+
+void store_shared(uint32_t at, const uint32_t* cell) {
+  point();
+  Fiber& me = *current;
+  unsigned char* to = cells(*me.cta, at, 16, 16, "store_shared");
+  check_no_mbarrier(*me.cta, at, 16, "store_shared");
+  saw_write(to, 16);
+  __builtin_memcpy(to, cell, 16);
+  Unseen unseen;
+  mark(me, at);
+}
+
+void copy_async(uint32_t to, const void* from, uint32_t bytes) {
+  point();
+  Fiber& me = *current;
+  unsigned char* cell = cells(*me.cta, to, 16, 16, "copy_async");
+  check_no_mbarrier(*me.cta, to, 16, "copy_async");
+  if (bytes > 16) fail("copy_async", number(bytes) + " bytes: at most 16");
+  if (reinterpret_cast<uintptr_t>(from) % 16) fail("copy_async", "the source is not aligned to 16 bytes");
+  check_global(from, bytes, "copy_async");
+  saw_write(cell, 16);
+  Unseen unseen;
+  count("copy_async");
+  __builtin_memset(cell, kPoison, 16);
+  me.copies.push_back({to, bytes, from});
+  ++me.uncommitted;
+}
+
+void copy_commit() {
+  Unseen unseen;
+  current->groups.push_back(current->uncommitted);
+  current->uncommitted = 0;
+}
+
+void copy_wait(int newest) {
+  Fiber& me = *current;
+  size_t done = 0;
+  {
+    Unseen unseen;
+    while (me.groups.size() > static_cast<size_t>(newest)) {
+      done += me.groups.front();
+      me.groups.pop_front();
+    }
+  }
+  complete_copies(me, done);
+  point();
+}
+
+void barrier(int id, int threads, bool wait) {
+  point();
+  const char* name = wait ? "barrier_sync" : "barrier_arrive";
+  if (id < 1 || id > 15) fail(name, "barrier " + number(id) + " is not one of 1 to 15");
+  if (threads % 32 || threads <= 0) fail(name, number(threads) + " threads are not a multiple of 32");
+  if (threads > current->cta->threads)
+    fail(name, "barrier " + number(id) + " of " + number(threads) + " threads: the CTA has " + number(current->cta->threads));
+  use_barrier(id, threads, wait, name);
+}
+
+void mbarrier_init(uint32_t at, uint32_t count) {
+  point();
+  Fiber& me = *current;
+  Cta& cta = *me.cta;
+  unsigned char* memory = cells(cta, at, 8, 8, "mbarrier_init");
+  if (count < 1 || count > kMostCount) fail("mbarrier_init", "a count of " + number(count));
+  uint8_t& index = cta.mbarrier_at[(at - kBase) / 8];
+  if (index) fail("mbarrier_init", "there is an mbarrier at " + hex(at) + " already");
+  saw_write(memory, 8);
+  Unseen unseen;
+  if (cta.mbarriers.size() == 255) fail("mbarrier_init", "more than 255 mbarriers are not emulated");
+  Mbarrier made;
+  made.address = at, made.count = made.pending = count, made.maker = me.thread;
+  cta.mbarriers.push_back(made);
+  index = cta.mbarriers.size();
+}
+
+void fence_mbarrier_init() {
+  for (Mbarrier& barrier : current->cta->mbarriers)
+    if (barrier.maker == current->thread) barrier.visible = true;
+}
+
+void mbarrier_arrive(uint32_t at, uint32_t bytes, bool expect) {
+  point();
+  const char* name = expect ? "mbarrier_arrive_expect" : "mbarrier_arrive";
+  Mbarrier& barrier = mbarrier(*current->cta, at, name);
+  Unseen unseen;
+  release(&barrier.clocks[barrier.phase & 1]);
+  if (!barrier.pending) fail(name, "more than " + number(barrier.count) + " arrivals at " + hex(at) + " in one phase");
+  barrier.bytes += bytes;
+  if (bytes > kMostCount || barrier.bytes > kMostCount) fail(name, "expects too many bytes at " + hex(at));
+  --barrier.pending;
+  check_phase(barrier);
+}
+
+void mbarrier_wait(uint32_t at, uint32_t parity) {
+  point();
+  if (parity > 1) fail("mbarrier_wait", "a parity of " + number(parity));
+  Fiber& me = *current;
+  Mbarrier& barrier = mbarrier(*me.cta, at, "mbarrier_wait");
+  Unseen unseen;
+  while ((barrier.phase & 1) == parity) {
+    me.next_waiter = barrier.waiters;
+    barrier.waiters = &me;
+    block("mbarrier_wait", at, parity);
+  }
+  acquire(&barrier.clocks[parity]);
+}
+
+void fence_async_proxy() {
+  Fiber& me = *current;
+  for (const uint32_t cell : me.dirty)
+    if (me.cta->writer[cell] == me.thread + 1) me.cta->writer[cell] = 0;
+  me.dirty.clear();
+  // the others may use mbarriers that this thread made
+  fence_mbarrier_init();
+  point();
+}
+
+void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t at) {
+  point();
+  Fiber& me = *current;
+  Cta& cta = *me.cta;
+  if (bytes % 16 || !bytes) fail("copy_bulk", number(bytes) + " bytes are not a multiple of 16");
+  unsigned char* memory = cells(cta, to, bytes, 16, "copy_bulk");
+  if (reinterpret_cast<uintptr_t>(from) % 16) fail("copy_bulk", "the source is not aligned to 16 bytes");
+  check_global(from, bytes, "copy_bulk");
+  check_no_mbarrier(cta, to, bytes, "copy_bulk");
+  check_clean(cta, to, bytes, "copy_bulk");
+  Mbarrier& barrier = mbarrier(cta, at, "copy_bulk");
+  if (!barrier.visible) fail("copy_bulk", "no fence_mbarrier_init since the mbarrier at " + hex(at) + " was made");
+  saw_write(memory, bytes);
+  Unseen unseen;
+  count("copy_bulk");
+  std::memset(memory, kPoison, bytes);
+  bulks.push_back({&cta, me.thread, to, bytes, at, from, bulk_due()});
+#ifdef JF_TSAN
+  release(&bulk_clock);
+#endif
+}
+
+void prefetch_bulk(const void* from, uint32_t bytes) {
+  if (bytes % 16 || !bytes) fail("prefetch_bulk", number(bytes) + " bytes are not a multiple of 16");
+  if (reinterpret_cast<uintptr_t>(from) % 16) fail("prefetch_bulk", "the source is not aligned to 16 bytes");
+  check_global(from, bytes, "prefetch_bulk");
+  Unseen unseen;
+  count("prefetch_bulk");
+}
+
+void registers(int number_of, bool more) {
+  (void)number_of;
+  collective(more ? "setmaxnreg.inc" : "setmaxnreg.dec", nullptr, nullptr);
+}
+
+void grid_dependency(bool wait) {
+  Unseen unseen;
+  count(wait ? "griddepcontrol.wait" : "griddepcontrol.launch_dependents");
+}
+
+int load_acquire(const int* at) {
+  spin();
+  acquire(const_cast<int*>(at));
+  return *at;
+}
+
+int add_release(int* at, int value) {
+  point();
+  release(at);
+  acquire(at);
+  const int old = *at;
+  *at += value;
+  return old;
+}
+
+}  // namespace twin
+}  // namespace jf

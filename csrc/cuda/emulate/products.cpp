@@ -1,0 +1,472 @@
+// ldmatrix, mma.sync and wgmma, as the PTX ISA lays out their fragments and matrices. Sums are in fp32, over k upwards.
+#include <algorithm>
+
+#include "engine.h"
+#include "twins.h"
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+namespace jf {
+namespace engine {
+namespace {
+
+// Eight 16-bit floats to fp32.
+inline void widen(float* to, const void* from, bool half) {
+  uint16_t bits[8];
+  __builtin_memcpy(bits, from, 16);
+  if (!half) {
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t word = uint32_t{bits[i]} << 16;
+      __builtin_memcpy(to + i, &word, 4);
+    }
+    return;
+  }
+#ifdef __F16C__
+  _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t sign = uint32_t{bits[i] & 0x8000u} << 16, exponent = bits[i] >> 10 & 31, mantissa = bits[i] & 0x3ff;
+    uint32_t word = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
+    if (exponent == 0) {
+      const float small = static_cast<float>(mantissa) * 0x1p-24f;
+      __builtin_memcpy(&word, &small, 4);
+      word |= sign;
+    }
+    __builtin_memcpy(to + i, &word, 4);
+  }
+#endif
+}
+
+using Eight = float __attribute__((vector_size(32)));
+
+inline Eight load_eight(const float* at) {
+  Eight x;
+  __builtin_memcpy(&x, at, 32);
+  return x;
+}
+
+// d[ROWS][8] += a[ROWS][k] * b[k][8].
+template <int ROWS>
+inline void multiply(float* d, int d_pitch, const float* a, int a_pitch, const float* b, int b_pitch, int k) {
+  Eight sum[ROWS];
+  for (int i = 0; i < ROWS; ++i) sum[i] = load_eight(d + i * d_pitch);
+  for (int j = 0; j < k; ++j) {
+    const Eight row = load_eight(b + j * b_pitch);
+    for (int i = 0; i < ROWS; ++i) sum[i] += row * a[i * a_pitch + j];
+  }
+  for (int i = 0; i < ROWS; ++i) __builtin_memcpy(d + i * d_pitch, &sum[i], 32);
+}
+
+// ---- a warp's matrices ---------------------------------------------------------------------------------------------
+
+struct Ldmatrix {
+  uint32_t* r;
+  uint32_t row;
+  bool transposed;
+};
+
+void run_ldmatrix(Warp& warp, void* const* arguments) {
+  uint16_t elements[4][8][8];
+  const bool transposed = static_cast<const Ldmatrix*>(arguments[0])->transposed;
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& its = *static_cast<const Ldmatrix*>(arguments[lane]);
+    if (its.transposed != transposed) fail("ldmatrix", "some lanes ask for the transposed matrices, some do not");
+    if (its.row % 16) fail(*warp.cta, warp.lanes[lane]->thread, "ldmatrix", "the row's address is not aligned to 16 bytes");
+    const unsigned char* row = cells(*warp.cta, its.row, 16, 16, "ldmatrix");
+    saw_read(row, 16);
+    __builtin_memcpy(elements[lane / 8][lane % 8], row, 16);
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    uint32_t* r = static_cast<const Ldmatrix*>(arguments[lane])->r;
+    const int i = lane / 4, j = lane % 4 * 2;
+    for (int m = 0; m < 4; ++m) {
+      const uint32_t low = transposed ? elements[m][j][i] : elements[m][i][j];
+      const uint32_t high = transposed ? elements[m][j + 1][i] : elements[m][i][j + 1];
+      r[m] = low | high << 16;
+    }
+  }
+}
+
+struct Mma {
+  float* d;
+  const uint32_t *a, *b;
+  int k;
+  bool half;
+};
+
+void run_mma(Warp&, void* const* arguments) {
+  const int k = static_cast<const Mma*>(arguments[0])->k;
+  const bool half = static_cast<const Mma*>(arguments[0])->half;
+  float a[16][16], b[16][8], d[16][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& its = *static_cast<const Mma*>(arguments[lane]);
+    if (its.k != k || its.half != half) fail("mma", "lanes of the warp ask for different shapes or types");
+    const int group = lane / 4, pair = lane % 4 * 2;
+    uint32_t words[4] = {};
+    float wide[8];
+    for (int i = 0; i < k / 4; ++i) words[i] = its.a[i];
+    widen(wide, words, half);
+    for (int i = 0; i < k / 4; ++i)  // registers: rows and rows + 8, then the same with k + 8
+      for (int j = 0; j < 2; ++j) a[group + i % 2 * 8][pair + j + i / 2 * 8] = wide[2 * i + j];
+    for (int i = 0; i < k / 8; ++i) words[i] = its.b[i];
+    widen(wide, words, half);
+    for (int i = 0; i < k / 8; ++i)
+      for (int j = 0; j < 2; ++j) b[pair + j + i * 8][group] = wide[2 * i + j];
+    for (int i = 0; i < 4; ++i) d[group + i / 2 * 8][pair + i % 2] = its.d[i];
+  }
+  multiply<8>(d[0], 8, a[0], 16, b[0], 8, k);
+  multiply<8>(d[8], 8, a[8], 16, b[0], 8, k);
+  for (int lane = 0; lane < 32; ++lane) {
+    float* out = static_cast<const Mma*>(arguments[lane])->d;
+    for (int i = 0; i < 4; ++i) out[i] = d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+  }
+}
+
+struct Shuffle {
+  float in, out;
+  int lanes;
+};
+
+void run_shuffle(Warp&, void* const* arguments) {
+  for (int lane = 0; lane < 32; ++lane) {
+    auto& its = *static_cast<Shuffle*>(arguments[lane]);
+    const int other = lane ^ its.lanes;
+    if (other < 0 || other > 31) fail("shuffle_xor", "lane mask " + std::to_string(its.lanes));
+    its.out = static_cast<const Shuffle*>(arguments[other])->in;
+  }
+}
+
+// ---- a warpgroup's matrices ----------------------------------------------------------------------------------------
+
+constexpr uint32_t kPoison = 0x7fffdead;  // what registers hold that an unfinished wgmma will write
+constexpr int kCore = 128;                // bytes of a core matrix
+
+struct Wgmma {  // as one lane asks for it
+  float* d;
+  int n;
+  uint64_t a, b;
+  bool accumulate, a_mn, b_mn, half;
+
+  bool same(const Wgmma& other) const {
+    return n == other.n && a == other.a && b == other.b && accumulate == other.accumulate && a_mn == other.a_mn &&
+           b_mn == other.b_mn && half == other.half;
+  }
+};
+
+}  // namespace
+
+struct Issue {  // a wgmma of a warpgroup, the same for its four warps
+  Wgmma what;
+  int first_thread = 0, finished = 0;
+  bool widened = false;
+  std::vector<unsigned char> raw;  // b as the first warp to finish read it
+  std::vector<float> b;            // [16][n]
+};
+
+struct GroupProducts {
+  std::deque<std::shared_ptr<Issue>> issues;
+  uint64_t first = 0;  // the number of issues[0]
+};
+
+namespace {
+
+struct Accumulator {  // 16 rows of a warpgroup's 64, in the registers of one warp
+  float* registers[32];
+  int n = 0, pending = 0;
+  uint64_t fences = 0;    // the warp's fences when its registers were last handed back
+  std::vector<float> d;   // [16][n]
+};
+
+struct Product {
+  std::shared_ptr<Issue> issue;
+  Accumulator* to;
+  bool accumulate;
+  std::vector<unsigned char> a, b;  // as read at issue
+};
+
+}  // namespace
+
+struct WarpProducts {
+  uint64_t issued = 0, fences = 0;
+  std::deque<std::unique_ptr<Accumulator>> accumulators;
+  std::deque<Product> products;
+  std::deque<size_t> groups;
+  size_t uncommitted = 0;
+  std::vector<std::vector<unsigned char>> spare;
+};
+
+namespace {
+
+WarpProducts& of(Warp& warp) {
+  if (!warp.products) warp.products = std::make_shared<WarpProducts>();
+  return *warp.products;
+}
+
+struct Operand {
+  uint32_t start, lbo, sbo;
+};
+
+Operand decode(uint64_t descriptor, const char* name) {
+  const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; };
+  const std::string which = std::string("the descriptor of ") + name;
+  if (descriptor >> 62) fail("wgmma", which + " asks for swizzle, which is not emulated");
+  if (descriptor >> 49 & 7) fail("wgmma", which + " has a base offset, which must be 0 without swizzle");
+  if (descriptor & ~0x00003fff3fff3fffull) fail("wgmma", which + " sets bits that have no meaning");
+  return {field(0), field(16), field(32)};
+}
+
+// Calls visit(address) for the core matrices of the 16 columns of k and of `cores` times 8 along M or N.
+template <class Visit>
+void visit_cores(const Operand& operand, int first, int cores, const Visit& visit) {
+  for (int i = first; i < first + cores; ++i)
+    for (int k = 0; k < 2; ++k) visit(operand.start + i * operand.sbo + k * operand.lbo);
+}
+
+void read_operand(Cta& cta, const Operand& operand, int first, int cores, std::vector<unsigned char>& to) {
+  to.resize(cores * 2 * kCore);
+  unsigned char* out = to.data();
+  visit_cores(operand, first, cores, [&](uint32_t at) {
+    const unsigned char* core = cells(cta, at, kCore, 16, "wgmma");
+    check_clean(cta, at, kCore, "wgmma");
+    saw_read(core, kCore);
+    __builtin_memcpy(out, core, kCore);
+    out += kCore;
+  });
+}
+
+void compare_operand(Cta& cta, const Operand& operand, int first, int cores, const std::vector<unsigned char>& was, const char* name) {
+  const unsigned char* at_issue = was.data();
+  visit_cores(operand, first, cores, [&](uint32_t at) {
+    const unsigned char* core = cta.memory + (at - kBase);
+    saw_read(core, kCore);
+    check_clean(cta, at, kCore, "wgmma");
+    if (__builtin_memcmp(core, at_issue, kCore))
+      fail("wgmma", std::string("operand ") + name + " changed while the product was under way, within 128 bytes of shared address " +
+                        std::to_string(at));
+    at_issue += kCore;
+  });
+}
+
+// [16][pitch] of b, or [pitch][16] of a, from core matrices in the order of read_operand.
+void widen_operand(const unsigned char* raw, int cores, bool mn, bool half, float* to, int stride_mn, int stride_k) {
+  for (int i = 0; i < cores; ++i)
+    for (int k = 0; k < 2; ++k, raw += kCore)
+      for (int row = 0; row < 8; ++row) {
+        float wide[8];
+        widen(wide, raw + 16 * row, half);
+        float* out = to + (mn ? i * 8 * stride_mn + (k * 8 + row) * stride_k : (i * 8 + row) * stride_mn + k * 8 * stride_k);
+        const int stride = mn ? stride_mn : stride_k;
+        for (int j = 0; j < 8; ++j) out[j * stride] = wide[j];
+      }
+}
+
+// Calls visit(lane, register, element of [16][n]).
+template <class Visit>
+void visit_fragment(int n, const Visit& visit) {
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < n / 2; ++i) visit(lane, i, (lane / 4 + i / 2 % 2 * 8) * n + i / 4 * 8 + lane % 4 * 2 + i % 2);
+}
+
+bool differ(float x, float y) { return __builtin_memcmp(&x, &y, 4) != 0; }
+
+Accumulator& accumulator(WarpProducts& its, void* const* arguments, const Wgmma& what) {
+  Accumulator* found = nullptr;
+  for (auto& candidate : its.accumulators)
+    if (candidate->registers[0] == what.d) found = candidate.get();
+  if (found && found->pending) {
+    if (found->n != what.n) fail("wgmma", "another shape on registers of a product that is under way");
+    return *found;
+  }
+  if (!its.fences) fail("wgmma", "no wgmma_fence before the first product");
+  if (found && found->n == what.n && found->fences == its.fences) {
+    bool touched = !what.accumulate;
+    if (!touched)
+      visit_fragment(what.n, [&](int lane, int i, int element) {
+        touched |= differ(static_cast<const Wgmma*>(arguments[lane])->d[i], found->d[element]);
+      });
+    if (touched) fail("wgmma", "the accumulator's registers were used since the last product, and no wgmma_fence came after");
+  }
+  if (found && found->n != what.n && found->fences == its.fences) fail("wgmma", "another shape on these registers without wgmma_fence");
+  if (!found) {
+    if (its.accumulators.size() >= 16) {
+      const auto old = std::find_if(its.accumulators.begin(), its.accumulators.end(), [](auto& a) { return !a->pending; });
+      if (old != its.accumulators.end()) its.accumulators.erase(old);
+    }
+    its.accumulators.push_back(std::make_unique<Accumulator>());
+    found = its.accumulators.back().get();
+  }
+  found->n = what.n;
+  found->d.resize(16 * what.n);
+  float poison;
+  __builtin_memcpy(&poison, &kPoison, 4);
+  for (int lane = 0; lane < 32; ++lane) found->registers[lane] = static_cast<const Wgmma*>(arguments[lane])->d;
+  visit_fragment(what.n, [&](int lane, int i, int element) {
+    found->d[element] = found->registers[lane][i];
+    found->registers[lane][i] = poison;
+  });
+  return *found;
+}
+
+std::shared_ptr<Issue> join_group(Warp& warp, WarpProducts& its, const Wgmma& what) {
+  Cta& cta = *warp.cta;
+  if (warp.index / 4 * 4 + 4 > static_cast<int>(cta.warps.size())) fail("wgmma", "needs a whole warpgroup, four warps");
+  auto& slot = cta.groups[warp.index / 4];
+  if (!slot) slot = std::make_shared<GroupProducts>();
+  GroupProducts& group = *slot;
+  while (!group.issues.empty() && group.issues.front()->finished == 4) group.issues.pop_front(), ++group.first;
+  const uint64_t index = its.issued++ - group.first;
+  if (index == group.issues.size()) {
+    group.issues.push_back(std::make_shared<Issue>());
+    group.issues.back()->what = what;
+    group.issues.back()->first_thread = warp.lanes[0]->thread;
+  }
+  const auto& issue = group.issues[index];
+  if (!issue->what.same(what))
+    fail(cta, warp.lanes[0]->thread, "wgmma", "product " + std::to_string(its.issued - 1) + " of the warpgroup differs from the one of thread " +
+                      std::to_string(issue->first_thread) + " in shape, type, descriptors, majors or accumulation");
+  return issue;
+}
+
+std::vector<unsigned char> spare(WarpProducts& its) {
+  if (its.spare.empty()) return {};
+  auto last = std::move(its.spare.back());
+  its.spare.pop_back();
+  return last;
+}
+
+void run_wgmma(Warp& warp, void* const* arguments) {
+  Unseen unseen;
+  const Wgmma& what = *static_cast<const Wgmma*>(arguments[0]);
+  for (int lane = 1; lane < 32; ++lane)
+    if (!what.same(*static_cast<const Wgmma*>(arguments[lane])))
+      fail(*warp.cta, warp.lanes[lane]->thread, "wgmma", "lanes of the warp ask for different products");
+  WarpProducts& its = of(warp);
+  const Operand a = decode(what.a, "a"), b = decode(what.b, "b");
+  auto issue = join_group(warp, its, what);
+  Accumulator& to = accumulator(its, arguments, what);
+  Product product{issue, &to, what.accumulate, spare(its), spare(its)};
+  read_operand(*warp.cta, a, warp.index % 4 * 2, 2, product.a);
+  read_operand(*warp.cta, b, 0, what.n / 8, product.b);
+  its.products.push_back(std::move(product));
+  ++to.pending;
+  ++its.uncommitted;
+}
+
+void finish(Warp& warp, WarpProducts& its, Product& product) {
+  Issue& issue = *product.issue;
+  const Wgmma& what = issue.what;
+  const int n = what.n;
+  compare_operand(*warp.cta, decode(what.a, "a"), warp.index % 4 * 2, 2, product.a, "a");
+  compare_operand(*warp.cta, decode(what.b, "b"), 0, n / 8, product.b, "b");
+  std::vector<float> own;
+  if (!issue.widened) {
+    issue.widened = true;
+    issue.b.resize(16 * n);
+    widen_operand(product.b.data(), n / 8, what.b_mn, what.half, issue.b.data(), 1, n);
+    issue.raw = product.b;
+  } else if (issue.raw != product.b) {
+    own.resize(16 * n);
+    widen_operand(product.b.data(), n / 8, what.b_mn, what.half, own.data(), 1, n);
+  }
+  const float* b = own.empty() ? issue.b.data() : own.data();
+  float a[16][16];
+  widen_operand(product.a.data(), 2, what.a_mn, what.half, a[0], 16, 1);
+  Accumulator& to = *product.to;
+  if (!product.accumulate) std::fill(to.d.begin(), to.d.end(), 0.f);
+  for (int j = 0; j < n; j += 8) {
+    multiply<8>(to.d.data() + j, n, a[0], 16, b + j, n, 16);
+    multiply<8>(to.d.data() + 8 * n + j, n, a[8], 16, b + j, n, 16);
+  }
+  ++issue.finished;
+  its.spare.push_back(std::move(product.a));
+  its.spare.push_back(std::move(product.b));
+  if (--to.pending) return;
+  bool touched = false;
+  visit_fragment(n, [&](int lane, int i, int element) {
+    uint32_t now;
+    __builtin_memcpy(&now, &to.registers[lane][i], 4);
+    touched |= now != kPoison;
+    to.registers[lane][i] = to.d[element];
+  });
+  if (touched) fail("wgmma", "the accumulator's registers were written while the product was under way");
+  to.fences = its.fences;
+}
+
+void run_fence(Warp& warp, void* const*) { ++of(warp).fences; }
+
+void run_commit(Warp& warp, void* const*) {
+  Unseen unseen;
+  WarpProducts& its = of(warp);
+  its.groups.push_back(its.uncommitted);
+  its.uncommitted = 0;
+}
+
+void run_wait(Warp& warp, void* const* arguments) {
+  Unseen unseen;
+  WarpProducts& its = of(warp);
+  const int newest = *static_cast<const int*>(arguments[0]);
+  for (int lane = 1; lane < 32; ++lane)
+    if (*static_cast<const int*>(arguments[lane]) != newest) fail("wgmma_wait", "lanes of the warp wait for different groups");
+  while (its.groups.size() > static_cast<size_t>(newest)) {
+    for (size_t i = its.groups.front(); i > 0; --i) {
+      finish(warp, its, its.products.front());
+      its.products.pop_front();
+    }
+    its.groups.pop_front();
+  }
+}
+
+}  // namespace
+
+void end_products(Cta& cta) {
+  for (Warp& warp : cta.warps) {
+    if (!warp.products) continue;
+    const WarpProducts& its = *warp.products;
+    const int thread = 32 * warp.index;
+    if (its.uncommitted) fail(cta, thread, "wgmma", "products were never committed");
+    if (!its.products.empty()) fail(cta, thread, "wgmma", "products were never waited for");
+    const Warp& first = cta.warps[warp.index / 4 * 4];
+    if ((first.products ? first.products->issued : 0) != its.issued)
+      fail(cta, thread, "wgmma", "warps of one warpgroup issued different numbers of products");
+  }
+  for (size_t i = 0; i < cta.warps.size(); ++i)
+    if (!cta.warps[i].products && cta.warps[i / 4 * 4].products && cta.warps[i / 4 * 4].products->issued)
+      fail(cta, 32 * static_cast<int>(i), "wgmma", "warps of one warpgroup issued different numbers of products");
+}
+
+}  // namespace engine
+
+using namespace engine;
+
+namespace twin {
+
+void ldmatrix(uint32_t* r, uint32_t row, bool transposed) {
+  Ldmatrix its{r, row, transposed};
+  collective("ldmatrix", &its, run_ldmatrix);
+}
+
+void mma(float* d, const uint32_t* a, const uint32_t* b, int k, bool half) {
+  Mma its{d, a, b, k, half};
+  collective("mma", &its, run_mma);
+}
+
+float shuffle_xor(float x, int lanes) {
+  Shuffle its{x, 0.f, lanes};
+  collective("shuffle_xor", &its, run_shuffle);
+  return its.out;
+}
+
+void wgmma_fence() { collective("wgmma_fence", nullptr, run_fence); }
+void wgmma_commit() { collective("wgmma_commit", nullptr, run_commit); }
+void wgmma_wait(int newest) { collective("wgmma_wait", &newest, run_wait); }
+
+void wgmma(float* d, int n, uint64_t a, uint64_t b, bool accumulate, bool a_mn, bool b_mn, bool half) {
+  point();
+  Wgmma its{d, n, a, b, accumulate, a_mn, b_mn, half};
+  collective("wgmma", &its, run_wgmma);
+}
+
+}  // namespace twin
+}  // namespace jf

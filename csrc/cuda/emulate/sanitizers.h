@@ -1,0 +1,60 @@
+// What AddressSanitizer and ThreadSanitizer must be told about fibers and about memory; nothing without them.
+#pragma once
+
+#include <cstddef>
+
+#ifdef JF_TSAN  // the engine is compiled without instrumentation, so no macro of the compiler's says it
+#include <sanitizer/tsan_interface.h>
+extern "C" {
+void __tsan_read_range(void*, unsigned long);
+void __tsan_write_range(void*, unsigned long);
+void AnnotateIgnoreReadsBegin(const char*, int);
+void AnnotateIgnoreReadsEnd(const char*, int);
+void AnnotateIgnoreWritesBegin(const char*, int);
+void AnnotateIgnoreWritesEnd(const char*, int);
+}
+#endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace jf::engine {
+
+struct SanitizerFiber {
+  void* thread = nullptr;      // ThreadSanitizer's
+  void* fake_stack = nullptr;  // AddressSanitizer's
+};
+
+#ifdef JF_TSAN
+inline void acquire(void* at) { __tsan_acquire(at); }
+inline void release(void* at) { __tsan_release(at); }
+inline void saw_read(const void* at, size_t bytes) { __tsan_read_range(const_cast<void*>(at), bytes); }
+inline void saw_write(void* at, size_t bytes) { __tsan_write_range(at, bytes); }
+// The engine's own calls of memcpy, malloc and free, which ThreadSanitizer intercepts.
+struct Unseen {
+  Unseen() { AnnotateIgnoreReadsBegin(__FILE__, __LINE__), AnnotateIgnoreWritesBegin(__FILE__, __LINE__); }
+  ~Unseen() { AnnotateIgnoreWritesEnd(__FILE__, __LINE__), AnnotateIgnoreReadsEnd(__FILE__, __LINE__); }
+};
+#else
+inline void acquire(void*) {}
+inline void release(void*) {}
+inline void saw_read(const void*, size_t) {}
+inline void saw_write(void*, size_t) {}
+struct Unseen {
+  Unseen() {}
+};
+#endif
+
+inline void forbid([[maybe_unused]] const void* at, [[maybe_unused]] size_t bytes) {
+#ifdef __SANITIZE_ADDRESS__
+  __asan_poison_memory_region(at, bytes);
+#endif
+}
+inline void allow([[maybe_unused]] const void* at, [[maybe_unused]] size_t bytes) {
+#ifdef __SANITIZE_ADDRESS__
+  __asan_unpoison_memory_region(at, bytes);
+#endif
+}
+
+}  // namespace jf::engine

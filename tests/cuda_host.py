@@ -1,0 +1,99 @@
+"""Builds CUDA kernels as host C++ over the engine of csrc/cuda/emulate, one library for each set of sources and flags.
+
+The libraries lie in build/emulated and are named by a hash of everything that they are made of, so that several test
+files, and several processes of one run, build once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import runpy
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+ENGINE = [CSRC / "cuda/emulate" / name for name in ("engine.cpp", "memory.cpp", "products.cpp")]
+BUILT = ROOT / "build" / "emulated"
+FLAGS = ["-std=c++20", "-fPIC", "-pthread", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
+# GCC 12 finds an overlap in "a" + std::string, where there is none.
+FLAGS += ["-Wno-restrict", "-Wno-unknown-warning-option"]
+
+
+@functools.cache
+def toolchain() -> tuple[str, list[str], dict[str, str]]:
+    """The host compiler, flags for CUDA's headers, the sanitizers' flags; skips the test where there is no toolkit."""
+    build = runpy.run_path(str(CSRC / "build.py"))
+    nvcc = build["find_nvcc"]()
+    compiler = os.environ.get("CXX") or shutil.which("c++")
+    if nvcc is None or compiler is None:
+        pytest.skip("needs the CUDA toolkit's headers (nvcc) and a C++ compiler")
+    line = subprocess.run([nvcc, "-dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    include = dict.fromkeys(word.strip('"') for word in line.split() if word.strip('"').startswith("-I"))
+    include = [flag.replace("-I", "-isystem", 1) for flag in include if flag != "-I."]
+    return compiler, [*include, f"-I{CSRC}", f"-I{CSRC / 'cuda'}", f"-I{CSRC / 'cuda/emulate'}"], build["SANITIZE"]
+
+
+@functools.cache
+def digest(folder: Path) -> str:
+    """Of every source in csrc/cuda that a kernel may include, and of the processor: the engine is compiled for it."""
+    text = hashlib.sha256(platform.machine().encode())
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
+            text.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        text.update(next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "").encode())
+    return text.hexdigest()
+
+
+def build(
+    sources: Sequence[Path | str], defines: Sequence[str] = (), sanitize: str | None = None, program: bool = False
+) -> Path:
+    """The library (or program) of these sources and the engine, compiled if it is not there.
+
+    `defines` are further flags of `sources` ("-DJF_MUTATE=3"); `sanitize` is "address" or "thread", by default what
+    JASPER_FAST_SANITIZE says (tests/fuzz/sanitize.py).
+    """
+    compiler, include, sanitizers = toolchain()
+    sanitize = sanitize or os.environ.get("JASPER_FAST_SANITIZE") or None
+    sources = [Path(source) for source in sources]
+    native = ["-march=native"] if platform.machine().lower() in ("x86_64", "amd64") else []
+    checks = [*sanitizers[sanitize].split(), "-g1", "-fno-omit-frame-pointer"] if sanitize else []
+    # Of the engine ThreadSanitizer must not see more than the engine tells it (csrc/cuda/emulate/sanitizers.h).
+    engine = [*FLAGS, "-O3", *native, *(["-DJF_TSAN"] if sanitize == "thread" else checks)]
+    kernels = [*FLAGS, "-O1", "-DJF_EMULATE", *checks, *defines]
+    objects = [compiled(compiler, path, [*engine, *include]) for path in ENGINE]
+    objects += [compiled(compiler, path, [*kernels, *include]) for path in sources]
+    link = [compiler, "-pthread", *checks, *([] if program else ["-shared"])]
+    name = hashlib.sha256("\0".join([*link, *map(str, objects)]).encode()).hexdigest()[:24]
+    target = BUILT / f"{sources[-1].stem}-{name}{'' if program else '.so'}"
+    return made(target, [*link, *map(str, objects)])
+
+
+def compiled(compiler: str, source: Path, flags: list[str]) -> Path:
+    text = hashlib.sha256("\0".join([compiler, *flags, digest(CSRC / "cuda")]).encode() + source.read_bytes())
+    return made(BUILT / f"{source.stem}-{text.hexdigest()[:24]}.o", [compiler, *flags, "-c", str(source)])
+
+
+def made(target: Path, command: list[str]) -> Path:
+    """Runs the command with `-o target` unless the target is there; one process at a time does."""
+    if target.exists():
+        return target
+    BUILT.mkdir(parents=True, exist_ok=True)
+    with open(target.with_name(target.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            part = target.with_name(f"part-{target.name}")
+            done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
+            assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-8000:]}"
+            part.rename(target)
+    return target
