@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jasper_fast.kernels.conv1d import aten_impl, cuda_impl, cuda_launch, cuda_tiles, reference
 from jasper_fast.kernels.layout import mask, ntc
-from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
+from jasper_fast.kernels.operands import Lengths, Mask, Norm
 
 CPU = torch.device("cpu")
 SHARED = {75: 65536, 80: 166912, 90: 232448}
@@ -51,11 +51,8 @@ def poisoned(x: Tensor, lengths: Tensor | None) -> Tensor:
     return ntc(mask(x, lengths, float("nan"))) if lengths is not None else x
 
 
-@pytest.mark.parametrize(("loop", "dtype"), LOOPS, ids=str)
-@pytest.mark.parametrize("name", conv_cases.LAYERS)
-def test_forward(face: Face, name: str, loop: int, dtype: torch.dtype) -> None:
-    face.on(loop)
-    x, weight, geometry, lengths = conv_cases.make(conv_cases.LAYERS[name], dtype, CPU)
+def check_forward(layer: conv_cases.Layer, dtype: torch.dtype) -> None:
+    x, weight, geometry, lengths = conv_cases.make(layer, dtype, CPU)
     y, mean, m2 = cuda_impl.forward_stats(poisoned(x, lengths), weight, geometry, lengths)
     ref = reference.forward_stats(x.double(), weight.double(), geometry, lengths)
     low = aten_impl.forward(x, weight, geometry)
@@ -63,3 +60,139 @@ def test_forward(face: Face, name: str, loop: int, dtype: torch.dtype) -> None:
     for kind, got, of in zip(("mean", "m2"), (mean, m2), ref[1:], strict=True):
         assert_close(kind, got, reference.bn.stats(low.float())[kind == "m2"], of)
     assert torch.equal(y, cuda_impl.forward(poisoned(x, lengths), weight, geometry, lengths))
+
+
+def check_gradient_of_x(layer: conv_cases.Layer, dtype: torch.dtype) -> None:
+    """dgrad, and dgrad with the batch norm's reduction, whose gradients stop where z is zero."""
+    x, weight, geometry, lengths = conv_cases.make(layer, dtype, CPU)
+    n, c, t = x.shape
+    dy = ntc(torch.randn(n, weight.shape[0], geometry.frames(t, weight.shape[2])).to(dtype))
+    got = cuda_impl.dgrad(dy, weight, t, geometry, lengths)
+    low = ntc(mask(aten_impl.dgrad(dy, weight, t, geometry), lengths))
+    assert_close("dx", got, low, reference.dgrad(dy.double(), weight.double(), t, geometry, lengths))
+
+    norm = Norm(torch.randn(c), torch.rand(c) + 0.5, torch.rand(c) + 0.5, torch.randn(c))
+    y, zeroed = ntc(torch.randn(n, c, t).to(dtype)), Mask(lengths, torch.tensor([5]), 0.2)
+    z = reference.bn.forward(y, norm, None, zeroed)
+    results = cuda_impl.dgrad_bn(dy, weight, geometry, y, z, norm, zeroed)
+    wide_norm = Norm(*map(wide, norm))
+    ref = reference.dgrad_bn(dy.double(), weight.double(), geometry, wide(y), wide(z), wide_norm, zeroed)
+    lows = reference.dgrad_bn(dy, weight, geometry, y, z, norm, zeroed)
+    for kind, *three in zip(("g", "dbeta", "dgamma"), results, lows, ref, strict=True):
+        assert_close(kind, *three)
+    again = cuda_impl.dgrad_bn(dy, weight, geometry, y, z, norm, zeroed)
+    assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
+
+
+def check_gradient_of_the_weight(layer: conv_cases.Layer, dtype: torch.dtype) -> None:
+    x, weight, geometry, lengths = conv_cases.make(layer, dtype, CPU)
+    k = weight.shape[2]
+    dy = ntc(torch.randn(x.shape[0], weight.shape[0], geometry.frames(x.shape[2], k)).to(dtype))
+    got = cuda_impl.wgrad(poisoned(x, lengths), dy, k, geometry, lengths, torch.float32)
+    ref = reference.wgrad(x.double(), dy.double(), k, geometry, lengths)
+    assert_close("dw", got, aten_impl.wgrad(x, dy, k, geometry, dtype=torch.float32), ref)
+    assert torch.equal(got, cuda_impl.wgrad(poisoned(x, lengths), dy, k, geometry, lengths, torch.float32))
+    assert torch.equal(got.to(dtype), cuda_impl.wgrad(poisoned(x, lengths), dy, k, geometry, lengths))
+
+
+DIRECTIONS = {"forward": check_forward, "x": check_gradient_of_x, "weight": check_gradient_of_the_weight}
+
+
+@pytest.mark.parametrize(("loop", "dtype"), LOOPS, ids=str)
+@pytest.mark.parametrize("name", conv_cases.LAYERS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_layers(face: Face, direction: str, name: str, loop: int, dtype: torch.dtype) -> None:
+    layer = conv_cases.LAYERS[name]
+    if direction == "x" and layer[5] != 1:
+        pytest.skip("the gradient of x at a stride is ATen's")
+    face.on(loop)
+    DIRECTIONS[direction](layer, dtype)
+
+
+FUSED = {
+    # layer, channels of the panes, splits, features as they are, log-softmax
+    "features": ("prologue", 0, False, True, False),
+    "last of a block": ("k11", 88, False, False, False),
+    "shared": ("k25", 64, True, False, False),
+    "shared, dilated": ("dilated", 0, True, False, False),
+    "pane alone": ("pane", 40, True, False, False),
+    "decoder": ("decoder", 0, True, False, True),
+}
+
+
+@pytest.mark.parametrize(("loop", "dtype"), LOOPS, ids=str)
+@pytest.mark.parametrize("name", FUSED)
+def test_inference(face: Face, name: str, loop: int, dtype: torch.dtype) -> None:
+    layer, c2, split, features, log_softmax = FUSED[name]
+    face.on(loop, 64 if split else 2)
+    x, weight, geometry, lengths = conv_cases.make(conv_cases.LAYERS[layer], dtype, CPU)
+    k, c_out = weight.shape[2], weight.shape[0]
+    lengths = torch.full((x.shape[0],), x.shape[2]) if lengths is None else lengths
+    after = geometry.frames(lengths, k).clamp_(0)
+    bias, relu = torch.randn(c_out) * 0.3, not log_softmax
+    x2 = ntc(mask(torch.randn(x.shape[0], c2, geometry.frames(x.shape[2], k)).to(dtype), lengths)) if c2 else None
+    weight2 = (torch.randn(c_out, c2, 1) / c2**0.5).to(dtype) if c2 else None
+
+    def rows(x: Tensor) -> Tensor:
+        return poisoned(x, lengths).transpose(1, 2)
+
+    given, told = rows(x), Lengths(lengths, after)
+    if features:  # (N, C, T) in fp32; the kernel says how long the result is
+        given = rows(x.float()).transpose(1, 2).contiguous().transpose(1, 2)
+        told = Lengths(lengths, made=torch.empty_like(lengths))
+    panes = None if x2 is None else (rows(x2), cuda_impl.pack_once(weight2, dtype))
+    space = cuda_impl.Workspace("cpu") if split else None
+    history = torch.full((x.shape[0], geometry.frames(x.shape[2], k), c_out + 16), float("nan"), dtype=dtype)
+    out = None if log_softmax else history[:, :, 8 : 8 + c_out]  # a slice of a wider buffer
+
+    def run() -> Tensor:
+        return cuda_impl.fused(
+            given, cuda_impl.pack_once(weight, dtype), geometry, lengths=told, bias=bias, relu=relu, panes=panes,
+            out=out, log_softmax=log_softmax, workspace=space,
+        ).clone()  # fmt: skip
+
+    got = run()
+    wide_panes = None if x2 is None else (wide(x2).transpose(1, 2), wide(weight2))
+    inputs = wide(x).transpose(1, 2), wide(weight), geometry
+    z = reference.fused(*inputs, lengths=Lengths(lengths), bias=wide(bias), relu=relu, panes=wide_panes)
+    low = aten_impl.forward(x, weight, geometry).transpose(1, 2)
+    low = low if x2 is None else low + torch.nn.functional.linear(x2.transpose(1, 2), weight2[:, :, 0])
+    low = low + bias.to(dtype)
+
+    def finish(z: Tensor) -> Tensor:
+        z = z.relu() if relu else z.log_softmax(2)
+        return mask(z.transpose(1, 2), after).transpose(1, 2)
+
+    assert_close("z", got, finish(low.float() if log_softmax else low), finish(z))
+    assert torch.equal(got, run())
+    if told.made is not None:
+        assert torch.equal(told.made, after)
+    if out is not None:
+        assert history[:, :, :8].isnan().all() and history[:, :, 8 + c_out :].isnan().all()
+    if space is not None:
+        assert not space.arrived.any(), "a counter was not set back for the next launch"
+
+
+# Every tile of every inner loop; CTAs of loop 90 with several tiles each; more steps than twice the stages.
+WIDE = [
+    (2, 72, 136, 150, 11, 1, 1, [150, 61]),
+    (1, 136, 200, 233, 29, 1, 1, [233]),
+    (2, 200, 72, 131, 29, 1, 2, [30, 131]),
+    (3, 72, 200, 141, 11, 2, 1, [141, 1, 0]),
+]
+TILES = [(loop, block) for loop, blocks in cuda_tiles.BLOCKS.items() for block in blocks]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("loop", "block"), TILES, ids=str)
+@pytest.mark.parametrize("layer", WIDE, ids=str)
+def test_every_tile(
+    face: Face, monkeypatch: pytest.MonkeyPatch, layer: conv_cases.Layer, loop: int, block: int
+) -> None:
+    monkeypatch.setattr(cuda_tiles, "BLOCKS", {loop: (block,)})
+    monkeypatch.setattr(cuda_tiles, "plan", cuda_tiles.plan.__wrapped__)
+    face.on(loop, 2)
+    for direction, check in DIRECTIONS.items():
+        fits = loop != 75 or layer[5] == 1  # a wide conv at stride 2 does not fit Turing's shared memory
+        if fits and (direction != "x" or layer[5] == 1):
+            check(layer, torch.float16)

@@ -42,7 +42,7 @@ struct Args {
   float scale;
   int batch, frames, frames_out, c_out, taps, stride, padding, dilation;
   int relu, masked, out_vector;              // out_vector: rows of out take 16-byte stores
-  int t_blocks, o_blocks, splits, stages, panels_kept;  // the last two: places for weights and for panels (sm_90a)
+  int t_blocks, o_blocks, splits, panels_kept, stages;  // the last two: places for panels, and on sm_90a for weights
 };
 
 // f(0) .. f(N - 1) with compile-time arguments. Accumulators are indexed by constants only, or the compiler moves them to

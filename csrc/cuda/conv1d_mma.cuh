@@ -13,13 +13,8 @@
 
 namespace jf::conv {
 
-constexpr int kMmaThreads = 128, kPanels = 2;
+constexpr int kMmaThreads = 128;
 constexpr int kWeightBytes = kOut * kChunk * 2;
-
-inline __host__ __device__ int mma_shared_bytes(int block, int stages, int taps, int dilation, int stride) {
-  const int pipeline = kPanels * panel_bytes(panel_rows(block, taps, dilation, stride), stride) + stages * kWeightBytes;
-  return pipeline > kStagingBytes ? pipeline : kStagingBytes;  // the staging takes the pipeline's place
-}
 
 // A tile's sums through the epilogue, a slab at a time; `put(slab)` fills the staging, `take(slab)` is the epilogue. Where
 // `splits` CTAs share a tile's reduction, each leaves its partial sums in global memory, waits for the others, and takes
@@ -75,7 +70,7 @@ class MmaTile {
   __device__ __forceinline__ MmaTile(const Args& a, const Tile& tile)
       : a_(a), tile_(tile), rows_(panel_rows(BLOCK, a.taps, a.dilation, a.stride)), warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32), panels_(ptx::shared_address(ptx::arena())),
-        panel_bytes_(panel_bytes(rows_, a.stride)), weights_(panels_ + kPanels * panel_bytes_), ahead_(a, tile, 0) {}
+        panel_bytes_(panel_bytes(rows_, a.stride)), weights_(panels_ + a.panels_kept * panel_bytes_), ahead_(a, tile, 0) {}
 
   // All steps of the tile; afterwards the sums are in registers and the shared memory is free.
   __device__ __forceinline__ void run() {
@@ -92,7 +87,7 @@ class MmaTile {
       land(0);
     }
     for (int i = 0; i < tile_.count; ++i) {
-      const int slot = (step.chunk - first_chunk_) % kPanels;
+      const int slot = place(step.chunk);
       if constexpr (ASYNC) {
         // groups 0 .. i + STAGES - 2 are committed; weights of step i are in group i, a chunk's panel may be in a later one
         if ((slot == 0 ? panel_group_ : odd_panel_group_) > i)
@@ -139,19 +134,22 @@ class MmaTile {
   }
 
  private:
+  // The place, one of one or two, of a chunk's panel.
+  __device__ __forceinline__ int place(int chunk) const { return (chunk - first_chunk_) & (a_.panels_kept - 1); }
+
   // Panels whose steps come within STAGES - 1 and whose place is free while chunk `current` is read.
   __device__ __forceinline__ void load_due_panels(int current) {
-    while (next_panel_ <= ahead_.chunk && next_panel_ <= last_chunk_ && next_panel_ < current + kPanels) {
+    while (next_panel_ <= ahead_.chunk && next_panel_ <= last_chunk_ && next_panel_ < current + a_.panels_kept) {
       Step s(ahead_);
       s.chunk = next_panel_, s.panes = next_panel_ * a_.taps >= tile_.main_steps;
-      const uint32_t to = panels_ + (next_panel_ - first_chunk_) % kPanels * panel_bytes_;
+      const uint32_t to = panels_ + place(next_panel_) * panel_bytes_;
       if (s.panes)  // one tap, at the output's frames
         load_panel<T, ASYNC>(a_.panes, to, tile_.n, s.part(a_, tile_), tile_.t0, 1, rows_, tile_.limit_panes, threadIdx.x,
                              kMmaThreads);
       else
         load_panel<T, ASYNC>(a_.main, to, tile_.n, s.part(a_, tile_), tile_.t0 * a_.stride - a_.padding, a_.stride, rows_,
                              tile_.limit, threadIdx.x, kMmaThreads);
-      ((next_panel_ - first_chunk_) % kPanels == 0 ? panel_group_ : odd_panel_group_) = groups_;
+      (place(next_panel_) == 0 ? panel_group_ : odd_panel_group_) = groups_;
       ++next_panel_;
     }
   }

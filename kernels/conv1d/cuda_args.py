@@ -59,7 +59,7 @@ class Args(ctypes.Structure):
         ("scale", ctypes.c_float),
         *((name, Int) for name in ("batch", "frames", "frames_out", "c_out", "taps", "stride", "padding", "dilation")),
         *((name, Int) for name in ("relu", "masked", "out_vector")),
-        *((name, Int) for name in ("t_blocks", "o_blocks", "splits", "stages", "panels_kept")),
+        *((name, Int) for name in ("t_blocks", "o_blocks", "splits", "panels_kept", "stages")),
     ]
 
 

@@ -325,7 +325,7 @@ def _launch(args, x, w, work, mode, transposed, workspace=None) -> tuple[Tensor 
     gpu = cuda_launch.gpu(x.device)
     cut: Plan = cuda_tiles.plan(gpu, work, workspace is not None)
     args.t_blocks, args.o_blocks, args.splits = cut.t_blocks, cut.o_blocks, cut.splits
-    args.stages, args.panels_kept = cut.stages, cut.panels
+    args.panels_kept, args.stages = cut.panels, cut.stages
     tiles = work.batch * cut.t_blocks
     if cut.splits > 1:
         if workspace.device != x.device:

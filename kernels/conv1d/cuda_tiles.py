@@ -14,7 +14,6 @@ from jasper_fast.kernels.conv1d.cuda_args import CHUNK, OUT
 BLOCKS = {75: (64,), 80: (128, 64), 90: (216, 176, 104, 64)}  # frames of a tile
 STAGES = {75: 2, 80: 3}  # places for weights; of loop 90 as many as fit, up to MAX_STAGES
 MAX_STAGES, MAX_PANELS = 8, 4
-PANELS = 2
 SLAB = 32  # frames that pass the epilogue at a time
 FRAMES = 64  # frames of a step of wgrad
 MIN_STEPS = 8  # of a split: fewer, and the sum over splits costs more than it saves
@@ -41,8 +40,8 @@ class Plan(NamedTuple):
     splits: int
     grid: int
     shared: int
+    panels: int
     stages: int = 0
-    panels: int = 0
 
 
 class Wgrad(NamedTuple):
@@ -72,9 +71,15 @@ class Work(NamedTuple):
     dilation: int
 
     @property
+    def chunks(self) -> tuple[int, int]:
+        """Chunks of 64 channels of the conv and of the panes."""
+        return -(-self.c_red // CHUNK), -(-self.c_panes // CHUNK)
+
+    @property
     def steps(self) -> int:
         """Steps of a whole tile."""
-        return self.taps * -(-self.c_red // CHUNK) + -(-self.c_panes // CHUNK)
+        conv, panes = self.chunks
+        return self.taps * conv + panes
 
 
 def panel_rows(block: int, taps: int, dilation: int, stride: int) -> int:
@@ -86,12 +91,12 @@ def _panel_bytes(block: int, taps: int, dilation: int, stride: int) -> int:
     return panel_rows(block, taps, dilation, stride) * stride * CHUNK * 2
 
 
-def shared_bytes(loop: int, block: int, work: Work, stages: int = 0, panels: int = 0) -> int:
+def shared_bytes(loop: int, block: int, work: Work, panels: int, stages: int = 0) -> int:
     """Shared memory of a CTA, as the kernels lay it out."""
     panel = _panel_bytes(block, work.taps, work.dilation, work.stride)
     if loop == 90:
         return panels * panel + stages * _WEIGHTS + _STAGING_90 + (MAX_STAGES + MAX_PANELS) * 16
-    return max(PANELS * panel + STAGES[loop] * _WEIGHTS, _STAGING)  # the staging takes the pipeline's place
+    return max(panels * panel + STAGES[loop] * _WEIGHTS, _STAGING)  # the staging takes the pipeline's place
 
 
 @functools.lru_cache(maxsize=4096)
@@ -112,20 +117,20 @@ def _plan(gpu: Gpu, work: Work, block: int, may_split: bool) -> Plan | None:
     splits = 1
     if may_split and tiles:
         splits = max(1, min(gpu.sms // tiles, work.steps // MIN_STEPS, 4 * -(-block // SLAB)))
-    stages, panels = 0, 0
+    stages, panels = 0, min(2, sum(work.chunks))
     if gpu.loop == 90:
-        panels = MAX_PANELS if work.taps == 1 else PANELS
-        fitting = (s for s in range(MAX_STAGES, 1, -1) if shared_bytes(90, block, work, s, panels) <= gpu.shared)
+        panels = MAX_PANELS if work.taps == 1 else 2
+        fitting = (s for s in range(MAX_STAGES, 1, -1) if shared_bytes(90, block, work, panels, s) <= gpu.shared)
         stages = next(fitting, 0)
         if stages == 0:
             return None
-    shared = shared_bytes(gpu.loop, block, work, stages, panels)
+    shared = shared_bytes(gpu.loop, block, work, panels, stages)
     if shared > gpu.shared:
         return None
     grid = tiles * splits
     if gpu.loop == 90:
         grid = min(grid, gpu.sms)  # persistent CTAs walk over the tiles
-    return Plan(block, t_blocks, o_blocks, splits, grid, shared, stages, panels)
+    return Plan(block, t_blocks, o_blocks, splits, grid, shared, panels, stages)
 
 
 def _clocks(gpu: Gpu, work: Work, p: Plan) -> float:
