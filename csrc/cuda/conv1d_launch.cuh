@@ -1,13 +1,13 @@
 // Which instance of the conv kernels runs, and its launch. How the work is cut is planned in Python
 // (kernels/conv1d/cuda_tiles.py), for this library, for NVRTC and for the emulation alike.
 //
-// `loop` is the inner loop: 75 mma.sync m16n8k8, 80 mma.sync m16n8k16 with cp.async, 90 wgmma (forward and gradient of x;
-// its gradient of the weight is that of 80).
+// `loop` is the inner loop: 75 mma.sync m16n8k8, 80 mma.sync m16n8k16 with cp.async, 90 wgmma (its gradient of the weight at a
+// stride is that of 80).
 #pragma once
 
 #include "conv1d_mma.cuh"
 #include "conv1d_wgmma.cuh"
-#include "conv1d_wgrad.cuh"
+#include "conv1d_wgrad90.cuh"
 
 namespace jf::conv {
 
@@ -89,6 +89,13 @@ void run(const Launch& l, int threads, void (*kernel)(P...), const A&... args) {
 #endif
 }
 
+template <class T, int TAPS>
+__global__ void __launch_bounds__(kWgrad90Threads, 1) wgrad_90(const __grid_constant__ WgradArgs a) {
+#if JF_CONV_HAS_90
+  wgrad_wgmma<T, TAPS>(a);
+#endif
+}
+
 // The instance for tiles of `block` frames; false where there is none.
 template <int MODE, bool TRANSPOSED, class T>
 bool launch_block(const Launch& l, int block, const Args& a) {
@@ -115,6 +122,8 @@ bool launch_conv(const Launch& l, int mode, bool transposed, int block, const Ar
 
 template <class T>
 bool launch_wgrad(const Launch& l, int taps, const WgradArgs& a) {
+  if (l.loop == 90 && a.stride == 1 && taps == 1) return run(l, kWgrad90Threads, wgrad_90<T, 1>, a), true;
+  if (l.loop == 90 && a.stride == 1 && taps == 3) return run(l, kWgrad90Threads, wgrad_90<T, 3>, a), true;
   if (l.loop >= 80 && taps == 1) return run(l, kWgradThreads, wgrad_80<T, 1>, a), true;
   if (l.loop >= 80 && taps == 2) return run(l, kWgradThreads, wgrad_80<T, 2>, a), true;
   if constexpr (std::is_same_v<T, __half>) {

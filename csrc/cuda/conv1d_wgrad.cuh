@@ -22,6 +22,7 @@ struct WgradArgs {
   float* parts;            // (shares, taps, C_out, C_in)
   int batch, frames, frames_out, taps, stride, padding, dilation;
   int in_blocks, out_blocks, tap_groups, shares, segments, share;  // segments of 64 frames; segments of a share
+  int stages;                                                      // of sm_90a
 };
 
 inline __host__ __device__ int wgrad_rows(int taps, int dilation, int stride) {

@@ -256,12 +256,15 @@ __device__ __forceinline__ void wgmma_hold(float (&d)[COUNT]) {
 
 template <class T, int N, bool A_MN, bool B_MN>
 __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
-  static_assert(N == 64 || N == 104 || N == 176 || N == 216, "add the shape here");
+  static_assert(N == 64 || N == 104 || N == 128 || N == 176 || N == 216, "add the shape here");
   if constexpr (N == 64) {
     JF_WGMMA_BOTH("64", JF_NAMES_0 JF_NAMES_16, "%32", "%33", "%34", "%35", "%36", JF_D32(0));
   } else if constexpr (N == 104) {
     JF_WGMMA_BOTH("104", JF_NAMES_0 JF_NAMES_16 JF_NAMES_32 JF_NAMES_48_4, "%52", "%53", "%54", "%55", "%56", JF_D32(0),
                   JF_D16(32), JF_D4(48));
+  } else if constexpr (N == 128) {
+    JF_WGMMA_BOTH("128", JF_NAMES_0 JF_NAMES_16 JF_NAMES_32 JF_NAMES_48, "%64", "%65", "%66", "%67", "%68", JF_D32(0),
+                  JF_D32(32));
   } else if constexpr (N == 176) {
     JF_WGMMA_BOTH("176", JF_NAMES_0 JF_NAMES_16 JF_NAMES_32 JF_NAMES_48 JF_NAMES_64 JF_NAMES_80_8, "%88", "%89", "%90",
                   "%91", "%92", JF_D32(0), JF_D32(32), JF_D16(64), JF_D4(80), JF_D4(84));

@@ -70,7 +70,7 @@ class WgradArgs(ctypes.Structure):
         *((name, Operand) for name in ("x", "dy")),
         *((name, Pointer) for name in ("lengths", "parts")),
         *((name, Int) for name in ("batch", "frames", "frames_out", "taps", "stride", "padding", "dilation")),
-        *((name, Int) for name in ("in_blocks", "out_blocks", "tap_groups", "shares", "segments", "share")),
+        *((name, Int) for name in ("in_blocks", "out_blocks", "tap_groups", "shares", "segments", "share", "stages")),
     ]
 
 

@@ -219,6 +219,7 @@ def wgrad(
     args = WgradArgs(
         Operand.of(x.transpose(1, 2)), Operand.of(dy.transpose(1, 2)), address(_int64(lengths)), address(parts),
         n, t, t_out, k, *geometry, cut.in_blocks, cut.out_blocks, cut.tap_groups, cut.shares, cut.segments, cut.share,
+        cut.stages,
     )  # fmt: skip
     cuda_launch.run("jf_conv1d_wgrad", x, cut.grid, cut.shared, cuda_launch.DTYPES[x.dtype], cut.taps, args)
     pairs = c_out * c_in

@@ -56,6 +56,7 @@ class Wgrad(NamedTuple):
     shares: int
     grid: int
     shared: int
+    stages: int
 
 
 class Work(NamedTuple):
@@ -144,13 +145,17 @@ def _clocks(gpu: Gpu, work: Work, p: Plan) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def plan_wgrad(gpu: Gpu, work: Work) -> Wgrad:
-    """The cut of dw (c_out, c_red, taps); about two CTAs for each multiprocessor."""
-    taps = 1 if work.taps == 1 else 2
-    in_blocks, out_blocks = -(-work.c_red // CHUNK), -(-work.c_out // OUT)
+    """The cut of dw (c_out, c_red, taps): one wave of CTAs of loop 90, two of the others, which are smaller."""
+    wide = gpu.loop == 90 and work.stride == 1
+    taps = 1 if work.taps == 1 else 3 if wide else 2
+    in_blocks, out_blocks = -(-work.c_red // (OUT if wide else CHUNK)), -(-work.c_out // OUT)
     groups, segments = -(-work.taps // taps), -(-work.frames // FRAMES)
     tiles, everything = in_blocks * out_blocks * groups, work.batch * segments
-    share = -(-everything // max(1, min(2 * gpu.sms // tiles, everything)))
+    wanted = gpu.sms if wide else 2 * gpu.sms
+    share = -(-everything // max(1, min(wanted // tiles, everything)))
     shares = -(-everything // share)
-    rows = _panel_bytes(FRAMES, taps, work.dilation, work.stride)
-    shared = STAGES[min(gpu.loop, 80)] * (2 * (FRAMES | 1) * CHUNK * 2 + rows)
-    return Wgrad(taps, in_blocks, out_blocks, groups, segments, share, shares, tiles * shares, shared)
+    stage = 2 * _panel_bytes(FRAMES, 1, 1, 1)
+    stage += (2 if wide else 1) * _panel_bytes(FRAMES, taps, work.dilation, work.stride)
+    stages = min(6, gpu.shared // (stage + 16)) if wide else STAGES[min(gpu.loop, 80)]
+    shared = stages * (stage + (16 if wide else 0))
+    return Wgrad(taps, in_blocks, out_blocks, groups, segments, share, shares, tiles * shares, shared, stages)
