@@ -56,12 +56,14 @@ def digest(folder: Path) -> str:
 
 
 def build(
-    sources: Sequence[Path | str], defines: Sequence[str] = (), sanitize: str | None = None, program: bool = False
-) -> Path:
+    sources: Sequence[Path | str], defines: Sequence[str] = (), sanitize: str | None = None, program: bool = False,
+    folder: Path = CSRC,
+) -> Path:  # fmt: skip
     """The library (or program) of these sources and the engine, compiled if it is not there.
 
-    `defines` are further flags of `sources` ("-DJF_MUTATE=3"); `sanitize` is "address" or "thread", by default what
-    JASPER_FAST_SANITIZE says (tests/fuzz/sanitize.py).
+    `folder` is where the sources' own headers lie: a copy of csrc where they are mutated. `defines` are further flags
+    of `sources` ("-DJF_FEW"); `sanitize` is "address" or "thread", by default what JASPER_FAST_SANITIZE says
+    (tests/fuzz/sanitize.py).
     """
     compiler, include, sanitizers = toolchain()
     sanitize = sanitize or os.environ.get("JASPER_FAST_SANITIZE") or None
@@ -72,15 +74,15 @@ def build(
     engine = [*FLAGS, "-O3", *native, *(["-DJF_TSAN"] if sanitize == "thread" else checks)]
     kernels = [*FLAGS, "-O1", "-DJF_EMULATE", *checks, *defines]
     objects = [compiled(compiler, path, [*engine, *include]) for path in ENGINE]
-    objects += [compiled(compiler, path, [*kernels, *include]) for path in sources]
+    objects += [compiled(compiler, path, [*kernels, *include], folder) for path in sources]
     link = [compiler, "-pthread", *checks, *([] if program else ["-shared"])]
     name = hashlib.sha256("\0".join([*link, *map(str, objects)]).encode()).hexdigest()[:24]
     target = BUILT / f"{sources[-1].stem}-{name}{'' if program else '.so'}"
     return made(target, [*link, *map(str, objects)])
 
 
-def compiled(compiler: str, source: Path, flags: list[str]) -> Path:
-    text = hashlib.sha256("\0".join([compiler, *flags, digest(CSRC / "cuda")]).encode() + source.read_bytes())
+def compiled(compiler: str, source: Path, flags: list[str], folder: Path = CSRC) -> Path:
+    text = hashlib.sha256("\0".join([compiler, *flags, digest(folder / "cuda")]).encode() + source.read_bytes())
     return made(BUILT / f"{source.stem}-{text.hexdigest()[:24]}.o", [compiler, *flags, "-c", str(source)])
 
 

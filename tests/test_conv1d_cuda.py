@@ -125,7 +125,13 @@ FUSED = {
 def test_inference(face: Face, name: str, loop: int, dtype: torch.dtype) -> None:
     layer, c2, split, features, log_softmax = FUSED[name]
     face.on(loop, 64 if split else 2)
-    x, weight, geometry, lengths = conv_cases.make(conv_cases.LAYERS[layer], dtype, CPU)
+    check_inference(conv_cases.LAYERS[layer], c2, split, features, log_softmax, dtype)
+
+
+def check_inference(
+    layer: conv_cases.Layer, c2: int, split: bool, features: bool, log_softmax: bool, dtype: torch.dtype
+) -> None:
+    x, weight, geometry, lengths = conv_cases.make(layer, dtype, CPU)
     k, c_out = weight.shape[2], weight.shape[0]
     lengths = torch.full((x.shape[0],), x.shape[2]) if lengths is None else lengths
     after = geometry.frames(lengths, k).clamp_(0)
@@ -142,6 +148,9 @@ def test_inference(face: Face, name: str, loop: int, dtype: torch.dtype) -> None
         told = Lengths(lengths, made=torch.empty_like(lengths))
     panes = None if x2 is None else (rows(x2), cuda_impl.pack_once(weight2, dtype))
     space = cuda_impl.Workspace("cpu") if split else None
+    if split:
+        space.reserve(1 << 22, 64)
+        space.part.fill_(float("nan"))  # a partial sum that is read too early
     history = torch.full((x.shape[0], geometry.frames(x.shape[2], k), c_out + 16), float("nan"), dtype=dtype)
     out = None if log_softmax else history[:, :, 8 : 8 + c_out]  # a slice of a wider buffer
 

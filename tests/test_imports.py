@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MAPPED = ("kernels", "bench")  # folders that setup.py maps into the package
-KERNELS_MAY = {"torch", "triton", "numpy"} | sys.stdlib_module_names
+KERNELS_MAY = {"torch", "triton", "numpy", "cupy", "cupy_backends"} | sys.stdlib_module_names
 
 # What each room may import beside itself; "" is the files of the package that lie in no room.
 LAYERS = {

@@ -5,14 +5,26 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#ifdef __CUDACC_RTC__  // NVRTC has no standard library; what is used of it comes from CUDA's
+#include <cuda/std/cstdint>
+#include <cuda/std/type_traits>
+#include <cuda/std/utility>
+namespace std {
+using namespace cuda::std;
+}
+using cuda::std::int64_t, cuda::std::uint32_t, cuda::std::uint64_t, cuda::std::uint16_t, cuda::std::uintptr_t;
+#define INFINITY __int_as_float(0x7f800000)
+#else
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
+#endif
 
 #ifdef JF_EMULATE
 #include "emulate/cuda.h"
-#else
+#elif !defined(__CUDACC_RTC__)
 #include <cuda_runtime.h>
 #define JF_LAUNCH(kernel, grid, block, stream, ...) kernel<<<static_cast<unsigned>(grid), block, 0, stream>>>(__VA_ARGS__)
 // With `shared` bytes of dynamic shared memory. Errors are cudaGetLastError's.

@@ -27,11 +27,17 @@ const char* result(F&& launch) {
 #endif
 }
 
+#ifdef JF_FEW
+using Brain = __half;
+#else
+using Brain = __nv_bfloat16;
+#endif
+
 template <class F>
 bool with_dtype(int dtype, F&& f) {
   if (dtype == 0) f(float{});
   if (dtype == 1) f(__half{});
-  if (dtype == 2) f(__nv_bfloat16{});
+  if (dtype == 2) f(Brain{});
   return dtype >= 0 && dtype <= 2;
 }
 
@@ -47,7 +53,7 @@ JF_EXPORT void jf_conv1d_sizes(int* args, int* wgrad_args) {
 JF_EXPORT const char* jf_conv1d(const Launch* l, int dtype, int mode, int transposed, int block, const conv::Args* a) {
   return result([&] {
     if (dtype == 1) return conv::launch_conv<__half>(*l, mode, transposed, block, *a);
-    return dtype == 2 && conv::launch_conv<__nv_bfloat16>(*l, mode, transposed, block, *a);
+    return dtype == 2 && conv::launch_conv<Brain>(*l, mode, transposed, block, *a);
   });
 }
 
@@ -62,7 +68,7 @@ JF_EXPORT const char* jf_conv1d_merge(const Launch* l, const float* part_a, cons
 JF_EXPORT const char* jf_conv1d_wgrad(const Launch* l, int dtype, int taps, const conv::WgradArgs* a) {
   return result([&] {
     if (dtype == 1) return conv::launch_wgrad<__half>(*l, taps, *a);
-    return dtype == 2 && conv::launch_wgrad<__nv_bfloat16>(*l, taps, *a);
+    return dtype == 2 && conv::launch_wgrad<Brain>(*l, taps, *a);
   });
 }
 

@@ -6,8 +6,6 @@
 // side can be reduced: (tap, block of C_in, block of C_out, image), both numbers of blocks even, zeros in the rest.
 #pragma once
 
-#include <utility>
-
 #include "ptx.cuh"
 
 namespace jf::conv {

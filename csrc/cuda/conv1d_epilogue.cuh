@@ -161,19 +161,16 @@ class Epilogue {
   __device__ __forceinline__ void put(const float (&v)[8], int t) {
     const int channel = tile_.o0 + group_ * 8;
     const int64_t at = tile_.n * a_.out_item + t * a_.out_row + channel;
-    if constexpr (MODE == kLogSoftmax) {
-      for (int i = 0; i < 8 && channel + i < a_.c_out; ++i) static_cast<float*>(a_.out)[at + i] = v[i];
-      return;
-    }
-    T values[8];
+    using Out = std::conditional_t<MODE == kLogSoftmax, float, T>;
+    Out* out = static_cast<Out*>(a_.out) + at;
+    Out values[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = narrow<T>(v[i]);
-    if (a_.out_vector && channel + 8 <= a_.c_out)
-      store<T, 8>(static_cast<T*>(a_.out) + at, values);
-    else
+    for (int i = 0; i < 8; ++i) values[i] = narrow<Out>(v[i]);
+    if constexpr (MODE != kLogSoftmax)
+      if (a_.out_vector && channel + 8 <= a_.c_out) return store<T, 8>(out, values);
 #pragma unroll
-      for (int i = 0; i < 8; ++i)
-        if (channel + i < a_.c_out) static_cast<T*>(a_.out)[at + i] = values[i];
+    for (int i = 0; i < 8; ++i)
+      if (channel + i < a_.c_out) out[i] = values[i];
   }
 
   const Args& a_;

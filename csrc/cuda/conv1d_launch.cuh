@@ -67,6 +67,15 @@ __global__ void __launch_bounds__(kWgradThreads, 1) wgrad_80(const __grid_consta
 #endif
 }
 
+template <class T, int TAPS>
+__global__ void __launch_bounds__(kWgrad90Threads, 1) wgrad_90(const __grid_constant__ WgradArgs a) {
+#if JF_CONV_HAS_90
+  wgrad_wgmma<T, TAPS>(a);
+#endif
+}
+
+#ifndef __CUDACC_RTC__
+
 struct Launch {
   int loop, grid, shared;
   int cooperative;  // all CTAs are on the device at once
@@ -89,21 +98,16 @@ void run(const Launch& l, int threads, void (*kernel)(P...), const A&... args) {
 #endif
 }
 
-template <class T, int TAPS>
-__global__ void __launch_bounds__(kWgrad90Threads, 1) wgrad_90(const __grid_constant__ WgradArgs a) {
-#if JF_CONV_HAS_90
-  wgrad_wgmma<T, TAPS>(a);
-#endif
-}
-
 // The instance for tiles of `block` frames; false where there is none.
 template <int MODE, bool TRANSPOSED, class T>
 bool launch_block(const Launch& l, int block, const Args& a) {
+#ifndef JF_FEW  // enough for tests of mutated sources, which compile often
   if (l.loop == 90 && block == 216) return run(l, kWgmmaThreads, conv_90<T, MODE, 216, TRANSPOSED>, a), true;
   if (l.loop == 90 && block == 176) return run(l, kWgmmaThreads, conv_90<T, MODE, 176, TRANSPOSED>, a), true;
   if (l.loop == 90 && block == 104) return run(l, kWgmmaThreads, conv_90<T, MODE, 104, TRANSPOSED>, a), true;
-  if (l.loop == 90 && block == 64) return run(l, kWgmmaThreads, conv_90<T, MODE, 64, TRANSPOSED>, a), true;
   if (l.loop == 80 && block == 128) return run(l, kMmaThreads, conv_80<T, MODE, 128, TRANSPOSED>, a), true;
+#endif
+  if (l.loop == 90 && block == 64) return run(l, kWgmmaThreads, conv_90<T, MODE, 64, TRANSPOSED>, a), true;
   if (l.loop == 80 && block == 64) return run(l, kMmaThreads, conv_80<T, MODE, 64, TRANSPOSED>, a), true;
   if constexpr (std::is_same_v<T, __half>)
     if (l.loop == 75 && block == 64) return run(l, kMmaThreads, conv_75<T, MODE, 64, TRANSPOSED>, a), true;
@@ -132,5 +136,7 @@ bool launch_wgrad(const Launch& l, int taps, const WgradArgs& a) {
   }
   return false;
 }
+
+#endif
 
 }  // namespace jf::conv

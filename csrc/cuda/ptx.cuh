@@ -5,8 +5,6 @@
 // lanes, a warpgroup-wide one by all 128 threads, with the same scalar arguments.
 #pragma once
 
-#include <utility>
-
 #include "common.cuh"
 
 #ifdef JF_EMULATE

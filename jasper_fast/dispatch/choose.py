@@ -11,6 +11,7 @@ from jasper_fast.dispatch import backends, verdicts
 from jasper_fast.dispatch.backends import NORM, PANES, BackendMissing
 from jasper_fast.dispatch.verdict import GOOD
 from jasper_fast.kernels import tables
+from jasper_fast.kernels.conv1d import cuda_launch
 
 
 @torch.compiler.assume_constant_result
@@ -116,7 +117,7 @@ def _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> s
         return "aten"
     if face == "cpu":
         return "aten" if dtype == torch.float64 or _has_amx(dtype) else "cpu"
-    if face not in CONVS or not _takes(face, device, dtype):
+    if face not in CONVS or not _takes(face, device, dtype, shape):
         return "aten"
     if backend != "auto":
         return face
@@ -125,17 +126,16 @@ def _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> s
             return "aten"
         sizes, rows = dict(zip(tables.SHAPE, shape, strict=True)), None if rows_log2 is None else 1 << rows_log2
         face = tables.fastest(calls, device, dtype, **sizes, rows=rows)
-        if face not in CONVS or not _takes(face, device, dtype) or backends.why_missing(face, device) is not None:
+        if face not in CONVS or not _takes(face, device, dtype, shape) or backends.why_missing(face, device):
             return "aten"
     return face if _trusted("conv1d", face, device, dtype, LIBRARY) else "aten"
 
 
-def _takes(face: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the convs of `face`, one of CONVS, take `dtype` on `device`."""
+def _takes(face: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> bool:
+    """Whether the convs of `face`, one of CONVS, take `dtype` on `device`, and a conv of `shape`."""
     if face == "triton":
         return dtype in tables.DTYPES
-    found = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else backends.OLDEST
-    return dtype == torch.float16 or (dtype == torch.bfloat16 and found >= backends.OLDEST)
+    return cuda_launch.takes(device, dtype, shape)
 
 
 @functools.cache
@@ -151,7 +151,7 @@ def fused_face(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         return conv_face(backend, device, dtype)
     if face == "triton":
         face = tables.fastest_overall("conv1d.fused", device, dtype)
-    if face not in CONVS or not _takes(face, device, dtype) or backends.why_missing(face, device) is not None:
+    if face not in CONVS or not _takes(face, device, dtype) or backends.why_missing(face, device):
         return "aten"
     return face if _trusted("conv1d.fused", face, device, dtype, LIBRARY) else "aten"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast.kernels import native
-from jasper_fast.kernels.conv1d import cuda_tiles
+from jasper_fast.kernels.conv1d import cuda_nvrtc, cuda_tiles
 from jasper_fast.kernels.conv1d.cuda_args import Args, Int, Launch, Long, Pointer, WgradArgs
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -38,9 +38,36 @@ class Functions:
 
 
 @functools.cache
-def functions() -> Functions:
-    """Those of the CUDA library; raises `native.Missing` where it cannot be used."""
-    return Functions(native.cuda_library())
+def functions() -> Functions | cuda_nvrtc.Compiled:
+    """Those of the CUDA library, else the same compiled by NVRTC; raises `native.Missing` where neither can be used."""
+    try:
+        return Functions(native.cuda_library())
+    except native.Missing as error:
+        if not torch.cuda.is_available() or (why := cuda_nvrtc.missing()) is not None:
+            hint = "" if not torch.cuda.is_available() else f"; or without a toolkit: {why}"
+            raise native.Missing(f"{error}{hint}") from None
+        return cuda_nvrtc.Compiled()
+
+
+def way() -> str | None:
+    """How the kernels come: "library", "NVRTC", or None where they cannot."""
+    try:
+        return "library" if isinstance(functions(), Functions) else "NVRTC"
+    except native.Missing:
+        return None
+
+
+def takes(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int, int] | None = None) -> bool:
+    """Whether the convs run in `dtype` on `device`; of `shape` (c_in, c_out, taps, stride, dilation), where given."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False
+    on = gpu(device)
+    if on.loop == 75 and dtype != torch.float16:
+        return False
+    if shape is None:
+        return True
+    c_in, c_out, taps, stride, dilation = shape
+    return cuda_tiles.fits(on, cuda_tiles.Work(1, 1, max(c_in, c_out), c_out, 0, taps, stride, dilation))
 
 
 @functools.cache
@@ -60,5 +87,6 @@ def run(name: str, like: Tensor, grid: int, shared: int, *args: object, cooperat
         stream = torch.cuda.current_stream(like.device).cuda_stream
     with here:
         launch = Launch(gpu(like.device).loop, grid, shared, cooperative, stream)
-        if error := getattr(functions(), name)(launch, *args):
+        error = getattr(functions(), name)(launch, *args)
+        if error is not None:
             raise RuntimeError(f"{name}: {error.decode()}")

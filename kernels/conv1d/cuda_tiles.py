@@ -112,6 +112,11 @@ def plan(gpu: Gpu, work: Work, may_split: bool = False) -> Plan:
     return min(plans, key=lambda p: _clocks(gpu, work, p))
 
 
+def fits(gpu: Gpu, work: Work) -> bool:
+    """Whether some tile fits the GPU's shared memory."""
+    return any(_plan(gpu, work, block, False) is not None for block in BLOCKS[gpu.loop])
+
+
 def _plan(gpu: Gpu, work: Work, block: int, may_split: bool) -> Plan | None:
     t_blocks, o_blocks = -(-work.frames // block), -(-work.c_out // OUT)
     tiles = work.batch * t_blocks * o_blocks

@@ -1,0 +1,85 @@
+"""Small wrongs in the CUDA conv's sources, each of which a test must find: file, what stands there, what replaces it."""
+
+# ruff: noqa: E501 (a wrong is a line)
+
+from __future__ import annotations
+
+WGMMA, MMA, PANELS, EPILOGUE = "conv1d_wgmma.cuh", "conv1d_mma.cuh", "conv1d.cuh", "conv1d_epilogue.cuh"
+WGRAD, WGRAD90 = "conv1d_wgrad.cuh", "conv1d_wgrad90.cuh"
+
+MUTANTS: dict[str, tuple[str, str, str]] = {
+    # phases and counts of mbarriers
+    "producer waits for the wrong phase": (WGMMA, "mbarrier_wait(empty(), phase ^ 1)", "mbarrier_wait(empty(), phase)"),
+    "consumer waits for the wrong phase": (WGMMA, "mbarrier_wait(full(), phase)", "mbarrier_wait(full(), phase ^ 1)"),
+    "the phase never turns": (WGMMA, "slot = 0, phase ^= 1;", "slot = 0;"),
+    "half of a step's bytes are expected": (WGMMA, "(ring.full(), kWeightBytes)", "(ring.full(), kWeightBytes / 2)"),
+    "too few arrivals free weights": (WGMMA, "barriers + i * 16 + 8, kConsumers / 32);\n    for", "barriers + i * 16 + 8, 1);\n    for"),
+    "too few arrivals fill a panel": (WGMMA, "barriers + i * 16, kPanelThreads)", "barriers + i * 16, 1)"),
+    "too many arrivals fill a panel": (WGMMA, "barriers + i * 16, kPanelThreads)", "barriers + i * 16, 128)"),
+    "mbarriers are not shown to the copies": (WGMMA, "    ptx::fence_mbarrier_init();\n", ""),
+    # waits
+    "weights are not waited for": (WGMMA, "    weights.wait_full();\n", ""),
+    "the first panel is not waited for": (WGMMA, "  panels.wait_full();\n  ptx::wgmma_hold", "  ptx::wgmma_hold"),
+    "the next panel is not waited for": (WGMMA, "if (i + 1 < tile.count) panels.wait_full();", ""),
+    "products are not waited for": (WGMMA, "    ptx::wgmma_wait<1>();  // the step before has read its operands\n", ""),
+    "weights are freed while they are read": (WGMMA, "ptx::mbarrier_arrive(used_weights);\n    if", "ptx::mbarrier_arrive(weights.empty());\n    if"),
+    "the last weights are not freed": (WGMMA, "ptx::mbarrier_arrive(used_weights), ptx", "ptx"),
+    "the last products are not waited for": (WGMMA, "  ptx::wgmma_wait<0>();\n", ""),
+    "panels are full before they landed": (WGMMA, "      ptx::copy_wait<0>();\n    else", "      ;\n    else"),
+    "of small panels too many are under way": (WGMMA, "copy_wait<kMaxPanels - 2>", "copy_wait<kMaxPanels - 1>"),
+    "a producer overwrites": (WGMMA, "    copies.ring.wait_empty();\n", ""),
+    # fences and groups
+    "panels are not shown to wgmma": (WGMMA, "    ptx::fence_async_proxy();\n", ""),
+    "no fence before products": (WGMMA, "    ptx::wgmma_fence();\n", ""),
+    "products are not committed": (WGMMA, "    ptx::wgmma_commit();\n", ""),
+    # descriptors
+    "left operand: strides change places": (WGMMA, "* 16, kChunk * 16, 128)", "* 16, 128, kChunk * 16)"),
+    "left operand, transposed: strides change places": (WGMMA, "w + k * 256, 128, kChunk * 16)", "w + k * 256, kChunk * 16, 128)"),
+    "left operand: steps of 8": (WGMMA, "w + k * 2 * kChunk * 16", "w + k * kChunk * 16"),
+    "left operand, transposed: steps of 8": (WGMMA, "w + k * 256, 128, kChunk", "w + k * 128, 128, kChunk"),
+    "right operand: its rows are even": (WGMMA, "layout.rows * 16, layout.rows * 16, 128)", "layout.rows * 16, (layout.rows + 1) * 16, 128)"),
+    "right operand: every other core matrix": (WGMMA, "layout.rows * 16, layout.rows * 16, 128)", "layout.rows * 16, layout.rows * 16, 256)"),
+    "right operand: steps of 8": (WGMMA, "x + k * 2 * layout.rows * 16", "x + k * layout.rows * 16"),
+    "both warpgroups take the same weights": (WGMMA, "kWeightBytes + half * (kImage * 2);", "kWeightBytes;"),
+    "a tap is a row late": (WGMMA, "(a.stride == 1 ? shift : shift / 2)) * 16;", "(a.stride == 1 ? shift + 1 : shift / 2)) * 16;"),
+    "both copies bring the first image": (WGMMA, "(a, tile, step, half),", "(a, tile, step, 0),"),
+    "a consumer is not in the barrier": (WGMMA, "barrier_sync(1, kConsumers)", "barrier_sync(1, kConsumers - 32)"),
+    # mma.sync
+    "one step too many under way": (MMA, "ptx::copy_wait<STAGES - 2>();", "ptx::copy_wait<STAGES - 1>();"),
+    "a late panel is not waited for": (MMA, "odd_panel_group_) > i)", "odd_panel_group_) > i + 1)"),
+    "warps run apart": (MMA, "      __syncthreads();\n      if constexpr (ASYNC) {\n        issue", "      if constexpr (ASYNC) {\n        issue"),
+    "weights of the next step": (MMA, "weights_ + i % STAGES * kWeightBytes);\n      if", "weights_ + (i + 1) % STAGES * kWeightBytes);\n      if"),
+    "a panel in use is overwritten": (MMA, "next_panel_ < current + a_.panels_kept", "next_panel_ <= current + a_.panels_kept"),
+    "frames: halves change places": (MMA, "matrix % 2 * 8 + row + matrix / 2 * rows_", "matrix / 2 * 8 + row + matrix % 2 * rows_"),
+    "frames: steps of 8": (MMA, "from + (k * 2 * rows_ + m * 16)", "from + (k * rows_ + m * 16)"),
+    "weights: halves change places": (MMA, "(k * 2 + matrix % 2) * kChunk + (n + matrix / 2)", "(k * 2 + matrix / 2) * kChunk + (n + matrix % 2)"),
+    "weights, transposed: halves change places": (MMA, "(n + matrix / 2) * kChunk + k * 16 + matrix % 2 * 8", "(n + matrix % 2) * kChunk + k * 16 + matrix / 2 * 8"),
+    "a share is read before it is there": (MMA, "load_acquire(arrived) < a.splits", "load_acquire(arrived) < 1"),
+    "the counter is not set back": (MMA, "== 2 * a.splits - 1", "== 2 * a.splits"),
+    # tiles and panels
+    "a row of the padding is read": (PANELS, "frame < limit && channel", "frame <= limit && channel"),
+    "the first row is not read": (PANELS, "frame >= 0 &&", "frame > 0 &&"),
+    "tiles in the halo are skipped": (PANELS, "t0 * a.stride - a.padding >= limit", "t0 * a.stride >= limit"),
+    "taps are not reversed": (PANELS, "a.taps - 1 - s.tap", "s.tap"),
+    "one tap too many": (PANELS, "++tap < a.taps", "++tap <= a.taps"),
+    "a share begins a step early": (PANELS, "begin = share * split < steps ? share * split : steps", "begin = share * split < steps ? share * split - (split > 0) : steps"),
+    # epilogue
+    "a lane's frames count one": (EPILOGUE, "first, second, counts[lane], from[0], from[1]", "first, second, 1.f, from[0], from[1]"),
+    "a closed ReLU lets the gradient pass": (EPILOGUE, "!(wide(z[i]) <= 0.f)", "!(wide(z[i]) < 0.f)"),
+    "dropout's scale is forgotten": (EPILOGUE, "v[i] *= a_.scale;", ""),
+    "a row past the end is not masked": (EPILOGUE, "if (t >= tile_.end)", "if (t > tile_.end)"),
+    "the last tile counts as a whole one": (EPILOGUE, "left < block ? left : block", "block"),
+    # gradient of the weight
+    "weight: one step too many under way": (WGRAD, "ptx::copy_wait<STAGES - 2>()", "ptx::copy_wait<STAGES - 1>()"),
+    "weight: warps run apart": (WGRAD, "    __syncthreads();\n    issue", "    issue"),
+    "weight: halves of dy change places": (WGRAD, "(matrix % 2 * kDyRows + matrix / 2 * 8 + row)", "(matrix / 2 * kDyRows + matrix % 2 * 8 + row)"),
+    "weight: a segment is skipped": (WGRAD, "segment * kFrames < high", "segment * kFrames + kFrames < high"),
+    "weight: a share is left out": (WGRAD, "for (int share = 0; share < shares", "for (int share = 1; share < shares"),
+    "weight: panels are not shown to wgmma": (WGRAD90, "    ptx::fence_async_proxy();\n", ""),
+    "weight: panels are full before they landed": (WGRAD90, "ptx::copy_wait<1>();\n      land", "ptx::copy_wait<2>();\n      land"),
+    "weight: left strides change places": (WGRAD90, "dy + k * 256, 128, kDyRows * 16)", "dy + k * 256, kDyRows * 16, 128)"),
+    "weight: right strides change places": (WGRAD90, "* 16, 128, rows * 16)", "* 16, rows * 16, 128)"),
+    "weight: dilation is forgotten": (WGRAD90, "tap * a.dilation * 16, 128", "tap * 16, 128"),
+    "weight: products are not waited for": (WGRAD90, "    ptx::wgmma_wait<1>();\n", ""),
+    "weight: a stage is not waited for": (WGRAD90, "    ring.wait_full();\n", ""),
+}  # fmt: skip

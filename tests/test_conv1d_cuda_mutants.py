@@ -1,0 +1,97 @@
+"""Each of the listed wrongs in the CUDA conv's sources makes a test of the conv fail (tests/cuda_mutants.py)."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import conv_cases
+import cuda_host
+import pytest
+import torch
+from cuda_mutants import MUTANTS, WGMMA, WGRAD, WGRAD90
+from test_conv1d_cuda import DIRECTIONS, FUSED, Face, check_inference
+
+from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles
+
+# several chunks, tiles and CTAs; a dilated one with padding; the strided one; a single tap with more chunks than places
+LAYERS = {
+    "dilated": (1, 24, 40, 70, 3, 1, 2, [61]),
+    "pane": (1, 328, 40, 70, 1, 1, 1, [70]),
+    "wide": (2, 136, 72, 75, 5, 1, 1, [75, 20]),
+    "strided": (2, 24, 32, 45, 5, 2, 1, [45, 20]),
+}
+SECONDS = 120  # more than a hundred times what the checks take
+
+
+def checked(library: Path, loops: tuple[int, ...], directions: tuple[str, ...]) -> None:
+    """The directions on LAYERS; raises what was wrong."""
+    functions = cuda_launch.Functions(ctypes.CDLL(str(library)))
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_tiles, "BLOCKS", {75: (64,), 80: (64,), 90: (64,)})
+        patch.setattr(cuda_tiles, "plan", cuda_tiles.plan.__wrapped__)
+        face = Face(patch, functions)
+        for loop in loops:
+            for layer in LAYERS.values():
+                face.on(loop, 2)
+                for direction in directions:
+                    if direction != "x" or layer[5] == 1:
+                        DIRECTIONS[direction](layer, torch.float16)
+            if "forward" in directions:
+                face.on(loop, 64)
+                check_inference(LAYERS["wide"], 88, True, False, False, torch.float16)
+                check_inference(conv_cases.LAYERS["prologue"], *FUSED["features"][1:], torch.float16)
+
+
+def outcome(library: Path, loops: tuple[int, ...], directions: tuple[str, ...]) -> str | None:
+    """What the checks of a library raise, in a process of their own: None where they pass."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+
+    def run() -> None:
+        try:
+            checked(library, loops, directions)
+            there.send(None)
+        except BaseException as error:  # whatever is raised is the answer
+            there.send(f"{type(error).__name__}: {str(error)[:500]}")
+
+    child = context.Process(target=run)
+    child.start()
+    there.close()
+    try:
+        return here.recv() if here.poll(SECONDS) else "hung"
+    except EOFError:
+        child.join()
+        return f"died with status {child.exitcode}"
+    finally:
+        child.kill()
+        child.join()
+
+
+def library(folder: Path) -> Path:
+    sources = [folder / "cuda" / "emulate" / "conv1d.cpp"]
+    return cuda_host.build(sources, ["-DJF_FEW", "-Wno-error"], folder=folder)
+
+
+@pytest.mark.slow
+def test_the_sources_as_they_are_pass() -> None:
+    assert outcome(library(cuda_host.CSRC), (90, 80, 75), tuple(DIRECTIONS)) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, old, new = MUTANTS[name]
+    folder = tmp_path / "csrc"
+    shutil.copytree(cuda_host.CSRC / "cuda", folder / "cuda")
+    source = folder / "cuda" / file
+    text = source.read_text()
+    assert text.count(old) == 1, f"{file} has {text.count(old)} of {old!r}"
+    source.write_text(text.replace(old, new))
+    monkeypatch.setattr(cuda_host, "BUILT", tmp_path)
+    loops = (90,) if file in (WGMMA, WGRAD90) else (80,)
+    directions = ("weight",) if file in (WGRAD, WGRAD90) else ("forward", "x")
+    assert outcome(library(folder), loops, directions) is not None
