@@ -10,7 +10,7 @@ import pytest
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 OPS = {
     "bn_relu_dropout": ({"stats", "forward", "backward_reduce", "backward_apply"}, ("cpu", "triton", "cuda")),
-    "conv1d": ({"forward", "dgrad", "wgrad"}, ("aten", "cpu", "triton")),
+    "conv1d": ({"forward", "dgrad", "wgrad"}, ("aten", "cpu", "triton", "cuda")),
     "panes": ({"outputs", "forward", "backward_reduce", "gradients"}, ("cpu",)),
 }
 
@@ -33,8 +33,10 @@ def test_signatures_equal_the_reference(op, face):
 
 
 def test_faces_with_packed_weights_fuse_alike():
-    """Triton's takes more: zero padding, log-softmax, a workspace."""
-    cpu, triton = (public("conv1d", f"{face}_impl") for face in ("cpu", "triton"))
+    """Those of a GPU take more: zero padding, log-softmax, a workspace."""
+    cpu, triton, cuda = (public("conv1d", f"{face}_impl") for face in ("cpu", "triton", "cuda"))
+    assert cuda["fused"] == triton["fused"]
+    assert cuda["pack_once"] == triton["pack_once"]
     assert triton["fused"].startswith(cpu["fused"].removesuffix(") -> Tensor"))
     assert triton["pack_once"] == cpu["pack_once"]
 

@@ -19,6 +19,7 @@ from jasper_fast import ops
 from jasper_fast.dispatch import backends, choose, verdicts
 from jasper_fast.dispatch.verdict import BAD, GOOD, UNCHECKED, Verdict
 from jasper_fast.kernels import native, tables
+from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles
 from jasper_fast.nn.block import JasperBlock
 from jasper_fast.nn.config import JasperConfig
 from jasper_fast.ops.bn_relu_dropout_op import norm_face as norm_face_of
@@ -280,7 +281,8 @@ def test_norms_are_looked_up_once(gpu, norm_table, monkeypatch):
 
 @pytest.fixture
 def turing(gpu, monkeypatch):
-    """An sm_75 with the CUDA library."""
+    """An sm_75 with the CUDA library: 40 multiprocessors, 64 KB of shared memory a block."""
+    monkeypatch.setattr(cuda_launch, "gpu", lambda device: cuda_tiles.Gpu(75, 40, 65536))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     monkeypatch.setattr(backends, "why_missing", WHY_MISSING)
@@ -288,13 +290,23 @@ def turing(gpu, monkeypatch):
     return gpu
 
 
-def test_a_gpu_before_ampere_takes_the_cuda_face_and_the_librarys_convs(turing, conv_table):
+def test_a_gpu_before_ampere_takes_the_cuda_face_without_a_table(turing):
     with silent():
         assert norm_face(256, dtype=torch.float16) == norm_face(768, None, torch.float16) == "cuda"
         assert choose.resolve("auto", GPU, NORM, torch.float16) == choose.resolve("auto", GPU) == "cuda"
-        conv_table(OURS_FASTER, (FP16,))
-        assert conv_face(torch.float16) == choose.fused_face("auto", GPU, torch.float16) == "aten"
-    assert turing.checked == [(GPU, NORM, "cuda", FP16)]
+        assert conv_face(torch.float16) == choose.fused_face("auto", GPU, torch.float16) == "cuda"
+        assert conv_face(torch.bfloat16) == choose.fused_face("auto", GPU, torch.float32) == "aten"
+        assert conv_face(torch.float16, strided_dx=True) == "aten"
+        wide = {"shape": (256, 256, 11, 2, 1), "rows_log2": 12}  # its panels do not fit
+        assert choose.conv_face("cuda", GPU, torch.float16, **wide) == "aten"
+    ops = {op for _, op, *_ in turing.checked}
+    assert ops == {NORM, "conv1d", "conv1d.fused"} and {face for _, _, face, _ in turing.checked} == {"cuda"}
+
+
+def test_a_cuda_conv_that_is_wrong_before_ampere_gives_the_librarys(turing):
+    turing.found["conv1d"] = verdict("conv1d", BAD)
+    with pytest.warns(RuntimeWarning, match="PyTorch's own conv instead"):
+        assert conv_face(torch.float16) == "aten"
 
 
 def test_a_cuda_face_that_is_wrong_before_ampere_gives_plain_pytorch(turing):
