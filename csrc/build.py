@@ -4,10 +4,10 @@
     python csrc/build.py --sanitize address     the CPU library with AddressSanitizer and UBSan, in build/sanitize/
     python csrc/build.py --sanitize thread      the same with ThreadSanitizer (`make sanitize` runs tests with both)
 
-JASPER_FAST_CUDA=0 skips the CUDA library; JASPER_FAST_CUDA_ARCHS="80;90a" chooses its architectures; CXX names the
-C++ compiler. The CPU library needs a C++20 compiler and torch's headers; the CUDA one nvcc besides, but neither a GPU
-nor a torch with CUDA.
-No Python headers are used: one build serves every Python and every torch from 2.11 on.
+JASPER_FAST_CUDA=0 skips the CUDA library. JASPER_FAST_CUDA_ARCHS="80;90a" chooses its architectures: by default those of
+the GPUs in this machine, without a GPU 75, 80 and 90a; "all" takes every one that nvcc knows. CXX names the C++ compiler.
+The CPU library needs a C++20 compiler and torch's headers. The CUDA library needs nvcc besides, but neither a GPU nor a
+torch with CUDA. No Python headers are used: one build serves every Python and every torch from 2.11 on.
 """
 
 import argparse
@@ -35,6 +35,7 @@ SANITIZE = {
     "thread": "-fsanitize=thread -DJF_STD_THREADS -pthread",
 }
 CUDA_ARCHS = "75;80;86;89;90a;100;120"
+WITHOUT_GPU = "75;80;90a"  # one for each inner loop of the convs; the PTX of 80 serves the others
 
 
 def torch_dir() -> Path | None:
@@ -49,15 +50,33 @@ def find_nvcc() -> str | None:
     return next((c for c in candidates if c and os.access(c, os.X_OK)), None)
 
 
+def gpu_archs() -> list[str]:
+    """Architectures of the GPUs in this machine, as nvidia-smi tells them: ["90a"]; none where it finds no GPU."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return []
+    told = subprocess.run([command, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True)
+    found = sorted({line.strip().replace(".", "") for line in told.stdout.splitlines() if line.strip()}, key=int)
+    return [arch + "a" if arch == "90" else arch for arch in found] if told.returncode == 0 else []
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """The architectures to build for: those asked for, else this machine's GPUs', else a few that serve most."""
+    asked = os.environ.get("JASPER_FAST_CUDA_ARCHS", "").replace(".", "").replace(",", ";").split(";")
+    asked = [a.strip() for a in asked if a.strip()]
+    if asked and asked != ["all"]:
+        return asked
+    known = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True).split()
+    wanted = CUDA_ARCHS.split(";") if asked else gpu_archs() or WITHOUT_GPU.split(";")
+    return [a for a in wanted if f"compute_{a.rstrip('a')}" in known] or WITHOUT_GPU.split(";")
+
+
 def gencode(nvcc: str) -> str:
-    """-gencode flags: architectures asked for, else those of the default list that this nvcc knows; PTX of the last."""
-    archs = os.environ.get("JASPER_FAST_CUDA_ARCHS", "").replace(".", "").replace(",", ";").split(";")
-    archs = [a.strip() for a in archs if a.strip()]
-    if not archs:
-        known = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True).split()
-        archs = [a for a in CUDA_ARCHS.split(";") if f"compute_{a.rstrip('a')}" in known]
+    """-gencode flags, with the PTX of the newest architecture whose code newer GPUs can take."""
+    archs = cuda_archs(nvcc)
     flags = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
-    return " ".join([*flags, f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"])
+    general = [a for a in archs if a.isdigit()]
+    return " ".join([*flags, *(f"-gencode arch=compute_{a},code=compute_{a}" for a in general[-1:])])
 
 
 def ninja_file(torch: Path, cxx: str, nvcc: str | None, sanitize: str | None = None) -> tuple[str, list[str]]:

@@ -162,16 +162,29 @@ def test_ninja_file_compiles_every_source_and_each_instruction_set() -> None:
             assert f"build cpu/{source.stem}.{isa}.o: cxx {source}\n  isa = -DJF_ISA={isa}" in text
 
 
-def test_architectures_come_from_the_environment_or_from_what_nvcc_knows(tmp_path: Path, monkeypatch) -> None:
-    nvcc = tmp_path / "nvcc"
-    nvcc.write_text("#!/bin/sh\necho compute_75\necho compute_80\necho compute_90\n")
-    nvcc.chmod(0o755)
+def test_architectures_come_from_the_environment_or_the_gpus(tmp_path: Path, monkeypatch) -> None:
+    def program(name: str, *lines: str) -> None:
+        path = tmp_path / name
+        path.write_text("#!/bin/sh\n" + "".join(f"echo {line}\n" for line in lines))
+        path.chmod(0o755)
+
+    program("nvcc", *(f"compute_{arch}" for arch in (75, 80, 89, 90)))
+    nvcc = str(tmp_path / "nvcc")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.delenv("JASPER_FAST_CUDA_ARCHS", raising=False)
-    flags = BUILD["gencode"](str(nvcc))
-    assert "code=sm_75" in flags and "code=sm_90a" in flags and "sm_120" not in flags
-    assert flags.endswith("code=compute_90a")
+    program("nvidia-smi", "9.0", "8.9", "8.9")
+    assert BUILD["cuda_archs"](nvcc) == ["89", "90a"]
+    program("nvidia-smi", "12.0")
+    assert BUILD["cuda_archs"](nvcc) == ["75", "80", "90a"], "this nvcc does not know the GPU"
+    (tmp_path / "nvidia-smi").unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    flags = BUILD["gencode"](nvcc)
+    assert [flags.count(f"code=sm_{arch}") for arch in ("75", "80", "90a", "89")] == [1, 1, 1, 0]
+    assert flags.endswith("code=compute_80"), "PTX of 90a runs on no other GPU"
+    monkeypatch.setenv("JASPER_FAST_CUDA_ARCHS", "all")
+    assert BUILD["cuda_archs"](nvcc) == ["75", "80", "89", "90a"]
     monkeypatch.setenv("JASPER_FAST_CUDA_ARCHS", "8.0;9.0a")
-    assert BUILD["gencode"](str(nvcc)).count("code=sm_") == 2
+    assert BUILD["cuda_archs"](nvcc) == ["80", "90a"]
 
 
 @pytest.mark.parametrize(

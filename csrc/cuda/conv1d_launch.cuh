@@ -98,18 +98,31 @@ void run(const Launch& l, int threads, void (*kernel)(P...), const A&... args) {
 #endif
 }
 
+// Whether the instances of a loop are compiled. JF_FEW names one: tests of mutated sources, which compile often, take its
+// smallest tiles alone.
+#ifdef JF_FEW
+constexpr bool kFew = true;
+constexpr bool has(int loop) { return loop == JF_FEW; }
+#else
+constexpr bool kFew = false;
+constexpr bool has(int) { return true; }
+#endif
+
 // The instance for tiles of `block` frames; false where there is none.
 template <int MODE, bool TRANSPOSED, class T>
 bool launch_block(const Launch& l, int block, const Args& a) {
-#ifndef JF_FEW  // enough for tests of mutated sources, which compile often
-  if (l.loop == 90 && block == 216) return run(l, kWgmmaThreads, conv_90<T, MODE, 216, TRANSPOSED>, a), true;
-  if (l.loop == 90 && block == 176) return run(l, kWgmmaThreads, conv_90<T, MODE, 176, TRANSPOSED>, a), true;
-  if (l.loop == 90 && block == 104) return run(l, kWgmmaThreads, conv_90<T, MODE, 104, TRANSPOSED>, a), true;
-  if (l.loop == 80 && block == 128) return run(l, kMmaThreads, conv_80<T, MODE, 128, TRANSPOSED>, a), true;
-#endif
-  if (l.loop == 90 && block == 64) return run(l, kWgmmaThreads, conv_90<T, MODE, 64, TRANSPOSED>, a), true;
-  if (l.loop == 80 && block == 64) return run(l, kMmaThreads, conv_80<T, MODE, 64, TRANSPOSED>, a), true;
-  if constexpr (std::is_same_v<T, __half>)
+  if constexpr (has(90) && !kFew) {
+    if (l.loop == 90 && block == 216) return run(l, kWgmmaThreads, conv_90<T, MODE, 216, TRANSPOSED>, a), true;
+    if (l.loop == 90 && block == 176) return run(l, kWgmmaThreads, conv_90<T, MODE, 176, TRANSPOSED>, a), true;
+    if (l.loop == 90 && block == 104) return run(l, kWgmmaThreads, conv_90<T, MODE, 104, TRANSPOSED>, a), true;
+  }
+  if constexpr (has(90))
+    if (l.loop == 90 && block == 64) return run(l, kWgmmaThreads, conv_90<T, MODE, 64, TRANSPOSED>, a), true;
+  if constexpr (has(80) && !kFew)
+    if (l.loop == 80 && block == 128) return run(l, kMmaThreads, conv_80<T, MODE, 128, TRANSPOSED>, a), true;
+  if constexpr (has(80))
+    if (l.loop == 80 && block == 64) return run(l, kMmaThreads, conv_80<T, MODE, 64, TRANSPOSED>, a), true;
+  if constexpr (has(75) && std::is_same_v<T, __half>)
     if (l.loop == 75 && block == 64) return run(l, kMmaThreads, conv_75<T, MODE, 64, TRANSPOSED>, a), true;
   return false;
 }
@@ -126,11 +139,15 @@ bool launch_conv(const Launch& l, int mode, bool transposed, int block, const Ar
 
 template <class T>
 bool launch_wgrad(const Launch& l, int taps, const WgradArgs& a) {
-  if (l.loop == 90 && a.stride == 1 && taps == 1) return run(l, kWgrad90Threads, wgrad_90<T, 1>, a), true;
-  if (l.loop == 90 && a.stride == 1 && taps == 3) return run(l, kWgrad90Threads, wgrad_90<T, 3>, a), true;
-  if (l.loop >= 80 && taps == 1) return run(l, kWgradThreads, wgrad_80<T, 1>, a), true;
-  if (l.loop >= 80 && taps == 2) return run(l, kWgradThreads, wgrad_80<T, 2>, a), true;
-  if constexpr (std::is_same_v<T, __half>) {
+  if constexpr (has(90)) {
+    if (l.loop == 90 && a.stride == 1 && taps == 1) return run(l, kWgrad90Threads, wgrad_90<T, 1>, a), true;
+    if (l.loop == 90 && a.stride == 1 && taps == 3) return run(l, kWgrad90Threads, wgrad_90<T, 3>, a), true;
+  }
+  if constexpr (has(80) || has(90)) {
+    if (l.loop >= 80 && taps == 1) return run(l, kWgradThreads, wgrad_80<T, 1>, a), true;
+    if (l.loop >= 80 && taps == 2) return run(l, kWgradThreads, wgrad_80<T, 2>, a), true;
+  }
+  if constexpr (has(75) && std::is_same_v<T, __half>) {
     if (l.loop == 75 && taps == 1) return run(l, kWgradThreads, wgrad_75<T, 1>, a), true;
     if (l.loop == 75 && taps == 2) return run(l, kWgradThreads, wgrad_75<T, 2>, a), true;
   }
