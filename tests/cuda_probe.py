@@ -44,7 +44,15 @@ class Result(NamedTuple):
 
 
 def run(
-    call: Callable, op: int, registers: tuple[int, ...], image=None, before=None, rows=None, device="cpu", stream=None, **numbers
+    call: Callable,
+    op: int,
+    registers: tuple[int, ...],
+    image=None,
+    before=None,
+    rows=None,
+    device="cpu",
+    stream=None,
+    **numbers,
 ) -> Result:
     """`registers`: the shape of `out`; `image`: (grid, bytes) uint8; raises RuntimeError with the launch's message."""
     grid = registers[0]
@@ -104,12 +112,14 @@ def get(image: Tensor, at: Tensor, dtype: torch.dtype) -> Tensor:
     return image.view(dtype)[:, (at // 2).flatten()].unflatten(1, at.shape)
 
 
-def wgmma(call: Callable, image: Tensor, a: Placed, b: Placed, n: int, dtype: torch.dtype, before=None, **where) -> Result:
+def wgmma(
+    call: Callable, image: Tensor, a: Placed, b: Placed, n: int, dtype: torch.dtype, before=None, **where
+) -> Result:
     """out: (grid, 64, n), whole matrices."""
     row, column = fragment(n)
     registers = None if before is None else before[:, row, column]
-    numbers = dict(a=a.descriptor, b=b.descriptor, n=n, a_mn=a.mn, b_mn=b.mn, half=dtype == torch.float16)
-    numbers["option"] = int(before is None)
+    numbers = {"a": a.descriptor, "b": b.descriptor, "n": n, "a_mn": a.mn, "b_mn": b.mn}
+    numbers |= {"half": dtype == torch.float16, "option": int(before is None)}
     result = run(call, WGMMA, (len(image), 128, n // 2), image, registers, **numbers, **where)
     whole = torch.full((len(image), 64, n), float("nan"))
     whole[:, row, column] = result.out

@@ -134,6 +134,9 @@ unsigned char* cells(Cta& cta, uint32_t at, uint32_t bytes, uint32_t align, cons
 
 void check_clean(Cta& cta, uint32_t at, uint32_t bytes, const char* instruction) {
   const uint32_t first = (at - kBase) / 16, last = (at - kBase + bytes + 15) / 16;
+  uint16_t any = 0;
+  for (uint32_t cell = first; cell < last; ++cell) any |= cta.writer[cell];
+  if (!any) return;
   for (uint32_t cell = first; cell < last; ++cell)
     if (cta.writer[cell])
       fail(instruction, "shared address " + hex(kBase + 16 * cell) + " was written by thread " + number(cta.writer[cell] - 1) +
