@@ -1,5 +1,10 @@
-// The probe's kernels over the host twins, and kernels with one mistake each, for tests/test_cuda_ptx.py.
+// The probe's kernels over the host twins, and kernels with one mistake each, for tests/test_cuda_ptx.py. With JF_MAIN a
+// program that runs one of the latter, for the sanitizers.
+#ifdef JF_MAIN
+#include "ptx.cuh"
+#else
 #include "probe.cuh"
+#endif
 
 #include <algorithm>
 #include <string>
@@ -54,6 +59,103 @@ struct Fault {
   int grid, block, shared;
   std::function<void()> kernel;
 };
+
+// What only ThreadSanitizer finds: the order that the engine takes happens to give right results.
+std::vector<Fault> races() {
+  return {
+      {"race store", 1, 64, 512,
+       [] {
+         uint32_t r[4];
+         if (thread() < 32) ptx::store_shared(base() + 16 * thread(), uint4{});
+         if (!broken) __syncthreads();
+         if (thread() >= 32) ptx::ldmatrix(r, base() + 16 * (thread() - 32));
+       }},
+      {"race copy", 1, 64, 1024,
+       [] {
+         ptx::copy_async(base() + 16 * (thread() ^ 32), source, 16);
+         ptx::copy_commit();
+         ptx::copy_wait<0>();
+         if (!broken) __syncthreads();
+         if (thread() >= 32) out[thread()] = element(thread());
+       }},
+      {"race barrier", 1, 64, 512,
+       [] {
+         if (thread() < 32) {
+           if (broken) ptx::barrier_arrive(1, 64);
+           ptx::store_shared(base() + 16 * thread(), uint4{});
+           if (!broken) ptx::barrier_arrive(1, 64);
+         } else {
+           ptx::barrier_sync(1, 64);
+           out[thread()] = element(thread() - 32);
+         }
+       }},
+      {"race release", 1, 64, 640,
+       [] {
+         const uint32_t full = base() + 512, empty = full + 8;
+         if (thread() == 0) ptx::mbarrier_init(full, 1), ptx::mbarrier_init(empty, 32), ptx::fence_mbarrier_init();
+         __syncthreads();
+         for (uint32_t step = 0; step < 3; ++step) {
+           if (thread() == 0) {
+             ptx::mbarrier_wait(empty, step % 2 ^ 1);
+             ptx::mbarrier_arrive_expect(full, 512), ptx::copy_bulk(base(), source, 512, full);
+           } else if (thread() >= 32) {
+             ptx::mbarrier_wait(full, step % 2);
+             if (broken) ptx::mbarrier_arrive(empty);
+             out[thread()] = element(thread() - 32);
+             if (!broken) ptx::mbarrier_arrive(empty);
+           }
+         }
+       }},
+      {"race full", 1, 64, 640,
+       [] {
+         const uint32_t full = base() + 512;
+         if (thread() == 0) ptx::mbarrier_init(full, 32);
+         __syncthreads();
+         if (thread() < 32) {
+           if (broken) ptx::mbarrier_arrive(full);
+           ptx::store_shared(base() + 16 * thread(), uint4{});
+           if (!broken) ptx::mbarrier_arrive(full);
+         } else {
+           ptx::mbarrier_wait(full, 0);
+           out[thread()] = element(thread() - 32);
+         }
+       }},
+      {"race wgmma", 1, 160, kImage + 64,
+       [] {
+         const uint32_t full = base() + kImage, empty = full + 8;
+         if (thread() == 0) ptx::mbarrier_init(full, 1), ptx::mbarrier_init(empty, 128), ptx::fence_mbarrier_init();
+         __syncthreads();
+         float d[32] = {};
+         for (uint32_t step = 0; step < 3; ++step) {
+           if (thread() == 128) {
+             ptx::mbarrier_wait(empty, step % 2 ^ 1);
+             ptx::mbarrier_arrive_expect(full, kImage), ptx::copy_bulk(base(), source, kImage, full);
+           } else if (thread() < 128) {
+             ptx::mbarrier_wait(full, step % 2);
+             ptx::wgmma_fence();
+             product(d, left(), right());
+             ptx::wgmma_commit();
+             if (broken) ptx::mbarrier_arrive(empty);
+             ptx::wgmma_wait<0>();
+             if (!broken) ptx::mbarrier_arrive(empty);
+           }
+         }
+       }},
+      {"race counter", 2, 32, 0,
+       [] {
+         static int counter, value;
+         if (thread()) return;
+         if (blockIdx.x == 0) {
+           if (broken) ptx::add_release(&counter, 1);
+           value = 1;
+           if (!broken) ptx::add_release(&counter, 1);
+         } else {
+           while (ptx::load_acquire(&counter) == 0) {}
+           out[0] = static_cast<float>(value);
+         }
+       }},
+  };
+}
 
 const std::vector<Fault>& faults() {
   static const std::vector<Fault> all = {
@@ -327,16 +429,12 @@ const std::vector<Fault>& faults() {
 
 }  // namespace
 
-extern "C" const char* jf_probe(int op, const jf::probe::Case* c, void*) {
-  return emulated_error([&] { probe::run(static_cast<probe::Op>(op), *c, nullptr); });
-}
-
-extern "C" const char* jf_fault_name(int i) { return i < static_cast<int>(faults().size()) ? faults()[i].name : nullptr; }
-
 // Runs the kernel of this name, with its mistake or without; `results` takes its 128 floats.
 extern "C" const char* jf_fault(const char* name, int with_mistake, float* results) {
-  const auto fault = std::find_if(faults().begin(), faults().end(), [&](const Fault& f) { return f.name == std::string(name); });
-  if (fault == faults().end()) return "no such fault";
+  std::vector<Fault> all = races();
+  all.insert(all.end(), faults().begin(), faults().end());
+  const auto fault = std::find_if(all.begin(), all.end(), [&](const Fault& f) { return f.name == std::string(name); });
+  if (fault == all.end()) return "no such fault";
   broken = with_mistake, out = results;
   std::fill(results, results + 128, 0.f);
   std::fill(std::begin(source), std::end(source), 1.f);
@@ -354,4 +452,10 @@ int main(int, char** arguments) {
   const char* error = jf_fault(arguments[1], arguments[2][0] == '1', results);
   std::printf("%s\n", error ? error : "no error");
 }
+#else
+extern "C" const char* jf_probe(int op, const jf::probe::Case* c, void*) {
+  return emulated_error([&] { probe::run(static_cast<probe::Op>(op), *c, nullptr); });
+}
+
+extern "C" const char* jf_fault_name(int i) { return i < static_cast<int>(faults().size()) ? faults()[i].name : nullptr; }
 #endif

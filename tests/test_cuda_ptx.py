@@ -237,3 +237,53 @@ def test_mistake_is_caught(library: ctypes.CDLL, name: str) -> None:
     got = fault(library, name, True, 0)
     assert got is not None and FAULTS[name] in got
     assert fault(library, name, False, 0) is None, "what a failed launch leaves must not disturb the next"
+
+
+# ---- sanitizers ----------------------------------------------------------------------------------------------------
+
+RACES = ["race store", "race copy", "race barrier", "race release", "race full", "race wgmma", "race counter"]
+
+
+@pytest.fixture(scope="module")
+def sanitized() -> Callable[[str, str, bool], str]:
+    def run(kind: str, name: str, mistake: bool) -> str:
+        program = cuda_host.build([SOURCE], ["-DJF_MAIN"], sanitize=kind, program=True)
+        return cuda_host.run_sanitized(program, kind, name, str(int(mistake)))
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*RACES, "wgmma released early", "mbarrier deadlock", "bulk phase"])
+def test_thread_sanitizer(sanitized: Callable, library: ctypes.CDLL, name: str) -> None:
+    """A missing wait or an early release is a race, although every thread runs on one thread of the system."""
+    assert sanitized("thread", name, False) == "no error\n"
+    got = sanitized("thread", name, True)
+    if name in RACES:
+        assert fault(library, name, True, 0) is None, "the engine alone sees it: it belongs to FAULTS"
+        assert "ThreadSanitizer: data race" in got
+    elif FAULTS[name] != NAN:
+        assert FAULTS[name] in got and "ThreadSanitizer" not in got
+    else:
+        assert "ThreadSanitizer: data race" in got
+
+
+@pytest.mark.slow
+def test_address_sanitizer(sanitized: Callable) -> None:
+    for name in ("plain store bounds", "bulk phase", "wgmma touched"):
+        assert sanitized("address", name, False) == "no error\n"
+    got = sanitized("address", "plain store bounds", True)
+    assert "AddressSanitizer: use-after-poison" in got and "cuda_ptx.cpp" in got
+    assert FAULTS["wgmma touched"] in sanitized("address", "wgmma touched", True)
+
+
+@pytest.mark.slow
+def test_without_the_hand_written_switch() -> None:
+    """ucontext, which other processors than x86-64 take."""
+    library = ctypes.CDLL(str(cuda_host.build([SOURCE], scheduler=["-DJF_UCONTEXT"])))
+    library.jf_fault.restype = ctypes.c_char_p
+    for check in CHECKS:
+        check(library.jf_probe)
+    for name in ("wgmma released early", "mbarrier deadlock", "bulk phase"):
+        assert fault(library, name, False, 0) is None
+        assert FAULTS[name] in fault(library, name, True, 0)
