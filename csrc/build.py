@@ -4,10 +4,10 @@
     python csrc/build.py --sanitize address     the CPU library with AddressSanitizer and UBSan, in build/sanitize/
     python csrc/build.py --sanitize thread      the same with ThreadSanitizer (`make sanitize` runs tests with both)
 
-JASPER_FAST_CUDA=0 skips the CUDA library. JASPER_FAST_CUDA_ARCHS="80;90a" chooses its architectures: by default those of
-the GPUs in this machine, without a GPU 75, 80 and 90a; "all" takes every one that nvcc knows. CXX names the C++ compiler.
-The CPU library needs a C++20 compiler and torch's headers. The CUDA library needs nvcc besides, but neither a GPU nor a
-torch with CUDA. No Python headers are used: one build serves every Python and every torch from 2.11 on.
+JASPER_FAST_CUDA=0 skips the CUDA library. JASPER_FAST_CUDA_ARCHS="80;90a" chooses its architectures: by default those
+of the GPUs in this machine, without a GPU 75, 80 and 90a; "all" takes every one that nvcc knows. CXX names the C++
+compiler. The CPU library needs a C++20 compiler and torch's headers. The CUDA library needs nvcc besides, but neither a
+GPU nor a torch with CUDA. No Python headers are used: one build serves every Python and every torch from 2.11 on.
 """
 
 import argparse

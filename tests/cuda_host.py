@@ -56,14 +56,18 @@ def digest(folder: Path) -> str:
 
 
 def build(
-    sources: Sequence[Path | str], defines: Sequence[str] = (), sanitize: str | None = None, program: bool = False,
+    sources: Sequence[Path | str],
+    defines: Sequence[str] = (),
+    sanitize: str | None = None,
+    program: bool = False,
+    scheduler: Sequence[str] = (),
     folder: Path = CSRC,
-) -> Path:  # fmt: skip
+) -> Path:
     """The library (or program) of these sources and the engine, compiled if it is not there.
 
-    `folder` is where the sources' own headers lie: a copy of csrc where they are mutated. `defines` are further flags
-    of `sources` ("-DJF_FEW"); `sanitize` is "address" or "thread", by default what JASPER_FAST_SANITIZE says
-    (tests/fuzz/sanitize.py).
+    `defines` are further flags of `sources`, `scheduler` of engine.cpp; `sanitize` is "address" or "thread", by default
+    what JASPER_FAST_SANITIZE says (tests/fuzz/sanitize.py). `folder` is where the sources' own headers lie: a copy of
+    csrc where they are mutated.
     """
     compiler, include, sanitizers = toolchain()
     sanitize = sanitize or os.environ.get("JASPER_FAST_SANITIZE") or None
@@ -71,9 +75,11 @@ def build(
     native = ["-march=native"] if platform.machine().lower() in ("x86_64", "amd64") else []
     checks = [*sanitizers[sanitize].split(), "-g1", "-fno-omit-frame-pointer"] if sanitize else []
     # Of the engine ThreadSanitizer must not see more than the engine tells it (csrc/cuda/emulate/sanitizers.h).
-    engine = [*FLAGS, "-O3", *native, *(["-DJF_TSAN"] if sanitize == "thread" else checks)]
+    seen = ["-DJF_TSAN", "-g1"] if sanitize == "thread" else checks
+    engine = [*FLAGS, "-O1" if sanitize else "-O3", *native, *seen]
     kernels = [*FLAGS, "-O1", "-DJF_EMULATE", *checks, *defines]
-    objects = [compiled(compiler, path, [*engine, *include]) for path in ENGINE]
+    objects = [compiled(compiler, ENGINE[0], [*engine, *scheduler, *include])]
+    objects += [compiled(compiler, path, [*engine, *include]) for path in ENGINE[1:]]
     objects += [compiled(compiler, path, [*kernels, *include], folder) for path in sources]
     link = [compiler, "-pthread", *checks, *([] if program else ["-shared"])]
     name = hashlib.sha256("\0".join([*link, *map(str, objects)]).encode()).hexdigest()[:24]
@@ -99,3 +105,16 @@ def made(target: Path, command: list[str]) -> Path:
             assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-8000:]}"
             part.rename(target)
     return target
+
+
+def run_sanitized(program: Path, sanitize: str, *arguments: str) -> str:
+    """What a program built with `sanitize` prints; a finding of the sanitizer's is part of it."""
+    options = (
+        "detect_leaks=0" if sanitize == "address" else "halt_on_error=1"
+    )  # a failed launch leaves its threads' stacks
+    environment = os.environ | {"ASAN_OPTIONS": options, "TSAN_OPTIONS": options}
+    environment.pop("LD_PRELOAD", None)
+    # without randomised addresses, which ThreadSanitizer's runtime may not find its way in
+    command = ["setarch", platform.machine(), "-R", str(program), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return done.stdout + done.stderr

@@ -122,7 +122,6 @@ void switch_to(Fiber* to) {
   Fiber& from = current ? *current : main_fiber;
   Fiber& into = to ? *to : main_fiber;
 #ifdef JF_TSAN
-  if (!into.sanitizer.thread) into.sanitizer.thread = __tsan_create_fiber(0);
   __tsan_switch_to_fiber(into.sanitizer.thread, __tsan_switch_to_fiber_no_sync);
 #endif
 #ifdef __SANITIZE_ADDRESS__
@@ -139,6 +138,7 @@ void switch_to(Fiber* to) {
 // ---- schedule ------------------------------------------------------------------------------------------------------
 
 void enqueue(Warp* warp) {
+  Unseen unseen;
   if (warp->queued || !warp->ready) return;
   warp->queued = true;
   launch.queue.push_back(warp);
@@ -173,6 +173,7 @@ std::string deadlock() {
 
 // The next fiber to run; null where none can, with launch.error set.
 Fiber* next() {
+  Unseen unseen;
   for (;;) {
     if (Warp* warp = launch.warp) {
       if (warp->turn) {
@@ -271,6 +272,9 @@ void start_cta(Cta& cta, int64_t block, int threads, size_t shared, size_t first
     fiber.warp = &warp, fiber.cta = &cta, fiber.thread = t, fiber.lane = t % 32;
     fiber.spins = fiber.ended = false, fiber.next_waiter = nullptr, fiber.waits_for = "start";
     fiber.copies.clear(), fiber.groups.clear(), fiber.uncommitted = 0, fiber.dirty.clear();
+#ifdef JF_TSAN  // made here, not at the first switch: what makes it happens before all that it does
+    if (!fiber.sanitizer.thread) fiber.sanitizer.thread = __tsan_create_fiber(0);
+#endif
     allow(fiber.stack, kStack);
     prepare(fiber, (first + t) % 61 * 64);  // tops of stacks do not fall on the same lines of a cache
   }
@@ -313,13 +317,24 @@ void clean_up(bool failed) {
   forget_bulk();
   for (auto& cta : launch.ctas) cta->block = -1, cta->warps.clear(), cta->groups.clear();
 #ifdef JF_TSAN
-  for (auto& fiber : pool)
-    if (failed && fiber->sanitizer.thread) __tsan_destroy_fiber(std::exchange(fiber->sanitizer.thread, nullptr));
+  for (auto& fiber : pool) {
+    SanitizerFiber& its = fiber->sanitizer;
+    if (!failed || !its.thread) continue;
+    if (its.unseen) {  // it was left in the middle of something, and never goes on
+      void* me = __tsan_get_current_fiber();
+      __tsan_switch_to_fiber(its.thread, __tsan_switch_to_fiber_no_sync);
+      for (; its.unseen; --its.unseen) Unseen::end();
+      __tsan_switch_to_fiber(me, __tsan_switch_to_fiber_no_sync);
+    }
+    __tsan_destroy_fiber(std::exchange(its.thread, nullptr));
+  }
 #endif
   (void)failed;
 }
 
 }  // namespace
+
+SanitizerFiber& running() { return current ? current->sanitizer : main_fiber.sanitizer; }
 
 void count(const char* instruction) {
   for (auto& [name, times] : counts)
@@ -333,6 +348,7 @@ void count(const char* instruction) {
 uint64_t bulk_due() { return launch.turns + (launch.random ? draw() % 64 : 64); }
 
 void fail(const Cta& cta, int thread, const char* instruction, const std::string& text) {
+  Unseen unseen;
   launch.error = "CTA " + std::to_string(cta.block) + ", thread " + std::to_string(thread) + ", " + instruction + ": " + text;
   if (!current) throw std::runtime_error(launch.error);
   switch_to(nullptr);
@@ -429,7 +445,7 @@ void launch_emulated(int64_t grid, int block, size_t shared, int resident, const
     if (const char* seed = std::getenv("JASPER_FAST_EMULATE_SEED")) settings.seed = std::strtoull(seed, nullptr, 0);
     settings.read = true;
   }
-  counts.clear();
+  counts.clear(), counts.reserve(64);
   blockDim = {static_cast<unsigned>(block), 1, 1}, gridDim = {static_cast<unsigned>(grid), 1, 1};
   launch.kernel = &kernel;
   launch.random = settings.seed ? settings.seed * 0x9E3779B97F4A7C15ull | 1 : 0;

@@ -45,6 +45,7 @@ void check_no_mbarrier(Cta& cta, uint32_t at, uint32_t bytes, const char* instru
 }
 
 void mark(Fiber& fiber, uint32_t at) {
+  Unseen unseen;
   const uint32_t cell = (at - kBase) / 16;
   const uint16_t writer = fiber.thread + 1;
   if (fiber.cta->writer[cell] == writer) return;
@@ -134,6 +135,9 @@ unsigned char* cells(Cta& cta, uint32_t at, uint32_t bytes, uint32_t align, cons
 
 void check_clean(Cta& cta, uint32_t at, uint32_t bytes, const char* instruction) {
   const uint32_t first = (at - kBase) / 16, last = (at - kBase + bytes + 15) / 16;
+  uint16_t any = 0;
+  for (uint32_t cell = first; cell < last; ++cell) any |= cta.writer[cell];
+  if (!any) return;
   for (uint32_t cell = first; cell < last; ++cell)
     if (cta.writer[cell])
       fail(instruction, "shared address " + hex(kBase + 16 * cell) + " was written by thread " + number(cta.writer[cell] - 1) +
@@ -195,7 +199,10 @@ bool complete_bulk(uint64_t now, bool oldest) {
       continue;
     }
     const Bulk bulk = bulks[i];
-    bulks.erase(bulks.begin() + i);
+    {
+      Unseen unseen;
+      bulks.erase(bulks.begin() + i);
+    }
     Cta& cta = *bulk.cta;
     for (uint32_t cell = (bulk.to - kBase) / 16; cell < (bulk.to - kBase + bulk.bytes) / 16; ++cell)
       if (cta.writer[cell])
@@ -203,14 +210,17 @@ bool complete_bulk(uint64_t now, bool oldest) {
                                                 hex(kBase + 16 * cell));
     Mbarrier& barrier = cta.mbarriers[cta.mbarrier_at[(bulk.barrier - kBase) / 8] - 1];
     unsigned char* to = cta.memory + (bulk.to - kBase);
-    std::memcpy(to, bulk.from, bulk.bytes);
+    {
+      Unseen unseen;
+      std::memcpy(to, bulk.from, bulk.bytes);
+    }
 #ifdef JF_TSAN
     if (!async_thread) async_thread = __tsan_create_fiber(0);
     void* me = __tsan_get_current_fiber();
     __tsan_switch_to_fiber(async_thread, __tsan_switch_to_fiber_no_sync);
     acquire(&bulk_clock);
-    saw_read(bulk.from, bulk.bytes);
-    saw_write(to, bulk.bytes);
+    __tsan_read_range(const_cast<void*>(bulk.from), bulk.bytes);
+    __tsan_write_range(to, bulk.bytes);
     release(&barrier.clocks[barrier.phase & 1]);
     __tsan_switch_to_fiber(me, __tsan_switch_to_fiber_no_sync);
 #endif

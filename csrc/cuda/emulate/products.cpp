@@ -162,11 +162,12 @@ struct Issue {  // a wgmma of a warpgroup, the same for its four warps
   int first_thread = 0, finished = 0;
   bool widened = false;
   std::vector<unsigned char> raw;  // b as the first warp to finish read it
-  std::vector<float> b;            // [16][n]
+  std::vector<float> b;            // [n / 8][16][8]
 };
 
 struct GroupProducts {
   std::deque<std::shared_ptr<Issue>> issues;
+  std::vector<std::shared_ptr<Issue>> spare;
   uint64_t first = 0;  // the number of issues[0]
 };
 
@@ -176,7 +177,7 @@ struct Accumulator {  // 16 rows of a warpgroup's 64, in the registers of one wa
   float* registers[32];
   int n = 0, pending = 0;
   uint64_t fences = 0;    // the warp's fences when its registers were last handed back
-  std::vector<float> d;   // [16][n]
+  std::vector<float> d;   // [n / 8][16][8]
 };
 
 struct Product {
@@ -249,24 +250,30 @@ void compare_operand(Cta& cta, const Operand& operand, int first, int cores, con
   });
 }
 
-// [16][pitch] of b, or [pitch][16] of a, from core matrices in the order of read_operand.
-void widen_operand(const unsigned char* raw, int cores, bool mn, bool half, float* to, int stride_mn, int stride_k) {
-  for (int i = 0; i < cores; ++i)
-    for (int k = 0; k < 2; ++k, raw += kCore)
-      for (int row = 0; row < 8; ++row) {
+// fp32 elements from core matrices in the order of read_operand: of b [n / 8][16 of k][8], of a [16 rows][16 of k].
+template <int STRIDE_CORE, int STRIDE_MN, int STRIDE_K>
+void widen_operand(const unsigned char* raw, int cores, bool mn, bool half, float* to) {
+  for (int i = 0; i < cores; ++i, to += STRIDE_CORE)
+    for (int k = 0; k < 2; ++k)
+      for (int row = 0; row < 8; ++row, raw += 16) {
         float wide[8];
-        widen(wide, raw + 16 * row, half);
-        float* out = to + (mn ? i * 8 * stride_mn + (k * 8 + row) * stride_k : (i * 8 + row) * stride_mn + k * 8 * stride_k);
-        const int stride = mn ? stride_mn : stride_k;
-        for (int j = 0; j < 8; ++j) out[j * stride] = wide[j];
+        widen(wide, raw, half);
+        if (mn)
+          for (int j = 0; j < 8; ++j) to[j * STRIDE_MN + (k * 8 + row) * STRIDE_K] = wide[j];
+        else
+          for (int j = 0; j < 8; ++j) to[row * STRIDE_MN + (k * 8 + j) * STRIDE_K] = wide[j];
       }
 }
 
-// Calls visit(lane, register, element of [16][n]).
+void widen_b(const unsigned char* raw, int n, bool mn, bool half, float* to) {
+  widen_operand<128, 1, 8>(raw, n / 8, mn, half, to);
+}
+
+// Calls visit(lane, register, element of [n / 8][16 rows][8 columns]).
 template <class Visit>
 void visit_fragment(int n, const Visit& visit) {
   for (int lane = 0; lane < 32; ++lane)
-    for (int i = 0; i < n / 2; ++i) visit(lane, i, (lane / 4 + i / 2 % 2 * 8) * n + i / 4 * 8 + lane % 4 * 2 + i % 2);
+    for (int i = 0; i < n / 2; ++i) visit(lane, i, i / 4 * 128 + (lane / 4 + i / 2 % 2 * 8) * 8 + lane % 4 * 2 + i % 2);
 }
 
 bool differ(float x, float y) { return __builtin_memcmp(&x, &y, 4) != 0; }
@@ -315,12 +322,17 @@ std::shared_ptr<Issue> join_group(Warp& warp, WarpProducts& its, const Wgmma& wh
   auto& slot = cta.groups[warp.index / 4];
   if (!slot) slot = std::make_shared<GroupProducts>();
   GroupProducts& group = *slot;
-  while (!group.issues.empty() && group.issues.front()->finished == 4) group.issues.pop_front(), ++group.first;
+  for (; !group.issues.empty() && group.issues.front()->finished == 4; ++group.first) {
+    group.spare.push_back(std::move(group.issues.front()));
+    group.issues.pop_front();
+  }
   const uint64_t index = its.issued++ - group.first;
   if (index == group.issues.size()) {
-    group.issues.push_back(std::make_shared<Issue>());
-    group.issues.back()->what = what;
-    group.issues.back()->first_thread = warp.lanes[0]->thread;
+    if (group.spare.empty()) group.spare.push_back(std::make_shared<Issue>());
+    group.issues.push_back(std::move(group.spare.back()));
+    group.spare.pop_back();
+    Issue& issue = *group.issues.back();
+    issue.what = what, issue.first_thread = warp.lanes[0]->thread, issue.finished = 0, issue.widened = false;
   }
   const auto& issue = group.issues[index];
   if (!issue->what.same(what))
@@ -364,20 +376,20 @@ void finish(Warp& warp, WarpProducts& its, Product& product) {
   if (!issue.widened) {
     issue.widened = true;
     issue.b.resize(16 * n);
-    widen_operand(product.b.data(), n / 8, what.b_mn, what.half, issue.b.data(), 1, n);
+    widen_b(product.b.data(), n, what.b_mn, what.half, issue.b.data());
     issue.raw = product.b;
   } else if (issue.raw != product.b) {
     own.resize(16 * n);
-    widen_operand(product.b.data(), n / 8, what.b_mn, what.half, own.data(), 1, n);
+    widen_b(product.b.data(), n, what.b_mn, what.half, own.data());
   }
   const float* b = own.empty() ? issue.b.data() : own.data();
   float a[16][16];
-  widen_operand(product.a.data(), 2, what.a_mn, what.half, a[0], 16, 1);
+  widen_operand<128, 16, 1>(product.a.data(), 2, what.a_mn, what.half, a[0]);
   Accumulator& to = *product.to;
   if (!product.accumulate) std::fill(to.d.begin(), to.d.end(), 0.f);
-  for (int j = 0; j < n; j += 8) {
-    multiply<8>(to.d.data() + j, n, a[0], 16, b + j, n, 16);
-    multiply<8>(to.d.data() + 8 * n + j, n, a[8], 16, b + j, n, 16);
+  for (int j = 0; j < n / 8; ++j) {
+    multiply<8>(to.d.data() + 128 * j, 8, a[0], 16, b + 128 * j, 8, 16);
+    multiply<8>(to.d.data() + 128 * j + 64, 8, a[8], 16, b + 128 * j, 8, 16);
   }
   ++issue.finished;
   its.spare.push_back(std::move(product.a));

@@ -23,19 +23,36 @@ namespace jf::engine {
 
 struct SanitizerFiber {
   void* thread = nullptr;      // ThreadSanitizer's
+  int unseen = 0;              // its open Unseen
   void* fake_stack = nullptr;  // AddressSanitizer's
 };
+
+SanitizerFiber& running();  // engine.cpp
 
 #ifdef JF_TSAN
 inline void acquire(void* at) { __tsan_acquire(at); }
 inline void release(void* at) { __tsan_release(at); }
-inline void saw_read(const void* at, size_t bytes) { __tsan_read_range(const_cast<void*>(at), bytes); }
-inline void saw_write(void* at, size_t bytes) { __tsan_write_range(at, bytes); }
 // The engine's own calls of memcpy, malloc and free, which ThreadSanitizer intercepts.
 struct Unseen {
-  Unseen() { AnnotateIgnoreReadsBegin(__FILE__, __LINE__), AnnotateIgnoreWritesBegin(__FILE__, __LINE__); }
-  ~Unseen() { AnnotateIgnoreWritesEnd(__FILE__, __LINE__), AnnotateIgnoreReadsEnd(__FILE__, __LINE__); }
+  Unseen() { ++running().unseen, begin(); }
+  ~Unseen() { end(), --running().unseen; }
+  static void begin() { AnnotateIgnoreReadsBegin(__FILE__, __LINE__), AnnotateIgnoreWritesBegin(__FILE__, __LINE__); }
+  static void end() { AnnotateIgnoreWritesEnd(__FILE__, __LINE__), AnnotateIgnoreReadsEnd(__FILE__, __LINE__); }
 };
+// What the running thread reads and writes by an instruction, inside an Unseen too.
+template <class Access>
+inline void seen(const Access& access) {
+  const int depth = running().unseen;
+  for (int i = 0; i < depth; ++i) Unseen::end();
+  access();
+  for (int i = 0; i < depth; ++i) Unseen::begin();
+}
+inline void saw_read(const void* at, size_t bytes) {
+  seen([=] { __tsan_read_range(const_cast<void*>(at), bytes); });
+}
+inline void saw_write(void* at, size_t bytes) {
+  seen([=] { __tsan_write_range(at, bytes); });
+}
 #else
 inline void acquire(void*) {}
 inline void release(void*) {}

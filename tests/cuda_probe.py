@@ -1,0 +1,177 @@
+"""What the instructions of csrc/cuda/probe.cuh give by the PTX ISA, computed from whole matrices.
+
+`Probe.run` launches one case, on the host twins or on a device; the functions below it build operands and expectations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LDMATRIX, MMA8, MMA16, COPY_ASYNC, BARRIERS, SHUFFLE, COUNTERS, COPY_BULK, WGMMA = range(9)
+PRODUCTS = 4
+INSTANCES = [  # n, a_mn, b_mn, dtype
+    (64, 0, 0, torch.float16),
+    (64, 0, 1, torch.float16),
+    (64, 1, 0, torch.float16),
+    (64, 1, 1, torch.float16),
+    (64, 0, 0, torch.bfloat16),
+    (64, 1, 1, torch.bfloat16),
+    (104, 0, 0, torch.float16),
+    (176, 1, 1, torch.float16),
+    (216, 0, 0, torch.bfloat16),
+    (216, 0, 0, torch.float16),
+]
+
+
+class Case(ctypes.Structure):
+    """The struct Case of csrc/cuda/probe.cuh."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("image", "in_", "out", "clocks", "counters")),
+        *((name, ctypes.c_uint64) for name in ("a", "b")),
+        *((name, ctypes.c_int64) for name in ("grid", "cells", "option", "n", "a_mn", "b_mn", "half")),
+    ]
+
+
+class Result(NamedTuple):
+    out: Tensor
+    clocks: Tensor
+
+
+def run(
+    call: Callable,
+    op: int,
+    registers: tuple[int, ...],
+    image=None,
+    before=None,
+    rows=None,
+    device="cpu",
+    stream=None,
+    **numbers,
+) -> Result:
+    """`registers`: the shape of `out`; `image`: (grid, bytes) uint8; raises RuntimeError with the launch's message."""
+    grid = registers[0]
+    image = torch.zeros(grid, 16, dtype=torch.uint8) if image is None else image
+    keep = [image.contiguous().to(device), None if before is None else before.float().contiguous().to(device)]
+    out = torch.full(registers, float("nan"), device=device)
+    clocks = torch.zeros(grid, dtype=torch.int64, device=device)
+    counters = (torch.zeros(32, dtype=torch.int32) if rows is None else rows.int()).contiguous().to(device)
+    pointers = [None if x is None else x.data_ptr() for x in (*keep, out, clocks, counters)]
+    case = Case(*pointers, grid=grid, cells=image.shape[1] // 16, **numbers)
+    call.restype = ctypes.c_char_p
+    error = call(op, ctypes.byref(case), ctypes.c_void_p(stream))
+    if error:
+        raise RuntimeError(error.decode())
+    return Result(out.cpu(), clocks.cpu())
+
+
+# ---- wgmma ---------------------------------------------------------------------------------------------------------
+
+
+class Placed(NamedTuple):
+    """Where an operand lies: element [i along M or N][k] in core matrix (i / 8, k / 8), by the descriptor's rule."""
+
+    start: int
+    lbo: int
+    sbo: int
+    mn: int
+    swizzle: int = 0  # bytes: 0 or 128
+
+    @property
+    def descriptor(self) -> int:
+        return self.start >> 4 | (self.lbo >> 4) << 16 | (self.sbo >> 4) << 32 | int(self.swizzle == 128) << 62
+
+    def addresses(self, rows: int) -> Tensor:
+        """(rows, 16) bytes: the place of each element."""
+        i, k = torch.arange(rows)[:, None], torch.arange(16)[None, :]
+        if self.swizzle:  # K-major: rows of 128 bytes, eight to a group; 16-byte cells change places by the row
+            at = self.start + i // 8 * self.sbo + i % 8 * 128 + k * 2
+            return at ^ (at >> 7 & 7) << 4
+        inside = (k % 8 * 16 + i % 8 * 2) if self.mn else (i % 8 * 16 + k % 8 * 2)
+        return self.start + i // 8 * self.sbo + k // 8 * self.lbo + inside
+
+
+def fragment(n: int) -> tuple[Tensor, Tensor]:
+    """(128, n / 2): the row and the column of D that each register of each thread holds."""
+    thread, register = torch.arange(128)[:, None], torch.arange(n // 2)[None, :]
+    row = thread // 32 * 16 + thread % 32 // 4 + register % 4 // 2 * 8
+    return row, register // 4 * 8 + thread % 4 * 2 + register % 2
+
+
+def put(image: Tensor, at: Tensor, values: Tensor) -> None:
+    """Writes 16-bit `values` (grid, ...) at the byte addresses `at` (...) of `image` (grid, bytes)."""
+    image.view(torch.int16)[:, (at // 2).flatten()] = values.contiguous().view(torch.int16).flatten(1)
+
+
+def get(image: Tensor, at: Tensor, dtype: torch.dtype) -> Tensor:
+    return image.view(dtype)[:, (at // 2).flatten()].unflatten(1, at.shape)
+
+
+def wgmma(
+    call: Callable, image: Tensor, a: Placed, b: Placed, n: int, dtype: torch.dtype, before=None, **where
+) -> Result:
+    """out: (grid, 64, n), whole matrices."""
+    row, column = fragment(n)
+    registers = None if before is None else before[:, row, column]
+    numbers = {"a": a.descriptor, "b": b.descriptor, "n": n, "a_mn": a.mn, "b_mn": b.mn}
+    numbers |= {"half": dtype == torch.float16, "option": int(before is None)}
+    result = run(call, WGMMA, (len(image), 128, n // 2), image, registers, **numbers, **where)
+    whole = torch.full((len(image), 64, n), float("nan"))
+    whole[:, row, column] = result.out
+    return Result(whole, result.clocks)
+
+
+def wgmma_expected(image: Tensor, a: Placed, b: Placed, n: int, dtype: torch.dtype, before=None) -> Tensor:
+    left = get(image, a.addresses(64), dtype).double()
+    right = get(image, b.addresses(n), dtype).double()
+    product = PRODUCTS * left @ right.transpose(1, 2)
+    return (product if before is None else product + before.double()).float()
+
+
+# ---- mma and ldmatrix ----------------------------------------------------------------------------------------------
+
+
+def mma_fragments(k: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(row, column) of each 16-bit element of a (32, k / 2) and of b (32, k / 4), and of each register of d (32, 4)."""
+    lane = torch.arange(32)[:, None]
+    group, pair = lane // 4, lane % 4 * 2
+    i = torch.arange(k // 2)[None, :]
+    a = group + i // 2 % 2 * 8, pair + i % 2 + i // 4 * 8
+    i = torch.arange(k // 4)[None, :]
+    b = pair + i % 2 + i // 2 * 8, group + 0 * i
+    i = torch.arange(4)[None, :]
+    return a, b, (group + i // 2 * 8, pair + i % 2)
+
+
+def mma(call: Callable, a: Tensor, b: Tensor, d: Tensor, **where) -> Result:
+    """a: (grid, 16, k), b: (grid, k, 8), d: (grid, 16, 8)."""
+    grid, _, k = a.shape
+    of_a, of_b, of_d = mma_fragments(k)
+    image = torch.zeros(grid, 64, 8, dtype=a.dtype)
+    image[:, :32, : k // 2] = a[:, of_a[0], of_a[1]]
+    image[:, 32:, : k // 4] = b[:, of_b[0], of_b[1]]
+    before = d[:, of_d[0], of_d[1]]
+    op = MMA8 if k == 8 else MMA16
+    image = image.flatten(1).view(torch.uint8)
+    result = run(call, op, (grid, 32, 4), image, before, option=int(a.dtype == torch.bfloat16), **where)
+    whole = torch.full((grid, 16, 8), float("nan"))
+    whole[:, of_d[0], of_d[1]] = result.out
+    return Result(whole, result.clocks)
+
+
+def ldmatrix(call: Callable, image: Tensor, rows: Tensor, transposed: bool, **where) -> Tensor:
+    """(grid, 32, 4, 2) int16: the two elements of each register of each lane."""
+    result = run(call, LDMATRIX, (len(image), 32, 4), image, rows=rows, option=int(transposed), **where)
+    return result.out.view(torch.int16).unflatten(2, (4, 2))
+
+
+def ldmatrix_expected(image: Tensor, rows: Tensor, transposed: bool) -> Tensor:
+    matrices = image.view(torch.int16).unflatten(1, (-1, 8))[:, rows.long()].unflatten(1, (4, 8))
+    matrices = matrices.transpose(2, 3) if transposed else matrices  # (grid, matrix, row, column)
+    lane, pair = torch.arange(32)[:, None], torch.arange(2)[None, :]
+    return matrices[:, :, lane // 4, lane % 4 * 2 + pair].permute(0, 2, 1, 3)
