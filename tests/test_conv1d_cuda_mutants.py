@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import os
+import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import conv_cases
@@ -12,6 +16,7 @@ import cuda_host
 import pytest
 import torch
 from cuda_mutants import MUTANTS, WGMMA, WGRAD, WGRAD90
+from fuzz import sanitize
 from test_conv1d_cuda import DIRECTIONS, FUSED, Face, check_inference
 
 from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles
@@ -98,3 +103,25 @@ def test_a_mutant_is_found(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     loop = 90 if file in (WGMMA, WGRAD90) else 80
     directions = ("weight",) if file in (WGRAD, WGRAD90) else ("forward", "x")
     assert outcome(library(folder, loop), loop, directions) is not None
+
+
+def races(folder: Path, loop: int) -> str:
+    """What ThreadSanitizer says of the kernels in `folder` while they are checked: "" where nothing."""
+    path = cuda_host.build(
+        [folder / "cuda" / "emulate" / "conv1d.cpp"], [f"-DJF_FEW={loop}", "-Wno-error"], "thread", folder=folder
+    )
+    environment = sanitize.environment("thread", "") | {"JASPER_FAST_LIB": "", "OMP_NUM_THREADS": "1"}
+    code = f"from test_conv1d_cuda_mutants import *; checked({str(path)!r}, {loop}, tuple(DIRECTIONS), 0)"
+    command = ["setarch", platform.machine(), "-R", sys.executable, "-c", code]
+    paths = os.pathsep.join([str(cuda_host.ROOT), str(cuda_host.ROOT / "tests")])
+    done = subprocess.run(command, capture_output=True, text=True, env=environment | {"PYTHONPATH": paths}, timeout=600)
+    if "WARNING: ThreadSanitizer" in done.stderr:
+        return done.stderr
+    assert done.returncode == 0, done.stderr[-4000:]
+    return ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", [80, 90])
+def test_thread_sanitizer_finds_no_race(loop: int) -> None:
+    assert races(cuda_host.CSRC, loop) == ""

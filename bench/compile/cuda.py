@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from jasper_fast.bench.compile import cuda_shapes
 from jasper_fast.bench.harness import options, paths
 from jasper_fast.bench.harness.machine import commit
 
@@ -209,6 +210,8 @@ def main(args: argparse.Namespace) -> int:
     with concurrent.futures.ThreadPoolExecutor(args.processes) as pool:
         rows = [row for found in pool.map(rows_of, archs) for row in sorted(found, key=lambda row: row["kernel"])]
     show(rows)
+    if args.shapes:
+        cuda_shapes.show(rows)
     broken = [f"sm_{row['arch']} {row['kernel']}: {why}" for row in rows for why in complaints(row)]
     for line in broken:
         print(f"FAILED {line}")

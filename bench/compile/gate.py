@@ -297,6 +297,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cuda", action="store_true", help="the convs in CUDA C++ by nvcc, for sm_75 to sm_120, instead of Triton's"
     )
     parser.add_argument(
+        "--shapes", action="store_true", help="with --cuda: what each conv of Jasper should cost, by arithmetic"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="float16 everywhere, the other dtypes on sm_90 only; --cuda: 75, 80, 90a"
     )
     parser.add_argument(

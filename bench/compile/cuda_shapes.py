@@ -1,0 +1,70 @@
+"""What the CUDA convs should cost by arithmetic, beside what nvcc made of them: `bench compile --cuda --shapes`.
+
+For each conv of Jasper 10x5, N = 32 utterances of 16.7 s (T' = 835), the tile that is planned; CTAs that a
+multiprocessor holds by their shared memory and registers; bytes from L2 a step (128 output channels, 64 input channels,
+one tap); and clocks a step of the tensor cores, of the shared-memory port (128 bytes a clock) and of L2 (64 bytes a
+clock and multiprocessor). The largest of the three bounds the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from jasper_fast.kernels.conv1d import cuda_tiles
+from jasper_fast.kernels.conv1d.cuda_args import CHUNK, OUT
+
+# c_in, c_out, taps, stride, dilation
+SHAPES = (
+    (64, 256, 11, 2, 1), (256, 256, 11, 1, 1), (256, 384, 13, 1, 1), (384, 384, 13, 1, 1), (384, 512, 17, 1, 1),
+    (512, 512, 17, 1, 1), (512, 640, 21, 1, 1), (640, 640, 21, 1, 1), (640, 768, 25, 1, 1), (768, 768, 25, 1, 1),
+    (768, 896, 29, 1, 2), (896, 1024, 1, 1, 1), (1024, 29, 1, 1, 1),
+)  # fmt: skip
+# architecture of the table, a GPU of it: inner loop, multiprocessors, shared memory of a block
+GPUS = {
+    "75": ("T4", cuda_tiles.Gpu(75, 40, 65536)), "80": ("A100", cuda_tiles.Gpu(80, 108, 166912)),
+    "86": ("A10", cuda_tiles.Gpu(80, 72, 101376)), "89": ("L4", cuda_tiles.Gpu(80, 58, 101376)),
+    "90a": ("H100", cuda_tiles.Gpu(90, 132, 232448)),
+}  # fmt: skip
+SHARED_OF_SM = {"75": 65536, "80": 167936, "86": 102400, "89": 102400, "90a": 233472}
+REGISTERS, THREADS = 65536, {75: 128, 80: 128, 90: 384}
+FRAMES, BATCH = 835, 32
+L2 = 64  # bytes a clock and multiprocessor
+
+
+def show(rows: Iterable[dict]) -> None:
+    """A line for each shape and architecture, from the gate's `rows`."""
+    registers = {(row["arch"], row["kernel"]): row["registers"] for row in rows}
+    print(f"N = {BATCH}, T' = {FRAMES}, fp16, forward with statistics")
+    print(f"{'GPU':>5} {'conv':<22}{'frames':>7}{'regs':>6}{'CTAs':>6}{'KB/step':>9}{'tensor':>8}{'port':>6}{'L2':>6}")
+    for arch, (name, gpu) in GPUS.items():
+        if not any(known == arch for known, _ in registers):
+            continue
+        for c_in, c_out, taps, stride, dilation in SHAPES:
+            work = cuda_tiles.Work(BATCH, FRAMES, c_in, c_out, 0, taps, stride, dilation)
+            cut = cuda_tiles.plan(gpu, work)
+            used = registers[arch, f"conv_{gpu.loop} fp16 stats {cut.block}"]
+            threads = THREADS[gpu.loop]
+            ctas = min(SHARED_OF_SM[arch] // (cut.shared + 1024), REGISTERS // (used * threads))
+            moved = bytes_of_step(cut.block, work)
+            tensor, port = clocks_of_step(gpu.loop, cut.block, moved)
+            conv = f"{c_in}->{c_out} K={taps}" + (f" s{stride}" if stride > 1 else "") + (" d2" if dilation > 1 else "")
+            print(
+                f"{name:>5} {conv:<22}{cut.block:>7}{used:>6}{ctas:>6}{moved / 1024:>9.1f}{tensor:>8.0f}{port:>6.0f}"
+                f"{moved / L2:>6.0f}"
+            )
+
+
+def bytes_of_step(block: int, work: cuda_tiles.Work) -> float:
+    """Bytes from L2: a step's weights, and its share of a panel, which serves all taps."""
+    rows = cuda_tiles.panel_rows(block, work.taps, work.dilation, work.stride) * work.stride
+    return OUT * CHUNK * 2 + rows * CHUNK * 2 / work.taps
+
+
+def clocks_of_step(loop: int, block: int, moved: float) -> tuple[float, float]:
+    """Clocks of the tensor cores and of the shared-memory port, which reads operands and writes what is loaded."""
+    tensor = OUT * block * CHUNK / {75: 512, 80: 1024, 90: 2048}[loop]
+    if loop == 90:  # each of two warpgroups reads its 64 channels of weights and all frames
+        read = 2 * (64 + block) * CHUNK * 2
+    else:  # each of four warps reads half of the frames and half of the weights
+        read = 4 * (block // 2 + OUT // 2) * CHUNK * 2
+    return tensor, (read + moved) / 128

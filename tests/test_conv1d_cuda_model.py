@@ -1,0 +1,79 @@
+"""A whole Jasper on the CUDA convs, emulated, in fp16: the reference system's numbers, forward and backward."""
+
+from __future__ import annotations
+
+import ctypes
+
+import cuda_host
+import pytest
+import torch
+from close import assert_close
+from test_conv1d_cuda import Face
+from test_golden import _build, _loss, _valid, golden  # noqa: F401 (a fixture)
+
+from jasper_fast import InferenceEngine
+from jasper_fast.dispatch import choose
+from jasper_fast.kernels.conv1d import cuda_launch
+
+HALF = torch.float16
+
+
+@pytest.fixture(params=[80, 90])
+def convs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the functions that were called; every conv that can be is the CUDA face's."""
+    library = ctypes.CDLL(str(cuda_host.build([cuda_host.CSRC / "cuda/emulate/conv1d.cpp"])))
+    face, called, run = Face(monkeypatch, cuda_launch.Functions(library)), [], cuda_launch.run
+    face.on(request.param, 4)
+
+    def chosen(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> str:
+        return "cuda" if dtype == HALF and not strided_dx else "aten"
+
+    def noted(name: str, *args: object, **how: object) -> None:
+        called.append(name)
+        run(name, *args, **how)
+
+    monkeypatch.setattr(choose, "_conv_face", chosen)
+    monkeypatch.setattr(choose, "fused_face", lambda backend, device, dtype: "cuda")
+    monkeypatch.setattr(cuda_launch, "run", noted)
+    return called
+
+
+@pytest.mark.slow
+def test_the_engine_gives_the_reference_systems_numbers(convs: list[str], golden) -> None:  # noqa: F811
+    config, tensors = golden
+    model = _build("reference", config, tensors).eval()
+    log_probs, lengths = InferenceEngine(model, dtype=HALF)(tensors["features"], tensors["feature_lengths"])
+    assert torch.equal(lengths, tensors["eval.lengths"])
+    convs_of_model = sum(block.repeat for block in config.encoder.blocks) + 1
+    assert convs.count("jf_conv1d") == convs_of_model, "a sub-block took more than one launch"
+    with torch.no_grad():
+        wide = _build("eager", config, tensors).eval().double()
+        ref = wide(tensors["features"].double(), tensors["feature_lengths"])[0]
+        low = _build("eager", config, tensors).eval().half()(tensors["features"].half(), tensors["feature_lengths"])[0]
+    valid = _valid(lengths, log_probs.shape[1])
+    assert (ref - tensors["eval.log_probs"])[valid].abs().max() <= 1e-4
+    assert_close("log_probs", log_probs[valid], low[valid].float(), ref[valid])
+
+
+@pytest.mark.slow
+def test_a_training_step_gives_the_reference_systems_gradients(convs: list[str], golden) -> None:  # noqa: F811
+    config, tensors = golden
+
+    def step(which: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        model = _build(which, config, tensors).train()
+        given = dict(tensors)
+        if dtype == torch.float64:
+            model, given["features"] = model.double(), tensors["features"].double()
+        with torch.autocast("cpu", dtype=HALF, enabled=dtype == HALF):
+            log_probs, lengths, loss = _loss(model, given)
+        loss.backward()
+        found = {"log_probs": log_probs[_valid(lengths, log_probs.shape[1])].detach(), "loss": loss.detach()}
+        return found | {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    ours = step("auto", HALF)
+    assert {"jf_conv1d", "jf_conv1d_wgrad", "jf_conv1d_pack"} <= set(convs)
+    low, ref = step("eager", HALF), step("eager", torch.float64)
+    for name, of in ref.items():
+        norm = of.norm()
+        error, eager = (ours[name].double() - of).norm() / norm, (low[name].double() - of).norm() / norm
+        assert error <= 2 * eager + 1e-3, f"{name}: {error:.2e} of its norm, eager {eager:.2e}"
