@@ -1,0 +1,192 @@
+"""The CUDA convs without a toolkit: what NVRTC is asked for, what the driver is given; real compiles where CuPy is."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import conv_cases
+import cuda_host
+import pytest
+import torch
+from test_conv1d_cuda import DIRECTIONS, FUSED, Face, check_inference
+
+from jasper_fast.kernels import native
+from jasper_fast.kernels.conv1d import cuda_launch, cuda_nvrtc
+from jasper_fast.kernels.conv1d.cuda_args import Args, Launch, WgradArgs
+
+THREADS = {"conv_75": 128, "conv_80": 128, "conv_90": 384, "wgrad_75": 128, "wgrad_80": 128, "wgrad_90": 384,
+           "merge_kernel": 256, "wgrad_merge_kernel": 128, "pack_kernel": 256}  # fmt: skip
+DTYPES = {"float": 0, "__half": 1, "__nv_bfloat16": 2}
+
+
+class NVRTCError(RuntimeError):
+    pass
+
+
+class Nvrtc:
+    """Compiles a kernel into its own name; counts the compiles."""
+
+    NVRTCError = NVRTCError
+
+    def __init__(self) -> None:
+        self.compiled: list[tuple[str, str]] = []
+        self.fails = False
+
+    def getVersion(self) -> tuple[int, int]:
+        return 13, 0
+
+    def createProgram(self, source: str, *_: object) -> SimpleNamespace:
+        assert "conv1d_launch.cuh" in source
+        return SimpleNamespace(name="")
+
+    def addNameExpression(self, program: SimpleNamespace, name: str) -> None:
+        program.name = name
+
+    def compileProgram(self, program: SimpleNamespace, options: list[str]) -> None:
+        if self.fails:
+            raise NVRTCError("NVRTC_ERROR_COMPILATION")
+        self.compiled.append((program.name, options[0]))
+
+    def getProgramLog(self, program: SimpleNamespace) -> str:
+        return "line 3: expected a semicolon"
+
+    def getCUBIN(self, program: SimpleNamespace) -> bytes:
+        return program.name.encode()
+
+    def getLoweredName(self, program: SimpleNamespace, name: str) -> str:
+        return name
+
+    def destroyProgram(self, program: SimpleNamespace) -> None:
+        pass
+
+
+class Driver:
+    """Runs the kernels of the emulation with the arguments that a launch points to."""
+
+    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+
+    def __init__(self, functions: cuda_launch.Functions) -> None:
+        self.functions, self.names, self.shared = functions, [], {}
+        self.cooperative = 0
+
+    def moduleLoadData(self, code: bytes) -> bytes:
+        return code
+
+    def moduleGetFunction(self, module: bytes, symbol: str) -> int:
+        assert module.decode() == symbol
+        self.names.append(symbol)
+        return len(self.names) - 1
+
+    def funcSetAttribute(self, function: int, attribute: int, value: int) -> None:
+        self.shared[function] = value
+
+    def launchCooperativeKernel(self, *how: int) -> None:
+        self.cooperative += 1
+        self._launch(*how, cooperative=1)
+
+    def launchKernel(self, *how: int) -> None:
+        *how, extra = how
+        assert extra == 0
+        self._launch(*how, cooperative=0)
+
+    def _launch(self, f, gx, gy, gz, bx, by, bz, shared, stream, params, cooperative) -> None:
+        kernel, words = re.fullmatch(r"jf::conv::(\w+?)(?:<(.*)>)?", self.names[f]).groups()
+        words = [word.strip() for word in (words or "").split(",")]
+        assert (gy, gz, by, bz, stream) == (1, 1, 1, 1, 0) and shared == self.shared[f] and bx == THREADS[kernel]
+        places = ctypes.cast(params, ctypes.POINTER(ctypes.c_void_p))
+
+        def values(*kinds: type) -> list:
+            return [ctypes.cast(places[i], ctypes.POINTER(kind)).contents for i, kind in enumerate(kinds)]
+
+        def plain(*kinds: type) -> list[int]:
+            return [value.value for value in values(*kinds)]
+
+        pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        loop = int(kernel[-2:]) if kernel[-2:].isdigit() else 80
+        launch, call = Launch(loop, gx, shared, cooperative, None), self.functions
+        if kernel.startswith("conv_"):
+            dtype, mode, block, transposed = words
+            args = DTYPES[dtype], int(mode), transposed == "true", int(block), *values(Args)
+            error = call.jf_conv1d(launch, *args)
+        elif kernel == "merge_kernel":
+            error = call.jf_conv1d_merge(launch, *plain(*[pointer] * 4, *[number] * 6))
+        elif kernel == "wgrad_merge_kernel":
+            error = call.jf_conv1d_wgrad_merge(launch, DTYPES[words[0]], *plain(pointer, pointer, number, number, long))
+        elif kernel == "pack_kernel":
+            sizes = plain(pointer, pointer, number, number, number)
+            error = call.jf_conv1d_pack(launch, DTYPES[words[0]], DTYPES[words[1]], *sizes)
+        else:
+            error = call.jf_conv1d_wgrad(launch, DTYPES[words[0]], int(words[1]), *values(WgradArgs))
+        assert error is None, error
+
+
+@pytest.fixture
+def functions() -> cuda_launch.Functions:
+    return cuda_launch.Functions(ctypes.CDLL(str(cuda_host.build([cuda_host.CSRC / "cuda/emulate/conv1d.cpp"]))))
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cuda_nvrtc, "options", lambda: [])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return tmp_path / "jasper_fast" / "nvrtc"
+
+
+@pytest.mark.parametrize("loop", [75, 80, 90])
+def test_launches_through_the_driver(monkeypatch: pytest.MonkeyPatch, functions, cache: Path, loop: int) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(loop, 10))
+    nvrtc, driver = Nvrtc(), Driver(functions)
+    face = Face(monkeypatch, cuda_nvrtc.Compiled(nvrtc, driver))
+    for name in ("k11", "prologue"):
+        face.on(loop, 3)
+        for direction, check in DIRECTIONS.items():
+            if direction != "x" or name == "k11":
+                check(conv_cases.LAYERS[name], torch.float16)
+    face.on(loop, 64)
+    check_inference(conv_cases.LAYERS["k25"], *FUSED["shared"][1:], torch.float16)
+    assert driver.cooperative
+    assert {options for _, options in nvrtc.compiled} == {f"-arch=sm_{loop}{'a' if loop == 90 else ''}"}
+    assert len(set(nvrtc.compiled)) == len(nvrtc.compiled) == len(list(cache.iterdir()))
+
+    again = Nvrtc()  # a new process finds the code on disk
+    Face(monkeypatch, cuda_nvrtc.Compiled(again, Driver(functions))).on(loop, 3)
+    DIRECTIONS["forward"](conv_cases.LAYERS["k11"], torch.float16)
+    assert again.compiled == []
+
+
+def test_a_compile_that_fails_says_what_nvrtc_said(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    nvrtc = Nvrtc()
+    nvrtc.fails = True
+    with pytest.raises(RuntimeError, match=r"NVRTC 13\.0 does not compile f<1> for sm_80.*\n.*expected a semicolon"):
+        cuda_nvrtc.compile_kernel("f<1>", "sm_80", nvrtc)
+    assert not cache.exists() or not any(cache.iterdir())
+
+
+def test_without_library_and_without_cupy_both_ways_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise native.Missing("backend 'cuda': not built")
+
+    monkeypatch.setattr(native, "cuda_library", missing)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda_nvrtc, "missing", lambda: "CuPy is not installed: pip install 'jasper-fast[cuda]'")
+    with pytest.raises(native.Missing, match=r"not built; or without a toolkit: CuPy is not installed: pip install"):
+        cuda_launch.functions.__wrapped__()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy is not installed (extra 'cuda')")
+@pytest.mark.parametrize(("arch", "name"), [
+    ("sm_75", "jf::conv::conv_75<__half, 1, 64, false>"), ("sm_80", "jf::conv::conv_80<__half, 1, 64, false>"),
+    ("sm_90a", "jf::conv::conv_90<__half, 1, 104, false>"), ("sm_90a", "jf::conv::wgrad_90<__nv_bfloat16, 3>"),
+])  # fmt: skip
+def test_nvrtc_compiles_the_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arch: str, name: str) -> None:
+    from cupy.cuda import nvrtc
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code, symbol = cuda_nvrtc.compile_kernel(name, arch, nvrtc)
+    assert code[:4] == b"\x7fELF" and symbol.startswith("_ZN2jf4conv")
