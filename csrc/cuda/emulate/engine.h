@@ -60,6 +60,7 @@ struct Warp {
   void* arguments[32] = {};
   char clocks[2] = {};  // what ThreadSanitizer's happens-before hangs on
   uint32_t collectives = 0;
+  std::vector<int> registers;  // what it asked setmaxnreg for: more, or less where negative
   std::shared_ptr<WarpProducts> products;
 };
 

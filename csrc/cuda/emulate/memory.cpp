@@ -97,30 +97,53 @@ void check_complete(NamedBarrier& barrier) {
   wake_all(barrier.waiters);
 }
 
-void use_barrier(int id, int threads, bool wait, const char* instruction) {
-  Fiber& me = *current;
-  NamedBarrier& barrier = me.cta->named[id];
+// `count` threads, of warp (or thread, of __syncthreads) `who`, arrive; returns the generation that they arrive at.
+uint32_t arrive(int id, int threads, int count, int who, const char* instruction) {
+  NamedBarrier& barrier = current->cta->named[id];
   Unseen unseen;
   if (!barrier.arrived) {
     barrier.threads = threads;
-    barrier.seen.assign(me.cta->threads, false);
+    barrier.seen.assign(current->cta->threads, false);
   } else if (barrier.threads != threads) {
     fail(instruction, "barrier " + number(id) + " of " + number(threads) + " threads, others named " + number(barrier.threads));
   }
-  if (barrier.seen[me.thread]) fail(instruction, "arrives at barrier " + number(id) + " twice in one phase");
-  barrier.seen[me.thread] = true;
-  ++barrier.arrived;
-  char* clock = &barrier.clocks[barrier.generation & 1];
-  release(clock);
+  if (barrier.seen[who]) fail(instruction, "arrives at barrier " + number(id) + " twice in one phase");
+  barrier.seen[who] = true;
+  barrier.arrived += count;
   const uint32_t generation = barrier.generation;
+  release(&barrier.clocks[generation & 1]);
   check_complete(barrier);
-  if (!wait) return;
+  return generation;
+}
+
+void wait_for(int id, uint32_t generation, const char* instruction) {
+  Fiber& me = *current;
+  NamedBarrier& barrier = me.cta->named[id];
   while (barrier.generation == generation) {
     me.next_waiter = barrier.waiters;
     barrier.waiters = &me;
     block(instruction, id, 0);
   }
-  acquire(clock);
+  acquire(&barrier.clocks[generation & 1]);
+}
+
+struct BarrierCall {
+  int id, threads;
+  bool wait;
+  uint32_t generation;
+};
+
+// All lanes of a warp arrive as one.
+void run_barrier(Warp& warp, void* const* arguments) {
+  const auto& first = *static_cast<const BarrierCall*>(arguments[0]);
+  const char* name = first.wait ? "barrier_sync" : "barrier_arrive";
+  for (int lane = 1; lane < 32; ++lane) {
+    const auto& its = *static_cast<const BarrierCall*>(arguments[lane]);
+    if (its.id != first.id || its.threads != first.threads || its.wait != first.wait)
+      fail(*warp.cta, warp.lanes[lane]->thread, name, "lanes of the warp are at different barriers");
+  }
+  const uint32_t generation = arrive(first.id, first.threads, 32, warp.index, name);
+  for (int lane = 0; lane < 32; ++lane) static_cast<BarrierCall*>(arguments[lane])->generation = generation;
 }
 
 }  // namespace
@@ -180,6 +203,9 @@ void start_memory(Cta& cta, uint32_t shared) {
 void end_memory(Cta& cta) {
   for (const Bulk& bulk : bulks)
     if (bulk.cta == &cta) fail(cta, bulk.thread, "copy_bulk", "was still under way when its CTA ended");
+  for (const Warp& warp : cta.warps)
+    if (warp.registers != cta.warps[warp.index / 4 * 4].registers)
+      fail(cta, 32 * warp.index, "setmaxnreg", "warps of one warpgroup differ in what they ask for");
   allow(cta.memory - kRed, kRed);
   allow(cta.memory + cta.shared, kRed);
   for (uint32_t i = 0; i < kRed; ++i) {
@@ -262,7 +288,7 @@ using namespace engine;
 
 void __syncthreads() {
   point();
-  use_barrier(0, current->cta->live, true, "__syncthreads");
+  wait_for(0, arrive(0, current->cta->live, 1, current->thread, "__syncthreads"), "__syncthreads");
 }
 
 void __syncwarp(unsigned mask) {
@@ -357,7 +383,9 @@ void barrier(int id, int threads, bool wait) {
   if (threads % 32 || threads <= 0) fail(name, number(threads) + " threads are not a multiple of 32");
   if (threads > current->cta->threads)
     fail(name, "barrier " + number(id) + " of " + number(threads) + " threads: the CTA has " + number(current->cta->threads));
-  use_barrier(id, threads, wait, name);
+  BarrierCall its{id, threads, wait, 0};
+  collective(name, &its, run_barrier);
+  if (wait) wait_for(id, its.generation, name);
 }
 
 void mbarrier_init(uint32_t at, uint32_t count) {
@@ -449,9 +477,11 @@ void prefetch_bulk(const void* from, uint32_t bytes) {
   count("prefetch_bulk");
 }
 
-void registers(int number_of, bool more) {
-  (void)number_of;
+void registers(int count, bool more) {
   collective(more ? "setmaxnreg.inc" : "setmaxnreg.dec", nullptr, nullptr);
+  if (current->lane) return;
+  Unseen unseen;
+  current->warp->registers.push_back(more ? count : -count);
 }
 
 void grid_dependency(bool wait) {

@@ -190,7 +190,7 @@ struct Product {
 }  // namespace
 
 struct WarpProducts {
-  uint64_t issued = 0, fences = 0;
+  uint64_t issued = 0, fences = 0, commits = 0, waits = 0;
   std::deque<std::unique_ptr<Accumulator>> accumulators;
   std::deque<Product> products;
   std::deque<size_t> groups;
@@ -411,6 +411,7 @@ void run_fence(Warp& warp, void* const*) { ++of(warp).fences; }
 void run_commit(Warp& warp, void* const*) {
   Unseen unseen;
   WarpProducts& its = of(warp);
+  ++its.commits;
   its.groups.push_back(its.uncommitted);
   its.uncommitted = 0;
 }
@@ -419,6 +420,7 @@ void run_wait(Warp& warp, void* const* arguments) {
   Unseen unseen;
   WarpProducts& its = of(warp);
   const int newest = *static_cast<const int*>(arguments[0]);
+  ++its.waits;
   for (int lane = 1; lane < 32; ++lane)
     if (*static_cast<const int*>(arguments[lane]) != newest) fail("wgmma_wait", "lanes of the warp wait for different groups");
   while (its.groups.size() > static_cast<size_t>(newest)) {
@@ -433,19 +435,18 @@ void run_wait(Warp& warp, void* const* arguments) {
 }  // namespace
 
 void end_products(Cta& cta) {
-  for (Warp& warp : cta.warps) {
-    if (!warp.products) continue;
-    const WarpProducts& its = *warp.products;
+  const WarpProducts none;
+  for (const Warp& warp : cta.warps) {
+    const WarpProducts& its = warp.products ? *warp.products : none;
+    const Warp& first = cta.warps[warp.index / 4 * 4];
+    const WarpProducts& others = first.products ? *first.products : none;
     const int thread = 32 * warp.index;
     if (its.uncommitted) fail(cta, thread, "wgmma", "products were never committed");
     if (!its.products.empty()) fail(cta, thread, "wgmma", "products were never waited for");
-    const Warp& first = cta.warps[warp.index / 4 * 4];
-    if ((first.products ? first.products->issued : 0) != its.issued)
-      fail(cta, thread, "wgmma", "warps of one warpgroup issued different numbers of products");
+    if (its.issued != others.issued) fail(cta, thread, "wgmma", "warps of one warpgroup issued different numbers of products");
+    if (its.fences != others.fences || its.commits != others.commits || its.waits != others.waits)
+      fail(cta, thread, "wgmma", "warps of one warpgroup differ in their numbers of wgmma_fence, wgmma_commit or wgmma_wait");
   }
-  for (size_t i = 0; i < cta.warps.size(); ++i)
-    if (!cta.warps[i].products && cta.warps[i / 4 * 4].products && cta.warps[i / 4 * 4].products->issued)
-      fail(cta, 32 * static_cast<int>(i), "wgmma", "warps of one warpgroup issued different numbers of products");
 }
 
 }  // namespace engine
