@@ -365,8 +365,10 @@ const std::vector<Fault>& faults() {
          __syncthreads();
          around({}, nothing, left(), right());
        }},
-      {"wgmma warps differ", 1, 128, kImage, [] { zeros(), around({}, nothing, left(broken && thread() > 95 ? 16 : 0), right()); }},
-      {"wgmma lanes differ", 1, 128, kImage, [] { zeros(), around({}, nothing, left(broken && thread() == 9 ? 16 : 0), right()); }},
+      {"wgmma warps differ", 1, 128, kImage,
+       [] { zeros(), around({}, nothing, left(broken && thread() > 95 ? 16 : 0), right()); }},
+      {"wgmma lanes differ", 1, 128, kImage,
+       [] { zeros(), around({}, nothing, left(broken && thread() == 9 ? 16 : 0), right()); }},
       {"wgmma warps missing", 1, 128, kImage, [] { zeros(), around({}, nothing, left(), right(), broken && thread() > 95); }},
       {"wgmma bounds", 1, 128, kImage, [] { zeros(), around({}, nothing, left(), right(16 * broken)); }},
       {"wgmma swizzle", 1, 128, kImage, [] { zeros(), around({}, nothing, left() | uint64_t{broken} << 62, right()); }},
