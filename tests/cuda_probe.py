@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -80,18 +80,20 @@ class Placed(NamedTuple):
     lbo: int
     sbo: int
     mn: int
-    swizzle: int = 0  # bytes: 0 or 128
+    swizzle: bool = False  # of 128 bytes; K-major only
+    base: int = 0  # the base offset
 
     @property
     def descriptor(self) -> int:
-        return self.start >> 4 | (self.lbo >> 4) << 16 | (self.sbo >> 4) << 32 | int(self.swizzle == 128) << 62
+        offsets = self.start >> 4 | (self.lbo >> 4) << 16 | (self.sbo >> 4) << 32
+        return offsets | self.base << 49 | int(self.swizzle) << 62
 
-    def addresses(self, rows: int) -> Tensor:
-        """(rows, 16) bytes: the place of each element."""
+    def addresses(self, rows: int, anchor: int = 0) -> Tensor:
+        """(rows, 16) bytes: the place of each element; swizzled by the bits of the address less `anchor`."""
         i, k = torch.arange(rows)[:, None], torch.arange(16)[None, :]
-        if self.swizzle:  # K-major: rows of 128 bytes, eight to a group; 16-byte cells change places by the row
-            at = self.start + i // 8 * self.sbo + i % 8 * 128 + k * 2
-            return at ^ (at >> 7 & 7) << 4
+        if self.swizzle:  # rows of 128 bytes, eight to a group; 16-byte cells change places by the row
+            at = self.start + i // 8 * self.sbo + i % 8 * 128 + k * 2 - anchor
+            return (at ^ (at >> 7 & 7) << 4) + anchor
         inside = (k % 8 * 16 + i % 8 * 2) if self.mn else (i % 8 * 16 + k % 8 * 2)
         return self.start + i // 8 * self.sbo + k // 8 * self.lbo + inside
 
@@ -126,11 +128,109 @@ def wgmma(
     return Result(whole, result.clocks)
 
 
-def wgmma_expected(image: Tensor, a: Placed, b: Placed, n: int, dtype: torch.dtype, before=None) -> Tensor:
+def wgmma_expected(image: Tensor, a: Placed, b: Placed, n: int, dtype: torch.dtype, before=None, anchor=0) -> Tensor:
     left = get(image, a.addresses(64), dtype).double()
-    right = get(image, b.addresses(n), dtype).double()
+    right = get(image, b.addresses(n, anchor), dtype).double()
     product = PRODUCTS * left @ right.transpose(1, 2)
     return (product if before is None else product + before.double()).float()
+
+
+A = Placed(0, 1024, 128, 0)  # the left operand of the cases below
+PANELS = 2048  # where their right operand's panels begin
+BYTES = PANELS + 64 * 272
+
+
+def integers(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.randint(-8, 9, shape).to(dtype)
+
+
+def panels() -> Tensor:
+    """(1, BYTES): small integers in fp16, wherever an operand begins."""
+    return integers(1, BYTES // 2).view(torch.uint8)
+
+
+def row_shifts(panel: int) -> Iterator[tuple[int, int, Placed]]:
+    """(major, shift, b): a 64 x 16 operand that begins at rows 0 to 63 of panels of `panel` rows of 8 channels."""
+    for shift in range(64):
+        yield 0, shift, Placed(PANELS + 16 * shift, 16 * panel, 128, 0)  # frames along N, the panels along K
+        yield 1, shift, Placed(PANELS + 16 * shift, 128, 16 * panel, 1)  # frames along K, the panels along N
+
+
+def overlaps() -> Iterator[tuple[int, Placed]]:
+    """(bytes from one core matrix to the next, b) where these are fewer than the 128 of a core matrix."""
+    for step in range(16, 128, 16):
+        yield step, Placed(PANELS, 128, step, 1)
+
+
+# ---- the checks that a device and the host twins share --------------------------------------------------------------
+
+
+def check_wgmma(call: Callable, instance: tuple, **where) -> None:
+    """Random operands in two orders of core matrices; accumulated and not."""
+    n, a_mn, b_mn, dtype = instance
+    for a, b in (
+        (Placed(16, 1024, 128, a_mn), Placed(4096, n * 16, 128, b_mn)),
+        (Placed(16, 128, 256, a_mn), Placed(4096 + 16, 128, 256, b_mn)),
+    ):
+        left, right = integers(2, 64, 16, dtype=dtype), integers(2, n, 16, dtype=dtype)
+        for before in (None, integers(2, 64, n)):
+            check_operands(call, left, right, a, b, before, **where)
+
+
+def check_operands(call: Callable, left, right, a: Placed, b: Placed, before: Tensor | None, **where) -> None:
+    """left: (grid, 64, 16), right: (grid, n, 16)."""
+    n, dtype, grid = right.shape[1], left.dtype, len(left)
+    size = max(int(placed.addresses(rows).max()) for placed, rows in ((a, 64), (b, n))) + 2
+    image = torch.full((grid, -(-size // 16) * 16), 0xFF, dtype=torch.uint8)  # NaN where no operand lies
+    put(image, a.addresses(64), left)
+    put(image, b.addresses(n), right)
+    want = PRODUCTS * left.float() @ right.float().transpose(1, 2) + (0 if before is None else before.float())
+    assert torch.equal(wgmma(call, image, a, b, n, dtype, before, **where).out, want)
+
+
+def check_mma(call: Callable, k: int, dtype: torch.dtype, **where) -> None:
+    a, b, d = integers(4, 16, k, dtype=dtype), integers(4, k, 8, dtype=dtype), integers(4, 16, 8)
+    assert torch.equal(mma(call, a, b, d, **where).out, a.float() @ b.float() + d.float())
+
+
+def check_ldmatrix(call: Callable, transposed: bool, **where) -> Tensor:
+    image = torch.arange(64 * 8, dtype=torch.int16).view(torch.uint8)[None]  # every element tells its place
+    rows = torch.randperm(64)[:32]
+    got = ldmatrix(call, image, rows, transposed, **where)
+    assert torch.equal(got, ldmatrix_expected(image, rows, transposed))
+    # by hand: lane 5 holds, of matrix 2, row 1 columns 2 and 3, or transposed column 1 of rows 2 and 3
+    want = [rows[16 + 2] * 8 + 1, rows[16 + 3] * 8 + 1] if transposed else [rows[16 + 1] * 8 + 2, rows[16 + 1] * 8 + 3]
+    assert got[0, 5, 2].tolist() == [int(x) for x in want]
+
+
+def check_copy_async(call: Callable, **where) -> None:
+    x = torch.randn(2, 192, 4)
+    want = x.clone()
+    want[:, 2::3] = 0
+    assert torch.equal(run(call, COPY_ASYNC, (2, 192, 4), x.flatten(1).view(torch.uint8), **where).out, want)
+
+
+def check_barriers(call: Callable, **where) -> None:
+    want = torch.arange(8)[:, None] * 64 + torch.arange(63, -1, -1)[None]
+    assert torch.equal(run(call, BARRIERS, (2, 8, 64), **where).out, want.float().expand(2, 8, 64))
+
+
+def check_shuffle(call: Callable, **where) -> None:
+    want = torch.stack([torch.arange(32) ^ 1 << i for i in range(5)])
+    assert torch.equal(run(call, SHUFFLE, (1, 5, 32), **where).out[0], want.float())
+
+
+def check_counters(call: Callable, **where) -> None:
+    got = run(call, COUNTERS, (7, 2, 4), **where).out.flatten()[: 7 * 4].reshape(7, 4)
+    assert torch.equal(got, 28.0 * torch.arange(1, 5).expand(7, 4))
+
+
+def check_copy_bulk(call: Callable, **where) -> None:
+    x = torch.randn(3, 7 * 32, 4)
+    assert torch.equal(run(call, COPY_BULK, (3, 7 * 32, 4), x.flatten(1).view(torch.uint8), **where).out, x)
+
+
+REST = [check_barriers, check_shuffle, check_counters, check_copy_async, check_copy_bulk]
 
 
 # ---- mma and ldmatrix ----------------------------------------------------------------------------------------------

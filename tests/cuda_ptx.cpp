@@ -230,6 +230,7 @@ const std::vector<Fault>& faults() {
            ptx::barrier_sync(3, 64);
          }
        }},
+      {"barrier lanes", 1, 64, 0, [] { ptx::barrier_arrive(broken && thread() == 40 ? 4 : 3, 64); }},
       {"barrier deadlock", 1, 64, 0, [] { ptx::barrier_sync(thread() < 32 || !broken ? 1 : 2, 64); }},
       {"syncthreads apart", 1, 64, 0,
        [] {
@@ -364,8 +365,10 @@ const std::vector<Fault>& faults() {
          __syncthreads();
          around({}, nothing, left(), right());
        }},
-      {"wgmma warps differ", 1, 128, kImage, [] { zeros(), around({}, nothing, left(broken && thread() > 95 ? 16 : 0), right()); }},
-      {"wgmma lanes differ", 1, 128, kImage, [] { zeros(), around({}, nothing, left(broken && thread() == 9 ? 16 : 0), right()); }},
+      {"wgmma warps differ", 1, 128, kImage,
+       [] { zeros(), around({}, nothing, left(broken && thread() > 95 ? 16 : 0), right()); }},
+      {"wgmma lanes differ", 1, 128, kImage,
+       [] { zeros(), around({}, nothing, left(broken && thread() == 9 ? 16 : 0), right()); }},
       {"wgmma warps missing", 1, 128, kImage, [] { zeros(), around({}, nothing, left(), right(), broken && thread() > 95); }},
       {"wgmma bounds", 1, 128, kImage, [] { zeros(), around({}, nothing, left(), right(16 * broken)); }},
       {"wgmma swizzle", 1, 128, kImage, [] { zeros(), around({}, nothing, left() | uint64_t{broken} << 62, right()); }},
@@ -373,6 +376,17 @@ const std::vector<Fault>& faults() {
       {"wgmma fence", 1, 128, kImage, [] { zeros(), around({!broken}, nothing, left(), right()); }},
       {"wgmma commit", 1, 128, kImage, [] { zeros(), around({true, !broken}, nothing, left(), right()); }},
       {"wgmma wait", 1, 128, kImage, [] { zeros(), around({true, true, !broken}, nothing, left(), right()); }},
+      {"wgmma waits differ", 1, 128, kImage,
+       [] {
+         zeros(), around({}, [](float(&)[32]) { if (broken && thread() < 32) ptx::wgmma_wait<1>(); }, left(), right());
+       }},
+      {"registers differ", 1, 128, 0,
+       [] {
+         if (broken && thread() < 32)
+           ptx::registers_less<32>();
+         else
+           ptx::registers_less<24>();
+       }},
       {"wgmma read early", 1, 128, kImage,
        [] {
          float early = 0;

@@ -60,6 +60,7 @@ struct Warp {
   void* arguments[32] = {};
   char clocks[2] = {};  // what ThreadSanitizer's happens-before hangs on
   uint32_t collectives = 0;
+  std::vector<int> registers;  // what it asked setmaxnreg for: more, or less where negative
   std::shared_ptr<WarpProducts> products;
 };
 
@@ -121,6 +122,9 @@ void point();   // where a seeded schedule may interrupt
 // Waits for the other lanes of the warp; the last one runs `run` for all of them.
 void collective(const char* name, void* arguments, Collective run);
 
+inline std::string number(int64_t value) { return std::to_string(value); }
+std::string hex(uint32_t address);
+
 // memory.cpp
 unsigned char* cells(Cta& cta, uint32_t at, uint32_t bytes, uint32_t align, const char* instruction);
 void check_clean(Cta& cta, uint32_t at, uint32_t bytes, const char* instruction);
@@ -131,6 +135,12 @@ bool complete_bulk(uint64_t now, bool oldest);  // whether any was completed
 void forget_bulk();
 void thread_ends(Fiber& fiber);
 std::string describe(const Fiber& fiber);
+
+// barriers.cpp
+constexpr uint32_t kMostCount = (1u << 20) - 1;  // of arrivals and of bytes of an mbarrier
+Mbarrier& mbarrier(Cta& cta, uint32_t at, const char* instruction);  // the one at this address
+void check_phase(Mbarrier& barrier);                                  // ends the phase where nothing is missing
+void check_complete(NamedBarrier& barrier);
 
 // products.cpp
 void end_products(Cta& cta);

@@ -1,4 +1,4 @@
-// Shared memory and what moves through it: stores, asynchronous copies, barriers. What each instruction does is taken from
+// Shared memory and what moves through it: stores and asynchronous copies. What each instruction does is taken from
 // the PTX ISA; the choices that it leaves open are made so that a mistake shows: a copy's destination is NaN from its issue
 // on, its source is read and its destination written as late as the waits allow.
 #include <sys/mman.h>
@@ -16,7 +16,6 @@ namespace {
 
 constexpr int kPoison = 0xff;  // a NaN in fp16, bf16 and fp32
 constexpr int kPattern = 0xa5;
-constexpr uint32_t kMostCount = (1u << 20) - 1;  // of arrivals and of bytes of an mbarrier
 
 struct Range {
   const char* from;
@@ -29,19 +28,12 @@ void* async_thread = nullptr;
 char bulk_clock;
 #endif
 
-std::string hex(uint32_t address) {
-  char text[16];
-  std::snprintf(text, sizeof(text), "0x%x", address);
-  return text;
-}
-
-std::string number(int64_t value) { return std::to_string(value); }
-
 void check_no_mbarrier(Cta& cta, uint32_t at, uint32_t bytes, const char* instruction) {
   if (cta.mbarriers.empty() || !bytes) return;
-  const auto first = cta.mbarrier_at.begin() + (at - kBase) / 8, last = cta.mbarrier_at.begin() + (at - kBase + bytes + 7) / 8;
+  const auto begin = cta.mbarrier_at.begin();
+  const auto first = begin + (at - kBase) / 8, last = begin + (at - kBase + bytes + 7) / 8;
   const auto hit = std::find_if(first, last, [](uint8_t index) { return index != 0; });
-  if (hit != last) fail(instruction, "writes over the mbarrier at " + hex(kBase + 8 * (hit - cta.mbarrier_at.begin())));
+  if (hit != last) fail(instruction, "writes over the mbarrier at " + hex(kBase + 8 * (hit - begin)));
 }
 
 void mark(Fiber& fiber, uint32_t at) {
@@ -70,66 +62,13 @@ void complete_copies(Fiber& fiber, size_t count) {
   fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + count);
 }
 
-// ---- mbarriers -----------------------------------------------------------------------------------------------------
-
-Mbarrier& mbarrier(Cta& cta, uint32_t at, const char* instruction) {
-  unsigned char* memory = cells(cta, at, 8, 8, instruction);
-  const uint8_t index = cta.mbarrier_at[(at - kBase) / 8];
-  if (!index) fail(instruction, "no mbarrier was initialised at " + hex(at));
-  saw_read(memory, 8);
-  return cta.mbarriers[index - 1];
-}
-
-void check_phase(Mbarrier& barrier) {
-  if (barrier.pending || barrier.bytes) return;
-  ++barrier.phase;
-  barrier.pending = barrier.count;
-  wake_all(barrier.waiters);
-}
-
-// ---- named barriers ------------------------------------------------------------------------------------------------
-
-void check_complete(NamedBarrier& barrier) {
-  if (barrier.arrived < barrier.threads) return;
-  ++barrier.generation;
-  barrier.arrived = 0;
-  barrier.seen.clear();
-  wake_all(barrier.waiters);
-}
-
-void use_barrier(int id, int threads, bool wait, const char* instruction) {
-  Fiber& me = *current;
-  NamedBarrier& barrier = me.cta->named[id];
-  Unseen unseen;
-  if (!barrier.arrived) {
-    barrier.threads = threads;
-    barrier.seen.assign(me.cta->threads, false);
-  } else if (barrier.threads != threads) {
-    fail(instruction, "barrier " + number(id) + " of " + number(threads) + " threads, others named " + number(barrier.threads));
-  }
-  if (barrier.seen[me.thread]) fail(instruction, "arrives at barrier " + number(id) + " twice in one phase");
-  barrier.seen[me.thread] = true;
-  ++barrier.arrived;
-  char* clock = &barrier.clocks[barrier.generation & 1];
-  release(clock);
-  const uint32_t generation = barrier.generation;
-  check_complete(barrier);
-  if (!wait) return;
-  while (barrier.generation == generation) {
-    me.next_waiter = barrier.waiters;
-    barrier.waiters = &me;
-    block(instruction, id, 0);
-  }
-  acquire(clock);
-}
-
 }  // namespace
 
 unsigned char* cells(Cta& cta, uint32_t at, uint32_t bytes, uint32_t align, const char* instruction) {
   if (at % align) fail(instruction, "shared address " + hex(at) + " is not aligned to " + number(align) + " bytes");
   if (at < kBase || at - kBase > cta.shared || bytes > cta.shared - (at - kBase))
-    fail(instruction, number(bytes) + " bytes at shared address " + hex(at) + " are out of bounds: the CTA has " + hex(kBase) +
-                          " to " + hex(kBase + cta.shared));
+    fail(instruction, number(bytes) + " bytes at shared address " + hex(at) + " are out of bounds: the CTA has " +
+                          hex(kBase) + " to " + hex(kBase + cta.shared));
   return cta.memory + (at - kBase);
 }
 
@@ -140,8 +79,8 @@ void check_clean(Cta& cta, uint32_t at, uint32_t bytes, const char* instruction)
   if (!any) return;
   for (uint32_t cell = first; cell < last; ++cell)
     if (cta.writer[cell])
-      fail(instruction, "shared address " + hex(kBase + 16 * cell) + " was written by thread " + number(cta.writer[cell] - 1) +
-                            " without a fence_async_proxy of that thread since");
+      fail(instruction, "shared address " + hex(kBase + 16 * cell) + " was written by thread " +
+                            number(cta.writer[cell] - 1) + " without a fence_async_proxy of that thread since");
 }
 
 void check_global(const void* from, size_t bytes, const char* instruction) {
@@ -153,8 +92,8 @@ void check_global(const void* from, size_t bytes, const char* instruction) {
   const auto distance = [&](const Range& range) { return at < range.from ? range.from - at : at - range.from; };
   for (const Range& range : global)
     if (distance(range) < distance(*nearest)) nearest = &range;
-  fail(instruction, number(bytes) + " bytes of global memory are out of bounds: at " + number(at - nearest->from) + " of a tensor of " +
-                        number(nearest->bytes) + " bytes");
+  fail(instruction, number(bytes) + " bytes of global memory are out of bounds: at " + number(at - nearest->from) +
+                        " of a tensor of " + number(nearest->bytes) + " bytes");
 }
 
 void start_memory(Cta& cta, uint32_t shared) {
@@ -180,6 +119,9 @@ void start_memory(Cta& cta, uint32_t shared) {
 void end_memory(Cta& cta) {
   for (const Bulk& bulk : bulks)
     if (bulk.cta == &cta) fail(cta, bulk.thread, "copy_bulk", "was still under way when its CTA ended");
+  for (const Warp& warp : cta.warps)
+    if (warp.registers != cta.warps[warp.index / 4 * 4].registers)
+      fail(cta, 32 * warp.index, "setmaxnreg", "warps of one warpgroup differ in what they ask for");
   allow(cta.memory - kRed, kRed);
   allow(cta.memory + cta.shared, kRed);
   for (uint32_t i = 0; i < kRed; ++i) {
@@ -206,8 +148,8 @@ bool complete_bulk(uint64_t now, bool oldest) {
     Cta& cta = *bulk.cta;
     for (uint32_t cell = (bulk.to - kBase) / 16; cell < (bulk.to - kBase + bulk.bytes) / 16; ++cell)
       if (cta.writer[cell])
-        fail(cta, bulk.thread, "copy_bulk", "thread " + number(cta.writer[cell] - 1) + " wrote to its destination meanwhile, at " +
-                                                hex(kBase + 16 * cell));
+        fail(cta, bulk.thread, "copy_bulk", "thread " + number(cta.writer[cell] - 1) +
+                                                " wrote to its destination meanwhile, at " + hex(kBase + 16 * cell));
     Mbarrier& barrier = cta.mbarriers[cta.mbarrier_at[(bulk.barrier - kBase) / 8] - 1];
     unsigned char* to = cta.memory + (bulk.to - kBase);
     {
@@ -242,49 +184,9 @@ void thread_ends(Fiber& fiber) {
   if (barrier.arrived) --barrier.threads, check_complete(barrier);
 }
 
-std::string describe(const Fiber& fiber) {
-  std::string text = fiber.waits_for;
-  if (text == "mbarrier_wait") {
-    const Mbarrier& barrier = fiber.cta->mbarriers[fiber.cta->mbarrier_at[(fiber.address - kBase) / 8] - 1];
-    text += " for parity " + number(fiber.parity) + " of " + hex(fiber.address) + ", which is in phase " + number(barrier.phase) +
-            " and lacks " + number(barrier.pending) + " of " + number(barrier.count) + " arrivals and " + number(barrier.bytes) +
-            " bytes";
-  } else if (text == "barrier_sync" || text == "__syncthreads") {
-    const NamedBarrier& barrier = fiber.cta->named[fiber.address];
-    text += " " + number(fiber.address) + ", where " + number(barrier.arrived) + " of " + number(barrier.threads) + " threads are";
-  }
-  return text;
-}
-
 }  // namespace engine
 
 using namespace engine;
-
-void __syncthreads() {
-  point();
-  use_barrier(0, current->cta->live, true, "__syncthreads");
-}
-
-void __syncwarp(unsigned mask) {
-  if (mask != 0xffffffffu) fail("__syncwarp", "only whole warps are emulated");
-  collective("__syncwarp", nullptr, nullptr);
-}
-
-static char fence_clock;
-
-void __threadfence() {
-  acquire(&fence_clock);
-  release(&fence_clock);
-}
-
-int atomicAdd(int* at, int value) {
-  point();
-  acquire(at);
-  release(at);
-  const int old = *at;
-  *at += value;
-  return old;
-}
 
 void emulated_memory(const void* from, size_t bytes) {
   if (!from)
@@ -299,7 +201,8 @@ unsigned char* arena() { return current->cta->memory; }
 
 uint32_t shared_address(const void* at) {
   const int64_t offset = static_cast<const unsigned char*>(at) - current->cta->memory;
-  if (offset < 0 || offset > current->cta->shared) fail("shared_address", "the pointer is not into the CTA's dynamic shared memory");
+  if (offset < 0 || offset > current->cta->shared)
+    fail("shared_address", "the pointer is not into the CTA's dynamic shared memory");
   return kBase + static_cast<uint32_t>(offset);
 }
 
@@ -350,65 +253,6 @@ void copy_wait(int newest) {
   point();
 }
 
-void barrier(int id, int threads, bool wait) {
-  point();
-  const char* name = wait ? "barrier_sync" : "barrier_arrive";
-  if (id < 1 || id > 15) fail(name, "barrier " + number(id) + " is not one of 1 to 15");
-  if (threads % 32 || threads <= 0) fail(name, number(threads) + " threads are not a multiple of 32");
-  if (threads > current->cta->threads)
-    fail(name, "barrier " + number(id) + " of " + number(threads) + " threads: the CTA has " + number(current->cta->threads));
-  use_barrier(id, threads, wait, name);
-}
-
-void mbarrier_init(uint32_t at, uint32_t count) {
-  point();
-  Fiber& me = *current;
-  Cta& cta = *me.cta;
-  unsigned char* memory = cells(cta, at, 8, 8, "mbarrier_init");
-  if (count < 1 || count > kMostCount) fail("mbarrier_init", "a count of " + number(count));
-  uint8_t& index = cta.mbarrier_at[(at - kBase) / 8];
-  if (index) fail("mbarrier_init", "there is an mbarrier at " + hex(at) + " already");
-  saw_write(memory, 8);
-  Unseen unseen;
-  if (cta.mbarriers.size() == 255) fail("mbarrier_init", "more than 255 mbarriers are not emulated");
-  Mbarrier made;
-  made.address = at, made.count = made.pending = count, made.maker = me.thread;
-  cta.mbarriers.push_back(made);
-  index = cta.mbarriers.size();
-}
-
-void fence_mbarrier_init() {
-  for (Mbarrier& barrier : current->cta->mbarriers)
-    if (barrier.maker == current->thread) barrier.visible = true;
-}
-
-void mbarrier_arrive(uint32_t at, uint32_t bytes, bool expect) {
-  point();
-  const char* name = expect ? "mbarrier_arrive_expect" : "mbarrier_arrive";
-  Mbarrier& barrier = mbarrier(*current->cta, at, name);
-  Unseen unseen;
-  release(&barrier.clocks[barrier.phase & 1]);
-  if (!barrier.pending) fail(name, "more than " + number(barrier.count) + " arrivals at " + hex(at) + " in one phase");
-  barrier.bytes += bytes;
-  if (bytes > kMostCount || barrier.bytes > kMostCount) fail(name, "expects too many bytes at " + hex(at));
-  --barrier.pending;
-  check_phase(barrier);
-}
-
-void mbarrier_wait(uint32_t at, uint32_t parity) {
-  point();
-  if (parity > 1) fail("mbarrier_wait", "a parity of " + number(parity));
-  Fiber& me = *current;
-  Mbarrier& barrier = mbarrier(*me.cta, at, "mbarrier_wait");
-  Unseen unseen;
-  while ((barrier.phase & 1) == parity) {
-    me.next_waiter = barrier.waiters;
-    barrier.waiters = &me;
-    block("mbarrier_wait", at, parity);
-  }
-  acquire(&barrier.clocks[parity]);
-}
-
 void fence_async_proxy() {
   Fiber& me = *current;
   for (const uint32_t cell : me.dirty)
@@ -449,29 +293,16 @@ void prefetch_bulk(const void* from, uint32_t bytes) {
   count("prefetch_bulk");
 }
 
-void registers(int number_of, bool more) {
-  (void)number_of;
+void registers(int count, bool more) {
   collective(more ? "setmaxnreg.inc" : "setmaxnreg.dec", nullptr, nullptr);
+  if (current->lane) return;
+  Unseen unseen;
+  current->warp->registers.push_back(more ? count : -count);
 }
 
 void grid_dependency(bool wait) {
   Unseen unseen;
   count(wait ? "griddepcontrol.wait" : "griddepcontrol.launch_dependents");
-}
-
-int load_acquire(const int* at) {
-  spin();
-  acquire(const_cast<int*>(at));
-  return *at;
-}
-
-int add_release(int* at, int value) {
-  point();
-  release(at);
-  acquire(at);
-  const int old = *at;
-  *at += value;
-  return old;
 }
 
 }  // namespace twin

@@ -190,7 +190,7 @@ struct Product {
 }  // namespace
 
 struct WarpProducts {
-  uint64_t issued = 0, fences = 0;
+  uint64_t issued = 0, fences = 0, commits = 0, waits = 0;
   std::deque<std::unique_ptr<Accumulator>> accumulators;
   std::deque<Product> products;
   std::deque<size_t> groups;
@@ -237,15 +237,14 @@ void read_operand(Cta& cta, const Operand& operand, int first, int cores, std::v
   });
 }
 
-void compare_operand(Cta& cta, const Operand& operand, int first, int cores, const std::vector<unsigned char>& was, const char* name) {
-  const unsigned char* at_issue = was.data();
+void compare_operand(Cta& cta, const Operand& operand, int first, int cores, const unsigned char* at_issue, const char* name) {
   visit_cores(operand, first, cores, [&](uint32_t at) {
     const unsigned char* core = cta.memory + (at - kBase);
     saw_read(core, kCore);
     check_clean(cta, at, kCore, "wgmma");
     if (__builtin_memcmp(core, at_issue, kCore))
-      fail("wgmma", std::string("operand ") + name + " changed while the product was under way, within 128 bytes of shared address " +
-                        std::to_string(at));
+      fail("wgmma", std::string("operand ") + name +
+                        " changed while the product was under way, within 128 bytes of shared address " + hex(at));
     at_issue += kCore;
   });
 }
@@ -295,7 +294,8 @@ Accumulator& accumulator(WarpProducts& its, void* const* arguments, const Wgmma&
       });
     if (touched) fail("wgmma", "the accumulator's registers were used since the last product, and no wgmma_fence came after");
   }
-  if (found && found->n != what.n && found->fences == its.fences) fail("wgmma", "another shape on these registers without wgmma_fence");
+  if (found && found->n != what.n && found->fences == its.fences)
+    fail("wgmma", "another shape on these registers without wgmma_fence");
   if (!found) {
     if (its.accumulators.size() >= 16) {
       const auto old = std::find_if(its.accumulators.begin(), its.accumulators.end(), [](auto& a) { return !a->pending; });
@@ -336,8 +336,9 @@ std::shared_ptr<Issue> join_group(Warp& warp, WarpProducts& its, const Wgmma& wh
   }
   const auto& issue = group.issues[index];
   if (!issue->what.same(what))
-    fail(cta, warp.lanes[0]->thread, "wgmma", "product " + std::to_string(its.issued - 1) + " of the warpgroup differs from the one of thread " +
-                      std::to_string(issue->first_thread) + " in shape, type, descriptors, majors or accumulation");
+    fail(cta, warp.lanes[0]->thread, "wgmma",
+         "product " + number(its.issued - 1) + " of the warpgroup differs from the one of thread " +
+             number(issue->first_thread) + " in shape, type, descriptors, majors or accumulation");
   return issue;
 }
 
@@ -370,8 +371,8 @@ void finish(Warp& warp, WarpProducts& its, Product& product) {
   Issue& issue = *product.issue;
   const Wgmma& what = issue.what;
   const int n = what.n;
-  compare_operand(*warp.cta, decode(what.a, "a"), warp.index % 4 * 2, 2, product.a, "a");
-  compare_operand(*warp.cta, decode(what.b, "b"), 0, n / 8, product.b, "b");
+  compare_operand(*warp.cta, decode(what.a, "a"), warp.index % 4 * 2, 2, product.a.data(), "a");
+  compare_operand(*warp.cta, decode(what.b, "b"), 0, n / 8, product.b.data(), "b");
   std::vector<float> own;
   if (!issue.widened) {
     issue.widened = true;
@@ -411,6 +412,7 @@ void run_fence(Warp& warp, void* const*) { ++of(warp).fences; }
 void run_commit(Warp& warp, void* const*) {
   Unseen unseen;
   WarpProducts& its = of(warp);
+  ++its.commits;
   its.groups.push_back(its.uncommitted);
   its.uncommitted = 0;
 }
@@ -419,6 +421,7 @@ void run_wait(Warp& warp, void* const* arguments) {
   Unseen unseen;
   WarpProducts& its = of(warp);
   const int newest = *static_cast<const int*>(arguments[0]);
+  ++its.waits;
   for (int lane = 1; lane < 32; ++lane)
     if (*static_cast<const int*>(arguments[lane]) != newest) fail("wgmma_wait", "lanes of the warp wait for different groups");
   while (its.groups.size() > static_cast<size_t>(newest)) {
@@ -433,19 +436,20 @@ void run_wait(Warp& warp, void* const* arguments) {
 }  // namespace
 
 void end_products(Cta& cta) {
-  for (Warp& warp : cta.warps) {
-    if (!warp.products) continue;
-    const WarpProducts& its = *warp.products;
+  const WarpProducts none;
+  for (const Warp& warp : cta.warps) {
+    const WarpProducts& its = warp.products ? *warp.products : none;
+    const Warp& first = cta.warps[warp.index / 4 * 4];
+    const WarpProducts& others = first.products ? *first.products : none;
     const int thread = 32 * warp.index;
     if (its.uncommitted) fail(cta, thread, "wgmma", "products were never committed");
     if (!its.products.empty()) fail(cta, thread, "wgmma", "products were never waited for");
-    const Warp& first = cta.warps[warp.index / 4 * 4];
-    if ((first.products ? first.products->issued : 0) != its.issued)
+    if (its.issued != others.issued)
       fail(cta, thread, "wgmma", "warps of one warpgroup issued different numbers of products");
+    if (its.fences != others.fences || its.commits != others.commits || its.waits != others.waits)
+      fail(cta, thread, "wgmma",
+           "warps of one warpgroup differ in their numbers of wgmma_fence, wgmma_commit or wgmma_wait");
   }
-  for (size_t i = 0; i < cta.warps.size(); ++i)
-    if (!cta.warps[i].products && cta.warps[i / 4 * 4].products && cta.warps[i / 4 * 4].products->issued)
-      fail(cta, 32 * static_cast<int>(i), "wgmma", "warps of one warpgroup issued different numbers of products");
 }
 
 }  // namespace engine

@@ -1,4 +1,5 @@
-// Host twins of the wrappers in ptx.cuh, written from the PTX ISA. Their meaning is in memory.cpp and products.cpp.
+// Host twins of the wrappers in ptx.cuh, written from the PTX ISA. What they do is in memory.cpp, barriers.cpp and
+// products.cpp.
 #pragma once
 
 #include "cuda.h"

@@ -1,4 +1,4 @@
-// The instructions as the engine runs them (memory.cpp, products.cpp), without the templates of ptx.h.
+// The instructions as the engine runs them (memory.cpp, barriers.cpp, products.cpp), without the templates of ptx.h.
 #pragma once
 
 #include <cstdint>

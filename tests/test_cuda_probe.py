@@ -1,0 +1,134 @@
+"""Each instruction of csrc/cuda/ptx.cuh on a device, beside what the PTX ISA says of it (and the host twins give).
+
+    python tests/test_cuda_probe.py        the same, and a table: clocks by row shift, what 128-byte swizzle does
+
+Everything that the kernels rest on is asserted. Swizzle with a start between its patterns is only reported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import cuda_probe as probe
+import pytest
+import torch
+from cuda_probe import Placed
+
+from jasper_fast.kernels import native
+
+AT_LEAST = {"check_copy_async": (8, 0), "check_copy_bulk": (9, 0)}
+
+
+def device_call() -> tuple[Callable, dict]:
+    """jf_probe of the CUDA library, and where it is to run."""
+    library = ctypes.CDLL(str(native.Library("cuda").path))
+    return library.jf_probe, {"device": "cuda", "stream": torch.cuda.current_stream().cuda_stream}
+
+
+def why_not(capability: tuple[int, int], exactly: bool = False) -> str | None:
+    """Why this machine cannot run what needs this compute capability; None where it can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if not native.cuda_available():
+        return "the native CUDA library is not built: run `make install` where nvcc is found"
+    here = torch.cuda.get_device_capability()
+    if here < capability or (exactly and here != capability):
+        return f"needs compute capability {capability[0]}.{capability[1]}"
+    return None
+
+
+def on_device(capability: tuple[int, int] = (7, 5), exactly: bool = False) -> tuple[Callable, dict]:
+    if why := why_not(capability, exactly):
+        pytest.skip(why)
+    return device_call()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_ldmatrix(transposed: bool) -> None:
+    call, where = on_device()
+    probe.check_ldmatrix(call, transposed, **where)
+
+
+@pytest.mark.parametrize(("k", "dtype"), [(8, torch.float16), (16, torch.float16), (16, torch.bfloat16)], ids=str)
+def test_mma(k: int, dtype: torch.dtype) -> None:
+    call, where = on_device((7, 5) if k == 8 else (8, 0))
+    probe.check_mma(call, k, dtype, **where)
+
+
+@pytest.mark.parametrize("check", probe.REST, ids=lambda check: check.__name__)
+def test_the_rest(check: Callable) -> None:
+    call, where = on_device(AT_LEAST.get(check.__name__, (7, 5)), exactly=check is probe.check_copy_bulk)
+    check(call, **where)
+
+
+@pytest.mark.parametrize("instance", probe.INSTANCES, ids=str)
+def test_wgmma(instance) -> None:
+    call, where = on_device((9, 0), exactly=True)
+    probe.check_wgmma(call, instance, **where)
+
+
+@pytest.mark.parametrize("panel", [135, 136])
+def test_wgmma_row_shifts(panel: int) -> None:
+    call, where = on_device((9, 0), exactly=True)
+    wrong = [shift for shift in shifts(call, panel, where) if not shift[-1]]
+    assert not wrong, f"(major, row, clocks, equal): {wrong}"
+
+
+def test_wgmma_overlapping_core_matrices() -> None:
+    call, where = on_device((9, 0), exactly=True)
+    wrong = [step for step in overlaps(call, where) if not step[-1]]
+    assert not wrong, f"(bytes, clocks, equal): {wrong}"
+
+
+def one(call: Callable, image, b: Placed, where: dict, anchors: tuple[int, ...] = (0,)) -> tuple[int, list[bool]]:
+    """The clocks of the fastest of five launches of four products, and whether the result is the one of each anchor."""
+    results = [probe.wgmma(call, image, probe.A, b, 64, torch.float16, **where) for _ in range(5)]
+    want = [probe.wgmma_expected(image, probe.A, b, 64, torch.float16, anchor=anchor) for anchor in anchors]
+    return min(int(result.clocks) for result in results), [torch.equal(results[0].out, each) for each in want]
+
+
+def shifts(call: Callable, panel: int, where: dict) -> list[tuple[int, int, int, bool]]:
+    image = probe.panels()
+    return [(major, row, *flat(one(call, image, b, where))) for major, row, b in probe.row_shifts(panel)]
+
+
+def overlaps(call: Callable, where: dict) -> list[tuple[int, int, bool]]:
+    image = probe.panels()
+    return [(step, *flat(one(call, image, b, where))) for step, b in probe.overlaps()]
+
+
+def flat(result: tuple[int, list[bool]]) -> tuple[int, bool]:
+    return result[0], result[1][0]
+
+
+def swizzles(call: Callable, where: dict) -> list[str]:
+    """One line for each row at which a 128-byte swizzled operand begins, 0 to 63, and each of two base offsets."""
+    image, lines = probe.panels(), []
+    for row in range(64):
+        for base in sorted({0, row % 8}):
+            b = Placed(probe.PANELS + 128 * row, 16, 1024, 0, swizzle=True, base=base)
+            clocks, (by_address, by_start) = one(call, image, b, where, anchors=(0, b.start))
+            rule = "the address's bits" if by_address else "the row after the start" if by_start else "neither"
+            rule = "both" if by_address and by_start else rule
+            lines.append(f"row {row:2}, base offset {base}: {clocks} clocks, cells change places by {rule}")
+    return lines
+
+
+def main() -> None:
+    for capability, exactly in (((7, 5), False), ((9, 0), True)):
+        if why := why_not(capability, exactly):
+            print(f"probe: {why}")
+            return
+    call, where = device_call()
+    print(f"{torch.cuda.get_device_name()}: {probe.PRODUCTS} products of 64 x 64 x 16, clocks and whether right")
+    for panel in (135, 136):
+        for major, row, clocks, equal in shifts(call, panel, where):
+            print(f"panel of {panel} rows, {('K', 'MN')[major]}-major, row {row:2}: {clocks} clocks, {equal}")
+    for step, clocks, equal in overlaps(call, where):
+        print(f"core matrices {step} bytes apart: {clocks} clocks, {equal}")
+    print("\n".join(swizzles(call, where)))
+
+
+if __name__ == "__main__":
+    main()
