@@ -1,0 +1,29 @@
+"""The process that tunes: `python -m jasper_fast.tuning.child`, which `dispatch.tuned` starts and listens to."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import IO, Any
+
+import torch
+
+from jasper_fast.dispatch import children
+from jasper_fast.tuning import work
+
+
+def child(source: IO[str] = sys.stdin, tell: Callable[[str, Any], object] = children.tell) -> int:
+    """Reads what to tune as JSON from `source` and tells what it finds on the standard output; returns its status."""
+    wanted = json.loads(source.read())
+    device = torch.device(wanted["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # the library gets its best too
+    # no order of operations is asked for that a user would not get
+    work.Tuner(device, tell, budget=wanted["budget"], without=wanted["without"]).run(wanted["cells"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(child())
