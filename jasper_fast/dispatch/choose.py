@@ -7,10 +7,11 @@ import warnings
 
 import torch
 
-from jasper_fast.dispatch import backends, verdicts
+from jasper_fast.dispatch import backends, rules, tuned, verdicts
 from jasper_fast.dispatch.backends import NORM, PANES, BackendMissing
 from jasper_fast.dispatch.verdict import GOOD
 from jasper_fast.kernels import tables
+from jasper_fast.kernels.tables import Cell
 
 
 @torch.compiler.assume_constant_result
@@ -55,9 +56,11 @@ def norm_face(
 ) -> str:
     """The face that runs bn_relu_dropout, forward and backward, on (N, `channels`, T) in `dtype` on `device`.
 
-    On a GPU "auto" takes what the GPU's table says is faster for both together at 2**rows_log2 rows N*T (None: at the
-    most measured), if it can run here and its verdict is good. Else, and without a row, it is as `resolve` says.
+    On a GPU "auto" takes what was measured to be faster for both together at 2**rows_log2 rows N*T (None: at the most
+    measured), if it can run here and its verdict is good; what was not measured may be tuned now (see `tuned`). Else,
+    and without a row, it is as `resolve` says.
     """
+    _catch_up(backend, device)
     return _norm_face(backend, device, dtype, channels, rows_log2)
 
 
@@ -66,6 +69,9 @@ def _norm_face(backend, device, dtype, channels, rows_log2) -> str:
     device = torch.device(device)
     if backend == "auto" and device.type == "cuda":
         rows = None if rows_log2 is None else 1 << rows_log2
+        if rows is not None and dtype in tables.DTYPES and resolve(backend, device) != "reference":
+            shape = tables.shape_of_norm(channels).values()
+            _want(device, dtype, [(op, tuple(shape)) for op in tables.NORM_OPS], rows_log2, "a batch norm")
         fastest = tables.fastest(tables.NORM_OPS, device, dtype, **tables.shape_of_norm(channels), rows=rows)
         if fastest == "reference":
             return fastest
@@ -100,10 +106,12 @@ def conv_face(
     """The face that runs a conv in `dtype` on `device`: ours where it has the dtype and the gradients, else "aten".
 
     The CPU kernels take 16 bits too, except where the CPU has AMX for them: ATen's convs use it, ours do not.
-    strided_dx: the gradient of x at a stride is asked for, which only ATen has. On a GPU "auto" stays with cuDNN, in
-    channels-last memory, unless the GPU's table has `shape` (c_in, c_out, taps, stride, dilation) and says that the
-    `calls` together are faster in Triton at 2**rows_log2 rows (None: the most measured), and the verdict on it is good.
+    strided_dx: the gradient of x at a stride is asked for, which only ATen has. On a GPU "auto" takes Triton or cuDNN,
+    in channels-last memory, by which of them the `calls` together take less time at `shape` (c_in, c_out, taps, stride,
+    dilation) and 2**rows_log2 rows (None: the most measured): as tuned here, now where this is the first use (see
+    `tuned`), as in the tables of this GPU or one like it, or by `rules`; Triton only if the verdict on it is good.
     """
+    _catch_up(backend, device)
     return _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2)
 
 
@@ -120,26 +128,62 @@ def _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> s
     if backend == "auto":
         if shape is None:
             return "aten"
-        sizes, rows = dict(zip(tables.SHAPE, shape, strict=True)), None if rows_log2 is None else 1 << rows_log2
-        if tables.fastest(calls, device, dtype, **sizes, rows=rows) != "triton":
+        if rows_log2 is not None:
+            _want(device, dtype, [(op, shape) for op in calls], rows_log2, "a conv")
+        if _faster([(op, shape, 1) for op in calls], device, dtype, rows_log2) != "triton":
             return "aten"
         return "triton" if _trusted("conv1d", "triton", device, dtype, LIBRARY) else "aten"
     return "triton"
 
 
-@functools.cache
-def fused_face(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The face that serves a whole network at inference in `dtype`: "triton", "cpu" or "aten".
+Convs = tuple[tuple[tuple[int, ...], int], ...]  # shapes (c_in, c_out, taps, stride, dilation), each with its count
 
-    On a GPU "auto" takes Triton where the GPU's table says that its sub-blocks are the faster ones in all, and the
-    verdict on them is good.
+
+@functools.cache
+def fused_faces(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """The faces that may serve a whole network at inference in `dtype`, of "triton", "cpu" and "aten".
+
+    One but on a GPU, where "auto" has "triton" and "aten", by the batch (`fused_face`), if the verdict on Triton's
+    fused sub-blocks is good.
     """
     device = torch.device(device)
     if backend != "auto" or device.type != "cuda" or resolve(backend, device) != "triton":
-        return conv_face(backend, device, dtype)
-    if tables.fastest_overall("conv1d.fused", device, dtype) != "triton":
-        return "aten"
-    return "triton" if _trusted("conv1d.fused", "triton", device, dtype, LIBRARY) else "aten"
+        return (conv_face(backend, device, dtype),)
+    if dtype not in tables.DTYPES or not _trusted("conv1d.fused", "triton", device, dtype, LIBRARY):
+        return ("aten",)
+    return ("triton", "aten")
+
+
+def fused_face(device: torch.device, dtype: torch.dtype, convs: Convs, rows_log2: int) -> str:
+    """Which of "triton" and "aten" serves all `convs` of a network faster on a GPU at 2**rows_log2 rows N*T': as
+    measured, now where this is the first use (see `tuned`), or by `rules`."""
+    tuned.catch_up(device)
+    return _fused_face(device, dtype, convs, rows_log2)
+
+
+@functools.cache
+def _fused_face(device, dtype, convs, rows_log2) -> str:
+    _want(device, dtype, [("conv1d.fused", shape) for shape, _ in convs], rows_log2, "Jasper's inference")
+    return _faster([("conv1d.fused", *conv) for conv in convs], device, dtype, rows_log2)
+
+
+def _faster(calls: list[tuple[str, tuple[int, ...], int]], device, dtype, rows_log2: int | None) -> str:
+    """The face on which `calls`, (op, shape, how often), take the least time, measured or estimated."""
+    rows = None if rows_log2 is None else 1 << rows_log2
+    measured = tables.times(calls, device, dtype, rows)
+    if measured:
+        return min(sorted(measured), key=measured.__getitem__)
+    return rules.fastest(calls, device, dtype, rows)
+
+
+def _want(device, dtype, ops: list[tuple[str, tuple[int, ...]]], rows_log2: int, what: str) -> None:
+    """`ops`, (op, shape), are about to be chosen for by "auto" on a GPU."""
+    tuned.want(device, [Cell(op, tables.DTYPES[dtype], *shape, rows_log2) for op, shape in ops], what)
+
+
+def _catch_up(backend: str, device: torch.device | str) -> None:
+    if backend == "auto" and torch.device(device).type == "cuda" and not torch.compiler.is_compiling():
+        tuned.catch_up(torch.device(device))
 
 
 @torch.compiler.assume_constant_result
@@ -192,8 +236,19 @@ _warned: set[tuple[str, str, torch.device, torch.dtype]] = set()
 
 def forget() -> None:
     """Drops every choice made so far: after a verdict or a table has changed."""
-    for cached in (_resolve, _norm_face, _conv_face, _pane_form, fused_face):
+    _drop()
+    for cached in (_resolve, _pane_form, fused_faces):
         cached.cache_clear()
     _warned.clear()
     verdicts.forget()
     tables.forget()
+    tuned.forget()
+
+
+def _drop() -> None:
+    """Drops the choices that rows of tables decide."""
+    for cached in (_norm_face, _conv_face, _fused_face):
+        cached.cache_clear()
+
+
+tuned.changed.append(_drop)

@@ -227,7 +227,8 @@ def good_moment(device: torch.device) -> bool:
         return False
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         return False
-    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)  # None: a PyTorch without CUDA
+    return capturing is None or not torch.cuda.is_available() or not capturing()
 
 
 def want(device: torch.device, cells: Iterable[Cell], what: str) -> None:

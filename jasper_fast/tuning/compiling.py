@@ -6,11 +6,10 @@ its cache on disk, where the process that measures finds them. The workers need 
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from jasper_fast.tuning.faces import Proposal
 from jasper_fast.tuning.held import NORM_FUNCTIONS, is_decoder
 
 META = torch.device("meta")
+SILENCE = 60.0  # seconds in which no worker ends a kernel: they are given up
 Facts = dict[str, int]
 
 
@@ -86,12 +86,17 @@ def _call(cell: Cell) -> None:
         getattr(conv, cell.op.removeprefix("conv1d."))(x, weight, how, lengths, clean=True)
 
 
-def build(job: Job, place: int) -> Facts:
-    """In a worker: compiles the launch of a job at `place`; its registers, shared and spilled bytes."""
+def build(what: tuple[str, Job, int]) -> tuple[str, Facts | str]:
+    """In a worker: compiles the launch of a job at a place. Returns its digest, and its registers, shared and spilled
+    bytes, or why it does not compile."""
     from jasper_fast.kernels import aot
 
-    built = aot.compile_for(aot.source(launches(job)[place], job.arch), job.arch)
-    return {"registers": built.registers, "shared": built.shared, "spilled": built.spilled}
+    digest, job, place = what
+    try:
+        built = aot.compile_for(aot.source(launches(job)[place], job.arch), job.arch)
+    except Exception as error:  # whatever a compiler raises
+        return digest, (str(error).splitlines() or [type(error).__name__])[0]
+    return digest, {"registers": built.registers, "shared": built.shared, "spilled": built.spilled}
 
 
 class Unbuilt(RuntimeError):
@@ -116,17 +121,13 @@ def ahead(
         for place, digest in enumerate(of_job):
             kinds.setdefault(digest, (job, place))
     built: dict[str, Facts | Unbuilt] = {}
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(min(workers(), len(kinds) or 1), mp_context=context)
-    try:
-        pending = {pool.submit(build, *what): digest for digest, what in kinds.items()}
-        for future, digest in _as_completed(pending, left):
-            error = future.exception()
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            built[digest] = future.result() if error is None else Unbuilt(why)
-            told(len(built), len(kinds))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    with multiprocessing.get_context("spawn").Pool(min(workers(), len(kinds) or 1)) as pool:  # ended at the end
+        results = pool.imap_unordered(build, [(digest, *what) for digest, what in kinds.items()])
+        with contextlib.suppress(multiprocessing.TimeoutError):  # out of time, or a compiler took a worker with it
+            while len(built) < len(kinds):
+                digest, found = results.next(timeout=max(0.1, min(left(), SILENCE)))
+                built[digest] = Unbuilt(found) if isinstance(found, str) else found
+                told(len(built), len(kinds))
     whole = {key: [built[d] for d in of] for key, of in digests.items() if all(d in built for d in of)}
     return {key: _together(of) for key, of in whole.items()}
 
@@ -134,9 +135,3 @@ def ahead(
 def _together(of: list[Facts | Unbuilt]) -> Facts | Unbuilt:
     failed = next((facts for facts in of if isinstance(facts, Unbuilt)), None)
     return failed or {name: max(facts[name] for facts in of) for name in ("registers", "shared", "spilled")}
-
-
-def _as_completed(pending: dict, left: Callable[[], float]) -> Iterator[tuple[concurrent.futures.Future, str]]:
-    with contextlib.suppress(TimeoutError):
-        for future in concurrent.futures.as_completed(pending, timeout=max(0.1, left())):
-            yield future, pending[future]
