@@ -169,8 +169,8 @@ def test_the_first_launch_reads_the_usual_features_as_they_are(device, launched)
 
 
 def test_the_steps_through_the_library_are_at_most_four_kernels_each():
-    """A conv without its bias, which ATen adds by a kernel of its own; the panes' product; the bias; a clamp. There were
-    seven to ten: bias, product and sum, ReLU, the mask in four, a copy."""
+    """A conv without its bias, which ATen adds by a kernel of its own; the panes' product; the bias; a clamp. There
+    were seven to ten: bias, product and sum, ReLU, the mask in four, a copy."""
     _, ours = pair(config(), "reference")
     engine = InferenceEngine(ours, graphs=False)
     assert type(engine._run).__name__ == "Stepwise"

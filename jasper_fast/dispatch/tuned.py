@@ -153,7 +153,6 @@ def tune(
     *,
     on_cell: Callable[[Session, str], None] = lambda session, doing: None,
     argv: Sequence[str] | None = None,
-    talk: Callable[..., children.Ended] = children.talk,
     clock: Callable[[], float] = time.monotonic,
 ) -> Session:
     """Measures `cells` in a process of its own for at most `budget` seconds; what each gives is kept at once.
@@ -186,7 +185,7 @@ def tune(
             return kind == "end"
 
         wanted = {"device": str(device), "cells": todo, "budget": left, "without": _faults(device)}
-        ended = talk(argv or command(), wanted, hear, min(CONTENDER, left + GRACE))
+        ended = children.talk(argv or command(), wanted, hear, min(CONTENDER, left + GRACE))
         if ended.told or clock() >= end:
             session.out_of_time = len(session.done) < len(session.cells)
             return session

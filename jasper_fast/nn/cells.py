@@ -13,6 +13,8 @@ from jasper_fast.nn.config import JasperConfig
 
 MODES = ("training", "evaluation", "inference")  # the last is an InferenceEngine's
 
+PRODUCTS_OF_NORM = 2400  # multiply-adds that take as long as eight bytes: what a norm moves of an element, both ways
+
 
 class Conv(NamedTuple):
     """A conv of the network: `shape` (c_in, c_out, taps, stride, dilation), frames of its output; `place`: "first" of
@@ -59,12 +61,13 @@ def cells(config: JasperConfig, n: int, t: int, dtype: torch.dtype, mode: str) -
     work: dict[Cell, float] = {}
     for conv in convs(config, t):
         rows_log2 = tables.bucket(n * conv.frames)
-        named = [(op, conv.shape) for op in _ops(conv, mode)]
+        named = [(op, conv.shape, conv.products) for op in _ops(conv, mode)]
         if mode == "training" and conv.place != "decoder":
-            named += [(op, tuple(tables.shape_of_norm(conv.shape[1]).values())) for op in tables.NORM_OPS]
-        for op, shape in named:
+            c = conv.shape[1]
+            named += [(op, tuple(tables.shape_of_norm(c).values()), c * PRODUCTS_OF_NORM) for op in tables.NORM_OPS]
+        for op, shape, products in named:
             cell = Cell(op, tables.DTYPES[dtype], *shape, rows_log2)
-            work[cell] = work.get(cell, 0.0) + conv.products
+            work[cell] = work.get(cell, 0.0) + products
     return sorted(work, key=lambda cell: (-work[cell], cell))
 
 
