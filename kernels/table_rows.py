@@ -56,7 +56,7 @@ class Cell(NamedTuple):
     @property
     def batch(self) -> tuple[int, int]:
         """Utterances and frames T' on which it is timed: three quarters of its power of two, of 800 frames or more."""
-        rows = max(1, 3 << self.rows_log2 >> 2)
+        rows = max(3 << self.rows_log2 >> 2, (1 << self.rows_log2 >> 1) + 1)
         n = max(1, rows // 800)
         return n, rows // n
 

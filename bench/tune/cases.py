@@ -1,180 +1,54 @@
-"""What `python -m bench tune` tunes: the network's distinct layers by their share of its work, and the case of each."""
+"""What `python -m bench tune` tunes: the cells of Jasper 10x5 at the batches that a table is to answer for."""
 
-import functools
 from typing import NamedTuple
 
 import torch
 
-from jasper_fast.bench.cases import bn_relu_dropout, common, counts, models
-from jasper_fast.bench.harness.case import Case
-from jasper_fast.bench.harness.run import Run
-from jasper_fast.bench.tune.builders import (
-    Held,
-    Trial,
-    TunedContender,
-    builder,
-    library_builder,
-    tile_builder,
-    with_tile,
-)
-from jasper_fast.dispatch import backends
+from jasper_fast.bench.cases import counts, models
 from jasper_fast.kernels import tables
-from jasper_fast.selfcheck import checks
+from jasper_fast.kernels.tables import Cell
+from jasper_fast.nn import cells
 
 CONV_OPS = ("forward", "forward_stats", "dgrad", "dgrad_bn", "wgrad", "fused")
 OPS = (*CONV_OPS, *tables.NORM_OPS)
-# what a training step calls of bn_relu_dropout, as a function of the checks: statistics and forward; reduce and apply
-NORM_FUNCTIONS = dict(zip(tables.NORM_OPS, ("stats_forward", "backward"), strict=True))
-# N and T' by bucket, 16.7 s being 840 frames behind the prologue, 2 s 104: the training batches, and inference at N = 1
-TRAINING = ((32, 840), (16, 840), (8, 840))
-INFERENCE = ((1, 104), (1, 840), (1, 352), (4, 840), (16, 840))
-STAND_IN = ((2, 14),)
-LIBRARY = "aten"  # cuDNN on a GPU
 
 
-class Layer(NamedTuple):
-    """A distinct conv of the network, or a width of its norms; `share`: of the network's arithmetic, or of a training
-    step's bytes, all its copies together."""
+class Batch(NamedTuple):
+    """Utterances, frames of features, and what is done with them."""
 
-    c_in: int
-    c_out: int
-    taps: int
-    stride: int
-    dilation: int
-    kind: str
-    share: float
+    n: int
+    t: int
+    mode: str
 
 
-def layers(device: torch.device) -> list[Layer]:
-    """Distinct convs of Jasper 10x5 by their share of its arithmetic; two tiny ones for the stand-in."""
+# 16.7 s are 1670 frames; a power of two of rows serves its neighbours too (`tables.NEAR`)
+BATCHES = (
+    Batch(32, 1670, "training"), Batch(1, 200, "inference"), Batch(1, 1670, "inference"), Batch(8, 1670, "training"),
+    Batch(1, 700, "inference"), Batch(4, 1670, "inference"), Batch(16, 1670, "inference"),
+    Batch(32, 1670, "evaluation"),
+)  # fmt: skip
+# tiny ones, for Triton's interpreter
+STAND_IN = [(f"conv1d.{op}", (16, 24, 3, 1, 1)) for op in CONV_OPS]
+STAND_IN += [("conv1d.fused", (24, 13, 1, 1, 1)), *((op, (24, 24, 1, 1, 1)) for op in tables.NORM_OPS)]
+
+
+def plan(device: torch.device, dtype: torch.dtype, ops: tuple[str, ...] = OPS) -> list[Cell]:
+    """The cells by value: batch after batch, in each those with the most work first."""
+    wanted = {op if op in tables.NORM_OPS else f"conv1d.{op}" for op in ops}
     if device.type == "cpu":
-        return [Layer(16, 24, 3, 1, 1, "main", 0.8), Layer(24, 12, 1, 1, 1, "decoder", 0.2)]
-    cfg = models.config("jasper10x5")
-    flops: dict[tuple, float] = {}
-    kinds: dict[tuple, str] = {}
-    total = 0.0
-    for conv in counts.convs(cfg, 1, 840):
-        stride = dilation = 1
-        kind = "decoder"
-        if conv.name.startswith("encoder"):
-            block = cfg.encoder.blocks[int(conv.name.split(".")[2])]
-            kind = "pane" if ".res." in conv.name else "main" if block.s == 1 else "prologue"
-            if kind != "pane":
-                stride, dilation = block.s, block.d
-        key = (conv.C_in, conv.C_out, conv.K, stride, dilation)
-        flops[key] = flops.get(key, 0.0) + conv.flops
-        kinds[key] = kinds.get(key, kind) if kinds.get(key) != "pane" else kind  # a main conv may have a pane's shape
-        total += conv.flops
-    return [Layer(*key, kinds[key], flops[key] / total) for key in sorted(flops, key=lambda k: -flops[k])]
-
-
-def norms(device: torch.device) -> list[Layer]:
-    """The widths of Jasper 10x5's bn_relu_dropout by their share of the bytes that a training step moves.
-
-    They are bound by memory as the convs are by arithmetic, so their work is bytes. Forward and backward have one share
-    between them: dispatch asks for both together, and one row without the other chooses nothing.
-    """
-    if device.type == "cpu":
-        return [Layer(24, 24, 1, 1, 1, "norm", 0.1)]
-    cfg, size = models.config("jasper10x5"), 2
-    n, frames = TRAINING[0]
-    frames *= 2  # the prologue halves them
-    moved: dict[int, int] = {}
-    for conv in counts.convs(cfg, n, frames):
-        if conv.batch_norm and ".res." not in conv.name:  # a pane's norm is another op
-            nbytes = counts.bn_relu_dropout_bytes(n, conv.C_out, conv.T_out, size, "both")
-            moved[conv.C_out] = moved.get(conv.C_out, 0) + nbytes
-    total = counts.training_bytes(cfg, n, frames, size)
-    return [Layer(c, c, 1, 1, 1, "norm", moved[c] / total) for c in sorted(moved, key=lambda c: -moved[c])]
-
-
-def plan(device: torch.device, ops: tuple[str, ...]) -> list[tuple[str, Layer, tuple[int, int]]]:
-    """(op, layer, (N, T')) by value: the layer's share, halved from one batch to the next."""
-    found = []
-    for layer in layers(device) + norms(device):
-        for op in ops:
-            if op not in used(layer.kind):
-                continue
-            batches = STAND_IN if device.type == "cpu" else INFERENCE if op == "fused" else TRAINING
-            found += [(layer.share * 0.5**rank, op, layer, batch) for rank, batch in enumerate(batches)]
-    return [(op, layer, batch) for _, op, layer, batch in sorted(found, key=lambda item: -item[0])]
-
-
-def used(kind: str) -> tuple[str, ...]:
-    """The ops that a layer of this kind is called with."""
-    return {
-        "main": CONV_OPS,
-        "prologue": ("forward", "forward_stats", "wgrad", "fused"),  # the features need no gradient
-        "decoder": ("forward", "dgrad", "wgrad", "fused"),
-        "pane": ("forward", "dgrad", "wgrad"),  # at inference a part of the conv that they are added to
-        "norm": tables.NORM_OPS,  # at inference a part of the conv before them
-    }[kind]
-
-
-def make_case(run: Run, op: str, layer: Layer, batch: tuple[int, int], trial: Trial) -> Case:
-    """One op of one layer at one batch, and its contenders."""
-    n, frames = batch
-    size, dtype = run.dtype.itemsize, tables.DTYPES[run.dtype]
-    if layer.kind == "norm":
-        # lengths, dropout and the halo of a conv, as a Jasper's blocks call it
-        shape, variant = checks.Norm(n, layer.c_in, frames), "halo"
-        check = checks.Check("bn_relu_dropout", "triton", NORM_FUNCTIONS[op], "candidate", shape, dtype, variant)
-        mode = op.removeprefix("bn_relu_dropout.")
-        flops = counts.bn_relu_dropout_flops(*shape, mode)
-        nbytes = counts.bn_relu_dropout_bytes(*shape, size, mode)
-        name, contenders_of, rows = op, faces, n * frames
+        found = [Cell(op, tables.DTYPES[dtype], *shape, 5) for op, shape in STAND_IN]
     else:
-        shape = checks.Conv(n, frames * layer.stride, layer.c_in, layer.c_out, layer.taps, layer.stride, layer.dilation)
-        variant = ""
-        if op == "fused":
-            variant = "log-softmax" if layer.kind == "decoder" else "splits"
-        family = "conv1d.fused" if op == "fused" else "conv1d"
-        check = checks.Check(family, "triton", op, "candidate", shape, dtype, variant)
-        conv = counts.Conv("", n, layer.c_in, layer.c_out, layer.taps, shape.t, shape.t_out)
-        flops, nbytes = conv.flops, conv.nbytes(size)
-        name, contenders_of, rows = f"conv1d.{op}", tiles, n * shape.t_out
-    held = Held(check, run.device)
-    row = {"op": name, "dtype": dtype, **{k: getattr(layer, k) for k in tables.SHAPE}, "rows_log2": tables.bucket(rows)}
-    contenders = contenders_of(run, held, row, trial)
-    return Case(
-        "tune",
-        {"op": op, "shape": str(shape), "dtype": dtype},
-        contenders,
-        refill=held.refill,
-        reference=lambda: held.case.reference(),
-        low=lambda: held.case.low(),
-        tolerance=bn_relu_dropout.TOLERANCE if layer.kind == "norm" else common.tolerance(run),
-        ours=contenders[0].name,
-        flops=flops,
-        nbytes=nbytes,
-    )
+        config = models.config("jasper10x5")
+        found = [cell for n, t, mode in BATCHES for cell in cells.cells(config, n, t, dtype, mode)]
+    return [cell for cell in dict.fromkeys(found) if cell.op in wanted]
 
 
-def tiles(run: Run, held: Held, row: dict, trial: Trial) -> list[TunedContender]:
-    """The contenders of a conv: the candidate tiles and ATen."""
-    from jasper_fast.kernels.conv1d import triton_tiles
-
-    shape, op = held.check.shape, held.check.function
-    wanted = triton_tiles.Shape(*(row[k] for k in tables.SHAPE), shape.n * shape.t_out)
-    proposed = triton_tiles.candidates(op, run.dtype, wanted, shape.t_out)
-    made = []
-    for candidate in proposed[:2] if run.device.type == "cpu" else proposed:
-        tile = candidate._asdict()
-        of_tile = row | {"face": "triton", "algorithm": "direct", "tile": tile}
-        name = tables.Row(**of_tile, time_s=1.0).label()
-        call = functools.partial(with_tile, held, tile)
-        made.append(TunedContender(name, tile_builder(run, held, tile, call, name, trial), of_tile, call, held))
-    library = row | {"face": LIBRARY, "algorithm": "library", "tile": None}
-    return [*made, TunedContender(LIBRARY, library_builder(run, held), library)]
-
-
-def faces(run: Run, held: Held, row: dict, trial: Trial) -> list[TunedContender]:
-    """The contenders of bn_relu_dropout: its faces, the CUDA one where it runs."""
-    made = []
-    for face in ("triton", "cuda", "reference"):
-        if backends.why_missing(face, run.device.type) is None:
-            algorithm = "library" if face == "reference" else "direct"
-            call = functools.partial(held.call, face)
-            of_face = row | {"face": face, "algorithm": algorithm, "tile": None}
-            made.append(TunedContender(face, builder(run, held, call, face, trial), of_face, call, held))
-    return made
+def work(cell: Cell) -> tuple[float, float]:
+    """Operations and bytes of a cell's op on the batch that it is timed on."""
+    (n, frames), size = cell.batch, 4 if cell.dtype == "float32" else 2
+    if cell.op in tables.NORM_OPS:
+        mode = cell.op.removeprefix("bn_relu_dropout.")
+        shape = n, cell.c_in, frames
+        return counts.bn_relu_dropout_flops(*shape, mode), counts.bn_relu_dropout_bytes(*shape, size, mode)
+    conv = counts.Conv("", n, cell.c_in, cell.c_out, cell.taps, frames * cell.stride, frames)
+    return conv.flops, conv.nbytes(size)

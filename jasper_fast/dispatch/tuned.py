@@ -152,10 +152,12 @@ def tune(
     budget: float,
     *,
     on_cell: Callable[[Session, str], None] = lambda session, doing: None,
-    argv: Sequence[str] | None = None,
+    keeps: bool = True,
+    seconds: float | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Session:
-    """Measures `cells` in a process of its own for at most `budget` seconds; what each gives is kept at once.
+    """Measures `cells` in a process of its own for at most `budget` seconds; what each gives is kept at once, but where
+    `keeps` is False. `seconds`: to time a cell in (None: the tuner's own).
 
     A contender that ends the process, or hangs, is remembered and not tried again, and another process goes on.
     `on_cell(session, what is being done)` is called as things happen. Raises CannotTune where no process comes to its
@@ -177,15 +179,16 @@ def tune(
                 on_cell(session, value[1])
             elif kind == "found":
                 cell, current = Cell(*value["cell"]), None
-                keep(device, [Row(**row) for row in value["rows"]])
+                if keeps:
+                    keep(device, [Row(**row) for row in value["rows"]])
                 session.done[cell] = value
                 on_cell(session, "")
             elif kind == "doing":
                 on_cell(session, value)
             return kind == "end"
 
-        wanted = {"device": str(device), "cells": todo, "budget": left, "without": _faults(device)}
-        ended = children.talk(argv or command(), wanted, hear, min(CONTENDER, left + GRACE))
+        wanted = {"device": str(device), "cells": todo, "budget": left, "without": _faults(device), "seconds": seconds}
+        ended = children.talk(command(), wanted, hear, min(CONTENDER, left + GRACE))
         if ended.told or clock() >= end:
             session.out_of_time = len(session.done) < len(session.cells)
             return session
@@ -235,7 +238,7 @@ def want(device: torch.device, cells: Iterable[Cell], what: str) -> None:
     next good moment. `what`: whose they are, in words ("Jasper")."""
     if not enabled():
         return
-    device = _indexed(device)
+    device = indexed(device)
     new = {c: what for c in cells if (device, c) not in _asked and not tables.covered(device, c)}
     _waiting.setdefault(device, {}).update(new)
     catch_up(device)
@@ -243,17 +246,18 @@ def want(device: torch.device, cells: Iterable[Cell], what: str) -> None:
 
 def catch_up(device: torch.device) -> None:
     """Tunes what is waiting, if this is a good moment."""
-    device = _indexed(device)
+    device = indexed(device)
     if _waiting.get(device) and enabled() and good_moment(device):
         _first_use(device, _waiting.pop(device))
 
 
 def waiting(device: torch.device) -> int:
     """Cells that are to be tuned at the next good moment."""
-    return len(_waiting.get(_indexed(device), ()))
+    return len(_waiting.get(indexed(device), ()))
 
 
-def _indexed(device: torch.device) -> torch.device:
+def indexed(device: torch.device) -> torch.device:
+    """`device` with the index of the current one where it names none."""
     if device.index is None and device.type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return device

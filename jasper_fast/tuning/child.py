@@ -20,8 +20,8 @@ def child(source: IO[str] = sys.stdin, tell: Callable[[str, Any], object] = chil
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # the library gets its best too
-    # no order of operations is asked for that a user would not get
-    work.Tuner(device, tell, budget=wanted["budget"], without=wanted["without"]).run(wanted["cells"])
+    how = {name: wanted[name] for name in ("budget", "without", "seconds") if wanted.get(name) is not None}
+    work.Tuner(device, tell, **how).run(wanted["cells"])
     return 0
 
 

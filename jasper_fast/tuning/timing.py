@@ -12,6 +12,7 @@ import torch
 SAMPLE = 2e-3  # seconds of a sample on a GPU: events tell half a microsecond
 MOST = 100  # calls of a sample
 ROUNDS = 7
+SECONDS = 1.5  # of all contenders of a cell together
 SLOW = 1.3  # times the fastest of the first round: not timed further
 
 
@@ -73,11 +74,16 @@ def clock(device: torch.device) -> Clock:
 
 
 def fastest_first(
-    runs: Mapping[str, Callable[[], object]], ticker: Clock, begin: Callable[[str], object] = lambda name: None
-) -> dict[str, float]:
-    """Seconds of one call of each of `runs`, which `ticker` prepared, by name, the fastest first: medians of ROUNDS
-    in turns; what is SLOW times behind after the first round keeps that one's time. `begin(name)` is called before the
-    first of each."""
+    runs: Mapping[str, Callable[[], object]],
+    ticker: Clock,
+    begin: Callable[[str], object] = lambda name: None,
+    seconds: float = SECONDS,
+) -> dict[str, list[float]]:
+    """Samples, seconds of one call, of each of `runs`, which `ticker` prepared, those with the least median first.
+
+    There are ROUNDS of them in turns, or three, where those took `seconds`; what is SLOW times behind after the first
+    round keeps that one's sample. `begin(name)` is called before the first of each.
+    """
     first = {}
     for name, run in runs.items():
         begin(name)
@@ -89,5 +95,6 @@ def fastest_first(
     for turn in range(ROUNDS - 1):
         for name in near if turn % 2 else near[::-1]:  # A B, B A: no one always runs on another's caches
             samples[name].append(ticker.seconds(runs[name], inner[name]) / inner[name])
-    times = {name: statistics.median(of) for name, of in samples.items()}
-    return dict(sorted(times.items(), key=lambda item: item[1]))
+        if turn and sum(inner[name] * sum(of) for name, of in samples.items()) > seconds:
+            break
+    return dict(sorted(samples.items(), key=lambda item: statistics.median(item[1])))

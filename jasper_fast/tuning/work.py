@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -25,8 +26,9 @@ class Lost(RuntimeError):
 
 
 class Tuner:
-    """Tunes cells on one device. `without`: contenders by cell that ended an earlier process. `clock` says how much
-    time is left, `ticker` how long a call takes, and `proposals` who contends: tests have others."""
+    """Tunes cells on one device. `without`: contenders by cell that ended an earlier process; `seconds`: to time a cell
+    in. `clock` says how much time is left, `ticker` how long a call takes, and `proposals` who contends: tests have
+    others."""
 
     def __init__(
         self,
@@ -34,12 +36,13 @@ class Tuner:
         tell: Tell,
         *,
         budget: float,
+        seconds: float = timing.SECONDS,
         without: dict[str, list[str]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         ticker: timing.Clock | None = None,
         proposals: Callable[[Cell, torch.device], Iterable[Proposal]] = faces.proposals,
     ) -> None:
-        self.device, self._tell, self._without = device, tell, without or {}
+        self.device, self._tell, self._without, self._seconds = device, tell, without or {}, seconds
         self._clock, self._end = clock, clock() + budget
         self._ticker, self._proposals = ticker or timing.clock(device), proposals
         self._facts: dict[tuple[Cell, str], Any] = {}
@@ -88,17 +91,15 @@ class Tuner:
                 if why:
                     refused[name] = why
             begin = lambda name: self._tell("begin", [cell, name])  # noqa: E731
-            times = timing.fastest_first(runs, self._ticker, begin) if runs else {}
+            samples = timing.fastest_first(runs, self._ticker, begin, self._seconds) if runs else {}
             runs.clear()
             held.free()
-        best: dict[str, str] = {}  # of each face its fastest
-        for name in times:
-            best.setdefault(contenders[name].face, name)
-        rows = []
-        for name in best.values():
+        timed, best = {}, {}
+        for name, of in samples.items():
             facts = self._facts.get((cell, name), {})
-            rows.append(contenders[name].row(cell, times[name], facts).plain())
-        return {"rows": rows, "refused": refused, "times": times}
+            timed[name] = contenders[name].row(cell, statistics.median(of), facts).plain()
+            best.setdefault(contenders[name].face, timed[name])  # of each face its fastest
+        return {"rows": list(best.values()), "refused": refused, "timed": timed, "samples": samples}
 
     def _refusal(self, cell: Cell, proposal: Proposal) -> str:
         """Why a contender is not timed; empty where it is right."""
