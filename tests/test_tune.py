@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from conftest import interpreted
 from standins import spied, verdicts_of_its_own, wrap  # noqa: F401
 
+from jasper_fast.bench.cases import cells as tune_cases
 from jasper_fast.bench.cli import main
 from jasper_fast.bench.harness import machine
-from jasper_fast.bench.tune import cases as tune_cases
 from jasper_fast.dispatch import backends, children, tuned
 from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import mask

@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
+from jasper_fast.bench.cases.cells import work
 from jasper_fast.bench.harness.console import console
 from jasper_fast.bench.harness.ratios import summary as summary_of
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.report import terminal, words
-from jasper_fast.bench.tune.cases import work
 from jasper_fast.kernels import tables
 from jasper_fast.kernels.tables import Cell
 
