@@ -7,13 +7,15 @@ import os
 import random
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import interpreted
 from standins import GPU, TILES, Died, imaginary_gpus_table, tuning_on_an_imaginary_gpu, verdicts_of_its_own, wrap  # noqa: F401
 
-from jasper_fast import Jasper, JasperConfig
+from jasper_fast import InferenceEngine, Jasper, JasperConfig
+from jasper_fast.cli.command import main
 from jasper_fast.dispatch import backends, children, choose, tuned
 from jasper_fast.kernels import tables
 from jasper_fast.kernels.tables import Cell
@@ -340,6 +342,20 @@ def test_a_model_is_tuned_at_its_first_forward_all_at_once(tuning, monkeypatch, 
         assert len(tuning.sessions) == 2
 
 
+@pytest.mark.parametrize("tune", [True, False])
+def test_an_engine_takes_the_faster_face_for_each_batch(tuning, tune):
+    """Measured at the first call of a kind, all convs at once."""
+    engine = InferenceEngine(Jasper(small(), tune=tune).eval(), graphs=False)
+    ours, library = engine._run, SimpleNamespace()
+    engine._runs, engine._device, engine._dtype = {"triton": ours, "aten": library}, GPU, torch.float16
+    tuning.seconds[FAST] = 1e-3
+    assert engine._chosen(1, 100) is ours
+    tuning.seconds |= {FAST: 1e-2, SLOW: 1e-2}
+    assert engine._chosen(64, 1000) is (library if tune else ours)
+    assert engine._chosen(1, 110) is engine._chosen(1, 100) is ours
+    assert tuning.sessions == ([4, 4] if tune else [])
+
+
 def test_the_cells_of_a_model_are_what_its_step_calls():
     found = cells(small(), 4, 100, torch.float16, "training")
     first, opening, inner = (8, 16, 5, 2, 1), (16, 24, 5, 1, 1), (24, 24, 5, 1, 1)
@@ -354,6 +370,52 @@ def test_the_cells_of_a_model_are_what_its_step_calls():
     fused = cells(small(), 1, 100, torch.float16, "inference")
     assert {tuple(cell[2:7]) for cell in fused} == {conv.shape for conv in convs(small())}
     assert cells(small(), 1, 100, torch.float64, "training") == []
+
+
+# ---- the command ----
+
+
+def command_line(tmp_path, *more: str) -> list[str]:
+    import yaml
+
+    path = tmp_path / "model.yaml"
+    path.write_text(yaml.safe_dump(small().to_dict()))
+    return ["tune", "--device", "cuda:0", "--model", str(path), *more]
+
+
+def test_the_command_tunes_a_model_ahead_and_goes_on(tuning, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tuned.time, "monotonic", lambda: tuning.now)
+    argv = command_line(tmp_path, "--batches", "4:1", "1:0.5")
+    wanted = {cell for n, t in ((4, 100), (1, 50)) for mode in ("training", "inference")
+              for cell in cells(small(), n, t, torch.float16, mode)}  # fmt: skip
+    assert main([*argv, "--budget", "20"]) == 4
+    said = capsys.readouterr().out
+    done = len(kept())
+    assert 0 < done < len(wanted) and f"{len(wanted) - done} are left" in said and str(tuned.path(GPU)) in said
+    tables.forget()
+    assert main(argv) == 0
+    tables.forget()
+    assert all(tables.covered(GPU, cell) for cell in wanted) and set(kept()) <= wanted
+    assert main(argv) == 0 and "0 of them to measure" in capsys.readouterr().out
+    assert main([*argv, "--dtype", "bf16", "--for", "inference"]) == 0
+    assert {cell.op for cell in kept() if cell.dtype == "bfloat16"} == {"conv1d.fused"}
+
+
+@pytest.mark.parametrize(("more", "told"), [
+    (["--device", "cpu"], "tune needs a CUDA GPU"), (["--model", "no.yaml"], "no.yaml: no such configuration"),
+])  # fmt: skip
+def test_what_the_command_cannot_do_is_one_line(tuning, tmp_path, capsys, more, told):
+    assert main(command_line(tmp_path, *more)) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_the_self_check_checks_what_was_tuned(tuning, monkeypatch):
+    from jasper_fast.selfcheck import checks
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Imaginary 9000")
+    tuned.tune(GPU, CELLS[:1], 100.0, clock=lambda: tuning.now)
+    (check,) = checks._measured("conv1d", "forward", FP16, False, GPU)
+    assert check.tile == TILES[1] and check.shape.c_in == 256
 
 
 # ---- the tuner itself, in Triton's interpreter ----

@@ -126,11 +126,12 @@ def _there() -> bool:
     return torch.cuda.is_available()
 
 
-def _rows_of(index: int) -> Sequence[Row]:
+def rows(index: int) -> Sequence[Row]:
+    """What was tuned for the CUDA device `index`, as tables lay it over their files."""
     return read(torch.device("cuda", index)) if _there() else ()
 
 
-tables.lay_over(_rows_of)
+tables.lay_over(rows)
 
 
 # ------------------------------------------------------------------------------------------------------- a tuning
