@@ -80,9 +80,12 @@ class Tuning:
     happen: Callable[[str], None] = lambda what: None
     now: float = 0.0
 
-    def prepare(self, call: str) -> str:
-        """As `timing.Clock`."""
+    def warm(self, call: str) -> None:
+        """As `timing.Clock.warm`."""
         self.now += 1.0
+
+    def prepare(self, call: str) -> str:
+        """As `timing.Clock.prepare`."""
         return call
 
     def seconds_of(self, call: str, times: int) -> float:
@@ -110,7 +113,7 @@ class Tuning:
             told = hear(kind, json.loads(json.dumps(value)))
             self.happen(f"after {kind}")
 
-        ticker = SimpleNamespace(prepare=self.prepare, seconds=self.seconds_of)
+        ticker = SimpleNamespace(warm=self.warm, prepare=self.prepare, seconds=self.seconds_of)
         more = {"without": wanted["without"], "clock": lambda: self.now, "ticker": ticker, "proposals": self.proposals}
         try:
             work.Tuner(GPU, tell, budget=wanted["budget"], **more).run(wanted["cells"])

@@ -67,12 +67,11 @@ def test_a_wrong_contender_is_refused_however_fast(tuning):
 
 
 def test_a_contender_that_does_not_run_is_refused(tuning, monkeypatch):
-    def prepare(call):
+    def warm(call):
         if call == FAST:
             raise RuntimeError("out of resource: shared memory\nmore")
-        return call
 
-    monkeypatch.setattr(tuning, "prepare", prepare)
+    monkeypatch.setattr(tuning, "warm", warm)
     session = tuned.tune(GPU, CELLS[:1], 100.0, clock=lambda: tuning.now)
     assert session.done[CELLS[0]]["refused"] == {FAST: "RuntimeError: out of resource: shared memory"}
     assert kept()[CELLS[0]]["triton"] == 2e-3
@@ -80,13 +79,12 @@ def test_a_contender_that_does_not_run_is_refused(tuning, monkeypatch):
 
 @pytest.mark.parametrize("code", [77, -signal.SIGSEGV])
 def test_a_contender_that_ends_its_process_is_remembered_and_the_others_go_on(tuning, monkeypatch, code):
-    def prepare(call):
+    def warm(call):
         if call == FAST:
             raise Died(code)
-        return call
 
     monkeypatch.setattr(work, "in_a_line", lambda error: (_ for _ in ()).throw(error))
-    monkeypatch.setattr(tuning, "prepare", prepare)
+    monkeypatch.setattr(tuning, "warm", warm)
     session = tuned.tune(GPU, CELLS[:2], 100.0, clock=lambda: tuning.now)
     assert set(session.done) == set(CELLS[:2]) and tuning.sessions == [2, 2, 1]
     assert kept() == {cell: {"triton": 2e-3, "aten": 1.5e-3} for cell in CELLS[:2]}
@@ -95,11 +93,11 @@ def test_a_contender_that_ends_its_process_is_remembered_and_the_others_go_on(tu
 
 
 def test_what_is_killed_from_outside_blames_nobody(tuning, monkeypatch):
-    def prepare(call):
+    def warm(call):
         raise Died(-signal.SIGKILL)
 
     monkeypatch.setattr(work, "in_a_line", lambda error: (_ for _ in ()).throw(error))
-    monkeypatch.setattr(tuning, "prepare", prepare)
+    monkeypatch.setattr(tuning, "warm", warm)
     with pytest.raises(tuned.CannotTune, match="a kernel's last word"):
         tuned.tune(GPU, CELLS[:1], 100.0, clock=lambda: tuning.now)
     assert tuned._faults(GPU) == {} and kept() == {}

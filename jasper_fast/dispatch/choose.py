@@ -182,7 +182,7 @@ def _want(device, dtype, ops: list[tuple[str, tuple[int, ...]]], rows_log2: int,
 
 
 def _catch_up(backend: str, device: torch.device | str) -> None:
-    if backend == "auto" and torch.device(device).type == "cuda" and not torch.compiler.is_compiling():
+    if backend == "auto":
         tuned.catch_up(torch.device(device))
 
 

@@ -241,12 +241,15 @@ def want(device: torch.device, cells: Iterable[Cell], what: str) -> None:
         return
     device = indexed(device)
     new = {c: what for c in cells if (device, c) not in _asked and not tables.covered(device, c)}
-    _waiting.setdefault(device, {}).update(new)
+    if new:
+        _waiting.setdefault(device, {}).update(new)
     catch_up(device)
 
 
 def catch_up(device: torch.device) -> None:
     """Tunes what is waiting, if this is a good moment."""
+    if not _waiting:  # every call of an op comes by here
+        return
     device = indexed(device)
     if _waiting.get(device) and enabled() and good_moment(device):
         _first_use(device, _waiting.pop(device))
@@ -283,7 +286,7 @@ def _tell_and_tune(device: torch.device, cells: Sequence[Cell], what: str) -> No
     print(f"tuning {what} for {verdicts.key(device)['device']}, once ...", end="", file=sys.stderr, flush=True)
     try:
         session = tune(device, cells, FIRST_USE)
-    except (CannotTune, OSError) as error:
+    except (CannotTune, OSError, tables.TableError) as error:
         told = f" not possible ({error}): it runs as the tables and rules of its kind of GPU say"
     else:
         left = len(cells) - len(session.done)

@@ -24,6 +24,7 @@ from jasper_fast.tuning.held import NORM_FUNCTIONS, is_decoder
 
 META = torch.device("meta")
 SILENCE = 60.0  # seconds in which no worker ends a kernel: they are given up
+FACTS = ("registers", "shared", "spilled")
 Facts = dict[str, int]
 
 
@@ -86,26 +87,22 @@ def _call(cell: Cell) -> None:
         getattr(conv, cell.op.removeprefix("conv1d."))(x, weight, how, lengths, clean=True)
 
 
-def build(what: tuple[str, Job, int]) -> tuple[str, Facts | str]:
+def build(what: tuple[str, Job, int]) -> tuple[str, Facts]:
     """In a worker: compiles the launch of a job at a place. Returns its digest, and its registers, shared and spilled
-    bytes, or why it does not compile."""
+    bytes; nothing of what does not compile, which says why when it is tried."""
     from jasper_fast.kernels import aot
 
     digest, job, place = what
     try:
         built = aot.compile_for(aot.source(launches(job)[place], job.arch), job.arch)
-    except Exception as error:  # whatever a compiler raises
-        return digest, (str(error).splitlines() or [type(error).__name__])[0]
-    return digest, {"registers": built.registers, "shared": built.shared, "spilled": built.spilled}
-
-
-class Unbuilt(RuntimeError):
-    """A contender that does not compile; the message is the compiler's first line."""
+    except Exception:  # the compiler's, or for want of the tool that tells the facts
+        return digest, {}
+    return digest, {name: getattr(built, name) for name in FACTS}
 
 
 def ahead(
     jobs: Iterable[Job], told: Callable[[int, int], None], left: Callable[[], float]
-) -> dict[tuple[Cell, str], Facts | Unbuilt]:
+) -> dict[tuple[Cell, str], Facts]:
     """Compiles `jobs` in parallel processes, as far as `left()` seconds go; launches with one code are compiled once.
 
     Returns, by cell and contender, the most that its kernels use. `told(done, of)` is called as they are compiled. What
@@ -120,18 +117,13 @@ def ahead(
         digests[job.cell, job.proposal.name(job.cell)] = of_job
         for place, digest in enumerate(of_job):
             kinds.setdefault(digest, (job, place))
-    built: dict[str, Facts | Unbuilt] = {}
+    built: dict[str, Facts] = {}
     with multiprocessing.get_context("spawn").Pool(min(workers(), len(kinds) or 1)) as pool:  # ended at the end
         results = pool.imap_unordered(build, [(digest, *what) for digest, what in kinds.items()])
         with contextlib.suppress(multiprocessing.TimeoutError):  # out of time, or a compiler took a worker with it
             while len(built) < len(kinds):
                 digest, found = results.next(timeout=max(0.1, min(left(), SILENCE)))
-                built[digest] = Unbuilt(found) if isinstance(found, str) else found
+                built[digest] = found
                 told(len(built), len(kinds))
-    whole = {key: [built[d] for d in of] for key, of in digests.items() if all(d in built for d in of)}
-    return {key: _together(of) for key, of in whole.items()}
-
-
-def _together(of: list[Facts | Unbuilt]) -> Facts | Unbuilt:
-    failed = next((facts for facts in of if isinstance(facts, Unbuilt)), None)
-    return failed or {name: max(facts[name] for facts in of) for name in ("registers", "shared", "spilled")}
+    whole = {key: [built[d] for d in of] for key, of in digests.items() if all(built.get(d) for d in of)}
+    return {key: {name: max(facts[name] for facts in of) for name in FACTS} for key, of in whole.items()}

@@ -19,8 +19,11 @@ SLOW = 1.3  # times the fastest of the first round: not timed further
 class Clock(Protocol):
     """How calls are timed."""
 
+    def warm(self, call: Callable[[], object]) -> None:
+        """Runs `call` for the first time."""
+
     def prepare(self, call: Callable[[], object]) -> Callable[[], object]:
-        """`call`, warmed up, as it is timed."""
+        """`call` as it is timed."""
 
     def seconds(self, call: Callable[[], object], times: int) -> float:
         """Seconds of `times` calls of what `prepare` gave."""
@@ -29,8 +32,10 @@ class Clock(Protocol):
 class Wall:
     """A CPU's, the stand-in's."""
 
-    def prepare(self, call: Callable[[], object]) -> Callable[[], object]:
+    def warm(self, call: Callable[[], object]) -> None:
         call()
+
+    def prepare(self, call: Callable[[], object]) -> Callable[[], object]:
         return call
 
     def seconds(self, call: Callable[[], object], times: int) -> float:
@@ -45,6 +50,10 @@ class Events:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+
+    def warm(self, call: Callable[[], object]) -> None:
+        call()
+        torch.cuda.synchronize(self._device)
 
     def prepare(self, call: Callable[[], object]) -> Callable[[], object]:
         side, graph = torch.cuda.Stream(self._device), torch.cuda.CUDAGraph()

@@ -45,7 +45,7 @@ class Tuner:
         self.device, self._tell, self._without, self._seconds = device, tell, without or {}, seconds
         self._clock, self._end = clock, clock() + budget
         self._ticker, self._proposals = ticker or timing.clock(device), proposals
-        self._facts: dict[tuple[Cell, str], Any] = {}
+        self._facts: dict[tuple[Cell, str], compiling.Facts] = {}
         self._checked: dict[tuple, str] = {}  # what makes a kernel another one, and why it is refused
 
     def left(self) -> float:
@@ -84,12 +84,16 @@ class Tuner:
                 why = self._refusal(cell, proposal)
                 try:
                     if not why:
-                        runs[name] = self._ticker.prepare(held.call(proposal))
+                        runs[name] = held.call(proposal)
+                        self._ticker.warm(runs[name])
                 except Exception as error:  # whatever a kernel raises is its own
                     why = in_a_line(error)
                 self._wait()
                 if why:
                     refused[name] = why
+                    runs.pop(name, None)
+            # all have run once before the first is captured: scratch that they share is as large as it will be
+            runs = {name: self._ticker.prepare(call) for name, call in runs.items()}
             begin = lambda name: self._tell("begin", [cell, name])  # noqa: E731
             samples = timing.fastest_first(runs, self._ticker, begin, self._seconds) if runs else {}
             runs.clear()
@@ -103,11 +107,8 @@ class Tuner:
 
     def _refusal(self, cell: Cell, proposal: Proposal) -> str:
         """Why a contender is not timed; empty where it is right."""
-        facts = self._facts.get((cell, proposal.name(cell)), {})
-        if isinstance(facts, compiling.Unbuilt):
-            return str(facts)
-        if facts.get("spilled"):
-            return f"spills {facts['spilled']} bytes"
+        if spilled := self._facts.get((cell, proposal.name(cell)), {}).get("spilled"):
+            return f"spills {spilled} bytes"
         if proposal.face == LIBRARY[cell.op.split(".")[0]]:
             return ""  # the others are held against it
         kind = (cell.op, cell.dtype, proposal.face, str(proposal.tile), cell.stride, cell.dilation, cell.taps == 1)

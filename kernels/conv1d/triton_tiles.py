@@ -108,37 +108,41 @@ def candidates(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[T
             fit = n <= max(16, out) and k <= max(16, reduced) and t <= max(32, 2 * frames)
         fits += [Tile(t, n, k, warps, 3)] if fit else []
     deeper = [tile._replace(num_stages=4) for tile in (first, *fits)]
-    return list(dict.fromkeys([first, *(_shared(op, tile, shape, frames) for tile in fits + deeper)]))
+    return list(dict.fromkeys([first, *(_shared(op, dtype, tile, shape, frames) for tile in fits + deeper)]))
 
 
 def shortlist(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[Tile]:
-    """The candidates in the order of what their work would take on an H100: the default, then the most promising.
-
-    Programs in whole waves, each of its steps bound by what it reads from L2 or by its products. A tile's twin with
-    more stages comes behind it, and nothing is twice in the list.
-    """
-
-    def seconds(tile: Tile) -> float:
-        if op == "wgrad":
-            programs = shape.taps * -(-shape.c_in // tile.n) * -(-shape.c_out // tile.k) * tile.splits
-            steps = -(-shape.rows // tile.t) / tile.splits
-            read, products = (tile.n + tile.k) * tile.t, tile.n * tile.k * tile.t
-        else:
-            reduced, out = (shape.c_out, shape.c_in) if op.startswith("dgrad") else (shape.c_in, shape.c_out)
-            programs = -(-shape.rows // tile.t) * -(-out // tile.n) * tile.splits
-            steps = shape.taps * -(-reduced // tile.k) / tile.splits
-            read, products = (tile.t + tile.n) * tile.k, tile.t * tile.n * tile.k
-        step = max(read * dtype.itemsize / (L2_S / WAVE), 2 * products / (FLOP_S / WAVE))
-        partials = 8 * programs * tile.t * tile.n if op == "fused" and tile.splits > 1 else 0
-        return -(-programs // WAVE) * steps * step + partials / L2_S
-
+    """The candidates, the likeliest first: the default, the same with more stages, then other sizes in the order of what
+    their work would take on an H100, and last those with more stages."""
     first, *others = candidates(op, dtype, shape, frames)
-    return [first, *sorted(others, key=lambda tile: (seconds(tile), tile.num_stages))]
+    twins = [tile for tile in others if tile[:4] == first[:4]][:1]
+    others = [tile for tile in others if tile not in twins]
+    others.sort(key=lambda tile: (tile.num_stages, _seconds(op, dtype, tile, shape)))
+    return [first, *twins, *others]
 
 
-def _shared(op: str, tile: Tile, shape: Shape, frames: int) -> Tile:
+def _seconds(op: str, dtype: torch.dtype, tile: Tile, shape: Shape) -> float:
+    """An estimate: programs in whole waves, each step bound by what it reads from L2 or by its products; partial sums
+    are written and read once."""
+    if op == "wgrad":
+        programs = shape.taps * -(-shape.c_in // tile.n) * -(-shape.c_out // tile.k) * tile.splits
+        steps = -(-shape.rows // tile.t) / tile.splits
+        read, products = (tile.n + tile.k) * tile.t, tile.n * tile.k * tile.t
+    else:
+        reduced, out = (shape.c_out, shape.c_in) if op.startswith("dgrad") else (shape.c_in, shape.c_out)
+        programs = -(-shape.rows // tile.t) * -(-out // tile.n) * tile.splits
+        steps = -(-shape.taps * -(-reduced // tile.k) // tile.splits)
+        read, products = (tile.t + tile.n) * tile.k, tile.t * tile.n * tile.k
+    step = max(read * dtype.itemsize / (L2_S / WAVE), 2 * products / (FLOP_S / WAVE))
+    partials = 8 * programs * tile.t * tile.n if op == "fused" and tile.splits > 1 else 0
+    return -(-programs // WAVE) * steps * step + partials / L2_S
+
+
+def _shared(op: str, dtype: torch.dtype, tile: Tile, shape: Shape, frames: int) -> Tile:
+    """`tile` with the splits of its reduction that the arithmetic prefers."""
     if op == "fused":
-        return tile._replace(splits=_splits(tile, shape))
+        shared = (tile._replace(splits=s) for s in range(1, _splits(tile, shape) + 1))
+        return min(shared, key=lambda tile: _seconds(op, dtype, tile, shape))
     return tile._replace(splits=_shares(tile, shape, frames)) if op == "wgrad" else tile
 
 
