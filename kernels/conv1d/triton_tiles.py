@@ -112,8 +112,8 @@ def candidates(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[T
 
 
 def shortlist(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[Tile]:
-    """The candidates, the likeliest first: the default, the same with more stages, then other sizes in the order of what
-    their work would take on an H100, and last those with more stages."""
+    """The candidates, the likeliest first: the default, its twin with more stages, then other sizes in the order of
+    what their work would take on an H100, and last the twins of those."""
     first, *others = candidates(op, dtype, shape, frames)
     twins = [tile for tile in others if tile[:4] == first[:4]][:1]
     others = [tile for tile in others if tile not in twins]
