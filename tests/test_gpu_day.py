@@ -108,11 +108,10 @@ def test_a_dry_run_shows_the_steps_and_their_limits(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_the_first_call_runs_on_the_stand_in(tmp_path, monkeypatch, capsys):
-    """Its preflight and self-check, in processes, as on a GPU."""
+    """Its preflight and tests, in processes, as on a GPU."""
     monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the CPU's kernels alone: a minute less
     plan = day.plan
-    chosen = ("preflight", "self-check")
+    chosen = ("preflight", "tests of the ops")
     monkeypatch.setattr(day, "plan", lambda *how: [step for step in plan(*how) if step.name in chosen])
     code = day.main(["1", "--device", "cpu", "--out", str(tmp_path / "out")])
     said = capsys.readouterr().out

@@ -112,7 +112,8 @@ class Padding:
 
     @cached_property
     def top(self) -> Tensor:
-        return self.beyond.new_full((), math.inf, dtype=self._dtype).where(~self.beyond, 0.0)
+        # no scalar that a capture would have to copy to the device
+        return self.beyond.new_full(self.beyond.shape, math.inf, dtype=self._dtype).masked_fill_(self.beyond, 0.0)
 
 
 class AtenConv:
