@@ -7,6 +7,7 @@
 #   make compile    every Triton kernel for sm_80 to sm_100, by the pinned Triton and the GPU machines', against the tables
 #   make bench      measure kernels, training, latency and memory beside eager PyTorch, under ten minutes
 #   make sanitize   tests of the ops under AddressSanitizer, UBSan and ThreadSanitizer
+#   make wheelhouse build/wheelhouse: wheels for a machine without a network that has PyTorch (WHEELS=3.12, its Python)
 #   make lint       ruff
 #   make clean      remove build products; make distclean removes .venv too
 #
@@ -24,7 +25,7 @@ PINS := $(VENV)/constraints.txt
 OLDER := $(CURDIR)/build/triton-3.6.0
 NATIVE := $(shell find csrc -type f -not -name '*.pyc')
 
-.PHONY: install demo test test-fast compile bench sanitize lint clean distclean help
+.PHONY: install demo test test-fast compile bench sanitize wheelhouse lint clean distclean help
 .DEFAULT_GOAL := help
 
 help:
@@ -79,6 +80,17 @@ bench: install
 
 sanitize: install
 	$(PY) tests/fuzz/sanitize.py
+
+# What a GPU machine has comes with its PyTorch, and stays: torch, Triton, numpy. There: pip install --no-index
+# --find-links build/wheelhouse and the names of what is missing, or call 1 of `python -m jasper_fast.bench.gpu.day`.
+WHEELS ?= 3.12
+wheelhouse: | $(PY)
+	@mkdir -p build
+	grep -vE '^(#|torch==|triton==|numpy==|setuptools==|wheel==)' constraints.txt > build/wheels.txt
+	$(PY) -m pip --disable-pip-version-check download --quiet --no-deps --only-binary :all: --implementation cp \
+	  --python-version $(WHEELS) --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+	  --platform manylinux2014_x86_64 --dest build/wheelhouse --requirement build/wheels.txt
+	@echo "$$(ls build/wheelhouse/*.whl | wc -l) wheels for Python $(WHEELS) in build/wheelhouse"
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -1,10 +1,12 @@
-"""Measured choices of face and tile: one JSON file per GPU in tables/, written by `python -m bench tune`.
+"""Measured choices of face and tile: JSON files of rows, this user's own over one per GPU in tables/.
 
 A file is {"header": {...}, "rows": [...]}. A row says how fast one face of an op ran at a shape with its best tile; the
 key is (op, dtype, c_in, c_out, taps, stride, dilation, rows_log2, face, algorithm), where 2**rows_log2 is the power of
 two at or above the N*T' rows of the output; an op without a conv has its channels twice and ones for the rest.
-Dispatch takes the fastest row of a key. Files are checked whole when they are loaded, on the first look-up for their
-GPU; a GPU without a file has no choices, and kernels take their defaults.
+Dispatch takes the fastest row of a key. Rows lie in layers: what was tuned here (`lay_over`), the committed file of
+this very GPU, that of the nearest like one (`likeness`). Of a shape at a power of two of rows the first layer that has
+it counts alone, because times of two machines are not compared. Files are checked whole when they are loaded, on the
+first look-up for their GPU; a GPU without any has no choices, and kernels take their defaults.
 """
 
 from __future__ import annotations
@@ -15,96 +17,43 @@ import math
 import operator
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-NORM_OPS = ("bn_relu_dropout.forward", "bn_relu_dropout.backward")
-OPS = (
-    "conv1d.forward",
-    "conv1d.forward_stats",
-    "conv1d.dgrad",
-    "conv1d.dgrad_bn",
-    "conv1d.wgrad",
-    "conv1d.fused",
-    *NORM_OPS,
+from jasper_fast.kernels import likeness
+from jasper_fast.kernels.table_rows import (
+    ALGORITHMS,
+    DTYPES,
+    FACES,
+    HEADER,
+    MAX_ROWS_LOG2,
+    NEAR,
+    NORM_OPS,
+    OPS,
+    SHAPE,
+    SHARED_LIMIT,
+    Cell,
+    Row,
+    Table,
+    TableError,
+    header_fault,
+    row_fault,
+    shape_of_norm,
+    tile_fault,
 )
-FACES = ("triton", "cuda", "aten", "reference")
-ALGORITHMS = ("direct", "library")  # our own kernels; whatever the library takes
-DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-HEADER = ("gpu", "capability", "driver", "torch", "triton", "commit", "command", "date")
-SHAPE = ("c_in", "c_out", "taps", "stride", "dilation")
-MAX_ROWS_LOG2 = 40
-# Shared memory that one program may have, bytes, by compute capability (CUDA's programming guide); newer: the largest.
-SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_87": 166912, "sm_89": 101376, "sm_90": 232448, "sm_120": 101376}
-_LARGEST_SHARED = max(SHARED_LIMIT.values())
-_ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
-_SPLIT = ("conv1d.fused", "conv1d.wgrad")  # ops whose reduction several programs may share
+
+__all__ = [
+    "ALGORITHMS", "DTYPES", "FACES", "HEADER", "NORM_OPS", "OPS", "SHAPE", "SHARED_LIMIT",
+    "Cell", "Row", "Table", "TableError", "bucket", "covered", "fastest", "folder", "for_gpu", "forced", "forget",
+    "lay_over", "load", "lookup", "parse", "shape_of_norm", "slug", "tile_fault", "times", "write",
+]  # fmt: skip
 
 
-class TableError(ValueError):
-    """A table that does not hold what it must; the message names the file, the row and what is wrong."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measured configuration. `exact` is False where a look-up found no row of its own bucket and took a near one.
-
-    tile: {"t", "n", "k", "num_warps", "num_stages", "splits"} of a Triton conv, None for what has no tile of ours;
-    time_s: seconds of one call; registers a thread, shared bytes a program and spilled bytes a thread, None where
-    nothing was compiled.
-    """
-
-    op: str
-    dtype: str
-    c_in: int
-    c_out: int
-    taps: int
-    stride: int
-    dilation: int
-    rows_log2: int
-    face: str
-    algorithm: str
-    tile: Mapping[str, int] | None
-    time_s: float
-    registers: int | None = None
-    shared: int | None = None
-    spilled: int | None = None
-    exact: bool = True
-
-    @property
-    def key(self) -> tuple:
-        """What is unique in a table."""
-        return (*self.shape, self.rows_log2, self.face, self.algorithm)
-
-    @property
-    def shape(self) -> tuple:
-        """The key's part that a look-up must meet exactly."""
-        return (self.op, self.dtype, self.c_in, self.c_out, self.taps, self.stride, self.dilation)
-
-    def label(self) -> str:
-        """The configuration in words: face, algorithm, tile."""
-        if self.tile is None:
-            return f"{self.face} {self.algorithm}"
-        t = self.tile
-        splits = f" splits {t['splits']}" if t["splits"] > 1 else ""
-        return f"{self.face} {t['t']}x{t['n']}x{t['k']} warps {t['num_warps']} stages {t['num_stages']}{splits}"
-
-    def plain(self) -> dict[str, Any]:
-        """The row as a file holds it."""
-        return {name: getattr(self, name) for name in _ROW}
-
-
-@dataclass(frozen=True)
-class Table:
-    """A checked file: where its numbers come from, and its rows."""
-
-    header: Mapping[str, str]
-    rows: tuple[Row, ...]
+_Index = dict[tuple, "_Nearest"]
 
 
 # ---- look-up ----
@@ -153,35 +102,35 @@ def fastest(
 
     `rows` is N*T' of the output; None asks for the most rows that were measured.
     """
-    if (index := _index_of(device)) is None:
-        return None
-    total: dict[str, float] | None = None
-    for op in ops:
-        near = index.get((op, DTYPES.get(dtype), c_in, c_out, taps, stride, dilation))
-        if near is None:
-            return None
-        times = near.times(MAX_ROWS_LOG2 if rows is None else bucket(rows))
-        total = times if total is None else {f: total[f] + times[f] for f in total.keys() & times.keys()}
+    shape = (c_in, c_out, taps, stride, dilation)
+    total = times([(op, shape, 1) for op in ops], device, dtype, rows)
     return min(sorted(total), key=total.__getitem__) if total else None
 
 
-def fastest_overall(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The face with the least time over all measured shapes of `op`, or None: for who takes one face for a network."""
+def times(
+    calls: Iterable[tuple[str, tuple[int, ...], int]], device: torch.device, dtype: torch.dtype, rows: int | None
+) -> dict[str, float] | None:
+    """Seconds of all `calls`, (op, shape, how often), by the faces that were measured at each; None where not all were.
+
+    `rows` as for `fastest`.
+    """
     if (index := _index_of(device)) is None:
         return None
-    cells = [
-        times
-        for shape, near in index.items()
-        if shape[:2] == (op, DTYPES.get(dtype))
-        for times in (near.times(b) for b in near.measured)
-    ]
-    faces = set.intersection(*map(set, cells)) if cells else set()
-    return min(sorted(faces), key=lambda face: sum(times[face] for times in cells)) if faces else None
+    total: dict[str, float] | None = None
+    for op, shape, count in calls:
+        near = index.get((op, DTYPES.get(dtype), *shape))
+        if near is None:
+            return None
+        found = near.times(MAX_ROWS_LOG2 if rows is None else bucket(rows))
+        before = dict.fromkeys(found, 0.0) if total is None else total
+        total = {face: before[face] + count * found[face] for face in before.keys() & found.keys()}
+    return total
 
 
-def shape_of_norm(channels: int) -> dict[str, int]:
-    """The shape under which a table has an op of NORM_OPS."""
-    return dict(zip(SHAPE, (channels, channels, 1, 1, 1), strict=True))
+def covered(device: torch.device, cell: Cell) -> bool:
+    """Whether this very GPU was measured at `cell`, or at rows that are not far from its own."""
+    near = (_index_of(device) or {}).get(cell[:-1])
+    return near is not None and any(abs(cell.rows_log2 - b) <= NEAR for b in near.own)
 
 
 def bucket(rows: int) -> int:
@@ -214,8 +163,11 @@ class _Nearest:
 
     def __init__(self) -> None:
         self._by_bucket: dict[int, dict[str, Row]] = {}
+        self.own: set[int] = set()  # powers of two that this very GPU was measured at
 
-    def add(self, row: Row) -> None:
+    def add(self, row: Row, own: bool) -> None:
+        if own:
+            self.own.add(row.rows_log2)
         faces = self._by_bucket.setdefault(row.rows_log2, {})
         if row.face not in faces or row.time_s < faces[row.face].time_s:
             faces[row.face] = row
@@ -245,14 +197,11 @@ def _near(measured: list[int], wanted: int) -> int:
     return min(measured, key=lambda b: (abs(b - wanted), -b))
 
 
-_Index = dict[tuple, _Nearest]
-
-
 def _index_of(device: torch.device) -> _Index | None:
     if device.type != "cuda":
         return None
-    gpu = _gpu_name(torch.cuda.current_device() if device.index is None else device.index)
-    return _index(gpu, os.environ.get("JASPER_FAST_TABLES"))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _index(_gpu_name(index), os.environ.get("JASPER_FAST_TABLES"), index)
 
 
 @functools.cache
@@ -261,16 +210,43 @@ def _gpu_name(index: int) -> str:
 
 
 @functools.cache
-def _index(gpu: str, where: str | None) -> _Index | None:
-    table = for_gpu(gpu, Path(where) if where else None)
-    if table is None:
-        return None
+def _index(gpu: str, where: str | None, device: int) -> _Index | None:
     index: _Index = {}
-    for row in table.rows:
-        index.setdefault(row.shape, _Nearest()).add(row)
+    filled: set[Cell] = set()
+    for rows, own in _layers(gpu, Path(where) if where else folder(), device):
+        new = [row for row in rows if row.cell not in filled]
+        filled |= {row.cell for row in new}
+        for row in new:
+            index.setdefault(row.shape, _Nearest()).add(row, own)
     for near in index.values():
         near.finish()
-    return index
+    return index or None
+
+
+def _layers(gpu: str, where: Path, device: int) -> Iterator[tuple[Sequence[Row], bool]]:
+    """The rows of each layer, the first that counts first, and whether they are this very GPU's."""
+    yield _over(device), True
+    if (table := for_gpu(gpu, where)) is not None:
+        yield table.rows, True
+    mine = likeness.traits(device)
+    others = [load(path) for path in sorted(where.glob("*.json")) if path.stem != slug(gpu)] if mine else []
+    near = [(likeness.distance(mine, likeness.of_header(other.header)), k) for k, other in enumerate(others)]
+    if near and min(near)[0] < math.inf:
+        yield others[min(near)[1]].rows, False
+
+
+def _nothing(device: int) -> Sequence[Row]:
+    return ()
+
+
+_over: Callable[[int], Sequence[Row]] = _nothing
+
+
+def lay_over(rows_of: Callable[[int], Sequence[Row]]) -> None:
+    """From now on the rows that `rows_of` gives for the index of a CUDA device come before those of the files."""
+    global _over
+    _over = rows_of
+    _index.cache_clear()
 
 
 def forget() -> None:
@@ -317,11 +293,11 @@ def parse(data: object, where: str) -> Table:
     """A table from plain values; raises TableError that begins with `where`."""
     if not isinstance(data, dict) or set(data) != {"header", "rows"} or not isinstance(data["rows"], list):
         raise TableError(f"{where}: a table is an object with a header and a list of rows")
-    if fault := _fault(data["header"], _HEADER):
+    if fault := header_fault(data["header"]):
         raise TableError(f"{where}: header: {fault}")
     rows: dict[tuple, Row] = {}
     for number, values in enumerate(data["rows"], 1):
-        if fault := _row_fault(values, data["header"]["capability"]):
+        if fault := row_fault(values, data["header"]["capability"]):
             raise TableError(f"{where}: row {number}: {fault}")
         row = Row(**values)
         if row.key in rows:
@@ -340,100 +316,3 @@ def write(path: Path, header: Mapping[str, str], rows: Iterable[Row]) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
-
-
-# ---- what a file must hold ----
-
-_Rule = tuple[Callable[[Any], bool], str]  # whether a value is right, and what it must be in words
-
-
-def _one_of(allowed: Iterable[str]) -> _Rule:
-    return lambda value: isinstance(value, str) and value in allowed, f"one of {', '.join(allowed)}"
-
-
-def _whole(low: int, high: float, told: str = "a whole number from {} to {}") -> _Rule:
-    return lambda value: type(value) is int and low <= value <= high, told.format(low, high)
-
-
-def _power(low: int, high: int) -> _Rule:
-    right, told = _whole(low, high, "a power of two from {} to {}")
-    return lambda value: right(value) and value & (value - 1) == 0, told
-
-
-def _matching(pattern: str, told: str) -> _Rule:
-    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value, re.DOTALL) is not None, told
-
-
-def _or_null(rule: _Rule) -> _Rule:
-    return lambda value: value is None or rule[0](value), f"{rule[1]} or null"
-
-
-_HEADER: dict[str, _Rule] = {
-    **dict.fromkeys(HEADER, _matching(".+", "a text that is not empty")),
-    "capability": _matching(r"sm_\d{2,3}", "a text like sm_90"),
-}
-_ROW: dict[str, _Rule] = {
-    "op": _one_of(OPS),
-    "dtype": _one_of(_ITEMSIZE),
-    **dict.fromkeys(SHAPE, _whole(1, math.inf, "a positive whole number")),
-    "rows_log2": _whole(0, MAX_ROWS_LOG2),
-    "face": _one_of(FACES),
-    "algorithm": _one_of(ALGORITHMS),
-    "tile": (lambda value: True, "judged with its op and face"),
-    "time_s": (lambda value: isinstance(value, float) and 0 < value < math.inf, "a positive number of seconds"),
-    **dict.fromkeys(("registers", "shared", "spilled"), _or_null(_whole(0, math.inf, "a whole number"))),
-}
-_TILE: dict[str, _Rule] = {
-    **dict.fromkeys(("t", "n", "k"), _power(16, 256)),
-    "num_warps": _power(1, 16),
-    "num_stages": _whole(1, 8),
-    "splits": _whole(1, 1024),
-}
-
-
-def _fault(values: object, rules: Mapping[str, _Rule]) -> str | None:
-    """What keeps `values` from being an object with these fields and nothing else, or None."""
-    if not isinstance(values, dict):
-        return f"an object is wanted, got {values!r}"
-    if wrong := sorted(values.keys() ^ rules.keys()):
-        return f"unknown or missing fields: {', '.join(wrong)}"
-    faults = (
-        f"{name} must be {wanted}, got {values[name]!r}"
-        for name, (right, wanted) in rules.items()
-        if not right(values[name])
-    )
-    return next(faults, None)
-
-
-def _row_fault(values: object, capability: str) -> str | None:
-    """Why `values` are no row of a table of a GPU with this compute capability, or None."""
-    if fault := _fault(values, _ROW):
-        return fault
-    op, face, limit = values["op"], values["face"], SHARED_LIMIT.get(capability, _LARGEST_SHARED)
-    if op in NORM_OPS and not shape_of_norm(values["c_in"]).items() <= values.items():
-        return f"{op} has its channels as c_in and c_out, and taps, stride and dilation 1"
-    if values["spilled"]:
-        return f"the kernel spills {values['spilled']} bytes: such a configuration is never chosen"
-    if (values["shared"] or 0) > limit:
-        return f"the kernel takes {values['shared']} bytes of shared memory, {capability} has {limit}"
-    tiled = op.startswith("conv1d.") and face == "triton"
-    if (values["tile"] is not None) != tiled:
-        return f"{op} on {face} {'needs a' if tiled else 'has no'} tile"
-    return tile_fault(op, values["dtype"], values["tile"], limit) if tiled else None
-
-
-def tile_fault(op: str, dtype: str, tile: object, shared: int = _LARGEST_SHARED) -> str | None:
-    """Why the Triton conv cannot run `tile` with `shared` bytes of shared memory a program, or None."""
-    if fault := _fault(tile, _TILE):
-        return f"tile: {fault}"
-    if tile["splits"] > 1 and op not in _SPLIT:
-        return f"tile: {op} does not split its reduction, got splits {tile['splits']}"
-    t, n, k = tile["t"], tile["n"], tile["k"]
-    staged, summed = (t * n + t * k, n * k) if op == "conv1d.wgrad" else (t * k + k * n, t * n)
-    threads = 32 * tile["num_warps"]
-    if summed > 256 * threads:
-        return f"tile: {summed} fp32 sums do not fit the registers of {threads} threads"
-    needed = staged * _ITEMSIZE[dtype] * max(1, tile["num_stages"] - 1)
-    if needed > shared:
-        return f"tile: its stages take {needed} bytes of shared memory at least, a program has {shared}"
-    return None

@@ -20,6 +20,8 @@ else:
     # fp32 is exact in these tests: which convs cuDNN rounds to TF32 is its own choice, conv by conv
     torch.backends.cudnn.allow_tf32 = False
 
+os.environ["JASPER_FAST_TUNE"] = "0"  # tests of first-use tuning turn it on
+
 GOLDEN = Path(__file__).with_name("golden")  # outputs of the reference system; see the README there
 FACES = ("reference", "cpu", "triton", "cuda")
 

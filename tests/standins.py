@@ -5,11 +5,20 @@ A test file that imports a fixture from here has it, the autouse one in every te
 
 from __future__ import annotations
 
-import pytest
+import dataclasses
+import json
+from collections.abc import Callable
+from types import SimpleNamespace
 
-from jasper_fast.dispatch import choose
+import pytest
+import torch
+
+from jasper_fast.dispatch import backends, children, choose, rules, tuned, verdicts
 from jasper_fast.dispatch.verdict import GOOD, Verdict
-from jasper_fast.kernels import tables
+from jasper_fast.kernels import likeness, tables
+from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles
+from jasper_fast.tuning import work
+from jasper_fast.tuning.faces import Proposal
 
 GPU_NAME = "NVIDIA Imaginary 9000"
 
@@ -47,6 +56,121 @@ def imaginary_gpus_table(tmp_path, monkeypatch):
         return path
 
     yield put
+    tables._index.cache_clear()
+
+
+GPU = torch.device("cuda", 0)
+TRAITS = likeness.Traits("sm_90", 132, 3.35e12)
+TILES = [
+    {"t": t, "n": 64, "k": 32, "num_warps": 4, "num_stages": stages, "splits": 1} for t, stages in ((64, 3), (128, 3))
+]
+CONTENDERS = {"triton 64x64x32 warps 4 stages 3": 2e-3, "triton 128x64x32 warps 4 stages 3": 1e-3}
+CONTENDERS |= {"aten library": 1.5e-3, "triton direct": 1e-3, "reference library": 1.5e-3}
+
+
+@dataclasses.dataclass
+class Tuning:
+    """An imaginary GPU on which contenders take what `seconds` says, by a clock that only they move, a compiler and a
+    checker that find what `wrong` says, and a tuning process that is no process. `measured`: cells, as they are begun.
+    `happen(what)` is called whenever something happens: it may end it all."""
+
+    seconds: dict[str, float] = dataclasses.field(default_factory=lambda: dict(CONTENDERS))
+    wrong: dict[str, str] = dataclasses.field(default_factory=dict)
+    measured: list[tables.Cell] = dataclasses.field(default_factory=list)
+    sessions: list[int] = dataclasses.field(default_factory=list)
+    happen: Callable[[str], None] = lambda what: None
+    now: float = 0.0
+
+    def warm(self, call: str) -> None:
+        """As `timing.Clock.warm`."""
+        self.now += 1.0
+
+    def prepare(self, call: str) -> str:
+        """As `timing.Clock.prepare`."""
+        return call
+
+    def seconds_of(self, call: str, times: int) -> float:
+        """As `timing.Clock.seconds`."""
+        self.now += times * self.seconds[call]
+        return times * self.seconds[call]
+
+    def proposals(self, cell: tables.Cell, device: torch.device) -> list[Proposal]:
+        """Two tiles and the library, or a norm's two faces."""
+        if cell.op.startswith("bn"):
+            return [Proposal("triton"), Proposal("reference", "library")]
+        return [*(Proposal("triton", tile=tile) for tile in TILES), Proposal("aten", "library")]
+
+    def talk(self, argv, wanted, hear, seconds) -> children.Ended:
+        """As `children.talk`, without a process: what goes through a pipe goes through JSON."""
+        wanted = json.loads(json.dumps(wanted))
+        self.sessions.append(len(wanted["cells"]))
+        told = False
+
+        def tell(kind: str, value: object) -> None:
+            nonlocal told
+            if kind == "begin" and value[0] not in self.measured[-1:]:
+                self.measured.append(tables.Cell(*value[0]))
+            self.happen(kind)
+            told = hear(kind, json.loads(json.dumps(value)))
+            self.happen(f"after {kind}")
+
+        ticker = SimpleNamespace(warm=self.warm, prepare=self.prepare, seconds=self.seconds_of)
+        more = {"without": wanted["without"], "clock": lambda: self.now, "ticker": ticker, "proposals": self.proposals}
+        try:
+            work.Tuner(GPU, tell, budget=wanted["budget"], **more).run(wanted["cells"])
+        except Died as error:
+            return children.Ended(False, False, error.code, f"ended with status {error.code}", ": a kernel's last word")
+        return children.Ended(told, False, 0, "", "")
+
+
+class Died(Exception):
+    """The tuning process ends here."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+@pytest.fixture(name="tuning")
+def tuning_on_an_imaginary_gpu(own_cache, monkeypatch, tmp_path):
+    """First-use tuning is on, on the imaginary GPU, with verdicts that are good."""
+    made = Tuning()
+
+    class Held:
+        def __init__(self, cell, device):
+            self.cell = cell
+
+        def call(self, proposal):
+            return proposal.name(self.cell)
+
+        def free(self):
+            pass
+
+    def perform(check, device):
+        face = Proposal(check.face, tile=check.tile).name(tables.Cell("conv1d.forward", "float16", 1, 1, 1, 1, 1, 0))
+        why = made.wrong.get(face)
+        return {"status": "wrong" if why else "ok", "detail": why or ""}
+
+    monkeypatch.setattr(work, "Held", Held)
+    monkeypatch.setattr(work.perform, "perform", perform)
+    monkeypatch.setattr(work.Tuner, "_wait", lambda self: None)
+    monkeypatch.setenv("JASPER_FAST_TUNE", "1")
+    monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path / "tables"))
+    monkeypatch.setattr(children, "talk", made.talk)
+    monkeypatch.setattr(tuned, "_there", lambda: True)
+    monkeypatch.setattr(backends, "why_missing", lambda backend, device: None)
+    monkeypatch.setattr(cuda_launch, "gpu", lambda device: cuda_tiles.Gpu(90, 132, 232448))
+    monkeypatch.setattr(likeness, "traits", lambda index: TRAITS)
+    key = {"device": GPU_NAME, "driver": "580", "torch": "2.13.0", "triton": "3.7.1", "sources": "abc"}
+    monkeypatch.setattr(verdicts, "key", lambda device: key)
+    monkeypatch.setattr(verdicts, "verdict", lambda op, face, device, dtype: verdict(op, face=face, dtype=dtype))
+    monkeypatch.setattr(verdicts, "forget", verdicts._memory.clear)
+    monkeypatch.setattr(tables, "_gpu_name", lambda index: GPU_NAME)
+    monkeypatch.setattr(tables, "forget", tables._index.cache_clear)
+    rules.traits.cache_clear()
+    choose.forget()
+    yield made
+    rules.traits.cache_clear()
     tables._index.cache_clear()
 
 

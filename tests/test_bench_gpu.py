@@ -30,7 +30,7 @@ from jasper_fast.bench.cases import (
 )
 from jasper_fast.bench.cases.layers import Layer, layers
 from jasper_fast.bench.commands import memory as memory_command
-from jasper_fast.bench.gpu import agenda, ahead, gpu, self_check, warm
+from jasper_fast.bench.gpu import agenda, ahead, first, gpu, self_check, warm
 from jasper_fast.bench.harness import clocks, devices, interruption, result_file, timing
 from jasper_fast.bench.harness.case import Case, Contender
 from jasper_fast.bench.harness.errors import DeviceLost, OutOfTime
@@ -347,12 +347,14 @@ def test_every_part_of_the_plan_for_a_gpu_can_make_its_cases(tmp_path, monkeypat
     monkeypatch.setattr(checks, "plan", lambda device: [])
     monkeypatch.setattr(ahead, "compilers", compilers)
     monkeypatch.setattr(memory_command, "measure", counted)
+    for name in ("tests", "tune"):
+        monkeypatch.setattr(first, name, lambda run: None)
     run = collector(tmp_path)
     plan = agenda.plan(run)
     found: dict[str, list[Case]] = {}
     for part in plan:
         part.measure(dataclasses.replace(run, found=found.setdefault(part.title, [])))
-    checking = {"self-check", "self-check in full"}
+    checking = {"preflight", "tests", "tuning", "self-check", "self-check in full"}
     assert {title for title, cases in found.items() if not cases} == checking
     assert set(asked) < set(found) - checking
     for case in (case for cases in found.values() for case in cases):
@@ -374,8 +376,11 @@ def test_the_plan_has_every_question_once_and_the_most_valuable_first(tmp_path):
     plan = agenda.plan(make_run(tmp_path, device=torch.device("cuda")))
     titles = [part.title for part in plan]
     assert len(set(titles)) == len(titles)
-    assert titles[:11] == [
+    assert titles[:13] == [
+        "preflight",
+        "tests",
         "self-check",
+        "tuning",
         "bn_relu_dropout",
         "the five largest convs",
         "training step",
@@ -384,10 +389,9 @@ def test_the_plan_has_every_question_once_and_the_most_valuable_first(tmp_path):
         "memory",
         "panes",
         "sub-blocks",
-        "training grid",
         "self-check in full",
     ]
-    assert sum(part.seconds for part in plan[:11]) <= gpu.BUDGET, "all of them have their share in one run"
+    assert sum(part.seconds for part in plan[:13]) <= gpu.BUDGET, "all of them have their share in one run"
 
 
 def test_the_full_self_check_keeps_the_verdicts_that_it_reached(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import torch
 from bench_runs import ROOT, make_run, measured
 
 from jasper_fast.bench.commands import memory
-from jasper_fast.bench.gpu import agenda, gpu, self_check
+from jasper_fast.bench.gpu import agenda, first, gpu, self_check
 from jasper_fast.bench.harness import devices, result_file
 from jasper_fast.bench.harness.case import Effort
 from jasper_fast.bench.harness.run import Run
@@ -38,7 +38,7 @@ def test_a_part_of_the_plan_has_time_for_all_its_cases(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Run, "cases", keep)
     monkeypatch.setattr(memory, "main", lambda *_: None)  # counts bytes, by no clock
-    for module, name in ((agenda, "ready"), (self_check, "selfcheck_in_full")):
+    for module, name in ((agenda, "ready"), (self_check, "selfcheck_in_full"), (first, "tests"), (first, "tune")):
         monkeypatch.setattr(module, name, lambda run: None)
     effort, timed = Effort().at_most(gpu.CASE), 0
     run = dataclasses.replace(make_run(tmp_path, "triton"), device=torch.device("cuda"), quick=False, effort=effort)
@@ -47,7 +47,7 @@ def test_a_part_of_the_plan_has_time_for_all_its_cases(tmp_path, monkeypatch):
         part.measure(run)
         timed += bool(asked)
         assert sum(asked) <= part.seconds, f"{part.title}: {len(asked)} cases take {sum(asked)} s"
-    assert timed == len(agenda.plan(run)) - 3
+    assert timed == len(agenda.plan(run)) - 6
 
 
 @pytest.mark.slow

@@ -254,7 +254,7 @@ def test_bad_options_are_named():
     for options, message in [
         ({"dtype": torch.int8}, "dtype must be a floating-point one"),
         ({"graphs": "yes"}, "graphs must be 'auto', True or False"),
-        ({"graphs": True}, "graphs=True needs the triton face, and this engine's is 'aten'"),
+        ({"graphs": True}, "graphs=True needs a CUDA GPU"),
         ({"bucket": 0}, "at least 1"),
         ({"graph_limit": 0}, "at least 1"),
     ]:

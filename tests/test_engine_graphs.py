@@ -27,7 +27,7 @@ def device(monkeypatch):
 
 def captured(engine) -> int:
     """How many shapes hold a graph."""
-    return sum(bound.replay is not None for bound in engine._run.shapes.values())
+    return sum(bound.replay is not None for bound in engine._run.shapes.held.values())
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_without_masks_each_length_has_its_graph(device):
             want, want_out = eager(features, lengths)
         assert torch.equal(out, want_out)
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
-    assert list(engine._run.shapes) == [(2, 22), (2, 20)]
+    assert list(engine._run.shapes.held) == [(2, 22), (2, 20)]
 
 
 @pytest.mark.slow
@@ -75,9 +75,9 @@ def test_lengths_of_a_bucket_share_a_graph(device):
     engine = InferenceEngine(ours, graphs=True, bucket=8)
     for t in (9, 16, 12):  # 8 frames after the stride of 2
         engine(*batch([t], device=device))
-    assert list(engine._run.shapes) == [(1, 16)]
+    assert list(engine._run.shapes.held) == [(1, 16)]
     engine(*batch([17], device=device))
-    assert list(engine._run.shapes)[-1] == (1, 32)
+    assert list(engine._run.shapes.held)[-1] == (1, 32)
 
 
 def test_the_shape_used_longest_ago_goes_first(device):
@@ -86,7 +86,7 @@ def test_the_shape_used_longest_ago_goes_first(device):
     engine(*batch([24], device=device))  # the largest first: nothing grows after it
     for t in (8, 24, 16):
         engine(*batch([t], device=device))
-    assert list(engine._run.shapes) == [(1, 24), (1, 16)]
+    assert list(engine._run.shapes.held) == [(1, 24), (1, 16)]
 
 
 @pytest.mark.slow
@@ -98,7 +98,7 @@ def test_growth_drops_every_graph(device):
     small, large = batch([10], device=device), batch([40, 21], device=device)
     engine(*small)
     engine(*large)
-    assert list(engine._run.shapes) == [(2, 48)]
+    assert list(engine._run.shapes.held) == [(2, 48)]
     poison(engine)
     assert torch.equal(engine(*small)[0], plain(*small)[0])
     poison(engine)
@@ -117,10 +117,10 @@ def test_a_graph_does_not_outlive_its_scratch(device):
     want = engine(*small)[0]
     run = engine._run
     assert all(part.numel() > 0 for part in run._scratch()), "the reductions of this model are not split"
-    held = run.shapes[1, 16].made_with
+    held = run.shapes.held[1, 16].made_with
     run._workspace.reserve(10 * held[0].numel(), 10 * held[1].numel())
     assert torch.equal(engine(*small)[0], want)
-    again = run.shapes[1, 16].made_with
+    again = run.shapes.held[1, 16].made_with
     assert again[0] is run._workspace.part is not held[0] and again[1] is run._workspace.arrived is not held[1]
 
 
@@ -129,10 +129,10 @@ def test_a_graph_is_captured_again_where_fp32_arithmetic_is_to_change(device, mo
     engine = InferenceEngine(ours, graphs=True, bucket=8)
     features, lengths = batch([24, 17], device=device)
     engine(features, lengths)
-    bound = engine._run.shapes[2, 24]
+    bound = engine._run.shapes.held[2, 24]
     captures: list[object] = []
-    capture, takes_tf32 = engine._run._graphs.capture, engine._run._takes_tf32
-    monkeypatch.setattr(engine._run._graphs, "capture", lambda launch: captures.append(launch) or capture(launch))
+    capture, takes_tf32 = engine._run.shapes.graphs.capture, engine._run._takes_tf32
+    monkeypatch.setattr(engine._run.shapes.graphs, "capture", lambda launch: captures.append(launch) or capture(launch))
     engine(features, lengths)
     assert captures == []
     setting = torch.backends.cudnn.conv
@@ -166,7 +166,7 @@ def test_refresh_drops_every_graph(device):
 def test_auto_captures_a_shape_when_it_comes_back(device):
     _, ours = pair(config(), "triton", device)
     engine = InferenceEngine(ours, graphs=True, bucket=8)
-    engine._run._patient = True  # as graphs="auto" sets it on a GPU
+    engine._run.shapes.patient = True  # as graphs="auto" sets it on a GPU
     features, lengths = batch([31, 17], device=device)
     first, _ = engine(features, lengths)
     assert captured(engine) == 0
@@ -232,7 +232,28 @@ def test_graphs_need_a_gpu():
     _, ours = pair(config(), "triton")
     with pytest.raises(ValueError, match="graphs=True needs a CUDA GPU"):
         InferenceEngine(ours, graphs=True)
-    assert InferenceEngine(ours)._run._graphs is None
+    assert InferenceEngine(ours)._run.shapes.graphs is None
+
+
+@pytest.mark.parametrize("kind", ["jasper", "dense first", "lengths change twice"])
+@pytest.mark.parametrize("masks", [True, False])
+def test_the_steps_through_the_library_are_captured_too(kind, masks, monkeypatch):
+    """Buffers full of NaN, a batch shorter than its bucket, other lengths in a graph that is there."""
+    monkeypatch.setattr(engine_module, "CudaGraphs", Replays)
+    _, ours = pair(config(kind, masks=masks), "reference")
+    plain, engine = InferenceEngine(ours, graphs=False), InferenceEngine(ours, graphs=True, bucket=8, graph_limit=2)
+    # without masks padding is data
+    batches = [batch(of, t=t) if masks else batch([t] * len(of)) for of, t in (([21, 17], 21), ([20, 3], 22), ([9], 9))]
+    for features, lengths in [*batches, *batches[:2]]:
+        poison(engine)
+        got, out = engine(features, lengths)
+        kept = got.clone()
+        want, want_out = plain(features, lengths)
+        assert torch.equal(out, want_out) and got.shape == want.shape
+        torch.testing.assert_close(valid(got, out), valid(want, out), atol=2e-5, rtol=1e-5)
+        engine(*batches[0])
+        assert torch.equal(got, kept), "results are memory of their own"
+    assert captured(engine) == 2
 
 
 class FakeCuda:

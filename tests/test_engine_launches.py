@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_face
-from engines import Replays, config
+from engines import Replays, batch, config, pair
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -166,3 +166,21 @@ def test_the_first_launch_reads_the_usual_features_as_they_are(device, launched)
         (usual[:, :, ::2], ["clone"]),
     ]:
         assert call(engine, launched, features, lengths.clamp(max=features.shape[2]))[3] == wanted
+
+
+def test_the_steps_through_the_library_are_at_most_four_kernels_each():
+    """A conv without its bias, which ATen adds by a kernel of its own; the panes' product; the bias; a clamp. There
+    were seven to ten: bias, product and sum, ReLU, the mask in four, a copy."""
+    _, ours = pair(config(), "reference")
+    engine = InferenceEngine(ours, graphs=False)
+    assert type(engine._run).__name__ == "Stepwise"
+    features, lengths = batch([40, 31])
+    engine(features, lengths)
+    with Ops() as ops:
+        engine(features, lengths)
+    sub_blocks = len(engine._run._plan.steps)
+    panes = sum(step.panes is not None for step in engine._run._plan.steps)
+    of_steps = {name: ops.names.count(name) for name in ("convolution", "addmm_", "add_", "clamp")}
+    assert of_steps == {"convolution": sub_blocks + 1, "addmm_": panes, "add_": sub_blocks, "clamp": sub_blocks}
+    assert len(ops.names) == 40, f"62, and a bias in each of 8 convs, before: {ops.names}"
+    assert sum(of_steps.values()) <= 4 * sub_blocks + 1

@@ -26,10 +26,11 @@ LAYERS = {
     "ops": {"dispatch", "kernels"},
     "nn": {"ops", "dispatch", "kernels"},
     "selfcheck": {"ops", "dispatch", "kernels"},
+    "tuning": {"selfcheck", "ops", "dispatch", "kernels"},
     "training": {"nn", "data", "speech"},
     "inference": {"nn", "data", "speech", "ops", "dispatch", "kernels"},
     "demo": {"inference", "training", "nn", "data", "speech", "ops", "dispatch", "kernels"},
-    "cli": {"bench.cli", "inference", "selfcheck", "nn", "data", "speech", "dispatch", "kernels"},
+    "cli": {"bench.cli", "inference", "tuning", "selfcheck", "nn", "data", "speech", "dispatch", "kernels"},
     "": {"cli"},
 }
 BELOW_ALL = {"jasper_fast", "jasper_fast.extras", "jasper_fast.options"}  # these import nothing of ours

@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = Path(__file__).with_name("interface.json")
 BENCH = ("kernels", "train", "latency", "memory", "all", "launches", "gpu", "profile", "tune", "compile", "report")
-PACKAGE = ("transcribe", "evaluate", "export", "info", "selfcheck")
+PACKAGE = ("transcribe", "evaluate", "export", "info", "selfcheck", "tune")
 
 
 def schemas() -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from conftest import interpreted, make_face
 from standins import verdicts_of_its_own  # noqa: F401
 
-from jasper_fast.dispatch import probe, verdict, verdicts
+from jasper_fast.dispatch import children, probe, verdict, verdicts
 from jasper_fast.dispatch.verdict import BAD, GOOD, UNCHECKED
 from jasper_fast.selfcheck import checks, show
 from jasper_fast.selfcheck.checks import Check, Conv
@@ -164,7 +164,7 @@ def test_a_check_that_is_cut_off_in_the_first_second_ends_at_once(monkeypatch):
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr(probe, "_lines", lines)
+    monkeypatch.setattr(children, "_lines", lines)
     with pytest.raises(KeyboardInterrupt):
         run_child("time.sleep(600)")
     assert ended == [(0.0, -signal.SIGKILL)]
@@ -172,14 +172,14 @@ def test_a_check_that_is_cut_off_in_the_first_second_ends_at_once(monkeypatch):
 
 def spy_on_ends(monkeypatch) -> list[tuple[float, int | None]]:
     """Of every process that is ended: the seconds that its own end is waited for, and how it ended."""
-    ended, end = [], probe._end
+    ended, end = [], children._end
 
     def spied(process, before, after):
         status = end(process, before=before, after=after)
         ended.append((before, process.poll()))
         return status
 
-    monkeypatch.setattr(probe, "_end", spied)
+    monkeypatch.setattr(children, "_end", spied)
     return ended
 
 

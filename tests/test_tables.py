@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from jasper_fast.kernels import tables
+from jasper_fast.kernels import table_rows, tables
 
 GPU = "NVIDIA Imaginary 9000"
 DEVICE = torch.device("cuda", 0)
 HEADER = {
-    "gpu": GPU, "capability": "sm_90", "driver": "580.1", "torch": "2.13.0", "triton": "3.7.1", "commit": "abc",
+    "gpu": GPU, "capability": "sm_90", "multiprocessors": "132", "bandwidth": "3350 GB/s",
+    "driver": "580.1", "torch": "2.13.0", "triton": "3.7.1", "commit": "abc",
     "command": "python -m bench tune", "date": "2026-01-01",
 }  # fmt: skip
 TILE = {"t": 128, "n": 128, "k": 64, "num_warps": 8, "num_stages": 3, "splits": 1}
@@ -93,7 +94,7 @@ def test_the_nearest_measured_rows_serve_and_say_so(install, rows, found):
 
 
 def test_of_several_algorithms_the_fastest_is_taken(install, monkeypatch):
-    monkeypatch.setitem(tables._ROW, "algorithm", tables._one_of((*tables.ALGORITHMS, "fast_fir_1")))
+    monkeypatch.setitem(table_rows._ROW, "algorithm", table_rows._one_of((*tables.ALGORITHMS, "fast_fir_1")))
     install(row(time_s=3.0), row(time_s=2.0, algorithm="fast_fir_1"))
     assert look(4096).algorithm == "fast_fir_1"
 
@@ -109,8 +110,10 @@ def test_faces_are_compared_within_a_bucket_and_over_all_ops(install):
     assert tables.fastest(ops, DEVICE, torch.bfloat16, **SHAPE, rows=4096) == "aten", "1 + 4 > 2 + 2.5"
     assert tables.fastest(ops[:1], DEVICE, torch.bfloat16, **SHAPE) == "triton", "the most rows measured"
     assert tables.fastest((*ops, "conv1d.dgrad"), DEVICE, torch.bfloat16, **SHAPE, rows=4096) is None
-    assert tables.fastest_overall("conv1d.forward", DEVICE, torch.bfloat16) == "aten", "1 + 5 > 2 + 0.1"
-    assert tables.fastest_overall("conv1d.fused", DEVICE, torch.bfloat16) is None
+    shape = tuple(SHAPE.values())
+    calls = [(ops[0], shape, 2), (ops[1], shape, 1)]
+    assert tables.times(calls, DEVICE, torch.bfloat16, 4096) == {"triton": 6.0, "aten": 6.5}, "2 * 1 + 4, 2 * 2 + 2.5"
+    assert tables.times([*calls, ("conv1d.fused", shape, 1)], DEVICE, torch.bfloat16, 4096) is None
 
 
 def test_norms_are_found_by_their_channels(install):
@@ -202,7 +205,7 @@ def test_an_operand_too_large_for_one_gpu_fits_another(install):
     [
         ("{", "no JSON"),
         ("[]", "a table is an object with a header and a list of rows"),
-        ('{"header": {}, "rows": []}', "header: unknown or missing fields: capability"),
+        ('{"header": {}, "rows": []}', "header: unknown or missing fields: bandwidth, capability"),
         (json.dumps({"header": HEADER | {"driver": 580}, "rows": []}), "driver must be a text"),
         (json.dumps({"header": HEADER | {"capability": "9.0"}, "rows": []}), "must be a text like sm_90"),
         (json.dumps({"header": HEADER | {"gpu": "another"}, "rows": []}), "gpu is 'another'"),

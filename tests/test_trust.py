@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jasper_fast import ops
-from jasper_fast.dispatch import backends, choose, verdicts
+from jasper_fast.dispatch import backends, choose, rules, tuned, verdicts
 from jasper_fast.dispatch.verdict import BAD, GOOD, UNCHECKED, Verdict
-from jasper_fast.kernels import native, tables
+from jasper_fast.kernels import likeness, native, tables
 from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles
 from jasper_fast.nn.block import JasperBlock
 from jasper_fast.nn.config import JasperConfig
@@ -54,11 +54,15 @@ def gpu(monkeypatch):
         return dataclasses.replace(known, face=face, dtype=dtype)
 
     monkeypatch.setattr(backends, "why_missing", lambda backend, device_type: None)
+    monkeypatch.setattr(cuda_launch, "gpu", lambda device: cuda_tiles.Gpu(90, 132, 232448))
     monkeypatch.setattr(verdicts, "key", lambda device: {"device": GPU_NAME, "driver": "580"})
     monkeypatch.setattr(verdicts, "_check_now", check)
     monkeypatch.setattr(verdicts, "forget", verdicts._memory.clear)
     monkeypatch.setattr(tables, "_gpu_name", lambda index: GPU_NAME)
     monkeypatch.setattr(tables, "forget", tables._index.cache_clear)
+    monkeypatch.setattr(likeness, "traits", lambda index: None)
+    monkeypatch.setattr(tuned, "_there", lambda: False)
+    rules.traits.cache_clear()
     return SimpleNamespace(found=found, checked=checked)
 
 
@@ -110,6 +114,12 @@ def conv_face(dtype=torch.bfloat16, rows_log2: int | None = 12, backend: str = "
     return choose.conv_face(backend, GPU, dtype, shape=SHAPE, rows_log2=rows_log2, **more)
 
 
+def fused_face(dtype=torch.bfloat16, rows_log2: int = 12) -> str:
+    """What an engine of one conv takes."""
+    faces = choose.fused_faces("auto", GPU, dtype)
+    return faces[0] if len(faces) == 1 else choose.fused_face(GPU, dtype, ((SHAPE, 1),), rows_log2, faces)
+
+
 # ---- checks ----
 
 
@@ -138,12 +148,13 @@ def test_a_bad_verdict_gives_plain_pytorch_and_one_loud_line(gpu, status, word):
 def test_what_is_used_in_a_dtype_was_checked_in_it(gpu, conv_table):
     conv_table(OURS_FASTER, (BF16, FP16, FP32))
     gpu.found |= {(op, "triton", FP16): verdict(op, BAD) for op in (NORM, *CONVS)}
-    faces = lambda dtype: (norm_face(256, dtype=dtype), conv_face(dtype), choose.fused_face("auto", GPU, dtype))  # noqa: E731
+    faces = lambda dtype: (norm_face(256, dtype=dtype), conv_face(dtype), fused_face(dtype))  # noqa: E731
     assert faces(torch.bfloat16) == faces(torch.float32) == ("triton",) * 3
     assert {(op, dtype) for _, op, _, dtype in gpu.checked} == set(itertools.product((NORM, *CONVS), (BF16, FP32)))
+    gpu.found["conv1d.fused", "cuda", FP16] = verdict("conv1d.fused", BAD)
     with pytest.warns(RuntimeWarning) as said:
         assert faces(torch.float16) == ("reference", "aten", "aten")
-    assert len(said) == 3 and all("(triton, float16) is WRONG" in str(w.message) for w in said)
+    assert [", float16) is WRONG" in str(w.message) for w in said] == [True] * 4
 
 
 def test_who_names_no_dtype_asks_for_all(gpu):
@@ -158,11 +169,11 @@ def test_the_warning_says_what_follows(gpu, norm_table, conv_table):
     with pytest.warns(RuntimeWarning) as said:
         assert norm_face(256) == "reference"
         conv_table(OURS_FASTER)
-        assert (conv_face(), choose.fused_face("auto", GPU, torch.bfloat16)) == ("aten", "aten")
+        assert (conv_face(), fused_face()) == ("aten", "aten")
         assert choose.pane_form("auto", GPU, torch.bfloat16) == "plain"
     follows = ("goes on to its Triton kernel", "takes plain PyTorch for it instead", "takes PyTorch's own conv",
-               "takes PyTorch's own conv", "panes='auto' takes the plain form")  # fmt: skip
-    assert [what in str(w.message) for what, w in zip(follows, said, strict=True)] == [True] * 5
+               "takes PyTorch's own conv", "takes PyTorch's own conv", "panes='auto' takes the plain form")  # fmt: skip
+    assert [what in str(w.message) for what, w in zip(follows, said, strict=True)] == [True] * 6
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda", "reference"])
@@ -184,10 +195,17 @@ def test_the_cpu_is_neither_checked_nor_looked_up(gpu, norm_table, monkeypatch):
 # ---- convs ----
 
 
-def test_convs_stay_with_the_library_without_a_table(gpu):
-    assert conv_face(calls=choose.conv_calls(dx=True, dw=True)) == "aten"
-    assert choose.fused_face("auto", GPU, torch.bfloat16) == "aten"
-    assert gpu.checked == [], "what is not used is not checked"
+def test_without_a_table_arithmetic_chooses(gpu):
+    """16 bits in Triton, which skips padding and passes; fp32 in the library, whose products are nearer to the peak;
+    wide convs of a few utterances too, where neither counts."""
+    step = choose.conv_calls(stats=True, dx=True, dw=True, norm=True)
+    assert conv_face(calls=step, rows_log2=15) == conv_face(calls=step, rows_log2=None) == "triton"
+    assert conv_face(torch.float32, calls=step, rows_log2=15) == "aten"
+    assert {op for _, op, *_ in gpu.checked} == {"conv1d"}, "what is not used is not checked"
+    wide = (((768, 768, 25, 1, 1), 5), ((1024, 29, 1, 1, 1), 1))
+    chosen = [choose.fused_face(GPU, torch.float16, wide, rows_log2) for rows_log2 in (7, 10, 15)]
+    assert chosen == ["triton", "aten", "triton"]
+    assert choose.fused_face(GPU, torch.float32, wide, 15) == "aten"
 
 
 def test_convs_take_the_face_that_the_table_says(gpu, conv_table):
@@ -195,9 +213,9 @@ def test_convs_take_the_face_that_the_table_says(gpu, conv_table):
     assert conv_face() == "triton"
     assert conv_face(rows_log2=None) == "triton", "under torch.compile"
     assert conv_face(calls=choose.conv_calls(dw=True)) == "aten"
-    assert conv_face(torch.float16) == "aten", "not measured"
+    assert conv_face(torch.float32, rows_log2=15) == "aten", "not measured: by arithmetic"
     assert conv_face(torch.float64) == conv_face(strided_dx=True) == "aten"
-    assert gpu.checked == [(GPU, "conv1d", "triton", BF16)]
+    assert gpu.checked[0] == (GPU, "conv1d", "triton", BF16)
 
 
 def test_a_faster_face_that_is_wrong_is_not_taken(gpu, conv_table):
@@ -207,7 +225,7 @@ def test_a_faster_face_that_is_wrong_is_not_taken(gpu, conv_table):
         assert conv_face() == conv_face(rows_log2=13) == "aten"
     assert len(said) == 1
     with silent():
-        assert choose.fused_face("auto", GPU, torch.bfloat16) == "triton", "the verdict on inference is another"
+        assert fused_face() == "triton", "the verdict on inference is another"
         assert choose.resolve("auto", GPU, NORM, torch.bfloat16) == "triton"
 
 
@@ -294,8 +312,8 @@ def test_a_gpu_before_ampere_takes_the_cuda_face_without_a_table(turing):
     with silent():
         assert norm_face(256, dtype=torch.float16) == norm_face(768, None, torch.float16) == "cuda"
         assert choose.resolve("auto", GPU, NORM, torch.float16) == choose.resolve("auto", GPU) == "cuda"
-        assert conv_face(torch.float16) == choose.fused_face("auto", GPU, torch.float16) == "cuda"
-        assert conv_face(torch.bfloat16) == choose.fused_face("auto", GPU, torch.float32) == "aten"
+        assert conv_face(torch.float16) == "cuda" and choose.fused_faces("auto", GPU, torch.float16) == ("cuda",)
+        assert conv_face(torch.bfloat16) == "aten" and choose.fused_faces("auto", GPU, torch.float32) == ("aten",)
         assert conv_face(torch.float16, strided_dx=True) == "aten"
         wide = {"shape": (256, 256, 11, 2, 1), "rows_log2": 12}  # its panels do not fit
         assert choose.conv_face("cuda", GPU, torch.float16, **wide) == "aten"
@@ -402,8 +420,9 @@ def test_the_ops_run_on_the_face_that_was_chosen(gpu, norm_table, channels, want
     assert faces.seen == [stats, (NORM, wanted), stats, ("sub_block", wanted)]
 
 
-def test_a_convs_statistics_come_from_the_face_of_the_norm_after_it(gpu, norm_table):
+def test_a_convs_statistics_come_from_the_face_of_the_norm_after_it(gpu, norm_table, monkeypatch):
     """The verdict asked for is the norm's own; none is where Triton's conv gives them, or nobody wants them."""
+    monkeypatch.setattr(rules, "fastest", lambda *_: "aten")
     with FakeTensorMode(), Faces() as faces:
         x = torch.empty(4, 1000, 96, dtype=torch.bfloat16, device=GPU).transpose(1, 2)
         weight = torch.ones(256, 96, 3, device=GPU)

@@ -1,119 +1,115 @@
-"""What `python -m bench tune` tunes: every conv and norm of the network, in which order, with which contenders."""
+"""What `python -m bench tune` tunes: every conv and norm of the network, in which order, with whom, in what time."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import interpreted
 from standins import spied
 
+from jasper_fast.bench.cases import cells as tune_cases
 from jasper_fast.bench.cases import counts, models
-from jasper_fast.bench.tune import builders as tune_builders
-from jasper_fast.bench.tune import cases as tune_cases
 from jasper_fast.dispatch import backends
-from jasper_fast.kernels import tables
+from jasper_fast.kernels import launch, tables
 from jasper_fast.kernels.conv1d import triton_tiles
 from jasper_fast.kernels.operands import Mask
+from jasper_fast.kernels.tables import Cell
+from jasper_fast.selfcheck.checks import DTYPES
+from jasper_fast.tuning import compiling, faces, work
+from jasper_fast.tuning.faces import Proposal
+from jasper_fast.tuning.held import Held
 
-GPU = torch.device("cuda", 0)
-CPU_RUN = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+PLAN = tune_cases.plan(GPU, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
-def stand_in():
+def stand_in(monkeypatch):
     interpreted()
 
 
-def test_every_conv_of_the_network_is_tuned_once_and_the_heaviest_first():
-    layers = tune_cases.layers(GPU)
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU with every face, as far as proposals ask."""
+    monkeypatch.setattr(backends, "why_missing", lambda face, device: None)
+    monkeypatch.setattr(launch, "architecture", lambda device: 90)
+
+
+def test_every_conv_and_norm_of_the_network_is_tuned_for_training_and_inference():
     cfg = models.config("jasper10x5")
-    convs = list(counts.convs(cfg, 1, 840))
-    assert {(c.C_in, c.C_out, c.K) for c in convs} == {(layer.c_in, layer.c_out, layer.taps) for layer in layers}
-    assert len({layer[:5] for layer in layers}) == len(layers)
-    assert sum(layer.share for layer in layers) == pytest.approx(1.0)
-    assert [layer.share for layer in layers] == sorted((layer.share for layer in layers), reverse=True)
-    weight = {c.name: c.C_in * c.C_out * c.K for c in convs}
-    heaviest = [c for c in convs if (c.C_in, c.C_out, c.K) == layers[0][:3]]
-    assert layers[0].share == pytest.approx(sum(weight[c.name] for c in heaviest) / sum(weight.values()), rel=0.05)
-    assert {
-        ((64, 256, 11, 2, 1), "prologue"), ((768, 896, 29, 1, 2), "main"), ((1024, 29, 1, 1, 1), "decoder"),
-        ((256, 768, 1, 1, 1), "pane"), ((896, 1024, 1, 1, 1), "main"),
-    } <= {(layer[:5], layer.kind) for layer in layers}  # fmt: skip
+    convs = [c for c in counts.convs(cfg, 1, 840) if c.place != "pane"]
+    main = {(c.C_in, c.C_out, c.K) for c in convs if c.batch_norm}
+    of = lambda op: {cell[2:5] for cell in PLAN if cell.op == op}  # noqa: E731
+    assert of("conv1d.fused") == {(c.C_in, c.C_out, c.K) for c in convs}
+    assert of("conv1d.forward_stats") == of("conv1d.forward") == of("conv1d.wgrad") == main
+    assert of("conv1d.dgrad") | of("conv1d.dgrad_bn") == main - {(64, 256, 11)}, "the features need no gradient"
+    assert of("bn_relu_dropout.forward") == {(c, c, 1) for _, c, _ in main} == of("bn_relu_dropout.backward")
+    assert len(set(PLAN)) == len(PLAN)
 
 
-def test_the_order_is_by_share_and_training_and_inference_both_come_early():
-    todo = tune_cases.plan(GPU, tune_cases.OPS)
-    assert len(set(todo)) == len(todo)
-    heaviest = tune_cases.layers(GPU)[0]
-    assert [layer for _, layer, _ in todo[:6]] == [heaviest] * 6
-    assert {op for op, *_ in todo[:6]} == set(tune_cases.CONV_OPS)
-    assert {batch for _, _, batch in todo[:6]} == {tune_cases.TRAINING[0], tune_cases.INFERENCE[0]}
-    first = {layer: i for i, (_, layer, _) in reversed(list(enumerate(todo)))}
-    shares = [layer.share for layer in sorted(first, key=first.__getitem__)]
-    assert shares == sorted(shares, reverse=True)
-    for op, layer, batch in todo:
-        assert op in tune_cases.used(layer.kind)
-        assert batch in (tune_cases.INFERENCE if op == "fused" else tune_cases.TRAINING)
-        assert not (op.startswith("dgrad") and layer.stride > 1)
+def test_the_order_is_by_work_and_training_and_inference_both_come_early():
+    first = [cell for cell in PLAN if cell.op not in tables.NORM_OPS]
+    assert first[0][2:7] in ((768, 768, 25, 1, 1), (768, 896, 29, 1, 2)) and first[0].rows_log2 == 15
+    begins = {op: next(i for i, cell in enumerate(PLAN) if cell.op == op) for op in ("conv1d.wgrad", "conv1d.fused")}
+    assert begins["conv1d.wgrad"] < begins["conv1d.fused"] < len(PLAN) / 2
+    for op in tables.NORM_OPS:
+        rows = [cell.c_in for cell in PLAN if cell.op == op and cell.rows_log2 == 15]
+        assert len(rows) == len({block.filters for block in models.config("jasper10x5").encoder.blocks})
+    assert tune_cases.plan(GPU, torch.bfloat16, tables.NORM_OPS) == [c for c in PLAN if c.op in tables.NORM_OPS]
 
 
-@pytest.mark.parametrize(("op", "layer"), [
-    (op, layer) for layer in tune_cases.layers(GPU) for op in tune_cases.used(layer.kind)
-], ids=lambda a: a if isinstance(a, str) else "-".join(map(str, a[:5])))  # fmt: skip
-def test_the_candidates_of_a_gpu_can_be_rows_of_a_table(op, layer):
-    """Their labels tell them apart, and every one has the form that a table wants."""
-    for n, frames in tune_cases.INFERENCE if op == "fused" else tune_cases.TRAINING:
-        shape = triton_tiles.Shape(*layer[:5], n * frames)
-        tiles = [c._asdict() for c in triton_tiles.candidates(op, torch.bfloat16, shape, frames)]
-        assert tiles and len({json.dumps(t) for t in tiles}) == len(tiles)
-        faults = [tables.tile_fault(f"conv1d.{op}", "bfloat16", tile) for tile in tiles]
-        assert faults[0] is None, f"the default: {faults[0]}"
-        assert sum(fault is None for fault in faults) > len(tiles) / 2
+@pytest.mark.parametrize("op", sorted({cell.op for cell in PLAN} - set(tables.NORM_OPS)))
+def test_the_contenders_of_a_conv_are_few_and_can_be_rows_of_a_table(gpu, op):
+    """The default first; their names tell them apart; each has the form that a table wants; and the library."""
+    for cell in (cell for cell in PLAN if cell.op == op):
+        found = list(faces.proposals(cell, GPU))
+        assert 3 <= len(found) <= 6, f"{len(found)} contenders of {cell}"
+        assert len({p.name(cell) for p in found}) == len(found)
+        assert [p.face for p in found] == ["triton"] * (len(found) - 1) + ["aten"]
+        n, frames = cell.batch
+        shape = triton_tiles.Shape(*cell[2:7], n * frames)
+        default = triton_tiles.default(op.removeprefix("conv1d."), DTYPES[cell.dtype], shape, frames)
+        assert found[0].tile == default._asdict()
+        rows = [of.row(cell, 1.0, {}).plain() for of in (found[0], found[-1])]
+        tables.parse({"header": dict.fromkeys(tables.HEADER, "x") | {"capability": "sm_90"}, "rows": rows}, "x")
+        for proposal in found[:-1]:
+            assert tables.tile_fault(cell.op, cell.dtype, proposal.tile) is None
 
 
-def test_every_width_of_the_norms_is_tuned_both_ways_at_the_training_batches():
-    widths = tune_cases.norms(GPU)
-    model = models.config("jasper10x5").encoder
-    assert {layer.c_in for layer in widths} == {block.filters for block in model.blocks}
-    assert all(layer == (layer.c_in, layer.c_in, 1, 1, 1, "norm", layer.share) for layer in widths)
-    assert [layer.share for layer in widths] == sorted((layer.share for layer in widths), reverse=True)
-    rows = {c: sum(b.repeat * c for b in model.blocks if b.filters == c) for c in {b.filters for b in model.blocks}}
-    most = max(rows, key=rows.__getitem__)
-    assert widths[0].c_in == most and widths[0].share / widths[-1].share == pytest.approx(
-        rows[most] / rows[widths[-1].c_in]
-    )
-    assert 0.1 < sum(layer.share for layer in widths) < 0.5, "of the bytes of a step, which are the convs' too"
-
-    todo = tune_cases.plan(GPU, tune_cases.OPS)
-    found = [(op, layer, batch) for op, layer, batch in todo if layer.kind == "norm"]
-    assert len(found) == 2 * len(widths) * len(tune_cases.TRAINING)
-    assert {(op, batch) for op, _, batch in found} == {(o, b) for o in tables.NORM_OPS for b in tune_cases.TRAINING}
-    for first, second in zip(found[::2], found[1::2], strict=True):
-        assert first[1:] == second[1:] and first[0] != second[0], "one without the other chooses nothing"
-    assert todo[0][1].kind != "norm" and todo[-1][1].kind != "norm"
-    assert tune_cases.plan(GPU, tables.NORM_OPS) == found, "they can be asked for alone"
+def test_a_batch_of_a_cell_lies_in_its_power_of_two():
+    for rows_log2 in range(20):
+        n, frames = Cell("conv1d.forward", "float16", 8, 8, 1, 1, 1, rows_log2).batch
+        assert tables.bucket(n * frames) == rows_log2
 
 
 @pytest.mark.parametrize(("missing", "wanted"), [
-    ((), ["triton", "cuda", "reference"]), (("cuda",), ["triton", "reference"]),
+    ((), ["cuda", "triton", "reference"]), (("cuda",), ["triton", "reference"]),
 ])  # fmt: skip
-def test_the_contenders_of_a_norm_are_the_faces_that_the_machine_has(monkeypatch, missing, wanted):
+def test_the_contenders_of_a_norm_are_the_faces_that_the_machine_has_the_cuda_face_first(monkeypatch, missing, wanted):
     monkeypatch.setattr(backends, "why_missing", lambda face, kind: "not built" if face in missing else None)
-    run = SimpleNamespace(device=GPU, dtype=torch.bfloat16)
-    op, layer, batch = tune_cases.plan(GPU, tables.NORM_OPS)[0]
-    case = tune_cases.make_case(run, op, layer, batch, None)
-    assert [c.name for c in case.contenders] == wanted and case.ours == "triton"
-    (n, frames), c = batch, layer.c_in
-    assert case.nbytes == 2 * n * frames * c * {"forward": 3, "backward": 5}[op.split(".")[1]]
-    for contender in case.contenders:
-        row = contender.row
-        assert {k: row[k] for k in tables.SHAPE} == tables.shape_of_norm(c)
-        assert (row["op"], row["face"], row["tile"]) == (op, contender.name, None)
-        assert row["rows_log2"] == tables.bucket(n * frames)
+    cell = next(cell for cell in PLAN if cell.op in tables.NORM_OPS)
+    assert [p.face for p in faces.proposals(cell, GPU)] == wanted
+
+
+def test_a_face_joins_by_one_registration(gpu):
+    @faces.contends("conv1d")
+    def another(cell, device):
+        return [Proposal("cuda")]
+
+    try:
+        assert [p.face for p in faces.proposals(PLAN[0]._replace(op="conv1d.wgrad"), GPU)][-1] == "cuda"
+    finally:
+        faces._registered["conv1d"].remove(another)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_whole_jasper_fits_nine_minutes_on_sixteen_cores(gpu, dtype):
+    """By the plan's arithmetic: seconds to compile, check and time are estimates (`work.COMPILE` and its like)."""
+    cells = tune_cases.plan(GPU, dtype)
+    spent = work.estimate(cells, GPU, 16)
+    assert 30 < spent < 540 / 1.5, f"{spent:.0f} s for {len(cells)} cells"
+    first = [cell for cell in cells if cell.rows_log2 == 15 and cell.op != "conv1d.forward"]
+    assert work.estimate(first, GPU, 16) < 120, "what a first training step tunes"
 
 
 @pytest.mark.parametrize(("op", "wanted"), [
@@ -124,13 +120,39 @@ def test_a_norm_is_called_as_a_training_step_calls_it(monkeypatch, op, wanted):
     impl, calls = backends.face("bn_relu_dropout", "triton"), {}
     for name in wanted:
         calls[name] = spied(monkeypatch, impl, name, lambda *args, **more: (args, more))
-    ((_, layer, batch),) = tune_cases.plan(CPU_RUN.device, (f"bn_relu_dropout.{op}",))
-    case = tune_cases.make_case(CPU_RUN, f"bn_relu_dropout.{op}", layer, batch, tune_builders.Trial(Path("unused")))
-    case.refill.__self__.call("triton")
+    (cell,) = tune_cases.plan(CPU, torch.float32, (f"bn_relu_dropout.{op}",))
+    Held(cell, CPU).call(Proposal("triton"))()
     assert [len(of_name) for of_name in calls.values()] == [1, 1]
     calls.pop("stats", None)
     for name, ((args, _),) in calls.items():
         lengths, seed, p = next(arg for arg in args if isinstance(arg, Mask))
-        assert lengths.tolist() == [batch[1]] * batch[0] and seed.numel() == 1 and p == 0.2
+        assert lengths.tolist() == [cell.batch[1]] and seed.numel() == 1 and p == 0.2
         if name == "backward_apply":
             assert args[4] is not None and args[7] == 2  # means of the batch, halo
+
+
+def kinds(found: list[launch.Launch]) -> set[str]:
+    """What each launch is compiled for."""
+    from jasper_fast.kernels import aot
+
+    parts = ("signature", "constexprs", "attrs", "options")
+    of = lambda made: [sorted(map(repr, getattr(made, part).items())) for part in parts]  # noqa: E731
+    return {repr((one.name, of(aot.source(one, 90)))) for one in found}
+
+
+@pytest.mark.parametrize("cell", [
+    *(Cell(f"conv1d.{op}", "float16", 128, 128, 5, 1, 1, 7) for op in tune_cases.CONV_OPS),
+    Cell("conv1d.fused", "float16", 128, 29, 1, 1, 1, 7),
+    *(Cell(op, "float16", 128, 128, 1, 1, 1, 7) for op in tables.NORM_OPS),
+], ids=lambda cell: f"{cell.op} {cell.c_out}")  # fmt: skip
+def test_what_is_compiled_ahead_is_what_is_launched(cell):
+    """Types, alignment, flags and tile: of the launches on tensors without values, and of those on the held inputs."""
+    tile = None
+    if cell.op.startswith("conv1d"):
+        tile = triton_tiles.default(cell.op[7:], torch.float16, triton_tiles.Shape(*cell[2:7], 96), 96)._asdict()
+    proposal, seen = Proposal("triton", tile=tile), []
+    call = Held(cell, CPU).call(proposal)
+    with launch.recorded(seen.append, 90):
+        call()
+    launched, compiled = kinds(seen), kinds(compiling.launches(compiling.Job(cell, proposal, 90)))
+    assert launched <= compiled, f"{len(launched - compiled)} of {len(launched)} kernels are not compiled ahead"

@@ -17,6 +17,7 @@ from standins import verdict, verdicts_of_its_own  # noqa: F401
 from jasper_fast.cli import command
 from jasper_fast.dispatch import backends, probe, verdicts
 from jasper_fast.dispatch.verdict import BAD, GOOD, UNCHECKED
+from jasper_fast.kernels import native
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -62,12 +63,16 @@ def test_another_machine_or_version_has_no_verdict(part, monkeypatch):
     assert verdicts.read(CPU) == {}
 
 
-def test_the_sources_are_those_of_kernels_and_tables(monkeypatch, tmp_path):
+def test_a_table_that_is_installed_invalidates_no_verdict(monkeypatch, tmp_path):
     before = verdicts.sources()
     monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path))
     verdicts.sources.cache_clear()
     assert verdicts.sources() == before
     (tmp_path / "gpu.json").write_text("{}")
+    verdicts.sources.cache_clear()
+    assert verdicts.sources() == before
+    monkeypatch.setattr(native, "_library_dir", lambda: tmp_path)
+    (tmp_path / "kernels.so").write_text("other kernels")
     verdicts.sources.cache_clear()
     assert verdicts.sources() != before
 

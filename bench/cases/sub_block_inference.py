@@ -121,7 +121,7 @@ SubBlockCall = Callable[[Tensor, Tensor], Tensor]
 def fused(i: Inputs, backend: str) -> SubBlockCall:
     """jasper_fast's one kernel a sub-block, weights folded and packed once, as InferenceEngine runs it."""
     a, (weight, bias) = i.layer, i.module.folded()
-    name = choose.fused_face(backend, i.device, i.dtype)
+    name = choose.fused_faces(backend, i.device, i.dtype)[0]
     if backend == "reference" or name == "aten":
         weight, bias = layout.ntc(weight.to(i.dtype)), bias.to(i.dtype)
         return lambda x, lengths: _folded_aten(i, weight, bias, x, lengths)

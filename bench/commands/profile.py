@@ -94,7 +94,7 @@ def engine_ranges(engine: InferenceEngine, device: torch.device) -> Iterator[Non
         return call
 
     runner = engine._run
-    plan, bound = runner._plan, getattr(runner, "shapes", {})
+    plan, bound = runner._plan, runner.shapes.held
     names = [
         f"encoder.layers.{i}" for i, layer in enumerate(engine._model.encoder.layers) for _ in range(layer.b.repeat)
     ]

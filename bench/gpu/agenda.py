@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from jasper_fast.bench.cases import bn_relu_dropout, by_layer, common, panes
 from jasper_fast.bench.cases.layers import Layer, layers
 from jasper_fast.bench.commands import kernels, latency, launches, memory, train
-from jasper_fast.bench.gpu import ahead, self_check
+from jasper_fast.bench.gpu import ahead, first, preflight, self_check
 from jasper_fast.bench.harness import cudnn_search
 from jasper_fast.bench.harness.run import Run
+from jasper_fast.dispatch import backends
 
 MODEL = "jasper10x5"
 ALL_MODES = ("backward", "forward", "inference")  # the first one's fp64 answers hold the second's
@@ -35,6 +36,7 @@ def plan(run: Run) -> list[Part]:
         shapes = ((2, 64, 100), (2, 96, 100))
         layer = Layer(64, 64, 11)
         return [
+            Part("preflight", 10, preflight.main),
             Part(
                 "self-check",
                 60,
@@ -58,6 +60,8 @@ def plan(run: Run) -> list[Part]:
             ),
             Part("panes", 60, lambda r: all_panes(r, [panes.Block((64, 64), 96)], (2, 64))),
             Part("launches", 60, launches.main),
+            Part("tests", 30, lambda r: first.tests(r, files=("test_faces.py",), chosen="")),
+            *([Part("tuning", 60, lambda r: first.tune(r, ("forward",)))] if interpreted() else []),
         ]
     return [*first_nine_minutes(light, light_training), *and_then(light, light_training)]
 
@@ -65,24 +69,26 @@ def plan(run: Run) -> list[Part]:
 def first_nine_minutes(light: dict, light_training: dict) -> list[Part]:
     """What a GPU is asked first; the shares together are the budget. First come ops that the host hardly touches."""
     return [
-        Part("self-check", 90, ready),
+        Part("preflight", 5, preflight.main),
+        Part("tests", 40, first.tests),
+        Part("self-check", 75, ready),
+        Part("tuning", 110, first.tune),
         Part(
             "bn_relu_dropout",
-            25,
+            20,
             lambda r: r.cases("kernels", bn_relu_dropout.cases(with_(r, {"quick": True, "rivals": "eager"}))),
         ),
-        Part("the five largest convs", 30, lambda r: all_layers(r, LIGHT_TRAINING, "conv1d", ("forward",), 5)),
-        Part("training step", 75, lambda r: train.main(with_(r, light_training), ((MODEL, 32, 1680),))),
+        Part("the five largest convs", 25, lambda r: all_layers(r, LIGHT_TRAINING, "conv1d", ("forward",), 5)),
+        Part("training step", 60, lambda r: train.main(with_(r, light_training), ((MODEL, 32, 1680),))),
         Part(
             "latency of one utterance",
-            50,
+            45,
             lambda r: latency.main(with_(r, light), MODEL, grid=((1, 2.0), (1, 7.0), (1, 16.7))),
         ),
-        Part("launches", 30, all_launches),
-        Part("memory", 20, lambda r: memory.main(r, ((MODEL, 8, 1680),))),
-        Part("panes", 25, lambda r: all_panes(r, panes.ends_and_middle())),
-        Part("sub-blocks", 110, lambda r: all_layers(r, LIGHT_TRAINING, "sub_block", ALL_MODES)),
-        Part("training grid", 40, lambda r: train.main(with_(r, {"rivals": f"{LIGHT_TRAINING},eager_no_masks"}))),
+        Part("launches", 20, all_launches),
+        Part("memory", 15, lambda r: memory.main(r, ((MODEL, 8, 1680),))),
+        Part("panes", 20, lambda r: all_panes(r, panes.ends_and_middle())),
+        Part("sub-blocks", 60, lambda r: all_layers(r, LIGHT_TRAINING, "sub_block", ALL_MODES)),
         Part("self-check in full", 45, self_check.selfcheck_in_full),
     ]
 
@@ -90,6 +96,7 @@ def first_nine_minutes(light: dict, light_training: dict) -> list[Part]:
 def and_then(light: dict, light_training: dict) -> list[Part]:
     """What `--resume` goes on with; slow compilers come last, where they can cost nothing but themselves."""
     return [
+        Part("training grid", 40, lambda r: train.main(with_(r, {"rivals": f"{LIGHT_TRAINING},eager_no_masks"}))),
         Part("sub-blocks beside max-autotune and cuDNN", 90, slow_rivals),
         Part("latency grid", 60, lambda r: latency.main(with_(r, light), MODEL)),
         Part("convs", 80, lambda r: all_layers(r, LIGHT_TRAINING, "conv1d", ("both", "forward", "backward"))),
@@ -127,6 +134,11 @@ def and_then(light: dict, light_training: dict) -> list[Part]:
             lambda r: latency.main(with_(r, {"rivals": "eager,compile_blocks_frozen"}), MODEL, grid=((1, 2.0),)),
         ),
     ]
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run on a CPU, for the stand-in."""
+    return backends.why_missing("triton", "cpu") is None
 
 
 def with_(run: Run, changes: dict) -> Run:

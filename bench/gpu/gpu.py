@@ -4,8 +4,10 @@
 part has a share of the time, so that none can take what the later ones need; what is left at the end goes to those that
 were cut off. A part that fails costs the others nothing: where it took the GPU's context with it, the run goes on in a
 new process, and a part is tried twice at most. `--backend auto` is Triton here: these are the numbers that dispatch is
-decided from; what the self-check finds bad is not timed. Tiles are `python -m bench tune`, a command of its own: one
-case compiles up to 18. With `--device cpu` the same plan runs on a stand-in: the small Jasper and small shapes.
+decided from; what the self-check finds bad is not timed. First come a preflight (compiler, headers, disk, driver,
+clocks, memory, each with the remedy), the tests that matter, the self-check and tuning, whose tiles what follows runs
+with; `python -m bench tune` makes a table of them. With `--device cpu` the same plan runs on a stand-in: the small
+Jasper and small shapes.
 """
 
 import contextlib

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from jasper_fast.bench.harness import nvml, paths
-from jasper_fast.kernels import native
+from jasper_fast.kernels import likeness, native
 from jasper_fast.kernels.tables import slug
 
 __all__ = ["clocks", "command", "commit", "describe", "name", "slug"]
@@ -145,6 +145,7 @@ def _gpu(device: torch.device) -> dict | None:
         "name": p.name,
         "capability": f"sm_{p.major}{p.minor}",
         "sm_count": p.multi_processor_count,
+        "bandwidth": likeness.header(likeness.traits(device.index or 0))["bandwidth"],
         "memory_gib": round(p.total_memory / 2**30, 1),
         "l2_mib": round(p.L2_cache_size / 2**20, 1),
         "driver": nvml.driver(),

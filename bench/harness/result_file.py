@@ -53,7 +53,7 @@ class Results:
             self.data |= {"rows": old["rows"], "limits": old["limits"], "resumed": old.get("resumed", 0) + 1}
             kept = {k: v for k, v in old.get("parts", {}).items() if v == "finished" or v.startswith("failed")}
             self.data["parts"] = kept
-            self.data |= {k: old[k] for k in ("selfcheck", "faults") if k in old}
+            self.data |= {k: old[k] for k in ("selfcheck", "faults", "preflight", "tests", "tuned") if k in old}
 
     @property
     def limits(self) -> dict:

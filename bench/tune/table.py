@@ -3,13 +3,48 @@
 import json
 from pathlib import Path
 
+from jasper_fast.bench.cases.cells import work
 from jasper_fast.bench.harness.console import console
+from jasper_fast.bench.harness.ratios import summary as summary_of
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.report import terminal, words
-from jasper_fast.bench.tune.cases import LIBRARY
 from jasper_fast.kernels import tables
+from jasper_fast.kernels.tables import Cell
 
-PLAIN = (LIBRARY, "reference")  # what is not ours
+PLAIN = ("aten library", "reference library")  # what is not ours
+
+
+def case_id(cell: Cell) -> str:
+    """The cell as the rows of a result name it."""
+    return "tune " + " ".join(map(str, cell))
+
+
+def shape_of(cell: Cell) -> str:
+    """The batch that a cell is timed on, for people."""
+    n, frames = cell.batch
+    if cell.op in tables.NORM_OPS:
+        return f"({n}, {cell.c_in}, {frames})"
+    more = "".join(f" {k[0]} {getattr(cell, k)}" for k in ("stride", "dilation") if getattr(cell, k) > 1)
+    return f"({n}, {cell.c_in}->{cell.c_out}, {frames}) K {cell.taps}{more}"
+
+
+def rows_of(cell: Cell, found: dict) -> list[dict]:
+    """The rows of a cell that was tuned: one a contender, those without a number say why."""
+    flops, nbytes = work(cell)
+    key = {"op": cell.op, "shape": shape_of(cell), "dtype": cell.dtype}
+    row = {"bench": "tune", "key": key, "dtype": cell.dtype}
+    row |= {"flops": flops, "bytes": nbytes, "clock": "events"}
+    best = next((name for name in found["timed"] if name not in PLAIN), None)
+    made = []
+    for name, of in found["timed"].items():
+        spent = summary_of(found["samples"][name], 1)
+        rates = {f"{kind}_per_s": row[kind] / spent["median"] for kind in ("flops", "bytes") if row[kind]}
+        told = {k: v for k, v in of.items() if k != "time_s"}
+        made.append({"contender": name, "ours": name == best, "status": "ok", "time_s": spent, "tune": told} | rates)
+    for name, why in found["refused"].items():
+        status = "wrong" if why.startswith("wrong") else "failed"
+        made.append({"contender": name, "ours": False, "status": status, "why": why})
+    return [row | {"id": f"{case_id(cell)} / {of['contender']}"} | of for of in made]
 
 
 def put_table(run: Run) -> None:
@@ -40,6 +75,8 @@ def table_header(data: dict) -> dict[str, str]:
     return {
         "gpu": gpu["name"] if gpu else of["name"],
         "capability": gpu["capability"] if gpu else "sm_00",
+        "multiprocessors": str((gpu or {}).get("sm_count", "unknown")),
+        "bandwidth": (gpu or {}).get("bandwidth", "unknown"),
         "driver": (gpu["driver"] or "unknown") if gpu else "none",
         "torch": of["packages"]["torch"],
         "triton": of["packages"]["triton"],
@@ -105,7 +142,7 @@ def summary(run: Run, done: int, of: int) -> None:
         beside = f"{plain['time_s']['median'] / spent:.2f}" if plain else ""
         by_bytes = key["op"] in tables.NORM_OPS
         rate = words.per_second(ours["bytes" if by_bytes else "flops"] / spent, "B" if by_bytes else "FLOP")
-        name = ours["contender"].removeprefix("triton ")
+        name = ours["contender"].removesuffix(" direct").removeprefix("triton ")
         shown.add_row(key["op"], key["shape"], name, words.duration(spent), rate, beside)
     terminal.console.print(shown)
     terminal.without_number(rows)

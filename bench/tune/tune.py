@@ -1,51 +1,32 @@
-"""Which tile and which face: `python -m bench tune` measures, `--install RESULT` makes it the choice.
+"""Which tile and which face: `python -m bench tune` measures, `--install RESULT` makes it the table of this GPU.
 
-Every distinct conv of Jasper 10x5 and every width of its bn_relu_dropout, by op and by the power of two of the rows, in
-the order of their share of the network's work, so that a run cut off has the most valuable rows. A conv's contenders
-are the tiles that the kernels propose and ATen's own conv, those of bn_relu_dropout its faces. Each is compared with
-fp64 first: what is wrong, spills or does not compile is a row that says so and is never chosen. The slow ones leave
-after three rounds; the rest are timed in turns. On a GPU a contender is a CUDA graph of one call, so the host's part of
-a launch counts for none, and all tiles of a case are compiled ahead, in threads. The result file holds the table as far
-as it has come; `--resume` goes on, and skips a configuration that ended the process.
+The tuner is that of first uses (`jasper-fast tune`): here over every distinct conv of Jasper 10x5 and every width of
+its bn_relu_dropout, at the batches that a table answers for, those of the most work first, so that a run cut off has
+the most valuable rows. All kernels are compiled ahead in parallel; each contender is held against fp64 first; what is
+wrong, spills or does not compile is a row that says so and is never chosen. On a GPU a contender is a CUDA graph of one
+call over a batch with the padding of speech, and what is measured is this user's choice at once. The result file holds
+the table as far as it has come; `--resume` goes on.
 
 With TRITON_INTERPRET=1 and `--device cpu` the same code runs on tiny shapes in Triton's interpreter: a stand-in, whose
 result cannot be installed.
 """
 
 import argparse
-import contextlib
-import dataclasses
-import json
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from jasper_fast.bench.harness import checking, devices, options, paths, timing
-from jasper_fast.bench.harness.case import Case, Effort
+from jasper_fast.bench.cases.cells import OPS, plan
+from jasper_fast.bench.harness import options, paths
 from jasper_fast.bench.harness.console import console
-from jasper_fast.bench.harness.errors import DeviceLost, OutOfTime, first_line
-from jasper_fast.bench.harness.interruption import interrupted_after
-from jasper_fast.bench.harness.measurement import LOST as LOST_ROW
-from jasper_fast.bench.harness.measurement import Measurement, Row
 from jasper_fast.bench.harness.run import Run
-from jasper_fast.bench.tune.builders import AHEAD, Trial, compile_ahead
-from jasper_fast.bench.tune.cases import LIBRARY, OPS, Layer, make_case, plan
-from jasper_fast.bench.tune.table import install, put_table, say, summary
-from jasper_fast.dispatch import backends
-from jasper_fast.kernels import tables
+from jasper_fast.bench.tune.table import case_id, install, put_table, rows_of, say, shape_of, summary
+from jasper_fast.dispatch import backends, tuned, verdicts
 
-LOST, OUT_OF_TIME, TERMINATED = 3, 4, 128 + signal.SIGTERM  # exit statuses
-BUDGET = 1800.0
-LONGEST_START = 120.0  # seconds from the process's start to this module: more, and /proc tells something else
-LOADED = time.monotonic()
-SECONDS = 1.5  # a case
-FIRST_ROUNDS = Effort(seconds=0.3, min_rounds=3, max_rounds=3, target=0.0)
-SLOW = 1.3  # times the fastest after the first rounds: not timed further
+OUT_OF_TIME = 4  # exit status
+BUDGET = 540.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,12 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default=None, help="default: bf16; fp32 on a CPU")
     parser.add_argument("--ops", default="all", help=f"all, or some of {','.join(OPS)}")
-    parser.add_argument(
-        "--seconds", type=options.seconds, default=SECONDS, help=f"time to spend on each case ({SECONDS})"
-    )
+    parser.add_argument("--seconds", type=options.seconds, default=None, help="to time a shape in (1.5 at most)")
     parser.add_argument(
         "--budget", type=options.seconds, default=BUDGET, metavar="SECONDS",
-        help=f"of this process, when to stop ({BUDGET:.0f}), with exit status {OUT_OF_TIME}; --resume goes on",
+        help=f"when to stop ({BUDGET:.0f}), with exit status {OUT_OF_TIME}; --resume goes on",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, default=paths.OUT, metavar="DIR",
@@ -78,8 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, start: Callable[[argparse.Namespace], Run]) -> int:
     """Run the subcommand; returns its exit status.
 
-    0: all is measured; 1: an unusable result; 3: a kernel lost the device; 4: out of time; 143: ended by SIGTERM. After
-    the last three what there is is on disk, and --resume goes on.
+    0: all is measured; 1: an unusable result, or no process that tunes; 4: out of time, --resume goes on.
     """
     if args.install:
         return install(args.install)
@@ -93,169 +71,40 @@ def main(args: argparse.Namespace, start: Callable[[argparse.Namespace], Run]) -
         args.dtype = "bf16"
     if reason := backends.why_missing("triton", "cpu" if on_cpu else "cuda"):
         raise SystemExit(reason)
-    return tune(start(args), ops, args.budget, args.seconds)
+    end = time.monotonic() + args.budget
+    return tune(start(args), ops, end - time.monotonic(), args.seconds)
 
 
-def tune(run: Run, ops: tuple[str, ...], budget: float, seconds: float) -> int:
-    """Work through the cases until they are done or the budget, counted from the process's start, is spent."""
-    run.deadline = born() + budget
-    run.effort = dataclasses.replace(run.effort, seconds=seconds)
-    trial = Trial(run.results.path.with_suffix(".trying"))
-    note_killer(run, trial)
-    todo = plan(run.device, ops)
+def tune(run: Run, ops: tuple[str, ...], budget: float, seconds: float | None = None) -> int:
+    """Work through the cells until they are done or the budget is spent; the file is written after each."""
+    cells, device = plan(run.device, run.dtype, ops), tuned.indexed(run.device)
+    have = {row["id"].rsplit(" / ", 1)[0] for row in run.results.data["rows"]}
+    todo, status, written = [cell for cell in cells if case_id(cell) not in have], 0, 0
+
+    def on_cell(session: tuned.Session, doing: str) -> None:
+        nonlocal written
+        for cell, found in list(session.done.items())[written:]:
+            rows = rows_of(cell, found)
+            run.results.add(rows)
+            put_table(run)
+            written += 1
+            done = f"tune {len(cells) - len(todo) + written} of {len(cells)}"
+            say(
+                f"{done}: {cell.op} {shape_of(cell)}, {sum(row['status'] == 'ok' for row in rows)} of {len(rows)} timed"
+            )
+        if doing.startswith("compiling"):
+            console.print(f"tune: {doing}")
+
     try:
-        with terminated(trial):
-            status = work(run, todo, trial)
-    except Terminated:
-        status = TERMINATED
-    if status != LOST:
-        trial.forget()
-    done = sum(finished(run, make_case(run, *what, trial)) for what in todo)
-    run.results.data["finished"] = done == len(todo)
+        with verdicts.locked(tuned.PATIENCE, tuned.LOCK):
+            how = {"on_cell": on_cell, "keeps": device.type == "cuda", "seconds": seconds}
+            session = tuned.tune(device, todo, budget, **how)
+        status = OUT_OF_TIME if session.out_of_time else 0
+    except tuned.CannotTune as error:
+        say(str(error))
+        status = 1
+    run.results.data["finished"] = status == 0
     run.results.data["seconds"] = round(time.monotonic() - run.started, 1)
     put_table(run)
-    summary(run, done, len(todo))
+    summary(run, len(cells) - len(todo) + written, len(cells))
     return status
-
-
-def work(run: Run, todo: list[tuple[str, Layer, tuple[int, int]]], trial: Trial) -> int:
-    """Measure what is not measured yet, the file written after every case; returns the exit status."""
-    for number, (op, layer, batch) in enumerate(todo, 1):
-        case = make_case(run, op, layer, batch, trial)
-        if finished(run, case):
-            continue
-        left = run.deadline - time.monotonic()
-        if left <= 0:
-            return OUT_OF_TIME
-        trial.case, trial.key, trial.facts = case.id, case.key, {}
-        console.print(f"tune {number} of {len(todo)}: {case.label()}, {left:.0f} s left")
-        try:
-            with interrupted_after(left):
-                rows = attempt(run, case, trial)
-        except OutOfTime:
-            interrupted_after.no_more()
-            return OUT_OF_TIME
-        except KeyboardInterrupt:  # by a person, not by the configuration that was being tried
-            trial.forget()
-            raise
-        except DeviceLost as error:
-            say(f"{error}: this process is of no more use, --resume goes on without it")
-            return LOST
-        trial.forget()
-        run.results.add(rows)
-        put_table(run)
-    return 0
-
-
-def attempt(run: Run, case: Case, trial: Trial) -> list[Row]:
-    """The rows of a case; where it cannot be measured at all (no memory for its inputs, say), they say so."""
-    m = Measurement(case, run.device)
-    try:
-        return measure(run, m, trial)
-    except DeviceLost:
-        accuse(m, trial)
-        raise
-    except Exception as error:  # one case's failure costs the others nothing
-        if told := devices.lost(run.device):
-            accuse(m, trial)
-            raise DeviceLost(f"{case.label()}: {told}") from error
-        why = first_line(error)
-    failed = Measurement(case, run.device, failed=dict.fromkeys(case.names, ("failed", why)))
-    return [row | {"tune": c.row} for row, c in zip(failed.rows({}, {}), case.contenders, strict=True)]
-
-
-def measure(run: Run, m: Measurement, trial: Trial) -> list[Row]:
-    """Check all contenders, time them, the slow ones only for the first rounds; returns their rows."""
-    killers = {row["contender"] for row in run.results.data["rows"] if row["id"].startswith(f"{m.case.id} / ")}
-    m.case = m.case.only([name for name in m.case.names if name not in killers])
-    described = {c.name: c.row for c in m.case.contenders}
-    if AHEAD not in killers:
-        compile_ahead(run, m.case, trial)
-    checking.prepare(m)
-    first = timing.measure(m, FIRST_ROUNDS)
-    times = {row["contender"]: row["time_s"]["median"] for row in first if row["status"] == "ok"}
-    for name, spent in times.items():
-        if spent > SLOW * min(times.values()) and name != LIBRARY:
-            del m.runners[name]
-    m.case = m.case.only(list(m.runners))
-    rows = {row["contender"]: row for row in (*first, *(timing.measure(m, run.effort) if m.runners else ()))}
-    m.runners.clear()
-    if run.device.type == "cuda":
-        torch.cuda.empty_cache()  # the graphs' memory
-    for name, row in rows.items():
-        facts = trial.facts.get(name, {})
-        row["tune"] = described[name] | {k: facts.get(k) for k in ("registers", "shared", "spilled")}
-    return list(rows.values())
-
-
-def finished(run: Run, case: Case) -> bool:
-    """Whether the result has all rows of a case."""
-    return run.results.has(case.id, case.names)
-
-
-# ------------------------------------------------------------------ the process: its start, its end, and what ends it
-
-
-def born() -> float:
-    """When this process started, on the monotonic clock: a parent counts from there, and importing takes seconds."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError, AttributeError):
-        return LOADED
-    started = time.monotonic() - age
-    return started if LOADED - LONGEST_START < started <= LOADED else LOADED
-
-
-class Terminated(BaseException):
-    """SIGTERM: no error handling may swallow it."""
-
-
-@contextlib.contextmanager
-def terminated(trial: Trial) -> Iterator[None]:
-    """SIGTERM raises Terminated between two lines of Python, and clears the trial at once: a parent that has no more
-    time may kill before a compiler or a kernel comes back to Python."""
-
-    def stop(*_: object) -> None:
-        raise Terminated
-
-    def watch() -> None:
-        while (told := os.read(reader, 1)) and told[0] != signal.SIGTERM:
-            pass
-        if told:
-            trial.forget()
-
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    before = signal.signal(signal.SIGTERM, stop)
-    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(wakeup)
-        signal.signal(signal.SIGTERM, before)
-        os.close(writer)
-        thread.join()
-        os.close(reader)
-
-
-def accuse(m: Measurement, trial: Trial) -> None:
-    """Notes who lost the device: it may have been another than the last that was tried first."""
-    for name, (_, why) in m.failed.items():
-        if why.startswith(LOST_ROW) or "CUDA error" in why:
-            trial.begin(name)
-            return
-
-
-def note_killer(run: Run, trial: Trial) -> None:
-    """A configuration that was being tried when an earlier process ended is a failed row, and not tried again."""
-    if not trial.path.is_file():
-        return
-    tried = json.loads(trial.path.read_text())
-    why = "an earlier process ended, or lost the device, when it first ran this"
-    row = {"id": f"{tried['case']} / {tried['contender']}", "bench": "tune", "key": tried["key"], "ours": False}
-    row |= {"contender": tried["contender"], "dtype": tables.DTYPES[run.dtype], "flops": 0, "bytes": 0}
-    run.results.add([row | {"clock": "", "status": "failed", "why": why}])
-    trial.forget()

@@ -108,6 +108,19 @@ def _verdicts(gpus: int) -> list[dict[str, Any]]:
     return [{"device": str(d), **vars(v)} for d in devices for v in verdicts.read(d).values()]
 
 
+def _tuned(gpus: int) -> list[dict[str, Any]]:
+    """What was tuned on each GPU with these versions."""
+    import torch
+
+    from jasper_fast.dispatch import tuned
+
+    devices = [torch.device("cuda", i) for i in range(gpus)]
+    return [
+        {"device": str(d), "file": str(tuned.path(d)), "shapes": len({row.cell for row in tuned.read(d)})}
+        for d in devices
+    ]
+
+
 def collect() -> dict[str, Any]:
     """The machine as a dict of plain values: what ``jasper-fast info --json`` prints."""
     import torch
@@ -151,6 +164,7 @@ def collect() -> dict[str, Any]:
         "cuda": {"torch_built_for": torch.version.cuda, "available": torch.cuda.is_available(), "gpus": gpus},
         "auto": auto,
         "verdicts": _verdicts(len(gpus)),
+        "tuned": _tuned(len(gpus)),
         "backends": found,
         "packages": packages,
     }
@@ -192,6 +206,8 @@ def render(report: dict[str, Any]) -> str:
         lines.append(f"self-check of {what}: {found}{failure}")
     if not report["verdicts"]:
         lines.append("self-check: not run with these versions; `jasper-fast selfcheck` runs it")
+    for found in report["tuned"]:
+        lines.append(f"tuned on {found['device']}: {found['shapes']} shapes, in {found['file']}")
     rows = [("package", "version", "for", "how to get it")]
     for name, package in report["packages"].items():
         version = package["version"] or ("- (optional)" if package["optional"] else "missing")

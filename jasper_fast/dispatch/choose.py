@@ -7,11 +7,12 @@ import warnings
 
 import torch
 
-from jasper_fast.dispatch import backends, verdicts
+from jasper_fast.dispatch import backends, rules, tuned, verdicts
 from jasper_fast.dispatch.backends import NORM, PANES, BackendMissing
 from jasper_fast.dispatch.verdict import GOOD
 from jasper_fast.kernels import tables
 from jasper_fast.kernels.conv1d import cuda_launch
+from jasper_fast.kernels.tables import Cell
 
 
 @torch.compiler.assume_constant_result
@@ -56,9 +57,11 @@ def norm_face(
 ) -> str:
     """The face that runs bn_relu_dropout, forward and backward, on (N, `channels`, T) in `dtype` on `device`.
 
-    On a GPU "auto" takes what the GPU's table says is faster for both together at 2**rows_log2 rows N*T (None: at the
-    most measured), if it can run here and its verdict is good. Else, and without a row, it is as `resolve` says.
+    On a GPU "auto" takes what was measured to be faster for both together at 2**rows_log2 rows N*T (None: at the most
+    measured), if it can run here and its verdict is good; what was not measured may be tuned now (see `tuned`). Else,
+    and without a row, it is as `resolve` says.
     """
+    _catch_up(backend, device)
     return _norm_face(backend, device, dtype, channels, rows_log2)
 
 
@@ -67,6 +70,9 @@ def _norm_face(backend, device, dtype, channels, rows_log2) -> str:
     device = torch.device(device)
     if backend == "auto" and device.type == "cuda":
         rows = None if rows_log2 is None else 1 << rows_log2
+        if rows is not None and dtype in tables.DTYPES and resolve(backend, device) != "reference":
+            shape = tables.shape_of_norm(channels).values()
+            _want(device, dtype, [(op, tuple(shape)) for op in tables.NORM_OPS], rows_log2, "a batch norm")
         fastest = tables.fastest(tables.NORM_OPS, device, dtype, **tables.shape_of_norm(channels), rows=rows)
         if fastest == "reference":
             return fastest
@@ -101,11 +107,13 @@ def conv_face(
     """The face that runs a conv in `dtype` on `device`: ours where it has the dtype and the gradients, else "aten".
 
     The CPU kernels take 16 bits too, except where the CPU has AMX for them: ATen's convs use it, ours do not.
-    strided_dx: the gradient of x at a stride is asked for, which only ATen has. On a GPU "auto" stays with cuDNN, in
-    channels-last memory, unless the GPU's table has `shape` (c_in, c_out, taps, stride, dilation) and says that the
-    `calls` together are faster on one of ours at 2**rows_log2 rows (None: the most measured), and the verdict on it is
-    good. A GPU too old for Triton takes the CUDA face without a table.
+    strided_dx: the gradient of x at a stride is asked for, which only ATen has. On a GPU "auto" takes one of ours or
+    cuDNN, in channels-last memory, by which of them the `calls` together take less time at `shape` (c_in, c_out, taps,
+    stride, dilation) and 2**rows_log2 rows (None: the most measured): as tuned here, now where this is the first use
+    (see `tuned`), as in the tables of this GPU or one like it, or by `rules`; ours only if the verdict on it is good. A
+    GPU too old for Triton takes the CUDA face.
     """
+    _catch_up(backend, device)
     return _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2)
 
 
@@ -124,9 +132,11 @@ def _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> s
     if face == "triton":  # where Triton runs, a table must say which is faster
         if shape is None:
             return "aten"
-        sizes, rows = dict(zip(tables.SHAPE, shape, strict=True)), None if rows_log2 is None else 1 << rows_log2
-        face = tables.fastest(calls, device, dtype, **sizes, rows=rows)
-        if face not in CONVS or not _takes(face, device, dtype, shape) or backends.why_missing(face, device):
+        if rows_log2 is not None:
+            _want(device, dtype, [(op, shape) for op in calls], rows_log2, "a conv")
+        faces = tuple(f for f in CONVS if _takes(f, device, dtype, shape) and not backends.why_missing(f, device))
+        face = _faster([(op, shape, 1) for op in calls], device, dtype, rows_log2, faces)
+        if face not in CONVS:
             return "aten"
     return face if _trusted("conv1d", face, device, dtype, LIBRARY) else "aten"
 
@@ -138,22 +148,66 @@ def _takes(face: str, device: torch.device, dtype: torch.dtype, shape: tuple[int
     return cuda_launch.takes(device, dtype, shape)
 
 
-@functools.cache
-def fused_face(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The face that serves a whole network at inference in `dtype`: "triton", "cuda", "cpu" or "aten".
+Convs = tuple[tuple[tuple[int, ...], int], ...]  # shapes (c_in, c_out, taps, stride, dilation), each with its count
 
-    On a GPU "auto" takes the face whose sub-blocks the GPU's table says are the fastest in all, if the verdict on them
-    is good; the CUDA face without a table where Triton does not run.
+
+@functools.cache
+def fused_faces(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """The faces that may serve a whole network at inference in `dtype`, of "triton", "cuda", "cpu" and "aten".
+
+    One but on a GPU, where "auto" has "aten" and those of ours that run there, by the batch (`fused_face`), if the
+    verdict on their fused sub-blocks is good; where Triton does not run, the CUDA face alone.
     """
     device = torch.device(device)
-    face = resolve(backend, device)
-    if backend != "auto" or device.type != "cuda" or face not in CONVS:
-        return conv_face(backend, device, dtype)
-    if face == "triton":
-        face = tables.fastest_overall("conv1d.fused", device, dtype)
-    if face not in CONVS or not _takes(face, device, dtype) or backends.why_missing(face, device):
-        return "aten"
-    return face if _trusted("conv1d.fused", face, device, dtype, LIBRARY) else "aten"
+    first = resolve(backend, device)
+    if backend != "auto" or device.type != "cuda" or first not in CONVS:
+        return (conv_face(backend, device, dtype),)
+    ours = tuple(
+        face
+        for face in CONVS
+        if _takes(face, device, dtype)
+        and not backends.why_missing(face, device)
+        and _trusted("conv1d.fused", face, device, dtype, LIBRARY)
+    )
+    return ours if ours and first == "cuda" else (*ours, "aten")
+
+
+def fused_face(
+    device: torch.device, dtype: torch.dtype, convs: Convs, rows_log2: int, faces: tuple[str, ...] = ("triton", "aten")
+) -> str:
+    """Which of `faces` serves all `convs` of a network fastest on a GPU at 2**rows_log2 rows N*T': as measured, now
+    where this is the first use (see `tuned`), or by `rules`."""
+    tuned.catch_up(device)
+    return _fused_face(device, dtype, convs, rows_log2, faces)
+
+
+@functools.cache
+def _fused_face(device, dtype, convs, rows_log2, faces) -> str:
+    _want(device, dtype, [("conv1d.fused", shape) for shape, _ in convs], rows_log2, "Jasper's inference")
+    return _faster([("conv1d.fused", *conv) for conv in convs], device, dtype, rows_log2, faces)
+
+
+def _faster(calls: list[tuple[str, tuple[int, ...], int]], device, dtype, rows_log2: int | None, faces) -> str:
+    """That of `faces`, or "aten", on which `calls`, (op, shape, how often), take the least time: measured, or else
+    estimated."""
+    rows = None if rows_log2 is None else 1 << rows_log2
+    measured = {
+        f: time for f, time in (tables.times(calls, device, dtype, rows) or {}).items() if f in (*faces, "aten")
+    }
+    if measured:
+        return min(sorted(measured), key=measured.__getitem__)
+    found = rules.fastest(calls, device, dtype, rows)
+    return found if found in faces else "aten"
+
+
+def _want(device, dtype, ops: list[tuple[str, tuple[int, ...]]], rows_log2: int, what: str) -> None:
+    """`ops`, (op, shape), are about to be chosen for by "auto" on a GPU."""
+    tuned.want(device, [Cell(op, tables.DTYPES[dtype], *shape, rows_log2) for op, shape in ops], what)
+
+
+def _catch_up(backend: str, device: torch.device | str) -> None:
+    if backend == "auto":
+        tuned.catch_up(torch.device(device))
 
 
 @torch.compiler.assume_constant_result
@@ -208,8 +262,19 @@ _warned: set[tuple[str, str, torch.device, torch.dtype]] = set()
 
 def forget() -> None:
     """Drops every choice made so far: after a verdict or a table has changed."""
-    for cached in (_resolve, _norm_face, _conv_face, _pane_form, fused_face):
+    _drop()
+    for cached in (_resolve, _pane_form, fused_faces):
         cached.cache_clear()
     _warned.clear()
     verdicts.forget()
     tables.forget()
+    tuned.forget()
+
+
+def _drop() -> None:
+    """Drops the choices that rows of tables decide."""
+    for cached in (_norm_face, _conv_face, _fused_face):
+        cached.cache_clear()
+
+
+tuned.changed.append(_drop)

@@ -8,29 +8,17 @@ the watching process is ended early, a `Report` holds what was found until then.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import queue
-import signal
-import subprocess
 import sys
-import tempfile
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from jasper_fast.dispatch import verdict
+from jasper_fast.dispatch import children, verdict
 from jasper_fast.dispatch.verdict import FAULTS, UNCHECKED, Verdict, group_of, judge
 
-MARK = "jasper-fast-selfcheck "  # begins a line of the protocol: a kernel may print what it likes
 CHECK_SECONDS = 180.0  # for one check, its compilation included
-START_SECONDS = 120.0  # for the interpreter, torch and the device
-FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # no kernel of ours sends these
 
 
 class CannotCheck(RuntimeError):
@@ -108,91 +96,34 @@ def _note(report: Report, row: dict, on_row: Callable) -> None:
 
 def _watch(argv, wanted, seconds, report, on_row) -> dict | None:
     """Runs one process to its end or fault: the row of the check that ended it, if one did."""
-    env = dict(os.environ)
-    home = str(Path(__file__).resolve().parents[2])
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [home, env.get("PYTHONPATH")]))
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
-        process = subprocess.Popen(
-            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", env=env,
-            start_new_session=True,
-        )  # fmt: skip
-        current, last_word, hung, ended = None, "", False, False
-        try:
-            with contextlib.suppress(BrokenPipeError):  # it died at once: what follows says so
-                process.stdin.write(json.dumps(wanted))
-                process.stdin.close()
-            for kind, value in _lines(process.stdout, START_SECONDS, seconds):
-                last_word = kind
-                if kind == "plan":
-                    report.planned = value
-                elif kind == "begin":
-                    current = value
-                elif kind == "result":
-                    _note(report, value, on_row)
-                    current = None
-                else:
-                    ended = True
-                    return value if kind == "fatal" else None
-            ended = True
-        except TimeoutError:
-            hung = True
-        finally:  # where something else was raised, its receiver has no time to lose
-            code = _end(process, before=10.0 if ended else 0.0, after=30.0 if ended or hung else 5.0)
-        last = _last_line(errors)
-    if hung:
-        how = f"gave no sign for {seconds if last_word else START_SECONDS:.0f} s"
-    else:
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+    current: str | None = None
+    fault: dict | None = None
+
+    def hear(kind: str, value: Any) -> bool:
+        nonlocal current, fault
+        if kind == "plan":
+            report.planned = value
+        elif kind == "begin":
+            current = value
+        elif kind == "result":
+            _note(report, value, on_row)
+            current = None
+        else:
+            fault = value if kind == "fatal" else None
+            return True
+        return False
+
+    ended = children.talk(argv, wanted, hear, seconds)
+    if ended.told:
+        return fault
     if current is None:
-        raise CannotCheck(f"the process that checks {how}, in no check{last}")
-    check, detail = next(c for c in report.planned if c["id"] == current), f"the process {how}{last}"
-    if not hung and any(told in last.lower() for told in verdict.NO_MEMORY):
+        raise CannotCheck(f"the process that checks {ended.how}, in no check{ended.last}")
+    check, detail = next(c for c in report.planned if c["id"] == current), f"the process {ended.how}{ended.last}"
+    if not ended.hung and any(said in ended.last.lower() for said in verdict.NO_MEMORY):
         return check | {"status": "no memory", "detail": f"{detail} ({verdict.FREE_MEMORY})"}
-    if not hung and -code in FROM_OUTSIDE:
+    if ended.from_outside:
         return check | {"status": "environment", "detail": f"{detail} (from outside, or for want of host memory)"}
-    return check | {"status": "hung" if hung else "died", "detail": detail}
-
-
-def _lines(stream: IO[str], start: float, each: float) -> Iterator[tuple[str, Any]]:
-    """What a process tells; raises TimeoutError when it is silent for too long, and stops where it ends."""
-    lines: queue.Queue[str | None] = queue.Queue()
-
-    def pump() -> None:
-        for line in stream:
-            lines.put(line)
-        lines.put(None)
-
-    threading.Thread(target=pump, daemon=True).start()
-    limit = start
-    while True:
-        try:
-            line = lines.get(timeout=limit)
-        except queue.Empty:
-            raise TimeoutError from None
-        if line is None:
-            return
-        if line.startswith(MARK):
-            limit = each
-            yield json.loads(line.removeprefix(MARK))
-
-
-def _end(process: subprocess.Popen, before: float, after: float) -> int:
-    """Waits `before` seconds for the end of a process, then makes it, and waits `after` seconds; its exit status."""
-    try:
-        return process.wait(timeout=before)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        try:
-            return process.wait(timeout=after)
-        except subprocess.TimeoutExpired:  # stuck in the driver: nothing kills it, and nobody waits for it
-            return -signal.SIGKILL
-
-
-def _last_line(errors: IO[str]) -> str:
-    errors.seek(0)
-    lines = [line.strip() for line in errors.read().splitlines() if line.strip()]
-    return f": {lines[-1][:300]}" if lines else ""
+    return check | {"status": "hung" if ended.hung else "died", "detail": detail}
 
 
 def quick_verdict(device: torch.device, op: str, face: str, dtype: str) -> Verdict:

@@ -63,15 +63,12 @@ def driver() -> str:
 
 @functools.cache
 def sources() -> str:
-    """A hash of what is checked, which is kernels, tables, native libraries and panes, and of the checks."""
+    """A hash of what is checked, which is kernels, native libraries and panes, and of the checks.
+
+    Tables are no part of it: whatever tile they name was checked when it was measured.
+    """
     package, kernels = Path(__file__).parents[1], Path(tables.__file__).parent
-    paths = [
-        *package.glob("selfcheck/*.py"),
-        *package.glob("ops/*.py"),
-        *kernels.rglob("*.py"),
-        *kernels.rglob("*.json"),
-    ]
-    paths += [*tables.folder().glob("*.json")]
+    paths = [*package.glob("selfcheck/*.py"), *package.glob("ops/*.py"), *kernels.rglob("*.py")]
     paths += native._library_dir().glob("*.so")
     digest = hashlib.sha256()
     for path in sorted({p.resolve() for p in paths}):
@@ -164,28 +161,28 @@ def keep(device: torch.device, verdicts: Iterable[Verdict]) -> None:
 
 
 @contextmanager
-def locked(patience: float = LOCK_SECONDS) -> Iterator[None]:
+def locked(patience: float = LOCK_SECONDS, name: str = "lock") -> Iterator[bool]:
     """One process at a time, of all that share the cache: the ranks of a training run check once, not each.
 
-    After `patience` seconds the body runs all the same.
+    After `patience` seconds the body runs all the same, and is told False.
     """
     import fcntl  # not on Windows, where there is no Triton either
 
     try:
         folder().mkdir(parents=True, exist_ok=True)
-        file = open(folder() / "lock", "w")  # noqa: SIM115
+        file = open(folder() / name, "w")  # noqa: SIM115
     except OSError:
-        yield  # nowhere to keep a verdict, so nothing to wait for; keep() says so
+        yield True  # nowhere to keep anything, so nothing to wait for; who keeps something says so
         return
     with file:
-        until = time.monotonic() + patience
-        while time.monotonic() < until:
+        until, mine = time.monotonic() + patience, False
+        while not mine and time.monotonic() < until:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                mine = True
             except OSError:
                 time.sleep(0.2)
-        yield
+        yield mine
 
 
 _memory: dict[tuple, Verdict] = {}

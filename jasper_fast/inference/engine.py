@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from typing import Literal
@@ -9,10 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from jasper_fast.dispatch import choose
+from jasper_fast.dispatch import choose, tuned
 from jasper_fast.inference.graphs import CudaGraphs, Turns
 from jasper_fast.inference.launches import Launches
+from jasper_fast.inference.shapes import Shapes
 from jasper_fast.inference.stepwise import Stepwise
+from jasper_fast.kernels import tables
+from jasper_fast.nn.cells import engine_convs
 from jasper_fast.nn.model import Jasper, check_features
 
 
@@ -35,9 +39,13 @@ class InferenceEngine:
     lengths are int64 and the vocabulary has up to 128 symbols (ATen does a larger one's log-softmax, and copies
     features that the first block's own panes take). All kernels but the first and the last are one CUDA graph for each
     N and, with conv masks, each `bucket` frames of T' (without masks, each T), of which the `graph_limit` used last are
-    kept.
+    kept. The steps through cuDNN, up to four kernels a sub-block, are graphs of the same kind.
     graphs: "auto" captures on a GPU when a shape comes for the second time; True at the first, and is a ValueError
-    where there is no such face; False never. Results are the same bits with and without.
+    without a GPU; False never. On the triton face results are the same bits with and without.
+
+    With `backend="auto"` on a GPU each call takes the faster of the two for its N*T': as measured there, once, at the
+    first such call (see `jasper_fast.dispatch.tuned`; the model's `tune=False` keeps to tables and rules). The engine
+    then holds the weights twice, one copy for each; a model with backend="triton" or "reference" has one.
 
     Equivalent to `model.eval()(features, lengths)` under `torch.no_grad()`, on rows t < length.
     """
@@ -61,6 +69,7 @@ class InferenceEngine:
         self._graphs, self._bucket, self._limit = graphs, bucket, graph_limit
         self._lock = threading.Lock()
         self._turns: Turns | None = None
+        self._convs = engine_convs(model.config)
         self.refresh()
 
     def refresh(self) -> None:
@@ -70,34 +79,38 @@ class InferenceEngine:
                 with self._turns.turn():
                     self._turns.finish()  # the old weights and graphs must not go while they are in use
             weight = self._model.decoder.layers[0].weight
-            turns = Turns(weight.device)
+            turns, dtype = Turns(weight.device), self._wanted or weight.dtype
+            faces = choose.fused_faces(self._model.backend, weight.device, dtype)
             with turns.turn():
-                runner = self._runner(weight.detach(), turns)
-            self._turns, self._run, self._device = turns, runner, weight.device
+                runs = {face: self._runner(face, dtype, turns) for face in faces}
+            self._turns, self._runs, self._device, self._dtype = turns, runs, weight.device, dtype
             # the allocator knows only the stream on which buffers were made, and calls may have come on others
             self._waits = weakref.finalize(self, turns.finish)
             self._waits.atexit = False
 
-    def _runner(self, weight: Tensor, turns: Turns) -> Launches | Stepwise:
-        dtype = self._wanted or weight.dtype
-        face = choose.fused_face(self._model.backend, weight.device, dtype)
-        if self._graphs is True and face not in choose.CONVS:
-            raise ValueError(
-                f"graphs=True needs the triton or the cuda face, and this engine's is {face!r}; take graphs='auto'"
-            )
-        if face not in choose.CONVS:
-            return Stepwise(self._model, dtype, face)
-        wanted = weight.is_cuda if self._graphs == "auto" else self._graphs
-        return Launches(
-            self._model,
-            dtype,
-            face,
-            turns,
-            CudaGraphs(weight.device) if wanted else None,
-            patient=self._graphs == "auto",
-            bucket=self._bucket,
-            limit=self._limit,
-        )
+    def _runner(self, face: str, dtype: torch.dtype, turns: Turns) -> Launches | Stepwise:
+        if self._graphs is True and face == "cpu":
+            raise ValueError("graphs=True needs a CUDA GPU, and the weights are on the CPU; take graphs='auto'")
+        wanted = turns.device.type == "cuda" if self._graphs == "auto" else self._graphs
+        graphs = CudaGraphs(turns.device) if wanted else None
+        shapes = Shapes(turns, graphs, patient=self._graphs == "auto", limit=self._limit)
+        if face in choose.CONVS:
+            return Launches(self._model, dtype, face, shapes, bucket=self._bucket)
+        return Stepwise(self._model, dtype, face, shapes, bucket=self._bucket)
+
+    def _chosen(self, n: int, t: int) -> Launches | Stepwise:
+        """What runs `n` utterances of `t` frames of features."""
+        if len(self._runs) == 1:
+            return self._run
+        with contextlib.nullcontext() if self._model.tune else tuned.off():
+            rows_log2 = tables.bucket(n * max(1, self._run.out_frames(t)))
+            chosen = choose.fused_face(self._device, self._dtype, self._convs, rows_log2, tuple(self._runs))
+            return self._runs[chosen]
+
+    @property
+    def _run(self) -> Launches | Stepwise:
+        """The first of the runners, as a rule the only one."""
+        return next(iter(self._runs.values()))
 
     @torch.no_grad()
     def __call__(self, features: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -112,5 +125,7 @@ class InferenceEngine:
             raise ValueError(f"lengths are on {lengths.device}, the features on {self._device}: move the lengths")
         elif not lengths.is_cuda and any(not 0 <= length <= t for length in lengths.tolist()):
             raise ValueError(f"lengths must lie in [0, T = {t}], got {lengths.tolist()}")
-        with self._lock, self._turns.turn():
-            return self._run.run(features, lengths.to(torch.int64).contiguous())
+        with self._lock:
+            runner = self._chosen(n, t)  # before the turn: what is measured there waits for the device
+            with self._turns.turn():
+                return runner.run(features, lengths.to(torch.int64).contiguous())

@@ -72,7 +72,7 @@ class Turns:
     """One user of shared buffers after another, whatever streams they are on; the caller holds a lock."""
 
     def __init__(self, device: torch.device):
-        self._device = device
+        self.device = device
         self._stream: cuda.Stream | None = None
         self._last: cuda.Event | None = None
 
@@ -82,16 +82,16 @@ class Turns:
 
         Raises RuntimeError where the caller is capturing a graph: that one would outlive the buffers.
         """
-        if self._device.type != "cuda":
+        if self.device.type != "cuda":
             yield
             return
-        with cuda.device(self._device):
+        with cuda.device(self.device):
             if cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     "InferenceEngine was called while a CUDA graph is captured, which would outlive the engine's "
                     "buffers: call it outside of the capture, it makes graphs of its own"
                 )
-            stream = cuda.current_stream(self._device)
+            stream = cuda.current_stream(self.device)
             if self._last is None:
                 self._last = cuda.Event()
             elif stream != self._stream:

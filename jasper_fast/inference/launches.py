@@ -6,19 +6,16 @@ only the engine's own buffers, so that on a GPU they are one CUDA graph, for eac
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import prod
-from operator import is_not
 
 import torch
 from torch import Tensor
 
 from jasper_fast.dispatch import backends
-from jasper_fast.inference.graphs import CudaGraphs, Turns
 from jasper_fast.inference.plan import Buffers, KernelConv, make_plan
+from jasper_fast.inference.shapes import Shapes
 from jasper_fast.kernels.operands import FULL, Lengths
 from jasper_fast.nn.model import Jasper
 
@@ -47,34 +44,21 @@ class Launches:
     or "cuda".
 
     With masks T is rounded up, so that T' is a multiple of `bucket`: rows past a batch's own frames are past all its
-    lengths too, so they are zero and cost no products. `graphs`: what captures the launches between the first and the
-    last; None launches them one by one. `patient`: not before a shape's second call. At most `limit` shapes are kept.
+    lengths too, so they are zero and cost no products. What `shapes` captures are the launches between the first and
+    the last.
     """
 
-    def __init__(
-        self,
-        model: Jasper,
-        dtype: torch.dtype,
-        face: str,
-        turns: Turns,
-        graphs: CudaGraphs | None,
-        *,
-        patient: bool,
-        bucket: int,
-        limit: int,
-    ):
+    def __init__(self, model: Jasper, dtype: torch.dtype, face: str, shapes: Shapes, *, bucket: int):
         device = model.decoder.layers[0].weight.device
         impl = backends.face("conv1d", face)
         self._workspace = impl.Workspace(device)
         self._plan = make_plan(model, lambda folded: KernelConv(folded, dtype, face, workspace=self._workspace))
-        self._dtype, self._turns, self._graphs, self._patient = dtype, turns, graphs, patient
+        self._dtype, self._turns, self.shapes = dtype, shapes.turns, shapes
         self._takes_tf32 = impl.takes_tf32
         self._softmax = self._plan.n_classes <= impl.SOFTMAX_MAX  # in the last launch
-        self._limit = limit
-        self._span = bucket * prod(step.b.s for step in self._plan.steps) if self._plan.masks else 1
+        self._span = self._plan.span(bucket)
         self.buffers = Buffers(dtype, device)
         self.lengths = Buffers(torch.int64, device)
-        self.shapes: OrderedDict[tuple[int, int], Bound] = OrderedDict()
 
     def run(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         plan = self._plan
@@ -90,7 +74,8 @@ class Launches:
             x, lengths = bound.source, lengths.clamp(0, t)
             x[:, :t].copy_(features.transpose(1, 2))
         bound.first(x, lengths=Lengths(lengths, None, self.lengths.held["lengths0"][:n], plan.masks))
-        self._between(bound)
+        if bound.between:
+            self.shapes.play(bound, self._dependences)
         out_lengths = torch.empty((n,), dtype=torch.int64, device=features.device)
         fused = self._softmax
         dtype = torch.float32 if fused else self._dtype
@@ -113,18 +98,9 @@ class Launches:
             features, frames = features.contiguous(), True
         return features.to(torch.float32 if frames and not channels else self._dtype)
 
-    def _between(self, bound: Bound) -> None:
-        if self._graphs is None or not bound.between or (self._patient and not bound.called):
-            bound.called = True
-            bound.launch()
-            return
-        if bound.replay is not None and any(map(is_not, bound.made_with, self._dependences())):
-            self._turns.finish()
-            bound.replay = None
-        if bound.replay is None:
-            bound.replay = self._graphs.capture(bound.launch)
-            bound.made_with = self._dependences()
-        bound.replay()
+    def out_frames(self, t: int) -> int:
+        """Frames of the log-probabilities for `t` frames of features."""
+        return self._plan.out_frames(t)
 
     def _dependences(self) -> tuple[object, ...]:
         return *self._scratch(), self._dtype == torch.float32 and self._takes_tf32()
@@ -134,18 +110,13 @@ class Launches:
 
     def _bound(self, n: int, t: int) -> Bound:
         """The shape's launches, bound to the buffers, which grow where they are too small for it."""
-        if (n, t) in self.shapes:
-            self.shapes.move_to_end((n, t))
-            return self.shapes[n, t]
         changes = [True, *(step.resizes for step in self._plan.steps[1:])]  # where lengths get memory of their own
-        replaced = self.buffers.reserve(self._plan.sizes(n, t, source=self._plan.reads_source))
-        replaced += self.lengths.reserve({f"lengths{i}": n for i in range(sum(changes))})
-        if replaced:
-            self._forget(len(self.shapes))
-            self._turns.drop(replaced)
-        self._forget(len(self.shapes) + 1 - self._limit)
-        self.shapes[n, t] = self._bind(n, self._plan.frames(t), changes)
-        return self.shapes[n, t]
+
+        def sizes() -> dict[Buffers, dict[str, int]]:
+            lengths = {f"lengths{i}": n for i in range(sum(changes))}
+            return {self.buffers: self._plan.sizes(n, t, source=self._plan.reads_source), self.lengths: lengths}
+
+        return self.shapes.bound((n, t), sizes, lambda: self._bind(n, self._plan.frames(t), changes))
 
     def _bind(self, n: int, frames: list[int], changes: list[bool]) -> Bound:
         plan, buffers = self._plan, self.buffers
@@ -163,12 +134,3 @@ class Launches:
             calls.append(call if i == 0 else partial(call, x, lengths=told))
             x = out
         return Bound(source, calls[0], calls[1:], x, lens)
-
-    def _forget(self, count: int) -> None:
-        """Drop the `count` shapes that were used longest ago, with their graphs."""
-        if count <= 0 or not self.shapes:
-            return
-        if self._graphs is not None:
-            self._turns.finish()  # a graph must not go while it runs
-        for _ in range(count):
-            self.shapes.popitem(last=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from math import prod
 from typing import Protocol
 
 import torch
@@ -107,6 +108,11 @@ class Plan:
         for step in self.steps:
             found.append(step.b.out_length(found[-1]))
         return found
+
+    def span(self, bucket: int) -> int:
+        """Frames of features to whose multiples T may be rounded up, so that T' is one of `bucket`; 1 without masks,
+        where every frame counts."""
+        return bucket * prod(step.b.s for step in self.steps) if self.masks else 1
 
     @cached_property
     def _resizing(self) -> list[BlockConfig]:

@@ -1,66 +1,143 @@
-"""The plan step by step through ATen (any device and dtype) or the CPU kernels (fp32 with fast FIR, or bf16)."""
+"""The plan step by step through ATen (any device and dtype) or the CPU kernels (fp32 with fast FIR, or bf16).
+
+On a GPU a call is one CUDA graph, as on the triton face: cuDNN's conv, a matrix product where there are panes, the
+bias, and one clamp for ReLU and mask.
+"""
 
 from __future__ import annotations
 
-from functools import partial
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from jasper_fast.inference.plan import Buffers, Folded, KernelConv, make_plan
-from jasper_fast.kernels.layout import mask
+from jasper_fast.inference.shapes import Shapes
+from jasper_fast.kernels import layout
 from jasper_fast.kernels.operands import FULL, Lengths
 from jasper_fast.nn.model import Jasper
+
+
+@dataclass
+class Bound:
+    """One (N, T): where features and lengths go, where log-probabilities and their lengths come from."""
+
+    source: Tensor  # (N, T, C_in)
+    lengths: Tensor
+    body: Callable[[Bound], tuple[Tensor, Tensor]]
+    results: tuple[Tensor, Tensor] | None = None
+    called: bool = False
+    replay: Callable[[], None] | None = None
+    made_with: tuple[object, ...] = ()
+
+    def launch(self) -> None:
+        """All steps; the results of a graph are where those of its capture were."""
+        self.results = self.body(self)
 
 
 class Stepwise:
     """Features (N, C, T) and lengths (N,) to (log_probs (N, T', V) fp32, lengths), on the "aten" or the "cpu" face."""
 
-    def __init__(self, model: Jasper, dtype: torch.dtype, face: str):
+    def __init__(self, model: Jasper, dtype: torch.dtype, face: str, shapes: Shapes, *, bucket: int):
         conv = partial(KernelConv, face=face) if face == "cpu" else AtenConv
         self._plan = make_plan(model, lambda folded: conv(folded, dtype))
-        held = torch.float32 if face == "cpu" else dtype
-        self.buffers = Buffers(held, model.decoder.layers[0].weight.device)
+        held, self._device = torch.float32 if face == "cpu" else dtype, model.decoder.layers[0].weight.device
+        self._face, self._dtype, self.shapes = face, dtype, shapes
+        self._span = 1 if shapes.graphs is None else self._plan.span(bucket)
+        self.buffers, self.lengths = Buffers(held, self._device), Buffers(torch.int64, self._device)
 
     def run(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        plan, buffers = self._plan, self.buffers
+        plan = self._plan
         if features.numel() == 0:
             return plan.nothing(features, lengths)
         n, _, t = features.shape
-        if lengths.is_cuda:  # elsewhere they have been looked at
-            lengths = lengths.clamp(0, t)
-        buffers.reserve(plan.sizes(n, t))
-        x, lens = buffers.view(plan.source, n, t), lengths
-        x.copy_((mask(features, lens) if plan.masks else features).transpose(1, 2))
+        bound = self._bound(n, -(-t // self._span) * self._span)
+        bound.source[:, :t].copy_(features.transpose(1, 2))  # rows past T are past all lengths
+        # elsewhere than on a GPU they have been looked at
+        bound.lengths.copy_(lengths.clamp(0, t) if lengths.is_cuda else lengths)
+        self.shapes.play(bound, self._dependences)
+        log_probs, out_lengths = bound.results
+        if bound.replay is None:
+            bound.results = None
+            return log_probs, out_lengths
+        return log_probs[:, : plan.out_frames(t)].clone(), out_lengths.clone()
+
+    def out_frames(self, t: int) -> int:
+        """Frames of the log-probabilities for `t` frames of features."""
+        return self._plan.out_frames(t)
+
+    def _dependences(self) -> tuple[object, ...]:
+        precise = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+        return tuple(self._dtype == torch.float32 and of == "tf32" for of in precise)
+
+    def _bound(self, n: int, t: int) -> Bound:
+        def bind() -> Bound:
+            return Bound(self.buffers.view(self._plan.source, n, t), self.lengths.held["lengths"][:n], self._steps)
+
+        sizes = lambda: {self.buffers: self._plan.sizes(n, t), self.lengths: {"lengths": n}}  # noqa: E731
+        return self.shapes.bound((n, t), sizes, bind)
+
+    def _steps(self, bound: Bound) -> tuple[Tensor, Tensor]:
+        """Every step, from the buffers to memory of its own."""
+        plan, x, lens = self._plan, bound.source, bound.lengths
+        n, t, _ = x.shape
+        mask = Padding(lens, t, x.dtype) if plan.masks else None
+        if mask is not None:
+            x.masked_fill_(mask.beyond, 0.0)
         for step in plan.steps:
             lens_in = lens
             if step.resizes:
                 t, lens = step.b.out_length(t), step.b.out_length(lens)
-            out = buffers.view(step.out, n, t)
-            panes = buffers.view(step.panes, n, t) if step.panes else None
-            step.conv(x, out, panes, Lengths(lens_in, lens) if plan.masks else FULL)
+                mask = Padding(lens, t, x.dtype) if plan.masks else None
+            out = self.buffers.view(step.out, n, t)
+            panes = self.buffers.view(step.panes, n, t) if step.panes else None
+            how = {"top": mask and mask.top} if self._face == "aten" else {}
+            step.conv(x, out, panes, Lengths(lens_in, lens) if plan.masks else FULL, **how)
             x = out
         logits = x.new_empty((n, t, plan.n_classes))
         plan.head(x, logits)
-        return logits.float().log_softmax(dim=2), lens.clone() if lens is lengths else lens
+        return logits.log_softmax(2, dtype=torch.float32), lens.clone() if lens is bound.lengths else lens
+
+
+class Padding:
+    """Where `t` frames lie beyond the lengths: `beyond` (N, T, 1) bool, and `top`, the greatest value allowed."""
+
+    def __init__(self, lengths: Tensor, t: int, dtype: torch.dtype):
+        self.beyond = layout.padding(lengths, t).transpose(1, 2)
+        self._dtype = dtype
+
+    @cached_property
+    def top(self) -> Tensor:
+        # no scalar that a capture would have to copy to the device
+        return self.beyond.new_full(self.beyond.shape, math.inf, dtype=self._dtype).masked_fill_(self.beyond, 0.0)
 
 
 class AtenConv:
-    """A FoldedConv through ATen, on any device and in any dtype."""
+    """A FoldedConv through ATen, on any device and in any dtype. `top`, where given: see `Padding`."""
 
     def __init__(self, folded: Folded, dtype: torch.dtype):
         self.weight = folded.weight.to(dtype).unsqueeze(2).clone(memory_format=torch.channels_last)
         self.bias = folded.bias.to(dtype, copy=True)
-        self.panes = None if folded.panes is None else folded.panes.to(dtype)
+        self.panes = None if folded.panes is None else folded.panes.to(dtype).t()
         self.b, self.relu = folded.b, folded.relu
+        self._zero = self.bias.new_zeros(())
 
-    def __call__(self, x: Tensor, out: Tensor, panes: Tensor | None = None, lengths: Lengths = FULL) -> None:
+    def __call__(
+        self, x: Tensor, out: Tensor, panes: Tensor | None = None, lengths: Lengths = FULL, top: Tensor | None = None
+    ) -> None:
         b = self.b
-        x = x.transpose(1, 2).unsqueeze(2)
-        y = F.conv2d(x, self.weight, self.bias, (1, b.s), (0, b.padding), (1, b.d)).squeeze(2).transpose(1, 2)
+        # a bias given to it would be added by a kernel of its own as well
+        y = F.conv2d(x.transpose(1, 2).unsqueeze(2), self.weight, None, (1, b.s), (0, b.padding), (1, b.d))
+        y = y.squeeze(2).transpose(1, 2).contiguous()
         if panes is not None:
-            y = y + F.linear(panes, self.panes)
-        if self.relu:
-            y = y.relu_()
-        out.copy_(mask(y.transpose(1, 2), lengths.after).transpose(1, 2))
+            y.flatten(0, 1).addmm_(panes.flatten(0, 1), self.panes)
+        if not self.relu:
+            torch.add(y, self.bias, out=out)
+        elif top is None:
+            torch.clamp(y.add_(self.bias), min=0.0, out=out)
+        else:
+            torch.clamp(y.add_(self.bias), min=self._zero, max=top, out=out)

@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jasper_fast import ops
-from jasper_fast.dispatch import backends
+from jasper_fast.dispatch import backends, tuned
+from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import mask, ntc
 from jasper_fast.nn.architecture import block_shapes, init_weights
 from jasper_fast.nn.architecture import out_lengths as _out_lengths
 from jasper_fast.nn.block import JasperBlock
+from jasper_fast.nn.cells import cells
 from jasper_fast.nn.config import JasperConfig
 from jasper_fast.ops.conv1d_op import autocast
 
@@ -30,13 +32,16 @@ class Jasper(nn.Module):
     all of them (`jasper_fast.ops.sync` says what torch.compile needs then).
 
     `backend`: "auto" takes the fastest face on the device of the input; "reference", "cpu", "triton" or "cuda" ask for
-    one, and raise BackendMissing, saying how to get it, where it cannot run. Source of the semantics: the reference's
+    one, and raise BackendMissing, saying how to get it, where it cannot run. `tune`: on a GPU "auto" measures once, at
+    the first forward of a kind, what it was never measured at there, and keeps it on disk
+    (`jasper_fast.dispatch.tuned`); False takes what tables and rules say. Source of the semantics: the reference's
     `jasper/model.py`; equivalent to `jasper_fast.nn.eager.EagerJasper(config)` with the same state dict.
     """
 
-    def __init__(self, config: JasperConfig, backend: str = "auto", panes: str = "auto"):
+    def __init__(self, config: JasperConfig, backend: str = "auto", panes: str = "auto", tune: bool = True):
         super().__init__()
-        self.config, self.backend = config, backends.require(backend)
+        self.config, self.backend, self.tune = config, backends.require(backend), tune
+        self._met: set[tuple[str, torch.dtype, int]] = set()  # kinds of calls whose choices are measured
         self.encoder, self.decoder = nn.Module(), nn.Module()
         self.encoder.layers = nn.ModuleList(JasperBlock(c, b, p, backend, panes) for c, b, p in block_shapes(config))
         self.decoder.layers = nn.ModuleList([nn.Conv1d(config.decoder.in_feats, config.decoder.n_classes, 1)])
@@ -56,6 +61,28 @@ class Jasper(nn.Module):
 
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         n, _, t = check_features(features, lengths, self.config)
+        if torch.compiler.is_compiling() or not features.is_cuda or self.backend != "auto":
+            return self._forward(features, lengths)
+        if not self.tune:
+            with tuned.off():
+                return self._forward(features, lengths)
+        self._measured(features.device, n, t, features.dtype)
+        return self._forward(features, lengths)
+
+    def _measured(self, device: torch.device, n: int, t: int, dtype: torch.dtype) -> None:
+        """All that a forward pass of (n, C, t) is about to choose by measurements is measured at once, if this is its
+        first use; op by op would start a process for each."""
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+        mode = "training" if self.training and torch.is_grad_enabled() else "evaluation"
+        kind = mode, dtype, tables.bucket(n * t)
+        if kind in self._met:
+            tuned.catch_up(device)
+            return
+        self._met.add(kind)
+        tuned.want(device, cells(self.config, n, t, dtype, mode), "Jasper")
+
+    def _forward(self, features: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        n, _, t = features.shape
         masks = self.config.encoder.use_conv_masks
         if lengths is None:
             lengths = torch.full((n,), t, dtype=torch.int64, device=features.device)

@@ -32,7 +32,8 @@ class Case:
 
 
 def case(check: Check, device: torch.device, seed: int, *, timed: bool = False) -> Case:
-    """The inputs of `check` drawn from `seed`; `timed`: without padding, and a Triton conv's weight packed before."""
+    """The inputs of `check` drawn from `seed`; `timed`: with the padding of a batch of speech, about a quarter where
+    utterances are many, and a conv's weight packed before."""
     draw = _Draw(device, DTYPES[check.dtype], seed, timed, check.variant == WAVE)
     if check.op == "bn_relu_dropout":
         return _norm_case(check, draw)
@@ -69,10 +70,8 @@ class _Draw:
         return Norm(mean, rstd, gamma, beta)
 
     def lengths(self, n: int, t: int) -> Tensor:
-        """Full, a third, none, one frame, and so on; all full for a timing; full to half where all is to be busy."""
-        if self.timed:
-            return torch.full((n,), t, device=self.device)
-        if self.busy:
+        """Full, a third, none, one frame, and so on; full to half for a timing, and where all is to be busy."""
+        if self.timed or self.busy:
             return torch.tensor([t - i * t // (2 * n) for i in range(n)], device=self.device)
         return torch.tensor([(t, t // 3, 0, min(1, t))[i % 4] for i in range(n)], device=self.device)
 
@@ -91,7 +90,8 @@ def _conv_case(check: Check, draw: _Draw) -> Case:
     z = bn.forward(y, norm, None, zeroed) if function == "dgrad_bn" else y
     zero, clean = ntc(mask(x, lengths)), _told_clean(check)
     given = zero if clean else ntc(mask(x, lengths, float("nan")))
-    packed = backends.face("conv1d", check.face).pack(weight, draw.dtype).data if draw.timed else None
+    impl = backends.face("conv1d", check.face)
+    packed = impl.pack(weight, draw.dtype).data if draw.timed and hasattr(impl, "pack") else None
     names = {"forward": ("y",), "forward_stats": ("y", "mean", "m2"), "dgrad": ("dx",)}
     names |= {"dgrad_bn": ("g", "dbeta", "dgamma"), "wgrad": ("dw",)}
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from jasper_fast.dispatch import backends
+from jasper_fast.dispatch import backends, tuned
 from jasper_fast.dispatch.verdict import FACES, OPS
 from jasper_fast.kernels import tables
 from jasper_fast.kernels.operands import Geometry
@@ -219,9 +219,13 @@ def _fused(face: str, dtype: str, quick: bool, large: bool, device: torch.device
 
 
 def _measured(op: str, function: str, dtype: str, quick: bool, device: torch.device) -> Iterator[Check]:
-    """The tiles of this GPU's table: all of them, or the most frequent ones."""
-    table = tables.for_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    rows = [r for r in (table.rows if table else ()) if r.op == f"conv1d.{function}" and r.dtype == dtype and r.tile]
+    """The tiles that were tuned here and those of this GPU's table: all of them, or the most frequent ones."""
+    known: dict[tuple, tables.Row] = {}
+    if device.type == "cuda":
+        table = tables.for_gpu(torch.cuda.get_device_name(device))
+        for row in (*(table.rows if table else ()), *tuned.rows(device.index or 0)):
+            known[row.key] = row
+    rows = [r for r in known.values() if r.op == f"conv1d.{function}" and r.dtype == dtype and r.tile]
     if quick:
         count: dict[str, int] = {}
         for row in rows:

@@ -11,8 +11,7 @@ from typing import IO
 
 import torch
 
-from jasper_fast.dispatch import verdict
-from jasper_fast.dispatch.probe import MARK
+from jasper_fast.dispatch import children, verdict
 from jasper_fast.selfcheck import checks, perform
 
 
@@ -28,12 +27,12 @@ def child(source: IO[str] = sys.stdin) -> int:
     probe = torch.ones(64, 64, device=device)
     if not torch.equal(probe @ probe, torch.full_like(probe, 64.0)):
         raise SystemExit(f"PyTorch itself multiplies matrices wrongly on {device}")
-    _tell("plan", [check.plain() for check in todo])
+    children.tell("plan", [check.plain() for check in todo])
     done = set(wanted["done"])
     for check in todo:
         if check.id in done:
             continue
-        _tell("begin", check.id)
+        children.tell("begin", check.id)
         row = perform.perform(check, device)
         try:
             if device.type == "cuda":
@@ -41,16 +40,11 @@ def child(source: IO[str] = sys.stdin) -> int:
         except RuntimeError as error:  # the context is gone with this kernel, and everything after it would fail too
             blamed = verdict.blame(error)
             died = {"status": "died", "detail": str(error).splitlines()[0]}
-            _tell("fatal", row | (died if blamed["status"] == "failed" else blamed))
+            children.tell("fatal", row | (died if blamed["status"] == "failed" else blamed))
             return 1
-        _tell("result", row)
-    _tell("end", None)
+        children.tell("result", row)
+    children.tell("end", None)
     return 0
-
-
-def _tell(kind: str, value: object) -> None:
-    sys.stdout.write(f"\n{MARK}{json.dumps([kind, value])}\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from jasper_fast.kernels import tables
 WAVE = 132  # programs that fill it once; of wgrad's it holds two waves at a time
 FLOP_S = 660e12  # of 16-bit matrix products that tiles here can hope for
 BYTES_S = 3e12
+L2_S = 5.5e12  # bytes a second from L2 to all multiprocessors
 MERGE_G, MERGE_C = 64, 32  # tiles at a time and channels of a merging program
 SOFTMAX_MAX = 128  # symbols of log-softmax in the epilogue
 MIN_STEPS = 8  # of a split: fewer, and the sum over splits costs more than it saves
@@ -88,31 +89,61 @@ def narrower(tile: Tile, dtype: torch.dtype) -> list[Tile]:
 
 
 def candidates(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[Tile]:
-    """Tiles that tuning times for `op`; the default is the first."""
+    """Tiles that tuning may time for `op`, the likeliest first: the default, then shapes of tile with 3 stages, then
+    the same with others. What shares a reduction does so by the splits that the arithmetic prefers."""
     first = default(op, dtype, shape, frames)
     if dtype.itemsize != 2:
         return [first, first._replace(num_stages=4), first._replace(num_stages=2)]
-    found = [first]
     reduced, out = (shape.c_out, shape.c_in) if op.startswith("dgrad") else (shape.c_in, shape.c_out)
     if op == "wgrad":
         sizes = [(64, 128, 128, 8), (64, 128, 128, 4), (32, 128, 256, 8), (64, 64, 128, 4), (64, 256, 128, 8)]
     else:
-        sizes = [(128, 128, 64, 8), (128, 128, 64, 4), (64, 128, 64, 4), (64, 256, 64, 8), (128, 64, 64, 4)]
-        sizes += [(64, 64, 64, 4), (128, 128, 128, 8), (128, 256, 64, 8), (256, 128, 64, 8)]
+        sizes = [(128, 128, 64, 8), (128, 256, 64, 8), (64, 128, 64, 4), (64, 256, 64, 8), (128, 64, 64, 4)]
+        sizes += [(64, 64, 64, 4), (128, 128, 64, 4), (128, 128, 128, 8), (256, 128, 64, 8)]
+    fits = []
     for t, n, k, warps in sizes:
         if op == "wgrad":
-            fits = n <= max(16, shape.c_in) and k <= max(16, shape.c_out)
+            fit = n <= max(16, shape.c_in) and k <= max(16, shape.c_out)
         else:
-            fits = n <= max(16, out) and k <= max(16, reduced) and t <= max(32, 2 * frames)
-        deeper = (5, 6) if (t, n, k, warps) == (128, 128, 64, 8) and op != "wgrad" else ()  # where they leave one an SM
-        for stages in (3, 4, *deeper) if fits else ():
-            tile = Tile(t, n, k, warps, stages)
-            if op in ("fused", "wgrad"):
-                splits = _splits(tile, shape) if op == "fused" else _shares(tile, shape, frames)
-                found += [tile._replace(splits=s) for s in sorted({1, max(1, splits // 2), splits, 2 * splits})]
-            else:
-                found.append(tile)
-    return list(dict.fromkeys(found))
+            fit = n <= max(16, out) and k <= max(16, reduced) and t <= max(32, 2 * frames)
+        fits += [Tile(t, n, k, warps, 3)] if fit else []
+    deeper = [tile._replace(num_stages=4) for tile in (first, *fits)]
+    return list(dict.fromkeys([first, *(_shared(op, dtype, tile, shape, frames) for tile in fits + deeper)]))
+
+
+def shortlist(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[Tile]:
+    """The candidates, the likeliest first: the default, its twin with more stages, then other sizes in the order of
+    what their work would take on an H100, and last the twins of those."""
+    first, *others = candidates(op, dtype, shape, frames)
+    twins = [tile for tile in others if tile[:4] == first[:4]][:1]
+    others = [tile for tile in others if tile not in twins]
+    others.sort(key=lambda tile: (tile.num_stages, _seconds(op, dtype, tile, shape)))
+    return [first, *twins, *others]
+
+
+def _seconds(op: str, dtype: torch.dtype, tile: Tile, shape: Shape) -> float:
+    """An estimate: programs in whole waves, each step bound by what it reads from L2 or by its products; partial sums
+    are written and read once."""
+    if op == "wgrad":
+        programs = shape.taps * -(-shape.c_in // tile.n) * -(-shape.c_out // tile.k) * tile.splits
+        steps = -(-shape.rows // tile.t) / tile.splits
+        read, products = (tile.n + tile.k) * tile.t, tile.n * tile.k * tile.t
+    else:
+        reduced, out = (shape.c_out, shape.c_in) if op.startswith("dgrad") else (shape.c_in, shape.c_out)
+        programs = -(-shape.rows // tile.t) * -(-out // tile.n) * tile.splits
+        steps = -(-shape.taps * -(-reduced // tile.k) // tile.splits)
+        read, products = (tile.t + tile.n) * tile.k, tile.t * tile.n * tile.k
+    step = max(read * dtype.itemsize / (L2_S / WAVE), 2 * products / (FLOP_S / WAVE))
+    partials = 8 * programs * tile.t * tile.n if op == "fused" and tile.splits > 1 else 0
+    return -(-programs // WAVE) * steps * step + partials / L2_S
+
+
+def _shared(op: str, dtype: torch.dtype, tile: Tile, shape: Shape, frames: int) -> Tile:
+    """`tile` with the splits of its reduction that the arithmetic prefers."""
+    if op == "fused":
+        shared = (tile._replace(splits=s) for s in range(1, _splits(tile, shape) + 1))
+        return min(shared, key=lambda tile: _seconds(op, dtype, tile, shape))
+    return tile._replace(splits=_shares(tile, shape, frames)) if op == "wgrad" else tile
 
 
 def transpose_meta(taps: int) -> dict[str, int]:

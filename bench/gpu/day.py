@@ -1,0 +1,247 @@
+"""The first half hour on a new GPU in three calls of nine minutes: `python -m jasper_fast.bench.gpu.day CALL`.
+
+  1     does it run? wheels, preflight, native libraries, the device probe, self-check, tests of the ops, first times
+  2     how fast? `bench gpu`, the most valuable numbers first
+  3     choices: `bench tune`, its table installed, and `bench gpu --resume` for what was cut off
+  more  if time is left: compute-sanitizer, bf16, all tests on the device
+
+Every step has a limit of its own, and a log; what came of the steps is in day.json as soon as each ends, and in a table
+at the end. A step that is cut off or fails costs the others nothing, but for a gate: behind one nothing is run that
+would only fail for the same reason. With `--device cpu` the same steps run on the stand-in; `--dry-run` shows them.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jasper_fast.bench.harness import options, paths
+
+DAY = "jasper_fast.bench.gpu.day"
+LIMIT = 540.0  # seconds of a call
+LEAST = 3.0  # that are worth starting a step with
+GRACE = 10.0  # between asking a step to end and ending it
+PYTHON = sys.executable
+TESTS = (
+    "test_bn_relu_dropout.py",
+    "test_conv1d.py",
+    "test_conv1d_triton.py",
+    "test_engine.py",
+    "test_engine_graphs.py",
+)
+PROBES = ("csrc/probe.py", "csrc/cuda/probe.py", "bench/gpu/probe.py")  # of the device, where there is one
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command with its limit in seconds. gate: where it fails, the rest of its call is not run."""
+
+    name: str
+    argv: tuple[str, ...]
+    limit: float
+    gate: bool = False
+    env: dict[str, str] = field(default_factory=dict)
+
+
+def plan(call: str, device: str, out: Path, root: Path) -> list[Step]:
+    """The steps of a call, those that this checkout and machine have."""
+    cpu, dtype = device == "cpu", "fp32" if device == "cpu" else "fp16"
+    bench = (PYTHON, "-m", "jasper_fast.bench")
+    to = ("--device", device, "--out", str(out))
+    interpret = {"TRITON_INTERPRET": "1"} if cpu else {}
+    if call == "1":
+        return list(_does_it_run(bench, to, device, dtype, root))
+    if call == "2":
+        return [Step("bench gpu", (*bench, "gpu", *to, "--dtype", dtype, "--resume", "--budget", "520"), 535)]
+    if call == "3":
+        tune = (*bench, "tune", *to, "--dtype", dtype, "--resume", "--budget", "290")
+        tune += ("--ops", "forward,bn_relu_dropout.forward") if cpu else ()
+        resume = (*bench, "gpu", *to, "--dtype", dtype, "--resume", "--budget", "200")
+        install = Step("table", (PYTHON, "-m", DAY, "table", "--out", str(out)), 30)
+        return [
+            Step("tune", tune, 305, env=interpret),
+            *([] if cpu else [install]),
+            Step("bench gpu, the rest", resume, 215),
+        ]
+    sanitizer = ("compute-sanitizer", "--tool", "memcheck", PYTHON, "-m", "jasper_fast", "selfcheck", "--quick")
+    tests = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests")
+    return [
+        *([] if cpu else [Step("memcheck", (*sanitizer, "--dtype", "fp16"), 240)]),
+        Step(
+            "tune in bf16", (*bench, "tune", *to, "--dtype", "bf16", "--resume", "--budget", "200"), 215, env=interpret
+        ),
+        Step("all tests", tests, 300, env={"OMP_NUM_THREADS": "1"}),
+    ]
+
+
+def _does_it_run(bench: tuple[str, ...], to: tuple[str, ...], device: str, dtype: str, root: Path) -> Iterator[Step]:
+    wheels = sorted((root / "build" / "wheelhouse").glob("*.whl"))
+    if wheels:
+        pip = (PYTHON, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps")
+        yield Step(
+            "wheels", (*pip, "--find-links", str(wheels[0].parent), *sorted({w.name.split("-")[0] for w in wheels})), 60
+        )
+    yield Step("preflight", (PYTHON, "-m", DAY, "preflight", *to), 30)
+    if device != "cpu" and (root / "csrc" / "build.py").is_file():
+        archs = {"JASPER_FAST_CUDA_ARCHS": os.environ.get("JASPER_FAST_CUDA_ARCHS", "90a")}
+        yield Step("native libraries", (PYTHON, "csrc/build.py"), 240, env=archs)
+    for probe in (p for p in PROBES if device != "cpu" and (root / p).is_file()):
+        yield Step("probe of the device", (PYTHON, probe), 60)
+    check = (PYTHON, "-m", "jasper_fast", "selfcheck", "--quick", "--dtype", dtype, "--device", device)
+    yield Step("self-check", check, 120, gate=True)
+    if (root / "tests").is_dir():
+        names = TESTS if device != "cpu" else ("test_faces.py",)
+        chosen = ("-k", "triton or cuda") if device != "cpu" else ()
+        test = (PYTHON, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *chosen)
+        yield Step("tests of the ops", (*test, *(f"tests/{name}" for name in names)), 90, env={"OMP_NUM_THREADS": "1"})
+    for op in ("bn_relu_dropout",) if device == "cpu" else ("bn_relu_dropout", "conv1d"):
+        times = (*bench, "kernels", *to, "--dtype", dtype, "--quick", "--op", op, "--mode", "forward")
+        yield Step(
+            f"times of {op}", (*times, "--rivals", "eager,eager_2d_channels_last" if op == "conv1d" else "eager"), 90
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- running it
+
+
+def run(step: Step, log: Path, seconds: float, root: Path) -> dict:
+    """How a step ended within `seconds`: status "ok", "failed" or "cut off", and how long it took."""
+    started = time.monotonic()
+    env = os.environ | {"PYTHONUNBUFFERED": "1"} | step.env
+    with log.open("wb") as file:
+        try:
+            process = subprocess.Popen(step.argv, cwd=root, env=env, stdin=subprocess.DEVNULL, stdout=file,
+                                       stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        except OSError as error:
+            return {"name": step.name, "status": "failed", "told": str(error), "seconds": 0.0}
+        try:
+            code, status = process.wait(seconds), ""
+        except subprocess.TimeoutExpired:
+            code, status = _end(process), "cut off"
+        except BaseException:
+            _end(process)
+            raise
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    status = status or ("ok" if code == 0 else "failed")
+    spent = round(time.monotonic() - started, 1)
+    return {
+        "name": step.name,
+        "status": status,
+        "code": code,
+        "told": lines[-1][:160] if lines else "",
+        "seconds": spent,
+    }
+
+
+def _end(process: subprocess.Popen) -> int:
+    """Asks a step, and all that it started, to end, and then ends it."""
+    for what, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, what)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            break
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # what outlived its parent
+    return process.poll() if process.poll() is not None else -signal.SIGKILL
+
+
+def carry_out(call: str, steps: Sequence[Step], out: Path, root: Path, limit: float = LIMIT) -> list[dict]:
+    """Run the steps, the file written after each; returns how they ended."""
+    end, done, closed = time.monotonic() + limit, [], ""
+    for number, step in enumerate(steps, 1):
+        left = end - time.monotonic()
+        if closed or left < LEAST:
+            done.append({"name": step.name, "status": "not run", "told": closed or "no time left", "seconds": 0.0})
+        else:
+            print(
+                f"day {call}, {number} of {len(steps)}: {step.name}, at most {min(step.limit, left):.0f} s", flush=True
+            )
+            log = out / f"day{call}_{number:02d}_{step.name.split(',')[0].replace(' ', '_').replace('/', '_')}.log"
+            done.append(
+                run(step, log, min(step.limit, left), root) | {"command": shlex.join(step.argv), "log": log.name}
+            )
+            closed = f"after {step.name}" if step.gate and done[-1]["status"] != "ok" else ""
+        keep(out / "day.json", call, done)
+    return done
+
+
+def keep(path: Path, call: str, done: list[dict]) -> None:
+    """Puts what a call has done so far into the file, whole or not at all; other calls' stay."""
+    data = json.loads(path.read_text()) if path.is_file() else {}
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(data | {call: done}, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def table(done: Sequence[dict]) -> str:
+    """What came of the steps, for a person."""
+    width = max((len(one["name"]) for one in done), default=0)
+    return "\n".join(
+        f"{one['name']:<{width}}  {one['status']:<8} {one['seconds']:>6.1f} s  {one['told']}" for one in done
+    )
+
+
+def preflight(device: str) -> int:
+    """The preflight alone: the step of a call."""
+    import torch
+
+    from jasper_fast.bench.gpu import preflight
+
+    found = list(preflight.findings(torch.device(device)))
+    for one in found:
+        print(
+            f"{'ok' if one.there else 'MISSING'}: {one.what}: {one.found}"
+            + ("" if one.there else f". Do: {one.remedy}")
+        )
+    print(f"{sum(one.there for one in found)} of {len(found)} are there")
+    return 0 if all(one.there for one in found) else 1
+
+
+def install(out: Path) -> int:
+    """The table of the newest result of `bench tune`, as a step of a call."""
+    results = sorted(out.glob("tune_*.json"), key=lambda path: path.stat().st_mtime)
+    if not results:
+        print(f"{out}: no result of bench tune")
+        return 1
+    return subprocess.call([PYTHON, "-m", "jasper_fast.bench", "tune", "--install", str(results[-1])])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit status is 1 where a step failed."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m jasper_fast.bench.gpu.day", description=__doc__, formatter_class=raw)
+    parser.add_argument("call", choices=("1", "2", "3", "more", "preflight", "table"), metavar="CALL")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu for the stand-in (cuda)")
+    parser.add_argument(
+        "--out", type=Path, default=paths.OUT / "day", metavar="DIR", help="results and logs (build/bench/day)"
+    )
+    parser.add_argument(
+        "--limit", type=options.seconds, default=LIMIT, metavar="SECONDS", help=f"of the call ({LIMIT:.0f})"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show the steps with their limits, run nothing")
+    args = parser.parse_args(arguments)
+    if args.call in ("preflight", "table"):  # steps of the others
+        return preflight(args.device) if args.call == "preflight" else install(args.out)
+    root, out = paths.checkout("this plan"), args.out.absolute()
+    steps = plan(args.call, args.device, out, root)
+    if args.dry_run:
+        print("\n".join(f"{step.limit:>4.0f} s  {step.name}: {shlex.join(step.argv)}" for step in steps))
+        return 0
+    options.writable(out)
+    done = carry_out(args.call, steps, out, root, args.limit)
+    print(table(done))
+    print(f"logs and results are in {out}")
+    return int(any(one["status"] == "failed" for one in done))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""What the machine needs before anything is measured on it, each with the remedy: a minute lost here saves a day."""
+
+import os
+import shutil
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from jasper_fast.bench.harness import nvml
+from jasper_fast.bench.harness.console import console
+from jasper_fast.bench.harness.run import Run
+from jasper_fast.dispatch import verdicts
+from jasper_fast.kernels import native
+
+DISK, MEMORY = 2.0, 16.0  # GiB
+
+
+class Finding(NamedTuple):
+    """Something that is needed, whether it is there, what was found, and what to do about it."""
+
+    what: str
+    there: bool
+    found: str
+    remedy: str
+
+
+def findings(device: torch.device) -> Iterator[Finding]:
+    """All of them, in the order in which a run would fail."""
+    yield _compiler()
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    yield Finding("Python's headers", headers.is_file(), str(headers), "install python3-dev (Triton's launcher is C)")
+    yield from _folders()
+    if device.type == "cuda":
+        yield from _gpu(device)
+        why = native.explain()["cuda"]
+        built = "built" if why is None else why.splitlines()[0]
+        yield Finding("the CUDA library", why is None, built, "CUDA_HOME=/usr/local/cuda python setup.py build_native")
+
+
+def _compiler() -> Finding:
+    """The one that Triton builds its launcher with."""
+    name = os.environ.get("CC") or next((c for c in ("gcc", "clang", "cc") if shutil.which(c)), "")
+    path = shutil.which(name.split()[0]) if name else None
+    return Finding("a C compiler", path is not None, path or name or "none", "install gcc, or name one by CC")
+
+
+def _folders() -> Iterator[Finding]:
+    triton = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    places = ("kernels", triton, "TRITON_CACHE_DIR"), ("choices", verdicts.folder(), "JASPER_FAST_CACHE")
+    for what, folder, variable in (*places, ("compilers", Path(tempfile.gettempdir()), "TMPDIR")):
+        there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        free, can = shutil.disk_usage(there).free / 2**30, os.access(there, os.W_OK)
+        told = f"{folder}, {free:.1f} GiB free" + ("" if can else ", not writable")
+        remedy = f"{variable} names a folder that can be written, with {DISK:.0f} GiB free"
+        yield Finding(f"disk for {what}", can and free >= DISK, told, remedy)
+
+
+def _gpu(device: torch.device) -> Iterator[Finding]:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        told = (
+            f"torch {torch.__version__}, built for CUDA {built}" if built else f"torch {torch.__version__}, a CPU build"
+        )
+        yield Finding("a GPU", False, told, "a torch for CUDA, and a driver that serves it: see nvidia-smi")
+        return
+    newest, built = nvml.cuda_driver(), torch.version.cuda
+    told = f"serves CUDA {newest or 'unknown'}, torch is built for {built}"
+    # newer minor versions run on a driver of the same major one
+    serves = newest is None or built is None or int(newest.split(".")[0]) >= int(built.split(".")[0])
+    yield Finding("the driver", serves, told, "update the NVIDIA driver, or install a torch for an older CUDA")
+    free, whole = (size / 2**30 for size in torch.cuda.mem_get_info(device))
+    told = f"{free:.1f} of {whole:.1f} GiB"
+    yield Finding("free memory", free >= min(MEMORY, 0.8 * whole), told, "end who has it: see nvidia-smi")
+    clocks = nvml.read(device)
+    held = ", ".join(clocks.get("held_by") or ())
+    told = f"{clocks.get('sm_mhz', 'unknown')} MHz, {clocks.get('temperature_c', 'unknown')} degrees" + (
+        held and f": {held}"
+    )
+    yield Finding("clocks", not held, told, "let it cool, and see nvidia-smi -q -d PERFORMANCE for what holds them")
+
+
+def main(run: Run) -> None:
+    """A line for each, and all of them in the result. What is missing ends nothing: the rest may still run."""
+    found = list(findings(run.device))
+    for one in found:
+        mark = "ok" if one.there else "MISSING"
+        line = f"preflight: {mark}: {one.what}: {one.found}" + ("" if one.there else f". Do: {one.remedy}")
+        console.print(line, markup=False, soft_wrap=True, style=None if one.there else "red")
+    run.results.data["preflight"] = [one._asdict() for one in found]
+    run.results.write()

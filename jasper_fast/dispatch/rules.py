@@ -1,0 +1,73 @@
+"""Which face is the faster one where nothing was measured, by arithmetic: products, bytes and launches.
+
+    seconds = max(products / (peak * reach), bytes / bandwidth) + launches * LAUNCH
+
+`reach` is the share of the peak that a face's products are assumed to come to. `kernels/README.md` has the counts and
+says where they come from. A measured row of any like GPU comes before this.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+import torch
+
+from jasper_fast.kernels import likeness
+
+LAUNCH = 2e-6  # seconds from one kernel to the next
+PADDED = 0.125  # of a batch's rows, which ours skip
+BATCH_ROWS = 2048  # rows of an output from which a batch has several utterances
+# dense 16-bit FLOP a clock of a multiprocessor, sums in fp32, by compute capability; clocks a second, roughly
+FLOP_CLOCK = {"sm_80": 2048, "sm_86": 512, "sm_87": 1024, "sm_89": 1024, "sm_90": 4096, "sm_100": 8192, "sm_120": 1024}
+CLOCK = 1.6e9
+# where nothing is told: an H100's
+UNKNOWN = likeness.Traits("sm_90", 132, 3.35e12)
+REACH = {
+    ("triton", True): 0.70, ("aten", True): 0.75,  # 16 bits
+    ("triton", False): 0.45, ("aten", False): 0.70,  # TF32, whose operands Triton's loop loads without TMA
+}  # fmt: skip
+# passes over an input and over an output of a conv, and launches, by op and face: what a call reads and writes
+PASSES = {
+    "conv1d.forward": {"triton": (1, 1, 1), "aten": (1, 1, 1)},
+    "conv1d.forward_stats": {"triton": (1, 1, 2), "aten": (1, 2, 3)},
+    "conv1d.dgrad": {"triton": (1, 1, 1), "aten": (1, 1, 1)},
+    "conv1d.dgrad_bn": {"triton": (3, 1, 2), "aten": (3, 1, 3)},
+    "conv1d.wgrad": {"triton": (1, 1, 2), "aten": (1, 1, 1)},
+    "conv1d.fused": {"triton": (1, 1, 1), "aten": (1, 3, 2)},
+}
+
+
+def seconds(
+    face: str, op: str, shape: tuple[int, ...], rows: int, dtype: torch.dtype, gpu: likeness.Traits | None
+) -> float:
+    """Estimated seconds of one call of `op` on `face` at `shape` (c_in, c_out, taps, stride, dilation), `rows` N*T'."""
+    gpu = gpu if gpu is not None and gpu.bytes_s and gpu.sms else UNKNOWN
+    c_in, c_out, taps, stride, _ = shape
+    wide, size = dtype.itemsize == 2, dtype.itemsize
+    done = 1.0 - PADDED if face == "triton" and rows > BATCH_ROWS else 1.0
+    peak = FLOP_CLOCK.get(gpu.capability, FLOP_CLOCK["sm_90"]) * gpu.sms * CLOCK * (1.0 if wide else 0.5)
+    # of each program that has less than its tile of 128 rows the rest is wasted
+    products = 2.0 * done * -(-rows // 128) * 128 * c_in * c_out * taps
+    of_in, of_out, launches = PASSES[op][face]
+    moved = size * (done * rows * (of_in * stride * c_in + of_out * c_out) + taps * c_in * c_out)
+    return max(products / (peak * REACH[face, wide]), moved / gpu.bytes_s) + launches * LAUNCH
+
+
+@functools.cache
+def traits(device: torch.device) -> likeness.Traits | None:
+    """Those of a CUDA device, asked for once."""
+    return likeness.traits(device.index or 0)
+
+
+def fastest(
+    calls: Iterable[tuple[str, tuple[int, ...], int]], device: torch.device, dtype: torch.dtype, rows: int | None
+) -> str:
+    """The face, "triton" or "aten", on which `calls`, (op, shape, how often), are estimated to take less; `rows` as for
+    `tables.fastest`."""
+    rows, calls, gpu = 1 << 15 if rows is None else rows, list(calls), traits(device)
+    total = {
+        face: sum(count * seconds(face, op, shape, rows, dtype, gpu) for op, shape, count in calls)
+        for face in ("triton", "aten")
+    }
+    return min(sorted(total), key=total.__getitem__)

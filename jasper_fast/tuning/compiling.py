@@ -1,0 +1,129 @@
+"""Kernels compiled in parallel processes, before the first is launched: each (op, tile) once, whatever cells take it.
+
+The launches of the contenders are recorded on tensors without values, and compiled as Triton's own launcher would, into
+its cache on disk, where the process that measures finds them. The workers need no GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+
+from jasper_fast.dispatch import backends
+from jasper_fast.kernels import launch, tables
+from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
+from jasper_fast.kernels.tables import Cell
+from jasper_fast.selfcheck.checks import DTYPES
+from jasper_fast.tuning.faces import Proposal
+from jasper_fast.tuning.held import NORM_FUNCTIONS, is_decoder
+
+META = torch.device("meta")
+SILENCE = 60.0  # seconds in which no worker ends a kernel: they are given up
+FACTS = ("registers", "shared", "spilled")
+Facts = dict[str, int]
+
+
+class Job(NamedTuple):
+    """What one compilation is for, as it travels to a worker."""
+
+    cell: Cell
+    proposal: Proposal
+    arch: int
+
+
+def workers() -> int:
+    """As many as there are cores, less one for who measures."""
+    return max(1, min(16, len(os.sched_getaffinity(0)) - 1))
+
+
+def launches(job: Job) -> list[launch.Launch]:
+    """The launches of a contender on the job's architecture."""
+    found: list[launch.Launch] = []
+    tile, op = job.proposal.tile, job.cell.op
+    forced = tables.forced(op, tile, job.proposal.face) if tile else contextlib.nullcontext()
+    with launch.recorded(found.append, job.arch), forced:
+        _call(job.cell)
+    return found
+
+
+def _call(cell: Cell) -> None:
+    """The cell's op on tensors without values, as `Held` calls it."""
+    (n, frames), dtype = cell.batch, DTYPES[cell.dtype]
+    t, lengths = frames * cell.stride, torch.empty(n, dtype=torch.int64, device=META)
+    ntc = lambda c, t: torch.empty(n, t, c, dtype=dtype, device=META).transpose(1, 2)  # noqa: E731
+    norm = Norm(*(torch.empty(cell.c_in, device=META) for _ in range(4)))
+    zeroed = Mask(lengths, lengths[:1], 0.2)
+    if cell.op in NORM_FUNCTIONS:
+        bn, y = backends.face("bn_relu_dropout", "triton"), ntc(cell.c_in, frames)
+        if NORM_FUNCTIONS[cell.op] == "backward":
+            bn.backward_reduce(y, y, None, norm, zeroed)
+            bn.backward_apply(y, y, None, norm, norm[:2], zeroed, False, 2)
+        else:
+            bn.stats(y)
+            bn.forward(y, norm, None, zeroed)
+        return
+    conv, how = (
+        backends.face("conv1d", "triton"),
+        Geometry(cell.stride, (cell.taps // 2) * cell.dilation, cell.dilation),
+    )
+    x, weight = ntc(cell.c_in, t), torch.empty(cell.c_out, cell.c_in, cell.taps, device=META)
+    dy = ntc(cell.c_out, how.frames(t, cell.taps))
+    if cell.op == "conv1d.fused":
+        more = {"log_softmax": True} if is_decoder(cell) else {"workspace": conv.Workspace(META)}
+        more |= {"bias": torch.empty(cell.c_out, device=META), "relu": not is_decoder(cell), "clean": True}
+        conv.fused(x.transpose(1, 2), conv.pack(weight, dtype), how, lengths=Lengths(lengths, lengths), **more)
+    elif cell.op == "conv1d.wgrad":
+        conv.wgrad(x, dy, cell.taps, how, lengths, torch.float32, True)
+    elif cell.op == "conv1d.dgrad":
+        conv.dgrad(dy, weight, t, how, lengths)
+    elif cell.op == "conv1d.dgrad_bn":
+        conv.dgrad_bn(dy, weight, how, x, x, norm, zeroed)
+    else:
+        getattr(conv, cell.op.removeprefix("conv1d."))(x, weight, how, lengths, clean=True)
+
+
+def build(what: tuple[str, Job, int]) -> tuple[str, Facts]:
+    """In a worker: compiles the launch of a job at a place. Returns its digest, and its registers, shared and spilled
+    bytes; nothing of what does not compile, which says why when it is tried."""
+    from jasper_fast.kernels import aot
+
+    digest, job, place = what
+    try:
+        built = aot.compile_for(aot.source(launches(job)[place], job.arch), job.arch)
+    except Exception:  # the compiler's, or for want of the tool that tells the facts
+        return digest, {}
+    return digest, {name: getattr(built, name) for name in FACTS}
+
+
+def ahead(
+    jobs: Iterable[Job], told: Callable[[int, int], None], left: Callable[[], float]
+) -> dict[tuple[Cell, str], Facts]:
+    """Compiles `jobs` in parallel processes, as far as `left()` seconds go; launches with one code are compiled once.
+
+    Returns, by cell and contender, the most that its kernels use. `told(done, of)` is called as they are compiled. What
+    is missing in the result was not tried to its end.
+    """
+    from jasper_fast.kernels import aot
+
+    digests: dict[tuple[Cell, str], list[str]] = {}
+    kinds: dict[str, tuple[Job, int]] = {}
+    for job in jobs:
+        of_job = [aot.source(one, job.arch).digest(job.arch) for one in launches(job)]
+        digests[job.cell, job.proposal.name(job.cell)] = of_job
+        for place, digest in enumerate(of_job):
+            kinds.setdefault(digest, (job, place))
+    built: dict[str, Facts] = {}
+    with multiprocessing.get_context("spawn").Pool(min(workers(), len(kinds) or 1)) as pool:  # ended at the end
+        results = pool.imap_unordered(build, [(digest, *what) for digest, what in kinds.items()])
+        with contextlib.suppress(multiprocessing.TimeoutError):  # out of time, or a compiler took a worker with it
+            while len(built) < len(kinds):
+                digest, found = results.next(timeout=max(0.1, min(left(), SILENCE)))
+                built[digest] = found
+                told(len(built), len(kinds))
+    whole = {key: [built[d] for d in of] for key, of in digests.items() if all(built.get(d) for d in of)}
+    return {key: {name: max(facts[name] for facts in of) for name in FACTS} for key, of in whole.items()}

@@ -1,0 +1,119 @@
+"""Who contends: what each face proposes for a cell. A face joins by one registration here.
+
+    @contends("conv1d")
+    def face(cell, device):
+        return [Proposal("face", "direct", tile) for tile in ...]
+
+Registered functions give nothing where their face cannot run the cell. The order matters only for time: where that is
+short the first are tried first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from jasper_fast.dispatch import backends
+from jasper_fast.kernels import launch, tables
+from jasper_fast.kernels.tables import Cell, Row
+from jasper_fast.selfcheck.checks import DTYPES
+
+LIBRARY = {"conv1d": "aten", "bn_relu_dropout": "reference"}  # the face that is plain PyTorch
+MOST = 5  # tiles of one face at a cell
+ON_CPU = 2  # in the interpreter, where each takes a second
+LATEST_WITHOUT_TMA = 89
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One way to run a cell: a face, and of a conv of ours the tile that is forced."""
+
+    face: str
+    algorithm: str = "direct"
+    tile: Mapping[str, int] | None = None
+
+    def row(self, cell: Cell, seconds: float, facts: Mapping[str, int]) -> Row:
+        """The row of a table that says what it took; `facts`: what the compiler told, if it did."""
+        told = {name: facts.get(name) for name in ("registers", "shared", "spilled")}
+        tile = None if self.tile is None else dict(self.tile)
+        return Row(*cell, self.face, self.algorithm, tile, seconds, **told)
+
+    def name(self, cell: Cell) -> str:
+        """What tells it from the others of its cell."""
+        return self.row(cell, 1.0, {}).label()
+
+
+Face = Callable[[Cell, torch.device], list[Proposal]]
+_registered: dict[str, list[Face]] = {"conv1d": [], "bn_relu_dropout": []}
+
+
+def contends(op: str) -> Callable[[Face], Face]:
+    """Registers a face's proposals for an op."""
+
+    def register(face: Face) -> Face:
+        _registered[op].append(face)
+        return face
+
+    return register
+
+
+def proposals(cell: Cell, device: torch.device) -> Iterator[Proposal]:
+    """What all faces propose for `cell`."""
+    for face in _registered[cell.op.split(".")[0]]:
+        yield from face(cell, device)
+
+
+def capability(device: torch.device) -> str:
+    """sm_90, or that of the largest GPU for the stand-in."""
+    return f"sm_{launch.architecture(device) or 90}"
+
+
+@contends("conv1d")
+def triton(cell: Cell, device: torch.device) -> list[Proposal]:
+    """The default tile and the few that `pruned` leaves of the candidates."""
+    if backends.why_missing("triton", device) is not None:
+        return []
+    from jasper_fast.kernels.conv1d import triton_tiles
+
+    op, dtype, (n, frames) = cell.op.removeprefix("conv1d."), DTYPES[cell.dtype], cell.batch
+    shape = triton_tiles.Shape(*cell[2:7], n * frames)
+    limit = tables.SHARED_LIMIT.get(capability(device), max(tables.SHARED_LIMIT.values()))
+    tiles = (tile._asdict() for tile in triton_tiles.shortlist(op, dtype, shape, frames))
+    fit = [tile for tile in tiles if tables.tile_fault(cell.op, cell.dtype, tile, limit) is None]
+    return [Proposal("triton", tile=tile) for tile in fit[: ON_CPU if device.type == "cpu" else MOST]]
+
+
+@contends("conv1d")
+def cuda(cell: Cell, device: torch.device) -> list[Proposal]:
+    """The CUDA face, which plans its own tiles."""
+    if backends.why_missing("cuda", device) is not None:
+        return []
+    from jasper_fast.kernels.conv1d import cuda_launch
+
+    return [Proposal("cuda")] if cuda_launch.takes(device, DTYPES[cell.dtype], cell[2:7]) else []
+
+
+@contends("conv1d")
+def aten(cell: Cell, device: torch.device) -> list[Proposal]:
+    """cuDNN on a GPU, in channels-last memory."""
+    return [Proposal("aten", "library")]
+
+
+@contends("bn_relu_dropout")
+def cuda_norm(cell: Cell, device: torch.device) -> list[Proposal]:
+    """The CUDA face first: where it is built, it is the likelier one."""
+    return [Proposal("cuda")] if backends.why_missing("cuda", device) is None else []
+
+
+@contends("bn_relu_dropout")
+def triton_norm(cell: Cell, device: torch.device) -> list[Proposal]:
+    """Triton's, which takes no tile from outside."""
+    return [Proposal("triton")] if backends.why_missing("triton", device) is None else []
+
+
+@contends("bn_relu_dropout")
+def reference_norm(cell: Cell, device: torch.device) -> list[Proposal]:
+    """Plain PyTorch."""
+    return [Proposal("reference", "library")]

@@ -1,0 +1,127 @@
+"""A cell's inputs, on which all its contenders run, and the calls of each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jasper_fast.dispatch import backends
+from jasper_fast.kernels import tables
+from jasper_fast.kernels.layout import mask
+from jasper_fast.kernels.operands import Mask, Norm
+from jasper_fast.kernels.tables import Cell
+from jasper_fast.selfcheck import cases
+from jasper_fast.selfcheck.checks import DTYPES, Check
+from jasper_fast.selfcheck.checks import Conv as ConvShape
+from jasper_fast.selfcheck.checks import Norm as NormShape
+from jasper_fast.tuning.faces import LIBRARY, Proposal
+
+SMALL_ROWS = 1536  # rows of the inputs on which a contender is held against fp64
+# what a training step calls of bn_relu_dropout, as functions of the checks: statistics and forward; reduce and apply
+NORM_FUNCTIONS = dict(zip(tables.NORM_OPS, ("stats_forward", "backward"), strict=True))
+
+
+def check_of(cell: Cell, proposal: Proposal, *, small: bool = False) -> Check:
+    """The check of a contender: on the batch that is timed, or on a small one."""
+    n, frames = cell.batch
+    if small:
+        n = min(n, 2)
+        frames = max(1, min(frames, SMALL_ROWS // n) - (frames > 3))  # an odd end, as real batches have it
+    tile = None if proposal.tile is None else dict(proposal.tile)
+    if cell.op in NORM_FUNCTIONS:
+        # lengths, dropout and the halo of a conv, as a Jasper's blocks call it
+        shape, function = NormShape(n, cell.c_in, frames), NORM_FUNCTIONS[cell.op]
+        return Check("bn_relu_dropout", proposal.face, function, "tuning", shape, cell.dtype, "halo", tile)
+    function = cell.op.removeprefix("conv1d.")
+    shape = ConvShape(n, frames * cell.stride, *cell[2:7])
+    variant = ("log-softmax" if is_decoder(cell) else "splits") if function == "fused" else ""
+    op = "conv1d.fused" if function == "fused" else "conv1d"
+    return Check(op, proposal.face, function, "tuning", shape, cell.dtype, variant, tile)
+
+
+def is_decoder(cell: Cell) -> bool:
+    """Whether a conv at inference is the last one, with its log-softmax: the only one with so few, odd outputs."""
+    return cell.op == "conv1d.fused" and cell.taps == 1 and cell.c_out < 128 and cell.c_out % 16 != 0
+
+
+class Held:
+    """The inputs of a cell, made on first use; each face has its own, since each packs weights its own way."""
+
+    def __init__(self, cell: Cell, device: torch.device) -> None:
+        self.cell, self.device = cell, device
+        self._cases: dict[str, cases.Case] = {}
+
+    def case(self, face: str) -> cases.Case:
+        """The functions over the inputs of `face`."""
+        if face not in self._cases:
+            check = check_of(self.cell, Proposal(face))
+            self._cases[face] = cases.case(check, self.device, 0, timed=True)
+        return self._cases[face]
+
+    def call(self, proposal: Proposal) -> Callable[[], dict[str, Tensor]]:
+        """What launches the contender's kernels over the inputs."""
+        family = self.cell.op.split(".")[0]
+        if family == "conv1d" and proposal.face == LIBRARY[family]:
+            return library(check_of(self.cell, proposal), self.case("triton").inputs)
+        case = self.case(proposal.face)
+        if proposal.tile is None:
+            return case.ours
+
+        def with_tile() -> dict[str, Tensor]:
+            with tables.forced(self.cell.op, proposal.tile, proposal.face):
+                return case.ours()
+
+        return with_tile
+
+    def free(self) -> None:
+        """Gives the memory back."""
+        self._cases.clear()
+
+
+def library(check: Check, inputs: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    """What stands in a conv kernel's place where PyTorch convolves: its call, and in training batch norm's pass."""
+    s, function, i = check.shape, check.function, inputs
+    conv, dtype = s.geometry, DTYPES[check.dtype]
+    triton = backends.why_missing("triton", i["weight"].device) is None
+    aten, bn = backends.face("conv1d", "aten"), backends.face("bn_relu_dropout", "triton" if triton else "reference")
+    # cast once, as autocast's cache and an engine do, and in the memory that cuDNN would copy it to in every call
+    weight = i["weight"].to(dtype).unsqueeze(2).contiguous(memory_format=torch.channels_last)
+
+    def call() -> dict[str, Tensor]:
+        if function == "wgrad":
+            return {"dw": aten.wgrad(i["x"], i["dy"], s.k, conv, dtype=torch.float32)}
+        if function.startswith("dgrad"):
+            dx = aten.dgrad(i["dy"], weight.squeeze(2), s.t, conv)
+            if function == "dgrad":
+                return {"dx": dx}
+            norm, zeroed = Norm(*(i[name] for name in Norm._fields)), Mask(i["lengths"], i["seed"], 0.2)
+            sums = bn.backward_reduce(dx, i["y"], None, norm, zeroed)
+            return {"dx": dx} | dict(zip(("dbeta", "dgamma"), sums, strict=True))
+        if function == "fused":
+            return {"z": _fused(check, i, weight)}
+        y = aten.forward(i["x"], weight.squeeze(2), conv)
+        return {"y": y} | (dict(zip(("mean", "m2"), bn.stats(y), strict=True)) if function == "forward_stats" else {})
+
+    return call
+
+
+def _fused(check: Check, i: dict[str, Tensor], weight: Tensor) -> Tensor:
+    s = check.shape
+    x, bias = i["x"].transpose(1, 2).unsqueeze(2), i["bias"].to(weight.dtype)
+    z = F.conv2d(x, weight, bias, (1, s.stride), (0, s.geometry.padding), (1, s.dilation)).squeeze(2)
+    z = z.float().log_softmax(1) if check.variant == "log-softmax" else z.relu_()
+    return mask(z, i["out_lengths"]).transpose(1, 2)
+
+
+@contextlib.contextmanager
+def nothing_left(device: torch.device):
+    """Gives the allocator's free blocks back at the end: the user's process has the same GPU."""
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,109 @@
+"""Which of several calls is the fastest: timed in turns, the slow ones only once."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+
+SAMPLE = 2e-3  # seconds of a sample on a GPU: events tell half a microsecond
+MOST = 100  # calls of a sample
+ROUNDS = 7
+SECONDS = 1.5  # of all contenders of a cell together
+SLOW = 1.3  # times the fastest of the first round: not timed further
+
+
+class Clock(Protocol):
+    """How calls are timed."""
+
+    def warm(self, call: Callable[[], object]) -> None:
+        """Runs `call` for the first time."""
+
+    def prepare(self, call: Callable[[], object]) -> Callable[[], object]:
+        """`call` as it is timed."""
+
+    def seconds(self, call: Callable[[], object], times: int) -> float:
+        """Seconds of `times` calls of what `prepare` gave."""
+
+
+class Wall:
+    """A CPU's, the stand-in's."""
+
+    def warm(self, call: Callable[[], object]) -> None:
+        call()
+
+    def prepare(self, call: Callable[[], object]) -> Callable[[], object]:
+        return call
+
+    def seconds(self, call: Callable[[], object], times: int) -> float:
+        started = time.perf_counter()
+        for _ in range(times):
+            call()
+        return time.perf_counter() - started
+
+
+class Events:
+    """A GPU's: a call is a CUDA graph, so that the host's part of its launches counts for none."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def warm(self, call: Callable[[], object]) -> None:
+        call()
+        torch.cuda.synchronize(self._device)
+
+    def prepare(self, call: Callable[[], object]) -> Callable[[], object]:
+        side, graph = torch.cuda.Stream(self._device), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream(self._device).wait_stream(side)
+        with torch.cuda.graph(graph):
+            call()
+        graph.replay()
+        torch.cuda.synchronize(self._device)
+        return graph.replay
+
+    def seconds(self, call: Callable[[], object], times: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(times):
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e-3
+
+
+def clock(device: torch.device) -> Clock:
+    """The clock of `device`."""
+    return Events(device) if device.type == "cuda" else Wall()
+
+
+def fastest_first(
+    runs: Mapping[str, Callable[[], object]],
+    ticker: Clock,
+    begin: Callable[[str], object] = lambda name: None,
+    seconds: float = SECONDS,
+) -> dict[str, list[float]]:
+    """Samples, seconds of one call, of each of `runs`, which `ticker` prepared, those with the least median first.
+
+    There are ROUNDS of them in turns, or three, where those took `seconds`; what is SLOW times behind after the first
+    round keeps that one's sample. `begin(name)` is called before the first of each.
+    """
+    first = {}
+    for name, run in runs.items():
+        begin(name)
+        first[name] = ticker.seconds(run, 1)
+    inner = {name: min(MOST, max(1, int(SAMPLE / max(spent, 1e-9)))) for name, spent in first.items()}
+    first = {name: ticker.seconds(run, inner[name]) / inner[name] for name, run in runs.items()}
+    near = [name for name, spent in first.items() if spent <= SLOW * min(first.values())]
+    samples: dict[str, list[float]] = {name: [first[name]] for name in runs}
+    for turn in range(ROUNDS - 1):
+        for name in near if turn % 2 else near[::-1]:  # A B, B A: no one always runs on another's caches
+            samples[name].append(ticker.seconds(runs[name], inner[name]) / inner[name])
+        if turn and sum(inner[name] * sum(of) for name, of in samples.items()) > seconds:
+            break
+    return dict(sorted(samples.items(), key=lambda item: statistics.median(item[1])))

@@ -1,0 +1,142 @@
+"""The tuner: cell after cell, each contender checked, the right ones timed, and what came of it told at once."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from jasper_fast.dispatch.verdict import in_a_line
+from jasper_fast.kernels import launch
+from jasper_fast.kernels.tables import Cell
+from jasper_fast.selfcheck import perform
+from jasper_fast.tuning import compiling, faces, timing
+from jasper_fast.tuning.faces import LIBRARY, Proposal
+from jasper_fast.tuning.held import Held, check_of, nothing_left
+
+COMPILE_SHARE = 0.5  # of the time that is left, for what is compiled ahead
+Tell = Callable[[str, Any], object]
+
+
+class Lost(RuntimeError):
+    """The device runs nothing more in this process."""
+
+
+class Tuner:
+    """Tunes cells on one device. `without`: contenders by cell that ended an earlier process; `seconds`: to time a cell
+    in. `clock` says how much time is left, `ticker` how long a call takes, and `proposals` who contends: tests have
+    others."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        tell: Tell,
+        *,
+        budget: float,
+        seconds: float = timing.SECONDS,
+        without: dict[str, list[str]] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        ticker: timing.Clock | None = None,
+        proposals: Callable[[Cell, torch.device], Iterable[Proposal]] = faces.proposals,
+    ) -> None:
+        self.device, self._tell, self._without, self._seconds = device, tell, without or {}, seconds
+        self._clock, self._end = clock, clock() + budget
+        self._ticker, self._proposals = ticker or timing.clock(device), proposals
+        self._facts: dict[tuple[Cell, str], compiling.Facts] = {}
+        self._checked: dict[tuple, str] = {}  # what makes a kernel another one, and why it is refused
+
+    def left(self) -> float:
+        """Seconds until the budget is spent."""
+        return self._end - self._clock()
+
+    def run(self, cells: Iterable[Cell]) -> None:
+        """Measures `cells` in their order, and stops where the budget is spent."""
+        cells = [Cell(*cell) for cell in cells]
+        self._compile(cells)
+        for cell in cells:
+            if self.left() <= 0:
+                break
+            self._tell("found", {"cell": cell} | self._measure(cell))
+        self._tell("end", None)
+
+    def _compile(self, cells: list[Cell]) -> None:
+        arch = launch.architecture(self.device)
+        if arch is None:  # interpreted
+            return
+        jobs = [compiling.Job(c, p, arch) for c in cells for p in self._contenders(c) if p.face == "triton"]
+        end = self._clock() + COMPILE_SHARE * self.left()
+        told = lambda done, of: self._tell("doing", f"compiling {done} of {of} kernels")  # noqa: E731
+        self._facts = compiling.ahead(jobs, told, lambda: end - self._clock())
+
+    def _contenders(self, cell: Cell) -> list[Proposal]:
+        killers = self._without.get(" ".join(map(str, cell)), ())
+        return [p for p in self._proposals(cell, self.device) if p.name(cell) not in killers]
+
+    def _measure(self, cell: Cell) -> dict[str, Any]:
+        held, runs, refused = Held(cell, self.device), {}, {}
+        contenders = {p.name(cell): p for p in self._contenders(cell)}
+        with nothing_left(self.device):
+            for name, proposal in contenders.items():
+                self._tell("begin", [cell, name])
+                why = self._refusal(cell, proposal)
+                try:
+                    if not why:
+                        runs[name] = held.call(proposal)
+                        self._ticker.warm(runs[name])
+                except Exception as error:  # whatever a kernel raises is its own
+                    why = in_a_line(error)
+                self._wait()
+                if why:
+                    refused[name] = why
+                    runs.pop(name, None)
+            # all have run once before the first is captured: scratch that they share is as large as it will be
+            runs = {name: self._ticker.prepare(call) for name, call in runs.items()}
+            begin = lambda name: self._tell("begin", [cell, name])  # noqa: E731
+            samples = timing.fastest_first(runs, self._ticker, begin, self._seconds) if runs else {}
+            runs.clear()
+            held.free()
+        timed, best = {}, {}
+        for name, of in samples.items():
+            facts = self._facts.get((cell, name), {})
+            timed[name] = contenders[name].row(cell, statistics.median(of), facts).plain()
+            best.setdefault(contenders[name].face, timed[name])  # of each face its fastest
+        return {"rows": list(best.values()), "refused": refused, "timed": timed, "samples": samples}
+
+    def _refusal(self, cell: Cell, proposal: Proposal) -> str:
+        """Why a contender is not timed; empty where it is right."""
+        if spilled := self._facts.get((cell, proposal.name(cell)), {}).get("spilled"):
+            return f"spills {spilled} bytes"
+        if proposal.face == LIBRARY[cell.op.split(".")[0]]:
+            return ""  # the others are held against it
+        kind = (cell.op, cell.dtype, proposal.face, str(proposal.tile), cell.stride, cell.dilation, cell.taps == 1)
+        kind += tuple(c % 64 for c in (cell.c_in, cell.c_out))
+        if kind not in self._checked:
+            row = perform.perform(check_of(cell, proposal, small=True), self.device)
+            self._checked[kind] = "" if row["status"] == "ok" else f"{row['status']}: {row['detail']}"
+        return self._checked[kind]
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self.device)
+            except RuntimeError as error:
+                raise Lost(in_a_line(error)) from error
+
+
+def estimate(cells: Iterable[Cell], device: torch.device, cores: int) -> float:
+    """Seconds that tuning `cells` takes on a machine of so many cores, by the plan's arithmetic: each (op, tile) is
+    compiled in COMPILE of one core and checked once in CHECK, each contender is timed in TIMED, a cell has SETUP."""
+    kinds, contenders, count = set(), 0, 0
+    for cell in cells:
+        count += 1
+        for proposal in faces.proposals(cell, device):
+            contenders += 1
+            if proposal.face == "triton":
+                kinds.add((cell.op, cell.dtype, str(proposal.tile), cell.stride, cell.c_in % 64, cell.c_out % 64))
+    return START + len(kinds) * (COMPILE / max(1, cores - 1) + CHECK) + contenders * TIMED + count * SETUP
+
+
+START, COMPILE, CHECK, TIMED, SETUP = 15.0, 8.0, 0.3, 0.06, 0.05  # seconds; estimates, not measured on a GPU

@@ -1,0 +1,58 @@
+"""Which GPUs are alike: of one compute capability, as many multiprocessors, and one class of memory bandwidth.
+
+What was measured on one of them is a guess for the other, better than none: tiles fit the same shared memory and
+registers, a wave has as many programs, and work is bound by the same side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+SPREAD = 1.25  # of bandwidths in one class: H100 and H100 NVL are in one, H100 and H200 are not
+SM_SPREAD = 1.1  # of multiprocessors: cards of one chip have some switched off
+
+
+class Traits(NamedTuple):
+    """A GPU's compute capability ("sm_90"), multiprocessors, and bytes a second of its memory (0: not told)."""
+
+    capability: str
+    sms: int
+    bytes_s: float
+
+
+def traits(index: int) -> Traits | None:
+    """Those of CUDA device `index`; None where PyTorch sees no GPU."""
+    if not torch.cuda.is_available():
+        return None
+    p = torch.cuda.get_device_properties(index)
+    # kHz and bits, two transfers a clock; not every torch tells them
+    clock, bits = getattr(p, "memory_clock_rate", 0), getattr(p, "memory_bus_width", 0)
+    return Traits(f"sm_{p.major}{p.minor}", p.multi_processor_count, 2e3 * clock * bits / 8)
+
+
+def header(found: Traits | None) -> dict[str, str]:
+    """What a table's header says of the GPU."""
+    if found is None:
+        return {"multiprocessors": "unknown", "bandwidth": "unknown"}
+    bandwidth = f"{found.bytes_s / 1e9:.0f} GB/s" if found.bytes_s else "unknown"
+    return {"multiprocessors": str(found.sms), "bandwidth": bandwidth}
+
+
+def of_header(told: Mapping[str, str]) -> Traits | None:
+    """The traits that a table's header tells; None where it does not tell them."""
+    sms, bandwidth = told["multiprocessors"], told["bandwidth"].removesuffix(" GB/s")
+    if not sms.isdecimal():
+        return None
+    return Traits(told["capability"], int(sms), 1e9 * float(bandwidth) if bandwidth.isdecimal() else 0.0)
+
+
+def distance(a: Traits | None, b: Traits | None) -> float:
+    """How far apart two GPUs are: 0 for equal ones, infinite where they are not alike."""
+    if a is None or b is None or a.capability != b.capability or not all((a.sms, b.sms, a.bytes_s, b.bytes_s)):
+        return math.inf
+    sms, bandwidth = abs(math.log(a.sms / b.sms)), abs(math.log(a.bytes_s / b.bytes_s))
+    return math.inf if sms > math.log(SM_SPREAD) or bandwidth > math.log(SPREAD) else sms + bandwidth

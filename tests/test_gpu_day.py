@@ -1,0 +1,120 @@
+"""The plan of the first half hour on a GPU: its commands exist, each has its limit, and what comes of them is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from jasper_fast.bench import cli
+from jasper_fast.bench.gpu import day
+from jasper_fast.cli import command
+
+ROOT = Path(__file__).resolve().parents[1]
+CALLS = ("1", "2", "3", "more")
+
+
+def python(code: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", code)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("call", CALLS)
+def test_every_command_of_the_plan_is_one_that_exists(monkeypatch, tmp_path, call, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    steps = day.plan(call, device, tmp_path, ROOT)
+    assert steps and len({step.name for step in steps}) == len(steps)
+    for step in steps:
+        program, *arguments = step.argv
+        assert program in (sys.executable, "compute-sanitizer")
+        if "-m" not in arguments:
+            assert (ROOT / arguments[0]).is_file()
+            continue
+        module, *rest = arguments[arguments.index("-m") + 1 :]
+        if module == "jasper_fast.bench":
+            assert cli.parser().parse_args(rest).command == rest[0]
+        elif module == "jasper_fast":
+            assert command.parser().parse_args(rest).run
+        elif module == "pytest":
+            files = [name for name in rest if name.startswith("tests")]
+            assert files and all((ROOT / name).exists() for name in files)
+        else:
+            assert module in (day.DAY, "pip")
+
+
+def test_a_call_has_nine_minutes_and_its_first_steps_come_first():
+    for call in ("2", "3"):
+        assert sum(step.limit for step in day.plan(call, "cuda", Path("out"), ROOT)) <= 550
+    first = [step.name for step in day.plan("1", "cuda", Path("out"), ROOT)]
+    wanted = [
+        "preflight",
+        "native libraries",
+        "self-check",
+        "tests of the ops",
+        "times of bn_relu_dropout",
+        "times of conv1d",
+    ]
+    assert [name for name in first if name in wanted] == wanted
+    assert next(step for step in day.plan("1", "cuda", Path("out"), ROOT) if step.name == "self-check").gate
+
+
+def test_steps_are_cut_off_and_what_came_of_them_is_on_disk(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(day, "GRACE", 0.3)
+    pid = tmp_path / "pid"
+    endless = (
+        "import os, signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+        f"open({str(pid)!r}, 'w').write(str(p.pid)); print('begun', flush=True); time.sleep(600)"
+    )
+    steps = [
+        day.Step("good", python("print('all is well')"), 60),
+        day.Step("bad", python("import sys; print('why'); sys.exit(3)"), 60),
+        day.Step("endless", python(endless), 1.5),
+        day.Step("absent", ("no-such-program",), 60),
+        day.Step("after them", python("print(1)"), 60),
+    ]
+    done = day.carry_out("1", steps, tmp_path, tmp_path)
+    told = {one["name"]: (one["status"], one["told"]) for one in done}
+    assert told["good"] == ("ok", "all is well") and told["bad"] == ("failed", "why")
+    assert told["endless"] == ("cut off", "begun") and told["absent"][0] == "failed" and told["after them"][0] == "ok"
+    with pytest.raises(ProcessLookupError):  # what a step started ends with it
+        for _ in range(50):
+            os.kill(int(pid.read_text()), 0)
+            time.sleep(0.1)
+    assert json.loads((tmp_path / "day.json").read_text()) == {"1": done}
+    assert (tmp_path / done[1]["log"]).read_text() == "why\n"
+    day.carry_out("2", steps[:1], tmp_path, tmp_path)
+    assert set(json.loads((tmp_path / "day.json").read_text())) == {"1", "2"}
+    assert day.table(done).splitlines()[1].split()[:2] == ["bad", "failed"]
+
+
+def test_behind_a_gate_that_failed_and_without_time_nothing_is_run(tmp_path):
+    steps = [day.Step("gate", python("raise SystemExit(1)"), 60, gate=True), day.Step("next", python("print(1)"), 60)]
+    assert [one["status"] for one in day.carry_out("1", steps, tmp_path, tmp_path)] == ["failed", "not run"]
+    assert day.carry_out("1", steps[1:], tmp_path, tmp_path, limit=1.0)[0]["told"] == "no time left"
+
+
+def test_a_dry_run_shows_the_steps_and_their_limits(capsys, tmp_path):
+    assert day.main(["1", "--dry-run", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert " 120 s  self-check: " in said and "--quick --dtype fp16 --device cuda" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_first_call_runs_on_the_stand_in(tmp_path, monkeypatch, capsys):
+    """Its preflight and tests, in processes, as on a GPU."""
+    monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
+    plan = day.plan
+    chosen = ("preflight", "tests of the ops")
+    monkeypatch.setattr(day, "plan", lambda *how: [step for step in plan(*how) if step.name in chosen])
+    code = day.main(["1", "--device", "cpu", "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "day.json").read_text())["1"]
+    assert [one["name"] for one in found] == list(chosen) and found[1]["status"] == "ok", said
+    assert "are there" in found[0]["told"] and code == int(found[0]["status"] == "failed")
