@@ -298,6 +298,13 @@ def test_nothing_is_tuned_while_a_graph_is_traced_or_a_step_must_not_stall(tunin
     assert tuning.sessions == [2]
 
 
+def test_where_there_is_nothing_to_choose_from_nothing_is_tuned(tuning, monkeypatch):
+    """Before Ampere the convs are cuDNN's; norms have the CUDA face."""
+    monkeypatch.setattr(backends, "why_missing", lambda face, device: "too old" if face == "triton" else None)
+    tuned.want(GPU, [*CELLS, Cell("bn_relu_dropout.forward", FP16, 256, 256, 1, 1, 1, 12)], "Jasper")
+    assert tuning.sessions == [1] and {cell.op for cell in kept()} == {"bn_relu_dropout.forward"}
+
+
 def test_norms_are_tuned_both_ways(tuning):
     tuning.seconds["triton direct"] = 2e-3
     assert choose.norm_face("auto", GPU, torch.float16, 256, 12) == "reference"
@@ -430,7 +437,7 @@ def test_real_contenders_are_checked_and_timed(monkeypatch):
 
     def spoilt(right, *args, **more):
         out, tile = right(*args, **more), tables._forced["conv1d.forward_stats"].tile
-        return (out[0] * 1.01, *out[1:]) if tile["num_stages"] == 2 else out
+        return (out[0] * 1.01, *out[1:]) if tile["num_stages"] == 4 else out
 
     wrap(monkeypatch, impl, "forward_stats", spoilt)
     work.Tuner(torch.device("cpu"), lambda *told_: told.append(told_), budget=100.0).run(found)

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from jasper_fast.dispatch import children, verdicts
+from jasper_fast.dispatch import backends, children, verdicts
 from jasper_fast.kernels import likeness, tables
 from jasper_fast.kernels.tables import Cell, Row
 
@@ -241,9 +241,17 @@ def want(device: torch.device, cells: Iterable[Cell], what: str) -> None:
         return
     device = indexed(device)
     new = {c: what for c in cells if (device, c) not in _asked and not tables.covered(device, c)}
+    faces = {op: _has_choice(op, device) for op in {cell.op for cell in new}}
+    new = {cell: what for cell in new if faces[cell.op]}
     if new:
         _waiting.setdefault(device, {}).update(new)
     catch_up(device)
+
+
+def _has_choice(op: str, device: torch.device) -> bool:
+    """Whether a face of ours can run `op` there, beside plain PyTorch: else there is nothing to choose from."""
+    ours = ("triton", "cuda") if op in tables.NORM_OPS else ("triton",)
+    return any(backends.why_missing(face, device) is None for face in ours)
 
 
 def catch_up(device: torch.device) -> None:

@@ -139,4 +139,4 @@ def estimate(cells: Iterable[Cell], device: torch.device, cores: int) -> float:
     return START + len(kinds) * (COMPILE / max(1, cores - 1) + CHECK) + contenders * TIMED + count * SETUP
 
 
-START, COMPILE, CHECK, TIMED, SETUP = 15.0, 8.0, 0.3, 0.06, 0.05  # seconds; estimates, not measured on a GPU
+START, COMPILE, CHECK, TIMED, SETUP = 15.0, 8.0, 0.3, 0.08, 0.05  # seconds; estimates, not measured on a GPU
