@@ -21,6 +21,7 @@ KERNELS_MAY = {"torch", "triton", "numpy"} | sys.stdlib_module_names
 LAYERS = {
     "kernels": set(),
     "speech": set(),
+    "lm": {"speech", "kernels"},
     "data": {"speech"},
     "dispatch": {"kernels"},
     "ops": {"dispatch", "kernels"},
@@ -29,7 +30,7 @@ LAYERS = {
     "training": {"nn", "data", "speech"},
     "inference": {"nn", "data", "speech", "ops", "dispatch", "kernels"},
     "demo": {"inference", "training", "nn", "data", "speech", "ops", "dispatch", "kernels"},
-    "cli": {"bench.cli", "inference", "selfcheck", "nn", "data", "speech", "dispatch", "kernels"},
+    "cli": {"bench.cli", "inference", "lm", "selfcheck", "nn", "data", "speech", "dispatch", "kernels"},
     "": {"cli"},
 }
 BELOW_ALL = {"jasper_fast", "jasper_fast.extras", "jasper_fast.options"}  # these import nothing of ours
