@@ -34,5 +34,5 @@ def best_path(log_probs: np.ndarray, symbols: Sequence[int]) -> np.ndarray | Non
     path = np.empty(frames, dtype=np.int64)
     for t in range(frames - 1, -1, -1):
         path[t] = extended[place]
-        place -= steps[t, place]
+        place -= int(steps[t, place])
     return path
