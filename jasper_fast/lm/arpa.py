@@ -23,7 +23,8 @@ def is_gzip(path: str | os.PathLike) -> bool:
         return file.read(2) == b"\x1f\x8b"
 
 
-def _open(path: str | os.PathLike) -> IO[bytes]:
+def open_plain(path: str | os.PathLike) -> IO[bytes]:
+    """The bytes of a file, unpacked where it is gzipped."""
     return gzip.open(path, "rb") if is_gzip(path) else open(path, "rb")
 
 
@@ -37,7 +38,7 @@ class Arpa:
         self.path = Path(path)
         self._line = 0
         try:
-            with _open(path) as file:
+            with open_plain(path) as file:
                 self.counts = self._header(file)
         except FileNotFoundError:
             raise LanguageModelError(f"{path}: no such language model") from None
@@ -90,7 +91,7 @@ class Arpa:
         """log10 p, the words, and log10 of the back-off weight (0 where there is none), order after order."""
         self._line = 0
         try:
-            with _open(self.path) as file:
+            with open_plain(self.path) as file:
                 self._header(file)
                 for n, count in enumerate(self.counts, 1):
                     yield from self._section(file, n, count)
