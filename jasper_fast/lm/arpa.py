@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -72,8 +73,9 @@ class Arpa:
         if file.read(1) == b"":
             raise LanguageModelError(f"{self.path}: the language model is empty")
         file.seek(0)
-        for _ in range(1000):
-            if self._next(file) == "\\data\\":
+        for line in itertools.islice(iter(lambda: file.readline(1 << 20), b""), 1000):
+            self._line += 1
+            if line.strip() == b"\\data\\":
                 break
         else:
             raise LanguageModelError(f"{self.path}: no \\data\\ in its first lines: this is no ARPA file")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from jasper_fast.lm.align import best_path
 from jasper_fast.lm.arpa import Arpa, LanguageModelError
+from jasper_fast.lm.pool import Pool
 from jasper_fast.lm.search import beam_search, check, check_weights
 from jasper_fast.lm.symbols import SymbolLM, fits
 from jasper_fast.lm.words import WordLM, is_binary, symbols_of, word_lm
@@ -26,9 +27,13 @@ SYMBOLS = (1.0, 0.0)
 
 
 class Decoder(Protocol):
-    """Log-probs to transcripts, in two steps."""
+    """Log-probs to transcripts, in two steps; ``weights`` are alpha and beta of the searches that are begun next."""
+
+    weights: tuple[float, float]
 
     def begin(self, log_probs: Tensor, lengths: Tensor, frame_seconds: float) -> Callable[[], list[Transcript]]: ...
+
+    def close(self) -> None: ...
 
 
 def load_lm(
@@ -75,19 +80,26 @@ class SymbolDecoder:
     def __init__(
         self, vocabulary: Vocabulary, lm: SymbolLM | None, beam: int, alpha: float, beta: float, n_best: int
     ) -> None:
+        self.weights = alpha, beta
         self._vocabulary = vocabulary
-        self._settings: dict[str, Any] = {"lm": lm, "beam": beam, "alpha": alpha, "beta": beta, "n_best": n_best}
+        self._settings: dict[str, Any] = {"lm": lm, "beam": beam, "n_best": n_best}
         self._thread = ThreadPoolExecutor(1)
 
     def begin(self, log_probs: Tensor, lengths: Tensor, frame_seconds: float) -> Callable[[], list[Transcript]]:
         check(log_probs, lengths, self._vocabulary)
-        return self._thread.submit(self._find, log_probs.float().cpu(), lengths.cpu(), frame_seconds).result
+        items = log_probs.float().cpu(), lengths.cpu(), frame_seconds
+        return self._thread.submit(self._find, *items, *self.weights).result
 
-    def _find(self, log_probs: Tensor, lengths: Tensor, frame_seconds: float) -> list[Transcript]:
-        found = beam_search(log_probs, lengths, self._vocabulary, **self._settings)
+    def _find(
+        self, log_probs: Tensor, lengths: Tensor, frame_seconds: float, alpha: float, beta: float
+    ) -> list[Transcript]:
+        found = beam_search(log_probs, lengths, self._vocabulary, alpha=alpha, beta=beta, **self._settings)
         rows = zip(log_probs.numpy(), lengths.tolist(), found, strict=True)
         return [_transcript(r[:n], h, best_path(r[:n], h[0].symbols), self._vocabulary, frame_seconds)
                 for r, n, h in rows]  # fmt: skip
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
 
 
 class WordDecoder:
@@ -96,8 +108,7 @@ class WordDecoder:
     def __init__(
         self, vocabulary: Vocabulary, lm: WordLM, beam: int, alpha: float, beta: float, n_best: int, processes: int
     ) -> None:
-        from jasper_fast.lm.pool import Pool
-
+        self.weights = alpha, beta
         self._vocabulary = vocabulary
         self._pool = Pool(lm, processes, beam=beam, alpha=alpha, beta=beta, n_best=n_best)
 
@@ -105,7 +116,7 @@ class WordDecoder:
         check(log_probs, lengths, self._vocabulary)
         rows = log_probs.float().cpu().numpy()
         items = [np.ascontiguousarray(r[:n]) for r, n in zip(rows, lengths.tolist(), strict=True)]
-        answers = self._pool.submit(items)
+        answers = self._pool.submit(items, self.weights)
 
         def finish() -> list[Transcript]:
             made = []

@@ -32,9 +32,9 @@ class Pool:
         self._executor = ProcessPoolExecutor(processes, context, _start, (lm, settings))
         self._result(self._executor.submit(_load))
 
-    def submit(self, log_probs: Sequence[np.ndarray]) -> Callable[[], list[Answer]]:
-        """Begins the searches in log-probs (T, V) each; what it returns waits for them."""
-        futures = [self._executor.submit(_decode, item) for item in log_probs]
+    def submit(self, log_probs: Sequence[np.ndarray], weights: tuple[float, float]) -> Callable[[], list[Answer]]:
+        """Begins the searches in log-probs (T, V) each, with alpha and beta; what it returns waits for them."""
+        futures = [self._executor.submit(_decode, item, weights) for item in log_probs]
         return lambda: [self._result(future) for future in futures]
 
     def _result(self, future: Future) -> Any:
@@ -64,9 +64,11 @@ def _load() -> None:
         _search = WordSearch(lm, **settings)
 
 
-def _decode(log_probs: np.ndarray) -> Answer:
+def _decode(log_probs: np.ndarray, weights: tuple[float, float]) -> Answer:
     _load()
     assert _search is not None
+    if weights != (_search.alpha, _search.beta):
+        _search.weigh(*weights)
     found = _search(log_probs)
     path = best_path(log_probs, symbols_of(found[0].text, _settings[0].labels)) if found else None
     return found, path

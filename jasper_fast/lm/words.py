@@ -125,7 +125,7 @@ class WordSearch:
         decoder = need("flashlight.lib.text.decoder", "lm")
         dictionary = need("flashlight.lib.text.dictionary", "lm").Dictionary()
         kenlm = need("flashlight.lib.text.decoder.kenlm", "lm")
-        self.alpha, self.beta, self.n_best = alpha, beta, n_best
+        self.n_best, self._beam, self._threshold = n_best, beam, threshold
         self.entries, self._blank = lm.entries, len(lm.labels)
         space = lm.labels.index(" ")
         text_of = {entry.token: entry.text for entry in reversed(lm.entries)}  # of several spellings the first
@@ -145,10 +145,17 @@ class WordSearch:
             _, score = self._model.score(start, word)
             trie.insert([*entry.symbols, space], word, score)
         trie.smear(decoder.SmearingMode.MAX)
+        self._trie, self._space, self._unknown = trie, space, unknown
+        self.weigh(alpha, beta)
+
+    def weigh(self, alpha: float, beta: float) -> None:
+        """Searches with these weights from now on; the model stays loaded."""
+        self.alpha, self.beta = alpha, beta
+        decoder = need("flashlight.lib.text.decoder", "lm")
         options = decoder.LexiconDecoderOptions(
-            beam_size=beam,
-            beam_size_token=min(_TOKENS, classes),
-            beam_threshold=threshold,
+            beam_size=self._beam,
+            beam_size_token=min(_TOKENS, self._blank + 1),
+            beam_threshold=self._threshold,
             lm_weight=alpha,
             word_score=beta,
             unk_score=-math.inf,
@@ -156,9 +163,8 @@ class WordSearch:
             log_add=True,
             criterion_type=decoder.CriterionType.CTC,
         )
-        self._trie = trie
-        self._decoder = decoder.LexiconDecoder(options, trie, self._model, space, self._blank, unknown, [], False)
-        self._space = space
+        places = self._space, self._blank, self._unknown
+        self._decoder = decoder.LexiconDecoder(options, self._trie, self._model, *places, [], False)
 
     def __call__(self, log_probs: np.ndarray) -> list[Found]:
         """The best texts of log-probs (T, V), fp32, the best first; none where no words fit."""
