@@ -56,7 +56,7 @@ def draw(rng: random.Random, case: int):
 
 @needs_cpu
 @pytest.mark.slow
-def test_cpp_equals_the_definition_on_500_cases(models):
+def test_the_cpu_face_equals_the_definition_on_500_cases(models):
     rng = random.Random(0)
     torch.manual_seed(0)
     fused = 0

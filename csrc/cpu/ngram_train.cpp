@@ -9,8 +9,6 @@
 //
 // Every step reads and writes sorted files. A key holds words first to last (by context), or last to first (by suffix:
 // an n-gram stands right behind the n-grams of lower order that it ends in). The interface is plain C, for ctypes.
-#include <unistd.h>
-
 #include <array>
 #include <cerrno>
 #include <charconv>

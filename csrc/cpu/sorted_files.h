@@ -1,7 +1,11 @@
 // Sorting more records than the memory should hold: sorted runs in files, merged while they are read.
 #pragma once
 
+#include <stdlib.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <cerrno>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -34,7 +38,7 @@ class ItemFile {
     if (block_.size() == kBlock) flush();
   }
   void write(const Item* items, size_t count) {
-    if (std::fwrite(items, sizeof(Item), count, file_) != count) {
+    if (count > 0 && std::fwrite(items, sizeof(Item), count, file_) != count) {
       throw std::runtime_error(std::string("a temporary file cannot be written: ") + std::strerror(errno));
     }
   }
