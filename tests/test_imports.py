@@ -29,7 +29,7 @@ LAYERS = {
     "selfcheck": {"ops", "dispatch", "kernels"},
     "training": {"nn", "data", "speech"},
     "inference": {"nn", "data", "speech", "ops", "dispatch", "kernels"},
-    "demo": {"inference", "training", "nn", "data", "speech", "ops", "dispatch", "kernels"},
+    "demo": {"inference", "lm", "training", "nn", "data", "speech", "ops", "dispatch", "kernels"},
     "cli": {"bench.cli", "inference", "lm", "selfcheck", "nn", "data", "speech", "dispatch", "kernels"},
     "": {"cli"},
 }

@@ -18,7 +18,20 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = Path(__file__).with_name("interface.json")
-BENCH = ("kernels", "train", "latency", "memory", "all", "launches", "gpu", "profile", "tune", "compile", "report")
+BENCH = (
+    "kernels",
+    "train",
+    "latency",
+    "memory",
+    "decode",
+    "all",
+    "launches",
+    "gpu",
+    "profile",
+    "tune",
+    "compile",
+    "report",
+)
 PACKAGE = ("transcribe", "evaluate", "export", "info", "selfcheck")
 PACKAGE += ("lm train", "lm perplexity", "lm info", "lm tune")
 
