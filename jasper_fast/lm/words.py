@@ -5,8 +5,10 @@ No torch is imported here: processes that only search start by this module.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
+import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -122,6 +124,11 @@ class WordSearch:
     def __init__(
         self, lm: WordLM, beam: int, alpha: float, beta: float, n_best: int = 1, threshold: float = 50.0
     ) -> None:
+        if sys.version_info >= (3, 13) and importlib.util.find_spec("flashlight") is None:
+            raise LanguageModelError(
+                f"{lm.path}: words are searched by flashlight-text, which has wheels for Python 3.11 and 3.12; take one "
+                "of these, or a model of symbols (`jasper-fast lm train --characters`)"
+            )
         decoder = need("flashlight.lib.text.decoder", "lm")
         dictionary = need("flashlight.lib.text.dictionary", "lm").Dictionary()
         kenlm = need("flashlight.lib.text.decoder.kenlm", "lm")
