@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from language_models import random_arpa
 
+from jasper_fast.lm import words
 from jasper_fast.lm.arpa import LanguageModelError
 from jasper_fast.lm.decoders import decoder, load_lm
 from jasper_fast.lm.pool import Pool
@@ -165,6 +167,14 @@ def test_broken_binaries_and_lexicons_are_one_line(arpa, tmp_path):
     unigrams = random_arpa(tmp_path / "uni.arpa", WORDS, 1, random.Random(0))
     with pytest.raises(LanguageModelError, match="1-grams only"):
         word_lm(unigrams, V)
+
+
+def test_a_python_without_wheels_is_told(arpa, monkeypatch):
+    nothing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
+    monkeypatch.setattr(words, "sys", SimpleNamespace(version_info=(3, 13)))
+    monkeypatch.setattr(words, "importlib", nothing)
+    with pytest.raises(LanguageModelError, match=r"Python 3\.11 and 3\.12; take one"):
+        WordSearch(word_lm(arpa, V), 8, 1.0, 0.0)
 
 
 class Killer:

@@ -126,8 +126,8 @@ class WordSearch:
     ) -> None:
         if sys.version_info >= (3, 13) and importlib.util.find_spec("flashlight") is None:
             raise LanguageModelError(
-                f"{lm.path}: words are searched by flashlight-text, which has wheels for Python 3.11 and 3.12; take one "
-                "of these, or a model of symbols (`jasper-fast lm train --characters`)"
+                f"{lm.path}: words are searched by flashlight-text, which has wheels for Python 3.11 and 3.12; take "
+                "one of these, or a model of symbols (`jasper-fast lm train --characters`)"
             )
         decoder = need("flashlight.lib.text.decoder", "lm")
         dictionary = need("flashlight.lib.text.dictionary", "lm").Dictionary()
