@@ -86,6 +86,10 @@ def parser() -> argparse.ArgumentParser:
         "--model", type=choices.model, default="jasper10x5", help="small, medium, jasper10x5 or a YAML file"
     )
     latency.add_argument("--full", action="store_true", help="the whole grid of batch sizes and lengths on a CPU too")
+    decode = add("decode", "beam searches beside flashlight-text, alone and as a share of features to text")
+    decode.add_argument(
+        "--model", type=choices.model, default="jasper10x5", help="small, medium, jasper10x5 or a YAML file"
+    )
     memory = add("memory", "bytes that a training forward keeps for backward, and the step's peak")
     add_models(memory, DEFAULT_MEMORY_BATCH)
     add("all", "kernels, train, latency and memory: small, medium and Jasper 10x5, in under 10 minutes on two cores")
@@ -307,12 +311,22 @@ def _resumable(args: argparse.Namespace, header: dict) -> Path | None:
     return None
 
 
-SUBCOMMANDS = ("kernels", "train", "latency", "memory", "all", "launches", "profile", "gpu")  # that measure rows
+SUBCOMMANDS = (
+    "kernels",
+    "train",
+    "latency",
+    "memory",
+    "decode",
+    "all",
+    "launches",
+    "profile",
+    "gpu",
+)  # that measure rows
 
 
 def _work(run: Run, args: argparse.Namespace) -> None:
     """What a subcommand of SUBCOMMANDS measures."""
-    from jasper_fast.bench.commands import kernels, latency, launches, memory, profile, train
+    from jasper_fast.bench.commands import decode, kernels, latency, launches, memory, profile, train
     from jasper_fast.bench.gpu import gpu
 
     work: dict[str, Callable[[], object]] = {
@@ -320,6 +334,7 @@ def _work(run: Run, args: argparse.Namespace) -> None:
         "train": lambda: train.main(run, tuple(args.model or ())),
         "latency": lambda: latency.main(run, args.model, args.full),
         "memory": lambda: memory.main(run, tuple(args.model or ())),
+        "decode": lambda: decode.main(run, args.model),
         "launches": lambda: launches.main(run),
         "profile": lambda: profile.main(run, args.model, args.mode, *args.batch),
         "gpu": lambda: gpu.main(run, args.budget),

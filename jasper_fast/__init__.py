@@ -20,6 +20,7 @@ _PUBLIC = {
     "InferenceEngine": "inference",
     "LogMelFeatures": "speech.features",
     "NovoGrad": "training.optim",
+    "beam_search": "lm.search",
 }
 __all__ = ["__version__", *_PUBLIC]
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-__all__ = ["Missing", "cpu", "cpu_available", "cpu_name", "cuda", "cuda_available", "cuda_library", "explain"]
+__all__ = ["Missing", "cpu", "cpu_available", "cpu_functions", "cpu_name", "cuda", "cuda_available", "cuda_library"]
+__all__ += ["explain"]
 
 BUILD = "run `make install`, or `python setup.py build_native` in a checkout"
 
@@ -107,6 +108,12 @@ _cuda = Library("cuda")
 def cpu() -> Any:
     """`torch.ops.jasper_fast_cpu`; raises `Missing` where the CPU library is not to be had."""
     return _cpu.ops()
+
+
+def cpu_functions() -> ctypes.CDLL:
+    """The CPU library's plain C functions (csrc/cpu/ngram_train.cpp); raises `Missing` as `cpu()` does."""
+    _cpu.ops()
+    return ctypes.CDLL(str(_cpu.path))
 
 
 def cuda() -> Any:

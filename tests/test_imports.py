@@ -21,6 +21,7 @@ KERNELS_MAY = {"torch", "triton", "numpy", "cupy", "cupy_backends"} | sys.stdlib
 LAYERS = {
     "kernels": set(),
     "speech": set(),
+    "lm": {"speech", "kernels"},
     "data": {"speech"},
     "dispatch": {"kernels"},
     "ops": {"dispatch", "kernels"},
@@ -29,8 +30,8 @@ LAYERS = {
     "tuning": {"selfcheck", "ops", "dispatch", "kernels"},
     "training": {"nn", "data", "speech"},
     "inference": {"nn", "data", "speech", "ops", "dispatch", "kernels"},
-    "demo": {"inference", "training", "nn", "data", "speech", "ops", "dispatch", "kernels"},
-    "cli": {"bench.cli", "inference", "tuning", "selfcheck", "nn", "data", "speech", "dispatch", "kernels"},
+    "demo": {"inference", "lm", "training", "nn", "data", "speech", "ops", "dispatch", "kernels"},
+    "cli": {"bench.cli", "inference", "tuning", "lm", "selfcheck", "nn", "data", "speech", "dispatch", "kernels"},
     "": {"cli"},
 }
 BELOW_ALL = {"jasper_fast", "jasper_fast.extras", "jasper_fast.options"}  # these import nothing of ours

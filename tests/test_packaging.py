@@ -12,8 +12,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-INSTALLED = {"dev", "train", "demo", "bench"}  # dev brings the others
-OPTIONAL = ("anyascii", "inflect", "jinja2", "jiwer", "pynvml", "rich", "safetensors", "soundfile", "tensorboard")
+INSTALLED = {"dev", "train", "demo", "bench", "lm"}  # dev brings the others
+OPTIONAL = (
+    "anyascii",
+    "flashlight",
+    "inflect",
+    "jinja2",
+    "jiwer",
+    "pynvml",
+    "rich",
+    "safetensors",
+    "soundfile",
+    "tensorboard",
+)
 BUILD = runpy.run_path(str(ROOT / "csrc" / "build.py"))
 
 
@@ -117,6 +128,7 @@ def test_inference_and_the_self_check_need_no_extra() -> None:
     [
         ("from jasper_fast.speech.metrics import wer; wer(['a'], ['b'])", "jiwer is not installed: pip install"),
         ("from jasper_fast.speech.text import normalize; normalize('5')", "'jasper-fast[train]'"),
+        ("from jasper_fast.lm.words import *; WordSearch(WordLM('x', (), (' ',)), 1, 1, 1)", "'jasper-fast[lm]'"),
         ("from jasper_fast.training.runs import RunLog; RunLog('unused')", "tensorboard is not installed"),
         ("from jasper_fast.demo import report; report.render({})", "'jasper-fast[demo]'"),
         ("from jasper_fast.cli.command import main; sys.exit(main(['demo']))", "error: rich is not installed"),

@@ -20,14 +20,14 @@ KILLED = """
 import os, signal, sys
 from jasper_fast.cli import command
 from jasper_fast.inference.recognizer import Recognizer
-original, left = Recognizer.__call__, int(sys.argv[1])
-def call(self, audio, lengths):
+original, left = Recognizer.begin, int(sys.argv[1])
+def call(self, audio, lengths, keep=None):
     global left
     left -= 1
     if left < 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    return original(self, audio, lengths)
-Recognizer.__call__ = call
+    return original(self, audio, lengths, keep)
+Recognizer.begin = call
 sys.exit(command.main(sys.argv[2:]))
 """
 

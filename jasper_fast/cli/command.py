@@ -7,7 +7,7 @@ import os
 import sys
 
 from jasper_fast import __version__
-from jasper_fast.cli import common, evaluate, export, info, selfcheck, transcribe, tune
+from jasper_fast.cli import common, evaluate, export, info, lm, selfcheck, transcribe, tune
 from jasper_fast.extras import MissingExtra, need
 
 # Commands with options of their own: what they are for, the module, its function of the arguments, its extra.
@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (transcribe, evaluate, export, info, selfcheck, tune):
         common.subcommand(commands, module)
+    lm.add(commands)
     for name, (help, *_) in _PASSED_ON.items():
         commands.add_parser(name, help=help, add_help=False)
     return top

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,57 @@ MODEL = {  # the options of `load` and `recognize`
     ],
 }
 
+DECODING = {  # the options of `decoder`
+    "decoding": [
+        option(
+            "--lm",
+            metavar="FILE",
+            help="language model: ARPA or KenLM binary of words, ARPA of the model's symbols, or what `lm tune` wrote; "
+            "without any option of this group decoding is greedy",
+        ),
+        option("--lexicon", metavar="FILE", help="words that may be said, one a line (default: the ARPA file's)"),
+        option("--beam", type=positive(int), metavar="N", help="width of the beam search (128)"),
+        option(
+            "--alpha",
+            type=float,
+            metavar="A",
+            help="weight of log10 p by the language model (2.0, as in the Jasper paper; with one of symbols 1.0)",
+        ),
+        option("--beta", type=float, metavar="B", help="added for each word (-0.2), or for each symbol (0.0)"),
+        option("--n-best", type=positive(int), metavar="K", help="keep the K best texts of each utterance"),
+        option(
+            "--decode-processes",
+            type=positive(int),
+            metavar="N",
+            help="processes that search words while the model goes on (default: one a core)",
+        ),
+    ],
+}
+
+
+def decoder(arguments: argparse.Namespace, vocabulary: Any) -> Any:
+    """The beam search that the options of DECODING ask for, None where they ask for none."""
+    from jasper_fast.lm import decoders, tuned
+
+    asked = {name: getattr(arguments, name) for name in ("beam", "alpha", "beta", "n_best")}
+    if arguments.lm is None and all(value is None for value in asked.values()):
+        if arguments.lexicon is not None:
+            raise UsageError("--lexicon needs a language model; name one with --lm")
+        return None
+    file, lexicon = arguments.lm, arguments.lexicon
+    if file is not None and tuned.is_settings(file):
+        settings = tuned.read(file)
+        file, lexicon = settings["lm"], lexicon or settings.get("lexicon")
+        asked |= {name: settings.get(name) for name in ("beam", "alpha", "beta") if asked[name] is None}
+    elif file is None and (lexicon is not None or asked["alpha"] is not None):
+        raise UsageError("--lexicon and --alpha need a language model; name one with --lm")
+    lm = decoders.load_lm(file, vocabulary, lexicon) if file is not None else None
+    if left_out := getattr(lm, "left_out", ()):
+        print(f"{len(left_out)} words of {lexicon or file} cannot be spelt with the labels, such as {left_out[0]!r}; "
+              "they are left out", file=sys.stderr)  # fmt: skip
+    given = {name: value for name, value in asked.items() if value is not None}
+    return decoders.decoder(vocabulary, lm, processes=arguments.decode_processes, **given)
+
 
 def device_of(text: str) -> torch.device:
     """The device that `--device` names. Raises UsageError where that is none."""
@@ -91,7 +143,7 @@ def device_of(text: str) -> torch.device:
 
 
 def load(arguments: argparse.Namespace) -> Recognizer:
-    """The recogniser that the options of `add_model` ask for."""
+    """The recogniser that the options of MODEL and DECODING ask for."""
     import torch
 
     from jasper_fast.dispatch import backends
@@ -104,16 +156,22 @@ def load(arguments: argparse.Namespace) -> Recognizer:
         torch.set_num_threads(arguments.threads)
     device = device_of(arguments.device)
     dtype = None if arguments.dtype is None else getattr(torch, DTYPES[arguments.dtype])
-    return recognizer.load(arguments.checkpoint, arguments.config, arguments.ema, device, arguments.backend, dtype)
+    made = recognizer.load(arguments.checkpoint, arguments.config, arguments.ema, device, arguments.backend, dtype)
+    made.decoder = decoder(arguments, made.vocabulary)
+    return made
 
 
 def recognize(
-    arguments: argparse.Namespace, recognizer: Recognizer, utterances: Sequence[Utterance], window: int | None = None
+    arguments: argparse.Namespace,
+    recognizer: Recognizer,
+    utterances: Sequence[Utterance],
+    window: int | None = None,
+    keep: Callable[[int, torch.Tensor], None] | None = None,
 ) -> Iterator[Recognition]:
     """Recognises the utterances and gives what there is after each batch, as ``Recognizer.stream``; says meanwhile
     what was skipped or is short, and, where the standard error is a terminal, a count."""
     total, shown = len(utterances), sys.stderr.isatty() and not arguments.quiet
-    options = arguments.batch_size, arguments.max_seconds, arguments.workers, window
+    options = arguments.batch_size, arguments.max_seconds, arguments.workers, window, keep
     told = warned = 0
     for result in recognizer.stream(utterances, *options):
         for item in result.skipped.items[told:]:
@@ -129,6 +187,15 @@ def recognize(
         print(line, file=sys.stderr)
     if told:
         print(f"{told} of {total} could not be used", file=sys.stderr)
+
+
+def hypotheses(transcript: Any) -> list[dict[str, Any]]:
+    """What a beam search found, as JSON has it."""
+    return [
+        {"text": h.text.strip(), "score": round(h.score, 4), "log_prob": round(h.log_prob, 4)}
+        for h in transcript.hypotheses
+        if math.isfinite(h.score)
+    ]
 
 
 def any_name() -> None:

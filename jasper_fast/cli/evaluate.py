@@ -23,7 +23,9 @@ END = """\
 exit status: 0, or 1 if no utterance could be read (with --strict: if any could not), 2 for a wrong command, manifest,
 checkpoint or configuration.
 
-example: jasper-fast evaluate --manifest dev.jsonl --checkpoint runs/best.pt --out result.json"""
+examples:
+  jasper-fast evaluate --manifest dev.jsonl --checkpoint runs/best.pt --out result.json
+  jasper-fast evaluate --manifest dev.jsonl --checkpoint runs/best.pt --lm lm.arpa --alpha 2.0 --beta -0.2"""
 
 
 HELP = "word and character error rate on a manifest"
@@ -33,21 +35,31 @@ OPTIONS = {
         option("--data-dir", metavar="DIR", help="where the manifest's paths start (default: its own folder)"),
         option("--worst", type=int, default=10, metavar="N", help="how many of the worst to show (10)"),
         option("--out", metavar="FILE", help="write figures and every utterance as JSON"),
+        option(
+            "--save-log-probs",
+            metavar="DIR",
+            help="keep what the model says, for `jasper-fast lm tune`: one .npy an utterance, and an index",
+        ),
         option("--strict", action="store_true", help="exit with 1 if any file could not be read"),
     ],
+    **common.DECODING,
     **common.MODEL,
 }
 
 
 def run(arguments: argparse.Namespace) -> int:
     from jasper_fast.data import manifest
+    from jasper_fast.lm.saved import Saved
     from jasper_fast.speech.metrics import character_errors, word_errors
 
     common.check_writable(arguments.out)
     common.any_name()
     utterances = [u for path in arguments.manifest for u in manifest.read_manifest(path, arguments.data_dir)]
     recognizer = common.load(arguments)
-    *_, result = common.recognize(arguments, recognizer, utterances)
+    saved = Saved.begin(arguments.save_log_probs, recognizer) if arguments.save_log_probs else None
+    *_, result = common.recognize(arguments, recognizer, utterances, keep=saved.keep if saved else None)
+    if saved:
+        saved.finish([u.path for u in utterances], result.references)
     rows = []
     for utterance, reference, transcript, seconds in zip(
         utterances, result.references, result.transcripts, result.seconds, strict=True
@@ -58,7 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
         row = {"audio_filepath": utterance.path, "offset": utterance.offset, "duration": round(seconds, 3)}
         row |= {"text": reference, "pred_text": transcript.text.strip(), "confidence": round(transcript.confidence, 4)}
         row |= {"word_errors": words.total, "words": words.length}
-        rows.append(row | {"character_errors": characters.total, "characters": characters.length})
+        row |= {"character_errors": characters.total, "characters": characters.length}
+        if transcript.hypotheses:
+            row["hypotheses"] = common.hypotheses(transcript)
+        rows.append(row)
     if not rows:
         print("no utterance could be read", file=sys.stderr)
         return 1
@@ -107,6 +122,7 @@ def _figures(arguments: argparse.Namespace, recognizer: Recognizer, result: Reco
         "manifests": arguments.manifest,
         "checkpoint": arguments.checkpoint,
         "ema": arguments.ema,
+        "decoding": {name: getattr(arguments, name) for name in ("lm", "lexicon", "beam", "alpha", "beta", "n_best")},
         "device": str(recognizer.device),
         "backend": arguments.backend,
         "threads": torch.get_num_threads(),

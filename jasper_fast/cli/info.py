@@ -31,6 +31,8 @@ _PACKAGES = (
     ("onnx", "ONNX files", "export"),
     ("onnxscript", "ONNX files", "export"),
     ("onnxruntime", "checking ONNX files", "export"),
+    ("flashlight-text", "beam search with a word language model", "lm"),
+    ("ufal-kenlm", "n-gram language models", "lm"),
     ("safetensors", "golden vectors", "dev"),
     ("cupy-cuda13x", "tools on CUDA", "cuda"),
     ("flashlight-text", "beam search", "lm"),

@@ -27,7 +27,9 @@ END = """\
 exit status: 0 if at least one file is transcribed (with --strict: if all are), 1 otherwise, 2 for a wrong command,
 checkpoint or configuration.
 
-example: jasper-fast transcribe talk.wav call.flac --checkpoint runs/best.pt"""
+examples:
+  jasper-fast transcribe talk.wav call.flac --checkpoint runs/best.pt
+  jasper-fast transcribe talk.wav --checkpoint runs/best.pt --lm 4-gram.arpa.gz --json --n-best 5"""
 
 
 _WINDOW = 8  # batches among which files are sorted by length: more pad less, fewer write sooner
@@ -41,6 +43,7 @@ OPTIONS = {
         option("--resume", action="store_true", help="keep what is in --out, and transcribe the files not in it"),
         option("--strict", action="store_true", help="exit with 1 if any file could not be read"),
     ],
+    **common.DECODING,
     **common.MODEL,
 }
 
@@ -58,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise common.UsageError("no files; name audio files, or a list of them with --list")
     if arguments.resume and not arguments.out:
         raise common.UsageError("--resume goes on with the file that --out names; give --out too")
+    if arguments.n_best and arguments.n_best > 1 and not arguments.json:
+        raise common.UsageError(f"--n-best {arguments.n_best} texts have their place in JSON; give --json too")
     common.check_writable(arguments.out)
     kept = _finished(Path(arguments.out), arguments.json) if arguments.resume else Counter()
     every, written = len(files), kept.total()
@@ -134,4 +139,6 @@ def _record(file: str, transcript: Any, seconds: float) -> str:
     ]
     record = {"audio_filepath": file, "duration": round(seconds, 3), "pred_text": transcript.text.strip()}
     record |= {"confidence": round(transcript.confidence, 4), "words": words}
+    if transcript.hypotheses:
+        record["hypotheses"] = common.hypotheses(transcript)
     return json.dumps(record, ensure_ascii=False)

@@ -1,13 +1,14 @@
-"""A model that reads audio: checkpoint, features, engine and greedy decoding put together."""
+"""A model that reads audio: checkpoint, features, engine and decoding put together."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,13 +45,24 @@ class Recognition:
     finished: int = 0
 
 
+class Decoder(Protocol):
+    """Log-probs to transcripts in two steps, such as ``jasper_fast.lm.decoders`` makes: begun, and waited for."""
+
+    def begin(self, log_probs: Tensor, lengths: Tensor, frame_seconds: float) -> Callable[[], list[Transcript]]: ...
+
+
+Heard = Callable[[], list[Transcript | None]]
+Keep = Callable[[int, Tensor], None]
+_AHEAD = 2  # batches of which the texts are still searched while the model goes on
+
+
 class Recognizer:
     """Audio to text with a Jasper, on one device: ``recognizer(audio (N, S), lengths (N,)) -> list[Transcript]``.
 
     Features and labels are those of ``model.config`` (``input_val``); without labels there, the English alphabet where
     the model has 29 classes. ``dtype`` is that of weights and activations (features and sums stay fp32), by default the
-    model's. Each utterance gets the same transcript alone and in any batch. Raises ValueError where labels, classes or
-    mel bands do not fit one another.
+    model's. Each utterance gets the same transcript alone and in any batch. Decoding is greedy unless ``decoder`` is
+    set. Raises ValueError where labels, classes or mel bands do not fit one another.
     """
 
     def __init__(
@@ -79,12 +91,26 @@ class Recognizer:
         self.engine = InferenceEngine(model.to(self.device).eval(), dtype=dtype)
         stride = math.prod(block.s**block.repeat for block in config.encoder.blocks)
         self.frame_seconds = self.features.hop_length * stride / self.sample_rate
+        self.decoder: Decoder | None = None
+
+    def __call__(self, audio: Tensor, lengths: Tensor) -> list[Transcript]:
+        return self.begin(audio, lengths)()
 
     @torch.inference_mode()
-    def __call__(self, audio: Tensor, lengths: Tensor) -> list[Transcript]:
+    def begin(
+        self, audio: Tensor, lengths: Tensor, keep: Callable[[Tensor, Tensor], None] | None = None
+    ) -> Callable[[], list[Transcript]]:
+        """Runs the model and begins to decode; what it returns waits for the transcripts."""
         audio, lengths = audio.to(self.device, non_blocking=True), lengths.to(self.device, non_blocking=True)
         log_probs, out_lengths = self.engine(*self.features(audio, lengths))
-        return greedy_transcripts(log_probs, out_lengths, self.vocabulary, self.frame_seconds)
+        if self.decoder is None:
+            found = greedy_transcripts(log_probs, out_lengths, self.vocabulary, self.frame_seconds)
+            heard = lambda: found  # noqa: E731
+        else:
+            heard = self.decoder.begin(log_probs, out_lengths, self.frame_seconds)
+        if keep is not None:
+            keep(log_probs, out_lengths)
+        return heard
 
     def recognize(
         self,
@@ -113,12 +139,14 @@ class Recognizer:
         max_seconds: float = 240.0,
         workers: int = 0,
         window: int | None = None,
+        keep: Keep | None = None,
     ) -> Iterator[Recognition]:
         """As ``recognize``, after each batch: the same Recognition again and again, with more in it each time.
 
         With ``window``, only so many neighbours are sorted by their length, so that ``done`` grows steadily. An
         utterance of which the model makes NaN, or which does not fit the memory alone, is skipped like an unreadable
-        file.
+        file. ``keep`` is called with the place of each utterance that is used and its log-probs (T', V). With a
+        ``decoder`` the model goes on with later batches while the texts of earlier ones are searched.
         """
         started = time.perf_counter()
         audio = AudioSettings(self.sample_rate, bool(self.audio_settings.get("trim_silence", False)))
@@ -129,9 +157,12 @@ class Recognizer:
         for place, text in zip(dataset.kept, dataset.texts, strict=True):
             references[place] = text
         result = Recognition([None] * count, references, [0.0] * count, dataset.skipped)
-        for batch, planned in zip(batches.load_batches(dataset, plan, workers=workers), plan.batches(), strict=True):
+        begun: deque[tuple[Batch, list[int], Heard]] = deque()
+
+        def finish() -> Recognition:
+            batch, planned, heard = begun.popleft()
             before = time.perf_counter()
-            found = self._heard(batch, dataset.skipped) if len(batch) else []
+            found = heard()
             result.compute_seconds += time.perf_counter() - before
             lengths = batch.audio_lengths.tolist()
             for index, transcript, start, length in zip(batch.indices, found, batch.starts, lengths, strict=True):
@@ -140,29 +171,49 @@ class Recognizer:
                     result.transcripts[place] = transcript.shifted(start)
                     result.seconds[place] = length / self.sample_rate
                     result.audio_seconds += result.seconds[place]
-            left -= {dataset.kept[index] for index in planned}
+            left.difference_update(dataset.kept[index] for index in planned)
             result.finished = count - len(left)
             while result.done < count and result.done not in left:
                 result.done += 1
             result.wall_seconds = time.perf_counter() - started
-            yield result
+            return result
 
-    def _heard(self, batch: Batch, skipped: manifest.SkipReport) -> list[Transcript | None]:
-        """The transcripts of a batch; if it fails, of each by itself, and None where that fails too."""
+        for batch, planned in zip(batches.load_batches(dataset, plan, workers=workers), plan.batches(), strict=True):
+            before = time.perf_counter()
+            places = [dataset.kept[index] for index in batch.indices]
+            begun.append((batch, planned, self._heard(batch, dataset.skipped, places, keep)))
+            result.compute_seconds += time.perf_counter() - before
+            if len(begun) > (_AHEAD if self.decoder else 0):
+                yield finish()
+        while begun:
+            yield finish()
+
+    def _heard(self, batch: Batch, skipped: manifest.SkipReport, places: list[int], keep: Keep | None) -> Heard:
+        """Waits for the transcripts of a batch; if the model fails, of each by itself, None where that fails too."""
+        if not places:
+            return list
+
+        def keeping(first: int) -> Callable[[Tensor, Tensor], None] | None:
+            def kept(log_probs: Tensor, lengths: Tensor) -> None:
+                for place, item, length in zip(places[first:], log_probs, lengths.tolist(), strict=False):
+                    keep(place, item[:length])
+
+            return kept if keep is not None else None
+
         try:
-            return self(batch.audio, batch.audio_lengths)
+            return self.begin(batch.audio, batch.audio_lengths, keeping(0))
         except (NotFinite, torch.OutOfMemoryError, MemoryError):
             pass
-        found: list[Transcript | None] = []
-        for name, audio, length in zip(batch.names, batch.audio, batch.audio_lengths, strict=True):
+        begun: list[Heard] = []
+        for i, (name, audio, length) in enumerate(zip(batch.names, batch.audio, batch.audio_lengths, strict=True)):
             try:
-                found += self(audio[None, :length], length[None])
+                begun.append(self.begin(audio[None, :length], length[None], keeping(i)))
             except (NotFinite, torch.OutOfMemoryError, MemoryError) as error:
                 reason = "not_finite" if isinstance(error, NotFinite) else "out_of_memory"
                 cause = "the model makes NaN of it" if isinstance(error, NotFinite) else f"out of memory: {error}"
                 skipped.add([manifest.Skipped(name, reason, f"{name}: {cause}")])
-                found.append(None)
-        return found
+                begun.append(lambda: [None])
+        return lambda: [transcript for heard in begun for transcript in heard()]
 
 
 def labels_of(config: Any) -> list[str]:

@@ -29,6 +29,16 @@ class Word:
 
 
 @dataclass(frozen=True)
+class Hypothesis:
+    """A text that a beam search found: its score and log p_CTC, natural logarithms, and its symbols as classes."""
+
+    text: str
+    score: float
+    log_prob: float
+    symbols: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Transcript:
     """A transcript with its symbols and words in time; ``confidence`` is the mean over the symbols (1 where none)."""
 
@@ -36,6 +46,7 @@ class Transcript:
     symbols: list[Word]
     words: list[Word]
     confidence: float
+    hypotheses: tuple[Hypothesis, ...] = ()  # of a beam search, the best first
 
     def shifted(self, seconds: float) -> Transcript:
         """The same, ``seconds`` later."""
@@ -99,10 +110,11 @@ def greedy_transcripts(
     repeats. Its confidence is the highest probability among those frames, a word's the product over its symbols.
     """
     ids, probs = _best_path(log_probs, lengths, vocabulary)
-    return [_transcript(i, p, vocabulary, frame_seconds) for i, p in zip(ids, probs, strict=True)]
+    return [path_transcript(i, p, vocabulary, frame_seconds) for i, p in zip(ids, probs, strict=True)]
 
 
-def _transcript(ids: np.ndarray, probs: np.ndarray, vocabulary: Vocabulary, frame_seconds: float) -> Transcript:
+def path_transcript(ids: np.ndarray, probs: np.ndarray, vocabulary: Vocabulary, frame_seconds: float) -> Transcript:
+    """The transcript of one path: its class in each frame (T,), -1 beyond the end, and that class's probability."""
     symbols = []
     change = np.append(np.flatnonzero(np.diff(ids)) + 1, len(ids))
     for first in np.flatnonzero(_emitted(ids, vocabulary.blank)):

@@ -22,8 +22,14 @@ RUNTIME = {"address": "libasan.so", "thread": "libtsan.so"}
 # Of both kinds: everything that a kernel does with memory. Not tests that start a process with the usual library.
 TESTS = {
     "address": (
-        ["tests/test_bn_relu_dropout.py", "tests/test_cuda_emulated.py", "tests/test_panes.py"],
-        "cpu or emulated",
+        [
+            "tests/test_bn_relu_dropout.py",
+            "tests/test_cuda_emulated.py",
+            "tests/test_panes.py",
+            "tests/test_prefix_beam.py",
+            "tests/test_lm_train.py",
+        ],
+        "cpu or emulated or definition or cleared",
     ),
     "thread": (["tests/test_bn_relu_dropout.py", "tests/test_cuda_emulated.py"], "cpu or cut"),
 }

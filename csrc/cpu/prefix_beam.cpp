@@ -1,0 +1,357 @@
+// CTC prefix beam search with a symbol n-gram fused in; kernels/prefix_beam/reference.py is the definition, and the sums
+// here are made in its order, so that both agree in every bit. A task is an utterance.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <unordered_map>
+#include <vector>
+
+#include "tasks.h"
+
+namespace jf {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr double kNever = -std::numeric_limits<double>::infinity();
+constexpr size_t kRowBytes = size_t(64) << 20;  // of a search's rows of the n-gram, which are then made anew
+constexpr size_t kNodes = size_t(1) << 14;      // from which on prefixes that no longer matter are cleared away
+
+template <class T>
+const T* data_of(const char* name, const Tensor& x, ScalarType type, int64_t size) {
+  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == type && x.numel() == size,
+                  "prefix_beam (cpu): ", name, " must be contiguous, on the CPU, of the right dtype and size");
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+double add(double a, double b) {
+  const double low = std::min(a, b), high = std::max(a, b);
+  return low == kNever ? high : high + std::log1p(std::exp(low - high));
+}
+
+// Never part of a fused multiply-add, which would round otherwise than the definition.
+[[gnu::noinline]] double product(double a, double b) { return a * b; }
+
+// ---- the n-gram ----
+struct Ngram {
+  const int64_t* begin = nullptr;
+  const int32_t *symbol = nullptr, *next = nullptr, *lower = nullptr;
+  const float *log10 = nullptr, *back_off = nullptr;
+  int32_t start = 0;
+  bool there() const { return begin != nullptr; }
+};
+
+Ngram ngram_of(const std::vector<Tensor>& arrays, int64_t start, int64_t classes) {
+  Ngram lm;
+  if (arrays.empty()) return lm;
+  STD_TORCH_CHECK(arrays.size() == 6, "prefix_beam (cpu): an n-gram is six arrays");
+  const int64_t states = arrays[4].numel(), arcs = arrays[1].numel();
+  lm.begin = data_of<int64_t>("arc_begin", arrays[0], ScalarType::Long, states + 1);
+  lm.symbol = data_of<int32_t>("arc_symbol", arrays[1], ScalarType::Int, arcs);
+  lm.next = data_of<int32_t>("arc_next", arrays[2], ScalarType::Int, arcs);
+  lm.log10 = data_of<float>("arc_log10", arrays[3], ScalarType::Float, arcs);
+  lm.lower = data_of<int32_t>("lower", arrays[4], ScalarType::Int, states);
+  lm.back_off = data_of<float>("back_off", arrays[5], ScalarType::Float, states);
+  bool fits = states > 0 && start >= 0 && start < states && lm.begin[0] == 0 && lm.begin[states] == arcs &&
+              lm.begin[1] == classes;
+  for (int64_t s = 0; fits && s < states; ++s) {
+    fits = lm.begin[s] <= lm.begin[s + 1] && lm.lower[s] >= 0 && lm.lower[s] < std::max<int64_t>(s, 1);
+  }
+  for (int64_t a = 0; fits && a < arcs; ++a) {
+    fits = lm.symbol[a] >= 0 && lm.symbol[a] < classes && lm.next[a] >= 0 && lm.next[a] < states &&
+           (a >= classes || lm.symbol[a] == a);
+  }
+  STD_TORCH_CHECK(fits, "prefix_beam (cpu): the n-gram's arrays do not fit one another or ", classes, " classes");
+  lm.start = int32_t(start);
+  return lm;
+}
+
+// log10 p of every class in a state, with the state after it: made when a search first needs it.
+struct Row {
+  std::unique_ptr<double[]> log10, bonus;  // bonus: alpha * log10 + beta
+  std::unique_ptr<int32_t[]> next;
+};
+
+class Rows {
+ public:
+  Rows(const Ngram& lm, int64_t classes, double alpha, double beta)
+      : lm_(lm), classes_(classes), alpha_(alpha), beta_(beta) {}
+
+  void tidy() {  // between frames: rows that were handed out are no longer used
+    if (rows_.size() * size_t(classes_) * 20 > kRowBytes) rows_.clear();
+  }
+
+  const Row& of(int32_t state) {
+    const auto found = rows_.find(state);
+    if (found != rows_.end()) return found->second;
+    Row row{std::make_unique<double[]>(classes_), std::make_unique<double[]>(classes_),
+            std::make_unique<int32_t[]>(classes_)};
+    if (state != 0) {
+      const Row& lower = of(lm_.lower[state]);
+      const double back_off = lm_.back_off[state];
+      for (int64_t c = 0; c < classes_; ++c) row.log10[c] = back_off + lower.log10[c], row.next[c] = lower.next[c];
+    }
+    for (int64_t a = lm_.begin[state]; a < lm_.begin[state + 1]; ++a) {
+      row.log10[lm_.symbol[a]] = lm_.log10[a], row.next[lm_.symbol[a]] = lm_.next[a];
+    }
+    for (int64_t c = 0; c < classes_; ++c) row.bonus[c] = product(alpha_, row.log10[c]) + beta_;
+    return rows_.emplace(state, std::move(row)).first->second;  // references stay good when the map grows
+  }
+
+ private:
+  const Ngram& lm_;
+  const int64_t classes_;
+  const double alpha_, beta_;
+  std::unordered_map<int32_t, Row> rows_;
+};
+
+// ---- prefixes: a tree, a node is one symbol longer than its parent ----
+struct Node {
+  int32_t parent, symbol, child, sibling;  // child: the newest, sibling: the parent's next older one; -1: none
+  int32_t slot;                            // in the beam, -1 outside
+};
+
+struct Entry {  // a prefix in the beam: log b, log n, log(b + n), the sum over its symbols, its node and state
+  double b, n, total, bonus;
+  int32_t node, state;
+};
+
+struct Candidate {
+  double score;
+  int64_t order;  // of equal ones the lower wins: entries of the beam, then i * symbols + c after them
+};
+
+bool better(const Candidate& x, const Candidate& y) {
+  return x.score > y.score || (x.score == y.score && x.order < y.order);
+}
+
+class Search {
+ public:
+  Search(int64_t classes, int64_t beam, const Ngram& lm, double alpha, double beta)
+      : symbols_(classes - 1), beam_(beam), lm_(lm), alpha_(alpha), beta_(beta), rows_(lm, classes, alpha, beta) {
+    nodes_.push_back({-1, -1, -1, -1, 0});
+    entries_.push_back({0.0, kNever, 0.0, 0.0, 0, lm.start});
+    by_probability_.resize(symbols_);
+  }
+
+  void frame(const float* row) {
+    stay(row);
+    extend(row);
+    keep(row);
+    if (nodes_.size() > limit_) clear_away();
+  }
+
+  // The best entries into the rows of symbols, counts and scores.
+  void write(int64_t n_best, int64_t frames, int32_t* symbols, int32_t* counts, double* scores) {
+    std::vector<Candidate> ended;
+    for (size_t i = 0; i < entries_.size(); ++i) {
+      const Entry& e = entries_[i];
+      const double end = lm_.there() ? product(alpha_, rows_.of(e.state).log10[symbols_]) : 0.0;
+      ended.push_back({e.total + e.bonus + end, int64_t(i)});
+    }
+    std::sort(ended.begin(), ended.end(), better);
+    for (int64_t k = 0; k < n_best; ++k, symbols += frames, scores += 2) {
+      counts[k] = -1, scores[0] = scores[1] = kNever;
+      if (k >= int64_t(ended.size())) continue;
+      const Entry& e = entries_[ended[k].order];
+      scores[0] = ended[k].score, scores[1] = e.total;
+      counts[k] = 0;
+      for (int32_t n = e.node; n != 0; n = nodes_[n].parent) symbols[counts[k]++] = nodes_[n].symbol;
+      std::reverse(symbols, symbols + counts[k]);
+    }
+  }
+
+ private:
+  // What the beam's prefixes become in this frame, paths from their parents included.
+  void stay(const float* row) {
+    const size_t count = entries_.size();
+    stays_.clear();
+    taken_.assign(count * symbols_, 0);
+    row_of_.clear();
+    if (lm_.there()) {
+      rows_.tidy();
+      for (const Entry& e : entries_) row_of_.push_back(&rows_.of(e.state));
+    }
+    for (const Entry& e : entries_) {
+      const Node& node = nodes_[e.node];
+      Entry after = e;
+      after.b = e.total + row[symbols_];
+      after.n = e.node == 0 ? kNever : e.n + row[node.symbol];
+      const int32_t from = e.node == 0 ? -1 : nodes_[node.parent].slot;
+      if (from >= 0) {
+        after.n = add(after.n, paths(entries_[from], node.symbol) + row[node.symbol]);
+        taken_[from * symbols_ + node.symbol] = 1;
+      }
+      after.total = add(after.b, after.n);
+      stays_.push_back(after);
+    }
+  }
+
+  // log of the paths that a symbol can lengthen: one that repeats the last needs a blank between.
+  double paths(const Entry& e, int32_t symbol) const {
+    return e.node != 0 && nodes_[e.node].symbol == symbol ? e.b : e.total;
+  }
+
+  void extend(const float* row) {
+    candidates_.clear();
+    floor_ = kNever;
+    double worst = std::numeric_limits<double>::infinity();
+    for (size_t i = 0; i < stays_.size(); ++i) {
+      const double score = stays_[i].total + stays_[i].bonus;
+      worst = std::min(worst, score);
+      if (score > kNever) candidates_.push_back({score, int64_t(i)});
+    }
+    must_exceed_ = int64_t(stays_.size()) < beam_ ? kNever : worst;  // equals of those that stay come after them
+    if (!lm_.there()) {
+      std::iota(by_probability_.begin(), by_probability_.end(), 0);
+      std::sort(by_probability_.begin(), by_probability_.end(), [&](int32_t a, int32_t b) { return row[a] > row[b]; });
+    }
+    for (size_t i = 0; i < entries_.size(); ++i) lm_.there() ? extend_with_lm(i, row) : extend_without(i, row);
+  }
+
+  void extend_without(size_t i, const float* row) {
+    const Entry& e = entries_[i];
+    const double bonus = e.bonus + beta_;
+    for (const int32_t c : by_probability_) {
+      const double score = paths(e, c) + row[c] + bonus;
+      if (!(score > must_exceed_ && score >= floor_)) {
+        if (paths(e, c) == e.total) break;  // what follows is no better
+        continue;
+      }
+      if (!taken_[i * symbols_ + c]) offer(score, i, c);
+    }
+  }
+
+  void extend_with_lm(size_t i, const float* row) {
+    const Entry& e = entries_[i];
+    const double* bonus = row_of_[i]->bonus.get();
+    for (int32_t c = 0; c < symbols_; ++c) {
+      const double score = paths(e, c) + row[c] + (e.bonus + bonus[c]);
+      if (score > must_exceed_ && score >= floor_ && !taken_[i * symbols_ + c]) offer(score, i, c);
+    }
+  }
+
+  void offer(double score, size_t i, int32_t c) {
+    candidates_.push_back({score, int64_t(stays_.size() + i * symbols_ + c)});
+    if (int64_t(candidates_.size()) < 4 * beam_ + 64) return;
+    std::nth_element(candidates_.begin(), candidates_.begin() + (beam_ - 1), candidates_.end(), better);
+    candidates_.resize(beam_);
+    floor_ = candidates_.back().score;
+  }
+
+  // The best candidates become the beam.
+  void keep(const float* row) {
+    if (int64_t(candidates_.size()) > beam_) {
+      std::nth_element(candidates_.begin(), candidates_.begin() + (beam_ - 1), candidates_.end(), better);
+      candidates_.resize(beam_);
+    }
+    std::sort(candidates_.begin(), candidates_.end(), better);
+    before_.swap(entries_);
+    entries_.clear();
+    for (const Entry& e : before_) nodes_[e.node].slot = -1;
+    for (const Candidate& k : candidates_) {
+      if (k.order < int64_t(stays_.size())) {
+        entries_.push_back(stays_[k.order]);
+      } else {
+        const int64_t pair = k.order - int64_t(stays_.size()), i = pair / symbols_;
+        const int32_t c = int32_t(pair % symbols_);
+        const Entry& from = before_[i];
+        const double n = paths(from, c) + row[c];
+        const double bonus = from.bonus + (lm_.there() ? row_of_[i]->bonus[c] : beta_);
+        entries_.push_back({kNever, n, n, bonus, child(from.node, c), lm_.there() ? row_of_[i]->next[c] : 0});
+      }
+      nodes_[entries_.back().node].slot = int32_t(entries_.size() - 1);
+    }
+  }
+
+  int32_t child(int32_t parent, int32_t symbol) {
+    for (int32_t n = nodes_[parent].child; n >= 0; n = nodes_[n].sibling) {
+      if (nodes_[n].symbol == symbol) return n;
+    }
+    const int32_t made = int32_t(nodes_.size());
+    nodes_.push_back({parent, symbol, -1, nodes_[parent].child, -1});
+    nodes_[parent].child = made;
+    return made;
+  }
+
+  // Leaves the nodes on the ways from the root to the beam.
+  void clear_away() {
+    std::vector<int32_t> place(nodes_.size(), -1);
+    place[0] = 0;
+    for (const Entry& e : entries_) {
+      for (int32_t n = e.node; n > 0 && place[n] < 0; n = nodes_[n].parent) place[n] = 0;
+    }
+    std::vector<Node> kept;
+    for (size_t i = 0; i < nodes_.size(); ++i) {  // parents come before their children
+      if (place[i] < 0) continue;
+      place[i] = int32_t(kept.size());
+      Node node = nodes_[i];
+      node.child = node.sibling = -1;
+      if (node.parent >= 0) {
+        node.parent = place[node.parent];
+        node.sibling = kept[node.parent].child;
+        kept[node.parent].child = place[i];
+      }
+      kept.push_back(node);
+    }
+    for (Entry& e : entries_) e.node = place[e.node];
+    nodes_.swap(kept);
+    limit_ = std::max(kNodes, 2 * nodes_.size());
+  }
+
+  const int64_t symbols_, beam_;
+  const Ngram& lm_;
+  const double alpha_, beta_;
+  Rows rows_;
+  std::vector<Node> nodes_;
+  std::vector<Entry> entries_, before_, stays_;
+  std::vector<Candidate> candidates_;
+  std::vector<const Row*> row_of_;    // of each entry
+  std::vector<uint8_t> taken_;        // (entry, symbol): that longer prefix is in the beam itself
+  std::vector<int32_t> by_probability_;
+  double must_exceed_ = kNever, floor_ = kNever;
+  size_t limit_ = kNodes;
+};
+
+void prefix_beam(const Tensor& log_probs, const Tensor& lengths, int64_t beam, const std::vector<Tensor>& arrays,
+                 int64_t start, double alpha, double beta, const Tensor& symbols, const Tensor& counts,
+                 const Tensor& scores) {
+  STD_TORCH_CHECK(log_probs.dim() == 3 && log_probs.size(2) > 1 && counts.dim() == 2 && beam > 0,
+                  "prefix_beam (cpu): log_probs must be (N, T, V) with V > 1, and the beam positive");
+  const int64_t n = log_probs.size(0), t = log_probs.size(1), v = log_probs.size(2), n_best = counts.size(1);
+  const float* rows = data_of<float>("log_probs", log_probs, ScalarType::Float, n * t * v);
+  const int64_t* frames = data_of<int64_t>("lengths", lengths, ScalarType::Long, n);
+  auto* ids = const_cast<int32_t*>(data_of<int32_t>("symbols", symbols, ScalarType::Int, n * n_best * t));
+  auto* found = const_cast<int32_t*>(data_of<int32_t>("counts", counts, ScalarType::Int, n * n_best));
+  auto* marks = const_cast<double*>(data_of<double>("scores", scores, ScalarType::Double, n * n_best * 2));
+  for (int64_t i = 0; i < n; ++i) {
+    STD_TORCH_CHECK(frames[i] >= 0 && frames[i] <= t, "prefix_beam (cpu): lengths[", i, "] = ", frames[i],
+                    " is not in [0, ", t, "]");
+  }
+  const Ngram lm = ngram_of(arrays, start, v);
+  run_tasks(n, [&](int64_t i) {
+    Search search(v, beam, lm, alpha, beta);
+    for (int64_t f = 0; f < frames[i]; ++f) search.frame(rows + (i * t + f) * v);
+    search.write(n_best, t, ids + i * n_best * t, found + i * n_best, marks + i * n_best * 2);
+  });
+}
+
+}  // namespace
+}  // namespace jf
+
+STABLE_TORCH_LIBRARY_FRAGMENT(jasper_fast_cpu, m) {
+  m.def(
+      "prefix_beam(Tensor log_probs, Tensor lengths, int beam, Tensor[] lm, int start, float alpha, float beta, "
+      "Tensor(a!) symbols, Tensor(b!) counts, Tensor(c!) scores) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(jasper_fast_cpu, CompositeExplicitAutograd, m) {
+  m.impl("prefix_beam", TORCH_BOX(&jf::prefix_beam));
+}

@@ -1,0 +1,194 @@
+"""`jasper-fast lm`: language models trained, described, tried on a text, and weighed."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+from jasper_fast.cli import common
+from jasper_fast.options import option
+
+HELP = "language models: train n-grams, describe them, tune their weights"
+
+_TRAIN = {
+    "": [
+        option("texts", nargs="+", metavar="TEXT", help="UTF-8 text, gzipped or not, a sentence a line"),
+        option("--order", type=int, required=True, metavar="N", help="words of the longest n-grams, 1 to 6"),
+        option("--out", required=True, metavar="LM.arpa", help="where the model goes, in ARPA form"),
+        option("--characters", action="store_true", help="n-grams of characters, the space as <space>"),
+        option("--lower-case", action="store_true", help="the text in small letters, as Jasper's labels are"),
+        option(
+            "--prune",
+            type=int,
+            nargs="+",
+            default=[],
+            metavar="COUNT",
+            help="per order, n-grams that are there so often or less are left out: `0 0 1`; the last is for the rest",
+        ),
+        option("--memory", type=common.positive(int), default=512, metavar="MB", help="for sorting (512)"),
+        option("-q", "--quiet", action="store_true", help="no progress"),
+    ]
+}
+_PERPLEXITY = {
+    "": [
+        option("lm", metavar="LM", help="ARPA or KenLM binary"),
+        option("text", metavar="TEXT", help="UTF-8 text, gzipped or not, a sentence a line"),
+        option("--lower-case", action="store_true", help="the text in small letters"),
+        option("--json", action="store_true", help="as JSON"),
+    ]
+}
+_INFO = {
+    "": [
+        option("lm", metavar="LM", help="ARPA or KenLM binary"),
+        option("--json", action="store_true", help="as JSON"),
+    ]
+}
+
+
+def numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+_TUNE = {
+    "": [
+        option("--log-probs", required=True, metavar="DIR", help="what `evaluate --save-log-probs` kept"),
+        option("--lm", required=True, metavar="FILE", help="language model, as `transcribe` takes it"),
+        option("--lexicon", metavar="FILE", help="words that may be said, one a line"),
+        option("--beam", type=common.positive(int), default=128, metavar="N", help="width of the search (128)"),
+        option("--alpha", type=numbers, metavar="A,B,..", help="weights to try (0,0.5,1,1.5,2,2.5,3)"),
+        option("--beta", type=numbers, metavar="A,B,..", help="to try, for a word or a symbol (-1,-0.5,0,0.5,1)"),
+        option(
+            "--random",
+            type=common.positive(int),
+            metavar="N",
+            help="N pairs drawn between the least and the greatest weights, instead of the whole grid",
+        ),
+        option("--seed", type=int, default=0, metavar="S", help="of --random (0)"),
+        option("--out", required=True, metavar="YAML", help="where the best weights go; --lm takes this file"),
+        option("--report", metavar="HTML", help="a heat map of the word error rates"),
+        option("--processes", type=common.positive(int), metavar="N", help="that search words (default: one a core)"),
+        option("-q", "--quiet", action="store_true", help="no progress"),
+    ]
+}
+
+
+def train(arguments: argparse.Namespace) -> int:
+    from jasper_fast.lm.train import train
+
+    common.check_writable(arguments.out)
+    made = train(
+        arguments.texts,
+        arguments.out,
+        arguments.order,
+        characters=arguments.characters,
+        lower_case=arguments.lower_case,
+        prune=arguments.prune,
+        memory=arguments.memory << 20,
+        progress=_progress(arguments.quiet),
+    )
+    kind = "characters" if arguments.characters else "words"
+    print(f"{made.sentences} sentences, {made.words} {kind}, vocabulary {made.vocabulary}")
+    for n, of in enumerate(made.orders, 1):
+        note = " (too few counts for discounts of their own)" if of.fallback else ""
+        print(f"{n}-grams {of.ngrams}, discounts {' '.join(f'{d:.3f}' for d in of.discounts)}{note}")
+    return 0
+
+
+def _progress(quiet: bool) -> Any:
+    if quiet or not sys.stderr.isatty():
+        return lambda what, share: None
+    return lambda what, share: print(
+        f"\r{what} {100 * share:3.0f} % ",
+        end="\n" if what == "writing" and share == 1 else "",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def perplexity(arguments: argparse.Namespace) -> int:
+    from jasper_fast.lm.queries import perplexity
+
+    found = perplexity(arguments.lm, arguments.text, arguments.lower_case)
+    if arguments.json:
+        print(json.dumps(vars(found) | {"perplexity": found.value, "perplexity_known": found.known}))
+        return 0
+    print(f"perplexity {found.value:.2f}, without unknown words {found.known:.2f}")
+    print(
+        f"{found.sentences} sentences, {found.words} words, {found.unknown} of them unknown; log10 p {found.log10:.2f}"
+    )
+    return 0
+
+
+def info(arguments: argparse.Namespace) -> int:
+    from jasper_fast.lm.queries import describe
+
+    found = describe(arguments.lm)
+    if arguments.json:
+        print(json.dumps(found))
+        return 0
+    print(f"{found['file']}: {found['form']}, {found['bytes'] / 2**20:.1f} MiB, order {found['order']}")
+    if "ngrams" in found:
+        form = "open (<unk> has a probability)" if found["open"] else "closed (no <unk>)"
+        print(f"of {found['of']}, vocabulary {found['vocabulary']}, {form}; least log10 p {found['least_log10']:.2f}")
+        print("\n".join(f"{n}-grams {count}" for n, count in enumerate(found["ngrams"], 1)))
+    return 0
+
+
+def tune(arguments: argparse.Namespace) -> int:
+    from jasper_fast.lm import heat_map, tuned
+    from jasper_fast.lm import tune as tuning
+    from jasper_fast.lm.saved import Saved
+
+    common.check_writable(arguments.out)
+    if not tuned.is_settings(arguments.out):
+        raise common.UsageError(f"--out {arguments.out}: --lm knows such files by their end .yaml; name it so")
+    saved = Saved.open(arguments.log_probs)
+    alphas = arguments.alpha or [0.5 * i for i in range(7)]
+    betas = arguments.beta or [-1.0, -0.5, 0.0, 0.5, 1.0]
+    grid = list(itertools.product(alphas, betas))
+    if arguments.random:
+        rng = random.Random(arguments.seed)
+        grid = [(rng.uniform(min(alphas), max(alphas)), rng.uniform(min(betas), max(betas)))
+                for _ in range(arguments.random)]  # fmt: skip
+    shown, found = sys.stderr.isatty() and not arguments.quiet, []
+    for trial in tuning.trials(saved, arguments.lm, arguments.lexicon, grid, arguments.beam, arguments.processes):
+        found.append(trial)
+        if shown:
+            end = "\r" if len(found) < len(grid) else "\n"
+            print(f"\r{len(found)} of {len(grid)} pairs", end=end, file=sys.stderr, flush=True)
+    without, chosen = tuning.greedy(saved), tuning.best(found)
+    settings = {"lm": arguments.lm, "lexicon": arguments.lexicon, "beam": arguments.beam}
+    settings |= {"alpha": round(chosen.alpha, 6), "beta": round(chosen.beta, 6)}
+    tuned.write(arguments.out, {name: value for name, value in settings.items() if value is not None})
+    if arguments.report:
+        told = f"{arguments.lm}, beam {arguments.beam}, {len(saved.utterances)} utterances of {arguments.log_probs}"
+        common.write(arguments.report, heat_map.page(found, without, told))
+    print(f"greedy WER {100 * without.rate:.2f} %; with the language model {100 * chosen.errors.rate:.2f} % at alpha "
+          f"{chosen.alpha:g}, beta {chosen.beta:g}; written to {arguments.out}")  # fmt: skip
+    return 0
+
+
+_COMMANDS = {
+    "train": (train, _TRAIN, "an n-gram of words or characters: interpolated modified Kneser-Ney",
+              "jasper-fast lm train corpus.txt --order 4 --out lm.arpa --lower-case"),
+    "perplexity": (perplexity, _PERPLEXITY, "how well a model foresees a text",
+                   "jasper-fast lm perplexity lm.arpa dev.txt"),
+    "info": (info, _INFO, "order, size and vocabulary of a model", "jasper-fast lm info lm.arpa"),
+    "tune": (tune, _TUNE, "the weights of a model that give the fewest word errors on saved log-probs",
+             "jasper-fast lm tune --log-probs dev_log_probs --lm lm.arpa --out lm.yaml --report tune.html"),
+}  # fmt: skip
+
+
+def add(commands: Any) -> None:
+    """Adds `lm` with its subcommands."""
+    inner = commands.add_parser("lm", help=HELP, description=HELP).add_subparsers(
+        dest="lm_command", required=True, metavar="COMMAND"
+    )
+    for name, (run, options, help, example) in _COMMANDS.items():
+        texts = {"HELP": help, "DESCRIPTION": help[0].upper() + help[1:] + ".", "END": f"example: {example}"}
+        common.subcommand(inner, SimpleNamespace(__name__=name, OPTIONS=options, run=run, **texts))

@@ -1,0 +1,150 @@
+"""What a language model is worth: greedy decoding beside beam searches, on voices that were not in training.
+
+    python -m jasper_fast.demo.decoding --out build/decoding --minutes 6
+    python -m jasper_fast.demo.decoding --out build/digits --minutes 14 --digits digits_train.jsonl digits_test.jsonl
+
+Trains a small Jasper for so long (synthetic commands, or strings joined from single spoken digits), an n-gram of the
+words and one of the characters of the training texts, chooses alpha and beta on every other test utterance and counts
+errors on those between. Intervals: paired bootstrap over utterances, 95 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+from jasper_fast.data.manifest import Utterance, read_manifest
+from jasper_fast.demo import corpus, learn
+from jasper_fast.inference.recognizer import Recognizer
+from jasper_fast.lm.decoders import decoder, load_lm
+from jasper_fast.lm.saved import Saved
+from jasper_fast.lm.search import beam_search
+from jasper_fast.lm.train import train
+from jasper_fast.lm.tune import best, trials
+from jasper_fast.speech import audio
+from jasper_fast.speech.decoding import greedy_decode
+from jasper_fast.speech.metrics import word_errors
+
+RATE = 16000
+GRID = list(itertools.product((0.0, 0.5, 1.0, 1.5, 2.0, 3.0), (-1.0, 0.0, 1.0)))
+
+
+def strings(manifest: Path, out: Path, count: int, seed: int) -> Path:
+    """Strings of 3 to 7 words joined from single-word utterances of one speaker each, as files with a manifest."""
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    clips: dict[str, list[tuple[str, str]]] = {}
+    for line, utterance in zip(lines, read_manifest(manifest), strict=True):
+        clips.setdefault(line.get("speaker", ""), []).append((utterance.path, utterance.text))
+    rng, out_lines = np.random.default_rng(seed), []
+    out.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        pool = clips[sorted(clips)[i % len(clips)]]
+        chosen = [pool[j] for j in rng.integers(0, len(pool), rng.integers(3, 8))]
+        pieces = [audio.load(path, RATE) for path, _ in chosen]
+        gaps = [np.zeros(int(RATE * rng.uniform(0.05, 0.25)), np.float32) for _ in range(len(pieces) + 1)]
+        joined = np.concatenate([x for pair in zip(gaps, pieces, strict=False) for x in pair] + [gaps[-1]])
+        soundfile.write(out / f"{i:05}.wav", joined, RATE)
+        text = " ".join(text for _, text in chosen)
+        out_lines.append({"audio_filepath": f"{i:05}.wav", "duration": len(joined) / RATE, "text": text})
+    (out / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in out_lines))
+    return out / "manifest.jsonl"
+
+
+def say(model: torch.nn.Module, utterances: list[Utterance], folder: Path) -> Saved:
+    """The model's log-probs of the utterances, kept in a folder."""
+    recognizer = Recognizer(model)
+    saved = Saved.begin(folder, recognizer)
+    *_, result = recognizer.stream(utterances, keep=saved.keep)
+    saved.finish([u.path for u in utterances], result.references)
+    return saved
+
+
+def part(saved: Saved, of: slice) -> Saved:
+    """Some of the utterances."""
+    made = Saved(saved.folder, saved.vocabulary, saved.frame_seconds)
+    made.utterances = saved.utterances[of]
+    return made
+
+
+def errors(saved: Saved, texts: list[str]) -> np.ndarray:
+    """Word errors and words of each utterance, (utterances, 2)."""
+    counted = [word_errors(u["text"], text) for u, text in zip(saved.utterances, texts, strict=True)]
+    return np.array([(e.total, e.length) for e in counted])
+
+
+def gain(before: np.ndarray, after: np.ndarray, rounds: int = 4000) -> tuple[float, float, float]:
+    """How many per cent fewer errors, and the interval of that by a paired bootstrap over utterances."""
+    rng = np.random.default_rng(0)
+    picks = rng.integers(0, len(before), (rounds, len(before)))
+    ratios = 1 - after[picks, 0].sum(1) / np.maximum(before[picks, 0].sum(1), 1)
+    return 100 * (1 - after[:, 0].sum() / before[:, 0].sum()), *(100 * np.percentile(ratios, (2.5, 97.5)))
+
+
+def decoded(saved: Saved, lm: Path | None, weights: tuple[float, float], beam: int) -> list[str]:
+    arrays = [torch.from_numpy(saved.log_probs(i)) for i in range(len(saved.utterances))]
+    if lm is None:
+        return [beam_search(a[None], torch.tensor([len(a)]), saved.vocabulary, beam=beam)[0][0].text for a in arrays]
+    search = decoder(saved.vocabulary, load_lm(lm, saved.vocabulary), beam=beam, alpha=weights[0], beta=weights[1])
+    texts = [search.begin(a[None], torch.tensor([len(a)]), 0.02)()[0].text for a in arrays]
+    search.close()
+    return texts
+
+
+def compare(saved: Saved, texts: Path, out: Path, beam: int) -> list[str]:
+    """The lines of the result."""
+    words, symbols = out / "words.arpa", out / "symbols.arpa"
+    train([texts], words, 3)
+    train([texts], symbols, 6, characters=True)
+    chosen_on, judged_on = part(saved, slice(0, None, 2)), part(saved, slice(1, None, 2))
+    arrays = [torch.from_numpy(judged_on.log_probs(i)) for i in range(len(judged_on.utterances))]
+    greedy = [greedy_decode(a[None], torch.tensor([len(a)]), saved.vocabulary)[0] for a in arrays]
+    base = errors(judged_on, greedy)
+    rate = 100 * base[:, 0].sum() / base[:, 1].sum()
+    lines = [f"{len(base)} utterances, {base[:, 1].sum()} words; greedy WER {rate:.2f} %"]
+    for name, lm in (("no language model", None), ("6-gram of characters", symbols), ("3-gram of words", words)):
+        weights = (0.0, 0.0)
+        if lm is not None:
+            trial = best([*trials(chosen_on, lm, None, GRID, beam)])
+            weights = trial.alpha, trial.beta
+        found = errors(judged_on, decoded(judged_on, lm, weights, beam))
+        better, low, high = gain(base, found)
+        rate = 100 * found[:, 0].sum() / found[:, 1].sum()
+        lines.append(f"beam {beam}, {name}: WER {rate:.2f} %, {better:.1f} % [{low:.1f}, {high:.1f}] fewer errors, "
+                     f"alpha {weights[0]:g}, beta {weights[1]:g}")  # fmt: skip
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything; it must not be there yet")
+    parser.add_argument("--minutes", type=float, default=6.0, help="of training")
+    parser.add_argument("--digits", nargs=2, type=Path, metavar=("TRAIN", "TEST"), help="manifests of single digits")
+    parser.add_argument("--beam", type=int, default=128)
+    arguments = parser.parse_args()
+    out, minutes = arguments.out, arguments.minutes
+    out.mkdir(parents=True)
+    if arguments.digits:
+        heard = strings(arguments.digits[0], out / "train", 1500, 0)
+        test = strings(arguments.digits[1], out / "test", 400, 1)
+    else:
+        heard = corpus.synthesise(out / "corpus", "train", 1500)
+        test = corpus.synthesise(out / "corpus", "test", 400)
+    config = Path(str(files("jasper_fast.configs") / "demo.yaml"))
+    made = learn.learn(config, (heard, test), out / "run", 4000, minutes, "cpu")
+    texts = out / "texts.txt"
+    texts.write_text("".join(u.text + "\n" for u in read_manifest(heard)))
+    saved = say(made.model.eval(), read_manifest(test), out / "log_probs")
+    lines = compare(saved, texts, out, arguments.beam)
+    (out / "result.txt").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Language models: n-grams, beam search with them, and decoders for a recogniser."""

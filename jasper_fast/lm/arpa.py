@@ -1,0 +1,136 @@
+"""Reading ARPA files of n-grams, plain or gzipped, line by line; what is wrong in one is named with its line."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+SPACE = "<space>"  # how a model of characters writes the space
+SPECIAL = ("<s>", "</s>", "<unk>")
+_MOST_ORDERS = 32
+
+
+class LanguageModelError(ValueError):
+    """A language model or lexicon cannot be read or does not fit; the message names the file and what to do."""
+
+
+def is_gzip(path: str | os.PathLike) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
+def open_plain(path: str | os.PathLike) -> IO[bytes]:
+    """The bytes of a file, unpacked where it is gzipped."""
+    return gzip.open(path, "rb") if is_gzip(path) else open(path, "rb")
+
+
+class Arpa:
+    """An ARPA file: ``counts`` of n-grams by order, as its header promises; iterating gives them all.
+
+    Raises LanguageModelError for a file that is none, is cut off, or whose numbers are none.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        self._line = 0
+        try:
+            with open_plain(path) as file:
+                self.counts = self._header(file)
+        except FileNotFoundError:
+            raise LanguageModelError(f"{path}: no such language model") from None
+        except (OSError, EOFError) as error:
+            raise LanguageModelError(f"{path}: cannot be read as a language model ({error})") from None
+        if not is_gzip(path) and sum(self.counts) * 4 > self.path.stat().st_size:
+            raise LanguageModelError(
+                f"{path}: the header promises {sum(self.counts)} n-grams, more than the file holds"
+            )
+
+    @property
+    def order(self) -> int:
+        return len(self.counts)
+
+    def _fail(self, what: str) -> LanguageModelError:
+        return LanguageModelError(f"{self.path}, line {self._line}: {what}")
+
+    def _next(self, file: IO[bytes]) -> str:
+        line = file.readline(1 << 20)
+        if not line:
+            raise self._fail("the ARPA file ends here, before its \\end\\; get the whole file")
+        self._line += 1
+        if len(line) >= 1 << 20:
+            raise self._fail("a line of a megabyte: this is no ARPA file")
+        try:
+            return line.decode("utf-8").strip()
+        except UnicodeDecodeError:
+            raise self._fail("not UTF-8: this is no ARPA file") from None
+
+    def _header(self, file: IO[bytes]) -> list[int]:
+        if file.read(1) == b"":
+            raise LanguageModelError(f"{self.path}: the language model is empty")
+        file.seek(0)
+        for line in itertools.islice(iter(lambda: file.readline(1 << 20), b""), 1000):
+            self._line += 1
+            if line.strip() == b"\\data\\":
+                break
+        else:
+            raise LanguageModelError(f"{self.path}: no \\data\\ in its first lines: this is no ARPA file")
+        counts: list[int] = []
+        while line := self._next(file):
+            name, _, value = line.partition("=")
+            if name.split() != ["ngram", str(len(counts) + 1)] or not value.strip().isdigit():
+                raise self._fail(f"{line[:60]!r} where `ngram {len(counts) + 1}=COUNT` should be")
+            counts.append(int(value))
+        if not 0 < len(counts) <= _MOST_ORDERS or counts[0] == 0:
+            raise self._fail("the header names no n-grams")
+        return counts
+
+    def __iter__(self) -> Iterator[tuple[float, tuple[str, ...], float]]:
+        """log10 p, the words, and log10 of the back-off weight (0 where there is none), order after order."""
+        self._line = 0
+        try:
+            with open_plain(self.path) as file:
+                self._header(file)
+                for n, count in enumerate(self.counts, 1):
+                    yield from self._section(file, n, count)
+                if self._skip_blank(file) != "\\end\\":
+                    raise self._fail(f"more than the {self.counts[-1]} {self.order}-grams of the header")
+        except (OSError, EOFError) as error:
+            raise LanguageModelError(f"{self.path}: cannot be read to its end ({error})") from None
+
+    def _skip_blank(self, file: IO[bytes]) -> str:
+        while not (line := self._next(file)):
+            pass
+        return line
+
+    def _section(self, file: IO[bytes], n: int, count: int) -> Iterator[tuple[float, tuple[str, ...], float]]:
+        if (title := self._skip_blank(file)) != f"\\{n}-grams:":
+            raise self._fail(f"{title[:60]!r} where \\{n}-grams: should be; the header's counts may be wrong")
+        for _ in range(count):
+            fields = self._skip_blank(file).split()
+            try:
+                log10 = float(fields[0])
+                back_off = float(fields[n + 1]) if len(fields) == n + 2 else 0.0
+            except (ValueError, IndexError):
+                raise self._fail(f"no {n}-gram of the {count} that the header promises") from None
+            if len(fields) not in (n + 1, n + 2) or (len(fields) == n + 2 and n == self.order and back_off):
+                raise self._fail(f"{len(fields)} fields, where a {n}-gram has a log-probability and {n} words")
+            if not (log10 <= 0 and math.isfinite(back_off)) or log10 == -math.inf:
+                raise self._fail(f"log10 p {fields[0]} with back-off {back_off:g}: no probability")
+            yield log10, tuple(fields[1 : n + 1]), back_off
+
+    def words(self) -> list[str]:
+        """The words of the 1-grams, without <s>, </s> and <unk>."""
+        found = []
+        for _, words, _ in self:
+            if len(words) > 1:
+                break
+            if words[0].lower() not in SPECIAL:
+                found.append(words[0])
+        if not found:
+            raise LanguageModelError(f"{self.path}: it knows no words")
+        return found

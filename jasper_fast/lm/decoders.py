@@ -1,0 +1,147 @@
+"""Beam searches as a recogniser uses them: begun for a batch while the model goes on, waited for later."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from jasper_fast.lm.align import best_path
+from jasper_fast.lm.arpa import Arpa, LanguageModelError
+from jasper_fast.lm.pool import Pool
+from jasper_fast.lm.search import beam_search, check, check_weights
+from jasper_fast.lm.symbols import SymbolLM, fits
+from jasper_fast.lm.words import WordLM, is_binary, symbols_of, word_lm
+from jasper_fast.speech.decoding import Hypothesis, Transcript, path_transcript
+from jasper_fast.speech.text import Vocabulary
+
+PAPER = (2.0, -0.2)  # alpha and beta of the Jasper paper, for words
+SYMBOLS = (1.0, 0.0)
+
+
+class Decoder(Protocol):
+    """Log-probs to transcripts, in two steps; ``weights`` are alpha and beta of the searches that are begun next."""
+
+    weights: tuple[float, float]
+
+    def begin(self, log_probs: Tensor, lengths: Tensor, frame_seconds: float) -> Callable[[], list[Transcript]]: ...
+
+    def close(self) -> None: ...
+
+
+def load_lm(
+    path: str | os.PathLike, vocabulary: Vocabulary, lexicon: str | os.PathLike | None = None
+) -> SymbolLM | WordLM:
+    """The model in a file: of symbols where all words of an ARPA file are labels, otherwise of words.
+
+    Raises LanguageModelError for what cannot be read or does not fit.
+    """
+    if not Path(path).is_file():
+        raise LanguageModelError(f"{path}: no such language model")
+    if lexicon is None and not is_binary(path) and fits(Arpa(path), vocabulary):
+        return SymbolLM(path, vocabulary)
+    return word_lm(path, vocabulary, lexicon)
+
+
+def decoder(
+    vocabulary: Vocabulary,
+    lm: SymbolLM | WordLM | None = None,
+    *,
+    beam: int = 128,
+    alpha: float | None = None,
+    beta: float | None = None,
+    n_best: int = 1,
+    processes: int | None = None,
+) -> Decoder:
+    """The beam search for a model: over words in ``processes`` (default: one a core), else over symbols.
+
+    ``alpha`` and ``beta`` are by default the paper's 2.0 and -0.2 with a word model, else 1.0 and 0.0. Raises
+    ValueError for settings that no search can use, LanguageModelError where the model cannot be loaded.
+    """
+    of_words = isinstance(lm, WordLM)
+    default = PAPER if of_words else SYMBOLS
+    alpha, beta = default[0] if alpha is None else alpha, default[1] if beta is None else beta
+    check_weights(beam, alpha, beta, n_best)
+    if of_words:
+        return WordDecoder(vocabulary, lm, beam, alpha, beta, n_best, processes or os.cpu_count() or 1)
+    return SymbolDecoder(vocabulary, lm, beam, alpha, beta, n_best)
+
+
+class SymbolDecoder:
+    """``beam_search`` in a thread beside the model."""
+
+    def __init__(
+        self, vocabulary: Vocabulary, lm: SymbolLM | None, beam: int, alpha: float, beta: float, n_best: int
+    ) -> None:
+        self.weights = alpha, beta
+        self._vocabulary = vocabulary
+        self._settings: dict[str, Any] = {"lm": lm, "beam": beam, "n_best": n_best}
+        self._thread = ThreadPoolExecutor(1)
+
+    def begin(self, log_probs: Tensor, lengths: Tensor, frame_seconds: float) -> Callable[[], list[Transcript]]:
+        check(log_probs, lengths, self._vocabulary)
+        items = log_probs.float().cpu(), lengths.cpu(), frame_seconds
+        return self._thread.submit(self._find, *items, *self.weights).result
+
+    def _find(
+        self, log_probs: Tensor, lengths: Tensor, frame_seconds: float, alpha: float, beta: float
+    ) -> list[Transcript]:
+        found = beam_search(log_probs, lengths, self._vocabulary, alpha=alpha, beta=beta, **self._settings)
+        rows = zip(log_probs.numpy(), lengths.tolist(), found, strict=True)
+        return [_transcript(r[:n], h, best_path(r[:n], h[0].symbols), self._vocabulary, frame_seconds)
+                for r, n, h in rows]  # fmt: skip
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+
+class WordDecoder:
+    """flashlight's search in processes."""
+
+    def __init__(
+        self, vocabulary: Vocabulary, lm: WordLM, beam: int, alpha: float, beta: float, n_best: int, processes: int
+    ) -> None:
+        self.weights = alpha, beta
+        self._vocabulary = vocabulary
+        self._pool = Pool(lm, processes, beam=beam, alpha=alpha, beta=beta, n_best=n_best)
+
+    def begin(self, log_probs: Tensor, lengths: Tensor, frame_seconds: float) -> Callable[[], list[Transcript]]:
+        check(log_probs, lengths, self._vocabulary)
+        rows = log_probs.float().cpu().numpy()
+        items = [np.ascontiguousarray(r[:n]) for r, n in zip(rows, lengths.tolist(), strict=True)]
+        answers = self._pool.submit(items, self.weights)
+
+        def finish() -> list[Transcript]:
+            made = []
+            for item, (found, path) in zip(items, answers(), strict=True):
+                hypotheses = [Hypothesis(f.text, f.score, f.log_prob, symbols_of(f.text, self._vocabulary.labels))
+                              for f in found] or [Hypothesis("", -math.inf, -math.inf, ())]  # fmt: skip
+                made.append(_transcript(item, hypotheses, path, self._vocabulary, frame_seconds))
+            return made
+
+        return finish
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+def _transcript(
+    log_probs: np.ndarray,
+    hypotheses: list[Hypothesis],
+    path: np.ndarray | None,
+    vocabulary: Vocabulary,
+    frame_seconds: float,
+) -> Transcript:
+    """The best hypothesis with times and confidences off its best path, as greedy decoding has them."""
+    if path is None:  # no path: nothing was found, and the text is empty
+        path = np.full(len(log_probs), vocabulary.blank)
+    probabilities = np.exp(log_probs[np.arange(len(path)), path])
+    transcript = path_transcript(path, probabilities, vocabulary, frame_seconds)
+    return replace(transcript, text=hypotheses[0].text, hypotheses=tuple(hypotheses))

@@ -1,0 +1,74 @@
+"""Searches with a word model in processes of their own: flashlight holds Python's lock, and a broken model can take a
+process down. Nothing here imports torch, so that these processes start fast and stay small."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from jasper_fast.lm.align import best_path
+from jasper_fast.lm.arpa import LanguageModelError
+from jasper_fast.lm.words import Found, WordLM, WordSearch, symbols_of
+
+Answer = tuple[list[Found], np.ndarray | None]  # what was found, and the path of the best
+
+_settings: tuple[WordLM, dict[str, Any]]
+_search: WordSearch | None = None
+
+
+class Pool:
+    """``processes`` searches with a word model. Raises LanguageModelError where the model cannot be loaded, also where
+    loading it ends the process; MissingExtra without the packages of the extra `lm`."""
+
+    def __init__(self, lm: WordLM, processes: int, **settings: Any) -> None:
+        self._path = lm.path
+        context = multiprocessing.get_context("spawn")
+        self._executor = ProcessPoolExecutor(processes, context, _start, (lm, settings))
+        self._result(self._executor.submit(_load))
+
+    def submit(self, log_probs: Sequence[np.ndarray], weights: tuple[float, float]) -> Callable[[], list[Answer]]:
+        """Begins the searches in log-probs (T, V) each, with alpha and beta; what it returns waits for them."""
+        futures = [self._executor.submit(_decode, item, weights) for item in log_probs]
+        return lambda: [self._result(future) for future in futures]
+
+    def _result(self, future: Future) -> Any:
+        try:
+            return future.result()
+        except BrokenExecutor:
+            raise LanguageModelError(
+                f"{self._path}: the process that searches with it was ended by the system; the file may be broken, or "
+                "too large for the memory"
+            ) from None
+
+    def close(self) -> None:
+        self._executor.shutdown(cancel_futures=True)
+
+
+def _start(lm: WordLM, settings: dict[str, Any]) -> None:
+    global _settings
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    _settings = lm, settings
+
+
+def _load() -> None:
+    global _search
+    if _search is None:
+        lm, settings = _settings
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # KenLM's progress, and the last words of a crash
+        _search = WordSearch(lm, **settings)
+
+
+def _decode(log_probs: np.ndarray, weights: tuple[float, float]) -> Answer:
+    _load()
+    assert _search is not None
+    if weights != (_search.alpha, _search.beta):
+        _search.weigh(*weights)
+    found = _search(log_probs)
+    path = best_path(log_probs, symbols_of(found[0].text, _settings[0].labels)) if found else None
+    return found, path

@@ -1,0 +1,120 @@
+"""What a language model is, and how well it foresees a text, through KenLM (extra `lm`)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jasper_fast.extras import need
+from jasper_fast.lm.arpa import SPACE, Arpa, LanguageModelError
+from jasper_fast.lm.texts import TextFile, token
+from jasper_fast.lm.words import is_binary
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Of a text: its sentences, its words and unknown ones, and log10 p of all, </s> included, and of the unknown."""
+
+    sentences: int
+    words: int
+    unknown: int
+    log10: float
+    log10_unknown: float
+
+    @property
+    def value(self) -> float:
+        return _power(-self.log10, self.words + self.sentences)
+
+    @property
+    def known(self) -> float:
+        """Without the unknown words."""
+        return _power(self.log10_unknown - self.log10, self.words + self.sentences - self.unknown)
+
+
+def _power(log10: float, count: int) -> float:
+    return 10 ** min(log10 / max(count, 1), 300.0)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """KenLM writes its progress to the standard error, past Python."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+def load(path: str | os.PathLike) -> Any:
+    """The model as KenLM reads it. Raises LanguageModelError where it cannot, MissingExtra without the extra `lm`."""
+    kenlm = need("kenlm", "lm")
+    if not Path(path).is_file():
+        raise LanguageModelError(f"{path}: no such language model")
+    if not is_binary(path):
+        Arpa(path)  # says more shortly what is wrong with a header
+    try:
+        with _quiet():
+            return kenlm.Model(str(path))
+    except (OSError, RuntimeError, MemoryError) as error:
+        reason = " ".join(str(error).split()).rpartition(" threw ")[2]
+        raise LanguageModelError(f"{path}: KenLM cannot read it: {reason[:200]}") from None
+
+
+def perplexity(path: str | os.PathLike, text: str | os.PathLike, lower_case: bool = False) -> Perplexity:
+    """How well a model foresees a text, a sentence a line; a model of characters (one that knows <space>) is asked for
+    characters. Raises LanguageModelError where either cannot be read, or the text is empty."""
+    if not Path(text).is_file():
+        raise LanguageModelError(f"{text}: no such text")
+    model = load(path)
+    sentences = words = unknown = 0
+    log10 = log10_unknown = 0.0
+    for found in TextFile(text, SPACE in model, lower_case):
+        sentences += 1
+        words += len(found)
+        for score, _, is_unknown in model.full_scores(" ".join(map(token, found))):
+            log10 += score
+            if is_unknown:
+                unknown += 1
+                log10_unknown += score
+    if not words:
+        raise LanguageModelError(f"{text}: no words in it")
+    return Perplexity(sentences, words, unknown, log10, log10_unknown)
+
+
+def describe(path: str | os.PathLike) -> dict[str, Any]:
+    """A model's form, size, order, n-grams by order, and whether it is one of characters; an ARPA file is read whole.
+
+    Raises LanguageModelError where it cannot be read. Of a KenLM binary only order and size can be said.
+    """
+    if not Path(path).is_file():
+        raise LanguageModelError(f"{path}: no such language model")
+    size = Path(path).stat().st_size
+    if is_binary(path):
+        return {"file": str(path), "form": "KenLM binary", "bytes": size, "order": load(path).order}
+    arpa = Arpa(path)
+    specials, characters, least = set(), False, 0.0
+    for log10, words, _ in arpa:
+        if len(words) == 1:
+            characters = characters or words[0] == SPACE
+            specials |= {words[0]} & {"<s>", "</s>", "<unk>"}
+        if math.isfinite(log10) and words != ("<s>",):
+            least = min(least, log10)
+    return {
+        "file": str(path),
+        "form": "ARPA",
+        "bytes": size,
+        "order": arpa.order,
+        "ngrams": arpa.counts,
+        "of": "characters" if characters else "words",
+        "vocabulary": arpa.counts[0] - len(specials),
+        "open": "<unk>" in specials,
+        "least_log10": least,
+    }

@@ -1,0 +1,76 @@
+"""A folder of log-probs: made once by `evaluate --save-log-probs`, decoded many times."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from jasper_fast.speech.text import Vocabulary
+
+_INDEX = "index.json"
+_FORMAT = "jasper_fast log-probs 1"
+
+
+class Saved:
+    """Log-probs (T', V) fp32 of utterances in DIR/000000.npy and so on, with references and labels in an index."""
+
+    def __init__(self, folder: Path, vocabulary: Vocabulary, frame_seconds: float) -> None:
+        self.folder, self.vocabulary, self.frame_seconds = folder, vocabulary, frame_seconds
+        self.places: list[int] = []
+        self.utterances: list[dict[str, str]] = []
+
+    @classmethod
+    def begin(cls, folder: str | os.PathLike, recognizer: Any) -> Saved:
+        """A folder to fill from a recogniser. Raises ValueError where it holds files already."""
+        path = Path(folder)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"--save-log-probs {folder} is there already and not an empty folder; name another")
+        path.mkdir(parents=True, exist_ok=True)
+        return cls(path, recognizer.vocabulary, recognizer.frame_seconds)
+
+    def keep(self, place: int, log_probs: Tensor) -> None:
+        np.save(self.folder / f"{place:06}.npy", log_probs.float().cpu().numpy())
+        self.places.append(place)
+
+    def finish(self, paths: Sequence[str], references: Sequence[str]) -> None:
+        """Writes the index; without it the folder is not whole."""
+        self.utterances = [
+            {"file": f"{p:06}.npy", "audio_filepath": paths[p], "text": references[p]} for p in sorted(self.places)
+        ]
+        index = {"format": _FORMAT, "labels": self.vocabulary.labels, "frame_seconds": self.frame_seconds}
+        text = json.dumps(index | {"utterances": self.utterances}, indent=1)
+        (self.folder / _INDEX).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike) -> Saved:
+        """A folder that was filled. Raises ValueError, naming the file, where it is not whole."""
+        path = Path(folder) / _INDEX
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))
+            if index["format"] != _FORMAT:
+                raise ValueError(f"format {index['format']!r}")
+            saved = cls(Path(folder), Vocabulary(index["labels"]), float(index["frame_seconds"]))
+            saved.utterances = [{k: str(u[k]) for k in ("file", "audio_filepath", "text")} for u in index["utterances"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: not an index of log-probs ({type(error).__name__}: {error}); "
+                "`jasper-fast evaluate --save-log-probs` makes one"
+            ) from None
+        return saved
+
+    def log_probs(self, number: int) -> np.ndarray:
+        """Those of an utterance, (T', V) fp32."""
+        path = self.folder / Path(self.utterances[number]["file"]).name
+        try:
+            found = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{path}: cannot be read as log-probs ({error})") from None
+        if found.ndim != 2 or found.shape[1] != self.vocabulary.n_classes or found.dtype != np.float32:
+            raise ValueError(f"{path}: {found.dtype} {found.shape}, not float32 (T, {self.vocabulary.n_classes})")
+        return found

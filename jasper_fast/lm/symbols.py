@@ -1,0 +1,100 @@
+"""A model's own symbols as an n-gram that the prefix search fuses in."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+
+from jasper_fast.kernels.prefix_beam.ngram import Ngram
+from jasper_fast.lm.arpa import SPACE, Arpa, LanguageModelError
+from jasper_fast.speech.text import Vocabulary
+
+_MISSING = -100.0  # log10 p of what a model without <unk> does not know; KenLM's number
+
+
+def tokens(vocabulary: Vocabulary) -> list[str]:
+    """The labels as a language model writes them."""
+    return [SPACE if label == " " else label for label in vocabulary.labels]
+
+
+def fits(arpa: Arpa, vocabulary: Vocabulary) -> bool:
+    """Whether a model is one of the vocabulary's symbols: all of its words are labels."""
+    return set(arpa.words()) <= set(tokens(vocabulary))
+
+
+class SymbolLM:
+    """An n-gram of a vocabulary's symbols (`jasper-fast lm train --characters`), from an ARPA file.
+
+    A label that the file does not list has the probability of its <unk>. Raises LanguageModelError where the file is
+    broken, lacks <s> or </s>, or lists a word that is no label.
+    """
+
+    def __init__(self, path: str | os.PathLike, vocabulary: Vocabulary) -> None:
+        self.path, self.vocabulary = str(path), vocabulary
+        arpa = Arpa(path)
+        if not fits(arpa, vocabulary):
+            foreign = sorted(set(arpa.words()) - set(tokens(vocabulary)))
+            raise LanguageModelError(
+                f"{path}: {foreign[0]!r} is no label of the acoustic model ({len(foreign)} such); an n-gram of symbols "
+                "comes from `jasper-fast lm train --characters`"
+            )
+        self.order = arpa.order
+        self.ngram = _automaton(arpa, vocabulary)
+
+
+def _automaton(arpa: Arpa, vocabulary: Vocabulary) -> Ngram:
+    # A context is a string of one character a word: the class, or one of two numbers after the classes.
+    classes = vocabulary.n_classes
+    begin, unknown = classes, classes + 1
+    number = {token: i for i, token in enumerate(tokens(vocabulary))}
+    number |= {"</s>": vocabulary.blank, "<s>": begin, "<unk>": unknown, "<UNK>": unknown}
+    state_of, back_off = {"": 0}, [0.0]
+    sources: list[str] = []
+    last, values = [], []
+    for log10, words, weight in arpa:
+        try:
+            ids = [number[word] for word in words]
+        except KeyError as error:
+            raise LanguageModelError(f"{arpa.path}: {error} is not among its 1-grams") from None
+        context = "".join(map(chr, ids))
+        sources.append(context[:-1])
+        last.append(ids[-1])
+        values.append(log10)
+        if len(words) < arpa.order and ids[-1] != vocabulary.blank:
+            if context in state_of:
+                raise LanguageModelError(f"{arpa.path}: {' '.join(words)!r} is listed twice")
+            state_of[context] = len(back_off)
+            back_off.append(weight)
+    listed = {i for i, source in zip(last, sources, strict=True) if not source}
+    for name in ("<s>", "</s>"):
+        if number[name] not in listed:
+            raise LanguageModelError(f"{arpa.path}: no {name} among its 1-grams; make the model of whole lines")
+
+    def longest(context: str) -> int:
+        while context not in state_of:
+            context = context[1:]
+        return state_of[context]
+
+    lower = [0, *(longest(context[1:]) for context in list(state_of)[1:])]
+    missing = sorted(set(range(vocabulary.blank)) - listed)
+    arcs: dict[tuple[int, int], tuple[float, int]] = {(0, i): (_MISSING, 0) for i in missing}
+    for source, i, log10 in zip(sources, last, values, strict=True):
+        if source not in state_of:
+            raise LanguageModelError(f"{arpa.path}: an n-gram whose beginning is not listed itself")
+        following = 0 if i == vocabulary.blank else longest((source + chr(i))[-(arpa.order - 1) or len(source) + 1 :])
+        for symbol in missing if i == unknown else () if i == begin else (i,):
+            arcs[state_of[source], symbol] = (log10, following)
+    keys = np.array(sorted(arcs), dtype=np.int64).reshape(-1, 2)
+    ends = np.cumsum(np.bincount(keys[:, 0], minlength=len(back_off)))
+    sorted_arcs = [arcs[state, symbol] for state, symbol in keys.tolist()]
+    return Ngram(
+        torch.from_numpy(np.concatenate(([0], ends)).astype(np.int64)),
+        torch.from_numpy(keys[:, 1].astype(np.int32)),
+        torch.tensor([following for _, following in sorted_arcs], dtype=torch.int32),
+        torch.tensor([log10 for log10, _ in sorted_arcs], dtype=torch.float32),
+        torch.tensor(lower, dtype=torch.int32),
+        torch.tensor(back_off, dtype=torch.float32),
+        longest(chr(begin)),
+    )

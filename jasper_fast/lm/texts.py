@@ -1,0 +1,46 @@
+"""Text files for language models: UTF-8, gzipped or not, a sentence a line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import IO
+
+from jasper_fast.lm.arpa import SPACE, LanguageModelError, open_plain
+
+
+class TextFile:
+    """The words of a file's lines, empty lines left out; or their characters, the space as one of them.
+
+    Raises LanguageModelError, naming file and line, for what cannot be read as text.
+    """
+
+    def __init__(self, path: str | os.PathLike, characters: bool = False, lower_case: bool = False) -> None:
+        self.path, self.characters, self.lower_case = path, characters, lower_case
+        self._raw: IO[bytes] | None = None
+
+    def position(self) -> int:
+        """How many bytes of the file are read."""
+        raw = getattr(self._raw, "fileobj", self._raw)  # of a gzipped file
+        return raw.tell() if raw is not None else 0
+
+    def __iter__(self) -> Iterator[list[str]]:
+        number = 0
+        try:
+            with open_plain(self.path) as self._raw:
+                for number, line in enumerate(self._raw, 1):
+                    text = line.decode()
+                    if "\0" in text:
+                        raise LanguageModelError(f"{self.path}, line {number}: holds a null byte; this is no text")
+                    words = (text.lower() if self.lower_case else text).split()
+                    if words:
+                        yield [*" ".join(words)] if self.characters else words
+        except UnicodeDecodeError:
+            raise LanguageModelError(f"{self.path}, line {number}: not UTF-8; convert the text to it") from None
+        except (OSError, EOFError) as error:
+            raise LanguageModelError(f"{self.path}: cannot be read as text ({error})") from None
+
+
+def token(word: str) -> str:
+    """A word or character as a model writes it."""
+    return SPACE if word == " " else word

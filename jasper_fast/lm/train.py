@@ -1,0 +1,174 @@
+"""Training n-grams: interpolated modified Kneser-Ney in bounded memory (csrc/cpu/ngram_train.cpp has the formulas).
+
+Our own code, because no library that comes as a wheel fits: KenLM's wheels lack `lmplz`, and what there is in Python
+stops at order 5 or has no modified Kneser-Ney, and takes minutes for a million words.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import tempfile
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jasper_fast.kernels import native
+from jasper_fast.lm.arpa import SPECIAL, LanguageModelError
+from jasper_fast.lm.texts import TextFile, token
+
+MOST_WORDS = 6  # KenLM's wheels read no higher order
+_END, _FIRST = 2, 3  # the numbers of </s> and of the first word; before them <unk> and <s>
+_CHUNK = 1 << 20
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What became of the n-grams of one order."""
+
+    ngrams: int
+    discounts: tuple[float, float, float]
+    fallback: bool  # counts too few for discounts of their own
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that was trained: sentences and words of its text, its vocabulary, its orders."""
+
+    sentences: int
+    words: int
+    vocabulary: int
+    orders: tuple[Order, ...]
+
+
+class _Numbers(dict):
+    """Words by number, in the order in which they first come."""
+
+    def __missing__(self, word: str) -> int:
+        self[word] = number = len(self) + _FIRST
+        return number
+
+
+class _Trainer:
+    """The C++ trainer."""
+
+    def __init__(self, order: int, folder: str, memory: int, prune: Sequence[int]) -> None:
+        self._library = native.cpu_functions()
+        self._library.jf_ngram_new.restype = ctypes.c_void_p
+        self._library.jf_ngram_error.restype = ctypes.c_char_p
+        thresholds = (ctypes.c_int64 * order)(*prune)
+        made = self._library.jf_ngram_new(order, os.fsencode(folder), ctypes.c_int64(memory), thresholds)
+        self._handle = ctypes.c_void_p(made)
+
+    def call(self, name: str, *arguments: object) -> None:
+        if getattr(self._library, f"jf_ngram_{name}")(self._handle, *arguments):
+            raise OSError(self._library.jf_ngram_error(self._handle).decode(errors="replace"))
+
+    def statistics(self, n: int) -> list[float]:
+        found = (ctypes.c_double * 8)()
+        self._library.jf_ngram_statistics(self._handle, n, found)
+        return list(found)
+
+    def close(self) -> None:
+        self._library.jf_ngram_delete(self._handle)
+
+
+def thresholds(order: int, prune: Sequence[int]) -> list[int]:
+    """One count an order; the last one given is for all higher ones. Raises ValueError where they do not serve."""
+    found = [*prune, *([prune[-1]] * (order - len(prune)))] if prune else [0] * order
+    if len(found) > order or found[0] != 0 or found != sorted(found):
+        raise ValueError(f"--prune {' '.join(map(str, prune))}: one count an order, the first 0, none below the last")
+    return found
+
+
+def train(
+    texts: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    order: int,
+    *,
+    characters: bool = False,
+    lower_case: bool = False,
+    prune: Sequence[int] = (),
+    memory: int = 512 << 20,
+    progress: Progress = lambda what, share: None,
+) -> Trained:
+    """Trains an n-gram of words (or of ``characters``, the space as <space>) and writes it as an ARPA file.
+
+    ``texts``: UTF-8, gzipped or not, a sentence a line; they are taken as they are, or in small letters.
+    ``prune``: for each order, how often an n-gram may at most be there to be left out. ``memory``: bytes for sorting;
+    more text needs more room on disk (beside ``out``), not more memory. Raises ValueError for an order or thresholds
+    that do not serve, LanguageModelError for a text that cannot be read or is empty, OSError where the disk is full.
+    """
+    for path in texts:
+        if not Path(path).is_file():
+            raise LanguageModelError(f"{path}: no such text")
+    if not 1 <= order <= MOST_WORDS:
+        raise ValueError(f"--order {order} is not from 1 to {MOST_WORDS}, what KenLM reads")
+    out = Path(out)
+    with tempfile.TemporaryDirectory(prefix=".ngrams-", dir=out.resolve().parent) as folder:
+        trainer = _Trainer(order, folder, memory, thresholds(order, prune))
+        try:
+            files = [TextFile(path, characters, lower_case) for path in texts]
+            numbers, sentences, words = _feed(trainer, files, progress)
+            if not words:
+                raise LanguageModelError(f"{', '.join(map(str, texts))}: no words in it")
+            for step in range(order + 1):
+                progress("counting", step / (2 * order + 1))
+                trainer.call("step", step)
+            names = ["<unk>", "<s>", "</s>", *map(token, numbers)]
+            encoded = [name.encode() for name in names]
+            offsets = np.concatenate(([0], np.cumsum([len(e) for e in encoded]))).astype(np.int64)
+            blob = b"".join(encoded)
+            temporary = out.with_name(f".{out.name}.tmp")
+            pointer = offsets.ctypes.data_as(ctypes.c_void_p)
+            trainer.call("begin_file", os.fsencode(temporary), ctypes.c_char_p(blob), pointer)
+            for n in range(1, order + 1):
+                progress("writing", (order + n) / (2 * order + 1))
+                trainer.call("step", order + n)
+            trainer.call("end_file")
+            os.replace(temporary, out)
+            progress("writing", 1.0)
+            return Trained(sentences, words, len(names), tuple(_order(trainer, n) for n in range(1, order + 1)))
+        finally:
+            trainer.close()
+
+
+def _order(trainer: _Trainer, n: int) -> Order:
+    *_, d1, d2, d3, kept = trainer.statistics(n)
+    return Order(int(kept) + 2 * (n == 1), (abs(d1), abs(d2), abs(d3)), d1 < 0)
+
+
+def _feed(trainer: _Trainer, texts: Sequence[TextFile], progress: Progress) -> tuple[_Numbers, int, int]:
+    """Hands the texts over as numbers; gives the numbers, how many sentences there are and how many words."""
+    numbers, chunk = _Numbers(), array("i")
+    sentences = words = before = 0
+    total = sum(size_of(text) for text in texts) or 1
+
+    def hand_over(text: TextFile) -> None:
+        nonlocal words
+        for special in SPECIAL:
+            if special in numbers:
+                raise LanguageModelError(f"{text.path}: holds {special}, which means something else to a model")
+        words += len(chunk)
+        trainer.call("add", ctypes.c_void_p(chunk.buffer_info()[0]), ctypes.c_int64(len(chunk)))
+        del chunk[:]
+
+    for text in texts:
+        for found in text:
+            chunk.extend(map(numbers.__getitem__, found))
+            chunk.append(_END)
+            sentences += 1
+            if len(chunk) > _CHUNK:
+                progress("reading", min(1.0, (before + text.position()) / total))
+                hand_over(text)
+        before += size_of(text)
+        hand_over(text)
+    return numbers, sentences, words - sentences
+
+
+def size_of(text: TextFile) -> int:
+    return Path(text.path).stat().st_size

@@ -1,0 +1,47 @@
+"""The small YAML file that `lm tune` writes and `--lm` takes: which model, and with which weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jasper_fast.lm.arpa import LanguageModelError
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "lm": str, "lexicon": (str, type(None)), "beam": int, "alpha": (int, float), "beta": (int, float)
+}  # fmt: skip
+
+
+def is_settings(path: str | os.PathLike) -> bool:
+    return Path(path).suffix.lower() in (".yaml", ".yml")
+
+
+def read(path: str | os.PathLike) -> dict[str, Any]:
+    """The settings, with paths that start where the file lies. Raises LanguageModelError naming what is wrong."""
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise LanguageModelError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(found, dict) or "lm" not in found:
+        raise LanguageModelError(f"{path}: names no `lm`; `jasper-fast lm tune` writes such files")
+    for name, value in found.items():
+        if name in _KINDS and (not isinstance(value, _KINDS[name]) or isinstance(value, bool)):
+            raise LanguageModelError(f"{path}: {name}: {value!r} is of the wrong kind")
+    for name in ("lm", "lexicon"):
+        if found.get(name):
+            found[name] = str(Path(path).parent / found[name])
+    return found
+
+
+def write(path: str | os.PathLike, settings: dict[str, Any]) -> None:
+    """Writes the settings, with paths from where the file lies."""
+    folder = Path(path).resolve().parent
+    relative = {
+        name: os.path.relpath(Path(settings[name]).resolve(), folder)
+        for name in ("lm", "lexicon")
+        if settings.get(name)
+    }
+    Path(path).write_text(yaml.safe_dump(settings | relative, sort_keys=False), encoding="utf-8")

@@ -1,0 +1,196 @@
+"""Beam search with a word n-gram and a lexicon, by flashlight-text with KenLM (extra `lm`).
+
+No torch is imported here: processes that only search start by this module.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import sys
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jasper_fast.extras import need
+from jasper_fast.lm.arpa import SPECIAL, Arpa, LanguageModelError
+from jasper_fast.speech.text import Vocabulary
+
+_TOKENS = 40  # symbols that a frame may lengthen a hypothesis by, the likeliest first: the paper's decoder's number
+_NEVER = -1e30  # a log-probability that flashlight may add up
+_KENLM = b"mmap lm http://kheafield.com/code"  # how a KenLM binary begins
+_LONGEST = 512  # symbols of a word
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A word of a lexicon: as the language model writes it, as a text has it, and its symbols as classes."""
+
+    token: str
+    text: str
+    symbols: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WordLM:
+    """A word n-gram (ARPA or KenLM binary) with the words that may be said; picklable, nothing is loaded yet."""
+
+    path: str
+    entries: tuple[Entry, ...]
+    labels: tuple[str, ...]
+    left_out: tuple[str, ...] = ()  # words that the labels cannot spell
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found: its text, its score and log p_CTC, natural logarithms."""
+
+    text: str
+    score: float
+    log_prob: float
+
+
+def is_binary(path: str | os.PathLike) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(_KENLM)) == _KENLM
+
+
+def word_lm(path: str | os.PathLike, vocabulary: Vocabulary, lexicon: str | os.PathLike | None = None) -> WordLM:
+    """A word language model for a vocabulary of characters with a space.
+
+    ``lexicon``: a text file with one word a line, alone or with its symbols after it, space-separated; without one,
+    the words are those of the ARPA file. A word in capitals is spelt in small letters where the labels have only
+    these. Raises LanguageModelError for a file that is missing, empty or broken, for a KenLM binary without a
+    lexicon (its words cannot be listed), and where no word can be spelt.
+    """
+    if vocabulary.of_words or " " not in vocabulary.characters:
+        raise LanguageModelError("a word language model needs labels that are characters, the space among them")
+    if not Path(path).is_file():
+        raise LanguageModelError(f"{path}: no such language model")
+    if Path(path).stat().st_size == 0:
+        raise LanguageModelError(f"{path}: the language model is empty")
+    words: Iterable[tuple[str, list[str] | None]]
+    if is_binary(path):
+        if lexicon is None:
+            raise LanguageModelError(f"{path}: the words of a KenLM binary cannot be listed; name them by --lexicon")
+        words = _lexicon(lexicon)
+    else:
+        arpa = Arpa(path)
+        if arpa.order == 1:
+            raise LanguageModelError(f"{path}: has 1-grams only; KenLM reads models from order 2 on")
+        words = [(word, None) for word in arpa.words()] if lexicon is None else _lexicon(lexicon)
+    entries: dict[Entry, None] = {}
+    left_out = []
+    for word, spelling in words:
+        if entry := _entry(word, spelling, vocabulary):
+            entries[entry] = None
+        else:
+            left_out.append(word)
+    if not entries:
+        raise LanguageModelError(f"{lexicon or path}: none of its words can be spelt with the labels of the model")
+    return WordLM(str(path), tuple(entries), tuple(vocabulary.labels), tuple(left_out))
+
+
+def _lexicon(path: str | os.PathLike) -> Iterable[tuple[str, list[str] | None]]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LanguageModelError(f"{path}: cannot be read as a lexicon ({error})") from None
+    found = [line.split() for line in lines if line.strip()]
+    if not found:
+        raise LanguageModelError(f"{path}: the lexicon is empty")
+    return [(word, [s for s in spelling if s != "|"] or None) for word, *spelling in found if word not in SPECIAL]
+
+
+def _entry(word: str, spelling: list[str] | None, vocabulary: Vocabulary) -> Entry | None:
+    text = unicodedata.normalize("NFC", word if spelling is None else "".join(spelling))
+    for form in (text, text.lower(), text.upper()):
+        if 0 < len(form) <= _LONGEST and " " not in form and set(form) <= vocabulary.characters:
+            return Entry(word, form, tuple(vocabulary.encode(form)))
+    return None
+
+
+class WordSearch:
+    """flashlight's lexicon decoder over a WordLM: sums of paths, alpha in the scale of log10.
+
+    ``threshold``: hypotheses that lie further below the best are dropped. Raises LanguageModelError where KenLM cannot
+    read the model, MissingExtra where the packages of the extra `lm` are not installed.
+    """
+
+    def __init__(
+        self, lm: WordLM, beam: int, alpha: float, beta: float, n_best: int = 1, threshold: float = 50.0
+    ) -> None:
+        if sys.version_info >= (3, 13) and importlib.util.find_spec("flashlight") is None:
+            raise LanguageModelError(
+                f"{lm.path}: words are searched by flashlight-text, which has wheels for Python 3.11 and 3.12; take "
+                "one of these, or a model of symbols (`jasper-fast lm train --characters`)"
+            )
+        decoder = need("flashlight.lib.text.decoder", "lm")
+        dictionary = need("flashlight.lib.text.dictionary", "lm").Dictionary()
+        kenlm = need("flashlight.lib.text.decoder.kenlm", "lm")
+        self.n_best, self._beam, self._threshold = n_best, beam, threshold
+        self.entries, self._blank = lm.entries, len(lm.labels)
+        space = lm.labels.index(" ")
+        text_of = {entry.token: entry.text for entry in reversed(lm.entries)}  # of several spellings the first
+        for token in [*text_of, "<unk>"]:
+            dictionary.add_entry(token)
+        unknown = dictionary.get_index("<unk>")
+        self._texts = {dictionary.get_index(token): text for token, text in text_of.items()}
+        try:
+            self._model = kenlm.KenLM(lm.path, dictionary)
+        except (RuntimeError, ValueError, OSError, MemoryError) as error:
+            reason = " ".join(str(error).split()).rpartition(" threw ")[2]
+            raise LanguageModelError(f"{lm.path}: KenLM cannot read it: {reason[:200]}") from None
+        classes = self._blank + 1
+        trie, start = decoder.Trie(classes, space), self._model.start(False)
+        for entry in lm.entries:
+            word = dictionary.get_index(entry.token)
+            _, score = self._model.score(start, word)
+            trie.insert([*entry.symbols, space], word, score)
+        trie.smear(decoder.SmearingMode.MAX)
+        self._trie, self._space, self._unknown = trie, space, unknown
+        self.weigh(alpha, beta)
+
+    def weigh(self, alpha: float, beta: float) -> None:
+        """Searches with these weights from now on; the model stays loaded."""
+        self.alpha, self.beta = alpha, beta
+        decoder = need("flashlight.lib.text.decoder", "lm")
+        options = decoder.LexiconDecoderOptions(
+            beam_size=self._beam,
+            beam_size_token=min(_TOKENS, self._blank + 1),
+            beam_threshold=self._threshold,
+            lm_weight=alpha,
+            word_score=beta,
+            unk_score=-math.inf,
+            sil_score=0.0,
+            log_add=True,
+            criterion_type=decoder.CriterionType.CTC,
+        )
+        places = self._space, self._blank, self._unknown
+        self._decoder = decoder.LexiconDecoder(options, self._trie, self._model, *places, [], False)
+
+    def __call__(self, log_probs: np.ndarray) -> list[Found]:
+        """The best texts of log-probs (T, V), fp32, the best first; none where no words fit."""
+        frames, classes = log_probs.shape
+        emissions = np.full((frames + 1, classes), _NEVER, dtype=np.float32)
+        np.maximum(log_probs, _NEVER, out=emissions[:frames])
+        emissions[frames, self._space] = 0.0  # the last word ends too
+        best: dict[str, Found] = {}
+        for result in self._decoder.decode(emissions.ctypes.data, frames + 1, classes):
+            words = [self._texts[w] for w in result.words if w >= 0]
+            text = " ".join(words)
+            log_prob = result.score - self.alpha * result.lmScore - self.beta * len(words)
+            if text not in best and result.score > _NEVER / 2:
+                best[text] = Found(text, result.score, log_prob)
+            if len(best) == self.n_best:
+                break
+        return [*best.values()]
+
+
+def symbols_of(text: str, labels: Sequence[str]) -> tuple[int, ...]:
+    """The classes of a text that a search found."""
+    return tuple(labels.index(c) for c in text)

@@ -1,0 +1,29 @@
+"""The CPU face: C++ (csrc/cpu/prefix_beam.cpp), a thread an utterance; the definition's prefixes and numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jasper_fast.kernels import native
+from jasper_fast.kernels.prefix_beam.ngram import Ngram
+
+
+def search(
+    log_probs: Tensor,
+    lengths: Tensor,
+    beam: int,
+    n_best: int,
+    lm: Ngram | None = None,
+    alpha: float = 0.0,
+    beta: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As reference.search, for fp32 log_probs, which need not be contiguous."""
+    log_probs, lengths = log_probs.float().contiguous(), lengths.long().contiguous()
+    count, frames, _ = log_probs.shape
+    symbols = torch.zeros(count, n_best, frames, dtype=torch.int32)
+    counts = torch.empty(count, n_best, dtype=torch.int32)
+    scores = torch.empty(count, n_best, 2, dtype=torch.float64)
+    arrays, start = (list(lm[:-1]), lm.start) if lm else ([], 0)
+    native.cpu().prefix_beam(log_probs, lengths, beam, arrays, start, alpha, beta, symbols, counts, scores)
+    return symbols, counts, scores

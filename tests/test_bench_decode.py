@@ -1,0 +1,50 @@
+"""`python -m bench decode`: every contender answers, and one that answers wrongly gets no number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bench_runs import make_run
+
+from jasper_fast.bench.cases import decode, latency
+from jasper_fast.kernels import native
+from jasper_fast.kernels.prefix_beam import cpu_impl
+
+pytestmark = pytest.mark.skipif(not native.cpu_available(), reason="the native CPU library is not built")
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(decode, "FRAMES", 30)
+    monkeypatch.setattr(decode, "CHECKED", 20)
+
+
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [*decode.SHARP])
+def test_searches_answer(kind, fused, short, tmp_path):
+    rows = make_run(tmp_path, "auto").cases("decode", [decode.search_case(kind, 32, fused)])
+    by_name = {row["contender"]: row for row in rows}
+    assert by_name["jasper_fast"]["status"] == "ok", by_name["jasper_fast"].get("why")
+    assert by_name["flashlight"]["status"] in ("ok", "absent"), by_name["flashlight"].get("why")
+    assert by_name["jasper_fast"]["items_per_s"] > 0
+
+
+def test_a_wrong_answer_has_no_number(short, tmp_path, monkeypatch):
+    right = cpu_impl.search
+
+    def wrong(log_probs, lengths, beam, *more):
+        symbols, counts, scores = right(log_probs, lengths, beam, *more)
+        return symbols, counts, scores - 1e-3
+
+    monkeypatch.setattr(cpu_impl, "search", wrong)
+    rows = make_run(tmp_path, "auto").cases("decode", [decode.search_case("unsure", 8, False)])
+    assert [row["status"] for row in rows if row["ours"]] == ["wrong"]
+
+
+@pytest.mark.slow
+def test_the_share_of_the_search_is_told(tmp_path):
+    run = make_run(tmp_path, "auto", dtype=torch.float32)
+    shared = latency.Models(run, "small")
+    rows = run.cases("decode", [decode.whole_case(shared, run, "small", 2.0, 16)])
+    assert [(row["contender"], row["status"]) for row in rows] == [("jasper_fast", "ok"), ("greedy", "ok")]
+    assert rows[1]["ratio"]["median"] > 0

@@ -1,0 +1,131 @@
+"""`transcribe` and `evaluate` with beam searches: what they write, saved log-probs, and errors that are one line."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from language_models import random_arpa
+from test_cli import write_checkpoint
+
+from jasper_fast import beam_search
+from jasper_fast.cli import command
+from jasper_fast.lm.saved import Saved
+from jasper_fast.lm.symbols import SymbolLM, tokens
+from jasper_fast.speech.text import Vocabulary
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with random weights, three sounds with a manifest, and two language models."""
+    folder = tmp_path_factory.mktemp("decoding")
+    write_checkpoint(folder / "model.pt")
+    rng, lines = np.random.default_rng(0), []
+    for i, seconds in enumerate((1.0, 2.1, 0.6)):
+        t = np.arange(int(16000 * seconds)) / 16000
+        sound = 0.3 * np.sin(2 * np.pi * (200 + 900 * t * rng.random()) * t) + 0.01 * rng.standard_normal(len(t))
+        soundfile.write(folder / f"{i}.wav", sound, 16000)
+        lines.append({"audio_filepath": f"{i}.wav", "duration": seconds, "text": "a cat"})
+    (folder / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    random_arpa(folder / "symbols.arpa", tokens(Vocabulary()), 3, random.Random(0))
+    random_arpa(folder / "words.arpa", ["a", "cat", "sat", "i", "o"], 2, random.Random(0))
+    return folder
+
+
+def run(folder, name, *argv):
+    files = ["--manifest", folder / "m.jsonl"] if name == "evaluate" else [folder / f"{i}.wav" for i in range(3)]
+    return command.main([name, *map(str, [*files, "--checkpoint", folder / "model.pt", *argv])])
+
+
+def evaluate(folder, tmp_path, *argv):
+    assert run(folder, "evaluate", "--out", tmp_path / "out.json", *argv) == 0
+    return json.loads((tmp_path / "out.json").read_text())
+
+
+def test_saved_log_probs_give_what_evaluate_gave(folder, tmp_path, capsys):
+    options = ("--lm", folder / "symbols.arpa", "--beam", 20, "--alpha", 0.7, "--beta", 0.2, "--n-best", 4)
+    report = evaluate(folder, tmp_path, *options, "--save-log-probs", tmp_path / "saved")
+    saved, lm = Saved.open(tmp_path / "saved"), SymbolLM(folder / "symbols.arpa", Vocabulary())
+    assert [u["text"] for u in saved.utterances] == ["a cat"] * 3 and saved.frame_seconds == 0.02
+    for i, row in enumerate(report["utterances_list"]):
+        log_probs = torch.from_numpy(saved.log_probs(i))[None]
+        settings = {"beam": 20, "lm": lm, "alpha": 0.7, "beta": 0.2, "n_best": 4}
+        (found,) = beam_search(log_probs, torch.tensor([log_probs.shape[1]]), saved.vocabulary, **settings)
+        assert [h["text"] for h in row["hypotheses"]] == [h.text.strip() for h in found]
+        assert [h["score"] for h in row["hypotheses"]] == pytest.approx([h.score for h in found], abs=1e-3)
+        assert row["pred_text"] == found[0].text.strip() and 0 < row["confidence"] <= 1
+    greedy = evaluate(folder, tmp_path)
+    assert report["decoding"]["beam"] == 20 and greedy["decoding"]["beam"] is None
+    assert [r["pred_text"] for r in greedy["utterances_list"]] != [r["pred_text"] for r in report["utterances_list"]]
+    assert run(folder, "evaluate", "--save-log-probs", tmp_path / "saved") == 2
+    assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_words_in_processes_one_by_one_or_together(folder, tmp_path):
+    pytest.importorskip("flashlight.lib.text.decoder", reason="flashlight-text is not installed")
+    options = ("--lm", folder / "words.arpa", "--beam", 16, "--n-best", 3)
+    together = evaluate(folder, tmp_path, *options, "--decode-processes", 2)
+    alone = evaluate(folder, tmp_path, *options, "--decode-processes", 1, "--batch-size", 1)
+    assert [r["hypotheses"] for r in together["utterances_list"]] == [r["hypotheses"] for r in alone["utterances_list"]]
+    said = {word for r in together["utterances_list"] for h in r["hypotheses"] for word in h["text"].split()}
+    assert said and said <= {"a", "cat", "sat", "i", "o"}
+
+
+def test_transcribe_writes_hypotheses(folder, capsys):
+    assert run(folder, "transcribe", "--beam", 8, "--n-best", 3, "--json") == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for record in records:
+        scores = [h["score"] for h in record["hypotheses"]]
+        assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+        assert record["hypotheses"][0]["text"] == record["pred_text"]
+        assert " ".join(w["word"] for w in record["words"]) == " ".join(record["pred_text"].split())
+    assert run(folder, "transcribe", "--beam", 8) == 0
+    assert [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()] == [r["pred_text"] for r in records]
+
+
+def test_errors_are_one_line(folder, tmp_path, capsys):
+    (tmp_path / "empty.arpa").write_text("")
+    (tmp_path / "bad.yaml").write_text("alpha: 1\n")
+    (tmp_path / "kind.yaml").write_text("lm: x\nbeam: yes\n")
+    for options, message in (
+        (("--lm", "gone.arpa"), "gone.arpa: no such language model"),
+        (("--lm", tmp_path / "empty.arpa"), "empty.arpa: the language model is empty"),
+        (("--lm", tmp_path / "bad.yaml"), "names no `lm`"),
+        (("--lm", tmp_path / "kind.yaml"), "beam: True is of the wrong kind"),
+        (("--lexicon", "words.txt"), "--lexicon needs a language model"),
+        (("--alpha", "1"), "--alpha need a language model"),
+        (("--beam", "3000000"), "beam 3000000"),
+        (("--beam", "8", "--beta", "nan"), "beta nan"),
+        (("--lm", folder / "symbols.arpa", "--alpha", "-1"), "alpha -1"),
+        (("--n-best", "2"), "give --json too"),
+    ):
+        assert run(folder, "transcribe", *options) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and error.startswith("jasper-fast transcribe: error: ")
+
+
+@pytest.mark.parametrize("change", ["index", "missing", "shape", "garbage"])
+def test_a_folder_of_log_probs_that_is_not_whole(change, tmp_path):
+    class Recognizer:
+        vocabulary, frame_seconds = Vocabulary("ab"), 0.02
+
+    saved = Saved.begin(tmp_path / "saved", Recognizer)
+    saved.keep(0, torch.zeros(4, 3))
+    saved.finish(["a.wav"], ["ab"])
+    file = tmp_path / "saved" / "000000.npy"
+    assert Saved.open(tmp_path / "saved").log_probs(0).shape == (4, 3)
+    if change == "index":
+        (tmp_path / "saved" / "index.json").write_text('{"format": 3}')
+        with pytest.raises(ValueError, match=r"index\.json: not an index of log-probs"):
+            Saved.open(tmp_path / "saved")
+        return
+    if change == "missing":
+        file.unlink()
+    elif change == "shape":
+        np.save(file, np.zeros((4, 5), np.float32))
+    else:
+        file.write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"000000\.npy"):
+        Saved.open(tmp_path / "saved").log_probs(0)

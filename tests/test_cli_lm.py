@@ -1,0 +1,137 @@
+"""`jasper-fast lm`: what it prints, the weights that it finds, and errors that are one line."""
+
+import json
+import math
+import random
+import re
+
+import pytest
+import torch
+from kneser_ney import KneserNey
+
+from jasper_fast.cli import command
+from jasper_fast.kernels import native
+from jasper_fast.lm import tuned
+from jasper_fast.lm.saved import Saved
+from jasper_fast.speech.text import Vocabulary
+
+pytestmark = pytest.mark.skipif(not native.cpu_available(), reason="the native CPU library is not built")
+V = Vocabulary()
+SENTENCES = ["the cat sat on the mat", "the dog sat", "a cat ran to the dog", "the mat ran", "a dog sat on a cat"]
+
+
+def run(*argv):
+    return command.main([str(a) for a in argv])
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text").write_text("\n".join(SENTENCES) + "\n")
+    return tmp_path / "text"
+
+
+def test_train_info_and_perplexity(text, tmp_path, capsys):
+    pytest.importorskip("kenlm", reason="ufal-kenlm is not installed")
+    lm = tmp_path / "lm.arpa"
+    assert run("lm", "train", text, "--order", 3, "--out", lm) == 0
+    assert "5 sentences, 24 words, vocabulary 12" in capsys.readouterr().out
+    assert run("lm", "info", lm, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["order"], found["of"], found["vocabulary"], found["open"]) == (3, "words", 9, True)
+    assert run("lm", "info", lm) == 0 and "1-grams 12\n" in capsys.readouterr().out
+    (tmp_path / "dev").write_text("the cat ran\n\nA zebra sat\n")
+    assert run("lm", "perplexity", lm, tmp_path / "dev", "--json", "--lower-case") == 0
+    said = json.loads(capsys.readouterr().out)
+    want, log10 = KneserNey([s.split() for s in SENTENCES], 3), []
+    for line in (["<s>", "the", "cat", "ran", "</s>"], ["<s>", "a", "<unk>", "sat", "</s>"]):
+        log10 += [math.log10(want.p(tuple(line[max(0, i - 2) : i + 1]))) for i in range(1, len(line))]
+    assert said["log10"] == pytest.approx(sum(log10), abs=1e-4) and said["unknown"] == 1
+    assert said["perplexity"] == pytest.approx(10 ** (-sum(log10) / 8), rel=1e-4)
+    assert said["perplexity_known"] == pytest.approx(10 ** (-(sum(log10) - log10[5]) / 7), rel=1e-4)
+    assert run("lm", "perplexity", lm, tmp_path / "dev") == 0
+    assert capsys.readouterr().out.startswith("perplexity ")
+
+
+def test_models_of_characters_are_asked_for_characters(text, tmp_path, capsys):
+    pytest.importorskip("kenlm", reason="ufal-kenlm is not installed")
+    lm = tmp_path / "lm.arpa"
+    assert run("lm", "train", text, "--order", 5, "--out", lm, "--characters", "--prune", 0, 0, 1) == 0
+    assert f"{sum(map(len, SENTENCES))} characters" in capsys.readouterr().out
+    assert run("lm", "perplexity", lm, text, "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["words"], said["unknown"]) == (sum(map(len, SENTENCES)), 0) and 1 < said["perplexity"] < 10
+    assert run("lm", "info", lm) == 0 and "of characters" in capsys.readouterr().out
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Log-probs of sentences in which some letters are heard wrongly."""
+
+    class Recognizer:
+        vocabulary, frame_seconds = V, 0.02
+
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    folder = Saved.begin(tmp_path / "saved", Recognizer)
+    for i, sentence in enumerate(SENTENCES):
+        ids = [x for c in V.encode(sentence) for x in (c, V.blank)]
+        log_probs = 0.5 * torch.randn(len(ids), V.n_classes)
+        log_probs[torch.arange(len(ids)), torch.tensor(ids)] += 6.0
+        for t in rng.sample(range(0, len(ids), 2), 4):
+            log_probs[t, rng.randrange(1, 27)] += 7.0
+        folder.keep(i, log_probs.log_softmax(-1))
+    folder.finish([f"{i}.wav" for i in range(len(SENTENCES))], SENTENCES)
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize("kind", ["words", "characters"])
+def test_tune_finds_weights_that_help(kind, text, saved, tmp_path, capsys):
+    if kind == "words":
+        pytest.importorskip("flashlight.lib.text.decoder", reason="flashlight-text is not installed")
+    lm, out = tmp_path / "lm.arpa", tmp_path / "best.yaml"
+    options = ["--characters", "--order", 5] if kind == "characters" else ["--order", 3]
+    assert run("lm", "train", text, "--out", lm, *options) == 0
+    weights = ("--alpha", "0,1,2", "--beta", "0,0.5", "--beam", 32, "--processes", 1)
+    report = ("--out", out, "--report", tmp_path / "tune.html")
+    capsys.readouterr()
+    assert run("lm", "tune", "--log-probs", saved, "--lm", lm, *weights, *report) == 0
+    said, found = capsys.readouterr().out, tuned.read(out)
+    greedy, best = (float(x) for x in re.findall(r"([\d.]+) %", said))
+    assert best < greedy / 2 and found["lm"] == str(lm) and found["beam"] == 32
+    assert found["alpha"] > 0 or kind == "words"  # where the lexicon alone is enough
+    page = (tmp_path / "tune.html").read_text()
+    assert page.count('class="cell') == 6 and page.count('class="cell best"') == 1 and f"{best:.2f}" in page
+    drawn = ("--random", 3, "--seed", 1, "--out", out, "--report", tmp_path / "tune.html")
+    assert run("lm", "tune", "--log-probs", saved, "--lm", lm, *weights, *drawn) == 0
+    assert (tmp_path / "tune.html").read_text().count('class="cell') == 3
+
+
+def test_errors_are_one_line(text, saved, tmp_path, capsys):
+    cases = [
+        (("train", tmp_path / "gone", "--order", 2, "--out", tmp_path / "x"), "gone: no such text"),
+        (("train", text, "--order", 9, "--out", tmp_path / "x"), "--order 9"),
+        (("train", text, "--order", 2, "--out", tmp_path / "no" / "x"), "does not exist"),
+        (("info", tmp_path / "gone"), "gone: no such language model"),
+        (("info", text), "this is no ARPA file"),
+        (("perplexity", tmp_path / "gone", text), "gone: no such language model"),
+        (("perplexity", text, text), "this is no ARPA file"),
+        (("tune", "--log-probs", tmp_path, "--lm", text, "--out", tmp_path / "x.yaml"), "not an index of log-probs"),
+        (("tune", "--log-probs", saved, "--lm", text, "--out", tmp_path / "x.yaml"), "this is no ARPA file"),
+        (("tune", "--log-probs", saved, "--lm", text, "--out", tmp_path / "x"), "name it so"),
+        (("tune", "--log-probs", saved, "--lm", text, "--out", tmp_path / "x.yaml", "--alpha", "-1"), "alpha -1"),
+    ]
+    for argv, message in cases:
+        if argv[0] == "perplexity":
+            pytest.importorskip("kenlm", reason="ufal-kenlm is not installed")
+        assert run("lm", *argv) == 2, argv
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and error.startswith("jasper-fast lm: error: ")
+
+
+def test_a_model_that_kenlm_cannot_read_is_one_line(text, tmp_path, capsys):
+    pytest.importorskip("kenlm", reason="ufal-kenlm is not installed")
+    assert run("lm", "train", text, "--order", 1, "--out", tmp_path / "lm.arpa") == 0
+    capsys.readouterr()
+    assert run("lm", "perplexity", tmp_path / "lm.arpa", text) == 2
+    error = capsys.readouterr().err
+    assert "lm.arpa: KenLM cannot read it" in error and error.count("\n") == 1

@@ -1,0 +1,60 @@
+"""The comparison of decoders: strings joined from words, the interval of a gain, and the lines that it prints."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from jasper_fast.data.manifest import read_manifest
+from jasper_fast.demo import decoding
+from jasper_fast.kernels import native
+from jasper_fast.lm.saved import Saved
+from jasper_fast.speech.text import Vocabulary
+
+
+def test_strings_are_of_one_speaker(tmp_path):
+    lines = []
+    for i in range(8):
+        soundfile.write(tmp_path / f"{i}.wav", np.full(1600, 0.1 * (i + 1), np.float32), 16000)
+        line = {"audio_filepath": f"{i}.wav", "duration": 0.1, "text": f"word{'abcdefgh'[i]}", "speaker": str(i % 2)}
+        lines.append(line)
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    made = read_manifest(decoding.strings(tmp_path / "m.jsonl", tmp_path / "out", 6, 0))
+    assert len(made) == 6
+    for i, utterance in enumerate(made):
+        words = utterance.text.split()
+        assert 3 <= len(words) <= 7 and {"abcdefgh".index(w[-1]) % 2 for w in words} == {i % 2}
+        assert soundfile.info(utterance.path).duration == pytest.approx(utterance.duration, abs=1e-3)
+
+
+def test_the_interval_of_a_gain():
+    before, after = np.array([[2, 10], [1, 5], [0, 4]] * 40), np.array([[1, 10], [1, 5], [0, 4]] * 40)
+    middle, low, high = decoding.gain(before, after)
+    assert middle == pytest.approx(100 / 3) and low < middle < high and high - low < 25
+    assert decoding.gain(before, before) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not native.cpu_available(), reason="the native CPU library is not built")
+def test_the_lines_of_a_comparison(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "GRID", [(0.0, 0.0), (1.0, 0.0)])
+    pytest.importorskip("flashlight.lib.text.decoder", reason="flashlight-text is not installed")
+    torch.manual_seed(0)
+    rng, v = random.Random(0), Vocabulary()
+    texts = [" ".join(rng.choices(("one", "two", "three", "four"), k=3)) for _ in range(12)]
+    saved = Saved(tmp_path, v, 0.02)
+    for i, text in enumerate(texts):
+        ids = [x for c in v.encode(text) for x in (c, v.blank)]
+        log_probs = torch.randn(len(ids), v.n_classes)
+        log_probs[torch.arange(len(ids)), torch.tensor(ids)] += 5.0
+        log_probs[0, 4] += 5.0
+        saved.keep(i, log_probs.log_softmax(-1))
+    saved.finish([f"{i}.wav" for i in range(12)], texts)
+    (tmp_path / "texts").write_text("\n".join(texts))
+    lines = decoding.compare(Saved.open(tmp_path), tmp_path / "texts", tmp_path, 16)
+    assert lines[0].startswith("6 utterances, 18 words; greedy WER ") and len(lines) == 4
+    words = float(lines[3].split("WER ")[1].split(" %")[0])
+    assert "3-gram of words" in lines[3] and words < float(lines[0].split("WER ")[1].split(" %")[0])

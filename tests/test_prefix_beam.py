@@ -1,0 +1,207 @@
+"""CTC prefix beam search: the C++ face beside the definition, the definition beside all paths, and its bounds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections import defaultdict
+
+import pytest
+import torch
+from language_models import random_arpa
+
+from jasper_fast import beam_search
+from jasper_fast.kernels import native
+from jasper_fast.kernels.prefix_beam import cpu_impl, reference
+from jasper_fast.lm.align import best_path
+from jasper_fast.lm.symbols import SymbolLM, tokens
+from jasper_fast.speech.decoding import NotFinite, greedy_decode
+from jasper_fast.speech.text import Vocabulary
+
+FACES = ("cpu", "reference")
+needs_cpu = pytest.mark.skipif(not native.cpu_available(), reason="the native CPU library is not built")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """n-grams of symbols for vocabularies of 1 to 7 labels, with and without all of them listed."""
+    folder, rng = tmp_path_factory.mktemp("lm"), random.Random(3)
+    made = {}
+    for labels in (" ", " a", " ab'", " abcdef"):
+        for order in (1, 2, 4):
+            vocabulary = Vocabulary(labels)
+            listed = [t for t in tokens(vocabulary) if order != 2 or t != "a"] or ["<space>"]
+            path = random_arpa(folder / f"{len(labels)}.{order}", listed, order, rng, unknown=order != 4)
+            made[len(labels), order] = SymbolLM(path, vocabulary)
+    return made
+
+
+def draw(rng: random.Random, case: int):
+    """Log-probs, lengths and settings: flat, sharp, with ties, with impossible classes, with repeats."""
+    labels, kind = rng.choice((1, 2, 4, 7)), case % 5
+    count, frames = rng.choice((1, 2, 3)), rng.choice((0, 1, 1, 2, 5, 9, 12))
+    scores = torch.randn(count, frames, labels + 1) * (0.2, 2.0, 8.0, 3.0, 2.0)[kind]
+    if kind == 3:
+        scores = scores.round()
+    if frames > 1 and case % 2:
+        scores[:, 1::2] = scores[:, : frames // 2 * 2 : 2]  # two frames alike: repeats
+    log_probs = scores.log_softmax(-1)
+    if kind == 4:
+        log_probs = log_probs.masked_fill(torch.rand_like(log_probs) < 0.3, -math.inf)
+        log_probs[..., 0] = log_probs[..., 0].clamp(min=-3.0)
+    lengths = torch.tensor([rng.choice((0, 1, frames, frames, rng.randint(0, frames))) for _ in range(count)])
+    return log_probs, lengths.clamp(max=frames), labels, rng.choice((1, 2, 3, 8, 17, 64))
+
+
+@needs_cpu
+@pytest.mark.slow
+def test_the_cpu_face_equals_the_definition_on_500_cases(models):
+    rng = random.Random(0)
+    torch.manual_seed(0)
+    fused = 0
+    for case in range(500):
+        log_probs, lengths, labels, beam = draw(rng, case)
+        lm = models[labels, rng.choice((1, 2, 4))].ngram if case % 3 else None
+        weights = (rng.choice((0.3, 1.0, 2.3)), rng.choice((-0.5, 0.0, 0.7))) if lm else (0.0, rng.choice((0.0, 0.4)))
+        want = reference.search(log_probs, lengths, beam, min(beam, 4), lm, *weights)
+        got = cpu_impl.search(log_probs, lengths, beam, min(beam, 4), lm, *weights)
+        for a, b in zip(want, got, strict=True):
+            assert torch.equal(a, b), (case, beam, a, b)
+        fused += lm is not None
+    assert 300 < fused < 400
+
+
+def collapse(path: tuple[int, ...], blank: int) -> tuple[int, ...]:
+    return tuple(c for c, _ in itertools.groupby(path) if c != blank)
+
+
+def test_a_wide_beam_sums_all_paths():
+    torch.manual_seed(1)
+    vocabulary = Vocabulary("ab")
+    for frames in range(5):
+        log_probs = torch.randn(1, frames, 3).log_softmax(-1)
+        want: dict[tuple[int, ...], float] = defaultdict(float)
+        for path in itertools.product(range(3), repeat=frames):
+            want[collapse(path, 2)] += math.exp(sum(log_probs[0, t, c].item() for t, c in enumerate(path)))
+        (found,) = beam_search(log_probs, torch.tensor([frames]), vocabulary, beam=200, n_best=200)
+        assert {h.symbols: math.exp(h.score) for h in found} == pytest.approx(want)
+        assert [h.score for h in found] == sorted((h.score for h in found), reverse=True)
+
+
+def test_a_score_is_what_the_docstring_says(models):
+    torch.manual_seed(2)
+    lm, vocabulary = models[4, 4], Vocabulary(" ab'")
+    log_probs, lengths = torch.randn(1, 6, 5).log_softmax(-1), torch.tensor([6])
+    (found,) = beam_search(log_probs, lengths, vocabulary, beam=64, lm=lm, alpha=1.7, beta=0.3, n_best=10)
+    for hypothesis in found:
+        state, total = lm.ngram.start, hypothesis.log_prob
+        for symbol in hypothesis.symbols:
+            log10, state = reference._arc(lm.ngram, state, symbol)
+            total += 1.7 * log10 + 0.3
+        total += 1.7 * reference._arc(lm.ngram, state, vocabulary.blank)[0]
+        assert hypothesis.score == pytest.approx(total, abs=1e-9)
+        assert hypothesis.text == vocabulary.decode(hypothesis.symbols)
+
+
+def test_searches_find_more_probable_texts_than_greedy():
+    """A wide beam always; beam 1, which keeps the prefix that looks best at the time, far more often than not."""
+    torch.manual_seed(3)
+    vocabulary, lengths, everything = Vocabulary(" abc"), torch.full((40,), 6), 2000
+    log_probs = torch.randn(40, 6, 5).log_softmax(-1)
+    greedy = greedy_decode(log_probs, lengths, vocabulary)
+    exact = beam_search(log_probs, lengths, vocabulary, beam=everything, n_best=everything)
+    probability = [{h.text: h.log_prob for h in every} for every in exact]
+    gain = {}
+    for beam in (1, 128):
+        found = beam_search(log_probs, lengths, vocabulary, beam=beam)
+        gain[beam] = [p[h[0].text] - p[g] for p, h, g in zip(probability, found, greedy, strict=True)]
+    assert min(gain[128]) >= -1e-9
+    assert sum(gain[1]) > 0 and sum(g > 1e-9 for g in gain[1]) > 2 * sum(g < -1e-9 for g in gain[1])
+
+
+def test_where_one_path_has_it_all_the_search_is_greedy():
+    torch.manual_seed(4)
+    log_probs = (torch.randn(8, 40, 29) * 60).log_softmax(-1)
+    lengths = torch.randint(0, 41, (8,))
+    for beam in (1, 16):
+        found = beam_search(log_probs, lengths, Vocabulary(), beam=beam)
+        assert [h[0].text for h in found] == greedy_decode(log_probs, lengths, Vocabulary())
+
+
+@needs_cpu
+def test_threads_dtypes_and_strides_change_nothing():
+    torch.manual_seed(5)
+    log_probs, lengths = torch.randn(5, 60, 29).log_softmax(-1).half(), torch.tensor([60, 7, 0, 33, 60])
+    want = beam_search(log_probs.float(), lengths, Vocabulary(), beam=32, n_best=3)
+    turned = log_probs.transpose(1, 2).contiguous().transpose(1, 2)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert beam_search(turned, lengths.int(), Vocabulary(), beam=32, n_best=3) == want
+    finally:
+        torch.set_num_threads(threads)
+    alone = [beam_search(log_probs[i : i + 1, :n], lengths[i : i + 1], Vocabulary(), beam=32, n_best=3)[0]
+             for i, n in enumerate(lengths.tolist())]  # fmt: skip
+    assert alone == want
+
+
+@needs_cpu
+@pytest.mark.slow
+def test_prefixes_that_no_longer_matter_are_cleared_away():
+    """A search makes about 30,000 prefixes here; from 16,384 on it clears."""
+    torch.manual_seed(6)
+    log_probs, lengths = torch.randn(1, 500, 9).log_softmax(-1), torch.tensor([500])
+    found = [beam_search(log_probs, lengths, Vocabulary("abcdefgh"), beam=64, n_best=64, backend=b) for b in FACES]
+    assert found[0] == found[1]
+
+
+def test_bad_input_is_named(models):
+    v, log_probs, lengths = Vocabulary(" ab'"), torch.zeros(2, 3, 5).log_softmax(-1), torch.tensor([3, 2])
+    for wrong, message in (
+        (lambda: beam_search(log_probs[0], lengths, v), r"\(N, T, V\)"),
+        (lambda: beam_search(log_probs, lengths, Vocabulary()), "5 classes, the vocabulary 29"),
+        (lambda: beam_search(log_probs, torch.tensor([4, 0]), v), r"lengths must be in 0\.\.3"),
+        (lambda: beam_search(log_probs, torch.tensor([-1, 0]), v), r"lengths must be in 0\.\.3"),
+        (lambda: beam_search(log_probs, lengths, v, beam=0), "beam 0"),
+        (lambda: beam_search(log_probs, lengths, v, n_best=-1), "n_best -1"),
+        (lambda: beam_search(log_probs, lengths, v, alpha=-1.0), "alpha -1"),
+        (lambda: beam_search(log_probs, lengths, v, beta=math.nan), "beta nan"),
+        (lambda: beam_search(log_probs, lengths, v, backend="triton"), "backend 'triton'"),
+        (lambda: beam_search(log_probs, lengths, v, lm=models[7, 2]), "another vocabulary"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
+    for broken in (math.nan, math.inf):
+        spoilt = log_probs.clone()
+        spoilt[1, 2, 0] = broken
+        assert len(beam_search(spoilt, lengths, v)) == 2  # beyond its length: nobody's business
+        spoilt[1, 1, 0] = broken
+        with pytest.raises(NotFinite, match=r"items \[1\]"):
+            beam_search(spoilt, lengths, v)
+    assert beam_search(log_probs[:0], lengths[:0], v) == []
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpu)])
+def test_an_utterance_that_nothing_fits_has_an_empty_text(backend):
+    log_probs = torch.tensor([[[0.0, -50.0, -math.inf], [-math.inf, 0.0, -math.inf]]])
+    settings = {"beta": -1e308, "backend": backend}
+    (found,) = beam_search(log_probs, torch.tensor([2]), Vocabulary("ab"), beam=1, **settings)
+    assert [(h.text, h.score) for h in found] == [("", -math.inf)]
+
+
+def test_alignment_is_the_best_path():
+    torch.manual_seed(7)
+    for _ in range(30):
+        frames = random.Random(0).randint(3, 5)
+        log_probs = torch.randn(frames, 3).log_softmax(-1)
+        for symbols in ((), (0,), (0, 0), (1, 0), (0, 1, 1)):
+            fitting = [p for p in itertools.product(range(3), repeat=frames) if collapse(p, 2) == symbols]
+            path = best_path(log_probs.numpy(), symbols)
+            if not fitting:
+                assert path is None
+                continue
+            assert collapse(tuple(path.tolist()), 2) == symbols
+            totals = [sum(log_probs[t, c].item() for t, c in enumerate(p)) for p in (path.tolist(), *fitting)]
+            assert totals[0] == pytest.approx(max(totals[1:]))
+    assert best_path(log_probs[:0].numpy(), ()).tolist() == [] and best_path(log_probs[:0].numpy(), (1,)) is None

@@ -1,0 +1,104 @@
+"""n-grams of symbols from ARPA files: their numbers, beside KenLM's, and what is wrong with broken files."""
+
+from __future__ import annotations
+
+import gzip
+import random
+
+import pytest
+from language_models import random_arpa
+
+from jasper_fast.kernels.prefix_beam import reference
+from jasper_fast.lm.arpa import Arpa, LanguageModelError
+from jasper_fast.lm.symbols import SymbolLM, fits, tokens
+from jasper_fast.speech.text import Vocabulary
+
+V = Vocabulary(" abcd")
+
+
+def score(lm: SymbolLM, text: str) -> list[float]:
+    state, found = lm.ngram.start, []
+    for symbol in [*V.encode(text), V.blank]:
+        log10, state = reference._arc(lm.ngram, state, symbol)
+        found.append(log10)
+    return found
+
+
+@pytest.mark.parametrize("order", [2, 3, 5])
+@pytest.mark.parametrize("unknown", [True, False])
+def test_numbers_are_kenlms(order, unknown, tmp_path):
+    kenlm = pytest.importorskip("kenlm", reason="ufal-kenlm is not installed")
+    rng = random.Random(order)
+    listed = [t for t in tokens(V) if t != "c"]
+    path = random_arpa(tmp_path / "lm.arpa", listed, order, rng, unknown)
+    lm, other = SymbolLM(path, V), kenlm.Model(str(path))
+    for _ in range(20):
+        text = "".join(rng.choice(V.labels) for _ in range(rng.randint(0, 9)))
+        words = " ".join(tokens(V)[i] for i in V.encode(text))
+        assert score(lm, text) == pytest.approx([s for s, *_ in other.full_scores(words)], abs=1e-4)
+
+
+def test_gzip_is_read(tmp_path):
+    path = random_arpa(tmp_path / "lm.arpa", tokens(V), 3, random.Random(0))
+    packed = tmp_path / "lm.arpa.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert score(SymbolLM(packed, V), "a bad cab") == score(SymbolLM(path, V), "a bad cab")
+    packed.write_bytes(packed.read_bytes()[:200])
+    with pytest.raises(LanguageModelError, match=r"lm\.arpa\.gz: cannot be read"):
+        SymbolLM(packed, V)
+
+
+def test_which_vocabulary_a_model_fits(tmp_path):
+    path = random_arpa(tmp_path / "lm.arpa", ["<space>", "a", "b"], 2, random.Random(0))
+    assert fits(Arpa(path), V) and not fits(Arpa(path), Vocabulary(" a"))
+    with pytest.raises(LanguageModelError, match="'b' is no label"):
+        SymbolLM(path, Vocabulary(" a"))
+
+
+GOOD = (
+    "\\data\\\nngram 1=4\nngram 2=1\n\n"
+    "\\1-grams:\n-1\t<s>\t-0.5\n-1\t</s>\n-1\ta\t-0.1\n-1\tb\n\n\\2-grams:\n-0.5\t<s> a\n\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("hello\n" * 2000, "no .data."),
+        ("\\data\\\n", "line 1: the ARPA file ends here"),
+        ("\\data\\\nngram 1=a\n\n", "line 2: 'ngram 1=a' where"),
+        ("\\data\\\n\n", "names no n-grams"),
+        ("\\data\\\nngram 1=99999999999\n\n\\1-grams:\n", "more than the file holds"),
+        (GOOD, "the ARPA file ends here"),
+        (GOOD.replace("1=4", "1=5") + "\\end\\\n", "no 1-gram of the 5"),
+        (GOOD.replace("1=4", "1=3") + "\\end\\\n", "2-grams: should be"),
+        (GOOD.replace("2=1\n", "2=0\n") + "\\end\\\n", "more than the 0 2-grams"),
+        (GOOD.replace("-1\ta", "x\ta") + "\\end\\\n", "line 8: no 1-gram"),
+        (GOOD.replace("-1\ta", "nan\ta") + "\\end\\\n", "line 8: log10 p nan"),
+        (GOOD.replace("-1\ta", "0.5\ta") + "\\end\\\n", "line 8: log10 p 0.5"),
+        (GOOD.replace("-0.5\t<s> a", "-0.5\tz a") + "\\end\\\n", "'z' is not among its 1-grams"),
+        (GOOD.replace("-0.5\t<s> a", "-0.5\t<s> a b c d") + "\\end\\\n", "line 12: 6 fields"),
+        (GOOD.replace("</s>", "c") + "\\end\\\n", "no </s>"),
+        (GOOD.replace("-1\tb", "-1\ta") + "\\end\\\n", "'a' is listed twice"),
+        (GOOD.replace("\ta", "\t\0") + "\\end\\\n", "no label"),
+        (GOOD.replace("\ta", "\t" + "x" * (1 << 20)) + "\\end\\\n", "a line of a megabyte"),
+    ],
+)
+def test_broken_files_are_one_line(text, message, tmp_path):
+    path = tmp_path / "lm.arpa"
+    path.write_text(text)
+    with pytest.raises(LanguageModelError, match=message) as error:
+        SymbolLM(path, V)
+    assert "\n" not in str(error.value) and "lm.arpa" in str(error.value) and len(str(error.value)) < 300
+
+
+def test_bytes_that_are_no_text_and_files_that_are_not_there(tmp_path):
+    path = tmp_path / "lm.arpa"
+    path.write_bytes(b"\\data\\\nngram 1=1\n\n\\1-grams:\n-1\t\xff\xfe\n\\end\\\n")
+    with pytest.raises(LanguageModelError, match="line 5: not UTF-8"):
+        SymbolLM(path, V)
+    with pytest.raises(LanguageModelError, match="no such language model"):
+        SymbolLM(tmp_path / "gone", V)
+    with pytest.raises(LanguageModelError, match="cannot be read"):
+        SymbolLM(tmp_path, V)
