@@ -1,10 +1,10 @@
 """Measured choices of face and tile: one JSON file per GPU in tables/, written by `python -m bench tune`.
 
-A file is {"header": {...}, "rows": [...]}. A row says how fast one face of an op ran at a shape with its best tile; the
-key is (op, dtype, c_in, c_out, taps, stride, dilation, rows_log2, face, algorithm), where 2**rows_log2 is the power of
-two at or above the N*T' rows of the output; an op without a conv has its channels twice and ones for the rest.
-Dispatch takes the fastest row of a key. Files are checked whole when they are loaded, on the first look-up for their
-GPU; a GPU without a file has no choices, and kernels take their defaults.
+A file is {"header": {...}, "rows": [...]}. A row says how fast one face of an op ran at a shape with its best tile. Its
+key is (op, dtype, c_in, c_out, taps, stride, dilation, rows_log2, face, algorithm); 2**rows_log2 is the power of two at
+or above the N*T' rows of the output. An op without a conv has its channels as c_in and c_out, and 1 for taps, stride
+and dilation. Dispatch takes the fastest row of an op at a shape. A file is loaded and checked as a whole on the first
+look-up for its GPU. On a GPU without a file the kernels use their defaults.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ OPS = (
     *NORM_OPS,
 )
 FACES = ("triton", "cuda", "aten", "reference")
-ALGORITHMS = ("direct", "library")  # our own kernels; whatever the library takes
+ALGORITHMS = ("direct", "library")  # our own kernels; the library's own choice
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 HEADER = ("gpu", "capability", "driver", "torch", "triton", "commit", "command", "date")
 SHAPE = ("c_in", "c_out", "taps", "stride", "dilation")
 MAX_ROWS_LOG2 = 40
-# Shared memory that one program may have, bytes, by compute capability (CUDA's programming guide); newer: the largest.
+# Bytes of shared memory that one program may use, by compute capability (CUDA's programming guide); newer GPUs get the
+# largest.
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_87": 166912, "sm_89": 101376, "sm_90": 232448, "sm_120": 101376}
 _LARGEST_SHARED = max(SHARED_LIMIT.values())
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
-_SPLIT = ("conv1d.fused", "conv1d.wgrad")  # ops whose reduction several programs may share
+_SPLIT = ("conv1d.fused", "conv1d.wgrad")  # ops in which several programs may share a reduction
 
 
 class TableError(ValueError):
-    """A table that does not hold what it must; the message names the file, the row and what is wrong."""
+    """A faulty table; the message names the file, the row and the fault."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measured configuration. `exact` is False where a look-up found no row of its own bucket and took a near one.
+    """One measured configuration. `exact` is False if a look-up found no row for its row count and took the nearest.
 
-    tile: {"t", "n", "k", "num_warps", "num_stages", "splits"} of a Triton conv, None for what has no tile of ours;
-    time_s: seconds of one call; registers a thread, shared bytes a program and spilled bytes a thread, None where
-    nothing was compiled.
+    tile: {"t", "n", "k", "num_warps", "num_stages", "splits"} of a Triton conv, else None; time_s: seconds of one call;
+    registers per thread, shared bytes per program and spilled bytes per thread, None if nothing was compiled.
     """
 
     op: str
@@ -78,12 +78,12 @@ class Row:
 
     @property
     def key(self) -> tuple:
-        """What is unique in a table."""
+        """The key: no two rows of a table share it."""
         return (*self.shape, self.rows_log2, self.face, self.algorithm)
 
     @property
     def shape(self) -> tuple:
-        """The key's part that a look-up must meet exactly."""
+        """The part of the key that a look-up must match exactly."""
         return (self.op, self.dtype, self.c_in, self.c_out, self.taps, self.stride, self.dilation)
 
     def label(self) -> str:
@@ -123,11 +123,11 @@ def lookup(
     rows: int,
     face: str = "triton",
 ) -> Row | None:
-    """The fastest measured configuration of `op` on one `face`; None where this GPU or shape was not measured.
+    """The fastest measured configuration of `op` on one `face`; None if this GPU or shape was not measured.
 
-    `c_in`, `c_out`: the conv's channels as its weight has them, for gradients too; `rows`: N*T' of its output. Without
-    a row of its power of two the nearest measured one of the same shape is taken (`exact` is then False). Raises
-    TableError when the GPU's file is loaded for the first time and does not hold what it must.
+    c_in, c_out: the channels of the conv's weight, for gradients too; rows: N*T' of the conv's output. If its power of
+    two was not measured, the nearest measured one of the same shape is taken (`exact` is then False). Raises TableError
+    if the file of this GPU is faulty when it is first loaded.
     """
     if _forced and (row := _forced.get(op)) is not None:
         return row
@@ -149,9 +149,9 @@ def fastest(
     dilation: int,
     rows: int | None = None,
 ) -> str | None:
-    """The face on which all `ops` together take the least time at a shape; None where they were not all measured.
+    """The face on which all `ops` together take the least time at a shape; None unless all were measured.
 
-    `rows` is N*T' of the output; None asks for the most rows that were measured.
+    rows: N*T' of the output; None means the most rows that were measured.
     """
     if (index := _index_of(device)) is None:
         return None
@@ -166,7 +166,8 @@ def fastest(
 
 
 def fastest_overall(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The face with the least time over all measured shapes of `op`, or None: for who takes one face for a network."""
+    """The face with the least time over all measured shapes of `op`, or None: for callers that use one face for a whole
+    network."""
     if (index := _index_of(device)) is None:
         return None
     cells = [
@@ -180,7 +181,7 @@ def fastest_overall(op: str, device: torch.device, dtype: torch.dtype) -> str | 
 
 
 def shape_of_norm(channels: int) -> dict[str, int]:
-    """The shape under which a table has an op of NORM_OPS."""
+    """The shape under which a table lists an op of NORM_OPS."""
     return dict(zip(SHAPE, (channels, channels, 1, 1, 1), strict=True))
 
 
@@ -191,9 +192,9 @@ def bucket(rows: int) -> int:
 
 @contextmanager
 def forced(op: str, tile: Mapping[str, int], face: str = "triton") -> Iterator[None]:
-    """Makes every look-up of `op` give `tile`, on any device: how tuning and the self-check reach one configuration.
+    """Makes every look-up of `op` return `tile`, on any device, so that tuning and the self-check can run that tile.
 
-    It holds for the whole process: not for use while other threads launch kernels.
+    This changes the whole process: do not use it while other threads launch kernels.
     """
     before = _forced.get(op)
     _forced[op] = Row(op, "", 0, 0, 0, 0, 0, 0, face, "direct", dict(tile), 0.0)
@@ -210,7 +211,7 @@ _forced: dict[str, Row] = {}
 
 
 class _Nearest:
-    """The rows of one shape, and for each power of two the nearest measured one."""
+    """The rows of one shape, and for each power of two the rows of the nearest measured one."""
 
     def __init__(self) -> None:
         self._by_bucket: dict[int, dict[str, Row]] = {}
@@ -241,7 +242,7 @@ class _Nearest:
 
 
 def _near(measured: list[int], wanted: int) -> int:
-    """The measured bucket nearest to `wanted`, of two the larger."""
+    """The measured bucket nearest to `wanted`; of two equally near ones the larger."""
     return min(measured, key=lambda b: (abs(b - wanted), -b))
 
 
@@ -274,7 +275,7 @@ def _index(gpu: str, where: str | None) -> _Index | None:
 
 
 def forget() -> None:
-    """Makes the next look-up read the files again, after one was written."""
+    """Makes the next look-up read the files again; called after a file was written."""
     _index.cache_clear()
     _gpu_name.cache_clear()
 
@@ -283,7 +284,7 @@ def forget() -> None:
 
 
 def folder() -> Path:
-    """Where tables lie: `JASPER_FAST_TABLES` where it is set, else the folder beside this module."""
+    """The folder of the tables: `JASPER_FAST_TABLES` if it is set, else the folder beside this module."""
     own = os.environ.get("JASPER_FAST_TABLES")
     return Path(own) if own else Path(__file__).with_name("tables")
 
@@ -294,13 +295,13 @@ def slug(gpu: str) -> str:
 
 
 def for_gpu(gpu: str, where: Path | None = None) -> Table | None:
-    """The table of the GPU called `gpu`, checked, or None where there is none; raises TableError for a faulty one."""
+    """The checked table of the GPU called `gpu`, or None if there is none; raises TableError for a faulty one."""
     path = (where or folder()) / f"{slug(gpu)}.json"
     if not path.is_file():
         return None
     table = load(path)
     if table.header["gpu"] != gpu:
-        raise TableError(f"{path}: header: gpu is {table.header['gpu']!r}, but the file's name is that of {gpu!r}")
+        raise TableError(f"{path}: header: gpu is {table.header['gpu']!r}, but the file is named after {gpu!r}")
     return table
 
 
@@ -314,7 +315,7 @@ def load(path: Path) -> Table:
 
 
 def parse(data: object, where: str) -> Table:
-    """A table from plain values; raises TableError that begins with `where`."""
+    """A table from plain values; raises a TableError whose message begins with `where`."""
     if not isinstance(data, dict) or set(data) != {"header", "rows"} or not isinstance(data["rows"], list):
         raise TableError(f"{where}: a table is an object with a header and a list of rows")
     if fault := _fault(data["header"], _HEADER):
@@ -331,7 +332,7 @@ def parse(data: object, where: str) -> Table:
 
 
 def write(path: Path, header: Mapping[str, str], rows: Iterable[Row]) -> None:
-    """Writes a table, a row a line, whole or not at all; raises TableError rather than write a faulty one."""
+    """Writes a table atomically, one line per row; raises TableError instead of writing a faulty one."""
     data = {"header": dict(header), "rows": [row.plain() for row in sorted(rows, key=lambda row: row.key)]}
     parse(data, str(path))
     lines = ",\n".join(f"  {json.dumps(row)}" for row in data["rows"])
@@ -344,7 +345,7 @@ def write(path: Path, header: Mapping[str, str], rows: Iterable[Row]) -> None:
 
 # ---- what a file must hold ----
 
-_Rule = tuple[Callable[[Any], bool], str]  # whether a value is right, and what it must be in words
+_Rule = tuple[Callable[[Any], bool], str]  # whether a value is right, and in words what it must be
 
 
 def _one_of(allowed: Iterable[str]) -> _Rule:
@@ -379,7 +380,7 @@ _ROW: dict[str, _Rule] = {
     "rows_log2": _whole(0, MAX_ROWS_LOG2),
     "face": _one_of(FACES),
     "algorithm": _one_of(ALGORITHMS),
-    "tile": (lambda value: True, "judged with its op and face"),
+    "tile": (lambda value: True, "checked with its op and face"),
     "time_s": (lambda value: isinstance(value, float) and 0 < value < math.inf, "a positive number of seconds"),
     **dict.fromkeys(("registers", "shared", "spilled"), _or_null(_whole(0, math.inf, "a whole number"))),
 }
@@ -392,7 +393,7 @@ _TILE: dict[str, _Rule] = {
 
 
 def _fault(values: object, rules: Mapping[str, _Rule]) -> str | None:
-    """What keeps `values` from being an object with these fields and nothing else, or None."""
+    """Why `values` is not an object with exactly these fields, or None."""
     if not isinstance(values, dict):
         return f"an object is wanted, got {values!r}"
     if wrong := sorted(values.keys() ^ rules.keys()):
@@ -406,7 +407,7 @@ def _fault(values: object, rules: Mapping[str, _Rule]) -> str | None:
 
 
 def _row_fault(values: object, capability: str) -> str | None:
-    """Why `values` are no row of a table of a GPU with this compute capability, or None."""
+    """Why `values` is not a row for a GPU with this compute capability, or None."""
     if fault := _fault(values, _ROW):
         return fault
     op, face, limit = values["op"], values["face"], SHARED_LIMIT.get(capability, _LARGEST_SHARED)
@@ -423,7 +424,7 @@ def _row_fault(values: object, capability: str) -> str | None:
 
 
 def tile_fault(op: str, dtype: str, tile: object, shared: int = _LARGEST_SHARED) -> str | None:
-    """Why the Triton conv cannot run `tile` with `shared` bytes of shared memory a program, or None."""
+    """Why the Triton conv cannot run `tile` with `shared` bytes of shared memory per program, or None."""
     if fault := _fault(tile, _TILE):
         return f"tile: {fault}"
     if tile["splits"] > 1 and op not in _SPLIT:

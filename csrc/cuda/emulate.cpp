@@ -1,5 +1,6 @@
-// The CUDA kernels of bn_relu_dropout on the CPU, behind a C interface for tests (tests/test_cuda_emulated.py compiles it
-// with the host compiler and CUDA's headers). dtype: 0 fp32, 1 fp16, 2 bf16. `sms` stands for the GPU's multiprocessors.
+// The CUDA kernels of bn_relu_dropout on the CPU, behind a C interface for tests. tests/test_cuda_emulated.py compiles
+// it with the host compiler and CUDA's headers. dtype: 0 fp32, 1 fp16, 2 bf16. sms: the number of multiprocessors to
+// assume.
 #define JF_EMULATE
 #include "bn_relu_dropout.cuh"
 

@@ -1,5 +1,5 @@
-// Host stand-ins for the CUDA language, so that the kernels run on the CPU in tests: every thread of a CTA is a thread,
-// CTAs run one after the other. No warp intrinsics: the kernels here use none.
+// Host stand-ins for the CUDA language, so that tests can run the kernels on the CPU. Every thread of a CTA is a host
+// thread, and CTAs run one after the other. There are no warp intrinsics, because the kernels use none.
 #pragma once
 
 #include <barrier>
@@ -35,7 +35,7 @@ inline void emulate(long grid, int block, const std::function<void()>& kernel) {
       for (long b = 0; b < grid; ++b) {
         blockIdx.x = b;
         kernel();
-        barrier.arrive_and_wait();  // shared memory belongs to one CTA at a time
+        barrier.arrive_and_wait();  // shared memory is used by one CTA at a time
       }
     });
   for (auto& thread : threads) thread.join();
