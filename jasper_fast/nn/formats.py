@@ -177,7 +177,7 @@ def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
     """NeMo's model configuration in this project's terms; raises CheckpointError for blocks that no Jasper has."""
     document = _resolved(document, document)
     if document.get("tokenizer"):
-        raise CheckpointError("the NeMo model has a tokenizer: its symbols are word pieces, those of a Jasper are letters")
+        raise CheckpointError("the NeMo model has a tokenizer: its symbols are word pieces, but a Jasper's are letters")
     encoder, decoder = document["encoder"], document["decoder"]
     labels = list(decoder.get("vocabulary") or document.get("labels") or ()) or None
     blocks = []
