@@ -73,7 +73,7 @@ def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Modul
         module = models.eager(cfg, state(), dtype)
         found = answer(module, module, judged(), state(), autocast_dtype)
         roomy = small or run.device.type == "cuda"
-        return found if roomy else {name: t.float() for name, t in found.items()}  # else fp32, to halve the memory of the comparison
+        return found if roomy else {name: t.float() for name, t in found.items()}  # fp32 takes half the memory
 
     made = Case(
         "memory",

@@ -58,7 +58,7 @@ def weights(cfg: JasperConfig, device: torch.device, frames: int = 208) -> dict[
     key = (repr(cfg), device, frames)
     if key not in _made:
         _made.clear()
-        with torch.inference_mode(False), torch.no_grad():  # even if first called in inference mode, copies must be trainable
+        with torch.inference_mode(False), torch.no_grad():  # so that copies can always be trained
             _made[key] = _weights(cfg, device, frames)
     return dict(_made[key])
 

@@ -299,7 +299,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--update", action="store_true", help="write the table as it is now; look at the changes first")
     parser.add_argument("--table", type=Path, default=None, help="default: bench/compiled/triton-VERSION.json")
-    parser.add_argument("--processes", type=options.count, default=2, help="processes that compile in parallel (default: 2)")
+    parser.add_argument("--processes", type=options.count, default=2, help="parallel compiling processes (default: 2)")
     parser.add_argument("--no-cache", action="store_true", help="also compile what is in the cache")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for a JSON file of the rows and the findings")
 
