@@ -328,7 +328,7 @@ def test_memory_that_runs_out_is_no_fault_of_the_kernel(monkeypatch):
 
     monkeypatch.setattr(backends.face("conv1d", face), "forward", greedy)
     row = perform.perform(conv_check(face), CPU)
-    assert row["status"] == "no memory" and "another process may hold the memory: see nvidia-smi" in row["detail"]
+    assert row["status"] == "no memory" and "another process may use the memory: see nvidia-smi" in row["detail"]
     assert verdict.judge([row], quick=True)[0].status == UNCHECKED
 
 
@@ -339,11 +339,11 @@ GCC = ["/usr/bin/gcc", "main.c", "-shared", "-o", "main.so"]
     (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), "name one by CC"),
     (subprocess.CalledProcessError(1, GCC), "Python's headers (python3-dev)"),
     (RuntimeError("Cannot find ptxas"), "TRITON_PTXAS_PATH"),
-    (FileNotFoundError(2, "No such file or directory", "/opt/ptxas"), "for this user to read, run and write"),
-    (PermissionError(13, "Permission denied", "/root/.triton"), "for this user to read, run and write"),
+    (FileNotFoundError(2, "No such file or directory", "/opt/ptxas"), "able to read, run and write"),
+    (PermissionError(13, "Permission denied", "/root/.triton"), "able to read, run and write"),
     (OSError(28, "No space left on device"), "free space in TRITON_CACHE_DIR"),
     (OSError(122, "Disk quota exceeded"), "free space in TRITON_CACHE_DIR"),
-    (ImportError("cuda_utils.so: failed to map segment"), "for this user to read, run and write"),
+    (ImportError("cuda_utils.so: failed to map segment"), "able to read, run and write"),
     (AssertionError("libcuda.so cannot found!\nPossible files"), "run ldconfig"),
     (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), "nvidia-smi"),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "nvidia-smi"),

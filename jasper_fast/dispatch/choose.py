@@ -1,4 +1,4 @@
-"""Which face of an op runs: `backend=` resolved by op, device, dtype and shape, once for each."""
+"""Chooses the face of an op from `backend=`, op, device, dtype and shape. Each choice is cached."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from jasper_fast.kernels import tables
 
 @torch.compiler.assume_constant_result
 def resolve(backend: str, device: torch.device | str, op: str | None = None, dtype: torch.dtype | None = None) -> str:
-    """The face that runs for `backend` on `device`: raises BackendMissing for a named one that cannot run.
+    """The face that runs for `backend` on `device`; raises BackendMissing for a named face that cannot run.
 
-    `op`: of "auto", the op whose verdict in `dtype` on a GPU decides (see `dispatch.verdicts`; without a dtype those in
-    all); None asks for no verdict.
+    `op`: with "auto" on a GPU, the verdict on this op in `dtype` must be good (see `dispatch.verdicts`); without a
+    dtype, those in all dtypes. None needs no verdict.
     """
     return _resolve(backend, device, op, dtype)
 
@@ -43,7 +43,7 @@ def _resolve(backend: str, device: torch.device | str, op: str | None, dtype: to
         return "reference"
     if op is None or device.type != "cuda":
         return first
-    if dtype is not None and dtype not in tables.DTYPES:  # fp64, say, which no kernel takes
+    if dtype is not None and dtype not in tables.DTYPES:  # for instance fp64, which no kernel takes
         return "reference"
     dtypes = tables.DTYPES if dtype is None else (dtype,)
     return first if all(_trusted(op, first, device, of, PLAIN) for of in dtypes) else "reference"
@@ -55,8 +55,9 @@ def norm_face(
 ) -> str:
     """The face that runs bn_relu_dropout, forward and backward, on (N, `channels`, T) in `dtype` on `device`.
 
-    On a GPU "auto" takes what the GPU's table says is faster for both together at 2**rows_log2 rows N*T (None: at the
-    most measured), if it can run here and its verdict is good. Else, and without a row, it is as `resolve` says.
+    On a GPU "auto" takes the face that the GPU's table says is fastest for forward and backward together at
+    2**rows_log2 rows N*T (None: the most measured), if it can run here and its verdict is good. Otherwise, or if the
+    table has no row, `resolve` decides.
     """
     return _norm_face(backend, device, dtype, channels, rows_log2)
 
@@ -69,7 +70,7 @@ def _norm_face(backend, device, dtype, channels, rows_log2) -> str:
         fastest = tables.fastest(tables.NORM_OPS, device, dtype, **tables.shape_of_norm(channels), rows=rows)
         if fastest == "reference":
             return fastest
-        next_one = "backend='auto' goes on to its Triton kernel"
+        next_one = "backend='auto' tries its Triton kernel next"
         if (
             fastest == "cuda"
             and resolve(backend, device) != "cuda"
@@ -81,7 +82,8 @@ def _norm_face(backend, device, dtype, channels, rows_log2) -> str:
 
 
 def conv_calls(*, stats: bool = False, dx: bool = False, dw: bool = False, norm: bool = False) -> tuple[str, ...]:
-    """The ops that one use of a conv calls: forward, with statistics; gradients of x, with `norm`'s reduction; of w."""
+    """The ops that a conv calls: forward (with `stats`: and statistics), gradient of x (with `norm`: and reduction), of
+    w."""
     forward, dgrad = "forward_stats" if stats else "forward", "dgrad_bn" if norm else "dgrad"
     return tuple(f"conv1d.{op}" for op, used in ((forward, True), (dgrad, dx), ("wgrad", dw)) if used)
 
@@ -97,12 +99,12 @@ def conv_face(
     shape: tuple[int, int, int, int, int] | None = None,
     rows_log2: int | None = None,
 ) -> str:
-    """The face that runs a conv in `dtype` on `device`: ours where it has the dtype and the gradients, else "aten".
+    """The face that runs a conv in `dtype` on `device`: ours if it has the dtype and the gradients, else "aten".
 
-    The CPU kernels take 16 bits too, except where the CPU has AMX for them: ATen's convs use it, ours do not.
-    strided_dx: the gradient of x at a stride is asked for, which only ATen has. On a GPU "auto" stays with cuDNN, in
-    channels-last memory, unless the GPU's table has `shape` (c_in, c_out, taps, stride, dilation) and says that the
-    `calls` together are faster in Triton at 2**rows_log2 rows (None: the most measured), and the verdict on it is good.
+    The CPU kernels take 16 bits too, except on a CPU with AMX, which ATen's convs use and ours do not. strided_dx: the
+    gradient of x at a stride above 1 is needed, which only ATen has. On a GPU "auto" takes cuDNN, in channels-last
+    memory, unless the GPU's table has `shape` (c_in, c_out, taps, stride, dilation) and says that the `calls` together
+    are faster in Triton at 2**rows_log2 rows (None: the most measured), and Triton's verdict is good.
     """
     return _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2)
 
@@ -129,10 +131,10 @@ def _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> s
 
 @functools.cache
 def fused_face(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The face that serves a whole network at inference in `dtype`: "triton", "cpu" or "aten".
+    """The face that runs a whole network at inference in `dtype`: "triton", "cpu" or "aten".
 
-    On a GPU "auto" takes Triton where the GPU's table says that its sub-blocks are the faster ones in all, and the
-    verdict on them is good.
+    On a GPU "auto" takes Triton if the GPU's table says that all sub-blocks together are faster in Triton, and its
+    verdict is good.
     """
     device = torch.device(device)
     if backend != "auto" or device.type != "cuda" or resolve(backend, device) != "triton":
@@ -144,10 +146,10 @@ def fused_face(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 
 @torch.compiler.assume_constant_result
 def pane_form(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """How panes="auto" takes the panes' statistics in training: "gram" or "plain" (see jasper_fast.ops).
+    """How panes="auto" computes the panes' statistics in training: "gram" or "plain" (see jasper_fast.ops).
 
-    "gram" on a GPU, where the plain form's passes over pane outputs are what costs, if its verdict is good (a `backend`
-    asked for by name is not checked); "plain" elsewhere: on CPUs it is faster.
+    "gram" on a GPU, where the plain form's passes over pane outputs are expensive, if its verdict is good (a `backend`
+    asked for by name is not checked). "plain" elsewhere, because it is faster on CPUs.
     """
     return _pane_form(backend, device, dtype)
 
@@ -164,18 +166,18 @@ def _pane_form(backend, device, dtype) -> str:
 
 
 def _has_amx(dtype: torch.dtype) -> bool:
-    """Whether this CPU's matrix unit takes `dtype`."""
+    """Whether this CPU has a matrix unit (AMX) for `dtype`."""
     known = {torch.bfloat16: torch.cpu._is_amx_tile_supported, torch.float16: torch.cpu._is_amx_fp16_supported}
     return dtype in known and known[dtype]()
 
 
-# what "auto" does about a verdict that is not good
+# what "auto" does if a verdict is not good
 PLAIN = "backend='auto' takes plain PyTorch for it instead, which is slower"
 LIBRARY = "backend='auto' takes PyTorch's own conv instead, which is slower here"
 
 
 def _trusted(op: str, face: str, device: torch.device, dtype: torch.dtype, instead: str) -> bool:
-    """Whether the verdict on a GPU kernel is good; a warning, once for each, where it is not."""
+    """Whether the verdict on a GPU kernel is good; if not, warns once per kernel."""
     if device.index is None:
         device = torch.device(device.type, torch.cuda.current_device())
     found = verdicts.verdict(op, face, device, tables.DTYPES[dtype])
@@ -191,7 +193,7 @@ _warned: set[tuple[str, str, torch.device, torch.dtype]] = set()
 
 
 def forget() -> None:
-    """Drops every choice made so far: after a verdict or a table has changed."""
+    """Drops every choice made so far; called after a verdict or a table has changed."""
     for cached in (_resolve, _norm_face, _conv_face, _pane_form, fused_face):
         cached.cache_clear()
     _warned.clear()

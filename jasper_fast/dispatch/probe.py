@@ -1,9 +1,10 @@
-"""The watcher of the self-check: starts the process that runs kernels, reads what it says, and names who ended it.
+"""The watcher of the self-check: starts the process that runs kernels, reads its messages, and finds the check that
+ended it.
 
-A kernel that crashes, or that never ends, must not take the user's process or its CUDA context with it, and must be
-named. So `supervise` starts `python -m jasper_fast.selfcheck.child`, which writes one line for each check it begins
-or ends. When that process dies or falls silent, the check it was in is at fault, and another process does the rest. If
-the watching process is ended early, a `Report` holds what was found until then.
+A kernel that crashes or never ends must not break the user's process or its CUDA context, and must be found. So
+`supervise` starts `python -m jasper_fast.selfcheck.child`, which writes one line when it begins a check and one when it
+ends it. If that process dies or falls silent, the check that it was in is at fault, and another process does the
+remaining checks. If the watching process is ended early, a `Report` holds the results so far.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ import torch
 from jasper_fast.dispatch import verdict
 from jasper_fast.dispatch.verdict import FAULTS, UNCHECKED, Verdict, group_of, judge
 
-MARK = "jasper-fast-selfcheck "  # begins a line of the protocol: a kernel may print what it likes
+MARK = "jasper-fast-selfcheck "  # begins each message; a kernel may print other lines
 CHECK_SECONDS = 180.0  # for one check, its compilation included
 START_SECONDS = 120.0  # for the interpreter, torch and the device
-FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # no kernel of ours sends these
+FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # never sent by a kernel
 
 
 class CannotCheck(RuntimeError):
-    """The check could not be made: its process did not reach the first kernel. The message says why."""
+    """The check could not be made, because its process did not reach the first kernel. The message says why."""
 
 
 def command() -> list[str]:
@@ -44,7 +45,7 @@ def command() -> list[str]:
 
 @dataclass
 class Report:
-    """What a self-check has found so far: `planned` checks, and rows of those that were made by their ids."""
+    """The results of a self-check so far: the `planned` checks, and the rows of finished checks by id."""
 
     planned: list[dict[str, Any]] = field(default_factory=list)
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -55,7 +56,8 @@ class Report:
         return [self.found[check["id"]] for check in self.planned if check["id"] in self.found]
 
     def decided(self) -> list[dict[str, Any]]:
-        """The rows that a verdict can be made of: all checks of their op, face and dtype were made, or one failed."""
+        """The rows from which verdicts can be made: all checks of their op, face and dtype are finished, or one
+        failed."""
         rows, open_ = self.rows, {group_of(check) for check in self.planned if check["id"] not in self.found}
         open_ -= {group_of(row) for row in rows if row["status"] in FAULTS}
         return [row for row in rows if group_of(row) not in open_]
@@ -76,10 +78,10 @@ def supervise(
     """The rows of all checks for `device`: statuses of `checks.perform`, and "died", "hung" and "skipped".
 
     `ops`, `faces`, `dtypes` ("float16", ...): what to check, as `checks.plan` takes them. After a kernel that died or
-    hung, the other checks of its op, face and dtype are skipped: their verdict is given. `seconds` limits each check;
-    `on_row(row, total)` is called as rows come in; `argv` replaces the process' command line. Whatever is raised in
-    here ends the checking process at once, and `report` then holds what was found.
-    Raises CannotCheck where the process does not reach the first check.
+    hung, the other checks of its op, face and dtype are skipped, because their verdict is known. `seconds` limits each
+    check. `on_row(row, total)` is called for each new row. `argv` replaces the command line of the process. Any
+    exception ends the checking process at once, and `report` then holds the results so far. Raises CannotCheck if the
+    process does not reach the first check.
     """
     report = report or Report()
     which = {"ops": list(ops), "faces": list(faces), "dtypes": list(dtypes)}
@@ -91,7 +93,7 @@ def supervise(
         except CannotCheck as error:
             if not report.planned:
                 raise
-            fault, after, skipped = None, str(error), None  # the rest cannot be checked any more
+            fault, after, skipped = None, str(error), None  # the remaining checks cannot be made
         if fault is not None:
             _note(report, fault, on_row)
         for check in report.planned:
@@ -107,7 +109,7 @@ def _note(report: Report, row: dict, on_row: Callable) -> None:
 
 
 def _watch(argv, wanted, seconds, report, on_row) -> dict | None:
-    """Runs one process to its end or fault: the row of the check that ended it, if one did."""
+    """Runs one process to its end; returns the row of the check that ended it, if one did."""
     env = dict(os.environ)
     home = str(Path(__file__).resolve().parents[2])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [home, env.get("PYTHONPATH")]))
@@ -118,7 +120,7 @@ def _watch(argv, wanted, seconds, report, on_row) -> dict | None:
         )  # fmt: skip
         current, last_word, hung, ended = None, "", False, False
         try:
-            with contextlib.suppress(BrokenPipeError):  # it died at once: what follows says so
+            with contextlib.suppress(BrokenPipeError):  # it died at once: the code below reports that
                 process.stdin.write(json.dumps(wanted))
                 process.stdin.close()
             for kind, value in _lines(process.stdout, START_SECONDS, seconds):
@@ -136,7 +138,7 @@ def _watch(argv, wanted, seconds, report, on_row) -> dict | None:
             ended = True
         except TimeoutError:
             hung = True
-        finally:  # where something else was raised, its receiver has no time to lose
+        finally:  # after another exception do not wait long
             code = _end(process, before=10.0 if ended else 0.0, after=30.0 if ended or hung else 5.0)
         last = _last_line(errors)
     if hung:
@@ -149,12 +151,12 @@ def _watch(argv, wanted, seconds, report, on_row) -> dict | None:
     if not hung and any(told in last.lower() for told in verdict.NO_MEMORY):
         return check | {"status": "no memory", "detail": f"{detail} ({verdict.FREE_MEMORY})"}
     if not hung and -code in FROM_OUTSIDE:
-        return check | {"status": "environment", "detail": f"{detail} (from outside, or for want of host memory)"}
+        return check | {"status": "environment", "detail": f"{detail} (from outside, or because host memory ran out)"}
     return check | {"status": "hung" if hung else "died", "detail": detail}
 
 
 def _lines(stream: IO[str], start: float, each: float) -> Iterator[tuple[str, Any]]:
-    """What a process tells; raises TimeoutError when it is silent for too long, and stops where it ends."""
+    """The lines that a process writes, until it ends; raises TimeoutError if it is silent for too long."""
     lines: queue.Queue[str | None] = queue.Queue()
 
     def pump() -> None:
@@ -177,7 +179,7 @@ def _lines(stream: IO[str], start: float, each: float) -> Iterator[tuple[str, An
 
 
 def _end(process: subprocess.Popen, before: float, after: float) -> int:
-    """Waits `before` seconds for the end of a process, then makes it, and waits `after` seconds; its exit status."""
+    """Waits `before` seconds for a process to end, then kills it and waits `after` seconds; returns its exit status."""
     try:
         return process.wait(timeout=before)
     except subprocess.TimeoutExpired:
@@ -185,7 +187,7 @@ def _end(process: subprocess.Popen, before: float, after: float) -> int:
             os.killpg(process.pid, signal.SIGKILL)
         try:
             return process.wait(timeout=after)
-        except subprocess.TimeoutExpired:  # stuck in the driver: nothing kills it, and nobody waits for it
+        except subprocess.TimeoutExpired:  # stuck in the driver: it cannot be killed, so do not wait
             return -signal.SIGKILL
 
 

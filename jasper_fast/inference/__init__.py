@@ -1,7 +1,7 @@
 """Inference: batch norm folded, weights packed once, each sub-block one fused conv, panes read from a history buffer.
 
-`engine` is what a user calls; `plan` folds the model and says which sub-block reads and writes where; `stepwise` runs
-the plan through ATen or the CPU kernels, `launches` through Triton's, in CUDA graphs on a GPU (`graphs`).
+Users call `engine`. `plan` folds the model and decides where each sub-block reads and writes. `stepwise` runs the plan
+with ATen or the CPU kernels; `launches` runs it with Triton's kernels, in CUDA graphs on a GPU (`graphs`).
 """
 
 from jasper_fast.inference.engine import InferenceEngine

@@ -1,4 +1,4 @@
-"""The inference engine: what a user calls."""
+"""The inference engine."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from jasper_fast.nn.model import Jasper, check_features
 class InferenceEngine:
     """Runs a Jasper for evaluation: `engine(features (N, C, T), lengths (N,)) -> (log_probs (N, T', V) fp32, lengths)`.
 
-    `features` are floating point, in frames; `lengths` integers in [0, T], all on the weights' device. A ValueError
-    says what does not fit. Lengths outside of that range are an error on the CPU; on a GPU, where looking at them would
-    stall it, kernels clamp them. No gradient flows through the engine.
+    `features` are floating point; `lengths` are integers in [0, T], in frames; both are on the device of the weights.
+    Raises ValueError for arguments that do not fit. Lengths outside that range are an error on the CPU. On a GPU
+    kernels clamp them, because checking them would stall the GPU. No gradient flows through the engine.
 
-    The engine copies the model's weights, folded (in fp32 or better) and packed, when it is made: call `refresh()`
-    after they change. dtype: that of weights and activations, by default the model's own; sums are fp32 always. On a
-    CPU bf16 is the fastest where it has AVX512-BF16 or AMX, and fp16 runs as fp32, which is faster there.
+    The constructor copies, folds (in fp32 or wider) and packs the model's weights: call `refresh()` after they change.
+    dtype: of weights and activations, by default that of the model; sums are always fp32. bf16 is fastest on a CPU with
+    AVX512-BF16 or AMX. fp16 runs as fp32 on a CPU, which is faster.
 
-    It owns its activation buffers and reuses them between calls; results are in memory of their own and depend on
-    nothing but this call's input. Any number of threads and CUDA streams may call one engine: it runs on the caller's
-    current stream, one call at a time (make an engine a thread for more; they share nothing).
+    It reuses its activation buffers between calls. Results are in new memory and depend only on the input of the call.
+    Any number of threads and CUDA streams may call one engine. It runs on the caller's current stream, one call at a
+    time; for parallel calls make one engine per thread.
 
-    On the triton face a call is one kernel a sub-block, features to log-probabilities, and no ATen op, where lengths
-    are int64 and the vocabulary has up to 128 symbols (ATen does a larger one's log-softmax, and copies features that
-    the first block's own panes take). All kernels but the first and the last are one CUDA graph for each N and, with
-    conv masks, each `bucket` frames of T' (without masks, each T), of which the `graph_limit` used last are kept.
-    graphs: "auto" captures on a GPU when a shape comes for the second time; True at the first, and is a ValueError
-    where there is no such face; False never. Results are the same bits with and without.
+    On the triton face a call is one kernel per sub-block, from features to log-probabilities, without ATen ops, if
+    lengths are int64 and the vocabulary has at most 128 symbols. (ATen computes a larger log-softmax, and copies
+    features that panes of the first block take.) All kernels but the first and the last form one CUDA graph, one for
+    each N and each T' rounded up to `bucket` frames (without conv masks, for each T). The `graph_limit` graphs used
+    last are kept. graphs: "auto" captures on a GPU when a shape comes for the second time; True captures at the first
+    time and raises ValueError without the triton face; False never captures. Results are bit-identical with and without
+    graphs.
 
     Equivalent to `model.eval()(features, lengths)` under `torch.no_grad()`, on rows t < length.
     """
@@ -63,17 +64,17 @@ class InferenceEngine:
         self.refresh()
 
     def refresh(self) -> None:
-        """Fold and pack the model's weights as they are now, on the device that they are on now."""
+        """Folds and packs the present weights of the model, on their present device."""
         with self._lock, torch.no_grad():
             if self._turns is not None:
                 with self._turns.turn():
-                    self._turns.finish()  # the old weights and graphs must not go while they are in use
+                    self._turns.finish()  # the old weights and graphs must not be freed while in use
             weight = self._model.decoder.layers[0].weight
             turns = Turns(weight.device)
             with turns.turn():
                 runner = self._runner(weight.detach(), turns)
             self._turns, self._run, self._device = turns, runner, weight.device
-            # the allocator knows only the stream on which buffers were made, and calls may have come on others
+            # the allocator knows only the stream on which a buffer was made, but calls may have used others
             self._waits = weakref.finalize(self, turns.finish)
             self._waits.atexit = False
 

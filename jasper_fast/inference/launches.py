@@ -1,7 +1,7 @@
-"""The plan as Triton launches: one a sub-block and one for the decoder with its log-softmax, and nothing else.
+"""The plan as Triton launches: one per sub-block, and one for the decoder with its log-softmax.
 
-The first launch reads the caller's features and lengths and the last writes the caller's results; those between know
-only the engine's own buffers, so that on a GPU they are one CUDA graph, for each batch size and bucket of lengths.
+The first launch reads the caller's features and lengths, and the last one writes the results. The launches between use
+only the engine's buffers, so on a GPU they are one CUDA graph for each batch size and bucket of lengths.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from jasper_fast.nn.model import Jasper
 
 @dataclass
 class Bound:
-    """One (N, T) bound to the buffers: the first launch, but for input and lengths, those between, the last's input."""
+    """The launches for one (N, T), bound to the buffers: the first without input and lengths, those between, the input
+    of the last."""
 
-    source: Tensor | None  # (N, T, C_in), where the first block's panes need the features
+    source: Tensor | None  # (N, T, C_in), if the first block's panes need the features
     first: Callable[..., None]
     between: list[Callable[[], None]]
     last: Tensor
     lengths: Tensor
     called: bool = False
     replay: Callable[[], None] | None = None
-    made_with: tuple[object, ...] = ()  # what the graph depends on beside the buffers: alive while it is
+    made_with: tuple[object, ...] = ()  # other objects that the graph depends on: kept alive with it
 
     def launch(self) -> None:
         """Everything between the first launch and the last."""
@@ -45,9 +46,9 @@ class Bound:
 class Launches:
     """Features (N, C, T) and lengths (N,) int64 to (log_probs (N, T', V) fp32, lengths), on the "triton" face.
 
-    With masks T is rounded up, so that T' is a multiple of `bucket`: rows past a batch's own frames are past all its
-    lengths too, so they are zero and cost no products. `graphs`: what captures the launches between the first and the
-    last; None launches them one by one. `patient`: not before a shape's second call. At most `limit` shapes are kept.
+    With masks, T is rounded up so that T' is a multiple of `bucket`. The added rows are past all lengths, so they are
+    zero and cost no products. `graphs` captures the launches between the first and the last; None launches them one by
+    one. `patient`: captures only at the second call of a shape. At most `limit` shapes are kept.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Launches:
         before = self._scratch()
         if bound.source is None:
             x = self._readable(features).transpose(1, 2)
-        else:  # rows past T hold another call's: a length past T must not reach them
+        else:  # rows past T are from other calls: a length past T must not reach them
             x, lengths = bound.source, lengths.clamp(0, t)
             x[:, :t].copy_(features.transpose(1, 2))
         bound.first(x, lengths=Lengths(lengths, None, self.lengths.held["lengths0"][:n], plan.masks))
@@ -104,7 +105,8 @@ class Launches:
         return out if fused else out.float().log_softmax(dim=2), out_lengths
 
     def _readable(self, features: Tensor) -> Tensor:
-        """`features` as the first launch reads them: frames neighbours in fp32, or channels in the weights' dtype."""
+        """`features` as the first launch reads them: fp32 with unit stride over frames, or in the dtype of the weights
+        with unit stride over channels."""
         _, c, t = features.shape
         frames, channels = t == 1 or features.stride(2) == 1, c == 1 or features.stride(1) == 1
         if not frames and not channels:
@@ -131,11 +133,11 @@ class Launches:
         return self._workspace.part, self._workspace.arrived
 
     def _bound(self, n: int, t: int) -> Bound:
-        """The shape's launches, bound to the buffers, which grow where they are too small for it."""
+        """The launches of a shape, bound to the buffers, which grow if they are too small."""
         if (n, t) in self.shapes:
             self.shapes.move_to_end((n, t))
             return self.shapes[n, t]
-        changes = [True, *(step.resizes for step in self._plan.steps[1:])]  # where lengths get memory of their own
+        changes = [True, *(step.resizes for step in self._plan.steps[1:])]  # steps with new memory for lengths
         replaced = self.buffers.reserve(self._plan.sizes(n, t, source=self._plan.reads_source))
         replaced += self.lengths.reserve({f"lengths{i}": n for i in range(sum(changes))})
         if replaced:
@@ -156,17 +158,18 @@ class Launches:
             if changes[i]:
                 before, lens = lens, self.lengths.held[f"lengths{sum(changes[:i])}"][:n]
                 told = Lengths(before, None, lens, plan.masks)
-            # kernels leave zeros past the lengths; only features that panes read from a buffer are as they came
+            # kernels write zeros past the lengths; only features that panes read from a buffer have padding that is not
+            # zero
             call = partial(step.conv, out=out, panes=panes, clean=i > 0 and not plan.reads_source)
             calls.append(call if i == 0 else partial(call, x, lengths=told))
             x = out
         return Bound(source, calls[0], calls[1:], x, lens)
 
     def _forget(self, count: int) -> None:
-        """Drop the `count` shapes that were used longest ago, with their graphs."""
+        """Drops the `count` least recently used shapes, with their graphs."""
         if count <= 0 or not self.shapes:
             return
         if self._graphs is not None:
-            self._turns.finish()  # a graph must not go while it runs
+            self._turns.finish()  # a graph must not be freed while it runs
         for _ in range(count):
             self.shapes.popitem(last=False)

@@ -1,4 +1,4 @@
-"""A model that reads audio: checkpoint, features, engine and greedy decoding put together."""
+"""From audio to text: checkpoint, features, engine and greedy decoding."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ from jasper_fast.speech.text import LABELS, Vocabulary
 
 @dataclass
 class Recognition:
-    """What became of utterances: ``transcripts`` by their index (None where skipped), and the time that it took.
+    """The results for utterances: ``transcripts`` by index (None if skipped), and times.
 
-    ``audio_seconds`` of the transcribed ones; ``compute_seconds`` from samples to text; ``wall_seconds`` with reading.
-    While ``Recognizer.stream`` is at work, the first ``done`` utterances and ``finished`` ones in all are as they stay.
+    ``audio_seconds`` counts the transcribed utterances; ``compute_seconds`` is the time from samples to text;
+    ``wall_seconds`` includes reading. While ``Recognizer.stream`` runs, the first ``done`` utterances are final, and
+    ``finished`` utterances in all.
     """
 
     transcripts: list[Transcript | None]
@@ -47,10 +48,10 @@ class Recognition:
 class Recognizer:
     """Audio to text with a Jasper, on one device: ``recognizer(audio (N, S), lengths (N,)) -> list[Transcript]``.
 
-    Features and labels are those of ``model.config`` (``input_val``); without labels there, the English alphabet where
-    the model has 29 classes. ``dtype`` is that of weights and activations (features and sums stay fp32), by default the
-    model's. Each utterance gets the same transcript alone and in any batch. Raises ValueError where labels, classes or
-    mel bands do not fit one another.
+    Features and labels are those of ``model.config`` (``input_val``). Without labels there, a model with 29 classes
+    gets the English alphabet. ``dtype`` is that of weights and activations, by default the model's; features and sums
+    are fp32. An utterance gets the same transcript alone and in any batch. Raises ValueError if labels, classes and mel
+    bands do not fit one another.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Recognizer:
         workers: int = 0,
         progress: Callable[[int], None] | None = None,
     ) -> Recognition:
-        """Reads and transcribes utterances in batches of like length; what cannot be used is in ``skipped``.
+        """Reads and transcribes utterances in batches of similar length; unusable ones are listed in ``skipped``.
 
         At most ``batch_size`` utterances and ``max_seconds`` of padded audio at a time (one longer than that goes
         alone); ``progress`` is called with the number of utterances just finished.
@@ -114,11 +115,11 @@ class Recognizer:
         workers: int = 0,
         window: int | None = None,
     ) -> Iterator[Recognition]:
-        """As ``recognize``, after each batch: the same Recognition again and again, with more in it each time.
+        """Like ``recognize``, but yields the same Recognition after each batch, each time with more results.
 
-        With ``window``, only so many neighbours are sorted by their length, so that ``done`` grows steadily. An
-        utterance of which the model makes NaN, or which does not fit the memory alone, is skipped like an unreadable
-        file.
+        With ``window``, utterances are sorted by length only within groups of that many, so that ``done`` grows
+        steadily. An utterance for which the model gives NaN, or which alone does not fit the memory, is skipped like an
+        unreadable file.
         """
         started = time.perf_counter()
         audio = AudioSettings(self.sample_rate, bool(self.audio_settings.get("trim_silence", False)))
@@ -148,7 +149,7 @@ class Recognizer:
             yield result
 
     def _heard(self, batch: Batch, skipped: manifest.SkipReport) -> list[Transcript | None]:
-        """The transcripts of a batch; if it fails, of each by itself, and None where that fails too."""
+        """The transcripts of a batch. If the batch fails, each utterance is tried alone; None if that fails too."""
         try:
             return self(batch.audio, batch.audio_lengths)
         except (NotFinite, torch.OutOfMemoryError, MemoryError):
@@ -166,7 +167,8 @@ class Recognizer:
 
 
 def labels_of(config: Any) -> list[str]:
-    """The labels of a configuration, else the English alphabet where the classes fit; ValueError where they do not."""
+    """The labels of a configuration, or else the English alphabet; raises ValueError if the number of classes does not
+    fit."""
     if config.labels is not None:
         return list(config.labels)
     if config.decoder.n_classes == len(LABELS) + 1:
@@ -187,13 +189,13 @@ def load(
 ) -> Recognizer:
     """A Recognizer from a checkpoint of any kind that ``checkpoint.load_model`` reads.
 
-    ``config``: a YAML file, where the checkpoint carries none; ``ema``: its moving average; ``device`` "auto" takes a
-    GPU where there is one; ``dtype``: as ``Recognizer`` takes it. Raises CheckpointError, ConfigError, ValueError or
-    BackendMissing, each with what to do.
+    ``config``: a YAML file, for a checkpoint without a configuration; ``ema``: use the moving average; ``device``
+    "auto" takes a GPU if there is one; ``dtype``: as for ``Recognizer``. Raises CheckpointError, ConfigError,
+    ValueError or BackendMissing, each with what to do.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device '{device}' is not there: PyTorch sees no CUDA GPU; take 'cpu' or 'auto'")
+        raise ValueError(f"device '{device}' is not available: PyTorch sees no CUDA GPU; use 'cpu' or 'auto'")
     parsed = JasperConfig.from_yaml(config) if config is not None else None
     return Recognizer(load_model(checkpoint, config=parsed, ema=ema, backend=backend), device=device, dtype=dtype)

@@ -28,7 +28,7 @@ class Stepwise:
         if features.numel() == 0:
             return plan.nothing(features, lengths)
         n, _, t = features.shape
-        if lengths.is_cuda:  # elsewhere they have been looked at
+        if lengths.is_cuda:  # on a CPU they were checked before
             lengths = lengths.clamp(0, t)
         buffers.reserve(plan.sizes(n, t))
         x, lens = buffers.view(plan.source, n, t), lengths
