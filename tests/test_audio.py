@@ -89,7 +89,7 @@ def bad_files(tmp_path):
         ("good.flac/a.wav", "Not a directory"),
         (f"{'n' * 256}.wav", "File name too long"),
         ("nul\0.wav", "null"),
-        ("half\ud800.wav", "half a character"),
+        ("half\ud800.wav", "not valid text"),
         ("nan.wav", "2 of 16000 samples are NaN or infinite"),
     ],
 )

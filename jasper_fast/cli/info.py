@@ -13,7 +13,7 @@ from typing import Any
 
 from jasper_fast.options import option
 
-# package, what it is for, the extra that brings it ("": always needed)
+# package, its use, the extra that installs it ("": always needed)
 _PACKAGES = (
     ("torch", "everything", ""),
     ("triton", "the triton backend, on Linux x86-64", ""),
@@ -68,7 +68,7 @@ def _version(package: str) -> str | None:
 
 
 def _native_isa() -> str | None:
-    """The instruction set that the CPU library runs, None where there is no library."""
+    """The instruction set that the CPU library uses, or None without the library."""
     from jasper_fast.kernels import native
 
     try:
@@ -99,7 +99,7 @@ def _backends() -> dict[str, dict[str, Any]]:
 
 
 def _verdicts(gpus: int) -> list[dict[str, Any]]:
-    """What the self-check found on each device, as far as it has run: nothing is checked here."""
+    """The saved results of the self-check for each device; nothing is checked here."""
     import torch
 
     from jasper_fast.dispatch import verdicts
@@ -134,7 +134,7 @@ def collect() -> dict[str, Any]:
             packages[name]["get"] = f"pip install '{f'jasper-fast[{extra}]' if extra else name}'"
     found = _backends()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # what is missing is listed in full
+        warnings.simplefilter("ignore", RuntimeWarning)  # missing packages are listed below anyway
         auto = {device: choose.resolve("auto", device) for device in (["cpu", "cuda"] if gpus else ["cpu"])}
     return {
         "jasper_fast": __version__,

@@ -30,14 +30,14 @@ checkpoint or configuration.
 example: jasper-fast transcribe talk.wav call.flac --checkpoint runs/best.pt"""
 
 
-_WINDOW = 8  # batches among which files are sorted by length: more pad less, fewer write sooner
+_WINDOW = 8  # files are sorted by length within this many batches: more means less padding, fewer means earlier output
 HELP = "audio files to text"
 OPTIONS = {
     "": [
         option("files", nargs="*", metavar="FILE", help="audio files"),
-        option("--list", metavar="FILE", help="a text file that names more audio files, one a line ('-': stdin)"),
-        option("--json", action="store_true", help="JSON lines with words, their times and confidences"),
-        option("--out", metavar="FILE", help="write there instead of to the standard output"),
+        option("--list", metavar="FILE", help="a text file that names more audio files, one per line ('-': stdin)"),
+        option("--json", action="store_true", help="print JSON lines with words, their times and confidences"),
+        option("--out", metavar="FILE", help="write to this file instead of the standard output"),
         option("--resume", action="store_true", help="keep what is in --out, and transcribe the files not in it"),
         option("--strict", action="store_true", help="exit with 1 if any file could not be read"),
     ],
@@ -70,10 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             seconds = audio.duration(file)
         except audio.AudioError:
-            seconds = 0.0  # reading it will say why
+            seconds = 0.0  # the error is reported when it is read
         utterances.append(Utterance(file, seconds, ""))
     line = _record if arguments.json else lambda file, transcript, _: f"{_name(file)}\t{transcript.text.strip()}"
-    errors = "backslashreplace" if arguments.json else "surrogateescape"  # JSON has names of no encoding as \udcff
+    errors = "backslashreplace" if arguments.json else "surrogateescape"  # JSON writes bad bytes of a name as \udcff
     done = 0
     with _output(arguments) as out:
         for result in common.recognize(arguments, recognizer, utterances, _WINDOW * arguments.batch_size):
@@ -100,7 +100,7 @@ def _output(arguments: argparse.Namespace) -> Iterator[Any]:
 
 
 def _name(file: str, json: bool = False) -> str:
-    """The name as an output has it: one line, in text."""
+    """The name as it appears in the output: one line of text."""
     return file if json else file.replace("\n", "\\n")
 
 
@@ -110,7 +110,7 @@ def _take(kept: Counter[str], name: str) -> bool:
 
 
 def _finished(out: Path, as_json: bool) -> Counter[str]:
-    """How often each file is in an output, of which a last line without an end is cut off."""
+    """How often each file appears in an output file; an incomplete last line is removed from it."""
     content = out.read_bytes() if out.exists() else b""
     if whole := content.rpartition(b"\n")[0]:
         whole += b"\n"
