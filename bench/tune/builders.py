@@ -81,7 +81,8 @@ class Held:
 
 @dataclasses.dataclass(frozen=True)
 class TunedContender(Contender):
-    """A contender with what its row in the table will say; `call`, of inputs that are `held`, launches its kernels."""
+    """A contender with the fields of its row in the table. `call` launches its kernels on the inputs that are
+    `held`."""
 
     row: dict = dataclasses.field(default_factory=dict)
     call: Callable[[], object] | None = None
@@ -89,7 +90,7 @@ class TunedContender(Contender):
 
 
 def with_tile(held: Held, tile: dict[str, int]) -> dict[str, Tensor]:
-    """What the conv makes of the inputs with this tile."""
+    """The result of the conv with this tile."""
     with tables.forced(f"conv1d.{held.check.function}", tile):
         return held.call()
 
@@ -116,10 +117,10 @@ def tile_builder(
 def builder(
     run: Run, held: Held, call: Callable[[], dict[str, Tensor]], name: str, trial: Trial
 ) -> Callable[[], Runner]:
-    """Compiles and runs `call` once: refused where it spills, or takes the device with it."""
+    """Compiles and runs `call` once; rejects it if it spills or breaks the device."""
 
     def build() -> Runner:
-        held.case  # noqa: B018 (the inputs' kernels are not the candidate's)
+        held.case  # noqa: B018 (makes the inputs now: their kernels are not the candidate's)
         trial.begin(name)
         with compiled() as facts:
             call()
@@ -143,7 +144,7 @@ def mask_of(inputs: dict[str, Tensor]) -> Mask:
 
 
 def library_builder(run: Run, held: Held) -> Callable[[], Runner]:
-    """What stands in the kernel's place where the library convolves: its call and, in training, batch norm's pass."""
+    """The library's replacement for the kernel: its conv and, in training, the pass of batch norm."""
     check = held.check
     s, function = check.shape, check.function
     conv = s.geometry
@@ -154,7 +155,8 @@ def library_builder(run: Run, held: Held) -> Callable[[], Runner]:
 
     def call() -> dict[str, Tensor]:
         i = held.case.inputs
-        # cast once, as autocast's cache and an engine do, and in the memory that cuDNN would copy it to in every call
+        # cast once, as autocast's cache and an engine do, and in the memory order to which cuDNN would copy it in every
+        # call
         weight = held.derived("weight", channels_last)
         if function == "wgrad":
             return {"dw": aten.wgrad(i["x"], i["dy"], s.k, conv, dtype=torch.float32)}
@@ -174,7 +176,7 @@ def library_builder(run: Run, held: Held) -> Callable[[], Runner]:
 
     def outputs() -> dict[str, Tensor]:
         found = call()
-        if function == "dgrad_bn":  # g is of the pass that comes after, and not timed: the kernel's epilogue has it too
+        if function == "dgrad_bn":  # g is part of the kernel's epilogue, so it is not timed here
             i, plain = held.case.inputs, backends.face("bn_relu_dropout", "reference")
             found["g"] = plain.backward_apply(found["dx"], i["y"], None, norm_of(i), None, mask_of(i), True)[1]
         return found
@@ -187,7 +189,7 @@ def library_builder(run: Run, held: Held) -> Callable[[], Runner]:
 
 
 def replayed(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """`call` as a CUDA graph, itself on the CPU."""
+    """`call` as a CUDA graph; on the CPU `call` itself."""
     if device.type != "cuda":
         return call
     graph, _ = cuda_graphs.captured(call)
@@ -196,7 +198,7 @@ def replayed(call: Callable[[], object], device: torch.device) -> Callable[[], o
 
 @contextlib.contextmanager
 def compiled() -> Iterator[dict]:
-    """What the compiler says of the kernels launched inside, the most of each; empty where they are interpreted."""
+    """The compiler's facts about the kernels launched inside, the maximum of each; empty if they are interpreted."""
     from jasper_fast.kernels import launch
 
     facts: dict[str, int] = {}
@@ -226,18 +228,18 @@ def capability(device: torch.device) -> str:
 
 
 def compile_ahead(run: Run, case: Case, trial: Trial) -> None:
-    """Compiles all tiles of a case in threads, so that the contenders' first calls find them compiled.
+    """Compiles all tiles of a case in threads, so that the first calls of the contenders find them compiled.
 
-    What does not compile says so in its own row, when it is tried. Where the process dies in here, the next one knows,
-    and compiles one after another, which tells who it was.
+    A tile that does not compile is reported in its own row when it is tried. If the process dies in here, the next
+    process knows and compiles the tiles one by one, to find the cause.
     """
     ours = [c for c in case.contenders if c.row["face"] == "triton"]
     ours = [c for c in ours if c.row["tile"] is None or unfit(run, c.held, c.row["tile"]) is None]
     if len(ours) < 2:
         return
-    ours[0].held.case  # noqa: B018 (the inputs' kernels are launched, the candidates' only compiled)
+    ours[0].held.case  # noqa: B018 (makes the inputs now: their kernels run, the candidates' are only compiled)
     trial.begin(AHEAD)
-    # in a context of its own, which an interruption cannot leave in Triton's asynchronous mode
+    # in its own context, so that an interruption does not leave Triton in asynchronous mode
     contextvars.copy_context().run(_compile_ahead, [c.call for c in ours])
     trial.forget()
 

@@ -1,4 +1,4 @@
-"""What `python -m bench tune` tunes: the network's distinct layers by their share of its work, and the case of each."""
+"""The cases of `python -m bench tune`: the distinct layers of the network, sorted by their share of its work."""
 
 import functools
 from typing import NamedTuple
@@ -23,9 +23,9 @@ from jasper_fast.selfcheck import checks
 
 CONV_OPS = ("forward", "forward_stats", "dgrad", "dgrad_bn", "wgrad", "fused")
 OPS = (*CONV_OPS, *tables.NORM_OPS)
-# what a training step calls of bn_relu_dropout, as a function of the checks: statistics and forward; reduce and apply
+# the calls of bn_relu_dropout in a training step, by functions of the checks: statistics and forward; reduce and apply
 NORM_FUNCTIONS = dict(zip(tables.NORM_OPS, ("stats_forward", "backward"), strict=True))
-# N and T' by bucket, 16.7 s being 840 frames behind the prologue, 2 s 104: the training batches, and inference at N = 1
+# N and T' (16.7 s are 840 frames after the first layer, 2 s are 104): the training batches, and inference at N = 1
 TRAINING = ((32, 840), (16, 840), (8, 840))
 INFERENCE = ((1, 104), (1, 840), (1, 352), (4, 840), (16, 840))
 STAND_IN = ((2, 14),)
@@ -33,8 +33,8 @@ LIBRARY = "aten"  # cuDNN on a GPU
 
 
 class Layer(NamedTuple):
-    """A distinct conv of the network, or a width of its norms; `share`: of the network's arithmetic, or of a training
-    step's bytes, all its copies together."""
+    """A distinct conv of the network, or a width of its norms. `share`: the share of all its copies in the network's
+    arithmetic, or for norms in the bytes of a training step."""
 
     c_in: int
     c_out: int
@@ -46,7 +46,7 @@ class Layer(NamedTuple):
 
 
 def layers(device: torch.device) -> list[Layer]:
-    """Distinct convs of Jasper 10x5 by their share of its arithmetic; two tiny ones for the stand-in."""
+    """The distinct convs of Jasper 10x5, sorted by their share of its arithmetic; for the stand-in two tiny ones."""
     if device.type == "cpu":
         return [Layer(16, 24, 3, 1, 1, "main", 0.8), Layer(24, 12, 1, 1, 1, "decoder", 0.2)]
     cfg = models.config("jasper10x5")
@@ -63,7 +63,7 @@ def layers(device: torch.device) -> list[Layer]:
                 stride, dilation = block.s, block.d
         key = (conv.C_in, conv.C_out, conv.K, stride, dilation)
         flops[key] = flops.get(key, 0.0) + conv.flops
-        kinds[key] = kinds.get(key, kind) if kinds.get(key) != "pane" else kind  # a main conv may have a pane's shape
+        kinds[key] = kinds.get(key, kind) if kinds.get(key) != "pane" else kind  # a main conv can have a pane's shape
         total += conv.flops
     return [Layer(*key, kinds[key], flops[key] / total) for key in sorted(flops, key=lambda k: -flops[k])]
 
@@ -71,17 +71,17 @@ def layers(device: torch.device) -> list[Layer]:
 def norms(device: torch.device) -> list[Layer]:
     """The widths of Jasper 10x5's bn_relu_dropout by their share of the bytes that a training step moves.
 
-    They are bound by memory as the convs are by arithmetic, so their work is bytes. Forward and backward have one share
-    between them: dispatch asks for both together, and one row without the other chooses nothing.
+    Norms are limited by memory, so their work is counted in bytes (for convs it is arithmetic). Forward and backward
+    share one value, because dispatch needs the rows of both.
     """
     if device.type == "cpu":
         return [Layer(24, 24, 1, 1, 1, "norm", 0.1)]
     cfg, size = models.config("jasper10x5"), 2
     n, frames = TRAINING[0]
-    frames *= 2  # the prologue halves them
+    frames *= 2  # the first layer halves them
     moved: dict[int, int] = {}
     for conv in counts.convs(cfg, n, frames):
-        if conv.batch_norm and ".res." not in conv.name:  # a pane's norm is another op
+        if conv.batch_norm and ".res." not in conv.name:  # the norm of a pane belongs to another op
             nbytes = counts.bn_relu_dropout_bytes(n, conv.C_out, conv.T_out, size, "both")
             moved[conv.C_out] = moved.get(conv.C_out, 0) + nbytes
     total = counts.training_bytes(cfg, n, frames, size)
@@ -106,8 +106,8 @@ def used(kind: str) -> tuple[str, ...]:
         "main": CONV_OPS,
         "prologue": ("forward", "forward_stats", "wgrad", "fused"),  # the features need no gradient
         "decoder": ("forward", "dgrad", "wgrad", "fused"),
-        "pane": ("forward", "dgrad", "wgrad"),  # at inference a part of the conv that they are added to
-        "norm": tables.NORM_OPS,  # at inference a part of the conv before them
+        "pane": ("forward", "dgrad", "wgrad"),  # at inference they are part of the conv to which they are added
+        "norm": tables.NORM_OPS,  # at inference they are part of the conv before them
     }[kind]
 
 
@@ -116,7 +116,7 @@ def make_case(run: Run, op: str, layer: Layer, batch: tuple[int, int], trial: Tr
     n, frames = batch
     size, dtype = run.dtype.itemsize, tables.DTYPES[run.dtype]
     if layer.kind == "norm":
-        # lengths, dropout and the halo of a conv, as a Jasper's blocks call it
+        # with lengths, dropout and the halo of a conv, as in the blocks of a Jasper
         shape, variant = checks.Norm(n, layer.c_in, frames), "halo"
         check = checks.Check("bn_relu_dropout", "triton", NORM_FUNCTIONS[op], "candidate", shape, dtype, variant)
         mode = op.removeprefix("bn_relu_dropout.")

@@ -1,12 +1,12 @@
-"""Which tile and which face: `python -m bench tune` measures, `--install RESULT` makes it the choice.
+"""Chooses tiles and faces: `python -m bench tune` measures them, `--install RESULT` puts the result into the table.
 
-Every distinct conv of Jasper 10x5 and every width of its bn_relu_dropout, by op and by the power of two of the rows, in
-the order of their share of the network's work, so that a run cut off has the most valuable rows. A conv's contenders
-are the tiles that the kernels propose and ATen's own conv, those of bn_relu_dropout its faces. Each is compared with
-fp64 first: what is wrong, spills or does not compile is a row that says so and is never chosen. The slow ones leave
-after three rounds; the rest are timed in turns. On a GPU a contender is a CUDA graph of one call, so the host's part of
-a launch counts for none, and all tiles of a case are compiled ahead, in threads. The result file holds the table as far
-as it has come; `--resume` goes on, and skips a configuration that ended the process.
+It measures every distinct conv of Jasper 10x5 and every width of its bn_relu_dropout, by op and by the power of two of
+the rows. Those with the largest share of the network's work come first, so an interrupted run has the most valuable
+rows. The contenders for a conv are the tiles that the kernels propose and ATen's own conv; for bn_relu_dropout they are
+its faces. Each is first compared with fp64. One that is wrong, spills or does not compile gets a row that says so and
+is never chosen. Slow ones are dropped after three rounds; the others are timed in turns. On a GPU a contender is a CUDA
+graph of one call, so host time does not count. All tiles of a case are compiled in advance, in threads. The result file
+holds the table so far. `--resume` continues, and skips a configuration that ended the process.
 
 With TRITON_INTERPRET=1 and `--device cpu` the same code runs on tiny shapes in Triton's interpreter: a stand-in, whose
 result cannot be installed.
@@ -41,11 +41,11 @@ from jasper_fast.kernels import tables
 
 LOST, OUT_OF_TIME, TERMINATED = 3, 4, 128 + signal.SIGTERM  # exit statuses
 BUDGET = 1800.0
-LONGEST_START = 120.0  # seconds from the process's start to this module: more, and /proc tells something else
+LONGEST_START = 120.0  # seconds from the start of the process to this module; if more, /proc is not usable
 LOADED = time.monotonic()
-SECONDS = 1.5  # a case
+SECONDS = 1.5  # per case
 FIRST_ROUNDS = Effort(seconds=0.3, min_rounds=3, max_rounds=3, target=0.0)
-SLOW = 1.3  # times the fastest after the first rounds: not timed further
+SLOW = 1.3  # a contender this many times slower than the fastest is dropped after the first rounds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,17 +60,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--budget", type=options.seconds, default=BUDGET, metavar="SECONDS",
-        help=f"of this process, when to stop ({BUDGET:.0f}), with exit status {OUT_OF_TIME}; --resume goes on",
+        help=f"when this process stops ({BUDGET:.0f}), with exit status {OUT_OF_TIME}; --resume continues",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, default=paths.OUT, metavar="DIR",
         help="folder for the JSON file (default: build/bench)",
     )  # fmt: skip
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the last run cut off on this machine and commit"
+        "--resume", action="store_true", help="continue the last interrupted run on this machine and commit"
     )
     parser.add_argument(
-        "--install", type=Path, metavar="RESULT", help="no measuring: put a result's rows into the GPU's table"
+        "--install", type=Path, metavar="RESULT", help="only put the rows of a result into the table of its GPU"
     )
     parser.set_defaults(threads=None, quick=False, backend="triton", rivals="default")
 
@@ -79,7 +79,7 @@ def main(args: argparse.Namespace, start: Callable[[argparse.Namespace], Run]) -
     """Run the subcommand; returns its exit status.
 
     0: all is measured; 1: an unusable result; 3: a kernel lost the device; 4: out of time; 143: ended by SIGTERM. After
-    the last three what there is is on disk, and --resume goes on.
+    the last three the results so far are on disk, and --resume continues.
     """
     if args.install:
         return install(args.install)
@@ -97,7 +97,7 @@ def main(args: argparse.Namespace, start: Callable[[argparse.Namespace], Run]) -
 
 
 def tune(run: Run, ops: tuple[str, ...], budget: float, seconds: float) -> int:
-    """Work through the cases until they are done or the budget, counted from the process's start, is spent."""
+    """Works through the cases until they are done or the budget, counted from the start of the process, is used up."""
     run.deadline = born() + budget
     run.effort = dataclasses.replace(run.effort, seconds=seconds)
     trial = Trial(run.results.path.with_suffix(".trying"))
@@ -119,7 +119,7 @@ def tune(run: Run, ops: tuple[str, ...], budget: float, seconds: float) -> int:
 
 
 def work(run: Run, todo: list[tuple[str, Layer, tuple[int, int]]], trial: Trial) -> int:
-    """Measure what is not measured yet, the file written after every case; returns the exit status."""
+    """Measures what is not measured yet and writes the file after every case; returns the exit status."""
     for number, (op, layer, batch) in enumerate(todo, 1):
         case = make_case(run, op, layer, batch, trial)
         if finished(run, case):
@@ -135,11 +135,11 @@ def work(run: Run, todo: list[tuple[str, Layer, tuple[int, int]]], trial: Trial)
         except OutOfTime:
             interrupted_after.no_more()
             return OUT_OF_TIME
-        except KeyboardInterrupt:  # by a person, not by the configuration that was being tried
+        except KeyboardInterrupt:  # by the user, not by the configuration that was being tried
             trial.forget()
             raise
         except DeviceLost as error:
-            say(f"{error}: this process is of no more use, --resume goes on without it")
+            say(f"{error}: this process cannot continue; --resume skips the configuration that caused it")
             return LOST
         trial.forget()
         run.results.add(rows)
@@ -148,14 +148,14 @@ def work(run: Run, todo: list[tuple[str, Layer, tuple[int, int]]], trial: Trial)
 
 
 def attempt(run: Run, case: Case, trial: Trial) -> list[Row]:
-    """The rows of a case; where it cannot be measured at all (no memory for its inputs, say), they say so."""
+    """The rows of a case. If it cannot be measured at all (no memory for its inputs, say), they say so."""
     m = Measurement(case, run.device)
     try:
         return measure(run, m, trial)
     except DeviceLost:
         accuse(m, trial)
         raise
-    except Exception as error:  # one case's failure costs the others nothing
+    except Exception as error:  # a failure of one case does not affect the others
         if told := devices.lost(run.device):
             accuse(m, trial)
             raise DeviceLost(f"{case.label()}: {told}") from error
@@ -165,7 +165,7 @@ def attempt(run: Run, case: Case, trial: Trial) -> list[Row]:
 
 
 def measure(run: Run, m: Measurement, trial: Trial) -> list[Row]:
-    """Check all contenders, time them, the slow ones only for the first rounds; returns their rows."""
+    """Checks all contenders and times them, the slow ones only in the first rounds; returns their rows."""
     killers = {row["contender"] for row in run.results.data["rows"] if row["id"].startswith(f"{m.case.id} / ")}
     m.case = m.case.only([name for name in m.case.names if name not in killers])
     described = {c.name: c.row for c in m.case.contenders}
@@ -197,7 +197,8 @@ def finished(run: Run, case: Case) -> bool:
 
 
 def born() -> float:
-    """When this process started, on the monotonic clock: a parent counts from there, and importing takes seconds."""
+    """When this process started, on the monotonic clock. A parent process counts from there, and imports take
+    seconds."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
@@ -208,13 +209,13 @@ def born() -> float:
 
 
 class Terminated(BaseException):
-    """SIGTERM: no error handling may swallow it."""
+    """SIGTERM as a BaseException, so that no error handling swallows it."""
 
 
 @contextlib.contextmanager
 def terminated(trial: Trial) -> Iterator[None]:
-    """SIGTERM raises Terminated between two lines of Python, and clears the trial at once: a parent that has no more
-    time may kill before a compiler or a kernel comes back to Python."""
+    """SIGTERM raises Terminated between two lines of Python. It clears the trial at once, because the parent may kill
+    this process before a compiler or a kernel returns to Python."""
 
     def stop(*_: object) -> None:
         raise Terminated
@@ -242,7 +243,7 @@ def terminated(trial: Trial) -> Iterator[None]:
 
 
 def accuse(m: Measurement, trial: Trial) -> None:
-    """Notes who lost the device: it may have been another than the last that was tried first."""
+    """Notes which configuration lost the device: it may not be the last one that was tried for the first time."""
     for name, (_, why) in m.failed.items():
         if why.startswith(LOST_ROW) or "CUDA error" in why:
             trial.begin(name)
@@ -250,7 +251,7 @@ def accuse(m: Measurement, trial: Trial) -> None:
 
 
 def note_killer(run: Run, trial: Trial) -> None:
-    """A configuration that was being tried when an earlier process ended is a failed row, and not tried again."""
+    """A configuration that was being tried when an earlier process ended gets a failed row and is not tried again."""
     if not trial.path.is_file():
         return
     tried = json.loads(trial.path.read_text())

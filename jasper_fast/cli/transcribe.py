@@ -18,11 +18,11 @@ from jasper_fast.options import option
 DESCRIPTION = """\
 Writes one line per file to the standard output: the path, a tab, the text; with --json one JSON object per line, with
 the words in time. Files of any rate and number of channels that libsndfile reads (WAV, FLAC, OGG, MP3, ...).
-Messages go to the standard error. A file that cannot be used is reported there, with the reason, and left out; of one
-that is shorter than its header says, what is there is transcribed, with a warning. Lines are written as they come, in
-the order of the files, in UTF-8; a name in another encoding is written byte by byte (in JSON as \\udcXX).
-A run that was cut off is continued by the same command with --resume: files whose line is in --out are kept and not
-transcribed again, a half-written last line is dropped, files that could not be used are tried again."""
+Messages go to the standard error. A file that cannot be used is reported there, with the reason, and left out. A file
+that is shorter than its header says is transcribed as far as it goes, with a warning. Lines are written in UTF-8, in
+the order of the files; a name in another encoding is written byte by byte (in JSON as \\udcXX).
+To continue an interrupted run, repeat the command with --resume: files that have a line in --out are not transcribed
+again, an incomplete last line is dropped, and files that could not be used are tried again."""
 END = """\
 exit status: 0 if at least one file is transcribed (with --strict: if all are), 1 otherwise, 2 for a wrong command,
 checkpoint or configuration.
