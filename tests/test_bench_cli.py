@@ -24,7 +24,7 @@ LIMITS = {"matmul_flops_per_s": {"float32": 1e12}, "copy_bytes_per_s": 1e12, "la
 
 @pytest.fixture
 def at_once(monkeypatch):
-    """Runs that measure no limits and write no page."""
+    """Makes runs skip measuring limits and writing pages."""
     monkeypatch.setattr(limits, "measure", lambda *_: dict(LIMITS))
     monkeypatch.setattr(html_page, "main", lambda *_: 0)
 

@@ -37,7 +37,7 @@ def test_a_part_of_the_plan_has_time_for_all_its_cases(tmp_path, monkeypatch):
         return []
 
     monkeypatch.setattr(Run, "cases", keep)
-    monkeypatch.setattr(memory, "main", lambda *_: None)  # counts bytes, by no clock
+    monkeypatch.setattr(memory, "main", lambda *_: None)  # it only counts bytes
     for module, name in ((agenda, "ready"), (self_check, "selfcheck_in_full")):
         monkeypatch.setattr(module, name, lambda run: None)
     effort, timed = Effort().at_most(gpu.CASE), 0
@@ -70,7 +70,7 @@ def test_gpu_plan_is_bounded_written_as_it_goes_and_resumed(tmp_path, monkeypatc
     assert parts == {
         "first": "finished",
         "failing": "failed: ValueError: no such kernel",
-        "compile": "cut off",  # by its own share of the time: the next one still had its turn
+        "compile": "cut off",  # cut off after its own share of the time, so the next part was still measured
         "second": "finished",
         "endless too": "cut off",
         "last": "no time left",

@@ -1,7 +1,7 @@
-"""The CPU face of bn_relu_dropout where it is its own: every instruction set, threads, chunks, conversions, Philox.
+"""What only the CPU face of bn_relu_dropout has: instruction sets, threads, chunks, conversions, Philox.
 
-What it shares with the other faces is in test_bn_relu_dropout.py. Run as a script it writes the outputs of CASES to the
-file named, so that a process with another JASPER_FAST_ISA can be compared.
+test_bn_relu_dropout.py tests what all faces share. Run as a script, this file writes the outputs of CASES to the given
+file, to compare processes with different JASPER_FAST_ISA.
 """
 
 from __future__ import annotations

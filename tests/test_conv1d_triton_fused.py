@@ -50,7 +50,7 @@ def test_fused_with_panes_over_a_history_buffer(layer, width, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "weights by descriptors"])
 def test_the_first_conv_reads_features_as_they_are(dtype, masked, descriptors, monkeypatch):
-    """(N, C, T) fp32 in; the cast, the transpose, the mask and the output's lengths are the kernel's."""
+    """The input is (N, C, T) fp32; the kernel casts, transposes, masks and computes the output lengths."""
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", descriptors)
     device = make_face("triton").device
     _, weight, *_ = make(LAYERS["prologue"], dtype, device)
@@ -99,7 +99,7 @@ def test_the_last_conv_ends_in_log_softmax(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("splits", [2, 3, 7])
 def test_a_shared_reduction_gives_the_same_and_repeats(splits, dtype, monkeypatch):
-    """splits programs a tile: right, the same bits again, counters back at 0, nothing of an earlier launch left."""
+    """With several programs per tile the result is right and repeatable, and the counters are 0 again afterwards."""
     device = make_face("triton").device
     x, weight, shape, lengths = make(LAYERS["k13"], dtype, device)
     n, _, t = x.shape

@@ -252,7 +252,7 @@ def test_speed_perturbation_is_of_seed_epoch_and_index(corpus):
 
 
 def test_what_a_seed_draws_never_changes(corpus):
-    """A resumed run goes on with the draws of the version that began it."""
+    """A resumed run must draw the same numbers as the version that began it."""
     settings = {f"{name}_perturbation": {"p": 1.0} for name in ("speed", "gain", "shift", "noise", "tempo")}
     joined = {"min_clips": 2, "max_clips": 3, "noise_db": (-50, -30)}
     clips, change = a_set(corpus, seed=1, join=joined, **settings)._draw(2, 6)

@@ -1,4 +1,4 @@
-"""Arrows of import run one way: train, bench, tests -> jasper_fast -> jasper_fast.kernels -> the native libraries.
+"""Imports go one way: train, bench, tests -> jasper_fast -> jasper_fast.kernels -> the native libraries.
 
 Imports inside functions count like all others.
 """
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MAPPED = ("kernels", "bench")  # folders that setup.py maps into the package
 KERNELS_MAY = {"torch", "triton", "numpy"} | sys.stdlib_module_names
 
-# What each room may import beside itself; "" is the files of the package that lie in no room.
+# What each folder may import beside itself; "" stands for files directly in the package.
 LAYERS = {
     "kernels": set(),
     "speech": set(),
@@ -35,7 +35,7 @@ LAYERS = {
 BELOW_ALL = {"jasper_fast", "jasper_fast.extras", "jasper_fast.options"}  # these import nothing of ours
 PACKAGE = set(LAYERS) - {"demo", "cli", ""}
 BENCH = ("harness", "rivals", "cases", "report", ("commands", "compile"), ("gpu", "tune"), "cli", "__main__")
-for rank, rooms in enumerate(BENCH):  # each imports those before it; of two beside each other neither the other
+for rank, rooms in enumerate(BENCH):  # each imports those before it; two in one group do not import each other
     below = {f"bench.{r}" for group in BENCH[:rank] for r in ((group,) if isinstance(group, str) else group)}
     for name in (rooms,) if isinstance(rooms, str) else rooms:
         LAYERS[f"bench.{name}"] = below | PACKAGE

@@ -1,4 +1,5 @@
-"""One check of the self-check: right kernels pass, wrong ones are caught, a machine at fault is no fault of theirs."""
+"""One check of the self-check: right kernels pass, wrong ones are found, faults of the machine do not count against
+them."""
 
 from __future__ import annotations
 
@@ -88,7 +89,7 @@ def launched(monkeypatch):
 @pytest.mark.parametrize("function", ["forward", "forward_stats", "wgrad"])
 @pytest.mark.parametrize("variant", ["", checks.UNCLEAN])
 def test_convs_are_checked_as_they_are_dispatched(function, variant, launched):
-    """Told that the padding is zero, which on sm_90 selects other code, and not told."""
+    """With and without the promise that padding is zero, which selects other code on sm_90."""
     check = Check("conv1d", "triton", function, "default", Conv(2, 21, 64, 64, 3), "bfloat16", variant)
     assert perform.perform(check, here("triton"))["status"] == "ok"
     assert launched and all(f["HAS_DESCRIPTORS"] and f["IS_CLEAN"] is (variant == "") for f in launched)
@@ -143,7 +144,7 @@ def not_a_number(out, *_):
 
 
 class Stale:
-    """The first answer again, whatever the inputs."""
+    """Returns the first answer for all inputs."""
 
     def __init__(self):
         self.first = None
@@ -163,7 +164,7 @@ class OneBuffer(Stale):
 
 
 class Drifting:
-    """Another last bit in every call."""
+    """Changes the last bit in every call."""
 
     def __init__(self):
         self.calls = 0
@@ -174,7 +175,7 @@ class Drifting:
 
 
 class LateRace:
-    """Right but for the third call with the same inputs."""
+    """Right except in the third call with the same inputs."""
 
     def __init__(self):
         self.calls = 0
@@ -284,7 +285,7 @@ def test_an_exact_check_asks_for_exact_products_and_leaves_the_setting_as_it_was
 
 
 def test_a_buffer_that_is_shared_by_calls_is_no_fault_of_its_results(monkeypatch):
-    """Results are compared before the next call: who keeps them longer is the op's affair, tested with the ops."""
+    """Results are compared before the next call. Whether they may be kept longer is tested with the ops."""
     face = make_face("cpu").name
     impl, spoil = backends.face("conv1d", face), OneBuffer()
     right = impl.forward

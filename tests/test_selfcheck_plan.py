@@ -95,7 +95,8 @@ def test_every_check_is_made_in_the_dtype_that_is_asked_for(gpu, quick):
 
 
 def test_a_face_is_checked_in_the_dtypes_that_it_has():
-    """The C++ kernels in all three, as dispatch takes them, but for the panes' in fp32 alone; a quick check in one."""
+    """The C++ kernels are checked in all three dtypes, those of the panes only in fp32; a quick check takes one
+    dtype."""
     make_face("cpu")
     plan = checks.plan(CPU, faces=("cpu",))
     in_each = {dtype: {check.op for check in plan if check.dtype == dtype} for dtype in checks.DTYPES}

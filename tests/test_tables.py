@@ -1,4 +1,4 @@
-"""Tables of measured choices: look-up, the checks of a file, and launches that do not compile anew for every length."""
+"""Tables of measured choices: look-ups, the checks of a file, and that a new length needs no new compilation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`transcribe` on many files of which some are odd: each fault is a line, the rest is written, a kill loses nothing."""
+"""`transcribe` on many files, some of them faulty: each fault gives one line, the rest is written, a kill loses
+nothing."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""`python -m bench tune` on the stand-in: what it measures, refuses and keeps, interruption."""
+"""`python -m bench tune` on the stand-in: what it measures, rejects and saves, and interruptions."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_help_tells_the_options(capsys):
 
 @pytest.fixture
 def second_tile(monkeypatch):
-    """Spoils what the conv's forward gives with one of the candidates: gives the setter of the fault."""
+    """Makes the conv's forward wrong for one of the candidates; returns a function that sets the fault."""
 
     def spoil(fault):
         def forward(right, *args, **kwargs):
@@ -253,7 +253,7 @@ def test_a_tile_that_spills_is_refused(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("function", tune_cases.CONV_OPS)
 def test_the_library_is_compared_by_what_its_timed_call_computes(function, monkeypatch):
-    """And right at once on the inputs that follow: nothing is left from those before."""
+    """It is also right on new inputs at once: nothing depends on the inputs before."""
     layer = tune_cases.layers(CPU_RUN.device)[0]
     case = tune_cases.make_case(CPU_RUN, function, layer, (2, 14), tune_builders.Trial(Path("unused")))
     m = Measurement(case.only([tune_cases.LIBRARY]))
@@ -271,7 +271,7 @@ def test_the_library_is_compared_by_what_its_timed_call_computes(function, monke
 
 @pytest.mark.parametrize("function", ["forward", "forward_stats", "dgrad", "dgrad_bn", "fused"])
 def test_the_librarys_weight_is_cast_and_ordered_once(monkeypatch, function):
-    """cuDNN would copy it to channels-last memory in every call, which is no part of a conv."""
+    """Otherwise cuDNN would copy it to channels-last memory in every call, which is not part of a conv."""
     run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16)
     layer = tune_cases.layers(run.device)[0]
     forward = spied(monkeypatch, F, "conv2d", lambda x, weight, *_: weight)
@@ -413,7 +413,7 @@ impl.forward = forward
 
 @pytest.mark.slow
 def test_a_parent_that_ends_the_process_accuses_no_configuration(tmp_path):
-    """SIGTERM while a compiler, say, keeps the process from Python; then SIGKILL, as a parent without time does."""
+    """SIGTERM while for instance a compiler runs outside Python; then SIGKILL, from a parent that is out of time."""
     argv = command(tmp_path, "--ops", "forward", script=SLOW)
     env = os.environ | {"TRITON_INTERPRET": "1", "SLOW": "1"}
     slow = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -520,7 +520,7 @@ def test_a_lost_device_ends_the_run_and_is_remembered(tmp_path, second_tile, mon
 
 @pytest.mark.slow
 def test_a_case_that_cannot_be_measured_costs_the_others_nothing(tmp_path, monkeypatch):
-    """Its reference has no memory, say."""
+    """For instance, there is no memory for its reference."""
 
     def prepare(right, m):
         if "16->24" in m.case.id:

@@ -1,4 +1,4 @@
-"""`python -m bench tune --install`: a result becomes the choice of its GPU, or says why not."""
+"""`python -m bench tune --install`: a result is put into the table of its GPU, or an error says why not."""
 
 from __future__ import annotations
 

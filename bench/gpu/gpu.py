@@ -49,7 +49,7 @@ def main(run: Run, budget: float = BUDGET) -> None:
             if how == "finished" or failed >= result_file.TRIES:
                 continue
             if (part.title in begun and how != "cut off") if again else failed:
-                continue  # a part that failed in an earlier process comes after the others; it is tried once per process
+                continue  # a part that failed in an earlier process comes after the others, and once per process
             left = end - time.monotonic()
             if left < GOOD:
                 parts.setdefault(part.title, "no time left")
