@@ -51,7 +51,7 @@ def python(text: str, messages: bool) -> list[tuple[int, str]]:
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
             alone = not token.line[: token.start[1]].strip()
-            if alone and last == token.start[0] - 1:
+            if alone and last == token.start[0] - 1 and "----" not in found[-1][1]:
                 found[-1] = (found[-1][0], f"{found[-1][1]}\n{token.string}")
             else:
                 found.append((token.start[0], token.string))

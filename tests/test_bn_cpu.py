@@ -32,7 +32,7 @@ LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 EPS, P = 1e-3, 0.2
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# (N, C, T, lengths): C below, at and beside the vector widths; T of one; more rows than a block, and than a chunk
+# (N, C, T, lengths): C below, at and above the vector widths; T = 1; more rows than a block, and more than a chunk
 SHAPES = [
     (1, 1, 7, [3]),
     (2, 29, 37, [0, 37]),

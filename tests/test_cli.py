@@ -281,7 +281,7 @@ def test_a_model_that_makes_nan_of_one_file_keeps_the_others(model, files, tmp_p
     assert run("transcribe", files[0], tmp_path / "odd.wav", *files[1:], "--checkpoint", model) == 0
     printed = capsys.readouterr()
     assert printed.out == wanted
-    assert f"skipped (not_finite): {tmp_path / 'odd.wav'}: the model makes NaN of it" in printed.err
+    assert f"skipped (not_finite): {tmp_path / 'odd.wav'}: the output of the model is NaN" in printed.err
 
 
 def test_evaluate_warns_and_counts_lost_symbols(files, tmp_path, capsys):

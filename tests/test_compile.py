@@ -83,7 +83,7 @@ def test_a_broken_rule_is_named(rule, of, facts):
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_every_fp32_product_has_a_row_rounded_to_tf32_and_an_exact_one(arch):
-    """Under either setting of PyTorch dispatch launches the same kernels."""
+    """Dispatch launches the same kernels with either TF32 setting of PyTorch."""
     found = {"tf32": set(), "ieee": set()}
     for kernel, layer, source in launches.recorded(arch, "float32"):
         values = source.constants

@@ -30,7 +30,7 @@ LAYERS = {
     "epilogue, 1x1": (56, 64, 1, 1, 1),
     "decoder": (64, 29, 1, 1, 1),
 }
-# (N, T); of three utterances the second has a third of the frames, and the third none
+# (N, T); of three utterances the second has a third of the frames and the third has none
 BATCHES = {"odd T": (3, 45), "shorter than the halo": (2, 9), "one frame": (4, 1), "one utterance": (1, 70)}
 SHAPES = {
     f"{layer}, {batch}": Conv(*size, c_in, c_out, *rest)

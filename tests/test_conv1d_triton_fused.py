@@ -18,7 +18,8 @@ triton_impl = pytest.importorskip("jasper_fast.kernels.conv1d.triton_impl")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize(("layer", "width"), [("k13", 72), ("one frame", 20), ("odd channels", 37)])
 def test_fused_with_panes_over_a_history_buffer(layer, width, dtype):
-    """Panes read the first channels of a wider buffer, the output is a slice of it, whatever lies beyond is NaN."""
+    """Panes read the first channels of a wider buffer and the output is a slice of it; the rest of the buffer holds
+    NaN."""
     device = make_face("triton").device
     x, weight, shape, lengths = make(LAYERS[layer], dtype, device)
     n, c_out, t = x.shape[0], weight.shape[0], x.shape[2]
@@ -59,7 +60,7 @@ def test_the_first_conv_reads_features_as_they_are(dtype, masked, descriptors, m
         features = mask(features, lengths, torch.nan)
     made = torch.full((3,), -1, device=device)
     bias = torch.randn(32, device=device)
-    room = 26 if masked else 23  # longer than the conv's result: a bucket's length
+    room = 26 if masked else 23  # more frames than the conv gives, as in an engine's bucket
     out = torch.full((3, room, 32), torch.nan, device=device, dtype=dtype)
     how, told = Geometry(2, 5), Lengths(lengths, None, made, masked)
     packed = triton_impl.pack(weight), how

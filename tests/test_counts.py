@@ -57,8 +57,8 @@ def passes(name: str, *tensors: torch.Size) -> int:
 
 
 def moved(launches) -> int:
-    """Elements moved by all launches so far, which are forgotten; making packs and merging shares are no pass, and
-    the zeros that fill up a pack's last channels (29 to 32, in the decoder's) are none of the convolution's."""
+    """Elements moved by all launches so far; forgets the launches. Packing and merging shares do not count, nor do the
+    zeros that fill up the channels of the decoder's pack (29 to 32)."""
     total = sum(
         passes(name, *tensors) for name, tensors in launches if name not in ("conv1d_pack", "conv1d_wgrad_merge")
     )
@@ -266,7 +266,7 @@ class Products(TorchDispatchMode):
         return out
 
     def moved(self) -> int:
-        """Elements in all directions so far, which are forgotten."""
+        """Elements in all directions so far; resets the count."""
         total = sum(t.numel() for tensors in self.seen.values() for t in tensors.values())
         self.seen = {}
         return total

@@ -176,7 +176,7 @@ def test_bad_files_are_skipped_reported_and_replaced(corpus, tmp_path, workers):
     soundfile.write(tmp_path / "nan.wav", np.full(8000, np.nan), 16000, subtype="FLOAT")
     all_of_them = [*corpus, Utterance(str(bad), 0.7, "a"), Utterance(str(tmp_path / "nan.wav"), 0.5, "b")]
     dataset = a_set(all_of_them)
-    assert sum(map(len, load(dataset, workers))) == 14  # neighbours stand in for them
+    assert sum(map(len, load(dataset, workers))) == 14  # neighbours replace the unreadable files
     assert dataset.skipped.counts == {"unreadable": 2}
     details = "".join(s.detail for s in dataset.skipped.items)
     assert "bad.wav: cannot be read" in details and "NaN" in details

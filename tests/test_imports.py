@@ -85,7 +85,7 @@ def graph() -> dict[str, set[str]]:
     for name, path in named.items():
         targets = set()
         for target in imports(path.read_text(), package_of(path)):
-            while target and target not in named:  # a function, a class: its module
+            while target and target not in named:  # for a function or a class take its module
                 target = target.rpartition(".")[0]
             targets |= {target} if target else set()
         found[name] = targets - {name, *BELOW_ALL}

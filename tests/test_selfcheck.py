@@ -256,8 +256,8 @@ def test_a_wrong_kernel_is_caught(op, function, name, fault, monkeypatch):
 @pytest.mark.parametrize("function", ["forward", "dgrad", "wgrad"])
 @pytest.mark.parametrize(("bits", "tf32", "status"), [(10, True, "ok"), (10, False, "wrong"), (7, True, "wrong")])
 def test_fp32_is_held_to_tf32_where_convs_round_to_it(function, bits, tf32, status, monkeypatch):
-    """Operands cut off to `bits`, as tensor cores take them (TF32 has 10), beside PyTorch's convs, exact as cuDNN's may
-    be: no fault where TF32 is allowed."""
+    """Operands are truncated to `bits`, as in tensor cores (TF32 has 10 bits), while PyTorch's convs are exact, as
+    cuDNN's may be. With 10 bits this is right if TF32 is allowed."""
     impl, floor = backends.face("conv1d", make_face("cpu").name), perform._floor
     right = getattr(impl, function)
 

@@ -40,7 +40,7 @@ def test_the_plan_holds_every_function_of_every_face_once(face):
         *(("bn_relu_dropout", f) for f in ("stats", "forward", "backward")),
         *(("conv1d", f) for f in convs), ("conv1d.fused", "fused"), *([("panes", "plain")] if face == "cpu" else []),
     }  # fmt: skip
-    for op in ("bn_relu_dropout", "conv1d"):  # every public function of the face is among them
+    for op in ("bn_relu_dropout", "conv1d"):  # the plan has every public function of the face
         names = {"backward" if n.startswith("backward") else n for n in public(op, face)}
         others = {"pack", "pack_once", "packed_shape", "packed_size", "takes_tf32", "has_bf16"}
         assert names - others <= {f for _, f in functions}

@@ -324,8 +324,8 @@ def launch_keys(call: str, shapes: list, batches: list, descriptors: bool) -> li
     return [(name, tuple(shape), values) for name, shape, values in map(json.loads, done.stdout.splitlines())]
 
 
-# (call, descriptors, how many variants one kernel may have for one conv shape: its flags here times the two default
-# tiles of T up to 40)
+# (call, descriptors, variants): one kernel may have this many variants for one conv shape, which are its flags here
+# times the two default tiles for T up to 40
 CALLS = {"conv": ("conv", False, 4), "conv, descriptors": ("conv", True, 4), "bn": ("bn", False, 1),
          "fused": ("fused", False, 8), "fused, descriptors": ("fused", True, 8)}  # fmt: skip
 

@@ -65,7 +65,7 @@ def test_the_order_is_by_share_and_training_and_inference_both_come_early():
     (op, layer) for layer in tune_cases.layers(GPU) for op in tune_cases.used(layer.kind)
 ], ids=lambda a: a if isinstance(a, str) else "-".join(map(str, a[:5])))  # fmt: skip
 def test_the_candidates_of_a_gpu_can_be_rows_of_a_table(op, layer):
-    """Their labels tell them apart, and every one has the form that a table wants."""
+    """Their labels are distinct, and every one can be a row of a table."""
     for n, frames in tune_cases.INFERENCE if op == "fused" else tune_cases.TRAINING:
         shape = triton_tiles.Shape(*layer[:5], n * frames)
         tiles = [c._asdict() for c in triton_tiles.candidates(op, torch.bfloat16, shape, frames)]
@@ -120,7 +120,7 @@ def test_the_contenders_of_a_norm_are_the_faces_that_the_machine_has(monkeypatch
     ("forward", ["stats", "forward"]), ("backward", ["backward_reduce", "backward_apply"]),
 ])  # fmt: skip
 def test_a_norm_is_called_as_a_training_step_calls_it(monkeypatch, op, wanted):
-    """Statistics and forward; reduction and gradient: with lengths, dropout, a halo and the batch's means."""
+    """Statistics and forward, then reduction and gradient, with lengths, dropout, a halo and the means of the batch."""
     impl, calls = backends.face("bn_relu_dropout", "triton"), {}
     for name in wanted:
         calls[name] = spied(monkeypatch, impl, name, lambda *args, **more: (args, more))

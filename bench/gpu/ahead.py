@@ -1,4 +1,4 @@
-"""Processes that compile ahead are started and ended here; `warm` is what each of them runs."""
+"""Starts and ends the processes that compile in advance; each of them runs `warm`."""
 
 import contextlib
 import os

@@ -31,7 +31,7 @@ def measure(m: Measurement, effort: Effort, on_round: Callable[[float], None] = 
 
 
 def _inner_runs(m: Measurement, ticker: Clock) -> tuple[dict[str, int], dict[str, float]]:
-    """Runs per sample of each contender and, on a GPU, seconds that a run occupies the host."""
+    """For each contender: runs per sample and, on a GPU, the seconds of host time of a run."""
     inner, host = {}, {}
     for name in list(m.runners):
         with m.caught(name):

@@ -1,5 +1,5 @@
-"""How a contender of `python -m bench tune` comes to run: inputs that stay in place, one tile forced or a face called,
-compiled ahead in threads, refused where it spills, captured in a CUDA graph."""
+"""Builds the contenders of `python -m bench tune`: makes inputs that stay in place, forces a tile or calls a face,
+compiles in advance in threads, rejects kernels that spill, and captures a CUDA graph."""
 
 import contextlib
 import contextvars
@@ -24,11 +24,12 @@ from jasper_fast.kernels import tables
 from jasper_fast.kernels.operands import Mask, Norm
 from jasper_fast.selfcheck import cases, checks
 
-AHEAD = "all tiles, compiled ahead"  # what is being tried while no contender is
+AHEAD = "all tiles, compiled ahead"  # the name of the trial while no single contender is tried
 
 
 class Trial:
-    """Which configuration runs for the first time, on disk: if the process dies in it, the next one knows."""
+    """Records on disk which configuration runs for the first time, so that the next process knows if this one dies in
+    it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,17 +37,17 @@ class Trial:
         self.facts: dict[str, dict] = {}
 
     def begin(self, name: str) -> None:
-        """`name` of the current case is about to run."""
+        """Records that `name` of the current case is about to run."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps({"case": self.case, "key": self.key, "contender": name}))
 
     def forget(self) -> None:
-        """Nothing is being tried."""
+        """Records that nothing is being tried."""
         self.path.unlink(missing_ok=True)
 
 
 class Held:
-    """A case's inputs, made on first use and refilled in place: captured graphs read the same memory."""
+    """The inputs of a case, made on first use and refilled in place, because captured graphs read the same memory."""
 
     def __init__(self, check: checks.Check, device: torch.device) -> None:
         self.check, self.device = check, device
@@ -54,18 +55,18 @@ class Held:
         self._derived: dict[str, tuple[Callable[[dict[str, Tensor]], Tensor], Tensor]] = {}
 
     def call(self, *face: str) -> dict[str, Tensor]:
-        """What the face under test, or another, makes of the inputs."""
+        """The result of the face under test, or of another face, on the inputs."""
         return self.case.ours(*face)
 
     @property
     def case(self) -> cases.Case:
-        """The functions over the inputs."""
+        """The case of the self-check that holds the inputs and the functions over them."""
         if self._case is None:
             self._case = cases.case(self.check, self.device, 0, timed=True)
         return self._case
 
     def refill(self, seed: int) -> None:
-        """New values everywhere."""
+        """Draws new values for all inputs."""
         new = cases.case(self.check, self.device, seed, timed=True)
         for name, held in self.case.inputs.items():
             held.copy_(new.inputs[name])
@@ -73,7 +74,7 @@ class Held:
             held.copy_(make(self.case.inputs))
 
     def derived(self, name: str, make: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
-        """What `make` makes of the inputs, made once, and again in place after a refill."""
+        """`make(inputs)`, computed once, and again in place after a refill."""
         if name not in self._derived:
             self._derived[name] = (make, make(self.case.inputs))
         return self._derived[name][1]

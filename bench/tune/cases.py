@@ -89,7 +89,8 @@ def norms(device: torch.device) -> list[Layer]:
 
 
 def plan(device: torch.device, ops: tuple[str, ...]) -> list[tuple[str, Layer, tuple[int, int]]]:
-    """(op, layer, (N, T')) by value: the layer's share, halved from one batch to the next."""
+    """(op, layer, (N, T')), the most valuable first. The value is the layer's share of the work; each further batch
+    counts half as much as the one before."""
     found = []
     for layer in layers(device) + norms(device):
         for op in ops:

@@ -160,7 +160,7 @@ class Recognizer:
                 found += self(audio[None, :length], length[None])
             except (NotFinite, torch.OutOfMemoryError, MemoryError) as error:
                 reason = "not_finite" if isinstance(error, NotFinite) else "out_of_memory"
-                cause = "the model makes NaN of it" if isinstance(error, NotFinite) else f"out of memory: {error}"
+                cause = "the output of the model is NaN" if isinstance(error, NotFinite) else f"out of memory: {error}"
                 skipped.add([manifest.Skipped(name, reason, f"{name}: {cause}")])
                 found.append(None)
         return found

@@ -258,7 +258,7 @@ def _nemo_features(front: dict[str, Any]) -> dict[str, Any]:
     if wrong:
         raise CheckpointError(
             f"preprocessor.{wrong[0]}={front[wrong[0]]!r} of the NeMo model is not supported: the features that it was "
-            f"trained on cannot be made here"
+            f"trained on cannot be computed here"
         )
     if not normalize and "normalize" in front:  # null, or false in older files: no normalisation
         features["normalize"] = None

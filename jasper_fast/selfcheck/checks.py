@@ -77,7 +77,7 @@ QUICK_NORM = (Norm(2, 64, 37), Norm(2, 256, 200))
 NORM_VARIANTS = ("batch", "evaluation", "residual", "no dropout", "no lengths", "halo")
 FUSED_VARIANTS = ("plain", "panes", "panes splits", "features", "log-softmax", "splits")
 UNCLEAN = "unclean"  # padding of x holds NaN and must not be read: an engine's first conv, direct calls of a face
-CLEAN_FUNCTIONS = ("forward", "forward_stats", "wgrad", "fused")  # functions of Triton's conv that can be told so
+CLEAN_FUNCTIONS = ("forward", "forward_stats", "wgrad", "fused")  # functions of Triton's conv with the argument `clean`
 SMALL_PANES, PANES = 40, 256  # channels of a second input: 40 do not fill a step of a tile, so no descriptors are used
 SMALL_GRAM, REAL_GRAM = (Norm(2, 24, 37), Norm(3, 40, 7)), (Norm(4, 256, 420), Norm(8, 768, 840))
 QUICK_GRAM = (Norm(2, 64, 37), Norm(4, 256, 420))
@@ -234,7 +234,7 @@ def _measured(op: str, function: str, dtype: str, quick: bool, device: torch.dev
         variants: tuple[str, ...] = ("",)
         if function == "fused":
             variants = ("splits",) if row.tile["splits"] > 1 else ("plain",)
-            if not quick and shape.stride == 1:  # a block's last conv computes its panes with the same tile
+            if not quick and shape.stride == 1:  # with panes too: a block's last conv runs them with this tile
                 variants += ("panes splits",) if row.tile["splits"] > 1 else ("panes",)
         configuration = f"table 2^{row.rows_log2} {row.label().removeprefix('triton ')}"
         for variant in variants:
