@@ -104,8 +104,8 @@ def parser() -> argparse.ArgumentParser:
     )
     gpu = add(
         "gpu",
-        "all but tuning in at most nine minutes, the most valuable numbers first; --resume goes on. Tiles and faces, "
-        "which dispatch chooses by, are a command of their own: python -m bench tune",
+        "all but tuning in at most nine minutes, the most valuable numbers first; --resume continues. "
+        "Tiles and faces are tuned by another command: python -m bench tune",
     )
     gpu.add_argument(
         "--budget", type=options.seconds, default=540.0, metavar="SECONDS", help="when to stop (default: 540)"

@@ -38,7 +38,7 @@ def passages(path: Path) -> list[tuple[int, str]]:
     elif path.suffix == ".md":
         found = paragraphs(text, 1, r"\n(?=\||- |\d\. )")
     else:
-        comments = re.finditer(r"//[^\n]*(?:\n[ \t]*//[^\n]*)*", text)
+        comments = re.finditer(r"(?m)(?:^[ \t]*//[^\n]*\n?)+|//[^\n]*", text)
         found = [(text.count("\n", 0, m.start()) + 1, m[0]) for m in comments]
     prose = ((line, " ".join(re.sub(r"(?m)^\s*(?:#|//)", "", said).split())) for line, said in found)
     return [(line, said) for line, said in prose if PROSE.search(said)]

@@ -94,7 +94,7 @@ def run(op, case: Case, training: bool) -> dict[str, Tensor]:
 
 
 def chain(case: Case, training: bool) -> dict[str, Tensor]:
-    """The same through PyTorch's own batch norm, sum, ReLU, dropout's product, masked_fill, and autograd."""
+    """The same with PyTorch's batch norm, sum, ReLU, product with the dropout mask, masked_fill, and autograd."""
     n, _, t = case.y.shape
     y, gamma, beta = (x.detach().clone().requires_grad_() for x in (case.y, case.gamma, case.beta))
     residual = None if case.residual is None else case.residual.clone().requires_grad_()

@@ -276,7 +276,7 @@ class Products(TorchDispatchMode):
 def test_bytes_of_panes_are_what_their_products_read_and_write(block, tmp_path):
     T, run = 29, make_run(tmp_path)
     i = panes.Inputs(N, T, block, torch.float32, CPU)
-    grams = panes.older_grams([*i.ntc, i.ntc[-1]])  # of all inputs: their price is the newest input's `gram`
+    grams = panes.older_grams([*i.ntc, i.ntc[-1]])  # the case counts only that of the newest
     means, covs = zip(*((g.mean, g.cov) for g in grams), strict=True)
     count = lambda mode: panes.case(run, N, T, block, mode).nbytes  # noqa: E731
     with torch.no_grad(), Products(N * T) as products:  # what the ops run: a mode sees nothing inside a call of one

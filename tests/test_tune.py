@@ -72,7 +72,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def process(argv: list[str], **env: str) -> subprocess.CompletedProcess:
-    """A process that has ended, with Triton's interpreter and what else `env` says."""
+    """Runs a process with Triton's interpreter and the variables in `env` to its end."""
     env = os.environ | {"TRITON_INTERPRET": "1"} | env
     return subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
 

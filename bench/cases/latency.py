@@ -129,7 +129,7 @@ def told(log_probs: Tensor, lengths: Tensor) -> dict[str, Tensor]:
 def int8_rule() -> Rule:
     """The rule for a network in int8, which cannot meet the usual tolerance: its best class per frame must be that of
     eager."""
-    words = f"best class of a frame as eager's in at least {100 * SAME_PATH:.0f} % of the frames; its error is told"
+    words = f"best class equal to eager's in at least {100 * SAME_PATH:.0f} % of the frames; the row has the error"
 
     def judge(got: Answer, low: Answer | None, ref: Answer) -> list[str]:
         frames = got["lengths"].tolist()
@@ -139,7 +139,7 @@ def int8_rule() -> Rule:
         rule.found |= {"same_path": share, "max_error": error, "of": ref["log_probs"].abs().max().item()}
         wrong = [] if torch.equal(got["lengths"], ref["lengths"]) else ["lengths: not eager's"]
         agrees = share >= SAME_PATH and math.isfinite(error)
-        return wrong + ([] if agrees else [f"log_probs: {100 * share:.1f} % of the frames as eager's; {words}"])
+        return wrong + ([] if agrees else [f"log_probs: {100 * share:.1f} % of the frames equal eager's; {words}"])
 
     rule = Rule("int8", words, judge)
     return rule

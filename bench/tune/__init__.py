@@ -1,1 +1,1 @@
-"""`python -m bench tune`: measures tiles and faces on this GPU, for the tables by which dispatch chooses."""
+"""`python -m bench tune`: measures tiles and faces on this GPU; dispatch chooses by the resulting table."""
