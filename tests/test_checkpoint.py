@@ -453,7 +453,7 @@ def test_the_two_files_of_nemo_0(tmp_path):
 
 def test_a_warm_start_that_hears_other_features_says_so(tmp_path):
     nemo_archive(tmp_path / "m.nemo", trained_model())
-    with pytest.warns(UserWarning, match="by the convention 'nemo', the configuration's are by 'reference'"):
+    with pytest.warns(UserWarning, match="the convention 'nemo', those of the configuration 'reference'"):
         load_model(tmp_path / "m.nemo", config=config(), strict=False, backend="reference")
     same = JasperConfig.from_dict(config().to_dict() | {"input_train": {"filterbank_features": {"convention": "nemo"}}})
     with warnings.catch_warnings():

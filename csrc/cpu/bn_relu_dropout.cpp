@@ -124,7 +124,7 @@ void add_mask(BnArgs& a, const OptionalTensor& lengths, const OptionalTensor& se
   a.scale = static_cast<float>(1.0 / (1.0 - p));
   a.dropout = p > 0.0;
   if (a.dropout) {
-    if (!seed) fail("seed", "is needed if p > 0: an int64 tensor with one element");
+    if (!seed) fail("seed", "is needed where p > 0: an int64 tensor with one element");
     a.seed = seed_of(*seed);
   }
 }
@@ -215,7 +215,7 @@ void bn_backward_apply(const Tensor& dz, const Tensor& y, const OptionalTensor& 
   }
   a.out = activation(y, "dy", dy);
   if (dres) {
-    if (!z) fail("z", "is needed with a residual: the sign of the sum cannot be computed from y");
+    if (!z) fail("z", "is needed where there is a residual: the sign of the sum cannot be computed from y");
     a.dres = activation(y, "dres", *dres);
   }
   if (empty(a)) return;
