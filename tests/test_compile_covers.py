@@ -1,5 +1,5 @@
-"""The gate compiles what is launched: each kernel of a Jasper 10x5 training step and inference call is one of its rows,
-for the same types, alignment, flags, tiles, warps and stages. Launches are recorded and not run."""
+"""The gate compiles every kernel that is launched in a training step and an inference call of Jasper 10x5: each has a
+row with the same types, alignment, flags, tiles, warps and stages. Launches are recorded and not run."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_panes_and_history_slices(cpu) -> None:
     assert_close("y", out.clone(), low, ref)
     assert torch.equal(history[:, :, :c2], before[:, :, :c2])
     got = out.clone()
-    history = history.to(BF16)  # at an odd channel, so that its pairs begin between words
+    history = history.to(BF16)  # a slice from an odd channel on: its pairs are not aligned
     cpu.fused(history[:, :, 7 : 7 + c_in], packed, PADDED, panes=(history[:, :, :c2], packed2), out=out, **options)
     assert torch.equal(out, got)
 

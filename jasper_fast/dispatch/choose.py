@@ -82,8 +82,8 @@ def _norm_face(backend, device, dtype, channels, rows_log2) -> str:
 
 
 def conv_calls(*, stats: bool = False, dx: bool = False, dw: bool = False, norm: bool = False) -> tuple[str, ...]:
-    """The ops that a conv calls: forward (with `stats`: and statistics), gradient of x (with `norm`: and reduction), of
-    w."""
+    """The ops that a conv calls: forward (`stats`: with statistics), and the gradients of x (`norm`: with reduction)
+    and of w."""
     forward, dgrad = "forward_stats" if stats else "forward", "dgrad_bn" if norm else "dgrad"
     return tuple(f"conv1d.{op}" for op, used in ((forward, True), (dgrad, dx), ("wgrad", dw)) if used)
 
