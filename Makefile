@@ -4,7 +4,8 @@
 #   make demo       train on synthetic speech, transcribe voices it never heard, fused beside eager
 #   make test       all tests
 #   make test-fast  all but the slow ones, about four minutes
-#   make compile    every Triton kernel for sm_80 to sm_100, by the pinned Triton and the GPU machines', against the tables
+#   make compile    every Triton kernel for sm_80 to sm_100, by the pinned Triton and the GPU machines', and every CUDA conv
+#                   for sm_75 to sm_120, against the tables
 #   make bench      measure kernels, training, latency and memory beside eager PyTorch, under ten minutes
 #   make sanitize   tests of the ops under AddressSanitizer, UBSan and ThreadSanitizer
 #   make wheelhouse build/wheelhouse: wheels for a machine without a network that has PyTorch (WHEELS=3.12, its Python)
@@ -73,7 +74,9 @@ $(OLDER)/.installed: | $(VENV)/.installed
 
 compile: install $(OLDER)/.installed
 	@failed=0; $(PY) -m bench compile $(GATE) || failed=1; \
-	  PYTHONPATH=$(OLDER) $(PY) -m bench compile $(GATE) || failed=1; exit $$failed
+	  PYTHONPATH=$(OLDER) $(PY) -m bench compile $(GATE) || failed=1; \
+	  if command -v nvcc >/dev/null || [ -n "$$CUDA_HOME" ]; then $(PY) -m bench compile --cuda $(GATE) || failed=1; \
+	  else echo "no nvcc: the CUDA convs are not compiled"; fi; exit $$failed
 
 bench: install
 	$(PY) -m bench all

@@ -2,13 +2,13 @@
 
     python train.py --config configs/jasper_small.yaml --train-manifests train.jsonl --val-manifests dev.jsonl \\
         --output-dir runs/small --epochs 100 --batch-size 32 --ema 0.999
-    python train.py ... --resume                    # goes on exactly where the run was stopped or killed
+    python train.py ... --resume                    # continues exactly where the run was stopped or killed
     python train.py ... --init-from jasper.nemo     # fine-tunes this project's, NVIDIA's or NeMo's weights
     torchrun --nproc-per-node 8 train.py ...        # one process per GPU, or per --device cpu
 
 A step is one update of the weights, by the mean gradient over processes x --grad-accumulation micro-batches.
 The output folder holds log.jsonl, tensorboard/, the last checkpoints (step_*.pt), the best one by WER (best.pt) and
-milestones. SIGINT and SIGTERM save and end the run; after a SIGKILL --resume takes the newest checkpoint that is whole.
+milestones. SIGINT and SIGTERM save and end the run; after a SIGKILL --resume takes the newest complete checkpoint.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def arguments(argv: list[str] | None = None, prog: str | None = None) -> argpars
 
 
 def load_data(args: argparse.Namespace, config: JasperConfig, ranks: Ranks, console: Any) -> tuple[Split, Split | None]:
-    """What is learnt from, and what judges, if there is such."""
+    """The training split, and the validation split if there is one."""
     common = {"data_dir": args.data_dir, "seed": args.seed, "workers": args.num_workers, "rank": ranks.rank}
     common |= {"world_size": ranks.world, "batch_size": args.batch_size, "max_seconds": args.batch_seconds}
     train = Split.load("training", args.train_manifests, config, **common, bucketing=not args.no_bucketing)
@@ -146,7 +146,7 @@ def load_data(args: argparse.Namespace, config: JasperConfig, ranks: Ranks, cons
 
 
 def make_model(args: argparse.Namespace, config: JasperConfig, ranks: Ranks) -> tuple[nn.Module, TrainingState]:
-    """The model as training calls it (one process among several, perhaps), and all that a checkpoint holds."""
+    """The model to train (wrapped for several processes, if there are), and the state that checkpoints hold."""
     core = Jasper(config, backend=args.backend, panes=args.panes).to(ranks.device)
     if args.init_from:
         weights = formats.read_weights(args.init_from, ema=args.init_ema)
@@ -154,7 +154,7 @@ def make_model(args: argparse.Namespace, config: JasperConfig, ranks: Ranks) -> 
     if args.freeze_encoder:
         core.freeze_encoder()
     model: nn.Module = core
-    if ranks.world > 1:  # running statistics are made equal before they are used, not in every forward
+    if ranks.world > 1:  # running statistics are made equal only before they are used, not in every forward
         places = [ranks.device.index] if ranks.device.type == "cuda" else None
         model = DistributedDataParallel(core, device_ids=places, broadcast_buffers=False)
     kind, betas = NovoGrad, (0.95, 0.0)
@@ -185,7 +185,8 @@ def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
 def resume(
     args: argparse.Namespace, folder: Folder, state: TrainingState, train: Split, ranks: Ranks, console: Any
 ) -> Any:
-    """Puts `state` where the run stands that `folder` holds; gives the random generators' state, None at a start."""
+    """Loads the newest checkpoint of `folder` into `state`; returns the random generators' state, None for a new
+    run."""
     if folder.steps() and not args.resume:
         raise RunError(
             f"{folder.path} holds checkpoints of an earlier run: add --resume or choose another --output-dir"
@@ -229,7 +230,7 @@ STEP = "loss {loss:.3f}, WER {wer:.1%}, lr {lr:.2e}, grad norm {grad_norm:.3g}, 
 
 
 class Due(NamedTuple):
-    """What follows a step."""
+    """What must be done after a step."""
 
     log: bool
     validation: bool
@@ -241,19 +242,19 @@ class Due(NamedTuple):
 def what_is_due(
     args: argparse.Namespace, state: TrainingState, in_epoch: int, total: int, stop: StopRequest, ranks: Ranks
 ) -> Due:
-    """By the step among the `total` of the run and the `in_epoch` of its epoch, the clock, and who asked to stop."""
+    """Decides it from the step (of `total` in the run, `in_epoch` in its epoch), the clock, and requests to stop."""
     last, over = state.step == total, state.position == in_epoch
     log = state.step % args.log_every == 0 or last
     validation = state.step % args.val_every == 0 if args.val_every else over
     save = state.step % args.save_every == 0 if args.save_every else over
     ending = bool(stop.signal) or state.minutes >= (args.max_minutes or math.inf)
-    if ranks.world > 1:  # together: one process may have been told to stop, the others must follow
+    if ranks.world > 1:  # all processes together: if one was told to stop, the others must stop too
         ending = (log or validation or save) and ranks.any(ending)
     return Due(log, validation, save, over, ending or last)
 
 
 def judge(args: argparse.Namespace, val: Split, state: TrainingState, ranks: Ranks, console: Any, log: RunLog) -> bool:
-    """Validates; says whether this is the best so far, by the moving average where there is one."""
+    """Validates; returns whether this is the best so far (by the moving average if there is one)."""
     amp_dtype, vocabulary = AMP_DTYPES[args.amp], val.dataset.vocabulary
     results = validate_state(state, ranks, val.frontend, val.batches, vocabulary, amp_dtype, args.seed)
     for weights, r in results.items():
@@ -282,7 +283,7 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
     train, val = load_data(args, config, ranks, console)
     model, state = make_model(args, config, ranks)
     schedule = make_schedule(args, train.steps(0, args.grad_accumulation))
-    seed_everything(args.seed + ranks.rank)  # equal weights, but each process has noise and dropout of its own
+    seed_everything(args.seed + ranks.rank)  # all processes have equal weights, but each has its own noise and dropout
     folder = Folder(args.output_dir, args.keep, args.milestones)
     generators = resume(args, folder, state, train, ranks, console)
     if train.changed and not args.steps:  # --epochs counts epochs, however many steps they have now
@@ -298,7 +299,7 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
     console.print(f"{size:,} parameters on {ranks.place}, {schedule.steps_per_epoch} steps an epoch, {total} in all")
 
     def save(*names: str | None) -> None:
-        """Writes a checkpoint under each of the names, None for its step; every rank must ask."""
+        """Writes a checkpoint under each of the names (None: named after its step); every rank must call it."""
         ranks.same_buffers(state.model)
         everything = state.state_dict() | about | {"rng": ranks.gather(rng_state())}
         for name in names if ranks.first else ():
@@ -347,7 +348,7 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
                 console.print(f"step {state.step}: {STEP.format(**figures)}")
             if due.epoch_over:
                 state.next_epoch()
-            if due.epoch_over or ending:  # files that turned out to be unusable
+            if due.epoch_over or ending:  # report unusable files
                 for line in train.newly_skipped():
                     console.print(line)
             if (
@@ -367,7 +368,7 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
 
 
 def command(argv: list[str] | None = None) -> int:
-    """The command line; gives its exit status. What users get wrong is one line, never a traceback."""
+    """The command line; returns the exit status. A user's mistake is reported in one line, never as a traceback."""
     args, stop = arguments(argv, argv and "jasper-fast train"), StopRequest()
     try:
         main(args, stop)

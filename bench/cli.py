@@ -25,14 +25,14 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ALL_SECONDS = 570.0
 DEFAULT_BATCH, DEFAULT_MEMORY_BATCH = (8, 400), (2, 400)  # (N, T)
 OURS = "jasper_fast"  # the contender
-INTERRUPTED = 130  # exit status, as a shell tells Ctrl-C
+INTERRUPTED = 130  # exit status of a shell after Ctrl-C
 
 
 def common_options() -> argparse.ArgumentParser:
-    """What every subcommand that measures rows takes."""
+    """The options of every subcommand that measures rows."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "--device", type=options.device, default=None, help="cpu, cuda or cuda:1 (default: the GPU where there is one)"
+        "--device", type=options.device, default=None, help="cpu, cuda or cuda:1 (default: the GPU if there is one)"
     )
     common.add_argument("--dtype", choices=DTYPES, default=None, help="default: fp32 on a CPU, fp16 on a GPU")
     common.add_argument(
@@ -44,7 +44,7 @@ def common_options() -> argparse.ArgumentParser:
     common.add_argument(
         "--out", type=Path, default=paths.OUT, metavar="DIR", help="folder for the JSON file (default: build/bench)"
     )
-    common.add_argument("--quick", action="store_true", help="the goals' cases only, fewer repetitions")
+    common.add_argument("--quick", action="store_true", help="only the cases that have goals, with fewer repetitions")
     common.add_argument(
         "--rivals",
         type=choices.rivals,
@@ -58,7 +58,7 @@ def common_options() -> argparse.ArgumentParser:
     common.add_argument(
         "--resume",
         action="store_true",
-        help="keep the finished rows of the last run cut off on this machine and commit",
+        help="keep the finished rows of the last interrupted run on this machine and commit",
     )
     return common
 
@@ -72,13 +72,13 @@ def parser() -> argparse.ArgumentParser:
     def add(name: str, help: str) -> argparse.ArgumentParser:
         return sub.add_parser(name, help=help, description=help, parents=[common])
 
-    kernels = add("kernels", "each op at each Jasper layer shape, beside the eager chain")
+    kernels = add("kernels", "each op at each Jasper layer shape, compared with the eager chain")
     kernels.add_argument("--op", default="all", help="bn_relu_dropout, sub_block, conv1d, panes or all")
     kernels.add_argument(
         "--mode",
         choices=("forward", "backward", "both", "inference"),
         default=None,
-        help="one mode alone (default: all that an op has)",
+        help="only one mode (default: all modes of an op)",
     )
     add_models(add("train", "training steps: forward + backward and full, utterances per second"), DEFAULT_BATCH)
     latency = add("latency", "percentiles of a batch's time by batch size and audio length")
@@ -108,8 +108,8 @@ def parser() -> argparse.ArgumentParser:
     )
     gpu = add(
         "gpu",
-        "all but tuning in at most nine minutes, the most valuable numbers first; --resume goes on. Tiles and faces, "
-        "which dispatch chooses by, are a command of their own: python -m bench tune",
+        "all but tuning in at most nine minutes, the most valuable numbers first; --resume continues. "
+        "Tiles and faces are tuned by another command: python -m bench tune",
     )
     gpu.add_argument(
         "--budget", type=options.seconds, default=540.0, metavar="SECONDS", help="when to stop (default: 540)"
@@ -128,14 +128,14 @@ def parser() -> argparse.ArgumentParser:
         help="JSON files (default: the newest in build/bench; with --readme, those in bench/results)",
     )
     report.add_argument(
-        "--html", type=options.page, default=None, help="where the page goes (default: beside the first result)"
+        "--html", type=options.page, default=None, help="file for the page (default: in the folder of the first result)"
     )
     report.add_argument("--readme", action="store_true", help="write the table between the markers of README.md")
     return top
 
 
 def add_models(command: argparse.ArgumentParser, batch: tuple[int, int]) -> None:
-    """`--model`, as often as one likes, each with a batch of its own or this one."""
+    """The option `--model`, which may be repeated, each with its own batch or with this one."""
     command.add_argument(
         "--model",
         type=choices.models_batch(batch),
@@ -146,24 +146,24 @@ def add_models(command: argparse.ArgumentParser, batch: tuple[int, int]) -> None
 
 
 def add_compile(sub: argparse._SubParsersAction) -> None:
-    """The gate's own options: it needs no device."""
+    """The options of `compile`, which needs no device."""
     from jasper_fast.bench.compile import gate
 
-    help = "every kernel for sm_80 to sm_100 without a GPU, against the rules and the committed table"
+    help = "compile every kernel for sm_80 to sm_100 without a GPU, and check rules and the committed table"
     gate.add_arguments(sub.add_parser("compile", help=help, description=help))
 
 
 def add_tune(sub: argparse._SubParsersAction) -> None:
-    """Tuning has options of its own: it times one face's configurations, not contenders."""
+    """The options of `tune`, which times the configurations of faces."""
     from jasper_fast.bench.tune import tune
 
-    help = "tiles of the Triton convs on this GPU, beside cuDNN, and the table that dispatch chooses by"
+    help = "time tiles of the Triton convs and cuDNN on this GPU, for the table by which dispatch chooses"
     raw = argparse.RawDescriptionHelpFormatter
     tune.add_arguments(sub.add_parser("tune", help=help, description=tune.__doc__, formatter_class=raw))
 
 
 def shell(arguments: list[str] | None = None) -> int:
-    """`main` for a shell: what a user can mend is one line and status 2, as of argparse."""
+    """`main` for a shell: an error that the user can fix is one line and status 2, as in argparse."""
     try:
         return main(arguments)
     except SystemExit as end:
@@ -174,7 +174,8 @@ def shell(arguments: list[str] | None = None) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status: 0, 1 where ours has no number or a part failed, 130 after Ctrl-C."""
+    """Runs a subcommand; returns the exit status: 0; 1 if jasper_fast lacks a number or a part failed; 130 after
+    Ctrl-C."""
     args = parser().parse_args(arguments)
     begun: list[Run] = []
 
@@ -191,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _command(args: argparse.Namespace, begin: Callable[[argparse.Namespace], Run]) -> int:
-    """The subcommand; `begin` makes its run."""
+    """Runs the subcommand; `begin` makes its run."""
     if args.command == "report":
         from jasper_fast.bench.report import html_page
 
@@ -210,7 +211,7 @@ def _command(args: argparse.Namespace, begin: Callable[[argparse.Namespace], Run
 
 
 def _check_op(args: argparse.Namespace) -> None:
-    """An op that nobody knows, or a mode that it lacks, is told before anything is measured."""
+    """Reports an unknown op, or a mode that the op lacks, before anything is measured."""
     from jasper_fast.bench.commands import kernels
 
     known = ("all", *kernels.operations())
@@ -221,13 +222,13 @@ def _check_op(args: argparse.Namespace) -> None:
 
 
 def _measure(run: Run, args: argparse.Namespace) -> int:
-    """A subcommand that measures rows: the rows, the goals, and what has no number."""
+    """Runs a subcommand that measures rows, then shows the rows, the goals, and the rows without a number."""
     try:
         _work(run, args)
     except choice.UnknownRival as error:
         raise SystemExit(f"--rivals: {error}") from None
     except DeviceLost as error:  # its row is on disk
-        _say(f"{error}\nnothing runs on {run.device} any more here; --resume goes on without it")
+        _say(f"{error}\n{run.device} no longer works in this process; --resume continues without that contender")
         return 1
     data = run.results.data
     data["goals"] = goals.judge(data["rows"], run.device.type)
@@ -242,7 +243,7 @@ def _measure(run: Run, args: argparse.Namespace) -> int:
 
         try:
             html_page.main([run.results.path], None, False)
-        except SystemExit as missing:  # what a page needs; the numbers need nothing of it
+        except SystemExit as missing:  # a package that the page needs; the numbers do not need it
             _say(f"no page: {missing}")
     if told := shortfall(data):
         _say(told)
@@ -250,7 +251,7 @@ def _measure(run: Run, args: argparse.Namespace) -> int:
 
 
 def shortfall(data: dict) -> str:
-    """What fails the command: ours without a number, in rows or profiles, and parts of a run that failed."""
+    """Why the command fails: jasper_fast without a number, in rows or profiles, and failed parts of a run."""
     rows = [(row["status"], row["id"]) for row in data["rows"] if row["ours"] and row["status"] != "ok"]
     profiles = [p for p in data.get("profiles", ()) if p["contender"] == OURS and p["status"] != "ok"]
     rows += [(p["status"], f"profile of {p['model']} {p['mode']}") for p in profiles]
@@ -262,15 +263,15 @@ def shortfall(data: dict) -> str:
 
 
 def _kept(results: result_file.Results) -> str:
-    """What an interrupted run leaves."""
+    """The message after an interruption: which rows are saved."""
     rows = len(results.data["rows"])
     if not results.path.exists():
         return "interrupted: nothing was measured yet"
-    return f"interrupted: {rows} rows are in {_relative(results.path)}; the same command with --resume goes on"
+    return f"interrupted: {rows} rows are in {_relative(results.path)}; the same command with --resume continues"
 
 
 def start(args: argparse.Namespace) -> Run:
-    """Device, precision and result file of a run; its ceilings measured first."""
+    """Starts a run: device, precision, result file; measures the machine's ceilings first."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.backend != "auto" and (reason := backends.why_missing(args.backend, device)):
         raise SystemExit(f"--backend {args.backend}: {reason}")
@@ -281,7 +282,7 @@ def start(args: argparse.Namespace) -> Run:
     effort = QUICK if args.quick else Effort()
     if args.seconds:
         effort = dataclasses.replace(effort, seconds=args.seconds)
-    if device.type == "cuda" and device.index is not None:  # events, streams and limits are the current device's
+    if device.type == "cuda" and device.index is not None:  # events, streams and limits are those of the current device
         torch.cuda.set_device(device)
     header = result_file.header(device, vars(args), effort) | {"command": args.command}
     header["cudnn_benchmark"] = cudnn_search.on(device)
@@ -292,7 +293,7 @@ def start(args: argparse.Namespace) -> Run:
         path = args.out / f"{args.command}_{name}_{stamp}_{commit}.json"
     load, cores = header["machine"]["load_average"], header["machine"]["cpu"]["cores"]
     if load and load[0] > 0.5 * cores:
-        console.print(f"[yellow]load average {load[0]:.1f} on {cores} cores: other work will blur every number[/]")
+        console.print(f"[yellow]load average {load[0]:.1f} on {cores} cores: other work disturbs every number[/]")
     results = result_file.Results(path, header, args.resume)
     run = Run(device, dtype, args.backend, args.quick, results, effort, rivals=args.rivals)
     results.data["clocks"] = {"start": machine.clocks(device)}
@@ -352,7 +353,7 @@ def _work(run: Run, args: argparse.Namespace) -> None:
 
 
 def _say(text: str) -> None:
-    """A line for a person, never folded: it may hold a path."""
+    """Prints a line without folding it, because it may hold a path."""
     console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 

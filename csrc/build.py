@@ -31,7 +31,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx512_bf16"] = f"{ISAS['avx512']} -mavx512bf16"
 SANITIZE = {
     "address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined",
-    # ThreadSanitizer does not see the barriers of torch's OpenMP, but it sees those of std::thread (csrc/cpu/tasks.h).
+    # ThreadSanitizer understands the barriers of std::thread but not those of torch's OpenMP (see csrc/cpu/tasks.h).
     "thread": "-fsanitize=thread -DJF_STD_THREADS -pthread",
 }
 CUDA_ARCHS = "75;80;86;89;90a;100;120"
@@ -39,7 +39,7 @@ WITHOUT_GPU = "75;80;90a"  # one for each inner loop of the convs; the PTX of 80
 
 
 def torch_dir() -> Path | None:
-    """Where torch lies, found without importing it."""
+    """The folder of torch, found without importing it."""
     spec = importlib.util.find_spec("torch")
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
@@ -104,7 +104,8 @@ def ninja_file(torch: Path, cxx: str, nvcc: str | None, sanitize: str | None = N
     if cuda:
         flags = f"{COMMON} -DUSE_CUDA -lineinfo --expt-relaxed-constexpr -Xptxas -v,--warn-on-spills"
         flags += " -Xcompiler -fPIC,-fvisibility=hidden --threads 2"
-        # A CPU-only torch has no libtorch_cuda.so to link with: an empty one leaves the right DT_NEEDED entry.
+        # A CPU-only torch has no libtorch_cuda.so to link with: linking with an empty one writes the right DT_NEEDED
+        # entry.
         text += [
             f"rule nvcc\n  command = {nvcc} -ccbin {cxx} {flags} {gencode(nvcc)} {include}"
             " -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
@@ -124,9 +125,10 @@ def ninja_file(torch: Path, cxx: str, nvcc: str | None, sanitize: str | None = N
 
 
 def compile_libraries(target: Path, sanitize: str | None = None) -> list[Path]:
-    """Build what this machine can build, put it into `target`, and say in one line what is left out and why.
+    """Build what this machine can build, put it into `target`, and print one line per library that is left out, with
+    the reason.
 
-    `sanitize`, a key of SANITIZE, builds the CPU library alone, with those checks in it.
+    sanitize: a key of SANITIZE; builds only the CPU library, with those checks in it.
     """
     work = target / "objects" if sanitize else WORK
     torch, cxx = (
@@ -152,13 +154,13 @@ def compile_libraries(target: Path, sanitize: str | None = None) -> list[Path]:
         if not ninja.exists() or ninja.read_text() != text:
             ninja.write_text(text)
         made, failed = [], []
-        for name in names:  # one by one: the CPU library stands although the CUDA one does not compile
+        for name in names:  # one by one, so that the CPU library is built even if the CUDA one does not compile
             if subprocess.call([sys.executable, "-m", "ninja", "-C", str(work), name]):
                 failed.append(name)
             else:
                 made.append(install(work / name, target / name))
         if failed:
-            hint = "" if failed == names[:1] else " (JASPER_FAST_CUDA=0 leaves the CUDA part out)"
+            hint = "" if failed == names[:1] else " (JASPER_FAST_CUDA=0 leaves out the CUDA library)"
             sys.exit(f"jasper_fast: {' and '.join(failed)} did not build, see above{hint}")
         for stale in set(target.glob("*.so")) - set(made):
             stale.unlink()
@@ -166,7 +168,7 @@ def compile_libraries(target: Path, sanitize: str | None = None) -> list[Path]:
 
 
 def install(built: Path, place: Path) -> Path:
-    """Replace atomically: a process that has the old library mapped keeps it."""
+    """Replaces the file atomically: a process that has the old library mapped keeps it."""
     if not place.exists() or place.read_bytes() != built.read_bytes():
         shutil.copy2(built, place.with_suffix(".tmp"))
         os.replace(place.with_suffix(".tmp"), place)
@@ -180,6 +182,6 @@ def skip(reason: str, what: str) -> list[Path]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="compile csrc/ into jasper_fast/lib")
-    parser.add_argument("--sanitize", choices=SANITIZE, help="build the CPU library with these checks, apart")
+    parser.add_argument("--sanitize", choices=SANITIZE, help="build only the CPU library, with these checks")
     kind = parser.parse_args().sanitize
     compile_libraries(ROOT / "build" / "sanitize" / kind if kind else ROOT / "jasper_fast" / "lib", kind)

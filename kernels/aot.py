@@ -1,6 +1,6 @@
-"""Ahead-of-time compilation of Triton kernels for a GPU architecture, with no GPU, and the facts it leaves.
+"""Compiles Triton kernels for a GPU architecture without a GPU, and reports what each compiled kernel uses.
 
-Compiling needs a process without TRITON_INTERPRET: the switch is read when a kernel is defined.
+Compiling needs a process without TRITON_INTERPRET, because Triton reads that switch when a kernel is defined.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Source:
     """A kernel as Triton's launcher compiles it for one launch.
 
     signature: types by argument ("*fp16", "i32", "constexpr", ...); constexprs and attrs (alignment): values by the
-    argument's place; options: "num_warps", "num_stages" and what else the launch gave the compiler.
+    position of the argument; options: "num_warps", "num_stages" and any other option that the launch gave the compiler.
     """
 
     kernel: triton.JITFunction
@@ -46,15 +46,15 @@ class Source:
         return {self.kernel.arg_names[place[0]]: value for place, value in self.constexprs.items() if len(place) == 1}
 
     def digest(self, arch: int) -> str:
-        """The same for sources that compile to the same code on `arch`."""
+        """A hash, equal for sources that compile to the same code on `arch`."""
         launch = (self.signature, self.constexprs, self.attrs, self.options)
         parts = (self.kernel.cache_key, *(sorted(map(repr, part.items())) for part in launch), arch)
         return hashlib.sha256(repr((*parts, triton.__version__, _own_text())).encode()).hexdigest()[:32]
 
 
 def source(launch: Launch, arch: int) -> Source:
-    """What Triton's own launcher compiles for `launch` on compute capability `arch` (80 is 8.0): types and alignment of
-    the arguments are those of the values it was given. Launches that share a compiled kernel have one source.
+    """What Triton's own launcher would compile for `launch` on compute capability `arch` (80 is 8.0). The types and the
+    alignment of the arguments come from their values, so launches that share a compiled kernel have equal sources.
 
     Raises TypeError for a kernel that @triton.jit did not make (an autotuner has launches of its own) and for arguments
     that are not the kernel's; KeyError for a keyword that neither the kernel nor the compiler knows.
@@ -74,19 +74,19 @@ _described: dict[tuple, Source] = {}
 
 @functools.cache
 def _binder(kernel: object, arch: int) -> tuple[triton.JITFunction, object, Callable]:
-    if isinstance(kernel, InterpretedFunction):  # the same kernel as far as its launches go
+    if isinstance(kernel, InterpretedFunction):  # it is launched with the same arguments
         kernel = triton.JITFunction(kernel.fn, **kernel.kwargs)
     if not isinstance(kernel, triton.JITFunction):
-        raise TypeError(f"{kernel} is no kernel that @triton.jit made: what it launches cannot be told")
+        raise TypeError(f"{kernel} is not a kernel made by @triton.jit: its launches cannot be recorded")
     backend = make_backend(GPUTarget("cuda", arch, 32))
     return kernel, backend, create_function_from_signature(kernel.signature, kernel.params, backend)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a kernel uses: registers a thread, bytes of stack and local memory (spills), shared bytes; and its code.
+    """What a compiled kernel uses: registers per thread, bytes of stack, spills and shared memory; and its code.
 
-    dots: number of matrix products in the source; dot_rows: rows of the smallest of them (0 where there is none).
+    dots: number of matrix products in the source; dot_rows: rows of the smallest product (0 where there is none).
     """
 
     registers: int
@@ -145,14 +145,15 @@ class Facts:
 
     @property
     def waiting_loads(self) -> int:
-        """Wide global loads into registers inside innermost loops that also multiply matrices: nothing hides them."""
+        """Wide global loads into registers inside innermost loops that also multiply matrices: nothing hides their
+        latency."""
         matrix = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)"
         loops = (loop for loop in innermost_loops(self.ptx) if re.search(matrix, loop))
         return sum(len(re.findall(_WIDE.format("ld"), loop)) for loop in loops)
 
     @property
     def nan_eaters(self) -> int:
-        """fp32 maxima that return the other operand for a NaN: `max.f32`, which `max.NaN.f32` and a select are not."""
+        """fp32 maxima that drop a NaN and return the other operand: `max.f32`, but not `max.NaN.f32` or a select."""
         return self.count(r"\bmax(?:\.ftz)?(?:\.xorsign\.abs)?\.f32")
 
     def sass(self) -> str:
@@ -163,7 +164,7 @@ class Facts:
 def compile_for(source: Source, arch: int) -> Facts:
     """Compile for compute capability `arch`; raises RuntimeError in a process that interprets Triton."""
     if triton.knobs.runtime.interpret:
-        raise RuntimeError("Triton interprets in this process: compile in one without TRITON_INTERPRET set")
+        raise RuntimeError("this process runs Triton's interpreter: compile in a process without TRITON_INTERPRET")
     built = triton.compile(
         ASTSource(source.kernel, source.signature, source.constexprs, source.attrs),
         target=GPUTarget("cuda", arch, 32),
@@ -193,7 +194,7 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
     told = _cuobjdump(cubin, "-res-usage")
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", told))
     if len(found) != 3:
-        raise RuntimeError(f"cuobjdump told no resource usage: {told!r}")
+        raise RuntimeError(f"cuobjdump reported no resource usage: {told!r}")
     return {key: int(value) for key, value in found.items()}
 
 
@@ -207,5 +208,5 @@ def _cuobjdump(cubin: bytes, *options: str) -> str:
 
 @functools.cache
 def _own_text() -> str:
-    """What decides the facts besides the kernel: this file."""
+    """The source of this file, which decides the facts together with the kernel."""
     return Path(__file__).read_text()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Launch(NamedTuple):
-    """A launch that was recorded and did not happen: what `run` was given."""
+    """A launch that was recorded instead of run: the arguments of `run`."""
 
     kernel: object
     grid: tuple[int, ...]
@@ -41,9 +41,9 @@ _recording: _Recording | None = None
 
 
 def run(kernel: object, grid: Sequence[int], like: Tensor, *args: object, **meta: object) -> None:
-    """Launch `kernel` on `grid` programs on the device of `like`; `args` and `meta` are the kernel's own.
+    """Launch `kernel` on `grid` programs on the device of `like`; `args` and `meta` are the arguments of the kernel.
 
-    Triton launches on the current device, so that one is changed for the call where it is another.
+    Triton launches on the current device, so the device of `like` is made current for the call.
     """
     if _recording is not None:
         _recording.take(Launch(kernel, tuple(grid), args, meta))
@@ -57,10 +57,10 @@ def run(kernel: object, grid: Sequence[int], like: Tensor, *args: object, **meta
 
 @contextlib.contextmanager
 def recorded(take: Callable[[Launch], object], arch: int | None = None) -> Iterator[None]:
-    """Gives the launches made inside to `take`, and none of them happens; with `arch` (90 is 9.0) they are those that a
-    GPU of that architecture gets, wherever the tensors are, without values on the meta device too.
+    """Inside this context each launch is passed to `take` instead of being run. With `arch` (90 is 9.0) the launches
+    are those for a GPU of that architecture, on whatever device the tensors are, even the meta device.
 
-    It holds for the whole process: not for use while other threads launch kernels.
+    This changes the whole process: do not use it while other threads launch kernels.
     """
     global _recording
     before, _recording = _recording, _Recording(take, arch)
@@ -71,7 +71,7 @@ def recorded(take: Callable[[Launch], object], arch: int | None = None) -> Itera
 
 
 def architecture(device: torch.device) -> int | None:
-    """Compute capability (90 is 9.0) for which launches on `device` are compiled; None where they are interpreted."""
+    """Compute capability (90 is 9.0) for which launches on `device` are compiled; None if they are interpreted."""
     return _recording.arch if _recording is not None and _recording.arch is not None else _own(device)
 
 

@@ -15,7 +15,7 @@ def ntc(x: Tensor) -> Tensor:
 
 
 def empty_ntc(n: int, c: int, t: int, *, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised (N, C, T) tensor with NTC memory on the device (and, unless given, of the dtype) of `like`."""
+    """An uninitialised (N, C, T) tensor with NTC memory, on the device and by default in the dtype of `like`."""
     return torch.empty((n, t, c), dtype=dtype or like.dtype, device=like.device).transpose(1, 2)
 
 
@@ -25,7 +25,7 @@ def padding(lengths: Tensor, t: int) -> Tensor:
 
 
 def mask(x: Tensor, lengths: Tensor | None, value: float = 0.0) -> Tensor:
-    """`x` (N, C, T) with `value` at t >= `lengths` (N,), whatever was there; `x` itself where they are None."""
+    """`x` (N, C, T) with `value` at all t >= `lengths` (N,); `x` itself if `lengths` is None."""
     return x if lengths is None else x.masked_fill(padding(lengths, x.shape[2]), value)
 
 
@@ -41,7 +41,7 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 
 
 def matmul(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """a @ b of two matrices in their dtype; in fp16 on a CPU through fp32, where ATen is 5 to 30 times faster."""
+    """a @ b of two matrices in their dtype. fp16 on a CPU goes through fp32, in which ATen is 5 to 30 times faster."""
     if a.dtype != torch.float16 or a.device.type != "cpu":
         return torch.mm(a, b, out=out)
     wide = product(a, b)

@@ -1,8 +1,8 @@
 """The two native libraries, loaded on first use; importing this module never fails and loads nothing.
 
 `cpu()` and `cuda()` return the namespaces `torch.ops.jasper_fast_cpu` and `torch.ops.jasper_fast_cuda`, or raise
-`Missing`, which says why the library is not to be had and how to get it. The environment variable
-JASPER_FAST_LIB=FOLDER takes the libraries of another folder, such as those with sanitizers (`make sanitize`).
+`Missing`, which says why the library is missing and how to get it. The environment variable JASPER_FAST_LIB=FOLDER
+loads the libraries from another folder, such as those built with sanitizers (`make sanitize`).
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ BUILD = "run `make install`, or `python setup.py build_native` in a checkout"
 
 
 class Missing(RuntimeError):
-    """A native library, or an op in it, is not to be had on this machine; the message says why and how to get it."""
+    """A native library, or an op in it, is missing on this machine; the message says why and how to get it."""
 
 
 def _library_dir() -> Path:
     if chosen := os.environ.get("JASPER_FAST_LIB"):
         return Path(chosen).resolve()
-    root = Path(__file__).resolve().parents[1]  # a checkout, or jasper_fast/ where it is installed
+    root = Path(__file__).resolve().parents[1]  # a checkout, or the installed jasper_fast/
     package = root / "jasper_fast"
     return (package if (package / "__init__.py").is_file() else root) / "lib"
 
 
 class Library:
-    """One shared library: loads once, on first use, and remembers why it could not.
+    """One shared library. It loads once, on first use; if that fails, the reason is kept.
 
     Args:
         name: "cpu" or "cuda".
-        directory: where `libjasper_fast_<name>.so` lies; JASPER_FAST_LIB, or the package's own `lib/`, where None.
+        directory: where `libjasper_fast_<name>.so` lies; None means JASPER_FAST_LIB or else the package's own `lib/`.
     """
 
     def __init__(self, name: str, directory: Path | None = None) -> None:
@@ -50,7 +50,7 @@ class Library:
         self._why: str | None = None
 
     def ops(self) -> Any:
-        """The namespace of the library's ops; raises `Missing` where it cannot be loaded."""
+        """The namespace of the library's ops; raises `Missing` if the library cannot be loaded."""
         if self._ops is None:
             with self._lock:
                 if self._ops is None and self._why is None:
@@ -86,7 +86,7 @@ class Library:
 
 
 class _Ops:
-    """The op namespace; an op that the library lacks is `Missing`: the library is older than the Python code."""
+    """The op namespace. An op that the library lacks raises `Missing`: the library is older than the Python code."""
 
     def __init__(self, namespace: Any, path: Path) -> None:
         self._namespace, self._path = namespace, path
@@ -106,7 +106,7 @@ _cuda = Library("cuda")
 
 
 def cpu() -> Any:
-    """`torch.ops.jasper_fast_cpu`; raises `Missing` where the CPU library is not to be had."""
+    """`torch.ops.jasper_fast_cpu`; raises `Missing` if the CPU library cannot be loaded."""
     return _cpu.ops()
 
 
@@ -117,7 +117,7 @@ def cpu_functions() -> ctypes.CDLL:
 
 
 def cuda() -> Any:
-    """`torch.ops.jasper_fast_cuda`; raises `Missing` without the CUDA library, torch with CUDA and a GPU."""
+    """`torch.ops.jasper_fast_cuda`; raises `Missing` unless there are the CUDA library, a torch with CUDA and a GPU."""
     return _cuda.ops()
 
 

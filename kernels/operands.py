@@ -1,4 +1,5 @@
-"""What the faces' functions take together: vectors of a batch norm, what is zeroed after it, how a conv slides."""
+"""Groups of arguments that the functions of all faces take: a batch norm's vectors, a mask, a conv's geometry,
+lengths."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 
 class Norm(NamedTuple):
-    """A batch norm's vectors, (C,) each: yhat = (y - mean)*rstd is normalised, gamma*yhat + beta comes out."""
+    """A batch norm's vectors, (C,) each: yhat = (y - mean)*rstd, and the output is gamma*yhat + beta."""
 
     mean: Tensor
     rstd: Tensor
@@ -19,7 +20,8 @@ class Norm(NamedTuple):
 class Mask(NamedTuple):
     """What is zeroed after a ReLU: frames t >= `lengths` (N,), and elements dropped at rate `p` by `seed` (1,).
 
-    None of the lengths: there is no padding. The seed keys the dropout (`kernels/philox.py`); p = 0 needs none.
+    lengths None: there is no padding. The seed is the key of the dropout's random bits (`kernels/philox.py`); p = 0
+    needs no seed.
     """
 
     lengths: Tensor | None = None
@@ -28,22 +30,23 @@ class Mask(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """How a conv's taps lie over its input."""
+    """Stride, padding and dilation of a conv."""
 
     stride: int = 1
     padding: int = 0
     dilation: int = 1
 
     def frames(self, t: int | Tensor, taps: int) -> int | Tensor:
-        """Frames that come out of `t` frames (or of lengths of that many) under `taps` taps."""
+        """Frames of the output of a conv with `taps` taps for an input of `t` frames; `t` may be a tensor of
+        lengths."""
         return (t + 2 * self.padding - self.dilation * (taps - 1) - 1) // self.stride + 1
 
 
 class Lengths(NamedTuple):
-    """Frames (N,) int64 that the utterances have `before` a conv and `after` it; None: they fill the tensor.
+    """Frames (N,) int64 of each utterance `before` a conv and `after` it; None: every utterance fills the tensor.
 
-    made: receives the output lengths of `before`, clamped to [0, T], which then take the place of `after`; with
-    `masked` False nothing is masked by any of them. Those two are for faces that run without a host between kernels.
+    made: a tensor that receives the output lengths of `before`, clamped to [0, T], and is then used instead of `after`.
+    masked: False masks nothing. These two are for faces whose kernels run without the host in between.
     """
 
     before: Tensor | None = None

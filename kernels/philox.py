@@ -1,9 +1,10 @@
 """Counter-based random bits: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
-Every face draws the same dropout bits from this scheme and nothing is stored between forward and backward:
-element e = (n*T + t)*C + c of an NTC tensor uses word e % 4 at the 64-bit counter e // 4 (low half in word 0 of the
-128-bit counter, high half in word 1, the others 0), the 64-bit seed is the key (low half first), and the element is
-kept if and only if its word >= p * 2**32. This file is the definition, in PyTorch int64 arithmetic, on any device.
+Every face draws the same dropout bits by this scheme, so nothing is stored between forward and backward. Element e =
+(n*T + t)*C + c of an NTC tensor uses word e % 4 at the 64-bit counter e // 4. The low half of that counter is word 0 of
+Philox's 128-bit counter, the high half word 1, and the others are 0. The 64-bit seed is the key, low half first. The
+element is kept if and only if its word >= p * 2**32. This file is the definition, in PyTorch int64 arithmetic, on any
+device.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def threshold(p: float) -> int:
 
 
 def signed_threshold(p: float) -> tuple[int, float]:
-    """`threshold(p)` in the bits of an int32 (so that an argument never changes type), and the scale 1/(1 - p)."""
+    """The bits of `threshold(p)` as an int32 (so that a kernel's argument always has one type), and the scale 1/(1 -
+    p)."""
     bits = threshold(p)
     return bits - (1 << 32) if bits >= 1 << 31 else bits, 1.0 / (1.0 - p)
 
@@ -50,7 +52,7 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | in
 def words(start: int, count: int, seed: Tensor | int, device: torch.device | str | None = None) -> Tensor:
     """The 32-bit words at the counters start .. start + count - 1 under `seed`.
 
-    seed: an int, or an int64 tensor with one element. Returns (count, 4) int64, on the seed's device unless told.
+    seed: an int, or an int64 tensor with one element. Returns (count, 4) int64, by default on the device of the seed.
     """
     if device is None:
         device = seed.device if isinstance(seed, Tensor) else "cpu"

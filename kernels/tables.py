@@ -72,11 +72,11 @@ def lookup(
     rows: int,
     face: str = "triton",
 ) -> Row | None:
-    """The fastest measured configuration of `op` on one `face`; None where this GPU or shape was not measured.
+    """The fastest measured configuration of `op` on one `face`; None if this GPU or shape was not measured.
 
-    `c_in`, `c_out`: the conv's channels as its weight has them, for gradients too; `rows`: N*T' of its output. Without
-    a row of its power of two the nearest measured one of the same shape is taken (`exact` is then False). Raises
-    TableError when the GPU's file is loaded for the first time and does not hold what it must.
+    c_in, c_out: the channels of the conv's weight, for gradients too; rows: N*T' of the conv's output. If its power of
+    two was not measured, the nearest measured one of the same shape is taken (`exact` is then False). Raises TableError
+    if the file of this GPU is faulty when it is first loaded.
     """
     if _forced and (row := _forced.get(op)) is not None:
         return row
@@ -98,9 +98,9 @@ def fastest(
     dilation: int,
     rows: int | None = None,
 ) -> str | None:
-    """The face on which all `ops` together take the least time at a shape; None where they were not all measured.
+    """The face on which all `ops` together take the least time at a shape; None unless all were measured.
 
-    `rows` is N*T' of the output; None asks for the most rows that were measured.
+    rows: N*T' of the output; None means the most rows that were measured.
     """
     shape = (c_in, c_out, taps, stride, dilation)
     total = times([(op, shape, 1) for op in ops], device, dtype, rows)
@@ -140,9 +140,9 @@ def bucket(rows: int) -> int:
 
 @contextmanager
 def forced(op: str, tile: Mapping[str, int], face: str = "triton") -> Iterator[None]:
-    """Makes every look-up of `op` give `tile`, on any device: how tuning and the self-check reach one configuration.
+    """Makes every look-up of `op` return `tile`, on any device, so that tuning and the self-check can run that tile.
 
-    It holds for the whole process: not for use while other threads launch kernels.
+    This changes the whole process: do not use it while other threads launch kernels.
     """
     before = _forced.get(op)
     _forced[op] = Row(op, "", 0, 0, 0, 0, 0, 0, face, "direct", dict(tile), 0.0)
@@ -159,7 +159,7 @@ _forced: dict[str, Row] = {}
 
 
 class _Nearest:
-    """The rows of one shape, and for each power of two the nearest measured one."""
+    """The rows of one shape, and for each power of two the rows of the nearest measured one."""
 
     def __init__(self) -> None:
         self._by_bucket: dict[int, dict[str, Row]] = {}
@@ -193,7 +193,7 @@ class _Nearest:
 
 
 def _near(measured: list[int], wanted: int) -> int:
-    """The measured bucket nearest to `wanted`, of two the larger."""
+    """The measured bucket nearest to `wanted`; of two equally near ones the larger."""
     return min(measured, key=lambda b: (abs(b - wanted), -b))
 
 
@@ -250,7 +250,7 @@ def lay_over(rows_of: Callable[[int], Sequence[Row]]) -> None:
 
 
 def forget() -> None:
-    """Makes the next look-up read the files again, after one was written."""
+    """Makes the next look-up read the files again; called after a file was written."""
     _index.cache_clear()
     _gpu_name.cache_clear()
 
@@ -259,7 +259,7 @@ def forget() -> None:
 
 
 def folder() -> Path:
-    """Where tables lie: `JASPER_FAST_TABLES` where it is set, else the folder beside this module."""
+    """The folder of the tables: `JASPER_FAST_TABLES` if it is set, else the folder beside this module."""
     own = os.environ.get("JASPER_FAST_TABLES")
     return Path(own) if own else Path(__file__).with_name("tables")
 
@@ -270,13 +270,13 @@ def slug(gpu: str) -> str:
 
 
 def for_gpu(gpu: str, where: Path | None = None) -> Table | None:
-    """The table of the GPU called `gpu`, checked, or None where there is none; raises TableError for a faulty one."""
+    """The checked table of the GPU called `gpu`, or None if there is none; raises TableError for a faulty one."""
     path = (where or folder()) / f"{slug(gpu)}.json"
     if not path.is_file():
         return None
     table = load(path)
     if table.header["gpu"] != gpu:
-        raise TableError(f"{path}: header: gpu is {table.header['gpu']!r}, but the file's name is that of {gpu!r}")
+        raise TableError(f"{path}: header: gpu is {table.header['gpu']!r}, but the file is named after {gpu!r}")
     return table
 
 
@@ -290,7 +290,7 @@ def load(path: Path) -> Table:
 
 
 def parse(data: object, where: str) -> Table:
-    """A table from plain values; raises TableError that begins with `where`."""
+    """A table from plain values; raises a TableError whose message begins with `where`."""
     if not isinstance(data, dict) or set(data) != {"header", "rows"} or not isinstance(data["rows"], list):
         raise TableError(f"{where}: a table is an object with a header and a list of rows")
     if fault := header_fault(data["header"]):
@@ -307,7 +307,7 @@ def parse(data: object, where: str) -> Table:
 
 
 def write(path: Path, header: Mapping[str, str], rows: Iterable[Row]) -> None:
-    """Writes a table, a row a line, whole or not at all; raises TableError rather than write a faulty one."""
+    """Writes a table atomically, one line per row; raises TableError instead of writing a faulty one."""
     data = {"header": dict(header), "rows": [row.plain() for row in sorted(rows, key=lambda row: row.key)]}
     parse(data, str(path))
     lines = ",\n".join(f"  {json.dumps(row)}" for row in data["rows"])

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def keep(m0, c0, C, seed_ptr, threshold, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr):
-    """Which elements of the tile at row m0, channel c0 dropout keeps: bool [BLOCK_M, BLOCK_C]."""
+    """Which elements dropout keeps in the tile at row m0, channel c0: bool [BLOCK_M, BLOCK_C]."""
     seed = tl.load(seed_ptr)
     threshold = tl.cast(threshold, tl.int32).to(tl.uint32, bitcast=True)
     if VEC % 4 == 0:  # C is a multiple of 4: a counter's four words are four neighbours of one row
@@ -20,7 +20,7 @@ def keep(m0, c0, C, seed_ptr, threshold, BLOCK_M: tl.constexpr, BLOCK_C: tl.cons
         even = tl.join(w0 >= threshold, w2 >= threshold)
         odd = tl.join(w1 >= threshold, w3 >= threshold)
         kept = tl.join(even, odd).reshape([BLOCK_M, BLOCK_C])  # [M, C/4, 2, 2] in the order w0 w1 w2 w3
-    else:  # one call per element, and its word picked
+    else:  # one call per element, of which one word is used
         base = m0 * C + c0
         offs = tl.arange(0, BLOCK_M)[:, None] * C + tl.arange(0, BLOCK_C)[None, :]
         element = base + offs.to(tl.int64)

@@ -8,11 +8,11 @@ from jasper_fast.selfcheck.tolerance import Tolerance, compare
 
 
 def assert_close(name: str, got: Tensor, low: Tensor, ref: Tensor, factor: float = 2.0) -> None:
-    """`got` may be at most `factor` times as far from the fp64 `ref` as PyTorch's own low-precision `low` is, plus one
-    eps of low's dtype.
+    """The error of `got` against the fp64 `ref` may be `factor` times that of PyTorch's own low-precision `low`, plus
+    one eps of low's dtype.
 
-    In fp32 on a GPU it is 16 eps: sums of a thousand terms one after another, or cut off as tensor cores cut them, are
-    off by ten, and PyTorch's own may happen to be in a better order.
+    In fp32 on a GPU it is plus 16 eps: a sequential sum of a thousand terms, or a truncated one as in tensor cores, is
+    off by ten eps, and PyTorch may happen to sum in a better order.
     """
     assert got.dtype == low.dtype, f"{name}: {got.dtype}, PyTorch gives {low.dtype}"
     assert got.numel() > 0, f"{name}: nothing to compare"

@@ -16,8 +16,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 else:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # two calls of cuBLAS give the same bits
-    # fp32 is exact in these tests: which convs cuDNN rounds to TF32 is its own choice, conv by conv
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS deterministic
+    # fp32 is exact in these tests, because cuDNN chooses for each conv whether to round it to TF32
     torch.backends.cudnn.allow_tf32 = False
 
 os.environ["JASPER_FAST_TUNE"] = "0"  # tests of first-use tuning turn it on
@@ -59,7 +59,8 @@ def make_face(name: str) -> Face:
 
 
 def settle(name: str) -> str:
-    """`name` of a face that runs here; where it takes a GPU, tensors that the test makes without a device lie there."""
+    """The name of a face that runs here. If it needs a GPU, tensors that the test makes without a device are on the
+    GPU."""
     face = make_face(name)
     if face.device.type == "cuda":
         torch.set_default_device(face.device)
@@ -67,7 +68,7 @@ def settle(name: str) -> str:
 
 
 def interpreted() -> None:
-    """Skips the test, with the reason, where Triton's kernels do not take tensors of the CPU."""
+    """Skips the test, with the reason, if Triton's kernels do not take CPU tensors here."""
     make_face("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton is not interpreted: there is a GPU")
@@ -92,7 +93,7 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def unsettled():
-    """What `settle` set is of one test."""
+    """Resets after each test what `settle` set."""
     yield
     torch.set_default_device(None)
 
@@ -102,7 +103,7 @@ def poisoned_memory():
     """Uninitialised memory holds NaN (and the largest integer), so an element that a kernel forgets fails its test."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)  # the fill happens in this mode only
+    torch.use_deterministic_algorithms(True, warn_only=True)  # PyTorch fills new memory only in this mode
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -1,4 +1,4 @@
-"""What the tests of the inference engine share: small models, a stand-in for CUDA graphs, poison."""
+"""Shared by the tests of the inference engine: small models, a stand-in for CUDA graphs, poisoned buffers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def config(kind="jasper", masks=True, classes=7, feats=FEATS):
 
 
 def pair(cfg, backend="auto", device="cpu") -> tuple[EagerJasper, Jasper]:
-    """(eager, ours) for evaluation, with the same parameters and lively running statistics."""
+    """(eager, ours) for evaluation, with the same parameters and random running statistics."""
     eager = EagerJasper(cfg)
     for name, buffer in eager.named_buffers():
         if name.endswith("running_mean"):
@@ -73,19 +73,20 @@ def batch(lengths, t=None, feats=FEATS, device="cpu", scale=1.0) -> tuple[Tensor
 
 
 def valid(log_probs: Tensor, lengths: Tensor) -> Tensor:
-    """The rows of `log_probs` that say something."""
+    """The valid rows of `log_probs`."""
     return log_probs[torch.arange(log_probs.shape[1], device=lengths.device) < lengths[:, None]]
 
 
 def poison(engine: InferenceEngine) -> None:
-    """All memory that the engine keeps between calls for activations and lengths holds the worst."""
+    """Fills the buffers that the engine keeps between calls with NaN and the largest lengths."""
     for held in (engine._run.buffers, getattr(engine._run, "lengths", None)):
         for buffer in held.held.values() if held is not None else ():
             buffer.fill_(float("nan") if buffer.is_floating_point() else torch.iinfo(buffer.dtype).max)
 
 
 class Replays:
-    """Stands in for CudaGraphs where there is no GPU: a replay runs what was captured, on the memory of that time."""
+    """Stands in for CudaGraphs without a GPU: a replay runs the captured launches again, on the memory of the
+    capture."""
 
     def __init__(self, device: torch.device):
         self.captured = 0

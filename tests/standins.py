@@ -1,6 +1,6 @@
-"""What several tests put in the place of something real: verdicts, a GPU's table, a cache of the test's own.
+"""Stand-ins that several tests share: verdicts, the table of a GPU, a separate cache.
 
-A test file that imports a fixture from here has it, the autouse one in every test.
+A test file that imports a fixture from here can use it; an autouse fixture then applies to all its tests.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GPU_NAME = "NVIDIA Imaginary 9000"
 
 
 def verdict(op: str = "conv1d", status: str = GOOD, face: str = "triton", **more) -> Verdict:
-    """The verdict of a full check in bf16, as it is unless `more` says otherwise."""
+    """The verdict of a full check in bf16, with the fields in `more` changed."""
     values = {"quick": False, "checked": 3, "failure": "" if status == GOOD else "dgrad (2, 64->48, 37) wrong: 7 %"}
     values |= {"dtype": "bfloat16", **more}
     return Verdict(op, face, status=status, **values, date="2026-01-01T00:00:00+00:00")
@@ -32,7 +32,7 @@ def verdict(op: str = "conv1d", status: str = GOOD, face: str = "triton", **more
 
 @pytest.fixture(name="own_cache", autouse=True)
 def verdicts_of_its_own(tmp_path, monkeypatch):
-    """A cache of this test's own, and choices that nothing else made."""
+    """Gives the test a cache of its own and clears the choices of dispatch."""
     monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
     choose.forget()
     yield tmp_path / "cache"
@@ -175,13 +175,13 @@ def tuning_on_an_imaginary_gpu(own_cache, monkeypatch, tmp_path):
 
 
 def wrap(monkeypatch, owner: object, name: str, around) -> None:
-    """Puts `around(right, *args, **more)` in the place of `owner.name`, which it gets as `right`."""
+    """Replaces `owner.name` by `around(right, *args, **more)`, where `right` is the original."""
     right = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args, **more: around(right, *args, **more))
 
 
 def spied(monkeypatch, owner: object, name: str, note=lambda *args, **more: args) -> list:
-    """What `note` makes of the arguments of each call of `owner.name`, which works as before."""
+    """Collects `note(...)` of the arguments of each call of `owner.name`, which still works."""
     calls: list = []
 
     def around(right, *args, **more):

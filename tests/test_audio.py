@@ -89,7 +89,7 @@ def bad_files(tmp_path):
         ("good.flac/a.wav", "Not a directory"),
         (f"{'n' * 256}.wav", "File name too long"),
         ("nul\0.wav", "null"),
-        ("half\ud800.wav", "half a character"),
+        ("half\ud800.wav", "not valid text"),
         ("nan.wav", "2 of 16000 samples are NaN or infinite"),
     ],
 )
@@ -158,7 +158,7 @@ def test_reads_a_pipe(tmp_path):
 def test_codecs_that_cannot_seek(tmp_path, container, codec):
     x = tone(2.0, 8000)
     path = write(tmp_path / "a", x, 8000, format=container, subtype=codec)
-    rate = soundfile.info(path).samplerate  # XI has one of its own
+    rate = soundfile.info(path).samplerate  # XI files have a fixed rate
     whole = audio.load(path, rate)
     assert 16000 <= len(whole) < 16400 and np.corrcoef(whole[:16000], x)[0, 1] > 0.8
     part = audio.load(path, rate, 8000 / rate, 4000 / rate)
@@ -199,7 +199,7 @@ def test_a_file_cut_in_half_gives_what_is_there_and_both_lengths(tmp_path, conta
     assert float(short.cause.split()[4]) == pytest.approx(2.0, abs=0.02)
     assert str(pickle.loads(pickle.dumps(short))) == str(short)
     assert audio.duration(path) == pytest.approx(2.0, abs=0.02)
-    assert len(audio.load(path, duration=0.5)) == 8000  # what is asked for is there
+    assert len(audio.load(path, duration=0.5)) == 8000  # the part that was asked for is complete
     with pytest.raises(ShortAudio):
         audio.load(path, offset=0.5, duration=1.0)
 

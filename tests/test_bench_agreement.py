@@ -1,4 +1,4 @@
-"""Two results of one machine: which ratios say the same."""
+"""Which ratios agree in two results of one machine."""
 
 import copy
 import json

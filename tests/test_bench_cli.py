@@ -24,7 +24,7 @@ LIMITS = {"matmul_flops_per_s": {"float32": 1e12}, "copy_bytes_per_s": 1e12, "la
 
 @pytest.fixture
 def at_once(monkeypatch):
-    """Runs that measure no limits and write no page."""
+    """Makes runs skip measuring limits and writing pages."""
     monkeypatch.setattr(limits, "measure", lambda *_: dict(LIMITS))
     monkeypatch.setattr(html_page, "main", lambda *_: 0)
 
@@ -207,7 +207,7 @@ def test_a_lost_device_fails_the_command(capsys, at_once, tmp_path, monkeypatch)
 
     monkeypatch.setattr(kernels, "main", losing)
     assert cli.shell(["kernels", *QUICK, "--out", str(tmp_path)]) == 1
-    assert "--resume goes on without it" in capsys.readouterr().err
+    assert "--resume continues without that contender" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_says_what_it_keeps_and_goes_on(capsys, at_once, tmp_path, monkeypatch):
@@ -220,7 +220,7 @@ def test_an_interrupted_run_says_what_it_keeps_and_goes_on(capsys, at_once, tmp_
     assert cli.main(command) == 130
     (path,) = tmp_path.glob("*.json")
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said == f"interrupted: 2 rows are in {path}; the same command with --resume goes on"
+    assert said == f"interrupted: 2 rows are in {path}; the same command with --resume continues"
     assert len(json.loads(path.read_text())["rows"]) == 2
     monkeypatch.setattr(kernels, "main", lambda run, op, mode: None)
     assert cli.main([*command, "--resume"]) == 0

@@ -1,4 +1,4 @@
-"""Clocks beside the times, the driver's library on a stand-in, what few samples can claim, CuPy's profiler."""
+"""Clock readings, the driver's library on a stand-in, intervals of few samples, CuPy's profiler."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CUDA = torch.device("cuda", 0)
 
 
 class Driver:
-    """libnvidia-ml with one GPU, under pynvml: what it answers, by function; another status than 0 is a failure."""
+    """A stand-in for libnvidia-ml with one GPU, under pynvml; functions return a status, where 0 is success."""
 
     UUID = b"GPU-12345678-0000"
 
@@ -45,7 +45,7 @@ class Driver:
 
 @pytest.fixture
 def driver(monkeypatch):
-    """Gives the setter of what the dynamic linker finds: a Driver, unless a test says otherwise."""
+    """Returns a function that sets the library which the dynamic linker finds; by default a Driver."""
 
     def fresh(found: object) -> None:
         for cached in (nvml.library, nvml.handle, pynvml._nvmlGetFunctionPointer_cache):

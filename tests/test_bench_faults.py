@@ -1,4 +1,4 @@
-"""No number for a wrong result: faults of every kind, and rivals that are absent or fail, are rows that say so."""
+"""A wrong result gets no number: every kind of fault, and rivals that are absent or fail, give rows that say so."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def stale_buffer():
 
 
 def stale_after(calls: int):
-    """Right while it is checked, and then the same answer for ever: only a check after the timing sees it."""
+    """Right while it is checked, and then always the same answer, which only a check after the timing finds."""
     seen = []
 
     def call(x):
@@ -180,7 +180,7 @@ def test_all_contenders_of_convs_are_right(op, backend, tmp_path):
 @pytest.mark.parametrize("mode", ["both", "inference"])
 @pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.bfloat16), ("triton", torch.float16)])
 def test_sub_blocks_under_amp_are_right(mode, backend, dtype, tmp_path):
-    """fp32 master weights beside 16-bit activations, eager under autocast; the prologue reads fp32 features."""
+    """fp32 master weights with 16-bit activations, eager under autocast; the first layer reads fp32 features."""
     interpreted() if backend == "triton" else make_face(backend)
     run = make_run(tmp_path, backend=backend)
     run.dtype = dtype
@@ -190,7 +190,7 @@ def test_sub_blocks_under_amp_are_right(mode, backend, dtype, tmp_path):
 
 @pytest.mark.slow
 def test_a_wrong_sub_block_is_refused_in_every_mode(tmp_path, monkeypatch):
-    """An output scaled by 1.01 is no sub-block, in training or in inference."""
+    """An output scaled by 1.01 is found wrong, in training and in inference."""
     right, folded = sub_blocks.fused_sub_block, sub_block_inference.fused
     monkeypatch.setattr(sub_blocks, "fused_sub_block", lambda b: lambda *a: right(b)(*a) * 1.01)
     monkeypatch.setattr(sub_block_inference, "fused", lambda i, b: lambda *a: folded(i, b)(*a) * 1.01)

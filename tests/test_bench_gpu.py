@@ -1,4 +1,5 @@
-"""What only a GPU executes, on stand-ins: clocks, a lost device, refusals, the whole plan of `python -m bench gpu`."""
+"""Code that only runs on a GPU, tested with stand-ins: clocks, a lost device, refusals, the plan of `python -m bench
+gpu`."""
 
 import contextlib
 import dataclasses
@@ -65,7 +66,7 @@ def test_without_an_answer_only_that_case_has_no_number(tmp_path):
     refilled = dataclasses.replace(refilled, refill=no_memory)
     rows = make_run(tmp_path).cases("test", [broken, refilled, fine])
     assert [r["status"] for r in rows] == ["failed"] * 4 + ["ok"] * 2
-    assert all("nothing to compare it with: OutOfMemoryError" in r["why"] for r in rows[:4])
+    assert all("there is no reference to compare with: OutOfMemoryError" in r["why"] for r in rows[:4])
 
 
 def test_a_case_is_on_disk_before_the_next_is_prepared(tmp_path):
@@ -91,7 +92,7 @@ class Context:
             raise RuntimeError(f"CUDA error: {self.fault}")
 
     def break_it(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns at once, as a launch does: the fault shows when someone waits."""
+        """Returns at once, like a launch; the fault appears at the next wait."""
         self.fault = "an illegal memory access was encountered"
         return F.softplus(x)
 
@@ -127,7 +128,7 @@ def test_who_loses_the_device_has_a_row_and_no_second_chance(tmp_path, context):
 
 
 def test_a_lost_device_costs_its_part_and_not_the_run(tmp_path, context, monkeypatch):
-    """The run goes on in a new process; the part comes once more, after the others, and then never again."""
+    """The run continues in a new process; the part is tried once more, after the others, and then not again."""
 
     class Replaced(BaseException):
         """The end of a process that another replaces."""
@@ -211,7 +212,7 @@ gpu.go_on_elsewhere(N(arguments=('gpu', '--help')), time.monotonic() + 9)
 
 @pytest.mark.slow
 def test_a_kernel_that_never_ends_is_left_behind(tmp_path, monkeypatch):
-    """A call into C++ hears no signal; here it is a part that blocks the alarm."""
+    """A call into C++ does not see signals; here a part that blocks the alarm stands in for it."""
     left = threading.Event()
 
     def deaf(run: Run) -> None:
@@ -231,7 +232,7 @@ def test_a_kernel_that_never_ends_is_left_behind(tmp_path, monkeypatch):
 
 
 class Deaf:
-    """What is raised while it dies, Python drops."""
+    """Python drops an exception that is raised in its destructor."""
 
     def __del__(self) -> None:
         for _ in range(20):
@@ -266,7 +267,7 @@ def test_a_part_that_is_cut_off_leaves_no_compiler_at_work(how, tmp_path, monkey
 
 @pytest.mark.slow
 def test_the_compilers_that_a_cut_off_part_leaves_can_be_ended():
-    """What `end_compilers` takes for granted of PyTorch's private parts."""
+    """Checks what `end_compilers` assumes about private parts of PyTorch."""
     python("""
 import torch, torch._inductor.async_compile as a, torch._inductor.config as c, time; c.compile_threads = 2
 from jasper_fast.bench.gpu import gpu; pool = a.AsyncCompile.process_pool(); pool.submit(time.sleep, 600)
@@ -334,7 +335,7 @@ def collector(tmp_path) -> warm.Collector:
 
 @pytest.mark.slow
 def test_every_part_of_the_plan_for_a_gpu_can_make_its_cases(tmp_path, monkeypatch):
-    """All parts up to their contenders, which are built on the device only: a rival that nobody knows shows here."""
+    """Runs all parts up to building contenders, which needs the device. An unknown rival is found here."""
     asked: list[str] = []
 
     def compilers(run, titles):
@@ -404,7 +405,7 @@ def test_the_full_self_check_keeps_the_verdicts_that_it_reached(tmp_path, monkey
     calls: list[tuple] = []
 
     def supervise(device, quick, ops, dtypes, report):
-        """All but the last of what is asked for, in the first call; then all."""
+        """In the first call all rows but the last, then all."""
         calls.append((dtypes, ops))
         row = {"function": "f", "variant": "", "configuration": "", "shape": "", "detail": "", "status": "ok"}
         asked = [check for check in plan if check.op in ops and check.dtype in dtypes]
@@ -454,7 +455,7 @@ def test_other_processes_run_ours_once_and_end_with_the_time(tmp_path, monkeypat
 
 
 def test_a_process_that_cannot_be_ended_holds_nobody_up(tmp_path, monkeypatch):
-    """A kernel that never ends holds its process in the driver, killed or not."""
+    """A process whose kernel never ends stays in the driver, even if it is killed."""
     killed: list[int] = []
 
     class Stuck:
@@ -492,7 +493,7 @@ from jasper_fast.bench.report import html_page
 
 @pytest.mark.slow
 def test_a_run_without_jinja_and_pynvml_has_its_numbers_and_a_line_for_each(tmp_path):
-    """A finder that knows neither: the numbers are written, the page is not, and the status says nothing failed."""
+    """With an import finder that hides both, the numbers are written, the page is not, and the exit status is 0."""
     script = """
 import sys
 class Blocked:

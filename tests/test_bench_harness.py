@@ -36,7 +36,7 @@ def test_ratio_is_pair_by_pair_and_its_interval_holds_the_truth():
 
 def test_a_second_visit_widens_the_interval_to_what_both_would_have_said():
     first = {"ours": [1.0, 1.0, 1.0, 1.0], "eager": [2.0, 2.0, 2.0, 2.0]}
-    second = {"ours": [1.0, 1.0], "eager": [2.4, 2.4]}  # the machine in another mood
+    second = {"ours": [1.0, 1.0], "eager": [2.4, 2.4]}  # the machine has another speed
     assert ratios.ratio_of_visits([first], "eager", "ours") == ratios.ratio(first["eager"], first["ours"])
     found = ratios.ratio_of_visits([first, second], "eager", "ours")
     assert (found["low"], found["median"], found["high"]) == (2.0, 2.0, pytest.approx(2.4))
@@ -76,7 +76,7 @@ def test_backward_alone_is_timed_in_both_visits(tmp_path):
 
 def test_a_case_takes_its_own_rounds_and_share_in_both_visits(tmp_path):
     run = make_run(tmp_path, revisits=True)
-    run.effort = Effort(seconds=60.0, min_rounds=4, max_rounds=20, target=1e9)  # the first look is enough
+    run.effort = Effort(seconds=60.0, min_rounds=4, max_rounds=20, target=1e9)  # the first rounds are enough
     changes = {"softplus": {}, "more": {"rounds": 12}, "less": {"share": 1e-9}}
     run.cases("test", [softplus_case({"twin": F.softplus}, op, **change) for op, change in changes.items()])
     run.revisit()
@@ -89,7 +89,7 @@ def test_a_case_takes_its_own_rounds_and_share_in_both_visits(tmp_path):
     ("round_s", "rounds", "warm_ups"), [(0.3, 6, 2), (0.9, 4, 2), (2.0, 3, 1), (4.0, 3, 1), (10.0, 1, 1)]
 )
 def test_rounds_that_take_long_are_few_and_their_rows_say_so(round_s, rounds, warm_ups, tmp_path, monkeypatch):
-    now = itertools.count(0.0, round_s)  # every look at the clock is a round, or a run, later
+    now = itertools.count(0.0, round_s)  # every reading of the clock is one round, or one run, later
     for module in (checking, timing):
         fake = SimpleNamespace(perf_counter=lambda: next(now), monotonic=time.monotonic)
         monkeypatch.setattr(module, "time", fake)

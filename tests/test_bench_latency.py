@@ -1,4 +1,4 @@
-"""Latency: faults of a per cent get no time, sound to text is held to its own best path, and how much is measured."""
+"""Latency: faults of a per cent get no time, texts are compared with their own best path, and how much is measured."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def norms(state: dict) -> list[str]:
-    """The batch norms' names, in the order of the layers."""
+    """The names of the batch norms, in the order of the layers."""
     return [k.removesuffix(".running_mean") for k in state if k.endswith(".running_mean")]
 
 
@@ -43,7 +43,7 @@ def no_bias(state: dict) -> dict:
 
 
 def no_panes(state: dict) -> dict:
-    """The last dense block without what the blocks before give it."""
+    """The last dense block without its panes."""
     last = [n for n in norms(state) if ".res." in n][-1].split(".res.")[0]
     panes = [n for n in norms(state) if n.startswith(f"{last}.res.")]
     return state | {f"{n}.{k}": torch.zeros_like(state[f"{n}.{k}"]) for n in panes for k in ("weight", "bias")}
@@ -58,7 +58,7 @@ WEIGHTS = {
 
 
 def stale_frames(call: Model) -> Model:
-    """One row of frames is what it was in the call before."""
+    """One frame keeps the result of the call before."""
     before: list[torch.Tensor] = []
 
     def stale(x: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +73,7 @@ def stale_frames(call: Model) -> Model:
     return stale
 
 
-# In bf16 eager itself is off by 0.5 % of the output: a layer off by 1 % hides in that, whoever compares.
+# In bf16 eager itself is off by 0.5 % of the output, so no comparison can find a layer that is off by 1 %.
 FAULTS = [
     ("fp32", "a layer scaled by 1.01"),
     ("fp16", "a layer scaled by 1.01"),
@@ -83,7 +83,7 @@ FAULTS = [
 
 
 def rows_of(tmp_path, case_of, dtype=torch.float32, engine=None) -> dict[str, dict]:
-    """Rows of a case of the small model by contender; `engine` takes ours' place."""
+    """Rows of a case of the small model by contender; `engine` replaces ours."""
     run = make_run(tmp_path, rivals="eager,eager_2d_channels_last")
     run.dtype = dtype
     shared = latency.Models(run, "small")
@@ -246,7 +246,7 @@ def test_a_gpu_takes_the_samples_that_a_p99_takes(tmp_path):
 
 
 class Session:
-    """A stand-in for an ONNX Runtime session: reads and writes the memory that it was told of, as ours would be."""
+    """A stand-in for an ONNX Runtime session, which reads and writes the memory to which it was bound."""
 
     def __init__(self, model) -> None:
         self.model, self.bound = model, {}

@@ -9,7 +9,7 @@ from jasper_fast.bench.harness import allocations
 
 
 class Keeper(torch.autograd.Function):
-    """Saves one tensor for backward, stashes another on itself, and lets a third go."""
+    """Saves one tensor for backward, stores another as an attribute, and frees a third."""
 
     stash: list = []
 

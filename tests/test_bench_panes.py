@@ -1,4 +1,4 @@
-"""Panes as `python -m bench kernels` measures them: what is compared and charged, and which cases are asked for."""
+"""Panes in `python -m bench kernels`: what is compared, what counts as their time, and which cases are run."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_wrong_form_has_no_time_in_any_mode(fault, form, tmp_path, monkeypatch
 
 
 def test_running_statistics_are_compared(tmp_path, monkeypatch):
-    """Of each pane its own: a sum whose panes have them the other way round is wrong, though the sum is right."""
+    """Each pane has its own statistics: if two panes have them swapped, the case is wrong although the sum is right."""
     plain = ops.panes_plain
 
     def faulty(*args, **more):
@@ -124,7 +124,7 @@ def test_over_a_network_every_block_output_has_one_matrix():
 
 @pytest.mark.parametrize("form", panes.FORMS)
 def test_a_retained_graph_is_of_the_inputs_as_they_are(form):
-    """A refill between two backward runs: the second must not go through the first one's graph, or its matrices."""
+    """After a refill, a second backward run must not use the graph or the matrices of the first."""
     i = panes.Inputs(2, 40, BLOCK, torch.float32, CPU)
     made: list[list[torch.Tensor]] = []
     right = panes.fused(form, "auto")

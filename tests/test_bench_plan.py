@@ -70,7 +70,7 @@ def test_gpu_plan_is_bounded_written_as_it_goes_and_resumed(tmp_path, monkeypatc
     assert parts == {
         "first": "finished",
         "failing": "failed: ValueError: no such kernel",
-        "compile": "cut off",  # by its own share of the time: the next one still had its turn
+        "compile": "cut off",  # cut off after its own share of the time, so the next part was still measured
         "second": "finished",
         "endless too": "cut off",
         "last": "no time left",

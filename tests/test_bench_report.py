@@ -1,4 +1,4 @@
-"""What a result says must be on its page and in the terminal: nothing that was measured stays in the JSON alone."""
+"""Everything in a result's JSON is also on its page and in the terminal."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def row(bench: str, contender: str, key: dict, **more) -> dict:
 
 
 def full(name: str = "NVIDIA Imaginary 9000") -> dict:
-    """A result of `python -m bench gpu` that has something of everything."""
+    """A result of `python -m bench gpu` with an example of every part."""
     utterance = {"model": "jasper10x5", "N": 4, "seconds": 7.0, "dtype": "float16", "path": "acoustic model"}
     step = {"model": "jasper10x5", "batch": "(32, 64, 1680)", "dtype": "float16", "mode": "step"}
     conv = {"op": "conv1d", "shape": "(32, 256->256, 832)", "taps": "K = 11", "dtype": "float16", "mode": "both"}
@@ -84,7 +84,7 @@ def full(name: str = "NVIDIA Imaginary 9000") -> dict:
 
 
 def section(html: str, title: str) -> str:
-    """What stands between a heading and the next one of its level."""
+    """The text between a heading and the next one of the same level."""
     _, _, rest = html.partition(f"<h2>{title}")
     assert rest, title
     return rest.partition("<h2>")[0]
@@ -102,7 +102,7 @@ def forms(html: str) -> tuple[str, str]:
 
 
 class Balance(HTMLParser):
-    """Fails on a tag that is closed in another order than it was opened."""
+    """Fails on tags that are not closed in the right order."""
 
     VOID = {"meta", "br"}
 
@@ -183,7 +183,7 @@ def test_a_share_above_the_limit_is_explained(page):
 
 
 def overhanging(plot: str, font: int) -> list[str]:
-    """Texts that leave their plot, a character taken for 0.6 of the font's size."""
+    """Texts that are wider than their plot, at 0.6 of the font size per character."""
     width, found = float(re.search(r'viewBox="0 0 (\d+)', plot)[1]), []
     for anchor, x, told in re.findall(r'<text class="[^"]*" text-anchor="(\w+)" x="([\d.]+)"[^>]*>(.*?)</text>', plot):
         wide = 0.6 * font * len(unescape(told))
@@ -230,7 +230,7 @@ def test_the_form_that_a_page_of_any_width_shows_can_be_read():
     assert len(rules) == 3 and not any("min-width" in rule or "overflow" in rule for rule in rules)
 
 
-# ------------------------------------------------------------------ what a GPU's run brings
+# ------------------------------------------------------------------ parts of a run on a GPU
 
 
 def test_launches_profiles_selfcheck_tuning_and_parts_are_on_the_page(page):
@@ -375,7 +375,7 @@ def test_there_is_one_slug():
     )
 
 
-# ------------------------------------------------------------------ what few samples do not tell
+# ------------------------------------------------------------------ too few samples
 
 
 def of(samples: int, pairs: int) -> dict:

@@ -65,13 +65,13 @@ def graphs_run(monkeypatch) -> list[int]:
 
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **_: compile(model, backend=backend, dynamic=False))
-    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):  # and as it was afterwards
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):  # restored afterwards
         yield ran
     torch._dynamo.reset()
 
 
 def dense(blocks: int) -> tuple[EagerJasper, torch.Tensor, torch.Tensor]:
-    """So many dense blocks between two others, no two alike in their panes."""
+    """A model with this many dense blocks between two others; no two blocks have the same panes."""
     widths = tuple((8, 3, 0.0) for _ in range(blocks))
     encoder = {"in_feats": 8, "activation": "relu", "use_conv_masks": True}
     encoder["blocks"] = models._blocks(8, widths, 1, 8)
@@ -81,7 +81,7 @@ def dense(blocks: int) -> tuple[EagerJasper, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.slow
 def test_every_block_of_twelve_is_compiled(graphs_run):
-    """PyTorch compiles eight variants of a function and runs the others in eager, with a warning alone."""
+    """PyTorch compiles eight variants of a function and runs further ones in eager, with only a warning."""
     model, x, lengths = dense(10)
     call = compiler.compiled_blocks_frozen(model)
     for _ in range(2):
@@ -107,8 +107,8 @@ def test_every_shape_of_a_grid_is_compiled_or_an_error(graphs_run, monkeypatch):
 
 
 def test_a_sub_block_s_compiled_function_never_runs_in_eager(graphs_run):
-    """However many variants it has: an earlier case's do not count, and eight are no limit."""
-    with torch._functorch.config.patch(donated_buffer=True):  # and as it was afterwards
+    """It may have any number of variants: those of earlier cases do not count, and there is no limit of eight."""
+    with torch._functorch.config.patch(donated_buffer=True):  # restored afterwards
         for _ in range(2):
             call = compiler.max_autotuned(lambda x: 2 * x, "forward")
             for n in range(2, 12):
@@ -128,7 +128,7 @@ def test_a_frozen_sub_block_never_runs_in_eager(graphs_run):
 
 
 class Capture:
-    """torch.cuda as far as a capture needs it; `log` is what happened in it, and whether Python could collect."""
+    """A stand-in for torch.cuda in a capture; `log` records the events, and whether garbage collection was on."""
 
     def __init__(self, monkeypatch) -> None:
         self.log: list[str] = []

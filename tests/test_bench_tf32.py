@@ -1,4 +1,4 @@
-"""fp32 convs that PyTorch may round to TF32 are held to TF32, and no looser than that."""
+"""fp32 convs that PyTorch may round to TF32 are compared at the precision of TF32, and not more loosely."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def run_in(dtype: torch.dtype) -> Run:
 
 
 def cut_to_tf32(x: torch.Tensor) -> torch.Tensor:
-    """As tensor cores read fp32: the last 13 bits of the mantissa cut off."""
+    """fp32 as tensor cores read it, without the last 13 bits of the mantissa."""
     return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 

@@ -16,11 +16,11 @@ from jasper_fast.bench.harness.case import Contender
 from jasper_fast.bench.harness.measurement import Measurement
 from jasper_fast.bench.report import terminal
 
-measured_rate = clocks.cycles_per_second.__wrapped__  # before a stand-in takes its place
+measured_rate = clocks.cycles_per_second.__wrapped__  # saved before a stand-in replaces it
 
 
 class Gpu:
-    """A device with a queue, and a host whose clock moves only when something takes its time."""
+    """A simulated device with a queue, and a host clock that moves only when something takes host time."""
 
     rate = 1e9  # cycles of a sleep a second
 
@@ -90,7 +90,7 @@ def test_a_long_host_time_is_part_of_the_answer(device):
     ticker = clocks.CudaClock(CUDA)
     run = small_op(device, 100, host=1e-3, kernel=10e-6)
     assert 80e-3 < ticker.sample(run, 1) <= 100e-3 and device.slept == [ticker.LONGEST]
-    heavy = small_op(device, 100, host=1e-4, kernel=10e-3)  # the device is behind anyway
+    heavy = small_op(device, 100, host=1e-4, kernel=10e-3)  # kernels take longer than launches
     assert ticker.sample(heavy, 1) == pytest.approx(1.0, rel=1e-3)
 
 
@@ -118,7 +118,8 @@ def test_rows_carry_the_host_s_time_and_still_make_a_table(device, capsys):
 
 
 def test_sleeps_are_counted_at_the_clock_that_the_device_rises_to(device, monkeypatch):
-    """An idle GPU begins at a fifth of its clock: a sleep of so few cycles would end before the host has launched."""
+    """An idle GPU starts at a fifth of its clock. A sleep counted at that clock would end before the host has
+    launched."""
     rates = iter([2e8, 4e8, 1e9, 9e8, 8e8])
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: cycles > 1000 and device.launch(cycles / next(rates)))
     assert measured_rate(CUDA) == pytest.approx(1e9)

@@ -1,4 +1,4 @@
-"""Training steps: a gradient that is wrong by per cents is refused in every precision, and a right one is not."""
+"""Training steps: a gradient that is wrong by a few per cent is found in every precision; a right one passes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def found(contender: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def complaints(got: dict[str, torch.Tensor], dtype: torch.dtype) -> list[str]:
-    """What the bench would say of a contender that answered so."""
+    """The bench's complaints about a contender with this answer."""
     return correct.complaints(got, found("eager", dtype), found("eager", torch.float64), train.tolerance(dtype))
 
 
@@ -54,7 +54,7 @@ def test_right_gradients_are_told_right(contender, dtype):
 
 
 def test_clear_weights_keep_every_relu_away_from_zero():
-    """And signs of both kinds are there, so that a ReLU left out shows."""
+    """ReLU inputs of both signs exist, so a missing ReLU is found."""
     config, state, batch = setting()
     model = models.eager(config, models.clear(config, state)).train()
     nearest, signs = [], []
@@ -83,7 +83,7 @@ def shifted_taps(g):
 
 def stale_dbeta(g):
     name = "clear grad encoder.layers.2.conv.5.bias"
-    return {name: g[name].roll(1)}  # numbers of the right size, of something else
+    return {name: g[name].roll(1)}  # values of the right size, but of the wrong elements
 
 
 def every_layer_scaled(g):
@@ -140,7 +140,7 @@ class Wgrad(torch.autograd.Function):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_skipped_utterance_gets_no_time(dtype, tmp_path, monkeypatch):
-    """Through the whole bench: the row says wrong and has no time, the rival's is ok."""
+    """In a whole run of the bench, the row is "wrong" and has no time, and the row of the rival is "ok"."""
 
     def faulty(config, state, backend):
         model = models.eager(config, state)
@@ -197,7 +197,7 @@ def test_fp16_scales_the_loss_as_training_does(dtype, mode, monkeypatch):
 
 @pytest.mark.slow
 def test_answers_in_fp16_are_scaled_as_far_as_nothing_overflows(monkeypatch):
-    """A scale that overflows gives way to a smaller one; gradients come back unscaled."""
+    """After an overflow a smaller scale is used, and gradients are returned unscaled."""
     config, state, _ = setting()
     module, batch = models.eager(config, state), train.Batch(config, 2, 32, CPU)
     bias = "grad decoder.layers.0.bias"
@@ -282,7 +282,7 @@ def test_tf32_is_held_to_its_own_roundings(monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "off"), [(torch.bfloat16, 5e-4), (torch.float16, 6e-5)])
 def test_a_loss_that_eager_hits_by_chance_is_no_measure(dtype, off):
-    """A tenth of a rounding is no fault where eager's single number happens to have no error; three tenths are."""
+    """If eager's loss happens to have no error, an error of a tenth of a rounding passes and three tenths do not."""
     exact = {"loss": torch.tensor(500.0, dtype=torch.float64)}
     lucky = {"loss": torch.tensor(500.0)}
     for factor, refused in ((1.0, False), (5.0, True)):

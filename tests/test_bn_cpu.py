@@ -1,7 +1,7 @@
-"""The CPU face of bn_relu_dropout where it is its own: every instruction set, threads, chunks, conversions, Philox.
+"""What only the CPU face of bn_relu_dropout has: instruction sets, threads, chunks, conversions, Philox.
 
-What it shares with the other faces is in test_bn_relu_dropout.py. Run as a script it writes the outputs of CASES to the
-file named, so that a process with another JASPER_FAST_ISA can be compared.
+test_bn_relu_dropout.py tests what all faces share. Run as a script, this file writes the outputs of CASES to the given
+file, to compare processes with different JASPER_FAST_ISA.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 EPS, P = 1e-3, 0.2
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# (N, C, T, lengths): C below, at and beside the vector widths; T of one; more rows than a block, and than a chunk
+# (N, C, T, lengths): C below, at and above the vector widths; T = 1; more rows than a block, and more than a chunk
 SHAPES = [
     (1, 1, 7, [3]),
     (2, 29, 37, [0, 37]),

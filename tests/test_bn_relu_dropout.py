@@ -94,7 +94,7 @@ def run(op, case: Case, training: bool) -> dict[str, Tensor]:
 
 
 def chain(case: Case, training: bool) -> dict[str, Tensor]:
-    """The same through PyTorch's own batch norm, sum, ReLU, dropout's product, masked_fill, and autograd."""
+    """The same with PyTorch's batch norm, sum, ReLU, product with the dropout mask, masked_fill, and autograd."""
     n, _, t = case.y.shape
     y, gamma, beta = (x.detach().clone().requires_grad_() for x in (case.y, case.gamma, case.beta))
     residual = None if case.residual is None else case.residual.clone().requires_grad_()
@@ -116,7 +116,8 @@ def check(face, case: Case, training: bool = True) -> dict[str, Tensor]:
     low, ref = chain(case, training), chain(case.to(torch.float64), training)
     for name in ref.keys() - {"mean", "m2"}:
         assert_close(name, got[name], low[name], ref[name])
-    # a sum's rounding grows with its depth, each face's own choice: a few eps, far below a slip such as 1/(M-1)
+    # rounding of a sum depends on its order, which each face chooses: a few eps, far less than a mistake such as
+    # 1/(M-1)
     rows, bound = case.y.shape[0] * case.y.shape[2], 4e-6 if case.y.is_cuda else 1e-6  # a GPU divides to two roundings
     off = (got["mean"] - ref["mean"]).abs() / (ref["mean"].abs() + (ref["m2"] / rows).sqrt())
     assert off.max() <= bound, f"mean is off by {off.max():.1e} deviations"
@@ -208,7 +209,7 @@ def test_keep_rate(face):
 @dtypes
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 def test_garbage_in_padding_changes_nothing(face, residual, dtype):
-    """With given statistics, whatever padded frames hold, NaN too, reaches neither an output nor a gradient."""
+    """With given statistics, the content of padded frames, even NaN, affects neither outputs nor gradients."""
     op = face.load("bn_relu_dropout")
     case = make(3, 36, 17, dtype=dtype, device=face.device, residual=residual, lengths=[17, 6, 0], p=0.2)
     clean = run(op, case, training=False)
@@ -270,7 +271,8 @@ def test_halo_changes_no_bit(face, residual, halo, dtype):
 @pytest.mark.parametrize("c", [40, 29, 256])
 @pytest.mark.parametrize("name", ["reference", "triton"])
 def test_beyond_the_halo_y_is_not_read(name, c, dtype):
-    """NaN in rows that `halo` calls zero reaches nothing; without the hint it reaches dy, so it was there."""
+    """NaN in rows that `halo` declares zero has no effect. Without `halo` it reaches dy, which shows that it was
+    there."""
     face = make_face(name)
     op, case = face.load("bn_relu_dropout"), halo_case(face, dtype, False, 3, c=c)
     soiled = ntc(mask(case.y, case.lengths + 3, math.nan))
@@ -394,7 +396,8 @@ def test_triton_indexes_beyond_32_bits_of_counters():
 @pytest.mark.parametrize("m0", [0, 208, (1 << 31) - 32, (1 << 31) + 16, 5 << 40])
 @pytest.mark.parametrize("frames", [1, 3, 16, 37, 2000, (1 << 31) - 1])
 def test_triton_finds_utterance_and_frame_of_a_row(frames, m0):
-    """Up to 2^31 rows in numbers of 32 bits, beyond in those of 64; several utterances in a tile, or none whole."""
+    """With 32-bit numbers up to 2^31 rows and with 64-bit numbers beyond; a tile has several utterances, or part of
+    one."""
     pytest.importorskip("triton")
     from draw_kernel import places
 

@@ -1,4 +1,4 @@
-"""Checkpoints: writes that cannot half happen, reads that say what is wrong, and the files of other Jaspers."""
+"""Checkpoints: atomic writes, reads that report what is wrong, and the files of other Jaspers."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_own_checkpoints_carry_their_configuration(tmp_path):
 
 
 def v1_entries(state):
-    """As the reference of 2019 named them, with the copies and buffers that it saved beside."""
+    """Entries as the reference of 2019 named them, with the copies and buffers that it also saved."""
     entries = {"audio_preprocessor.featurizer.window": torch.ones(320)}
     for name, tensor in state.items():
         old = name.replace("encoder.layers.", "jasper_encoder.encoder.")
@@ -389,7 +389,7 @@ def test_warm_start_with_other_labels(tmp_path, labels):
 
 @pytest.mark.parametrize("kind", ["NVIDIA's", "bare", "Lightning", "Lightning, labels unsaid"])
 def test_warm_start_from_a_file_that_may_not_say_its_labels(tmp_path, kind):
-    """As many labels, but others: the shapes fit, so that only the alphabets tell."""
+    """The same number of labels, but other ones: the shapes fit, so only the alphabets show the difference."""
     model, other = trained_model(), list(" hijklmn")
     state = model.state_dict()
     if kind.startswith("Lightning"):
@@ -415,7 +415,7 @@ def test_warm_start_from_a_file_that_may_not_say_its_labels(tmp_path, kind):
 
 
 def test_the_published_alphabet_keeps_its_decoder(tmp_path):
-    """NVIDIA's files say nothing of their labels, and all have this alphabet."""
+    """NVIDIA's files do not name their labels, and all have this alphabet."""
     model = Jasper(config(published_labels()), backend="reference")
     torch.save({"state_dict": model.state_dict()}, tmp_path / "a.pt")
     with pytest.warns(UserWarning, match="does not say what its labels are"):
@@ -453,7 +453,7 @@ def test_the_two_files_of_nemo_0(tmp_path):
 
 def test_a_warm_start_that_hears_other_features_says_so(tmp_path):
     nemo_archive(tmp_path / "m.nemo", trained_model())
-    with pytest.warns(UserWarning, match="by the convention 'nemo', the configuration's are by 'reference'"):
+    with pytest.warns(UserWarning, match="the convention 'nemo', those of the configuration 'reference'"):
         load_model(tmp_path / "m.nemo", config=config(), strict=False, backend="reference")
     same = JasperConfig.from_dict(config().to_dict() | {"input_train": {"filterbank_features": {"convention": "nemo"}}})
     with warnings.catch_warnings():

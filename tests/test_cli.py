@@ -49,7 +49,7 @@ def write_checkpoint(path, config=None):
     config = config or tiny()
     model = Jasper(config, backend="reference")
     with torch.no_grad():
-        model.decoder.layers[0].weight.mul_(8)  # so that it says something
+        model.decoder.layers[0].weight.mul_(8)  # so that transcripts are not empty
     state = {"format": checkpoint.FORMAT, "state_dict": model.state_dict(), "config": config.to_dict()}
     checkpoint.save(path, state | {"labels": None if config.labels is None else list(config.labels)})
     return str(path)
@@ -97,7 +97,7 @@ def test_transcribe(model, files, capsys):
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_transcribe_in_low_precision(model, files, dtype, monkeypatch, capsys):
-    """The engine computes in it, and what is heard is nearly the same."""
+    """The engine computes in low precision, and the transcripts are nearly the same."""
     used = []
     make = recognizer.InferenceEngine
     monkeypatch.setattr(recognizer, "InferenceEngine", lambda m, dtype: used.append(dtype) or make(m, dtype=dtype))
@@ -246,7 +246,7 @@ def test_info(capsys):
     assert set(report["backends"]) == {"reference", "cpu", "triton", "cuda"}
     assert report["backends"]["reference"]["available"]
     for name, backend in report["backends"].items():
-        assert backend["available"] != bool(backend["missing"]), name  # it runs, or there is a way to get it
+        assert backend["available"] != bool(backend["missing"]), name  # available, or with a way to get it
     for package in report["packages"].values():
         assert package["version"] or package["get"]
     assert run("info") == 0
@@ -281,7 +281,7 @@ def test_a_model_that_makes_nan_of_one_file_keeps_the_others(model, files, tmp_p
     assert run("transcribe", files[0], tmp_path / "odd.wav", *files[1:], "--checkpoint", model) == 0
     printed = capsys.readouterr()
     assert printed.out == wanted
-    assert f"skipped (not_finite): {tmp_path / 'odd.wav'}: the model makes NaN of it" in printed.err
+    assert f"skipped (not_finite): {tmp_path / 'odd.wav'}: the output of the model is NaN" in printed.err
 
 
 def test_evaluate_warns_and_counts_lost_symbols(files, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The ahead-of-time gate: every rule sees what it is for, and a table that differs is told from one that holds."""
+"""The ahead-of-time gate: every rule finds its fault, and differences from the table are reported."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_broken_rule_is_named(rule, of, facts):
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_every_fp32_product_has_a_row_rounded_to_tf32_and_an_exact_one(arch):
-    """Under either setting of PyTorch dispatch launches the same kernels."""
+    """Dispatch launches the same kernels with either TF32 setting of PyTorch."""
     found = {"tf32": set(), "ieee": set()}
     for kernel, layer, source in launches.recorded(arch, "float32"):
         values = source.constants
@@ -108,7 +108,7 @@ def test_differences_show_old_and_new(tmp_path):
     assert gate.differences(old, new) == [
         "sm_80 float16 a [T128] any: registers 128 -> 130, spilled 0 -> 8",
         "sm_80 float16 c [T128] any: new, not in the committed table",
-        "sm_80 float16 b [T128] any: in the committed table, made no more",
+        "sm_80 float16 b [T128] any: in the committed table, no longer made",
     ]
     assert gate.differences(old, old) == []
     table = tmp_path / "table.json"
@@ -148,7 +148,7 @@ def test_facts_of_kernels_that_break_the_rules_on_purpose(made):
 
 
 def test_a_nan_passes_the_select_and_not_the_maximum(made):
-    """In the PTX and in the machine code: `where(x <= 0, 0, x)`, as all kernels write a ReLU, is no maximum."""
+    """In PTX and machine code, `where(x <= 0, 0, x)`, the ReLU of all kernels, is a select and not a maximum."""
     assert made["maximum"]["nan_eaters"] > 0 and made["maximum"]["sass_maxima"] > 0
     assert made["select"]["nan_eaters"] == made["select"]["sass_maxima"] == 0
 
@@ -166,7 +166,7 @@ PART += ["--processes", "1"]
 
 @pytest.mark.slow
 def test_part_of_the_committed_table_holds():
-    """The whole of it is `make compile`'s to check."""
+    """`make compile` checks the whole table."""
     if not (gate.COMMITTED / f"triton-{triton.__version__}.json").exists():
         pytest.skip(f"no table for Triton {triton.__version__}")
     done = run([*PART, "--no-cache"])
@@ -180,7 +180,7 @@ def test_a_table_that_differs_fails_and_update_puts_it_right(tmp_path):
     command = [*PART, "--table", str(table)]
     missing = run(command)
     assert missing.returncode == 1 and "no table for Triton" in missing.stdout
-    run([*command, "--update"], TRITON_INTERPRET="1")  # the command goes on where Triton compiles
+    run([*command, "--update"], TRITON_INTERPRET="1")  # the command continues in a process where Triton compiles
     rows = gate.read(table)
     assert {row["kernel"] for row in rows} == {"conv1d forward", "conv1d fused"}
     elsewhere = rows[0] | {"arch": 80}
@@ -190,4 +190,4 @@ def test_a_table_that_differs_fails_and_update_puts_it_right(tmp_path):
     old, new = rows[0]["registers"] + 1, rows[0]["registers"]
     assert done.returncode == 1 and f"registers {old} -> {new}" in done.stdout and "1 changes" in done.stdout
     run([*command, "--update"])
-    assert gate.read(table) == [elsewhere, *rows]  # what was not asked for stays
+    assert gate.read(table) == [elsewhere, *rows]  # rows that were not asked for stay

@@ -95,14 +95,14 @@ def test_reference_is_conv1d(case: Case) -> None:
     torch.testing.assert_close(reference.wgrad(x, dy, case.k, case.geometry, lengths), dw)
 
 
-# The fast algorithm multiplies sums of operands, rounded before: of two, of four.
+# The fast algorithm multiplies rounded sums of two or of four operands.
 FACTOR = {"direct": 2.0, "fast_fir_1": 4.0, "fast_fir_2": 6.0}
 REACH = {"direct": 0, "fast_fir_1": 1, "fast_fir_2": 3}  # rows beyond the taps' that a NaN may reach
 
 
 @pytest.fixture(params=FACTOR)
 def algorithm(request, cpu, monkeypatch) -> str:
-    """One algorithm, which the face then takes wherever it is possible."""
+    """Makes the face take this algorithm wherever it is possible."""
 
     def wanted(weight: Tensor, rows: int, stride: int) -> str:
         level = cpu.ALGORITHMS[request.param]
@@ -225,7 +225,7 @@ def test_wrong_arguments_are_named(change: dict, message: str, cpu) -> None:
     with pytest.raises(RuntimeError, match="float32"):
         cpu.fused(x.double(), packed, PADDED)
     for told in (Lengths(masked=False), Lengths(torch.tensor([50, 3]), made=torch.empty(2, dtype=torch.int64))):
-        with pytest.raises(ValueError, match="makes none"):
+        with pytest.raises(ValueError, match="does not compute"):
             cpu.fused(x, packed, PADDED, lengths=told)
 
 
@@ -288,7 +288,8 @@ class Formats(TorchDispatchMode):
 
 @pytest.mark.parametrize(("n", "t", "stride"), [(3, 37, 1), (1, 12, 1), (2, 40, 2)])
 def test_the_librarys_gradients_stay_in_channels_last_memory(n, t, stride):
-    """ATen goes by the strides of x and the weight: by an x without any it copied dy to NCHW, and dx back."""
+    """ATen decides by the strides of x and the weight. With an expanded x, which has no strides, it copied dy to NCHW
+    and dx back."""
     from jasper_fast.kernels.conv1d import aten_impl
 
     x, weight = ntc(torch.randn(n, 16, t)), torch.randn(24, 16, 5)

@@ -47,7 +47,7 @@ SHAPES = [
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_exact_products_of_rounded_operands(shape, relu, cpu) -> None:
-    """The reference in fp64 on operands rounded to bf16; PyTorch's own path is the same operands in fp32."""
+    """Compared with fp64 on operands rounded to bf16, and with PyTorch on the same operands in fp32."""
     c_in, c_out, k, t, stride, dilation, lengths = shape
     lengths = torch.tensor(lengths)
     x, weight = torch.randn(len(lengths), t, c_in), torch.randn(c_out, c_in, k) / (c_in * k) ** 0.5
@@ -83,7 +83,7 @@ def test_panes_and_history_slices(cpu) -> None:
     assert_close("y", out.clone(), low, ref)
     assert torch.equal(history[:, :, :c2], before[:, :, :c2])
     got = out.clone()
-    history = history.to(BF16)  # at an odd channel, so that its pairs begin between words
+    history = history.to(BF16)  # a slice from an odd channel on: its pairs are not aligned
     cpu.fused(history[:, :, 7 : 7 + c_in], packed, PADDED, panes=(history[:, :, :c2], packed2), out=out, **options)
     assert torch.equal(out, got)
 
@@ -177,7 +177,7 @@ def test_an_engine_in_fp16_is_the_one_in_fp32() -> None:
     assert torch.equal(got, want)
 
 
-CPUS = {  # which of AMX and AMX-FP16 a CPU has: the faces at inference, in training
+CPUS = {  # (whether the CPU has AMX, AMX-FP16): the faces at inference and in training
     "none": ((False, False), {"bf16": ("cpu", "cpu"), "fp16": ("cpu", "cpu")}),
     "amx": ((True, False), {"bf16": ("aten", "aten"), "fp16": ("cpu", "cpu")}),
     "amx_fp16": ((True, True), {"bf16": ("aten", "aten"), "fp16": ("aten", "aten")}),
@@ -216,7 +216,7 @@ def test_the_weight_gradient_multiplies_bf16_and_sums_in_fp32(case, cpu) -> None
 
 @pytest.mark.parametrize("name", ["none", "bf16"])
 def test_which_products_training_makes(name, cpu, monkeypatch) -> None:
-    """fp32 that is not rounded, in bf16 without instructions for it: exact in fp32, or as rounded."""
+    """fp32 is never rounded to bf16. bf16 inputs are multiplied in bf16 if the CPU can, else in fp32."""
     case = Case(40, 33, 5, 30)
     x, weight, dy, _ = make(case)
     monkeypatch.setattr(cpu, "has_bf16", lambda: name == "bf16")

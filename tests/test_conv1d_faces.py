@@ -1,6 +1,6 @@
 """The conv's kernels in every direction and at inference, on every layer shape of Jasper 10x5 with few channels.
 
-Inputs and the other two answers, plain PyTorch's and fp64's, are the self-check's; the tolerance is that of tests.
+Inputs and the results of plain PyTorch and in fp64 come from the self-check; the tolerance is that of the tests.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LAYERS = {
     "epilogue, 1x1": (56, 64, 1, 1, 1),
     "decoder": (64, 29, 1, 1, 1),
 }
-# (N, T); of three utterances the second has a third of the frames, and the third none
+# (N, T); of three utterances the second has a third of the frames and the third has none
 BATCHES = {"odd T": (3, 45), "shorter than the halo": (2, 9), "one frame": (4, 1), "one utterance": (1, 70)}
 SHAPES = {
     f"{layer}, {batch}": Conv(*size, c_in, c_out, *rest)
@@ -45,7 +45,7 @@ def shape(request):
 
 
 def assert_right(name: str, shape: Conv, dtype: str) -> None:
-    """Every function of the face `name`, with NaN in the padding that it is not to read."""
+    """Checks every function of the face `name`, with NaN in padding that it must not read."""
     face, impl = make_face(name), backends.face("conv1d", name)
     unclean = UNCLEAN if name == "triton" else ""
     functions = [f for f in CONV if hasattr(impl, f) and (shape.stride == 1 or not f.startswith("dgrad"))]

@@ -1,4 +1,4 @@
-"""What the Triton convs refuse before a launch: utterances beyond 32-bit offsets, and scratch of another device.
+"""What the Triton convs reject before a launch: utterances beyond 32-bit offsets, and scratch on another device.
 
 Tensors on the meta device have sizes and strides, but no memory.
 """
@@ -21,7 +21,7 @@ FRAMES = 1 << 22  # by 512 channels: 2^31
 
 @pytest.fixture(autouse=True)
 def launched(monkeypatch) -> list[str]:
-    """The names of launches, none of which happens."""
+    """The names of launches, which are recorded instead of run."""
     names: list[str] = []
     monkeypatch.setattr(launch, "run", lambda kernel, *args, **meta: names.append(kernel.__name__))
     return names
@@ -57,7 +57,7 @@ def test_many_utterances_may_be_longer_than_that_together(launched):
 
 @pytest.mark.parametrize("place", ["x", "x2", "out"])
 def test_a_slice_of_a_wide_history_buffer_is_judged_by_its_strides(launched, place):
-    """16 channels of each frame of a buffer of 1024: few elements, far from each other."""
+    """16 channels of each frame of a buffer with 1024 channels: few elements, but far apart."""
     frames = (1 << 21) + 1
     history = torch.empty(1, frames, 1024, dtype=HALF, device="meta")[:, :, :16]
     given = {name: torch.empty(1, frames, 16, dtype=HALF, device="meta") for name in ("x", "x2", "out")}

@@ -21,7 +21,8 @@ triton_impl = pytest.importorskip("jasper_fast.kernels.conv1d.triton_impl")
 @pytest.mark.parametrize("c_in", [64, 24], ids=["descriptors", "channels that fill no block"])
 @pytest.mark.parametrize(("t", "lengths"), [(290, None), (291, None), (291, [291, 290]), (290, [280, 3]), (1, [1, 1])])
 def test_tensor_descriptors_at_stride_2(t, lengths, c_in, monkeypatch):
-    """Two frames to a row of the descriptor; an odd last one lies outside, and needs utterances an even one apart."""
+    """A row of the descriptor holds two frames. An odd last frame lies outside, and utterances must then be an even
+    number of frames apart."""
     case = (2, c_in, 32, t, 11, 2, 1, lengths)
     x, weight, shape, lengths = make(case, torch.float16, make_face("triton").device)
     if lengths is not None:  # padding may hold anything
@@ -60,7 +61,7 @@ def count_descriptor_loads(monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
 def test_a_tile_too_wide_for_one_epilogue(descriptors, monkeypatch):
-    """As tuning may choose: 128 x 256, its statistics and its store in two halves."""
+    """A tile of 128 x 256, which tuning may choose; its statistics and its store are done in two halves."""
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", descriptors)
     case = (2, 16, 200, 140, 3, 1, 1, [140, 30])
     x, weight, shape, lengths = make(case, torch.float16, make_face("triton").device)
@@ -118,7 +119,7 @@ def test_wgrad_adds_its_shares_in_a_fixed_order():
 
 
 def test_errors_name_what_is_wrong():
-    settle("triton")  # a weight is packed before what follows is looked at
+    settle("triton")  # packs the weight before the launches are recorded
     x, weight = ntc(torch.ones(1, 8, 4)), torch.ones(8, 8, 11)
     with pytest.raises(ValueError, match="fewer than 11"):
         triton_impl.forward(x, weight, Geometry())
@@ -129,7 +130,7 @@ def test_errors_name_what_is_wrong():
     for channels in (4, 16):
         with pytest.raises(ValueError, match=f"{channels} channels, the weight takes 8"):
             triton_impl.forward(ntc(torch.ones(1, channels, 4)), weight, Geometry(1, 5))
-    with pytest.raises(ValueError, match="no gradient of the conv"):
+    with pytest.raises(ValueError, match="does not fit the conv"):
         triton_impl.wgrad(x, ntc(torch.ones(1, 8, 5)), 11, Geometry(1, 5))
     with pytest.raises(ValueError, match="dense in NTC memory"):
         triton_impl.wgrad(torch.ones(1, 8, 4), x, 11, Geometry(1, 5))
@@ -190,7 +191,7 @@ def test_wgrad_for_a_master_weight_is_not_rounded():
 
 @pytest.mark.slow
 def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
-    """Matrix products of a batch with lengths (T, T/2, T/4, 0): those of its frames plus halo, and the same results."""
+    """A batch with lengths (T, T/2, T/4, 0) costs the matrix products of its frames and halo, with the same results."""
     device = make_face("triton").device
     if device.type == "cuda":
         pytest.skip("products are counted in the interpreter")
@@ -237,7 +238,7 @@ def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
 @pytest.mark.parametrize("name", ["prologue", "k11", "k21", "pane"])
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
 def test_padding_that_is_zero_gives_the_same_bits_as_padding_that_is_masked(name, descriptors, monkeypatch):
-    """`clean`, as the ops and the engine call: no tile leaves the descriptors for it."""
+    """With `clean`, as the ops and the engine call it, all tiles use descriptors."""
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", descriptors)
     x, weight, shape, lengths = make(LAYERS[name], torch.float16, make_face("triton").device)
     k, poisoned = weight.shape[2], ntc(mask(x, lengths, torch.nan))

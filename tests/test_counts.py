@@ -1,5 +1,5 @@
-"""FLOPs and bytes as bench counts them, against PyTorch's own counter and against what kernels are given to read and
-write: Triton's launches recorded and not run, for every conv and norm of Jasper 10x5."""
+"""FLOPs and bytes as counted by bench, compared with PyTorch's counter and with the tensors that kernels get. Triton's
+launches are recorded and not run, for every conv and norm of Jasper 10x5."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jasper_fast.kernels import launch
 from jasper_fast.kernels.panes import gram
 from jasper_fast.nn.eager import EagerJasper
 
-N = 3  # of no conv's taps, so that a tensor of N of something is an activation
+N = 3  # not a number of taps, so that a tensor with a dimension of N is an activation
 PADDED = 32  # channels of the decoder's pack
 CPU = torch.device("cpu")
 LAYERS = layers()
@@ -47,7 +47,8 @@ def jasper10x5():
 
 
 def passes(name: str, *tensors: torch.Size) -> int:
-    """Elements that a launch moves: its activations, and a conv's weight (a gradient's shares are merged elsewhere)."""
+    """Elements that a launch moves: its activations and a conv's weight. Shares of a weight gradient are counted
+    elsewhere."""
     found = 0
     for t in tensors:
         padded = name.startswith("conv1d") and t[0] != N and t[-1] == PADDED
@@ -56,8 +57,8 @@ def passes(name: str, *tensors: torch.Size) -> int:
 
 
 def moved(launches) -> int:
-    """Elements moved by all launches so far, which are forgotten; making packs and merging shares are no pass, and
-    the zeros that fill up a pack's last channels (29 to 32, in the decoder's) are none of the convolution's."""
+    """Elements moved by all launches so far; forgets the launches. Packing and merging shares do not count, nor do the
+    zeros that fill up the channels of the decoder's pack (29 to 32)."""
     total = sum(
         passes(name, *tensors) for name, tensors in launches if name not in ("conv1d_pack", "conv1d_wgrad_merge")
     )
@@ -66,7 +67,7 @@ def moved(launches) -> int:
 
 
 def hollow(config, panes: str = "gram") -> Jasper:
-    """Weights without values: nothing reads them."""
+    """Weights without values, because nothing reads them."""
     with torch.device("meta"):
         model = Jasper(config, backend="triton", panes=panes)
     return model.to_empty(device="cpu")
@@ -192,7 +193,7 @@ def test_bytes_of_sub_blocks_are_what_their_kernels_move(layer, statistics, laun
 @pytest.mark.parametrize("op", ["conv1d", "sub_block"])
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda a: f"{a.C_in}-{a.C_out}-{a.K}-{a.stride}")
 def test_flops_of_conv_cases_are_pytorchs(op, layer, tmp_path):
-    """The convolution's; a sub-block's norm is below half a per cent."""
+    """Only of the convolution; the norm of a sub-block is below half a per cent."""
     T = 40
     x = torch.empty(N, layer.C_in, T, device="meta", requires_grad=not layer.first)
     weight = torch.empty(layer.C_out, layer.C_in, layer.K, device="meta", requires_grad=True)
@@ -229,7 +230,7 @@ def test_counts_of_sub_blocks_in_inference(layer, launches, tmp_path):
 
 @pytest.mark.parametrize("block", panes.blocks(), ids=lambda b: str(len(b.widths)))
 def test_flops_of_panes_are_pytorchs(block, tmp_path):
-    """By the definition, a conv a pane: the Gram form's own products, its price, are no work of the computation."""
+    """By the definition there is one conv per pane; the extra products of the Gram form do not count."""
     T = 40
     meta = lambda *shape: torch.empty(shape, device="meta", requires_grad=True)  # noqa: E731
     vectors = lambda: [meta(block.C_out) for _ in block.widths]  # noqa: E731
@@ -265,7 +266,7 @@ class Products(TorchDispatchMode):
         return out
 
     def moved(self) -> int:
-        """Elements in all directions so far, which are forgotten."""
+        """Elements in all directions so far; resets the count."""
         total = sum(t.numel() for tensors in self.seen.values() for t in tensors.values())
         self.seen = {}
         return total
@@ -275,7 +276,7 @@ class Products(TorchDispatchMode):
 def test_bytes_of_panes_are_what_their_products_read_and_write(block, tmp_path):
     T, run = 29, make_run(tmp_path)
     i = panes.Inputs(N, T, block, torch.float32, CPU)
-    grams = panes.older_grams([*i.ntc, i.ntc[-1]])  # of all inputs: their price is the newest input's `gram`
+    grams = panes.older_grams([*i.ntc, i.ntc[-1]])  # the case counts only that of the newest
     means, covs = zip(*((g.mean, g.cov) for g in grams), strict=True)
     count = lambda mode: panes.case(run, N, T, block, mode).nbytes  # noqa: E731
     with torch.no_grad(), Products(N * T) as products:  # what the ops run: a mode sees nothing inside a call of one
@@ -301,7 +302,7 @@ class Arithmetic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if any(isinstance(a, torch.Tensor) and a.shape == self.shape for a in args):
-            assert name in (*self.COUNTED, "where"), name  # a choice is no arithmetic
+            assert name in (*self.COUNTED, "where"), name  # a selection is not arithmetic
             self.count += name in self.COUNTED
         return func(*args, **(kwargs or {}))
 

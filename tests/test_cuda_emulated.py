@@ -149,7 +149,7 @@ def test_both_ways(emulated: Emulated, shape, dtype, residual, p, padded) -> Non
     lengths = torch.randint(0, t + 1, (n,)) if padded else None
     seed = torch.tensor([-(2**61) + 12345]) if p else None
     norm = norm_of(x)
-    if padded:  # what lies in the padding of dz and of the residual must not be seen
+    if padded:  # the padding of dz and of the residual must not be read
         for i, length in enumerate(lengths):
             x["dz"][i, :, length:] = x["residual"][i, :, length:] = float("nan")
 

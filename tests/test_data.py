@@ -176,7 +176,7 @@ def test_bad_files_are_skipped_reported_and_replaced(corpus, tmp_path, workers):
     soundfile.write(tmp_path / "nan.wav", np.full(8000, np.nan), 16000, subtype="FLOAT")
     all_of_them = [*corpus, Utterance(str(bad), 0.7, "a"), Utterance(str(tmp_path / "nan.wav"), 0.5, "b")]
     dataset = a_set(all_of_them)
-    assert sum(map(len, load(dataset, workers))) == 14  # neighbours stand in for them
+    assert sum(map(len, load(dataset, workers))) == 14  # neighbours replace the unreadable files
     assert dataset.skipped.counts == {"unreadable": 2}
     details = "".join(s.detail for s in dataset.skipped.items)
     assert "bad.wav: cannot be read" in details and "NaN" in details
@@ -252,7 +252,7 @@ def test_speed_perturbation_is_of_seed_epoch_and_index(corpus):
 
 
 def test_what_a_seed_draws_never_changes(corpus):
-    """A resumed run goes on with the draws of the version that began it."""
+    """A resumed run must draw the same numbers as the version that began it."""
     settings = {f"{name}_perturbation": {"p": 1.0} for name in ("speed", "gain", "shift", "noise", "tempo")}
     joined = {"min_clips": 2, "max_clips": 3, "noise_db": (-50, -30)}
     clips, change = a_set(corpus, seed=1, join=joined, **settings)._draw(2, 6)

@@ -37,7 +37,7 @@ def test_every_kind_of_block_equals_eager_in_fp64(kind, masks, face):
     assert got.shape == ref.shape and got.dtype == torch.float32
     assert got_lengths.dtype == torch.int64 and torch.equal(got_lengths, want_lengths)
     assert_close("log_probs", valid(got, lengths=want_lengths), valid(low, want_lengths), valid(ref, want_lengths))
-    assert got.isfinite().all()  # rows of padding say nothing, but they are numbers
+    assert got.isfinite().all()  # rows in the padding are meaningless, but finite
 
 
 @pytest.mark.parametrize("t", [1, 2, 3])
@@ -113,7 +113,7 @@ def test_low_precision_is_as_good_as_pytorchs(dtype, face):
 
 @pytest.mark.parametrize("name", ["cpu", "triton"])
 def test_folding_is_precise_whatever_the_dtype(name):
-    """A variance and a scale beyond fp16's range, whose quotient is in it."""
+    """A variance and a scale are beyond the range of fp16, but their quotient is within it."""
     face = make_face(name)
     eager, ours = pair(config(), name, face.device)
     for model in (eager, ours):
@@ -130,7 +130,7 @@ def test_folding_is_precise_whatever_the_dtype(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("held", [torch.float16, torch.float64])
 def test_a_model_of_another_dtype_runs_in_the_wanted_one(held, face):
-    """Exactly as the same weights held in fp32, where folding is the same."""
+    """The result is exactly that of the same weights in fp32, because they are folded alike."""
     _, ours = pair(config(), face.name, face.device)
     ours.half()
     features, lengths = batch([31, 17], device=face.device)
@@ -264,13 +264,13 @@ def test_bad_options_are_named():
 
 @pytest.mark.parametrize("kind", ["jasper", "dense first"])
 def test_tensor_descriptors_change_no_bit(kind, monkeypatch):
-    """As sm_90 and later launch, where no tile ignores padding: kernels leave zeros there."""
+    """Launches as on sm_90 and later, where tiles need no mask because kernels write zeros into the padding."""
     triton_impl = pytest.importorskip("jasper_fast.kernels.conv1d.triton_impl")
     device = make_face("triton").device
     _, ours = pair(config(kind, feats=16), "triton", device)
     engine = InferenceEngine(ours, dtype=torch.float16, graphs=False)
     features, lengths = batch([150, 61, 0], feats=16, device=device)
-    if kind == "dense first":  # its panes take features as they came
+    if kind == "dense first":  # its panes read the features directly
         features = features.nan_to_num(0.0)
     results = []
     for on in (False, True):

@@ -18,7 +18,7 @@ from jasper_fast.inference.graphs import CudaGraphs, Turns
 
 @pytest.fixture
 def device(monkeypatch):
-    """The triton face's device; on a CPU with graphs stood in for."""
+    """The device of the triton face; on a CPU a stand-in replaces graphs."""
     device = make_face("triton").device
     if device.type == "cpu":
         monkeypatch.setattr(engine_module, "CudaGraphs", Replays)
@@ -32,7 +32,7 @@ def captured(engine) -> int:
 
 @pytest.mark.slow
 def test_graphs_and_buckets_change_no_bit(device):
-    """Whatever came before: longer, louder, more utterances, memory full of NaN."""
+    """Also after other calls (longer, louder, more utterances) and with buffers full of NaN."""
     _, ours = pair(config(), "triton", device)
     plain = InferenceEngine(ours, graphs=False, bucket=1)
     engine = InferenceEngine(ours, graphs=True, bucket=8, graph_limit=3)
@@ -91,7 +91,7 @@ def test_the_shape_used_longest_ago_goes_first(device):
 
 @pytest.mark.slow
 def test_growth_drops_every_graph(device):
-    """Else the smaller buffers would live on beside the larger, in as many sizes as there were."""
+    """Otherwise graphs would keep the old, smaller buffers alive in every size."""
     _, ours = pair(config(), "triton", device)
     plain = InferenceEngine(ours, graphs=False, bucket=8)
     engine = InferenceEngine(ours, graphs=True, bucket=8)
@@ -215,7 +215,7 @@ def test_threads_share_an_engine(device):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jasper", "dense first", "lengths change twice"])
 def test_impossible_lengths_are_clamped_by_the_kernels(kind, device):
-    """On a GPU nobody looks at them before; here the check is passed by."""
+    """On a GPU lengths are not checked; this test bypasses the check."""
     _, ours = pair(config(kind), "triton", device)
     engine = InferenceEngine(ours, graphs=True, bucket=8)
     features, _ = batch([27, 27, 27], device=device)
@@ -257,7 +257,7 @@ def test_the_steps_through_the_library_are_captured_too(kind, masks, monkeypatch
 
 
 class FakeCuda:
-    """torch.cuda, as far as graphs.py uses it; `log` keeps the order of what happens."""
+    """A stand-in for the parts of torch.cuda that graphs.py uses; `log` records the order of events."""
 
     def __init__(self):
         self.log: list[str] = []
@@ -395,7 +395,7 @@ def test_a_callers_own_capture_is_refused(fake):
 
 
 def test_an_engine_that_goes_waits_for_the_stream_that_ran_last(device):
-    """The allocator knows the stream on which the buffers were made, not those of the calls."""
+    """The allocator knows only the stream on which the buffers were made, not the streams of the calls."""
     _, ours = pair(config(), "triton", device)
     engine = InferenceEngine(ours)
     waits: list[str] = []

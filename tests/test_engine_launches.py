@@ -1,4 +1,4 @@
-"""What a call of the engine launches on the triton face: a kernel a sub-block, one for the decoder, and no ATen op."""
+"""The launches of an engine call on the triton face: one kernel per sub-block, one for the decoder, and no ATen op."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALLOCATION = {"empty", "empty_strided", "new_empty"}
 
 
 class Ops(TorchDispatchMode):
-    """The names of the ATen ops that do something but look at memory or allocate it."""
+    """The names of ATen ops that do more than allocate memory or make views."""
 
     def __init__(self):
         super().__init__()
@@ -41,7 +41,7 @@ def device():
 
 @pytest.fixture(autouse=True)
 def launched(device, monkeypatch):
-    """The launches, as (kernel, its arguments by name), none of which happens."""
+    """The launches as (kernel, arguments by name), which are recorded instead of run."""
     seen: list[tuple[str, dict]] = []
     unread(monkeypatch, dense=device.type == "cuda")
     with launch.recorded(lambda one: seen.append((one.name, one.arguments))):
@@ -62,7 +62,7 @@ def unread(monkeypatch, dense: bool) -> None:
 
 
 def hollow(cfg: JasperConfig, device: torch.device) -> Jasper:
-    """A Jasper whose parameters all look at one number."""
+    """A Jasper whose parameters all share the memory of one number."""
     with torch.device("meta"):
         model = Jasper(cfg, backend="triton")
     for module in model.modules():
@@ -82,7 +82,7 @@ def jasper10x5(masks: bool) -> JasperConfig:
 
 
 def call(engine, launched, features, lengths):
-    """(log_probs, lengths, launches, ATen ops) of a call of a shape that is not new."""
+    """(log_probs, lengths, launches, ATen ops) of the second call with a shape."""
     engine(features, lengths)
     engine(features, lengths)
     launched.clear()
@@ -109,7 +109,7 @@ def test_jasper_10x5_is_54_launches_and_no_aten_op(masks, graphs, device, launch
     assert first["in_lengths_ptr"] is lengths and first["HAS_LENGTHS_OUT"] and first["IS_NCT"]
     assert last["z_ptr"].data_ptr() == log_probs.data_ptr() and last["HAS_LOG_SOFTMAX"]
     assert last["lengths_out_ptr"].data_ptr() == out.data_ptr()
-    for _, between in launches[1:-1]:  # nothing of this call's: only what a graph may hold
+    for _, between in launches[1:-1]:  # nothing of this call: only memory that a graph may hold
         assert not between["HAS_LENGTHS_OUT"] and not between["HAS_LOG_SOFTMAX"]
         assert between["HAS_IN_LENGTHS"] == between["HAS_OUT_LENGTHS"] == masks
         for name in ("x_ptr", "x2_ptr", "z_ptr", "in_lengths_ptr", "out_lengths_ptr"):

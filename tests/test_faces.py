@@ -25,7 +25,8 @@ def public(op: str, stem: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(("op", "face"), [(op, face) for op, (_, faces) in OPS.items() for face in faces])
 def test_signatures_equal_the_reference(op, face):
-    """Of what every face has, and of what some have beyond it; `fused` takes packs, of which the reference has none."""
+    """For the functions that every face has and for optional ones. `fused` is excepted, because the reference takes no
+    packs."""
     names, _ = OPS[op]
     want, got = public(op, "reference"), public(op, f"{face}_impl")
     assert names <= got.keys()

@@ -234,7 +234,7 @@ FIXED = {"fixed_mean": [-0.1 * i for i in range(64)], "fixed_std": [1.0 + 0.1 * 
     ids=["default", "clamp", "magnitude", "all features", "fixed", "none", "no pre-emphasis"],
 )
 def test_nemo_convention(theirs, ours):
-    """Digital silence included: the guard decides there what a band's mean and deviation are."""
+    """Including digital silence, where the guard decides the mean and deviation of a band."""
     audio, lengths = noise(3, 16123), torch.tensor([16123, 12345, 8000])
     audio[0, 9000:11000] = 0
     audio[1, 12345:] = audio[2, 8000:] = 0

@@ -1,4 +1,4 @@
-"""Arrows of import run one way: train, bench, tests -> jasper_fast -> jasper_fast.kernels -> the native libraries.
+"""Imports go one way: train, bench, tests -> jasper_fast -> jasper_fast.kernels -> the native libraries.
 
 Imports inside functions count like all others.
 """
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MAPPED = ("kernels", "bench")  # folders that setup.py maps into the package
 KERNELS_MAY = {"torch", "triton", "numpy", "cupy", "cupy_backends"} | sys.stdlib_module_names
 
-# What each room may import beside itself; "" is the files of the package that lie in no room.
+# What each folder may import beside itself; "" stands for files directly in the package.
 LAYERS = {
     "kernels": set(),
     "speech": set(),
@@ -37,7 +37,7 @@ LAYERS = {
 BELOW_ALL = {"jasper_fast", "jasper_fast.extras", "jasper_fast.options"}  # these import nothing of ours
 PACKAGE = set(LAYERS) - {"demo", "cli", ""}
 BENCH = ("harness", "rivals", "cases", "report", ("commands", "compile"), ("gpu", "tune"), "cli", "__main__")
-for rank, rooms in enumerate(BENCH):  # each imports those before it; of two beside each other neither the other
+for rank, rooms in enumerate(BENCH):  # each imports those before it; two in one group do not import each other
     below = {f"bench.{r}" for group in BENCH[:rank] for r in ((group,) if isinstance(group, str) else group)}
     for name in (rooms,) if isinstance(rooms, str) else rooms:
         LAYERS[f"bench.{name}"] = below | PACKAGE
@@ -87,7 +87,7 @@ def graph() -> dict[str, set[str]]:
     for name, path in named.items():
         targets = set()
         for target in imports(path.read_text(), package_of(path)):
-            while target and target not in named:  # a function, a class: its module
+            while target and target not in named:  # for a function or a class take its module
                 target = target.rpartition(".")[0]
             targets |= {target} if target else set()
         found[name] = targets - {name, *BELOW_ALL}

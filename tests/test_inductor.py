@@ -1,4 +1,4 @@
-"""Jasper under torch.compile's own compiler, Inductor, and under torch.export: a small network beside itself as it is.
+"""A small Jasper compiled by Inductor (torch.compile) and by torch.export, compared with itself uncompiled.
 
 tests/test_model.py compiles with aot_eager, which traces as Inductor does but fuses, reorders and frees nothing.
 """
@@ -24,7 +24,7 @@ def fresh_compiler():
     """No graph of another test, and PyTorch's own random numbers, so that both sides drop the same elements."""
     import torch._inductor.config as inductor
 
-    torch._dynamo.reset()  # its limit of recompilations counts those of other tests
+    torch._dynamo.reset()  # the limit of recompilations would count those of other tests
     with inductor.patch(fallback_random=True):
         yield
     torch._dynamo.reset()
@@ -71,7 +71,8 @@ def test_a_compiled_step_equals_an_uncompiled_one_at_every_length(backend, panes
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_a_compiled_step_under_autocast_is_as_good_as_an_uncompiled_one(backend):
-    """bf16: Inductor fuses and so rounds less often; beside fp32 it may be off by what the uncompiled step is."""
+    """In bf16 Inductor fuses ops and rounds less often. Its error against fp32 may be as large as that of the
+    uncompiled step."""
     _, exact = pair(config(dropout=0.2), backend)
     plain, ours = twin(exact), twin(exact)
     ref = step(exact.train(), exact, 61, None)

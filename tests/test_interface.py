@@ -1,6 +1,6 @@
-"""What users and files depend on, against a recorded list: op schemas, signatures, state-dict keys, commands, results.
+"""The public interface equals a recorded list: op schemas, signatures, state-dict keys, commands, results.
 
-`python tests/test_interface.py` records it anew, where a change is meant.
+`python tests/test_interface.py` records it again after an intended change.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The machine's ceilings: which one a row of fp32 is held to."""
+"""The machine's ceilings: which one applies to a row of fp32."""
 
 import pytest
 import torch

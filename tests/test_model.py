@@ -37,7 +37,7 @@ def config(kind="dense", masks=True, dropout=0.0):
 
 
 def pair(cfg, backend, seed=0, panes="auto"):
-    """(eager, ours) with the same parameters and lively running statistics."""
+    """(eager, ours) with the same parameters and random running statistics."""
     torch.manual_seed(seed)
     eager = EagerJasper(cfg)
     for name, buffer in eager.named_buffers():
@@ -281,7 +281,7 @@ def test_compile_has_no_graph_break(backend):
 @pytest.mark.parametrize("panes", ["gram", "plain"])
 def test_compiled_forward_and_gradients_match(any_backend, panes):
     """Training, dropout on, with its running statistics, then evaluation: one graph each, and the same numbers."""
-    torch._dynamo.reset()  # its limit of recompilations counts those of other tests
+    torch._dynamo.reset()  # the limit of recompilations would count those of other tests
     features, lengths = batch()
     results = []
     for compiled in (False, True):

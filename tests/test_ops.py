@@ -84,7 +84,8 @@ def test_conv1d_gives_the_statistics_of_its_output(backend, stride):
 
 
 def test_a_pack_changes_no_bit():
-    """Forward, statistics and both gradients with a pack that its owner keeps, and with one made inside."""
+    """Forward, statistics and both gradients are bit-identical with a pack that the caller keeps and with one made
+    inside."""
     settle("triton")
     results = []
     for use in (False, True):
@@ -98,7 +99,7 @@ def test_a_pack_changes_no_bit():
 
 
 def test_a_weight_changed_before_backward_is_noticed():
-    """The pack is no saved tensor, but the weight is: autograd refuses the stale graph."""
+    """Autograd does not save the pack, but it saves the weight, so it rejects the stale graph."""
     settle("triton")
     x, w = torch.randn(2, 8, 19), torch.randn(20, 8, 5, requires_grad=True)
     y = ops.conv1d(x, w, padding=2, backend="triton", packed=packed_by_triton(w))
@@ -139,7 +140,7 @@ def test_sub_block_equals_its_two_halves(backend, p):
     y, gamma, beta, mean, var = inputs(c=8, t=21)
     weight, lengths = torch.randn(6, 8, 5), torch.tensor([21, 9])
     common = {"lengths": lengths, "p": p, "seed": 5, "backend": backend}
-    exact = backend != "triton"  # there the reduction of backward happens in the conv, over other tiles
+    exact = backend != "triton"  # in Triton the conv computes the reduction of backward, over other tiles
 
     def halves(y, gamma, beta, weight, mean, var):
         z = ops.bn_relu_dropout(y, gamma, beta, mean, var, **common)
@@ -178,7 +179,7 @@ def test_opcheck_sub_block(backend, stats, packed):
 
 
 def test_sub_block_takes_and_gives_statistics(backend):
-    """Given statistics of y change nothing but who took them; those of the next y are bn_stats of it."""
+    """Statistics of y that are passed in give the same result; the returned ones equal bn_stats of the next y."""
     y, gamma, beta, mean, var = inputs(c=8, t=21)
     weight, lengths = torch.randn(6, 8, 5), torch.tensor([21, 9])
     how = {"lengths": lengths, "padding": 2, "p": 0.25, "seed": 5, "backend": backend}
@@ -219,7 +220,7 @@ def test_a_halo_changes_no_bit(backend, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_sub_block_against_fp64(backend, dtype):
-    """y to y and every gradient beside PyTorch's own chain of the same precision, dropout on, lengths 0 and 1."""
+    """Output and every gradient against PyTorch's own chain in the same precision, dropout on, lengths 0 and 1."""
     if backend == "cpu" and dtype != torch.float32:
         pytest.skip("the CPU conv takes fp32")
     got, (y, gamma, beta, weight, lengths, up) = grads_of_sub_block(backend, 3, dtype)
@@ -319,7 +320,7 @@ def test_errors():
         ops.bn_relu_dropout(y, gamma, beta, mean, var, lengths=torch.tensor([1]))
     with pytest.raises(ValueError, match="p must lie"):
         ops.bn_relu_dropout(y, gamma, beta, mean, var, p=1.0)
-    with pytest.raises(ValueError, match="halo counts frames"):
+    with pytest.raises(ValueError, match="halo is the number of frames"):
         ops.bn_relu_dropout(y, gamma, beta, mean, var, halo=-1)
     with pytest.raises(ValueError, match="running_mean and running_var"):
         ops.bn_relu_dropout(y, gamma, beta, None, None, training=False)

@@ -45,7 +45,7 @@ def test_equals_a_plain_loop(betas, grad_averaging, lr):
         if step == 1:
             grads[2] = None  # missing in one step
         if step == 0:
-            grads[3] = None  # missing in its first
+            grads[3] = None  # missing in the first step
         for p, g in zip(params, grads, strict=True):
             p.grad = None if g is None else g.clone()
         optimizer.step()

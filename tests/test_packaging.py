@@ -1,4 +1,4 @@
-"""What setup.py packs and how it is found, without building a wheel."""
+"""The packages and files of setup.py, without building a wheel."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ assert checks.plan(torch.device("cpu"), quick=True) and callable(child.child)
 
 
 def without(code: str) -> subprocess.CompletedProcess:
-    """What a process says that runs `code` where nothing optional is installed."""
+    """The output of a process that runs `code` without any optional package."""
     return subprocess.run([sys.executable, "-c", WITHOUT + code], cwd=ROOT, capture_output=True, text=True)
 
 

@@ -145,8 +145,9 @@ def rounded(inputs, low):
 
 @pytest.mark.parametrize("low", LOW, ids=str)
 def test_precision(form, low):
-    """The tolerance rule. Gradients in fp32 at 16 times: they are sums of fp32 products over all rows, where ATen's CPU
-    batch norm sums in fp64; in 16 bits, where that sum is not what limits, the rule itself."""
+    """The tolerance rule. Gradients in fp32 may have 16 times the error, because they are sums of fp32 products over
+    all rows and ATen's CPU batch norm sums in fp64. In 16 bits that sum does not limit the precision, so the rule
+    itself applies."""
     inputs = rounded(pane_inputs(m=(8, 200)), low)
     judge(form, inputs, low, torch.randn(8, 5, 200).to(low).double(), 16.0 if low == torch.float32 else 2.0)
 
@@ -154,7 +155,7 @@ def test_precision(form, low):
 @pytest.mark.parametrize("upstream", ["centred", "shifted"])
 @pytest.mark.parametrize("low", LOW, ids=str)
 def test_large_means_do_not_cancel(form, low, upstream):
-    """Block outputs whose means are 30 deviations, and a gradient that has a mean too."""
+    """Block outputs have means of 30 deviations, and the gradient has a mean too."""
     torch.manual_seed(5)
     xs, *parameters = pane_inputs(m=(4, 300), widths=(24, 32), c_out=16)
     xs = [x.detach().add(30 * x.detach().std() * (1 + torch.rand(x.shape[1])[:, None])) for x in xs]
@@ -173,7 +174,7 @@ def test_small_gradients_do_not_underflow(form, low):
 
 @pytest.mark.parametrize("low", LOW, ids=str)
 def test_on_a_gpu_dtypes_fit(low):
-    """The GPU's branch (16-bit products summed in fp32 come from another ATen op there) on tensors without content."""
+    """The branch for a GPU, where another ATen op sums 16-bit products in fp32, run on fake tensors."""
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode():
@@ -186,7 +187,7 @@ def test_on_a_gpu_dtypes_fit(low):
 
 
 def test_the_gram_form_writes_each_activation_once():
-    """Which ops write a matrix of all rows: one more would be a pass over the largest tensors that there are."""
+    """Counts the ops that write a matrix of all rows: one more would be another pass over the largest tensors."""
     from torch._subclasses import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -238,7 +239,7 @@ def test_an_unknown_form_is_named():
 
 # ---- the plain form on its faces ----
 
-# (N, T, lengths, channels of the xs, C): channels below, at and beside the vector widths, more rows than a chunk
+# (N, T, lengths, channels of the xs, C): channels below, at and above the vector widths; more rows than a chunk
 FACE_CASES = [
     (1, 5, None, (3,), 1),
     (3, 29, (29, 0, 17), (33, 64), 40),
@@ -248,7 +249,7 @@ FACE_CASES = [
 
 
 def pass_through(face, case, dtype=torch.float32) -> list[torch.Tensor]:
-    """All that a face of `panes` computes, in fp64: outputs, sum, reduction, gradients (dx where it is defined)."""
+    """All results of a face of `panes`, in fp64: outputs, sum, reduction, gradients (dx where it is defined)."""
     n, t, lengths, widths, c = case
     g = torch.Generator().manual_seed(3)
     randn = lambda *size: torch.randn(size, generator=g).to(dtype)  # noqa: E731
@@ -317,7 +318,7 @@ def test_the_cpu_face_gives_the_same_bits_whatever_the_threads():
 
 @pytest.mark.parametrize(("face", "dtype"), [("reference", torch.float64), ("cpu", torch.float32)])
 def test_frames_beyond_the_lengths_are_skipped_and_counted(face, dtype):
-    """Padding takes part in the statistics, and its gradient in those of gamma and beta, whatever the op skips."""
+    """Padding counts in the statistics and in the gradients of gamma and beta, although the op skips it."""
     settle(face)
     lengths, (xs, *parameters) = torch.tensor([9, 4]), pane_inputs(dtype, m=(2, 9), widths=(3, 20), c_out=18)
     live = torch.arange(9) < lengths[:, None, None]
@@ -340,7 +341,7 @@ def saved(inputs, **how) -> int:
 
 
 def test_a_cpu_keeps_the_outputs_of_the_newest_panes():
-    """KEPT of them; elsewhere, in 16 bits and in fp64 none, and none where no gradient is asked for."""
+    """The newest KEPT outputs are saved. None are saved on other devices, in 16 bits, in fp64, or without gradients."""
     settle("cpu")
     inputs = pane_inputs(torch.float32, m=(2, 20), widths=(3,) * (plain.KEPT + 2), c_out=6)
     assert saved(inputs, backend="cpu") == plain.KEPT * 40 * 6
@@ -362,7 +363,7 @@ def test_what_is_made_again_is_what_would_be_kept(kept, monkeypatch):
 
 @pytest.mark.parametrize("face", ["reference", "cpu"])
 def test_backward_twice_through_one_graph(face):
-    """What is kept stays as it is, and no two gradients share memory: optimisers write in place."""
+    """Saved tensors are not modified, and no two gradients share memory, because optimisers write in place."""
     settle(face)
     inputs = pane_inputs(torch.float32, m=(2, 30), widths=(4, 5, 6), c_out=7)
     leaves = [v for vs in inputs for v in vs]

@@ -52,7 +52,8 @@ def test_both_contenders_have_tables_of_all_layers(mode, tmp_path):
 
 
 def test_backward_s_nodes_belong_to_the_layer_that_made_them(tmp_path):
-    """Counted by hand for eager: mask, conv, norm, ReLU and dropout are a node each; features need no mask's."""
+    """Counted by hand for eager: mask, conv, norm, ReLU and dropout are one node each; the mask of the features has
+    none."""
     config = models.config("small")
     model, (x, lengths) = EagerJasper(config).train(), models.features(config, 2, T, CPU, 0, ragged=True)
 
@@ -119,5 +120,5 @@ def test_an_engine_is_as_it_was_after_its_ranges(backend, monkeypatch):
     with torch.profiler.profile() as trace:
         after = engine(*inputs)[0]
     assert engine._run._plan is plan and not any(e.key.startswith(profile.LAYER) for e in trace.key_averages())
-    if backend != "triton":  # whose launches did not run
+    if backend != "triton":  # on triton the launches did not run
         assert torch.equal(before, inside) and torch.equal(before, after)

@@ -1,4 +1,5 @@
-"""Killed or stopped, a run goes on to exactly the losses of one that nobody touched. Real processes, real signals."""
+"""A run that was killed or stopped continues with exactly the losses of an uninterrupted one. Real processes and
+signals."""
 
 from __future__ import annotations
 
@@ -78,7 +79,7 @@ def finish(process: subprocess.Popen, expected: int) -> str:
 
 
 def curves(folder: Path) -> dict[str, list]:
-    """Everything that the log says about the numbers, by step; times left out."""
+    """All figures of the log by step, without times."""
     kept = {}
     for r in read_log(folder / "log.jsonl"):
         if r["kind"] != "start":
@@ -101,7 +102,7 @@ def untouched(paths, tmp_path_factory):
 
 @pytest.mark.slow
 def test_three_kills_change_nothing(paths, untouched, tmp_path):
-    """In a step, in the middle of a checkpoint's bytes, and between its last byte and its name."""
+    """Kills in a step, while a checkpoint is written, and between the last byte of a checkpoint and its renaming."""
     fresh = train_arguments(paths, tmp_path, **SETTINGS)
     again = [*fresh, "--resume"]
     finish(start(fresh, IN_A_STEP), -signal.SIGKILL)

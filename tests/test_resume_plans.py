@@ -1,4 +1,4 @@
-"""A run resumed with other batches, data or settings: it goes on where the data went on, or says in a line why not."""
+"""A run resumed with other batches, data or settings continues its epoch, or says in one line why it cannot."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ITEMS = 37
 
 
 class Utterances:
-    """What a Split asks of its dataset, without audio."""
+    """A stand-in for the dataset of a Split, without audio."""
 
     def __init__(self, items: int = ITEMS, seed: int = 5) -> None:
         self.seconds = np.random.default_rng(seed).uniform(1, 9, items).tolist()
@@ -60,7 +60,7 @@ class Plan:
         return made | {"data": self.splits[0].print_of_data()}
 
     def go_on(self, state, saved: dict) -> list[str]:
-        """What each rank says as it takes a checkpoint up; all of them stand in the same place then."""
+        """The message of each rank when it loads a checkpoint; afterwards all ranks have the same position."""
         before, said = (state.epoch, state.position, state.taken), []
         for split in self.splits:
             state.epoch, state.position, state.taken = before
@@ -79,7 +79,8 @@ def drawn(rng: np.random.Generator, data: Utterances) -> Plan:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_each_utterance_of_an_epoch_is_heard_under_changing_batches(seed):
-    """Twice stopped at a random step and resumed with other batches: all are heard, none again by another plan."""
+    """Stopped twice at a random step and resumed with other batches: every utterance is used, none twice after a
+    resume."""
     rng, data, epoch = np.random.default_rng(seed), Utterances(), int(seed % 3)
     state, heard, plan = standing(epoch, 0), [], drawn(rng, data)
     for _ in range(2):
@@ -90,7 +91,7 @@ def test_each_utterance_of_an_epoch_is_heard_under_changing_batches(seed):
         new = drawn(rng, data)
         said = new.go_on(state, plan.saved())
         plan = new
-        if state.epoch > epoch:  # all were heard
+        if state.epoch > epoch:  # every utterance was used
             break
         assert len(set(said)) == 1 and (state.position == 0 or not said[0])
     else:
@@ -142,7 +143,7 @@ def run(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [{"batch_size": 8}, {"grad_accumulation": 3}, {"batch_seconds": 9}], ids=str)
 def test_a_run_goes_on_with_fewer_steps_an_epoch(change, paths, run, tmp_path):
-    """Stopped at step 7 of 8 of its epoch, where the new epochs have fewer steps: it span for ever."""
+    """Stopped at step 7 of 8 of its epoch and resumed with fewer steps per epoch; this once looped for ever."""
     run(paths, tmp_path, batch_size=2, steps=7)
     said = run(
         paths,

@@ -1,4 +1,5 @@
-"""One check of the self-check: right kernels pass, wrong ones are caught, a machine at fault is no fault of theirs."""
+"""One check of the self-check: right kernels pass, wrong ones are found, faults of the machine do not count against
+them."""
 
 from __future__ import annotations
 
@@ -88,7 +89,7 @@ def launched(monkeypatch):
 @pytest.mark.parametrize("function", ["forward", "forward_stats", "wgrad"])
 @pytest.mark.parametrize("variant", ["", checks.UNCLEAN])
 def test_convs_are_checked_as_they_are_dispatched(function, variant, launched):
-    """Told that the padding is zero, which on sm_90 selects other code, and not told."""
+    """With and without the promise that padding is zero, which selects other code on sm_90."""
     check = Check("conv1d", "triton", function, "default", Conv(2, 21, 64, 64, 3), "bfloat16", variant)
     assert perform.perform(check, here("triton"))["status"] == "ok"
     assert launched and all(f["HAS_DESCRIPTORS"] and f["IS_CLEAN"] is (variant == "") for f in launched)
@@ -143,7 +144,7 @@ def not_a_number(out, *_):
 
 
 class Stale:
-    """The first answer again, whatever the inputs."""
+    """Returns the first answer for all inputs."""
 
     def __init__(self):
         self.first = None
@@ -163,7 +164,7 @@ class OneBuffer(Stale):
 
 
 class Drifting:
-    """Another last bit in every call."""
+    """Changes the last bit in every call."""
 
     def __init__(self):
         self.calls = 0
@@ -174,7 +175,7 @@ class Drifting:
 
 
 class LateRace:
-    """Right but for the third call with the same inputs."""
+    """Right except in the third call with the same inputs."""
 
     def __init__(self):
         self.calls = 0
@@ -255,8 +256,8 @@ def test_a_wrong_kernel_is_caught(op, function, name, fault, monkeypatch):
 @pytest.mark.parametrize("function", ["forward", "dgrad", "wgrad"])
 @pytest.mark.parametrize(("bits", "tf32", "status"), [(10, True, "ok"), (10, False, "wrong"), (7, True, "wrong")])
 def test_fp32_is_held_to_tf32_where_convs_round_to_it(function, bits, tf32, status, monkeypatch):
-    """Operands cut off to `bits`, as tensor cores take them (TF32 has 10), beside PyTorch's convs, exact as cuDNN's may
-    be: no fault where TF32 is allowed."""
+    """Operands are truncated to `bits`, as in tensor cores (TF32 has 10 bits), while PyTorch's convs are exact, as
+    cuDNN's may be. With 10 bits this is right if TF32 is allowed."""
     impl, floor = backends.face("conv1d", make_face("cpu").name), perform._floor
     right = getattr(impl, function)
 
@@ -284,7 +285,7 @@ def test_an_exact_check_asks_for_exact_products_and_leaves_the_setting_as_it_was
 
 
 def test_a_buffer_that_is_shared_by_calls_is_no_fault_of_its_results(monkeypatch):
-    """Results are compared before the next call: who keeps them longer is the op's affair, tested with the ops."""
+    """Results are compared before the next call. Whether they may be kept longer is tested with the ops."""
     face = make_face("cpu").name
     impl, spoil = backends.face("conv1d", face), OneBuffer()
     right = impl.forward
@@ -328,7 +329,7 @@ def test_memory_that_runs_out_is_no_fault_of_the_kernel(monkeypatch):
 
     monkeypatch.setattr(backends.face("conv1d", face), "forward", greedy)
     row = perform.perform(conv_check(face), CPU)
-    assert row["status"] == "no memory" and "another process may hold the memory: see nvidia-smi" in row["detail"]
+    assert row["status"] == "no memory" and "another process may use the memory: see nvidia-smi" in row["detail"]
     assert verdict.judge([row], quick=True)[0].status == UNCHECKED
 
 
@@ -339,11 +340,11 @@ GCC = ["/usr/bin/gcc", "main.c", "-shared", "-o", "main.so"]
     (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), "name one by CC"),
     (subprocess.CalledProcessError(1, GCC), "Python's headers (python3-dev)"),
     (RuntimeError("Cannot find ptxas"), "TRITON_PTXAS_PATH"),
-    (FileNotFoundError(2, "No such file or directory", "/opt/ptxas"), "for this user to read, run and write"),
-    (PermissionError(13, "Permission denied", "/root/.triton"), "for this user to read, run and write"),
+    (FileNotFoundError(2, "No such file or directory", "/opt/ptxas"), "able to read, run and write"),
+    (PermissionError(13, "Permission denied", "/root/.triton"), "able to read, run and write"),
     (OSError(28, "No space left on device"), "free space in TRITON_CACHE_DIR"),
     (OSError(122, "Disk quota exceeded"), "free space in TRITON_CACHE_DIR"),
-    (ImportError("cuda_utils.so: failed to map segment"), "for this user to read, run and write"),
+    (ImportError("cuda_utils.so: failed to map segment"), "able to read, run and write"),
     (AssertionError("libcuda.so cannot found!\nPossible files"), "run ldconfig"),
     (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), "nvidia-smi"),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "nvidia-smi"),

@@ -40,7 +40,7 @@ def test_the_plan_holds_every_function_of_every_face_once(face):
         *(("bn_relu_dropout", f) for f in ("stats", "forward", "backward")),
         *(("conv1d", f) for f in convs), ("conv1d.fused", "fused"), *([("panes", "plain")] if face == "cpu" else []),
     }  # fmt: skip
-    for op in ("bn_relu_dropout", "conv1d"):  # every public function of the face is among them
+    for op in ("bn_relu_dropout", "conv1d"):  # the plan has every public function of the face
         names = {"backward" if n.startswith("backward") else n for n in public(op, face)}
         others = {"pack", "pack_once", "packed_shape", "packed_size", "takes_tf32", "has_bf16"}
         assert names - others <= {f for _, f in functions}
@@ -96,7 +96,8 @@ def test_every_check_is_made_in_the_dtype_that_is_asked_for(gpu, quick):
 
 
 def test_a_face_is_checked_in_the_dtypes_that_it_has():
-    """The C++ kernels in all three, as dispatch takes them, but for the panes' in fp32 alone; a quick check in one."""
+    """The C++ kernels are checked in all three dtypes, those of the panes only in fp32; a quick check takes one
+    dtype."""
     make_face("cpu")
     plan = checks.plan(CPU, faces=("cpu",))
     in_each = {dtype: {check.op for check in plan if check.dtype == dtype} for dtype in checks.DTYPES}

@@ -1,4 +1,4 @@
-"""The process of the self-check: kernels that kill it or hang are named; the command shows and keeps what was found."""
+"""The process of the self-check: kernels that kill it or hang are named; the command prints and saves the results."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_kernel_that_never_ends_is_named():
 
 @pytest.mark.slow
 def test_a_kernel_that_ruins_the_context_is_named():
-    """On a GPU the error comes back from the synchronisation after the kernel, and from everything that follows."""
+    """On a GPU the synchronisation after the kernel raises the error, and so does everything that follows."""
     code = """
 device_of = torch.device
 torch.device = lambda name: device_of(name) if name != "cpu" else Pretended()
@@ -112,7 +112,7 @@ torch.cuda.synchronize = synchronize
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["KILL", "TERM"])
 def test_who_ends_the_process_from_outside_is_no_kernel(how):
-    """The host's memory has run out, say."""
+    """For instance because the host's memory ran out."""
     rows = run_child(BREAK.format(function="forward", where="True", what=f"os.kill(os.getpid(), signal.SIG{how})"))
     found = {v.op: v for v in verdict.judge(rows, quick=True)}
     assert found["conv1d"].status == UNCHECKED and f"SIG{how} (from outside" in found["conv1d"].failure
@@ -120,7 +120,7 @@ def test_who_ends_the_process_from_outside_is_no_kernel(how):
 
 
 class OutOfTime(BaseException):
-    """As a benchmark's."""
+    """Like the exception of the benchmark."""
 
 
 @pytest.mark.slow
@@ -157,7 +157,7 @@ def read_or_nothing(path: Path) -> str:
 
 
 def test_a_check_that_is_cut_off_in_the_first_second_ends_at_once(monkeypatch):
-    """While the process still imports: nothing waits for its end."""
+    """The process is still importing; the watcher must not wait for it to end."""
     ended = spy_on_ends(monkeypatch)
 
     def lines(*_):

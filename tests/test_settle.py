@@ -1,4 +1,4 @@
-"""Where tests lay their tensors: as on a machine with a GPU, pretended by tensors without content."""
+"""The device of the tensors in tests, on a pretended machine with a GPU (tensors without content)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from jasper_fast import ops
 
 
 def test_a_settled_test_lies_where_its_face_runs(monkeypatch):
-    """Also what a test makes without a word of a device, so that one text serves machines with and without a GPU."""
+    """Also tensors that a test makes without naming a device, so that one test serves machines with and without a
+    GPU."""
     monkeypatch.setattr(conftest, "make_face", lambda name: conftest.Face(name, torch.device("cuda")))
     with FakeTensorMode():
         assert conftest.settle("triton") == "triton"

@@ -1,4 +1,5 @@
-"""SyncBatchNorm over two gloo processes on the CPU, with unlike batches, against one process with all of it."""
+"""SyncBatchNorm over two gloo processes on the CPU, with different batches, against one process with the whole
+batch."""
 
 from __future__ import annotations
 
@@ -53,7 +54,7 @@ def whole_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def step(model: nn.Module, features, lengths, up, run: Callable | None = None) -> dict[str, torch.Tensor]:
     """Log-probabilities of valid rows, parameters' gradients and running statistics of one training step.
 
-    `run`: `model` compiled, where that is to run.
+    `run`: the compiled `model`, to run it instead.
     """
     model.train()
     log_probs, out = (model if run is None else run)(features, lengths)
@@ -118,7 +119,7 @@ def compiled_step(rank: int, backend: str, form: str, state: dict) -> tuple[int,
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "form"), [("reference", "gram"), ("cpu", "plain")])
 def test_two_compiled_ranks_equal_themselves_uncompiled(tmp_path, backend, form):
-    """Each in one graph, although their batches differ; the collectives inside are opaque to the compiler."""
+    """Each rank has one graph, although batches differ; the compiler does not look into the collectives."""
     make_face(backend)
     _, ours = pair(config("dense"), "reference")
     ranks = spawn(compiled_step, tmp_path, backend, form, ours.state_dict())

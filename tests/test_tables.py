@@ -1,4 +1,4 @@
-"""Tables of measured choices: look-up, the checks of a file, and launches that do not compile anew for every length."""
+"""Tables of measured choices: look-ups, the checks of a file, and that a new length needs no new compilation."""
 
 from __future__ import annotations
 
@@ -327,8 +327,8 @@ def launch_keys(call: str, shapes: list, batches: list, descriptors: bool) -> li
     return [(name, tuple(shape), values) for name, shape, values in map(json.loads, done.stdout.splitlines())]
 
 
-# (call, descriptors, how many variants one kernel may have for one conv shape: its flags here times the two default
-# tiles of T up to 40)
+# (call, descriptors, variants): one kernel may have this many variants for one conv shape, which are its flags here
+# times the two default tiles for T up to 40
 CALLS = {"conv": ("conv", False, 4), "conv, descriptors": ("conv", True, 4), "bn": ("bn", False, 1),
          "fused": ("fused", False, 8), "fused, descriptors": ("fused", True, 8)}  # fmt: skip
 

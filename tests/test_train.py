@@ -42,7 +42,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Tiny models gain nothing from threads, and lose much where other tests hold the cores."""
+    """Tiny models gain nothing from threads, and become slow if other tests use the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,7 +50,7 @@ def one_thread():
 
 
 class Model(EagerJasper):
-    """The plain Jasper, so that these tests are about training alone."""
+    """The eager Jasper, so that these tests are only about training."""
 
     def __init__(self):
         super().__init__(JasperConfig.from_dict(CONFIG))
@@ -187,7 +187,7 @@ def test_accumulated_gradients_are_the_mean_over_micro_batches(dataset):
 def test_the_gradient_norm_is_clipped(dataset):
     model, chosen, scaler, guard = rig("adamw")
     result = train_step(model, front(), [a_batch(dataset)], chosen, scaler, guard, device=CPU, clip_norm=0.5)
-    assert result.grad_norm > 0.5  # reported as it was
+    assert result.grad_norm > 0.5  # the norm before clipping is reported
     clipped = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     torch.testing.assert_close(clipped, torch.tensor(0.5), rtol=1e-4, atol=0)
 
@@ -265,7 +265,7 @@ def test_ema_weights_are_what_validation_sees(dataset):
     model = Model()
     ema = EMA(model, 0.5)
     with torch.no_grad():
-        model.decoder.layers[0].bias[-1] = 1e4  # live weights say nothing but blanks
+        model.decoder.layers[0].bias[-1] = 1e4  # with the live weights all output is blank
     plan = BatchSampler(dataset.durations, batch_size=4, shuffle=False)
     live = validate(model, front(), load_batches(dataset, plan), dataset.vocabulary, device=CPU)
     with ema.applied_to(model):
@@ -307,7 +307,7 @@ def test_log_continues_at_a_step(tmp_path):
 
 
 def test_a_second_signal_stops_at_once():
-    # a shell that runs the tests in the background has Python ignore SIGINT
+    # in tests that a shell runs in the background, Python ignores SIGINT
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     stop = StopRequest()
     try:
@@ -446,7 +446,7 @@ def test_a_frozen_encoder_is_that_of_the_file(run_train, paths, tmp_path):
 
 
 def test_the_form_of_the_panes_reaches_the_model_and_is_recorded(run_train, paths, tmp_path, monkeypatch):
-    """--panes gram, where a CPU by itself takes plain; then resumed in the other form, which is noted."""
+    """--panes gram on a CPU, whose default is plain; then resumed with the other form, which gives a note."""
     real, calls = ops.gram, []
     monkeypatch.setattr(ops, "gram", lambda *args: calls.append(1) or real(*args))
     run_train(train_arguments(paths, tmp_path, steps=1, val_manifests=None, panes="gram"))
@@ -520,7 +520,7 @@ def test_help_explains_every_option(run_train, capsys):
 
 
 def test_the_schedule_can_follow_the_clock(run_train, paths, tmp_path, monkeypatch):
-    """Half of the time is over at the first step: so is half of the schedule."""
+    """At the first step half of the time is over, so half of the schedule is over too."""
     monkeypatch.setattr(TrainingState, "minutes", property(lambda state: 0.5 + state.step / 100))
     schedule = {"lr_policy": "polynomial", "lr_power": 1, "warmup_steps": 0, "lr": 0.1, "steps": 20}
     arguments = train_arguments(paths, tmp_path, max_minutes=1, lr_by_clock=True, val_manifests=None, **schedule)

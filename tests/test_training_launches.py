@@ -1,4 +1,4 @@
-"""A training step on the Triton face with its launches recorded and not run: what is launched, kept, waited for.
+"""A training step on the Triton face with launches recorded and not run: its launches, saved bytes and waits.
 
 The kernels are tested elsewhere; here only the host's part of a step runs, so that Jasper 10x5 is counted in seconds.
 """
@@ -57,13 +57,13 @@ def test_a_step_runs_no_conv_twice_and_takes_no_pass_for_statistics(launches, fo
     backward = collections.Counter(launches)
     inside = CONVS - BLOCKS  # convs that follow another in their block
     want = {"conv1d_pack": CONVS, "conv1d_forward stats": CONVS, "conv1d_stats_merge": CONVS, "forward": CONVS}
-    if form == "plain":  # a pane's output is no conv's: its statistics are a pass
+    if form == "plain":  # a pane's output does not come from conv1d, so its statistics need a pass
         want |= {"stats": PANES, "stats_merge": PANES}
     assert forward == want
     assert backward == {
         "conv1d_wgrad": CONVS,
         "conv1d_wgrad_merge": CONVS,
-        "conv1d_dgrad": BLOCKS - 1,  # the features want no gradient
+        "conv1d_dgrad": BLOCKS - 1,  # the features need no gradient
         "conv1d_dgrad norm": inside,
         "conv1d_sums_merge": inside,
         "forward": inside,  # z, made again
@@ -110,7 +110,7 @@ def test_a_step_waits_for_nothing(launches, form, training, monkeypatch):
 
 
 def kept(module: torch.nn.Module, n: int, t: int) -> int:
-    """Bytes of the storages born in the second training forward and alive after it (as `python -m bench memory`)."""
+    """Bytes of storages created in the second training forward and alive after it (as in `python -m bench memory`)."""
     device = next(module.parameters()).device
     features = torch.zeros(n, 64, t, device=device)
     lengths = torch.full((n,), t, device=device)
@@ -176,7 +176,7 @@ def test_packs_are_in_no_state_dict_and_no_copy(launches):
 
 @pytest.mark.slow
 def test_a_forward_takes_the_weights_as_they_are_now():
-    """Really launched: after the weights change in place the next forward is that of a fresh model with them."""
+    """With real launches: after the weights change in place, the next forward equals that of a new model with them."""
     settle("triton")
     _, ours = pair(config("none"), "triton")
     features, lengths = batch()

@@ -1,4 +1,5 @@
-"""`transcribe` on many files of which some are odd: each fault is a line, the rest is written, a kill loses nothing."""
+"""`transcribe` on many files, some of them faulty: each fault gives one line, the rest is written, a kill loses
+nothing."""
 
 import io
 import json
@@ -47,7 +48,7 @@ def good_file(i, rng):
 
 
 def odd_files(folder, copy):
-    """Twenty (name, part of the reason), the files written."""
+    """Writes twenty files and returns (name, part of the reason why it cannot be used) for each."""
     nan, loud = np.full(800, 0.1), np.full(800, 0.1)
     nan[7], loud[7] = np.nan, 1e19
     noise = np.random.default_rng(0).uniform(-1, 1, 16000)

@@ -1,4 +1,4 @@
-"""What `backend="auto"` takes because of verdicts and tables, and that the choice is a constant of a compiled graph."""
+"""What `backend="auto"` chooses by verdicts and tables, and that the choice is a constant of a compiled graph."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ IN_CUDA = (GPU, NORM, "cuda", BF16)
 
 
 def silent() -> warnings.catch_warnings:
-    """Where a warning fails the test."""
+    """A context in which a warning fails the test."""
     return warnings.catch_warnings(action="error")
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU as far as dispatch can tell; gives the verdicts that a check there would find, by op, by op and face, or by
-    op, face and dtype, and counts checks."""
+    """Pretends that there is a GPU. Returns a dict of the verdicts that checks there give, by op, by op and face, or by
+    op, face and dtype; checks are counted."""
     found: dict[str | tuple[str, ...], Verdict] = {}
     checked: list[tuple] = []
 
@@ -90,7 +90,7 @@ NORMS = {
     (256, 12): {"triton": (1.0, 1.0), "cuda": (1.5, 0.2), "reference": (9.0, 9.0)},
     (256, 15): {"triton": (8.0, 8.0), "cuda": (9.0, 9.0), "reference": (90.0, 90.0)},
     (384, 12): {"triton": (3.0, 3.0), "cuda": (2.0, 2.0), "reference": (1.0, 1.0)},
-    (640, 12): {"triton": (2.0,), "cuda": (1.0,)},  # forward alone says nothing of both
+    (640, 12): {"triton": (2.0,), "cuda": (1.0,)},  # only forward was measured
     (768, 12): {"triton": (1.0, 1.0), "cuda": (0.5, 2.0), "reference": (9.0, 9.0)},
 }
 
@@ -471,7 +471,7 @@ def test_the_choice_is_a_constant_of_a_compiled_graph():
 
     x, weight = torch.ones(2, 3, 4), torch.ones(5, 3, 1)
     compiled = torch.compile(chosen, backend="eager", fullgraph=True)
-    with silent():  # tracing into the choice would warn, and on a GPU run into files and processes
+    with silent():  # tracing into the choice would warn, and on a GPU it would meet files and processes
         assert torch.equal(compiled(x, weight), chosen(x, weight))
 
 
@@ -487,7 +487,7 @@ def test_a_first_check_may_happen_while_a_graph_is_traced(gpu):
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_every_face_of_the_norms_that_can_be_chosen_has_its_checks(monkeypatch, tmp_path, quick):
-    """A verdict on the CUDA face is one of its own kernels, in every function, as that on Triton's."""
+    """A verdict on the CUDA face comes from checks of its own kernels, in every function, as for Triton."""
     monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Imaginary 9000")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

@@ -1,4 +1,4 @@
-"""`python -m bench tune --install`: a result becomes the choice of its GPU, or says why not."""
+"""`python -m bench tune --install`: a result is put into the table of its GPU, or an error says why not."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_results_of_the_same_versions_add_up_and_others_are_replaced(tmp_path):
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda path: result(path, gpu=None), "only a GPU's result can be a table"),
+        (lambda path: result(path, gpu=None), "only the result of a GPU can be a table"),
         (lambda path: result(path, spilled=8), "row 1: the kernel spills 8 bytes"),
         (lambda path: path, "cannot be read"),
         (lambda path: path.write_text('{"command": "kernels"}') and path, "no result of `python -m bench tune`"),

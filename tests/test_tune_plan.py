@@ -116,7 +116,7 @@ def test_a_whole_jasper_fits_nine_minutes_on_sixteen_cores(gpu, dtype):
     ("forward", ["stats", "forward"]), ("backward", ["backward_reduce", "backward_apply"]),
 ])  # fmt: skip
 def test_a_norm_is_called_as_a_training_step_calls_it(monkeypatch, op, wanted):
-    """Statistics and forward; reduction and gradient: with lengths, dropout, a halo and the batch's means."""
+    """Statistics and forward, then reduction and gradient, with lengths, dropout, a halo and the means of the batch."""
     impl, calls = backends.face("bn_relu_dropout", "triton"), {}
     for name in wanted:
         calls[name] = spied(monkeypatch, impl, name, lambda *args, **more: (args, more))

@@ -1,4 +1,4 @@
-"""Verdicts: how they are kept, when a check is made, and what the command line tells of them."""
+"""Verdicts: how they are saved, when a check is made, and what the command line prints about them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BF16, FP16, FP32 = "bfloat16", "float16", "float32"
 
 
 def of_conv(check=None, dtype: str = BF16):
-    """The verdict on the conv in Triton; a test fails where that needs a check and none is given."""
+    """The verdict on the conv in Triton; the test fails if that needs a check and none is given."""
     return verdicts.verdict("conv1d", "triton", CPU, dtype, check or (lambda *_: pytest.fail("checked")))
 
 
@@ -93,7 +93,7 @@ def test_the_drivers_version_is_read_where_linux_tells_it(text, version, tmp_pat
 
 
 def altered(data: dict, **changes) -> dict:
-    """A kept file with another value in its verdict."""
+    """A saved file with another value in its verdict."""
     return data | {"verdicts": [data["verdicts"][0] | changes]}
 
 

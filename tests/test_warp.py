@@ -1,4 +1,4 @@
-"""Augmentation that makes other speakers and rooms: speaker warp on features, tempo and noise on samples."""
+"""Augmentation that imitates other speakers and rooms: speaker warp on features, tempo and noise on samples."""
 
 import math
 from dataclasses import replace

@@ -1,1 +1,1 @@
-"""The questions: each op at a shape, each model at a batch, with its inputs, contenders and answers."""
+"""The benchmark cases: each op at a shape, each model at a batch, with inputs, contenders and answers."""

@@ -1,5 +1,5 @@
-"""Cases of `python -m bench kernels --op bn_relu_dropout`: training, forward, backward and both, at each width of
-Jasper's layers, beside the eager chain."""
+"""Cases of `python -m bench kernels --op bn_relu_dropout`: forward, backward and both in training, at each width of
+Jasper's layers, compared with the eager chain."""
 
 import functools
 import itertools
@@ -17,14 +17,14 @@ from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.rivals import compiler
 from jasper_fast.kernels import layout
 
-# (N, C, T) on a CPU: the first two are the ones that goals are set for; the others are Jasper 10x5's remaining widths
+# (N, C, T) on a CPU: the first two have goals; the others are the remaining widths of Jasper 10x5
 CPU_SHAPES = ((8, 256, 800), (4, 768, 800), (4, 384, 800), (4, 512, 800), (4, 640, 800), (4, 896, 800), (4, 1024, 800))
 GPU_SHAPES = tuple((32, C, 832) for C in (256, 768, 384, 512, 640, 896, 1024)) + ((1, 256, 352), (1, 768, 352))
 GRADIENTS = ("dy", "dgamma", "dbeta", "dres")
 
 
 class Inputs(common.Held):
-    """One shape's tensors in both memories, the same values in each, refilled in place."""
+    """The tensors of one shape in NCT and in NTC memory, with the same values, refilled in place."""
 
     def __init__(self, N: int, C: int, T: int, dtype: torch.dtype, device: torch.device, residual: bool) -> None:
         super().__init__(dtype, device)
@@ -38,7 +38,7 @@ class Inputs(common.Held):
         self.refill(0)
 
     def fill(self, g: torch.Generator) -> None:
-        """Channels of y have a mean of their own, as a conv's output has."""
+        """Draws new values. Each channel of y has its own mean, as in a conv's output."""
         self.gamma.copy_(self.positive(self.gamma, g))
         self.beta.copy_(self.randn(self.beta, g) * 0.3)
         for t in self.nct.values():
@@ -51,7 +51,7 @@ class Inputs(common.Held):
 
 
 def fused(backend: str) -> common.Chain:
-    """jasper_fast's op with the chain's signature."""
+    """jasper_fast's op with the signature of the eager chain."""
     more = {"momentum": common.MOMENTUM, "eps": common.EPS, "backend": backend, "training": True}
 
     def call(y: Tensor, gamma: Tensor, beta: Tensor, running: common.Stats, residual, lengths, p: float) -> Tensor:
@@ -61,13 +61,14 @@ def fused(backend: str) -> common.Chain:
 
 
 def named(z: Tensor, gradients: Sequence[Tensor], running: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """All that is compared of an answer; without a residual there is one gradient less."""
+    """The tensors of an answer that are compared, by name. Without a residual there is one gradient fewer."""
     statistics = dict(zip(("running_mean", "running_var"), running, strict=True))
     return {"z": z, **dict(zip(GRADIENTS, gradients, strict=False)), **statistics}
 
 
 def runner(chain: common.Chain, inputs: Inputs, memory: str, mode: str, p: float) -> Runner:
-    """A chain on the inputs of its memory; `outputs` are all results and gradients with dropout off."""
+    """The runner of a chain, on inputs in its memory order; `outputs` are all results and gradients with dropout
+    off."""
     tensors = getattr(inputs, memory)
     residual = tensors.get("residual")
     wanted = [tensors["y"], inputs.gamma, inputs.beta] + ([residual] if residual is not None else [])
@@ -105,7 +106,8 @@ def answer(inputs: Inputs, dtype: torch.dtype, keep: Tensor | None = None, p: fl
 
 
 def dropout_complaints(got: Answer, inputs: Inputs, p: float) -> list[str]:
-    """With dropout on: the mask that z shows must have the right rate, and every gradient must follow that mask."""
+    """Complaints with dropout on: the mask, read off z, must have the right rate, and every gradient must match that
+    mask."""
     keep = got["z"] != 0
     off = answer(inputs, torch.float32)["z"] > 1e-3
     rate = correct.keep_rate_complaint(int((keep & off).sum()), int(off.sum()), p)
@@ -115,12 +117,12 @@ def dropout_complaints(got: Answer, inputs: Inputs, p: float) -> list[str]:
     return [f"dropout on: {line}" for line in [*([rate] if rate else []), *wrong]]
 
 
-# sums over N*T rows run in another order: PyTorch's own, on one thread in channels_last memory, is 23 roundings off
+# sums over N*T rows run in another order: even PyTorch is 23 roundings off on one thread in channels_last memory
 TOLERANCE = correct.Tolerance(factor=2.0, floor=40.0)
 
 
 def case(run: Run, shape: tuple[int, int, int], mode: str, residual: bool, compiled: bool) -> Case:
-    """One shape and mode of the op."""
+    """The case of one shape and mode of the op."""
     N, C, T = shape
     inputs = functools.cache(lambda: Inputs(N, C, T, run.dtype, run.device, residual))
 
@@ -162,8 +164,8 @@ def case(run: Run, shape: tuple[int, int, int], mode: str, residual: bool, compi
 
 
 def cases(run: Run, mode: str | None = None) -> list[Case]:
-    """Every width, and one with a residual, in every mode, the goals' shapes first; when quick these two, and one
-    with a residual, forward and backward together."""
+    """All widths, and one with a residual, in every mode, first the shapes that have goals. With --quick only those two
+    and one with a residual, forward and backward together."""
     shapes = GPU_SHAPES if run.device.type == "cuda" else CPU_SHAPES
     goals, others = shapes[:2], shapes[2:]
     asked = run.rivals.split(",")

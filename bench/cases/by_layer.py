@@ -10,7 +10,7 @@ from jasper_fast.bench.harness.run import Run
 
 
 def layer_cases(run: Run, op: str, N: int, T: int, layer: Layer, modes: tuple[str, ...]) -> list[Case]:
-    """The modes of one layer, over the same inputs; "inference" may be among them."""
+    """The cases of one layer, one per mode, over the same inputs; "inference" may be one of the modes."""
     inputs = functools.cache(lambda: sub_blocks.Inputs(N, T, layer, run.dtype, run.device))
     return [
         sub_block_inference.case(run, N, T, layer)
@@ -21,8 +21,8 @@ def layer_cases(run: Run, op: str, N: int, T: int, layer: Layer, modes: tuple[st
 
 
 def cases(op: str) -> common.Cases:
-    """Layer by layer, so that only one layer's tensors are held, in every mode, sub-blocks in inference too; two layers
-    when quick."""
+    """The cases layer by layer, so that only one layer's tensors are in memory. Every mode is a case, for sub-blocks
+    inference too. With --quick only two layers."""
     every = (*common.MODES, "inference") if op == "sub_block" else common.MODES
 
     def make(run: Run, mode: str | None) -> Iterator[list[Case]]:

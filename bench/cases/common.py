@@ -1,4 +1,4 @@
-"""What the cases of `python -m bench kernels` share: constants, masks, the eager chain, tolerance and sizes."""
+"""Shared by the cases of `python -m bench kernels`: constants, masks, the eager chain, tolerances and sizes."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
@@ -16,18 +16,18 @@ from jasper_fast.kernels.layout import mask as masked
 from jasper_fast.nn.architecture import BN_EPS as EPS
 from jasper_fast.nn.architecture import BN_MOMENTUM as MOMENTUM
 
-P = 0.2  # of dropout
+P = 0.2  # dropout rate
 MODES = ("both", "forward", "backward")
-Cases = Callable[[Run, str | None], Iterable[list[Case]]]  # of one mode or all, in groups made one after another
-# of convs, up to 22,000 products summed in another order: plain PyTorch's own layouts differ by 20 roundings
+Cases = Callable[[Run, str | None], Iterable[list[Case]]]  # (run, mode or None) -> groups of cases, made lazily
+# Convs sum up to 22,000 products in another order: even the two layouts of plain PyTorch differ by 20 roundings.
 CONV_TOLERANCE = correct.Tolerance(factor=2.0, floor=40.0)
-# Four roundings of TF32 (2**-10, where fp32's is 2**-23): tensor cores cut operands off, and whether plain PyTorch
-# rounds is cuDNN's choice, so that its own error may be none.
+# Four roundings of TF32 (2**-10; fp32's is 2**-23): tensor cores truncate operands. cuDNN decides whether plain PyTorch
+# uses TF32, so the error of PyTorch may be far smaller.
 ROUNDED = correct.Tolerance(factor=2.0, floor=4.0 * 2**13)
 
 
 def off_the_edge(y: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`y` moved where the ReLU's input lies within roundings of zero: there two right answers may differ altogether."""
+    """`y`, moved where the ReLU's input is so close to zero that rounding decides whether the ReLU is open."""
     margin = 1e-4 if dtype in (torch.float32, torch.float64) else 0.05
     y = y.double()
     var, mean = torch.var_mean(y, (0, 2), correction=0)
@@ -43,12 +43,13 @@ def mask(lengths: Tensor, T: int) -> Tensor:
 
 
 def masked_last(x: Tensor, lengths: Tensor) -> Tensor:
-    """`masked`, in the memory that `x` has: masked_fill would answer in NCT memory."""
+    """`x` masked, in the memory order of `x`; masked_fill would return NCT memory."""
     return torch.where(mask(lengths, x.shape[2]), 0.0, x)
 
 
 class Held:
-    """An op's inputs, refilled in place; `answers`, by seed, are kept for the cases that share them."""
+    """The inputs of an op, refilled in place. `answers` keeps reference results by seed, for the cases that share the
+    inputs."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
@@ -66,20 +67,20 @@ class Held:
         raise NotImplementedError
 
     def randn(self, like: Tensor, g: torch.Generator) -> Tensor:
-        """As many normal numbers as `like` has."""
+        """Normal random numbers in the shape of `like`."""
         return torch.randn(like.shape, generator=g, device=self.device)
 
     def positive(self, like: Tensor, g: torch.Generator) -> Tensor:
-        """Uniform from 0.5 to 1.5, as a gamma may be."""
+        """Uniform random numbers from 0.5 to 1.5, for gammas."""
         return torch.rand(like.shape, generator=g, device=self.device) + 0.5
 
     def draw_lengths(self, lengths: Tensor, T: int, g: torch.Generator) -> None:
-        """Between half and full, the first full."""
+        """Random lengths between half and full; the first is full."""
         lengths.copy_(torch.randint(T // 2, T + 1, lengths.shape, generator=g, device=self.device))
         lengths[0] = T
 
     def autocast(self, on: bool = True) -> contextlib.AbstractContextManager:
-        """AMP as a user has it on: nothing in fp32."""
+        """Autocast as a user of AMP turns it on; nothing in fp32."""
         return autocast(self.device, self.dtype if on else torch.float32)
 
 
@@ -96,12 +97,12 @@ def fresh_running(gamma: Tensor) -> tuple[Tensor, Tensor]:
 def timed(
     mode: str, held: Held, forward: Callable[[], object], gradients: Callable[[object, bool], object]
 ) -> Callable[[], object]:
-    """What is timed of an op in training: `forward`, the `gradients(out, retain)` of one forward again and again, or
+    """The function to time for an op in training: `forward`, or `gradients(out, retain)` of one forward repeatedly, or
     both."""
     graph: dict[int, object] = {}
 
     def backward() -> None:
-        if held.refills not in graph:  # a check, or another case of the inputs, has refilled what the graph has saved
+        if held.refills not in graph:  # a check or another case overwrote tensors that the graph saved
             graph.clear()
             graph[held.refills] = forward()
         gradients(graph[held.refills], True)
@@ -121,7 +122,8 @@ def _chain(y: Tensor, gamma: Tensor, beta: Tensor, running: Stats, residual: Ten
 def eager_chain(
     y: Tensor, gamma: Tensor, beta: Tensor, running: Stats, residual: Tensor | None, lengths: Tensor, p: float
 ) -> Tensor:
-    """Plain PyTorch as the reference runs it: batch norm, sum, ReLU in place, dropout, the next conv's masked_fill."""
+    """Plain PyTorch as the reference runs it: batch norm, sum, in-place ReLU, dropout, masked_fill for the next
+    conv."""
     return masked(_chain(y, gamma, beta, running, residual, p), lengths)
 
 
@@ -134,14 +136,15 @@ def eager_chain_2d(
 
 
 def chosen(run: Run, mode: str | None, every: Sequence[str]) -> tuple[str, ...]:
-    """Of an op's modes the one that was asked for, else all of them; when quick forward and backward together."""
+    """The modes to run: the one asked for, else all; with --quick only forward and backward together."""
     if mode is None:
         return every[:1] if run.quick or run.brief else tuple(every)
     return (mode,) if mode in every else ()
 
 
 def tolerance(run: Run) -> correct.Tolerance:
-    """That of convs in the run's dtype: fp32 may be rounded to TF32 on a GPU, unless PyTorch is told otherwise."""
+    """The tolerance for convs in the dtype of the run. On a GPU fp32 may be rounded to TF32, unless PyTorch is told
+    otherwise."""
     rounded = run.dtype is torch.float32 and limits.float32_mode(run.device) == "TF32"
     return ROUNDED if rounded else CONV_TOLERANCE
 
@@ -152,13 +155,13 @@ def slow(run: Run) -> bool:
 
 
 def size(run: Run) -> tuple[int, int]:
-    """(N, T) that a block's interior is timed at; one utterance of 2 s where convs are `slow`."""
+    """(N, T) at which layers inside a block are timed; one utterance of 2 s if convs are `slow`."""
     if run.device.type == "cuda":
         return 32, 832
     return (1, 104) if slow(run) else (1 if run.brief else 2, 400)
 
 
 def batch(run: Run, layer: Layer) -> tuple[int, int]:
-    """(N, T) that a layer is timed at; the prologue sees twice the frames."""
+    """(N, T) at which a layer is timed; the first layer gets twice the frames."""
     N, T = size(run)
     return N, T * layer.stride

@@ -1,23 +1,24 @@
-"""Floating-point operations and bytes that a computation must do and move, whatever the kernel.
+"""The floating-point operations and bytes that a computation needs, whatever kernel does it.
 
-Legend: N batch, C channels, T frames, K taps, M = N*T rows. A multiply-add is two operations. Bytes are what the
-passes of the best kernels here move (kernels/README.md), every operand once a pass; vectors of length C do not count.
+Legend: N batch, C channels, T frames, K taps, M = N*T rows. A multiply-add is two operations. Bytes are those that the
+passes of the best kernels here move (kernels/README.md), every operand once per pass; vectors of length C do not count.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-# Passes over a training norm's y, by where it stands. Its statistics come with y from the conv before. "inner", within
-# a block: z = f(y) twice (it is made again in backward), y and z in the epilogue of dgrad, and dz, y -> dy. "end": z
-# once, then dz, y to reduce and dz, y -> dy. "joined", an end with a residual: y, r -> z; dz, y, z; dz, y, z -> dy, dr.
-# "pane": none, panes are one sum of GEMMs whose statistics come from their inputs.
+# How many tensors of the size of y a norm reads or writes in training, by the place of the norm. The conv before
+# computes its statistics. "inner", inside a block: z = f(y) twice (backward computes it again), y and z in the epilogue
+# of dgrad, and dz, y -> dy. "end": z once, then dz, y to reduce, and dz, y -> dy. "joined", an end with a residual: y,
+# r -> z; dz, y, z to reduce; dz, y, z -> dy, dr. "pane": none, because panes are one sum of GEMMs whose statistics come
+# from their inputs.
 NORM_PASSES = {"inner": 2 + 2 + 2 + 3, "end": 2 + 2 + 3, "joined": 3 + 3 + 5, "pane": 0, "head": 0}
 
 
 @dataclass(frozen=True)
 class Conv:
-    """One convolution of a network at a batch: names as in the state dict, T frames in, T_out frames out; `place` is
-    where it, or the norm after it, stands (see NORM_PASSES)."""
+    """One convolution of a network at a batch: its name in the state dict, T input frames, T_out output frames. `place`
+    is the place of the norm after it (see NORM_PASSES)."""
 
     name: str
     N: int
@@ -39,7 +40,7 @@ class Conv:
 
     @property
     def weights(self) -> int:
-        """Parameters of the convolution alone."""
+        """Parameters of the convolution without its norm."""
         return self.C_out * self.C_in * self.K + (self.C_out if self.bias else 0)
 
     @property
@@ -53,22 +54,22 @@ class Conv:
 
     @property
     def input(self) -> int:
-        """Elements that it reads, weights aside."""
+        """Elements of the input."""
         return self.N * self.C_in * self.T
 
     @property
     def output(self) -> int:
-        """Elements that it writes."""
+        """Elements of the output."""
         return self.N * self.C_out * self.T_out
 
 
 def conv_out(T: int, K: int, stride: int, dilation: int) -> int:
-    """Frames that come out of a convolution padded as Jasper pads, (K // 2) * dilation on either side."""
+    """Output frames of a convolution with Jasper's padding, (K // 2) * dilation on each side."""
     return (T + 2 * (K // 2) * dilation - dilation * (K - 1) - 1) // stride + 1
 
 
 def convs(config, N: int, T: int) -> Iterator[Conv]:
-    """All convolutions of a Jasper in order: each block's main ones, then its panes; last the decoder's."""
+    """All convolutions of a Jasper in order: for each block the main ones, then its panes; last the decoder's."""
     C = _get(config.encoder, "in_feats")
     history: list[int] = [C]
     for b, block in enumerate(_get(config.encoder, "blocks")):
@@ -94,7 +95,7 @@ def parameters(config) -> int:
 
 
 def forward_flops(config, N: int, T: int) -> int:
-    """Operations of one forward pass: the convolutions'; everything else is below half a per cent."""
+    """Operations of the convolutions in one forward pass. Everything else is below half a per cent."""
     return sum(conv.flops for conv in convs(config, N, T))
 
 
@@ -105,41 +106,41 @@ def training_flops(config, N: int, T: int) -> int:
 
 
 def forward_bytes(config, N: int, T: int, itemsize: int) -> int:
-    """Weights once, and every convolution's input and output once: what a network of fully fused sub-blocks moves. A
-    pane's output is no tensor: it is part of its block's sum."""
+    """The bytes that a network of fully fused sub-blocks moves: all weights once, and the input and output of every
+    convolution once. Outputs of panes do not count, because they go into the sum of the block."""
     return itemsize * sum(_moved(conv) for conv in convs(config, N, T))
 
 
 def training_bytes(config, N: int, T: int, itemsize: int) -> int:
-    """Each convolution forward and in both gradients (none of the features), and the passes of its norm; the outputs
-    of a block's panes are one tensor."""
+    """Each convolution forward and in both gradients (none for the features), and the passes of its norm. The panes of
+    a block have one output, their sum."""
     total, first = 0, True
     for conv in convs(config, N, T):
         total += (2 if first else 3) * _moved(conv) + NORM_PASSES[conv.place] * conv.output
-        total += 3 * conv.output if conv.place == "joined" else 0  # the panes' sum
+        total += 3 * conv.output if conv.place == "joined" else 0  # the sum of the panes
         first = False
     return itemsize * total
 
 
 def _moved(conv: Conv) -> int:
-    """Elements that one direction of a convolution moves."""
+    """Elements that one direction (forward or one gradient) of a convolution moves."""
     return conv.input + conv.weights + (0 if conv.place == "pane" else conv.output)
 
 
 def bn_relu_dropout_bytes(N: int, C: int, T: int, itemsize: int, mode: str, residual: bool = False) -> int:
-    """Training traffic: forward reads y for the statistics, reads it again and writes z; backward reads dz and y to
-    reduce, reads both again and writes dy. A residual is read in forward, z is read in backward for its sign, and its
-    gradient is written."""
+    """Bytes moved in training. Forward reads y for the statistics, reads it again and writes z. Backward reads dz and y
+    to reduce, reads both again and writes dy. With a residual, forward also reads it, and backward also reads z for its
+    sign and writes the gradient of the residual."""
     tensors = {"forward": 3 + residual, "backward": 5 + 3 * residual}
     tensors["both"] = tensors["forward"] + tensors["backward"]
     return tensors[mode] * N * C * T * itemsize
 
 
 def sub_block_bytes(conv: Conv, itemsize: int, mode: str, *, statistics: bool = True) -> int:
-    """Training traffic from y to the next y, `conv` the convolution at the end: y -> z, the conv; backward y -> z
-    again, wgrad, dgrad that reads y and z in its epilogue, and g, y -> dy. 4 tensors forward and 11 backward where the
-    conv keeps the shape, and one more with `statistics`, where those of y are a pass of their own: they do not come
-    with y."""
+    """Bytes moved in training from y to the next y; `conv` is the convolution at the end. Forward: y -> z, then the
+    conv. Backward: y -> z again, wgrad, dgrad (which reads y and z in its epilogue), and g, y -> dy. If the conv keeps
+    the shape, that is 4 tensors forward and 11 backward. With `statistics` a pass of its own takes the statistics of y:
+    one tensor more."""
     tensors = {"forward": 2 + statistics, "backward": 2 + 2 + 3}
     tensors["both"] = tensors["forward"] + tensors["backward"]
     directions = {"forward": 1, "backward": 2, "both": 3}
@@ -147,15 +148,15 @@ def sub_block_bytes(conv: Conv, itemsize: int, mode: str, *, statistics: bool = 
 
 
 def panes_bytes(panes: Sequence[Conv], itemsize: int, mode: str) -> int:
-    """Training traffic of a block's panes: every direction moves each input and weight once, and the sum of the panes
-    or its gradient once. No pane's output is a tensor, and no pass is there for statistics (NORM_PASSES)."""
+    """Bytes moved in training by the panes of a block: every direction moves each input and weight once, and the sum of
+    the panes or its gradient once. Outputs of single panes and passes for statistics do not count (NORM_PASSES)."""
     directions = {"forward": 1, "backward": 2, "both": 3}
     return directions[mode] * itemsize * (sum(_moved(pane) for pane in panes) + panes[0].output)
 
 
 def bn_relu_dropout_flops(N: int, C: int, T: int, mode: str) -> int:
-    """Arithmetic per element as the formula writes it, the random numbers not counted: statistics 4, apply 5;
-    backward reduce 6, apply 7."""
+    """Operations by the formula, without the random numbers. Per element: statistics 4, apply 5; backward reduce 6,
+    apply 7."""
     per_element = {"forward": 9, "backward": 13, "both": 22}
     return per_element[mode] * N * C * T
 

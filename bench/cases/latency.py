@@ -19,15 +19,15 @@ from jasper_fast.bench.rivals.eager_layouts import Model
 from jasper_fast.speech.decoding import greedy_decode
 from jasper_fast.speech.text import Vocabulary
 
-INFERS = ("conv1d.fused",)  # what the engine is made of, as the self-check names it
-SAME_PATH = 0.9  # of the frames
+INFERS = ("conv1d.fused",)  # the ops of the engine, by the names of the self-check
+SAME_PATH = 0.9  # share of the frames
 SOUND_RIVALS = ("eager", "cuda_graph")
-# Errors of right contenders over eager's own, largest of RMS / max (small and medium, N = 1, 2 of 2 s, N = 1 of 7 and
-# 16.7 s, three seeds, on a CPU): in fp32 2.7 / 3.5, where eager is off by at most 8.8e-7 of the largest value; the
-# engine's fast FIR 1.4 / 1.6. In fp16 and bf16, which have no fast FIR, 1.03 / 1.24; the engine 0.78 / 0.94. One layer
-# scaled by 1.01 is 5000 times eager's error in fp32, and 2.6 at the least in fp16. In bf16 eager is off by 0.5 %, twice
-# what that fault does: there a layer must be off by about 8 %. In Jasper 10x5, fp32 beside fp32, contenders differ by
-# 2.3e-5 of the largest value at most.
+# How the tolerance was chosen. Measured on a CPU with small and medium, N = 1 and 2 of 2 s, N = 1 of 7 s and 16.7 s,
+# three seeds. The numbers are the errors of correct contenders divided by eager's error, the largest RMS / max. fp32:
+# 2.7 / 3.5, where eager's error is at most 8.8e-7 of the largest value; the engine with fast FIR 1.4 / 1.6. fp16 and
+# bf16, which have no fast FIR: 1.03 / 1.24; the engine 0.78 / 0.94. A fault that scales one layer by 1.01 gives 5000 in
+# fp32, and at least 2.6 in fp16. In bf16 eager's error is 0.5 %, twice the effect of that fault, so only a scale of
+# about 1.08 is found. In Jasper 10x5 two fp32 contenders differ by at most 2.3e-5 of the largest value.
 LOW = correct.Tolerance(factor=2.0, floor=16.0, peak=1.5)
 TOLERANCES = {
     torch.float32: correct.Tolerance(factor=4.0, floor=16.0, relative=5e-5),
@@ -57,22 +57,22 @@ class Models:
 
     @functools.cached_property
     def judge(self) -> nn.Module:
-        """The eager model that answers are held against: fp64 where that costs little."""
+        """The eager model whose answers are the reference: in fp64 if that costs little."""
         return models.eager(self.cfg, self.state, self.judged_in).eval().requires_grad_(False)
 
     @property
     def judged_in(self) -> torch.dtype:
-        """The judge's precision."""
+        """The precision of the reference model."""
         small = counts.parameters(self.cfg) < 50e6 or self.run.device.type == "cuda"
         return torch.float64 if small else torch.float32
 
     def answer(self, x: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-        """What contenders should say of these features."""
+        """The reference answer for these features."""
         with torch.inference_mode():
             return told(*self.judge(x.to(self.judged_in), lengths))
 
     def low(self, inputs: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], dict[str, Tensor]] | None:
-        """Plain eager's answer, whose own error is the measure of others'; None where the judge is no better."""
+        """The answer of plain eager, whose error sets the tolerance; None if the reference is not more precise."""
         if self.judged_in == self.run.dtype:
             return None
 
@@ -84,7 +84,7 @@ class Models:
         return answer
 
     def build(self, name: str, make: Callable[[nn.Module], Model]) -> Model:
-        """The contender, made at its first use; its failure is remembered and raised again."""
+        """The contender, built at its first use. If that failed, the same error is raised again."""
         if name in self.failures:
             raise self.failures[name]
         if name not in self.contenders:
@@ -101,7 +101,7 @@ class Models:
         return InferenceEngine(fused.eval(), dtype=self.run.dtype)
 
     def close(self) -> None:
-        """Let go of all weights now, not when the collector comes by."""
+        """Frees all weights now, without waiting for the garbage collector."""
         for held in (self.contenders, self.failures, self._held):
             held.clear()
         for made in ("state", "plain", "judge"):
@@ -122,13 +122,14 @@ class Models:
 
 
 def told(log_probs: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-    """What is compared of an answer."""
+    """The tensors of an answer that are compared."""
     return {"log_probs": models.valid(log_probs, lengths), "lengths": lengths}
 
 
 def int8_rule() -> Rule:
-    """Of a network in int8, which cannot meet the others' tolerance: the classes that it hears must be eager's."""
-    words = f"best class of a frame as eager's in at least {100 * SAME_PATH:.0f} % of the frames; its error is told"
+    """The rule for a network in int8, which cannot meet the usual tolerance: its best class per frame must be that of
+    eager."""
+    words = f"best class equal to eager's in at least {100 * SAME_PATH:.0f} % of the frames; the row has the error"
 
     def judge(got: Answer, low: Answer | None, ref: Answer) -> list[str]:
         frames = got["lengths"].tolist()
@@ -138,7 +139,7 @@ def int8_rule() -> Rule:
         rule.found |= {"same_path": share, "max_error": error, "of": ref["log_probs"].abs().max().item()}
         wrong = [] if torch.equal(got["lengths"], ref["lengths"]) else ["lengths: not eager's"]
         agrees = share >= SAME_PATH and math.isfinite(error)
-        return wrong + ([] if agrees else [f"log_probs: {100 * share:.1f} % of the frames as eager's; {words}"])
+        return wrong + ([] if agrees else [f"log_probs: {100 * share:.1f} % of the frames equal eager's; {words}"])
 
     rule = Rule("int8", words, judge)
     return rule
@@ -183,11 +184,11 @@ def case(shared: Models, model: str, N: int, seconds: float) -> Case:
 
 
 def sound_case(shared: Models, model: str, N: int, seconds: float) -> Case:
-    """From samples to text: log-mel features, the acoustic model, greedy decoding; the model alone differs.
+    """From samples to text: log-mel features, the acoustic model, greedy decoding. Contenders differ only in the model.
 
-    Log-probabilities are held to the reference, and each text to `best_path` of the log-probabilities it came from.
-    Texts of two right models may differ: where a frame's two best classes are a rounding apart, either may win. Random
-    weights hardly ever say the same letter twice, so the decoder also reads what does.
+    Log-probabilities are compared with the reference, and each text with the `best_path` of its own log-probabilities.
+    Texts of two right models may differ, because rounding decides between two nearly equal classes. Random weights
+    hardly ever repeat a letter, so the decoder is also checked on log-probabilities that do.
     """
     run, words = shared.run, Vocabulary()
 
@@ -250,7 +251,7 @@ def sound_case(shared: Models, model: str, N: int, seconds: float) -> Case:
 
 
 def best_path(log_probs: Tensor, length: int, labels: Sequence[str]) -> str:
-    """The text of one utterance (T, V), frame by frame as the definition says it; the blank is the last class."""
+    """The text of one utterance (T, V), computed frame by frame by the definition; the blank is the last class."""
     text, last = "", len(labels)
     for best in log_probs[:length].float().argmax(-1).tolist():
         if best not in (last, len(labels)):
@@ -260,7 +261,8 @@ def best_path(log_probs: Tensor, length: int, labels: Sequence[str]) -> str:
 
 
 def repeating(N: int, T: int, words: Vocabulary, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (N, T, V) whose best path is of two letters and many blanks, and lengths from half to whole."""
+    """Log-probabilities (N, T, V) whose best path has only two letters and many blanks, and lengths from half to
+    full."""
     g = seeded(stable_seed("path"), device)
     path = torch.randint(words.blank - 2, words.blank + 1, (N, T), generator=g, device=device)
     logits = 4.0 * torch.nn.functional.one_hot(path, words.n_classes).float()
@@ -280,9 +282,9 @@ def misread(log_probs: Tensor, lengths: Tensor, texts: Sequence[str], words: Voc
 
 
 def sampled(run: Run) -> dict[str, float]:
-    """A case's rounds and share of the run's seconds: on a GPU as many rounds as a P99 takes, if they are short.
+    """The rounds of a case and its share of the run's seconds: on a GPU enough rounds for a P99, if they are short.
 
-    A case whose rounds are long stops at thrice its seconds: half as many, so that it costs little more than before.
+    A case with long rounds stops at 3x its seconds, so it gets half the seconds and costs little more than others.
     """
     if run.device.type != "cuda" or run.quick:
         return {}

@@ -27,7 +27,7 @@ class Layer:
 
     @property
     def first(self) -> bool:
-        """Whether it reads features: no norm before it, no gradient of its input."""
+        """Whether its input is the features: it has no norm before it and needs no gradient of its input."""
         return self.stride > 1
 
     def frames(self, T: int) -> int:
@@ -35,21 +35,21 @@ class Layer:
         return counts.conv_out(T, self.K, self.stride, self.dilation)
 
     def out_lengths(self, lengths: Tensor) -> Tensor:
-        """The same of lengths (N,): themselves where the conv keeps them."""
+        """Output lengths for lengths (N,); the same tensor if the conv keeps them."""
         if self.stride == 1 and self.K % 2:
             return lengths
         reach = self.dilation * (self.K - 1)
         return torch.div(lengths + 2 * self.padding - reach - 1, self.stride, rounding_mode="floor") + 1
 
     def key(self, N: int, T: int) -> dict:
-        """What a row calls it; T frames of input."""
+        """The key of its rows; T input frames."""
         stride = f" s = {self.stride}" if self.stride > 1 else ""
         dilation = f" d = {self.dilation}" if self.dilation > 1 else ""
         return {"shape": f"({N}, {self.C_in}->{self.C_out}, {T})", "taps": f"K = {self.K}{stride}{dilation}"}
 
 
 def layers() -> list[Layer]:
-    """Jasper 10x5's 13 distinct main convs, the most products first."""
+    """The 13 distinct main convs of Jasper 10x5, the largest first."""
     cfg, found = models.config("jasper10x5"), []
     for conv in counts.convs(cfg, 1, 64):
         if ".res." in conv.name:

@@ -1,4 +1,4 @@
-"""The case of `python -m bench memory`: a training step, its answers checked and its bytes counted."""
+"""The case of `python -m bench memory`: checks the answers of a training step and counts its bytes."""
 
 import functools
 from collections.abc import Callable
@@ -14,10 +14,11 @@ from jasper_fast.bench.harness.run import Run
 
 
 def step(module: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.device) -> dict:
-    """Bytes of the second training step, dropout on; the first may set up what later steps use again.
+    """Bytes of the second training step, with dropout on; the first step may allocate memory that later steps reuse.
 
-    The peak runs over forward and backward, the parameters' gradients left out: every training keeps those. On a CPU it
-    is of every allocation; on a GPU of the tensors that ops take and return, `allocator_peak_bytes` beside it.
+    The peak is over forward and backward, without the gradients of the parameters, which every training keeps. On a CPU
+    it counts every allocation. On a GPU it counts the tensors that ops take and return, and `allocator_peak_bytes` is
+    the peak of the allocator.
     """
     module.train()
     forward = lambda: batch.loss(module, dtype)[0]  # noqa: E731
@@ -49,9 +50,9 @@ def step(module: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.devi
 
 
 def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Module], Callable[[], Batch]]:
-    """The contenders of one model and batch, for the check that comes before any number.
+    """The case that checks the contenders of one model and batch before their bytes are counted.
 
-    Bytes do not depend on what the check runs on, so a large model is checked on a small batch.
+    Bytes do not depend on the batch of the check, so a large model is checked on a small batch.
     """
     cfg = models.config(model)
     small = counts.parameters(cfg) < LARGE
@@ -72,7 +73,7 @@ def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Modul
         module = models.eager(cfg, state(), dtype)
         found = answer(module, module, judged(), state(), autocast_dtype)
         roomy = small or run.device.type == "cuda"
-        return found if roomy else {name: t.float() for name, t in found.items()}  # half the room for what is compared
+        return found if roomy else {name: t.float() for name, t in found.items()}  # fp32 takes half the memory
 
     made = Case(
         "memory",

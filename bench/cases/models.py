@@ -20,7 +20,8 @@ VOCABULARY = 29
 
 
 def _blocks(prologue: int, widths: tuple[tuple[int, int, float], ...], repeat: int, last: int) -> list[dict]:
-    """A dense-residual Jasper's blocks: prologue at stride 2, one block per (width, taps, dropout), a 1x1 epilogue."""
+    """The blocks of a dense-residual Jasper: a first block with stride 2, one per (width, taps, dropout), a last 1x1
+    block."""
 
     def block(filters: int, K: int, p: float, **more) -> dict:
         return {"filters": filters, "kernel_size": [K], "stride": [1], "dilation": [1], "dropout": p, **more}
@@ -49,15 +50,15 @@ _made: dict[tuple, dict[str, Tensor]] = {}
 
 
 def weights(cfg: JasperConfig, device: torch.device, frames: int = 208) -> dict[str, Tensor]:
-    """A state dict whose activations neither vanish nor blow up, so that a wrong layer shows in the output: the usual
-    initialisation, random gamma and beta, and running statistics taken from one batch.
+    """A state dict whose activations neither vanish nor blow up, so that a wrong layer changes the output. It has the
+    usual initialisation, random gamma and beta, and running statistics taken from one batch.
 
-    The last one made is kept for the next case of the same network: copy before you write.
+    The latest state dict is cached for the next case of the same network, so copy it before you change it.
     """
     key = (repr(cfg), device, frames)
     if key not in _made:
         _made.clear()
-        with torch.inference_mode(False), torch.no_grad():  # whoever asks first, all can train on copies of it
+        with torch.inference_mode(False), torch.no_grad():  # so that copies can always be trained
             _made[key] = _weights(cfg, device, frames)
     return dict(_made[key])
 
@@ -76,17 +77,19 @@ def _weights(cfg: JasperConfig, device: torch.device, frames: int) -> dict[str, 
     return model.state_dict()
 
 
-FAR = 6.0  # standard deviations between a clear network's ReLUs and zero
-OFF = 8  # of so many channels one is off
+FAR = 6.0  # standard deviations from the input of a clear network's ReLU to zero
+OFF = 8  # one of this many channels is off (its ReLU is closed)
 
 
 @torch.no_grad()
 def clear(cfg: JasperConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` changed such that no ReLU's input comes near zero: its gradients differ by roundings and nothing else.
+    """`state`, changed so that no ReLU's input comes near zero: gradients of right contenders then differ only by
+    rounding.
 
-    Every norm's beta lies FAR standard deviations above zero, in one channel of OFF below. Each weight is orthogonal to
-    the mean activation m (C_in,) that it meets, tap by tap, so that the signal is not lost beside m, nor at the edges
-    of an utterance. All are numbers that bf16 can hold: casting them to bf16 changes nothing.
+    Every norm's beta is FAR standard deviations above zero; in one of OFF channels it is as far below. The weights of
+    every tap are orthogonal to the mean m (C_in,) of their input, because a large constant from m would hide the signal
+    and would change at the edges of an utterance. All values are representable in bf16, so casting to bf16 changes
+    nothing.
     """
     made = dict(state)
 
@@ -97,7 +100,7 @@ def clear(cfg: JasperConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             w = w - torch.einsum("oik,i->ok", w, u)[:, None, :] * u[None, :, None]
         made[name] = w
 
-    history: list[Tensor | None] = [None]  # the features' mean is zero
+    history: list[Tensor | None] = [None]  # the mean of the features is zero
     for b, block in enumerate(cfg.encoder.blocks):
         at, m = f"encoder.layers.{b}", history[-1]
         panes = (history if block.residual_dense else history[-1:]) if block.residual else []
@@ -122,24 +125,24 @@ def clear(cfg: JasperConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def seeded_globally(seed: int) -> Iterator[None]:
-    """PyTorch's default generators from `seed`, as they were afterwards."""
+    """A context in which PyTorch's default generators start from `seed`; they are restored afterwards."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
 
 
 def eager(cfg: JasperConfig, state: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> EagerJasper:
-    """The plain model with these weights, a copy of its own."""
+    """The plain model with a copy of these weights."""
     return _with_weights(lambda: EagerJasper(cfg), state, dtype)
 
 
 def fused(cfg: JasperConfig, state: dict[str, Tensor], backend: str) -> Jasper:
-    """jasper_fast's model with these weights, a copy of its own."""
+    """jasper_fast's model with a copy of these weights."""
     return _with_weights(lambda: Jasper(cfg, backend=backend), state, torch.float32)
 
 
 def _with_weights(make: Callable[[], nn.Module], state: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    with torch.device("meta"):  # no random numbers are drawn first
+    with torch.device("meta"):  # skips the random initialisation
         model = make()
     own = {k: v.detach().to(dtype if v.is_floating_point() else v.dtype, copy=True) for k, v in state.items()}
     model.load_state_dict(own, assign=True)
@@ -168,14 +171,14 @@ def targets(N: int, frames: int, device: torch.device, seed: int) -> tuple[Tenso
 
 
 def ctc(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
-    """The reference's loss: per utterance, then the plain mean over the batch."""
+    """The reference's loss: CTC per utterance, then the mean over the batch."""
     blank = log_probs.shape[2] - 1
     return F.ctc_loss(log_probs.transpose(0, 1), targets, lengths, target_lengths, blank, reduction="none").mean()
 
 
 @contextlib.contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
-    """The very model with no dropout: its Dropout modules and its blocks' configurations say 0 until the end."""
+    """A context in which the model has no dropout: its Dropout modules and block configurations are set to 0."""
     undo = []
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -194,5 +197,5 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
 
 
 def valid(log_probs: Tensor, lengths: Tensor) -> Tensor:
-    """The log-probabilities that mean something: rows t < length, zero elsewhere."""
+    """The log-probabilities in the valid rows t < length, zero elsewhere."""
     return mask(log_probs.transpose(1, 2), lengths.to(log_probs.device)).transpose(1, 2)

@@ -1,14 +1,14 @@
 """Cases of `python -m bench kernels` for the panes of a dense block in training: the sum of BN(1x1 conv) over all block
 outputs so far.
 
-Both forms of ours are rows of one case: `jasper_fast` is what dispatch takes on this device, and beside it stands the
-other, `jasper_fast_gram` or `jasper_fast_plain`. So this is where Gram or plain is decided for a GPU.
+Both of our forms are rows of one case. `jasper_fast` is the form that dispatch takes on this device; the other form is
+`jasper_fast_gram` or `jasper_fast_plain`. These cases show which form is faster on a GPU.
 
-A block output's Gram matrix is made once a step and serves every later block; in backward its gradients from all of
-them are added up, and its part of dx is made once. Of the ten dense blocks each is the first to read one output, the
-newest, and finds the older ones' matrices made. So the Gram form's time holds, forward, the newest input's `gram`, and
-backward the newest input's `gram_backward` and one addition for each older matrix: over the ten blocks that is what a
-step pays. All dx are compared in full, the parts of the older matrices included.
+The Gram matrix of a block output is computed once per step and used by every later block. In backward its gradients
+from all blocks are added, and its part of dx is computed once. Each of the ten dense blocks is the first to use the
+newest output, and the older matrices already exist. So the time of the Gram form includes `gram` of the newest input in
+forward, and in backward `gram_backward` of the newest input and one addition for each older matrix. Summed over the ten
+blocks, that is the cost of a step. Every dx is compared as a whole, with the parts that come from older matrices.
 """
 
 import functools
@@ -29,21 +29,21 @@ from jasper_fast.dispatch import choose
 from jasper_fast.kernels import layout
 from jasper_fast.nn.architecture import block_shapes
 
-# up to 4,608 products and N*T rows summed in another order: with one thread the weight gradient of eager in
-# channels_last is 57 roundings from fp64 at 1,600 rows
+# Up to 4,608 products and N*T rows are summed in another order. On one thread, eager's weight gradient in channels_last
+# is 57 roundings from fp64 at 1,600 rows.
 TOLERANCE = correct.Tolerance(factor=2.0, floor=100.0)
 FORMS = ("gram", "plain")
 
 
 @dataclass(frozen=True)
 class Block:
-    """The panes of a dense block: the channels of each block output that they take, the newest last."""
+    """The panes of a dense block: the channels of each block output that they read, the newest last."""
 
     widths: tuple[int, ...]
     C_out: int
 
     def key(self, N: int, T: int) -> dict:
-        """What a row calls it."""
+        """The key of its rows."""
         count = f"{len(self.widths)} input{'s' if len(self.widths) > 1 else ''}"
         return {"shape": f"({N}, {sum(self.widths)}->{self.C_out}, {T})", "panes": count}
 
@@ -55,13 +55,14 @@ def blocks() -> list[Block]:
 
 
 def ends_and_middle() -> list[Block]:
-    """The last block, the fifth and the first: the most products first."""
+    """The last block, the fifth and the first: the largest first."""
     found = blocks()
     return [found[-1], found[(len(found) - 1) // 2], found[0]]
 
 
 class Inputs(common.Held):
-    """One block's tensors in both memories, the same values, refilled in place; parameters are fp32 under 16 bits."""
+    """The tensors of one block in NCT and in NTC memory, with the same values, refilled in place. With 16-bit
+    activations the parameters are fp32."""
 
     def __init__(self, N: int, T: int, block: Block, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(dtype, device)
@@ -78,8 +79,8 @@ class Inputs(common.Held):
         self.refill(0)
 
     def fill(self, g: torch.Generator) -> None:
-        """Each x after a ReLU, with channels of unlike means; x and dy zero in the padding, as every block leaves
-        them."""
+        """Draws new values. Each x is the output of a ReLU whose channels have different means; x and dy are zero in
+        the padding, as in the model."""
         self.draw_lengths(self.lengths, self.nct[0].shape[2], g)
         for x, last in zip(self.nct, self.ntc, strict=True):
             means = 0.5 * torch.randn(x.shape[1], 1, generator=g, device=self.device)
@@ -99,7 +100,7 @@ class Inputs(common.Held):
 
 @dataclass(frozen=True)
 class Leaves:
-    """What a sum of panes is made of and differentiated by, a list each."""
+    """The inputs of a sum of panes that get gradients, one list of each kind."""
 
     xs: list[Tensor]
     weights: list[Tensor]
@@ -107,26 +108,26 @@ class Leaves:
     betas: list[Tensor]
 
     def named(self) -> dict[str, Tensor]:
-        """All of them by the names of their gradients."""
+        """All tensors, by the names of their gradients."""
         lists = {"dx": self.xs, "dweight": self.weights, "dgamma": self.gammas, "dbeta": self.betas}
         return {f"{name} {k}": t for name, tensors in lists.items() for k, t in enumerate(tensors)}
 
 
 # ------------------------------------------------------------------ the contenders
-# `(leaves, lengths, running statistics, Gram matrices of the older inputs) -> sum (N, C_out, T)`; the last are () but
-# for the Gram form
+# `(leaves, lengths, running statistics, Gram matrices of the older inputs) -> sum (N, C_out, T)`; only the Gram form
+# gets Gram matrices, the others get ()
 
 PaneSum = Callable[[Leaves, Tensor, list[common.Stats], Sequence[ops.Gram]], Tensor]
 
 
 def eager(a: Leaves, lengths: Tensor, running: list[common.Stats], older: Sequence[ops.Gram]) -> Tensor:
-    """The reference's panes in NCT memory, one module a step: mask, conv, batch norm, sum."""
+    """The reference's panes in NCT memory, one module per step: mask, conv, batch norm, sum."""
     convs = (F.conv1d(common.masked(x, lengths), weight) for x, weight in zip(a.xs, a.weights, strict=True))
     return _sum_of_norms(convs, a, running)
 
 
 def eager_2d(a: Leaves, lengths: Tensor, running: list[common.Stats], older: Sequence[ops.Gram]) -> Tensor:
-    """The same in channels_last memory: of a 1x1 weight that is any."""
+    """The same in channels_last memory; for a 1x1 weight all memory orders are the same."""
     xs = (common.masked_last(x, lengths).unsqueeze(2) for x in a.xs)
     convs = (F.conv2d(x, weight.unsqueeze(2)) for x, weight in zip(xs, a.weights, strict=True))
     return _sum_of_norms(convs, a, running).squeeze(2)
@@ -141,7 +142,7 @@ def _sum_of_norms(ys: Iterable[Tensor], a: Leaves, running: list[common.Stats]) 
 
 
 def fused(form: str, backend: str) -> PaneSum:
-    """jasper_fast's panes in a form, as a block of its model calls them."""
+    """jasper_fast's panes in the given form, called as by a block of its model."""
 
     def call(a: Leaves, lengths: Tensor, running: list[common.Stats], older: Sequence[ops.Gram]) -> Tensor:
         if form == "gram":
@@ -162,7 +163,7 @@ def fused(form: str, backend: str) -> PaneSum:
 
 
 def older_grams(xs: Sequence[Tensor]) -> list[ops.Gram]:
-    """Of all inputs but the newest, as earlier blocks of the step have made them."""
+    """The Gram matrices of all inputs but the newest, which earlier blocks of the step have computed."""
     with torch.no_grad():
         found = [ops.gram(x) for x in xs[:-1]]
     for t in (t for gram in found for t in (gram.mean, gram.cov)):
@@ -171,7 +172,7 @@ def older_grams(xs: Sequence[Tensor]) -> list[ops.Gram]:
 
 
 def results(out: Tensor, a: Leaves, dy: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-    """Gradients; dx in the padding belongs to no one, because its input is zero there."""
+    """The gradients, with dx zeroed in the padding, where it is undefined because the input is zero there."""
     wanted = a.named()
     found = dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), dy), strict=True))
     return {name: common.masked(t, lengths) if name.startswith("dx") else t for name, t in found.items()}
@@ -184,8 +185,8 @@ def statistics(running: list[common.Stats]) -> dict[str, Tensor]:
 
 
 def runner(function: PaneSum, i: Inputs, memory: str, mode: str, *, amp: bool = False, gram: bool = False) -> Runner:
-    """An implementation on the inputs of its memory, under autocast with `amp`; `gram`: the older inputs' matrices are
-    given, and their gradients added to those of later blocks."""
+    """The runner of an implementation, on inputs in its memory order, under autocast with `amp`. `gram`: the Gram
+    matrices of the older inputs are given, and their gradients are added to those of later blocks."""
     a, dy = Leaves(getattr(i, memory), i.weights, i.gammas, i.betas), i.dy[memory]
     running, wanted = i.fresh_running(), list(a.named().values())
     made: dict[int, Sequence[ops.Gram]] = {}  # by refill
@@ -219,8 +220,8 @@ def runner(function: PaneSum, i: Inputs, memory: str, mode: str, *, amp: bool = 
 
 
 def answer(i: Inputs, dtype: torch.dtype, mode: str) -> dict[str, Tensor]:
-    """Sum, running statistics and gradients by plain PyTorch in `dtype` (16 bits: under autocast); of each seed's
-    inputs once."""
+    """Sum, running statistics and gradients by plain PyTorch in `dtype` (16 bits: under autocast). Computed once per
+    seed."""
     key = (i.seed, dtype)
     if key not in i.answers:
         wide = torch.promote_types(dtype, torch.float32)
@@ -236,7 +237,8 @@ def answer(i: Inputs, dtype: torch.dtype, mode: str) -> dict[str, Tensor]:
 
 
 def case(run: Run, N: int, T: int, block: Block, mode: str, shared: Callable[[], Inputs] | None = None) -> Case:
-    """One block's panes and mode, `N` utterances of `T` frames; cases of one block may share their inputs."""
+    """The case of one block's panes in one mode, for `N` utterances of `T` frames; cases of one block may share
+    inputs."""
     inputs = shared or functools.cache(lambda: Inputs(N, T, block, run.dtype, run.device))
     form = choose.pane_form(run.backend, run.device, run.dtype)
 
@@ -278,8 +280,8 @@ def block_cases(run: Run, block: Block, modes: Sequence[str], N: int, T: int) ->
 
 
 def cases(run: Run, mode: str | None = None) -> Iterator[list[Case]]:
-    """Block by block, so that only one block's tensors are held: all ten on a GPU, the last, the fifth and the first on
-    a CPU; when quick the fifth alone."""
+    """The cases block by block, so that only one block's tensors are in memory: all ten blocks on a GPU; the last, the
+    fifth and the first on a CPU; with --quick only the fifth."""
     if run.quick or run.brief:
         chosen = ends_and_middle()[1:2]
     else:

@@ -1,7 +1,7 @@
-"""Sub-blocks in inference: conv with its batch norm folded, bias, ReLU, mask; beside what does the same today.
+"""Sub-blocks in inference: a conv with folded batch norm, bias, ReLU, mask; compared with other ways to do the same.
 
-The prologue reads fp32 features in NCT memory, as a front end leaves them; the decoder ends in log-softmax. Every
-contender's weights are in the precision under test. Rows at t >= length of the result belong to no one.
+The first layer reads fp32 features in NCT memory, as a front end makes them; the decoder ends in log-softmax. The
+weights of every contender are in the precision under test. Rows of the result at t >= length are not compared.
 """
 
 import functools
@@ -38,7 +38,7 @@ class SubBlock(nn.Module):
         return self.tail(self.conv(self.masked(x, lengths)))
 
     def masked(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """What the conv reads: the decoder's input alone is not masked."""
+        """The input of the conv. Only the decoder's input is not masked."""
         return x.to(self.conv.weight.dtype) if self.layer.head else masked(x.to(self.conv.weight.dtype), lengths)
 
     def masked_last(self, x: Tensor, lengths: Tensor) -> Tensor:
@@ -47,11 +47,11 @@ class SubBlock(nn.Module):
         return x if self.layer.head else masked_last(x, lengths)
 
     def tail(self, y: Tensor) -> Tensor:
-        """What follows the conv."""
+        """The steps after the conv."""
         return y.float().log_softmax(dim=1) if self.layer.head else self.norm(y).relu_()
 
     def channels_last(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The same with a 2D conv in channels_last memory, the weight's once and for all."""
+        """The same with a 2D conv in channels_last memory; the weight is reordered once, in advance."""
         weight = layout.ntc(self.conv.weight)
 
         def forward(x: Tensor, lengths: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class SubBlock(nn.Module):
         return forward
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight (C_out, C_in, K) and bias (C_out,), fp32 or better, with the batch norm in them."""
+        """Weight (C_out, C_in, K) and bias (C_out,) with the batch norm folded in, fp32 or wider."""
         wide = torch.promote_types(self.conv.weight.dtype, torch.float32)
         weight = self.conv.weight.detach().to(wide)
         if self.layer.head:
@@ -71,7 +71,7 @@ class SubBlock(nn.Module):
 
 
 class Inputs(common.Held):
-    """One layer's weights and input, refilled in place; `exact` holds the fp64 copy that answers come from."""
+    """The weights and input of one layer, refilled in place; `exact` is the fp64 copy for the reference answer."""
 
     def __init__(self, N: int, T: int, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(dtype, device)
@@ -85,21 +85,21 @@ class Inputs(common.Held):
                     centre = 1.0 if name in ("norm.weight", "norm.running_var") else 0.0
                     t.copy_(torch.randn(t.shape, generator=g, device=device).clamp(-2, 2) * spread + centre)
         self.module.to(dtype)
-        feed = torch.float32 if layer.first and dtype.itemsize == 2 else dtype  # a front end makes fp32
+        feed = torch.float32 if layer.first and dtype.itemsize == 2 else dtype  # a front end gives fp32 features
         self.x = torch.empty(N, layer.C_in, T, dtype=feed, device=device)
         self.ntc = self.x if layer.first else layout.ntc(self.x)
         self.lengths = torch.empty(N, dtype=torch.int64, device=device)
         self.refill(0)
 
     def fill(self, g: torch.Generator) -> None:
-        """Zero in the padding, as every sub-block leaves it."""
+        """Draws new values; padding is zero, as in the model."""
         self.draw_lengths(self.lengths, self.x.shape[2], g)
         self.x.copy_(masked(self.randn(self.x, g), self.lengths))
         if self.ntc is not self.x:
             self.ntc.copy_(self.x)
 
     def answer(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """z by plain PyTorch in `dtype`, of the weights and input as they are in the precision under test."""
+        """z by plain PyTorch in `dtype`, from weights and input rounded to the precision under test."""
         module = SubBlock(self.layer).to(self.device, dtype).eval()
         module.load_state_dict(self.module.state_dict())
         x = self.x.to(self.dtype).to(dtype)
@@ -109,7 +109,7 @@ class Inputs(common.Held):
         return {"z": self.valid(z)}
 
     def valid(self, z: Tensor) -> Tensor:
-        """z in the frames that mean something, zero elsewhere."""
+        """z in the valid frames, zero elsewhere."""
         return masked(z, self.layer.out_lengths(self.lengths))
 
 
@@ -119,7 +119,7 @@ SubBlockCall = Callable[[Tensor, Tensor], Tensor]
 
 
 def fused(i: Inputs, backend: str) -> SubBlockCall:
-    """jasper_fast's one kernel a sub-block, weights folded and packed once, as InferenceEngine runs it."""
+    """jasper_fast's one kernel per sub-block, with weights folded and packed once, as in InferenceEngine."""
     a, (weight, bias) = i.layer, i.module.folded()
     name = choose.fused_faces(backend, i.device, i.dtype)[0]
     if backend == "reference" or name == "aten":
@@ -128,7 +128,7 @@ def fused(i: Inputs, backend: str) -> SubBlockCall:
     impl = backends.face("conv1d", name)
     more, made = {"relu": not a.head, "bias": bias}, None
     packed = impl.pack_once(weight, i.dtype, a.stride) if name == "cpu" else impl.pack(weight, i.dtype)
-    if name == "triton":  # one launch: features in any strides and in fp32, lengths and log-softmax are the kernel's
+    if name == "triton":  # one launch: the kernel reads fp32 features with any strides, masks, and computes log-softmax
         more |= {"log_softmax": a.head, "workspace": impl.Workspace(i.device)}
         if a.stride > 1:
             made = torch.empty_like(i.lengths)
@@ -160,7 +160,7 @@ def max_autotuned_frozen(i: Inputs) -> SubBlockCall:
 
 
 def cudnn(i: Inputs) -> SubBlockCall:
-    """cuDNN's conv + bias + ReLU as one fused engine, the batch norm folded; the mask stays a pass of its own."""
+    """cuDNN's conv + bias + ReLU as one fused engine, the batch norm folded; the mask is a separate pass."""
     a, (weight, bias) = i.layer, i.module.folded()
     x = layout.ntc(i.x.to(i.dtype))
     conv = FusedConv(x, weight.to(i.dtype), a.stride, a.padding, a.dilation, bias=bias)
@@ -168,7 +168,7 @@ def cudnn(i: Inputs) -> SubBlockCall:
 
 
 def case(run: Run, N: int, T: int, layer: Layer) -> Case:
-    """One layer in inference."""
+    """The case of one layer in inference."""
     inputs = functools.cache(lambda: Inputs(N, T, layer, run.dtype, run.device))
     builders: dict[str, Callable[[Inputs], SubBlockCall]] = {
         "eager": lambda i: i.module,

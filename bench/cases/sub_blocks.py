@@ -1,9 +1,9 @@
-"""Cases of `python -m bench kernels` that hold a convolution: conv1d alone, and the sub-block in training.
+"""Cases of `python -m bench kernels` with a convolution: conv1d alone, and the sub-block in training.
 
-Every distinct main conv of Jasper 10x5 is a shape: the prologue (stride 2, from features), eleven at stride 1, the
-decoder's. A training sub-block goes from y to y: batch norm, ReLU, dropout and mask of one conv's output, then the next
-conv; the prologue's has no norm before it. Under 16 bits the weight is the fp32 master that AMP keeps, and its rivals
-run under autocast, which casts it as AMP does.
+The shapes are the distinct main convs of Jasper 10x5: the first (stride 2, from features), eleven at stride 1, and the
+decoder's. A sub-block in training is batch norm, ReLU, dropout and mask of one conv's output, then the next conv; the
+first conv has no norm before it. With 16-bit activations the weight is the fp32 master weight of AMP, and rivals run
+under autocast, which casts it.
 """
 
 import functools
@@ -25,8 +25,9 @@ from jasper_fast.kernels import layout
 
 
 class Inputs(common.Held):
-    """One layer's tensors in both memories, the same values, refilled in place. `weight` is fp32 under 16 bits, and
-    `weight_last` the same for a 2D conv in channels_last memory, which would else reorder it in every call."""
+    """The tensors of one layer in NCT and in NTC memory, with the same values, refilled in place. `weight` is fp32 even
+    with 16-bit activations. `weight_last` is the same weight for a 2D conv in channels_last memory, which would
+    otherwise reorder it in every call."""
 
     def __init__(self, N: int, T: int, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(dtype, device)
@@ -47,7 +48,7 @@ class Inputs(common.Held):
         self.refill(0)
 
     def fill(self, g: torch.Generator) -> None:
-        """x is zero in the padding, as every op leaves it."""
+        """Draws new values; x is zero in the padding, as after every op."""
         self.draw_lengths(self.lengths, self.nct["x"].shape[2], g)
         self.gamma.copy_(self.positive(self.gamma, g))
         self.beta.copy_(self.randn(self.beta, g) * 0.3)
@@ -74,7 +75,7 @@ def eager_conv_2d(x: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Ten
 
 
 def eager_sub_block(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
-    """Batch norm, ReLU, dropout, mask and the next conv, one module a step in NCT memory."""
+    """Batch norm, ReLU, dropout, mask and the next conv, one module per step in NCT memory."""
     if i.layer.first:
         return eager_conv(y, i, weight, gamma, beta, p)
     stats = common.fresh_running(gamma.detach())
@@ -102,7 +103,7 @@ def fused_conv(backend: str) -> Callable[..., Tensor]:
 
 
 def fused_sub_block(backend: str) -> Callable[..., Tensor]:
-    """jasper_fast's sub_block; the prologue is its conv1d."""
+    """jasper_fast's sub_block; for the first layer its conv1d."""
 
     def call(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
         if i.layer.first:
@@ -114,13 +115,13 @@ def fused_sub_block(backend: str) -> Callable[..., Tensor]:
 
 
 def cudnn_statistics(i: Inputs) -> Callable[..., Tensor]:
-    """The chain in channels_last memory, then cuDNN's conv that leaves the next batch norm's sums: forward only."""
+    """The chain in channels_last memory, then cuDNN's conv that also sums for the next batch norm; forward only."""
     a = i.layer
     weight = i.weight.detach().to(i.dtype)
     conv = FusedConv(i.ntc["x"].detach(), weight, a.stride, a.padding, a.dilation, stats=True)
 
     def call(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
-        conv.weight.copy_(weight.detach().unsqueeze(2))  # AMP's cast, once a step
+        conv.weight.copy_(weight.detach().unsqueeze(2))  # the cast of AMP, once per step
         if a.first:
             return conv(common.masked_last(y, i.lengths))
         return conv(common.eager_chain_2d(y, gamma, beta, common.fresh_running(i.gamma), None, i.lengths, p))
@@ -132,14 +133,15 @@ def cudnn_statistics(i: Inputs) -> Callable[..., Tensor]:
 
 
 def leaves(op: str, i: Inputs, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> dict[str, Tensor]:
-    """What gets a gradient, by the gradient's name."""
+    """The tensors that get a gradient, by the name of the gradient."""
     if i.layer.first:
         return {"dweight": weight}
     return {"dx": x, "dweight": weight} | ({"dgamma": gamma, "dbeta": beta} if op == "sub_block" else {})
 
 
 def results(op: str, out: Tensor, wanted: dict[str, Tensor], dy: Tensor, i: Inputs) -> dict[str, Tensor]:
-    """Output and gradients; a conv's dx in the padding belongs to no one, because its input is zero there."""
+    """Output and gradients, with a conv's dx zeroed in the padding, where it is undefined because the input is zero
+    there."""
     found = {"y": out, **dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), dy), strict=True))}
     if op == "conv1d" and "dx" in found:
         found["dx"] = common.masked(found["dx"], i.lengths)
@@ -149,7 +151,8 @@ def results(op: str, out: Tensor, wanted: dict[str, Tensor], dy: Tensor, i: Inpu
 def runner(
     op: str, function: Callable[..., Tensor], i: Inputs, memory: str, mode: str, *, amp: bool, last: bool = False
 ) -> Runner:
-    """An implementation on the inputs of its memory, under autocast with `amp`; `last`: the weight is `weight_last`."""
+    """The runner of an implementation, on inputs in its memory order, under autocast with `amp`; `last`: takes
+    `weight_last`."""
     x, dy = (getattr(i, memory)[n] for n in ("x", "dy"))
     weight = i.weight_last if last else i.weight
     wanted = leaves(op, i, x, weight, i.gamma, i.beta)
@@ -167,8 +170,8 @@ def runner(
 
 
 def answer(op: str, i: Inputs, dtype: torch.dtype, mode: str) -> dict[str, Tensor]:
-    """Output and gradients by plain PyTorch in `dtype` (16 bits: under autocast); of each seed's inputs once, and the
-    gradients, twice the work, only where a mode is held to them."""
+    """Output and gradients by plain PyTorch in `dtype` (16 bits: under autocast). Computed once per seed; the
+    gradients, which are twice the work, only if a mode is compared by them."""
     forward, key = mode == "forward", (op, i.seed, dtype)
     if key not in i.answers and (not forward or (*key, mode) not in i.answers):
         wide = torch.promote_types(dtype, torch.float32)
@@ -190,9 +193,9 @@ def answer(op: str, i: Inputs, dtype: torch.dtype, mode: str) -> dict[str, Tenso
 def case(
     run: Run, op: str, N: int, T: int, layer: Layer, mode: str, shared: Callable[[], Inputs] | None = None
 ) -> Case:
-    """One layer and mode, `N` utterances of `T` frames; cases of one layer may share their inputs.
+    """The case of one layer and mode, for `N` utterances of `T` frames; cases of one layer may share inputs.
 
-    Where only the forward pass is timed, only its result is checked: the other modes check the gradients too.
+    If only the forward pass is timed, only its result is checked. The other modes check the gradients too.
     """
     inputs = shared or functools.cache(lambda: Inputs(N, T, layer, run.dtype, run.device))
     fused = {"conv1d": fused_conv, "sub_block": fused_sub_block}[op](run.backend)

@@ -18,17 +18,19 @@ from jasper_fast.bench.harness.seeds import seeded, stable_seed
 from jasper_fast.bench.rivals import choice
 from jasper_fast.bench.rivals.eager_layouts import ChannelsLast2d, Model
 
-FULL = ", all lengths full"  # after a mode: no utterance is padded, so that a network without masks is right
-LARGE = 50e6  # parameters from which an fp64 answer is no small matter
-TRAINS = ("bn_relu_dropout", "conv1d", "panes")  # what a training step is made of, as the self-check names it
-# A whole network's gradients at its usual weights are held loosely: one ReLU that falls to the other side moves some by
-# a per cent, in eager PyTorch as in any kernel. Inputs of CLEAR_SEED are therefore answered by the same module at
-# weights where no ReLU is near zero (models.clear), and there gradients are held to roundings.
+FULL = ", all lengths full"  # added to a mode: no utterance is padded, so a network without masks is right too
+LARGE = 50e6  # from this many parameters on an fp64 answer is expensive
+TRAINS = ("bn_relu_dropout", "conv1d", "panes")  # the ops of a training step, by the names of the self-check
+# At its usual weights, the gradients of a whole network have loose bounds: a single ReLU whose input rounds to the
+# other side of zero changes some gradients by a per cent, in eager PyTorch as in any kernel. Therefore the inputs of
+# CLEAR_SEED are also run with the same module at weights where no ReLU is near zero (models.clear), and there the
+# bounds are tight.
 #
-# Worst errors seen on a CPU, as shares of the fp64 gradient, of eager, 2D and the cpu face, in bf16 the reference face
-# too. Clear: small (8, 64, 400), two seeds (bf16: five), and (2, 64, 64), medium (4, 64, 400), one seed; Jasper 10x5
-# (2, 64, 128) has up to twice the RMS, and 0.09 % (fp16) and 1.4 % (bf16) along. Usual: small (8, 64, 400), three
-# seeds; fp16's bounds there lie between the others' and are not from a measurement.
+# The bounds come from the worst errors seen on a CPU, relative to the fp64 gradient, of eager, 2D and the cpu face (in
+# bf16 also the reference face). Clear: small (8, 64, 400) with two seeds (bf16: five), small (2, 64, 64), and medium
+# (4, 64, 400) with one seed; Jasper 10x5 (2, 64, 128) has up to twice the RMS, and 0.09 % (fp16) and 1.4 % (bf16)
+# along. Usual: small (8, 64, 400), three seeds. The usual bounds for fp16 were not measured; they lie between those of
+# fp32 and bf16.
 #
 #                    RMS: weight, gamma, beta    max: weight, gamma, beta    along: weight, gamma, beta
 #     clear   fp32   6e-6    8e-6    2e-5        9e-6    9e-6    2e-5        7e-7    9e-7    1.4e-6
@@ -37,15 +39,15 @@ TRAINS = ("bn_relu_dropout", "conv1d", "panes")  # what a training step is made 
 #     usual   fp32   1.5 %                       7.6 %                       0.16 %
 #             bf16   28 %                        41 %                        7.9 %
 CLEAR_SEED = 1
-SCALES = (65536.0, 4096.0, 256.0, 16.0, 1.0)  # of fp16's loss, from where a GradScaler starts
+SCALES = (65536.0, 4096.0, 256.0, 16.0, 1.0)  # loss scales for fp16, from the one with which a GradScaler starts
 ALONG = {torch.float32: 5e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 ALONG_USUAL = {torch.float32: 5e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
 
 
 def tolerance(dtype: torch.dtype) -> correct.Tolerance:
-    """How far a step's answers may be from fp64's, trained in `dtype`; `relative` where no eager step stands beside."""
+    """How far the answers of a step in `dtype` may be from those in fp64; `relative` is used without an eager step."""
     fp32, eps = dtype is torch.float32, torch.finfo(dtype).eps
-    one = eps / torch.finfo(torch.float32).eps  # a rounding: autocast's gradients are fp32 themselves
+    one = eps / torch.finfo(torch.float32).eps  # a rounding of `dtype` in units of fp32's: gradients are fp32
     usual = correct.Tolerance(
         2.0,
         0.03 / eps if fp32 else 8 * one,
@@ -57,7 +59,7 @@ def tolerance(dtype: torch.dtype) -> correct.Tolerance:
         2.0, 64.0 if fp32 else 2 * one, relative=5e-5 if fp32 else 24 * eps, peak=2.0, along=ALONG[dtype]
     )
     relative = 1e-4 if fp32 else 8 * eps
-    # A loss is one number: eager's may be right by chance, so a tenth of a rounding is allowed anyway.
+    # The loss is one number. Eager's may be exact by chance, so a tenth of a rounding is always allowed.
     return correct.Tolerance(4.0, 256.0 if fp32 else one / 10, relative=relative, gradients=usual, clear=clear)
 
 
@@ -65,12 +67,13 @@ TOLERANCE = tolerance(torch.float32)
 
 
 def precision(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype whose roundings a step in `dtype` makes: fp16's, where a GPU multiplies fp32 in TF32, as long."""
+    """The dtype whose rounding errors a step in `dtype` has: fp16 if a GPU multiplies fp32 in TF32, which is as
+    precise."""
     return torch.float16 if dtype is torch.float32 and limits.float32_mode(device) == "TF32" else dtype
 
 
 class Batch:
-    """Features, lengths and transcripts, refilled in place; `clear`: answered at weights with no ReLU near zero."""
+    """Features, lengths and transcripts, refilled in place. `clear`: use weights at which no ReLU is near zero."""
 
     def __init__(self, cfg, N: int, T: int, device: torch.device, ragged: bool = True) -> None:
         self.cfg, self.N, self.T, self.device, self.ragged = cfg, N, T, device, ragged
@@ -93,7 +96,7 @@ class Batch:
         return models.ctc(log_probs, lengths, self.targets, self.target_lengths), log_probs, lengths
 
     def cotangent(self, log_probs: Tensor, lengths: Tensor) -> Tensor:
-        """Random weights of the log-probabilities, zero beyond the lengths."""
+        """Random weights for a sum of the log-probabilities, zero beyond the lengths."""
         g = seeded(stable_seed("cotangent"), self.device)
         random = torch.randn(log_probs.shape, generator=g, device=self.device)
         return models.valid(random, lengths).to(log_probs) / math.sqrt(self.N * log_probs.shape[1])
@@ -102,8 +105,8 @@ class Batch:
 def runner(
     module: nn.Module, call: Model, batch: Batch, state: Mapping[str, Tensor], dtype: torch.dtype, mode: str
 ) -> Runner:
-    """`call` runs `module`'s parameters (renamed, perhaps). Timed as it trains: dropout on, and in fp16 with the loss
-    scaled, without which small gradients are zero."""
+    """`call` runs the module, perhaps compiled or with renamed parameters. It is timed as in training, with dropout on;
+    in fp16 the loss is scaled, because small gradients would otherwise be zero."""
     module.train()
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = NovoGrad(parameters, lr=1e-4, weight_decay=1e-3) if mode == "step" else None
@@ -123,11 +126,12 @@ def runner(
 def answer(
     module: nn.Module, call: Model, batch: Batch, state: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Log-probabilities, every gradient and every running statistic of one step from `state`, dropout off; the loss
-    too, unless the batch asks for clear weights: its gradients are then those of a random sum of the log-probabilities,
-    to which every frame adds alike. The module has the weights of `state` afterwards.
+    """Log-probabilities, all gradients and all running statistics of one step from `state`, with dropout off, and the
+    loss. If the batch asks for clear weights there is no loss: the gradients are then those of a random sum of the
+    log-probabilities, to which every frame contributes equally. Afterwards the module has the weights of `state`.
 
-    In fp16 the loss is scaled as far as nothing overflows, as a GradScaler scales it, and the gradients scaled back."""
+    In fp16 the loss is scaled by the largest of SCALES at which nothing overflows, and the gradients are scaled
+    back."""
     weights = models.clear(batch.cfg, state) if batch.clear else state
     module.train()
     for scale in SCALES if dtype is torch.float16 else (1.0,):
@@ -156,7 +160,7 @@ def answer(
 
 @torch.no_grad()
 def restore(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """`state` into a module whose names or shapes a rival may have wrapped."""
+    """Copies `state` into a module whose names or shapes a rival may have changed."""
     for name, t in (*module.named_parameters(), *module.named_buffers()):
         t.copy_(state[original(name)].reshape(t.shape))
 
@@ -169,15 +173,16 @@ def original(name: str) -> str:
 
 
 def judged_size(device: torch.device, cfg, N: int, T: int) -> tuple[int, int]:
-    """(N, T) of the batch on which a step's answers are compared with fp64: the timed one, unless that is a large
-    network's on a GPU, whose fp64 step would take tens of seconds and tens of GiB. Each of its ops is compared at full
-    size by `python -m bench kernels`."""
+    """(N, T) of the batch on which a step is compared with fp64. It is the timed batch, except for a large network on a
+    GPU, whose fp64 step would take tens of seconds and tens of GiB. `python -m bench kernels` compares each of its ops
+    at full size."""
     large = device.type == "cuda" and counts.parameters(cfg) >= LARGE
     return (min(N, 2), T) if large else (N, T)
 
 
 def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
-    """One model, batch and mode; a mode that ends in FULL has unpadded utterances, and eager without masks beside."""
+    """The case of one model, batch and mode. A mode that ends in FULL has unpadded utterances and also times eager
+    without masks."""
     full = mode.endswith(FULL)
     cfg = models.config(model)
     state = functools.cache(lambda: models.weights(cfg, run.device))
@@ -190,7 +195,7 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
         timed = runner(module, call, batch(), state(), run.dtype, mode.removesuffix(FULL))
 
         def outputs() -> dict[str, Tensor]:
-            # a batch that is not timed is not worth a search; one that is must be searched for at its first call
+            # for a batch that is not timed cuDNN need not search; for a timed one it must at the first call
             with cudnn_search.off() if judged is not batch else contextlib.nullcontext():
                 return answer(module, call, judged(), state(), run.dtype)
 
@@ -205,7 +210,7 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
             plain = models.eager(cfg, state())
             call = build(plain)
             module = call if isinstance(call, ChannelsLast2d) else plain
-            if module is not plain:  # the 1D weights it replaced take no part
+            if module is not plain:  # the 1D weights that it replaced are not used
                 for conv in (m for m in plain.modules() if isinstance(m, nn.Conv1d)):
                     conv.weight.requires_grad_(False)
             return runner_of(module, call)
@@ -243,7 +248,7 @@ def rivals_of(run: Run) -> dict[str, Callable[[nn.Module], Model]]:
 
 
 def of_batch(chosen: dict, full: bool) -> dict:
-    """Those of the rivals that meet a batch: without padding eager with and without masks, else all with masks."""
+    """The rivals for a batch: those with masks and, if nothing is padded, also eager without masks."""
     return {n: b for n, b in chosen.items() if (n in ("eager", "eager_no_masks") if full else n != "eager_no_masks")}
 
 

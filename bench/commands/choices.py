@@ -1,4 +1,4 @@
-"""What `--model` and `--rivals` may say; a mistake is told before anything is measured."""
+"""Types of the options `--model` and `--rivals`. A mistake is reported before anything is measured."""
 
 import argparse
 from pathlib import Path
@@ -13,7 +13,7 @@ MODELS = ("small", "medium", "jasper10x5")
 
 
 def model(text: str) -> str:
-    """small, medium, jasper10x5 or a YAML file that holds a network."""
+    """The text itself if it is small, medium, jasper10x5 or a YAML file with a network."""
     if text in MODELS:
         return text
     known = f"a model is {', '.join(MODELS)} or a YAML file such as configs/jasper10x5dr.yaml"
@@ -38,7 +38,7 @@ def models_batch(default: tuple[int, int]):
         except argparse.ArgumentTypeError as error:
             raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
-    read.__name__ = "model"  # argparse's word for it
+    read.__name__ = "model"  # the name in argparse's messages
     return read
 
 

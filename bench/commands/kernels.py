@@ -1,4 +1,4 @@
-"""How fast is each op at each Jasper layer's shape: forward, backward, both, inference; against the eager chain.
+"""How fast each op is at the shape of each Jasper layer (forward, backward, both, inference), compared with eager.
 
 `python -m bench kernels --op bn_relu_dropout`
 """
@@ -11,7 +11,7 @@ EVERY_MODE = (*common.MODES, "inference")
 
 
 def operations() -> dict[str, common.Cases]:
-    """What `--op` may name."""
+    """The values of `--op`."""
     convs = {op: by_layer.cases(op) for op in ("sub_block", "conv1d")}
     return {"bn_relu_dropout": lambda run, mode: [bn_relu_dropout.cases(run, mode)], **convs, "panes": panes.cases}
 
@@ -27,11 +27,11 @@ def check_rivals(run: Run) -> None:
 
 
 def main(run: Run, op: str = "all", mode: str | None = None) -> list[dict]:
-    """Measure one op, or all, in one of EVERY_MODE, or all that an op has."""
+    """Measures one op or all ops, in one mode of EVERY_MODE or in all modes of the op."""
     check_rivals(run)
     known = operations()
     if run.brief:
-        known.pop("conv1d")  # sub_block holds the same convs
+        known.pop("conv1d")  # sub_block includes the same convs
     ops = known if op == "all" else {op: known[op]}
     groups = ((name, group) for name, cases in ops.items() for group in cases(run, mode))
     return [row for name, group in groups for row in run.cases(f"kernels {name}", group)]

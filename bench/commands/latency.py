@@ -1,4 +1,5 @@
-"""How long does one batch take: percentiles by batch size and audio length, acoustic model alone and sound to text.
+"""How long one batch takes: percentiles by batch size and audio length, for the acoustic model alone and from sound to
+text.
 
 `python -m bench latency`; the grid is the reference's, N in 1, 2, 4, 8, 16 by 2, 7, 16.7 s.
 """
@@ -10,12 +11,12 @@ from jasper_fast.bench.harness.run import Run
 
 BATCHES, SECONDS = (1, 2, 4, 8, 16), (2.0, 7.0, 16.7)
 GRID = tuple(itertools.product(BATCHES, SECONDS))
-CPU_GRID = ((1, 2.0), (1, 7.0), (4, 2.0), (2, 2.0))  # the whole grid takes a small CPU an hour: ask for it with --full
+CPU_GRID = ((1, 2.0), (1, 7.0), (4, 2.0), (2, 2.0))  # the whole grid takes an hour on a small CPU: --full measures it
 SOUND_CPU_GRID = ((1, 2.0), (1, 7.0))
 
 
 def grids(run: Run, full: bool, grid: tuple) -> tuple[tuple, tuple]:
-    """(N, seconds) of the acoustic model alone, and of sound to text: `grid`, or what is usual for the device."""
+    """(N, seconds) for the acoustic model alone, and for sound to text: `grid`, or the default for the device."""
     everything = full or run.device.type == "cuda"
     alone = grid or (GRID if everything else CPU_GRID[: 1 if run.quick else 3 if run.brief else None])
     if run.quick:

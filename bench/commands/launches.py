@@ -1,6 +1,6 @@
 """How many ops and kernels does one call launch, and what does the host spend on launching them?
 
-`python -m bench launches`; at one utterance of 32 frames nothing but the overhead is left to time.
+`python -m bench launches`; with one utterance of 32 frames almost all of the time is overhead.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.rivals import choice
 
 FRAMES = 32
-# ops that only look at memory in another way: nothing is launched for them
+# views: they launch nothing
 VIEWS = (
     "view",
     "_unsafe_view",
@@ -74,7 +74,8 @@ def count(runner: Runner, device: torch.device) -> dict[str, int]:
 
 
 def cases(run: Run) -> list[Case]:
-    """Inference and training of the small Jasper, and of Jasper 10x5 on a GPU, at a size that is all overhead."""
+    """Inference and training of the small Jasper, and on a GPU of Jasper 10x5, at a size where only overhead takes
+    time."""
     made = []
     inference, training = (
         dataclasses.replace(run, rivals=choice.only(kind, run.rivals)) for kind in ("inference", "training")

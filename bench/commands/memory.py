@@ -1,7 +1,7 @@
-"""How many bytes does a training forward keep for its backward, and how many are alive at the worst moment?
+"""How many bytes does a training forward keep for its backward, and how many are alive at the peak?
 
-`python -m bench memory`; counted, not sampled: every storage born in the second step's forward and alive after it,
-however it is held, is one that the step keeps.
+`python -m bench memory`. Bytes are counted, not sampled: a step keeps every storage that the forward of the second step
+creates and that is still alive after it.
 """
 
 import gc

@@ -1,12 +1,12 @@
 """Where does the time of a step go: a torch.profiler trace with ranges named after layers, and tables by layer and op.
 
 `python -m bench profile` writes `trace_<model>_<mode>_<contender>_<time>.json` (open it in chrome://tracing or
-Perfetto). What is profiled is checked first, as everywhere in bench: no profile of a wrong result.
+Perfetto). Results are checked first, as everywhere in bench.
 
-What it adds to a step is the profiler's own work and one range a layer (a sub-block, in the engine), on the host; no
-hook runs in backward, and no kernel is added: a node of autograd is put down to the layer in whose forward it was made,
-by the sequence number that PyTorch gives both. The step's time is told with and without. A CUDA graph has no layers, so
-the engine is profiled without graphs.
+Profiling adds to a step only the work of the profiler and one range per layer (in the engine, per sub-block) on the
+host. It adds no kernels and no hooks in backward: an autograd node belongs to the layer whose forward created it, which
+PyTorch's sequence numbers tell. The time of the step is given with and without the profiler. A CUDA graph has no
+layers, so the engine is profiled without graphs.
 """
 
 import contextlib
@@ -84,7 +84,8 @@ def ranges(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def engine_ranges(engine: InferenceEngine, device: torch.device) -> Iterator[None]:
-    """A range around every sub-block of an engine, named after its layer; the engine never calls the layers."""
+    """A range around every sub-block of an engine, named after its layer, because the engine does not call the
+    layers."""
 
     def inside(name: str, conv: Callable) -> Callable:
         def call(*args: object, **kwargs: object) -> object:
@@ -99,7 +100,7 @@ def engine_ranges(engine: InferenceEngine, device: torch.device) -> Iterator[Non
         f"encoder.layers.{i}" for i, layer in enumerate(engine._model.encoder.layers) for _ in range(layer.b.repeat)
     ]
     steps = [dataclasses.replace(s, conv=inside(n, s.conv)) for n, s in zip(names, plan.steps, strict=True)]
-    bound.clear()  # shapes that were bound to the bare convs
+    bound.clear()  # shapes bound before, without ranges
     runner._plan = dataclasses.replace(plan, steps=tuple(steps), head=inside(HEAD, plan.head))
     try:
         yield
@@ -112,13 +113,13 @@ def engine_ranges(engine: InferenceEngine, device: torch.device) -> Iterator[Non
 
 
 class NoKernels(RuntimeError):
-    """A GPU's profile without the GPU."""
+    """A profile on a GPU that has no kernels."""
 
 
 def profile(step: Callable[[], object], device: torch.device, target: Path) -> list[dict]:
-    """Run `step` under the profiler; writes the trace and returns one record an op or layer, by time.
+    """Runs `step` under the profiler; writes the trace and returns one record per op or layer, sorted by time.
 
-    Raises NoKernels where the profiler sees nothing of the GPU.
+    Raises NoKernels if the profiler sees no kernel on the GPU.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
@@ -139,7 +140,7 @@ def profile(step: Callable[[], object], device: torch.device, target: Path) -> l
         )
     for event in trace.key_averages():
         if event.device_type != DeviceType.CPU:
-            continue  # as the GPU saw it: its time is that of the op, or the range, which launched it
+            continue  # a GPU event: its time is counted at the op or range that launched it
         layer = event.key.startswith(LAYER)
         total, own = (
             (event.device_time_total, event.self_device_time_total)
@@ -153,8 +154,9 @@ def profile(step: Callable[[], object], device: torch.device, target: Path) -> l
 
 
 def backward(events: Iterable, on_gpu: bool) -> list[dict]:
-    """One record a layer: the time of the autograd nodes that its forward made, found by their sequence numbers."""
-    made: dict[int, tuple[float, str]] = {}  # by sequence number: when the op began that made the node, and its layer
+    """One record per layer: the time of the autograd nodes that its forward created, found by their sequence
+    numbers."""
+    made: dict[int, tuple[float, str]] = {}  # by sequence number: start of the op that created the node, and its layer
     nodes = []
     for event in events:
         if event.device_type != DeviceType.CPU or event.sequence_nr < 0:
@@ -162,7 +164,7 @@ def backward(events: Iterable, on_gpu: bool) -> list[dict]:
         if event.name.startswith(BACKWARD):
             nodes.append(event)
         elif within(event, BACKWARD) is None:
-            # ops that make no node share the number of the next one that does, which begins after them
+            # ops without a node have the number of the next op with one, which begins after them
             found = (event.time_range.start, (within(event, LAYER) or "").removeprefix(LAYER))
             made[event.sequence_nr] = max(made.get(event.sequence_nr, found), found)
     spent: dict[str, list[float]] = {}
@@ -178,7 +180,7 @@ def backward(events: Iterable, on_gpu: bool) -> list[dict]:
 
 
 def within(event, prefix: str) -> str | None:
-    """The name of the innermost event around `event`, or of itself, that begins with `prefix`."""
+    """The name of the innermost event that contains (or is) `event` and begins with `prefix`."""
     while event is not None and not event.name.startswith(prefix):
         event = event.cpu_parent
     return None if event is None else event.name
@@ -196,7 +198,7 @@ def show(title: str, records: list[dict], limit: int = 25) -> None:
 
 # ------------------------------------------------------------------ contenders
 
-Profiled = tuple[Callable[[], object], contextlib.AbstractContextManager]  # a step, and what names its layers
+Profiled = tuple[Callable[[], object], contextlib.AbstractContextManager]  # a step, and a context that names its layers
 
 
 class WithoutGraphs(latency.Models):
@@ -209,9 +211,9 @@ class WithoutGraphs(latency.Models):
 
 
 def inference(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str, Runner], Profiled]]:
-    """The case that is checked, and each contender's call and ranges."""
+    """The case to check, and the call and ranges of each contender."""
     shared = WithoutGraphs(dataclasses.replace(run, rivals="eager"), model)
-    at = f"{T} frames"  # no number of seconds that another part of bench may mean
+    at = f"{T} frames"  # given in frames, so that it is not taken for a length in seconds
     models.FRAMES[at] = T
     case = latency.case(shared, model, N, at)
 
@@ -223,7 +225,7 @@ def inference(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str
 
 
 def training(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str, Runner], Profiled]]:
-    """The case that is checked, and each contender's step and ranges."""
+    """The case to check, and the step and ranges of each contender."""
     case, modules, batch = memory.case(run, model, N, T)
 
     def of(name: str, _: Runner) -> Profiled:
@@ -236,7 +238,7 @@ def training(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str,
 
 
 def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int = 400) -> list[dict]:
-    """Profile one training step or one inference call of jasper_fast and of eager, those of them that are right."""
+    """Profiles one training step or one inference call of jasper_fast and of eager, if their results are right."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     case, of = {"train": training, "inference": inference}[mode](run, model, N, T)
     found = []
@@ -270,7 +272,7 @@ def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int
 
 
 class stopwatch:
-    """`step`, waited for; `seconds` of each call."""
+    """`step` with a wait for the device; appends the time of each call to `seconds`."""
 
     def __init__(self, step: Callable[[], object], device: torch.device) -> None:
         self.step, self.device, self.seconds = step, device, []

@@ -1,12 +1,12 @@
-"""How fast does a training step run: forward and backward, and the full step with CTC and the optimiser.
+"""How fast a training step runs: forward and backward, and the full step with CTC and the optimiser.
 
-`python -m bench train`; utterances per second, fused beside eager.
+`python -m bench train`; utterances per second, for fused and eager.
 """
 
 from jasper_fast.bench.cases import train
 from jasper_fast.bench.harness.run import Run
 
-# (model, N, T): the first is the one that a goal is set for
+# (model, N, T): the first has a goal
 CPU_GRID = (("small", 8, 400), ("medium", 4, 400))
 GPU_GRID = (("jasper10x5", 32, 1680), ("jasper10x5", 8, 1680), ("jasper10x5", 32, 704), ("jasper10x5", 64, 1680))
 MODES = ("forward+backward", "step")

@@ -1,6 +1,6 @@
-"""The ahead-of-time gate: every kernel that dispatch can choose, compiled for each architecture without a GPU.
+"""The ahead-of-time gate: compiles every kernel that dispatch can choose for each architecture, without a GPU.
 
-`python -m bench compile` prints what each one uses and fails where one spills, asks for more shared memory than the
+`python -m bench compile` prints what each kernel uses. It fails if a kernel spills, needs more shared memory than the
 architecture has, lost its tensor cores or its asynchronous copies, or differs from bench/compiled/triton-VERSION.json.
 """
 
@@ -31,18 +31,18 @@ FACTS = (
     "registers", "spilled", "shared", "dots", "dot_rows", "wgmma", "mma_sync", "tcgen05", "tma", "cp_async",
     "wide_loads", "wide_stores", "narrow_loads", "waiting_loads", "nan_eaters",
 )  # fmt: skip
-COLD = re.compile(r"merge|pack")  # run once a step over little data: a spill there costs nothing that shows
+COLD = re.compile(r"merge|pack")  # run once per step over little data, so a spill costs almost nothing
 
 
 @dataclass(frozen=True)
 class Job:
-    """A row to be: where it stands in the table, and what is compiled for it."""
+    """A future row: its place in the table, and what is compiled for it."""
 
     arch: int
     dtype: str
     kernel: str
     layer: str
-    source: object  # aot.Source: Triton is imported by those who compile, not by everyone who asks for --help
+    source: object  # an aot.Source; not named here, so that --help does not import Triton
 
     @property
     def tile(self) -> str:
@@ -53,12 +53,12 @@ class Job:
 
     @property
     def key(self) -> tuple:
-        """What names the row in every table."""
+        """The key of the row in every table."""
         return self.arch, self.dtype, self.kernel, self.tile, self.layer
 
     @functools.cached_property
     def digest(self) -> str:
-        """What names its code in the cache."""
+        """The key of its code in the cache."""
         return self.source.digest(self.arch)
 
 
@@ -66,7 +66,7 @@ class Job:
 
 
 def jobs(archs: Iterable[int], dtypes: Iterable[str]) -> Iterator[Job]:
-    """Each distinct launch of Jasper 10x5's layers once, under the widest layer that makes it."""
+    """Each distinct launch of Jasper 10x5's layers once, under the name of the widest layer that makes it."""
     from jasper_fast.bench.compile.launches import recorded
 
     for arch in archs:
@@ -86,7 +86,7 @@ def jobs(archs: Iterable[int], dtypes: Iterable[str]) -> Iterator[Job]:
 
 
 def compiled(todo: list[Job], processes: int, cache: Path | None, on_row: Callable[[], None]) -> dict[str, dict]:
-    """The facts of every job by digest: from the cache, or compiled now by `processes` processes."""
+    """The facts of every job by digest, from the cache or compiled now by `processes` processes."""
     known = json.loads(cache.read_text()) if cache is not None and cache.exists() else {}
     missing = {job.digest: job for job in todo if job.digest not in known}
     if not missing:
@@ -128,14 +128,15 @@ def _facts(arch: int, dtype: str, key: tuple, digest: str) -> dict:
 
 @dataclass(frozen=True)
 class Rule:
-    """`broken(job, facts)` says what is wrong, or None. `spared`: kernels it does not hold for, and why."""
+    """`broken(job, facts)` returns what is wrong, or None. `spared`: the kernels that the rule does not apply to, and
+    why."""
 
     name: str
     broken: Callable[[Job, dict], str | None]
     spared: tuple[tuple[str, str], ...] = ()
 
     def complaint(self, job: Job, facts: dict) -> str | None:
-        """What the rule says about a row."""
+        """The complaint of the rule about a row, or None."""
         if any(re.search(pattern, label(job.key)) for pattern, _ in self.spared):
             return None
         return self.broken(job, facts)
@@ -154,7 +155,7 @@ def _shared(job: Job, facts: dict) -> str | None:
 
 
 def _exact(job: Job) -> bool:
-    """Whether the kernel's products are fp32 as they are, which no tensor core does."""
+    """Whether the kernel's products are exact fp32, which tensor cores cannot do."""
     return job.dtype == "float32" and job.source.constants.get("PRECISION") == "ieee"
 
 
@@ -166,7 +167,7 @@ def _exact_products(job: Job, facts: dict) -> str | None:
 def _tensor_cores(job: Job, facts: dict) -> str | None:
     if not facts["dots"] or _exact(job):
         return None
-    # of fp32 there are smaller tiles, which do not fill a warp group's instruction
+    # fp32 has smaller tiles, which do not fill the instruction of a warp group
     whole = facts["dot_rows"] >= 64 or job.dtype != "float32"
     unit = {90: "wgmma", 100: "tcgen05"}.get(job.arch, "mma_sync") if whole else "mma_sync"
     found, other = facts[unit], facts["mma_sync"] if unit != "mma_sync" else 0
@@ -227,7 +228,7 @@ RULES = (
 
 
 def text(version: str, rows: Iterable[dict]) -> str:
-    """The table as JSON, a line a row, so that a difference reads as one; facts that are 0 are left out."""
+    """The table as JSON with one line per row, so that diffs are readable; facts that are 0 are left out."""
     lines = ",\n".join(json.dumps({k: v for k, v in row.items() if v != 0}) for row in rows)
     return f'{{"triton": {json.dumps(version)}, "rows": [\n{lines}\n]}}\n'
 
@@ -238,12 +239,12 @@ def read(table: Path) -> list[dict]:
 
 
 def by_key(rows: Iterable[dict]) -> dict[tuple, dict]:
-    """Rows under what names them."""
+    """Rows by their keys."""
     return {tuple(row[k] for k in KEY): row for row in rows}
 
 
 def differences(committed: dict[tuple, dict], found: dict[tuple, dict]) -> list[str]:
-    """A line for each row that appeared, went, or changed, with old and new values."""
+    """A line for each row that is new, gone, or changed, with old and new values."""
     lines = []
     for key, row in found.items():
         old = committed.get(key)
@@ -251,7 +252,7 @@ def differences(committed: dict[tuple, dict], found: dict[tuple, dict]) -> list[
             lines.append(f"{label(key)}: new, not in the committed table")
         elif changed := [f"{k} {old.get(k)} -> {row[k]}" for k in row if old.get(k) != row[k]]:
             lines.append(f"{label(key)}: {', '.join(changed)}")
-    return lines + [f"{label(key)}: in the committed table, made no more" for key in committed if key not in found]
+    return lines + [f"{label(key)}: in the committed table, no longer made" for key in committed if key not in found]
 
 
 def label(key: tuple) -> str:
@@ -303,13 +304,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="float16 everywhere, the other dtypes on sm_90 only; --cuda: 75, 80, 90a"
     )
     parser.add_argument(
-        "--kernel", type=options.pattern, default="", metavar="REGEX", help="only kernels whose name it matches"
+        "--kernel", type=options.pattern, default="", metavar="REGEX", help="only kernels whose name matches"
     )
     parser.add_argument("--update", action="store_true", help="write the table as it is now; look at the changes first")
     parser.add_argument("--table", type=Path, default=None, help="default: bench/compiled/triton-VERSION.json")
-    parser.add_argument("--processes", type=options.count, default=2, help="that compile at the same time (default: 2)")
-    parser.add_argument("--no-cache", action="store_true", help="compile what was compiled before, too")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for a JSON file of the rows and what was found")
+    parser.add_argument("--processes", type=options.count, default=2, help="parallel compiling processes (default: 2)")
+    parser.add_argument("--no-cache", action="store_true", help="also compile what is in the cache")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for a JSON file of the rows and the findings")
 
 
 def _dtypes(given: str) -> tuple:
@@ -384,7 +385,7 @@ def main(args: argparse.Namespace) -> int:
         table.parent.mkdir(parents=True, exist_ok=True)
         table.write_text(text(version, (merged[k] for k in order)))
     elif changes:
-        print(f"the table differs from {table.name}: if that was meant, run with --update and commit it")
+        print(f"the table differs from {table.name}: if that is intended, run with --update and commit it")
     if args.out is not None:
         path = args.out / f"compile_triton-{version}.json"
         path.parent.mkdir(parents=True, exist_ok=True)

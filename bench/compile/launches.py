@@ -1,4 +1,4 @@
-"""What there is to compile: the launches of the Triton faces' own functions at Jasper 10x5's layers, recorded."""
+"""The kernels to compile: recorded launches of the functions of the Triton faces at Jasper 10x5's layers."""
 
 import contextlib
 import functools
@@ -14,23 +14,23 @@ from jasper_fast.kernels.conv1d import triton_impl as conv1d
 from jasper_fast.kernels.conv1d import triton_tiles
 from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
 
-N, P = 32, 0.2  # utterances, with FRAMES enough rows for whole tiles; dropout rate
-FRAMES = (840, 48, 16)  # T' of 16.7 s, and two for which the default tiles have fewer rows
-PANES = 256  # channels that a residual block adds
+N, P = 32, 0.2  # utterances, which with FRAMES give enough rows for whole tiles; dropout rate
+FRAMES = (840, 48, 16)  # T' of 16.7 s, and two at which the default tiles have fewer rows
+PANES = 256  # channels of the panes of a residual block
 META = torch.device("meta")
-EXACT = " ieee"  # ends the names of kernels with exact fp32 products
+EXACT = " ieee"  # suffix of the names of kernels with exact fp32 products
 PARTS = {"HAS_STATS": " stats", "HAS_NORM": " bn", "HAS_PANES": " panes", "HAS_SPLITS": " split"}
 
 Recorded = Iterator[tuple[str, str, aot.Source]]  # (kernel, layer, source)
 
 
 def recorded(arch: int, dtype: str) -> Recorded:
-    """Every launch that dispatch can choose, with default tiles and with measured ones."""
+    """Every launch that dispatch can choose, with default and with measured tiles."""
     number = getattr(torch, dtype)
     wide = sorted(layers(), key=lambda a: (a.head, -a.C_in, -a.C_out, a.K))
     lengths = [(T, True) for T in FRAMES] + [(FRAMES[0], False)]
     for (T, masks), exact, a in itertools.product(lengths, _exacts(number), wide):
-        for odd in range(a.stride):  # of an odd T at stride 2 there is no descriptor
+        for odd in range(a.stride):  # an odd T at stride 2 has no descriptor
             name = f"{a.C_in}->{a.C_out} T{T}" + " s2" * a.first + " odd T" * odd
             for op, call in conv_calls(a, a.stride * T - odd, number, masks).items():
                 for tile in _tiles(a, T, number, exact) if op == "fused" else [None]:
@@ -54,18 +54,18 @@ def measured(arch: int, dtype: str) -> Recorded:
             name = f"{a.C_in}->{a.C_out} {path.stem}" + f" s{a.stride}" * a.first
             for exact, splits in itertools.product(_exacts(number), (1, 2) if op == "fused" else (1,)):
                 for kernel, source in _sources(arch, call, op, {**row.tile, "splits": splits}, exact):
-                    if "PRECISION" in source.constants:  # what packs and merges has no such tile
+                    if "PRECISION" in source.constants:  # kernels that pack or merge have no such tile
                         yield kernel, name, source
 
 
 def conv_calls(a: Layer, T: int, dtype: torch.dtype, masks: bool) -> dict[str, Callable[[], object]]:
-    """What training and inference call of a layer at `T` frames, by the op whose tile is taken."""
+    """The calls of training and inference for a layer at `T` frames, by the op whose tile they take."""
     x = torch.empty(N, T, a.C_in, dtype=dtype, device=META).transpose(1, 2)
     weight, channel = torch.empty(a.C_out, a.C_in, a.K, device=META), torch.empty(a.C_in, device=META)
     lengths = torch.empty(N, dtype=torch.int64, device=META)
     how, masked = Geometry(a.stride, a.padding, a.dilation), lengths if masks else None
     fused = {"fused": functools.partial(_fused, a, x, weight, how, lengths, masks)}
-    if a.head:  # it trains through ATen
+    if a.head:  # the decoder trains through ATen
         return fused
     dy = x.new_empty(N, a.frames(T), a.C_out).transpose(1, 2)
     training = {
@@ -82,7 +82,7 @@ def conv_calls(a: Layer, T: int, dtype: torch.dtype, masks: bool) -> dict[str, C
 
 
 def _fused(a: Layer, x: torch.Tensor, weight: torch.Tensor, how: Geometry, lengths: torch.Tensor, masks: bool) -> None:
-    """What the inference engine calls of a layer: of the first over fp32 features, of the last with log-softmax."""
+    """The call of the inference engine for a layer: the first reads fp32 features, the last ends in log-softmax."""
     fused = functools.partial(
         conv1d.fused, packed=conv1d.pack(weight, x.dtype), geometry=how, bias=weight.new_empty(a.C_out),
         relu=not a.head, workspace=conv1d.Workspace(META),
@@ -100,7 +100,7 @@ def _fused(a: Layer, x: torch.Tensor, weight: torch.Tensor, how: Geometry, lengt
 
 
 def norm_calls(C: int, dtype: torch.dtype) -> None:
-    """All functions of bn_relu_dropout over `C` channels, in every combination of what a call can leave out."""
+    """All functions of bn_relu_dropout over `C` channels, with every combination of optional arguments."""
     y = torch.empty(N, FRAMES[0], C, dtype=dtype, device=META).transpose(1, 2)
     some = torch.empty(N, dtype=torch.int64, device=META)
     norm = Norm(*(torch.empty(C, device=META) for _ in range(4)))
@@ -114,12 +114,13 @@ def norm_calls(C: int, dtype: torch.dtype) -> None:
 
 
 def _exacts(dtype: torch.dtype) -> tuple[bool, ...]:
-    """fp32 products are rounded to TF32 or are not, as the user has set PyTorch."""
+    """The settings for fp32 products: rounded to TF32, or exact. Users choose by PyTorch's setting."""
     return (False, True) if dtype == torch.float32 else (False,)
 
 
 def _tiles(a: Layer, T: int, dtype: torch.dtype, exact: bool) -> Iterator[dict[str, int]]:
-    """The tiles that dispatch takes for a layer's inference, where they are many and where programs must share them."""
+    """The tiles that dispatch takes for the inference of a layer, with many tiles and with so few that programs share
+    them."""
     shape = triton_tiles.Shape(a.C_in, a.C_out, a.K, a.stride, a.dilation, N * T)
     for tile in triton_tiles.narrower(triton_tiles.default("fused", dtype, shape, T, exact), dtype):
         yield from (tile._replace(splits=splits)._asdict() for splits in (1, 2))
@@ -128,7 +129,7 @@ def _tiles(a: Layer, T: int, dtype: torch.dtype, exact: bool) -> Iterator[dict[s
 def _sources(
     arch: int, call: Callable[[], object], op: str = "", tile: dict[str, int] | None = None, exact: bool = False
 ) -> list[tuple[str, aot.Source]]:
-    """(kernel, source) of each launch of `call`, with `tile` for `op` where one is given."""
+    """(kernel, source) of each launch of `call`, with `tile` for `op` if one is given."""
     found: list[tuple[str, aot.Source]] = []
     conv = torch.backends.cudnn.conv
     before, conv.fp32_precision = conv.fp32_precision, "ieee" if exact else "tf32"
@@ -142,7 +143,7 @@ def _sources(
 
 
 def called(one: launch.Launch, exact: bool) -> str:
-    """What a row calls the kernel of a launch: its function, and which of its parts are on."""
+    """The name of a launch's kernel in a row: its function, and the optional parts that are on."""
     values = one.arguments
     name = one.name.strip("_").removesuffix("_kernel")
     if not name.startswith("conv1d"):

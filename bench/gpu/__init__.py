@@ -1,1 +1,1 @@
-"""`python -m bench gpu`: the plan of nine minutes on a GPU, and what carries it out."""
+"""`python -m bench gpu`: the plan for nine minutes on a GPU, and its execution."""

@@ -14,7 +14,7 @@ from jasper_fast.bench.harness.run import Run
 from jasper_fast.dispatch import backends
 
 MODEL = "jasper10x5"
-ALL_MODES = ("backward", "forward", "inference")  # the first one's fp64 answers hold the second's
+ALL_MODES = ("backward", "forward", "inference")  # backward first: its fp64 answers include those of forward
 LIGHT = "eager,eager_no_masks,eager_2d_channels_last,cuda_graph"
 LIGHT_TRAINING = "eager,eager_2d_channels_last"
 SLOW = "compile_max_autotune"
@@ -22,7 +22,7 @@ SLOW = "compile_max_autotune"
 
 @dataclass(frozen=True)
 class Part:
-    """`measure(run)` takes at most `seconds` of the usual budget, and more only when all the others had theirs."""
+    """`measure(run)` gets at most `seconds` of the usual budget, and more only after all other parts had their time."""
 
     title: str
     seconds: float
@@ -67,7 +67,7 @@ def plan(run: Run) -> list[Part]:
 
 
 def first_nine_minutes(light: dict, light_training: dict) -> list[Part]:
-    """What a GPU is asked first; the shares together are the budget. First come ops that the host hardly touches."""
+    """The first parts; their shares together are the budget. Ops with little host work come first."""
     return [
         Part("preflight", 5, preflight.main),
         Part("tests", 40, first.tests),
@@ -94,7 +94,7 @@ def first_nine_minutes(light: dict, light_training: dict) -> list[Part]:
 
 
 def and_then(light: dict, light_training: dict) -> list[Part]:
-    """What `--resume` goes on with; slow compilers come last, where they can cost nothing but themselves."""
+    """The parts for `--resume`. Slow compilers come last, where they cannot delay other parts."""
     return [
         Part("training grid", 40, lambda r: train.main(with_(r, {"rivals": f"{LIGHT_TRAINING},eager_no_masks"}))),
         Part("sub-blocks beside max-autotune and cuDNN", 90, slow_rivals),
@@ -153,18 +153,18 @@ def ready(run: Run) -> None:
 
 
 def all_launches(run: Run) -> None:
-    """Launches of small calls; which algorithm cuDNN launches is no part of the question."""
+    """Launches of small calls; cuDNN's choice of algorithm does not matter here."""
     with cudnn_search.off():
         launches.main(with_(run, {"rivals": "eager,cuda_graph"}))
 
 
 def in_a_second(run: Run, chosen: str) -> Run:
-    """The same run with these rivals, in a second or so a case."""
+    """The same run with these rivals, with about a second per case."""
     return with_(run, {"rivals": chosen, "effort": run.effort.at_most(1.0)})
 
 
 def all_panes(run: Run, blocks: Sequence[panes.Block], size: tuple[int, int] | None = None) -> None:
-    """The panes of these blocks in both forms, block by block: what decides which of them a GPU takes."""
+    """The panes of these blocks in both forms, block by block, which shows the better form on this GPU."""
     run = in_a_second(run, LIGHT_TRAINING)
     for block in blocks:
         cases = panes.block_cases(run, block, common.MODES, *(size or common.size(run)))
@@ -172,7 +172,7 @@ def all_panes(run: Run, blocks: Sequence[panes.Block], size: tuple[int, int] | N
 
 
 def all_layers(run: Run, chosen: str, op: str, modes: tuple[str, ...], count: int | None = None) -> None:
-    """An op at the `count` largest layers (default: all), layer by layer, in a second or so a case."""
+    """An op at the `count` largest layers (default: all), layer by layer, with about a second per case."""
     run = in_a_second(run, chosen)
     for layer in layers()[:count]:
         run.cases(
@@ -182,9 +182,9 @@ def all_layers(run: Run, chosen: str, op: str, modes: tuple[str, ...], count: in
 
 
 def slow_rivals(run: Run) -> None:
-    """Sub-blocks beside what takes long to prepare: cuDNN's patterns at every layer first, then max-autotune."""
+    """Sub-blocks with rivals that take long to prepare: first cuDNN's patterns at every layer, then max-autotune."""
     modes = ("forward", "inference", "backward")
-    if importlib.util.find_spec("cudnn") is None:  # a row that says so is no reason to time the others twice
+    if importlib.util.find_spec("cudnn") is None:  # no need to time the others twice
         all_layers(run, f"cudnn,{SLOW}", "sub_block", modes)
         return
     all_layers(run, "cudnn", "sub_block", ("forward", "inference"))

@@ -1,4 +1,4 @@
-"""Processes that compile ahead are started and ended here; `warm` is what each of them runs."""
+"""Starts and ends the processes that compile in advance; each of them runs `warm`."""
 
 import contextlib
 import os
@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from jasper_fast.bench.harness import paths
 from jasper_fast.bench.harness.run import Run
 
-SPARE = 5.0  # seconds before the deadline at which those that still compile are ended
+SPARE = 5.0  # seconds before the deadline at which the compiling processes are ended
 
 
 @contextlib.contextmanager
 def compilers(run: Run, titles: Sequence[str]) -> Iterator[None]:
-    """While the body runs, and as long after it as the deadline allows, others compile for the parts `titles`."""
+    """While the body runs, and after it until the deadline, other processes compile for the parts `titles`."""
     count = max(1, min(12, len(os.sched_getaffinity(0)) - 2))
     name = str(run.dtype).removeprefix("torch.")
     command = [sys.executable, "-m", "jasper_fast.bench.gpu.warm", str(run.device), name, run.backend, *titles]
@@ -34,5 +34,5 @@ def compilers(run: Run, titles: Sequence[str]) -> Iterator[None]:
             child.kill()
         end = time.monotonic() + SPARE
         for child in children:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver: nobody waits for it
+            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver: do not wait for it
                 child.wait(max(0.0, end - time.monotonic()))

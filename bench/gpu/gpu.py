@@ -1,4 +1,4 @@
-"""Everything that is worth knowing about a GPU in nine minutes, the most valuable numbers first.
+"""All benchmarks on a GPU in nine minutes, the most valuable numbers first.
 
 `python -m bench gpu`; each case is on disk as soon as it is measured, and `--resume` goes on after the last one. Every
 part has a share of the time, so that none can take what the later ones need; what is left at the end goes to those that
@@ -26,16 +26,16 @@ from jasper_fast.bench.harness.run import Run
 
 BUDGET = 540.0
 CASE = 3.0  # seconds, at most
-GOOD = 10.0  # seconds that must be left for another part to be worth starting
-PATIENCE = 60.0  # seconds after a part's time in which the interpreter must have come back from a kernel or compiler
-UNTIL = "BENCH_GPU_UNTIL"  # the time of day at which the budget ends, for the process that goes on with a run
+GOOD = 10.0  # least seconds left at which another part is started
+PATIENCE = 60.0  # seconds after a part's time within which Python must return from a kernel or compiler
+UNTIL = "BENCH_GPU_UNTIL"  # the time of day at which the budget ends, for a process that continues a run
 
 
 def main(run: Run, budget: float = BUDGET) -> None:
-    """Work through the plan until it is done or the budget, counted from the run's start, is spent."""
+    """Works through the plan until it is done or the budget, counted from the start of the run, is used up."""
     scale = budget / BUDGET
     end = run.started + budget
-    if UNTIL in os.environ:  # this process goes on with another's budget
+    if UNTIL in os.environ:  # this process continues with the budget of another
         end = time.monotonic() + float(os.environ.pop(UNTIL)) - time.time()
     changes = {"effort": run.effort.at_most(CASE)}
     if run.device.type == "cuda" and run.backend == "auto":
@@ -44,13 +44,13 @@ def main(run: Run, budget: float = BUDGET) -> None:
     run.results.data["backend"] = run.backend
     parts, faults = (run.results.data.setdefault(name, {}) for name in ("parts", "faults"))
     begun = set()
-    for again in (False, True):  # once in its share of the time, and once more in what is left
+    for again in (False, True):  # once within its share of the time, and once more in the time that is left
         for part in agenda.plan(run):
             how, failed = parts.get(part.title), faults.get(part.title, 0)
             if how == "finished" or failed >= result_file.TRIES:
                 continue
             if (part.title in begun and how != "cut off") if again else failed:
-                continue  # what failed in an earlier process waits for the others; in this one it is not tried again
+                continue  # a part that failed in an earlier process comes after the others, and once per process
             left = end - time.monotonic()
             if left < GOOD:
                 parts.setdefault(part.title, "no time left")
@@ -75,7 +75,7 @@ def main(run: Run, budget: float = BUDGET) -> None:
 
 
 def _measure(run: Run, part: agenda.Part, seconds: float) -> tuple[str, bool]:
-    """How the part ended, and whether the device ended with it; one part's failure costs the others nothing."""
+    """How the part ended, and whether the device was lost. A failure does not affect other parts."""
     run, gone = agenda.with_(run, {"deadline": time.monotonic() + seconds}), False
     try:
         with interruption.interrupted_after(seconds):
@@ -90,36 +90,36 @@ def _measure(run: Run, part: agenda.Part, seconds: float) -> tuple[str, bool]:
     interruption.interrupted_after.no_more()
     if how == "cut off":
         end_compilers()
-    if why := devices.lost(run.device):  # an error that came too late to belong to anyone
+    if why := devices.lost(run.device):  # an error that appeared too late to know its cause
         how, gone = how if how.startswith("failed") else f"failed: {why}", True
     return how, gone
 
 
 def end_compilers() -> None:
-    """Ends the processes that torch.compile compiles in: what a part that was cut off has queued there would compile on
-    beside the timing of the next ones. They start anew when they are needed."""
+    """Ends the compiling processes of torch.compile, because work that an interrupted part queued there would disturb
+    the timing of the next parts. They are started again when needed."""
     compilers = sys.modules.get("torch._inductor.async_compile")
     if compilers is None:
         return
     for pool in list(compilers._pool_set):
         if (process := getattr(pool, "process", None)) is not None:
-            process.kill()  # else the shutdown waits for its queue, up to five minutes
+            process.kill()  # else the shutdown waits for the queue, up to five minutes
     compilers.shutdown_compile_workers()
 
 
 def go_on_elsewhere(run: Run, end: float) -> None:
-    """The same command with --resume in this process's place: an illegal access is for ever, in the process that made
-    it. All that was found is on disk. Does not return."""
-    console.print("gpu: nothing runs on the device any more in this process: going on in a new one", markup=False)
+    """Replaces this process by the same command with --resume, because after an illegal access a process can no longer
+    use the GPU. All results are on disk. Does not return."""
+    console.print("gpu: the device no longer works in this process: continuing in a new one", markup=False)
     path = os.pathsep.join(map(str, filter(None, [paths.CHECKOUT, os.environ.get("PYTHONPATH")])))
     env = os.environ | {UNTIL: str(time.time() + end - time.monotonic()), "PYTHONPATH": path}
     sys.stdout.flush()
     sys.stderr.flush()
     for entry in os.listdir("/proc/self/fd"):  # the driver's files must not keep the old context alive
-        with contextlib.suppress(OSError):  # the listing's own
+        with contextlib.suppress(OSError):  # the descriptor of the listing itself
             if int(entry) > 2:
                 os.set_inheritable(int(entry), False)
-    signal.setitimer(signal.ITIMER_REAL, 0)  # timers outlive this
+    signal.setitimer(signal.ITIMER_REAL, 0)  # timers survive exec
     arguments = [*run.arguments, *(["--resume"] if "--resume" not in run.arguments else [])]
     os.execve(sys.executable, [sys.executable, "-m", "jasper_fast.bench", *arguments], env)
 

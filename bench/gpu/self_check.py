@@ -1,4 +1,4 @@
-"""The self-check's verdicts on this device, for dispatch and in the result."""
+"""Runs the self-check on this device and saves its verdicts, for dispatch and in the result."""
 
 import time
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from jasper_fast.selfcheck import checks
 
 
 def selfcheck(run: Run, *, quick: bool, **which: tuple[str, ...]) -> None:
-    """The verdicts of `jasper-fast selfcheck` for this device, kept for dispatch and in the result; `which`: `ops`,
-    `faces` and `dtypes` to check, not all. What was decided when the time ran out is kept too."""
+    """Runs `jasper-fast selfcheck` for this device and saves its verdicts. `which`: the `ops`, `faces` and `dtypes` to
+    check (default: all). If time runs out, the verdicts so far are saved."""
     started, report = time.monotonic(), probe.Report()
     try:
         probe.supervise(run.device, quick=quick, report=report, **which)
@@ -20,7 +20,7 @@ def selfcheck(run: Run, *, quick: bool, **which: tuple[str, ...]) -> None:
 
 
 def keep_verdicts(run: Run, rows: Sequence[dict], quick: bool, seconds: float) -> None:
-    """What the rows of a self-check say, for dispatch and in the result."""
+    """Saves the verdicts from the rows of a self-check, for dispatch and in the result."""
     found = verdict.judge(rows, quick)
     with verdicts.locked():
         verdicts.keep(run.device, found)
@@ -36,12 +36,12 @@ def keep_verdicts(run: Run, rows: Sequence[dict], quick: bool, seconds: float) -
 
 
 def group(row: dict) -> tuple[str, str, str]:
-    """What a verdict is about."""
+    """The op, face and dtype of a verdict."""
     return row["op"], row["face"], row["dtype"]
 
 
 def selfcheck_in_full(run: Run) -> None:
-    """All checks, those of the run's dtype first; a verdict that was reached is not asked for again."""
+    """Runs all checks, first those of the run's dtype. Checks whose verdict is known are not run again."""
     kept = run.results.data.get("selfcheck", {}).get("verdicts", ())
     done = {group(v) for v in kept if not v["quick"]}
     left = [c for c in checks.plan(run.device) if (c.op, c.face, c.dtype) not in done]

@@ -1,8 +1,8 @@
-"""Compiles what `python -m bench gpu` is about to run, in several processes, while it checks kernels.
+"""Compiles the kernels of `python -m bench gpu` in several processes, while that command checks kernels.
 
-Triton compiles a kernel in seconds, one after another, in the process that first launches it, and keeps it on disk for
-all others. So each of these processes runs our contender of some of the cases once. What fails here fails again, and is
-told, where it is measured.
+Triton compiles a kernel in the process that first launches it, which takes seconds, and saves it on disk for other
+processes. So each of these processes runs our contender once for some of the cases. Errors are ignored here, because
+they occur again, and are reported, when the case is measured.
 """
 
 import argparse
@@ -23,18 +23,18 @@ from jasper_fast.bench.harness.run import Run
 
 @dataclass
 class Collector(Run):
-    """A run that measures nothing: it keeps the cases that it is asked to measure."""
+    """A run that only collects its cases and measures nothing."""
 
     found: list[Case] = field(default_factory=list)
 
     def cases(self, title: str, cases: Sequence[Case]) -> list[dict]:
-        """Keep them."""
+        """Collects the cases."""
         self.found += cases
         return []
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """One of the processes."""
+    """The main function of one of the processes."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("device", "dtype", "backend"):
         parser.add_argument(name)
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--take", default="0,1", metavar="I,N", help="every Nth case from the Ith on")
     args = parser.parse_args(arguments)
     results, device = result_file.Results(Path(os.devnull), {}), torch.device(args.device)
-    if device.index is not None:  # an engine's streams and graphs are the current device's
+    if device.index is not None:  # an engine's streams and graphs are those of the current device
         torch.cuda.set_device(device)
     run = Collector(device, getattr(torch, args.dtype), args.backend, False, results)
     for part in agenda.plan(run):

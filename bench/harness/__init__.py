@@ -1,1 +1,1 @@
-"""What every measurement needs: cases, their checks and turns, clocks, ratios, results on disk."""
+"""What every measurement needs: cases, checks, timing, clocks, ratios, result files."""

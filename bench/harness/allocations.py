@@ -1,4 +1,4 @@
-"""Bytes that are kept and the most alive at once: counted, not sampled."""
+"""Counts the bytes that a forward keeps and the peak of allocated bytes. Nothing is sampled."""
 
 import gc
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -15,11 +15,12 @@ from jasper_fast.bench.harness.kineto import recorded
 
 
 class Births(TorchDispatchMode):
-    """Watches every op: which storages are born, how many bytes of them are alive, and the most that ever were.
+    """Watches every op: which storages it creates, how many of their bytes are alive, and the peak of that number.
 
-    A storage counts once whatever views it has; those of `before` do not count. Weak references keep identities, so
-    that an address used again is not taken for the storage that had it, and keep no bytes. A tensor made inside a
-    custom op is seen as its output or as the next op's input; one that also ends there is not seen, but by `peak`.
+    A storage counts once, however many views it has; those in `before` do not count. Storages are held by weak
+    references, which keep no memory alive and tell a new storage from an old one at the same address. A tensor created
+    inside a custom op is seen if it is an output or an input of a later op. One that is freed inside the op is seen
+    only by `peak`.
     """
 
     def __init__(self, device_type: str, before: dict[int, StorageWeakRef]) -> None:
@@ -44,14 +45,14 @@ class Births(TorchDispatchMode):
         return out
 
     def alive(self, but: Collection[int] = ()) -> int:
-        """Bytes born and still alive, those at the addresses `but` left out."""
+        """Bytes created and still alive, without those at the addresses `but`."""
         for key in [key for key, (ref, _) in self.born.items() if ref.expired()]:
             del self.born[key]
         return sum(nbytes for key, (_, nbytes) in self.born.items() if key not in but)
 
 
 def reachable(device_type: str) -> dict[int, torch.UntypedStorage]:
-    """By address, every storage that a Python tensor on the device holds now."""
+    """All storages that Python tensors on the device hold now, by address."""
     found = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), Tensor) and thing.device.type == device_type and thing.layout == torch.strided:
@@ -61,7 +62,7 @@ def reachable(device_type: str) -> dict[int, torch.UntypedStorage]:
 
 
 def kept(forward: Callable[[], Tensor], device: torch.device) -> tuple[int, Births, Tensor]:
-    """(bytes kept, what was watched, the loss) of `forward`, whose returned loss holds the graph."""
+    """(bytes kept, the `Births`, the loss) of `forward`; the loss that it returns keeps the graph alive."""
     gc.collect()
     births = Births(device.type, {key: StorageWeakRef(s) for key, s in reachable(device.type).items()})
     with births:
@@ -77,10 +78,11 @@ def kept(forward: Callable[[], Tensor], device: torch.device) -> tuple[int, Birt
 
 
 def peak(work: Callable[[], object], device_type: str, parameters: Collection[nn.Parameter] = ()) -> int:
-    """The most bytes that `work` has allocated at once on the device, the `parameters`' gradients left out.
+    """The most bytes that `work` has allocated at once on the device, without the gradients of `parameters`.
 
-    Every allocation through PyTorch's allocators counts, those inside C++ and custom ops too. What an op takes from the
-    system by itself does not: some of oneDNN's scratch, and the cpu face's, 0.3 MiB a thread at Jasper 10x5.
+    Every allocation by PyTorch's allocators counts, including those in C++ and in custom ops. Memory that an op takes
+    from the system directly does not count: some scratch of oneDNN, and that of the cpu face, 0.3 MiB per thread at
+    Jasper 10x5.
     """
     with recorded([ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
@@ -94,8 +96,8 @@ def peak(work: Callable[[], object], device_type: str, parameters: Collection[nn
 
 
 def most_alive(events: Sequence[tuple[int, int]], but: Collection[int] = ()) -> int:
-    """The most bytes alive at once, from (address, bytes born or, below zero, freed) in order. Frees of what is older
-    do not count, nor what lives at the end at one of the addresses `but`."""
+    """The most bytes alive at once, from a list of (address, bytes allocated or, if negative, freed). Not counted:
+    frees of memory allocated earlier, and memory that is alive at the end at one of the addresses `but`."""
     alive: dict[int, int] = {}
     last = {address: i for i, (address, nbytes) in enumerate(events) if nbytes > 0 and address in but}
     total = most = 0
@@ -111,7 +113,7 @@ def most_alive(events: Sequence[tuple[int, int]], but: Collection[int] = ()) -> 
 
 def _walk(events: Iterable) -> Iterator:
     left = list(events)
-    while left:  # deeper than Python recurses
+    while left:  # no recursion: the graph is too deep for Python's stack
         event = left.pop()
         yield event
         left += event.children

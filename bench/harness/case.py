@@ -8,14 +8,14 @@ from torch import Tensor
 
 from jasper_fast.bench.harness import correct
 
-Answer = Mapping[str, Tensor]  # what a contender is compared by
+Answer = Mapping[str, Tensor]  # the tensors by which contenders are compared
 
 
 @dataclass
 class Rule:
-    """A looser rule than the case's tolerance, in `words`, for a contender whose `precision` cannot meet that.
+    """A rule looser than the case's tolerance, for a contender whose `precision` cannot meet it; `words` describe it.
 
-    `judge(got, low, ref)` returns complaints and leaves in `found` what the contender's row tells of its answers.
+    `judge(got, low, ref)` returns complaints and puts into `found` what the contender's row reports about its answers.
     """
 
     precision: str
@@ -28,9 +28,9 @@ class Rule:
 class Runner:
     """A contender ready to run.
 
-    `run` is what is timed. `outputs` computes the same with dropout off, from the case's current inputs, and returns
-    the tensors to compare. `extra` returns further complaints (dropout's rate, for instance). `rule`: how these outputs
-    are judged, where not as the others' are.
+    `run` is the function that is timed. `outputs` computes the same with dropout off, from the current inputs of the
+    case, and returns the tensors to compare. `extra` returns further complaints (about the dropout rate, for instance).
+    `rule`: a rule for these outputs, if the case's own does not apply.
     """
 
     run: Callable[[], object]
@@ -49,9 +49,9 @@ class Contender:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to time a case: until every ratio's interval is narrower than +-`target`, within these bounds.
+    """How long to time a case: until the interval of every ratio is narrower than +-`target`, within these bounds.
 
-    After thrice the `seconds` three rounds are enough, after nine times as many the round that is over.
+    Past 3x `seconds`, stop after three rounds. Past 9x, stop after the current round.
     """
 
     seconds: float = 6.0
@@ -60,21 +60,21 @@ class Effort:
     target: float = 0.01
 
     def at_most(self, seconds: float) -> "Effort":
-        """The same in no more than so many seconds a case."""
+        """The same effort, with at most this many seconds per case."""
         return dataclasses.replace(self, seconds=min(self.seconds, seconds))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One question put to several contenders; what comes of it while it is measured is in a `Measurement`.
+    """One question to several contenders. A `Measurement` holds the state while it is measured.
 
-    `refill(seed)` writes new values into the inputs in place; `reference()` is the fp64 answer to the current inputs
-    and `low()` plain PyTorch's at the precision under test (None: `tolerance.relative` holds instead).
-    `flops` and `nbytes` are the least that the computation must do and move; `items` is what one run completes
-    (utterances, for instance), for throughput. `seeds`: the inputs on which all are compared before the timing; one is
-    enough where an answer takes seconds, because another is compared afterwards. `needs`: the ops, as the self-check
-    names them, that ours is made of. `share`: of the run's seconds a case that it takes; `rounds`: as many at least as
-    its quantiles take.
+    `refill(seed)` writes new values into the inputs in place. `reference()` is the fp64 answer to the current inputs,
+    and `low()` the answer of plain PyTorch at the precision under test (None: `tolerance.relative` applies). `flops`
+    and `nbytes` are the least that the computation must do and move. `items` is the number of things that one run
+    completes (utterances, for instance), for throughput. `seeds`: the inputs on which contenders are compared before
+    the timing. One seed is enough if an answer takes seconds, because another is compared after the timing. `needs`:
+    the ops that jasper_fast uses here, by the names of the self-check. `share`: the case's part of the run's seconds
+    per case. `rounds`: the fewest rounds that its quantiles need.
     """
 
     bench: str
@@ -96,7 +96,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        """The case's key as one string, the same in every run."""
+        """The key of the case as one string, the same in every run."""
         return self.bench + " " + " ".join(f"{k}={v}" for k, v in self.key.items())
 
     @property
@@ -110,19 +110,19 @@ class Case:
         return [contender.name for contender in self.contenders]
 
     def label(self) -> str:
-        """The case for people."""
+        """The name of the case for people."""
         return " ".join(str(v) for v in self.key.values())
 
     def only(self, names: Sequence[str]) -> "Case":
-        """The same question to some of the contenders."""
+        """The same case with only some of the contenders."""
         return dataclasses.replace(self, contenders=[c for c in self.contenders if c.name in names])
 
     def complaints(self, got: Answer, low: Answer | None, ref: Answer) -> list[str]:
-        """What is wrong with an answer by the case's tolerance."""
+        """What is wrong with an answer, by the tolerance of the case."""
         return correct.complaints(got, low, ref, self.tolerance)
 
     def effort(self, run: Effort) -> Effort:
-        """What it takes of a run's effort."""
+        """The case's part of the effort of a run."""
         rounds = max(run.min_rounds, self.rounds)
         return dataclasses.replace(run, seconds=self.share * run.seconds, min_rounds=rounds)
 

@@ -1,4 +1,5 @@
-"""A case's contenders built, compared with fp64 and warmed up; a failure is a row, never the end of the run."""
+"""Builds the contenders of a case, compares them with fp64 and warms them up. A failure becomes a row and does not end
+the run."""
 
 import contextlib
 import gc
@@ -10,11 +11,11 @@ from jasper_fast.bench.harness.case import Answer
 from jasper_fast.bench.harness.errors import DeviceLost, first_line
 from jasper_fast.bench.harness.measurement import Measurement
 
-LONG = 1.0  # seconds of a run that a CPU is warm after
+LONG = 1.0  # seconds: after a run this long a CPU is warm
 
 
 def prepare(m: Measurement) -> None:
-    """Build the contenders, refuse the wrong ones, warm up the rest."""
+    """Builds the contenders, drops the wrong ones, warms up the rest."""
     m.build()
     check(m, m.case.seeds)
     on_gpu = m.device is not None and m.device.type == "cuda"
@@ -22,17 +23,17 @@ def prepare(m: Measurement) -> None:
         with m.caught(name):
             started = time.perf_counter()
             m.runners[name].run()
-            if time.perf_counter() - started < LONG or on_gpu:  # there a graph is captured in the second run
+            if time.perf_counter() - started < LONG or on_gpu:  # on a GPU the second run captures a graph
                 m.runners[name].run()
     gc.collect()
 
 
 def check(m: Measurement, seeds: Sequence[int]) -> None:
-    """Compare every runner with fp64 on fresh inputs; a wrong one loses its place.
+    """Compares every runner with fp64 on fresh inputs and drops the wrong ones.
 
-    Two seeds at least in all: an answer left over from the first inputs is wrong for the second. Contenders run before
-    the reference and after `poison`, so no correct answer lies about in freed memory for them to leave unwritten.
-    Without an answer to compare with (no memory for it, say) none of the contenders gets a number.
+    At least two seeds are compared in all, so an answer left over from the first inputs is found wrong. Contenders run
+    after `poison` and before the reference. Freed memory then holds no correct answer that could hide an element nobody
+    wrote. If there is no answer to compare with (for lack of memory, say), no contender gets a number.
     """
     case = m.case
     for seed in seeds:
@@ -62,13 +63,14 @@ def check(m: Measurement, seeds: Sequence[int]) -> None:
 
 @contextlib.contextmanager
 def answerable(m: Measurement) -> Iterator[None]:
-    """Without inputs, or an answer to compare with, no contender of the case has a number; the other cases go on."""
+    """A context for making inputs and the reference. If that fails, no contender of the case gets a number, and the run
+    goes on."""
     try:
         with cudnn_search.off():
             yield
         m.wait()
     except Exception as error:
         for name in list(m.runners):
-            m.fail(name, "failed", f"nothing to compare it with: {first_line(error)}")
+            m.fail(name, "failed", f"there is no reference to compare with: {first_line(error)}")
         if told := devices.lost(m.device):
             raise DeviceLost(f"the reference of {m.case.label()}: {told}") from error

@@ -1,4 +1,4 @@
-"""How a run is timed, by the wall or by events, and what the machine's own clocks said meanwhile."""
+"""How a run is timed (wall clock or GPU events), and readings of the machine's clock rates meanwhile."""
 
 import functools
 import math
@@ -10,15 +10,15 @@ import torch
 
 from jasper_fast.bench.harness import devices, machine
 
-THROTTLED = 0.05  # of the run's highest clock
+THROTTLED = 0.05  # share by which a clock is below the run's highest
 
 
 class WallClock:
-    """Host time around a call, device work included: what someone waiting for an answer sees."""
+    """Host time of a call, including the work of the device: the time that a waiting user sees."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        # on a GPU every sample is one run that is waited for: several in a queue would tell throughput, not waiting
+        # on a GPU a sample is one run and a wait: several queued runs would measure throughput, not latency
         self.min_sample = 2e-3 if device.type == "cpu" else 0.0
 
     def sample(self, run: Callable[[], object], inner: int) -> float:
@@ -31,17 +31,17 @@ class WallClock:
         return (time.perf_counter() - start) / inner
 
     def host(self, run: Callable[[], object]) -> float | None:
-        """What of it the host has to do before a GPU can go on alone; on a CPU there is no such part."""
+        """Seconds of host work before a GPU can continue alone; None on a CPU."""
         return None if self.device.type == "cpu" else host_seconds(run, self.device)
 
 
 class CudaClock:
     """Device time between events, with the L2 cache flushed before each run.
 
-    The flush reads: what a flush wrote would go back to memory inside the timed run, at that run's cost.
-    The device sleeps before the first event while the host launches the whole run: small ops would otherwise be timed
-    at the speed of Python. The sleep covers what the host was seen to need, up to LONGEST; where it needs more, its
-    time is part of the answer, as it is for a user.
+    The flush only reads, because data that it wrote would go back to memory during the timed run. The device sleeps
+    before the first event while the host launches the whole run; otherwise small ops would be timed at the speed of
+    Python. The sleep is as long as the host needed before, up to LONGEST. If the host needs more, its time is part of
+    the result, as it is for a user.
     """
 
     min_sample = 0.0
@@ -70,20 +70,20 @@ class CudaClock:
         return total / inner
 
     def sleep(self, host: float) -> float:
-        """Seconds for which the device waits for a host that launches a run in `host` seconds."""
+        """Seconds that the device sleeps if the host needs `host` seconds to launch a run."""
         return min(1.5 * host + self.SPARE, self.LONGEST)
 
     def host(self, run: Callable[[], object]) -> float:
-        """Seconds until `run` returns to the host; learned once."""
+        """Seconds until `run` returns to the host; measured once."""
         if id(run) not in self.hosts:
             self.hosts[id(run)] = host_seconds(run, self.device)
         return self.hosts[id(run)]
 
 
 def host_seconds(run: Callable[[], object], device: torch.device, short: float = 20e-3) -> float:
-    """Seconds until `run` returns to the host, the device idle before: launching, and whatever it waits for inside.
+    """Seconds until `run` returns to the host, starting on an idle device: the launches, and any waits inside `run`.
 
-    The median of three, or of one that takes longer than `short`.
+    The median of three runs; a single run if it takes longer than `short`.
     """
     seen: list[float] = []
     while len(seen) < (3 if max(seen, default=0.0) < short else 1):
@@ -97,12 +97,12 @@ def host_seconds(run: Callable[[], object], device: torch.device, short: float =
 
 @functools.cache
 def cycles_per_second(device: torch.device) -> float:
-    """The rate at which `torch.cuda._sleep` counts; within the clock's moods, for which a sleep has room to spare."""
+    """The rate at which `torch.cuda._sleep` counts. It varies with the GPU's clock, so a sleep has time to spare."""
     torch.cuda._sleep(1000)  # loads the kernel
     rates = []
     for _ in range(
         5
-    ):  # an idle GPU's clock is a fifth of its highest and rises meanwhile; a sleep must not be too short
+    ):  # an idle GPU's clock is a fifth of its highest and rises under load: wait for that, or sleeps are too short
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         torch.cuda._sleep(4_000_000)
@@ -113,7 +113,7 @@ def cycles_per_second(device: torch.device) -> float:
 
 
 class Gauge:
-    """Reads clocks, temperature and power between rounds, when what they tell of has just run."""
+    """Reads clocks, temperature and power between rounds, just after the work that they describe."""
 
     EVERY = 0.25  # seconds
 
@@ -121,7 +121,7 @@ class Gauge:
         self.device, self.readings, self.last = device, readings, -math.inf
 
     def look(self, last: bool = False) -> None:
-        """One reading, if the one before is old, or it is the last."""
+        """Takes a reading if the one before is old, or if this is the last."""
         now = time.monotonic()
         if (last or now - self.last >= self.EVERY) and (found := machine.clocks(self.device)):
             self.readings.append(found)
@@ -129,7 +129,7 @@ class Gauge:
 
 
 def clocks_during(readings: Sequence[dict]) -> dict:
-    """What the readings of a case say: the clock's median and lowest in MHz, the most of everything else."""
+    """A summary of the readings of a case: the median and the lowest clock in MHz, the maximum of everything else."""
     rates = [rate for reading in readings if (rate := mhz(reading)) is not None]
     found = {"mhz": statistics.median(rates), "mhz_lowest": min(rates)} if rates else {}
     for name in ("temperature_c", "power_w", "load_average"):
@@ -140,12 +140,13 @@ def clocks_during(readings: Sequence[dict]) -> dict:
 
 
 def mhz(reading: dict) -> float | None:
-    """The clock that work ran at: a GPU's multiprocessors', or the fastest core's, because others may be idle."""
+    """The clock at which the work ran: that of a GPU's multiprocessors, or of the fastest CPU core, because others may
+    be idle."""
     return reading.get("sm_mhz", max(reading.get("cpu_mhz", ()), default=None))
 
 
 def mark_throttled(rows: Iterable[dict], limits: dict) -> None:
-    """Say of each row whose clock was markedly below the run's highest that it was."""
+    """Marks each row whose clock was well below the highest of the run."""
     rows = [row for row in rows if "mhz" in row.get("clocks", {})]
     highest = max([mhz(limits.get("clocks", {})) or 0.0, *(row["clocks"]["mhz"] for row in rows)])
     for row in rows:
@@ -156,5 +157,5 @@ Clock = WallClock | CudaClock
 
 
 def clock(device: torch.device, wall: bool) -> Clock:
-    """Events on a GPU unless the question is a person's waiting time."""
+    """The clock to use: events on a GPU, unless the case asks for a user's waiting time."""
     return CudaClock(device) if device.type == "cuda" and not wall else WallClock(device)

@@ -1,4 +1,4 @@
-"""Where progress and remarks go: results have stdout for themselves."""
+"""The console for progress and remarks (stderr), so that stdout holds only results."""
 
 from rich.console import Console
 

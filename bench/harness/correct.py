@@ -1,4 +1,4 @@
-"""No number for a wrong result: every contender is compared with fp64 before, and again after, it is timed."""
+"""A wrong result gets no number: every contender is compared with fp64 before and after it is timed."""
 
 import math
 from collections.abc import Mapping
@@ -12,12 +12,11 @@ from jasper_fast.selfcheck import tolerance
 
 @dataclass(frozen=True)
 class Tolerance(tolerance.Tolerance):
-    """The project's rule, with tolerances of their own for some tensors.
+    """The project's rule, with separate tolerances for some tensors.
 
-    `gradients` holds for the tensors named "grad ...", where it must differ: among a network's millions of ReLUs some
-    inputs lie within a rounding of zero and fall to the other side, in every implementation, and each moves a few
-    gradients by what its frame weighs. `clear` holds for the tensors named "clear grad ...", of a network with no such
-    input (`models.clear`).
+    `gradients` applies to the tensors named "grad ...". A network has millions of ReLUs, and in every implementation
+    rounding moves some of their inputs across zero. Each such ReLU changes a few gradients by the contribution of one
+    frame. `clear` applies to the tensors named "clear grad ...", from a network without such inputs (`models.clear`).
     """
 
     floor: float = 2.0
@@ -34,7 +33,7 @@ class Tolerance(tolerance.Tolerance):
 def complaints(
     got: Mapping[str, Tensor], low: Mapping[str, Tensor] | None, ref: Mapping[str, Tensor], tol: Tolerance
 ) -> list[str]:
-    """What is wrong with `got`, one line a tensor; empty when all is well."""
+    """What is wrong with `got`, one line per tensor; empty if nothing is wrong."""
     wrong = [f"{name}: missing" for name in ref if name not in got]
     for name in (n for n in ref if n in got):
         found = tolerance.compare(got[name], None if low is None else low[name], ref[name], tol.of(name))
@@ -52,6 +51,6 @@ def keep_rate_complaint(kept: int, of: int, p: float) -> str | None:
 
 
 def poison(like: Mapping[str, Tensor]) -> None:
-    """Leave NaN in the memory that the allocator will hand out next, so that an element nobody writes shows."""
+    """Fills the memory that the allocator will hand out next with NaN, so that an element nobody writes is found."""
     filled = [torch.full_like(t, math.nan) for t in like.values() if t.is_floating_point()]
     del filled

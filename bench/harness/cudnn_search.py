@@ -1,7 +1,7 @@
-"""Which algorithm cuDNN takes for a convolution: the fastest of those it times, or the one its heuristics name.
+"""How cuDNN chooses the algorithm of a convolution: by timing several, or by its heuristics.
 
-The reference system times them (`cudnn.benchmark`), so its rivals here do too. PyTorch keeps what it found for a shape,
-whichever way: only the first call of a shape asks.
+The reference system times them (`cudnn.benchmark`), so all contenders here do too. PyTorch remembers the choice for a
+shape, however it was made, so only the first call with a shape is affected.
 """
 
 import contextlib
@@ -11,14 +11,15 @@ import torch
 
 
 def on(device: torch.device) -> bool:
-    """Has cuDNN time its algorithms, from now on; returns whether it does, for the result."""
+    """Makes cuDNN time its algorithms from now on; returns whether it does, for the result file."""
     torch.backends.cudnn.benchmark = device.type == "cuda"
     return torch.backends.cudnn.benchmark
 
 
 @contextlib.contextmanager
 def off() -> Iterator[None]:
-    """Leaves it to the heuristics: for answers that nobody times, in fp64 above all, where to try ten takes long."""
+    """A context that leaves the choice to the heuristics: for answers that are not timed, above all in fp64, where
+    timing ten algorithms takes long."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
     try:

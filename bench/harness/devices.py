@@ -1,4 +1,4 @@
-"""Waiting for a device, whether it still runs anything, and giving back its memory."""
+"""Waiting for a device, testing whether it still works, and freeing its memory."""
 
 import gc
 import sys
@@ -9,7 +9,7 @@ from jasper_fast.bench.harness.errors import first_line
 
 
 def lost(device: torch.device | None) -> str:
-    """Why the device runs nothing more in this process; empty where it does, or where none is told."""
+    """Why the device no longer works in this process; empty if it works or no device is given."""
     if device is None:
         return ""
     try:
@@ -20,7 +20,7 @@ def lost(device: torch.device | None) -> str:
 
 
 def tidy(device: torch.device) -> None:
-    """Give back what no one holds any more: cycles, compiled graphs and their pools, the allocator's free blocks."""
+    """Frees unused memory: reference cycles, compiled graphs and their pools, free blocks of the allocator."""
     if device.type == "cuda":
         if dynamo := sys.modules.get("torch._dynamo"):
             dynamo.reset()

@@ -1,4 +1,4 @@
-"""What ends a contender, a run or a process."""
+"""The errors that end a contender, a run or a process."""
 
 
 class Absent(Exception):
@@ -6,11 +6,11 @@ class Absent(Exception):
 
 
 class OutOfTime(BaseException):
-    """The run's time is spent; no rival's error handling may swallow it."""
+    """The time of the run is over. A BaseException, so that no rival's error handling can swallow it."""
 
 
 class DeviceLost(BaseException):
-    """A kernel has left the GPU such that this process runs nothing more; no error handling may swallow it."""
+    """A kernel broke the GPU for this process. A BaseException, so that no error handling can swallow it."""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,17 +1,17 @@
-"""What stops a measurement, or a compiler, whose time is spent."""
+"""Stops a measurement or a compiler when its time is over."""
 
 import signal
 
 from jasper_fast.bench.harness.errors import OutOfTime
 
-AGAIN = 20.0  # seconds from one interruption to the next, where the first was lost
+AGAIN = 20.0  # seconds until the next interruption, if one was lost
 
 
 class interrupted_after:
-    """Raise OutOfTime in the main thread after `seconds`, between two lines of Python: it stops compilers too.
+    """Raises OutOfTime in the main thread after `seconds`, between two lines of Python, so it stops compilers too.
 
-    And every AGAIN seconds from then on, until the body ends: Python drops what is raised in a destructor or a weak
-    reference's callback, and a compiler's process is full of them. `no_more` is for who has caught it.
+    It is raised again every AGAIN seconds until the body ends, because Python drops an exception that is raised in a
+    destructor or in the callback of a weak reference. A caller that caught it calls `no_more`.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -19,7 +19,7 @@ class interrupted_after:
 
     @staticmethod
     def no_more() -> None:
-        """Ends it where one came just as the body had ended."""
+        """Ends the interruptions, also if one comes just as the body has ended."""
         signal.setitimer(signal.ITIMER_REAL, 0)
 
     def __enter__(self) -> None:

@@ -1,4 +1,4 @@
-"""torch.profiler without what Kineto, the library under it, writes to the terminal at every start and stop."""
+"""torch.profiler without the lines that its library Kineto writes to the terminal at every start and stop."""
 
 import contextlib
 import os
@@ -13,9 +13,10 @@ MARK = b"USDT:"  # begins each of those lines
 
 @contextlib.contextmanager
 def without_marks() -> Iterator[None]:
-    """Keeps Kineto's MARK lines off the terminal; all else that is written to stderr inside comes after the body.
+    """Keeps Kineto's MARK lines off the terminal. Everything else that is written to stderr in the body appears after
+    it.
 
-    They are above errors in Kineto's order of severity: a log level without them would be one without errors.
+    A log level cannot do this: MARK lines rank above errors, so a level that hides them hides errors too.
     """
     sys.stderr.flush()
     terminal = os.dup(2)
@@ -34,7 +35,7 @@ def without_marks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def recorded(activities: Sequence[ProfilerActivity], profile_memory: bool = False) -> Iterator[profile]:
-    """torch.profiler around the body, and nothing of it on the terminal but what went wrong."""
+    """Runs torch.profiler around the body; only its errors reach the terminal."""
     trace = profile(activities=activities, profile_memory=profile_memory)
     with without_marks():
         trace.start()

@@ -19,7 +19,7 @@ def measure(device: torch.device, quick: bool = False) -> dict:
         "matmul_flops_per_s": matmul_rates(device, quick),
         "float32_mode": float32_mode(device),
         "copy_bytes_per_s": copy_bandwidth(device, quick),
-        "clocks": machine.clocks(device),  # as they are under load
+        "clocks": machine.clocks(device),  # read under load
         "launch_s": launch_overhead(device),
         "method": "best of repeated runs: square matmul, copy of a buffer beyond the caches, one-element add",
     }
@@ -30,14 +30,14 @@ def measure(device: torch.device, quick: bool = False) -> dict:
 
 
 def matmul_rates(device: torch.device, quick: bool = False) -> dict[str, float]:
-    """FLOP/s of a large square matrix product, by dtype. On a GPU float32 is what `float32_mode` says, because that is
-    what convolutions of fp32 tensors run in; both rates are listed beside it."""
+    """FLOP/s of a large square matrix product, by dtype. On a GPU the rate for float32 is that of `float32_mode`, in
+    which convolutions of fp32 tensors run; the rates with and without TF32 are listed too."""
     size = (1536 if quick else 2048) if device.type == "cpu" else 8192
     rates = {}
     dtypes = [torch.float32, torch.bfloat16] + ([torch.float16] if device.type == "cuda" else [])
     for dtype in dtypes:
         if dtype is not torch.float32 and device.type == "cpu" and not _fast_bf16():
-            continue  # emulated: a hundred times slower than fp32 and no one's ceiling
+            continue  # emulated: a hundred times slower than fp32, so no useful ceiling
         if dtype is torch.float32 and device.type == "cuda":
             both = {mode: _fp32_rate(device, size, mode) for mode in ("IEEE", "TF32")}
             rates["float32"] = both[float32_mode(device)]
@@ -48,8 +48,8 @@ def matmul_rates(device: torch.device, quick: bool = False) -> dict[str, float]:
 
 
 def float32_mode(device: torch.device) -> str:
-    """What products of fp32 tensors may be rounded to: PyTorch lets cuDNN's convolutions, and with them this project's,
-    use TF32 unless it is told otherwise."""
+    """The precision of products of fp32 tensors. By default PyTorch lets cuDNN's convolutions use TF32, and then ours
+    use it too."""
     tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
     return "TF32" if device.type == "cuda" and tf32 else "IEEE"
 
@@ -95,7 +95,8 @@ def launch_overhead(device: torch.device) -> dict[str, float]:
 
 
 def cupy_launch(device: torch.device) -> tuple[dict[str, float], str]:
-    """Seconds of a launch at the host and on the device as CuPy's profiler sees them, and its version or why not."""
+    """Seconds of a launch on the host and on the device, measured by CuPy's profiler, and CuPy's version or why it is
+    absent."""
     if importlib.util.find_spec("cupyx") is None:
         return {}, f"absent: pip install cupy-cuda{(torch.version.cuda or '13').partition('.')[0]}x"
     x = torch.zeros(1, device=device)
@@ -105,7 +106,7 @@ def cupy_launch(device: torch.device) -> tuple[dict[str, float], str]:
 
         at = (device.index if device.index is not None else torch.cuda.current_device(),)
         seen = benchmark(lambda: x.add_(1), n_repeat=500, n_warmup=50, devices=at)
-    except Exception as error:  # a CuPy of another CUDA must not cost the run its numbers
+    except Exception as error:  # a CuPy for another CUDA must not end the run
         return {}, f"failed: {first_line(error)}"
     medians = (float(statistics.median(times.ravel())) for times in (seen.cpu_times, seen.gpu_times))
     return dict(zip(("cupy_host", "cupy_device"), medians, strict=True)), cupy.__version__
@@ -128,7 +129,7 @@ def _per_call(device: torch.device, call: Callable[[], object], n: int) -> float
 
 
 def _best(device: torch.device, call: Callable[[], object], seconds: float = 0.6) -> float:
-    """Shortest time of a call: a ceiling is what the machine can do, not what it does on average."""
+    """The shortest time of a call, because a ceiling is what the machine can do at best."""
     ticker = clocks.clock(device, wall=False)
     best, end = ticker.sample(call, 1), time.perf_counter() + seconds
     for _ in range(4):

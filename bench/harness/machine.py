@@ -52,7 +52,7 @@ def describe(device: torch.device) -> dict:
 
 
 def name(device: torch.device) -> str:
-    """The short name by which people know the machine: its GPU, or its CPU and how many cores we may use."""
+    """The short name of the machine: its GPU, or its CPU and the number of cores that we may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu = _cpu()
@@ -60,19 +60,19 @@ def name(device: torch.device) -> str:
 
 
 def command() -> str:
-    """The command line, as one would type it from the repository's root."""
+    """The command line, as one would type it in the root of the repository."""
     if "bench" in Path(sys.argv[0]).parts:
         return " ".join(filter(None, [paths.COMMAND, shlex.join(sys.argv[1:])]))
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def commit() -> str | None:
-    """The commit of the checkout; outside one $JASPER_FAST_COMMIT, for a copy without its .git, or None."""
+    """The commit of the checkout; without a .git folder $JASPER_FAST_COMMIT, or None."""
     return _git("rev-parse", "--short=10", "HEAD") or os.environ.get("JASPER_FAST_COMMIT") or None
 
 
 def clocks(device: torch.device) -> dict:
-    """Clock rates, temperature and power as far as this machine lets us read them, in well under a millisecond."""
+    """Clock rates, temperature and power, as far as this machine reports them; takes well under a millisecond."""
     if device.type == "cuda":
         return nvml.read(device)
     mhz = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _read("/proc/cpuinfo"), re.MULTILINE)
@@ -86,9 +86,9 @@ def clocks(device: torch.device) -> dict:
 
 @functools.cache
 def packages() -> dict[str, str]:
-    """Versions of whatever is installed that computes: PyTorch, Triton, rivals, NVIDIA's libraries."""
+    """Versions of the installed packages that affect results: PyTorch, Triton, rivals, NVIDIA's libraries."""
     found: dict[str, str] = {}
-    for distribution in importlib.metadata.distributions():  # in the order of sys.path: the first is what is imported
+    for distribution in importlib.metadata.distributions():  # in the order of sys.path: the first one is imported
         name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
         if PACKAGES.match(name):
             found.setdefault(name, distribution.version)
@@ -97,7 +97,7 @@ def packages() -> dict[str, str]:
 
 @functools.cache
 def compilers() -> dict[str, str]:
-    """What compiles here, by program: the ptxas that Triton runs, nvcc, the C++ compiler of torch.compile."""
+    """Versions of the compilers: the ptxas that Triton runs, nvcc, the C++ compiler of torch.compile."""
     found = {}
     if ptxas := _ptxas():
         found["ptxas"] = ptxas
@@ -113,12 +113,12 @@ def compilers() -> dict[str, str]:
 
 
 def _ptxas() -> str | None:
-    """The version of the ptxas that Triton runs, its own or TRITON_PTXAS_PATH's."""
+    """The version of the ptxas that Triton runs: its own, or that of TRITON_PTXAS_PATH."""
     try:
         from triton import knobs
 
         return knobs.nvidia.ptxas.version
-    except (ImportError, OSError, RuntimeError):  # no Triton, or none that finds a ptxas: nothing compiles there
+    except (ImportError, OSError, RuntimeError):  # no Triton, or one that finds no ptxas
         return None
 
 
@@ -162,7 +162,7 @@ def _run(*args: str) -> str | None:
     try:
         done = subprocess.run(args, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
-        return None  # no such program, or not a checkout: the field stays empty
+        return None  # no such program, or no checkout: the field stays empty
     return done.stdout.strip()
 
 

@@ -1,4 +1,4 @@
-"""What comes of a case while it is measured, and the rows that this makes."""
+"""The state of a case while it is measured, and the rows that result."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -13,11 +13,12 @@ from jasper_fast.bench.harness.clocks import clocks_during
 from jasper_fast.bench.harness.errors import Absent, DeviceLost, first_line
 from jasper_fast.bench.harness.ratios import ratio_of_visits, summary
 
-LOST = "the device ran nothing more in that process"  # begins the row of the contender that did it
+# How the reason begins in the row of the contender that broke the device.
+LOST = "the device ran nothing more in that process"
 
 
 class Row(TypedDict, total=False):
-    """What a result says of one contender of a case."""
+    """What a result says about one contender of a case."""
 
     id: str
     bench: str
@@ -30,8 +31,8 @@ class Row(TypedDict, total=False):
     clock: str
     at_s: float
     status: str  # ok, wrong, failed, refused or absent
-    why: str  # it has no number
-    # with a time: seconds by quantile, what that achieves, how it compares, and how it was measured
+    why: str  # why it has no number
+    # if it was timed: seconds by quantile, rates, ratio to jasper_fast, and how it was measured
     time_s: dict
     host_s: float
     flops_per_s: float
@@ -42,11 +43,11 @@ class Row(TypedDict, total=False):
     clocks: dict
     throttled: bool
     hurried: bool
-    # judged by a rule of its own: the rule in words, and what was found
+    # if it has its own rule: the rule in words, and what was found
     precision: str
     rule: str
     judged: dict
-    # what a subcommand counts
+    # counts of a subcommand
     memory: dict
     launches: dict
     tune: dict
@@ -54,10 +55,11 @@ class Row(TypedDict, total=False):
 
 @dataclass
 class Measurement:
-    """A case on its way to rows: the contenders that are ready, those that have no number and why, and the samples.
+    """A case while it is measured: the contenders that are ready, those that have no number and why, and the samples.
 
-    `device`: where each contender's faults are looked for. `visits`: seconds by contender, of each time that the case
-    was timed. `readings`: of clocks, meanwhile. `hurried`: a round takes so long that there were fewer than usual.
+    `device`: the device that is checked for faults after each contender. `visits`: for each time that the case was
+    timed, seconds by contender. `readings`: clock readings during the timing. `hurried`: rounds took so long that there
+    were fewer than usual.
     """
 
     case: Case
@@ -69,7 +71,7 @@ class Measurement:
     hurried: bool = False
 
     def fail(self, name: str, status: str, why: str) -> None:
-        """The contender has no number, and why."""
+        """Records that the contender has no number, and why."""
         self.failed[name] = (status, why)
         self.runners.pop(name, None)
 
@@ -81,26 +83,26 @@ class Measurement:
 
     @contextlib.contextmanager
     def caught(self, name: str) -> Iterator[None]:
-        """A contender's failure is its own row, never the end of the run; the device's loss is the end of this
+        """Turns a contender's failure into its row, so that the run goes on; the loss of the device ends the
         process."""
         try:
             yield
             self.wait()
         except Absent as error:
             self.fail(name, "absent", str(error))
-        except Exception as error:  # whatever a rival raises belongs in its row
+        except Exception as error:  # any error of a rival goes into its row
             self.fail(name, "failed", first_line(error))
             if why := devices.lost(self.device):
                 self.fail(name, "failed", f"{LOST}: {why}")
                 raise DeviceLost(f"{name}, {self.case.label()}: {why}") from error
 
     def wait(self) -> None:
-        """For the device: a fault shows here, in the row of who launched the kernel, not in the next one's."""
+        """Waits for the device, so that a fault appears in the row of the contender that launched the kernel."""
         if self.device is not None:
             devices.synchronize(self.device)
 
     def begin_row(self, name: str) -> Row:
-        """What a contender's row says whether or not it has a number."""
+        """The fields of a contender's row that it has with or without a number."""
         case = self.case
         row: Row = {"id": f"{case.id} / {name}", "bench": case.bench, "key": case.key, "contender": name}
         row |= {"ours": name == case.ours, "dtype": case.dtype, "flops": case.flops, "bytes": case.nbytes}
@@ -113,9 +115,10 @@ class Measurement:
         return row
 
     def rows(self, inner: Mapping[str, int], host: Mapping[str, float]) -> list[Row]:
-        """One row a contender, in the case's order, from its samples in all visits; a contender without any says why.
+        """One row per contender, in the order of the case, from its samples in all visits; without samples the row says
+        why.
 
-        `inner`: runs a sample; `host`: seconds that a run holds the host, where that is not the measured time itself.
+        `inner`: runs per sample. `host`: seconds that a run occupies the host, if that is not the measured time itself.
         """
         case, made = self.case, []
         timed_by = "events" if self.device is not None and self.device.type == "cuda" and not case.wall else "wall"

@@ -1,4 +1,4 @@
-"""A GPU's clocks, temperature and power by the driver's own library: a call takes microseconds, nvidia-smi 50 ms."""
+"""A GPU's clocks, temperature and power from the driver's library: a call takes microseconds, nvidia-smi 50 ms."""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 
 from jasper_fast.bench.harness.console import console
 
-# what tells of a clock held down; an idle GPU and the user's own settings are left out
+# reasons for a lowered clock; an idle GPU and the user's own settings are left out
 REASONS = {
     "SwPowerCap": "software power cap",
     "HwSlowdown": "hardware slowdown",
@@ -20,11 +20,11 @@ REASONS = {
 
 @functools.cache
 def library() -> ModuleType | None:
-    """pynvml, ready; None, with a line that says so, where it is not installed, and None where there is no driver."""
+    """pynvml, initialised; None if there is no driver, or, with a printed line, if it is not installed."""
     try:
         import pynvml
     except ImportError:
-        told = "no clocks, temperature or driver version of the GPU in the result: pip install nvidia-ml-py"
+        told = "the result will lack the GPU's clocks, temperature and driver version: pip install nvidia-ml-py"
         console.print(told, soft_wrap=True)
         return None
     return None if _told(pynvml.nvmlInit, default=pynvml) is pynvml else pynvml
@@ -32,7 +32,8 @@ def library() -> ModuleType | None:
 
 @functools.cache
 def handle(device: torch.device) -> object | None:
-    """The library's handle of PyTorch's device, found by its UUID: indices differ under CUDA_VISIBLE_DEVICES."""
+    """The library's handle of PyTorch's device. It is found by UUID, because indices differ under
+    CUDA_VISIBLE_DEVICES."""
     nvml = library()
     if nvml is None:
         return None
@@ -42,7 +43,8 @@ def handle(device: torch.device) -> object | None:
 
 
 def read(device: torch.device) -> dict:
-    """MHz of the multiprocessors and the memory, degrees, watts, and what holds the clock down; what can be read."""
+    """Whatever can be read of: MHz of the multiprocessors and the memory, degrees, watts, reasons for a lowered
+    clock."""
     nvml, at = library(), handle(device)
     if at is None:
         return {}
@@ -66,13 +68,13 @@ def driver() -> str | None:
 
 
 def cuda_driver() -> str | None:
-    """The newest CUDA that the driver serves."""
+    """The newest CUDA version that the driver supports."""
     number = _told(library().nvmlSystemGetCudaDriverVersion_v2) if library() else None
     return None if number is None else f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _told(ask: Callable, *args: object, default: object = None) -> object:
-    """What the library answers; `default` where it fails, or this driver has no such function."""
+    """The answer of the library; `default` if the call fails or the driver has no such function."""
     from pynvml import NVMLError
 
     try:

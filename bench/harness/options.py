@@ -1,4 +1,4 @@
-"""What the command line's options may say; a mistake is told before anything is measured."""
+"""Types of the command-line options. A mistake is reported before anything is measured."""
 
 import argparse
 import math
@@ -15,7 +15,7 @@ BATCH = "utterances and feature frames, both at least 1, as in 8,400"
 
 
 def device(text: str) -> str:
-    """cpu, cuda or cuda:1, where PyTorch sees it; as it was written."""
+    """The text itself if it names a device that PyTorch sees: cpu, cuda, or cuda:1."""
     try:
         found = torch.device(text)
     except RuntimeError:
@@ -34,7 +34,7 @@ def device(text: str) -> str:
 
 
 def count(text: str) -> int:
-    """A whole number from 1 on."""
+    """A whole number of at least 1."""
     try:
         value = int(text)
     except ValueError:
@@ -60,7 +60,7 @@ def pattern(text: str) -> str:
     try:
         re.compile(text)
     except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
     return text
 
 
@@ -76,7 +76,7 @@ def batch(text: str) -> tuple[int, int]:
 
 
 def writable(folder: Path) -> None:
-    """Makes the folder of `--out`, and says so where no file can be written there."""
+    """Creates the folder of `--out`; reports an error if no file can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -87,7 +87,7 @@ def writable(folder: Path) -> None:
 
 
 def result(text: str) -> Path:
-    """A file that a run of `python -m bench` left."""
+    """A result file of `python -m bench`."""
     try:
         result_file.read(Path(text))
     except ValueError as error:
@@ -96,8 +96,8 @@ def result(text: str) -> Path:
 
 
 def page(text: str) -> Path:
-    """Where a page can be written: a path in a folder that is there, and not itself a folder."""
+    """A path to which a page can be written: in an existing folder, and not itself a folder."""
     path = Path(text)
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is no file in a folder that is there; name one, as in page.html")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file in an existing folder; name one, as in page.html")
     return path

@@ -1,4 +1,4 @@
-"""What samples say: quantiles, ratios pair by pair, and intervals that claim no more than their number allows."""
+"""Statistics of samples: quantiles, ratios of pairs, and intervals that are honest about the number of samples."""
 
 import functools
 import math
@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 
 CONFIDENCE = 0.95
 PERCENTILES = (0.05, 0.20, 0.50, 0.80, 0.90, 0.95, 0.99)
-SAMPLES = {"p20": 5, "p80": 5, "p90": 10, "p95": 20, "p99": 100}  # fewer, and the quantile is the extreme itself
+SAMPLES = {"p20": 5, "p80": 5, "p90": 10, "p95": 20, "p99": 100}  # with fewer samples the quantile is just the extreme
 
 
 def ratio(rival: Sequence[float], ours: Sequence[float], resamples: int = 2000, seed: int = 0) -> dict:
-    """Rival time / our time, pair by pair: the median and its bootstrap 95 % interval (rounds drawn again in short
-    runs of neighbours, because neighbouring rounds share the machine's mood)."""
+    """Rival time / our time, pair by pair: the median and its bootstrap 95 % interval. Rounds are resampled in short
+    runs of neighbours, because neighbouring rounds share the state of the machine."""
     pairs = [r / o for r, o in zip(rival, ours, strict=False)]
     low, high = interval(pairs, resamples, seed)
     told = {"confidence": confidence(len(pairs)), "pairs": len(pairs)}
@@ -21,9 +21,10 @@ def ratio(rival: Sequence[float], ours: Sequence[float], resamples: int = 2000, 
 
 
 def interval(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """The interval of the median, CONFIDENCE where `confidence` says so: the bootstrap's, values drawn again in short
-    runs of neighbours, and at least that of their ranks, because the bootstrap of a dozen values is too sure (0.83 of
-    the truths in six independent values, 0.89 in twelve)."""
+    """The interval of the median, with the confidence that `confidence` gives. It is the bootstrap interval (values are
+    resampled in short runs of neighbours), widened to the interval by ranks if that is wider. The bootstrap alone is
+    too narrow for few values: its 95 % interval holds the true median in 83 % of samples of six values and in 89 % of
+    twelve."""
     rng, n = random.Random(seed), len(values)
     block = max(1, round(n ** (1 / 3)))
     medians = []
@@ -41,8 +42,9 @@ def interval(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> t
 
 @functools.cache
 def rank_of_interval(n: int) -> int:
-    """From how many values in, at both ends, the sorted values still hold the median with CONFIDENCE; 0 at least."""
-    outside, rank = 2 * 0.5**n, 0  # the chance that the truth lies beyond the values at `rank`
+    """How many sorted values can be cut off at each end so that the rest still spans the median with CONFIDENCE; at
+    least 0."""
+    outside, rank = 2 * 0.5**n, 0  # the chance that the true median lies outside the values at `rank`
     while outside + 2 * math.comb(n, rank + 1) * 0.5**n <= 1 - CONFIDENCE:
         rank += 1
         outside += 2 * math.comb(n, rank) * 0.5**n
@@ -50,12 +52,13 @@ def rank_of_interval(n: int) -> int:
 
 
 def confidence(n: int) -> float:
-    """What an interval from `n` values can claim: all of them lie on one side of the true median in 2 of 2^n cases."""
+    """The most confidence that an interval from `n` values can have: all values lie on one side of the true median in 2
+    of 2^n cases."""
     return min(CONFIDENCE, 1 - 2 * 0.5**n)
 
 
 def ratio_of_visits(visits: Sequence[Mapping[str, Sequence[float]]], rival: str, ours: str) -> dict:
-    """The ratio over all pairs of all visits; its interval spans those of the visits."""
+    """The ratio over all pairs of all visits; its interval spans the intervals of the visits."""
     pairs = [(v[rival], v[ours]) for v in visits if v.get(rival) and v.get(ours)]
     parts = [ratio(*pair) for pair in pairs]
     if len(parts) == 1:
@@ -76,13 +79,13 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def samples_for(q: float) -> int:
-    """Samples from which the q-quantile is another than the least or greatest of them."""
+    """The number of samples from which on the q-quantile is not just the least or the greatest sample."""
     return math.ceil(round(1 / min(q, 1 - q), 6))
 
 
 def summary(samples: Sequence[float], inner: int) -> dict:
-    """Quantiles of the samples in seconds, a sample being the mean of `inner` runs; the interval of the median with its
-    confidence; and in `too_few_for` the quantiles that so few samples tell only as their extremes."""
+    """Quantiles of the samples in seconds (a sample is the mean of `inner` runs), the interval of the median with its
+    confidence, and in `too_few_for` the quantiles for which there are too few samples."""
     names = {q: f"p{round(100 * q):02d}" for q in PERCENTILES}
     low, high = interval(samples, 500)
     return {

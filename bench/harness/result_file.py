@@ -1,4 +1,4 @@
-"""Results on disk: one JSON file a run, written after every case, and what --resume takes from it."""
+"""Results on disk: one JSON file per run, written after every case, and what --resume reads from it."""
 
 import json
 import os
@@ -15,11 +15,11 @@ from jasper_fast.bench.harness.clocks import mark_throttled
 from jasper_fast.bench.harness.measurement import LOST, Row
 
 SCHEMA = 1
-TRIES = 2  # of a part of a run that fails
+TRIES = 2  # attempts for a part of a run that fails
 
 
 def header(device: torch.device, arguments: Mapping[str, object], effort: Effort | None = None) -> dict:
-    """The part of a result that says where it comes from; `effort`: as the run makes it (default: the usual one)."""
+    """The part of a result that says where it comes from; `effort`: that of the run (default: the usual one)."""
     return {
         "machine": machine.describe(device),
         "arguments": {k: str(v) for k, v in arguments.items()},
@@ -28,7 +28,7 @@ def header(device: torch.device, arguments: Mapping[str, object], effort: Effort
 
 
 def against_limits(row: Row, limits: dict) -> None:
-    """Add the floor that the machine's measured ceilings set for the row, and how near the row comes to it."""
+    """Adds the least time that the machine's measured ceilings allow for the row, and how near the row comes to it."""
     rate, bandwidth = limits.get("matmul_flops_per_s", {}).get(row["dtype"]), limits.get("copy_bytes_per_s")
     floors = {}
     if rate and row["flops"]:
@@ -43,7 +43,7 @@ def against_limits(row: Row, limits: dict) -> None:
 
 
 class Results:
-    """One JSON file a run, written again after every case, so that a run cut off keeps what it finished."""
+    """One JSON file per run. It is written again after every case, so an interrupted run keeps the finished cases."""
 
     def __init__(self, path: Path, header: dict, resume: bool = False) -> None:
         self.path, self.started = path, time.monotonic()
@@ -57,21 +57,21 @@ class Results:
 
     @property
     def limits(self) -> dict:
-        """The machine's measured ceilings."""
+        """The measured ceilings of the machine."""
         return self.data["limits"]
 
     def has(self, case_id: str, contenders: Iterable[str]) -> bool:
-        """Whether the rows of all these contenders are there already."""
+        """Whether there are rows for all these contenders already."""
         have = {row["id"] for row in self.data["rows"]}
         return all(f"{case_id} / {name}" in have for name in contenders)
 
     def fatal(self, case_id: str) -> dict[str, tuple[str, str]]:
-        """Contenders of a case that took the device from an earlier process, as `Measurement.failed` has them."""
+        """Contenders of a case that broke the device in an earlier process, in the form of `Measurement.failed`."""
         rows = (row for row in self.data["rows"] if row["id"].startswith(f"{case_id} / ") and row["status"] == "failed")
         return {row["contender"]: ("failed", row["why"]) for row in rows if row["why"].startswith(LOST)}
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Put rows in, replacing those of the same id, and write the file."""
+        """Adds rows, replacing those with the same id, and writes the file."""
         new = {row["id"]: row for row in rows}
         for row in new.values():
             against_limits(row, self.limits)
@@ -81,7 +81,7 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        """Write the file whole or not at all."""
+        """Writes the file atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(self.data, indent=1) + "\n")
@@ -89,7 +89,7 @@ class Results:
 
 
 def parts_left(data: dict) -> list[str]:
-    """Parts of a run that `--resume` would do: not finished, and not failed for the last time."""
+    """Parts of a run that `--resume` would do: those not finished that have attempts left."""
     faults = data.get("faults", {})
     return [p for p, how in data.get("parts", {}).items() if how != "finished" and faults.get(p, 0) < TRIES]
 
@@ -99,13 +99,13 @@ ROW = {"id", "bench", "key", "contender", "ours", "status"}
 
 
 def read(path: Path) -> dict:
-    """The result in a file; raises ValueError, which names the file, where it holds none."""
+    """The result in a file; raises ValueError naming the file if it holds none."""
     try:
         found = json.loads(path.read_text())
         if not isinstance(found, dict) or (missing := RESULT - set(found)):
             raise ValueError("no " + (", ".join(sorted(missing)) if isinstance(found, dict) else "object") + " in it")
         if not all(isinstance(row, dict) and set(row) >= ROW for row in found["rows"]):
-            raise ValueError("rows that are none")
+            raise ValueError("its rows are not rows of a result")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except (ValueError, TypeError) as error:
@@ -113,11 +113,11 @@ def read(path: Path) -> dict:
     return found
 
 
-ALIKE = ("device", "dtype", "backend", "quick", "threads")  # rows of runs that differ in one of these are not one run's
+ALIKE = ("device", "dtype", "backend", "quick", "threads")  # runs that differ in one of these cannot share rows
 
 
 def unfinished(path: Path, header: dict) -> bool:
-    """Whether `path` holds a run of the same subcommand, machine, commit and ALIKE arguments that was cut off."""
+    """Whether `path` holds an interrupted run with the same subcommand, machine, commit and ALIKE arguments."""
     if not path.exists():
         return False
     try:

@@ -19,7 +19,7 @@ from jasper_fast.kernels import tables
 
 @dataclass
 class Run:
-    """What every subcommand gets: device, precision, effort, where results go; `arguments` are the command line's."""
+    """What every subcommand gets: device, precision, effort, result file; `arguments` are those of the command line."""
 
     device: torch.device
     dtype: torch.dtype
@@ -42,11 +42,12 @@ class Run:
         return tables.DTYPES[self.dtype]
 
     def out_of_time(self) -> bool:
-        """Whether the run's time is spent."""
+        """Whether the time of the run is over."""
         return self.deadline is not None and time.monotonic() > self.deadline
 
     def cases(self, title: str, cases: Sequence[Case]) -> list[Row]:
-        """Prepare and time one after another, showing progress: time that runs out leaves the numbers of the first."""
+        """Prepares and times the cases one after another and shows progress. If time runs out, the finished ones have
+        numbers."""
         todo = [case for case in cases if not self.results.has(case.id, case.names)]
         done: list[Row] = []
         with _progress() as progress:
@@ -78,8 +79,9 @@ class Run:
 
     @contextlib.contextmanager
     def begun(self, case: Case) -> Iterator[Measurement]:
-        """A measurement of the case without what must not run; where the device is lost inside, the row of who did it
-        is written: the others of the case may try again in another process, that one may not."""
+        """A context with a measurement of the case, without the contenders that must not run. If the device is lost
+        inside, the row of the contender that broke it is written. The others may run again in a new process; that one
+        may not."""
         m = Measurement(case, self.device, failed=self.results.fatal(case.id))
         if why := self.refusal(case.needs):
             m.fail(case.ours, "refused", why)
@@ -91,7 +93,7 @@ class Run:
             raise
 
     def refusal(self, needs: Sequence[str]) -> str:
-        """Why ours is not timed: what the run's own self-check found in an op that it is made of; empty if nothing."""
+        """Why jasper_fast is not timed: the fault that the run's self-check found in one of its ops; empty if none."""
         face = {"cpu": "cpu", "cuda": "triton"}.get(self.device.type, "") if self.backend == "auto" else self.backend
         for found in self.results.data.get("selfcheck", {}).get("verdicts", ()):
             ours = found["face"] in (face, "aten") and found["dtype"] == self.dtype_name and found["op"] in needs
@@ -100,14 +102,14 @@ class Run:
         return ""
 
     def close(self, release: Callable[[], None]) -> None:
-        """Call `release` when nothing measured so far is needed again: now, or after the second visit."""
+        """Calls `release` once the cases so far are not needed again: now, or after the second visit."""
         if self.revisits:
             self.at_end.append(release)
         else:
             release()
 
     def revisit(self) -> None:
-        """Time every case that was kept once more, in the same order, as far as the time goes."""
+        """Times every kept case once more, in the same order, as long as there is time."""
         with _progress() as progress:
             task = progress.add_task("again", total=len(self.kept))
             for i, m in enumerate(self.kept):

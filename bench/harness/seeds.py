@@ -11,5 +11,5 @@ def seeded(seed: int, device: torch.device) -> torch.Generator:
 
 
 def stable_seed(*parts: object) -> int:
-    """A seed that names give, the same in every process."""
+    """A seed made from names, the same in every process."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")

@@ -1,9 +1,10 @@
-"""Contenders on the same inputs, checked, then timed in turns: A B A B ... so that drift hits all alike.
+"""Times contenders in turns on the same inputs (A B, B A, ...), so that drift of the machine affects all of them alike.
 
 A `Case` is one question (an op at a shape, a model at a batch). Its contenders are built, compared with fp64 on two
-different inputs, warmed up, timed in rounds, and compared once more; a contender that is absent, refused, fails or is
-wrong becomes a row that says so and carries no number. A run may come back to its cases minutes later (`Run.revisit`):
-a ratio's interval then spans what each visit alone would have said, because a machine's mood outlasts a visit.
+different inputs, warmed up, timed in rounds, and compared once more. A contender that is absent, refused, fails or is
+wrong gets a row that says so, without a number. A run may time its cases again minutes later (`Run.revisit`). The
+interval of a ratio then spans the intervals of both visits, because a slow or fast phase of a machine can outlast a
+visit.
 """
 
 import gc
@@ -18,19 +19,19 @@ from jasper_fast.bench.harness.ratios import ratio
 
 
 def measure(m: Measurement, effort: Effort, on_round: Callable[[float], None] = lambda share: None) -> list[Row]:
-    """Time a prepared case; returns one row a contender, of this visit and of earlier ones together."""
+    """Times a prepared case; returns one row per contender, from this visit and earlier ones together."""
     effort = m.case.effort(effort)
     ticker = clock(m.device, m.case.wall)
     inner, host = _inner_runs(m, ticker)
     samples = _rounds(m, ticker, inner, effort, on_round)
     m.hurried |= max(map(len, samples.values()), default=effort.min_rounds) < effort.min_rounds
-    checking.check(m, (3,))  # what was right before the timing must still be right after it
+    checking.check(m, (3,))  # results must still be right after the timing
     m.visits.append({name: s for name, s in samples.items() if name in m.runners})
     return m.rows(inner, host)
 
 
 def _inner_runs(m: Measurement, ticker: Clock) -> tuple[dict[str, int], dict[str, float]]:
-    """Runs a sample of each contender, and seconds that a run holds the host where a GPU computes."""
+    """For each contender: runs per sample and, on a GPU, the seconds of host time of a run."""
     inner, host = {}, {}
     for name in list(m.runners):
         with m.caught(name):
@@ -44,14 +45,14 @@ def _inner_runs(m: Measurement, ticker: Clock) -> tuple[dict[str, int], dict[str
 def _rounds(
     m: Measurement, ticker: Clock, inner: dict[str, int], effort: Effort, on_round: Callable[[float], None]
 ) -> dict[str, list[float]]:
-    """Samples of each contender, in turns until they say enough or the time is spent."""
+    """Samples of each contender, in turns, until the ratios are precise enough or the time is over."""
     gauge, names = Gauge(m.device, m.readings), list(m.runners)
     samples: dict[str, list[float]] = {name: [] for name in names}
     was_enabled, started, done = gc.isenabled(), time.perf_counter(), 0
     gc.disable()
     try:
         while names and done < effort.max_rounds:
-            for name in names if done % 2 == 0 else names[::-1]:  # A B, B A: no one always runs on another's caches
+            for name in names if done % 2 == 0 else names[::-1]:  # A B, B A: none always runs after the same other
                 with m.caught(name):
                     samples[name].append(ticker.sample(m.runners[name].run, inner[name]))
             names = [n for n in names if n in m.runners]

@@ -1,4 +1,4 @@
-"""The small version for CI's history: `pytest bench/quick`. Every face beside eager and the reference face in one run.
+"""The small benchmark for CI: `pytest bench/quick`. Times every face, eager and the reference face in one run.
 
 Nothing here asserts on a time; `extra_info["of_reference"]` keeps the ratio to the reference face, which a slower
 machine does not change.

@@ -1,5 +1,5 @@
-"""The small version for CI's history: `pytest bench/quick`. conv1d and sub_block, every face beside eager and the
-reference.
+"""The small benchmark for CI: `pytest bench/quick`. Times conv1d and sub_block on every face, and eager and the
+reference face.
 
 Nothing here asserts on a time; `extra_info["of_reference"]` keeps the ratio to the reference face.
 """

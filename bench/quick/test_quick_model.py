@@ -1,4 +1,4 @@
-"""The small version for CI's history: `pytest bench/quick`. The small Jasper, fused beside eager, in one run."""
+"""The small benchmark for CI: `pytest bench/quick`. Times the small Jasper, fused and eager, in one run."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def small():
 
 
 def of_eager(benchmark, kind: str, contender: str) -> None:
-    """Keep the ratio of the shortest times to eager's beside the times."""
+    """Stores the ratio of the shortest time to eager's with the times."""
     if benchmark.enabled:
         shortest[kind + contender] = benchmark.stats.stats.min
         if kind + "eager" in shortest:

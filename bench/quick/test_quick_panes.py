@@ -1,4 +1,4 @@
-"""The small version for CI's history: `pytest bench/quick`. The panes of a dense block, both forms beside eager.
+"""The small benchmark for CI: `pytest bench/quick`. Times the panes of a dense block in both forms, and eager.
 
 Nothing here asserts on a time; `extra_info["of_eager"]` keeps the ratio to eager.
 """

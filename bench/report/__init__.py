@@ -1,1 +1,1 @@
-"""What is told of results: tables in the terminal, goals, the HTML page, the README's table."""
+"""Reports of results: tables in the terminal, goals, the HTML page, the README's table."""

@@ -1,4 +1,4 @@
-"""Do two runs of one machine say the same? Rows whose 95 % intervals of the ratio to a rival overlap, and those not."""
+"""Whether two runs on one machine agree: in how many rows the 95 % intervals of the ratio to a rival overlap."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ from jasper_fast.bench.report import words
 
 @dataclass(frozen=True)
 class Agreement:
-    """How many rows with an interval two results share, the ids of those whose intervals do not overlap, and how many
-    shared rows have no interval, because one of the results has too few pairs for it."""
+    """The number of rows with an interval that two results share, the ids of those that do not overlap, and the number
+    of shared rows without an interval, because one result has too few pairs."""
 
     rows: int
     apart: tuple[str, ...]
@@ -16,7 +16,7 @@ class Agreement:
 
     @property
     def share(self) -> float:
-        """The part of the rows that overlap; 0 where none is shared."""
+        """The share of the rows that overlap; 0 if no row is shared."""
         return (self.rows - len(self.apart)) / self.rows if self.rows else 0.0
 
     def __str__(self) -> str:
@@ -27,7 +27,7 @@ class Agreement:
 
 
 def agreement(first: dict, second: dict) -> Agreement:
-    """Compare the rows that both results measured, each with pairs enough for an interval."""
+    """Compares the rows that both results measured with enough pairs for an interval."""
     ones, others = _ratios(first), _ratios(second)
     both = {key: (ones[key], others[key]) for key in ones if key in others}
     told = {key: pair for key, pair in both.items() if all(map(words.known, pair))}

@@ -1,4 +1,4 @@
-"""What the measured rows are held against; a report shows each goal beside what was measured, met or not."""
+"""The goals for measured rows. A report shows each goal with the measured value, met or not."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ class Goal:
         return value <= self.goal if self.at_most else value >= self.goal
 
     def matches(self, row: dict) -> bool:
-        """Whether a row is of the case that the goal is about."""
+        """Whether the goal is about the case of this row."""
         return row["bench"] == self.bench and all(row["key"].get(k) == v for k, v in self.key.items())
 
     def judge(self, rows: list[dict]) -> Iterable[dict]:
-        """The goal beside each row that it is about."""
+        """The goal with each row that it is about."""
         for row in rows:
             if row["contender"] == "eager" and self.matches(row):
                 memory = row.get("memory", {})
@@ -33,7 +33,7 @@ class Goal:
                 yield self.verdict(row["id"], kept or row.get("ratio"))
 
     def verdict(self, row_id: str, value: dict | None, kind: str = "ratio") -> dict:
-        """The goal, what was measured ({"median", and where known "low" and "high"}), and whether that meets it."""
+        """The goal, the measured value ({"median", and if known "low" and "high"}), and whether the goal is met."""
         result = {"name": self.name, "goal": self.goal, "at_most": self.at_most, "row": row_id, "kind": kind}
         if value is None:
             return result | {"measured": None, "met": False}
@@ -45,7 +45,7 @@ class ShareOfLimit(Goal):
     """Our own row must reach `goal` of the ceiling that the same run measured: matrix product or copy."""
 
     def judge(self, rows: list[dict]) -> Iterable[dict]:
-        """The goal beside each of our rows that it is about; its row is eager's, as in the other goals."""
+        """The goal with each of our rows that it is about. As in the other goals, `rival` is eager's row."""
         for row in rows:
             if row["ours"] and self.matches(row):
                 share = row.get("limit", {}).get("share")
@@ -57,9 +57,9 @@ class NeverSlower(Goal):
     """In every case that matches, the best rival must take at least `goal` times our time."""
 
     def judge(self, rows: list[dict]) -> Iterable[dict]:
-        """The goal beside its worst case: the rival's row that comes nearest to us, or beats us by most.
+        """The goal with its worst case: the row of the rival with the smallest ratio to us.
 
-        A case in which we have no number at all is the worst.
+        A case in which we have no number is worse than any other.
         """
         mine = [row for row in rows if self.matches(row)]
         for row in mine:
@@ -109,7 +109,7 @@ GPU_N, GPU_T = 32, 832
 
 
 def gpu_goals() -> tuple[Goal, ...]:
-    """In fp16: shares of the run's own ceilings, and never slower than the best rival."""
+    """The goals in fp16: shares of the ceilings that the run measured, and never slower than the best rival."""
     convs = (
         ShareOfLimit(
             f"conv1d {a.C_in}->{a.C_out}, K = {a.K}: share of the matrix-product rate",
@@ -148,6 +148,6 @@ def gpu_goals() -> tuple[Goal, ...]:
 
 
 def judge(rows: list[dict], device_type: str) -> list[dict]:
-    """The goals that these rows say something about."""
+    """The verdicts on all goals for which there are rows."""
     goals = CPU_GOALS if device_type == "cpu" else gpu_goals()
     return [verdict for goal in goals for verdict in goal.judge(rows)]

@@ -1,6 +1,6 @@
 """One self-contained HTML page from results, and the README's table from the committed ones.
 
-`python -m bench report RESULT...`, `python -m bench report --readme`; the page's markup is in page.html.j2.
+`python -m bench report RESULT...`, `python -m bench report --readme`. The markup of the page is in page.html.j2.
 """
 
 import functools
@@ -22,7 +22,7 @@ Lines = list[tuple[str, Sequence[object]]]  # class and cells of a table's rows
 
 
 def main(paths: Sequence[Path], html: Path | None, readme: bool) -> int:
-    """Write the page, or the README's table; returns the exit status."""
+    """Writes the page or the README's table; returns the exit status."""
     if readme:
         committed = sorted(readme_table.COMMITTED.glob("*.json"))
         return readme_table.write(load(path) for path in list(paths) or committed)
@@ -42,13 +42,13 @@ def main(paths: Sequence[Path], html: Path | None, readme: bool) -> int:
 
 
 def newest(folder: Path) -> list[Path]:
-    """The result written last, if there is one; traces of the profiler lie beside results."""
+    """The newest result file, if there is one. Traces of the profiler in the same folder are skipped."""
     found = (path for path in folder.glob("*.json") if not path.name.startswith("trace_"))
     return sorted(found, key=lambda p: p.stat().st_mtime)[-1:]
 
 
 def load(path: Path) -> dict:
-    """A result with its path and goals; says what is wrong with a file that is none."""
+    """A result with its path and goals; raises SystemExit with the reason if the file holds none."""
     try:
         result = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
@@ -81,23 +81,23 @@ def page(results: Sequence[dict]) -> str:
 
 
 def side(row: dict) -> str:
-    """The class of a row: ours, theirs, or why it has no number."""
+    """The CSS class of a row: ours, theirs, or the status that explains why it has no number."""
     return row["status"] if row["status"] != "ok" else "ours" if row["ours"] else "theirs"
 
 
 def label(row: dict) -> str:
-    """A row's case in words."""
+    """The case of a row in words."""
     units = {"N": "N = {}", "seconds": "{} s", "p": "p = {}"}
     return ", ".join(units.get(k, "{}").format(v) for k, v in row["key"].items())
 
 
 def plain(lines: Iterable[Sequence[str]]) -> Lines:
-    """Lines of no class."""
+    """Lines without a CSS class."""
     return [("", cells) for cells in lines]
 
 
 def row_lines(rows: Sequence[dict], shown: Sequence[words.Column]) -> Lines:
-    """A line a row, its case where it is another than that of the row before; one without a number says why."""
+    """One line per row. The case is shown where it changes; a row without a number says why."""
     lines, last = [], None
     for row in rows:
         case, start = label(row), ["", row["contender"]]
@@ -117,17 +117,17 @@ def by_bench(rows: Iterable[dict]) -> dict[str, list[dict]]:
 
 
 def all_notes(rows: Iterable[dict]) -> list[str]:
-    """What belongs under the tables of all of them."""
+    """The notes for below the tables of all rows."""
     return list(dict.fromkeys(note for mine in by_bench(rows).values() for note in words.notes(mine)))
 
 
 def memory_lines(rows: Iterable[dict]) -> Lines:
-    """Bytes kept for backward and the step's peak, ours beside eager's; each line has its case."""
+    """Bytes kept for backward and the peak of the step, ours and eager's, one line per case."""
     return [line for row in rows if row["bench"] == "memory" for line in row_lines([row], words.MEMORY)]
 
 
 def launch_lines(rows: Iterable[dict], counted: Sequence[words.Column]) -> Lines:
-    """What one call launches, and how long it takes where nothing but launching is left to do."""
+    """The launches of one call, and its time at a size where only the launches take time."""
     return [
         (side(r), [label(r), r["contender"], *(cell(r) for _, cell in counted),
                    words.duration(r["time_s"]["median"]) if "time_s" in r else r["status"]])
@@ -142,7 +142,7 @@ def shared(results: Sequence[dict], field: str) -> list[tuple[tuple[str, str, st
     return [((side(r[0]), f"{r[0]['bench']}: {label(r[0])}", r[0]["contender"]), r) for r in both]
 
 
-# ------------------------------------------------------------------ what is drawn
+# ------------------------------------------------------------------ plots
 
 
 def ratios_of(rows: Iterable[dict], bench: str) -> dict[str, list[tuple]]:
@@ -156,7 +156,7 @@ def ratios_of(rows: Iterable[dict], bench: str) -> dict[str, list[tuple]]:
 
 
 def percentiles_of(rows: Iterable[dict]) -> dict[str, list[tuple]]:
-    """By case, (name, ours, milliseconds, all of them and the outermost in words) of every contender."""
+    """By case, (name, ours, milliseconds, all percentiles and the highest in words) of every contender."""
     groups: dict[str, list[tuple]] = {}
     for r in (row for row in rows if row["bench"] == "latency" and row["status"] == "ok"):
         found = {p.upper(): words.quantile(r, p) for p in ("p50", "p90", "p95", "p99")}
@@ -169,12 +169,12 @@ def percentiles_of(rows: Iterable[dict]) -> dict[str, list[tuple]]:
 
 
 def longest(groups: dict[str, list[tuple]]) -> float:
-    """The greatest value of a plot: of bars their ends, and the mark at 1; of percentiles the last."""
+    """The greatest value of a plot: for bars their ends and the mark at 1, for percentiles the last one."""
     return max(entry[2][-1] if len(entry) == 5 else max(entry[3], 1.0) for group in groups.values() for entry in group)
 
 
 def roofs(result: dict) -> dict[str, functools.partial]:
-    """By dtype, what draws the achieved rates under the machine's measured ceilings, ours on top."""
+    """By dtype, the drawing of the achieved rates under the machine's measured ceilings, ours on top."""
     found, limits = {}, result["limits"]
     for dtype, rate in limits.get("matmul_flops_per_s", {}).items():
         rated = (r for r in result["rows"] if r["status"] == "ok" and r["dtype"] == dtype and r.get("flops_per_s"))
@@ -188,11 +188,11 @@ def roofs(result: dict) -> dict[str, functools.partial]:
     return found
 
 
-# ------------------------------------------------------------------ the machine, and what the run found of its kernels
+# ------------------------------------------------------------------ the machine, and the state of its kernels
 
 
 def facts(result: dict) -> dict[str, object]:
-    """Where the numbers come from and how to get them again."""
+    """Where the numbers come from and how to measure them again."""
     m, limits = result["machine"], result["limits"]
     told = {"machine": m["name"], "instructions": ", ".join(m["cpu"]["isa"]), "threads": m["threads"]}
     if m["load_average"]:
@@ -218,7 +218,7 @@ GPU_STATE = {"sm_mhz": "SM {} MHz", "memory_mhz": "memory {} MHz", "temperature_
 
 
 def state(clocks: dict) -> str:
-    """What `machine.clocks` found, in words; `held_by` is why a GPU's clock was held down."""
+    """The readings of `machine.clocks` in words; `held_by` is the reason for a GPU's lowered clock."""
     if "sm_mhz" in clocks:
         found = [text.format(clocks[name]) for name, text in GPU_STATE.items() if name in clocks]
         return ", ".join(found + [f"held by {why}" for why in clocks.get("held_by", ())])
@@ -226,12 +226,12 @@ def state(clocks: dict) -> str:
         mhz = ", ".join(str(v) for v in clocks.get("cpu_mhz", ()))
         degrees = f"{clocks['temperature_c']:.0f} °C" if "temperature_c" in clocks else ""
         return "; ".join(filter(None, [mhz and f"{mhz} MHz", degrees]))
-    units = {"temperature.gpu": " °C"}  # the only one that nvidia-smi gives without
+    units = {"temperature.gpu": " °C"}  # the only reading that nvidia-smi gives without a unit
     return ", ".join(f"{name} {value}{units.get(name, '')}" for name, value in clocks.items())
 
 
 def verdict_lines(result: dict) -> Lines:
-    """The verdicts that the run gave on this machine's kernels, the bad ones with the reason."""
+    """The run's verdicts on the kernels of this machine, the bad ones with the reason."""
     return [
         ("" if v["status"] == "good" else "wrong", (v["op"], v["face"],
          f"{v['status']}{', a quick check' if v.get('quick') else ''}", v.get("checked", ""), v.get("failure") or ""))
@@ -240,7 +240,7 @@ def verdict_lines(result: dict) -> Lines:
 
 
 def tuned_lines(result: dict) -> Lines:
-    """What the run's tuning would have dispatch choose: the fastest configuration of each shape."""
+    """The fastest configuration that the run's tuning found for each shape, which dispatch would choose."""
     lines = []
     for row in result.get("table", {}).get("rows", ()):
         shape = f"{row['c_in']} to {row['c_out']}, K = {row['taps']}"
@@ -258,11 +258,11 @@ def part_lines(result: dict) -> Lines:
     ]
 
 
-# ------------------------------------------------------------------ beside what was published
+# ------------------------------------------------------------------ comparison with published numbers
 
 
 def beside(result: dict) -> list[dict]:
-    """Tables of our rows beside what was published for the reference system at the same batch and length."""
+    """Tables of our rows with the numbers published for the reference system at the same batch and length."""
     found = [latency_beside(result, dtype) for dtype in ("float16", "bfloat16", "float32")]
     lines = []
     for key, rows in ours_and_eager(result["rows"], "train", mode="step").items():
@@ -305,5 +305,5 @@ def latency_beside(result: dict, dtype: str) -> dict:
 
 
 def in_words(milliseconds: Sequence[float | None] | None) -> list[str]:
-    """Mean, P90, P95 and P99; a dash for what too few samples tell."""
+    """Mean, P90, P95 and P99; a dash if there are too few samples."""
     return [words.DASH if v is None else f"{v:.1f}" if v < 1000 else f"{v:.0f}" for v in milliseconds or ()]

@@ -1,4 +1,4 @@
-"""What NVIDIA published for the reference system, from published.json: other hardware, other software."""
+"""Numbers that NVIDIA published for the reference system (published.json), on other hardware and software."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,12 @@ LATENCY_FP16, LATENCY_FP32 = (
      for gpu, table in _FOUND["latency"][dtype].items()}
     for dtype in ("float16", "float32")
 )  # fmt: skip
-# GPU, batch of one GPU, GPUs: sequences per second of all GPUs in FP32 (None: not published), and with AMP
+# GPU, batch per GPU, number of GPUs: sequences per second of all GPUs in FP32 (None: not published) and with AMP
 TRAINING = tuple(map(tuple, _FOUND["training"]))
 
 
 def latency(dtype: str) -> dict[str, dict[tuple[int, float], tuple[float, ...]]]:
-    """The table to hold beside a row of `dtype`, by GPU."""
+    """The published table to compare with a row in `dtype`, by GPU."""
     return LATENCY_FP16 if dtype in ("float16", "bfloat16") else LATENCY_FP32
 
 

@@ -1,4 +1,4 @@
-"""The table of the project's README, between two markers in it: what the newest results of each machine measured."""
+"""The table between two markers of the project's README: the newest results of each machine."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ COMMITTED = paths.BENCH / "results"
 
 
 def write(results: Iterable[dict], readme: Path | None = None) -> int:
-    """Put a table a machine between the markers of `readme` (default: the checkout's)."""
+    """Writes one table per machine between the markers of `readme` (default: that of the checkout)."""
     readme = readme or paths.checkout("--readme") / "README.md"
     text = readme.read_text()
     if BEGIN not in text or END not in text:
@@ -30,16 +30,16 @@ def write(results: Iterable[dict], readme: Path | None = None) -> int:
 
 
 def quick(result: dict) -> bool:
-    """Whether a result was measured with --quick: a few pairs a row."""
+    """Whether a result was measured with --quick, with a few pairs per row."""
     return result.get("arguments", {}).get("quick") == "True"
 
 
 def chosen_goals(results: Sequence[dict]) -> list[tuple[dict, dict]]:
-    """(goal, result) for each goal, in the order of the goals: of the newest result that measured it in full, and of a
-    quick one only where there is no other. `results` are in the order of their dates."""
+    """(goal, result) for each goal, in order. The result is the newest that measured the goal in full, or the newest
+    quick one if there is no other. `results` are sorted by date."""
     order = dict.fromkeys(goal["name"] for result in reversed(results) for goal in result["goals"])
     chosen = {}
-    for result in sorted(results, key=lambda r: not quick(r)):  # quick ones first, so that full ones replace them
+    for result in sorted(results, key=lambda r: not quick(r)):  # quick results first, so that full ones replace them
         chosen |= {goal["name"]: (goal, result) for goal in result["goals"]}
     return [chosen[name] for name in order]
 
@@ -75,7 +75,7 @@ def table(results: Sequence[dict]) -> str:
 
 
 def source(result: dict) -> str:
-    """Command, versions and file of a result; where the command put it matters to nobody who repeats it."""
+    """Command, versions and file of a result. The output folder is left out of the command."""
     m, path = result["machine"], result["path"]
     file = f"[result](bench/results/{path.name})" if path.parent == COMMITTED else path.name
     command = re.sub(r" --out \S+", "", m["command"])

@@ -1,4 +1,4 @@
-"""What the plots of plots.html.j2 need to be drawn: the two forms of a page's width, and a roofline's axes."""
+"""Geometry for the plots of plots.html.j2: a form for each of two page widths, and the axes of a roofline."""
 
 import math
 import textwrap
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Form:
-    """A plot is drawn once for each width of page. Names and numbers of its rows stand beside the bars, which begin at
-    `left`, or in a line of their own, `above` high."""
+    """A plot is drawn once for each page width. The names and numbers of its rows stand beside the bars, which begin at
+    `left`, or above them, in a line of height `above`."""
 
     width: int
     left: int
     above: int
-    font: int  # px where the plot has its own width; page.css says the same
+    font: int  # in px at the plot's own width; page.css must agree
     height: int  # of a roofline
 
     @property
@@ -23,7 +23,7 @@ class Form:
         return not self.above
 
     def length(self, told: str) -> float:
-        """Of a text, a character taken for 0.6 of the font's size."""
+        """The width of a text, at 0.6 of the font size per character."""
         return 0.6 * self.font * len(told)
 
     def lines(self, label: str) -> list[str]:
@@ -31,17 +31,17 @@ class Form:
         return textwrap.wrap(label, int((self.width - 8) / self.length("x")), break_on_hyphens=False)
 
     def begins(self, label: str) -> int:
-        """How far below the top of its title a group begins."""
+        """The distance from the top of a group's title to its first row."""
         return 4 + 18 * len(self.lines(label)) + (0 if self.wide else 3)
 
 
 WIDE = Form(width=720, left=190, above=0, font=13, height=380)
-NARROW = Form(width=360, left=4, above=19, font=14, height=320)  # a phone's: 11 px at least on 320 of them
+NARROW = Form(width=360, left=4, above=19, font=14, height=320)  # for a phone: at least 11 px on a screen of 320 px
 Point = tuple[str, float, float, bool]  # (label, FLOP per byte, FLOP/s, ours)
 
 
 def roofline(points: Sequence[Point], flops_per_s: float, bytes_per_s: float, form: Form) -> dict:
-    """Where axes, roof and dots of a log-log plot lie."""
+    """The positions of axes, roof and dots of a log-log plot."""
     left, top, right, bottom = 64, 14, form.width - 14, form.height - 44
     ridge = flops_per_s / bytes_per_s
     x0 = math.floor(math.log10(min([p[1] for p in points] + [ridge])) - 0.2)

@@ -8,13 +8,13 @@ from rich.table import Table
 from jasper_fast.bench.report import words
 
 console = Console()
-if not console.is_terminal:  # a file or a pipe has no width: do not fold the columns to a guess of 80
+if not console.is_terminal:  # a file or a pipe has no width: do not fold columns to the default of 80
     console = Console(width=200)
 STYLES = {"wrong": "bold red", "failed": "red", "refused": "red", "absent": "dim"}
 
 
 def show(rows: list[dict], goals: list[dict]) -> None:
-    """One table a subcommand, then the goals."""
+    """Prints one table per subcommand, then the goals."""
     for bench in dict.fromkeys(row["bench"] for row in rows):
         mine = [row for row in rows if row["bench"] == bench]
         console.print(_rows(bench, mine, words.MEMORY if bench == "memory" else words.columns(mine)))
@@ -24,14 +24,14 @@ def show(rows: list[dict], goals: list[dict]) -> None:
 
 
 def without_number(rows: Iterable[dict]) -> None:
-    """A line for each row that has no number: why."""
+    """Prints, for each row without a number, the reason."""
     for row in (r for r in rows if r["status"] != "ok"):
         line = f"{row['status']}: {row['contender']}, {_case(row)}: {row['why']}"
         console.print(line, style=STYLES[row["status"]], markup=False)
 
 
 def table(title: str, headings: Sequence[str], left: int, caption: str | None = None) -> Table:
-    """A table of which the first `left` columns are words."""
+    """A table whose first `left` columns are text."""
     made = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for i, heading in enumerate(headings):
         made.add_column(heading, justify="left" if i < left else "right")

@@ -1,4 +1,4 @@
-"""How results are told, in the terminal and on the page: units, marks, notes, and the columns of tables."""
+"""How results are worded in the terminal and on the page: units, marks, notes, and the columns of tables."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -14,7 +14,7 @@ def duration(seconds: float) -> str:
 
 
 def rate(row: dict) -> str:
-    """What the row achieves, in the unit of its bound."""
+    """The rate that the row achieves, in the unit of its limit."""
     if row.get("limit", {}).get("bound") == "memory":
         return per_second(row["bytes_per_s"], "B")
     return per_second(row["flops_per_s"], "FLOP") if "flops_per_s" in row else ""
@@ -27,47 +27,47 @@ def per_second(value: float, of: str) -> str:
 
 
 def plain(value: float) -> str:
-    """Three digits, and no power of ten."""
+    """A number with three digits, without a power of ten."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 DASH = "–"
 FEW = f"{DASH} too few samples for this percentile: P90 takes 10, P95 takes 20, P99 takes 100."
-SLOWED = "‡ its clock ran more than 5 % below the run's highest while it was timed."
-HURRIED = "† timed in fewer rounds than usual: each takes long beside the time that a case has."
-PAIRS = 6  # of fewer, not even all of them from the least to the most hold the median in 95 % of runs: 1 - 2^(1 - n)
+SLOWED = "‡ while it was timed, the clock ran more than 5 % below the highest of the run."
+HURRIED = "† timed in fewer rounds than usual, because one round takes much of the time for a case."
+PAIRS = 6  # with fewer, even the range from least to greatest holds the median in less than 95 % of runs: 1 - 2^(1 - n)
 
 
 def quantile(row: dict, key: str) -> float | None:
-    """A row's quantile in seconds, or None where its samples are too few to tell it."""
+    """A quantile of a row in seconds, or None if there are too few samples for it."""
     found = row["time_s"]
     return found[key] if key in found and found["samples"] >= ratios.SAMPLES.get(key, 0) else None
 
 
 def marks(row: dict) -> str:
-    """What a row's median carries, for SLOWED and HURRIED to explain."""
+    """The marks at a row's median, which SLOWED and HURRIED explain."""
     return "".join(f" {mark}" for field, mark in (("throttled", SLOWED[0]), ("hurried", HURRIED[0])) if row.get(field))
 
 
 def few(rows: Iterable[dict], keys: Iterable[str]) -> bool:
-    """Whether FEW belongs under these rows."""
+    """Whether the note FEW is needed for these rows."""
     return any(quantile(row, key) is None for row in rows if "time_s" in row for key in keys)
 
 
 def known(ratio: dict) -> bool:
-    """Whether a ratio has an interval: of fewer than PAIRS pairs it would say more than it knows."""
+    """Whether a ratio has an interval; it has none with fewer than PAIRS pairs."""
     return ratio.get("pairs", PAIRS) >= PAIRS
 
 
 def span(ratio: dict) -> str:
-    """A ratio and its interval, or of how few pairs it is."""
+    """A ratio with its interval, or with its number of pairs if they are too few."""
     if not known(ratio):
         return f"{ratio['median']:.2f} of {ratio['pairs']} pair{'s' if ratio['pairs'] > 1 else ''}"
     return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
 def share(row: dict) -> str:
-    """How near a row comes to its limit; a star where FOOTNOTE has something to say of it."""
+    """How near a row comes to its limit, with a star if FOOTNOTE applies."""
     limit = row.get("limit", {})
     if "share" not in limit:
         return ""
@@ -75,27 +75,27 @@ def share(row: dict) -> str:
 
 
 FOOTNOTE = (
-    "* Effective FLOPs: counted by the definition, where a fast FIR algorithm multiplies less often. A small case may "
+    "* Effective FLOPs: counted by the definition, but a fast FIR algorithm multiplies less often. A small case may "
     "also work from a cache, and the limit is itself measured in this run."
 )
 
 
 def starred(rows: Iterable[dict]) -> bool:
-    """Whether FOOTNOTE belongs under these rows."""
+    """Whether FOOTNOTE is needed for these rows."""
     return any(row.get("limit", {}).get("share", 0) > 1 for row in rows)
 
 
 Column = tuple[str, Callable[[dict], str]]
-WAITS = {"mean": "mean", "p50": "P50", "p90": "P90", "p95": "P95", "p99": "P99"}  # of benches that a person waits for
+WAITS = {"mean": "mean", "p50": "P50", "p90": "P90", "p95": "P95", "p99": "P99"}  # of benches that measure waiting time
 
 
 def waited(rows: Iterable[dict]) -> bool:
-    """Whether these are rows of a bench that a person waits for."""
+    """Whether these rows are of a bench that measures waiting time."""
     return any(row["bench"] in ("latency", "launches") for row in rows)
 
 
 def notes(rows: Sequence[dict]) -> list[str]:
-    """What belongs under a table of these timed rows."""
+    """The notes for below a table of these timed rows."""
     timed = [row for row in rows if "time_s" in row]
     found = [FOOTNOTE] if starred(timed) else []
     found += [SLOWED] if any(row.get("throttled") for row in timed) else []
@@ -107,7 +107,8 @@ def notes(rows: Sequence[dict]) -> list[str]:
 
 
 def columns(rows: Sequence[dict]) -> list[Column]:
-    """What the timed rows of one subcommand show beside case and contender: heading, and the cell of a row."""
+    """The columns after case and contender for the timed rows of one subcommand: heading, and a function for the
+    cell."""
     timed = [row for row in rows if "time_s" in row]
 
     def cell(*keys: str) -> Callable[[dict], str]:
@@ -154,7 +155,7 @@ def profiled(records: Sequence[dict]) -> list[tuple[str, list[dict]]]:
 
 
 def profile_lines(records: Sequence[dict], limit: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Headings beside the name, and a line a record: name, time, share of all records, calls."""
+    """Headings after the name, and one line per record: name, time, share of all records, calls."""
     whole = sum(r["seconds"] for r in records)
     lines = [
         (r["name"], duration(r["seconds"]), f"{100 * r['seconds'] / whole:.1f} %", str(r["calls"]))
@@ -180,7 +181,7 @@ MEMORY: list[Column] = [
 
 
 def measured(goal: dict, rows: Iterable[dict]) -> str:
-    """What a goal's row came to, with the interval where its ratio has one."""
+    """The measured value of a goal's row, with the interval if its ratio has one."""
     if goal["measured"] is None:
         return "no number"
     told = f"{goal['measured']:.3f}"

@@ -1,4 +1,4 @@
-"""Which rivals there are, and which of them a run meets."""
+"""The list of rivals, and the choice of those that a run measures."""
 
 from collections.abc import Callable
 
@@ -40,11 +40,12 @@ DEFAULT = {
 
 
 class UnknownRival(ValueError):
-    """A rival was asked for that nobody knows; the message names those that there are."""
+    """An unknown rival was asked for; the message lists the known ones."""
 
 
 def choose(kind: str, device: torch.device, wanted: str) -> dict[str, Callable[[nn.Module], Model]]:
-    """Rivals for `kind` ("inference" or "training"): `wanted` is default, all, or names with commas; eager always."""
+    """Rivals for `kind` ("inference" or "training"). `wanted` is default, all, or names with commas; eager is always
+    included."""
     known = KINDS[kind]
     if wanted == "all":
         return known
@@ -59,7 +60,7 @@ def choose(kind: str, device: torch.device, wanted: str) -> dict[str, Callable[[
 
 
 def only(kind: str, wanted: str) -> str:
-    """`wanted` without the names that only the other kind knows: one choice for inference and training together."""
+    """`wanted` without the names that only the other kind has, so that one option serves inference and training."""
     if wanted in ("default", "all"):
         return wanted
     names, known = wanted.split(","), {name for rivals in KINDS.values() for name in rivals}
@@ -72,7 +73,8 @@ SUB_BLOCK = ("eager", "eager_2d_channels_last", "compile_max_autotune", "cudnn")
 
 
 def for_sub_blocks(run: Run) -> tuple[str, ...]:
-    """Rivals of a conv or sub-block: all on a GPU, the eager ones on a CPU, or those that `--rivals` names."""
+    """Rivals of a conv or sub-block: by default all on a GPU and the eager ones on a CPU, else those that `--rivals`
+    names."""
     if run.rivals == "all":
         return SUB_BLOCK
     if run.rivals == "default":

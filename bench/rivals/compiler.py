@@ -1,4 +1,4 @@
-"""torch.compile as a rival, never eager in its place."""
+"""torch.compile as a rival, so that it never silently falls back to eager."""
 
 import copy
 import os
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from jasper_fast.bench.harness.errors import Absent
 from jasper_fast.bench.rivals.eager_layouts import Model
 
-VARIANTS = 64  # of a compiled function
+VARIANTS = 64  # most variants of one compiled function
 
 
 def fresh_compiler() -> None:
-    """torch.compile with nothing compiled yet, and never eager in its place: beyond 8 variants of a function, which
-    Jasper's twelve blocks are, or a grid's shapes, it would go on in eager with a warning, and eager would be timed."""
+    """torch.compile with an empty cache and no fallback to eager. Beyond 8 variants of a function it would warn and
+    continue in eager, and eager would be timed. Jasper's twelve blocks, or a grid of shapes, are more than 8."""
     needs_compiler()
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = VARIANTS
@@ -23,7 +23,7 @@ def fresh_compiler() -> None:
 
 
 def needs_compiler() -> None:
-    """torch.compile on a CPU writes C++."""
+    """Raises Absent if torch.compile lacks the C++ compiler that it needs on a CPU."""
     import shutil
 
     if not any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++") if c):
@@ -56,7 +56,7 @@ def compiled_blocks_frozen(model: nn.Module) -> Model:
 
     def call(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            if features.shape in ready:  # the compiler's setting, which takes the host's time, is for compiling alone
+            if features.shape in ready:  # setting compiler options takes host time: only the first call does it
                 return frozen(features, lengths)
             with inductor.patch(freezing=True):
                 found = frozen(features, lengths)
@@ -67,8 +67,8 @@ def compiled_blocks_frozen(model: nn.Module) -> Model:
 
 
 def max_autotuned(function: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:
-    """torch.compile in max-autotune. Its CUDA graphs do not allow one forward's backward to run again and again, so
-    where the backward pass is timed alone they are off."""
+    """torch.compile in max-autotune. With its CUDA graphs the backward of one forward cannot run repeatedly, so they
+    are off where the backward pass is timed alone."""
     fresh_compiler()
     import torch._functorch.config as functorch
 

@@ -11,8 +11,8 @@ from jasper_fast.bench.rivals.eager_layouts import Model
 
 
 def captured(call: Callable[[], object], before: int = 1) -> tuple["torch.cuda.CUDAGraph", object]:
-    """`call` as a CUDA graph, and what it returned in the capture; run `before` times on a side stream first, where
-    whatever happens only once happens. No garbage collection meanwhile: what it frees could break off the capture."""
+    """`call` as a CUDA graph, and its result in the capture. It first runs `before` times on a side stream, so that
+    one-time work is done. Garbage collection is off meanwhile, because freeing memory could end the capture."""
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

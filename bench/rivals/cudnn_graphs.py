@@ -1,6 +1,6 @@
 """cuDNN's fused convolutions through its Python frontend: conv + statistics (training), conv + bias + ReLU (inference).
 
-fp16 and NHWC only, which is what cuDNN's fused engines take; a 1D conv is a 2D one of height 1.
+Only fp16 and NHWC, because cuDNN's fused engines take nothing else. A 1D conv is a 2D conv of height 1.
 """
 
 import importlib.util
@@ -12,7 +12,8 @@ from jasper_fast.bench.harness.errors import Absent
 
 
 class FusedConv:
-    """One planned graph. `weight` (C_out, C_in, K) fp16; `bias` fp32 (C_out,) adds bias and ReLU; `stats` the sums.
+    """One planned graph. `weight` is (C_out, C_in, K) fp16; `bias` fp32 (C_out,) adds bias and ReLU; `stats` adds the
+    sums.
 
     Raises Absent where the frontend or the GPU is missing, or where the GPU's cuDNN has no engine for the pattern.
     """

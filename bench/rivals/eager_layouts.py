@@ -11,12 +11,12 @@ Model = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def eager(model: nn.Module) -> Model:
-    """The reference system's way: NCT memory, one module a step, a mask before every convolution."""
+    """Eager as in the reference system: NCT memory, one module per step, a mask before every convolution."""
     return model
 
 
 def eager_no_masks(model: nn.Module) -> Model:
-    """The same without conv masks: right for unpadded batches only, and cheaper."""
+    """The same without conv masks: cheaper, but right only for unpadded batches."""
     bare = copy.copy(model)
     bare.config = _without_masks(model.config)
     return bare
@@ -34,7 +34,7 @@ class ChannelsLast2d(nn.Module):
             self.weights[name.replace(".", "/")] = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
 
     def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """As EagerJasper's."""
+        """See `EagerJasper`."""
         masks = self.model.config.encoder.use_conv_masks
         xs = [features.unsqueeze(2).contiguous(memory_format=torch.channels_last)]
         lens = lengths if masks else None
@@ -67,7 +67,7 @@ class ChannelsLast2d(nn.Module):
     def _conv(self, name: str, conv: nn.Conv1d, x: Tensor, lens: Tensor | None) -> Tensor:
         if lens is not None:
             t = torch.arange(x.shape[-1], device=x.device)
-            x = torch.where((t >= lens[:, None])[:, None, None, :], 0.0, x)  # masked_fill leaves channels_last memory
+            x = torch.where((t >= lens[:, None])[:, None, None, :], 0.0, x)  # masked_fill loses channels_last memory
         return F.conv2d(x, self.weights[name], None, (1, conv.stride[0]), (0, conv.padding[0]), (1, conv.dilation[0]))
 
 

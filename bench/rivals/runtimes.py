@@ -28,7 +28,7 @@ def onnx_runtime(model: nn.Module) -> Model:
     device = next(model.parameters()).device
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # threads that spin after a call would take the cores from the contender whose turn comes next
+    # threads that spin after a call would take the cores from the next contender
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
     if provider not in onnxruntime.get_available_providers():
@@ -39,15 +39,15 @@ def onnx_runtime(model: nn.Module) -> Model:
         path = Path(folder) / "jasper.onnx"
         export.write_onnx(model, path, ("features", "lengths"), ("log_probs", "out_lengths"))
         session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, settings)])
-    if provider not in session.get_providers():  # it falls back to the CPU with a warning alone
+    if provider not in session.get_providers():  # it falls back to the CPU with only a warning
         raise Absent(f"onnxruntime cannot load its {provider}: install the CUDA and cuDNN that it was built for")
     return bound(session, model, stream)
 
 
 def bound(session, model: nn.Module, stream: "torch.cuda.Stream | None" = None) -> Model:
-    """An ONNX Runtime session that reads and writes tensors where they are; `stream` is the one that it runs on.
+    """An ONNX Runtime session that reads and writes tensors on their device; `stream` is the stream that it runs on.
 
-    Its stream waits for the caller's and the caller's for it, so that neither reads what is not yet written.
+    That stream waits for the caller's stream and the other way round, so neither reads data that is not yet written.
     """
     numbers = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
 
@@ -81,13 +81,13 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 def openvino(model: nn.Module) -> Model:
-    """OpenVINO on the CPU, its weights fp32 and its arithmetic in bf16 where the model's is (inference only)."""
+    """OpenVINO on the CPU, with fp32 weights and, for a bf16 model, arithmetic in bf16 (inference only)."""
     converted = _converted(model)
     return _compiled(converted, "bf16" if _dtype(model) is torch.bfloat16 else "f32")
 
 
 def openvino_int8(model: nn.Module) -> Model:
-    """OpenVINO's network in int8, by NNCF from the first inputs of each shape (inference only)."""
+    """OpenVINO in int8, quantised by NNCF with the first inputs of each shape (inference only)."""
     _need("nncf", "pip install openvino nncf")
     converted, ready = _converted(model), {}
 
@@ -104,7 +104,7 @@ def openvino_int8(model: nn.Module) -> Model:
 
 
 def _converted(model: nn.Module) -> object:
-    """OpenVINO's network of the model in fp32."""
+    """The model as an OpenVINO network in fp32."""
     _need("openvino", "pip install openvino")
     if next(model.parameters()).device.type != "cpu":
         raise Absent("OpenVINO is timed on the CPU only")
@@ -119,7 +119,7 @@ def _converted(model: nn.Module) -> object:
 def _compiled(network: object, precision: str) -> Model:
     import openvino as ov
 
-    # threads pinned to cores would stand in the way of the other contenders', which take turns with these
+    # threads pinned to cores would disturb the other contenders, which run in turns with these
     hints = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",

@@ -1,1 +1,1 @@
-"""`python -m bench tune`: tiles and faces measured on this GPU, for the tables that dispatch chooses by."""
+"""`python -m bench tune`: measures tiles and faces on this GPU; dispatch chooses by the resulting table."""

@@ -1,4 +1,5 @@
-"""The table of a result of `python -m bench tune`: its rows and header, how it is installed, what a person is told."""
+"""The table in a result of `python -m bench tune`: its rows and header, its installation, and the summary for the
+user."""
 
 import json
 from pathlib import Path
@@ -48,7 +49,7 @@ def rows_of(cell: Cell, found: dict) -> list[dict]:
 
 
 def put_table(run: Run) -> None:
-    """The table that the result's rows make, into the result, checked, and the file written."""
+    """Makes the table from the rows of the result, checks it, adds it to the result, and writes the file."""
     found = {
         "header": table_header(run.results.data),
         "rows": [row.plain() for row in winners(run.results.data["rows"])],
@@ -87,7 +88,8 @@ def table_header(data: dict) -> dict[str, str]:
 
 
 def install(path: Path) -> int:
-    """Merge a result's table into the one of its GPU; rows of other versions of driver, torch or Triton go."""
+    """Merges the table of a result into the one of its GPU; rows of other versions of driver, torch or Triton are
+    dropped."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -97,7 +99,7 @@ def install(path: Path) -> int:
         say(f"{path}: no result of `python -m bench tune`")
         return 1
     if data["machine"]["gpu"] is None:
-        say(f"{path}: measured on a CPU's stand-in: only a GPU's result can be a table")
+        say(f"{path}: measured with the stand-in on a CPU: only the result of a GPU can be a table")
         return 1
     try:
         new = tables.parse(data["table"], f"{path}: table")
@@ -123,7 +125,7 @@ def say(text: str) -> None:
 
 
 def summary(run: Run, done: int, of: int) -> None:
-    """The winners beside plain PyTorch, and what was not chosen and why."""
+    """The winners compared with plain PyTorch, and the configurations that were not chosen, with reasons."""
     rows = run.results.data["rows"]
     headings = ("op", "shape", "fastest of ours", "time", "rate", "PyTorch / ours")
     shown = terminal.table(f"tune: {done} of {of} cases", headings, 3)
@@ -148,4 +150,4 @@ def summary(run: Run, done: int, of: int) -> None:
     terminal.without_number(rows)
     terminal.console.print(f"wrote {run.results.path}")
     if run.device.type == "cuda":
-        terminal.console.print(f"to make it this GPU's choice: python -m bench tune --install {run.results.path}")
+        terminal.console.print(f"to use it on this GPU: python -m bench tune --install {run.results.path}")

@@ -46,10 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder for the JSON file (default: build/bench)",
     )  # fmt: skip
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the last run cut off on this machine and commit"
+        "--resume", action="store_true", help="continue the last interrupted run on this machine and commit"
     )
     parser.add_argument(
-        "--install", type=Path, metavar="RESULT", help="no measuring: put a result's rows into the GPU's table"
+        "--install", type=Path, metavar="RESULT", help="only put the rows of a result into the table of its GPU"
     )
     parser.set_defaults(threads=None, quick=False, backend="triton", rivals="default")
 

@@ -138,7 +138,7 @@ void for_chunks(const BnArgs& a, Work work) {
   });
 }
 
-// The chunks' partials, cache-line aligned, so that threads never share a line.
+// Partial results of the chunks, aligned to cache lines so that threads never share a line.
 struct Partials {
   explicit Partials(const BnArgs& a)
       : chunks((a.n * a.t + bn_chunk_rows(a.c) - 1) / bn_chunk_rows(a.c)),
@@ -215,7 +215,7 @@ void bn_backward_apply(const Tensor& dz, const Tensor& y, const OptionalTensor& 
   }
   a.out = activation(y, "dy", dy);
   if (dres) {
-    if (!z) fail("z", "is needed where there is a residual: the sign of the sum cannot be made from y");
+    if (!z) fail("z", "is needed where there is a residual: the sign of the sum cannot be computed from y");
     a.dres = activation(y, "dres", *dres);
   }
   if (empty(a)) return;
@@ -223,7 +223,7 @@ void bn_backward_apply(const Tensor& dz, const Tensor& y, const OptionalTensor& 
   for_chunks(a, [&](int64_t, int64_t row, int64_t end) { chunk(a, row, end); });
 }
 
-// Which of the elements first, first + 1, ... dropout keeps; the kernels draw the same bits (for tests of them).
+// For tests: which of the elements first, first + 1, ... dropout keeps. The kernels draw the same bits.
 void dropout_keep(const Tensor& seed, double p, int64_t first, const Tensor& keep) {
   check_cpu("keep", keep);
   if (keep.scalar_type() != ScalarType::Bool || !keep.is_contiguous()) fail("keep", "must be a contiguous bool tensor");

@@ -1,4 +1,4 @@
-// What csrc/cpu/bn_relu_dropout.cpp hands to the kernels in csrc/cpu/isa/bn_relu_dropout.cpp.
+// The arguments that csrc/cpu/bn_relu_dropout.cpp passes to the kernels in csrc/cpu/isa/bn_relu_dropout.cpp.
 #pragma once
 
 #include <cstdint>
@@ -17,21 +17,21 @@ struct BnArgs {
   void *out, *dres;  // out is z in forward, dy in backward
   const float *mean, *rstd, *gamma, *beta, *mean_g, *mean_gy;
   const int64_t* lengths;
-  bool dropout;        // draw keep bits; false where p == 0 and where backward reads them off z
+  bool dropout;        // draw keep bits; false if p == 0, and in backward if z tells what was dropped
   uint64_t seed;
   uint32_t threshold;  // keep iff word >= threshold
   float scale;         // 1 / (1 - p)
 };
 
-// Reductions work on chunks of rows whose size depends on C alone, and merge the chunks' partials in order, so results
-// do not depend on the number of threads. Few enough rows that fp32 inside a chunk loses nothing.
+// Reductions work on chunks of rows and merge their partial results in order. The size of a chunk depends on C alone,
+// so results do not depend on the number of threads. A chunk has so few rows that fp32 sums inside it lose nothing.
 constexpr int64_t kBnChunkElements = 32768, kBnMinChunkRows = 16, kBnMaxChunkRows = 256;
 inline int64_t bn_chunk_rows(int64_t c) {
   const int64_t rows = kBnChunkElements / c;
   return rows < kBnMinChunkRows ? kBnMinChunkRows : rows > kBnMaxChunkRows ? kBnMaxChunkRows : rows;
 }
 
-// A chunk's partial: so many fp64 vectors of C channels, padded to whole vectors and cache lines.
+// A chunk's partial result: this many fp64 vectors of C channels, padded to whole vectors and cache lines.
 constexpr int64_t kBnPartialVectors = 3;
 inline int64_t bn_padded(int64_t c) { return (c + 15) / 16 * 16; }
 

@@ -1,5 +1,5 @@
-// 1D convolution in (N, T, C) memory, of fp32 or bf16, summed in fp32: argument checks and threads. The loops are in
-// isa/conv1d_*.cpp.
+// Argument checks and threads of the 1D convolution in (N, T, C) memory, in fp32 or bf16 with fp32 sums. The loops are
+// in isa/conv1d_*.cpp.
 
 #include "conv1d.h"
 #include "tasks.h"
@@ -17,7 +17,7 @@ namespace {
 using torch::stable::Tensor;
 using namespace jf;
 
-constexpr int64_t kGroupRows = 128;     // rows of one item that share a window in L2, doubled for the fast algorithm
+constexpr int64_t kGroupRows = 128;     // rows of one item that share a window in L2; twice that in the fast algorithm
 
 int64_t checked_level(int64_t fir_level, int64_t taps, int64_t stride) {
   STD_TORCH_CHECK(fir_level >= 0 && fir_level <= kMaxFirLevel, "conv1d: fir_level must be in [0, ", kMaxFirLevel,
@@ -34,7 +34,7 @@ void check_fp32(const Tensor& t, const char* name) {
 
 bool is_bf16(const Tensor& t) { return t.scalar_type() == torch::headeronly::ScalarType::BFloat16; }
 
-// `bf16`: it may be that as well.
+// bf16: whether the tensor may be bf16 as well as fp32.
 ConvRows rows_of(const Tensor& t, const char* name, bool bf16 = false) {
   if (!bf16 || !t.is_cpu() || !is_bf16(t)) check_fp32(t, name);
   STD_TORCH_CHECK(t.dim() == 3, "conv1d: ", name, " must be (N, T, C), got ", t.dim(), " dimensions");
@@ -81,7 +81,7 @@ void check_geometry(int64_t t_in, int64_t t_out, int64_t taps, int64_t stride, i
 
 bool conv1d_has_bf16() { return JF_DISPATCH(conv1d_has_bf16)(); }
 
-// In elements of their dtype.
+// Size of the packed weights, in elements of their dtype.
 int64_t conv1d_packed_size(int64_t c_out, int64_t c_in, int64_t taps, bool transposed, int64_t fir_level, bool bf16) {
   STD_TORCH_CHECK(!bf16 || fir_level == 0, "conv1d: weights in bfloat16 are for fir_level 0, got ", fir_level);
   const int64_t columns = JF_DISPATCH(conv1d_columns)();
@@ -110,7 +110,7 @@ void conv1d_pack(const Tensor& weight, bool transposed, int64_t fir_level, Tenso
 }
 
 std::vector<ConvRowGroup> row_groups(const ConvForward& args) {
-  // Boundaries at multiples of `unit` keep the fast algorithm's groups of rows the same whatever the length.
+  // Ranges begin at multiples of `unit`, so that the fast algorithm groups the same rows for every length.
   const int64_t unit = args.fir_level == 0 ? 1 : args.dilation << args.fir_level;
   std::vector<ConvRowGroup> groups;
   for (int64_t n = 0; n < args.n; ++n) {
@@ -191,7 +191,7 @@ void conv1d_fwd(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t ta
   if (threads > 1) blocks_per_task = std::clamp<int64_t>(n_groups * blocks / (threads * kTasksPerThread), 1, blocks);
   const int64_t ranges = div_up(blocks, blocks_per_task);
   const auto forward_task = JF_DISPATCH(conv1d_forward_task);
-  // Neighbouring tasks share weights, so that a long batch streams them from memory once.
+  // Neighbouring tasks share weights, so a large batch reads them from memory once.
   run_tasks(ranges * n_groups, [&](int64_t i) {
     const int64_t range = i / n_groups;
     forward_task(args, groups[i % n_groups], blocks * range / ranges, blocks * (range + 1) / ranges);

@@ -1,5 +1,6 @@
-// What conv1d.cpp (checks, threads) hands to isa/conv1d_*.cpp (loops, micro-kernels, once per instruction set).
-// N batch, T frames, C channels, K taps. Activations are (N, T, C) with unit channel stride; all sizes in elements.
+// The arguments that conv1d.cpp (checks, threads) passes to isa/conv1d_*.cpp (loops and micro-kernels, compiled once
+// per instruction set). N batch, T frames, C channels, K taps. Activations are (N, T, C) with unit channel stride. All
+// sizes are in elements.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,7 @@
 
 namespace jf {
 
-// How many times the two-parallel fast FIR algorithm is nested: 0 is the definition itself.
+// How many times the two-parallel fast FIR algorithm may be nested; level 0 is the conv by its definition.
 constexpr int64_t kMaxFirLevel = 2;
 
 struct ConvRows {  // one (N, T, C) activation; row t of item n starts n * stride_n + t * stride_t elements after data
@@ -16,15 +17,15 @@ struct ConvRows {  // one (N, T, C) activation; row t of item n starts n * strid
   int64_t stride_n = 0;
   int64_t stride_t = 0;
   int64_t channels = 0;
-  bool bf16 = false;  // or fp32
+  bool bf16 = false;  // else fp32
 };
 
 struct ConvForward {
   ConvRows x;
-  ConvRows x2;  // data is null without panes; both may be bf16 where the weights are
+  ConvRows x2;  // data is null without panes; x and x2 may be bf16 if the weights are
   const float* packed = nullptr;
   const float* packed2 = nullptr;
-  bool bf16 = false;  // packed and packed2 hold pairs of bf16, each in the place of a float
+  bool bf16 = false;  // packed and packed2 hold pairs of bf16, each pair in the space of a float
   const float* bias = nullptr;
   const int64_t* in_lengths = nullptr;
   const int64_t* out_lengths = nullptr;
@@ -37,7 +38,8 @@ struct ConvForward {
   int64_t fir_level = 0;
 };
 
-// Rows [begin, end) of item n go through the GEMM, rows [fill_begin, begin) and [end, fill_end) only see zeros.
+// Rows [begin, end) of item n go through the GEMM. Rows [fill_begin, begin) and [end, fill_end) have only zeros as
+// input.
 struct ConvRowGroup {
   int64_t n, fill_begin, begin, end, fill_end;
 };
@@ -50,7 +52,7 @@ struct ConvWeightGrad {
   int64_t n = 0, t_in = 0, t_out = 0;
   int64_t taps = 1, stride = 1, dilation = 1, padding = 0;
   int64_t fir_level = 0;
-  bool bf16 = false;  // products of x and dy as rounded to bf16, which both may be
+  bool bf16 = false;  // multiply x and dy in bf16; each may be stored as bf16 or is rounded to it
 };
 
 struct ConvPack {
@@ -62,7 +64,7 @@ struct ConvPack {
   int64_t fir_level = 0;
 };
 
-// One column block = conv1d_columns() output channels, the unit by which weights are packed and work is split.
+// A column block is conv1d_columns() output channels. Weights are packed and work is split by column blocks.
 #define JF_DECLARE_CONV1D(ISA)                                                                              \
   namespace ISA {                                                                                           \
   int64_t conv1d_columns();                                                                                 \
@@ -76,10 +78,10 @@ struct ConvPack {
 JF_FOR_EACH_ISA(JF_DECLARE_CONV1D)
 #undef JF_DECLARE_CONV1D
 
-// Floats, or pairs of bf16, that hold `channels` channels.
+// The number of floats, or of pairs of bf16, that hold `channels` channels.
 inline int64_t conv1d_units(int64_t channels, bool bf16) { return bf16 ? (channels + 1) / 2 : channels; }
 
-// Rows [begin, end) of the output see at least one row of x in [0, length).
+// Rows [begin, end) of the output depend on at least one row of x in [0, length).
 inline void conv1d_live_rows(int64_t length, int64_t t_out, int64_t taps, int64_t stride, int64_t dilation,
                              int64_t padding, int64_t& begin, int64_t& end) {
   const int64_t first = padding - (taps - 1) * dilation;
@@ -89,7 +91,7 @@ inline void conv1d_live_rows(int64_t length, int64_t t_out, int64_t taps, int64_
   if (begin > end) begin = end;
 }
 
-// Taps of all filters of the fast algorithm together: of three half-length ones, each again of three, ...
+// The number of taps of all filters of the fast algorithm: each level replaces a filter by three of half its length.
 inline int64_t conv1d_packed_taps(int64_t taps, int64_t fir_level) {
   if (fir_level == 0) return taps;
   return 2 * conv1d_packed_taps((taps + 1) / 2, fir_level - 1) + conv1d_packed_taps(taps / 2, fir_level - 1);

@@ -15,7 +15,7 @@ namespace {
 // Products are numbered with S, A, B as digits 0, 1, 2 in base 3, the outermost level first.
 constexpr int power(int base, int exponent) { return exponent == 0 ? 1 : base * power(base, exponent - 1); }
 
-// Inputs of all products for one step, of the rows x[0 .. 2^(LEVEL+1) - 2].
+// The inputs of all products in one step, made from the rows x[0 .. 2^(LEVEL+1) - 2].
 template <int LEVEL>
 inline void fir_inputs(const Vec* x, Vec* out) {
   if constexpr (LEVEL == 0) {
@@ -34,7 +34,7 @@ inline void fir_inputs(const Vec* x, Vec* out) {
   }
 }
 
-// The transpose of "y[2s] = A + S, y[2s+1] = B + S": what each product sees of the gradients of 2^LEVEL rows.
+// The transpose of "y[2s] = A + S, y[2s+1] = B + S": the gradient of each product from the gradients of 2^LEVEL rows.
 template <int LEVEL>
 inline void fir_gradients(const Vec* dy, Vec* out) {
   if constexpr (LEVEL == 0) {
@@ -55,7 +55,7 @@ inline void fir_gradients(const Vec* dy, Vec* out) {
 
 struct FirProduct {
   int64_t taps;
-  int targets, phases[kTargets];  // which of the 2^LEVEL rows of a step it is added to
+  int targets, phases[kTargets];  // to which of the 2^LEVEL rows of a step the product is added
 };
 
 template <int LEVEL>

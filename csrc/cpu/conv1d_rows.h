@@ -1,5 +1,5 @@
-// What the loops of conv1d share beside the micro-kernel: rows copied, added, transposed, and memory of a thread's own.
-// Included by files under isa/ only.
+// Helpers of the loops of conv1d: copying, adding and transposing rows, and scratch memory per thread. Included only by
+// files under isa/.
 #pragma once
 
 #include "conv1d_tile.h"
@@ -19,7 +19,7 @@ namespace jf {
 namespace JF_ISA {
 namespace {
 
-struct Scratch {  // grows to the largest task its thread has seen
+struct Scratch {  // grows to the largest task of its thread
   std::unique_ptr<float, void (*)(void*)> memory{nullptr, std::free};
   int64_t size = 0;
   std::vector<int64_t> tap_offsets;
@@ -40,7 +40,7 @@ inline void add_row(float* to, const float* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
-// to[p * to_stride + j] = from[j * stride + p] for j < columns, p < positions; by 4 x 4 blocks in registers.
+// to[p * to_stride + j] = from[j * stride + p] for j < columns, p < positions; in 4 x 4 blocks in registers.
 inline void transpose(const float* from, int64_t stride, int64_t columns, int64_t positions, float* to,
                       int64_t to_stride) {
   typedef float Quad __attribute__((vector_size(16)));

@@ -1,4 +1,4 @@
-// The micro-kernel of conv1d, in fp32 and bf16. Included by files under isa/ only: it depends on the target.
+// The micro-kernel of conv1d, in fp32 and bf16. Included only by files under isa/, because it depends on the target.
 #pragma once
 
 #include "conv1d.h"
@@ -18,7 +18,7 @@ namespace jf {
 namespace JF_ISA {
 namespace {
 
-// Accumulators fill the register file: kRows x 2 vectors + 2 of B + 1 of A.
+// The accumulators fill the register file: kRows x 2 vectors, beside 2 vectors of B and 1 of A.
 #if defined(__AVX512F__)
 using Vec = __m512;
 inline Vec splat(float v) { return _mm512_set1_ps(v); }
@@ -42,12 +42,12 @@ constexpr int kTargets = 1 << kMaxFirLevel;  // output rows that share a product
 constexpr int kVectors = 2;
 constexpr int kColumns = kVector * kVectors;
 constexpr int64_t kLine = 16;             // floats in a cache line
-constexpr int64_t kLongChunk = 64;        // units a chunk with many taps: the window of all taps fits L1
-constexpr int64_t kShortChunk = 256;      // units a chunk with few taps: long enough to hide the epilogue
+constexpr int64_t kLongChunk = 64;        // units of a chunk with many taps: the window of all taps fits L1
+constexpr int64_t kShortChunk = 256;      // units of a chunk with few taps: long enough to hide the epilogue
 constexpr int64_t kFewTaps = 4;
 constexpr int kLongStride = 80;           // floats between window rows, 5 and 17 cache lines
 constexpr int kShortStride = 272;
-constexpr int64_t kChain = 128;           // products added in registers before they go to memory
+constexpr int64_t kChain = 128;           // products that are added in registers before the sum goes to memory
 static_assert(kLongStride / kLine % 2 == 1 && kShortStride / kLine % 2 == 1);
 
 inline Vec load(const float* p) { return (Vec) * reinterpret_cast<const VecUnaligned*>(p); }
@@ -59,7 +59,7 @@ inline Vec load_some(const float* p, int64_t count) {  // zeros from `count` on
 }
 inline void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = (VecUnaligned)v; }
 
-// A unit is what a step of the reduction takes, as large as a float: one channel, or a pair of them in bf16.
+// One step of the reduction takes a unit, which is as large as a float: one channel, or two channels in bf16.
 struct Fp32 {
   static constexpr int64_t kChannels = 1;
   static void add_product(Vec& sum, const float* a, Vec b) { sum += splat(*a) * b; }
@@ -90,7 +90,7 @@ struct Bf16 {
     if (channels % 2 == 1) to[channels / 2] = 0.0f;
     std::memcpy(to, from, channels * sizeof *from);
   }
-  // kVector channels of a row as bf16, each in the lower half of a lane; zeros from `count` on.
+  // kVector channels of a row as bf16, each in the lower half of a lane; zeros from channel `count` on.
   static __m512i lanes(const float* p, int64_t count) {
     return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(load_some(p, count)));
   }
@@ -98,7 +98,7 @@ struct Bf16 {
     const __mmask16 some = count >= kVector ? 0xffff : (1u << std::max<int64_t>(count, 0)) - 1;
     return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, p));
   }
-  // Units of two rows' channels.
+  // Units that pair the channels of two rows.
   static Vec pair(__m512i low, __m512i high) { return (Vec)(low | _mm512_slli_epi32(high, 16)); }
 
  private:
@@ -111,7 +111,7 @@ struct Tile {
   const int64_t* tap_offsets = nullptr;
   int64_t taps = 1, depth = 0, a_step = 1;
   const float* b = nullptr;             // [taps][depth][kColumns], `depth` units
-  const float* next = nullptr;          // panel wanted next, next_lines lines of it fetched after each tap
+  const float* next = nullptr;          // the panel used next; next_lines lines of it are prefetched after each tap
   int64_t next_lines = 0;
   float* y = nullptr;                   // row m goes to y + offsets[i] + m * y_stride if m < rows[i], for each target i
   int64_t y_stride = 0;
@@ -252,7 +252,7 @@ TileFn tile_fn(int64_t rows, int a_stride) {
   return a_stride == kLongStride ? pick<OP, kLongStride>(rows, all) : pick<OP, kShortStride>(rows, all);
 }
 
-// `rows` rows of the GEMM as tiles of nearly equal height; `g` holds what the tiles share.
+// Computes `rows` rows of the GEMM in tiles of nearly equal height; `g` holds what the tiles share.
 template <class OP>
 void tiles(Tile g, int64_t rows, int a_stride) {
   const int64_t count = (rows + kRows - 1) / kRows;

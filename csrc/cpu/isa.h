@@ -8,15 +8,16 @@ namespace jf {
 
 enum class Isa { generic, avx2, avx512, avx512_bf16 };
 
-// The best level of this CPU; the environment variable JASPER_FAST_ISA=generic|avx2|avx512|avx512_bf16 lowers it
-// (never raises it). Throws std::runtime_error on a name that is none of these, or a level that this machine lacks.
+// The best level of this CPU. The environment variable JASPER_FAST_ISA=generic|avx2|avx512|avx512_bf16 can lower it.
+// Throws std::runtime_error for an unknown name and for a level that this machine lacks.
 Isa cpu_isa();
 
 const char* isa_name(Isa isa);
 
 }  // namespace jf
 
-// JF_DISPATCH(f)(args...): jf::<level>::f of the level in use. Non-x86 builds have the generic level only.
+// JF_DISPATCH(f)(args...) calls jf::<level>::f for the level in use. Builds for other machines than x86 have only the
+// generic level.
 #if defined(__x86_64__) || defined(_M_X64)
 #define JF_DISPATCH(f)                                               \
   (::jf::cpu_isa() == ::jf::Isa::avx512_bf16 ? &::jf::avx512_bf16::f \

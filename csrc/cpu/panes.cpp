@@ -1,5 +1,5 @@
-// Panes (1x1 conv and batch norm, summed) in training on the CPU, fp32: argument checks, threads, sums merged in order.
-// Products: isa/conv1d_*.cpp with one tap. Passes over pane outputs: isa/panes.cpp.
+// Panes (a sum of 1x1 convs, each with batch norm) in training on the CPU, fp32: argument checks, threads, merging of
+// sums. Products: isa/conv1d_*.cpp with one tap. Passes over pane outputs: isa/panes.cpp.
 #include "panes.h"
 
 #include <torch/csrc/stable/library.h>
@@ -22,8 +22,8 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kChunkRows = 64;      // of a pass; its sums are merged in order, whatever the threads
-constexpr int64_t kGroupRows = 256;     // of one item in a task of a product
+constexpr int64_t kChunkRows = 64;      // of a pass; sums of chunks are merged in order, for any number of threads
+constexpr int64_t kGroupRows = 256;     // rows of one item in a task of a product
 
 // ---- arguments ----
 template <class... Sizes>
@@ -45,7 +45,7 @@ PanesArgs args_of(const Tensor& y) {
   return a;
 }
 
-// The N*T rows that the xs share; without lengths they are those of one item.
+// The N*T rows that all xs have; without lengths they count as one item.
 struct Batch {
   int64_t n, t;
   const int64_t* lengths;
@@ -104,7 +104,7 @@ int64_t largest_pack(const Tensors& weights) {
   return most;
 }
 
-// A product cut into tasks, each some rows of one item times some column blocks.
+// A product cut into tasks; each takes some rows of one item and some column blocks.
 struct Product {
   ConvForward args;
   std::vector<ConvRowGroup> groups;
@@ -237,7 +237,7 @@ void panes_gradients(const Tensor& g, const Tensor& mean_g, const Tensor& y, con
   const auto apply = JF_DISPATCH(panes_apply_rows);
   for (int64_t p = 0; p < all.panes; ++p) {
     const int64_t c_in = xs[p].size(2), n = xs[0].size(0), t = xs[0].size(1);
-    PanesArgs a = all;  // of this pane
+    PanesArgs a = all;  // the arguments of this pane
     a.y += p * a.rows * a.c, a.mean += p * a.c, a.scale += p * a.c, a.slope += p * a.c;
     a.out = dy.data;
     const ConvPack pack = pack_of(data_of("weight", weights[p], a.c, c_in, 1), a.c, c_in, true, packed.data);

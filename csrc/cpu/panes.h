@@ -1,4 +1,5 @@
-// What panes.cpp (checks, threads) hands to isa/panes.cpp (loops): fp32 matrices of contiguous rows of C channels.
+// The arguments that panes.cpp (checks, threads) passes to isa/panes.cpp (loops): fp32 matrices of contiguous rows of C
+// channels.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +11,9 @@ namespace jf {
 struct PanesArgs {
   int64_t panes, rows, c;
   const float *y, *mean, *scale;  // outputs (panes, rows, c), their means and gamma * rstd (panes, c)
-  const float* start;             // forward: what the sum starts from; one row of it for all where start_stride is 0
+  const float* start;             // forward: the sum starts from it; if start_stride is 0, from the same row everywhere
   int64_t start_stride;
-  const float *g, *mean_g, *slope;  // backward: the gradient (rows, c) and its mean (c), what y takes off (c)
+  const float *g, *mean_g, *slope;  // backward: the gradient (rows, c), its mean (c), the factor of y - mean (panes, c)
   float* out;                       // (rows, c)
 };
 

@@ -1,9 +1,8 @@
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", 2011) as dropout uses it.
-//
-// Element e keeps its value iff word e % 4 of the block with counter (e / 4, 0) under key `seed` is >= threshold.
-// A counter makes four elements, so four keep bits. The lanes are 64 bits wide: the 32x32->64 multiply reads only the
-// low half of a lane, so the high halves may hold anything and no round has to clear them. Eight counters cost 2
-// multiplies, 2 shifts and 2 three-way xors a round with AVX-512, about one cycle an element in all.
+// Element e keeps its value iff word e % 4 of the block with counter (e / 4, 0) under key `seed` is >= threshold. One
+// counter gives the keep bits of four elements. Lanes are 64 bits wide. The 32x32->64 multiply reads only the low half
+// of a lane, so the high half may hold anything and is never cleared. With AVX-512 a round of eight counters costs 2
+// multiplies, 2 shifts and 2 three-way xors; the ten rounds cost about one cycle per element.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +16,7 @@ constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
-// The key of every round. Built once per call: kernels read it from memory, as broadcast operands where there are such.
+// The keys of all rounds, built once per call. Kernels read them from memory, as broadcast operands where possible.
 struct PhiloxKeys {
   explicit PhiloxKeys(uint64_t seed) {
     uint32_t a = (uint32_t)seed, b = (uint32_t)(seed >> 32);
@@ -30,7 +29,7 @@ struct PhiloxKeys {
 
 #if defined(__AVX512F__)
 typedef __m512i Lanes;  // eight counters
-// The splats fill the high halves too, where nothing is read.
+// The splats fill the high halves too, which are never read.
 JF_INLINE Lanes splat_lanes(uint32_t x) { return _mm512_set1_epi32((int)x); }
 // This order of counters makes the final unpack put elements in order without a permutation.
 JF_INLINE Lanes first_counters() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }
@@ -84,12 +83,11 @@ JF_INLINE uint32_t keep_bits_of(Lanes c0, Lanes c1, Lanes c2, Lanes c3, uint32_t
 #endif
 
 constexpr int kLaneCounters = sizeof(Lanes) / 8;
-// Vectors in flight: one chain of ten dependent rounds is longer than the scheduler sees, two or more keep the
-// multipliers busy.
+// Vectors in flight: one chain of ten dependent rounds leaves the multipliers idle; two or more keep them busy.
 constexpr int kChains = kLaneCounters == 2 ? 4 : 2;
 constexpr int kCounters = kChains * kLaneCounters;
 
-// Keep bits of the 4*kCounters elements of counters (hi : lo) on; lo % kCounters == 0.
+// Keep bits of the 4*kCounters elements that start at counter (hi : lo); lo % kCounters == 0.
 JF_INLINE uint64_t keep_bits_block(uint32_t lo, uint32_t hi, const PhiloxKeys& keys, uint32_t threshold) {
   const Lanes m0 = splat_lanes(kPhiloxM0), m1 = splat_lanes(kPhiloxM1);
   Lanes c0[kChains], c1[kChains], c2[kChains], c3[kChains];
@@ -119,7 +117,7 @@ JF_INLINE uint64_t keep_bits_block(uint32_t lo, uint32_t hi, const PhiloxKeys& k
 
 #else
 
-// Plain loops over eight counters, for compilers to vectorise.
+// Plain loops over eight counters that the compiler vectorises.
 constexpr int kCounters = 8;
 
 JF_INLINE uint64_t keep_bits_block(uint32_t lo, uint32_t hi, const PhiloxKeys& keys, uint32_t threshold) {
@@ -149,11 +147,11 @@ constexpr int kKeepBits = 4 * kCounters;  // elements whose bits one call makes:
 static_assert(kKeepBits == 32 || kKeepBits == 64);
 
 // Keep bits of elements [kKeepBits*first, kKeepBits*(first + count)), packed into bytes from `bits` on.
-// `also(i)` runs once per kKeepBits elements: room to prefetch what the bits are for, while the multipliers are busy.
+// `also(i)` runs once per kKeepBits elements: it may prefetch the data for the bits while the multipliers are busy.
 template <class Also>
 JF_INLINE void keep_bits(uint64_t first, int64_t count, uint64_t seed, uint32_t threshold, void* bits, Also also) {
   PhiloxKeys keys(seed);
-  asm volatile("" : "+m"(keys));  // in memory, not made again from the seed in every round
+  asm volatile("" : "+m"(keys));  // keeps the keys in memory; else the compiler computes them again in every round
   char* out = static_cast<char*>(bits);
   for (int64_t i = 0; i < count;) {
     const uint64_t counter = kCounters * (first + (uint64_t)i);

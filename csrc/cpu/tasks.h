@@ -1,4 +1,5 @@
-// Threads of the files outside of isa/: tasks drawn from a counter, so that a thread that loses its core delays few.
+// Threads for the files outside isa/. Threads draw tasks from a counter, so a thread that loses its core delays few
+// tasks.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -17,7 +18,7 @@ constexpr int64_t kTasksPerThread = 4;
 
 inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Runs body(begin, end) for parts of [0, n), in threads. With JF_STD_THREADS each thread is a new one, for
+// Runs body(begin, end) for parts of [0, n), in threads. With JF_STD_THREADS it starts new threads, for
 // ThreadSanitizer, which does not know torch's pool.
 template <class F>
 void parallel(int64_t n, const F& body) {
@@ -31,7 +32,7 @@ void parallel(int64_t n, const F& body) {
 #endif
 }
 
-// Runs body(i) for i in [0, tasks); which thread runs which task is left to chance, results must not depend on it.
+// Runs body(i) for i in [0, tasks). Any thread may run any task, so results must not depend on that.
 template <class F>
 void run_tasks(int64_t tasks, const F& body) {
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), tasks);

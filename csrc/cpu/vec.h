@@ -1,8 +1,8 @@
 // A vector of W fp32 lanes, its masks, and loads and stores of fp32, fp16 and bf16, for the files under csrc/cpu/isa/.
-//
-// Arithmetic is GCC/Clang vector extensions (+, -, * on F); only what they cannot say well (masks on AVX-512, fp16
-// conversion, partial loads) is spelt per instruction set. Everything is in namespace jf::JF_ISA, so that the linker
-// never shares a function between levels. Keep templates of the C++ library out of isa/ for the same reason.
+// Arithmetic uses the vector extensions of GCC and Clang (+, -, * on F). Only what these cannot express well (masks on
+// AVX-512, fp16 conversion, partial loads) is written per instruction set. Everything is in namespace jf::JF_ISA, so
+// that the linker never shares a function between levels. Keep templates of the C++ library out of isa/ for the same
+// reason.
 #pragma once
 
 #include <cstdint>
@@ -51,7 +51,7 @@ JF_INLINE U splat_u(uint32_t x) { return U{} + x; }
 typedef __mmask16 Mask;
 // Lane i from bit i; higher bits are ignored.
 JF_INLINE Mask mask_of_bits(uint32_t bits) { return static_cast<Mask>(bits); }
-// not (x <= 0), so true for NaN.
+// not (x <= 0), which is true for NaN.
 JF_INLINE Mask not_le_zero(F x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NLE_UQ); }
 // x or +0.
 JF_INLINE F select(Mask m, F x) { return _mm512_maskz_mov_ps(m, x); }
@@ -128,7 +128,7 @@ JF_INLINE H narrow(F x, Half) {
 }
 #endif
 
-// ---- loads and stores; the forms with n touch the first n (0 < n <= W) elements only, other lanes load as 0 ----
+// ---- loads and stores; the forms with n touch only the first n elements (0 < n <= W), the other lanes load as 0 ----
 template <class V>
 JF_INLINE V load_raw(const void* p) {
   V v;
@@ -182,7 +182,7 @@ JF_INLINE void store(T* p, F x, int n) {
 }
 #endif
 
-// A whole vector, or its first n lanes when kFull is false: one kernel body serves both.
+// A whole vector, or its first n lanes if kFull is false, so that one kernel body serves both.
 template <bool kFull, class T>
 JF_INLINE F load_part(const T* p, int n) {
   if constexpr (kFull) {

@@ -1,4 +1,4 @@
-// The ops of bn_relu_dropout for torch: checks, workspace, device and stream; the kernels are in bn_relu_dropout.cuh.
+// The ops of bn_relu_dropout for torch: checks, workspace, device and stream. The kernels are in bn_relu_dropout.cuh.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -32,7 +32,7 @@ int multiprocessors(int device) {
   return count;
 }
 
-// The device of y made current, its stream, its size.
+// Makes the device of y current; holds its stream and its number of multiprocessors.
 struct Device {
   explicit Device(const Tensor& y) : guard(y.get_device_index()), sms(multiprocessors(y.get_device_index())) {
     void* raw = nullptr;
@@ -132,7 +132,7 @@ Tensor workspace(jf::bn::Args<T>& a, const Tensor& y, int rows, int sms) {
   const int64_t parts = jf::bn::reduction_parts(a, rows, sms), size[] = {parts * 2 * a.c};
   Tensor partials = torch::stable::new_empty(y, {size, 1}, ScalarType::Float);
   a.partials = static_cast<float*>(partials.mutable_data_ptr());
-  return partials;  // freed at the op's end, on its stream, after the kernels that use it
+  return partials;  // freed when the op ends, on its stream, so after the kernels that use it
 }
 
 float* output(const Tensor& x, const char* name, const Tensor& y) { return const_cast<float*>(channels(x, name, y)); }
@@ -187,7 +187,7 @@ void bn_backward_apply(const Tensor& dz, const Tensor& y, const Optional& z, con
   if (z.has_value()) call.z = activation(*z, "z", y);
   call.parameters(mean, rstd, gamma, beta);
   call.masks(lengths, seed, p);
-  STD_TORCH_CHECK(mean_g.has_value() == mean_gy.has_value(), "mean_g and mean_gy come together or not at all");
+  STD_TORCH_CHECK(mean_g.has_value() == mean_gy.has_value(), "mean_g and mean_gy must be given both or neither");
   if (mean_g.has_value()) call.mean_g = channels(*mean_g, "mean_g", y), call.mean_gy = channels(*mean_gy, "mean_gy", y);
   call.out = const_cast<void*>(activation(dy, "dy", y));
   if (dres.has_value()) call.dres = const_cast<void*>(activation(*dres, "dres", y));

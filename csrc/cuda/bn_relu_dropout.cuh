@@ -3,11 +3,11 @@
 //   forward          z  = mask(dropout(relu((y - mean)*a + beta [+ residual]))),  a = gamma*rstd
 //   backward_reduce  dbeta = sum g,  dgamma = sum g*yhat;  g = dz/(1-p) where ReLU, dropout and mask let it pass
 //   backward_apply   dy = a*(g - mean_g - yhat*mean_gy),  dres = g
-//
-// A thread owns V neighbouring channels (16 bytes) and walks down rows, so that it loads its channels' parameters once.
-// A CTA is `tx` such columns wide and kThreads/tx rows high. Bytes per element: stats 1 read; forward 1 read (2 with
-// residual) and 1 written; reduce 2 read (3 with residual); apply 2 (3) read and 1 (2) written; less in the padding.
-// Reductions: one partial per CTA, merged by a second kernel in fixed order: no atomics, the same bits in every run.
+// A thread owns V neighbouring channels (16 bytes) and goes down the rows, so it loads the parameters of its channels
+// once. A CTA is `tx` such columns wide and kThreads/tx rows high. Values moved per element: stats reads 1; forward
+// reads 1 (2 with residual) and writes 1; reduce reads 2 (3 with residual); apply reads 2 (3) and writes 1 (2); padding
+// moves fewer. In a reduction each CTA writes one partial result and a second kernel merges them in a fixed order. No
+// atomics are used, so runs are bit-identical.
 #pragma once
 
 #include "common.cuh"
@@ -30,21 +30,21 @@ struct Args {
   uint32_t threshold;
   float scale;
   int n, c, t;
-  int tx, columns;          // CTA width in columns of V channels (a power of two), and CTAs across C
+  int tx, columns;          // CTA width in columns of V channels (a power of two); number of CTAs across C
   int parts, part_rows;     // reductions: CTAs down the rows, rows of each
   int tiles, tile_rows;     // elementwise: CTAs down the T rows of one utterance, rows of each
 };
 
 inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
-// CTA shape for V channels per thread. Reductions get about four CTAs for each multiprocessor; elementwise passes more,
-// each with up to eight turns of its loop, so that loading the parameters does not count.
+// CTA shape for V channels per thread. Reductions get about four CTAs per multiprocessor. Elementwise passes get more,
+// each with up to eight turns of its loop, so that loading the parameters costs little.
 template <class T>
 void plan(Args<T>& a, int v, int rows, int sms) {
   const int vectors = divide_up(a.c, v);
   int tx = 32;
   while (tx > 8 && vectors % tx != 0) tx /= 2;
-  if (vectors % tx != 0)  // no even cut: the narrowest power of two that holds all, at most a warp
+  if (vectors % tx != 0)  // it does not divide evenly: take the narrowest power of two that holds all, at most a warp
     for (tx = 1; tx < vectors && tx < 32;) tx *= 2;
   a.tx = tx;
   a.columns = divide_up(vectors, tx);
@@ -65,7 +65,8 @@ __device__ __forceinline__ int valid_frames(const int64_t* lengths, int n, int t
 }
 
 // ---- statistics ----------------------------------------------------------------------------------------------------
-// Moments are taken about row 0, so that a mean far from zero costs no precision; merge_kernel adds row 0 again.
+// Row 0 is subtracted before taking moments, so that a mean far from zero costs no precision; merge_kernel adds it
+// back.
 
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads) stats_kernel(Args<T> a) {
@@ -83,7 +84,8 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(Args<T> a) {
 #pragma unroll
       for (int k = 0; k < kRows; ++k)
         if (row + k * height < end) y[k] = load<T, V>(a.y + (row + k * height) * a.c + c0), count += 1.f;
-      // the rows in hand are summed in two passes, then join the running moments: no E[x^2] - E[x]^2 anywhere
+      // Two passes over the loaded rows give their moments, which are merged into the running ones. This avoids E[x^2]
+      // - E[x]^2.
       const float inverse = 1.f / count;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
@@ -104,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(Args<T> a) {
       n += count;
     }
   }
-  for (int half = height / 2; half > 0; half /= 2) {  // fixed order: row ty takes in row ty + half
+  for (int half = height / 2; half > 0; half /= 2) {  // fixed order: row ty merges row ty + half
     if (ty >= half && ty < 2 * half) {
       s_n[tid] = n;
 #pragma unroll
@@ -126,7 +128,7 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(Args<T> a) {
   }
 }
 
-// Merges the partials of 32 channels: lane l of 8 takes parts l, l + 8, ..., then the lanes merge in a tree.
+// Merges the partial results of 32 channels: lane l of 8 takes parts l, l + 8, ..., then the lanes merge in a tree.
 template <class T, bool kMoments>
 __global__ void __launch_bounds__(kThreads) merge_kernel(Args<T> a, float* first, float* second) {
   __shared__ float s_first[kThreads], s_second[kThreads], s_n[kThreads];
@@ -199,14 +201,14 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Args<T> a) {
     for (int k = 0; k < kRows; ++k) {
       const int t = t0 + k * height;
       if (t >= end) break;
-      uint32_t keep = t < length ? ~0u : 0u;  // padding takes the same path: no branch cuts the 16-byte store
+      uint32_t keep = t < length ? ~0u : 0u;  // padding takes the same path, so no branch splits the 16-byte store
       if (kHasDropout && t < length) keep = keep_bits<V>(base + k * step, seed, a.threshold);
       T z[V];
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         float pre = fmaf(wide(y[k][i]) - mean[i], scale[i], beta[i]);
         if constexpr (kHasResidual) pre += wide(residual[k][i]);
-        const float open = pre <= 0.f ? 0.f : kHasDropout ? pre * a.scale : pre;  // a NaN stays
+        const float open = pre <= 0.f ? 0.f : kHasDropout ? pre * a.scale : pre;  // a NaN passes
         z[i] = narrow<T>((keep >> i & 1) ? open : 0.f);
       }
       store(a.out + base + k * step, z);
@@ -216,11 +218,11 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Args<T> a) {
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-// What tells which elements let the gradient pass: the sign of z, where it is given (0 where clipped or dropped), else
-// that of the pre-activation, remade from y, and the keep bits.
+// What decides which elements let the gradient pass: if z is given, its sign (z is 0 where clipped or dropped); else
+// the sign of the pre-activation, computed again from y, and the keep bits.
 enum class Gate { z, sign, sign_dropout };
 
-// Bit i for element + i. The caller has dealt with the padding.
+// Bit i is for element + i. The caller handles the padding.
 template <class T, int V, Gate kGate>
 __device__ __forceinline__ uint32_t open_bits(const Pack<T, V>& y, const Pack<T, V>& z, const float (&mean)[V],
                                               const float (&scale)[V], const float (&beta)[V], uint64_t seed,
@@ -261,7 +263,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(Args<T> a) {
       for (int k = 0; k < kBackwardRows; ++k) {
         const int64_t r = row + k * height;
         valid[k] = r < end;
-        if (valid[k] && a.lengths != nullptr) {  // rows are fewer than 2^31: a 32-bit division
+        if (valid[k] && a.lengths != nullptr) {  // there are fewer than 2^31 rows, so a 32-bit division will do
           const uint32_t n = static_cast<uint32_t>(r) / static_cast<uint32_t>(a.t);
           valid[k] = static_cast<int>(static_cast<uint32_t>(r) - n * a.t) < valid_frames(a.lengths, n, a.t);
         }
@@ -279,7 +281,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(Args<T> a) {
 #pragma unroll
         for (int i = 0; i < V; ++i) {
           const float g = wide(dz[k][i]) * a.scale;
-          const bool passes = open >> i & 1;  // selected, not multiplied: what is closed may hold a NaN
+          const bool passes = open >> i & 1;  // selected, not multiplied: a closed element may hold a NaN
           sum_g[i] += passes ? g : 0.f;
           sum_gy[i] += passes ? g * (wide(y[k][i]) - mean[i]) : 0.f;
         }
@@ -313,7 +315,7 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(Args<T> a) {
   const int begin = tile % a.tiles * a.tile_rows, end = begin + a.tile_rows < a.t ? begin + a.tile_rows : a.t;
   if (c0 >= a.c) return;
   const int length = valid_frames(a.lengths, n, a.t);
-  const bool training = a.mean_g != nullptr;  // else dy = a*g: zero in the padding, and y matters only for its sign
+  const bool training = a.mean_g != nullptr;  // else dy = a*g, which is zero in the padding and uses only the sign of y
   // dy = scale*g - (flat + (y - mean)*slope)
   float mean[V] = {}, scale[V] = {}, beta[V] = {}, flat[V] = {}, slope[V] = {};
   if (training || begin < length) {
@@ -366,7 +368,7 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(Args<T> a) {
 template <class T>
 constexpr int kWidth = 16 / sizeof(T);
 
-// 16-byte access needs whole packs in a row and aligned pointers; else one channel per thread.
+// 16-byte access needs whole packs in a row and aligned pointers. Otherwise a thread takes one channel.
 template <class T>
 bool vectorised(const Args<T>& a) {
   const auto aligned = [](auto... at) { return ((reinterpret_cast<uintptr_t>(at) % 16 == 0) && ...); };
@@ -391,7 +393,7 @@ void with_flag(bool flag, F&& f) {
     f(std::false_type{});
 }
 
-// Calls f(width, gate); a seed beside z is not looked at.
+// Calls f(width, gate). If z is given, the seed is ignored.
 template <class T, class F>
 void with_gate(const Args<T>& a, F&& f) {
   with_width(a, [&](auto v) {
@@ -404,7 +406,7 @@ void with_gate(const Args<T>& a, F&& f) {
   });
 }
 
-// Most partials that a reduction writes, for the size of the workspace (parts, 2, C).
+// The most partial results that a reduction writes; gives the size of the workspace (parts, 2, C).
 template <class T>
 int reduction_parts(Args<T> a, int rows, int sms) {
   plan(a, vectorised(a) ? kWidth<T> : 1, rows, sms);

@@ -41,8 +41,8 @@ using cuda::std::int64_t, cuda::std::uint32_t, cuda::std::uint64_t, cuda::std::u
 
 namespace jf {
 
-// V consecutive elements, moved by one load or store: 16 bytes, or one element where V is 1. They stay in whole
-// registers until they are used, and the stores are explicit: left to itself the compiler cuts some into single elements.
+// V consecutive elements, moved by one load or store: 16 bytes, or one element if V is 1. They stay in whole registers
+// until they are used. The stores are explicit, because the compiler would split some into single elements.
 template <class T, int V>
 struct Pack {
   using Raw = std::conditional_t<V == 1, T, uint4>;
@@ -76,7 +76,7 @@ __device__ __forceinline__ void store(T* at, const T (&values)[V]) {
   *reinterpret_cast<typename Pack<T, V>::Raw*>(at) = raw;
 }
 
-// V channels of a parameter vector; 16 bytes at a time where V > 1.
+// V channels of a parameter vector, 16 bytes at a time if V > 1.
 template <int V>
 __device__ __forceinline__ void load_floats(float (&out)[V], const float* at) {
   constexpr int kPack = V == 1 ? 1 : 4;
@@ -118,8 +118,8 @@ __device__ __forceinline__ void philox(uint64_t counter, uint64_t seed, uint32_t
   word[0] = c0, word[1] = c1, word[2] = c2, word[3] = c3;
 }
 
-// Keep bits of the V elements from `element` on, bit i for element + i. V is 1 or a multiple of 4 that divides `element`,
-// so one Philox call serves four elements.
+// Keep bits of the V elements from `element` on; bit i is for element + i. V is 1 or a multiple of 4 that divides
+// `element`, so one Philox call serves four elements.
 template <int V>
 __device__ __forceinline__ uint32_t keep_bits(uint64_t element, uint64_t seed, uint32_t threshold) {
   static_assert(V == 1 || V % 4 == 0);
@@ -139,7 +139,7 @@ __device__ __forceinline__ uint32_t keep_bits(uint64_t element, uint64_t seed, u
   return bits;
 }
 
-// Chan's merge of (n, mean, m2) with (nb, mean_b, m2_b), without the update of n; nothing changes where nb is 0.
+// Merges (nb, mean_b, m2_b) into (n, mean, m2) by Chan's formula, without updating n; changes nothing if nb is 0.
 __device__ __forceinline__ void merge_moments(float n, float& mean, float& m2, float nb, float mean_b, float m2_b) {
   if (nb == 0.f) return;
   const float d = mean_b - mean, share = nb / (n + nb);

@@ -1,4 +1,4 @@
-"""The command line: `jasper-fast COMMAND`, also as `python -m jasper_fast`; each subcommand is a module beside this."""
+"""The command line: `jasper-fast COMMAND` or `python -m jasper_fast`; each subcommand is a module in this folder."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from jasper_fast import __version__
 from jasper_fast.cli import common, evaluate, export, info, lm, selfcheck, transcribe, tune
 from jasper_fast.extras import MissingExtra, need
 
-# Commands with options of their own: what they are for, the module, its function of the arguments, its extra.
+# Commands that parse their own options: help text, module, its function of the arguments, its extra.
 _PASSED_ON = {
     "train": ("train or fine-tune: `jasper-fast train --help`", "jasper_fast.train", "command", "train"),
-    "bench": ("measure beside plain PyTorch: `jasper-fast bench --help`", "jasper_fast.bench.cli", "shell", "bench"),
-    "demo": ("learn to understand synthetic voices, in minutes", "jasper_fast.demo.__main__", "main", "demo"),
+    "bench": ("compare with plain PyTorch: `jasper-fast bench --help`", "jasper_fast.bench.cli", "shell", "bench"),
+    "demo": ("train on synthetic voices, in minutes", "jasper_fast.demo.__main__", "main", "demo"),
 }
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="jasper-fast",
-        description="Jasper speech recognition with fused kernels: transcribe files, measure error rates, look around.",
+        description="Jasper speech recognition with fused kernels: transcribe, evaluate, train, benchmark.",
         epilog="`jasper-fast COMMAND --help` explains a command.",
     )
     top.add_argument("--version", action="version", version=f"jasper_fast {__version__}")
@@ -35,7 +35,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns its exit status; what users get wrong is one line, never a traceback."""
+    """Runs the command line and returns its exit status. A user's mistake is reported in one line, never as a
+    traceback."""
     argv = sys.argv[1:] if argv is None else argv
     command = argv[0] if argv else ""
     try:

@@ -1,4 +1,4 @@
-"""What the subcommands share: options of a model, reading with it, and what is said meanwhile."""
+"""Shared by the subcommands: the options of a model, recognition with it, and messages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class UsageError(Exception):
-    """The command line asks for what cannot be done."""
+    """The command line asks for something that cannot be done."""
 
 
 def subcommand(commands: Any, module: ModuleType) -> None:
@@ -46,7 +46,7 @@ def positive(kind: type) -> Any:
     return parse
 
 
-DEVICE = option("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
+DEVICE = option("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
 MODEL = {  # the options of `load` and `recognize`
     "model": [
         option(
@@ -55,7 +55,7 @@ MODEL = {  # the options of `load` and `recognize`
             metavar="FILE",
             help="weights: of this project, of NVIDIA's Jasper for PyTorch, or a .nemo archive",
         ),
-        option("--config", metavar="YAML", help="model configuration, where the checkpoint carries none"),
+        option("--config", metavar="YAML", help="model configuration, if the checkpoint has none"),
         option("--ema", action="store_true", help="use the moving average of the weights"),
         DEVICE,
         option(
@@ -133,7 +133,7 @@ def decoder(arguments: argparse.Namespace, vocabulary: Any) -> Any:
 
 
 def device_of(text: str) -> torch.device:
-    """The device that `--device` names. Raises UsageError where that is none."""
+    """The device that `--device` names. Raises UsageError if it names none."""
     import torch
 
     try:
@@ -168,8 +168,8 @@ def recognize(
     window: int | None = None,
     keep: Callable[[int, torch.Tensor], None] | None = None,
 ) -> Iterator[Recognition]:
-    """Recognises the utterances and gives what there is after each batch, as ``Recognizer.stream``; says meanwhile
-    what was skipped or is short, and, where the standard error is a terminal, a count."""
+    """Recognises the utterances and yields the results after each batch, like ``Recognizer.stream``. Reports utterances
+    that were skipped or are too short and, if the standard error is a terminal, the progress."""
     total, shown = len(utterances), sys.stderr.isatty() and not arguments.quiet
     options = arguments.batch_size, arguments.max_seconds, arguments.workers, window, keep
     told = warned = 0
@@ -199,7 +199,7 @@ def hypotheses(transcript: Any) -> list[dict[str, Any]]:
 
 
 def any_name() -> None:
-    """Lets the standard output take names of files as they are, whatever its locale: UTF-8, and other bytes as such."""
+    """Makes the standard output accept any file name in any locale: UTF-8, and other bytes unchanged."""
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
@@ -212,13 +212,13 @@ def speed(result: Recognition) -> str:
 
 
 def write(path: str, text: str) -> None:
-    """Writes text so that the file is whole or not there; a device or pipe is written to, and stays what it is."""
+    """Writes text to a file atomically; a device or a pipe is written to directly and not replaced."""
     target = Path(path)
     if target.exists() and not target.is_file():
         target.write_text(text, encoding="utf-8", errors="backslashreplace")
         return
     temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character: \udcff, as JSON has it
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # bad bytes become \udcff, as in JSON
     os.replace(temporary, target)
 
 

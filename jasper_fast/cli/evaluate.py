@@ -17,8 +17,8 @@ DESCRIPTION = """\
 Transcribes every utterance of a manifest (JSON lines with audio_filepath, duration, text, or the array of NVIDIA's
 Jasper) and prints word and character error rate over all of them, speed as seconds of audio per second (RTFx), and
 the worst utterances. References are normalised as in training; symbols that this drops are counted by manifest.
-Nothing is left out but files that cannot be used: they are listed, and not in the error rates. Of a file that is
-shorter than its header or the manifest says, what is there is used, with a warning."""
+Only files that cannot be used are left out: they are listed and do not count in the error rates. A file that is
+shorter than its header or the manifest says is used as far as it goes, with a warning."""
 END = """\
 exit status: 0, or 1 if no utterance could be read (with --strict: if any could not), 2 for a wrong command, manifest,
 checkpoint or configuration.
@@ -32,8 +32,8 @@ HELP = "word and character error rate on a manifest"
 OPTIONS = {
     "": [
         option("--manifest", required=True, action="append", metavar="FILE", help="may be given several times"),
-        option("--data-dir", metavar="DIR", help="where the manifest's paths start (default: its own folder)"),
-        option("--worst", type=int, default=10, metavar="N", help="how many of the worst to show (10)"),
+        option("--data-dir", metavar="DIR", help="folder for relative paths in the manifest (default: its own)"),
+        option("--worst", type=int, default=10, metavar="N", help="number of worst utterances to show (10)"),
         option("--out", metavar="FILE", help="write figures and every utterance as JSON"),
         option(
             "--save-log-probs",

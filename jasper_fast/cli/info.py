@@ -13,7 +13,7 @@ from typing import Any
 
 from jasper_fast.options import option
 
-# package, what it is for, the extra that brings it ("": always needed)
+# package, its use, the extra that installs it ("": always needed)
 _PACKAGES = (
     ("torch", "everything", ""),
     ("triton", "the triton backend, on Linux x86-64", ""),
@@ -34,7 +34,7 @@ _PACKAGES = (
     ("flashlight-text", "beam search with a word language model", "lm"),
     ("ufal-kenlm", "n-gram language models", "lm"),
     ("safetensors", "golden vectors", "dev"),
-    ("cupy-cuda13x", "tools on CUDA", "cuda"),
+    ("cupy-cuda13x", "CUDA convs without a CUDA toolkit", "cuda"),
     ("flashlight-text", "beam search", "lm"),
     ("kenlm", "n-gram models", "lm"),
 )
@@ -70,7 +70,7 @@ def _version(package: str) -> str | None:
 
 
 def _native_isa() -> str | None:
-    """The instruction set that the CPU library runs, None where there is no library."""
+    """The instruction set that the CPU library uses, or None without the library."""
     from jasper_fast.kernels import native
 
     try:
@@ -97,11 +97,15 @@ def _backends() -> dict[str, dict[str, Any]]:
             except backends.BackendMissing as error:
                 missing = str(error).removeprefix(f"backend {name!r}: ")
         found[name] = {"available": bool(on), "devices": on, "missing": missing}
+    if "cuda" in devices:
+        from jasper_fast.kernels.conv1d import cuda_launch
+
+        found["cuda"]["convs"] = cuda_launch.way()  # which way they come: the library, or NVRTC through CuPy
     return found
 
 
 def _verdicts(gpus: int) -> list[dict[str, Any]]:
-    """What the self-check found on each device, as far as it has run: nothing is checked here."""
+    """The saved results of the self-check for each device; nothing is checked here."""
     import torch
 
     from jasper_fast.dispatch import verdicts
@@ -149,7 +153,7 @@ def collect() -> dict[str, Any]:
             packages[name]["get"] = f"pip install '{f'jasper-fast[{extra}]' if extra else name}'"
     found = _backends()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # what is missing is listed in full
+        warnings.simplefilter("ignore", RuntimeWarning)  # missing packages are listed below anyway
         auto = {device: choose.resolve("auto", device) for device in (["cpu", "cuda"] if gpus else ["cpu"])}
     return {
         "jasper_fast": __version__,
@@ -199,7 +203,8 @@ def render(report: dict[str, Any]) -> str:
     rows = [("backend", "runs on", "otherwise")]
     for name, backend in report["backends"].items():
         on = ", ".join(f"{d} (auto)" if report["auto"].get(d) == name else d for d in backend["devices"])
-        rows.append((name, on or "-", backend["missing"] or ""))
+        convs = f"convs by {backend['convs']}" if backend.get("convs") else ""
+        rows.append((name, on or "-", backend["missing"] or convs))
     lines.append(_table(rows))
     for verdict in report["verdicts"]:
         what = f"{verdict['op']} ({verdict['face']}, {verdict['dtype']}) on {verdict['device']}"

@@ -10,23 +10,24 @@ from jasper_fast.options import option
 
 DESCRIPTION = """\
 Runs every kernel, in every configuration that dispatch can choose on the device (its table's tiles and the defaults),
-forward, backward and at inference, on small shapes and those of Jasper 10x5, and holds the results against fp64: an
+forward, backward and at inference, on small shapes and those of Jasper 10x5, and compares the results with fp64: an
 error may be twice that of plain PyTorch at the same precision, plus roundings. The kernels run in a process of their
-own: one that crashes or hangs is a verdict, not the end. backend="auto" uses the kernels of a GPU only where the
-verdict, which is kept by dtype, GPU, driver and versions, is good; what a machine lacks for a check (a compiler,
-memory) is said, and is no verdict. Ended early, by Ctrl-C for one, it keeps the verdicts that it has reached. Without
-a GPU the kernels of the CPU are checked, and with TRITON_INTERPRET=1 Triton's in its interpreter."""
+own, so a kernel that crashes or hangs gets a bad verdict and the check continues. Verdicts are saved by dtype, GPU,
+driver and versions. backend="auto" uses the kernels of a GPU only if their verdict is good. If the machine lacks
+something for a check (a compiler, memory), this is reported and there is no verdict. If the check is ended early, for
+example by Ctrl-C, the verdicts so far are saved. Without a GPU the CPU's kernels are checked, and with
+TRITON_INTERPRET=1 those of Triton in its interpreter."""
 END = """\
 exit status: 0 if every check passed, 1 otherwise, 2 for a wrong command.
 
 example: jasper-fast selfcheck --device cuda:0 --quick --dtype fp16"""
 
 
-HELP = "are the kernels right on this machine? every one against fp64"
+HELP = "compare every kernel with fp64 on this machine"
 OPTIONS = {
     "": [
         common.DEVICE,
-        option("--quick", action="store_true", help="seconds: default tiles, two shapes, one dtype"),
+        option("--quick", action="store_true", help="takes seconds: default tiles, two shapes, one dtype"),
         option(
             "--dtype",
             action="append",
@@ -35,7 +36,7 @@ OPTIONS = {
             help="fp32, fp16 or bf16, may be repeated; default: all, with --quick one",
         ),
         option("--json", action="store_true", help="every check and the verdicts as JSON"),
-        option("--no-cache", action="store_true", help="do not keep the verdicts"),
+        option("--no-cache", action="store_true", help="do not save the verdicts"),
         option(
             "--limit",
             type=common.positive(float),
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     from jasper_fast.dispatch import probe
     from jasper_fast.selfcheck import show
 
-    need("rich", "train")  # it shows its table by it
+    need("rich", "train")  # rich prints its table
     device = common.device_of(arguments.device)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -18,11 +18,11 @@ from jasper_fast.options import option
 DESCRIPTION = """\
 Writes one line per file to the standard output: the path, a tab, the text; with --json one JSON object per line, with
 the words in time. Files of any rate and number of channels that libsndfile reads (WAV, FLAC, OGG, MP3, ...).
-Messages go to the standard error. A file that cannot be used is reported there, with the reason, and left out; of one
-that is shorter than its header says, what is there is transcribed, with a warning. Lines are written as they come, in
-the order of the files, in UTF-8; a name in another encoding is written byte by byte (in JSON as \\udcXX).
-A run that was cut off is continued by the same command with --resume: files whose line is in --out are kept and not
-transcribed again, a half-written last line is dropped, files that could not be used are tried again."""
+Messages go to the standard error. A file that cannot be used is reported there, with the reason, and left out. A file
+that is shorter than its header says is transcribed as far as it goes, with a warning. Lines are written in UTF-8, in
+the order of the files; a name in another encoding is written byte by byte (in JSON as \\udcXX).
+To continue an interrupted run, repeat the command with --resume: files that have a line in --out are not transcribed
+again, an incomplete last line is dropped, and files that could not be used are tried again."""
 END = """\
 exit status: 0 if at least one file is transcribed (with --strict: if all are), 1 otherwise, 2 for a wrong command,
 checkpoint or configuration.
@@ -32,14 +32,14 @@ examples:
   jasper-fast transcribe talk.wav --checkpoint runs/best.pt --lm 4-gram.arpa.gz --json --n-best 5"""
 
 
-_WINDOW = 8  # batches among which files are sorted by length: more pad less, fewer write sooner
+_WINDOW = 8  # files are sorted by length within this many batches: more means less padding, fewer means earlier output
 HELP = "audio files to text"
 OPTIONS = {
     "": [
         option("files", nargs="*", metavar="FILE", help="audio files"),
-        option("--list", metavar="FILE", help="a text file that names more audio files, one a line ('-': stdin)"),
-        option("--json", action="store_true", help="JSON lines with words, their times and confidences"),
-        option("--out", metavar="FILE", help="write there instead of to the standard output"),
+        option("--list", metavar="FILE", help="a text file that names more audio files, one per line ('-': stdin)"),
+        option("--json", action="store_true", help="print JSON lines with words, their times and confidences"),
+        option("--out", metavar="FILE", help="write to this file instead of the standard output"),
         option("--resume", action="store_true", help="keep what is in --out, and transcribe the files not in it"),
         option("--strict", action="store_true", help="exit with 1 if any file could not be read"),
     ],
@@ -75,10 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             seconds = audio.duration(file)
         except audio.AudioError:
-            seconds = 0.0  # reading it will say why
+            seconds = 0.0  # the error is reported when it is read
         utterances.append(Utterance(file, seconds, ""))
     line = _record if arguments.json else lambda file, transcript, _: f"{_name(file)}\t{transcript.text.strip()}"
-    errors = "backslashreplace" if arguments.json else "surrogateescape"  # JSON has names of no encoding as \udcff
+    errors = "backslashreplace" if arguments.json else "surrogateescape"  # JSON writes bad bytes of a name as \udcff
     done = 0
     with _output(arguments) as out:
         for result in common.recognize(arguments, recognizer, utterances, _WINDOW * arguments.batch_size):
@@ -105,7 +105,7 @@ def _output(arguments: argparse.Namespace) -> Iterator[Any]:
 
 
 def _name(file: str, json: bool = False) -> str:
-    """The name as an output has it: one line, in text."""
+    """The name as it appears in the output: one line of text."""
     return file if json else file.replace("\n", "\\n")
 
 
@@ -115,7 +115,7 @@ def _take(kept: Counter[str], name: str) -> bool:
 
 
 def _finished(out: Path, as_json: bool) -> Counter[str]:
-    """How often each file is in an output, of which a last line without an end is cut off."""
+    """How often each file appears in an output file; an incomplete last line is removed from it."""
     content = out.read_bytes() if out.exists() else b""
     if whole := content.rpartition(b"\n")[0]:
         whole += b"\n"

@@ -19,8 +19,8 @@ from jasper_fast.data.manifest import Skipped
 class Batch:
     """Utterances of one step: audio (N, S) fp32, zero beyond audio_lengths (N,) in samples; targets (N, U) int64,
     0 beyond target_lengths (N,); texts, names, indices in the dataset, and ``starts``, the seconds trimmed from their
-    fronts. ``skipped`` lists what was left out, ``warned`` what is used although something is wrong with it; ``epoch``
-    and ``step`` (in the epoch) say where the batch belongs. N may be 0 where nothing could be read."""
+    fronts. ``skipped`` lists utterances that were left out, ``warned`` those that are used although something is wrong
+    with them; ``epoch`` and ``step`` (in the epoch) give the place of the batch. N is 0 if nothing could be read."""
 
     audio: Tensor
     audio_lengths: Tensor
@@ -77,12 +77,12 @@ class BatchSampler:
 
     durations in seconds: a list, or a function of the epoch (``dataset.durations``). Give ``batch_size`` (utterances
     per batch and rank), ``max_seconds`` (of padded audio per batch and rank: count times the longest; one utterance
-    longer than that is a batch of its own), or both. ``bucketing`` puts items of like length together, with 10 % of
-    chance in the order; batches come shuffled, or unshuffled with ``shuffle=False`` (then in the given order, or by
-    length with bucketing; with ``window`` by length among so many neighbours only). With ``world_size`` ranks every
-    rank has the same number of steps and batches of like length
-    at each step; the rest is filled by repetition (without shuffling it is not: an evaluation
-    counts each utterance once). Raises ValueError for sizes that are not positive or a rank out of range.
+    longer than that is a batch of its own), or both. ``bucketing`` groups items of similar length, with 10 % of
+    randomness in the order. Batches are shuffled; with ``shuffle=False`` they come in the given order, or with
+    bucketing by length (with ``window`` only within groups of that many items). With ``world_size`` ranks every rank
+    has the same number of steps, and batches of similar length at each step. Missing items are filled by repetition,
+    except without shuffling, because an evaluation counts each utterance once. Raises ValueError for sizes that are not
+    positive or a rank out of range.
     """
 
     def __init__(
@@ -111,7 +111,8 @@ class BatchSampler:
         self._left_out: tuple[int, frozenset[int]] = (-1, frozenset())
 
     def leave_out(self, epoch: int, items: Iterable[int]) -> None:
-        """Makes the batches of `epoch` of the other items: these were taken in batches of other sizes."""
+        """Leaves these items out of the batches of `epoch`, because they were already used in batches of other
+        sizes."""
         self._left_out, self._kept = (epoch, frozenset(items)), (-1, [])
 
     def batches(self, epoch: int = 0) -> list[list[int]]:

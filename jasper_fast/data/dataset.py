@@ -1,7 +1,7 @@
 """Utterances with their audio and targets: filtered, perturbed, joined.
 
-Everything random is a function of (seed, epoch, index), so a resumed run draws what the uninterrupted one would have.
-What cannot be used is skipped, counted by reason and listed in ``SpeechDataset.skipped``; it never ends a run.
+Everything random is a function of (seed, epoch, index), so a resumed run draws the same numbers as an uninterrupted
+one. Unusable utterances are skipped, counted by reason and listed in ``SpeechDataset.skipped``; they never end a run.
 
 Shapes: N utterances, S samples, U target symbols.
 """
@@ -27,14 +27,14 @@ from jasper_fast.data.settings import AudioSettings
 from jasper_fast.speech.audio import AudioError, ShortAudio
 from jasper_fast.speech.text import UnknownSymbolError, Vocabulary, normalize_and_lost
 
-_SUBSTITUTES = 8  # other utterances tried in the place of one that cannot be read, in training
+_SUBSTITUTES = 8  # utterances tried in training as a replacement for an unreadable one
 
 
 @dataclass
 class Item:
     """One utterance ready to be collated; ``audio`` is None where it had to be skipped.
 
-    ``start``: seconds that trimming took from its front; ``warned``: what is wrong with audio that is used.
+    ``start``: seconds trimmed from its front; ``warned``: what is wrong with audio that is used anyway.
     """
 
     index: int
@@ -53,15 +53,15 @@ def ctc_frames(target: Sequence[int]) -> int:
 
 
 class SpeechDataset(Dataset):
-    """Utterances with their targets, filtered at once by what the manifest tells and later by what the files hold.
+    """Utterances with their targets, filtered first by the manifest and, when they are read, by their files.
 
     Indexed by ``index`` or ``(epoch, index)``; gives Items for ``collate``. In training it skips utterances whose
     manifest duration (before any perturbation) is not within the settings' bounds, whose text is empty after
     normalisation or holds symbols that are no labels, and those with fewer output frames than CTC needs
     (``frame_samples`` samples per output frame: hop times the model's stride); an unreadable file is replaced by a
-    neighbour in length. With ``training=False`` nothing is perturbed, joined, replaced or left out for its length or
-    text: only unreadable files are skipped, and what is there of a truncated one is used, with a warning. ``kept``
-    holds the places of what is left in ``utterances``. Raises ValueError if nothing is left.
+    neighbour in length. With ``training=False`` nothing is perturbed, joined, replaced or left out because of its
+    length or text: only unreadable files are skipped, and truncated ones are used as far as they go, with a warning.
+    ``kept`` holds the indices of the remaining ``utterances``. Raises ValueError if nothing is left.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class SpeechDataset(Dataset):
         return cls(utterances[: settings.max_utterances or None], vocabulary, settings, **others)
 
     def _unfit(self, utterance: Utterance, target: list[int]) -> Skipped | None:
-        """Why the manifest's data rule an utterance out of training, if they do."""
+        """Why the manifest's data exclude an utterance from training, or None."""
         seconds, name, bounds = utterance.duration, utterance.name, self.settings
         for reason, holds, detail in (
             (
@@ -143,7 +143,7 @@ class SpeechDataset(Dataset):
                 return Skipped(name, reason, f"{name}: {detail}")
         if bounds.join is None:
             return self._too_short_for_ctc(name, round(seconds * bounds.sample_rate), target)
-        return None  # the silences of a joined item make room
+        return None  # the silences of a joined item give CTC enough frames
 
     def _too_short_for_ctc(self, name: str, samples: int, target: list[int]) -> Skipped | None:
         frames, needed = -(-samples // self.frame_samples), ctc_frames(target)
@@ -154,7 +154,7 @@ class SpeechDataset(Dataset):
         return (self.settings.join and self.settings.join.items) or len(self.utterances)
 
     def durations(self, epoch: int = 0) -> list[float]:
-        """Seconds of every item in that epoch, joined and perturbed: what a BatchSampler goes by."""
+        """Seconds of every item in that epoch, joined and perturbed; a BatchSampler uses them."""
         if self.settings.join is None and self.settings.perturb.keeps_length:
             return list(self._seconds)
         draws = (self._draw(epoch, i) for i in range(len(self)))

@@ -10,7 +10,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Clips:
-    """What an item is made of: utterances by index, silences in seconds (one more than utterances), their noise."""
+    """The parts of an item: utterances by index, silences in seconds (one more than utterances), and their noise
+    level."""
 
     indices: tuple[int, ...]
     gaps: tuple[float, ...] = (0.0, 0.0)
@@ -52,7 +53,7 @@ class Join:
     def draw(
         self, own: int, pool: Sequence[int], durations: Sequence[float], longest: float, rng: np.random.Generator
     ) -> Clips:
-        """Utterance ``own`` among others of ``pool``, by chance; no more of them than fit ``longest`` seconds."""
+        """Utterance ``own`` and random others of ``pool``, at most as many as fit ``longest`` seconds."""
         count = int(rng.integers(self.min_clips, self.max_clips + 1))
         indices = [pool[i] for i in rng.integers(0, len(pool), count)]
         indices[int(rng.integers(0, count))] = own

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from jasper_fast.speech import audio
 from jasper_fast.speech.audio import AudioError
 
-_SHOWN = 40  # symbols of those that texts lost
+_SHOWN = 40  # most symbols that a message about lost symbols shows
 
 
 class ManifestError(ValueError):
@@ -25,7 +25,7 @@ class ManifestError(ValueError):
 class Utterance:
     """One line of a manifest: ``duration`` seconds of the file at ``path`` from ``offset`` seconds on, and its text.
 
-    ``alternatives``: files of the same utterance at other speeds, of which training takes one at random;
+    ``alternatives``: files of the same utterance at other speeds, from which training takes one at random;
     ``manifest``: the file that names the utterance.
     """
 
@@ -43,7 +43,7 @@ class Utterance:
 
     @property
     def seconds(self) -> float:
-        """The duration, 0 where it is not known."""
+        """The duration, or 0 if it is not known."""
         return self.duration if math.isfinite(self.duration) else 0.0
 
 
@@ -54,8 +54,8 @@ def read_manifest(
     (the reference: transcript, files, original_duration).
 
     Relative paths are taken from ``data_dir``, by default the manifest's folder. A missing duration is read from the
-    file's header (NaN where that fails: the dataset reports it). Of the reference's ``files`` the one at speed 1 is
-    used, all of them with ``offline_speeds``. Raises ManifestError naming the line or entry.
+    file's header (NaN if that fails; the dataset reports it). Of the reference's ``files`` the one at speed 1 is used,
+    all of them with ``offline_speeds``. Raises ManifestError naming the line or entry.
     """
     path = Path(path)
     root = Path(data_dir) if data_dir is not None else path.parent
@@ -81,12 +81,12 @@ def _entries(path: Path, content: str) -> Iterator[tuple[str, Any]]:
             entries = json.loads(content)
         except json.JSONDecodeError as error:
             raise ManifestError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
-        except (ValueError, RecursionError) as error:  # a number of too many digits, brackets within brackets
+        except (ValueError, RecursionError) as error:  # a number with too many digits, brackets nested too deeply
             raise ManifestError(f"{path}: not valid JSON: {error}") from error
         for i, entry in enumerate(entries):
             yield f"entry {i}", entry
         return
-    for number, line in enumerate(content.split("\n"), 1):  # JSON lets other line ends, as U+2028, stand in a text
+    for number, line in enumerate(content.split("\n"), 1):  # splitlines() also splits at U+2028, which JSON allows
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
@@ -134,7 +134,7 @@ def _utterance(entry: Any, root: Path, offline_speeds: bool) -> Utterance:
 
 
 class Skipped(NamedTuple):
-    """Why an utterance was left out: ``reason`` is one of a few words to count by, ``detail`` says it in full."""
+    """Why an utterance was left out: ``reason`` is a category for counts, ``detail`` is the full text."""
 
     name: str
     reason: str
@@ -142,10 +142,10 @@ class Skipped(NamedTuple):
 
 
 class SkipReport:
-    """What was left out: ``items``, each utterance once for each reason, and ``counts`` by reason.
+    """The utterances that were left out: ``items``, each utterance once for each reason, and ``counts`` by reason.
 
-    ``warned`` lists what was used although something is wrong with it; ``lost`` has, for each manifest, the number of
-    texts that lost symbols in normalisation, and those symbols.
+    ``warned`` lists utterances that were used although something is wrong with them; ``lost`` has, for each manifest,
+    the number of texts that lost symbols in normalisation, and those symbols.
     """
 
     def __init__(self) -> None:
@@ -158,7 +158,7 @@ class SkipReport:
             self._warned.setdefault((item.name, item.reason), item)
 
     def lose(self, manifest: str, symbols: Sequence[str]) -> None:
-        """Counts one more text, of which normalisation dropped these symbols."""
+        """Counts one more text from which normalisation dropped these symbols."""
         count, known = self.lost.get(manifest, (0, []))
         self.lost[manifest] = count + 1, [*known, *(s for s in symbols if s not in known)]
 
@@ -168,7 +168,7 @@ class SkipReport:
 
     @property
     def losses(self) -> list[str]:
-        """What ``lost`` holds, a line for each manifest."""
+        """The content of ``lost`` as text, one line per manifest."""
         lines = []
         for manifest, (count, symbols) in self.lost.items():
             texts = f"{count} text{'s' * (count > 1)}{manifest and f' of {manifest}'}"

@@ -1,4 +1,4 @@
-"""Perturbations of an utterance: what chance draws for each, and what that does to the samples."""
+"""Random perturbations of an utterance: how they are drawn, and how they change the samples."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jasper_fast.speech import audio
 
 @dataclass(frozen=True)
 class Change:
-    """What chance decided for one utterance; the default changes nothing.
+    """The random draws for one utterance; the default changes nothing.
 
-    Speed and tempo are factors, gain in decibels, shift in milliseconds to the left; noise lies ``snr_db`` below the
-    speech, its power falls by the exponent ``slope`` over frequency (0 white, -2 brown), ``noise_seed`` makes it.
+    Speed and tempo are factors, gain in decibels, shift in milliseconds to the left; noise is ``snr_db`` below the
+    speech, its power follows frequency to the power ``slope`` (0 white, -2 brown), and ``noise_seed`` is its seed.
     ``variant``, 0 to 1, chooses among the alternatives of an utterance.
     """
 
@@ -29,7 +29,7 @@ class Change:
     tempo: float = 1.0
 
     def apply(self, samples: np.ndarray, sample_rate: int) -> np.ndarray:
-        """(samples,) changed: speed, tempo, noise, gain, shift, in this order; the argument is left as it is."""
+        """The changed (samples,): speed, tempo, noise, gain, shift, in this order; the argument is not modified."""
         samples = audio.change_speed(samples, self.speed)
         samples = audio.change_tempo(samples, self.tempo, sample_rate)
         if self.snr_db < math.inf and len(samples):
@@ -92,7 +92,7 @@ TEMPO = Chance(0.8, 1.25, nothing=1.0, log=True)
 
 @dataclass(frozen=True)
 class Perturb:
-    """The perturbations of a data set, as ranges to draw a Change from; None: not done."""
+    """The perturbations of a data set, as ranges from which a Change is drawn; None: not applied."""
 
     speed: Chance | None = None
     gain: Chance | None = None
@@ -105,7 +105,8 @@ class Perturb:
         return self.speed is None and self.tempo is None
 
     def draw(self, rng: np.random.Generator) -> Change:
-        """What chance decides for the next utterance; the order of the draws is part of what a seed means."""
+        """Draws the Change of the next utterance. The order of the draws must not change, or a seed gives other
+        data."""
         drawn = {name: part.draw(rng) for name in ("speed", "gain", "shift") if (part := getattr(self, name))}
         drawn["variant"] = rng.random()
         if self.noise:

@@ -11,11 +11,11 @@ from jasper_fast.data.manifest import Utterance
 from jasper_fast.speech import audio
 from jasper_fast.speech.audio import AudioError, ShortAudio
 
-_ROUNDING = 0.1  # seconds, and as much as 1 %, by which a manifest's duration may be more than a file holds
+_ROUNDING = 0.1  # seconds (plus 1 %) by which a manifest's duration may exceed the file
 
 
 class AudioReader:
-    """Reads utterances at ``sample_rate`` Hz, with ``trim`` without the silence at both ends."""
+    """Reads utterances at ``sample_rate`` Hz; ``trim`` cuts the silence at both ends."""
 
     def __init__(self, sample_rate: int, trim: bool = False) -> None:
         self.sample_rate, self.trim = sample_rate, trim
@@ -24,15 +24,15 @@ class AudioReader:
     def read(self, utterance: Utterance, variant: float | None = None) -> tuple[np.ndarray, float]:
         """Samples (S,) fp32, which must not be written to, and the seconds that trimming took from their front.
 
-        ``variant``, 0 to 1, chooses among the utterance's alternatives, where it has any. Raises AudioError; where
-        the file holds less than its header or the manifest promises, ShortAudio with what there is.
+        ``variant``, 0 to 1, chooses among the utterance's alternatives, where it has any. Raises AudioError; if the
+        file holds less than its header or the manifest promises, ShortAudio with the available samples.
         """
         if utterance in self._memory:
             return self._memory[utterance]
         path, seconds = utterance.path, utterance.seconds
         if utterance.alternatives and variant is not None:
             path = utterance.alternatives[int(variant * len(utterance.alternatives))]
-            seconds = 0.0  # the whole of it: its length is not in the manifest's entry
+            seconds = 0.0  # read all of it: the manifest does not give the length of an alternative
         try:
             samples = audio.load(path, self.sample_rate, utterance.offset, seconds)
             held = len(samples) / self.sample_rate
@@ -53,8 +53,8 @@ class AudioReader:
     def preload(self, utterances: Sequence[Utterance], max_gib: float = 4.0) -> None:
         """Keeps the audio in memory, trimmed and resampled, for corpora that are read many times.
 
-        Takes 4 bytes a sample; workers forked later share it. Files that cannot be read are reported when they are
-        used, those with alternatives are always read. Raises ValueError above ``max_gib``.
+        Takes 4 bytes per sample; worker processes that are forked later share the memory. Files that cannot be read are
+        reported when they are used, those with alternatives are always read. Raises ValueError above ``max_gib``.
         """
         gib = sum(u.seconds for u in utterances) * self.sample_rate * 4 / 2**30
         if gib > max_gib:

@@ -27,10 +27,10 @@ _ELSEWHERE = {"pad_to_max_duration", "sort_by_duration"}  # LogMelFeatures pads,
 
 @dataclass(frozen=True)
 class AudioSettings:
-    """Sample rate and trimming; the bounds of a training utterance in seconds; what is done to it by chance.
+    """Sample rate and trimming; the bounds of a training utterance in seconds; its random perturbations.
 
-    ``offline_speeds`` takes an utterance's files at other speeds too, ``max_utterances`` (0: all) the first ones,
-    ``preload`` keeps all audio in memory.
+    ``offline_speeds`` also uses an utterance's files at other speeds, ``max_utterances`` (0: all) takes only the first
+    ones, ``preload`` keeps all audio in memory.
     """
 
     sample_rate: int = 16000
@@ -59,7 +59,7 @@ class AudioSettings:
 
 
 def _built(default: Any, given: dict[str, Any] | None, keys: dict[str, str], where: str) -> Any:
-    """The dataclass ``default`` with the fields that ``given`` sets; None where nothing is given."""
+    """The dataclass ``default`` with the fields that ``given`` sets; None if nothing is given."""
     if given is None:
         return None
     if unknown := given.keys() - keys.keys():

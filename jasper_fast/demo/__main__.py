@@ -1,4 +1,4 @@
-"""Speak a corpus, train a fused Jasper on it, transcribe voices it never heard, and compare it with the plain model.
+"""Synthesise a corpus, train a fused Jasper on it, transcribe new voices, and compare it with the plain model.
 
 python -m jasper_fast.demo [--out build/demo] [--steps 2500] [--minutes 5.5]
 """
@@ -39,13 +39,13 @@ CONFIG = Path(str(files("jasper_fast.configs") / "demo.yaml"))
 OPTIONS = [
     option("--out", type=Path, default=Path("build/demo"), help="folder for the corpus and the results"),
     option("--steps", type=int, default=2500, help="updates of the weights"),
-    option("--minutes", type=float, default=5.5, help="end the training by then, on a slow machine"),
+    option("--minutes", type=float, default=5.5, help="most minutes of training, for a slow machine"),
     option("--config", type=Path, default=CONFIG, help="the model"),
     option("--device", default="auto", help="auto, cpu, cuda or cuda:N"),
     option("--train-utterances", type=int, default=1120, help="commands to learn from"),
     option("--test-utterances", type=int, default=200, help="commands by other voices"),
     option("--compare-seconds", type=float, default=20.0, help="time to measure fused against eager"),
-    option("--seed", type=int, default=0, help="of the corpus, the weights and the order"),
+    option("--seed", type=int, default=0, help="seed of the corpus, the weights and the order"),
 ]
 
 
@@ -60,7 +60,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def picture(path: Path) -> np.ndarray:
-    """Log-mel features (bands, frames) of a file as they are before normalisation, for the eye."""
+    """Log-mel features (bands, frames) of a file before normalisation, for a picture."""
     samples = torch.from_numpy(audio.load(path, corpus.SAMPLE_RATE))[None]
     features = LogMelFeatures(normalize=None, dither=0.0, pad_to_multiple=1)
     mel = features(samples, torch.tensor([samples.shape[1]]))[0][0]
@@ -77,7 +77,7 @@ def table(result: dict) -> Table:
 
 
 def listen(model: Jasper, unheard: list[Utterance], device: torch.device, seed: int) -> tuple[list[Path], list[dict]]:
-    """One utterance of each of three voices that were not in training: their files, and what the model hears."""
+    """One utterance of each of three voices that were not in training: their files, and the model's transcripts."""
     rng = random.Random(seed)
     voices = rng.sample(corpus.voices("test"), 3)
     chosen = [rng.choice([u for u in unheard if u.speaker == voice.name] or unheard) for voice in voices]

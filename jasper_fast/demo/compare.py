@@ -1,4 +1,4 @@
-"""Fused beside eager on this machine: the bench's training step, inference and bytes kept for backward."""
+"""Compares fused and eager on this machine with the bench: training step, inference, bytes kept for backward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jasper_fast.extras import need
 def compare(
     config: Path, folder: Path, batch: tuple[int, int], device: torch.device, seconds: float
 ) -> dict[str, dict]:
-    """Measures the model of `config` and its eager twin for about `seconds` of training steps and as much of inference.
+    """Measures the model of `config` and its eager twin, for about `seconds` in training and as long in inference.
 
     `batch`: utterances and feature frames of a training step. The bench's results go to `folder`. Returns `train` and
     `inference` (utterances per second; `ratio`: eager time over fused time, medians) and `memory` (bytes that one

@@ -1,4 +1,4 @@
-"""The demo's spoken corpus: commands with numbers, many voices in train, quite different ones kept for the test."""
+"""The demo's synthetic corpus: commands with numbers, spoken by many voices for training and by others for the test."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Voice:
 
 
 def voices(split: str) -> list[Voice]:
-    """The voices of a split, "train" or "test"; the two share no variant, hence no vocal tract."""
+    """The voices of a split, "train" or "test"; the two splits share no variant, and so no vocal tract."""
     women, men = {"train": (TRAIN_WOMEN, TRAIN_MEN), "test": (TEST_WOMEN, TEST_MEN)}[split]
     return [Voice(name, "female") for name in women.split()] + [Voice(name, "male") for name in men.split()]
 

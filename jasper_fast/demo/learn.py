@@ -1,4 +1,5 @@
-"""Training by train.py, for so many steps or so much time: the learning rate follows whichever ends first."""
+"""Training with train.py for a number of steps or a time; the learning-rate schedule fits the limit that comes
+first."""
 
 from __future__ import annotations
 
@@ -18,11 +19,11 @@ from jasper_fast.training.runs import StopRequest, read_log
 from jasper_fast.training.state import TrainingState
 
 BATCH_SIZE = 8
-LOOKS = 6  # validations, each of the live weights and of the average
+LOOKS = 6  # validations, each with the live weights and with the average
 
 
 class Threads:
-    """Sets the number of CPU threads that trains fastest now: on busy cores one thread beats many that wait in turn.
+    """Sets the fastest number of CPU threads; on busy cores one thread is faster than many that wait for each other.
 
     Called after each step, it times up to `trial` of them with each of the candidates, in their order: one that is
     clearly slower than an earlier one is dropped at its second step. The fastest then stays for `period` steps.
@@ -47,7 +48,7 @@ class Threads:
         torch.set_num_threads(self.candidates[0])
 
     def took(self, seconds: float) -> None:
-        """Takes the time of a step in, and moves on."""
+        """Records the time of a step and sets the threads for the next one."""
         if len(self.medians) == len(self.candidates):
             return
         self.seconds.append(seconds)
@@ -63,7 +64,7 @@ class Threads:
 
 @dataclass
 class Learned:
-    """What training leaves: the model with averaged weights, and the log's records of training and of its judgement."""
+    """The result of a training: the model with averaged weights, and the log's records of training and validation."""
 
     model: Jasper
     loss: list[dict[str, Any]]
@@ -73,11 +74,11 @@ class Learned:
 def learn(
     config: Path, manifests: tuple[Path, Path], folder: Path, steps: int, minutes: float, device: str, seed: int = 0
 ) -> Learned:
-    """Trains a Jasper of `config` on the first of the manifests for `steps`, or for `minutes` where a machine is too
-    slow for them, and judges it on the second. What an earlier call left in `folder` is removed.
+    """Trains a Jasper of `config` on the first of the manifests for `steps`, or for `minutes` if the machine is too
+    slow for them, and tests it on the second. Files of an earlier call in `folder` are removed.
 
-    The test chooses nothing: the settings are fixed, the last averaged weights are the result. Raises KeyboardInterrupt
-    where it was told to stop.
+    Nothing is chosen by the test: the settings are fixed, and the last averaged weights are the result. Raises
+    KeyboardInterrupt if it was told to stop.
     """
     shutil.rmtree(folder, ignore_errors=True)
     options = {

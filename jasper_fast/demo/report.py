@@ -59,7 +59,8 @@ def ticks(top: float, count: int = 4) -> list[float]:
 
 
 def chart(points: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Where a line chart of (minutes, value) points, from zero, has its ticks and points; the template draws it."""
+    """The positions of ticks and points of a line chart of (minutes, value) points, from zero; the template draws
+    it."""
     left, right, top, bottom = 44, 448, 10, 196
     x_top = max((x for x, _ in points), default=0) or 1
     ys = ticks(max((y for _, y in points), default=1))

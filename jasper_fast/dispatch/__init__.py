@@ -1,1 +1,1 @@
-"""Which face of an op runs, whether it is to be trusted, and why one is missing."""
+"""Which face of an op runs, whether its kernels passed the self-check, and why a face is missing."""

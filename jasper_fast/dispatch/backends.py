@@ -1,4 +1,4 @@
-"""What a user may ask for by `backend=`, and whether this machine has it."""
+"""The values of `backend=`, and whether this machine can run each of them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check(backend: str) -> str:
 
 
 def why_missing(backend: str, device: torch.device | str) -> str | None:
-    """None where `backend` runs on tensors of `device`, else one sentence that says what to do."""
+    """None if `backend` runs on tensors of `device`, else one sentence that says what to do."""
     device = torch.device(device)
     device_type = device.type
     if backend == "reference":
@@ -59,7 +59,7 @@ def why_missing(backend: str, device: torch.device | str) -> str | None:
 
 
 def _too_old(device: torch.device) -> str | None:
-    """Why the Triton kernels do not run on a GPU of that age; None too where PyTorch sees no GPU that could tell."""
+    """Why this GPU is too old for the Triton kernels; None if it is not, or if PyTorch sees no GPU."""
     found = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else OLDEST
     if found >= OLDEST:
         return None

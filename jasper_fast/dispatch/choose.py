@@ -1,4 +1,4 @@
-"""Which face of an op runs: `backend=` resolved by op, device, dtype and shape, once for each."""
+"""Chooses the face of an op from `backend=`, op, device, dtype and shape. Each choice is cached."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from jasper_fast.kernels.tables import Cell
 
 @torch.compiler.assume_constant_result
 def resolve(backend: str, device: torch.device | str, op: str | None = None, dtype: torch.dtype | None = None) -> str:
-    """The face that runs for `backend` on `device`: raises BackendMissing for a named one that cannot run.
+    """The face that runs for `backend` on `device`; raises BackendMissing for a named face that cannot run.
 
-    `op`: of "auto", the op whose verdict in `dtype` on a GPU decides (see `dispatch.verdicts`; without a dtype those in
-    all); None asks for no verdict.
+    `op`: with "auto" on a GPU, the verdict on this op in `dtype` must be good (see `dispatch.verdicts`); without a
+    dtype, those in all dtypes. None needs no verdict.
     """
     return _resolve(backend, device, op, dtype)
 
@@ -45,7 +45,7 @@ def _resolve(backend: str, device: torch.device | str, op: str | None, dtype: to
         return "reference"
     if op is None or device.type != "cuda":
         return first
-    if dtype is not None and dtype not in tables.DTYPES:  # fp64, say, which no kernel takes
+    if dtype is not None and dtype not in tables.DTYPES:  # for instance fp64, which no kernel takes
         return "reference"
     dtypes = tables.DTYPES if dtype is None else (dtype,)
     return first if all(_trusted(op, first, device, of, PLAIN) for of in dtypes) else "reference"
@@ -76,7 +76,7 @@ def _norm_face(backend, device, dtype, channels, rows_log2) -> str:
         fastest = tables.fastest(tables.NORM_OPS, device, dtype, **tables.shape_of_norm(channels), rows=rows)
         if fastest == "reference":
             return fastest
-        next_one = "backend='auto' goes on to its Triton kernel"
+        next_one = "backend='auto' tries its Triton kernel next"
         if (
             fastest == "cuda"
             and resolve(backend, device) != "cuda"
@@ -88,7 +88,8 @@ def _norm_face(backend, device, dtype, channels, rows_log2) -> str:
 
 
 def conv_calls(*, stats: bool = False, dx: bool = False, dw: bool = False, norm: bool = False) -> tuple[str, ...]:
-    """The ops that one use of a conv calls: forward, with statistics; gradients of x, with `norm`'s reduction; of w."""
+    """The ops that a conv calls: forward (`stats`: with statistics), and the gradients of x (`norm`: with reduction)
+    and of w."""
     forward, dgrad = "forward_stats" if stats else "forward", "dgrad_bn" if norm else "dgrad"
     return tuple(f"conv1d.{op}" for op, used in ((forward, True), (dgrad, dx), ("wgrad", dw)) if used)
 
@@ -104,7 +105,7 @@ def conv_face(
     shape: tuple[int, int, int, int, int] | None = None,
     rows_log2: int | None = None,
 ) -> str:
-    """The face that runs a conv in `dtype` on `device`: ours where it has the dtype and the gradients, else "aten".
+    """The face that runs a conv in `dtype` on `device`: ours if it has the dtype and the gradients, else "aten".
 
     The CPU kernels take 16 bits too, except where the CPU has AMX for them: ATen's convs use it, ours do not.
     strided_dx: the gradient of x at a stride is asked for, which only ATen has. On a GPU "auto" takes one of ours or
@@ -212,10 +213,10 @@ def _catch_up(backend: str, device: torch.device | str) -> None:
 
 @torch.compiler.assume_constant_result
 def pane_form(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """How panes="auto" takes the panes' statistics in training: "gram" or "plain" (see jasper_fast.ops).
+    """How panes="auto" computes the panes' statistics in training: "gram" or "plain" (see jasper_fast.ops).
 
-    "gram" on a GPU, where the plain form's passes over pane outputs are what costs, if its verdict is good (a `backend`
-    asked for by name is not checked); "plain" elsewhere: on CPUs it is faster.
+    "gram" on a GPU, where the plain form's passes over pane outputs are expensive, if its verdict is good (a `backend`
+    asked for by name is not checked). "plain" elsewhere, because it is faster on CPUs.
     """
     return _pane_form(backend, device, dtype)
 
@@ -232,7 +233,7 @@ def _pane_form(backend, device, dtype) -> str:
 
 
 def _has_amx(dtype: torch.dtype) -> bool:
-    """Whether this CPU's matrix unit takes `dtype`."""
+    """Whether this CPU has a matrix unit (AMX) for `dtype`."""
     known = {torch.bfloat16: torch.cpu._is_amx_tile_supported, torch.float16: torch.cpu._is_amx_fp16_supported}
     return dtype in known and known[dtype]()
 
@@ -245,7 +246,7 @@ LIBRARY = "backend='auto' takes PyTorch's own conv instead, which is slower here
 
 
 def _trusted(op: str, face: str, device: torch.device, dtype: torch.dtype, instead: str) -> bool:
-    """Whether the verdict on a GPU kernel is good; a warning, once for each, where it is not."""
+    """Whether the verdict on a GPU kernel is good; if not, warns once per kernel."""
     if device.index is None:
         device = torch.device(device.type, torch.cuda.current_device())
     found = verdicts.verdict(op, face, device, tables.DTYPES[dtype])

@@ -1,9 +1,10 @@
-"""The watcher of the self-check: starts the process that runs kernels, reads what it says, and names who ended it.
+"""The watcher of the self-check: starts the process that runs kernels, reads its messages, and finds the check that
+ended it.
 
-A kernel that crashes, or that never ends, must not take the user's process or its CUDA context with it, and must be
-named. So `supervise` starts `python -m jasper_fast.selfcheck.child`, which writes one line for each check it begins
-or ends. When that process dies or falls silent, the check it was in is at fault, and another process does the rest. If
-the watching process is ended early, a `Report` holds what was found until then.
+A kernel that crashes or never ends must not break the user's process or its CUDA context, and must be found. So
+`supervise` starts `python -m jasper_fast.selfcheck.child`, which writes one line when it begins a check and one when it
+ends it. If that process dies or falls silent, the check that it was in is at fault, and another process does the
+remaining checks. If the watching process is ended early, a `Report` holds the results so far.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ CHECK_SECONDS = 180.0  # for one check, its compilation included
 
 
 class CannotCheck(RuntimeError):
-    """The check could not be made: its process did not reach the first kernel. The message says why."""
+    """The check could not be made, because its process did not reach the first kernel. The message says why."""
 
 
 def command() -> list[str]:
@@ -32,7 +33,7 @@ def command() -> list[str]:
 
 @dataclass
 class Report:
-    """What a self-check has found so far: `planned` checks, and rows of those that were made by their ids."""
+    """The results of a self-check so far: the `planned` checks, and the rows of finished checks by id."""
 
     planned: list[dict[str, Any]] = field(default_factory=list)
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -43,7 +44,8 @@ class Report:
         return [self.found[check["id"]] for check in self.planned if check["id"] in self.found]
 
     def decided(self) -> list[dict[str, Any]]:
-        """The rows that a verdict can be made of: all checks of their op, face and dtype were made, or one failed."""
+        """The rows from which verdicts can be made: all checks of their op, face and dtype are finished, or one
+        failed."""
         rows, open_ = self.rows, {group_of(check) for check in self.planned if check["id"] not in self.found}
         open_ -= {group_of(row) for row in rows if row["status"] in FAULTS}
         return [row for row in rows if group_of(row) not in open_]
@@ -64,10 +66,10 @@ def supervise(
     """The rows of all checks for `device`: statuses of `checks.perform`, and "died", "hung" and "skipped".
 
     `ops`, `faces`, `dtypes` ("float16", ...): what to check, as `checks.plan` takes them. After a kernel that died or
-    hung, the other checks of its op, face and dtype are skipped: their verdict is given. `seconds` limits each check;
-    `on_row(row, total)` is called as rows come in; `argv` replaces the process' command line. Whatever is raised in
-    here ends the checking process at once, and `report` then holds what was found.
-    Raises CannotCheck where the process does not reach the first check.
+    hung, the other checks of its op, face and dtype are skipped, because their verdict is known. `seconds` limits each
+    check. `on_row(row, total)` is called for each new row. `argv` replaces the command line of the process. Any
+    exception ends the checking process at once, and `report` then holds the results so far. Raises CannotCheck if the
+    process does not reach the first check.
     """
     report = report or Report()
     which = {"ops": list(ops), "faces": list(faces), "dtypes": list(dtypes)}
@@ -79,7 +81,7 @@ def supervise(
         except CannotCheck as error:
             if not report.planned:
                 raise
-            fault, after, skipped = None, str(error), None  # the rest cannot be checked any more
+            fault, after, skipped = None, str(error), None  # the remaining checks cannot be made
         if fault is not None:
             _note(report, fault, on_row)
         for check in report.planned:

@@ -1,4 +1,4 @@
-"""What a verdict on a kernel is, and what an error says of the kernel or of the machine."""
+"""Verdicts on kernels, and whether an error is the fault of the kernel or of the machine."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 import torch
 
 GOOD, BAD, UNCHECKED = "good", "bad", "unchecked"
-OPS = ("bn_relu_dropout", "conv1d", "conv1d.fused", "panes")  # what has verdicts of its own, by face and dtype
-FACES = ("cpu", "triton", "cuda", "aten")  # panes are ATen's matrix products, put together by us
-FAULTS = ("wrong", "failed", "died", "hung")  # of the kernel
-OPEN = ("no memory", "environment", "skipped")  # of no kernel: it was not checked
+OPS = ("bn_relu_dropout", "conv1d", "conv1d.fused", "panes")  # each has its own verdict per face and dtype
+FACES = ("cpu", "triton", "cuda", "aten")  # aten: our panes are built from ATen's matrix products
+FAULTS = ("wrong", "failed", "died", "hung")  # statuses that are the kernel's fault
+OPEN = ("no memory", "environment", "skipped")  # statuses of a kernel that was not checked
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What the self-check found for one op on one face in one dtype ("bfloat16").
 
-    status: "good", "bad", or "unchecked" where the check itself could not run (no memory, no compiler); quick: only a
-    first check of seconds; checked: how many checks; failure: the first thing that was wrong, and in which kernel.
+    status: "good", "bad", or "unchecked" if the check itself could not run (no memory, no compiler). quick: only a
+    quick check of seconds was made. checked: the number of checks. failure: the first fault, and in which kernel.
     """
 
     op: str
@@ -36,25 +36,25 @@ class Verdict:
     date: str = ""
 
 
-# (what an error says, what to do about it) where the machine is at fault, not the kernel
+# (text of an error, what to do about it) for errors that are the fault of the machine, not of the kernel
 FIXES = (
-    ("failed to find c compiler", "Triton builds its launcher in C: install a C compiler (gcc) or name one by CC"),
-    ("cannot find ptxas", "Triton's ptxas is missing: install triton anew, or name one by TRITON_PTXAS_PATH"),
+    ("failed to find c compiler", "Triton compiles its launcher in C: install a C compiler (gcc) or name one by CC"),
+    ("cannot find ptxas", "Triton's ptxas is missing: reinstall triton, or name one by TRITON_PTXAS_PATH"),
     ("is not defined for option 'gpu-name'", "ptxas is older than this GPU: update triton, or unset TRITON_PTXAS_PATH"),
     ("unsupported .version", "ptxas is older than Triton: update triton, or unset TRITON_PTXAS_PATH"),
     ("libcuda.so cannot found", "Triton finds no libcuda.so of the driver: run ldconfig, or set TRITON_LIBCUDA_PATH"),
     ("could not create or locate cache dir", "set TRITON_CACHE_DIR to a folder that can be written"),
     ("no space left on device", "free space in TRITON_CACHE_DIR (default ~/.triton/cache) and TMPDIR, or set them"),
     ("no kernel image is available", "the CUDA library is not built for this GPU: see JASPER_FAST_CUDA_ARCHS"),
-    ("busy or unavailable", "another process has the GPU for itself: see nvidia-smi"),
+    ("busy or unavailable", "another process uses the GPU exclusively: see nvidia-smi"),
     ("driver version is insufficient", "update the NVIDIA driver"),
 )
 NO_MEMORY = ("out of memory", "alloc_failed", "cannot allocate memory")
-FREE_MEMORY = "another process may hold the memory: see nvidia-smi, and check again when it is free"
+FREE_MEMORY = "another process may use the memory: see nvidia-smi, and check again when it is free"
 
 
 def blame(error: BaseException) -> dict[str, str]:
-    """Status and detail of what an exception says: of the kernel, or of the machine that it was to run on."""
+    """Status and detail for an exception: whether the kernel or the machine is at fault."""
     text = str(error)
     detail = text if isinstance(error, PlainPyTorchFailed) else in_a_line(error)
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or any(m in text.lower() for m in NO_MEMORY):
@@ -62,10 +62,10 @@ def blame(error: BaseException) -> dict[str, str]:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         text += " no space left on device"
     fix = next((fix for what, fix in FIXES if what in text.lower()), None)
-    if fix is None and isinstance(error, subprocess.SubprocessError):  # what runs a compiler; PTXASError is another
-        fix = "Triton builds its launcher in C: it needs gcc, Python's headers (python3-dev) and space in TMPDIR"
+    if fix is None and isinstance(error, subprocess.SubprocessError):  # of a compiler; PTXASError is another
+        fix = "Triton compiles its launcher in C: it needs gcc, Python's headers (python3-dev) and space in TMPDIR"
     if fix is None and isinstance(error, (OSError, ImportError)):  # kernels touch no files
-        fix = "the files of Triton and of its cache must be there for this user to read, run and write"
+        fix = "this user must be able to read, run and write the files of Triton and of its cache"
     if fix is None and isinstance(error, PlainPyTorchFailed):
         fix = "without it there is nothing to compare with"
     if fix is None:
@@ -74,7 +74,7 @@ def blame(error: BaseException) -> dict[str, str]:
 
 
 class PlainPyTorchFailed(RuntimeError):
-    """The call beside the kernel's failed; if by the kernel's doing, the device says so when it is next waited for."""
+    """The call of plain PyTorch failed. If the kernel caused that, the next wait for the device raises its error."""
 
 
 def in_a_line(error: BaseException) -> str:
@@ -82,7 +82,7 @@ def in_a_line(error: BaseException) -> str:
 
 
 def group_of(row: dict[str, Any]) -> tuple[str, str, str]:
-    """What has one verdict."""
+    """The key of a verdict."""
     return row["op"], row["face"], row["dtype"]
 
 
@@ -104,7 +104,7 @@ def judge(rows: Sequence[dict[str, Any]], quick: bool) -> list[Verdict]:
 
 
 def failure_of(row: dict[str, Any] | None) -> str:
-    """A failed row in words: which kernel, with what, and what happened."""
+    """A failed row in words: the kernel, its inputs, and what happened."""
     if row is None:
         return ""
     what = " ".join(filter(None, (row["function"], row["variant"], row["configuration"], row["shape"], row["dtype"])))

@@ -1,8 +1,8 @@
-"""Whether `backend="auto"` may use a kernel on this machine: verdicts of the self-check, kept in the user's cache.
+"""Whether `backend="auto"` may use a kernel on this machine: verdicts of the self-check, saved in the user's cache.
 
-A verdict holds for one op on one face in one dtype, because each dtype is another kernel, and for the GPU, driver,
-torch, Triton and sources that it was given under: any change asks for a new one. The cache is `JASPER_FAST_CACHE`, else
-`$XDG_CACHE_HOME/jasper_fast`, else `~/.cache/jasper_fast`.
+A verdict is for one op on one face in one dtype, because each dtype is a kernel of its own. It is valid only for the
+GPU, driver, torch, Triton and sources with which it was made; after any change a new one is needed. The cache is
+`JASPER_FAST_CACHE`, else `$XDG_CACHE_HOME/jasper_fast`, else `~/.cache/jasper_fast`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 @functools.cache
 def key(device: torch.device) -> dict[str, str]:
-    """What a verdict for `device` is valid under."""
+    """The machine and versions for which a verdict on `device` is valid."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {_cpu()}",
         "driver": driver() if device.type == "cuda" else "",
@@ -48,7 +48,7 @@ def key(device: torch.device) -> dict[str, str]:
 
 
 def driver() -> str:
-    """The version of the NVIDIA driver, "unknown" where nothing tells it."""
+    """The version of the NVIDIA driver, or "unknown"."""
     if DRIVER.is_file() and (
         found := re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", DRIVER.read_text(errors="replace"))
     ):
@@ -89,7 +89,7 @@ def _version(package: str) -> str:
 
 
 def folder() -> Path:
-    """Where verdicts are kept."""
+    """The folder of the verdicts."""
     if own := os.environ.get("JASPER_FAST_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -103,7 +103,7 @@ def path(device: torch.device) -> Path:
 
 
 def read(device: torch.device) -> dict[tuple[str, str, str], Verdict]:
-    """Kept verdicts for `device` by (op, face, dtype); none, with a message, where the file cannot be used."""
+    """Saved verdicts for `device` by (op, face, dtype); none, with a message, if the file cannot be used."""
     file = path(device)
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
@@ -127,15 +127,15 @@ def _parse(data: dict, device: torch.device) -> dict[tuple[str, str, str], Verdi
         verdict = Verdict(**values)
         wrong = [f.name for f in fields(Verdict) if type(getattr(verdict, f.name)).__name__ != f.type]
         if wrong or verdict.status not in (GOOD, BAD):
-            raise ValueError(f"{', '.join(wrong) or 'status'} of a verdict is not what it should be")
+            raise ValueError(f"{', '.join(wrong) or 'status'} of a verdict is invalid")
         found[verdict.op, verdict.face, verdict.dtype] = verdict
     return found
 
 
 def keep(device: torch.device, verdicts: Iterable[Verdict]) -> None:
-    """Puts verdicts into the cache file for `device` and into this process; a good quick one never replaces another.
+    """Saves verdicts in the cache file for `device` and in this process; a good quick verdict never replaces another.
 
-    One that could not be given ("unchecked") is for this process only. A cache that cannot be written is a message.
+    An "unchecked" verdict is for this process only. If the cache cannot be written, a message says so.
     """
     kept = read(device)
     for verdict in verdicts:
@@ -157,7 +157,7 @@ def keep(device: torch.device, verdicts: Iterable[Verdict]) -> None:
         part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         os.replace(part, file)
     except OSError as error:
-        _say(f"cannot keep the verdict in {file} ({error}); set JASPER_FAST_CACHE to a folder that can be written")
+        _say(f"cannot save the verdict in {file} ({error}); set JASPER_FAST_CACHE to a folder that can be written")
 
 
 @contextmanager
@@ -166,7 +166,7 @@ def locked(patience: float = LOCK_SECONDS, name: str = "lock") -> Iterator[bool]
 
     After `patience` seconds the body runs all the same, and is told False.
     """
-    import fcntl  # not on Windows, where there is no Triton either
+    import fcntl  # does not exist on Windows, but neither does Triton
 
     try:
         folder().mkdir(parents=True, exist_ok=True)
@@ -189,7 +189,7 @@ _memory: dict[tuple, Verdict] = {}
 
 
 def forget() -> None:
-    """Drops what this process knows, so that the cache is read again."""
+    """Forgets the verdicts in this process, so that the cache is read again."""
     _memory.clear()
     key.cache_clear()
     sources.cache_clear()
@@ -197,17 +197,17 @@ def forget() -> None:
 
 def verdict(op: str, face: str, device: torch.device, dtype: str, check: Callable | None = None) -> Verdict:
     """The verdict on `op` ("bn_relu_dropout", "conv1d", "conv1d.fused", "panes") on `face` in `dtype` ("bfloat16"):
-    kept, or from a quick check now.
+    from the cache, or from a quick check now.
 
-    The check runs in a process of its own, says so in one line on the standard error, and takes seconds.
-    `check(device, op, face, dtype) -> Verdict` takes its place in tests.
+    The check runs in a process of its own, takes seconds, and prints one line on the standard error. `check(device, op,
+    face, dtype) -> Verdict` replaces it in tests.
     """
     name = (device, op, face, dtype)
     if name not in _memory:
         found = read(device).get((op, face, dtype))
         if found is None:
             with locked():
-                found = read(device).get((op, face, dtype))  # another process may have been quicker
+                found = read(device).get((op, face, dtype))  # another process may have checked it meanwhile
                 if found is None:
                     found = (check or _check_now)(device, op, face, dtype)
                     keep(device, [found])

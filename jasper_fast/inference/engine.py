@@ -1,4 +1,4 @@
-"""The inference engine: what a user calls."""
+"""The inference engine."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from jasper_fast.nn.model import Jasper, check_features
 class InferenceEngine:
     """Runs a Jasper for evaluation: `engine(features (N, C, T), lengths (N,)) -> (log_probs (N, T', V) fp32, lengths)`.
 
-    `features` are floating point, in frames; `lengths` integers in [0, T], all on the weights' device. A ValueError
-    says what does not fit. Lengths outside of that range are an error on the CPU; on a GPU, where looking at them would
-    stall it, kernels clamp them. No gradient flows through the engine.
+    `features` are floating point; `lengths` are integers in [0, T], in frames; both are on the device of the weights.
+    Raises ValueError for arguments that do not fit. Lengths outside that range are an error on the CPU. On a GPU
+    kernels clamp them, because checking them would stall the GPU. No gradient flows through the engine.
 
-    The engine copies the model's weights, folded (in fp32 or better) and packed, when it is made: call `refresh()`
-    after they change. dtype: that of weights and activations, by default the model's own; sums are fp32 always. On a
-    CPU bf16 is the fastest where it has AVX512-BF16 or AMX, and fp16 runs as fp32, which is faster there.
+    The constructor copies, folds (in fp32 or wider) and packs the model's weights: call `refresh()` after they change.
+    dtype: of weights and activations, by default that of the model; sums are always fp32. bf16 is fastest on a CPU with
+    AVX512-BF16 or AMX. fp16 runs as fp32 on a CPU, which is faster.
 
-    It owns its activation buffers and reuses them between calls; results are in memory of their own and depend on
-    nothing but this call's input. Any number of threads and CUDA streams may call one engine: it runs on the caller's
-    current stream, one call at a time (make an engine a thread for more; they share nothing).
+    It reuses its activation buffers between calls. Results are in new memory and depend only on the input of the call.
+    Any number of threads and CUDA streams may call one engine. It runs on the caller's current stream, one call at a
+    time; for parallel calls make one engine per thread.
 
     On the triton and cuda faces a call is one kernel a sub-block, features to log-probabilities, and no ATen op, where
     lengths are int64 and the vocabulary has up to 128 symbols (ATen does a larger one's log-softmax, and copies
@@ -73,11 +73,11 @@ class InferenceEngine:
         self.refresh()
 
     def refresh(self) -> None:
-        """Fold and pack the model's weights as they are now, on the device that they are on now."""
+        """Folds and packs the present weights of the model, on their present device."""
         with self._lock, torch.no_grad():
             if self._turns is not None:
                 with self._turns.turn():
-                    self._turns.finish()  # the old weights and graphs must not go while they are in use
+                    self._turns.finish()  # the old weights and graphs must not be freed while in use
             weight = self._model.decoder.layers[0].weight
             turns, dtype = Turns(weight.device), self._wanted or weight.dtype
             faces = choose.fused_faces(self._model.backend, weight.device, dtype)

@@ -1,4 +1,4 @@
-"""Jasper for other runtimes: one plain graph of convolutions, checked against the engine before it is written."""
+"""Export for other runtimes: one plain graph of convolutions, compared with the engine before it is written."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class ExportError(ValueError):
-    """A graph that cannot be made, or does not compute what the engine does."""
+    """A graph that cannot be made, or whose results differ from those of the engine."""
 
 
 class _Conv(nn.Module):
@@ -51,11 +51,11 @@ class _Conv(nn.Module):
 
 
 class PlainJasper(nn.Module):
-    """Jasper for evaluation in convolutions, sums, ReLU and masks alone: what other runtimes are given.
+    """Jasper for evaluation with only convolutions, sums, ReLU and masks, for export to other runtimes.
 
     `forward(features (N, C, T), lengths (N,)) -> (log_probs (N, T', V) fp32, lengths (N,))`, as `model.eval()` gives on
     rows t < length. Batch norm is folded into copies of the weights of `model`, a Jasper or an EagerJasper. With conv
-    masks, neither the padding's length nor what stands in it changes anything.
+    masks, results depend neither on the length of the padding nor on its content.
     """
 
     @torch.no_grad()
@@ -106,14 +106,14 @@ def _copy(module: nn.Module) -> nn.Module:
 
 
 def example(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Features and lengths to trace by: no size is 1 or a round number, which a tracer might take for a constant."""
+    """Features and lengths for tracing. No size is 1 or a round number, which a tracer might take for a constant."""
     weight = model.head.weight
     features = torch.zeros(3, model.config.encoder.in_feats, 187, device=weight.device, dtype=weight.dtype)
     return features, torch.tensor([187, 101, 53], device=weight.device)
 
 
 def program(model: nn.Module) -> torch.export.ExportedProgram:
-    """`torch.export` of the plain graph of `model`: ATen's operations alone, for any N and T.
+    """`torch.export` of the plain graph of `model`: only ATen's operations, for any N and T.
 
     It is saved by `torch.export.save` and loads where this package is not installed.
     """
@@ -134,7 +134,7 @@ def write_onnx(
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is absent
     plain = program(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PyTorch's exporter about itself
+        warnings.simplefilter("ignore")  # warnings of PyTorch's exporter about its own code
         torch.onnx.export(
             plain, (), str(path), input_names=list(inputs), output_names=list(outputs), dynamo=True, verbose=False
         )
@@ -143,8 +143,8 @@ def write_onnx(
 def differs(run: Run, engine: Run, model: nn.Module, seed: int = 0) -> float:
     """Largest difference between two ways to run `model`, over valid frames of random features.
 
-    Three utterances in a batch with NaN in the padding, where there are conv masks, and again each alone at its own
-    length: lengths that no export was traced by.
+    Three utterances are run in a batch, with NaN in the padding if there are conv masks, and again each alone at its
+    own length, with lengths for which no export was traced.
     """
     generator = torch.Generator().manual_seed(seed)
     masks = model.config.encoder.use_conv_masks
@@ -179,7 +179,8 @@ def in_onnx_runtime(path: str | Path) -> Run:
 
 
 def export_onnx(model: Jasper, labels: Sequence[str], folder: str | Path) -> float:
-    """Writes `model` as the folder that onnx-asr reads, after ONNX Runtime gave the engine's numbers; the difference.
+    """Writes `model` as a folder for onnx-asr, if ONNX Runtime gives the results of the engine; returns their
+    difference.
 
     `model.onnx` takes `audio_signal` (N, C, T) fp32 and `length` (N,) int64 and gives `logprobs` (N, T', V) and
     `encoded_lengths`; `vocab.txt` and `config.json` are onnx-asr's, `features.json` says how the features are made.
@@ -212,7 +213,7 @@ def export_onnx(model: Jasper, labels: Sequence[str], folder: str | Path) -> flo
 
 
 def _beside(model: Jasper, labels: Sequence[str]) -> dict[str, str]:
-    """The files of the folder beside the model, by name."""
+    """The other files of the folder, by name."""
     config = model.config
     symbols = ["▁" if label == " " else label for label in labels] + ["<blk>"]
     about: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""CUDA graphs, and the order of streams on buffers that belong to nobody's stream."""
+"""CUDA graphs, and the order of work on buffers that several streams share."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor, cuda
 
 
 class CudaGraphs:
-    """Captures launches on one CUDA device: launches that allocate nothing, so that each graph's own pool stays empty.
+    """Captures launches on one CUDA device. The launches allocate nothing, so the memory pool of each graph stays
+    empty.
 
-    A pool that graphs share dies with the last of them, and PyTorch refuses to capture into a dead one.
+    Graphs do not share a pool, because it is destroyed with the last graph and PyTorch then refuses to capture into it.
     """
 
     def __init__(self, device: torch.device):
@@ -24,9 +25,9 @@ class CudaGraphs:
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
         """Run `launch` once on a side stream, which compiles and loads its kernels, then capture it.
 
-        Returns the replay, which runs on the stream that is current then. Other threads may use the device meanwhile,
-        but draw nothing from its default random generator: PyTorch lends it to every capture, and then refuses others.
-        Raises RuntimeError where the launches cannot be captured.
+        Returns the replay function, which runs on the stream that is current when it is called. Other threads may use
+        the device during the capture, but not its default random generator, which PyTorch reserves for the capture.
+        Raises RuntimeError if the launches cannot be captured.
         """
         current = cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
@@ -45,12 +46,12 @@ class CudaGraphs:
         return graph.replay
 
     def _record(self, graph: cuda.CUDAGraph, launch: Callable[[], None]) -> None:
-        # thread_local: another thread's allocation, say a data loader's, does not break the capture
+        # thread_local: an allocation by another thread, such as a data loader, does not break the capture
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             launch()
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # the launch's own error says more than that of the broken capture
+            with contextlib.suppress(RuntimeError):  # the error of the launch says more than that of the broken capture
                 graph.capture_end()
             raise
         graph.capture_end()
@@ -58,7 +59,7 @@ class CudaGraphs:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """No garbage collection: what it frees, a graph or an event, could break off a capture."""
+    """Turns garbage collection off, because freeing a graph or an event could break a capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -69,7 +70,7 @@ def _no_collection() -> Iterator[None]:
 
 
 class Turns:
-    """One user of shared buffers after another, whatever streams they are on; the caller holds a lock."""
+    """Lets users of shared buffers take turns, on any streams; the caller holds a lock."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -78,9 +79,9 @@ class Turns:
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """Makes the current stream wait for the last turn's work, and its device the current one; on a CPU nothing.
+        """Makes the device current and its current stream wait for the work of the last turn; does nothing on a CPU.
 
-        Raises RuntimeError where the caller is capturing a graph: that one would outlive the buffers.
+        Raises RuntimeError if the caller is capturing a graph, which would outlive the buffers.
         """
         if self.device.type != "cuda":
             yield
@@ -103,7 +104,7 @@ class Turns:
                 self._last.record(stream)
 
     def drop(self, tensors: Iterable[Tensor]) -> None:
-        """Within a turn: the memory of `tensors`, which nobody needs any more, outlives the work queued so far."""
+        """Within a turn: frees `tensors`, which are no longer needed, but only after the work queued so far."""
         for tensor in tensors:
             if tensor.is_cuda:
                 tensor.record_stream(self._stream)

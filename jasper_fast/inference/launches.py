@@ -1,7 +1,7 @@
-"""The plan as Triton launches: one a sub-block and one for the decoder with its log-softmax, and nothing else.
+"""The plan as Triton launches: one per sub-block, and one for the decoder with its log-softmax.
 
-The first launch reads the caller's features and lengths and the last writes the caller's results; those between know
-only the engine's own buffers, so that on a GPU they are one CUDA graph, for each batch size and bucket of lengths.
+The first launch reads the caller's features and lengths, and the last one writes the results. The launches between use
+only the engine's buffers, so on a GPU they are one CUDA graph for each batch size and bucket of lengths.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from jasper_fast.nn.model import Jasper
 
 @dataclass
 class Bound:
-    """One (N, T) bound to the buffers: the first launch, but for input and lengths, those between, the last's input."""
+    """The launches for one (N, T), bound to the buffers: the first without input and lengths, those between, the input
+    of the last."""
 
-    source: Tensor | None  # (N, T, C_in), where the first block's panes need the features
+    source: Tensor | None  # (N, T, C_in), if the first block's panes need the features
     first: Callable[..., None]
     between: list[Callable[[], None]]
     last: Tensor
     lengths: Tensor
     called: bool = False
     replay: Callable[[], None] | None = None
-    made_with: tuple[object, ...] = ()  # what the graph depends on beside the buffers: alive while it is
+    made_with: tuple[object, ...] = ()  # other objects that the graph depends on: kept alive with it
 
     def launch(self) -> None:
         """Everything between the first launch and the last."""
@@ -70,7 +71,7 @@ class Launches:
         before = self._scratch()
         if bound.source is None:
             x = self._readable(features).transpose(1, 2)
-        else:  # rows past T hold another call's: a length past T must not reach them
+        else:  # rows past T are from other calls: a length past T must not reach them
             x, lengths = bound.source, lengths.clamp(0, t)
             x[:, :t].copy_(features.transpose(1, 2))
         bound.first(x, lengths=Lengths(lengths, None, self.lengths.held["lengths0"][:n], plan.masks))
@@ -91,7 +92,8 @@ class Launches:
         return out if fused else out.float().log_softmax(dim=2), out_lengths
 
     def _readable(self, features: Tensor) -> Tensor:
-        """`features` as the first launch reads them: frames neighbours in fp32, or channels in the weights' dtype."""
+        """`features` as the first launch reads them: fp32 with unit stride over frames, or in the dtype of the weights
+        with unit stride over channels."""
         _, c, t = features.shape
         frames, channels = t == 1 or features.stride(2) == 1, c == 1 or features.stride(1) == 1
         if not frames and not channels:
@@ -129,7 +131,8 @@ class Launches:
             if changes[i]:
                 before, lens = lens, self.lengths.held[f"lengths{sum(changes[:i])}"][:n]
                 told = Lengths(before, None, lens, plan.masks)
-            # kernels leave zeros past the lengths; only features that panes read from a buffer are as they came
+            # kernels write zeros past the lengths; only features that panes read from a buffer have padding that is not
+            # zero
             call = partial(step.conv, out=out, panes=panes, clean=i > 0 and not plan.reads_source)
             calls.append(call if i == 0 else partial(call, x, lengths=told))
             x = out

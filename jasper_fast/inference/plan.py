@@ -1,7 +1,7 @@
-"""The model folded into steps, one a sub-block, and the buffers between them.
+"""The model folded into steps, one per sub-block, and the buffers between them.
 
-All block outputs that panes take lie side by side in one (N, T', sum C) buffer: the panes of a block are its first
-channels, so its last conv and all its panes are a single sum of GEMMs with one bias (DESIGN 4.2).
+All block outputs that panes take lie side by side in one (N, T', sum C) buffer. The panes of a block read the first
+channels of this buffer, so the block's last conv and all its panes are a single sum of GEMMs with one bias.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ class FoldedConv(Protocol):
     def __call__(
         self, x: Tensor, out: Tensor, panes: Tensor | None = None, lengths: Lengths = FULL, **how: object
     ) -> None:
-        """`x` (N, T, C_in) and `panes` (N, T', C2), zero beyond `lengths.before`, to `out` (N, T', C_out).
+        """Computes `out` (N, T', C_out) from `x` (N, T, C_in) and `panes` (N, T', C2), zero beyond `lengths.before`.
 
-        how: what its face alone takes, as its `fused` does.
+        how: arguments that only the `fused` of this face takes.
         """
 
 
 class KernelConv:
-    """A FoldedConv in one kernel of the face: weights packed once, bias, panes, ReLU and mask inside.
+    """A FoldedConv as one kernel of the face, with bias, panes, ReLU and mask; weights are packed once.
 
-    What it is to read beyond `lengths.before` may be anything. `more`: further arguments of `fused`, for every call.
+    Inputs beyond `lengths.before` may hold anything. `more`: further arguments of `fused`, for every call.
     """
 
     def __init__(self, folded: Folded, dtype: torch.dtype, face: str, **more: object):
@@ -79,7 +79,7 @@ class KernelConv:
 
 @dataclass(frozen=True)
 class Step:
-    """One sub-block: its conv as a runner made it, where it writes, and what its panes take, if it has any."""
+    """One sub-block: its conv, made by a runner; where it writes; and the input of its panes, if it has any."""
 
     b: BlockConfig
     conv: FoldedConv
@@ -88,13 +88,13 @@ class Step:
 
     @property
     def resizes(self) -> bool:
-        """Whether an utterance leaves with another number of frames than it came with."""
+        """Whether the step changes the number of frames."""
         return self.b.s != 1 or 2 * self.b.padding != self.b.d * (self.b.k - 1)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A model for inference; `source` is where the features go, if a step is to read them from a buffer."""
+    """A model for inference. `source` is the place of the features, if a step reads them from a buffer."""
 
     source: Place
     steps: tuple[Step, ...]
@@ -130,7 +130,8 @@ class Plan:
         return any(step.panes is not None and step.panes.buffer == self.source.buffer for step in self.steps)
 
     def sizes(self, n: int, t: int, *, source: bool = True) -> dict[str, int]:
-        """Elements that each buffer must hold for `n` utterances of `t` frames; without `source` its own may go."""
+        """Elements of each buffer for `n` utterances of `t` frames; without `source`, the buffer of the features is
+        left out."""
         places = [self.source, *(step.out for step in self.steps)]
         sizes: dict[str, int] = {}
         for place, frames in list(zip(places, self.frames(t), strict=True))[0 if source else 1 :]:
@@ -138,13 +139,13 @@ class Plan:
         return sizes
 
     def nothing(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """The results of no utterances or no frames."""
+        """The results for a batch without utterances or frames."""
         shape = (features.shape[0], self.out_frames(features.shape[2]), self.n_classes)
         return features.new_zeros(shape, dtype=torch.float32), self.out_frames(lengths).clone()
 
 
 def make_plan(model: Jasper, conv: Callable[[Folded], FoldedConv]) -> Plan:
-    """Fold `model`, in fp32 or better whatever its dtype is, and make each sub-block's conv with `conv`."""
+    """Folds `model` in fp32 or wider, whatever its dtype, and makes the conv of each sub-block with `conv`."""
     layers: list[JasperBlock] = list(model.encoder.layers)
     head = model.decoder.layers[0]
     precise = torch.promote_types(head.weight.dtype, torch.float32)
@@ -160,7 +161,8 @@ def make_plan(model: Jasper, conv: Callable[[Folded], FoldedConv]) -> Plan:
 
 
 def _sub_blocks(layer: JasperBlock, source: Place, dtype: torch.dtype) -> Iterator[tuple[Folded, Place | None]]:
-    """The folded sub-blocks of a block whose input lies at `source`; the last takes the panes' channels."""
+    """The folded sub-blocks of a block whose input lies at `source`; the last one also reads the channels of the
+    panes."""
     b = layer.b
     for r, (conv, bn) in enumerate(layer.sub_blocks()):
         scale, bias = fold(bn, dtype)
@@ -174,28 +176,29 @@ def _sub_blocks(layer: JasperBlock, source: Place, dtype: torch.dtype) -> Iterat
 
 
 def _places(layers: list[JasperBlock], in_feats: int) -> list[Place]:
-    """Where the features (index 0) and each block's output live.
+    """The places of the features (index 0) and of each block's output.
 
-    The blocks of a dense run and the input of the first of them share one history buffer; others have one of their own.
+    Consecutive dense blocks, and the input of the first of them, share one history buffer. Other outputs have their
+    own.
     """
     spans: list[tuple[str, int, int]] = [("history0", 0, in_feats)]
     for i, layer in enumerate(layers):
         dense = layer.b.residual and layer.b.residual_dense
         buffer, begin = (spans[i][0], spans[i][2]) if dense else (f"history{i + 1}", 0)
         spans.append((buffer, begin, begin + layer.b.filters))
-    width = {buffer: end for buffer, _, end in spans}  # spans of a buffer come in order: the last one ends it
+    width = {buffer: end for buffer, _, end in spans}  # the last span of a buffer gives its width
     return [Place(buffer, width[buffer], begin, end) for buffer, begin, end in spans]
 
 
 class Buffers:
-    """Activation buffers by name, reused between calls: they grow where a call needs more, and never shrink."""
+    """Activation buffers by name, reused between calls. They grow when a call needs more, and never shrink."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self._dtype, self._device = dtype, device
         self.held: dict[str, Tensor] = {}
 
     def reserve(self, sizes: dict[str, int]) -> list[Tensor]:
-        """Room for `sizes` elements by name; returns the buffers that larger ones took the place of."""
+        """Makes room for `sizes` elements by name; returns the buffers that were replaced by larger ones."""
         replaced = []
         for name, size in sizes.items():
             held = self.held.get(name)
@@ -204,7 +207,7 @@ class Buffers:
             if held is not None:
                 replaced.append(held)
             step = 1 << max(0, size.bit_length() - 3)  # at most a quarter too much, so that growth is rare
-            with torch.inference_mode(False):  # else calls outside of that mode could not write to it
+            with torch.inference_mode(False):  # else calls outside inference mode could not write to it
                 self.held[name] = torch.empty(-(-size // step) * step, dtype=self._dtype, device=self._device)
         return replaced
 

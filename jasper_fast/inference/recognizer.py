@@ -28,10 +28,11 @@ from jasper_fast.speech.text import LABELS, Vocabulary
 
 @dataclass
 class Recognition:
-    """What became of utterances: ``transcripts`` by their index (None where skipped), and the time that it took.
+    """The results for utterances: ``transcripts`` by index (None if skipped), and times.
 
-    ``audio_seconds`` of the transcribed ones; ``compute_seconds`` from samples to text; ``wall_seconds`` with reading.
-    While ``Recognizer.stream`` is at work, the first ``done`` utterances and ``finished`` ones in all are as they stay.
+    ``audio_seconds`` counts the transcribed utterances; ``compute_seconds`` is the time from samples to text;
+    ``wall_seconds`` includes reading. While ``Recognizer.stream`` runs, the first ``done`` utterances are final, and
+    ``finished`` utterances in all.
     """
 
     transcripts: list[Transcript | None]
@@ -120,7 +121,7 @@ class Recognizer:
         workers: int = 0,
         progress: Callable[[int], None] | None = None,
     ) -> Recognition:
-        """Reads and transcribes utterances in batches of like length; what cannot be used is in ``skipped``.
+        """Reads and transcribes utterances in batches of similar length; unusable ones are listed in ``skipped``.
 
         At most ``batch_size`` utterances and ``max_seconds`` of padded audio at a time (one longer than that goes
         alone); ``progress`` is called with the number of utterances just finished.
@@ -141,7 +142,7 @@ class Recognizer:
         window: int | None = None,
         keep: Keep | None = None,
     ) -> Iterator[Recognition]:
-        """As ``recognize``, after each batch: the same Recognition again and again, with more in it each time.
+        """Like ``recognize``, but yields the same Recognition after each batch, each time with more results.
 
         With ``window``, only so many neighbours are sorted by their length, so that ``done`` grows steadily. An
         utterance of which the model makes NaN, or which does not fit the memory alone, is skipped like an unreadable
@@ -210,14 +211,15 @@ class Recognizer:
                 begun.append(self.begin(audio[None, :length], length[None], keeping(i)))
             except (NotFinite, torch.OutOfMemoryError, MemoryError) as error:
                 reason = "not_finite" if isinstance(error, NotFinite) else "out_of_memory"
-                cause = "the model makes NaN of it" if isinstance(error, NotFinite) else f"out of memory: {error}"
+                cause = "the output of the model is NaN" if isinstance(error, NotFinite) else f"out of memory: {error}"
                 skipped.add([manifest.Skipped(name, reason, f"{name}: {cause}")])
                 begun.append(lambda: [None])
         return lambda: [transcript for heard in begun for transcript in heard()]
 
 
 def labels_of(config: Any) -> list[str]:
-    """The labels of a configuration, else the English alphabet where the classes fit; ValueError where they do not."""
+    """The labels of a configuration, or else the English alphabet; raises ValueError if the number of classes does not
+    fit."""
     if config.labels is not None:
         return list(config.labels)
     if config.decoder.n_classes == len(LABELS) + 1:
@@ -238,13 +240,13 @@ def load(
 ) -> Recognizer:
     """A Recognizer from a checkpoint of any kind that ``checkpoint.load_model`` reads.
 
-    ``config``: a YAML file, where the checkpoint carries none; ``ema``: its moving average; ``device`` "auto" takes a
-    GPU where there is one; ``dtype``: as ``Recognizer`` takes it. Raises CheckpointError, ConfigError, ValueError or
-    BackendMissing, each with what to do.
+    ``config``: a YAML file, for a checkpoint without a configuration; ``ema``: use the moving average; ``device``
+    "auto" takes a GPU if there is one; ``dtype``: as for ``Recognizer``. Raises CheckpointError, ConfigError,
+    ValueError or BackendMissing, each with what to do.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device '{device}' is not there: PyTorch sees no CUDA GPU; take 'cpu' or 'auto'")
+        raise ValueError(f"device '{device}' is not available: PyTorch sees no CUDA GPU; use 'cpu' or 'auto'")
     parsed = JasperConfig.from_yaml(config) if config is not None else None
     return Recognizer(load_model(checkpoint, config=parsed, ema=ema, backend=backend), device=device, dtype=dtype)

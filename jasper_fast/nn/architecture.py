@@ -1,4 +1,4 @@
-"""What every Jasper shares, fused or eager: shapes of its blocks, frames that come out, initial weights."""
+"""What the fused and the eager Jasper share: block shapes, output lengths, initial weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ BN_EPS, BN_MOMENTUM = 1e-3, 0.1
 
 
 def block_shapes(config: JasperConfig) -> list[tuple[int, BlockConfig, list[int]]]:
-    """(input channels, block, channels of each pane) for every block; dense panes are all block outputs so far."""
+    """(input channels, block, channels of each pane) for every block; with dense residuals, all earlier block outputs
+    have a pane."""
     shapes, c_in, dense = [], config.encoder.in_feats, []
     for b in config.encoder.blocks:
         if b.residual and b.residual_dense:
@@ -33,7 +34,7 @@ def out_lengths(config: JasperConfig, lengths: Tensor) -> Tensor:
 
 
 def init_weights(model: nn.Module, config: JasperConfig) -> None:
-    """The reference's initialisation: `init` for conv weights (gain 1), 1 and 0 for batch norm."""
+    """Initialises as the reference does: conv weights by `init` (gain 1), batch norm's gamma 1 and beta 0."""
     for part, init in ((model.encoder, config.encoder.init), (model.decoder, config.decoder.init)):
         for module in part.modules():
             if isinstance(module, nn.Conv1d):

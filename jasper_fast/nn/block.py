@@ -24,8 +24,8 @@ class JasperBlock(nn.Module):
 
     `conv` and `res` are dictionaries keyed by the positions that the reference's nn.Sequential gives them
     (`conv.0.weight`, `conv.1.running_mean`, `conv.4.weight`, ..., `res.0.0.weight`), so state dicts are the same.
-    `pane_form`: how training takes the panes' statistics, "gram" (`ops.panes`) or "plain" (`ops.panes_plain`); "auto"
-    is as `choose.pane_form` says: "gram" on a GPU, "plain" elsewhere.
+    `pane_form`: how training computes the panes' statistics, "gram" (`ops.panes`) or "plain" (`ops.panes_plain`).
+    "auto" is "gram" on a GPU and "plain" elsewhere (`choose.pane_form`).
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class JasperBlock(nn.Module):
         if pane_form not in PANE_FORMS:
             raise ValueError(f"panes {pane_form!r} is not one of {', '.join(PANE_FORMS)}")
         self.b, self.backend, self.pane_form = b, backend, pane_form
-        self.halo = -(-max(0, b.d * (b.k - 1) - b.padding) // b.s)  # frames beyond the length that a conv still fills
+        self.halo = -(-max(0, b.d * (b.k - 1) - b.padding) // b.s)  # frames beyond the length that the conv fills
         self.packs = Packs()
         self.conv = nn.ModuleDict()
         for i in range(b.repeat):
@@ -53,7 +53,7 @@ class JasperBlock(nn.Module):
         return [(self.conv[str(4 * i)], self.conv[str(4 * i + 1)]) for i in range(self.b.repeat)]
 
     def panes(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]:
-        """The (1x1 conv, batch norm) pairs of the residual, in the order of the block outputs that they take."""
+        """The (1x1 conv, batch norm) pairs of the residual, in the order of their input blocks."""
         return [tuple(pane) for pane in self.res] if hasattr(self, "res") else []
 
     def forward(
@@ -61,9 +61,9 @@ class JasperBlock(nn.Module):
     ) -> Tensor:
         """`x` (N, C_in, T) to (N, C_out, T'), both zero in the padding.
 
-        `sources`: the block outputs that the panes take, with `grams` (from `gram`, None for the plain form) in
-        training; `lengths`: frames at the input of each sub-block and at the end, R + 1 tensors (N,), or None without
-        masks; `seeds`: R int64.
+        `sources`: the block outputs that the panes take. `grams`: in training, their `gram` (None for the plain form).
+        `lengths`: frames at the input of each sub-block and at the end, R + 1 tensors (N,); None without masks.
+        `seeds`: R int64 numbers.
         """
         b, x = self.b, autocast(x)
         y, stats = self._conv(0, x, lengths)
@@ -81,7 +81,7 @@ class JasperBlock(nn.Module):
         return self._fused(ops.bn_relu_dropout, y, stats, b.repeat - 1, lengths, seeds, residual=residual)
 
     def _conv(self, i: int, x: Tensor, lengths: list[Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Conv `i` of `x`, with the statistics of its output where they are taken."""
+        """Conv `i` of `x`, with the statistics of its output if batch norm needs them."""
         b, (conv, bn) = self.b, self.sub_blocks()[i]
         stats = of_the_batch(bn)
         out = ops.conv1d(
@@ -98,7 +98,8 @@ class JasperBlock(nn.Module):
         return out if stats else (out, None)
 
     def _fused(self, op, y: Tensor, stats, i: int, lengths, seeds: Tensor | None, *args, **kwargs):
-        """`op` with the batch norm, dropout and mask that follow conv `i`, whose output `y` has the batch's `stats`."""
+        """`op` with the batch norm, dropout and mask that follow conv `i`; `y` is the conv's output and `stats` its
+        statistics."""
         bn = self.sub_blocks()[i][1]
         return op(
             y,
@@ -122,7 +123,7 @@ class JasperBlock(nn.Module):
         )
 
     def gram(self, pane: int, source: Tensor) -> ops.Gram | None:
-        """What `pane` of this block, and those of later ones, want to know of a block output; None where nothing."""
+        """The Gram statistics of a block output for `pane` and the panes of later blocks; None if they need none."""
         bn = self.panes()[pane][1]
         return ops.gram(source, sync.group_of(bn)) if self._is_gram(source) and of_the_batch(bn) else None
 
@@ -134,7 +135,8 @@ class JasperBlock(nn.Module):
     def pane_sum(self, sources: list[Tensor], grams: list[ops.Gram | None], lengths: Tensor | None) -> Tensor:
         """Sum over the panes of BN(1x1 conv(source)), (N, C_out, T), each by its own settings; updates statistics.
 
-        `sources` are zero at t >= `lengths` (N,). Panes whose batch norms are set alike, as a rule all, are one call.
+        `sources` are zero at t >= `lengths` (N,). Panes whose batch norms have the same settings, as a rule all panes,
+        are one call.
         """
         alike: dict[tuple, list[int]] = {}
         for k, (_, bn) in enumerate(self.panes()):
@@ -152,7 +154,7 @@ class JasperBlock(nn.Module):
         return total
 
     def _batch_sum(self, xs, grams, weights, bns, lengths: Tensor | None) -> Tensor:
-        """The pane sum with statistics of the batch, which the running ones take in."""
+        """The pane sum with the statistics of the batch; updates the running ones."""
         gammas, betas, eps = [bn.weight for bn in bns], [bn.bias for bn in bns], bns[0].eps
         if all(map(self._is_gram, xs)):
             out, mean, var = ops.panes(xs, grams, weights, gammas, betas, eps=eps)
@@ -172,12 +174,12 @@ class JasperBlock(nn.Module):
 
 
 def of_the_batch(bn: nn.BatchNorm1d) -> bool:
-    """Whether `bn` normalises with the statistics of the batch, as nn.BatchNorm1d decides it."""
+    """Whether `bn` normalises with the statistics of the batch, by the rule of nn.BatchNorm1d."""
     return bn.training or bn.running_mean is None
 
 
 def momentum_of(bn: nn.BatchNorm1d) -> float | Tensor:
-    """The weight of a batch's statistics in the running ones; without a momentum all batches weigh the same."""
+    """The weight of a batch's statistics in the running ones. Without a momentum all batches have the same weight."""
     if bn.momentum is None and bn.num_batches_tracked is not None:
         return 1.0 / (bn.num_batches_tracked + 1)
     return bn.momentum or 0.0
@@ -186,7 +188,7 @@ def momentum_of(bn: nn.BatchNorm1d) -> float | Tensor:
 def fold(bn: nn.BatchNorm1d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(scale, shift), each (C,) in `dtype`: batch norm with running statistics is `y * scale + shift`.
 
-    Raises ValueError for one that keeps none (track_running_stats=False).
+    Raises ValueError for a batch norm without running statistics (track_running_stats=False).
     """
     if bn.running_mean is None:
         raise ValueError("a batch norm without running statistics cannot be folded: run the model, not an engine")
@@ -195,7 +197,7 @@ def fold(bn: nn.BatchNorm1d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def sum_folded(sources: list[Tensor], weights: list[Tensor], bns) -> Tensor:
-    """The pane sum with running statistics: one GEMM a pane, differentiable in everything but the statistics."""
+    """The pane sum with running statistics: one GEMM per pane, differentiable in everything but the statistics."""
     out = None
     for x, weight, bn in zip(sources, weights, bns, strict=True):
         scale, shift = fold(bn, bn.weight.dtype)

@@ -1,4 +1,4 @@
-"""Checkpoint files: atomic writes, and reads that execute nothing."""
+"""Checkpoint files: written atomically, and read without executing anything in them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class CheckpointError(RuntimeError):
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
-    """Writes `state` so that `path` holds either what it held before or all of `state`, whatever happens meanwhile.
+    """Writes `state` atomically: even after a crash `path` holds either its old content or all of `state`.
 
-    `state`: tensors and plain Python values. The bytes go to a temporary file beside `path`, to the disk (fsync), and
-    only then take the name. Raises CheckpointError, with the old file untouched, if they cannot be written (disk full).
-    Equivalent to `torch.save(state, path)` where nothing fails.
+    `state`: tensors and plain Python values. The bytes are written to a temporary file beside `path` and flushed to the
+    disk (fsync), and only then is the file renamed. Raises CheckpointError if they cannot be written (disk full); the
+    old file is then unchanged. Equivalent to `torch.save(state, path)` if nothing fails.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -36,14 +36,14 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the new name itself must reach the disk too
+            os.fsync(folder)  # the rename must reach the disk too
         finally:
             os.close(folder)
     except (OSError, RuntimeError) as error:
         if temporary.exists():
             temporary.unlink()
         if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
-            error = error.__context__  # PyTorch's writer hides what the disk said
+            error = error.__context__  # PyTorch's writer hides the error of the disk
         free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0
         kept = f"; the earlier {path.name} is untouched" if path.exists() else ""
         raise CheckpointError(
@@ -69,7 +69,7 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
         state = torch.load(path, map_location=map_location, weights_only=True)
     except (CheckpointError, MemoryError):
         raise
-    except Exception as error:  # bytes that are no checkpoint make the unpickler fail in any way
+    except Exception as error:  # on arbitrary bytes the unpickler can raise anything
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
                 f"{path} holds Python objects ({found[1]}) and is not loaded, because loading "

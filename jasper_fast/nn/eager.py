@@ -1,7 +1,7 @@
-"""The plain rival: Jasper as the reference runs it, in eager PyTorch; same parameters, same state-dict names.
+"""Jasper in eager PyTorch, as the reference runs it, with the same parameters and state-dict names.
 
-NCT memory, one module a step: masked_fill, Conv1d, BatchNorm1d, ReLU, Dropout. It defines the semantics that the
-fused model must meet and is what every benchmark compares against.
+It works in NCT memory with one module per step: masked_fill, Conv1d, BatchNorm1d, ReLU, Dropout. It defines the results
+that the fused model must give, and every benchmark compares with it.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ from jasper_fast.nn.config import JasperConfig
 
 @dataclass
 class Weights:
-    """Weights under this project's names, with what their file says about the model; `kind` is the file's layout."""
+    """Weights under this project's names, and what their file says about the model; `kind` is the layout of the
+    file."""
 
     path: Path
     kind: str
@@ -36,18 +37,18 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
     Reads this project's checkpoints, NVIDIA's Jasper for PyTorch of 2021 and later (`encoder.layers.*`) and of 2019 and
     2020 (`jasper_encoder.encoder.*`), bare state dicts of those, NeMo's `.nemo` archives, compressed or not, its pairs
     of files (`JasperEncoder-*.pt`, `JasperDecoderForCTC-*.pt`: `path` is either) and checkpoints of Lightning; also
-    what `torch.compile` or DistributedDataParallel wrapped. Raises CheckpointError naming the file for anything else,
-    and where the moving average is asked for and absent.
+    models wrapped by `torch.compile` or DistributedDataParallel. Raises CheckpointError naming the file for anything
+    else, and if the moving average is asked for and the file has none.
     """
     path = Path(path)
-    if path.is_file() and tarfile.is_tarfile(path):  # asked first: a tar that ends in a zip passes for a zip
+    if path.is_file() and tarfile.is_tarfile(path):  # checked first: a tar that ends in a zip looks like a zip
         if ema:
-            raise CheckpointError(f"{path}: a NeMo archive carries no moving average; load it without ema")
+            raise CheckpointError(f"{path}: a NeMo archive has no moving average; load it without ema")
         return _read_nemo(path)
     state = load(path)
     key = "ema_state_dict" if ema else "state_dict"
     if ema and not (isinstance(state.get(key), dict) and state[key]):
-        raise CheckpointError(f"{path} carries no moving average (ema_state_dict); load it without ema")
+        raise CheckpointError(f"{path} has no moving average (ema_state_dict); load it without ema")
     entries = state.get(key, state)
     fit = isinstance(entries, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in entries.items())
     if not fit:
@@ -67,7 +68,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
 
 
 def _unwrapped(name: str) -> str:
-    """The name without what torch.compile, DistributedDataParallel and a Lightning module around the model add."""
+    """The name without the prefixes of torch.compile, DistributedDataParallel and Lightning modules."""
     name = name.replace("_orig_mod.", "")
     while name.startswith(("module.", "model.")):
         name = name.partition(".")[2]
@@ -75,7 +76,7 @@ def _unwrapped(name: str) -> str:
 
 
 def _lightning_labels(settings: Any) -> list[str] | None:
-    """The alphabet in a Lightning checkpoint's `hyper_parameters`: `labels`, or a NeMo configuration's."""
+    """The alphabet in a Lightning checkpoint's `hyper_parameters`: its `labels`, or those of a NeMo configuration."""
     if not isinstance(settings, dict):
         return None
     decoder = settings.get("decoder")
@@ -90,7 +91,7 @@ _NEMO_HALVES = ((r"^encoder\.(\d+)\.", r"encoder.encoder.\1."), (r"^decoder_laye
 
 
 def _nemo_half(entries: dict[str, Tensor]) -> str | None:
-    """Which of the two modules of NeMo 0.x has these entries, None for a whole model."""
+    """Which of the two modules of NeMo 0.x has these entries; None for a whole model."""
     for module, pattern in _HALVES.items():
         if entries and all(re.match(pattern, name) for name in entries):
             return module
@@ -113,7 +114,7 @@ def _other_half(path: Path, half: str) -> dict[str, Tensor]:
 
 
 def published_labels() -> list[str]:
-    """The alphabet of the published Jasper, of which its files say nothing: space, a to z, apostrophe."""
+    """The alphabet of the published Jasper, which its files do not contain: space, a to z, apostrophe."""
     return list(JasperConfig.from_yaml(files("jasper_fast.configs") / "jasper10x5dr.yaml").labels)
 
 
@@ -129,7 +130,7 @@ _NEMO = (
     (r"^encoder\.encoder\.", "encoder.layers."),
     (r"^decoder\.decoder_layers\.", "decoder.layers."),
     (r"\.mconv\.", ".conv."),
-    (r"^(encoder\..*\.\d+)\.conv\.weight$", r"\1.weight"),  # the convolution inside a masked one
+    (r"^(encoder\..*\.\d+)\.conv\.weight$", r"\1.weight"),  # the convolution inside a masked convolution
 )
 
 
@@ -176,7 +177,7 @@ def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
     """NeMo's model configuration in this project's terms; raises CheckpointError for blocks that no Jasper has."""
     document = _resolved(document, document)
     if document.get("tokenizer"):
-        raise CheckpointError("the NeMo model has a tokenizer: its symbols are pieces of words, and a Jasper's letters")
+        raise CheckpointError("the NeMo model has a tokenizer: its symbols are word pieces, but a Jasper's are letters")
     encoder, decoder = document["encoder"], document["decoder"]
     labels = list(decoder.get("vocabulary") or document.get("labels") or ()) or None
     blocks = []
@@ -219,8 +220,8 @@ def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# Keys of NeMo's AudioToMelSpectrogramPreprocessor: with the names and defaults that they have here, those that must
-# have one value, and those that change nothing in evaluation or name another way to the same numbers.
+# Keys of NeMo's AudioToMelSpectrogramPreprocessor: those with a name and default here, those that must have one value,
+# and those that do not change the features in evaluation.
 _NEMO_FEATURES = {
     "sample_rate": ("sample_rate", 16000), "window_size": ("window_size", 0.02),
     "window_stride": ("window_stride", 0.01), "window": ("window", "hann"), "normalize": ("normalize", "per_feature"),
@@ -236,7 +237,7 @@ _NEMO_TARGET = "AudioToMelSpectrogramPreprocessor"
 
 
 def _nemo_features(front: dict[str, Any]) -> dict[str, Any]:
-    """NeMo's `preprocessor` as `filterbank_features`; raises CheckpointError naming what cannot be made here."""
+    """NeMo's `preprocessor` as `filterbank_features`; raises CheckpointError naming a setting that is not supported."""
     known = _NEMO_FEATURES.keys() | _NEMO_ONLY.keys() | _NEMO_IDLE
     wrong = [key for key in front if key not in known]
     wrong += [key for key, only in _NEMO_ONLY.items() if front.get(key, only) != only]
@@ -257,9 +258,9 @@ def _nemo_features(front: dict[str, Any]) -> dict[str, Any]:
     if wrong:
         raise CheckpointError(
             f"preprocessor.{wrong[0]}={front[wrong[0]]!r} of the NeMo model is not supported: the features that it was "
-            f"trained on cannot be made here"
+            f"trained on cannot be computed here"
         )
-    if not normalize and "normalize" in front:  # null, and false of older files: none
+    if not normalize and "normalize" in front:  # null, or false in older files: no normalisation
         features["normalize"] = None
     return features | {"pad_align": features["pad_align"] or 1, "convention": "nemo"}
 
@@ -269,7 +270,8 @@ def _one(value: Any) -> int:
 
 
 def _resolved(value: Any, root: dict[str, Any]) -> Any:
-    """`value` with every `${a.b}` replaced by what stands there under `root` (which is also called `model`)."""
+    """`value` with every `${a.b}` replaced by the value at that path under `root` (which may also be called
+    `model`)."""
     if isinstance(value, dict):
         return {k: _resolved(v, root) for k, v in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Weights of a file put into a model."""
+"""Loads the weights of a file into a model."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def load_weights(
     strict: bool = True,
     decoder: Literal["auto", "keep", "new"] = "auto",
 ) -> None:
-    """Copies `weights` into `model`, or, if that stands on the meta device, makes them its own.
+    """Copies `weights` into `model`; a model on the meta device takes the tensors without a copy.
 
-    With `strict` every entry must be there in the right shape. Without, this is a warm start: what is missing or of
-    another shape keeps its fresh initialisation, and a warning says so. `labels` are the model's; a warm start to other
-    ones copies the decoder's rows of the labels that both alphabets have, and of the blank. Where the file says nothing
-    of its labels the decoder is copied only if the model has the published alphabet, and else initialised anew;
-    `decoder="keep"` copies it whatever the labels, "new" never does. Raises CheckpointError naming the entries, and
-    also if no entry of the encoder fits.
+    With `strict` every entry must be there in the right shape. Otherwise this is a warm start: entries that are missing
+    or have another shape keep their fresh initialisation, and a warning says so. `labels` are those of the model. A
+    warm start with other labels than the file's copies the decoder's rows for the blank and for the labels that both
+    alphabets have. If the file does not name its labels, the decoder is copied only if the model has the published
+    alphabet, else it is initialised anew. `decoder="keep"` always copies it, "new" never does. Raises CheckpointError
+    naming the entries, and also if no entry of the encoder fits.
     """
     own, given = model.state_dict(), dict(weights.state_dict)
     for name in own:  # files of PyTorch 0.4 lack the counters
@@ -67,7 +67,7 @@ def load_weights(
         theirs, ours = _convention(weights.config), _convention(vars(config))
         if theirs != ours:
             reasons.append(
-                f"its features were made by the convention {theirs!r}, the configuration's are by {ours!r} "
+                f"its features follow the convention {theirs!r}, those of the configuration {ours!r} "
                 f"(filterbank_features.convention)"
             )
     rest = [name for name in wrong if name not in head]
@@ -103,9 +103,10 @@ def _convention(config: dict[str, Any]) -> str:
 def _decoder_rows(
     weights: Weights, labels: Sequence[str] | None, decoder: str, wrong: list[str | None]
 ) -> tuple[list[tuple[int, int]] | None, str | None]:
-    """What a warm start does with the decoder: pairs of a row here and its row in the file, None to take it whole.
+    """(rows, message): what a warm start does with the decoder. rows pairs a row here with its row in the file; None
+    copies all.
 
-    The second is what to tell the user. `wrong`: what is amiss with the decoder's entries.
+    The message is for the user. `wrong`: the faults of the decoder's entries.
     """
     misfit = next(filter(None, wrong), None)
     if decoder == "keep":
@@ -142,17 +143,16 @@ def load_model(
 ) -> Jasper:
     """A Jasper in evaluation mode with the weights in `path`; see `read_weights` for the files it understands.
 
-    `config`: the model to build; default what the file says, and Jasper 10x5 dense residual for a file of NVIDIA's,
-    which says nothing. `strict=False` with a `config` for other labels is a warm start, with a warning (see
-    `load_weights`).
-    Raises CheckpointError where the file is not readable or does not fit.
+    `config`: the model to build. By default it comes from the file; files of NVIDIA do not hold one, and get Jasper
+    10x5 dense residual. `strict=False` with a `config` for other labels is a warm start, with a warning (see
+    `load_weights`). Raises CheckpointError if the file is not readable or does not fit.
     """
     weights = read_weights(path, ema=ema)
     if config is None:
         bias = weights.state_dict.get("decoder.layers.0.bias")
         document = weights.config or jasper10x5dr(29 if bias is None else bias.numel())
         config = JasperConfig.from_dict(document)
-    if strict:  # every entry comes from the file: compare shapes, then take the tensors as they are
+    if strict:  # every entry comes from the file: compare shapes, then take the tensors without a copy
         with torch.device("meta"):
             model = Jasper(config, backend=backend)
         load_weights(model, weights, labels=config.labels)

@@ -22,14 +22,15 @@ class Jasper(nn.Module):
     """The Jasper acoustic model on fused sub-blocks, with the reference's state-dict names.
 
     `forward(features (N, C, T) float, lengths (N,) frames) -> (log_probs (N, T', V) fp32, lengths (N,) of T' frames)`.
-    Rows of `log_probs` at t >= length say nothing. With conv masks (the default configurations) whatever the padding of
-    `features` holds changes nothing.
+    Rows of `log_probs` at t >= length are meaningless. With conv masks (the default configurations) the padding of
+    `features` may hold anything.
 
-    `panes`: how training takes the batch statistics of the residual panes: "gram", from the Gram matrices of the block
-    outputs (no pane output is made for it), or "plain", pane by pane; "auto" is "gram" on a GPU, "plain" elsewhere.
+    `panes`: how training computes the batch statistics of the residual panes: "gram", from the Gram matrices of the
+    block outputs (no pane output is needed for it), or "plain", pane by pane. "auto" is "gram" on a GPU, "plain"
+    elsewhere.
 
-    After `torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)` training on several ranks takes batch statistics over
-    all of them (`jasper_fast.ops.sync` says what torch.compile needs then).
+    After `torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)`, training on several ranks takes batch statistics over
+    all ranks (for torch.compile see `jasper_fast.ops.sync`).
 
     `backend`: "auto" takes the fastest face on the device of the input; "reference", "cpu", "triton" or "cuda" ask for
     one, and raise BackendMissing, saying how to get it, where it cannot run. `tune`: on a GPU "auto" measures once, at
@@ -49,7 +50,7 @@ class Jasper(nn.Module):
         self.encoder_frozen = False
 
     def freeze_encoder(self) -> None:
-        """Makes the encoder a fixed function: no gradients, and evaluation mode (statistics, no dropout) for good."""
+        """Makes the encoder a fixed function: it gets no gradients and stays in evaluation mode."""
         self.encoder_frozen = True
         self.encoder.requires_grad_(False).eval()
 
@@ -87,14 +88,14 @@ class Jasper(nn.Module):
         if lengths is None:
             lengths = torch.full((n,), t, dtype=torch.int64, device=features.device)
         lengths = lengths.to(torch.int64)
-        x = ntc(autocast(mask(features, lengths) if masks else features))  # masked_fill leaves NCT memory
+        x = ntc(autocast(mask(features, lengths) if masks else features))  # masked_fill returns NCT memory
         seeds = self._seeds(x.device)
         sources, grams, lens = [x], [None], lengths
         for layer, seed in zip(self.encoder.layers, seeds, strict=True):
             b, x = layer.b, sources[-1]
             steps = [lens]
             for _ in range(b.repeat):
-                same = b.s == 1 and 2 * b.padding == b.d * (b.k - 1)  # saves some tiny kernels
+                same = b.s == 1 and 2 * b.padding == b.d * (b.k - 1)  # lengths do not change: saves some tiny kernels
                 steps.append(steps[-1] if same else b.out_length(steps[-1]))
             taken = (sources if b.residual_dense else sources[-1:]) if b.residual else []
             first = len(sources) - len(taken)
@@ -119,7 +120,7 @@ class Jasper(nn.Module):
         repeats = [layer.b.repeat for layer in self.encoder.layers]
         if not self.training or not any(layer.b.dropout for layer in self.encoder.layers):
             return [None] * len(repeats)
-        return list(ops.draw_seeds(sum(repeats), device).split(repeats))  # one draw for the whole step
+        return list(ops.draw_seeds(sum(repeats), device).split(repeats))  # drawn once for the whole step
 
     def _count_batch(self) -> None:
         counters = [
@@ -132,7 +133,7 @@ class Jasper(nn.Module):
 
 
 def check_features(features: Tensor, lengths: Tensor | None, config: JasperConfig) -> tuple[int, int, int]:
-    """(N, C, T) of `features`; raises ValueError where they or `lengths` do not fit the model."""
+    """(N, C, T) of `features`; raises ValueError if they or `lengths` do not fit the model."""
     if features.dim() != 3 or features.shape[1] != config.encoder.in_feats:
         raise ValueError(f"features must be (N, {config.encoder.in_feats}, T), got {tuple(features.shape)}")
     if lengths is not None and (lengths.shape != features.shape[:1] or lengths.is_floating_point()):

@@ -1,4 +1,4 @@
-"""Packed weights that a module keeps between steps, so that no step allocates them or keeps them for its backward."""
+"""Packed weights that a module keeps between steps, so that no step allocates packs or saves them for backward."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from jasper_fast.dispatch import backends
 
 
 class Packs:
-    """The weights of a module's convs as the Triton kernels read them: one buffer a conv, filled anew in every forward.
+    """The weights of a module's convs as the Triton kernels read them: one buffer per conv, filled again in every
+    forward.
 
-    They are copies, so they are in no state dict, and a module that is copied or pickled leaves them behind. A buffer
-    follows the device of the weight and the dtype of the activations. Backward reads it too: its content changes only
-    with the weight, whose version autograd checks.
+    The buffers are copies of the weights, so they are in no state dict and are not copied or pickled with the module. A
+    buffer has the device of the weight and the dtype of the activations. Backward reads it too, because its content
+    changes only with the weight, whose version autograd checks.
     """
 
     def __init__(self) -> None:
         self._held: dict[int, Tensor] = {}
 
     def __call__(self, index: int, weight: Tensor, dtype: torch.dtype, face: str) -> Tensor | None:
-        """`weight` (C_out, C_in, K), now, packed in `dtype` into the buffer of conv `index`.
+        """The present `weight` (C_out, C_in, K), packed in `dtype` into the buffer of conv `index`.
 
-        None where `face` packs for itself, and under torch.compile, which traces no buffer of ours.
+        None if `face` packs for itself, and under torch.compile, which cannot trace these buffers.
         """
         if torch.compiler.is_compiling():
             return None

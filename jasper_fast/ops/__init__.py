@@ -1,4 +1,5 @@
-"""The public ops: one function each, registered with torch.library, autograd registered once over every face.
+"""The public ops, one function each. They are registered with torch.library, and one autograd formula serves every
+face.
 
 N batch, C channels, T frames, K taps, M = N*T rows; activations are logical (N, C, T) in NTC memory.
 """

@@ -54,7 +54,7 @@ def _backward(
 
 
 def mean_sums(dbeta: Tensor, dgamma: Tensor, y: Tensor, rows: Tensor | None, group: str) -> tuple[Tensor, Tensor]:
-    """(dbeta/M, dgamma/M) over the rows of all ranks of `group`: the sums of this rank are left as they are."""
+    """(dbeta/M, dgamma/M) over the rows of all ranks of `group`. The inputs, the sums of this rank, are not changed."""
     if not group:
         m = y.shape[0] * y.shape[2]
         return dbeta / m, dgamma / m
@@ -96,7 +96,8 @@ def _(dz, y, z, mean, rstd, gamma, beta, lengths, seed, rows, p, batch_stats, ha
 def _save(ctx, inputs, output):
     *norm, residual, lengths, seed, rows, ctx.p, ctx.batch_stats, ctx.halo, ctx.group, ctx.face = inputs
     ctx.has_residual = residual is not None
-    # With a residual the output tells where the ReLU was open; it lives on as a block output anyway.
+    # With a residual the output z is saved to tell where the ReLU was open. As a block output it stays in memory
+    # anyway.
     ctx.save_for_backward(norm[0], output if ctx.has_residual else None, *norm[1:], lengths, seed, rows)
 
 
@@ -111,15 +112,15 @@ register_autograd("bn_relu_dropout", _grad, _save)
 
 
 def norm_face(y: Tensor, backend: str) -> str:
-    """Which face of the op serves `y` (N, C, T), its statistics included: see `choose.norm_face`."""
+    """The face of the op, and of its statistics, for `y` (N, C, T); see `choose.norm_face`."""
     return norm_face_of(y, y.shape[1], y.shape[2], backend)
 
 
 def norm_face_of(x: Tensor, channels: int, frames: int, backend: str) -> str:
-    """Which face of the op serves a tensor (N, `channels`, `frames`) of the batch, device and dtype of `x`."""
+    """The face of the op for a tensor (N, `channels`, `frames`) with the N, device and dtype of `x`."""
     if not x.is_cuda:
         return choose.resolve(backend, x.device, _OP)
-    channels = operator.index(channels)  # a constant in a traced graph too
+    channels = operator.index(channels)  # makes it a constant in a traced graph
     rows_log2 = None if torch.compiler.is_compiling() else tables.bucket(x.shape[0] * frames)
     return choose.norm_face(backend, x.device, x.dtype, channels, rows_log2)
 
@@ -163,21 +164,22 @@ def bn_relu_dropout(
     """Batch norm, residual sum, ReLU, dropout and zeroing of the padding in one pass.
 
     Shapes: `y`, `residual` and the result (N, C, T), fp32, fp16, bf16 or fp64 (reference face), in NTC memory (other
-    strides are copied); `gamma`, `beta`, `running_mean`, `running_var` (C,); `lengths` (N,) integer frames, from which
-    on the result is zero. `stats` is (mean, M2) of `y` over its N*T rows, each (C,), where a conv already took them.
+    strides are copied); `gamma`, `beta`, `running_mean`, `running_var` (C,); `lengths` (N,) integer frames; the result
+    is zero at t >= length. `stats` is (mean, M2) of `y` over its N*T rows, (C,) each, if a conv already computed them.
 
-    With `training` the statistics are those of the batch, padding included, the running ones are updated in place, and
-    elements are dropped with probability `p`. Without it the running statistics normalise and nothing is dropped.
-    `frozen` with `training` drops, but normalises with the running statistics and leaves them alone. `seed` (one int64)
-    fixes the mask (Philox4x32-10, the same bits on every face); None draws one from PyTorch's generator.
+    With `training`, `y` is normalised with the statistics of the batch, padding included; the running statistics are
+    updated in place, and elements are dropped with probability `p`. Without it, the running statistics are used and
+    nothing is dropped. `frozen` with `training` drops elements, but uses the running statistics and does not update
+    them. `seed` (one int64) fixes the dropout mask (Philox4x32-10, the same bits on every face); None draws a seed from
+    PyTorch's generator.
 
-    `halo`, with `lengths`, says that `y` is zero at t >= length + halo, as a conv of an input that is zero in its
-    padding leaves it: `ceil((dilation * (K - 1) - padding) / stride)` frames. Backward then need not read those.
-    `group` with `training` takes the statistics over the rows of all its ranks, which may have unlike N*T, as
-    nn.SyncBatchNorm does; the gradients of gamma and beta stay those of this rank.
+    `halo`, with `lengths`, promises that `y` is zero at t >= length + halo, so that backward need not read it there.
+    For a conv of an input with zero padding, halo is `ceil((dilation * (K - 1) - padding) / stride)` frames. `group`,
+    with `training`, takes the statistics over the rows of all its ranks, as nn.SyncBatchNorm does; N*T may differ
+    between ranks. The gradients of gamma and beta are those of this rank.
 
-    Raises ValueError for shapes that do not fit, for p outside [0, 1), for a negative halo, and in training for N*T = 1
-    as PyTorch does; BackendMissing for a backend asked for by name that cannot run here.
+    Raises ValueError for shapes that do not fit, p outside [0, 1), a negative halo, and, as PyTorch does, for N*T = 1
+    in training. Raises BackendMissing for a backend that was named and cannot run here.
 
     Semantics: one sub-block of the reference's `jasper/model.py` after its conv. Equivalent to
 
@@ -198,7 +200,8 @@ def bn_relu_dropout(
 
 
 class Normaliser(NamedTuple):
-    """What y is normalised with; where those are statistics of a group's batch, its rows (0-d) and its name."""
+    """The vectors that normalise y. If they are batch statistics of a group of ranks: also its number of rows (0-d) and
+    its name."""
 
     mean: Tensor
     rstd: Tensor
@@ -219,7 +222,7 @@ def normaliser(
     backend: str,
     group: dist.ProcessGroup | None,
 ) -> Normaliser:
-    """The batch's statistics, which then also update the running ones, or else the running statistics."""
+    """The batch's statistics, which also update the running ones; or the running statistics."""
     wide = torch.float64 if y.dtype == torch.float64 else torch.float32
     batch_stats = training and not frozen
     rows, name = None, sync.name(group) if batch_stats else ""
@@ -235,14 +238,14 @@ def normaliser(
         _update(running_mean, mean, momentum)
         _update(running_var, m2 / (m - 1), momentum)
     elif running_mean is None or running_var is None:
-        raise ValueError("running_mean and running_var are needed where the batch's own statistics are not used")
+        raise ValueError("running_mean and running_var are needed unless the batch's own statistics are used")
     else:
         mean, var = running_mean.detach(), running_var.detach()
     return Normaliser(mean.to(wide), (var.to(wide) + eps).rsqrt(), batch_stats, rows, name)
 
 
 def dropout_seed(p: float, seed: Tensor | int | None, device: torch.device) -> tuple[float, Tensor | None]:
-    """(p, seed tensor (1,)): the seed is drawn where none is given, and None where nothing is dropped."""
+    """(p, seed tensor (1,)). The seed is drawn if none is given; it is None if nothing is dropped."""
     if p == 0.0:
         return p, None
     if seed is None:
@@ -270,10 +273,10 @@ def check(y, gamma, beta, running_mean, running_var, residual, lengths, p, halo)
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p must lie in [0, 1), got {p}")
     if halo is not None and halo < 0:
-        raise ValueError(f"halo counts frames beyond the length that y still fills: at least 0, got {halo}")
+        raise ValueError(f"halo is the number of frames beyond the length that y fills: at least 0, got {halo}")
 
 
 def check_lengths(lengths: Tensor | None, n: int) -> None:
-    """Raises ValueError where `lengths` are not those of `n` utterances as every face reads them."""
+    """Raises ValueError unless `lengths` is an int64 tensor of shape (n,), which is what the faces read."""
     if lengths is not None and (lengths.shape != (n,) or lengths.dtype != torch.int64):
         raise ValueError(f"lengths must be ({n},) int64, got {tuple(lengths.shape)} {lengths.dtype}")

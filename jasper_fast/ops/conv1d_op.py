@@ -16,7 +16,7 @@ from jasper_fast.kernels.operands import Geometry
 from jasper_fast.ops.bn_relu_dropout_op import check_lengths, norm_face_of
 from jasper_fast.ops.registration import lib, register_autograd, without_autocast
 
-Pack = Callable[[Tensor, torch.dtype, str], Tensor | None]  # a weight's pack for a dtype and a face
+Pack = Callable[[Tensor, torch.dtype, str], Tensor | None]  # (weight, dtype, face) -> the packed weight
 
 lib.define(
     "conv1d(Tensor x, Tensor weight, Tensor? lengths, Tensor? packed, int stride, int padding, int dilation, "
@@ -38,10 +38,10 @@ def conv_forward(
     packed: Tensor | None,
     stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, M2) of a conv on the face `conv`, the statistics from its epilogue, or else by the face `bn`; empty if
-    unasked.
+    """(y, mean, M2) of a conv on the face `conv`. The statistics come from its epilogue if it has one, else from the
+    face `bn`; without `stats` they are empty.
 
-    `weight` may be wider than `x`: each face rounds it as it packs or copies it.
+    `weight` may have a wider dtype than `x`; each face rounds it when it packs or copies it.
     """
     if stats and hasattr(conv, "forward_stats"):
         return conv.forward_stats(x, weight, geometry, lengths, packed, clean=True)
@@ -67,7 +67,7 @@ lib.impl("conv1d_backward", without_autocast(_backward), "CompositeExplicitAutog
 
 
 def fake_stats(y: Tensor, c: int, stats: bool) -> tuple[Tensor, Tensor]:
-    """Mean and M2 of `c` channels as tensors without content, beside a `y` without content."""
+    """Mean and M2 of `c` channels as fake tensors, for a fake `y`."""
     if not stats:
         return y.new_empty(0), y.new_empty(0)
     wide = torch.float64 if y.dtype == torch.float64 else torch.float32
@@ -90,7 +90,8 @@ def _(dy, x, weight, lengths, packed, stride, padding, dilation, need_dx, face):
 
 
 def _save(ctx, inputs, output):
-    # The pack is no saved tensor: its module fills the same buffer again from the same weight, whose version is checked
+    # The pack is not saved by autograd: the module refills its buffer from the weight, which is saved and
+    # version-checked.
     x, weight, lengths, ctx.packed, ctx.stride, ctx.padding, ctx.dilation, _, _, ctx.face = inputs
     ctx.save_for_backward(x, weight, lengths)
     ctx.mark_non_differentiable(*output[1:])
@@ -125,14 +126,14 @@ def conv1d(
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
     """Convolve `x` (N, C_in, T) with `weight` (C_out, C_in, K); returns y (N, C_out, T') in NTC memory.
 
-    `x` must be zero at t >= `lengths` (N,), as bn_relu_dropout leaves it: kernels then skip those frames, and the
-    gradient of `x` there may be anything. Under autocast `x` is cast to its dtype, else it keeps its own; the weight
-    is cast inside, and its gradient has the weight's dtype. `stats` returns (y, (mean, M2)): fp32 (C_out,) tensors
-    (fp64 for fp64) over all N*T' rows, without gradient, as `bn_relu_dropout` and `sub_block` take them. `packed`:
-    `weight` packed by the Triton face in the dtype of `x`, where a module keeps that, or what gives it, of (weight,
-    dtype, face), for the face that is chosen (None where that one packs for itself). The native CPU kernel and Triton's
-    take fp32, fp16 and bf16, both at stride 1 (or without a gradient of `x`); every other case, and 16 bits on
-    a CPU that has AMX for them, runs ATen's conv2d on the channels-last view of the same memory.
+    `x` must be zero at t >= `lengths` (N,), which bn_relu_dropout ensures. Kernels skip those frames, and the gradient
+    of `x` is undefined there. Under autocast `x` is cast to autocast's dtype. The weight is cast inside, and its
+    gradient has the dtype of the weight. With `stats` the result is (y, (mean, M2)): fp32 (C_out,) tensors (fp64 for
+    fp64) over all N*T' rows, without gradient, for `bn_relu_dropout` and `sub_block`. `packed` is `weight` packed by
+    the Triton face in the dtype of `x`, or a function of (weight, dtype, face) that returns the pack for the chosen
+    face (None if the face packs for itself). The native CPU kernel and Triton's take fp32, fp16 and bf16, at stride 1
+    or without a gradient of `x`. Every other case, and 16 bits on a CPU with AMX, runs ATen's conv2d on the
+    channels-last view of the same memory.
 
     Raises ValueError for shapes that do not fit. Equivalent to `F.conv1d(x, weight, None, stride, padding, dilation)`,
     and `bn_stats` of it; the mask is that of the reference's `MaskedConv1d` (jasper/model.py), applied beforehand.
@@ -141,7 +142,7 @@ def conv1d(
     check_lengths(lengths, x.shape[0])
     x, geometry = autocast(x), Geometry(stride, padding, dilation)
     face, packed = conv_face(x, weight, geometry, backend, packed, stats=stats)
-    bn_face = "reference"  # of no statistics: it is not called
+    bn_face = "reference"  # not used: no statistics are wanted
     if stats:
         bn_face = norm_face_of(x, weight.shape[0], geometry.frames(x.shape[2], weight.shape[2]), backend)
     y, mean, m2 = torch.ops.jasper_fast.conv1d(
@@ -151,7 +152,7 @@ def conv1d(
 
 
 def check_channels(name: str, x: Tensor, weight: Tensor) -> None:
-    """Raises ValueError where `weight` (C_out, C_in, K) is no conv's of `x` (N, C_in, T)."""
+    """Raises ValueError unless `weight` is (C_out, C_in, K) and `x` is (N, C_in, T)."""
     if x.dim() != 3 or weight.dim() != 3 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             f"{name} (N, C, T) and weight (C_out, C, K) do not fit: {tuple(x.shape)}, {tuple(weight.shape)}"
@@ -159,7 +160,7 @@ def check_channels(name: str, x: Tensor, weight: Tensor) -> None:
 
 
 def autocast(x: Tensor) -> Tensor:
-    """`x` in autocast's dtype where it is on; the weights stay as they are."""
+    """`x` in the dtype of autocast if that is on, else `x` itself."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
@@ -174,14 +175,15 @@ def conv_face(
     stats: bool = False,
     norm: bool = False,
 ) -> tuple[str, Tensor | None]:
-    """The face of the conv of `x` (N, C, T), ours where it has the dtype and the gradients, else ATen's; and its pack.
+    """The face for the conv of `x` (N, C, T), and its pack. It is one of ours if that has the dtype and the gradients,
+    else ATen.
 
-    On a GPU "auto" stays with cuDNN in channels-last memory but where measurements of the conv of `weight` there say
-    otherwise; `stats` and `norm` tell which calls those are (see `choose.conv_face`).
+    On a GPU "auto" takes cuDNN in channels-last memory unless a measured table has a faster face for this shape.
+    `stats` and `norm` tell which calls of the conv to compare (see `choose.conv_face`).
     """
     rows_log2, grad = None, torch.is_grad_enabled()
     c_out, c_in, taps = weight.shape
-    if not torch.compiler.is_compiling():  # a traced batch has no one size
+    if not torch.compiler.is_compiling():  # a traced batch has no fixed size
         rows_log2 = tables.bucket(x.shape[0] * -(-x.shape[2] // geometry.stride))
     dx, dw = grad and x.requires_grad, grad and weight.requires_grad
     face = choose.conv_face(

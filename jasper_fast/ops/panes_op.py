@@ -118,9 +118,9 @@ register_autograd("panes", _panes_grad, _panes_save)
 
 
 class Gram(NamedTuple):
-    """Mean (C,) and covariance of a block output's rows, and their number (0-d) where all ranks of a group count.
+    """Mean (C,) and covariance of the rows of a block output, and, for a group of ranks, the number of rows (0-d).
 
-    Of the covariance L is held (see `kernels.panes.gram.lower`), a vector of about three quarters of C*C elements.
+    `cov` holds the covariance as L (see `kernels.panes.gram.lower`), a vector of about 3/4*C*C elements.
     """
 
     mean: Tensor
@@ -131,8 +131,9 @@ class Gram(NamedTuple):
 def gram(x: Tensor, group: dist.ProcessGroup | None = None) -> Gram:
     """Mean (C,) and L of the covariance of the rows of `x` (N, C, T), fp32 (fp64 for fp64), differentiable.
 
-    With `group` over the rows of all its ranks, which may have unlike N*T; backward then adds up their gradients.
-    Equivalent to `r = x.transpose(1, 2).reshape(-1, C)`; `r.mean(0)`, `lower(torch.cov(r.T, correction=0))`.
+    With `group`, the statistics are over the rows of all its ranks (N*T may differ), and backward adds up the gradients
+    of all ranks. Equivalent to `r = x.transpose(1, 2).reshape(-1, C)`; `r.mean(0)`, `lower(torch.cov(r.T,
+    correction=0))`.
     """
     name = sync.name(group)
     mean, cov, rows = torch.ops.jasper_fast.gram(x, name)
@@ -151,8 +152,8 @@ def panes(
     """Sum of the panes of a block in training: returns (sum (N, C_out, T), means, unbiased variances (P, C_out)).
 
     `xs`: P block outputs (N, C_k, T) of one dtype, zero in the padding; `grams[k] = gram(xs[k])`; `weights[k]`
-    (C_out, C_k, 1); `gammas[k]`, `betas[k]` (C_out,). Statistics run over all N*T rows (of all ranks, where the grams
-    do); they are what the running ones take in. Raises ValueError for N*T = 1 as PyTorch does. Equivalent to
+    (C_out, C_k, 1); `gammas[k]`, `betas[k]` (C_out,). The statistics are over all N*T rows (of all ranks, if the grams
+    are) and can update the running ones. Raises ValueError for N*T = 1, as PyTorch does. Equivalent to
     `sum(F.batch_norm(F.conv1d(x, w), None, None, gamma, beta, training=True, eps=eps) for ...)`.
     """
     wide, rows = wide_dtype(xs[0]), grams[0].rows
@@ -165,12 +166,12 @@ def panes(
 
 
 def check_rows(x: Tensor, synced: bool | str) -> None:
-    """Raises ValueError where `x` (N, C, T) has a single row to take a variance of, and no other rank has more."""
+    """Raises ValueError if `x` (N, C, T) has a single row and no other rank has any: it has no variance."""
     if not synced and x.shape[0] * x.shape[2] == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
 
 
 def unbiased(var: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
-    """`var` over the rows of `x` (N, C, T), or over `rows` of them on all ranks, with M - 1 in place of M."""
+    """`var` with divisor M - 1 in place of M, where M is the number of rows of `x` (N, C, T), or `rows` if given."""
     m = x.shape[0] * x.shape[2] if rows is None else rows
     return var * (m / (m - 1))

@@ -1,9 +1,9 @@
-"""Dense-residual panes (1x1 conv + batch norm) summed as PyTorch computes them: one GEMM and its statistics a pane.
+"""The sum of dense-residual panes (1x1 conv + batch norm) as PyTorch computes it: per pane one GEMM and its statistics.
 
-The plain form; panes_op.py has the Gram form. A pane's output lives until it is added, and backward makes it again, so
-that only the block outputs are kept, which have other readers anyway. On a CPU, where recomputing costs more than
-memory, the outputs of the newest KEPT panes are saved. With y = x W^T, yhat = (y - mean)*rstd and g the gradient at
-the sum, the same for every pane:
+This is the plain form; panes_op.py has the Gram form. A pane's output is freed once it is added, and backward computes
+it again. Only the block outputs are kept, which other layers keep anyway. On a CPU the outputs of the newest KEPT panes
+are saved, because recomputing costs more than memory. With y = x W^T, yhat = (y - mean)*rstd and g the gradient of the
+sum, which is the same for every pane:
     dgamma = sum g*yhat,   dbeta = sum g,   dy = gamma*rstd*(g - dbeta/M - yhat*dgamma/M),   dW = dy^T x,   dx = dy W
 """
 
@@ -31,16 +31,17 @@ lib.define(
     "-> (Tensor[], Tensor[], Tensor, Tensor)"
 )
 
-KEPT = 7  # pane outputs that a block keeps on a CPU: those of the newest inputs, which are the widest
+KEPT = 7  # pane outputs that a block saves on a CPU: those of the newest inputs, which are the widest
 
 
 def _impl_name(face: str, *tensors: Tensor) -> str:
-    """Which face of `panes` serves where batch norm runs on `face`: the CPU's C++ takes fp32 alone."""
+    """The face of `panes` to use where batch norm runs on `face`. The C++ face takes only fp32."""
     return "cpu" if face == "cpu" and all(t.dtype == torch.float32 for t in tensors) else "reference"
 
 
 def _groups(panes, kept):
-    """Slices of the `panes` with a place for their outputs: one by one those not kept, at once those that are."""
+    """Slices of the `panes`, each with a buffer for its outputs: one slice per pane that is not saved, then all saved
+    panes."""
     passing = len(panes) - len(kept)
     place = kept.new_empty((1, *kept.shape[1:])) if passing else kept
     yield from ((slice(k, k + 1), place) for k in range(passing))
@@ -51,7 +52,7 @@ def _groups(panes, kept):
 def _forward(xs, weights, gamma, beta, lengths, eps, keep, group, face):
     n, _, t = xs[0].shape
     bn, impl = _face("bn_relu_dropout", face), _face("panes", _impl_name(face, *xs, *weights))
-    out = beta.sum(0)  # wide: however many panes, one rounding
+    out = beta.sum(0)  # in a wide dtype, so that the sum is rounded once
     kept, total = xs[0].new_empty((min(keep, len(xs)), n * t, len(out))), out.new_empty(0)
     means, variances = [], []
     for panes, ys in _groups(xs, kept):
@@ -123,7 +124,8 @@ def _grad(ctx, g, *_):
     dxs, dweights, dgamma, dbeta = torch.ops.jasper_fast.panes_plain_backward(
         g, lists[:n], lists[n:], gamma, lengths, mean, var, rows, kept, ctx.eps, ctx.group, ctx.face
     )
-    return dxs, dweights, dgamma, dbeta.repeat(n, 1), *(None,) * 5  # betas are optimised in place: none shares memory
+    # repeated, because each beta needs a gradient in memory of its own: optimisers update it in place
+    return dxs, dweights, dgamma, dbeta.repeat(n, 1), *(None,) * 5
 
 
 register_autograd("panes_plain", _grad, _save)
@@ -140,11 +142,12 @@ def panes_plain(
     backend: str = "auto",
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the panes of a block in training, pane by pane: what `panes` gives, without Gram matrices.
+    """Sum of the panes of a block in training, pane by pane: the result of `panes`, without Gram matrices.
 
-    Returns (sum (N, C_out, T), means, unbiased variances (P, C_out)); `backend` takes the statistics, over the rows of
-    all ranks of `group` where there is one. `lengths` (N,): the xs are zero at t >= lengths, kernels skip those frames,
-    and the gradient of the xs there may be anything. Other arguments, errors and equivalent as for `panes`.
+    Returns (sum (N, C_out, T), means, unbiased variances (P, C_out)). `backend` is the face of the statistics; with
+    `group` they are over the rows of all its ranks. `lengths` (N,): the xs are zero at t >= lengths, kernels skip those
+    frames, and the gradient of the xs is undefined there. Other arguments, errors and the equivalent are those of
+    `panes`.
     """
     wide, name = wide_dtype(xs[0]), sync.name(group)
     check_rows(xs[0], name)

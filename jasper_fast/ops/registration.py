@@ -1,4 +1,4 @@
-"""The `jasper_fast` namespace of torch.library, which every op of this package is defined in."""
+"""The `jasper_fast` namespace of torch.library, in which every op of this package is defined."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ lib = torch.library.Library("jasper_fast", "DEF")
 
 
 def without_autocast(impl):
-    """`impl` run with autocast off: an op's inside chooses its own dtypes."""
+    """`impl` with autocast turned off, because an op chooses the dtypes inside it."""
 
     @functools.wraps(impl)
     def run(x, *args):
@@ -26,12 +26,12 @@ def without_autocast(impl):
 
 
 def register_autograd(op: str, grad, setup_context) -> None:
-    """Registers `grad` as the gradient of `op`; to differentiate that gradient again is an error.
+    """Registers `grad` as the gradient of `op`; differentiating that gradient again raises an error.
 
-    The ops of the backward pass have no gradient of their own, and PyTorch would take their results for constants: a
-    gradient penalty or a Hessian would be wrong without a word.
+    The ops of the backward pass have no gradient of their own. PyTorch would treat their results as constants, so a
+    gradient penalty or a Hessian would be silently wrong.
     """
-    said = f"jasper_fast::{op} has no second derivative: take jasper_fast.nn.eager.EagerJasper for it".encode()
+    said = f"jasper_fast::{op} has no second derivative: use jasper_fast.nn.eager.EagerJasper for that".encode()
 
     def refusing(x: Tensor) -> Tensor:
         return torch._C._functions.DelayedError(said, 1)(x.detach().requires_grad_())

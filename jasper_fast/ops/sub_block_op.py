@@ -1,7 +1,7 @@
-"""From y to y: batch norm, ReLU, dropout and mask of one conv's output, then the next conv, as one autograd node.
+"""From one conv's output to the next one's: batch norm, ReLU, dropout, mask and the next conv as one autograd node.
 
-It saves y and a few vectors and remakes z once in backward, so that of a sub-block only its conv's output is kept.
-Statistics come with y and go with the next y, so that in training none takes a pass of its own where a conv has them.
+It saves y and a few vectors, and backward computes z again, so a sub-block keeps only its conv's output. If a conv
+computes the statistics of its output, they are passed along with that output and need no pass of their own.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _backward(
     norm, mask, geometry = Norm(mean, rstd, gamma, beta), Mask(lengths, seed, p), Geometry(1, padding, dilation)
     z = bn.forward(y, norm, None, mask)
     dw = impl.wgrad(z, dout, weight.shape[2], geometry, lengths, weight.dtype, clean=True)
-    if hasattr(impl, "dgrad_bn"):  # the reduction in the epilogue; g is masked, so that dropout has no more part in it
+    if hasattr(impl, "dgrad_bn"):  # dgrad_bn reduces in its epilogue; its g is already masked by dropout
         g, dbeta, dgamma = impl.dgrad_bn(dout, weight, geometry, y, z, norm, mask, packed)
         mask = Mask(lengths)
     else:
@@ -81,7 +81,7 @@ def _(dout, y, mean, rstd, gamma, beta, lengths, seed, rows, weight, *_args):
 
 
 def _save(ctx, inputs, output):
-    tensors, ctx.packed, (*before, _, group, bn, conv) = inputs[:9], inputs[9], inputs[10:]  # no saved pack: see conv1d
+    tensors, ctx.packed, (*before, _, group, bn, conv) = inputs[:9], inputs[9], inputs[10:]  # pack: see conv1d
     ctx.save_for_backward(*tensors)
     ctx.rest = (*before, group, bn, conv)
     ctx.mark_non_differentiable(*output[1:])
@@ -122,11 +122,11 @@ def sub_block(
     next_stats: bool = False,
     packed: Tensor | Pack | None = None,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Batch norm, ReLU, dropout and mask of a conv's output `y` (N, C, T), then the next conv at stride 1, one node.
+    """Batch norm, ReLU, dropout and mask of a conv's output `y` (N, C, T), then the next conv at stride 1, as one node.
 
-    Returns (N, C_out, T') in NTC memory and in the dtype of `y`; `weight` (C_out, C, K), cast inside, as `packed` is
-    for `conv1d`; with `next_stats` returns (that, (mean, M2)), as `conv1d` does with `stats`. The other arguments, and
-    the errors, are those of `bn_relu_dropout`. Keeps `y`, not what the conv reads, for backward. Equivalent to
+    Returns (N, C_out, T') in NTC memory and in the dtype of `y`; with `next_stats` returns that and (mean, M2), as
+    `conv1d` does with `stats`. `weight` (C_out, C, K) is cast inside; `packed` is as for `conv1d`. The other arguments
+    and the errors are those of `bn_relu_dropout`. Backward keeps `y` but not the input of the conv. Equivalent to
     `F.conv1d(bn_relu_dropout(y, ...), weight, None, 1, padding, dilation)`.
     """
     check(y, gamma, beta, running_mean, running_var, None, lengths, p, halo)

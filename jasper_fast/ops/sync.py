@@ -1,10 +1,11 @@
-"""Batch statistics over all ranks of a process group, as nn.SyncBatchNorm defines them, without a wait for the device.
+"""Batch statistics over all ranks of a process group, as nn.SyncBatchNorm defines them, without waiting for the device.
 
-Counts of rows may differ between ranks, so they travel with the statistics and stay on the device. Every rank must call
-the same functions in the same order. An op knows its group by name, because a registered op takes no group objects.
+Ranks may have different numbers of rows, so the number is sent with the statistics and stays on the device. Every rank
+must call the same functions in the same order. An op gets its group by name, because a registered op takes no group
+objects.
 
-torch.compile traces the ops as they are, but Inductor then moves them to save memory, by the sizes of their tensors:
-ranks whose batches differ in shape compile with options={"reorder_for_peak_memory": False}, which keeps the order.
+torch.compile keeps these ops, but Inductor reorders them to save memory, depending on tensor sizes. If batches differ
+in shape between ranks, compile with options={"reorder_for_peak_memory": False}, which keeps the order.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 
 
 def group_of(bn: nn.Module) -> dist.ProcessGroup | None:
-    """The process group whose ranks share the batch statistics of `bn`; None where this rank has its own.
+    """The process group whose ranks share the batch statistics of `bn`; None if this rank has its own.
 
-    That is an nn.SyncBatchNorm, as nn.SyncBatchNorm.convert_sync_batchnorm makes them, once torch.distributed runs with
-    more than one rank. Only its parameters and its group are used: its forward refuses CPU tensors.
+    Ranks share them if `bn` is an nn.SyncBatchNorm (see nn.SyncBatchNorm.convert_sync_batchnorm) and torch.distributed
+    runs with more than one rank. Only its parameters and its group are used, because its forward rejects CPU tensors.
     """
     if not (isinstance(bn, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized()):
         return None
@@ -34,25 +35,27 @@ def name(group: dist.ProcessGroup | None) -> str:
 
 
 def _find(name: str) -> dist.ProcessGroup:
-    """The group of that name, from PyTorch's own registry: one of ours would be filled only after a compiled graph."""
+    """The group of that name, from PyTorch's registry; a registry of ours could still be empty when a compiled graph
+    runs."""
     return dist.distributed_c10d._resolve_process_group(name)
 
 
 def all_reduce(x: Tensor, group: str) -> Tensor:
-    """The sum of `x` over the ranks of `group`, in place; `x` itself where `group` is ""."""
+    """The sum of `x` over the ranks of `group`, in place; `x` unchanged if `group` is ""."""
     if group:
         dist.all_reduce(x, group=_find(group))
     return x
 
 
 def merge_stats(mean: Tensor, m2: Tensor, count: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean, M2, rows) of all ranks from each rank's `mean` (C,) and `m2` (C,) over its `count` rows (Chan's merge).
+    """(mean, M2, rows) over all ranks, from each rank's `mean` (C,) and `m2` (C,) over its `count` rows (Chan's
+    formula).
 
-    rows is a 0-d tensor. Ranks are merged in their order, so every rank gets the same bits.
+    rows is a 0-d tensor. Ranks are merged in order, so the result is bit-identical on every rank.
     """
     mine, found = torch.cat([mean, m2, mean.new_full((1,), count)]), _find(group)
     ranks = mine.new_empty(dist.get_world_size(found) * mine.numel())
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the newer name, and torch 2.11's
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the latter in torch 2.11
     gather(ranks, mine, group=found)
     ranks, c = ranks.view(-1, mine.numel()), mean.numel()
     means, counts = ranks[:, :c], ranks[:, -1:]
@@ -65,9 +68,10 @@ def merge_stats(mean: Tensor, m2: Tensor, count: int, group: str) -> tuple[Tenso
 def merge_covariance(
     mean: Tensor, cov: Tensor, count: int, group: str, form: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean (C,), covariance, rows) of all ranks from each rank's own over its `count` rows; rows is 0-d.
+    """(mean (C,), covariance, rows) over all ranks, from each rank's mean and covariance over its `count` rows; rows is
+    0-d.
 
-    `form` makes of a symmetric matrix (C, C) what `cov` holds of one.
+    form: turns a symmetric matrix (C, C) into the form in which `cov` is held.
     """
     sums = all_reduce(torch.cat([mean * count, mean.new_full((1,), count)]), group)
     total = sums[-1]

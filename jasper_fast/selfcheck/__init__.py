@@ -1,1 +1,1 @@
-"""Every kernel against fp64, in a process of its own."""
+"""The self-check: compares every kernel with fp64, in a process of its own."""

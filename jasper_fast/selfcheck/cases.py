@@ -1,4 +1,4 @@
-"""The inputs of a check, and its three answers: the kernel's, plain PyTorch's at its precision, fp64's."""
+"""The inputs of a check, and its three results: of the kernel, of plain PyTorch at the same precision, and in fp64."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from jasper_fast.selfcheck.checks import CLEAN_FUNCTIONS, DTYPES, PANES, SMALL_P
 
 @dataclass(frozen=True)
 class Case:
-    """One set of inputs, ready: results of the face under test, of plain PyTorch at its precision, and in fp64.
+    """One set of inputs, with functions for the results of the face under test, of plain PyTorch, and in fp64.
 
-    `inputs` are all tensors that these read, by name: values copied into them are the next inputs. `ours` of
-    bn_relu_dropout takes the name of another face, which gets the same inputs.
+    `inputs` holds all tensors that these functions read, by name. To check other inputs, copy values into them. For
+    bn_relu_dropout, `ours` can take the name of another face and runs it on the same inputs.
     """
 
     ours: Callable[..., dict[str, Tensor]]
@@ -58,7 +58,7 @@ class _Draw:
         return self.normal(n, t, c).transpose(1, 2)
 
     def weight(self, *shape: int) -> Tensor:
-        """fp32, but of values that the activations' dtype holds, so that packing rounds nothing."""
+        """An fp32 weight whose values fit the dtype of the activations exactly, so that packing rounds nothing."""
         return self.normal(*shape, scale=(shape[1] * shape[2]) ** -0.5).float()
 
     def uniform(self, *shape: int) -> Tensor:
@@ -120,7 +120,7 @@ def _conv_case(check: Check, draw: _Draw) -> Case:
         dx = ntc(mask(aten.dgrad(dy, weight, s.t, s.geometry), lengths))
         if function == "dgrad":
             return named(dx)
-        saved = dx, y, None, norm  # without z: dropout is drawn again
+        saved = dx, y, None, norm  # without z, so dropout is drawn again
         return named(bn.backward_apply(*saved, None, zeroed, True)[1], *bn.backward_reduce(*saved, zeroed))
 
     tensors = {"dy": dy, "weight": weight, "y": y, "z": z} | norm._asdict()
@@ -134,7 +134,7 @@ def _conv_case(check: Check, draw: _Draw) -> Case:
 
 
 def _told_clean(check: Check) -> bool:
-    """Whether the kernel is told that x is zero in its padding; the others are given NaN there."""
+    """Whether the kernel is told (`clean`) that x has zero padding. All other kernels get NaN in the padding."""
     return check.face == "triton" and check.function in CLEAN_FUNCTIONS and UNCLEAN not in check.variant.split()
 
 
@@ -156,10 +156,10 @@ def _fused_case(check: Check, draw: _Draw) -> Case:
     padding = 0.0 if clean else float("nan")
     given, given2 = masked(x, padding), masked(x2, padding)
     told = Lengths(lengths, out_lengths)
-    if features:  # fp32 and (N, C, T), as the network's first kernel reads them, padding as users leave it
+    if features:  # fp32 and (N, C, T), as the network's first kernel reads them; padding holds anything, as from a user
         given = given.float().transpose(1, 2).contiguous().transpose(1, 2)
         told = Lengths(lengths, made=torch.empty_like(lengths))
-    if check.face == "cpu":  # whose engine keeps its activations in fp32
+    if check.face == "cpu":  # the inference engine keeps activations in fp32 on a CPU
         given, given2 = given.float(), None if x2 is None else given2.float()
     more: dict[str, Any] = {"clean": True} if clean else {}
     if not relu:
@@ -200,7 +200,7 @@ def _norm_case(check: Check, draw: _Draw) -> Case:
     lengths = None if variant == "no lengths" else draw.lengths(n, t)
     residual = draw.activation(n, c, t) if variant == "residual" else None
     y = draw.activation(n, c, t)
-    if residual is None:  # with one, z tells where the ReLU was open
+    if residual is None:  # with a residual, z tells where the ReLU was open
         y = _off_the_edge(y, norm)
     halo = 2 if variant == "halo" else None
     if halo is not None:
@@ -210,7 +210,7 @@ def _norm_case(check: Check, draw: _Draw) -> Case:
     p = 0.0 if variant in ("no dropout", "evaluation") else 0.2
     zeroed = Mask(lengths, torch.tensor([987654321], device=draw.device) if p else None, p)
 
-    # z as the forward gave it to backward, the same for all
+    # all faces get the same z, from one forward
     z = None
     if residual is not None:
         z = backends.face("bn_relu_dropout", "reference").forward(y, norm, residual, zeroed)
@@ -241,9 +241,9 @@ def _norm_case(check: Check, draw: _Draw) -> Case:
 
 
 def _panes_case(check: Check, draw: _Draw) -> Case:
-    """The definition is a 1x1 conv and batch norm a pane; of two block outputs, which a ReLU has made.
+    """Panes of two block outputs (outputs of a ReLU); the definition is a 1x1 conv and batch norm per pane.
 
-    What the plain form ("plain") leaves as a gradient beyond the lengths may be anything.
+    The plain form ("plain") may leave any gradient beyond the lengths.
     """
     (n, c, t), eps = check.shape, 1e-3
     widths, c_out, lengths = (c, max(8, c // 2)), c, draw.lengths(n, t)
@@ -268,7 +268,7 @@ def _panes_case(check: Check, draw: _Draw) -> Case:
         return out, torch.stack(means), torch.stack(variances)
 
     def results(panes: Callable, wide: bool) -> dict[str, Tensor]:
-        """Sum, means, variances, and the gradients of everything, through the Gram matrices too."""
+        """The sum, means and variances, and the gradients of all inputs, also through the Gram matrices."""
         leaves = [[(x.double() if wide else x.clone()).requires_grad_() for x in of] for of in named.values()]
         out, mean, var = panes(*leaves)
         grads = list(torch.autograd.grad(out, [x for of in leaves for x in of], up.to(out.dtype)))
@@ -285,7 +285,8 @@ def _panes_case(check: Check, draw: _Draw) -> Case:
 
 
 def _off_the_edge(y: Tensor, norm: Norm) -> Tensor:
-    """`y` (N, C, T) moved where the ReLU's input lies within roundings of zero: two right answers may differ there."""
+    """`y` (N, C, T), moved where the ReLU's input is so close to zero that rounding decides whether the ReLU is
+    open."""
     mean, rstd, gamma, beta = norm
     a = (gamma * rstd)[:, None].double()
     pre = (y.double() - mean[:, None]) * a + beta[:, None]

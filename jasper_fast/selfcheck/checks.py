@@ -1,4 +1,4 @@
-"""Which checks a device needs: every kernel and configuration that dispatch can choose there."""
+"""The checks that a device needs: one for every kernel and configuration that dispatch can choose there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jasper_fast.kernels.operands import Geometry
 
 CONV = ("forward", "forward_stats", "dgrad", "dgrad_bn", "wgrad")
 DTYPES = {name: dtype for dtype, name in tables.DTYPES.items()}
-QUICK_TILES = 3  # of a table, by function, in a quick check
+QUICK_TILES = 3  # tiles of a table that a quick check takes, per function
 TABLE_ROWS = 2048  # rows of the inputs on which a table's tiles are checked
 
 
@@ -57,27 +57,28 @@ class Norm(NamedTuple):
 # odd frames, one frame, fewer frames than the taps reach, stride 2, dilation 2 with channels that no tile divides
 SMALL_CONV = (Conv(2, 37, 64, 48, 11), Conv(3, 1, 32, 32, 1), Conv(3, 5, 32, 29, 25), Conv(2, 41, 64, 32, 11, 2),
               Conv(2, 23, 35, 48, 3, 1, 2))  # fmt: skip
-# the convs of Jasper 10x5: prologue, main convs, its dilated one, epilogue, decoder
+# the convs of Jasper 10x5: first block, main blocks, dilated conv, last block, decoder
 REAL_CONV = (
     Conv(4, 420, 64, 256, 11, 2), Conv(4, 330, 256, 256, 11), Conv(4, 330, 256, 384, 13), Conv(4, 330, 384, 384, 13),
     Conv(4, 330, 512, 512, 17), Conv(4, 330, 640, 640, 21), Conv(4, 330, 768, 768, 25),
     Conv(4, 330, 768, 896, 29, 1, 2), Conv(4, 330, 896, 1024, 1), Conv(4, 330, 1024, 29, 1), Conv(1, 104, 768, 768, 25),
 )  # fmt: skip
 QUICK_CONV = (Conv(2, 37, 64, 48, 11), Conv(2, 200, 256, 256, 11))
-# More programs than any GPU runs at once (448 by 128 frames and channels, an H100 has 132 SMs): races and reuse of
-# shared memory show where programs follow each other on an SM. 39 GFLOP a call, of which a check makes two in fp64, two
-# in plain PyTorch and four of ours: tens of milliseconds on an H100, a second where fp64 is slow.
+# More programs than any GPU runs at once: 448 with tiles of 128 frames by 128 channels, while an H100 has 132 SMs.
+# Races and wrong reuse of shared memory appear only when programs follow each other on an SM. A call is 39 GFLOP. A
+# check makes two calls in fp64, two in plain PyTorch and four of ours: tens of milliseconds on an H100, a second on
+# GPUs with slow fp64.
 WAVE_CONV = Conv(32, 840, 256, 256, 11)
-WAVE = "wave"  # its variant
-EXACT = "exact"  # fp32 products as they are, other kernels than those that round to TF32, as a GPU does by default
+WAVE = "wave"  # the variant for WAVE_CONV
+EXACT = "exact"  # a variant with exact fp32 products; by default a GPU rounds them to TF32, in other kernels
 SMALL_NORM = (Norm(2, 64, 37), Norm(3, 29, 1), Norm(3, 48, 7))
 REAL_NORM = (Norm(4, 256, 420), Norm(4, 768, 420), Norm(4, 1024, 331))
 QUICK_NORM = (Norm(2, 64, 37), Norm(2, 256, 200))
 NORM_VARIANTS = ("batch", "evaluation", "residual", "no dropout", "no lengths", "halo")
 FUSED_VARIANTS = ("plain", "panes", "panes splits", "features", "log-softmax", "splits")
-UNCLEAN = "unclean"  # padding of x holds NaN and is not to be read: an engine's first conv, callers of the faces
-CLEAN_FUNCTIONS = ("forward", "forward_stats", "wgrad", "fused")  # of Triton's conv: those that may be told it is zero
-SMALL_PANES, PANES = 40, 256  # channels of a second input: 40 are no whole step of a tile, so descriptors stay out
+UNCLEAN = "unclean"  # padding of x holds NaN and must not be read: an engine's first conv, direct calls of a face
+CLEAN_FUNCTIONS = ("forward", "forward_stats", "wgrad", "fused")  # functions of Triton's conv with the argument `clean`
+SMALL_PANES, PANES = 40, 256  # channels of a second input: 40 do not fill a step of a tile, so no descriptors are used
 SMALL_GRAM, REAL_GRAM = (Norm(2, 24, 37), Norm(3, 40, 7)), (Norm(4, 256, 420), Norm(8, 768, 840))
 QUICK_GRAM = (Norm(2, 64, 37), Norm(4, 256, 420))
 
@@ -102,7 +103,7 @@ class Check:
                            self.variant))  # fmt: skip
 
     def plain(self) -> dict[str, str]:
-        """What a report shows of it."""
+        """The fields that a report shows."""
         found = {k: str(v) for k, v in asdict(self).items() if k not in ("tile", "shape")}
         return found | {"id": self.id, "shape": str(self.shape)}
 
@@ -115,9 +116,9 @@ def plan(
     faces: tuple[str, ...] = (),
     dtypes: tuple[str, ...] = (),
 ) -> list[Check]:
-    """The checks for `device`: all faces that run on it (or `faces`), quick ones or all, of `ops`.
+    """The checks of `ops` for `device`, on all faces that run there (or only `faces`): only the quick ones, or all.
 
-    `dtypes` ("bfloat16", ...): which, of those that a face has; by default all, of a quick plan one.
+    dtypes: names such as "bfloat16". Default: all dtypes of a face, or one of them for a quick plan.
     """
     for name, asked, known in (("op", ops, OPS), ("face", faces, FACES), ("dtype", dtypes, tuple(DTYPES))):
         if unknown := [value for value in asked if value not in known]:
@@ -126,7 +127,7 @@ def plan(
     for face in FACES:
         if (faces and face not in faces) or (face != "aten" and backends.why_missing(face, device) is not None):
             continue
-        large = device.type == "cuda" or face == "cpu"  # an interpreter takes minutes for a real shape
+        large = device.type == "cuda" or face == "cpu"  # the interpreter takes minutes for a real shape
         for dtype in _dtypes(face, device, quick, dtypes):
             if "panes" in ops:
                 found += _panes(face, dtype, quick, device.type == "cuda")
@@ -154,7 +155,7 @@ def _dtypes(face: str, device: torch.device, quick: bool, wanted: tuple[str, ...
 
 
 def _panes(face: str, dtype: str, quick: bool, large: bool) -> Iterator[Check]:
-    """The Gram form, whose products are ATen's, and the plain form in C++, which takes fp32 alone."""
+    """Checks of the Gram form, whose products are ATen's, and of the plain form in C++, which takes only fp32."""
     if face == "aten":
         for shape in (QUICK_GRAM if quick else SMALL_GRAM + REAL_GRAM) if large else SMALL_GRAM:
             yield Check("panes", face, "panes", "default", shape, dtype)
@@ -164,7 +165,7 @@ def _panes(face: str, dtype: str, quick: bool, large: bool) -> Iterator[Check]:
 
 
 def _norms(face: str, dtype: str, quick: bool, large: bool) -> Iterator[Check]:
-    real = QUICK_NORM[1:] if face == "cpu" and dtype != "float32" else REAL_NORM  # plain 16 bits take a CPU minutes
+    real = QUICK_NORM[1:] if face == "cpu" and dtype != "float32" else REAL_NORM  # 16 bits take minutes in PyTorch
     shapes = QUICK_NORM if quick else SMALL_NORM + (real if large else ())
     for shape in shapes if large else shapes[:3]:
         if not large and shape.c > 64:
@@ -239,7 +240,7 @@ def _measured(op: str, function: str, dtype: str, quick: bool, device: torch.dev
         variants: tuple[str, ...] = ("",)
         if function == "fused":
             variants = ("splits",) if row.tile["splits"] > 1 else ("plain",)
-            if not quick and shape.stride == 1:  # a block's last conv takes its panes in with the same tile
+            if not quick and shape.stride == 1:  # with panes too: a block's last conv runs them with this tile
                 variants += ("panes splits",) if row.tile["splits"] > 1 else ("panes",)
         configuration = f"table 2^{row.rows_log2} {row.label().removeprefix('triton ')}"
         for variant in variants:

@@ -1,6 +1,6 @@
 """The process that runs kernels: `python -m jasper_fast.selfcheck.child`, which `dispatch.probe` starts and watches.
 
-It says on its standard output what it begins and what it found, one line each.
+It prints one line when it begins a check and one line with the result.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from jasper_fast.selfcheck import checks, perform
 
 
 def child(source: IO[str] = sys.stdin) -> int:
-    """Reads what to check as JSON from `source`, checks it, and reports on the standard output."""
+    """Reads a request for checks as JSON from `source`, runs them, and reports on the standard output."""
     wanted = json.loads(source.read())
     device = torch.device(wanted["device"])
     which = {name: tuple(wanted[name]) for name in ("ops", "faces", "dtypes")}
     todo = checks.plan(device, quick=wanted["quick"], **which)
-    # what a kernel forgets to write is NaN, not what the last call left there
+    # an element that a kernel forgets to write is then NaN and not the result of an earlier call
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     probe = torch.ones(64, 64, device=device)
@@ -37,7 +37,7 @@ def child(source: IO[str] = sys.stdin) -> int:
         try:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        except RuntimeError as error:  # the context is gone with this kernel, and everything after it would fail too
+        except RuntimeError as error:  # this kernel destroyed the CUDA context, so every later check would fail
             blamed = verdict.blame(error)
             died = {"status": "died", "detail": str(error).splitlines()[0]}
             children.tell("fatal", row | (died if blamed["status"] == "failed" else blamed))

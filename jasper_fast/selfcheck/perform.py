@@ -1,9 +1,9 @@
-"""One check: the kernel called on two sets of inputs, then on the first again, and held against fp64.
+"""One check: calls the kernel on two sets of inputs, then on the first again, and compares the results with fp64.
 
 Results must be within the tolerance of tests and benchmarks (`tolerance.py`: twice the error of plain PyTorch at the
-same precision, plus a floor of roundings), and the same bits when they are asked for again; padding holds NaN where a
-kernel must not read it. Kernels are called as dispatch calls them: Triton's convs are told that x is zero in its
-padding (`clean`), as the ops and the engine do.
+same precision, plus a floor). The second call on the same inputs must be bit-identical. Padding that a kernel must not
+read holds NaN. Kernels are called as dispatch calls them: Triton's convs are told that x has zero padding (`clean`), as
+the ops and the engine do.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ from jasper_fast.selfcheck.cases import Case, case
 from jasper_fast.selfcheck.checks import EXACT, WAVE, Check
 from jasper_fast.selfcheck.tolerance import Compared, Tolerance, compare
 
-FLOOR = 40.0  # roundings in fp32: sums of ten thousand products in another order differ by twenty
-# Where PyTorch's convs may round fp32 to TF32, ours do, and by cutting off: by up to one such rounding an element, of
-# which two thirds are the same for all. cuDNN may take a kernel that does not, so its error says nothing of ours.
+FLOOR = 40.0  # in fp32 roundings: sums of 10,000 products in two orders differ by about 20
+# Where PyTorch's convs may round fp32 to TF32, ours truncate to it. Each element is off by up to one rounding, and
+# about two thirds of that error is common to all elements. cuDNN may choose a kernel without TF32, so its error is no
+# measure for ours.
 TF32 = 4 * 2.0**-10
-AGAIN = {WAVE: 2}  # times that a check asks for the first results again; one elsewhere
+AGAIN = {WAVE: 2}  # how often a check repeats the first call; once for other variants
 
 
 def perform(check: Check, device: torch.device) -> dict[str, Any]:
     """Run `check`; returns its description with status "ok", "wrong", "failed", "no memory" or "environment" (what the
     kernel needs is missing on this machine: the detail says what to do), and its errors.
 
-    `ours` and `theirs` are the errors of the tensor that came nearest to its limit, as a share of that tensor's size,
-    and `share` how much of the limit it took.
+    `ours` and `theirs` are the relative errors of the tensor that came nearest to its limit; `share` is its error
+    divided by that limit.
     """
     started = time.perf_counter()
     row = check.plain() | {"status": "ok", "ours": None, "theirs": None, "share": None, "detail": ""}
     try:
         with _exactly(EXACT in check.variant.split()):
             found = _compare_all(check, device)
-    except Exception as error:  # whatever a kernel raises is its verdict
+    except Exception as error:  # any error of a kernel becomes its verdict
         row |= blame(error)
     else:
         row |= found
@@ -52,7 +53,7 @@ def perform(check: Check, device: torch.device) -> dict[str, Any]:
 
 @contextmanager
 def _exactly(wanted: bool) -> Iterator[None]:
-    """Where it is `wanted`, PyTorch's convs and ours multiply fp32 as it is inside."""
+    """A context in which, if `wanted`, the convs of PyTorch and ours do not round fp32 to TF32."""
     conv = torch.backends.cudnn.conv
     before = conv.fp32_precision
     if wanted:
@@ -87,7 +88,7 @@ def _compare_all(check: Check, device: torch.device) -> dict[str, Any]:
     for _ in range(AGAIN.get(check.variant, 1)):
         for name, out in _ours(check, cases[0]).items():
             if not torch.equal(out, first[name]):
-                return {"status": "wrong", "detail": f"{name}: other results for the same inputs when called again"}
+                return {"status": "wrong", "detail": f"{name}: a second call on the same inputs gave other results"}
     return asdict(worst) | {"detail": ""}
 
 
@@ -99,7 +100,7 @@ def _ours(check: Check, drawn: Case) -> dict[str, Tensor]:
 
 
 def _floor(check: Check, device: torch.device) -> float:
-    """Roundings in fp32 that results may be off whatever PyTorch's are."""
+    """The error in fp32 roundings that is allowed whatever PyTorch's error is."""
     rounds = check.dtype == "float32" and device.type == "cuda" and check.op in ("conv1d", "conv1d.fused")
     if rounds and backends.face("conv1d", check.face).takes_tf32():
         return TF32 / torch.finfo(torch.float32).eps

@@ -1,4 +1,4 @@
-"""`jasper-fast selfcheck`: runs the checks, shows what they found, keeps the verdicts."""
+"""`jasper-fast selfcheck`: runs the checks, prints the results, saves the verdicts."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def show(rows: Sequence[dict[str, Any]], found: Sequence[Verdict], device: torch
 
 def main(device: torch.device, *, quick: bool, as_json: bool, cache: bool, dtypes: Sequence[str] = (),
          seconds: float = CHECK_SECONDS, argv: Sequence[str] | None = None) -> int:  # fmt: skip
-    """Checks `device`, prints what was found, keeps the verdicts; returns 0 if every check passed, else 1.
+    """Checks `device`, prints the results and saves the verdicts; returns 0 if every check passed, else 1.
 
-    Ended early, by Ctrl-C for one, it prints and keeps what was found until then.
+    If it is ended early, for example by Ctrl-C, it prints and saves the results so far.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -99,6 +99,6 @@ def _print(rows: list[dict], found: list[Verdict], device: torch.device, as_json
         return
     show(rows, found, device, Console(highlight=False, width=None if sys.stdout.isatty() else 160))
     if not finished:
-        print(f"ended early: {len(rows)} checks were made; an op without a verdict above was not checked to its end")
+        print(f"ended early: {len(rows)} checks were made; an op without a verdict above was not checked completely")
     elif not rows:
-        print(f"no kernel of this package runs on {device} here; `jasper-fast info` says how to get them")
+        print(f"no kernel of this package runs on {device} here; `jasper-fast info` says how to get one")

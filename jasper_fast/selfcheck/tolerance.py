@@ -1,4 +1,4 @@
-"""How far from an fp64 result another one may be: the one rule of the tests, the self-check and the benchmarks."""
+"""How far a result may be from the fp64 result: one rule for the tests, the self-check and the benchmarks."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SIGMAS = 5.0  # of a sum of independent roundings
+SIGMAS = 5.0  # standard deviations allowed for a sum of independent roundings
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """`factor` times as far as plain PyTorch at the same precision, plus `floor` roundings in fp32 and one in other
-    dtypes; with no plain PyTorch beside it, `relative`.
+    """The limit: `factor` times the error of plain PyTorch at the same precision, plus `floor` roundings in fp32 or one
+    rounding in other dtypes. Where there is no result of plain PyTorch, the limit is `relative`.
 
-    fp32 has a floor of its own because sums in another order differ by more roundings than plain PyTorch happens to.
-    The RMS norm is held to that and the max norm to `peak` times it: the first sees a small error everywhere, the
-    second one wrong element. `along` bounds the error's share along the fp64 result, `|<got - ref, ref>| / <ref, ref>`,
-    where roundings cancel and a scale, a lost term or a skipped utterance do not; what is left of plain PyTorch's own
-    error e (or of `relative`) over n elements, SIGMAS * e / sqrt(n), is added.
+    fp32 has its own floor because sums in two orders can differ by more roundings than plain PyTorch's error shows. The
+    RMS norm of the error must be within the limit, the max norm within `peak` times the limit: the RMS norm detects a
+    small error everywhere, the max norm a single wrong element. `along` limits the component of the error along the
+    fp64 result, `|<got - ref, ref>| / <ref, ref>`. Roundings cancel in it; a wrong scale, a lost term or a skipped
+    utterance do not. SIGMAS * e / sqrt(n) is added to that limit for the roundings that do not cancel: e is plain
+    PyTorch's error (or `relative`), n the number of elements.
     """
 
     factor: float = 2.0
@@ -32,8 +33,8 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Compared:
-    """The measure in which a tensor came nearest to its limit: errors of ours and of plain PyTorch as shares of its
-    size, the share of the limit that ours took (at most 1, else it is wrong), and all that in words."""
+    """The norm in which a tensor came nearest to its limit. `ours` and `theirs` are relative errors (`theirs` of plain
+    PyTorch), `share` is our error divided by the limit (wrong above 1), and `detail` says it in words."""
 
     share: float
     ours: float | None = None
@@ -42,19 +43,20 @@ class Compared:
 
     @property
     def right(self) -> bool:
-        return self.share <= 1.0  # written so that a NaN is wrong
+        return self.share <= 1.0  # a NaN compares as False, so it is wrong
 
 
 def compare(got: Tensor, low: Tensor | None, ref: Tensor, tolerance: Tolerance) -> Compared:
-    """How `got` lies beside `low`, plain PyTorch's at its precision, about the fp64 `ref`, all of one shape.
+    """Compares `got` with the fp64 result `ref`, and its error with that of `low`, plain PyTorch's result; all of one
+    shape.
 
-    Integers must be equal. What is wrong comes first, in the order max, RMS, along.
+    Integers must be equal. If several norms exceed their limit, the first of max, RMS, along is returned.
     """
     if got.shape != ref.shape:
         return Compared(math.inf, detail=f"shape {tuple(got.shape)}, expected {tuple(ref.shape)}")
     if not got.is_floating_point():
         same = torch.equal(got.to(ref.device, ref.dtype), ref)
-        return Compared(0.0 if same else math.inf, 0.0, 0.0, "" if same else "other integers than expected")
+        return Compared(0.0 if same else math.inf, 0.0, 0.0, "" if same else "integers differ from the expected ones")
     eps = None if low is None else torch.finfo(low.dtype).eps * (tolerance.floor if low.dtype == torch.float32 else 1.0)
     got, low, ref = (t if t is None else t.detach().to(ref.device).double() for t in (got, low, ref))
     found = []

@@ -1,1 +1,1 @@
-"""Sound and text: audio, features, augmentation, vocabularies, greedy decoding, error rates."""
+"""Audio, features, augmentation, vocabularies, greedy decoding, error rates."""

@@ -1,4 +1,4 @@
-"""Reading audio files: WAV, FLAC and what else libsndfile knows; mono fp32 at one sample rate."""
+"""Reads audio files (WAV, FLAC and the other formats of libsndfile) as mono fp32 at one sample rate."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ import soxr
 
 from jasper_fast.speech import mp3
 
-_LOUDEST = 1e10  # full scale is 1, of integers kept as floats 2^31; the squares of what is louder overflow fp32
-_LOWEST_RATE = 1000  # Hz; below, a small file would fill the memory when it is resampled
-_CHUNK = 1 << 22  # samples read at a time: a header that promises too much costs no memory
+_LOUDEST = 1e10  # full scale is 1, or 2^31 for integers stored as floats; squares of louder samples would overflow fp32
+_LOWEST_RATE = 1000  # Hz; at lower rates resampling a small file would fill the memory
+_CHUNK = 1 << 22  # samples read at a time, so that a header that promises too much costs no memory
 _STREAMED = 0x7FFF0000  # bytes; headers written before the length was known hold this or more
 
 
 class AudioError(Exception):
-    """A file gives no usable audio; ``path`` is the file, ``cause`` says what is wrong with it.
-
-    ``reason`` is a word to count by.
+    """A file gives no usable audio; ``path`` is the file, ``cause`` says what is wrong, ``reason`` is a category for
+    counts.
     """
 
     reason = "unreadable"
@@ -38,25 +37,26 @@ class AudioError(Exception):
 
 
 class ShortAudio(AudioError):
-    """A file holds less than was promised; ``samples`` are what there is, from ``start`` seconds on.
+    """A file holds less audio than promised; ``samples`` holds what there is, from ``start`` seconds on.
 
-    ``reason``: "truncated" where the file's header promised more, "wrong_duration" where the manifest did.
+    ``reason``: "truncated" if the file's header promised more, "wrong_duration" if the manifest did.
     """
 
     def __init__(self, path: str | os.PathLike, cause: str, reason: str, samples: np.ndarray) -> None:
         super().__init__(path, cause)
-        self.args = (str(path), cause, reason, samples)  # what pickle makes it again from
+        self.args = (str(path), cause, reason, samples)  # the arguments from which pickle restores it
         self.reason, self.samples, self.start = reason, samples, 0.0
 
 
 class _File(soundfile.SoundFile):
-    """Read from front to back. Some codecs cannot seek, and soundfile would seek after each read."""
+    """A file that is read from front to back, because some codecs cannot seek and soundfile would seek after each
+    read."""
 
     def seekable(self) -> bool:
         return False
 
     def forward(self, frames: int) -> None:
-        """Passes over frames at the beginning."""
+        """Skips frames at the beginning."""
         if super().seekable():
             self.seek(frames)
             return
@@ -64,7 +64,7 @@ class _File(soundfile.SoundFile):
             pass
 
     def chunks(self, frames: int):
-        """The next ``frames`` frames or what there is of them: arrays (frames, channels) fp32."""
+        """The next ``frames`` frames, or fewer at the end of the file, as arrays (frames, channels) fp32."""
         size = max(1, _CHUNK // self.channels)
         while frames > 0:
             samples = self.read(min(size, frames), dtype="float32", always_2d=True)
@@ -72,7 +72,7 @@ class _File(soundfile.SoundFile):
             frames = frames - len(samples) if len(samples) else 0
 
     def promised(self) -> int:
-        """Frames that the file had when its header was written; libsndfile notes what it corrects in its log."""
+        """The number of frames by the file's header; if libsndfile corrects it, its log has the original."""
         log = self.extra_info
         for name in ("data|SSND|BODY|Data Size", "riff|Riff size"):
             if found := re.search(rf"^\s*(?:{name})\s*: (\d+) \(should be (\d+)\)", log, re.MULTILINE):
@@ -83,7 +83,7 @@ class _File(soundfile.SoundFile):
 
 
 def _bytes(path: str | os.PathLike) -> io.BytesIO:
-    """All that is in a file or a pipe; a pipe that nobody writes to is empty, and not waited for."""
+    """The content of a file or a pipe. A pipe without a writer counts as empty; it is not waited for."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     os.set_blocking(descriptor, True)
     with open(descriptor, "rb") as file:
@@ -91,7 +91,7 @@ def _bytes(path: str | os.PathLike) -> io.BytesIO:
 
 
 def _counted(source: io.BytesIO | bytes) -> bytes | None:
-    """``mp3.with_length`` of a file, of which no more is read than that needs."""
+    """``mp3.with_length`` of a file; reads only as much of the file as that needs."""
     if isinstance(source, io.BytesIO):
         return mp3.with_length(source.getvalue())
     with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -108,8 +108,8 @@ def _open(path: str | os.PathLike, pipes: bool = True) -> _File:
         if not pipe and not stat.S_ISREG(status.st_mode):
             raise AudioError(path, "is neither a file nor a pipe")
         if pipe and not pipes:
-            raise AudioError(path, "is a pipe: its length shows when it is read")
-        # By its name, soundfile would take a file called *.raw for one without a header.
+            raise AudioError(path, "is a pipe: its length is known only after reading")
+        # Given its name, soundfile would treat a file called *.raw as one without a header.
         source = _bytes(path) if pipe or name.lower().endswith(b".raw") else name
         if not (len(source.getbuffer()) if isinstance(source, io.BytesIO) else status.st_size):
             raise AudioError(path, "empty file (0 bytes)" if not pipe else "empty: nothing came through this pipe")
@@ -121,14 +121,14 @@ def _open(path: str | os.PathLike, pipes: bool = True) -> _File:
     except FileNotFoundError as error:
         raise AudioError(path, "no such file") from error
     except UnicodeEncodeError as error:
-        raise AudioError(path, "no such file: the name holds half a character") from error
+        raise AudioError(path, "no such file: its name is not valid text") from error
     except (soundfile.LibsndfileError, OSError, ValueError) as error:
         reason = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
         raise AudioError(path, f"cannot be read as audio: {reason.strip()}") from error
 
 
 def duration(path: str | os.PathLike) -> float:
-    """Seconds of audio that the file's header promises. Raises AudioError where there is none, and for a pipe."""
+    """Seconds of audio by the file's header. Raises AudioError if there is no audio, and for a pipe."""
     with _open(path, pipes=False) as file:
         return file.promised() / file.samplerate
 
@@ -140,8 +140,8 @@ def load(
 
     Reads ``duration`` seconds from ``offset`` seconds on; None or 0 reads to the end. Integer formats are scaled to
     [-1, 1). A pipe is read to its end, once. Raises AudioError naming the file and the cause: missing, unreadable,
-    empty, no samples at the offset, samples that are NaN, infinite or beyond 1e10; ShortAudio, which holds what is
-    there, where the header promises more of what was asked for.
+    empty, no samples at the offset, samples that are NaN, infinite or beyond 1e10; ShortAudio, which holds the
+    available samples, if the file is shorter than its header promises.
     """
     if not (offset >= 0 and math.isfinite(offset)) or (duration is not None and not duration >= 0):
         raise AudioError(path, f"offset={offset} and duration={duration} must not be negative")
@@ -181,7 +181,7 @@ def _load(path: str | os.PathLike, sample_rate: int, offset: float, duration: fl
     found = np.ascontiguousarray(resample(mono, rate, sample_rate))
     if not len(found):
         raise AudioError(path, f"{len(mono)} samples at {rate} Hz leave none at {sample_rate} Hz")
-    if wanted - len(samples) > rate // 100:  # less is rounding: codecs count in blocks
+    if wanted - len(samples) > rate // 100:  # a smaller difference is rounding, because codecs count in blocks
         raise ShortAudio(path, f"truncated: {lengths}", "truncated", found)
     return found
 
@@ -195,7 +195,7 @@ def resample(samples: np.ndarray, rate: float, new_rate: float) -> np.ndarray:
 
 
 def change_speed(samples: np.ndarray, speed: float) -> np.ndarray:
-    """(samples,) played ``speed`` times as fast, pitch and all: about samples / speed values."""
+    """(samples,) played ``speed`` times as fast, which also changes the pitch: about samples / speed values."""
     return resample(samples, speed, 1.0)
 
 
@@ -203,7 +203,7 @@ def change_tempo(samples: np.ndarray, tempo: float, sample_rate: int) -> np.ndar
     """(samples,) spoken ``tempo`` times as fast at the same pitch: round(samples / tempo) values, float32.
 
     Waveform-similarity overlap-add (Verhelst and Roelands, 1993): windows of 30 ms that overlap by half are taken from
-    the input at the other tempo, each moved by up to 8 ms to where it continues the one before best.
+    the input at the new tempo. Each is moved by up to 8 ms, to where it best continues the window before.
     """
     half, reach = round(0.015 * sample_rate), round(0.008 * sample_rate)
     size = round(len(samples) / tempo)
@@ -213,11 +213,11 @@ def change_tempo(samples: np.ndarray, tempo: float, sample_rate: int) -> np.ndar
     count = -(-size // half)
     window = (0.5 - 0.5 * np.cos(np.pi * (np.arange(2 * half) + 0.5) / half)).astype(np.float32)
     out = np.zeros((count + 1) * half, np.float32)
-    start = reach  # in padded, of the window in hand
-    out[:half] = padded[start : start + half] * (1 - window[:half])  # nothing fades in at the beginning
+    start = reach  # of the present window, in padded
+    out[:half] = padded[start : start + half] * (1 - window[:half])  # the first window does not fade in
     for i in range(count):
         out[i * half : (i + 2) * half] += padded[start : start + 2 * half] * window
-        wanted = padded[start + half : start + 2 * half]  # what would follow by itself
+        wanted = padded[start + half : start + 2 * half]  # the natural continuation
         lowest = min(round((i + 1) * half * tempo), len(samples))
         match = np.correlate(padded[lowest : lowest + half + 2 * reach], wanted, "valid")
         start = lowest + int(match.argmax())
@@ -225,9 +225,10 @@ def change_tempo(samples: np.ndarray, tempo: float, sample_rate: int) -> np.ndar
 
 
 def silence_bounds(samples: np.ndarray, top_db: float = 60.0, frame: int = 2048, hop: int = 512) -> tuple[int, int]:
-    """First sample and end of what is not silence: hops within ``top_db`` of the loudest frame's power.
+    """First sample and end of the part that is not silent: hops within ``top_db`` of the power of the loudest frame.
 
-    Where all is equally loud or silent, that is everything. Equivalent: ``librosa.effects.trim(samples, top_db)[1]``.
+    If everything is equally loud or silent, this is all samples. Equivalent: ``librosa.effects.trim(samples,
+    top_db)[1]``.
     """
     if not len(samples):
         return 0, 0

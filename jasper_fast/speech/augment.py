@@ -22,7 +22,7 @@ def _uniform_int(low: int, high: Tensor | int, shape: tuple[int, ...], device: t
 
 
 def _spans(count: Tensor | int, masks: int, low: int, high: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """First and end, each (N, masks), of random spans of low..high cells that lie within 0..count-1 where they fit."""
+    """First and end, each (N, masks), of random spans of low..high cells; they lie within 0..count-1 if they fit."""
     shape = (like.shape[0], masks)
     width = _uniform_int(low, high, shape, like.device)
     room = torch.as_tensor(count, device=like.device) - width
@@ -44,8 +44,8 @@ def _check_range(what: str, low: int, high: int) -> None:
 class SpecAugment(nn.Module):
     """Zeroes ``freq_masks`` spans of min_freq..max_freq mel bands and ``time_masks`` of min_time..max_time frames.
 
-    ``max_time_ratio`` (1.0: no bound, as in the reference) caps a span at that share of the utterance, for corpora of
-    utterances as short as max_time. Raises ValueError for an empty range.
+    ``max_time_ratio`` (1.0: no bound, as in the reference) limits a span to that share of the utterance, for corpora
+    with utterances as short as max_time. Raises ValueError for an empty range.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class SpecAugment(nn.Module):
         if not self.training:
             return features
         _, bands, frames = features.shape
-        features = features.clone()  # masked_fill would lose the memory order
+        features = features.clone()  # masked_fill would change the memory order
         if self.freq_masks:
             first, end = _spans(bands, self.freq_masks, self.min_freq, self.max_freq, features)
             features.masked_fill_(_inside(first, end, bands).any(1)[:, :, None], 0)
@@ -110,7 +110,7 @@ class SpecCutout(nn.Module):
 
 
 class Augment(nn.Module):
-    """Speaker warp, cutout, SpecAugment, the last two as the reference orders them; each may be None."""
+    """Speaker warp, then cutout and SpecAugment in the order of the reference; each may be None."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class Augment(nn.Module):
 
 def from_config(input_train: dict[str, Any]) -> Augment:
     """Builds the augmentation of ``input_train``: the reference's spec_augment and cutout_augment, at its top level or
-    nested in filterbank_features, and speaker_warp at its top level; none given, none done.
+    nested in filterbank_features, and speaker_warp at its top level. What is not given is not applied.
 
     Raises ValueError naming an unknown key.
     """

@@ -20,7 +20,7 @@ class NotFinite(ValueError):
 
 @dataclass(frozen=True)
 class Word:
-    """A piece of a transcript: its text, start and end in seconds, and the confidence in it (0 to 1)."""
+    """A word of a transcript: text, start and end in seconds, and confidence (0 to 1)."""
 
     text: str
     start: float
@@ -72,7 +72,7 @@ def _best_path(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> tu
         )
     best, ids = log_probs.detach().max(-1)
     beyond = torch.arange(ids.shape[1], device=ids.device) >= lengths.to(ids.device)[:, None]
-    # fp32 holds every class exactly: two arrays in one transfer. A NaN beyond the length is nobody's business.
+    # fp32 holds every class number exactly, so both arrays go in one transfer. A NaN beyond the length is ignored.
     packed = torch.stack((ids.masked_fill(beyond, -1).float(), best.float().masked_fill(beyond, 0))).cpu().numpy()
     broken = np.isnan(packed[1]).any(1).nonzero()[0]
     if broken.size:
@@ -106,8 +106,9 @@ def greedy_transcripts(
 ) -> list[Transcript]:
     """As ``greedy_decode``, with times and confidences of symbols and words; ``frame_seconds`` per output frame.
 
-    CTC emits a symbol somewhere in its sound, not along it: a symbol lasts from its first frame to the end of its
-    repeats. Its confidence is the highest probability among those frames, a word's the product over its symbols.
+    CTC emits a symbol at some frame of its sound, not during all of it. Here a symbol lasts from its first frame to the
+    end of its repeats. Its confidence is the highest probability among those frames; the confidence of a word is the
+    product over its symbols.
     """
     ids, probs = _best_path(log_probs, lengths, vocabulary)
     return [path_transcript(i, p, vocabulary, frame_seconds) for i, p in zip(ids, probs, strict=True)]

@@ -1,4 +1,4 @@
-"""Log-mel features on the device of the audio: what Jasper hears.
+"""Log-mel features, the input of Jasper, computed on the device of the audio.
 
 Shapes: N utterances, S samples, T frames, F mel bands.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LOG_GUARDS = {"reference": 1e-20, "nemo": 2**-24}  # of the mel power before the logarithm, by convention
+LOG_GUARDS = {"reference": 1e-20, "nemo": 2**-24}  # added to the mel power before the logarithm, by convention
 STD_GUARD = 1e-5  # added to the standard deviation before the division
 _NOISE_PERIOD = 16384  # samples after which the fixed dither of evaluation mode repeats
 _AUGMENT_KEYS = ("spec_augment", "cutout_augment")  # nested in the reference's filterbank_features; see augment.py
@@ -79,26 +79,26 @@ class LogMelFeatures(nn.Module):
     Pre-emphasis, dither, power spectrum (centred windows), mel filters, log, normalisation of each band to mean 0 and
     standard deviation 1 over the utterance's valid frames; frames at or beyond the length are exactly 0.
     lengths = ceil(samples / hop); T is 1 + S // hop, rounded up to a multiple of ``pad_to_multiple``.
-    The memory of the features is (N, T, n_mels), which is where the network starts.
+    The memory order of the features is (N, T, n_mels), as the network needs it.
 
     Semantics: FilterbankFeatures of NVIDIA's Jasper for PyTorch (DeepLearningExamples), except
-    - samples beyond the length are taken as zero, whatever the caller left there;
+    - samples beyond the length count as zero, whatever they are;
     - ``batch_invariant=True`` (the default) lets the end of *every* utterance see zeros. The reference reflects the end
-      of the longest utterance of a batch, so its last frame depends on who else is in the batch whenever its length
-      is no multiple of the hop; ``batch_invariant=False`` does the same as the reference;
+      of the longest utterance of a batch, so its last frame depends on the rest of the batch unless its length is a
+      multiple of the hop; ``batch_invariant=False`` does the same;
     - dither is added in training and evaluation as in the reference, but in evaluation mode it is a fixed noise, so
       that a transcript does not change from call to call; ``dither=0`` switches it off;
     - an utterance of one frame (variance of one value: NaN in the reference) or none gives zeros; a batch shorter than
       the reflection (S <= n_fft / 2, an error in the reference) is extended by zeros.
 
     ``convention="nemo"`` makes the features of NeMo's FilterbankFeatures instead: lengths = samples // hop, zeros
-    beyond both ends of the audio, pre-emphasis silent beyond the length, dither in training only, and a guard of
-    2^-24. For either convention ``log_guard`` sets that guard, which is added to the power or, with
-    ``log_guard_type="clamp"``, is its lower bound; ``mag_power`` is the exponent of the magnitude; ``normalize`` is
-    "per_feature", "all_features", None, or NeMo's dict of ``fixed_mean`` and ``fixed_std``, one number a band.
+    beyond both ends of the audio, no pre-emphasis beyond the length, dither only in training, and a guard of 2^-24. For
+    both conventions ``log_guard`` sets the guard, which is added to the power or, with ``log_guard_type="clamp"``, is
+    its lower bound; ``mag_power`` is the exponent of the magnitude; ``normalize`` is "per_feature", "all_features",
+    None, or NeMo's dict of ``fixed_mean`` and ``fixed_std``, one number a band.
 
-    A NaN in a valid sample stays a NaN in the features: it is for the caller to report. Always computed in fp32,
-    without gradient, without waiting for the device. Windows in seconds, frequencies in Hz. Raises ValueError for a
+    A NaN in a valid sample stays a NaN in the features; the caller must report it. The computation is always in fp32,
+    without gradient, and does not wait for the device. Windows in seconds, frequencies in Hz. Raises ValueError for a
     bad argument.
 
     Equivalent, for one utterance without dither::
@@ -167,8 +167,8 @@ class LogMelFeatures(nn.Module):
     def from_config(cls, filterbank_features: dict[str, Any], **overrides: Any) -> LogMelFeatures:
         """Builds from the reference's ``filterbank_features`` dict; ``overrides`` are arguments of this class.
 
-        The nested spec_augment and cutout_augment belong to ``speech.augment.from_config`` and are passed over.
-        Raises ValueError naming an unknown key.
+        The nested spec_augment and cutout_augment belong to ``speech.augment.from_config`` and are ignored. Raises
+        ValueError naming an unknown key.
         """
         given = {key: value for key, value in filterbank_features.items() if key not in _AUGMENT_KEYS}
         if (spliced := given.pop("frame_splicing", 1)) != 1:
@@ -187,13 +187,13 @@ class LogMelFeatures(nn.Module):
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         if self.mel.dtype != torch.float32 and not self.mel.is_meta:
-            # .half() of a whole model must not round the filters: only the device is followed, not the dtype.
+            # .half() of a whole model must not round the filters: they follow the device but not the dtype.
             for name, value in self._constants().items():
                 setattr(self, name, value.to(self.mel.device))
         return self
 
     def frames(self, samples: Tensor | int) -> Tensor | int:
-        """Number of valid frames of so many samples: ceil(samples / hop), and floor in NeMo's convention."""
+        """Number of valid frames for a number of samples: ceil(samples / hop), in NeMo's convention floor."""
         return (samples + (0 if self.convention == "nemo" else self.hop_length - 1)) // self.hop_length
 
     @torch.no_grad()
@@ -210,7 +210,7 @@ class LogMelFeatures(nn.Module):
         lengths = lengths.clamp(max=samples)
         beyond = torch.arange(samples, device=audio.device) >= lengths[:, None]
         audio = audio.masked_fill(beyond, 0)
-        # Up to the next hop with zeros: then no valid frame reaches the reflection at the end (see the class).
+        # Zeros up to the next hop, so that no valid frame reaches the reflection at the end (see the class).
         extend = -samples % self.hop_length if self.batch_invariant else 0
         extend = max(extend, self.n_fft // 2 + 1 - samples)
         audio = F.pad(audio, (0, extend))
@@ -226,7 +226,7 @@ class LogMelFeatures(nn.Module):
         )  # fmt: skip
         total = 1 + samples // self.hop_length
         real, imag = torch.view_as_real(spectrum[..., :total]).unbind(-1)
-        power = torch.addcmul(real.square(), imag, imag).transpose(1, 2)  # keeps frames outermost, as .sum() would not
+        power = torch.addcmul(real.square(), imag, imag).transpose(1, 2)  # keeps frames outermost; .sum() would not
         if self.mag_power != 2:
             power = power.pow(self.mag_power / 2)
         mel = power @ self.mel.t()  # (N, T, F): the memory order of the network

@@ -23,7 +23,8 @@ class Errors:
 
     @property
     def rate(self) -> float:
-        """Errors per reference token, a fraction that may pass 1; where the references are empty, the insertions."""
+        """Errors per reference token, a fraction that may exceed 1. If the references are empty, the number of
+        insertions."""
         return self.total / max(self.length, 1)
 
 
@@ -35,7 +36,7 @@ def _count(references: Sequence[str] | str, hypotheses: Sequence[str] | str, pro
     references, hypotheses = _tidy(references), _tidy(hypotheses)
     if len(references) != len(hypotheses):
         raise ValueError(f"{len(references)} references and {len(hypotheses)} hypotheses; they must pair up")
-    # jiwer has no opinion on empty references: whatever is said against one is an insertion.
+    # jiwer does not handle empty references: every token of the hypothesis is then an insertion.
     inserted = sum(size(h) for r, h in zip(references, hypotheses, strict=True) if not r)
     pairs = [(r, h) for r, h in zip(references, hypotheses, strict=True) if r]
     if not pairs:
@@ -46,7 +47,7 @@ def _count(references: Sequence[str] | str, hypotheses: Sequence[str] | str, pro
 
 
 def word_errors(references: Sequence[str] | str, hypotheses: Sequence[str] | str) -> Errors:
-    """Word edits of the corpus; words are what white space parts. Raises ValueError if the lists differ in length."""
+    """Word edits of the corpus; words are separated by white space. Raises ValueError if the lists differ in length."""
     return _count(references, hypotheses, "process_words", lambda t: len(t.split()))
 
 

@@ -1,4 +1,5 @@
-"""The length of MP3 files without a table of contents: libsndfile guesses it from the first frame's bit rate."""
+"""The length of MP3 files without a table of contents, which libsndfile only guesses from the bit rate of the first
+frame."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ _RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 
 
 
 def _size(header: bytes) -> int:
-    """Bytes of the frame of layer III that begins with this header; 0 if it is none, or its size is not told."""
+    """Bytes of the layer III frame that begins with this header; 0 if it is no such header or does not give the
+    size."""
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
         return 0
     version, bits, rate = header[1] >> 3 & 3, header[2] >> 4, header[2] >> 2 & 3
@@ -24,14 +26,14 @@ def _size(header: bytes) -> int:
 
 
 def _side(header: bytes) -> int:
-    """Where a table of contents would lie in the frame."""
+    """The offset of a table of contents in the frame."""
     mono, first = header[3] >> 6 == 3, header[1] >> 3 & 3 == 3
     return 4 + ((17 if mono else 32) if first else (9 if mono else 17))
 
 
 def with_length(data: bytes | mmap.mmap) -> bytes | None:
-    """An MP3 file with the number of its frames written in front, as a Xing header; None where it tells it already,
-    or does not begin with frames of layer III."""
+    """The MP3 file with its number of frames written in front as a Xing header. None if the file has such a header, or
+    does not begin with frames of layer III."""
     at = 0
     while data[at : at + 3] == b"ID3" and len(data) >= at + 10:
         a, b, c, d = data[at + 6 : at + 10]
@@ -42,7 +44,7 @@ def with_length(data: bytes | mmap.mmap) -> bytes | None:
         if not size or (lost and not _size(data[at + size : at + size + 4])):
             if not count:
                 return None
-            at, lost = data.find(b"\xff", at + 1), True  # what is no frame is passed over
+            at, lost = data.find(b"\xff", at + 1), True  # skip bytes that are not a frame
             continue
         lost = False
         if not count and any(name in data[at : at + size] for name in (b"Xing", b"Info", b"VBRI")):

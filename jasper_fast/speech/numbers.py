@@ -12,7 +12,7 @@ _engine = None
 
 def _words(number: int | str, andword: str = "", **settings: object) -> str:
     global _engine
-    if _engine is None:  # takes seconds to import: texts without digits do without
+    if _engine is None:  # takes seconds to import, and texts without digits do not need it
         _engine = need("inflect", "train").engine()
     return _engine.number_to_words(number, andword=andword, **settings).replace(",", "")
 
@@ -46,7 +46,7 @@ def expand_numbers(text: str) -> str:
     """Numbers in English words: commas taken out, dollars and cents, decimals with 'point', ordinals, years, cardinals.
 
     '$3.50 in 1984, the 21st' -> 'three dollars fifty cents in nineteen eighty-four, the twenty-first'. Raises
-    MissingExtra where the text holds a digit and inflect is not installed.
+    MissingExtra if the text holds a digit and inflect is not installed.
     """
     text = re.sub(r"[0-9][0-9,]+[0-9]", lambda m: m[0].replace(",", ""), text)
     text = re.sub(r"\$([0-9.,]*[0-9])", _dollars, text)

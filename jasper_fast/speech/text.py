@@ -1,4 +1,4 @@
-"""From transcripts to symbols and back: vocabularies of any alphabet, and the normalisation of English text."""
+"""Vocabularies of any alphabet (text to symbols and back), and the normalisation of text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LABELS = [" ", *string.ascii_lowercase, "'"]  # the reference's alphabet; the bl
 
 
 class UnknownSymbolError(ValueError):
-    """A text holds a symbol that the vocabulary does not."""
+    """A text holds a symbol that is not in the vocabulary."""
 
 
 class Vocabulary:
@@ -50,12 +50,12 @@ class Vocabulary:
 
     @property
     def characters(self) -> set[str]:
-        """What a text may be made of."""
+        """The characters of which a text may consist."""
         return {" ", *"".join(self.labels)} if self.of_words else set(self.labels)
 
     @property
     def separator(self) -> str:
-        """What stands between words: a space, or nothing where the labels are characters without one."""
+        """The separator of words: a space, or nothing if the labels are characters without a space."""
         return " " if " " in self.characters else ""
 
     def __len__(self) -> int:
@@ -65,7 +65,7 @@ class Vocabulary:
         return isinstance(other, Vocabulary) and self.labels == other.labels
 
     def encode(self, text: str) -> list[int]:
-        """Indices of the characters (or words) of ``text``, all of them labels (``normalize`` sees to the characters).
+        """Indices of the characters (or words) of ``text``, all of which must be labels (see ``normalize``).
 
         Raises UnknownSymbolError naming those that are not.
         """
@@ -109,12 +109,12 @@ def normalize(text: str, labels: Sequence[str] | Vocabulary | None = None, engli
     """``text`` as a model with ``labels`` can write it: 'Mr. Müller owes $5!' -> 'mister muller owes five dollars'.
 
     In this order: Unicode composition; characters foreign to the labels transliterated to ASCII; lower case (capitals
-    only where the labels hold no small letter); numbers, money and ordinals in words, abbreviations in full; '&' and
-    '+' in words, other punctuation to spaces; symbols that are still no label dropped; spaces collapsed and stripped.
-    Whatever is a label is never changed (digits that are labels stay digits, an alphabet with umlauts keeps them).
-    The English words of numbers and abbreviations are used where ``english`` is true; by default, where all letters of
-    the labels are ASCII. Semantics: english_cleaners of NVIDIA's Jasper for PyTorch, which knows ASCII alphabets only.
-    Raises MissingExtra where a text needs anyascii or inflect and it is not installed.
+    only if the labels have no small letters); numbers, money and ordinals in words, abbreviations in full; '&' and '+'
+    in words, other punctuation to spaces; symbols that are still not labels dropped; spaces collapsed and stripped. A
+    label is never changed: digits that are labels stay digits, and an alphabet with umlauts keeps them. English words
+    for numbers and abbreviations are used if ``english`` is true; by default, if all letters of the labels are ASCII.
+    Semantics: english_cleaners of NVIDIA's Jasper for PyTorch, which knows ASCII alphabets only. Raises MissingExtra if
+    a text needs anyascii or inflect and it is not installed.
     """
     return normalize_and_lost(text, labels, english)[0]
 
@@ -122,8 +122,8 @@ def normalize(text: str, labels: Sequence[str] | Vocabulary | None = None, engli
 def normalize_and_lost(
     text: str, labels: Sequence[str] | Vocabulary | None = None, english: bool | None = None
 ) -> tuple[str, list[str]]:
-    """The text as ``normalize`` gives it, and the letters, digits and symbols (lower case) of which nothing, or not
-    all, is left in it: 'hello мир' with Russian labels -> 'мир', ['h', 'e', 'l', 'o']."""
+    """The text from ``normalize``, and the letters, digits and symbols (lower case) that it lost, wholly or in part:
+    'hello мир' with Russian labels -> 'мир', ['h', 'e', 'l', 'o']."""
     vocabulary = labels if isinstance(labels, Vocabulary) else Vocabulary(labels)
     keep = vocabulary.characters
     if english is None:
@@ -142,7 +142,7 @@ def normalize_and_lost(
         if "+" not in keep:
             text = text.replace("+", " plus ")
     if not _has_case(keep, str.lower) and _has_case(keep, str.upper):
-        text = "".join(c if c in keep else c.upper() for c in text)  # the words just written
+        text = "".join(c if c in keep else c.upper() for c in text)  # the words that were just inserted
     punctuation = {ord(c): " " for c in string.punctuation if c not in keep}
     text = text.translate(punctuation)
     dropped = {c for c in text if c not in keep and not c.isspace()}
@@ -151,8 +151,9 @@ def normalize_and_lost(
 
 
 def _lost(before: str, dropped: set[str], keep: set[str]) -> list[str]:
-    """The characters of a text that ended, in part or whole, as ``dropped`` ones; those among these that it never
-    held, as the letters of numbers in words; and letters without any transliteration."""
+    """The characters of a text that were lost: those that became ``dropped`` characters wholly or in part, the dropped
+    characters that were not in the text themselves (letters of spelt-out numbers), and letters without a
+    transliteration."""
     lower, lost, explained = {c.lower() for c in dropped}, {}, set()
     for c in dict.fromkeys(before):
         if c in keep or (c.isascii() and not dropped):
@@ -181,7 +182,7 @@ def _fold(character: str, keep: set[str]) -> str:
     return need("anyascii", "train").anyascii(character).lower()
 
 
-# "misess" is the reference's own spelling, which models trained by it have learnt.
+# "misess" is the reference's spelling, which models trained by it have learnt.
 _ABBREVIATIONS = {
     "mrs": "misess",
     "mr": "mister",
@@ -206,5 +207,5 @@ _ABBREVIATION = re.compile(rf"\b({'|'.join(_ABBREVIATIONS)})\.", re.IGNORECASE)
 
 
 def expand_abbreviations(text: str) -> str:
-    """Titles and the like written in full: 'dr.' -> 'doctor'."""
+    """Writes titles and other abbreviations in full: 'dr.' -> 'doctor'."""
     return _ABBREVIATION.sub(lambda m: _ABBREVIATIONS[m[1].lower()], text)

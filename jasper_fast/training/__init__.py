@@ -1,1 +1,1 @@
-"""What a training run is made of: the step, its figures, validation, checkpoints, optimisers and schedules."""
+"""The parts of a training run: the step, its figures, validation, checkpoints, optimisers and schedules."""

@@ -1,4 +1,4 @@
-"""What a training says on the terminal."""
+"""Messages and the progress bar of a training on the terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def talker(quiet: bool = False) -> Any:
 
 @contextmanager
 def training_bar(console: Any, done: int, total: int) -> Iterator[Any]:
-    """A progress bar; gives a function of the steps done and the text beside it."""
+    """A progress bar; yields a function that takes the steps done and the text after the bar."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

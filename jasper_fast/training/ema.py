@@ -26,7 +26,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Takes the model's present state into the average; to be called after each optimiser step."""
+        """Updates the average with the present state of the model; call it after each optimiser step."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         live = model.state_dict()
@@ -38,9 +38,9 @@ class EMA:
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """Inside the context the model carries the average; afterwards, error or not, its own weights, bit for bit.
+        """Inside the context the model has the averaged weights; afterwards, even after an error, exactly its own.
 
-        The two are exchanged tensor by tensor, so the cost in memory is one tensor. Do not call `update` inside.
+        The two are exchanged tensor by tensor, so the extra memory is one tensor. Do not call `update` inside.
         """
         self._exchange(model)
         try:
@@ -51,7 +51,7 @@ class EMA:
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
         for name, tensor in model.state_dict().items():
-            # In place and seen by autograd's version counters, so that packed copies of a weight know they are stale.
+            # In place, so that autograd's version counters change and packed copies of a weight are known to be stale.
             live = tensor.clone()
             tensor.copy_(self.average[name])
             self.average[name].copy_(live)
@@ -61,7 +61,8 @@ class EMA:
         return dict(self.average)
 
     def load_state_dict(self, state_dict: dict[str, Tensor], updates: int = 0) -> None:
-        """Takes over a saved average; `updates` is where its warm-up stood. Raises KeyError naming a missing entry."""
+        """Loads a saved average; `updates` is the number of updates so far, for the warm-up. Raises KeyError naming a
+        missing entry."""
         missing = sorted(self.average.keys() - state_dict.keys())
         if missing:
             raise KeyError(f"the saved average lacks {len(missing)} entries of this model, the first is {missing[0]}")

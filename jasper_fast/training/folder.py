@@ -22,8 +22,8 @@ class Folder:
         self.path, self.keep, self.milestones = Path(path), keep, frozenset(milestones)
 
     def save(self, state: dict[str, Any], name: str | None = None) -> None:
-        """Writes `state` for good as `name`.pt ("best": its `best_wer` is its own), or under its step, where only the
-        last `keep` stay. Raises CheckpointError."""
+        """Writes `state` as `name`.pt, which is kept for good, or under its step, of which only the last `keep` are
+        kept. As "best" its `best_wer` is its own WER. Raises CheckpointError."""
         save(self.path / f"{name or 'step_{:08d}'.format(state['step'])}.pt", state)
         for old in self.steps()[: -self.keep]:
             old.unlink()
@@ -33,15 +33,15 @@ class Folder:
         return sorted(self.path.glob("step_*.pt"), key=lambda p: int(p.stem.removeprefix("step_")))
 
     def clean(self) -> None:
-        """Removes what a process killed in the middle of a write has left."""
+        """Removes incomplete files of a process that was killed while writing."""
         for leftover in self.path.glob(".*.pt.tmp"):
             leftover.unlink()
 
     def latest(self, warn: Callable[[str], None] = warnings.warn) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that can be read, with its contents; None if there is none at all.
 
-        `warn` is told of each file that cannot be read, and the one before it taken. Raises CheckpointError if none
-        can.
+        A file that cannot be read is reported to `warn`, and the one before it is tried. Raises CheckpointError if none
+        can be read.
         """
         others = [p for p in (*sorted(self.path.glob("milestone_*.pt"))[::-1], self.path / "best.pt") if p.exists()]
         candidates = [*self.steps()[::-1], *others]

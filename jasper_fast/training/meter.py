@@ -1,4 +1,4 @@
-"""The figures of a training run, collected on the device and read in one go."""
+"""The figures of a training run, collected on the device and read together, so that steps do not wait."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jasper_fast.training.step import StepResult
 
 
 class Meter:
-    """Collects steps on the device, and reads many of them in one go.
+    """Collects the figures of steps on the device, and reads those of many steps together.
 
     Counts skipped steps (`bad_losses`: a loss that is NaN or infinite; `overflows`: only the gradient is), and stops
     the training after `max_bad` of them in a row.
@@ -29,14 +29,15 @@ class Meter:
         self._start = time.perf_counter()
 
     def add(self, step: StepResult) -> None:
-        """Takes a step in; nothing is read yet."""
+        """Adds a step; nothing is read from the device yet."""
         self._pending.append(step)
 
     def read(self) -> list[str]:
-        """Waits for the device, and returns, by name, what made a loss NaN or infinite since the last call.
+        """Waits for the device; returns, by name, the utterances that made a loss NaN or infinite since the last call.
 
-        That is the utterances whose features are not finite (batch norm spreads them over their whole batch), or where
-        there is none, all whose loss is not. Raises RunError after `max_bad` skipped steps in a row, naming the last.
+        These are the utterances whose features are not finite, because batch norm spreads a NaN over the whole batch.
+        If there are none, they are all utterances whose loss is not finite. Raises RunError after `max_bad` skipped
+        steps in a row, naming the last.
         """
         if not self._pending:
             return []
@@ -66,7 +67,7 @@ class Meter:
         return bad
 
     def figures(self) -> dict[str, float]:
-        """The interval's figures after `read`; then a new interval starts.
+        """The figures of the interval, after `read`; starts a new interval.
 
         `loss` is the mean over the utterances of good steps, `grad_norm` that of the last good step.
         """

@@ -15,9 +15,10 @@ class NovoGrad(torch.optim.Optimizer):
     `params`: floating-point parameters or groups of them; `lr`: a float or a one-element tensor; `betas`: decay of the
     first and of the second moment; `grad_averaging` scales each new term of the first moment by `1 - beta1`.
     The state of a parameter is `exp_avg` (its shape and dtype) and `exp_avg_sq` (a scalar, fp32 or fp64).
-    Gradients are left as they are. Nothing here waits for the device: not the first step, not a tensor `lr`, and not a
-    `GradScaler`, whose `found_inf` leaves parameters and state untouched on the device. Raises ValueError for settings
-    out of range and RuntimeError for sparse gradients. Equivalent, for one parameter `p` with gradient `g`:
+    Gradients are not changed. Nothing here waits for the device: neither the first step, nor a tensor `lr`, nor a
+    `GradScaler`, because its `found_inf` is applied on the device and then leaves parameters and state unchanged.
+    Raises ValueError for settings out of range and RuntimeError for sparse gradients. Equivalent, for one parameter `p`
+    with gradient `g`:
 
         v = (g * g).sum() if v == 0 else beta2 * v + (1 - beta2) * (g * g).sum()
         u = g / (v.sqrt() + eps) + weight_decay * p
@@ -26,7 +27,7 @@ class NovoGrad(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = (
-        True  # GradScaler then hands over `grad_scale` and `found_inf` instead of asking the device
+        True  # GradScaler then passes `grad_scale` and `found_inf` instead of waiting for the device
     )
 
     def __init__(
@@ -78,7 +79,7 @@ class NovoGrad(torch.optim.Optimizer):
         scale = 1.0 if grad_scale is None else grad_scale.to(device, non_blocking=True).to(wide).reciprocal()
         old = torch.stack(exp_avg_sqs)
         new = (torch.stack(torch._foreach_norm(grads, 2, dtype=wide)) * scale).square()
-        if beta2:  # a second moment of zero means: no step yet
+        if beta2:  # a second moment of zero means that there was no step yet
             new = torch.where(old == 0, new, beta2 * old + (1 - beta2) * new)
         keep = None
         if found_inf is not None:
@@ -96,7 +97,7 @@ class NovoGrad(torch.optim.Optimizer):
                 torch._foreach_add_(exp_avgs, params, alpha=share * group["weight_decay"])
             torch._foreach_add_(params, exp_avgs, alpha=-lr)
             return
-        # The same with numbers that only the device knows.
+        # The same with scalars that are on the device.
         one = torch.ones((), dtype=params[0].dtype, device=device)
         gate = one if keep is None else keep.to(one.dtype)
         torch._foreach_mul_(exp_avgs, 1 - gate * (1 - beta1) if keep is not None else beta1)
@@ -107,7 +108,7 @@ class NovoGrad(torch.optim.Optimizer):
         torch._foreach_add_(params, torch._foreach_mul(exp_avgs, -gate * rate))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer`, but `exp_avg_sq` keeps its own precision instead of the parameter's."""
+        """Like `torch.optim.Optimizer`, but `exp_avg_sq` keeps its own dtype instead of the parameter's."""
         super().load_state_dict(state_dict)
         order = [p for group in self.param_groups for p in group["params"]]
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]

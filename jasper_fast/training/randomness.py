@@ -31,7 +31,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Puts every random generator where `rng_state` found it."""
+    """Restores every random generator to a state from `rng_state`."""
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
@@ -43,7 +43,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def own_randomness(seed: int) -> Iterator[None]:
-    """Inside, all generators start from `seed`; afterwards they are where they were, so that nothing inside counts."""
+    """Inside the context all generators start from `seed`; afterwards their old states are restored."""
     before = rng_state()
     seed_everything(seed)
     try:
@@ -60,7 +60,8 @@ def seed_everything(seed: int) -> None:
 
 
 def settle(deterministic: bool, cudnn_benchmark: bool) -> None:
-    """Whether repeats are bit-equal on a GPU too, and whether cuDNN times its algorithms for each new shape."""
+    """Sets whether repeats are bit-identical on a GPU too, and whether cuDNN times its algorithms for each new
+    shape."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,4 +1,4 @@
-"""What a run is: its processes, how it is stopped, and its log."""
+"""The processes of a run, the signals that stop it, and its log."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RunError(RuntimeError):
 
 @contextmanager
 def preparing(what: str) -> Iterator[None]:
-    """Inside, a ValueError (a setting or a file that cannot be used) ends the run as a RunError that names `what`."""
+    """A context that turns a ValueError (an unusable setting or file) into a RunError that names `what`."""
     try:
         yield
     except ValueError as error:
@@ -34,7 +34,7 @@ def preparing(what: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that `torchrun` started: `rank` of `world`; alone it is 0 of 1."""
+    """This process and its group: `rank` of `world` if `torchrun` started it, else 0 of 1."""
 
     rank: int
     world: int
@@ -44,7 +44,7 @@ class Ranks:
     def start(cls, device: str = "auto") -> Ranks:
         """Joins the process group, if torchrun made one: nccl on GPUs, gloo on CPUs.
 
-        `device`: "auto", "cpu", "cuda" or "cuda:1". Raises RunError where a GPU is asked for and there is none.
+        `device`: "auto", "cpu", "cuda" or "cuda:1". Raises RunError if a GPU is asked for and there is none.
         """
         rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         if device == "auto":
@@ -60,18 +60,19 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and talks."""
+        """Whether this process writes files and messages."""
         return self.rank == 0
 
     @property
     def place(self) -> str:
-        """What this process computes on, in words."""
+        """The device and number of processes, in words."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return f"{torch.get_num_threads()} CPU threads"
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` holds on any rank; all ranks must ask. Waits for the device where there is more than one."""
+        """Whether `flag` is true on any rank. All ranks must call it. With more than one rank it waits for the
+        device."""
         if self.world == 1:
             return flag
         votes = torch.tensor([float(flag)], device=self.device)
@@ -87,7 +88,7 @@ class Ranks:
         return values
 
     def same_buffers(self, *modules_or_tensors: Any) -> None:
-        """Gives all ranks the first one's buffers (running statistics differ between ranks) or tensors."""
+        """Copies buffers (running statistics, which differ between ranks) or tensors of rank 0 to all ranks."""
         if self.world > 1:
             for item in modules_or_tensors:
                 for tensor in item.buffers() if isinstance(item, nn.Module) else item:
@@ -106,13 +107,14 @@ class StopRequest:
         self.restore()
 
     def restore(self) -> None:
-        """Puts the earlier handlers back."""
+        """Restores the earlier signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
 
 class RunLog:
-    """`log.jsonl` (one record a line, flushed) and TensorBoard in `folder`; silent where not `enabled`, for ranks > 0.
+    """`log.jsonl` (one record a line, flushed) and TensorBoard in `folder`; writes nothing unless `enabled`, for ranks
+    > 0.
 
     From `step` > 0 on it continues: records of later steps, which a killed run left behind, are removed.
     """
@@ -151,7 +153,7 @@ class RunLog:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines log; a last line cut short by a kill is left out."""
+    """The records of a JSON-lines log; an incomplete last line, from a killed run, is left out."""
     path = Path(path)
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     records = []

@@ -16,8 +16,8 @@ class Schedule:
     - "exponential": `lr * gamma ** (epoch - warmup - hold)`, epochs of `steps_per_epoch` steps counted from 1, warm-up
       and hold in (possibly broken) epochs (NVIDIA's Jasper, whose first epoch after the hold is already at `gamma`),
     - "polynomial": `lr * (1 - progress) ** power` over what is left of `total_steps` (their "legacy" with power 2),
-    - "cosine": `lr * (1 + cos(pi * progress)) / 2` likewise.
-    It never falls below `min_lr` (or `lr`, if that is less). Raises ValueError naming the setting that makes no sense.
+    - "cosine": `lr * (1 + cos(pi * progress)) / 2`, with the same progress.
+    The rate never falls below `min_lr` (or `lr`, if that is less). Raises ValueError naming an invalid setting.
     """
 
     lr: float

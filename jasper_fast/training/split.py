@@ -1,4 +1,4 @@
-"""The two parts of a training's data: what is learnt from, and what judges."""
+"""The two splits of the data: for training and for validation."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from jasper_fast.training.step import Frontend
 
 @dataclass
 class Split:
-    """Utterances, the batches that they form, and the front end that hears them."""
+    """Utterances, their batches, and the front end that makes their features."""
 
     name: str
     dataset: SpeechDataset
     sampler: BatchSampler
     frontend: Frontend
     workers: int = 0
-    told: int = 0  # how many of the skipped utterances were told
-    changed: bool = False  # whether a resumed run makes other batches than the run before
+    told: int = 0  # how many of the skipped utterances were reported
+    changed: bool = False  # whether a resumed run makes other batches than before
 
     @classmethod
     def load(
@@ -47,7 +47,7 @@ class Split:
     ) -> Split:
         """Reads `manifests` with the settings of `config`: `input_train` for training, else `input_val`.
 
-        `sampling`: arguments of BatchSampler. Raises RunError, naming what cannot be used.
+        `sampling`: arguments of BatchSampler. Raises RunError naming an unusable setting or file.
         """
         settings = config.input_train if training else config.input_val or config.input_train
         with preparing(f"{name} data"):
@@ -69,7 +69,7 @@ class Split:
         return f"{self.name}: {len(self.dataset)} utterances, {hours:.2f} hours, {self.dataset.skipped}"
 
     def newly_skipped(self, most: int = 5) -> list[str]:
-        """Why utterances were skipped since the last call, a line each for the first few."""
+        """Why utterances were skipped since the last call, one line for each of the first few."""
         items = self.dataset.skipped.items[self.told :]
         self.told += len(items)
         return [f"  skipped: {item.detail}" for item in items[:most]]
@@ -79,18 +79,18 @@ class Split:
         return load_batches(self.dataset, self.sampler, workers=self.workers)
 
     def steps(self, epoch: int, accumulation: int) -> int:
-        """Steps in an epoch, of so many micro-batches each."""
+        """The number of steps in an epoch, with this many micro-batches each."""
         return math.ceil(self.sampler.steps(epoch) / accumulation)
 
     def print_of_data(self) -> str:
-        """Equal where the items of every epoch are: utterances, perturbations, seed."""
+        """A fingerprint that is equal if the items of every epoch are: utterances, perturbations, seed."""
         what = [(u.name, u.duration) for u in self.dataset.utterances]
         return hashlib.sha256(repr((what, self.dataset.settings, self.dataset.seed)).encode()).hexdigest()
 
     def go_on(self, state: TrainingState, saved: dict[str, Any], accumulation: int) -> str:
-        """Puts `state` where a run of perhaps other batches left the epoch; says in a line what that changes, or "".
+        """Continues the epoch of a run that may have had other batches; returns one line on what changes, or "".
 
-        What those batches held of the epoch is not heard again in it, all else is. `saved`: the checkpoint.
+        Items that those batches contained are not used again in this epoch; all others are. `saved`: the checkpoint.
         """
         then, now = saved["arguments"], self.sampler
         sizes = (then["batch_size"], then["batch_seconds"], not then["no_bucketing"], len(saved["rng"]))
@@ -116,9 +116,10 @@ class Split:
         return f"the batches have changed: {left} of {len(self.dataset)} utterances are left of the epoch"
 
     def micro_batches(self, state: TrainingState, accumulation: int, pin_memory: bool) -> Iterator[list[Batch]]:
-        """The micro-batches of each step from where `state` stands, epoch after epoch, as long as `state` moves on.
+        """The micro-batches of each step from the position of `state` on, epoch after epoch. The caller must advance
+        `state`.
 
-        Raises RunError where nothing of a whole step could be read.
+        Raises RunError if no file of a whole step could be read.
         """
         while True:
             if state.position >= self.steps(state.epoch, accumulation):

@@ -1,4 +1,4 @@
-"""The state of a training: all that a checkpoint must hold for it to go on exactly where it stands."""
+"""The state of a training: everything that a checkpoint must hold to continue exactly."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from jasper_fast.training.meter import Meter
 
 @dataclass
 class TrainingState:
-    """Everything that a run must save to go on exactly where it stands, but for the random generators."""
+    """Everything that a run must save to continue exactly, except the random generators."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     meter: Meter
     ema: EMA | None = None
-    epoch: int = 0  # the one under way, from 0
-    position: int = 0  # steps done in this epoch, in batches as they are made now
-    taken: list[int] = field(default_factory=list)  # items of this epoch that came in batches of other sizes
-    step: int = 0  # steps done in all
+    epoch: int = 0  # the present epoch, from 0
+    position: int = 0  # steps done in this epoch, counted in the present batches
+    taken: list[int] = field(default_factory=list)  # items of this epoch that were used in batches of other sizes
+    step: int = 0  # steps done in total
     best_wer: float = math.inf
-    earlier: float = 0.0  # minutes of the run's earlier parts
+    earlier: float = 0.0  # minutes of earlier parts of the run
     clock: float = field(default_factory=time.monotonic)
 
     _PARTS = ("optimizer", "scaler", "meter")
@@ -51,14 +51,14 @@ class TrainingState:
         return state | {"state_dict": self.model.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes everything back, but for the optimiser's settings, which stay as they are now.
+        """Restores everything except the settings of the optimiser, which stay as they are.
 
-        A moving average or a loss scale that starts only now starts afresh.
+        A moving average or a loss scale that the saved run did not have starts afresh.
         """
         self.model.load_state_dict(state["state_dict"])
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         for name in self._PARTS:
-            if state[name] or name != "scaler":  # of a run that scaled nothing it is empty
+            if state[name] or name != "scaler":  # empty for a run without loss scaling
                 getattr(self, name).load_state_dict(state[name])
         for group, now in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(now)

@@ -25,9 +25,9 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths
     """CTC loss of each utterance, (N,) fp32, not divided by its target's length.
 
     `log_probs` (N, T, V) with the blank last, `lengths` (N,) frames, `targets` (N, U) or concatenated, `target_lengths`
-    (N,). Infinite where a target does not fit its frames. On a GPU, lengths that are already on the host save a wait.
-    Semantics: the reference's `CTCLossNM`. Equivalent to `F.ctc_loss(log_probs.transpose(0, 1), ...,
-    blank=V - 1, reduction="none")` in fp32.
+    (N,). Infinite where a target does not fit its frames. On a GPU, lengths that are on the host avoid a wait.
+    Semantics: the reference's `CTCLossNM`. Equivalent to `F.ctc_loss(log_probs.transpose(0, 1), ..., blank=V - 1,
+    reduction="none")` in fp32.
     """
     with torch.autocast(log_probs.device.type, enabled=False):
         rows = log_probs.float().transpose(0, 1)
@@ -35,13 +35,14 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths
 
 
 def batch_loss(losses: Tensor) -> Tensor:
-    """Mean of `losses` (N,); if one of them is NaN or infinite, NaN, so that every gradient shows it (on all ranks)."""
+    """Mean of `losses` (N,); NaN if one of them is NaN or infinite, so that every gradient becomes NaN (on all
+    ranks)."""
     bad = torch.where(torch.isfinite(losses).all(), 1.0, math.nan)
     return losses.mean() * bad
 
 
 class Frontend(nn.Module):
-    """Audio to features on the device, with the augmentation in training: masks and all."""
+    """Audio to features on the device, in training with the augmentation."""
 
     def __init__(self, features: LogMelFeatures, augment: Augment | None = None):
         super().__init__()
@@ -54,7 +55,7 @@ class Frontend(nn.Module):
 
 
 class BufferGuard:
-    """Undoes what a bad batch did to a model's buffers (running statistics): one NaN would stay in them for ever."""
+    """Undoes the changes of a bad batch to a model's buffers (running statistics), where a NaN would stay for ever."""
 
     def __init__(self, model: nn.Module):
         groups: dict[tuple, list[Tensor]] = {}
@@ -70,7 +71,7 @@ class BufferGuard:
 
     @torch.no_grad()
     def settle(self, good: Tensor) -> None:
-        """Keeps the buffers where `good` (a boolean scalar on their device) holds, else puts the old values back."""
+        """Keeps the buffers if `good` (a boolean scalar on their device) is true, else restores the old values."""
         for buffers, before in zip(self.groups, self.before, strict=True):
             chosen = torch.where(good, torch.cat([b.flatten() for b in buffers]), before)
             pieces = chosen.split([b.numel() for b in buffers])
@@ -79,7 +80,8 @@ class BufferGuard:
 
 @dataclass
 class StepResult:
-    """What a step leaves, on the device: its utterances' losses, the gradient's norm, the last micro-batch's output."""
+    """The results of a step, on the device: losses of its utterances, norm of the gradient, output of the last
+    micro-batch."""
 
     losses: list[Tensor]
     heard: list[Tensor]  # whether each utterance's features are finite
@@ -104,9 +106,9 @@ def train_step(
 ) -> StepResult:
     """Forward and backward over `batches` (their gradients are averaged), then one step of `optimizer`.
 
-    A NaN or an infinity in the loss or the gradient makes the step change nothing: parameters, optimiser state and
-    running statistics stay, decided on the device. `model` may be a DistributedDataParallel. The optimiser must
-    understand `found_inf`, as NovoGrad and PyTorch's fused AdamW do.
+    If the loss or the gradient holds a NaN or an infinity, the step changes nothing: parameters, optimiser state and
+    running statistics stay as they are. This is decided on the device, without a wait. `model` may be a
+    DistributedDataParallel. The optimiser must understand `found_inf`, as NovoGrad and PyTorch's fused AdamW do.
     """
     core = getattr(model, "module", model)
     guard.remember()

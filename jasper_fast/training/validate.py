@@ -35,7 +35,7 @@ class Validation:
 
 
 def heard(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> list[str]:
-    """As `greedy_decode`, where outputs (N, T, V) that are NaN say something rather than raise."""
+    """Like `greedy_decode`, but an output (N, T, V) with NaN gives an empty text instead of an error."""
     return greedy_decode(torch.nan_to_num(log_probs, nan=-1e4), lengths, vocabulary)
 
 
@@ -50,7 +50,7 @@ def validate(
     amp_dtype: torch.dtype | None = None,
     examples: int = 3,
 ) -> Validation:
-    """Loss, WER and CER of `model` by greedy decoding, over the batches of all ranks; the model's mode is put back.
+    """Loss, WER and CER of `model` by greedy decoding, over the batches of all ranks; the model's mode is restored.
 
     Utterances with a loss that is NaN or infinite are named in `bad`, and left out of the mean loss; where the output
     itself is NaN the transcript counts as empty. Waits for the device. Raises RunError if there is no utterance.
@@ -62,7 +62,7 @@ def validate(
         module.eval()
     try:
         for batch in batches:
-            if not len(batch):  # nothing of it could be read; the dataset has the report
+            if not len(batch):  # no file of it could be read; the dataset has the report
                 continue
             features, lengths, frames = frontend(batch.audio.to(device, non_blocking=True), batch.audio_lengths)
             with torch.autocast(device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):
@@ -105,10 +105,10 @@ def validate_state(
     amp_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> dict[str, Validation]:
-    """`validate` with the live weights ("live"), then with the moving average ("ema") where there is one.
+    """`validate` with the live weights ("live"), then with the moving average ("ema") if there is one.
 
-    All ranks first take the running statistics of rank 0. The random generators stay where they are. `batches` makes
-    this rank's batches anew.
+    All ranks first take the running statistics of rank 0. The random generators are not changed. `batches` returns this
+    rank's batches from the start.
     """
     ranks.same_buffers(state.model, state.ema.average.values() if state.ema else ())
     results = {}

@@ -1,7 +1,7 @@
-"""The CPU face of bn_relu_dropout: C++ kernels (csrc/cpu), vectorised for the machine at run time and threaded.
+"""The CPU face of bn_relu_dropout: threaded C++ kernels (csrc/cpu) that pick their vector instructions at run time.
 
 Activations are (N, C, T) in NTC memory, fp32, fp16 or bf16, with fp32 arithmetic inside; channel vectors are (C,) fp32.
-Results are the same bits whatever the number of threads. fp64 is for the reference face.
+Results are bit-identical for any number of threads. For fp64 use the reference face.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def backward_apply(
     has_residual: bool,
     halo: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dy = gamma*rstd*(g - mean_g - yhat*mean_gy), without the `means` where they are None, and dres = g or None.
+    """dy = gamma*rstd*(g - mean_g - yhat*mean_gy), and dres = g with a residual, else None.
 
-    halo: y is zero at t >= length + halo; this face reads it there all the same.
+    means: None drops mean_g and mean_gy. halo: y is zero at t >= length + halo; this face reads those zeros anyway.
     """
     dy = torch.empty_like(y)
     dres = torch.empty_like(y) if has_residual else None

@@ -1,7 +1,8 @@
 """The CUDA face of bn_relu_dropout: C++ kernels (csrc/cuda) for sm_75 and later, on the current stream of y's device.
 
 Activations are (N, C, T) in NTC memory, fp32, fp16 or bf16, with fp32 arithmetic inside; channel vectors are (C,) fp32.
-Reductions merge partials in fixed order: the same bits in every run on one GPU. fp64 is for the reference face.
+Reductions merge partial results in a fixed order, so runs on one GPU are bit-identical. For fp64 use the reference
+face.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def stats(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward(y: Tensor, norm: Norm, residual: Tensor | None, mask: Mask) -> Tensor:
-    """z = mask(dropout(relu((y - mean)*rstd*gamma + beta [+ residual]))); frames t >= length are 0, y is not read."""
+    """z = mask(dropout(relu((y - mean)*rstd*gamma + beta [+ residual]))); frames t >= length are 0; y is not read
+    there."""
     z = torch.empty_like(y)
     native.cuda().bn_forward(y, *norm, residual, *mask, z)
     return z
@@ -44,9 +46,9 @@ def backward_apply(
     has_residual: bool,
     halo: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dy = gamma*rstd*(g - mean_g - yhat*mean_gy), without the `means` where they are None, and dres = g or None.
+    """dy = gamma*rstd*(g - mean_g - yhat*mean_gy), and dres = g with a residual, else None.
 
-    halo: y is zero at t >= length + halo; this face reads it there all the same.
+    means: None drops mean_g and mean_gy. halo: y is zero at t >= length + halo; this face reads those zeros anyway.
     """
     dy = torch.empty_like(y)
     dres = torch.empty_like(y) if has_residual else None

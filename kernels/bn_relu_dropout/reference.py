@@ -1,7 +1,8 @@
 """The definition of bn_relu_dropout in plain PyTorch: any device, fp64-capable.
 
 N batch, C channels, T frames, M = N*T rows. Low-precision inputs are computed in fp32. A NaN passes the ReLU and its
-gradient, as in PyTorch; a dropped or masked element is selected away, not multiplied by zero, so what it held is gone.
+gradient, as in PyTorch. A dropped or masked element is replaced by zero, not multiplied by zero, so a NaN there does
+not survive.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def forward(y: Tensor, norm: Norm, residual: Tensor | None, mask: Mask) -> Tenso
 def backward_reduce(dz: Tensor, y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> tuple[Tensor, Tensor]:
     """(dbeta, dgamma) = (sum g, sum g*yhat) per channel, (C,) each, where g is the gradient at the ReLU's input.
 
-    z: the forward's output where there was a residual, else None (the ReLU's sign is then remade from y).
+    z: the forward's output where there was a residual, else None (the sign of the ReLU is then computed from y).
     """
     open_ = _open(y, z, norm, mask)
     g = (_wide(dz) * _scale(mask.p)).where(open_, 0.0)
@@ -60,8 +61,8 @@ def backward_apply(
     """dy = gamma*rstd*(g - mean_g - yhat*mean_gy), and dres = g where there was a residual; NTC memory, dtype of y.
 
     means: mean_g = dbeta/M and mean_gy = dgamma/M, (C,) each; None with evaluation statistics, where dy = gamma*rstd*g.
-    halo: rows of y at t >= length + halo count as zero and need not be read: y is a conv of an input whose padding is
-    zero, so that it is exactly zero there itself. None: nothing is known of them.
+    halo: rows of y at t >= length + halo are zero, because y is a conv of an input whose padding is zero. A face need
+    not read them. None: the padding of y may hold anything.
     """
     if halo is not None and mask.lengths is not None:
         y = y.masked_fill(padding(mask.lengths + halo, y.shape[2]), 0.0)
@@ -79,7 +80,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _scale(p: float) -> float:
-    philox.threshold(p)  # refuses a p that no face supports
+    philox.threshold(p)  # raises for a p that no face supports
     return 1.0 / (1.0 - p)
 
 
@@ -88,7 +89,7 @@ def _yhat(y: Tensor, norm: Norm) -> Tensor:
 
 
 def _pre(y: Tensor, norm: Norm) -> Tensor:
-    # y - mean first: a*y + (beta - a*mean) would cancel where |mean| is large beside the deviation
+    # y - mean first: a*y + (beta - a*mean) would cancel where |mean| is far larger than the deviation
     return (_wide(y) - norm.mean[:, None]) * (norm.gamma * norm.rstd)[:, None] + norm.beta[:, None]
 
 
@@ -103,7 +104,7 @@ def _alive(y: Tensor, mask: Mask) -> Tensor | None:
 
 def _open(y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> Tensor:
     """Elements through which gradient flows: bool (N, C, T)."""
-    if z is not None:  # exactly 0 where clipped or dropped; padding goes by its length, whatever z holds there
+    if z is not None:  # exactly 0 where clipped or dropped; padding is told by the lengths, not by z
         passed, mask = ~(z <= 0), Mask(mask.lengths)
     else:
         passed = ~(_pre(y, norm) <= 0)

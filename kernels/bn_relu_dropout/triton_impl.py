@@ -1,15 +1,15 @@
-"""bn_relu_dropout in Triton (NVIDIA sm_80 and later; numpy through Triton's interpreter).
+"""bn_relu_dropout in Triton (NVIDIA sm_80 and later; on a CPU through Triton's interpreter).
 
     forward          z = relu((y - mean)*a + beta [+ residual])/(1-p) where t < length and kept, else 0
     backward_reduce  dbeta = sum g, dgamma = sum g*yhat;  g = dz/(1-p) where also the ReLU was open, else 0
     backward_apply   dy = a*(g - mean_g - yhat*mean_gy), dres = g;  a = gamma*rstd
 
 An activation is a matrix of M = N*T rows (frames) by C channels. A pointwise program owns one tile of BLOCK_M rows by
-BLOCK_C channels: forward reads 1 (2 with a residual) and writes 1 element per element; backward_apply reads 2 (3) and
-writes 1 (2). A reducing program owns a chunk of rows by BLOCK_C channels and leaves one partial per channel, which a
-second kernel merges in a fixed order: stats reads 1, backward_reduce 2 (3 with z). Rows beyond their length are not
-read, except by stats and by backward_apply with batch statistics, which count padding as the reference does; with
-`halo` backward_apply reads none beyond length + halo, where y is zero and dy one constant row.
+BLOCK_C channels. Per element, forward reads 1 value (2 with a residual) and writes 1; backward_apply reads 2 (3) and
+writes 1 (2). A reducing program owns a chunk of rows by BLOCK_C channels and writes one partial result per channel; a
+second kernel merges the partial results in a fixed order. Per element, stats reads 1 value and backward_reduce 2 (3
+with z). Padding is read only by stats and by backward_apply with batch statistics, which count it as the reference
+does. With `halo`, backward_apply reads nothing beyond length + halo: y is zero there and dy is one constant row.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from jasper_fast.kernels.layout import empty_ntc
 from jasper_fast.kernels.operands import Mask, Norm
 from jasper_fast.kernels.triton_dropout import keep
 
-TILE_BYTES = 8192  # of a pointwise tile: 64 a thread and input, so four 16-byte loads of each are in flight
-LANES = 2048  # elements of a reducing tile: 16 a thread, each with two fp32 accumulators
-MIN_ROWS = 128  # of a reducing program, so that partials stay under a few percent of the data
+TILE_BYTES = 8192  # of a pointwise tile: 64 per thread and input, so four 16-byte loads of each input are in flight
+LANES = 2048  # elements of a reducing tile: 16 per thread, each with two fp32 accumulators
+MIN_ROWS = 128  # of a reducing program, so that partial results stay within a few percent of the data
 MAX_PARTIALS = 256  # per channel: the second stage holds them all at once
-MERGE_C = 16  # channels of a second-stage program
+MERGE_C = 16  # channels of one program of the second stage
 NUM_WARPS = 4
-APPLY_LANES, APPLY_WARPS = 2048, 8  # of backward_apply, which holds three tiles at once: other sizes spill somewhere
-_SLICES = ("lengths_ptr", "seed_ptr")  # of one tensor of 8-byte numbers, so every second is not aligned to 16 bytes
+APPLY_LANES, APPLY_WARPS = 2048, 8  # of backward_apply, which holds three tiles at once: other sizes spill on some GPU
+_SLICES = ("lengths_ptr", "seed_ptr")  # parts of one tensor of 8-byte numbers: half of them are not aligned to 16 bytes
 
 
 # ---- what all kernels share: N batch, T frames, C channels, C = c_groups * VEC ----
@@ -39,8 +39,8 @@ _SLICES = ("lengths_ptr", "seed_ptr")  # of one tensor of 8-byte numbers, so eve
 
 @triton.jit
 def _places(m0, rows, frames, BLOCK_M: tl.constexpr):
-    """Utterance n and frame t of BLOCK_M rows from m0 on, unsigned, 32 bits wide where `rows` is: a division of 64
-    bits is a call of 80 instructions, and one with a sign costs more too."""
+    """Utterance n and frame t of BLOCK_M rows from m0 on, unsigned, and 32 bits wide if `rows` is. A 64-bit division is
+    a call of 80 instructions, and a signed division costs more as well."""
     UNSIGNED: tl.constexpr = tl.uint32 if rows.dtype == tl.int32 else tl.uint64
     m0, frames = m0.to(UNSIGNED), tl.cast(frames, UNSIGNED)
     n = m0 // frames
@@ -51,7 +51,7 @@ def _places(m0, rows, frames, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _alive(n, t, exists, lengths_ptr, halo=0):
-    """Which of the rows that exist lie before their length, or `halo` rows beyond it."""
+    """Which of the existing rows lie before the length of their utterance plus `halo`."""
     return exists & (t < tl.load(lengths_ptr + n, mask=exists, other=0) + halo)
 
 
@@ -79,7 +79,7 @@ def _stats_kernel(
     y_ptr, mean_ptr, m2_ptr, rows, chunk, c_groups,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Partial g: Welford down the rows of chunk g in every lane of the tile, then one merge of the lanes."""
+    """Partial result g: each lane of the tile runs Welford down the rows of chunk g, then the lanes are merged."""
     C = c_groups * VEC
     c_blocks = tl.cdiv(C, BLOCK_C)
     g = (tl.program_id(0) // c_blocks).to(tl.int64)
@@ -98,7 +98,7 @@ def _stats_kernel(
         mean += delta * (1.0 / tl.cast(i + 1, tl.float32))
         m2 += delta * (y - mean)
         tile += BLOCK_M * C
-    here = offs_m < count - full * BLOCK_M  # lanes with one more row
+    here = offs_m < count - full * BLOCK_M  # lanes that have one more row
     y = tl.load(tile + offs_m[:, None] * C + offs_c[None, :], mask=here[:, None] & mask_c[None, :], other=0.0)
     delta = tl.where(here[:, None], y.to(tl.float32) - mean, 0.0)
     step = delta * (1.0 / (full + 1).to(tl.float32))
@@ -116,7 +116,7 @@ def _stats_merge_kernel(
     part_mean_ptr, part_m2_ptr, mean_ptr, m2_ptr, rows, chunk, partials, C,
     BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Chan's merge of all partials of BLOCK_C channels at once."""
+    """Merges all partial results of BLOCK_C channels at once (Chan's formula)."""
     offs_g, offs_c = tl.arange(0, BLOCK_G), tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     mask = (offs_g < partials)[:, None] & mask_c[None, :]
@@ -149,7 +149,7 @@ def _forward_kernel(
     c0 = (tl.program_id(0) % c_blocks) * BLOCK_C
     offs_c = c0 + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    offs_m = tl.arange(0, BLOCK_M)  # from row m0, so that 32 bits hold every element's offset
+    offs_m = tl.arange(0, BLOCK_M)  # counted from row m0, so that 32 bits hold the offset of every element
     exists = offs_m < tl.minimum(rows - m0, BLOCK_M).to(tl.int32)
     alive = exists[:, None]
     if HAS_LENGTHS:
@@ -158,7 +158,7 @@ def _forward_kernel(
     offs = offs_m[:, None] * C + offs_c[None, :]
     stored = exists[:, None] & mask_c[None, :]
     z = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    if tl.max(alive.to(tl.int32)) > 0:  # a tile of padding is stored, not read
+    if tl.max(alive.to(tl.int32)) > 0:  # a tile of padding is written but not read
         mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
         a = tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0) * tl.load(rstd_ptr + offs_c, mask=mask_c, other=0.0)
         beta = tl.load(beta_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
@@ -223,7 +223,7 @@ def _backward_reduce_kernel(
         )  # fmt: skip
         g = tl.where(passed, dz * scale, 0.0)
         sum_g += g
-        sum_gy += tl.where(passed, g * yc, 0.0)  # a dropped NaN must not count as 0 * NaN
+        sum_gy += tl.where(passed, g * yc, 0.0)  # a dropped NaN counts as 0, but 0 * NaN would be NaN
     tl.store(dbeta_ptr + part * C + offs_c, tl.sum(sum_g, 0), mask=mask_c)
     tl.store(dgamma_ptr + part * C + offs_c, tl.sum(sum_gy, 0) * rstd, mask=mask_c)
 
@@ -267,7 +267,7 @@ def _backward_apply_kernel(
     mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
     rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
     a = tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0)[None, :] * rstd
-    needed = mask  # rows of y to read: all, with batch statistics, but for those known to be zero
+    needed = mask  # rows of y to read: with batch statistics all but those known to be zero
     if HAS_BATCH_STATS:
         needed = stored
         if HAS_HALO:
@@ -275,7 +275,7 @@ def _backward_apply_kernel(
     y = tl.load(y_ptr + m0 * C + offs, mask=needed, other=0.0).to(tl.float32)
     yc = y - mean
     g = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    if tl.max(rows_alive.to(tl.int32)) > 0:  # no gradient comes out of a tile of padding
+    if tl.max(rows_alive.to(tl.int32)) > 0:  # in a tile of padding every gradient is zero
         beta = tl.load(beta_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
         dz = tl.load(dz_ptr + m0 * C + offs, mask=mask, other=0.0).to(tl.float32)
         z = y
@@ -406,6 +406,7 @@ def _chunks(rows: int) -> tuple[int, int]:
 
 
 def _blocks(c: int, elements: int) -> tuple[int, int, int]:
-    """BLOCK_M, BLOCK_C, VEC: the tile, and the largest of 8, 4, 1 that divides C (the compiler's alignment)."""
+    """BLOCK_M, BLOCK_C, VEC: the tile, and the largest of 8, 4, 1 that divides C (it tells the compiler the
+    alignment)."""
     block_c = min(128, max(16, triton.next_power_of_2(c)))
     return elements // block_c, block_c, next(v for v in (8, 4, 1) if c % v == 0)

@@ -1,8 +1,8 @@
-"""conv1d through ATen: conv2d over the channels-last view of the same memory, so that no transpose is made.
+"""conv1d through ATen: conv2d over a channels-last view of the same memory, which needs no transpose.
 
-N batch, C channels, T frames, K taps. Weights of another dtype are cast to that of the activations; nothing is packed.
-For every device and dtype that has no faster kernel of ours. ATen's own conv1d
-makes its input contiguous in NCT order; a (N, C, 1, T) view with C innermost takes cuDNN's and oneDNN's NHWC kernels.
+N batch, C channels, T frames, K taps. Weights are cast to the dtype of the activations and are not packed. This face
+serves every device and dtype for which we have no faster kernel. ATen's own conv1d makes its input contiguous in NCT
+order. A (N, C, 1, T) view with C innermost gets the NHWC kernels of cuDNN and oneDNN instead.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def dgrad(
     packed: Tensor | None = None,
 ) -> Tensor:
     """dx (N, C_in, T) of `dy` (N, C_out, T')."""
-    # Shape and memory format are all that is asked of it: expanded from a scalar it would make ATen copy dy to NCHW.
+    # Only its shape and memory format are used. A tensor expanded from a scalar would make ATen copy dy to NCHW.
     x = empty_ntc(dy.shape[0], weight.shape[1], t, like=dy)
     return _backward(dy, x, weight.to(dy.dtype), geometry, (True, False))[0]
 

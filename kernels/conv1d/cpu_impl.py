@@ -1,10 +1,10 @@
-"""The CPU face of conv1d: C++ micro-kernels (csrc/cpu/isa/conv1d_*.cpp), vectorised at run time and threaded.
+"""The CPU face of conv1d: threaded C++ kernels (csrc/cpu/isa/conv1d_*.cpp), one set per instruction set.
 
-`fused` takes x and gives y in fp32, with weights in fp32 or, on a CPU that multiplies pairs of it (AVX512-BF16), bf16,
-as x may be then. The functions of training take 16 bits as well, and compute in bf16 there, else in fp32.
+`fused` takes x and returns y in fp32, with weights in fp32. On a CPU with AVX512-BF16 the weights and x may be bf16.
+The functions for training take 16-bit tensors as well. They multiply in bf16 where the CPU can, and in fp32 elsewhere.
 
-Weights are packed in every call, by an algorithm that the shape chooses: `packed` is not used. Results are the same
-bits whatever the number of threads, and an item's are the same in any batch and with any padding.
+The shape decides the algorithm, and training packs the weight in every call, so `packed` is not used. Results are
+bit-identical for any number of threads. An utterance's result does not depend on its batch or its padding.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from jasper_fast.kernels import native
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths
 
 ALGORITHMS = {"direct": 0, "fast_fir_1": 1, "fast_fir_2": 2}  # how often the fast FIR algorithm is nested
-# Taps from which 1.7 times fewer multiplications outweigh 2.3 times larger weights. In training the weights are packed
-# once a call: below so many rows the larger packs cost more than they save (measured on Zen 4 at 256 x 256 x 11 and
-# 768 x 768 x 25).
+# From _FAST_TAPS taps on, 1.7 times fewer multiplications outweigh 2.3 times larger packs. In training the weights are
+# packed in every call: below _FAST_ROWS rows, making the larger packs costs more than it saves (measured on Zen 4 at
+# 256 x 256 x 11 and 768 x 768 x 25).
 _FAST_TAPS = 5
 _FAST_ROWS = 512
 
@@ -30,10 +30,11 @@ _FAST_ROWS = 512
 class Packed:
     """A conv's weight in the kernel's order: made by `pack`, for this process' instruction set.
 
-    `fast_fir_1` (Parker and Parhi's two-parallel FIR filter) does 1.3 times fewer multiplications than `direct` and
-    keeps 1.5 times as much; `fast_fir_2`, the same nested, 1.7 times fewer and 2.3 times as much. They need stride 1
-    and K >= 2 and 4. A NaN or infinity in x may reach 1 and 3 rows further than K says.
-    Weights in bf16 are always `direct`; x is rounded to bf16 where it meets them, and sums are fp32.
+    `fast_fir_1` (Parker and Parhi's two-parallel FIR filter) does 1.3 times fewer multiplications than `direct` and its
+    pack is 1.5 times as large. `fast_fir_2` nests it once more: 1.7 times fewer and 2.3 times as large. Both need
+    stride 1; they need K >= 2 and K >= 4. A NaN or infinity in x may spread 1 row (`fast_fir_1`) or 3 rows
+    (`fast_fir_2`) further than the taps reach. Weights in bf16 are always `direct`: x is rounded to bf16 and sums are
+    fp32.
     """
 
     data: Tensor
@@ -44,7 +45,7 @@ class Packed:
 
 
 def has_bf16() -> bool:
-    """Whether this process' instruction set multiplies pairs of bf16, so that `pack` may make them."""
+    """Whether this CPU multiplies pairs of bf16, so that `pack` may write bf16."""
     return native.cpu().conv1d_has_bf16()
 
 
@@ -59,7 +60,7 @@ def pack(
     """fp32 `weight` (C_out, C_in, K) packed for `fused`; `transposed` packs the conv that gives the gradient of x.
 
     dtype: float32, or bfloat16 where `has_bf16()`. out: a buffer of that dtype and `packed_size(...)` elements to write
-    into, so that a module can keep one.
+    into, which a module may keep from call to call.
     """
     c_out, c_in, taps = weight.shape
     if out is None:
@@ -71,7 +72,7 @@ def pack(
 def pack_once(weight: Tensor, dtype: torch.dtype, stride: int = 1) -> Packed:
     """`weight` (C_out, C_in, K) of any dtype packed for many calls of `fused` at `stride`, in a network in `dtype`.
 
-    bf16 where this CPU multiplies it, at twice the rate of fp32; else fp32, than which no other dtype is faster here.
+    The pack is bf16 if this CPU multiplies it (at twice the rate of fp32), else fp32, which no other dtype beats here.
     """
     if dtype == torch.bfloat16 and has_bf16():
         return pack(weight.float(), dtype=dtype)
@@ -99,13 +100,14 @@ def fused(
 ) -> Tensor:
     """mask(relu(conv1d(x) + x2 @ packed2 + bias)) of `x` (N, T, C_in), into `out` (N, T', C_out).
 
-    panes: x2 (N, T', C2) and packed2, a 1x1 conv packed `direct`. x, x2 and out have unit channel stride and any other
-    strides, so that a slice of a history buffer will do. Rows of x and x2 at t >= `lengths.before` count as zero and
-    are not read; rows of the result at t >= `lengths.after` are zero and cost nothing, and so do rows that no row of x
-    reaches. Raises ValueError where lengths are to be made, or not to mask: those are a GPU's.
+    panes: x2 (N, T', C2) and packed2, a 1x1 conv packed `direct`. x, x2 and out need unit channel stride; their other
+    strides are free, so a slice of a history buffer will do. Rows of x and x2 at t >= `lengths.before` count as zero
+    and are not read. Rows of the result at t >= `lengths.after` are zero and cost nothing. Rows that no row of x
+    reaches cost nothing either. Raises ValueError for `lengths.made` and for `masked=False`, which only GPU faces
+    support.
     """
     if lengths.made is not None or not lengths.masked:
-        raise ValueError("the cpu face masks by lengths that it is given, and makes none")
+        raise ValueError("the cpu face masks by the lengths that it is given and does not compute output lengths")
     if out is None:
         frames = max(geometry.frames(x.shape[1], packed.taps), 0)
         out = torch.empty((x.shape[0], frames, packed.c_out), dtype=torch.float32)
@@ -151,12 +153,12 @@ def dgrad(
     flipped = dilation * (weight.shape[2] - 1) - padding
     if stride != 1 or flipped < 0:
         raise ValueError(
-            f"conv1d: the CPU kernel has a gradient of x for stride 1 and padding <= dilation * (K - 1), not for "
+            f"conv1d: the CPU kernel has a gradient of x only for stride 1 and padding <= dilation * (K - 1), not for "
             f"stride {stride}, padding {padding}, dilation {dilation}, K {weight.shape[2]}; use backend='reference'"
         )
     how = _how(dy, weight, dy.shape[0] * dy.shape[2], stride)
     packed, rows = pack(weight.float(), transposed=True, **how), dy.transpose(1, 2).to(how["dtype"])
-    dx = torch.empty((dy.shape[0], t, weight.shape[1]), dtype=torch.float32)  # t is not implied where K is even
+    dx = torch.empty((dy.shape[0], t, weight.shape[1]), dtype=torch.float32)  # an even K does not determine t
     fused(rows, packed, Geometry(1, flipped, dilation), lengths=Lengths(after=lengths), out=dx)
     return dx.to(dy.dtype).transpose(1, 2)
 
@@ -170,8 +172,8 @@ def wgrad(
     dtype: torch.dtype | None = None,
     clean: bool = False,
 ) -> Tensor:
-    """dweight (C_out, C_in, K = `k`), in `dtype` (default: that of `x`) from sums in fp32, of `x` (N, C_in, T), zero at
-    t >= `lengths`, and `dy` (N, C_out, T')."""
+    """dweight (C_out, C_in, K = `k`) of `x` (N, C_in, T), zero at t >= `lengths`, and `dy` (N, C_out, T'). It is summed
+    in fp32 and returned in `dtype` (default: that of `x`)."""
     stride, padding, dilation = geometry
     dw = torch.empty((dy.shape[1], x.shape[1], k), dtype=torch.float32)
     how = _how(x, dw, dy.shape[0] * dy.shape[2], stride)

@@ -1,6 +1,6 @@
 """The definition of conv1d in plain PyTorch: any device and dtype, fp64 included, with a hand-written backward.
 
-N batch, C channels, T frames, K taps. A conv is K shifted matrix products; backward is the same sums the other way.
+N batch, C channels, T frames, K taps. A conv is a sum of K shifted matrix products, and so is each of its gradients.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def forward(
 ) -> Tensor:
     """y (N, C_out, T') of `x` (N, C_in, T), zero at t >= `lengths` (N,), and `weight` (C_out, C_in, K); NTC memory.
 
-    The weight is cast to the dtype of `x`; `packed` is for faces that keep packs. Equivalent to
+    The weight is cast to the dtype of `x`. `packed` and `clean` are for other faces and are not used. Equivalent to
     `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, *geometry)`.
     """
     return fused(x.transpose(1, 2), weight.to(x.dtype), geometry, lengths=Lengths(lengths)).transpose(1, 2)
@@ -38,7 +38,7 @@ def forward_stats(
     packed: Tensor | None = None,
     clean: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y of `forward`, with the mean and M2 (sum of squared deviations) of its channels over all N*T' rows."""
+    """y of `forward`, and the mean and M2 (sum of squared deviations) of each channel over all N*T' rows."""
     y = forward(x, weight, geometry, lengths)
     return y, *bn.stats(y)
 
@@ -54,7 +54,7 @@ def dgrad(
     """dx (N, C_in, T = `t`) of `dy` (N, C_out, T'), zero at t >= `lengths`; NTC memory."""
     (stride, padding, dilation), k, t_out = geometry, weight.shape[2], dy.shape[2]
     span = max(t + 2 * padding, (t_out - 1) * stride + (k - 1) * dilation + 1)
-    dx = dy.new_zeros((dy.shape[0], span, weight.shape[1]))  # rows as in the padded x
+    dx = dy.new_zeros((dy.shape[0], span, weight.shape[1]))  # one row for each row of the padded x
     for tap in range(k):
         dx[:, _tap_rows(tap, t_out, geometry)] += dy.transpose(1, 2) @ weight[:, :, tap].to(dy.dtype)
     return ntc(mask(dx[:, padding : padding + t].transpose(1, 2), lengths))
@@ -70,13 +70,14 @@ def dgrad_bn(
     mask: Mask,
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(g, dbeta, dgamma): `dgrad` at stride 1, then what bn_relu_dropout's backward reduces of it.
+    """(g, dbeta, dgamma): `dgrad` at stride 1, followed by the `backward_reduce` of bn_relu_dropout.
 
-    y (N, C, T) is what `norm`, ReLU, dropout and mask (`mask`) turned into the conv's input `z`; g, of its shape and
-    dtype, is the gradient at the ReLU's input, open where z > 0; dbeta = sum g and dgamma = sum g*yhat, (C,) each.
+    Batch norm (`norm`), ReLU, dropout and mask (`mask`) turned y (N, C, T) into `z`, the input of the conv. g has the
+    shape and dtype of y and is the gradient at the input of the ReLU, which was open where z > 0. dbeta = sum g and
+    dgamma = sum g*yhat, (C,) each.
     """
     dz = dgrad(dy, weight, y.shape[2], geometry, mask.lengths)
-    sums = bn.backward_reduce(dz, y, z, norm, mask)  # z says where the ReLU was open
+    sums = bn.backward_reduce(dz, y, z, norm, mask)  # z tells where the ReLU was open
     return bn.backward_apply(dz, y, z, norm, None, mask, True)[1], *sums
 
 
@@ -89,8 +90,8 @@ def wgrad(
     dtype: torch.dtype | None = None,
     clean: bool = False,
 ) -> Tensor:
-    """dweight (C_out, C_in, K = `k`), in `dtype` (default: that of `x`), of `x` (N, C_in, T), zero at t >= `lengths`,
-    and `dy` (N, C_out, T')."""
+    """dweight (C_out, C_in, K = `k`) of `x` (N, C_in, T), zero at t >= `lengths`, and `dy` (N, C_out, T'); in `dtype`
+    (default: that of `x`)."""
     padded, t_out = _padded(x, geometry, lengths), dy.shape[2]
     taps = [padded[:, _tap_rows(tap, t_out, geometry)] for tap in range(k)]
     return torch.stack([torch.einsum("not,ntc->oc", dy, rows) for rows in taps], dim=2).to(dtype or x.dtype)
@@ -130,5 +131,5 @@ def _tap_rows(tap: int, t_out: int, geometry: Geometry) -> slice:
 
 
 def _padded(x: Tensor, geometry: Geometry, lengths: Tensor | None) -> Tensor:
-    """`x` (N, C, T) as (N, T + 2*padding, C), zero in all of its padding."""
+    """`x` (N, C, T) as (N, T + 2*padding, C), with zeros in the added rows and at t >= length."""
     return F.pad(mask(x, lengths).transpose(1, 2), (0, 0, geometry.padding, geometry.padding))

@@ -1,14 +1,14 @@
-"""The gradient of a conv's input at stride 1, and with it the batch norm's reduction of the sub-block before.
+"""The gradient of a conv's input at stride 1, with the batch norm reductions of the sub-block before it.
 
     dz[n, t, :] = sum_k dy[n, t + padding - k*dilation, :] @ w[k]^T
-    g = dz/(1-p) where z > 0, so that t < length, the ReLU was open and dropout kept, else 0
+    g = dz/(1-p) where z > 0 (t < length, ReLU open, element kept by dropout), else 0
     dbeta = sum g,   dgamma = sum g*yhat,   yhat = (y - mean)*rstd
 
-It is the forward's loop over dy with the taps reversed and each weight tile transposed on its way. A program owns
-BLOCK_T frames of one utterance by BLOCK_N of the C channels of z. With HAS_NORM it reads that tile of y and z, writes g
-instead of dz, and leaves the sums of its fp32 g in (tiles, C) partials that a second kernel adds in a fixed order: the
-pass over (dz, y) that a separate reduction takes is saved. z, which wgrad needed anyway, costs a read more than to draw
-the dropout again, and no registers. Tiles at t >= length are zeros, not computed.
+The kernel runs the forward's loop over dy, with the taps reversed and each weight tile transposed as it is loaded. A
+program owns BLOCK_T frames of one utterance by BLOCK_N of the C channels of z. With HAS_NORM it reads the same tile of
+y and z, writes g instead of dz, and writes the sums of its fp32 g to (tiles, C) partial results, which a second kernel
+adds in a fixed order. This saves the pass over (dz, y) of a separate reduction. Reading z costs one more read than
+drawing the dropout again, but no registers, and wgrad needed z anyway. Tiles at t >= length are filled with zeros.
 """
 
 import triton
@@ -26,7 +26,7 @@ def _store_g(
     offs_t = t0 + tl.arange(0, BLOCK_T)
     offs_c = c0 + tl.arange(0, BLOCK_N)
     mask_c = offs_c < C
-    row0 = (n * frames + t0) * C  # of this tile in y, z and g; the offsets from there hold in 32 bits
+    row0 = (n * frames + t0) * C  # of this tile in y, z and g; offsets from it fit in 32 bits
     offs = tl.arange(0, BLOCK_T)[:, None] * C + offs_c[None, :]
     g = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     sum_g = tl.zeros([BLOCK_N], tl.float32)
@@ -38,7 +38,7 @@ def _store_g(
         yc = yc - tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
         g = tl.where(passed, dz * scale, 0.0)
         sum_g = tl.sum(g, 0)
-        # what did not pass must not count as 0 * NaN
+        # an element that did not pass counts as 0, but 0 * NaN would be NaN
         sum_gy = tl.sum(tl.where(passed, g * yc, 0.0), 0) * tl.load(rstd_ptr + offs_c, mask=mask_c, other=0.0)
     tl.store(part_g_ptr + tile * C + offs_c, sum_g, mask=mask_c)
     tl.store(part_gy_ptr + tile * C + offs_c, sum_gy, mask=mask_c)
@@ -59,7 +59,7 @@ def conv1d_dgrad_kernel(
     VEC_DY: tl.constexpr, VEC: tl.constexpr, PAD: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """padding: dilation*(K - 1) less the forward's; y and g are whole (N, T, C) tensors."""
+    """padding: dilation*(K - 1) minus the forward's padding; y and g are contiguous (N, T, C) tensors."""
     C_dy = groups_dy * VEC_DY
     C = groups * VEC
     n_blocks = tl.cdiv(C, BLOCK_N)
@@ -78,7 +78,7 @@ def conv1d_dgrad_kernel(
         frames_dy, c0, 0, steps, frames_dy, C_dy, C, tl.cdiv(C_dy, PAD) * PAD, dy_row * VEC_DY, 1, taps, padding,
         dilation, 1, HAS_DESCRIPTORS, True, False, True, UPCAST, PRECISION, BLOCK_T, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    if HAS_NORM:  # by halves of the channels, or it spills; on sm_90 by quarters, with which an SM holds two programs
+    if HAS_NORM:  # in halves of the channels, or it spills; on sm_90 in quarters, so that an SM holds two programs
         PARTS: tl.constexpr = 4 if HAS_DESCRIPTORS else 2
         left, right = halves(acc, BLOCK_T, BLOCK_N)
         for i in tl.static_range(PARTS):
@@ -102,7 +102,7 @@ def conv1d_dgrad_kernel(
 def conv1d_sums_merge_kernel(
     part_a_ptr, part_b_ptr, a_ptr, b_ptr, tiles, C, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Two sums over (tiles, C) partials, BLOCK_G tiles at a time in a fixed order, for BLOCK_C channels."""
+    """Adds two sets of (tiles, C) partial results over the tiles, BLOCK_G at a time in a fixed order."""
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     a = tl.zeros([BLOCK_C], tl.float32)

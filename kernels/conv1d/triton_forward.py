@@ -2,10 +2,11 @@
 
     y[n, t, :] = sum_k x[n, t*stride + k*dilation - padding, :] @ w[k]
 
-A program owns BLOCK_T frames of one utterance by BLOCK_N output channels: x is read taps/stride times (from cache, all
-but once), w once for every BLOCK_T*N rows, y written once. Mean and M2 of a tile's fp32 accumulators go to (tiles,
-C_out) partials, which a second kernel merges in a fixed order (Chan), so no pass over y takes the statistics. A tile
-whose inputs all lie beyond its utterance's length is not computed: its y is zero, its mean and M2 are zero.
+A program owns BLOCK_T frames of one utterance by BLOCK_N output channels. It reads x taps/stride times (from cache
+except once) and writes y once; w is read once for every BLOCK_T*N rows. The mean and M2 of a tile's fp32 accumulators
+go to (tiles, C_out) partial results, which a second kernel merges in a fixed order (Chan's formula), so the statistics
+need no pass over y. A tile whose inputs all lie beyond the length of its utterance is not computed: its y, mean and M2
+are zero.
 """
 
 import triton
@@ -30,7 +31,7 @@ def _store_y(
         spread = tl.where(rows[:, None], acc - mean[None, :], 0.0)
         tl.store(part_mean_ptr + tile * c_out + offs_o, mean, mask=mask_o)
         tl.store(part_m2_ptr + tile * c_out + offs_o, tl.sum(spread * spread, 0), mask=mask_o)
-    mask_o = offs_o < (c_out // VEC_OUT) * VEC_OUT  # offs_o < c_out, with its alignment
+    mask_o = offs_o < (c_out // VEC_OUT) * VEC_OUT  # offs_o < c_out, written so that the compiler sees the alignment
     offs = offs_t[:, None] * (y_row * VEC_OUT) + offs_o[None, :]
     tl.store(y_ptr + n * y_item * VEC_OUT + offs, acc.to(y_ptr.dtype.element_ty), mask=rows[:, None] & mask_o[None, :])
 
@@ -49,10 +50,10 @@ def conv1d_forward_kernel(
     VEC_IN: tl.constexpr, VEC_OUT: tl.constexpr, PAD: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # sizes and strides of activations come in units of VEC elements, which tells the compiler their alignment
+    # sizes and strides of activations are in units of VEC elements, which tells the compiler their alignment
     C = groups_in * VEC_IN
     n_blocks = tl.cdiv(c_out, BLOCK_N)
-    tile = (tl.program_id(0) // n_blocks).to(tl.int64)  # channels innermost: neighbours share their frames of x in L2
+    tile = (tl.program_id(0) // n_blocks).to(tl.int64)  # channels innermost: neighbours share frames of x in L2
     o0 = (tl.program_id(0) % n_blocks) * BLOCK_N
     n = tile // t_blocks
     t0 = (tile % t_blocks).to(tl.int32) * BLOCK_T
@@ -67,7 +68,7 @@ def conv1d_forward_kernel(
         0, steps, frames, C, C, tl.cdiv(c_out, PAD) * PAD, x_row * VEC_IN, 1, taps, padding, dilation, STRIDE,
         HAS_DESCRIPTORS, IS_CLEAN, False, False, UPCAST, PRECISION, BLOCK_T, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    if BLOCK_T * BLOCK_N > 128 * 128 and HAS_STATS:  # all at once does not fit the registers
+    if BLOCK_T * BLOCK_N > 128 * 128 and HAS_STATS:  # the whole tile at once does not fit the registers
         left, right = halves(acc, BLOCK_T, BLOCK_N)
         for half in tl.static_range(2):
             _store_y(
@@ -86,7 +87,7 @@ def conv1d_stats_merge_kernel(
     part_mean_ptr, part_m2_ptr, mean_ptr, m2_ptr, frames_out, t_blocks, tiles, c_out,
     BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Chan's merge of the tiles' mean and M2, BLOCK_G at a time in a fixed order, for BLOCK_C channels."""
+    """Merges the mean and M2 of all tiles (Chan's formula), BLOCK_G tiles at a time in a fixed order."""
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < c_out
     seen = 0.0

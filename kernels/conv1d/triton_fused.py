@@ -1,15 +1,15 @@
-"""One sub-block at inference: a conv with batch norm folded in, its panes, bias, ReLU and mask, in one kernel.
+"""One sub-block at inference in one kernel: a conv with batch norm folded in, panes, bias, ReLU and mask.
 
     z = mask(relu(sum_k x[n, t*stride + k*dilation - padding, :] @ w[k]  +  x2[n, t, :] @ w2  +  bias))
 
-A program owns BLOCK_T frames of one utterance by BLOCK_N output channels, or one of `splits` shares of that tile's
-reduction, which runs over the K*C_in products of the conv and then the C2 of the panes. With splits, partial sums go to
-fp32 scratch; the program that arrives last adds them in the order of the shares, so runs repeat bit for bit, and sets
-the tile's counter back to 0 for the next launch. Bytes: x taps/stride times (from cache, all but once), w and w2 once
-for every BLOCK_T*N rows, z once; splits add 8*splits per element of z, in L2.
+A program owns BLOCK_T frames of one utterance by BLOCK_N output channels. The reduction of that tile runs over the
+K*C_in products of the conv and then the C2 products of the panes. With splits, `splits` programs share it: each writes
+partial sums to fp32 scratch, and the last program to finish adds them in a fixed order, so runs are bit-identical. It
+also sets the tile's counter back to 0 for the next launch. Bytes: x is read taps/stride times (from cache except once),
+w and w2 once for every BLOCK_T*N rows, z is written once; splits add 8*splits bytes per element of z, in L2.
 
-The network's first kernel reads its features as they are, (N, C, T) fp32 (IS_NCT), and may leave the output lengths of
-the batch in lengths_out; its last one has log-softmax as its epilogue, over C_out <= BLOCK_N.
+The network's first kernel reads (N, C, T) fp32 features directly (IS_NCT) and may write the output lengths of the batch
+to lengths_out. The last kernel ends with a log-softmax over C_out <= BLOCK_N.
 """
 
 import triton
@@ -24,7 +24,7 @@ def _add_panes(
     HAS_DESCRIPTORS: tl.constexpr, IS_CLEAN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc plus steps [i_begin, i_end) over the panes' channels."""
+    """acc plus the products of steps [i_begin, i_end) over the channels of the panes."""
     if HAS_DESCRIPTORS:
         whole = IS_CLEAN | (limit == frames) | (t0 + BLOCK_T <= limit)
         for i in range(i_begin, tl.where(whole, i_end, i_begin)):
@@ -63,7 +63,7 @@ def conv1d_fused_kernel(
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """HAS_MASK: the lengths mask; without it in_lengths only feed lengths_out. IS_CLEAN: x and x2 are zero beyond."""
+    """HAS_MASK: mask by the lengths; else they only give lengths_out. IS_CLEAN: padding of x and x2 is zero."""
     C = groups_in * VEC_IN
     C_pad = tl.cdiv(c_out, PAD) * PAD
     n_blocks = tl.cdiv(c_out, BLOCK_N)
@@ -75,12 +75,12 @@ def conv1d_fused_kernel(
     n = tile // t_blocks
     t0 = (tile % t_blocks).to(tl.int32) * BLOCK_T
 
-    limit, limit_2 = frames, frames_out  # inputs at and beyond these are zero
-    end = frames_out  # outputs at and beyond it are zero
+    limit, limit_2 = frames, frames_out  # inputs from these frames on are zero
+    end = frames_out  # outputs from this frame on are zero
     if HAS_IN_LENGTHS:
         length = tl.load(in_lengths_ptr + n)
         if HAS_LENGTHS_OUT:
-            length = tl.minimum(tl.maximum(length, 0), frames)  # z may be longer than what x gives
+            length = tl.minimum(tl.maximum(length, 0), frames)  # z may have more frames than x gives
             new_length = out_frames(length, taps, STRIDE, padding, dilation)
             tl.store(lengths_out_ptr + n, new_length, mask=(t0 == 0) & (o0 == 0) & (split == 0))
             if HAS_MASK:
@@ -126,7 +126,7 @@ def conv1d_fused_kernel(
             scratch = tl.arange(0, BLOCK_T)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
             slot = part_ptr + pid.to(tl.int64) * splits * (BLOCK_T * BLOCK_N)
             tl.store(slot + split * (BLOCK_T * BLOCK_N) + scratch, acc)
-            tl.debug_barrier()  # all threads have stored before one of them says so
+            tl.debug_barrier()  # every thread has stored before one of them reports it
             mine = tl.atomic_add(arrived_ptr + pid, 1, sem="acq_rel") == splits - 1
             if mine:
                 tl.store(arrived_ptr + pid, 0)
@@ -146,6 +146,6 @@ def conv1d_fused_kernel(
         if HAS_MASK:
             acc = tl.where((offs_t < end)[:, None], acc, 0.0)
         offs = offs_t[:, None] * (z_row * VEC_OUT) + offs_o[None, :]
-        mask_o = offs_o < (c_out // VEC_OUT) * VEC_OUT  # the same, with its alignment
+        mask_o = offs_o < (c_out // VEC_OUT) * VEC_OUT  # the same, written so that the compiler sees the alignment
         mask = (offs_t < frames_out)[:, None] & mask_o[None, :]
         tl.store(z_ptr + n * z_item * VEC_OUT + offs, acc.to(z_ptr.dtype.element_ty), mask=mask)

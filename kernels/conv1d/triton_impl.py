@@ -1,8 +1,9 @@
-"""The Triton face of conv1d (NVIDIA sm_80 and later; numpy through Triton's interpreter): launches, and their checks.
+"""The Triton face of conv1d (NVIDIA sm_80 and later; on a CPU through Triton's interpreter): launches and checks.
 
-N batch, C channels, T frames, K taps. The kernels: triton_forward.py, triton_dgrad.py, triton_wgrad.py for training,
-triton_fused.py for inference, triton_pack.py for weights; triton_loop.py is the reduction that they share. Activations
-are fp32 (TF32 where PyTorch's own conv takes it, see `takes_tf32`), fp16 or bf16; accumulators fp32.
+N batch, C channels, T frames, K taps. The kernels are in triton_forward.py, triton_dgrad.py and triton_wgrad.py for
+training, triton_fused.py for inference and triton_pack.py for weights; triton_loop.py is the reduction that they share.
+Activations are fp16, bf16 or fp32 (rounded to TF32 where PyTorch's own conv does so, see `takes_tf32`); accumulators
+are fp32.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from jasper_fast.kernels.conv1d.triton_wgrad import conv1d_wgrad_kernel, conv1d_
 from jasper_fast.kernels.layout import empty_ntc
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths, Mask, Norm
 
-INTERPRET_DESCRIPTORS = False  # the descriptor loops in the interpreter, for tests
+INTERPRET_DESCRIPTORS = False  # tests set it to run the descriptor loops in the interpreter
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Packed(NamedTuple):
-    """A conv's weight as the kernels read it: `data` (K, C_in, C_out rounded up to 16), zeros in the rest."""
+    """A conv's weight as the kernels read it: `data` (K, C_in, C_out rounded up to 16), filled up with zeros."""
 
     data: Tensor
     c_out: int
@@ -39,14 +40,14 @@ class Packed(NamedTuple):
 
 
 class Workspace:
-    """Scratch of `fused` for shared reductions: fp32 partials, and counters that are zero between launches.
+    """Scratch of `fused` for shared reductions: fp32 partial sums, and counters that are zero between launches.
 
-    One stream at a time may use it; whoever owns it (an inference engine) sees to that.
+    Only one stream at a time may use it; its owner (an inference engine) ensures this.
     """
 
     def __init__(self, device: torch.device | str) -> None:
         self.part = torch.empty(0, dtype=torch.float32, device=device)
-        self.device = self.part.device  # with its index, whatever device is the current one later
+        self.device = self.part.device  # with its index, because the current device may change
         self.arrived = torch.zeros(0, dtype=torch.int32, device=device)
 
     def reserve(self, elements: int, tiles: int) -> None:
@@ -58,9 +59,10 @@ class Workspace:
 
 
 def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Packed:
-    """`weight` (C_out, C_in, K), fp32, fp16 or bf16, packed for every function here, in `dtype` (default: its own).
+    """`weight` (C_out, C_in, K), fp32, fp16 or bf16, packed for the functions of this file, in `dtype` (default: its
+    own).
 
-    out: a buffer of `packed_shape(weight)` and `dtype` to write into, so that a module can keep one.
+    out: a buffer of `packed_shape(weight)` and `dtype` to write into, which a module may keep from call to call.
     """
     w = weight.detach().contiguous()
     c_out, c_in, taps = w.shape
@@ -94,9 +96,9 @@ def forward(
 ) -> Tensor:
     """y (N, C_out, T') of `x` (N, C_in, T), zero at t >= `lengths` (N,), and `weight` (C_out, C_in, K); NTC memory.
 
-    packed: `pack(weight, x.dtype).data`, made here where None. clean: `x` is zero there, not only to be taken for zero,
-    so that tiles which reach into the padding load like all others. Equivalent to
-    `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, *geometry)` in the dtype of `x`.
+    packed: `pack(weight, x.dtype).data`; made here if None. clean: memory of `x` really holds zeros at t >= length, so
+    tiles that reach into the padding load like all others. Equivalent to `F.conv1d(x.masked_fill(t >= lengths, 0),
+    weight, None, *geometry)` in the dtype of `x`.
     """
     return _forward(x, weight, geometry, lengths, packed, clean, stats=False)[0]
 
@@ -109,9 +111,9 @@ def forward_stats(
     packed: Tensor | None = None,
     clean: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y as `forward` gives it, with the mean and M2 (sum of squared deviations) of its channels over all N*T' rows.
+    """y of `forward`, and the mean and M2 (sum of squared deviations) of each channel over all N*T' rows.
 
-    The statistics are those of the fp32 accumulators, not of `y` as rounded: fp32 (C_out,) each.
+    The statistics are taken from the fp32 accumulators before y is rounded: fp32 (C_out,) each.
     """
     return _forward(x, weight, geometry, lengths, packed, clean, stats=True)
 
@@ -172,12 +174,12 @@ def dgrad_bn(
     mask: Mask,
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(g, dbeta, dgamma) of `z` = mask(dropout(relu(batch norm of `y`))), by `norm` and `mask`, that a conv at stride 1
-    turned into what has the gradient `dy` (N, C_out, T').
+    """(g, dbeta, dgamma): `dgrad` at stride 1 and the `backward_reduce` of bn_relu_dropout in one pass.
 
-    y, z (N, C, T); g, of their shape and dtype, is the gradient at the ReLU's input, open where z > 0; dbeta = sum g
-    and dgamma = sum g*yhat are taken before g is rounded: (C,) fp32. As `dgrad`, then `backward_reduce` of
-    bn_relu_dropout, in one pass.
+    dy (N, C_out, T') is the gradient of the conv's output. The conv's input was `z` = mask(dropout(relu(batch norm of
+    `y`))), with the vectors in `norm` and the lengths and dropout in `mask`; y and z are (N, C, T). g has the shape and
+    dtype of y and is the gradient at the input of the ReLU, which was open where z > 0. dbeta = sum g and
+    dgamma = sum g*yhat are (C,) fp32, summed before g is rounded.
     """
     return _dgrad(dy, weight, y.shape[2], geometry, mask.lengths, packed, (y, z, norm.mean, norm.rstd, mask.p))
 
@@ -233,14 +235,14 @@ def wgrad(
     dtype: torch.dtype | None = None,
     clean: bool = False,
 ) -> Tensor:
-    """dweight (C_out, C_in, K = `k`), in `dtype` (default: that of `x`), of `x` (N, C_in, T), zero at t >= `lengths`
-    (N,), and `dy` (N, C_out, T'), both dense in NTC memory; clean: as in `forward`."""
+    """dweight (C_out, C_in, K = `k`) of `x` (N, C_in, T), zero at t >= `lengths` (N,), and `dy` (N, C_out, T'), both
+    dense in NTC memory. It has `dtype` (default: that of `x`). clean: as in `forward`."""
     _check(x, dy)
     _check_offsets(dy)
     n, c_in, t = x.shape
     (stride, padding, dilation), (c_out, t_out) = geometry, dy.shape[1:]
     if dy.shape[0] != n or t_out != _out_frames(t, k, geometry):
-        raise ValueError(f"dy {tuple(dy.shape)} is no gradient of the conv of x {tuple(x.shape)} with {k} taps")
+        raise ValueError(f"dy {tuple(dy.shape)} does not fit the conv of x {tuple(x.shape)} with {k} taps")
     if not (x.transpose(1, 2).is_contiguous() and dy.transpose(1, 2).is_contiguous()):
         raise ValueError(f"x and dy must be dense in NTC memory, got strides {x.stride()} and {dy.stride()}")
     tile = triton_tiles.choose("wgrad", x.device, x.dtype, Shape(c_in, c_out, k, stride, dilation, n * t_out), t_out)
@@ -290,18 +292,18 @@ def fused(
 ) -> Tensor:
     """mask(relu(conv1d(x) + x2 @ packed2 + bias)) of `x` (N, T, C_in), into `out` (N, T', C_out).
 
-    panes: x2 (N, T', C2) and packed2, a 1x1 conv. `out` and x2 have unit channel stride and any other strides, so that
-    a slice of a history buffer will do; `x` too, or unit frame stride (features as they are, fp32 whatever the pack's
-    dtype). Rows of x and x2 at t >= `lengths.before` count as zero and are not read; rows of the result at
-    t >= `lengths.after` are zero; tiles wholly there, or beyond the reach of x, cost no loads and no products. Where
-    rows are masked `out` may be longer than the conv's result. `bias` is fp32 (C_out,).
+    panes: x2 (N, T', C2) and packed2, a 1x1 conv. `out` and x2 need unit channel stride; their other strides are free,
+    so a slice of a history buffer will do. `x` has unit channel stride too, or unit frame stride (features, fp32 for
+    any dtype of the pack). Rows of x and x2 at t >= `lengths.before` count as zero and are not read. Rows of the result
+    at t >= `lengths.after` are zero. A tile that lies wholly in such rows, or that no row of x reaches, costs no loads
+    and no products. With a mask, `out` may have more rows than the conv gives. `bias` is fp32 (C_out,).
 
-    clean: x and x2 are zero beyond `lengths.before`, as in `forward`. log_softmax: of up to 128 channels, `out` is then
-    fp32. workspace: lets several programs share a tile's reduction.
-    Raises ValueError for shapes that do not fit and TypeError for dtypes.
+    clean: as in `forward`, for x and x2. log_softmax: over up to 128 channels; `out` is then fp32. workspace: lets
+    several programs share the reduction of a tile. Raises ValueError for shapes that do not fit and TypeError for
+    dtypes.
     """
     w, (stride, padding, dilation), (n, t, c_in) = packed, geometry, x.shape
-    nct = c_in > 1 and (x.stride(2) != 1 or (t == 1 and x.dtype != w.data.dtype))  # of one frame either is true
+    nct = c_in > 1 and (x.stride(2) != 1 or (t == 1 and x.dtype != w.data.dtype))  # with one frame both strides are 1
     masked = lengths.masked and (lengths.before is not None or lengths.after is not None)
     x2, w2 = panes or (None, None)
     out = _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, nct)
@@ -316,7 +318,7 @@ def fused(
             raise ValueError(f"log-softmax in the kernel takes up to {SOFTMAX_MAX} channels, got {w.c_out}")
         tile = tile._replace(n=max(16, triton.next_power_of_2(w.c_out)))
     t_blocks, n_blocks = triton.cdiv(t_out, tile.t), triton.cdiv(w.c_out, tile.n)
-    splits = 1 if workspace is None or nct else tile.splits  # the first conv reduces too little to share
+    splits = 1 if workspace is None or nct else tile.splits  # the reduction of the first conv is too short to share
     part = arrived = None
     if splits > 1:
         tiles = n * t_blocks * n_blocks
@@ -351,17 +353,17 @@ def fused(
 
 
 def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, nct) -> Tensor:
-    """`out`, or a new one where it is None; raises ValueError or TypeError where the operands of `fused` do not fit."""
+    """`out`, or a new tensor if it is None; raises ValueError or TypeError if the operands of `fused` do not fit."""
     n, t, c_in = x.shape
     if x.dtype != w.data.dtype and not (nct and x.dtype == torch.float32):
         raise TypeError(f"the triton face takes x and weights of one dtype, got {x.dtype} and {w.data.dtype}")
     if nct and x.stride(1) != 1 and t > 1:
-        raise ValueError(f"neither channels nor frames of x are neighbours in memory: strides {x.stride()} (N, T, C)")
+        raise ValueError(f"x has unit stride neither over channels nor over frames: strides {x.stride()} (N, T, C)")
     _check(w.data, w.data)
     if c_in != w.c_in:
         raise ValueError(f"x has {c_in} channels, the weight takes {w.c_in}")
     if lengths.made is not None and (lengths.before is None or lengths.after is not None):
-        raise ValueError("lengths are made from those before the conv, and take the place of those after it")
+        raise ValueError("`made` needs the lengths before the conv and replaces those after it")
     t_out = _out_frames(t, w.taps, geometry)
     if out is None:
         out = torch.empty((n, t_out, w.c_out), dtype=torch.float32 if log_softmax else w.data.dtype, device=x.device)
@@ -379,8 +381,8 @@ def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, nct) ->
 
 
 def takes_tf32() -> bool:
-    """Whether PyTorch's own fp32 convs round to TF32, and these with them."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # the older allow_tf32 raises where this one was set
+    """Whether PyTorch's own fp32 convs round to TF32; the fp32 convs of this face do the same."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # once this is set, reading allow_tf32 raises
 
 
 # ---- what the launches share ----
@@ -405,12 +407,12 @@ def _out_frames(t: int, taps: int, geometry: Geometry) -> int:
 
 
 def _activations(x: Tensor, stride: int, block_t: int, block_c: int) -> TensorDescriptor | None:
-    """A descriptor of `x` (N, T, C) as (N, T // stride, stride*C) for blocks of frames by channels, where the hardware
-    has TMA and x fits it."""
+    """A descriptor of `x` (N, T, C) as (N, T // stride, stride*C) for blocks of frames by channels; None if the
+    hardware has no TMA or x does not fit it."""
     (n, t, c), (item, row, _) = x.shape, x.stride()
     if not _has_tma(x) or c % block_c or x.data_ptr() % 16 or any(s * x.element_size() % 16 for s in (item, row)):
         return None
-    # CUDA asks that a stride be a multiple of the one before: at stride 2 an odd T is not
+    # CUDA wants each stride to be a multiple of the one before, which fails for an odd T at stride 2
     if stride > 1 and (row != c or t < stride or (n > 1 and item % (stride * row))):
         return None
     item = item if n > 1 else stride * row
@@ -423,7 +425,7 @@ def _has_tma(x: Tensor) -> bool:
 
 
 def _weights(packed: Packed | None, block_rows: int, block_cols: int, wanted: bool) -> TensorDescriptor | None:
-    """A descriptor of a pack as (K*C_in, C_pad), where there is one and it is `wanted`."""
+    """A descriptor of a pack as (K*C_in, C_pad); None if it is not `wanted` or the hardware has none."""
     if packed is None or not wanted:
         return None
     rows = packed.data.view(-1, packed.data.shape[2])
@@ -432,15 +434,15 @@ def _weights(packed: Packed | None, block_rows: int, block_cols: int, wanted: bo
 
 def _check(x: Tensor, other: Tensor) -> None:
     if x.dtype not in DTYPES or x.dtype != other.dtype:
-        raise TypeError(f"the triton face takes fp32, fp16 or bf16, all alike, got {x.dtype} and {other.dtype}")
+        raise TypeError(f"the triton face takes fp32, fp16 or bf16, the same for all, got {x.dtype} and {other.dtype}")
     if x.numel() == 0:
         raise ValueError(f"x has no elements: shape {tuple(x.shape)}")
     _check_offsets(x)
 
 
 def _check_offsets(*tensors: Tensor | None) -> None:
-    """Raises ValueError where an element of an utterance lies 2^31 or more from its first: in the kernels offsets
-    within an utterance have 32 bits."""
+    """Raises ValueError if an utterance spans 2^31 elements or more: the kernels count offsets within an utterance in
+    32 bits."""
     for x in tensors:
         if x is not None and sum((s - 1) * d for s, d in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 1 << 31:
             said = f"shape {tuple(x.shape[1:])}, strides {x.stride()[1:]}"
@@ -448,17 +450,19 @@ def _check_offsets(*tensors: Tensor | None) -> None:
 
 
 def _sizes(x: Tensor) -> tuple[int, tuple[int, int, int]]:
-    """VEC of `x` (N, T, C), and its channels and the strides of a row and of an item in units of VEC elements."""
+    """VEC of `x` (N, T, C), then its channels and its strides of a row and of an utterance in units of VEC elements."""
     (n, t, c), (item, row, one) = x.shape, x.stride()
     if one != 1 and c > 1:
-        raise ValueError(f"channels must be neighbours in memory, got strides {x.stride()} for (N, T, C)")
-    row, item = (row if t > 1 else c), (item if n > 1 else t * c)  # a stride that is never taken aligns with all
+        raise ValueError(f"x needs unit stride over channels, got strides {x.stride()} for (N, T, C)")
+    # the stride of a single row or utterance is never used: take one that is aligned
+    row, item = (row if t > 1 else c), (item if n > 1 else t * c)
     vec = next(v for v in (8, 4, 1) if c % v == row % v == item % v == 0)
     return vec, (c // vec, row // vec, item // vec)
 
 
 def _vec(c: int) -> int:
-    """The largest of 8, 4, 1 that divides C: it tells the compiler the alignment without compiling anew for every C."""
+    """The largest of 8, 4, 1 that divides C: it tells the compiler the alignment without a new compilation for each
+    C."""
     return next(v for v in (8, 4, 1) if c % v == 0)
 
 

@@ -2,10 +2,11 @@
 
     acc[t, o] += sum_k sum_c x[n, t*stride + k*dilation - padding, c] * w[k, c, o]
 
-Steps run over chunks of BLOCK_K channels and, innermost, over the taps, so that the frames of a chunk come from cache
-K - 1 times of K. 16-bit tiles that touch no padding come through tensor descriptors (TMA) on sm_90 and later, whose
-zero fill is the conv's own; the others through masked pointers, which become cp.async. At stride S the descriptor sees
-x as (N, T // S, S*C): frame p is row p // S there, from channel p % S * C on.
+The outer loop runs over chunks of BLOCK_K channels and the inner one over the taps, so K - 1 of K reads of a chunk come
+from cache. On sm_90 and later, 16-bit tiles that touch no padding are loaded through tensor descriptors (TMA); rows
+outside x are filled with zeros, as the conv wants. Other tiles are loaded through masked pointers, which become
+cp.async. At stride S the descriptor sees x as (N, T // S, S*C): frame p is the C channels of row p // S that start at
+channel p % S * C.
 """
 
 import triton
@@ -14,27 +15,28 @@ import triton.language as tl
 
 @triton.jit
 def dot(a, b, acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
-    if UPCAST:  # the interpreter's bf16 product is garbage; fp32 holds bf16 exactly
+    if UPCAST:  # the interpreter multiplies bf16 wrongly; fp32 holds bf16 exactly
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
 def out_frames(frames, taps, stride, padding, dilation):
-    """Frames that a conv makes of `frames`."""
+    """Frames of a conv's output for `frames` frames of input."""
     return tl.maximum((frames + 2 * padding - dilation * (taps - 1) - 1 + stride) // stride, 0)
 
 
 @triton.jit
 def strided_row(shift, padding, STRIDE: tl.constexpr):
-    """Of frame t*STRIDE + shift, shift >= -padding: its row less t, and its place among the STRIDE of that row."""
-    above = shift + padding * STRIDE  # not negative, for // truncates
+    """For frame t*STRIDE + shift (shift >= -padding): its row minus t, and its place among the STRIDE frames of that
+    row."""
+    above = shift + padding * STRIDE  # made non-negative, because // truncates here
     return above // STRIDE - padding, above % STRIDE
 
 
 @triton.jit
 def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left and the right half of the columns of a tile, for an epilogue that would not fit the registers."""
+    """The left and the right half of a tile's columns, for epilogues that do not fit the registers in one piece."""
     return tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
 
 
@@ -48,9 +50,9 @@ def add_taps(
 ):  # fmt: skip
     """acc [BLOCK_T, BLOCK_N] plus steps [i_begin, i_end) of the reduction.
 
-    x_tile: utterance n of x, C channels of it reduced; rows at t >= limit count as zero, and where IS_CLEAN they are.
-    Packed weights are (K, C_w, C_pad); IS_TRANSPOSED reduces over their last dimension and takes the taps in reverse:
-    the gradient of x.
+    x_tile: utterance n of x, of which C channels are reduced. Rows at t >= limit count as zero; with IS_CLEAN they are
+    zero in memory. Packed weights are (K, C_w, C_pad). IS_TRANSPOSED computes the gradient of x: it reduces over the
+    last dimension of the weights and takes the taps in reverse.
     """
     if HAS_DESCRIPTORS and not IS_NCT:
         seen = frames // STRIDE * STRIDE
@@ -69,12 +71,12 @@ def add_taps(
                 w = w_desc.load([tap * C_w + c0, o0])
             acc = dot(x, w, acc, UPCAST, PRECISION)
         i_begin = tl.where(whole, i_end, i_begin)
-    if not (HAS_DESCRIPTORS and IS_CLEAN and STRIDE == 1):  # a tile that reaches what a descriptor cannot leave out
+    if not (HAS_DESCRIPTORS and IS_CLEAN and STRIDE == 1):  # a tile with rows that a descriptor cannot mask
         offs_c = tl.arange(0, BLOCK_K)
         offs_o = o0 + tl.arange(0, BLOCK_N)
         first = (t0 + tl.arange(0, BLOCK_T)) * STRIDE - padding
-        # features are cast on their way: on the right of the product they pass through shared memory; on sm_90 a left
-        # operand would stay in registers, which the next step may fill while products still read them
+        # Features are cast here. As the right operand they pass through shared memory. As the left operand on sm_90
+        # they would stay in registers, which the next step may overwrite while products still read them.
         SWAPPED: tl.constexpr = HAS_DESCRIPTORS and IS_NCT
         if SWAPPED:
             acc = tl.trans(acc)

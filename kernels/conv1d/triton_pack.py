@@ -1,8 +1,8 @@
 """Packing a weight (C_out, C_in, K), as PyTorch keeps it, to (K, C_in, C_pad) in the dtype of the activations.
 
-C_pad is C_out rounded up to 16, so that each row starts on 16 bytes as tensor descriptors want; the rest is zeros. A
-program owns BLOCK_O output by BLOCK_I input channels with all K taps: every element is read once in the master's dtype
-and written once, and the forward and dgrad kernels both read this one pack.
+C_pad is C_out rounded up to 16, because tensor descriptors want each row to start at a multiple of 16 bytes; the added
+columns are zeros. A program owns BLOCK_O output by BLOCK_I input channels with all K taps. Every element is read once
+in the dtype of the master weight and written once. The forward and dgrad kernels read the same pack.
 """
 
 import triton

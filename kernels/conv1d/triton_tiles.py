@@ -1,8 +1,9 @@
-"""Tiles of the Triton convs: what dispatch takes, by table or by default, and what tuning may try.
+"""Tiles of the Triton convs: which one dispatch takes, from a table or by default, and which ones tuning tries.
 
-A forward, dgrad or fused program owns `t` frames by `n` output channels and takes `k` input channels of one tap a step,
-so a 16-bit step of 128 x 128 x 64 moves 32 KB for 2.1 MFLOP; `splits` programs share one such tile's reduction. A wgrad
-program owns `n` input by `k` output channels of one tap and takes `t` frames a step; `splits` share the utterances.
+A forward, dgrad or fused program owns `t` frames by `n` output channels. In each step it takes `k` input channels of
+one tap, so a 16-bit step of 128 x 128 x 64 moves 32 KB for 2.1 MFLOP. `splits` programs share the reduction of one
+tile. A wgrad program owns `n` input by `k` output channels of one tap and takes `t` frames in each step; `splits`
+programs share the utterances.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import torch
 
 from jasper_fast.kernels import tables
 
-# of a large GPU (an H100), by which defaults are chosen; constants, not the device's own, so that runs repeat anywhere
-WAVE = 132  # programs that fill it once; of wgrad's it holds two waves at a time
-FLOP_S = 660e12  # of 16-bit matrix products that tiles here can hope for
+# Defaults are chosen for a large GPU (an H100). These are constants, so that every GPU makes the same choice.
+WAVE = 132  # programs that fill the GPU once; it holds two waves of wgrad's programs
+FLOP_S = 660e12  # FLOP/s of 16-bit matrix products that these tiles can hope for
 BYTES_S = 3e12
 L2_S = 5.5e12  # bytes a second from L2 to all multiprocessors
 MERGE_G, MERGE_C = 64, 32  # tiles at a time and channels of a merging program
@@ -36,7 +37,7 @@ class Tile(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What a tile is chosen by: `rows` is N*T' of the output."""
+    """The sizes by which a tile is chosen; `rows` is N*T' of the output."""
 
     c_in: int
     c_out: int
@@ -56,32 +57,32 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, shape: Shape, fram
 
 @functools.lru_cache(maxsize=4096)
 def default(op: str, dtype: torch.dtype, shape: Shape, frames: int, exact: bool = False) -> Tile:
-    """A sound tile for `frames` output frames an utterance where nothing was measured.
+    """A sound tile for `frames` output frames per utterance, for use where nothing was measured.
 
-    exact: fp32 products are not rounded to TF32, which takes more registers.
+    exact: fp32 products are not rounded to TF32; that takes more registers.
     """
     wide = dtype.itemsize == 2
     if op == "wgrad":
         side = 128 if wide else 64
         n, k = _fit(shape.c_in, 16, side), _fit(shape.c_out, 16, side)
-        warps = 8 if not wide and n * k >= 64 * 64 else _warps(n * k)  # in fp32 4 spill on sm_100
+        warps = 8 if not wide and n * k >= 64 * 64 else _warps(n * k)  # 4 warps spill in fp32 on sm_100
         tile = Tile(64 if wide else 32, n, k, warps, 3)
         return tile._replace(splits=_shares(tile, shape, frames))
     reduced, out = (shape.c_out, shape.c_in) if op.startswith("dgrad") else (shape.c_in, shape.c_out)
-    t = 128 if wide and frames > 64 else 64 if wide or frames > 32 else 32  # wgmma takes no fewer than 64
+    t = 128 if wide and frames > 64 else 64 if wide or frames > 32 else 32  # wgmma needs at least 64
     if op == "fused" and shape.stride > 1:
-        t = min(t, 64)  # the network's first kernel spills at 128
+        t = min(t, 64)  # with 128 the network's first kernel spills
     if op == "fused" and exact and not wide:
-        t = 32  # shared reductions spill at 64: with 4 warps on sm_86, with 8 on sm_100
+        t = 32  # with 64 shared reductions spill: 4 warps on sm_86, 8 on sm_100
     n, k = _fit(out, 16, 128 if wide else 64), _fit(reduced, 16, 64 if wide else 32)
-    small = op == "fused" and not wide and t * n < 64 * 64  # with 4 warps some spill: panes on sm_100, the last conv
+    small = op == "fused" and not wide and t * n < 64 * 64  # 4 warps spill for panes on sm_100 and for the last conv
     warps = 8 if small else _warps(t * n)
     tile = Tile(t, n, k, warps, 3)
     return _split(tile, shape, dtype) if op == "fused" else tile
 
 
 def narrower(tile: Tile, dtype: torch.dtype) -> list[Tile]:
-    """What `default` may choose for `fused` where `tile` makes too few programs: itself, and narrower ones."""
+    """The tiles that `default` may choose for `fused` if `tile` makes too few programs: `tile` and narrower ones."""
     found = [tile]
     while dtype.itemsize == 2 and found[-1].n > 32 and tile.t * found[-1].n > 64 * 64:  # 64 x 32 spills on sm_86
         found.append(found[-1]._replace(n=found[-1].n // 2))
@@ -147,12 +148,13 @@ def _shared(op: str, dtype: torch.dtype, tile: Tile, shape: Shape, frames: int) 
 
 
 def transpose_meta(taps: int) -> dict[str, int]:
-    """The block of a program that packs weights, or adds up their gradient, with all K taps: 4096 at most."""
+    """The block of a program that packs weights or adds up their gradient: with all K taps, at most 4096 elements."""
     return {"BLOCK_K": 1 << (taps - 1).bit_length(), "BLOCK_I": 4, "BLOCK_O": 32}
 
 
 def _shares(tile: Tile, shape: Shape, frames: int) -> int:
-    """Groups of utterances with gradients of their own: the time of the last wave, and what the partials move."""
+    """Into how many groups wgrad splits the utterances: it weighs the idle part of the last wave against the bytes of
+    partial results."""
     batch = max(1, shape.rows // frames)
     programs = shape.taps * -(-shape.c_in // tile.n) * -(-shape.c_out // tile.k)
     utterance = 2 * frames * tile.n * tile.k / (FLOP_S / (2 * WAVE))
@@ -165,9 +167,9 @@ def _shares(tile: Tile, shape: Shape, frames: int) -> int:
 
 
 def _split(tile: Tile, shape: Shape, dtype: torch.dtype) -> Tile:
-    """`tile`, or a narrower one, with the splits for which one SM moves the fewest bytes.
+    """`tile`, or a narrower one, with the splits at which one SM moves the fewest bytes.
 
-    A program reads the frames and weights of its share of the steps; the last to arrive also reads all partial sums.
+    A program reads the frames and weights of its share of the steps; the last one also reads all partial sums.
     """
 
     def moved(tile: Tile) -> int:
@@ -183,7 +185,7 @@ def _split(tile: Tile, shape: Shape, dtype: torch.dtype) -> Tile:
 
 
 def _splits(tile: Tile, shape: Shape) -> int:
-    """The most programs that may share a tile: one wave of them, each with MIN_STEPS or more."""
+    """The most programs that may share a tile: all programs fit one wave, and each has at least MIN_STEPS steps."""
     steps = shape.taps * -(-shape.c_in // tile.k)
     return max(1, min(WAVE // _tiles(tile, shape), steps // MIN_STEPS))
 

@@ -2,11 +2,11 @@
 
     dw[k] = sum_(n,t) x[n, t*stride + k*dilation - padding, :]^T dy[n, t, :]
 
-A program owns BLOCK_I input by BLOCK_O output channels of one tap, over a share of the utterances, and takes BLOCK_T
-frames a step: x and dy are read once for each block of the other's channels and each tap (from cache, all but once).
-Rows whose shifted x does not exist or is padding are not read; where padding IS_CLEAN an utterance's last step may read
-some, zeros. The shares' fp32 partials (shares, K, C_in, C_out) are added in a fixed order by a second kernel, which
-writes dw (C_out, C_in, K), PyTorch's order.
+A program owns BLOCK_I input by BLOCK_O output channels of one tap over a share of the utterances, and takes BLOCK_T
+frames in each step. x is read once for each tap and each block of output channels, dy once for each tap and each block
+of input channels (from cache except once). Rows whose shifted x does not exist or is padding are not read. With
+IS_CLEAN the last step of an utterance may read some of that padding, which is zero. A second kernel adds the fp32
+partial results (shares, K, C_in, C_out) in a fixed order and writes dw (C_out, C_in, K), the order of PyTorch.
 """
 
 import triton
@@ -48,14 +48,14 @@ def conv1d_wgrad_kernel(
         limit = frames
         if HAS_LENGTHS:
             limit = tl.minimum(tl.load(lengths_ptr + n).to(tl.int32), limit)
-        # outputs whose shifted input exists and is not padding: the rest multiply zeros
+        # outputs whose shifted input exists and is not padding: all others would multiply zeros
         begin = tl.maximum(0, tl.cdiv(-shift, STRIDE))
         end = tl.minimum(frames_out, tl.cdiv(limit - shift, STRIDE))
         if HAS_DESCRIPTORS:
             row, place = strided_row(shift, padding, STRIDE)
             if IS_CLEAN and STRIDE == 1:
                 steps = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_T)
-            else:  # whole steps; what is left of the utterance takes the other loop
+            else:  # whole steps; the other loop takes the rest of the utterance
                 steps = tl.maximum(tl.minimum(end, frames // STRIDE - row) - begin, 0) // BLOCK_T
             for i in range(steps):
                 t = begin + i * BLOCK_T
@@ -69,7 +69,7 @@ def conv1d_wgrad_kernel(
             for t0 in range(begin, end, BLOCK_T):
                 t = t0 + tl.arange(0, BLOCK_T)
                 mask_t = t < end
-                # x is loaded as its transpose: on sm_80 a tl.trans of what was loaded keeps it from being copied ahead
+                # x is loaded transposed: on sm_80 a tl.trans after the load would prevent copying ahead
                 offs_x = (t * STRIDE + shift)[None, :] * C_in + offs_i[:, None]
                 offs_dy = t[:, None] * C_out + offs_o[None, :]
                 x = tl.load(x_n + offs_x, mask=mask_i[:, None] & mask_t[None, :], other=0.0)
@@ -84,7 +84,7 @@ def conv1d_wgrad_merge_kernel(
     part_ptr, dw_ptr, shares, taps, c_in, c_out,
     BLOCK_K: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """dw [BLOCK_O, BLOCK_I, all K taps] as the sum of the shares' partials, transposed on the chip."""
+    """dw [BLOCK_O, BLOCK_I, all K taps]: the sum of the partial results of all shares, transposed on the chip."""
     i_blocks = tl.cdiv(c_in, BLOCK_I)
     offs_i = (tl.program_id(0) % i_blocks) * BLOCK_I + tl.arange(0, BLOCK_I)
     offs_o = (tl.program_id(0) // i_blocks) * BLOCK_O + tl.arange(0, BLOCK_O)

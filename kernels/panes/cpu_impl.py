@@ -1,6 +1,6 @@
-"""The CPU face: C++ kernels (csrc/cpu), fp32, vectorised at run time and threaded; padding is not multiplied.
+"""The CPU face: threaded C++ kernels (csrc/cpu) in fp32, which skip the padding.
 
-Shapes are those of reference.py, all tensors contiguous but the xs. Results are the same bits whatever the number of
+Shapes are those of reference.py; all tensors but the xs must be contiguous. Results are bit-identical for any number of
 threads.
 """
 
@@ -19,14 +19,15 @@ def outputs(xs: list[Tensor], weights: list[Tensor], lengths: Tensor | None, y: 
 
 
 def forward(y: Tensor, mean: Tensor, scale: Tensor, start: Tensor) -> Tensor:
-    """`start` + sum over panes of (y - mean)*scale, (N*T, C_out); `start`: such a matrix, written over, or (C_out,)."""
+    """`start` + sum over panes of (y - mean)*scale, (N*T, C_out). `start` is (C_out,), or (N*T, C_out) and is
+    overwritten."""
     out = y.new_empty(y.shape[1:]) if start.dim() == 1 else start
     native.cpu().panes_forward(y, mean, scale, start, out)
     return out
 
 
 def backward_reduce(g: Tensor, y: Tensor, mean: Tensor) -> Tensor:
-    """sum over rows of g*(y - mean), (P, C_out)."""
+    """The sum of g*(y - mean) over rows, (P, C_out)."""
     sums = torch.empty_like(mean)
     native.cpu().panes_reduce(g, y, mean, sums)
     return sums
@@ -43,7 +44,7 @@ def gradients(
     weights: list[Tensor],
     lengths: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Lists of dx and of dW, in the shapes of x and the weight; dx has any values at t >= `lengths`."""
+    """Lists of dx and of dW, in the shapes of x and the weight; dx is undefined at t >= `lengths`."""
     operands = _operands(xs, weights)
     dxs, dweights = ([torch.empty_like(t) for t in tensors] for tensors in operands)
     native.cpu().panes_gradients(g, mean_g, y, mean, scale, slope, *operands, lengths, dxs, dweights)

@@ -1,16 +1,17 @@
 """The Gram form of the panes: batch statistics of a 1x1 conv's output from the mean and covariance of its input.
 
-A pane is BN(x W^T) over the M = N*T rows of a block output x. With m = mean(x) and S = cov(x) (C x C, once for each
-block output, shared by every later block):
+A pane is BN(x W^T) over the M = N*T rows of a block output x. With m = mean(x) and S = cov(x) (C x C, computed once for
+each block output and shared by every later block):
 
     mean_y = W m,   var_y = diag(W S W^T),   a = gamma*(var_y + eps)^-1/2
     out = sum_k x_k (diag(a_k) W_k)^T + (beta_k - a_k mean_y_k)
 
-No pane output is stored, forward or backward. Where x has a large mean its rows are centred before a product, or what
-multiplies them is centred, so that rounding is relative to deviations.
+No pane output is stored, forward or backward. Either the rows of x or the matrix that multiplies them are centred
+before a product. Rounding is then relative to deviations, even if x has a large mean.
 
-S is symmetric, so three quarters of it are made and kept: L, the block lower triangle of its halves, flat, with what
-lies below the diagonal blocks doubled. For any row w of W, w S w^T = w L w^T, and 2 S = L + L^T.
+S is symmetric, so only three quarters of it are computed and kept. Cut S into 2 x 2 blocks. L is its two diagonal
+blocks and twice the block below the diagonal, in one flat tensor. For any row w of W, w S w^T = w L w^T, and 2 S = L +
+L^T.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ def lower(s: Tensor) -> Tensor:
 
 
 def kept(c):
-    """Elements of a flat L."""
+    """Number of elements of L."""
     return (c // 2) ** 2 + (c - c // 2) * c
 
 
 def _halves(a):
-    """The first C//2 of the C columns of `a`, and the others."""
+    """The first C//2 of the C columns of `a`, and the other columns."""
     return a.split((a.shape[1] // 2, a.shape[1] - a.shape[1] // 2), 1)
 
 
 def _blocks(flat, c):
-    """Of a flat L the blocks L11, L21 and L22, then the last two as one, all views: rows and columns cut at c//2."""
+    """Views of the blocks L11, L21 and L22 of L, and of L21 and L22 as one block; rows and columns are cut at c//2."""
     half = c // 2
     top, below = flat.split((half**2, kept(c) - half**2))
     below = below.view(c - half, c)
@@ -47,16 +48,16 @@ def _blocks(flat, c):
 
 
 def _lower_product(a, b):
-    """The blocks of a^T b, flat as those of L, nothing doubled."""
+    """The blocks of a^T b, laid out as those of L, but with no block doubled."""
     left, right = _halves(a)
     return torch.cat([product(left.T, _halves(b)[0]).flatten(), product(right.T, b).flatten()])
 
 
 def gram(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (C,) of the rows of `x` (N, C, T) and L of their covariance, fp32 or wider."""
+    """The mean (C,) of the rows of `x` (N, C, T) and the L of their covariance, fp32 or wider."""
     x = rows(ntc(x))
     mean = x.mean(0, dtype=wide_dtype(x))
-    # centred before the product, as E[x x^T] - m m^T would cancel; by `out` in one pass, without a difference in fp32
+    # centred before the product, because E[x x^T] - m m^T would cancel; `out` avoids a copy of the difference in fp32
     centred = torch.sub(x, mean, out=torch.empty_like(x))
     cov = _row_product(centred).div_(x.shape[0]).to(mean.dtype)
     _blocks(cov, x.shape[1])[1].mul_(2)
@@ -64,7 +65,8 @@ def gram(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _row_product(x):
-    """x^T x, on the CPU summed in fp64 over chunks of rows: a variance keeps the accuracy that batch_norm has there."""
+    """x^T x. On a CPU, chunks of rows are summed in fp64, so that variances are as accurate as those of batch_norm
+    there."""
     if x.is_cuda or x.dtype == torch.float64:
         return _lower_product(x, x)
     total = x.new_zeros(kept(x.shape[1]), dtype=torch.float64)
@@ -74,15 +76,15 @@ def _row_product(x):
 
 
 def gram_backward(x: Tensor, mean: Tensor, dmean: Tensor, dcov: Tensor, m: Tensor | int) -> Tensor:
-    """The gradient of `x` (N, C, T) from those of the mean and of L, taken over `m` rows."""
+    """The gradient of `x` (N, C, T) from the gradients of the mean and of L, which were taken over `m` rows."""
     n, c, t = x.shape
     d11, d21, d22, _ = _blocks(dcov, c)
     d = torch.cat([torch.cat([d11 + d11.T, 2 * d21.T], 1), torch.cat([2 * d21, d22 + d22.T], 1)]).div_(m)
     scale = d.new_ones(())
-    if x.dtype.itemsize == 2:  # d is small: to about 1, by a power of two, so that 16 bits hold it
+    if x.dtype.itemsize == 2:  # d is small: a power of two scales it to about 1, so that 16 bits hold it
         scale = torch.ldexp(scale, -d.abs().amax().frexp().exponent)
         d = (d * scale).to(x.dtype)
-    # from d as rounded, so that its rounding moves the centred rows only
+    # from the rounded d, so that its rounding error multiplies centred rows only
     k = dmean / m - (mean @ d.to(mean.dtype)) / scale
     out = x.new_empty((n * t, c))
     torch.addcdiv(k, product(rows(ntc(x)), d), scale, out=out)
@@ -117,19 +119,20 @@ def forward(
     betas: list[Tensor],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of the panes (N, C_out, T), means (P, C_out), variances (P, C_out)) of P inputs and their `gram`s."""
+    """(sum of the panes (N, C_out, T), means (P, C_out), variances (P, C_out)) of P inputs with their means and
+    covariances."""
     n, _, t = xs[0].shape
     shift, products, pane_mean, pane_var = 0, [], [], []
     for x, m, s, w, gamma, beta in zip(xs, means, covs, weights, gammas, betas, strict=True):
         w = w.flatten(1).to(s.dtype)
         mean, var = w @ m, (_times_lower(w, s) * w).sum(1).clamp_min_(0)
         scaled = ((gamma * (var + eps).rsqrt())[:, None] * w).to(x.dtype)
-        # from the rounded weights, so that their rounding moves the centred rows only
+        # from the rounded weights, so that their rounding error multiplies centred rows only
         shift = shift + beta.double() - scaled.double() @ m.double()
         products.append((rows(ntc(x)), scaled.T))
         pane_mean.append(mean)
         pane_var.append(var)
-    out = torch.addmm(shift.to(xs[0].dtype), *products[0])  # all shifts at once: the sum is written once a pane
+    out = torch.addmm(shift.to(xs[0].dtype), *products[0])  # adds all shifts at once: the sum is written once per pane
     for x, scaled in products[1:]:
         out.addmm_(x, scaled)
     return out.view(n, t, -1).transpose(1, 2), torch.stack(pane_mean), torch.stack(pane_var)
@@ -147,9 +150,9 @@ def backward(
     eps: float,
     synced: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
-    """Gradients of xs, means, covs, weights and gammas, lists of P, and of each beta (they are equal), from `g`.
+    """From `g`: lists of the P gradients of xs, means, covs, weights and gammas, and the gradient that all betas share.
 
-    `synced`: means and covariances are those of several ranks.
+    synced: means and covariances were taken over several ranks.
     """
     n, _, t = g.shape
     g = rows(ntc(g))
@@ -166,8 +169,8 @@ def backward(
         dvar = -0.5 * gamma * rstd**3 * da
         dw = torch.addcmul(a[:, None] * p, dvar[:, None], _times_twice(w, s))
         scaled = (a[:, None] * w).to(g.dtype)
-        # what the rows' mean of g gives is taken off at once: it would only cancel, later and rounded. Ranks have
-        # different ones, so where there are more it is left to the gradient of the mean.
+        # The part that comes from the mean of g over rows cancels later, so it is subtracted here, before rounding.
+        # With several ranks that mean differs between ranks, so there it is left to the gradient of the mean.
         given = total @ scaled.to(wide)
         shift = torch.zeros_like(scaled[0]) if synced else (-given / g.shape[0]).to(g.dtype)
         dxs.append(torch.addmm(shift, g, scaled).view(n, t, -1).transpose(1, 2))

@@ -18,7 +18,7 @@ def draw_config(rng: random.Random) -> JasperConfig:
     for _ in range(rng.randint(1, 4)):
         kind = rng.choice(["none", "plain", "dense", "dense"])
         k, s, d = rng.choice([1, 2, 3, 4, 5, 8, 11]), rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 3])
-        if kind != "none":  # the panes keep the number of frames, so an odd kernel must too
+        if kind != "none":  # panes do not change the number of frames, so the convs must not either
             s, k = 1, k | 1
         d = 1 if s > 1 else d
         blocks.append(
@@ -90,11 +90,12 @@ def evaluate(call, features, lengths) -> dict[str, torch.Tensor]:
 
 
 def compare(what: str, got: dict, lows: list[dict], ref: dict, floor: int = 64) -> None:
-    """`got` is within twice the error of the eager twin in fp32, and `floor` eps of the size of the values.
+    """`got` is within twice the error of the eager twin in fp32, plus `floor` eps of the size of the values.
 
-    `lows` are eager's results in fp32, and those after features moved by one eps and weights by four: batch norm of few
-    values may magnify rounding at will, and eager shows by how much. Gradients are of the size of the largest of
-    the step, and a mean of the size of its deviation: those that cancel to nothing are rounding and no more.
+    `lows` are eager's results in fp32, and its results after features moved by one eps and weights by four. Batch norm
+    of few values can magnify rounding without limit; eager shows by how much. The size of a gradient is that of the
+    largest gradient of the step, and the size of a mean is its deviation, because values that cancel to zero are only
+    rounding.
     """
     assert got.keys() == ref.keys(), f"{what}: other entries: {got.keys() ^ ref.keys()}"
     largest = max((float(v.abs().max()) for k, v in ref.items() if k.startswith("grad")), default=0.0)
@@ -121,7 +122,7 @@ def case(seed: int) -> None:
     torch.manual_seed(seed)
     config = draw_config(rng)
     n, t = rng.randint(1, 4), rng.choice([1, 2, 5, 16, 17, 33, 50])
-    while frames(config, t) < 1:  # eager refuses a batch of which no frame comes out
+    while frames(config, t) < 1:  # eager rejects a batch without output frames
         t += 7
     masks = config.encoder.use_conv_masks
     lengths = torch.tensor([rng.choice([0, 1, t, rng.randint(0, t)]) for _ in range(n)])
@@ -158,7 +159,8 @@ def case(seed: int) -> None:
             eager.zero_grad()
             lows.append(step(eager, x, lengths, seed))
         ref = step(double, features.double(), lengths, seed)
-        # The Gram form takes a pane's variance from a covariance; of few frames that has a low rank, and terms cancel.
+        # The Gram form computes a pane's variance from a covariance, which has a low rank for few frames, so terms
+        # cancel.
         compare("training", step(ours, features, lengths, seed), lows, ref, 512 if panes == "gram" else 64)
     except Exception as error:
         where = f"{backend}, panes {panes}, n {n}, t {t}, lengths {lengths.tolist()}, {config.encoder}"

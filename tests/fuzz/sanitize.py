@@ -2,8 +2,9 @@
 
     python tests/fuzz/sanitize.py [address] [thread]
 
-Python and torch are not instrumented, so the sanitizer's runtime is loaded before them; tests/fuzz/suppressions/ says
-what of theirs is passed over, and why. The leak check is off: Python frees nothing at its end.
+Python and torch are not instrumented, so the runtime of the sanitizer is loaded before them. tests/fuzz/suppressions/
+lists which of their reports are ignored, and why. The leak check is off, because Python does not free its memory at
+exit.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SUPPRESSIONS = ROOT / "tests" / "fuzz" / "suppressions"
 RUNTIME = {"address": "libasan.so", "thread": "libtsan.so"}
-# Of both kinds: everything that a kernel does with memory. Not tests that start a process with the usual library.
+# For both sanitizers: tests of everything that kernels do with memory, but none that start a process with the usual
+# library.
 TESTS = {
     "address": (
         [
@@ -60,7 +62,7 @@ def main() -> None:
         tests, chosen = TESTS[kind]
         for level in LEVELS[kind]:
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen]
-            if kind == "thread":  # without randomised addresses, which this runtime may not find its way in
+            if kind == "thread":  # without address randomisation, with which this runtime may fail to start
                 command = ["setarch", platform.machine(), "-R", *command]
             code = subprocess.call([*command, *tests], cwd=ROOT, env=environment(kind, level))
             print(f"sanitize: {kind}, instruction set {level or 'of this machine'}: {'failed' if code else 'clean'}")

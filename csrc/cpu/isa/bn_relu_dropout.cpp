@@ -4,10 +4,10 @@
 //   forward  reads y [+ residual]        writes z        (8 [12]); padding rows: writes only
 //   reduce   reads dz, y [+ z]           dbeta, dgamma   (8 [12]); padding rows: nothing
 //   apply    reads dz, y [+ z]           writes dy [+ dres]  (12 [20])
-//
-// Work is cut into blocks of a few rows that fit in L1/L2. A block is walked by columns of W channels, the rows of one
-// column in the inner loop: per-channel vectors stay in registers, sums too. Dropout draws the block's keep bits first
-// (1 bit an element, on the stack) and prefetches the block's rows meanwhile, so memory and multipliers overlap.
+// Work is cut into blocks of a few rows that fit in L1/L2. The outer loop over a block takes columns of W channels and
+// the inner loop takes the rows of one column, so per-channel vectors and sums stay in registers. Dropout first draws
+// the keep bits of the block (1 bit per element, on the stack) and prefetches its rows meanwhile, so memory and
+// multipliers work at the same time.
 #include "../bn_relu_dropout.h"
 
 #include <type_traits>
@@ -23,7 +23,7 @@ constexpr int64_t kBlockElements = 4096;
 constexpr int64_t kStatsRows = 16;
 constexpr int64_t kCacheLine = 64;
 
-// A block: `rows` rows from `row`, channels [begin, end). Several rows only when it spans all channels.
+// A block: `rows` rows from `row` on, channels [begin, end). It has several rows only if it spans all channels.
 struct Block {
   int64_t row, rows, begin, end;
 };
@@ -68,10 +68,10 @@ JF_INLINE void prefetch(const T* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch((const char*)p + i);
 }
 
-// The keep bits of one block, one bit an element from the block's first element on.
+// The keep bits of one block, one bit per element, starting at the block's first element.
 class KeepBits {
  public:
-  // Draws them; prefetches the same elements of `y` and, unless null, of `other`.
+  // Draws the bits, and prefetches the same elements of `y` and, unless null, of `other`.
   template <class T>
   JF_INLINE void draw(const BnArgs& a, const Block& b, const T* y, const T* other) {
     const int64_t begin = b.row * a.c + b.begin, end = (b.row + b.rows - 1) * a.c + b.end;
@@ -89,7 +89,7 @@ class KeepBits {
     const uint64_t bit = (uint64_t)(offset_ + i);
     uint32_t bits;
     std::memcpy(&bits, bytes_ + bit / 8, 4);
-    return mask_of_bits(bits >> (bit % 8));  // at least 25 of the bits are ours, W <= 16 are used
+    return mask_of_bits(bits >> (bit % 8));  // at least 25 of the bits are valid, W <= 16 are used
   }
 
  private:
@@ -103,7 +103,7 @@ JF_INLINE void zero_rows(const BnArgs& a, const Block& b, T* p) {
 }
 
 // ---- statistics ----
-// A channel's partial sums in fp64, one column of W channels.
+// Partial sums in fp64 of one column of W channels.
 struct Sum {
   explicit Sum(const double* p) : lower_half(load_raw<D>(p)), upper_half(load_raw<D>(p + WD)) {}
   JF_INLINE void add(D a, D b) {
@@ -117,10 +117,10 @@ struct Sum {
   D lower_half, upper_half;
 };
 
-// Per channel, in blocks of kStatsRows rows that stay in L1: the mean of y - shift, then the squared deviations from
-// it, then Chan's merge. The shift (the chunk's first block mean) keeps the numbers small where |mean| >> deviation;
-// the sum of y itself goes in fp64 and gives the mean its last bit.
-// partial: sum of y (fp64), then in fp32 the shift, the mean of y - shift, and M2.
+// Per channel, in blocks of kStatsRows rows that stay in L1: takes the mean of y - shift, then the squared deviations
+// from it, then merges them (Chan's formula). The shift is the mean of the chunk's first block; it keeps the numbers
+// small where |mean| >> deviation. The sum of y itself is taken in fp64, so that the mean is exact to the last bit.
+// partial: the sum of y (fp64), then in fp32 the shift, the mean of y - shift, and M2.
 template <class T>
 void stats_chunk(const BnArgs& a, int64_t row, int64_t end, double* sums) {
   const T* y = static_cast<const T*>(a.y);
@@ -158,7 +158,7 @@ void stats_chunk(const BnArgs& a, int64_t row, int64_t end, double* sums) {
 #pragma GCC unroll 4
       for (int64_t r = 0; r < rows; ++r) {
         const F d = load_part<kFull>(p + r * a.c, n) - shift - block_mean;
-        rest += d;  // zero but for the rounding of block_mean
+        rest += d;  // zero except for the rounding of block_mean
         square += d * d;
       }
       const F delta = block_mean + rest * inverse - load(means + c);
@@ -202,9 +202,9 @@ void forward_chunk(const BnArgs& a, int64_t row, int64_t end) {
 }
 
 // ---- backward ----
-// Where the gradient passes ReLU, dropout and mask. With a residual the sign of the sum cannot be made from y, but z is
-// exactly 0 where clipped, dropped or masked, so z decides alone; else the sign of (y - mean)*gain + beta and the keep
-// bits do.
+// What decides where the gradient passes ReLU, dropout and mask. With a residual the sign of the sum cannot be computed
+// from y, but z is exactly 0 where it was clipped, dropped or masked, so z alone decides. Otherwise the sign of (y -
+// mean)*gain + beta and the keep bits decide.
 enum class Gate { z, sign, sign_and_keep };
 
 struct Gradient {
@@ -226,7 +226,7 @@ JF_INLINE Gradient gradient(const BnArgs& a, const KeepBits& keep, const Block& 
   }
 }
 
-// partial: sum g (C), sum g*(y - mean) (C), in fp64: their terms cancel, and the conversions hide behind the loads.
+// partial: sum g (C) and sum g*(y - mean) (C). In fp64, because terms cancel; the conversions hide behind the loads.
 template <class T, Gate kGate>
 void reduce_chunk(const BnArgs& a, int64_t row, int64_t end, double* partial) {
   const T *y = static_cast<const T*>(a.y), *dz = static_cast<const T*>(a.dz);
@@ -264,7 +264,7 @@ void apply_chunk(const BnArgs& a, int64_t row, int64_t end) {
   const T *y = static_cast<const T*>(a.y), *dz = static_cast<const T*>(a.dz);
   T *dy = static_cast<T*>(a.out), *dres = static_cast<T*>(a.dres);
   const bool batch_statistics = a.mean_g != nullptr;
-  // dy = gain*g + slope*(y - mean) + offset, the last two through the batch's statistics.
+  // dy = gain*g + slope*(y - mean) + offset; slope and offset come from the batch statistics.
   const auto rows_of = [&](const Block& b, const KeepBits& keep, auto has_gradient) __attribute__((always_inline)) {
     constexpr bool kGradient = decltype(has_gradient)::value;
     for_columns(b.begin, b.end, [&](int64_t c, int n, auto full) {
@@ -355,10 +355,10 @@ void bn_apply_chunk(const BnArgs& a, int64_t row, int64_t end) {
   });
 }
 
-// ---- merging the chunks' partials, in order, in fp64 ----
+// ---- merging the partial results of the chunks, in order, in fp64 ----
 constexpr int64_t kMergeChannels = 16;
 
-// Every chunk has bn_chunk_rows(c) rows but the last. M2 = sum of M2_k + n_k*(mean_k - mean)^2.
+// Every chunk but the last has bn_chunk_rows(c) rows. M2 = sum of M2_k + n_k*(mean_k - mean)^2.
 void bn_merge_stats(const BnArgs& a, int64_t chunks, const double* partials, float* mean, float* m2) {
   const int64_t padded = bn_padded(a.c), rows = bn_chunk_rows(a.c), total = a.n * a.t;
   for (int64_t begin = 0; begin < a.c; begin += kMergeChannels) {

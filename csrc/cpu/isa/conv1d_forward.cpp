@@ -1,14 +1,14 @@
 // 1D convolution over (N, T, C) memory as an implicit GEMM, compiled once per instruction set.
 //
 //   y[t, co] = sum_k sum_c x[t*s + k*d - p, c] * w[co, c, k]
-//
-// The reduction is cut into chunks of channels. Of each chunk a window of x (the rows of the group and their halo, zero
-// where x has no row) is copied once into a buffer whose row stride is odd in cache lines: a power-of-two C would put
-// all rows into the same few L1 sets. All taps then read the same window, shifted, and all column blocks reuse it.
-// Weights are packed [column block][chunk][tap][unit][kColumns]; a (block, chunk) panel fits L2 and is prefetched
-// while the panel before it is in use. Every output element is a sum of sums of at most kChain products in a fixed
-// order, whatever the tiling and the number of threads; the short chains keep fp32's rounding error small. With weights
-// in bf16 a unit is two channels, x is rounded to bf16 as it is copied into the window, and sums are fp32 as ever.
+// The reduction is cut into chunks of channels. For each chunk a window of x is copied once into a buffer: the rows of
+// the group and their halo, with zeros where x has no row. The row stride of the buffer is an odd number of cache
+// lines, because a power-of-two C would put all rows into the same few L1 sets. All taps read the same window, shifted,
+// and all column blocks reuse it. Weights are packed [column block][chunk][tap][unit][kColumns]. A (block, chunk) panel
+// fits L2 and is prefetched while the panel before it is in use. Every output element is a sum of sums of at most
+// kChain products, in an order that does not depend on the tiling or the number of threads; the short chains keep the
+// rounding error of fp32 small. With bf16 weights a unit is two channels, x is rounded to bf16 as it is copied, and
+// sums are fp32.
 
 #include "../conv1d_fir.h"
 #include "../conv1d_rows.h"
@@ -19,12 +19,12 @@ namespace jf {
 namespace JF_ISA {
 namespace {
 
-// Sums of one chunk of channels over one group of rows, for a range of column blocks.
+// The products of one chunk of channels with one group of rows, for a range of column blocks.
 struct Chunk {
   const float* packed;    // first block's panel of this chunk
   int64_t block_stride;   // floats between the panels of neighbouring blocks
   int64_t depth;          // units
-  const float* after;     // panel wanted after the last block's
+  const float* after;     // the panel used after the last block
   bool first, last;
 };
 
@@ -60,7 +60,7 @@ struct Forward {
     return g;
   }
 
-  // Spreads the fetching of the panel that is used next over the tiles of this one, `floats` long.
+  // Spreads the prefetch of the next panel (`floats` long) over the tiles of this one.
   static void fetch(Tile& g, const float* next, int64_t floats, int64_t rows) {
     if (next == nullptr || rows == 0) return;
     const int64_t turns = (rows + kRows - 1) / kRows * g.taps, lines = (floats + kLine - 1) / kLine;
@@ -99,7 +99,7 @@ struct Forward {
     return padded;
   }
 
-  // The `depth` units from `at` on of a row of `channels` channels, zero without one.
+  // Copies the `depth` units from `at` on of a row of `channels` channels; zeros if there is no row.
   template <class OP, class T>
   void put_row(float* to, const T* row, int64_t at, int64_t depth, int64_t channels) const {
     const int64_t begin = at * OP::kChannels;
@@ -110,7 +110,7 @@ struct Forward {
     }
   }
 
-  // A strided conv reads its window in `stride` phases, so that a tap's rows are neighbours.
+  // For a strided conv the window is stored in `stride` phases, so that the rows of a tap are neighbours.
   template <class OP, class T>
   void main_direct() const {
     const int64_t taps = args.taps, channels = args.x.channels, rows = group.end - group.begin;
@@ -176,7 +176,7 @@ struct Forward {
     return chunk;
   }
 
-  // Each product is a GEMM over every 2^LEVEL-th row; a dilated conv is one conv of each residue t = q mod dilation.
+  // Each product is a GEMM over every 2^LEVEL-th row. A dilated conv is one conv for each residue t = q mod dilation.
   template <int LEVEL>
   void main_fast_fir() const {
     constexpr int phases = power(2, LEVEL);
@@ -209,7 +209,7 @@ struct Forward {
           g.taps = product.taps;
           g.targets = product.targets;
           g.accumulate = !chunk.first || p != 0;
-          g.finish = chunk.last && product.targets == 1;  // those come after all others of their row
+          g.finish = chunk.last && product.targets == 1;  // the products with one target come last for their row
           for (int64_t q = 0; q < dilation && q < rows; ++q) {
             const int64_t here = (rows - q + dilation - 1) / dilation;
             const auto phase_rows = [&](int64_t phase) { return (here - phase + phases - 1) / phases; };

@@ -13,7 +13,7 @@ void transpose_padded(const float* from, int64_t stride, int64_t columns, int64_
   for (int64_t p = 0; p < positions; ++p) std::fill(to + p * kColumns + columns, to + (p + 1) * kColumns, 0.0f);
 }
 
-// Filters of all products, one row a tap, `stride` apart from `to` on; returns where the next would go.
+// Writes the filters of all products to `to`, one row per tap, rows `stride` apart; returns the place after them.
 float* put_filters(int64_t level, const float* filter, int64_t taps, float* spare, float* to, int64_t stride) {
   if (level == 0) {
     for (int64_t k = 0; k < taps; ++k, to += stride) copy_row(to, filter + k * kColumns, kColumns);
@@ -39,7 +39,7 @@ uint32_t bf16_bits(float v) {
   return (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
 }
 
-// One channel's taps to the lower (`half` 0) or upper halves of its units, rows `stride` apart.
+// Writes one channel's taps to the lower (`half` 0) or upper halves of its units, rows `stride` apart.
 void put_bf16(const float* filter, int64_t taps, int half, float* to, int64_t stride) {
   for (int64_t k = 0; k < taps; ++k) {
     for (int64_t j = 0; j < kColumns; ++j) {
@@ -56,14 +56,14 @@ void put_bf16(const float* filter, int64_t taps, int half, float* to, int64_t st
 }  // namespace
 
 void conv1d_pack_block(const ConvPack& args, int64_t block) {
-  // Transposed: outputs are the conv's inputs and the taps run backwards.
+  // Transposed: the outputs are the input channels of the conv and the taps are reversed.
   const int64_t outputs = args.transposed ? args.c_in : args.c_out, inputs = args.transposed ? args.c_out : args.c_in;
   const int64_t taps = args.taps, row = args.c_in * taps;
   const int64_t stride_out = args.transposed ? taps : row, stride_in = args.transposed ? row : taps;
   const int64_t all_taps = conv1d_packed_taps(taps, args.fir_level);
   const int64_t step = args.fir_level > 0 ? kLongChunk : chunk_channels(taps);
   const int64_t columns = std::min<int64_t>(kColumns, outputs - block * kColumns);
-  const int64_t per = args.bf16 ? 2 : 1, units = conv1d_units(inputs, args.bf16);  // channels a unit, units
+  const int64_t per = args.bf16 ? 2 : 1, units = conv1d_units(inputs, args.bf16);  // channels per unit, number of units
   const float* base = args.weight + block * kColumns * stride_out;
   float* const filter = scratch.floats((2 * taps + kMaxFirLevel) * kColumns);  // all taps of one input, and sub-filters
   for (int64_t at = 0; at < units; at += step) {
@@ -73,7 +73,7 @@ void conv1d_pack_block(const ConvPack& args, int64_t block) {
       transpose_padded(base + c, stride_out, columns, depth, panel);
       continue;
     }
-    if (taps == 1 && args.transposed && !args.bf16) {  // rows as they lie
+    if (taps == 1 && args.transposed && !args.bf16) {  // the rows are already in order
       for (int64_t i = 0; i < depth; ++i) {
         copy_row(panel + i * kColumns, base + (c + i) * stride_in, columns);
         std::fill(panel + i * kColumns + columns, panel + (i + 1) * kColumns, 0.0f);

@@ -1,10 +1,9 @@
 // The weight gradient of conv1d, with the micro-kernel of the forward pass: the reduction runs over frames.
 //
 //   dw[co, c, k] = sum_n sum_t x[n, t*s + k*d - p, c] * dy[n, t, co]
-//
-// A task owns a block of co and some channels of x and walks all items in order. Segments of rows of x and dy are
-// packed so that all taps read them from L1; only rows whose shifted x exists take part. In bf16 two rows of dy are one
-// step: a row of x is packed with the row `stride` after it, so that pairs of any shift are there.
+// A task owns a block of co and some channels of x and goes through all items in order. Segments of rows of x and dy
+// are packed so that all taps read them from L1. Only rows whose shifted x exists are used. In bf16 a step takes two
+// rows of dy. Each row of x is therefore packed with the row `stride` after it, which serves every shift.
 
 #include "../conv1d_fir.h"
 #include "../conv1d_rows.h"
@@ -18,8 +17,8 @@ namespace {
 constexpr int kGradStride = (kRows + 7) / 8 * 8;  // floats between rows of x packed for the weight gradient
 constexpr int64_t kGradRows = 256;  // rows summed before they are added to the tile
 
-// The way back for the gradient: dw[2k] = dS[k] + dA[k] and dw[2k+1] = dS[k] + dB[k], rows of `size` floats.
-// The sums of the products lie in order from `sums` on; returns where the next product's would.
+// Turns the gradients of the sub-filters into that of the filter: dw[2k] = dS[k] + dA[k] and dw[2k+1] = dS[k] + dB[k],
+// in rows of `size` floats. The gradients of the products lie in order from `sums` on; returns the place after them.
 const float* take_filters(int64_t level, const float* sums, int64_t taps, float* spare, float* to, int64_t size) {
   if (level == 0) {
     copy_row(to, sums, taps * size);
@@ -41,7 +40,7 @@ struct WeightGrad {
   const int64_t block, c_begin, c_end;
   const int64_t channels = c_end - c_begin, tiles = (channels + kRows - 1) / kRows;
   const int64_t columns = std::min<int64_t>(kColumns, args.dy.channels - block * kColumns);
-  const int64_t slots = conv1d_packed_taps(args.taps, args.fir_level);  // sums kept, one a tap of each filter
+  const int64_t slots = conv1d_packed_taps(args.taps, args.fir_level);  // one sum for each tap of each filter
   const int64_t unit = args.dilation * power(2, kMaxFirLevel);  // a segment holds whole steps of the fast algorithm
   const int64_t segment = std::max(kGradRows / unit, int64_t{1}) * unit;
   float *sums = nullptr, *spare = nullptr, *dy_rows = nullptr, *x_rows = nullptr;
@@ -60,7 +59,7 @@ struct WeightGrad {
 
   int64_t tile_begin(int64_t i) const { return channels * i / tiles; }
   int64_t tile_height(int64_t i) const { return tile_begin(i + 1) - tile_begin(i); }
-  // Vectors of x are copied whole where x has the channels, though the tile uses only its own.
+  // Whole vectors of x are copied where x has the channels, although the tile uses only its own channels.
   int64_t copied(int64_t i) const {
     return c_begin + tile_begin(i) + kGradStride <= args.x.channels ? kGradStride : tile_height(i);
   }
@@ -76,7 +75,7 @@ struct WeightGrad {
     for (int64_t j = columns; j < kColumns; ++j) to[j] = 0.0f;
   }
 
-  // `depth` rows of x (step a_step) times rows of dy, or pairs of rows, added to the sums.
+  // Adds to the sums `depth` rows of x (step a_step) times rows of dy; in bf16, pairs of rows.
   template <class OP>
   void multiply(int64_t i, int64_t slot, const float* a, int64_t a_step, const float* b, int64_t depth) const {
     static constexpr int64_t no_offset = 0;
@@ -107,7 +106,7 @@ struct WeightGrad {
         x_stride = kGradStride;
       }
       for (int64_t k = 0; k < args.taps; ++k) {
-        const int64_t shift = k * args.dilation - args.padding;  // row t of dy meets row t * stride + shift of x
+        const int64_t shift = k * args.dilation - args.padding;  // row t of dy times row t * stride + shift of x
         const int64_t from = shift < 0 ? (-shift + stride - 1) / stride : 0;
         const int64_t to = length > shift ? (length - 1 - shift) / stride + 1 : 0;
         const int64_t begin = std::max(t0, from), end = std::min(t1, to);
@@ -129,7 +128,7 @@ struct WeightGrad {
         store(dy_rows + j * kColumns + at, Bf16::pair(Bf16::lanes(low + at, columns - at), upper));
       }
     }
-    const int64_t first = t0 * stride - args.padding;  // the row of x that the window begins with
+    const int64_t first = t0 * stride - args.padding;  // the first row of x in the window
     const int64_t window = (2 * pairs - 2) * stride + (args.taps - 1) * args.dilation + 1;
     for (int64_t i = 0; i < tiles; ++i) {
       const Source<T> x = item_of<T>(args.x, n, c_begin + tile_begin(i), length);
@@ -155,7 +154,7 @@ struct WeightGrad {
   }
 #endif
 
-  // Each product's filter gradient is its inputs times its share of dy, over every 2^LEVEL-th row.
+  // The filter gradient of each product is its inputs times its part of dy, over every 2^LEVEL-th row.
   template <int LEVEL>
   void add_fast_fir(int64_t n, int64_t length, int64_t t0, int64_t t1) const {
     constexpr int phases = power(2, LEVEL), sources = 2 * phases - 1;
@@ -233,10 +232,10 @@ struct WeightGrad {
 
 }  // namespace
 
-// Channels of x a weight-gradient task should own: enough that packing dy is small beside its use.
+// Channels of x that a weight-gradient task should own: enough that packing dy costs little.
 int64_t conv1d_wgrad_channels(int64_t taps) { return kRows * std::clamp<int64_t>(32 / taps, 1, 16); }
 
-// One block of co and channels [c_begin, c_end) of dw.
+// Computes one block of co and channels [c_begin, c_end) of dw.
 void conv1d_wgrad_task(const ConvWeightGrad& args, int64_t block, int64_t c_begin, int64_t c_end) {
   WeightGrad task{args, block, c_begin, c_end};
   task.allocate();

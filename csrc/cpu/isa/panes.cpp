@@ -1,7 +1,7 @@
-// Batch norm of the outputs y of a block's panes and their sum, and the way back, on rows of C channels in fp32.
+// Batch norm of the outputs y of a block's panes, their sum, and the backward pass, on rows of C channels in fp32.
 //
 //   forward  reads y of each pane, start    writes start + sum (y - mean)*scale
-//   reduce   reads y of each pane, g        sum g*(y - mean), a pane
+//   reduce   reads y of each pane, g        sum g*(y - mean) of each pane
 //   apply    reads y of one pane, g         writes scale*(g - mean_g - (y - mean)*slope)
 #include "../panes.h"
 
@@ -12,7 +12,7 @@ namespace JF_ISA {
 namespace {
 
 constexpr int kRows = 4;                  // rows that share the loads of a channel's vectors
-constexpr int64_t kBlockElements = 4096;  // of y, so that a block of it and of g fit L1
+constexpr int64_t kBlockElements = 4096;  // of y, so that a block of y and one of g fit L1
 
 // Calls column(c, lanes, full) for each W channels; full is a compile-time flag.
 template <bool kValue>
@@ -67,7 +67,7 @@ void panes_apply_rows(const PanesArgs& a, int64_t row, int64_t end) {
   for (; row < end; ++row) apply<1>(a, row);
 }
 
-// partial: (panes, padded) sums in fp64, as their terms cancel; padded: whole cache lines.
+// partial: (panes, padded) sums in fp64, because terms cancel; padded: C rounded up to whole cache lines.
 void panes_reduce_rows(const PanesArgs& a, int64_t row, int64_t end, double* partial) {
   const int64_t padded = (a.c + 15) / 16 * 16, step = max64(1, kBlockElements / a.c);
   std::memset(partial, 0, a.panes * padded * sizeof(double));
