@@ -91,12 +91,12 @@ __device__ __forceinline__ void copy_wait() {
 
 // ---- barriers ------------------------------------------------------------------------------------------------------
 
-// Barrier `id` (1 to 15) of `threads` threads, a multiple of 32.
+// Barrier `id` (1 to 15) of `threads` threads, a multiple of 32: a warp's lanes arrive as one, so all of them call it.
 __device__ __forceinline__ void barrier_sync(int id, int threads) {
   asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Takes part in barrier `id` without waiting.
+// Takes part in barrier `id` without waiting for other warps.
 __device__ __forceinline__ void barrier_arrive(int id, int threads) {
   asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -183,6 +183,8 @@ __device__ __forceinline__ void prefetch_bulk(const void* from, uint32_t bytes) 
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes) : "memory");
 }
 
+// Gives registers of the warp back, or takes them, so that a thread has N (24 to 256, a multiple of 8). All warps of a
+// warpgroup call the same, and synchronise before the next such call.
 template <int N>
 __device__ __forceinline__ void registers_less() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
@@ -208,7 +210,10 @@ __device__ __forceinline__ uint64_t wgmma_operand(uint32_t start, uint32_t lbo, 
   return field(start) | field(lbo) << 16 | field(sbo) << 32;
 }
 
+// Before the first product, and between any use of an accumulator's registers and a product into them, other than a
+// product of the same shape.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// Makes a group of the warpgroup's products since the last one.
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // Until at most N of the warpgroup's newest groups are under way.

@@ -53,7 +53,7 @@ Fiber* current = nullptr;  // null while the launch's own stack runs
 
 namespace {
 
-#if defined(JF_TSAN) || defined(__SANITIZE_ADDRESS__)
+#if defined(JF_TSAN) || defined(JF_ASAN)
 constexpr size_t kStack = 256 << 10;
 #else
 constexpr size_t kStack = 64 << 10;
@@ -124,13 +124,13 @@ void switch_to(Fiber* to) {
 #ifdef JF_TSAN
   __tsan_switch_to_fiber(into.sanitizer.thread, __tsan_switch_to_fiber_no_sync);
 #endif
-#ifdef __SANITIZE_ADDRESS__
+#ifdef JF_ASAN
   __sanitizer_start_switch_fiber(from.ended ? nullptr : &from.sanitizer.fake_stack, into.stack, into.stack_bytes);
 #endif
   current = to;
   if (to) threadIdx.x = to->thread, blockIdx.x = to->cta->block;
   switch_stacks(from, into);
-#ifdef __SANITIZE_ADDRESS__
+#ifdef JF_ASAN
   __sanitizer_finish_switch_fiber(from.sanitizer.fake_stack, nullptr, nullptr);
 #endif
 }
@@ -213,7 +213,7 @@ void run_next() {
 }
 
 void fiber_main() {
-#ifdef __SANITIZE_ADDRESS__
+#ifdef JF_ASAN
   __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
 #endif
   acquire(&start_clock);
@@ -320,12 +320,12 @@ void clean_up(bool failed) {
   for (auto& fiber : pool) {
     SanitizerFiber& its = fiber->sanitizer;
     if (!failed || !its.thread) continue;
-    if (its.unseen) {  // it was left in the middle of something, and never goes on
-      void* me = __tsan_get_current_fiber();
-      __tsan_switch_to_fiber(its.thread, __tsan_switch_to_fiber_no_sync);
-      for (; its.unseen; --its.unseen) Unseen::end();
-      __tsan_switch_to_fiber(me, __tsan_switch_to_fiber_no_sync);
-    }
+    void* me = __tsan_get_current_fiber();  // it was left in the middle of something, and never goes on
+    __tsan_switch_to_fiber(its.thread, __tsan_switch_to_fiber_no_sync);
+    for (; its.unseen; --its.unseen) Unseen::end();
+    release(&end_clock);
+    __tsan_switch_to_fiber(me, __tsan_switch_to_fiber_no_sync);
+    acquire(&end_clock);
     __tsan_destroy_fiber(std::exchange(its.thread, nullptr));
   }
 #endif
@@ -452,7 +452,7 @@ void launch_emulated(int64_t grid, int block, size_t shared, int resident, const
 #ifdef JF_TSAN
   main_fiber.sanitizer.thread = __tsan_get_current_fiber();
 #endif
-#ifdef __SANITIZE_ADDRESS__
+#ifdef JF_ASAN
   if (!main_fiber.stack) {  // its bounds, as the runtime wants them again with each switch back
     pthread_attr_t attributes;
     size_t size;

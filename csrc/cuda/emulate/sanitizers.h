@@ -14,7 +14,14 @@ void AnnotateIgnoreWritesBegin(const char*, int);
 void AnnotateIgnoreWritesEnd(const char*, int);
 }
 #endif
-#ifdef __SANITIZE_ADDRESS__
+#if defined(__SANITIZE_ADDRESS__)
+#define JF_ASAN
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define JF_ASAN
+#endif
+#endif
+#ifdef JF_ASAN
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -64,12 +71,12 @@ struct Unseen {
 #endif
 
 inline void forbid([[maybe_unused]] const void* at, [[maybe_unused]] size_t bytes) {
-#ifdef __SANITIZE_ADDRESS__
+#ifdef JF_ASAN
   __asan_poison_memory_region(at, bytes);
 #endif
 }
 inline void allow([[maybe_unused]] const void* at, [[maybe_unused]] size_t bytes) {
-#ifdef __SANITIZE_ADDRESS__
+#ifdef JF_ASAN
   __asan_unpoison_memory_region(at, bytes);
 #endif
 }
