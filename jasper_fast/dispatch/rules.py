@@ -1,6 +1,6 @@
 """Which face is the faster one where nothing was measured, by arithmetic: products, bytes and launches.
 
-    seconds = max(products / (peak * reach), bytes / bandwidth) + launches * LAUNCH
+    seconds = max(products / (peak * reach), bytes / bandwidth) + later passes / bandwidth + launches * LAUNCH
 
 `reach` is the share of the peak that a face's products are assumed to come to. `kernels/README.md` has the counts and
 says where they come from. A measured row of any like GPU comes before this.
@@ -27,14 +27,14 @@ REACH = {
     ("triton", True): 0.70, ("aten", True): 0.75,  # 16 bits
     ("triton", False): 0.45, ("aten", False): 0.70,  # TF32, whose operands Triton's loop loads without TMA
 }  # fmt: skip
-# passes over an input and over an output of a conv, and launches, by op and face: what a call reads and writes
+# passes over a conv's output that its own kernel makes beside writing it, those of kernels after it, and launches
 PASSES = {
-    "conv1d.forward": {"triton": (1, 1, 1), "aten": (1, 1, 1)},
-    "conv1d.forward_stats": {"triton": (1, 1, 2), "aten": (1, 2, 3)},
-    "conv1d.dgrad": {"triton": (1, 1, 1), "aten": (1, 1, 1)},
-    "conv1d.dgrad_bn": {"triton": (3, 1, 2), "aten": (3, 1, 3)},
-    "conv1d.wgrad": {"triton": (1, 1, 2), "aten": (1, 1, 1)},
-    "conv1d.fused": {"triton": (1, 1, 1), "aten": (1, 3, 2)},
+    "conv1d.forward": {"triton": (0, 0, 1), "aten": (0, 0, 1)},
+    "conv1d.forward_stats": {"triton": (0, 0, 2), "aten": (0, 1, 3)},
+    "conv1d.dgrad": {"triton": (0, 0, 1), "aten": (0, 0, 1)},
+    "conv1d.dgrad_bn": {"triton": (2, 0, 2), "aten": (0, 2, 3)},
+    "conv1d.wgrad": {"triton": (0, 0, 2), "aten": (0, 0, 1)},
+    "conv1d.fused": {"triton": (0, 0, 1), "aten": (0, 4, 3)},
 }
 
 
@@ -49,9 +49,11 @@ def seconds(
     peak = FLOP_CLOCK.get(gpu.capability, FLOP_CLOCK["sm_90"]) * gpu.sms * CLOCK * (1.0 if wide else 0.5)
     # of each program that has less than its tile of 128 rows the rest is wasted
     products = 2.0 * done * -(-rows // 128) * 128 * c_in * c_out * taps
-    of_in, of_out, launches = PASSES[op][face]
-    moved = size * (done * rows * (of_in * stride * c_in + of_out * c_out) + taps * c_in * c_out)
-    return max(products / (peak * REACH[face, wide]), moved / gpu.bytes_s) + launches * LAUNCH
+    inside, after, launches = PASSES[op][face]
+    output = size * done * rows * c_out
+    moved = size * (done * rows * stride * c_in + taps * c_in * c_out) + (1 + inside) * output
+    conv = max(products / (peak * REACH[face, wide]), moved / gpu.bytes_s)
+    return conv + after * output / gpu.bytes_s + launches * LAUNCH
 
 
 @functools.cache
