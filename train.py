@@ -157,14 +157,14 @@ def make_model(args: argparse.Namespace, config: JasperConfig, ranks: Ranks) -> 
     if ranks.world > 1:  # running statistics are made equal before they are used, not in every forward
         places = [ranks.device.index] if ranks.device.type == "cuda" else None
         model = DistributedDataParallel(core, device_ids=places, broadcast_buffers=False)
-    kind, betas = NovoGrad, (0.95, 0.0)
+    ema = EMA(core, args.ema, warmup=args.ema_warmup) if args.ema else None
+    kind, betas = functools.partial(NovoGrad, ema=ema, backend=args.backend), (0.95, 0.0)
     if args.optimizer == "adamw":
         kind, betas = functools.partial(torch.optim.AdamW, fused=True), (0.9, 0.999)
     betas = tuple(args.betas or betas)
     learning = [p for p in core.parameters() if p.requires_grad]
     optimizer = kind(learning, lr=args.lr, betas=betas, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.amp == "fp16")
-    ema = EMA(core, args.ema, warmup=args.ema_warmup) if args.ema else None
     return model, TrainingState(core, optimizer, scaler, Meter(args.max_bad_steps), ema)
 
 
@@ -319,10 +319,8 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
                 group["lr"] = lr
             result = train_step(
                 model, train.frontend, batches, state.optimizer, state.scaler, guard,
-                device=ranks.device, amp_dtype=AMP_DTYPES[args.amp], clip_norm=args.clip_norm,
+                device=ranks.device, amp_dtype=AMP_DTYPES[args.amp], clip_norm=args.clip_norm, ema=state.ema,
             )  # fmt: skip
-            if state.ema:
-                state.ema.update(state.model)
             state.meter.add(result)
             state.step, state.position = state.step + 1, state.position + 1
             progress(state.step)

@@ -26,7 +26,7 @@ LAYERS = {
     "ops": {"dispatch", "kernels"},
     "nn": {"ops", "dispatch", "kernels"},
     "selfcheck": {"ops", "dispatch", "kernels"},
-    "training": {"nn", "data", "speech"},
+    "training": {"nn", "data", "speech", "dispatch", "kernels"},
     "inference": {"nn", "data", "speech", "ops", "dispatch", "kernels"},
     "demo": {"inference", "training", "nn", "data", "speech", "ops", "dispatch", "kernels"},
     "cli": {"bench.cli", "inference", "selfcheck", "nn", "data", "speech", "dispatch", "kernels"},
