@@ -80,7 +80,14 @@ def parser() -> argparse.ArgumentParser:
         default=None,
         help="one mode alone (default: all that an op has)",
     )
-    add_models(add("train", "training steps: forward + backward and full, utterances per second"), DEFAULT_BATCH)
+    train = add("train", "training steps: forward + backward and full, utterances per second")
+    add_models(train, DEFAULT_BATCH)
+    train.add_argument(
+        "--mode",
+        choices=("forward+backward", "step"),
+        default=None,
+        help="one alone (default: both; --quick: the first)",
+    )
     latency = add("latency", "percentiles of a batch's time by batch size and audio length")
     latency.add_argument(
         "--model", type=choices.model, default="jasper10x5", help="small, medium, jasper10x5 or a YAML file"
@@ -317,7 +324,7 @@ def _work(run: Run, args: argparse.Namespace) -> None:
 
     work: dict[str, Callable[[], object]] = {
         "kernels": lambda: kernels.main(run, args.op, args.mode),
-        "train": lambda: train.main(run, tuple(args.model or ())),
+        "train": lambda: train.main(run, tuple(args.model or ()), args.mode),
         "latency": lambda: latency.main(run, args.model, args.full),
         "memory": lambda: memory.main(run, tuple(args.model or ())),
         "launches": lambda: launches.main(run),

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 GOOD, BAD, UNCHECKED = "good", "bad", "unchecked"
-OPS = ("bn_relu_dropout", "conv1d", "conv1d.fused", "panes")  # what has verdicts of its own, by face and dtype
+# what has verdicts of its own, by face and dtype
+OPS = ("bn_relu_dropout", "conv1d", "conv1d.fused", "panes", "novograd")
 FACES = ("cpu", "triton", "cuda", "aten")  # panes are ATen's matrix products, put together by us
 FAULTS = ("wrong", "failed", "died", "hung")  # of the kernel
 OPEN = ("no memory", "environment", "skipped")  # of no kernel: it was not checked

@@ -100,9 +100,10 @@ class NovoGrad(torch.optim.Optimizer):
 
     def _face(self, device: torch.device, params: list[Tensor]) -> str:
         """The face that steps `params`."""
-        face = choose.resolve(self.backend, device)
-        fits = all(p.dtype == torch.float32 and _dense(p) for p in params)
-        return face if face in FACES and fits else "reference"
+        if not all(p.dtype == torch.float32 and _dense(p) for p in params):
+            return "reference"
+        face = choose.resolve(self.backend, device, backends.NOVOGRAD, torch.float32)
+        return face if face in FACES else "reference"
 
     def _tensors(self, ready: list[tuple[Tensor, int]], averaged: dict[Tensor, Tensor]) -> Tensors:
         params, groups = [p for p, _ in ready], [i for _, i in ready]
