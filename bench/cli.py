@@ -82,11 +82,11 @@ def parser() -> argparse.ArgumentParser:
     )
     train = add("train", "training steps: forward + backward and full, utterances per second")
     add_models(train, DEFAULT_BATCH)
-    train.add_argument(
-        "--mode",
-        choices=("forward+backward", "step"),
-        default=None,
-        help="one alone (default: both; --quick: the first)",
+    one = "one mode alone (default: both; with --quick the first)"
+    train.add_argument("--mode", choices=("forward+backward", "step"), default=None, help=one)
+    step = add("optimizer", "the optimiser's step with check and moving average, beside a copy of as many bytes")
+    step.add_argument(
+        "--model", type=choices.model, action="append", help="small, medium, jasper10x5 (default) or a YAML file"
     )
     latency = add("latency", "percentiles of a batch's time by batch size and audio length")
     latency.add_argument(
@@ -314,17 +314,28 @@ def _resumable(args: argparse.Namespace, header: dict) -> Path | None:
     return None
 
 
-SUBCOMMANDS = ("kernels", "train", "latency", "memory", "all", "launches", "profile", "gpu")  # that measure rows
+SUBCOMMANDS = (
+    "kernels",
+    "train",
+    "optimizer",
+    "latency",
+    "memory",
+    "all",
+    "launches",
+    "profile",
+    "gpu",
+)  # that measure rows
 
 
 def _work(run: Run, args: argparse.Namespace) -> None:
     """What a subcommand of SUBCOMMANDS measures."""
-    from jasper_fast.bench.commands import kernels, latency, launches, memory, profile, train
+    from jasper_fast.bench.commands import kernels, latency, launches, memory, optimizer, profile, train
     from jasper_fast.bench.gpu import gpu
 
     work: dict[str, Callable[[], object]] = {
         "kernels": lambda: kernels.main(run, args.op, args.mode),
         "train": lambda: train.main(run, tuple(args.model or ()), args.mode),
+        "optimizer": lambda: optimizer.main(run, tuple(args.model or ())),
         "latency": lambda: latency.main(run, args.model, args.full),
         "memory": lambda: memory.main(run, tuple(args.model or ())),
         "launches": lambda: launches.main(run),

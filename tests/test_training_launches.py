@@ -17,11 +17,14 @@ from test_model import batch, config, pair
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jasper_fast import Jasper
+from jasper_fast import Jasper, NovoGrad
 from jasper_fast.bench.cases import models
 from jasper_fast.bench.harness import allocations
 from jasper_fast.kernels import launch
+from jasper_fast.kernels.novograd import triton_impl as novograd
 from jasper_fast.nn.eager import EagerJasper
+from jasper_fast.training import step
+from jasper_fast.training.ema import EMA
 
 BLOCKS, CONVS, PANES = 6, 9, 1 + 2 + 3  # of config("dense"): its repeats are 1, 2, 3, 1, 1, 1
 
@@ -189,3 +192,97 @@ def test_a_forward_takes_the_weights_as_they_are_now():
     fresh.load_state_dict(ours.state_dict())
     with torch.no_grad():
         assert torch.equal(ours(features, lengths)[0], fresh(features, lengths)[0])
+
+
+# ---- the optimiser's step ----
+
+# ATen's multi-tensor kernels: so many tensors a launch by the number of lists, and so many blocks of 64 Ki elements
+TENSORS, BLOCKS_, CHUNK = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}, 320, 65536
+
+
+def multi_tensor(lists: int, sizes: list[int]) -> int:
+    """Launches of a foreach op: one is full with so many tensors, or so many blocks (a tensor may go on in the next)."""
+    launches = tensors = blocks = 0
+    for i, size in enumerate(sizes):
+        tensors += size > 0
+        chunks = -(-size // CHUNK)
+        for chunk in range(chunks):
+            blocks += 1
+            over = chunk == chunks - 1
+            if (tensors == TENSORS[lists] and over) or blocks == BLOCKS_ or (over and i == len(sizes) - 1):
+                launches += 1
+                tensors, blocks = int(not over), 0
+    return launches
+
+
+class Dispatched(TorchDispatchMode):
+    """Launches that ops of ATen make on a GPU: one each, foreach ops by the rule, views and allocations none."""
+
+    NONE = ("view", "_unsafe_view", "transpose", "t", "unsqueeze", "squeeze", "slice", "select", "detach", "expand",
+            "alias", "as_strided", "unbind", "split", "empty", "empty_like", "empty_strided", "new_empty", "reshape",
+            "new_empty_strided", "permute", "split_with_sizes", "lift_fresh", "_local_scalar_dense")  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: collections.Counter = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name.startswith("_foreach"):
+            lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
+            lists = [a for a in lists if a[0].dim() or a is lists[0]]  # scalars travel as arguments
+            self.count[name] += multi_tensor(len(lists), [t.numel() for t in lists[0]])
+        elif name not in self.NONE:
+            self.count[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("lists", "sizes", "launches"),
+    [(2, [10] * 64, 1), (2, [10] * 65, 2), (3, [10] * 97, 3), (2, [CHUNK * BLOCKS_], 1), (2, [CHUNK * BLOCKS_ + 1], 2)],
+)
+def test_atens_rule(lists, sizes, launches):
+    assert multi_tensor(lists, sizes) == launches
+
+
+def hollow_training(form: str, jasper10x5: bool = True) -> tuple[Jasper, EMA]:
+    """A model with gradients, none of it in memory."""
+    with torch.device("meta"):
+        ours = Jasper(models.config("jasper10x5" if jasper10x5 else "small"), backend="triton", panes=form).train()
+    for p in ours.parameters():
+        p.grad = torch.empty_like(p)
+    return ours, EMA(ours)
+
+
+def test_the_optimiser_and_the_average_are_two_launches(launches):
+    """Of Jasper 10x5, by the step that train.py makes: two kernels, and copies of a few bytes where numbers changed.
+    The foreach form makes a thousand."""
+    ours, ema = hollow_training("gram")
+    optimizer = NovoGrad(ours.parameters(), lr=0.01, weight_decay=1e-3, ema=ema, backend="triton")
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    step.update(ours, optimizer, scaler)  # makes its state
+    launches.clear()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.009  # as every step of a schedule
+    with Dispatched() as seen:
+        step.update(ours, optimizer, scaler)
+    assert launches == ["squares", "update"]
+    assert len(launches) + seen.count.total() <= 6, seen.count
+    foreach = NovoGrad(ours.parameters(), lr=0.01, weight_decay=1e-3, backend="reference")
+    step.update(ours, foreach, scaler)
+    with Dispatched() as seen:
+        step.update(ours, foreach, scaler), ema.update(ours)
+    assert seen.count.total() > 400, seen.count
+
+
+def test_the_step_moves_32_bytes_a_parameter(launches, monkeypatch):
+    """Counted from the table that the kernels walk: what each row reads and writes."""
+    ours, ema = hollow_training("gram", jasper10x5=False)
+    optimizer = NovoGrad(ours.parameters(), ema=ema, backend="triton")
+    step.update(ours, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    rows = optimizer._held[torch.device("meta")]["rows"]
+    moved = {novograd.UPDATE: 4 + 16 + 12, novograd.AVERAGE: 12, novograd.COPY: 8}  # squares, then reads and writes
+    count = sum(p.numel() for p in ours.parameters())
+    others = sum(b.numel() for b in ours.buffers())
+    total = sum(row[5] * moved[row[7]] for row in rows)
+    assert 32 * count < total <= 32 * count + 24 * others
