@@ -201,7 +201,7 @@ TENSORS, BLOCKS_, CHUNK = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}, 320, 65536
 
 
 def multi_tensor(lists: int, sizes: list[int]) -> int:
-    """Launches of a foreach op: one is full with so many tensors, or so many blocks (a tensor may go on in the next)."""
+    """Launches of a foreach op: one is full with so many tensors or blocks; a tensor may go on in the next."""
     launches = tensors = blocks = 0
     for i, size in enumerate(sizes):
         tensors += size > 0
