@@ -30,6 +30,7 @@ from jasper_fast import __version__, options
 from jasper_fast.data.manifest import ManifestError
 from jasper_fast.dispatch.backends import BACKENDS, BackendMissing
 from jasper_fast.extras import MissingExtra
+from jasper_fast.kernels.precision import FP32_PRECISIONS, set_fp32
 from jasper_fast.nn import checkpoint, formats, loading
 from jasper_fast.nn.block import PANE_FORMS
 from jasper_fast.nn.checkpoint import CheckpointError
@@ -98,6 +99,7 @@ OPTIONS = {
         option("--backend", choices=BACKENDS, default="auto", help="kernels; asking for a missing one is an error"),
         option("--panes", choices=PANE_FORMS, default="auto", help="form of the residual; auto: gram on a GPU"),
         option("--amp", choices=tuple(AMP_DTYPES), default="off", help="mixed precision; fp16 scales the loss"),
+        option("--fp32-precision", choices=FP32_PRECISIONS, help="of fp32 products on a GPU (convs tf32, others ieee)"),
         option("--seed", type=int, default=42, help="of weights, order, augmentation, dropout (42)"),
         option("--deterministic", action="store_true", help="bit-equal repeats on a GPU too, slower"),
         option("--cudnn-benchmark", action="store_true", help="cuDNN times its algorithms for each new batch shape"),
@@ -275,6 +277,7 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
     console = talker(quiet=not ranks.first)
     seed_everything(args.seed)
     settle(args.deterministic, args.cudnn_benchmark)
+    set_fp32(args.fp32_precision)
 
     # Data, model, where to start and where to write
     config = JasperConfig.from_yaml(args.config)

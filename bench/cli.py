@@ -20,6 +20,7 @@ from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.report import goals, terminal
 from jasper_fast.bench.rivals import choice
 from jasper_fast.dispatch import backends
+from jasper_fast.kernels import precision
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ALL_SECONDS = 570.0
@@ -35,6 +36,10 @@ def common_options() -> argparse.ArgumentParser:
         "--device", type=options.device, default=None, help="cpu, cuda or cuda:1 (default: the GPU where there is one)"
     )
     common.add_argument("--dtype", choices=DTYPES, default=None, help="default: fp32 on a CPU, fp16 on a GPU")
+    common.add_argument(
+        "--fp32-precision", choices=precision.FP32_PRECISIONS, default=None,
+        help="of fp32 products on a GPU, for all contenders (default: PyTorch's, convs tf32 and others ieee)",
+    )  # fmt: skip
     common.add_argument(
         "--backend",
         default="auto",
@@ -280,6 +285,7 @@ def start(args: argparse.Namespace) -> Run:
     options.writable(args.out)
     if args.threads:
         torch.set_num_threads(args.threads)
+    precision.set_fp32(args.fp32_precision)
     dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "fp16")]
     effort = QUICK if args.quick else Effort()
     if args.seconds:
