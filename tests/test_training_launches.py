@@ -22,6 +22,7 @@ from jasper_fast import Jasper, NovoGrad
 from jasper_fast.bench.cases import models
 from jasper_fast.bench.harness import allocations
 from jasper_fast.kernels import launch
+from jasper_fast.kernels.conv1d import aten_impl
 from jasper_fast.kernels.novograd import triton_impl as novograd
 from jasper_fast.nn.eager import EagerJasper
 from jasper_fast.training import step
@@ -176,6 +177,36 @@ def test_packs_are_in_no_state_dict_and_no_copy(launches):
         twin(*batch())
         assert len(packs(twin)) == CONVS
         assert {p.data_ptr() for p in packs(twin).values()}.isdisjoint(p.data_ptr() for p in packs(ours).values())
+
+
+@pytest.mark.parametrize("form", ["gram", "plain"])
+def test_plain_convs_cast_and_turn_a_weight_once_a_step(form, monkeypatch):
+    """ATen's, into buffers of the modules: the numbers are those of a cast in every call, with fewer launches."""
+    torch.manual_seed(0)
+    ours, (features, lengths) = Jasper(config("dense", dropout=0.0), backend="reference", panes=form).train(), batch()
+    found = []
+    for packs_or_not in (True, False):
+        if not packs_or_not:
+            monkeypatch.setattr(aten_impl, "packs", lambda weight, dtype: False)
+        for _ in range(2):  # the first makes the buffers
+            ours.zero_grad()
+            with Dispatched() as seen, torch.autocast("cpu", torch.bfloat16):
+                log_probs, _ = ours(features, lengths)
+            with seen:
+                (log_probs * torch.linspace(-1, 1, log_probs.shape[2])).sum().backward()
+        found.append((seen.count.total(), log_probs.detach(), *(p.grad for p in ours.parameters())))
+        held = {key: pack.data_ptr() for key, pack in packs(ours).items()}
+        assert len(held) == CONVS and {pack.dtype for pack in packs(ours).values()} == {torch.bfloat16}
+    (with_packs, *a), (without, *b) = found
+    assert with_packs <= without - (CONVS - BLOCKS), (with_packs, without)  # a conv inside a block casts twice without
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-2, atol=1e-2 * y.abs().max().item())
+
+
+def test_fp32_convs_of_a_cpu_have_no_packs():
+    ours, (features, lengths) = Jasper(config("dense"), backend="reference").train(), batch()
+    ours(features, lengths)
+    assert not packs(ours)
 
 
 @pytest.mark.slow
