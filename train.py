@@ -30,6 +30,7 @@ from jasper_fast import __version__, options
 from jasper_fast.data.manifest import ManifestError
 from jasper_fast.dispatch.backends import BACKENDS, BackendMissing
 from jasper_fast.extras import MissingExtra
+from jasper_fast.kernels.precision import FP32_PRECISIONS, set_fp32
 from jasper_fast.nn import checkpoint, formats, loading
 from jasper_fast.nn.block import PANE_FORMS
 from jasper_fast.nn.checkpoint import CheckpointError
@@ -98,6 +99,7 @@ OPTIONS = {
         option("--backend", choices=BACKENDS, default="auto", help="kernels; asking for a missing one is an error"),
         option("--panes", choices=PANE_FORMS, default="auto", help="form of the residual; auto: gram on a GPU"),
         option("--amp", choices=tuple(AMP_DTYPES), default="off", help="mixed precision; fp16 scales the loss"),
+        option("--fp32-precision", choices=FP32_PRECISIONS, help="of fp32 products on a GPU (convs tf32, others ieee)"),
         option("--seed", type=int, default=42, help="of weights, order, augmentation, dropout (42)"),
         option("--deterministic", action="store_true", help="bit-equal repeats on a GPU too, slower"),
         option("--cudnn-benchmark", action="store_true", help="cuDNN times its algorithms for each new batch shape"),
@@ -157,14 +159,14 @@ def make_model(args: argparse.Namespace, config: JasperConfig, ranks: Ranks) -> 
     if ranks.world > 1:  # running statistics are made equal only before they are used, not in every forward
         places = [ranks.device.index] if ranks.device.type == "cuda" else None
         model = DistributedDataParallel(core, device_ids=places, broadcast_buffers=False)
-    kind, betas = NovoGrad, (0.95, 0.0)
+    ema = EMA(core, args.ema, warmup=args.ema_warmup) if args.ema else None
+    kind, betas = functools.partial(NovoGrad, ema=ema, backend=args.backend), (0.95, 0.0)
     if args.optimizer == "adamw":
         kind, betas = functools.partial(torch.optim.AdamW, fused=True), (0.9, 0.999)
     betas = tuple(args.betas or betas)
     learning = [p for p in core.parameters() if p.requires_grad]
     optimizer = kind(learning, lr=args.lr, betas=betas, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.amp == "fp16")
-    ema = EMA(core, args.ema, warmup=args.ema_warmup) if args.ema else None
     return model, TrainingState(core, optimizer, scaler, Meter(args.max_bad_steps), ema)
 
 
@@ -276,6 +278,7 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
     console = talker(quiet=not ranks.first)
     seed_everything(args.seed)
     settle(args.deterministic, args.cudnn_benchmark)
+    set_fp32(args.fp32_precision)
 
     # Data, model, where to start and where to write
     config = JasperConfig.from_yaml(args.config)
@@ -320,10 +323,8 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
                 group["lr"] = lr
             result = train_step(
                 model, train.frontend, batches, state.optimizer, state.scaler, guard,
-                device=ranks.device, amp_dtype=AMP_DTYPES[args.amp], clip_norm=args.clip_norm,
+                device=ranks.device, amp_dtype=AMP_DTYPES[args.amp], clip_norm=args.clip_norm, ema=state.ema,
             )  # fmt: skip
-            if state.ema:
-                state.ema.update(state.model)
             state.meter.add(result)
             state.step, state.position = state.step + 1, state.position + 1
             progress(state.step)

@@ -20,6 +20,7 @@ from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.report import goals, terminal
 from jasper_fast.bench.rivals import choice
 from jasper_fast.dispatch import backends
+from jasper_fast.kernels import precision
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ALL_SECONDS = 570.0
@@ -35,6 +36,10 @@ def common_options() -> argparse.ArgumentParser:
         "--device", type=options.device, default=None, help="cpu, cuda or cuda:1 (default: the GPU if there is one)"
     )
     common.add_argument("--dtype", choices=DTYPES, default=None, help="default: fp32 on a CPU, fp16 on a GPU")
+    common.add_argument(
+        "--fp32-precision", choices=precision.FP32_PRECISIONS, default=None,
+        help="of fp32 products on a GPU, for all contenders (default: PyTorch's, convs tf32 and others ieee)",
+    )  # fmt: skip
     common.add_argument(
         "--backend",
         default="auto",
@@ -80,7 +85,14 @@ def parser() -> argparse.ArgumentParser:
         default=None,
         help="only one mode (default: all modes of an op)",
     )
-    add_models(add("train", "training steps: forward + backward and full, utterances per second"), DEFAULT_BATCH)
+    train = add("train", "training steps: forward + backward and full, utterances per second")
+    add_models(train, DEFAULT_BATCH)
+    one = "one mode alone (default: both; with --quick the first)"
+    train.add_argument("--mode", choices=("forward+backward", "step"), default=None, help=one)
+    step = add("optimizer", "the optimiser's step with check and moving average, beside a copy of as many bytes")
+    step.add_argument(
+        "--model", type=choices.model, action="append", help="small, medium, jasper10x5 (default) or a YAML file"
+    )
     latency = add("latency", "percentiles of a batch's time by batch size and audio length")
     latency.add_argument(
         "--model", type=choices.model, default="jasper10x5", help="small, medium, jasper10x5 or a YAML file"
@@ -278,6 +290,7 @@ def start(args: argparse.Namespace) -> Run:
     options.writable(args.out)
     if args.threads:
         torch.set_num_threads(args.threads)
+    precision.set_fp32(args.fp32_precision)
     dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "fp16")]
     effort = QUICK if args.quick else Effort()
     if args.seconds:
@@ -315,6 +328,7 @@ def _resumable(args: argparse.Namespace, header: dict) -> Path | None:
 SUBCOMMANDS = (
     "kernels",
     "train",
+    "optimizer",
     "latency",
     "memory",
     "decode",
@@ -327,12 +341,13 @@ SUBCOMMANDS = (
 
 def _work(run: Run, args: argparse.Namespace) -> None:
     """What a subcommand of SUBCOMMANDS measures."""
-    from jasper_fast.bench.commands import decode, kernels, latency, launches, memory, profile, train
+    from jasper_fast.bench.commands import decode, kernels, latency, launches, memory, optimizer, profile, train
     from jasper_fast.bench.gpu import gpu
 
     work: dict[str, Callable[[], object]] = {
         "kernels": lambda: kernels.main(run, args.op, args.mode),
-        "train": lambda: train.main(run, tuple(args.model or ())),
+        "train": lambda: train.main(run, tuple(args.model or ()), args.mode),
+        "optimizer": lambda: optimizer.main(run, tuple(args.model or ())),
         "latency": lambda: latency.main(run, args.model, args.full),
         "memory": lambda: memory.main(run, tuple(args.model or ())),
         "decode": lambda: decode.main(run, args.model),

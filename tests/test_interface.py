@@ -18,8 +18,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = Path(__file__).with_name("interface.json")
-BENCH = ("kernels", "train", "latency", "memory", "decode", "all", "launches", "gpu", "profile", "tune", "compile")
-BENCH += ("report",)
+BENCH = ("kernels", "train", "optimizer", "latency", "memory", "decode", "all", "launches", "gpu", "profile", "tune")
+BENCH += ("compile", "report")
 PACKAGE = ("transcribe", "evaluate", "export", "info", "selfcheck", "tune")
 PACKAGE += ("lm train", "lm perplexity", "lm info", "lm tune")
 

@@ -13,7 +13,7 @@ def rates(monkeypatch):
     """A GPU whose rates say how they were measured."""
 
     def rate(device, dtype, size):
-        tf32 = dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        tf32 = dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
         return {torch.float32: 8.0 if tf32 else 1.0, torch.float16: 16.0, torch.bfloat16: 15.0}[dtype]
 
     monkeypatch.setattr(limits, "_matmul_rate", rate)
@@ -22,9 +22,9 @@ def rates(monkeypatch):
 @pytest.mark.parametrize(("allowed", "mode", "rate"), [(True, "TF32", 8.0), (False, "IEEE", 1.0)])
 def test_fp32_on_a_gpu_is_held_to_the_rate_that_convolutions_may_use(rates, allowed, mode, rate):
     with torch.backends.cudnn.flags(allow_tf32=allowed):
-        before = torch.backends.cuda.matmul.allow_tf32
+        before = torch.backends.cuda.matmul.fp32_precision
         found = limits.matmul_rates(GPU)
-        assert limits.float32_mode(GPU) == mode and torch.backends.cuda.matmul.allow_tf32 is before
+        assert limits.float32_mode(GPU) == mode and torch.backends.cuda.matmul.fp32_precision == before
     assert found == {
         "float32": rate,
         "float32 in IEEE": 1.0,

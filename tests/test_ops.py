@@ -365,17 +365,26 @@ def twice_differentiable() -> dict:
     pane = torch.randn(5, 4, 1, requires_grad=True)
     wide = [torch.rand(5, requires_grad=True) for _ in range(2)]
     stats = torch.zeros(4), torch.ones(4)
+
+    def given(xs, weights, *norms):
+        return ops.panes(xs, ops.pane_stats(ops.gram(xs[0]), weights), weights, *norms)
+
     return {
         "conv1d": (lambda: ops.conv1d(x, w, padding=1), [x, w]),
         "bn_relu_dropout": (lambda: ops.bn_relu_dropout(x, gamma, beta, *stats), [x, gamma, beta]),
         "sub_block": (lambda: ops.sub_block(x, gamma, beta, *stats, w, padding=1), [x, gamma, beta, w]),
         "gram": (lambda: ops.gram(x).cov, [x]),
         "panes": (lambda: ops.panes([x], [ops.gram(x)], [pane], wide[:1], wide[1:])[0], [x, pane, *wide]),
+        "pane_stats": (lambda: ops.pane_stats(ops.gram(x), [pane])[0].stats[1], [x, pane]),
+        "panes_given": (lambda: given([x], [pane], wide[:1], wide[1:])[0], [x, pane, *wide]),
         "panes_plain": (lambda: ops.panes_plain([x], [pane], wide[:1], wide[1:])[0], [x, pane, *wide]),
     }
 
 
-@pytest.mark.parametrize("op", ["conv1d", "bn_relu_dropout", "sub_block", "gram", "panes", "panes_plain"])
+OPS = ("conv1d", "bn_relu_dropout", "sub_block", "gram", "panes", "pane_stats", "panes_given", "panes_plain")
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_a_second_derivative_is_an_error(op):
     call, leaves = twice_differentiable()[op]
     first = torch.autograd.grad(call().square().sum(), leaves, create_graph=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
+from conftest import make_face
 from torch import nn
 
 from jasper_fast.training.ema import EMA
 from jasper_fast.training.optim import NovoGrad
+from jasper_fast.training.step import update
 
 SHAPES = ((5, 3, 11), (7,), (1,), (4, 5, 1), ())
 
@@ -224,3 +227,163 @@ def test_ema_state_round_trip_and_errors():
         again.load_state_dict({k: v for k, v in ema.state_dict().items() if k != "bn.weight"})
     with pytest.raises(ValueError, match="decay"):
         EMA(model, 1.0)
+
+
+# ---- the average in the optimiser's step, and the guarded step ----
+
+
+class Frozen(Net):
+    """With a parameter that does not learn, one that never has a gradient, and one of no elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(2, 3, 1, bias=False)  # of a bias before a norm the gradient is rounding
+        self.still = nn.Parameter(torch.randn(3), requires_grad=False)
+        self.unused, self.nothing = nn.Parameter(torch.randn(2, 2)), nn.Parameter(torch.empty(0, 4))
+
+    def forward(self, x):
+        return super().forward(x) * 2 + self.nothing.sum()
+
+
+def learn(backend, together, steps=5, bad=(2,), warmup=True, weights=None):
+    """Some guarded steps, with NaN in those that are `bad`; the average in the optimiser's step or after it."""
+    torch.manual_seed(3)
+    model = Frozen()
+    ema = EMA(model, decay=0.9, warmup=warmup)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = NovoGrad(learning, 0.1, (0.9, 0.5), weight_decay=0.1, ema=ema if together else None, backend=backend)
+    outcomes = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model.still += 1  # someone else's doing
+        (model(torch.randn(4, 2, 5)) * torch.randn(4, 3, 5)).sum().mul(torch.nan if step in bad else 1.0).backward()
+        outcomes.append(optimizer.guarded_step())
+        if not together:
+            ema.update(model)
+    return model, ema, optimizer, torch.stack(outcomes)
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+def test_the_average_in_the_step_is_the_one_after_it(name, warmup):
+    face = make_face(name)
+    torch.set_default_device(face.device)
+    model, ema, optimizer, outcomes = learn(name, True, warmup=warmup)
+    twin, after, _, expected = learn("reference", False, warmup=warmup)
+    torch.testing.assert_close(outcomes, expected, equal_nan=True)
+    assert outcomes[:, 1].tolist() == [0, 0, 1, 0, 0] and ema.updates == after.updates == 5
+    for key, value in ema.state_dict().items():
+        torch.testing.assert_close(value, after.average[key], msg=lambda m, key=key: f"{key}: {m}")
+    for (key, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=lambda m, key=key: f"{key}: {m}")
+    assert model.unused not in optimizer.state
+    assert ema.average["bn.num_batches_tracked"] == 5
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+def test_what_a_step_writes_is_seen_by_autograd(name):
+    """Version counters move, so that packed copies of a weight know that they are stale."""
+    torch.set_default_device(make_face(name).device)
+    model, ema, optimizer, _ = learn(name, True)
+    held = [model.conv.weight, ema.average["conv.weight"], ema.average["bn.running_mean"]]
+    before = [t._version for t in held]
+    optimizer.guarded_step()
+    assert all(t._version > v for t, v in zip(held, before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+def test_a_guarded_step_unscales_and_bounds(name):
+    device = make_face(name).device
+    start, grads = torch.randn(3, 400, device=device), torch.randn(3, 400, device=device)
+    results = []
+    for scale, clip in ((None, 0.0), (1024.0, 0.0), (None, 1.0), (1024.0, 1.0)):
+        p = nn.Parameter(start.clone())
+        p.grad = grads * (scale or 1.0)
+        optimizer = NovoGrad([p], lr=0.1, eps=0.5, backend=name)  # eps shows what the bound does
+        norm, skipped = optimizer.guarded_step(scale and torch.tensor([scale], device=device), clip)
+        torch.testing.assert_close(norm, grads.norm())
+        assert skipped == 0
+        results.append(p.detach())
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(results[3], results[2])
+    bounded = grads / (grads.norm() + 1e-6)
+    torch.testing.assert_close(results[2], start - 0.1 * bounded / (bounded.norm() + 0.5))
+    assert not torch.allclose(results[2], results[0])
+
+
+def test_an_average_of_another_model_is_refused():
+    model = Net()
+    optimizer = NovoGrad(model.parameters(), ema=EMA(Net()))
+    model(torch.randn(2, 2, 3)).sum().backward()
+    with pytest.raises(ValueError, match="another model"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+def test_a_state_of_the_foreach_form_goes_on(name):
+    """What earlier versions saved: each second moment a tensor of its own, moments in any memory order."""
+    device = make_face(name).device
+    start = torch.randn(4, 6, 3, device=device)
+    moment = torch.randn(3, 6, 4, device=device).permute(2, 1, 0)  # not the parameter's order
+    state = {0: {"exp_avg": moment, "exp_avg_sq": torch.tensor(2.5, device=device)}}
+    group = {"lr": 0.1, "betas": (0.9, 0.5), "eps": 1e-8, "weight_decay": 0.1, "grad_averaging": False, "params": [0]}
+    p, grad = nn.Parameter(start.clone()), torch.randn(4, 6, 3, device=device)
+    p.grad = grad
+    optimizer = NovoGrad([p], backend=name)
+    optimizer.load_state_dict({"state": state, "param_groups": [group]})
+    optimizer.step()
+    expected, held = start.double(), {0: (moment.double(), torch.tensor(2.5, dtype=torch.float64, device=device))}
+    how = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "grad_averaging")}
+    by_hand([expected], [grad.double()], held, **how)
+    torch.testing.assert_close(p.double(), expected, rtol=1e-5, atol=1e-6)
+    saved = optimizer.state_dict()
+    assert saved["state"].keys() == {0} and saved["state"][0].keys() == {"exp_avg", "exp_avg_sq"}
+    assert saved["param_groups"] == [group]
+
+
+def test_an_optimizer_can_be_copied_and_pickled():
+    _, _, optimizer, _ = learn("auto", True)
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        twin.step()
+        assert twin.ema is None
+
+
+def test_a_gradient_in_another_memory_order_is_taken_right():
+    p = nn.Parameter(torch.randn(4, 6, 3))
+    p.grad = torch.randn(3, 6, 4).permute(2, 1, 0)
+    expected, grad = p.detach().double(), p.grad.double()
+    NovoGrad([p], lr=0.1).step()
+    by_hand([expected], [grad], {}, lr=0.1, betas=(0.95, 0.0), eps=1e-8, weight_decay=0.0, grad_averaging=False)
+    torch.testing.assert_close(p.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+# ---- one step for all: what train_step calls ----
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("kind", ["novograd", "adamw", "sgd"])
+def test_an_update_skips_bad_steps_and_scales_alike(kind, fp16):
+    """NovoGrad's two passes, a fused optimiser's found_inf, and one that knows nothing of it, decided on the host."""
+    torch.manual_seed(1)
+    model = nn.Linear(3, 2)
+    optimizer = {
+        "novograd": lambda: NovoGrad(model.parameters(), lr=0.1),
+        "adamw": lambda: torch.optim.AdamW(model.parameters(), lr=0.1, fused=True),
+        "sgd": lambda: torch.optim.SGD(model.parameters(), lr=0.1),
+    }[kind]()
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2, enabled=fp16)
+    scales = []
+    for bad in (False, True, False, False):
+        optimizer.zero_grad()
+        x = torch.randn(4, 3)
+        scaler.scale(model(x).square().sum() * (torch.inf if bad else 1.0)).backward()
+        want = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]) / scaler.get_scale()
+        before = [p.detach().clone() for p in model.parameters()]
+        norm = update(model, optimizer, scaler)
+        moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+        assert moved == [not bad] * 2
+        assert bad or torch.allclose(norm, want)
+        assert bad == (not norm.isfinite())
+        scales.append(scaler.get_scale())
+    assert scales == ([256.0, 128.0, 128.0, 256.0] if fp16 else [1.0] * 4)

@@ -26,9 +26,18 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_
 LOW = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(params=["gram", "plain"])
+def ahead(xs, weights, gammas, betas):
+    """The Gram form with statistics taken before, of each input's pane together with another block's."""
+    others = [torch.ones_like(w)[:3] for w in weights]
+    grams = [ops.pane_stats(ops.gram(x), pair)[1] for x, *pair in zip(xs, others, weights, strict=True)]
+    return ops.panes(xs, grams, weights, gammas, betas)
+
+
+@pytest.fixture(params=["gram", "ahead", "plain"])
 def form(request):
     """Computes the panes of (xs, weights, gammas, betas): sum, means, unbiased variances."""
+    if request.param == "ahead":
+        return ahead
     if request.param == "gram":
         return lambda x, w, g, b: ops.panes(x, [ops.gram(v) for v in x], w, g, b)
     return lambda x, w, g, b: ops.panes_plain(x, w, g, b, backend="reference")
@@ -54,6 +63,34 @@ def test_opcheck_gram_form():
     grams = [ops.gram(x.detach()) for x in xs]
     means, covs = ([v.clone().requires_grad_() for v in vs] for vs in list(zip(*grams, strict=True))[:2])
     opcheck(torch.ops.jasper_fast.panes, (xs, means, covs, weights, gammas, betas, 1e-3, False), test_utils=CHECKS)
+    opcheck(torch.ops.jasper_fast.pane_stats, (means[0], covs[0], [weights[0], weights[0]]), test_utils=CHECKS)
+    given = [torch.rand(5, requires_grad=True) for _ in xs]
+    opcheck(
+        torch.ops.jasper_fast.panes_given, (xs, means, given, weights, gammas, betas, 1e-3, False), test_utils=CHECKS
+    )
+
+
+def test_statistics_of_all_readers_of_a_source_are_taken_at_once(monkeypatch):
+    """A dense Jasper: one call a source, and the gradients of a model that takes each pane's on its own."""
+    from test_model import batch, config
+
+    calls, once = [], ops.pane_stats
+    monkeypatch.setattr(ops, "pane_stats", lambda gram, weights: calls.append(len(weights)) or once(gram, weights))
+    torch.manual_seed(0)
+    model = Jasper(config("dense"), backend="reference", panes="gram").train().double()
+    features, lengths = batch()
+    found = []
+    for alone in (False, True):
+        if alone:  # as if each were the only one
+            each = lambda gram, weights: [once(gram, [w])[0]._replace(stats=None) for w in weights]  # noqa: E731
+            monkeypatch.setattr(ops, "pane_stats", each)
+        model.zero_grad()
+        log_probs, _ = model(features.double(), lengths)
+        (log_probs * torch.linspace(-1, 1, log_probs.shape[2])).sum().backward()
+        found.append([log_probs.detach(), *(p.grad for p in model.parameters())])
+    assert calls == [3, 2, 1]  # three blocks read the first output, two the next
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 5])
@@ -214,9 +251,11 @@ def test_the_gram_form_writes_each_activation_once():
     xs = [torch.randn(2, 9, c).transpose(1, 2) for c in (24, 16, 24)]
     weights, vectors = [torch.randn(32, x.shape[1], 1) for x in xs], [torch.rand(32) for _ in xs]
     means, covs = zip(*(gram.gram(x) for x in xs), strict=True)
-    out, *stats = run(gram.forward, xs, means, covs, weights, vectors, vectors, 1e-3)
+    each = zip(means, covs, weights, strict=True)
+    variances = [gram.statistics(mean, cov, [weight])[1] for mean, cov, weight in each]
+    out = run(gram.forward, xs, means, variances, weights, vectors, vectors, 1e-3)
     assert written == ["addmm", "addmm_", "addmm_"]
-    run(gram.backward, out, xs, means, covs, weights, vectors, *stats, 1e-3, False)
+    run(gram.backward, out, xs, means, variances, weights, vectors, 1e-3, False)
     assert written == ["addmm"] * 3
 
 

@@ -220,6 +220,24 @@ def test_a_wrong_kernel_of_the_plain_panes_is_caught(function, monkeypatch):
     assert perform.perform(check, CPU)["status"] == "wrong"
 
 
+@pytest.mark.parametrize("variant", checks.STEP_VARIANTS)
+def test_a_wrong_step_is_caught(face, variant, monkeypatch):
+    impl, check = backends.face("novograd", face), Check("novograd", face, "step", "default", CONV, "float32", variant)
+    right, faults = impl.step, [lambda t, out: t.exp_avgs[1].view(-1)[-1].add_(1e-3), lambda t, out: out[1].sub_(1.0)]
+    faults += [] if variant == "plain" else [lambda t, out: t.averages[2].mul_(1.001)]
+    row = perform.perform(check, here(face))
+    assert row["status"] == "ok", row
+    for spoil in faults:
+
+        def wrong(tensors, *more, spoil=spoil):
+            out = right(tensors, *more)
+            spoil(tensors, out)
+            return out
+
+        monkeypatch.setattr(impl, "step", wrong)
+        assert perform.perform(check, here(face))["status"] == "wrong"
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("op", ["conv1d", "conv1d.fused", "bn_relu_dropout"])
 def test_a_wrong_kernel_in_16_bits_is_caught(op, dtype, monkeypatch):

@@ -276,7 +276,7 @@ def test_the_command_checks_the_cpu_and_the_interpreted_kernels_and_keeps_the_ve
     assert report["finished"]
     assert {(v["op"], v["face"], v["dtype"]) for v in report["verdicts"]} == {("panes", "aten", "float32")} | {
         (op, *face) for op in verdict.OPS[:3] for face in (("cpu", "float32"), ("triton", "bfloat16"))
-    } | {("panes", "cpu", "float32")}
+    } | {("panes", "cpu", "float32"), ("novograd", "cpu", "float32")}
     assert all(v["status"] == GOOD and v["quick"] for v in report["verdicts"])
     (file,) = (tmp_path / "verdicts").glob("*.json")
     kept = json.loads(file.read_text())

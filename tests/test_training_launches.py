@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 import io
 import pickle
 
@@ -17,11 +18,15 @@ from test_model import batch, config, pair
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jasper_fast import Jasper
+from jasper_fast import Jasper, NovoGrad
 from jasper_fast.bench.cases import models
 from jasper_fast.bench.harness import allocations
 from jasper_fast.kernels import launch
+from jasper_fast.kernels.conv1d import aten_impl
+from jasper_fast.kernels.novograd import triton_impl as novograd
 from jasper_fast.nn.eager import EagerJasper
+from jasper_fast.training import step
+from jasper_fast.training.ema import EMA
 
 BLOCKS, CONVS, PANES = 6, 9, 1 + 2 + 3  # of config("dense"): its repeats are 1, 2, 3, 1, 1, 1
 
@@ -174,6 +179,36 @@ def test_packs_are_in_no_state_dict_and_no_copy(launches):
         assert {p.data_ptr() for p in packs(twin).values()}.isdisjoint(p.data_ptr() for p in packs(ours).values())
 
 
+@pytest.mark.parametrize("form", ["gram", "plain"])
+def test_plain_convs_cast_and_turn_a_weight_once_a_step(form, monkeypatch):
+    """ATen's, into buffers of the modules: the numbers are those of a cast in every call, with fewer launches."""
+    torch.manual_seed(0)
+    ours, (features, lengths) = Jasper(config("dense", dropout=0.0), backend="reference", panes=form).train(), batch()
+    found = []
+    for packs_or_not in (True, False):
+        if not packs_or_not:
+            monkeypatch.setattr(aten_impl, "packs", lambda weight, dtype: False)
+        for _ in range(2):  # the first makes the buffers
+            ours.zero_grad()
+            with Dispatched() as seen, torch.autocast("cpu", torch.bfloat16):
+                log_probs, _ = ours(features, lengths)
+            with seen:
+                (log_probs * torch.linspace(-1, 1, log_probs.shape[2])).sum().backward()
+        found.append((seen.count.total(), log_probs.detach(), *(p.grad for p in ours.parameters())))
+        held = {key: pack.data_ptr() for key, pack in packs(ours).items()}
+        assert len(held) == CONVS and {pack.dtype for pack in packs(ours).values()} == {torch.bfloat16}
+    (with_packs, *a), (without, *b) = found
+    assert with_packs <= without - (CONVS - BLOCKS), (with_packs, without)  # a conv inside a block casts twice without
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-2, atol=1e-2 * y.abs().max().item())
+
+
+def test_fp32_convs_of_a_cpu_have_no_packs():
+    ours, (features, lengths) = Jasper(config("dense"), backend="reference").train(), batch()
+    ours(features, lengths)
+    assert not packs(ours)
+
+
 @pytest.mark.slow
 def test_a_forward_takes_the_weights_as_they_are_now():
     """With real launches: after the weights change in place, the next forward equals that of a new model with them."""
@@ -189,3 +224,139 @@ def test_a_forward_takes_the_weights_as_they_are_now():
     fresh.load_state_dict(ours.state_dict())
     with torch.no_grad():
         assert torch.equal(ours(features, lengths)[0], fresh(features, lengths)[0])
+
+
+# ---- the optimiser's step ----
+
+# ATen's multi-tensor kernels: so many tensors a launch by the number of lists, and so many blocks of 64 Ki elements
+TENSORS, BLOCKS_, CHUNK = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}, 320, 65536
+
+
+def multi_tensor(lists: int, sizes: list[int]) -> int:
+    """Launches of a foreach op: one is full with so many tensors or blocks; a tensor may go on in the next."""
+    launches = tensors = blocks = 0
+    for i, size in enumerate(sizes):
+        tensors += size > 0
+        chunks = -(-size // CHUNK)
+        for chunk in range(chunks):
+            blocks += 1
+            over = chunk == chunks - 1
+            if (tensors == TENSORS[lists] and over) or blocks == BLOCKS_ or (over and i == len(sizes) - 1):
+                launches += 1
+                tensors, blocks = int(not over), 0
+    return launches
+
+
+class Dispatched(TorchDispatchMode):
+    """Launches that ops of ATen make on a GPU: one each, foreach ops by the rule, views and allocations none."""
+
+    NONE = ("view", "_unsafe_view", "transpose", "t", "unsqueeze", "squeeze", "slice", "select", "detach", "expand",
+            "alias", "as_strided", "unbind", "split", "empty", "empty_like", "empty_strided", "new_empty", "reshape",
+            "new_empty_strided", "permute", "split_with_sizes", "lift_fresh", "_local_scalar_dense", "numpy_T",
+            "_reshape_alias")  # fmt: skip
+    PERHAPS = ("to", "flatten", "reshape", "contiguous")  # a copy or none
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: collections.Counter = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        if func.namespace == "jasper_fast":  # its inside is what launches
+            with self:
+                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+        if name.startswith("_foreach"):
+            lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
+            lists = [a for a in lists if a[0].dim() or a is lists[0]]  # scalars travel as arguments
+            self.count[name] += multi_tensor(len(lists), [t.numel() for t in lists[0]])
+        elif name not in self.NONE + self.PERHAPS:
+            self.count[name] += 1
+        out = func(*args, **kwargs)
+        if name in self.PERHAPS:
+            self.count[name] += out.untyped_storage()._cdata != args[0].untyped_storage()._cdata
+        return out
+
+
+@pytest.mark.parametrize(
+    ("lists", "sizes", "launches"),
+    [(2, [10] * 64, 1), (2, [10] * 65, 2), (3, [10] * 97, 3), (2, [CHUNK * BLOCKS_], 1), (2, [CHUNK * BLOCKS_ + 1], 2)],
+)
+def test_atens_rule(lists, sizes, launches):
+    assert multi_tensor(lists, sizes) == launches
+
+
+def hollow_training(form: str, jasper10x5: bool = True) -> tuple[Jasper, EMA]:
+    """A model with gradients, none of it in memory."""
+    with torch.device("meta"):
+        ours = Jasper(models.config("jasper10x5" if jasper10x5 else "small"), backend="triton", panes=form).train()
+    for p in ours.parameters():
+        p.grad = torch.empty_like(p)
+    return ours, EMA(ours)
+
+
+def test_the_optimiser_and_the_average_are_two_launches(launches):
+    """Of Jasper 10x5, by the step that train.py makes: two kernels, and copies of a few bytes where numbers changed.
+    The foreach form makes a thousand."""
+    ours, ema = hollow_training("gram")
+    optimizer = NovoGrad(ours.parameters(), lr=0.01, weight_decay=1e-3, ema=ema, backend="triton")
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    step.update(ours, optimizer, scaler)  # makes its state
+    launches.clear()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.009  # as every step of a schedule
+    with Dispatched() as seen:
+        step.update(ours, optimizer, scaler)
+    assert launches == ["squares", "update"]
+    assert len(launches) + seen.count.total() <= 6, seen.count
+    foreach = NovoGrad(ours.parameters(), lr=0.01, weight_decay=1e-3, backend="reference")
+    step.update(ours, foreach, scaler)
+    with Dispatched() as seen:
+        step.update(ours, foreach, scaler), ema.update(ours)
+    assert seen.count.total() > 400, seen.count
+
+
+def test_the_step_moves_32_bytes_a_parameter(launches, monkeypatch):
+    """Counted from the table that the kernels walk: what each row reads and writes."""
+    ours, ema = hollow_training("gram", jasper10x5=False)
+    optimizer = NovoGrad(ours.parameters(), ema=ema, backend="triton")
+    step.update(ours, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    rows = optimizer._held[torch.device("meta")]["rows"]
+    moved = {novograd.UPDATE: 4 + 16 + 12, novograd.AVERAGE: 12, novograd.COPY: 8}  # squares, then reads and writes
+    count = sum(p.numel() for p in ours.parameters())
+    others = sum(b.numel() for b in ours.buffers())
+    total = sum(row[5] * moved[row[7]] for row in rows)
+    assert 32 * count < total <= 32 * count + 24 * others
+
+
+@pytest.mark.parametrize(
+    ("form", "amp", "ceiling"),
+    # before the optimiser had kernels and a source's statistics were taken at once: 4,782, 5,314 and 3,649
+    [("gram", None, 2450), ("gram", torch.bfloat16, 2750), ("plain", torch.bfloat16, 3000)],
+)
+def test_a_training_step_launches_so_many_kernels_and_ops(launches, form, amp, ceiling):
+    """Jasper 10x5 of a sixteenth of the channels; forward, backward, optimiser and average, without the frontend and
+    the loss (some 15 launches). The count does not depend on channels."""
+    cfg = models.config("jasper10x5")
+    blocks = [dataclasses.replace(b, filters=b.filters // 16) for b in cfg.encoder.blocks]
+    decoder = dataclasses.replace(cfg.decoder, in_feats=cfg.decoder.in_feats // 16)
+    cfg = dataclasses.replace(cfg, encoder=dataclasses.replace(cfg.encoder, blocks=blocks), decoder=decoder)
+    ours = Jasper(cfg, backend="triton", panes=form).train()
+    optimizer = NovoGrad(ours.parameters(), lr=0.01, weight_decay=1e-3, ema=EMA(ours), backend="triton")
+    scaler, guard = torch.amp.GradScaler("cpu", enabled=False), step.BufferGuard(ours)
+    features, lengths = torch.randn(2, 64, 64), torch.tensor([64, 50])
+
+    def run():
+        guard.remember()
+        optimizer.zero_grad()
+        with torch.autocast("cpu", amp, enabled=amp is not None):
+            log_probs, _ = ours(features, lengths)
+        log_probs.sum().backward()
+        guard.settle(torch.ones((), dtype=torch.bool))
+        step.update(ours, optimizer, scaler)
+
+    run()
+    launches.clear()
+    with Dispatched() as seen:
+        run()
+    assert 500 < len(launches) < 700
+    assert ceiling - 300 < len(launches) + seen.count.total() <= ceiling, seen.count

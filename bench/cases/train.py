@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from jasper_fast import NovoGrad
 from jasper_fast.bench.cases import common, counts, models
+from jasper_fast.bench.cases.full_step import full_step
 from jasper_fast.bench.harness import correct, cudnn_search, limits
 from jasper_fast.bench.harness.case import Case, Contender, Runner
 from jasper_fast.bench.harness.run import Run
@@ -80,6 +80,11 @@ class Batch:
         self.clear = False
         self.features, self.lengths = models.features(cfg, N, T, device, 0, ragged)
         self.targets, self.target_lengths = models.targets(N, T // 2, device, 0)
+        self.on_host = self.lengths.cpu(), self.target_lengths.cpu()
+
+    def as_read(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Features, lengths, transcripts, their lengths; the lengths on the host, as a loader reads them."""
+        return self.features, self.on_host[0], self.targets, self.on_host[1]
 
     def refill(self, seed: int) -> None:
         """New values everywhere."""
@@ -87,6 +92,7 @@ class Batch:
         features, lengths = models.features(self.cfg, self.N, self.T, self.device, seed, self.ragged)
         self.features.copy_(features)
         self.lengths.copy_(lengths)
+        self.on_host[0].copy_(lengths)
         self.targets.copy_(models.targets(self.N, self.T // 2, self.device, seed)[0])
 
     def loss(self, model: Model, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,21 +111,20 @@ class Batch:
 def runner(
     module: nn.Module, call: Model, batch: Batch, state: Mapping[str, Tensor], dtype: torch.dtype, mode: str
 ) -> Runner:
-    """`call` runs the module, perhaps compiled or with renamed parameters. It is timed as in training, with dropout on;
-    in fp16 the loss is scaled, because small gradients would otherwise be zero."""
+    """`call` runs `module`'s parameters (renamed, perhaps). Timed as it trains: dropout on, and in fp16 with the loss
+    scaled, without which small gradients are zero. The full step is train.py's own."""
     module.train()
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = NovoGrad(parameters, lr=1e-4, weight_decay=1e-3) if mode == "step" else None
     scaler = torch.amp.GradScaler(batch.device.type, enabled=dtype is torch.float16)
 
-    def run() -> None:
+    def forward_and_backward() -> None:
         for p in parameters:
             p.grad = None
         scaler.scale(batch.loss(call, dtype)[0]).backward()
-        if optimizer is not None:
-            scaler.step(optimizer)
-            scaler.update()
 
+    run = forward_and_backward
+    if mode == "step":
+        run = full_step(module, call, batch.cfg, batch.as_read, dtype)
     return Runner(run, lambda: answer(module, call, batch, state, dtype))
 
 

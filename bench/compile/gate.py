@@ -218,6 +218,8 @@ RULES = (
         (
             ("bn_relu_dropout (stats|backward_reduce)", "they leave a number a channel"),
             ("conv1d last", "rows of 29 symbols start anywhere"),
+            ("novograd squares", "it leaves a number a run"),
+            ("all unaligned", "slices of a buffer begin anywhere"),
         ),
     ),
     Rule("a NaN passes", _nan, (("conv1d last", "log-softmax's own maximum; a NaN comes back with exp"),)),

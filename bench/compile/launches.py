@@ -12,6 +12,8 @@ from jasper_fast.kernels import aot, launch, tables
 from jasper_fast.kernels.bn_relu_dropout import triton_impl as bn
 from jasper_fast.kernels.conv1d import triton_impl as conv1d
 from jasper_fast.kernels.conv1d import triton_tiles
+from jasper_fast.kernels.novograd import triton_impl as novograd
+from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
 
 N, P = 32, 0.2  # utterances, which with FRAMES give enough rows for whole tiles; dropout rate
@@ -38,6 +40,9 @@ def recorded(arch: int, dtype: str) -> Recorded:
     for C in sorted({a.C_in for a in wide if not a.first}, reverse=True):
         for kernel, source in _sources(arch, functools.partial(norm_calls, C, number)):
             yield kernel, f"C{C}", source
+    for aligned, averages in itertools.product((True, False), repeat=2) if dtype == "float32" else ():
+        for kernel, source in _sources(arch, functools.partial(step, aligned, averages)):
+            yield kernel, "all" + " unaligned" * (not aligned), source
     yield from measured(arch, dtype)
 
 
@@ -113,6 +118,14 @@ def norm_calls(C: int, dtype: torch.dtype) -> None:
             bn.backward_apply(y, y, residual, norm, means, mask, residual is not None, halo)
 
 
+def step(aligned: bool, averages: bool) -> None:
+    """NovoGrad's step, with the moving average or without."""
+    of = [torch.empty(1004, device=META)[0 if aligned else 1 :]]
+    tensors = Tensors(of, of, of, of, of if averages else [], [0])
+    settings = torch.empty(1, len(Settings._fields), dtype=torch.float64, device=META)
+    novograd.step(tensors, Watched([], []), settings, None, None, 0.0, True, {})
+
+
 def _exacts(dtype: torch.dtype) -> tuple[bool, ...]:
     """The settings for fp32 products: rounded to TF32, or exact. Users choose by PyTorch's setting."""
     return (False, True) if dtype == torch.float32 else (False,)
@@ -148,7 +161,7 @@ def called(one: launch.Launch, exact: bool) -> str:
     name = one.name.strip("_").removesuffix("_kernel")
     if not name.startswith("conv1d"):
         flags = (flag.removeprefix("HAS_").lower() for flag in values if flag.startswith("HAS_") and values[flag])
-        return " ".join(["bn_relu_dropout", name, *flags])
+        return " ".join(["novograd" if name in ("squares", "update") else "bn_relu_dropout", name, *flags])
     name = name.replace("_", " ")
     name = "conv1d first" if values.get("IS_NCT") else "conv1d last" if values.get("HAS_LOG_SOFTMAX") else name
     name += "".join(told for flag, told in PARTS.items() if values.get(flag))

@@ -9,6 +9,7 @@ import torch
 
 from jasper_fast.bench.harness import clocks, devices, machine
 from jasper_fast.bench.harness.errors import first_line
+from jasper_fast.kernels import precision
 
 GIB = 1 << 30
 
@@ -55,12 +56,8 @@ def float32_mode(device: torch.device) -> str:
 
 
 def _fp32_rate(device: torch.device, size: int, mode: str) -> float:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = mode == "TF32"
-    try:
+    with precision.fp32("tf32" if mode == "TF32" else "ieee"):
         return _matmul_rate(device, torch.float32, size)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:

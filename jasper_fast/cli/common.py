@@ -66,6 +66,9 @@ MODEL = {  # the options of `load` and `recognize`
     ],
     "speed": [
         option(
+            "--fp32-precision", choices=("ieee", "tf32"), help="of fp32 products on a GPU (convs tf32, others ieee)"
+        ),
+        option(
             "--dtype",
             choices=tuple(DTYPES),
             help="of weights and activations (default: the checkpoint's); fast: fp16 on a GPU, bf16 on a CPU with it",
@@ -148,6 +151,7 @@ def load(arguments: argparse.Namespace) -> Recognizer:
 
     from jasper_fast.dispatch import backends
     from jasper_fast.inference import recognizer
+    from jasper_fast.kernels.precision import set_fp32
 
     backends.check(arguments.backend)
     if arguments.workers < 0:
@@ -155,6 +159,7 @@ def load(arguments: argparse.Namespace) -> Recognizer:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = device_of(arguments.device)
+    set_fp32(arguments.fp32_precision)
     dtype = None if arguments.dtype is None else getattr(torch, DTYPES[arguments.dtype])
     made = recognizer.load(arguments.checkpoint, arguments.config, arguments.ema, device, arguments.backend, dtype)
     made.decoder = decoder(arguments, made.vocabulary)

@@ -21,29 +21,28 @@ def compare(
     training forward keeps for backward; `ratio`: fused over eager).
     """
     model = f"{config}:{batch[0]},{batch[1]}"
-    step = _measure("train", model, folder, device, seconds, mode="forward+backward")
+    step = _measure("train", model, folder, device, seconds, "--mode", "step")
     listen = _measure("latency", str(config), folder, device, seconds)
     kept = _measure("memory", model, folder, device, seconds)
     spoken = listen["fused"]["key"]
     shape = f"{batch[0]} utterances, {batch[1] / 100:.1f} s"
     sizes = {f"{side}_bytes": row["memory"]["kept_bytes"] for side, row in kept.items()}
     return {
-        "train": _rates(step, batch[0]) | {"shape": f"{shape}, forward and backward"},
+        "train": _rates(step, batch[0]) | {"shape": f"{shape}, a step of train.py"},
         "inference": _rates(listen, spoken["N"]) | {"shape": f"{spoken['N']} utterance, {spoken['seconds']} s"},
         "memory": sizes | {"ratio": sizes["fused_bytes"] / sizes["eager_bytes"], "shape": shape},
     }
 
 
 def _measure(
-    command: str, model: str, folder: Path, device: torch.device, seconds: float, **key: str
+    command: str, model: str, folder: Path, device: torch.device, seconds: float, *more: str
 ) -> dict[str, Any]:
-    """Runs `jasper-fast bench COMMAND`; gives the rows "fused" and "eager" of the case whose key holds `key`."""
+    """Runs `jasper-fast bench COMMAND`; gives the rows "fused" and "eager"."""
     out = folder / command
     common = ["--device", str(device), "--dtype", "fp32", "--quick", "--seconds", str(seconds), "--out", str(out)]
-    need("jasper_fast.bench.cli", "bench").main([command, "--model", model, *common, "--rivals", "eager"])
+    need("jasper_fast.bench.cli", "bench").main([command, "--model", model, *common, "--rivals", "eager", *more])
     newest = max(out.glob("*.json"), key=lambda path: path.stat().st_mtime)
-    rows = [row for row in json.loads(newest.read_text())["rows"] if key.items() <= row["key"].items()]
-    return {"fused" if row["ours"] else "eager": row for row in rows}
+    return {"fused" if row["ours"] else "eager": row for row in json.loads(newest.read_text())["rows"]}
 
 
 def _rates(rows: dict[str, Any], utterances: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ import torch
 from jasper_fast.kernels import native
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-NORM, PANES = "bn_relu_dropout", "panes"
+NORM, PANES, NOVOGRAD = "bn_relu_dropout", "panes", "novograd"
 OLDEST = (8, 0)  # compute capability that the Triton kernels are written for: bf16, cp.async
 _MODULE = {
     "reference": "reference",

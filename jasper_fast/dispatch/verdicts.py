@@ -196,8 +196,8 @@ def forget() -> None:
 
 
 def verdict(op: str, face: str, device: torch.device, dtype: str, check: Callable | None = None) -> Verdict:
-    """The verdict on `op` ("bn_relu_dropout", "conv1d", "conv1d.fused", "panes") on `face` in `dtype` ("bfloat16"):
-    from the cache, or from a quick check now.
+    """The verdict on `op` (one of `verdict.OPS`) on `face` in `dtype` ("bfloat16"):
+    kept, or from a quick check now.
 
     The check runs in a process of its own, takes seconds, and prints one line on the standard error. `check(device, op,
     face, dtype) -> Verdict` replaces it in tests.

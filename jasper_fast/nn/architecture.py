@@ -25,6 +25,18 @@ def block_shapes(config: JasperConfig) -> list[tuple[int, BlockConfig, list[int]
     return shapes
 
 
+def pane_readers(config: JasperConfig) -> dict[int, list[tuple[int, int]]]:
+    """The panes, as (block, pane), that read each source: 0 is the features, j + 1 the output of block j."""
+    found: dict[int, list[tuple[int, int]]] = {0: []}
+    sources = [0]
+    for j, b in enumerate(config.encoder.blocks):
+        for pane, source in enumerate((sources if b.residual_dense else sources[-1:]) if b.residual else []):
+            found[source].append((j, pane))
+        found[j + 1] = []
+        sources = [*sources, j + 1] if b.residual and b.residual_dense else [j + 1]
+    return found
+
+
 def out_lengths(config: JasperConfig, lengths: Tensor) -> Tensor:
     """Frames of the log-probabilities for `lengths` (N,) frames of features."""
     for b in config.encoder.blocks:

@@ -123,9 +123,12 @@ class JasperBlock(nn.Module):
         )
 
     def gram(self, pane: int, source: Tensor) -> ops.Gram | None:
-        """The Gram statistics of a block output for `pane` and the panes of later blocks; None if they need none."""
-        bn = self.panes()[pane][1]
-        return ops.gram(source, sync.group_of(bn)) if self._is_gram(source) and of_the_batch(bn) else None
+        """What `pane` of this block, and those of later ones, want to know of a block output; None where nothing."""
+        return ops.gram(source, sync.group_of(self.panes()[pane][1])) if self.reads_gram(pane, source) else None
+
+    def reads_gram(self, pane: int, source: Tensor) -> bool:
+        """Whether `pane` takes its statistics from the Gram matrix of `source`."""
+        return self._is_gram(source) and of_the_batch(self.panes()[pane][1])
 
     def _is_gram(self, source: Tensor) -> bool:
         if self.pane_form != "auto":

@@ -10,7 +10,7 @@ from jasper_fast import ops
 from jasper_fast.dispatch import backends, tuned
 from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import mask, ntc
-from jasper_fast.nn.architecture import block_shapes, init_weights
+from jasper_fast.nn.architecture import block_shapes, init_weights, pane_readers
 from jasper_fast.nn.architecture import out_lengths as _out_lengths
 from jasper_fast.nn.block import JasperBlock
 from jasper_fast.nn.cells import cells
@@ -47,6 +47,7 @@ class Jasper(nn.Module):
         self.encoder.layers = nn.ModuleList(JasperBlock(c, b, p, backend, panes) for c, b, p in block_shapes(config))
         self.decoder.layers = nn.ModuleList([nn.Conv1d(config.decoder.in_feats, config.decoder.n_classes, 1)])
         init_weights(self, config)
+        self.readers = pane_readers(config)
         self.encoder_frozen = False
 
     def freeze_encoder(self) -> None:
@@ -90,27 +91,37 @@ class Jasper(nn.Module):
         lengths = lengths.to(torch.int64)
         x = ntc(autocast(mask(features, lengths) if masks else features))  # masked_fill returns NCT memory
         seeds = self._seeds(x.device)
-        sources, grams, lens = [x], [None], lengths
-        for layer, seed in zip(self.encoder.layers, seeds, strict=True):
+        sources, ids, grams, lens = [x], [0], {}, lengths
+        for j, (layer, seed) in enumerate(zip(self.encoder.layers, seeds, strict=True)):
             b, x = layer.b, sources[-1]
             steps = [lens]
             for _ in range(b.repeat):
                 same = b.s == 1 and 2 * b.padding == b.d * (b.k - 1)  # lengths do not change: saves some tiny kernels
                 steps.append(steps[-1] if same else b.out_length(steps[-1]))
-            taken = (sources if b.residual_dense else sources[-1:]) if b.residual else []
-            first = len(sources) - len(taken)
-            for pane in range(len(taken)):
-                grams[first + pane] = grams[first + pane] or layer.gram(pane, sources[first + pane])
-            x = layer(x, taken, grams[first:], steps if masks else None, seed)
+            reads = slice(0 if b.residual_dense else -1, None) if b.residual else slice(0)
+            taken = sources[reads]
+            x = layer(x, taken, self._grams(j, ids[reads], taken, grams), steps if masks else None, seed)
             lens = steps[-1]
-            if b.residual and b.residual_dense:
-                sources, grams = [*sources, x], [*grams, None]
-            else:
-                sources, grams = [x], [None]
+            dense = b.residual and b.residual_dense
+            sources, ids = ([*sources, x], [*ids, j + 1]) if dense else ([x], [j + 1])
         self._count_batch()
         head = self.decoder.layers[0]
         logits = F.linear(sources[-1].transpose(1, 2), head.weight.flatten(1), head.bias)
         return logits.float().log_softmax(dim=2), lens
+
+    def _grams(self, j: int, ids: list[int], sources: list[Tensor], known: dict) -> list[ops.Gram | None]:
+        """Those that block `j` wants of its `sources`, by (block, pane) in `known`: the first block that reads a source
+        has the statistics taken of all panes that will."""
+        for pane, (i, x) in enumerate(zip(ids, sources, strict=True)):
+            if (j, pane) in known:
+                continue
+            known[j, pane] = gram = self.encoder.layers[j].gram(pane, x)
+            if gram is not None:
+                layers = self.encoder.layers
+                later = [(k, q) for k, q in self.readers[i] if k >= j and layers[k].reads_gram(q, x)]
+                weights = [layers[k].panes()[q][0].weight for k, q in later]
+                known.update(zip(later, ops.pane_stats(gram, weights), strict=True))
+        return [known[j, pane] for pane in range(len(sources))]
 
     def out_lengths(self, lengths: Tensor) -> Tensor:
         """Frames of the log-probabilities for `lengths` (N,) frames of features."""

@@ -9,8 +9,8 @@ from jasper_fast.dispatch import backends
 
 
 class Packs:
-    """The weights of a module's convs as the Triton kernels read them: one buffer per conv, filled again in every
-    forward.
+    """The weights of a module's convs as the kernels read them, Triton's and cuDNN's: one buffer a conv, filled anew in
+    every forward, so that a weight is cast and turned once a step.
 
     The buffers are copies of the weights, so they are in no state dict and are not copied or pickled with the module. A
     buffer has the device of the weight and the dtype of the activations. Backward reads it too, because its content
@@ -28,7 +28,7 @@ class Packs:
         if torch.compiler.is_compiling():
             return None
         impl = backends.face("conv1d", face)
-        if not hasattr(impl, "packed_shape"):
+        if not hasattr(impl, "packed_shape") or not getattr(impl, "packs", lambda *_: True)(weight, dtype):
             return None
         held, shape = self._held.get(index), impl.packed_shape(weight)
         if held is None or held.shape != shape or held.dtype != dtype or held.device != weight.device:

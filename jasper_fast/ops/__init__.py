@@ -6,8 +6,19 @@ N batch, C channels, T frames, K taps, M = N*T rows; activations are logical (N,
 
 from jasper_fast.ops.bn_relu_dropout_op import bn_relu_dropout, bn_stats, draw_seeds
 from jasper_fast.ops.conv1d_op import conv1d
-from jasper_fast.ops.panes_op import Gram, gram, panes
+from jasper_fast.ops.panes_op import Gram, gram, pane_stats, panes
 from jasper_fast.ops.panes_plain_op import panes_plain
 from jasper_fast.ops.sub_block_op import sub_block
 
-__all__ = ["Gram", "bn_relu_dropout", "bn_stats", "conv1d", "draw_seeds", "gram", "panes", "panes_plain", "sub_block"]
+__all__ = [
+    "Gram",
+    "bn_relu_dropout",
+    "bn_stats",
+    "conv1d",
+    "draw_seeds",
+    "gram",
+    "pane_stats",
+    "panes",
+    "panes_plain",
+    "sub_block",
+]

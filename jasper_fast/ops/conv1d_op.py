@@ -192,4 +192,6 @@ def conv_face(
         calls=choose.conv_calls(stats=stats, dx=dx, dw=dw, norm=norm),
         shape=(c_in, c_out, taps, geometry.stride, geometry.dilation), rows_log2=rows_log2,
     )  # fmt: skip
-    return face, packed(weight, x.dtype, face) if callable(packed) else packed
+    if callable(packed):
+        return face, packed(weight, x.dtype, face)
+    return face, None if face == "aten" else packed  # a tensor is Triton's

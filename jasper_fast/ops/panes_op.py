@@ -15,6 +15,16 @@ from jasper_fast.ops.registration import lib, register_autograd, without_autocas
 
 lib.define("gram(Tensor x, str group) -> (Tensor, Tensor, Tensor)")
 lib.define("gram_backward(Tensor x, Tensor mean, Tensor rows, Tensor dmean, Tensor dcov, str group) -> Tensor")
+lib.define("pane_stats(Tensor mean, Tensor cov, Tensor[] weights) -> (Tensor, Tensor)")
+lib.define("pane_stats_backward(Tensor dvar, Tensor cov, Tensor[] weights) -> (Tensor, Tensor)")
+lib.define(
+    "panes_given(Tensor[] xs, Tensor[] means, Tensor[] pane_vars, Tensor[] weights, Tensor[] gammas, Tensor[] betas, "
+    "float eps, bool synced) -> Tensor"
+)
+lib.define(
+    "panes_given_backward(Tensor g, Tensor[] xs, Tensor[] means, Tensor[] pane_vars, Tensor[] weights, "
+    "Tensor[] gammas, float eps, bool synced) -> (Tensor[], Tensor, Tensor, Tensor[], Tensor, Tensor)"
+)
 lib.define(
     "panes(Tensor[] xs, Tensor[] means, Tensor[] covs, Tensor[] weights, Tensor[] gammas, Tensor[] betas, float eps, "
     "bool synced) -> (Tensor, Tensor, Tensor)"
@@ -41,14 +51,37 @@ def _gram_backward(x, mean, rows, dmean, dcov, group):
     return impl.gram_backward(x, mean, dmean, dcov, rows if group else n * t)
 
 
+def _panes_given(xs, means, pane_vars, weights, gammas, betas, eps, synced):
+    return impl.forward(xs, means, pane_vars, weights, gammas, betas, eps)
+
+
 def _panes(xs, means, covs, weights, gammas, betas, eps, synced):
-    return impl.forward(xs, means, covs, weights, gammas, betas, eps)
+    """As `panes_given` after `pane_stats`, of a pane each."""
+    stats = [impl.statistics(m, s, [w]) for m, s, w in zip(means, covs, weights, strict=True)]
+    mean, var = (torch.stack(of) for of in zip(*stats, strict=True))
+    return impl.forward(xs, means, list(var), weights, gammas, betas, eps), mean, var
+
+
+def _panes_backward(g, xs, means, covs, weights, gammas, pane_mean, pane_var, eps, synced):
+    given = impl.backward(g, xs, means, list(pane_var), weights, gammas, eps, synced)
+    dxs, dmeans, dvars, dweights, dgammas, dbetas = given
+    dcovs = []
+    for dvar, cov, weight, dw in zip(dvars, covs, weights, dweights, strict=True):
+        dcov, more = impl.statistics_backward(dvar, cov, [weight])
+        dcovs.append(dcov)
+        dw += more.view_as(dw)
+    dmeans = [dm.clone() for dm in dmeans.split([m.shape[0] for m in means])]
+    return dxs, dmeans, dcovs, dweights, [dgamma.clone() for dgamma in dgammas], dbetas[0].clone()
 
 
 lib.impl("gram", without_autocast(_gram), "CompositeExplicitAutograd")
 lib.impl("gram_backward", without_autocast(_gram_backward), "CompositeExplicitAutograd")
+lib.impl("pane_stats", without_autocast(impl.statistics), "CompositeExplicitAutograd")
+lib.impl("pane_stats_backward", without_autocast(impl.statistics_backward), "CompositeExplicitAutograd")
+lib.impl("panes_given", without_autocast(_panes_given), "CompositeExplicitAutograd")
+lib.impl("panes_given_backward", without_autocast(impl.backward), "CompositeExplicitAutograd")
 lib.impl("panes", without_autocast(_panes), "CompositeExplicitAutograd")
-lib.impl("panes_backward", without_autocast(impl.backward), "CompositeExplicitAutograd")
+lib.impl("panes_backward", without_autocast(_panes_backward), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("jasper_fast::gram", lib=lib)
@@ -65,6 +98,32 @@ def _(x, group):
 def _(x, mean, rows, dmean, dcov, group):
     n, c, t = x.shape
     return x.new_empty((n, t, c)).transpose(1, 2)
+
+
+@torch.library.register_fake("jasper_fast::pane_stats", lib=lib)
+def _(mean, cov, weights):
+    outputs = sum(w.shape[0] for w in weights)
+    return mean.new_empty(outputs), mean.new_empty(outputs)
+
+
+@torch.library.register_fake("jasper_fast::pane_stats_backward", lib=lib)
+def _(dvar, cov, weights):
+    return torch.empty_like(cov), cov.new_empty((dvar.shape[0], weights[0].shape[1]))
+
+
+@torch.library.register_fake("jasper_fast::panes_given", lib=lib)
+def _(xs, means, pane_vars, weights, gammas, betas, eps, synced):
+    n, _, t = xs[0].shape
+    return xs[0].new_empty((n, t, weights[0].shape[0])).transpose(1, 2)
+
+
+@torch.library.register_fake("jasper_fast::panes_given_backward", lib=lib)
+def _(g, xs, means, pane_vars, weights, gammas, eps, synced):
+    n, _, t = g.shape
+    dxs = [g.new_empty((n, t, x.shape[1])).transpose(1, 2) for x in xs]
+    stats = [means[0].new_empty((len(xs), gammas[0].shape[0])) for _ in range(3)]
+    dmeans = means[0].new_empty(sum(m.shape[0] for m in means))
+    return dxs, dmeans, stats[0], [torch.empty_like(w) for w in weights], *stats[1:]
 
 
 @torch.library.register_fake("jasper_fast::panes", lib=lib)
@@ -113,19 +172,53 @@ def _panes_grad(ctx, g, _dmean, _dvar):
     return dxs, dmeans, dcovs, dweights, dgammas, [dbeta.clone() for _ in range(n)], None, None
 
 
+def _stats_save(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1], *inputs[2])
+    ctx.mark_non_differentiable(output[0])
+    ctx.set_materialize_grads(False)
+
+
+def _stats_grad(ctx, _dmean, dvar):
+    cov, *weights = ctx.saved_tensors
+    if dvar is None:
+        return None, None, [None] * len(weights)
+    dcov, dweights = torch.ops.jasper_fast.pane_stats_backward(dvar, cov, weights)
+    parts = dweights.split([w.shape[0] for w in weights])
+    return None, dcov, [dw.view(w.shape).to(w.dtype) for dw, w in zip(parts, weights, strict=True)]
+
+
+def _given_save(ctx, inputs, output):
+    *lists, _, ctx.eps, ctx.synced = inputs
+    ctx.count = len(lists[0])
+    ctx.save_for_backward(*(t for tensors in lists for t in tensors))
+
+
+def _given_grad(ctx, g):
+    n, saved = ctx.count, ctx.saved_tensors
+    lists = [list(saved[i * n : (i + 1) * n]) for i in range(5)]
+    grads = torch.ops.jasper_fast.panes_given_backward(g, *lists, ctx.eps, ctx.synced)
+    dxs, dmeans, dvars, dweights, dgammas, dbetas = grads
+    dmeans = list(dmeans.split([m.shape[0] for m in lists[1]]))
+    return dxs, dmeans, list(dvars.unbind()), dweights, list(dgammas.unbind()), list(dbetas.unbind()), None, None
+
+
 register_autograd("gram", _gram_grad, _gram_save)
+register_autograd("pane_stats", _stats_grad, _stats_save)
+register_autograd("panes_given", _given_grad, _given_save)
 register_autograd("panes", _panes_grad, _panes_save)
 
 
 class Gram(NamedTuple):
     """Mean (C,) and covariance of the rows of a block output, and, for a group of ranks, the number of rows (0-d).
 
-    `cov` holds the covariance as L (see `kernels.panes.gram.lower`), a vector of about 3/4*C*C elements.
+    Of the covariance L is held (see `kernels.panes.gram.lower`), a vector of about three quarters of C*C elements.
+    stats: mean and variance, (C_out,) each, of the output of one pane, where `pane_stats` took them before.
     """
 
     mean: Tensor
     cov: Tensor
     rows: Tensor | None
+    stats: tuple[Tensor, Tensor] | None = None
 
 
 def gram(x: Tensor, group: dist.ProcessGroup | None = None) -> Gram:
@@ -140,6 +233,17 @@ def gram(x: Tensor, group: dist.ProcessGroup | None = None) -> Gram:
     return Gram(mean, cov, rows if name else None)
 
 
+def pane_stats(gram: Gram, weights: list[Tensor]) -> list[Gram]:
+    """`gram` for each of the panes that read its block output, with the pane's statistics, all taken at once.
+
+    `weights`: of each pane (C_out, C, 1). Equivalent, for each, to the mean and the biased variance over the rows of
+    `x.transpose(1, 2).reshape(-1, C) @ weight[:, :, 0].T`.
+    """
+    sizes = [w.shape[0] for w in weights]
+    mean, var = torch.ops.jasper_fast.pane_stats(gram.mean, gram.cov, list(weights))
+    return [gram._replace(stats=pair) for pair in zip(mean.split(sizes), var.split(sizes), strict=True)]
+
+
 def panes(
     xs: list[Tensor],
     grams: list[Gram],
@@ -151,17 +255,23 @@ def panes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the panes of a block in training: returns (sum (N, C_out, T), means, unbiased variances (P, C_out)).
 
-    `xs`: P block outputs (N, C_k, T) of one dtype, zero in the padding; `grams[k] = gram(xs[k])`; `weights[k]`
-    (C_out, C_k, 1); `gammas[k]`, `betas[k]` (C_out,). The statistics are over all N*T rows (of all ranks, if the grams
-    are) and can update the running ones. Raises ValueError for N*T = 1, as PyTorch does. Equivalent to
+    `xs`: P block outputs (N, C_k, T) of one dtype, zero in the padding; `grams[k] = gram(xs[k])`, with the statistics
+    of `weights[k]` or, where they were not taken before, without; `weights[k]`
+    (C_out, C_k, 1); `gammas[k]`, `betas[k]` (C_out,). Statistics run over all N*T rows (of all ranks, where the grams
+    do); they are what the running ones take in. Raises ValueError for N*T = 1 as PyTorch does. Equivalent to
     `sum(F.batch_norm(F.conv1d(x, w), None, None, gamma, beta, training=True, eps=eps) for ...)`.
     """
     wide, rows = wide_dtype(xs[0]), grams[0].rows
     check_rows(xs[0], rows is not None)
-    out, mean, var = torch.ops.jasper_fast.panes(
-        list(xs), [g.mean for g in grams], [g.cov for g in grams], list(weights), [g.to(wide) for g in gammas],
-        [b.to(wide) for b in betas], eps, rows is not None,
-    )  # fmt: skip
+    means, how = [g.mean for g in grams], (eps, rows is not None)
+    norms = [g.to(wide) for g in gammas], [b.to(wide) for b in betas]
+    if all(g.stats for g in grams):
+        mean, var = zip(*(g.stats for g in grams), strict=True)
+        out = torch.ops.jasper_fast.panes_given(list(xs), means, list(var), list(weights), *norms, *how)
+        mean, var = torch.stack(mean).detach(), torch.stack(var).detach()
+    else:
+        covs = [g.cov for g in grams]
+        out, mean, var = torch.ops.jasper_fast.panes(list(xs), means, covs, list(weights), *norms, *how)
     return out, mean, unbiased(var, xs[0], rows)
 
 

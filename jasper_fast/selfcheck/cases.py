@@ -13,6 +13,7 @@ from torch import Tensor
 from jasper_fast import ops
 from jasper_fast.dispatch import backends
 from jasper_fast.kernels.layout import mask, ntc, wide_dtype
+from jasper_fast.kernels.novograd.operands import Tensors, Watched
 from jasper_fast.kernels.operands import Lengths, Mask, Norm
 from jasper_fast.selfcheck.checks import CLEAN_FUNCTIONS, DTYPES, PANES, SMALL_PANES, UNCLEAN, WAVE, Check
 
@@ -39,6 +40,8 @@ def case(check: Check, device: torch.device, seed: int, *, timed: bool = False) 
         return _norm_case(check, draw)
     if check.op == "panes":
         return _panes_case(check, draw)
+    if check.op == "novograd":
+        return _step_case(check, draw)
     return _fused_case(check, draw) if check.function == "fused" else _conv_case(check, draw)
 
 
@@ -281,6 +284,43 @@ def _panes_case(check: Check, draw: _Draw) -> Case:
     inputs = {f"{name} {k}": x for name, of in named.items() for k, x in enumerate(of)}
     return Case(
         lambda: results(ours, False), lambda: results(plain, False), lambda: results(plain, True), inputs | {"up": up}
+    )
+
+
+def _step_case(check: Check, draw: _Draw) -> Case:
+    """NovoGrad's step on a sub-block's weight, gamma and beta: with all it can do, or without; or with an infinity."""
+    s, variant = check.shape, check.variant
+    shapes = [(s.c_out, s.c_in, s.k), (s.c_out,), (s.c_out,)]
+    lists = [[draw.normal(*shape, dtype=torch.float32) for shape in shapes] for _ in range(3)]
+    squares = [draw.uniform(1)[0] for _ in shapes]
+    averages = [] if variant == "plain" else [draw.normal(*shape, dtype=torch.float32) for shape in shapes]
+    live, its = draw.normal(s.c_out, dtype=torch.float32), draw.normal(s.c_out, dtype=torch.float32)
+    scale = None if variant == "plain" else torch.full((1,), 8.0, device=draw.device)
+    beta2 = 0.0 if variant == "plain" else 0.5
+    settings = torch.tensor([[0.02, 0.95, 1.0, beta2, 1 - beta2, 1e-8, 1e-2, 0.1]], device=draw.device).double()
+    if variant == "not finite":
+        lists[0][1][-1] = float("inf")
+    named = dict(zip(("g", "p", "m", "v", "a"), (*lists, squares, averages), strict=True))
+
+    def results(face: str, wide: bool) -> dict[str, Tensor]:
+        """Of copies: the step is in place."""
+        copied = [[x.double() if wide else x.clone() for x in of] for of in (*named.values(), (live, its))]
+        tensors = Tensors(*copied[:5], [0] * len(shapes))
+        watched = Watched(copied[5][:1], copied[5][1:]) if averages else Watched([], [])
+        step = backends.face("novograd", face).step
+        outcome = step(tensors, watched, settings, scale, None, 1.0 if averages else 0.0, True, {})
+        told = outcome.nan_to_num(0.0, 0.0, 0.0)  # a norm that is not finite is one
+        found = {"outcome": told.double() if wide else told.float()}
+        for name, of in zip(("p", "m", "v", "a"), (*copied[1:5],), strict=True):
+            found |= {f"{name} {i}": x for i, x in enumerate(of)}
+        return found | ({"watched": copied[5][1]} if averages else {})
+
+    inputs = {f"{name} {i}": x for name, of in named.items() for i, x in enumerate(of)}
+    return Case(
+        lambda: results(check.face, False),
+        lambda: results("reference", False),
+        lambda: results("reference", True),
+        inputs | {"live": live, "its": its},
     )
 
 

@@ -76,6 +76,7 @@ REAL_NORM = (Norm(4, 256, 420), Norm(4, 768, 420), Norm(4, 1024, 331))
 QUICK_NORM = (Norm(2, 64, 37), Norm(2, 256, 200))
 NORM_VARIANTS = ("batch", "evaluation", "residual", "no dropout", "no lengths", "halo")
 FUSED_VARIANTS = ("plain", "panes", "panes splits", "features", "log-softmax", "splits")
+STEP_VARIANTS = ("plain", "all", "not finite")
 UNCLEAN = "unclean"  # padding of x holds NaN and must not be read: an engine's first conv, direct calls of a face
 CLEAN_FUNCTIONS = ("forward", "forward_stats", "wgrad", "fused")  # functions of Triton's conv with the argument `clean`
 SMALL_PANES, PANES = 40, 256  # channels of a second input: 40 do not fill a step of a tile, so no descriptors are used
@@ -135,6 +136,8 @@ def plan(
                 continue
             if "bn_relu_dropout" in ops:
                 found += _norms(face, dtype, quick, large)
+            if face != "cuda" and dtype == "float32" and "novograd" in ops:
+                found += _steps(face, quick, large)
             if face == "cuda" and dtype == "float32":
                 continue  # its convs take 16 bits
             if "conv1d" in ops:
@@ -174,6 +177,13 @@ def _norms(face: str, dtype: str, quick: bool, large: bool) -> Iterator[Check]:
         for variant in ("batch", "residual") if quick else NORM_VARIANTS:
             yield Check("bn_relu_dropout", face, "forward", "default", shape, dtype, variant)
             yield Check("bn_relu_dropout", face, "backward", "default", shape, dtype, variant)
+
+
+def _steps(face: str, quick: bool, large: bool) -> Iterator[Check]:
+    """NovoGrad's step on the parameters of a sub-block."""
+    for shape in (QUICK_CONV if quick else (*SMALL_CONV[:3], REAL_CONV[-1])) if large else SMALL_CONV[:2]:
+        for variant in STEP_VARIANTS:
+            yield Check("novograd", face, "step", "default", shape, "float32", variant)
 
 
 def _conv_shapes(quick: bool, large: bool, face: str) -> tuple[Conv, ...]:

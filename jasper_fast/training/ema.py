@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from jasper_fast.kernels.novograd.reference import average
 
 
 class EMA:
@@ -16,25 +18,38 @@ class EMA:
     integer entries (`num_batches_tracked`) are copied; nothing waits for the device. The average starts as a copy of
     the model. With `warmup` the decay of update t (from 1) is `min(decay, (1 + t) / (10 + t))`, so that a short run
     forgets its initial weights. Raises ValueError for a decay outside [0, 1).
+
+    Handed to an optimiser (`NovoGrad(params, ..., ema=ema)`) it is updated in the optimiser's step; else by `update`.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999, warmup: bool = False):
         if not 0 <= decay < 1:
             raise ValueError(f"the decay of the moving average must lie in [0, 1), got {decay}")
-        self.decay, self.warmup, self.updates = decay, warmup, 0
+        self.decay, self.warmup, self.updates, self.model = decay, warmup, 0, model
         self.average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
-    @torch.no_grad()
+    @property
+    def decay_now(self) -> float:
+        """The decay of the latest update."""
+        return min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+
     def update(self, model: nn.Module) -> None:
-        """Updates the average with the present state of the model; call it after each optimiser step."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        """Takes the model's present state into the average; to be called after each optimiser step."""
         live = model.state_dict()
-        names = [name for name, tensor in self.average.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([self.average[name] for name in names], [live[name] for name in names], 1 - decay)
-        names = [name for name, tensor in self.average.items() if not tensor.is_floating_point()]
-        if names:
-            torch._foreach_copy_([self.average[name] for name in names], [live[name] for name in names])
+        self.updates += 1
+        self.take([([live[name] for name in self.average], list(self.average.values()))])
+
+    def begin(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Begins an update that an optimiser makes: all pairs of the model's own tensors and their averages."""
+        self.updates += 1
+        live = self.model.state_dict(keep_vars=True)
+        return ((live[name], average) for name, average in self.average.items())
+
+    @torch.no_grad()
+    def take(self, pairs: Iterable[tuple[list[Tensor], list[Tensor]]]) -> None:
+        """Averages lists of live tensors into lists of averages, as the update under way does."""
+        for lives, averages in pairs:
+            average(lives, averages, 1 - self.decay_now)
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:

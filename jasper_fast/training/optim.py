@@ -1,4 +1,4 @@
-"""NovoGrad with foreach operations and no host synchronisation."""
+"""NovoGrad over all parameters at once, with no host synchronisation; it may carry the moving average along."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jasper_fast.dispatch import backends, choose
+from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
+from jasper_fast.training.ema import EMA
+
+FACES = ("cpu", "triton")  # with kernels of the step, for fp32; other dtypes and devices take the reference
+
 
 class NovoGrad(torch.optim.Optimizer):
     """NovoGrad (Ginsburg et al., 2019), with the update of NVIDIA's Jasper: the second moment is one scalar per tensor.
 
     `params`: floating-point parameters or groups of them; `lr`: a float or a one-element tensor; `betas`: decay of the
     first and of the second moment; `grad_averaging` scales each new term of the first moment by `1 - beta1`.
+    `ema`: a moving average of the model; each step then updates it as `ema.update(model)` would, in the same pass over
+    memory, and nobody else must. `backend`: the face of the step, see `jasper_fast.dispatch`.
     The state of a parameter is `exp_avg` (its shape and dtype) and `exp_avg_sq` (a scalar, fp32 or fp64).
     Gradients are not changed. Nothing here waits for the device: neither the first step, nor a tensor `lr`, nor a
     `GradScaler`, because its `found_inf` is applied on the device and then leaves parameters and state unchanged.
@@ -38,6 +46,9 @@ class NovoGrad(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         grad_averaging: bool = False,
+        *,
+        ema: EMA | None = None,
+        backend: str = "auto",
     ):
         if not isinstance(lr, Tensor) and lr < 0:
             raise ValueError(f"lr must not be negative, got {lr}")
@@ -45,6 +56,8 @@ class NovoGrad(torch.optim.Optimizer):
             raise ValueError(f"betas must lie in [0, 1), got {betas}")
         if eps < 0 or weight_decay < 0:
             raise ValueError(f"eps and weight_decay must not be negative, got {eps} and {weight_decay}")
+        self.ema, self.backend = ema, backends.check(backend)
+        self._held: dict[torch.device, dict] = {}
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"grad_averaging": grad_averaging})
 
@@ -55,57 +68,104 @@ class NovoGrad(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for group in self.param_groups:
-            ready = [p for p in group["params"] if p.grad is not None]
-            for key in dict.fromkeys((p.device, p.dtype) for p in ready):  # foreach wants one device and one dtype
-                self._update([p for p in ready if (p.device, p.dtype) == key], group, grad_scale, found_inf)
+        self._step(getattr(self, "grad_scale", None), getattr(self, "found_inf", None), 0.0, guard=False)
         return loss
 
-    def _update(self, params: list[Tensor], group: dict, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        beta1, beta2 = group["betas"]
-        lr, share = group["lr"], 1 - beta1 if group["grad_averaging"] else 1.0
-        device, wide = params[0].device, torch.promote_types(params[0].dtype, torch.float32)
+    @torch.no_grad()
+    def guarded_step(self, grad_scale: Tensor | None = None, clip_norm: float = 0.0) -> Tensor:
+        """One update by the gradients over `grad_scale`, their norm bounded by `clip_norm` (0: not), unless it is NaN
+        or infinite: then nothing changes, but for the moving average. Decided on the device.
+
+        Gives (2,) on it: the norm before it is bounded, and 1.0 where nothing changed. Raises RuntimeError where the
+        parameters lie on several devices.
+        """
+        found = self._step(grad_scale, None, clip_norm, guard=True)
+        if len(found) > 1:
+            raise RuntimeError(f"a guarded step wants all parameters on one device, they are on {len(found)}")
+        return found[0] if found else torch.zeros(2)
+
+    def _step(self, grad_scale: Tensor | None, found_inf: Tensor | None, clip_norm: float, guard: bool) -> list[Tensor]:
+        ready = [(p, i) for i, group in enumerate(self.param_groups) for p in group["params"] if p.grad is not None]
+        averaged, watched = self._averages([p for p, _ in ready])
+        found = []
+        for device in dict.fromkeys(p.device for p, _ in ready):
+            mine = [(p, i) for p, i in ready if p.device == device]
+            tensors = self._tensors(mine, averaged)
+            moved = (x if x is None else x.to(device, non_blocking=True) for x in (grad_scale, found_inf))
+            step = backends.face("novograd", self._face(device, [p for p, _ in mine])).step
+            settings, held = self._settings(device), self._held.setdefault(device, {})
+            found.append(step(tensors, watched.pop(device, NOTHING), settings, *moved, clip_norm, guard, held))
+        if watched:  # of devices with no gradient
+            self.ema.take(watched.values())
+        return found
+
+    def _face(self, device: torch.device, params: list[Tensor]) -> str:
+        """The face that steps `params`."""
+        if not all(p.dtype == torch.float32 and _dense(p) for p in params):
+            return "reference"
+        face = choose.resolve(self.backend, device, backends.NOVOGRAD, torch.float32)
+        return face if face in FACES else "reference"
+
+    def _tensors(self, ready: list[tuple[Tensor, int]], averaged: dict[Tensor, Tensor]) -> Tensors:
+        params, groups = [p for p, _ in ready], [i for _, i in ready]
+        new = []
         for p in params:
             if p.grad.is_sparse:
                 raise RuntimeError("NovoGrad takes dense gradients only: build the layer with sparse=False")
             if not self.state[p]:
-                self.state[p]["exp_avg"] = torch.zeros_like(p)
-                self.state[p]["exp_avg_sq"] = torch.zeros((), dtype=wide, device=device)
-        grads = [p.grad for p in params]
-        exp_avgs = [self.state[p]["exp_avg"] for p in params]
-        exp_avg_sqs = [self.state[p]["exp_avg_sq"] for p in params]
+                new.append(p)
+        for dtype in dict.fromkeys(p.dtype for p in new):
+            of = [p for p in new if p.dtype == dtype]
+            wide = torch.promote_types(dtype, torch.float32)
+            squares = torch.zeros(len(of), dtype=wide, device=of[0].device).unbind()
+            for p, square in zip(of, squares, strict=True):
+                self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=square)
+        states = [self.state[p] for p in params]
+        for p, state in zip(params, states, strict=True):
+            state["exp_avg"] = _like(p, state["exp_avg"])  # a loaded one may lie otherwise
+        moments, squares = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
+        averages = [averaged[p] for p in params] if averaged else []
+        return Tensors([_like(p, p.grad) for p in params], params, moments, squares, averages, groups)
 
-        scale = 1.0 if grad_scale is None else grad_scale.to(device, non_blocking=True).to(wide).reciprocal()
-        old = torch.stack(exp_avg_sqs)
-        new = (torch.stack(torch._foreach_norm(grads, 2, dtype=wide)) * scale).square()
-        if beta2:  # a second moment of zero means that there was no step yet
-            new = torch.where(old == 0, new, beta2 * old + (1 - beta2) * new)
-        keep = None
-        if found_inf is not None:
-            keep = found_inf.to(device, non_blocking=True).reshape(()) == 0
-            new = torch.where(keep, new, old)
-            # A selection, not a product: 0 * inf is NaN.
-            grads = [torch.where(keep, g, torch.zeros((), dtype=g.dtype, device=device)) for g in grads]
-        torch._foreach_copy_(exp_avg_sqs, list(new.unbind()))
-        factors = list((share * scale / (new.sqrt() + group["eps"])).to(params[0].dtype).unbind())
+    def _averages(self, ready: list[Tensor]) -> tuple[dict[Tensor, Tensor], dict[torch.device, Watched]]:
+        """The averages of the parameters that move now, and, by device, what else is averaged."""
+        if self.ema is None:
+            return {}, {}
+        moving, averaged, watched = set(ready), {}, {}
+        for live, average in self.ema.begin():
+            if live in moving:
+                averaged[live] = average
+            else:
+                lives, averages = watched.setdefault(average.device, Watched([], []))
+                lives.append(live), averages.append(average)
+        if len(averaged) != len(moving):
+            raise ValueError("the moving average is of another model than the optimiser's: make it of this one")
+        return averaged, watched
 
-        if keep is None and not isinstance(lr, Tensor):
-            torch._foreach_mul_(exp_avgs, beta1)
-            torch._foreach_addcmul_(exp_avgs, grads, factors)
-            if group["weight_decay"]:
-                torch._foreach_add_(exp_avgs, params, alpha=share * group["weight_decay"])
-            torch._foreach_add_(params, exp_avgs, alpha=-lr)
-            return
-        # The same with scalars that are on the device.
-        one = torch.ones((), dtype=params[0].dtype, device=device)
-        gate = one if keep is None else keep.to(one.dtype)
-        torch._foreach_mul_(exp_avgs, 1 - gate * (1 - beta1) if keep is not None else beta1)
-        torch._foreach_addcmul_(exp_avgs, grads, factors)
-        if group["weight_decay"]:
-            torch._foreach_add_(exp_avgs, torch._foreach_mul(params, gate * (share * group["weight_decay"])))
-        rate = lr.to(device, non_blocking=True).to(one.dtype).reshape(()) if isinstance(lr, Tensor) else lr
-        torch._foreach_add_(params, torch._foreach_mul(exp_avgs, -gate * rate))
+    def _settings(self, device: torch.device) -> Tensor:
+        """A row for each group (see kernels/novograd/operands.py), made anew where something in it has changed."""
+        rows, rates = [], []
+        for i, group in enumerate(self.param_groups):
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            share = 1 - beta1 if group["grad_averaging"] else 1.0
+            if isinstance(lr, Tensor):
+                rates.append((i, lr))
+            weight = 1 - self.ema.decay_now if self.ema else 0.0
+            row = Settings(
+                0.0 if isinstance(lr, Tensor) else lr, beta1, share, beta2, 1 - beta2, group["eps"],
+                share * group["weight_decay"], weight,
+            )  # fmt: skip
+            rows.append(row)
+        held = self._held.setdefault(device, {})
+        if held.get("settings_of") != rows:
+            made = torch.tensor(rows, dtype=torch.float64, pin_memory=device.type == "cuda")
+            held.update(settings_of=rows, settings=made.to(device, non_blocking=True))
+        for i, lr in rates:
+            held["settings"][i, 0].copy_(lr.reshape(()), non_blocking=True)
+        return held["settings"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"ema": None, "backend": self.backend, "_held": {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Like `torch.optim.Optimizer`, but `exp_avg_sq` keeps its own dtype instead of the parameter's."""
@@ -116,3 +176,19 @@ class NovoGrad(torch.optim.Optimizer):
             if "exp_avg_sq" in state_dict["state"].get(i, {}):
                 wide = torch.promote_types(p.dtype, torch.float32)
                 self.state[p]["exp_avg_sq"] = state_dict["state"][i]["exp_avg_sq"].to(p.device, wide, copy=True)
+
+
+NOTHING = Watched([], [])
+
+
+def _dense(p: Tensor) -> bool:
+    return p.is_contiguous() or torch._prims_common.is_non_overlapping_and_dense(p)
+
+
+def _like(p: Tensor, x: Tensor) -> Tensor:
+    """`x` in the memory order of `p`: itself, where it lies so; the stride of a dimension of one element is nothing."""
+    if x.stride() == p.stride() or not _dense(p):
+        return x
+    if all(a == b or n < 2 for a, b, n in zip(x.stride(), p.stride(), p.shape, strict=True)):
+        return x
+    return torch.empty_like(p).copy_(x)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from jasper_fast.data.batches import Batch
 from jasper_fast.speech.augment import Augment
 from jasper_fast.speech.features import LogMelFeatures
+from jasper_fast.training.ema import EMA
+from jasper_fast.training.optim import NovoGrad
 
 AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -103,12 +105,14 @@ def train_step(
     device: torch.device,
     amp_dtype: torch.dtype | None = None,
     clip_norm: float = 0.0,
+    ema: EMA | None = None,
 ) -> StepResult:
     """Forward and backward over `batches` (their gradients are averaged), then one step of `optimizer`.
 
-    If the loss or the gradient holds a NaN or an infinity, the step changes nothing: parameters, optimiser state and
-    running statistics stay as they are. This is decided on the device, without a wait. `model` may be a
-    DistributedDataParallel. The optimiser must understand `found_inf`, as NovoGrad and PyTorch's fused AdamW do.
+    A NaN or an infinity in the loss or the gradient makes the step change nothing: parameters, optimiser state and
+    running statistics stay, decided on the device (on the host, of an optimiser that does not know `found_inf` as
+    NovoGrad and PyTorch's fused AdamW do). `model` may be a DistributedDataParallel. `ema` is updated at the end, by
+    the optimiser where it carries it.
     """
     core = getattr(model, "module", model)
     guard.remember()
@@ -127,17 +131,40 @@ def train_step(
         heard.append(torch.isfinite(features).flatten(1).all(1))
         names += batch.names
     good = torch.isfinite(torch.cat(losses)).all()
+    guard.settle(good)
+    norm = update(core, optimizer, scaler, clip_norm)
+    if ema is not None and getattr(optimizer, "ema", None) is not ema:
+        ema.update(core)
+    return StepResult(losses, heard, names, norm, log_probs.detach(), out_lengths, batch.texts)
+
+
+def update(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_norm: float = 0.0
+) -> Tensor:
+    """One step of `optimizer` by the gradients of `model`, which `scaler` scaled; gives their norm, unscaled.
+
+    Where it is not finite nothing changes but the scale. NovoGrad does all in two passes over memory, and leaves
+    gradients as they are; for others they are unscaled and bounded in place.
+    """
+    if isinstance(optimizer, NovoGrad):
+        scale = scaler._scale if scaler.is_enabled() else None
+        norm, found_inf = optimizer.guarded_step(scale, clip_norm).unbind()
+        if scale is not None:  # what scaler.step would have noted, had it looked at each gradient itself
+            scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {norm.device: found_inf.reshape(1)}
+            scaler.update()
+        return norm
     scaler.unscale_(optimizer)
-    grads = [p.grad for p in core.parameters() if p.grad is not None]
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     if clip_norm:
         torch._foreach_mul_(grads, (clip_norm / (norm + 1e-6)).clamp(max=1.0))
     if scaler.is_enabled():
         scaler.step(optimizer)
         scaler.update()
-    else:
+    elif getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf
-    guard.settle(good)
-    return StepResult(losses, heard, names, norm, log_probs.detach(), out_lengths, batch.texts)
+    elif torch.isfinite(norm):
+        optimizer.step()
+    return norm

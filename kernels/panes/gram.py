@@ -6,8 +6,9 @@ each block output and shared by every later block):
     mean_y = W m,   var_y = diag(W S W^T),   a = gamma*(var_y + eps)^-1/2
     out = sum_k x_k (diag(a_k) W_k)^T + (beta_k - a_k mean_y_k)
 
-No pane output is stored, forward or backward. Either the rows of x or the matrix that multiplies them are centred
-before a product. Rounding is then relative to deviations, even if x has a large mean.
+The statistics of all panes of one block output are taken at once (`statistics`), as soon as it is there: two products
+with S for all later blocks. No pane output is stored, forward or backward. Where x has a large mean its rows are
+centred before a product, or what multiplies them is centred, so that rounding is relative to deviations.
 
 S is symmetric, so only three quarters of it are computed and kept. Cut S into 2 x 2 blocks. L is its two diagonal
 blocks and twice the block below the diagonal, in one flat tensor. For any row w of W, w S w^T = w L w^T, and 2 S = L +
@@ -110,72 +111,85 @@ def _times_twice(w, flat):
     return out
 
 
+def statistics(mean: Tensor, cov: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Means and variances, each (sum of C_out), of the outputs of all `weights` (C_out, C, 1) of one input."""
+    w = _stacked(weights, cov.dtype)
+    return w @ mean, (_times_lower(w, cov) * w).sum(1).clamp_min_(0)
+
+
+def statistics_backward(dvar: Tensor, cov: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Gradients of the covariance and of the weights, one below the other (sum of C_out, C), from those of `var`."""
+    w, dvar = _stacked(weights, cov.dtype), dvar[:, None]
+    return _lower_product(w, dvar * w), _times_twice(w, cov).mul_(dvar)
+
+
+def _stacked(weights, dtype):
+    return torch.cat([w.flatten(1) for w in weights]).to(dtype)
+
+
 def forward(
     xs: list[Tensor],
     means: list[Tensor],
-    covs: list[Tensor],
+    pane_vars: list[Tensor],
     weights: list[Tensor],
     gammas: list[Tensor],
     betas: list[Tensor],
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of the panes (N, C_out, T), means (P, C_out), variances (P, C_out)) of P inputs with their means and
-    covariances."""
+) -> Tensor:
+    """Sum of the panes (N, C_out, T) of P inputs, of their means and of the panes' `statistics`."""
     n, _, t = xs[0].shape
-    shift, products, pane_mean, pane_var = 0, [], [], []
-    for x, m, s, w, gamma, beta in zip(xs, means, covs, weights, gammas, betas, strict=True):
-        w = w.flatten(1).to(s.dtype)
-        mean, var = w @ m, (_times_lower(w, s) * w).sum(1).clamp_min_(0)
-        scaled = ((gamma * (var + eps).rsqrt())[:, None] * w).to(x.dtype)
-        # from the rounded weights, so that their rounding error multiplies centred rows only
-        shift = shift + beta.double() - scaled.double() @ m.double()
-        products.append((rows(ntc(x)), scaled.T))
-        pane_mean.append(mean)
-        pane_var.append(var)
-    out = torch.addmm(shift.to(xs[0].dtype), *products[0])  # adds all shifts at once: the sum is written once per pane
-    for x, scaled in products[1:]:
-        out.addmm_(x, scaled)
-    return out.view(n, t, -1).transpose(1, 2), torch.stack(pane_mean), torch.stack(pane_var)
+    a = torch.stack(gammas) * (torch.stack(pane_vars) + eps).rsqrt()
+    scaled = _scaled(weights, a, xs[0].dtype)
+    # from the rounded weights, so that their rounding moves the centred rows only
+    shift = torch.stack(betas).double().sum(0) - torch.cat(scaled, 1).double() @ torch.cat(means).double()
+    out = torch.addmm(shift.to(xs[0].dtype), rows(ntc(xs[0])), scaled[0].T)  # all shifts at once
+    for x, weight in zip(xs[1:], scaled[1:], strict=True):  # the sum is written once a pane
+        out.addmm_(rows(ntc(x)), weight.T)
+    return out.view(n, t, -1).transpose(1, 2)
+
+
+def _scaled(weights, a, dtype):
+    """diag(a_k) W_k in `dtype`, rounded once."""
+    made = [w.new_empty(w.shape[:2], dtype=dtype) for w in weights]
+    for w, by, out in zip(weights, a, made, strict=True):
+        torch.mul(w.flatten(1), by[:, None], out=out)
+    return made
 
 
 def backward(
     g: Tensor,
     xs: list[Tensor],
     means: list[Tensor],
-    covs: list[Tensor],
+    pane_vars: list[Tensor],
     weights: list[Tensor],
     gammas: list[Tensor],
-    pane_mean: Tensor,
-    pane_var: Tensor,
     eps: float,
     synced: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
-    """From `g`: lists of the P gradients of xs, means, covs, weights and gammas, and the gradient that all betas share.
+) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor], Tensor, Tensor]:
+    """Gradients from `g`: of xs, means (sum of C_k), variances (P, C_out), weights, gammas and betas (P, C_out).
 
-    synced: means and covariances were taken over several ranks.
+    That of the weights is without what comes by the statistics. `synced`: means are those of several ranks.
     """
     n, _, t = g.shape
-    g = rows(ntc(g))
-    wide = pane_mean.dtype
-    total = g.sum(0, dtype=wide)
-    dxs, dmeans, dcovs, dweights, dgammas = [], [], [], [], []
-    for k, (x, m, s, weight, gamma) in enumerate(zip(xs, means, covs, weights, gammas, strict=True)):
-        w = weight.flatten(1).to(wide)
-        rstd = (pane_var[k] + eps).rsqrt()
-        a = gamma * rstd
-        p = product(g.T, rows(ntc(x))).addr_(total, m, alpha=-1)  # g^T (x - m)
-        da = (p * w).sum(1)
-        dgamma = rstd * da
-        dvar = -0.5 * gamma * rstd**3 * da
-        dw = torch.addcmul(a[:, None] * p, dvar[:, None], _times_twice(w, s))
-        scaled = (a[:, None] * w).to(g.dtype)
-        # The part that comes from the mean of g over rows cancels later, so it is subtracted here, before rounding.
-        # With several ranks that mean differs between ranks, so there it is left to the gradient of the mean.
-        given = total @ scaled.to(wide)
-        shift = torch.zeros_like(scaled[0]) if synced else (-given / g.shape[0]).to(g.dtype)
-        dxs.append(torch.addmm(shift, g, scaled).view(n, t, -1).transpose(1, 2))
-        dmeans.append(-given - shift.to(wide) * g.shape[0])
-        dcovs.append(_lower_product(w, dvar[:, None] * w))
-        dweights.append(dw.to(weight.dtype).view(weight.shape))
-        dgammas.append(dgamma)
-    return dxs, dmeans, dcovs, dweights, dgammas, total
+    g, inputs = rows(ntc(g)), [rows(ntc(x)) for x in xs]
+    wide, sizes = means[0].dtype, [x.shape[1] for x in xs]
+    total, gamma = g.sum(0, dtype=wide), torch.stack(gammas)
+    rstd = (torch.stack(pane_vars) + eps).rsqrt()
+    a = gamma * rstd
+    products = torch.cat([product(g.T, x) for x in inputs], 1)
+    products.addr_(total, torch.cat(means), alpha=-1)  # g^T (x - m)
+    weighted = products * torch.cat([w.flatten(1) for w in weights], 1)
+    da = torch.stack([part.sum(1) for part in weighted.split(sizes, 1)])
+    dgamma = rstd * da
+    dvar = dgamma * a * rstd * -0.5
+    dweights = [by[:, None] * part for by, part in zip(a, products.split(sizes, 1), strict=True)]
+    scaled = _scaled(weights, a, g.dtype)
+    # what the rows' mean of g gives is taken off at once: it would only cancel, later and rounded. Ranks have
+    # different ones, so where there are more it is left to the gradient of the mean.
+    given = total @ torch.cat(scaled, 1).to(wide)
+    shift = torch.zeros_like(given, dtype=g.dtype) if synced else (given / -g.shape[0]).to(g.dtype)
+    parts = zip(shift.split(sizes), scaled, strict=True)
+    dxs = [torch.addmm(by, g, weight).view(n, t, -1).transpose(1, 2) for by, weight in parts]
+    dmeans = -given - shift.to(wide) * g.shape[0]
+    shaped = [dw.to(w.dtype).view(w.shape) for dw, w in zip(dweights, weights, strict=True)]
+    return dxs, dmeans, dvar, shaped, dgamma, total.repeat(len(xs), 1)

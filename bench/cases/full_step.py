@@ -1,0 +1,68 @@
+"""The full training step: the one that train.py makes, with check for NaN, guard and moving average, for all."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from jasper_fast import Jasper, NovoGrad
+from jasper_fast.bench.rivals.eager_layouts import Model
+from jasper_fast.bench.rivals.optimizers import ForeachNovoGrad
+from jasper_fast.data.batches import Batch
+from jasper_fast.nn.architecture import out_lengths
+from jasper_fast.training.ema import EMA
+from jasper_fast.training.step import BufferGuard, train_step
+
+LR, WEIGHT_DECAY, DECAY = 1e-4, 1e-3, 0.999
+
+
+class Trained(nn.Module):
+    """What a training step takes for its model: `call`, which runs the parameters and buffers of `module`."""
+
+    def __init__(self, module: nn.Module, call: Model, cfg) -> None:
+        super().__init__()
+        self.inner, self.cfg, self._calls = module, cfg, [call]  # in a list: not a part of its own
+
+    def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and their lengths."""
+        return self._calls[0](features, lengths)
+
+    def out_lengths(self, lengths: Tensor) -> Tensor:
+        """Frames that come of so many."""
+        return out_lengths(self.cfg, lengths)
+
+    def state_dict(self, **how) -> dict[str, Tensor]:
+        """What is averaged: not the weights that a rival has put others in the place of."""
+        held = {id(t): name for name, t in self.named_parameters() if not t.requires_grad}
+        live = super().state_dict(**how | {"keep_vars": True})
+        chosen = {name: t for name, t in live.items() if id(t) not in held}
+        return chosen if how.get("keep_vars") else {name: t.detach() for name, t in chosen.items()}
+
+
+def full_step(
+    module: nn.Module, call: Model, cfg, inputs: Callable[[], tuple[Tensor, ...]], dtype: torch.dtype
+) -> Callable[[], None]:
+    """A call that makes one step by `train_step`.
+
+    `inputs`: features and lengths, transcripts and theirs, each time anew, the lengths on the host. Jasper is trained
+    by NovoGrad, which carries the average; every other model by the foreach form of it, a pass of its own for the
+    average, and a step skipped by the host: PyTorch's usual way.
+    """
+    trained = Trained(module, call, cfg).train()
+    learning = [p for p in module.parameters() if p.requires_grad]
+    device, ema = learning[0].device, EMA(trained, DECAY)
+    if isinstance(module, Jasper):
+        optimizer = NovoGrad(learning, lr=LR, weight_decay=WEIGHT_DECAY, ema=ema)
+    else:
+        optimizer = ForeachNovoGrad(learning, lr=LR, weight_decay=WEIGHT_DECAY)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    guard, low = BufferGuard(trained), None if dtype is torch.float32 else dtype
+
+    def run() -> None:
+        features, lengths, targets, target_lengths = inputs()
+        names = [str(i) for i in range(len(features))]
+        batch = Batch(features, lengths, targets, target_lengths, names, names, [])
+        frontend = lambda x, lengths: (x, lengths.to(device, non_blocking=True), lengths)  # noqa: E731
+        train_step(trained, frontend, [batch], optimizer, scaler, guard, device=device, amp_dtype=low, ema=ema)
+
+    return run

@@ -1,0 +1,37 @@
+"""The CPU face of NovoGrad: C++ (csrc/cpu), vectorised for the machine at run time and threaded; fp32.
+
+Sums of squares are in fp64 and merged in a fixed order: the same bits whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jasper_fast.kernels import native
+from jasper_fast.kernels.novograd import reference
+from jasper_fast.kernels.novograd.operands import Tensors, Watched
+
+
+def step(
+    tensors: Tensors,
+    watched: Watched,
+    settings: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    clip_norm: float,
+    guard: bool,
+    held: dict,
+) -> Tensor:
+    """One step, in place; gives (2,): the norm of all gradients, unscaled and unclipped, and 1 if nothing was changed.
+
+    All tensors of `tensors` are fp32.
+    """
+    outcome = torch.empty(2)
+    ours, others = watched.split((torch.float32,))
+    *lists, groups = tensors
+    groups = torch.tensor(groups, dtype=torch.int64)
+    native.cpu().novograd_step(*lists, groups, *ours, settings, grad_scale, found_inf, clip_norm, guard, outcome)
+    torch.autograd.graph.increment_version([*tensors.params, *tensors.averages, *ours.averages])
+    reference.average(*others, settings[0, -1])
+    return outcome

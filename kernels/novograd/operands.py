@@ -1,0 +1,56 @@
+"""What the faces of `step` take: lists of tensors, one entry a parameter, and the settings of parameter groups."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tensors(NamedTuple):
+    """Lists of one length. A parameter's gradient, moment and average lie in memory in its own order, without gaps.
+
+    exp_avg_sqs are one-element tensors, fp32 or wider; `averages` is empty without a moving average; `groups` are the
+    parameters' rows in the settings.
+    """
+
+    grads: list[Tensor]
+    params: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    averages: list[Tensor]
+    groups: list[int]
+
+
+class Watched(NamedTuple):
+    """Tensors that no step changes, and their averages: floating-point ones are averaged, others copied.
+
+    None where the parameters have no averages.
+    """
+
+    lives: list[Tensor]
+    averages: list[Tensor]
+
+    def split(self, dtypes: tuple[torch.dtype, ...]) -> tuple[Watched, Watched]:
+        """Those of `dtypes` that lie contiguous in memory, and the others."""
+        parts = Watched([], []), Watched([], [])
+        for live, average in zip(*self, strict=True):
+            mine = average.dtype in dtypes and live.is_contiguous() and average.is_contiguous()
+            parts[not mine].lives.append(live)
+            parts[not mine].averages.append(average)
+        return parts
+
+
+class Settings(NamedTuple):
+    """The columns of the settings, fp64 (groups, 8): what the formulas of this package call so, `decay` being
+    share*weight_decay. `weight` is 1 - the average's decay, the same in all rows."""
+
+    lr: float
+    beta1: float
+    share: float
+    beta2: float
+    rest2: float
+    eps: float
+    decay: float
+    weight: float

@@ -1,0 +1,234 @@
+"""NovoGrad in Triton (NVIDIA sm_80 and later; numpy through Triton's interpreter), fp32: two launches.
+
+    squares  a partial sum of g*g a program
+    update   all partials -> norm, good or not, clipping; its tensor's -> v; then m, p, average
+
+A program owns a run of one tensor. The table holds places and sizes, a row a tensor, and comes to the GPU when an
+address has changed; runs are so long that there are some thousands of programs, each of which reads all partials.
+squares reads 4 bytes a parameter, update reads 16 and writes 12. Sums are in fixed order: the same bits in every run.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from jasper_fast.kernels import launch
+from jasper_fast.kernels.novograd import reference
+from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
+
+BLOCK = 1024  # elements of an iteration: with 4 warps two 16-byte loads a thread of each of four tensors
+PARTIALS = 1024  # read at once
+PROGRAMS = 4096  # about so many, so that all partials are a hundredth of what a program of the largest model reads
+SHORTEST = 8192  # elements of a run, so that a program has something to do
+COLUMNS = 10  # of the table
+UPDATE, AVERAGE, COPY = 0, 1, 2  # kinds of rows
+GRAD, MOMENT, PARAM, MEAN, SQUARE, NUMEL, GROUP, KIND, FIRST, END = map(tl.constexpr, range(COLUMNS))
+IS_UPDATE, IS_COPY, WIDTH = tl.constexpr(UPDATE), tl.constexpr(COPY), tl.constexpr(COLUMNS)
+SETTINGS = tl.constexpr(len(Settings._fields))
+LR, BETA1, SHARE, BETA2, REST2, EPS, DECAY, WEIGHT = map(tl.constexpr, range(len(Settings._fields)))
+
+
+@triton.jit
+def _run(table_ptr, runs_ptr, size):
+    """The program's tensor, its row in the table, and where its run begins and how long it is."""
+    tensor = tl.load(runs_ptr + 2 * tl.program_id(0))
+    start = tl.multiple_of(tl.load(runs_ptr + 2 * tl.program_id(0) + 1), 16)
+    row = table_ptr + tensor * WIDTH
+    return tensor, row, start, tl.minimum(tl.load(row + NUMEL) - start, size).to(tl.int32)
+
+
+@triton.jit
+def _at(anchor_ptr, offset_ptr, start, ALIGNED: tl.constexpr):
+    """Element `start` of the fp32 tensor that lies so many elements behind the anchor, wherever that is: from a bare
+    address the compiler would not see that it is aligned."""
+    offset = tl.load(offset_ptr)
+    if ALIGNED:  # to 16 bytes
+        offset = tl.multiple_of(offset, 4)
+    return anchor_ptr + offset + start
+
+
+@triton.jit(do_not_specialize=["size"])
+def _squares_kernel(
+    anchor_ptr, table_ptr, runs_ptr, partial_ptr, old_ptr, size, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Each run's sum of squares, and the tensors' second moments as they are before the step."""
+    tensor, row, start, count = _run(table_ptr, runs_ptr, size)
+    g_ptr = _at(anchor_ptr, row + GRAD, start, ALIGNED) + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    whole = count // BLOCK
+    for _ in range(whole):
+        g = tl.load(g_ptr)
+        total += g * g
+        g_ptr += BLOCK
+    g = tl.load(g_ptr, mask=tl.arange(0, BLOCK) < count - whole * BLOCK, other=0.0)
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(total + g * g, 0))
+    if start == 0:
+        tl.store(old_ptr + tensor, tl.load(_at(anchor_ptr, row + SQUARE, 0, False)))
+
+
+@triton.jit
+def _sums(partial_ptr, partials, first, end, PARTIALS: tl.constexpr):
+    """The sum of all partials, and of those from `first` on before `end`."""
+    total, own = tl.zeros([PARTIALS], tl.float32), tl.zeros([PARTIALS], tl.float32)
+    for i in range(0, partials, PARTIALS):
+        offs = i + tl.arange(0, PARTIALS)
+        square = tl.load(partial_ptr + offs, mask=offs < partials, other=0.0)
+        total += square
+        own += tl.where((offs >= first) & (offs < end), square, 0.0)
+    return tl.sum(total, 0), tl.sum(own, 0)
+
+
+@triton.jit
+def _average(a_ptr, p, weight, mask):
+    a = tl.load(a_ptr, mask=mask)
+    tl.store(a_ptr, a + weight * (p - a), mask=mask)
+
+
+@triton.jit
+def _step(g_ptr, m_ptr, p_ptr, a_ptr, beta1, factor, decay, lr, weight, mask, HAS_AVERAGE: tl.constexpr):
+    p = tl.load(p_ptr, mask=mask)
+    m = beta1 * tl.load(m_ptr, mask=mask) + factor * tl.load(g_ptr, mask=mask) + decay * p
+    p -= lr * m
+    tl.store(m_ptr, m, mask=mask)
+    tl.store(p_ptr, p, mask=mask)
+    if HAS_AVERAGE:
+        _average(a_ptr, p, weight, mask)
+
+
+@triton.jit(do_not_specialize=["size", "partials", "clip_norm", "guard"])
+def _update_kernel(
+    anchor_ptr, table_ptr, runs_ptr, partial_ptr, old_ptr, settings_ptr, scale_ptr, found_ptr, outcome_ptr,
+    size, partials, clip_norm, guard,
+    HAS_AVERAGE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
+):  # fmt: skip
+    """The step of one run, or of a tensor that is only averaged or copied."""
+    tensor, row, start, count = _run(table_ptr, runs_ptr, size)
+    kind = tl.load(row + KIND)
+    s_ptr = settings_ptr + tl.load(row + GROUP) * SETTINGS
+    weight = tl.load(s_ptr + WEIGHT).to(tl.float32)
+    offs = tl.arange(0, BLOCK)
+    whole = count // BLOCK
+    rest = offs < count - whole * BLOCK
+    p_ptr = _at(anchor_ptr, row + PARAM, start, ALIGNED) + offs
+    a_ptr = _at(anchor_ptr, row + MEAN, start, ALIGNED) + offs
+
+    total, own = _sums(partial_ptr, partials, tl.load(row + FIRST), tl.load(row + END), PARTIALS)
+    inverse = 1.0 / tl.load(scale_ptr)
+    norm = tl.sqrt(total) * inverse
+    bad = ((guard != 0) & ~(norm < float("inf"))) | (tl.load(found_ptr) != 0)
+    if tl.program_id(0) == 0:
+        tl.store(outcome_ptr, norm)
+        tl.store(outcome_ptr + 1, tl.where(bad, 1.0, 0.0))
+
+    if kind == IS_UPDATE and not bad:
+        inverse = tl.where(norm + 1e-6 > clip_norm, inverse * (clip_norm / (norm + 1e-6)), inverse)
+        beta2, old, square = tl.load(s_ptr + BETA2).to(tl.float32), tl.load(old_ptr + tensor), own * inverse * inverse
+        later = beta2 * old + tl.load(s_ptr + REST2).to(tl.float32) * square
+        square = tl.where((old == 0) | (beta2 == 0), square, later)
+        if start == 0:
+            tl.store(_at(anchor_ptr, row + SQUARE, 0, False), square)
+        share, eps = tl.load(s_ptr + SHARE).to(tl.float32), tl.load(s_ptr + EPS).to(tl.float32)
+        factor = share * inverse / (tl.sqrt(square) + eps)
+        beta1, decay = tl.load(s_ptr + BETA1).to(tl.float32), tl.load(s_ptr + DECAY).to(tl.float32)
+        lr = tl.load(s_ptr + LR).to(tl.float32)
+        g_ptr = _at(anchor_ptr, row + GRAD, start, ALIGNED) + offs
+        m_ptr = _at(anchor_ptr, row + MOMENT, start, ALIGNED) + offs
+        for _ in range(whole):
+            _step(g_ptr, m_ptr, p_ptr, a_ptr, beta1, factor, decay, lr, weight, None, HAS_AVERAGE)
+            g_ptr += BLOCK
+            m_ptr += BLOCK
+            p_ptr += BLOCK
+            a_ptr += BLOCK
+        _step(g_ptr, m_ptr, p_ptr, a_ptr, beta1, factor, decay, lr, weight, rest, HAS_AVERAGE)
+    elif kind == IS_COPY:  # bits: as fp32 a NaN might change
+        bits, to = p_ptr.to(tl.pointer_type(tl.int32)), a_ptr.to(tl.pointer_type(tl.int32))
+        for _ in range(whole):
+            tl.store(to, tl.load(bits))
+            bits += BLOCK
+            to += BLOCK
+        tl.store(to, tl.load(bits, mask=rest), mask=rest)
+    elif HAS_AVERAGE:
+        for _ in range(whole):
+            _average(a_ptr, tl.load(p_ptr), weight, None)
+            p_ptr += BLOCK
+            a_ptr += BLOCK
+        _average(a_ptr, tl.load(p_ptr, mask=rest), weight, rest)
+
+
+def step(
+    tensors: Tensors,
+    watched: Watched,
+    settings: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    clip_norm: float,
+    guard: bool,
+    held: dict,
+) -> Tensor:
+    """One step, in place; gives (2,): the norm of all gradients, unscaled and unclipped, and 1 if nothing was changed.
+
+    All tensors of `tensors` are fp32. held: the caller keeps it, and with it the table, from step to step.
+    """
+    ours, others = watched.split((torch.float32, torch.int64))
+    rows = _rows(tensors, ours)
+    if held.get("rows") != rows:
+        held.update(_table(rows, settings.device), rows=rows)
+    table, runs, size, partials, programs, aligned = (held[key] for key in _TABLE)
+    like = tensors.params[0]
+    if "one" not in held:
+        held.update(one=like.new_ones(1), zero=like.new_zeros(1))
+    scale, found = held["one"] if grad_scale is None else grad_scale, held["zero"] if found_inf is None else found_inf
+    partial, old, outcome = like.new_empty(partials), like.new_empty(len(rows)), like.new_empty(2)
+    launch.run(
+        _squares_kernel, (partials,), like, like, table, runs, partial, old, size, ALIGNED=aligned, BLOCK=BLOCK,
+        num_warps=4,
+    )  # fmt: skip
+    launch.run(
+        _update_kernel, (programs,), like, like, table, runs, partial, old, settings, scale, found, outcome,
+        size, partials, clip_norm or math.inf, int(guard), HAS_AVERAGE=bool(tensors.averages), ALIGNED=aligned,
+        BLOCK=BLOCK, PARTIALS=PARTIALS, num_warps=4,
+    )  # fmt: skip
+    torch.autograd.graph.increment_version([*tensors.params, *tensors.averages, *ours.averages])
+    reference.average(*others, settings[0, -1])
+    return outcome
+
+
+_TABLE = ("table", "runs", "size", "partials", "programs", "aligned")
+
+
+def _rows(tensors: Tensors, watched: Watched) -> list[tuple[int, ...]]:
+    """The table's rows but for where their partials lie."""
+    address = Tensor.data_ptr
+    averages = map(address, tensors.averages) if tensors.averages else [0] * len(tensors.params)
+    lists = (map(address, of) for of in (tensors.grads, tensors.exp_avgs, tensors.params))
+    numbers = (averages, map(address, tensors.exp_avg_sqs), map(Tensor.numel, tensors.params), tensors.groups)
+    rows = [(*row, UPDATE) for row in zip(*lists, *numbers, strict=True)]
+    for live, average in zip(*watched, strict=True):
+        kind, words = (AVERAGE, 1) if average.is_floating_point() else (COPY, average.element_size() // 4)
+        rows.append((0, 0, live.data_ptr(), average.data_ptr(), 0, live.numel() * words, 0, kind))
+    return rows
+
+
+def _table(rows: list[tuple[int, ...]], device: torch.device) -> dict[str, object]:
+    """The table, with places counted from the first parameter, and the runs, on the device; the runs' length, and how
+    many of them are updates, and how many there are."""
+    total = sum(row[5] for row in rows)
+    size = max(SHORTEST, triton.cdiv(triton.cdiv(total, PROGRAMS), BLOCK) * BLOCK)
+    table, runs, partials, anchor = [], [], 0, rows[0][2]
+    for i, row in enumerate(rows):
+        first = len(runs)
+        runs += [(i, start) for start in range(0, max(1, row[5]), size)]  # one of an empty tensor too: it has a v
+        table.append((*((address - anchor) // 4 for address in row[:5]), *row[5:], first, len(runs)))
+        partials = len(runs) if row[7] == UPDATE else partials
+    aligned = all(address % 16 == 0 for row in rows for address in row[:4])
+
+    def sent(numbers: list) -> Tensor:
+        made = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+        return made.to(device, non_blocking=True)
+
+    return dict(zip(_TABLE, (sent(table), sent(runs), size, partials, len(runs), aligned), strict=True))

@@ -1,0 +1,48 @@
+"""The bench of the optimiser's step: both forms answer right, a wrong one is refused, the copy moves what it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bench_runs import make_run
+
+from jasper_fast.bench.cases import optimizer
+
+
+@pytest.fixture
+def case(tmp_path):
+    return optimizer.case(make_run(tmp_path), "small")
+
+
+def runners(case):
+    return {c.name: c.build() for c in case.contenders}
+
+
+@pytest.mark.parametrize("name", ["jasper_fast", "foreach"])
+def test_a_step_is_right_and_one_without_decay_is_not(case, name, monkeypatch):
+    case.refill(1)
+    low, exact = case.low(), case.reference()
+    runner = runners(case)[name]
+    for _ in range(2):  # what is compared is put back
+        assert case.complaints(runner.outputs(), low, exact) == []
+    monkeypatch.setattr(optimizer, "WEIGHT_DECAY", 0.0)
+    wrong = runners(case)[name].outputs()
+    assert any("moment" in line for line in case.complaints(wrong, low, exact))
+
+
+def test_the_copy_moves_half_of_the_bytes_twice(case):
+    inputs = optimizer.Inputs(optimizer.models.config("small"), torch.device("cpu"))
+    count = case.key["parameters"]
+    assert count <= inputs.flat[0].numel() < 1.01 * count and inputs.flat.numel() == 4 * inputs.flat[0].numel()
+    optimizer.copying(inputs).run()
+    assert torch.equal(inputs.flat[2:], inputs.flat[:2])
+    assert case.nbytes == 32 * count
+
+
+def test_both_forms_move_the_same_tensors(case):
+    """None has a parameter, moment or average of its own: they would lie elsewhere in memory."""
+    made = runners(case)
+    before = case.low()
+    made["foreach"].run()
+    after = case.low()
+    assert all(not torch.equal(before[key], after[key]) for key in before)

@@ -1,0 +1,199 @@
+"""NovoGrad's step on every face against the reference in fp64: settings, odd shapes, NaN, clipping, scale, averages."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from close import assert_close
+from conftest import Face, make_face
+from torch import Tensor
+
+from jasper_fast.kernels.novograd import reference
+from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
+
+# the last is longer than a run of Triton's and of the CPU's, and no whole number of blocks
+SHAPES = ((5, 3, 11), (7,), (1,), (4, 5, 1), (), (0, 3), (3, 1025), (8192 + 1024 + 5,))
+LONG = (65536 * 2 + 17,)
+
+
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def face(request) -> Face:
+    return make_face(request.param)
+
+
+def settings(lr=0.02, beta1=0.95, beta2=0.0, averaging=False, eps=1e-8, weight_decay=1e-2, weight=0.1) -> Settings:
+    share = 1 - beta1 if averaging else 1.0
+    return Settings(lr, beta1, share, beta2, 1 - beta2, eps, share * weight_decay, weight)
+
+
+def make(device, shapes=SHAPES, groups=(0,), averages=True, seed=0) -> tuple[Tensors, Watched]:
+    draw = torch.Generator().manual_seed(seed)
+    new = lambda: [torch.randn(s, generator=draw).to(device) for s in shapes]  # noqa: E731
+    squares = [torch.rand((), generator=draw).to(device) * 3 for _ in shapes]
+    squares[1].zero_()  # its first step
+    of = [groups[i % len(groups)] for i in range(len(shapes))]
+    tensors = Tensors(new(), new(), new(), squares, new() if averages else [], of)
+    if not averages:
+        return tensors, Watched([], [])
+    counts = torch.tensor([2**40 + 3, -1], device=device), torch.zeros(2, dtype=torch.int64, device=device)
+    floats = new()[:2], new()[:2]
+    wide = torch.randn(3, generator=draw).to(device).double(), torch.zeros(3, dtype=torch.float64, device=device)
+    return tensors, Watched([*floats[0], counts[0], wide[0]], [*floats[1], counts[1], wide[1]])
+
+
+def mapped(change, tensors: Tensors, watched: Watched) -> tuple[Tensors, Watched]:
+    *lists, groups = tensors
+    new = [[change(x) for x in of] for of in (*lists, *watched)]
+    return Tensors(*new[:-2], groups), Watched(*new[-2:])
+
+
+def wide(tensors: Tensors, watched: Watched) -> tuple[Tensors, Watched]:
+    return mapped(lambda x: x.double() if x.is_floating_point() else x.clone(), tensors, watched)
+
+
+def copies(tensors: Tensors, watched: Watched) -> tuple[Tensors, Watched]:
+    return mapped(torch.clone, tensors, watched)
+
+
+def run(step, tensors, watched, rows, scale=None, found=None, clip=0.0, guard=True, held=None) -> Tensor:
+    device = tensors.params[0].device
+    given = [None if x is None else torch.tensor([x], device=device) for x in (scale, found)]
+    table = torch.tensor(rows, dtype=torch.float64, device=device)
+    return step(tensors, watched, table, *given, clip, guard, {} if held is None else held)
+
+
+def compare(face: Face, tensors, watched, rows, **how) -> Tensor:
+    """The face's step beside the reference's in fp32 and fp64, of one or several steps' state; gives the outcome."""
+    low, exact = copies(tensors, watched), wide(tensors, watched)
+    grads = [g.clone() for g in tensors.grads]
+    got = run(face.load("novograd").step, tensors, watched, rows, **how)
+    plain, want = (run(reference.step, *of, rows, **how) for of in (low, exact))
+    assert_close("outcome", got.float().clamp(max=1e30), plain.float().clamp(max=1e30), want.clamp(max=1e30))
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "averages"):
+        for i, (a, b, c) in enumerate(zip(*(getattr(of, name) for of in (tensors, low[0], exact[0])), strict=True)):
+            if a.numel():
+                assert_close(f"{name}[{i}] {tuple(a.shape)}", a, b, c, factor=4.0)
+    for i, (a, b, c) in enumerate(zip(watched.averages, low[1].averages, exact[1].averages, strict=True)):
+        assert_close(f"watched[{i}]", a, b, c) if a.dtype == torch.float32 else torch.testing.assert_close(a, c)
+    assert all(torch.equal(a, b) for a, b in zip(grads, tensors.grads, strict=True)), "a gradient was changed"
+    return got
+
+
+@pytest.mark.parametrize("averages", [True, False])
+@pytest.mark.parametrize(
+    "of", [{}, {"beta2": 0.5}, {"beta2": 0.98, "averaging": True}, {"weight_decay": 0.0, "eps": 0.1, "beta1": 0.0}]
+)
+def test_it_is_the_formula(face, of, averages):
+    tensors, watched = make(face.device, averages=averages)
+    found = compare(face, tensors, watched, [settings(**of)])
+    assert found[1] == 0 and found[0] > 0
+
+
+def test_scale_clip_and_groups(face):
+    """Gradients over the scale, bounded together; parameters with settings of their own."""
+    tensors, watched = make(face.device, groups=(0, 2, 1))
+    rows = [settings(), settings(lr=0.5, beta2=0.9, eps=1.0), settings(weight_decay=0.0, averaging=True)]
+    norm = torch.linalg.vector_norm(torch.cat([g.flatten() for g in tensors.grads])) / 8
+    found = compare(face, tensors, watched, rows, scale=8.0, clip=float(norm) / 3)
+    torch.testing.assert_close(found[0], norm)
+    tensors, watched = make(face.device, groups=(0, 2, 1))
+    compare(face, tensors, watched, rows, scale=8.0, clip=float(norm) * 2)  # bounds nothing
+
+
+def test_several_steps_with_what_is_held(face):
+    """Gradients at other places in each step; the moving average's weight and the rate change."""
+    tensors, watched = make(face.device)
+    held: dict = {}
+    twin = wide(tensors, watched)
+    for seed in range(4):
+        rows = [settings(lr=0.1 / (1 + seed), beta2=0.5, weight=0.5 / (1 + seed))]
+        grads = make(face.device, seed=seed + 1)[0].grads
+        tensors, twin = tensors._replace(grads=grads), (twin[0]._replace(grads=[g.double() for g in grads]), twin[1])
+        run(face.load("novograd").step, tensors, watched, rows, held=held)
+        run(reference.step, *twin, rows)
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "averages"):
+        for a, b in zip(getattr(tensors, name), getattr(twin[0], name), strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", [0, -1])
+def test_a_bad_gradient_changes_nothing_but_averages(face, value, where):
+    tensors, watched = make(face.device)
+    tensors.grads[where].view(-1)[-1] = value
+    before, want = copies(tensors, watched), copies(tensors, watched)
+    found = run(face.load("novograd").step, tensors, watched, [settings()])
+    assert found[1] == 1 and not found[0].isfinite()
+    for name in ("params", "exp_avgs", "exp_avg_sqs"):
+        assert all(map(torch.equal, getattr(tensors, name), getattr(before[0], name))), name
+    for lives, averages, got in (
+        (want[0].params, want[0].averages, tensors.averages),
+        (want[1].lives, want[1].averages, watched.averages),
+    ):
+        reference.average(lives, averages, 0.1)
+        for a, b in zip(got, averages, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_found_inf_is_obeyed_and_without_a_guard_nan_goes_in(face):
+    step = face.load("novograd").step
+    tensors, watched = make(face.device, averages=False)
+    before = copies(tensors, watched)
+    assert run(step, tensors, watched, [settings()], found=1.0, guard=False)[1] == 1
+    assert all(map(torch.equal, tensors.params, before[0].params))
+    compare(face, tensors, watched, [settings()], found=0.0, guard=False)
+    tensors.grads[0].fill_(math.nan)
+    assert run(step, tensors, watched, [settings()], guard=False)[1] == 0
+    assert tensors.params[0].isnan().all() and tensors.params[1].isfinite().all()
+
+
+def test_memory_in_another_order_and_unaligned(face):
+    """What parameters of channels-last memory, or slices of one buffer, look like."""
+    flat = torch.randn(4, 1 + 6 * 5 * 3 + 1030, device=face.device)
+    cut = lambda i: [flat[i, 1:91].view(3, 5, 6).permute(2, 1, 0), flat[i, 91:-1]]  # noqa: E731
+    square = [torch.rand((), device=face.device) for _ in range(2)]
+    tensors = Tensors(cut(0), cut(1), cut(2), square, cut(3), [0, 0])
+    compare(face, tensors, Watched([], []), [settings(beta2=0.3)])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_results_do_not_depend_on_threads(threads):
+    face, had = make_face("cpu"), torch.get_num_threads()
+    results = []
+    try:
+        for count in (3, threads):
+            torch.set_num_threads(count)
+            tensors, watched = make(face.device, shapes=(LONG, *SHAPES))
+            outcome = run(face.load("novograd").step, tensors, watched, [settings(beta2=0.5)])
+            results.append([outcome, *tensors.params, *tensors.exp_avg_sqs, *tensors.averages])
+    finally:
+        torch.set_num_threads(had)
+    assert all(map(torch.equal, *results))
+
+
+def test_a_sum_of_squares_beyond_fp32_is_none_beyond_fp64():
+    """The CPU's sums are in fp64, so that a finite gradient is never taken for an infinite one."""
+    face = make_face("cpu")
+    tensors, watched = make(face.device)
+    tensors.grads[0].fill_(1e30)
+    assert run(face.load("novograd").step, tensors, watched, [settings()])[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "word"),
+    [
+        (lambda t: t._replace(grads=t.grads[:-1]), "gradients"),
+        (lambda t: t._replace(exp_avgs=[x.double() for x in t.exp_avgs]), "float32"),
+        (lambda t: t._replace(averages=[x.flatten()[1:] for x in t.averages]), "shape"),
+        (lambda t: t._replace(grads=[t.grads[0].permute(2, 1, 0), *t.grads[1:]]), "shape"),
+        (lambda t: t._replace(groups=[5] * len(t.groups)), "no row 5"),
+        (lambda t: t._replace(exp_avg_sqs=t.params), "one float32"),
+    ],
+)
+def test_the_cpu_refuses_what_does_not_fit(spoil, word):
+    face = make_face("cpu")
+    tensors, watched = make(face.device)
+    with pytest.raises(RuntimeError, match=word):
+        run(face.load("novograd").step, spoil(tensors), watched, [settings()])

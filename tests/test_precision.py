@@ -1,0 +1,68 @@
+"""One switch for the products of fp32 tensors: convs and all others, every face and plain PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import train
+from jasper_fast.bench import cli as bench
+from jasper_fast.bench.harness import limits
+from jasper_fast.cli import common
+from jasper_fast.kernels import precision
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def put_back():
+    with precision.fp32(None):
+        yield
+
+
+def now() -> tuple[str, str]:
+    return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+
+
+@pytest.mark.parametrize("name", precision.FP32_PRECISIONS)
+def test_it_governs_convs_and_matrix_products(name):
+    triton = pytest.importorskip("jasper_fast.kernels.conv1d.triton_impl")
+    before = now()
+    with precision.fp32(name):
+        assert now() == (name, name)
+        assert triton.takes_tf32() == (name == "tf32")
+        assert limits.float32_mode(GPU) == {"tf32": "TF32", "ieee": "IEEE"}[name]
+        precision.set_fp32(None)
+        assert now() == (name, name)
+    assert now() == before
+
+
+def test_another_name_is_refused_and_nothing_changes():
+    before = now()
+    with pytest.raises(ValueError, match="'bf16' is not one of ieee, tf32"):
+        precision.set_fp32("bf16")
+    assert now() == before
+
+
+def test_it_is_put_back_after_an_error():
+    before = now()
+    with pytest.raises(KeyError), precision.fp32("tf32"):
+        raise KeyError
+    assert now() == before
+
+
+def test_the_commands_take_the_same_names():
+    data = ["--config", "c.yaml", "--train-manifests", "t.json", "--output-dir", "out"]
+    assert train.arguments([*data, "--fp32-precision", "tf32"]).fp32_precision == "tf32"
+    assert train.arguments(data).fp32_precision is None
+    assert bench.parser().parse_args(["train", "--fp32-precision", "ieee"]).fp32_precision == "ieee"
+    (option,) = (o for o in common.MODEL["speed"] if "--fp32-precision" in str(o))
+    assert all(name in str(option) for name in precision.FP32_PRECISIONS)
+
+
+def test_a_run_of_the_bench_sets_it_and_records_it(tmp_path):
+    args = bench.parser().parse_args(["train", "--quick", "--device", "cpu", "--out", str(tmp_path)])
+    args.fp32_precision = "tf32"
+    run = bench.start(args)
+    assert now() == ("tf32", "tf32")
+    assert "tf32" in str(run.results.data), "the result does not tell"
