@@ -17,8 +17,8 @@ from jasper_fast.kernels import tables
 def resolve(backend: str, device: torch.device | str, op: str | None = None, dtype: torch.dtype | None = None) -> str:
     """The face that runs for `backend` on `device`: raises BackendMissing for a named one that cannot run.
 
-    `op`: of "auto", the op whose verdict in `dtype` on a GPU decides (see `dispatch.verdicts`; without a dtype those in
-    all); None asks for no verdict.
+    `op`: of "auto", the op that is to run in `dtype`: fp64 takes "reference", and on a GPU the op's verdict decides
+    (see `dispatch.verdicts`; without a dtype those in all); None asks for no verdict.
     """
     return _resolve(backend, device, op, dtype)
 
@@ -41,10 +41,10 @@ def _resolve(backend: str, device: torch.device | str, op: str | None, dtype: to
             said = f"jasper_fast runs plain PyTorch on {device.type}: {'; '.join(reasons)}"
             warnings.warn(said, RuntimeWarning, stacklevel=3)
         return "reference"
+    if op is not None and dtype is not None and dtype not in tables.DTYPES:  # fp64, say, which no kernel takes
+        return "reference"
     if op is None or device.type != "cuda":
         return first
-    if dtype is not None and dtype not in tables.DTYPES:  # fp64, say, which no kernel takes
-        return "reference"
     dtypes = tables.DTYPES if dtype is None else (dtype,)
     return first if all(_trusted(op, first, device, of, PLAIN) for of in dtypes) else "reference"
 

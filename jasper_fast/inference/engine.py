@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from typing import Literal
@@ -29,7 +30,8 @@ class InferenceEngine:
 
     It owns its activation buffers and reuses them between calls; results are in memory of their own and depend on
     nothing but this call's input. Any number of threads and CUDA streams may call one engine: it runs on the caller's
-    current stream, one call at a time (make an engine a thread for more; they share nothing).
+    current stream, one call at a time (make an engine a thread for more; they share nothing). `copy.deepcopy` and
+    `pickle` copy the model and make an engine of the copy.
 
     On the triton face a call is one kernel a sub-block, features to log-probabilities, and no ATen op, where lengths
     are int64 and the vocabulary has up to 128 symbols (ATen does a larger one's log-softmax, and copies features that
@@ -76,6 +78,12 @@ class InferenceEngine:
             # the allocator knows only the stream on which buffers were made, and calls may have come on others
             self._waits = weakref.finalize(self, turns.finish)
             self._waits.atexit = False
+
+    def __reduce__(self) -> tuple:
+        """A copy, also a pickled one, copies the model and folds its weights as they are then: a lock cannot be copied,
+        and buffers and graphs are this engine's own."""
+        how = {"dtype": self._wanted, "graphs": self._graphs, "bucket": self._bucket, "graph_limit": self._limit}
+        return functools.partial(type(self), **how), (self._model,)
 
     def _runner(self, weight: Tensor, turns: Turns) -> Launches | Stepwise:
         dtype = self._wanted or weight.dtype

@@ -118,7 +118,7 @@ def norm_face(y: Tensor, backend: str) -> str:
 def norm_face_of(x: Tensor, channels: int, frames: int, backend: str) -> str:
     """Which face of the op serves a tensor (N, `channels`, `frames`) of the batch, device and dtype of `x`."""
     if not x.is_cuda:
-        return choose.resolve(backend, x.device, _OP)
+        return choose.resolve(backend, x.device, _OP, x.dtype)
     channels = operator.index(channels)  # a constant in a traced graph too
     rows_log2 = None if torch.compiler.is_compiling() else tables.bucket(x.shape[0] * frames)
     return choose.norm_face(backend, x.device, x.dtype, channels, rows_log2)
