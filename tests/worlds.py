@@ -22,11 +22,11 @@ _PRELOAD += ["jasper_fast.train", "rich.progress", "soundfile", "worlds"]
 
 @dataclass
 class Member:
-    """How one process ended: its exit status, what it said, the names that each of its steps heard."""
+    """How one process ended: its exit status, what it said, the (epoch, name) of what each of its steps heard."""
 
     status: int
     said: str
-    steps: list[list[str]]
+    steps: list[list[tuple[int, str]]]
 
 
 def nothing(train, rank: int) -> None:
@@ -72,11 +72,11 @@ def _member(rank, size, port, arguments, folder, prepare, args) -> None:
         from jasper_fast import train
 
         torch.set_num_threads(1)
-        heard: list[list[str]] = []
+        heard: list[list[tuple[int, str]]] = []
         step = train.train_step
 
         def recorded(model, frontend, batches, *more, **how):
-            heard.append([name for batch in batches for name in batch.names])
+            heard.append([(batch.epoch, name) for batch in batches for name in batch.names])
             return step(model, frontend, batches, *more, **how)
 
         train.train_step = recorded

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPPRESSIONS = ROOT / "tests" / "fuzz" / "suppressions"
+# What each sanitizer says of its fault in planted.cpp.
+PLANTED = {
+    "address": {"address": "AddressSanitizer: heap-buffer-overflow", "undefined": "signed integer overflow"},
+    "thread": {"thread": "ThreadSanitizer: data race"},
+}
 RUNTIME = {"address": "libasan.so", "thread": "libtsan.so"}
 # Of both kinds: everything that a kernel does with memory. Not tests that start a process with the usual library.
 TESTS = {
@@ -30,9 +36,17 @@ TESTS = {
 LEVELS = {"address": ("",), "thread": ("",)}  # JASPER_FAST_ISA; "" is the best of this machine
 
 
+def compiler() -> str:
+    return os.environ.get("CXX") or shutil.which("c++")
+
+
+def alone(kind: str) -> list[str]:
+    """Before a command: without randomised addresses, in which ThreadSanitizer's runtime may not find its way."""
+    return ["setarch", platform.machine(), "-R"] if kind == "thread" else []
+
+
 def environment(kind: str, level: str) -> dict[str, str]:
-    compiler = os.environ.get("CXX") or shutil.which("c++")
-    where = [subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
+    where = [subprocess.check_output([compiler(), f"-print-file-name={name}"], text=True).strip()
              for name in (RUNTIME[kind], "libstdc++.so.6")]  # fmt: skip
     return os.environ | {
         # libstdc++ too: the runtime looks for __cxa_throw when it starts, before torch brings it
@@ -47,16 +61,33 @@ def environment(kind: str, level: str) -> dict[str, str]:
     }
 
 
+def blind(kind: str) -> list[str]:
+    """The faults of planted.cpp that the sanitizers of `kind` do not see, as they are set up here."""
+    flags = runpy.run_path(str(ROOT / "csrc/build.py"))["SANITIZE"][kind].split()
+    source, library = Path(__file__).with_name("planted.cpp"), ROOT / "build" / "sanitize" / kind / "planted.so"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    how = ["-shared", "-fPIC", "-std=c++20", "-O1", "-g1", "-fvisibility=hidden", "-pthread"]
+    subprocess.run([compiler(), *how, *flags, str(source), "-o", str(library)], check=True)
+    missed = []
+    for fault, report in PLANTED[kind].items():
+        call = f"import ctypes; ctypes.CDLL({str(library)!r}).{fault}()"
+        command = [*alone(kind), sys.executable, "-c", call]
+        done = subprocess.run(command, env=environment(kind, ""), capture_output=True, text=True)
+        missed += [] if done.returncode and report in done.stderr else [f"{fault}: {done.stderr[-2000:]}"]
+    return missed
+
+
 def main() -> None:
     start, failed = time.monotonic(), []
     for kind in sys.argv[1:] or RUNTIME:
         subprocess.run([sys.executable, str(ROOT / "csrc/build.py"), "--sanitize", kind], check=True)
+        if missed := blind(kind):
+            sys.exit("sanitize: the sanitizers do not see a planted fault: " + "; ".join(missed))
+        print(f"sanitize: {kind}: {' and '.join(PLANTED[kind])}: planted faults are seen")
         tests, chosen = TESTS[kind]
         for level in LEVELS[kind]:
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen]
-            if kind == "thread":  # without randomised addresses, which this runtime may not find its way in
-                command = ["setarch", platform.machine(), "-R", *command]
-            code = subprocess.call([*command, *tests], cwd=ROOT, env=environment(kind, level))
+            code = subprocess.call([*alone(kind), *command, *tests], cwd=ROOT, env=environment(kind, level))
             print(f"sanitize: {kind}, instruction set {level or 'of this machine'}: {'failed' if code else 'clean'}")
             failed += [kind] if code else []
     print(f"sanitize: {time.monotonic() - start:.0f} s")
