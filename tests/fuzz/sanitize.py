@@ -25,13 +25,14 @@ PLANTED = {
     "thread": {"thread": "ThreadSanitizer: data race"},
 }
 RUNTIME = {"address": "libasan.so", "thread": "libtsan.so"}
-# Of both kinds: everything that a kernel does with memory. Not tests that start a process with the usual library.
+# Everything that a kernel does with memory, by files and by what their tests' names hold. Left out are tests that start
+# a process for each instruction set, but the first, and opcheck's: these took most of the time and no other path.
+FILES = [f"tests/test_{name}.py" for name in ("bn_relu_dropout", "cuda_emulated", "panes", "conv1d", "conv1d_16bit")]
+_CONV = "test_conv1d and (test_forward or test_backward or fused_epilogue or any_threads or products_of or transposed)"
 TESTS = {
-    "address": (
-        ["tests/test_bn_relu_dropout.py", "tests/test_cuda_emulated.py", "tests/test_panes.py"],
-        "cpu or emulated",
-    ),
-    "thread": (["tests/test_bn_relu_dropout.py", "tests/test_cuda_emulated.py"], "cpu or cut"),
+    "address": f"(cpu or emulated or ({_CONV}) or history) and not opcheck and (generic or not instruction_set)",
+    "thread": "(bn_relu_dropout and cpu) or cut or (test_panes and cpu and not opcheck and not instruction_set) "
+    "or (test_conv1d and (any_threads or fused_epilogue or history))",
 }
 LEVELS = {"address": ("",), "thread": ("",)}  # JASPER_FAST_ISA; "" is the best of this machine
 
@@ -84,10 +85,20 @@ def main() -> None:
         if missed := blind(kind):
             sys.exit("sanitize: the sanitizers do not see a planted fault: " + "; ".join(missed))
         print(f"sanitize: {kind}: {' and '.join(PLANTED[kind])}: planted faults are seen")
-        tests, chosen = TESTS[kind]
         for level in LEVELS[kind]:
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen]
-            code = subprocess.call([*alone(kind), *command, *tests], cwd=ROOT, env=environment(kind, level))
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:xdist",
+                "-k",
+                TESTS[kind],
+            ]
+            code = subprocess.call([*alone(kind), *command, *FILES], cwd=ROOT, env=environment(kind, level))
             print(f"sanitize: {kind}, instruction set {level or 'of this machine'}: {'failed' if code else 'clean'}")
             failed += [kind] if code else []
     print(f"sanitize: {time.monotonic() - start:.0f} s")
