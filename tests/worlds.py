@@ -8,12 +8,13 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 HANG = 120  # seconds: far beyond what these runs take
 _PRELOAD = ["torch", "torch.nn.parallel", "torch.distributed", "torch.utils.tensorboard", "torch.utils.data"]
@@ -40,11 +41,9 @@ def world(size: int, arguments: list[str], folder: Path, prepare: Callable = not
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has it
     folder.mkdir(parents=True, exist_ok=True)
-    how = (size, port, arguments, str(folder), prepare, args)
+    how = (size, store.port, arguments, str(folder), prepare, args)
     members = [context.Process(target=_member, args=(rank, *how)) for rank in range(size)]
     for process in members:
         process.start()
@@ -66,6 +65,7 @@ def _member(rank, size, port, arguments, folder, prepare, args) -> None:
         os.dup2(said.fileno(), 2)
         if size > 1:
             places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": 0}
+            places |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0}
             os.environ |= {k: str(v) for k, v in ({"RANK": rank, "WORLD_SIZE": size} | places).items()}
         import torch
 

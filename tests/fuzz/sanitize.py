@@ -62,11 +62,10 @@ def environment(kind: str, level: str) -> dict[str, str]:
     }
 
 
-def blind(kind: str) -> list[str]:
-    """The faults of planted.cpp that the sanitizers of `kind` do not see, as they are set up here."""
+def blind(kind: str, folder: Path) -> list[str]:
+    """Faults of planted.cpp, built in `folder`, that the sanitizers of `kind` do not see as they are set up here."""
     flags = runpy.run_path(str(ROOT / "csrc/build.py"))["SANITIZE"][kind].split()
-    source, library = Path(__file__).with_name("planted.cpp"), ROOT / "build" / "sanitize" / kind / "planted.so"
-    library.parent.mkdir(parents=True, exist_ok=True)
+    source, library = Path(__file__).with_name("planted.cpp"), folder / "planted.so"
     how = ["-shared", "-fPIC", "-std=c++20", "-O1", "-g1", "-fvisibility=hidden", "-pthread"]
     subprocess.run([compiler(), *how, *flags, str(source), "-o", str(library)], check=True)
     missed = []
@@ -82,7 +81,7 @@ def main() -> None:
     start, failed = time.monotonic(), []
     for kind in sys.argv[1:] or RUNTIME:
         subprocess.run([sys.executable, str(ROOT / "csrc/build.py"), "--sanitize", kind], check=True)
-        if missed := blind(kind):
+        if missed := blind(kind, ROOT / "build" / "sanitize" / kind):
             sys.exit("sanitize: the sanitizers do not see a planted fault: " + "; ".join(missed))
         print(f"sanitize: {kind}: {' and '.join(PLANTED[kind])}: planted faults are seen")
         for level in LEVELS[kind]:
