@@ -164,13 +164,16 @@ def case(seed: int) -> None:
             lows = [evaluate(eager.eval(), x, lengths) for x in near]
             ref = evaluate(double.eval(), features.double(), lengths)
             compare(what, evaluate(call, features, lengths), lows, ref)
+        # A pane's variance from a covariance errs by as much as its terms cancel: hundreds of times where the
+        # channels of a source are functions of one (seed 799). Of few frames the plain form is taken.
+        floor = 512 if panes == "gram" else 64
         lows = [low(eager, state, x, i > 0, lengths, seed) for i, x in enumerate(near)]
         ref, mine = step(double, features.double(), lengths, seed), step(ours, features, lengths, seed)
         try:
-            compare("training", mine, lows, ref)
+            compare("training", mine, lows, ref, floor)
         except AssertionError:  # of what magnifies rounding at will four neighbours show little: ask many
             lows += [low(eager, state, x, True, lengths, seed) for _ in range(8) for x in near]
-            compare("training", mine, lows, ref)
+            compare("training", mine, lows, ref, floor)
     except Exception as error:
         where = f"{backend}, panes {panes}, n {n}, t {t}, lengths {lengths.tolist()}, {config.encoder}"
         raise AssertionError(f"{type(error).__name__}: {error} ({where})") from error
