@@ -17,9 +17,10 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,6 @@ from jasper_fast.nn.config import ConfigError, JasperConfig
 from jasper_fast.nn.model import Jasper
 from jasper_fast.options import option
 from jasper_fast.speech.metrics import wer
-from jasper_fast.speech.text import Vocabulary
 from jasper_fast.training.console import talker, training_bar
 from jasper_fast.training.ema import EMA
 from jasper_fast.training.folder import Folder
@@ -49,7 +49,7 @@ from jasper_fast.training.runs import Ranks, RunError, RunLog, StopRequest
 from jasper_fast.training.schedules import POLICIES, Schedule
 from jasper_fast.training.split import Split
 from jasper_fast.training.state import TrainingState
-from jasper_fast.training.step import AMP_DTYPES, BufferGuard, train_step
+from jasper_fast.training.step import AMP_DTYPES, BufferGuard, StepResult, missed_step, train_step
 from jasper_fast.training.validate import heard, validate_state
 
 OPTIONS = {
@@ -147,18 +147,14 @@ def load_data(args: argparse.Namespace, config: JasperConfig, ranks: Ranks, cons
     return tuple(splits)
 
 
-def make_model(args: argparse.Namespace, config: JasperConfig, ranks: Ranks) -> tuple[nn.Module, TrainingState]:
-    """The model to train (wrapped for several processes, if there are), and the state that checkpoints hold."""
+def make_state(args: argparse.Namespace, config: JasperConfig, ranks: Ranks) -> TrainingState:
+    """The model and what learns with it: all that a checkpoint holds."""
     core = Jasper(config, backend=args.backend, panes=args.panes).to(ranks.device)
     if args.init_from:
         weights = formats.read_weights(args.init_from, ema=args.init_ema)
         loading.load_weights(core, weights, labels=config.labels, strict=False, decoder=args.init_decoder)
     if args.freeze_encoder:
         core.freeze_encoder()
-    model: nn.Module = core
-    if ranks.world > 1:  # running statistics are made equal only before they are used, not in every forward
-        places = [ranks.device.index] if ranks.device.type == "cuda" else None
-        model = DistributedDataParallel(core, device_ids=places, broadcast_buffers=False)
     ema = EMA(core, args.ema, warmup=args.ema_warmup) if args.ema else None
     kind, betas = functools.partial(NovoGrad, ema=ema, backend=args.backend), (0.95, 0.0)
     if args.optimizer == "adamw":
@@ -167,7 +163,18 @@ def make_model(args: argparse.Namespace, config: JasperConfig, ranks: Ranks) -> 
     learning = [p for p in core.parameters() if p.requires_grad]
     optimizer = kind(learning, lr=args.lr, betas=betas, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.amp == "fp16")
-    return model, TrainingState(core, optimizer, scaler, Meter(args.max_bad_steps), ema)
+    return TrainingState(core, optimizer, scaler, Meter(args.max_bad_steps), ema)
+
+
+def distributed(core: nn.Module, ranks: Ranks) -> nn.Module:
+    """`core` as one process among several calls it; alone it is itself."""
+    if ranks.world == 1:
+        return core
+    places = [ranks.device.index] if ranks.device.type == "cuda" else None
+    known = inspect.signature(DistributedDataParallel).parameters
+    # Running statistics are made equal before they are used, not in every forward; torch 2.13 has another name for it.
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(core, device_ids=places, **{buffers: False})
 
 
 def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
@@ -238,93 +245,181 @@ class Due(NamedTuple):
     validation: bool
     save: bool
     epoch_over: bool
-    ending: bool
 
 
-def what_is_due(
-    args: argparse.Namespace, state: TrainingState, in_epoch: int, total: int, stop: StopRequest, ranks: Ranks
-) -> Due:
-    """Decides it from the step (of `total` in the run, `in_epoch` in its epoch), the clock, and requests to stop."""
-    last, over = state.step == total, state.position == in_epoch
-    log = state.step % args.log_every == 0 or last
-    validation = state.step % args.val_every == 0 if args.val_every else over
-    save = state.step % args.save_every == 0 if args.save_every else over
-    ending = bool(stop.signal) or state.minutes >= (args.max_minutes or math.inf)
-    if ranks.world > 1:  # all processes together: if one was told to stop, the others must stop too
-        ending = (log or validation or save) and ranks.any(ending)
-    return Due(log, validation, save, over, ending or last)
+@dataclasses.dataclass
+class Run:
+    """All parts of a run, and what it does between its steps; every rank does the same."""
+
+    args: argparse.Namespace
+    ranks: Ranks
+    console: Any
+    state: TrainingState
+    train: Split
+    val: Split | None
+    schedule: Schedule
+    folder: Folder
+    about: dict[str, Any]
+    stop: StopRequest
+    log: RunLog
+    judged: int  # the step of the last validation, or of the start
+    kept: int  # that of the last checkpoint
+
+    def due(self) -> Due:
+        """By the step among those of the run and of its epoch."""
+        args, state, last = self.args, self.state, self.state.step == self.schedule.total_steps
+        over = state.position == self.train.steps(state.epoch, args.grad_accumulation)
+        validation = state.step % args.val_every == 0 if args.val_every else over
+        save = state.step % args.save_every == 0 if args.save_every else over
+        return Due(state.step % args.log_every == 0 or last, validation and bool(self.val), save, over)
+
+    def learning_rate(self) -> float:
+        args, total = self.args, self.schedule.total_steps
+        elapsed = self.state.minutes / args.max_minutes if args.lr_by_clock else 0.0
+        return self.schedule(max(self.state.step, int(elapsed * total)))
+
+    def tell_skipped(self) -> None:
+        """Reads the figures so far; names what made steps bad. Raises RunError where that does not end."""
+        if bad := self.state.meter.read():
+            talker().print(*(f"step skipped: {culprit}" for culprit in bad), sep="\n")
+            self.log.write(self.state.step, "skipped", names=bad)
+
+    def tell_step(self, result: StepResult, lr: float, epoch: int, epochs: float) -> str:
+        """Writes the interval's figures; gives the bar's text."""
+        vocabulary, state = self.train.dataset.vocabulary, self.state
+        said = wer(result.texts, heard(result.log_probs, result.lengths, vocabulary)) if result.texts else math.nan
+        figures = state.meter.figures() | {"lr": lr, "epoch": epochs, "wer": said, "minutes": state.minutes}
+        self.log.write(state.step, "train", **figures)
+        self.console.print(f"step {state.step}: {STEP.format(**figures)}")
+        return f"epoch {epoch}, loss {figures['loss']:.3f}"
+
+    def judge(self) -> None:
+        """Validates, and keeps the best so far, by the moving average where there is one."""
+        args, val, state, log = self.args, self.val, self.state, self.log
+        results = validate_state(
+            state, self.ranks, val.frontend, val.batches, val.dataset.vocabulary, AMP_DTYPES[args.amp], args.seed,
+            stopped=lambda: bool(self.stop.signal),
+        )  # fmt: skip
+        state.unjudged = results is None
+        if results is None:
+            self.console.print("validation was broken off by a signal")
+            return
+        for weights, r in results.items():
+            log.write(state.step, f"val_{weights}", loss=r.loss, wer=r.wer, cer=r.cer, minutes=state.minutes)
+            self.console.print(f"validation, {weights}: WER {r.wer:.2%}, CER {r.cer:.2%}, loss {r.loss:.3f}")
+            for culprit in r.bad[:5]:
+                self.console.print(f"  {culprit}")
+        for said, got in r.examples[:2]:
+            self.console.print(f"  said {said!r}\n   got {got!r}")
+        self.judged, best = state.step, r.wer < state.best_wer
+        state.best_wer = min(r.wer, state.best_wer)
+        state.meter.restart()
+        if best:
+            self.save("best")
+
+    def save(self, *names: str | None) -> None:
+        """Writes a checkpoint under each of the names, None for its step."""
+        self.ranks.same_buffers(self.state.model)
+        everything = self.state.state_dict() | self.about | {"rng": self.ranks.gather(rng_state())}
+        for name in names if self.ranks.first else ():
+            self.folder.save(everything, name)
+        self.kept = self.state.step if None in names else self.kept
+        self.state.meter.restart()
+
+    def tell_unusable(self) -> None:
+        """Names files that turned out to be unusable since it was asked last."""
+        if lines := self.train.newly_skipped():
+            talker().print(*lines, sep="\n")
+
+    @contextlib.contextmanager
+    def saved(self) -> Iterator[None]:
+        """Inside, what ends the run on all ranks with good weights, such as too many bad steps, saves them first."""
+        try:
+            yield
+        except RunError:
+            self.save(None)
+            raise
+
+    def finish(self, stopped: bool) -> None:
+        """Judges, unless a signal stopped the run, and saves what came after the last checkpoint."""
+        self.tell_skipped()
+        self.tell_unusable()
+        if self.val and not stopped and self.judged != self.state.step:
+            self.judge()
+        if self.kept != self.state.step:
+            self.save(None)
+        if len(self.train.dataset.skipped):
+            self.console.print(f"training data: {self.train.dataset.skipped}")
+        best = f", best WER {self.state.best_wer:.2%}" if self.state.best_wer < math.inf else ""
+        how = (
+            f"stopped by {self.stop.signal or 'a signal to another process'}; go on with --resume"
+            if stopped
+            else "done"
+        )
+        state, place = self.state, self.folder.path
+        self.console.print(f"{how}: step {state.step}, {state.minutes:.1f} minutes{best}, checkpoints in {place}")
 
 
-def judge(args: argparse.Namespace, val: Split, state: TrainingState, ranks: Ranks, console: Any, log: RunLog) -> bool:
-    """Validates; returns whether this is the best so far (by the moving average if there is one)."""
-    amp_dtype, vocabulary = AMP_DTYPES[args.amp], val.dataset.vocabulary
-    results = validate_state(state, ranks, val.frontend, val.batches, vocabulary, amp_dtype, args.seed)
-    for weights, r in results.items():
-        log.write(state.step, f"val_{weights}", loss=r.loss, wer=r.wer, cer=r.cer, minutes=state.minutes)
-        console.print(f"validation, {weights}: WER {r.wer:.2%}, CER {r.cer:.2%}, loss {r.loss:.3f}")
-        for culprit in r.bad[:5]:
-            console.print(f"  {culprit}")
-    for said, got in r.examples[:2]:
-        console.print(f"  said {said!r}\n   got {got!r}")
-    best = r.wer < state.best_wer
-    state.best_wer = min(r.wer, state.best_wer)
-    state.meter.restart()
-    return best
-
-
-def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingState], None] | None = None) -> None:
-    """Trains; `stop` ends the run early, `watch` is called after each step."""
+def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[nn.Module, Run, Any]:
+    """The model as training calls it, the run where it stands, and its random generators' state if it goes on."""
     ranks = Ranks.start(args.device)
     console = talker(quiet=not ranks.first)
     seed_everything(args.seed)
     settle(args.deterministic, args.cudnn_benchmark)
     set_fp32(args.fp32_precision)
-
-    # Data, model, where to start and where to write
-    config = JasperConfig.from_yaml(args.config)
-    vocabulary = Vocabulary(config.labels)
-    train, val = load_data(args, config, ranks, console)
-    model, state = make_model(args, config, ranks)
-    schedule = make_schedule(args, train.steps(0, args.grad_accumulation))
-    seed_everything(args.seed + ranks.rank)  # all processes have equal weights, but each has its own noise and dropout
-    folder = Folder(args.output_dir, args.keep, args.milestones)
-    generators = resume(args, folder, state, train, ranks, console)
+    with ranks.together():
+        config = JasperConfig.from_yaml(args.config)
+        train, val = load_data(args, config, ranks, console)
+        state = make_state(args, config, ranks)
+        schedule = make_schedule(args, train.steps(0, args.grad_accumulation))
+        seed_everything(args.seed + ranks.rank)  # equal weights, but each process has noise and dropout of its own
+        folder = Folder(args.output_dir, args.keep, args.milestones)
+        generators = resume(args, folder, state, train, ranks, console)
+        log = RunLog(folder.path, state.step, enabled=ranks.first)
     if train.changed and not args.steps:  # --epochs counts epochs, however many steps they have now
         left = train.steps(state.epoch, args.grad_accumulation) - state.position
         left += (args.epochs - state.epoch - 1) * schedule.steps_per_epoch
         schedule = dataclasses.replace(schedule, total_steps=max(1, state.step + left))
-    log = RunLog(folder.path, state.step, enabled=ranks.first)
-    about = {"format": checkpoint.FORMAT, "config": config.to_dict(), "labels": vocabulary.labels}
+    about = {"format": checkpoint.FORMAT, "config": config.to_dict(), "labels": train.dataset.vocabulary.labels}
     versions = {"jasper_fast": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
     about |= {"versions": versions, "arguments": vars(args), "data": train.print_of_data()}
     log.write(state.step, "start", device=ranks.place, processes=ranks.world, arguments=vars(args), versions=versions)
     size, total = sum(p.numel() for p in state.model.parameters()), schedule.total_steps
     console.print(f"{size:,} parameters on {ranks.place}, {schedule.steps_per_epoch} steps an epoch, {total} in all")
+    parts = (args, ranks, console, state, train, val, schedule, folder, about, stop, log)
+    return distributed(state.model, ranks), Run(*parts, judged=state.step, kept=state.step), generators
 
-    def save(*names: str | None) -> None:
-        """Writes a checkpoint under each of the names (None: named after its step); every rank must call it."""
-        ranks.same_buffers(state.model)
-        everything = state.state_dict() | about | {"rng": ranks.gather(rng_state())}
-        for name in names if ranks.first else ():
-            folder.save(everything, name)
-        state.meter.restart()
 
-    with contextlib.closing(log), training_bar(console, state.step, total) as progress:
-        guard, ending = BufferGuard(state.model), state.step >= total
-        micro_batches = train.micro_batches(state, args.grad_accumulation, pin_memory=ranks.device.type == "cuda")
+def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingState], None] | None = None) -> None:
+    """Trains; `stop` ends the run early, `watch` is called after each step."""
+    model, run, generators = prepare(args, stop)
+    state, train, ranks, console = run.state, run.train, run.ranks, run.console
+    total, accumulation, on_gpu = run.schedule.total_steps, args.grad_accumulation, ranks.device.type == "cuda"
+    with contextlib.closing(run.log), training_bar(console, state.step, total) as progress, run.saved():
+        guard, stopped = BufferGuard(state.model), False
+        steps = train.micro_batches(state, accumulation, on_gpu, stopped=lambda: bool(stop.signal))
         if generators:
             set_rng_state(generators)
+        if state.unjudged:
+            run.judge()
         model.train(), train.frontend.train()
-        while not ending:
-            # One step
-            elapsed = state.minutes / args.max_minutes if args.lr_by_clock else 0.0
-            batches, lr = next(micro_batches), schedule(max(state.step, int(elapsed * total)))
+        while state.step < total:
+            # One step, unless it is time to stop, or one of the processes could read nothing of it
+            batches, late = next(steps), state.minutes >= (args.max_minutes or math.inf)
+            readable = [batch for batch in batches if len(batch)]
+            stopped, late, unread = ranks.vote(bool(stop.signal), late, not readable)
+            if stopped or late:
+                break
+            lr = run.learning_rate()
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
-            result = train_step(
-                model, train.frontend, batches, state.optimizer, state.scaler, guard,
-                device=ranks.device, amp_dtype=AMP_DTYPES[args.amp], clip_norm=args.clip_norm, ema=state.ema,
-            )  # fmt: skip
+            if unread:
+                result = missed_step(ranks.device, batches)
+            else:
+                result = train_step(
+                    model, train.frontend, readable, state.optimizer, state.scaler, guard,
+                    device=ranks.device, amp_dtype=AMP_DTYPES[args.amp], clip_norm=args.clip_norm, ema=state.ema,
+                )  # fmt: skip
             state.meter.add(result)
             state.step, state.position = state.step + 1, state.position + 1
             progress(state.step)
@@ -332,40 +427,22 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
                 watch(state)
 
             # What is due
-            in_epoch = train.steps(state.epoch, args.grad_accumulation)
-            due, epochs = (
-                what_is_due(args, state, in_epoch, total, stop, ranks),
-                state.epoch + state.position / in_epoch,
-            )
-            ending = due.ending
-            if (ranks.device.type == "cpu" or any(due)) and (bad := state.meter.read()):
-                talker().print(*(f"step skipped: {culprit}" for culprit in bad), sep="\n")
-                log.write(state.step, "skipped", names=bad)
-            if due.log:
-                said = wer(result.texts, heard(result.log_probs, result.lengths, vocabulary))
-                figures = state.meter.figures() | {"lr": lr, "epoch": epochs, "wer": said, "minutes": state.minutes}
-                log.write(state.step, "train", **figures)
-                progress(state.step, f"epoch {state.epoch + 1}, loss {figures['loss']:.3f}")
-                console.print(f"step {state.step}: {STEP.format(**figures)}")
+            due, epoch = run.due(), state.epoch + 1
+            epochs = state.epoch + state.position / train.steps(state.epoch, accumulation)
             if due.epoch_over:
                 state.next_epoch()
-            if due.epoch_over or ending:  # report unusable files
-                for line in train.newly_skipped():
-                    console.print(line)
-            if (
-                val
-                and (due.validation or (ending and not stop.signal))
-                and judge(args, val, state, ranks, console, log)
-            ):
-                save("best")
-            milestone = due.epoch_over and state.epoch in folder.milestones
-            if due.save or ending or milestone:
-                save(None, *([f"milestone_epoch_{state.epoch:04d}"] if milestone else []))
-    if len(train.dataset.skipped):
-        console.print(f"training data: {train.dataset.skipped}")
-    best = f", best WER {state.best_wer:.2%}" if state.best_wer < math.inf else ""
-    how = f"stopped by {stop.signal}; go on with --resume" if stop.signal else "done"
-    console.print(f"{how}: step {state.step}, {state.minutes:.1f} minutes{best}, checkpoints in {folder.path}")
+            if not on_gpu or any(due):
+                run.tell_skipped()
+            if due.log:
+                progress(state.step, run.tell_step(result, lr, epoch, epochs))
+            if due.epoch_over:
+                run.tell_unusable()
+            if due.validation:
+                run.judge()
+            milestone = due.epoch_over and state.epoch in run.folder.milestones
+            if due.save or milestone:
+                run.save(None, *([f"milestone_epoch_{state.epoch:04d}"] if milestone else []))
+        run.finish(stopped)
 
 
 def command(argv: list[str] | None = None) -> int:

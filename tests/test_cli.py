@@ -322,3 +322,15 @@ def test_out_may_be_a_pipe(tmp_path):
     common.write(str(tmp_path / "pipe"), "figures")
     assert os.read(reader, 100) == b"figures" and (tmp_path / "pipe").is_fifo()
     os.close(reader)
+
+
+def test_transcribe_reads_its_standard_input(model, files):
+    """As a pipe and as a file; where other processes are to read it, that is said."""
+    argv = ["-m", "jasper_fast", "transcribe", "/dev/stdin", "--checkpoint", model, "--quiet"]
+    how = {"cwd": Path(__file__).resolve().parents[1], "capture_output": True}
+    piped = subprocess.run([sys.executable, *argv], input=Path(files[0]).read_bytes(), **how)
+    assert piped.returncode == 0 and piped.stdout.startswith(b"/dev/stdin\t"), piped.stderr
+    with open(files[0], "rb") as file:
+        assert subprocess.run([sys.executable, *argv], stdin=file, **how).stdout == piped.stdout
+    refused = command.main(["transcribe", "/dev/stdin", "--checkpoint", model, "--workers", "1"])
+    assert refused == 2

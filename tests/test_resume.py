@@ -24,7 +24,7 @@ real, calls = training.ctc_loss, 0
 def ctc_loss(*args):
     global calls
     calls += 1
-    if calls == 10:  # the second micro-batch of step 5: after one backward, before the other
+    if calls == 12:  # four steps of two, a validation of two weights, and the second micro-batch of step 5
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
 training.ctc_loss = ctc_loss

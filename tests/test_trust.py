@@ -389,7 +389,8 @@ def test_a_block_takes_the_form_that_was_chosen(gpu, form, status, wanted):
     block = JasperBlock(8, b, [8], pane_form=form)
     gpu.found["panes"] = verdict("panes", status)
     with FakeTensorMode(), warnings.catch_warnings(action="ignore", category=RuntimeWarning):
-        assert block._is_gram(torch.empty(2, 8, 5, device=GPU, dtype=torch.float16)) is wanted
+        sources = [torch.empty(2, 8, t, device=GPU, dtype=torch.float16) for t in (8, 7)]
+        assert [block._is_gram(x, block.panes()[0][1]) for x in sources] == [wanted, False], "14 frames are few"
 
 
 class Faces(TorchDispatchMode):

@@ -97,11 +97,18 @@ def altered(data: dict, **changes) -> dict:
     return data | {"verdicts": [data["verdicts"][0] | changes]}
 
 
+def without_dtype(data: dict) -> dict:
+    """A kept file as it was before verdicts were of one dtype each."""
+    return data | {"verdicts": [{k: v for k, v in of.items() if k != "dtype"} for of in data["verdicts"]]}
+
+
 FAULTY = {
     "no JSON": lambda data: None,
     "no object": lambda data: [],
     "an old schema": lambda data: {"schema": 0},
-    "an older version's, whose verdicts were of no dtype": lambda data: altered(data, dtype=None) | {"schema": 1},
+    "an older version's, whose verdicts were of no dtype": lambda data: without_dtype(data) | {"schema": 1},
+    "verdicts of no dtype": lambda data: without_dtype(data),
+    "a dtype that is null": lambda data: altered(data, dtype=None),
     "another key": lambda data: data | {"key": {}},
     "a status of its own": lambda data: altered(data, status="great"),
     "a number for a text": lambda data: altered(data, failure=7),

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.autograd import DeviceType
 
-from jasper_fast import InferenceEngine
+from jasper_fast import InferenceEngine, Jasper
 from jasper_fast.bench.cases import latency, memory, models, train
 from jasper_fast.bench.harness import checking
 from jasper_fast.bench.harness.case import Case, Runner
@@ -54,9 +54,10 @@ def layer_range(name: str, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ranges(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """A range around every layer's forward."""
+    """A range around every layer's forward; a Jasper's decoder has none, as its conv is not called."""
     layers = [(f"encoder.layers.{i}", layer) for i, layer in enumerate(module.encoder.layers)]
-    layers.append((HEAD, module.decoder.layers[0]))
+    if not isinstance(module, Jasper):
+        layers.append((HEAD, module.decoder.layers[0]))
     opened: dict[str, list[contextlib.ExitStack]] = {name: [] for name, _ in layers}
 
     def enter(name: str) -> Callable[..., None]:

@@ -48,6 +48,9 @@ OPTIONS = {
 }
 
 
+_STDIN = {"/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"}
+
+
 def run(arguments: argparse.Namespace) -> int:
     from jasper_fast.data.manifest import Utterance
     from jasper_fast.speech import audio
@@ -59,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
         files += filter(None, (line.strip(" \t\r") for line in lines))
     if not files:
         raise common.UsageError("no files; name audio files, or a list of them with --list")
+    if arguments.workers and (own := _STDIN & set(files)):
+        raise common.UsageError(f"--workers read audio in other processes, which have no {min(own)}: leave it out")
     if arguments.resume and not arguments.out:
         raise common.UsageError("--resume goes on with the file that --out names; give --out too")
     if arguments.n_best and arguments.n_best > 1 and not arguments.json:

@@ -19,8 +19,8 @@ from jasper_fast.kernels.tables import Cell
 def resolve(backend: str, device: torch.device | str, op: str | None = None, dtype: torch.dtype | None = None) -> str:
     """The face that runs for `backend` on `device`; raises BackendMissing for a named face that cannot run.
 
-    `op`: with "auto" on a GPU, the verdict on this op in `dtype` must be good (see `dispatch.verdicts`); without a
-    dtype, those in all dtypes. None needs no verdict.
+    `op`: with "auto", the op that will run in `dtype`. fp64 gives "reference". On a GPU the verdict on the op must be
+    good (see `dispatch.verdicts`; without a dtype, those in all dtypes). None needs no verdict.
     """
     return _resolve(backend, device, op, dtype)
 
@@ -43,10 +43,10 @@ def _resolve(backend: str, device: torch.device | str, op: str | None, dtype: to
             said = f"jasper_fast runs plain PyTorch on {device.type}: {'; '.join(reasons)}"
             warnings.warn(said, RuntimeWarning, stacklevel=3)
         return "reference"
+    if op is not None and dtype is not None and dtype not in tables.DTYPES:  # fp64, say, which no kernel takes
+        return "reference"
     if op is None or device.type != "cuda":
         return first
-    if dtype is not None and dtype not in tables.DTYPES:  # for instance fp64, which no kernel takes
-        return "reference"
     dtypes = tables.DTYPES if dtype is None else (dtype,)
     return first if all(_trusted(op, first, device, of, PLAIN) for of in dtypes) else "reference"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import weakref
 from typing import Literal
@@ -33,7 +34,8 @@ class InferenceEngine:
 
     It reuses its activation buffers between calls. Results are in new memory and depend only on the input of the call.
     Any number of threads and CUDA streams may call one engine. It runs on the caller's current stream, one call at a
-    time; for parallel calls make one engine per thread.
+    time; for parallel calls make one engine per thread. `copy.deepcopy` and `pickle` copy the model and make an engine
+    of the copy.
 
     On the triton and cuda faces a call is one kernel a sub-block, features to log-probabilities, and no ATen op, where
     lengths are int64 and the vocabulary has up to 128 symbols (ATen does a larger one's log-softmax, and copies
@@ -87,6 +89,12 @@ class InferenceEngine:
             # the allocator knows only the stream on which buffers were made, and calls may have come on others
             self._waits = weakref.finalize(self, turns.finish)
             self._waits.atexit = False
+
+    def __reduce__(self) -> tuple:
+        """A copy, also a pickled one, copies the model and folds its weights as they are then: a lock cannot be copied,
+        and buffers and graphs are this engine's own."""
+        how = {"dtype": self._wanted, "graphs": self._graphs, "bucket": self._bucket, "graph_limit": self._limit}
+        return functools.partial(type(self), **how), (self._model,)
 
     def _runner(self, face: str, dtype: torch.dtype, turns: Turns) -> Launches | Stepwise:
         if self._graphs is True and face == "cpu":

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from jasper_fast.dispatch import backends
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths
-from jasper_fast.nn.block import JasperBlock, fold
+from jasper_fast.nn.block import JasperBlock, fold, refuse_hooks
 from jasper_fast.nn.config import BlockConfig
 from jasper_fast.nn.model import Jasper
 
@@ -148,6 +148,7 @@ def make_plan(model: Jasper, conv: Callable[[Folded], FoldedConv]) -> Plan:
     """Folds `model` in fp32 or wider, whatever its dtype, and makes the conv of each sub-block with `conv`."""
     layers: list[JasperBlock] = list(model.encoder.layers)
     head = model.decoder.layers[0]
+    refuse_hooks(head, *(m for layer in layers for pair in (*layer.sub_blocks(), *layer.panes()) for m in pair))
     precise = torch.promote_types(head.weight.dtype, torch.float32)
     places = _places(layers, model.config.encoder.in_feats)
     steps = []

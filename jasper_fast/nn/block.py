@@ -17,6 +17,7 @@ from jasper_fast.ops import sync
 from jasper_fast.ops.conv1d_op import autocast
 
 PANE_FORMS = ("auto", "gram", "plain")
+FEW_ROWS = 16  # below, a variance taken from a covariance may cancel to nothing: a sum of so few squares can be tiny
 
 
 class JasperBlock(nn.Module):
@@ -24,8 +25,9 @@ class JasperBlock(nn.Module):
 
     `conv` and `res` are dictionaries keyed by the positions that the reference's nn.Sequential gives them
     (`conv.0.weight`, `conv.1.running_mean`, `conv.4.weight`, ..., `res.0.0.weight`), so state dicts are the same.
-    `pane_form`: how training computes the panes' statistics, "gram" (`ops.panes`) or "plain" (`ops.panes_plain`).
-    "auto" is "gram" on a GPU and "plain" elsewhere (`choose.pane_form`).
+    `pane_form`: how training takes the panes' statistics, "gram" (`ops.panes`) or "plain" (`ops.panes_plain`, also of
+    batches of fewer than 16 frames in all, if ranks do not share statistics); "auto" is as `choose.pane_form` says:
+    "gram" on a GPU, "plain" elsewhere.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class JasperBlock(nn.Module):
         `lengths`: frames at the input of each sub-block and at the end, R + 1 tensors (N,); None without masks.
         `seeds`: R int64 numbers.
         """
+        refuse_hooks(*(module for pair in (*self.sub_blocks(), *self.panes()) for module in pair))
         b, x = self.b, autocast(x)
         y, stats = self._conv(0, x, lengths)
         for i in range(b.repeat - 1):
@@ -128,9 +131,12 @@ class JasperBlock(nn.Module):
 
     def reads_gram(self, pane: int, source: Tensor) -> bool:
         """Whether `pane` takes its statistics from the Gram matrix of `source`."""
-        return self._is_gram(source) and of_the_batch(self.panes()[pane][1])
+        bn = self.panes()[pane][1]
+        return self._is_gram(source, bn) and of_the_batch(bn)
 
-    def _is_gram(self, source: Tensor) -> bool:
+    def _is_gram(self, source: Tensor, bn: nn.Module) -> bool:
+        if sync.group_of(bn) is None and source.shape[0] * source.shape[2] < FEW_ROWS:  # ranks must choose alike
+            return False
         if self.pane_form != "auto":
             return self.pane_form == "gram"
         return choose.pane_form(self.backend, source.device, source.dtype) == "gram"
@@ -159,7 +165,7 @@ class JasperBlock(nn.Module):
     def _batch_sum(self, xs, grams, weights, bns, lengths: Tensor | None) -> Tensor:
         """The pane sum with the statistics of the batch; updates the running ones."""
         gammas, betas, eps = [bn.weight for bn in bns], [bn.bias for bn in bns], bns[0].eps
-        if all(map(self._is_gram, xs)):
+        if all(self._is_gram(x, bns[0]) for x in xs):
             out, mean, var = ops.panes(xs, grams, weights, gammas, betas, eps=eps)
         else:
             how = {"lengths": lengths, "eps": eps, "backend": self.backend, "group": sync.group_of(bns[0])}
@@ -174,6 +180,29 @@ class JasperBlock(nn.Module):
                     for bn, (buffer, stat) in zip(bns, kept, strict=True):
                         buffer.lerp_(stat, momentum_of(bn).to(stat.dtype))
         return out
+
+
+def refuse_hooks(*modules: nn.Module) -> None:
+    """Raises RuntimeError where one of these convs and norms has hooks, or a forward of its own.
+
+    Their parameters are read and they are never called, so what a hook or a forward does would not happen.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for m in modules:
+        hooks = (*m._forward_pre_hooks.values(), *m._forward_hooks.values())
+        hooks += (*m._backward_pre_hooks.values(), *m._backward_hooks.values())
+        if hooks or type(m).forward not in _FORWARDS:
+            name = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__) if hooks else ""
+            kind, what = type(m).__name__, f"a hook ({name})" if hooks else "its own forward"
+            raise RuntimeError(
+                f"a {kind} within a Jasper has {what}, which would never run, as fused ops read its parameters alone: "
+                "put hooks on the blocks, take torch.nn.utils.parametrizations in place of the older weight_norm and "
+                "spectral_norm, and call torch.nn.utils.prune.remove before the model runs (README.md, Hooks)"
+            )
+
+
+_FORWARDS = (nn.Conv1d.forward, nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward)
 
 
 def of_the_batch(bn: nn.BatchNorm1d) -> bool:

@@ -12,7 +12,7 @@ from jasper_fast.kernels import tables
 from jasper_fast.kernels.layout import mask, ntc
 from jasper_fast.nn.architecture import block_shapes, init_weights, pane_readers
 from jasper_fast.nn.architecture import out_lengths as _out_lengths
-from jasper_fast.nn.block import JasperBlock
+from jasper_fast.nn.block import JasperBlock, refuse_hooks
 from jasper_fast.nn.cells import cells
 from jasper_fast.nn.config import JasperConfig
 from jasper_fast.ops.conv1d_op import autocast
@@ -85,6 +85,9 @@ class Jasper(nn.Module):
 
     def _forward(self, features: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         n, _, t = features.shape
+        if n == 0 and self.encoder.training:
+            raise ValueError("an empty batch (N = 0) has no statistics to train with: leave it out")
+        refuse_hooks(self.decoder.layers[0])
         masks = self.config.encoder.use_conv_masks
         if lengths is None:
             lengths = torch.full((n,), t, dtype=torch.int64, device=features.device)

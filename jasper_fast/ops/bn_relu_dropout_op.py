@@ -119,8 +119,8 @@ def norm_face(y: Tensor, backend: str) -> str:
 def norm_face_of(x: Tensor, channels: int, frames: int, backend: str) -> str:
     """The face of the op for a tensor (N, `channels`, `frames`) with the N, device and dtype of `x`."""
     if not x.is_cuda:
-        return choose.resolve(backend, x.device, _OP)
-    channels = operator.index(channels)  # makes it a constant in a traced graph
+        return choose.resolve(backend, x.device, _OP, x.dtype)
+    channels = operator.index(channels)  # a constant in a traced graph too
     rows_log2 = None if torch.compiler.is_compiling() else tables.bucket(x.shape[0] * frames)
     return choose.norm_face(backend, x.device, x.dtype, channels, rows_log2)
 

@@ -202,6 +202,9 @@ class LogMelFeatures(nn.Module):
             raise ValueError(
                 f"audio must be (N, samples) and lengths (N,), got {tuple(audio.shape)} and {tuple(lengths.shape)}"
             )
+        if not len(audio):  # torch.stft takes one utterance at least
+            features, frames = self(audio.new_zeros(1, audio.shape[1]), lengths.new_zeros(1))
+            return features[:0], frames[:0]
         with torch.autocast(audio.device.type, enabled=False):
             return self._features(audio.float(), lengths.to(audio.device, torch.int64))
 

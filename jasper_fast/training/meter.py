@@ -10,16 +10,22 @@ import torch
 from jasper_fast.training.runs import RunError
 from jasper_fast.training.step import StepResult
 
+_COUNTS = ("bad_in_a_row", "bad_losses", "overflows", "unread")
+ADVICE = (
+    "Listen to such files, or lower the learning rate, lengthen the warm-up, or use bf16 or fp32",
+    "Are the paths of the manifests right, and is their drive there? --data-dir says where they begin",
+)  # against NaN and infinity, and against files that cannot be read
+
 
 class Meter:
     """Collects the figures of steps on the device, and reads those of many steps together.
 
-    Counts skipped steps (`bad_losses`: a loss that is NaN or infinite; `overflows`: only the gradient is), and stops
-    the training after `max_bad` of them in a row.
+    Counts skipped steps (`bad_losses`: a loss that is NaN or infinite; `overflows`: only the gradient is; `unread`: a
+    rank could read no file), and stops the training after `max_bad` of them in a row.
     """
 
     def __init__(self, max_bad: int = 20):
-        self.max_bad, self.bad_in_a_row, self.bad_losses, self.overflows = max_bad, 0, 0, 0
+        self.max_bad, self.bad_in_a_row, self.bad_losses, self.overflows, self.unread = max_bad, 0, 0, 0, 0
         self._pending: list[StepResult] = []
         self.restart()
 
@@ -33,7 +39,7 @@ class Meter:
         self._pending.append(step)
 
     def read(self) -> list[str]:
-        """Waits for the device; returns, by name, the utterances that made a loss NaN or infinite since the last call.
+        """Waits for the device, and returns, by name, what made a loss NaN or infinite, or a step unread.
 
         These are the utterances whose features are not finite, because batch norm spreads a NaN over the whole batch.
         If there are none, they are all utterances whose loss is not finite. Raises RunError after `max_bad` skipped
@@ -44,25 +50,25 @@ class Meter:
         losses = torch.cat([loss for step in self._pending for loss in step.losses]).tolist()
         heard = torch.cat([flag for step in self._pending for flag in step.heard]).tolist()
         norms = torch.stack([step.grad_norm for step in self._pending]).tolist()
-        bad: list[str] = []
+        bad: list[str] = []  # since the last call
         for step, norm in zip(self._pending, norms, strict=True):
             count = len(step.names)
             mine, losses, finite, heard = losses[:count], losses[count:], heard[:count], heard[count:]
             wrong = [f"{n}: its loss is {v}" for n, v in zip(step.names, mine, strict=True) if not math.isfinite(v)]
             deaf = [f"{n}: its features are not finite" for n, f in zip(step.names, finite, strict=True) if not f]
-            bad += (deaf or wrong) if wrong else []
+            bad += (deaf or wrong) if wrong else [step.unread] if step.unread else []
             self.bad_losses += bool(wrong)
-            self.overflows += not wrong and not math.isfinite(norm)
+            self.unread += bool(step.unread)
+            self.overflows += not wrong and not step.unread and not math.isfinite(norm)
             self.bad_in_a_row = 0 if math.isfinite(norm) else self.bad_in_a_row + 1
             self._seen += len(mine)
             if math.isfinite(norm):
                 self._sum, self._good, self._norm = self._sum + sum(mine), self._good + len(mine), norm
-        self._pending = []
+        last, self._pending = self._pending[-1], []
         if self.bad_in_a_row >= self.max_bad:
             culprit = bad[-1] if bad else "the gradient has no finite norm"
             raise RunError(
-                f"{self.bad_in_a_row} steps in a row were skipped because of NaN or infinity; the last: {culprit}. "
-                f"Listen to such files, or lower the learning rate, lengthen the warm-up, or use bf16 or fp32"
+                f"{self.bad_in_a_row} steps in a row were skipped; the last: {culprit}. {ADVICE[bool(last.unread)]}"
             )
         return bad
 
@@ -75,10 +81,10 @@ class Meter:
         loss = self._sum / self._good if self._good else math.nan
         result = {"loss": loss, "grad_norm": self._norm, "utterances_per_s": self._seen / seconds}
         self.restart()
-        return result | {"bad_losses": self.bad_losses, "overflows": self.overflows}
+        return result | {name: getattr(self, name) for name in _COUNTS[1:]}
 
     def state_dict(self) -> dict[str, int]:
-        return {"bad_in_a_row": self.bad_in_a_row, "bad_losses": self.bad_losses, "overflows": self.overflows}
+        return {name: getattr(self, name) for name in _COUNTS}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.__dict__.update(state)

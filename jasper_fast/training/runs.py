@@ -55,7 +55,8 @@ class Ranks:
         if place.type == "cuda":
             torch.cuda.set_device(place)
         if "RANK" in os.environ:
-            dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+            # votes are taken among the hosts, so that none of them waits for its device
+            dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
         return cls(rank, world, place)
 
     @property
@@ -70,14 +71,24 @@ class Ranks:
             return torch.cuda.get_device_name(self.device)
         return f"{torch.get_num_threads()} CPU threads"
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on any rank. All ranks must call it. With more than one rank it waits for the
-        device."""
+    def vote(self, *flags: bool) -> tuple[bool, ...]:
+        """Whether each flag holds on any rank; all ranks must ask. No device is waited for."""
         if self.world == 1:
-            return flag
-        votes = torch.tensor([float(flag)], device=self.device)
-        dist.all_reduce(votes)
-        return bool(votes.item())
+            return tuple(map(bool, flags))
+        votes = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        return tuple(map(bool, votes.tolist()))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Inside, an error of one rank is an error of all: the others get a RunError in place of waiting for it."""
+        try:
+            yield
+        except Exception:
+            self.vote(True)
+            raise
+        if self.vote(False)[0]:
+            raise RunError("another process could not go on; it says why")
 
     def gather(self, value: Any) -> list[Any]:
         """The `value` of every rank, on every rank."""

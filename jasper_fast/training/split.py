@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,11 +115,12 @@ class Split:
             state.next_epoch()
         return f"the batches have changed: {left} of {len(self.dataset)} utterances are left of the epoch"
 
-    def micro_batches(self, state: TrainingState, accumulation: int, pin_memory: bool) -> Iterator[list[Batch]]:
-        """The micro-batches of each step from the position of `state` on, epoch after epoch. The caller must advance
-        `state`.
+    def micro_batches(
+        self, state: TrainingState, accumulation: int, pin_memory: bool, stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[list[Batch]]:
+        """The micro-batches of each step from where `state` stands, epoch after epoch, as long as `state` moves on.
 
-        Raises RunError if no file of a whole step could be read.
+        Batches of which no file could be read are among them; once `stopped` says so no more are read.
         """
         while True:
             if state.position >= self.steps(state.epoch, accumulation):
@@ -127,8 +128,5 @@ class Split:
             first = state.position * accumulation
             loader = load_batches(self.dataset, self.sampler, state.epoch, first, self.workers, pin_memory)
             for _ in range(state.position, self.steps(state.epoch, accumulation)):
-                batches = [b for b in itertools.islice(loader, accumulation) if len(b)]
-                if not batches:
-                    cause = self.dataset.skipped.items[-1].detail
-                    raise RunError(f"no file of a whole step could be read: {cause}")
-                yield batches
+                wanted = itertools.takewhile(lambda _: not stopped(), range(accumulation))
+                yield [batch for _ in wanted if (batch := next(loader, None)) is not None]

@@ -23,16 +23,17 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     meter: Meter
     ema: EMA | None = None
-    epoch: int = 0  # the present epoch, from 0
-    position: int = 0  # steps done in this epoch, counted in the present batches
-    taken: list[int] = field(default_factory=list)  # items of this epoch that were used in batches of other sizes
-    step: int = 0  # steps done in total
+    epoch: int = 0  # the one under way, from 0
+    position: int = 0  # steps done in this epoch, in batches as they are made now
+    taken: list[int] = field(default_factory=list)  # items of this epoch that came in batches of other sizes
+    step: int = 0  # steps done in all
+    unjudged: bool = False  # whether a signal broke off the validation of this step
     best_wer: float = math.inf
     earlier: float = 0.0  # minutes of earlier parts of the run
     clock: float = field(default_factory=time.monotonic)
 
     _PARTS = ("optimizer", "scaler", "meter")
-    _PLACES = ("epoch", "position", "taken", "step", "best_wer")
+    _PLACES = ("epoch", "position", "taken", "step", "unjudged", "best_wer")
 
     def next_epoch(self) -> None:
         self.epoch, self.position, self.taken = self.epoch + 1, 0, []

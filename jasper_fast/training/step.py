@@ -92,6 +92,17 @@ class StepResult:
     log_probs: Tensor
     lengths: Tensor
     texts: list[str]
+    unread: str = ""  # why there was no such step
+
+
+def missed_step(device: torch.device, batches: Sequence[Batch]) -> StepResult:
+    """What is left of a step of which some rank could read no file: this one, if all of `batches` are empty."""
+    causes = [skipped.detail for batch in batches for skipped in batch.skipped]
+    if any(map(len, batches)) or not causes:
+        causes = ["another process could read no file of it"]
+    nothing = torch.zeros(0, device=device)
+    nan = torch.tensor(math.nan, device=device)
+    return StepResult([nothing], [nothing.bool()], [], nan, nothing, nothing, [], causes[-1])
 
 
 def train_step(

@@ -49,11 +49,14 @@ def validate(
     device: torch.device,
     amp_dtype: torch.dtype | None = None,
     examples: int = 3,
-) -> Validation:
-    """Loss, WER and CER of `model` by greedy decoding, over the batches of all ranks; the model's mode is restored.
+    ranks: Ranks | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Validation | None:
+    """Loss, WER and CER of `model` by greedy decoding, over the batches of all ranks; the model's mode is put back.
 
     Utterances with a loss that is NaN or infinite are named in `bad`, and left out of the mean loss; where the output
-    itself is NaN the transcript counts as empty. Waits for the device. Raises RunError if there is no utterance.
+    itself is NaN the transcript counts as empty. Waits for the device. None once `stopped` says so on any of `ranks`;
+    raises RunError if there is no utterance.
     """
     core = getattr(model, "module", model)
     modes = [(m, m.training) for m in (core, frontend)]
@@ -61,8 +64,16 @@ def validate(
     for module, _ in modes:
         module.eval()
     try:
-        for batch in batches:
-            if not len(batch):  # no file of it could be read; the dataset has the report
+        waiting = iter(batches)
+        while True:
+            batch = next(waiting, None)
+            flags = (stopped(), batch is not None)
+            stop, more = ranks.vote(*flags) if ranks else flags
+            if stop:
+                return None
+            if not more:
+                break
+            if not batch:  # another rank has one, or nothing of it could be read; the dataset has the report
                 continue
             features, lengths, frames = frontend(batch.audio.to(device, non_blocking=True), batch.audio_lengths)
             with torch.autocast(device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):
@@ -104,17 +115,21 @@ def validate_state(
     vocabulary: Vocabulary,
     amp_dtype: torch.dtype | None = None,
     seed: int = 0,
-) -> dict[str, Validation]:
-    """`validate` with the live weights ("live"), then with the moving average ("ema") if there is one.
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Validation] | None:
+    """`validate` with the live weights ("live"), then with the moving average ("ema") where there is one.
 
-    All ranks first take the running statistics of rank 0. The random generators are not changed. `batches` returns this
-    rank's batches from the start.
+    All ranks first take the running statistics of rank 0. The random generators stay where they are. `batches` makes
+    this rank's batches anew. None where `validate` gives None.
     """
     ranks.same_buffers(state.model, state.ema.average.values() if state.ema else ())
     results = {}
     for weights in ("live", "ema") if state.ema else ("live",):
         with own_randomness(seed), state.ema.applied_to(state.model) if weights == "ema" else nullcontext():
             results[weights] = validate(
-                state.model, frontend, batches(), vocabulary, device=ranks.device, amp_dtype=amp_dtype
-            )
+                state.model, frontend, batches(), vocabulary, device=ranks.device, amp_dtype=amp_dtype,
+                ranks=ranks, stopped=stopped,
+            )  # fmt: skip
+        if results[weights] is None:
+            return None
     return results

@@ -1,0 +1,72 @@
+"""Edges of what a user may hand over: no utterances, double precision, copies of an engine."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from test_model import config
+
+from jasper_fast import InferenceEngine, Jasper, LogMelFeatures, ops
+from jasper_fast.dispatch import backends
+from jasper_fast.kernels.layout import ntc
+
+LENGTHS = torch.tensor([40, 23])
+NONE = torch.zeros(0, dtype=torch.int64)
+
+
+def jasper(backend: str = "auto", panes: str = "plain") -> Jasper:
+    return Jasper(config("dense"), backend=backend, panes=panes).eval()
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("panes", ["plain", "gram"])
+def test_no_utterances_give_no_results(backend, panes):
+    model = jasper(backend, panes)
+    features, lengths = LogMelFeatures(n_mels=8).eval()(torch.zeros(0, 16000), NONE)
+    assert features.shape[:2] == (0, 8) and lengths.shape == (0,)
+    shape = InferenceEngine(model)(features, lengths)[0].shape
+    log_probs, lengths = model(features, lengths)
+    assert log_probs.shape == shape and len(shape) == 3 and not len(lengths)
+    with pytest.raises(ValueError, match=r"an empty batch \(N = 0\) has no statistics to train with"):
+        model.train()(features, lengths)
+
+
+def test_a_conv_of_no_utterances():
+    x, weight = torch.zeros(0, 8, 5, requires_grad=True), torch.randn(4, 8, 3, requires_grad=True)
+    assert ntc(x).stride() == (40, 1, 8)
+    y = ops.conv1d(x, weight)
+    y.sum().backward()
+    assert y.shape == (0, 4, 3) and x.grad.shape == x.shape and not weight.grad.any()
+
+
+def test_double_precision_takes_the_reference():
+    """Under "auto"; a face asked for by name says what to do."""
+    model, double = jasper(), jasper().double()
+    double.load_state_dict(model.state_dict())
+    features = torch.randn(2, 8, 40)
+    for call, twin in ((model, double), (InferenceEngine(model), InferenceEngine(double))):
+        got, want = call(features, LENGTHS)[0][0], twin(features.double(), LENGTHS)[0][0]
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    double.train()(features.double(), LENGTHS)[0].sum().backward()
+    assert all(p.grad.dtype == torch.float64 for p in double.parameters())
+    if backends.is_available("cpu"):
+        named = jasper("cpu").double()
+        with pytest.raises(RuntimeError, match='for fp64 use backend="reference"'):
+            named(features.double(), LENGTHS)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda engine: pickle.loads(pickle.dumps(engine))])
+def test_an_engine_can_be_copied(copied):
+    """The copy has a model and settings of its own."""
+    model, features = jasper(), torch.randn(2, 8, 40)
+    engine = InferenceEngine(model, dtype=torch.bfloat16, graphs=False, bucket=32)
+    want = engine(features, LENGTHS)[0]
+    made = copied(engine)
+    assert torch.equal(made(features, LENGTHS)[0], want)
+    assert (made._wanted, made._graphs, made._bucket) == (torch.bfloat16, False, 32)
+    torch.nn.init.zeros_(model.decoder.layers[0].weight)
+    made.refresh(), engine.refresh()
+    assert torch.equal(made(features, LENGTHS)[0], want) and not torch.equal(engine(features, LENGTHS)[0], want)

@@ -1,0 +1,132 @@
+"""Convs and norms that are read and never called: what cannot work on them is refused, parametrizations work."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.utils.parametrizations as parametrizations
+from test_model import config
+from torch import nn
+from torch.nn.utils import prune
+
+from jasper_fast import InferenceEngine, Jasper
+from jasper_fast.nn.eager import EagerJasper
+
+LENGTHS = torch.tensor([40, 23])
+HOOKS = {
+    "forward": lambda m: m.register_forward_hook(print),
+    "forward_pre": lambda m: m.register_forward_pre_hook(print),
+    "backward": lambda m: m.register_full_backward_hook(print),
+    "backward_pre": lambda m: m.register_full_backward_pre_hook(print),
+}
+PLACES = {
+    "conv": lambda model: model.encoder.layers[0].conv["0"],
+    "norm": lambda model: model.encoder.layers[0].conv["1"],
+    "pane": lambda model: model.encoder.layers[1].res[0][0],
+    "pane's norm": lambda model: model.encoder.layers[1].res[0][1],
+    "decoder": lambda model: model.decoder.layers[0],
+}
+
+
+@pytest.fixture
+def model() -> Jasper:
+    return Jasper(config("dense"), backend="reference").eval()
+
+
+def features(model: nn.Module) -> torch.Tensor:
+    return torch.randn(2, model.config.encoder.in_feats, 40)
+
+
+def refused(model: Jasper, what: str) -> None:
+    for training in (False, True):
+        with pytest.raises(RuntimeError, match=rf"within a Jasper has {what}.* would never run") as said:
+            model.train(training)(features(model), LENGTHS)
+        assert "\n" not in str(said.value)
+    with pytest.raises(RuntimeError, match=what):
+        InferenceEngine(model.eval())
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_that_would_never_fire_is_refused(model, place, hook):
+    handle = HOOKS[hook](PLACES[place](model))
+    refused(model, r"a hook \(print\)")
+    handle.remove()
+    model(features(model), LENGTHS)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("place", ["conv", "pane", "decoder"])
+def test_weights_that_a_hook_makes_are_refused(model, place):
+    for make, remove, said in (
+        (nn.utils.weight_norm, nn.utils.remove_weight_norm, "WeightNorm"),
+        (nn.utils.spectral_norm, nn.utils.remove_spectral_norm, "SpectralNorm"),
+        (lambda m: prune.l1_unstructured(m, "weight", 0.5), lambda m: prune.remove(m, "weight"), "L1Unstructured"),
+    ):
+        make(PLACES[place](model))
+        refused(model, rf"a hook \({said}\)")
+        remove(PLACES[place](model))
+    model(features(model), LENGTHS)
+
+
+def test_a_conv_of_another_class_is_refused(model):
+    class Quantised(nn.Conv1d):
+        def forward(self, x):
+            return super().forward(x.round())
+
+    old = PLACES["conv"](model)
+    model.encoder.layers[0].conv["0"] = Quantised(old.in_channels, old.out_channels, old.kernel_size, bias=False)
+    refused(model, "its own forward")
+
+
+def test_hooks_on_blocks_and_parameters_fire(model):
+    fired = []
+    model.encoder.layers[0].register_forward_hook(lambda *_: fired.append("block"))
+    PLACES["conv"](model).weight.register_hook(lambda _: fired.append("weight"))
+    model.train()(features(model), LENGTHS)[0].sum().backward()
+    assert fired == ["block", "weight"]
+
+
+def parametrized(model: nn.Module) -> list[nn.Parameter]:
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv1d)]
+    for i, conv in enumerate(convs):
+        (parametrizations.weight_norm if i % 2 else parametrizations.spectral_norm)(conv)
+    return [p for name, p in model.named_parameters() if "parametrizations" in name]
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_parametrizations_work(backend):
+    """Two steps, then evaluation and the engine, as the eager twin has them."""
+    made = config("dense")
+    for block in made.encoder.blocks:
+        object.__setattr__(block, "dropout", 0.0)
+    eager, results = EagerJasper(made), []
+    fused = Jasper(made, backend=backend)
+    fused.load_state_dict(eager.state_dict())
+    torch.manual_seed(1)
+    xs = [features(eager) for _ in range(3)]
+    up = torch.randn(2, 20, made.decoder.n_classes)
+    valid = torch.arange(20) < torch.tensor([20, 12])[:, None]
+    for model in (eager, fused):
+        torch.manual_seed(2)
+        chosen = parametrized(model.train())
+        optimizer = torch.optim.SGD(chosen, lr=0.01)
+        for x in xs[:2]:
+            optimizer.zero_grad()
+            (model(x, LENGTHS)[0] * up)[valid].sum().backward()
+            assert all(p.grad is not None for p in chosen)
+            optimizer.step()
+        with torch.no_grad():
+            results.append(model.eval()(xs[2], LENGTHS)[0][valid])
+    torch.testing.assert_close(results[1], results[0], atol=1e-3, rtol=1e-3)
+    engine = InferenceEngine(fused)(xs[2], LENGTHS)[0][valid]
+    torch.testing.assert_close(engine, results[1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_parametrized_model_can_be_copied(model):
+    parametrized(model)
+    with torch.no_grad():
+        x = features(model)
+        assert torch.equal(copy.deepcopy(model)(x, LENGTHS)[0], model(x, LENGTHS)[0])

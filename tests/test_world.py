@@ -1,0 +1,146 @@
+"""Training in several processes: what befalls one of them is decided by all, and the run is saved."""
+
+from __future__ import annotations
+
+import inspect
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+import worlds
+from speech import train_arguments, write_corpus
+
+from jasper_fast import train
+from jasper_fast.nn import checkpoint
+from jasper_fast.training.runs import Ranks, read_log
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch was built without gloo"),
+]
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("beeps"))
+
+
+def without(paths, which: str, gone, tmp_path) -> dict:
+    """`paths` with a manifest in which the files of those places are missing."""
+    lines = [json.loads(line) for line in paths[which].read_text().splitlines()]
+    for i, line in enumerate(lines):
+        place = "gone" if i in gone else paths[which].parent
+        line["audio_filepath"] = str(place / line["audio_filepath"]) if i not in gone else f"gone{i}.wav"
+    manifest = tmp_path / f"{which}_gone.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return paths | {which: manifest}
+
+
+def no_substitutes(train, rank: int) -> None:
+    """Files that cannot be read leave their places empty."""
+    from jasper_fast.data import dataset
+
+    dataset._SUBSTITUTES = 0
+
+
+def test_two_processes_say_nothing_of_deprecation(paths, tmp_path):
+    members = worlds.world(2, train_arguments(paths, tmp_path / "run", steps=1, val_manifests=None), tmp_path / "w")
+    assert [m.status for m in members] == [0, 0], [m.said for m in members]
+    assert not any("Warning" in m.said for m in members), [m.said for m in members]
+
+
+def test_a_step_that_one_rank_cannot_read_is_skipped_by_all(paths, tmp_path):
+    """Four steps an epoch on each rank; files of one step of one rank are gone."""
+    flawed = without(paths, "train", {3}, tmp_path)
+    arguments = train_arguments(flawed, tmp_path / "run", batch_size=1, epochs=1, val_manifests=None)
+    members = worlds.world(2, arguments, tmp_path / "w", no_substitutes)
+    assert [m.status for m in members] == [0, 0], [m.said for m in members]
+    assert "step skipped: " in members[0].said + members[1].said and "gone3.wav" in members[0].said + members[1].said
+    assert [len(m.steps) for m in members] == [7, 7]
+    state = checkpoint.load(tmp_path / "run" / "step_00000008.pt")
+    assert state["meter"]["unread"] == 1 and (state["epoch"], state["position"]) == (1, 0)
+    assert "done: step 8" in members[0].said
+
+
+def test_a_run_that_can_read_nothing_ends_saved(paths, tmp_path):
+    flawed = without(paths, "train", range(16), tmp_path)
+    arguments = train_arguments(flawed, tmp_path / "run", epochs=9, val_manifests=None, max_bad_steps=3)
+    for size in (1, 2):
+        members = worlds.world(size, arguments, tmp_path / f"w{size}")
+        assert [m.status for m in members] == [1] * size, [m.said for m in members]
+        for member in members:
+            assert "error: 3 steps in a row were skipped" in member.said and "gone" in member.said
+        assert checkpoint.load(tmp_path / "run" / "step_00000003.pt")["step"] == 3
+        for path in (tmp_path / "run").iterdir():
+            path.unlink() if path.is_file() else None
+
+
+def test_without_a_readable_validation_file_all_ranks_end_saved(paths, tmp_path):
+    flawed = without(paths, "val", range(4), tmp_path)
+    members = worlds.world(2, train_arguments(flawed, tmp_path / "run", epochs=2), tmp_path / "w")
+    assert [m.status for m in members] == [1, 1], [m.said for m in members]
+    assert all("error: the validation manifests hold no usable utterance" in m.said for m in members)
+    assert (tmp_path / "run" / "step_00000002.pt").exists()
+
+
+@pytest.mark.parametrize("on_rank", [0, 1])
+def test_a_signal_to_one_process_ends_all_within_a_step(paths, tmp_path, on_rank):
+    arguments = train_arguments(paths, tmp_path / "run", batch_size=1, epochs=9, log_every=100, save_every=100)
+    members = worlds.world(2, arguments, tmp_path / "w", worlds.signal_at, on_rank, 3)
+    assert [m.status for m in members] == [0, 0], [m.said for m in members]
+    assert [len(m.steps) for m in members] == [3, 3]
+    assert "stopped by" in members[0].said
+    assert (tmp_path / "run" / "step_00000003.pt").exists()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_signal_is_heard_while_a_step_is_loaded(paths, tmp_path, size):
+    """In the first micro-batch of the second step of four: the others are not read, and the step is not done."""
+    how = {"batch_size": 1, "epochs": 9, "grad_accumulation": 4, "val_manifests": None}
+    arguments = train_arguments(paths, tmp_path / "run", **how)
+    members = worlds.world(size, arguments, tmp_path / "w", worlds.signal_in, size - 1, "load")
+    assert [m.status for m in members] == [0] * size, [m.said for m in members]
+    assert [len(m.steps) for m in members] == [1] * size
+    assert (tmp_path / "run" / "step_00000001.pt").exists()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_signal_is_heard_while_validating(paths, tmp_path, size):
+    """The rest of the validation is left out on every rank, and the run makes up for it when it goes on."""
+    arguments = train_arguments(paths, tmp_path / "run", batch_size=1, epochs=9, val_every=3, save_every=100)
+    arguments += ["--ema", "0.9"]
+    members = worlds.world(size, arguments, tmp_path / "w", worlds.signal_in, size - 1, "validate")
+    assert [m.status for m in members] == [0] * size, [m.said for m in members]
+    assert [len(m.steps) for m in members] == [3] * size
+    assert "validation was broken off by a signal" in members[0].said and "stopped by" in members[0].said
+    assert not [r for r in read_log(tmp_path / "run" / "log.jsonl") if r["kind"].startswith("val")]
+    assert (tmp_path / "run" / "step_00000003.pt").exists() and not (tmp_path / "run" / "best.pt").exists()
+    members = worlds.world(size, [*arguments, "--resume", "--steps", "4"], tmp_path / "again")
+    assert [m.status for m in members] == [0] * size, [m.said for m in members]
+    found = [(r["kind"], r["step"]) for r in read_log(tmp_path / "run" / "log.jsonl")]
+    assert found[-6:-2] == [("start", 3), ("val_live", 3), ("val_ema", 3), ("train", 4)]
+
+
+@pytest.mark.parametrize("name", ["train_manifests", "val_manifests"])
+def test_what_keeps_one_process_from_starting_ends_all(paths, tmp_path, name):
+    members = worlds.world(2, train_arguments(paths, tmp_path / "run"), tmp_path / "w", worlds.other_manifest, name)
+    assert [m.status for m in members] == [1, 1], [m.said for m in members]
+    assert "error: another process could not go on; it says why" in members[0].said
+    assert "gone.jsonl" in members[1].said and "Traceback" not in members[0].said + members[1].said
+
+
+@pytest.mark.parametrize("name", ["broadcast_buffers", "forward_sync_buffers"])
+def test_buffers_are_left_alone_by_either_name(name, monkeypatch):
+    """As torch before 2.13 and from then on calls it."""
+    given = {}
+
+    class Parallel:
+        def __init__(self, module, device_ids=None, **how):
+            given.update(how)
+
+    mine = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
+    Parallel.__signature__ = inspect.Signature([mine])
+    monkeypatch.setattr(train, "DistributedDataParallel", Parallel)
+    train.distributed(torch.nn.Linear(1, 1), Ranks(0, 2, torch.device("cpu")))
+    assert given == {name: False}

@@ -1,0 +1,133 @@
+"""Small worlds of gloo processes that run train.py: forked from a server that has imported torch once, so that a world
+of three costs a second. Each process records the utterances of its steps."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed import TCPStore
+
+HANG = 120  # seconds: far beyond what these runs take
+_PRELOAD = ["torch", "torch.nn.parallel", "torch.distributed", "torch.utils.tensorboard", "torch.utils.data"]
+_PRELOAD += ["jasper_fast.train", "rich.progress", "soundfile", "worlds"]
+
+
+@dataclass
+class Member:
+    """How one process ended: its exit status, what it said, the (epoch, name) of what each of its steps heard."""
+
+    status: int
+    said: str
+    steps: list[list[tuple[int, str]]]
+
+
+def nothing(train, rank: int) -> None:
+    """The plain run."""
+
+
+def world(size: int, arguments: list[str], folder: Path, prepare: Callable = nothing, *args) -> list[Member]:
+    """Runs train.py's `arguments` in `size` processes, each after `prepare(train, rank, *args)`; files in `folder`.
+
+    Raises AssertionError where a process does not end.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has it
+    folder.mkdir(parents=True, exist_ok=True)
+    how = (size, store.port, arguments, str(folder), prepare, args)
+    members = [context.Process(target=_member, args=(rank, *how)) for rank in range(size)]
+    for process in members:
+        process.start()
+    deadline = time.monotonic() + HANG
+    for process in members:
+        process.join(max(0.0, deadline - time.monotonic()))
+    hung = [rank for rank, process in enumerate(members) if process.is_alive()]
+    for rank in hung:
+        members[rank].kill()
+        members[rank].join()
+    said = [(folder / f"{rank}.txt").read_text() for rank in range(size)]
+    assert not hung, f"ranks {hung} did not end: {said}"
+    steps = [json.loads(path.read_text()) if (path := folder / f"{r}.json").exists() else [] for r in range(size)]
+    return [Member(p.exitcode, s, heard) for p, s, heard in zip(members, said, steps, strict=True)]
+
+
+def _member(rank, size, port, arguments, folder, prepare, args) -> None:
+    with open(f"{folder}/{rank}.txt", "w", buffering=1) as said, contextlib.redirect_stderr(said):
+        os.dup2(said.fileno(), 2)
+        if size > 1:
+            places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": 0}
+            places |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0}
+            os.environ |= {k: str(v) for k, v in ({"RANK": rank, "WORLD_SIZE": size} | places).items()}
+        import torch
+
+        from jasper_fast import train
+
+        torch.set_num_threads(1)
+        heard: list[list[tuple[int, str]]] = []
+        step = train.train_step
+
+        def recorded(model, frontend, batches, *more, **how):
+            heard.append([(batch.epoch, name) for batch in batches for name in batch.names])
+            return step(model, frontend, batches, *more, **how)
+
+        train.train_step = recorded
+        prepare(train, rank, *args)
+        status = train.command(arguments)
+        with open(f"{folder}/{rank}.json", "w") as file:
+            json.dump(heard, file)
+    sys.exit(status)
+
+
+def signal_at(train, rank: int, on_rank: int, step: int) -> None:
+    """SIGTERM to one rank after that step."""
+    main = train.main
+
+    def watched(args, stop):
+        def watch(state):
+            if state.step == step and rank == on_rank:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        main(args, stop, watch)
+
+    train.main = watched
+
+
+def signal_in(train, rank: int, on_rank: int, where: str) -> None:
+    """SIGTERM to one rank as it loads its fifth batch ("load"), or decodes the first of a validation ("validate")."""
+    from jasper_fast.training import split, validate
+
+    module, name, call = (split, "load_batches", 5) if where == "load" else (validate, "heard", 1)
+    real, calls = getattr(module, name), 0
+
+    def struck():
+        nonlocal calls
+        calls += 1
+        if calls == call and rank == on_rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def loading(*args, **how):
+        for batch in real(*args, **how):
+            struck()
+            yield batch
+
+    def hearing(*args):
+        struck()
+        return real(*args)
+
+    setattr(module, name, loading if where == "load" else hearing)
+
+
+def other_manifest(train, rank: int, name: str) -> None:
+    """The second rank is given a manifest that is not there."""
+    arguments = train.arguments
+    if rank == 1:
+        train.arguments = lambda *args: (found := arguments(*args)).__dict__.update({name: ["gone.jsonl"]}) or found
