@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = Path(__file__).with_name("interface.json")
 BENCH = ("kernels", "train", "latency", "memory", "all", "launches", "gpu", "profile", "tune", "compile", "report")
-PACKAGE = ("transcribe", "evaluate", "export", "info", "selfcheck")
+PACKAGE = ("transcribe", "evaluate", "export", "info", "selfcheck", "prepare librispeech", "prepare manifest")
 
 
 def schemas() -> list[str]:
@@ -63,7 +63,7 @@ def commands() -> dict[str, list[str]]:
     from jasper_fast.cli import command
 
     found = {f"bench {name}": options(bench.main, [name]) for name in BENCH}
-    found |= {f"jasper-fast {name}": options(command.main, [name]) for name in PACKAGE}
+    found |= {f"jasper-fast {name}": options(command.main, name.split()) for name in PACKAGE}
     return found | {"train.py": options(train.arguments, [])}
 
 
