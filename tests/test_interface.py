@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = Path(__file__).with_name("interface.json")
 BENCH = ("kernels", "train", "latency", "memory", "all", "launches", "gpu", "profile", "tune", "compile", "report")
-PACKAGE = ("transcribe", "evaluate", "export", "info", "selfcheck", "prepare librispeech", "prepare manifest")
+PACKAGE = ("transcribe", "evaluate", "export", "info", "selfcheck", "check", "prepare librispeech", "prepare manifest")
 
 
 def schemas() -> list[str]:

@@ -57,22 +57,40 @@ def read_manifest(
     file's header (NaN where that fails: the dataset reports it). Of the reference's ``files`` the one at speed 1 is
     used, all of them with ``offline_speeds``. Raises ManifestError naming the line or entry.
     """
+    utterances = []
+    for found in each_utterance(path, data_dir, offline_speeds):
+        if isinstance(found, ManifestError):
+            raise found
+        utterances.append(found[1])
+    if not utterances:
+        raise ManifestError(f"{path}: holds no utterances")
+    return utterances
+
+
+def each_utterance(
+    path: str | os.PathLike, data_dir: str | os.PathLike | None = None, offline_speeds: bool = False
+) -> Iterator[tuple[Any, Utterance] | ManifestError]:
+    """What ``read_manifest`` makes of each entry, with the entry, or why it makes nothing of it.
+
+    Raises ManifestError where the file as a whole cannot be read.
+    """
     path = Path(path)
     root = Path(data_dir) if data_dir is not None else path.parent
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"{path}: cannot read the manifest: {error}") from error
-    utterances = []
     for where, entry in _entries(path, content):
+        if isinstance(entry, ManifestError):
+            yield entry
+            continue
         try:
-            utterances.append(replace(_utterance(entry, root, offline_speeds), manifest=str(path)))
+            yield entry, replace(_utterance(entry, root, offline_speeds), manifest=str(path))
         except (KeyError, TypeError, ValueError, OSError, OverflowError) as error:
             what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
-            raise ManifestError(f"{path}, {where}: {what}") from error
-    if not utterances:
-        raise ManifestError(f"{path}: holds no utterances")
-    return utterances
+            mistake = ManifestError(f"{path}, {where}: {what}")
+            mistake.__cause__ = error
+            yield mistake
 
 
 def _entries(path: Path, content: str) -> Iterator[tuple[str, Any]]:
@@ -88,14 +106,13 @@ def _entries(path: Path, content: str) -> Iterator[tuple[str, Any]]:
         return
     for number, line in enumerate(content.split("\n"), 1):  # JSON lets other line ends, as U+2028, stand in a text
         if line.strip():
+            where = f"line {number}"
             try:
-                yield f"line {number}", json.loads(line)
+                yield where, json.loads(line)
             except json.JSONDecodeError as error:
-                raise ManifestError(
-                    f"{path}, line {number}: not valid JSON: {error.msg} (column {error.colno})"
-                ) from error
+                yield where, ManifestError(f"{path}, {where}: not valid JSON: {error.msg} (column {error.colno})")
             except (ValueError, RecursionError) as error:
-                raise ManifestError(f"{path}, line {number}: not valid JSON: {error}") from error
+                yield where, ManifestError(f"{path}, {where}: not valid JSON: {error}")
 
 
 def _utterance(entry: Any, root: Path, offline_speeds: bool) -> Utterance:
