@@ -18,7 +18,20 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = Path(__file__).with_name("interface.json")
-BENCH = ("kernels", "train", "latency", "memory", "all", "launches", "gpu", "profile", "tune", "compile", "report")
+BENCH = (
+    "kernels",
+    "train",
+    "latency",
+    "memory",
+    "all",
+    "launches",
+    "gpu",
+    "profile",
+    "tune",
+    "compile",
+    "report",
+    "data",
+)
 PACKAGE = ("transcribe", "evaluate", "export", "info", "selfcheck", "check", "prepare librispeech", "prepare manifest")
 
 
