@@ -80,9 +80,9 @@ class BatchSampler:
     longer than that is a batch of its own), or both. ``bucketing`` puts items of like length together, with 10 % of
     chance in the order; batches come shuffled, or unshuffled with ``shuffle=False`` (then in the given order, or by
     length with bucketing; with ``window`` by length among so many neighbours only). With ``world_size`` ranks every
-    rank has the same number of steps and batches of like length
-    at each step; the rest is filled by repetition (without shuffling it is not: an evaluation
-    counts each utterance once). Raises ValueError for sizes that are not positive or a rank out of range.
+    rank has the same number of steps and batches of like length at each step, and each utterance comes once: some
+    batches are halved for that (only where there are fewer utterances than ranks some are repeated; without shuffling,
+    ranks may have a batch more than others). Raises ValueError for sizes that are not positive or a rank out of range.
     """
 
     def __init__(
@@ -140,10 +140,19 @@ class BatchSampler:
         batches = self._cut([i for i in order.tolist() if i not in left_out], seconds)
         if not self.shuffle:
             return batches[self.rank :: self.world_size]
-        count = len(batches)
-        batches += [batches[i % count] for i in range(-count % self.world_size)]
+        self._even_out(batches)
         steps = len(batches) // self.world_size
         return [batches[step * self.world_size + self.rank] for step in rng.permutation(steps)]
+
+    def _even_out(self, batches: list[list[int]]) -> None:
+        """Halves large batches until every rank gets as many; what are single items already is repeated."""
+        while len(batches) % self.world_size:
+            at = max(range(len(batches)), key=lambda i: len(batches[i]))
+            whole = batches[at]
+            if len(whole) == 1:
+                batches += batches[: -len(batches) % self.world_size]
+            else:
+                batches[at : at + 1] = [whole[::2], whole[1::2]]
 
     def _cut(self, order: list[int], seconds: np.ndarray) -> list[list[int]]:
         batches: list[list[int]] = []
