@@ -81,6 +81,7 @@ setup(
     package_data={
         "jasper_fast": ["page.html.j2"],
         "jasper_fast.data.prepare": ["*.j2"],
+        "jasper_fast.inference": ["*.j2"],
         "jasper_fast.demo": ["*.j2"],
         "jasper_fast.configs": ["*.yaml"],
         "jasper_fast.kernels": ["README.md", "tables/README.md", "tables/*.json"],

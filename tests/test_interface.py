@@ -33,6 +33,7 @@ BENCH = (
     "data",
 )
 PACKAGE = ("transcribe", "evaluate", "export", "info", "selfcheck", "check", "prepare librispeech", "prepare manifest")
+PACKAGE += ("prepare shards",)
 
 
 def schemas() -> list[str]:

@@ -8,7 +8,7 @@ import sys
 
 from jasper_fast import __version__
 from jasper_fast.cli import check, common, evaluate, export, info, selfcheck, transcribe
-from jasper_fast.cli.prepare import librispeech, manifest
+from jasper_fast.cli.prepare import librispeech, manifest, shards
 from jasper_fast.extras import MissingExtra, need
 
 # Commands with options of their own: what they are for, the module, its function of the arguments, its extra.
@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (transcribe, evaluate, check, export, info, selfcheck):
         common.subcommand(commands, module)
-    common.subcommands(commands, "prepare", "data for training and evaluation", (librispeech, manifest))
+    common.subcommands(commands, "prepare", "data for training and evaluation", (librispeech, manifest, shards))
     for name, (help, *_) in _PASSED_ON.items():
         commands.add_parser(name, help=help, add_help=False)
     return top

@@ -34,7 +34,7 @@ _WINDOW = 8  # batches among which files are sorted by length: more pad less, fe
 HELP = "audio files to text"
 OPTIONS = {
     "": [
-        option("files", nargs="*", metavar="FILE", help="audio files"),
+        option("files", nargs="*", metavar="FILE", help="audio files, or folders of them"),
         option("--list", metavar="FILE", help="a text file that names more audio files, one a line ('-': stdin)"),
         option("--json", action="store_true", help="JSON lines with words, their times and confidences"),
         option("--out", metavar="FILE", help="write there instead of to the standard output"),
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     from jasper_fast.data.manifest import Utterance
     from jasper_fast.speech import audio
 
-    files = list(arguments.files)
+    files = [file for name in arguments.files for file in (_audio_below(name) if os.path.isdir(name) else [name])]
     if arguments.list:
         source = sys.stdin.buffer.read() if arguments.list == "-" else Path(arguments.list).read_bytes()
         lines = source.decode("utf-8-sig", "surrogateescape").split("\n")
@@ -87,6 +87,16 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         print(common.speed(result), file=sys.stderr)
     return int(not written or (arguments.strict and written < every))
+
+
+def _audio_below(folder: str) -> list[str]:
+    """The audio files below a folder, in order. Raises UsageError where there are none."""
+    from jasper_fast.speech.audio import SOUNDS
+
+    found = [str(path) for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in SOUNDS]
+    if not found:
+        raise common.UsageError(f"{folder}: holds no audio file ({', '.join(sorted(SOUNDS))})")
+    return found
 
 
 @contextlib.contextmanager

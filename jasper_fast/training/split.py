@@ -60,6 +60,7 @@ class Split:
                 manifests, Vocabulary(config.labels), settings.get("audio_dataset"), data_dir,
                 training=training, seed=seed, frame_samples=features.hop_length * stride,
             )  # fmt: skip
+            sampling["shards"] = dataset.shards
             sampler = BatchSampler(dataset.durations, shuffle=training, seed=seed, **sampling)
             frontend = Frontend(features, augment.from_config(settings) if training else None)
         return cls(name, dataset, sampler, frontend, workers)
@@ -104,7 +105,7 @@ class Split:
         self.changed = True
         taken, steps = set(state.taken), state.position * then["grad_accumulation"]
         for rank in range(sizes[-1]):
-            how = {"shuffle": True, "rank": rank, "world_size": sizes[-1]}
+            how = {"shuffle": True, "rank": rank, "world_size": sizes[-1], "shards": self.dataset.shards}
             past = BatchSampler(self.dataset.durations, *sizes[:3], then["seed"], **how)
             past.leave_out(state.epoch, state.taken)
             taken |= {item for batch in past.batches(state.epoch)[:steps] for item in batch}

@@ -103,7 +103,7 @@ def look(utterance: Utterance, rules: Rules) -> Found:
     if not target:
         fault("empty_text", repr(utterance.text[:80]))
     try:
-        samples = audio.load(utterance.path, rules.sample_rate, utterance.offset, utterance.seconds)
+        samples = audio.load(utterance.source(), rules.sample_rate, utterance.offset, utterance.seconds)
         held, said = len(samples) / rules.sample_rate, utterance.seconds
         if said > held * 1.01 + 0.1:
             fault("wrong_duration", f"{said:.2f} s in the manifest, {held:.2f} s are there")
@@ -185,7 +185,10 @@ def clean_entries(
         if "files" in entry:
             entry["files"] = [file | {"fname": place(file["fname"])} for file in entry["files"]]
             entry["original_duration"] = round(found.seconds, 6)
-        if "audio_filepath" in entry:
+        if "shard_id" in entry and not same:
+            entry["tar"] = found.utterance.packed.tar
+            entry["duration"] = round(found.seconds, 6)
+        elif "audio_filepath" in entry:
             entry |= {"audio_filepath": place(entry["audio_filepath"]), "duration": round(found.seconds, 6)}
         yield entry if {"text", "transcript"} & entry.keys() else entry | {"text": found.utterance.text}
 

@@ -14,9 +14,8 @@ from typing import Any
 from jasper_fast.data.manifest import ManifestError, read_manifest
 from jasper_fast.data.prepare.writing import PrepareError
 from jasper_fast.speech import audio
-from jasper_fast.speech.audio import AudioError
+from jasper_fast.speech.audio import SOUNDS, AudioError
 
-SOUNDS = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".sph", ".w64", ".caf"}
 TEXTS = (".txt", ".lab", ".trn")
 KINDS = ("folder", "kaldi", "csv", "lines", "lhotse")
 Entry = dict[str, Any]
