@@ -111,7 +111,7 @@ class BatchSampler:
         self._durations = durations
         self.batch_size, self.max_seconds, self.bucketing, self.seed = batch_size, max_seconds, bucketing, seed
         self.shuffle, self.window, self.rank, self.world_size = shuffle, window, rank, world_size
-        self._shards, self.open_shards = None if shards is None else np.asarray(shards), open_shards
+        self.shards, self.open_shards = None if shards is None else np.asarray(shards), open_shards
         self._kept: tuple[int, list[list[int]]] = (-1, [])
         self._left_out: tuple[int, frozenset[int]] = (-1, frozenset())
 
@@ -154,10 +154,10 @@ class BatchSampler:
 
     def _parts(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """The order in parts that are batched one after another: all of it, or the items of some shards each."""
-        if self._shards is None:
+        if self.shards is None:
             return [order]
-        shard = self._shards[order % len(self._shards)]  # joined items begin again after the last utterance
-        turn = rng.permutation(int(self._shards.max()) + 1)[shard] // self.open_shards
+        shard = self.shards[order % len(self.shards)]  # joined items begin again after the last utterance
+        turn = rng.permutation(int(self.shards.max()) + 1)[shard] // self.open_shards
         return [order[turn == i] for i in range(int(turn.max()) + 1)]
 
     def _even_out(self, batches: list[list[int]]) -> None:

@@ -105,7 +105,7 @@ class Split:
         self.changed = True
         taken, steps = set(state.taken), state.position * then["grad_accumulation"]
         for rank in range(sizes[-1]):
-            how = {"shuffle": True, "rank": rank, "world_size": sizes[-1], "shards": self.dataset.shards}
+            how = {"shuffle": True, "rank": rank, "world_size": sizes[-1], "shards": now.shards}
             past = BatchSampler(self.dataset.durations, *sizes[:3], then["seed"], **how)
             past.leave_out(state.epoch, state.taken)
             taken |= {item for batch in past.batches(state.epoch)[:steps] for item in batch}
