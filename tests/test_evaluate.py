@@ -147,3 +147,16 @@ def test_transcribe_takes_folders(tmp_path, corpus, model, capsys) -> None:
     (tmp_path / "empty").mkdir()
     assert command.main(["transcribe", str(tmp_path / "empty"), "--checkpoint", model]) == 2
     assert "holds no audio file" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_several_processes_write_what_one_writes(tmp_path, corpus, model) -> None:
+    arguments = ["transcribe", str(tmp_path), "--checkpoint", model, "--batch-size", "1", "--quiet", "--json"]
+    assert command.main([*arguments, "--out", str(tmp_path / "one.jsonl")]) == 0
+    one = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
+    kept = (tmp_path / "one.jsonl").read_text().splitlines(keepends=True)[:3]
+    (tmp_path / "two.jsonl").write_text("".join(kept) + '{"half')
+    done = together(2, *arguments, "--out", tmp_path / "two.jsonl", "--resume")
+    assert [d.returncode for d in done] == [0, 0], done
+    two = [json.loads(line) for line in (tmp_path / "two.jsonl").read_text().splitlines()]
+    assert [(t["audio_filepath"], t["pred_text"]) for t in two] == [(t["audio_filepath"], t["pred_text"]) for t in one]
