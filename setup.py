@@ -79,6 +79,9 @@ setup(
     ],
     package_dir={"jasper_fast.kernels": "kernels", "jasper_fast.configs": "configs", "jasper_fast.bench": "bench"},
     package_data={
+        "jasper_fast": ["page.html.j2"],
+        "jasper_fast.data.prepare": ["*.j2"],
+        "jasper_fast.inference": ["*.j2"],
         "jasper_fast.demo": ["*.j2"],
         "jasper_fast.configs": ["*.yaml"],
         "jasper_fast.kernels": ["README.md", "tables/README.md", "tables/*.json"],

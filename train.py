@@ -4,7 +4,8 @@
         --output-dir runs/small --epochs 100 --batch-size 32 --ema 0.999
     python train.py ... --resume                    # continues exactly where the run was stopped or killed
     python train.py ... --init-from jasper.nemo     # fine-tunes this project's, NVIDIA's or NeMo's weights
-    torchrun --nproc-per-node 8 train.py ...        # one process per GPU, or per --device cpu
+    torchrun --nproc-per-node 8 train.py ...        # one process per GPU, or per --device cpu; with --max-restarts
+                                                    # torchrun resumes the run after a process was killed
 
 A step is one update of the weights, by the mean gradient over processes x --grad-accumulation micro-batches.
 The output folder holds log.jsonl, tensorboard/, the last checkpoints (step_*.pt), the best one by WER (best.pt) and
@@ -19,6 +20,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -46,6 +48,7 @@ from jasper_fast.training.meter import Meter
 from jasper_fast.training.optim import NovoGrad
 from jasper_fast.training.randomness import rng_state, seed_everything, set_rng_state, settle
 from jasper_fast.training.runs import Ranks, RunError, RunLog, StopRequest
+from jasper_fast.training.scale import accumulation_for, largest_batches, scan_memory
 from jasper_fast.training.schedules import POLICIES, Schedule
 from jasper_fast.training.split import Split
 from jasper_fast.training.state import TrainingState
@@ -72,6 +75,7 @@ OPTIONS = {
         option("--batch-size", type=int, help="utterances in a micro-batch (16, without --batch-seconds)"),
         option("--batch-seconds", type=float, help="padded seconds of audio in a micro-batch"),
         option("--grad-accumulation", type=int, default=1, metavar="N", help="micro-batches in a step (1)"),
+        option("--global-batch", type=int, metavar="N", help="utterances in a step of all; sets --grad-accumulation"),
         option("--no-bucketing", action="store_true", help="mix lengths within a batch"),
         option("--num-workers", type=int, default=0, help="processes that read audio; 0 reads in the training one"),
     ],
@@ -123,9 +127,20 @@ def arguments(argv: list[str] | None = None, prog: str | None = None) -> argpars
     args = parser.parse_args(argv)
     if args.batch_size is None and args.batch_seconds is None:
         args.batch_size = 16
-    for name in ("epochs", "steps", "grad_accumulation", "log_every", "val_every", "save_every", "keep"):
+    for name in (
+        "epochs",
+        "steps",
+        "grad_accumulation",
+        "log_every",
+        "val_every",
+        "save_every",
+        "keep",
+        "global_batch",
+    ):
         if (getattr(args, name) or 1) < 1 or getattr(args, name) == 0:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts started this again
+        args.resume = True
     if args.lr_by_clock and not args.max_minutes:
         parser.error("--lr-by-clock needs --max-minutes")
     if args.deterministic and args.cudnn_benchmark:
@@ -144,6 +159,9 @@ def load_data(args: argparse.Namespace, config: JasperConfig, ranks: Ranks, cons
     for split in filter(None, splits):
         split.frontend.to(ranks.device)
         console.print("\n".join([str(split), *split.newly_skipped()]))
+    if args.global_batch:
+        args.grad_accumulation, said = accumulation_for(args.global_batch, train.sampler, len(train.dataset))
+        console.print(said)
     return tuple(splits)
 
 
@@ -236,6 +254,7 @@ def resume(
 
 
 STEP = "loss {loss:.3f}, WER {wer:.1%}, lr {lr:.2e}, grad norm {grad_norm:.3g}, {utterances_per_s:.1f} utterances/s"
+STEP += ", {waited_s:.1f} s waited for data"
 
 
 class Due(NamedTuple):
@@ -289,6 +308,7 @@ class Run:
         vocabulary, state = self.train.dataset.vocabulary, self.state
         said = wer(result.texts, heard(result.log_probs, result.lengths, vocabulary)) if result.texts else math.nan
         figures = state.meter.figures() | {"lr": lr, "epoch": epochs, "wer": said, "minutes": state.minutes}
+        figures["waited_s"] = self.train.wait.take()
         self.log.write(state.step, "train", **figures)
         self.console.print(f"step {state.step}: {STEP.format(**figures)}")
         return f"epoch {epoch}, loss {figures['loss']:.3f}"
@@ -396,6 +416,10 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
     state, train, ranks, console = run.state, run.train, run.ranks, run.console
     total, accumulation, on_gpu = run.schedule.total_steps, args.grad_accumulation, ranks.device.type == "cuda"
     with contextlib.closing(run.log), training_bar(console, state.step, total) as progress, run.saved():
+        model.train(), train.frontend.train()
+        if on_gpu and state.step < total:  # the largest batches now, not at the end of an epoch
+            largest = largest_batches(train.sampler, train.dataset.durations(0))
+            console.print(scan_memory(model, train.frontend, largest, ranks.device, AMP_DTYPES[args.amp]))
         guard, stopped = BufferGuard(state.model), False
         steps = train.micro_batches(state, accumulation, on_gpu, stopped=lambda: bool(stop.signal))
         if generators:

@@ -126,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
     gpu.add_argument(
         "--budget", type=options.seconds, default=540.0, metavar="SECONDS", help="when to stop (default: 540)"
     )
+    add_data(sub)
     add_compile(sub)
     add_tune(sub)
     report = sub.add_parser(
@@ -155,6 +156,15 @@ def add_models(command: argparse.ArgumentParser, batch: tuple[int, int]) -> None
         metavar="NAME[:N,T]",
         help="small, medium, jasper10x5 or a YAML file, with batch and frames",
     )
+
+
+def add_data(sub: argparse._SubParsersAction) -> None:
+    """Reading audio has options of its own: nothing runs on a device."""
+    from jasper_fast.bench.commands import data
+
+    help = "audio seconds a second and core from files to padded batches, and the cores that a GPU needs"
+    raw = argparse.RawDescriptionHelpFormatter
+    data.add_arguments(sub.add_parser("data", help=help, description=data.__doc__, formatter_class=raw))
 
 
 def add_compile(sub: argparse._SubParsersAction) -> None:
@@ -209,6 +219,10 @@ def _command(args: argparse.Namespace, begin: Callable[[argparse.Namespace], Run
         from jasper_fast.bench.report import html_page
 
         return html_page.main(args.results, args.html, args.readme)
+    if args.command == "data":
+        from jasper_fast.bench.commands import data
+
+        return data.main(args)
     if args.command == "compile":
         from jasper_fast.bench.compile import gate
 

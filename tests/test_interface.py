@@ -19,9 +19,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = Path(__file__).with_name("interface.json")
 BENCH = ("kernels", "train", "optimizer", "latency", "memory", "decode", "all", "launches", "gpu", "profile", "tune")
-BENCH += ("compile", "report")
-PACKAGE = ("transcribe", "evaluate", "export", "info", "selfcheck", "tune")
-PACKAGE += ("lm train", "lm perplexity", "lm info", "lm tune")
+BENCH += ("compile", "report", "data")
+PACKAGE = ("transcribe", "evaluate", "export", "info", "selfcheck", "check", "tune", "prepare librispeech")
+PACKAGE += ("prepare manifest", "prepare shards", "lm train", "lm perplexity", "lm info", "lm tune")
 
 
 def schemas() -> list[str]:

@@ -84,7 +84,7 @@ def curves(folder: Path) -> dict[str, list]:
     for r in read_log(folder / "log.jsonl"):
         if r["kind"] != "start":
             kept.setdefault(r["kind"], []).append(
-                {k: v for k, v in r.items() if k not in ("utterances_per_s", "minutes")}
+                {k: v for k, v in r.items() if k not in ("utterances_per_s", "waited_s", "minutes")}
             )
     return kept
 

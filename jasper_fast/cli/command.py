@@ -7,7 +7,8 @@ import os
 import sys
 
 from jasper_fast import __version__
-from jasper_fast.cli import common, evaluate, export, info, lm, selfcheck, transcribe, tune
+from jasper_fast.cli import check, common, evaluate, export, info, lm, selfcheck, transcribe, tune
+from jasper_fast.cli.prepare import librispeech, manifest, shards
 from jasper_fast.extras import MissingExtra, need
 
 # Commands that parse their own options: help text, module, its function of the arguments, its extra.
@@ -26,8 +27,9 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"jasper_fast {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (transcribe, evaluate, export, info, selfcheck, tune):
+    for module in (transcribe, evaluate, check, export, info, selfcheck, tune):
         common.subcommand(commands, module)
+    common.subcommands(commands, "prepare", "data for training and evaluation", (librispeech, manifest, shards))
     lm.add(commands)
     for name, (help, *_) in _PASSED_ON.items():
         commands.add_parser(name, help=help, add_help=False)

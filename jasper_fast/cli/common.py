@@ -7,10 +7,12 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from jasper_fast.extras import need
 from jasper_fast.options import add, option
 
 if TYPE_CHECKING:
@@ -33,6 +35,32 @@ def subcommand(commands: Any, module: ModuleType) -> None:
     parser = commands.add_parser(name, **texts, formatter_class=raw)
     add(parser, module.OPTIONS)
     parser.set_defaults(run=module.run)
+
+
+def subcommands(commands: Any, name: str, help: str, modules: Sequence[ModuleType]) -> None:
+    """Adds a command that has subcommands of its own."""
+    parser = commands.add_parser(name, help=help, description=help)
+    parts = parser.add_subparsers(dest="part", required=True, metavar="WHAT")
+    for module in modules:
+        subcommand(parts, module)
+
+
+@contextmanager
+def bars(quiet: bool = False) -> Iterator[Callable[[str, int, int | None], None]]:
+    """Progress bars on the standard error; gives a function of what is at work, how much is done, and of how much."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda what, done, total: None
+        return
+    rich = need("rich.progress", "train")
+    with rich.Progress(transient=True, console=need("rich.console", "train").Console(stderr=True)) as shown:
+        tasks: dict[str, Any] = {}
+
+        def progress(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = shown.add_task(what, total=total)
+            shown.update(tasks[what], completed=done, total=total, visible=done != total)
+
+        yield progress
 
 
 def positive(kind: type) -> Any:

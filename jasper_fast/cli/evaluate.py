@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from jasper_fast.cli import common
+from jasper_fast.cli import common, ranks
 from jasper_fast.options import option
 
 if TYPE_CHECKING:
@@ -18,14 +18,16 @@ Transcribes every utterance of a manifest (JSON lines with audio_filepath, durat
 Jasper) and prints word and character error rate over all of them, speed as seconds of audio per second (RTFx), and
 the worst utterances. References are normalised as in training; symbols that this drops are counted by manifest.
 Only files that cannot be used are left out: they are listed and do not count in the error rates. A file that is
-shorter than its header or the manifest says is used as far as it goes, with a warning."""
+shorter than its header or the manifest says is used as far as it goes, with a warning. With
+several processes each takes a share: each utterance is counted once, and texts and rates are those of one process."""
 END = """\
 exit status: 0, or 1 if no utterance could be read (with --strict: if any could not), 2 for a wrong command, manifest,
 checkpoint or configuration.
 
 examples:
   jasper-fast evaluate --manifest dev.jsonl --checkpoint runs/best.pt --out result.json
-  jasper-fast evaluate --manifest dev.jsonl --checkpoint runs/best.pt --lm lm.arpa --alpha 2.0 --beta -0.2"""
+  jasper-fast evaluate --manifest dev.jsonl --checkpoint runs/best.pt --lm lm.arpa --alpha 2.0 --beta -0.2
+on 8 GPUs: torchrun --nproc-per-node 8 -m jasper_fast evaluate --manifest ... --html result.html"""
 
 
 HELP = "word and character error rate on a manifest"
@@ -40,6 +42,7 @@ OPTIONS = {
             metavar="DIR",
             help="keep what the model says, for `jasper-fast lm tune`: one .npy an utterance, and an index",
         ),
+        option("--html", metavar="FILE", help="write a page: figures by set, length, speaker; the worst, aligned"),
         option("--strict", action="store_true", help="exit with 1 if any file could not be read"),
     ],
     **common.DECODING,
@@ -48,16 +51,31 @@ OPTIONS = {
 
 
 def run(arguments: argparse.Namespace) -> int:
+    with ranks.joined(arguments) as share:
+        return _run(arguments, share)
+
+
+def _run(arguments: argparse.Namespace, share: ranks.Share) -> int:
     from jasper_fast.data import manifest
+    from jasper_fast.inference import evaluation
+    from jasper_fast.inference.recognizer import Recognition
     from jasper_fast.lm.saved import Saved
     from jasper_fast.speech.metrics import character_errors, word_errors
 
     common.check_writable(arguments.out)
+    common.check_writable(arguments.html)
     common.any_name()
     utterances = [u for path in arguments.manifest for u in manifest.read_manifest(path, arguments.data_dir)]
-    recognizer = common.load(arguments)
+    if arguments.save_log_probs and share.world > 1:
+        raise common.UsageError("--save-log-probs writes one folder: run it in one process")
+    recognizer, total = common.load(arguments), len(utterances)
+    places = share.of([u.seconds for u in utterances])
+    utterances = [utterances[i] for i in places]
     saved = Saved.begin(arguments.save_log_probs, recognizer) if arguments.save_log_probs else None
-    *_, result = common.recognize(arguments, recognizer, utterances, keep=saved.keep if saved else None)
+    if utterances:
+        *_, result = common.recognize(arguments, recognizer, utterances, keep=saved.keep if saved else None)
+    else:  # there are fewer of them than processes
+        result = Recognition([], [], [], manifest.SkipReport())
     if saved:
         saved.finish([u.path for u in utterances], result.references)
     rows = []
@@ -68,16 +86,24 @@ def run(arguments: argparse.Namespace) -> int:
             continue
         words, characters = word_errors(reference, transcript.text), character_errors(reference, transcript.text)
         row = {"audio_filepath": utterance.path, "offset": utterance.offset, "duration": round(seconds, 3)}
+        row |= {"manifest": utterance.manifest, "speaker": utterance.speaker}
         row |= {"text": reference, "pred_text": transcript.text.strip(), "confidence": round(transcript.confidence, 4)}
         row |= {"word_errors": words.total, "words": words.length}
         row |= {"character_errors": characters.total, "characters": characters.length}
         if transcript.hypotheses:
             row["hypotheses"] = common.hypotheses(transcript)
         rows.append(row)
+    rows, result = _together(share, [i for i, t in zip(places, result.transcripts) if t is not None], rows, result)
+    status = int(arguments.strict and len(rows) < total) if rows else 1
+    if not share.first:
+        return status
     if not rows:
         print("no utterance could be read", file=sys.stderr)
         return 1
-    figures = _figures(arguments, recognizer, result, rows)
+    figures = _figures(arguments, recognizer, result, rows) | evaluation.by_parts(rows)
+    figures |= {"utterances_per_s": len(rows) / max(result.wall_seconds, 1e-9), "processes": share.world}
+    if arguments.html:
+        common.write(arguments.html, evaluation.html(figures, rows, arguments.worst))
     if arguments.out:
         common.write(
             arguments.out, json.dumps(figures | {"utterances_list": rows}, indent=1, ensure_ascii=False) + "\n"
@@ -87,12 +113,31 @@ def run(arguments: argparse.Namespace) -> int:
         f"{figures['utterances']} utterances, {figures['words']} words: {figures['substitutions']} substituted, "
         f"{figures['deletions']} deleted, {figures['insertions']} inserted"
     )
-    bad = sorted((r for r in rows if r["word_errors"]), key=lambda r: r["word_errors"] / max(r["words"], 1))
-    for row in bad[::-1][: max(arguments.worst, 0)]:
+    for part in ("sets", "lengths"):
+        for name, of in figures[part].items() if len(figures[part]) > 1 else ():
+            print(f"  WER {100 * of['wer']:.2f} %  CER {100 * of['cer']:.2f} %  {of['utterances']:6} in {name}")
+    for row in evaluation.worst(rows, arguments.worst):
         print(f"{row['word_errors']}/{row['words']}  {row['audio_filepath']}")
         print(f"      said  {row['text']}\n      heard {row['pred_text']}")
     print(common.speed(result))
-    return int(arguments.strict and len(rows) < len(utterances))
+    return status
+
+
+def _together(
+    share: ranks.Share, places: list[int], rows: list[dict], result: Recognition
+) -> tuple[list[dict], Recognition]:
+    """The rows of all processes in the manifests' order, and what became of all their utterances."""
+    seconds = (result.audio_seconds, result.compute_seconds, result.wall_seconds)
+    parts = share.gather((places, rows, seconds, result.skipped))
+    ordered = sorted(
+        ((i, row) for places, rows, _, _ in parts for i, row in zip(places, rows)), key=lambda pair: pair[0]
+    )
+    heard, computed, took = zip(*(seconds for _, _, seconds, _ in parts), strict=True)
+    result.audio_seconds, result.compute_seconds, result.wall_seconds = sum(heard), max(computed), max(took)
+    for rank, (*_, skipped) in enumerate(parts):
+        if rank != share.rank:
+            result.skipped.merge(skipped)
+    return [row for _, row in ordered], result
 
 
 def _figures(arguments: argparse.Namespace, recognizer: Recognizer, result: Recognition, rows: list[dict]) -> dict:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jasper_fast.cli import common
+from jasper_fast.cli import common, ranks
 from jasper_fast.options import option
+
+if TYPE_CHECKING:
+    from jasper_fast.data.manifest import Utterance
+    from jasper_fast.inference.recognizer import Recognizer
 
 DESCRIPTION = """\
 Writes one line per file to the standard output: the path, a tab, the text; with --json one JSON object per line, with
@@ -22,7 +28,8 @@ Messages go to the standard error. A file that cannot be used is reported there,
 that is shorter than its header says is transcribed as far as it goes, with a warning. Lines are written in UTF-8, in
 the order of the files; a name in another encoding is written byte by byte (in JSON as \\udcXX).
 To continue an interrupted run, repeat the command with --resume: files that have a line in --out are not transcribed
-again, an incomplete last line is dropped, and files that could not be used are tried again."""
+again, an incomplete last line is dropped, and files that could not be used are tried again. Under torchrun
+(torchrun --nproc-per-node 8 -m jasper_fast transcribe ...) each process takes a share, and the first one writes."""
 END = """\
 exit status: 0 if at least one file is transcribed (with --strict: if all are), 1 otherwise, 2 for a wrong command,
 checkpoint or configuration.
@@ -36,7 +43,7 @@ _WINDOW = 8  # files are sorted by length within this many batches: more means l
 HELP = "audio files to text"
 OPTIONS = {
     "": [
-        option("files", nargs="*", metavar="FILE", help="audio files"),
+        option("files", nargs="*", metavar="FILE", help="audio files, or folders of them"),
         option("--list", metavar="FILE", help="a text file that names more audio files, one per line ('-': stdin)"),
         option("--json", action="store_true", help="print JSON lines with words, their times and confidences"),
         option("--out", metavar="FILE", help="write to this file instead of the standard output"),
@@ -52,10 +59,17 @@ _STDIN = {"/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"}
 
 
 def run(arguments: argparse.Namespace) -> int:
+    with ranks.joined(arguments) as share:
+        return _run(arguments, share)
+
+
+def _run(arguments: argparse.Namespace, share: ranks.Share) -> int:
     from jasper_fast.data.manifest import Utterance
     from jasper_fast.speech import audio
 
-    files = list(arguments.files)
+    files = [file for name in arguments.files for file in (_audio_below(name) if os.path.isdir(name) else [name])]
+    if arguments.list == "-" and share.world > 1:
+        raise common.UsageError("--list -: only one of several processes has the standard input; name a file")
     if arguments.list:
         source = sys.stdin.buffer.read() if arguments.list == "-" else Path(arguments.list).read_bytes()
         lines = source.decode("utf-8-sig", "surrogateescape").split("\n")
@@ -69,7 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.n_best and arguments.n_best > 1 and not arguments.json:
         raise common.UsageError(f"--n-best {arguments.n_best} texts have their place in JSON; give --json too")
     common.check_writable(arguments.out)
-    kept = _finished(Path(arguments.out), arguments.json) if arguments.resume else Counter()
+    kept = _finished(Path(arguments.out), arguments.json) if arguments.resume and share.first else Counter()
+    kept = share.gather(kept)[0]
     every, written = len(files), kept.total()
     files = [file for file in files if not _take(kept, _name(file, arguments.json))]
     if not files:
@@ -83,24 +98,61 @@ def run(arguments: argparse.Namespace) -> int:
             seconds = 0.0  # the error is reported when it is read
         utterances.append(Utterance(file, seconds, ""))
     line = _record if arguments.json else lambda file, transcript, _: f"{_name(file)}\t{transcript.text.strip()}"
-    errors = "backslashreplace" if arguments.json else "surrogateescape"  # JSON writes bad bytes of a name as \udcff
-    done = 0
-    with _output(arguments) as out:
-        for result in common.recognize(arguments, recognizer, utterances, _WINDOW * arguments.batch_size):
-            for i in range(done, result.done):
-                if result.transcripts[i] is not None:
-                    text = line(files[i], result.transcripts[i], result.seconds[i])
-                    out.write(f"{text}\n".encode("utf-8", errors))
+    errors = "backslashreplace" if arguments.json else "surrogateescape"  # JSON has names of no encoding as \udcff
+    with _output(arguments, share) as out:
+        for found, speed in _heard(arguments, share, recognizer, utterances):
+            told = speed
+            for i, transcript, seconds in found:
+                if transcript is not None:
+                    out.write(f"{line(files[i], transcript, seconds)}\n".encode("utf-8", errors))
                     written += 1
-            done = result.done
             out.flush()
     if not arguments.quiet:
-        print(common.speed(result), file=sys.stderr)
+        print(told, file=sys.stderr)
     return int(not written or (arguments.strict and written < every))
 
 
+def _heard(
+    arguments: argparse.Namespace, share: ranks.Share, recognizer: Recognizer, utterances: Sequence[Utterance]
+) -> Iterator[tuple[list[tuple[int, Any, float]], str]]:
+    """Places, transcripts (None where skipped) and seconds in the order of the utterances, as they come, on every
+    process; and the speed so far in words."""
+    if share.world == 1:
+        done = 0
+        for result in common.recognize(arguments, recognizer, utterances, _WINDOW * arguments.batch_size):
+            places = range(done, result.done)
+            yield [(i, result.transcripts[i], result.seconds[i]) for i in places], common.speed(result)
+            done = result.done
+        return
+    started, heard = time.perf_counter(), 0.0
+    size = _WINDOW * arguments.batch_size * share.world
+    for start in range(0, len(utterances), size):
+        part = utterances[start : start + size]
+        mine, found = share.of([u.seconds for u in part]), []
+        if mine:
+            *_, result = common.recognize(arguments, recognizer, [part[i] for i in mine])
+            found = [(start + i, *each) for i, *each in zip(mine, result.transcripts, result.seconds, strict=True)]
+        every = sorted((each for one in share.gather(found) for each in one), key=lambda each: each[0])
+        heard += sum(seconds for _, _, seconds in every)
+        took = time.perf_counter() - started
+        yield every, f"{heard:.1f} s of audio in {took:.2f} s by {share.world} processes: RTFx {heard / took:.1f}"
+
+
+def _audio_below(folder: str) -> list[str]:
+    """The audio files below a folder, in order. Raises UsageError where there are none."""
+    from jasper_fast.speech.audio import SOUNDS
+
+    found = [str(path) for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in SOUNDS]
+    if not found:
+        raise common.UsageError(f"{folder}: holds no audio file ({', '.join(sorted(SOUNDS))})")
+    return found
+
+
 @contextlib.contextmanager
-def _output(arguments: argparse.Namespace) -> Iterator[Any]:
+def _output(arguments: argparse.Namespace, share: ranks.Share) -> Iterator[Any]:
+    if not share.first:  # the first one writes for all
+        yield io.BytesIO()
+        return
     if not arguments.out:
         sys.stdout.flush()
         yield sys.stdout.buffer

@@ -77,12 +77,14 @@ class BatchSampler:
 
     durations in seconds: a list, or a function of the epoch (``dataset.durations``). Give ``batch_size`` (utterances
     per batch and rank), ``max_seconds`` (of padded audio per batch and rank: count times the longest; one utterance
-    longer than that is a batch of its own), or both. ``bucketing`` groups items of similar length, with 10 % of
-    randomness in the order. Batches are shuffled; with ``shuffle=False`` they come in the given order, or with
-    bucketing by length (with ``window`` only within groups of that many items). With ``world_size`` ranks every rank
-    has the same number of steps, and batches of similar length at each step. Missing items are filled by repetition,
-    except without shuffling, because an evaluation counts each utterance once. Raises ValueError for sizes that are not
-    positive or a rank out of range.
+    longer than that is a batch of its own), or both. ``bucketing`` puts items of like length together, with 10 % of
+    chance in the order; batches come shuffled, or unshuffled with ``shuffle=False`` (then in the given order, or by
+    length with bucketing; with ``window`` by length among so many neighbours only). With ``world_size`` ranks every
+    rank has the same number of steps and batches of like length at each step, and each utterance comes once: some
+    batches are halved for that (only where there are fewer utterances than ranks some are repeated; without shuffling,
+    ranks may have a batch more than others). ``shards`` (of each item, a number from 0 on): shuffled batches are made
+    of the items of ``open_shards`` shards, chosen by chance, then of the next ones: storage reads few files at a time.
+    Raises ValueError for sizes that are not positive or a rank out of range.
     """
 
     def __init__(
@@ -97,6 +99,8 @@ class BatchSampler:
         window: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        shards: Sequence[int] | None = None,
+        open_shards: int = 8,
     ) -> None:
         if batch_size is None and max_seconds is None:
             raise ValueError("give batch_size, max_seconds or both")
@@ -107,6 +111,7 @@ class BatchSampler:
         self._durations = durations
         self.batch_size, self.max_seconds, self.bucketing, self.seed = batch_size, max_seconds, bucketing, seed
         self.shuffle, self.window, self.rank, self.world_size = shuffle, window, rank, world_size
+        self.shards, self.open_shards = None if shards is None else np.asarray(shards), open_shards
         self._kept: tuple[int, list[list[int]]] = (-1, [])
         self._left_out: tuple[int, frozenset[int]] = (-1, frozenset())
 
@@ -130,6 +135,7 @@ class BatchSampler:
     def _make(self, epoch: int) -> list[list[int]]:
         seconds = np.asarray(self._durations(epoch) if callable(self._durations) else self._durations, dtype=float)
         rng = np.random.default_rng((self.seed, epoch))
+        left_out = self._left_out[1] if self._left_out[0] == epoch else ()
         jitter = 1 + 0.1 * rng.random(len(seconds)) if self.shuffle else 1.0
         if self.bucketing and self.window and not self.shuffle:
             order = np.lexsort((seconds, np.arange(len(seconds)) // self.window))
@@ -137,14 +143,33 @@ class BatchSampler:
             order = np.argsort(seconds * jitter, kind="stable")
         else:
             order = rng.permutation(len(seconds)) if self.shuffle else np.arange(len(seconds))
-        left_out = self._left_out[1] if self._left_out[0] == epoch else ()
-        batches = self._cut([i for i in order.tolist() if i not in left_out], seconds)
         if not self.shuffle:
-            return batches[self.rank :: self.world_size]
-        count = len(batches)
-        batches += [batches[i % count] for i in range(-count % self.world_size)]
-        steps = len(batches) // self.world_size
-        return [batches[step * self.world_size + self.rank] for step in rng.permutation(steps)]
+            return self._cut([i for i in order.tolist() if i not in left_out], seconds)[self.rank :: self.world_size]
+        mine: list[list[int]] = []
+        for part in self._parts(order, rng):
+            batches = self._cut([i for i in part.tolist() if i not in left_out], seconds)
+            self._even_out(batches)
+            steps = len(batches) // self.world_size
+            mine += [batches[step * self.world_size + self.rank] for step in rng.permutation(steps)]
+        return mine
+
+    def _parts(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+        """The order in parts that are batched one after another: all of it, or the items of some shards each."""
+        if self.shards is None:
+            return [order]
+        shard = self.shards[order % len(self.shards)]  # joined items begin again after the last utterance
+        turn = rng.permutation(int(self.shards.max()) + 1)[shard] // self.open_shards
+        return [order[turn == i] for i in range(int(turn.max()) + 1)]
+
+    def _even_out(self, batches: list[list[int]]) -> None:
+        """Halves large batches until every rank gets as many; what are single items already is repeated."""
+        while len(batches) % self.world_size:
+            at = max(range(len(batches)), key=lambda i: len(batches[i]))
+            whole = batches[at]
+            if len(whole) == 1:
+                batches += batches[: -len(batches) % self.world_size]
+            else:
+                batches[at : at + 1] = [whole[::2], whole[1::2]]
 
     def _cut(self, order: list[int], seconds: np.ndarray) -> list[list[int]]:
         batches: list[list[int]] = []

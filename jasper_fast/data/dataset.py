@@ -160,6 +160,14 @@ class SpeechDataset(Dataset):
         draws = (self._draw(epoch, i) for i in range(len(self)))
         return [clips.seconds(self._seconds) / (change.speed * change.tempo) for clips, change in draws]
 
+    @property
+    def shards(self) -> list[int] | None:
+        """The shard of each utterance, numbered from 0 on; None where not all are packed in shards."""
+        if not all(u.packed for u in self.utterances):
+            return None
+        numbers: dict[str, int] = {}
+        return [numbers.setdefault(u.packed.tar, len(numbers)) for u in self.utterances]
+
     def _draw(self, epoch: int, index: int) -> tuple[Clips, Change]:
         rng = np.random.default_rng((self.seed, epoch, index))
         own, join = index % len(self.utterances), self.settings.join

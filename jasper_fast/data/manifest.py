@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jasper_fast.data.shards import Packed, locate
 from jasper_fast.speech import audio
-from jasper_fast.speech.audio import AudioError
+from jasper_fast.speech.audio import AudioError, Memory
 
 _SHOWN = 40  # most symbols that a message about lost symbols shows
 
@@ -25,8 +26,8 @@ class ManifestError(ValueError):
 class Utterance:
     """One line of a manifest: ``duration`` seconds of the file at ``path`` from ``offset`` seconds on, and its text.
 
-    ``alternatives``: files of the same utterance at other speeds, from which training takes one at random;
-    ``manifest``: the file that names the utterance.
+    ``alternatives``: files of the same utterance at other speeds, of which training takes one at random;
+    ``manifest``: the file that names the utterance; ``packed``: its place in a shard, where it is no file of its own.
     """
 
     path: str
@@ -36,6 +37,11 @@ class Utterance:
     speaker: str | None = None
     alternatives: tuple[str, ...] = ()
     manifest: str = field(default="", compare=False)
+    packed: Packed | None = None
+
+    def source(self) -> str | Memory:
+        """What `audio.load` reads. Raises AudioError where a shard does not hold it."""
+        return self.path if self.packed is None else self.packed.read(self.path)
 
     @property
     def name(self) -> str:
@@ -50,12 +56,29 @@ class Utterance:
 def read_manifest(
     path: str | os.PathLike, data_dir: str | os.PathLike | None = None, offline_speeds: bool = False
 ) -> list[Utterance]:
-    """Utterances of a manifest: JSON lines (NeMo: audio_filepath, duration, text[, offset, speaker]) or one JSON array
-    (the reference: transcript, files, original_duration).
+    """Utterances of a manifest: JSON lines (NeMo: audio_filepath, duration, text[, offset, speaker]; shard_id for those
+    packed in tar files) or one JSON array (the reference: transcript, files, original_duration).
 
     Relative paths are taken from ``data_dir``, by default the manifest's folder. A missing duration is read from the
     file's header (NaN if that fails; the dataset reports it). Of the reference's ``files`` the one at speed 1 is used,
     all of them with ``offline_speeds``. Raises ManifestError naming the line or entry.
+    """
+    utterances = []
+    for found in each_utterance(path, data_dir, offline_speeds):
+        if isinstance(found, ManifestError):
+            raise found
+        utterances.append(found[1])
+    if not utterances:
+        raise ManifestError(f"{path}: holds no utterances")
+    return utterances
+
+
+def each_utterance(
+    path: str | os.PathLike, data_dir: str | os.PathLike | None = None, offline_speeds: bool = False
+) -> Iterator[tuple[Any, Utterance] | ManifestError]:
+    """What ``read_manifest`` makes of each entry, with the entry, or why it makes nothing of it.
+
+    Raises ManifestError where the file as a whole cannot be read.
     """
     path = Path(path)
     root = Path(data_dir) if data_dir is not None else path.parent
@@ -63,16 +86,17 @@ def read_manifest(
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"{path}: cannot read the manifest: {error}") from error
-    utterances = []
     for where, entry in _entries(path, content):
+        if isinstance(entry, ManifestError):
+            yield entry
+            continue
         try:
-            utterances.append(replace(_utterance(entry, root, offline_speeds), manifest=str(path)))
+            yield entry, replace(_utterance(entry, root, offline_speeds), manifest=str(path))
         except (KeyError, TypeError, ValueError, OSError, OverflowError) as error:
             what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
-            raise ManifestError(f"{path}, {where}: {what}") from error
-    if not utterances:
-        raise ManifestError(f"{path}: holds no utterances")
-    return utterances
+            mistake = ManifestError(f"{path}, {where}: {what}")
+            mistake.__cause__ = error
+            yield mistake
 
 
 def _entries(path: Path, content: str) -> Iterator[tuple[str, Any]]:
@@ -88,14 +112,13 @@ def _entries(path: Path, content: str) -> Iterator[tuple[str, Any]]:
         return
     for number, line in enumerate(content.split("\n"), 1):  # splitlines() also splits at U+2028, which JSON allows
         if line.strip():
+            where = f"line {number}"
             try:
-                yield f"line {number}", json.loads(line)
+                yield where, json.loads(line)
             except json.JSONDecodeError as error:
-                raise ManifestError(
-                    f"{path}, line {number}: not valid JSON: {error.msg} (column {error.colno})"
-                ) from error
+                yield where, ManifestError(f"{path}, {where}: not valid JSON: {error.msg} (column {error.colno})")
             except (ValueError, RecursionError) as error:
-                raise ManifestError(f"{path}, line {number}: not valid JSON: {error}") from error
+                yield where, ManifestError(f"{path}, {where}: not valid JSON: {error}")
 
 
 def _utterance(entry: Any, root: Path, offline_speeds: bool) -> Utterance:
@@ -109,6 +132,7 @@ def _utterance(entry: Any, root: Path, offline_speeds: bool) -> Utterance:
     if not isinstance(text, str):
         raise TypeError(f"the text must be a string, got {text!r}")
     alternatives: tuple[str, ...] = ()
+    packed = None
     if "files" in entry:
         files = entry["files"]
         if not isinstance(files, list) or not all(isinstance(f, dict) for f in files):
@@ -124,13 +148,16 @@ def _utterance(entry: Any, root: Path, offline_speeds: bool) -> Utterance:
         file, duration = entry["audio_filepath"], entry.get("duration")
     offset = float(entry.get("offset") or 0.0)
     path = str(root / file)
+    if "shard_id" in entry and "files" not in entry:
+        path, packed = locate(entry, root)
     if duration is None:
         try:
-            duration = audio.duration(path) - offset
+            duration = audio.duration(packed.read(path) if packed else path) - offset
         except AudioError:
             duration = math.nan
     speaker = entry.get("speaker")
-    return Utterance(path, float(duration), text, offset, None if speaker is None else str(speaker), alternatives)
+    speaker = None if speaker is None else str(speaker)
+    return Utterance(path, float(duration), text, offset, speaker, alternatives, packed=packed)
 
 
 class Skipped(NamedTuple):
@@ -179,6 +206,14 @@ class SkipReport:
     def add(self, skipped: Sequence[Skipped]) -> None:
         for item in skipped:
             self._found.setdefault((item.name, item.reason), item)
+
+    def merge(self, other: SkipReport) -> None:
+        """Takes in what another process left out, of other utterances."""
+        self.add(other.items)
+        self.warn(other.warned)
+        for manifest, (count, symbols) in other.lost.items():
+            before, known = self.lost.get(manifest, (0, []))
+            self.lost[manifest] = before + count, [*known, *(s for s in symbols if s not in known)]
 
     @property
     def items(self) -> list[Skipped]:

@@ -34,7 +34,8 @@ class AudioReader:
             path = utterance.alternatives[int(variant * len(utterance.alternatives))]
             seconds = 0.0  # read all of it: the manifest does not give the length of an alternative
         try:
-            samples = audio.load(path, self.sample_rate, utterance.offset, seconds)
+            source = utterance.source() if path == utterance.path else path
+            samples = audio.load(source, self.sample_rate, utterance.offset, seconds)
             held = len(samples) / self.sample_rate
             if seconds > held * 1.01 + _ROUNDING:
                 cause = f"the manifest says {seconds:.3f} s, {held:.3f} s are there"

@@ -8,6 +8,7 @@ import mmap
 import os
 import re
 import stat
+from dataclasses import dataclass
 
 import numpy as np
 import soundfile
@@ -15,9 +16,10 @@ import soxr
 
 from jasper_fast.speech import mp3
 
-_LOUDEST = 1e10  # full scale is 1, or 2^31 for integers stored as floats; squares of louder samples would overflow fp32
-_LOWEST_RATE = 1000  # Hz; at lower rates resampling a small file would fill the memory
-_CHUNK = 1 << 22  # samples read at a time, so that a header that promises too much costs no memory
+SOUNDS = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".sph", ".w64", ".caf"}  # names' ends
+_LOUDEST = 1e10  # full scale is 1, of integers kept as floats 2^31; the squares of what is louder overflow fp32
+_LOWEST_RATE = 1000  # Hz; below, a small file would fill the memory when it is resampled
+_CHUNK = 1 << 22  # samples read at a time: a header that promises too much costs no memory
 _STREAMED = 0x7FFF0000  # bytes; headers written before the length was known hold this or more
 
 
@@ -28,12 +30,23 @@ class AudioError(Exception):
 
     reason = "unreadable"
 
-    def __init__(self, path: str | os.PathLike, cause: str) -> None:
+    def __init__(self, path: str | os.PathLike | Memory, cause: str) -> None:
         super().__init__(str(path), cause)
         self.path, self.cause = str(path), cause
 
     def __str__(self) -> str:
         return f"{self.path}: {self.cause}"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """An audio file whose bytes are in memory; ``name`` is what errors call it."""
+
+    name: str
+    data: bytes
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class ShortAudio(AudioError):
@@ -42,7 +55,7 @@ class ShortAudio(AudioError):
     ``reason``: "truncated" if the file's header promised more, "wrong_duration" if the manifest did.
     """
 
-    def __init__(self, path: str | os.PathLike, cause: str, reason: str, samples: np.ndarray) -> None:
+    def __init__(self, path: str | os.PathLike | Memory, cause: str, reason: str, samples: np.ndarray) -> None:
         super().__init__(path, cause)
         self.args = (str(path), cause, reason, samples)  # the arguments from which pickle restores it
         self.reason, self.samples, self.start = reason, samples, 0.0
@@ -98,8 +111,10 @@ def _counted(source: io.BytesIO | bytes) -> bytes | None:
         return mp3.with_length(data)
 
 
-def _open(path: str | os.PathLike, pipes: bool = True) -> _File:
+def _open(path: str | os.PathLike | Memory, pipes: bool = True) -> _File:
     try:
+        if isinstance(path, Memory):
+            return _decoder(io.BytesIO(path.data))
         name = os.fsencode(path)
         status = os.stat(name)
         if stat.S_ISDIR(status.st_mode):
@@ -113,11 +128,7 @@ def _open(path: str | os.PathLike, pipes: bool = True) -> _File:
         source = _bytes(path) if pipe or name.lower().endswith(b".raw") else name
         if not (len(source.getbuffer()) if isinstance(source, io.BytesIO) else status.st_size):
             raise AudioError(path, "empty file (0 bytes)" if not pipe else "empty: nothing came through this pipe")
-        file = _File(source)
-        if file.format == "MP3" and (counted := _counted(source)) is not None:
-            file.close()
-            file = _File(io.BytesIO(counted))
-        return file
+        return _decoder(source)
     except FileNotFoundError as error:
         raise AudioError(path, "no such file") from error
     except UnicodeEncodeError as error:
@@ -127,14 +138,23 @@ def _open(path: str | os.PathLike, pipes: bool = True) -> _File:
         raise AudioError(path, f"cannot be read as audio: {reason.strip()}") from error
 
 
-def duration(path: str | os.PathLike) -> float:
-    """Seconds of audio by the file's header. Raises AudioError if there is no audio, and for a pipe."""
+def _decoder(source: io.BytesIO | bytes) -> _File:
+    """Of the bytes of a file, or of the file of a name."""
+    file = _File(source)
+    if file.format == "MP3" and (counted := _counted(source)) is not None:
+        file.close()
+        file = _File(io.BytesIO(counted))
+    return file
+
+
+def duration(path: str | os.PathLike | Memory) -> float:
+    """Seconds of audio that the file's header promises. Raises AudioError where there is none, and for a pipe."""
     with _open(path, pipes=False) as file:
         return file.promised() / file.samplerate
 
 
 def load(
-    path: str | os.PathLike, sample_rate: int = 16000, offset: float = 0.0, duration: float | None = None
+    path: str | os.PathLike | Memory, sample_rate: int = 16000, offset: float = 0.0, duration: float | None = None
 ) -> np.ndarray:
     """Audio of a file as (samples,) fp32, mono (mean of the channels), resampled to ``sample_rate``.
 
@@ -151,7 +171,7 @@ def load(
         raise AudioError(path, "does not fit into memory") from error
 
 
-def _load(path: str | os.PathLike, sample_rate: int, offset: float, duration: float | None) -> np.ndarray:
+def _load(path: str | os.PathLike | Memory, sample_rate: int, offset: float, duration: float | None) -> np.ndarray:
     with _open(path) as file:
         rate, frames, promised = file.samplerate, file.frames, file.promised()
         if frames <= 0:

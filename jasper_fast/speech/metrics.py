@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,3 +65,17 @@ def wer(references: Sequence[str] | str, hypotheses: Sequence[str] | str) -> flo
 def cer(references: Sequence[str] | str, hypotheses: Sequence[str] | str) -> float:
     """Character error rate of the corpus as a fraction: all edits over all reference characters."""
     return character_errors(references, hypotheses).rate
+
+
+def alignment(reference: str, hypothesis: str) -> list[tuple[str, str, str]]:
+    """The words of a text beside those that were heard, as (kind, said, heard): "equal", "substitute", "delete" (heard
+    is empty) or "insert" (said is empty), one word each. Their counts are those of ``word_errors``."""
+    [reference], [hypothesis] = _tidy(reference), _tidy(hypothesis)
+    said, heard = reference.split(), hypothesis.split()
+    if not said:  # jiwer has no opinion on empty references
+        return [("insert", "", word) for word in heard]
+    rows = []
+    for chunk in need("jiwer", "train").process_words(reference, hypothesis).alignments[0]:
+        ours, theirs = said[chunk.ref_start_idx : chunk.ref_end_idx], heard[chunk.hyp_start_idx : chunk.hyp_end_idx]
+        rows += [(chunk.type, *pair) for pair in itertools.zip_longest(ours, theirs, fillvalue="")]
+    return rows

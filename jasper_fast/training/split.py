@@ -6,11 +6,14 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from jasper_fast.data.batches import Batch, BatchSampler, load_batches
 from jasper_fast.data.dataset import SpeechDataset
+from jasper_fast.data.feed import Wait, feed
 from jasper_fast.nn.config import JasperConfig
 from jasper_fast.speech import augment
 from jasper_fast.speech.features import LogMelFeatures
@@ -18,6 +21,8 @@ from jasper_fast.speech.text import Vocabulary
 from jasper_fast.training.runs import RunError, preparing
 from jasper_fast.training.state import TrainingState
 from jasper_fast.training.step import Frontend
+
+_CPU = torch.device("cpu")
 
 
 @dataclass
@@ -29,8 +34,9 @@ class Split:
     sampler: BatchSampler
     frontend: Frontend
     workers: int = 0
-    told: int = 0  # how many of the skipped utterances were reported
-    changed: bool = False  # whether a resumed run makes other batches than before
+    told: int = 0  # how many of the skipped utterances were told
+    wait: Wait = field(default_factory=Wait)  # for batches, by micro_batches
+    changed: bool = False  # whether a resumed run makes other batches than the run before
 
     @classmethod
     def load(
@@ -60,6 +66,7 @@ class Split:
                 manifests, Vocabulary(config.labels), settings.get("audio_dataset"), data_dir,
                 training=training, seed=seed, frame_samples=features.hop_length * stride,
             )  # fmt: skip
+            sampling["shards"] = dataset.shards
             sampler = BatchSampler(dataset.durations, shuffle=training, seed=seed, **sampling)
             frontend = Frontend(features, augment.from_config(settings) if training else None)
         return cls(name, dataset, sampler, frontend, workers)
@@ -67,6 +74,11 @@ class Split:
     def __str__(self) -> str:
         hours = sum(self.dataset.durations(0)) / 3600
         return f"{self.name}: {len(self.dataset)} utterances, {hours:.2f} hours, {self.dataset.skipped}"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the front end hears."""
+        return next((b.device for b in self.frontend.buffers()), _CPU) if self.frontend else _CPU
 
     def newly_skipped(self, most: int = 5) -> list[str]:
         """Why utterances were skipped since the last call, one line for each of the first few."""
@@ -104,7 +116,7 @@ class Split:
         self.changed = True
         taken, steps = set(state.taken), state.position * then["grad_accumulation"]
         for rank in range(sizes[-1]):
-            how = {"shuffle": True, "rank": rank, "world_size": sizes[-1]}
+            how = {"shuffle": True, "rank": rank, "world_size": sizes[-1], "shards": now.shards}
             past = BatchSampler(self.dataset.durations, *sizes[:3], then["seed"], **how)
             past.leave_out(state.epoch, state.taken)
             taken |= {item for batch in past.batches(state.epoch)[:steps] for item in batch}
@@ -127,6 +139,7 @@ class Split:
                 raise RunError(f"epoch {state.epoch + 1} holds no step after step {state.position}")
             first = state.position * accumulation
             loader = load_batches(self.dataset, self.sampler, state.epoch, first, self.workers, pin_memory)
+            loader = feed(loader, self.device, self.wait)
             for _ in range(state.position, self.steps(state.epoch, accumulation)):
                 wanted = itertools.takewhile(lambda _: not stopped(), range(accumulation))
                 yield [batch for _ in wanted if (batch := next(loader, None)) is not None]

@@ -25,22 +25,28 @@ HANG = 20  # seconds: far beyond what the tiny files take
 
 
 @contextmanager
-def written(content: bytes, name: str):
-    """A file that holds `content`; a case that hangs is stopped."""
+def time_limit():
+    """A case that hangs is stopped."""
 
     def stop(*_):
         raise AssertionError(f"no answer after {HANG} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    with tempfile.TemporaryDirectory() as folder:
+    signal.alarm(HANG)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def written(content: bytes, name: str):
+    """A file that holds `content`; a case that hangs is stopped."""
+    with tempfile.TemporaryDirectory() as folder, time_limit():
         path = Path(folder) / name
         path.write_bytes(content)
-        signal.alarm(HANG)
-        try:
-            yield path
-        finally:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, before)
+        yield path
 
 
 def damage(content: bytes, rng: random.Random, first: int | None = None) -> bytes:

@@ -1,4 +1,4 @@
-"""Fuzzing for as long as asked: python tests/fuzz/run.py models|manifests|audio|checkpoints --cases 2000 --seed 1
+"""Fuzzing for as long as asked: python tests/fuzz/run.py KIND --cases 2000 --seed 1, KIND one of KINDS.
 
 Case i has the seed SEED + i. Every failing case prints its seed, the error and a command that runs it alone; the exit
 status says whether any failed.
@@ -13,15 +13,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
-KINDS = ("models", "manifests", "audio", "checkpoints")
+KINDS = ("models", "manifests", "audio", "checkpoints", "corpora")
 
 
 def failures(kind: str, cases: int, seed: int) -> list[str]:
     """What is wrong with each failing case of `kind`, one line each, with the command that runs it again."""
     import hostile
     import models
+    import spoiled
 
-    case = models.case if kind == "models" else getattr(hostile, kind)
+    case = {"models": models.case, "corpora": spoiled.case}.get(kind) or getattr(hostile, kind)
     found = []
     for i in range(seed, seed + cases):
         try:

@@ -10,8 +10,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import run
 
+CASES = {"models": 24, "manifests": 300, "audio": 200, "checkpoints": 150, "corpora": 60}
 
-@pytest.mark.parametrize(("kind", "cases"), [("models", 24), ("manifests", 300), ("audio", 200), ("checkpoints", 150)])
+
+@pytest.mark.parametrize(("kind", "cases"), CASES.items())
 def test_random_cases(kind: str, cases: int) -> None:
     failed = run.failures(kind, cases, seed=0)
     assert not failed, "\n".join(failed)

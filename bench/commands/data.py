@@ -1,0 +1,185 @@
+"""How many seconds of audio a second does a core make ready: decoded, at another speed, in padded batches?
+
+`python -m bench data`; without --manifest it makes FLAC files of its own. Counted in CPU time of one thread, so that
+other work on the machine blurs little; then through worker processes, in time by the clock.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import os
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+from jasper_fast.bench.harness import machine, options, paths, result_file
+from jasper_fast.bench.harness.console import console
+from jasper_fast.data import perturb
+from jasper_fast.data.batches import BatchSampler, load_batches
+from jasper_fast.data.dataset import SpeechDataset
+from jasper_fast.data.manifest import ManifestError, Utterance, read_manifest
+from jasper_fast.data.settings import AudioSettings
+from jasper_fast.speech import audio
+from jasper_fast.speech.audio import AudioError
+from jasper_fast.speech.text import Vocabulary
+
+GOAL = 1200.0  # audio seconds a second and core
+RATE, SECONDS = 480.0, 16.7  # utterances a second of one H200, and their length
+BATCH_SECONDS = 16 * SECONDS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--manifest", type=Path, default=None, help="utterances to read (default: made ones)")
+    parser.add_argument("--seconds", type=options.seconds, default=10.0, help="time to spend on each stage (10)")
+    parser.add_argument(
+        "--workers", type=options.count, default=None, help="worker processes of the last stage (default: one a core)"
+    )
+    parser.add_argument(
+        "--rate", type=options.seconds, default=RATE, help="utterances a second that a GPU trains on (480: one H200)"
+    )
+    parser.add_argument("--length", type=options.seconds, default=SECONDS, help="of those, in seconds (16.7)")
+    parser.add_argument(
+        "--out", type=Path, default=paths.OUT, metavar="DIR", help="folder for the JSON file (default: build/bench)"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure each stage and say how many cores a GPU needs; returns the exit status."""
+    options.writable(args.out)
+    torch.set_num_threads(1)
+    workers = args.workers or os.cpu_count() or 1
+    try:
+        with corpus(args.manifest) as utterances:
+            found = {name: rates(stage, args.seconds) for name, stage in stages(utterances).items()}
+            shared, through = through_workers(utterances, workers, args.seconds)
+    except AudioError as error:
+        raise SystemExit(f"--manifest {args.manifest}: {error}; `jasper-fast check` names all such files") from None
+    wanted = args.rate * args.length
+    for name, values in found.items():
+        told = f"{statistics.median(values):,.0f} (of {len(values)} rounds {min(values):,.0f} to {max(values):,.0f})"
+        console.print(f"{name}: {told} audio seconds a CPU second", soft_wrap=True)
+    console.print(
+        f"through {workers} worker processes: {shared:,.0f} audio seconds a CPU second, all processes and their start "
+        f"counted; {through:,.0f} a second by the clock",
+        soft_wrap=True,
+    )
+    console.print(
+        f"a GPU that trains on {args.rate:g} utterances of {args.length:g} s a second takes {wanted:,.0f} audio "
+        f"seconds a second: {math.ceil(wanted / shared)} such cores; the goal of {GOAL:,.0f} a core is "
+        f"{'met' if shared >= GOAL else 'missed'}",
+        soft_wrap=True,
+    )
+    header = result_file.header(torch.device("cpu"), vars(args)) | {"command": "data"}
+    told = {
+        "stages": found,
+        "workers": workers,
+        "workers_cpu": shared,
+        "workers_clock": through,
+        "wanted": wanted,
+        "goal": GOAL,
+    }
+    told |= {"cores": math.ceil(wanted / shared), "utterances": len(utterances)}
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path = args.out / f"data_{machine.slug(header['machine']['name'])}_{stamp}.json"
+    path.write_text(json.dumps({"schema": result_file.SCHEMA, **header, "rows": [], "data": told}, indent=1) + "\n")
+    console.print(f"wrote {path}", soft_wrap=True, markup=False, highlight=False)
+    return 0
+
+
+@contextmanager
+def corpus(manifest: Path | None, count: int = 32) -> Iterator[list[Utterance]]:
+    """The utterances of a manifest, or FLAC files made for the purpose, which are deleted at the end."""
+    if manifest is not None:
+        try:
+            yield read_manifest(manifest)
+        except ManifestError as error:
+            raise SystemExit(f"--manifest: {error}") from None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        made = []
+        for i in range(count):
+            seconds = float(rng.uniform(10, SECONDS))
+            path = Path(folder, f"{i}.flac")
+            soundfile.write(path, speech_like(seconds, rng), 16000, subtype="PCM_16")
+            made.append(Utterance(str(path), seconds, "a made utterance"))
+        yield made
+
+
+def speech_like(seconds: float, rng: np.random.Generator) -> np.ndarray:
+    """(samples,) at 16 kHz that FLAC packs as it packs speech: a voice of harmonics that comes and goes, and noise."""
+    t = np.arange(round(seconds * 16000)) / 16000
+    pitch = 2 * np.pi * np.cumsum(120 + 30 * np.sin(2 * np.pi * 0.7 * t)) / 16000
+    voice = sum(np.sin(k * pitch) / k**1.5 for k in range(1, 25))
+    loud = np.clip(np.sin(2 * np.pi * 1.6 * t + rng.uniform(0, 6)), 0, 1) ** 0.5
+    return (0.12 * loud * voice + 0.002 * rng.standard_normal(len(t))).astype(np.float32)
+
+
+def data_of(utterances: list[Utterance]) -> SpeechDataset:
+    """The utterances at random speeds, their text being of no account."""
+    plain = [Utterance(u.path, u.duration, "a", u.offset) for u in utterances]
+    return SpeechDataset(plain, Vocabulary(), AudioSettings(perturb=perturb.Perturb(speed=perturb.SPEED)))
+
+
+def stages(utterances: list[Utterance]) -> dict[str, Callable[[], float]]:
+    """What is timed, each a function that gives the seconds of audio that it made ready, before any change of speed."""
+    data = data_of(utterances)
+    sampler = BatchSampler(data.durations, max_seconds=BATCH_SECONDS)
+    heard = sum(u.seconds for u in data.utterances)
+
+    def decoded() -> float:
+        return sum(len(audio.load(u.path, 16000, u.offset, u.seconds)) for u in data.utterances) / 16000
+
+    def items() -> float:
+        return heard if all(data[0, i].audio is not None for i in range(len(data))) else math.nan
+
+    def padded() -> float:
+        return heard if sum(len(batch) for batch in load_batches(data, sampler)) == len(data) else math.nan
+
+    return {"decoded": decoded, "decoded, speed changed": items, "padded batches": padded}
+
+
+def rates(stage: Callable[[], float], seconds: float) -> list[float]:
+    """Audio seconds a second of CPU time, of rounds that fill so many seconds; three at least."""
+    stage()
+    found: list[float] = []
+    end = time.monotonic() + seconds
+    while len(found) < 3 or time.monotonic() < end:
+        started = time.process_time()
+        made = stage()
+        found.append(made / (time.process_time() - started))
+    if not all(map(math.isfinite, found)):
+        raise SystemExit("some utterances cannot be read: `jasper-fast check MANIFEST` names them")
+    return found
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those of its children that have ended."""
+    return sum(
+        u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
+
+
+def through_workers(utterances: list[Utterance], workers: int, seconds: float) -> tuple[float, float]:
+    """Audio seconds a second of CPU time, of all processes and with their start, and a second by the clock, from the
+    first batch of so many worker processes on."""
+    data = data_of(utterances * max(1, math.ceil(workers * 8 * BATCH_SECONDS / sum(u.seconds for u in utterances))))
+    sampler = BatchSampler(data.durations, max_seconds=BATCH_SECONDS)
+    spent, started, heard, late, epoch = cpu_seconds(), 0.0, 0.0, 0.0, 0
+    while not started or time.monotonic() < started + seconds:
+        for batch in load_batches(data, sampler, epoch, workers=workers):
+            made = sum(data.utterances[i].seconds for i in batch.indices)
+            heard, late = heard + made, late + (made if started else 0.0)
+            started = started or time.monotonic()  # the processes have started
+        epoch += 1
+    took = time.monotonic() - started
+    return heard / (cpu_seconds() - spent), late / took

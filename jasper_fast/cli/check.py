@@ -1,0 +1,94 @@
+"""`jasper-fast check`: what is wrong with a manifest's utterances."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jasper_fast.cli import common
+from jasper_fast.options import option
+
+if TYPE_CHECKING:
+    from jasper_fast.data.prepare.check import Rules
+
+HELP = "what is wrong with a manifest's utterances"
+DESCRIPTION = """\
+Reads the audio and text of every utterance and counts those that are unreadable, truncated, silent, clipped, without
+text, too long or short, too short for CTC, out of the alphabet, or the same as one before. --clean writes a manifest
+of the others; clipped ones and those whose text loses symbols in normalisation are kept there, unless --strict is
+given. --config takes alphabet, bounds and frame rate from a model's configuration."""
+END = """\
+exit status: 0 if every utterance is good, 1 if some are not, 2 for a manifest that cannot be read.
+
+example: jasper-fast check train.jsonl --clean train_clean.jsonl --html train.html"""
+OPTIONS = {
+    "": [
+        option("manifest", metavar="MANIFEST", help="JSON lines, or the array of NVIDIA's Jasper"),
+        option("--clean", metavar="FILE", help="write the good utterances there"),
+        option("--html", metavar="FILE", help="write a page with histograms and the culprits"),
+        option("--out", metavar="FILE", help="write the culprits as JSON"),
+        option("--data-dir", metavar="DIR", help="where the manifest's paths start (its own folder)"),
+        option("--config", metavar="YAML", help="a model's configuration: labels, bounds, frames"),
+        option("--max-duration", type=common.positive(float), metavar="S", help="(the configuration's, or 16.7)"),
+        option("--min-duration", type=float, metavar="S", help="(the configuration's, or 0.1)"),
+        option("--strict", action="store_true", help="leave out what is clipped or out of the alphabet too"),
+        option("--jobs", type=common.positive(int), default=0, metavar="N", help="threads (one a core)"),
+        option("--worst", type=int, default=5, metavar="N", help="culprits of each kind to print (5)"),
+        option("-q", "--quiet", action="store_true", help="no progress bar"),
+    ]
+}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from jasper_fast.data.prepare import check, writing
+
+    for path in (arguments.clean, arguments.html, arguments.out):
+        common.check_writable(path)
+    common.any_name()
+    rules = _rules(arguments)
+    with common.bars(arguments.quiet) as progress:
+        results = check.check(arguments.manifest, rules, arguments.data_dir, arguments.jobs, progress)
+    told = check.figures(results, rules.strict)
+    print(
+        f"{arguments.manifest}: {told['good']} of {told['entries']} utterances are good, {told['good_hours']:.2f} of "
+        f"{told['hours']:.2f} hours"
+    )
+    for reason, count in told["faults"].items():
+        print(f"{count:7} {reason}: {check.REASONS[reason]}")
+        culprits = [(f.name, fault.detail) for f in results for fault in f.faults if fault.reason == reason]
+        for name, detail in culprits[: max(arguments.worst, 0)]:
+            print(f"          {f'{name}: ' if name else ''}{detail}")
+    if arguments.clean:
+        manifest, clean = Path(arguments.manifest), Path(arguments.clean)
+        entries = check.clean_entries(results, manifest, clean, arguments.data_dir, rules.strict)
+        count = writing.write_manifest(clean, entries)
+        print(f"{arguments.clean}: {count} utterances", file=sys.stderr)
+    if arguments.html:
+        check.write_html(Path(arguments.html), arguments.manifest, results, rules)
+    if arguments.out:
+        check.write_json(Path(arguments.out), arguments.manifest, results, rules.strict)
+    return int(told["good"] < told["entries"] or not told["entries"])
+
+
+def _rules(arguments: argparse.Namespace) -> Rules:
+    from jasper_fast.data.prepare.check import Rules
+    from jasper_fast.data.settings import AudioSettings
+    from jasper_fast.speech.text import Vocabulary
+
+    given = {name: getattr(arguments, name) for name in ("min_duration", "max_duration")}
+    known: dict = {"strict": arguments.strict}
+    if arguments.config:
+        from jasper_fast.nn.config import JasperConfig
+
+        config = JasperConfig.from_yaml(arguments.config)
+        settings = AudioSettings.from_config(config.input_train.get("audio_dataset"))
+        stride = math.prod(b.s**b.repeat for b in config.encoder.blocks)
+        hop = (config.input_train.get("filterbank_features") or {}).get("window_stride", 0.01)
+        known |= {"vocabulary": Vocabulary(config.labels), "sample_rate": settings.sample_rate}
+        known |= {"min_duration": settings.min_duration, "max_duration": settings.max_duration}
+        known |= {"frame_samples": round(hop * settings.sample_rate) * stride}
+        known["normalize_text"] = settings.normalize_text
+    return Rules(**known | {name: value for name, value in given.items() if value is not None})

@@ -1,0 +1,241 @@
+"""What is wrong with the utterances of a manifest, found before a training meets it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jasper_fast import page
+from jasper_fast.data.dataset import ctc_frames
+from jasper_fast.data.manifest import ManifestError, Utterance, each_utterance
+from jasper_fast.data.prepare.copies import in_parallel
+from jasper_fast.data.prepare.writing import Progress, silent, whole
+from jasper_fast.speech import audio
+from jasper_fast.speech.audio import AudioError, ShortAudio
+from jasper_fast.speech.text import UnknownSymbolError, Vocabulary, normalize_and_lost
+
+SILENT_DB = -60.0  # a peak below this, full scale being 0
+CLIPPED = 0.001  # of the samples at full scale
+_FULL = 0.9995
+_WARNINGS = {"clipped", "out_of_alphabet"}  # what is told and kept
+REASONS = {
+    "bad_entry": "the line is no utterance",
+    "unreadable": "the audio cannot be read",
+    "truncated": "the file holds less than its header promises",
+    "wrong_duration": "the file holds less than the manifest says",
+    "silent": f"no sample above {SILENT_DB:g} dB of full scale",
+    "clipped": f"more than {CLIPPED:.1%} of the samples at full scale",
+    "empty_text": "no symbol of the alphabet in the text",
+    "too_long": "longer than --max-duration",
+    "too_short": "shorter than --min-duration",
+    "too_short_for_ctc": "fewer output frames than CTC needs for the text",
+    "out_of_alphabet": "symbols that normalisation drops",
+    "duplicate": "the samples of an utterance before it",
+}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What an utterance is held to: an alphabet, bounds in seconds, samples per output frame of the model."""
+
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    min_duration: float = 0.1
+    max_duration: float = 16.7
+    frame_samples: int = 320
+    sample_rate: int = 16000
+    normalize_text: bool = True
+    strict: bool = False  # what is told and kept otherwise is left out too
+
+
+class Fault(NamedTuple):
+    """Something wrong with an utterance: a key of REASONS, and the particulars."""
+
+    reason: str
+    detail: str
+
+
+@dataclass
+class Found:
+    """What was found of one entry; ``utterance`` is None where the entry is none. Levels are in dB of full scale."""
+
+    entry: Any
+    utterance: Utterance | None
+    faults: list[Fault] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_db: float = -math.inf
+    level_db: float = -math.inf
+    symbols: int = 0
+    print_of_samples: bytes = b""
+
+    def good(self, strict: bool = False) -> bool:
+        """Whether the clean manifest has it."""
+        return all(f.reason in _WARNINGS and not strict for f in self.faults)
+
+    @property
+    def name(self) -> str:
+        return self.utterance.name if self.utterance else ""
+
+
+def look(utterance: Utterance, rules: Rules) -> Found:
+    """Reads the audio of an utterance and holds it and its text to the rules."""
+    found = Found(None, utterance)
+    fault = lambda reason, detail: found.faults.append(Fault(reason, detail))  # noqa: E731
+    text, lost = utterance.text, []
+    if rules.normalize_text:
+        text, lost = normalize_and_lost(text, rules.vocabulary)
+    try:
+        target = rules.vocabulary.encode(text)
+        if lost:
+            fault("out_of_alphabet", " ".join(lost))
+    except UnknownSymbolError as error:
+        target = []
+        fault("out_of_alphabet", str(error))
+    found.symbols = len(target)
+    if not target:
+        fault("empty_text", repr(utterance.text[:80]))
+    try:
+        samples = audio.load(utterance.source(), rules.sample_rate, utterance.offset, utterance.seconds)
+        held, said = len(samples) / rules.sample_rate, utterance.seconds
+        if said > held * 1.01 + 0.1:
+            fault("wrong_duration", f"{said:.2f} s in the manifest, {held:.2f} s are there")
+    except ShortAudio as error:
+        samples = error.samples
+        fault(error.reason, error.cause)
+    except (AudioError, ValueError, OverflowError) as error:
+        fault("unreadable", getattr(error, "cause", str(error)))
+        return found
+    _listen(found, samples, rules, fault)
+    needed, frames = ctc_frames(target), -(-len(samples) // rules.frame_samples)
+    if frames < needed:
+        fault("too_short_for_ctc", f"{frames} output frames, its {len(target)} symbols need {needed}")
+    return found
+
+
+def _listen(found: Found, samples: np.ndarray, rules: Rules, fault: Any) -> None:
+    """Length, levels and identity of the samples, and what is wrong with them."""
+    found.seconds = len(samples) / rules.sample_rate
+    found.print_of_samples = hashlib.blake2b(samples.tobytes(), digest_size=16).digest()
+    size = np.abs(samples)
+    peak, level = float(size.max()), math.sqrt(float(np.mean(np.square(samples, dtype=np.float64))))
+    found.peak_db, found.level_db = (20 * math.log10(v) if v > 0 else -math.inf for v in (peak, level))
+    if found.peak_db < SILENT_DB:
+        fault("silent", f"the loudest sample lies at {found.peak_db:.0f} dB")
+    elif (part := float(np.mean(size >= _FULL))) > CLIPPED:
+        fault("clipped", f"{part:.2%} of the samples")
+    for reason, holds in (
+        ("too_long", found.seconds > rules.max_duration),
+        ("too_short", found.seconds < rules.min_duration),
+    ):
+        if holds:
+            fault(reason, f"{found.seconds:.2f} s")
+
+
+def check(
+    manifest: str | os.PathLike,
+    rules: Rules,
+    data_dir: str | os.PathLike | None = None,
+    jobs: int = 0,
+    progress: Progress = silent,
+) -> list[Found]:
+    """Every entry of a manifest with its faults. Raises ManifestError where the file as a whole cannot be read."""
+    entries = list(each_utterance(manifest, data_dir))
+
+    def work(entry: Any) -> Found:
+        if isinstance(entry, ManifestError):
+            return Found(None, None, [Fault("bad_entry", str(entry))])
+        found = look(entry[1], rules)
+        found.entry = entry[0]
+        return found
+
+    jobs = jobs or os.cpu_count() or 1
+    first: dict[bytes, Found] = {}
+    results = list(in_parallel(work, entries, jobs, "check", len(entries), progress))
+    for found in results:
+        if found.print_of_samples:
+            original = first.setdefault(found.print_of_samples, found)
+            if original is not found:
+                found.faults.append(Fault("duplicate", f"as {original.name}"))
+    return results
+
+
+def clean_entries(
+    results: Sequence[Found], manifest: Path, target: Path, data_dir: str | os.PathLike | None = None, strict=False
+) -> Iterator[dict[str, Any]]:
+    """The entries of a clean manifest; paths are absolute where ``target`` lies in another folder."""
+    root = Path(data_dir or manifest.parent)
+    same = manifest.resolve().parent == target.resolve().parent and data_dir is None
+
+    def place(name: str) -> str:
+        return name if same else os.path.abspath(root / name)
+
+    for found in results:
+        if found.utterance is None or not found.good(strict):
+            continue
+        entry = dict(found.entry)
+        entry.pop("text_filepath", None)
+        if "files" in entry:
+            entry["files"] = [file | {"fname": place(file["fname"])} for file in entry["files"]]
+            entry["original_duration"] = round(found.seconds, 6)
+        if "shard_id" in entry and not same:
+            entry["tar"] = found.utterance.packed.tar
+            entry["duration"] = round(found.seconds, 6)
+        elif "audio_filepath" in entry:
+            entry |= {"audio_filepath": place(entry["audio_filepath"]), "duration": round(found.seconds, 6)}
+        yield entry if {"text", "transcript"} & entry.keys() else entry | {"text": found.utterance.text}
+
+
+def figures(results: Sequence[Found], strict: bool) -> dict[str, Any]:
+    """Counts and hours, in numbers that JSON has."""
+    good = [f for f in results if f.good(strict)]
+    return {
+        "entries": len(results),
+        "good": len(good),
+        "hours": sum(f.seconds for f in results) / 3600,
+        "good_hours": sum(f.seconds for f in good) / 3600,
+        "speakers": len({f.utterance.speaker for f in results if f.utterance and f.utterance.speaker}),
+        "faults": dict(Counter(fault.reason for f in results for fault in f.faults).most_common()),
+    }
+
+
+def write_html(path: Path, manifest: str, results: Sequence[Found], rules: Rules, most: int = 200) -> None:
+    """A page with histograms and the culprits, at most so many of each kind."""
+    heard = [f for f in results if f.seconds]
+    histograms = {
+        "seconds": page.histogram([f.seconds for f in heard]),
+        "level, dB of full scale": page.histogram([f.level_db for f in heard]),
+        "peak, dB of full scale": page.histogram([f.peak_db for f in heard]),
+        "symbols a second": page.histogram([f.symbols / f.seconds for f in heard]),
+    }
+    culprits: dict[str, list[tuple[str, str, str]]] = {}
+    for found in results:
+        for fault in found.faults:
+            text = found.utterance.text[:200] if found.utterance else ""
+            culprits.setdefault(fault.reason, []).append((found.name, fault.detail, text))
+    told = figures(results, rules.strict)
+    html = page.render(
+        Path(__file__).parent, "check.html.j2", manifest=manifest, told=told, reasons=REASONS, histograms=histograms,
+        culprits={r: culprits[r] for r in told["faults"]}, most=most, rules=rules, warnings=_WARNINGS,
+    )  # fmt: skip
+    with whole(path) as temporary:
+        temporary.write_text(html, encoding="utf-8", errors="backslashreplace")
+
+
+def write_json(path: Path, manifest: str, results: Sequence[Found], strict: bool) -> None:
+    """All that was found, as JSON."""
+    rows = [
+        {"name": f.name, "seconds": round(f.seconds, 3), "faults": [fault._asdict() for fault in f.faults]}
+        for f in results
+        if f.faults
+    ]
+    with whole(path) as temporary:
+        text = json.dumps(figures(results, strict) | {"manifest": manifest, "culprits": rows}, indent=1)
+        temporary.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,244 @@
+"""LibriSpeech: fetched, verified, unpacked, copied at other speeds, described in manifests; goes on after any cut."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from jasper_fast.data.prepare import copies
+from jasper_fast.data.prepare.copies import Copy
+from jasper_fast.data.prepare.fetch import fetch, verify
+from jasper_fast.data.prepare.unpack import HostileArchive, move, unpack
+from jasper_fast.data.prepare.writing import PrepareError, Progress, alone_in, silent, write_manifest
+
+HOME = "https://www.openslr.org/resources"
+WORK = ".prepare"  # in the folder of the corpus: what is not whole yet
+
+
+class Published(NamedTuple):
+    """An archive of OpenSLR: its number there, MD5 and bytes."""
+
+    resource: int
+    md5: str
+    size: int
+
+
+SETS = {
+    "dev-clean": Published(12, "42e2234ba48799c1f50f24a7926300a1", 337926286),
+    "dev-other": Published(12, "c8d0bcc9cca99d4f8b62fcc847357931", 314305928),
+    "test-clean": Published(12, "32fa31d27d2e1cad72775fee3f4849a9", 346663984),
+    "test-other": Published(12, "fb5a50374b501bb3bac4815ee91d3135", 328757843),
+    "train-clean-100": Published(12, "2a93770f6d5c6c964bc36631d331a522", 6387309499),
+    "train-clean-360": Published(12, "c0e676e450a7ff2f54aeade5171606fa", 23049477885),
+    "train-other-500": Published(12, "d1a0fd59409feb2c614ce4d30c387708", 30593501606),
+}
+MINI = {  # a small part of it, for tries
+    "dev-clean-2": Published(31, "6d7ab67ac6a1d2c993d050e16d61080d", 126046265),
+    "train-clean-5": Published(31, "5df7d4e78065366204ca6845bb08f490", 332747356),
+}
+_KNOWN = SETS | MINI
+WAV_SIZE = 1.9  # bytes of a WAV file for one of its FLAC file
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What is prepared, and where: ``sets`` in the folder ``out``, from ``source`` (a URL or a folder with
+    ``SET.tar.gz``; None: OpenSLR).
+
+    ``speeds``: of copies beside the originals; ``wav``: copies in WAV, which is read faster; ``checksums``: the MD5 of
+    archives that are not the published ones; ``keep_archives`` after they are unpacked.
+    """
+
+    out: Path
+    sets: Sequence[str] = tuple(SETS)
+    source: str | None = None
+    speeds: Sequence[float] = ()
+    wav: bool = False
+    checksums: dict[str, str] | None = None
+    keep_archives: bool = False
+
+    @property
+    def local(self) -> bool:
+        """Whether the archives lie on this machine."""
+        return self.source is not None and not re.match(r"https?://", self.source)
+
+    def forms(self) -> list[Copy]:
+        """The forms of every utterance, speed 1 first."""
+        suffix = ".wav" if self.wav else ".flac"
+        return [Copy(speed, suffix) for speed in (1.0, *sorted(set(self.speeds) - {1.0}))]
+
+    def md5(self, name: str) -> str:
+        """Of a set's archive. Raises PrepareError where it is not known."""
+        if self.checksums is not None:
+            if name not in self.checksums:
+                raise PrepareError(f"--checksums names no {name}.tar.gz")
+            return self.checksums[name]
+        if name not in _KNOWN:
+            raise PrepareError(f"no set {name!r}; known: {', '.join(_KNOWN)}; for others give --checksums")
+        return _KNOWN[name].md5
+
+    def place(self, name: str) -> tuple[str, Path]:
+        """The URL of a set's archive ("" where it lies on this machine), and its path here."""
+        file = f"{name}.tar.gz"
+        if self.local:
+            return "", Path(self.source or "", file)
+        base = self.source or f"{HOME}/{_KNOWN[name].resource}"
+        return f"{base.rstrip('/')}/{quote(file)}", self.out / WORK / file
+
+    def folder(self, name: str) -> Path:
+        """Where a set's utterances lie when they are unpacked."""
+        return self.out / "LibriSpeech" / name
+
+
+def read_checksums(path: Path) -> dict[str, str]:
+    """MD5 by set, from a file as md5sum writes it. Raises PrepareError naming the line."""
+    found = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PrepareError(f"{path}: cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        match = re.fullmatch(r"([0-9a-fA-F]{32})\s+\*?(?:\S*/)?([^\s/]+)\.tar\.gz", line.strip())
+        if match is None:
+            raise PrepareError(f"{path}, line {number}: is not an MD5 and the name of a .tar.gz")
+        found[match[2]] = match[1]
+    return found
+
+
+def needed(corpus: Corpus) -> tuple[int, int]:
+    """Bytes that are still to be fetched, and bytes that the disk will hold more at the worst moment."""
+    fetched, kept, largest = 0, 0, 0
+    suffix_size = WAV_SIZE if corpus.wav else 1.0
+    for name in corpus.sets:
+        url, archive = corpus.place(name)
+        size = archive.stat().st_size if archive.exists() else _KNOWN[name].size if name in _KNOWN else 0
+        there = corpus.folder(name).is_dir()
+        if url and not there:
+            part = archive.with_name(f"{archive.name}.part")
+            left = 0 if archive.exists() else size - min(size, part.stat().st_size if part.exists() else 0)
+            fetched, largest = fetched + left, max(largest, left)
+            kept += left * corpus.keep_archives
+        kept += 0 if there else size
+        original = sum(f.stat().st_size for f in corpus.folder(name).rglob("*.flac")) if there else size
+        kept += sum(
+            int(original * suffix_size / form.speed)
+            for form in corpus.forms()
+            if not form.plain and not form.folder(corpus.folder(name)).is_dir()
+        )
+    return fetched, kept + (0 if corpus.keep_archives else largest)
+
+
+def prepare(
+    corpus: Corpus, jobs: int = 0, say: Callable[[str], None] = print, progress: Progress = silent
+) -> dict[str, Path]:
+    """Prepares every set; gives their manifests (JSON lines: audio_filepath, duration, text, speaker, and ``files``
+    where there are copies at other speeds).
+
+    First says what will be fetched and written; ``jobs`` threads (0: one a core) make copies. What is whole is never
+    made again, so a run that was cut off is continued by the same call, to the same bytes. Raises PrepareError, naming
+    what is wrong: a wrong MD5, a damaged or hostile archive, too little space, a server that does not answer.
+    """
+    for name in corpus.sets:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise PrepareError(f"{name!r} is not the name of a set")
+        corpus.md5(name)
+        url, archive = corpus.place(name)
+        if not url and not archive.is_file() and not corpus.folder(name).is_dir():
+            raise PrepareError(f"{archive}: no such archive; --source names a folder that holds SET.tar.gz, or a URL")
+    with alone_in(corpus.out):
+        fetched, space = needed(corpus)
+        free = shutil.disk_usage(corpus.out).free
+        say(
+            f"{', '.join(corpus.sets)}: {fetched / 1e9:.2f} GB to download, about {space / 1e9:.2f} GB more on the "
+            f"disk of {corpus.out}, where {free / 1e9:.2f} GB are free"
+        )
+        if space > free:
+            raise PrepareError(
+                f"{corpus.out}: about {space / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free: make room, or "
+                "name fewer --sets"
+            )
+        manifests = {}
+        for name in corpus.sets:
+            _unpacked(corpus, name, progress)
+            manifests[name] = corpus.out / f"{name}.jsonl"
+            entries = _entries(corpus, name, jobs or os.cpu_count() or 1, progress)
+            count = write_manifest(manifests[name], entries, corpus.out / WORK)
+            say(f"{manifests[name]}: {count} utterances")
+        for left in [*(corpus.out / WORK).iterdir()]:
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            elif not (corpus.keep_archives and left.suffix == ".gz"):
+                left.unlink()
+        if not any((corpus.out / WORK).iterdir()):
+            (corpus.out / WORK).rmdir()
+    return manifests
+
+
+def _unpacked(corpus: Corpus, name: str, progress: Progress) -> None:
+    """Makes the folder of a set, if it is not there."""
+    folder, staged = corpus.folder(name), corpus.out / WORK / name
+    url, archive = corpus.place(name)
+    if not folder.is_dir():
+        if url and not archive.exists():
+            fetch(url, archive, corpus.md5(name), progress)
+        else:
+            verify(archive, corpus.md5(name), progress)
+        try:
+            unpack(archive, f"LibriSpeech/{name}", staged, progress)
+        except HostileArchive:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
+        move(staged, folder)
+    if url and not corpus.keep_archives:
+        archive.unlink(missing_ok=True)
+
+
+class Spoken(NamedTuple):
+    """An utterance of the corpus: its file and text."""
+
+    file: Path
+    text: str
+
+
+def spoken(folder: Path) -> list[Spoken]:
+    """The utterances of an unpacked set, by their names. Raises PrepareError where text or audio is missing."""
+    texts: dict[str, str] = {}
+    for listing in sorted(folder.rglob("*.trans.txt")):
+        try:
+            lines = listing.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise PrepareError(f"{listing}: is not UTF-8: {error}") from error
+        for line in filter(str.strip, lines):
+            name, _, text = line.partition(" ")
+            texts[name] = text.strip().lower()
+    files = {file.stem: file for file in folder.rglob("*.flac")}
+    for kind, lone in (("text", files.keys() - texts.keys()), ("audio", texts.keys() - files.keys())):
+        if lone:
+            raise PrepareError(f"{folder}: {len(lone)} utterances have no {kind}, as {min(lone)}: remove the folder")
+    return [Spoken(files[name], texts[name]) for name in sorted(files)]
+
+
+def _entries(corpus: Corpus, name: str, jobs: int, progress: Progress) -> Iterator[dict[str, Any]]:
+    """The manifest's entries of a set; makes the copies on the way."""
+    folder, forms, work = corpus.folder(name), corpus.forms(), corpus.out / WORK / "copies"
+    found = spoken(folder)
+
+    def entry(one: Spoken) -> dict[str, Any]:
+        files = []
+        for form in forms:
+            path = form.path(one.file, folder)
+            seconds = round(copies.make(one.file, form, path, work), 6)
+            files.append({"fname": path.relative_to(corpus.out).as_posix(), "speed": form.speed, "duration": seconds})
+        told = {"audio_filepath": files[0]["fname"], "duration": files[0]["duration"], "text": one.text}
+        told["speaker"] = one.file.name.partition("-")[0]
+        return told | ({"files": files} if len(files) > 1 else {})
+
+    yield from copies.in_parallel(entry, found, jobs, f"{name}: audio", len(found), progress)

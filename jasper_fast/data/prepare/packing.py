@@ -1,0 +1,122 @@
+"""Shards written: tar files of some hundred MB, as NeMo and WebDataset read them, and their manifest."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import random
+import re
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import soundfile
+
+from jasper_fast.data.manifest import Utterance
+from jasper_fast.data.prepare.copies import in_parallel
+from jasper_fast.data.prepare.writing import PrepareError, Progress, silent, whole, write_manifest
+from jasper_fast.speech import audio
+from jasper_fast.speech.audio import AudioError
+
+MANIFEST = "tarred_audio_manifest.json"  # NeMo's name for it
+_BLOCK = tarfile.BLOCKSIZE
+
+
+class Member(NamedTuple):
+    """An utterance on its way into a shard, under a name of its own."""
+
+    utterance: Utterance
+    name: str
+
+
+def pack(
+    utterances: Sequence[Utterance],
+    out: Path,
+    shard_bytes: int = 256 << 20,
+    seed: int = 0,
+    url: str | None = None,
+    jobs: int = 1,
+    progress: Progress = silent,
+) -> tuple[Path, int]:
+    """Writes utterances, in an order by chance, as ``audio_N.tar`` and a manifest; gives its path and the number of
+    shards, all of like size.
+
+    Files are packed as they are; of a longer file only the utterance, as FLAC. ``url``: where the shards will lie, if
+    not beside the manifest. Equal arguments give equal bytes. Raises PrepareError naming a file that cannot be read.
+    """
+    order = list(utterances)
+    random.Random(seed).shuffle(order)
+    taken: set[str] = set()
+    named = [Member(u, _name(u, taken)) for u in order]
+    total = sum(_size(u) for u in order)
+    count = max(1, min(len(named), math.ceil(total / shard_bytes)))
+    shares = [named[i * len(named) // count : (i + 1) * len(named) // count] for i in range(count)]
+
+    def write(number: int) -> list[dict[str, Any]]:
+        return _write(out / f"audio_{number}.tar", number, shares[number], url)
+
+    lines = list(in_parallel(write, range(count), jobs, "shards", count, progress))
+    for old in out.glob("audio_*.tar"):  # of a run before, with more shards
+        if re.fullmatch(r"audio_\d+\.tar", old.name) and int(old.stem[6:]) >= count:
+            old.unlink()
+    write_manifest(out / MANIFEST, (line for shard in lines for line in shard))
+    return out / MANIFEST, count
+
+
+def _size(utterance: Utterance) -> int:
+    if utterance.packed is not None:
+        return utterance.packed.size
+    try:
+        return Path(utterance.path).stat().st_size if not utterance.offset else int(20_000 * utterance.seconds)
+    except (OSError, ValueError) as error:
+        raise PrepareError(
+            f"{utterance.path}: cannot be read: {error}; `jasper-fast check` finds such files"
+        ) from error
+
+
+def _name(utterance: Utterance, taken: set[str]) -> str:
+    """A name without dots but the last, which no utterance has already: WebDataset parts names at the first one."""
+    path = Path(utterance.path)
+    stem = first = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem)[:80] or "utterance"
+    for number in itertools.count(1):
+        if stem not in taken:
+            break
+        stem = f"{first}_{number}"
+    taken.add(stem)
+    return f"{stem}{'.flac' if utterance.offset else path.suffix.lower() or '.wav'}"
+
+
+def _content(utterance: Utterance) -> tuple[bytes, float]:
+    """The bytes of an utterance's file, and its seconds."""
+    source = utterance.source()
+    if not utterance.offset:
+        data = source.data if isinstance(source, audio.Memory) else Path(source).read_bytes()
+        whole_seconds = audio.duration(audio.Memory(utterance.path, data))
+        if not utterance.seconds or utterance.seconds >= whole_seconds - 0.05:
+            return data, whole_seconds
+    samples = audio.load(source, 16000, utterance.offset, utterance.seconds)
+    file = io.BytesIO()
+    soundfile.write(file, samples, 16000, format="FLAC", subtype="PCM_16")
+    return file.getvalue(), len(samples) / 16000
+
+
+def _write(path: Path, number: int, share: Sequence[Member], url: str | None) -> list[dict[str, Any]]:
+    """One shard; gives its lines of the manifest."""
+    lines = []
+    with whole(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for utterance, name in share:
+            try:
+                data, seconds = _content(utterance)
+            except AudioError as error:
+                raise PrepareError(f"{error}; `jasper-fast check --clean` leaves such files out") from error
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(data), 0o644
+            tar.addfile(member, io.BytesIO(data))
+            start = tar.offset - math.ceil(len(data) / _BLOCK) * _BLOCK
+            line = {"audio_filepath": name, "duration": round(seconds, 6), "text": utterance.text}
+            line |= {"speaker": utterance.speaker} if utterance.speaker else {}
+            line |= {"shard_id": number, "tar": f"{url.rstrip('/')}/{path.name}" if url else path.name}
+            lines.append(line | {"tar_start": start, "tar_size": len(data)})
+    return lines

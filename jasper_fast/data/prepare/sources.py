@@ -1,0 +1,267 @@
+"""Manifests from the forms that corpora come in: folders, Kaldi, CSV and TSV, NVIDIA's array, Lhotse's cuts."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jasper_fast.data.manifest import ManifestError, read_manifest
+from jasper_fast.data.prepare.writing import PrepareError
+from jasper_fast.speech import audio
+from jasper_fast.speech.audio import SOUNDS, AudioError
+
+TEXTS = (".txt", ".lab", ".trn")
+KINDS = ("folder", "kaldi", "csv", "lines", "lhotse")
+Entry = dict[str, Any]
+Report = Callable[[str], None]  # takes a line about what was left out
+
+_AUDIO_COLUMNS = ("path", "audio_filepath", "audio", "wav_filename", "file", "filename", "file_name", "wav", "mp3_path")
+_TEXT_COLUMNS = ("sentence", "text", "transcript", "transcription", "normalized_text", "normalized_transcription")
+_SPEAKER_COLUMNS = ("client_id", "speaker", "speaker_id", "spk_id")
+_LONGEST_FIELD = 1 << 24
+
+
+def kind_of(source: Path) -> str:
+    """Which of KINDS a source is. Raises PrepareError for what is none."""
+    if source.is_dir():
+        return "kaldi" if (source / "wav.scp").is_file() else "folder"
+    if not source.is_file():
+        raise PrepareError(f"{source}: no such file or folder")
+    name = source.name.lower().removesuffix(".gz")
+    if name.endswith((".csv", ".tsv")):
+        return "csv"
+    first = next((line for _, line in _lines(source)), "")
+    try:
+        found = json.loads(first)
+    except (ValueError, RecursionError):
+        found = None
+    return "lhotse" if isinstance(found, dict) and {"supervisions", "recording"} & found.keys() else "lines"
+
+
+def entries(source: Path, kind: str, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
+    """Entries with audio_filepath (absolute), duration, text and, where known, speaker and offset.
+
+    ``audio_dir``: where relative paths of audio start (by default as that form has it); ``report`` takes a line for
+    each utterance that is left out. Raises PrepareError, naming file and line, for a source of another form.
+    """
+    return _READERS[kind](source, audio_dir, report)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines that are not blank, of a file that may be gzipped."""
+    try:
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line.rstrip("\r\n")
+    except (OSError, UnicodeDecodeError, EOFError) as error:
+        raise PrepareError(f"{path}: cannot be read as text: {error}") from error
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return " ".join(path.read_text(encoding="utf-8-sig").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise PrepareError(f"{path}: cannot be read as text: {error}") from error
+
+
+def _seconds(path: Path, report: Report) -> float | None:
+    """What the header of an audio file says; None, reported, where there is none."""
+    try:
+        seconds = audio.duration(path)
+    except AudioError as error:
+        report(str(error))
+        return None
+    return round(seconds, 6)
+
+
+# ------------------------------------------------------------------ a folder
+
+
+def _folder(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
+    """Audio files, each with a text of its name beside it, or listed in a *.trans.txt of its folder (LibriSpeech) or
+    in a metadata.csv above (LJ Speech)."""
+    listed: dict[Path, dict[str, str]] = {}
+    found = 0
+    for folder, folders, files in os.walk(source):
+        folders.sort()
+        here = Path(folder)
+        listed[here] = dict(listed.get(here.parent, {}))
+        for name in sorted(files):
+            if name.endswith(".trans.txt"):
+                listed[here] |= {n: t for n, _, t in (line.partition(" ") for _, line in _lines(here / name))}
+            elif name == "metadata.csv":
+                rows = [line.split("|") for _, line in _lines(here / name)]
+                listed[here] |= {Path(row[0]).stem: row[-1] for row in rows if len(row) > 1}
+        for name in sorted(files):
+            path = here / name
+            if path.suffix.lower() not in SOUNDS:
+                continue
+            found += 1
+            text = next((_text_of(t) for s in TEXTS if (t := path.with_suffix(s)).is_file()), None)
+            text = listed[here].get(path.stem) if text is None else text
+            if text is None:
+                report(f"{path}: no text beside it ({path.stem}.txt, .lab or .trn, *.trans.txt, metadata.csv)")
+            elif (seconds := _seconds(path, report)) is not None:
+                entry: Entry = {"audio_filepath": str(path), "duration": seconds, "text": text}
+                yield entry | ({"speaker": here.name} if here != source else {})
+    if not found:
+        raise PrepareError(f"{source}: holds no audio ({', '.join(sorted(SOUNDS))}) and no wav.scp of Kaldi")
+
+
+# ------------------------------------------------------------------ Kaldi
+
+
+def _table(path: Path, least: int = 1) -> dict[str, str]:
+    """A file of Kaldi: a key and the rest of each line."""
+    found = {}
+    for number, line in _lines(path):
+        key, *rest = line.split(maxsplit=1)
+        if len(rest) < least:
+            raise PrepareError(f"{path}, line {number}: a key and a value belong on it, got {line[:80]!r}")
+        found[key] = rest[0].strip() if rest else ""
+    return found
+
+
+def _kaldi(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
+    """wav.scp, text, and where they are there segments and utt2spk. Paths start where Kaldi was run: ``audio_dir``,
+    by default the working folder, or the folder itself where the file lies there."""
+    recordings, texts = _table(source / "wav.scp"), _table(source / "text", 0)
+    speakers = _table(source / "utt2spk") if (source / "utt2spk").is_file() else {}
+    segments: dict[str, tuple[str, float, float]] = {name: (name, 0.0, 0.0) for name in recordings}
+    if (source / "segments").is_file():
+        segments = {}
+        for name, rest in _table(source / "segments").items():
+            try:
+                recording, start, end = rest.split()[:3]
+                segments[name] = recording, float(start), float(end)
+            except ValueError:
+                raise PrepareError(f"{source / 'segments'}: {name}: not a recording, start and end: {rest!r}") from None
+    lengths: dict[str, float | None] = {}
+    for name, (recording, start, end) in sorted(segments.items()):
+        place = recordings.get(recording)
+        if place is None or name not in texts:
+            report(f"{source}: {name}: {'no text' if place is not None else f'no recording {recording} in wav.scp'}")
+            continue
+        path = _kaldi_path(place, source, audio_dir)
+        if path is None:
+            report(f"{source}: {name}: wav.scp has a command, not a file: {place[:60]}; convert it to a file first")
+            continue
+        if recording not in lengths:
+            lengths[recording] = _seconds(path, report)
+        whole = lengths[recording]
+        if whole is None:
+            continue
+        seconds = (min(end, whole) if end > 0 else whole) - start  # an end of -1 is the end of the recording
+        entry: Entry = {"audio_filepath": str(path), "duration": round(seconds, 6), "text": texts[name]}
+        if not (seconds > 0 and start >= 0):
+            report(f"{source}: {name}: from {start} s to {end} s is not within its {whole} s")
+            continue
+        yield entry | ({"offset": start} if start else {}) | ({"speaker": speakers[name]} if name in speakers else {})
+
+
+def _kaldi_path(place: str, source: Path, audio_dir: Path | None) -> Path | None:
+    """The file that a line of wav.scp names, `flac -cd FILE |` too; None for any other command."""
+    if place.endswith("|"):
+        words = place.rstrip("| ").split()
+        files = [word for word in words if Path(word).suffix.lower() in SOUNDS]
+        if len(files) != 1 or words[0] not in ("flac", "cat"):
+            return None
+        place = files[0]
+    if audio_dir is not None:
+        return audio_dir / place
+    return source / place if (source / place).is_file() else Path(place)
+
+
+# ------------------------------------------------------------------ CSV and TSV
+
+
+def _csv(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
+    """A table with a header. Audio lies beside it, in ``clips`` beside it (Common Voice), or in ``audio_dir``."""
+    tabs = source.name.lower().removesuffix(".gz").endswith(".tsv")
+    lines = (f"{line}\n" for _, line in _lines(source))
+    csv.field_size_limit(_LONGEST_FIELD)
+    # Common Voice's TSV has quotation marks that are part of a sentence.
+    quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    rows = csv.DictReader(lines, **quoting)
+    try:
+        header = [(name or "").strip() for name in rows.fieldnames or []]
+        rows.fieldnames = header
+        sound, text, speaker = (
+            next((name for name in names if name in header), None)
+            for names in (_AUDIO_COLUMNS, _TEXT_COLUMNS, _SPEAKER_COLUMNS)
+        )
+        if sound is None or text is None:
+            lacking = "audio" if sound is None else "text"
+            known = ", ".join(_AUDIO_COLUMNS if sound is None else _TEXT_COLUMNS)
+            raise PrepareError(f"{source}: no column of {lacking} ({known}) in its header: {', '.join(header)[:200]}")
+        for row in rows:
+            name, said = row[sound], row[text]
+            if not name or said is None:
+                report(f"{source}, line {rows.line_num}: {'no audio' if not name else 'no text'}")
+                continue
+            path = _beside(name, source, audio_dir)
+            if (seconds := _seconds(path, report)) is not None:
+                entry: Entry = {"audio_filepath": str(path), "duration": seconds, "text": said.strip()}
+                yield entry | ({"speaker": row[speaker]} if speaker and row[speaker] else {})
+    except csv.Error as error:
+        raise PrepareError(f"{source}, line {rows.line_num}: not a table: {error}") from error
+
+
+def _beside(name: str, source: Path, audio_dir: Path | None) -> Path:
+    if audio_dir is not None:
+        return audio_dir / name
+    try:
+        return next(p for p in (source.parent / name, source.parent / "clips" / name) if p.is_file())
+    except (StopIteration, ValueError, OSError):
+        return source.parent / name
+
+
+# ------------------------------------------------------------------ JSON
+
+
+def _manifest(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
+    """NeMo's JSON lines, or the array of NVIDIA's Jasper, of which the file at speed 1 is taken."""
+    try:
+        utterances = read_manifest(source, audio_dir)
+    except ManifestError as error:
+        raise PrepareError(str(error)) from error
+    for u in utterances:
+        if not (u.duration > 0 and math.isfinite(u.duration)):
+            report(f"{u.name}: a duration of {u.duration} s")
+            continue
+        entry: Entry = {"audio_filepath": u.path, "duration": u.duration, "text": u.text}
+        yield entry | ({"offset": u.offset} if u.offset else {}) | ({"speaker": u.speaker} if u.speaker else {})
+
+
+def _lhotse(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
+    """Lhotse's cuts as JSON lines: one recording in one file, and one supervision with a text."""
+    for number, line in _lines(source):
+        where = f"{source}, line {number}"
+        try:
+            cut = json.loads(line)
+            sources, told = cut["recording"]["sources"], cut["supervisions"]
+            if len(sources) != 1 or sources[0]["type"] != "file" or len(told) != 1:
+                report(f"{where}: {cut.get('id')}: not one file with one supervision")
+                continue
+            start, seconds = float(cut.get("start", 0.0)), float(cut["duration"])
+            path, text = Path(sources[0]["source"]), told[0]["text"]
+            if not isinstance(text, str) or not (start >= 0 and 0 < seconds < math.inf):
+                raise ValueError(f"text {text!r}, start {start}, duration {seconds}")
+            entry: Entry = {"audio_filepath": str(audio_dir / path if audio_dir else path), "duration": seconds}
+            entry |= {"text": text} | ({"offset": start} if start else {})
+            entry |= {"speaker": str(told[0]["speaker"])} if told[0].get("speaker") else {}
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise PrepareError(f"{where}: not a cut of Lhotse: {what}") from error
+        yield entry
+
+
+_READERS = {"folder": _folder, "kaldi": _kaldi, "csv": _csv, "lines": _manifest, "lhotse": _lhotse}

@@ -1,0 +1,72 @@
+"""Archives unpacked without trust: no member outside the folder, no links, no devices."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+import tarfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+from jasper_fast.data.prepare.writing import PrepareError, Progress, silent, whole, writing
+
+
+class HostileArchive(PrepareError):
+    """An archive would write outside its folder, or holds links or devices."""
+
+
+_BAD = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
+
+
+def parts_of(member: tarfile.TarInfo, archive: Path) -> tuple[str, ...]:
+    """The names on a member's path. Raises HostileArchive for a path that leaves the folder, and for what is neither
+    a file nor a folder."""
+    name = PurePosixPath(member.name)
+    if name.is_absolute() or ".." in name.parts or "\0" in member.name:
+        raise HostileArchive(f"{archive}: the member {member.name!r} would lie outside the folder; take another copy")
+    if not (member.isreg() or member.isdir()):
+        raise HostileArchive(f"{archive}: the member {member.name!r} is a link or a device; only files are unpacked")
+    return tuple(part for part in name.parts if part != ".")
+
+
+def unpack(archive: Path, inside: str, folder: Path, progress: Progress = silent) -> int:
+    """Unpacks what lies under the path ``inside`` of a tar (plain or compressed) into ``folder``; gives the number of
+    files. Those that a run before wrote are kept; what is not whole lies beside ``folder``. Raises PrepareError for a
+    damaged or hostile archive."""
+    wanted, count, size = PurePosixPath(inside).parts, 0, archive.stat().st_size
+    try:
+        with open(archive, "rb") as raw, tarfile.open(fileobj=raw, mode="r:*") as tar:
+            for member in tar:
+                parts = parts_of(member, archive)
+                if not member.isreg() or parts[: len(wanted)] != wanted or len(parts) == len(wanted):
+                    continue
+                target = folder.joinpath(*parts[len(wanted) :])
+                count += 1
+                progress(f"unpack {archive.name}", min(raw.tell(), size), size)
+                if not (target.is_file() and target.stat().st_size == member.size):
+                    _write(tar, member, target, folder)
+                tar.members.clear()  # of 150,000 nothing need be remembered
+    except _BAD as error:
+        why = " ".join(str(error).split())[:200]
+        raise PrepareError(f"{archive}: not a whole tar archive ({why}); take another copy") from error
+    if not count:
+        raise PrepareError(f"{archive}: holds no file under {inside}")
+    return count
+
+
+def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, folder: Path) -> None:
+    source = tar.extractfile(member)
+    if source is None:
+        raise tarfile.ReadError(f"{member.name} has no content")
+    with whole(target, folder.parent) as temporary, open(temporary, "wb") as file:
+        shutil.copyfileobj(source, file, 1 << 20)
+        if file.tell() != member.size:
+            raise tarfile.ReadError(f"{member.name} is cut off")
+
+
+def move(folder: Path, target: Path) -> None:
+    """Gives a folder its place."""
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(folder, target)

@@ -1,0 +1,77 @@
+"""Files that are whole or not there, whenever the work is cut off."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+Progress = Callable[[str, int, int | None], None]  # what is at work, how much of it is done, of how much
+
+
+class PrepareError(ValueError):
+    """Data cannot be prepared; the message names the file and what to do."""
+
+
+def silent(what: str, done: int, total: int | None) -> None:
+    """A Progress that says nothing."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, an error of the file system (a full disk, no permission) is a PrepareError that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # of a library that reads, not of the file system
+            raise
+        raise PrepareError(
+            f"{path}: {error.strerror}; what is whole is kept: mend that and run the command again"
+        ) from error
+
+
+@contextmanager
+def whole(path: Path, folder: Path | None = None) -> Iterator[Path]:
+    """A temporary path in ``folder`` (that of ``path``); at the end of the block it becomes ``path``, after an error
+    it is removed."""
+    temporary = (folder or path.parent) / f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp"
+    with writing(path):
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_manifest(path: Path, entries: Iterable[dict[str, Any]], work: Path | None = None) -> int:
+    """Writes entries as JSON lines; gives their number. ``work``: the folder that holds the file until it is whole."""
+    count = 0
+    with whole(path, work) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+        for entry in entries:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps a second run out of the folder. Raises PrepareError where one is at work there."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise PrepareError(f"{folder}: another run prepares data here; wait for it or take another folder") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)

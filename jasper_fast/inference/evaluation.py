@@ -1,0 +1,89 @@
+"""What an evaluation tells: error rates in all, by set, length and speaker, and a page with the worst utterances."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import soundfile
+
+from jasper_fast import page
+from jasper_fast.speech import audio
+from jasper_fast.speech.audio import AudioError, ShortAudio
+from jasper_fast.speech.metrics import alignment
+
+Row = dict[str, Any]  # an utterance: text, pred_text, duration, word_errors, words, character_errors, characters, ...
+LENGTHS = (2.0, 5.0, 10.0, 15.0)  # seconds between which utterances are counted together
+
+
+def length_of(row: Row) -> str:
+    """The range of LENGTHS that an utterance falls in."""
+    upper = next((i for i, bound in enumerate(LENGTHS) if row["duration"] < bound), len(LENGTHS))
+    low = f"{LENGTHS[upper - 1]:g}" if upper else "0"
+    return f"{low} to {LENGTHS[upper]:g} s" if upper < len(LENGTHS) else f"{low} s and more"
+
+
+def grouped(rows: Sequence[Row], key: Callable[[Row], str | None]) -> dict[str, dict[str, Any]]:
+    """Counts and error rates of the rows that ``key`` gives one name to; those that it gives None are left out."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if (name := key(row)) is not None:
+            groups.setdefault(name, []).append(row)
+    return {name: totals(group) for name, group in sorted(groups.items())}
+
+
+def totals(rows: Sequence[Row]) -> dict[str, Any]:
+    """Counts and error rates of rows; where there are no words, the rate is the number of errors."""
+    sums = {k: sum(row[k] for row in rows) for k in ("word_errors", "words", "character_errors", "characters")}
+    rates = {"wer": sums["word_errors"] / max(sums["words"], 1)}
+    rates["cer"] = sums["character_errors"] / max(sums["characters"], 1)
+    return {"utterances": len(rows), "seconds": round(sum(r["duration"] for r in rows), 3)} | sums | rates
+
+
+def by_parts(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
+    """``totals`` by manifest, by length and by speaker."""
+    lengths = grouped(rows, length_of)
+    ranges = sorted(lengths, key=lambda name: float(name.split()[0]))
+    return {
+        "sets": grouped(rows, lambda row: row["manifest"]),
+        "lengths": {name: lengths[name] for name in ranges},
+        "speakers": grouped(rows, lambda row: row.get("speaker")),
+    }
+
+
+def worst(rows: Sequence[Row], count: int) -> list[Row]:
+    """The rows of the highest word error rates, as many as ``count``."""
+    bad = sorted((r for r in rows if r["word_errors"]), key=lambda r: r["word_errors"] / max(r["words"], 1))
+    return bad[::-1][: max(count, 0)]
+
+
+def sound(row: Row) -> str | None:
+    """The audio of an utterance as a data URI of FLAC at 16 kHz, None where it cannot be read."""
+    try:
+        samples = audio.load(row["audio_filepath"], 16000, row["offset"], row["duration"])
+    except ShortAudio as short:
+        samples = short.samples
+    except AudioError:
+        return None
+    file = io.BytesIO()
+    soundfile.write(file, samples, 16000, format="FLAC", subtype="PCM_16")
+    return f"data:audio/flac;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def html(figures: dict[str, Any], rows: Sequence[Row], count: int) -> str:
+    """The page: figures, their parts, histograms, and the ``count`` worst utterances aligned, with audio."""
+    shown = [
+        row | {"aligned": alignment(row["text"], row["pred_text"]), "sound": sound(row)} for row in worst(rows, count)
+    ]
+    rates = [100 * r["word_errors"] / max(r["words"], 1) for r in rows]
+    histograms = {
+        "word error rate of an utterance, %": page.histogram(rates),
+        "seconds of an utterance": page.histogram([r["duration"] for r in rows]),
+        "confidence": page.histogram([r["confidence"] for r in rows]),
+    }
+    return page.render(
+        Path(__file__).parent, "evaluation.html.j2", figures=figures, worst=shown, histograms=histograms,
+    )  # fmt: skip

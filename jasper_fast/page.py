@@ -1,0 +1,39 @@
+"""HTML pages of reports: one file that needs nothing else, readable in light and dark and on a phone.
+
+A template extends page.html.j2, which has the style, tables and histograms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jasper_fast.extras import need
+
+
+def render(folder: Path, template: str, **values: Any) -> str:
+    """The page of a template in ``folder``. Raises MissingExtra where jinja2 is not installed."""
+    jinja2 = need("jinja2", "train")
+    loader = jinja2.FileSystemLoader([folder, Path(__file__).parent])
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template(template).render(values)
+
+
+def histogram(values: Sequence[float], bins: int = 24) -> list[tuple[float, float, int]]:
+    """(low, high, count) of bins of round widths that cover the finite values; none where there are none."""
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite:
+        return []
+    low, high = min(finite), max(finite)
+    raw = max((high - low) / bins, 1e-9 * max(abs(low), abs(high), 1e-3))
+    unit = 10.0 ** math.floor(math.log10(raw))
+    width = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw * 0.999)
+    first = math.floor(low / width)
+    counts = [0] * (math.floor(high / width) - first + 1)
+    for value in finite:
+        counts[math.floor(value / width) - first] += 1
+    return [((first + i) * width, (first + i + 1) * width, count) for i, count in enumerate(counts)]

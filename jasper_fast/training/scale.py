@@ -1,0 +1,100 @@
+"""The size of a step: micro-batches for a global batch, and whether the largest ones fit the memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from jasper_fast.data.batches import BatchSampler
+from jasper_fast.training.randomness import own_randomness
+from jasper_fast.training.runs import RunError
+from jasper_fast.training.step import BufferGuard, Frontend, ctc_loss
+
+
+def accumulation_for(wanted: int, sampler: BatchSampler, utterances: int) -> tuple[int, str]:
+    """How many micro-batches of each process make a step of ``wanted`` utterances, and that in words.
+
+    The nearest whole number, by ``batch_size``, else by how many ``utterances`` the micro-batches of the first epoch
+    hold on average. Raises RunError where a single one of each process holds far more.
+    """
+    world = sampler.world_size
+    mean = utterances / max(sampler.steps(0) * world, 1)
+    size = sampler.batch_size if sampler.max_seconds is None and sampler.batch_size else mean
+    count = max(1, round(wanted / (size * world)))
+    made = count * size * world
+    if made > 1.5 * wanted:
+        raise RunError(
+            f"--global-batch {wanted}: one micro-batch of each of {world} processes holds {made:.0f} utterances: lower "
+            "--batch-size or --batch-seconds, or take fewer processes"
+        )
+    about = "" if made == wanted else f", {wanted} were asked for"
+    return count, (
+        f"a step is {count} micro-batch{'es' * (count > 1)} of {size:g} utterances on each of {world} "
+        f"process{'es' * (world > 1)}: {made:g}{about}"
+    )
+
+
+def largest_batches(sampler: BatchSampler, seconds: list[float]) -> list[tuple[int, float]]:
+    """Utterances and seconds of the longest of the first epoch's batches that pad to most, and of the one with the
+    longest utterance, if that is another."""
+    shapes = [(len(batch), max(seconds[i] for i in batch)) for batch in sampler.batches(0)]
+    return sorted({max(shapes, key=lambda s: s[0] * s[1]), max(shapes, key=lambda s: s[1])}, key=lambda s: -s[0] * s[1])
+
+
+def _fits(model: nn.Module, frontend: Frontend, n: int, samples: int, device: torch.device, amp_dtype) -> bool:
+    """Whether a forward and backward over so much noise fits the memory."""
+    core = getattr(model, "module", model)
+    try:
+        audio, lengths = 0.1 * torch.randn(n, samples, device=device), torch.full((n,), samples)
+        features, frames, on_host = frontend(audio, lengths)
+        with torch.autocast(device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):
+            log_probs, _ = core(features, frames)
+        targets = torch.zeros(n, 1, dtype=torch.int64, device=device)
+        ctc_loss(log_probs, core.out_lengths(on_host), targets, torch.ones(n, dtype=torch.int64)).mean().backward()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        core.zero_grad(set_to_none=True)
+    return True
+
+
+def scan_memory(
+    model: nn.Module,
+    frontend: Frontend,
+    shapes: list[tuple[int, float]],
+    device: torch.device,
+    amp_dtype: torch.dtype | None = None,
+) -> str:
+    """Runs the largest batches, ``shapes`` (utterances, seconds), before the first step, and says what they took.
+
+    Nothing is learnt: gradients, running statistics and random generators are as before. Raises RunError where one
+    does not fit, with the number of utterances that does.
+    """
+    guard, rate = BufferGuard(model), frontend.features.sample_rate
+    guard.remember()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        with own_randomness(0):
+            for n, seconds in shapes:
+                samples, fitting = round(seconds * rate), n
+                while not _fits(model, frontend, fitting, samples, device, amp_dtype):
+                    fitting //= 2
+                    if device.type == "cuda":
+                        torch.cuda.empty_cache()
+                    if not fitting:
+                        raise RunError(f"not even one utterance of {seconds:.1f} s fits the memory: lower max_duration")
+                if fitting < n:
+                    raise RunError(
+                        f"{n} utterances of {seconds:.1f} s do not fit the memory, {fitting} do: give --batch-size "
+                        f"{fitting} or --batch-seconds {fitting * seconds:.0f}, and --grad-accumulation "
+                        f"{-(-n // fitting)} times what it was, or --global-batch"
+                    )
+    finally:
+        guard.settle(torch.zeros((), dtype=torch.bool, device=device))
+    n, seconds = shapes[0]
+    took = ""
+    if device.type == "cuda":
+        peak, total = torch.cuda.max_memory_allocated(device) / 2**30, torch.cuda.mem_get_info(device)[1] / 2**30
+        took = f" and takes {peak:.1f} of {total:.1f} GiB"
+    return f"the largest batch, {n} utterances of {seconds:.1f} s, fits{took}"

@@ -1,0 +1,168 @@
+"""Corpora for tests: a LibriSpeech of a few utterances as archives, a server that misbehaves, the real speech."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import socket
+import tarfile
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def speech_folder() -> Path | None:
+    """The folder of real speech (JASPER_FAST_DATA, or ../shared/data), if it is there."""
+    folder = Path(os.environ.get("JASPER_FAST_DATA") or ROOT.parent / "shared" / "data")
+    return folder if (folder / "librispeech_dev.jsonl").is_file() else None
+
+
+def real_speech() -> Path:
+    """The folder of real speech; skips the test where it is absent."""
+    return speech_folder() or pytest.skip("no real speech: JASPER_FAST_DATA names the folder of it")
+
+
+def tone(seed: int, seconds: float = 0.5, rate: int = 16000) -> bytes:
+    """A FLAC file."""
+    samples = 0.3 * np.sin(np.arange(round(seconds * rate)) * (0.02 + 0.005 * (seed % 17)))
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="FLAC", subtype="PCM_16")
+    return file.getvalue()
+
+
+def utterances(count: int) -> dict[str, tuple[bytes, str]]:
+    """FLAC files and texts by name, of several speakers."""
+    return {f"{10 + i % 3}-{i // 3}-{i:04d}": (tone(i, 0.3 + 0.05 * i), f"WORD NUMBER {'I' * i}") for i in range(count)}
+
+
+def real_utterances(count: int) -> dict[str, tuple[bytes, str]]:
+    """As `utterances`, of the real speech."""
+    folder, found = real_speech(), {}
+    for line in (folder / "librispeech_dev.jsonl").read_text().splitlines()[:count]:
+        entry = json.loads(line)
+        path = folder / entry["audio_filepath"]
+        found[path.stem] = path.read_bytes(), entry["text"].upper()
+    return found
+
+
+def archive(name: str, spoken: dict[str, tuple[bytes, str]], extra: list[tarfile.TarInfo] = ()) -> bytes:
+    """`name`.tar.gz as LibriSpeech has it; `extra` members come first."""
+    listings: dict[str, list[str]] = {}
+    files = {"LibriSpeech/README.TXT": b"about\n"}
+    for utterance, (audio, text) in spoken.items():
+        speaker, chapter, _ = utterance.split("-")
+        folder = f"LibriSpeech/{name}/{speaker}/{chapter}"
+        files[f"{folder}/{utterance}.flac"] = audio
+        listings.setdefault(f"{folder}/{speaker}-{chapter}.trans.txt", []).append(f"{utterance} {text}\n")
+    files |= {path: "".join(lines).encode() for path, lines in listings.items()}
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz", compresslevel=1) as tar:
+        for member in extra:
+            tar.addfile(member)
+        for path, content in files.items():
+            member = tarfile.TarInfo(path)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return out.getvalue()
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content).hexdigest()
+
+
+class Server:
+    """Serves files over HTTP on this machine, with ranges. Each answer takes the next of `faults` first:
+
+    "break" sends half of what is left, "corrupt" flips a byte, "busy" says 503, "whole" ignores the range, "empty" says
+    nothing at all, "shift" answers another range. `slow` seconds pass between pieces of 4 KiB.
+    """
+
+    def __init__(self, files: dict[str, bytes], faults: list[str] = (), slow: float = 0.0) -> None:
+        self.files, self.faults, self.slow, self.asked = files, list(faults), slow, []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                outer.answer(self)
+
+        class Quiet(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *_) -> None:  # the other side was killed
+                pass
+
+        self.http = Quiet(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/mirror"
+        self.thread = threading.Thread(target=self.http.serve_forever, daemon=True)
+
+    def __enter__(self) -> Server:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        wanted, fault = request.headers.get("Range"), self.faults.pop(0) if self.faults else ""
+        self.asked.append((request.path, wanted))
+        content = self.files.get(request.path.rpartition("/")[2])
+        if content is None or fault == "busy":
+            request.send_error(404 if content is None else 503)
+            return
+        if fault == "empty":
+            request.connection.shutdown(socket.SHUT_RDWR)
+            return
+        first = int(wanted[6:-1]) if wanted and fault != "whole" else 0
+        if first >= len(content):
+            request.send_response(416)
+            request.send_header("Content-Range", f"bytes */{len(content)}")
+            request.end_headers()
+            return
+        request.send_response(206 if first else 200)
+        if first:
+            shifted = first + (fault == "shift")
+            request.send_header("Content-Range", f"bytes {shifted}-{len(content) - 1}/{len(content)}")
+        request.send_header("Content-Length", str(len(content) - first))
+        request.end_headers()
+        body = bytearray(content[first:])
+        if fault == "corrupt":
+            body[len(body) // 2] ^= 1
+        end = len(body) // 2 if fault == "break" else len(body)
+        for at in range(0, end, 4096):
+            request.wfile.write(body[at : min(at + 4096, end)])
+            if self.slow:
+                time.sleep(self.slow)
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """MD5 of every file below a folder, hidden ones too."""
+    return {str(p.relative_to(folder)): md5(p.read_bytes()) for p in sorted(folder.rglob("*")) if not p.is_dir()}
+
+
+def hostile_members() -> dict[str, tarfile.TarInfo]:
+    """A member of each kind that must not be unpacked."""
+    found = {}
+    for kind, name in (("parent", "LibriSpeech/dev-clean/../../evil"), ("absolute", "/tmp/evil"), ("dots", "../evil")):
+        found[kind] = tarfile.TarInfo(name)
+    for kind, number in (("symlink", tarfile.SYMTYPE), ("hardlink", tarfile.LNKTYPE), ("device", tarfile.CHRTYPE)):
+        found[kind] = tarfile.TarInfo("LibriSpeech/dev-clean/link")
+        found[kind].type, found[kind].linkname = number, "/etc/passwd"
+    return found
+
+
+def random_text(rng: random.Random, length: int) -> str:
+    return "".join(rng.choice("abcdefghij '") for _ in range(length))

@@ -1,0 +1,162 @@
+"""`jasper-fast evaluate` by set, length and speaker, and over several processes; `transcribe` over folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import corpora
+import pytest
+import test_cli
+
+from jasper_fast.cli import command, ranks
+from jasper_fast.data.manifest import Skipped, SkipReport
+from jasper_fast.inference import evaluation
+from jasper_fast.speech.metrics import alignment, word_errors
+
+SAME = ("wer", "cer", "utterances", "words", "substitutions", "deletions", "insertions", "sets", "lengths", "speakers")
+
+
+def together(world: int, *arguments: str) -> list[subprocess.CompletedProcess]:
+    """The command in `world` processes, started as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    base = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(world),
+        "OMP_NUM_THREADS": "1",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "jasper_fast", *map(str, arguments)],
+            env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            cwd=corpora.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    done = [(process, *process.communicate(timeout=240)) for process in started]
+    return [subprocess.CompletedProcess(p.args, p.returncode, out, err) for p, out, err in done]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> list[str]:
+    """Two manifests of nine utterances with speakers, one of them unreadable; the options that name them."""
+    options = []
+    for name, count in (("one", 5), ("two", 4)):
+        lines = []
+        for i in range(count):
+            file = f"{name}{i}.flac"
+            (tmp_path / file).write_bytes(corpora.tone(7 * i + count, 0.4 + 0.9 * i))
+            entry = {"audio_filepath": file, "duration": 0.4 + 0.9 * i, "text": f"the words of {'abcde'[i]}"}
+            lines.append(json.dumps(entry | {"speaker": f"s{i % 2}"}))
+        if name == "two":
+            (tmp_path / "two1.flac").write_bytes(b"no audio")
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        options += ["--manifest", str(tmp_path / f"{name}.jsonl")]
+    return options
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    return test_cli.write_checkpoint(tmp_path / "model.pt")
+
+
+@pytest.mark.slow
+def test_the_figures_are_the_same_for_any_number_of_processes_and_size_of_batches(tmp_path, corpus, model) -> None:
+    found = []
+    for world, size in ((1, 1), (1, 16), (2, 4)):
+        out = tmp_path / f"{world}-{size}.json"
+        arguments = ["evaluate", *corpus, "--checkpoint", model, "--batch-size", str(size), "--out", str(out)]
+        if world == 1:
+            assert command.main(arguments) == 0
+        else:
+            done = together(world, *arguments, "--html", tmp_path / "page.html")
+            assert [d.returncode for d in done] == [0] * world, done
+            assert "WER" in done[0].stdout and not any(d.stdout for d in done[1:])
+        told = json.loads(out.read_text())
+        assert told["processes"] == world and len(told["skipped"]) == 1
+        rows = [{k: v for k, v in row.items() if k != "confidence"} for row in told["utterances_list"]]
+        found.append({key: told[key] for key in SAME} | {"rows": rows, "seconds": told["audio_seconds"]})
+    assert all(one == found[0] for one in found[1:])
+    assert found[0]["utterances"] == 8 and len(found[0]["sets"]) == len(found[0]["speakers"]) == 2
+    assert (tmp_path / "page.html").is_file()
+
+
+def test_parts_and_page(tmp_path, corpus, model, capsys) -> None:
+    page, out = tmp_path / "page.html", tmp_path / "out.json"
+    options = ["--checkpoint", model, "--html", str(page), "--out", str(out), "--worst", "3"]
+    assert command.main(["evaluate", *corpus, *options]) == 0
+    told, html = json.loads(out.read_text()), page.read_text()
+    for part in ("sets", "lengths", "speakers"):
+        assert sum(of["words"] for of in told[part].values()) == told["words"]
+        errors = told["substitutions"] + told["deletions"] + told["insertions"]
+        assert sum(of["word_errors"] for of in told[part].values()) == errors
+    assert list(told["lengths"]) == ["0 to 2 s", "2 to 5 s"]
+    assert html.count("<audio") == 3 and "data:audio/flac" in html and "sub" in html
+    assert "in 0 to 2 s" in capsys.readouterr().out
+
+
+def test_lengths_of_rows() -> None:
+    names = [evaluation.length_of({"duration": seconds}) for seconds in (0.0, 1.99, 2.0, 14.99, 15.0, 99.0)]
+    assert names == ["0 to 2 s", "0 to 2 s", "2 to 5 s", "10 to 15 s", "15 s and more", "15 s and more"]
+
+
+@pytest.mark.parametrize(
+    ("said", "heard"), [("a b c d", "a x c d e"), ("", "a b"), ("a b", ""), ("a", "a"), ("", ""), ("one two", "two")]
+)
+def test_alignments_count_what_word_errors_counts(said: str, heard: str) -> None:
+    rows, errors = alignment(said, heard), word_errors(said, heard)
+    kinds = [kind for kind, _, _ in rows]
+    assert (kinds.count("substitute"), kinds.count("delete"), kinds.count("insert")) == (
+        errors.substitutions,
+        errors.deletions,
+        errors.insertions,
+    )
+    assert " ".join(w for _, w, _ in rows if w) == said and " ".join(w for _, _, w in rows if w) == heard
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_shares_hold_each_item_once_and_are_alike(world: int) -> None:
+    sizes = [float(i * 37 % 11) for i in range(20)]
+    shares = [ranks.Share(rank, world).of(sizes) for rank in range(world)]
+    assert sorted(i for share in shares for i in share) == list(range(20))
+    sums = [sum(sizes[i] for i in share) for share in shares]
+    assert max(sums) - min(sums) <= max(sizes)
+
+
+def test_reports_of_processes_add_up() -> None:
+    one, other = SkipReport(), SkipReport()
+    one.add([Skipped("a", "unreadable", "")])
+    one.lose("m", ["x"])
+    other.add([Skipped("b", "unreadable", "")])
+    other.lose("m", ["y", "x"])
+    one.merge(other)
+    assert len(one) == 2 and one.lost == {"m": (2, ["x", "y"])}
+
+
+def test_transcribe_takes_folders(tmp_path, corpus, model, capsys) -> None:
+    assert command.main(["transcribe", str(tmp_path), "--checkpoint", model, "--quiet"]) == 0
+    told = [Path(line.split("\t")[0]).name for line in capsys.readouterr().out.splitlines()]
+    assert told == sorted(p.name for p in tmp_path.glob("*.flac") if p.name != "two1.flac")
+    (tmp_path / "empty").mkdir()
+    assert command.main(["transcribe", str(tmp_path / "empty"), "--checkpoint", model]) == 2
+    assert "holds no audio file" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_several_processes_write_what_one_writes(tmp_path, corpus, model) -> None:
+    arguments = ["transcribe", str(tmp_path), "--checkpoint", model, "--batch-size", "1", "--quiet", "--json"]
+    assert command.main([*arguments, "--out", str(tmp_path / "one.jsonl")]) == 0
+    one = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
+    kept = (tmp_path / "one.jsonl").read_text().splitlines(keepends=True)[:3]
+    (tmp_path / "two.jsonl").write_text("".join(kept) + '{"half')
+    done = together(2, *arguments, "--out", tmp_path / "two.jsonl", "--resume")
+    assert [d.returncode for d in done] == [0, 0], done
+    two = [json.loads(line) for line in (tmp_path / "two.jsonl").read_text().splitlines()]
+    assert [(t["audio_filepath"], t["pred_text"]) for t in two] == [(t["audio_filepath"], t["pred_text"]) for t in one]

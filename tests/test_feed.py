@@ -1,0 +1,74 @@
+"""Batches on their way to the device, and `python -m bench data`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import corpora
+import pytest
+import torch
+
+from jasper_fast.bench import cli
+from jasper_fast.bench.commands import data as command
+from jasper_fast.data.batches import BatchSampler, load_batches
+from jasper_fast.data.feed import Wait, feed
+
+
+def utterances(folder: Path, count: int = 6) -> list:
+    for i in range(count):
+        (folder / f"{i}.flac").write_bytes(corpora.tone(i, 0.3 + 0.1 * i))
+    return [command.Utterance(str(folder / f"{i}.flac"), 0.3 + 0.1 * i, "a") for i in range(count)]
+
+
+def on_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_fed_batches_are_those_that_were_loaded(tmp_path: Path) -> None:
+    device, data = on_device(), command.data_of(utterances(tmp_path))
+    sampler = BatchSampler(data.durations, 2)
+    pinned = device.type == "cuda"
+    plain = list(load_batches(data, sampler))
+    fed = list(feed(load_batches(data, sampler, pin_memory=pinned), device, Wait()))
+    assert len(fed) == len(plain) == 3
+    for one, other in zip(fed, plain, strict=True):
+        assert one.audio.device.type == one.targets.device.type == device.type
+        assert one.audio_lengths.device.type == one.target_lengths.device.type == "cpu"
+        for name in ("audio", "targets", "audio_lengths", "target_lengths"):
+            assert torch.equal(getattr(one, name).cpu(), getattr(other, name))
+
+
+def test_the_wait_is_what_the_loader_takes_and_not_what_the_step_takes(tmp_path: Path, monkeypatch) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    wait = Wait()
+    data = command.data_of(utterances(tmp_path, 2))
+    for _ in feed(load_batches(data, BatchSampler(data.durations, 1)), torch.device("cpu"), wait):
+        time.perf_counter()  # the step reads the clock too
+    assert wait.take() == 3, "two batches and the end, a tick each"
+    assert wait.take() == 0
+
+
+def test_bench_data_measures_every_stage(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(command, "BATCH_SECONDS", 1.0)
+    lines = [{"audio_filepath": u.path, "duration": u.duration, "text": "x"} for u in utterances(tmp_path)]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["data", "--manifest", str(tmp_path / "m.jsonl"), "--seconds", "0.01", "--workers", "1"]
+    assert cli.main([*options, "--rate", "480", "--length", "16.7", "--out", str(tmp_path)]) == 0
+    [path] = tmp_path.glob("data_*.json")
+    told = json.loads(path.read_text())["data"]
+    assert set(told["stages"]) == {"decoded", "decoded, speed changed", "padded batches"}
+    assert told["wanted"] == pytest.approx(8016) and told["cores"] == -(-told["wanted"] // told["workers_cpu"])
+    assert f"{told['cores']} such cores" in "".join(capsys.readouterr())
+    with command.corpus(None, 2) as made:
+        assert all(10 <= u.duration <= command.SECONDS and Path(u.path).is_file() for u in made)
+    assert not Path(made[0].path).exists()
+
+
+def test_bench_data_names_a_manifest_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text('{"audio_filepath": "x.wav", "text": "a", "duration": 1}\n')
+    for name, said in (("absent.jsonl", "absent"), ("m.jsonl", r"x\.wav: no such file")):
+        with pytest.raises(SystemExit, match=said):
+            cli.main(["data", "--manifest", str(tmp_path / name), "--seconds", "0.01", "--out", str(tmp_path)])

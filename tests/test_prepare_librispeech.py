@@ -1,0 +1,247 @@
+"""`jasper-fast prepare librispeech` against a local server that serves small archives, and misbehaves."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import corpora
+import numpy as np
+import pytest
+import soundfile
+
+from jasper_fast.cli.command import main
+from jasper_fast.data.manifest import read_manifest
+from jasper_fast.data.prepare import fetch, librispeech, unpack, writing
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch) -> None:
+    """No waiting between tries."""
+    monkeypatch.setattr(fetch, "PAUSE", 0.0)
+
+
+def sums(folder: Path, archives: dict[str, bytes]) -> str:
+    """A file of MD5 sums; returns its path."""
+    path = folder / "md5sum.txt"
+    path.write_text("".join(f"{corpora.md5(content)}  {name}\n" for name, content in archives.items()))
+    return str(path)
+
+
+def arguments(folder: Path, source: str, archives: dict[str, bytes], *more: str) -> list[str]:
+    sets = [name.removesuffix(".tar.gz") for name in archives]
+    given = ["--out", str(folder / "out"), "--source", source, "--checksums", sums(folder, archives), "--sets", *sets]
+    return ["prepare", "librispeech", *given, "-q", *more]
+
+
+@pytest.fixture
+def archives() -> dict[str, bytes]:
+    return {
+        f"{name}.tar.gz": corpora.archive(name, corpora.utterances(count))
+        for name, count in (("dev-clean", 6), ("train-clean-100", 4))
+    }
+
+
+def test_sets_are_fetched_unpacked_copied_and_described(tmp_path: Path, archives) -> None:
+    with corpora.Server(archives) as server:
+        assert main(arguments(tmp_path, server.url, archives, "--speeds", "0.9", "1.1", "1", "--jobs", "2")) == 0
+    out = tmp_path / "out"
+    spoken = corpora.utterances(6)
+    lines = [json.loads(line) for line in (out / "dev-clean.jsonl").read_text().splitlines()]
+    assert len(lines) == 6
+    for line, name in zip(lines, sorted(spoken), strict=True):
+        audio, text = spoken[name]
+        assert (line["text"], line["speaker"]) == (text.lower().strip(), name.split("-")[0])
+        assert (out / line["audio_filepath"]).read_bytes() == audio, "FLAC files stay as they are"
+        assert [f["speed"] for f in line["files"]] == [1.0, 0.9, 1.1]
+        plain, rate = soundfile.read(out / line["audio_filepath"])
+        for file in line["files"]:
+            samples, copied_rate = soundfile.read(out / file["fname"])
+            assert copied_rate == rate and file["duration"] == pytest.approx(len(samples) / rate, abs=1e-6)
+            assert abs(len(samples) - len(plain) / file["speed"]) <= 1
+    utterance = read_manifest(out / "dev-clean.jsonl", offline_speeds=True)[0]
+    assert len(utterance.alternatives) == 3 and all(Path(p).is_file() for p in utterance.alternatives)
+    assert sorted(p.name for p in out.iterdir()) == ["LibriSpeech", "dev-clean.jsonl", "train-clean-100.jsonl"]
+
+
+def test_a_copy_plays_at_its_speed(tmp_path: Path) -> None:
+    archives = {"x.tar.gz": corpora.archive("x", {"1-2-3": (corpora.tone(4, 2.0), "A")})}
+    (tmp_path / "x.tar.gz").write_bytes(archives["x.tar.gz"])
+    assert main(arguments(tmp_path, str(tmp_path), archives, "--speeds", "0.8", "--wav")) == 0
+    peaks = []
+    for folder in ("x-wav", "x-sp0.8-wav"):
+        samples, rate = soundfile.read(tmp_path / "out" / "LibriSpeech" / folder / "1" / "2" / "1-2-3.wav")
+        peaks.append(np.abs(np.fft.rfft(samples)).argmax() * rate / len(samples))
+    assert peaks[1] / peaks[0] == pytest.approx(0.8, rel=0.01)
+    assert (tmp_path / "x.tar.gz").is_file(), "a folder's archives are the user's"
+
+
+@pytest.mark.parametrize(
+    ("faults", "ranges"),
+    [
+        (["break", "break"], 2),
+        (["busy", "empty", "break"], 1),
+        (["break", "whole"], 1),
+        (["break", "shift"], 1),
+    ],
+)
+def test_a_download_goes_on_after_faults(tmp_path: Path, archives, faults: list[str], ranges: int) -> None:
+    archives = {"dev-clean.tar.gz": archives["dev-clean.tar.gz"]}
+    with corpora.Server(archives, faults) as server:
+        assert main(arguments(tmp_path, server.url, archives)) == 0
+    assert sum(wanted is not None for _, wanted in server.asked) == ranges
+    assert len((tmp_path / "out" / "dev-clean.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_wrong_md5_is_an_error_and_the_next_run_starts_anew(tmp_path: Path, archives, capsys) -> None:
+    given = arguments(tmp_path, "", archives)
+    with corpora.Server(archives, ["corrupt"]) as server:
+        given[given.index("--source") + 1] = server.url
+        assert main(given) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert "MD5" in said[-1] and "dev-clean.tar.gz" in said[-1] and "deleted" in said[-1]
+        assert not (tmp_path / "out" / "LibriSpeech").exists()
+        assert main(given) == 0
+
+
+def test_what_the_server_has_not_is_not_asked_for_again(tmp_path: Path, archives, capsys) -> None:
+    with corpora.Server({}) as server:
+        assert main(arguments(tmp_path, server.url, archives)) == 2
+    assert len(server.asked) == 1 and "404" in capsys.readouterr().err
+
+
+def test_a_server_that_brings_nothing_is_given_up(tmp_path: Path, archives, capsys) -> None:
+    with corpora.Server(archives, ["busy"] * 50) as server:
+        assert main(arguments(tmp_path, server.url, archives)) == 2
+    assert len(server.asked) == fetch.TRIES and "503" in capsys.readouterr().err
+
+
+def test_a_part_that_is_whole_or_too_long_is_settled(tmp_path: Path, archives) -> None:
+    name = "dev-clean.tar.gz"
+    for part in (archives[name], archives[name] + b"more"):
+        folder = tmp_path / str(len(part))
+        (folder / "out" / ".prepare").mkdir(parents=True)
+        (folder / "out" / ".prepare" / f"{name}.part").write_bytes(part)
+        with corpora.Server(archives) as server:
+            assert main(arguments(folder, server.url, {name: archives[name]})) == 0
+
+
+@pytest.mark.parametrize("kind", corpora.hostile_members())
+def test_hostile_members_are_one_line_errors(tmp_path: Path, capsys, kind: str) -> None:
+    member = corpora.hostile_members()[kind]
+    archives = {"dev-clean.tar.gz": corpora.archive("dev-clean", corpora.utterances(2), [member])}
+    (tmp_path / "dev-clean.tar.gz").write_bytes(archives["dev-clean.tar.gz"])
+    before = corpora.tree(tmp_path)
+    assert main(arguments(tmp_path, str(tmp_path), archives)) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "dev-clean.tar.gz" in last and repr(member.name) in last
+    assert {k: v for k, v in corpora.tree(tmp_path).items() if k != "md5sum.txt"} == before
+    assert not Path("/tmp/evil").exists()
+
+
+@pytest.mark.parametrize("cut", [0, 40, 0.5, 0.99])
+def test_a_damaged_archive_is_a_one_line_error(tmp_path: Path, archives, capsys, cut: float) -> None:
+    content = archives["dev-clean.tar.gz"]
+    content = content[: int(cut * len(content)) if isinstance(cut, float) else cut]
+    (tmp_path / "dev-clean.tar.gz").write_bytes(content)
+    assert main(arguments(tmp_path, str(tmp_path), {"dev-clean.tar.gz": content})) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "dev-clean.tar.gz" in error and "tar" in error
+    assert not (tmp_path / "out" / "dev-clean.jsonl").exists()
+
+
+def test_a_full_disk_is_a_one_line_error_and_the_run_goes_on_later(tmp_path: Path, archives, capsys, monkeypatch):
+    with corpora.Server(archives) as server:
+        given = arguments(tmp_path, server.url, archives)
+        free = shutil.disk_usage(tmp_path)._replace(free=1000)
+        with monkeypatch.context() as patched:
+            patched.setattr(shutil, "disk_usage", lambda _: free)
+            assert main(given) == 2
+        assert "are free" in capsys.readouterr().err.splitlines()[-1] and server.asked == []
+
+        def full(*_) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        for module, name in ((unpack.shutil, "copyfileobj"), (fetch.os, "replace")):
+            with monkeypatch.context() as patched:
+                patched.setattr(module, name, full)
+                assert main(given) == 2
+            assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+        assert main(given) == 0
+
+
+def test_missing_pieces_are_named(tmp_path: Path, capsys) -> None:
+    spoken = corpora.utterances(3)
+    name = sorted(spoken)[1]
+    spoken[name] = b"not audio", "TEXT"
+    content = corpora.archive("dev-clean", spoken)
+    (tmp_path / "dev-clean.tar.gz").write_bytes(content)
+    assert main(arguments(tmp_path, str(tmp_path), {"dev-clean.tar.gz": content})) == 2
+    assert f"{name}.flac" in capsys.readouterr().err.splitlines()[-1]
+    folder = tmp_path / "out" / "LibriSpeech" / "dev-clean"
+    next(folder.rglob(f"{name}.flac")).unlink()
+    with pytest.raises(writing.PrepareError, match=f"1 utterances have no audio, as {name}"):
+        librispeech.spoken(folder)
+    for listing in folder.rglob("*.trans.txt"):
+        listing.write_text("")
+    with pytest.raises(writing.PrepareError, match="have no text"):
+        librispeech.spoken(folder)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--sets", "dev-dirty", "--source", "."], "no set 'dev-dirty'"),
+        (["--sets", "../x", "--source", "."], "not the name of a set"),
+        (["--sets", "dev-clean", "--source", "no/such/folder"], "no such archive"),
+        (["--speeds", "9"], "between 0.25 and 4"),
+        (["--checksums", "absent.txt"], "absent.txt"),
+    ],
+)
+def test_wrong_wishes_are_told_before_anything_is_done(tmp_path: Path, capsys, more: list[str], said: str) -> None:
+    assert main(["prepare", "librispeech", "--out", str(tmp_path / "out"), *more]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_second_run_in_the_same_folder_is_kept_out(tmp_path: Path, archives, capsys) -> None:
+    with writing.alone_in(tmp_path / "out"), corpora.Server(archives) as server:
+        assert main(arguments(tmp_path, server.url, archives)) == 2
+    assert "another run" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_at_random_points_it_finishes_to_the_same_bytes(tmp_path: Path) -> None:
+    spoken = corpora.real_utterances(8) if corpora.speech_folder() else corpora.utterances(30)
+    half = len(spoken) // 2
+    parts = [dict(list(spoken.items())[:half]), dict(list(spoken.items())[half:])]
+    names = ("dev-clean", "train-clean-100")
+    archives = {f"{name}.tar.gz": corpora.archive(name, part) for name, part in zip(names, parts, strict=True)}
+    rng, python = random.Random(0), [sys.executable, "-m", "jasper_fast"]
+    size = max(map(len, archives.values()))
+    with corpora.Server(archives, slow=0.4 * 4096 / size) as server:
+        folders = {}
+        for name in ("undisturbed", "killed"):
+            (tmp_path / name).mkdir()
+            folders[name] = arguments(tmp_path / name, server.url, archives, "--speeds", "0.9", "1.1", "--jobs", "2")
+        started = time.perf_counter()
+        subprocess.run([*python, *folders["undisturbed"]], cwd=corpora.ROOT, check=True, capture_output=True)
+        took = time.perf_counter() - started
+        ended = []
+        for _ in range(20):
+            process = subprocess.Popen([*python, *folders["killed"]], cwd=corpora.ROOT, stderr=subprocess.DEVNULL)
+            try:
+                process.wait(rng.uniform(0.2, 0.6) * took)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            ended.append(process.wait())
+        subprocess.run([*python, *folders["killed"]], cwd=corpora.ROOT, check=True, capture_output=True)
+    assert set(ended) <= {0, -signal.SIGKILL}
+    assert corpora.tree(tmp_path / "killed") == corpora.tree(tmp_path / "undisturbed")

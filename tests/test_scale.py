@@ -1,0 +1,214 @@
+"""The size of a step: accumulation for a global batch, the scan of the largest batches, restarts by torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_sync
+import torch
+import yaml
+from speech import beep, train_arguments, write_corpus
+
+import train
+from jasper_fast.data.batches import Batch, BatchSampler
+from jasper_fast.nn.config import JasperConfig
+from jasper_fast.nn.model import Jasper
+from jasper_fast.speech.features import LogMelFeatures
+from jasper_fast.training import scale
+from jasper_fast.training.optim import NovoGrad
+from jasper_fast.training.runs import RunError, StopRequest, read_log
+from jasper_fast.training.split import Split
+from jasper_fast.training.step import BufferGuard, Frontend, train_step
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> dict[str, Path]:
+    return write_corpus(tmp_path)
+
+
+def run(arguments: list[str], monkeypatch) -> None:
+    stop = StopRequest()
+    try:
+        train.main(train.arguments(arguments), stop)
+    finally:
+        stop.restore()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sizes", "world", "count", "said"),
+    [
+        (512, {"batch_size": 64}, 8, 1, "a step is 1 micro-batch of 64 utterances on each of 8 processes: 512"),
+        (512, {"batch_size": 32}, 1, 16, "16 micro-batches of 32 utterances on each of 1 process: 512"),
+        (500, {"batch_size": 64}, 4, 2, ": 512, 500 were asked for"),
+        (64, {"max_seconds": 100.0}, 2, 3, "of 10 utterances on each of 2 processes: 60, 64 were asked for"),
+    ],
+)
+def test_accumulation_for_a_global_batch(wanted: int, sizes: dict, world: int, count: int, said: str) -> None:
+    sampler = BatchSampler([10.0] * 1000, world_size=world, **sizes)
+    found, told = scale.accumulation_for(wanted, sampler, 1000)
+    assert found == count and told.endswith(said)
+
+
+def test_a_global_batch_below_a_micro_batch_is_an_error() -> None:
+    with pytest.raises(RunError, match="lower --batch-size"):
+        scale.accumulation_for(8, BatchSampler([1.0] * 100, 16), 100)
+
+
+def test_the_global_batch_makes_the_steps_of_a_run(paths, tmp_path, monkeypatch) -> None:
+    arguments = train_arguments(paths, tmp_path / "out", epochs=1, batch_size=2, global_batch=8, val_manifests=None)
+    run(arguments, monkeypatch)
+    records = [r for r in read_log(tmp_path / "out" / "log.jsonl") if r["kind"] == "train"]
+    assert len(records) == 2, "16 utterances, 8 a step"
+    assert all(r["waited_s"] > 0 for r in records)
+
+
+def split_and_model(paths) -> tuple[Split, torch.nn.Module]:
+    config = JasperConfig.from_yaml(paths["config"])
+    split = Split.load("training", [str(paths["train"])], config, batch_size=8)
+    return split, Jasper(config, backend="reference").train()
+
+
+def test_the_scan_runs_the_largest_batches_and_changes_nothing(paths, monkeypatch) -> None:
+    split, model = split_and_model(paths)
+    seconds = split.dataset.durations(0)
+    shapes = scale.largest_batches(split.sampler, seconds)
+    assert max(s for _, s in shapes) == max(seconds) and all(n <= 8 for n, _ in shapes)
+    before, seen = {k: v.clone() for k, v in model.state_dict().items()}, []
+    model.register_forward_hook(lambda m, i, o: seen.append(tuple(i[0].shape[:1])))
+    generator = torch.get_rng_state()
+    said = scale.scan_memory(model, split.frontend.train(), shapes, torch.device("cpu"))
+    assert "fits" in said and [n for (n,) in seen] == [n for n, _ in shapes]
+    assert torch.equal(generator, torch.get_rng_state())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("most", "said"), [(3, "2 do: give --batch-size 2 or --batch-seconds 2"), (0, "not even one")])
+def test_what_does_not_fit_is_told_with_advice(paths, most: int, said: str) -> None:
+    split, model = split_and_model(paths)
+
+    def small(module, inputs, output) -> None:
+        if len(inputs[0]) > most:
+            raise torch.OutOfMemoryError("of the test")
+
+    model.register_forward_hook(small)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(RunError, match=said):
+        scale.scan_memory(model, split.frontend, [(8, 1.0)], torch.device("cpu"))
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_a_restart_by_torchrun_resumes(paths, tmp_path, monkeypatch) -> None:
+    arguments = train_arguments(paths, tmp_path / "out", steps=2, val_manifests=None, save_every=1)
+    run(arguments, monkeypatch)
+    with pytest.raises(RunError, match="add --resume"):
+        run(arguments, monkeypatch)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run(arguments, monkeypatch)
+
+
+# ------------------------------------------------------------------ two processes and one
+
+
+def learnt(folder: str, share: slice, world: int, synced: bool) -> dict[str, torch.Tensor]:
+    """The parameters after 20 steps on this share of each batch, dropout and dither off."""
+    config = yaml.safe_load((Path(folder) / "tiny.yaml").read_text())
+    for block in config["jasper"]["encoder"]["blocks"]:
+        block["dropout"] = 0.0
+    config = JasperConfig.from_dict(config)
+    torch.manual_seed(3)
+    core = Jasper(config, backend="reference").train()
+    model = torch.nn.parallel.DistributedDataParallel(core) if world > 1 else core
+    if synced:  # after the wrapping, which takes no such layers on a CPU; the parameters stay the same
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(core)
+    frontend = Frontend(LogMelFeatures(n_mels=32, dither=0.0))
+    optimizer = NovoGrad(core.parameters(), lr=0.005, betas=(0.95, 0.0))
+    guard, rng = BufferGuard(core), np.random.default_rng(0)
+    for _ in range(20):
+        audio = torch.from_numpy(np.stack([beep("abcd", rng) for _ in range(4)]))
+        targets = torch.tensor([[0, 1, 2, 3]] * 4)
+        lengths = torch.tensor([audio.shape[1]] * 4), torch.tensor([4] * 4)
+        names = list("wxyz")
+        batch = Batch(
+            audio[share], lengths[0][share], targets[share], lengths[1][share], names[share], names[share], []
+        )
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        train_step(model, frontend, [batch], optimizer, scaler, guard, device=torch.device("cpu"))
+    return {name: p.detach() for name, p in core.named_parameters()}
+
+
+def of_rank(rank: int, folder: str, synced: bool) -> dict[str, torch.Tensor]:
+    return learnt(folder, slice(2 * rank, 2 * rank + 2), 2, synced)
+
+
+@pytest.mark.slow
+def test_two_processes_with_synchronised_batch_norm_reach_the_parameters_of_one(paths, tmp_path) -> None:
+    one = learnt(str(tmp_path), slice(0, 4), 1, False)
+    both = test_sync.spawn(of_rank, tmp_path, str(tmp_path), True)
+    for name, wanted in one.items():
+        assert torch.equal(both[0][name], both[1][name])
+        # with statistics of each process's own the largest distance is 0.26
+        assert (both[0][name] - wanted).norm() <= 1e-4 * wanted.norm() + 1e-6, name
+
+
+KILLED = """
+import os, signal, sys, train
+from jasper_fast.training.runs import StopRequest
+
+def watch(state):
+    if state.step == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train.main(train.arguments(sys.argv[1:]), StopRequest(), watch)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_restarted_and_the_losses_are_those_of_an_undisturbed_run(paths, tmp_path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    losses = {}
+    for name, program in (("undisturbed", ROOT / "train.py"), ("killed", script)):
+        arguments = train_arguments(paths, tmp_path / name, steps=6, save_every=2, batch_size=2, val_manifests=None)
+        launch = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+        # Without the second, torchrun gives a restarted group the addresses of the one before (pytorch#135712).
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        environment["PYTHONPATH"] = str(ROOT)
+        command = [sys.executable, "-m", "torch.distributed.run", *launch, str(program), *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        records = [r for r in read_log(tmp_path / name / "log.jsonl") if r["kind"] == "train"]
+        losses[name] = [(r["step"], r["loss"]) for r in records]
+    assert losses["killed"] == losses["undisturbed"] and len(losses["killed"]) == 6
+
+
+AUGMENTATIONS = {
+    "speed_perturbation": {"min_rate": 0.85, "max_rate": 1.15},
+    "gain_perturbation": {"p": 1.0},
+    "shift_perturbation": {"p": 1.0},
+    "noise_perturbation": {"min_snr_db": 5},
+    "tempo_perturbation": {},
+    "spec_augment": {"freq_masks": 2, "max_freq": 6, "time_masks": 2, "max_time": 6},
+    "cutout_augment": {"masks": 3, "max_freq": 8, "max_time": 8, "min_freq": 2, "min_time": 2},
+    "speaker_warp": {},
+}
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_losses_are_finite_with_each_augmentation(paths, tmp_path, monkeypatch, name: str) -> None:
+    config = yaml.safe_load(paths["config"].read_text())
+    config["input_train"].pop("spec_augment")
+    config["input_train"]["audio_dataset"].pop("speed_perturbation")
+    place = config["input_train"]["audio_dataset"] if name.endswith("perturbation") else config["input_train"]
+    place[name] = AUGMENTATIONS[name]
+    paths["config"].write_text(yaml.safe_dump(config))
+    run(train_arguments(paths, tmp_path / "out", steps=3, val_manifests=None), monkeypatch)
+    records = [r for r in read_log(tmp_path / "out" / "log.jsonl") if r["kind"] == "train"]
+    assert len(records) == 3 and all(r["loss"] > 0 and r["bad_losses"] == 0 for r in records)
