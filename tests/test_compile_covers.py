@@ -102,5 +102,5 @@ def test_what_cannot_be_described_is_refused():
     ]:
         with pytest.raises(error):
             aot.source(wrong, 80)
-    with pytest.raises(RuntimeError, match="interprets"):
+    with pytest.raises(RuntimeError, match="interpreter"):
         aot.compile_for(aot.source(one, 80), 80)
