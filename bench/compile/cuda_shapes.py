@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from jasper_fast.kernels.conv1d import cuda_tiles
-from jasper_fast.kernels.conv1d.cuda_args import CHUNK, OUT
 
 # c_in, c_out, taps, stride, dilation
 SHAPES = (
@@ -28,7 +27,6 @@ GPUS = {
 SHARED_OF_SM = {"75": 65536, "80": 167936, "86": 102400, "89": 102400, "90a": 233472}
 REGISTERS, THREADS = 65536, {75: 128, 80: 128, 90: 384}
 FRAMES, BATCH = 835, 32
-L2 = 64  # bytes a clock and multiprocessor
 
 
 def show(rows: Iterable[dict]) -> None:
@@ -45,26 +43,10 @@ def show(rows: Iterable[dict]) -> None:
             used = registers[arch, f"conv_{gpu.loop} fp16 stats {cut.block}"]
             threads = THREADS[gpu.loop]
             ctas = min(SHARED_OF_SM[arch] // (cut.shared + 1024), REGISTERS // (used * threads))
-            moved = bytes_of_step(cut.block, work)
-            tensor, port = clocks_of_step(gpu.loop, cut.block, moved)
+            moved = cuda_tiles.bytes_of_step(cut.block, work)
+            tensor, port, l2 = cuda_tiles.clocks_of_step(gpu.loop, cut.block, work)
             conv = f"{c_in}->{c_out} K={taps}" + (f" s{stride}" if stride > 1 else "") + (" d2" if dilation > 1 else "")
             print(
                 f"{name:>5} {conv:<22}{cut.block:>7}{used:>6}{ctas:>6}{moved / 1024:>9.1f}{tensor:>8.0f}{port:>6.0f}"
-                f"{moved / L2:>6.0f}"
+                f"{l2:>6.0f}"
             )
-
-
-def bytes_of_step(block: int, work: cuda_tiles.Work) -> float:
-    """Bytes from L2: a step's weights, and its share of a panel, which serves all taps."""
-    rows = cuda_tiles.panel_rows(block, work.taps, work.dilation, work.stride) * work.stride
-    return OUT * CHUNK * 2 + rows * CHUNK * 2 / work.taps
-
-
-def clocks_of_step(loop: int, block: int, moved: float) -> tuple[float, float]:
-    """Clocks of the tensor cores and of the shared-memory port, which reads operands and writes what is loaded."""
-    tensor = OUT * block * CHUNK / {75: 512, 80: 1024, 90: 2048}[loop]
-    if loop == 90:  # each of two warpgroups reads its 64 channels of weights and all frames
-        read = 2 * (64 + block) * CHUNK * 2
-    else:  # each of four warps reads half of the frames and half of the weights
-        read = 4 * (block // 2 + OUT // 2) * CHUNK * 2
-    return tensor, (read + moved) / 128

@@ -21,6 +21,7 @@ _WEIGHTS = OUT * CHUNK * 2  # bytes of a step's weights
 _STAGING = SLAB * (OUT + 8) * 4
 _STAGING_90 = SLAB * (OUT + 4) * 4
 _PRODUCTS = {75: 512, 80: 1024, 90: 2048}  # 16-bit products a clock
+_PORT, _L2 = 128, 64  # bytes a clock of the shared-memory port, and of L2 for one multiprocessor
 
 
 class Gpu(NamedTuple):
@@ -139,13 +140,25 @@ def _plan(gpu: Gpu, work: Work, block: int, may_split: bool) -> Plan | None:
     return Plan(block, t_blocks, o_blocks, splits, grid, shared, panels, stages)
 
 
+def bytes_of_step(block: int, work: Work) -> float:
+    """Bytes from L2: a step's weights, and its share of a panel, which serves all taps."""
+    return _WEIGHTS + _panel_bytes(block, work.taps, work.dilation, work.stride) / work.taps
+
+
+def clocks_of_step(loop: int, block: int, work: Work) -> tuple[float, float, float]:
+    """Clocks of the tensor cores (A100, H100), of the shared-memory port for operands and loads, and of L2."""
+    moved = bytes_of_step(block, work)
+    # two warpgroups read 64 channels of weights and all frames each; four warps half of the weights and of the frames
+    read = 2 * (CHUNK + block) if loop == 90 else 4 * (OUT + block) // 2
+    return OUT * block * CHUNK / _PRODUCTS[loop], (read * CHUNK * 2 + moved) / _PORT, moved / _L2
+
+
 def _clocks(gpu: Gpu, work: Work, p: Plan) -> float:
     """Clocks of the last multiprocessor to finish."""
-    tensor = OUT * p.block * CHUNK / _PRODUCTS[gpu.loop]
-    port = 256 + 2 * p.block if gpu.loop == 90 else 0.75 * tensor  # reads of operands, writes of weights
     epilogue = 16 * p.block + (500 if p.splits > 1 else 0)
     tiles = work.batch * p.t_blocks * p.o_blocks * p.splits
-    return -(-tiles // gpu.sms) * (work.steps / p.splits * max(tensor, port) + epilogue)
+    step = max(clocks_of_step(gpu.loop, p.block, work))
+    return -(-tiles // gpu.sms) * (work.steps / p.splits * step + epilogue)
 
 
 @functools.lru_cache(maxsize=4096)
