@@ -163,7 +163,7 @@ class _Nearest:
 
     def __init__(self) -> None:
         self._by_bucket: dict[int, dict[str, Row]] = {}
-        self.own: set[int] = set()  # powers of two that this very GPU was measured at
+        self.own: set[int] = set()  # log2 of the numbers of rows that this very GPU was measured at
 
     def add(self, row: Row, own: bool) -> None:
         if own:

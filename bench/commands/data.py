@@ -32,7 +32,7 @@ from jasper_fast.speech import audio
 from jasper_fast.speech.audio import AudioError
 from jasper_fast.speech.text import Vocabulary
 
-GOAL = 1200.0  # audio seconds a second and core
+GOAL = 1200.0  # seconds of audio that a core prepares in a second
 RATE, SECONDS = 480.0, 16.7  # utterances a second of one H200, and their length
 BATCH_SECONDS = 16 * SECONDS
 

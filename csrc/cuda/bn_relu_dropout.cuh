@@ -31,8 +31,8 @@ struct Args {
   float scale;
   int n, c, t;
   int tx, columns;          // CTA width in columns of V channels (a power of two); number of CTAs across C
-  int parts, part_rows;     // reductions: CTAs down the rows, rows of each
-  int tiles, tile_rows;     // elementwise: CTAs down the T rows of one utterance, rows of each
+  int parts, part_rows;     // reductions: CTAs down all rows, rows of a CTA
+  int tiles, tile_rows;     // elementwise passes: CTAs down the T rows of one utterance, rows of a CTA
 };
 
 inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 MARK = "jasper-fast-child "  # begins a line of the protocol: a kernel may print what it likes
 START_SECONDS = 120.0  # for the interpreter, torch and the device
-FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # no kernel of ours sends these
+FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # never the end of a kernel that failed
 
 
 def tell(kind: str, value: object) -> None:

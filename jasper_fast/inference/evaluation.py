@@ -16,7 +16,7 @@ from jasper_fast.speech.audio import AudioError, ShortAudio
 from jasper_fast.speech.metrics import alignment
 
 Row = dict[str, Any]  # an utterance: text, pred_text, duration, word_errors, words, character_errors, characters, ...
-LENGTHS = (2.0, 5.0, 10.0, 15.0)  # seconds between which utterances are counted together
+LENGTHS = (2.0, 5.0, 10.0, 15.0)  # seconds that part utterances into classes of length, each counted by itself
 
 
 def length_of(row: Row) -> str:

@@ -200,8 +200,8 @@ def bn_relu_dropout(
 
 
 class Normaliser(NamedTuple):
-    """The vectors that normalise y. If they are batch statistics of a group of ranks: also its number of rows (0-d) and
-    its name."""
+    """The vectors that normalise y. If they are batch statistics of a group of ranks: also the group's number of rows
+    (0-d) and the group's name."""
 
     mean: Tensor
     rstd: Tensor

@@ -39,7 +39,7 @@ void check_complete(NamedBarrier& barrier) {
 
 namespace {
 
-// `count` threads, of warp (or thread, of __syncthreads) `who`, arrive; returns the generation that they arrive at.
+// `count` threads arrive: those of warp `who`, or at __syncthreads thread `who`. Returns the generation they arrive at.
 uint32_t arrive(int id, int threads, int count, int who, const char* instruction) {
   NamedBarrier& barrier = current->cta->named[id];
   Unseen unseen;
