@@ -64,7 +64,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "one tap too many": (PANELS, "++tap < a.taps", "++tap <= a.taps"),
     "a share begins a step early": (PANELS, "begin = share * split < steps ? share * split : steps", "begin = share * split < steps ? share * split - (split > 0) : steps"),
     # epilogue
-    "a lane's frames count one": (EPILOGUE, "first, second, counts[lane], from[0], from[1]", "first, second, 1.f, from[0], from[1]"),
+    "a lane's frames count one": (EPILOGUE, "first, second, counts[lane], from[0]", "first, second, 1.f, from[0]"),
     "a closed ReLU lets the gradient pass": (EPILOGUE, "!(wide(z[i]) <= 0.f)", "!(wide(z[i]) < 0.f)"),
     "dropout's scale is forgotten": (EPILOGUE, "v[i] *= a_.scale;", ""),
     "a row past the end is not masked": (EPILOGUE, "if (t >= tile_.end)", "if (t > tile_.end)"),

@@ -188,6 +188,7 @@ WIDE = [
     (1, 136, 200, 233, 29, 1, 1, [233]),
     (2, 200, 72, 131, 29, 1, 2, [30, 131]),
     (3, 72, 200, 141, 11, 2, 1, [141, 1, 0]),
+    (1, 64, 72, 230, 3, 1, 100, [230]),  # panels so high that loop 90 has no room for three stages of wgrad
 ]
 TILES = [(loop, block) for loop, blocks in cuda_tiles.BLOCKS.items() for block in blocks]
 
@@ -202,6 +203,6 @@ def test_every_tile(
     monkeypatch.setattr(cuda_tiles, "plan", cuda_tiles.plan.__wrapped__)
     face.on(loop, 2)
     for direction, check in DIRECTIONS.items():
-        fits = loop != 75 or layer[5] == 1  # a wide conv at stride 2 does not fit Turing's shared memory
+        fits = loop != 75 or layer[5:7] in ((1, 1), (1, 2))  # the others do not fit Turing's shared memory
         if fits and (direction != "x" or layer[5] == 1):
             check(layer, torch.float16)

@@ -18,10 +18,11 @@ const char* result(F&& launch) {
   const char* error = jf::emulated_error([&] { known = launch(); });
   return known ? error : kUnknown;
 #else
+  conv::foreign() = false;
   known = launch();
   if (!known) return kUnknown;
   const cudaError_t error = cudaGetLastError();
-  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)
+  if (conv::foreign() || error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)
     return "built without this GPU's architecture: build again with JASPER_FAST_CUDA_ARCHS set to it";
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 #endif

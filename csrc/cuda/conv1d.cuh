@@ -152,13 +152,14 @@ __device__ __forceinline__ uint4 gather(const Operand& x, int64_t at, int channe
 
 // `count` threads, of which this is `thread`, copy a panel of chunk `part` into shared memory at `to`: row r of parity q
 // holds frame first + r*step + q of utterance n, zeros where that is outside [0, limit). ASYNC: cells go by copy_async,
-// which the caller commits; the others, and all without ASYNC, are stored when this returns.
+// which the caller commits; the others, and all without ASYNC, are stored when this returns. `parities`: how many of
+// them are copied; 0 is all, `step`.
 template <class T, bool ASYNC>
 __device__ __forceinline__ void load_panel(const Operand& x, uint32_t to, int n, int part, int first, int step, int rows,
-                                           int limit, int thread, int count) {
+                                           int limit, int thread, int count, int parities = 0) {
   const int cell = thread % kCells, channel = part * kChunk + cell * 8;
   const int64_t item = n * x.item;
-  for (int q = 0; q < step; ++q)
+  for (int q = 0; q < (parities == 0 ? step : parities); ++q)
     for (int r = thread / kCells; r < rows; r += count / kCells) {
       const int frame = first + r * step + q;
       const bool inside = frame >= 0 && frame < limit && channel < x.channels;

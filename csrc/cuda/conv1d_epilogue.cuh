@@ -18,15 +18,16 @@ template <class T, int MODE, int THREADS, int PITCH>
 class Epilogue {
   static constexpr int kLanes = THREADS / 16, kRows = kSlab / kLanes;  // frames side by side; of a thread in a slab
   static constexpr bool kBiased = MODE == kPlain || MODE == kLogSoftmax;
-  static_assert(kLanes * kOut * 2 * 4 + kLanes * 4 <= kStagingBytes);
+  static_assert((16 * (THREADS + 4) + kLanes) * 4 <= kSlab * PITCH * 4);
 
  public:
   __device__ __forceinline__ Epilogue(const Args& a, const Tile& tile, int thread)
       : a_(a), tile_(tile), thread_(thread), group_(thread % 16), lane_(thread / 16) {
     const int channel = tile.o0 + group_ * 8;
+    const float* vector = MODE == kNorm ? a.mean : kBiased ? a.bias : nullptr;
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      bias_[i] = kBiased && a.bias != nullptr && channel + i < a.c_out ? a.bias[channel + i] : 0.f;
+      vector_[i] = vector != nullptr && channel + i < a.c_out ? vector[channel + i] : 0.f;
   }
 
   // Frames t0 + at .. t0 + at + 31 of the tile, whose sums lie at `staging`.
@@ -48,7 +49,7 @@ class Epilogue {
       } else {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          v[j][i] += bias_[i];
+          if (kBiased) v[j][i] += vector_[i];
           if (kBiased && a_.relu && v[j][i] <= 0.f) v[j][i] = 0.f;  // a NaN passes
         }
         if constexpr (MODE == kLogSoftmax) log_softmax(v[j]);
@@ -64,25 +65,23 @@ class Epilogue {
   template <class Sync>
   __device__ __forceinline__ void finish(float* scratch, Sync&& sync) {
     if constexpr (MODE != kStats && MODE != kNorm) return;
-    float* counts = scratch + kLanes * kOut * 2;
+    constexpr int kWidth = THREADS + 4;  // of a row with one value of each thread: no bank conflicts, written or read
+    float* counts = scratch + 16 * kWidth;
     sync();
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      scratch[(lane_ * kOut + group_ * 8 + i) * 2] = first_[i];
-      scratch[(lane_ * kOut + group_ * 8 + i) * 2 + 1] = second_[i];
-    }
+    for (int i = 0; i < 8; ++i) scratch[i * kWidth + thread_] = first_[i], scratch[(8 + i) * kWidth + thread_] = second_[i];
     if (group_ == 0) counts[lane_] = count_;
     sync();
     const int channel = tile_.o0 + thread_;
     if (thread_ < kOut && channel < a_.c_out) {
       float first = 0.f, second = 0.f, n = 0.f;
       for (int lane = 0; lane < kLanes; ++lane) {
-        const float* from = scratch + (lane * kOut + thread_) * 2;
+        const float* from = scratch + thread_ % 8 * kWidth + lane * 16 + thread_ / 8;
         if constexpr (MODE == kStats) {
-          merge_moments(n, first, second, counts[lane], from[0], from[1]);
+          merge_moments(n, first, second, counts[lane], from[0], from[8 * kWidth]);
           n += counts[lane];
         } else {
-          first += from[0], second += from[1];
+          first += from[0], second += from[8 * kWidth];
         }
       }
       const int64_t at = static_cast<int64_t>(tile_.index) * a_.c_out + channel;
@@ -119,8 +118,9 @@ class Epilogue {
     const int end = tile_.end < tile_.stop ? tile_.end : tile_.stop;
     T y[8], z[8];
     if (t < end && whole) {
-      memcpy(y, static_cast<const T*>(a_.y) + at, sizeof(y));
-      memcpy(z, static_cast<const T*>(a_.z) + at, sizeof(z));
+      const auto ys = load<T, 8>(static_cast<const T*>(a_.y) + at), zs = load<T, 8>(static_cast<const T*>(a_.z) + at);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) y[i] = ys[i], z[i] = zs[i];
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -129,7 +129,7 @@ class Epilogue {
       if (alive && !(wide(z[i]) <= 0.f)) {  // a NaN passes
         v[i] *= a_.scale;
         first_[i] += v[i];
-        second_[i] = fmaf(v[i], wide(y[i]) - a_.mean[channel + i], second_[i]);
+        second_[i] = fmaf(v[i], wide(y[i]) - vector_[i], second_[i]);
       } else {
         v[i] = 0.f;
       }
@@ -176,7 +176,7 @@ class Epilogue {
   const Args& a_;
   const Tile& tile_;
   int thread_, group_, lane_;
-  float bias_[8], first_[8] = {}, second_[8] = {}, count_ = 0.f;
+  float vector_[8], first_[8] = {}, second_[8] = {}, count_ = 0.f;
 };
 
 // ---- partial results of all tiles ----------------------------------------------------------------------------------

@@ -36,6 +36,8 @@ template <class T, int MODE, int BLOCK, bool TRANSPOSED>
 __global__ void __launch_bounds__(kMmaThreads, 1) conv_75(const __grid_constant__ Args a) {
 #if JF_CONV_HAS_75
   mma_conv<T, MODE, BLOCK, kStages75, false, false, TRANSPOSED>(a);
+#else
+  __trap();  // code of another architecture: results must not be left unwritten
 #endif
 }
 
@@ -43,6 +45,8 @@ template <class T, int MODE, int BLOCK, bool TRANSPOSED>
 __global__ void __launch_bounds__(kMmaThreads, 1) conv_80(const __grid_constant__ Args a) {
 #if JF_CONV_HAS_80
   mma_conv<T, MODE, BLOCK, kStages80, true, true, TRANSPOSED>(a);
+#else
+  __trap();  // code of another architecture: results must not be left unwritten
 #endif
 }
 
@@ -50,6 +54,8 @@ template <class T, int MODE, int FRAMES, bool TRANSPOSED>
 __global__ void __launch_bounds__(kWgmmaThreads, 1) conv_90(const __grid_constant__ Args a) {
 #if JF_CONV_HAS_90
   wgmma_conv<T, MODE, FRAMES, TRANSPOSED>(a);
+#else
+  __trap();  // code of another architecture: results must not be left unwritten
 #endif
 }
 
@@ -57,6 +63,8 @@ template <class T, int TAPS>
 __global__ void __launch_bounds__(kWgradThreads, 1) wgrad_75(const __grid_constant__ WgradArgs a) {
 #if JF_CONV_HAS_75
   wgrad<T, TAPS, kStages75, false, false>(a);
+#else
+  __trap();  // code of another architecture: results must not be left unwritten
 #endif
 }
 
@@ -64,6 +72,8 @@ template <class T, int TAPS>
 __global__ void __launch_bounds__(kWgradThreads, 1) wgrad_80(const __grid_constant__ WgradArgs a) {
 #if !JF_CONV_HAS_75 || !defined(__CUDA_ARCH__)
   wgrad<T, TAPS, kStages80, true, true>(a);
+#else
+  __trap();  // code of another architecture: results must not be left unwritten
 #endif
 }
 
@@ -71,6 +81,8 @@ template <class T, int TAPS>
 __global__ void __launch_bounds__(kWgrad90Threads, 1) wgrad_90(const __grid_constant__ WgradArgs a) {
 #if JF_CONV_HAS_90
   wgrad_wgmma<T, TAPS>(a);
+#else
+  __trap();  // code of another architecture: results must not be left unwritten
 #endif
 }
 
@@ -82,11 +94,27 @@ struct Launch {
   void* stream;
 };
 
+// Whether a launch of this thread met code of another architecture than it asked for.
+inline bool& foreign() {
+  static thread_local bool met = false;
+  return met;
+}
+
+// The inner loop that code for this compute capability (90 is 9.0) holds.
+inline int loop_of(int capability) { return capability / 10 == 9 ? 90 : capability >= 80 ? 80 : 75; }
+
 template <class... P, class... A>
 void run(const Launch& l, int threads, void (*kernel)(P...), const A&... args) {
 #ifdef JF_EMULATE
   launch_emulated(l.grid, threads, l.shared, l.cooperative ? 0 : emulated_resident(), [&] { kernel(args...); });
 #else
+  cudaFuncAttributes found;  // of PTX that the driver compiled for a newer GPU ptxVersion tells whose kernel it is
+  if (cudaFuncGetAttributes(&found, kernel) != cudaSuccess) return;
+  const int of = loop_of(found.ptxVersion);
+  if (l.loop != 0 && of != l.loop && !(l.loop == 80 && of == 90)) {  // sm_90a runs wgrad_80 too
+    foreign() = true;
+    return;
+  }
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared) != cudaSuccess) return;
   cudaLaunchAttribute cooperative{};
   cooperative.id = cudaLaunchAttributeCooperative;
@@ -140,12 +168,12 @@ bool launch_conv(const Launch& l, int mode, bool transposed, int block, const Ar
 template <class T>
 bool launch_wgrad(const Launch& l, int taps, const WgradArgs& a) {
   if constexpr (has(90)) {
-    if (l.loop == 90 && a.stride == 1 && taps == 1) return run(l, kWgrad90Threads, wgrad_90<T, 1>, a), true;
-    if (l.loop == 90 && a.stride == 1 && taps == 3) return run(l, kWgrad90Threads, wgrad_90<T, 3>, a), true;
+    if (l.loop == 90 && taps == 1) return run(l, kWgrad90Threads, wgrad_90<T, 1>, a), true;
+    if (l.loop == 90 && taps == 3) return run(l, kWgrad90Threads, wgrad_90<T, 3>, a), true;
   }
   if constexpr (has(80) || has(90)) {
-    if (l.loop >= 80 && taps == 1) return run(l, kWgradThreads, wgrad_80<T, 1>, a), true;
-    if (l.loop >= 80 && taps == 2) return run(l, kWgradThreads, wgrad_80<T, 2>, a), true;
+    if (l.loop == 80 && taps == 1) return run(l, kWgradThreads, wgrad_80<T, 1>, a), true;
+    if (l.loop == 80 && taps == 2) return run(l, kWgradThreads, wgrad_80<T, 2>, a), true;
   }
   if constexpr (has(75) && std::is_same_v<T, __half>) {
     if (l.loop == 75 && taps == 1) return run(l, kWgradThreads, wgrad_75<T, 1>, a), true;

@@ -29,10 +29,6 @@ inline __host__ __device__ int wgrad_rows(int taps, int dilation, int stride) {
   return panel_rows(kFrames, taps, dilation, stride);
 }
 
-inline __host__ __device__ int wgrad_shared_bytes(int taps, int stages, int dilation, int stride) {
-  return stages * (2 * kDyBytes + panel_bytes(wgrad_rows(taps, dilation, stride), stride));
-}
-
 // Those of a share's segments in which some tap has an input, one after the other.
 struct Segments {
   int next, stop, n = -1, low = 0, high = 0, limit = 0;
@@ -75,7 +71,8 @@ __device__ __forceinline__ void wgrad(const WgradArgs& a) {
   id /= a.in_blocks;
   const int tap0 = id % a.tap_groups * TAPS, share = id / a.tap_groups;
   const int taps = a.taps - tap0 < TAPS ? a.taps - tap0 : TAPS;
-  const int rows = wgrad_rows(TAPS, a.dilation, a.stride), x_bytes = panel_bytes(rows, a.stride);
+  const int parities = TAPS == 1 ? 1 : a.stride;  // one tap reads every `stride`-th frame alone
+  const int rows = wgrad_rows(TAPS, a.dilation, a.stride), x_bytes = panel_bytes(rows, parities);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
   const uint32_t memory = ptx::shared_address(ptx::arena());
   const int stage_bytes = 2 * kDyBytes + x_bytes;
@@ -89,7 +86,7 @@ __device__ __forceinline__ void wgrad(const WgradArgs& a) {
         load_panel<T, ASYNC>(a.dy, to + half * kDyBytes, ahead.n, out_block * 2 + half, t0, 1, kDyRows, ahead.high,
                              threadIdx.x, kWgradThreads);
       load_panel<T, ASYNC>(a.x, to + 2 * kDyBytes, ahead.n, in_block, t0 * a.stride + tap0 * a.dilation - a.padding, a.stride,
-                           rows, ahead.limit, threadIdx.x, kWgradThreads);
+                           rows, ahead.limit, threadIdx.x, kWgradThreads, parities);
       ++loaded;
     }
     if constexpr (ASYNC) ptx::copy_commit();

@@ -221,10 +221,11 @@ def wgrad(
         n, t, t_out, k, *geometry, cut.in_blocks, cut.out_blocks, cut.tap_groups, cut.shares, cut.segments, cut.share,
         cut.stages,
     )  # fmt: skip
-    cuda_launch.run("jf_conv1d_wgrad", x, cut.grid, cut.shared, cuda_launch.DTYPES[x.dtype], cut.taps, args)
+    dtypes = cuda_launch.DTYPES
+    cuda_launch.run("jf_conv1d_wgrad", x, cut.grid, cut.shared, dtypes[x.dtype], cut.taps, args, loop=cut.loop)
     pairs = c_out * c_in
     cuda_launch.run(
-        "jf_conv1d_wgrad_merge", x, -(-pairs // 128), 0, cuda_launch.DTYPES[dw.dtype], address(parts), address(dw),
+        "jf_conv1d_wgrad_merge", x, -(-pairs // 128), 0, dtypes[dw.dtype], address(parts), address(dw),
         cut.shares, k, pairs,
     )  # fmt: skip
     return dw
@@ -340,8 +341,9 @@ def _launch(args, x, w, work, mode, transposed, workspace=None) -> tuple[Tensor 
         args.part_a, args.part_b = address(parts[0]), address(parts[1])
     dtype = cuda_launch.DTYPES[w.data.dtype]
     cuda_launch.run(
-        "jf_conv1d", x, cut.grid, cut.shared, dtype, mode, transposed, cut.block, args, cooperative=cut.splits > 1
-    )
+        "jf_conv1d", x, cut.grid, cut.shared, dtype, mode, transposed, cut.block, args, cooperative=cut.splits > 1,
+        loop=gpu.loop,
+    )  # fmt: skip
     if parts is None:
         return None, None
     first, second = (torch.empty(work.c_out, dtype=torch.float32, device=x.device) for _ in range(2))

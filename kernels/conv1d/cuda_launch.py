@@ -78,15 +78,20 @@ def gpu(device: torch.device) -> cuda_tiles.Gpu:
     return cuda_tiles.Gpu(loop, p.multi_processor_count, p.shared_memory_per_block_optin)
 
 
-def run(name: str, like: Tensor, grid: int, shared: int, *args: object, cooperative: bool = False) -> None:
+def run(
+    name: str, like: Tensor, grid: int, shared: int, *args: object, cooperative: bool = False, loop: int = 0
+) -> None:
     """Call C function `name`: a launch of `grid` CTAs with `shared` bytes of shared memory on the device of `like`."""
+    on = gpu(like.device)
+    if shared > on.shared:
+        raise RuntimeError(f"{name} needs {shared} bytes of shared memory, a block of this GPU has {on.shared}")
     here, stream = contextlib.nullcontext(), None
     if like.is_cuda:
         if like.device.index != torch.cuda.current_device():
             here = torch.cuda.device(like.device)
         stream = torch.cuda.current_stream(like.device).cuda_stream
     with here:
-        launch = Launch(gpu(like.device).loop, grid, shared, cooperative, stream)
+        launch = Launch(loop, grid, shared, cooperative, stream)
         error = getattr(functions(), name)(launch, *args)
         if error is not None:
             raise RuntimeError(f"{name}: {error.decode()}")

@@ -107,7 +107,7 @@ class Compiled:
         self._launch(launch, "jf::conv::merge_kernel", 256, *map(_pointer, arguments[:4]), *map(_int, arguments[4:]))
 
     def jf_conv1d_wgrad(self, launch: Launch, dtype: int, taps: int, args: WgradArgs) -> None:
-        loop = min(launch.loop, 80) if args.stride != 1 else launch.loop
+        loop = launch.loop
         self._launch(launch, f"jf::conv::wgrad_{loop}<{_TYPES[dtype]}, {taps}>", 384 if loop == 90 else 128, args)
 
     def jf_conv1d_wgrad_merge(self, launch: Launch, dtype: int, parts: int, dw: int, *sizes: int) -> None:

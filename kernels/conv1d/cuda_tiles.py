@@ -48,6 +48,7 @@ class Plan(NamedTuple):
 class Wgrad(NamedTuple):
     """The cut of a gradient of a weight: taps of a CTA, blocks and groups, shares of `share` segments of 64 frames."""
 
+    loop: int
     taps: int
     in_blocks: int
     out_blocks: int
@@ -106,16 +107,21 @@ def plan(gpu: Gpu, work: Work, may_split: bool = False) -> Plan:
     """The cut that should take the fewest clocks; raises ValueError where no tile fits the GPU's shared memory."""
     plans = [p for block in BLOCKS[gpu.loop] if (p := _plan(gpu, work, block, may_split)) is not None]
     if not plans:
-        raise ValueError(
-            f"a conv of {work.taps} taps at dilation {work.dilation} and stride {work.stride} does not fit the "
-            f"{gpu.shared} bytes of shared memory of this GPU's blocks: use backend='reference' for it"
-        )
+        raise ValueError(_too_large(gpu, work))
     return min(plans, key=lambda p: _clocks(gpu, work, p))
 
 
 def fits(gpu: Gpu, work: Work) -> bool:
-    """Whether some tile fits the GPU's shared memory."""
-    return any(_plan(gpu, work, block, False) is not None for block in BLOCKS[gpu.loop])
+    """Whether some tile fits the GPU's shared memory, forward and for the weight's gradient."""
+    forward = any(_plan(gpu, work, block, False) is not None for block in BLOCKS[gpu.loop])
+    return forward and any(_plan_wgrad(gpu, work, *way) is not None for way in _wgrad_ways(gpu.loop, work))
+
+
+def _too_large(gpu: Gpu, work: Work) -> str:
+    return (
+        f"a conv of {work.taps} taps at dilation {work.dilation} and stride {work.stride} does not fit the "
+        f"{gpu.shared} bytes of shared memory of this GPU's blocks: use backend='reference' for it"
+    )
 
 
 def _plan(gpu: Gpu, work: Work, block: int, may_split: bool) -> Plan | None:
@@ -163,17 +169,37 @@ def _clocks(gpu: Gpu, work: Work, p: Plan) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def plan_wgrad(gpu: Gpu, work: Work) -> Wgrad:
-    """The cut of dw (c_out, c_red, taps): one wave of CTAs of loop 90, two of the others, which are smaller."""
-    wide = gpu.loop == 90 and work.stride == 1
-    taps = 1 if work.taps == 1 else 3 if wide else 2
+    """The cut of dw (c_out, c_red, taps): one wave of CTAs of loop 90, two of the others, which are smaller. Raises
+    ValueError where none fits the GPU's shared memory."""
+    for loop, taps in _wgrad_ways(gpu.loop, work):
+        if (cut := _plan_wgrad(gpu, work, loop, taps)) is not None:
+            return cut
+    raise ValueError(_too_large(gpu, work))
+
+
+def _wgrad_ways(loop: int, work: Work) -> list[tuple[int, int]]:
+    """Inner loops and taps of a CTA, the best first; loop 90 takes stride 1."""
+    ways = [(90, 3)] if loop == 90 and work.stride == 1 else []
+    ways += [(min(loop, 80), taps) for taps in (2, 1)]
+    return [(of, min(taps, work.taps)) for of, taps in ways]
+
+
+def _plan_wgrad(gpu: Gpu, work: Work, loop: int, taps: int) -> Wgrad | None:
+    wide = loop == 90
+    if taps == 2 and wide:  # there is no such kernel
+        taps = 1
     in_blocks, out_blocks = -(-work.c_red // (OUT if wide else CHUNK)), -(-work.c_out // OUT)
     groups, segments = -(-work.taps // taps), -(-work.frames // FRAMES)
     tiles, everything = in_blocks * out_blocks * groups, work.batch * segments
     wanted = gpu.sms if wide else 2 * gpu.sms
     share = -(-everything // max(1, min(wanted // tiles, everything)))
     shares = -(-everything // share)
-    stage = 2 * _panel_bytes(FRAMES, 1, 1, 1)
-    stage += (2 if wide else 1) * _panel_bytes(FRAMES, taps, work.dilation, work.stride)
-    stages = min(6, gpu.shared // (stage + 16)) if wide else STAGES[min(gpu.loop, 80)]
-    shared = stages * (stage + (16 if wide else 0))
-    return Wgrad(taps, in_blocks, out_blocks, groups, segments, share, shares, tiles * shares, shared, stages)
+    parities = 1 if taps == 1 else work.stride
+    x = panel_rows(FRAMES, taps, work.dilation, work.stride) * parities * CHUNK * 2
+    stage = 2 * _panel_bytes(FRAMES, 1, 1, 1) + (2 * x + 16 if wide else x)
+    stages = min(6, gpu.shared // stage) if wide else STAGES[loop]
+    if stages < (3 if wide else 2) or stages * stage > gpu.shared:  # with fewer, producer and consumers wait in a ring
+        return None
+    return Wgrad(
+        loop, taps, in_blocks, out_blocks, groups, segments, share, shares, tiles * shares, stages * stage, stages
+    )
