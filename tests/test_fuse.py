@@ -9,15 +9,17 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from close import assert_close
 from conftest import GOLDEN
 from engines import block
 from lookalikes import nemo, nvidia
 from test_model import config
+from test_sync import spawn
 from torch import nn
 
-from jasper_fast import Jasper, fuse, unfuse
+from jasper_fast import Jasper, fuse, ops, unfuse
 from jasper_fast.nn.eager import EagerJasper
 
 KINDS = ("nvidia", "nemo", "eager")
@@ -94,7 +96,6 @@ def steps(model: nn.Module, training: bool, number: int = 4) -> dict[str, torch.
     return found | {f"{name} at the end": b.clone() for name, b in model.named_buffers()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("kind", ["dense", "plain", "none"])
@@ -112,6 +113,16 @@ def test_steps_equal_those_without_fusion(which, kind, masks, training):
         torch.testing.assert_close(wide[name], want, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
         if want.is_floating_point():
             assert_close(name, got[name], low[name], want, factor=4.0)
+
+
+@pytest.mark.parametrize("which", KINDS)
+def test_every_sub_block_runs_the_fused_op(which, monkeypatch):
+    model, ran = build(which), []
+    real = ops.sub_block
+    monkeypatch.setattr(ops, "sub_block", lambda *args, **how: ran.append(1) or real(*args, **how))
+    fuse(model)
+    call(model, features())
+    assert len(ran) == sum(b["repeat"] - 1 for b in blocks("dense"))
 
 
 @pytest.mark.parametrize("which", KINDS)
@@ -169,7 +180,7 @@ def test_copies_are_fused_and_independent(which, copied):
     torch.testing.assert_close(call(other, features()), want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", ["in place", "load", "data", "optimiser"])
+@pytest.mark.parametrize("change", ["in place", "load", "data", "optimiser", "averaged"])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_changed_weight_changes_the_next_output(change, training):
     model, plain = build("nvidia"), build("nvidia")
@@ -186,10 +197,96 @@ def test_a_changed_weight_changes_the_next_output(change, training):
                 m.load_state_dict({**m.state_dict(), "encoder.layers.1.conv.0.weight": new})
             elif change == "data":
                 weight.data = new
+            elif change == "averaged":
+                torch._foreach_lerp_([weight], [new], 1.0)
             else:
                 weight.grad = weight - new
                 torch.optim.SGD([weight], lr=1.0).step()
     torch.testing.assert_close(call(model, features()), call(plain, features()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", KINDS)
+def test_autocast(which):
+    exact, single, fused = build(which).double(), build(which), build(which)
+    fuse(fused)
+    results = []
+    for model in (single, fused):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = call(model.train(), features())
+        out.float().square().mean().backward()
+        results.append({"output": out.detach()} | {n: p.grad for n, p in model.named_parameters()})
+    out = call(exact.train(), features(torch.float64))
+    out.square().mean().backward()
+    ref = {"output": out.detach()} | {n: p.grad for n, p in exact.named_parameters()}
+    for name, want in ref.items():
+        assert_close(name, results[1][name], results[0][name], want, factor=3.0)
+
+
+def test_inference_mode_and_compile():
+    model = build("nvidia").eval()
+    fuse(model)
+    want = call(model, features()).detach()
+    with torch.inference_mode():
+        assert torch.equal(call(model, features()), want)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(call(compiled, features()), want)
+
+
+def _share(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(2, 3, 8, 61, generator=torch.Generator().manual_seed(5))[rank]
+    return x, LENGTHS
+
+
+CASES = (("never", False), ("before", False), ("after", False), ("before", True), ("after", True))
+
+
+def _step(model: nn.Module, x: torch.Tensor, lengths: torch.Tensor) -> None:
+    out, lengths = model(x, lengths)
+    out.masked_fill((torch.arange(out.shape[1]) >= lengths[:, None])[..., None], 0).square().mean().backward()
+
+
+def _results(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.grad for n, p in model.named_parameters()} | dict(model.named_buffers())
+
+
+def _in_parallel(rank: int) -> dict[tuple, dict[str, torch.Tensor]]:
+    """Gradients and buffers of a step on two ranks, by case: fused before or after DDP or SyncBN, or never."""
+    found = {}
+    for when, synced in CASES:
+        model = build("nvidia").train()
+        if when == "before":
+            fuse(model, strict=True)
+        if synced:  # DDP takes no SyncBN on a CPU
+            run = model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        else:
+            run = nn.parallel.DistributedDataParallel(model)
+        if when == "after":
+            assert fuse(run, strict=True).fused[0] == ("" if synced else "module.") + "encoder.layers.0"
+        _step(run, *_share(rank))
+        for p in model.parameters() if synced else ():
+            dist.all_reduce(p.grad)
+            p.grad /= 2
+        found[when, synced] = _results(model)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch was built without gloo")
+def test_in_parallel(tmp_path):
+    """DDP gives what it gives without fusion; SyncBN what one process has of the batches of both."""
+    whole = build("nvidia").train()
+    xs, lengths = zip(*map(_share, range(2)), strict=True)
+    _step(whole, torch.cat(xs), torch.cat(lengths))
+    one = _results(whole)
+    for found in spawn(_in_parallel, tmp_path):
+        for (when, synced), got in found.items():
+            want = one if synced else found["never", False]
+            assert got.keys() == want.keys()
+            for name in want:
+                torch.testing.assert_close(
+                    got[name], want[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name, w=when: f"{w} {n}: {m}"
+                )
 
 
 def test_dropout_drops_as_often_and_follows_the_modules():
@@ -210,25 +307,26 @@ def test_dropout_drops_as_often_and_follows_the_modules():
         assert torch.equal(second(whole)[0][0], second(whole)[0][0])
 
 
-def test_a_hook_that_changes_a_block_output_is_seen():
+def add_in_place(module, given, out):
+    out[0][-1].add_(1.0)
+
+
+def add(module, given, out):
+    return [out[0][-1] + 1.0], out[1]
+
+
+@pytest.mark.parametrize("hook", [add, add_in_place])
+def test_a_hook_that_changes_a_block_output_is_seen(hook):
     """The next block takes an output for zero in the padding only if nobody has touched it."""
-    for spoil in (lambda m, i, out: ([out[0][-1] + 1.0], out[1]), lambda m, i, out: out[0][-1].add_(1.0) and None):
-        results = []
-        for fused in (False, True):
-            model = build("nvidia", "none").eval()
-            if fused:
-                fuse(model)
-
-            def hook(m, i, out, spoil=spoil):
-                if spoil.__code__.co_names == ("add_",):
-                    out[0][-1].add_(1.0)
-                    return None
-                return spoil(m, i, out)
-
-            model.encoder.layers[0].register_forward_hook(hook)
-            with torch.no_grad():
-                results.append(call(model, features()))
-        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    results = []
+    for fused in (False, True):
+        model = build("nvidia", "none").eval()
+        if fused:
+            fuse(model)
+        model.encoder.layers[0].register_forward_hook(hook)
+        with torch.no_grad():
+            results.append(call(model, features()))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 class QuantConv1d(nn.Conv1d):
@@ -254,6 +352,7 @@ LEFT = {
     "Hardtanh, not ReLU": lambda b: b.mout.__setitem__(0, nn.Hardtanh(0, 20)),
     r"a hook \(print\) on mconv.1": lambda b: b.mconv[1].register_forward_hook(print),
     "a forward bound to mconv.0": lambda b: setattr(b.mconv[0], "forward", b.mconv[0].forward),
+    "captured": lambda b: setattr(b, "is_access_enabled", lambda guid: True),
     "a conv with a bias": lambda b: setattr(b.mconv[0], "conv", nn.Conv1d(16, 16, 5, padding=2)),
 }
 
@@ -286,10 +385,13 @@ def test_a_block_changed_after_fusion_is_refused():
     model = build("nemo").eval()
     fuse(model)
     handle = layers(model)[1].mconv[0].register_forward_hook(print)
-    with pytest.raises(RuntimeError, match=r"a hook \(print\) on mconv\.0.*unfuse"):
+    with pytest.raises(RuntimeError, match=r"a hook \(print\) on mconv\.0.*fuse\(model\) again"):
         call(model, features())
+    ((name, _),) = fuse(model).left
+    assert name == "encoder.encoder.1" and type(layers(model)[1]) is nemo.JasperBlock
     handle.remove()
     call(model, features())
+    assert fuse(model).left == []
 
 
 def test_a_model_of_another_kind_is_refused():
@@ -321,7 +423,6 @@ def test_masks_switched_off_for_export_are_followed():
     torch.testing.assert_close(call(fused, features()), call(plain, features()), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 def test_nvidias_numbers(fused):
     """The look-alike gives the reference system's evaluation, losses and gradients, fused and not."""

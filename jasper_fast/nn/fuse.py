@@ -71,9 +71,10 @@ def fuse(model: nn.Module, backend: str = "auto", strict: bool = False) -> Repor
     if strict and report.left:
         raise ValueError("; ".join(f"cannot fuse {name or 'the block'}: {reason}" for name, reason in report.left))
     for name, block in found:
+        unfuse(block)  # a second call may leave alone what the first one fused
         if name in report.fused:
             vars(block)[_STATE] = (backend, Packs())
-            block.__class__ = _fused_class(_own_class(block))
+            block.__class__ = _fused_class(type(block))
     return report
 
 
@@ -100,7 +101,7 @@ class FusedBlock:
         except Unfit as reason:
             raise RuntimeError(
                 f"a fused block changed so that fused ops cannot compute it ({reason}): call "
-                "jasper_fast.unfuse(model), then jasper_fast.fuse(model) again, which leaves that block alone"
+                "jasper_fast.fuse(model) again, which leaves that block alone"
             ) from None
 
     def __reduce_ex__(self, protocol):
@@ -151,13 +152,17 @@ def _frames(conv: nn.Conv1d, lengths: Tensor | None) -> Tensor | None:
 
 def _clean(x: Tensor, lengths: Tensor | None) -> Tensor:
     """`x` (N, C, T) in NTC memory and autocast's dtype, zero at t >= `lengths`."""
-    if lengths is not None and not x.is_inference():
-        known, version = getattr(x, "_jasper_fast_zero", (None, None))
-        if known is not lengths or version != x._version:
-            x = mask(x, lengths.to(x.device))
-    elif lengths is not None:
+    if lengths is not None and not _known_zero(x, lengths):
         x = mask(x, lengths.to(x.device))
     return ntc(autocast(x))
+
+
+def _known_zero(x: Tensor, lengths: Tensor) -> bool:
+    """Whether `x` is the output of a fused block, for the same lengths, that nobody has written to since."""
+    if torch.compiler.is_compiling():
+        return False
+    known, version = getattr(x, "_jasper_fast_zero", (None, None))
+    return known is lengths and version == x._version
 
 
 class _Computation:
