@@ -133,7 +133,7 @@ def _run(found: Parts, backend: str, packs: Packs, xs: list[Tensor], lengths: Te
         steps.append(_frames(sub.conv, steps[-1]))
     sources = xs if found.dense else xs[-1:]
     if found.panes and (len(sources) != len(found.panes) or (len(xs) > len(sources) and not found.takes_last)):
-        raise Unfit(f"{len(found.panes)} residual convs for {len(xs)} block outputs")
+        raise ValueError(f"a block has {len(found.panes)} residual convs, but got {len(xs)} block outputs")
     sources = [_clean(x, steps[0]) for x in sources]
     out = _Computation(found, backend, packs, steps)(sources[-1], sources if found.panes else [])
     if steps[-1] is not None and not torch.compiler.is_compiling() and not out.is_inference():

@@ -93,8 +93,7 @@ def parts(block: nn.Module) -> Parts:
         raise Unfit("a residual at a stride above 1")
     own = getattr(block, "cfg", None) if type(block).__name__ == "EagerBlock" else None
     dense = own.residual and own.residual_dense if own else bool(panes) and bool(block.dense_residual)
-    masked = masks[0] and getattr(block, "use_conv_masks", True)
-    return Parts(subs, panes, masked, dense, hasattr(block, "mconv"), own is not None)
+    return Parts(subs, panes, masks[0], dense, hasattr(block, "mconv"), own is not None)
 
 
 def _check_kind(block: nn.Module) -> None:
