@@ -92,7 +92,7 @@ def parts(block: nn.Module) -> Parts:
     if panes and any(sub.conv.stride != (1,) for sub in subs):
         raise Unfit("a residual at a stride above 1")
     own = getattr(block, "cfg", None) if type(block).__name__ == "EagerBlock" else None
-    dense = own.residual and own.residual_dense if own else bool(panes) and bool(block.dense_residual)
+    dense = own.residual and own.residual_dense if own else bool(panes) and getattr(block, "dense_residual", False)
     return Parts(subs, panes, masks[0], dense, hasattr(block, "mconv"), own is not None)
 
 
