@@ -1,0 +1,237 @@
+"""Fused sub-blocks for a Jasper that somebody already has: NVIDIA's, NeMo's, or this project's eager twin.
+
+A block keeps its modules, parameters and buffers. Only its class is replaced, by a subclass whose forward runs the
+fused ops. Deepcopy and pickle follow the class, and unfuse gives the first one back.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from jasper_fast import ops
+from jasper_fast.dispatch import backends
+from jasper_fast.kernels.layout import mask, ntc
+from jasper_fast.nn.block import JasperBlock, momentum_of, of_the_batch
+from jasper_fast.nn.packs import Packs
+from jasper_fast.nn.recognise import LOOKED_FOR, Parts, Unfit, candidates, parts
+from jasper_fast.ops import sync
+from jasper_fast.ops.conv1d_op import autocast
+
+_STATE = "_jasper_fast"  # what a fused block holds of ours: (backend, Packs)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `fuse` did: `fused`, names of blocks, and `left`, (name, reason) of blocks that run as they did."""
+
+    fused: list[str] = field(default_factory=list)
+    left: list[tuple[str, str]] = field(default_factory=list)
+
+    def data(self) -> dict[str, list]:
+        """The same as a dictionary of lists, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        total = len(self.fused) + len(self.left)
+        lines = [f"{len(self.fused)} of {total} blocks run fused sub-blocks"]
+        return "\n".join([*lines, *(f"left alone: {name}: {reason}" for name, reason in self.left)])
+
+
+def fuse(model: nn.Module, backend: str = "auto", strict: bool = False) -> Report:
+    """Lets the Jasper blocks within `model` run fused ops on their own parameters and buffers, and says which do.
+
+    Blocks of NVIDIA's Jasper, of NeMo's and of `EagerJasper` are recognised by class name and attributes. What the ops
+    cannot compute is left alone, with the reason in the report; with `strict` it raises ValueError, and nothing is
+    changed. State-dict keys, hooks on blocks and above, train(), deepcopy, pickle and optimisers stay valid. Weights
+    are read in every call. Outputs of blocks are zero in the padding where the block has conv masks.
+
+    Raises ValueError for a model without such blocks, and BackendMissing for a backend that cannot run here. Equivalent
+    to the model itself, up to rounding and to which elements are dropped.
+    """
+    backends.require(backend)
+    found = list(candidates(model))
+    if not found:
+        fused = any(isinstance(m, JasperBlock) for m in model.modules())
+        ours = "; its blocks are jasper_fast's own, which are fused" if fused else ""
+        raise ValueError(f"no Jasper blocks in {type(model).__name__}: looked for {LOOKED_FOR}{ours}")
+    report = Report()
+    for name, block in found:
+        try:
+            if "forward" in vars(block):
+                raise Unfit("a forward bound to the block")
+            parts(block)
+            report.fused.append(name)
+        except Unfit as reason:
+            report.left.append((name, str(reason)))
+    if strict and report.left:
+        raise ValueError("; ".join(f"cannot fuse {name or 'the block'}: {reason}" for name, reason in report.left))
+    for name, block in found:
+        unfuse(block)  # a second call may leave alone what the first one fused
+        if name in report.fused:
+            vars(block)[_STATE] = (backend, Packs())
+            block.__class__ = _fused_class(type(block))
+    return report
+
+
+def unfuse(model: nn.Module) -> None:
+    """Gives every block that `fuse` changed within `model` its own forward back; does nothing to others."""
+    for module in model.modules():
+        if isinstance(module, FusedBlock):
+            module.__class__ = _own_class(module)
+            del vars(module)[_STATE]
+
+
+class FusedBlock:
+    """Comes before the class of a block: its forward is the fused one."""
+
+    def forward(self, *args, **kwargs):
+        given = (*args, *kwargs.values())
+        if len(given) == 1 and isinstance(given[0], tuple):  # NeMo's call: one tuple
+            given = given[0]
+        xs, lengths = (*given, None)[:2]
+        try:
+            if "forward" in vars(self):
+                raise Unfit("a forward bound to the block")
+            return _run(parts(self), *vars(self)[_STATE], xs, lengths)
+        except Unfit as reason:
+            raise RuntimeError(
+                f"a fused block changed so that fused ops cannot compute it ({reason}): call "
+                "jasper_fast.fuse(model) again, which leaves that block alone"
+            ) from None
+
+    def __reduce_ex__(self, protocol):
+        _, _, *state = super().__reduce_ex__(max(protocol, 2))
+        return _new, (_own_class(self),), *state
+
+
+@functools.cache
+def _fused_class(own: type) -> type:
+    """A subclass of `own` that bears its name, so that the model prints as before."""
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    return type(own.__name__, (FusedBlock, own), names)
+
+
+def _own_class(block: nn.Module) -> type:
+    return type(block).__bases__[1] if isinstance(block, FusedBlock) else type(block)
+
+
+def _new(own: type) -> nn.Module:
+    """An empty fused block, for pickle."""
+    made = _fused_class(own)
+    return made.__new__(made)
+
+
+def _run(found: Parts, backend: str, packs: Packs, xs: list[Tensor], lengths: Tensor | None):
+    """The outputs and lengths that the block itself returns for block outputs `xs` and `lengths` (N,)."""
+    steps = [lengths if found.masked else None]
+    for sub in found.sub_blocks:
+        steps.append(_frames(sub.conv, steps[-1]))
+    sources = xs if found.dense else xs[-1:]
+    if found.panes and (len(sources) != len(found.panes) or (len(xs) > len(sources) and not found.takes_last)):
+        raise ValueError(f"a block has {len(found.panes)} residual convs, but got {len(xs)} block outputs")
+    sources = [_clean(x, steps[0]) for x in sources]
+    out = _Computation(found, backend, packs, steps)(sources[-1], sources if found.panes else [])
+    if steps[-1] is not None and not torch.compiler.is_compiling() and not out.is_inference():
+        out._jasper_fast_zero = (steps[-1], out._version)  # saves the next block a pass over it
+    passed = lengths if found.keeps_lengths and not found.masked else steps[-1]
+    return ([*xs, out] if found.dense else [out]), passed
+
+
+def _frames(conv: nn.Conv1d, lengths: Tensor | None) -> Tensor | None:
+    """Frames of the conv's output; `lengths` itself where they are the same."""
+    (k,), (s,), (d,), (p,) = conv.kernel_size, conv.stride, conv.dilation, conv.padding
+    if lengths is None or (s == 1 and 2 * p == d * (k - 1)):
+        return lengths
+    return torch.div(lengths + (2 * p - d * (k - 1) - 1), s, rounding_mode="floor") + 1
+
+
+def _clean(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """`x` (N, C, T) in NTC memory and autocast's dtype, zero at t >= `lengths`."""
+    if lengths is not None and not _known_zero(x, lengths):
+        x = mask(x, lengths.to(x.device))
+    return ntc(autocast(x))
+
+
+def _known_zero(x: Tensor, lengths: Tensor) -> bool:
+    """Whether `x` is the output of a fused block, for the same lengths, that nobody has written to since."""
+    if torch.compiler.is_compiling():
+        return False
+    known, version = getattr(x, "_jasper_fast_zero", (None, None))
+    return known is lengths and version == x._version
+
+
+class _Computation:
+    """One forward of a block, as `JasperBlock` computes it; panes are computed one by one."""
+
+    pane_form = "plain"
+    pane_sum, _batch_sum, _is_gram = JasperBlock.pane_sum, JasperBlock._batch_sum, JasperBlock._is_gram
+
+    def __init__(self, found: Parts, backend: str, packs: Packs, steps: list[Tensor | None]):
+        self.subs, self.backend, self.packs, self._panes = found.sub_blocks, backend, packs, found.panes
+        self.steps = [None if n is None else n.to(found.sub_blocks[0].conv.weight.device, torch.int64) for n in steps]
+
+    def panes(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]:
+        return self._panes
+
+    def __call__(self, x: Tensor, sources: list[Tensor]) -> Tensor:
+        y, stats = self._conv(0, x)
+        for i, sub in enumerate(self.subs[1:]):
+            conv = sub.conv
+            if conv.stride == (1,):
+                following = of_the_batch(sub.bn)
+                how = {"padding": conv.padding[0], "dilation": conv.dilation[0], "next_stats": following}
+                out = self._fused(ops.sub_block, y, stats, i, conv.weight, packed=partial(self.packs, i + 1), **how)
+                y, stats = out if following else (out, None)
+            else:
+                y, stats = self._conv(i + 1, self._fused(ops.bn_relu_dropout, y, stats, i))
+        residual = self.pane_sum(sources, [None] * len(sources), self.steps[0]) if sources else None
+        out = self._fused(ops.bn_relu_dropout, y, stats, len(self.subs) - 1, residual=residual)
+        for bn in (*(sub.bn for sub in self.subs), *(bn for _, bn in self._panes)):
+            if bn.training and bn.num_batches_tracked is not None:
+                bn.num_batches_tracked.add_(1)
+        return out
+
+    def _conv(self, i: int, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        conv, stats = self.subs[i].conv, of_the_batch(self.subs[i].bn)
+        out = ops.conv1d(
+            x,
+            conv.weight,
+            lengths=self.steps[i],
+            stride=conv.stride[0],
+            padding=conv.padding[0],
+            dilation=conv.dilation[0],
+            backend=self.backend,
+            stats=stats,
+            packed=partial(self.packs, i),
+        )
+        return out if stats else (out, None)
+
+    def _fused(self, op, y: Tensor, stats, i: int, *args, **kwargs):
+        """`op` with the batch norm, dropout and mask that follow conv `i`."""
+        sub, lengths = self.subs[i], self.steps[i + 1]
+        bn, conv, batch = sub.bn, sub.conv, of_the_batch(sub.bn)
+        beyond = max(0, conv.dilation[0] * (conv.kernel_size[0] - 1) - conv.padding[0])
+        return op(
+            y,
+            bn.weight,
+            bn.bias,
+            bn.running_mean,
+            bn.running_var,
+            *args,
+            lengths=lengths,
+            stats=stats,
+            p=sub.p,
+            training=sub.p > 0 or batch,
+            frozen=not batch,
+            momentum=momentum_of(bn),
+            eps=bn.eps,
+            backend=self.backend,
+            halo=None if lengths is None else -(-beyond // conv.stride[0]),
+            group=sync.group_of(bn),
+            **kwargs,
+        )

@@ -1,0 +1,181 @@
+"""Jasper blocks of other projects, recognised by class name and attributes, without importing those projects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+NAMES = ("JasperBlock", "EagerBlock")
+LOOKED_FOR = (
+    "modules of class JasperBlock with `conv` and `out` (NVIDIA's) or `mconv` and `mout` (NeMo's), "
+    "or EagerBlock (this project's)"
+)
+
+
+class Unfit(Exception):
+    """A block that the fused ops cannot compute; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class SubBlock:
+    """A conv, its batch norm, and the dropout after them."""
+
+    conv: nn.Conv1d
+    bn: nn.BatchNorm1d
+    dropout: nn.Dropout | None
+
+    @property
+    def p(self) -> float:
+        return self.dropout.p if self.dropout is not None and self.dropout.training else 0.0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a block consists of: the very modules, not copies.
+
+    `masked`: whether its convs zero the padding of their inputs. `dense`: whether its output is added to the list of
+    block outputs. `keeps_lengths`: whether lengths pass through a block without masks, as NeMo's do.
+    """
+
+    sub_blocks: list[SubBlock]
+    panes: list[tuple[nn.Conv1d, nn.BatchNorm1d]]
+    masked: bool
+    dense: bool
+    keeps_lengths: bool
+    takes_last: bool  # a plain residual takes the last of several block outputs
+
+
+def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, block) of every module that has the attributes of a Jasper block."""
+    for name, module in model.named_modules():
+        layers = getattr(module, "mconv", getattr(module, "conv", None))
+        last = getattr(module, "mout", getattr(module, "out", None))
+        if isinstance(layers, nn.ModuleList) and isinstance(last, nn.Sequential):
+            yield name, module
+
+
+def parts(block: nn.Module) -> Parts:
+    """The parts of `block` as they are now; raises Unfit with the reason if the fused ops cannot compute it."""
+    _check_kind(block)
+    layers, last = (block.mconv, block.mout) if hasattr(block, "mconv") else (block.conv, block.out)
+    groups: list[list[nn.Module]] = []
+    for layer in layers:
+        if type(layer).__name__ in ("SqueezeExcite", "GroupShuffle"):
+            raise Unfit("squeeze-excite" if type(layer).__name__ == "SqueezeExcite" else "grouped convs")
+        if _is_conv(layer):
+            groups.append([])
+        if not groups:
+            raise Unfit(f"it begins with a {type(layer).__name__}, not with a conv")
+        groups[-1].append(layer)
+    if not groups:
+        raise Unfit("it has no convs")
+    subs, masks = [], []
+    for group in (*groups[:-1], [*groups[-1], *last]):
+        conv, bn, dropout = _sub_block(group)
+        subs.append(SubBlock(_inner(conv), bn, dropout))
+        masks.append(_masks(conv))
+    panes = []
+    for pane in getattr(block, "res", None) or ():
+        if len(pane) != 2:
+            raise Unfit(f"a residual of {len(pane)} modules: only a conv and a batch norm are fused")
+        _check_conv(pane[0])
+        _check_norm(pane[1])
+        conv = _inner(pane[0])
+        if conv.kernel_size != (1,) or conv.stride != (1,) or conv.padding != (0,):
+            raise Unfit("a residual conv that is not 1x1 at stride 1 (residual_mode stride_add)")
+        panes.append((conv, pane[1]))
+        masks.append(_masks(pane[0]))
+    if len(set(masks)) > 1:
+        raise Unfit("masks on some of its convs only")
+    if panes and any(sub.conv.stride != (1,) for sub in subs):
+        raise Unfit("a residual at a stride above 1")
+    own = getattr(block, "cfg", None) if type(block).__name__ == "EagerBlock" else None
+    dense = own.residual and own.residual_dense if own else bool(panes) and getattr(block, "dense_residual", False)
+    return Parts(subs, panes, masks[0], dense, hasattr(block, "mconv"), own is not None)
+
+
+def _check_kind(block: nn.Module) -> None:
+    kind = type(block).__name__
+    if kind not in NAMES:
+        raise Unfit(f"its class is {kind}, not one of {', '.join(NAMES)}, so its forward may do something else")
+    mode = getattr(block, "residual_mode", "add")
+    if mode not in ("add", "stride_add"):
+        raise Unfit(f"residual_mode {mode}")
+    if getattr(block, "separable", False):
+        raise Unfit("separable convs")
+    if getattr(block, "se", False):
+        raise Unfit("squeeze-excite")
+    if getattr(block, "adapter_layer", None):
+        raise Unfit("adapters")
+    capture = getattr(block, "is_access_enabled", None)
+    if capture is not None and capture(getattr(block, "model_guid", None)):
+        raise Unfit("intermediate outputs are captured (InterCTC)")
+    for name, module in block.named_modules():
+        if module is block:
+            continue
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        hooks += (*module._backward_pre_hooks.values(), *module._backward_hooks.values())
+        if hooks:
+            raise Unfit(f"a hook ({getattr(hooks[0], '__qualname__', type(hooks[0]).__name__)}) on {name}")
+        if "forward" in vars(module):
+            raise Unfit(f"a forward bound to {name}")
+
+
+def _sub_block(group: list[nn.Module]) -> tuple[nn.Module, nn.Module, nn.Dropout | None]:
+    """(conv, norm, dropout) of the modules of one sub-block in order."""
+    conv, *rest = group
+    _check_conv(conv)
+    if not rest:
+        raise Unfit("a conv without batch norm")
+    norm, *rest = rest
+    _check_norm(norm)
+    if not rest or type(rest[0]) is not nn.ReLU:
+        raise Unfit(f"the activation is {type(rest[0]).__name__ if rest else 'missing'}, not ReLU")
+    if [type(m) for m in rest[1:]] not in ([], [nn.Dropout]):
+        raise Unfit(f"after its activation comes {', '.join(type(m).__name__ for m in rest[1:])}")
+    return conv, norm, rest[1] if rest[1:] else None
+
+
+def _is_conv(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d) or "Conv" in type(module).__name__
+
+
+def _inner(conv: nn.Module) -> nn.Conv1d:
+    """The conv that holds the weight: NeMo's MaskedConv1d wraps it, NVIDIA's is one."""
+    return conv if isinstance(conv, nn.Conv1d) else conv.conv
+
+
+def _masks(conv: nn.Module) -> bool:
+    return bool(
+        getattr(conv, "masked", getattr(conv, "use_mask", any("Masked" in c.__name__ for c in type(conv).__mro__)))
+    )
+
+
+def _check_conv(conv: nn.Module) -> None:
+    heads, pad = getattr(conv, "heads", -1), getattr(conv, "pad_layer", None)
+    if heads != -1:
+        raise Unfit(f"heads = {heads}")
+    if pad is not None:
+        raise Unfit("asymmetric padding (future_context)")
+    masked = any("MaskedConv1d" in kind.__name__ for kind in type(conv).__mro__)
+    inner = conv if isinstance(conv, nn.Conv1d) else getattr(conv, "conv", None)
+    foreign = type(inner).forward is not nn.Conv1d.forward and not (inner is conv and masked)
+    if not isinstance(inner, nn.Conv1d) or foreign or (inner is not conv and not masked):
+        kind = type(conv if inner is None else inner).__name__
+        raise Unfit(f"quantised: its conv is a {kind}" if "Quant" in kind else f"its conv is a {kind}")
+    if inner.groups != 1:
+        separable = inner.groups == inner.in_channels
+        raise Unfit("separable convs" if separable else f"grouped convs (groups = {inner.groups})")
+    if inner.bias is not None:
+        raise Unfit("a conv with a bias")
+    if isinstance(inner.padding, str) or inner.padding_mode != "zeros":
+        raise Unfit(f"padding {inner.padding!r}, padding_mode {inner.padding_mode!r}")
+
+
+def _check_norm(norm: nn.Module) -> None:
+    if type(norm).forward not in (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward):
+        raise Unfit(f"its norm is {type(norm).__name__}, not batch norm")
+    if norm.weight is None:
+        raise Unfit("a batch norm without weights (affine=False)")

@@ -1,0 +1,452 @@
+"""Fused sub-blocks within others' Jaspers: the same results on the same parameters, and all can be taken back."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from close import assert_close
+from conftest import GOLDEN
+from engines import block
+from lookalikes import nemo, nvidia
+from test_model import config
+from torch import nn
+
+from jasper_fast import Jasper, JasperConfig, fuse, ops, unfuse
+from jasper_fast.nn.eager import EagerJasper
+
+KINDS = ("nvidia", "nemo", "eager")
+LENGTHS = torch.tensor([61, 40, 13])
+
+
+def blocks(kind: str, dropout: float = 0.0) -> list[dict]:
+    residual = {"residual": kind != "none", "dense": kind == "dense"}
+    found = [
+        block(16, k=11, s=2, dropout=dropout),
+        block(16, 2, 5, dropout=dropout, **residual),
+        block(24, 3, 7, dropout=dropout, **residual),
+        block(32, k=9, d=2, dropout=dropout),
+        block(40, k=1, dropout=dropout),
+    ]
+    return found
+
+
+def build(which: str, kind: str = "dense", masks: bool = True, dropout: float = 0.0, **encoder) -> nn.Module:
+    """A small model with random running statistics."""
+    torch.manual_seed(0)
+    if which == "eager":
+        model = EagerJasper(config(kind, masks, dropout))
+    elif which == "nvidia":
+        encoder_kw = {"in_feats": 8, "blocks": blocks(kind, dropout), "use_conv_masks": masks}
+        model = nvidia.Jasper(encoder_kw, {"in_feats": 40, "n_classes": 7})
+    else:
+        encoder_kw = {"feat_in": 8, "jasper": blocks(kind, dropout), "conv_mask": masks, **encoder}
+        model = nemo.EncDecCTCModel(encoder_kw, {"feat_in": 40, "num_classes": 7})
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.1)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+    return model
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    return list(getattr(model.encoder, "layers", None) or model.encoder.encoder)
+
+
+def call(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (N, T', 7), zero beyond the lengths where the model has masks."""
+    out = model(x, LENGTHS)
+    out, lengths = out if isinstance(out, tuple) else (out, None)
+    masked = lengths is not None and not torch.equal(lengths, LENGTHS)
+    if masked:
+        assert torch.equal(lengths, torch.tensor([31, 20, 7]))
+        out = out.masked_fill((torch.arange(out.shape[1]) >= lengths[:, None])[..., None], 0)
+    return out
+
+
+def features(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(3, 8, 61, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def gradients_and_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.grad for n, p in model.named_parameters()} | dict(model.named_buffers())
+
+
+def steps(model: nn.Module, training: bool, number: int = 4) -> dict[str, torch.Tensor]:
+    """What a few steps give: the first output and gradients, and buffers and parameters at the end."""
+    dtype = next(model.parameters()).dtype
+    x, found = features(dtype), {}
+    model.train(training)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    up = torch.randn(3, 31, 7, generator=torch.Generator().manual_seed(2)).to(dtype)
+    for step in range(number):
+        taken = x.clone().requires_grad_(step == 0)
+        out = call(model, taken)
+        optimizer.zero_grad()
+        (out * up).mean().backward()
+        if step == 0:
+            found["output"], found["features"] = out.detach(), taken.grad
+            found |= {f"gradient of {name}": p.grad.clone() for name, p in model.named_parameters()}
+        optimizer.step()
+    found |= {f"{name} at the end": p.detach().clone() for name, p in model.named_parameters()}
+    return found | {f"{name} at the end": b.clone() for name, b in model.named_buffers()}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("kind", ["dense", "plain", "none"])
+@pytest.mark.parametrize("which", KINDS)
+def test_steps_equal_those_without_fusion(which, kind, masks, training):
+    exact, single = build(which, kind, masks).double(), build(which, kind, masks)
+    doubles, fused = copy.deepcopy(exact), copy.deepcopy(single)
+    for model in (doubles, fused):
+        report = fuse(model, strict=True)
+        assert len(report.fused) == len(layers(model)) and not report.left
+    ref, low = steps(exact, training), steps(single, training)
+    wide, got = steps(doubles, training), steps(fused, training)
+    assert ref.keys() == wide.keys() == got.keys()
+    for name, want in ref.items():
+        torch.testing.assert_close(wide[name], want, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+        if want.is_floating_point():
+            assert_close(name, got[name], low[name], want, factor=4.0)
+
+
+@pytest.mark.parametrize("which", KINDS)
+def test_every_sub_block_runs_the_fused_op(which, monkeypatch):
+    model, ran = build(which), []
+    real = ops.sub_block
+    monkeypatch.setattr(ops, "sub_block", lambda *args, **how: ran.append(1) or real(*args, **how))
+    fuse(model)
+    call(model, features())
+    assert len(ran) == sum(b["repeat"] - 1 for b in blocks("dense"))
+
+
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("which", KINDS)
+def test_lengths_and_lists_are_those_of_the_block(which, masks):
+    """Without masks NVIDIA's blocks return no lengths, and NeMo's those that they got."""
+    plain, fused = build(which, masks=masks).eval(), build(which, masks=masks).eval()
+    fuse(fused)
+    results = []
+    for model in (plain, fused):
+        state = [features()], LENGTHS if masks or which != "eager" else None
+        for layer in layers(model):
+            state = layer(state) if which == "nemo" else layer(*state)
+            results.append((type(state[0]), [x.shape for x in state[0]], state[1]))
+    half = len(results) // 2
+    for (kind, shapes, lengths), (want_kind, want_shapes, want) in zip(results[half:], results[:half], strict=True):
+        assert kind is want_kind and shapes == want_shapes and (lengths is None) == (want is None)
+        assert want is None or torch.equal(lengths, want)
+
+
+@pytest.mark.parametrize("which", KINDS)
+def test_names_objects_and_keys_stay(which):
+    model = build(which)
+    parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
+    state, said = list(model.state_dict()), repr(model)
+    fuse(model)
+    assert all(p is parameters[n] for n, p in model.named_parameters())
+    assert all(m is modules[n] for n, m in model.named_modules())
+    assert list(model.state_dict()) == state and repr(model) == said
+    assert model.load_state_dict(build(which).state_dict())
+
+
+@pytest.mark.parametrize("which", KINDS)
+def test_unfuse_gives_back_what_was_there(which):
+    model = build(which, dropout=0.2)
+    types, held = [type(m) for m in model.modules()], [set(vars(m)) for m in model.modules()]
+    torch.manual_seed(3)
+    want = call(model.train(), features())
+    again = build(which, dropout=0.2)
+    fuse(again)
+    assert [type(m) for m in again.modules()] != types
+    unfuse(again)
+    assert [type(m) for m in again.modules()] == types and [set(vars(m)) for m in again.modules()] == held
+    torch.manual_seed(3)
+    assert torch.equal(call(again.train(), features()), want)
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
+@pytest.mark.parametrize("which", KINDS)
+def test_copies_are_fused_and_independent(which, copied):
+    model = build(which).eval()
+    fuse(model)
+    want = call(model, features())
+    other = copied(model)
+    assert type(layers(other)[0]) is type(layers(model)[0])
+    assert torch.equal(call(other, features()), want)
+    with torch.no_grad():
+        next(model.parameters()).zero_()
+    assert torch.equal(call(other, features()), want)
+    unfuse(other)
+    assert type(layers(other)[0]) is type(layers(build(which))[0])
+    torch.testing.assert_close(call(other, features()), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["in place", "load", "data", "optimiser", "averaged"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_changed_weight_changes_the_next_output(change, training):
+    model, plain = build("nvidia"), build("nvidia")
+    fuse(model)
+    call(model.train(training), features())
+    call(plain.train(training), features())
+    for m in (model, plain):
+        weight = m.encoder.layers[1].conv[0].weight
+        new = weight.detach() * 1.5 + 0.1
+        with torch.no_grad():
+            if change == "in place":
+                weight.copy_(new)
+            elif change == "load":
+                m.load_state_dict({**m.state_dict(), "encoder.layers.1.conv.0.weight": new})
+            elif change == "data":
+                weight.data = new
+            elif change == "averaged":
+                torch._foreach_lerp_([weight], [new], 1.0)
+            else:
+                weight.grad = weight - new
+                torch.optim.SGD([weight], lr=1.0).step()
+    torch.testing.assert_close(call(model, features()), call(plain, features()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["nvidia", "nemo"])
+def test_jasper_10x5_at_a_sixteenth_of_its_width(which):
+    """In fp64: outputs, every gradient and every buffer of a training step."""
+    made = JasperConfig.from_yaml(Path(__file__).parents[1] / "configs" / "jasper10x5dr.yaml")
+    narrow = [
+        block(b.filters // 16, b.repeat, b.k, b.s, b.d, 0.0, b.residual, b.residual_dense) for b in made.encoder.blocks
+    ]
+    torch.manual_seed(0)
+    if which == "nvidia":
+        encoder = {"in_feats": 8, "blocks": narrow, "use_conv_masks": True}
+        plain = nvidia.Jasper(encoder, {"in_feats": 64, "n_classes": 7})
+    else:
+        plain = nemo.EncDecCTCModel({"feat_in": 8, "jasper": narrow}, {"feat_in": 64, "num_classes": 7})
+    plain = plain.double().train()
+    fused = copy.deepcopy(plain)
+    assert len(fuse(fused, strict=True).fused) == 13
+    results = []
+    for model in (plain, fused):
+        out = call(model, features(torch.float64))
+        out.square().mean().backward()
+        results.append({"output": out.detach(), **gradients_and_buffers(model)})
+    for name, want in results[0].items():
+        scale = 1e-9 * want.abs().max().item()
+        torch.testing.assert_close(results[1][name], want, rtol=1e-7, atol=scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("which", KINDS)
+def test_autocast(which):
+    exact, single, fused = build(which).double(), build(which), build(which)
+    fuse(fused)
+    results = []
+    for model in (single, fused):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = call(model.train(), features())
+        out.float().square().mean().backward()
+        results.append({"output": out.detach()} | {n: p.grad for n, p in model.named_parameters()})
+    out = call(exact.train(), features(torch.float64))
+    out.square().mean().backward()
+    ref = {"output": out.detach()} | {n: p.grad for n, p in exact.named_parameters()}
+    for name, want in ref.items():
+        assert_close(name, results[1][name], results[0][name], want, factor=3.0)
+
+
+def test_inference_mode_and_compile():
+    model = build("nvidia").eval()
+    fuse(model)
+    want = call(model, features()).detach()
+    with torch.inference_mode():
+        assert torch.equal(call(model, features()), want)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(call(compiled, features()), want)
+
+
+def test_dropout_drops_as_often_and_follows_the_modules():
+    model = build("nvidia", "none", masks=False, dropout=0.4).train()
+    fuse(model)
+    first, second = model.encoder.layers[:2]
+    x = torch.randn(4, 8, 200)
+    with torch.no_grad():
+        kept, _ = first([x])
+        first.out[1].p = 0.0
+        whole, _ = first([x])
+    share = (kept[0] > 0).float().mean() / (whole[0] > 0).float().mean()
+    assert 0.57 < share < 0.63
+    at = kept[0] > 0
+    torch.testing.assert_close(kept[0][at], whole[0][at] / 0.6, rtol=1e-4, atol=1e-5)
+    second.eval()
+    with torch.no_grad():
+        assert torch.equal(second(whole)[0][0], second(whole)[0][0])
+
+
+def add_in_place(module, given, out):
+    out[0][-1].add_(1.0)
+
+
+def add(module, given, out):
+    return [out[0][-1] + 1.0], out[1]
+
+
+@pytest.mark.parametrize("hook", [add, add_in_place])
+def test_a_hook_that_changes_a_block_output_is_seen(hook):
+    """The next block takes an output for zero in the padding only if nobody has touched it."""
+    results = []
+    for fused in (False, True):
+        model = build("nvidia", "none").double().eval()
+        if fused:
+            fuse(model, backend="reference")  # which reads the padding; kernels skip it
+        model.encoder.layers[0].register_forward_hook(hook)
+        with torch.no_grad():
+            results.append(call(model, features(torch.float64)))
+    torch.testing.assert_close(*results)
+
+
+class QuantConv1d(nn.Conv1d):
+    def forward(self, x):
+        return super().forward(x.round())
+
+
+class SqueezeExcite(nn.Identity):
+    pass
+
+
+LEFT = {
+    "GroupNorm, not batch norm": lambda b: b.mconv.__setitem__(1, nn.GroupNorm(4, 16)),
+    "residual_mode max": lambda b: setattr(b, "residual_mode", "max"),
+    "heads = 4": lambda b: setattr(b.mconv[0], "heads", 4),
+    "future_context": lambda b: setattr(b.mconv[0], "pad_layer", nn.ConstantPad1d((2, 0), 0.0)),
+    "separable convs": lambda b: setattr(b.mconv[0], "conv", nn.Conv1d(16, 16, 5, groups=16, bias=False)),
+    "separable conv": lambda b: setattr(b, "separable", True),
+    "groups = 2": lambda b: setattr(b.mconv[0], "conv", nn.Conv1d(16, 16, 5, groups=2, bias=False)),
+    "squeeze-excite": lambda b: b.mconv.append(SqueezeExcite()),
+    "quantised": lambda b: setattr(b.mconv[0], "conv", QuantConv1d(16, 16, 5, bias=False)),
+    "adapters": lambda b: setattr(b, "adapter_layer", nn.ModuleDict({"a": nn.Identity()})),
+    "Hardtanh, not ReLU": lambda b: b.mout.__setitem__(0, nn.Hardtanh(0, 20)),
+    r"a hook \(print\) on mconv.1": lambda b: b.mconv[1].register_forward_hook(print),
+    "a forward bound to mconv.0": lambda b: setattr(b.mconv[0], "forward", b.mconv[0].forward),
+    "masks on some": lambda b: setattr(b.mconv[4], "use_mask", False),
+    "captured": lambda b: setattr(b, "is_access_enabled", lambda guid: True),
+    "a conv with a bias": lambda b: setattr(b.mconv[0], "conv", nn.Conv1d(16, 16, 5, padding=2)),
+}
+
+
+@pytest.mark.parametrize("reason", LEFT)
+def test_what_cannot_be_fused_is_left_with_a_reason(reason):
+    model = build("nemo")
+    LEFT[reason](layers(model)[1])
+    kinds = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match=rf"encoder\.encoder\.1: .*{reason}"):
+        fuse(model, strict=True)
+    assert [type(m) for m in model.modules()] == kinds, "strict must change nothing"
+    report = fuse(model)
+    ((name, why),) = report.left
+    assert name == "encoder.encoder.1" and len(report.fused) == len(layers(model)) - 1
+    assert f"left alone: {name}: {why}" in str(report) and str(report).startswith("4 of 5 blocks")
+    assert json.loads(json.dumps(report.data())) == {"fused": report.fused, "left": [[name, why]]}
+
+
+@pytest.mark.parametrize("kind", ["dense", "plain"])
+def test_a_block_left_alone_works_among_fused_ones(kind):
+    plain, mixed = build("nemo", kind).eval(), build("nemo", kind).eval()
+    for model in (plain, mixed):
+        layers(model)[2].residual_mode = "max"
+    assert len(fuse(mixed).left) == 1
+    torch.testing.assert_close(call(mixed, features()), call(plain, features()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dense", "plain"])
+def test_outputs_that_the_residual_does_not_take_are_refused(kind):
+    block = layers(build("nvidia", kind))[1]
+    fuse(block)
+    x = torch.randn(3, 16, 31)
+    with pytest.raises(ValueError, match="1 residual convs, but got 2 block outputs"):
+        block([x, x], LENGTHS)
+
+
+def test_a_block_changed_after_fusion_is_refused():
+    model = build("nemo").eval()
+    fuse(model)
+    handle = layers(model)[1].mconv[0].register_forward_hook(print)
+    with pytest.raises(RuntimeError, match=r"a hook \(print\) on mconv\.0.*fuse\(model\) again"):
+        call(model, features())
+    ((name, _),) = fuse(model).left
+    assert name == "encoder.encoder.1" and type(layers(model)[1]) is nemo.JasperBlock
+    handle.remove()
+    call(model, features())
+    assert fuse(model).left == []
+
+
+def test_a_model_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match=r"no Jasper blocks in Sequential: looked for .*JasperBlock.*EagerBlock"):
+        fuse(nn.Sequential(nn.Conv1d(3, 3, 3), nn.ReLU()))
+    with pytest.raises(ValueError, match="which are fused"):
+        fuse(Jasper(config("none")))
+    with pytest.raises(ValueError, match="backend 'fast' is not one of"):
+        fuse(build("nemo"), backend="fast")
+
+
+def test_a_block_or_an_encoder_alone_and_twice():
+    model = build("nvidia").eval()
+    want = call(model, features())
+    assert fuse(model.encoder.layers[0]).fused == [""]
+    assert len(fuse(model.encoder).fused) == 5
+    torch.testing.assert_close(call(model, features()), want, rtol=1e-4, atol=1e-5)
+    unfuse(model)
+    assert torch.equal(call(model, features()), want)
+
+
+def test_masks_switched_off_for_export_are_followed():
+    plain, fused = build("nemo").eval(), build("nemo").eval()
+    fuse(fused)
+    for model in (plain, fused):
+        for m in model.modules():
+            if hasattr(m, "use_mask"):
+                m.use_mask = False
+    torch.testing.assert_close(call(fused, features()), call(plain, features()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_nvidias_numbers(fused):
+    """The look-alike gives the reference system's evaluation, losses and gradients, fused and not."""
+    from safetensors import safe_open
+
+    with safe_open(GOLDEN / "jasper_small_dense.safetensors", "pt") as f:
+        meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    made = {"in_feats": int(meta["in_feats"]), "blocks": json.loads(meta["blocks"]), "use_conv_masks": True}
+    model = nvidia.Jasper(made, {"in_feats": 64, "n_classes": 29})
+    model.load_state_dict({k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")})
+    if fused:
+        fuse(model, strict=True)
+    x, lengths = tensors["features"], tensors["feature_lengths"]
+    with torch.no_grad():
+        out, out_lengths = model.eval()(x, lengths)
+    assert torch.equal(out_lengths, tensors["eval.lengths"])
+    valid = torch.arange(out.shape[1]) < out_lengths[:, None]
+    assert (out - tensors["eval.log_probs"])[valid].abs().max() <= 1e-4
+    out, out_lengths = model.train()(x, lengths)
+    targets = tensors["targets"], out_lengths, tensors["target_lengths"]
+    F.ctc_loss(out.transpose(0, 1), *targets, blank=28, reduction="none").mean().backward()
+    for name, parameter in model.named_parameters():
+        want = tensors[f"grad.{name}"]
+        assert (parameter.grad - want).abs().max() <= 1e-3 * want.abs().max(), name
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, tensors[f"stats_after_1.{name}"], rtol=1e-3, atol=1e-5)

@@ -1,0 +1,64 @@
+"""Fused blocks on two gloo processes: under DDP, and with SyncBN."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_fuse import LENGTHS, build, gradients_and_buffers
+from test_sync import spawn
+from torch import nn
+
+from jasper_fast import fuse
+
+
+def _share(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(2, 3, 8, 61, generator=torch.Generator().manual_seed(5))[rank]
+    return x, LENGTHS
+
+
+CASES = (("never", False), ("before", False), ("after", False), ("before", True), ("after", True))
+
+
+def _step(model: nn.Module, x: torch.Tensor, lengths: torch.Tensor) -> None:
+    out, lengths = model(x, lengths)
+    out.masked_fill((torch.arange(out.shape[1]) >= lengths[:, None])[..., None], 0).square().mean().backward()
+
+
+def _in_parallel(rank: int) -> dict[tuple, dict[str, torch.Tensor]]:
+    """Gradients and buffers of a step on two ranks, by case: fused before or after DDP or SyncBN, or never."""
+    found = {}
+    for when, synced in CASES:
+        model = build("nvidia").train()
+        if when == "before":
+            fuse(model, strict=True)
+        if synced:  # DDP takes no SyncBN on a CPU
+            run = model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        else:
+            run = nn.parallel.DistributedDataParallel(model)
+        if when == "after":
+            assert fuse(run, strict=True).fused[0] == ("" if synced else "module.") + "encoder.layers.0"
+        _step(run, *_share(rank))
+        for p in model.parameters() if synced else ():
+            dist.all_reduce(p.grad)
+            p.grad /= 2
+        found[when, synced] = gradients_and_buffers(model)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch was built without gloo")
+def test_in_parallel(tmp_path):
+    """DDP gives what it gives without fusion; SyncBN what one process has of the batches of both."""
+    whole = build("nvidia").train()
+    xs, lengths = zip(*map(_share, range(2)), strict=True)
+    _step(whole, torch.cat(xs), torch.cat(lengths))
+    one = gradients_and_buffers(whole)
+    for found in spawn(_in_parallel, tmp_path):
+        for (when, synced), got in found.items():
+            want = one if synced else found["never", False]
+            assert got.keys() == want.keys()
+            for name in want:
+                torch.testing.assert_close(
+                    got[name], want[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name, w=when: f"{w} {n}: {m}"
+                )
