@@ -304,7 +304,7 @@ def start(args: argparse.Namespace) -> Run:
     options.writable(args.out)
     if args.threads:
         torch.set_num_threads(args.threads)
-    precision.set_fp32(args.fp32_precision)
+    precision.set_fp32(getattr(args, "fp32_precision", None))  # tuning has no such option
     dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "fp16")]
     effort = QUICK if args.quick else Effort()
     if args.seconds:

@@ -58,7 +58,9 @@ def assert_right(name: str, shape: Conv, dtype: str) -> None:
         # in fp32 PyTorch may happen to sum in a better order; a CPU engine's convs multiply sums of four operands
         factor = 6.0 if (name, function) == ("cpu", "fused") else 4.0 if dtype == "float32" else 2.0
         for key in ref:
-            assert_close(f"{key} of {function}", got[key], low[key], ref[key], factor)
+            # PyTorch 2.13's own bf16 gradient of a weight at one frame and stride 2 reads memory that nobody wrote
+            theirs = low[key] if low[key].isfinite().all() else ref[key].to(low[key].dtype)
+            assert_close(f"{key} of {function}", got[key], theirs, ref[key], factor)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

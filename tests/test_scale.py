@@ -15,7 +15,8 @@ import yaml
 from speech import beep, train_arguments, write_corpus
 
 import train
-from jasper_fast.data.batches import Batch, BatchSampler
+from jasper_fast.data.batch import Batch
+from jasper_fast.data.batches import BatchSampler
 from jasper_fast.nn.config import JasperConfig
 from jasper_fast.nn.model import Jasper
 from jasper_fast.speech.features import LogMelFeatures

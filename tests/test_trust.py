@@ -171,7 +171,7 @@ def test_the_warning_says_what_follows(gpu, norm_table, conv_table):
         conv_table(OURS_FASTER)
         assert (conv_face(), fused_face()) == ("aten", "aten")
         assert choose.pane_form("auto", GPU, torch.bfloat16) == "plain"
-    follows = ("goes on to its Triton kernel", "takes plain PyTorch for it instead", "takes PyTorch's own conv",
+    follows = ("tries its Triton kernel next", "takes plain PyTorch for it instead", "takes PyTorch's own conv",
                "takes PyTorch's own conv", "takes PyTorch's own conv", "panes='auto' takes the plain form")  # fmt: skip
     assert [what in str(w.message) for what, w in zip(follows, said, strict=True)] == [True] * 6
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from jasper_fast import Jasper, NovoGrad
 from jasper_fast.bench.rivals.eager_layouts import Model
 from jasper_fast.bench.rivals.optimizers import ForeachNovoGrad
-from jasper_fast.data.batches import Batch
+from jasper_fast.data.batch import Batch
 from jasper_fast.nn.architecture import out_lengths
 from jasper_fast.training.ema import EMA
 from jasper_fast.training.step import BufferGuard, train_step

@@ -24,10 +24,9 @@ class Epilogue {
   __device__ __forceinline__ Epilogue(const Args& a, const Tile& tile, int thread)
       : a_(a), tile_(tile), thread_(thread), group_(thread % 16), lane_(thread / 16) {
     const int channel = tile.o0 + group_ * 8;
-    const float* vector = MODE == kNorm ? a.mean : kBiased ? a.bias : nullptr;
-#pragma unroll
+    #pragma unroll
     for (int i = 0; i < 8; ++i)
-      vector_[i] = vector != nullptr && channel + i < a.c_out ? vector[channel + i] : 0.f;
+      bias_[i] = kBiased && a.bias != nullptr && channel + i < a.c_out ? a.bias[channel + i] : 0.f;
   }
 
   // Frames t0 + at .. t0 + at + 31 of the tile, whose sums lie at `staging`.
@@ -49,7 +48,7 @@ class Epilogue {
       } else {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          if (kBiased) v[j][i] += vector_[i];
+          if (kBiased) v[j][i] += bias_[i];
           if (kBiased && a_.relu && v[j][i] <= 0.f) v[j][i] = 0.f;  // a NaN passes
         }
         if constexpr (MODE == kLogSoftmax) log_softmax(v[j]);
@@ -129,7 +128,7 @@ class Epilogue {
       if (alive && !(wide(z[i]) <= 0.f)) {  // a NaN passes
         v[i] *= a_.scale;
         first_[i] += v[i];
-        second_[i] = fmaf(v[i], wide(y[i]) - vector_[i], second_[i]);
+        second_[i] = fmaf(v[i], wide(y[i]) - a_.mean[channel + i], second_[i]);
       } else {
         v[i] = 0.f;
       }
@@ -176,7 +175,7 @@ class Epilogue {
   const Args& a_;
   const Tile& tile_;
   int thread_, group_, lane_;
-  float vector_[8], first_[8] = {}, second_[8] = {}, count_ = 0.f;
+  float bias_[8], first_[8] = {}, second_[8] = {}, count_ = 0.f;
 };
 
 // ---- partial results of all tiles ----------------------------------------------------------------------------------

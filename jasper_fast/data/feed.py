@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from jasper_fast.data.batches import Batch
+from jasper_fast.data.batch import Batch
 
 
 @dataclass

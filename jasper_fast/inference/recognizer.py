@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast.data import batches, manifest
-from jasper_fast.data.batches import Batch
+from jasper_fast.data.batch import Batch
 from jasper_fast.data.dataset import SpeechDataset
 from jasper_fast.data.settings import AudioSettings
 from jasper_fast.inference import InferenceEngine

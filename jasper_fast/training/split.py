@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from jasper_fast.data.batches import Batch, BatchSampler, load_batches
+from jasper_fast.data.batch import Batch
+from jasper_fast.data.batches import BatchSampler, load_batches
 from jasper_fast.data.dataset import SpeechDataset
 from jasper_fast.data.feed import Wait, feed
 from jasper_fast.nn.config import JasperConfig

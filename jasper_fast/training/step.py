@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jasper_fast.data.batches import Batch
+from jasper_fast.data.batch import Batch
 from jasper_fast.speech.augment import Augment
 from jasper_fast.speech.features import LogMelFeatures
 from jasper_fast.training.ema import EMA

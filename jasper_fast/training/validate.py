@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jasper_fast.data.batches import Batch
+from jasper_fast.data.batch import Batch
 from jasper_fast.speech.decoding import greedy_decode
 from jasper_fast.speech.metrics import cer, wer
 from jasper_fast.speech.text import Vocabulary
