@@ -24,7 +24,7 @@ from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles
 # several chunks, tiles and CTAs; a dilated one with padding; the strided one; a single tap with more chunks than places
 LAYERS = {
     "dilated": (1, 24, 40, 70, 3, 1, 2, [63]),  # a tile that only the halo reaches
-    "long": (1, 16, 24, 700, 3, 1, 1, [700]),  # more segments than stages
+    "long": (1, 16, 24, 1500, 3, 1, 1, [1500]),  # more segments of a share than stages
     "pane": (1, 328, 40, 70, 1, 1, 1, [70]),
     "wide": (2, 136, 72, 75, 5, 1, 1, [75, 20]),
     "strided": (2, 24, 32, 45, 5, 2, 1, [45, 20]),

@@ -61,19 +61,19 @@ def test_the_order_is_by_work_and_training_and_inference_both_come_early():
 
 @pytest.mark.parametrize("op", sorted({cell.op for cell in PLAN} - set(tables.NORM_OPS)))
 def test_the_contenders_of_a_conv_are_few_and_can_be_rows_of_a_table(gpu, op):
-    """The default first; their names tell them apart; each has the form that a table wants; and the library."""
+    """The default tile first, names that tell contenders apart, rows for a table; then the CUDA face and the library."""
     for cell in (cell for cell in PLAN if cell.op == op):
         found = list(faces.proposals(cell, GPU))
         assert 3 <= len(found) <= 7, f"{len(found)} contenders of {cell}"
         assert len({p.name(cell) for p in found}) == len(found)
-        assert [p.face for p in found] == ["triton"] * (len(found) - 1) + ["aten"]
+        assert [p.face for p in found] == ["triton"] * (len(found) - 2) + ["cuda", "aten"]
         n, frames = cell.batch
         shape = triton_tiles.Shape(*cell[2:7], n * frames)
         default = triton_tiles.default(op.removeprefix("conv1d."), DTYPES[cell.dtype], shape, frames)
         assert found[0].tile == default._asdict()
         rows = [of.row(cell, 1.0, {}).plain() for of in (found[0], found[-1])]
         tables.parse({"header": dict.fromkeys(tables.HEADER, "x") | {"capability": "sm_90"}, "rows": rows}, "x")
-        for proposal in found[:-1]:
+        for proposal in found[:-2]:
             assert tables.tile_fault(cell.op, cell.dtype, proposal.tile) is None
 
 
