@@ -61,7 +61,7 @@ def test_the_order_is_by_work_and_training_and_inference_both_come_early():
 
 @pytest.mark.parametrize("op", sorted({cell.op for cell in PLAN} - set(tables.NORM_OPS)))
 def test_the_contenders_of_a_conv_are_few_and_can_be_rows_of_a_table(gpu, op):
-    """The default tile first, names that tell contenders apart, rows for a table; then the CUDA face and the library."""
+    """The default tile first, names that tell contenders apart, rows for a table; then CUDA and the library."""
     for cell in (cell for cell in PLAN if cell.op == op):
         found = list(faces.proposals(cell, GPU))
         assert 3 <= len(found) <= 7, f"{len(found)} contenders of {cell}"
