@@ -7,6 +7,7 @@
 #   make compile    every Triton kernel for sm_80 to sm_100, by the pinned Triton and the GPU machines', and every CUDA conv
 #                   for sm_75 to sm_120, against the tables
 #   make bench      measure kernels, training, latency and memory beside eager PyTorch, under ten minutes
+#   make mutants    the CUDA convs with 66 small wrongs, each of which a test must find, about ten minutes
 #   make sanitize   tests of the ops under AddressSanitizer, UBSan and ThreadSanitizer
 #   make wheelhouse build/wheelhouse: wheels for a machine without a network that has PyTorch (WHEELS=3.12, its Python)
 #   make lint       ruff
@@ -26,7 +27,7 @@ PINS := $(VENV)/constraints.txt
 OLDER := $(CURDIR)/build/triton-3.6.0
 NATIVE := $(shell find csrc -type f -not -name '*.pyc')
 
-.PHONY: install demo test test-fast compile bench sanitize wheelhouse lint clean distclean help
+.PHONY: install demo test test-fast compile bench mutants sanitize wheelhouse lint clean distclean help
 .DEFAULT_GOAL := help
 
 help:
@@ -80,6 +81,9 @@ compile: install $(OLDER)/.installed
 
 bench: install
 	$(PY) -m bench all
+
+mutants: install
+	JASPER_FAST_MUTANTS=all OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 tests/test_conv1d_cuda_mutants.py
 
 sanitize: install
 	$(PY) tests/fuzz/sanitize.py
