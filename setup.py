@@ -49,10 +49,10 @@ class Build(build):
 
 
 class BuildPython(build_py):
-    """train.py, which lies at the top of a checkout, becomes jasper_fast.train."""
+    """train.py, at the top of a checkout, becomes jasper_fast.train; csrc has sources for NVRTC, but no modules."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
-        found = super().find_package_modules(package, package_dir)
+        found = super().find_package_modules(package, package_dir) if package != "jasper_fast.csrc" else []
         return [*found, (package, "train", "train.py")] if package == "jasper_fast" else found
 
 
@@ -72,18 +72,20 @@ setup(
     packages=[
         *find_packages(include=["jasper_fast", "jasper_fast.*"]),
         "jasper_fast.configs",
+        "jasper_fast.csrc",
         "jasper_fast.kernels",
         *(f"jasper_fast.kernels.{p}" for p in find_packages("kernels")),
         "jasper_fast.bench",
         *(f"jasper_fast.bench.{p}" for p in find_packages("bench")),
     ],
-    package_dir={"jasper_fast.kernels": "kernels", "jasper_fast.configs": "configs", "jasper_fast.bench": "bench"},
+    package_dir={f"jasper_fast.{folder}": folder for folder in ("kernels", "configs", "csrc", "bench")},
     package_data={
         "jasper_fast": ["page.html.j2"],
         "jasper_fast.data.prepare": ["*.j2"],
         "jasper_fast.inference": ["*.j2"],
         "jasper_fast.demo": ["*.j2"],
         "jasper_fast.configs": ["*.yaml"],
+        "jasper_fast.csrc": ["cuda/*.cuh"],
         "jasper_fast.kernels": ["README.md", "tables/README.md", "tables/*.json"],
         "jasper_fast.bench": ["compiled/*.json"],
         "jasper_fast.bench.report": ["page.css", "published.json", "*.j2"],

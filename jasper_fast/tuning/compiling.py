@@ -95,7 +95,7 @@ def build(what: tuple[str, Job, int]) -> tuple[str, Facts]:
     digest, job, place = what
     try:
         built = aot.compile_for(aot.source(launches(job)[place], job.arch), job.arch)
-    except Exception:  # the compiler's, or for want of the tool that tells the facts
+    except Exception:  # the contender is compiled again when it is tried, and refused there with what the compiler says
         return digest, {}
     return digest, {name: getattr(built, name) for name in FACTS}
 

@@ -27,6 +27,7 @@ from jasper_fast.kernels.conv1d.cuda_args import (
     pack_blocks,
 )
 from jasper_fast.kernels.conv1d.cuda_tiles import SLAB, Plan, Work
+from jasper_fast.kernels.conv1d.gpu_shared import Workspace, out_frames
 from jasper_fast.kernels.layout import empty_ntc
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths, Mask, Norm
 
@@ -41,25 +42,6 @@ class Packed(NamedTuple):
     c_out: int
     c_in: int
     taps: int
-
-
-class Workspace:
-    """Scratch of `fused` for shared reductions: fp32 partials, and counters that are zero between launches.
-
-    One stream at a time may use it; whoever owns it (an inference engine) sees to that.
-    """
-
-    def __init__(self, device: torch.device | str) -> None:
-        self.part = torch.empty(0, dtype=torch.float32, device=device)
-        self.device = self.part.device
-        self.arrived = torch.zeros(0, dtype=torch.int32, device=device)
-
-    def reserve(self, elements: int, tiles: int) -> None:
-        """Grow to `elements` partial sums and `tiles` counters."""
-        if self.part.numel() < elements:
-            self.part = torch.empty(elements, dtype=torch.float32, device=self.device)
-        if self.arrived.numel() < tiles:
-            self.arrived = torch.zeros(tiles, dtype=torch.int32, device=self.device)
 
 
 def packed_shape(weight: Tensor) -> tuple[int, int, int, int]:
@@ -130,7 +112,7 @@ def _forward(x, weight, geometry, lengths, packed, mode):
     n, c_in, t = x.shape
     if c_in != w.c_in:
         raise ValueError(f"x has {c_in} channels, the weight takes {w.c_in}")
-    t_out = _out_frames(t, w.taps, geometry)
+    t_out = out_frames(t, w.taps, geometry)
     y = empty_ntc(n, w.c_out, t_out, like=x)
     work = Work(n, t_out, c_in, w.c_out, 0, w.taps, geometry.stride, geometry.dilation)
     args = _args(Operand.of(x.transpose(1, 2), w.data, c_in, w.c_out), y.transpose(1, 2), t, w.taps, geometry)
@@ -211,7 +193,7 @@ def wgrad(
     _check(x, dy)
     n, c_in, t = x.shape
     c_out, t_out = dy.shape[1:]
-    if dy.shape[0] != n or t_out != _out_frames(t, k, geometry):
+    if dy.shape[0] != n or t_out != out_frames(t, k, geometry):
         raise ValueError(f"dy {tuple(dy.shape)} is no gradient of the conv of x {tuple(x.shape)} with {k} taps")
     cut = cuda_tiles.plan_wgrad(cuda_launch.gpu(x.device), Work(n, t_out, c_in, c_out, 0, k, geometry[0], geometry[2]))
     parts = torch.empty((cut.shares, k, c_out, c_in), dtype=torch.float32, device=x.device)
@@ -284,7 +266,7 @@ def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked) -> Tens
         raise ValueError("lengths are made from those before the conv, and take the place of those after it")
     if log_softmax and w.c_out > SOFTMAX_MAX:
         raise ValueError(f"log-softmax in the kernel takes up to {SOFTMAX_MAX} channels, got {w.c_out}")
-    t_out = _out_frames(t, w.taps, geometry)
+    t_out = out_frames(t, w.taps, geometry)
     dtype = torch.float32 if log_softmax else w.data.dtype
     if out is None:
         out = torch.empty((n, t_out, w.c_out), dtype=dtype, device=x.device)
@@ -362,14 +344,6 @@ def _packed(weight: Tensor, data: Tensor | None, x: Tensor) -> Packed:
     if data.shape != packed_shape(weight):
         raise ValueError(f"packed has shape {tuple(data.shape)}, the weight packs to {packed_shape(weight)}")
     return Packed(data, c_out, c_in, taps)
-
-
-def _out_frames(t: int, taps: int, geometry: Geometry) -> int:
-    t_out = geometry.frames(t, taps)
-    if t_out < 1:
-        span = geometry.dilation * (taps - 1) + 1
-        raise ValueError(f"{t} frames with padding {geometry.padding} are fewer than {span}, the span of the taps")
-    return t_out
 
 
 def _check(x: Tensor, other: Tensor) -> None:

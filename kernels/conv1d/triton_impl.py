@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from jasper_fast.kernels import launch
 from jasper_fast.kernels.conv1d import triton_tiles
+from jasper_fast.kernels.conv1d.gpu_shared import Workspace, out_frames
 from jasper_fast.kernels.conv1d.triton_dgrad import conv1d_dgrad_kernel, conv1d_sums_merge_kernel
 from jasper_fast.kernels.conv1d.triton_forward import conv1d_forward_kernel, conv1d_stats_merge_kernel
 from jasper_fast.kernels.conv1d.triton_fused import conv1d_fused_kernel
@@ -37,25 +38,6 @@ class Packed(NamedTuple):
     c_out: int
     c_in: int
     taps: int
-
-
-class Workspace:
-    """Scratch of `fused` for shared reductions: fp32 partial sums, and counters that are zero between launches.
-
-    Only one stream at a time may use it; its owner (an inference engine) ensures this.
-    """
-
-    def __init__(self, device: torch.device | str) -> None:
-        self.part = torch.empty(0, dtype=torch.float32, device=device)
-        self.device = self.part.device  # with its index, because the current device may change
-        self.arrived = torch.zeros(0, dtype=torch.int32, device=device)
-
-    def reserve(self, elements: int, tiles: int) -> None:
-        """Grow to `elements` partial sums and `tiles` counters."""
-        if self.part.numel() < elements:
-            self.part = torch.empty(elements, dtype=torch.float32, device=self.device)
-        if self.arrived.numel() < tiles:
-            self.arrived = torch.zeros(tiles, dtype=torch.int32, device=self.device)
 
 
 def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Packed:
@@ -123,7 +105,7 @@ def _forward(x, weight, geometry, lengths, packed, clean, stats):
     n, c_in, t = x.shape
     if c_in != w.c_in:
         raise ValueError(f"x has {c_in} channels, the weight takes {w.c_in}")
-    t_out = _out_frames(t, w.taps, geometry)
+    t_out = out_frames(t, w.taps, geometry)
     op = "forward_stats" if stats else "forward"
     tile = triton_tiles.choose(op, x.device, x.dtype, Shape(c_in, w.c_out, w.taps, stride, dilation, n * t_out), t_out)
     t_blocks = triton.cdiv(t_out, tile.t)
@@ -241,7 +223,7 @@ def wgrad(
     _check_offsets(dy)
     n, c_in, t = x.shape
     (stride, padding, dilation), (c_out, t_out) = geometry, dy.shape[1:]
-    if dy.shape[0] != n or t_out != _out_frames(t, k, geometry):
+    if dy.shape[0] != n or t_out != out_frames(t, k, geometry):
         raise ValueError(f"dy {tuple(dy.shape)} does not fit the conv of x {tuple(x.shape)} with {k} taps")
     if not (x.transpose(1, 2).is_contiguous() and dy.transpose(1, 2).is_contiguous()):
         raise ValueError(f"x and dy must be dense in NTC memory, got strides {x.stride()} and {dy.stride()}")
@@ -364,7 +346,7 @@ def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, nct) ->
         raise ValueError(f"x has {c_in} channels, the weight takes {w.c_in}")
     if lengths.made is not None and (lengths.before is None or lengths.after is not None):
         raise ValueError("`made` needs the lengths before the conv and replaces those after it")
-    t_out = _out_frames(t, w.taps, geometry)
+    t_out = out_frames(t, w.taps, geometry)
     if out is None:
         out = torch.empty((n, t_out, w.c_out), dtype=torch.float32 if log_softmax else w.data.dtype, device=x.device)
     if masked and (lengths.made is not None or lengths.after is not None):
@@ -396,14 +378,6 @@ def _packed(weight: Tensor, data: Tensor | None, x: Tensor) -> Packed:
     if data.shape != packed_shape(weight):
         raise ValueError(f"packed has shape {tuple(data.shape)}, the weight packs to {packed_shape(weight)}")
     return Packed(data, c_out, c_in, taps)
-
-
-def _out_frames(t: int, taps: int, geometry: Geometry) -> int:
-    t_out = geometry.frames(t, taps)
-    if t_out < 1:
-        span = geometry.dilation * (taps - 1) + 1
-        raise ValueError(f"{t} frames with padding {geometry.padding} are fewer than {span}, the span of the taps")
-    return t_out
 
 
 def _activations(x: Tensor, stride: int, block_t: int, block_c: int) -> TensorDescriptor | None:
