@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 
 from jasper_fast.kernels import native
+from jasper_fast.kernels.conv1d import cuda_launch
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 NORM, PANES, NOVOGRAD = "bn_relu_dropout", "panes", "novograd"
@@ -55,7 +56,12 @@ def why_missing(backend: str, device: torch.device | str) -> str | None:
         return "the triton backend needs a CUDA tensor (on the CPU only its interpreter runs: set TRITON_INTERPRET=1)"
     if device_type != "cuda":
         return f"the cuda backend takes CUDA tensors, not {device_type}; move the model to a GPU or ask for 'auto'"
-    return None if native.cuda_available() else native.explain()["cuda"]
+    return None if native.cuda_available() or only_convs() else native.explain()["cuda"]
+
+
+def only_convs() -> bool:
+    """Whether the cuda backend has its convs alone: NVRTC compiles them where there is no CUDA library."""
+    return cuda_launch.way() == "NVRTC"
 
 
 def _too_old(device: torch.device) -> str | None:

@@ -32,9 +32,13 @@ def _resolve(backend: str, device: torch.device | str, op: str | None, dtype: to
     if backend != "auto":
         if reason := backends.why_missing(backend, device):
             raise BackendMissing(backends.named(backend, reason))
+        if backend == "cuda" and op == NORM and backends.only_convs():
+            return "reference" if backends.why_missing("triton", device) else "triton"
         return backend
-    first, reasons = None, []
-    for name in {"cpu": ("cpu",), "cuda": ("triton", "cuda")}.get(device.type, ()):
+    first, reasons, gpu = None, [], ("triton", "cuda")
+    if op == NORM and backends.only_convs():
+        gpu = ("triton",)
+    for name in {"cpu": ("cpu",), "cuda": gpu}.get(device.type, ()):
         reason = backends.why_missing(name, device)
         first = first or (name if reason is None else None)
         reasons += [] if reason is None else [backends.named(name, reason)]
@@ -80,6 +84,7 @@ def _norm_face(backend, device, dtype, channels, rows_log2) -> str:
         if (
             fastest == "cuda"
             and resolve(backend, device) != "cuda"
+            and not backends.only_convs()
             and backends.why_missing("cuda", device) is None
             and _trusted(NORM, "cuda", device, dtype, next_one)
         ):

@@ -104,7 +104,7 @@ def aten(cell: Cell, device: torch.device) -> list[Proposal]:
 @contends("bn_relu_dropout")
 def cuda_norm(cell: Cell, device: torch.device) -> list[Proposal]:
     """The CUDA face first: where it is built, it is the likelier one."""
-    return [Proposal("cuda")] if backends.why_missing("cuda", device) is None else []
+    return [] if backends.why_missing("cuda", device) or backends.only_convs() else [Proposal("cuda")]
 
 
 @contends("bn_relu_dropout")
