@@ -1,8 +1,8 @@
-"""A process that runs kernels and says what it does, a line at a time; and the one that started it and listens.
+"""The two ends of a child process that runs kernels: the child reports line by line, and the parent listens.
 
-A kernel that crashes, or that never ends, must not take the user's process or its CUDA context with it. So kernels that
-are not known to be good run in a process of their own, which gets what it is to do as JSON on its standard input and
-tells what it begins and what it finds.
+A kernel that crashes or never ends must not take the user's process or its CUDA context with it. So kernels that are
+not yet known to be good run in a process of their own. It reads its task as JSON from standard input, and writes a line
+for each thing that it begins or finds.
 """
 
 from __future__ import annotations
@@ -21,21 +21,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-MARK = "jasper-fast-child "  # begins a line of the protocol: a kernel may print what it likes
-START_SECONDS = 120.0  # for the interpreter, torch and the device
-FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # never the end of a kernel that failed
+MARK = "jasper-fast-child "  # begins each line of the protocol, because kernels may print other lines
+START_SECONDS = 120.0  # time for starting Python, importing torch and opening the device
+# a failing kernel never ends its process by one of these
+FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def tell(kind: str, value: object) -> None:
-    """In the child: one line of the protocol."""
+    """In the child: writes one line of the protocol."""
     sys.stdout.write(f"\n{MARK}{json.dumps([kind, value])}\n")
     sys.stdout.flush()
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended. told: it was heard to the end of what it had to say; else `how`, in words, and the `last`
-    line of its standard error; hung: it was silent for too long; code: its exit status."""
+    """How a process ended.
+
+    told: all its messages were received. how: its end in words; last: the last line of its standard error. hung: it was
+    silent for too long. code: its exit status.
+    """
 
     told: bool
     hung: bool
@@ -45,15 +49,15 @@ class Ended:
 
     @property
     def from_outside(self) -> bool:
-        """Whether something else than its own doing ended it."""
+        """Whether something outside the process ended it."""
         return not self.hung and -self.code in FROM_OUTSIDE
 
 
 def talk(argv: Sequence[str], wanted: object, hear: Callable[[str, Any], bool], seconds: float) -> Ended:
-    """Starts `argv`, gives it `wanted` as JSON, and calls `hear(kind, value)` for each line until that returns True.
+    """Starts `argv`, sends it `wanted` as JSON, and calls `hear(kind, value)` for each line until that returns True.
 
-    `seconds`: how long it may be silent, after START_SECONDS for its first line. Whatever is raised in here ends the
-    process, and all that it started, at once.
+    The process may be silent for `seconds`, and for START_SECONDS before its first line. Any exception raised in here
+    kills the process and its descendants at once.
     """
     env = dict(os.environ)
     home = str(Path(__file__).resolve().parents[2])
@@ -65,7 +69,7 @@ def talk(argv: Sequence[str], wanted: object, hear: Callable[[str, Any], bool], 
         )  # fmt: skip
         spoke, hung, ended, told = False, False, False, False
         try:
-            with contextlib.suppress(BrokenPipeError):  # it died at once: what follows says so
+            with contextlib.suppress(BrokenPipeError):  # the process died at once; its exit status is read below
                 process.stdin.write(json.dumps(wanted))
                 process.stdin.close()
             for kind, value in _lines(process.stdout, START_SECONDS, seconds):
@@ -76,18 +80,18 @@ def talk(argv: Sequence[str], wanted: object, hear: Callable[[str, Any], bool], 
             ended = True
         except TimeoutError:
             hung = True
-        finally:  # where something else was raised, its receiver has no time to lose
+        finally:  # after any other exception, such as an interrupt, the caller must not wait
             code = _end(process, before=10.0 if ended else 0.0, after=30.0 if ended or hung else 5.0)
         last = _last_line(errors)
     if hung:
-        how = f"gave no sign for {seconds if spoke else START_SECONDS:.0f} s"
+        how = f"was silent for {seconds if spoke else START_SECONDS:.0f} s"
     else:
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
     return Ended(told, hung, code, how, last)
 
 
 def _lines(stream: IO[str], start: float, each: float) -> Iterator[tuple[str, Any]]:
-    """What a process tells; raises TimeoutError when it is silent for too long, and stops where it ends."""
+    """The messages of a process until it ends; raises TimeoutError if it is silent for too long."""
     lines: queue.Queue[str | None] = queue.Queue()
 
     def pump() -> None:
@@ -110,7 +114,7 @@ def _lines(stream: IO[str], start: float, each: float) -> Iterator[tuple[str, An
 
 
 def _end(process: subprocess.Popen, before: float, after: float) -> int:
-    """Waits `before` seconds for the end of a process, then makes it, and waits `after` seconds; its exit status."""
+    """Waits `before` seconds for a process to end, then kills it and waits `after` seconds; returns the exit status."""
     try:
         return process.wait(timeout=before)
     except subprocess.TimeoutExpired:
@@ -118,7 +122,7 @@ def _end(process: subprocess.Popen, before: float, after: float) -> int:
             os.killpg(process.pid, signal.SIGKILL)
         try:
             return process.wait(timeout=after)
-        except subprocess.TimeoutExpired:  # stuck in the driver: nothing kills it, and nobody waits for it
+        except subprocess.TimeoutExpired:  # stuck in the driver, where no signal reaches it: do not wait longer
             return -signal.SIGKILL
 
 

@@ -20,7 +20,7 @@ def resolve(backend: str, device: torch.device | str, op: str | None = None, dty
     """The face that runs for `backend` on `device`; raises BackendMissing for a named face that cannot run.
 
     `op`: with "auto", the op that will run in `dtype`. fp64 gives "reference". On a GPU the verdict on the op must be
-    good (see `dispatch.verdicts`; without a dtype, those in all dtypes). None needs no verdict.
+    good (see `dispatch.verdicts`), in all dtypes if `dtype` is None. Without `op` no verdict is needed.
     """
     return _resolve(backend, device, op, dtype)
 
@@ -47,7 +47,7 @@ def _resolve(backend: str, device: torch.device | str, op: str | None, dtype: to
             said = f"jasper_fast runs plain PyTorch on {device.type}: {'; '.join(reasons)}"
             warnings.warn(said, RuntimeWarning, stacklevel=3)
         return "reference"
-    if op is not None and dtype is not None and dtype not in tables.DTYPES:  # fp64, say, which no kernel takes
+    if op is not None and dtype is not None and dtype not in tables.DTYPES:  # such as fp64, which no kernel takes
         return "reference"
     if op is None or device.type != "cuda":
         return first
@@ -61,9 +61,9 @@ def norm_face(
 ) -> str:
     """The face that runs bn_relu_dropout, forward and backward, on (N, `channels`, T) in `dtype` on `device`.
 
-    On a GPU "auto" takes what was measured to be faster for both together at 2**rows_log2 rows N*T (None: at the most
-    measured), if it can run here and its verdict is good; what was not measured may be tuned now (see `tuned`). Else,
-    and without a row, it is as `resolve` says.
+    On a GPU "auto" takes the face that was measured to be faster for forward and backward together at 2**rows_log2 rows
+    N*T (None: at the largest measured number), if it can run here and its verdict is good. What was not measured may be
+    tuned now (see `tuned`). In all other cases the answer is that of `resolve`.
     """
     _catch_up(backend, device)
     return _norm_face(backend, device, dtype, channels, rows_log2)
@@ -113,11 +113,11 @@ def conv_face(
     """The face that runs a conv in `dtype` on `device`: ours if it has the dtype and the gradients, else "aten".
 
     The CPU kernels take 16 bits too, except where the CPU has AMX for them: ATen's convs use it, ours do not.
-    strided_dx: the gradient of x at a stride is asked for, which only ATen has. On a GPU "auto" takes one of ours or
-    cuDNN, in channels-last memory, by which of them the `calls` together take less time at `shape` (c_in, c_out, taps,
-    stride, dilation) and 2**rows_log2 rows (None: the most measured): as tuned here, now where this is the first use
-    (see `tuned`), as in the tables of this GPU or one like it, or by `rules`; ours only if the verdict on it is good. A
-    GPU too old for Triton takes the CUDA face.
+    strided_dx: the gradient of a strided conv's x is needed, which only ATen computes. On a GPU "auto" takes the face,
+    one of ours or cuDNN in channels-last memory, on which `calls` together take the least time at `shape` (c_in, c_out,
+    taps, stride, dilation) and 2**rows_log2 rows (None: the largest measured number). The times are those tuned on this
+    GPU (now, at the first use: see `tuned`), else those in the tables of this GPU or one like it, else estimates by
+    `rules`. One of ours is taken only if its verdict is good. A GPU too old for Triton takes the CUDA face.
     """
     _catch_up(backend, device)
     return _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2)
@@ -135,7 +135,7 @@ def _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> s
         return "aten"
     if backend != "auto":
         return face
-    if face == "triton":  # where Triton runs, a table must say which is faster
+    if face == "triton":  # where Triton runs, the fastest face is chosen by times
         if shape is None:
             return "aten"
         if rows_log2 is not None:
@@ -161,8 +161,8 @@ Convs = tuple[tuple[tuple[int, ...], int], ...]  # shapes (c_in, c_out, taps, st
 def fused_faces(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     """The faces that may serve a whole network at inference in `dtype`, of "triton", "cuda", "cpu" and "aten".
 
-    One but on a GPU, where "auto" has "aten" and those of ours that run there, by the batch (`fused_face`), if the
-    verdict on their fused sub-blocks is good; where Triton does not run, the CUDA face alone.
+    There is one, except for "auto" on a GPU: there `fused_face` chooses for each batch among "aten" and those of ours
+    that run and whose verdict on fused sub-blocks is good. On a GPU too old for Triton it is the CUDA face alone.
     """
     device = torch.device(device)
     first = resolve(backend, device)
@@ -181,8 +181,8 @@ def fused_faces(backend: str, device: torch.device, dtype: torch.dtype) -> tuple
 def fused_face(
     device: torch.device, dtype: torch.dtype, convs: Convs, rows_log2: int, faces: tuple[str, ...] = ("triton", "aten")
 ) -> str:
-    """Which of `faces` serves all `convs` of a network fastest on a GPU at 2**rows_log2 rows N*T': as measured, now
-    where this is the first use (see `tuned`), or by `rules`."""
+    """Which of `faces` runs all `convs` of a network fastest on a GPU at 2**rows_log2 rows N*T', as measured (now, at
+    the first use: see `tuned`) or as estimated by `rules`."""
     tuned.catch_up(device)
     return _fused_face(device, dtype, convs, rows_log2, faces)
 
@@ -194,8 +194,8 @@ def _fused_face(device, dtype, convs, rows_log2, faces) -> str:
 
 
 def _faster(calls: list[tuple[str, tuple[int, ...], int]], device, dtype, rows_log2: int | None, faces) -> str:
-    """That of `faces`, or "aten", on which `calls`, (op, shape, how often), take the least time: measured, or else
-    estimated."""
+    """The one of `faces` and "aten" on which `calls`, (op, shape, count), take the least measured time, or estimated
+    time if none was measured."""
     rows = None if rows_log2 is None else 1 << rows_log2
     measured = {
         f: time for f, time in (tables.times(calls, device, dtype, rows) or {}).items() if f in (*faces, "aten")
@@ -207,7 +207,7 @@ def _faster(calls: list[tuple[str, tuple[int, ...], int]], device, dtype, rows_l
 
 
 def _want(device, dtype, ops: list[tuple[str, tuple[int, ...]]], rows_log2: int, what: str) -> None:
-    """`ops`, (op, shape), are about to be chosen for by "auto" on a GPU."""
+    """Tells first-use tuning that "auto" is about to choose a face for `ops`, (op, shape), on a GPU."""
     tuned.want(device, [Cell(op, tables.DTYPES[dtype], *shape, rows_log2) for op, shape in ops], what)
 
 
@@ -245,7 +245,7 @@ def _has_amx(dtype: torch.dtype) -> bool:
 
 CONVS = ("triton", "cuda")  # faces whose convs run on a GPU
 
-# what "auto" does about a verdict that is not good
+# what "auto" does if a verdict is not good
 PLAIN = "backend='auto' takes plain PyTorch for it instead, which is slower"
 LIBRARY = "backend='auto' takes PyTorch's own conv instead, which is slower here"
 
@@ -267,7 +267,7 @@ _warned: set[tuple[str, str, torch.device, torch.dtype]] = set()
 
 
 def forget() -> None:
-    """Drops every choice made so far: after a verdict or a table has changed."""
+    """Drops all cached choices; to be called after a verdict or a table has changed."""
     _drop()
     for cached in (_resolve, _pane_form, fused_faces):
         cached.cache_clear()
@@ -278,7 +278,7 @@ def forget() -> None:
 
 
 def _drop() -> None:
-    """Drops the choices that rows of tables decide."""
+    """Drops the cached choices that depend on rows of tables."""
     for cached in (_norm_face, _conv_face, _fused_face):
         cached.cache_clear()
 

@@ -1,9 +1,9 @@
-"""Which face is the faster one where nothing was measured, by arithmetic: products, bytes and launches.
+"""Estimates which face is faster where nothing was measured, from products, bytes and launches.
 
     seconds = max(products / (peak * reach), bytes / bandwidth) + later passes / bandwidth + launches * LAUNCH
 
-`reach` is the share of the peak that a face's products are assumed to come to. `kernels/README.md` has the counts and
-says where they come from. A measured row of any like GPU comes before this.
+`reach` is the share of the peak rate that a face is assumed to reach. `kernels/README.md` lists the counts and says
+where they come from. A measured row, even that of a similar GPU, comes before these estimates.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch
 from jasper_fast.kernels import likeness
 
 LAUNCH = 2e-6  # seconds from one kernel to the next
-PADDED = 0.125  # of a batch's rows, which ours skip
-BATCH_ROWS = 2048  # rows of an output from which a batch has several utterances
-# dense 16-bit FLOP a clock of a multiprocessor, sums in fp32, by compute capability; clocks a second, roughly
+PADDED = 0.125  # share of a batch's rows that are padding, which our kernels skip
+BATCH_ROWS = 2048  # an output with more rows is assumed to come from several utterances
+# dense 16-bit FLOP per clock and SM with fp32 sums, by compute capability; and clocks per second, roughly
 FLOP_CLOCK = {"sm_80": 2048, "sm_86": 512, "sm_87": 1024, "sm_89": 1024, "sm_90": 4096, "sm_100": 8192, "sm_120": 1024}
 CLOCK = 1.6e9
-# where nothing is told: an H100's
+# the traits assumed if the GPU's are not known: those of an H100
 UNKNOWN = likeness.Traits("sm_90", 132, 3.35e12)
 REACH = {
     ("triton", True): 0.70, ("aten", True): 0.75,  # 16 bits
     ("triton", False): 0.45, ("aten", False): 0.70,  # TF32, whose operands Triton's loop loads without TMA
 }  # fmt: skip
-# passes over a conv's output that its own kernel makes beside writing it, those of kernels after it, and launches
+# (extra passes of the conv's own kernel over its output, passes of the kernels after it, launches)
 PASSES = {
     "conv1d.forward": {"triton": (0, 0, 1), "aten": (0, 0, 1)},
     "conv1d.forward_stats": {"triton": (0, 0, 2), "aten": (0, 1, 3)},
@@ -47,7 +47,7 @@ def seconds(
     wide, size = dtype.itemsize == 2, dtype.itemsize
     done = 1.0 - PADDED if face == "triton" and rows > BATCH_ROWS else 1.0
     peak = FLOP_CLOCK.get(gpu.capability, FLOP_CLOCK["sm_90"]) * gpu.sms * CLOCK * (1.0 if wide else 0.5)
-    # of each program that has less than its tile of 128 rows the rest is wasted
+    # rows come in tiles of 128, and a tile that is not full costs as much as a full one
     products = 2.0 * done * -(-rows // 128) * 128 * c_in * c_out * taps
     inside, after, launches = PASSES[op][face]
     output = size * done * rows * c_out
@@ -58,14 +58,14 @@ def seconds(
 
 @functools.cache
 def traits(device: torch.device) -> likeness.Traits | None:
-    """Those of a CUDA device, asked for once."""
+    """The traits of a CUDA device, cached."""
     return likeness.traits(device.index or 0)
 
 
 def fastest(
     calls: Iterable[tuple[str, tuple[int, ...], int]], device: torch.device, dtype: torch.dtype, rows: int | None
 ) -> str:
-    """The face, "triton" or "aten", on which `calls`, (op, shape, how often), are estimated to take less; `rows` as for
+    """The face, "triton" or "aten", on which `calls`, (op, shape, count), take the least estimated time; `rows` as for
     `tables.fastest`."""
     rows, calls, gpu = 1 << 15 if rows is None else rows, list(calls), traits(device)
     total = {

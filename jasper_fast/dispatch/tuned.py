@@ -1,13 +1,13 @@
 """First-use tuning: what `backend="auto"` finds unmeasured on this GPU is measured once, and remembered on disk.
 
-As `torch.backends.cudnn.benchmark` does it, but kept: the rows lie in the user's cache (`verdicts.folder()`), one file
-for each GPU, driver, versions and sources, over the tables that come with the package. The contenders run in a process
-of their own, `python -m jasper_fast.tuning.child`, which checks each before it times it. A cell (an op at a shape, see
-`tables.Cell`) is on disk as soon as it is done, so that whoever is killed loses the cell that was being measured.
+This is what `torch.backends.cudnn.benchmark` does, but the results are kept. The rows are in the user's cache
+(`verdicts.folder()`), one file per GPU, driver, versions and sources, and come before the tables of the package. The
+contenders run in a process of their own, `python -m jasper_fast.tuning.child`, which checks each before it times it. A
+cell (an op at a shape, see `tables.Cell`) is saved as soon as it is measured, so a kill loses at most one cell.
 
-Nothing is tuned while a graph is captured or traced, or inside `not_now()`: what is wanted then takes the defaults, and
-is tuned when something is next asked for outside. `JASPER_FAST_TUNE=0` turns it off, as `off()` does for a body. Of
-several processes one tunes; the others wait for it and read.
+Nothing is tuned while a graph is captured or traced, or inside `not_now()`: defaults are used then, and the cells are
+tuned at the next request outside. `JASPER_FAST_TUNE=0` turns tuning off, and so does `off()` for the code inside it. Of
+several processes one tunes, and the others wait and read its results.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from jasper_fast.kernels import likeness, tables
 from jasper_fast.kernels.tables import Cell, Row
 
 SWITCH = "JASPER_FAST_TUNE"
-FIRST_USE = 120.0  # seconds that a first use may take; what is left over is tuned by the next process
-PATIENCE = 300.0  # seconds that a process waits for another one's tuning
-CONTENDER = 90.0  # seconds without a sign of the child, compilation included
-GRACE = 5.0  # seconds beyond the budget for the measurement that was begun
+FIRST_USE = 120.0  # seconds that a first use may take; the next process tunes the remaining cells
+PATIENCE = 300.0  # seconds that a process waits while another one tunes
+CONTENDER = 90.0  # seconds that the child may be silent, compilation included
+GRACE = 5.0  # seconds beyond the budget, to finish the measurement under way
 LOCK = "tuning.lock"
 
 
 class CannotTune(RuntimeError):
-    """The process that tunes did not come to measure anything; the message says why."""
+    """The process that tunes could not measure anything; the message says why."""
 
 
 def command() -> list[str]:
@@ -60,7 +60,7 @@ def path(device: torch.device) -> Path:
 
 
 def read(device: torch.device) -> tuple[Row, ...]:
-    """The rows that are kept for `device`; none, with a message, where the file cannot be used."""
+    """The saved rows for `device`; none, with a message, if the file cannot be used."""
     file = path(device)
     if not file.is_file():
         return ()
@@ -72,11 +72,11 @@ def read(device: torch.device) -> tuple[Row, ...]:
 
 
 def keep(device: torch.device, rows: Sequence[Row]) -> None:
-    """Puts the rows of measured cells into the file for `device`; a cell's earlier rows go."""
+    """Saves the rows of measured cells in the file for `device`, in place of earlier rows of the same cells."""
     if not rows:
         return
     cells, file = {row.cell for row in rows}, path(device)
-    with verdicts.locked(10.0, "tuned.lock"):  # for as long as the file is written: a session's lock is LOCK
+    with verdicts.locked(10.0, "tuned.lock"):  # held only while the file is written; LOCK is held for a whole tuning
         kept = [row for row in read(device) if row.cell not in cells]
         try:
             tables.write(file, _header(device), [*kept, *rows])
@@ -103,7 +103,7 @@ def _faults(device: torch.device) -> dict[str, list[str]]:
     """Contenders that ended their process, by cell."""
     try:
         return json.loads(path(device).with_suffix(".faults").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none, or nothing that helps: they are tried again
+    except (OSError, ValueError):  # no file, or a damaged one: all contenders are tried again
         return {}
 
 
@@ -127,7 +127,7 @@ def _there() -> bool:
 
 
 def rows(index: int) -> Sequence[Row]:
-    """What was tuned for the CUDA device `index`, as tables lay it over their files."""
+    """The tuned rows for the CUDA device `index`; `tables` looks here before it looks in its files."""
     return read(torch.device("cuda", index)) if _there() else ()
 
 
@@ -139,8 +139,8 @@ tables.lay_over(rows)
 
 @dataclass
 class Session:
-    """Cells that one call tunes: those that are done, with what was refused in each and why, and whether time was
-    enough."""
+    """The cells that one call tunes, the results so far (with refused contenders and reasons), and whether the time ran
+    out."""
 
     cells: Sequence[Cell]
     done: dict[Cell, dict[str, Any]] = field(default_factory=dict)
@@ -157,12 +157,11 @@ def tune(
     seconds: float | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Session:
-    """Measures `cells` in a process of its own for at most `budget` seconds; what each gives is kept at once, but where
-    `keeps` is False. `seconds`: to time a cell in (None: the tuner's own).
+    """Measures `cells` in a process of its own for at most `budget` seconds, and saves each result at once if `keeps`.
 
-    A contender that ends the process, or hangs, is remembered and not tried again, and another process goes on.
-    `on_cell(session, what is being done)` is called as things happen. Raises CannotTune where no process comes to its
-    first cell, or something outside ends one.
+    `seconds`: the time for one cell (None: the tuner's default). A contender that ends the process, or hangs, is
+    remembered and not tried again, and a new process continues. `on_cell(session, activity)` is called at each message.
+    Raises CannotTune if a process ends before its first cell, or is ended from outside.
     """
     session, end = Session(list(dict.fromkeys(cells))), clock() + budget
     while True:
@@ -200,9 +199,9 @@ def tune(
 
 # ------------------------------------------------------------------------------------------------------- first use
 
-changed: list[Callable[[], None]] = []  # called after tables have new rows: who keeps choices drops them
-_waiting: dict[torch.device, dict[Cell, str]] = {}  # wanted when it was no good moment, and for what
-_asked: set[tuple[torch.device, Cell]] = set()  # tried in this process, with or without a result
+changed: list[Callable[[], None]] = []  # called after tables have new rows, to drop cached choices
+_waiting: dict[torch.device, dict[Cell, str]] = {}  # cells to tune at the next good moment, and what they are for
+_asked: set[tuple[torch.device, Cell]] = set()  # cells already tried in this process, with or without a result
 _local = threading.local()
 
 
@@ -220,23 +219,25 @@ def _more(name: str) -> Iterator[None]:
         setattr(_local, name, getattr(_local, name) - 1)
 
 
-off = functools.partial(_more, "off")  # in this thread nothing is tuned inside, now or later
-not_now = functools.partial(_more, "not_now")  # in this thread what is wanted inside is tuned later
+off = functools.partial(_more, "off")  # context: this thread tunes nothing, now or later
+not_now = functools.partial(
+    _more, "not_now"
+)  # context: this thread tunes nothing now, but later what is asked for here
 
 
 def good_moment(device: torch.device) -> bool:
-    """Whether some seconds may pass now: nothing is being captured or traced, and no `not_now()` is open."""
+    """Whether tuning may take some seconds now: nothing is being captured or traced, and no `not_now()` is open."""
     if getattr(_local, "not_now", 0) or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         return False
-    capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)  # None: a PyTorch without CUDA
+    capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)  # None if PyTorch was built without CUDA
     return capturing is None or not torch.cuda.is_available() or not capturing()
 
 
 def want(device: torch.device, cells: Iterable[Cell], what: str) -> None:
-    """`cells` are about to be chosen for by "auto": those that this GPU was never measured at are tuned, now or at the
-    next good moment. `what`: whose they are, in words ("Jasper")."""
+    """Tunes those of `cells` that were never measured on this GPU, now or at the next good moment; "auto" calls this
+    before it chooses. `what`: what the cells belong to, in words ("Jasper")."""
     if not enabled():
         return
     device = indexed(device)
@@ -249,14 +250,14 @@ def want(device: torch.device, cells: Iterable[Cell], what: str) -> None:
 
 
 def _has_choice(op: str, device: torch.device) -> bool:
-    """Whether a face of ours can run `op` there, beside plain PyTorch: else there is nothing to choose from."""
+    """Whether one of our faces can run `op` on `device`; if not, plain PyTorch is the only choice."""
     ours = ("triton", "cuda") if op in tables.NORM_OPS else ("triton",)
     return any(backends.why_missing(face, device) is None for face in ours)
 
 
 def catch_up(device: torch.device) -> None:
-    """Tunes what is waiting, if this is a good moment."""
-    if not _waiting:  # every call of an op comes by here
+    """Tunes the waiting cells, if this is a good moment."""
+    if not _waiting:  # first, because every call of an op comes here
         return
     device = indexed(device)
     if _waiting.get(device) and enabled() and good_moment(device):
@@ -264,12 +265,12 @@ def catch_up(device: torch.device) -> None:
 
 
 def waiting(device: torch.device) -> int:
-    """Cells that are to be tuned at the next good moment."""
+    """The number of cells to tune at the next good moment."""
     return len(_waiting.get(indexed(device), ()))
 
 
 def indexed(device: torch.device) -> torch.device:
-    """`device` with the index of the current one where it names none."""
+    """`device`, with the index of the current CUDA device if it has none."""
     if device.index is None and device.type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -278,7 +279,7 @@ def indexed(device: torch.device) -> torch.device:
 def _first_use(device: torch.device, wanted: dict[Cell, str]) -> None:
     _asked.update((device, cell) for cell in wanted)
     with verdicts.locked(PATIENCE, LOCK) as mine:
-        tables.forget()  # another process may have been quicker
+        tables.forget()  # another process may have tuned them meanwhile
         todo = [cell for cell in wanted if not tables.covered(device, cell)]
         if todo and mine:
             _tell_and_tune(device, todo, " and ".join(dict.fromkeys(wanted[cell] for cell in todo)))
@@ -289,13 +290,13 @@ def _first_use(device: torch.device, wanted: dict[Cell, str]) -> None:
 
 def _tell_and_tune(device: torch.device, cells: Sequence[Cell], what: str) -> None:
     if torch.cuda.is_available():
-        torch.cuda.synchronize(device)  # so that nothing of this process runs beside what is timed
+        torch.cuda.synchronize(device)  # this process must not run anything during the timing
     started = time.monotonic()
     print(f"tuning {what} for {verdicts.key(device)['device']}, once ...", end="", file=sys.stderr, flush=True)
     try:
         session = tune(device, cells, FIRST_USE)
     except (CannotTune, OSError, tables.TableError) as error:
-        told = f" not possible ({error}): it runs as the tables and rules of its kind of GPU say"
+        told = f" not possible ({error}): faces are chosen by tables of similar GPUs, or by rules"
     else:
         left = len(cells) - len(session.done)
         told = f": {time.monotonic() - started:.0f} s"
@@ -306,7 +307,7 @@ def _tell_and_tune(device: torch.device, cells: Sequence[Cell], what: str) -> No
 
 
 def forget() -> None:
-    """Drops what this process wants and has tried."""
+    """Forgets the waiting cells and those already tried."""
     _waiting.clear()
     _asked.clear()
 

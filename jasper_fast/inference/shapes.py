@@ -1,4 +1,4 @@
-"""The shapes that an engine knows: what is bound to its buffers for each, and each one's graph."""
+"""The input shapes that an engine has seen: for each, the launches bound to its buffers, and their CUDA graph."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from jasper_fast.inference.plan import Buffers
 
 
 class Bound(Protocol):
-    """One (N, T) bound to the buffers. `launch` is all that a graph may hold; the rest is kept here for it."""
+    """The launches for one (N, T), bound to the buffers. A graph captures `launch` and nothing else."""
 
     called: bool
     replay: Callable[[], None] | None
-    made_with: tuple[object, ...]  # what the graph depends on beside the buffers: alive while it is
+    made_with: tuple[object, ...]  # what else the graph depends on; kept alive as long as the graph
 
     def launch(self) -> None:
-        """Run it."""
+        """Run the launches."""
 
 
 class Shapes:
-    """At most `limit` shapes, those used last. `graphs`: what captures their launches; None launches them one by one.
-    `patient`: not before a shape's second call."""
+    """The `limit` most recently used shapes.
+
+    `graphs` captures their launches; with None they are launched one by one. `patient`: capture at a shape's second
+    call, not at its first.
+    """
 
     def __init__(self, turns: Turns, graphs: CudaGraphs | None, *, patient: bool, limit: int) -> None:
         self.turns, self.graphs, self.patient = turns, graphs, patient
@@ -34,7 +37,8 @@ class Shapes:
     def bound(
         self, shape: tuple[int, int], buffers: Callable[[], dict[Buffers, dict[str, int]]], bind: Callable[[], Bound]
     ) -> Bound:
-        """What `bind` makes of a shape, once; `buffers` grow first where they have less room than these elements."""
+        """The bound launches of a shape, made by `bind` at its first use, after `buffers()` have grown to the elements
+        that the shape needs."""
         if shape in self.held:
             self.held.move_to_end(shape)
             return self.held[shape]
@@ -47,7 +51,10 @@ class Shapes:
         return self.held[shape]
 
     def play(self, bound: Bound, dependences: Callable[[], tuple[object, ...]]) -> None:
-        """Launch what is bound, as a graph where it is time for one; `dependences`: as its `made_with`, now."""
+        """Run the launches, as a CUDA graph if the shape has one or should get one now.
+
+        `dependences()` is what a graph captured now would depend on; if it differs from `made_with`, capture anew.
+        """
         if self.graphs is None or (self.patient and not bound.called):
             bound.called = True
             bound.launch()
@@ -65,6 +72,6 @@ class Shapes:
         if count <= 0 or not self.held:
             return
         if self.graphs is not None:
-            self.turns.finish()  # a graph must not go while it runs
+            self.turns.finish()  # a graph must not be freed while it runs
         for _ in range(count):
             self.held.popitem(last=False)

@@ -14,12 +14,13 @@ from jasper_fast.tuning import work
 
 
 def child(source: IO[str] = sys.stdin, tell: Callable[[str, Any], object] = children.tell) -> int:
-    """Reads what to tune as JSON from `source` and tells what it finds on the standard output; returns its status."""
+    """Reads the cells to tune as JSON from `source`, and writes each result to the standard output as soon as it is
+    known; returns the exit status."""
     wanted = json.loads(source.read())
     device = torch.device(wanted["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # the library gets its best too
+        torch.backends.cudnn.benchmark = True  # cuDNN contends with its fastest algorithm
     how = {name: wanted[name] for name in ("budget", "without", "seconds") if wanted.get(name) is not None}
     with tuned.off():
         work.Tuner(device, tell, **how).run(wanted["cells"])

@@ -1,7 +1,7 @@
-"""Kernels compiled in parallel processes, before the first is launched: each (op, tile) once, whatever cells take it.
+"""Compiles kernels in parallel processes before the first is launched, each (op, tile) once however many cells use it.
 
-The launches of the contenders are recorded on tensors without values, and compiled as Triton's own launcher would, into
-its cache on disk, where the process that measures finds them. The workers need no GPU.
+The contenders are called on tensors without data, and their launches are recorded. Workers compile these launches as
+Triton's own launcher would, into Triton's cache on disk, where the measuring process finds them. Workers need no GPU.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from jasper_fast.tuning.faces import Proposal
 from jasper_fast.tuning.held import NORM_FUNCTIONS, is_decoder
 
 META = torch.device("meta")
-SILENCE = 60.0  # seconds in which no worker ends a kernel: they are given up
+SILENCE = 60.0  # give up when no worker has finished a kernel for so many seconds
 FACTS = ("registers", "shared", "spilled")
 Facts = dict[str, int]
 
 
 class Job(NamedTuple):
-    """What one compilation is for, as it travels to a worker."""
+    """A contender to compile, in a form that can be sent to a worker."""
 
     cell: Cell
     proposal: Proposal
@@ -37,7 +37,7 @@ class Job(NamedTuple):
 
 
 def workers() -> int:
-    """As many as there are cores, less one for who measures."""
+    """The number of worker processes: one per core, but one core stays free for the measuring process."""
     return max(1, min(16, len(os.sched_getaffinity(0)) - 1))
 
 
@@ -52,7 +52,7 @@ def launches(job: Job) -> list[launch.Launch]:
 
 
 def _call(cell: Cell) -> None:
-    """The cell's op on tensors without values, as `Held` calls it."""
+    """Calls the cell's op on tensors without data, with the arguments that `Held` uses."""
     (n, frames), dtype = cell.batch, DTYPES[cell.dtype]
     t, lengths = frames * cell.stride, torch.empty(n, dtype=torch.int64, device=META)
     ntc = lambda c, t: torch.empty(n, t, c, dtype=dtype, device=META).transpose(1, 2)  # noqa: E731
@@ -88,8 +88,8 @@ def _call(cell: Cell) -> None:
 
 
 def build(what: tuple[str, Job, int]) -> tuple[str, Facts]:
-    """In a worker: compiles the launch of a job at a place. Returns its digest, and its registers, shared and spilled
-    bytes; nothing of what does not compile, which says why when it is tried."""
+    """In a worker: compiles launch number `place` of a job. Returns the digest of the launch with the registers, shared
+    memory and spilled bytes of its kernel, or with nothing if it does not compile."""
     from jasper_fast.kernels import aot
 
     digest, job, place = what
@@ -103,10 +103,11 @@ def build(what: tuple[str, Job, int]) -> tuple[str, Facts]:
 def ahead(
     jobs: Iterable[Job], told: Callable[[int, int], None], left: Callable[[], float]
 ) -> dict[tuple[Cell, str], Facts]:
-    """Compiles `jobs` in parallel processes, as far as `left()` seconds go; launches with one code are compiled once.
+    """Compiles `jobs` in parallel processes for at most `left()` seconds; launches with equal code are compiled once.
 
-    Returns, by cell and contender, the most that its kernels use. `told(done, of)` is called as they are compiled. What
-    is missing in the result was not tried to its end.
+    Returns, by cell and contender, the most registers, shared memory and spilled bytes that its kernels use.
+    `told(done, of)` is called after each kernel. A contender is missing in the result if one of its kernels did not
+    compile or the time ran out.
     """
     from jasper_fast.kernels import aot
 
@@ -118,9 +119,9 @@ def ahead(
         for place, digest in enumerate(of_job):
             kinds.setdefault(digest, (job, place))
     built: dict[str, Facts] = {}
-    with multiprocessing.get_context("spawn").Pool(min(workers(), len(kinds) or 1)) as pool:  # ended at the end
+    with multiprocessing.get_context("spawn").Pool(min(workers(), len(kinds) or 1)) as pool:
         results = pool.imap_unordered(build, [(digest, *what) for digest, what in kinds.items()])
-        with contextlib.suppress(multiprocessing.TimeoutError):  # out of time, or a compiler took a worker with it
+        with contextlib.suppress(multiprocessing.TimeoutError):  # no time left, or a compiler crashed its worker
             while len(built) < len(kinds):
                 digest, found = results.next(timeout=max(0.1, min(left(), SILENCE)))
                 built[digest] = found

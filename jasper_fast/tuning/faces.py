@@ -1,11 +1,11 @@
-"""Who contends: what each face proposes for a cell. A face joins by one registration here.
+"""The contenders: what each face proposes for a cell. A face takes part by registering one function here.
 
     @contends("conv1d")
     def face(cell, device):
         return [Proposal("face", "direct", tile) for tile in ...]
 
-Registered functions give nothing where their face cannot run the cell. The order matters only for time: where that is
-short the first are tried first.
+A registered function returns an empty list if its face cannot run the cell. Proposals are tried in the order of
+registration, which matters only if the time runs out.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from jasper_fast.kernels.tables import Cell, Row
 from jasper_fast.selfcheck.checks import DTYPES
 
 LIBRARY = {"conv1d": "aten", "bn_relu_dropout": "reference"}  # the face that is plain PyTorch
-MOST = 5  # tiles of one face at a cell
-ON_CPU = 2  # in the interpreter, where each takes a second
+MOST = 5  # tiles that one face proposes for a cell
+ON_CPU = 2  # tiles in Triton's interpreter, where each takes a second
 LATEST_WITHOUT_TMA = 89
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """One way to run a cell: a face, and of a conv of ours the tile that is forced."""
+    """One way to run a cell: a face, and for our own convs the tile that it must use."""
 
     face: str
     algorithm: str = "direct"
     tile: Mapping[str, int] | None = None
 
     def row(self, cell: Cell, seconds: float, facts: Mapping[str, int]) -> Row:
-        """The row of a table that says what it took; `facts`: what the compiler told, if it did."""
+        """The table row for this proposal and its measured time; `facts` are the compiler's, where known."""
         told = {name: facts.get(name) for name in ("registers", "shared", "spilled")}
         tile = None if self.tile is None else dict(self.tile)
         return Row(*cell, self.face, self.algorithm, tile, seconds, **told)
 
     def name(self, cell: Cell) -> str:
-        """What tells it from the others of its cell."""
+        """A name that is unique among the proposals for a cell."""
         return self.row(cell, 1.0, {}).label()
 
 
@@ -66,13 +66,13 @@ def proposals(cell: Cell, device: torch.device) -> Iterator[Proposal]:
 
 
 def capability(device: torch.device) -> str:
-    """sm_90, or that of the largest GPU for the stand-in."""
+    """The device's compute capability, such as sm_90; sm_90 too for the stand-in device of the tests."""
     return f"sm_{launch.architecture(device) or 90}"
 
 
 @contends("conv1d")
 def triton(cell: Cell, device: torch.device) -> list[Proposal]:
-    """The default tile and the few that `pruned` leaves of the candidates."""
+    """Triton's default tile, and the few best candidates by arithmetic that fit the shared memory."""
     if backends.why_missing("triton", device) is not None:
         return []
     from jasper_fast.kernels.conv1d import triton_tiles
@@ -103,13 +103,13 @@ def aten(cell: Cell, device: torch.device) -> list[Proposal]:
 
 @contends("bn_relu_dropout")
 def cuda_norm(cell: Cell, device: torch.device) -> list[Proposal]:
-    """The CUDA face first: where it is built, it is the likelier one."""
+    """The CUDA face, registered first because it is likely to be the fastest where it is built."""
     return [] if backends.why_missing("cuda", device) or backends.only_convs() else [Proposal("cuda")]
 
 
 @contends("bn_relu_dropout")
 def triton_norm(cell: Cell, device: torch.device) -> list[Proposal]:
-    """Triton's, which takes no tile from outside."""
+    """The Triton face, which chooses its own tile."""
     return [Proposal("triton")] if backends.why_missing("triton", device) is None else []
 
 

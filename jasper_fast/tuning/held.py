@@ -1,4 +1,4 @@
-"""A cell's inputs, on which all its contenders run, and the calls of each."""
+"""The inputs of a cell, which all its contenders share, and the calls that run each contender on them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from jasper_fast.selfcheck.checks import Conv as ConvShape
 from jasper_fast.selfcheck.checks import Norm as NormShape
 from jasper_fast.tuning.faces import LIBRARY, Proposal
 
-SMALL_ROWS = 1536  # rows of the inputs on which a contender is held against fp64
-# what a training step calls of bn_relu_dropout, as functions of the checks: statistics and forward; reduce and apply
+SMALL_ROWS = 1536  # rows of the inputs on which a contender is compared with fp64
+# the two calls that a training step makes of bn_relu_dropout, by their names in the self-check
 NORM_FUNCTIONS = dict(zip(tables.NORM_OPS, ("stats_forward", "backward"), strict=True))
 
 
@@ -30,7 +30,7 @@ def check_of(cell: Cell, proposal: Proposal, *, small: bool = False) -> Check:
     n, frames = cell.batch
     if small:
         n = min(n, 2)
-        frames = max(1, min(frames, SMALL_ROWS // n) - (frames > 3))  # an odd end, as real batches have it
+        frames = max(1, min(frames, SMALL_ROWS // n) - (frames > 3))  # an odd number of frames, as in real batches
     tile = None if proposal.tile is None else dict(proposal.tile)
     if cell.op in NORM_FUNCTIONS:
         # lengths, dropout and the halo of a conv, as a Jasper's blocks call it
@@ -49,21 +49,21 @@ def is_decoder(cell: Cell) -> bool:
 
 
 class Held:
-    """The inputs of a cell, made on first use; each face has its own, since each packs weights its own way."""
+    """The inputs of a cell, made on first use; one set per face, because faces pack weights differently."""
 
     def __init__(self, cell: Cell, device: torch.device) -> None:
         self.cell, self.device = cell, device
         self._cases: dict[str, cases.Case] = {}
 
     def case(self, face: str) -> cases.Case:
-        """The functions over the inputs of `face`."""
+        """The self-check's case, inputs and functions, for `face`."""
         if face not in self._cases:
             check = check_of(self.cell, Proposal(face))
             self._cases[face] = cases.case(check, self.device, 0, timed=True)
         return self._cases[face]
 
     def call(self, proposal: Proposal) -> Callable[[], dict[str, Tensor]]:
-        """What launches the contender's kernels over the inputs."""
+        """A function that runs the contender on the inputs."""
         family = self.cell.op.split(".")[0]
         if family == "conv1d" and proposal.face == LIBRARY[family]:
             return library(check_of(self.cell, proposal), self.case("triton").inputs)
@@ -78,17 +78,17 @@ class Held:
         return with_tile
 
     def free(self) -> None:
-        """Gives the memory back."""
+        """Frees the inputs."""
         self._cases.clear()
 
 
 def library(check: Check, inputs: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
-    """What stands in a conv kernel's place where PyTorch convolves: its call, and in training batch norm's pass."""
+    """The same work through PyTorch's conv: its call, and the batch norm pass that our training kernels have fused."""
     s, function, i = check.shape, check.function, inputs
     conv, dtype = s.geometry, DTYPES[check.dtype]
     triton = backends.why_missing("triton", i["weight"].device) is None
     aten, bn = backends.face("conv1d", "aten"), backends.face("bn_relu_dropout", "triton" if triton else "reference")
-    # cast once, as autocast's cache and an engine do, and in the memory that cuDNN would copy it to in every call
+    # cast once, as autocast's cache and the engine do, and in channels-last memory, or cuDNN would copy it in each call
     weight = i["weight"].to(dtype).unsqueeze(2).contiguous(memory_format=torch.channels_last)
 
     def call() -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ def _fused(check: Check, i: dict[str, Tensor], weight: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def nothing_left(device: torch.device):
-    """Gives the allocator's free blocks back at the end: the user's process has the same GPU."""
+    """At the end, returns the allocator's free blocks to the GPU, because the user's process runs there too."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Which of several calls is the fastest: timed in turns, the slow ones only once."""
+"""Finds the fastest of several calls by timing them in turns; clearly slow ones are timed only once."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Protocol
 
 import torch
 
-SAMPLE = 2e-3  # seconds of a sample on a GPU: events tell half a microsecond
-MOST = 30  # calls of a sample
+SAMPLE = 2e-3  # seconds per sample, far above the half microsecond that CUDA events resolve
+MOST = 30  # calls per sample
 ROUNDS = 7
-SECONDS = 1.5  # of all contenders of a cell together
-SLOW = 1.3  # times the fastest of the first round: not timed further
+SECONDS = 1.5  # for all contenders of a cell together
+SLOW = 1.3  # a contender that takes so many times the fastest one's time in the first round is timed no further
 
 
 class Clock(Protocol):
@@ -24,14 +24,14 @@ class Clock(Protocol):
         """Runs `call` for the first time."""
 
     def prepare(self, call: Callable[[], object]) -> Callable[[], object]:
-        """`call` as it is timed."""
+        """`call` in the form in which it is timed."""
 
     def seconds(self, call: Callable[[], object], times: int) -> float:
-        """Seconds of `times` calls of what `prepare` gave."""
+        """Seconds that `times` calls of a prepared call take."""
 
 
 class Wall:
-    """A CPU's, the stand-in's."""
+    """Wall clock, for a CPU and the stand-in device of the tests."""
 
     def warm(self, call: Callable[[], object]) -> None:
         call()
@@ -47,8 +47,8 @@ class Wall:
 
 
 class Events:
-    """A GPU's: a call is a CUDA graph, so that the host's part of its launches counts for none, and finds nothing of
-    its own in L2, as in a network, where other layers ran since."""
+    """CUDA events, for a GPU. A call is captured as a CUDA graph, so the host's cost of launching does not count. L2 is
+    overwritten before each call, because in a network other layers run in between."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -66,7 +66,7 @@ class Events:
             call()
         torch.cuda.current_stream(self._device).wait_stream(side)
         collects = gc.isenabled()
-        gc.disable()  # what it frees could break off the capture
+        gc.disable()  # freeing a CUDA object during the capture could invalidate it
         try:
             with torch.cuda.graph(graph):
                 call()
@@ -99,10 +99,10 @@ def fastest_first(
     begin: Callable[[str], object] = lambda name: None,
     seconds: float = SECONDS,
 ) -> dict[str, list[float]]:
-    """Samples, seconds of one call, of each of `runs`, which `ticker` prepared, those with the least median first.
+    """Samples (seconds per call) of each of the prepared `runs`, ordered by their medians, fastest first.
 
-    There are ROUNDS of them in turns, or three, where those took `seconds`; what is SLOW times behind after the first
-    round keeps that one's sample. `begin(name)` is called before the first of each.
+    Contenders take turns for ROUNDS rounds, or for three if these already took `seconds`. One that is SLOW times behind
+    after the first round keeps the one sample that it has. `begin(name)` is called before a contender's first call.
     """
     first = {}
     for name, run in runs.items():
@@ -113,7 +113,7 @@ def fastest_first(
     near = [name for name, spent in first.items() if spent <= SLOW * min(first.values())]
     samples: dict[str, list[float]] = {name: [first[name]] for name in runs}
     for turn in range(ROUNDS - 1):
-        for name in near if turn % 2 else near[::-1]:  # A B, B A: no one always runs on another's caches
+        for name in near if turn % 2 else near[::-1]:  # A B, B A: none always runs after the same one
             samples[name].append(ticker.seconds(runs[name], inner[name]) / inner[name])
         if turn and sum(inner[name] * sum(of) for name, of in samples.items()) > seconds:
             break

@@ -1,4 +1,4 @@
-"""The tuner: cell after cell, each contender checked, the right ones timed, and what came of it told at once."""
+"""The tuner: for each cell it checks all contenders, times those that are correct, and reports the result at once."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from jasper_fast.tuning import compiling, faces, timing
 from jasper_fast.tuning.faces import LIBRARY, Proposal
 from jasper_fast.tuning.held import Held, check_of, nothing_left
 
-COMPILE_SHARE = 0.5  # of the time that is left, for what is compiled ahead
+COMPILE_SHARE = 0.5  # share of the remaining time that compiling ahead may take
 Tell = Callable[[str, Any], object]
 
 
 class Lost(RuntimeError):
-    """The device runs nothing more in this process."""
+    """After a fault, such as an illegal address, the device runs nothing more in this process."""
 
 
 class Tuner:
-    """Tunes cells on one device. `without`: contenders by cell that ended an earlier process; `seconds`: to time a cell
-    in. `clock` says how much time is left, `ticker` how long a call takes, and `proposals` who contends: tests have
-    others."""
+    """Tunes cells on one device within `budget` seconds.
+
+    `without`: by cell, contenders that ended an earlier process and are not tried again. `seconds`: time to spend on
+    timing one cell. Tests replace `clock` (time left), `ticker` (time of a call) and `proposals` (the contenders).
+    """
 
     def __init__(
         self,
@@ -46,14 +48,14 @@ class Tuner:
         self._clock, self._end = clock, clock() + budget
         self._ticker, self._proposals = ticker or timing.clock(device), proposals
         self._facts: dict[tuple[Cell, str], compiling.Facts] = {}
-        self._checked: dict[tuple, str] = {}  # what makes a kernel another one, and why it is refused
+        self._checked: dict[tuple, str] = {}  # kernel variant to the reason for refusing it, or ""
 
     def left(self) -> float:
         """Seconds until the budget is spent."""
         return self._end - self._clock()
 
     def run(self, cells: Iterable[Cell]) -> None:
-        """Measures `cells` in their order, and stops where the budget is spent."""
+        """Measures `cells` in order until the budget is spent."""
         cells = [Cell(*cell) for cell in cells]
         self._compile(cells)
         for cell in cells:
@@ -86,13 +88,13 @@ class Tuner:
                     if not why:
                         runs[name] = held.call(proposal)
                         self._ticker.warm(runs[name])
-                except Exception as error:  # whatever a kernel raises is its own
+                except Exception as error:  # any error of a contender refuses this contender only
                     why = in_a_line(error)
                 self._wait()
                 if why:
                     refused[name] = why
                     runs.pop(name, None)
-            # all have run once before the first is captured: scratch that they share is as large as it will be
+            # all run once before the first is captured: shared scratch memory has then reached its final size
             runs = {name: self._ticker.prepare(call) for name, call in runs.items()}
             begin = lambda name: self._tell("begin", [cell, name])  # noqa: E731
             samples = timing.fastest_first(runs, self._ticker, begin, self._seconds) if runs else {}
@@ -102,15 +104,15 @@ class Tuner:
         for name, of in samples.items():
             facts = self._facts.get((cell, name), {})
             timed[name] = contenders[name].row(cell, statistics.median(of), facts).plain()
-            best.setdefault(contenders[name].face, timed[name])  # of each face its fastest
+            best.setdefault(contenders[name].face, timed[name])  # the fastest of each face
         return {"rows": list(best.values()), "refused": refused, "timed": timed, "samples": samples}
 
     def _refusal(self, cell: Cell, proposal: Proposal) -> str:
-        """Why a contender is not timed; empty where it is right."""
+        """The reason for not timing a contender, or "" if it is correct."""
         if spilled := self._facts.get((cell, proposal.name(cell)), {}).get("spilled"):
             return f"spills {spilled} bytes"
         if proposal.face == LIBRARY[cell.op.split(".")[0]]:
-            return ""  # the others are held against it
+            return ""  # plain PyTorch is what the others are compared with
         kind = (cell.op, cell.dtype, proposal.face, str(proposal.tile), cell.stride, cell.dilation, cell.taps == 1)
         kind += tuple(c % 64 for c in (cell.c_in, cell.c_out))
         if kind not in self._checked:
@@ -127,8 +129,10 @@ class Tuner:
 
 
 def estimate(cells: Iterable[Cell], device: torch.device, cores: int) -> float:
-    """Seconds that tuning `cells` takes on a machine of so many cores, by the plan's arithmetic: each (op, tile) is
-    compiled in COMPILE of one core and checked once in CHECK, each contender is timed in TIMED, a cell has SETUP."""
+    """Estimated seconds for tuning `cells` on a machine with so many cores.
+
+    Each (op, tile) costs COMPILE seconds of one core and one CHECK, each contender TIMED, each cell SETUP.
+    """
     kinds, contenders, count = set(), 0, 0
     for cell in cells:
         count += 1

@@ -1,4 +1,4 @@
-"""What is wrong with the utterances of a manifest, found before a training meets it."""
+"""Finds what is wrong with the utterances of a manifest before a training run reads them."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from jasper_fast.speech import audio
 from jasper_fast.speech.audio import AudioError, ShortAudio
 from jasper_fast.speech.text import UnknownSymbolError, Vocabulary, normalize_and_lost
 
-SILENT_DB = -60.0  # a peak below this, full scale being 0
-CLIPPED = 0.001  # of the samples at full scale
+SILENT_DB = -60.0  # an utterance with a lower peak is silent; 0 is full scale
+CLIPPED = 0.001  # an utterance with a larger share of samples at full scale is clipped
 _FULL = 0.9995
-_WARNINGS = {"clipped", "out_of_alphabet"}  # what is told and kept
+_WARNINGS = {"clipped", "out_of_alphabet"}  # reported, but kept
 REASONS = {
-    "bad_entry": "the line is no utterance",
+    "bad_entry": "the line is not a valid utterance",
     "unreadable": "the audio cannot be read",
-    "truncated": "the file holds less than its header promises",
-    "wrong_duration": "the file holds less than the manifest says",
+    "truncated": "the audio is shorter than the file's header says",
+    "wrong_duration": "the audio is shorter than the manifest says",
     "silent": f"no sample above {SILENT_DB:g} dB of full scale",
     "clipped": f"more than {CLIPPED:.1%} of the samples at full scale",
     "empty_text": "no symbol of the alphabet in the text",
     "too_long": "longer than --max-duration",
     "too_short": "shorter than --min-duration",
     "too_short_for_ctc": "fewer output frames than CTC needs for the text",
-    "out_of_alphabet": "symbols that normalisation drops",
-    "duplicate": "the samples of an utterance before it",
+    "out_of_alphabet": "symbols of the text that are not in the alphabet",
+    "duplicate": "the same samples as an earlier utterance",
 }
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What an utterance is held to: an alphabet, bounds in seconds, samples per output frame of the model."""
+    """What an utterance must satisfy: the alphabet, bounds in seconds, and samples per output frame of the model."""
 
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     min_duration: float = 0.1
@@ -53,11 +53,11 @@ class Rules:
     frame_samples: int = 320
     sample_rate: int = 16000
     normalize_text: bool = True
-    strict: bool = False  # what is told and kept otherwise is left out too
+    strict: bool = False  # leave out what would otherwise only be reported
 
 
 class Fault(NamedTuple):
-    """Something wrong with an utterance: a key of REASONS, and the particulars."""
+    """Something wrong with an utterance: a key of REASONS, and details."""
 
     reason: str
     detail: str
@@ -65,7 +65,7 @@ class Fault(NamedTuple):
 
 @dataclass
 class Found:
-    """What was found of one entry; ``utterance`` is None where the entry is none. Levels are in dB of full scale."""
+    """The result for one entry; ``utterance`` is None if it is not a valid one. Levels are in dB of full scale."""
 
     entry: Any
     utterance: Utterance | None
@@ -77,7 +77,7 @@ class Found:
     print_of_samples: bytes = b""
 
     def good(self, strict: bool = False) -> bool:
-        """Whether the clean manifest has it."""
+        """Whether the entry belongs in the clean manifest."""
         return all(f.reason in _WARNINGS and not strict for f in self.faults)
 
     @property
@@ -86,7 +86,7 @@ class Found:
 
 
 def look(utterance: Utterance, rules: Rules) -> Found:
-    """Reads the audio of an utterance and holds it and its text to the rules."""
+    """Reads the audio of an utterance, and checks audio and text against the rules."""
     found = Found(None, utterance)
     fault = lambda reason, detail: found.faults.append(Fault(reason, detail))  # noqa: E731
     text, lost = utterance.text, []
@@ -106,7 +106,7 @@ def look(utterance: Utterance, rules: Rules) -> Found:
         samples = audio.load(utterance.source(), rules.sample_rate, utterance.offset, utterance.seconds)
         held, said = len(samples) / rules.sample_rate, utterance.seconds
         if said > held * 1.01 + 0.1:
-            fault("wrong_duration", f"{said:.2f} s in the manifest, {held:.2f} s are there")
+            fault("wrong_duration", f"{said:.2f} s in the manifest, {held:.2f} s in the file")
     except ShortAudio as error:
         samples = error.samples
         fault(error.reason, error.cause)
@@ -121,14 +121,14 @@ def look(utterance: Utterance, rules: Rules) -> Found:
 
 
 def _listen(found: Found, samples: np.ndarray, rules: Rules, fault: Any) -> None:
-    """Length, levels and identity of the samples, and what is wrong with them."""
+    """Notes the length, levels and digest of the samples, and what is wrong with them."""
     found.seconds = len(samples) / rules.sample_rate
     found.print_of_samples = hashlib.blake2b(samples.tobytes(), digest_size=16).digest()
     size = np.abs(samples)
     peak, level = float(size.max()), math.sqrt(float(np.mean(np.square(samples, dtype=np.float64))))
     found.peak_db, found.level_db = (20 * math.log10(v) if v > 0 else -math.inf for v in (peak, level))
     if found.peak_db < SILENT_DB:
-        fault("silent", f"the loudest sample lies at {found.peak_db:.0f} dB")
+        fault("silent", f"the loudest sample is at {found.peak_db:.0f} dB")
     elif (part := float(np.mean(size >= _FULL))) > CLIPPED:
         fault("clipped", f"{part:.2%} of the samples")
     for reason, holds in (
@@ -146,7 +146,7 @@ def check(
     jobs: int = 0,
     progress: Progress = silent,
 ) -> list[Found]:
-    """Every entry of a manifest with its faults. Raises ManifestError where the file as a whole cannot be read."""
+    """Every entry of a manifest with its faults. Raises ManifestError if the file as a whole cannot be read."""
     entries = list(each_utterance(manifest, data_dir))
 
     def work(entry: Any) -> Found:
@@ -163,14 +163,14 @@ def check(
         if found.print_of_samples:
             original = first.setdefault(found.print_of_samples, found)
             if original is not found:
-                found.faults.append(Fault("duplicate", f"as {original.name}"))
+                found.faults.append(Fault("duplicate", f"the same as {original.name}"))
     return results
 
 
 def clean_entries(
     results: Sequence[Found], manifest: Path, target: Path, data_dir: str | os.PathLike | None = None, strict=False
 ) -> Iterator[dict[str, Any]]:
-    """The entries of a clean manifest; paths are absolute where ``target`` lies in another folder."""
+    """The entries of a clean manifest; paths become absolute if ``target`` is in another folder."""
     root = Path(data_dir or manifest.parent)
     same = manifest.resolve().parent == target.resolve().parent and data_dir is None
 
@@ -194,7 +194,7 @@ def clean_entries(
 
 
 def figures(results: Sequence[Found], strict: bool) -> dict[str, Any]:
-    """Counts and hours, in numbers that JSON has."""
+    """Counts and hours, ready for JSON."""
     good = [f for f in results if f.good(strict)]
     return {
         "entries": len(results),
@@ -207,7 +207,7 @@ def figures(results: Sequence[Found], strict: bool) -> dict[str, Any]:
 
 
 def write_html(path: Path, manifest: str, results: Sequence[Found], rules: Rules, most: int = 200) -> None:
-    """A page with histograms and the culprits, at most so many of each kind."""
+    """Writes a page with histograms and the faulty utterances, at most ``most`` of each kind."""
     heard = [f for f in results if f.seconds]
     histograms = {
         "seconds": page.histogram([f.seconds for f in heard]),
@@ -230,7 +230,7 @@ def write_html(path: Path, manifest: str, results: Sequence[Found], rules: Rules
 
 
 def write_json(path: Path, manifest: str, results: Sequence[Found], strict: bool) -> None:
-    """All that was found, as JSON."""
+    """Writes counts and faulty utterances as JSON."""
     rows = [
         {"name": f.name, "seconds": round(f.seconds, 3), "faults": [fault._asdict() for fault in f.faults]}
         for f in results

@@ -17,28 +17,28 @@ from jasper_fast.speech.audio import AudioError
 
 @dataclass(frozen=True)
 class Copy:
-    """One form of each file: played ``speed`` times as fast, ``suffix`` of its name ("" keeps FLAC as it is)."""
+    """One version of each file: its ``speed`` factor, and the ``suffix`` of its format ("" keeps the original's)."""
 
     speed: float = 1.0
     suffix: str = ".flac"
 
     @property
     def plain(self) -> bool:
-        """Whether the original is this form."""
+        """Whether this version is the original itself."""
         return self.speed == 1.0 and self.suffix == ".flac"
 
     def folder(self, original: Path) -> Path:
-        """Where the copies of a folder of originals lie: beside it."""
+        """The folder of the copies, beside the folder of the originals."""
         speed = "" if self.speed == 1.0 else f"-sp{self.speed:g}"
         return original if self.plain else original.with_name(f"{original.name}{speed}{self.suffix.replace('.', '-')}")
 
     def path(self, file: Path, original: Path) -> Path:
-        """Where the copy of a file of the folder of originals lies."""
+        """The path of the copy of a file in the folder of originals."""
         return self.folder(original) / file.relative_to(original).with_suffix(self.suffix)
 
 
 def make(file: Path, copy: Copy, target: Path, work: Path) -> float:
-    """Writes a copy of an audio file, 16 bits at its own sample rate, unless it is there; gives its seconds.
+    """Writes a 16-bit copy of an audio file at its own sample rate, unless it exists; returns its seconds.
 
     ``work`` holds it meanwhile. Raises PrepareError naming a file that cannot be read.
     """
@@ -56,8 +56,8 @@ def make(file: Path, copy: Copy, target: Path, work: Path) -> float:
 def in_parallel(
     work: Callable[[Any], Any], items: Iterable[Any], jobs: int, what: str, total: int, progress: Progress
 ) -> Iterator[Any]:
-    """``work`` of each item, in the order of the items, in ``jobs`` threads: decoding and resampling leave Python's
-    lock, and threads end with their process, however it is killed."""
+    """The results of ``work`` for each item, in order, computed by ``jobs`` threads. Decoding and resampling release
+    Python's lock, and threads end with their process, however it is killed."""
     with ThreadPoolExecutor(jobs) as pool:
         results = pool.map(work, items)
         try:

@@ -1,4 +1,4 @@
-"""Archives over HTTP, with resume and retries, and their MD5."""
+"""Downloads archives over HTTP, with resume and retries, and verifies their MD5."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 
 from jasper_fast.data.prepare.writing import PrepareError, Progress, silent, writing
 
-TRIES = 8  # in a row that bring nothing
-PAUSE = 1.0  # seconds before the second try; doubled for each further one
+TRIES = 8  # give up after so many attempts in a row that received nothing
+PAUSE = 1.0  # seconds before the second attempt; doubled for each further one
 LONGEST_PAUSE = 60.0
-TIMEOUT = 60.0  # seconds in which nothing comes
+TIMEOUT = 60.0  # seconds without data before a connection counts as broken
 _CHUNK = 1 << 20
-_LATER = {408, 425, 429}  # of the statuses 4xx those that ask for another try
+_LATER = {408, 425, 429}  # the 4xx statuses that ask the client to try again
 
 
 def md5_of(path: Path, progress: Progress = silent) -> str:
@@ -36,15 +36,15 @@ def verify(path: Path, md5: str, progress: Progress = silent, advice: str = "tak
     """Raises PrepareError unless the file has this MD5."""
     found = md5_of(path, progress)
     if found != md5.lower():
-        raise PrepareError(f"{path}: its MD5 is {found}, it should be {md5.lower()}: damaged or another file; {advice}")
+        raise PrepareError(f"{path}: MD5 {found}, expected {md5.lower()}: damaged, or another file; {advice}")
 
 
 def fetch(url: str, target: Path, md5: str, progress: Progress = silent) -> None:
-    """Downloads ``url`` to ``target``, which appears when its MD5 is right.
+    """Downloads ``url`` to ``target``, which appears only once its MD5 has been verified.
 
-    What a run before left in ``target.part`` is gone on with. A connection that breaks off, is silent for a minute or
-    says that the server is busy is tried again, ``TRIES`` times in a row that bring nothing. Raises PrepareError for
-    what does not pass by itself, and for a wrong MD5, after which the file is deleted.
+    A ``target.part`` from an earlier run is continued. If the connection breaks, is silent for a minute, or the server
+    is busy, the download is tried again, until ``TRIES`` attempts in a row received nothing. Raises PrepareError for
+    errors that no retry can mend, and for a wrong MD5; the file is then deleted.
     """
     part = target.with_name(f"{target.name}.part")
     with writing(part):
@@ -64,7 +64,7 @@ def fetch(url: str, target: Path, md5: str, progress: Progress = silent) -> None
         came = part.exists() and part.stat().st_size > before
         failures = 1 if came else failures + 1
         if failures >= TRIES:
-            raise PrepareError(f"{url}: {cause}, {TRIES} times in a row; run again to go on") from cause
+            raise PrepareError(f"{url}: {cause}, {TRIES} times in a row; run the command again to continue") from cause
         time.sleep(min(PAUSE * 2 ** (failures - 1), LONGEST_PAUSE))
     try:
         verify(part, md5, progress)
@@ -76,7 +76,7 @@ def fetch(url: str, target: Path, md5: str, progress: Progress = silent) -> None
 
 
 def _receive(url: str, part: Path, progress: Progress) -> None:
-    """Appends what is missing of ``url`` to ``part``; raises OSError or HTTPException where it breaks off."""
+    """Appends the missing rest of ``url`` to ``part``; raises OSError or HTTPException if the connection breaks."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -86,12 +86,12 @@ def _receive(url: str, part: Path, progress: Progress) -> None:
             raise
         whole = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range", ""))
         if whole and int(whole[1]) == have:
-            return  # all of it is there
+            return  # the file is complete
         part.unlink()
         raise ConnectionError("the part from an earlier run is longer than the file") from error
     with answer:
         if not have or answer.status != 206:
-            have = 0  # the server sends all of it
+            have = 0  # the server sends the whole file
         elif not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             part.unlink()
             raise ConnectionError("the server sends another range than it was asked for")

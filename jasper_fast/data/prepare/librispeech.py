@@ -1,4 +1,4 @@
-"""LibriSpeech: fetched, verified, unpacked, copied at other speeds, described in manifests; goes on after any cut."""
+"""Prepares LibriSpeech: downloads, verifies, unpacks, makes copies and manifests; continues after any interruption."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jasper_fast.data.prepare.unpack import HostileArchive, move, unpack
 from jasper_fast.data.prepare.writing import PrepareError, Progress, alone_in, silent, write_manifest
 
 HOME = "https://www.openslr.org/resources"
-WORK = ".prepare"  # in the folder of the corpus: what is not whole yet
+WORK = ".prepare"  # folder within the corpus for everything that is not complete yet
 
 
 class Published(NamedTuple):
@@ -38,12 +38,12 @@ SETS = {
     "train-clean-360": Published(12, "c0e676e450a7ff2f54aeade5171606fa", 23049477885),
     "train-other-500": Published(12, "d1a0fd59409feb2c614ce4d30c387708", 30593501606),
 }
-MINI = {  # a small part of it, for tries
+MINI = {  # mini-LibriSpeech, a small part for first trials
     "dev-clean-2": Published(31, "6d7ab67ac6a1d2c993d050e16d61080d", 126046265),
     "train-clean-5": Published(31, "5df7d4e78065366204ca6845bb08f490", 332747356),
 }
 _KNOWN = SETS | MINI
-WAV_SIZE = 1.9  # bytes of a WAV file for one of its FLAC file
+WAV_SIZE = 1.9  # size of a WAV file relative to its FLAC file
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,16 @@ class Corpus:
 
     @property
     def local(self) -> bool:
-        """Whether the archives lie on this machine."""
+        """Whether the archives are on this machine."""
         return self.source is not None and not re.match(r"https?://", self.source)
 
     def forms(self) -> list[Copy]:
-        """The forms of every utterance, speed 1 first."""
+        """The versions of every utterance, speed 1 first."""
         suffix = ".wav" if self.wav else ".flac"
         return [Copy(speed, suffix) for speed in (1.0, *sorted(set(self.speeds) - {1.0}))]
 
     def md5(self, name: str) -> str:
-        """Of a set's archive. Raises PrepareError where it is not known."""
+        """The MD5 of a set's archive. Raises PrepareError if it is not known."""
         if self.checksums is not None:
             if name not in self.checksums:
                 raise PrepareError(f"--checksums names no {name}.tar.gz")
@@ -84,7 +84,7 @@ class Corpus:
         return _KNOWN[name].md5
 
     def place(self, name: str) -> tuple[str, Path]:
-        """The URL of a set's archive ("" where it lies on this machine), and its path here."""
+        """The URL of a set's archive ("" if it is on this machine), and its local path."""
         file = f"{name}.tar.gz"
         if self.local:
             return "", Path(self.source or "", file)
@@ -92,7 +92,7 @@ class Corpus:
         return f"{base.rstrip('/')}/{quote(file)}", self.out / WORK / file
 
     def folder(self, name: str) -> Path:
-        """Where a set's utterances lie when they are unpacked."""
+        """The folder of a set's unpacked utterances."""
         return self.out / "LibriSpeech" / name
 
 
@@ -114,7 +114,7 @@ def read_checksums(path: Path) -> dict[str, str]:
 
 
 def needed(corpus: Corpus) -> tuple[int, int]:
-    """Bytes that are still to be fetched, and bytes that the disk will hold more at the worst moment."""
+    """The bytes still to be downloaded, and the most additional disk space needed at any moment."""
     fetched, kept, largest = 0, 0, 0
     suffix_size = WAV_SIZE if corpus.wav else 1.0
     for name in corpus.sets:
@@ -209,7 +209,7 @@ class Spoken(NamedTuple):
 
 
 def spoken(folder: Path) -> list[Spoken]:
-    """The utterances of an unpacked set, by their names. Raises PrepareError where text or audio is missing."""
+    """The utterances of an unpacked set, by name. Raises PrepareError if a text or an audio file is missing."""
     texts: dict[str, str] = {}
     for listing in sorted(folder.rglob("*.trans.txt")):
         try:
@@ -227,7 +227,7 @@ def spoken(folder: Path) -> list[Spoken]:
 
 
 def _entries(corpus: Corpus, name: str, jobs: int, progress: Progress) -> Iterator[dict[str, Any]]:
-    """The manifest's entries of a set; makes the copies on the way."""
+    """Makes the copies of a set's utterances, and yields their manifest entries."""
     folder, forms, work = corpus.folder(name), corpus.forms(), corpus.out / WORK / "copies"
     found = spoken(folder)
 

@@ -1,4 +1,4 @@
-"""Shards written: tar files of some hundred MB, as NeMo and WebDataset read them, and their manifest."""
+"""Writes shards, tar files of some hundred MB that NeMo and WebDataset read too, and their manifest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BLOCK = tarfile.BLOCKSIZE
 
 
 class Member(NamedTuple):
-    """An utterance on its way into a shard, under a name of its own."""
+    """An utterance to pack, and its unique name in the shard."""
 
     utterance: Utterance
     name: str
@@ -58,7 +58,7 @@ def pack(
         return _write(out / f"audio_{number}.tar", number, shares[number], url)
 
     lines = list(in_parallel(write, range(count), jobs, "shards", count, progress))
-    for old in out.glob("audio_*.tar"):  # of a run before, with more shards
+    for old in out.glob("audio_*.tar"):  # left by an earlier run with more shards
         if re.fullmatch(r"audio_\d+\.tar", old.name) and int(old.stem[6:]) >= count:
             old.unlink()
     write_manifest(out / MANIFEST, (line for shard in lines for line in shard))
@@ -77,7 +77,7 @@ def _size(utterance: Utterance) -> int:
 
 
 def _name(utterance: Utterance, taken: set[str]) -> str:
-    """A name without dots but the last, which no utterance has already: WebDataset parts names at the first one."""
+    """A unique name with one dot, before the suffix, because WebDataset splits names at the first dot."""
     path = Path(utterance.path)
     stem = first = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem)[:80] or "utterance"
     for number in itertools.count(1):
@@ -103,7 +103,7 @@ def _content(utterance: Utterance) -> tuple[bytes, float]:
 
 
 def _write(path: Path, number: int, share: Sequence[Member], url: str | None) -> list[dict[str, Any]]:
-    """One shard; gives its lines of the manifest."""
+    """Writes one shard; returns its lines of the manifest."""
     lines = []
     with whole(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
         for utterance, name in share:

@@ -1,4 +1,4 @@
-"""Manifests from the forms that corpora come in: folders, Kaldi, CSV and TSV, NVIDIA's array, Lhotse's cuts."""
+"""Reads corpora in other formats: folders, Kaldi, CSV and TSV, NVIDIA's array, Lhotse's cuts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jasper_fast.speech.audio import SOUNDS, AudioError
 TEXTS = (".txt", ".lab", ".trn")
 KINDS = ("folder", "kaldi", "csv", "lines", "lhotse")
 Entry = dict[str, Any]
-Report = Callable[[str], None]  # takes a line about what was left out
+Report = Callable[[str], None]  # called with a line about each utterance that is left out
 
 _AUDIO_COLUMNS = ("path", "audio_filepath", "audio", "wav_filename", "file", "filename", "file_name", "wav", "mp3_path")
 _TEXT_COLUMNS = ("sentence", "text", "transcript", "transcription", "normalized_text", "normalized_transcription")
@@ -28,7 +28,7 @@ _LONGEST_FIELD = 1 << 24
 
 
 def kind_of(source: Path) -> str:
-    """Which of KINDS a source is. Raises PrepareError for what is none."""
+    """Which of KINDS a source is. Raises PrepareError if it is none of them."""
     if source.is_dir():
         return "kaldi" if (source / "wav.scp").is_file() else "folder"
     if not source.is_file():
@@ -54,7 +54,7 @@ def entries(source: Path, kind: str, audio_dir: Path | None, report: Report) -> 
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines that are not blank, of a file that may be gzipped."""
+    """The lines of a file, gzipped or not, that are not blank, with their numbers."""
     try:
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
@@ -73,7 +73,7 @@ def _text_of(path: Path) -> str:
 
 
 def _seconds(path: Path, report: Report) -> float | None:
-    """What the header of an audio file says; None, reported, where there is none."""
+    """The header of an audio file, or None with a report if it cannot be read."""
     try:
         seconds = audio.duration(path)
     except AudioError as error:
@@ -120,12 +120,12 @@ def _folder(source: Path, audio_dir: Path | None, report: Report) -> Iterator[En
 
 
 def _table(path: Path, least: int = 1) -> dict[str, str]:
-    """A file of Kaldi: a key and the rest of each line."""
+    """The key and the rest of each line of a Kaldi file."""
     found = {}
     for number, line in _lines(path):
         key, *rest = line.split(maxsplit=1)
         if len(rest) < least:
-            raise PrepareError(f"{path}, line {number}: a key and a value belong on it, got {line[:80]!r}")
+            raise PrepareError(f"{path}, line {number}: expected a key and a value, got {line[:80]!r}")
         found[key] = rest[0].strip() if rest else ""
     return found
 
@@ -143,7 +143,9 @@ def _kaldi(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Ent
                 recording, start, end = rest.split()[:3]
                 segments[name] = recording, float(start), float(end)
             except ValueError:
-                raise PrepareError(f"{source / 'segments'}: {name}: not a recording, start and end: {rest!r}") from None
+                raise PrepareError(
+                    f"{source / 'segments'}: {name}: expected a recording, start and end, got {rest!r}"
+                ) from None
     lengths: dict[str, float | None] = {}
     for name, (recording, start, end) in sorted(segments.items()):
         place = recordings.get(recording)

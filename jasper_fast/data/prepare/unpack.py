@@ -1,4 +1,4 @@
-"""Archives unpacked without trust: no member outside the folder, no links, no devices."""
+"""Unpacks archives that are not trusted: no member may lie outside the folder, or be a link or a device."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _BAD = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
 
 
 def parts_of(member: tarfile.TarInfo, archive: Path) -> tuple[str, ...]:
-    """The names on a member's path. Raises HostileArchive for a path that leaves the folder, and for what is neither
-    a file nor a folder."""
+    """The parts of a member's path. Raises HostileArchive if the path leaves the folder, or if the member is neither a
+    file nor a folder."""
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts or "\0" in member.name:
         raise HostileArchive(f"{archive}: the member {member.name!r} would lie outside the folder; take another copy")
@@ -46,10 +46,10 @@ def unpack(archive: Path, inside: str, folder: Path, progress: Progress = silent
                 progress(f"unpack {archive.name}", min(raw.tell(), size), size)
                 if not (target.is_file() and target.stat().st_size == member.size):
                     _write(tar, member, target, folder)
-                tar.members.clear()  # of 150,000 nothing need be remembered
+                tar.members.clear()  # tarfile would keep all 150,000 members in memory
     except _BAD as error:
         why = " ".join(str(error).split())[:200]
-        raise PrepareError(f"{archive}: not a whole tar archive ({why}); take another copy") from error
+        raise PrepareError(f"{archive}: not a complete tar archive ({why}); get another copy") from error
     if not count:
         raise PrepareError(f"{archive}: holds no file under {inside}")
     return count
@@ -66,7 +66,7 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, folder: 
 
 
 def move(folder: Path, target: Path) -> None:
-    """Gives a folder its place."""
+    """Moves a finished folder to its place."""
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(folder, target)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whenever the work is cut off."""
+"""Files that are either complete or absent, at whatever point the work is killed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-Progress = Callable[[str, int, int | None], None]  # what is at work, how much of it is done, of how much
+Progress = Callable[[str, int, int | None], None]  # called with the name of the work, how much is done, and of how much
 
 
 class PrepareError(ValueError):
@@ -19,7 +19,7 @@ class PrepareError(ValueError):
 
 
 def silent(what: str, done: int, total: int | None) -> None:
-    """A Progress that says nothing."""
+    """A Progress that shows nothing."""
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # of a library that reads, not of the file system
+        if error.errno is None:  # raised by a library that reads, not by the file system
             raise
         raise PrepareError(
             f"{path}: {error.strerror}; what is whole is kept: mend that and run the command again"
@@ -37,8 +37,8 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def whole(path: Path, folder: Path | None = None) -> Iterator[Path]:
-    """A temporary path in ``folder`` (that of ``path``); at the end of the block it becomes ``path``, after an error
-    it is removed."""
+    """A temporary path in ``folder`` (default: that of ``path``), renamed to ``path`` at the end of the block, or
+    removed after an error."""
     temporary = (folder or path.parent) / f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp"
     with writing(path):
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def whole(path: Path, folder: Path | None = None) -> Iterator[Path]:
 
 
 def write_manifest(path: Path, entries: Iterable[dict[str, Any]], work: Path | None = None) -> int:
-    """Writes entries as JSON lines; gives their number. ``work``: the folder that holds the file until it is whole."""
+    """Writes entries as JSON lines; returns their number. ``work``: the folder of the file until it is complete."""
     count = 0
     with whole(path, work) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         for entry in entries:
@@ -62,7 +62,7 @@ def write_manifest(path: Path, entries: Iterable[dict[str, Any]], work: Path | N
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder. Raises PrepareError where one is at work there."""
+    """Locks the folder against a second run. Raises PrepareError if another run holds the lock."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
@@ -70,7 +70,9 @@ def alone_in(folder: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise PrepareError(f"{folder}: another run prepares data here; wait for it or take another folder") from None
+        raise PrepareError(
+            f"{folder}: another run is preparing data here; wait for it, or choose another folder"
+        ) from None
     try:
         yield
     finally:
