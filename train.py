@@ -64,6 +64,7 @@ OPTIONS = {
         option("--init-from", metavar="CKPT", help="start from these weights; decoder rows of shared labels too"),
         option("--init-ema", action="store_true", help="take the moving average of --init-from"),
         option("--init-decoder", choices=loading.DECODERS, default="auto", help="keep: --init-from's, whatever labels"),
+        option("--init-map", nargs="+", default=[], metavar="NEW=OLD", help="rows of new labels start from old ones'"),
         option("--freeze-encoder", action="store_true", help="train the decoder alone; the encoder stays as it is"),
     ],
     "length of the run; the first limit reached ends it": [
@@ -170,7 +171,8 @@ def make_state(args: argparse.Namespace, config: JasperConfig, ranks: Ranks) -> 
     core = Jasper(config, backend=args.backend, panes=args.panes).to(ranks.device)
     if args.init_from:
         weights = formats.read_weights(args.init_from, ema=args.init_ema)
-        loading.load_weights(core, weights, labels=config.labels, strict=False, decoder=args.init_decoder)
+        like = dict(loading.label_pair(pair) for pair in args.init_map)
+        loading.load_weights(core, weights, labels=config.labels, strict=False, decoder=args.init_decoder, like=like)
     if args.freeze_encoder:
         core.freeze_encoder()
     ema = EMA(core, args.ema, warmup=args.ema_warmup) if args.ema else None

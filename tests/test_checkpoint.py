@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from jasper_fast.inference.recognizer import Recognizer
-from jasper_fast.nn import checkpoint
+from jasper_fast.nn import checkpoint, loading
 from jasper_fast.nn.checkpoint import CheckpointError, load, save
 from jasper_fast.nn.config import JasperConfig
 from jasper_fast.nn.formats import published_labels, read_weights
@@ -385,6 +385,31 @@ def test_warm_start_with_other_labels(tmp_path, labels):
             assert not (head.weight[i] == old.weight).any()
         else:
             assert torch.equal(head.weight[i], old.weight[known]) and head.bias[i] == old.bias[known]
+
+
+def test_labels_of_a_warm_start_that_start_from_others(tmp_path):
+    model, labels = trained_model(), [*LABELS[:3], "ä", "="]
+    state = {"format": checkpoint.FORMAT, "config": config().to_dict(), "labels": LABELS}
+    save(tmp_path / "a.pt", state | {"state_dict": model.state_dict()})
+    weights, warm = read_weights(tmp_path / "a.pt"), Jasper(config(labels), backend="reference")
+    like = dict(map(loading.label_pair, (f"ä={LABELS[1]}", f"=={LABELS[5]}")))
+    with pytest.warns(UserWarning, match="of 5 of the 5 labels are copied"):
+        load_weights(warm, weights, labels=labels, strict=False, like=like)
+    head, old = warm.decoder.layers[0], model.decoder.layers[0]
+    for tensor, source in ((head.weight, old.weight), (head.bias, old.bias)):
+        assert torch.equal(tensor, source[[0, 1, 2, 1, 5, len(LABELS)]])
+    for pair, said in (("a=é", "no label 'é'"), ("é=a", "'é'.*not one of the model's"), ("é", "a new label and an old")):
+        with pytest.raises(CheckpointError, match=said):
+            load_weights(warm, weights, labels=labels, strict=False, like=dict([loading.label_pair(pair)]))
+
+
+def test_a_file_without_labels_has_the_published_ones_where_labels_start_from_them(tmp_path):
+    model, labels = Jasper(config(published_labels()), backend="reference"), [" ", "b", "ä"]
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "a.pt")
+    warm = Jasper(config(labels), backend="reference")
+    with pytest.warns(UserWarning, match="of 3 of the 3 labels are copied"):
+        load_weights(warm, read_weights(tmp_path / "a.pt"), labels=labels, strict=False, like={"ä": "a"})
+    assert torch.equal(warm.decoder.layers[0].weight, model.decoder.layers[0].weight[[0, 2, 1, 28]])
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA's", "bare", "Lightning", "Lightning, labels unsaid"])

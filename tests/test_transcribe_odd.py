@@ -126,7 +126,7 @@ def test_forty_odd_files_of_two_hundred_and_kills_at_random(tmp_path, form):
     assert transcribe(tmp_path, *arguments, "--strict", "--out", "again", check=False).returncode == 1
 
     kills = 0
-    for _ in range(3):
+    for _ in range(5):
         transcribe(tmp_path, *arguments, "--out", "parts", "--resume", kill=chance.randint(2, 12))
         part = (tmp_path / "parts").read_bytes()
         assert len(part) < (tmp_path / "whole").stat().st_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ def load_weights(
     labels: Sequence[str] | None = None,
     strict: bool = True,
     decoder: Literal["auto", "keep", "new"] = "auto",
+    like: Mapping[str, str] | None = None,
 ) -> None:
     """Copies `weights` into `model`; a model on the meta device takes the tensors without a copy.
 
@@ -32,8 +33,9 @@ def load_weights(
     or have another shape keep their fresh initialisation, and a warning says so. `labels` are those of the model. A
     warm start with other labels than the file's copies the decoder's rows for the blank and for the labels that both
     alphabets have. If the file does not name its labels, the decoder is copied only if the model has the published
-    alphabet, else it is initialised anew. `decoder="keep"` always copies it, "new" never does. Raises CheckpointError
-    naming the entries, and also if no entry of the encoder fits.
+    alphabet, else it is initialised anew. `decoder="keep"` always copies it, "new" never does. `like` maps labels of
+    the model to labels of the file whose rows they start from; a file that does not name its labels is then taken to
+    have the published alphabet. Raises CheckpointError naming the entries, and also if no entry of the encoder fits.
     """
     own, given = model.state_dict(), dict(weights.state_dict)
     for name in own:  # files of PyTorch 0.4 lack the counters
@@ -58,7 +60,7 @@ def load_weights(
         raise CheckpointError(f"{weights.path} was trained with other labels; pass strict=False for a warm start")
     head = [name for name in own if name.startswith("decoder.")]
     if not strict:
-        rows, reason = _decoder_rows(weights, labels, decoder, [wrong.get(name) for name in head])
+        rows, reason = _decoder_rows(weights, labels, decoder, [wrong.get(name) for name in head], like or {})
         if rows is not None:
             wrong |= dict.fromkeys(head, "new")
         reasons += [reason] if reason else []
@@ -101,7 +103,7 @@ def _convention(config: dict[str, Any]) -> str:
 
 
 def _decoder_rows(
-    weights: Weights, labels: Sequence[str] | None, decoder: str, wrong: list[str | None]
+    weights: Weights, labels: Sequence[str] | None, decoder: str, wrong: list[str | None], like: Mapping[str, str]
 ) -> tuple[list[tuple[int, int]] | None, str | None]:
     """(rows, message): what a warm start does with the decoder. rows pairs a row here with its row in the file; None
     copies all.
@@ -115,22 +117,43 @@ def _decoder_rows(
         return None, None
     if decoder == "new":
         return [], "the decoder is initialised anew, as asked"
+    old = _row_of_label(weights, labels, like)
     if labels is None:
         return ([], f"the decoder is initialised anew ({misfit})") if misfit else (None, None)
-    if weights.labels is None:
+    if weights.labels is None and not like:
         if misfit or list(labels) != published_labels():
             why = misfit or "the file does not say what its labels are; decoder='keep' keeps its rows as they are"
             return [], f"the decoder is initialised anew ({why})"
         return None, "the file does not say what its labels are: its decoder is taken to be for space, a to z, '"
-    if list(labels) == list(weights.labels) and not misfit:
+    if list(labels) == list(old) and not misfit and not like:
         return None, None
-    old = {label: i for i, label in enumerate(weights.labels)}
     bias = weights.state_dict.get("decoder.layers.0.bias")
-    shared = [(i, old[label]) for i, label in enumerate(labels) if label in old]
+    sources = {label: like.get(label, label) for label in labels}
+    shared = [(i, old[sources[label]]) for i, label in enumerate(labels) if sources[label] in old]
     if bias is None or len(bias) != len(old) + 1 or not shared:
         return [], f"the decoder is initialised anew ({misfit or 'other labels'})"
     rows = f"its rows of the blank and of {len(shared)} of the {len(labels)} labels are copied"
     return [*shared, (len(labels), len(old))], f"the decoder is initialised anew for other labels, but {rows}"
+
+
+def label_pair(text: str) -> tuple[str, str]:
+    """"NEW=OLD" as a pair of labels. Raises CheckpointError for other texts."""
+    new, sign, old = text[1:].partition("=")  # the first symbol may itself be "="
+    if not sign or not old:
+        raise CheckpointError(f"{text!r} does not name a new label and an old one, as 'ä=a'")
+    return text[0] + new, old
+
+
+def _row_of_label(weights: Weights, labels: Sequence[str] | None, like: Mapping[str, str]) -> dict[str, int]:
+    """The decoder's row of each label of the file; the published alphabet stands in for one that is not named. Raises
+    CheckpointError for labels in `like` that the model or the file does not have."""
+    known = weights.labels or published_labels()
+    for new, source in like.items():
+        if new not in (labels or ()):
+            raise CheckpointError(f"the label {new!r} that starts from {source!r} is not one of the model's")
+        if source not in known:
+            raise CheckpointError(f"{weights.path} has no label {source!r} for {new!r} to start from: {known}")
+    return {label: i for i, label in enumerate(known)}
 
 
 def load_model(
