@@ -398,7 +398,8 @@ def test_labels_of_a_warm_start_that_start_from_others(tmp_path):
     head, old = warm.decoder.layers[0], model.decoder.layers[0]
     for tensor, source in ((head.weight, old.weight), (head.bias, old.bias)):
         assert torch.equal(tensor, source[[0, 1, 2, 1, 5, len(LABELS)]])
-    for pair, said in (("a=é", "no label 'é'"), ("é=a", "'é'.*not one of the model's"), ("é", "a new label and an old")):
+    wrong = {"a=é": "no label 'é'", "é=a": "'é'.*not one of the model's", "é": "a new label and an old one"}
+    for pair, said in wrong.items():
         with pytest.raises(CheckpointError, match=said):
             load_weights(warm, weights, labels=labels, strict=False, like=dict([loading.label_pair(pair)]))
 

@@ -1,4 +1,4 @@
-"""How many seconds of audio a second does a core make ready: decoded, at another speed, in padded batches?
+"""How many seconds of audio can one core prepare per second: decode, change in speed, and pad into batches?
 
 `python -m bench data`; without --manifest it makes FLAC files of its own. Counted in CPU time of one thread, so that
 other work on the machine blurs little; then through worker processes, in time by the clock.
@@ -32,8 +32,8 @@ from jasper_fast.speech import audio
 from jasper_fast.speech.audio import AudioError
 from jasper_fast.speech.text import Vocabulary
 
-GOAL = 1200.0  # seconds of audio that a core prepares in a second
-RATE, SECONDS = 480.0, 16.7  # utterances a second of one H200, and their length
+GOAL = 1200.0  # the goal: seconds of audio that a core prepares per second
+RATE, SECONDS = 480.0, 16.7  # utterances per second of one H200, and seconds of each
 BATCH_SECONDS = 16 * SECONDS
 
 
@@ -116,7 +116,7 @@ def corpus(manifest: Path | None, count: int = 32) -> Iterator[list[Utterance]]:
 
 
 def speech_like(seconds: float, rng: np.random.Generator) -> np.ndarray:
-    """(samples,) at 16 kHz that FLAC packs as it packs speech: a voice of harmonics that comes and goes, and noise."""
+    """(samples,) at 16 kHz that FLAC compresses about as well as speech: harmonics that come and go, and noise."""
     t = np.arange(round(seconds * 16000)) / 16000
     pitch = 2 * np.pi * np.cumsum(120 + 30 * np.sin(2 * np.pi * 0.7 * t)) / 16000
     voice = sum(np.sin(k * pitch) / k**1.5 for k in range(1, 25))
@@ -125,13 +125,13 @@ def speech_like(seconds: float, rng: np.random.Generator) -> np.ndarray:
 
 
 def data_of(utterances: list[Utterance]) -> SpeechDataset:
-    """The utterances at random speeds, their text being of no account."""
+    """The utterances at random speeds; their texts do not matter."""
     plain = [Utterance(u.path, u.duration, "a", u.offset) for u in utterances]
     return SpeechDataset(plain, Vocabulary(), AudioSettings(perturb=perturb.Perturb(speed=perturb.SPEED)))
 
 
 def stages(utterances: list[Utterance]) -> dict[str, Callable[[], float]]:
-    """What is timed, each a function that gives the seconds of audio that it made ready, before any change of speed."""
+    """The stages to time: functions that return the seconds of audio they prepared, before the change of speed."""
     data = data_of(utterances)
     sampler = BatchSampler(data.durations, max_seconds=BATCH_SECONDS)
     heard = sum(u.seconds for u in data.utterances)
@@ -149,7 +149,7 @@ def stages(utterances: list[Utterance]) -> dict[str, Callable[[], float]]:
 
 
 def rates(stage: Callable[[], float], seconds: float) -> list[float]:
-    """Audio seconds a second of CPU time, of rounds that fill so many seconds; three at least."""
+    """Audio seconds per second of CPU time of each round; at least three rounds, and at least `seconds` in all."""
     stage()
     found: list[float] = []
     end = time.monotonic() + seconds
@@ -163,7 +163,7 @@ def rates(stage: Callable[[], float], seconds: float) -> list[float]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those of its children that have ended."""
+    """CPU seconds of this process and of its children that have ended."""
     return sum(
         u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     )
@@ -179,7 +179,7 @@ def through_workers(utterances: list[Utterance], workers: int, seconds: float) -
         for batch in load_batches(data, sampler, epoch, workers=workers):
             made = sum(data.utterances[i].seconds for i in batch.indices)
             heard, late = heard + made, late + (made if started else 0.0)
-            started = started or time.monotonic()  # the processes have started
+            started = started or time.monotonic()  # all worker processes have started
         epoch += 1
     took = time.monotonic() - started
     return heard / (cpu_seconds() - spent), late / took

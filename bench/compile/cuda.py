@@ -38,12 +38,12 @@ _MODES = {"0": "plain", "1": "stats", "2": "norm", "3": "log-softmax"}
 
 
 def flags(arch: str) -> list[str]:
-    """What the library is built with, for one architecture."""
+    """The options with which the library is built for one architecture."""
     return ["-O3", "-std=c++20", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", "-Xptxas", "-v"]
 
 
 def compile_for(nvcc: str, arch: str, folder: Path) -> list[dict]:
-    """The facts of every kernel that `arch` has a body of."""
+    """The facts of every kernel that is not empty on `arch`."""
     folder.mkdir(parents=True, exist_ok=True)
     cubin = folder / f"conv1d.sm_{arch}.cubin"
     command = [nvcc, *flags(arch), "-cubin", "-o", str(cubin), str(SOURCE)]
@@ -58,7 +58,7 @@ def compile_for(nvcc: str, arch: str, folder: Path) -> list[dict]:
         counts = Counter(INSTRUCTIONS[word] for word in code if word in INSTRUCTIONS)
         name = describe(_demangle(symbol))
         if name is None or (not counts["wgmma"] and not counts["mma_sync"] and "conv" in name.split()[0]):
-            continue  # another architecture's: its body is empty here
+            continue  # the body is empty: a kernel of another architecture
         if name.startswith("wgrad_") and not counts["mma_sync"]:
             continue
         rows.append({"arch": arch, "kernel": name} | dict.fromkeys(FACTS, 0) | used[symbol] | counts | _waits(code))
@@ -66,7 +66,7 @@ def compile_for(nvcc: str, arch: str, folder: Path) -> list[dict]:
 
 
 def describe(name: str) -> str | None:
-    """A demangled kernel in words: "conv_90 fp16 stats 216", with "dgrad" where its weights are transposed."""
+    """A readable name for a demangled kernel, such as "conv_90 fp16 stats 216"; "dgrad" means transposed weights."""
     found = _KERNEL.search(name)
     if found is None:
         return None
@@ -95,7 +95,7 @@ def _resources(log: str) -> dict[str, dict]:
 
 
 def _functions(cubin: Path) -> dict[str, list[str]]:
-    """The opcodes of each kernel, in their order."""
+    """The opcodes of each kernel in order."""
     listing = subprocess.run([_tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
     found: dict[str, list[str]] = {}
     code: list[str] = []
@@ -109,13 +109,13 @@ def _functions(cubin: Path) -> dict[str, list[str]]:
 
 
 def _waits(code: list[str]) -> dict[str, int]:
-    """Waits for all products between two products of one step: the compiler made them serial."""
+    """The number of waits between two products of one step, which show that the compiler serialised them."""
     products = [i for i, word in enumerate(code) if word == "HGMMA"]
     return {"waits": sum("DRAIN" in code[a:b] for a, b in itertools.pairwise(products))}
 
 
 def _tool(name: str) -> str:
-    """A tool of the CUDA toolkit; Triton brings it where there is none."""
+    """The path of a tool of the CUDA toolkit, or of Triton's copy of it."""
     import triton
 
     bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
@@ -133,7 +133,7 @@ def _demangle(symbol: str) -> str:
 
 
 def complaints(row: dict) -> list[str]:
-    """What is wrong with a kernel, a line each."""
+    """The faults of a kernel, one line each."""
     found, kernel = [], row["kernel"]
     if row["spilled"] or row["stack"] or row["local_loads"] or row["local_stores"]:
         found.append(f"{row['spilled']} bytes spilled, {row['stack']} bytes of stack a thread")
@@ -146,21 +146,21 @@ def complaints(row: dict) -> list[str]:
 
 
 def read(table: Path) -> list[dict]:
-    """The rows of a table; facts that are 0 are left out in the file."""
+    """The rows of a table; the file leaves out facts that are 0."""
     return [dict.fromkeys(FACTS, 0) | row for row in json.loads(table.read_text())["rows"]]
 
 
 def write(table: Path, version: str, rows: Iterable[dict]) -> None:
-    """The table as JSON, a line a row, so that a difference reads as one."""
+    """The table as JSON with one line per row, so that diffs are readable."""
     lines = ",\n".join(json.dumps({k: v for k, v in row.items() if v != 0}) for row in rows)
     table.write_text(f'{{"nvcc": {json.dumps(version)}, "rows": [\n{lines}\n]}}\n')
 
 
 def differences(old: list[dict], new: list[dict], archs: Iterable[str]) -> list[str]:
-    """A line for each kernel of `archs` that appeared, went, or changed."""
+    """A line for each kernel of `archs` that is new, gone or changed."""
     before = {(row["arch"], row["kernel"]): row for row in old if row["arch"] in archs}
     after = {(row["arch"], row["kernel"]): row for row in new}
-    lines = [f"sm_{a} {k}: in the committed table, made no more" for a, k in before.keys() - after.keys()]
+    lines = [f"sm_{a} {k}: in the committed table, but no longer compiled" for a, k in before.keys() - after.keys()]
     for (arch, kernel), row in after.items():
         was = before.get((arch, kernel))
         if was is None:

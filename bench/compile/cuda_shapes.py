@@ -1,4 +1,4 @@
-"""What the CUDA convs should cost by arithmetic, beside what nvcc made of them: `bench compile --cuda --shapes`.
+"""What the CUDA convs should cost by arithmetic, beside what nvcc compiled: `bench compile --cuda --shapes`.
 
 For each conv of Jasper 10x5, N = 32 utterances of 16.7 s (T' = 835), the tile that is planned; CTAs that a
 multiprocessor holds by their shared memory and registers; bytes from L2 a step (128 output channels, 64 input channels,

@@ -5,7 +5,7 @@
   3     choices: `bench tune`, its table installed, and `bench gpu --resume` for what was cut off
   more  if time is left: compute-sanitizer, bf16, all tests on the device
 
-Every step has a limit of its own, and a log; what came of the steps is in day.json as soon as each ends, and in a table
+Every step has its own time limit and log. Its result is in day.json as soon as it ends, and all results are in a table
 at the end. A step that is cut off or fails costs the others nothing, but for a gate: behind one nothing is run that
 would only fail for the same reason. With `--device cpu` the same steps run on the stand-in; `--dry-run` shows them.
 """
@@ -26,9 +26,9 @@ from pathlib import Path
 from jasper_fast.bench.harness import options, paths
 
 DAY = "jasper_fast.bench.gpu.day"
-LIMIT = 540.0  # seconds of a call
-LEAST = 3.0  # that are worth starting a step with
-GRACE = 10.0  # between asking a step to end and ending it
+LIMIT = 540.0  # seconds that a call may take
+LEAST = 3.0  # seconds; with less time left no step is started
+GRACE = 10.0  # seconds between asking a step to end and killing it
 PYTHON = sys.executable
 TESTS = (
     "test_bn_relu_dropout.py",
@@ -42,7 +42,7 @@ PROBES = ("csrc/probe.py", "csrc/cuda/probe.py", "bench/gpu/probe.py")  # of the
 
 @dataclass(frozen=True)
 class Step:
-    """A command with its limit in seconds. gate: where it fails, the rest of its call is not run."""
+    """A command and its limit in seconds. gate: if it fails, the later steps of the call are not run."""
 
     name: str
     argv: tuple[str, ...]
@@ -52,7 +52,7 @@ class Step:
 
 
 def plan(call: str, device: str, out: Path, root: Path) -> list[Step]:
-    """The steps of a call, those that this checkout and machine have."""
+    """The steps of a call that this checkout and this machine can run."""
     cpu, dtype = device == "cpu", "fp32" if device == "cpu" else "fp16"
     bench = (PYTHON, "-m", "jasper_fast.bench")
     to = ("--device", device, "--out", str(out))
@@ -142,7 +142,7 @@ def run(step: Step, log: Path, seconds: float, root: Path) -> dict:
 
 
 def _end(process: subprocess.Popen) -> int:
-    """Asks a step, and all that it started, to end, and then ends it."""
+    """Asks a step and its child processes to end, then kills them."""
     for what, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, what)
@@ -150,7 +150,7 @@ def _end(process: subprocess.Popen) -> int:
             process.wait(patience)
             break
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # what outlived its parent
+        os.killpg(process.pid, signal.SIGKILL)  # children that outlived the step
     return process.poll() if process.poll() is not None else -signal.SIGKILL
 
 
@@ -175,7 +175,7 @@ def carry_out(call: str, steps: Sequence[Step], out: Path, root: Path, limit: fl
 
 
 def keep(path: Path, call: str, done: list[dict]) -> None:
-    """Puts what a call has done so far into the file, whole or not at all; other calls' stay."""
+    """Writes the results of a call so far into the file, atomically, beside those of other calls."""
     data = json.loads(path.read_text()) if path.is_file() else {}
     part = path.with_suffix(".part")
     part.write_text(json.dumps(data | {call: done}, indent=1) + "\n")
@@ -183,7 +183,7 @@ def keep(path: Path, call: str, done: list[dict]) -> None:
 
 
 def table(done: Sequence[dict]) -> str:
-    """What came of the steps, for a person."""
+    """The results of the steps as text."""
     width = max((len(one["name"]) for one in done), default=0)
     return "\n".join(
         f"{one['name']:<{width}}  {one['status']:<8} {one['seconds']:>6.1f} s  {one['told']}" for one in done
@@ -191,7 +191,7 @@ def table(done: Sequence[dict]) -> str:
 
 
 def preflight(device: str) -> int:
-    """The preflight alone: the step of a call."""
+    """Runs the preflight alone, as a step of a call."""
     import torch
 
     from jasper_fast.bench.gpu import preflight
@@ -207,7 +207,7 @@ def preflight(device: str) -> int:
 
 
 def install(out: Path) -> int:
-    """The table of the newest result of `bench tune`, as a step of a call."""
+    """Installs the table of the newest result of `bench tune`, as a step of a call."""
     results = sorted(out.glob("tune_*.json"), key=lambda path: path.stat().st_mtime)
     if not results:
         print(f"{out}: no result of bench tune")
@@ -216,7 +216,7 @@ def install(out: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status is 1 where a step failed."""
+    """The command; its exit status is 1 if a step failed."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m jasper_fast.bench.gpu.day", description=__doc__, formatter_class=raw)
     parser.add_argument("call", choices=("1", "2", "3", "more", "preflight", "table"), metavar="CALL")

@@ -1,4 +1,4 @@
-"""What `python -m bench gpu` does before it measures: the tests that matter on a device, and tuning."""
+"""What `python -m bench gpu` does before it measures: the most important tests on the device, and tuning."""
 
 import os
 import subprocess
@@ -20,11 +20,11 @@ LEAST = 5.0  # seconds that are worth starting with
 
 
 class TestsFailed(RuntimeError):
-    """Tests that matter failed on this device; the message is pytest's last line."""
+    """A test failed on this device; the message is pytest's last line."""
 
 
 def tests(run: Run, *, files: tuple[str, ...] = TESTS, chosen: str = "triton or cuda") -> None:
-    """The quick tests of the ops on the device, until the first that fails; a line says where there are none."""
+    """Runs the quick tests of the ops on the device until one fails; prints a line if no tests are installed."""
     folder = paths.CHECKOUT and Path(paths.CHECKOUT) / "tests"
     left = seconds_left(run)
     try:
@@ -52,7 +52,7 @@ def tests(run: Run, *, files: tuple[str, ...] = TESTS, chosen: str = "triton or 
 
 
 def tune(run: Run, ops: tuple[str, ...] = cells.OPS) -> None:
-    """Choices of face and tile in the run's dtype, as far as the time goes: what follows runs with them."""
+    """Tunes faces and tiles in the run's dtype as far as the time goes; the later parts run with these choices."""
     device = tuned.indexed(run.device)
     todo = [cell for cell in cells.plan(run.device, run.dtype, ops) if not tables.covered(device, cell)]
     with verdicts.locked(tuned.PATIENCE, tuned.LOCK):
@@ -66,5 +66,5 @@ def tune(run: Run, ops: tuple[str, ...] = cells.OPS) -> None:
 
 
 def seconds_left(run: Run) -> float:
-    """Until the part's time is spent."""
+    """Seconds until the part's time is spent."""
     return 600.0 if run.deadline is None else max(0.0, run.deadline - time.monotonic())

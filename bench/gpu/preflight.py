@@ -1,4 +1,4 @@
-"""What the machine needs before anything is measured on it, each with the remedy: a minute lost here saves a day."""
+"""Checks what the machine needs before anything is measured on it, and names the remedy for each missing item."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ DISK, MEMORY = 2.0, 16.0  # GiB
 
 
 class Finding(NamedTuple):
-    """Something that is needed, whether it is there, what was found, and what to do about it."""
+    """An item that is needed: whether it is there, what was found, and the remedy."""
 
     what: str
     there: bool
@@ -29,7 +29,7 @@ class Finding(NamedTuple):
 
 
 def findings(device: torch.device) -> Iterator[Finding]:
-    """All of them, in the order in which a run would fail."""
+    """All items, in the order in which a run would fail without them."""
     yield _compiler()
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     yield Finding("Python's headers", headers.is_file(), str(headers), "install python3-dev (Triton's launcher is C)")
@@ -42,7 +42,7 @@ def findings(device: torch.device) -> Iterator[Finding]:
 
 
 def _compiler() -> Finding:
-    """The one that Triton builds its launcher with."""
+    """The C compiler with which Triton builds its launcher."""
     name = os.environ.get("CC") or next((c for c in ("gcc", "clang", "cc") if shutil.which(c)), "")
     path = shutil.which(name.split()[0]) if name else None
     return Finding("a C compiler", path is not None, path or name or "none", "install gcc, or name one by CC")
@@ -80,11 +80,12 @@ def _gpu(device: torch.device) -> Iterator[Finding]:
     told = f"{clocks.get('sm_mhz', 'unknown')} MHz, {clocks.get('temperature_c', 'unknown')} degrees" + (
         held and f": {held}"
     )
-    yield Finding("clocks", not held, told, "let it cool, and see nvidia-smi -q -d PERFORMANCE for what holds them")
+    yield Finding("clocks", not held, told, "let it cool; nvidia-smi -q -d PERFORMANCE says what limits them")
 
 
 def main(run: Run) -> None:
-    """A line for each, and all of them in the result. What is missing ends nothing: the rest may still run."""
+    """Prints a line for each item and adds all to the result. A missing item does not end the run, because other parts
+    may still work."""
     found = list(findings(run.device))
     for one in found:
         mark = "ok" if one.there else "MISSING"

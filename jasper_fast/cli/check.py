@@ -1,4 +1,4 @@
-"""`jasper-fast check`: what is wrong with a manifest's utterances."""
+"""`jasper-fast check`: finds what is wrong with a manifest's utterances."""
 
 from __future__ import annotations
 

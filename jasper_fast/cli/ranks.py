@@ -1,4 +1,4 @@
-"""A command among several processes that torchrun started: each takes its share, the first one speaks."""
+"""Runs a command on several processes started by torchrun: each does its share, and the first one reports."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Share:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and talks."""
+        """Whether this process writes files and messages."""
         return self.rank == 0
 
     def of(self, sizes: Sequence[float]) -> list[int]:
-        """The places of this process's items, in their order; every process gets as many of every size."""
+        """The indices of this process's items, in order; every process gets equally many of each size."""
         order = sorted(range(len(sizes)), key=lambda i: (sizes[i], i))
         return sorted(order[self.rank :: self.world])
 
@@ -40,7 +40,7 @@ class Share:
 
 @contextmanager
 def joined(arguments: argparse.Namespace) -> Iterator[Share]:
-    """Joins the group that torchrun describes, if it does, and gives each process the GPU of its number.
+    """Joins the process group that torchrun describes, if any, and gives each process the GPU of its rank.
 
     ``arguments``: those of the command's options; processes beside the first show no progress.
     """
@@ -54,7 +54,7 @@ def joined(arguments: argparse.Namespace) -> Iterator[Share]:
     if arguments.device in ("auto", "cuda") and torch.cuda.is_available():
         arguments.device = f"cuda:{local}"
     arguments.quiet = arguments.quiet or rank > 0
-    dist.init_process_group("gloo")  # only texts and numbers pass, between the hosts
+    dist.init_process_group("gloo")  # only texts and numbers are exchanged, on the CPU
     try:
         yield Share(rank, world)
     finally:

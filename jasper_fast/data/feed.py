@@ -1,4 +1,4 @@
-"""Batches on their way to the device: copied on a stream of their own, and how long was waited for them."""
+"""Copies batches to the device on a stream of their own, and measures how long the training waits for them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from jasper_fast.data.batch import Batch
 
 @dataclass
 class Wait:
-    """Host seconds spent waiting for batches since ``take`` was last called."""
+    """Host seconds spent waiting for batches since the last call of ``take``."""
 
     seconds: float = 0.0
 
     def take(self) -> float:
-        """The seconds, which then start from 0."""
+        """Returns the seconds, and starts again from 0."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
 

@@ -60,5 +60,5 @@ class Join:
         gaps = rng.uniform(self.min_gap, self.max_gap, count + 1).tolist()
         noise_db = float(rng.uniform(*self.noise_db)) if self.noise_db else None
         while len(indices) > self.min_clips and sum(durations[i] for i in indices) + sum(gaps) > longest:
-            del indices[-1 if indices[-1] != own else 0], gaps[-1]  # from the end, but never the item's own
+            del indices[-1 if indices[-1] != own else 0], gaps[-1]  # the last one, but never the item's own
         return Clips(tuple(indices), tuple(gaps), noise_db)

@@ -76,7 +76,7 @@ def read_manifest(
 def each_utterance(
     path: str | os.PathLike, data_dir: str | os.PathLike | None = None, offline_speeds: bool = False
 ) -> Iterator[tuple[Any, Utterance] | ManifestError]:
-    """What ``read_manifest`` makes of each entry, with the entry, or why it makes nothing of it.
+    """Each entry with its Utterance, or the ManifestError that says why it is not valid.
 
     Raises ManifestError where the file as a whole cannot be read.
     """
@@ -105,7 +105,7 @@ def _entries(path: Path, content: str) -> Iterator[tuple[str, Any]]:
             entries = json.loads(content)
         except json.JSONDecodeError as error:
             raise ManifestError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
-        except (ValueError, RecursionError) as error:  # a number with too many digits, brackets nested too deeply
+        except (ValueError, RecursionError) as error:  # for too many digits or too deep brackets
             raise ManifestError(f"{path}: not valid JSON: {error}") from error
         for i, entry in enumerate(entries):
             yield f"entry {i}", entry
@@ -208,7 +208,7 @@ class SkipReport:
             self._found.setdefault((item.name, item.reason), item)
 
     def merge(self, other: SkipReport) -> None:
-        """Takes in what another process left out, of other utterances."""
+        """Adds the report of another process about other utterances."""
         self.add(other.items)
         self.warn(other.warned)
         for manifest, (count, symbols) in other.lost.items():

@@ -1,4 +1,4 @@
-"""Utterances packed in tar files, as NeMo and WebDataset have them: where each lies, and its bytes.
+"""Utterances packed in tar files, as in NeMo and WebDataset: the place of each, and its bytes.
 
 A shard is read at the place of an utterance, so that the plan of an epoch stays a function of its seed, and a run goes
 on from any step; the sampler keeps to a few shards at a time.
@@ -17,7 +17,7 @@ from jasper_fast.speech.audio import AudioError, Memory
 
 
 class Packed(NamedTuple):
-    """Where an utterance's file lies: ``size`` bytes from ``start`` on in the tar at ``tar``, a path or a URL."""
+    """The place of an utterance's file: ``size`` bytes from byte ``start`` of ``tar``, a path or a URL."""
 
     tar: str
     start: int
@@ -74,4 +74,4 @@ def members(tar: str) -> dict[str, tuple[int, int]]:
         with tarfile.open(tar, "r:") as opened:
             return {m.name: (m.offset_data, m.size) for m in opened if m.isreg()}
     except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{tar}: not a whole tar file without compression ({error})") from error
+        raise ValueError(f"{tar}: not a complete, uncompressed tar file ({error})") from error

@@ -1,4 +1,4 @@
-"""What an evaluation tells: error rates in all, by set, length and speaker, and a page with the worst utterances."""
+"""Results of an evaluation: error rates overall, by set, length and speaker, and a page with the worst utterances."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from jasper_fast.speech.audio import AudioError, ShortAudio
 from jasper_fast.speech.metrics import alignment
 
 Row = dict[str, Any]  # an utterance: text, pred_text, duration, word_errors, words, character_errors, characters, ...
-LENGTHS = (2.0, 5.0, 10.0, 15.0)  # seconds that part utterances into classes of length, each counted by itself
+LENGTHS = (2.0, 5.0, 10.0, 15.0)  # seconds that divide utterances into classes by length
 
 
 def length_of(row: Row) -> str:
-    """The range of LENGTHS that an utterance falls in."""
+    """The class of LENGTHS that an utterance belongs to."""
     upper = next((i for i, bound in enumerate(LENGTHS) if row["duration"] < bound), len(LENGTHS))
     low = f"{LENGTHS[upper - 1]:g}" if upper else "0"
     return f"{low} to {LENGTHS[upper]:g} s" if upper < len(LENGTHS) else f"{low} s and more"
@@ -55,7 +55,7 @@ def by_parts(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def worst(rows: Sequence[Row], count: int) -> list[Row]:
-    """The rows of the highest word error rates, as many as ``count``."""
+    """The ``count`` rows with the highest word error rates."""
     bad = sorted((r for r in rows if r["word_errors"]), key=lambda r: r["word_errors"] / max(r["words"], 1))
     return bad[::-1][: max(count, 0)]
 
@@ -74,7 +74,7 @@ def sound(row: Row) -> str | None:
 
 
 def html(figures: dict[str, Any], rows: Sequence[Row], count: int) -> str:
-    """The page: figures, their parts, histograms, and the ``count`` worst utterances aligned, with audio."""
+    """Writes the page: overall and partial figures, histograms, the ``count`` worst utterances aligned, with audio."""
     shown = [
         row | {"aligned": alignment(row["text"], row["pred_text"]), "sound": sound(row)} for row in worst(rows, count)
     ]

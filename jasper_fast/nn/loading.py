@@ -137,7 +137,7 @@ def _decoder_rows(
 
 
 def label_pair(text: str) -> tuple[str, str]:
-    """"NEW=OLD" as a pair of labels. Raises CheckpointError for other texts."""
+    """ "NEW=OLD" as a pair of labels. Raises CheckpointError for other texts."""
     new, sign, old = text[1:].partition("=")  # the first symbol may itself be "="
     if not sign or not old:
         raise CheckpointError(f"{text!r} does not name a new label and an old one, as 'ä=a'")

@@ -11,7 +11,7 @@ from jasper_fast.options import option
 
 HELP = "LibriSpeech: download, verify, unpack, manifests"
 DESCRIPTION = """\
-Fetches the sets of LibriSpeech (or takes the archives of a folder), holds each to its MD5, unpacks it and writes a
+Downloads the sets of LibriSpeech (or takes archives from a folder), verifies the MD5 of each, unpacks it and writes a
 manifest, DIR/SET.jsonl: JSON lines with audio_filepath (relative to DIR), duration, text and speaker. FLAC files stay
 as they are. --speeds adds copies at other speeds beside them; a configuration whose audio_dataset has
 ignore_offline_speed_perturbation: false then trains on one of them at random. What will be fetched and written is
@@ -25,7 +25,7 @@ OPTIONS = {
     "": [
         option("--out", required=True, metavar="DIR", help="folder for audio and manifests"),
         option("--sets", nargs="+", metavar="SET", help="(the seven of LibriSpeech)"),
-        option("--source", metavar="URL_OR_FOLDER", help="a mirror or a folder that holds SET.tar.gz (openslr.org)"),
+        option("--source", metavar="URL_OR_FOLDER", help="a mirror, or a folder that holds SET.tar.gz (openslr.org)"),
         option("--speeds", nargs="+", type=float, default=[], metavar="S", help="copies at these speeds, as 0.9 1.1"),
         option("--wav", action="store_true", help="copies in WAV: twice the size of FLAC, read faster"),
         option("--checksums", metavar="FILE", help="MD5 of archives that are not the published ones, as of md5sum"),
