@@ -129,3 +129,25 @@ def test_a_folder_of_log_probs_that_is_not_whole(change, tmp_path):
         file.write_bytes(b"x")
     with pytest.raises(ValueError, match=r"000000\.npy"):
         Saved.open(tmp_path / "saved").log_probs(0)
+
+
+def test_hot_words_and_an_open_vocabulary(folder, tmp_path, capsys):
+    said = lambda report: " ".join(r["pred_text"] for r in report["utterances_list"]).split()  # noqa: E731
+    words = ("--lm", folder / "words.arpa", "--beam", 16)
+    (tmp_path / "hot.txt").write_text("sat 30\n\nio\n")
+    opened = said(evaluate(folder, tmp_path, *words, "--open-vocabulary", "--unknown-score", 20))
+    assert set(opened) - {"a", "cat", "sat", "i", "o"}
+    hot = evaluate(folder, tmp_path, *words, "--hot-words", tmp_path / "hot.txt", "--hot-word", "I:-3")
+    assert "sat" in said(hot) and set(said(hot)) <= {"a", "cat", "sat", "i", "o", "io"}
+    assert "zebra" in said(evaluate(folder, tmp_path, "--hot-word", "zebra:400", "--beam", 16))
+    (tmp_path / "bad.txt").write_text("sat 3 4\n")
+    for options, message in (
+        (("--hot-word", "two words"), "is not one word"),
+        (("--hot-word", "sat:much"), "the boost 'much' is not a number"),
+        (("--hot-words", tmp_path / "bad.txt"), "bad.txt, line 1: is not a word"),
+        (("--hot-words", tmp_path / "gone.txt"), "cannot be read"),
+        (("--open-vocabulary",), "need a language model of words"),
+        (("--lm", folder / "symbols.arpa", "--open-vocabulary"), "its vocabulary is open as it is"),
+    ):
+        assert run(folder, "evaluate", *options) == 2
+        assert message in (told := capsys.readouterr().err) and told.strip().count("\n") == 0

@@ -1,116 +1,21 @@
-// CTC prefix beam search with a symbol n-gram fused in; kernels/prefix_beam/reference.py is the definition, and the sums
-// here are made in its order, so that both agree in every bit. A task is an utterance.
+// CTC prefix beam search with n-grams fused in; kernels/prefix_beam/reference.py is the definition, and the sums here
+// are made in its order, so that both agree in every bit. A task is an utterance.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <limits>
 #include <memory>
 #include <numeric>
-#include <unordered_map>
 #include <vector>
 
+#include "prefix_rows.h"
 #include "tasks.h"
 
 namespace jf {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-constexpr double kNever = -std::numeric_limits<double>::infinity();
-constexpr size_t kRowBytes = size_t(64) << 20;  // of a search's rows of the n-gram, which are then made anew
-constexpr size_t kNodes = size_t(1) << 14;      // from which on prefixes that no longer matter are cleared away
-
-template <class T>
-const T* data_of(const char* name, const Tensor& x, ScalarType type, int64_t size) {
-  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == type && x.numel() == size,
-                  "prefix_beam (cpu): ", name, " must be contiguous, on the CPU, of the right dtype and size");
-  return static_cast<const T*>(x.const_data_ptr());
-}
-
-double add(double a, double b) {
-  const double low = std::min(a, b), high = std::max(a, b);
-  return low == kNever ? high : high + std::log1p(std::exp(low - high));
-}
-
-// Never part of a fused multiply-add, which would round otherwise than the definition.
-[[gnu::noinline]] double product(double a, double b) { return a * b; }
-
-// ---- the n-gram ----
-struct Ngram {
-  const int64_t* begin = nullptr;
-  const int32_t *symbol = nullptr, *next = nullptr, *lower = nullptr;
-  const float *log10 = nullptr, *back_off = nullptr;
-  int32_t start = 0;
-  bool there() const { return begin != nullptr; }
-};
-
-Ngram ngram_of(const std::vector<Tensor>& arrays, int64_t start, int64_t classes) {
-  Ngram lm;
-  if (arrays.empty()) return lm;
-  STD_TORCH_CHECK(arrays.size() == 6, "prefix_beam (cpu): an n-gram is six arrays");
-  const int64_t states = arrays[4].numel(), arcs = arrays[1].numel();
-  lm.begin = data_of<int64_t>("arc_begin", arrays[0], ScalarType::Long, states + 1);
-  lm.symbol = data_of<int32_t>("arc_symbol", arrays[1], ScalarType::Int, arcs);
-  lm.next = data_of<int32_t>("arc_next", arrays[2], ScalarType::Int, arcs);
-  lm.log10 = data_of<float>("arc_log10", arrays[3], ScalarType::Float, arcs);
-  lm.lower = data_of<int32_t>("lower", arrays[4], ScalarType::Int, states);
-  lm.back_off = data_of<float>("back_off", arrays[5], ScalarType::Float, states);
-  bool fits = states > 0 && start >= 0 && start < states && lm.begin[0] == 0 && lm.begin[states] == arcs &&
-              lm.begin[1] == classes;
-  for (int64_t s = 0; fits && s < states; ++s) {
-    fits = lm.begin[s] <= lm.begin[s + 1] && lm.lower[s] >= 0 && lm.lower[s] < std::max<int64_t>(s, 1);
-  }
-  for (int64_t a = 0; fits && a < arcs; ++a) {
-    fits = lm.symbol[a] >= 0 && lm.symbol[a] < classes && lm.next[a] >= 0 && lm.next[a] < states &&
-           (a >= classes || lm.symbol[a] == a);
-  }
-  STD_TORCH_CHECK(fits, "prefix_beam (cpu): the n-gram's arrays do not fit one another or ", classes, " classes");
-  lm.start = int32_t(start);
-  return lm;
-}
-
-// log10 p of every class in a state, with the state after it: made when a search first needs it.
-struct Row {
-  std::unique_ptr<double[]> log10, bonus;  // bonus: alpha * log10 + beta
-  std::unique_ptr<int32_t[]> next;
-};
-
-class Rows {
- public:
-  Rows(const Ngram& lm, int64_t classes, double alpha, double beta)
-      : lm_(lm), classes_(classes), alpha_(alpha), beta_(beta) {}
-
-  void tidy() {  // between frames: rows that were handed out are no longer used
-    if (rows_.size() * size_t(classes_) * 20 > kRowBytes) rows_.clear();
-  }
-
-  const Row& of(int32_t state) {
-    const auto found = rows_.find(state);
-    if (found != rows_.end()) return found->second;
-    Row row{std::make_unique<double[]>(classes_), std::make_unique<double[]>(classes_),
-            std::make_unique<int32_t[]>(classes_)};
-    if (state != 0) {
-      const Row& lower = of(lm_.lower[state]);
-      const double back_off = lm_.back_off[state];
-      for (int64_t c = 0; c < classes_; ++c) row.log10[c] = back_off + lower.log10[c], row.next[c] = lower.next[c];
-    }
-    for (int64_t a = lm_.begin[state]; a < lm_.begin[state + 1]; ++a) {
-      row.log10[lm_.symbol[a]] = lm_.log10[a], row.next[lm_.symbol[a]] = lm_.next[a];
-    }
-    for (int64_t c = 0; c < classes_; ++c) row.bonus[c] = product(alpha_, row.log10[c]) + beta_;
-    return rows_.emplace(state, std::move(row)).first->second;  // references stay good when the map grows
-  }
-
- private:
-  const Ngram& lm_;
-  const int64_t classes_;
-  const double alpha_, beta_;
-  std::unordered_map<int32_t, Row> rows_;
-};
+constexpr size_t kNodes = size_t(1) << 14;  // from which on prefixes that no longer matter are cleared away
 
 // ---- prefixes: a tree, a node is one symbol longer than its parent ----
 struct Node {
@@ -134,10 +39,14 @@ bool better(const Candidate& x, const Candidate& y) {
 
 class Search {
  public:
-  Search(int64_t classes, int64_t beam, const Ngram& lm, double alpha, double beta)
-      : symbols_(classes - 1), beam_(beam), lm_(lm), alpha_(alpha), beta_(beta), rows_(lm, classes, alpha, beta) {
+  Search(int64_t classes, int64_t beam, const Ngram& lm, const Words& words, double alpha, double beta)
+      : symbols_(classes - 1),
+        beam_(beam),
+        fused_(lm.there() || words.there()),
+        beta_(beta),
+        rows_(lm, words, classes, alpha, beta) {
     nodes_.push_back({-1, -1, -1, -1, 0});
-    entries_.push_back({0.0, kNever, 0.0, 0.0, 0, lm.start});
+    entries_.push_back({0.0, kNever, 0.0, 0.0, 0, rows_.start()});
     by_probability_.resize(symbols_);
   }
 
@@ -153,8 +62,8 @@ class Search {
     std::vector<Candidate> ended;
     for (size_t i = 0; i < entries_.size(); ++i) {
       const Entry& e = entries_[i];
-      const double end = lm_.there() ? product(alpha_, rows_.of(e.state).log10[symbols_]) : 0.0;
-      ended.push_back({e.total + e.bonus + end, int64_t(i)});
+      const double score = e.total + e.bonus + (fused_ ? rows_.of(e.state).end : 0.0);
+      if (score > kNever) ended.push_back({score, int64_t(i)});
     }
     std::sort(ended.begin(), ended.end(), better);
     for (int64_t k = 0; k < n_best; ++k, symbols += frames, scores += 2) {
@@ -175,8 +84,8 @@ class Search {
     stays_.clear();
     taken_.assign(count * symbols_, 0);
     row_of_.clear();
-    if (lm_.there()) {
-      rows_.tidy();
+    if (fused_) {
+      rows_.tidy(entries_);
       for (const Entry& e : entries_) row_of_.push_back(&rows_.of(e.state));
     }
     for (const Entry& e : entries_) {
@@ -209,11 +118,11 @@ class Search {
       if (score > kNever) candidates_.push_back({score, int64_t(i)});
     }
     must_exceed_ = int64_t(stays_.size()) < beam_ ? kNever : worst;  // equals of those that stay come after them
-    if (!lm_.there()) {
+    if (!fused_) {
       std::iota(by_probability_.begin(), by_probability_.end(), 0);
       std::sort(by_probability_.begin(), by_probability_.end(), [&](int32_t a, int32_t b) { return row[a] > row[b]; });
     }
-    for (size_t i = 0; i < entries_.size(); ++i) lm_.there() ? extend_with_lm(i, row) : extend_without(i, row);
+    for (size_t i = 0; i < entries_.size(); ++i) fused_ ? extend_with_lm(i, row) : extend_without(i, row);
   }
 
   void extend_without(size_t i, const float* row) {
@@ -264,8 +173,8 @@ class Search {
         const int32_t c = int32_t(pair % symbols_);
         const Entry& from = before_[i];
         const double n = paths(from, c) + row[c];
-        const double bonus = from.bonus + (lm_.there() ? row_of_[i]->bonus[c] : beta_);
-        entries_.push_back({kNever, n, n, bonus, child(from.node, c), lm_.there() ? row_of_[i]->next[c] : 0});
+        const double bonus = from.bonus + (fused_ ? row_of_[i]->bonus[c] : beta_);
+        entries_.push_back({kNever, n, n, bonus, child(from.node, c), fused_ ? row_of_[i]->next[c] : 0});
       }
       nodes_[entries_.back().node].slot = int32_t(entries_.size() - 1);
     }
@@ -307,8 +216,8 @@ class Search {
   }
 
   const int64_t symbols_, beam_;
-  const Ngram& lm_;
-  const double alpha_, beta_;
+  const bool fused_;
+  const double beta_;
   Rows rows_;
   std::vector<Node> nodes_;
   std::vector<Entry> entries_, before_, stays_;
@@ -321,7 +230,8 @@ class Search {
 };
 
 void prefix_beam(const Tensor& log_probs, const Tensor& lengths, int64_t beam, const std::vector<Tensor>& arrays,
-                 int64_t start, double alpha, double beta, const Tensor& symbols, const Tensor& counts,
+                 int64_t start, double alpha, double beta, const std::vector<Tensor>& word_arrays, int64_t space,
+                 const std::vector<Tensor>& word_lm, int64_t word_start, const Tensor& symbols, const Tensor& counts,
                  const Tensor& scores) {
   STD_TORCH_CHECK(log_probs.dim() == 3 && log_probs.size(2) > 1 && counts.dim() == 2 && beam > 0,
                   "prefix_beam (cpu): log_probs must be (N, T, V) with V > 1, and the beam positive");
@@ -336,8 +246,9 @@ void prefix_beam(const Tensor& log_probs, const Tensor& lengths, int64_t beam, c
                     " is not in [0, ", t, "]");
   }
   const Ngram lm = ngram_of(arrays, start, v);
+  const Words words = words_of(word_arrays, space, word_lm, word_start, v);
   run_tasks(n, [&](int64_t i) {
-    Search search(v, beam, lm, alpha, beta);
+    Search search(v, beam, lm, words, alpha, beta);
     for (int64_t f = 0; f < frames[i]; ++f) search.frame(rows + (i * t + f) * v);
     search.write(n_best, t, ids + i * n_best * t, found + i * n_best, marks + i * n_best * 2);
   });
@@ -349,7 +260,8 @@ void prefix_beam(const Tensor& log_probs, const Tensor& lengths, int64_t beam, c
 STABLE_TORCH_LIBRARY_FRAGMENT(jasper_fast_cpu, m) {
   m.def(
       "prefix_beam(Tensor log_probs, Tensor lengths, int beam, Tensor[] lm, int start, float alpha, float beta, "
-      "Tensor(a!) symbols, Tensor(b!) counts, Tensor(c!) scores) -> ()");
+      "Tensor[] words, int space, Tensor[] word_lm, int word_start, Tensor(a!) symbols, Tensor(b!) counts, "
+      "Tensor(c!) scores) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(jasper_fast_cpu, CompositeExplicitAutograd, m) {

@@ -120,6 +120,24 @@ DECODING = {  # the options of `decoder`
             "without any option of this group decoding is greedy",
         ),
         option("--lexicon", metavar="FILE", help="words that may be said, one a line (default: the ARPA file's)"),
+        option(
+            "--open-vocabulary", action="store_true", help="words that the language model does not list may be said too"
+        ),
+        option(
+            "--unknown-score",
+            type=float,
+            metavar="S",
+            help="added for each such word, in natural logarithms, beside the model's probability of <unk> (-10)",
+        ),
+        option(
+            "--hot-word",
+            action="append",
+            default=[],
+            metavar="WORD[:BOOST]",
+            help="a word that is likelier than the language model knows, or without one: what is added each time that "
+            "it is said, in natural logarithms (5); may be given several times",
+        ),
+        option("--hot-words", metavar="FILE", help="hot words, one a line, with or without a boost after the word"),
         option("--beam", type=positive(int), metavar="N", help="width of the beam search (128)"),
         option(
             "--alpha",
@@ -141,9 +159,15 @@ DECODING = {  # the options of `decoder`
 
 def decoder(arguments: argparse.Namespace, vocabulary: Any) -> Any:
     """The beam search that the options of DECODING ask for, None where they ask for none."""
-    from jasper_fast.lm import decoders, tuned
+    from jasper_fast.lm import decoders, spelt, tuned
 
     asked = {name: getattr(arguments, name) for name in ("beam", "alpha", "beta", "n_best")}
+    asked["hot_words"] = _hot_words(arguments) or None
+    unknown = arguments.unknown_score
+    if arguments.open_vocabulary and unknown is None:
+        unknown = spelt.UNKNOWN
+    if arguments.lm is None and unknown is not None:
+        raise UsageError("--open-vocabulary and --unknown-score need a language model of words; name one with --lm")
     if arguments.lm is None and all(value is None for value in asked.values()):
         if arguments.lexicon is not None:
             raise UsageError("--lexicon needs a language model; name one with --lm")
@@ -155,12 +179,40 @@ def decoder(arguments: argparse.Namespace, vocabulary: Any) -> Any:
         asked |= {name: settings.get(name) for name in ("beam", "alpha", "beta") if asked[name] is None}
     elif file is None and (lexicon is not None or asked["alpha"] is not None):
         raise UsageError("--lexicon and --alpha need a language model; name one with --lm")
-    lm = decoders.load_lm(file, vocabulary, lexicon) if file is not None else None
+    lm = decoders.load_lm(file, vocabulary, lexicon, unknown) if file is not None else None
     if left_out := getattr(lm, "left_out", ()):
         print(f"{len(left_out)} words of {lexicon or file} cannot be spelt with the labels, such as {left_out[0]!r}; "
               "they are left out", file=sys.stderr)  # fmt: skip
     given = {name: value for name, value in asked.items() if value is not None}
     return decoders.decoder(vocabulary, lm, processes=arguments.decode_processes, **given)
+
+
+def _hot_words(arguments: argparse.Namespace) -> dict[str, float]:
+    from jasper_fast.lm.spelt import BOOST
+
+    found = {}
+    for text in arguments.hot_word:
+        word, colon, boost = text.rpartition(":")
+        found[word if colon else text] = _boost(f"--hot-word {text}", boost) if colon else BOOST
+    if arguments.hot_words:
+        try:
+            lines = Path(arguments.hot_words).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--hot-words {arguments.hot_words}: cannot be read ({error})") from None
+        for number, line in enumerate(lines, 1):
+            where = f"{arguments.hot_words}, line {number}"
+            if len(parts := line.split()) > 2:
+                raise UsageError(f"{where}: is not a word, or a word and its boost: {line[:60]!r}")
+            if parts:
+                found[parts[0]] = _boost(where, parts[1]) if parts[1:] else BOOST
+    return found
+
+
+def _boost(where: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{where}: the boost {text!r} is not a number") from None
 
 
 def device_of(text: str) -> torch.device:

@@ -30,6 +30,8 @@ examples:
 on 8 GPUs: torchrun --nproc-per-node 8 -m jasper_fast evaluate --manifest ... --html result.html"""
 
 
+_DECODING = ("lm", "lexicon", "open_vocabulary", "unknown_score", "hot_word", "hot_words")
+_DECODING += ("beam", "alpha", "beta", "n_best")
 HELP = "word and character error rate on a manifest"
 OPTIONS = {
     "": [
@@ -167,7 +169,7 @@ def _figures(arguments: argparse.Namespace, recognizer: Recognizer, result: Reco
         "manifests": arguments.manifest,
         "checkpoint": arguments.checkpoint,
         "ema": arguments.ema,
-        "decoding": {name: getattr(arguments, name) for name in ("lm", "lexicon", "beam", "alpha", "beta", "n_best")},
+        "decoding": {name: getattr(arguments, name) for name in _DECODING},
         "device": str(recognizer.device),
         "backend": arguments.backend,
         "threads": torch.get_num_threads(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +17,9 @@ from jasper_fast.lm.align import best_path
 from jasper_fast.lm.arpa import Arpa, LanguageModelError
 from jasper_fast.lm.pool import Pool
 from jasper_fast.lm.search import beam_search, check, check_weights
+from jasper_fast.lm.spelt import SpeltLM, hot_words_alone
 from jasper_fast.lm.symbols import SymbolLM, fits
-from jasper_fast.lm.words import WordLM, is_binary, symbols_of, word_lm
+from jasper_fast.lm.words import WordLM, has_wheels, is_binary, symbols_of, word_lm
 from jasper_fast.speech.decoding import Hypothesis, Transcript, path_transcript
 from jasper_fast.speech.text import Vocabulary
 
@@ -37,52 +38,73 @@ class Decoder(Protocol):
 
 
 def load_lm(
-    path: str | os.PathLike, vocabulary: Vocabulary, lexicon: str | os.PathLike | None = None
-) -> SymbolLM | WordLM:
+    path: str | os.PathLike,
+    vocabulary: Vocabulary,
+    lexicon: str | os.PathLike | None = None,
+    unknown: float | None = None,
+) -> SymbolLM | WordLM | SpeltLM:
     """The model in a file: of symbols where all words of an ARPA file are labels, otherwise of words.
 
-    Raises LanguageModelError for what cannot be read or does not fit.
+    ``unknown`` opens the vocabulary of a model of words: what is added for a word that it does not list. Raises
+    LanguageModelError for what cannot be read or does not fit.
     """
     if not Path(path).is_file():
         raise LanguageModelError(f"{path}: no such language model")
     if lexicon is None and not is_binary(path) and fits(Arpa(path), vocabulary):
+        if unknown is not None:
+            raise LanguageModelError(f"{path}: is a model of symbols; its vocabulary is open as it is")
         return SymbolLM(path, vocabulary)
-    return word_lm(path, vocabulary, lexicon)
+    known = word_lm(path, vocabulary, lexicon)
+    return known if unknown is None else SpeltLM(known, vocabulary, unknown=unknown)
 
 
 def decoder(
     vocabulary: Vocabulary,
-    lm: SymbolLM | WordLM | None = None,
+    lm: SymbolLM | WordLM | SpeltLM | None = None,
     *,
     beam: int = 128,
     alpha: float | None = None,
     beta: float | None = None,
     n_best: int = 1,
     processes: int | None = None,
+    hot_words: Mapping[str, float] | None = None,
 ) -> Decoder:
     """The beam search for a model: over words in ``processes`` (default: one a core), else over symbols.
 
-    ``alpha`` and ``beta`` are by default the paper's 2.0 and -0.2 with a word model, else 1.0 and 0.0. Raises
-    ValueError for settings that no search can use, LanguageModelError where the model cannot be loaded.
+    ``alpha`` and ``beta`` are by default the paper's 2.0 and -0.2 with a word model, else 1.0 and 0.0. ``hot_words``,
+    and words where flashlight has no wheels, are searched by ``beam_search``, in a thread. Raises ValueError for
+    settings that no search can use, LanguageModelError where the model cannot be loaded.
     """
-    of_words = isinstance(lm, WordLM)
-    default = PAPER if of_words else SYMBOLS
+    default = PAPER if isinstance(lm, (WordLM, SpeltLM)) else SYMBOLS
+    if isinstance(lm, WordLM) and (hot_words or not has_wheels()):
+        lm = SpeltLM(lm, vocabulary, unknown=-math.inf)
     alpha, beta = default[0] if alpha is None else alpha, default[1] if beta is None else beta
     check_weights(beam, alpha, beta, n_best)
-    if of_words:
+    if isinstance(lm, WordLM):
         return WordDecoder(vocabulary, lm, beam, alpha, beta, n_best, processes or os.cpu_count() or 1)
-    return SymbolDecoder(vocabulary, lm, beam, alpha, beta, n_best)
+    return SymbolDecoder(vocabulary, lm, beam, alpha, beta, n_best, hot_words)
 
 
 class SymbolDecoder:
     """``beam_search`` in a thread beside the model."""
 
     def __init__(
-        self, vocabulary: Vocabulary, lm: SymbolLM | None, beam: int, alpha: float, beta: float, n_best: int
+        self,
+        vocabulary: Vocabulary,
+        lm: SymbolLM | SpeltLM | None,
+        beam: int,
+        alpha: float,
+        beta: float,
+        n_best: int,
+        hot_words: Mapping[str, float] | None = None,
     ) -> None:
         self.weights = alpha, beta
         self._vocabulary = vocabulary
-        self._settings: dict[str, Any] = {"lm": lm, "beam": beam, "n_best": n_best}
+        self._settings: dict[str, Any] = {"lm": lm, "beam": beam, "n_best": n_best, "hot_words": hot_words}
+        if isinstance(lm, SpeltLM):  # what is wrong with a hot word is said before the first sound
+            lm.words(alpha, beta, hot_words)
+        elif hot_words:
+            hot_words_alone(hot_words, vocabulary)
         self._thread = ThreadPoolExecutor(1)
 
     def begin(self, log_probs: Tensor, lengths: Tensor, frame_seconds: float) -> Callable[[], list[Transcript]]:

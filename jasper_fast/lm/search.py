@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from jasper_fast.kernels import native
 from jasper_fast.kernels.prefix_beam import cpu_impl, reference
+from jasper_fast.lm.spelt import SpeltLM, hot_words_alone
 from jasper_fast.lm.symbols import SymbolLM
 from jasper_fast.speech.decoding import Hypothesis, NotFinite
 from jasper_fast.speech.text import Vocabulary
@@ -53,17 +55,20 @@ def beam_search(
     vocabulary: Vocabulary,
     *,
     beam: int = 128,
-    lm: SymbolLM | None = None,
+    lm: SymbolLM | SpeltLM | None = None,
     alpha: float = 1.0,
     beta: float = 0.0,
     n_best: int = 1,
+    hot_words: Mapping[str, float] | None = None,
     backend: str = "auto",
 ) -> list[list[Hypothesis]]:
     """The ``n_best`` texts of each utterance, the best first, by CTC prefix search: probabilities of paths are summed.
 
     log_probs (N, T, V) of any float dtype, natural logarithms, the blank last; lengths (N,) in frames. ``score`` is
     log p_CTC(text) + sum over its symbols of (alpha * log10 p_LM + beta) + alpha * log10 p_LM(end): alpha is in the
-    scale of the Jasper paper, 2.3 where both probabilities weigh the same. Without ``lm`` alpha means nothing.
+    scale of the Jasper paper, 2.3 where both probabilities weigh the same. Without ``lm`` alpha means nothing. With a
+    SpeltLM the sum is over words, and ``lm.unknown`` is added for each that it does not list. ``hot_words``: what is
+    added each time that a word is said, by word; natural logarithms, 5 makes it 148 times as likely.
     ``backend``: "cpu" (C++, a thread an utterance), "reference" (plain Python, the definition), or "auto", "cpu" where
     it is built. Log-probs on a GPU are copied to the host. Raises ValueError for wrong shapes or settings, and
     NotFinite for NaN in a valid frame. Equivalent, at beam 1 without lm and where one path has nearly all probability:
@@ -77,10 +82,15 @@ def beam_search(
         raise ValueError(f"backend {backend!r} is none of auto, {', '.join(_FACES)}")
     if backend == "auto":
         backend = "cpu" if native.cpu_available() else "reference"
-    ngram = lm.ngram if lm and alpha else None
     n_best = min(n_best, beam)
     log_probs = log_probs.detach().float().cpu()
-    found = _FACES[backend].search(log_probs, lengths.cpu(), beam, n_best, ngram, float(alpha), float(beta))
+    words = ngram = None
+    if isinstance(lm, SpeltLM):
+        words, beta = lm.words(alpha, beta, hot_words), 0.0
+    else:
+        ngram = lm.ngram if lm and alpha else None
+        words = hot_words_alone(hot_words, vocabulary) if hot_words else None
+    found = _FACES[backend].search(log_probs, lengths.cpu(), beam, n_best, ngram, float(alpha), float(beta), words)
     return [_hypotheses(*item, vocabulary) for item in zip(*found, strict=True)]
 
 

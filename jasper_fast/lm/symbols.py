@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from jasper_fast.kernels.prefix_beam.ngram import Ngram
 from jasper_fast.lm.arpa import SPACE, Arpa, LanguageModelError
 from jasper_fast.speech.text import Vocabulary
 
-_MISSING = -100.0  # log10 p of what a model without <unk> does not know; KenLM's number
+MISSING = -100.0  # log10 p of what a model without <unk> does not know; KenLM's number
 
 
 def tokens(vocabulary: Vocabulary) -> list[str]:
@@ -41,15 +42,17 @@ class SymbolLM:
                 "comes from `jasper-fast lm train --characters`"
             )
         self.order = arpa.order
-        self.ngram = _automaton(arpa, vocabulary)
+        self.ngram = automaton(arpa, tokens(vocabulary))
 
 
-def _automaton(arpa: Arpa, vocabulary: Vocabulary) -> Ngram:
+def automaton(arpa: Arpa, listed_tokens: Sequence[str]) -> Ngram:
+    """The n-gram over classes: one for each token, and a last one, the end. What <unk> has, each token has that the
+    file does not list. Raises LanguageModelError where the file is broken, or lacks <s> or </s>."""
     # A context is a string of one character a word: the class, or one of two numbers after the classes.
-    classes = vocabulary.n_classes
-    begin, unknown = classes, classes + 1
-    number = {token: i for i, token in enumerate(tokens(vocabulary))}
-    number |= {"</s>": vocabulary.blank, "<s>": begin, "<unk>": unknown, "<UNK>": unknown}
+    end = len(listed_tokens)
+    begin, unknown = end + 1, end + 2
+    number = {token: i for i, token in enumerate(listed_tokens)}
+    number |= {"</s>": end, "<s>": begin} | {u: number.get("<unk>", unknown) for u in ("<unk>", "<UNK>")}
     state_of, back_off = {"": 0}, [0.0]
     sources: list[str] = []
     last, values = [], []
@@ -62,7 +65,7 @@ def _automaton(arpa: Arpa, vocabulary: Vocabulary) -> Ngram:
         sources.append(context[:-1])
         last.append(ids[-1])
         values.append(log10)
-        if len(words) < arpa.order and ids[-1] != vocabulary.blank:
+        if len(words) < arpa.order and ids[-1] != end:
             if context in state_of:
                 raise LanguageModelError(f"{arpa.path}: {' '.join(words)!r} is listed twice")
             state_of[context] = len(back_off)
@@ -78,12 +81,12 @@ def _automaton(arpa: Arpa, vocabulary: Vocabulary) -> Ngram:
         return state_of[context]
 
     lower = [0, *(longest(context[1:]) for context in list(state_of)[1:])]
-    missing = sorted(set(range(vocabulary.blank)) - listed)
-    arcs: dict[tuple[int, int], tuple[float, int]] = {(0, i): (_MISSING, 0) for i in missing}
+    missing = sorted(set(range(end)) - listed)
+    arcs: dict[tuple[int, int], tuple[float, int]] = {(0, i): (MISSING, 0) for i in missing}
     for source, i, log10 in zip(sources, last, values, strict=True):
         if source not in state_of:
             raise LanguageModelError(f"{arpa.path}: an n-gram whose beginning is not listed itself")
-        following = 0 if i == vocabulary.blank else longest((source + chr(i))[-(arpa.order - 1) or len(source) + 1 :])
+        following = 0 if i == end else longest((source + chr(i))[-(arpa.order - 1) or len(source) + 1 :])
         for symbol in missing if i == unknown else () if i == begin else (i,):
             arcs[state_of[source], symbol] = (log10, following)
     keys = np.array(sorted(arcs), dtype=np.int64).reshape(-1, 2)

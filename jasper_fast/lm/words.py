@@ -54,6 +54,11 @@ class Found:
     log_prob: float
 
 
+def has_wheels() -> bool:
+    """Whether flashlight-text is there, or can be had for this Python."""
+    return sys.version_info < (3, 13) or importlib.util.find_spec("flashlight") is not None
+
+
 def is_binary(path: str | os.PathLike) -> bool:
     with open(path, "rb") as file:
         return file.read(len(_KENLM)) == _KENLM
@@ -86,8 +91,8 @@ def word_lm(path: str | os.PathLike, vocabulary: Vocabulary, lexicon: str | os.P
     entries: dict[Entry, None] = {}
     left_out = []
     for word, spelling in words:
-        if entry := _entry(word, spelling, vocabulary):
-            entries[entry] = None
+        if made := entry(word, spelling, vocabulary):
+            entries[made] = None
         else:
             left_out.append(word)
     if not entries:
@@ -106,7 +111,8 @@ def _lexicon(path: str | os.PathLike) -> Iterable[tuple[str, list[str] | None]]:
     return [(word, [s for s in spelling if s != "|"] or None) for word, *spelling in found if word not in SPECIAL]
 
 
-def _entry(word: str, spelling: list[str] | None, vocabulary: Vocabulary) -> Entry | None:
+def entry(word: str, spelling: list[str] | None, vocabulary: Vocabulary) -> Entry | None:
+    """The word as the labels spell it, in small or capital letters where these only can; None where they cannot."""
     text = unicodedata.normalize("NFC", word if spelling is None else "".join(spelling))
     for form in (text, text.lower(), text.upper()):
         if 0 < len(form) <= _LONGEST and " " not in form and set(form) <= vocabulary.characters:
@@ -124,7 +130,7 @@ class WordSearch:
     def __init__(
         self, lm: WordLM, beam: int, alpha: float, beta: float, n_best: int = 1, threshold: float = 50.0
     ) -> None:
-        if sys.version_info >= (3, 13) and importlib.util.find_spec("flashlight") is None:
+        if not has_wheels():
             raise LanguageModelError(
                 f"{lm.path}: words are searched by flashlight-text, which has wheels for Python 3.11 and 3.12; take "
                 "one of these, or a model of symbols (`jasper-fast lm train --characters`)"

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from jasper_fast.kernels import native
 from jasper_fast.kernels.prefix_beam.ngram import Ngram
+from jasper_fast.kernels.prefix_beam.words import Words
 
 
 def search(
@@ -17,6 +18,7 @@ def search(
     lm: Ngram | None = None,
     alpha: float = 0.0,
     beta: float = 0.0,
+    words: Words | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As reference.search, for fp32 log_probs, which need not be contiguous."""
     log_probs, lengths = log_probs.float().contiguous(), lengths.long().contiguous()
@@ -25,5 +27,6 @@ def search(
     counts = torch.empty(count, n_best, dtype=torch.int32)
     scores = torch.empty(count, n_best, 2, dtype=torch.float64)
     arrays, start = (list(lm[:-1]), lm.start) if lm else ([], 0)
-    native.cpu().prefix_beam(log_probs, lengths, beam, arrays, start, alpha, beta, symbols, counts, scores)
+    spelt = [list(words[:7]), words.space, list(words.lm[:-1]), words.lm.start] if words else [[], 0, [], 0]
+    native.cpu().prefix_beam(log_probs, lengths, beam, arrays, start, alpha, beta, *spelt, symbols, counts, scores)
     return symbols, counts, scores

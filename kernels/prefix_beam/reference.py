@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast.kernels.prefix_beam.ngram import Ngram
+from jasper_fast.kernels.prefix_beam.words import Words
 
 Prefix = tuple[int, ...]
 
@@ -20,6 +21,7 @@ def search(
     lm: Ngram | None = None,
     alpha: float = 0.0,
     beta: float = 0.0,
+    words: Words | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The ``n_best`` prefixes of each utterance: symbols (N, n_best, T) int32, how many of them (N, n_best) int32, and
     (N, n_best, 2) fp64, score and log(b + n). Where there are fewer prefixes, the count is -1 and the scores -inf."""
@@ -28,7 +30,7 @@ def search(
     counts = torch.full((count, n_best), -1, dtype=torch.int32)
     scores = torch.full((count, n_best, 2), -inf, dtype=torch.float64)
     for i, (rows, length) in enumerate(zip(log_probs.tolist(), lengths.tolist(), strict=True)):
-        for k, (prefix, score, acoustic) in enumerate(_search(rows[:length], beam, lm, alpha, beta)[:n_best]):
+        for k, (prefix, score, acoustic) in enumerate(_search(rows[:length], beam, lm, alpha, beta, words)[:n_best]):
             symbols[i, k, : len(prefix)] = torch.tensor(prefix, dtype=torch.int32)
             counts[i, k] = len(prefix)
             scores[i, k] = torch.tensor([score, acoustic], dtype=torch.float64)
@@ -50,16 +52,63 @@ def _arc(lm: Ngram, state: int, symbol: int) -> tuple[float, int]:
     return float(lm.back_off[state]) + probability, following
 
 
+def _child(words: Words, node: int, symbol: int) -> int:
+    """The node after a symbol; M, the number of nodes, where no word begins so."""
+    outside = len(words.word)
+    for child in range(*words.child_begin[node : node + 2].tolist()) if node < outside else ():
+        if int(words.child_symbol[child]) == symbol:
+            return int(words.child_next[child])
+    return outside
+
+
+def _word(words: Words, state: tuple[int, int], alpha: float) -> tuple[float, int]:
+    """What the word that ends here adds, and the n-gram's state after it."""
+    context, node = state
+    if node == 0:  # a space after a space, or at the beginning
+        return 0.0, context
+    word = int(words.word[node]) if node < len(words.word) else -1
+    log10, context = _arc(words.lm, context, int(words.classes[word]))
+    return alpha * log10 + float(words.extra[word]) - float(words.ahead[node]), context
+
+
+def _spell(words: Words, state: tuple[int, int], symbol: int, alpha: float) -> tuple[float, tuple[int, int]]:
+    """What a symbol adds within words, and the state after it: the n-gram's and the node."""
+    if symbol == words.space:
+        gain, context = _word(words, state, alpha)
+        return gain, (context, 0)
+    after = _child(words, state[1], symbol)
+    return float(words.ahead[after]) - float(words.ahead[state[1]]), (state[0], after)
+
+
+def _end(lm: Ngram | None, state: int, words: Words | None, spelt: tuple[int, int], alpha: float, blank: int) -> float:
+    """What the end of the text adds."""
+    end = alpha * _arc(lm, state, blank)[0] if lm else 0.0
+    if words:
+        gain, context = _word(words, spelt, alpha)
+        end += gain + alpha * _arc(words.lm, context, _blank(words.lm))[0]
+    return end
+
+
 def _search(
-    rows: list[list[float]], beam: int, lm: Ngram | None, alpha: float, beta: float
+    rows: list[list[float]], beam: int, lm: Ngram | None, alpha: float, beta: float, words: Words | None = None
 ) -> list[tuple[Prefix, float, float]]:
     """Prefixes with their scores and log(b + n), the best first."""
     kept: dict[Prefix, tuple[float, float]] = {(): (0.0, -inf)}  # the beam: log b and log n of each prefix
     bonus: dict[Prefix, float] = {(): 0.0}  # the sum over a prefix's symbols
     states: dict[Prefix, int] = {(): lm.start if lm else 0}
+    spelt: dict[Prefix, tuple[int, int]] = {(): (words.lm.start if words else 0, 0)}
 
     def score(prefix: Prefix) -> float:
         return _add(*found[prefix]) + bonus[prefix]
+
+    def weigh(prefix: Prefix, symbol: int) -> None:
+        longer = (*prefix, symbol)
+        gain, states[longer] = _arc(lm, states[prefix], symbol) if lm else (0.0, 0)
+        bonus[longer] = alpha * gain + beta
+        if words:
+            by_words, spelt[longer] = _spell(words, spelt[prefix], symbol, alpha)
+            bonus[longer] += by_words
+        bonus[longer] += bonus[prefix]
 
     for row in rows:
         blank = len(row) - 1
@@ -73,14 +122,15 @@ def _search(
                 b_before, n_before = found.get(longer, (-inf, -inf))
                 found[longer] = (b_before, _add(n_before, paths + row[symbol]))
                 if longer not in bonus:
-                    gain, states[longer] = _arc(lm, states[prefix], symbol) if lm else (0.0, 0)
-                    bonus[longer] = bonus[prefix] + (alpha * gain + beta)
+                    weigh(prefix, symbol)
         best = sorted((p for p in found if score(p) > -inf), key=score, reverse=True)[:beam]  # stable
         kept = {prefix: found[prefix] for prefix in best}
     ended = []
     for prefix, (b, n) in kept.items():
-        end = alpha * _arc(lm, states[prefix], len(rows[0]) - 1 if rows else _blank(lm))[0] if lm else 0.0
-        ended.append((prefix, _add(b, n) + bonus[prefix] + end, _add(b, n)))
+        blank = len(rows[0]) - 1 if rows else _blank(lm) if lm else 0
+        end = _end(lm, states[prefix], words, spelt.get(prefix, (0, 0)), alpha, blank)
+        if (total := _add(b, n) + bonus[prefix] + end) > -inf:
+            ended.append((prefix, total, _add(b, n)))
     return sorted(ended, key=lambda item: item[1], reverse=True)
 
 
