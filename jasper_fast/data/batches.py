@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 
+from jasper_fast.data import workers as processes
 from jasper_fast.data.batch import Batch
 from jasper_fast.data.dataset import Item, SpeechDataset
+from jasper_fast.data.manifest import Skipped
+
+_TRIES = 3  # for a batch whose reading ends a worker process
 
 
 def _padded(rows: Sequence[np.ndarray | list[int]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -75,19 +80,30 @@ class BatchSampler:
         self.batch_size, self.max_seconds, self.bucketing, self.seed = batch_size, max_seconds, bucketing, seed
         self.shuffle, self.window, self.rank, self.world_size = shuffle, window, rank, world_size
         self.shards, self.open_shards = None if shards is None else np.asarray(shards), open_shards
-        self._kept: tuple[int, list[list[int]]] = (-1, [])
+        self._kept: dict[int, list[list[int]]] = {}  # of two epochs at most
+        self._making = threading.Lock()
         self._left_out: tuple[int, frozenset[int]] = (-1, frozenset())
 
     def leave_out(self, epoch: int, items: Iterable[int]) -> None:
         """Leaves these items out of the batches of `epoch`, because they were already used in batches of other
         sizes."""
-        self._left_out, self._kept = (epoch, frozenset(items)), (-1, [])
+        self._left_out, self._kept = (epoch, frozenset(items)), {}
 
     def batches(self, epoch: int = 0) -> list[list[int]]:
         """This rank's batches of the epoch, in order: lists of item indices."""
-        if self._kept[0] != epoch:
-            self._kept = (epoch, self._make(epoch))
-        return self._kept[1]
+        if (found := self._kept.get(epoch)) is not None:
+            return found
+        with self._making:
+            if epoch not in self._kept:
+                made = self._make(epoch)
+                newest = dict(list(self._kept.items())[-1:])
+                self._kept = newest | {epoch: made}
+            return self._kept[epoch]
+
+    def prepare(self, epoch: int) -> None:
+        """Begins to make the batches of an epoch in a thread: for 280,000 utterances at random speeds that takes
+        seconds, which `batches` then need not."""
+        threading.Thread(target=self.batches, args=(epoch,), daemon=True).start()
 
     def steps(self, epoch: int = 0) -> int:
         return len(self.batches(epoch))
@@ -157,22 +173,65 @@ def load_batches(
     start_step: int = 0,
     workers: int = 0,
     pin_memory: bool = False,
+    *,
+    endless: bool = False,
 ) -> Iterator[Batch]:
-    """The batches of an epoch from ``start_step`` on, loaded by ``workers`` processes (0: this one).
+    """The batches of an epoch from ``start_step`` on, loaded by ``workers`` processes (0: this one); with ``endless``
+    those of all later epochs too, by the same processes.
 
-    What is skipped on the way is added to ``dataset.skipped``. Draws nothing from torch's global generator.
+    What is skipped on the way is added to ``dataset.skipped``. A process that is killed is replaced, and its batch read
+    again; a batch that ends three of them comes empty. Draws nothing from torch's global generator.
     """
-    keys = [[(epoch, index) for index in batch] for batch in sampler.batches(epoch)[start_step:]]
-    loader = DataLoader(
-        dataset,
-        batch_sampler=keys,
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator().manual_seed(0),
-    )
-    for step, batch in enumerate(loader, start_step):
-        batch.epoch, batch.step = epoch, step
-        dataset.skipped.add(batch.skipped)
-        dataset.skipped.warn(batch.warned)
-        yield batch
+    place = epoch, start_step
+    while place is not None:
+        ahead: deque[tuple[tuple[int, int], list[int]]] = deque()
+        source = processes.begin(dataset, _noted(_plan(sampler, *place, endless), ahead), collate, workers, pin_memory)
+        try:
+            while (batch := next(source, None)) is not None:
+                yield _told(dataset, batch, ahead.popleft()[0])
+            place = None
+        except processes.WorkerDied:
+            source.close()
+            place, items = ahead.popleft()  # the dead one may have had later batches too, which are read again
+            yield _told(dataset, _alone(dataset, items, place[0], pin_memory), place)
+            place = place[0], place[1] + 1
+
+
+def _plan(sampler: BatchSampler, epoch: int, step: int, endless: bool) -> Iterator[tuple[tuple[int, int], list[int]]]:
+    """(epoch, step) and items of the batches from there on."""
+    while True:
+        batches = sampler.batches(epoch)
+        if endless:
+            sampler.prepare(epoch + 1)
+        yield from (((epoch, at), batches[at]) for at in range(step, len(batches)))
+        if not endless:
+            return
+        epoch, step = epoch + 1, 0
+
+
+def _noted(plan: Iterator, ahead: deque) -> Iterator[list[tuple[int, int]]]:
+    """The dataset's keys of each batch of a plan, noted in ``ahead`` when they are asked for."""
+    for place, items in plan:
+        ahead.append((place, items))
+        yield [(place[0], item) for item in items]
+
+
+def _alone(dataset: SpeechDataset, items: list[int], epoch: int, pin_memory: bool) -> Batch:
+    """A batch that may have ended the process that read it, read by one of its own; empty if it ends that too."""
+    why = None
+    for _ in range(_TRIES - 1):
+        try:
+            return next(processes.begin(dataset, [[(epoch, i) for i in items]], collate, 1, pin_memory))
+        except processes.WorkerDied as error:
+            why = error
+    batch = collate([])
+    for name in (dataset.utterances[i % len(dataset.utterances)].name for i in items):
+        batch.skipped.append(Skipped(name, "worker_died", f"{name}: in a batch that could not be read: {why}"))
+    return batch
+
+
+def _told(dataset: SpeechDataset, batch: Batch, place: tuple[int, int]) -> Batch:
+    batch.epoch, batch.step = place
+    dataset.skipped.add(batch.skipped)
+    dataset.skipped.warn(batch.warned)
+    return batch

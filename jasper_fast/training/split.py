@@ -133,14 +133,17 @@ class Split:
     ) -> Iterator[list[Batch]]:
         """The micro-batches of each step from where `state` stands, epoch after epoch, as long as `state` moves on.
 
-        Batches of which no file could be read are among them; once `stopped` says so no more are read.
+        Batches of which no file could be read are among them; once `stopped` says so no more are read. The processes
+        that load them stay over all epochs.
         """
+        first = state.position * accumulation
+        how = (self.workers, pin_memory)
+        loader = load_batches(self.dataset, self.sampler, state.epoch, first, *how, endless=True)
+        loader = feed(loader, self.device, self.wait)
         while True:
-            if state.position >= self.steps(state.epoch, accumulation):
-                raise RunError(f"epoch {state.epoch + 1} holds no step after step {state.position}")
-            first = state.position * accumulation
-            loader = load_batches(self.dataset, self.sampler, state.epoch, first, self.workers, pin_memory)
-            loader = feed(loader, self.device, self.wait)
-            for _ in range(state.position, self.steps(state.epoch, accumulation)):
-                wanted = itertools.takewhile(lambda _: not stopped(), range(accumulation))
-                yield [batch for _ in wanted if (batch := next(loader, None)) is not None]
+            epoch, steps = state.epoch, self.steps(state.epoch, accumulation)
+            if state.position >= steps:
+                raise RunError(f"epoch {epoch + 1} holds no step after step {state.position}")
+            for step in range(state.position, steps):
+                left = min(accumulation, self.sampler.steps(epoch) - step * accumulation)
+                yield [next(loader) for _ in itertools.takewhile(lambda _: not stopped(), range(left))]

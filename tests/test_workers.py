@@ -1,0 +1,152 @@
+"""Processes that load batches: they stay over epochs, outlive signals to their group, and are replaced when killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import corpora
+import pytest
+import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from jasper_fast.data.batches import BatchSampler, load_batches
+from jasper_fast.data.dataset import SpeechDataset
+from jasper_fast.data.manifest import Utterance
+from jasper_fast.data.perturb import SPEED, Perturb
+from jasper_fast.data.settings import AudioSettings
+from jasper_fast.speech.text import Vocabulary
+
+
+class Watched(SpeechDataset):
+    """Tells by an item's ``start`` which process read it; ``deadly``: the item that kills the process."""
+
+    deadly = -1
+
+    def __getitem__(self, key):
+        if key[1] == self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        item = super().__getitem__(key)
+        item.start = float(os.getpid())
+        return item
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> SpeechDataset:
+    made = []
+    for i in range(8):
+        (tmp_path / f"{i}.flac").write_bytes(corpora.tone(i, 0.3 + 0.05 * i))
+        made.append(Utterance(str(tmp_path / f"{i}.flac"), 0.3 + 0.05 * i, "a"))
+    return Watched(made, Vocabulary(), AudioSettings(perturb=Perturb(speed=SPEED)))
+
+
+def take(loader, count: int) -> list:
+    return [next(loader) for _ in range(count)]
+
+
+def left_of(before: set) -> set:
+    """Processes begun since, once those that end have had the time."""
+    deadline = time.monotonic() + 20
+    while (left := set(multiprocessing.active_children()) - before) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left
+
+
+def look_often(monkeypatch) -> None:
+    """A dead process is noticed within 0.2 s, not within 5."""
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
+
+
+def same(one, other) -> bool:
+    return one.names == other.names and torch.equal(one.audio, other.audio)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epochs_follow_one_another_in_the_same_processes(data, workers: int) -> None:
+    before = set(multiprocessing.active_children())
+    sampler = BatchSampler(data.durations, 3)
+    wanted = [b for epoch in (4, 5, 6) for b in load_batches(data, sampler, epoch)][1:]
+    loader = load_batches(data, sampler, 4, 1, workers, endless=True)
+    found = take(loader, len(wanted))
+    assert [(b.epoch, b.step) for b in found] == [(4, 1), (4, 2), *((e, s) for e in (5, 6) for s in range(3))]
+    assert all(map(same, found, wanted))
+    assert len({start for b in found for start in b.starts}) == max(workers, 1)
+    loader.close()
+    assert not left_of(before)
+
+
+def test_a_killed_process_is_replaced_and_no_batch_is_lost(data, monkeypatch) -> None:
+    look_often(monkeypatch)
+    before, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
+    sampler = BatchSampler(data.durations, 1)
+    wanted = [b for epoch in (0, 1) for b in load_batches(data, sampler, epoch)]
+    loader = load_batches(data, sampler, workers=2, endless=True)
+    found = take(loader, 3)
+    for process in set(multiprocessing.active_children()) - before:
+        process.kill()
+    found += take(loader, 13)
+    assert all(map(same, found, wanted)) and [b.step for b in found] == [*range(8)] * 2
+    assert not data.skipped.items and signal.getsignal(signal.SIGCHLD) == handler
+    loader.close()
+    assert not left_of(before)
+
+
+def test_a_batch_that_always_kills_comes_empty_and_is_named(data, monkeypatch) -> None:
+    look_often(monkeypatch)
+    data.deadly = 5
+    found = list(load_batches(data, BatchSampler(data.durations, 2, bucketing=False, shuffle=False), workers=2))
+    assert [len(b) for b in found] == [2, 2, 0, 2] and [b.step for b in found] == [0, 1, 2, 3]
+    assert data.skipped.counts == {"worker_died": 2}
+    assert "5.flac: in a batch that could not be read: a worker process died" in data.skipped.items[1].detail
+
+
+def test_sigterm_ends_them_from_their_parent_alone(data) -> None:
+    """torchrun and SLURM send it to the whole group; the training process then saves, and needs no more of them."""
+    before = set(multiprocessing.active_children())
+    loader = load_batches(data, BatchSampler(data.durations, 1), workers=1, endless=True)
+    take(loader, 1)
+    [process] = set(multiprocessing.active_children()) - before
+    subprocess.run(["kill", "-TERM", str(process.pid)], check=True)
+    take(loader, 20)
+    assert process.is_alive()
+    process.terminate()
+    process.join(20)
+    assert process.exitcode == 0
+    loader.close()
+
+
+ORPHANS = """
+import os, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+from test_workers import Watched, BatchSampler, SpeechDataset, Utterance, Vocabulary, load_batches
+data = Watched([Utterance({audio!r}, 0.3, "a")] * 4, Vocabulary())
+loader = load_batches(data, BatchSampler(data.durations, 1), workers=2, endless=True)
+print(*{{int(next(loader).starts[0]) for _ in range(4)}}, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.slow
+def test_none_outlives_a_killed_training(tmp_path: Path) -> None:
+    (tmp_path / "a.flac").write_bytes(corpora.tone(1, 0.3))
+    script = ORPHANS.format(tests=str(corpora.ROOT / "tests"), root=str(corpora.ROOT), audio=str(tmp_path / "a.flac"))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    left = [int(word) for word in done.stdout.split()]
+    assert done.returncode == -9 and len(left) == 2, done.stderr
+    deadline = time.monotonic() + 60
+    while (left := [pid for pid in left if running(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+
+
+def running(pid: int) -> bool:
+    """Whether there is such a process that has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
