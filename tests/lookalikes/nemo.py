@@ -1,74 +1,80 @@
-"""The classes of NeMo's convolutional encoder and CTC model."""
+"""A look-alike of NeMo's Jasper, for tests: its class names, attributes, call forms and state-dict keys.
+
+Written from a description of those, not from its source.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from lookalikes.shared import EPS, beyond, frames, plan
-
 
 class MaskedConv1d(nn.Module):
     def __init__(self, *args, use_mask=True, heads=-1, **kwargs):
         super().__init__()
-        self.conv, self.use_mask, self.heads, self.pad_layer = nn.Conv1d(*args, **kwargs), use_mask, heads, None
+        self.conv = nn.Conv1d(*args, **kwargs)
+        self.use_mask, self.heads, self.pad_layer = use_mask, heads, None
 
     def forward(self, x, lens):
+        (k,), (s,), (p,), (d,) = self.conv.kernel_size, self.conv.stride, self.conv.padding, self.conv.dilation
         if self.use_mask:
-            x = x * ~beyond(x, lens)[:, None]
-            lens = frames(lens, self.conv)
+            x = x * (torch.arange(x.shape[2], device=x.device) < lens[:, None])[:, None].to(x.dtype)
+            lens = torch.div(lens + 2 * p - d * (k - 1) - 1, s, rounding_mode="floor") + 1
         return self.conv(x), lens
 
 
 class JasperBlock(nn.Module):
-    def __init__(self, c_in, b, panes, conv_mask, activation, residual_mode="add", layer_idx=0):
+    def __init__(self, c_in, b, panes, conv_mask, activation, layer_idx=0):
         super().__init__()
-        self.conv_mask, self.residual_mode, self.layer_idx = conv_mask, residual_mode, layer_idx
-        self.separable, self.se, self.dense_residual = False, False, b["residual_dense"]
-        k, s, d = b["kernel_size"][0], b["stride"][0], b["dilation"][0]
-        kind = MaskedConv1d if conv_mask else nn.Conv1d
+        self.conv_mask, self.layer_idx = conv_mask, layer_idx
+        self.separable, self.residual_mode, self.se = False, "add", False
+        self.dense_residual = b["residual"] and b["residual_dense"]
+        (k,), (s,), (d,), c = b["kernel_size"], b["stride"], b["dilation"], b["filters"]
         self.mconv = nn.ModuleList()
         for i in range(b["repeat"]):
-            channels = b["filters"] if i else c_in
-            how = {"stride": s, "dilation": d, "padding": d * (k - 1) // 2, "bias": False}
-            self.mconv.append(kind(channels, b["filters"], k, **how))
-            self.mconv.append(nn.BatchNorm1d(b["filters"], eps=EPS, momentum=0.1))
+            self.mconv.append(self._conv(c_in if i == 0 else c, c, k, stride=s, padding=d * (k - 1) // 2, dilation=d))
+            self.mconv.append(nn.BatchNorm1d(c, 1e-3, 0.1))
             if i < b["repeat"] - 1:
-                self.mconv.extend([activation, nn.Dropout(b["dropout"])])
+                self.mconv += [activation, nn.Dropout(b["dropout"])]
         self.res = None
         if panes:
             self.res = nn.ModuleList()
-            for channels in panes:
-                bn = nn.BatchNorm1d(b["filters"], eps=EPS, momentum=0.1)
-                self.res.append(nn.ModuleList([kind(channels, b["filters"], 1, bias=False), bn]))
+            for pane in panes:
+                self.res.append(nn.ModuleList([self._conv(pane, c, 1), nn.BatchNorm1d(c, 1e-3, 0.1)]))
         self.mout = nn.Sequential(activation, nn.Dropout(b["dropout"]))
 
+    def _conv(self, *args, **kwargs):
+        return (MaskedConv1d if self.conv_mask else nn.Conv1d)(*args, bias=False, **kwargs)
+
+    def _run(self, layer, x, lens):
+        return layer(x, lens) if isinstance(layer, MaskedConv1d) else (layer(x), lens)
+
     def forward(self, input_):
-        xs, lens_in = input_ if len(input_) == 2 else (input_[0], None)
+        xs, lens_in = input_
         x, lens = xs[-1], lens_in
         for layer in self.mconv:
-            if isinstance(layer, MaskedConv1d):
-                x, lens = layer(x, lens)
-            else:
-                x = layer(x)
-        if self.res is not None:
-            for source, (conv, bn) in zip(xs, self.res, strict=True):
-                y = bn(conv(source, lens_in)[0] if isinstance(conv, MaskedConv1d) else conv(source))
-                x = torch.max(x, y) if self.residual_mode == "max" else x + y
+            x, lens = self._run(layer, x, lens)
+        for i, pane in enumerate(self.res or ()):
+            y = xs[i] if self.dense_residual else xs[-1]
+            for layer in pane:
+                y, _ = self._run(layer, y, lens_in)
+            x = x + y
         x = self.mout(x)
         return ([*xs, x] if self.res is not None and self.dense_residual else [x]), lens
 
 
 class ConvASREncoder(nn.Module):
-    def __init__(self, feat_in, jasper, conv_mask=True, residual_mode="add"):
+    def __init__(self, feat_in, jasper, conv_mask=True):
         super().__init__()
-        activation = nn.ReLU(inplace=True)  # one for all blocks
-        self.encoder = nn.Sequential(
-            *(
-                JasperBlock(c_in, b, panes, conv_mask, activation, residual_mode, i)
-                for i, (c_in, b, panes) in enumerate(plan(feat_in, jasper))
-            )
-        )
+        layers, dense, activation = [], [], nn.ReLU(inplace=True)
+        for i, b in enumerate(jasper):
+            panes = []
+            if b["residual"]:
+                dense = [*dense, feat_in] if b["residual_dense"] else []
+                panes = dense or [feat_in]
+            layers.append(JasperBlock(feat_in, b, panes, conv_mask, activation, i))
+            feat_in = b["filters"]
+        self.encoder = nn.Sequential(*layers)
 
     def forward(self, audio_signal, length):
         xs, length = self.encoder(([audio_signal], length))
@@ -78,17 +84,19 @@ class ConvASREncoder(nn.Module):
 class ConvASRDecoder(nn.Module):
     def __init__(self, feat_in, num_classes):
         super().__init__()
-        self.decoder_layers = nn.Sequential(nn.Conv1d(feat_in, num_classes, 1))
+        self.temperature = 1.0
+        self.decoder_layers = nn.Sequential(nn.Conv1d(feat_in, num_classes, 1, bias=True))
 
     def forward(self, encoder_output):
-        return self.decoder_layers(encoder_output).transpose(1, 2).log_softmax(dim=-1)
+        return (self.decoder_layers(encoder_output).transpose(1, 2) / self.temperature).log_softmax(dim=-1)
 
 
 class EncDecCTCModel(nn.Module):
-    def __init__(self, encoder_kw, decoder_kw):
+    def __init__(self, feat_in, jasper, num_classes, conv_mask=True):
         super().__init__()
-        self.encoder, self.decoder = ConvASREncoder(**encoder_kw), ConvASRDecoder(**decoder_kw)
+        self.encoder = ConvASREncoder(feat_in, jasper, conv_mask)
+        self.decoder = ConvASRDecoder(jasper[-1]["filters"], num_classes)
 
     def forward(self, processed_signal, processed_signal_length):
-        encoded, lengths = self.encoder(audio_signal=processed_signal, length=processed_signal_length)
-        return self.decoder(encoder_output=encoded), lengths
+        encoded, lens = self.encoder(audio_signal=processed_signal, length=processed_signal_length)
+        return self.decoder(encoder_output=encoded), lens

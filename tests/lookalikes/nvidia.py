@@ -1,10 +1,12 @@
-"""The classes of NVIDIA's Jasper for PyTorch."""
+"""A look-alike of NVIDIA's Jasper for PyTorch, for tests: its class names, attributes, call forms and state-dict keys.
+
+Written from a description of those, not from its source; the golden vectors hold it to the reference's numbers.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
-
-from lookalikes.shared import EPS, beyond, frames, plan
 
 
 class MaskedConv1d(nn.Conv1d):
@@ -13,32 +15,33 @@ class MaskedConv1d(nn.Conv1d):
         self.masked = masked
 
     def forward(self, x, x_lens=None):
-        if self.masked:
-            x = x.masked_fill(beyond(x, x_lens)[:, None], 0)
-            x_lens = frames(x_lens, self)
-        return super().forward(x), x_lens
+        if not self.masked:
+            return super().forward(x), x_lens
+        padding = torch.arange(x.shape[2], device=x.device) >= x_lens[:, None]
+        (k,), (s,), (p,), (d,) = self.kernel_size, self.stride, self.padding, self.dilation
+        y = super().forward(x.masked_fill(padding[:, None], 0))
+        return y, torch.div(x_lens + 2 * p - d * (k - 1) - 1, s, rounding_mode="floor") + 1
 
 
 class JasperBlock(nn.Module):
-    def __init__(self, c_in, b, panes, use_conv_masks):
+    def __init__(self, c_in, b, panes, masks, activation):
         super().__init__()
-        k, s, d = b["kernel_size"][0], b["stride"][0], b["dilation"][0]
-        self.dense_residual, self.use_conv_masks = b["residual_dense"], use_conv_masks
+        self.dense_residual, self.use_conv_masks = b["residual"] and b["residual_dense"], masks
+        (k,), (s,), (d,), c, act = b["kernel_size"], b["stride"], b["dilation"], b["filters"], activation()
         self.conv = nn.ModuleList()
         for i in range(b["repeat"]):
-            channels = b["filters"] if i else c_in
-            how = {"stride": s, "dilation": d, "padding": k // 2 * d, "bias": False, "masked": use_conv_masks}
-            self.conv.append(MaskedConv1d(channels, b["filters"], k, **how))
-            self.conv.append(nn.BatchNorm1d(b["filters"], eps=EPS, momentum=0.1))
+            c_from = c_in if i == 0 else c
+            conv = MaskedConv1d(c_from, c, k, s, (k // 2) * d, d, bias=False, masked=masks)
+            self.conv += [conv, nn.BatchNorm1d(c, 1e-3, 0.1)]
             if i < b["repeat"] - 1:
-                self.conv.extend([nn.ReLU(inplace=True), nn.Dropout(b["dropout"])])
+                self.conv += [act, nn.Dropout(b["dropout"])]
         self.res = None
         if panes:
             self.res = nn.ModuleList()
-            for channels in panes:
-                conv = MaskedConv1d(channels, b["filters"], 1, bias=False, masked=use_conv_masks)
-                self.res.append(nn.ModuleList([conv, nn.BatchNorm1d(b["filters"], eps=EPS, momentum=0.1)]))
-        self.out = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(b["dropout"]))
+            for pane in panes:
+                conv = MaskedConv1d(pane, c, 1, bias=False, masked=masks)
+                self.res.append(nn.ModuleList([conv, nn.BatchNorm1d(c, 1e-3, 0.1)]))
+        self.out = nn.Sequential(act, nn.Dropout(b["dropout"]))
 
     def forward(self, xs, xs_lens=None):
         x, lens = xs[-1], xs_lens
@@ -47,20 +50,26 @@ class JasperBlock(nn.Module):
                 x, lens = layer(x, lens)
             else:
                 x = layer(x)
-        if self.res is not None:
-            for source, (conv, bn) in zip(xs, self.res, strict=True):
-                x = x + bn(conv(source, xs_lens)[0])
+        for i, pane in enumerate(self.res or ()):
+            y, _ = pane[0](xs[i] if self.dense_residual else xs[-1], xs_lens)
+            x = x + pane[1](y)
         x = self.out(x)
-        xs = [*xs, x] if self.res is not None and self.dense_residual else [x]
-        return xs, lens if self.use_conv_masks else None
+        out = [*xs, x] if self.dense_residual else [x]
+        return out, lens if self.use_conv_masks else None
 
 
 class JasperEncoder(nn.Module):
-    def __init__(self, in_feats, blocks, use_conv_masks):
+    def __init__(self, in_feats, blocks, use_conv_masks=True, activation=nn.ReLU):
         super().__init__()
-        self.use_conv_masks, self.layers = use_conv_masks, nn.ModuleList()
-        for c_in, b, panes in plan(in_feats, blocks):
-            self.layers.append(JasperBlock(c_in, b, panes, use_conv_masks))
+        self.use_conv_masks = use_conv_masks
+        self.layers, dense = nn.ModuleList(), []
+        for b in blocks:
+            panes = []
+            if b["residual"]:
+                dense = [*dense, in_feats] if b["residual_dense"] else []
+                panes = dense or [in_feats]
+            self.layers.append(JasperBlock(in_feats, b, panes, use_conv_masks, activation))
+            in_feats = b["filters"]
 
     def forward(self, x, x_lens=None):
         xs, lens = [x], x_lens
@@ -72,10 +81,10 @@ class JasperEncoder(nn.Module):
 class JasperDecoderForCTC(nn.Module):
     def __init__(self, in_feats, n_classes):
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv1d(in_feats, n_classes, 1))
+        self.layers = nn.Sequential(nn.Conv1d(in_feats, n_classes, 1, bias=True))
 
-    def forward(self, xs):
-        return self.layers(xs[-1]).transpose(1, 2).log_softmax(dim=2)
+    def forward(self, enc_out):
+        return self.layers(enc_out[-1]).transpose(1, 2).log_softmax(dim=2)
 
 
 class Jasper(nn.Module):
@@ -86,6 +95,7 @@ class Jasper(nn.Module):
 
     def forward(self, x, x_lens=None):
         if self.encoder.use_conv_masks:
-            xs, lens = self.encoder(x, x_lens)
-            return self.decoder(xs), lens
-        return self.decoder(self.encoder(x.transpose(1, 2) if self.transpose_in else x)[0])
+            enc, lens = self.encoder(x, x_lens)
+            return self.decoder(enc), lens
+        enc, _ = self.encoder(x.transpose(1, 2) if self.transpose_in else x)
+        return self.decoder(enc)
