@@ -20,8 +20,8 @@ _PUBLIC = {
     "InferenceEngine": "inference",
     "LogMelFeatures": "speech.features",
     "NovoGrad": "training.optim",
-    "fuse": "nn.fuse",
-    "unfuse": "nn.fuse",
+    "fuse": "inference.fuse",
+    "unfuse": "inference.fuse",
     "beam_search": "lm.search",
 }
 __all__ = ["__version__", *_PUBLIC]

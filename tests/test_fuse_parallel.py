@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from test_fuse import LENGTHS, build, gradients_and_buffers
+from test_fuse import LENGTHS, build, call, gradients_and_buffers
 from test_sync import spawn
 from torch import nn
 
@@ -43,6 +43,8 @@ def _in_parallel(rank: int) -> dict[tuple, dict[str, torch.Tensor]]:
             dist.all_reduce(p.grad)
             p.grad /= 2
         found[when, synced] = gradients_and_buffers(model)
+        with torch.no_grad():  # by DDP with the buffers of rank 0
+            found[when, synced] |= {"evaluation": call(run.eval(), _share(0)[0])}
     return found
 
 
@@ -54,6 +56,8 @@ def test_in_parallel(tmp_path):
     xs, lengths = zip(*map(_share, range(2)), strict=True)
     _step(whole, torch.cat(xs), torch.cat(lengths))
     one = gradients_and_buffers(whole)
+    with torch.no_grad():
+        one["evaluation"] = call(whole.eval(), _share(0)[0])
     for found in spawn(_in_parallel, tmp_path):
         for (when, synced), got in found.items():
             want = one if synced else found["never", False]

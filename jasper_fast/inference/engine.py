@@ -14,6 +14,7 @@ from torch import Tensor
 from jasper_fast.dispatch import choose, tuned
 from jasper_fast.inference.graphs import CudaGraphs, Turns
 from jasper_fast.inference.launches import Launches
+from jasper_fast.inference.plan import Network, weight_of
 from jasper_fast.inference.shapes import Shapes
 from jasper_fast.inference.stepwise import Stepwise
 from jasper_fast.kernels import tables
@@ -80,7 +81,7 @@ class InferenceEngine:
             if self._turns is not None:
                 with self._turns.turn():
                     self._turns.finish()  # the old weights and graphs must not be freed while in use
-            weight = self._model.decoder.layers[0].weight
+            weight = weight_of(self._model)
             turns, dtype = Turns(weight.device), self._wanted or weight.dtype
             faces = choose.fused_faces(self._model.backend, weight.device, dtype)
             with turns.turn():
@@ -133,7 +134,24 @@ class InferenceEngine:
             raise ValueError(f"lengths are on {lengths.device}, the features on {self._device}: move the lengths")
         elif not lengths.is_cuda and any(not 0 <= length <= t for length in lengths.tolist()):
             raise ValueError(f"lengths must lie in [0, T = {t}], got {lengths.tolist()}")
+        return self._compute(features, lengths)
+
+    def _compute(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        n, _, t = features.shape
         with self._lock:
             runner = self._chosen(n, t)  # before the turn: what is measured there waits for the device
             with self._turns.turn():
                 return runner.run(features, lengths.to(torch.int64).contiguous())
+
+
+class EncoderEngine(InferenceEngine):
+    """The same for a model without a decoder: `engine(features, lengths) -> output of the last block (N, C, T')`, in
+    NTC memory. Lengths outside [0, T] are clamped."""
+
+    def __init__(self, model: Network, **how: object):
+        super().__init__(model, **how)
+
+    @torch.no_grad()
+    def __call__(self, features: Tensor, lengths: Tensor) -> Tensor:
+        out, _ = self._compute(features, lengths.clamp(0, features.shape[2]))
+        return out.transpose(1, 2)

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from jasper_fast.dispatch import backends
-from jasper_fast.inference.plan import Buffers, KernelConv, make_plan
+from jasper_fast.inference.plan import Buffers, KernelConv, Network, make_plan, weight_of
 from jasper_fast.inference.shapes import Shapes
 from jasper_fast.kernels.operands import FULL, Lengths
-from jasper_fast.nn.model import Jasper
 
 
 @dataclass
@@ -42,21 +41,21 @@ class Bound:
 
 class Launches:
     """Features (N, C, T) and lengths (N,) int64 to (log_probs (N, T', V) fp32, lengths), on `face`, "triton"
-    or "cuda".
+    or "cuda"; without a decoder, to (output of the last block (N, T', C), lengths).
 
     With masks T is rounded up, so that T' is a multiple of `bucket`: rows past a batch's own frames are past all its
     lengths too, so they are zero and cost no products. What `shapes` captures are the launches between the first and
     the last.
     """
 
-    def __init__(self, model: Jasper, dtype: torch.dtype, face: str, shapes: Shapes, *, bucket: int):
-        device = model.decoder.layers[0].weight.device
+    def __init__(self, model: Network, dtype: torch.dtype, face: str, shapes: Shapes, *, bucket: int):
+        device = weight_of(model).device
         impl = backends.face("conv1d", face)
         self._workspace = impl.Workspace(device)
         self._plan = make_plan(model, lambda folded: KernelConv(folded, dtype, face, workspace=self._workspace))
         self._dtype, self._turns, self.shapes = dtype, shapes.turns, shapes
         self._takes_tf32 = impl.takes_tf32
-        self._softmax = self._plan.n_classes <= impl.SOFTMAX_MAX  # in the last launch
+        self._softmax = self._plan.channels <= impl.SOFTMAX_MAX  # in the last launch
         self._span = self._plan.span(bucket)
         self.buffers = Buffers(dtype, device)
         self.lengths = Buffers(torch.int64, device)
@@ -77,18 +76,20 @@ class Launches:
         bound.first(x, lengths=Lengths(lengths, None, self.lengths.held["lengths0"][:n], plan.masks))
         if bound.between:
             self.shapes.play(bound, self._dependences)
-        out_lengths = torch.empty((n,), dtype=torch.int64, device=features.device)
+        last = bound.last[:, :t_out]
+        found = (last.clone(), bound.lengths.clone()) if plan.head is None else self._head(last, bound.lengths)
+        self._turns.drop(old for old, new in zip(before, self._scratch(), strict=True) if old is not new)
+        return found
+
+    def _head(self, last: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the last block's output, and lengths of their own."""
+        n, t, _ = last.shape
+        out_lengths = torch.empty((n,), dtype=torch.int64, device=last.device)
         fused = self._softmax
         dtype = torch.float32 if fused else self._dtype
-        out = torch.empty((n, t_out, plan.n_classes), dtype=dtype, device=features.device)
-        plan.head(
-            bound.last[:, :t_out],
-            out,
-            lengths=Lengths(bound.lengths, None, out_lengths, masked=False),
-            clean=True,
-            log_softmax=fused,
-        )
-        self._turns.drop(old for old, new in zip(before, self._scratch(), strict=True) if old is not new)
+        out = torch.empty((n, t, self._plan.channels), dtype=dtype, device=last.device)
+        told = Lengths(lengths, None, out_lengths, masked=False)
+        self._plan.head(last, out, lengths=told, clean=True, log_softmax=fused)
         return out if fused else out.float().log_softmax(dim=2), out_lengths
 
     def _readable(self, features: Tensor) -> Tensor:

@@ -10,16 +10,46 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jasper_fast.dispatch import backends
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths
-from jasper_fast.nn.block import JasperBlock, fold, refuse_hooks
+from jasper_fast.nn.block import fold, refuse_hooks
 from jasper_fast.nn.config import BlockConfig
-from jasper_fast.nn.model import Jasper
+
+Pair = tuple[nn.Conv1d, nn.BatchNorm1d]
+
+
+class Layer(Protocol):
+    """A block: JasperBlock, or what stands for one of another project."""
+
+    b: BlockConfig
+
+    def sub_blocks(self) -> list[Pair]: ...
+
+    def panes(self) -> list[Pair]: ...
+
+    def refuse_hooks(self) -> None: ...
+
+
+class Network(Protocol):
+    """What an engine reads of a model: Jasper, or an encoder of another project, whose `decoder` is None."""
+
+    config: Any
+    encoder: Any  # its `layers` are blocks
+    decoder: Any
+    backend: str
+    tune: bool
+
+
+def weight_of(model: Network) -> Tensor:
+    """A weight with the dtype and the device of the model."""
+    conv = model.decoder.layers[0] if model.decoder is not None else model.encoder.layers[0].sub_blocks()[0][0]
+    return conv.weight
+
 
 POINTWISE = BlockConfig(filters=1, kernel_size=(1,), residual=False)  # the decoder's conv
 
@@ -94,13 +124,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """A model for inference. `source` is the place of the features, if a step reads them from a buffer."""
+    """A model for inference. `source` is the place of the features, if a step reads them from a buffer.
+
+    head: the decoder's conv. An encoder alone has none; then `channels` are those of its output, in place of symbols.
+    """
 
     source: Place
     steps: tuple[Step, ...]
-    head: FoldedConv
+    head: FoldedConv | None
     masks: bool
-    n_classes: int
+    channels: int
 
     def frames(self, t: int) -> list[int]:
         """Frames at the input (index 0) and after each step, for `t` frames of features."""
@@ -140,16 +173,16 @@ class Plan:
 
     def nothing(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """The results for a batch without utterances or frames."""
-        shape = (features.shape[0], self.out_frames(features.shape[2]), self.n_classes)
+        shape = (features.shape[0], self.out_frames(features.shape[2]), self.channels)
         return features.new_zeros(shape, dtype=torch.float32), self.out_frames(lengths).clone()
 
 
-def make_plan(model: Jasper, conv: Callable[[Folded], FoldedConv]) -> Plan:
+def make_plan(model: Network, conv: Callable[[Folded], FoldedConv]) -> Plan:
     """Folds `model` in fp32 or wider, whatever its dtype, and makes the conv of each sub-block with `conv`."""
-    layers: list[JasperBlock] = list(model.encoder.layers)
-    head = model.decoder.layers[0]
-    refuse_hooks(head, *(m for layer in layers for pair in (*layer.sub_blocks(), *layer.panes()) for m in pair))
-    precise = torch.promote_types(head.weight.dtype, torch.float32)
+    layers: list[Layer] = list(model.encoder.layers)
+    for layer in layers:
+        layer.refuse_hooks()
+    precise = torch.promote_types(weight_of(model).dtype, torch.float32)
     places = _places(layers, model.config.encoder.in_feats)
     steps = []
     for i, layer in enumerate(layers):
@@ -157,11 +190,15 @@ def make_plan(model: Jasper, conv: Callable[[Folded], FoldedConv]) -> Plan:
             filters = layer.b.filters
             out = places[i + 1] if r == layer.b.repeat - 1 else Place(f"flip{r % 2}", filters, 0, filters)
             steps.append(Step(layer.b, conv(folded), out, panes))
-    decoder = conv(Folded(head.weight, head.bias, None, POINTWISE, relu=False))
-    return Plan(places[0], tuple(steps), decoder, model.config.encoder.use_conv_masks, model.config.decoder.n_classes)
+    head, channels = None, layers[-1].b.filters
+    if model.decoder is not None:
+        last = model.decoder.layers[0]
+        refuse_hooks(last)
+        head, channels = conv(Folded(last.weight, last.bias, None, POINTWISE, relu=False)), last.out_channels
+    return Plan(places[0], tuple(steps), head, model.config.encoder.use_conv_masks, channels)
 
 
-def _sub_blocks(layer: JasperBlock, source: Place, dtype: torch.dtype) -> Iterator[tuple[Folded, Place | None]]:
+def _sub_blocks(layer: Layer, source: Place, dtype: torch.dtype) -> Iterator[tuple[Folded, Place | None]]:
     """The folded sub-blocks of a block whose input lies at `source`; the last one also reads the channels of the
     panes."""
     b = layer.b
@@ -176,7 +213,7 @@ def _sub_blocks(layer: JasperBlock, source: Place, dtype: torch.dtype) -> Iterat
         yield Folded(scale[:, None, None] * conv.weight, bias, joined, b, relu=True), panes
 
 
-def _places(layers: list[JasperBlock], in_feats: int) -> list[Place]:
+def _places(layers: list[Layer], in_feats: int) -> list[Place]:
     """The places of the features (index 0) and of each block's output.
 
     Consecutive dense blocks, and the input of the first of them, share one history buffer. Other outputs have their

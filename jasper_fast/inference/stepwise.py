@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jasper_fast.inference.plan import Buffers, Folded, KernelConv, make_plan
+from jasper_fast.inference.plan import Buffers, Folded, KernelConv, Network, make_plan, weight_of
 from jasper_fast.inference.shapes import Shapes
 from jasper_fast.kernels import layout
 from jasper_fast.kernels.operands import FULL, Lengths
-from jasper_fast.nn.model import Jasper
 
 
 @dataclass
@@ -40,12 +39,14 @@ class Bound:
 
 
 class Stepwise:
-    """Features (N, C, T) and lengths (N,) to (log_probs (N, T', V) fp32, lengths), on the "aten" or the "cpu" face."""
+    """Features (N, C, T) and lengths (N,) to (log_probs (N, T', V) fp32, lengths), on the "aten" or the "cpu" face.
 
-    def __init__(self, model: Jasper, dtype: torch.dtype, face: str, shapes: Shapes, *, bucket: int):
+    Without a decoder, to (output of the last block (N, T', C), lengths)."""
+
+    def __init__(self, model: Network, dtype: torch.dtype, face: str, shapes: Shapes, *, bucket: int):
         conv = partial(KernelConv, face=face) if face == "cpu" else AtenConv
         self._plan = make_plan(model, lambda folded: conv(folded, dtype))
-        held, self._device = torch.float32 if face == "cpu" else dtype, model.decoder.layers[0].weight.device
+        held, self._device = torch.float32 if face == "cpu" else dtype, weight_of(model).device
         self._face, self._dtype, self.shapes = face, dtype, shapes
         self._span = 1 if shapes.graphs is None else self._plan.span(bucket)
         self.buffers, self.lengths = Buffers(held, self._device), Buffers(torch.int64, self._device)
@@ -61,7 +62,7 @@ class Stepwise:
         bound.lengths.copy_(lengths.clamp(0, t) if lengths.is_cuda else lengths)
         self.shapes.play(bound, self._dependences)
         log_probs, out_lengths = bound.results
-        if bound.replay is None:
+        if bound.replay is None and plan.head is not None:  # then they are memory of their own already
             bound.results = None
             return log_probs, out_lengths
         return log_probs[:, : plan.out_frames(t)].clone(), out_lengths.clone()
@@ -98,7 +99,9 @@ class Stepwise:
             how = {"top": mask and mask.top} if self._face == "aten" else {}
             step.conv(x, out, panes, Lengths(lens_in, lens) if plan.masks else FULL, **how)
             x = out
-        logits = x.new_empty((n, t, plan.n_classes))
+        if plan.head is None:
+            return x, lens
+        logits = x.new_empty((n, t, plan.channels))
         plan.head(x, logits)
         return logits.log_softmax(2, dtype=torch.float32), lens.clone() if lens is bound.lengths else lens
 

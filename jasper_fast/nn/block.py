@@ -58,6 +58,10 @@ class JasperBlock(nn.Module):
         """The (1x1 conv, batch norm) pairs of the residual, in the order of their input blocks."""
         return [tuple(pane) for pane in self.res] if hasattr(self, "res") else []
 
+    def refuse_hooks(self) -> None:
+        """Raises RuntimeError where one of the convs and norms has hooks, or a forward of its own."""
+        refuse_hooks(*(module for pair in (*self.sub_blocks(), *self.panes()) for module in pair))
+
     def forward(
         self, x: Tensor, sources: list[Tensor], grams: list, lengths: list[Tensor] | None, seeds: Tensor | None
     ) -> Tensor:
@@ -67,7 +71,7 @@ class JasperBlock(nn.Module):
         `lengths`: frames at the input of each sub-block and at the end, R + 1 tensors (N,); None without masks.
         `seeds`: R int64 numbers.
         """
-        refuse_hooks(*(module for pair in (*self.sub_blocks(), *self.panes()) for module in pair))
+        self.refuse_hooks()
         b, x = self.b, autocast(x)
         y, stats = self._conv(0, x, lengths)
         for i in range(b.repeat - 1):

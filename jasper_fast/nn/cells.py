@@ -32,7 +32,8 @@ class Conv(NamedTuple):
 
 
 def convs(config: JasperConfig, t: int = 2) -> Iterator[Conv]:
-    """The main convs in order, of `t` frames of features, and the decoder; panes are matrix products of PyTorch."""
+    """The main convs in order, of `t` frames of features, and the decoder where there is one; panes are matrix products
+    of PyTorch."""
     c = config.encoder.in_feats
     for number, b in enumerate(config.encoder.blocks):
         for r in range(b.repeat):
@@ -40,7 +41,8 @@ def convs(config: JasperConfig, t: int = 2) -> Iterator[Conv]:
             place = "inner" if r and b.s == 1 else "opening" if number or r else "first"
             yield Conv((c, b.filters, b.k, b.s, b.d), t, place)
             c = b.filters
-    yield Conv((c, config.decoder.n_classes, 1, 1, 1), t, "decoder")
+    if config.decoder is not None:
+        yield Conv((c, config.decoder.n_classes, 1, 1, 1), t, "decoder")
 
 
 def engine_convs(config: JasperConfig) -> tuple[tuple[tuple[int, ...], int], ...]:

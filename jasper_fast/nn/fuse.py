@@ -7,7 +7,8 @@ fused ops. Deepcopy and pickle follow the class, and unfuse gives the first one 
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -22,36 +23,46 @@ from jasper_fast.nn.recognise import LOOKED_FOR, Parts, Unfit, candidates, parts
 from jasper_fast.ops import sync
 from jasper_fast.ops.conv1d_op import autocast
 
-_STATE = "_jasper_fast"  # what a fused block holds of ours: (backend, Packs)
+STATE = "_jasper_fast"  # what a fused module holds of ours; a block (backend, Packs)
+ENCODER = "its blocks are fused, but in evaluation it cannot run as one: "  # how the reason of an encoder begins
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `fuse` did: `fused`, names of blocks, and `left`, (name, reason) of blocks that run as they did."""
+    """What `fuse` did, by module names.
+
+    fused: blocks that run fused ops. whole: encoders that run on an `InferenceEngine` in evaluation. left: (name,
+    reason) of blocks, and of encoders of fused blocks, that run as they did.
+    """
 
     fused: list[str] = field(default_factory=list)
+    whole: list[str] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
+    _refresh: list[Callable[[], None]] = field(default_factory=list, repr=False, compare=False)
+
+    def refresh(self) -> None:
+        """Folds the weights of the encoders in `whole` anew at their next evaluation.
+
+        Needed only after a write that PyTorch keeps no trace of, as `p.data.mul_(2)`, between two evaluation calls.
+        """
+        for of_an_encoder in self._refresh:
+            of_an_encoder()
 
     def data(self) -> dict[str, list]:
         """The same as a dictionary of lists, for JSON."""
-        return asdict(self)
+        return {"fused": [*self.fused], "whole": [*self.whole], "left": [*self.left]}
 
     def __str__(self) -> str:
-        total = len(self.fused) + len(self.left)
-        lines = [f"{len(self.fused)} of {total} blocks run fused sub-blocks"]
+        blocks = self.fused + [name for name, reason in self.left if not reason.startswith(ENCODER)]
+        lines = [f"{len(self.fused)} of {len(blocks)} blocks run fused sub-blocks"]
+        lines += [f"in evaluation one engine runs {name or 'the model'}" for name in self.whole]
         return "\n".join([*lines, *(f"left alone: {name}: {reason}" for name, reason in self.left)])
 
 
-def fuse(model: nn.Module, backend: str = "auto", strict: bool = False) -> Report:
-    """Lets the Jasper blocks within `model` run fused ops on their own parameters and buffers, and says which do.
+def survey(model: nn.Module, backend: str) -> tuple[Report, list[tuple[str, nn.Module]]]:
+    """What `fuse` would do with the blocks within `model`, and all (name, block); changes nothing.
 
-    Blocks of NVIDIA's Jasper, of NeMo's and of `EagerJasper` are recognised by class name and attributes. What the ops
-    cannot compute is left alone, with the reason in the report; with `strict` it raises ValueError, and nothing is
-    changed. State-dict keys, hooks on blocks and above, train(), deepcopy, pickle and optimisers stay valid. Weights
-    are read in every call. Outputs of blocks are zero in the padding where the block has conv masks.
-
-    Raises ValueError for a model without such blocks, and BackendMissing for a backend that cannot run here. Equivalent
-    to the model itself, up to rounding and to which elements are dropped.
+    Raises ValueError for a model without such blocks, and BackendMissing for a backend that cannot run here.
     """
     backends.require(backend)
     found = list(candidates(model))
@@ -68,26 +79,38 @@ def fuse(model: nn.Module, backend: str = "auto", strict: bool = False) -> Repor
             report.fused.append(name)
         except Unfit as reason:
             report.left.append((name, str(reason)))
-    if strict and report.left:
-        raise ValueError("; ".join(f"cannot fuse {name or 'the block'}: {reason}" for name, reason in report.left))
-    for name, block in found:
-        unfuse(block)  # a second call may leave alone what the first one fused
-        if name in report.fused:
-            vars(block)[_STATE] = (backend, Packs())
-            block.__class__ = _fused_class(type(block))
-    return report
+    return report, found
 
 
-def unfuse(model: nn.Module) -> None:
-    """Gives every block that `fuse` changed within `model` its own forward back; does nothing to others."""
+def fuse_block(block: nn.Module, backend: str) -> None:
+    """Gives `block`, which `parts` can take apart, the fused forward."""
+    vars(block)[STATE] = (backend, Packs())
+    become(block, FusedBlock)
+
+
+def become(module: nn.Module, kind: type[Before]) -> None:
+    """Puts `kind` before the class of `module`."""
+    module.__class__ = _fused_class(kind, type(module))
+
+
+def give_back(model: nn.Module) -> None:
+    """Gives every module within `model` that `become` changed its own class back; does nothing to others."""
     for module in model.modules():
-        if isinstance(module, FusedBlock):
-            module.__class__ = _own_class(module)
-            del vars(module)[_STATE]
+        if isinstance(module, Before):
+            module.__class__ = type(module).__bases__[1]
+            del vars(module)[STATE]
 
 
-class FusedBlock:
-    """Comes before the class of a block: its forward is the fused one."""
+class Before:
+    """Comes before the class of a module: copies and pickles are of the same two classes."""
+
+    def __reduce_ex__(self, protocol):
+        _, _, *state = super().__reduce_ex__(max(protocol, 2))
+        return _new, type(self).__bases__, *state
+
+
+class FusedBlock(Before):
+    """Its forward is the fused one."""
 
     def forward(self, *args, **kwargs):
         given = (*args, *kwargs.values())
@@ -97,32 +120,24 @@ class FusedBlock:
         try:
             if "forward" in vars(self):
                 raise Unfit("a forward bound to the block")
-            return _run(parts(self), *vars(self)[_STATE], xs, lengths)
+            return _run(parts(self), *vars(self)[STATE], xs, lengths)
         except Unfit as reason:
             raise RuntimeError(
                 f"a fused block changed so that fused ops cannot compute it ({reason}): call "
                 "jasper_fast.fuse(model) again, which leaves that block alone"
             ) from None
 
-    def __reduce_ex__(self, protocol):
-        _, _, *state = super().__reduce_ex__(max(protocol, 2))
-        return _new, (_own_class(self),), *state
-
 
 @functools.cache
-def _fused_class(own: type) -> type:
+def _fused_class(kind: type[Before], own: type) -> type:
     """A subclass of `own` that bears its name, so that the model prints as before."""
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (FusedBlock, own), names)
+    return type(own.__name__, (kind, own), names)
 
 
-def _own_class(block: nn.Module) -> type:
-    return type(block).__bases__[1] if isinstance(block, FusedBlock) else type(block)
-
-
-def _new(own: type) -> nn.Module:
-    """An empty fused block, for pickle."""
-    made = _fused_class(own)
+def _new(kind: type[Before], own: type) -> nn.Module:
+    """An empty module of both, for pickle."""
+    made = _fused_class(kind, own)
     return made.__new__(made)
 
 
@@ -130,7 +145,7 @@ def _run(found: Parts, backend: str, packs: Packs, xs: list[Tensor], lengths: Te
     """The outputs and lengths that the block itself returns for block outputs `xs` and `lengths` (N,)."""
     steps = [lengths if found.masked else None]
     for sub in found.sub_blocks:
-        steps.append(_frames(sub.conv, steps[-1]))
+        steps.append(frames(sub.conv, steps[-1]))
     sources = xs if found.dense else xs[-1:]
     if found.panes and (len(sources) != len(found.panes) or (len(xs) > len(sources) and not found.takes_last)):
         raise ValueError(f"a block has {len(found.panes)} residual convs, but got {len(xs)} block outputs")
@@ -142,7 +157,7 @@ def _run(found: Parts, backend: str, packs: Packs, xs: list[Tensor], lengths: Te
     return ([*xs, out] if found.dense else [out]), passed
 
 
-def _frames(conv: nn.Conv1d, lengths: Tensor | None) -> Tensor | None:
+def frames(conv: nn.Conv1d, lengths: Tensor | None) -> Tensor | None:
     """Frames of the conv's output; `lengths` itself where they are the same."""
     (k,), (s,), (d,), (p,) = conv.kernel_size, conv.stride, conv.dilation, conv.padding
     if lengths is None or (s == 1 and 2 * p == d * (k - 1)):

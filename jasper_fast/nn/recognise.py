@@ -109,8 +109,7 @@ def _check_kind(block: nn.Module) -> None:
         raise Unfit("squeeze-excite")
     if getattr(block, "adapter_layer", None):
         raise Unfit("adapters")
-    capture = getattr(block, "is_access_enabled", None)
-    if capture is not None and capture(getattr(block, "model_guid", None)):
+    if captures(block):
         raise Unfit("intermediate outputs are captured (InterCTC)")
     for name, module in block.named_modules():
         if module is block:
@@ -121,6 +120,12 @@ def _check_kind(block: nn.Module) -> None:
             raise Unfit(f"a hook ({getattr(hooks[0], '__qualname__', type(hooks[0]).__name__)}) on {name}")
         if "forward" in vars(module):
             raise Unfit(f"a forward bound to {name}")
+
+
+def captures(block: nn.Module) -> bool:
+    """Whether NeMo keeps intermediate outputs of `block`, as for InterCTC."""
+    enabled = getattr(block, "is_access_enabled", None)
+    return enabled is not None and bool(enabled(getattr(block, "model_guid", None)))
 
 
 def _sub_block(group: list[nn.Module]) -> tuple[nn.Module, nn.Module, nn.Dropout | None]:

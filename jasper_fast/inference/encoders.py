@@ -1,0 +1,316 @@
+"""Encoders of other projects, whole: in evaluation, without gradients, an engine runs all their fused blocks.
+
+An encoder keeps its modules, parameters and buffers, as its blocks do (`nn.fuse`). Its forward calls the engine where
+that computes the same, and its own forward elsewhere: in training, with gradients, while a compiler traces it, and
+where hooks on its blocks want to be called. Before each call it looks whether the weights are those that were folded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from jasper_fast.inference.engine import EncoderEngine
+from jasper_fast.nn.architecture import block_shapes, out_lengths
+from jasper_fast.nn.config import BlockConfig, ConfigError, EncoderConfig
+from jasper_fast.nn.fuse import STATE, Before, become, frames
+from jasper_fast.nn.recognise import Parts, Unfit, captures, parts
+from jasper_fast.nn.watch import Watch
+
+Graphs = bool | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A block of another project, as the engine's plan reads it."""
+
+    b: BlockConfig
+    found: Parts
+
+    def sub_blocks(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]:
+        return [(sub.conv, sub.bn) for sub in self.found.sub_blocks]
+
+    def panes(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]:
+        return self.found.panes
+
+    def refuse_hooks(self) -> None:
+        """`parts` has looked for them."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder of another project, as the engine reads it."""
+
+    layers: list[Layer]
+    masks: bool
+    backend: str
+    tune = True
+    decoder = None
+
+    @property
+    def encoder(self) -> Encoder:
+        return self
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layers[0].found.sub_blocks[0].conv.weight
+
+    @property
+    def config(self) -> SimpleNamespace:
+        blocks = tuple(layer.b for layer in self.layers)
+        encoder = EncoderConfig(self.weight.shape[1], use_conv_masks=self.masks, blocks=blocks)
+        return SimpleNamespace(encoder=encoder, decoder=None)
+
+    def lengths(self, lengths: Tensor | None) -> Tensor | None:
+        """Frames of the output, as the blocks one by one return them."""
+        for layer in self.layers if lengths is not None else ():
+            found, before = layer.found, lengths
+            for sub in found.sub_blocks:
+                lengths = frames(sub.conv, lengths)
+            if not found.masked:
+                lengths = before if found.keeps_lengths else None
+                if lengths is None:
+                    break
+        return lengths
+
+
+def describe(module: nn.Module, kind: type[FusedEncoder], backend: str) -> Encoder:
+    """The encoder `module` as an engine reads it; raises Unfit with the reason if that cannot compute it."""
+    layers = []
+    for block in kind.blocks_of(module):
+        if "forward" in vars(block):
+            raise Unfit("a forward bound to a block")
+        layers.append(_layer(block, parts(block)))
+    masks = {kind.masks_of(module, layer.found) for layer in layers}
+    if len(masks) > 1:
+        raise Unfit("masks in some of its blocks only")
+    if kind.returns_all and layers[-1].found.dense:
+        raise Unfit("its last block is dense, so the outputs of all blocks are returned")
+    found = Encoder(layers, *masks, backend)
+    for (c_in, b, panes), layer, before in zip(block_shapes(found.config), layers, [None, *layers[:-1]], strict=True):
+        if layer.found.sub_blocks[0].conv.in_channels != c_in or [p.in_channels for p, _ in layer.panes()] != panes:
+            raise Unfit("channels of its convs that are not those of Jasper")
+        after_dense = before is not None and before.b.residual_dense
+        if b.residual and not b.residual_dense and after_dense and not layer.found.takes_last:
+            raise Unfit("a plain residual after a dense one")
+    return found
+
+
+def _layer(block: nn.Module, found: Parts) -> Layer:
+    convs, pointwise = [sub.conv for sub in found.sub_blocks], [conv for conv, _ in found.panes]
+    if {m for m in block.modules() if isinstance(m, nn.Conv1d)} != {*convs, *pointwise}:
+        raise Unfit("convs of a kind that an engine does not have")
+    norms = [sub.bn for sub in found.sub_blocks] + [bn for _, bn in found.panes]
+    for m in (*convs, *pointwise, *norms):
+        if "weight" in vars(m):
+            raise Unfit("a weight that is no parameter")
+    if any(bn.running_mean is None for bn in norms):
+        raise Unfit("a batch norm without running statistics")
+    first, residual = convs[0], bool(found.panes)
+    try:
+        b = BlockConfig(
+            first.out_channels, len(convs), first.kernel_size, first.stride, first.dilation, 0.0, residual, found.dense
+        )
+    except ConfigError as reason:
+        raise Unfit(str(reason)) from None
+    shape = (b.filters, (b.k,), (b.s,), (b.d,), (b.padding,))
+    if any((c.out_channels, c.kernel_size, c.stride, c.dilation, c.padding) != shape for c in convs):
+        raise Unfit("convs in one block with unlike settings, or with padding other than k // 2 * dilation")
+    return Layer(b, found)
+
+
+class Whole:
+    """What a fused encoder holds: its engines, by dtype, and what tells that their weights are old."""
+
+    def __init__(self, backend: str, graphs: Graphs):
+        self._how = backend, graphs
+        self._lock = threading.RLock()
+        self.drop()
+        with _known:
+            _live.add(self)
+
+    def __reduce__(self) -> tuple:
+        return Whole, self._how
+
+    def drop(self) -> None:
+        """Forgets the engines, with their copies of the weights; the next call of `engine` makes them anew."""
+        with self._lock:
+            self._engines: dict[torch.dtype, EncoderEngine] = {}
+            self._watch: Watch | None = None
+            self._found: Encoder | None = None
+            self._described = False
+
+    def stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        """Looks whether a step was one of this encoder's weights: fused optimisers raise no version."""
+        with self._lock:
+            given = (p for group in optimizer.param_groups for p in group["params"])
+            if self._watch is not None and self._watch.holds(given):
+                self.drop()
+
+    def describe(self, encoder: FusedEncoder) -> Encoder | None:
+        """The encoder as it is now; None where no engine can compute that: then the blocks run, and say what they
+        cannot do."""
+        with self._lock, contextlib.suppress(Unfit):
+            if self._watch is None or not self._watch.same():
+                self.drop()
+                self._watch = Watch(encoder.tree())
+            if self._watch.hooked() or any(map(captures, encoder.blocks_of(encoder))):
+                return None
+            if not self._described:
+                self._described = True
+                if not any(m.training for m in encoder.tree()):
+                    self._found = describe(encoder, type(encoder), self._how[0])
+            return self._found
+        return None
+
+    def engine(self, found: Encoder, dtype: torch.dtype) -> EncoderEngine:
+        """The engine of what `describe` gave, in `dtype`."""
+        with self._lock:
+            if dtype not in self._engines:
+                with torch.inference_mode(False):  # else its tensors would be of no use outside of that mode
+                    self._engines[dtype] = EncoderEngine(found, dtype=dtype, graphs=self._how[1])
+            return self._engines[dtype]
+
+
+_live: weakref.WeakSet[Whole] = weakref.WeakSet()
+_known = threading.Lock()  # of the set
+
+
+def _after_a_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    with _known:
+        alive = list(_live)
+    for whole in alive:
+        whole.stepped(optimizer)
+
+
+register_optimizer_step_post_hook(_after_a_step)
+
+
+class FusedEncoder(Before):
+    """Its forward calls the engine where that computes the same."""
+
+    where: str  # attributes that lead to the blocks
+    returns_all = False  # the list of block outputs, in place of the last of them
+
+    @classmethod
+    def blocks_of(cls, module: nn.Module) -> list[nn.Module]:
+        """The blocks of `module` in order; empty if it is no encoder of this kind."""
+        for name in cls.where.split("."):
+            module = getattr(module, name, None)
+        return list(module) if isinstance(module, nn.ModuleList | nn.Sequential) else []
+
+    @staticmethod
+    def masks_of(module: nn.Module, block: Parts) -> bool:
+        """Whether convs of `block` of the encoder `module` zero the padding of their inputs."""
+        return block.masked
+
+    def tree(self) -> Iterator[nn.Module]:
+        """The modules that decide what an engine must compute."""
+        return (m for m in self.modules() if m is not self)
+
+    def train(self, mode: bool = True):
+        vars(self)[STATE].drop()  # so that every eval() folds anew, and training has the memory
+        return super().train(mode)
+
+    def whole(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """The output (N, C, T') of the last block, and the lengths that it returns; None where the encoder's own
+        forward has to run."""
+        if (
+            self.training
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or nn.modules.module._has_any_global_hook()
+            or getattr(self, "_is_replica", False)  # of nn.DataParallel: its weights are new in every call
+        ):
+            return None
+        found = vars(self)[STATE].describe(self)
+        if found is None or not _fits(found, x, lengths):
+            return None
+        kind = x.device.type
+        cast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if cast else found.weight.dtype
+        if not cast and x.dtype != dtype:
+            return None
+        given = torch.full(x.shape[:1], x.shape[2], device=x.device) if not found.masks else lengths.to(x.device)
+        with torch.autocast(kind, enabled=False) if cast else contextlib.nullcontext():
+            out = vars(self)[STATE].engine(found, dtype)(x, given)
+        return out.to(dtype), found.lengths(lengths)
+
+
+def _fits(found: Encoder, x: Tensor, lengths: Tensor | None) -> bool:
+    """Whether an engine takes these arguments; what is wrong with others the encoder's own forward says."""
+    return (
+        type(x) is Tensor
+        and x.dim() == 3
+        and x.shape[1] == found.weight.shape[1]
+        and x.numel() > 0
+        and x.is_floating_point()
+        and x.device == found.weight.device
+        and (lengths is not None or not found.masks)
+        and (lengths is None or (lengths.shape == x.shape[:1] and not lengths.is_floating_point()))
+    )
+
+
+class NVIDIAsEncoder(FusedEncoder):
+    """JasperEncoder, which returns the list of block outputs."""
+
+    where, returns_all = "layers", True
+
+    def forward(self, x, x_lens=None):
+        found = self.whole(x, x_lens)
+        return super().forward(x, x_lens) if found is None else ([found[0]], found[1])
+
+
+class NeMosEncoder(FusedEncoder):
+    """ConvASREncoder, called by keyword."""
+
+    where = "encoder"
+
+    def forward(self, audio_signal, length):
+        found = None if length is None else self.whole(audio_signal, length)
+        return super().forward(audio_signal=audio_signal, length=length) if found is None else found
+
+
+class EagerModel(FusedEncoder):
+    """EagerJasper: its encoder has no forward of its own."""
+
+    where = "encoder.layers"
+
+    @staticmethod
+    def masks_of(module: nn.Module, block: Parts) -> bool:
+        return module.config.encoder.use_conv_masks
+
+    def tree(self) -> Iterator[nn.Module]:
+        return self.encoder.modules()
+
+    def forward(self, features, lengths):
+        found = self.whole(features, lengths if self.config.encoder.use_conv_masks else None)
+        if found is None:
+            return super().forward(features, lengths)
+        log_probs = self.decoder.layers[0](found[0]).transpose(1, 2).float().log_softmax(dim=2)
+        return log_probs, out_lengths(self.config, lengths)
+
+
+# by the name of its class, what an encoder becomes
+KINDS: dict[str, type[FusedEncoder]] = {
+    "JasperEncoder": NVIDIAsEncoder,
+    "ConvASREncoder": NeMosEncoder,
+    "EagerJasper": EagerModel,
+}
+
+
+def fuse_encoder(encoder: nn.Module, backend: str, graphs: Graphs) -> Whole:
+    """Gives `encoder`, of one of KINDS, the forward that calls an engine; returns what it holds of ours."""
+    vars(encoder)[STATE] = whole = Whole(backend, graphs)
+    become(encoder, KINDS[type(encoder).__name__])
+    return whole

@@ -1,0 +1,71 @@
+"""`fuse` and `unfuse`: the Jasper that somebody already has, on fused ops, and in evaluation on an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from jasper_fast.inference.encoders import KINDS, Graphs, describe, fuse_encoder
+from jasper_fast.nn.fuse import ENCODER, Report, fuse_block, give_back, survey
+from jasper_fast.nn.recognise import Unfit
+
+
+def fuse(model: nn.Module, backend: str = "auto", strict: bool = False, *, graphs: Graphs = "auto") -> Report:
+    """Lets the Jasper blocks within `model` run fused ops on their own parameters and buffers, and says which do.
+
+    Blocks of NVIDIA's Jasper, of NeMo's and of `EagerJasper` are recognised by class name and attributes. What the ops
+    cannot compute is left alone, with the reason in the report; with `strict` it raises ValueError, and nothing is
+    changed. State-dict keys, hooks on blocks and above, train(), deepcopy, pickle and optimisers stay valid. Outputs of
+    blocks are zero in the padding where the block has conv masks.
+
+    Weights are read in every call. An encoder all of whose blocks are fused runs on an `InferenceEngine` in evaluation
+    without gradients: batch norm folded, one kernel a sub-block, and on a GPU CUDA graphs (`graphs` is the engine's).
+    It folds anew after every eval(), and where a weight has changed since the last call; `Report.refresh` says what it
+    cannot see. Hooks on blocks, torch.compile and tracing make the blocks run one by one.
+
+    Raises ValueError for a model without such blocks, and BackendMissing for a backend that cannot run here. Equivalent
+    to the model itself, up to rounding and to which elements are dropped.
+    """
+    if graphs not in ("auto", True, False):
+        raise ValueError(f"graphs must be 'auto', True or False, not {graphs!r}")
+    report, blocks = survey(model, backend)
+    encoders = dict(_encoders(model, report, blocks, backend))
+    if strict and report.left:
+        raise ValueError("; ".join(f"cannot fuse {name or 'the model'}: {reason}" for name, reason in report.left))
+    unfuse(model)  # a second call may leave alone what the first one fused
+    for name, block in blocks:
+        if name in report.fused:
+            fuse_block(block, backend)
+    for name, encoder in encoders.items():
+        whole = fuse_encoder(encoder, backend, graphs)
+        report.whole.append(name)
+        report._refresh.append(whole.drop)
+    return report
+
+
+def _encoders(
+    model: nn.Module, report: Report, blocks: list[tuple[str, nn.Module]], backend: str
+) -> Iterator[tuple[str, nn.Module]]:
+    """(name, encoder) of those that can run whole; the reasons of others, all of whose blocks are fused, go into
+    `report`."""
+    fused = {id(block): name in report.fused for name, block in blocks}
+    for name, module in model.named_modules():
+        kind = KINDS.get(type(module).__name__)
+        inner = kind.blocks_of(module) if kind else []
+        if not inner or not all(fused.get(id(m), True) for m in inner):
+            continue
+        try:
+            if strangers := [type(m).__name__ for m in inner if id(m) not in fused]:
+                raise Unfit(f"it holds a {strangers[0]}, which is no Jasper block")
+            if "forward" in vars(module):
+                raise Unfit("a forward bound to it")
+            describe(module, kind, backend)
+            yield name, module
+        except Unfit as reason:
+            report.left.append((name, f"{ENCODER}{reason}"))
+
+
+def unfuse(model: nn.Module) -> None:
+    """Gives every block and encoder that `fuse` changed within `model` its own forward back; does nothing to others."""
+    give_back(model)

@@ -1,0 +1,68 @@
+"""Jasper 10x5 of other projects at full depth and a sixteenth of its width, fused and not."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from close import assert_close
+from engines import block
+from lookalikes import nemo, nvidia
+from test_fuse import call, features, steps
+from torch import nn
+
+from jasper_fast import JasperConfig, fuse, unfuse
+
+
+def deep(which: str, masks: bool) -> nn.Module:
+    """Weights and running statistics are random, with a variance near one throughout."""
+    made = JasperConfig.from_yaml(Path(__file__).parents[1] / "configs" / "jasper10x5dr.yaml")
+    blocks = [
+        block(b.filters // 16, b.repeat, b.k, b.s, b.d, 0.0, b.residual, b.residual_dense) for b in made.encoder.blocks
+    ]
+    torch.manual_seed(0)
+    if which == "nvidia":
+        encoder = {"in_feats": 8, "blocks": blocks, "use_conv_masks": masks}
+        model = nvidia.Jasper(encoder, {"in_feats": 64, "n_classes": 7})
+    else:
+        model = nemo.EncDecCTCModel(8, blocks, 7, masks)
+    with torch.no_grad():
+        for _ in range(8):
+            call(model.train(), features())
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("which", ["nvidia", "nemo"])
+def test_steps(which, masks, training):
+    """Output, all gradients, all parameters and buffers; evaluation after them; state dicts of both in both; unfuse.
+
+    In evaluation one step, because statistics stay.
+    """
+    single = deep(which, masks)
+    exact = copy.deepcopy(single).double()
+    doubles, fused = copy.deepcopy(exact), copy.deepcopy(single)
+    for model in (doubles, fused):
+        report = fuse(model, strict=True)
+        assert len(report.fused) == 13 and report.whole == ["encoder"]
+    ref, low, wide, got = (steps(model, training, 4 if training else 1) for model in (exact, single, doubles, fused))
+    for name, want in ref.items():
+        close = {"rtol": 1e-7, "atol": 1e-8 * want.abs().max().item()}
+        torch.testing.assert_close(wide[name], want, **close, msg=lambda m, n=name: f"{n}: {m}")
+        if want.is_floating_point():
+            assert_close(name, got[name], low[name], want, factor=4.0)
+
+    single.load_state_dict(fused.state_dict())
+    exact.load_state_dict(single.state_dict())
+    with torch.no_grad():
+        want = call(single.eval(), features())
+        assert_close(
+            "evaluation", call(fused.eval(), features()), want, call(exact.eval(), features(torch.float64)), 4.0
+        )
+        fused.load_state_dict(exact.state_dict())
+        unfuse(fused)
+        assert torch.equal(call(fused, features()), want)

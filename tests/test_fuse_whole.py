@@ -1,0 +1,400 @@
+"""A fused encoder in evaluation: one engine runs it, with the weights that it has at that moment."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from close import assert_close
+from conftest import settle
+from engines import Replays, block, poison
+from lookalikes import nvidia
+from test_fuse import KINDS, LENGTHS, add, build, call, features, layers
+from torch import nn
+
+from jasper_fast import fuse, unfuse
+from jasper_fast.inference import encoders
+from jasper_fast.inference import engine as engine_module
+from jasper_fast.inference.encoders import EncoderEngine
+from jasper_fast.nn.fuse import STATE
+from jasper_fast.training.ema import EMA
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture
+def runs(monkeypatch) -> list[EncoderEngine]:
+    """The engines that were called, in order."""
+    called: list[EncoderEngine] = []
+    real = EncoderEngine.__call__
+    monkeypatch.setattr(EncoderEngine, "__call__", lambda self, *of: called.append(self) or real(self, *of))
+    return called
+
+
+def evaluate(model: nn.Module, x: torch.Tensor | None = None) -> torch.Tensor:
+    with torch.no_grad():
+        return call(model, features() if x is None else x)
+
+
+def encoder_of(model: nn.Module) -> nn.Module:
+    return model if type(model).__name__ == "EagerJasper" else model.encoder
+
+
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("kind", ["dense", "plain", "none"])
+@pytest.mark.parametrize("which", KINDS)
+def test_an_engine_gives_what_the_model_gives(which, kind, masks, runs):
+    exact, single = build(which, kind, masks).double().eval(), build(which, kind, masks).eval()
+    doubles, fused = copy.deepcopy(exact), copy.deepcopy(single)
+    for model in (doubles, fused):
+        assert fuse(model, strict=True).whole == ["" if which == "eager" else "encoder"]
+    x = features(torch.float64)
+    want = evaluate(exact, x)
+    torch.testing.assert_close(evaluate(doubles, x), want, rtol=1e-9, atol=1e-11)
+    assert_close("outputs", evaluate(fused), evaluate(single), want, factor=4.0)
+    assert len(runs) == 2
+
+
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("which", ["nvidia", "nemo"])
+def test_an_encoder_returns_what_it_did(which, masks, runs):
+    """Also for lengths beyond the last frame, which no conv is given to see."""
+    plain, fused = build(which, masks=masks).eval(), build(which, masks=masks).eval()
+    fuse(fused)
+    lengths = torch.tensor([200, 40, 0], dtype=torch.int32)
+    results = []
+    for model in (plain, fused):
+        with torch.no_grad():
+            if which == "nvidia":
+                xs, out = model.encoder(features(), lengths)
+                assert type(xs) is list and len(xs) == 1
+                results.append((xs[0], out))
+            else:
+                results.append(model.encoder(audio_signal=features(), length=lengths))
+    (want, want_lengths), (got, got_lengths) = results
+    assert got.shape == want.shape and got.dtype == want.dtype and len(runs) == 1
+    assert (got_lengths is None) == (want_lengths is None)
+    valid = torch.ones(3, 31, dtype=torch.bool)
+    if got_lengths is not None:
+        assert torch.equal(got_lengths, want_lengths) and got_lengths.dtype == want_lengths.dtype
+        if masks:
+            valid = torch.arange(31) < want_lengths[:, None]
+    torch.testing.assert_close(got.transpose(1, 2)[valid], want.transpose(1, 2)[valid], **CLOSE)
+
+
+def test_without_masks_nvidias_encoder_needs_no_lengths(runs):
+    plain, fused = build("nvidia", masks=False).eval(), build("nvidia", masks=False).eval()
+    fuse(fused)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(features()), plain(features()), **CLOSE)
+    assert len(runs) == 1
+
+
+def weight_of(model: nn.Module) -> nn.Parameter:
+    return model.encoder.layers[1].conv[0].weight
+
+
+def scaled(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v * 1.5 + 0.1 if v.is_floating_point() else v for k, v in model.state_dict().items()}
+
+
+def step(model: nn.Module, **how) -> None:
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.05)
+    torch.optim.SGD(model.parameters(), lr=1.0, **how).step()
+
+
+def average(model: nn.Module) -> None:
+    """What remains is another model's weights, as within `applied_to`."""
+    ema = EMA(model)
+    ema.average = {k: v.clone() for k, v in scaled(model).items()}
+    ema._exchange(model)
+
+
+def assign(model: nn.Module) -> None:
+    weight_of(model).data = weight_of(model).detach() * 1.5
+
+
+def again_and_again(model: nn.Module) -> None:
+    for _ in range(4):  # old memory must not be taken for new
+        weight_of(model).data = weight_of(model).detach() + 0.2
+        evaluate(model)
+
+
+def by_transposing(model: nn.Module) -> None:
+    weight = model.encoder.layers[1].conv[4].weight  # (16, 16, 5): the same memory in another order
+    weight.data = weight.detach().transpose(0, 1)
+
+
+def replace(model: nn.Module) -> None:
+    conv = model.encoder.layers[1].conv[0]
+    conv.weight = nn.Parameter(conv.weight.detach() * 1.5)
+
+
+def foreach(model: nn.Module) -> None:
+    torch._foreach_mul_(list(model.parameters()), 1.1)
+
+
+CHANGES = {
+    "in place": lambda m: weight_of(m).mul_(1.5),
+    "in inference mode": torch.inference_mode()(lambda m: weight_of(m).mul_(1.5)),
+    "by lists": foreach,
+    "load_state_dict": lambda m: m.load_state_dict(scaled(m)),
+    "load_state_dict by assignment": lambda m: m.load_state_dict(scaled(m), assign=True),
+    "p.data = x": assign,
+    "p.data = x, repeated": again_and_again,
+    "p.data = a view": by_transposing,
+    "another parameter": replace,
+    "an optimiser": step,
+    "a fused optimiser": lambda m: step(m, fused=True),
+    "averaged weights": average,
+    "a pane's gamma": lambda m: m.encoder.layers[2].res[1][1].weight.mul_(3),
+    "a running mean": lambda m: m.encoder.layers[0].conv[1].running_mean.add_(1),
+    "another eps": lambda m: setattr(m.encoder.layers[0].conv[1], "eps", 0.5),
+}
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_in_the_next_output(change, graphs, runs, monkeypatch):
+    monkeypatch.setattr(engine_module, "CudaGraphs", Replays)
+    model, plain = build("nvidia").eval(), build("nvidia").eval()
+    fuse(model, backend="reference", graphs=graphs)
+    before = evaluate(model)
+    evaluate(model)
+    assert runs[0] is runs[1], "nothing has changed, so nothing is folded"
+    assert (runs[0]._run.shapes.graphs is not None) == graphs
+    for m in (model, plain):
+        with torch.no_grad():
+            CHANGES[change](m)
+    got = evaluate(model)
+    torch.testing.assert_close(got, evaluate(plain), **CLOSE)
+    assert not torch.allclose(got, before, **CLOSE) and runs[-1] is not runs[0]
+
+
+@pytest.mark.parametrize("fold_anew", ["refresh", "eval", "eval of the model"])
+def test_a_write_without_a_trace_is_seen_after_refresh_or_eval(fold_anew, runs):
+    model, plain = build("nvidia").eval(), build("nvidia").eval()
+    report = fuse(model)
+    before = evaluate(model)
+    for m in (model, plain):
+        weight_of(m).data.mul_(1.5)
+    assert torch.equal(evaluate(model), before), "if this is seen now, refresh is no longer needed: say so"
+    {"refresh": report.refresh, "eval": model.encoder.eval, "eval of the model": model.eval}[fold_anew]()
+    torch.testing.assert_close(evaluate(model), evaluate(plain), **CLOSE)
+    assert len(runs) == 3
+
+
+def test_training_between_two_evaluations(runs):
+    """The engine goes when training begins, and comes back with the trained weights and statistics."""
+    model, plain = build("nemo"), build("nemo")
+    fuse(model)
+    results = []
+    for m in (plain, model):
+        found = []
+        for _ in range(3):
+            found.append(evaluate(m.eval()))
+            out = call(m.train(), features())
+            m.zero_grad()
+            out.square().mean().backward()
+            torch.optim.SGD(m.parameters(), lr=0.01).step()
+        results.append(found)
+    assert vars(model.encoder)[STATE]._engines == {} and len(set(map(id, runs))) == 3
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def forget_masks(model):
+    for m in model.modules():
+        if hasattr(m, "use_mask"):
+            m.use_mask = False
+
+
+OWN_FORWARD = {
+    "gradients": (lambda m: None, torch.enable_grad),
+    "a hook on a block": (lambda m: layers(m)[0].register_forward_hook(add), torch.no_grad),
+    "batch statistics": (lambda m: layers(m)[1].mconv[1].train(), torch.no_grad),
+    "dropout": (lambda m: layers(m)[1].mout[1].train(), torch.no_grad),
+    "captured outputs": (lambda m: setattr(layers(m)[1], "is_access_enabled", lambda guid: False), torch.no_grad),
+}
+
+
+@pytest.mark.parametrize("why", OWN_FORWARD)
+def test_the_blocks_run_where_an_engine_would_not_do_the_same(why, runs):
+    change, mode = OWN_FORWARD[why]
+    plain, fused = build("nemo").eval(), build("nemo").eval()
+    fuse(fused)
+    evaluate(fused)
+    for model in (plain, fused):
+        change(model)
+    if why == "captured outputs":
+        layers(fused)[1].is_access_enabled = lambda guid: True
+        with pytest.raises(RuntimeError, match="captured"):
+            evaluate(fused)
+    else:
+        with mode():
+            torch.testing.assert_close(call(fused, features()), call(plain, features()), **CLOSE)
+    assert len(runs) == 1
+
+
+def test_a_hook_on_the_encoder_is_called_and_one_on_a_block_may_go_again(runs):
+    model, seen = build("nvidia").eval(), []
+    fuse(model)
+    model.encoder.register_forward_hook(lambda *of: seen.append(1))
+    handle = model.encoder.layers[0].register_forward_hook(lambda *of: seen.append(2))
+    evaluate(model)
+    handle.remove()
+    evaluate(model)
+    handle = model.encoder.layers[0].conv[0].register_forward_hook(print)
+    with pytest.raises(RuntimeError, match="a hook"):
+        evaluate(model)
+    handle.remove()
+    evaluate(model)
+    assert seen == [2, 1, 1, 1] and len(runs) == 2
+
+
+def test_masks_switched_off_are_followed(runs):
+    plain, fused = build("nemo").eval(), build("nemo").eval()
+    fuse(fused)
+    evaluate(fused)
+    for model in (plain, fused):
+        forget_masks(model)
+    torch.testing.assert_close(evaluate(fused), evaluate(plain), **CLOSE)
+    assert len(runs) == 2
+
+
+@pytest.mark.parametrize("which", KINDS)
+def test_autocast_has_an_engine_of_its_own(which, runs):
+    exact, single, fused = build(which).double().eval(), build(which).eval(), build(which).eval()
+    fuse(fused)
+    evaluate(fused)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, low = evaluate(fused), evaluate(single)
+    assert_close("outputs", got, low, evaluate(exact, features(torch.float64)), factor=3.0)
+    evaluate(fused)
+    assert len(runs) == 3 and runs[0] is runs[2] is not runs[1]
+
+
+FEW = [block(16, k=5, s=2), block(16, 1, 3, residual=True, dense=True), block(16, k=1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("blocks", "graphs"), [(FEW, True), (FEW, False), ([block(16, k=3)], True)])
+def test_as_triton_launches(blocks, graphs, runs, monkeypatch):
+    """The launches between the first and the last are a graph; the output is memory of its own."""
+    settle("triton")
+    monkeypatch.setattr(engine_module, "CudaGraphs", Replays)
+    plain = with_blocks(*blocks)
+    fused = copy.deepcopy(plain.eval())
+    fuse(fused, backend="triton", graphs=graphs)
+    with torch.no_grad():
+        results = []
+        for t in (29, 20):
+            (want,), want_lengths = plain.encoder(features()[:, :, :t], torch.tensor([t, 13, 0]))
+            (got,), lengths = fused.encoder(features()[:, :, :t], torch.tensor([t, 13, 0]))
+            assert torch.equal(lengths, want_lengths) and got.shape == want.shape
+            want = want.masked_fill((torch.arange(want.shape[2]) >= lengths[:, None])[:, None], 0)
+            poison(runs[-1])
+            results.append((got, want))
+        for got, want in results:
+            torch.testing.assert_close(got, want, **CLOSE)
+    assert len(runs) == 2
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_copies_have_engines_of_their_own(copied, runs):
+    model = build("nemo").eval()
+    fuse(model)
+    want = evaluate(model)
+    other = copied(model)
+    assert torch.equal(evaluate(other), want) and runs[0] is not runs[1]
+    with torch.no_grad():
+        next(model.parameters()).zero_()
+    assert torch.equal(evaluate(other), want)
+    unfuse(other)
+    torch.testing.assert_close(evaluate(other), want, **CLOSE)
+    assert len(runs) == 3 and type(other.encoder) is type(build("nemo").encoder)
+
+
+def test_inference_mode_and_after_it(runs):
+    model = build("nvidia").eval()
+    fuse(model, backend="reference")
+    with torch.inference_mode():
+        want = call(model, features())
+    assert torch.equal(evaluate(model), want) and runs[0] is runs[1]
+
+
+def test_threads_share_a_fused_encoder():
+    model = build("nvidia").eval()
+    fuse(model)
+    want, found = evaluate(model), []
+    with torch.no_grad():
+        weight_of(model).add_(0)  # all threads find the folded weights old
+    threads = [threading.Thread(target=lambda: found.append(evaluate(model))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and all(torch.equal(x, want) for x in found)
+
+
+@pytest.mark.parametrize("x", [features()[:0], features().half(), features()[:, :5], features()[0]])
+def test_arguments_that_do_not_fit_are_for_the_blocks(x, runs):
+    model, results = build("nvidia").eval(), []
+    fuse(model, backend="reference")
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode():
+            try:
+                results.append(model.encoder(x, LENGTHS[: len(x)])[0][0].detach())
+            except (RuntimeError, ValueError, IndexError) as error:
+                results.append(str(error))
+    assert str(results[0]) == str(results[1]) and not runs
+
+
+def with_blocks(*blocks: dict) -> nn.Module:
+    end = blocks[-1]["filters"]
+    made = {"in_feats": 8, "blocks": list(blocks), "use_conv_masks": True}
+    return nvidia.Jasper(made, {"in_feats": end, "n_classes": 7})
+
+
+def test_an_encoder_that_no_engine_computes_is_left_with_a_reason():
+    dense, plain = {"residual": True, "dense": True}, {"residual": True}
+    model = with_blocks(block(16, k=5), block(16, 1, 3, **dense), block(16, 1, 3, **plain), block(16, k=1))
+    with pytest.raises(ValueError, match=r"cannot fuse encoder: .* a plain residual after a dense one"):
+        fuse(model, strict=True)
+    assert type(model.encoder) is nvidia.JasperEncoder
+    report = fuse(model)
+    assert len(report.fused) == 4 and report.whole == [] and report.left[0][0] == "encoder"
+    assert str(report).startswith("4 of 4 blocks")
+    model = build("nvidia")
+    model.encoder.layers[1].res = None
+    assert "not those of Jasper" in fuse(model).left[0][1]
+
+
+def test_a_last_block_whose_list_is_wanted(runs):
+    dense = {"residual": True, "dense": True}
+    plain = with_blocks(block(16, k=5), block(16, 2, 3, **dense), block(24, 1, 3, **dense)).eval()
+    fused = copy.deepcopy(plain)
+    report = fuse(fused)
+    assert report.whole == [] and "outputs of all blocks" in report.left[0][1]
+    with torch.no_grad():
+        for want, got in zip(plain.encoder(features(), LENGTHS)[0], fused.encoder(features(), LENGTHS)[0], strict=True):
+            assert want.shape == got.shape
+    assert not runs
+
+
+def test_watching_is_undone_with_the_model():
+    """What is kept for optimisers' steps does not keep a model."""
+    model = build("nvidia").eval()
+    fuse(model)
+    evaluate(model)
+    alive = len(encoders._live)
+    del model
+    assert len(encoders._live) < alive
