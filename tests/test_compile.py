@@ -87,6 +87,8 @@ def test_every_fp32_product_has_a_row_rounded_to_tf32_and_an_exact_one(arch):
     found = {"tf32": set(), "ieee": set()}
     for kernel, layer, source in launches.recorded(arch, "float32"):
         values = source.constants
+        if kernel.startswith("ctc"):  # exact whatever the setting
+            continue
         if (precision := values.pop("PRECISION", None)) is not None:
             assert kernel.endswith(" ieee") == (precision == "ieee")
             del values["BLOCK_T"]  # exact inference takes fewer frames a program

@@ -11,6 +11,7 @@ KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 OPS = {
     "bn_relu_dropout": ({"stats", "forward", "backward_reduce", "backward_apply"}, ("cpu", "triton", "cuda")),
     "conv1d": ({"forward", "dgrad", "wgrad"}, ("aten", "cpu", "triton", "cuda")),
+    "ctc": ({"forward", "backward"}, ("triton",)),
     "novograd": ({"step"}, ("cpu", "triton")),
     "panes": ({"outputs", "forward", "backward_reduce", "gradients"}, ("cpu",)),
     "prefix_beam": ({"search"}, ("cpu",)),

@@ -28,7 +28,7 @@ LAYERS = {
     "nn": {"ops", "dispatch", "kernels"},
     "selfcheck": {"ops", "dispatch", "kernels"},
     "tuning": {"selfcheck", "ops", "dispatch", "kernels"},
-    "training": {"nn", "data", "speech", "dispatch", "kernels"},
+    "training": {"nn", "ops", "data", "speech", "dispatch", "kernels"},
     "inference": {"nn", "data", "speech", "ops", "dispatch", "kernels"},
     "demo": {"inference", "lm", "training", "nn", "data", "speech", "ops", "dispatch", "kernels"},
     "cli": {"bench.cli", "inference", "tuning", "lm", "selfcheck", "nn", "data", "speech", "dispatch", "kernels"},

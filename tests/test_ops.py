@@ -369,7 +369,10 @@ def twice_differentiable() -> dict:
     def given(xs, weights, *norms):
         return ops.panes(xs, ops.pane_stats(ops.gram(xs[0]), weights), weights, *norms)
 
+    scores, lengths = torch.randn(2, 5, 4).log_softmax(2).requires_grad_(), torch.tensor([5, 4])
+    ctc = lambda: ops.ctc_loss(scores, lengths, lengths.new_zeros(2, 1), lengths.new_ones(2))  # noqa: E731
     return {
+        "ctc_loss": (ctc, [scores]),
         "conv1d": (lambda: ops.conv1d(x, w, padding=1), [x, w]),
         "bn_relu_dropout": (lambda: ops.bn_relu_dropout(x, gamma, beta, *stats), [x, gamma, beta]),
         "sub_block": (lambda: ops.sub_block(x, gamma, beta, *stats, w, padding=1), [x, gamma, beta, w]),
@@ -381,7 +384,17 @@ def twice_differentiable() -> dict:
     }
 
 
-OPS = ("conv1d", "bn_relu_dropout", "sub_block", "gram", "panes", "pane_stats", "panes_given", "panes_plain")
+OPS = (
+    "ctc_loss",
+    "conv1d",
+    "bn_relu_dropout",
+    "sub_block",
+    "gram",
+    "panes",
+    "pane_stats",
+    "panes_given",
+    "panes_plain",
+)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -39,15 +39,15 @@ def test_the_plan_holds_every_function_of_every_face_once(face):
     assert functions == {
         *(("bn_relu_dropout", f) for f in ("stats", "forward", "backward")),
         *(("conv1d", f) for f in convs), ("conv1d.fused", "fused"), *([("panes", "plain")] if face == "cpu" else []),
-        ("novograd", "step"),
+        ("novograd", "step"), *([("ctc", "loss")] if face == "triton" else []),
     }  # fmt: skip
     for op in ("bn_relu_dropout", "conv1d"):  # the plan has every public function of the face
         names = {"backward" if n.startswith("backward") else n for n in public(op, face)}
         others = {"pack", "pack_once", "packed_shape", "packed_size", "takes_tf32", "has_bf16"}
         assert names - others <= {f for _, f in functions}
     quick = checks.plan(device, faces=(face,), quick=True)
-    if face == "triton":  # a quick check is in bf16, of which there is no step
-        functions.remove(("novograd", "step"))
+    if face == "triton":  # a quick check is in bf16, of which there is no step and no loss
+        functions -= {("novograd", "step"), ("ctc", "loss")}
     assert {(c.op, c.function) for c in quick} == functions and len(quick) < len(plan) / 2
 
 
@@ -83,8 +83,8 @@ def gpu(monkeypatch, tmp_path):
 def test_every_check_is_made_in_the_dtype_that_is_asked_for(gpu, quick):
     plans = {dtype: checks.plan(GPU, quick=quick, dtypes=(dtype,)) for dtype in checks.DTYPES}
     assert all({check.dtype for check in plan} == {dtype} for dtype, plan in plans.items())
-    # the others are never rounded, and the optimiser's step is one of fp32
-    exact = {check.id for check in plans["float32"] if checks.EXACT in check.variant or check.op == "novograd"}
+    # the others are never rounded; the optimiser's step and the loss are of fp32
+    exact = {check.id for check in plans["float32"] if checks.EXACT in check.variant or check.op in ("novograd", "ctc")}
     same = [
         {check.id.replace(f"| {dtype} |", "|") for check in plan if check.id not in exact}
         for dtype, plan in plans.items()
@@ -105,8 +105,8 @@ def test_a_face_is_checked_in_the_dtypes_that_it_has():
     make_face("cpu")
     plan = checks.plan(CPU, faces=("cpu",))
     in_each = {dtype: {check.op for check in plan if check.dtype == dtype} for dtype in checks.DTYPES}
-    assert in_each["float32"] == set(verdict.OPS)
-    assert in_each["float16"] == in_each["bfloat16"] == set(verdict.OPS) - {"panes", "novograd"}
+    assert in_each["float32"] == set(verdict.OPS) - {"ctc"}
+    assert in_each["float16"] == in_each["bfloat16"] == set(verdict.OPS) - {"panes", "novograd", "ctc"}
     assert {check.dtype for check in checks.plan(CPU, faces=("cpu",), dtypes=("float16",))} == {"float16"}
     assert {check.dtype for check in checks.plan(CPU, quick=True)} <= {"float32", "bfloat16"}
 

@@ -218,6 +218,7 @@ RULES = (
         (
             ("bn_relu_dropout (stats|backward_reduce)", "they leave a number a channel"),
             ("conv1d last", "rows of 29 symbols start anywhere"),
+            ("ctc", "a program goes frame by frame, and rows of 29 symbols start anywhere"),
             ("novograd squares", "it leaves a number a run"),
             ("all unaligned", "slices of a buffer begin anywhere"),
         ),

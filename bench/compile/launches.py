@@ -12,12 +12,14 @@ from jasper_fast.kernels import aot, launch, tables
 from jasper_fast.kernels.bn_relu_dropout import triton_impl as bn
 from jasper_fast.kernels.conv1d import triton_impl as conv1d
 from jasper_fast.kernels.conv1d import triton_tiles
+from jasper_fast.kernels.ctc import triton_impl as ctc
 from jasper_fast.kernels.novograd import triton_impl as novograd
 from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
 
 N, P = 32, 0.2  # utterances, which with FRAMES give enough rows for whole tiles; dropout rate
 FRAMES = (840, 48, 16)  # T' of 16.7 s, and two at which the default tiles have fewer rows
+LABELS = (120, 250, 500)  # of a target: those of a batch of speech have up to some 400
 PANES = 256  # channels of the panes of a residual block
 META = torch.device("meta")
 EXACT = " ieee"  # suffix of the names of kernels with exact fp32 products
@@ -43,6 +45,9 @@ def recorded(arch: int, dtype: str) -> Recorded:
     for aligned, averages in itertools.product((True, False), repeat=2) if dtype == "float32" else ():
         for kernel, source in _sources(arch, functools.partial(step, aligned, averages)):
             yield kernel, "all" + " unaligned" * (not aligned), source
+    for U in LABELS if dtype == "float32" else ():
+        for kernel, source in _sources(arch, functools.partial(loss, U)):
+            yield kernel, "any" if "gradient" in kernel else f"U{U}", source
     yield from measured(arch, dtype)
 
 
@@ -126,6 +131,15 @@ def step(aligned: bool, averages: bool) -> None:
     novograd.step(tensors, Watched([], []), settings, None, None, 0.0, True, {})
 
 
+def loss(labels: int) -> None:
+    """The CTC loss of targets of so many labels, and its gradient."""
+    log_probs = torch.empty(N, FRAMES[0], 29, device=META)
+    lengths, targets = (torch.empty(*shape, dtype=torch.int64, device=META) for shape in ((N,), (N, labels)))
+    given = log_probs, lengths, targets, lengths
+    losses, alpha = ctc.forward(*given, 28)
+    ctc.backward(losses, *given, losses, alpha, 28, False)
+
+
 def _exacts(dtype: torch.dtype) -> tuple[bool, ...]:
     """The settings for fp32 products: rounded to TF32, or exact. Users choose by PyTorch's setting."""
     return (False, True) if dtype == torch.float32 else (False,)
@@ -159,6 +173,8 @@ def called(one: launch.Launch, exact: bool) -> str:
     """The name of a launch's kernel in a row: its function, and the optional parts that are on."""
     values = one.arguments
     name = one.name.strip("_").removesuffix("_kernel")
+    if name.startswith("ctc"):
+        return name.replace("_", " ")
     if not name.startswith("conv1d"):
         flags = (flag.removeprefix("HAS_").lower() for flag in values if flag.startswith("HAS_") and values[flag])
         return " ".join(["novograd" if name in ("squares", "update") else "bn_relu_dropout", name, *flags])

@@ -8,7 +8,7 @@ import warnings
 import torch
 
 from jasper_fast.dispatch import backends, rules, tuned, verdicts
-from jasper_fast.dispatch.backends import NORM, PANES, BackendMissing
+from jasper_fast.dispatch.backends import CTC, NORM, PANES, BackendMissing
 from jasper_fast.dispatch.verdict import GOOD
 from jasper_fast.kernels import tables
 from jasper_fast.kernels.conv1d import cuda_launch
@@ -53,6 +53,16 @@ def _resolve(backend: str, device: torch.device | str, op: str | None, dtype: to
         return first
     dtypes = tables.DTYPES if dtype is None else (dtype,)
     return first if all(_trusted(op, first, device, of, PLAIN) for of in dtypes) else "reference"
+
+
+@torch.compiler.assume_constant_result
+def ctc_face(backend: str, device: torch.device) -> str:
+    """The face of the CTC loss in fp32 on `device`: "triton", which has it alone, if its verdict is good, or
+    "reference"."""
+    gpu = torch.device(device).type == "cuda"
+    if gpu and backend != "reference" and backends.why_missing("triton", device) is None:
+        return "triton" if backend == "triton" else resolve("auto", device, CTC, torch.float32)
+    return "triton" if resolve(backend, device) == "triton" else "reference"
 
 
 @torch.compiler.assume_constant_result

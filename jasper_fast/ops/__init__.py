@@ -6,6 +6,7 @@ N batch, C channels, T frames, K taps, M = N*T rows; activations are logical (N,
 
 from jasper_fast.ops.bn_relu_dropout_op import bn_relu_dropout, bn_stats, draw_seeds
 from jasper_fast.ops.conv1d_op import conv1d
+from jasper_fast.ops.ctc_op import ctc_loss
 from jasper_fast.ops.panes_op import Gram, gram, pane_stats, panes
 from jasper_fast.ops.panes_plain_op import panes_plain
 from jasper_fast.ops.sub_block_op import sub_block
@@ -15,6 +16,7 @@ __all__ = [
     "bn_relu_dropout",
     "bn_stats",
     "conv1d",
+    "ctc_loss",
     "draw_seeds",
     "gram",
     "pane_stats",

@@ -42,6 +42,8 @@ def case(check: Check, device: torch.device, seed: int, *, timed: bool = False) 
         return _panes_case(check, draw)
     if check.op == "novograd":
         return _step_case(check, draw)
+    if check.op == "ctc":
+        return _loss_case(check, draw)
     return _fused_case(check, draw) if check.function == "fused" else _conv_case(check, draw)
 
 
@@ -321,6 +323,28 @@ def _step_case(check: Check, draw: _Draw) -> Case:
         lambda: results("reference", False),
         lambda: results("reference", True),
         inputs | {"live": live, "its": its},
+    )
+
+
+def _loss_case(check: Check, draw: _Draw) -> Case:
+    """The CTC loss and its gradient of targets of all lengths; frames of all lengths, where their target fits."""
+    n, t, v, u = check.shape
+    log_probs = draw.normal(n, t, v, dtype=torch.float32, scale=3.0).log_softmax(2)
+    targets = (draw.uniform(n * u) * (v - 1)).long().view(n, u)
+    target_lengths = torch.tensor([(u, u // 2, 0, 1)[i % 4] for i in range(n)], device=draw.device)
+    lengths = torch.tensor([t - (i % 2) * (t // 3) for i in range(n)], device=draw.device)
+    given, up = (lengths, targets, target_lengths), draw.uniform(n)
+
+    def results(face: str, log_probs: Tensor, up: Tensor) -> dict[str, Tensor]:
+        impl = backends.face("ctc", face)
+        losses, alpha = impl.forward(log_probs, *given, v - 1)
+        return {"loss": losses, "dx": impl.backward(up, log_probs, *given, losses, alpha, v - 1, False)}
+
+    return Case(
+        lambda: results(check.face, log_probs, up),
+        lambda: results("reference", log_probs, up),
+        lambda: results("reference", *_wide(log_probs, up)),
+        {"log_probs": log_probs, "targets": targets, "lengths": lengths, "up": up},
     )
 
 

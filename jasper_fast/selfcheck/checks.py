@@ -54,6 +54,18 @@ class Norm(NamedTuple):
         return f"({self.n}, {self.c}, {self.t})"
 
 
+class Speech(NamedTuple):
+    """Inputs of the CTC loss: batch, frames, symbols, labels of the longest target."""
+
+    n: int
+    t: int
+    v: int
+    u: int
+
+    def __str__(self) -> str:
+        return f"({self.n}, {self.t}, {self.v}) U {self.u}"
+
+
 # odd frames, one frame, fewer frames than the taps reach, stride 2, dilation 2 with channels that no tile divides
 SMALL_CONV = (Conv(2, 37, 64, 48, 11), Conv(3, 1, 32, 32, 1), Conv(3, 5, 32, 29, 25), Conv(2, 41, 64, 32, 11, 2),
               Conv(2, 23, 35, 48, 3, 1, 2))  # fmt: skip
@@ -77,6 +89,7 @@ QUICK_NORM = (Norm(2, 64, 37), Norm(2, 256, 200))
 NORM_VARIANTS = ("batch", "evaluation", "residual", "no dropout", "no lengths", "halo")
 FUSED_VARIANTS = ("plain", "panes", "panes splits", "features", "log-softmax", "splits")
 STEP_VARIANTS = ("plain", "all", "not finite")
+SMALL_CTC, REAL_CTC = (Speech(5, 23, 7, 6), Speech(4, 9, 40, 3)), (Speech(8, 420, 29, 150), Speech(4, 840, 129, 300))
 UNCLEAN = "unclean"  # padding of x holds NaN and must not be read: an engine's first conv, direct calls of a face
 CLEAN_FUNCTIONS = ("forward", "forward_stats", "wgrad", "fused")  # functions of Triton's conv with the argument `clean`
 SMALL_PANES, PANES = 40, 256  # channels of a second input: 40 do not fill a step of a tile, so no descriptors are used
@@ -92,7 +105,7 @@ class Check:
     face: str
     function: str
     configuration: str
-    shape: Conv | Norm
+    shape: Conv | Norm | Speech
     dtype: str
     variant: str = ""
     tile: dict[str, int] | None = None
@@ -138,6 +151,8 @@ def plan(
                 found += _norms(face, dtype, quick, large)
             if face != "cuda" and dtype == "float32" and "novograd" in ops:
                 found += _steps(face, quick, large)
+            if face == "triton" and dtype == "float32" and "ctc" in ops:
+                found += _losses(quick, large)
             if face == "cuda" and dtype == "float32":
                 continue  # its convs take 16 bits
             if "conv1d" in ops:
@@ -184,6 +199,12 @@ def _steps(face: str, quick: bool, large: bool) -> Iterator[Check]:
     for shape in (QUICK_CONV if quick else (*SMALL_CONV[:3], REAL_CONV[-1])) if large else SMALL_CONV[:2]:
         for variant in STEP_VARIANTS:
             yield Check("novograd", face, "step", "default", shape, "float32", variant)
+
+
+def _losses(quick: bool, large: bool) -> Iterator[Check]:
+    """The CTC loss and its gradient."""
+    for shape in SMALL_CTC + (REAL_CTC[: 1 if quick else None] if large else ()):
+        yield Check("ctc", "triton", "loss", "default", shape, "float32")
 
 
 def _conv_shapes(quick: bool, large: bool, face: str) -> tuple[Conv, ...]:

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jasper_fast import ops
 from jasper_fast.data.batch import Batch
+from jasper_fast.dispatch import choose
 from jasper_fast.speech.augment import Augment
 from jasper_fast.speech.features import LogMelFeatures
 from jasper_fast.training.ema import EMA
@@ -27,13 +29,23 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths
     """CTC loss of each utterance, (N,) fp32, not divided by its target's length.
 
     `log_probs` (N, T, V) with the blank last, `lengths` (N,) frames, `targets` (N, U) or concatenated, `target_lengths`
-    (N,). Infinite where a target does not fit its frames. On a GPU, lengths that are on the host avoid a wait.
-    Semantics: the reference's `CTCLossNM`. Equivalent to `F.ctc_loss(log_probs.transpose(0, 1), ..., blank=V - 1,
+    (N,). Infinite where a target does not fit its frames. On a GPU `ops.ctc_loss` where `reads_no_lengths`, which moves
+    to it what is not there; else PyTorch's, for which lengths that are on the host avoid a wait. Semantics: the
+    reference's `CTCLossNM`. Equivalent to `F.ctc_loss(log_probs.transpose(0, 1), ..., blank=V - 1,
     reduction="none")` in fp32.
     """
     with torch.autocast(log_probs.device.type, enabled=False):
-        rows = log_probs.float().transpose(0, 1)
+        rows = log_probs.float()
+        if targets.dim() == 2 and reads_no_lengths(rows.device):
+            given = (x.to(rows.device, torch.int64, non_blocking=True) for x in (lengths, targets, target_lengths))
+            return ops.ctc_loss(rows, *given)
+        rows = rows.transpose(0, 1)
         return F.ctc_loss(rows, targets, lengths, target_lengths, blank=rows.shape[2] - 1, reduction="none")
+
+
+def reads_no_lengths(device: torch.device) -> bool:
+    """Whether the loss on `device` takes lengths that are there, so that a step may be captured in a CUDA graph."""
+    return device.type != "cpu" and choose.ctc_face("auto", device) == "triton"
 
 
 def batch_loss(losses: Tensor) -> Tensor:
@@ -128,15 +140,17 @@ def train_step(
     core = getattr(model, "module", model)
     guard.remember()
     optimizer.zero_grad(set_to_none=True)
-    losses, heard, names = [], [], []
+    losses, heard, names, on_device = [], [], [], reads_no_lengths(device)
     for i, batch in enumerate(batches):
         audio, targets = (t.to(device, non_blocking=True) for t in (batch.audio, batch.targets))
         silent = model.no_sync() if core is not model and i + 1 < len(batches) else nullcontext()
         with silent:
-            features, lengths, frames = frontend(audio, batch.audio_lengths)
+            told = batch.audio_lengths.to(device, non_blocking=True) if on_device else batch.audio_lengths
+            features, lengths, frames = frontend(audio, told)
             with torch.autocast(device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):
                 log_probs, out_lengths = model(features, lengths)
-            each = ctc_loss(log_probs, core.out_lengths(frames), targets, batch.target_lengths)
+            frames = out_lengths if on_device else core.out_lengths(frames)
+            each = ctc_loss(log_probs, frames, targets, batch.target_lengths)
             scaler.scale(batch_loss(each) / len(batches)).backward()
         losses.append(each.detach())
         heard.append(torch.isfinite(features).flatten(1).all(1))

@@ -1,0 +1,101 @@
+"""The CTC loss with all lengths on the device: nothing of it is read by the host, so a CUDA graph can hold it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from jasper_fast.dispatch import choose
+from jasper_fast.dispatch.backends import face as _face
+from jasper_fast.ops.registration import lib, register_autograd, without_autocast
+
+lib.define(
+    "ctc_loss(Tensor log_probs, Tensor lengths, Tensor targets, Tensor target_lengths, int blank, bool zero_infinity, "
+    "str face) -> (Tensor, Tensor)"
+)
+lib.define(
+    "ctc_loss_backward(Tensor dlosses, Tensor log_probs, Tensor lengths, Tensor targets, Tensor target_lengths, "
+    "Tensor losses, Tensor alpha, int blank, bool zero_infinity, str face) -> Tensor"
+)
+
+
+def _forward(log_probs, lengths, targets, target_lengths, blank, zero_infinity, face):
+    return _face("ctc", face).forward(log_probs, lengths, targets, target_lengths, blank)
+
+
+def _backward(dlosses, log_probs, lengths, targets, target_lengths, losses, alpha, blank, zero_infinity, face):
+    saved = log_probs, lengths, targets, target_lengths, losses, alpha
+    return _face("ctc", face).backward(dlosses, *saved, blank, zero_infinity)
+
+
+lib.impl("ctc_loss", without_autocast(_forward), "CompositeExplicitAutograd")
+lib.impl("ctc_loss_backward", without_autocast(_backward), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("jasper_fast::ctc_loss", lib=lib)
+def _(log_probs, lengths, targets, target_lengths, blank, zero_infinity, face):
+    n, t, _ = log_probs.shape
+    wide = targets.shape[1] + 1
+    return log_probs.new_empty(n), log_probs.new_empty(n, t, 2, wide if face == "reference" else (wide + 3) // 4 * 4)
+
+
+@torch.library.register_fake("jasper_fast::ctc_loss_backward", lib=lib)
+def _(dlosses, log_probs, *_args):
+    return torch.empty_like(log_probs, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.blank, ctx.zero_infinity, ctx.face = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _grad(ctx, dlosses, _dalpha):
+    if dlosses is None:
+        return (None,) * 7
+    how = ctx.blank, ctx.zero_infinity, ctx.face
+    return torch.ops.jasper_fast.ctc_loss_backward(dlosses, *ctx.saved_tensors, *how), *(None,) * 6
+
+
+register_autograd("ctc_loss", _grad, _save)
+
+
+def ctc_loss(
+    log_probs: Tensor,
+    lengths: Tensor,
+    targets: Tensor,
+    target_lengths: Tensor,
+    *,
+    blank: int | None = None,
+    zero_infinity: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """CTC loss of each utterance, (N,); all arguments on one device, and nothing waits for it.
+
+    `log_probs` (N, T, V), fp32 or fp64, of a log-softmax; `lengths` (N,) frames; `targets` (N, U), whatever beyond
+    `target_lengths` (N,); int64. `blank`: None is V - 1. A loss is infinite where its target does not fit, and its
+    gradient NaN; with `zero_infinity` both are 0. The gradient is 0 at t >= length. On the Triton face fp32 alone; the
+    reference, which other faces and dtypes take, makes some 20 launches a frame. Lengths beyond T and U count as these.
+
+    Raises ValueError for shapes and dtypes that do not fit. Equivalent to `F.ctc_loss(log_probs.transpose(0, 1),
+    targets, lengths, target_lengths, blank, "none", zero_infinity)`.
+    """
+    n, blank = log_probs.shape[0], log_probs.shape[-1] - 1 if blank is None else blank
+    if log_probs.dim() != 3 or log_probs.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"log_probs must be (N, T, V), fp32 or fp64, got {tuple(log_probs.shape)} {log_probs.dtype}")
+    if targets.dim() != 2 or any(len(x) != n for x in (targets, lengths, target_lengths)):
+        found = ", ".join(str(tuple(x.shape)) for x in (targets, lengths, target_lengths))
+        raise ValueError(f"targets (N, U), lengths and target_lengths (N,) must be of {n} utterances, got {found}")
+    if any(x.dtype != torch.int64 or x.device != log_probs.device for x in (targets, lengths, target_lengths)):
+        raise ValueError(f"targets, lengths and target_lengths must be int64 on {log_probs.device}, as log_probs is")
+    if not 0 <= blank < log_probs.shape[2]:
+        raise ValueError(f"blank must be one of the {log_probs.shape[2]} symbols, got {blank}")
+    face = choose.ctc_face(backend, log_probs.device) if log_probs.dtype == torch.float32 else "reference"
+    if face == "triton" and log_probs.stride(2) != 1:
+        log_probs = log_probs.contiguous()
+    given = lengths.clamp(0, log_probs.shape[1]), targets.contiguous(), target_lengths.clamp(0, targets.shape[1])
+    losses, _ = torch.ops.jasper_fast.ctc_loss(log_probs, *given, blank, zero_infinity, face)
+    return torch.where(losses == math.inf, 0.0, losses) if zero_infinity else losses

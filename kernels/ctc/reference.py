@@ -1,0 +1,92 @@
+"""The definition of the CTC loss, in plain PyTorch: any device, fp64 too. Nothing is read by the host."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def forward(
+    log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor, blank: int
+) -> tuple[Tensor, Tensor]:
+    """The loss of each utterance (N,), infinite where its target does not fit, and what `backward` wants.
+
+    That is the forward variable of every state, (N, T, 2, W) with W > U: of blanks, and of labels.
+    """
+    n, t, _ = log_probs.shape
+    labels, differs, _ = _states(targets, target_lengths)
+    low, at = _low(log_probs), torch.arange(labels.shape[1], device=log_probs.device)
+    b, lab = torch.where(at == 0, 0.0, low).expand(labels.shape), low.expand(labels.shape)
+    alpha = log_probs.new_full((n, t, 2, labels.shape[1]), -math.inf)
+    for i in range(t):
+        at_blank, at_label = _emissions(log_probs[:, i], labels, blank)
+        before = F.pad(lab[:, :-1], (1, 0), value=-math.inf)
+        going = (i < lengths)[:, None]
+        new = at_blank + _lse(b, before), at_label + _lse(lab, b, torch.where(differs, before, low))
+        b, lab = torch.where(going, new[0], b), torch.where(going, new[1], lab)
+        alpha[:, i] = torch.stack([b, lab], 1)
+    last = target_lengths[:, None]
+    end = _lse(b.gather(1, last), torch.where(last > 0, lab.gather(1, (last - 1).clamp(min=0)), low))
+    return -end[:, 0], alpha
+
+
+def backward(
+    dlosses: Tensor,
+    log_probs: Tensor,
+    lengths: Tensor,
+    targets: Tensor,
+    target_lengths: Tensor,
+    losses: Tensor,
+    alpha: Tensor,
+    blank: int,
+    zero_infinity: bool,
+) -> Tensor:
+    """The gradient of `log_probs`. Of an infinite loss it is NaN, or 0 with `zero_infinity`."""
+    labels, differs, blanks = _states(targets, target_lengths)
+    low, at = _low(log_probs), torch.arange(labels.shape[1], device=log_probs.device)
+    b = torch.where(at == target_lengths[:, None], 0.0, low)
+    lab = torch.where(at == target_lengths[:, None] - 1, 0.0, low)
+    grads = torch.zeros_like(log_probs, memory_format=torch.contiguous_format)
+    for i in reversed(range(log_probs.shape[1])):
+        row, going = log_probs[:, i], (i < lengths)[:, None]
+        of_blanks, of_labels = ((alpha[:, i, k] + x + losses[:, None]).exp() for k, x in ((0, b), (1, lab)))
+        posterior = torch.zeros_like(row).scatter_add_(1, labels.clamp(min=0), torch.where(labels >= 0, of_labels, 0.0))
+        posterior[:, blank] += torch.where(blanks, of_blanks, 0.0).sum(1)
+        posterior = torch.where((losses == math.inf)[:, None], math.nan, posterior)
+        grads[:, i] = torch.where(going, dlosses[:, None] * (row.exp() - posterior), 0.0)
+        at_blank, at_label = _emissions(row, labels, blank)
+        x, y = b + at_blank, lab + at_label
+        later = F.pad(_lse(x, torch.where(differs, y, low))[:, 1:], (0, 1), value=-math.inf)
+        b, lab = torch.where(going, _lse(x, y), b), torch.where(going, _lse(y, later), lab)
+    if zero_infinity:
+        grads = torch.where((losses == math.inf)[:, None, None], 0.0, grads)
+    return grads
+
+
+def _low(like: Tensor) -> Tensor:
+    return like.new_full((), -math.inf)
+
+
+def _states(targets: Tensor, target_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, U + 1): the labels, -1 where there is none; whether one differs from the label before; the blanks."""
+    at = torch.arange(targets.shape[1] + 1, device=targets.device)
+    labels = torch.where(at < target_lengths[:, None], F.pad(targets, (0, 1)), -1)
+    before = F.pad(labels[:, :-1], (1, 0), value=-1)
+    return labels, (labels >= 0) & (before >= 0) & (labels != before), at <= target_lengths[:, None]
+
+
+def _emissions(row: Tensor, labels: Tensor, blank: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities in one frame (N, V) of the blank (N, 1) and of the labels (N, U + 1)."""
+    of_labels = row.gather(1, labels.clamp(min=0))
+    return row[:, blank, None], torch.where(labels >= 0, of_labels, -math.inf)
+
+
+def _lse(*xs: Tensor) -> Tensor:
+    """log(sum(exp(x))), -inf where all are."""
+    highest = functools.reduce(torch.maximum, xs)
+    highest = torch.where(highest == -math.inf, 0.0, highest)
+    return highest + sum((x - highest).exp() for x in xs).log()

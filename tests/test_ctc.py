@@ -1,0 +1,170 @@
+"""The CTC loss on every face: PyTorch's values and gradients, every kind of target, and what it never reads."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from close import assert_close
+from conftest import Face, make_face
+from torch import Tensor
+
+from jasper_fast import ops
+from jasper_fast.kernels.ctc import triton_impl
+from jasper_fast.training import step
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, interpreting log(0)
+
+N, T, V, U = 7, 14, 6, 5
+LENGTHS = [14, 9, 7, 3, 0, 0, 6]
+COUNTS = [5, 3, 0, 4, 5, 0, 5]  # the fourth does not fit: it has repeats; the fifth has no frames; the last just fits
+
+
+@pytest.fixture(params=["reference", "triton"])
+def face(request) -> Face:
+    return make_face(request.param)
+
+
+def inputs(device: torch.device, dtype: torch.dtype = torch.float32, blank: int = V - 1) -> tuple[Tensor, ...]:
+    """(log_probs, lengths, targets, target_lengths): repeated labels, and anything beyond the target's length."""
+    draw = torch.Generator().manual_seed(1)
+    log_probs = torch.randn(N, T, V, dtype=torch.float64, generator=draw).log_softmax(2)
+    targets = torch.tensor(
+        [[0, 1, 1, 2, 4], [1, 1, 1, 9, 9], [9] * 5, [3, 3, 3, 3, 9], [0] * 5, [9] * 5, [0, 1, 1, 2, 3]]
+    )
+    targets = torch.where((targets >= blank) & (targets < V - 1), targets + 1, targets)
+    given = torch.tensor(LENGTHS), targets, torch.tensor(COUNTS)
+    return log_probs.to(device, dtype), *(x.to(device) for x in given)
+
+
+def torchs(log_probs: Tensor, lengths, targets, counts, up: Tensor, blank: int, zero_infinity: bool):
+    """PyTorch's losses and gradient, on the CPU."""
+    leaf = log_probs.cpu().detach().requires_grad_()
+    targets = targets.cpu().clamp(max=log_probs.shape[2] - 1)
+    losses = F.ctc_loss(
+        leaf.transpose(0, 1), targets, lengths.cpu(), counts.cpu(), blank, "none", zero_infinity=zero_infinity
+    )
+    return losses.detach(), torch.autograd.grad(losses, leaf, up.cpu())[0]
+
+
+@pytest.mark.parametrize("blank", [V - 1, 0])
+@pytest.mark.parametrize("zero_infinity", [False, True])
+def test_it_is_pytorchs(face, blank, zero_infinity):
+    exact, low = inputs(face.device, torch.float64, blank), inputs(face.device, blank=blank)
+    up = torch.rand(N, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(face.device)
+    want = torchs(*exact, up, blank, zero_infinity)
+    theirs = torchs(low[0], *low[1:], up.float(), blank, zero_infinity)
+    for dtype, given in ((torch.float32, low), (torch.float64, exact)):
+        leaf = given[0].requires_grad_()
+        losses = ops.ctc_loss(leaf, *given[1:], blank=blank, zero_infinity=zero_infinity, backend=face.name)
+        assert losses.dtype == dtype
+        (dx,) = torch.autograd.grad(losses, leaf, up.to(dtype))
+        for name, got, plain, ref in zip(("loss", "dx"), (losses, dx), theirs, want, strict=True):
+            got = got.detach().cpu()
+            assert torch.equal(got.isnan(), ref.isnan()) and torch.equal(got.isinf(), ref.isinf()), name
+            got, plain, ref = (x.nan_to_num(0.0, 0.0, 0.0) for x in (got, plain, ref))
+            assert_close(name, got, plain.to(dtype), ref, factor=4.0)
+    bad = [zero_infinity or n not in (3, 4) for n in range(N)]
+    assert losses.isfinite().tolist() == bad
+
+
+def test_it_is_right_through_a_softmax():
+    """Of fp64 by differences: the gradient alone leaves out what a log-softmax takes off again."""
+    x = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)
+    given = torch.tensor([6, 4, 5]), torch.tensor([[0, 0], [1, 2], [2, 0]]), torch.tensor([2, 2, 1])
+    assert torch.autograd.gradcheck(lambda x: ops.ctc_loss(x.log_softmax(2), *given), x)
+
+
+def test_it_is_the_same_in_any_memory_order_and_amid_others(face):
+    """Whatever the strides, and whatever other utterances, longer targets and frames beyond the lengths there are."""
+    log_probs, lengths, targets, counts = inputs(face.device)
+    wide = torch.full((N, T + 3, V), math.nan, device=face.device)
+    wide[:, :T] = log_probs.masked_fill(
+        torch.arange(T, device=face.device)[:, None] >= lengths[:, None, None], math.nan
+    )
+    more = F.pad(targets, (0, 4), value=2)
+    forms = [
+        (log_probs, targets),
+        (log_probs.transpose(0, 1).contiguous().transpose(0, 1), targets),
+        (log_probs.transpose(1, 2).contiguous().transpose(1, 2), targets),
+        (wide, more),
+    ]
+    found = []
+    for form, labels in forms:
+        leaf = form.detach().requires_grad_()
+        losses = ops.ctc_loss(leaf, lengths, labels, counts, zero_infinity=True, backend=face.name)
+        (dx,) = torch.autograd.grad(losses, leaf, torch.ones_like(losses))
+        assert not dx[:, T:].any()
+        found.append((losses.detach(), dx[:, :T]))
+    for losses, dx in found[1:]:
+        assert torch.equal(losses, found[0][0])
+        torch.testing.assert_close(dx, found[0][1], rtol=1e-5, atol=1e-6)  # sums of more terms, some of them 0
+    alone = ops.ctc_loss(log_probs[1:2], lengths[1:2], targets[1:2], counts[1:2], backend=face.name)
+    assert torch.equal(alone, found[0][0][1:2])
+
+
+def test_more_labels_than_a_program_has_threads(face):
+    """States in several registers a thread, and symbols in several programs."""
+    draw = torch.Generator().manual_seed(3)
+    log_probs = torch.randn(2, 75, 45, generator=draw).log_softmax(2).to(face.device)
+    targets = torch.randint(0, 44, (2, 68), generator=draw).to(face.device)
+    given = torch.tensor([75, 71], device=face.device), targets, torch.tensor([66, 40], device=face.device)
+    up = torch.tensor([1.0, -2.0], device=face.device)
+    losses = ops.ctc_loss(leaf := log_probs.requires_grad_(), *given, backend=face.name)
+    (dx,) = torch.autograd.grad(losses, leaf, up)
+    plain = torchs(log_probs, *given, up, 44, False)
+    exact = torchs(log_probs.double(), *given, up.double(), 44, False)
+    assert losses.isfinite().all()
+    for name, got, low, ref in zip(("loss", "dx"), (losses, dx), plain, exact, strict=True):
+        assert_close(name, got.detach().cpu(), low, ref, factor=4.0)
+
+
+def test_a_nan_in_one_utterance_is_its_own(face):
+    log_probs, lengths, targets, counts = inputs(face.device)
+    log_probs[1, 4] = math.nan
+    leaf = log_probs.requires_grad_()
+    losses = ops.ctc_loss(leaf, lengths, targets, counts, backend=face.name)
+    (dx,) = torch.autograd.grad(losses, leaf, torch.ones_like(losses))
+    assert losses.isnan().tolist() == [n == 1 for n in range(N)]
+    assert dx[1, : LENGTHS[1]].isnan().any() and not dx[[0, 2, 5, 6]].isnan().any()
+
+
+def test_wrong_arguments_are_named():
+    log_probs, lengths, targets, counts = inputs(torch.device("cpu"))
+    for args, said in [
+        ((log_probs.half(), lengths, targets, counts), "fp32 or fp64"),
+        ((log_probs, lengths[:2], targets, counts), "of 7 utterances"),
+        ((log_probs, lengths, targets.flatten(), counts), "of 7 utterances"),
+        ((log_probs, lengths.int(), targets, counts), "int64"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            ops.ctc_loss(*args)
+    with pytest.raises(ValueError, match="one of the 6 symbols"):
+        ops.ctc_loss(log_probs, lengths, targets, counts, blank=6)
+
+
+def test_the_op_is_registered_well(face):
+    log_probs, *given = inputs(face.device)
+    losses, alpha = torch.ops.jasper_fast.ctc_loss(log_probs, *given, V - 1, True, face.name)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(
+        torch.ops.jasper_fast.ctc_loss.default, (log_probs, *given, V - 1, True, face.name), test_utils=checks[:2]
+    )
+    saved = torch.rand(N, device=face.device), log_probs, *given, losses, alpha, V - 1, True, face.name
+    torch.library.opcheck(torch.ops.jasper_fast.ctc_loss_backward.default, saved, test_utils=checks[:2])
+
+
+def test_the_loss_of_a_step_takes_the_one_that_reads_no_lengths(monkeypatch):
+    """Where there is one: on a CPU there is none."""
+    log_probs, lengths, targets, counts = inputs(torch.device("cpu"))
+    targets = targets.clamp(max=V - 2)
+    want = step.ctc_loss(log_probs, lengths, targets, counts)
+    monkeypatch.setattr(step, "reads_no_lengths", lambda device: True)
+    monkeypatch.setattr(F, "ctc_loss", None)
+    torch.testing.assert_close(
+        step.ctc_loss(log_probs.bfloat16().float(), lengths.int(), targets, counts), want, rtol=0.05, atol=0
+    )
+    assert not torch.equal(step.ctc_loss(log_probs, lengths, targets, counts), torch.zeros(N))
+    assert triton_impl._states(300) == {"BLOCK_U": 512, "num_warps": 8}
