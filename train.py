@@ -17,13 +17,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import functools
 import inspect
 import math
-import os
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,15 +39,14 @@ from jasper_fast.nn.config import ConfigError, JasperConfig
 from jasper_fast.nn.model import Jasper
 from jasper_fast.options import option
 from jasper_fast.speech.metrics import wer
+from jasper_fast.training import options as training_options
 from jasper_fast.training.console import talker, training_bar
-from jasper_fast.training.ema import EMA
 from jasper_fast.training.folder import Folder
+from jasper_fast.training.loop import Loop
 from jasper_fast.training.meter import Meter
-from jasper_fast.training.optim import NovoGrad
-from jasper_fast.training.randomness import rng_state, seed_everything, set_rng_state, settle
+from jasper_fast.training.randomness import seed_everything, set_rng_state, settle
 from jasper_fast.training.runs import Ranks, RunError, RunLog, StopRequest
 from jasper_fast.training.scale import accumulation_for, largest_batches, scan_memory
-from jasper_fast.training.schedules import POLICIES, Schedule
 from jasper_fast.training.split import Split
 from jasper_fast.training.state import TrainingState
 from jasper_fast.training.step import AMP_DTYPES, BufferGuard, StepResult, missed_step, train_step
@@ -67,11 +64,7 @@ OPTIONS = {
         option("--init-map", nargs="+", default=[], metavar="NEW=OLD", help="rows of new labels start from old ones'"),
         option("--freeze-encoder", action="store_true", help="train the decoder alone; the encoder stays as it is"),
     ],
-    "length of the run; the first limit reached ends it": [
-        option("--epochs", type=int, default=100, help="passes over the data (100)"),
-        option("--steps", type=int, help="updates of the weights; replaces --epochs"),
-        option("--max-minutes", type=float, help="over all parts of a resumed run"),
-    ],
+    "length of the run; the first limit reached ends it": training_options.LENGTH,
     "batches, of each process": [
         option("--batch-size", type=int, help="utterances in a micro-batch (16, without --batch-seconds)"),
         option("--batch-seconds", type=float, help="padded seconds of audio in a micro-batch"),
@@ -80,42 +73,20 @@ OPTIONS = {
         option("--no-bucketing", action="store_true", help="mix lengths within a batch"),
         option("--num-workers", type=int, default=0, help="processes that read audio; 0 reads in the training one"),
     ],
-    "optimisation": [
-        option("--optimizer", choices=("novograd", "adamw"), default="novograd", help="(novograd)"),
-        option("--betas", type=float, nargs=2, metavar="B", help="(novograd 0.95 0, adamw 0.9 0.999)"),
-        option("--weight-decay", type=float, default=1e-3, help="of all parameters (0.001)"),
-        option("--clip-norm", type=float, default=0.0, help="bound on the gradient's norm (0: none)"),
-        option("--lr", type=float, default=0.01, help="peak learning rate (0.01)"),
-        option("--min-lr", type=float, default=1e-5, help="its floor (1e-5)"),
-        option("--lr-policy", choices=POLICIES, default="exponential", help="after warm-up and hold (exponential)"),
-        option("--lr-gamma", type=float, default=0.981, help="exponential: factor of an epoch (0.981)"),
-        option("--lr-power", type=float, default=2.0, help="polynomial: exponent (2)"),
-        option("--warmup-epochs", type=float, default=2.0, help="linear warm-up (2)"),
-        option("--warmup-steps", type=int, help="replaces --warmup-epochs"),
-        option("--hold-epochs", type=float, default=0.0, help="at the peak (0)"),
-        option("--hold-steps", type=int, help="replaces --hold-epochs"),
-        option("--lr-by-clock", action="store_true", help="reach the schedule's end with --max-minutes, if earlier"),
-        option("--ema", type=float, default=0.0, metavar="DECAY", help="moving average of the weights (0: none)"),
-        option("--ema-warmup", action="store_true", help="shorter average in the first steps, for short runs"),
-        option("--max-bad-steps", type=int, default=20, help="NaN or infinite steps in a row that end the run (20)"),
-    ],
+    "optimisation": training_options.optimisation(),
     "machine": [
         option("--device", default="auto", help="auto, cpu, cuda, cuda:1"),
         option("--backend", choices=BACKENDS, default="auto", help="kernels; asking for a missing one is an error"),
         option("--panes", choices=PANE_FORMS, default="auto", help="form of the residual; auto: gram on a GPU"),
-        option("--amp", choices=tuple(AMP_DTYPES), default="off", help="mixed precision; fp16 scales the loss"),
+        training_options.AMP,
         option("--fp32-precision", choices=FP32_PRECISIONS, help="of fp32 products on a GPU (convs tf32, others ieee)"),
-        option("--seed", type=int, default=42, help="of weights, order, augmentation, dropout (42)"),
+        training_options.SEED,
         option("--deterministic", action="store_true", help="bit-equal repeats on a GPU too, slower"),
         option("--cudnn-benchmark", action="store_true", help="cuDNN times its algorithms for each new batch shape"),
     ],
     "output": [
         option("--output-dir", required=True, metavar="DIR", help="for logs and checkpoints"),
-        option("--resume", action="store_true", help="continue from the newest whole checkpoint, if there is one"),
-        option("--log-every", type=int, default=25, metavar="STEPS", help="figures; a GPU is waited for then (25)"),
-        option("--val-every", type=int, metavar="STEPS", help="validation (each epoch)"),
-        option("--save-every", type=int, metavar="STEPS", help="checkpoint (each epoch)"),
-        option("--keep", type=int, default=2, metavar="N", help="last checkpoints to keep (2)"),
+        *training_options.OUTPUT,
         option("--milestones", type=int, nargs="*", default=[], metavar="EPOCH", help="checkpoints to keep for good"),
     ],
 }
@@ -128,22 +99,9 @@ def arguments(argv: list[str] | None = None, prog: str | None = None) -> argpars
     args = parser.parse_args(argv)
     if args.batch_size is None and args.batch_seconds is None:
         args.batch_size = 16
-    for name in (
-        "epochs",
-        "steps",
-        "grad_accumulation",
-        "log_every",
-        "val_every",
-        "save_every",
-        "keep",
-        "global_batch",
-    ):
-        if (getattr(args, name) or 1) < 1 or getattr(args, name) == 0:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts started this again
-        args.resume = True
-    if args.lr_by_clock and not args.max_minutes:
-        parser.error("--lr-by-clock needs --max-minutes")
+    counts = (*training_options.COUNTS, "grad_accumulation", "global_batch")
+    if fault := training_options.wrong(args, counts):
+        parser.error(fault)
     if args.deterministic and args.cudnn_benchmark:
         parser.error("--cudnn-benchmark lets the clock choose algorithms, which --deterministic forbids: drop either")
     return args
@@ -175,13 +133,7 @@ def make_state(args: argparse.Namespace, config: JasperConfig, ranks: Ranks) -> 
         loading.load_weights(core, weights, labels=config.labels, strict=False, decoder=args.init_decoder, like=like)
     if args.freeze_encoder:
         core.freeze_encoder()
-    ema = EMA(core, args.ema, warmup=args.ema_warmup) if args.ema else None
-    kind, betas = functools.partial(NovoGrad, ema=ema, backend=args.backend), (0.95, 0.0)
-    if args.optimizer == "adamw":
-        kind, betas = functools.partial(torch.optim.AdamW, fused=True), (0.9, 0.999)
-    betas = tuple(args.betas or betas)
-    learning = [p for p in core.parameters() if p.requires_grad]
-    optimizer = kind(learning, lr=args.lr, betas=betas, weight_decay=args.weight_decay)
+    optimizer, ema = training_options.make_learner(args, core, args.backend)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.amp == "fp16")
     return TrainingState(core, optimizer, scaler, Meter(args.max_bad_steps), ema)
 
@@ -195,20 +147,6 @@ def distributed(core: nn.Module, ranks: Ranks) -> nn.Module:
     # Running statistics are made equal before they are used, not in every forward; torch 2.13 has another name for it.
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(core, device_ids=places, **{buffers: False})
-
-
-def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
-    return Schedule(
-        lr=args.lr,
-        policy=args.lr_policy,
-        warmup_steps=round(args.warmup_epochs * steps_per_epoch) if args.warmup_steps is None else args.warmup_steps,
-        hold_steps=round(args.hold_epochs * steps_per_epoch) if args.hold_steps is None else args.hold_steps,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=args.steps or args.epochs * steps_per_epoch,
-        gamma=args.lr_gamma,
-        power=args.lr_power,
-        min_lr=args.min_lr,
-    )
 
 
 def resume(
@@ -259,51 +197,21 @@ STEP = "loss {loss:.3f}, WER {wer:.1%}, lr {lr:.2e}, grad norm {grad_norm:.3g}, 
 STEP += ", {waited_s:.1f} s waited for data"
 
 
-class Due(NamedTuple):
-    """What must be done after a step."""
-
-    log: bool
-    validation: bool
-    save: bool
-    epoch_over: bool
-
-
 @dataclasses.dataclass
-class Run:
-    """All parts of a run, and what it does between its steps; every rank does the same."""
+class Run(Loop):
+    """A run that trains Jasper."""
 
-    args: argparse.Namespace
-    ranks: Ranks
-    console: Any
-    state: TrainingState
     train: Split
     val: Split | None
-    schedule: Schedule
-    folder: Folder
-    about: dict[str, Any]
-    stop: StopRequest
-    log: RunLog
-    judged: int  # the step of the last validation, or of the start
-    kept: int  # that of the last checkpoint
 
-    def due(self) -> Due:
-        """By the step among those of the run and of its epoch."""
-        args, state, last = self.args, self.state, self.state.step == self.schedule.total_steps
-        over = state.position == self.train.steps(state.epoch, args.grad_accumulation)
-        validation = state.step % args.val_every == 0 if args.val_every else over
-        save = state.step % args.save_every == 0 if args.save_every else over
-        return Due(state.step % args.log_every == 0 or last, validation and bool(self.val), save, over)
+    best, best_text = "best_wer", "WER {:.2%}"
 
-    def learning_rate(self) -> float:
-        args, total = self.args, self.schedule.total_steps
-        elapsed = self.state.minutes / args.max_minutes if args.lr_by_clock else 0.0
-        return self.schedule(max(self.state.step, int(elapsed * total)))
+    def epoch_steps(self) -> int:
+        return self.train.steps(self.state.epoch, self.args.grad_accumulation)
 
-    def tell_skipped(self) -> None:
-        """Reads the figures so far; names what made steps bad. Raises RunError where that does not end."""
-        if bad := self.state.meter.read():
-            talker().print(*(f"step skipped: {culprit}" for culprit in bad), sep="\n")
-            self.log.write(self.state.step, "skipped", names=bad)
+    @property
+    def validates(self) -> bool:
+        return self.val is not None
 
     def tell_step(self, result: StepResult, lr: float, epoch: int, epochs: float) -> str:
         """Writes the interval's figures; gives the bar's text."""
@@ -322,9 +230,7 @@ class Run:
             state, self.ranks, val.frontend, val.batches, val.dataset.vocabulary, AMP_DTYPES[args.amp], args.seed,
             stopped=lambda: bool(self.stop.signal),
         )  # fmt: skip
-        state.unjudged = results is None
-        if results is None:
-            self.console.print("validation was broken off by a signal")
+        if self.broken_off(results):
             return
         for weights, r in results.items():
             log.write(state.step, f"val_{weights}", loss=r.loss, wer=r.wer, cer=r.cer, minutes=state.minutes)
@@ -333,53 +239,20 @@ class Run:
                 self.console.print(f"  {culprit}")
         for said, got in r.examples[:2]:
             self.console.print(f"  said {said!r}\n   got {got!r}")
-        self.judged, best = state.step, r.wer < state.best_wer
-        state.best_wer = min(r.wer, state.best_wer)
-        state.meter.restart()
-        if best:
-            self.save("best")
-
-    def save(self, *names: str | None) -> None:
-        """Writes a checkpoint under each of the names, None for its step."""
-        self.ranks.same_buffers(self.state.model)
-        everything = self.state.state_dict() | self.about | {"rng": self.ranks.gather(rng_state())}
-        for name in names if self.ranks.first else ():
-            self.folder.save(everything, name)
-        self.kept = self.state.step if None in names else self.kept
-        self.state.meter.restart()
+        self.keep_best(r.wer)
 
     def tell_unusable(self) -> None:
         """Names files that turned out to be unusable since it was asked last."""
         if lines := self.train.newly_skipped():
             talker().print(*lines, sep="\n")
 
-    @contextlib.contextmanager
-    def saved(self) -> Iterator[None]:
-        """Inside, what ends the run on all ranks with good weights, such as too many bad steps, saves them first."""
-        try:
-            yield
-        except RunError:
-            self.save(None)
-            raise
-
     def finish(self, stopped: bool) -> None:
-        """Judges, unless a signal stopped the run, and saves what came after the last checkpoint."""
+        """Tells what is left to tell, and ends as every run does."""
         self.tell_skipped()
         self.tell_unusable()
-        if self.val and not stopped and self.judged != self.state.step:
-            self.judge()
-        if self.kept != self.state.step:
-            self.save(None)
         if len(self.train.dataset.skipped):
             self.console.print(f"training data: {self.train.dataset.skipped}")
-        best = f", best WER {self.state.best_wer:.2%}" if self.state.best_wer < math.inf else ""
-        how = (
-            f"stopped by {self.stop.signal or 'a signal to another process'}; go on with --resume"
-            if stopped
-            else "done"
-        )
-        state, place = self.state, self.folder.path
-        self.console.print(f"{how}: step {state.step}, {state.minutes:.1f} minutes{best}, checkpoints in {place}")
+        super().finish(stopped)
 
 
 def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[nn.Module, Run, Any]:
@@ -393,7 +266,7 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[nn.Module, Run
         config = JasperConfig.from_yaml(args.config)
         train, val = load_data(args, config, ranks, console)
         state = make_state(args, config, ranks)
-        schedule = make_schedule(args, train.steps(0, args.grad_accumulation))
+        schedule = training_options.make_schedule(args, train.steps(0, args.grad_accumulation))
         seed_everything(args.seed + ranks.rank)  # equal weights, but each process has noise and dropout of its own
         folder = Folder(args.output_dir, args.keep, args.milestones)
         generators = resume(args, folder, state, train, ranks, console)
@@ -408,8 +281,8 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[nn.Module, Run
     log.write(state.step, "start", device=ranks.place, processes=ranks.world, arguments=vars(args), versions=versions)
     size, total = sum(p.numel() for p in state.model.parameters()), schedule.total_steps
     console.print(f"{size:,} parameters on {ranks.place}, {schedule.steps_per_epoch} steps an epoch, {total} in all")
-    parts = (args, ranks, console, state, train, val, schedule, folder, about, stop, log)
-    return distributed(state.model, ranks), Run(*parts, judged=state.step, kept=state.step), generators
+    parts = (args, ranks, console, state, schedule, folder, about, stop, log, state.step, state.step)
+    return distributed(state.model, ranks), Run(*parts, train=train, val=val), generators
 
 
 def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingState], None] | None = None) -> None:
@@ -436,9 +309,7 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
             stopped, late, unread = ranks.vote(bool(stop.signal), late, not readable)
             if stopped or late:
                 break
-            lr = run.learning_rate()
-            for group in state.optimizer.param_groups:
-                group["lr"] = lr
+            lr = run.set_learning_rate()
             if unread:
                 result = missed_step(ranks.device, batches)
             else:
@@ -454,7 +325,7 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
 
             # What is due
             due, epoch = run.due(), state.epoch + 1
-            epochs = state.epoch + state.position / train.steps(state.epoch, accumulation)
+            epochs = state.epoch + state.position / run.epoch_steps()
             if due.epoch_over:
                 state.next_epoch()
             if not on_gpu or any(due):

@@ -24,7 +24,8 @@ class Meter:
     rank could read no file), and stops the training after `max_bad` of them in a row.
     """
 
-    def __init__(self, max_bad: int = 20):
+    def __init__(self, max_bad: int = 20, advice: tuple[str, str] = ADVICE):
+        self.advice = advice
         self.max_bad, self.bad_in_a_row, self.bad_losses, self.overflows, self.unread = max_bad, 0, 0, 0, 0
         self._pending: list[StepResult] = []
         self.restart()
@@ -68,7 +69,7 @@ class Meter:
         if self.bad_in_a_row >= self.max_bad:
             culprit = bad[-1] if bad else "the gradient has no finite norm"
             raise RunError(
-                f"{self.bad_in_a_row} steps in a row were skipped; the last: {culprit}. {ADVICE[bool(last.unread)]}"
+                f"{self.bad_in_a_row} steps in a row were skipped; the last: {culprit}. {self.advice[bool(last.unread)]}"
             )
         return bad
 

@@ -155,12 +155,26 @@ def train_step(
         losses.append(each.detach())
         heard.append(torch.isfinite(features).flatten(1).all(1))
         names += batch.names
-    good = torch.isfinite(torch.cat(losses)).all()
-    guard.settle(good)
-    norm = update(core, optimizer, scaler, clip_norm)
-    if ema is not None and getattr(optimizer, "ema", None) is not ema:
-        ema.update(core)
+    norm = finish(core, losses, optimizer, scaler, guard, clip_norm, ema)
     return StepResult(losses, heard, names, norm, log_probs.detach(), out_lengths, batch.texts)
+
+
+def finish(
+    model: nn.Module,
+    losses: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    guard: BufferGuard,
+    clip_norm: float = 0.0,
+    ema: EMA | None = None,
+) -> Tensor:
+    """The end of a step after the backward of `losses`: buffers settled, weights and `ema` updated; gives the
+    gradient's norm."""
+    guard.settle(torch.isfinite(torch.cat(list(losses))).all())
+    norm = update(model, optimizer, scaler, clip_norm)
+    if ema is not None and getattr(optimizer, "ema", None) is not ema:
+        ema.update(model)
+    return norm
 
 
 def update(

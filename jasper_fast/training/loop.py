@@ -1,0 +1,132 @@
+"""What every training run does between its steps, whatever it learns: figures, validation, checkpoints, its end."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from jasper_fast.training.console import talker
+from jasper_fast.training.folder import Folder
+from jasper_fast.training.randomness import rng_state
+from jasper_fast.training.runs import Ranks, RunError, RunLog, StopRequest
+from jasper_fast.training.schedules import Schedule
+from jasper_fast.training.state import TrainingState
+
+
+class Due(NamedTuple):
+    """What must be done after a step."""
+
+    log: bool
+    validation: bool
+    save: bool
+    epoch_over: bool
+
+
+@dataclass
+class Loop:
+    """The parts of a run, and what it does between its steps; every rank does the same.
+
+    A subclass says how many steps the epoch has, whether it validates, and how it judges; `best` names the field of
+    the state that holds the best figure so far, less being better.
+    """
+
+    args: argparse.Namespace
+    ranks: Ranks
+    console: Any
+    state: TrainingState
+    schedule: Schedule
+    folder: Folder
+    about: dict[str, Any]
+    stop: StopRequest
+    log: RunLog
+    judged: int  # the step of the last validation, or of the start
+    kept: int  # that of the last checkpoint
+
+    best: ClassVar[str]
+    best_text: ClassVar[str]  # a format of it
+
+    def epoch_steps(self) -> int:
+        """The number of steps in the epoch under way."""
+        raise NotImplementedError
+
+    @property
+    def validates(self) -> bool:
+        raise NotImplementedError
+
+    def judge(self) -> None:
+        """Validates, and keeps the best so far."""
+        raise NotImplementedError
+
+    def due(self) -> Due:
+        """By the step among those of the run and of its epoch."""
+        args, state, last = self.args, self.state, self.state.step == self.schedule.total_steps
+        over = state.position == self.epoch_steps()
+        validation = state.step % args.val_every == 0 if args.val_every else over
+        save = state.step % args.save_every == 0 if args.save_every else over
+        return Due(state.step % args.log_every == 0 or last, validation and self.validates, save, over)
+
+    def set_learning_rate(self) -> float:
+        """That of the step to come, which the optimiser is given too."""
+        args, total = self.args, self.schedule.total_steps
+        elapsed = self.state.minutes / args.max_minutes if args.lr_by_clock else 0.0
+        lr = self.schedule(max(self.state.step, int(elapsed * total)))
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def tell_skipped(self) -> None:
+        """Reads the figures so far; names what made steps bad. Raises RunError where that does not end."""
+        if bad := self.state.meter.read():
+            talker().print(*(f"step skipped: {culprit}" for culprit in bad), sep="\n")
+            self.log.write(self.state.step, "skipped", names=bad)
+
+    def broken_off(self, results: Any) -> bool:
+        """Whether a signal broke off the validation, which then has no `results`; a resumed run makes up for it."""
+        self.state.unjudged = results is None
+        if results is None:
+            self.console.print("validation was broken off by a signal")
+        return results is None
+
+    def keep_best(self, figure: float) -> None:
+        """Notes the figure of a validation, and saves the state as the best where it is."""
+        before = getattr(self.state, self.best)
+        self.judged = self.state.step
+        setattr(self.state, self.best, min(figure, before))
+        self.state.meter.restart()
+        if figure < before:
+            self.save("best")
+
+    def save(self, *names: str | None) -> None:
+        """Writes a checkpoint under each of the names, None for its step."""
+        self.ranks.same_buffers(self.state.model)
+        everything = self.state.state_dict() | self.about | {"rng": self.ranks.gather(rng_state())}
+        for name in names if self.ranks.first else ():
+            self.folder.save(everything, name)
+        self.kept = self.state.step if None in names else self.kept
+        self.state.meter.restart()
+
+    @contextlib.contextmanager
+    def saved(self) -> Iterator[None]:
+        """Inside, what ends the run on all ranks with good weights, such as too many bad steps, saves them first."""
+        try:
+            yield
+        except RunError:
+            self.save(None)
+            raise
+
+    def finish(self, stopped: bool) -> None:
+        """Judges, unless a signal stopped the run, saves what came after the last checkpoint, and says how it ended."""
+        if self.validates and not stopped and self.judged != self.state.step:
+            self.judge()
+        if self.kept != self.state.step:
+            self.save(None)
+        figure = getattr(self.state, self.best)
+        best = f", best {self.best_text.format(figure)}" if figure < math.inf else ""
+        signal = self.stop.signal or "a signal to another process"
+        how = f"stopped by {signal}; go on with --resume" if stopped else "done"
+        state, place = self.state, self.folder.path
+        self.console.print(f"{how}: step {state.step}, {state.minutes:.1f} minutes{best}, checkpoints in {place}")
