@@ -64,7 +64,7 @@ OPTIONS = {
         option("--init-map", nargs="+", default=[], metavar="NEW=OLD", help="rows of new labels start from old ones'"),
         option("--freeze-encoder", action="store_true", help="train the decoder alone; the encoder stays as it is"),
     ],
-    "length of the run; the first limit reached ends it": training_options.LENGTH,
+    "length of the run; the first limit reached ends it": training_options.length(),
     "batches, of each process": [
         option("--batch-size", type=int, help="utterances in a micro-batch (16, without --batch-seconds)"),
         option("--batch-seconds", type=float, help="padded seconds of audio in a micro-batch"),

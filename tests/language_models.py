@@ -5,6 +5,11 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import torch
+
+from jasper_fast.lm.neural.config import LMConfig
+from jasper_fast.lm.neural.model import TransformerXL
+
 
 def random_arpa(path: Path, words: list[str], order: int, rng: random.Random, unknown: bool = True) -> Path:
     """An ARPA file with all n-grams of a few random lines; its numbers are drawn at random (no distribution)."""
@@ -23,4 +28,15 @@ def random_arpa(path: Path, words: list[str], order: int, rng: random.Random, un
             lines.append(f"{log10}\t{' '.join(gram)}{back_off}")
         lines.append("")
     path.write_text("\n".join([*lines, "\\end\\", ""]))
+    return path
+
+
+def random_neural(path: Path, words: list[str], seed: int = 0, **settings) -> Path:
+    """A checkpoint of a small neural model with random weights, far from their small beginnings."""
+    torch.manual_seed(seed)
+    shape = {"layers": 1, "width": 8, "heads": 2, "inner": 8, "memory": 16} | settings
+    config = LMConfig(len(words) + 2, **shape)
+    model = TransformerXL(config)
+    weights = {name: tensor + 0.5 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+    torch.save({"language_model": vars(config), "names": ["</s>", "<unk>", *words], "state_dict": weights}, path)
     return path

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from language_models import random_arpa
+from language_models import random_arpa, random_neural
 from test_cli import write_checkpoint
 
 from jasper_fast import beam_search
 from jasper_fast.cli import command
+from jasper_fast.lm.neural import scoring
 from jasper_fast.lm.saved import Saved
 from jasper_fast.lm.symbols import SymbolLM, tokens
 from jasper_fast.speech.text import Vocabulary
@@ -31,6 +32,7 @@ def folder(tmp_path_factory):
     (folder / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
     random_arpa(folder / "symbols.arpa", tokens(Vocabulary()), 3, random.Random(0))
     random_arpa(folder / "words.arpa", ["a", "cat", "sat", "i", "o"], 2, random.Random(0))
+    random_neural(folder / "neural.pt", [*map(str, Vocabulary().labels)], characters=True)
     return folder
 
 
@@ -61,6 +63,30 @@ def test_saved_log_probs_give_what_evaluate_gave(folder, tmp_path, capsys):
     assert [r["pred_text"] for r in greedy["utterances_list"]] != [r["pred_text"] for r in report["utterances_list"]]
     assert run(folder, "evaluate", "--save-log-probs", tmp_path / "saved") == 2
     assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_lists_are_rescored(folder, tmp_path):
+    options = ("--lm", folder / "symbols.arpa", "--beam", 20, "--alpha", 0.7)
+    first = evaluate(folder, tmp_path, *options, "--n-best", 20)
+    again = evaluate(folder, tmp_path, *options, "--n-best", 3, "--rescore", folder / "neural.pt",
+                     "--rescore-weight", 0.5)  # fmt: skip
+    assert again["decoding"]["rescore_weight"] == 0.5 and again["decoding"]["rescore"] == str(folder / "neural.pt")
+    lm, moved = scoring.load(folder / "neural.pt", "cpu"), 0
+    for before, after in zip(first["utterances_list"], again["utterances_list"], strict=True):
+        texts = [h["text"] for h in before["hypotheses"]]
+        scores = [h["score"] + 0.5 * p for h, p in zip(before["hypotheses"], lm(texts), strict=True)]
+        order = sorted(range(len(texts)), key=lambda i: -scores[i])[:3]
+        assert [h["text"] for h in after["hypotheses"]] == [texts[i] for i in order]
+        assert [h["score"] for h in after["hypotheses"]] == pytest.approx([scores[i] for i in order], abs=2e-3)
+        assert after["pred_text"] == texts[order[0]]
+        moved += order[0] != 0
+    assert moved, "the second pass changes a text"
+    weights = {"lm": "symbols.arpa", "beam": 20, "alpha": 0.7, "rescore": "neural.pt", "rescore_weight": 0.5}
+    (folder / "both.yaml").write_text(json.dumps(weights))
+    by_file = evaluate(folder, tmp_path, "--lm", folder / "both.yaml", "--n-best", 3)
+    assert by_file["utterances_list"] == again["utterances_list"]
+    alone = evaluate(folder, tmp_path, "--lm", folder / "both.yaml", "--rescore-weight", 0, "--n-best", 20)
+    assert alone["utterances_list"] == first["utterances_list"]
 
 
 def test_words_in_processes_one_by_one_or_together(folder, tmp_path):
@@ -100,6 +126,12 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
         (("--beam", "8", "--beta", "nan"), "beta nan"),
         (("--lm", folder / "symbols.arpa", "--alpha", "-1"), "alpha -1"),
         (("--n-best", "2"), "give --json too"),
+        (("--rescore-weight", "1"), "--rescore-weight needs a language model; name one with --rescore"),
+        (("--beam", "8", "--rescore-weight", "1"), "--rescore-weight needs a neural language model"),
+        (("--rescore", "gone"), "gone: no such language model"),
+        (("--rescore", folder / "symbols.arpa"), "symbols.arpa is not a complete PyTorch checkpoint"),
+        (("--rescore", folder / "model.pt"), "model.pt: holds no neural language model"),
+        (("--rescore", folder / "neural.pt", "--rescore-weight", "nan"), "--rescore-weight nan is not finite"),
     ):
         assert run(folder, "transcribe", *options) == 2
         error = capsys.readouterr().err

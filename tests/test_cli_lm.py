@@ -106,6 +106,37 @@ def test_tune_finds_weights_that_help(kind, text, saved, tmp_path, capsys):
     assert (tmp_path / "tune.html").read_text().count('class="cell') == 3
 
 
+def test_tune_finds_the_weight_of_a_second_pass(text, saved, tmp_path, capsys):
+    small = ("--layers", 1, "--width", 16, "--heads", 2, "--memory", 16, "--segment", 16, "--batch-size", 4)
+    options = (
+        "--characters",
+        "--out",
+        tmp_path / "neural",
+        *small,
+        "--steps",
+        80,
+        "--lr",
+        0.02,
+        "--device",
+        "cpu",
+        "-q",
+    )
+    assert run("lm", "train-neural", text, *options, "--device", "cpu") == 0
+    out = tmp_path / "best.yaml"
+    weights = ("--rescore", tmp_path / "neural", "--rescore-weight", "0,0.5,1", "--beta", "0,0.5", "--beam", 64)
+    report = ("--out", out, "--report", tmp_path / "tune.html", "--device", "cpu")
+    capsys.readouterr()
+    assert run("lm", "tune", "--log-probs", saved, *weights, *report) == 0
+    said, found = capsys.readouterr().out, tuned.read(out)
+    greedy, best = (float(x) for x in re.findall(r"([\d.]+) %", said))
+    assert best < greedy and found["rescore_weight"] > 0 and f"rescoring weight {found['rescore_weight']:g}" in said
+    assert found["rescore"] == str(tmp_path / "neural") and "lm" not in found and "alpha" not in found
+    page = (tmp_path / "tune.html").read_text()
+    assert page.count('class="cell') == 2 and f"rescoring {found['rescore_weight']:g}" in page
+    assert run("lm", "tune", "--log-probs", saved, "--out", out) == 2
+    assert "no language model; name one with --lm" in capsys.readouterr().err
+
+
 def test_errors_are_one_line(text, saved, tmp_path, capsys):
     cases = [
         (("train", tmp_path / "gone", "--order", 2, "--out", tmp_path / "x"), "gone: no such text"),

@@ -21,7 +21,7 @@ KERNELS_MAY = {"torch", "triton", "numpy", "cupy", "cupy_backends"} | sys.stdlib
 LAYERS = {
     "kernels": set(),
     "speech": set(),
-    "lm": {"speech", "kernels"},
+    "lm": {"training", "nn", "data", "speech", "dispatch", "kernels"},
     "data": {"speech"},
     "dispatch": {"kernels"},
     "ops": {"dispatch", "kernels"},

@@ -21,7 +21,7 @@ RECORDED = Path(__file__).with_name("interface.json")
 BENCH = ("kernels", "train", "optimizer", "latency", "memory", "decode", "all", "launches", "gpu", "profile", "tune")
 BENCH += ("compile", "report", "data")
 PACKAGE = ("transcribe", "evaluate", "export", "info", "selfcheck", "check", "tune", "prepare librispeech")
-PACKAGE += ("prepare manifest", "prepare shards", "lm train", "lm perplexity", "lm info", "lm tune")
+PACKAGE += ("prepare manifest", "prepare shards", "lm train", "lm train-neural", "lm perplexity", "lm info", "lm tune")
 
 
 def schemas() -> list[str]:

@@ -148,6 +148,12 @@ DECODING = {  # the options of `decoder`
         option("--beta", type=float, metavar="B", help="added for each word (-0.2), or for each symbol (0.0)"),
         option("--n-best", type=positive(int), metavar="K", help="keep the K best texts of each utterance"),
         option(
+            "--rescore",
+            metavar="MODEL",
+            help="neural language model (`lm train-neural`): weighs the best texts of the search again, 64 or --n-best",
+        ),
+        option("--rescore-weight", type=float, metavar="W", help="of its log p, natural logarithms (1.0)"),
+        option(
             "--decode-processes",
             type=positive(int),
             metavar="N",
@@ -163,28 +169,53 @@ def decoder(arguments: argparse.Namespace, vocabulary: Any) -> Any:
 
     asked = {name: getattr(arguments, name) for name in ("beam", "alpha", "beta", "n_best")}
     asked["hot_words"] = _hot_words(arguments) or None
+    file, lexicon, model, weight = (getattr(arguments, n) for n in ("lm", "lexicon", "rescore", "rescore_weight"))
     unknown = arguments.unknown_score
     if arguments.open_vocabulary and unknown is None:
         unknown = spelt.UNKNOWN
-    if arguments.lm is None and unknown is not None:
+    if file is None and unknown is not None:
         raise UsageError("--open-vocabulary and --unknown-score need a language model of words; name one with --lm")
-    if arguments.lm is None and all(value is None for value in asked.values()):
-        if arguments.lexicon is not None:
-            raise UsageError("--lexicon needs a language model; name one with --lm")
+    if file is None and model is None and all(value is None for value in asked.values()):
+        for name, value in (("--lexicon", lexicon), ("--rescore-weight", weight)):
+            if value is not None:
+                needed = "--lm" if name == "--lexicon" else "--rescore"
+                raise UsageError(f"{name} needs a language model; name one with {needed}")
         return None
-    file, lexicon = arguments.lm, arguments.lexicon
     if file is not None and tuned.is_settings(file):
         settings = tuned.read(file)
-        file, lexicon = settings["lm"], lexicon or settings.get("lexicon")
+        file, lexicon = settings.get("lm"), lexicon or settings.get("lexicon")
         asked |= {name: settings.get(name) for name in ("beam", "alpha", "beta") if asked[name] is None}
+        if model is None and weight != 0:
+            model = settings.get("rescore")
+            weight = settings.get("rescore_weight") if weight is None else weight
     elif file is None and (lexicon is not None or asked["alpha"] is not None):
         raise UsageError("--lexicon and --alpha need a language model; name one with --lm")
+    if model is None and weight:
+        raise UsageError("--rescore-weight needs a neural language model; name one with --rescore")
     lm = decoders.load_lm(file, vocabulary, lexicon, unknown) if file is not None else None
     if left_out := getattr(lm, "left_out", ()):
         print(f"{len(left_out)} words of {lexicon or file} cannot be spelt with the labels, such as {left_out[0]!r}; "
               "they are left out", file=sys.stderr)  # fmt: skip
     given = {name: value for name, value in asked.items() if value is not None}
-    return decoders.decoder(vocabulary, lm, processes=arguments.decode_processes, **given)
+    if model is None:
+        return decoders.decoder(vocabulary, lm, processes=arguments.decode_processes, **given)
+    return _rescoring(arguments, vocabulary, lm, given, model, 1.0 if weight is None else weight)
+
+
+def _rescoring(
+    arguments: argparse.Namespace, vocabulary: Any, lm: Any, given: dict[str, Any], model: str, weight: float
+) -> Any:
+    """The search that ``given`` asks for, its lists rescored by a neural model."""
+    from jasper_fast.lm import decoders
+    from jasper_fast.lm.neural import scoring
+    from jasper_fast.lm.rescore import LISTED, Rescoring
+
+    if not math.isfinite(weight):
+        raise UsageError(f"--rescore-weight {weight} is not finite")
+    scorer, kept = scoring.load(model, device_of(arguments.device)), given.get("n_best", 1)
+    searched = given | {"n_best": max(kept, LISTED)}
+    first = decoders.decoder(vocabulary, lm, processes=arguments.decode_processes, **searched)
+    return Rescoring(first, scorer, vocabulary, weight, kept)
 
 
 def _hot_words(arguments: argparse.Namespace) -> dict[str, float]:

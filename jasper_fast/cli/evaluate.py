@@ -31,7 +31,7 @@ on 8 GPUs: torchrun --nproc-per-node 8 -m jasper_fast evaluate --manifest ... --
 
 
 _DECODING = ("lm", "lexicon", "open_vocabulary", "unknown_score", "hot_word", "hot_words")
-_DECODING += ("beam", "alpha", "beta", "n_best")
+_DECODING += ("beam", "alpha", "beta", "n_best", "rescore", "rescore_weight")
 HELP = "word and character error rate on a manifest"
 OPTIONS = {
     "": [

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from jasper_fast.cli import common
+from jasper_fast.lm.neural.options import OPTIONS as _TRAIN_NEURAL
 from jasper_fast.options import option
 
-HELP = "language models: train n-grams, describe them, tune their weights"
+HELP = "language models: train n-grams or neural ones, describe them, tune their weights"
 
 _TRAIN = {
     "": [
@@ -36,7 +37,7 @@ _TRAIN = {
 }
 _PERPLEXITY = {
     "": [
-        option("lm", metavar="LM", help="ARPA or KenLM binary"),
+        option("lm", metavar="LM", help="ARPA, KenLM binary, or a neural one"),
         option("text", metavar="TEXT", help="UTF-8 text, gzipped or not, a sentence a line"),
         option("--lower-case", action="store_true", help="the text in small letters"),
         option("--json", action="store_true", help="as JSON"),
@@ -44,7 +45,7 @@ _PERPLEXITY = {
 }
 _INFO = {
     "": [
-        option("lm", metavar="LM", help="ARPA or KenLM binary"),
+        option("lm", metavar="LM", help="ARPA, KenLM binary, or a neural one"),
         option("--json", action="store_true", help="as JSON"),
     ]
 }
@@ -57,11 +58,14 @@ def numbers(text: str) -> list[float]:
 _TUNE = {
     "": [
         option("--log-probs", required=True, metavar="DIR", help="what `evaluate --save-log-probs` kept"),
-        option("--lm", required=True, metavar="FILE", help="language model, as `transcribe` takes it"),
+        option("--lm", metavar="FILE", help="language model, as `transcribe` takes it"),
         option("--lexicon", metavar="FILE", help="words that may be said, one a line"),
         option("--beam", type=common.positive(int), default=128, metavar="N", help="width of the search (128)"),
         option("--alpha", type=numbers, metavar="A,B,..", help="weights to try (0,0.5,1,1.5,2,2.5,3)"),
         option("--beta", type=numbers, metavar="A,B,..", help="to try, for a word or a symbol (-1,-0.5,0,0.5,1)"),
+        option("--rescore", metavar="MODEL", help="a neural language model for a second pass"),
+        option("--rescore-weight", type=numbers, metavar="A,B,..", help="of it, to try (0,0.25,0.5,0.75,1,1.5,2)"),
+        option("--device", default="auto", help="of the neural one; default: a GPU if there is one"),
         option(
             "--random",
             type=common.positive(int),
@@ -99,6 +103,14 @@ def train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def train_neural(arguments: argparse.Namespace) -> int:
+    from jasper_fast.lm.neural.training import train
+
+    common.check_writable(arguments.out)
+    train(arguments)
+    return 0
+
+
 def _progress(quiet: bool) -> Any:
     if quiet or not sys.stderr.isatty():
         return lambda what, share: None
@@ -131,7 +143,13 @@ def info(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found))
         return 0
-    print(f"{found['file']}: {found['form']}, {found['bytes'] / 2**20:.1f} MiB, order {found['order']}")
+    order = f", order {found['order']}" if "order" in found else ""
+    print(f"{found['file']}: {found['form']}, {found['bytes'] / 2**20:.1f} MiB{order}")
+    if "parameters" in found:
+        shape = ", ".join(f"{name} {found[name]}" for name in ("layers", "width", "heads", "inner", "memory"))
+        print(f"of {found['of']}, vocabulary {found['vocabulary']}; {found['parameters']:,} parameters, {shape}")
+        best = f", best perplexity {found['best_perplexity']:.2f}" if found["best_perplexity"] else ""
+        print(f"step {found['step']}{best}")
     if "ngrams" in found:
         form = "open (<unk> has a probability)" if found["open"] else "closed (no <unk>)"
         print(f"of {found['of']}, vocabulary {found['vocabulary']}, {form}; least log10 p {found['least_log10']:.2f}")
@@ -147,8 +165,15 @@ def tune(arguments: argparse.Namespace) -> int:
     common.check_writable(arguments.out)
     if not tuned.is_settings(arguments.out):
         raise common.UsageError(f"--out {arguments.out}: --lm knows such files by their end .yaml; name it so")
-    saved = Saved.open(arguments.log_probs)
-    alphas = arguments.alpha or [0.5 * i for i in range(7)]
+    if arguments.lm is None and arguments.rescore is None:
+        raise common.UsageError("no language model; name one with --lm, or a neural one with --rescore, or both")
+    saved, second = Saved.open(arguments.log_probs), None
+    if arguments.rescore:
+        from jasper_fast.lm.neural import scoring
+
+        scorer = scoring.load(arguments.rescore, common.device_of(arguments.device))
+        second = scorer, arguments.rescore_weight or [0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0]
+    alphas = arguments.alpha or ([0.5 * i for i in range(7)] if arguments.lm else [0.0])
     betas = arguments.beta or [-1.0, -0.5, 0.0, 0.5, 1.0]
     grid = list(itertools.product(alphas, betas))
     if arguments.random:
@@ -156,26 +181,34 @@ def tune(arguments: argparse.Namespace) -> int:
         grid = [(rng.uniform(min(alphas), max(alphas)), rng.uniform(min(betas), max(betas)))
                 for _ in range(arguments.random)]  # fmt: skip
     shown, found = sys.stderr.isatty() and not arguments.quiet, []
-    for trial in tuning.trials(saved, arguments.lm, arguments.lexicon, grid, arguments.beam, arguments.processes):
+    total = len(grid) * (len(second[1]) if second else 1)
+    lm, lexicon = arguments.lm, arguments.lexicon
+    for trial in tuning.trials(saved, lm, lexicon, grid, arguments.beam, arguments.processes, second):
         found.append(trial)
         if shown:
-            end = "\r" if len(found) < len(grid) else "\n"
-            print(f"\r{len(found)} of {len(grid)} pairs", end=end, file=sys.stderr, flush=True)
+            end = "\r" if len(found) < total else "\n"
+            print(f"\r{len(found)} of {total} trials", end=end, file=sys.stderr, flush=True)
     without, chosen = tuning.greedy(saved), tuning.best(found)
-    settings = {"lm": arguments.lm, "lexicon": arguments.lexicon, "beam": arguments.beam}
-    settings |= {"alpha": round(chosen.alpha, 6), "beta": round(chosen.beta, 6)}
+    settings = {"lm": lm, "lexicon": lexicon, "beam": arguments.beam}
+    settings |= {"alpha": round(chosen.alpha, 6) if lm else None, "beta": round(chosen.beta, 6)}
+    again = f", rescoring weight {chosen.rescore:g}" if second else ""
+    if second:
+        settings |= {"rescore": arguments.rescore, "rescore_weight": chosen.rescore}
     tuned.write(arguments.out, {name: value for name, value in settings.items() if value is not None})
     if arguments.report:
-        told = f"{arguments.lm}, beam {arguments.beam}, {len(saved.utterances)} utterances of {arguments.log_probs}"
+        of = " and ".join(filter(None, (lm, arguments.rescore)))
+        told = f"{of}, beam {arguments.beam}, {len(saved.utterances)} utterances of {arguments.log_probs}"
         common.write(arguments.report, heat_map.page(found, without, told))
     print(f"greedy WER {100 * without.rate:.2f} %; with the language model {100 * chosen.errors.rate:.2f} % at alpha "
-          f"{chosen.alpha:g}, beta {chosen.beta:g}; written to {arguments.out}")  # fmt: skip
+          f"{chosen.alpha:g}, beta {chosen.beta:g}{again}; written to {arguments.out}")  # fmt: skip
     return 0
 
 
 _COMMANDS = {
     "train": (train, _TRAIN, "an n-gram of words or characters: interpolated modified Kneser-Ney",
               "jasper-fast lm train corpus.txt --order 4 --out lm.arpa --lower-case"),
+    "train-neural": (train_neural, _TRAIN_NEURAL, "a Transformer-XL of words or characters, for --rescore",
+                     "jasper-fast lm train-neural corpus.txt --val dev.txt --lower-case --epochs 10 --out lm"),
     "perplexity": (perplexity, _PERPLEXITY, "how well a model foresees a text",
                    "jasper-fast lm perplexity lm.arpa dev.txt"),
     "info": (info, _INFO, "order, size and vocabulary of a model", "jasper-fast lm info lm.arpa"),

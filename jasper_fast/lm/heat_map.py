@@ -28,10 +28,14 @@ _PAGE = """<!doctype html>
 
 def page(found: Sequence[Trial], without: Errors, told: str) -> str:
     """The page of trials, beside what greedy decoding gives; ``told`` says of what."""
-    chosen = best(found)
+    chosen, pairs = best(found), {}
+    for trial in found:
+        pairs.setdefault((trial.alpha, trial.beta), []).append(trial)
+    found = [best(of) for of in pairs.values()]  # of a pair the best second pass
+    second = f", rescoring {chosen.rescore:g}" if any(t.rescore for of in pairs.values() for t in of) else ""
     summary = (
         f"{escape(told)}. Greedy: WER {100 * without.rate:.2f} %. Best: WER {100 * chosen.errors.rate:.2f} % with "
-        f"alpha {chosen.alpha:g}, beta {chosen.beta:g}, of {len(found)} pairs."
+        f"alpha {chosen.alpha:g}, beta {chosen.beta:g}{second}, of {len(found)} pairs."
     )
     alphas, betas = sorted({t.alpha for t in found}), sorted({t.beta for t in found})
     if len(alphas) * len(betas) == len(found):

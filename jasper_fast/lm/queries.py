@@ -1,4 +1,4 @@
-"""What a language model is, and how well it foresees a text, through KenLM (extra `lm`)."""
+"""What a language model is, and how well it foresees a text; n-grams through KenLM (extra `lm`)."""
 
 from __future__ import annotations
 
@@ -6,38 +6,15 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jasper_fast.extras import need
 from jasper_fast.lm.arpa import SPACE, Arpa, LanguageModelError
+from jasper_fast.lm.neural.files import is_neural
+from jasper_fast.lm.perplexity import Perplexity
 from jasper_fast.lm.texts import TextFile, token
 from jasper_fast.lm.words import is_binary
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """Of a text: its sentences, its words and unknown ones, and log10 p of all, </s> included, and of the unknown."""
-
-    sentences: int
-    words: int
-    unknown: int
-    log10: float
-    log10_unknown: float
-
-    @property
-    def value(self) -> float:
-        return _power(-self.log10, self.words + self.sentences)
-
-    @property
-    def known(self) -> float:
-        """Without the unknown words."""
-        return _power(self.log10_unknown - self.log10, self.words + self.sentences - self.unknown)
-
-
-def _power(log10: float, count: int) -> float:
-    return 10 ** min(log10 / max(count, 1), 300.0)
 
 
 @contextlib.contextmanager
@@ -73,6 +50,10 @@ def perplexity(path: str | os.PathLike, text: str | os.PathLike, lower_case: boo
     characters. Raises LanguageModelError where either cannot be read, or the text is empty."""
     if not Path(text).is_file():
         raise LanguageModelError(f"{text}: no such text")
+    if is_neural(path):
+        from jasper_fast.lm.neural import scoring
+
+        return scoring.load(path).perplexity(text, lower_case)
     model = load(path)
     sentences = words = unknown = 0
     log10 = log10_unknown = 0.0
@@ -94,6 +75,10 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises LanguageModelError where it cannot be read. Of a KenLM binary only order and size can be said.
     """
+    if is_neural(path):
+        from jasper_fast.lm.neural import scoring
+
+        return scoring.describe(path)
     if not Path(path).is_file():
         raise LanguageModelError(f"{path}: no such language model")
     size = Path(path).stat().st_size

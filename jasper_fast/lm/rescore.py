@@ -6,8 +6,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from jasper_fast.speech.decoding import Hypothesis
+import numpy as np
+from torch import Tensor
 
+from jasper_fast.lm.align import best_path
+from jasper_fast.lm.decoders import Decoder
+from jasper_fast.speech.decoding import Hypothesis, Transcript, path_transcript
+from jasper_fast.speech.text import Vocabulary
+
+LISTED = 64  # texts of an utterance that are rescored, where nobody asks for more
 Scorer = Callable[[Sequence[str]], Sequence[float]]
 
 
@@ -39,3 +46,55 @@ def rescore(
         return replace(hypothesis, score=hypothesis.score + (weight * log_p[hypothesis.text] if weight else 0.0))
 
     return [sorted(map(scored, hypotheses), key=lambda h: -h.score) for hypotheses in n_best]
+
+
+def remembering(scorer: Scorer) -> Scorer:
+    """The same scorer, which asks for each text once in its life."""
+    known: dict[str, float] = {}
+
+    def scored(texts: Sequence[str]) -> list[float]:
+        if new := [text for text in dict.fromkeys(texts) if text not in known]:
+            known.update(zip(new, scorer(new), strict=True))
+        return [known[text] for text in texts]
+
+    return scored
+
+
+class Rescoring:
+    """A decoder for a recogniser: the searches of ``first`` (which must give N-best lists), rescored by ``scorer``.
+
+    Transcripts have the text, the times and the confidences of the best, and the ``n_best`` best hypotheses, whose
+    scores are ``score + weight * log p(text)``. Each batch's texts are scored together. Raises ValueError as
+    ``rescore`` does.
+    """
+
+    def __init__(
+        self, first: Decoder, scorer: Scorer, vocabulary: Vocabulary, weight: float = 1.0, n_best: int = 1
+    ) -> None:
+        self.first, self.scorer, self.vocabulary, self.weight, self.n_best = first, scorer, vocabulary, weight, n_best
+
+    def begin(self, log_probs: Tensor, lengths: Tensor, frame_seconds: float) -> Callable[[], list[Transcript]]:
+        heard = self.first.begin(log_probs, lengths, frame_seconds)
+        rows = log_probs.float().cpu().numpy()
+        items = [row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)]
+
+        def finish() -> list[Transcript]:
+            found = heard()
+            lists = rescore([t.hypotheses for t in found], self.scorer, self.weight)
+            return [self._best(*each, frame_seconds) for each in zip(found, lists, items, strict=True)]
+
+        return finish
+
+    def _best(self, first: Transcript, listed: list[Hypothesis], log_probs: np.ndarray, seconds: float) -> Transcript:
+        kept = tuple(listed[: self.n_best])
+        if listed[0].text == first.text:
+            return replace(first, hypotheses=kept)
+        path = best_path(log_probs, listed[0].symbols)
+        if path is None:  # nothing was found, and the text is empty
+            path = np.full(len(log_probs), self.vocabulary.blank)
+        probabilities = np.exp(log_probs[np.arange(len(path)), path])
+        made = path_transcript(path, probabilities, self.vocabulary, seconds)
+        return replace(made, text=listed[0].text, hypotheses=kept)
+
+    def close(self) -> None:
+        self.first.close()

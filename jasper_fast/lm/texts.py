@@ -8,6 +8,8 @@ from typing import IO
 
 from jasper_fast.lm.arpa import SPACE, LanguageModelError, open_plain
 
+_LONGEST = 64 << 20  # bytes of a line
+
 
 class TextFile:
     """The words of a file's lines, empty lines left out; or their characters, the space as one of them.
@@ -27,8 +29,12 @@ class TextFile:
     def __iter__(self) -> Iterator[list[str]]:
         number = 0
         try:
-            with open_plain(self.path) as self._raw:
-                for number, line in enumerate(self._raw, 1):
+            with open_plain(self.path) as raw:
+                self._raw = raw
+                for number, line in enumerate(iter(lambda: raw.readline(_LONGEST), b""), 1):
+                    if len(line) == _LONGEST:
+                        raise LanguageModelError(f"{self.path}, line {number}: longer than {_LONGEST >> 20} MiB; a "
+                                                 "text has a sentence a line")  # fmt: skip
                     text = line.decode()
                     if "\0" in text:
                         raise LanguageModelError(f"{self.path}, line {number}: holds a null byte; this is no text")

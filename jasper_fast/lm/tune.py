@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from jasper_fast.lm.decoders import decoder, load_lm
+from jasper_fast.lm.rescore import LISTED, Scorer, remembering, rescore
 from jasper_fast.lm.saved import Saved
 from jasper_fast.lm.search import check_weights
 from jasper_fast.speech.decoding import greedy_decode
@@ -17,33 +18,41 @@ from jasper_fast.speech.metrics import Errors, word_errors
 
 @dataclass(frozen=True)
 class Trial:
-    """One pair of weights and the word errors that it gave."""
+    """Weights and the word errors that they gave; ``rescore`` is that of a second pass, 0 without one."""
 
     alpha: float
     beta: float
     errors: Errors
+    rescore: float = 0.0
 
 
 def trials(
     saved: Saved,
-    lm: str | os.PathLike,
+    lm: str | os.PathLike | None,
     lexicon: str | os.PathLike | None,
     grid: Sequence[tuple[float, float]],
     beam: int,
     processes: int | None = None,
+    second: tuple[Scorer, Sequence[float]] | None = None,
 ) -> Iterator[Trial]:
-    """Decodes the utterances with each pair (alpha, beta) and counts word errors. Raises LanguageModelError and
-    ValueError as the decoders do."""
+    """Decodes the utterances with each pair (alpha, beta) and counts word errors. With a ``second`` pass its lists are
+    rescored with each of the weights. Raises LanguageModelError and ValueError as the decoders do."""
     for weights in grid:
         check_weights(beam, *weights, 1)
     arrays = [torch.from_numpy(saved.log_probs(i)) for i in range(len(saved.utterances))]
     references = [u["text"] for u in saved.utterances]
-    search = decoder(saved.vocabulary, load_lm(lm, saved.vocabulary, lexicon), beam=beam, processes=processes)
+    settings = {"beam": beam, "processes": processes, "n_best": LISTED if second else 1}
+    loaded = load_lm(lm, saved.vocabulary, lexicon) if lm is not None else None
+    search = decoder(saved.vocabulary, loaded, **settings)
+    scorer, seconds = (remembering(second[0]), second[1]) if second else (None, (0.0,))
     try:
         for search.weights in grid:
             begun = [search.begin(a[None], torch.tensor([len(a)]), saved.frame_seconds) for a in arrays]
-            texts = [transcript.text for heard in begun for transcript in heard()]
-            yield Trial(*search.weights, word_errors(references, texts))
+            lists = [transcript.hypotheses for heard in begun for transcript in heard()]
+            for weight in seconds:
+                again = rescore(lists, scorer, weight) if scorer else lists
+                errors = word_errors(references, [hypotheses[0].text for hypotheses in again])
+                yield Trial(*search.weights, errors, weight)
     finally:
         search.close()
 
@@ -59,4 +68,4 @@ def greedy(saved: Saved) -> Errors:
 
 def best(found: Sequence[Trial]) -> Trial:
     """That with the fewest errors; of equal ones the smallest weights."""
-    return min(found, key=lambda t: (t.errors.total, t.alpha, abs(t.beta)))
+    return min(found, key=lambda t: (t.errors.total, t.alpha, abs(t.beta), abs(t.rescore)))

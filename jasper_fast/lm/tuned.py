@@ -10,8 +10,10 @@ import yaml
 
 from jasper_fast.lm.arpa import LanguageModelError
 
+_PATHS = ("lm", "lexicon", "rescore")
 _KINDS: dict[str, type | tuple[type, ...]] = {
-    "lm": str, "lexicon": (str, type(None)), "beam": int, "alpha": (int, float), "beta": (int, float)
+    "lm": str, "lexicon": (str, type(None)), "beam": int, "alpha": (int, float), "beta": (int, float),
+    "rescore": str, "rescore_weight": (int, float)
 }  # fmt: skip
 
 
@@ -25,12 +27,12 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise LanguageModelError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
-    if not isinstance(found, dict) or "lm" not in found:
+    if not isinstance(found, dict) or not {"lm", "rescore"} & set(found):
         raise LanguageModelError(f"{path}: names no `lm`; `jasper-fast lm tune` writes such files")
     for name, value in found.items():
         if name in _KINDS and (not isinstance(value, _KINDS[name]) or isinstance(value, bool)):
             raise LanguageModelError(f"{path}: {name}: {value!r} is of the wrong kind")
-    for name in ("lm", "lexicon"):
+    for name in _PATHS:
         if found.get(name):
             found[name] = str(Path(path).parent / found[name])
     return found
@@ -39,9 +41,5 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 def write(path: str | os.PathLike, settings: dict[str, Any]) -> None:
     """Writes the settings, with paths from where the file lies."""
     folder = Path(path).resolve().parent
-    relative = {
-        name: os.path.relpath(Path(settings[name]).resolve(), folder)
-        for name in ("lm", "lexicon")
-        if settings.get(name)
-    }
+    relative = {name: os.path.relpath(Path(settings[name]).resolve(), folder) for name in _PATHS if settings.get(name)}
     Path(path).write_text(yaml.safe_dump(settings | relative, sort_keys=False), encoding="utf-8")

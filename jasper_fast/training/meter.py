@@ -68,9 +68,8 @@ class Meter:
         last, self._pending = self._pending[-1], []
         if self.bad_in_a_row >= self.max_bad:
             culprit = bad[-1] if bad else "the gradient has no finite norm"
-            raise RunError(
-                f"{self.bad_in_a_row} steps in a row were skipped; the last: {culprit}. {self.advice[bool(last.unread)]}"
-            )
+            advice = self.advice[bool(last.unread)]
+            raise RunError(f"{self.bad_in_a_row} steps in a row were skipped; the last: {culprit}. {advice}")
         return bad
 
     def figures(self) -> dict[str, float]:

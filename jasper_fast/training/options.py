@@ -11,11 +11,6 @@ from jasper_fast.options import Option, option
 from jasper_fast.training.schedules import POLICIES, Schedule
 
 RESTARTED = "TORCHELASTIC_RESTART_COUNT"
-LENGTH = [
-    option("--epochs", type=int, default=100, help="passes over the data (100)"),
-    option("--steps", type=int, help="updates of the weights; replaces --epochs"),
-    option("--max-minutes", type=float, help="over all parts of a resumed run"),
-]
 SEED = option("--seed", type=int, default=42, help="of weights, order, augmentation, dropout (42)")
 AMP = option(
     "--amp", choices=("off", "fp16", "bf16"), default="off", help="mixed precision; fp16 scales the loss"
@@ -28,6 +23,15 @@ OUTPUT = [
     option("--keep", type=int, default=2, metavar="N", help="last checkpoints to keep (2)"),
 ]
 COUNTS = ("epochs", "steps", "log_every", "val_every", "save_every", "keep")  # at least 1 where they are given
+
+
+def length(epochs: int = 100) -> list[Option]:
+    """The group of the run's length."""
+    return [
+        option("--epochs", type=int, default=epochs, help=f"passes over the data ({epochs})"),
+        option("--steps", type=int, help="updates of the weights; replaces --epochs"),
+        option("--max-minutes", type=float, help="over all parts of a resumed run"),
+    ]
 
 
 def optimisation(

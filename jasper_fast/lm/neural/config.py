@@ -1,0 +1,63 @@
+"""The shape of a neural language model, as its checkpoint keeps it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+_SPLITS = (2000, 20000)  # of the words by frequency, where there are many
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """``width`` D, ``heads``, ``layers``, ``inner`` width of the feed-forward part, ``dropout``; ``memory``: how many
+    earlier tokens a segment remembers; ``cutoffs``: of the adaptive softmax, words by frequency (none: plain softmax).
+
+    ``joined``: a line may look at the lines before it; else each stands alone. Raises ValueError naming a setting that
+    cannot be.
+    """
+
+    vocabulary: int
+    characters: bool = False
+    lower_case: bool = False
+    joined: bool = False
+    layers: int = 4
+    width: int = 256
+    heads: int = 4
+    inner: int = 1024
+    dropout: float = 0.1
+    memory: int = 128
+    cutoffs: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, most in (("layers", 64), ("width", 1 << 16), ("heads", 1 << 10), ("inner", 1 << 18)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} {getattr(self, name)} is not from 1 to {most}")
+        if not 3 <= self.vocabulary <= 1 << 24 or not 0 <= self.memory <= 1 << 16:
+            raise ValueError(f"a vocabulary of {self.vocabulary} or a memory of {self.memory} cannot be")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width {self.width} is no even multiple of {self.heads} heads")
+        bounds = (1, *self.cutoffs, self.vocabulary)
+        if any(a >= b for a, b in itertools.pairwise(bounds)):
+            raise ValueError(f"cutoffs {self.cutoffs} do not rise from 2 to below the vocabulary's {self.vocabulary}")
+
+    @classmethod
+    def of(cls, saved: Any) -> LMConfig:
+        """From what ``vars`` of one gave. Raises ValueError for anything else."""
+        known = {field.name: type(field.default) for field in dataclasses.fields(cls)} | {"vocabulary": int}
+        if not isinstance(saved, dict) or set(saved) != set(known):
+            raise ValueError("other settings than a language model has")
+        for name, kind in known.items():
+            whole = name != "cutoffs" or all(type(c) is int for c in saved[name])
+            if type(saved[name]) is not kind or not whole:
+                raise ValueError(f"{name} is {saved[name]!r:.40}")
+        return cls(**saved)
+
+
+def cutoffs(words: int) -> tuple[int, ...]:
+    """Where the softmax over so many words is cut; nowhere where they are few."""
+    return tuple(c for c in _SPLITS if 2 * c <= words)

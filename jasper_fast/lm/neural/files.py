@@ -1,0 +1,33 @@
+"""Where a neural language model lies: a checkpoint, or the folder of a training, of which the best one is taken."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from jasper_fast.lm.arpa import LanguageModelError
+
+
+def is_neural(path: str | os.PathLike) -> bool:
+    """Whether it is a folder or a PyTorch checkpoint; an ARPA file and a KenLM binary are neither."""
+    path = Path(path)
+    if path.is_dir():
+        return True
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"  # a zip archive
+
+
+def checkpoint_of(path: str | os.PathLike) -> Path:
+    """The file itself, or of a folder best.pt, else the newest step_*.pt. Raises LanguageModelError for none."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    steps = [p for p in path.glob("step_*.pt") if p.stem.removeprefix("step_").isdigit()]
+    found = [path / "best.pt"] * (path / "best.pt").is_file() or sorted(
+        steps, key=lambda p: int(p.stem.removeprefix("step_"))
+    )
+    if not found:
+        raise LanguageModelError(f"{path}: the folder holds no language model; `jasper-fast lm train-neural` makes one")
+    return found[-1]

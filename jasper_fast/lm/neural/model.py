@@ -1,0 +1,149 @@
+"""Transformer-XL (Dai et al., 2019), its norms before each part: relative positions, and a memory of earlier segments.
+
+N rows, L tokens of a segment, M remembered tokens, K = M + L, H heads, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jasper_fast.lm.neural.config import LMConfig
+
+BOUNDARY, UNKNOWN = 0, 1  # the token before and after each line, and that of what is not in the vocabulary
+
+
+class Memory(NamedTuple):
+    """The inputs of each layer at earlier tokens, (layers, N, M, D), and the number of each token's line, (N, M), -1
+    where there is no token yet."""
+
+    hidden: Tensor
+    lines: Tensor
+
+
+def shifted(x: Tensor) -> Tensor:
+    """Scores by distance to scores by key: (N, H, L, K), ``x[..., c]`` at distance K - 1 - c from the query; query i
+    stands at K - L + i. Where a key comes after the query the result means nothing."""
+    n, h, length, keys = x.shape
+    return F.pad(x, (1, 0)).view(n, h, keys + 1, length)[:, :, 1:].reshape(n, h, length, keys)
+
+
+class RelativeAttention(nn.Module):
+    """``softmax(((q + u) k^T + (q + w) r^T) / sqrt(D / H)) v`` with r the projected sinusoid of each distance."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(width, 2 * width, bias=False)
+        self.position = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.content_bias = nn.Parameter(torch.zeros(heads, 1, width // heads))
+        self.position_bias = nn.Parameter(torch.zeros(heads, 1, width // heads))
+
+    def forward(self, x: Tensor, keys: Tensor, distances: Tensor, visible: Tensor) -> Tensor:
+        """x (N, L, D); keys (N, K, D), the memory and x; distances (K, D), of K - 1 down to 0; visible (N, 1, L, K)."""
+        q, r = self._split(self.query(x)), self._split(self.position(distances)[None])
+        k, v = map(self._split, self.key_value(keys).chunk(2, -1))
+        bias = shifted((q + self.position_bias) @ r.transpose(-1, -2)) / math.sqrt(q.shape[-1])
+        bias = bias.masked_fill(~visible, -math.inf)
+        dropped = self.dropout if self.training else 0.0
+        z = F.scaled_dot_product_attention(q + self.content_bias, k, v, attn_mask=bias.to(k.dtype), dropout_p=dropped)
+        return self.out(z.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class Layer(nn.Module):
+    """Attention and a feed-forward part, each added to its input."""
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        self.attention_norm, self.inner_norm = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
+        self.attention = RelativeAttention(config.width, config.heads, config.dropout)
+        self.inner = nn.Sequential(
+            nn.Linear(config.width, config.inner),
+            nn.GELU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(config.inner, config.width),
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, remembered: Tensor, distances: Tensor, visible: Tensor) -> Tensor:
+        keys = self.attention_norm(torch.cat((remembered, x), 1))
+        x = x + self.dropout(self.attention(keys[:, remembered.shape[1] :], keys, distances, visible))
+        return x + self.dropout(self.inner(self.inner_norm(x)))
+
+
+class TransformerXL(nn.Module):
+    """A causal language model: ``hidden, memory = model(tokens, memory)`` and ``model.log_probs(hidden, targets)``."""
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        if config.cutoffs:
+            self.softmax = nn.AdaptiveLogSoftmaxWithLoss(config.width, config.vocabulary, list(config.cutoffs))
+        else:  # the embedding's weight serves the softmax too
+            self.bias = nn.Parameter(torch.zeros(config.vocabulary))
+        self.apply(_init)
+
+    def forward(self, tokens: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
+        """tokens (N, L) int64, each row going on from ``memory``; gives (N, L, D) and the memory for what follows, of
+        at most ``config.memory`` tokens and without a gradient."""
+        lines = (tokens == BOUNDARY).cumsum(1) * (not self.config.joined)
+        if memory is None:
+            nothing = self.embedding.weight.new_zeros(len(self.layers), len(tokens), 0, self.config.width)
+            memory = Memory(nothing, lines[:, :0])
+        elif memory.lines.shape[1]:
+            lines = lines + memory.lines[:, -1:].clamp_min(0)
+        all_lines = torch.cat((memory.lines, lines), 1)
+        length, count = tokens.shape[1], all_lines.shape[1]
+        causal = torch.ones(length, count, dtype=torch.bool, device=tokens.device).tril(count - length)
+        visible = (causal & (lines[:, :, None] == all_lines[:, None]))[:, None]
+        distances = self.dropout(_sinusoids(count, self.config.width, self.embedding.weight))
+        x = self.dropout(self.embedding(tokens) * math.sqrt(self.config.width))
+        kept = []
+        for layer, remembered in zip(self.layers, memory.hidden, strict=True):
+            kept.append(torch.cat((remembered, x.detach()), 1)[:, max(0, count - self.config.memory) :])
+            x = layer(x, remembered, distances, visible)
+        following = Memory(torch.stack(kept), all_lines[:, max(0, count - self.config.memory) :])
+        return self.dropout(self.norm(x)), following
+
+    def log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The natural logarithm of the probability of each target (N, L), of that shape, fp32 or fp64."""
+        if not self.config.cutoffs:
+            logits = F.linear(hidden, self.embedding.weight, self.bias)
+            return -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows = hidden.flatten(0, 1).to(self.embedding.weight.dtype)
+            return self.softmax(rows, targets.flatten()).output.view_as(targets)
+
+    def distribution(self, hidden: Tensor) -> Tensor:
+        """The log-probabilities of all tokens, (N, L, V)."""
+        if not self.config.cutoffs:
+            return F.linear(hidden, self.embedding.weight, self.bias).log_softmax(-1)
+        return self.softmax.log_prob(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+
+
+def _sinusoids(count: int, width: int, like: Tensor) -> Tensor:
+    """Of distances count - 1 down to 0, (count, width)."""
+    place = torch.arange(count - 1, -1, -1, device=like.device, dtype=torch.float32)
+    rate = torch.exp(torch.arange(0, width, 2, device=like.device) * (-math.log(10000.0) / width))
+    angles = place[:, None] * rate
+    return torch.cat((angles.sin(), angles.cos()), 1).to(like.dtype)
+
+
+def _init(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,43 @@
+"""The options of `jasper-fast lm train-neural`."""
+
+from __future__ import annotations
+
+from jasper_fast.options import option
+from jasper_fast.training import options as shared
+
+OPTIONS = {
+    "": [
+        option("texts", nargs="+", metavar="TEXT", help="UTF-8 text, gzipped or not, a sentence a line"),
+        option("--out", required=True, metavar="DIR", help="for checkpoints and logs; later commands take it as MODEL"),
+        option("--val", metavar="TEXT", help="its perplexity says which checkpoint is the best; none without"),
+        option("--characters", action="store_true", help="of characters in place of words"),
+        option("--lower-case", action="store_true", help="texts in small letters, also those that it scores later"),
+        option("--join-lines", action="store_true", help="a line may look at those before it; else it stands alone"),
+        option("--vocabulary", type=int, default=200_000, metavar="N", help="most frequent words to keep (200000)"),
+    ],
+    "model": [
+        option("--layers", type=int, default=4, help="(4)"),
+        option("--width", type=int, default=256, help="of each token's state (256)"),
+        option("--heads", type=int, default=4, help="of attention (4)"),
+        option("--inner", type=int, help="width of the feed-forward parts (4 times --width)"),
+        option("--dropout", type=float, default=0.1, help="(0.1)"),
+        option("--memory", type=int, default=128, metavar="TOKENS", help="that a segment remembers (128)"),
+        option("--plain-softmax", action="store_true", help="of many words too, in place of the adaptive one"),
+    ],
+    "length of the run; the first limit reached ends it": shared.length(epochs=10),
+    "batches": [
+        option("--batch-size", type=int, default=32, metavar="ROWS", help="parts of the text read side by side (32)"),
+        option("--segment", type=int, default=64, metavar="TOKENS", help="of each row in a step (64)"),
+    ],
+    "optimisation": shared.optimisation(
+        optimizer="adamw", lr=1e-3, weight_decay=0.01, policy="cosine", warmup_epochs=0.5, clip_norm=1.0
+    ),
+    "machine": [
+        option("--device", default="auto", help="auto, cpu, cuda, cuda:1"),
+        shared.AMP,
+        option("--fp32-precision", choices=("ieee", "tf32"), help="of fp32 products on a GPU (ieee)"),
+        option("--threads", type=int, metavar="N", help="CPU threads (PyTorch's)"),
+        shared.SEED,
+    ],
+    "output": [*shared.OUTPUT, option("-q", "--quiet", action="store_true", help="no progress")],
+}

@@ -1,0 +1,96 @@
+"""The text that a neural language model learns from: one stream of tokens in a file, read in rows of segments."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from array import array
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jasper_fast.lm.neural.config import LMConfig
+from jasper_fast.lm.neural.model import BOUNDARY, Memory
+from jasper_fast.lm.neural.tokens import Progress, Tokens
+from jasper_fast.lm.texts import TextFile
+
+_CHUNK = 1 << 20
+
+
+class Stream:
+    """Tokens (int32, on the disk), the boundary before each line; an epoch reads them in ``rows`` side by side.
+
+    Each row reads a stretch of its own, ``length`` tokens a step. Where the stretches begin is drawn for each epoch, so
+    that the rows of a step are others each time.
+    """
+
+    def __init__(self, tokens: np.ndarray, rows: int, length: int, seed: int, print_of_data: str = "") -> None:
+        self.tokens, self.rows, self.length, self.seed, self.print_of_data = tokens, rows, length, seed, print_of_data
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch; 0 where there are too few tokens."""
+        return len(self.tokens) // (self.rows * self.length)
+
+    def _starts(self, epoch: int) -> np.ndarray:
+        offset = np.random.default_rng((self.seed, epoch)).integers(len(self.tokens))
+        return offset + np.arange(self.rows) * self.steps * self.length
+
+    def segment(self, epoch: int, position: int) -> Tensor:
+        """The tokens of a step, (rows, length + 1) int64: the last of each row is only a target."""
+        first = self._starts(epoch) + position * self.length
+        places = (first[:, None] + np.arange(self.length + 1)) % len(self.tokens)
+        return torch.from_numpy(self.tokens[places].astype(np.int64))
+
+    def names(self, epoch: int, position: int) -> list[str]:
+        """Where the rows of a step lie in the text, in words."""
+        first = (self._starts(epoch) + position * self.length) % len(self.tokens)
+        return [f"tokens {i} to {i + self.length}" for i in first.tolist()]
+
+
+def write(texts: Iterable[TextFile], tokens: Tokens, path: Path, progress: Progress) -> tuple[np.ndarray, str]:
+    """Writes the tokens of texts to a file; gives them, mapped into memory, and a fingerprint.
+
+    Raises LanguageModelError for a text that cannot be read, OSError where the disk is full.
+    """
+    chunk, checksum, before = array("i"), 0, 0
+    with open(path, "wb") as file:
+        for text in texts:
+            for pieces in text:
+                chunk.append(BOUNDARY)
+                chunk.extend(tokens.encode(pieces))
+                if len(chunk) > _CHUNK:
+                    progress(before + text.position())
+                    checksum = zlib.crc32(chunk, checksum)
+                    chunk.tofile(file)
+                    del chunk[:]
+            before += os.path.getsize(text.path)
+        checksum = zlib.crc32(chunk, checksum)
+        chunk.tofile(file)
+    return np.memmap(path, np.int32, "r"), f"{os.path.getsize(path) // 4} tokens, crc32 {checksum:08x}"
+
+
+class Held(nn.Module):
+    """The memory of the rows of a training between its steps, as buffers that a checkpoint holds."""
+
+    def __init__(self, config: LMConfig, rows: int) -> None:
+        super().__init__()
+        self.hidden: Tensor
+        self.lines: Tensor
+        self.register_buffer("hidden", torch.zeros(config.layers, rows, config.memory, config.width))
+        self.register_buffer("lines", torch.full((rows, config.memory), -1))
+
+    @property
+    def memory(self) -> Memory:
+        return Memory(self.hidden, self.lines)
+
+    @torch.no_grad()
+    def take(self, memory: Memory) -> None:
+        self.hidden.copy_(memory.hidden), self.lines.copy_(memory.lines)
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        self.hidden.zero_(), self.lines.fill_(-1)

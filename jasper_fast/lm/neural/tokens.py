@@ -1,0 +1,72 @@
+"""The words or characters of a neural language model, by number."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from jasper_fast.lm.arpa import SPECIAL, LanguageModelError
+from jasper_fast.lm.neural.model import UNKNOWN
+from jasper_fast.lm.texts import TextFile
+
+NAMES = ("</s>", "<unk>")  # of BOUNDARY and UNKNOWN
+_CROWD = 5_000_000  # different words that are counted at a time
+_OFTEN = 1 << 16  # lines between two reports of progress
+Progress = Callable[[int], None]
+
+
+class Tokens:
+    """Words or characters by number, the most frequent first, after the boundary and the unknown one.
+
+    ``lower_case``: texts are taken in small letters. Raises ValueError for names that are none.
+    """
+
+    def __init__(self, names: Sequence[str], characters: bool, lower_case: bool) -> None:
+        if tuple(names[:2]) != NAMES or not all(isinstance(name, str) for name in names):
+            raise ValueError("no list of words")
+        self.names, self.characters, self.lower_case = list(names), characters, lower_case
+        self._number = {name: i for i, name in enumerate(names) if i >= len(NAMES)}
+        if len(self._number) != len(names) - len(NAMES):
+            raise ValueError("a word is listed twice")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @classmethod
+    def count(cls, texts: Iterable[TextFile], most: int, progress: Progress = lambda done: None) -> Tokens:
+        """The ``most`` frequent ones of texts; of more than five million different words rare ones may be lost.
+
+        Raises LanguageModelError for a text that cannot be read or has no words.
+        """
+        counts: Counter[str] = Counter()
+        text, bytes_before = None, 0
+        for text in texts:
+            for number, pieces in enumerate(text):
+                counts.update(pieces)
+                if number % _OFTEN == 0:
+                    progress(bytes_before + text.position())
+                if len(counts) > _CROWD:
+                    counts = Counter({word: n for word, n in counts.items() if n > 1})
+            bytes_before += os.path.getsize(text.path)
+            for special in SPECIAL:
+                if special in counts:
+                    raise LanguageModelError(f"{text.path}: holds {special}, which means something else to a model")
+        if text is None or not counts:
+            raise LanguageModelError(f"{text.path if text else 'no text'}: no words in it")
+        found = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]]
+        return cls([*NAMES, *found], text.characters, text.lower_case)
+
+    def pieces(self, text: str) -> list[str]:
+        """The words or characters of one line."""
+        words = (text.lower() if self.lower_case else text).split()
+        return [*" ".join(words)] if self.characters else words
+
+    def encode(self, pieces: Iterable[str]) -> Any:
+        return array("i", [self._number.get(piece, UNKNOWN) for piece in pieces])
+
+    def file(self, path: Any) -> TextFile:
+        """A text as this model reads it."""
+        return TextFile(path, self.characters, self.lower_case)

@@ -1,0 +1,284 @@
+"""Training a neural language model, with the optimiser, mixed precision, averages and checkpoints of the acoustic one.
+
+A step is one update by a segment of each row. The folder holds log.jsonl, tensorboard/, the last checkpoints
+(step_*.pt) and, with a validation text, the best one by perplexity (best.pt).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jasper_fast import __version__
+from jasper_fast.kernels.precision import set_fp32
+from jasper_fast.lm.arpa import LanguageModelError
+from jasper_fast.lm.neural import stream
+from jasper_fast.lm.neural.config import LMConfig, cutoffs
+from jasper_fast.lm.neural.model import TransformerXL
+from jasper_fast.lm.neural.scoring import NeuralLM, figures
+from jasper_fast.lm.neural.stream import Held, Stream
+from jasper_fast.lm.neural.tokens import Tokens
+from jasper_fast.lm.texts import TextFile
+from jasper_fast.nn import checkpoint
+from jasper_fast.training import options
+from jasper_fast.training.console import talker, training_bar
+from jasper_fast.training.folder import Folder
+from jasper_fast.training.loop import Loop
+from jasper_fast.training.meter import Meter
+from jasper_fast.training.randomness import own_randomness, seed_everything, set_rng_state
+from jasper_fast.training.runs import Ranks, RunError, RunLog, StopRequest
+from jasper_fast.training.state import TrainingState
+from jasper_fast.training.step import AMP_DTYPES, BufferGuard, StepResult, batch_loss, finish
+
+ADVICE = ("Lower the learning rate, lengthen the warm-up, give --clip-norm, or use bf16 or fp32", "")
+STEP = "perplexity {perplexity:.2f}, lr {lr:.2e}, grad norm {grad_norm:.3g}, {tokens_per_s:.0f} tokens/s"
+_FIXED = ("batch_size", "segment", "seed", "optimizer")  # what a resumed run must share with the one before
+
+
+@dataclass
+class LMState(TrainingState):
+    """What a checkpoint holds, the memory of the rows among it."""
+
+    memory: Held | None = None
+    best_perplexity: float = math.inf
+
+    _PARTS = (*TrainingState._PARTS, "memory")
+    _PLACES = tuple("best_perplexity" if name == "best_wer" else name for name in TrainingState._PLACES)
+
+
+@dataclass
+class LMRun(Loop):
+    """A run that trains a language model."""
+
+    text: Stream
+    val: list[Any]  # rows of tokens
+    scorer: NeuralLM
+
+    best, best_text = "best_perplexity", "perplexity {:.2f}"
+
+    def epoch_steps(self) -> int:
+        return self.text.steps
+
+    @property
+    def validates(self) -> bool:
+        return bool(self.val)
+
+    def tell_step(self, lr: float, epoch: int, epochs: float) -> str:
+        """Writes the interval's figures; gives the bar's text."""
+        state, found = self.state, self.state.meter.figures()
+        found["tokens_per_s"] = found.pop("utterances_per_s") * self.text.length
+        found |= {"perplexity": _perplexity(found["loss"]), "lr": lr, "epoch": epochs, "minutes": state.minutes}
+        self.log.write(state.step, "train", **found)
+        self.console.print(f"step {state.step}: {STEP.format(**found)}")
+        return f"epoch {epoch}, perplexity {found['perplexity']:.2f}"
+
+    def judge(self) -> None:
+        """The perplexity of the validation text, by the moving average too where there is one."""
+        state, results = self.state, {}
+        for weights in ("live", "ema") if state.ema else ("live",):
+            averaged = state.ema.applied_to(state.model) if weights == "ema" else contextlib.nullcontext()
+            with own_randomness(self.args.seed), averaged:
+                scores = self.scorer.log_probs(self.val, stopped=lambda: bool(self.stop.signal))
+            results[weights] = figures(self.val, scores) if scores else None
+        if self.broken_off(None if None in results.values() else results):
+            return
+        for weights, found in results.items():
+            self.log.write(state.step, f"val_{weights}", perplexity=found.value, known=found.known)
+            self.console.print(f"validation, {weights}: perplexity {found.value:.2f}, {found.unknown} unknown words")
+        self.keep_best(found.value)
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
+def train_step(
+    model: TransformerXL,
+    held: Held,
+    tokens: Tensor,
+    names: Sequence[str],
+    state: TrainingState,
+    guard: BufferGuard,
+    amp_dtype: torch.dtype | None = None,
+    clip_norm: float = 0.0,
+) -> StepResult:
+    """One update by tokens (N, L + 1) that go on from ``held``; a bad step changes neither weights nor memory."""
+    guard.remember()
+    state.optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(tokens.device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):
+        hidden, memory = model(tokens[:, :-1], held.memory)
+        each = -model.log_probs(hidden, tokens[:, 1:]).mean(1)
+    state.scaler.scale(batch_loss(each)).backward()
+    held.take(memory)
+    each = each.detach()
+    norm = finish(model, [each], state.optimizer, state.scaler, guard, clip_norm, state.ema)
+    nothing = torch.zeros(0, device=each.device)
+    return StepResult([each], [torch.ones_like(each, dtype=torch.bool)], list(names), norm, nothing, nothing, [])
+
+
+def _texts(args: argparse.Namespace) -> list[TextFile]:
+    for path in (*args.texts, *([args.val] if args.val else [])):
+        if not Path(path).is_file():
+            raise LanguageModelError(f"{path}: no such text")
+    return [TextFile(path, args.characters, args.lower_case) for path in args.texts]
+
+
+def make_config(args: argparse.Namespace, tokens: Tokens) -> LMConfig:
+    """The model that the options ask for. Raises ValueError naming a setting that cannot be."""
+    cuts = () if args.characters or args.plain_softmax else cutoffs(len(tokens))
+    inner = 4 * args.width if args.inner is None else args.inner
+    shape = {"layers": args.layers, "width": args.width, "heads": args.heads, "inner": inner, "memory": args.memory}
+    kind = {"characters": args.characters, "lower_case": args.lower_case, "joined": args.join_lines}
+    return LMConfig(len(tokens), dropout=args.dropout, cutoffs=cuts, **kind, **shape)
+
+
+def read_texts(args: argparse.Namespace, folder: Path, saved: dict[str, Any] | None, console: Any) -> tuple:
+    """The vocabulary (that of a run which goes on is its own) and the stream of the texts."""
+    texts = _texts(args)
+    total = sum(Path(text.path).stat().st_size for text in texts)
+    with training_bar(console, 0, total) as show:
+        if saved:
+            tokens = Tokens(saved["names"], args.characters, args.lower_case)
+        else:
+            tokens = Tokens.count(texts, args.vocabulary, lambda done: show(done, "counting"))
+        folder.mkdir(parents=True, exist_ok=True)
+        found = stream.write(texts, tokens, folder / "tokens.i32", lambda done: show(done, "reading"))
+        show(total, "reading")
+    text = Stream(found[0], args.batch_size, args.segment, args.seed, found[1])
+    if not text.steps:
+        raise RunError(
+            f"{', '.join(args.texts)}: {len(found[0])} tokens in all, a step takes --batch-size {args.batch_size} x "
+            f"--segment {args.segment}: lower these, or give more text"
+        )
+    return tokens, text
+
+
+def resume(args: argparse.Namespace, state: LMState, path: Path, saved: dict[str, Any], text: Stream) -> Any:
+    """Loads a checkpoint into ``state``; gives the random generators' state. Raises RunError where it does not fit."""
+    then, instead = saved["arguments"], "or start anew: another --out"
+    for name in _FIXED:
+        if then.get(name) != getattr(args, name):
+            raise RunError(f"{path}: --{name.replace('_', '-')} was {then.get(name)}: go on with that, {instead}")
+    if saved["data"] != text.print_of_data:
+        raise RunError(f"{path} was trained on another text ({saved['data']}, now {text.print_of_data}): give that, "
+                       f"{instead}")  # fmt: skip
+    try:
+        state.load_state_dict(saved)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise RunError(f"{path} is of another model than the options ask for: take its options, {instead} "
+                       f"({str(error).splitlines()[0]})") from error  # fmt: skip
+    return saved["rng"][0]
+
+
+def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[LMRun, Any]:
+    """The run where it stands, and its random generators' state if it goes on."""
+    ranks = Ranks.start(args.device)
+    if ranks.world > 1:
+        raise RunError("a language model is trained in one process; start it without torchrun")
+    console, folder = talker(quiet=args.quiet), Folder(args.out, args.keep)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    set_fp32(args.fp32_precision)
+    if folder.steps() and not args.resume:
+        raise RunError(f"{folder.path} holds checkpoints of an earlier run: add --resume or choose another --out")
+    found = folder.latest(console.print) if args.resume else None
+    folder.clean()
+    if found and "language_model" not in found[1]:
+        raise RunError(f"{found[0]} holds no language model; choose another --out")
+    tokens, text = read_texts(args, folder.path, found and found[1], console)
+    seed_everything(args.seed)
+    config = make_config(args, tokens)
+    model = TransformerXL(config).to(ranks.device)
+    optimizer, ema = options.make_learner(args, model)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.amp == "fp16")
+    held = Held(config, args.batch_size).to(ranks.device)
+    state = LMState(model, optimizer, scaler, Meter(args.max_bad_steps, ADVICE), ema, memory=held)
+    generators = None
+    if found:
+        generators = resume(args, state, *found, text)
+        console.print(f"resuming from {found[0]}: epoch {state.epoch + 1}, step {state.step}")
+    schedule, log = options.make_schedule(args, text.steps), RunLog(folder.path, state.step)
+    scorer = NeuralLM(model, tokens)
+    val = scorer.rows(iter(tokens.file(args.val))) if args.val else []
+    if args.val and not val:
+        raise LanguageModelError(f"{args.val}: no words in it")
+    settings = {name: value for name, value in vars(args).items() if name != "run"}
+    versions = {"jasper_fast": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
+    about = {"format": checkpoint.FORMAT, "language_model": vars(config), "names": tokens.names}
+    about |= {"versions": versions, "arguments": settings, "data": text.print_of_data}
+    log.write(state.step, "start", device=ranks.place, arguments=settings, versions=versions)
+    size = sum(p.numel() for p in model.parameters())
+    kind = "characters" if tokens.characters else "words"
+    console.print(f"{text.print_of_data}; {len(tokens) - 2} {kind}; {size:,} parameters on {ranks.place}; "
+                  f"{schedule.steps_per_epoch} steps an epoch, {schedule.total_steps} in all")  # fmt: skip
+    parts = (args, ranks, console, state, schedule, folder, about, stop, log, state.step, state.step)
+    return LMRun(*parts, text=text, val=val, scorer=scorer), generators
+
+
+def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[LMState], None] | None = None) -> None:
+    """Trains; ``stop`` ends the run early, ``watch`` is called after each step. Raises RunError, LanguageModelError,
+    CheckpointError or ValueError, each naming what to do."""
+    run, generators = prepare(args, stop)
+    state, total, device = run.state, run.schedule.total_steps, run.ranks.device
+    with contextlib.closing(run.log), training_bar(run.console, state.step, total) as progress, run.saved():
+        guard, stopped = BufferGuard(state.memory), False
+        if generators:
+            set_rng_state(generators)
+        if state.unjudged:
+            run.judge()
+        state.model.train()
+        while state.step < total:
+            stopped = bool(stop.signal)
+            if stopped or state.minutes >= (args.max_minutes or math.inf):
+                break
+            lr = run.set_learning_rate()
+            tokens = run.text.segment(state.epoch, state.position).to(device, non_blocking=True)
+            names = run.text.names(state.epoch, state.position)
+            amp = AMP_DTYPES[args.amp]
+            result = train_step(state.model, state.memory, tokens, names, state, guard, amp, args.clip_norm)
+            state.meter.add(result)
+            state.step, state.position = state.step + 1, state.position + 1
+            progress(state.step)
+            if watch:
+                watch(state)
+            due, epoch = run.due(), state.epoch + 1
+            epochs = state.epoch + state.position / run.epoch_steps()
+            if due.epoch_over:
+                state.next_epoch()
+                state.memory.forget()
+            if device.type != "cuda" or any(due):
+                run.tell_skipped()
+            if due.log:
+                progress(state.step, run.tell_step(lr, epoch, epochs))
+            if due.validation:
+                run.judge()
+            if due.save:
+                run.save(None)
+        run.tell_skipped()
+        run.finish(stopped)
+
+
+def train(args: argparse.Namespace) -> None:
+    """The command: SIGINT and SIGTERM save and end the run. Raises LanguageModelError, CheckpointError, MissingExtra or
+    ValueError, each in one line."""
+    if fault := options.wrong(args, (*options.COUNTS, "batch_size", "segment", "vocabulary")):
+        raise ValueError(fault)
+    stop = StopRequest()
+    try:
+        main(args, stop)
+    except RunError as error:
+        raise LanguageModelError(str(error)) from None
+    except torch.OutOfMemoryError as error:
+        raise LanguageModelError(f"out of memory; lower --batch-size or --segment ({error})") from None
+    finally:
+        stop.restore()
+        (Path(args.out) / "tokens.i32").unlink(missing_ok=True)

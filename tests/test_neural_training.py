@@ -1,0 +1,239 @@
+"""Training a neural language model: what it learns, resuming, bad steps, and errors that are one line."""
+
+import json
+import math
+import random
+import shutil
+import signal
+import zipfile
+
+import pytest
+import torch
+
+from jasper_fast.cli import command
+from jasper_fast.lm.arpa import LanguageModelError
+from jasper_fast.lm.neural import scoring, training
+from jasper_fast.nn.checkpoint import CheckpointError, load
+from jasper_fast.training.runs import read_log
+
+SMALL = ("--layers", 1, "--width", 16, "--heads", 2, "--inner", 24, "--memory", 8, "--segment", 8, "--batch-size", 4)
+SMALL += ("--device", "cpu", "-q", "--log-every", 1)
+
+
+def run(*argv):
+    return command.main(["lm", *map(str, argv)])
+
+
+def grammar(rng):
+    """One of two beginnings, then one to three times one of three words that fit the beginning."""
+    begin = rng.choice("ab")
+    return " ".join([begin, *(rng.choice({"a": "cde", "b": "fgh"}[begin]) for _ in range(rng.randint(1, 3)))])
+
+
+def entropy(text):
+    """What the grammar itself gives a token of a text, the ends of lines among them."""
+    lines = text.read_text().split("\n")[:-1]
+    bits = sum(math.log(2) + len(line.split()) * math.log(3) for line in lines)  # the words, and how many there are
+    return bits / sum(len(line.split()) + 1 for line in lines)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("texts"), random.Random(0)
+    for name, count in (("train", 600), ("dev", 200)):
+        (folder / name).write_text("".join(grammar(rng) + "\n" for _ in range(count)))
+    return folder / "train"
+
+
+@pytest.fixture(scope="module")
+def trained(text, tmp_path_factory):
+    """A run of two epochs and a bit with validation and averages."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    options = ("--val", text.with_name("dev"), "--ema", 0.9, "--ema-warmup", "--steps", 300, "--save-every", 100)
+    assert run("train-neural", text, "--out", out, *SMALL, *options, "--lr", 0.02) == 0
+    return out
+
+
+def test_it_learns_a_grammar(trained, text, capsys):
+    assert run("perplexity", trained, text.with_name("dev"), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (
+        found["perplexity"] < 1.06 * math.exp(entropy(text.with_name("dev")))
+        and found["unknown"] == 0
+        and found["sentences"] == 200
+    )
+    records = read_log(trained / "log.jsonl")
+    best = min(r["perplexity"] for r in records if r["kind"] == "val_ema")
+    assert best == pytest.approx(found["perplexity"], rel=1e-5)
+    assert run("info", trained, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["of"], told["vocabulary"], told["layers"], told["best_perplexity"]) == ("words", 8, 1, best)
+    assert run("info", trained) == 0 and "8; " in capsys.readouterr().out
+    assert not (trained / "tokens.i32").exists()
+    lm = scoring.load(trained, "cpu")
+    assert lm(["a c d"])[0] > lm(["a c f"])[0] + 2
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "novograd"])
+def test_a_resumed_run_ends_bit_equal(optimizer, text, tmp_path):
+    options = (*SMALL, "--steps", 14, "--save-every", 5, "--ema", 0.9, "--optimizer", optimizer, "--segment", 60)
+    assert run("train-neural", text, "--out", tmp_path / "whole", *options) == 0
+    stops = {7: signal.SIGTERM, 11: signal.SIGINT}
+
+    def watch(state):
+        if number := stops.pop(state.step, None):
+            signal.raise_signal(number)
+
+    real, main = training.main, training.main
+    training.main = lambda args, stop: real(args, stop, watch)
+    try:
+        for _ in range(3):
+            assert run("train-neural", text, "--out", tmp_path / "parts", *options, "--resume") == 0
+    finally:
+        training.main = main
+    assert not stops
+    whole, parts = (load(tmp_path / name / "step_00000014.pt") for name in ("whole", "parts"))
+    for key in ("state_dict", "ema_state_dict", "optimizer", "memory", "step", "epoch", "position", "names"):
+        assert same(whole[key], parts[key]), key
+    assert whole["epoch"] == 1, "the end of an epoch lies between"
+    losses = [[r["loss"] for r in read_log(tmp_path / name / "log.jsonl") if r["kind"] == "train"]
+              for name in ("whole", "parts")]  # fmt: skip
+    assert losses[0] == losses[1] and len(losses[0]) == 14
+
+
+def test_a_bad_step_changes_nothing_and_is_named(text, tmp_path, monkeypatch, capfd):
+    real, calls = training.TransformerXL.log_probs, []
+
+    def log_probs(self, hidden, targets):
+        calls.append(1)
+        return real(self, hidden, targets) * (math.nan if len(calls) >= 3 else 1.0)
+
+    monkeypatch.setattr(training.TransformerXL, "log_probs", log_probs)
+    options = (*SMALL, "--steps", 9, "--save-every", 2, "--max-bad-steps", 4, "--keep", 9)
+    assert run("train-neural", text, "--out", tmp_path / "out", *options) == 2
+    error = capfd.readouterr().err
+    assert "4 steps in a row were skipped; the last: tokens " in error and "Lower the learning rate" in error
+    good, bad = (load(tmp_path / "out" / f"step_0000000{i}.pt") for i in (2, 6))
+    assert all(same(good[key], bad[key]) for key in ("state_dict", "memory"))
+
+
+@pytest.mark.parametrize("options", [("--characters",), ("--amp", "bf16", "--join-lines"), ("--optimizer", "novograd")])
+def test_other_kinds_learn(options, text, tmp_path):
+    assert run("train-neural", text, "--out", tmp_path / "out", *SMALL, "--steps", 30, "--lr", 0.01, *options) == 0
+    losses = [r["loss"] for r in read_log(tmp_path / "out" / "log.jsonl") if r["kind"] == "train"]
+    assert sum(losses[-5:]) / 5 < 0.92 * losses[0]
+    assert math.isfinite(scoring.load(tmp_path / "out", "cpu")(["a c"])[0])
+
+
+def test_many_words_take_the_adaptive_softmax(tmp_path, capsys):
+    rng = random.Random(0)
+    (tmp_path / "text").write_text("\n".join(f"w{rng.randrange(5000)} w{i}" for i in range(5000)))
+    small = ("--steps", 1, "--out", tmp_path / "out", *SMALL)
+    assert run("train-neural", tmp_path / "text", *small, "--vocabulary", 4500) == 0
+    assert run("info", tmp_path / "out", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["cutoffs"], told["vocabulary"]) == ([2000], 4500)
+    assert -40 < scoring.load(tmp_path / "out", "cpu")(["w3 zebra"])[0] < -15
+
+
+def test_errors_are_one_line(text, trained, tmp_path, capsys):
+    (tmp_path / "empty").write_text("\n \n")
+    (tmp_path / "short").write_text("a b\n")
+    (tmp_path / "latin").write_bytes(b"caf\xe9\n")
+    (tmp_path / "special").write_text("a <unk> b\n" * 99)
+    (tmp_path / "acoustic").mkdir()
+    (tmp_path / "hollow").mkdir()
+    torch.save({"state_dict": {}}, tmp_path / "acoustic" / "best.pt")
+    out = ("--out", tmp_path / "out", *SMALL)
+    go_on = ("train-neural", text, "--out", trained, *SMALL, "--steps", 301, "--ema", 0.9)
+    cases = [
+        (("train-neural", tmp_path / "gone", *out), "gone: no such text"),
+        (("train-neural", text, "--val", tmp_path / "gone", *out), "gone: no such text"),
+        (("train-neural", tmp_path / "empty", *out), "empty: no words in it"),
+        (("train-neural", text, "--val", tmp_path / "empty", *out), "empty: no words in it"),
+        (("train-neural", tmp_path / "short", *out), "short: 3 tokens in all, a step takes --batch-size 4 x"),
+        (("train-neural", tmp_path / "latin", *out), "latin, line 1: not UTF-8"),
+        (("train-neural", tmp_path / "special", *out), "special: holds <unk>"),
+        (("train-neural", text, *out, "--width", 15), "width 15 is no even multiple of 2 heads"),
+        (("train-neural", text, *out, "--steps", 0), "--steps must be at least 1"),
+        (("train-neural", text, *out, "--lr", -1), "learning rate: -1"),
+        (("train-neural", text, *out, "--lr-by-clock"), "--lr-by-clock needs --max-minutes"),
+        (go_on, "holds checkpoints of an earlier run"),
+        ((*go_on, "--resume", "--seed", 3), "--seed was 42: go on with that"),
+        ((*go_on, "--resume", "--layers", 2), "is of another model than the options ask for"),
+        (("train-neural", text.with_name("dev"), *go_on[2:], "--resume"), "was trained on another text"),
+        (("perplexity", tmp_path / "acoustic", text), "best.pt: holds no neural language model"),
+        (("info", tmp_path / "hollow"), "hollow: the folder holds no language model"),
+    ]
+    for argv, message in cases:
+        assert run(*argv) == 2, argv
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and error.startswith("jasper-fast lm: error: "), error
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"language_model": {"layers": 1}}, "other settings"),
+        ({"names": ["a"]}, "no list of words"),
+        ({"names": ["</s>", "<unk>", "a"]}, "3 words where 10 belong"),
+        ({"width": 1 << 16}, "size mismatch"),
+        ({"layers": 64}, "Missing key"),
+        ({"heads": 3}, "no even multiple"),
+        ({"inner": 1 << 40}, "inner"),
+        ({"ema_state_dict": {"bias": 3}}, "is_floating_point"),
+        ({"ema_state_dict": [3]}, "list"),
+        ({"nan": "norm.weight"}, "norm.weight is no tensor of finite numbers"),
+        ({"view": "norm.weight"}, "norm.weight is no tensor of finite numbers"),
+        ("cut", "not a complete PyTorch checkpoint"),
+        ("flip", "damaged"),
+        ("text", "this is no ARPA file"),
+    ],
+)
+def test_hostile_checkpoints_are_one_line(change, message, trained, tmp_path):
+    file = shutil.copy(trained / "best.pt", tmp_path / "lm.pt")
+    content = (trained / "best.pt").read_bytes()
+    if change == "cut":
+        (tmp_path / "lm.pt").write_bytes(content[: len(content) // 2])
+    elif change == "text":
+        (tmp_path / "lm.pt").write_text("hello\n")
+        with pytest.raises(LanguageModelError, match=message):
+            from jasper_fast.lm.queries import describe
+
+            describe(file)
+        return
+    elif change == "flip":
+        with zipfile.ZipFile(file) as archive:
+            entry = max(archive.infolist(), key=lambda e: e.file_size)
+        place = content.rindex(entry.filename.encode(), 0, len(content) - 1000)
+        damaged = bytearray(content)
+        middle = len(content) // 2
+        damaged[middle : middle + 64] = bytes(255 - b for b in damaged[middle : middle + 64])
+        assert place
+        (tmp_path / "lm.pt").write_bytes(damaged)
+    else:
+        state = load(file)
+        weights = state["ema_state_dict"]
+        for name, value in change.items():
+            if name == "nan":
+                weights[value][3] = math.nan
+            elif name == "view":
+                weights[value] = torch.zeros(1).expand(1 << 40)
+            elif name in state:
+                state[name] = value
+            else:
+                state["language_model"][name] = value
+        torch.save(state, file)
+    with pytest.raises((LanguageModelError, CheckpointError), match=message) as caught:
+        scoring.load(file, "cpu")
+    assert "\n" not in str(caught.value) and "lm.pt" in str(caught.value)
