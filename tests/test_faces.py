@@ -12,6 +12,7 @@ OPS = {
     "bn_relu_dropout": ({"stats", "forward", "backward_reduce", "backward_apply"}, ("cpu", "triton", "cuda")),
     "conv1d": ({"forward", "dgrad", "wgrad"}, ("aten", "cpu", "triton", "cuda")),
     "ctc": ({"forward", "backward"}, ("triton",)),
+    "depthwise": ({"forward", "dgrad", "wgrad"}, ("aten", "cpu", "triton")),
     "novograd": ({"step"}, ("cpu", "triton")),
     "panes": ({"outputs", "forward", "backward_reduce", "gradients"}, ("cpu",)),
     "prefix_beam": ({"search"}, ("cpu",)),

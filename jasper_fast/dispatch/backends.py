@@ -14,7 +14,7 @@ from jasper_fast.kernels import native
 from jasper_fast.kernels.conv1d import cuda_launch
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-NORM, PANES, NOVOGRAD, CTC = "bn_relu_dropout", "panes", "novograd", "ctc"
+NORM, PANES, NOVOGRAD, CTC, DEPTHWISE = "bn_relu_dropout", "panes", "novograd", "ctc", "depthwise"
 OLDEST = (8, 0)  # compute capability that the Triton kernels are written for: bf16, cp.async
 _MODULE = {
     "reference": "reference",

@@ -8,7 +8,7 @@ import warnings
 import torch
 
 from jasper_fast.dispatch import backends, rules, tuned, verdicts
-from jasper_fast.dispatch.backends import CTC, NORM, PANES, BackendMissing
+from jasper_fast.dispatch.backends import CTC, DEPTHWISE, NORM, PANES, BackendMissing
 from jasper_fast.dispatch.verdict import GOOD
 from jasper_fast.kernels import tables
 from jasper_fast.kernels.conv1d import cuda_launch
@@ -32,11 +32,11 @@ def _resolve(backend: str, device: torch.device | str, op: str | None, dtype: to
     if backend != "auto":
         if reason := backends.why_missing(backend, device):
             raise BackendMissing(backends.named(backend, reason))
-        if backend == "cuda" and op == NORM and backends.only_convs():
+        if backend == "cuda" and _not_in_cuda(op):
             return "reference" if backends.why_missing("triton", device) else "triton"
         return backend
     first, reasons, gpu = None, [], ("triton", "cuda")
-    if op == NORM and backends.only_convs():
+    if _not_in_cuda(op):
         gpu = ("triton",)
     for name in {"cpu": ("cpu",), "cuda": gpu}.get(device.type, ()):
         reason = backends.why_missing(name, device)
@@ -53,6 +53,20 @@ def _resolve(backend: str, device: torch.device | str, op: str | None, dtype: to
         return first
     dtypes = tables.DTYPES if dtype is None else (dtype,)
     return first if all(_trusted(op, first, device, of, PLAIN) for of in dtypes) else "reference"
+
+
+def _not_in_cuda(op: str | None) -> bool:
+    """Whether the cuda backend runs `op` on Triton, or on plain PyTorch where Triton does not run."""
+    return op == DEPTHWISE or (op == NORM and backends.only_convs())
+
+
+@torch.compiler.assume_constant_result
+def depthwise_face(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The face of the depthwise convs in `dtype` on `device`: ours, else "aten", unless "reference" is asked for."""
+    face = resolve(backend, device, DEPTHWISE, dtype)
+    if backend != "reference" and (face == "reference" or dtype not in tables.DTYPES):
+        return "aten"
+    return face
 
 
 @torch.compiler.assume_constant_result

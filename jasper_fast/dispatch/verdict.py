@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 GOOD, BAD, UNCHECKED = "good", "bad", "unchecked"
-OPS = ("bn_relu_dropout", "conv1d", "conv1d.fused", "panes", "novograd", "ctc")  # each has a verdict per face and dtype
+# each has a verdict per face and dtype
+OPS = ("bn_relu_dropout", "conv1d", "conv1d.fused", "depthwise", "panes", "novograd", "ctc")
 FACES = ("cpu", "triton", "cuda", "aten")  # aten: our panes are built from ATen's matrix products
 FAULTS = ("wrong", "failed", "died", "hung")  # statuses that are the kernel's fault
 OPEN = ("no memory", "environment", "skipped")  # statuses of a kernel that was not checked

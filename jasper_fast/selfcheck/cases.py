@@ -38,6 +38,8 @@ def case(check: Check, device: torch.device, seed: int, *, timed: bool = False) 
     draw = _Draw(device, DTYPES[check.dtype], seed, timed, check.variant == WAVE)
     if check.op == "bn_relu_dropout":
         return _norm_case(check, draw)
+    if check.op == "depthwise":
+        return _depthwise_case(check, draw)
     if check.op == "panes":
         return _panes_case(check, draw)
     if check.op == "novograd":
@@ -141,6 +143,29 @@ def _conv_case(check: Check, draw: _Draw) -> Case:
 def _told_clean(check: Check) -> bool:
     """Whether the kernel is told (`clean`) that x has zero padding. All other kernels get NaN in the padding."""
     return check.face == "triton" and check.function in CLEAN_FUNCTIONS and UNCLEAN not in check.variant.split()
+
+
+def _depthwise_case(check: Check, draw: _Draw) -> Case:
+    s, function, c = check.shape, check.function, check.shape.c_in
+    x, dy, weight = draw.activation(s.n, c, s.t), draw.activation(s.n, c, s.t_out), draw.weight(c, 1, s.k)
+    before = draw.lengths(s.n, s.t)
+    told = Lengths(before, s.geometry.frames(before, s.k).clamp_(0, s.t_out))
+    given, given_dy = (ntc(mask(v, of, float("nan"))) for v, of in ((x, told.before), (dy, told.after)))
+
+    def results(face: str, x: Tensor, dy: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        impl = backends.face("depthwise", face)
+        if function == "forward":
+            return {"y": impl.forward(x, weight, s.geometry, told)}
+        if function == "dgrad":
+            return {"dx": impl.dgrad(dy, weight, s.t, s.geometry, told)}
+        return {"dw": impl.wgrad(x, dy, s.k, s.geometry, told, wide_dtype(x))}
+
+    return Case(
+        lambda: results(check.face, given, given_dy, weight),
+        lambda: results("aten", x, dy, weight),
+        lambda: results("reference", *_wide(x, dy, weight)),
+        {"x": x, "dy": dy, "given": given, "given dy": given_dy, "weight": weight, "lengths": told.before},
+    )
 
 
 def _fused_case(check: Check, draw: _Draw) -> Case:

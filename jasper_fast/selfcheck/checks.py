@@ -14,6 +14,7 @@ from jasper_fast.kernels import tables
 from jasper_fast.kernels.operands import Geometry
 
 CONV = ("forward", "forward_stats", "dgrad", "dgrad_bn", "wgrad")
+DEPTHWISE = ("forward", "dgrad", "wgrad")
 DTYPES = {name: dtype for dtype, name in tables.DTYPES.items()}
 QUICK_TILES = 3  # tiles of a table that a quick check takes, per function
 TABLE_ROWS = 2048  # rows of the inputs on which a table's tiles are checked
@@ -87,6 +88,10 @@ SMALL_NORM = (Norm(2, 64, 37), Norm(3, 29, 1), Norm(3, 48, 7))
 REAL_NORM = (Norm(4, 256, 420), Norm(4, 768, 420), Norm(4, 1024, 331))
 QUICK_NORM = (Norm(2, 64, 37), Norm(2, 256, 200))
 NORM_VARIANTS = ("batch", "evaluation", "residual", "no dropout", "no lengths", "halo")
+# QuartzNet's, where c_in = c_out
+SMALL_DEPTHWISE = (Conv(2, 41, 24, 24, 9, 2), Conv(4, 21, 40, 40, 33), Conv(2, 37, 29, 29, 13, 1, 2))
+REAL_DEPTHWISE = (Conv(4, 840, 256, 256, 33, 2), Conv(4, 420, 512, 512, 75), Conv(32, 420, 512, 512, 87, 1, 2))
+QUICK_DEPTHWISE = (Conv(2, 37, 64, 64, 33), Conv(2, 200, 256, 256, 63))
 FUSED_VARIANTS = ("plain", "panes", "panes splits", "features", "log-softmax", "splits")
 STEP_VARIANTS = ("plain", "all", "not finite")
 SMALL_CTC, REAL_CTC = (Speech(5, 23, 7, 6), Speech(4, 9, 40, 3)), (Speech(8, 420, 29, 150), Speech(4, 840, 129, 300))
@@ -153,6 +158,8 @@ def plan(
                 found += _steps(face, quick, large)
             if face == "triton" and dtype == "float32" and "ctc" in ops:
                 found += _losses(quick, large)
+            if face != "cuda" and "depthwise" in ops:
+                found += _depthwise(face, dtype, quick, large)
             if face == "cuda" and dtype == "float32":
                 continue  # its convs take 16 bits
             if "conv1d" in ops:
@@ -192,6 +199,13 @@ def _norms(face: str, dtype: str, quick: bool, large: bool) -> Iterator[Check]:
         for variant in ("batch", "residual") if quick else NORM_VARIANTS:
             yield Check("bn_relu_dropout", face, "forward", "default", shape, dtype, variant)
             yield Check("bn_relu_dropout", face, "backward", "default", shape, dtype, variant)
+
+
+def _depthwise(face: str, dtype: str, quick: bool, large: bool) -> Iterator[Check]:
+    shapes = QUICK_DEPTHWISE if quick else SMALL_DEPTHWISE + (REAL_DEPTHWISE if face != "cpu" else QUICK_DEPTHWISE[1:])
+    for shape in shapes if large else SMALL_DEPTHWISE[: 1 if quick else None]:
+        for function in DEPTHWISE:
+            yield Check("depthwise", face, function, "default", shape, dtype)
 
 
 def _steps(face: str, quick: bool, large: bool) -> Iterator[Check]:

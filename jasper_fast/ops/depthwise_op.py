@@ -1,0 +1,121 @@
+"""Depthwise 1D convolution in NTC memory, with the masks before and after it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jasper_fast.dispatch import choose
+from jasper_fast.dispatch.backends import DEPTHWISE
+from jasper_fast.dispatch.backends import face as _face
+from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.operands import Geometry, Lengths
+from jasper_fast.ops.bn_relu_dropout_op import check_lengths
+from jasper_fast.ops.conv1d_op import autocast
+from jasper_fast.ops.registration import lib, register_autograd, without_autocast
+
+lib.define(
+    "depthwise(Tensor x, Tensor weight, Tensor? lengths, Tensor? out_lengths, int stride, int padding, int dilation, "
+    "str face) -> Tensor"
+)
+lib.define(
+    "depthwise_backward(Tensor dy, Tensor x, Tensor weight, Tensor? lengths, Tensor? out_lengths, int stride, "
+    "int padding, int dilation, bool need_dx, str face) -> (Tensor, Tensor)"
+)
+
+
+def _forward(x, weight, lengths, out_lengths, stride, padding, dilation, face):
+    geometry = Geometry(stride, padding, dilation)
+    return _face(DEPTHWISE, face).forward(ntc(x), weight, geometry, Lengths(lengths, out_lengths))
+
+
+def _backward(dy, x, weight, lengths, out_lengths, stride, padding, dilation, need_dx, face):
+    return backward(
+        face, ntc(dy), ntc(x), weight, Geometry(stride, padding, dilation), Lengths(lengths, out_lengths), need_dx
+    )
+
+
+def backward(
+    face: str, dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, lengths: Lengths, need_dx: bool
+) -> tuple[Tensor, Tensor]:
+    """(dx, dweight) on `face`; dx is empty unless it is needed."""
+    impl = _face(DEPTHWISE, face)
+    dw = impl.wgrad(x, dy, weight.shape[2], geometry, lengths, weight.dtype)
+    return impl.dgrad(dy, weight, x.shape[2], geometry, lengths) if need_dx else dy.new_empty(0), dw
+
+
+lib.impl("depthwise", without_autocast(_forward), "CompositeExplicitAutograd")
+lib.impl("depthwise_backward", without_autocast(_backward), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("jasper_fast::depthwise", lib=lib)
+def _(x, weight, lengths, out_lengths, stride, padding, dilation, face):
+    n, c, t = x.shape
+    t_out = Geometry(stride, padding, dilation).frames(t, weight.shape[2])
+    return x.new_empty((n, t_out, c)).transpose(1, 2)
+
+
+@torch.library.register_fake("jasper_fast::depthwise_backward", lib=lib)
+def _(dy, x, weight, lengths, out_lengths, stride, padding, dilation, need_dx, face):
+    n, c, t = x.shape
+    return x.new_empty((n, t, c)).transpose(1, 2) if need_dx else x.new_empty(0), weight.new_empty(weight.shape)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.stride, ctx.padding, ctx.dilation, ctx.face = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _grad(ctx, dy):
+    need_dx = ctx.needs_input_grad[0]
+    dx, dw = torch.ops.jasper_fast.depthwise_backward(
+        dy, *ctx.saved_tensors, ctx.stride, ctx.padding, ctx.dilation, need_dx, ctx.face
+    )
+    return dx if need_dx else None, dw, *(None,) * 6
+
+
+register_autograd("depthwise", _grad, _save)
+
+
+def depthwise(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    out_lengths: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """Convolve each channel of `x` (N, C, T) with its own taps of `weight` (C, 1, K); returns y (N, C, T') in NTC
+    memory.
+
+    fp32, fp16, bf16 or fp64 (plain PyTorch); sums are fp32. Rows of `x` at t >= `lengths` (N,) count as zero, whatever
+    they hold; rows of y at t >= `out_lengths` (N,) are zero. Lengths are int64 and lie within the frames. Under
+    autocast `x` is cast to autocast's dtype. The gradient of the weight has the dtype of the weight.
+
+    Raises ValueError for shapes that do not fit. Equivalent to
+    `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, stride, padding, dilation, groups=C)` and another
+    `masked_fill`: NeMo's depthwise `MaskedConv1d`, and the mask of the pointwise one after it.
+    """
+    check_depthwise("x", x, weight, stride, padding, dilation)
+    check_lengths(lengths, x.shape[0])
+    check_lengths(out_lengths, x.shape[0])
+    x = autocast(x)
+    face = choose.depthwise_face(backend, x.device, x.dtype)
+    return torch.ops.jasper_fast.depthwise(x, weight, lengths, out_lengths, stride, padding, dilation, face)
+
+
+def check_depthwise(name: str, x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int) -> None:
+    """Raises ValueError unless `weight` is (C, 1, K), `x` (N, C, T) and the geometry possible."""
+    if x.dim() != 3 or weight.dim() != 3 or weight.shape[1] != 1 or x.shape[1] != weight.shape[0]:
+        raise ValueError(
+            f"{name} (N, C, T) and a depthwise weight (C, 1, K) do not fit: {tuple(x.shape)}, {tuple(weight.shape)}"
+        )
+    if stride < 1 or padding < 0 or dilation < 1:
+        raise ValueError(
+            f"stride and dilation must be at least 1 and padding at least 0, got {stride}, {dilation}, {padding}"
+        )
+    if Geometry(stride, padding, dilation).frames(x.shape[2], weight.shape[2]) < 0:
+        raise ValueError(f"{name} has {x.shape[2]} frames, too few for {weight.shape[2]} taps without more padding")

@@ -1,0 +1,78 @@
+"""The CPU face of the depthwise conv: threaded C++ kernels (csrc/cpu/isa/depthwise.cpp), one set per instruction set.
+
+Activations are fp32, fp16 or bf16, sums and weights fp32. Results are bit-identical for any number of threads, and an
+utterance's output does not depend on its batch or its padding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jasper_fast.kernels import native
+from jasper_fast.kernels.operands import FULL, Geometry, Lengths
+
+COLUMNS = 32  # channels of a block of the pack
+
+
+def pack(weight: Tensor, *, flipped: bool = False) -> Tensor:
+    """`weight` (C, 1, K) in the order that the kernel reads, (C / 32, K, 32) fp32; `flipped` is for `dgrad`."""
+    c, _, k = weight.shape
+    packed = torch.empty((-(-c // COLUMNS), k, COLUMNS), dtype=torch.float32)
+    native.cpu().depthwise_pack(weight.detach().float().contiguous(), flipped, packed)
+    return packed
+
+
+def pack_once(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight` (C, 1, K) of any dtype packed for many calls of `into`, in fp32 whatever the network's dtype."""
+    return pack(weight)
+
+
+def forward(
+    x: Tensor, weight: Tensor, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
+) -> Tensor:
+    """y (N, C, T') of `x` (N, C, T) in NTC memory, masked by `lengths`, and `weight` (C, 1, K), which may be `packed`.
+
+    Equivalent to `F.conv1d(x.masked_fill(t >= lengths.before, 0), weight, None, *geometry, groups=C)`, masked again.
+    """
+    n, c, t = x.shape
+    out = torch.empty((n, max(geometry.frames(t, weight.shape[2]), 0), c), dtype=x.dtype)
+    into(out, x.transpose(1, 2), pack(weight) if packed is None else packed, geometry, lengths)
+    return out.transpose(1, 2)
+
+
+def into(out: Tensor, x: Tensor, packed: Tensor, geometry: Geometry, lengths: Lengths = FULL) -> None:
+    """`forward` of `x` (N, T, C) and a pack, into `out` (N, T', C). Both need unit channel stride; their other strides
+    are free. Raises ValueError for `lengths.made`, which only GPU faces support."""
+    if lengths.made is not None:
+        raise ValueError("the cpu face masks by the lengths that it is given and does not compute output lengths")
+    stride, padding, dilation = geometry
+    taps = packed.shape[1]
+    native.cpu().depthwise_sum(x, packed, taps, stride, dilation, padding, 1, lengths.before, lengths.after, out)
+
+
+def dgrad(
+    dy: Tensor, weight: Tensor, t: int, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
+) -> Tensor:
+    """dx (N, C, T = `t`) of `dy` (N, C, T') in NTC memory: the conv of dy with the taps reversed.
+
+    At a stride the rows of dy lie `stride` apart, with zeros between them.
+    """
+    (stride, padding, dilation), k = geometry, weight.shape[2]
+    dx = torch.empty((dy.shape[0], t, dy.shape[1]), dtype=dy.dtype)
+    native.cpu().depthwise_sum(
+        dy.transpose(1, 2), pack(weight, flipped=True), k, 1, dilation, dilation * (k - 1) - padding, stride,
+        lengths.after, lengths.before, dx,
+    )  # fmt: skip
+    return dx.transpose(1, 2)
+
+
+def wgrad(
+    x: Tensor, dy: Tensor, k: int, geometry: Geometry, lengths: Lengths = FULL, dtype: torch.dtype | None = None
+) -> Tensor:
+    """dweight (C, 1, K = `k`) of `x` (N, C, T) and `dy` (N, C, T'), masked as in `forward`. It is summed in fp32 and
+    returned in `dtype` (default: that of `x`)."""
+    dw, (stride, padding, dilation) = torch.empty((x.shape[1], 1, k), dtype=torch.float32), geometry
+    rows, dy_rows = x.transpose(1, 2), dy.transpose(1, 2)
+    native.cpu().depthwise_wgrad(rows, dy_rows, stride, dilation, padding, lengths.before, lengths.after, dw)
+    return dw.to(dtype or x.dtype)

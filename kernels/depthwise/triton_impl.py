@@ -1,0 +1,139 @@
+"""The Triton face of the depthwise conv (NVIDIA sm_80 and later; on a CPU through Triton's interpreter): launches and
+checks.
+
+The kernels are in triton_sum.py and triton_wgrad.py. Activations are fp16, bf16 or fp32, sums fp32, and fp32 products
+are exact: no tensor core is used.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from jasper_fast.kernels import launch
+from jasper_fast.kernels.conv1d.triton_tiles import transpose_meta
+from jasper_fast.kernels.conv1d.triton_wgrad import conv1d_wgrad_merge_kernel
+from jasper_fast.kernels.depthwise.triton_sum import depthwise_sum_kernel
+from jasper_fast.kernels.depthwise.triton_wgrad import TAPS, depthwise_wgrad_kernel
+from jasper_fast.kernels.layout import empty_ntc
+from jasper_fast.kernels.operands import FULL, Geometry, Lengths
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FEW_ROWS = 4096  # below, smaller tiles make enough programs for a GPU
+SHARES = 8  # of a batch, in the gradient of the weight
+
+
+def pack_once(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight` (C, 1, K) of any dtype in the order that the kernel reads: (K, C) fp32, whatever the network's dtype."""
+    return weight.detach()[:, 0].t().float().contiguous()
+
+
+def forward(
+    x: Tensor, weight: Tensor, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
+) -> Tensor:
+    """y (N, C, T') of `x` (N, C, T) in NTC memory, masked by `lengths`, and `weight` (C, 1, K), which may be `packed`.
+
+    Equivalent to `F.conv1d(x.masked_fill(t >= lengths.before, 0), weight, None, *geometry, groups=C)`, masked again.
+    """
+    n, c, t = x.shape
+    y = empty_ntc(n, c, max(geometry.frames(t, weight.shape[2]), 0), like=x)
+    packed = pack_once(weight, x.dtype) if packed is None else packed
+    into(y.transpose(1, 2), x.transpose(1, 2), packed, geometry, lengths)
+    return y
+
+
+def into(out: Tensor, x: Tensor, packed: Tensor, geometry: Geometry, lengths: Lengths = FULL) -> None:
+    """`forward` of `x` (N, T, C) and a pack, into `out` (N, T', C). Both need unit channel stride; their other strides
+    are free. `lengths.made` receives the output lengths and is then used instead of `lengths.after`."""
+    _sum(out, x, packed, geometry, lengths, up=1, flipped=False)
+
+
+def dgrad(
+    dy: Tensor, weight: Tensor, t: int, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
+) -> Tensor:
+    """dx (N, C, T = `t`) of `dy` (N, C, T') in NTC memory: the conv of dy with the taps reversed."""
+    (stride, padding, dilation), k = geometry, weight.shape[2]
+    dx, w = empty_ntc(dy.shape[0], dy.shape[1], t, like=dy), pack_once(weight, dy.dtype) if packed is None else packed
+    back, told = Geometry(1, dilation * (k - 1) - padding, dilation), Lengths(lengths.after, lengths.before)
+    _sum(dx.transpose(1, 2), dy.transpose(1, 2), w, back, told, up=stride, flipped=True)
+    return dx
+
+
+def _sum(y: Tensor, x: Tensor, w: Tensor, geometry: Geometry, lengths: Lengths, *, up: int, flipped: bool) -> None:
+    _check(x, y)
+    (n, t, c), t_out = x.shape, y.shape[1]
+    if w.shape[1] != c or w.dtype != torch.float32 or not w.is_contiguous():
+        raise ValueError(f"the pack of a depthwise weight must be (K, {c}) fp32, got {tuple(w.shape)} {w.dtype}")
+    if y.numel() == 0:
+        return
+    if x.numel() == 0:
+        y.zero_()
+        return
+    few = n * t_out < FEW_ROWS
+    block_t, block_c = 16 if few else 64, min(128 // x.element_size(), max(16, triton.next_power_of_2(c)))
+    t_blocks, masked = triton.cdiv(t_out, block_t), lengths.masked and lengths[:2] != (None, None)
+    vec, (groups, x_row, x_item), (_, y_row, y_item) = _sizes(x, y)
+    launch.run(
+        depthwise_sum_kernel, (n * t_blocks * triton.cdiv(c, block_c),), x,
+        x, w, y, *lengths[:3], t, t_out, groups, x_row, x_item, y_row, y_item, w.shape[0], geometry.padding,
+        geometry.dilation, t_blocks,
+        STRIDE=geometry.stride, UP=up, FLIPPED=flipped, HAS_IN_LENGTHS=lengths.before is not None,
+        HAS_OUT_LENGTHS=lengths.after is not None, HAS_LENGTHS_OUT=lengths.made is not None, HAS_MASK=masked, VEC=vec,
+        BLOCK_T=block_t, BLOCK_C=block_c, num_warps=2 if few else 4,
+    )  # fmt: skip
+
+
+def wgrad(
+    x: Tensor, dy: Tensor, k: int, geometry: Geometry, lengths: Lengths = FULL, dtype: torch.dtype | None = None
+) -> Tensor:
+    """dweight (C, 1, K = `k`) of `x` (N, C, T) and `dy` (N, C, T'), masked as in `forward`. It is summed in fp32 and
+    returned in `dtype` (default: that of `x`)."""
+    rows, dy_rows, (stride, padding, dilation) = x.transpose(1, 2), dy.transpose(1, 2), geometry
+    _check(rows, dy_rows)
+    n, t, c = rows.shape
+    dw = torch.empty((c, 1, k), dtype=dtype or x.dtype, device=x.device)
+    if x.numel() == 0 or dy.numel() == 0:
+        return dw.zero_()
+    block_c = min(128 // x.element_size(), max(16, triton.next_power_of_2(c)))
+    share = triton.cdiv(n, min(n, SHARES))
+    shares = triton.cdiv(n, share)
+    parts = torch.empty((shares, k, c), dtype=torch.float32, device=x.device)
+    vec, (groups, x_row, x_item), (_, dy_row, dy_item) = _sizes(rows, dy_rows)
+    launch.run(
+        depthwise_wgrad_kernel, (shares * triton.cdiv(k, TAPS) * triton.cdiv(c, block_c),), x,
+        x, dy, parts, *lengths[:2], n, t, dy.shape[2], groups, x_row, x_item, dy_row, dy_item, k, padding, dilation,
+        share, STRIDE=stride, HAS_IN_LENGTHS=lengths.before is not None, HAS_OUT_LENGTHS=lengths.after is not None,
+        VEC=vec, BLOCK_T=32, BLOCK_C=block_c, num_warps=4,
+    )  # fmt: skip
+    meta = transpose_meta(k) | {"BLOCK_I": 1}
+    launch.run(
+        conv1d_wgrad_merge_kernel, (triton.cdiv(c, meta["BLOCK_O"]),), x, parts, dw, shares, k, 1, c,
+        num_warps=4, **meta,
+    )  # fmt: skip
+    return dw
+
+
+def _check(x: Tensor, y: Tensor) -> None:
+    """Raises TypeError or ValueError for operands (N, T, C) that the kernels do not take."""
+    if x.dtype not in DTYPES or x.dtype != y.dtype:
+        raise TypeError(f"the triton face takes fp32, fp16 or bf16, the same for all, got {x.dtype} and {y.dtype}")
+    if (x.shape[0], x.shape[2]) != (y.shape[0], y.shape[2]):
+        raise ValueError(f"a depthwise conv keeps batch and channels, got (N, T, C) {tuple(x.shape)}, {tuple(y.shape)}")
+    for v in (x, y):
+        if sum((s - 1) * d for s, d in zip(v.shape[1:], v.stride()[1:], strict=True)) >= 1 << 31:
+            raise ValueError(f"one utterance of {tuple(v.shape[1:])} exceeds 32-bit offsets: cut it into shorter ones")
+
+
+def _sizes(*tensors: Tensor) -> tuple[int, ...]:
+    """VEC of all `tensors` (N, T, C); then for each its channels and its strides of a row and of an utterance in units
+    of VEC elements."""
+    sizes = []
+    for x in tensors:
+        (n, t, c), (item, row, one) = x.shape, x.stride()
+        if one != 1 and c > 1:
+            raise ValueError(f"activations need unit stride over channels, got strides {x.stride()} for (N, T, C)")
+        # the stride of a single row or utterance is never used: take one that is aligned
+        sizes.append((c, row if t > 1 else c, item if n > 1 else t * c))
+    vec = next(v for v in (8, 4, 1) if not any(s % v for of in sizes for s in of))
+    return vec, *(tuple(s // vec for s in of) for of in sizes)
