@@ -40,10 +40,11 @@ def test_the_plan_holds_every_function_of_every_face_once(face):
         *(("bn_relu_dropout", f) for f in ("stats", "forward", "backward")),
         *(("conv1d", f) for f in convs), ("conv1d.fused", "fused"), *([("panes", "plain")] if face == "cpu" else []),
         ("novograd", "step"), *([("ctc", "loss")] if face == "triton" else []),
+        *(("depthwise", f) for f in checks.DEPTHWISE),
     }  # fmt: skip
-    for op in ("bn_relu_dropout", "conv1d"):  # the plan has every public function of the face
+    for op in ("bn_relu_dropout", "conv1d", "depthwise"):  # the plan has every public function of the face
         names = {"backward" if n.startswith("backward") else n for n in public(op, face)}
-        others = {"pack", "pack_once", "packed_shape", "packed_size", "takes_tf32", "has_bf16"}
+        others = {"pack", "pack_once", "packed_shape", "packed_size", "takes_tf32", "has_bf16", "into"}
         assert names - others <= {f for _, f in functions}
     quick = checks.plan(device, faces=(face,), quick=True)
     if face == "triton":  # a quick check is in bf16, of which there is no step and no loss
@@ -93,7 +94,7 @@ def test_every_check_is_made_in_the_dtype_that_is_asked_for(gpu, quick):
     assert exact and same[1] == same[2] and same[0] == sixteen  # the CUDA convs take 16 bits
     convs = {(op, face) for op in ("conv1d", "conv1d.fused") for face in ("triton", "cuda")}
     norms = {("bn_relu_dropout", "triton"), ("bn_relu_dropout", "cuda")}
-    assert {(c.op, c.face) for c in plans["float16"]} == convs | norms | {("panes", "aten")}
+    assert {(c.op, c.face) for c in plans["float16"]} == convs | norms | {("panes", "aten"), ("depthwise", "triton")}
     assert not any(c.face == "cuda" and c.op in ("conv1d", "conv1d.fused") for c in plans["float32"])
     by_default = [{check.id for check in checks.plan(GPU, quick=quick)}, {c.id for p in plans.values() for c in p}]
     assert by_default[0] == by_default[1] if not quick else by_default[0] == {c.id for c in plans["bfloat16"]}
