@@ -10,6 +10,7 @@ from test_sync import spawn
 from torch import nn
 
 from jasper_fast import fuse
+from jasper_fast.dispatch import choose
 
 
 def _share(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,7 +18,7 @@ def _share(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, LENGTHS
 
 
-CASES = (("never", False), ("before", False), ("after", False), ("before", True), ("after", True))
+CASES = (("never", False), ("before", False), ("after", False), ("before", True), ("after", True), ("gram", True))
 
 
 def _step(model: nn.Module, x: torch.Tensor, lengths: torch.Tensor) -> None:
@@ -36,7 +37,8 @@ def _in_parallel(rank: int) -> dict[tuple, dict[str, torch.Tensor]]:
             run = model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         else:
             run = nn.parallel.DistributedDataParallel(model)
-        if when == "after":
+        choose.pane_form = (lambda *of: "gram") if when == "gram" else choose.pane_form  # as on a GPU; the last case
+        if when in ("after", "gram"):
             assert fuse(run, strict=True).fused[0] == ("" if synced else "module.") + "encoder.layers.0"
         _step(run, *_share(rank))
         for p in model.parameters() if synced else ():

@@ -24,6 +24,7 @@ from jasper_fast.nn.architecture import block_shapes, out_lengths
 from jasper_fast.nn.config import BlockConfig, ConfigError, EncoderConfig
 from jasper_fast.nn.fuse import STATE, Before, become, frames
 from jasper_fast.nn.recognise import Parts, Unfit, captures, parts
+from jasper_fast.nn.shared import sharing
 from jasper_fast.nn.watch import Watch
 
 Graphs = bool | Literal["auto"]
@@ -221,6 +222,15 @@ class FusedEncoder(Before):
         vars(self)[STATE].drop()  # so that every eval() folds anew, and training has the memory
         return super().train(mode)
 
+    def sharing(self) -> contextlib.AbstractContextManager[None]:
+        """Around its own forward in training: the blocks share what all of them need of a block output."""
+        if not self.training or torch.compiler.is_compiling():
+            return contextlib.nullcontext()
+        try:
+            return sharing(self.blocks_of(self))
+        except Unfit:  # the block itself says what it cannot do
+            return contextlib.nullcontext()
+
     def whole(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         """The output (N, C, T') of the last block, and the lengths that it returns; None where the encoder's own
         forward has to run."""
@@ -267,8 +277,10 @@ class NVIDIAsEncoder(FusedEncoder):
     where, returns_all = "layers", True
 
     def forward(self, x, x_lens=None):
-        found = self.whole(x, x_lens)
-        return super().forward(x, x_lens) if found is None else ([found[0]], found[1])
+        if (found := self.whole(x, x_lens)) is not None:
+            return [found[0]], found[1]
+        with self.sharing():
+            return super().forward(x, x_lens)
 
 
 class NeMosEncoder(FusedEncoder):
@@ -277,8 +289,10 @@ class NeMosEncoder(FusedEncoder):
     where = "encoder"
 
     def forward(self, audio_signal, length):
-        found = None if length is None else self.whole(audio_signal, length)
-        return super().forward(audio_signal=audio_signal, length=length) if found is None else found
+        if length is not None and (found := self.whole(audio_signal, length)) is not None:
+            return found
+        with self.sharing():
+            return super().forward(audio_signal=audio_signal, length=length)
 
 
 class EagerModel(FusedEncoder):
@@ -296,7 +310,8 @@ class EagerModel(FusedEncoder):
     def forward(self, features, lengths):
         found = self.whole(features, lengths if self.config.encoder.use_conv_masks else None)
         if found is None:
-            return super().forward(features, lengths)
+            with self.sharing():
+                return super().forward(features, lengths)
         log_probs = self.decoder.layers[0](found[0]).transpose(1, 2).float().log_softmax(dim=2)
         return log_probs, out_lengths(self.config, lengths)
 

@@ -20,6 +20,7 @@ from jasper_fast.kernels.layout import mask, ntc
 from jasper_fast.nn.block import JasperBlock, momentum_of, of_the_batch
 from jasper_fast.nn.packs import Packs
 from jasper_fast.nn.recognise import LOOKED_FOR, Parts, Unfit, candidates, parts
+from jasper_fast.nn.shared import Shared, shared
 from jasper_fast.ops import sync
 from jasper_fast.ops.conv1d_op import autocast
 
@@ -120,7 +121,9 @@ class FusedBlock(Before):
         try:
             if "forward" in vars(self):
                 raise Unfit("a forward bound to the block")
-            return _run(parts(self), *vars(self)[STATE], xs, lengths)
+            known = shared()
+            found = known.parts.get(id(self)) if known else None
+            return _run(found or parts(self), *vars(self)[STATE], xs, lengths, known)
         except Unfit as reason:
             raise RuntimeError(
                 f"a fused block changed so that fused ops cannot compute it ({reason}): call "
@@ -141,7 +144,9 @@ def _new(kind: type[Before], own: type) -> nn.Module:
     return made.__new__(made)
 
 
-def _run(found: Parts, backend: str, packs: Packs, xs: list[Tensor], lengths: Tensor | None):
+def _run(
+    found: Parts, backend: str, packs: Packs, xs: list[Tensor], lengths: Tensor | None, known: Shared | None
+) -> tuple[list[Tensor], Tensor | None]:
     """The outputs and lengths that the block itself returns for block outputs `xs` and `lengths` (N,)."""
     steps = [lengths if found.masked else None]
     for sub in found.sub_blocks:
@@ -149,8 +154,8 @@ def _run(found: Parts, backend: str, packs: Packs, xs: list[Tensor], lengths: Te
     sources = xs if found.dense else xs[-1:]
     if found.panes and (len(sources) != len(found.panes) or (len(xs) > len(sources) and not found.takes_last)):
         raise ValueError(f"a block has {len(found.panes)} residual convs, but got {len(xs)} block outputs")
-    sources = [_clean(x, steps[0]) for x in sources]
-    out = _Computation(found, backend, packs, steps)(sources[-1], sources if found.panes else [])
+    sources = [known.ready(x, steps[0], _clean) if known else _clean(x, steps[0]) for x in sources]
+    out = _Computation(found, backend, packs, steps, known)(sources[-1], sources if found.panes else [])
     if steps[-1] is not None and not torch.compiler.is_compiling() and not out.is_inference():
         out._jasper_fast_zero = (steps[-1], out._version)  # saves the next block a pass over it
     passed = lengths if found.keeps_lengths and not found.masked else steps[-1]
@@ -181,12 +186,12 @@ def _known_zero(x: Tensor, lengths: Tensor) -> bool:
 
 
 class _Computation:
-    """One forward of a block, as `JasperBlock` computes it; panes are computed one by one."""
+    """One forward of a block, as `JasperBlock` computes it; panes of a block by itself are in the plain form."""
 
-    pane_form = "plain"
     pane_sum, _batch_sum, _is_gram = JasperBlock.pane_sum, JasperBlock._batch_sum, JasperBlock._is_gram
 
-    def __init__(self, found: Parts, backend: str, packs: Packs, steps: list[Tensor | None]):
+    def __init__(self, found: Parts, backend: str, packs: Packs, steps: list[Tensor | None], known: Shared | None):
+        self.found, self.known, self.pane_form = found, known, "auto" if known else "plain"
         self.subs, self.backend, self.packs, self._panes = found.sub_blocks, backend, packs, found.panes
         self.steps = [None if n is None else n.to(found.sub_blocks[0].conv.weight.device, torch.int64) for n in steps]
 
@@ -204,12 +209,17 @@ class _Computation:
                 y, stats = out if following else (out, None)
             else:
                 y, stats = self._conv(i + 1, self._fused(ops.bn_relu_dropout, y, stats, i))
-        residual = self.pane_sum(sources, [None] * len(sources), self.steps[0]) if sources else None
+        grams = [self.known and self.known.gram(self.found, i, x, self._reads_gram) for i, x in enumerate(sources)]
+        residual = self.pane_sum(sources, grams, self.steps[0]) if sources else None
         out = self._fused(ops.bn_relu_dropout, y, stats, len(self.subs) - 1, residual=residual)
         for bn in (*(sub.bn for sub in self.subs), *(bn for _, bn in self._panes)):
             if bn.training and bn.num_batches_tracked is not None:
                 bn.num_batches_tracked.add_(1)
         return out
+
+    def _reads_gram(self, found: Parts, pane: int, x: Tensor) -> bool:
+        bn = found.panes[pane][1]
+        return self._is_gram(x, bn) and of_the_batch(bn)
 
     def _conv(self, i: int, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         conv, stats = self.subs[i].conv, of_the_batch(self.subs[i].bn)

@@ -1,0 +1,90 @@
+"""What the fused blocks of one encoder share within a forward pass: block outputs made ready once, and their Gram
+matrices.
+
+Every dense block reads all block outputs before it. Alone it would mask and cast each again, and take the statistics of
+its panes from their outputs; together, the Gram matrix of a block output serves all blocks that read it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+
+from jasper_fast import ops
+from jasper_fast.nn.recognise import Parts, parts
+from jasper_fast.ops import sync
+
+
+class Shared:
+    """Of `blocks` in the order of their calls; raises Unfit if one cannot be fused."""
+
+    def __init__(self, blocks: list[nn.Module]):
+        self.parts = {id(block): parts(block) for block in blocks}
+        self._order = list(self.parts.values())
+        self._ready: dict[tuple, tuple[Tensor, Tensor | None, Tensor]] = {}
+        self._grams: dict[tuple, tuple[Tensor, ops.Gram]] = {}
+
+    def ready(self, x: Tensor, lengths: Tensor | None, make: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+        """`make(x, lengths)`, the same tensor whenever `x` and `lengths` are."""
+        key = id(x), x._version, id(lengths)
+        if key not in self._ready:
+            self._ready[key] = x, lengths, make(x, lengths)  # those with an id in the key must live
+        return self._ready[key][2]
+
+    def gram(self, found: Parts, pane: int, x: Tensor, reads: Callable[[Parts, int, Tensor], bool]) -> ops.Gram | None:
+        """The Gram matrix of `x` with the statistics of `pane` of the block `found`, where that `reads` it.
+
+        The first block that asks has the statistics taken of all panes that will.
+        """
+        if not reads(found, pane, x):
+            return None
+        key = id(x), id(found), pane
+        if key not in self._grams:
+            group = sync.group_of(found.panes[pane][1])
+            later = [
+                of
+                for of in self._readers(found, pane)
+                if reads(of, pane, x)
+                and of.panes[pane][0].in_channels == x.shape[1]
+                and sync.group_of(of.panes[pane][1]) is group
+            ]
+            stats = ops.pane_stats(ops.gram(x, group), [of.panes[pane][0].weight for of in later])
+            self._grams.update({(id(x), id(of), pane): (x, gram) for of, gram in zip(later, stats, strict=True)})
+        return self._grams[key][1]
+
+    def _readers(self, found: Parts, pane: int) -> list[Parts]:
+        """`found` and the blocks after it whose `pane` reads the same block output."""
+        if not found.dense or found not in self._order:
+            return [found]
+        after = self._order[self._order.index(found) :]
+        end = next((i for i, of in enumerate(after) if not of.dense or len(of.panes) <= pane), len(after))
+        return after[:end]
+
+
+_shared: ContextVar[Shared | None] = ContextVar("jasper_fast_shared", default=None)
+
+
+def shared() -> Shared | None:
+    """What the blocks share now; None outside of an encoder's forward, under torch.compile, and where hooks take saved
+    tensors, as activation checkpointing does, which must find the same computation in its second pass."""
+    if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return None
+    return _shared.get()
+
+
+def sharing(blocks: list[nn.Module]) -> contextlib.AbstractContextManager[None]:
+    """A context for the forward pass of an encoder of `blocks`; raises Unfit, at once, if one cannot be fused."""
+    return _sharing(Shared(blocks))
+
+
+@contextlib.contextmanager
+def _sharing(made: Shared) -> Iterator[None]:
+    token = _shared.set(made)
+    try:
+        yield
+    finally:
+        _shared.reset(token)

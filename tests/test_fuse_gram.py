@@ -1,0 +1,105 @@
+"""Panes of fused blocks from Gram matrices of block outputs, as on a GPU: taken once for all blocks of an encoder."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from close import assert_close
+from test_fuse import KINDS, add, build, call, features, gradients_and_buffers, layers, steps
+from torch.utils.checkpoint import checkpoint
+
+from jasper_fast import fuse, ops
+from jasper_fast.dispatch import choose
+from jasper_fast.nn.shared import Shared, shared
+
+
+@pytest.fixture(autouse=True)
+def counted(monkeypatch) -> list[str]:
+    """Which of the ops for panes ran, in order."""
+    ran: list[str] = []
+
+    def counting(name: str, real):
+        return lambda *of, **how: ran.append(name) or real(*of, **how)
+
+    monkeypatch.setattr(choose, "pane_form", lambda *of: "gram")
+    for name in ("gram", "pane_stats", "panes", "panes_plain"):
+        monkeypatch.setattr(ops, name, counting(name, getattr(ops, name)))
+    return ran
+
+
+@pytest.mark.parametrize(("kind", "masks"), [("dense", True), ("dense", False), ("plain", True)])
+@pytest.mark.parametrize("which", KINDS)
+def test_steps_equal_those_without_fusion(which, kind, masks, counted):
+    exact, single = build(which, kind, masks).double(), build(which, kind, masks)
+    doubles, fused = copy.deepcopy(exact), copy.deepcopy(single)
+    for model in (doubles, fused):
+        fuse(model, strict=True)
+    ref, low, wide, got = (steps(model, True, 2) for model in (exact, single, doubles, fused))
+    for name, want in ref.items():
+        torch.testing.assert_close(wide[name], want, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+        if want.is_floating_point():
+            assert_close(name, got[name], low[name], want, factor=4.0)
+    assert "panes_plain" not in counted
+
+
+def test_a_gram_matrix_serves_all_blocks_that_read_it(counted):
+    model = build("nvidia").train()
+    fuse(model)
+    call(model, features())
+    assert [counted.count(of) for of in ("gram", "pane_stats", "panes")] == [2, 2, 2], "2 blocks of 1 and 2 panes"
+
+
+def test_nothing_of_a_forward_pass_remains(counted, monkeypatch):
+    """Also without a backward pass, and after an error."""
+    made = []
+    real = Shared.__init__
+    monkeypatch.setattr(Shared, "__init__", lambda self, *of: made.append(weakref.ref(self)) or real(self, *of))
+    model = build("nemo").train()
+    fuse(model)
+    call(model, features())
+    handle = layers(model)[2].register_forward_hook(lambda *of: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(model, features())
+    handle.remove()
+    gc.collect()
+    assert len(made) == 2 and [of() for of in made] == [None, None] and shared() is None
+
+
+def test_a_hook_that_changes_a_block_output_is_seen():
+    results = []
+    for fused in (False, True):
+        model = build("nvidia", "none").double().train()
+        if fused:
+            fuse(model, backend="reference")
+        model.encoder.layers[0].register_forward_hook(add)
+        results.append(call(model, features(torch.float64)))
+    torch.testing.assert_close(*results)
+
+
+def test_activation_checkpointing_of_a_block(counted, monkeypatch):
+    """Its second pass is outside of the encoder's forward, and must save the same tensors."""
+    results = []
+    for fused in (False, True):
+        model = build("nvidia").double().train()
+        if fused:
+            fuse(model)
+        real = type(model.encoder.layers[2]).__call__
+        kind = type(model.encoder.layers[2])
+        monkeypatch.setattr(
+            kind,
+            "__call__",
+            lambda self, *of, real=real: checkpoint(lambda *o: real(self, *o), *of, use_reentrant=False),
+        )
+        out = call(model, features(torch.float64))
+        out.square().mean().backward()
+        monkeypatch.delattr(kind, "__call__")
+        results.append({"output": out.detach(), **gradients_and_buffers(model)})
+    for name, want in results[0].items():
+        if "running" in name or "num_batches" in name:  # the second pass updates them once more, in both
+            continue
+        torch.testing.assert_close(results[1][name], want, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+    assert "panes_plain" in counted and "gram" not in counted
