@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORDED = Path(__file__).with_name("interface.json")
 BENCH = ("kernels", "train", "optimizer", "latency", "memory", "decode", "all", "launches", "gpu", "profile", "tune")
 BENCH += ("compile", "report", "data")
-PACKAGE = ("transcribe", "evaluate", "export", "info", "selfcheck", "check", "tune", "prepare librispeech")
+PACKAGE = ("transcribe", "evaluate", "export", "convert", "info", "selfcheck", "check", "tune", "prepare librispeech")
 PACKAGE += ("prepare manifest", "prepare shards", "lm train", "lm train-neural", "lm perplexity", "lm info", "lm tune")
 
 

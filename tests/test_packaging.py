@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-INSTALLED = {"dev", "train", "demo", "bench", "lm"}  # dev brings the others
+INSTALLED = {"dev", "train", "demo", "bench", "lm", "safetensors"}  # dev brings the others
 OPTIONAL = (
     "anyascii",
     "flashlight",

@@ -7,7 +7,7 @@ import os
 import sys
 
 from jasper_fast import __version__
-from jasper_fast.cli import check, common, evaluate, export, info, lm, selfcheck, transcribe, tune
+from jasper_fast.cli import check, common, convert, evaluate, export, info, lm, selfcheck, transcribe, tune
 from jasper_fast.cli.prepare import librispeech, manifest, shards
 from jasper_fast.extras import MissingExtra, need
 
@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"jasper_fast {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (transcribe, evaluate, check, export, info, selfcheck, tune):
+    for module in (transcribe, evaluate, check, convert, export, info, selfcheck, tune):
         common.subcommand(commands, module)
     common.subcommands(commands, "prepare", "data for training and evaluation", (librispeech, manifest, shards))
     lm.add(commands)

@@ -33,7 +33,7 @@ _PACKAGES = (
     ("onnxruntime", "checking ONNX files", "export"),
     ("flashlight-text", "beam search with a word language model", "lm"),
     ("ufal-kenlm", "n-gram language models", "lm"),
-    ("safetensors", "golden vectors", "dev"),
+    ("safetensors", "safetensors files", "safetensors"),
     ("cupy-cuda13x", "CUDA convs without a CUDA toolkit", "cuda"),
     ("flashlight-text", "beam search", "lm"),
     ("kenlm", "n-gram models", "lm"),

@@ -6,8 +6,10 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -18,19 +20,20 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, read or used; the message names the file and what to do."""
 
 
-def save(path: str | Path, state: dict[str, Any]) -> None:
-    """Writes `state` atomically: even after a crash `path` holds either its old content or all of `state`.
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` at the end: even after a crash `path` holds either its old
+    content or all that was written.
 
-    `state`: tensors and plain Python values. The bytes are written to a temporary file beside `path` and flushed to the
-    disk (fsync), and only then is the file renamed. Raises CheckpointError if they cannot be written (disk full); the
-    old file is then unchanged. Equivalent to `torch.save(state, path)` if nothing fails.
+    The bytes go to a temporary file beside `path` and are flushed to the disk (fsync), and only then is the file
+    renamed. Raises CheckpointError if they cannot be written (disk full). After any error the old file is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -39,17 +42,30 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
             os.fsync(folder)  # the rename must reach the disk too
         finally:
             os.close(folder)
+    except CheckpointError:
+        raise
     except (OSError, RuntimeError) as error:
-        if temporary.exists():
-            temporary.unlink()
         if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
             error = error.__context__  # PyTorch's writer hides the error of the disk
         free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0
         kept = f"; the earlier {path.name} is untouched" if path.exists() else ""
+        said = str(error).partition("\n")[0]
         raise CheckpointError(
-            f"cannot write {path}: {error} ({free:.0f} MiB free on that disk){kept}. Free some space, or choose "
+            f"cannot write {path}: {said} ({free:.0f} MiB free on that disk){kept}. Free some space, or choose "
             f"another folder or a smaller number of kept checkpoints"
         ) from error
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+def save(path: str | Path, state: dict[str, Any]) -> None:
+    """Writes `state`, tensors and plain Python values, atomically as `replacing` does; raises CheckpointError.
+
+    Equivalent to `torch.save(state, path)` if nothing fails.
+    """
+    with replacing(path) as file:
+        torch.save(state, file)
 
 
 def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -61,25 +77,46 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give the path of a checkpoint (.pt) or of a NeMo model (.nemo)")
+    with open(path, "rb") as file:
+        return read(file, str(path), map_location)
+
+
+def read(file: BinaryIO, name: str, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """`load` from an open file, which messages call `name`."""
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
                 if bad := archive.testzip():
-                    raise CheckpointError(f"{path} is damaged (record {bad}); take an earlier checkpoint")
-        state = torch.load(path, map_location=map_location, weights_only=True)
+                    raise CheckpointError(f"{name} is damaged (record {bad}); take an earlier checkpoint")
+        file.seek(0)
+        state = torch.load(file, map_location=map_location, weights_only=True)
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:  # on arbitrary bytes the unpickler can raise anything
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
-                f"{path} holds Python objects ({found[1]}) and is not loaded, because loading "
+                f"{name} holds Python objects ({found[1]}) and is not loaded, because loading "
                 f"them could run anything; save it again, where it was made, as torch.save({{'state_dict': "
                 f"model.state_dict()}}, ...)"
             ) from error
+        size = file.seek(0, os.SEEK_END)
         raise CheckpointError(
-            f"{path} is not a complete PyTorch checkpoint ({path.stat().st_size} bytes): it was cut short, or is "
+            f"{name} is not a complete PyTorch checkpoint ({size} bytes): it was cut short, or is "
             f"another kind of file; copy it again or take an earlier checkpoint"
         ) from error
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dictionary with a 'state_dict'")
+        raise CheckpointError(f"{name} holds a {type(state).__name__}, not a dictionary with a 'state_dict'")
     return state
+
+
+def refuse_endless(value: Any, name: str, most: int = 100_000) -> None:
+    """Raises CheckpointError if lists and dictionaries in `value`, written out, have too many items: a few bytes can
+    hold lists of one another that would fill any memory, or a list that holds itself."""
+    waiting, seen = [value], 0
+    while waiting:
+        item = waiting.pop()
+        inner = list(item.values()) if isinstance(item, dict) else item if isinstance(item, (list, tuple)) else ()
+        seen += len(inner)
+        if seen > most:
+            raise CheckpointError(f"{name} has over {most:,} settings, or one that contains itself")
+        waiting += inner

@@ -162,8 +162,8 @@ class JasperConfig:
             decoder=_build(DecoderConfig, decoder, "decoder"),
             name=top.get("name", "Jasper"),
             labels=labels,
-            input_train=top.get("input_train") or {},
-            input_val=top.get("input_val") or {},
+            input_train=_mapping(top.get("input_train") or {}, "input_train"),
+            input_val=_mapping(top.get("input_val") or {}, "input_val"),
         )
 
     @classmethod

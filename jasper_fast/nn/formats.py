@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import io
-import pickle
 import re
 import tarfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jasper_fast.nn.checkpoint import FORMAT, CheckpointError, load
+from jasper_fast.nn import tensor_file
+from jasper_fast.nn.checkpoint import FORMAT, CheckpointError, load, read, refuse_endless
 from jasper_fast.nn.config import JasperConfig
 
 
@@ -29,42 +30,66 @@ class Weights:
     state_dict: dict[str, Tensor]
     config: dict[str, Any] | None = None
     labels: list[str] | None = None
+    average: dict[str, Tensor] | None = None  # the moving average, where the file has one and it was not asked for
+    names: dict[str, str] = field(default_factory=dict)  # of the entries in the file, by this project's
+    left_out: list[str] = field(default_factory=list)  # what else the file holds
 
 
 def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
     """The weights in a file of any known layout; `ema` asks for the moving average.
 
     Reads this project's checkpoints, NVIDIA's Jasper for PyTorch of 2021 and later (`encoder.layers.*`) and of 2019 and
-    2020 (`jasper_encoder.encoder.*`), bare state dicts of those, NeMo's `.nemo` archives, compressed or not, its pairs
-    of files (`JasperEncoder-*.pt`, `JasperDecoderForCTC-*.pt`: `path` is either) and checkpoints of Lightning; also
-    models wrapped by `torch.compile` or DistributedDataParallel. Raises CheckpointError naming the file for anything
-    else, and if the moving average is asked for and the file has none.
+    2020 (`jasper_encoder.encoder.*`), bare state dicts of those, safetensors files of any of these names, NeMo's
+    `.nemo` archives, compressed or not, its pairs of files (`JasperEncoder-*.pt`, `JasperDecoderForCTC-*.pt`: `path` is
+    either) and checkpoints of Lightning; also models wrapped by `torch.compile` or DistributedDataParallel. Raises
+    CheckpointError naming the file for anything else, and if the moving average is asked for and the file has none.
     """
     path = Path(path)
     if path.is_file() and tarfile.is_tarfile(path):  # checked first: a tar that ends in a zip looks like a zip
         if ema:
             raise CheckpointError(f"{path}: a NeMo archive has no moving average; load it without ema")
         return _read_nemo(path)
-    state = load(path)
-    key = "ema_state_dict" if ema else "state_dict"
-    if ema and not (isinstance(state.get(key), dict) and state[key]):
+    state = tensor_file.read(path) if tensor_file.is_one(path) else load(path)
+    chosen, other = ("ema_state_dict", "state_dict") if ema else ("state_dict", "ema_state_dict")
+    if ema and not (isinstance(state.get(chosen), dict) and state[chosen]):
         raise CheckpointError(f"{path} has no moving average (ema_state_dict); load it without ema")
-    entries = state.get(key, state)
-    fit = isinstance(entries, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in entries.items())
-    if not fit:
+    entries, others = state.get(chosen, state), state.get(other)
+    if not _is_state_dict(entries):
         raise CheckpointError(f"{path} holds no model: there is no 'state_dict' among {', '.join(map(str, state))}")
-    entries = {_unwrapped(name): tensor for name, tensor in entries.items()}
-    if half := _nemo_half(entries):
-        entries |= _other_half(path, half)
-        return Weights(path, "NeMo", _rename(entries, (*_NEMO_HALVES, *_NEMO), drop=()))
+    plain, drop, rules = list(map(_unwrapped, entries)), (), ()
     kind = "jasper_fast" if state.get("format") == FORMAT else "reference v2"
-    if any(name.startswith("jasper_encoder.") for name in entries):
-        kind, entries = "reference v1", _rename(entries, _V1, drop=("acoustic_model.", "audio_preprocessor."))
-    elif any(name.startswith("encoder.encoder.") for name in entries):
-        kind, entries = "NeMo", _rename(entries, _NEMO, drop=("preproc", "spec_aug"))
+    if half := _nemo_half(plain):
+        entries = entries | _other_half(path, half)
+        kind, rules = "NeMo", (*_NEMO_HALVES, *_NEMO)
+    elif any(name.startswith("jasper_encoder.") for name in plain):
+        kind, rules, drop = "reference v1", _V1, ("acoustic_model.", "audio_preprocessor.")
+    elif any(name.startswith("encoder.encoder.") for name in plain):
+        kind, rules, drop = "NeMo", _NEMO, _NEMO_DROP
+    found = _named_ours(path, kind, entries, rules, drop)
+    found.left_out += [str(k) for k, v in state.items() if entries is not state and k not in _READ and v is not None]
     if kind == "jasper_fast":
-        return Weights(path, kind, entries, state.get("config"), state.get("labels"))
-    return Weights(path, kind, entries, labels=_lightning_labels(state.get("hyper_parameters")))
+        found.config, found.labels = state.get("config"), _labels(path, state.get("labels"))
+    else:
+        refuse_endless(state.get("hyper_parameters"), f"{path}: hyper_parameters")
+        found.labels = _lightning_labels(state.get("hyper_parameters"))
+    if not ema and _is_state_dict(others) and others.keys() == entries.keys():
+        found.average = {ours: others[name] for ours, name in found.names.items()}
+    elif others is not None and entries is not state:
+        found.left_out.append(other)
+    return found
+
+
+_READ = ("format", "config", "labels", "state_dict", "ema_state_dict", "hyper_parameters")
+
+
+def _labels(path: Path, labels: Any) -> list[str] | None:
+    if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
+        raise CheckpointError(f"{path}: its labels are no list of texts")
+    return labels
+
+
+def _is_state_dict(entries: Any) -> bool:
+    return isinstance(entries, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in entries.items())
 
 
 def _unwrapped(name: str) -> str:
@@ -90,10 +115,10 @@ _HALVES = {"JasperEncoder": r"^encoder\.\d+\.", "JasperDecoderForCTC": r"^decode
 _NEMO_HALVES = ((r"^encoder\.(\d+)\.", r"encoder.encoder.\1."), (r"^decoder_layers\.", "decoder.decoder_layers."))
 
 
-def _nemo_half(entries: dict[str, Tensor]) -> str | None:
-    """Which of the two modules of NeMo 0.x has these entries; None for a whole model."""
+def _nemo_half(names: Iterable[str]) -> str | None:
+    """Which of the two modules of NeMo 0.x has entries of these names; None for a whole model."""
     for module, pattern in _HALVES.items():
-        if entries and all(re.match(pattern, name) for name in entries):
+        if names and all(re.match(pattern, name) for name in names):
             return module
     return None
 
@@ -107,8 +132,8 @@ def _other_half(path: Path, half: str) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} is one of NeMo's two files, the {half}; put the other, {name}, beside it (and keep their names)"
         )
-    entries = {_unwrapped(name): tensor for name, tensor in load(beside).items()}
-    if _nemo_half(entries) != other:
+    entries = load(beside)
+    if not _is_state_dict(entries) or _nemo_half(list(map(_unwrapped, entries))) != other:
         raise CheckpointError(f"{beside} does not hold a {other}, which belongs to {path}")
     return entries
 
@@ -126,6 +151,7 @@ def jasper10x5dr(n_classes: int = 29) -> dict[str, Any]:
 
 
 _V1 = ((r"^jasper_encoder\.encoder\.", "encoder.layers."), (r"^jasper_decoder\.decoder_layers\.", "decoder.layers."))
+_NEMO_DROP = ("preproc", "spec_aug")
 _NEMO = (
     (r"^encoder\.encoder\.", "encoder.layers."),
     (r"^decoder\.decoder_layers\.", "decoder.layers."),
@@ -134,15 +160,23 @@ _NEMO = (
 )
 
 
-def _rename(entries: dict[str, Tensor], rules: Sequence[tuple[str, str]], drop: Sequence[str]) -> dict[str, Tensor]:
-    renamed = {}
-    for name, tensor in entries.items():
-        if any(part in name for part in drop):
+def _named_ours(
+    path: Path, kind: str, entries: dict[str, Tensor], rules: Sequence[tuple[str, str]] = (), drop: Sequence[str] = ()
+) -> Weights:
+    """The entries under this project's names: those with a part of `drop` are left out, others obey the rules."""
+    names, dropped = {}, []
+    for name in entries:
+        ours = _unwrapped(name)
+        if any(part in ours for part in drop):
+            dropped.append(name)
             continue
         for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
-    return renamed
+            ours = re.sub(pattern, replacement, ours)
+        if ours in names:
+            raise CheckpointError(f"{path}: its entries {names[ours]} and {name} both mean {ours}")
+        names[ours] = name
+    state = {ours: entries[name] for ours, name in names.items()}
+    return Weights(path, kind, state, names=names, left_out=dropped)
 
 
 def _read_nemo(path: Path) -> Weights:
@@ -153,24 +187,31 @@ def _read_nemo(path: Path) -> Weights:
     try:
         with tarfile.open(path, "r:*") as archive:
             for member in archive:
-                name = Path(member.name).name
-                if member.isfile() and name in ("model_config.yaml", "model_weights.ckpt"):
-                    members[name] = archive.extractfile(member).read()
+                place = PurePosixPath(member.name)
+                if place.is_absolute() or ".." in place.parts:
+                    raise CheckpointError(f"it names a file outside of itself, {member.name!r}: not NeMo's")
+                if member.isfile() and place.name in ("model_config.yaml", "model_weights.ckpt"):
+                    members[place.name] = archive.extractfile(member).read()
         if len(members) < 2:
             raise CheckpointError(
                 f"{path} is a tar archive without model_config.yaml and model_weights.ckpt: not NeMo's"
             )
         document = yaml.safe_load(members["model_config.yaml"])
-        entries = torch.load(io.BytesIO(members["model_weights.ckpt"]), map_location="cpu", weights_only=True)
+        refuse_endless(document, f"{path}: model_config.yaml")
+        entries = read(io.BytesIO(members["model_weights.ckpt"]), f"{path}: model_weights.ckpt")
+        if not _is_state_dict(entries):
+            raise CheckpointError("model_weights.ckpt holds no state dict")
         config = _nemo_config(document)
-    except (tarfile.TarError, EOFError, OSError, RuntimeError, pickle.UnpicklingError, yaml.YAMLError) as error:
+    except (tarfile.TarError, EOFError, OSError, RuntimeError, zlib.error, yaml.YAMLError) as error:
         if isinstance(error, CheckpointError):
             raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from None
-        raise CheckpointError(f"{path} is not a complete NeMo archive ({error}); copy or download it again") from error
-    except (KeyError, TypeError) as error:
+        said = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} is not a complete NeMo archive ({said}); copy or download it again") from error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{path}: its model_config.yaml is not that of a Jasper (at {error})") from error
-    entries = _rename(entries, _NEMO, drop=("preproc", "spec_aug"))
-    return Weights(path, "NeMo", entries, config, config["labels"])
+    found = _named_ours(path, "NeMo", entries, _NEMO, _NEMO_DROP)
+    found.config, found.labels = config, config["labels"]
+    return found
 
 
 def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
@@ -222,7 +263,7 @@ def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
 
 # Keys of NeMo's AudioToMelSpectrogramPreprocessor: those with a name and default here, those that must have one value,
 # and those that do not change the features in evaluation.
-_NEMO_FEATURES = {
+NEMO_FEATURES = {
     "sample_rate": ("sample_rate", 16000), "window_size": ("window_size", 0.02),
     "window_stride": ("window_stride", 0.01), "window": ("window", "hann"), "normalize": ("normalize", "per_feature"),
     "n_fft": ("n_fft", None), "preemph": ("preemph", 0.97), "features": ("n_filt", 64), "lowfreq": ("lowfreq", 0),
@@ -233,21 +274,21 @@ _NEMO_FEATURES = {
 _NEMO_ONLY = {"n_window_size": None, "n_window_stride": None, "exact_pad": False, "stft_exact_pad": False,
               "pad_value": 0, "mel_norm": "slaney", "frame_splicing": 1}  # fmt: skip
 _NEMO_IDLE = {"_target_", "cls", "rng", "nb_augmentation_prob", "nb_max_freq", "use_torchaudio", "stft_conv"}
-_NEMO_TARGET = "AudioToMelSpectrogramPreprocessor"
+NEMO_TARGET = "AudioToMelSpectrogramPreprocessor"
 
 
 def _nemo_features(front: dict[str, Any]) -> dict[str, Any]:
     """NeMo's `preprocessor` as `filterbank_features`; raises CheckpointError naming a setting that is not supported."""
-    known = _NEMO_FEATURES.keys() | _NEMO_ONLY.keys() | _NEMO_IDLE
+    known = NEMO_FEATURES.keys() | _NEMO_ONLY.keys() | _NEMO_IDLE
     wrong = [key for key in front if key not in known]
     wrong += [key for key, only in _NEMO_ONLY.items() if front.get(key, only) != only]
-    wrong += [key for key in ("_target_", "cls") if str(front.get(key, _NEMO_TARGET)).split(".")[-1] != _NEMO_TARGET]
+    wrong += [key for key in ("_target_", "cls") if str(front.get(key, NEMO_TARGET)).split(".")[-1] != NEMO_TARGET]
     normalize = front.get("normalize")
     if isinstance(normalize, str) and normalize not in ("per_feature", "all_features"):
         wrong.append("normalize")
     if front.get("log_zero_guard_type", "add") not in ("add", "clamp"):
         wrong.append("log_zero_guard_type")
-    features = {ours: front.get(theirs, default) for theirs, (ours, default) in _NEMO_FEATURES.items()}
+    features = {ours: front.get(theirs, default) for theirs, (ours, default) in NEMO_FEATURES.items()}
     guard = features["log_zero_guard_value"]
     if isinstance(guard, str):
         limits = torch.finfo(torch.float32)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from jasper_fast.nn.checkpoint import CheckpointError
-from jasper_fast.nn.config import JasperConfig
+from jasper_fast.nn.checkpoint import CheckpointError, refuse_endless
+from jasper_fast.nn.config import ConfigError, JasperConfig
 from jasper_fast.nn.formats import Weights, jasper10x5dr, published_labels, read_weights
 from jasper_fast.nn.model import Jasper
 
@@ -37,23 +38,10 @@ def load_weights(
     the model to labels of the file whose rows they start from; a file that does not name its labels is then taken to
     have the published alphabet. Raises CheckpointError naming the entries, and also if no entry of the encoder fits.
     """
-    own, given = model.state_dict(), dict(weights.state_dict)
-    for name in own:  # files of PyTorch 0.4 lack the counters
-        if name.endswith("num_batches_tracked"):
-            given.setdefault(name, torch.zeros((), dtype=torch.int64))
-    wrong = {name: f"{tuple(given[name].shape)} instead of {tuple(t.shape)}" for name, t in own.items()
-             if name in given and given[name].shape != t.shape}  # fmt: skip
-    wrong |= {name: "missing" for name in own if name not in given}
-    extra = [name for name in given if name not in own]
-    if strict and (wrong or extra):
-        listed = [f"{name}: {why}" for name, why in wrong.items()] + [
-            f"{name}: not part of the model" for name in extra
-        ]
-        raise CheckpointError(
-            f"{weights.path} ({weights.kind}) does not fit the model, {len(listed)} entries differ: "
-            f"{'; '.join(listed[:4])}{'; ...' if len(listed) > 4 else ''}. Pass the configuration it was trained with, "
-            f"or strict=False to start from the entries that fit"
-        )
+    own = model.state_dict()
+    given, wrong, extra = compared(own, weights)
+    if strict:
+        refuse_misfits(weights, wrong, extra)
     reasons = []
     other = labels is not None and weights.labels is not None and list(labels) != list(weights.labels)
     if strict and other:
@@ -95,6 +83,30 @@ def load_weights(
             to, source = map(list, zip(*rows, strict=True))
             for name in head:
                 own[name][to] = given[name][source].to(own[name])
+
+
+def compared(own: dict[str, Tensor], weights: Weights) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+    """The entries of the file with counters where PyTorch 0.4 saved none, the faults of those that the model `own`
+    cannot take, and the names of those that it does not have."""
+    given = dict(weights.state_dict)
+    for name in own:
+        if name.endswith("num_batches_tracked"):
+            given.setdefault(name, torch.zeros((), dtype=torch.int64))
+    wrong = {name: f"{tuple(given[name].shape)} instead of {tuple(t.shape)}" for name, t in own.items()
+             if name in given and given[name].shape != t.shape}  # fmt: skip
+    wrong |= {name: "missing" for name in own if name not in given}
+    return given, wrong, [name for name in given if name not in own]
+
+
+def refuse_misfits(weights: Weights, wrong: dict[str, str], extra: list[str]) -> None:
+    """Raises CheckpointError naming the entries, if there is any."""
+    listed = [f"{name}: {why}" for name, why in wrong.items()] + [f"{name}: not part of the model" for name in extra]
+    if listed:
+        raise CheckpointError(
+            f"{weights.path} ({weights.kind}) does not fit the model, {len(listed)} entries differ: "
+            f"{'; '.join(listed[:4])}{'; ...' if len(listed) > 4 else ''}. Pass the configuration it was trained with, "
+            f"or strict=False to start from the entries that fit"
+        )
 
 
 def _convention(config: dict[str, Any]) -> str:
@@ -156,6 +168,24 @@ def _row_of_label(weights: Weights, labels: Sequence[str] | None, like: Mapping[
     return {label: i for i, label in enumerate(known)}
 
 
+def config_of(weights: Weights) -> JasperConfig:
+    """The configuration in the file; files of NVIDIA hold none, and are taken for Jasper 10x5 dense residual.
+
+    Raises CheckpointError for one that is no Jasper's, or of more layers than the file has weights.
+    """
+    bias = weights.state_dict.get("decoder.layers.0.bias")
+    document = weights.config or jasper10x5dr(29 if bias is None else bias.numel())
+    refuse_endless(document, f"{weights.path}: its configuration")
+    try:
+        json.dumps(document)  # it is made of plain values
+        config = JasperConfig.from_dict(document)
+    except (ConfigError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{weights.path}: its configuration is no Jasper's ({error})") from error
+    if weights.config and sum(block.repeat for block in config.encoder.blocks) > len(weights.state_dict):
+        raise CheckpointError(f"{weights.path}: its configuration has more layers than it has weights")
+    return config
+
+
 def load_model(
     path: str | Path,
     *,
@@ -172,9 +202,7 @@ def load_model(
     """
     weights = read_weights(path, ema=ema)
     if config is None:
-        bias = weights.state_dict.get("decoder.layers.0.bias")
-        document = weights.config or jasper10x5dr(29 if bias is None else bias.numel())
-        config = JasperConfig.from_dict(document)
+        config = config_of(weights)
     if strict:  # every entry comes from the file: compare shapes, then take the tensors without a copy
         with torch.device("meta"):
             model = Jasper(config, backend=backend)

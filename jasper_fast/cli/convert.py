@@ -1,0 +1,55 @@
+"""`jasper-fast convert`: a checkpoint in the format of this project, of NVIDIA, of NeMo, or as safetensors."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+from jasper_fast.options import option
+
+DESCRIPTION = """\
+Writes the weights of a checkpoint in another format. IN may be a checkpoint of this project, of NVIDIA's Jasper for
+PyTorch (2019 to today), of Lightning, a .nemo archive, a pair of files of NeMo 0.x, or a safetensors file. OUT holds
+the same bits under the names of its format, with labels and settings of the features where that has them. It is read
+again and compared before it appears, whole or not at all. The report says what each entry became, and what was left
+out."""
+END = """\
+The state of training (optimizer, loss scale, data position) is left out: OUT starts a new training by --init-from.
+Where NVIDIA's or this project's format is written, a moving average goes along with the weights.
+
+example: jasper-fast convert stt_en_jasper10x5dr.nemo jasper.pt --to nvidia --config-out jasper.yaml"""
+
+HELP = "a checkpoint in another project's format"
+OPTIONS = {
+    "": [
+        option("source", metavar="IN", help="the checkpoint to read"),
+        option("out", metavar="OUT", help="the file to write"),
+        option("--to", required=True, choices=("jasper_fast", "nvidia", "nemo", "safetensors"), help="OUT's format"),
+        option("--ema", action="store_true", help="write the moving average in place of the weights"),
+        option("--config", metavar="YAML", help="model configuration, if IN has none (default: Jasper 10x5)"),
+        option("--config-out", metavar="YAML", help="also write the configuration, as --config and NVIDIA read it"),
+        option("--report", metavar="JSON", help="also write the report as data: each entry's old and new name"),
+        option("--force", action="store_true", help="replace files that exist"),
+    ],
+}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from jasper_fast.inference import convert
+    from jasper_fast.nn.checkpoint import replacing
+    from jasper_fast.nn.config import JasperConfig
+
+    extra = [path for path in (arguments.config_out, arguments.report) if path]
+    convert.refuse_existing(arguments.force, arguments.out, *extra)
+    config = JasperConfig.from_yaml(arguments.config) if arguments.config else None
+    report, config = convert.convert(
+        arguments.source, arguments.out, arguments.to, config=config, ema=arguments.ema, force=arguments.force
+    )
+    texts = (arguments.config_out, convert.yaml_of(config)), (arguments.report, json.dumps(dataclasses.asdict(report)))
+    for path, text in texts:
+        if path:
+            with replacing(path) as file:
+                file.write(text.encode())
+    print(report)
+    return 0

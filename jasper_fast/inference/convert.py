@@ -1,0 +1,264 @@
+"""A checkpoint in another project's format, with an exact report of what became of everything in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from jasper_fast.inference.recognizer import labels_of
+from jasper_fast.nn import nemo_file, tensor_file
+from jasper_fast.nn.checkpoint import FORMAT, CheckpointError, replacing
+from jasper_fast.nn.config import JasperConfig
+from jasper_fast.nn.formats import NEMO_FEATURES, Weights, read_weights
+from jasper_fast.nn.loading import compared, config_of, refuse_misfits
+from jasper_fast.nn.model import Jasper
+from jasper_fast.speech.features import LogMelFeatures
+
+HOLDS_AVERAGE = ("jasper_fast", "nvidia")
+RULES = "lengths, the ends of the audio and dither follow other rules there"
+
+
+class ConvertError(ValueError):
+    """A conversion that cannot be made; the message says why and what to do."""
+
+
+@dataclass
+class Report:
+    """What became of everything in a checkpoint; `str(report)` is the text."""
+
+    source: str
+    kind: str
+    out: str
+    to: str
+    names: dict[str, str]  # each entry's name in `out`, by that in `source`
+    elements: int
+    average: bool  # whether the moving average went along
+    made: list[str] = field(default_factory=list)  # entries of `out` that are not in `source`
+    left_out: list[str] = field(default_factory=list)  # what `source` holds beside
+    settings_left_out: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        star = lambda name: re.sub(r"\.\d+(?=\.)", ".*", name)  # noqa: E731
+        rows = Counter((star(old), star(new)) for old, new in self.names.items())
+        wide = max(len(old) for old, _ in rows)
+        lines = [f"{self.source} ({self.kind}) -> {self.out} ({self.to})"]
+        lines += [f"{n:6}  {old:{wide}}  ->  {new}" for (old, new), n in rows.items()]
+        lines.append(f"{len(self.names)} entries, {self.elements:,} elements: read again from the new file, bit-equal")
+        lines += ["the moving average went along, as ema_state_dict"] if self.average else []
+        sections = Counter(name.rpartition(".")[0] or name for name in self.settings_left_out)
+        settings = [f"{name} ({n})" for name, n in sections.items()]
+        for what, names in (("made anew", self.made), ("left out", self.left_out), ("settings left out", settings)):
+            lines += [f"{what}: {', '.join(names)}"] if names else []
+        return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    config: JasperConfig | None = None,
+    ema: bool = False,
+    force: bool = False,
+) -> tuple[Report, JasperConfig]:
+    """Writes the weights in `source`, of any format that `read_weights` knows, as the file `out` in the format `to`.
+
+    Every entry keeps its dtype and bits: the new file is read again and compared before it takes its place, which it
+    does at once or not at all. `config` is for files without one. `ema` writes the moving average in place of the
+    weights; without it an average goes along where the format has a place for it. Gives the report and the model's
+    configuration. Raises ConvertError where `out` exists and not `force`, and for what the format cannot hold;
+    CheckpointError for a file that cannot be read or does not fit its configuration.
+    """
+    if to not in WRITERS:
+        raise ConvertError(f"--to {to} is unknown; choose one of {', '.join(WRITERS)}")
+    refuse_existing(force, out)
+    weights = read_weights(source, ema=ema)
+    config = _with_labels(config or config_of(weights), weights)
+    entries, made = _entries(weights, config)
+    report = Report(str(source), weights.kind, str(out), to, {}, sum(t.numel() for t in entries.values()), False)
+    report.left_out = list(weights.left_out)
+    average = None
+    if weights.average is not None and to in HOLDS_AVERAGE:
+        average = _entries(dataclasses.replace(weights, state_dict=weights.average), config)[0]
+        report.average = True
+    elif weights.average is not None:
+        report.left_out.append("ema_state_dict (the moving average; --ema writes it in place of the weights)")
+    with replacing(out) as file:
+        theirs = WRITERS[to](file, entries, average, config, report)
+        file.flush()
+        _compare(read_weights(file.name), entries, average, config, to)
+    report.names = {weights.names[name]: theirs[name] for name in entries if name in weights.names}
+    report.made += [theirs[name] for name in made]
+    return report, config
+
+
+def refuse_existing(force: bool, *paths: str | Path) -> None:
+    """Raises ConvertError for a file that exists, unless `force`."""
+    for path in paths:
+        if Path(path).exists() and not force:
+            raise ConvertError(f"{path} exists; choose another name, or --force to replace it")
+
+
+def _with_labels(config: JasperConfig, weights: Weights) -> JasperConfig:
+    """The configuration with the labels that the file names."""
+    if weights.labels is None:
+        return config
+    labels = tuple(weights.labels)
+    if config.labels is not None and config.labels != labels:
+        raise ConvertError(f"{weights.path} has other labels than the configuration")
+    return dataclasses.replace(config, labels=labels)
+
+
+def _entries(weights: Weights, config: JasperConfig) -> tuple[dict[str, Tensor], list[str]]:
+    """The entries in the order of the model, each contiguous in memory of its own, and names of those that the file
+    lacks: counters of PyTorch 0.4."""
+    try:
+        with torch.device("meta"):
+            own = Jasper(config).state_dict()
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+        raise CheckpointError(f"{weights.path}: its configuration makes no model ({said})") from error
+    given, wrong, extra = compared(own, weights)
+    for name in [name for name in own if name not in wrong]:
+        tensor = given[name]
+        fits = tensor.is_floating_point() == own[name].is_floating_point()
+        if not fits or tensor.layout != torch.strided or tensor.is_meta:
+            wrong[name] = f"{tensor.dtype} on {tensor.device}, {tensor.layout}"
+    refuse_misfits(weights, wrong, extra)
+    entries: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name in own:
+        tensor = given[name].detach()
+        storage = tensor.untyped_storage()
+        whole = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * tensor.element_size()
+        shared = storage.data_ptr() in places
+        entries[name] = tensor if whole and not shared else tensor.clone(memory_format=torch.contiguous_format)
+        places.add(storage.data_ptr())
+    return entries, [name for name in own if name not in weights.state_dict]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)  # a NaN is not equal to itself
+
+
+def _compare(
+    back: Weights, entries: dict[str, Tensor], average: dict[str, Tensor] | None, config: JasperConfig, to: str
+) -> None:
+    """Raises CheckpointError unless the new file reads as what was to be written."""
+    for wanted, got in ((entries, back.state_dict), (average, back.average)):
+        if wanted is None and got is None:
+            continue
+        if wanted.keys() != got.keys():
+            raise CheckpointError(f"{back.path} has other entries than were written")
+        for name, tensor in wanted.items():
+            if tensor.dtype != got[name].dtype or not torch.equal(_bits(tensor), _bits(got[name])):
+                raise CheckpointError(f"{back.path}: {name} is not what was written")
+    if to != "nvidia":
+        known = JasperConfig.from_dict(back.config)
+        same = dataclasses.replace(known.encoder, init=config.encoder.init) == config.encoder
+        if not same or known.decoder.n_classes != config.decoder.n_classes:
+            raise CheckpointError(f"{back.path}: its configuration is not the one that was written")
+
+
+def _jasper_fast(
+    file: BinaryIO, entries: dict[str, Tensor], average: dict[str, Tensor] | None, config: JasperConfig, report: Report
+) -> dict[str, str]:
+    state = {"format": FORMAT, "config": config.to_dict(), "labels": _labels(config, report)}
+    torch.save(state | {"state_dict": entries, "ema_state_dict": average}, file)
+    return {name: name for name in entries}
+
+
+def _nvidia(
+    file: BinaryIO, entries: dict[str, Tensor], average: dict[str, Tensor] | None, config: JasperConfig, report: Report
+) -> dict[str, str]:
+    torch.save({"state_dict": entries, "ema_state_dict": average}, file)
+    report.settings_left_out += [*(["labels"] if config.labels else []), "jasper", *_settings(config)]
+    report.warnings.append(
+        "NVIDIA's format holds neither labels nor settings: its scripts and jasper-fast need a configuration, which "
+        "--config-out writes"
+    )
+    if _features(config).get("convention", "reference") != "reference":
+        report.warnings.append(f"the model was trained on NeMo's features; NVIDIA's differ: {RULES}")
+    return {name: name for name in entries}
+
+
+def _nemo(
+    file: BinaryIO, entries: dict[str, Tensor], average: dict[str, Tensor] | None, config: JasperConfig, report: Report
+) -> dict[str, str]:
+    labels = labels_of(config)
+    if config.labels is None:
+        report.warnings.append("the file does not name its labels; NeMo is told the published ones: space, a to z, '")
+    given = {"n_filt": config.encoder.in_feats} | _features(config)
+    try:
+        features = LogMelFeatures.from_config(given, pad_to_max_duration=False)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise ConvertError(f"{report.source}: the settings of its features make none ({error})") from error
+    settings = dict(NEMO_FEATURES.values()) | given
+    settings["log_zero_guard_value"] = features.log_guard
+    settings["pad_align"] = settings["pad_align"] or 0
+    if features.convention != "nemo":
+        report.warnings.append(f"the model was trained on features of the reference; NeMo's differ: {RULES}")
+    theirs = nemo_file.names(entries, config.encoder.use_conv_masks)
+    made = {"preprocessor.featurizer.window": features.window, "preprocessor.featurizer.fb": features.mel[None]}
+    document = nemo_file.document(config, labels, settings)
+    nemo_file.write(file, document, made | {theirs[name]: tensor for name, tensor in entries.items()})
+    report.made += made
+    kept = {f"filterbank_features.{ours}": settings[ours] for ours, _ in NEMO_FEATURES.values()}
+    kept |= {"audio_dataset.sample_rate": settings["sample_rate"], "filterbank_features.convention": "nemo"}
+    left = {name: value for name, value in _settings(config).items() if kept.get(name.partition(".")[2], {}) != value}
+    report.settings_left_out += left
+    return theirs
+
+
+def _safetensors(
+    file: BinaryIO, entries: dict[str, Tensor], average: dict[str, Tensor] | None, config: JasperConfig, report: Report
+) -> dict[str, str]:
+    tensor_file.write(file, entries, config.to_dict(), _labels(config, report))
+    return {name: name for name in entries}
+
+
+WRITERS = {"jasper_fast": _jasper_fast, "nvidia": _nvidia, "nemo": _nemo, "safetensors": _safetensors}
+
+
+def _labels(config: JasperConfig, report: Report) -> list[str] | None:
+    if config.labels is None:
+        report.warnings.append("the labels are not known; --config names a configuration with labels")
+    if not _features(config):
+        report.warnings.append("the settings of the features are not known: the reference's hold")
+    return list(config.labels) if config.labels is not None else None
+
+
+def _features(config: JasperConfig) -> dict[str, Any]:
+    return (config.input_val or config.input_train).get("filterbank_features") or {}
+
+
+def _settings(config: JasperConfig) -> dict[str, Any]:
+    """All settings of the input by dotted names."""
+
+    def leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from leaves(inner, f"{name}.{key}")
+        else:
+            yield name, value
+
+    return {**dict(leaves(config.input_val, "input_val")), **dict(leaves(config.input_train, "input_train"))}
+
+
+def yaml_of(config: JasperConfig) -> str:
+    """The configuration as a YAML file of the reference's form."""
+    import yaml
+
+    document = config.to_dict()
+    if config.labels is not None:  # counted, as in the reference's own files
+        del document["jasper"]["decoder"]["n_classes"]
+    return yaml.safe_dump({k: v for k, v in document.items() if v}, sort_keys=False, allow_unicode=True)

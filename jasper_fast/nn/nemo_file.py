@@ -1,0 +1,81 @@
+"""Weights as a `.nemo` archive: NeMo's names, its configuration, and the tar that holds both."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from jasper_fast.nn.checkpoint import CheckpointError
+from jasper_fast.nn.config import JasperConfig
+from jasper_fast.nn.formats import NEMO_FEATURES, NEMO_TARGET
+
+_MODULES = "nemo.collections.asr.modules"
+_RULES = (
+    (r"^encoder\.layers\.", "encoder.encoder."),
+    (r"^decoder\.layers\.", "decoder.decoder_layers."),
+    (r"^(encoder\.encoder\.\d+)\.conv\.", r"\1.mconv."),
+)
+
+
+def names(entries: dict[str, Tensor], masked: bool) -> dict[str, str]:
+    """NeMo's names of this project's entries, by these; where a model has conv masks, its convs lie in wrappers."""
+    found = {}
+    for name, tensor in entries.items():
+        theirs = name
+        for pattern, replacement in _RULES:
+            theirs = re.sub(pattern, replacement, theirs)
+        if masked and name.startswith("encoder.") and tensor.dim() == 3:
+            theirs = theirs.removesuffix("weight") + "conv.weight"
+        found[name] = theirs
+    return found
+
+
+def document(config: JasperConfig, labels: Sequence[str], features: dict[str, Any]) -> dict[str, Any]:
+    """NeMo's `model_config.yaml`; `features`: all settings of `filterbank_features` that NeMo has too.
+
+    Raises CheckpointError for an even kernel, which NeMo pads differently.
+    """
+    blocks = []
+    for i, block in enumerate(config.encoder.blocks):
+        if block.k % 2 == 0:
+            raise CheckpointError(f"block {i} has the even kernel {block.k}, which NeMo pads differently")
+        theirs = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(block).items()}
+        blocks.append({"kernel": theirs.pop("kernel_size")} | theirs)
+    front = {theirs: features[ours] for theirs, (ours, _) in NEMO_FEATURES.items()}
+    encoder, decoder = config.encoder, config.decoder
+    return {
+        "target": "nemo.collections.asr.models.ctc_models.EncDecCTCModel",
+        "sample_rate": front["sample_rate"],
+        "labels": list(labels),
+        "preprocessor": {"_target_": f"{_MODULES}.{NEMO_TARGET}"} | front,
+        "encoder": {
+            "_target_": f"{_MODULES}.ConvASREncoder", "feat_in": encoder.in_feats, "activation": encoder.activation,
+            "conv_mask": encoder.use_conv_masks, "init_mode": encoder.init, "jasper": blocks,
+        },
+        "decoder": {
+            "_target_": f"{_MODULES}.ConvASRDecoder", "feat_in": decoder.in_feats, "num_classes": len(labels),
+            "vocabulary": list(labels), "init_mode": decoder.init,
+        },
+    }  # fmt: skip
+
+
+def write(file: BinaryIO, document: dict[str, Any], entries: dict[str, Tensor]) -> None:
+    """Writes the archive, uncompressed as NeMo's own; equal contents give equal bytes."""
+    import yaml
+
+    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True).encode()
+    with tarfile.open(fileobj=file, mode="w") as archive, tempfile.TemporaryFile() as weights:
+        torch.save(entries, weights)
+        for name, part in (("model_config.yaml", io.BytesIO(text)), ("model_weights.ckpt", weights)):
+            member = tarfile.TarInfo(f"./{name}")
+            member.size = part.seek(0, io.SEEK_END)
+            part.seek(0)
+            archive.addfile(member, part)

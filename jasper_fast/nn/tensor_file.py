@@ -1,0 +1,57 @@
+"""Weights as safetensors files: plain tensors, with the configuration and the labels in the header."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from jasper_fast.extras import need
+from jasper_fast.nn.checkpoint import FORMAT, CheckpointError
+
+KEY = "jasper_fast"  # of the header's one entry: several come in another order each time
+
+
+def is_one(path: str | Path) -> bool:
+    """Whether the file has that suffix, or begins as such a file does: eight bytes of a length, then JSON."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The file as a checkpoint of this project has it: `state_dict`, and `format`, `config` and `labels` where it is
+    one of ours.
+
+    Raises CheckpointError naming a file that is cut short or whose header does not fit its bytes, and MissingExtra
+    without safetensors. Equivalent to `safetensors.torch.load_file(path)` for the tensors.
+    """
+    safetensors = need("safetensors", "safetensors")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            state = {"state_dict": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+        if KEY in header:
+            about = json.loads(header[KEY])
+            state |= {key: about[key] for key in ("format", "config", "labels")}
+    except (safetensors.SafetensorError, RuntimeError, TypeError, ValueError, KeyError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is not a complete safetensors file ({os.path.getsize(path)} bytes, {_first_line(error)}); copy or "
+            f"download it again"
+        ) from error
+    return state
+
+
+def write(file: BinaryIO, entries: dict[str, Tensor], config: dict[str, Any], labels: list[str] | None) -> None:
+    """Writes tensors, each contiguous in memory of its own, and what the header says about the model."""
+    about = {"format": FORMAT, "config": config, "labels": labels}
+    file.write(need("safetensors.torch", "safetensors").save(entries, {KEY: json.dumps(about)}))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).partition("\n")[0]

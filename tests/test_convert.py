@@ -1,0 +1,495 @@
+"""`jasper-fast convert`: every format to every other and back, bit for bit; files that lie; what the report says."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import struct
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lookalikes import nemo, nvidia
+from test_checkpoint import BLOCKS, LABELS, config, nemo_archive, outputs, trained_model, v1_entries
+
+from jasper_fast.cli import command
+from jasper_fast.inference import convert as conversion
+from jasper_fast.inference.convert import ConvertError, convert
+from jasper_fast.nn import checkpoint, nemo_file
+from jasper_fast.nn.checkpoint import FORMAT, CheckpointError
+from jasper_fast.nn.config import JasperConfig
+from jasper_fast.nn.formats import read_weights
+from jasper_fast.nn.loading import load_model
+from jasper_fast.speech.features import LogMelFeatures
+
+TARGETS = tuple(conversion.WRITERS)
+FEATURES = {"n_filt": 6, "n_fft": 1024, "pad_align": 8, "preemph": 0.9, "dither": 0.0, "convention": "nemo"}
+HEARD = {"audio_dataset": {"sample_rate": 16000}, "filterbank_features": FEATURES}
+
+
+def full_config(**changes) -> JasperConfig:
+    return JasperConfig.from_dict(config().to_dict() | {"input_val": HEARD} | changes)
+
+
+def odd(state: dict) -> dict:
+    """Entries with what arithmetic would not keep: NaNs with a payload, signed zeros, denormals."""
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    first = next(iter(state.values()))
+    first.view(-1)[:4] = torch.tensor([0x7FC12345, -(2**31), 1, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    return state
+
+
+def same(got: dict, want: dict) -> bool:
+    got, want = dict(sorted(got.items())), dict(sorted(want.items()))
+    bits = [[t.reshape(-1).view(torch.uint8) for t in state.values()] for state in (got, want)]
+    types = [[(name, t.dtype, t.shape) for name, t in state.items()] for state in (got, want)]
+    return types[0] == types[1] and all(map(torch.equal, *bits))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return trained_model()
+
+
+@pytest.fixture
+def own(tmp_path, model) -> Path:
+    """What a training run saves."""
+    state, average = odd(model.state_dict()), {k: v * 2 for k, v in model.state_dict().items()}
+    more = {"optimizer": {"state": {}}, "scaler": {}, "step": 7, "rng": [torch.zeros(3)]}
+    document = {"format": FORMAT, "config": full_config().to_dict(), "labels": LABELS, "state_dict": state}
+    checkpoint.save(tmp_path / "own.pt", document | more | {"ema_state_dict": average})
+    return tmp_path / "own.pt"
+
+
+# --- round trips -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("second", TARGETS)
+@pytest.mark.parametrize("first", TARGETS)
+def test_every_format_to_every_other_and_back(tmp_path, own, first, second):
+    want, given = read_weights(own).state_dict, full_config()
+    at = [tmp_path / name for name in ("a", "b", "c", "d.pt")]
+    for source, out, to in zip([own, *at[:3]], at, (first, second, first, "jasper_fast"), strict=True):
+        alone = read_weights(source).config is None
+        assert alone == (read_weights(source).kind == "reference v2")
+        _, found = convert(source, out, to, config=given if alone else None)
+        assert found.encoder == given.encoder and found.labels == tuple(LABELS)
+    for path in at:
+        back = read_weights(path)
+        assert same(back.state_dict, want)
+        if back.kind != "reference v2":
+            assert list(back.labels) == LABELS
+            heard = LogMelFeatures.from_config(JasperConfig.from_dict(back.config).input_val["filterbank_features"])
+            known = LogMelFeatures.from_config(FEATURES)
+            assert {k: v for k, v in vars(heard).items() if not k.startswith("_") or k == "_window_name"} == {
+                k: v for k, v in vars(known).items() if not k.startswith("_") or k == "_window_name"
+            }
+            assert torch.equal(heard.mel, known.mel) and torch.equal(heard.window, known.window)
+    assert not list(tmp_path.glob(".*"))
+
+
+def halves(folder: Path, model) -> Path:
+    entries = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith("encoder."):
+            name = name.replace("encoder.layers", "encoder").replace(".conv.", ".mconv.")
+            entries[name.removesuffix("weight") + "conv.weight" if tensor.dim() == 3 else name] = tensor
+    torch.save(entries, folder / "JasperEncoder-STEP-1.pt")
+    head = model.decoder.layers[0]
+    named = {"decoder_layers.0.weight": head.weight.detach(), "decoder_layers.0.bias": head.bias.detach()}
+    torch.save(named, folder / "JasperDecoderForCTC-STEP-1.pt")
+    return folder / "JasperEncoder-STEP-1.pt"
+
+
+def foreign(folder: Path, kind: str, model) -> Path:
+    path, state = folder / "in", model.state_dict()
+    if kind == "halves":
+        return halves(folder, model)
+    if kind.startswith("nemo"):
+        nemo_archive(path, model, masked=kind != "nemo without masks", mode="w:gz" if "gz" in kind else "w")
+    elif kind == "safetensors of another":
+        from safetensors.torch import save_file
+
+        save_file({f"module.{name}": tensor for name, tensor in state.items()}, path)
+    else:
+        wrapped = {f"model._orig_mod.{name}": tensor for name, tensor in state.items()}
+        documents = {
+            "v2": {"state_dict": state, "epoch": 3, "optimizer": {}, "ema_state_dict": None},
+            "bare": {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()},
+            "v1": {"state_dict": v1_entries(state), "epoch": 3},
+            "Lightning": {"state_dict": wrapped, "hyper_parameters": {"cfg": {"decoder": {"vocabulary": LABELS}}}},
+        }
+        torch.save(documents[kind], path)
+    return path
+
+
+KINDS = ("v2", "bare", "v1", "Lightning", "halves", "nemo", "nemo gz", "nemo without masks", "safetensors of another")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_others_become_every_format(tmp_path, model, kind):
+    source = foreign(tmp_path, kind, model)
+    want = read_weights(source).state_dict
+    alone = None if kind.startswith("nemo") else config()
+    for to in TARGETS:
+        report, found = convert(source, tmp_path / to, to, config=alone)
+        back = read_weights(tmp_path / to).state_dict
+        assert {k: v for k, v in back.items() if k in want}.keys() == want.keys()
+        assert all(back[k].dtype == want[k].dtype and torch.equal(back[k], want[k]) for k in want)
+        assert (len(back) > len(want)) == (kind == "v1")  # counters
+        assert len([name for name in report.made if "num_batches" in name]) == len(back) - len(want)
+        assert found.encoder.use_conv_masks == (kind != "nemo without masks")
+
+
+def test_what_is_written_is_what_the_others_load(tmp_path, model, own):
+    """By look-alikes of their modules, strictly, with equal outputs."""
+    clean = tmp_path / "clean.pt"
+    checkpoint.save(
+        clean, {"format": FORMAT, "config": full_config().to_dict(), "state_dict": trained_model().state_dict()}
+    )
+    want = outputs(load_model(clean, backend="reference"))
+    blocks = [{"dilation": [1], "stride": [1], "residual_dense": False, "dropout": 0.0, **b} for b in BLOCKS]
+    heads = {"in_feats": 12, "n_classes": 9}, {"feat_in": 12, "num_classes": 9}
+    features, lengths = torch.linspace(-1, 1, 2 * 6 * 32).view(2, 6, 32), torch.tensor([32, 20])
+    valid = torch.tensor([16, 10])[:, None] > torch.arange(16)
+
+    convert(clean, tmp_path / "a.pt", "nvidia")
+    theirs = nvidia.Jasper({"in_feats": 6, "blocks": blocks, "use_conv_masks": True}, heads[0])
+    theirs.load_state_dict(torch.load(tmp_path / "a.pt", weights_only=True)["state_dict"], strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(features, lengths)[0][valid], want[valid], rtol=1e-4, atol=1e-3)
+
+    convert(clean, tmp_path / "a.nemo", "nemo")
+    with tarfile.open(tmp_path / "a.nemo") as archive:
+        read = lambda name: archive.extractfile(f"./{name}").read()  # noqa: E731
+        document = yaml.safe_load(read("model_config.yaml"))
+        state = torch.load(io.BytesIO(read("model_weights.ckpt")), weights_only=True)
+    front = {name: state.pop(f"preprocessor.featurizer.{name}") for name in ("window", "fb")}
+    assert front["window"].shape == (320,) and front["fb"].shape == (1, 6, 513)
+    jasper = [b | {"kernel_size": b["kernel"]} for b in document["encoder"]["jasper"]]
+    theirs = nemo.EncDecCTCModel({"feat_in": 6, "jasper": jasper}, heads[1])
+    theirs.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(features, lengths)[0][valid], want[valid], rtol=1e-4, atol=1e-3)
+    assert document["decoder"]["vocabulary"] == document["labels"] == LABELS
+    assert document["preprocessor"]["preemph"] == 0.9 and document["preprocessor"]["log_zero_guard_value"] == 2**-24
+
+
+# --- the report --------------------------------------------------------------------------------------------------
+
+
+def test_the_report_is_exact(tmp_path, own):
+    report, _ = convert(own, tmp_path / "a.nemo", "nemo")
+    with tarfile.open(tmp_path / "a.nemo") as archive:
+        entries = torch.load(io.BytesIO(archive.extractfile("./model_weights.ckpt").read()), weights_only=True)
+    source = torch.load(own, weights_only=True)
+    assert report.names.keys() == source["state_dict"].keys()
+    assert {*report.names.values(), *report.made} == entries.keys()
+    assert report.names["encoder.layers.1.res.0.0.weight"] == "encoder.encoder.1.res.0.0.conv.weight"
+    assert report.elements == sum(t.numel() for t in source["state_dict"].values())
+    left = {name.partition(" ")[0] for name in report.left_out}
+    assert left == source.keys() - {"format", "config", "labels", "state_dict"}
+    assert not report.settings_left_out and not report.warnings
+    assert "--ema" in str(report) and f"{len(report.names)} entries" in str(report)
+    again, _ = convert(tmp_path / "a.nemo", tmp_path / "b.pt", "nvidia")
+    assert again.left_out == report.made and again.names == {new: old for old, new in report.names.items()}
+
+
+def test_what_a_format_cannot_hold_is_a_warning(tmp_path, model):
+    heard = {"n_filt": 6, "max_duration": 16.7}
+    document = full_config(
+        input_val={"filterbank_features": heard}, input_train={"filterbank_features": heard}
+    ).to_dict()
+    checkpoint.save(tmp_path / "a.pt", {"format": FORMAT, "config": document, "state_dict": model.state_dict()})
+    report, _ = convert(tmp_path / "a.pt", tmp_path / "a.nemo", "nemo")
+    assert report.settings_left_out == [f"{of}.filterbank_features.max_duration" for of in ("input_val", "input_train")]
+    (warning,) = report.warnings
+    assert "features of the reference" in warning
+    assert read_weights(tmp_path / "a.nemo").config["input_val"]["filterbank_features"]["log_zero_guard_value"] == 1e-20
+    report, _ = convert(tmp_path / "a.nemo", tmp_path / "b.pt", "nvidia")
+    assert (
+        len(report.warnings) == 2 and "--config-out" in report.warnings[0] and "NeMo's features" in report.warnings[1]
+    )
+    report, _ = convert(tmp_path / "b.pt", tmp_path / "c.pt", "jasper_fast", config=JasperConfig.from_dict(
+        {k: v for k, v in config().to_dict().items() if k != "labels"}))  # fmt: skip
+    assert len(report.warnings) == 2 and "labels are not known" in report.warnings[0]
+    with pytest.raises(ValueError, match="give a configuration with labels"):
+        convert(tmp_path / "c.pt", tmp_path / "d.nemo", "nemo")
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_the_moving_average(tmp_path, own, to):
+    live, average = read_weights(own), read_weights(own, ema=True)
+    report, _ = convert(own, tmp_path / "a", to)
+    back = read_weights(tmp_path / "a")
+    assert same(back.state_dict, live.state_dict)
+    if to in ("jasper_fast", "nvidia"):
+        assert report.average and same(back.average, average.state_dict)
+    else:
+        assert back.average is None and any("--ema" in line for line in report.left_out)
+    report, _ = convert(own, tmp_path / "b", to, ema=True)
+    back = read_weights(tmp_path / "b")
+    assert same(back.state_dict, average.state_dict) and back.average is None and not report.average
+    assert "state_dict" in report.left_out
+    with pytest.raises(CheckpointError, match="no moving average"):
+        convert(tmp_path / "b", tmp_path / "c", to, ema=True)
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+def run(capsys, *argv) -> tuple[int, str, str]:
+    status = command.main(["convert", *map(str, argv)])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_the_command(tmp_path, own, capsys):
+    out, settings, data = tmp_path / "a.pt", tmp_path / "a.yaml", tmp_path / "a.json"
+    argv = (own, out, "--to", "nvidia", "--config-out", settings, "--report", data)
+    status, said, errors = run(capsys, *argv)
+    assert status == 0 and not errors and "encoder.layers.*.conv.*.weight" in said
+    assert json.loads(data.read_text())["names"].keys() == torch.load(own, weights_only=True)["state_dict"].keys()
+    assert JasperConfig.from_yaml(settings) == full_config()
+    status, _, errors = run(capsys, out, tmp_path / "b.nemo", "--to", "nemo", "--config", settings)
+    assert status == 0 and not errors
+    for missing in (out, settings, data):  # each of the others still exists
+        missing.rename(tmp_path / "kept")
+        status, _, errors = run(capsys, *argv)
+        assert status == 2 and errors.count("\n") == 1 and "exists; choose another name, or --force" in errors
+        assert not missing.exists()
+        (tmp_path / "kept").rename(missing)
+    assert run(capsys, *argv, "--force")[0] == 0
+    before = out.read_bytes()
+    assert run(capsys, out, out, "--to", "jasper_fast", "--config", settings, "--force")[0] == 0
+    assert out.read_bytes() != before and read_weights(out).kind == "jasper_fast"
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def saved(state) -> bytes:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def tarred(members: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+def untarred(content: bytes) -> dict[str, bytes]:
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        return {m.name: archive.extractfile(m).read() for m in archive}
+
+
+def headed(content: bytes, change) -> bytes:
+    """A safetensors file with another header."""
+    (size,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + size])
+    text = json.dumps(change(header) or header).encode()
+    return struct.pack("<Q", len(text)) + text + content[8 + size :]
+
+
+def longer(header):
+    header["decoder.layers.0.bias"]["shape"] = [10**12]
+
+
+def beyond(header):
+    header["decoder.layers.0.bias"]["data_offsets"][1] += 10**9
+
+
+def overlapping(header):
+    header["decoder.layers.0.bias"]["data_offsets"] = [0, 36]
+
+
+def settings_that_lie(header):
+    about = json.loads(header["__metadata__"]["jasper_fast"])
+    about["config"]["jasper"]["encoder"]["blocks"][1]["repeat"] = 10**9
+    header["__metadata__"]["jasper_fast"] = json.dumps(about)
+
+
+def rezipped(content: bytes) -> bytes:
+    """A checkpoint whose first tensor claims more elements than its record has."""
+    file, source = io.BytesIO(), zipfile.ZipFile(io.BytesIO(content))
+    with zipfile.ZipFile(file, "w") as out:
+        for name in source.namelist():
+            data = source.read(name)
+            out.writestr(name, data[:-8] if name.endswith("data/0") else data)
+    return file.getvalue()
+
+
+def hostile(kind: str, forms: dict[str, bytes], trap: Path) -> bytes:
+    """A file of the kind."""
+    pickled, archive, tensors = forms["nvidia"], untarred(forms["nemo"]), forms["safetensors"]
+    evil = saved({"state_dict": {"encoder.layers.0.conv.0.weight": Bomb(trap)}})
+    yaml_bomb = b"a: !!python/object/apply:os.mkdir [" + str(trap).encode() + b"]\n"
+    endless = b"encoder: &a [*a]\n"
+    laughs = b"a0: &a0 [x]\n"
+    for i in range(30):
+        laughs += b"a%d: &a%d [%s]\n" % (i + 1, i + 1, b",".join([b"*a%d" % i] * 9))
+    whole = torch.load(io.BytesIO(forms["jasper_fast"]), weights_only=True)
+    deep: list = ["x"]
+    own: dict = {}
+    own["cfg"] = own
+    for _ in range(40):
+        deep = [deep, deep]
+    config, weights = "./model_config.yaml", "./model_weights.ckpt"
+    return {
+        "pickle with a payload": evil,
+        "truncated zip": pickled[: len(pickled) // 2],
+        "record cut short": rezipped(pickled),
+        "empty": b"",
+        "truncated tar": forms["nemo"][: len(forms["nemo"]) // 2],
+        "tar with a payload": tarred(archive | {weights: evil}),
+        "tar with a yaml payload": tarred(archive | {config: yaml_bomb}),
+        "tar with an endless yaml": tarred(archive | {config: endless}),
+        "tar with a yaml of lists of lists": tarred(archive | {config: laughs}),
+        "tar with a path outside": tarred(archive | {"../model_weights.ckpt": archive[weights]}),
+        "tar with an absolute path": tarred(archive | {"/tmp/model_config.yaml": archive[config]}),
+        "tar of something else": tarred({"a.txt": b"x"}),
+        "tar with a truncated checkpoint": tarred(archive | {weights: archive[weights][:-100]}),
+        "tar with a list": tarred(archive | {weights: saved([1])}),
+        "tar with a text for a configuration": tarred(archive | {config: b"hello"}),
+        "truncated safetensors": tensors[:-10],
+        "safetensors with a length beyond the file": struct.pack("<Q", 2**62) + tensors[8:],
+        "safetensors with a shape that lies": headed(tensors, longer),
+        "safetensors with offsets beyond the file": headed(tensors, beyond),
+        "safetensors with tensors that overlap": headed(tensors, overlapping),
+        "safetensors with a configuration that lies": headed(tensors, settings_that_lie),
+        "wrong types": saved({"format": FORMAT, "state_dict": {"a": 1}}),
+        "labels of a wrong type": saved({"format": FORMAT, "state_dict": {"a": torch.ones(1)}, "labels": 5}),
+        "configuration with a tensor": saved(
+            {"format": FORMAT, "state_dict": {"a": torch.ones(1)}, "config": {"encoder": torch.ones(1)}}
+        ),
+        "configuration of lists of lists": saved(whole | {"config": whole["config"] | {"input_val": {"a": deep}}}),
+        "settings that contain themselves": saved({"state_dict": {"a": torch.ones(1)}, "hyper_parameters": own}),
+        "counters for weights": saved(
+            whole | {"state_dict": whole["state_dict"] | {"decoder.layers.0.bias": torch.ones(9).int()}}
+        ),
+    }[kind]  # fmt: skip
+
+
+HOSTILE = (
+    "pickle with a payload", "truncated zip", "record cut short", "empty", "truncated tar", "tar with a payload",
+    "tar with a yaml payload", "tar with an endless yaml", "tar with a path outside", "tar with an absolute path",
+    "tar of something else", "tar with a truncated checkpoint", "tar with a list",
+    "tar with a text for a configuration", "truncated safetensors", "safetensors with a length beyond the file",
+    "safetensors with a shape that lies", "safetensors with offsets beyond the file",
+    "safetensors with tensors that overlap", "safetensors with a configuration that lies", "wrong types",
+    "labels of a wrong type", "configuration with a tensor", "counters for weights",
+    "tar with a yaml of lists of lists", "configuration of lists of lists",
+    "settings that contain themselves",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory, model) -> dict[str, bytes]:
+    """A good file of each format."""
+    folder = tmp_path_factory.mktemp("forms")
+    document = {"format": FORMAT, "config": full_config().to_dict(), "labels": LABELS, "state_dict": model.state_dict()}
+    checkpoint.save(folder / "in.pt", document)
+    found = {}
+    for to in TARGETS:
+        convert(folder / "in.pt", folder / to, to)
+        found[to] = (folder / to).read_bytes()
+    return found
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_file_is_refused_in_one_line(tmp_path, forms, capsys, kind):
+    path, trap = tmp_path / "in.bin", tmp_path / "trap"
+    path.write_bytes(hostile(kind, forms, trap))
+    status, said, errors = run(capsys, path, tmp_path / "out.pt", "--to", "jasper_fast")
+    assert status == 2 and not said
+    assert errors.count("\n") == 1 and errors.startswith(f"jasper-fast convert: error: {path}"), errors
+    assert len(errors) < 700 and os.listdir(tmp_path) == ["in.bin"]
+
+
+def test_an_even_kernel_is_not_nemos(tmp_path, model):
+    blocks = [{**b, "kernel_size": [4]} if i == 3 else b for i, b in enumerate(BLOCKS)]
+    jasper = {"encoder": {"in_feats": 6, "blocks": blocks}, "decoder": {"in_feats": 12, "n_classes": 9}}
+    state = model.state_dict()
+    state["encoder.layers.3.conv.0.weight"] = torch.ones(12, 8, 4)
+    document = {"format": FORMAT, "config": {"labels": LABELS, "jasper": jasper}, "state_dict": state}
+    checkpoint.save(tmp_path / "a.pt", document)
+    with pytest.raises(CheckpointError, match="block 3 has the even kernel 4"):
+        convert(tmp_path / "a.pt", tmp_path / "a.nemo", "nemo")
+    assert os.listdir(tmp_path) == ["a.pt"]
+    convert(tmp_path / "a.pt", tmp_path / "b.pt", "safetensors")
+
+
+def test_other_labels_than_the_configurations_are_refused(tmp_path, own):
+    with pytest.raises(ConvertError, match="other labels"):
+        convert(own, tmp_path / "a", "nemo", config=config(list("hgfedcba")))
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_a_writer_that_errs_leaves_the_old_file(tmp_path, own, monkeypatch, to):
+    """Values, names or a place that the written file does not give back: nothing takes the old file's place."""
+    out = tmp_path / "out"
+    out.write_bytes(b"old")
+    write = conversion.WRITERS[to]
+
+    def wrong(file, entries, *rest):
+        return write(file, entries | {"decoder.layers.0.bias": entries["decoder.layers.0.bias"] + 1}, *rest)
+
+    def lost(file, entries, *rest):
+        return write(file, {name: tensor for name, tensor in entries.items() if "res.0.1" not in name}, *rest)
+
+    def broken(*_):
+        raise OSError(28, "No space left on device")
+
+    for fault, said in ((wrong, "is not what was written"), (lost, "other entries"), (broken, "No space left")):
+        monkeypatch.setitem(conversion.WRITERS, to, fault)
+        with pytest.raises(CheckpointError, match=said):
+            convert(own, out, to, force=True)
+        assert out.read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == ["out", "own.pt"]
+
+
+def test_names_that_nemo_would_not_know_are_noticed(tmp_path, own, monkeypatch):
+    monkeypatch.setattr(nemo_file, "names", lambda entries, masked: {name: name[::-1] for name in entries})
+    with pytest.raises(CheckpointError):
+        convert(own, tmp_path / "a.nemo", "nemo")
+    assert os.listdir(tmp_path) == ["own.pt"]
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_equal_inputs_give_equal_files(tmp_path, own, to):
+    for name in ("a", "b"):
+        convert(own, tmp_path / name / "out", to)
+    assert (tmp_path / "a" / "out").read_bytes() == (tmp_path / "b" / "out").read_bytes()
+
+
+def test_views_and_shared_memory_are_written_apart(tmp_path, model):
+    """A tensor that is a piece of a large one costs its own bytes only."""
+    state = model.state_dict()
+    large = torch.full((100_000,), math.pi)
+    state["encoder.layers.0.conv.1.bias"] = large[:8]
+    state["encoder.layers.1.conv.1.bias"] = large[4:12]
+    state["decoder.layers.0.weight"] = state["decoder.layers.0.weight"].transpose(0, 1).contiguous().transpose(0, 1)
+    torch.save({"state_dict": state}, tmp_path / "a.pt")
+    for to in TARGETS:
+        convert(tmp_path / "a.pt", tmp_path / to, to, config=full_config())
+        assert same(read_weights(tmp_path / to).state_dict, state)
+        assert (tmp_path / to).stat().st_size < 100_000
