@@ -155,12 +155,12 @@ def test_what_is_written_is_what_the_others_load(tmp_path, model, own):
     )
     want = outputs(load_model(clean, backend="reference"))
     blocks = [{"dilation": [1], "stride": [1], "residual_dense": False, "dropout": 0.0, **b} for b in BLOCKS]
-    heads = {"in_feats": 12, "n_classes": 9}, {"feat_in": 12, "num_classes": 9}
+    head = {"in_feats": 12, "n_classes": 9}
     features, lengths = torch.linspace(-1, 1, 2 * 6 * 32).view(2, 6, 32), torch.tensor([32, 20])
     valid = torch.tensor([16, 10])[:, None] > torch.arange(16)
 
     convert(clean, tmp_path / "a.pt", "nvidia")
-    theirs = nvidia.Jasper({"in_feats": 6, "blocks": blocks, "use_conv_masks": True}, heads[0])
+    theirs = nvidia.Jasper({"in_feats": 6, "blocks": blocks, "use_conv_masks": True}, head)
     theirs.load_state_dict(torch.load(tmp_path / "a.pt", weights_only=True)["state_dict"], strict=True)
     with torch.no_grad():
         torch.testing.assert_close(theirs.eval()(features, lengths)[0][valid], want[valid], rtol=1e-4, atol=1e-3)
@@ -173,7 +173,7 @@ def test_what_is_written_is_what_the_others_load(tmp_path, model, own):
     front = {name: state.pop(f"preprocessor.featurizer.{name}") for name in ("window", "fb")}
     assert front["window"].shape == (320,) and front["fb"].shape == (1, 6, 513)
     jasper = [b | {"kernel_size": b["kernel"]} for b in document["encoder"]["jasper"]]
-    theirs = nemo.EncDecCTCModel({"feat_in": 6, "jasper": jasper}, heads[1])
+    theirs = nemo.EncDecCTCModel(6, jasper, 9)
     theirs.load_state_dict(state, strict=True)
     with torch.no_grad():
         torch.testing.assert_close(theirs.eval()(features, lengths)[0][valid], want[valid], rtol=1e-4, atol=1e-3)
