@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from jasper_fast.bench.commands import choices
+from jasper_fast.bench.commands import choices, scaling
 from jasper_fast.bench.harness import cudnn_search, limits, machine, options, paths, result_file
 from jasper_fast.bench.harness.case import QUICK, Effort
 from jasper_fast.bench.harness.console import console
@@ -89,6 +89,9 @@ def parser() -> argparse.ArgumentParser:
     add_models(train, DEFAULT_BATCH)
     one = "one mode alone (default: both; with --quick the first)"
     train.add_argument("--mode", choices=("forward+backward", "step"), default=None, help=one)
+    many = "measure the step with 1 and so many processes, each with a batch of its own: utterances per second, "
+    many += "efficiency, communication left exposed. Begins them, unless torchrun did (default there: 1, 2, 4, ... all)"
+    train.add_argument("--world", type=scaling.sizes, default=None, metavar="N[,N...]", help=many)
     step = add("optimizer", "the optimiser's step with check and moving average, beside a copy of as many bytes")
     step.add_argument(
         "--model", type=choices.model, action="append", help="small, medium, jasper10x5 (default) or a YAML file"
@@ -199,6 +202,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a subcommand; returns the exit status: 0; 1 if jasper_fast lacks a number or a part failed; 130 after
     Ctrl-C."""
     args = parser().parse_args(arguments)
+    if max(getattr(args, "world", None) or (1,)) > 1 and not scaling.grouped():
+        return scaling.launch(sys.argv[1:] if arguments is None else arguments, max(args.world))
     begun: list[Run] = []
 
     def begin(args: argparse.Namespace) -> Run:
@@ -233,6 +238,13 @@ def _command(args: argparse.Namespace, begin: Callable[[argparse.Namespace], Run
         return tune.main(args, begin)
     if args.command == "kernels":
         _check_op(args)
+    if args.command == "train" and scaling.grouped():
+        with scaling.joined(args) as team:
+            if team.rank:
+                precision.set_fp32(args.fp32_precision)
+                scaling.main(team, args.model or (), *device_and_dtype(args), args.backend, None)
+                return 0
+            return _measure(begin(args), args, team)
     return _measure(begin(args), args)
 
 
@@ -247,10 +259,14 @@ def _check_op(args: argparse.Namespace) -> None:
         raise SystemExit(f"--op {args.op} has no --mode inference: sub_block has")
 
 
-def _measure(run: Run, args: argparse.Namespace) -> int:
-    """Runs a subcommand that measures rows, then shows the rows, the goals, and the rows without a number."""
+def _measure(run: Run, args: argparse.Namespace, team: scaling.Team | None = None) -> int:
+    """Runs a subcommand that measures rows, then shows the rows, the goals, and the rows without a number. `team`: the
+    processes of `train`, if there are several."""
     try:
-        _work(run, args)
+        if team:
+            scaling.main(team, args.model or (), run.device, run.dtype, run.backend, run)
+        else:
+            _work(run, args)
     except choice.UnknownRival as error:
         raise SystemExit(f"--rivals: {error}") from None
     except DeviceLost as error:  # its row is on disk
@@ -296,16 +312,21 @@ def _kept(results: result_file.Results) -> str:
     return f"interrupted: {rows} rows are in {_relative(results.path)}; the same command with --resume continues"
 
 
+def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """Those that are asked for, else the GPU if there is one, and fp16 on it."""
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return device, DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "fp16")]
+
+
 def start(args: argparse.Namespace) -> Run:
     """Starts a run: device, precision, result file; measures the machine's ceilings first."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device, dtype = device_and_dtype(args)
     if args.backend != "auto" and (reason := backends.why_missing(args.backend, device)):
         raise SystemExit(f"--backend {args.backend}: {reason}")
     options.writable(args.out)
     if args.threads:
         torch.set_num_threads(args.threads)
     precision.set_fp32(getattr(args, "fp32_precision", None))  # tuning has no such option
-    dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "fp16")]
     effort = QUICK if args.quick else Effort()
     if args.seconds:
         effort = dataclasses.replace(effort, seconds=args.seconds)

@@ -25,6 +25,9 @@ LIMITS = {
     "clocks": {"clocks.sm": "1755 MHz", "temperature.gpu": "61"},
 }
 
+SCALING = {"processes": 8, "efficiency": 0.9375, "silent_s": 0.0146, "exposed_s": 3.3e-4, "pairs": 100}
+SCALING |= {"exposed_low_s": 3e-4, "exposed_high_s": 4e-4}
+
 
 def row(bench: str, contender: str, key: dict, **more) -> dict:
     case = bench + " " + " ".join(f"{k}={v}" for k, v in key.items())
@@ -51,6 +54,7 @@ def full(name: str = "NVIDIA Imaginary 9000") -> dict:
     rows = [
         *(row("kernels", c, conv, **above) for c in ("jasper_fast", "eager", "cudnn")),
         *(row("train", c, step, items_per_s=1234.5) for c in ("jasper_fast", "eager", "compile")),
+        row("train", "jasper_fast", step | {"processes": 8}, items_per_s=3141.5, scaling=SCALING),
         *(row("latency", c, utterance, **waiting) for c in ("jasper_fast", "eager", "cuda_graph")),
         *(row("launches", c, tiny, launches=counted) for c in ("jasper_fast", "eager")),
         *(row("memory", c, step, memory=kept) for c in ("jasper_fast", "eager")),
@@ -449,7 +453,7 @@ def test_a_row_of_few_rounds_is_marked_on_the_page_and_in_the_terminal(capsys):
         r["hurried"] = r["ours"]
     result["rows"][0]["throttled"] = True
     html = section(html_page.page([result]), "Every timed row")
-    assert html.count(" †</td>") == 4 and html.count(" ‡ †</td>") == 1 and html.count(words.HURRIED) == 1
+    assert html.count(" †</td>") == 5 and html.count(" ‡ †</td>") == 1 and html.count(words.HURRIED) == 1
     terminal.show(result["rows"], [])
     assert words.HURRIED in capsys.readouterr().out
 
@@ -460,3 +464,13 @@ def test_a_gpus_clocks_are_told_in_words():
     )
     assert told == "SM 1755 MHz, memory 2619 MHz, 61 °C, 412 W, held by power"
     assert html_page.state({"cpu_mhz": [2445]}) == "2445 MHz"
+
+
+def test_steps_over_processes_stand_beside_as_many_published_gpus() -> None:
+    text = unescape(html_page.page([full()]))
+    for told in ("Training over processes", "3,142", "94 %", "330 us, 2.2 [2.0, 2.7] %", "32 each: 470.1 (91 %)"):
+        assert told in text, told
+    assert [found[2:] for found in published.scaling(8, "float32") if found[:2] == ("A100 80GB", 64)] == [
+        (371.41, pytest.approx(371.41 / 8 / 49.64))
+    ]
+    assert words.scaling_lines([row("train", "eager", {"mode": "step"}, items_per_s=1.0)]) == []

@@ -40,13 +40,18 @@ class Trained(nn.Module):
 
 
 def full_step(
-    module: nn.Module, call: Model, cfg, inputs: Callable[[], tuple[Tensor, ...]], dtype: torch.dtype
+    module: nn.Module,
+    call: Model,
+    cfg,
+    inputs: Callable[[], tuple[Tensor, ...]],
+    dtype: torch.dtype,
+    wrap: Callable[[nn.Module], nn.Module] = lambda trained: trained,
 ) -> Callable[[], None]:
     """A call that makes one step by `train_step`.
 
     `inputs`: features and lengths, transcripts and theirs, each time anew, the lengths on the host. Jasper is trained
     by NovoGrad, which carries the average; every other model by the foreach form of it, a pass of its own for the
-    average, and a step skipped by the host: PyTorch's usual way.
+    average, and a step skipped by the host: PyTorch's usual way. `wrap` makes the model that several processes call.
     """
     trained = Trained(module, call, cfg).train()
     learning = [p for p in module.parameters() if p.requires_grad]
@@ -56,6 +61,7 @@ def full_step(
     else:
         optimizer = ForeachNovoGrad(learning, lr=LR, weight_decay=WEIGHT_DECAY)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    called = wrap(trained)
     guard, low = BufferGuard(trained), None if dtype is torch.float32 else dtype
 
     def run() -> None:
@@ -63,6 +69,6 @@ def full_step(
         names = [str(i) for i in range(len(features))]
         batch = Batch(features, lengths, targets, target_lengths, names, names, [])
         frontend = lambda x, lengths: (x, lengths.to(device, non_blocking=True), lengths)  # noqa: E731
-        train_step(trained, frontend, [batch], optimizer, scaler, guard, device=device, amp_dtype=low, ema=ema)
+        train_step(called, frontend, [batch], optimizer, scaler, guard, device=device, amp_dtype=low, ema=ema)
 
     return run

@@ -163,11 +163,11 @@ def features(
     return x, lengths
 
 
-def targets(N: int, frames: int, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
-    """Random transcripts (N, U) and their lengths (N,), short enough for half the frames."""
+def targets(N: int, frames: int, device: torch.device, seed: int, classes: int = VOCABULARY) -> tuple[Tensor, Tensor]:
+    """Random transcripts (N, U) and their lengths (N,), short enough for half the frames; the last class is blank."""
     g = seeded(stable_seed("targets", seed), device)
     U = max(1, frames // 12)
-    return torch.randint(0, VOCABULARY - 1, (N, U), generator=g, device=device), torch.full((N,), U, device=device)
+    return torch.randint(0, classes - 1, (N, U), generator=g, device=device), torch.full((N,), U, device=device)
 
 
 def ctc(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class Batch:
         self.cfg, self.N, self.T, self.device, self.ragged = cfg, N, T, device, ragged
         self.clear = False
         self.features, self.lengths = models.features(cfg, N, T, device, 0, ragged)
-        self.targets, self.target_lengths = models.targets(N, T // 2, device, 0)
+        self.targets, self.target_lengths = models.targets(N, T // 2, device, 0, cfg.decoder.n_classes)
         self.on_host = self.lengths.cpu(), self.target_lengths.cpu()
 
     def as_read(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -93,7 +93,8 @@ class Batch:
         self.features.copy_(features)
         self.lengths.copy_(lengths)
         self.on_host[0].copy_(lengths)
-        self.targets.copy_(models.targets(self.N, self.T // 2, self.device, seed)[0])
+        classes = self.cfg.decoder.n_classes
+        self.targets.copy_(models.targets(self.N, self.T // 2, self.device, seed, classes)[0])
 
     def loss(self, model: Model, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, log-probabilities, their lengths), under autocast for a low precision."""

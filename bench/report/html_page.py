@@ -87,7 +87,7 @@ def side(row: dict) -> str:
 
 def label(row: dict) -> str:
     """The case of a row in words."""
-    units = {"N": "N = {}", "seconds": "{} s", "p": "p = {}"}
+    units = {"N": "N = {}", "seconds": "{} s", "p": "p = {}", "processes": "processes: {}"}
     return ", ".join(units.get(k, "{}").format(v) for k, v in row["key"].items())
 
 
@@ -279,6 +279,7 @@ def ours_and_eager(rows: Iterable[dict], bench: str, **key: object) -> dict[tupl
     cases: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         mine = row["bench"] == bench and row["status"] == "ok" and row["contender"] in ("jasper_fast", "eager")
+        mine = mine and "scaling" not in row
         if mine and all(row["key"].get(k) == v for k, v in ({"model": "jasper10x5"} | key).items()):
             cases.setdefault(tuple(row["key"].items()), {})[row["contender"]] = row
     return cases

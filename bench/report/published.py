@@ -25,3 +25,13 @@ def training(batch: int, dtype: str) -> list[tuple[str, int, float]]:
     amp = dtype in ("float16", "bfloat16")
     found = ((gpu, gpus, with_amp if amp else full) for gpu, n, gpus, full, with_amp in TRAINING if n == batch)
     return [(gpu, gpus, rate) for gpu, gpus, rate in found if rate is not None]
+
+
+def scaling(gpus: int, dtype: str) -> list[tuple[str, int, float, float]]:
+    """(GPU, batch of each, sequences per second of all, share of as many single ones) published for so many GPUs."""
+    alone = {(gpu, n): (full, amp) for gpu, n, count, full, amp in TRAINING if count == 1}
+    which, found = int(dtype in ("float16", "bfloat16")), []
+    for gpu, n, count, *rates in TRAINING:
+        if count == gpus and rates[which] is not None:
+            found.append((gpu, n, rates[which], rates[which] / (gpus * alone[gpu, n][which])))
+    return found

@@ -19,6 +19,11 @@ def show(rows: list[dict], goals: list[dict]) -> None:
         mine = [row for row in rows if row["bench"] == bench]
         console.print(_rows(bench, mine, words.MEMORY if bench == "memory" else words.columns(mine)))
         without_number(mine)
+    if lines := words.scaling_lines(rows):
+        made = table("training over processes", words.SCALING, 2)
+        for line in lines:
+            made.add_row(*line)
+        console.print(made)
     if goals:
         console.print(_goals(goals, rows))
 

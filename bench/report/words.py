@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from jasper_fast.bench.harness import ratios
+from jasper_fast.bench.report import published
 
 
 def duration(seconds: float) -> str:
@@ -189,3 +190,24 @@ def measured(goal: dict, rows: Iterable[dict]) -> str:
         return told
     ratio = next((row.get("ratio", {}) for row in rows if row["id"] == goal["row"]), {})
     return f"{told} [{goal['low']:.3f}, {goal['high']:.3f}]" if known(ratio) else f"{told} of {ratio['pairs']} pairs"
+
+
+SCALING = ("case", "contender", "processes", "utterances/s", "efficiency", "step", "communication left exposed")
+SCALING += ("published: utterances/s (efficiency) of as many GPUs",)
+
+
+def scaling_lines(rows: Iterable[dict]) -> list[tuple[str, ...]]:
+    """A line under SCALING for each row of `python -m bench train` over several processes."""
+    lines = []
+    for row in (r for r in rows if r["status"] == "ok" and "scaling" in r):
+        told, key, step = row["scaling"], row["key"], row["time_s"]["median"]
+        exposed = DASH
+        if "exposed_s" in told:
+            ends = (100 * told[k] / step for k in ("exposed_s", "exposed_low_s", "exposed_high_s"))
+            exposed = f"{duration(max(told['exposed_s'], 0.0))}, {{:.1f}} [{{:.1f}}, {{:.1f}}] %".format(*ends)
+        theirs = published.scaling(told["processes"], row["dtype"]) if key["model"] == "jasper10x5" else []
+        elsewhere = "; ".join(f"{gpu}, {n} each: {rate:.1f} ({100 * e:.0f} %)" for gpu, n, rate, e in theirs)
+        case = f"{key['model']} {key['batch']} {key['dtype']}"
+        cells = (case, row["contender"], str(told["processes"]), plain(row["items_per_s"]))
+        lines.append((*cells, f"{100 * told['efficiency']:.0f} %", duration(step), exposed, elsewhere))
+    return lines

@@ -1,0 +1,91 @@
+"""A training step among several processes: as training makes it, and without the communication of gradients."""
+
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from jasper_fast.bench.cases import models, train
+from jasper_fast.bench.cases.full_step import full_step
+
+OURS, EAGER = "jasper_fast", "eager"
+APART = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}  # of averaged gradients, relative
+
+
+class Setting(NamedTuple):
+    """What is measured on this process: a model, N utterances of T frames a process, and how it is computed."""
+
+    model: str
+    N: int
+    T: int
+    device: torch.device
+    dtype: torch.dtype
+    backend: str
+
+
+class Steps(NamedTuple):
+    """A contender on this process; `silent` is `shared` without communication. `wrong` compares the gradients."""
+
+    shared: Callable[[], None]
+    silent: Callable[[], None]
+    wrong: Callable[[], str]
+
+
+def parallel(module: nn.Module, device: torch.device, group: dist.ProcessGroup) -> DistributedDataParallel:
+    """`module` as training wraps it: running statistics are not made equal in every forward."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    places = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(
+        module, device_ids=places, process_group=group, gradient_as_bucket_view=True, **{buffers: False}
+    )
+
+
+def steps(contender: str, at: Setting, rank: int, group: dist.ProcessGroup | None) -> Steps:
+    """The step of `contender` as process `rank` of `group`, on a batch of its own; None: alone."""
+    cfg = models.config(at.model)
+    state = models.weights(cfg, at.device)
+    module = models.fused(cfg, state, at.backend) if contender == OURS else models.eager(cfg, state)
+    batch = train.Batch(cfg, at.N, at.T, at.device)
+    batch.refill(100 + rank)
+    called: list[nn.Module] = []
+
+    def wrap(trained: nn.Module) -> nn.Module:
+        called.append(parallel(trained, at.device, group) if group is not None else trained)
+        return called[0]
+
+    run = full_step(module, module, cfg, batch.as_read, at.dtype, wrap)
+    if group is None:
+        return Steps(run, run, lambda: "")
+
+    def silent() -> None:
+        with called[0].no_sync():
+            run()
+
+    return Steps(run, silent, lambda: _wrong(called[0], batch, at, group))
+
+
+def _wrong(model: DistributedDataParallel, batch: train.Batch, at: Setting, group: dist.ProcessGroup) -> str:
+    """Which gradient is not the mean of those that the processes have by themselves; empty if none."""
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad(set_to_none=True)
+        batch.loss(model, at.dtype)[0].backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    with models.dropout_off(model):
+        with model.no_sync():
+            wanted = gradients()
+        found = gradients()
+    model.zero_grad(set_to_none=True)
+    for name, mean in wanted.items():
+        dist.all_reduce(mean, group=group)
+        mean /= dist.get_world_size(group)
+        apart = ((found[name] - mean).norm() / mean.norm().clamp(min=1e-20)).item()
+        if not apart <= APART[at.dtype]:
+            return f"the gradient of {name.removeprefix('module.inner.')} is {apart:.1e} from the mean of all processes"
+    return ""

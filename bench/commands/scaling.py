@@ -1,0 +1,206 @@
+"""How does a training step scale over processes? `torchrun --nproc-per-node 8 -m jasper_fast.bench train`.
+
+For 1, 2, 4, ... of the processes, each with a batch of its own, it gives utterances a second, the efficiency (the share
+of what as many processes alone would do), and the communication left exposed. The last is how much longer a step takes
+than the same step of the slowest process with its gradients kept to itself (DDP's no_sync); both are taken in turns.
+"""
+
+import argparse
+import contextlib
+import datetime
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from jasper_fast.bench.cases import counts, models, scaling
+from jasper_fast.bench.commands import train
+from jasper_fast.bench.harness import devices, ratios
+from jasper_fast.bench.harness.console import console
+from jasper_fast.bench.harness.measurement import Row
+from jasper_fast.bench.harness.run import Run
+from jasper_fast.kernels import tables
+
+SAMPLE = 0.2  # seconds that a sample takes at least, in steps that follow one another as in training
+WARM = 3  # steps before the timing: in the second, DDP orders its buckets anew
+
+
+@dataclass
+class Team:
+    """This process among those that torchrun started; `sizes`: how many of them measure, one after another."""
+
+    rank: int
+    world: int
+    sizes: tuple[int, ...]
+
+    def told(self, value: Any = None, group: dist.ProcessGroup | None = None) -> Any:
+        """The first process's value, on every process."""
+        held = [value]
+        dist.broadcast_object_list(held, 0, group=group)
+        return held[0]
+
+
+def grouped() -> bool:
+    """Whether torchrun started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """Reads "1,2,4" as (1, 2, 4); 1, without which there is no efficiency, is always among them."""
+    try:
+        found = {int(word) for word in text.split(",")}
+    except ValueError:
+        found = {0}
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers of processes, as in 1,2,4")
+    return tuple(sorted(found | {1}))
+
+
+def launch(arguments: Sequence[str], world: int) -> int:
+    """The same command in so many processes of this machine; returns its exit status."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    return subprocess.run([*launcher, "-m", "jasper_fast.bench", *arguments]).returncode
+
+
+@contextlib.contextmanager
+def joined(args: argparse.Namespace) -> Iterator[Team]:
+    """Joins the group: nccl on GPUs, gloo on CPUs. Gives each process the GPU of its number."""
+    rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if torch.cuda.is_available() and (args.device or "cuda") == "cuda":
+        args.device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    device = torch.device(args.device or "cpu")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    powers = tuple(2**i for i in range(world.bit_length()) if 2**i <= world)
+    wanted = args.world or tuple(sorted({*powers, world}))
+    if max(wanted) > world:
+        raise SystemExit(f"--world {max(wanted)}: torchrun started {world} processes")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1)
+    )
+    try:
+        yield Team(rank, world, wanted)
+        dist.barrier()  # the first process, which keeps the store of the group, ends with the others
+    finally:
+        dist.destroy_process_group()
+
+
+def main(
+    team: Team,
+    grid: Sequence[tuple[str, int, int]],
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+    run: Run | None,
+) -> None:
+    """Measures the grid, the same on every process; `run` is the first one's, which keeps the rows."""
+    grid = grid or (train.GPU_GRID[:1] if device.type == "cuda" else train.CPU_GRID[:1])
+    groups = {w: dist.new_group(list(range(w))) for w in team.sizes if w > 1}
+    seconds = team.told(run and run.effort.seconds)
+    for model, N, T in grid:
+        for contender in (scaling.OURS, scaling.EAGER):
+            at = scaling.Setting(model, N, T, device, dtype, backend)
+            alone = 0.0
+            for world in team.sizes:
+                row = _begin_row(at, contender, world)
+                if team.told(run and run.results.has(row["id"].rsplit(" / ", 1)[0], (contender,))):
+                    alone = alone or (_kept(run, row["id"]) if run else 0.0)
+                    continue
+                if run:
+                    console.print(f"train {model}: {contender}, {world} process{'es' * (world > 1)}")
+                if team.rank < world:
+                    made = _measured(contender, at, team.rank, groups.get(world), seconds)
+                    if run:
+                        alone = alone or N / statistics.median(made.get("shared", [float("inf")]))
+                        run.results.add([_finish(row, made, world, alone)])
+                dist.barrier()
+                devices.tidy(device)
+
+
+def _measured(
+    contender: str, at: scaling.Setting, rank: int, group: dist.ProcessGroup | None, seconds: float
+) -> dict[str, Any]:
+    """Seconds of steps, of the slowest process each, with communication (`shared`) and without; or what is `wrong`."""
+    found = scaling.steps(contender, at, rank, group)
+    told = _all(group, found.wrong())
+    if any(told):
+        return {"wrong": next(filter(None, told))}
+    for each in (found.shared, found.silent):
+        for _ in range(WARM):
+            each()
+    once = max(_all(group, _sample(found.shared, 1, at.device, group)))
+    inner = max(1, round(SAMPLE / once))
+    samples: dict[str, list[float]] = {"shared": [], "silent": []}
+    kinds, begun = ["shared", "silent"] if group else ["shared"], time.monotonic()
+    while True:
+        for kind in kinds:
+            samples[kind].append(_sample(getattr(found, kind), inner, at.device, group))
+        kinds.reverse()  # A B, B A: neither always runs after the other
+        done, spent = len(samples["shared"]), time.monotonic() - begun
+        if _all(group, done >= 300 or (spent > seconds and done >= 6) or spent > 9 * seconds)[0]:
+            break
+    slowest = {kind: [max(each) for each in zip(*_all(group, mine))] for kind, mine in samples.items()}
+    return slowest | {"inner": inner}
+
+
+def _all(group: dist.ProcessGroup | None, value: Any) -> list[Any]:
+    """The value of every process of the group, on every one."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _sample(step: Callable[[], None], inner: int, device: torch.device, group: dist.ProcessGroup | None) -> float:
+    """Seconds of a step, of `inner` that all processes begin together."""
+    if group is not None:
+        dist.all_reduce(torch.zeros(1), group=group)  # among the hosts
+    devices.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(inner):
+        step()
+    devices.synchronize(device)
+    return (time.perf_counter() - started) / inner
+
+
+def _begin_row(at: scaling.Setting, contender: str, world: int) -> Row:
+    """The fields of a row that it has with or without a number; FLOPs and bytes are those of one process."""
+    cfg, name = models.config(at.model), tables.DTYPES[at.dtype]
+    key = {"model": at.model, "batch": f"({at.N}, {cfg.encoder.in_feats}, {at.T})", "dtype": name, "mode": "step"}
+    key["processes"] = world
+    case = "train " + " ".join(f"{k}={v}" for k, v in key.items())
+    row: Row = {"id": f"{case} / {contender}", "bench": "train", "key": key, "contender": contender, "dtype": name}
+    row |= {"ours": contender == scaling.OURS, "clock": "wall", "flops": counts.training_flops(cfg, at.N, at.T)}
+    return row | {"bytes": counts.training_bytes(cfg, at.N, at.T, at.dtype.itemsize), "items": at.N}
+
+
+def _finish(row: Row, made: dict[str, Any], world: int, alone: float) -> Row:
+    """The row with what was measured; `alone`: utterances a second of one process without others."""
+    N = row.pop("items")
+    if "wrong" in made:
+        return row | {"status": "wrong", "why": made["wrong"]}
+    shared, silent = made["shared"], made["silent"]
+    row |= {"status": "ok", "time_s": ratios.summary(shared, made["inner"])}
+    row["items_per_s"] = world * N / row["time_s"]["median"]
+    row["flops_per_s"], row["bytes_per_s"] = (row[k] / row["time_s"]["median"] for k in ("flops", "bytes"))
+    row["scaling"] = {"processes": world, "efficiency": row["items_per_s"] / (world * alone)}
+    if world > 1:
+        exposed = [a - b for a, b in zip(shared, silent, strict=True)]
+        low, high = ratios.interval(exposed)
+        row["scaling"] |= {"silent_s": statistics.median(silent), "exposed_s": statistics.median(exposed)}
+        row["scaling"] |= {"exposed_low_s": low, "exposed_high_s": high, "pairs": len(exposed)}
+    return row
+
+
+def _kept(run: Run, row_id: str) -> float:
+    """Utterances a second of a row that an earlier run finished, 0 if it has no number."""
+    return next((r.get("items_per_s", 0.0) for r in run.results.data["rows"] if r["id"] == row_id), 0.0)

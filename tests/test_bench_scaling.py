@@ -1,0 +1,106 @@
+"""`python -m bench train` over several processes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import yaml
+from speech import CONFIG
+
+from jasper_fast.bench import cli
+from jasper_fast.bench.cases import scaling as cases
+from jasper_fast.bench.commands import scaling
+from jasper_fast.bench.harness import limits, result_file
+
+LIMITS = {"matmul_flops_per_s": {"float32": 1e12}, "copy_bytes_per_s": 1e12, "launch_s": {"host": 1e-6}}
+N, T = 2, 64
+
+
+class Deaf(torch.nn.parallel.DistributedDataParallel):
+    """Hears nothing of the other processes' gradients."""
+
+    def forward(self, *inputs):
+        with self.no_sync():
+            return super().forward(*inputs)
+
+
+def one_of_two(rank: int, folder: str, port: int) -> None:
+    """A process as torchrun starts it: tells what is wrong with gradients that are not averaged, then runs the
+    command."""
+    torch.set_num_threads(1)
+    places = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {k: str(v) for k, v in places.items()}
+    limits.measure = lambda *_: dict(LIMITS)
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    at = cases.Setting(f"{folder}/tiny.yaml", N, T, torch.device("cpu"), torch.float32, "reference")
+    parallel = cases.parallel
+
+    def alone(*args):
+        made = parallel(*args)
+        made.__class__ = Deaf
+        return made
+
+    told = []
+    for made in (parallel, alone):
+        cases.parallel = made
+        told.append(cases.steps(cases.OURS, at, rank, dist.group.WORLD).wrong())
+    cases.parallel = parallel
+    dist.destroy_process_group()
+    Path(folder, f"{rank}.json").write_text(json.dumps(told))
+
+    options = ["--model", f"{folder}/tiny.yaml:{N},{T}", "--seconds", "0.05", "--backend", "reference", "--out", folder]
+    assert cli.main(["train", "--quick", *options]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch was built without gloo")
+def test_two_processes_measure_steps_and_their_communication(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(one_of_two, (str(tmp_path), port), nprocs=2)
+    for rank in (0, 1):
+        right, wrong = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert right == "" and "from the mean of all processes" in wrong
+    [path] = tmp_path.glob("train_*.json")
+    found = result_file.read(path)
+    assert found["finished"] and len(found["rows"]) == 4 and all(row["status"] == "ok" for row in found["rows"])
+    rows = {(row["contender"], row["key"]["processes"]): row for row in found["rows"]}
+    assert set(rows) == {(name, world) for name in (cases.OURS, cases.EAGER) for world in (1, 2)}
+    for (name, world), row in rows.items():
+        told = row["scaling"]
+        assert row["ours"] == (name == cases.OURS) and told["processes"] == world and row["key"]["mode"] == "step"
+        assert row["items_per_s"] == pytest.approx(world * N / row["time_s"]["median"])
+        assert told["efficiency"] == pytest.approx(row["items_per_s"] / (world * rows[name, 1]["items_per_s"]))
+        if world == 2:
+            assert told["exposed_low_s"] <= told["exposed_s"] <= told["exposed_high_s"]
+            assert told["silent_s"] > 0 and told["pairs"] == row["time_s"]["samples"]
+
+
+def test_numbers_of_processes() -> None:
+    assert scaling.sizes("4,2") == (1, 2, 4) and scaling.sizes("1") == (1,)
+    for text in ("", "0", "two", "2,-1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="numbers of processes"):
+            scaling.sizes(text)
+
+
+def test_processes_are_begun_unless_torchrun_did(monkeypatch) -> None:
+    begun = []
+    monkeypatch.setattr(scaling, "launch", lambda *args: begun.append(args) or 0)
+    arguments = ["train", "--world", "1,4", "--model", "small"]
+    assert cli.main(arguments) == 0 and begun == [(arguments, 4)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(SystemExit, match="torchrun started 2 processes"):
+        cli.main(arguments)
