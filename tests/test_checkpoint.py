@@ -342,9 +342,9 @@ def test_a_nemo_model_of_pieces_of_words_is_refused(tmp_path):
 
 def test_nemo_archives_that_are_no_jasper(tmp_path):
     model = trained_model()
-    quartz = [{"filters": 8, "repeat": 1, "kernel": [5], "separable": True}]
-    nemo_archive(tmp_path / "q.nemo", model, masked=True, mode="w", encoder={"jasper": quartz})
-    with pytest.raises(CheckpointError, match=r"block 0 .*separable=True: it is not a Jasper"):
+    citrinet = [{"filters": 8, "repeat": 1, "kernel": [5], "separable": True, "se": True}]
+    nemo_archive(tmp_path / "q.nemo", model, masked=True, mode="w", encoder={"jasper": citrinet})
+    with pytest.raises(CheckpointError, match=r"block 0 .*se=True: it is neither a Jasper nor a QuartzNet"):
         load_model(tmp_path / "q.nemo")
     nemo_archive(tmp_path / "m.nemo", model, masked=True, mode="w:gz")
     whole = (tmp_path / "m.nemo").read_bytes()

@@ -43,6 +43,9 @@ class Layer:
     def panes(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]:
         return self.found.panes
 
+    def depthwise(self) -> list[nn.Conv1d]:
+        return []
+
     def refuse_hooks(self) -> None:
         """`parts` has looked for them."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -35,10 +36,11 @@ class ExportError(ValueError):
 class _Conv(nn.Module):
     """A convolution over (N, C, 1, T), its batch norm folded in: runtimes have better kernels for 2D than for 1D."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, b: BlockConfig | None = None):
+    def __init__(self, weight: Tensor, bias: Tensor | None, b: BlockConfig | None = None, groups: int = 1):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(weight[:, :, None]), nn.Parameter(bias)
-        self.how = {"stride": (1, b.s), "padding": (0, b.padding), "dilation": (1, b.d)} if b else {}
+        self.weight, self.bias = nn.Parameter(weight[:, :, None]), None if bias is None else nn.Parameter(bias)
+        self.b, self.how = b, {"stride": (1, b.s), "padding": (0, b.padding), "dilation": (1, b.d)} if b else {}
+        self.how["groups"] = groups
 
     @classmethod
     def folded(cls, conv: nn.Conv1d, bn: nn.BatchNorm1d, b: BlockConfig | None = None) -> _Conv:
@@ -67,8 +69,13 @@ class PlainJasper(nn.Module):
             modules = [
                 _copy(m) for m in layer.conv.children() if isinstance(m, (nn.Conv1d, nn.BatchNorm1d, nn.SyncBatchNorm))
             ]
-            pairs = zip(modules[::2], modules[1::2], strict=True)
-            self.blocks.append(nn.ModuleList(_Conv.folded(conv, bn, b) for conv, bn in pairs))
+            convs, own = nn.ModuleList(), None if b.separable else b
+            for m, following in itertools.pairwise(modules):
+                if not isinstance(following, nn.Conv1d) and isinstance(m, nn.Conv1d):
+                    convs.append(_Conv.folded(m, following, own))
+                elif isinstance(m, nn.Conv1d):  # of a separable sub-block
+                    convs.append(_Conv(m.weight.detach().clone(), None, b, m.groups))
+            self.blocks.append(convs)
             panes = [map(_copy, pane) for pane in getattr(layer, "res", None) or ()]
             self.panes.append(nn.ModuleList(_Conv.folded(conv, bn) for conv, bn in panes))
         head = model.decoder.layers[0]
@@ -80,11 +87,11 @@ class PlainJasper(nn.Module):
         for convs, panes, b in zip(self.blocks, self.panes, self.config.encoder.blocks, strict=True):
             x = xs[-1]
             for i, conv in enumerate(convs):
-                x, lens = conv(x), b.out_length(lens)
+                x, lens = conv(x), conv.b.out_length(lens) if conv.b else lens
                 if i == len(convs) - 1:
                     for pane, source in zip(panes, xs if b.residual_dense else xs[-1:], strict=False):
                         x = x + pane(source)
-                x = self._masked(x.relu(), lens)
+                x = self._masked(x if conv.bias is None else x.relu(), lens)
             xs = [*xs, x] if b.residual and b.residual_dense else [x]
         log_probs = self.head(xs[-1]).squeeze(2).transpose(1, 2).float().log_softmax(dim=2)
         return log_probs, lens

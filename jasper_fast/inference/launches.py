@@ -52,7 +52,7 @@ class Launches:
         device = weight_of(model).device
         impl = backends.face("conv1d", face)
         self._workspace = impl.Workspace(device)
-        self._plan = make_plan(model, lambda folded: KernelConv(folded, dtype, face, workspace=self._workspace))
+        self._plan = make_plan(model, lambda folded: KernelConv(folded, dtype, face, workspace=self._workspace), dtype)
         self._dtype, self._turns, self.shapes = dtype, shapes.turns, shapes
         self._takes_tf32 = impl.takes_tf32
         self._softmax = self._plan.channels <= impl.SOFTMAX_MAX  # in the last launch
@@ -134,7 +134,7 @@ class Launches:
                 told = Lengths(before, None, lens, plan.masks)
             # kernels write zeros past the lengths; only features that panes read from a buffer have padding that is not
             # zero
-            call = partial(step.conv, out=out, panes=panes, clean=i > 0 and not plan.reads_source)
+            call = partial(step.conv, out=out, panes=panes, clean=i > 0 and not plan.panes_read_source)
             calls.append(call if i == 0 else partial(call, x, lengths=told))
             x = out
         return Bound(source, calls[0], calls[1:], x, lens)

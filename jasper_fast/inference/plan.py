@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from jasper_fast.dispatch import backends
+from jasper_fast.dispatch import backends, choose
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths
 from jasper_fast.nn.block import fold, refuse_hooks
 from jasper_fast.nn.config import BlockConfig
@@ -31,6 +31,8 @@ class Layer(Protocol):
     def sub_blocks(self) -> list[Pair]: ...
 
     def panes(self) -> list[Pair]: ...
+
+    def depthwise(self) -> list[nn.Conv1d]: ...
 
     def refuse_hooks(self) -> None: ...
 
@@ -51,7 +53,7 @@ def weight_of(model: Network) -> Tensor:
     return conv.weight
 
 
-POINTWISE = BlockConfig(filters=1, kernel_size=(1,), residual=False)  # the decoder's conv
+POINTWISE = BlockConfig(filters=1, kernel_size=(1,), residual=False)  # the decoder's conv, those after depthwise ones
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,25 @@ class KernelConv:
         self._fused(x, self.packed, self.geometry, lengths=lengths, panes=panes, out=out, **how)
 
 
+class DepthwiseConv:
+    """A FoldedConv of the taps of a separable sub-block: the mask before and after it, neither bias nor ReLU."""
+
+    def __init__(self, conv: nn.Conv1d, b: BlockConfig, dtype: torch.dtype, backend: str):
+        face = choose.depthwise_face(backend, conv.weight.device, dtype)
+        impl = backends.face("depthwise", "aten" if face == "reference" else face)
+        self._geometry, self._packed = Geometry(b.s, b.padding, b.d), impl.pack_once(conv.weight, dtype)
+        self._into = impl.into
+
+    def __call__(
+        self, x: Tensor, out: Tensor, panes: Tensor | None = None, lengths: Lengths = FULL, **how: object
+    ) -> None:
+        self._into(out, x, self._packed, self._geometry, lengths)
+
+
 @dataclass(frozen=True)
 class Step:
-    """One sub-block: its conv, made by a runner; where it writes; and the input of its panes, if it has any."""
+    """One sub-block, or half a separable one: its conv, made by a runner; where it writes; and the input of its panes,
+    if it has any."""
 
     b: BlockConfig
     conv: FoldedConv
@@ -159,7 +177,12 @@ class Plan:
 
     @cached_property
     def reads_source(self) -> bool:
-        """Whether panes take the features, so that they must lie in their buffer."""
+        """Whether the features must lie in their buffer: panes take them, or a depthwise conv, which needs NTC rows."""
+        return self.panes_read_source or isinstance(self.steps[0].conv, DepthwiseConv)
+
+    @cached_property
+    def panes_read_source(self) -> bool:
+        """Whether panes take the features."""
         return any(step.panes is not None and step.panes.buffer == self.source.buffer for step in self.steps)
 
     def sizes(self, n: int, t: int, *, source: bool = True) -> dict[str, int]:
@@ -177,8 +200,11 @@ class Plan:
         return features.new_zeros(shape, dtype=torch.float32), self.out_frames(lengths).clone()
 
 
-def make_plan(model: Network, conv: Callable[[Folded], FoldedConv]) -> Plan:
-    """Folds `model` in fp32 or wider, whatever its dtype, and makes the conv of each sub-block with `conv`."""
+def make_plan(model: Network, conv: Callable[[Folded], FoldedConv], dtype: torch.dtype) -> Plan:
+    """Folds `model` in fp32 or wider, whatever its dtype, and makes the conv of each sub-block with `conv`.
+
+    dtype: of the buffers.
+    """
     layers: list[Layer] = list(model.encoder.layers)
     for layer in layers:
         layer.refuse_hooks()
@@ -189,7 +215,11 @@ def make_plan(model: Network, conv: Callable[[Folded], FoldedConv]) -> Plan:
         for r, (folded, panes) in enumerate(_sub_blocks(layer, places[i], precise)):
             filters = layer.b.filters
             out = places[i + 1] if r == layer.b.repeat - 1 else Place(f"flip{r % 2}", filters, 0, filters)
-            steps.append(Step(layer.b, conv(folded), out, panes))
+            if layer.b.separable:
+                taps, c = layer.depthwise()[r], folded.weight.shape[1]
+                between = DepthwiseConv(taps, layer.b, dtype, model.backend)
+                steps.append(Step(layer.b, between, Place("depthwise", c, 0, c), None))
+            steps.append(Step(folded.b, conv(folded), out, panes))
     head, channels = None, layers[-1].b.filters
     if model.decoder is not None:
         last = model.decoder.layers[0]
@@ -210,7 +240,8 @@ def _sub_blocks(layer: Layer, source: Place, dtype: torch.dtype) -> Iterator[tup
             folded = [(fold(pane_bn, dtype), pane.weight.flatten(1)) for pane, pane_bn in layer.panes()]
             joined = torch.cat([pane_scale[:, None] * weight for (pane_scale, _), weight in folded], 1)
             bias = bias + sum(shift for (_, shift), _ in folded)
-        yield Folded(scale[:, None, None] * conv.weight, bias, joined, b, relu=True), panes
+        own = POINTWISE if b.separable else b
+        yield Folded(scale[:, None, None] * conv.weight, bias, joined, own, relu=True), panes
 
 
 def _places(layers: list[Layer], in_feats: int) -> list[Place]:

@@ -45,8 +45,8 @@ class Stepwise:
 
     def __init__(self, model: Network, dtype: torch.dtype, face: str, shapes: Shapes, *, bucket: int):
         conv = partial(KernelConv, face=face) if face == "cpu" else AtenConv
-        self._plan = make_plan(model, lambda folded: conv(folded, dtype))
         held, self._device = torch.float32 if face == "cpu" else dtype, weight_of(model).device
+        self._plan = make_plan(model, lambda folded: conv(folded, dtype), held)
         self._face, self._dtype, self.shapes = face, dtype, shapes
         self._span = 1 if shapes.graphs is None else self._plan.span(bucket)
         self.buffers, self.lengths = Buffers(held, self._device), Buffers(torch.int64, self._device)

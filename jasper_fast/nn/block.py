@@ -24,7 +24,8 @@ class JasperBlock(nn.Module):
     """R sub-blocks (conv, batch norm, ReLU, dropout); the last one adds the residual panes before its ReLU.
 
     `conv` and `res` are dictionaries keyed by the positions that the reference's nn.Sequential gives them
-    (`conv.0.weight`, `conv.1.running_mean`, `conv.4.weight`, ..., `res.0.0.weight`), so state dicts are the same.
+    (`conv.0.weight`, `conv.1.running_mean`, `conv.4.weight`, ..., `res.0.0.weight`), so state dicts are the same. A
+    separable sub-block has five: `conv.0.weight` is depthwise, `conv.1.weight` pointwise, `conv.2` the batch norm.
     `pane_form`: how training takes the panes' statistics, "gram" (`ops.panes`) or "plain" (`ops.panes_plain`, also of
     batches of fewer than 16 frames in all, if ranks do not share statistics); "auto" is as `choose.pane_form` says:
     "gram" on a GPU, "plain" elsewhere.
@@ -37,13 +38,14 @@ class JasperBlock(nn.Module):
         if pane_form not in PANE_FORMS:
             raise ValueError(f"panes {pane_form!r} is not one of {', '.join(PANE_FORMS)}")
         self.b, self.backend, self.pane_form = b, backend, pane_form
-        self.halo = -(-max(0, b.d * (b.k - 1) - b.padding) // b.s)  # frames beyond the length that the conv fills
+        # frames beyond the length that the conv fills: none after the one tap of a pointwise conv
+        self.halo = 0 if b.separable else -(-max(0, b.d * (b.k - 1) - b.padding) // b.s)
         self.packs = Packs()
         self.conv = nn.ModuleDict()
         for i in range(b.repeat):
             channels = c_in if i == 0 else b.filters
-            self.conv[str(4 * i)] = nn.Conv1d(channels, b.filters, b.k, b.s, b.padding, b.d, bias=False)
-            self.conv[str(4 * i + 1)] = nn.BatchNorm1d(b.filters, BN_EPS, BN_MOMENTUM)
+            for j, module in enumerate(sub_block_modules(channels, b)):
+                self.conv[str((5 if b.separable else 4) * i + j)] = module
         if panes:
             self.res = nn.ModuleList(
                 nn.ModuleList([nn.Conv1d(c, b.filters, 1, bias=False), nn.BatchNorm1d(b.filters, BN_EPS, BN_MOMENTUM)])
@@ -51,8 +53,18 @@ class JasperBlock(nn.Module):
             )
 
     def sub_blocks(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]:
-        """The R (conv, batch norm) pairs in order."""
+        """The R (conv, batch norm) pairs in order; of a separable sub-block the pointwise conv."""
+        if self.b.separable:
+            return [(self.conv[str(5 * i + 1)], self.conv[str(5 * i + 2)]) for i in range(self.b.repeat)]
         return [(self.conv[str(4 * i)], self.conv[str(4 * i + 1)]) for i in range(self.b.repeat)]
+
+    def depthwise(self) -> list[nn.Conv1d]:
+        """The R depthwise convs of a separable block in order; none of another."""
+        return [self.conv[str(5 * i)] for i in range(self.b.repeat)] if self.b.separable else []
+
+    def read_modules(self) -> list[nn.Module]:
+        """The convs and norms whose parameters are read, and which are never called."""
+        return [*self.depthwise(), *(m for pair in (*self.sub_blocks(), *self.panes()) for m in pair)]
 
     def panes(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]:
         """The (1x1 conv, batch norm) pairs of the residual, in the order of their input blocks."""
@@ -60,7 +72,7 @@ class JasperBlock(nn.Module):
 
     def refuse_hooks(self) -> None:
         """Raises RuntimeError where one of the convs and norms has hooks, or a forward of its own."""
-        refuse_hooks(*(module for pair in (*self.sub_blocks(), *self.panes()) for module in pair))
+        refuse_hooks(*self.read_modules())
 
     def forward(
         self, x: Tensor, sources: list[Tensor], grams: list, lengths: list[Tensor] | None, seeds: Tensor | None
@@ -75,7 +87,13 @@ class JasperBlock(nn.Module):
         b, x = self.b, autocast(x)
         y, stats = self._conv(0, x, lengths)
         for i in range(b.repeat - 1):
-            if b.s == 1:
+            if b.separable:
+                (conv, bn), taps = self.sub_blocks()[i + 1], self.depthwise()[i + 1]
+                following = of_the_batch(bn)
+                how = self._taps(i + 1, lengths) | {"next_stats": following}
+                out = self._fused(ops.separable_sub_block, y, stats, i, lengths, seeds, taps.weight, conv.weight, **how)
+                y, stats = out if following else (out, None)
+            elif b.s == 1:
                 weight, following = self.sub_blocks()[i + 1][0].weight, of_the_batch(self.sub_blocks()[i + 1][1])
                 how = {"padding": b.padding, "dilation": b.d, "next_stats": following}
                 how["packed"] = partial(self.packs, i + 1)
@@ -91,6 +109,10 @@ class JasperBlock(nn.Module):
         """Conv `i` of `x`, with the statistics of its output if batch norm needs them."""
         b, (conv, bn) = self.b, self.sub_blocks()[i]
         stats = of_the_batch(bn)
+        if b.separable:
+            how = {"lengths": lengths[i] if lengths else None, "backend": self.backend, "stats": stats}
+            out = ops.separable_conv(x, self.depthwise()[i].weight, conv.weight, **how, **self._taps(i, lengths))
+            return out if stats else (out, None)
         out = ops.conv1d(
             x,
             conv.weight,
@@ -103,6 +125,12 @@ class JasperBlock(nn.Module):
             packed=partial(self.packs, i),
         )
         return out if stats else (out, None)
+
+    def _taps(self, i: int, lengths: list[Tensor] | None) -> dict[str, object]:
+        """Arguments of the separable conv `i`, beside the lengths before it."""
+        out_lengths = lengths[i + 1] if lengths else None
+        geometry = {"stride": self.b.s, "padding": self.b.padding, "dilation": self.b.d}
+        return geometry | {"out_lengths": out_lengths, "packed": partial(self.packs, i)}
 
     def _fused(self, op, y: Tensor, stats, i: int, lengths, seeds: Tensor | None, *args, **kwargs):
         """`op` with the batch norm, dropout and mask that follow conv `i`; `y` is the conv's output and `stats` its
@@ -184,6 +212,15 @@ class JasperBlock(nn.Module):
                     for bn, (buffer, stat) in zip(bns, kept, strict=True):
                         buffer.lerp_(stat, momentum_of(bn).to(stat.dtype))
         return out
+
+
+def sub_block_modules(c_in: int, b: BlockConfig) -> list[nn.Module]:
+    """The convs of a sub-block of `b` with `c_in` input channels, and its batch norm."""
+    geometry = (b.k, b.s, b.padding, b.d)
+    convs = [nn.Conv1d(c_in, b.filters, *geometry, bias=False)]
+    if b.separable:
+        convs = [nn.Conv1d(c_in, c_in, *geometry, groups=c_in, bias=False), nn.Conv1d(c_in, b.filters, 1, bias=False)]
+    return [*convs, nn.BatchNorm1d(b.filters, BN_EPS, BN_MOMENTUM)]
 
 
 def refuse_hooks(*modules: nn.Module) -> None:

@@ -39,7 +39,9 @@ def convs(config: JasperConfig, t: int = 2) -> Iterator[Conv]:
         for r in range(b.repeat):
             t = max(1, b.out_length(t))
             place = "inner" if r and b.s == 1 else "opening" if number or r else "first"
-            yield Conv((c, b.filters, b.k, b.s, b.d), t, place)
+            # of a separable sub-block the pointwise conv, whose gradients are never part of batch norm's
+            shape, place = ((1, 1, 1), "opening") if b.separable else ((b.k, b.s, b.d), place)
+            yield Conv((c, b.filters, *shape), t, place)
             c = b.filters
     if config.decoder is not None:
         yield Conv((c, config.decoder.n_classes, 1, 1, 1), t, "decoder")

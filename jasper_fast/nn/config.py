@@ -14,7 +14,11 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One block: `repeat` sub-blocks of conv, batch norm, ReLU, dropout; keys as the reference writes them."""
+    """One block: `repeat` sub-blocks of conv, batch norm, ReLU, dropout; keys as the reference writes them.
+
+    separable: each conv is a depthwise one with this kernel, stride and dilation, and a pointwise one after it, as in
+    QuartzNet.
+    """
 
     filters: int
     repeat: int = 1
@@ -24,6 +28,7 @@ class BlockConfig:
     dropout: float = 0.2
     residual: bool = True
     residual_dense: bool = False
+    separable: bool = False
 
     def __post_init__(self) -> None:
         for name in ("kernel_size", "stride", "dilation"):

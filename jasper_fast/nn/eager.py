@@ -20,10 +20,18 @@ class _MaskedConv1d(nn.Conv1d):
             x = x.masked_fill((t >= lengths[:, None]).unsqueeze(1), 0)
         return super().forward(x)
 
+    def out_length(self, lengths: Tensor) -> Tensor:
+        (k,), (s,), (p,), (d,) = self.kernel_size, self.stride, self.padding, self.dilation
+        return (lengths + 2 * p - d * (k - 1) - 1) // s + 1
+
 
 def _conv_bn(c_in: int, c_out: int, b: BlockConfig | None) -> list[nn.Module]:
-    k, s, d, p = (b.k, b.s, b.d, b.padding) if b else (1, 1, 1, 0)
-    return [_MaskedConv1d(c_in, c_out, k, s, p, d, bias=False), nn.BatchNorm1d(c_out, BN_EPS, BN_MOMENTUM)]
+    geometry = (b.k, b.s, b.padding, b.d) if b else (1,)
+    convs = [_MaskedConv1d(c_in, c_out, *geometry, bias=False)]
+    if b and b.separable:
+        convs = [_MaskedConv1d(c_in, c_in, *geometry, groups=c_in, bias=False)]
+        convs.append(_MaskedConv1d(c_in, c_out, 1, bias=False))
+    return [*convs, nn.BatchNorm1d(c_out, BN_EPS, BN_MOMENTUM)]
 
 
 class EagerBlock(nn.Module):
@@ -46,7 +54,7 @@ class EagerBlock(nn.Module):
         for layer in self.conv:
             if isinstance(layer, nn.Conv1d):
                 x = layer(x, lens)
-                lens = self.cfg.out_length(lens) if lens is not None else None
+                lens = layer.out_length(lens) if lens is not None else None
             else:
                 x = layer(x)
         panes = xs if self.cfg.residual_dense else xs[-1:]

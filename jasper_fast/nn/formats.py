@@ -223,12 +223,12 @@ def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
     labels = list(decoder.get("vocabulary") or document.get("labels") or ()) or None
     blocks = []
     for i, block in enumerate(encoder["jasper"]):
-        foreign = [k for k in ("separable", "se", "stride_last") if block.get(k)]
+        foreign = [k for k in ("se", "stride_last") if block.get(k)]
         foreign += [k for k, usual in (("groups", 1), ("heads", -1), ("norm", "batch")) if block.get(k, usual) != usual]
         if foreign:
             raise CheckpointError(
-                f"block {i} of the NeMo model has {foreign[0]}={block[foreign[0]]}: it is not a Jasper (QuartzNet and "
-                f"Citrinet are other models)"
+                f"block {i} of the NeMo model has {foreign[0]}={block[foreign[0]]}: it is neither a Jasper nor a "
+                f"QuartzNet (Citrinet is another model)"
             )
         kernel, stride, dilation = (_one(block.get(k, 1)) for k in ("kernel", "stride", "dilation"))
         if kernel % 2 == 0:
@@ -241,6 +241,7 @@ def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
                 "dilation": [dilation], "dropout": float(block.get("dropout", 0.0)),
                 "residual": bool(block.get("residual", False)),
                 "residual_dense": bool(block.get("residual_dense", False)),
+                "separable": bool(block.get("separable", False)),
             }
         )  # fmt: skip
     n_classes = decoder.get("num_classes", -1)

@@ -28,7 +28,12 @@ def pack_once(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def into(out: Tensor, x: Tensor, packed: Tensor, geometry: Geometry, lengths: Lengths = FULL) -> None:
-    """`forward` of `x` (N, T, C) and a weight of `pack_once`, into `out` (N, T', C)."""
+    """`forward` of `x` (N, T, C) and a weight of `pack_once`, into `out` (N, T', C). `lengths.made` receives the output
+    lengths and is then used instead of `lengths.after`."""
+    if lengths.made is not None:
+        frames = geometry.frames(lengths.before.clamp(0, x.shape[1]), packed.shape[2])
+        lengths.made.copy_(frames.clamp_(min=0))
+        lengths = Lengths(lengths.before, lengths.made) if lengths.masked else FULL
     out.copy_(forward(x.transpose(1, 2), packed, geometry, lengths).transpose(1, 2))
 
 

@@ -26,7 +26,8 @@ SHARES = 8  # of a batch, in the gradient of the weight
 
 def pack_once(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """`weight` (C, 1, K) of any dtype in the order that the kernel reads: (K, C) fp32, whatever the network's dtype."""
-    return weight.detach()[:, 0].t().float().contiguous()
+    c, _, k = weight.shape
+    return torch.empty((k, c), dtype=torch.float32, device=weight.device).copy_(weight.detach()[:, 0].t())
 
 
 def forward(

@@ -1,0 +1,213 @@
+"""QuartzNet: separable blocks in the model, the engine, the exported graph and NeMo's archives, beside eager PyTorch."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from close import assert_close
+from conftest import make_face, settle
+from engines import block, pair, poison, valid
+
+from jasper_fast import InferenceEngine, Jasper, JasperConfig
+from jasper_fast.inference import export
+from jasper_fast.nn.eager import EagerJasper
+from jasper_fast.nn.loading import load_model
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+FEATS, CLASSES = 8, 7
+# as QuartzNet 15x5: a prologue of stride 2, plain residuals, an epilogue with dilation, a pointwise conv
+BLOCKS = [
+    block(16, k=9, s=2) | {"separable": True},
+    block(16, 3, 7, residual=True, dropout=0.0) | {"separable": True},
+    block(24, 2, 11, residual=True) | {"separable": True},
+    block(24, k=13, d=2) | {"separable": True},
+    block(16, k=1),
+]
+
+
+def config(masks: bool = True, blocks: list | None = None) -> JasperConfig:
+    encoder = {"in_feats": FEATS, "use_conv_masks": masks, "blocks": blocks or BLOCKS}
+    last = (blocks or BLOCKS)[-1]["filters"]
+    return JasperConfig.from_dict({"encoder": encoder, "decoder": {"in_feats": last, "n_classes": CLASSES}})
+
+
+def batch(masks: bool, device: torch.device | None = None):
+    lengths = torch.tensor([41, 17, 1] if masks else [41, 41, 41], device=device)
+    return torch.randn(3, FEATS, 41, device=device), lengths
+
+
+# for Triton's interpreter, which takes a millisecond for each tap of each program
+SMALL = [block(16, k=3, s=2) | {"separable": True}, block(16, 2, 3, residual=True) | {"separable": True}]
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def face(request):
+    return make_face(request.param)
+
+
+def test_quartznet_15x5_has_the_published_size() -> None:
+    with torch.device("meta"):
+        model = Jasper(JasperConfig.from_yaml(CONFIGS / "quartznet15x5.yaml"))
+        eager = EagerJasper(model.config)
+    assert sum(p.numel() for p in model.parameters()) == 18_924_381
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
+    assert shapes == {name: t.shape for name, t in eager.state_dict().items()}
+    # NeMo's places: depthwise, pointwise, batch norm, ReLU, dropout
+    assert shapes["encoder.layers.7.conv.5.weight"] == (512, 1, 51)
+    assert shapes["encoder.layers.7.conv.6.weight"] == (512, 512, 1)
+    assert shapes["encoder.layers.7.conv.7.running_mean"] == (512,)
+    assert shapes["encoder.layers.7.res.0.0.weight"] == (512, 256, 1)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_evaluation_and_the_engine_equal_eager(masks: bool, face) -> None:
+    assert_evaluates(config(masks), masks, face)
+
+
+@pytest.mark.slow
+def test_triton_equals_eager() -> None:
+    face = make_face("triton")
+    assert_evaluates(config(blocks=SMALL), True, face)
+    assert_trains(config(blocks=SMALL), True, face)
+
+
+def assert_evaluates(cfg: JasperConfig, masks: bool, face) -> None:
+    eager, ours = pair(cfg, face.name, face.device)
+    features, lengths = batch(masks, face.device)
+    with torch.no_grad():
+        low, want_lengths = eager(features, lengths)
+        ref, _ = eager.double()(features.double(), lengths)
+        engine = InferenceEngine(ours)
+        poison(engine)
+        for run in (ours, engine):
+            got, got_lengths = run(features, lengths)
+            assert torch.equal(got_lengths, want_lengths)
+            assert_close("log_probs", *(valid(x, want_lengths) for x in (got, low, ref)), 4.0)
+            assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_training_step_equals_eager(masks: bool, face) -> None:
+    assert_trains(config(masks), masks, face)
+
+
+def assert_trains(cfg: JasperConfig, masks: bool, face) -> None:
+    eager, ours = pair(cfg, settle(face.name), face.device)
+    features, lengths = batch(masks, face.device)
+    up, results = torch.randn(3, 21, CLASSES), []
+    if masks:
+        padding = torch.arange(41) >= lengths[:, None]
+        features = features.masked_fill(padding[:, None], torch.nan)
+    wide = EagerJasper(cfg).to(face.device)
+    wide.load_state_dict(eager.state_dict())
+    for model, dtype in ((ours, None), (eager, None), (wide.double(), torch.float64)):
+        log_probs, out = model.train()(features.to(dtype), lengths)
+        real = torch.arange(log_probs.shape[1]) < out[:, None]
+        (log_probs * up[:, : log_probs.shape[1]] * real[:, :, None]).sum().backward()
+        results.append({name: p.grad for name, p in model.named_parameters()})
+        results[-1] |= {name: b for name, b in model.named_buffers() if b.is_floating_point()}
+    got, low, ref = results
+    for name in ref:
+        assert_close(name, got[name], low[name], ref[name].to(torch.float64), 6.0)
+
+
+def test_garbage_in_the_padding_changes_nothing(face) -> None:
+    _, ours = pair(config(), settle(face.name), face.device)
+    features, lengths = batch(True, face.device)
+    padding = (torch.arange(41) >= lengths[:, None])[:, None]
+    engine, results = InferenceEngine(ours), []
+    for value in (0.0, torch.nan):
+        given = features.masked_fill(padding, value)
+        for run in (ours.eval(), engine):
+            log_probs, out = run(given, lengths)
+            results.append(valid(log_probs.detach(), out))
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+
+
+def test_backward_keeps_less_than_half_of_eagers_bytes() -> None:
+    eager, ours = pair(config(), settle("cpu"))
+    features, lengths = batch(True)
+    kept = []
+    for model in (eager.train(), ours.train()):
+        held, own = {}, {p.data_ptr() for p in model.parameters()}
+
+        def take(t, held=held, own=own):
+            if t.data_ptr() not in own:
+                held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(take, lambda t: t):
+            out = model(features, lengths)
+        kept.append(sum(held.values()))
+        del out
+    assert kept[1] <= 0.5 * kept[0]
+
+
+def test_strides_and_even_kernels_in_the_engine() -> None:
+    blocks = [
+        block(16, 2, 5, s=2) | {"separable": True},
+        block(12, k=4) | {"separable": True},
+        block(16, k=3, residual=True, dense=True) | {"separable": True},
+        block(20, 2, k=1, residual=True, dense=True) | {"separable": True},
+    ]
+    eager, ours = pair(config(blocks=blocks), settle("cpu"))
+    features, lengths = batch(True)
+    with torch.no_grad():
+        want, frames = eager(features, lengths)
+        for run in (ours, InferenceEngine(ours)):
+            got, out = run(features, lengths)
+            assert torch.equal(out, frames)
+            torch.testing.assert_close(valid(got, out), valid(want, out), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Jasper, EagerJasper])
+def test_the_plain_graph_is_the_engine(kind) -> None:
+    eager, ours = pair(config(), settle("cpu"))
+    plain = export.PlainJasper({Jasper: ours, EagerJasper: eager}[kind])
+    with torch.no_grad():
+        assert export.differs(plain, InferenceEngine(ours), ours) < 1e-4
+
+
+def test_a_hook_on_a_depthwise_conv_is_refused() -> None:
+    _, ours = pair(config(), settle("cpu"))
+    ours.encoder.layers[0].conv["0"].register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match="hook"):
+        ours(*batch(True))
+    with pytest.raises(RuntimeError, match="hook"):
+        InferenceEngine(ours)
+
+
+def test_nemos_archive_of_a_quartznet_loads(tmp_path) -> None:
+    _, ours = pair(config(), settle("cpu"))
+    entries = {}
+    for name, tensor in ours.state_dict().items():
+        new = name.replace("decoder.layers", "decoder.decoder_layers").replace("encoder.layers", "encoder.encoder")
+        new = new.replace(".conv.", ".mconv.")
+        masked = new.startswith("encoder.") and tensor.dim() == 3
+        entries[new.removesuffix("weight") + "conv.weight" if masked else new] = tensor
+    names = {"kernel_size": "kernel"}
+    labels = list("abcdef")
+    document = {
+        "preprocessor": {"sample_rate": 16000, "features": FEATS, "n_fft": 512},
+        "encoder": {"feat_in": FEATS, "jasper": [{names.get(k, k): v for k, v in b.items()} for b in BLOCKS]},
+        "decoder": {"feat_in": 16, "num_classes": CLASSES - 1, "vocabulary": labels},
+    }
+    weights = io.BytesIO()
+    torch.save(entries, weights)
+    with tarfile.open(tmp_path / "q.nemo", "w") as archive:
+        for name, content in (
+            ("model_config.yaml", yaml.safe_dump(document).encode()),
+            ("model_weights.ckpt", weights.getvalue()),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    loaded = load_model(tmp_path / "q.nemo")
+    assert loaded.config.encoder.blocks[0].separable
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
