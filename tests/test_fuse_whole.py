@@ -175,6 +175,21 @@ def test_a_change_is_in_the_next_output(change, graphs, runs, monkeypatch):
     assert not torch.allclose(got, before, **CLOSE) and runs[-1] is not runs[0]
 
 
+def test_a_parametrised_weight_is_folded_as_it_is_computed(runs):
+    model, plain = build("nvidia").eval(), build("nvidia").eval()
+    results = []
+    for m in (model, plain):
+        nn.utils.parametrizations.weight_norm(m.encoder.layers[1].conv[0])
+    assert fuse(model, strict=True).whole == ["encoder"]
+    for m in (model, plain):
+        results.append([evaluate(m)])
+        with torch.no_grad():
+            m.encoder.layers[1].conv[0].parametrizations.weight.original0.mul_(1.5)
+        results[-1].append(evaluate(m))
+    torch.testing.assert_close(*results, **CLOSE)
+    assert len(runs) == 2 and not torch.allclose(*results[0], **CLOSE)
+
+
 @pytest.mark.parametrize("fold_anew", ["refresh", "eval", "eval of the model"])
 def test_a_write_without_a_trace_is_seen_after_refresh_or_eval(fold_anew, runs):
     model, plain = build("nvidia").eval(), build("nvidia").eval()
@@ -218,7 +233,7 @@ OWN_FORWARD = {
     "a hook on a block": (lambda m: layers(m)[0].register_forward_hook(add), torch.no_grad),
     "batch statistics": (lambda m: layers(m)[1].mconv[1].train(), torch.no_grad),
     "dropout": (lambda m: layers(m)[1].mout[1].train(), torch.no_grad),
-    "captured outputs": (lambda m: setattr(layers(m)[1], "is_access_enabled", lambda guid: False), torch.no_grad),
+    "captured outputs": (lambda m: setattr(m, "captured", True), torch.no_grad),
 }
 
 
@@ -226,12 +241,12 @@ OWN_FORWARD = {
 def test_the_blocks_run_where_an_engine_would_not_do_the_same(why, runs):
     change, mode = OWN_FORWARD[why]
     plain, fused = build("nemo").eval(), build("nemo").eval()
+    layers(fused)[1].is_access_enabled = lambda guid: hasattr(fused, "captured")
     fuse(fused)
     evaluate(fused)
     for model in (plain, fused):
         change(model)
     if why == "captured outputs":
-        layers(fused)[1].is_access_enabled = lambda guid: True
         with pytest.raises(RuntimeError, match="captured"):
             evaluate(fused)
     else:

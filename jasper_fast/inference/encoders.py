@@ -152,6 +152,7 @@ class Whole:
             self._watch: Watch | None = None
             self._found: Encoder | None = None
             self._described = False
+            self._capturing: list[nn.Module] = []
 
     def stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """Looks whether a step was one of this encoder's weights: fused optimisers raise no version."""
@@ -167,7 +168,8 @@ class Whole:
             if self._watch is None or not self._watch.same():
                 self.drop()
                 self._watch = Watch(encoder.tree())
-            if self._watch.hooked() or any(map(captures, encoder.blocks_of(encoder))):
+                self._capturing = [b for b in encoder.blocks_of(encoder) if hasattr(b, "is_access_enabled")]
+            if self._watch.hooked() or any(map(captures, self._capturing)):
                 return None
             if not self._described:
                 self._described = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 
 from torch import nn
@@ -38,9 +39,8 @@ def fuse(model: nn.Module, backend: str = "auto", strict: bool = False, *, graph
         if name in report.fused:
             fuse_block(block, backend)
     for name, encoder in encoders.items():
-        whole = fuse_encoder(encoder, backend, graphs)
         report.whole.append(name)
-        report._refresh.append(whole.drop)
+        report._wholes.append(weakref.ref(fuse_encoder(encoder, backend, graphs)))
     return report
 
 

@@ -7,7 +7,7 @@ fused ops. Deepcopy and pickle follow the class, and unfuse gives the first one 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import weakref
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -39,15 +39,16 @@ class Report:
     fused: list[str] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
-    _refresh: list[Callable[[], None]] = field(default_factory=list, repr=False, compare=False)
+    _wholes: list[weakref.ref] = field(default_factory=list, repr=False, compare=False)  # what `refresh` drops
 
     def refresh(self) -> None:
         """Folds the weights of the encoders in `whole` anew at their next evaluation.
 
         Needed only after a write that PyTorch keeps no trace of, as `p.data.mul_(2)`, between two evaluation calls.
         """
-        for of_an_encoder in self._refresh:
-            of_an_encoder()
+        for whole in self._wholes:
+            if (held := whole()) is not None:
+                held.drop()
 
     def data(self) -> dict[str, list]:
         """The same as a dictionary of lists, for JSON."""

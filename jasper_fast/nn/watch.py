@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ SETTINGS = (
     *("padding_mode", "masked", "use_mask", "heads", "pad_layer", "dense_residual", "residual_mode", "separable", "se"),
     *("res", "adapter_layer", "cfg"),
 )
+_VERSION = operator.attrgetter("_version")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -22,44 +24,42 @@ class Watch:
 
     A tensor counts as changed if its version, its memory or its strides are other ones, or if the module has another
     tensor in its place. The old memory is kept, so that no new tensor can lie at its address. Writes through `p.data`,
-    the kernels of `torch.optim`'s `fused=True` and replays of CUDA graphs raise no version, so they are not seen.
+    the kernels of `torch.optim`'s `fused=True`, collectives of `torch.distributed` and replays of CUDA graphs raise no
+    version, so they are not seen.
 
     Raises Unfit if a tensor was made in inference mode: such a tensor has no version.
     """
 
     def __init__(self, modules: Iterable[nn.Module]):
-        self._settings: list[tuple] = []
-        self._parts: list[tuple] = []
-        self._tensors: list[tuple] = []
-        self._hooks: list[dict] = []
-        self._held: list[Tensor] = []  # aliases
-        for m in modules:
-            own = vars(m)
-            names = [name for name in SETTINGS if name in own or name == "forward"]
-            self._settings.append((own.get, names, [own.get(name) for name in names]))
-            self._parts.append((m._modules, [*m._modules.values()]))
-            self._hooks += [own[name] for name in _HOOKS]
-            for tensors in (m._parameters, m._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is not None and name != "num_batches_tracked":
-                        if tensor.is_inference():
-                            raise Unfit("weights made in inference mode, whose changes nobody can notice")
-                        found = tensor, tensor._version, tensor.data_ptr(), tensor.stride()
-                        self._tensors.append((tensors, name, *found))
-                        self._held.append(tensor.detach())
+        modules = list(modules)
+        settings = [(vars(m), name) for m in modules for name in SETTINGS if name in vars(m) or name == "forward"]
+        self._settings = _Entries(settings)
+        self._parts = _Entries([(m._modules, name) for m in modules for name in m._modules])
+        self._sizes = [(m._modules, len(m._modules)) for m in modules]
+        of = (tensors for m in modules for tensors in (m._parameters, m._buffers))
+        named = [(tensors, name) for tensors in of for name in tensors if name != "num_batches_tracked"]
+        self._places = _Entries(named)
+        self._tensors = [tensor for tensor in self._places.then if tensor is not None]
+        if any(tensor.is_inference() for tensor in self._tensors):
+            raise Unfit("weights made in inference mode, whose changes nobody can notice")
+        self._held = [tensor.detach() for tensor in self._tensors]  # aliases
+        self._matrices = [tensor for tensor in self._tensors if tensor.dim() > 1]
+        self._values = self._now()
+        self._hooks = [vars(m)[name] for m in modules for name in _HOOKS]
+
+    def _now(self) -> tuple[list, ...]:
+        """What changes with the values of the tensors."""
+        all_of_them = (list(map(found, self._tensors)) for found in (_VERSION, Tensor.data_ptr))
+        return *all_of_them, list(map(Tensor.stride, self._matrices))
 
     def same(self) -> bool:
         """Whether everything is as it was."""
         return (
-            all(list(map(get, names)) == then for get, names, then in self._settings)
-            and all([*parts.values()] == then for parts, then in self._parts)
-            and all(
-                of.get(name) is tensor
-                and tensor._version == version
-                and tensor.data_ptr() == at
-                and tensor.stride() == strides
-                for of, name, tensor, version, at, strides in self._tensors
-            )
+            self._settings.equal()
+            and self._parts.same()
+            and all(len(parts) == then for parts, then in self._sizes)
+            and self._places.same()
+            and self._now() == self._values
         )
 
     def hooked(self) -> bool:
@@ -68,4 +68,21 @@ class Watch:
 
     def holds(self, tensors: Iterable[Tensor]) -> bool:
         """Whether one of these is among the tensors of the modules."""
-        return not {id(t) for t in tensors}.isdisjoint(id(found[2]) for found in self._tensors)
+        return not {id(t) for t in tensors}.isdisjoint(map(id, self._tensors))
+
+
+class _Entries:
+    """Entries of dictionaries, and what they were; loops in C, because an engine looks at thousands in every call."""
+
+    def __init__(self, places: list[tuple[dict, str]]):
+        self._of, self._names = [of for of, _ in places], [name for _, name in places]
+        self.then = self._now()
+
+    def _now(self) -> list:
+        return list(map(dict.get, self._of, self._names))
+
+    def equal(self) -> bool:
+        return self._now() == self.then
+
+    def same(self) -> bool:
+        return all(map(operator.is_, self._now(), self.then))
