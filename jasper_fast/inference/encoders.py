@@ -17,6 +17,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from jasper_fast.inference.engine import EncoderEngine
@@ -173,7 +175,7 @@ class Whole:
                 return None
             if not self._described:
                 self._described = True
-                if not any(m.training for m in encoder.tree()):
+                if not any(m.training for m in encoder.tree() if isinstance(m, _BatchNorm | _DropoutNd)):
                     self._found = describe(encoder, type(encoder), self._how[0])
             return self._found
         return None
