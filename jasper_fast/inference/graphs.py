@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, cuda
+
+from jasper_fast.kernels.capture import record
 
 
 class CudaGraphs:
@@ -36,37 +37,13 @@ class CudaGraphs:
             launch()
             current.wait_stream(self._stream)
             try:
-                with _no_collection():
-                    self._record(graph, launch)
+                record(graph, launch)
             except Exception as error:
                 raise RuntimeError(
                     f"the engine's launches could not be captured in a CUDA graph: {error}\n"
                     "InferenceEngine(model, graphs=False) runs without graphs, with the same results"
                 ) from error
         return graph.replay
-
-    def _record(self, graph: cuda.CUDAGraph, launch: Callable[[], None]) -> None:
-        # thread_local: an allocation by another thread, such as a data loader, does not break the capture
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            launch()
-        except BaseException:
-            with contextlib.suppress(RuntimeError):  # the error of the launch says more than that of the broken capture
-                graph.capture_end()
-            raise
-        graph.capture_end()
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Turns garbage collection off, because freeing a graph or an event could break a capture."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class Turns:

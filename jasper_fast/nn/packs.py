@@ -36,5 +36,9 @@ class Packs:
         impl.pack(weight, dtype, out=held)
         return held
 
+    def tensors(self) -> list[Tensor]:
+        """The buffers as they are now: a CUDA graph that fills and reads them keeps them alive by these."""
+        return list(self._held.values())
+
     def __reduce__(self) -> tuple[type[Packs], tuple[()]]:
         return Packs, ()

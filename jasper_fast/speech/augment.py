@@ -25,7 +25,7 @@ def _spans(count: Tensor | int, masks: int, low: int, high: Tensor | int, like: 
     """First and end, each (N, masks), of random spans of low..high cells; they lie within 0..count-1 if they fit."""
     shape = (like.shape[0], masks)
     width = _uniform_int(low, high, shape, like.device)
-    room = torch.as_tensor(count, device=like.device) - width
+    room = count - width
     first = _uniform_int(0, room.clamp(min=1) - 1, shape, like.device)
     return first, first + width
 

@@ -182,7 +182,10 @@ class LogMelFeatures(nn.Module):
         bank = mel_filterbank(self.sample_rate, self.n_fft, self.n_mels, self._f_min, self._f_max)
         noise = torch.randn(_NOISE_PERIOD, generator=torch.Generator().manual_seed(0))
         window = _WINDOWS[self._window_name](self.win_length, periodic=False, dtype=torch.float32)
-        return {"mel": bank, "window": window, "noise": noise}
+        constants = {"mel": bank, "window": window, "noise": noise}
+        if isinstance(self.normalize, dict):
+            constants["fixed"] = torch.tensor([self.normalize[key] for key in ("fixed_mean", "fixed_std")]).float()
+        return constants
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -253,7 +256,7 @@ class LogMelFeatures(nn.Module):
         if self.normalize is None:
             return mel.masked_fill(invalid, 0)
         if isinstance(self.normalize, dict):
-            mean, std = (mel.new_tensor(self.normalize[key]) for key in ("fixed_mean", "fixed_std"))
+            mean, std = self.fixed
             return ((mel - mean) / std).masked_fill(invalid, 0)
         dims = 1 if self.normalize == "per_feature" else (1, 2)
         count = (frames * (1 if self.normalize == "per_feature" else self.n_mels)).view(-1, 1, 1)

@@ -45,7 +45,7 @@ class SpeakerWarp(nn.Module):
     def matrices(self, factors: Tensor, bands: int) -> Tensor:
         """(N, F, F) fp32: row f holds the weights of the source bands for band f; each row sums to 1."""
         f_max, device = self.f_max, factors.device
-        top = _hz_to_mel(torch.tensor(f_max, dtype=torch.float32, device=device))
+        top = _hz_to_mel(torch.full((), f_max, dtype=torch.float32, device=device))
         step = top / (bands + 1)
         hz = _mel_to_hz(step * torch.arange(1, bands + 1, device=device, dtype=torch.float32))
         a = factors.float()[:, None]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jasper_fast.dispatch import backends, choose
+from jasper_fast.kernels import capture
 from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 from jasper_fast.training.ema import EMA
 
@@ -84,6 +86,26 @@ class NovoGrad(torch.optim.Optimizer):
             raise RuntimeError(f"a guarded step wants all parameters on one device, they are on {len(found)}")
         return found[0] if found else torch.zeros(2)
 
+    @contextlib.contextmanager
+    def holding(self, held: dict) -> Iterator[None]:
+        """Inside, what a step keeps on the device from step to step, addresses and settings, is kept in `held`: a CUDA
+        graph that holds a step needs its own, and for as long as it lives."""
+        before, self._held = self._held, held
+        try:
+            yield
+        finally:
+            self._held = before
+
+    @torch.no_grad()
+    def renew(self, held: dict) -> None:
+        """To be called before each replay of such a graph: sends the settings that have changed, as the learning rate,
+        and counts the update of the moving average."""
+        if self.ema is not None:
+            self.ema.updates += 1
+        with self.holding(held):
+            for device in held:
+                self._settings(device)
+
     def _step(self, grad_scale: Tensor | None, found_inf: Tensor | None, clip_norm: float, guard: bool) -> list[Tensor]:
         ready = [(p, i) for i, group in enumerate(self.param_groups) for p in group["params"] if p.grad is not None]
         averaged, watched = self._averages([p for p, _ in ready])
@@ -143,7 +165,7 @@ class NovoGrad(torch.optim.Optimizer):
         return averaged, watched
 
     def _settings(self, device: torch.device) -> Tensor:
-        """A row for each group (see kernels/novograd/operands.py), made anew where something in it has changed."""
+        """A row for each group (see kernels/novograd/operands.py), sent anew where something in it has changed."""
         rows, rates = [], []
         for i, group in enumerate(self.param_groups):
             (beta1, beta2), lr = group["betas"], group["lr"]
@@ -158,8 +180,9 @@ class NovoGrad(torch.optim.Optimizer):
             rows.append(row)
         held = self._held.setdefault(device, {})
         if held.get("settings_of") != rows:
-            made = torch.tensor(rows, dtype=torch.float64, pin_memory=device.type == "cuda")
-            held.update(settings_of=rows, settings=made.to(device, non_blocking=True))
+            old = held.get("settings")
+            old = old if old is not None and len(old) == len(rows) else None
+            held.update(settings_of=rows, settings=capture.sent(rows, torch.float64, device, old))
         for i, lr in rates:
             held["settings"][i, 0].copy_(lr.reshape(()), non_blocking=True)
         return held["settings"]

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels import launch
+from jasper_fast.kernels import capture, launch
 from jasper_fast.kernels.novograd import reference
 from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 
@@ -226,9 +226,5 @@ def _table(rows: list[tuple[int, ...]], device: torch.device) -> dict[str, objec
         table.append((*((address - anchor) // 4 for address in row[:5]), *row[5:], first, len(runs)))
         partials = len(runs) if row[7] == UPDATE else partials
     aligned = all(address % 16 == 0 for row in rows for address in row[:4])
-
-    def sent(numbers: list) -> Tensor:
-        made = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
-        return made.to(device, non_blocking=True)
-
-    return dict(zip(_TABLE, (sent(table), sent(runs), size, partials, len(runs), aligned), strict=True))
+    sent = [capture.sent(numbers, torch.int64, device) for numbers in (table, runs)]
+    return dict(zip(_TABLE, (*sent, size, partials, len(runs), aligned), strict=True))

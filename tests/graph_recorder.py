@@ -1,0 +1,121 @@
+"""Stands in for CUDA graphs on a CPU: a tape of what a step launches, replayed into the memory of its capture.
+
+As on a GPU, a capture changes nothing, and a replay runs no Python of the step: operations and Triton launches alone,
+on the addresses that they had. What the host reads, or copies from its own numbers, is an error while capturing. A
+replay is an error where memory that the tape did not make itself is no longer held by anybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from jasper_fast.kernels import launch
+
+READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "lift_fresh")
+MEMORY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+CPU_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+def tensors(of: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(of) if isinstance(x, Tensor)]
+
+
+def place(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+class Refused(RuntimeError):
+    """Something that a CUDA graph cannot hold."""
+
+
+class Tape(TorchDispatchMode):
+    """One capture. `state`: all tensors that steps change, which are put back when it is over."""
+
+    def __init__(self, monkeypatch, state: Callable[[], Iterable[Tensor]]) -> None:
+        super().__init__()
+        self._patch, self._state = monkeypatch, state
+        self.calls: list[tuple[Callable, tuple, dict, Any]] = []
+        self.made: set[int] = set()  # storages of the capture
+        self.outside: set[int] = set()
+
+    def capture(self, step: Callable[[], Any]) -> Any:
+        before = [(x, x.detach().clone()) for x in self._state()]
+        rng, run = torch.get_rng_state(), launch.run
+        self._patch.setattr(launch, "run", self._launched)
+        try:
+            with self:
+                result = step()
+        finally:
+            self._patch.setattr(launch, "run", run)
+            torch.set_rng_state(rng)
+            with torch.no_grad():
+                for x, old in before:
+                    x.copy_(old)
+        return result
+
+    def _launched(self, kernel, grid, like, *args, **meta) -> None:
+        self._note(args)
+        self.calls.append((_run, (kernel, grid, like, *args), meta, None))
+
+    def _note(self, args: Any) -> None:
+        self.outside |= {place(x) for x in tensors(args)} - self.made
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        if name in READS:
+            raise Refused(f"{name}: the host and the device wait for each other")
+        if func.namespace == "jasper_fast":  # its inside is what launches
+            with self:
+                return func.redispatch(CPU_KEY, *args, **kwargs)
+        self._note((args, kwargs))
+        out = func(*args, **kwargs)
+        given = {place(x) for x in tensors((args, kwargs))}
+        fresh = [x.detach() for x in tensors(out) if place(x) not in given]
+        self.made |= {place(x) for x in fresh}
+        views = not fresh and not any(a.alias_info and a.alias_info.is_write for a in func._schema.arguments)
+        if not views and name not in MEMORY:
+            self.calls.append((func, args, kwargs, fresh))
+        return out
+
+    def replay(self, held: Iterable[Tensor]) -> None:
+        """`held`: the memory that is anybody's at this time."""
+        lost = self.outside - {place(x) for x in held}
+        assert not lost, f"{len(lost)} of the {len(self.outside)} inputs of the graph have been freed"
+        with torch.no_grad():
+            for func, args, kwargs, fresh in self.calls:
+                out = func(*args, **kwargs)
+                if fresh:
+                    given = {place(x) for x in tensors((args, kwargs))}
+                    for to, x in zip(fresh, (x for x in tensors(out) if place(x) not in given), strict=True):
+                        to.copy_(x)
+
+
+_run = launch.run
+
+
+class TapeRecorder:
+    """A `graphed.Recorder`. `held(step)` gives all tensors that model, optimiser and graphs hold."""
+
+    def __init__(
+        self, monkeypatch, state: Callable[[], Iterable[Tensor]], held: Callable[[], Iterable[Tensor]]
+    ) -> None:
+        self._patch, self._state, self._held = monkeypatch, state, held
+        self.tapes: list[Tape] = []
+        self.replays = 0
+
+    def capture(self, step: Callable[[], Any], alone: bool) -> tuple[Any, Callable[[], None]]:
+        tape = Tape(self._patch, self._state)
+        result = tape.capture(step)
+        self.tapes.append(tape)
+
+        def replay() -> None:
+            self.replays += 1
+            tape.replay(self._held())
+
+        return result, replay

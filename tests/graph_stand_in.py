@@ -1,0 +1,126 @@
+"""What would break the capture of a training step, counted on a stand-in for a GPU: fake tensors on a device that is
+not the CPU. Prints one JSON object: `TRITON_INTERPRET=1 python tests/graph_stand_in.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from graph_recorder import READS, tensors
+from graph_rig import Rig, batch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from jasper_fast.data.batch import Batch
+from jasper_fast.dispatch import choose
+from jasper_fast.kernels import launch
+from jasper_fast.kernels.novograd import triton_impl as novograd
+from jasper_fast.training import graphed, step
+
+NAME = "standin"
+INSIDE = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
+
+
+class Module(backend_registration._DummyBackendModule):
+    """The stand-in, with mixed precision."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16]
+
+
+class Watch(TorchDispatchMode):
+    """Notes what waits for the device or copies from the host, inside our ops too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.ops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        self.ops += 1
+        if name in READS:
+            self.found.append(name)
+        if func.namespace == "jasper_fast":
+            with self:
+                return func.redispatch(INSIDE, *args, **kwargs)
+        out = None if name == "_fused_adamw_" else func(*args, **kwargs)  # PyTorch has no fake of it
+        places = {x.device.type for x in tensors((args, kwargs, out))}
+        if places - {NAME}:
+            self.found.append(f"{name} on {' and '.join(sorted(places))}")
+        return out
+
+
+class Counter:
+    """A `graphed.Recorder` that looks at a step, and replays nothing."""
+
+    def __init__(self) -> None:
+        self.watched = Watch()
+
+    def capture(self, step, alone):
+        with self.watched:
+            return step(), lambda: None
+
+
+def one_step(optimizer: str, panes: str, amp: torch.dtype | None) -> dict:
+    """Three graphed steps: a plain one, a capture, a replay."""
+    counter, launched, said = Counter(), [], []
+    with FakeTensorMode(), launch.recorded(lambda one: launched.append(one.name), 90):
+        rig = Rig(
+            optimizer, device=f"{NAME}:0", backend="triton", panes=panes, amp_dtype=amp, scale=amp is torch.float16
+        )
+        parts = rig.model, rig.frontend, rig.optimizer, rig.scaler, rig.guard
+        made = graphed.GraphedStep(*parts, **rig.how, recorder=counter, bucket=16, say=said.append)
+        for i in range(3):
+            given = batch(2, 0.4, 3, i)
+            made([Batch(given.audio, given.audio_lengths, given.targets, given.target_lengths, *[given.names] * 3)])
+    watched = counter.watched
+    return {"possible": made.possible, "said": said, "breaks": watched.found, "ops": watched.ops, "launched": launched}
+
+
+def wrong_ones() -> dict[str, tuple[str, list[str]]]:
+    """What must be found, and what was."""
+    with FakeTensorMode():
+        x, count = torch.randn(3, device=f"{NAME}:0"), torch.zeros(()) + 2
+        cases = {
+            "a number that is read": (lambda: bool(x[0] > 0), "_local_scalar_dense"),
+            "a copy from the host": (lambda: torch.zeros(3).to(x.device), f"cpu and {NAME}"),
+            "a copy into place": (lambda: x.copy_(torch.zeros(3)), f"cpu and {NAME}"),
+            "a copy to the host": (lambda: x.cpu(), f"cpu and {NAME}"),
+            "a scalar of the CPU": (lambda: x * count, f"cpu and {NAME}"),
+            "a size that depends on values": (lambda: x.nonzero(), "nonzero"),
+        }
+        found = {}
+        for name, (call, wanted) in cases.items():
+            with Watch() as watch:
+                try:
+                    call()
+                except RuntimeError as error:  # of the fake tensor, which has no values
+                    watch.found.append(type(error).__name__)
+            found[name] = wanted, watch.found
+    return found
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    backend_registration._setup_privateuseone_for_python_backend(NAME, Module())
+    casting = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+    casting.fallback(torch.library.fallthrough_kernel)  # our ops ask for autocast's dtype, and nothing else casts
+    for module in (step, graphed):
+        module.reads_no_lengths = lambda device: True
+    choose.ctc_face = lambda backend, device: "triton"
+    novograd._rows = lambda tensors, watched: [(0,) * 5 + (64, 0, 0)] * len(tensors.params)  # these have no addresses
+    cases = [("novograd", "gram", torch.float16), ("novograd", "plain", None), ("adamw", "gram", torch.bfloat16)]
+    steps = {f"{optimizer} {panes} {amp}": one_step(optimizer, panes, amp) for optimizer, panes, amp in cases}
+    print(json.dumps({"steps": steps, "wrong": wrong_ones()}))
+
+
+if __name__ == "__main__":
+    main()

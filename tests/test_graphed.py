@@ -1,0 +1,183 @@
+"""The graphed step without a GPU: a tape in place of CUDA graphs, and a count of what would break a capture."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import interpreted
+from graph_recorder import TapeRecorder, tensors
+from graph_rig import Rig, batch, padded
+from torch import Tensor
+
+from jasper_fast.dispatch import choose
+from jasper_fast.training import graphed, step
+from jasper_fast.training.graphed import GraphedStep
+from jasper_fast.training.step import Frontend
+
+
+@pytest.fixture(autouse=True)
+def loss_on_the_device(monkeypatch):
+    """The CTC loss that reads no lengths, in plain PyTorch, which is quicker than interpreted Triton."""
+    interpreted()
+    monkeypatch.setattr(step, "reads_no_lengths", lambda device: True)
+    monkeypatch.setattr(graphed, "reads_no_lengths", lambda device: True)
+    monkeypatch.setattr(choose, "ctc_face", lambda backend, device: "reference")
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "how"),
+    [("novograd", {"amp_dtype": torch.bfloat16, "scale": True, "clip_norm": 1.0}), ("adamw", {})],
+)
+@pytest.mark.slow
+def test_20_graphed_steps_are_20_plain_ones_bit_by_bit(optimizer, how, monkeypatch):
+    """Of two shapes, with rates of their own, one with a NaN; dropout, dither and augmentation on."""
+    ours, plain = Rig(optimizer, **how), Rig(optimizer, **how)
+    made, recorder = ours.graphed(monkeypatch, bucket=16)
+    states = [torch.get_rng_state()] * 2
+    for i in range(20):
+        one = batch(2, 0.4 + 0.02 * (i % 3), 3, i) if i % 4 else batch(3, 0.15, 2, i)
+        if i == 9:
+            one.audio[0, 50] = torch.nan
+        results = []
+        for k, (rig, run) in enumerate(((ours, made), (plain, plain.plain))):
+            for group in rig.optimizer.param_groups:
+                group["lr"] = 2.0 ** -(7 + i % 3)
+            torch.set_rng_state(states[k])
+            results.append(run([one if rig is ours else padded(one, made._shape(one))]))
+            states[k] = torch.get_rng_state()
+        assert torch.equal(*states), f"step {i} drew other numbers"
+        assert [r.names for r in results] == [one.names] * 2
+        for name in ("losses", "heard", "grad_norm", "log_probs", "lengths"):
+            assert same(*(tensors([getattr(r, name)]) for r in results)), f"{name} of step {i}"
+        assert same(ours.numbers(), plain.numbers()), f"step {i}"
+        assert ours.ema.updates == plain.ema.updates == i + 1
+    assert len(recorder.tapes) == len(made.graphs) == 2 and recorder.replays == 18
+    assert results[0].grad_norm.isfinite() and ours.scaler.get_scale() == plain.scaler.get_scale()
+
+
+def test_micro_batches_are_one_step(monkeypatch):
+    ours, plain = Rig("adamw"), Rig("adamw")
+    made, recorder = ours.graphed(monkeypatch, bucket=16)
+    for i in range(3):
+        batches = [batch(2, 0.3, 3, i), batch(1, 0.2, 2, 50 + i)]
+        torch.manual_seed(i)
+        got = made(batches)
+        torch.manual_seed(i)
+        want = plain.plain([padded(one, made._shape(one)) for one in batches])
+        assert got.names == want.names and got.texts == want.texts
+        assert same(got.losses, want.losses) and len(got.losses) == 2
+    assert same(ours.numbers(), plain.numbers()) and recorder.replays == 2
+
+
+def test_the_graphs_used_last_are_kept(monkeypatch):
+    made, recorder = Rig("adamw").graphed(monkeypatch, bucket=16, limit=2)
+    for seconds in (0.2, 0.2, 0.5, 0.5, 0.2, 0.8, 0.8, 0.2, 0.5):
+        made([batch(1, seconds, 2, 0)])
+    assert [shapes[0][1] for shapes in made.graphs] == [(32 - 1) * 160, (64 - 1) * 160]
+    assert len(recorder.tapes) == 4  # 0.5 s gave way to 0.8 s, and came back
+    made.forget()
+    made([batch(1, 0.2, 2, 0)])
+    assert not made.graphs and len(recorder.tapes) == 4
+
+
+def test_what_a_graph_needs_is_kept_alive(monkeypatch):
+    """The stand-in finds memory that was freed; packs and tables stay although plain steps make others."""
+    ours = Rig("adamw", amp_dtype=torch.bfloat16)
+    made, _ = ours.graphed(monkeypatch, bucket=16)
+    for _ in range(2):
+        made([batch(1, 0.2, 2, 0)])
+    (graph,) = made.graphs.values()
+    assert len(graph.alive) == 3  # the packs of its convs
+    for layer in ours.model.encoder.layers:
+        layer.packs._held.clear()
+    made([batch(1, 0.2, 2, 1)])
+    graph.alive.clear()
+    with pytest.raises(AssertionError, match="have been freed"):
+        made([batch(1, 0.2, 2, 2)])
+
+
+class Reading(Frontend):
+    """An augmentation that looks at its numbers."""
+
+    def forward(self, audio, lengths):
+        assert audio.sum().item() < 1e9
+        return super().forward(audio, lengths)
+
+
+@pytest.mark.parametrize("optimizer", ["novograd", "adamw"])
+def test_where_a_step_cannot_be_captured_plain_ones_go_on(optimizer, monkeypatch):
+    ours, plain, said = Rig(optimizer), Rig(optimizer), []
+    for rig in (ours, plain):
+        rig.frontend = Reading(rig.frontend.features, rig.frontend.augment).train()
+        if optimizer == "novograd":
+            rig.optimizer.backend = "cpu"
+    made, _ = ours.graphed(monkeypatch, bucket=16, say=said.append)
+    for i in range(3):
+        torch.manual_seed(i)
+        made([one := batch(2, 0.3, 3, i)])
+        torch.manual_seed(i)
+        plain.plain([padded(one, made._shape(one)) if i < 2 else one])
+    assert same(ours.numbers(), plain.numbers()) and ours.ema.updates == plain.ema.updates == 3
+    assert len(said) == 1 and "could not be captured (_local_scalar_dense" in said[0] and not made.possible
+
+
+def test_hindrances_are_told_in_a_line(monkeypatch):
+    told = []
+
+    def made(rig: Rig, **more):
+        return GraphedStep(
+            rig.model, rig.frontend, rig.optimizer, rig.scaler, rig.guard, **rig.how, **more, say=told.append
+        )
+
+    rig, recorder = Rig("adamw"), TapeRecorder(monkeypatch, list, list)
+    assert made(rig)([batch(1, 0.2, 2, 0)]).names == ["0 0"]
+    assert "need a GPU, and the model is on cpu" in told[-1]
+    rig.optimizer = torch.optim.SGD(rig.model.parameters(), lr=0.1)
+    made(rig, recorder=recorder)
+    assert "SGD decides on the host: take NovoGrad, or AdamW(..., fused=True)" in told[-1]
+    monkeypatch.setattr(graphed, "reads_no_lengths", lambda device: False)
+    made(Rig("adamw"), recorder=recorder)
+    assert "CTC loss reads lengths on the host" in told[-1]
+    assert all("\n" not in line for line in told) and len(told) == 3
+    with pytest.raises(ValueError, match="at least 1"):
+        made(Rig("adamw"), recorder=recorder, limit=0)
+
+
+# ---- what would break a capture, counted on a stand-in device ----
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict:
+    """What tests/graph_stand_in.py found, in a process of its own: PyTorch takes one such device, for good."""
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    script = Path(__file__).with_name("graph_stand_in.py")
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_nothing_of_a_captured_step_waits_for_the_device(counted):
+    """No read by the host, no copy between host and device, no scalar of the CPU, in the whole step on Triton's face,
+    with all the augmentation there is; and the CTC loss and NovoGrad are Triton's."""
+    for name, found in counted["steps"].items():
+        assert found["possible"] and found["said"] == [], (name, found)
+        assert found["breaks"] == [], (name, found)
+        assert found["ops"] > 300 and {"_ctc_alpha_kernel", "_ctc_gradient_kernel"} <= set(found["launched"])
+        assert ("_update_kernel" in found["launched"]) == ("novograd" in name)
+
+
+@pytest.mark.slow
+def test_what_would_break_a_capture_is_found(counted):
+    for name, (wanted, found) in counted["wrong"].items():
+        assert any(wanted in line for line in found), (name, wanted, found)
