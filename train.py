@@ -42,6 +42,7 @@ from jasper_fast.speech.metrics import wer
 from jasper_fast.training import options as training_options
 from jasper_fast.training.console import talker, training_bar
 from jasper_fast.training.folder import Folder
+from jasper_fast.training.graphed import GraphedStep
 from jasper_fast.training.loop import Loop
 from jasper_fast.training.meter import Meter
 from jasper_fast.training.randomness import seed_everything, set_rng_state, settle
@@ -81,6 +82,7 @@ OPTIONS = {
         training_options.AMP,
         option("--fp32-precision", choices=FP32_PRECISIONS, help="of fp32 products on a GPU (convs tf32, others ieee)"),
         training_options.SEED,
+        option("--cuda-graphs", action="store_true", help="a step is one launch, from the second of its shape on"),
         option("--deterministic", action="store_true", help="bit-equal repeats on a GPU too, slower"),
         option("--cudnn-benchmark", action="store_true", help="cuDNN times its algorithms for each new batch shape"),
     ],
@@ -296,6 +298,10 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
             largest = largest_batches(train.sampler, train.dataset.durations(0))
             console.print(scan_memory(model, train.frontend, largest, ranks.device, AMP_DTYPES[args.amp]))
         guard, stopped = BufferGuard(state.model), False
+        how = {"device": ranks.device, "amp_dtype": AMP_DTYPES[args.amp], "clip_norm": args.clip_norm, "ema": state.ema}
+        parts, graphed = (state.optimizer, state.scaler, guard), None
+        if args.cuda_graphs:
+            graphed = GraphedStep(model, train.frontend, *parts, **how, say=console.print)
         steps = train.micro_batches(state, accumulation, on_gpu, stopped=lambda: bool(stop.signal))
         if generators:
             set_rng_state(generators)
@@ -312,11 +318,10 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
             lr = run.set_learning_rate()
             if unread:
                 result = missed_step(ranks.device, batches)
+            elif graphed:
+                result = graphed(readable)
             else:
-                result = train_step(
-                    model, train.frontend, readable, state.optimizer, state.scaler, guard,
-                    device=ranks.device, amp_dtype=AMP_DTYPES[args.amp], clip_norm=args.clip_norm, ema=state.ema,
-                )  # fmt: skip
+                result = train_step(model, train.frontend, readable, *parts, **how)
             state.meter.add(result)
             state.step, state.position = state.step + 1, state.position + 1
             progress(state.step)

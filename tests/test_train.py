@@ -459,6 +459,15 @@ def test_the_form_of_the_panes_reaches_the_model_and_is_recorded(run_train, path
     assert checkpoint.load(tmp_path / "step_00000002.pt")["arguments"]["panes"] == "plain"
 
 
+def test_cuda_graphs_without_a_gpu_are_plain_steps(run_train, paths, tmp_path):
+    logs = []
+    for name, asked in (("with", True), ("without", None)):
+        said = run_train(train_arguments(paths, tmp_path / name, steps=2, val_manifests=None, cuda_graphs=asked))
+        assert ("no CUDA graphs: CUDA graphs need a GPU, and the model is on cpu" in said) == bool(asked)
+        logs.append([r["loss"] for r in read_log(tmp_path / name / "log.jsonl") if r["kind"] == "train"])
+    assert len(logs[0]) == 2 and logs[0] == logs[1]
+
+
 @pytest.mark.slow
 def test_two_processes_train_the_same_weights_and_resume(paths, tmp_path):
     """torchrun with gloo: half the batches each, accumulation without needless all-reduces, one log."""
