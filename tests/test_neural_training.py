@@ -69,7 +69,7 @@ def test_it_learns_a_grammar(trained, text, capsys):
     told = json.loads(capsys.readouterr().out)
     assert (told["of"], told["vocabulary"], told["layers"], told["best_perplexity"]) == ("words", 8, 1, best)
     assert run("info", trained) == 0 and "8; " in capsys.readouterr().out
-    assert not (trained / "tokens.i32").exists()
+    assert {p.suffix for p in trained.iterdir()} == {".pt", ".jsonl", ""}, "nothing else is left"
     lm = scoring.load(trained, "cpu")
     assert lm(["a c d"])[0] > lm(["a c f"])[0] + 2
 
@@ -146,10 +146,12 @@ def test_many_words_take_the_adaptive_softmax(tmp_path, capsys):
     assert -40 < scoring.load(tmp_path / "out", "cpu")(["w3 zebra"])[0] < -15
 
 
-def test_errors_are_one_line(text, trained, tmp_path, capsys):
+def test_errors_are_one_line(text, trained, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").write_text("\n \n")
     (tmp_path / "short").write_text("a b\n")
     (tmp_path / "latin").write_bytes(b"caf\xe9\n")
+    (tmp_path / "endless").write_text("a " * 99)
+    monkeypatch.setattr("jasper_fast.lm.texts._LONGEST", 150)
     (tmp_path / "special").write_text("a <unk> b\n" * 99)
     (tmp_path / "acoustic").mkdir()
     (tmp_path / "hollow").mkdir()
@@ -163,6 +165,7 @@ def test_errors_are_one_line(text, trained, tmp_path, capsys):
         (("train-neural", text, "--val", tmp_path / "empty", *out), "empty: no words in it"),
         (("train-neural", tmp_path / "short", *out), "short: 3 tokens in all, a step takes --batch-size 4 x"),
         (("train-neural", tmp_path / "latin", *out), "latin, line 1: not UTF-8"),
+        (("train-neural", tmp_path / "endless", *out), "endless, line 1: longer than"),
         (("train-neural", tmp_path / "special", *out), "special: holds <unk>"),
         (("train-neural", text, *out, "--width", 15), "width 15 is no even multiple of 2 heads"),
         (("train-neural", text, *out, "--steps", 0), "--steps must be at least 1"),

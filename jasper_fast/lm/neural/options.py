@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from jasper_fast.options import option
+import argparse
+from collections.abc import Sequence
+
+from jasper_fast.options import add, option
 from jasper_fast.training import options as shared
 
 OPTIONS = {
@@ -41,3 +44,10 @@ OPTIONS = {
     ],
     "output": [*shared.OUTPUT, option("-q", "--quiet", action="store_true", help="no progress")],
 }
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of a training, from words of a command line."""
+    parser = argparse.ArgumentParser()
+    add(parser, OPTIONS)
+    return parser.parse_args(list(argv))

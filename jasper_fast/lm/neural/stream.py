@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import zlib
 from array import array
 from collections.abc import Iterable
@@ -51,26 +52,29 @@ class Stream:
         return [f"tokens {i} to {i + self.length}" for i in first.tolist()]
 
 
-def write(texts: Iterable[TextFile], tokens: Tokens, path: Path, progress: Progress) -> tuple[np.ndarray, str]:
-    """Writes the tokens of texts to a file; gives them, mapped into memory, and a fingerprint.
+def write(texts: Iterable[TextFile], tokens: Tokens, folder: Path, progress: Progress) -> tuple[np.ndarray, str]:
+    """Writes the tokens of texts to a file without a name in ``folder``; gives them, mapped into memory, and a
+    fingerprint. Raises LanguageModelError for a text that cannot be read, OSError where the disk is full."""
+    chunk, checksum, count, before = array("i"), 0, 0, 0
+    with tempfile.TemporaryFile(dir=folder) as file:  # it goes with the last process that has it, however that ends
 
-    Raises LanguageModelError for a text that cannot be read, OSError where the disk is full.
-    """
-    chunk, checksum, before = array("i"), 0, 0
-    with open(path, "wb") as file:
+        def hand_over() -> None:
+            nonlocal checksum, count
+            checksum, count = zlib.crc32(chunk, checksum), count + len(chunk)
+            file.write(chunk)
+            del chunk[:]
+
         for text in texts:
             for pieces in text:
                 chunk.append(BOUNDARY)
                 chunk.extend(tokens.encode(pieces))
                 if len(chunk) > _CHUNK:
                     progress(before + text.position())
-                    checksum = zlib.crc32(chunk, checksum)
-                    chunk.tofile(file)
-                    del chunk[:]
+                    hand_over()
             before += os.path.getsize(text.path)
-        checksum = zlib.crc32(chunk, checksum)
-        chunk.tofile(file)
-    return np.memmap(path, np.int32, "r"), f"{os.path.getsize(path) // 4} tokens, crc32 {checksum:08x}"
+        hand_over()
+        file.flush()
+        return np.memmap(file, np.int32, "r"), f"{count} tokens, crc32 {checksum:08x}"
 
 
 class Held(nn.Module):

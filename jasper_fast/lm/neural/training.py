@@ -151,7 +151,7 @@ def read_texts(args: argparse.Namespace, folder: Path, saved: dict[str, Any] | N
         else:
             tokens = Tokens.count(texts, args.vocabulary, lambda done: show(done, "counting"))
         folder.mkdir(parents=True, exist_ok=True)
-        found = stream.write(texts, tokens, folder / "tokens.i32", lambda done: show(done, "reading"))
+        found = stream.write(texts, tokens, folder, lambda done: show(done, "reading"))
         show(total, "reading")
     text = Stream(found[0], args.batch_size, args.segment, args.seed, found[1])
     if not text.steps:
@@ -162,8 +162,9 @@ def read_texts(args: argparse.Namespace, folder: Path, saved: dict[str, Any] | N
     return tokens, text
 
 
-def resume(args: argparse.Namespace, state: LMState, path: Path, saved: dict[str, Any], text: Stream) -> Any:
-    """Loads a checkpoint into ``state``; gives the random generators' state. Raises RunError where it does not fit."""
+def resume(args: argparse.Namespace, state: LMState, path: Path, saved: dict[str, Any], text: Stream) -> tuple:
+    """Loads a checkpoint into ``state``; gives the random generators' state, and what has changed in words. Raises
+    RunError where it does not fit."""
     then, instead = saved["arguments"], "or start anew: another --out"
     for name in _FIXED:
         if then.get(name) != getattr(args, name):
@@ -176,7 +177,14 @@ def resume(args: argparse.Namespace, state: LMState, path: Path, saved: dict[str
     except (RuntimeError, ValueError, KeyError) as error:
         raise RunError(f"{path} is of another model than the options ask for: take its options, {instead} "
                        f"({str(error).splitlines()[0]})") from error  # fmt: skip
-    return saved["rng"][0]
+    now = _settings(args)
+    changed = [name for name, value in then.items() if now.get(name) != value and name not in ("resume", "out")]
+    return saved["rng"][0], [f"note: --{n.replace('_', '-')} was {then[n]}, now it is {now.get(n)}" for n in changed]
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The options as a checkpoint and a log hold them."""
+    return {name: value for name, value in vars(args).items() if not callable(value)}
 
 
 def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[LMRun, Any]:
@@ -204,14 +212,14 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[LMRun, Any]:
     state = LMState(model, optimizer, scaler, Meter(args.max_bad_steps, ADVICE), ema, memory=held)
     generators = None
     if found:
-        generators = resume(args, state, *found, text)
-        console.print(f"resuming from {found[0]}: epoch {state.epoch + 1}, step {state.step}")
+        generators, notes = resume(args, state, *found, text)
+        console.print(*notes, f"resuming from {found[0]}: epoch {state.epoch + 1}, step {state.step}", sep="\n")
     schedule, log = options.make_schedule(args, text.steps), RunLog(folder.path, state.step)
     scorer = NeuralLM(model, tokens)
     val = scorer.rows(iter(tokens.file(args.val))) if args.val else []
     if args.val and not val:
         raise LanguageModelError(f"{args.val}: no words in it")
-    settings = {name: value for name, value in vars(args).items() if name != "run"}
+    settings = _settings(args)
     versions = {"jasper_fast": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
     about = {"format": checkpoint.FORMAT, "language_model": vars(config), "names": tokens.names}
     about |= {"versions": versions, "arguments": settings, "data": text.print_of_data}
@@ -281,4 +289,3 @@ def train(args: argparse.Namespace) -> None:
         raise LanguageModelError(f"out of memory; lower --batch-size or --segment ({error})") from None
     finally:
         stop.restore()
-        (Path(args.out) / "tokens.i32").unlink(missing_ok=True)

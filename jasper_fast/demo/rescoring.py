@@ -1,0 +1,90 @@
+"""What a second pass is worth: the best texts of each search rescored by a small neural language model.
+
+    python -m jasper_fast.demo.decoding --out build/decoding --minutes 9
+    python -m jasper_fast.demo.rescoring build/decoding
+
+Takes what the first command left: log-probs, the training texts and their n-grams. Trains a Transformer-XL of words on
+nine tenths of these texts, chooses alpha, beta and the weight of the second pass on every other test utterance, and
+counts errors on those between. Intervals: paired bootstrap over utterances, 95 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+from jasper_fast.demo.decoding import GRID, errors, gain, part
+from jasper_fast.lm.decoders import decoder, load_lm
+from jasper_fast.lm.neural import options, scoring, training
+from jasper_fast.lm.rescore import LISTED, Scorer, rescore
+from jasper_fast.lm.saved import Saved
+from jasper_fast.lm.tune import Trial, best, trials
+
+WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+OPTIONS = """--layers 2 --width 128 --heads 4 --memory 32 --segment 32 --batch-size 8 --dropout 0.2
+    --lr 2e-3 --ema 0.99 --ema-warmup --warmup-steps 50 --device cpu --keep 1"""
+
+
+def learn(texts: Path, out: Path, steps: int) -> None:
+    """Trains the neural model on nine tenths of the texts; the last tenth chooses its checkpoint."""
+    lines = texts.read_text().splitlines(keepends=True)
+    out.mkdir()
+    for name, of in (("train.txt", slice(0, len(lines) * 9 // 10)), ("dev.txt", slice(len(lines) * 9 // 10, None))):
+        (out / name).write_text("".join(lines[of]))
+    words = [out / "train.txt", "--val", out / "dev.txt", "--out", out, "--steps", steps, *OPTIONS.split()]
+    training.train(options.parse(map(str, words)))
+
+
+def decoded(saved: Saved, lm: Path | None, trial: Trial, scorer: Scorer, beam: int) -> list[str]:
+    """The texts with the weights of a trial."""
+    loaded = load_lm(lm, saved.vocabulary) if lm else None
+    search = decoder(saved.vocabulary, loaded, beam=beam, alpha=trial.alpha, beta=trial.beta, n_best=LISTED)
+    arrays = [torch.from_numpy(saved.log_probs(i)) for i in range(len(saved.utterances))]
+    begun = [search.begin(a[None], torch.tensor([len(a)]), saved.frame_seconds) for a in arrays]
+    lists = [transcript.hypotheses for heard in begun for transcript in heard()]
+    search.close()
+    return [hypotheses[0].text for hypotheses in rescore(lists, scorer, trial.rescore)]
+
+
+def compare(saved: Saved, scorer: Scorer, passes: Sequence[tuple[str, Path | None]], beam: int) -> list[str]:
+    """The lines of the result, one a first pass."""
+    chosen_on, judged_on, lines = part(saved, slice(0, None, 2)), part(saved, slice(1, None, 2)), []
+    for name, lm in passes:
+        grid = GRID if lm else [(0.0, 0.0)]
+        tried = trials(chosen_on, lm, None, grid, beam, second=(scorer, WEIGHTS))
+        found = [*track(tried, f"weights, {name}", len(grid) * len(WEIGHTS), transient=True)]
+        first, second = best([t for t in found if not t.rescore]), best(found)
+        before, after = (errors(judged_on, decoded(judged_on, lm, t, scorer, beam)) for t in (first, second))
+        shown = []
+        for counted, t in ((before, first), (after, second)):
+            rate = 100 * counted[:, 0].sum() / counted[:, 1].sum()
+            shown.append(f"{rate:.2f} % (alpha {t.alpha:g}, beta {t.beta:g}, weight {t.rescore:g})")
+        fewer = "{:.1f} % [{:.1f}, {:.1f}] fewer errors".format(*gain(before, after)) if before[:, 0].any() else "-"
+        lines.append(f"beam {beam}, {name}: WER {shown[0]}, rescored {shown[1]}, {fewer}")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="what `python -m jasper_fast.demo.decoding --out` made")
+    parser.add_argument("--steps", type=int, default=600, help="of the neural model's training (600)")
+    parser.add_argument("--beam", type=int, default=128)
+    arguments = parser.parse_args()
+    folder, out = arguments.folder, arguments.folder / "neural"
+    saved = Saved.open(folder / "log_probs")
+    learn(folder / "texts.txt", out, arguments.steps)
+    lm = scoring.load(out, "cpu")
+    found = lm.perplexity(out / "dev.txt")
+    passes = (("no language model", None), ("6-gram of characters", folder / "symbols.arpa"))
+    lines = [f"{len(saved.utterances) // 2} utterances; neural model: perplexity {found.value:.2f} of held-out texts"]
+    lines += compare(saved, lm, (*passes, ("3-gram of words", folder / "words.arpa")), arguments.beam)
+    (folder / "rescored.txt").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
