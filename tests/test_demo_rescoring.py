@@ -21,7 +21,7 @@ def test_the_lines_of_a_comparison(tmp_path):
     saved = Saved(tmp_path, v, 0.02)
     for i, text in enumerate(texts):
         ids = [x for c in v.encode(text) for x in (c, v.blank)]
-        log_probs = torch.randn(len(ids), v.n_classes)
+        log_probs = 0.5 * torch.randn(len(ids), v.n_classes)
         log_probs[torch.arange(len(ids)), torch.tensor(ids)] += 5.0
         log_probs[0, 4] += 5.5  # "d", though no text begins so
         saved.keep(i, log_probs.log_softmax(-1))

@@ -17,7 +17,7 @@ from jasper_fast.nn.checkpoint import CheckpointError, load
 from jasper_fast.training.runs import read_log
 
 SMALL = ("--layers", 1, "--width", 16, "--heads", 2, "--inner", 24, "--memory", 8, "--segment", 8, "--batch-size", 4)
-SMALL += ("--device", "cpu", "-q", "--log-every", 1)
+SMALL += ("--device", "cpu", "-q", "--log-every", 1, "--warmup-steps", 5)
 
 
 def run(*argv):

@@ -40,9 +40,17 @@ def optimisation(
     weight_decay: float = 1e-3,
     policy: str = "exponential",
     warmup_epochs: float = 2.0,
+    warmup_steps: int | None = None,
     clip_norm: float = 0.0,
 ) -> list[Option]:
-    """The group of the optimiser, the learning rate, the moving average and bad steps, with these defaults."""
+    """The group of the optimiser, the learning rate, the moving average and bad steps, with these defaults; a warm-up
+    that is given in steps is not asked for in epochs."""
+    warmup = [option("--warmup-steps", type=int, default=warmup_steps, help=f"linear warm-up ({warmup_steps})")]
+    if warmup_steps is None:
+        warmup = [
+            option("--warmup-epochs", type=float, default=warmup_epochs, help=f"linear warm-up ({warmup_epochs:g})"),
+            option("--warmup-steps", type=int, help="replaces --warmup-epochs"),
+        ]
     bound = f"{clip_norm:g}; 0: none" if clip_norm else "0: none"
     return [
         option("--optimizer", choices=("novograd", "adamw"), default=optimizer, help=f"({optimizer})"),
@@ -54,8 +62,7 @@ def optimisation(
         option("--lr-policy", choices=POLICIES, default=policy, help=f"after warm-up and hold ({policy})"),
         option("--lr-gamma", type=float, default=0.981, help="exponential: factor of an epoch (0.981)"),
         option("--lr-power", type=float, default=2.0, help="polynomial: exponent (2)"),
-        option("--warmup-epochs", type=float, default=warmup_epochs, help=f"linear warm-up ({warmup_epochs:g})"),
-        option("--warmup-steps", type=int, help="replaces --warmup-epochs"),
+        *warmup,
         option("--hold-epochs", type=float, default=0.0, help="at the peak (0)"),
         option("--hold-steps", type=int, help="replaces --hold-epochs"),
         option("--lr-by-clock", action="store_true", help="reach the schedule's end with --max-minutes, if earlier"),

@@ -33,7 +33,7 @@ OPTIONS = {
         option("--segment", type=int, default=64, metavar="TOKENS", help="of each row in a step (64)"),
     ],
     "optimisation": shared.optimisation(
-        optimizer="adamw", lr=1e-3, weight_decay=0.01, policy="cosine", warmup_epochs=0.5, clip_norm=1.0
+        optimizer="adamw", lr=1e-3, weight_decay=0.01, policy="cosine", warmup_steps=200, clip_norm=1.0
     ),
     "machine": [
         option("--device", default="auto", help="auto, cpu, cuda, cuda:1"),
