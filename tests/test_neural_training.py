@@ -1,5 +1,6 @@
 """Training a neural language model: what it learns, resuming, bad steps, and errors that are one line."""
 
+import contextlib
 import json
 import math
 import random
@@ -133,6 +134,22 @@ def test_other_kinds_learn(options, text, tmp_path):
     losses = [r["loss"] for r in read_log(tmp_path / "out" / "log.jsonl") if r["kind"] == "train"]
     assert sum(losses[-5:]) / 5 < 0.92 * losses[0]
     assert math.isfinite(scoring.load(tmp_path / "out", "cpu")(["a c"])[0])
+
+
+def test_a_signal_ends_the_reading_of_texts(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("jasper_fast.lm.neural.tokens._OFTEN", 10)
+    real = training.training_bar
+
+    @contextlib.contextmanager
+    def bar(*args):
+        with real(*args) as show:
+            yield lambda *told: (show(*told), signal.raise_signal(signal.SIGTERM))
+
+    monkeypatch.setattr(training, "training_bar", bar)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run("train-neural", text, "--out", tmp_path / "out", *SMALL) == 2
+    assert "stopped by SIGTERM while the texts were read" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before and not list(tmp_path.glob("out/*.pt"))
 
 
 def test_many_words_take_the_adaptive_softmax(tmp_path, capsys):

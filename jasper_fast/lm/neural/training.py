@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ from jasper_fast.training.step import AMP_DTYPES, BufferGuard, StepResult, batch
 
 ADVICE = ("Lower the learning rate, lengthen the warm-up, give --clip-norm, or use bf16 or fp32", "")
 STEP = "perplexity {perplexity:.2f}, lr {lr:.2e}, grad norm {grad_norm:.3g}, {tokens_per_s:.0f} tokens/s"
-_FIXED = ("batch_size", "segment", "seed", "optimizer")  # what a resumed run must share with the one before
+# What a resumed run must share with the one before.
+_FIXED = ("batch_size", "segment", "seed", "optimizer", "characters", "lower_case", "join_lines")
 
 
 @dataclass
@@ -141,17 +143,25 @@ def make_config(args: argparse.Namespace, tokens: Tokens) -> LMConfig:
     return LMConfig(len(tokens), dropout=args.dropout, cutoffs=cuts, **kind, **shape)
 
 
-def read_texts(args: argparse.Namespace, folder: Path, saved: dict[str, Any] | None, console: Any) -> tuple:
+def read_texts(
+    args: argparse.Namespace, folder: Path, saved: dict[str, Any] | None, console: Any, stop: StopRequest
+) -> tuple[Tokens, Stream]:
     """The vocabulary (that of a run which goes on is its own) and the stream of the texts."""
     texts = _texts(args)
     total = sum(Path(text.path).stat().st_size for text in texts)
     with training_bar(console, 0, total) as show:
+
+        def progress(what: str, done: int) -> None:
+            show(done, what)
+            if stop.signal:
+                raise RunError(f"stopped by {stop.signal} while the texts were read")
+
         if saved:
             tokens = Tokens(saved["names"], args.characters, args.lower_case)
         else:
-            tokens = Tokens.count(texts, args.vocabulary, lambda done: show(done, "counting"))
+            tokens = Tokens.count(texts, args.vocabulary, partial(progress, "counting"))
         folder.mkdir(parents=True, exist_ok=True)
-        found = stream.write(texts, tokens, folder, lambda done: show(done, "reading"))
+        found = stream.write(texts, tokens, folder, partial(progress, "reading"))
         show(total, "reading")
     text = Stream(found[0], args.batch_size, args.segment, args.seed, found[1])
     if not text.steps:
@@ -202,7 +212,7 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[LMRun, Any]:
     folder.clean()
     if found and "language_model" not in found[1]:
         raise RunError(f"{found[0]} holds no language model; choose another --out")
-    tokens, text = read_texts(args, folder.path, found and found[1], console)
+    tokens, text = read_texts(args, folder.path, found and found[1], console, stop)
     seed_everything(args.seed)
     config = make_config(args, tokens)
     model = TransformerXL(config).to(ranks.device)
