@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -13,9 +16,10 @@ import soundfile
 import test_cli
 
 from jasper_fast.cli.command import main
+from jasper_fast.data import places
 from jasper_fast.data.batches import BatchSampler, load_batches
 from jasper_fast.data.dataset import SpeechDataset
-from jasper_fast.data.manifest import read_manifest
+from jasper_fast.data.manifest import ManifestError, read_manifest
 from jasper_fast.data.perturb import SPEED, Perturb
 from jasper_fast.data.settings import AudioSettings
 from jasper_fast.speech import audio
@@ -88,15 +92,173 @@ def test_shards_are_read_through_a_url(tmp_path: Path) -> None:
         assert u.packed.tar.startswith("file://") and len(audio.load(u.source()))
 
 
+@pytest.fixture
+def store(tmp_path: Path):
+    """What tmp_path/shards holds, in an object store (fsspec's in memory), with the ranges that are asked of it."""
+    fsspec = pytest.importorskip("fsspec")
+    corpus(tmp_path)
+    pack(tmp_path, "shards", "--url", "memory://bucket/shards")
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    for path in (tmp_path / "shards").iterdir():
+        files.pipe_file(f"/bucket/shards/{path.name}", path.read_bytes())
+    asked = []
+    together = files.cat_ranges
+    files.cat_ranges = lambda paths, *more, **how: asked.append(len(paths)) or together(paths, *more, **how)
+    yield asked
+    del files.cat_ranges
+    files.store.clear()
+
+
+URL = "memory://bucket/shards"
+
+
+def test_an_object_store_gives_what_the_files_give(tmp_path: Path, store: list[int]) -> None:
+    remote = read_manifest(f"{URL}/tarred_audio_manifest.json")
+    local = {u.text: u for u in read_manifest(tmp_path / "shards" / "tarred_audio_manifest.json")}
+    plain = {u.text: u for u in read_manifest(tmp_path / "m.jsonl")}
+    assert {u.text for u in remote} == set(plain) and all(u.packed.tar.startswith(URL) for u in remote)
+    assert remote[0].packed == local[remote[0].text].packed  # --url stands in the manifest
+    made = []
+    for utterances in ([plain[u.text] for u in remote], remote):
+        data = SpeechDataset(utterances, Vocabulary(), AudioSettings(min_duration=0.0, perturb=Perturb(speed=SPEED)))
+        made.append(list(load_batches(data, BatchSampler(data.durations, 5))))
+        assert not data.skipped.items
+    assert all(np.array_equal(one.audio, other.audio) for one, other in zip(*made, strict=True))
+    assert sorted(store) == [3, 5, 5], "one request for a batch"
+
+
+def test_what_an_object_store_does_not_give_is_named(tmp_path: Path, store: list[int], capsys) -> None:
+    import fsspec
+
+    utterances = read_manifest(f"{URL}/tarred_audio_manifest.json")
+    fsspec.filesystem("memory").rm_file("/bucket/shards/audio_0.tar")
+    data = SpeechDataset(utterances, Vocabulary(), AudioSettings(min_duration=0.0))
+    batches = list(load_batches(data, BatchSampler(data.durations, 4, shards=data.shards)))
+    assert sum(map(len, batches)) == len(utterances) and "the shard cannot be read" in data.skipped.items[0].detail
+    for url in (f"{URL}/absent.json", "nothing://at/all.json", "http://127.0.0.1:9/m.json"):
+        assert main(["check", url]) == 2
+        error = capsys.readouterr().err
+        assert f"{url}: cannot read the manifest" in error and error.count("\n") == 1
+
+
+def strip(path: Path, out: Path, *more: str) -> list[dict]:
+    """A manifest as NeMo writes it: no places."""
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    for entry in entries:
+        for key in ("tar", "tar_start", "tar_size", *more):
+            del entry[key]
+    out.write_text("\n".join(map(json.dumps, entries)))
+    return entries
+
+
+def test_shards_of_nemo_in_a_store_by_their_pattern(tmp_path: Path, store: list[int]) -> None:
+    """A manifest for each shard, tars of other names, members named by their stems and parts of them."""
+    import fsspec
+
+    files, local = fsspec.filesystem("memory"), read_manifest(tmp_path / "shards" / "tarred_audio_manifest.json")
+    entries = strip(tmp_path / "shards" / "tarred_audio_manifest.json", tmp_path / "nemo.json")
+    count = max(e["shard_id"] for e in entries) + 1
+    for shard in range(count):
+        mine = [e | {"audio_filepath": f"old/place/{e['audio_filepath']}"} for e in entries if e["shard_id"] == shard]
+        mine[0]["audio_filepath"] = mine[0]["audio_filepath"].replace(".flac", "-sub1.flac")
+        files.pipe_file(f"/bucket/manifest_{shard}.json", "\n".join(map(json.dumps, mine)).encode())
+        files.mv(f"/bucket/shards/audio_{shard}.tar", f"/bucket/tars/part-{shard:03d}.tar")
+    tars = f"memory://bucket/tars/part-_OP_000..{count - 1:03d}_CL_.tar"
+    found = read_manifest(f"memory://bucket/manifest__OP_0..{count - 1}_CL_.json", tars)
+    assert [(u.text, u.packed[1:]) for u in found] == [(u.text, u.packed[1:]) for u in local]
+    assert all(len(audio.load(u.source())) for u in found)
+    with pytest.raises(ManifestError, match="names 1 shards"):
+        read_manifest(f"memory://bucket/manifest_{count - 1}.json", "memory://bucket/tars/part-{000..000}.tar")
+
+
+def test_places_in_shards_of_nemo_are_found_once(tmp_path: Path) -> None:
+    """`prepare manifest` writes them, and `check --clean` keeps them, in whatever folder."""
+    corpus(tmp_path)
+    path = pack(tmp_path)
+    strip(path, path.with_name("nemo.json"))
+    (tmp_path / "other").mkdir()
+    made, clean = tmp_path / "other" / "m.jsonl", tmp_path / "clean.jsonl"
+    assert main(["prepare", "manifest", str(path.with_name("nemo.json")), "--out", str(made), "-q"]) == 0
+    main(["check", str(made), "--min-duration", "0", "--clean", str(clean), "-q"])
+    wanted = {u.text: u.packed for u in read_manifest(path)}
+    for manifest in (made, clean):
+        assert {u.text: u.packed for u in read_manifest(manifest)} == wanted
+        assert all("tar_start" in json.loads(line) for line in manifest.read_text().splitlines())
+
+
+def test_shards_of_webdataset_without_a_manifest(tmp_path: Path, capsys) -> None:
+    samples = {
+        "a/one": {"flac": corpora.tone(1, 0.5), "txt": b"the first\n"},
+        "a/two": {"json": json.dumps({"text": "the second", "speaker": 7}).encode(), "wav": wav(0.4)},
+        "three": {"seg.flac": corpora.tone(3, 0.6), "json": b'{"transcript": "the third"}', "cls": b"1"},
+        "mute": {"txt": b"no audio"},
+        "wordless": {"flac": corpora.tone(4, 0.5), "json": b"[1]"},
+        "broken": {"flac": b"no audio", "txt": b"x"},
+    }
+    for number, names in enumerate((("a/one", "mute", "a/two"), ("wordless", "broken", "three"))):
+        with tarfile.open(tmp_path / f"part-{number:02d}.tar", "w") as tar:
+            for name in names:
+                for end, content in samples[name].items():
+                    member = tarfile.TarInfo(f"{name}.{end}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    for source in (tmp_path, tmp_path / "part-{00..01}.tar", f"file://{tmp_path}/part-{{00,01}}.tar"):
+        out = tmp_path / "out" / "m.jsonl"
+        out.parent.mkdir(exist_ok=True)
+        assert main(["prepare", "manifest", str(source), "--out", str(out)]) == 0
+        left = capsys.readouterr().err
+        for told in ("mute: no audio among txt", "wordless: no text", "broken.flac: cannot be read", "3 left out"):
+            assert told in left
+        found = read_manifest(out)
+        told = [(u.text, round(u.duration, 3), u.speaker, len(audio.load(u.source()))) for u in found]
+        assert told == [("the first", 0.5, None, 8000), ("the second", 0.4, "7", 6400), ("the third", 0.6, None, 9600)]
+    (tmp_path / "part-01.tar").write_bytes(gzip.compress((tmp_path / "part-01.tar").read_bytes()))
+    assert main(["prepare", "manifest", str(tmp_path), "--out", str(out)]) == 2
+    assert "part-01.tar: not a whole tar file without compression" in capsys.readouterr().err
+
+
+def wav(seconds: float) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(round(16000 * seconds)), 16000, format="WAV")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "paths"),
+    [
+        ("plain.tar", ["plain.tar"]),
+        ("a_{0..2}.tar", ["a_0.tar", "a_1.tar", "a_2.tar"]),
+        ("a_{098..101}", ["a_098", "a_099", "a_100", "a_101"]),
+        ("s3://b/{x,y}__OP_1..2_CL_", ["s3://b/x_1", "s3://b/x_2", "s3://b/y_1", "s3://b/y_2"]),
+        ("{odd", ["{odd"]),
+        ("an _OP_ alone", ["an _OP_ alone"]),
+    ],
+)
+def test_patterns(pattern: str, paths: list[str]) -> None:
+    assert places.expanded(pattern) == paths
+
+
+def test_patterns_without_end_are_refused(tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(ValueError, match="more than 1,000,000"):
+        places.expanded("{0..9999}{0..9999}{0..9999999999}")
+    monkeypatch.chdir(tmp_path)
+    Path("a{1,2}").write_text("")
+    assert places.expanded("a{1,2}") == ["a{1,2}"], "a file of that name"
+
+
 def test_recognition_of_shards_and_files_is_the_same(tmp_path: Path) -> None:
     corpus(tmp_path)
     model, found = test_cli.write_checkpoint(tmp_path / "model.pt"), []
     for manifest in (tmp_path / "m.jsonl", pack(tmp_path)):
-        out = tmp_path / "out.json"
-        assert main(["evaluate", "--manifest", str(manifest), "--checkpoint", model, "--out", str(out)]) == 0
+        out, page = tmp_path / "out.json", tmp_path / "page.html"
+        options = ["--checkpoint", model, "--out", str(out), "--html", str(page), "--worst", "4"]
+        assert main(["evaluate", "--manifest", str(manifest), *options]) == 0
         told = json.loads(out.read_text())
         rows = sorted((row["text"], row["pred_text"]) for row in told["utterances_list"])
-        found.append((rows, told["wer"], told["cer"], told["words"]))
+        sounds = sorted(re.findall(r'<audio[^>]* src="([^"]*)"', page.read_text()))
+        assert len(sounds) == 4
+        found.append((rows, told["wer"], told["cer"], told["words"], sounds))
     assert found[0] == found[1]
 
 

@@ -62,8 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
         for name, detail in culprits[: max(arguments.worst, 0)]:
             print(f"          {f'{name}: ' if name else ''}{detail}")
     if arguments.clean:
-        manifest, clean = Path(arguments.manifest), Path(arguments.clean)
-        entries = check.clean_entries(results, manifest, clean, arguments.data_dir, rules.strict)
+        clean = Path(arguments.clean)
+        entries = check.clean_entries(results, arguments.manifest, clean, arguments.data_dir, rules.strict)
         count = writing.write_manifest(clean, entries)
         print(f"{arguments.clean}: {count} utterances", file=sys.stderr)
     if arguments.html:

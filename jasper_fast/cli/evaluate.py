@@ -89,6 +89,8 @@ def _run(arguments: argparse.Namespace, share: ranks.Share) -> int:
         words, characters = word_errors(reference, transcript.text), character_errors(reference, transcript.text)
         row = {"audio_filepath": utterance.path, "offset": utterance.offset, "duration": round(seconds, 3)}
         row |= {"manifest": utterance.manifest, "speaker": utterance.speaker}
+        if utterance.packed:
+            row |= dict(zip(("tar", "tar_start", "tar_size"), utterance.packed))
         row |= {"text": reference, "pred_text": transcript.text.strip(), "confidence": round(transcript.confidence, 4)}
         row |= {"word_errors": words.total, "words": words.length}
         row |= {"character_errors": characters.total, "characters": characters.length}

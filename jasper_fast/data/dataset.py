@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from jasper_fast.data.join import Clips
 from jasper_fast.data.manifest import Skipped, SkipReport, Utterance, read_manifest
 from jasper_fast.data.perturb import Change, Perturb
+from jasper_fast.data.places import is_url
 from jasper_fast.data.reading import AudioReader
 from jasper_fast.data.settings import AudioSettings
 from jasper_fast.speech.audio import AudioError, ShortAudio
@@ -104,6 +105,7 @@ class SpeechDataset(Dataset):
         if not self.utterances:
             raise ValueError(f"no utterance is left of {len(utterances)}: {self.skipped}")
         self._seconds = [u.seconds for u in self.utterances]
+        self._remote = any(u.packed and is_url(u.packed.tar) for u in self.utterances)
         self._by_speaker: dict[str | None, list[int]] = defaultdict(list)
         for i, utterance in enumerate(self.utterances):
             self._by_speaker[utterance.speaker].append(i)
@@ -177,6 +179,13 @@ class SpeechDataset(Dataset):
             pool = speaker if join.same_speaker else range(len(self.utterances))
             clips = join.draw(own, pool, self._seconds, self.settings.max_duration, rng)
         return clips, self.settings.perturb.draw(rng)
+
+    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[Item]:
+        """The items of a batch; PyTorch's loader asks for them so."""
+        if self._remote:
+            drawn = (self._draw(*(key if isinstance(key, tuple) else (0, key)))[0] for key in keys)
+            self.reader.fetch(self.utterances[i] for clips in drawn for i in clips.indices)
+        return [self[key] for key in keys]
 
     def __getitem__(self, key: int | tuple[int, int]) -> Item:
         epoch, index = key if isinstance(key, tuple) else (0, key)

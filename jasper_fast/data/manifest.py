@@ -8,9 +8,9 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from jasper_fast.data import places
 from jasper_fast.data.shards import Packed, locate
 from jasper_fast.speech import audio
 from jasper_fast.speech.audio import AudioError, Memory
@@ -40,8 +40,15 @@ class Utterance:
     packed: Packed | None = None
 
     def source(self) -> str | Memory:
-        """What `audio.load` reads. Raises AudioError where a shard does not hold it."""
-        return self.path if self.packed is None else self.packed.read(self.path)
+        """What `audio.load` reads. Raises AudioError where a shard does not hold it, or a URL cannot be read."""
+        if self.packed is not None:
+            return self.packed.read(self.path)
+        if not places.is_url(self.path):
+            return self.path
+        try:
+            return Memory(self.path, places.read(self.path))
+        except OSError as error:
+            raise AudioError(self.path, str(error)) from error
 
     @property
     def name(self) -> str:
@@ -59,7 +66,8 @@ def read_manifest(
     """Utterances of a manifest: JSON lines (NeMo: audio_filepath, duration, text[, offset, speaker]; shard_id for those
     packed in tar files) or one JSON array (the reference: transcript, files, original_duration).
 
-    Relative paths are taken from ``data_dir``, by default the manifest's folder. A missing duration is read from the
+    ``path`` may be a URL or a pattern (manifest__OP_0..127_CL_.json). Relative paths are taken from ``data_dir``, by
+    default the manifest's folder; for shards it may be the pattern of their paths. A missing duration is read from the
     file's header (NaN if that fails; the dataset reports it). Of the reference's ``files`` the one at speed 1 is used,
     all of them with ``offline_speeds``. Raises ManifestError naming the line or entry.
     """
@@ -80,18 +88,25 @@ def each_utterance(
 
     Raises ManifestError where the file as a whole cannot be read.
     """
-    path = Path(path)
-    root = Path(data_dir) if data_dir is not None else path.parent
     try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        names = places.expanded(os.fspath(path))
+    except ValueError as error:
+        raise ManifestError(str(error)) from error
+    for name in names:
+        yield from _each_of(name, places.parent(name) if data_dir is None else os.fspath(data_dir), offline_speeds)
+
+
+def _each_of(path: str, root: str, offline_speeds: bool) -> Iterator[tuple[Any, Utterance] | ManifestError]:
+    try:
+        content = places.read_text(path)
+    except (OSError, UnicodeDecodeError, ValueError) as error:
         raise ManifestError(f"{path}: cannot read the manifest: {error}") from error
     for where, entry in _entries(path, content):
         if isinstance(entry, ManifestError):
             yield entry
             continue
         try:
-            yield entry, replace(_utterance(entry, root, offline_speeds), manifest=str(path))
+            yield entry, replace(_utterance(entry, root, offline_speeds), manifest=path)
         except (KeyError, TypeError, ValueError, OSError, OverflowError) as error:
             what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
             mistake = ManifestError(f"{path}, {where}: {what}")
@@ -99,7 +114,7 @@ def each_utterance(
             yield mistake
 
 
-def _entries(path: Path, content: str) -> Iterator[tuple[str, Any]]:
+def _entries(path: str, content: str) -> Iterator[tuple[str, Any]]:
     if content.lstrip().startswith("["):
         try:
             entries = json.loads(content)
@@ -121,14 +136,14 @@ def _entries(path: Path, content: str) -> Iterator[tuple[str, Any]]:
                 yield where, ManifestError(f"{path}, {where}: not valid JSON: {error}")
 
 
-def _utterance(entry: Any, root: Path, offline_speeds: bool) -> Utterance:
+def _utterance(entry: Any, root: str, offline_speeds: bool) -> Utterance:
     if not isinstance(entry, dict):
         raise TypeError(f"expected an object with 'audio_filepath' or 'files', got {type(entry).__name__}")
     text = next((entry[k] for k in ("text", "transcript") if entry.get(k) is not None), None)
     if text is None:
         if "text_filepath" not in entry:
             raise KeyError("text")
-        text = (root / entry["text_filepath"]).read_text(encoding="utf-8-sig").replace("\n", " ")
+        text = places.read_text(places.joined(root, entry["text_filepath"])).replace("\n", " ")
     if not isinstance(text, str):
         raise TypeError(f"the text must be a string, got {text!r}")
     alternatives: tuple[str, ...] = ()
@@ -142,22 +157,27 @@ def _utterance(entry: Any, root: Path, offline_speeds: bool) -> Utterance:
             raise ValueError("'files' is empty")
         file = plain[0]["fname"]
         if offline_speeds:
-            alternatives = tuple(str(root / f["fname"]) for f in files)
+            alternatives = tuple(places.joined(root, f["fname"]) for f in files)
         duration = entry.get("original_duration", plain[0].get("duration"))
     else:
         file, duration = entry["audio_filepath"], entry.get("duration")
     offset = float(entry.get("offset") or 0.0)
-    path = str(root / file)
+    path = places.joined(root, file)
     if "shard_id" in entry and "files" not in entry:
         path, packed = locate(entry, root)
-    if duration is None:
-        try:
-            duration = audio.duration(packed.read(path) if packed else path) - offset
-        except AudioError:
-            duration = math.nan
     speaker = entry.get("speaker")
     speaker = None if speaker is None else str(speaker)
-    return Utterance(path, float(duration), text, offset, speaker, alternatives, packed=packed)
+    known = math.nan if duration is None else float(duration)
+    found = Utterance(path, known, text, offset, speaker, alternatives, packed=packed)
+    return found if duration is not None else replace(found, duration=_measured(found) - offset)
+
+
+def _measured(utterance: Utterance) -> float:
+    """Seconds by the header of the file; NaN where it has none, which is told when the file is read."""
+    try:
+        return audio.duration(utterance.source())
+    except AudioError:
+        return math.nan
 
 
 class Skipped(NamedTuple):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from jasper_fast.data import shards
 from jasper_fast.data.manifest import Utterance
+from jasper_fast.data.shards import Packed
 from jasper_fast.speech import audio
-from jasper_fast.speech.audio import AudioError, ShortAudio
+from jasper_fast.speech.audio import AudioError, Memory, ShortAudio
 
 _ROUNDING = 0.1  # seconds (plus 1 %) by which a manifest's duration may exceed the file
 
@@ -20,6 +22,11 @@ class AudioReader:
     def __init__(self, sample_rate: int, trim: bool = False) -> None:
         self.sample_rate, self.trim = sample_rate, trim
         self._memory: dict[Utterance, tuple[np.ndarray, float]] = {}
+        self._fetched: dict[Packed, bytes] = {}
+
+    def fetch(self, utterances: Iterable[Utterance]) -> None:
+        """Takes what is read next from object stores, all at once; what was fetched before and not read is dropped."""
+        self._fetched = shards.fetch(u.packed for u in utterances if u.packed and u not in self._memory)
 
     def read(self, utterance: Utterance, variant: float | None = None) -> tuple[np.ndarray, float]:
         """Samples (S,) fp32, which must not be written to, and the seconds that trimming took from their front.
@@ -34,7 +41,10 @@ class AudioReader:
             path = utterance.alternatives[int(variant * len(utterance.alternatives))]
             seconds = 0.0  # read all of it: the manifest does not give the length of an alternative
         try:
-            source = utterance.source() if path == utterance.path else path
+            if (fetched := self._fetched.get(utterance.packed)) is not None:
+                source = Memory(path, fetched)
+            else:
+                source = utterance.source() if path == utterance.path else path
             samples = audio.load(source, self.sample_rate, utterance.offset, seconds)
             held = len(samples) / self.sample_rate
             if seconds > held * 1.01 + _ROUNDING:

@@ -11,6 +11,8 @@ from typing import Any
 import soundfile
 
 from jasper_fast import page
+from jasper_fast.data.manifest import Utterance
+from jasper_fast.data.shards import Packed
 from jasper_fast.speech import audio
 from jasper_fast.speech.audio import AudioError, ShortAudio
 from jasper_fast.speech.metrics import alignment
@@ -63,7 +65,9 @@ def worst(rows: Sequence[Row], count: int) -> list[Row]:
 def sound(row: Row) -> str | None:
     """The audio of an utterance as a data URI of FLAC at 16 kHz, None where it cannot be read."""
     try:
-        samples = audio.load(row["audio_filepath"], 16000, row["offset"], row["duration"])
+        packed = Packed(row["tar"], row["tar_start"], row["tar_size"]) if "tar" in row else None
+        source = Utterance(row["audio_filepath"], row["duration"], "", packed=packed).source()
+        samples = audio.load(source, 16000, row["offset"], row["duration"])
     except ShortAudio as short:
         samples = short.samples
     except AudioError:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jasper_fast import page
+from jasper_fast.data import places
 from jasper_fast.data.dataset import ctc_frames
 from jasper_fast.data.manifest import ManifestError, Utterance, each_utterance
 from jasper_fast.data.prepare.copies import in_parallel
@@ -168,14 +169,15 @@ def check(
 
 
 def clean_entries(
-    results: Sequence[Found], manifest: Path, target: Path, data_dir: str | os.PathLike | None = None, strict=False
+    results: Sequence[Found], manifest: str, target: Path, data_dir: str | os.PathLike | None = None, strict=False
 ) -> Iterator[dict[str, Any]]:
     """The entries of a clean manifest; paths become absolute if ``target`` is in another folder."""
-    root = Path(data_dir or manifest.parent)
-    same = manifest.resolve().parent == target.resolve().parent and data_dir is None
+    root = os.fspath(data_dir or places.parent(manifest))
+    same = os.path.realpath(places.parent(manifest)) == str(target.resolve().parent) and data_dir is None
 
     def place(name: str) -> str:
-        return name if same else os.path.abspath(root / name)
+        full = places.joined(root, name)
+        return name if same else full if places.is_url(full) else os.path.abspath(full)
 
     for found in results:
         if found.utterance is None or not found.good(strict):
@@ -186,7 +188,8 @@ def clean_entries(
             entry["files"] = [file | {"fname": place(file["fname"])} for file in entry["files"]]
             entry["original_duration"] = round(found.seconds, 6)
         if "shard_id" in entry and not same:
-            entry["tar"] = found.utterance.packed.tar
+            tar = found.utterance.packed.tar
+            entry["tar"] = tar if places.is_url(tar) else os.path.abspath(tar)
             entry["duration"] = round(found.seconds, 6)
         elif "audio_filepath" in entry:
             entry |= {"audio_filepath": place(entry["audio_filepath"]), "duration": round(found.seconds, 6)}

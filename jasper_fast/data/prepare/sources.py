@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jasper_fast.data import places
 from jasper_fast.data.manifest import ManifestError, read_manifest
+from jasper_fast.data.prepare import tars
 from jasper_fast.data.prepare.writing import PrepareError
 from jasper_fast.speech import audio
 from jasper_fast.speech.audio import SOUNDS, AudioError
 
 TEXTS = (".txt", ".lab", ".trn")
-KINDS = ("folder", "kaldi", "csv", "lines", "lhotse")
+KINDS = ("folder", "kaldi", "csv", "lines", "lhotse", "shards")
 Entry = dict[str, Any]
 Report = Callable[[str], None]  # called with a line about each utterance that is left out
 
@@ -27,8 +29,13 @@ _SPEAKER_COLUMNS = ("client_id", "speaker", "speaker_id", "spk_id")
 _LONGEST_FIELD = 1 << 24
 
 
-def kind_of(source: Path) -> str:
+def kind_of(name: str) -> str:
     """Which of KINDS a source is. Raises PrepareError if it is none of them."""
+    source = Path(name)
+    if tars.named(name) and not (source / "wav.scp").is_file():
+        return "shards"
+    if places.is_url(name) or places.expanded(name) != [name]:
+        return "lines"
     if source.is_dir():
         return "kaldi" if (source / "wav.scp").is_file() else "folder"
     if not source.is_file():
@@ -44,13 +51,15 @@ def kind_of(source: Path) -> str:
     return "lhotse" if isinstance(found, dict) and {"supervisions", "recording"} & found.keys() else "lines"
 
 
-def entries(source: Path, kind: str, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
+def entries(source: str, kind: str, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
     """Entries with audio_filepath (absolute), duration, text and, where known, speaker and offset.
 
     ``audio_dir``: where relative paths of audio start (by default as that form has it); ``report`` takes a line for
     each utterance that is left out. Raises PrepareError, naming file and line, for a source of another form.
     """
-    return _READERS[kind](source, audio_dir, report)
+    if kind == "shards":
+        return tars.entries(source, report)
+    return _READERS[kind](source if kind == "lines" else Path(source), audio_dir, report)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -229,17 +238,22 @@ def _beside(name: str, source: Path, audio_dir: Path | None) -> Path:
 # ------------------------------------------------------------------ JSON
 
 
-def _manifest(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
+def _manifest(source: str, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
     """NeMo's JSON lines, or the array of NVIDIA's Jasper, of which the file at speed 1 is taken."""
     try:
         utterances = read_manifest(source, audio_dir)
     except ManifestError as error:
         raise PrepareError(str(error)) from error
+    shards: dict[str, int] = {}
     for u in utterances:
         if not (u.duration > 0 and math.isfinite(u.duration)):
             report(f"{u.name}: a duration of {u.duration} s")
             continue
         entry: Entry = {"audio_filepath": u.path, "duration": u.duration, "text": u.text}
+        if u.packed:
+            tar, start, size = u.packed
+            entry |= {"audio_filepath": u.path.removeprefix(f"{tar}/"), "shard_id": shards.setdefault(tar, len(shards))}
+            entry |= {"tar": tar, "tar_start": start, "tar_size": size}
         yield entry | ({"offset": u.offset} if u.offset else {}) | ({"speaker": u.speaker} if u.speaker else {})
 
 

@@ -1,0 +1,113 @@
+"""Paths and URLs alike: joined, expanded from patterns, and read. URLs are those that fsspec and its plugins know."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from jasper_fast.extras import need
+
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
+_MOST = 1_000_000  # paths of a pattern
+
+
+def is_url(place: str) -> bool:
+    return "://" in place
+
+
+def joined(root: str, name: str) -> str:
+    """``name`` below ``root``; itself, if it is a URL or an absolute path."""
+    if is_url(name) or not is_url(root):
+        return name if is_url(name) else str(Path(root) / name)
+    return name if os.path.isabs(name) else f"{root.rstrip('/')}/{name}"
+
+
+def parent(place: str) -> str:
+    """The folder of a file."""
+    return place.rpartition("/")[0] if is_url(place) else str(Path(place).parent)
+
+
+def expanded(pattern: str) -> list[str]:
+    """The paths of a pattern with {0..127}, {000..127}, {a,b}, or NeMo's _OP_0..127_CL_; a path without is itself.
+
+    Raises ValueError for a pattern of more than a million paths.
+    """
+    braces = re.sub(r"_CL_", "}", re.sub(r"_OP_", "{", pattern))
+    if not _RANGE.search(braces) or (not is_url(pattern) and os.path.exists(pattern)):
+        return [pattern]
+    parts, end = [], 0
+    for found in _RANGE.finditer(braces):
+        first, last, names = found.groups()
+        parts += [[braces[end : found.start()]], names.split(",") if names else _numbers(first, last)]
+        end = found.end()
+        if _count(parts) > _MOST:
+            raise ValueError(f"{pattern}: a pattern of more than {_MOST:,} paths")
+    return ["".join(words) for words in itertools.product(*parts, [braces[end:]])]
+
+
+def _count(parts: list[Any]) -> int:
+    total = 1
+    for part in parts:
+        total *= len(part)
+    return total
+
+
+class _numbers:
+    """Numbers from ``first`` to ``last`` as words, as wide as the first if it begins with 0."""
+
+    def __init__(self, first: str, last: str) -> None:
+        self.range, self.width = range(int(first), int(last) + 1), len(first) if first.startswith("0") else 0
+
+    def __len__(self) -> int:
+        return len(self.range)
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{i:0{self.width}d}" for i in self.range)
+
+
+@contextmanager
+def _remote() -> Iterator[None]:
+    """Inside, what goes wrong is an OSError: each plugin of fsspec has errors of its own."""
+    try:
+        yield
+    except (OSError, ImportError) as error:
+        raise OSError(str(error) or type(error).__name__) from error
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def files_of(url: str) -> tuple[Any, str]:
+    """fsspec's file system and the path there. Raises OSError, as where a plugin (s3fs, gcsfs) is not installed."""
+    with _remote():
+        return need("fsspec.core", "train").url_to_fs(url)
+
+
+def read(place: str, start: int = 0, end: int | None = None) -> bytes:
+    """The bytes of a URL from ``start`` to ``end``. Raises OSError."""
+    files, path = files_of(place)
+    with _remote():
+        return files.cat_file(path, start=start, end=end)
+
+
+def read_text(place: str) -> str:
+    """The text of a file or URL, in UTF-8. Raises OSError or UnicodeDecodeError."""
+    return read(place).decode("utf-8-sig") if is_url(place) else Path(place).read_text(encoding="utf-8-sig")
+
+
+@contextmanager
+def opened(place: str) -> Iterator[BinaryIO]:
+    """A file or URL, to be read from front to back. Raises OSError."""
+    if not is_url(place):
+        with open(place, "rb") as file:
+            yield file
+        return
+    files, path = files_of(place)
+    with _remote():
+        file = files.open(path, "rb")
+    with file:
+        yield file

@@ -1,0 +1,140 @@
+"""The HTML pages: each is one file that needs no other, is well formed, and shows hostile texts as texts."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import corpora
+import numpy as np
+import pytest
+import test_bench_report
+import test_demo
+
+from jasper_fast.bench.report import html_page
+from jasper_fast.data.manifest import Utterance
+from jasper_fast.data.prepare import check
+from jasper_fast.demo import report
+from jasper_fast.inference import evaluation
+from jasper_fast.lm import heat_map
+from jasper_fast.lm.tune import Trial
+from jasper_fast.speech.metrics import Errors
+
+HOSTILE = "<script>alert(1)</script>\"' onload='x' &amp; <img src=http://evil/x> \u2028 ]]> --> {{ 7*7 }}"
+VOID = {"meta", "br", "img", "input", "hr", "link", "wbr"}
+IMPLIED = {"td", "th", "tr", "p", "li", "dt", "dd", "html", "head", "body"}  # whose ends HTML lets one leave out
+ADDRESSES = {"src", "href", "poster", "data", "action", "srcset", "xlink:href"}
+
+
+class Page(HTMLParser):
+    """Fails on tags that are not closed in their order, on anything from elsewhere, and on scripts."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.text, self.counts = [], {}
+        self.feed(html)
+        self.close()
+        assert html.lstrip().lower().startswith("<!doctype html>")
+        assert not set(self.open) - IMPLIED, self.open
+        assert len(set(self.ids)) == len(self.ids) and set(self.links) <= set(self.ids)
+        for needed in ("title", "style", "h1"):
+            assert self.counts.get(needed), needed
+        assert 'charset="utf-8"' in html and 'name="viewport"' in html and 'lang="en"' in html
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        named = dict(attrs)
+        assert len(named) == len(attrs) and not [name for name in named if name.startswith("on")], attrs
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base"), tag
+        for name in ADDRESSES & named.keys():
+            assert re.match(r"data:(audio|image)/|#", named[name]), (tag, name, named[name][:80])
+            if named[name].startswith("#"):
+                self.links.append(named[name][1:])
+        assert "url(" not in named.get("style", "")
+        if tag == "img" or named.get("role") == "img":
+            assert named.get("alt") is not None or named.get("aria-label"), attrs
+        self.ids += [named["id"]] if "id" in named else []
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        self.open += [] if tag in VOID else [tag]
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open and self.open[-1] != tag and self.open[-1] in IMPLIED:
+            self.open.pop()
+        assert self.open and self.open.pop() == tag, f"</{tag}> in {self.open}"
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "style":
+            assert "url(" not in data and "@import" not in data
+        self.text.append(data)
+
+
+def of_evaluation(folder: Path) -> str:
+    (folder / "a.flac").write_bytes(corpora.tone(1, 0.5))
+    row = {
+        "audio_filepath": str(folder / "a.flac"),
+        "offset": 0,
+        "duration": 0.5,
+        "manifest": HOSTILE,
+        "speaker": HOSTILE,
+    }
+    row |= {"text": f"words {HOSTILE}", "pred_text": HOSTILE, "confidence": 0.5, "word_errors": 2, "words": 4}
+    row |= {"character_errors": 4, "characters": 9}
+    rows = [row, row | {"audio_filepath": f"{folder}/{HOSTILE}.wav", "pred_text": ""}]
+    figures = evaluation.totals(rows) | evaluation.by_parts(rows) | {"skipped": [], "warned": []}
+    figures |= dict.fromkeys(("substitutions", "deletions", "insertions", "threads", "processes"), 1)
+    figures |= dict.fromkeys(("checkpoint", "device", "backend"), HOSTILE) | {"manifests": [HOSTILE], "ema": True}
+    figures |= dict.fromkeys(("audio_seconds", "wall_seconds", "rtfx", "utterances_per_s"), 1.0)
+    return evaluation.html(figures, rows, 5)
+
+
+def of_check(folder: Path) -> str:
+    found = []
+    for reason in check.REASONS:
+        utterance = Utterance(HOSTILE, 1.0, HOSTILE)
+        found.append(check.Found({}, utterance, [check.Fault(reason, HOSTILE)], 1.0, -3.0, -20.0, 10))
+    check.write_html(folder / "page.html", HOSTILE, found, check.Rules())
+    return (folder / "page.html").read_text(encoding="utf-8")
+
+
+def of_tuning(folder: Path) -> str:
+    trials = [Trial(a, b, Errors(1, 0, int(4 * a), 10)) for a in (0.5, 1.0) for b in (-1.0, 0.0)]
+    return heat_map.page(trials, Errors(5, 0, 0, 10), HOSTILE)
+
+
+def of_bench(folder: Path) -> str:
+    return html_page.page([test_bench_report.full(HOSTILE)])
+
+
+def of_demo(folder: Path) -> str:
+    result = test_demo.RESULT | {"examples": [e | {"transcript": HOSTILE} for e in test_demo.RESULT["examples"]]}
+    return report.render(result, [np.random.default_rng(0).random((64, 100)), None], [b"RIFF", None])
+
+
+@pytest.mark.parametrize("made", [of_evaluation, of_check, of_tuning, of_bench, of_demo])
+def test_a_page_is_whole_and_shows_hostile_texts(tmp_path: Path, made) -> None:
+    html = made(tmp_path)
+    page = Page(html)
+    shown = " ".join("".join(page.text).split())
+    assert "<script>alert(1)</script>\"' onload='x' &amp; <img src=http://evil/x>" in shown and "{{ 7*7 }}" in shown
+    assert len(html) < 400_000
+    if made is of_evaluation:
+        assert page.counts["audio"] == 1, "that of the file which is there"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["<p><b></p>", "<img src='http://x'>", "<script></script>", "<a href='#none'>x</a>", "<b onclick='x'></b>", "</i>"],
+)
+def test_a_faulty_page_is_told(wrong: str) -> None:
+    page = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport"><title></title><style></style>'
+    Page(f"{page}<h1>x</h1></html>")
+    with pytest.raises(AssertionError):
+        Page(f"{page}<h1>x</h1>{wrong}</html>")
