@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import copy
+import threading
+import types
+
 import pytest
 import torch
+from engines import batch, config
 
 import train
+from jasper_fast import InferenceEngine, Jasper, options
 from jasper_fast.bench import cli as bench
 from jasper_fast.bench.harness import limits
 from jasper_fast.cli import common
+from jasper_fast.inference import recognizer
 from jasper_fast.kernels import precision
 
 GPU = torch.device("cuda", 0)
@@ -66,3 +74,52 @@ def test_a_run_of_the_bench_sets_it_and_records_it(tmp_path):
     run = bench.start(args)
     assert now() == ("tf32", "tf32")
     assert "tf32" in str(run.results.data), "the result does not tell"
+
+
+def test_an_engine_has_its_own():
+    """In each of its calls, also of a copy, and whatever the process's is then; nothing of it stays."""
+    model, (features, lengths), seen = Jasper(config("plain residual"), backend="reference").eval(), batch([24, 17]), []
+    before = now()
+    engine = InferenceEngine(model, fp32_precision="tf32")
+    want = InferenceEngine(model)(features, lengths)[0]
+    for one, expected in (
+        (engine, ("tf32", "tf32")),
+        (InferenceEngine(model, fp32_precision="ieee"), ("ieee", "ieee")),
+        (copy.deepcopy(engine), ("tf32", "tf32")),
+        (InferenceEngine(model), before),
+    ):
+        run = one._run.run
+        one._run.run = lambda *args, run=run: (seen.append(now()), run(*args))[1]
+        assert torch.equal(one(features, lengths)[0], want)
+        assert seen.pop() == expected and not seen and now() == before
+    with pytest.raises(ValueError, match="'fp16' is not one of ieee, tf32"):
+        InferenceEngine(model, fp32_precision="fp16")
+
+
+def test_those_who_set_it_for_a_while_take_turns():
+    inside, found = threading.Event(), []
+
+    def other():
+        inside.wait(10)
+        with precision.fp32("ieee"):
+            found.append(now())
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with precision.fp32("tf32"):
+        inside.set()
+        thread.join(0.1)
+        assert now() == ("tf32", "tf32") and not found
+    thread.join(10)
+    assert found == [("ieee", "ieee")] and now() != ("tf32", "tf32")
+
+
+def test_the_commands_hand_it_to_the_engine(monkeypatch):
+    taken = []
+    monkeypatch.setattr(recognizer, "load", lambda *how: taken.append(how) or types.SimpleNamespace(vocabulary=None))
+    monkeypatch.setattr(common, "decoder", lambda arguments, vocabulary: None)
+    parser = argparse.ArgumentParser()
+    options.add(parser, common.MODEL)
+    before = now()
+    common.load(parser.parse_args(["--checkpoint", "x", "--device", "cpu", "--fp32-precision", "ieee"]))
+    assert taken[0][-1] == "ieee" and now() == before

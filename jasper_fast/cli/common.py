@@ -94,7 +94,9 @@ MODEL = {  # the options of `load` and `recognize`
     ],
     "speed": [
         option(
-            "--fp32-precision", choices=("ieee", "tf32"), help="of fp32 products on a GPU (convs tf32, others ieee)"
+            "--fp32-precision",
+            choices=("ieee", "tf32"),
+            help="of the model's fp32 products on a GPU (convs tf32, others ieee)",
         ),
         option(
             "--dtype",
@@ -262,7 +264,6 @@ def load(arguments: argparse.Namespace) -> Recognizer:
 
     from jasper_fast.dispatch import backends
     from jasper_fast.inference import recognizer
-    from jasper_fast.kernels.precision import set_fp32
 
     backends.check(arguments.backend)
     if arguments.workers < 0:
@@ -270,9 +271,9 @@ def load(arguments: argparse.Namespace) -> Recognizer:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = device_of(arguments.device)
-    set_fp32(arguments.fp32_precision)
     dtype = None if arguments.dtype is None else getattr(torch, DTYPES[arguments.dtype])
-    made = recognizer.load(arguments.checkpoint, arguments.config, arguments.ema, device, arguments.backend, dtype)
+    how = device, arguments.backend, dtype, arguments.fp32_precision
+    made = recognizer.load(arguments.checkpoint, arguments.config, arguments.ema, *how)
     made.decoder = decoder(arguments, made.vocabulary)
     return made
 

@@ -17,7 +17,7 @@ from jasper_fast.inference.launches import Launches
 from jasper_fast.inference.plan import Network, weight_of
 from jasper_fast.inference.shapes import Shapes
 from jasper_fast.inference.stepwise import Stepwise
-from jasper_fast.kernels import tables
+from jasper_fast.kernels import precision, tables
 from jasper_fast.nn.cells import engine_convs
 from jasper_fast.nn.model import Jasper, check_features
 
@@ -50,6 +50,10 @@ class InferenceEngine:
     first such call (see `jasper_fast.dispatch.tuned`; the model's `tune=False` keeps to tables and rules). The engine
     then holds the weights twice, one copy for each; a model with backend="triton" or "reference" has one.
 
+    fp32_precision: what products of fp32 weights are rounded to on a GPU, "ieee" (not at all) or "tf32"; None as
+    PyTorch's own switches say at the time of a call (`jasper_fast.kernels.precision`). Calls of engines with one take
+    turns, because they set those switches meanwhile.
+
     Equivalent to `model.eval()(features, lengths)` under `torch.no_grad()`, on rows t < length.
     """
 
@@ -61,6 +65,7 @@ class InferenceEngine:
         graphs: bool | Literal["auto"] = "auto",
         bucket: int = 64,
         graph_limit: int = 32,
+        fp32_precision: str | None = None,
     ):
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point one, as torch.float16, not {dtype}")
@@ -68,7 +73,7 @@ class InferenceEngine:
             raise ValueError(f"graphs must be 'auto', True or False, not {graphs!r}")
         if bucket < 1 or graph_limit < 1:
             raise ValueError(f"bucket and graph_limit must be at least 1, not {bucket} and {graph_limit}")
-        self._model, self._wanted = model, dtype
+        self._model, self._wanted, self._fp32 = model, dtype, precision.check(fp32_precision)
         self._graphs, self._bucket, self._limit = graphs, bucket, graph_limit
         self._lock = threading.Lock()
         self._turns: Turns | None = None
@@ -77,7 +82,7 @@ class InferenceEngine:
 
     def refresh(self) -> None:
         """Folds and packs the present weights of the model, on their present device."""
-        with self._lock, torch.no_grad():
+        with self._lock, self._precisely(), torch.no_grad():
             if self._turns is not None:
                 with self._turns.turn():
                     self._turns.finish()  # the old weights and graphs must not be freed while in use
@@ -91,10 +96,14 @@ class InferenceEngine:
             self._waits = weakref.finalize(self, turns.finish)
             self._waits.atexit = False
 
+    def _precisely(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._fp32 is None else precision.fp32(self._fp32)
+
     def __reduce__(self) -> tuple:
         """A copy, also a pickled one, copies the model and folds its weights as they are then: a lock cannot be copied,
         and buffers and graphs are this engine's own."""
         how = {"dtype": self._wanted, "graphs": self._graphs, "bucket": self._bucket, "graph_limit": self._limit}
+        how["fp32_precision"] = self._fp32
         return functools.partial(type(self), **how), (self._model,)
 
     def _runner(self, face: str, dtype: torch.dtype, turns: Turns) -> Launches | Stepwise:
@@ -138,7 +147,7 @@ class InferenceEngine:
 
     def _compute(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         n, _, t = features.shape
-        with self._lock:
+        with self._lock, self._precisely():
             runner = self._chosen(n, t)  # before the turn: what is measured there waits for the device
             with self._turns.turn():
                 return runner.run(features, lengths.to(torch.int64).contiguous())

@@ -62,8 +62,8 @@ class Recognizer:
 
     Features and labels are those of ``model.config`` (``input_val``); without labels there, the English alphabet where
     the model has 29 classes. ``dtype`` is that of weights and activations (features and sums stay fp32), by default the
-    model's. Each utterance gets the same transcript alone and in any batch. Decoding is greedy unless ``decoder`` is
-    set. Raises ValueError where labels, classes or mel bands do not fit one another.
+    model's; ``fp32_precision``: as for ``InferenceEngine``. Each utterance gets the same transcript alone and in any
+    batch. Decoding is greedy unless ``decoder`` is set. Raises ValueError where labels, classes or mel bands do not fit one another.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Recognizer:
         vocabulary: Vocabulary | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        fp32_precision: str | None = None,
     ) -> None:
         config = model.config
         self.device = torch.device(device)
@@ -89,7 +90,7 @@ class Recognizer:
                 f"filterbank_features.n_filt is {self.features.n_mels}, the model takes {config.encoder.in_feats}"
             )
         self.sample_rate = self.features.sample_rate
-        self.engine = InferenceEngine(model.to(self.device).eval(), dtype=dtype)
+        self.engine = InferenceEngine(model.to(self.device).eval(), dtype=dtype, fp32_precision=fp32_precision)
         stride = math.prod(block.s**block.repeat for block in config.encoder.blocks)
         self.frame_seconds = self.features.hop_length * stride / self.sample_rate
         self.decoder: Decoder | None = None
@@ -237,16 +238,18 @@ def load(
     device: torch.device | str = "auto",
     backend: str = "auto",
     dtype: torch.dtype | None = None,
+    fp32_precision: str | None = None,
 ) -> Recognizer:
     """A Recognizer from a checkpoint of any kind that ``checkpoint.load_model`` reads.
 
     ``config``: a YAML file, for a checkpoint without a configuration; ``ema``: use the moving average; ``device``
-    "auto" takes a GPU if there is one; ``dtype``: as for ``Recognizer``. Raises CheckpointError, ConfigError,
-    ValueError or BackendMissing, each with what to do.
+    "auto" takes a GPU if there is one; ``dtype``, ``fp32_precision``: as for ``Recognizer``. Raises CheckpointError,
+    ConfigError, ValueError or BackendMissing, each with what to do.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device '{device}' is not available: PyTorch sees no CUDA GPU; use 'cpu' or 'auto'")
     parsed = JasperConfig.from_yaml(config) if config is not None else None
-    return Recognizer(load_model(checkpoint, config=parsed, ema=ema, backend=backend), device=device, dtype=dtype)
+    model = load_model(checkpoint, config=parsed, ema=ema, backend=backend)
+    return Recognizer(model, device=device, dtype=dtype, fp32_precision=fp32_precision)
