@@ -63,7 +63,8 @@ class Recognizer:
     Features and labels are those of ``model.config`` (``input_val``); without labels there, the English alphabet where
     the model has 29 classes. ``dtype`` is that of weights and activations (features and sums stay fp32), by default the
     model's; ``fp32_precision``: as for ``InferenceEngine``. Each utterance gets the same transcript alone and in any
-    batch. Decoding is greedy unless ``decoder`` is set. Raises ValueError where labels, classes or mel bands do not fit one another.
+    batch. Decoding is greedy unless ``decoder`` is set. Raises ValueError where labels, classes or mel bands do
+    not fit one another.
     """
 
     def __init__(
