@@ -7,7 +7,7 @@
 #   make compile    every Triton kernel for sm_80 to sm_100, by the pinned Triton and the GPU machines', and every CUDA conv
 #                   for sm_75 to sm_120, against the tables
 #   make bench      measure kernels, training, latency and memory beside eager PyTorch, under ten minutes
-#   make mutants    the CUDA convs with 66 small wrongs, each of which a test must find, about ten minutes
+#   make mutants    the CUDA convs with 76 small wrongs, each of which a test must find, about ten minutes
 #   make sanitize   tests of the ops under AddressSanitizer, UBSan and ThreadSanitizer
 #   make wheelhouse build/wheelhouse: wheels for a machine without a network that has PyTorch (WHEELS=3.12, its Python)
 #   make lint       ruff

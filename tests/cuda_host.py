@@ -21,7 +21,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
-ENGINE = [CSRC / "cuda/emulate" / name for name in ("engine.cpp", "memory.cpp", "barriers.cpp", "products.cpp")]
+ENGINE = [
+    CSRC / "cuda/emulate" / name for name in ("engine.cpp", "grids.cpp", "memory.cpp", "barriers.cpp", "products.cpp")
+]
 BUILT = ROOT / "build" / "emulated"
 FLAGS = ["-std=c++20", "-fPIC", "-pthread", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
 # GCC 12 finds an overlap in "a" + std::string, where there is none.

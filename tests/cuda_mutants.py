@@ -44,7 +44,18 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "a tap is a row late": (WGMMA, "(a.stride == 1 ? shift : shift / 2)) * 16;", "(a.stride == 1 ? shift + 1 : shift / 2)) * 16;"),
     "both copies bring the first image": (WGMMA, "(a, tile, step, half),", "(a, tile, step, 0),"),
     "a consumer is not in the barrier": (WGMMA, "barrier_sync(1, kConsumers)", "barrier_sync(1, kConsumers - 32)"),
+    # launches that overlap
+    "the launch before is not waited for": (WGMMA, "    ptx::grid_dependency_wait();\n", ""),
+    "lengths are read before the wait": (WGMMA, "guess(a, FRAMES, first, false)", "guess(a, FRAMES, first, true)"),
+    "the tile is read before the wait": (WGMMA, "    ptx::grid_dependency_wait();\n    ptx::grid_launch_dependents();\n    if (!Tile(a, FRAMES, first).same_steps(guess)) wrong = early;\n", "    if (!Tile(a, FRAMES, first).same_steps(guess)) wrong = early;\n    ptx::grid_dependency_wait();\n    ptx::grid_launch_dependents();\n"),
+    "the copying warps alone wait": (WGMMA, "    ptx::grid_dependency_wait();\n", "    if (warp < 4) ptx::grid_dependency_wait();\n"),
+    "the launch after begins too soon": (WGMMA, "    ptx::grid_dependency_wait();\n    ptx::grid_launch_dependents();\n", "    ptx::grid_launch_dependents();\n    ptx::grid_dependency_wait();\n"),
+    "weights of a wrong guess are multiplied": (WGMMA, "  for (int i = 0; i < wrong;", "  for (int i = wrong; i < wrong;"),
+    "weights of a right guess are copied again": (WGMMA, "from = early - wrong;", "from = 0;"),
+    "one early step is forgotten": (WGMMA, "weights, 0, early);", "weights, 0, early - 1);"),
     # mma.sync
+    "mma: the launch before is not waited for": (MMA, "    ptx::grid_dependency_wait();\n", ""),
+    "mma: lengths are read before the wait": (MMA, "  if constexpr (kChained<MODE, TRANSPOSED>) {\n    ptx::grid", "  const Tile before(a, BLOCK, static_cast<int>(blockIdx.x));\n  if constexpr (kChained<MODE, TRANSPOSED>) {\n    ptx::grid"),
     "one step too many under way": (MMA, "ptx::copy_wait<STAGES - 2>();", "ptx::copy_wait<STAGES - 1>();"),
     "a late panel is not waited for": (MMA, "odd_panel_group_) > i)", "odd_panel_group_) > i + 1)"),
     "warps run apart": (MMA, "      __syncthreads();\n      if constexpr (ASYNC) {\n        issue", "      if constexpr (ASYNC) {\n        issue"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from close import assert_close
 from test_conv1d_cuda import Face
+from test_conv1d_cuda_chain import depends
 from test_golden import _build, _loss, _valid, golden  # noqa: F401 (a fixture)
 
 from jasper_fast import InferenceEngine
@@ -18,11 +19,21 @@ from jasper_fast.kernels.conv1d import cuda_launch
 HALF = torch.float16
 
 
+class Called(list[str]):
+    """Names of functions, and which of the launches may begin before the one before them has ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early: list[bool] = []
+        self.library: ctypes.CDLL
+
+
 @pytest.fixture(params=[80, 90])
-def convs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def convs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Called:
     """The names of the functions that were called; every conv that can be is the CUDA face's."""
     library = ctypes.CDLL(str(cuda_host.build([cuda_host.CSRC / "cuda/emulate/conv1d.cpp"])))
-    face, called, run = Face(monkeypatch, cuda_launch.Functions(library)), [], cuda_launch.run
+    face, called, run = Face(monkeypatch, cuda_launch.Functions(library)), Called(), cuda_launch.run
+    called.library = library
     face.on(request.param, 4)
 
     def chosen(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> str:
@@ -30,12 +41,34 @@ def convs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
 
     def noted(name: str, *args: object, **how: object) -> None:
         called.append(name)
+        called.early.append(how.get("early", False))
         run(name, *args, **how)
 
     monkeypatch.setattr(choose, "_conv_face", chosen)
     monkeypatch.setattr(choose, "fused_face", lambda backend, device, dtype: "cuda")
     monkeypatch.setattr(cuda_launch, "run", noted)
     return called
+
+
+@pytest.mark.slow
+def test_launches_of_the_engine_overlap_safely(convs: Called, golden) -> None:  # noqa: F811
+    """Where a launch may begin early, all activations, lengths and partial sums are NaN until it waits for the launch
+    before it; and what it does not wait for, weights, was packed before the call."""
+    config, tensors = golden
+    engine = InferenceEngine(_build("reference", config, tensors).eval(), dtype=HALF)
+    given = tensors["features"], tensors["feature_lengths"]
+    want = engine(*given)
+    runner = engine._run
+    convs.clear(), convs.early.clear()
+    try:
+        depends(convs.library, *runner.buffers.held.values(), *runner.lengths.held.values(), *runner._scratch())
+        got = engine(*given)
+    finally:
+        depends(convs.library)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    # in stream order: the first call begins after the caller's work, the second begins the graph, the last follows it
+    assert set(convs) == {"jf_conv1d"} and len(convs) > 4
+    assert convs.early == [False, False, *[True] * (len(convs) - 3), False]
 
 
 @pytest.mark.slow

@@ -18,6 +18,8 @@ import torch
 from cuda_mutants import MUTANTS, WGMMA, WGRAD, WGRAD90
 from fuzz import sanitize
 from test_conv1d_cuda import DIRECTIONS, FUSED, Face, check_inference
+from test_conv1d_cuda_chain import LAYERS as CHAINED
+from test_conv1d_cuda_chain import check_early
 
 from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles
 
@@ -51,6 +53,8 @@ def checked(library: Path, loop: int, directions: tuple[str, ...], seed: int) ->
             face.on(loop, 64)
             check_inference(LAYERS["wide"], 88, True, False, False, torch.float16)
             check_inference(conv_cases.LAYERS["prologue"], *FUSED["features"][1:], torch.float16)
+            for layer, c2, shared in CHAINED.values() if loop != 75 else ():
+                check_early(loaded, layer, c2, shared, torch.float16)
 
 
 def outcome(library: Path, loop: int, directions: tuple[str, ...]) -> str | None:

@@ -29,7 +29,7 @@ ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
 QUICK = ("75", "80", "90a")  # one for each inner loop
 INSTRUCTIONS = {
     "HGMMA": "wgmma", "HMMA": "mma_sync", "LDSM": "ldmatrix", "LDGSTS": "cp_async", "UBLKCP": "bulk_copies",
-    "STL": "local_stores", "LDL": "local_loads",
+    "ACQBULK": "grid_waits", "STL": "local_stores", "LDL": "local_loads",
 }  # fmt: skip
 FACTS = ("registers", "spilled", "stack", *INSTRUCTIONS.values(), "waits")
 SOURCE = paths.BENCH.parent / "csrc" / "cuda" / "conv1d.cu"
@@ -142,6 +142,9 @@ def complaints(row: dict) -> list[str]:
     wanted = {"conv_90": ("wgmma", "bulk_copies", "cp_async"), "conv_80": ("mma_sync", "ldmatrix", "cp_async")}
     wanted |= {"conv_75": ("mma_sync", "ldmatrix"), "wgrad_80": wanted["conv_80"], "wgrad_75": ("mma_sync", "ldmatrix")}
     found += [f"no {name} instruction" for name in wanted.get(kernel.split()[0], ()) if not row[name]]
+    chained = kernel.startswith("conv_") and not {"stats", "norm", "dgrad"} & set(kernel.split())
+    if chained and int(row["arch"].rstrip("a")) >= 90 and not row["grid_waits"]:
+        found.append("no wait for the launch before it, with which it may overlap")
     return found
 
 

@@ -16,6 +16,9 @@ constexpr int kOut = 128;                            // output channels of a til
 constexpr int kSlab = 32;                            // frames that pass the epilogue at a time
 
 enum Mode : int { kPlain = 0, kStats = 1, kNorm = 2, kLogSoftmax = 3 };
+// Whether the kernel is one of inference, whose launches may overlap: it waits for the launch before it.
+template <int MODE, bool TRANSPOSED>
+constexpr bool kChained = !TRANSPOSED && (MODE == kPlain || MODE == kLogSoftmax);
 enum Source : int { kCell16 = 0, kElement = 1, kFloat = 2 };  // how activations are read: cells, or elements of T or fp32
 
 // One operand whose channels are reduced: activations (N, T, C) and the pack that they meet.
@@ -23,6 +26,12 @@ struct Operand {
   const void *x, *pack;
   int64_t item, row, channel;  // strides of x, in elements
   int channels, blocks_in, blocks_out, source;
+};
+
+// Weights that the launch after this one reads.
+struct Ahead {
+  const void* at;
+  int64_t bytes;
 };
 
 struct Args {
@@ -41,6 +50,7 @@ struct Args {
   int batch, frames, frames_out, c_out, taps, stride, padding, dilation;
   int relu, masked, out_vector;              // out_vector: rows of out take 16-byte stores
   int t_blocks, o_blocks, splits, panels_kept, stages;  // the last two: places for panels, and on sm_90a for weights
+  Ahead ahead[2];                            // null: none
 };
 
 // f(0) .. f(N - 1) with compile-time arguments. Accumulators are indexed by constants only, or the compiler moves them to
@@ -75,7 +85,8 @@ struct Tile {
   int stop;                     // the tile's frames end here
   int main_steps, begin, count;
 
-  __device__ __forceinline__ Tile(const Args& a, int block, int id) {
+  // told: whether lengths may be read. Without them the tile is one of whole utterances.
+  __device__ __forceinline__ Tile(const Args& a, int block, int id, bool told = true) {
     split = id % a.splits, id /= a.splits;
     o0 = id % a.o_blocks * kOut;  // channels innermost: neighbours share their frames in L2
     index = id / a.o_blocks;
@@ -83,7 +94,7 @@ struct Tile {
     t0 = index % a.t_blocks * block;
     stop = t0 + block < a.frames_out ? t0 + block : a.frames_out;
     limit = a.frames, limit_panes = end = a.frames_out;
-    if (a.in_lengths != nullptr) {
+    if (told && a.in_lengths != nullptr) {
       int64_t length = a.in_lengths[n];
       length = length < 0 ? 0 : length < a.frames ? length : a.frames;
       if (a.lengths_out != nullptr) {
@@ -97,13 +108,18 @@ struct Tile {
         if (limit < limit_panes) limit_panes = limit;
       }
     }
-    if (a.out_lengths != nullptr && a.out_lengths[n] < end) end = a.out_lengths[n] < 0 ? 0 : static_cast<int>(a.out_lengths[n]);
+    if (told && a.out_lengths != nullptr && a.out_lengths[n] < end) end = a.out_lengths[n] < 0 ? 0 : static_cast<int>(a.out_lengths[n]);
     main_steps = limit <= 0 || t0 * a.stride - a.padding >= limit ? 0 : a.taps * divide_up(a.main.channels, kChunk);
     int steps = main_steps + (t0 < limit_panes ? divide_up(a.panes.channels, kChunk) : 0);
     if (t0 >= end) steps = main_steps = 0;
     const int share = divide_up(steps, a.splits);
     begin = share * split < steps ? share * split : steps;
     count = steps - begin < share ? steps - begin : share;
+  }
+
+  // Whether both have the same steps of the reduction.
+  __device__ __forceinline__ bool same_steps(const Tile& other) const {
+    return main_steps == other.main_steps && begin == other.begin && count == other.count;
   }
 };
 
@@ -186,6 +202,15 @@ __device__ __forceinline__ const T* image(const Args& a, const Tile& tile, const
   const int64_t at = TRANSPOSED ? (static_cast<int64_t>(a.taps - 1 - s.tap) * x.blocks_in + out) * x.blocks_out + in
                                 : (static_cast<int64_t>(s.tap) * x.blocks_in + in) * x.blocks_out + out;
   return static_cast<const T*>(x.pack) + at * kImage;
+}
+
+// One thread asks for this CTA's part of the next launch's weights in L2.
+__device__ __forceinline__ void prefetch_ahead(const Args& a) {
+  constexpr int64_t kPiece = kImage * 2;
+  for (const Ahead& next : a.ahead) {
+    for (int64_t at = blockIdx.x * kPiece; at < next.bytes; at += gridDim.x * kPiece)
+      ptx::prefetch_bulk(static_cast<const char*>(next.at) + at, static_cast<uint32_t>(kPiece));
+  }
 }
 
 // ---- packing -------------------------------------------------------------------------------------------------------

@@ -91,6 +91,7 @@ __global__ void __launch_bounds__(kWgrad90Threads, 1) wgrad_90(const __grid_cons
 struct Launch {
   int loop, grid, shared;
   int cooperative;  // all CTAs are on the device at once
+  int early;        // may begin while the launch before it in the stream still runs; needs a kernel that waits for it
   void* stream;
 };
 
@@ -106,6 +107,7 @@ inline int loop_of(int capability) { return capability / 10 == 9 ? 90 : capabili
 template <class... P, class... A>
 void run(const Launch& l, int threads, void (*kernel)(P...), const A&... args) {
 #ifdef JF_EMULATE
+  emulated_early(l.early);
   launch_emulated(l.grid, threads, l.shared, l.cooperative ? 0 : emulated_resident(), [&] { kernel(args...); });
 #else
   cudaFuncAttributes found;  // of PTX that the driver compiled for a newer GPU ptxVersion tells whose kernel it is
@@ -116,12 +118,15 @@ void run(const Launch& l, int threads, void (*kernel)(P...), const A&... args) {
     return;
   }
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared) != cudaSuccess) return;
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = l.cooperative;
+  cudaLaunchAttribute how[2]{};
+  how[0].id = cudaLaunchAttributeCooperative;
+  how[0].val.cooperative = l.cooperative;
+  how[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  how[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = l.grid, config.blockDim = threads, config.dynamicSmemBytes = l.shared;
-  config.stream = static_cast<cudaStream_t>(l.stream), config.attrs = &cooperative, config.numAttrs = 1;
+  config.stream = static_cast<cudaStream_t>(l.stream), config.attrs = how;
+  config.numAttrs = l.early && found.ptxVersion >= 90 ? 2 : 1;  // code for an older architecture does not wait
   cudaLaunchKernelEx(&config, kernel, P(args)...);
 #endif
 }

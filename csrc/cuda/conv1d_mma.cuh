@@ -239,9 +239,15 @@ class MmaTile {
 
 template <class T, int MODE, int BLOCK, int STAGES, bool ASYNC, bool WIDE, bool TRANSPOSED>
 __device__ __forceinline__ void mma_conv(const Args& a) {
+  if constexpr (kChained<MODE, TRANSPOSED>) {
+    ptx::grid_dependency_wait();
+    ptx::grid_launch_dependents();
+  }
   const Tile tile(a, BLOCK, static_cast<int>(blockIdx.x));
   MmaTile<T, BLOCK, STAGES, ASYNC, WIDE, TRANSPOSED> product(a, tile);
   product.run();
+  if constexpr (kChained<MODE, TRANSPOSED>)
+    if (threadIdx.x == 0) prefetch_ahead(a);
   float* staging = reinterpret_cast<float*>(ptx::arena());
   Epilogue<T, MODE, kMmaThreads, kPitchMma> epilogue(a, tile, threadIdx.x);
   const auto sync = [] { __syncthreads(); };

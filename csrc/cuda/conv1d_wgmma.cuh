@@ -40,10 +40,12 @@ struct Ring {
   }
 };
 
+// Weights of the tile's steps `from` .. `to` - 1.
 template <class T, bool TRANSPOSED>
-__device__ __forceinline__ void copy_weights(const Args& a, const Tile& tile, uint32_t weights, Ring& ring) {
-  Step step(a, tile, 0);
-  for (int i = 0; i < tile.count; ++i, step.advance(a, tile), ring.advance()) {
+__device__ __forceinline__ void copy_weights(const Args& a, const Tile& tile, uint32_t weights, Ring& ring, int from,
+                                             int to) {
+  Step step(a, tile, from);
+  for (int i = from; i < to; ++i, step.advance(a, tile), ring.advance()) {
     ring.wait_empty();
     ptx::mbarrier_arrive_expect(ring.full(), kWeightBytes);
 #pragma unroll
@@ -159,11 +161,26 @@ __device__ __forceinline__ void wgmma_conv(const Args& a) {
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
+  // Weights are the same in all launches, so the first of them are copied while the launch before this one may still run:
+  // those of a tile without padding, for lengths are not to be read yet. Everything else comes after the wait.
+  const int first = static_cast<int>(blockIdx.x);
+  int early = 0, wrong = 0;  // steps whose weights were copied; of these not the tile's, where padding leaves some out
+  if constexpr (kChained<MODE, TRANSPOSED>) {
+    const Tile guess(a, FRAMES, first, false);
+    early = guess.count < a.stages ? guess.count : a.stages;
+    if (threadIdx.x == 0) copy_weights<T, TRANSPOSED>(a, guess, memory + layout.weights, weights, 0, early);
+    ptx::grid_dependency_wait();
+    ptx::grid_launch_dependents();
+    if (!Tile(a, FRAMES, first).same_steps(guess)) wrong = early;
+  }
   if (warp < 4) {
     ptx::registers_less<72>();
     if (threadIdx.x == 0) {
-      for (int id = blockIdx.x; id < tiles; id += gridDim.x)
-        copy_weights<T, TRANSPOSED>(a, Tile(a, FRAMES, id), memory + layout.weights, weights);
+      for (int id = first, from = early - wrong; id < tiles; id += gridDim.x, from = 0) {
+        const Tile tile(a, FRAMES, id);
+        copy_weights<T, TRANSPOSED>(a, tile, memory + layout.weights, weights, from, tile.count);
+      }
+      if constexpr (kChained<MODE, TRANSPOSED>) prefetch_ahead(a);
     } else if (warp > 0) {
       PanelCopies copies{panels, panels};
       for (int id = blockIdx.x; id < tiles; id += gridDim.x)
@@ -175,6 +192,10 @@ __device__ __forceinline__ void wgmma_conv(const Args& a) {
   const int thread = threadIdx.x - 128, half = thread / 128;
   float* staging = reinterpret_cast<float*>(ptx::arena() + layout.staging);
   const auto sync = [] { ptx::barrier_sync(1, kConsumers); };
+  for (int i = 0; i < wrong; ++i, weights.advance()) {
+    weights.wait_full();
+    if (thread % 32 == 0) ptx::mbarrier_arrive(weights.empty());
+  }
   for (int id = blockIdx.x; id < tiles; id += gridDim.x) {
     const Tile tile(a, FRAMES, id);
     float sums[FRAMES / 2];

@@ -178,9 +178,26 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
                : "memory");
 }
 
+// Architectures before sm_90 have neither of the next three, and no launch of theirs overlaps: nothing is done.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define JF_SM_90(...)
+#else
+#define JF_SM_90(...) __VA_ARGS__
+#endif
+
 // Asks for `bytes`, a multiple of 16, in L2.
-__device__ __forceinline__ void prefetch_bulk(const void* from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes) : "memory");
+__device__ __forceinline__ void prefetch_bulk([[maybe_unused]] const void* from, [[maybe_unused]] uint32_t bytes) {
+  JF_SM_90(asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes)
+                        : "memory"));
+}
+
+// Waits until the grids that this one may overlap with have completed, and sees what they wrote. Without such a grid it
+// returns at once.
+__device__ __forceinline__ void grid_dependency_wait() { JF_SM_90(asm volatile("griddepcontrol.wait;" ::: "memory")); }
+
+// Lets the grid after this one begin once every CTA has called this, or has ended, where it was launched to overlap.
+__device__ __forceinline__ void grid_launch_dependents() {
+  JF_SM_90(asm volatile("griddepcontrol.launch_dependents;" ::: "memory"));
 }
 
 // Gives registers of the warp back, or takes them, so that a thread has N (24 to 256, a multiple of 8). All warps of a
@@ -194,12 +211,6 @@ template <int N>
 __device__ __forceinline__ void registers_more() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
-
-// Waits for the grid before this one, where it was launched to overlap with it.
-__device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-// Lets the grid after this one begin, where it was launched to overlap with it.
-__device__ __forceinline__ void grid_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // ---- sm_90a: products of a warpgroup -------------------------------------------------------------------------------
 

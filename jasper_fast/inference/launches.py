@@ -16,6 +16,7 @@ from torch import Tensor
 from jasper_fast.dispatch import backends
 from jasper_fast.inference.plan import Buffers, KernelConv, Network, make_plan, weight_of
 from jasper_fast.inference.shapes import Shapes
+from jasper_fast.kernels.conv1d.gpu_shared import Chain
 from jasper_fast.kernels.operands import FULL, Lengths
 
 
@@ -124,6 +125,10 @@ class Launches:
     def _bind(self, n: int, frames: list[int], changes: list[bool]) -> Bound:
         plan, buffers = self._plan, self.buffers
         source = buffers.view(plan.source, n, frames[0]) if plan.reads_source else None
+        # of the launches of this face; the first of all and the first of a graph follow the caller's work, so neither
+        # begins early
+        convs = [*(step.conv for step in plan.steps), plan.head]
+        packs = [conv.packs if isinstance(conv, KernelConv) else () for conv in convs]
         calls, x, lens = [], source, None
         for i, (step, t) in enumerate(zip(plan.steps, frames[1:], strict=True)):
             out = buffers.view(step.out, n, t)
@@ -134,7 +139,8 @@ class Launches:
                 told = Lengths(before, None, lens, plan.masks)
             # kernels write zeros past the lengths; only features that panes read from a buffer have padding that is not
             # zero
-            call = partial(step.conv, out=out, panes=panes, clean=i > 0 and not plan.panes_read_source)
+            chain = Chain(early=i > 1 and bool(packs[i - 1]), ahead=packs[i + 1])
+            call = partial(step.conv, out=out, panes=panes, clean=i > 0 and not plan.panes_read_source, chain=chain)
             calls.append(call if i == 0 else partial(call, x, lengths=told))
             x = out
         return Bound(source, calls[0], calls[1:], x, lens)

@@ -108,6 +108,11 @@ class KernelConv:
         panes = None if panes is None else (panes, self.packed_panes)
         self._fused(x, self.packed, self.geometry, lengths=lengths, panes=panes, out=out, **how)
 
+    @property
+    def packs(self) -> tuple[Tensor, ...]:
+        """What it reads of weights."""
+        return tuple(pack.data for pack in (self.packed, self.packed_panes) if pack is not None)
+
 
 class DepthwiseConv:
     """A FoldedConv of the taps of a separable sub-block: the mask before and after it, neither bias nor ReLU."""

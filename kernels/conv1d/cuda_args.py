@@ -48,6 +48,12 @@ class Operand(ctypes.Structure):
         return cls(x.data_ptr(), address(pack), item, row, channel, channels, *blocks, source)
 
 
+class Ahead(ctypes.Structure):
+    """Weights that the launch after this one reads."""
+
+    _fields_ = [("at", Pointer), ("bytes", Long)]
+
+
 class Args(ctypes.Structure):
     """Arguments of a conv kernel."""
 
@@ -60,6 +66,7 @@ class Args(ctypes.Structure):
         *((name, Int) for name in ("batch", "frames", "frames_out", "c_out", "taps", "stride", "padding", "dilation")),
         *((name, Int) for name in ("relu", "masked", "out_vector")),
         *((name, Int) for name in ("t_blocks", "o_blocks", "splits", "panels_kept", "stages")),
+        ("ahead", Ahead * 2),
     ]
 
 
@@ -78,6 +85,6 @@ class Launch(ctypes.Structure):
     """Where and how a kernel is launched."""
 
     _fields_ = [
-        *((name, Int) for name in ("loop", "grid", "shared", "cooperative")),
+        *((name, Int) for name in ("loop", "grid", "shared", "cooperative", "early")),
         ("stream", Pointer),
     ]

@@ -20,6 +20,7 @@ from jasper_fast.kernels.conv1d.cuda_args import (
     OUT,
     PLAIN,
     STATS,
+    Ahead,
     Args,
     Operand,
     WgradArgs,
@@ -27,7 +28,7 @@ from jasper_fast.kernels.conv1d.cuda_args import (
     pack_blocks,
 )
 from jasper_fast.kernels.conv1d.cuda_tiles import SLAB, Plan, Work
-from jasper_fast.kernels.conv1d.gpu_shared import Workspace, out_frames
+from jasper_fast.kernels.conv1d.gpu_shared import ALONE, Chain, Workspace, out_frames
 from jasper_fast.kernels.layout import empty_ntc
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths, Mask, Norm
 
@@ -226,6 +227,7 @@ def fused(
     clean: bool = False,
     log_softmax: bool = False,
     workspace: Workspace | None = None,
+    chain: Chain = ALONE,
 ) -> Tensor:
     """mask(relu(conv1d(x) + x2 @ packed2 + bias)) of `x` (N, T, C_in), into `out` (N, T', C_out).
 
@@ -234,6 +236,7 @@ def fused(
     read; rows of the result at t >= `lengths.after` are zero. Where rows are masked `out` may be longer than the conv's
     result. `bias` is fp32 (C_out,). log_softmax: of up to 128 channels, `out` is then fp32. workspace: lets several
     CTAs share a tile's reduction. clean: x and x2 are zero beyond `lengths.before`, which this face does not need.
+    chain: launches beside this one, with which it may overlap on sm_90 and later.
     Raises ValueError for shapes that do not fit and TypeError for dtypes.
     """
     w, (n, t, c_in) = packed, x.shape
@@ -251,7 +254,8 @@ def fused(
         args.in_lengths = args.in_lengths if lengths.made is not None else None
     c_panes = 0 if x2 is None else w2.c_in
     work = Work(n, t_out, c_in, w.c_out, c_panes, w.taps, geometry.stride, geometry.dilation)
-    _launch(args, x, w, work, LOG_SOFTMAX if log_softmax else PLAIN, False, workspace)
+    _fetch_ahead(args, cuda_launch.gpu(x.device), chain.ahead)
+    _launch(args, x, w, work, LOG_SOFTMAX if log_softmax else PLAIN, False, workspace, chain.early)
     return out
 
 
@@ -304,7 +308,15 @@ def _args(source: Operand, out: Tensor, frames: int, taps: int, geometry: Geomet
     )  # fmt: skip
 
 
-def _launch(args, x, w, work, mode, transposed, workspace=None) -> tuple[Tensor | None, Tensor | None]:
+def _fetch_ahead(args: Args, gpu: cuda_tiles.Gpu, packs: tuple[Tensor, ...]) -> None:
+    """Lets the launch ask for `packs` in L2, as far as they fill half of it."""
+    room, image = gpu.l2 // 2, IMAGE * 2
+    for i, pack in enumerate(packs):
+        taken = min(pack.numel() * pack.element_size(), room) // image * image
+        args.ahead[i], room = Ahead(address(pack), taken), room - taken
+
+
+def _launch(args, x, w, work, mode, transposed, workspace=None, early=False) -> tuple[Tensor | None, Tensor | None]:
     """Plan and launch; the merged results of a `mode` that has them, (C_out,) fp32 each."""
     gpu = cuda_launch.gpu(x.device)
     cut: Plan = cuda_tiles.plan(gpu, work, workspace is not None)
@@ -324,7 +336,7 @@ def _launch(args, x, w, work, mode, transposed, workspace=None) -> tuple[Tensor 
     dtype = cuda_launch.DTYPES[w.data.dtype]
     cuda_launch.run(
         "jf_conv1d", x, cut.grid, cut.shared, dtype, mode, transposed, cut.block, args, cooperative=cut.splits > 1,
-        loop=gpu.loop,
+        early=early, loop=gpu.loop,
     )  # fmt: skip
     if parts is None:
         return None, None

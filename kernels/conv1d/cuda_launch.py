@@ -75,13 +75,23 @@ def gpu(device: torch.device) -> cuda_tiles.Gpu:
     """What plans ask of `device`."""
     p = torch.cuda.get_device_properties(device)
     loop = 90 if p.major == 9 else 80 if p.major >= 8 else 75
-    return cuda_tiles.Gpu(loop, p.multi_processor_count, p.shared_memory_per_block_optin)
+    return cuda_tiles.Gpu(loop, p.multi_processor_count, p.shared_memory_per_block_optin, p.L2_cache_size)
 
 
 def run(
-    name: str, like: Tensor, grid: int, shared: int, *args: object, cooperative: bool = False, loop: int = 0
+    name: str,
+    like: Tensor,
+    grid: int,
+    shared: int,
+    *args: object,
+    cooperative: bool = False,
+    early: bool = False,
+    loop: int = 0,
 ) -> None:
-    """Call C function `name`: a launch of `grid` CTAs with `shared` bytes of shared memory on the device of `like`."""
+    """Call C function `name`: a launch of `grid` CTAs with `shared` bytes of shared memory on the device of `like`.
+
+    early: it may begin while the launch before it in the stream still runs, where the GPU can (sm_90 and later).
+    """
     on = gpu(like.device)
     if shared > on.shared:
         raise RuntimeError(f"{name} needs {shared} bytes of shared memory, a block of this GPU has {on.shared}")
@@ -91,7 +101,7 @@ def run(
             here = torch.cuda.device(like.device)
         stream = torch.cuda.current_stream(like.device).cuda_stream
     with here:
-        launch = Launch(loop, grid, shared, cooperative, stream)
+        launch = Launch(loop, grid, shared, cooperative, early, stream)
         error = getattr(functions(), name)(launch, *args)
         if error is not None:
             raise RuntimeError(f"{name}: {error.decode()}")

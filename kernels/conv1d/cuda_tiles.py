@@ -25,11 +25,13 @@ _PORT, _L2 = 128, 64  # bytes a clock of the shared-memory port, and of L2 for o
 
 
 class Gpu(NamedTuple):
-    """What the plans ask of a GPU: its inner loop, multiprocessors, and bytes of shared memory that a CTA may have."""
+    """What the plans ask of a GPU: its inner loop, multiprocessors, bytes of shared memory that a CTA may have, and of
+    L2."""
 
     loop: int
     sms: int
     shared: int
+    l2: int = 4 << 20  # Turing's
 
 
 class Plan(NamedTuple):

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from jasper_fast.kernels.operands import Geometry
+
+
+class Chain(NamedTuple):
+    """What a launch of `fused` knows of those beside it in its stream.
+
+    early: it may begin while the launch before it still runs, which is one of this face's own, and began after this
+    one's weights were packed. ahead: up to two packs that the launch after it reads, to be fetched into L2.
+    """
+
+    early: bool = False
+    ahead: tuple[Tensor, ...] = ()
+
+
+ALONE = Chain()
 
 
 class Workspace:

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from jasper_fast.kernels import launch
 from jasper_fast.kernels.conv1d import triton_tiles
-from jasper_fast.kernels.conv1d.gpu_shared import Workspace, out_frames
+from jasper_fast.kernels.conv1d.gpu_shared import ALONE, Chain, Workspace, out_frames
 from jasper_fast.kernels.conv1d.triton_dgrad import conv1d_dgrad_kernel, conv1d_sums_merge_kernel
 from jasper_fast.kernels.conv1d.triton_forward import conv1d_forward_kernel, conv1d_stats_merge_kernel
 from jasper_fast.kernels.conv1d.triton_fused import conv1d_fused_kernel
@@ -271,6 +271,7 @@ def fused(
     clean: bool = False,
     log_softmax: bool = False,
     workspace: Workspace | None = None,
+    chain: Chain = ALONE,
 ) -> Tensor:
     """mask(relu(conv1d(x) + x2 @ packed2 + bias)) of `x` (N, T, C_in), into `out` (N, T', C_out).
 
@@ -281,7 +282,8 @@ def fused(
     and no products. With a mask, `out` may have more rows than the conv gives. `bias` is fp32 (C_out,).
 
     clean: as in `forward`, for x and x2. log_softmax: over up to 128 channels; `out` is then fp32. workspace: lets
-    several programs share the reduction of a tile. Raises ValueError for shapes that do not fit and TypeError for
+    several programs share the reduction of a tile. chain: this face has no use for it. Raises ValueError for shapes that
+    do not fit and TypeError for
     dtypes.
     """
     w, (stride, padding, dilation), (n, t, c_in) = packed, geometry, x.shape

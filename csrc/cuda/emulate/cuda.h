@@ -43,6 +43,9 @@ void launch_emulated(int64_t grid, int block, size_t shared, int resident, const
 // What JF_LAUNCH_DYNAMIC takes for `resident`.
 int emulated_resident();
 
+// Whether the next launch may begin before the one before it has ended (grids.cpp).
+void emulated_early(bool may);
+
 // Tells the checks of asynchronous copies which global memory there is; none is told: any address is right.
 void emulated_memory(const void* from, size_t bytes);
 
@@ -77,6 +80,8 @@ extern "C" {
 // Of later launches: `resident` as above; a seed other than 0 takes the runnable warps and lanes in an order drawn from it
 // and interrupts them, so that other interleavings are seen.
 void jf_emulation(int resident, uint64_t seed);
+// Memory that launches before an early one may write or read; null forgets all.
+void jf_emulation_depends(void* at, int64_t bytes);
 // How often the instruction of this name ran in the last launch, once for a warp where it is a warp's.
 int64_t jf_emulation_count(const char* instruction);
 }

@@ -195,7 +195,7 @@ Fiber* next() {
       enqueue(warp);
       complete_bulk(++launch.turns, false);
     }
-    if (launch.queue.empty() && !complete_bulk(launch.turns, true)) break;
+    if (launch.queue.empty() && !complete_bulk(launch.turns, true) && !end_wait()) break;
     if (launch.queue.empty()) continue;
     if (launch.random) std::swap(launch.queue.front(), launch.queue[draw() % launch.queue.size()]);
     launch.warp = launch.queue.front();
@@ -270,7 +270,7 @@ void start_cta(Cta& cta, int64_t block, int threads, size_t shared, size_t first
     Warp& warp = cta.warps[t / 32];
     warp.cta = &cta, warp.index = t / 32, warp.lanes[t % 32] = &fiber, warp.all |= 1u << t % 32;
     fiber.warp = &warp, fiber.cta = &cta, fiber.thread = t, fiber.lane = t % 32;
-    fiber.spins = fiber.ended = false, fiber.next_waiter = nullptr, fiber.waits_for = "start";
+    fiber.spins = fiber.ended = fiber.waited = false, fiber.next_waiter = nullptr, fiber.waits_for = "start";
     fiber.copies.clear(), fiber.groups.clear(), fiber.uncommitted = 0, fiber.dirty.clear();
 #ifdef JF_TSAN  // made here, not at the first switch: what makes it happens before all that it does
     if (!fiber.sanitizer.thread) fiber.sanitizer.thread = __tsan_create_fiber(0);
@@ -314,7 +314,7 @@ void clean_up(bool failed) {
   launch.warp = nullptr;
   launch.live = launch.spins = 0;
   launch.error.clear();
-  forget_bulk();
+  forget_bulk(), forget_grid();
   for (auto& cta : launch.ctas) cta->block = -1, cta->warps.clear(), cta->groups.clear();
 #ifdef JF_TSAN
   for (auto& fiber : pool) {
@@ -445,7 +445,7 @@ void launch_emulated(int64_t grid, int block, size_t shared, int resident, const
     if (const char* seed = std::getenv("JASPER_FAST_EMULATE_SEED")) settings.seed = std::strtoull(seed, nullptr, 0);
     settings.read = true;
   }
-  counts.clear(), counts.reserve(64);
+  counts.clear(), counts.reserve(64), begin_grid();
   blockDim = {static_cast<unsigned>(block), 1, 1}, gridDim = {static_cast<unsigned>(grid), 1, 1};
   launch.kernel = &kernel;
   launch.random = settings.seed ? settings.seed * 0x9E3779B97F4A7C15ull | 1 : 0;

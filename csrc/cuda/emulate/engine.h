@@ -36,6 +36,7 @@ struct Fiber {
   Cta* cta = nullptr;
   int thread = 0, lane = 0;
   bool spins = false, ended = false;
+  bool waited = false;  // for the launch before this one
   Fiber* next_waiter = nullptr;
   const char* waits_for = "";  // with `address` and `parity`, for the message about a deadlock
   uint32_t address = 0, parity = 0;
@@ -144,5 +145,11 @@ void check_complete(NamedBarrier& barrier);
 
 // products.cpp
 void end_products(Cta& cta);
+
+// grids.cpp
+void begin_grid();
+bool end_wait();    // ends the wait for the launch before this one; whether any thread waited
+void forget_grid();
+void check_waited(const Fiber& fiber);
 
 }  // namespace jf::engine

@@ -179,6 +179,7 @@ bool complete_bulk(uint64_t now, bool oldest) {
 void forget_bulk() { bulks.clear(); }
 
 void thread_ends(Fiber& fiber) {
+  check_waited(fiber);
   complete_copies(fiber, fiber.copies.size());
   NamedBarrier& barrier = fiber.cta->named[0];  // __syncthreads waits for the threads that have not ended
   if (barrier.arrived) --barrier.threads, check_complete(barrier);
@@ -298,11 +299,6 @@ void registers(int count, bool more) {
   if (current->lane) return;
   Unseen unseen;
   current->warp->registers.push_back(more ? count : -count);
-}
-
-void grid_dependency(bool wait) {
-  Unseen unseen;
-  count(wait ? "griddepcontrol.wait" : "griddepcontrol.launch_dependents");
 }
 
 }  // namespace twin
