@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import itertools
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,15 @@ import cuda_host
 import pytest
 import torch
 from test_conv1d_cuda import DIRECTIONS, FUSED, Face, check_inference
+from test_cuda_emulated import Emulated, norm_of, tensors
 
-from jasper_fast.kernels import native
+from jasper_fast.kernels import native, nvrtc
+from jasper_fast.kernels.bn_relu_dropout import cuda_impl as norms
+from jasper_fast.kernels.bn_relu_dropout import cuda_nvrtc as norms_nvrtc
 from jasper_fast.kernels.conv1d import cuda_launch, cuda_nvrtc
 from jasper_fast.kernels.conv1d.cuda_args import Args, Launch, WgradArgs
+from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.operands import Mask
 
 THREADS = {"conv_75": 128, "conv_80": 128, "conv_90": 384, "wgrad_75": 128, "wgrad_80": 128, "wgrad_90": 384,
            "merge_kernel": 256, "wgrad_merge_kernel": 128, "pack_kernel": 256}  # fmt: skip
@@ -40,7 +46,7 @@ class Nvrtc:
         return 13, 0
 
     def createProgram(self, source: str, *_: object) -> SimpleNamespace:
-        assert "conv1d_launch.cuh" in source
+        assert source in ('#include "conv1d_launch.cuh"\n', '#include "bn_relu_dropout.cuh"\n')
         return SimpleNamespace(name="")
 
     def addNameExpression(self, program: SimpleNamespace, name: str) -> None:
@@ -107,7 +113,7 @@ class Driver:
 
         pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         loop = int(kernel[-2:]) if kernel[-2:].isdigit() else 80
-        launch, call = Launch(loop, gx, shared, cooperative, None), self.functions
+        launch, call = Launch(loop, gx, shared, cooperative, 0, None), self.functions
         if kernel.startswith("conv_"):
             dtype, mode, block, transposed = words
             args = DTYPES[dtype], int(mode), transposed == "true", int(block), *values(Args)
@@ -132,7 +138,7 @@ def functions() -> cuda_launch.Functions:
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cuda_nvrtc, "options", lambda: [])
+    monkeypatch.setattr(nvrtc, "options", lambda: [])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     return tmp_path / "jasper_fast" / "nvrtc"
 
@@ -140,8 +146,8 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("loop", [75, 80, 90])
 def test_launches_through_the_driver(monkeypatch: pytest.MonkeyPatch, functions, cache: Path, loop: int) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(loop, 10))
-    nvrtc, driver = Nvrtc(), Driver(functions)
-    face = Face(monkeypatch, cuda_nvrtc.Compiled(nvrtc, driver))
+    compiler, driver = Nvrtc(), Driver(functions)
+    face = Face(monkeypatch, cuda_nvrtc.Compiled(compiler, driver))
     for name in ("k11", "prologue"):
         face.on(loop, 3)
         for direction, check in DIRECTIONS.items():
@@ -150,8 +156,8 @@ def test_launches_through_the_driver(monkeypatch: pytest.MonkeyPatch, functions,
     face.on(loop, 64)
     check_inference(conv_cases.LAYERS["k25"], *FUSED["shared"][1:], torch.float16)
     assert driver.cooperative
-    assert {options for _, options in nvrtc.compiled} == {f"-arch=sm_{loop}{'a' if loop == 90 else ''}"}
-    assert len(set(nvrtc.compiled)) == len(nvrtc.compiled) == len(list(cache.iterdir()))
+    assert {options for _, options in compiler.compiled} == {f"-arch=sm_{loop}{'a' if loop == 90 else ''}"}
+    assert len(set(compiler.compiled)) == len(compiler.compiled) == len(list(cache.iterdir()))
 
     again = Nvrtc()  # a new process finds the code on disk
     Face(monkeypatch, cuda_nvrtc.Compiled(again, Driver(functions))).on(loop, 3)
@@ -160,10 +166,10 @@ def test_launches_through_the_driver(monkeypatch: pytest.MonkeyPatch, functions,
 
 
 def test_a_compile_that_fails_says_what_nvrtc_said(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    nvrtc = Nvrtc()
-    nvrtc.fails = True
+    compiler = Nvrtc()
+    compiler.fails = True
     with pytest.raises(RuntimeError, match=r"NVRTC 13\.0 does not compile f<1> for sm_80.*\n.*expected a semicolon"):
-        cuda_nvrtc.compile_kernel("f<1>", "sm_80", nvrtc)
+        nvrtc.compile_kernel("conv1d_launch.cuh", "f<1>", "sm_80", compiler)
     assert not cache.exists() or not any(cache.iterdir())
 
 
@@ -172,10 +178,103 @@ def test_without_library_and_without_cupy_both_ways_are_told(monkeypatch: pytest
         raise native.Missing("backend 'cuda': not built")
 
     monkeypatch.setattr(native, "cuda_library", missing)
+    monkeypatch.setattr(native, "cuda", missing)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cuda_nvrtc, "missing", lambda: "CuPy is not installed: pip install 'jasper-fast[cuda]'")
+    monkeypatch.setattr(nvrtc, "missing", lambda: "CuPy is not installed: pip install 'jasper-fast[cuda]'")
     with pytest.raises(native.Missing, match=r"not built; or without a toolkit: CuPy is not installed: pip install"):
         cuda_launch.functions.__wrapped__()
+    with pytest.raises(native.Missing, match=r"not built; or without a toolkit: CuPy is not installed: pip install"):
+        norms._ops.__wrapped__()
+
+
+# ---- batch norms ---------------------------------------------------------------------------------------------------
+
+
+class NormDriver(Driver):
+    """Runs the emulated kernels of bn_relu_dropout, one at a time."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        super().__init__(library)
+
+    def _launch(self, f, gx, gy, gz, bx, by, bz, shared, stream, params, cooperative) -> None:
+        kernel, words = re.fullmatch(r"jf::bn::(\w+)_kernel<(.*)>", self.names[f]).groups()
+        dtype, *flags = (word.strip() for word in words.split(","))
+        assert (gy, gz, bx, by, bz, shared, stream) == (1, 1, 256, 1, 1, 0, 0)
+        places = ctypes.cast(params, ctypes.POINTER(ctypes.c_void_p))
+        outs = [None, None]
+        if kernel == "merge":
+            outs = [ctypes.cast(places[i], ctypes.POINTER(ctypes.c_void_p)).contents for i in (1, 2)]
+        error = self.functions.jf_bn_kernel(
+            kernel.encode(),
+            DTYPES[dtype],
+            " ".join(flags).encode(),
+            ctypes.c_int64(gx),
+            places[0] and ctypes.c_void_p(places[0]),
+            *outs,
+        )
+        assert error is None, error
+
+
+@pytest.fixture
+def norm_library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(cuda_host.build([cuda_host.CSRC / "cuda/emulate/bn_relu_dropout.cpp"])))
+    library.jf_bn_kernel.restype = ctypes.c_char_p
+    return library
+
+
+NORM_SHAPES = [(2, 64, 37, torch.float16), (2, 29, 19, torch.float32), (3, 200, 21, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("n", "c", "t", "dtype"), NORM_SHAPES, ids=str)
+@pytest.mark.parametrize("full", [False, True])
+def test_norms_through_the_driver(monkeypatch, norm_library, cache, n, c, t, dtype, full) -> None:
+    """The face over NVRTC's ops gives the bits of the emulated face itself, planned in C++."""
+    compiler = Nvrtc()
+    ops = norms_nvrtc.Compiled(compiler, NormDriver(norm_library))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(norms, "_ops", lambda: ops)
+    monkeypatch.setattr(norms_nvrtc, "_sms", lambda y: 2)
+    emulated = Emulated(cuda_host.build([cuda_host.CSRC / "cuda/emulate/bn_relu_dropout.cpp"]))
+    x = tensors(n, c, t, dtype)
+    p, lengths = (0.3, torch.tensor([t, 5, 0][:n])) if full else (0.0, None)
+    y, dz, norm, masked = x["y"], x["dz"], norm_of(x), Mask(lengths, torch.tensor([11]) if full else None, p)
+    residual = x["residual"] if full else None
+    z = norms.forward(y, norm, residual, masked)
+    means = (torch.randn(c), torch.randn(c)) if full else None
+    kept = z if full else None
+    got = (
+        *norms.stats(y), z, *norms.backward_reduce(dz, y, kept, norm, masked),
+        *norms.backward_apply(dz, y, kept, norm, means, masked, full),
+    )  # fmt: skip
+    want = (
+        *emulated.stats(y), emulated.forward(y, norm, residual, masked),
+        *emulated.backward_reduce(dz, y, kept, norm, masked),
+        *emulated.backward_apply(dz, y, kept, norm, means, masked, full),
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True) if a is not None)
+    assert {options for _, options in compiler.compiled} == {"-arch=sm_90a"}
+
+
+def test_norms_are_cut_as_by_the_library(norm_library: ctypes.CDLL) -> None:
+    for n, c, t, width, rows, sms in itertools.product(
+        (1, 3, 32), (1, 29, 200, 768), (1, 70, 835), (1, 4, 8), (2, 4), (2, 132)
+    ):
+        ours, theirs = norms_nvrtc.Args(n=n, c=c, t=t), (ctypes.c_int * 6)()
+        norms_nvrtc.cut(ours, width, rows, sms)
+        norm_library.jf_bn_plan(n, c, t, width, rows, sms, theirs)
+        assert [getattr(ours, name) for name in norms_nvrtc._PLAN] == list(theirs), (n, c, t, width, rows, sms)
+
+
+def test_norms_refuse_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = norms_nvrtc.Compiled(Nvrtc(), object())
+    y, c = ntc(torch.randn(2, 8, 5)), torch.randn(8)
+    for wrong, said in ((y.contiguous(), "NTC memory"), (y.half(), "must be"), (y[:1], "must be")):
+        with pytest.raises(ValueError, match=said):
+            ops.bn_forward(y, c, c, c, c, None, None, None, 0.0, wrong)
+    with pytest.raises(ValueError, match="seed must be given"):
+        ops.bn_forward(y, c, c, c, c, None, None, None, 0.5, y)
+    with pytest.raises(TypeError, match="use backend='reference'"):
+        ops.bn_stats(y.double(), c, c)
 
 
 @pytest.mark.slow
@@ -183,10 +282,13 @@ def test_without_library_and_without_cupy_both_ways_are_told(monkeypatch: pytest
 @pytest.mark.parametrize(("arch", "name"), [
     ("sm_75", "jf::conv::conv_75<__half, 1, 64, false>"), ("sm_80", "jf::conv::conv_80<__half, 1, 64, false>"),
     ("sm_90a", "jf::conv::conv_90<__half, 1, 104, false>"), ("sm_90a", "jf::conv::wgrad_90<__nv_bfloat16, 3>"),
+    ("sm_75", "jf::bn::reduce_kernel<__half, 8, jf::bn::Gate::sign_dropout>"),
+    ("sm_90a", "jf::bn::forward_kernel<__nv_bfloat16, 8, true, true>"), ("sm_90a", "jf::bn::merge_kernel<float, true>"),
 ])  # fmt: skip
 def test_nvrtc_compiles_the_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arch: str, name: str) -> None:
-    from cupy.cuda import nvrtc
+    from cupy.cuda import nvrtc as compiler
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    code, symbol = cuda_nvrtc.compile_kernel(name, arch, nvrtc)
-    assert code[:4] == b"\x7fELF" and symbol.startswith("_ZN2jf4conv")
+    header = "bn_relu_dropout.cuh" if "::bn::" in name else "conv1d_launch.cuh"
+    code, symbol = nvrtc.compile_kernel(header, name, arch, compiler)
+    assert code[:4] == b"\x7fELF" and symbol.startswith(("_ZN2jf4conv", "_ZN2jf2bn"))

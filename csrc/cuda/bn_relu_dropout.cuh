@@ -35,6 +35,8 @@ struct Args {
   int tiles, tile_rows;     // elementwise passes: CTAs down the T rows of one utterance, rows of a CTA
 };
 
+#ifndef __CUDACC_RTC__  // where NVRTC compiles, the work is cut in kernels/bn_relu_dropout/cuda_nvrtc.py
+
 inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 // CTA shape for V channels per thread. Reductions get about four CTAs per multiprocessor. Elementwise passes get more,
@@ -57,6 +59,8 @@ void plan(Args<T>& a, int v, int rows, int sms) {
   a.tile_rows = step * static_cast<int>(turns < 1 ? 1 : turns > 8 ? 8 : turns);
   a.tiles = divide_up(a.t, a.tile_rows);
 }
+
+#endif
 
 __device__ __forceinline__ int valid_frames(const int64_t* lengths, int n, int t) {
   if (lengths == nullptr) return t;
@@ -363,6 +367,8 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(Args<T> a) {
   }
 }
 
+#ifndef __CUDACC_RTC__
+
 // ---- launches ------------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -454,5 +460,7 @@ void backward_apply(Args<T> a, int sms, cudaStream_t stream) {
     if (grid > 0) JF_LAUNCH((apply_kernel<T, v, gate>), grid, kThreads, stream, a);
   });
 }
+
+#endif
 
 }  // namespace jf::bn

@@ -34,7 +34,7 @@ _PACKAGES = (
     ("flashlight-text", "beam search with a word language model", "lm"),
     ("ufal-kenlm", "n-gram language models", "lm"),
     ("safetensors", "safetensors files", "safetensors"),
-    ("cupy-cuda13x", "CUDA convs without a CUDA toolkit", "cuda"),
+    ("cupy-cuda13x", "CUDA kernels without a CUDA toolkit", "cuda"),
     ("flashlight-text", "beam search", "lm"),
     ("kenlm", "n-gram models", "lm"),
 )
@@ -100,7 +100,7 @@ def _backends() -> dict[str, dict[str, Any]]:
     if "cuda" in devices:
         from jasper_fast.kernels.conv1d import cuda_launch
 
-        found["cuda"]["convs"] = cuda_launch.way()  # which way they come: the library, or NVRTC through CuPy
+        found["cuda"]["way"] = cuda_launch.way()  # how its kernels come: the library, or NVRTC through CuPy
     return found
 
 
@@ -203,8 +203,8 @@ def render(report: dict[str, Any]) -> str:
     rows = [("backend", "runs on", "otherwise")]
     for name, backend in report["backends"].items():
         on = ", ".join(f"{d} (auto)" if report["auto"].get(d) == name else d for d in backend["devices"])
-        convs = f"convs by {backend['convs']}" if backend.get("convs") else ""
-        rows.append((name, on or "-", backend["missing"] or convs))
+        way = f"by {backend['way']}" if backend.get("way") else ""
+        rows.append((name, on or "-", backend["missing"] or way))
     lines.append(_table(rows))
     for verdict in report["verdicts"]:
         what = f"{verdict['op']} ({verdict['face']}, {verdict['dtype']}) on {verdict['device']}"

@@ -56,12 +56,7 @@ def why_missing(backend: str, device: torch.device | str) -> str | None:
         return "the triton backend needs a CUDA tensor (on the CPU only its interpreter runs: set TRITON_INTERPRET=1)"
     if device_type != "cuda":
         return f"the cuda backend takes CUDA tensors, not {device_type}; move the model to a GPU or ask for 'auto'"
-    return None if native.cuda_available() or only_convs() else native.explain()["cuda"]
-
-
-def only_convs() -> bool:
-    """Whether the cuda backend has its convs alone: NVRTC compiles them where there is no CUDA library."""
-    return cuda_launch.way() == "NVRTC"
+    return None if native.cuda_available() or cuda_launch.way() == "NVRTC" else native.explain()["cuda"]
 
 
 def _too_old(device: torch.device) -> str | None:

@@ -32,11 +32,11 @@ def _resolve(backend: str, device: torch.device | str, op: str | None, dtype: to
     if backend != "auto":
         if reason := backends.why_missing(backend, device):
             raise BackendMissing(backends.named(backend, reason))
-        if backend == "cuda" and _not_in_cuda(op):
+        if backend == "cuda" and op == DEPTHWISE:  # which it has no kernel of
             return "reference" if backends.why_missing("triton", device) else "triton"
         return backend
     first, reasons, gpu = None, [], ("triton", "cuda")
-    if _not_in_cuda(op):
+    if op == DEPTHWISE:
         gpu = ("triton",)
     for name in {"cpu": ("cpu",), "cuda": gpu}.get(device.type, ()):
         reason = backends.why_missing(name, device)
@@ -53,11 +53,6 @@ def _resolve(backend: str, device: torch.device | str, op: str | None, dtype: to
         return first
     dtypes = tables.DTYPES if dtype is None else (dtype,)
     return first if all(_trusted(op, first, device, of, PLAIN) for of in dtypes) else "reference"
-
-
-def _not_in_cuda(op: str | None) -> bool:
-    """Whether the cuda backend runs `op` on Triton, or on plain PyTorch where Triton does not run."""
-    return op == DEPTHWISE or (op == NORM and backends.only_convs())
 
 
 @torch.compiler.assume_constant_result
@@ -108,7 +103,6 @@ def _norm_face(backend, device, dtype, channels, rows_log2) -> str:
         if (
             fastest == "cuda"
             and resolve(backend, device) != "cuda"
-            and not backends.only_convs()
             and backends.why_missing("cuda", device) is None
             and _trusted(NORM, "cuda", device, dtype, next_one)
         ):

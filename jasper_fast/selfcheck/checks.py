@@ -152,7 +152,7 @@ def plan(
                 found += _panes(face, dtype, quick, device.type == "cuda")
             if face == "aten":
                 continue
-            if "bn_relu_dropout" in ops and not (face == "cuda" and backends.only_convs()):
+            if "bn_relu_dropout" in ops:
                 found += _norms(face, dtype, quick, large)
             if face != "cuda" and dtype == "float32" and "novograd" in ops:
                 found += _steps(face, quick, large)

@@ -104,7 +104,7 @@ def aten(cell: Cell, device: torch.device) -> list[Proposal]:
 @contends("bn_relu_dropout")
 def cuda_norm(cell: Cell, device: torch.device) -> list[Proposal]:
     """The CUDA face, registered first because it is likely to be the fastest where it is built."""
-    return [] if backends.why_missing("cuda", device) or backends.only_convs() else [Proposal("cuda")]
+    return [] if backends.why_missing("cuda", device) else [Proposal("cuda")]
 
 
 @contends("bn_relu_dropout")

@@ -7,17 +7,21 @@ face.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from jasper_fast.kernels import native
+from jasper_fast.kernels import native, nvrtc
+from jasper_fast.kernels.bn_relu_dropout import cuda_nvrtc
 from jasper_fast.kernels.operands import Mask, Norm
 
 
 def stats(y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and M2 (sum of squared deviations) per channel of y (N, C, T) over all N*T rows, fp32."""
     mean, m2 = _channels(y), _channels(y)
-    native.cuda().bn_stats(y, mean, m2)
+    _ops().bn_stats(y, mean, m2)
     return mean, m2
 
 
@@ -25,14 +29,14 @@ def forward(y: Tensor, norm: Norm, residual: Tensor | None, mask: Mask) -> Tenso
     """z = mask(dropout(relu((y - mean)*rstd*gamma + beta [+ residual]))); frames t >= length are 0; y is not read
     there."""
     z = torch.empty_like(y)
-    native.cuda().bn_forward(y, *norm, residual, *mask, z)
+    _ops().bn_forward(y, *norm, residual, *mask, z)
     return z
 
 
 def backward_reduce(dz: Tensor, y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> tuple[Tensor, Tensor]:
     """(dbeta, dgamma) = (sum g, sum g*yhat) per channel; g is dz where the gradient passes ReLU, dropout and mask."""
     dbeta, dgamma = _channels(y), _channels(y)
-    native.cuda().bn_backward_reduce(dz, y, z, *norm, *mask, dbeta, dgamma)
+    _ops().bn_backward_reduce(dz, y, z, *norm, *mask, dbeta, dgamma)
     return dbeta, dgamma
 
 
@@ -52,9 +56,19 @@ def backward_apply(
     """
     dy = torch.empty_like(y)
     dres = torch.empty_like(y) if has_residual else None
-    native.cuda().bn_backward_apply(dz, y, z, *norm, *(means or (None, None)), *mask, dy, dres)
+    _ops().bn_backward_apply(dz, y, z, *norm, *(means or (None, None)), *mask, dy, dres)
     return dy, dres
 
 
 def _channels(y: Tensor) -> Tensor:
     return torch.empty(y.shape[1], dtype=torch.float32, device=y.device)
+
+
+@functools.cache
+def _ops() -> Any:
+    """The CUDA library's ops, else the same compiled by NVRTC; raises `native.Missing` where neither can be used."""
+    try:
+        return native.cuda()
+    except native.Missing as error:
+        nvrtc.instead_of(error)
+        return cuda_nvrtc.Compiled()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 
 import torch
 from torch import Tensor
 
-from jasper_fast.kernels import native
+from jasper_fast.kernels import native, nvrtc
 from jasper_fast.kernels.conv1d import cuda_nvrtc, cuda_tiles
 from jasper_fast.kernels.conv1d.cuda_args import Args, Int, Launch, Long, Pointer, WgradArgs
 
@@ -43,9 +42,7 @@ def functions() -> Functions | cuda_nvrtc.Compiled:
     try:
         return Functions(native.cuda_library())
     except native.Missing as error:
-        if not torch.cuda.is_available() or (why := cuda_nvrtc.missing()) is not None:
-            hint = "" if not torch.cuda.is_available() else f"; or without a toolkit: {why}"
-            raise native.Missing(f"{error}{hint}") from None
+        nvrtc.instead_of(error)
         return cuda_nvrtc.Compiled()
 
 
@@ -95,12 +92,7 @@ def run(
     on = gpu(like.device)
     if shared > on.shared:
         raise RuntimeError(f"{name} needs {shared} bytes of shared memory, a block of this GPU has {on.shared}")
-    here, stream = contextlib.nullcontext(), None
-    if like.is_cuda:
-        if like.device.index != torch.cuda.current_device():
-            here = torch.cuda.device(like.device)
-        stream = torch.cuda.current_stream(like.device).cuda_stream
-    with here:
+    with nvrtc.device_of(like) as stream:
         launch = Launch(loop, grid, shared, cooperative, early, stream)
         error = getattr(functions(), name)(launch, *args)
         if error is not None:

@@ -282,9 +282,8 @@ def fused(
     and no products. With a mask, `out` may have more rows than the conv gives. `bias` is fp32 (C_out,).
 
     clean: as in `forward`, for x and x2. log_softmax: over up to 128 channels; `out` is then fp32. workspace: lets
-    several programs share the reduction of a tile. chain: this face has no use for it. Raises ValueError for shapes that
-    do not fit and TypeError for
-    dtypes.
+    several programs share the reduction of a tile. chain: this face has no use for it. Raises ValueError for shapes
+    that do not fit and TypeError for dtypes.
     """
     w, (stride, padding, dilation), (n, t, c_in) = packed, geometry, x.shape
     nct = c_in > 1 and (x.stride(2) != 1 or (t == 1 and x.dtype != w.data.dtype))  # with one frame both strides are 1

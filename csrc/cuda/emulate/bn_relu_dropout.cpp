@@ -2,6 +2,7 @@
 // with the host compiler and CUDA's headers). dtype: 0 fp32, 1 fp16, 2 bf16. `sms` stands for the GPU's multiprocessors.
 #include "../bn_relu_dropout.cuh"
 
+#include <string>
 #include <vector>
 
 namespace {
@@ -39,7 +40,65 @@ void run(int op, const Raw& raw, float* first, float* second, int sms) {
   if (op == 3) jf::bn::backward_apply(a, sms, nullptr);
 }
 
+// The kernel of this name with these flags, as a launch through the driver has it: `args` is the struct itself.
+template <class T, int V>
+bool launch(const std::string& kernel, const std::string& flags, int64_t grid, const jf::bn::Args<T>& a, float* first,
+            float* second) {
+  using jf::bn::Gate;
+  const auto go = [&](auto* function, auto... more) {
+    JF_LAUNCH(function, grid, jf::bn::kThreads, nullptr, a, more...);
+    return true;
+  };
+  if (kernel == "merge") {
+    return flags == "true" ? go(jf::bn::merge_kernel<T, true>, first, second)
+                           : flags == "false" && go(jf::bn::merge_kernel<T, false>, first, second);
+  }
+  const std::string width = std::to_string(V);
+  if (flags.rfind(width, 0) != 0) return false;
+  const std::string rest = flags.size() > width.size() ? flags.substr(width.size() + 1) : "";
+  if (kernel == "stats") return rest.empty() && go(jf::bn::stats_kernel<T, V>);
+  if (kernel == "forward") {
+    if (rest == "false false") return go(jf::bn::forward_kernel<T, V, false, false>);
+    if (rest == "false true") return go(jf::bn::forward_kernel<T, V, false, true>);
+    if (rest == "true false") return go(jf::bn::forward_kernel<T, V, true, false>);
+    return rest == "true true" && go(jf::bn::forward_kernel<T, V, true, true>);
+  }
+  const auto gated = [&](auto gate) {
+    if (kernel == "reduce") return go(jf::bn::reduce_kernel<T, V, gate>);
+    return kernel == "apply" && go(jf::bn::apply_kernel<T, V, gate>);
+  };
+  if (rest == "jf::bn::Gate::z") return gated(std::integral_constant<Gate, Gate::z>{});
+  if (rest == "jf::bn::Gate::sign") return gated(std::integral_constant<Gate, Gate::sign>{});
+  return rest == "jf::bn::Gate::sign_dropout" && gated(std::integral_constant<Gate, Gate::sign_dropout>{});
+}
+
 }  // namespace
+
+// Null, or what went wrong.
+extern "C" const char* jf_bn_kernel(const char* kernel, int dtype, const char* flags, int64_t grid, const void* args,
+                                    float* first, float* second) {
+  bool known = false;
+  const char* error = jf::emulated_error([&] {
+    const auto of = [&](auto tag) {
+      using T = decltype(tag);
+      const auto& a = *static_cast<const jf::bn::Args<T>*>(args);
+      known = launch<T, jf::bn::kWidth<T>>(kernel, flags, grid, a, first, second) ||
+              launch<T, 1>(kernel, flags, grid, a, first, second);
+    };
+    if (dtype == 0) of(float{});
+    if (dtype == 1) of(__half{});
+    if (dtype == 2) of(__nv_bfloat16{});
+  });
+  return error != nullptr || known ? error : "no such kernel";
+}
+
+// How the work of (n, c, t) is cut: tx, columns, parts, part_rows, tiles, tile_rows.
+extern "C" void jf_bn_plan(int n, int c, int t, int width, int rows, int sms, int* cut) {
+  jf::bn::Args<float> a{};
+  a.n = n, a.c = c, a.t = t;
+  jf::bn::plan(a, width, rows, sms);
+  cut[0] = a.tx, cut[1] = a.columns, cut[2] = a.parts, cut[3] = a.part_rows, cut[4] = a.tiles, cut[5] = a.tile_rows;
+}
 
 extern "C" void jf_emulate(int op, int dtype, const Raw* raw, float* first, float* second, int sms) {
   if (dtype == 0) run<float>(op, *raw, first, second, sms);

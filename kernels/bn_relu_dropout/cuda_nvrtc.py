@@ -1,0 +1,160 @@
+"""The ops of csrc/cuda/bn_relu_dropout.cu where there is no CUDA library: the same kernels, compiled by NVRTC.
+
+How the work is cut is that of `plan` in csrc/cuda/bn_relu_dropout.cuh; tests/test_cuda_nvrtc.py compares the two.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from jasper_fast.kernels import philox
+from jasper_fast.kernels.nvrtc import TYPES, Kernels, device_of
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+THREADS, MERGE_CHANNELS = 256, 32
+ROWS, BACKWARD_ROWS = 4, 2  # in flight per thread
+_ACTIVATIONS = ("y", "residual", "z", "dz", "out", "dres")
+_CHANNELS = ("mean", "rstd", "gamma", "beta", "mean_g", "mean_gy")
+_PLAN = ("tx", "columns", "parts", "part_rows", "tiles", "tile_rows")
+
+
+class Args(ctypes.Structure):
+    """The struct of csrc/cuda/bn_relu_dropout.cuh."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (*_ACTIVATIONS, *_CHANNELS, "lengths", "seed", "partials")),
+        ("threshold", ctypes.c_uint32),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("n", "c", "t", *_PLAN)),
+    ]
+
+
+def cut(a: Args, width: int, rows: int, sms: int) -> None:
+    """Sets the CTA's shape and the numbers of CTAs for `width` channels and `rows` rows in flight a thread."""
+    vectors = -(-max(1, a.c) // width)
+    tx = next((tx for tx in (32, 16, 8) if vectors % tx == 0), 0)
+    if tx == 0:
+        tx = min(32, 1 << (vectors - 1).bit_length())
+    columns, step, m = -(-vectors // tx), THREADS // tx * rows, a.n * a.t
+    part_rows = -(-m // -(-4 * sms // columns))
+    a.tx, a.columns, a.part_rows = tx, columns, -(-part_rows // step) * step
+    a.parts = -(-m // a.part_rows) if m else 0
+    turns = a.n * -(-a.t // step) * columns // (16 * sms)
+    a.tile_rows = step * min(8, max(1, turns))
+    a.tiles = -(-a.t // a.tile_rows)
+
+
+class Compiled:
+    """The ops, with the signatures of csrc/cuda/bn_relu_dropout.cu."""
+
+    def __init__(self, nvrtc: ModuleType | None = None, driver: ModuleType | None = None) -> None:
+        self._kernels = Kernels("bn_relu_dropout.cuh", nvrtc, driver)
+
+    def bn_stats(self, y: Tensor, mean: Tensor, m2: Tensor) -> None:
+        a = _args(y, {})
+        self._reduce(y, a, "stats_kernel", "", ROWS, mean, m2)
+
+    def bn_forward(self, y, mean, rstd, gamma, beta, residual, lengths, seed, p, z) -> None:
+        names = {"residual": residual, "out": z, "mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta}
+        a = _args(y, names, lengths, seed, p)
+        flags = f"{_flag(seed is not None)}, {_flag(residual is not None)}"
+        self._elementwise(y, a, "forward_kernel", flags, ROWS)
+
+    def bn_backward_reduce(
+        self, dz, y, z, mean, rstd, gamma, beta, lengths, seed, p, dbeta, dgamma
+    ) -> None:  # fmt: skip
+        a = _args(y, {"dz": dz, "z": z, "mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta}, lengths, seed, p)
+        self._reduce(y, a, "reduce_kernel", _gate(z, seed), BACKWARD_ROWS, dbeta, dgamma)
+
+    def bn_backward_apply(
+        self, dz, y, z, mean, rstd, gamma, beta, mean_g, mean_gy, lengths, seed, p, dy, dres
+    ) -> None:  # fmt: skip
+        if (mean_g is None) != (mean_gy is None):
+            raise ValueError("mean_g and mean_gy must be given both or neither")
+        channels = {"mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta, "mean_g": mean_g, "mean_gy": mean_gy}
+        a = _args(y, {"dz": dz, "z": z, "out": dy, "dres": dres, **channels}, lengths, seed, p)
+        self._elementwise(y, a, "apply_kernel", _gate(z, seed), BACKWARD_ROWS)
+
+    def _reduce(self, y, a, kernel, flags, rows, first, second) -> None:
+        for name, x in (("first", first), ("second", second)):
+            _channels(name, x, y)
+        width = _width(y, a)
+        cut(a, width, rows, _sms(y))
+        partials = torch.empty((a.parts, 2, a.c), dtype=torch.float32, device=y.device)
+        a.partials = partials.data_ptr()
+        self._launch(y, kernel, f"{width}{', ' if flags else ''}{flags}", a.parts * a.columns, a)
+        results = (ctypes.c_void_p(x.data_ptr()) for x in (first, second))
+        self._launch(y, "merge_kernel", _flag(kernel == "stats_kernel"), -(-a.c // MERGE_CHANNELS), a, *results)
+
+    def _elementwise(self, y, a, kernel, flags, rows) -> None:
+        width = _width(y, a)
+        cut(a, width, rows, _sms(y))
+        self._launch(y, kernel, f"{width}, {flags}", a.n * a.tiles * a.columns, a)
+
+    def _launch(self, y, kernel, flags, grid, *arguments) -> None:
+        if grid == 0:  # no channels or no rows
+            return
+        name = f"jf::bn::{kernel}<{TYPES[DTYPES.index(y.dtype)]}, {flags}>"
+        with device_of(y) as stream:
+            self._kernels.launch(name, grid, THREADS, 0, stream, *arguments)
+
+
+def _sms(y: Tensor) -> int:
+    return torch.cuda.get_device_properties(y.device).multi_processor_count
+
+
+def _flag(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def _gate(z: Tensor | None, seed: Tensor | None) -> str:
+    return "jf::bn::Gate::" + ("z" if z is not None else "sign" if seed is None else "sign_dropout")
+
+
+def _width(y: Tensor, a: Args) -> int:
+    """Channels of a thread: 16 bytes where rows and pointers allow, else one."""
+    width = 16 // y.element_size()
+    aligned = all((getattr(a, name) or 0) % 16 == 0 for name in (*_ACTIVATIONS, *_CHANNELS))
+    return width if a.c % width == 0 and aligned else 1
+
+
+def _args(
+    y: Tensor,
+    tensors: dict[str, Tensor | None],
+    lengths: Tensor | None = None,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+) -> Args:
+    """The kernels' arguments, once all tensors fit `y` (N, C, T); raises ValueError or TypeError where one does not."""
+    if y.dtype not in DTYPES:
+        raise TypeError(f"the cuda face takes fp32, fp16 and bf16, got {y.dtype}; use backend='reference' for others")
+    n, c, t = y.shape
+    if n * t >= 1 << 31:
+        raise ValueError("N*T must be below 2^31 rows")
+    a = Args(y=y.data_ptr(), threshold=philox.threshold(p), scale=1 / (1 - p), n=n, c=c, t=t)
+    for name, x in {"y": y, **tensors}.items():
+        if x is None:
+            continue
+        if name in _CHANNELS:
+            _channels(name, x, y)
+        elif x.shape != y.shape or x.dtype != y.dtype or x.device != y.device or not x.transpose(1, 2).is_contiguous():
+            raise ValueError(f"{name} must be {tuple(y.shape)} {y.dtype} in NTC memory: call layout.ntc({name})")
+        setattr(a, name, x.data_ptr())
+    if (p > 0) != (seed is not None):
+        raise ValueError("seed must be given if and only if p > 0")
+    for name, x, count in (("lengths", lengths, n), ("seed", seed, 1)):
+        if x is None:
+            continue
+        if x.dtype != torch.int64 or x.numel() != count or not x.is_contiguous() or x.device != y.device:
+            raise TypeError(f"{name} must be a contiguous int64 tensor of {count} elements on the device of y")
+        setattr(a, name, x.data_ptr())
+    return a
+
+
+def _channels(name: str, x: Tensor, y: Tensor) -> None:
+    if x.shape != y.shape[1:2] or x.dtype != torch.float32 or not x.is_contiguous() or x.device != y.device:
+        raise ValueError(f"{name} must be a contiguous fp32 tensor of C = {y.shape[1]} channels on the device of y")

@@ -1,0 +1,151 @@
+"""CUDA kernels without a toolkit: the sources of csrc/cuda, compiled by NVRTC at their first use, launched by CuPy.
+
+Compiled kernels are kept in `$XDG_CACHE_HOME/jasper_fast/nvrtc` (else `~/.cache`), by architecture, NVRTC and sources.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from jasper_fast.kernels import native
+
+TYPES = ("float", "__half", "__nv_bfloat16")  # fp32, fp16, bf16 in C++
+
+
+def missing() -> str | None:
+    """Why this way is not to be had, or None."""
+    if importlib.util.find_spec("cupy") is None:
+        return "CuPy is not installed: pip install 'jasper-fast[cuda]'"
+    return None
+
+
+def sources() -> Path:
+    """The folder of the kernels' sources: a checkout's, or the installed package's."""
+    return Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+
+
+def instead_of(library: native.Missing) -> None:
+    """Raises `library`, why the CUDA library cannot be used, with what is missing here, unless this way is open."""
+    if not torch.cuda.is_available():
+        raise library
+    if (why := missing()) is not None:
+        raise native.Missing(f"{library}; or without a toolkit: {why}")
+
+
+@functools.cache
+def digest() -> str:
+    """Of the kernels' sources."""
+    found = hashlib.sha256()
+    for path in sorted(sources().glob("*.cuh")):
+        found.update(path.name.encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "jasper_fast" / "nvrtc"
+
+
+def options() -> list[str]:
+    """NVRTC's options beside the architecture: the language, our sources, CUDA's headers, CuPy's copy of libcu++."""
+    cupy = Path(importlib.util.find_spec("cupy").origin).parent
+    folders = [sources(), cupy / "_core/include/cupy/_cccl/libcudacxx"]
+    if home := os.environ.get("CUDA_PATH") or os.environ.get("CUDA_HOME"):
+        folders.append(Path(home) / "include")
+    nvidia = importlib.util.find_spec("nvidia")  # the wheels' headers, which a pip user has with CuPy's NVRTC
+    for folder in nvidia.submodule_search_locations if nvidia else ():
+        folders += sorted(Path(folder).glob("*/include"))
+    return ["-std=c++20", *(f"-I{folder}" for folder in folders if folder.is_dir())]
+
+
+def compile_kernel(header: str, name: str, arch: str, nvrtc: ModuleType) -> tuple[bytes, str]:
+    """The machine code of kernel `name` (a C++ expression) of `header` for `arch` ("sm_90a"), and its symbol; kept on
+    disk.
+
+    Raises RuntimeError with the compiler's words.
+    """
+    version = ".".join(map(str, nvrtc.getVersion()))
+    key = hashlib.sha256("\0".join((header, name, arch, version, digest())).encode()).hexdigest()[:32]
+    kept = _cache() / f"{key}.cubin"
+    if kept.exists():
+        symbol, _, code = kept.read_bytes().partition(b"\n")
+        return code, symbol.decode()
+    program = nvrtc.createProgram(f'#include "{header}"\n', f"{Path(header).stem}.cu", [], [])
+    try:
+        nvrtc.addNameExpression(program, name)
+        try:
+            nvrtc.compileProgram(program, [f"-arch={arch}", *options()])
+        except nvrtc.NVRTCError as error:
+            said = nvrtc.getProgramLog(program).strip()
+            raise RuntimeError(f"NVRTC {version} does not compile {name} for {arch}: {error}\n{said[:2000]}") from None
+        code, symbol = bytes(nvrtc.getCUBIN(program)), nvrtc.getLoweredName(program, name)
+    finally:
+        nvrtc.destroyProgram(program)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    part = kept.with_suffix(f".{os.getpid()}.part")
+    part.write_bytes(symbol.encode() + b"\n" + code)
+    os.replace(part, kept)
+    return code, symbol
+
+
+@contextlib.contextmanager
+def device_of(x: Tensor) -> Iterator[int | None]:
+    """Makes the device of `x` current, and gives its current stream; None on a CPU, where kernels are emulated."""
+    if not x.is_cuda:
+        yield None
+        return
+    with contextlib.nullcontext() if x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device):
+        yield torch.cuda.current_stream(x.device).cuda_stream
+
+
+class Kernels:
+    """The kernels of a header over NVRTC and CUDA's driver, by CuPy or what stands for it."""
+
+    def __init__(self, header: str, nvrtc: ModuleType | None = None, driver: ModuleType | None = None) -> None:
+        if nvrtc is None or driver is None:
+            from cupy.cuda import nvrtc
+            from cupy_backends.cuda.api import driver
+        self._header, self._nvrtc, self._driver = header, nvrtc, driver
+        self._functions: dict[tuple[int, str], int] = {}
+
+    def launch(
+        self,
+        name: str,
+        grid: int,
+        threads: int,
+        shared: int,
+        stream: int | None,
+        *arguments: object,
+        together: bool = False,
+    ) -> None:
+        """Launch kernel `name` on the current device with ctypes `arguments`; together: all CTAs on it at once."""
+        driver, function = self._driver, self._function(name)
+        driver.funcSetAttribute(function, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
+        places = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        how = (function, grid, 1, 1, threads, 1, 1, shared, stream or 0, ctypes.addressof(places))
+        if together:
+            driver.launchCooperativeKernel(*how)
+        else:
+            driver.launchKernel(*how, 0)
+
+    def _function(self, name: str) -> int:
+        """The kernel on the current device, compiled and loaded at its first use."""
+        device = torch.cuda.current_device()
+        if (device, name) not in self._functions:
+            major, minor = torch.cuda.get_device_capability(device)
+            arch = f"sm_{major}{minor}" + ("a" if major == 9 else "")
+            code, symbol = compile_kernel(self._header, name, arch, self._nvrtc)
+            module = self._driver.moduleLoadData(code)  # stays loaded as long as the process
+            self._functions[device, name] = self._driver.moduleGetFunction(module, symbol)
+        return self._functions[device, name]
