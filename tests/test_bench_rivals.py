@@ -7,12 +7,14 @@ import gc
 
 import pytest
 import torch
-from bench_runs import CPU
+from bench_runs import CPU, CUDA, make_run
 
 from jasper_fast.bench import cli
-from jasper_fast.bench.cases import models, sub_block_inference
+from jasper_fast.bench.cases import bn_relu_dropout, by_layer, models, sub_block_inference
 from jasper_fast.bench.cases.layers import Layer
 from jasper_fast.bench.harness import limits
+from jasper_fast.bench.harness.errors import Absent
+from jasper_fast.bench.report import goals
 from jasper_fast.bench.rivals import choice, compiler, cuda_graphs
 from jasper_fast.bench.rivals.eager_layouts import ChannelsLast2d, eager_no_masks
 from jasper_fast.nn.eager import EagerJasper
@@ -50,6 +52,34 @@ def test_unknown_rival_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "measure", lambda *_: {})
     with pytest.raises(SystemExit, match="--rivals: no rival 'openvino' for training; known: eager"):
         cli.main(["train", "--device", "cpu", "--rivals", "openvino", "--out", str(tmp_path)])
+
+
+def test_the_cuda_face_has_a_row_of_its_own_on_a_gpu(tmp_path):
+    def rivals(device: torch.device, **how: str) -> bool:
+        return choice.CUDA_FACE in choice.for_sub_blocks(make_run(tmp_path, device=device, **how))
+
+    assert rivals(CUDA, backend="auto") and rivals(CUDA, backend="auto", rivals="all")
+    assert not rivals(CUDA, backend="cuda") and not rivals(CUDA, backend="auto", rivals="eager") and not rivals(CPU)
+    run = make_run(tmp_path, rivals=f"eager,{choice.CUDA_FACE}", dtype=torch.float16)
+    layer = Layer(8, 8, 3)
+    modes = ("forward", "inference")
+    for case in (
+        *by_layer.layer_cases(run, "sub_block", 1, 9, layer, modes),
+        bn_relu_dropout.case(run, (1, 8, 9), "both", False, False),
+    ):
+        assert case.names[:1] == ["jasper_fast"] and case.names.count(choice.CUDA_FACE) == 1
+        with pytest.raises(Absent, match="cuda"):
+            next(c for c in case.contenders if c.name == choice.CUDA_FACE).build()
+
+
+def test_the_cuda_face_is_no_rival_to_be_slower_than():
+    def row(contender: str, ratio: float) -> dict:
+        more = {"status": "ok", "ours": False, "ratio": {"median": ratio}}
+        return {"bench": "kernels", "key": {"op": "conv1d"}, "contender": contender, "id": contender, **more}
+
+    goal = goals.NeverSlower("never slower", "kernels", {"op": "conv1d"}, 1.0)
+    (verdict,) = goal.judge([row("eager", 2.0), row(choice.CUDA_FACE, 0.5)])
+    assert verdict["row"] == "eager" and verdict["met"]
 
 
 # ------------------------------------------------------------------ compilers and graphs, on stand-ins

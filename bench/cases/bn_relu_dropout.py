@@ -14,7 +14,7 @@ from jasper_fast.bench.cases import common, counts
 from jasper_fast.bench.harness import correct
 from jasper_fast.bench.harness.case import Answer, Case, Contender, Runner
 from jasper_fast.bench.harness.run import Run
-from jasper_fast.bench.rivals import compiler
+from jasper_fast.bench.rivals import choice, compiler
 from jasper_fast.kernels import layout
 
 # (N, C, T) on a CPU: the first two have goals; the others are the remaining widths of Jasper 10x5
@@ -138,6 +138,12 @@ def case(run: Run, shape: tuple[int, int, int], mode: str, residual: bool, compi
         Contender("eager", make(common.eager_chain, "nct")),
         Contender("eager_2d_channels_last", make(common.eager_chain_2d, "ntc")),
     ]
+
+    def cuda_face() -> Runner:
+        choice.needs_cuda_face(run, convs=False)
+        return make(fused("cuda"), "ntc")()
+
+    contenders += [Contender(name, cuda_face) for name in choice.cuda_face(run)]
     if compiled:
         contenders.append(Contender("compile", compile_chain))
     if run.rivals == "all" and run.backend != "reference":

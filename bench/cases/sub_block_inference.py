@@ -128,7 +128,9 @@ def fused(i: Inputs, backend: str) -> SubBlockCall:
     impl = backends.face("conv1d", name)
     more, made = {"relu": not a.head, "bias": bias}, None
     packed = impl.pack_once(weight, i.dtype, a.stride) if name == "cpu" else impl.pack(weight, i.dtype)
-    if name == "triton":  # one launch: the kernel reads fp32 features with any strides, masks, and computes log-softmax
+    if (
+        name in choose.CONVS
+    ):  # one launch: the kernel reads fp32 features with any strides, masks, and computes log-softmax
         more |= {"log_softmax": a.head, "workspace": impl.Workspace(i.device)}
         if a.stride > 1:
             made = torch.empty_like(i.lengths)
@@ -136,9 +138,9 @@ def fused(i: Inputs, backend: str) -> SubBlockCall:
     def call(x: Tensor, lengths: Tensor) -> Tensor:
         x = x.transpose(1, 2)  # (N, T, C)
         masks = FULL if a.head else Lengths(lengths, a.out_lengths(lengths) if made is None else None, made)
-        x = x if name == "triton" else x.float().contiguous()
+        x = x if name in choose.CONVS else x.float().contiguous()
         z = impl.fused(x, packed, Geometry(a.stride, a.padding, a.dilation), lengths=masks, **more)
-        return (z.float().log_softmax(dim=2) if a.head and name != "triton" else z).transpose(1, 2)
+        return (z.float().log_softmax(dim=2) if a.head and name not in choose.CONVS else z).transpose(1, 2)
 
     return call
 
@@ -170,11 +172,17 @@ def cudnn(i: Inputs) -> SubBlockCall:
 def case(run: Run, N: int, T: int, layer: Layer) -> Case:
     """The case of one layer in inference."""
     inputs = functools.cache(lambda: Inputs(N, T, layer, run.dtype, run.device))
+
+    def cuda_face(i: Inputs) -> SubBlockCall:
+        choice.needs_cuda_face(run, convs=True)
+        return fused(i, "cuda")
+
     builders: dict[str, Callable[[Inputs], SubBlockCall]] = {
         "eager": lambda i: i.module,
         "eager_2d_channels_last": lambda i: i.module.channels_last(),
         "compile_max_autotune": max_autotuned_frozen,
         "cudnn": cudnn,
+        choice.CUDA_FACE: cuda_face,
     }
 
     def contender(name: str, build: Callable[[Inputs], SubBlockCall], memory: str) -> Contender:

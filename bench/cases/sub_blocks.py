@@ -198,7 +198,7 @@ def case(
     If only the forward pass is timed, only its result is checked. The other modes check the gradients too.
     """
     inputs = shared or functools.cache(lambda: Inputs(N, T, layer, run.dtype, run.device))
-    fused = {"conv1d": fused_conv, "sub_block": fused_sub_block}[op](run.backend)
+    ours = {"conv1d": fused_conv, "sub_block": fused_sub_block}[op]
     eager = {"conv1d": eager_conv, "sub_block": eager_sub_block}[op]
     eager_2d = {"conv1d": eager_conv_2d, "sub_block": eager_sub_block_2d}[op]
 
@@ -213,12 +213,17 @@ def case(
     def tuned() -> Runner:
         return runner(op, compiler.max_autotuned(eager, mode), inputs(), "nct", mode, amp=True)
 
-    contenders = [plain("jasper_fast", fused, "ntc", False)]
+    def cuda_face() -> Runner:
+        choice.needs_cuda_face(run, convs=True)
+        return runner(op, ours("cuda"), inputs(), "ntc", mode, amp=False)
+
+    contenders = [plain("jasper_fast", ours(run.backend), "ntc", False)]
     builders = {
         "eager": lambda: plain("eager", eager, "nct", True),
         "eager_2d_channels_last": lambda: plain("eager_2d_channels_last", eager_2d, "ntc", True, True),
         "compile_max_autotune": lambda: Contender("compile_max_autotune", tuned),
         "cudnn": lambda: Contender("cudnn", cudnn),
+        choice.CUDA_FACE: lambda: Contender(choice.CUDA_FACE, cuda_face),
     }
     contenders += [builders[name]() for name in choice.for_sub_blocks(run)]
     conv = counts.Conv("", N, layer.C_in, layer.C_out, layer.K, T, layer.frames(T))

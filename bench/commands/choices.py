@@ -44,7 +44,7 @@ def models_batch(default: tuple[int, int]):
 
 def rivals(text: str) -> str:
     """default, all, or names of rivals that a model or an op has."""
-    known = sorted({*choice.SUB_BLOCK, *(name for kind in choice.KINDS.values() for name in kind)})
+    known = sorted({*choice.SUB_BLOCK, choice.CUDA_FACE, *(name for kind in choice.KINDS.values() for name in kind)})
     if text not in ("default", "all") and (unknown := [name for name in text.split(",") if name not in known]):
         raise argparse.ArgumentTypeError(f"no rival {unknown[0]!r}; known: default, all, or some of {','.join(known)}")
     return text

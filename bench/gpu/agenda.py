@@ -11,12 +11,14 @@ from jasper_fast.bench.commands import kernels, latency, launches, memory, train
 from jasper_fast.bench.gpu import ahead, first, preflight, self_check
 from jasper_fast.bench.harness import cudnn_search
 from jasper_fast.bench.harness.run import Run
+from jasper_fast.bench.rivals import choice
 from jasper_fast.dispatch import backends
 
 MODEL = "jasper10x5"
 ALL_MODES = ("backward", "forward", "inference")  # backward first: its fp64 answers include those of forward
 LIGHT = "eager,eager_no_masks,eager_2d_channels_last,cuda_graph"
 LIGHT_TRAINING = "eager,eager_2d_channels_last"
+CONVS = f"{LIGHT_TRAINING},{choice.CUDA_FACE}"
 SLOW = "compile_max_autotune"
 
 
@@ -76,9 +78,9 @@ def first_nine_minutes(light: dict, light_training: dict) -> list[Part]:
         Part(
             "bn_relu_dropout",
             20,
-            lambda r: r.cases("kernels", bn_relu_dropout.cases(with_(r, {"quick": True, "rivals": "eager"}))),
+            lambda r: r.cases("kernels", bn_relu_dropout.cases(with_(r, {"quick": True, "rivals": CONVS}))),
         ),
-        Part("the five largest convs", 25, lambda r: all_layers(r, LIGHT_TRAINING, "conv1d", ("forward",), 5)),
+        Part("the five largest convs", 25, lambda r: all_layers(r, CONVS, "conv1d", ("forward",), 5)),
         Part("training step", 60, lambda r: train.main(with_(r, light_training), ((MODEL, 32, 1680),))),
         Part(
             "latency of one utterance",
@@ -88,7 +90,7 @@ def first_nine_minutes(light: dict, light_training: dict) -> list[Part]:
         Part("launches", 20, all_launches),
         Part("memory", 15, lambda r: memory.main(r, ((MODEL, 8, 1680),))),
         Part("panes", 20, lambda r: all_panes(r, panes.ends_and_middle())),
-        Part("sub-blocks", 60, lambda r: all_layers(r, LIGHT_TRAINING, "sub_block", ALL_MODES)),
+        Part("sub-blocks", 60, lambda r: all_layers(r, CONVS, "sub_block", ALL_MODES)),
         Part("self-check in full", 45, self_check.selfcheck_in_full),
     ]
 

@@ -37,7 +37,7 @@ TESTS = (
     "test_engine.py",
     "test_engine_graphs.py",
 )
-PROBES = ("csrc/probe.py", "csrc/cuda/probe.py", "bench/gpu/probe.py")  # of the device, where there is one
+PROBE = "tests/test_cuda_probe.py"  # of the device
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def _does_it_run(bench: tuple[str, ...], to: tuple[str, ...], device: str, dtype
     if device != "cpu" and (root / "csrc" / "build.py").is_file():
         archs = {"JASPER_FAST_CUDA_ARCHS": os.environ.get("JASPER_FAST_CUDA_ARCHS", "90a")}
         yield Step("native libraries", (PYTHON, "csrc/build.py"), 240, env=archs)
-    for probe in (p for p in PROBES if device != "cpu" and (root / p).is_file()):
-        yield Step("probe of the device", (PYTHON, probe), 60)
+    if device != "cpu" and (root / PROBE).is_file():
+        yield Step("probe of the device", (PYTHON, PROBE), 60)
     check = (PYTHON, "-m", "jasper_fast", "selfcheck", "--quick", "--dtype", dtype, "--device", device)
     yield Step("self-check", check, 120, gate=True)
     if (root / "tests").is_dir():
@@ -102,11 +102,13 @@ def _does_it_run(bench: tuple[str, ...], to: tuple[str, ...], device: str, dtype
         chosen = ("-k", "triton or cuda") if device != "cpu" else ()
         test = (PYTHON, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *chosen)
         yield Step("tests of the ops", (*test, *(f"tests/{name}" for name in names)), 90, env={"OMP_NUM_THREADS": "1"})
-    for op in ("bn_relu_dropout",) if device == "cpu" else ("bn_relu_dropout", "conv1d"):
+    rivals = {"bn_relu_dropout": "eager"}
+    if device != "cpu":
+        rivals = {"bn_relu_dropout": "eager,jasper_fast_cuda"}
+        rivals["conv1d"] = "eager,eager_2d_channels_last,jasper_fast_cuda"
+    for op, names in rivals.items():
         times = (*bench, "kernels", *to, "--dtype", dtype, "--quick", "--op", op, "--mode", "forward")
-        yield Step(
-            f"times of {op}", (*times, "--rivals", "eager,eager_2d_channels_last" if op == "conv1d" else "eager"), 90
-        )
+        yield Step(f"times of {op}", (*times, "--rivals", names), 90)
 
 
 # ------------------------------------------------------------------------------------------------------- running it

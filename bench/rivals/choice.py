@@ -5,9 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from jasper_fast.bench.harness.errors import Absent
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.rivals import compiler, cuda_graphs, eager_layouts, runtimes
 from jasper_fast.bench.rivals.eager_layouts import ChannelsLast2d, Model
+from jasper_fast.dispatch import backends
 
 INFERENCE: dict[str, Callable[[nn.Module], Model]] = {
     "eager": eager_layouts.eager,
@@ -69,14 +71,30 @@ def only(kind: str, wanted: str) -> str:
     return ",".join(n for n in names if n in KINDS[kind]) or "eager"
 
 
+CUDA_FACE = "jasper_fast_cuda"  # our own ops with backend="cuda", whatever face the run's backend chooses
 SUB_BLOCK = ("eager", "eager_2d_channels_last", "compile_max_autotune", "cudnn")
 
 
 def for_sub_blocks(run: Run) -> tuple[str, ...]:
     """Rivals of a conv or sub-block: by default all on a GPU and the eager ones on a CPU, else those that `--rivals`
-    names."""
+    names. The CUDA face is one on a GPU, by default and by name."""
     if run.rivals == "all":
-        return SUB_BLOCK
+        return (*SUB_BLOCK, *cuda_face(run))
     if run.rivals == "default":
-        return SUB_BLOCK if run.device.type == "cuda" and not run.quick else SUB_BLOCK[:2]
-    return ("eager", *(name for name in SUB_BLOCK[1:] if name in run.rivals.split(",")))
+        return (*(SUB_BLOCK if run.device.type == "cuda" and not run.quick else SUB_BLOCK[:2]), *cuda_face(run))
+    return ("eager", *(name for name in SUB_BLOCK[1:] if name in run.rivals.split(",")), *cuda_face(run))
+
+
+def cuda_face(run: Run) -> tuple[str, ...]:
+    """The CUDA face where it is measured beside the face that the run's backend chooses."""
+    wanted = run.rivals.split(",")
+    unasked = run.rivals in ("default", "all") and run.device.type == "cuda" and run.backend != "cuda"
+    return (CUDA_FACE,) if unasked or CUDA_FACE in wanted else ()
+
+
+def needs_cuda_face(run: Run, *, convs: bool) -> None:
+    """Raises Absent where the CUDA face cannot run, or has no `convs` in the run's dtype."""
+    if why := backends.why_missing("cuda", run.device):
+        raise Absent(why)
+    if convs and run.dtype.itemsize != 2:
+        raise Absent("the CUDA face's convs take fp16 and bf16")
