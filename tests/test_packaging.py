@@ -69,12 +69,12 @@ def test_data_that_bench_reads_is_packed(described: dict) -> None:
 
 
 def test_a_wheel_has_the_sources_that_nvrtc_compiles(described: dict) -> None:
-    from jasper_fast.kernels.conv1d import cuda_nvrtc
+    from jasper_fast.kernels import nvrtc
 
-    assert "jasper_fast.csrc" in described["packages"] and cuda_nvrtc.sources() == ROOT / "csrc" / "cuda"
+    assert "jasper_fast.csrc" in described["packages"] and nvrtc.sources() == ROOT / "csrc" / "cuda"
     patterns = described["package_data"]["jasper_fast.csrc"]
     packed = {path for pattern in patterns for path in (ROOT / "csrc").glob(pattern)}
-    assert packed == set(cuda_nvrtc.sources().glob("*.cuh")) and packed
+    assert packed == set(nvrtc.sources().glob("*.cuh")) and packed
 
 
 @pytest.mark.slow
