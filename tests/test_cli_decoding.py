@@ -128,6 +128,7 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
         (("--n-best", "2"), "give --json too"),
         (("--rescore-weight", "1"), "--rescore-weight needs a language model; name one with --rescore"),
         (("--beam", "8", "--rescore-weight", "1"), "--rescore-weight needs a neural language model"),
+        (("--lm", folder / "neural.pt"), "neural.pt: a neural language model cannot search, it rescores"),
         (("--rescore", "gone"), "gone: no such language model"),
         (("--rescore", folder / "symbols.arpa"), "symbols.arpa is not a complete PyTorch checkpoint"),
         (("--rescore", folder / "model.pt"), "model.pt: holds no neural language model"),

@@ -168,6 +168,7 @@ DECODING = {  # the options of `decoder`
 def decoder(arguments: argparse.Namespace, vocabulary: Any) -> Any:
     """The beam search that the options of DECODING ask for, None where they ask for none."""
     from jasper_fast.lm import decoders, spelt, tuned
+    from jasper_fast.lm.neural.files import is_neural
 
     asked = {name: getattr(arguments, name) for name in ("beam", "alpha", "beta", "n_best")}
     asked["hot_words"] = _hot_words(arguments) or None
@@ -194,6 +195,8 @@ def decoder(arguments: argparse.Namespace, vocabulary: Any) -> Any:
         raise UsageError("--lexicon and --alpha need a language model; name one with --lm")
     if model is None and weight:
         raise UsageError("--rescore-weight needs a neural language model; name one with --rescore")
+    if file is not None and is_neural(file):
+        raise UsageError(f"--lm {file}: a neural language model cannot search, it rescores; give it to --rescore")
     lm = decoders.load_lm(file, vocabulary, lexicon, unknown) if file is not None else None
     if left_out := getattr(lm, "left_out", ()):
         print(f"{len(left_out)} words of {lexicon or file} cannot be spelt with the labels, such as {left_out[0]!r}; "
