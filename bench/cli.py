@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
         return sub.add_parser(name, help=help, description=help, parents=[common])
 
     kernels = add("kernels", "each op at each Jasper layer shape, compared with the eager chain")
-    kernels.add_argument("--op", default="all", help="bn_relu_dropout, sub_block, conv1d, panes or all")
+    kernels.add_argument("--op", default="all", help="bn_relu_dropout, sub_block, conv1d, panes, depthwise or all")
     kernels.add_argument(
         "--mode",
         choices=("forward", "backward", "both", "inference"),
@@ -98,12 +98,12 @@ def parser() -> argparse.ArgumentParser:
     )
     latency = add("latency", "percentiles of a batch's time by batch size and audio length")
     latency.add_argument(
-        "--model", type=choices.model, default="jasper10x5", help="small, medium, jasper10x5 or a YAML file"
+        "--model", type=choices.model, default="jasper10x5", help="small, medium, jasper10x5, quartznet15x5 or YAML"
     )
     latency.add_argument("--full", action="store_true", help="the whole grid of batch sizes and lengths on a CPU too")
     decode = add("decode", "beam searches beside flashlight-text, alone and as a share of features to text")
     decode.add_argument(
-        "--model", type=choices.model, default="jasper10x5", help="small, medium, jasper10x5 or a YAML file"
+        "--model", type=choices.model, default="jasper10x5", help="small, medium, jasper10x5, quartznet15x5 or YAML"
     )
     memory = add("memory", "bytes that a training forward keeps for backward, and the step's peak")
     add_models(memory, DEFAULT_MEMORY_BATCH)
@@ -111,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
     add("launches", "ops and kernels launched by a call, and the host's time for them")
     profile = add("profile", "a torch.profiler trace with ranges named after layers, and time per layer and op")
     profile.add_argument(
-        "--model", type=choices.model, default="small", help="small, medium, jasper10x5 or a YAML file"
+        "--model", type=choices.model, default="small", help="small, medium, jasper10x5, quartznet15x5 or YAML"
     )
     profile.add_argument("--mode", choices=("train", "inference"), default="train")
     profile.add_argument(
@@ -255,7 +255,7 @@ def _check_op(args: argparse.Namespace) -> None:
     known = ("all", *kernels.operations())
     if args.op not in known:
         raise SystemExit(f"--op {args.op}: not one of {', '.join(known)}")
-    if args.mode == "inference" and args.op not in ("all", "sub_block"):
+    if args.mode == "inference" and args.op not in ("all", "sub_block", "depthwise"):
         raise SystemExit(f"--op {args.op} has no --mode inference: sub_block has")
 
 
@@ -398,8 +398,11 @@ def _work(run: Run, args: argparse.Namespace) -> None:
     kernels.main(run)
     train.main(run)
     latency.main(run, "jasper10x5")
+    train.main(run, (("quartznet_small", 8, 400),), train.MODES[0])
+    latency.main(run, "quartznet15x5", grid=((1, 2.0),))
     run.revisit()
     memory.main(run)
+    memory.main(run, (("quartznet15x5", 2, 400),))
 
 
 def _say(text: str) -> None:

@@ -65,3 +65,16 @@ def test_training_flops_are_pytorchs(jasper10x5):
         model(x, lengths)[0].square().sum().backward()
     bias = 2 * 32 * models.VOCABULARY
     assert counts.training_flops(config, 2, 64) == flops.get_total_flops() + 3 * bias
+
+
+def test_quartznets_counts_are_its_models():
+    """Depthwise convs have groups: parameters and operations are those of the module."""
+    config = models.config("quartznet15x5")
+    with torch.device("meta"):
+        model = EagerJasper(config).eval()
+    assert counts.parameters(config) == sum(p.numel() for p in model.parameters()) == 18_924_381
+    found = {f"{conv.name}.weight" for conv in counts.convs(config, 1, 64)}
+    assert found == {name for name, p in model.named_parameters() if p.dim() == 3}
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(2, 64, 208, device="meta"), torch.empty(2, dtype=torch.int64, device="meta"))
+    assert abs(counts.forward_flops(config, 2, 208) / counter.get_total_flops() - 1) < 1e-3

@@ -173,7 +173,7 @@ def test_every_shape_of_every_op_is_measured_in_every_mode(device, collect):
     found = modes(cases)
     assert len({case.id for case in cases}) == len(cases)
     for (op, shape), asked in found.items():
-        assert asked == {*common.MODES, *(["inference"] if op == "sub_block" else [])}, (op, shape)
+        assert asked == {*common.MODES, *(["inference"] if op in ("sub_block", "depthwise") else [])}, (op, shape)
     count = {op: sum(name == op for name, _ in found) for op in {name for name, _ in found}}
     widths, blocks = (7, 3) if device == "cpu" else (9, 10)
     shapes = len({case.key["shape"] + case.key["taps"] for case in cases if case.key["op"] == "conv1d"})
@@ -181,13 +181,13 @@ def test_every_shape_of_every_op_is_measured_in_every_mode(device, collect):
     assert count["bn_relu_dropout"] == widths and count["panes"] == blocks and count["bn_relu_dropout+residual"] == 1
 
 
-@pytest.mark.parametrize("op", ["all", "bn_relu_dropout", "conv1d", "sub_block", "panes"])
+@pytest.mark.parametrize("op", ["all", "bn_relu_dropout", "conv1d", "sub_block", "panes", "depthwise"])
 @pytest.mark.parametrize("mode", kernels.EVERY_MODE)
 @pytest.mark.parametrize("quick", [True, False])
 def test_one_mode_alone(op, mode, quick, collect):
     cases = collect(op=op, mode=mode, quick=quick)
     assert {case.key["mode"] for case in cases} <= {mode}
-    assert bool(cases) == (mode != "inference" or op in ("all", "sub_block"))
+    assert bool(cases) == (mode != "inference" or op in ("all", "sub_block", "depthwise"))
 
 
 def test_a_brief_run_measures_few_cases(collect):
@@ -199,8 +199,9 @@ def test_a_brief_run_measures_few_cases(collect):
         "bn_relu_dropout+residual": 1,
         "sub_block": 2,
         "panes": 1,
+        "depthwise": 2,
     }
-    assert len(collect(quick=True)) == 2 + 1 + 2 + 2 + 1
+    assert len(collect(quick=True)) == 2 + 1 + 2 + 2 + 1 + 2
 
 
 @pytest.mark.parametrize("wanted", ["nonsense", "eager,nonsense", "onnxruntime"])

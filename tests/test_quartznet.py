@@ -1,4 +1,4 @@
-"""QuartzNet: separable blocks in the model, the engine, the exported graph, NeMo's archives, beside eager PyTorch."""
+"""QuartzNet: separable blocks in the model, the engine, the exported graph and NeMo's archives, beside eager ones."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 # computes its statistics. "inner", inside a block: z = f(y) twice (backward computes it again), y and z in the epilogue
 # of dgrad, and dz, y -> dy. "end": z once, then dz, y to reduce, and dz, y -> dy. "joined", an end with a residual: y,
 # r -> z; dz, y, z to reduce; dz, y, z -> dy, dr. "pane": none, because panes are one sum of GEMMs whose statistics come
-# from their inputs.
-NORM_PASSES = {"inner": 2 + 2 + 2 + 3, "end": 2 + 2 + 3, "joined": 3 + 3 + 5, "pane": 0, "head": 0}
+# from their inputs. "taps": none, because no norm follows a depthwise conv.
+NORM_PASSES = {"inner": 2 + 2 + 2 + 3, "end": 2 + 2 + 3, "joined": 3 + 3 + 5, "pane": 0, "head": 0, "taps": 0}
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,19 @@ class Conv:
     bias: bool = False
     batch_norm: bool = True
     place: str = "inner"
+    groups: int = 1
 
     @property
     def flops(self) -> int:
         """Operations of the forward pass as the definition counts them (no FFT, no fast FIR)."""
-        return 2 * self.N * self.T_out * self.C_out * self.C_in * self.K + (
+        return 2 * self.N * self.T_out * self.C_out * self.C_in // self.groups * self.K + (
             self.N * self.T_out * self.C_out if self.bias else 0
         )
 
     @property
     def weights(self) -> int:
         """Parameters of the convolution without its norm."""
-        return self.C_out * self.C_in * self.K + (self.C_out if self.bias else 0)
+        return self.C_out * self.C_in // self.groups * self.K + (self.C_out if self.bias else 0)
 
     @property
     def parameters(self) -> int:
@@ -80,7 +81,13 @@ def convs(config, N: int, T: int) -> Iterator[Conv]:
         for r in range(repeat):
             T_out = conv_out(T, K, stride, dilation)
             place = "inner" if r < repeat - 1 else "joined" if plain else "end"
-            yield Conv(f"encoder.layers.{b}.conv.{4 * r}", N, C, filters, K, T, T_out, place=place)
+            at = f"encoder.layers.{b}.conv"
+            if _separable(block):
+                taps = f"{at}.{5 * r}", N, C, C, K, T, T_out
+                yield Conv(*taps, batch_norm=False, place="taps", groups=C)
+                yield Conv(f"{at}.{5 * r + 1}", N, C, filters, 1, T_out, T_out, place=place)
+            else:
+                yield Conv(f"{at}.{4 * r}", N, C, filters, K, T, T_out, place=place)
             C, T = filters, T_out
         for k, width in enumerate((history if dense else [block_in]) if plain else []):
             yield Conv(f"encoder.layers.{b}.res.{k}.0", N, width, filters, 1, T_in, T, place="pane")
@@ -163,6 +170,10 @@ def bn_relu_dropout_flops(N: int, C: int, T: int, mode: str) -> int:
 
 def _get(thing, field: str):
     return thing[field] if isinstance(thing, dict) else getattr(thing, field)
+
+
+def _separable(block) -> bool:
+    return bool(block.get("separable") if isinstance(block, dict) else block.separable)
 
 
 def _first(value) -> int:

@@ -178,7 +178,7 @@ def case(shared: Models, model: str, N: int, seconds: float) -> Case:
         nbytes=counts.forward_bytes(shared.cfg, N, T, run.dtype.itemsize),
         items=N,
         wall=True,
-        needs=INFERS,
+        needs=models.needs(shared.cfg, INFERS),
         **sampled(run),
     )
 
@@ -245,7 +245,7 @@ def sound_case(shared: Models, model: str, N: int, seconds: float) -> Case:
         tolerance=TOLERANCES[run.dtype],
         items=N,
         wall=True,
-        needs=INFERS,
+        needs=models.needs(shared.cfg, INFERS),
         **sampled(run),
     )
 

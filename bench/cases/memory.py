@@ -92,6 +92,6 @@ def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Modul
         low=(lambda: plain(torch.float32, run.dtype)) if small or run.device.type == "cuda" else None,
         tolerance=tolerance(precision(run.device, run.dtype)),
         seeds=(1, 2) if small else (1,),
-        needs=TRAINS,
+        needs=models.needs(cfg, TRAINS),
     )
     return made, modules, batch

@@ -35,15 +35,30 @@ SMALL = _blocks(128, ((128, 11, 0.2), (192, 13, 0.2), (256, 17, 0.2)), 3, 256)
 MEDIUM = _blocks(256, ((256, 11, 0.2), (384, 13, 0.2), (512, 17, 0.2)), 3, 512)
 
 
+QUARTZNET = [
+    block | {"separable": True, "dropout": 0.0, "residual_dense": False}
+    for block in _blocks(128, ((128, 33, 0.0), (128, 39, 0.0), (256, 51, 0.0)), 3, 256)
+]
+QUARTZNET[-1]["separable"] = False
+SMALLER = {"small": SMALL, "medium": MEDIUM, "quartznet_small": QUARTZNET}
+
+
 def config(name: str) -> JasperConfig:
-    """ "small" (128 to 256 channels), "medium" (256 to 512), "jasper10x5", or the path of a YAML file."""
-    if name in ("small", "medium"):
-        blocks = SMALL if name == "small" else MEDIUM
+    """ "small" (128 to 256 channels), "medium" (256 to 512), "jasper10x5", "quartznet_small" (128 to 256 channels),
+    "quartznet15x5", or the path of a YAML file."""
+    if name in SMALLER:
+        blocks = SMALLER[name]
         encoder = {"in_feats": 64, "activation": "relu", "use_conv_masks": True, "blocks": copy.deepcopy(blocks)}
         return JasperConfig.from_dict(
             {"encoder": encoder, "decoder": {"in_feats": blocks[-1]["filters"], "n_classes": VOCABULARY}}
         )
-    return JasperConfig.from_yaml(files("jasper_fast.configs") / "jasper10x5dr.yaml" if name == "jasper10x5" else name)
+    published = {"jasper10x5": "jasper10x5dr.yaml", "quartznet15x5": "quartznet15x5.yaml"}
+    return JasperConfig.from_yaml(files("jasper_fast.configs") / published[name] if name in published else name)
+
+
+def needs(cfg: JasperConfig, ops: tuple[str, ...]) -> tuple[str, ...]:
+    """The `ops` of a network, and that of its separable blocks if it has any; by the names of the self-check."""
+    return (*ops, "depthwise") if any(block.separable for block in cfg.encoder.blocks) else ops
 
 
 _made: dict[tuple, dict[str, Tensor]] = {}
@@ -105,8 +120,14 @@ def clear(cfg: JasperConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         at, m = f"encoder.layers.{b}", history[-1]
         panes = (history if block.residual_dense else history[-1:]) if block.residual else []
         for r in range(block.repeat):
-            orthogonal(f"{at}.conv.{4 * r}.weight", m)
-            norm = f"{at}.conv.{4 * r + 1}"
+            place = f"{at}.conv.{4 * r}"
+            if block.separable:
+                taps, place = made[f"{at}.conv.{5 * r}.weight"].float(), f"{at}.conv.{5 * r + 1}"
+                # one shape for all channels, so that a constant has one shape at the edges of an utterance too
+                made[f"{at}.conv.{5 * r}.weight"] = taps = taps.flatten(1).norm(dim=1)[:, None, None] * taps[:1].sign()
+                m = None if m is None else m * taps.sum((1, 2))
+            orthogonal(f"{place}.weight", m)
+            norm = f"{at}.conv.{5 * r + 2}" if block.separable else f"{at}.conv.{4 * r + 1}"
             variance, others = made[f"{norm}.weight"].square(), torch.zeros_like(made[f"{norm}.bias"])
             for k, pane in enumerate(panes if r == block.repeat - 1 else ()):
                 orthogonal(f"{at}.res.{k}.0.weight", pane)

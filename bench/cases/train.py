@@ -244,7 +244,7 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
         nbytes=counts.training_bytes(cfg, N, T, run.dtype.itemsize),
         items=N,
         seeds=(1, 2) if judged is batch else (1,),
-        needs=TRAINS,
+        needs=models.needs(cfg, TRAINS),
     )
 
 

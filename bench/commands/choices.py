@@ -9,11 +9,11 @@ from jasper_fast.bench.rivals import choice
 from jasper_fast.nn.config import ConfigError
 
 Batch = tuple[str, int, int]  # (model, N, T)
-MODELS = ("small", "medium", "jasper10x5")
+MODELS = ("small", "medium", "jasper10x5", "quartznet_small", "quartznet15x5")
 
 
 def model(text: str) -> str:
-    """The text itself if it is small, medium, jasper10x5 or a YAML file with a network."""
+    """The text itself if it is one of MODELS or a YAML file with a network."""
     if text in MODELS:
         return text
     known = f"a model is {', '.join(MODELS)} or a YAML file such as configs/jasper10x5dr.yaml"

@@ -3,7 +3,7 @@
 `python -m bench kernels --op bn_relu_dropout`
 """
 
-from jasper_fast.bench.cases import bn_relu_dropout, by_layer, common, panes
+from jasper_fast.bench.cases import bn_relu_dropout, by_layer, common, depthwise, panes
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.rivals import choice
 
@@ -13,7 +13,10 @@ EVERY_MODE = (*common.MODES, "inference")
 def operations() -> dict[str, common.Cases]:
     """The values of `--op`."""
     convs = {op: by_layer.cases(op) for op in ("sub_block", "conv1d")}
-    return {"bn_relu_dropout": lambda run, mode: [bn_relu_dropout.cases(run, mode)], **convs, "panes": panes.cases}
+    return {"bn_relu_dropout": lambda run, mode: [bn_relu_dropout.cases(run, mode)], **convs} | {
+        "panes": panes.cases,
+        "depthwise": depthwise.cases,
+    }
 
 
 def check_rivals(run: Run) -> None:

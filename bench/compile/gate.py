@@ -220,6 +220,7 @@ RULES = (
             ("conv1d last", "rows of 29 symbols start anywhere"),
             ("ctc", "a program goes frame by frame, and rows of 29 symbols start anywhere"),
             ("novograd squares", "it leaves a number a run"),
+            ("depthwise wgrad", "it leaves a number a channel and tap"),
             ("all unaligned", "slices of a buffer begin anywhere"),
         ),
     ),

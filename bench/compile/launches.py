@@ -13,6 +13,7 @@ from jasper_fast.kernels.bn_relu_dropout import triton_impl as bn
 from jasper_fast.kernels.conv1d import triton_impl as conv1d
 from jasper_fast.kernels.conv1d import triton_tiles
 from jasper_fast.kernels.ctc import triton_impl as ctc
+from jasper_fast.kernels.depthwise import triton_impl as depthwise
 from jasper_fast.kernels.novograd import triton_impl as novograd
 from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
@@ -21,6 +22,9 @@ N, P = 32, 0.2  # utterances, which with FRAMES give enough rows for whole tiles
 FRAMES = (840, 48, 16)  # T' of 16.7 s, and two at which the default tiles have fewer rows
 LABELS = (120, 250, 500)  # of a target: those of a batch of speech have up to some 400
 PANES = 256  # channels of the panes of a residual block
+TAPS_C = 512  # channels of QuartzNet's depthwise convs
+# their (T', K, stride, masks): large and small tiles, and taps that fill 64 or 128 rows of the block that adds up dw
+TAPS = ((840, 87, 1, True), (840, 63, 1, False), (840, 33, 2, True), (16, 63, 1, True))
 META = torch.device("meta")
 EXACT = " ieee"  # suffix of the names of kernels with exact fp32 products
 PARTS = {"HAS_STATS": " stats", "HAS_NORM": " bn", "HAS_PANES": " panes", "HAS_SPLITS": " split"}
@@ -39,6 +43,9 @@ def recorded(arch: int, dtype: str) -> Recorded:
             for op, call in conv_calls(a, a.stride * T - odd, number, masks).items():
                 for tile in _tiles(a, T, number, exact) if op == "fused" else [None]:
                     yield from ((kernel, name, source) for kernel, source in _sources(arch, call, op, tile, exact))
+    for T, K, stride, masks in TAPS:
+        for kernel, source in _sources(arch, functools.partial(taps_calls, K, stride, stride * T, number, masks)):
+            yield kernel, f"C{TAPS_C} K{K} T{T}" + f" s{stride}" * (stride > 1), source
     for C in sorted({a.C_in for a in wide if not a.first}, reverse=True):
         for kernel, source in _sources(arch, functools.partial(norm_calls, C, number)):
             yield kernel, f"C{C}", source
@@ -109,6 +116,19 @@ def _fused(a: Layer, x: torch.Tensor, weight: torch.Tensor, how: Geometry, lengt
         fused(ntc, lengths=masked, clean=True, panes=panes)
 
 
+def taps_calls(K: int, stride: int, T: int, dtype: torch.dtype, masks: bool) -> None:
+    """All functions of the depthwise conv, as training calls them and as the engine does."""
+    how = Geometry(stride, K // 2)
+    x, weight = torch.empty(N, T, TAPS_C, dtype=dtype, device=META), torch.empty(TAPS_C, 1, K, device=META)
+    dy, some = x.new_empty(N, how.frames(T, K), TAPS_C), torch.empty(N, dtype=torch.int64, device=META)
+    told = Lengths(some, some) if masks else Lengths()
+    depthwise.forward(x.transpose(1, 2), weight, how, told)
+    depthwise.dgrad(dy.transpose(1, 2), weight, T, how, told)
+    depthwise.wgrad(x.transpose(1, 2), dy.transpose(1, 2), K, how, told, weight.dtype)
+    if stride > 1:  # where the engine has lengths made
+        depthwise.into(dy, x, depthwise.pack_once(weight, dtype), how, Lengths(some, made=some, masked=masks))
+
+
 def norm_calls(C: int, dtype: torch.dtype) -> None:
     """All functions of bn_relu_dropout over `C` channels, with every combination of optional arguments."""
     y = torch.empty(N, FRAMES[0], C, dtype=dtype, device=META).transpose(1, 2)
@@ -173,6 +193,10 @@ def called(one: launch.Launch, exact: bool) -> str:
     """The name of a launch's kernel in a row: its function, and the optional parts that are on."""
     values = one.arguments
     name = one.name.strip("_").removesuffix("_kernel")
+    if name.startswith("depthwise"):
+        name = "depthwise dgrad" if values.get("FLIPPED") else name.replace("_", " ").replace("sum", "forward")
+        name += " makes lengths" * bool(values.get("HAS_LENGTHS_OUT"))
+        return name + " no masks" * (not values.get("HAS_MASK", values.get("HAS_IN_LENGTHS")))
     if name.startswith("ctc"):
         return name.replace("_", " ")
     if not name.startswith("conv1d"):

@@ -105,6 +105,31 @@ CPU_GOALS = (
         0.40,
         at_most=True,
     ),
+    Goal(
+        "depthwise conv of 512 channels, 63 taps, 100 frames",
+        "kernels",
+        {"op": "depthwise", "shape": "(1, 512, 100)", "taps": "K = 63", "mode": "inference", "dtype": "float32"},
+        8.0,
+    ),
+    Goal(
+        "QuartzNet 15x5 inference, one 2 s utterance",
+        "latency",
+        {"model": "quartznet15x5", "N": 1, "seconds": 2.0, "path": "acoustic model", "dtype": "float32"},
+        2.5,
+    ),
+    Goal(
+        "small QuartzNet, training forward + backward",
+        "train",
+        {"model": "quartznet_small", "batch": "(8, 64, 400)", "mode": "forward+backward", "dtype": "float32"},
+        1.8,
+    ),
+    Goal(
+        "QuartzNet 15x5, bytes kept for backward",
+        "memory",
+        {"model": "quartznet15x5", "dtype": "float32"},
+        0.50,
+        at_most=True,
+    ),
 )
 GPU_N, GPU_T = 32, 832
 

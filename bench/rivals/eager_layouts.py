@@ -55,7 +55,7 @@ class ChannelsLast2d(nn.Module):
         for i, layer in enumerate(block.conv):
             if isinstance(layer, nn.Conv1d):
                 x = self._conv(f"{at}/conv/{i}", layer, x, lens)
-                lens = block.cfg.out_length(lens) if lens is not None else None
+                lens = layer.out_length(lens) if lens is not None else None
             else:
                 x = _norm2d(layer, x) if isinstance(layer, nn.BatchNorm1d) else layer(x)
         panes = xs if block.cfg.residual_dense else xs[-1:]
@@ -68,7 +68,8 @@ class ChannelsLast2d(nn.Module):
         if lens is not None:
             t = torch.arange(x.shape[-1], device=x.device)
             x = torch.where((t >= lens[:, None])[:, None, None, :], 0.0, x)  # masked_fill loses channels_last memory
-        return F.conv2d(x, self.weights[name], None, (1, conv.stride[0]), (0, conv.padding[0]), (1, conv.dilation[0]))
+        how = (1, conv.stride[0]), (0, conv.padding[0]), (1, conv.dilation[0]), conv.groups
+        return F.conv2d(x, self.weights[name], None, *how)
 
 
 def _norm2d(norm: nn.BatchNorm1d, x: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def wgrad(
         depthwise_wgrad_kernel, (shares * triton.cdiv(k, TAPS) * triton.cdiv(c, block_c),), x,
         x, dy, parts, *lengths[:2], n, t, dy.shape[2], groups, x_row, x_item, dy_row, dy_item, k, padding, dilation,
         share, STRIDE=stride, HAS_IN_LENGTHS=lengths.before is not None, HAS_OUT_LENGTHS=lengths.after is not None,
-        VEC=vec, BLOCK_T=32, BLOCK_C=block_c, num_warps=4,
+        VEC=vec, BLOCK_T=min(64, 2048 // block_c), BLOCK_C=block_c, num_warps=4, num_stages=2,
     )  # fmt: skip
     meta = transpose_meta(k) | {"BLOCK_I": 1}
     launch.run(

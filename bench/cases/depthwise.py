@@ -1,0 +1,158 @@
+"""Cases of `python -m bench kernels --op depthwise`: QuartzNet's depthwise convs, each beside PyTorch's grouped conv.
+
+"inference" is the forward pass with a weight packed before, as the engine holds it; the other modes are training.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jasper_fast import ops
+from jasper_fast.bench.cases import common
+from jasper_fast.bench.harness.case import Case, Contender, Runner
+from jasper_fast.bench.harness.run import Run
+from jasper_fast.dispatch import backends, choose
+from jasper_fast.kernels import layout
+from jasper_fast.kernels.operands import Geometry, Lengths
+
+GOAL = (1, 512, 63, 100)  # (N, C, K, T), one utterance of 2 s
+CPU_SHAPES = (GOAL, (4, 256, 33, 400), (4, 512, 75, 400))
+GPU_SHAPES = ((32, 512, 63, 832), (32, 256, 33, 832), (32, 512, 75, 832), GOAL)
+MODES = ("inference", *common.MODES)
+
+
+class Inputs(common.Held):
+    """The tensors of one shape in NCT and in NTC memory, with the same values, refilled in place. The weight is fp32
+    even with 16-bit activations. All utterances are as long as the tensor, because PyTorch has no masks."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(dtype, device)
+        N, C, self.K, T = shape
+        self.nct = {n: torch.empty(N, C, T, dtype=dtype, device=device) for n in ("x", "dy")}
+        self.ntc = {n: layout.ntc(t) for n, t in self.nct.items()}
+        self.weight = torch.empty(C, 1, self.K, device=device, requires_grad=True)
+        for memory in (self.nct, self.ntc):
+            memory["x"].requires_grad_()
+        self.refill(0)
+
+    def fill(self, g: torch.Generator) -> None:
+        """Draws new values."""
+        for name, t in self.nct.items():
+            t.copy_(self.randn(t, g))
+            self.ntc[name].copy_(t)
+        self.weight.copy_(self.randn(self.weight, g) * self.K**-0.5)
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(1, self.K // 2)
+
+
+def eager(x: Tensor, i: Inputs, weight: Tensor) -> Tensor:
+    """PyTorch's grouped conv in NCT memory, as NeMo calls it."""
+    return F.conv1d(x, weight, None, *i.geometry, weight.shape[0])
+
+
+def eager_2d(x: Tensor, i: Inputs, weight: Tensor) -> Tensor:
+    """The same as a 2D conv in channels_last memory."""
+    return F.conv2d(x.unsqueeze(2), weight.unsqueeze(2), None, 1, (0, i.K // 2), 1, weight.shape[0]).squeeze(2)
+
+
+def runner(chain: Callable[..., Tensor], i: Inputs, memory: str, mode: str, autocast: bool) -> Runner:
+    """The runner of a chain; its outputs are y and both gradients."""
+    tensors, wanted = getattr(i, memory), [getattr(i, memory)["x"], i.weight]
+
+    def forward() -> Tensor:
+        with i.autocast(autocast):
+            return chain(tensors["x"], i, i.weight)
+
+    def gradients(y: Tensor, retain: bool = False) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, wanted, tensors["dy"], retain_graph=retain)
+
+    def without_grad() -> Tensor:
+        with torch.no_grad():
+            return forward()
+
+    def everything() -> dict[str, Tensor]:
+        y = forward()
+        return {"y": y.detach(), **dict(zip(("dx", "dw"), gradients(y), strict=True))}
+
+    run = without_grad if mode == "inference" else common.timed(mode, i, forward, gradients)
+    return Runner(run, everything)
+
+
+def packed(i: Inputs, backend: str) -> Runner:
+    """Our forward pass over a pack that was made before, as in the engine."""
+    face = backends.face("depthwise", choose.depthwise_face(backend, i.device, i.dtype))
+    held: dict[int, Tensor] = {}
+    x, out = i.ntc["x"].detach().transpose(1, 2), torch.empty_like(i.ntc["x"].detach().transpose(1, 2))
+
+    def run() -> None:
+        if i.refills not in held:
+            held.clear()
+            held[i.refills] = face.pack_once(i.weight.detach(), i.dtype)
+        face.into(out, x, held[i.refills], i.geometry, Lengths())
+
+    def answer() -> dict[str, Tensor]:
+        run()
+        trained = runner(fused(backend), i, "ntc", "both", False).outputs()
+        return trained | {"y": out.transpose(1, 2).clone()}
+
+    return Runner(run, answer)
+
+
+def fused(backend: str) -> Callable[..., Tensor]:
+    """jasper_fast's op."""
+
+    def call(x: Tensor, i: Inputs, weight: Tensor) -> Tensor:
+        return ops.depthwise(x, weight, padding=i.K // 2, backend=backend)
+
+    return call
+
+
+def answer(i: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Results and gradients by plain PyTorch in `dtype`."""
+    x, weight = (t.detach().to(dtype).requires_grad_() for t in (i.nct["x"], i.weight))
+    y = eager(x, i, weight)
+    dx, dw = torch.autograd.grad(y, (x, weight), i.nct["dy"].to(dtype))
+    return {"y": y.detach(), "dx": dx, "dw": dw}
+
+
+def case(run: Run, shape: tuple[int, int, int, int], mode: str) -> Case:
+    """The case of one shape and mode."""
+    N, C, K, T = shape
+    inputs = functools.cache(lambda: Inputs(shape, run.dtype, run.device))
+
+    def ours() -> Runner:
+        return packed(inputs(), run.backend) if mode == "inference" else made(fused(run.backend), "ntc", False)()
+
+    def made(chain: Callable[..., Tensor], memory: str, autocast: bool = True) -> Callable[[], Runner]:
+        return lambda: runner(chain, inputs(), memory, mode, autocast)
+
+    passes = {"inference": 1, "forward": 1, "backward": 2, "both": 3}[mode]
+    return Case(
+        "kernels",
+        {"op": "depthwise", "shape": f"({N}, {C}, {T})", "taps": f"K = {K}", "dtype": run.dtype_name, "mode": mode},
+        [
+            Contender("jasper_fast", ours),
+            Contender("eager", made(eager, "nct")),
+            Contender("eager_2d_channels_last", made(eager_2d, "ntc")),
+        ],
+        refill=lambda seed: inputs().refill(seed),
+        reference=lambda: answer(inputs(), torch.float64),
+        low=lambda: answer(inputs(), run.dtype),
+        tolerance=common.CONV_TOLERANCE,
+        flops=passes * 2 * N * C * K * T,
+        nbytes=passes * (2 * N * C * T * run.dtype.itemsize + 4 * C * K),
+        needs=("depthwise",),
+    )
+
+
+def cases(run: Run, mode: str | None = None) -> Iterator[list[Case]]:
+    """Shape by shape; with --quick only the first one."""
+    shapes = GPU_SHAPES if run.device.type == "cuda" else CPU_SHAPES
+    for shape in shapes[: 1 if run.quick or run.brief else None]:
+        modes = (mode,) if mode in MODES else MODES if mode is None else ()
+        yield [case(run, shape, m) for m in (modes[:2] if run.quick or run.brief else modes)]
