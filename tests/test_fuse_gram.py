@@ -80,6 +80,41 @@ def test_a_hook_that_changes_a_block_output_is_seen():
     torch.testing.assert_close(*results)
 
 
+def louder(module, given):
+    given[0][0].mul_(2.0)
+
+
+def shorter(module, given):
+    return given[0], given[1] - 3
+
+
+@pytest.mark.parametrize("hook", [louder, shorter])
+def test_a_block_output_that_changes_between_two_readers_is_made_ready_again(hook):
+    results = []
+    for fused in (False, True):
+        model = build("nvidia").double().train()
+        if fused:
+            fuse(model)
+        model.encoder.layers[2].register_forward_pre_hook(hook)
+        with torch.no_grad():
+            (out,), lengths = model.encoder(features(torch.float64), torch.tensor([61, 40, 33]))
+        results.append(out.masked_fill((torch.arange(31) >= lengths[:, None])[:, None], 0))
+    torch.testing.assert_close(*results)
+
+
+def test_autocast():
+    exact, single, fused = build("nvidia").double(), build("nvidia"), build("nvidia")
+    fuse(fused)
+    results = []
+    for model in (single, fused, exact):
+        with torch.autocast("cpu", torch.bfloat16, enabled=model is not exact):
+            out = call(model.train(), features(next(model.parameters()).dtype))
+        out.to(torch.promote_types(out.dtype, torch.float32)).square().mean().backward()
+        results.append({"output": out.detach()} | {n: p.grad for n, p in model.named_parameters()})
+    for name, want in results[2].items():
+        assert_close(name, results[1][name], results[0][name], want, factor=3.0)
+
+
 def test_activation_checkpointing_of_a_block(counted, monkeypatch):
     """Its second pass is outside of the encoder's forward, and must save the same tensors."""
     results = []
