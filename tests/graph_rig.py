@@ -44,8 +44,8 @@ def on_fake(one: Batch) -> Batch:
     return Batch(*(x + 0 for x in (one.audio, one.audio_lengths, one.targets, one.target_lengths)), *[one.names] * 3)
 
 
-def padded(one: Batch, shape: tuple[int, int, int]) -> Batch:
-    n, samples, labels = shape
+def padded(one: Batch, shape: tuple[tuple[int, ...], int]) -> Batch:
+    (n, samples), labels = shape
     audio, targets = torch.zeros(n, samples), torch.zeros(n, labels, dtype=torch.int64)
     audio[:, : one.audio.shape[1]], targets[:, : one.targets.shape[1]] = one.audio, one.targets
     return Batch(audio, one.audio_lengths, targets, one.target_lengths, one.texts, one.names, one.indices)
@@ -104,7 +104,8 @@ class Rig:
 
     def held(self, made: GraphedStep) -> list[Tensor]:
         """What is in memory: of the model, the frontend, the state, and what graphs keep alive."""
-        found = [*self.state(), *self.frontend.buffers(), *made._rates]
+        found = [*self.state(), *made._rates]
+        found += self.frontend.buffers() if isinstance(self.frontend, torch.nn.Module) else []
         for graph in made.graphs.values():
             found += [*tensors([vars(one) for one in graph.inputs]), *tensors(list(graph.held.values())), *graph.alive]
         return found

@@ -15,6 +15,8 @@ from graph_recorder import TapeRecorder, tensors
 from graph_rig import Rig, batch, padded
 from torch import Tensor
 
+from jasper_fast.bench.cases.full_step import full_step
+from jasper_fast.bench.harness.errors import Absent
 from jasper_fast.dispatch import choose
 from jasper_fast.training import graphed, step
 from jasper_fast.training.graphed import GraphedStep
@@ -83,7 +85,7 @@ def test_the_graphs_used_last_are_kept(monkeypatch):
     made, recorder = Rig("adamw").graphed(monkeypatch, bucket=16, limit=2)
     for seconds in (0.2, 0.2, 0.5, 0.5, 0.2, 0.8, 0.8, 0.2, 0.5):
         made([batch(1, seconds, 2, 0)])
-    assert [shapes[0][1] for shapes in made.graphs] == [(32 - 1) * 160, (64 - 1) * 160]
+    assert [shapes[0][0][1] for shapes in made.graphs] == [(32 - 1) * 160, (64 - 1) * 160]
     assert len(recorder.tapes) == 4  # 0.5 s gave way to 0.8 s, and came back
     made.forget()
     made([batch(1, 0.2, 2, 0)])
@@ -104,6 +106,29 @@ def test_what_a_graph_needs_is_kept_alive(monkeypatch):
     graph.alive.clear()
     with pytest.raises(AssertionError, match="have been freed"):
         made([batch(1, 0.2, 2, 2)])
+
+
+def test_a_frontend_of_another_kind_gets_what_it_was_given(monkeypatch):
+    """Features instead of audio, say: their frames are not padded, because nothing says to what."""
+    ours, plain = Rig("adamw"), Rig("adamw")
+    for rig in (ours, plain):
+        rig.frontend = lambda features, lengths: (features, lengths, lengths)
+    made, recorder = ours.graphed(monkeypatch, bucket=16)
+    for i in range(3):
+        one = batch(2, 0.3, 3, i)
+        one.audio, one.audio_lengths = torch.randn(2, 32, 50), torch.tensor([50, 31])
+        assert made._shape(one) == ((2, 32, 50), 32)
+        torch.manual_seed(i)
+        made([one])
+        torch.manual_seed(i)
+        plain.plain([one])
+    assert same(ours.numbers(), plain.numbers()) and recorder.replays == 2
+
+
+def test_the_bench_has_it_only_where_it_can_be():
+    rig = Rig()
+    with pytest.raises(Absent, match="CUDA graphs need a GPU"):
+        full_step(rig.model, rig.model, rig.model.config, tuple, torch.float32, graphs=True)
 
 
 class Reading(Frontend):

@@ -1,16 +1,19 @@
 """The full training step: the one that train.py makes, with check for NaN, guard and moving average, for all."""
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from jasper_fast import Jasper, NovoGrad
+from jasper_fast.bench.harness.errors import Absent
 from jasper_fast.bench.rivals.eager_layouts import Model
 from jasper_fast.bench.rivals.optimizers import ForeachNovoGrad
 from jasper_fast.data.batch import Batch
 from jasper_fast.nn.architecture import out_lengths
 from jasper_fast.training.ema import EMA
+from jasper_fast.training.graphed import GraphedStep
 from jasper_fast.training.step import BufferGuard, train_step
 
 LR, WEIGHT_DECAY, DECAY = 1e-4, 1e-3, 0.999
@@ -46,12 +49,14 @@ def full_step(
     inputs: Callable[[], tuple[Tensor, ...]],
     dtype: torch.dtype,
     wrap: Callable[[nn.Module], nn.Module] = lambda trained: trained,
+    graphs: bool = False,
 ) -> Callable[[], None]:
     """A call that makes one step by `train_step`.
 
     `inputs`: features and lengths, transcripts and theirs, each time anew, the lengths on the host. Jasper is trained
     by NovoGrad, which carries the average; every other model by the foreach form of it, a pass of its own for the
     average, and a step skipped by the host: PyTorch's usual way. `wrap` makes the model that several processes call.
+    `graphs`: by a CUDA graph from the second call on; raises Absent where that cannot be.
     """
     trained = Trained(module, call, cfg).train()
     learning = [p for p in module.parameters() if p.requires_grad]
@@ -62,13 +67,21 @@ def full_step(
         optimizer = ForeachNovoGrad(learning, lr=LR, weight_decay=WEIGHT_DECAY)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     called = wrap(trained)
-    guard, low = BufferGuard(trained), None if dtype is torch.float32 else dtype
+    parts = {"optimizer": optimizer, "scaler": scaler, "guard": BufferGuard(trained)}
+    how = {"device": device, "amp_dtype": None if dtype is torch.float32 else dtype, "ema": ema}
+    frontend = lambda x, lengths: (x, lengths.to(device, non_blocking=True), lengths)  # noqa: E731
+    step = functools.partial(train_step, called, frontend, **parts, **how)
+    if graphs:
+        step = GraphedStep(called, frontend, **parts, **how, say=_absent)
 
     def run() -> None:
         features, lengths, targets, target_lengths = inputs()
         names = [str(i) for i in range(len(features))]
         batch = Batch(features, lengths, targets, target_lengths, names, names, [])
-        frontend = lambda x, lengths: (x, lengths.to(device, non_blocking=True), lengths)  # noqa: E731
-        train_step(called, frontend, [batch], optimizer, scaler, guard, device=device, amp_dtype=low, ema=ema)
+        step([batch])
 
     return run
+
+
+def _absent(why: str) -> None:
+    raise Absent(why)

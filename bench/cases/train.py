@@ -110,7 +110,13 @@ class Batch:
 
 
 def runner(
-    module: nn.Module, call: Model, batch: Batch, state: Mapping[str, Tensor], dtype: torch.dtype, mode: str
+    module: nn.Module,
+    call: Model,
+    batch: Batch,
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    mode: str,
+    graphs: bool = False,
 ) -> Runner:
     """`call` runs `module`'s parameters (renamed, perhaps). Timed as it trains: dropout on, and in fp16 with the loss
     scaled, without which small gradients are zero. The full step is train.py's own."""
@@ -125,7 +131,7 @@ def runner(
 
     run = forward_and_backward
     if mode == "step":
-        run = full_step(module, call, batch.cfg, batch.as_read, dtype)
+        run = full_step(module, call, batch.cfg, batch.as_read, dtype, graphs=graphs)
     return Runner(run, lambda: answer(module, call, batch, state, dtype))
 
 
@@ -197,8 +203,8 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
     judged = batch if judged_at == (N, T) else functools.cache(lambda: Batch(cfg, *judged_at, run.device, not full))
     exact = torch.float64 if counts.parameters(cfg) < LARGE or run.device.type == "cuda" else torch.float32
 
-    def runner_of(module: nn.Module, call: Model) -> Runner:
-        timed = runner(module, call, batch(), state(), run.dtype, mode.removesuffix(FULL))
+    def runner_of(module: nn.Module, call: Model, graphs: bool = False) -> Runner:
+        timed = runner(module, call, batch(), state(), run.dtype, mode.removesuffix(FULL), graphs)
 
         def outputs() -> dict[str, Tensor]:
             # for a batch that is not timed cuDNN need not search; for a timed one it must at the first call
@@ -207,9 +213,9 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
 
         return dataclasses.replace(timed, outputs=outputs)
 
-    def ours() -> Runner:
+    def ours(graphs: bool = False) -> Runner:
         fused = models.fused(cfg, state(), run.backend)
-        return runner_of(fused, fused)
+        return runner_of(fused, fused, graphs)
 
     def rival(build: Callable[[nn.Module], Model]) -> Callable[[], Runner]:
         def make() -> Runner:
@@ -231,11 +237,14 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
         for held in {id(b): b for b in (batch(), judged())}.values():
             held.refill(seed)
 
+    mine = [Contender("jasper_fast", ours)]
+    if mode == "step" and run.device.type == "cuda":
+        mine.append(Contender("jasper_fast_graphed", functools.partial(ours, graphs=True)))
     chosen = of_batch(rivals_of(run), full)
     return Case(
         "train",
         {"model": model, "batch": f"({N}, {cfg.encoder.in_feats}, {T})", "dtype": run.dtype_name, "mode": mode},
-        [Contender("jasper_fast", ours), *(Contender(n, rival(b)) for n, b in chosen.items())],
+        [*mine, *(Contender(n, rival(b)) for n, b in chosen.items())],
         refill=refill,
         reference=lambda: plain(exact, exact),
         low=(lambda: plain(torch.float32, run.dtype)) if exact is torch.float64 else None,

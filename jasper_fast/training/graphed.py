@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from jasper_fast.data.batch import Batch
 from jasper_fast.kernels import capture
 from jasper_fast.nn.packs import Packs
+from jasper_fast.speech.features import LogMelFeatures
 from jasper_fast.training.ema import EMA
 from jasper_fast.training.optim import NovoGrad
 from jasper_fast.training.step import BufferGuard, Frontend, StepResult, reads_no_lengths, train_step
 
-Shapes = tuple[tuple[int, int, int], ...]  # utterances, samples, labels of each micro-batch
+Shapes = tuple[tuple[tuple[int, ...], int], ...]  # of each micro-batch: of the audio, and labels of a transcript
 LABELS = 32  # transcripts are padded to a multiple of this
 
 
@@ -74,13 +75,14 @@ class GraphedStep:
         result = step(batches)
 
     Arguments and results are those of `train_step`. Audio is padded with silence to a multiple of `bucket` frames of
-    features, and the first step of a shape (utterances, frames and labels of each micro-batch) is a plain one over the
-    same padded batch; of graphs the `limit` used last are kept. Learning rates are read from the optimiser's groups.
-    Bit-equal to plain steps over the padded batches, where those repeat, but that PyTorch's optimisers read their rate
-    in fp32. Gradients are not kept. Call `forget()` after
-    a `load_state_dict` of model, optimiser, scaler or average, or when one of their tensors is replaced otherwise; what
-    else of them is changed from outside the step (modes, requires_grad, betas of PyTorch's optimisers) graphs do not
-    see before it.
+    features (what another frontend takes, not at all). The first step of a shape (utterances, frames and labels of each
+    micro-batch) is a plain one over the same padded batch; of graphs the `limit` used last are kept. Learning rates are
+    read from the optimiser's groups. Steps are bit-equal to plain ones over the padded batches, where those repeat, but
+    that PyTorch's optimisers read their rate in fp32. Gradients are not kept.
+
+    Call `forget()` after a `load_state_dict` of model, optimiser, scaler or average, or when one of their tensors is
+    replaced otherwise; what else of them is changed outside the step (modes, requires_grad, betas of PyTorch's
+    optimisers) graphs do not see before it.
 
     Where a step cannot be captured, all are plain ones, and `say` is told why, once: on a CPU, in several processes,
     with an optimiser that decides on the host (other than NovoGrad and PyTorch's fused Adam and AdamW), without the CTC
@@ -168,17 +170,22 @@ class GraphedStep:
 
     # ------------------------------------------------------------------------------------------------------- inputs
 
-    def _shape(self, batch: Batch) -> tuple[int, int, int]:
-        """Utterances, samples and labels that `batch` is padded to: samples that make a multiple of `bucket` frames."""
-        hop, (n, samples) = self.frontend.features.hop_length, batch.audio.shape
-        frames = -(-(1 + -(-samples // hop)) // self.bucket) * self.bucket
-        return n, (frames - 1) * hop, max(1, -(-batch.targets.shape[1] // LABELS)) * LABELS
+    def _shape(self, batch: Batch) -> tuple[tuple[int, ...], int]:
+        """What audio and transcripts are padded to: to samples that make a multiple of `bucket` frames, where the
+        frontend says how many that is."""
+        *rest, samples = batch.audio.shape
+        features = getattr(self.frontend, "features", None)
+        if isinstance(features, LogMelFeatures):
+            frames = -(-(1 + -(-samples // features.hop_length)) // self.bucket) * self.bucket
+            samples = (frames - 1) * features.hop_length
+        return (*rest, samples), max(1, -(-batch.targets.shape[1] // LABELS)) * LABELS
 
     def _inputs(self, shapes: Shapes) -> list[Batch]:
         """Memory for the micro-batches, the same for all shapes as long as it is large enough."""
         found = []
-        for i, (n, samples, labels) in enumerate(shapes):
-            how = {"audio": (n, samples), "audio_lengths": (n,), "targets": (n, labels), "target_lengths": (n,)}
+        for i, (audio, labels) in enumerate(shapes):
+            n = audio[0]
+            how = {"audio": audio, "audio_lengths": (n,), "targets": (n, labels), "target_lengths": (n,)}
             made = {name: self._view(i, name, shape) for name, shape in how.items()}
             found.append(Batch(**made, texts=[], names=[], indices=[]))
         return found
@@ -255,8 +262,8 @@ def _fill(batch: Batch, to: Batch) -> None:
     """Copies a micro-batch where a graph reads it; zeros beyond its own samples and labels."""
     for name in ("audio", "targets"):
         source, into = getattr(batch, name), getattr(to, name)
-        into[:, : source.shape[1]].copy_(source, non_blocking=True)
-        into[:, source.shape[1] :].zero_()
+        into[..., : source.shape[-1]].copy_(source, non_blocking=True)
+        into[..., source.shape[-1] :].zero_()
     to.audio_lengths.copy_(batch.audio_lengths, non_blocking=True)
     to.target_lengths.copy_(batch.target_lengths, non_blocking=True)
 
