@@ -202,6 +202,20 @@ AUGMENTATIONS = {
 }
 
 
+@pytest.mark.slow
+def test_twenty_utterances_are_learnt_by_heart_without_augmentation(tmp_path, monkeypatch) -> None:
+    paths = write_corpus(tmp_path, train=20)
+    config = yaml.safe_load(paths["config"].read_text())
+    config["input_train"] = config["input_val"]
+    for block in config["jasper"]["encoder"]["blocks"]:
+        block["dropout"] = 0.0
+    paths["config"].write_text(yaml.safe_dump(config))
+    how = {"steps": 60, "batch_size": 20, "val_manifests": paths["train"], "val_every": 20, "lr": 0.02}
+    run(train_arguments(paths, tmp_path / "out", **how), monkeypatch)
+    rates = [r["wer"] for r in read_log(tmp_path / "out" / "log.jsonl") if r["kind"] == "val_live"]
+    assert len(rates) == 3 and rates[-1] == 0.0
+
+
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_losses_are_finite_with_each_augmentation(paths, tmp_path, monkeypatch, name: str) -> None:
     config = yaml.safe_load(paths["config"].read_text())

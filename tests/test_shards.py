@@ -250,16 +250,16 @@ def test_patterns_without_end_are_refused(tmp_path: Path, monkeypatch) -> None:
 def test_recognition_of_shards_and_files_is_the_same(tmp_path: Path) -> None:
     corpus(tmp_path)
     model, found = test_cli.write_checkpoint(tmp_path / "model.pt"), []
-    for manifest in (tmp_path / "m.jsonl", pack(tmp_path)):
+    for manifest, size in ((tmp_path / "m.jsonl", 16), (pack(tmp_path), 16), (pack(tmp_path), 1)):
         out, page = tmp_path / "out.json", tmp_path / "page.html"
         options = ["--checkpoint", model, "--out", str(out), "--html", str(page), "--worst", "4"]
-        assert main(["evaluate", "--manifest", str(manifest), *options]) == 0
+        assert main(["evaluate", "--manifest", str(manifest), "--batch-size", str(size), *options]) == 0
         told = json.loads(out.read_text())
         rows = sorted((row["text"], row["pred_text"]) for row in told["utterances_list"])
         sounds = sorted(re.findall(r'<audio[^>]* src="([^"]*)"', page.read_text()))
         assert len(sounds) == 4
         found.append((rows, told["wer"], told["cer"], told["words"], sounds))
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
 
 
 def test_damaged_shards_are_named_and_the_rest_is_used(tmp_path: Path, capsys) -> None:

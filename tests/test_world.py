@@ -63,6 +63,18 @@ def test_a_step_that_one_rank_cannot_read_is_skipped_by_all(paths, tmp_path):
     assert "done: step 8" in members[0].said
 
 
+def test_a_step_in_which_one_rank_has_a_nan_is_skipped_by_all(paths, tmp_path):
+    arguments = train_arguments(paths, tmp_path / "run", batch_size=2, epochs=2, val_manifests=None)
+    members = worlds.world(2, arguments, tmp_path / "w", worlds.nan_in, "train7.wav")
+    assert [m.status for m in members] == [0, 0], [m.said for m in members]
+    said = members[0].said + members[1].said
+    assert said.count("step skipped: ") == 2 and said.count("train7.wav: its features are not finite") == 2
+    assert [len(m.steps) for m in members] == [8, 8] and "done: step 8" in members[0].said
+    state = checkpoint.load(tmp_path / "run" / "step_00000008.pt")
+    assert all(torch.isfinite(t).all() for t in state["state_dict"].values())
+    assert state["meter"]["bad_losses"] + state["meter"]["overflows"] == 2
+
+
 def test_a_run_that_can_read_nothing_ends_saved(paths, tmp_path):
     flawed = without(paths, "train", range(16), tmp_path)
     arguments = train_arguments(flawed, tmp_path / "run", epochs=9, val_manifests=None, max_bad_steps=3)
