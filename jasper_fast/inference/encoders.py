@@ -46,7 +46,7 @@ class Layer:
         return self.found.panes
 
     def depthwise(self) -> list[nn.Conv1d]:
-        return []
+        return [sub.taps for sub in self.found.sub_blocks if sub.taps is not None]
 
     def refuse_hooks(self) -> None:
         """`parts` has looked for them."""
@@ -81,7 +81,7 @@ class Encoder:
         for layer in self.layers if lengths is not None else ():
             found, before = layer.found, lengths
             for sub in found.sub_blocks:
-                lengths = frames(sub.conv, lengths)
+                lengths = frames(sub.in_time, lengths)
             if not found.masked:
                 lengths = before if found.keeps_lengths else None
                 if lengths is None:
@@ -113,23 +113,24 @@ def describe(module: nn.Module, kind: type[FusedEncoder], backend: str) -> Encod
 
 def _layer(block: nn.Module, found: Parts) -> Layer:
     convs, pointwise = [sub.conv for sub in found.sub_blocks], [conv for conv, _ in found.panes]
-    if {m for m in block.modules() if isinstance(m, nn.Conv1d)} != {*convs, *pointwise}:
+    in_time, taps = [sub.in_time for sub in found.sub_blocks], [sub.taps for sub in found.sub_blocks if sub.taps]
+    if {m for m in block.modules() if isinstance(m, nn.Conv1d)} != {*convs, *pointwise, *taps}:
         raise Unfit("convs of a kind that an engine does not have")
     norms = [sub.bn for sub in found.sub_blocks] + [bn for _, bn in found.panes]
-    for m in (*convs, *pointwise, *norms):
+    for m in (*convs, *pointwise, *taps, *norms):
         if "weight" in vars(m):
             raise Unfit("a weight that is no parameter")
     if any(bn.running_mean is None for bn in norms):
         raise Unfit("a batch norm without running statistics")
-    first, residual = convs[0], bool(found.panes)
+    first, residual, c = in_time[0], bool(found.panes), convs[0].out_channels
     try:
-        b = BlockConfig(
-            first.out_channels, len(convs), first.kernel_size, first.stride, first.dilation, 0.0, residual, found.dense
-        )
+        sizes = c, len(convs), first.kernel_size, first.stride, first.dilation
+        b = BlockConfig(*sizes, 0.0, residual, found.dense, bool(taps))
     except ConfigError as reason:
         raise Unfit(str(reason)) from None
-    shape = (b.filters, (b.k,), (b.s,), (b.d,), (b.padding,))
-    if any((c.out_channels, c.kernel_size, c.stride, c.dilation, c.padding) != shape for c in convs):
+    shape = ((b.k,), (b.s,), (b.d,), (b.padding,))
+    unlike = any((m.kernel_size, m.stride, m.dilation, m.padding) != shape for m in in_time)
+    if unlike or any(m.out_channels != c for m in convs) or len(taps) not in (0, len(convs)):
         raise Unfit("convs in one block with unlike settings, or with padding other than k // 2 * dilation")
     return Layer(b, found)
 

@@ -151,7 +151,7 @@ def _run(
     """The outputs and lengths that the block itself returns for block outputs `xs` and `lengths` (N,)."""
     steps = [lengths if found.masked else None]
     for sub in found.sub_blocks:
-        steps.append(frames(sub.conv, steps[-1]))
+        steps.append(frames(sub.in_time, steps[-1]))
     sources = xs if found.dense else xs[-1:]
     if found.panes and (len(sources) != len(found.panes) or (len(xs) > len(sources) and not found.takes_last)):
         raise ValueError(f"a block has {len(found.panes)} residual convs, but got {len(xs)} block outputs")
@@ -202,9 +202,13 @@ class _Computation:
     def __call__(self, x: Tensor, sources: list[Tensor]) -> Tensor:
         y, stats = self._conv(0, x)
         for i, sub in enumerate(self.subs[1:]):
-            conv = sub.conv
-            if conv.stride == (1,):
-                following = of_the_batch(sub.bn)
+            conv, following = sub.conv, of_the_batch(sub.bn)
+            if sub.taps is not None:
+                how = self._taps(i + 1) | {"next_stats": following}
+                weights = sub.taps.weight, conv.weight
+                out = self._fused(ops.separable_sub_block, y, stats, i, *weights, **how)
+                y, stats = out if following else (out, None)
+            elif conv.stride == (1,):
                 how = {"padding": conv.padding[0], "dilation": conv.dilation[0], "next_stats": following}
                 out = self._fused(ops.sub_block, y, stats, i, conv.weight, packed=partial(self.packs, i + 1), **how)
                 y, stats = out if following else (out, None)
@@ -223,7 +227,11 @@ class _Computation:
         return self._is_gram(x, bn) and of_the_batch(bn)
 
     def _conv(self, i: int, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        conv, stats = self.subs[i].conv, of_the_batch(self.subs[i].bn)
+        sub, conv, stats = self.subs[i], self.subs[i].conv, of_the_batch(self.subs[i].bn)
+        if sub.taps is not None:
+            how = {"lengths": self.steps[i], "backend": self.backend, "stats": stats}
+            out = ops.separable_conv(x, sub.taps.weight, conv.weight, **how, **self._taps(i))
+            return out if stats else (out, None)
         out = ops.conv1d(
             x,
             conv.weight,
@@ -236,6 +244,12 @@ class _Computation:
             packed=partial(self.packs, i),
         )
         return out if stats else (out, None)
+
+    def _taps(self, i: int) -> dict[str, object]:
+        """Arguments of the separable conv `i`, beside the lengths before it."""
+        (s,), (p,), (d,) = self.subs[i].taps.stride, self.subs[i].taps.padding, self.subs[i].taps.dilation
+        geometry = {"stride": s, "padding": p, "dilation": d}
+        return geometry | {"out_lengths": self.steps[i + 1], "packed": partial(self.packs, i)}
 
     def _fused(self, op, y: Tensor, stats, i: int, *args, **kwargs):
         """`op` with the batch norm, dropout and mask that follow conv `i`."""

@@ -20,11 +20,17 @@ class Unfit(Exception):
 
 @dataclass(frozen=True)
 class SubBlock:
-    """A conv, its batch norm, and the dropout after them."""
+    """A conv, its batch norm, and the dropout after them; `taps`: the depthwise conv before a pointwise one, if any."""
 
     conv: nn.Conv1d
     bn: nn.BatchNorm1d
     dropout: nn.Dropout | None
+    taps: nn.Conv1d | None = None
+
+    @property
+    def in_time(self) -> nn.Conv1d:
+        """The conv that decides the number of frames."""
+        return self.conv if self.taps is None else self.taps
 
     @property
     def p(self) -> float:
@@ -64,7 +70,7 @@ def parts(block: nn.Module) -> Parts:
     for layer in layers:
         if type(layer).__name__ in ("SqueezeExcite", "GroupShuffle"):
             raise Unfit("squeeze-excite" if type(layer).__name__ == "SqueezeExcite" else "grouped convs")
-        if _is_conv(layer):
+        if _is_conv(layer) and not (groups and len(groups[-1]) == 1 and _is_depthwise(groups[-1][0])):
             groups.append([])
         if not groups:
             raise Unfit(f"it begins with a {type(layer).__name__}, not with a conv")
@@ -73,9 +79,9 @@ def parts(block: nn.Module) -> Parts:
         raise Unfit("it has no convs")
     subs, masks = [], []
     for group in (*groups[:-1], [*groups[-1], *last]):
-        conv, bn, dropout = _sub_block(group)
-        subs.append(SubBlock(_inner(conv), bn, dropout))
-        masks.append(_masks(conv))
+        taps, conv, bn, dropout = _sub_block(group)
+        subs.append(SubBlock(_inner(conv), bn, dropout, None if taps is None else _inner(taps)))
+        masks += [_masks(m) for m in (taps, conv) if m is not None]
     panes = []
     for pane in getattr(block, "res", None) or ():
         if len(pane) != 2:
@@ -89,7 +95,7 @@ def parts(block: nn.Module) -> Parts:
         masks.append(_masks(pane[0]))
     if len(set(masks)) > 1:
         raise Unfit("masks on some of its convs only")
-    if panes and any(sub.conv.stride != (1,) for sub in subs):
+    if panes and any(sub.in_time.stride != (1,) for sub in subs):
         raise Unfit("a residual at a stride above 1")
     own = getattr(block, "cfg", None) if type(block).__name__ == "EagerBlock" else None
     dense = own.residual and own.residual_dense if own else bool(panes) and getattr(block, "dense_residual", False)
@@ -103,8 +109,6 @@ def _check_kind(block: nn.Module) -> None:
     mode = getattr(block, "residual_mode", "add")
     if mode not in ("add", "stride_add"):
         raise Unfit(f"residual_mode {mode}")
-    if getattr(block, "separable", False):
-        raise Unfit("separable convs")
     if getattr(block, "se", False):
         raise Unfit("squeeze-excite")
     if getattr(block, "adapter_layer", None):
@@ -128,10 +132,19 @@ def captures(block: nn.Module) -> bool:
     return enabled is not None and bool(enabled(getattr(block, "model_guid", None)))
 
 
-def _sub_block(group: list[nn.Module]) -> tuple[nn.Module, nn.Module, nn.Dropout | None]:
-    """(conv, norm, dropout) of the modules of one sub-block in order."""
-    conv, *rest = group
+def _sub_block(group: list[nn.Module]) -> tuple[nn.Module | None, nn.Module, nn.Module, nn.Dropout | None]:
+    """(depthwise conv or None, conv, norm, dropout) of the modules of one sub-block in order."""
+    taps, (conv, *rest) = None, group
+    if _is_depthwise(conv):
+        taps = conv
+        _check_conv(taps, groups=_inner(taps).in_channels)
+        if not rest or not _is_conv(rest[0]):
+            raise Unfit("a depthwise conv without a pointwise one after it")
+        conv, *rest = rest
     _check_conv(conv)
+    inner = _inner(conv)
+    if taps is not None and (inner.kernel_size, inner.stride, inner.padding) != ((1,), (1,), (0,)):
+        raise Unfit("a depthwise conv without a pointwise one after it")
     if not rest:
         raise Unfit("a conv without batch norm")
     norm, *rest = rest
@@ -140,7 +153,12 @@ def _sub_block(group: list[nn.Module]) -> tuple[nn.Module, nn.Module, nn.Dropout
         raise Unfit(f"the activation is {type(rest[0]).__name__ if rest else 'missing'}, not ReLU")
     if [type(m) for m in rest[1:]] not in ([], [nn.Dropout]):
         raise Unfit(f"after its activation comes {', '.join(type(m).__name__ for m in rest[1:])}")
-    return conv, norm, rest[1] if rest[1:] else None
+    return taps, conv, norm, rest[1] if rest[1:] else None
+
+
+def _is_depthwise(conv: nn.Module) -> bool:
+    inner = conv if isinstance(conv, nn.Conv1d) else getattr(conv, "conv", None)
+    return isinstance(inner, nn.Conv1d) and 1 < inner.groups == inner.in_channels == inner.out_channels
 
 
 def _is_conv(module: nn.Module) -> bool:
@@ -158,7 +176,7 @@ def _masks(conv: nn.Module) -> bool:
     )
 
 
-def _check_conv(conv: nn.Module) -> None:
+def _check_conv(conv: nn.Module, groups: int = 1) -> None:
     heads, pad = getattr(conv, "heads", -1), getattr(conv, "pad_layer", None)
     if heads != -1:
         raise Unfit(f"heads = {heads}")
@@ -170,9 +188,8 @@ def _check_conv(conv: nn.Module) -> None:
     if not isinstance(inner, nn.Conv1d) or foreign or (inner is not conv and not masked):
         kind = type(conv if inner is None else inner).__name__
         raise Unfit(f"quantised: its conv is a {kind}" if "Quant" in kind else f"its conv is a {kind}")
-    if inner.groups != 1:
-        separable = inner.groups == inner.in_channels
-        raise Unfit("separable convs" if separable else f"grouped convs (groups = {inner.groups})")
+    if inner.groups != groups:
+        raise Unfit(f"grouped convs (groups = {inner.groups})")
     if inner.bias is not None:
         raise Unfit("a conv with a bias")
     if isinstance(inner.padding, str) or inner.padding_mode != "zeros":

@@ -27,12 +27,17 @@ class JasperBlock(nn.Module):
     def __init__(self, c_in, b, panes, conv_mask, activation, layer_idx=0):
         super().__init__()
         self.conv_mask, self.layer_idx = conv_mask, layer_idx
-        self.separable, self.residual_mode, self.se = False, "add", False
+        self.separable, self.residual_mode, self.se = b.get("separable", False), "add", False
         self.dense_residual = b["residual"] and b["residual_dense"]
         (k,), (s,), (d,), c = b["kernel_size"], b["stride"], b["dilation"], b["filters"]
         self.mconv = nn.ModuleList()
         for i in range(b["repeat"]):
-            self.mconv.append(self._conv(c_in if i == 0 else c, c, k, stride=s, padding=d * (k - 1) // 2, dilation=d))
+            width, how = c_in if i == 0 else c, {"stride": s, "padding": d * (k - 1) // 2, "dilation": d}
+            if self.separable:
+                self.mconv.append(self._conv(width, width, k, groups=width, **how))
+                self.mconv.append(self._conv(width, c, 1))
+            else:
+                self.mconv.append(self._conv(width, c, k, **how))
             self.mconv.append(nn.BatchNorm1d(c, 1e-3, 0.1))
             if i < b["repeat"] - 1:
                 self.mconv += [activation, nn.Dropout(b["dropout"])]

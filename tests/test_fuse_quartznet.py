@@ -1,0 +1,98 @@
+"""fuse() on QuartzNets: NeMo's look-alike and the eager twin, with separable blocks, against themselves unfused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from close import assert_close
+from engines import block
+from lookalikes import nemo
+from test_fuse import call, features, layers, steps
+from torch import nn
+
+from jasper_fast import JasperConfig, fuse, ops, unfuse
+from jasper_fast.nn.eager import EagerJasper
+
+SEPARABLE = {"separable": True}
+BLOCKS = [
+    block(16, k=11, s=2) | SEPARABLE,
+    block(16, 2, 5, residual=True) | SEPARABLE,
+    block(24, 3, 7, residual=True) | SEPARABLE,
+    block(32, k=9, d=2) | SEPARABLE,
+    block(40, k=1),
+]
+
+
+def build(which: str, masks: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    if which == "nemo":
+        model = nemo.EncDecCTCModel(8, BLOCKS, 7, masks)
+    else:
+        encoder = {"in_feats": 8, "use_conv_masks": masks, "blocks": BLOCKS}
+        decoder = {"in_feats": 40, "n_classes": 7}
+        model = EagerJasper(JasperConfig.from_dict({"encoder": encoder, "decoder": decoder}))
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.1)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+    return model
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("which", ["nemo", "eager"])
+def test_steps_equal_those_without_fusion(which: str, masks: bool, training: bool) -> None:
+    exact, single = build(which, masks).double(), build(which, masks)
+    doubles, fused = copy.deepcopy(exact), copy.deepcopy(single)
+    for model in (doubles, fused):
+        report = fuse(model, strict=True)
+        assert len(report.fused) == len(layers(model)) and not report.left
+    ref, low = steps(exact, training, 2), steps(single, training, 2)
+    wide, got = steps(doubles, training, 2), steps(fused, training, 2)
+    assert ref.keys() == wide.keys() == got.keys()
+    for name, want in ref.items():
+        torch.testing.assert_close(wide[name], want, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+        if want.is_floating_point():
+            assert_close(name, got[name], low[name], want, factor=6.0)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("which", ["nemo", "eager"])
+def test_evaluation_is_one_engine_that_notices_new_weights(which: str, masks: bool, monkeypatch) -> None:
+    plain, fused = build(which, masks).eval(), build(which, masks).eval()
+    report = fuse(fused)
+    assert len(report.whole) == 1
+    monkeypatch.setattr(ops, "separable_conv", None)  # blocks one by one would call it
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(call(fused, features()), call(plain, features()), rtol=1e-4, atol=1e-5)
+            for model in (plain, fused):
+                layers(model)[1].get_parameter(next(n for n, _ in layers(model)[1].named_parameters())).mul_(-1.5)
+
+
+def test_every_sub_block_runs_one_op_and_unfuse_is_bit_equal(monkeypatch) -> None:
+    model, ran = build("nemo"), []
+    before = call(model.eval(), features()).detach()
+    real = ops.separable_sub_block
+    monkeypatch.setattr(ops, "separable_sub_block", lambda *args, **how: ran.append(1) or real(*args, **how))
+    fuse(model)
+    call(model, features())
+    assert len(ran) == sum(b["repeat"] - 1 for b in BLOCKS)
+    unfuse(model)
+    assert torch.equal(call(model, features()), before)
+
+
+def test_a_mixed_block_is_fused_block_by_block() -> None:
+    """Blocks with convs of both kinds train on fused ops, and no engine has them."""
+    plain, fused = build("nemo").eval(), build("nemo").eval()
+    for model in (plain, fused):
+        torch.manual_seed(3)
+        layer = layers(model)[1]
+        layer.mconv[0] = nemo.MaskedConv1d(16, 16, 5, padding=2, bias=False)
+        del layer.mconv[1]
+    report = fuse(fused)
+    assert len(report.fused) == 5 and not report.whole and "unlike" in str(report)
+    torch.testing.assert_close(call(fused, features()), call(plain, features()), rtol=1e-4, atol=1e-5)
