@@ -40,6 +40,7 @@ from jasper_fast.nn.model import Jasper
 from jasper_fast.options import option
 from jasper_fast.speech.metrics import wer
 from jasper_fast.training import options as training_options
+from jasper_fast.training.compiling import compiled
 from jasper_fast.training.console import talker, training_bar
 from jasper_fast.training.folder import Folder
 from jasper_fast.training.graphed import GraphedStep
@@ -82,7 +83,11 @@ OPTIONS = {
         training_options.AMP,
         option("--fp32-precision", choices=FP32_PRECISIONS, help="of fp32 products on a GPU (convs tf32, others ieee)"),
         training_options.SEED,
+<<<<<<< HEAD
         option("--cuda-graphs", action="store_true", help="a step is one launch, from the second of its shape on"),
+=======
+        option("--compile", action="store_true", help="the model through torch.compile; run `jasper-fast tune` before"),
+>>>>>>> 35a0c28 (train.py --compile and --reload-best; gradients as views of DDP's buckets; the golden NovoGrad steps see the weight decay)
         option("--deterministic", action="store_true", help="bit-equal repeats on a GPU too, slower"),
         option("--cudnn-benchmark", action="store_true", help="cuDNN times its algorithms for each new batch shape"),
     ],
@@ -106,6 +111,8 @@ def arguments(argv: list[str] | None = None, prog: str | None = None) -> argpars
         parser.error(fault)
     if args.deterministic and args.cudnn_benchmark:
         parser.error("--cudnn-benchmark lets the clock choose algorithms, which --deterministic forbids: drop either")
+    if args.reload_best is not None and not args.val_manifests:
+        parser.error("--reload-best needs --val-manifests, by which it knows the best")
     return args
 
 
@@ -141,14 +148,19 @@ def make_state(args: argparse.Namespace, config: JasperConfig, ranks: Ranks) -> 
 
 
 def distributed(core: nn.Module, ranks: Ranks) -> nn.Module:
-    """`core` as one process among several calls it; alone it is itself."""
+    """`core` as one process among several calls it; alone it is itself.
+
+    Gradients are views of the buckets that are sent, which saves their copies. `static_graph` is left out: it can only
+    spare a search for unused parameters, which is off, and fails where a run begins with accumulation under `no_sync`
+    (an internal assertion of torch 2.13).
+    """
     if ranks.world == 1:
         return core
     places = [ranks.device.index] if ranks.device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel).parameters
     # Running statistics are made equal before they are used, not in every forward; torch 2.13 has another name for it.
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(core, device_ids=places, **{buffers: False})
+    return DistributedDataParallel(core, device_ids=places, gradient_as_bucket_view=True, **{buffers: False})
 
 
 def resume(
@@ -273,6 +285,7 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[nn.Module, Run
         folder = Folder(args.output_dir, args.keep, args.milestones)
         generators = resume(args, folder, state, train, ranks, console)
         log = RunLog(folder.path, state.step, enabled=ranks.first)
+        called = compiled(state.model, ranks.device) if args.compile else state.model
     if train.changed and not args.steps:  # --epochs counts epochs, however many steps they have now
         left = train.steps(state.epoch, args.grad_accumulation) - state.position
         left += (args.epochs - state.epoch - 1) * schedule.steps_per_epoch
@@ -284,7 +297,7 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[nn.Module, Run
     size, total = sum(p.numel() for p in state.model.parameters()), schedule.total_steps
     console.print(f"{size:,} parameters on {ranks.place}, {schedule.steps_per_epoch} steps an epoch, {total} in all")
     parts = (args, ranks, console, state, schedule, folder, about, stop, log, state.step, state.step)
-    return distributed(state.model, ranks), Run(*parts, train=train, val=val), generators
+    return distributed(called, ranks), Run(*parts, train=train, val=val), generators
 
 
 def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingState], None] | None = None) -> None:

@@ -6,15 +6,19 @@ import argparse
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+from jasper_fast.nn.checkpoint import load
 from jasper_fast.training.console import talker
 from jasper_fast.training.folder import Folder
+from jasper_fast.training.meter import Diverged
 from jasper_fast.training.randomness import rng_state
 from jasper_fast.training.runs import Ranks, RunError, RunLog, StopRequest
 from jasper_fast.training.schedules import Schedule
 from jasper_fast.training.state import TrainingState
+
+RETURNS = 3  # to the same best weights
 
 
 class Due(NamedTuple):
@@ -45,6 +49,8 @@ class Loop:
     log: RunLog
     judged: int  # the step of the last validation, or of the start
     kept: int  # that of the last checkpoint
+
+    returned: tuple[int, int] = field(default=(-1, 0), init=False)  # the step of the best gone back to, how often
 
     best: ClassVar[str]
     best_text: ClassVar[str]  # a format of it
@@ -79,10 +85,37 @@ class Loop:
         return lr
 
     def tell_skipped(self) -> None:
-        """Reads the figures so far; names what made steps bad. Raises RunError where that does not end."""
-        if bad := self.state.meter.read():
+        """Reads the figures so far; names what made steps bad. Where that does not end, goes back to the best weights
+        if `--reload-best` says so, else raises RunError."""
+        try:
+            bad = self.state.meter.read()
+        except Diverged as error:
+            if not self.go_back(str(error)):
+                raise
+            return
+        if bad:
             talker().print(*(f"step skipped: {culprit}" for culprit in bad), sep="\n")
             self.log.write(self.state.step, "skipped", names=bad)
+
+    def go_back(self, why: str) -> bool:
+        """Goes back to the weights of best.pt, but on in the data; false without `--reload-best` or such a file, and
+        where it has been done RETURNS times for the same one."""
+        best = self.folder.path / "best.pt"
+        if self.args.reload_best is None or self.ranks.vote(not best.exists())[0]:
+            return False
+        with self.ranks.together():
+            saved = load(best)
+        step, times = self.returned
+        times = times + 1 if step == saved["step"] else 1
+        if times > RETURNS:
+            return False
+        self.returned = saved["step"], times
+        self.state.go_back(saved)
+        self.state.stale = self.state.meter.bad_in_a_row = 0
+        self.log.write(self.state.step, "reload", best=saved["step"])
+        self.console.print(why)
+        self.console.print(f"step {self.state.step}: back to the weights of step {saved['step']}, the best so far")
+        return True
 
     def broken_off(self, results: Any) -> bool:
         """Whether a signal broke off the validation, which then has no `results`; a resumed run makes up for it."""
@@ -97,8 +130,11 @@ class Loop:
         self.judged = self.state.step
         setattr(self.state, self.best, min(figure, before))
         self.state.meter.restart()
+        self.state.stale = 0 if figure < before else self.state.stale + 1
         if figure < before:
             self.save("best")
+        elif self.args.reload_best and self.state.stale >= self.args.reload_best:
+            self.go_back(f"{self.state.stale} validations in a row were no better")
 
     def save(self, *names: str | None) -> None:
         """Writes a checkpoint under each of the names, None for its step."""

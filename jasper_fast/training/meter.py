@@ -17,6 +17,10 @@ ADVICE = (
 )  # against NaN and infinity, and against files that cannot be read
 
 
+class Diverged(RunError):
+    """Too many steps in a row had no finite gradient."""
+
+
 class Meter:
     """Collects the figures of steps on the device, and reads those of many steps together.
 
@@ -44,7 +48,7 @@ class Meter:
 
         These are the utterances whose features are not finite, because batch norm spreads a NaN over the whole batch.
         If there are none, they are all utterances whose loss is not finite. Raises RunError after `max_bad` skipped
-        steps in a row, naming the last.
+        steps in a row, naming the last: Diverged, unless that could not be read.
         """
         if not self._pending:
             return []
@@ -69,7 +73,8 @@ class Meter:
         if self.bad_in_a_row >= self.max_bad:
             culprit = bad[-1] if bad else "the gradient has no finite norm"
             advice = self.advice[bool(last.unread)]
-            raise RunError(f"{self.bad_in_a_row} steps in a row were skipped; the last: {culprit}. {advice}")
+            kind = RunError if last.unread else Diverged
+            raise kind(f"{self.bad_in_a_row} steps in a row were skipped; the last: {culprit}. {advice}")
         return bad
 
     def figures(self) -> dict[str, float]:

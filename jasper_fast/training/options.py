@@ -69,7 +69,9 @@ def optimisation(
         option("--ema", type=float, default=0.0, metavar="DECAY", help="moving average of the weights (0: none)"),
         option("--ema-warmup", action="store_true", help="shorter average in the first steps, for short runs"),
         option("--max-bad-steps", type=int, default=20, help="NaN or infinite steps in a row that end the run (20)"),
-    ]
+        option("--reload-best", type=int, nargs="?", const=0, metavar="N",
+               help="go back to the best weights in place of that end, and after N validations without a better one"),
+    ]  # fmt: skip
 
 
 def wrong(args: argparse.Namespace, counts: Sequence[str] = COUNTS) -> str | None:
@@ -79,6 +81,8 @@ def wrong(args: argparse.Namespace, counts: Sequence[str] = COUNTS) -> str | Non
             return f"--{name.replace('_', '-')} must be at least 1"
     if int(os.environ.get(RESTARTED, 0)):  # torchrun --max-restarts started this again
         args.resume = True
+    if (args.reload_best or 0) < 0:
+        return "--reload-best must not be negative"
     if args.lr_by_clock and not args.max_minutes:
         return "--lr-by-clock needs --max-minutes"
     return None

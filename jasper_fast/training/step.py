@@ -19,6 +19,7 @@ from jasper_fast.data.batch import Batch
 from jasper_fast.dispatch import choose
 from jasper_fast.speech.augment import Augment
 from jasper_fast.speech.features import LogMelFeatures
+from jasper_fast.training.compiling import inner
 from jasper_fast.training.ema import EMA
 from jasper_fast.training.optim import NovoGrad
 
@@ -134,16 +135,16 @@ def train_step(
 
     A NaN or an infinity in the loss or the gradient makes the step change nothing: parameters, optimiser state and
     running statistics stay, decided on the device (on the host, of an optimiser that does not know `found_inf` as
-    NovoGrad and PyTorch's fused AdamW do). `model` may be a DistributedDataParallel. `ema` is updated at the end, by
-    the optimiser where it carries it.
+    NovoGrad and PyTorch's fused AdamW do). `model` may be compiled, or a DistributedDataParallel. `ema` is updated at
+    the end, by the optimiser where it carries it.
     """
-    core = getattr(model, "module", model)
+    core = inner(model)
     guard.remember()
     optimizer.zero_grad(set_to_none=True)
     losses, heard, names, on_device = [], [], [], reads_no_lengths(device)
     for i, batch in enumerate(batches):
         audio, targets = (t.to(device, non_blocking=True) for t in (batch.audio, batch.targets))
-        silent = model.no_sync() if core is not model and i + 1 < len(batches) else nullcontext()
+        silent = model.no_sync() if hasattr(model, "no_sync") and i + 1 < len(batches) else nullcontext()
         with silent:
             told = batch.audio_lengths.to(device, non_blocking=True) if on_device else batch.audio_lengths
             features, lengths, frames = frontend(audio, told)

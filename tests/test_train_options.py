@@ -1,0 +1,238 @@
+"""train.py --compile and --reload-best."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import shutil
+import subprocess
+import sys
+from itertools import count, repeat
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import worlds
+import yaml
+from speech import CONFIG, train_arguments, write_corpus
+
+from jasper_fast import train
+from jasper_fast.data.batches import collate
+from jasper_fast.nn import checkpoint, loading
+from jasper_fast.training.runs import RunError, StopRequest, read_log
+from jasper_fast.training.state import TrainingState
+from jasper_fast.training.validate import Validation
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """The corpus of beeps, for a model of two blocks."""
+    paths = write_corpus(tmp_path_factory.mktemp("beeps"))
+    small = copy.deepcopy(CONFIG)
+    blocks = small["jasper"]["encoder"]["blocks"][:2]
+    blocks[1]["repeat"], small["jasper"]["decoder"]["in_feats"] = 1, blocks[1]["filters"]
+    small["jasper"]["encoder"]["blocks"] = blocks
+    paths["config"].write_text(yaml.safe_dump(small))
+    return paths
+
+
+def run(arguments: list[str]) -> None:
+    stop = StopRequest()
+    try:
+        train.main(train.arguments(arguments), stop)
+    finally:
+        stop.restore()
+
+
+def records(folder: Path, kind: str) -> list[dict]:
+    return [r for r in read_log(folder / "log.jsonl") if r["kind"] == kind]
+
+
+# --- back to the best --------------------------------------------------------------------------------------------
+
+
+def judged(rates):
+    """In place of a validation: its word error rates, one after the other."""
+    left = iter(rates)
+    return lambda *_, **__: {"live": Validation(1.0, next(left), 0.0, 1)}
+
+
+def spoiled(when):
+    """In place of `collate`: batches of NaN, those whose number is in `when`."""
+    numbers = count()
+
+    def collate_or_spoil(items):
+        batch = collate(items)
+        if next(numbers) in when:
+            batch.audio.fill_(math.nan)
+        return batch
+
+    return collate_or_spoil
+
+
+@pytest.fixture
+def returns(monkeypatch):
+    """(step, step of the best) of each return, which must bring back all that was learnt and nothing else."""
+    found, back = [], TrainingState.go_back
+
+    def checked(state, saved):
+        learnt = [*state.model.state_dict().values()]
+        learnt += [v for s in state.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+        places, step = [t.data_ptr() for t in learnt], state.step
+        moved = any(not torch.equal(t, saved["state_dict"][n]) for n, t in state.model.state_dict().items())
+        lr = [group["lr"] for group in state.optimizer.param_groups]
+        back(state, saved)
+        again = found and found[-1][1] == saved["step"]  # nothing may have been learnt since
+        assert (moved or again) and state.step == step and lr == [group["lr"] for group in state.optimizer.param_groups]
+        assert places == [t.data_ptr() for t in learnt]
+        assert all(torch.equal(t, saved["state_dict"][n]) for n, t in state.model.state_dict().items())
+        moments = state.optimizer.state_dict()["state"]
+        for i, of in saved["optimizer"]["state"].items():
+            assert all(torch.equal(torch.as_tensor(moments[i][k]), torch.as_tensor(v)) for k, v in of.items())
+        if state.ema:
+            assert all(torch.equal(t, saved["ema_state_dict"][n]) for n, t in state.ema.average.items())
+        found.append((step, saved["step"]))
+
+    monkeypatch.setattr(TrainingState, "go_back", checked)
+    return found
+
+
+@pytest.mark.parametrize("optimizer", ["novograd", "adamw"])
+def test_after_validations_without_a_better_one(paths, tmp_path, monkeypatch, returns, optimizer):
+    rates = [0.9, 0.5, 0.6, 0.5, 0.7, 0.4, 0.6, 0.4]
+    monkeypatch.setattr(train, "validate_state", judged(rates))
+    run(train_arguments(paths, tmp_path, steps=8, val_every=1, reload_best=2, ema=0.9, optimizer=optimizer))
+    assert returns == [(4, 2), (8, 6)]
+    assert [(r["step"], r["best"]) for r in records(tmp_path, "reload")] == returns
+    assert checkpoint.load(tmp_path / "best.pt")["best_wer"] == 0.4
+
+
+def test_the_same_best_is_gone_back_to_three_times(paths, tmp_path, monkeypatch, returns):
+    monkeypatch.setattr(train, "validate_state", judged([0.5, *repeat(0.6, 7)]))
+    run(train_arguments(paths, tmp_path, steps=8, val_every=1, reload_best=1))
+    assert returns == [(2, 1), (3, 1), (4, 1)]
+
+
+def test_a_resumed_run_counts_on(paths, tmp_path, monkeypatch, returns):
+    monkeypatch.setattr(train, "validate_state", judged([0.5, 0.6]))
+    run(train_arguments(paths, tmp_path, steps=2, val_every=1, reload_best=2))
+    assert not returns
+    monkeypatch.setattr(train, "validate_state", judged([0.7]))
+    run(train_arguments(paths, tmp_path, steps=3, val_every=1, reload_best=2, resume=True))
+    assert returns == [(0, 2), (3, 1)]  # the first is the resumption
+
+
+def test_in_place_of_the_end_after_bad_steps(paths, tmp_path, monkeypatch, returns, capsys):
+    """Steps 4 and 5 have no finite gradient; by default that ends the run."""
+    arguments = {"steps": 8, "val_every": 2, "max_bad_steps": 2}
+    for reload_best in (None, True):
+        monkeypatch.setattr(train, "validate_state", judged([0.5, *repeat(0.6, 7)]))
+        monkeypatch.setattr("jasper_fast.data.batches.collate", spoiled({3, 4}))
+        folder = tmp_path / str(reload_best)
+        argv = train_arguments(paths, folder, reload_best=reload_best, **arguments)
+        if reload_best is None:
+            with pytest.raises(RunError, match="2 steps in a row were skipped"):
+                run(argv)
+            assert not returns
+        else:
+            run(argv)
+    assert returns == [(5, 2)]
+    said = capsys.readouterr().err
+    assert "step 5: back to the weights of step 2, the best so far" in said and "done: step 8" in said
+    after = checkpoint.load(tmp_path / "True" / "step_00000008.pt")
+    assert all(torch.isfinite(t).all() for t in after["state_dict"].values())
+
+
+def test_without_a_best_or_without_an_end_the_run_ends(paths, tmp_path, monkeypatch, returns):
+    monkeypatch.setattr(train, "validate_state", judged(repeat(0.5)))
+    monkeypatch.setattr("jasper_fast.data.batches.collate", spoiled(range(100)))
+    with pytest.raises(RunError, match="2 steps in a row were skipped"):  # nothing was judged
+        run(train_arguments(paths, tmp_path / "a", steps=20, max_bad_steps=2, val_every=10, reload_best=True))
+    monkeypatch.setattr("jasper_fast.data.batches.collate", spoiled(range(2, 100)))
+    with pytest.raises(RunError, match="2 steps in a row were skipped"):  # it goes wrong again and again
+        run(train_arguments(paths, tmp_path / "b", steps=20, max_bad_steps=2, val_every=1, reload_best=True))
+    assert [best for _, best in returns] == [1, 1, 1]
+
+
+def test_without_validation_there_is_no_best(paths, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.arguments(train_arguments(paths, tmp_path, val_manifests=None, reload_best=True))
+    assert "--reload-best needs --val-manifests" in capsys.readouterr().err
+
+
+def one_rank_goes_wrong(train, rank: int, folder: str) -> None:
+    """NaN in two batches of rank 1; what each rank has learnt after the return goes to a file."""
+    from jasper_fast.data import batches
+
+    train.validate_state = judged([0.5, *repeat(0.6, 20)])
+    batches.collate = spoiled({3, 4} if rank == 1 else set())
+    back = TrainingState.go_back
+
+    def noted(state, saved):
+        back(state, saved)
+        torch.save([state.step, state.model.state_dict()], Path(folder) / f"{rank}.pt")
+
+    TrainingState.go_back = noted
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch was built without gloo")
+def test_all_ranks_go_back_together(paths, tmp_path):
+    arguments = train_arguments(
+        paths, tmp_path / "run", steps=6, batch_size=2, val_every=2, max_bad_steps=2, reload_best=True
+    )
+    members = worlds.world(2, arguments, tmp_path / "w", one_rank_goes_wrong, str(tmp_path))
+    assert [m.status for m in members] == [0, 0], [m.said for m in members]
+    (step, first), (same, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    best = checkpoint.load(tmp_path / "run" / "best.pt")
+    assert step == same == 5 and best["step"] == 2
+    assert all(torch.equal(first[n], second[n]) and torch.equal(first[n], t) for n, t in best["state_dict"].items())
+
+
+# --- compiled ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor writes C++: install g++")
+def test_a_compiled_run_has_the_losses_and_the_names_of_a_plain_one(paths, tmp_path):
+    """With dropout and augmentation, batches of several lengths, a moving average that the optimiser does not carry."""
+    how = {"steps": 5, "val_every": 5, "optimizer": "adamw", "lr": 1e-3, "ema": 0.9}
+    run(train_arguments(paths, tmp_path / "plain", **how))
+    torch._dynamo.reset()
+    run(train_arguments(paths, tmp_path / "compiled", compile=True, **how))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # the probe and one graph for every length
+    for kind, figures in (("train", ("loss", "grad_norm")), ("val_live", ("loss",)), ("val_ema", ("loss",))):
+        plain, ours = records(tmp_path / "plain", kind), records(tmp_path / "compiled", kind)
+        assert len(plain) == len(ours) > 0
+        for want, got in zip(plain, ours, strict=True):
+            assert [got[f] for f in figures] == pytest.approx([want[f] for f in figures], rel=1e-4)
+    plain, ours = (checkpoint.load(tmp_path / name / "step_00000005.pt") for name in ("plain", "compiled"))
+    for key in ("state_dict", "ema_state_dict"):
+        assert ours[key].keys() == plain[key].keys()
+    loading.load_model(tmp_path / "compiled" / "best.pt", ema=True)
+    run(train_arguments(paths, tmp_path / "compiled", **how | {"steps": 6}, resume=True))  # not compiled
+
+
+@pytest.mark.slow
+def test_without_a_compiler_it_is_one_line(paths, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k not in ("CXX", "PATH")}
+    environment |= {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    arguments = train_arguments(paths, tmp_path / "run", steps=1, compile=True)
+    done = subprocess.run(
+        [sys.executable, "train.py", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert line.startswith("error: --compile: PyTorch cannot compile here (") and "install a C++ compiler (g++)" in line
