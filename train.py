@@ -83,11 +83,8 @@ OPTIONS = {
         training_options.AMP,
         option("--fp32-precision", choices=FP32_PRECISIONS, help="of fp32 products on a GPU (convs tf32, others ieee)"),
         training_options.SEED,
-<<<<<<< HEAD
         option("--cuda-graphs", action="store_true", help="a step is one launch, from the second of its shape on"),
-=======
         option("--compile", action="store_true", help="the model through torch.compile; run `jasper-fast tune` before"),
->>>>>>> 35a0c28 (train.py --compile and --reload-best; gradients as views of DDP's buckets; the golden NovoGrad steps see the weight decay)
         option("--deterministic", action="store_true", help="bit-equal repeats on a GPU too, slower"),
         option("--cudnn-benchmark", action="store_true", help="cuDNN times its algorithms for each new batch shape"),
     ],
@@ -111,6 +108,8 @@ def arguments(argv: list[str] | None = None, prog: str | None = None) -> argpars
         parser.error(fault)
     if args.deterministic and args.cudnn_benchmark:
         parser.error("--cudnn-benchmark lets the clock choose algorithms, which --deterministic forbids: drop either")
+    if args.compile and args.cuda_graphs:
+        parser.error("--compile and --cuda-graphs do not go together: choose the one that is faster for you")
     if args.reload_best is not None and not args.val_manifests:
         parser.error("--reload-best needs --val-manifests, by which it knows the best")
     return args
