@@ -105,6 +105,16 @@ def test_a_batch_that_always_kills_comes_empty_and_is_named(data, monkeypatch) -
     assert "5.flac: in a batch that could not be read: a worker process died" in data.skipped.items[1].detail
 
 
+def test_an_error_of_the_program_is_no_death(data, monkeypatch) -> None:
+    def broken(*_) -> None:
+        raise OSError("of the test")
+
+    monkeypatch.setattr(Watched, "__getitem__", broken)
+    for workers in (0, 1):
+        with pytest.raises(OSError, match="of the test"):
+            next(load_batches(data, BatchSampler(data.durations, 2), workers=workers))
+
+
 def test_sigterm_ends_them_from_their_parent_alone(data) -> None:
     """torchrun and SLURM send it to the whole group; the training process then saves, and needs no more of them."""
     before = set(multiprocessing.active_children())

@@ -191,7 +191,7 @@ def load_batches(
                 yield _told(dataset, batch, ahead.popleft()[0])
             place = None
         except processes.WorkerDied:
-            source.close()
+            del source  # ends the other processes
             place, items = ahead.popleft()  # the dead one may have had later batches too, which are read again
             yield _told(dataset, _alone(dataset, items, place[0], pin_memory), place)
             place = place[0], place[1] + 1

@@ -45,7 +45,7 @@ def begin(
     if workers and threading.current_thread() is threading.main_thread():
         # PyTorch's handler raises wherever this process is, as in the middle of a step, when a worker dies
         signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
-    return _named(source)
+    return _named(source) if workers else source
 
 
 def _named(source: Iterator[Any]) -> Iterator[Any]:
