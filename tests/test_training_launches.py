@@ -331,7 +331,7 @@ def test_the_step_moves_32_bytes_a_parameter(launches, monkeypatch):
 @pytest.mark.parametrize(
     ("form", "amp", "ceiling"),
     # before the optimiser had kernels and a source's statistics were taken at once: 4,782, 5,314 and 3,649
-    [("gram", None, 2450), ("gram", torch.bfloat16, 2750), ("plain", torch.bfloat16, 3000)],
+    [("gram", None, 2300), ("gram", torch.bfloat16, 2600), ("plain", torch.bfloat16, 2850)],
 )
 def test_a_training_step_launches_so_many_kernels_and_ops(launches, form, amp, ceiling):
     """Jasper 10x5 of a sixteenth of the channels; forward, backward, optimiser and average, without the frontend and

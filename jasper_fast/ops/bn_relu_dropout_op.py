@@ -57,7 +57,7 @@ def mean_sums(dbeta: Tensor, dgamma: Tensor, y: Tensor, rows: Tensor | None, gro
     """(dbeta/M, dgamma/M) over the rows of all ranks of `group`. The inputs, the sums of this rank, are not changed."""
     if not group:
         m = y.shape[0] * y.shape[2]
-        return dbeta / m, dgamma / m
+        return tuple(torch._foreach_div([dbeta, dgamma], m))
     return tuple(sync.all_reduce(torch.stack([dbeta, dgamma]), group) / rows)
 
 
@@ -234,9 +234,8 @@ def normaliser(
         if name:
             mean, m2, rows = torch.ops.jasper_fast.bn_sync_stats(mean, m2, m, name)
             m = rows
-        var = m2 / m
-        _update(running_mean, mean, momentum)
-        _update(running_var, m2 / (m - 1), momentum)
+        var, unbiased = _variances(m2, m)
+        _update([running_mean, running_var], [mean, unbiased], momentum)
     elif running_mean is None or running_var is None:
         raise ValueError("running_mean and running_var are needed unless the batch's own statistics are used")
     else:
@@ -253,11 +252,22 @@ def dropout_seed(p: float, seed: Tensor | int | None, device: torch.device) -> t
     return p, seed if isinstance(seed, Tensor) else torch.tensor([seed], dtype=torch.int64, device=device)
 
 
-def _update(running: Tensor | None, value: Tensor, momentum: float | Tensor) -> None:
-    if running is not None:
-        with torch.no_grad():
-            weight = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
-            running.lerp_(value.to(running.dtype), weight)
+def _variances(m2: Tensor, m: int | Tensor) -> tuple[Tensor, Tensor]:
+    """m2 over m and over m - 1, in one launch where m is a number."""
+    if isinstance(m, Tensor) or torch.compiler.is_compiling():
+        return m2 / m, m2 / (m - 1)
+    return tuple(torch._foreach_div([m2, m2], [m, m - 1]))
+
+
+@torch.no_grad()
+def _update(running: list[Tensor | None], values: list[Tensor], momentum: float | Tensor) -> None:
+    """The running statistics go to `values` by `momentum`, in one launch if they can."""
+    pairs = [(of, to.to(of.dtype)) for of, to in zip(running, values, strict=True) if of is not None]
+    if isinstance(momentum, Tensor):
+        for of, to in pairs:
+            of.lerp_(to, momentum.to(of.dtype))
+    elif pairs:
+        torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), momentum)
 
 
 def check(y, gamma, beta, running_mean, running_var, residual, lengths, p, halo) -> None:
