@@ -25,6 +25,7 @@ from jasper_fast.nn.checkpoint import FORMAT, CheckpointError
 from jasper_fast.nn.config import JasperConfig
 from jasper_fast.nn.formats import read_weights
 from jasper_fast.nn.loading import load_model
+from jasper_fast.nn.model import Jasper
 from jasper_fast.speech.features import LogMelFeatures
 
 TARGETS = tuple(conversion.WRITERS)
@@ -179,6 +180,31 @@ def test_what_is_written_is_what_the_others_load(tmp_path, model, own):
         torch.testing.assert_close(theirs.eval()(features, lengths)[0][valid], want[valid], rtol=1e-4, atol=1e-3)
     assert document["decoder"]["vocabulary"] == document["labels"] == LABELS
     assert document["preprocessor"]["preemph"] == 0.9 and document["preprocessor"]["log_zero_guard_value"] == 2**-24
+
+
+def test_quartznets(tmp_path):
+    """Separable blocks; NVIDIA's QuartzNet calls the convs of all blocks mconv."""
+    blocks = [
+        {"filters": 8, "kernel_size": [5], "stride": [2], "residual": False, "separable": True},
+        {"filters": 8, "repeat": 2, "kernel_size": [3], "separable": True},
+        {"filters": 12, "kernel_size": [1], "residual": False},
+    ]
+    document = full_config().to_dict()
+    document["jasper"]["encoder"]["blocks"] = blocks
+    given = JasperConfig.from_dict(document)
+    state = odd(Jasper(given, backend="reference").state_dict())
+    average = {name: tensor + 1 for name, tensor in state.items()}
+    about = {"format": FORMAT, "config": given.to_dict(), "state_dict": state, "ema_state_dict": average}
+    checkpoint.save(tmp_path / "own.pt", about)
+    for to in TARGETS:
+        convert(tmp_path / "own.pt", tmp_path / to, to)
+        _, found = convert(tmp_path / to, tmp_path / "b", "safetensors", config=given, force=True)
+        assert found.encoder == given.encoder and same(read_weights(tmp_path / "b").state_dict, state)
+    theirs = torch.load(tmp_path / "nvidia", weights_only=True)
+    convs = {name for name in theirs["state_dict"] if name.startswith("encoder.") and ".res." not in name}
+    assert all(".mconv." in name for name in convs) and ".mconv." not in str(theirs["state_dict"].keys() - convs)
+    assert theirs["state_dict"].keys() == theirs["ema_state_dict"].keys()
+    assert same(read_weights(tmp_path / "nvidia", ema=True).state_dict, average)
 
 
 # --- the report --------------------------------------------------------------------------------------------------

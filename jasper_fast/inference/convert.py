@@ -180,7 +180,10 @@ def _jasper_fast(
 def _nvidia(
     file: BinaryIO, entries: dict[str, Tensor], average: dict[str, Tensor] | None, config: JasperConfig, report: Report
 ) -> dict[str, str]:
-    torch.save({"state_dict": entries, "ema_state_dict": average}, file)
+    wrapped = any(block.separable for block in config.encoder.blocks)  # as NVIDIA's QuartzNet names it
+    theirs = {name: name.replace(".conv.", ".mconv.") if wrapped else name for name in {**entries, **(average or {})}}
+    state, mean = ({theirs[k]: v for k, v in of.items()} if of else None for of in (entries, average))
+    torch.save({"state_dict": state, "ema_state_dict": mean}, file)
     report.settings_left_out += [*(["labels"] if config.labels else []), "jasper", *_settings(config)]
     report.warnings.append(
         "NVIDIA's format holds neither labels nor settings: its scripts and jasper-fast need a configuration, which "
@@ -188,7 +191,7 @@ def _nvidia(
     )
     if _features(config).get("convention", "reference") != "reference":
         report.warnings.append(f"the model was trained on NeMo's features; NVIDIA's differ: {RULES}")
-    return {name: name for name in entries}
+    return theirs
 
 
 def _nemo(

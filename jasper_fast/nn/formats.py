@@ -39,7 +39,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
     """The weights in a file of any known layout; `ema` asks for the moving average.
 
     Reads this project's checkpoints, NVIDIA's Jasper for PyTorch of 2021 and later (`encoder.layers.*`) and of 2019 and
-    2020 (`jasper_encoder.encoder.*`), bare state dicts of those, safetensors files of any of these names, NeMo's
+    2020 (`jasper_encoder.encoder.*`), its QuartzNet, bare state dicts of those, safetensors files of any of them,
     `.nemo` archives, compressed or not, its pairs of files (`JasperEncoder-*.pt`, `JasperDecoderForCTC-*.pt`: `path` is
     either) and checkpoints of Lightning; also models wrapped by `torch.compile` or DistributedDataParallel. Raises
     CheckpointError naming the file for anything else, and if the moving average is asked for and the file has none.
@@ -65,6 +65,8 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
         kind, rules, drop = "reference v1", _V1, ("acoustic_model.", "audio_preprocessor.")
     elif any(name.startswith("encoder.encoder.") for name in plain):
         kind, rules, drop = "NeMo", _NEMO, _NEMO_DROP
+    elif kind == "reference v2" and any(re.match(r"encoder\.layers\.\d+\.mconv\.", name) for name in plain):
+        rules = _QUARTZNET
     found = _named_ours(path, kind, entries, rules, drop)
     found.left_out += [str(k) for k, v in state.items() if entries is not state and k not in _READ and v is not None]
     if kind == "jasper_fast":
@@ -151,6 +153,7 @@ def jasper10x5dr(n_classes: int = 29) -> dict[str, Any]:
 
 
 _V1 = ((r"^jasper_encoder\.encoder\.", "encoder.layers."), (r"^jasper_decoder\.decoder_layers\.", "decoder.layers."))
+_QUARTZNET = ((r"^(encoder\.layers\.\d+)\.mconv\.", r"\1.conv."),)  # NVIDIA's, whose convs are not wrapped
 _NEMO_DROP = ("preproc", "spec_aug")
 _NEMO = (
     (r"^encoder\.encoder\.", "encoder.layers."),
