@@ -90,7 +90,7 @@ def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Modul
         refill=lambda seed: judged().refill(seed),
         reference=lambda: plain(torch.float64, torch.float64),
         low=(lambda: plain(torch.float32, run.dtype)) if small or run.device.type == "cuda" else None,
-        tolerance=tolerance(precision(run.device, run.dtype)),
+        tolerance=tolerance(precision(run.device, run.dtype), cfg),
         seeds=(1, 2) if small else (1,),
         needs=models.needs(cfg, TRAINS),
     )

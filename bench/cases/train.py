@@ -44,8 +44,14 @@ ALONG = {torch.float32: 5e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 ALONG_USUAL = {torch.float32: 5e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
 
 
-def tolerance(dtype: torch.dtype) -> correct.Tolerance:
-    """How far the answers of a step in `dtype` may be from those in fp64; `relative` is used without an eager step."""
+def tolerance(dtype: torch.dtype, cfg=None) -> correct.Tolerance:
+    """How far the answers of a step in `dtype` may be from those in fp64; `relative` is used without an eager step.
+
+    In QuartzNet 15x5 (2, 64, 400) the worst error along is 1e-5 of eager's and 1.8e-5 of ours in fp32: twice as many
+    convs follow each other as in Jasper 10x5. So the bound along is eight times as wide for a network of separable
+    convs `cfg`.
+    """
+    along = ALONG[dtype] * (8 if cfg is not None and any(b.separable for b in cfg.encoder.blocks) else 1)
     fp32, eps = dtype is torch.float32, torch.finfo(dtype).eps
     one = eps / torch.finfo(torch.float32).eps  # a rounding of `dtype` in units of fp32's: gradients are fp32
     usual = correct.Tolerance(
@@ -56,7 +62,7 @@ def tolerance(dtype: torch.dtype) -> correct.Tolerance:
         along=ALONG_USUAL[dtype],
     )
     clear = correct.Tolerance(
-        2.0, 64.0 if fp32 else 2 * one, relative=5e-5 if fp32 else 24 * eps, peak=2.0, along=ALONG[dtype]
+        2.0, 64.0 if fp32 else 2 * one, relative=5e-5 if fp32 else 24 * eps, peak=2.0, along=along
     )
     relative = 1e-4 if fp32 else 8 * eps
     # The loss is one number. Eager's may be exact by chance, so a tenth of a rounding is always allowed.
@@ -248,7 +254,7 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
         refill=refill,
         reference=lambda: plain(exact, exact),
         low=(lambda: plain(torch.float32, run.dtype)) if exact is torch.float64 else None,
-        tolerance=tolerance(precision(run.device, run.dtype)),
+        tolerance=tolerance(precision(run.device, run.dtype), cfg),
         flops=counts.training_flops(cfg, N, T),
         nbytes=counts.training_bytes(cfg, N, T, run.dtype.itemsize),
         items=N,

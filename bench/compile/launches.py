@@ -24,7 +24,10 @@ LABELS = (120, 250, 500)  # of a target: those of a batch of speech have up to s
 PANES = 256  # channels of the panes of a residual block
 TAPS_C = 512  # channels of QuartzNet's depthwise convs
 # their (T', K, stride, masks): large and small tiles, and taps that fill 64 or 128 rows of the block that adds up dw
-TAPS = ((840, 87, 1, True), (840, 63, 1, False), (840, 33, 2, True), (16, 63, 1, True))
+TAPS = (
+    *((840, 87, 1, True), (840, 63, 1, False), (840, 33, 2, True)),
+    *((16, 63, 1, True), (16, 63, 1, False), (16, 33, 2, True)),
+)
 META = torch.device("meta")
 EXACT = " ieee"  # suffix of the names of kernels with exact fp32 products
 PARTS = {"HAS_STATS": " stats", "HAS_NORM": " bn", "HAS_PANES": " panes", "HAS_SPLITS": " split"}
