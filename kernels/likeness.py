@@ -1,7 +1,7 @@
-"""Which GPUs are alike: of one compute capability, as many multiprocessors, and one class of memory bandwidth.
+"""Which GPUs are alike: those with one compute capability, and nearly equal multiprocessors and memory bandwidth.
 
-What was measured on one of them is a guess for the other, better than none: tiles fit the same shared memory and
-registers, a wave has as many programs, and work is bound by the same side.
+Measurements on one are a good guess for the other: the same tiles fit shared memory and registers, a wave has about as
+many programs, and the same resource limits a kernel.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 
-SPREAD = 1.25  # of bandwidths in one class: H100 and H100 NVL are in one, H100 and H200 are not
-SM_SPREAD = 1.1  # of multiprocessors: cards of one chip have some switched off
+SPREAD = 1.25  # largest ratio of bandwidths: H100 and H100 NVL are alike, H100 and H200 are not
+SM_SPREAD = 1.1  # largest ratio of multiprocessors: cards with one chip may have some switched off
 
 
 class Traits(NamedTuple):
-    """A GPU's compute capability ("sm_90"), multiprocessors, and bytes a second of its memory (0: not told)."""
+    """A GPU's compute capability ("sm_90"), number of multiprocessors, and memory bytes per second (0: unknown)."""
 
     capability: str
     sms: int
@@ -25,17 +25,17 @@ class Traits(NamedTuple):
 
 
 def traits(index: int) -> Traits | None:
-    """Those of CUDA device `index`; None where PyTorch sees no GPU."""
+    """The traits of CUDA device `index`; None if PyTorch sees no GPU."""
     if not torch.cuda.is_available():
         return None
     p = torch.cuda.get_device_properties(index)
-    # kHz and bits, two transfers a clock; not every torch tells them
+    # kHz and bits, two transfers per clock; older versions of torch lack them
     clock, bits = getattr(p, "memory_clock_rate", 0), getattr(p, "memory_bus_width", 0)
     return Traits(f"sm_{p.major}{p.minor}", p.multi_processor_count, 2e3 * clock * bits / 8)
 
 
 def header(found: Traits | None) -> dict[str, str]:
-    """What a table's header says of the GPU."""
+    """The fields of a table's header that describe the GPU."""
     if found is None:
         return {"multiprocessors": "unknown", "bandwidth": "unknown"}
     bandwidth = f"{found.bytes_s / 1e9:.0f} GB/s" if found.bytes_s else "unknown"
@@ -43,7 +43,7 @@ def header(found: Traits | None) -> dict[str, str]:
 
 
 def of_header(told: Mapping[str, str]) -> Traits | None:
-    """The traits that a table's header tells; None where it does not tell them."""
+    """The traits in a table's header; None if it lacks them."""
     sms, bandwidth = told["multiprocessors"], told["bandwidth"].removesuffix(" GB/s")
     if not sms.isdecimal():
         return None
@@ -51,7 +51,7 @@ def of_header(told: Mapping[str, str]) -> Traits | None:
 
 
 def distance(a: Traits | None, b: Traits | None) -> float:
-    """How far apart two GPUs are: 0 for equal ones, infinite where they are not alike."""
+    """How different two GPUs are: 0 for equal ones, infinite if they are not alike."""
     if a is None or b is None or a.capability != b.capability or not all((a.sms, b.sms, a.bytes_s, b.bytes_s)):
         return math.inf
     sms, bandwidth = abs(math.log(a.sms / b.sms)), abs(math.log(a.bytes_s / b.bytes_s))

@@ -1,4 +1,4 @@
-"""What a row of a table of measured choices is, and what a file of them must hold (see tables.py)."""
+"""The rows of a table of measured choices, and the rules that a file must satisfy (see tables.py)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HEADER = (
 )
 SHAPE = ("c_in", "c_out", "taps", "stride", "dilation")
 MAX_ROWS_LOG2 = 40
-NEAR = 1  # powers of two of rows from one that was measured to one that need not be
+NEAR = 1  # a cell need not be measured if one within so many powers of two of its rows was
 # Shared memory that one program may have, bytes, by compute capability (CUDA's programming guide); newer: the largest.
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_87": 166912, "sm_89": 101376, "sm_90": 232448, "sm_120": 101376}
 _LARGEST_SHARED = max(SHARED_LIMIT.values())
@@ -38,11 +38,11 @@ _SPLIT = ("conv1d.fused", "conv1d.wgrad")  # ops whose reduction several program
 
 
 class TableError(ValueError):
-    """A table that does not hold what it must; the message names the file, the row and what is wrong."""
+    """A faulty table; the message names the file, the row and what is wrong."""
 
 
 class Cell(NamedTuple):
-    """What is tuned at once, for all faces: an op in a dtype at a shape and a power of two of rows."""
+    """The unit of tuning, on all faces: an op in a dtype at a shape and a power of two of rows."""
 
     op: str
     dtype: str
@@ -55,7 +55,8 @@ class Cell(NamedTuple):
 
     @property
     def batch(self) -> tuple[int, int]:
-        """Utterances and frames T' on which it is timed: three quarters of its power of two, of 800 frames or more."""
+        """The utterances and frames T' to time it with: three quarters of its power of two of rows, utterances of 800
+        frames or more."""
         rows = max(3 << self.rows_log2 >> 2, (1 << self.rows_log2 >> 1) + 1)
         n = max(1, rows // 800)
         return n, rows // n
@@ -89,17 +90,17 @@ class Row:
 
     @property
     def key(self) -> tuple:
-        """What is unique in a table."""
+        """The fields by which a row is unique in its table."""
         return (*self.shape, self.rows_log2, self.face, self.algorithm)
 
     @property
     def shape(self) -> tuple:
-        """The key's part that a look-up must meet exactly."""
+        """The part of the key that must match exactly in a look-up."""
         return (self.op, self.dtype, self.c_in, self.c_out, self.taps, self.stride, self.dilation)
 
     @property
     def cell(self) -> Cell:
-        """What it is one answer to."""
+        """The cell that the row was measured for."""
         return Cell(*self.shape, self.rows_log2)
 
     def label(self) -> str:
@@ -111,7 +112,7 @@ class Row:
         return f"{self.face} {t['t']}x{t['n']}x{t['k']} warps {t['num_warps']} stages {t['num_stages']}{splits}"
 
     def plain(self) -> dict[str, Any]:
-        """The row as a file holds it."""
+        """The row as it is written to a file."""
         return {name: getattr(self, name) for name in _ROW}
 
 
@@ -124,13 +125,13 @@ class Table:
 
 
 def shape_of_norm(channels: int) -> dict[str, int]:
-    """The shape under which a table has an op of NORM_OPS."""
+    """The shape by which a table lists an op of NORM_OPS."""
     return dict(zip(SHAPE, (channels, channels, 1, 1, 1), strict=True))
 
 
-# ---- what a file must hold ----
+# ---- the rules for a file ----
 
-_Rule = tuple[Callable[[Any], bool], str]  # whether a value is right, and what it must be in words
+_Rule = tuple[Callable[[Any], bool], str]  # whether a value is right, and in words what it must be
 
 
 def _one_of(allowed: Iterable[str]) -> _Rule:
@@ -178,9 +179,9 @@ _TILE: dict[str, _Rule] = {
 
 
 def _fault(values: object, rules: Mapping[str, _Rule]) -> str | None:
-    """What keeps `values` from being an object with these fields and nothing else, or None."""
+    """Why `values` is not an object with exactly these fields, or None."""
     if not isinstance(values, dict):
-        return f"an object is wanted, got {values!r}"
+        return f"expected an object, got {values!r}"
     if wrong := sorted(values.keys() ^ rules.keys()):
         return f"unknown or missing fields: {', '.join(wrong)}"
     faults = (
@@ -192,19 +193,19 @@ def _fault(values: object, rules: Mapping[str, _Rule]) -> str | None:
 
 
 def header_fault(values: object) -> str | None:
-    """Why `values` are no header of a table, or None."""
+    """Why `values` is not the header of a table, or None."""
     return _fault(values, _HEADER)
 
 
 def row_fault(values: object, capability: str) -> str | None:
-    """Why `values` are no row of a table of a GPU with this compute capability, or None."""
+    """Why `values` is not a valid row for a GPU with this compute capability, or None."""
     if fault := _fault(values, _ROW):
         return fault
     op, face, limit = values["op"], values["face"], SHARED_LIMIT.get(capability, _LARGEST_SHARED)
     if op in NORM_OPS and not shape_of_norm(values["c_in"]).items() <= values.items():
         return f"{op} has its channels as c_in and c_out, and taps, stride and dilation 1"
     if values["spilled"]:
-        return f"the kernel spills {values['spilled']} bytes: such a configuration is never chosen"
+        return f"the kernel spills {values['spilled']} bytes, and such a configuration is never chosen"
     if (values["shared"] or 0) > limit:
         return f"the kernel takes {values['shared']} bytes of shared memory, {capability} has {limit}"
     tiled = op.startswith("conv1d.") and face == "triton"

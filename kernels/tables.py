@@ -100,7 +100,7 @@ def fastest(
 ) -> str | None:
     """The face on which all `ops` together take the least time at a shape; None unless all were measured.
 
-    rows: N*T' of the output; None means the most rows that were measured.
+    rows: N*T' of the output; None means the largest measured number.
     """
     shape = (c_in, c_out, taps, stride, dilation)
     total = times([(op, shape, 1) for op in ops], device, dtype, rows)
@@ -110,7 +110,8 @@ def fastest(
 def times(
     calls: Iterable[tuple[str, tuple[int, ...], int]], device: torch.device, dtype: torch.dtype, rows: int | None
 ) -> dict[str, float] | None:
-    """Seconds of all `calls`, (op, shape, how often), by the faces that were measured at each; None where not all were.
+    """Total seconds of `calls`, (op, shape, count), for each face that was measured at all of them; None if a call has
+    no measurement.
 
     `rows` as for `fastest`.
     """
@@ -128,14 +129,14 @@ def times(
 
 
 def covered(device: torch.device, cell: Cell) -> bool:
-    """Whether this very GPU was measured at `cell`, or at rows that are not far from its own."""
+    """Whether this GPU was measured at `cell`, or at a near number of rows."""
     near = (_index_of(device) or {}).get(cell[:-1])
     return near is not None and any(abs(cell.rows_log2 - b) <= NEAR for b in near.own)
 
 
 def bucket(rows: int) -> int:
     """rows_log2: the exponent of the power of two at or above `rows`."""
-    return max(0, (operator.index(rows) - 1).bit_length())  # a tensor under torch.jit.trace
+    return max(0, (operator.index(rows) - 1).bit_length())  # rows is a tensor under torch.jit.trace
 
 
 @contextmanager
@@ -163,7 +164,7 @@ class _Nearest:
 
     def __init__(self) -> None:
         self._by_bucket: dict[int, dict[str, Row]] = {}
-        self.own: set[int] = set()  # log2 of the numbers of rows that this very GPU was measured at
+        self.own: set[int] = set()  # the rows_log2 that were measured on this GPU itself
 
     def add(self, row: Row, own: bool) -> None:
         if own:
@@ -224,7 +225,7 @@ def _index(gpu: str, where: str | None, device: int) -> _Index | None:
 
 
 def _layers(gpu: str, where: Path, device: int) -> Iterator[tuple[Sequence[Row], bool]]:
-    """The rows of each layer, the first that counts first, and whether they are this very GPU's."""
+    """The sources of rows in order of precedence, and whether each was measured on this GPU itself."""
     yield _over(device), True
     if (table := for_gpu(gpu, where)) is not None:
         yield table.rows, True
@@ -243,7 +244,7 @@ _over: Callable[[int], Sequence[Row]] = _nothing
 
 
 def lay_over(rows_of: Callable[[int], Sequence[Row]]) -> None:
-    """From now on the rows that `rows_of` gives for the index of a CUDA device come before those of the files."""
+    """From now on, `rows_of(index of a CUDA device)` comes before the rows of the files."""
     global _over
     _over = rows_of
     _index.cache_clear()
@@ -285,7 +286,7 @@ def load(path: Path) -> Table:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise TableError(f"{path}: no JSON: {error}") from error
+        raise TableError(f"{path}: not JSON: {error}") from error
     return parse(data, str(path))
 
 

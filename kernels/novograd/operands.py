@@ -1,4 +1,4 @@
-"""What the faces of `step` take: lists of tensors, one entry a parameter, and the settings of parameter groups."""
+"""The operands of `step`: lists of tensors with one entry per parameter, and the settings of parameter groups."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Tensors(NamedTuple):
-    """Lists of one length. A parameter's gradient, moment and average lie in memory in its own order, without gaps.
+    """Lists of equal length. A parameter's gradient, moment and average have its memory order, without gaps.
 
     exp_avg_sqs are one-element tensors, fp32 or wider; `averages` is empty without a moving average; `groups` are the
     parameters' rows in the settings.
@@ -24,16 +24,14 @@ class Tensors(NamedTuple):
 
 
 class Watched(NamedTuple):
-    """Tensors that no step changes, and their averages: floating-point ones are averaged, others copied.
-
-    None where the parameters have no averages.
-    """
+    """Tensors that the step does not change, such as running statistics, and their averages: floating-point ones are
+    averaged, others copied. None if there is no moving average."""
 
     lives: list[Tensor]
     averages: list[Tensor]
 
     def split(self, dtypes: tuple[torch.dtype, ...]) -> tuple[Watched, Watched]:
-        """Those of `dtypes` that lie contiguous in memory, and the others."""
+        """The contiguous ones of `dtypes`, and the others."""
         parts = Watched([], []), Watched([], [])
         for live, average in zip(*self, strict=True):
             mine = average.dtype in dtypes and live.is_contiguous() and average.is_contiguous()
@@ -43,8 +41,8 @@ class Watched(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """The columns of the settings, fp64 (groups, 8): what the formulas of this package call so, `decay` being
-    share*weight_decay. `weight` is 1 - the average's decay, the same in all rows."""
+    """The columns of the settings, fp64 (groups, 8), named as in the formulas of this package. `decay` is
+    share*weight_decay; `weight` is 1 - the average's decay, the same in all rows."""
 
     lr: float
     beta1: float
