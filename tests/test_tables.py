@@ -203,7 +203,7 @@ def test_an_operand_too_large_for_one_gpu_fits_another(install):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("{", "no JSON"),
+        ("{", "not JSON"),
         ("[]", "a table is an object with a header and a list of rows"),
         ('{"header": {}, "rows": []}', "header: unknown or missing fields: bandwidth, capability"),
         (json.dumps({"header": HEADER | {"driver": 580}, "rows": []}), "driver must be a text"),
