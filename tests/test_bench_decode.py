@@ -15,14 +15,15 @@ pytestmark = pytest.mark.skipif(not native.cpu_available(), reason="the native C
 
 @pytest.fixture
 def short(monkeypatch):
+    monkeypatch.setattr(decode, "text", lambda: [["ab", "cad"], ["bad", "ab"]] * 20)
     monkeypatch.setattr(decode, "FRAMES", 30)
     monkeypatch.setattr(decode, "CHECKED", 20)
 
 
-@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lm", ["none", *(pytest.param(lm, marks=pytest.mark.slow) for lm in ("symbols", "words"))])
 @pytest.mark.parametrize("kind", [*decode.SHARP])
-def test_searches_answer(kind, fused, short, tmp_path):
-    rows = make_run(tmp_path, "auto").cases("decode", [decode.search_case(kind, 32, fused)])
+def test_searches_answer(kind, lm, short, tmp_path):
+    rows = make_run(tmp_path, "auto").cases("decode", [decode.search_case(kind, 32, lm)])
     by_name = {row["contender"]: row for row in rows}
     assert by_name["jasper_fast"]["status"] == "ok", by_name["jasper_fast"].get("why")
     assert by_name["flashlight"]["status"] in ("ok", "absent"), by_name["flashlight"].get("why")
@@ -37,7 +38,7 @@ def test_a_wrong_answer_has_no_number(short, tmp_path, monkeypatch):
         return symbols, counts, scores - 1e-3
 
     monkeypatch.setattr(cpu_impl, "search", wrong)
-    rows = make_run(tmp_path, "auto").cases("decode", [decode.search_case("unsure", 8, False)])
+    rows = make_run(tmp_path, "auto").cases("decode", [decode.search_case("unsure", 8, "none")])
     assert [row["status"] for row in rows if row["ours"]] == ["wrong"]
 
 
@@ -45,6 +46,6 @@ def test_a_wrong_answer_has_no_number(short, tmp_path, monkeypatch):
 def test_the_share_of_the_search_is_told(tmp_path):
     run = make_run(tmp_path, "auto", dtype=torch.float32)
     shared = latency.Models(run, "small")
-    rows = run.cases("decode", [decode.whole_case(shared, run, "small", 2.0, 16)])
+    rows = run.cases("decode", [decode.whole_case(shared, run, "small", 2.0, 16, "symbols")])
     assert [(row["contender"], row["status"]) for row in rows] == [("jasper_fast", "ok"), ("greedy", "ok")]
     assert rows[1]["ratio"]["median"] > 0

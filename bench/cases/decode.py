@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import random
 import tempfile
 from collections.abc import Callable
@@ -20,58 +21,94 @@ from jasper_fast.bench.harness.errors import Absent
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.harness.seeds import seeded, stable_seed
 from jasper_fast.kernels.prefix_beam import cpu_impl, reference
-from jasper_fast.lm.search import beam_search
+from jasper_fast.lm.decoders import decoder
+from jasper_fast.lm.pool import Pool
+from jasper_fast.lm.spelt import SpeltLM
 from jasper_fast.lm.symbols import SymbolLM, tokens
 from jasper_fast.lm.train import train
+from jasper_fast.lm.words import WordLM, WordSearch, word_lm
 from jasper_fast.speech.decoding import greedy_decode
 from jasper_fast.speech.text import Vocabulary
 
-FRAMES, UTTERANCES = 835, 1  # 16.7 s
+FRAMES = 835
+SECONDS = 16.7  # of these frames
 CHECKED = 60  # frames that answers are compared on: the definition is slow
 SHARP = {"confident": 10.0, "unsure": 3.0}  # how far the classes that are meant stand out, in logits
-ALPHA = 1.0  # flashlight adds nothing for a symbol, so beta is 0
+LMS = {"none": "none", "symbols": "6-gram of characters", "words": "3-gram of words, lexicon"}
+WEIGHTS = {"none": (0.0, 0.0), "symbols": (1.0, 0.0), "words": (2.0, -0.2)}  # flashlight adds nothing for a symbol
 _LOWER = 0.1  # of the score
 V = Vocabulary()
 
 
 @functools.cache
-def symbol_lm() -> tuple[Path, SymbolLM]:
-    """A 6-gram of characters of random words, with the file that it lies in."""
-    rng, folder = random.Random(0), Path(tempfile.mkdtemp(prefix="jasper-fast-bench-"))
-    words = ["".join(rng.choices(V.labels[1:27], k=rng.randint(2, 8))) for _ in range(300)]
-    text = folder / "text"
-    text.write_text("".join(" ".join(rng.choices(words, k=8)) + "\n" for _ in range(2000)))
-    train([text], folder / "lm.arpa", 6, characters=True)
-    return folder / "lm.arpa", SymbolLM(folder / "lm.arpa", V)
+def text() -> list[list[str]]:
+    """Lines of random words, of 5,000."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices(V.labels[1:27], k=rng.randint(2, 8))) for _ in range(5000)]
+    return [rng.choices(words, k=8) for _ in range(10000)]
+
+
+@functools.cache
+def language_model(kind: str) -> SymbolLM | WordLM:
+    """An n-gram of the text, of characters or of words."""
+    folder = Path(tempfile.mkdtemp(prefix="jasper-fast-bench-"))
+    (folder / "text").write_text("".join(" ".join(line) + "\n" for line in text()))
+    of_words = kind == "words"
+    train([folder / "text"], folder / "lm.arpa", 3 if of_words else 6, characters=not of_words)
+    return word_lm(folder / "lm.arpa", V) if of_words else SymbolLM(folder / "lm.arpa", V)
+
+
+@functools.cache
+def closed() -> SpeltLM:
+    return SpeltLM(language_model("words"), V, unknown=-math.inf)
 
 
 def posteriors(kind: str, log_probs: Tensor, seed: int) -> None:
-    """Fills log_probs (N, T, V): noise, and over it a path of seven blanks in ten frames."""
-    g = seeded(stable_seed(f"decode {kind}", seed), torch.device("cpu"))
-    shape = log_probs.shape[:2]
-    path = torch.randint(V.blank, shape, generator=g).masked_fill(torch.rand(shape, generator=g) < 0.7, V.blank)
+    """Fills log_probs (N, T, V): noise, and over it a line of the text after the other, about seven blanks in ten
+    frames."""
+    g, rng = seeded(stable_seed(f"decode {kind}", seed), torch.device("cpu")), random.Random(seed)
+    count, frames = log_probs.shape[:2]
+    paths = torch.full((count, frames), V.blank)
+    for path in paths:
+        at, said = 0, iter("")
+        while at < frames:
+            symbol = next(said, None)
+            if symbol is None:
+                said = iter(V.encode(" ".join(rng.choice(text())) + " "))
+                continue
+            path[at] = symbol
+            at += 1 + rng.randint(1, 4)
     logits = torch.randn(log_probs.shape, generator=g)
-    log_probs.copy_(logits.scatter_add(2, path[..., None], torch.full((*shape, 1), SHARP[kind])).log_softmax(2))
+    sharp = torch.full((count, frames, 1), SHARP[kind])
+    log_probs.copy_(logits.scatter_add(2, paths[..., None], sharp).log_softmax(2))
 
 
-def _flashlight(beam: int, lm: Path | None) -> Callable[[Tensor, int], list[float]]:
-    """flashlight-text's search without a lexicon: the best scores of log-probs (N, T, V), the first frames of each."""
+def _settings(kind: str) -> tuple[Any, ...]:
+    """What the prefix search takes after the beam and the number of hypotheses."""
+    alpha, beta = WEIGHTS[kind]
+    if kind == "words":
+        return None, alpha, 0.0, closed().words(alpha, beta)
+    return language_model(kind).ngram if kind == "symbols" else None, alpha, beta
+
+
+def _flashlight(kind: str, beam: int) -> Callable[[np.ndarray], float]:
+    """flashlight-text's search, without a lexicon where the model is not one of words: the best score of (T, V)."""
     try:
         from flashlight.lib.text import decoder
         from flashlight.lib.text.decoder.kenlm import KenLM
         from flashlight.lib.text.dictionary import Dictionary
     except ModuleNotFoundError as error:
         raise Absent(f"{error.name} is not installed: pip install 'jasper-fast[lm]'") from error
+    alpha, beta = WEIGHTS[kind]
+    if kind == "words":
+        words = WordSearch(language_model(kind), beam, alpha, beta)
+        return lambda row: words(row)[0].score
     ctc = decoder.CriterionType.CTC
-    options = decoder.LexiconFreeDecoderOptions(beam, V.n_classes, 1e9, ALPHA, 0.0, True, ctc)
-    model = KenLM(str(lm), Dictionary([*tokens(V), "<blank>"])) if lm else decoder.ZeroLM()
+    options = decoder.LexiconFreeDecoderOptions(beam, V.n_classes, 1e9, alpha, 0.0, True, ctc)
+    fused = kind == "symbols"
+    model = KenLM(language_model(kind).path, Dictionary([*tokens(V), "<blank>"])) if fused else decoder.ZeroLM()
     search = decoder.LexiconFreeDecoder(options, model, V.n_classes, V.blank, [])  # no class is a silence of its own
-
-    def run(log_probs: Tensor, frames: int) -> list[float]:
-        rows = [np.ascontiguousarray(row[:frames].numpy()) for row in log_probs]
-        return [search.decode(row.ctypes.data, *row.shape)[0].score for row in rows]
-
-    return run
+    return lambda row: search.decode(row.ctypes.data, *row.shape)[0].score
 
 
 def _rule() -> Rule:
@@ -87,54 +124,62 @@ def _rule() -> Rule:
     return rule
 
 
-def search_case(kind: str, beam: int, fused: bool) -> Case:
-    """The search alone, beside flashlight-text at the same beam, over all symbols and without a threshold."""
-    log_probs = torch.empty(UTTERANCES, FRAMES, V.n_classes)
-    whole, short = (torch.full((UTTERANCES,), n) for n in (FRAMES, CHECKED))
+def search_case(kind: str, beam: int, lm: str, utterances: int = 1, threads: int = 1) -> Case:
+    """The search alone, beside flashlight-text at the same beam: in the threads that there are, and flashlight, which
+    holds Python's lock, in as many processes. ``lm``: one of LMS."""
+    log_probs = torch.empty(utterances, FRAMES, V.n_classes)
+    whole, short = (torch.full((utterances,), n) for n in (FRAMES, CHECKED))
 
-    def weights() -> tuple[Any, float, float]:
-        return (symbol_lm()[1].ngram, ALPHA, 0.0) if fused else (None, 0.0, 0.0)
-
-    def ours() -> Runner:
-        lm = weights()
-        outputs = lambda: {"score": cpu_impl.search(log_probs, short, beam, 1, *lm)[2][:, 0, 0]}  # noqa: E731
-        return Runner(lambda: cpu_impl.search(log_probs, whole, beam, 1, *lm), outputs)
+    def search(lengths: Tensor) -> Tensor:
+        had = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return cpu_impl.search(log_probs, lengths, beam, 1, *_settings(lm))[2][:, 0, 0]
+        finally:
+            torch.set_num_threads(had)
 
     def theirs() -> Runner:
-        search = _flashlight(beam, symbol_lm()[0] if fused else None)
-        outputs = lambda: {"score": torch.tensor(search(log_probs, CHECKED), dtype=torch.float64)}  # noqa: E731
-        return Runner(lambda: search(log_probs, FRAMES), outputs, rule=_rule())
+        alone = _flashlight(lm, beam)
+        rows = lambda frames: [np.ascontiguousarray(row[:frames].numpy()) for row in log_probs]  # noqa: E731
+        answer = lambda: {"score": torch.tensor([*map(alone, rows(CHECKED))], dtype=torch.float64)}  # noqa: E731
+        if threads == 1:
+            return Runner(lambda: [*map(alone, rows(FRAMES))], answer, rule=_rule())
+        pool = Pool(language_model("words"), threads, beam=beam, alpha=WEIGHTS[lm][0], beta=WEIGHTS[lm][1])
+        return Runner(lambda: pool.submit(rows(FRAMES), WEIGHTS[lm])(), answer, rule=_rule())
 
     return Case(
         "decode",
-        {"posteriors": kind, "lm": "6-gram of characters" if fused else "none", "beam": beam,
-         "threads": torch.get_num_threads(), "path": "log-probs to text"},
-        [Contender("jasper_fast", ours), Contender("flashlight", theirs)],
+        {"posteriors": kind, "lm": LMS[lm], "beam": beam, "utterances": utterances, "audio_s": SECONDS,
+         "threads": threads, "path": "log-probs to text"},
+        [Contender("jasper_fast", lambda: Runner(lambda: search(whole), lambda: {"score": search(short)})),
+         *([Contender("flashlight", theirs)] if threads == 1 or lm == "words" else [])],
         refill=lambda seed: posteriors(kind, log_probs, seed),
-        reference=lambda: {"score": reference.search(log_probs, short, beam, 1, *weights())[2][:, 0, 0]},
+        reference=lambda: {"score": reference.search(log_probs, short, beam, 1, *_settings(lm))[2][:, 0, 0]},
         tolerance=correct.Tolerance(relative=1e-9),
-        items=UTTERANCES,
+        items=utterances,
         wall=True,
         seeds=(1,),
     )  # fmt: skip
 
 
-def whole_case(shared: latency.Models, run: Run, model: str, seconds: float, beam: int) -> Case:
-    """Features to text with a beam search and a symbol n-gram, beside greedy decoding of the same engine: how much of
-    the time the search takes is one less the ratio."""
+def whole_case(shared: latency.Models, run: Run, model: str, seconds: float, beam: int, lm: str) -> Case:
+    """Features to text with a beam search, beside greedy decoding of the same engine: how much of the time the search
+    takes is one less the ratio. Of one utterance: nothing is hidden behind the model."""
     inputs = shared.inputs(1, seconds)
 
-    def hear(beam: int | None) -> Callable[[], Runner]:
+    def hear(searched: bool) -> Callable[[], Runner]:
         def build() -> Runner:
             call = shared.build("jasper_fast", shared.engine)
+            alpha, beta = WEIGHTS[lm]
+            search = decoder(V, language_model(lm) if lm != "none" else None, beam=beam, alpha=alpha, beta=beta)
 
             def timed() -> tuple[Tensor, Tensor]:
                 with torch.inference_mode():
                     log_probs, lengths = call(*inputs)
-                    if beam is None:
-                        greedy_decode(log_probs, lengths, V)
+                    if searched:
+                        search.begin(log_probs, lengths, 0.02)()
                     else:
-                        beam_search(log_probs, lengths, V, beam=beam, lm=symbol_lm()[1], alpha=ALPHA)
+                        greedy_decode(log_probs, lengths, V)
                     return log_probs, lengths
 
             return Runner(timed, lambda: latency.told(*timed()))
@@ -143,8 +188,9 @@ def whole_case(shared: latency.Models, run: Run, model: str, seconds: float, bea
 
     return Case(
         "decode",
-        {"model": model, "seconds": seconds, "dtype": run.dtype_name, "beam": beam, "path": "features to text"},
-        [Contender("jasper_fast", hear(beam)), Contender("greedy", hear(None))],
+        {"model": model, "audio_s": seconds, "dtype": run.dtype_name, "lm": LMS[lm], "beam": beam,
+         "path": "features to text"},
+        [Contender("jasper_fast", hear(True)), Contender("greedy", hear(False))],
         refill=lambda seed: shared.refill(1, seconds, seed),
         reference=lambda: shared.answer(*inputs),
         low=shared.low(lambda: inputs),
@@ -153,4 +199,4 @@ def whole_case(shared: latency.Models, run: Run, model: str, seconds: float, bea
         wall=True,
         seeds=(1,),
         needs=latency.INFERS,
-    )
+    )  # fmt: skip

@@ -1,7 +1,10 @@
 """How fast are beam searches, and how much of the time from sound to text do they take?
 
-`python -m bench decode`; utterances of 16.7 s per second, beside flashlight-text, on confident and unsure posteriors.
+`python -m bench decode`; utterances of 16.7 s per second, beside flashlight-text, on confident and unsure posteriors,
+with n-grams of characters and of words.
 """
+
+import os
 
 from jasper_fast.bench.cases import decode, latency
 from jasper_fast.bench.harness.run import Run
@@ -11,15 +14,19 @@ GOAL = 128  # the beam of the goals
 
 
 def main(run: Run, model: str) -> list[dict]:
-    """Searches alone, by posteriors, beam and language model; then behind the acoustic model."""
+    """Searches alone, by posteriors, beam and language model; of several utterances in all cores; then behind the
+    acoustic model."""
     found = []
-    for fused in (False, True):
+    for lm in decode.LMS:
         for kind in decode.SHARP:
             beams = (GOAL,) if run.quick else BEAMS
-            found += run.cases("decode", [decode.search_case(kind, beam, fused) for beam in beams])
+            found += run.cases("decode", [decode.search_case(kind, beam, lm) for beam in beams])
+    cores = os.cpu_count() or 1
+    if cores > 1:
+        found += run.cases("decode", [decode.search_case("unsure", GOAL, lm, 2 * cores, cores) for lm in decode.LMS])
     shared = latency.Models(run, model)
     try:
-        found += run.cases("decode", [decode.whole_case(shared, run, model, 7.0, GOAL)])
+        found += run.cases("decode", [decode.whole_case(shared, run, model, 7.0, GOAL, lm) for lm in decode.LMS])
     finally:
         run.close(shared.close)
     return found

@@ -128,6 +128,8 @@ def columns(rows: Sequence[dict]) -> list[Column]:
         found.append(("host", lambda row: duration(row["host_s"]) if "host_s" in row else ""))
     if any("items_per_s" in row for row in timed):
         found.append(("utterances/s", lambda row: plain(row["items_per_s"]) if "items_per_s" in row else ""))
+    if any("audio_s" in row["key"] for row in timed):
+        found.append(("RTFx", lambda row: plain(row["items_per_s"] * row["key"]["audio_s"]) if "time_s" in row else ""))
     if any(rate(row) for row in timed):
         found.append(("rate", rate))
     if any(share(row) for row in timed):

@@ -1,9 +1,9 @@
 """What a language model is worth: greedy decoding beside beam searches, on voices that were not in training.
 
-    python -m jasper_fast.demo.decoding --out build/decoding --minutes 6
-    python -m jasper_fast.demo.decoding --out build/digits --minutes 14 --digits digits_train.jsonl digits_test.jsonl
+    python -m jasper_fast.demo.decoding --out build/decoding
+    python -m jasper_fast.demo.decoding --out build/digits --digits FOLDER
 
-Trains a small Jasper for so long (synthetic commands, or strings joined from single spoken digits), an n-gram of the
+Trains a small Jasper (on synthetic commands, or on strings joined from recordings of single digits), an n-gram of the
 words and one of the characters of the training texts, chooses alpha and beta on every other test utterance and counts
 errors on those between. Intervals: paired bootstrap over utterances, 95 %.
 """
@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
+import yaml
 
 from jasper_fast.data.manifest import Utterance, read_manifest
 from jasper_fast.demo import corpus, learn
@@ -32,29 +34,63 @@ from jasper_fast.speech import audio
 from jasper_fast.speech.decoding import greedy_decode
 from jasper_fast.speech.metrics import word_errors
 
-RATE = 16000
+RATE = 8000  # of the digits
+DIGITS = ("digits_fsdd_train.jsonl", "digits_fsdd_dev.jsonl")  # single digits; no voice is in both
 GRID = list(itertools.product((0.0, 0.5, 1.0, 1.5, 2.0, 3.0), (-1.0, 0.0, 1.0)))
 
 
-def strings(manifest: Path, out: Path, count: int, seed: int) -> Path:
-    """Strings of 3 to 7 words joined from single-word utterances of one speaker each, as files with a manifest."""
+def strings(manifest: Path, out: Path, count: int | None, words: tuple[int, int], seed: int) -> Path:
+    """Strings of single words of one speaker each, joined into files with a manifest: ``count`` of them, drawn with
+    repetition, or with None as many as there are when each recording is in one of them.
+
+    ``words``: the fewest and the most in a string. A little noise covers all, or the pauses would be silent as no
+    recording is."""
     lines = [json.loads(line) for line in manifest.read_text().splitlines()]
-    clips: dict[str, list[tuple[str, str]]] = {}
-    for line, utterance in zip(lines, read_manifest(manifest), strict=True):
-        clips.setdefault(line.get("speaker", ""), []).append((utterance.path, utterance.text))
+    clips: dict[str, list[Utterance]] = {}
     rng, out_lines = np.random.default_rng(seed), []
+    for line, utterance in zip(lines, read_manifest(manifest), strict=True):
+        clips.setdefault(line.get("speaker", ""), []).append(utterance)
     out.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        pool = clips[sorted(clips)[i % len(clips)]]
-        chosen = [pool[j] for j in rng.integers(0, len(pool), rng.integers(3, 8))]
-        pieces = [audio.load(path, RATE) for path, _ in chosen]
-        gaps = [np.zeros(int(RATE * rng.uniform(0.05, 0.25)), np.float32) for _ in range(len(pieces) + 1)]
-        joined = np.concatenate([x for pair in zip(gaps, pieces, strict=False) for x in pair] + [gaps[-1]])
-        soundfile.write(out / f"{i:05}.wav", joined, RATE)
-        text = " ".join(text for _, text in chosen)
+    for i, chosen in enumerate(_drawn(clips, count, words, rng)):
+        pieces = [pause(rng)]
+        for utterance in chosen:
+            pieces += [audio.load(utterance.path, RATE), pause(rng)]
+        joined = np.concatenate(pieces)
+        joined *= rng.uniform(0.2, 0.6) / np.abs(joined).max()
+        joined += rng.standard_normal(len(joined), dtype=np.float32) * 10 ** rng.uniform(-4, -2.5)
+        soundfile.write(out / f"{i:05}.wav", joined, RATE, subtype="PCM_16")
+        text = " ".join(u.text for u in chosen)
         out_lines.append({"audio_filepath": f"{i:05}.wav", "duration": len(joined) / RATE, "text": text})
     (out / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in out_lines))
     return out / "manifest.jsonl"
+
+
+def pause(rng: np.random.Generator) -> np.ndarray:
+    return np.zeros(int(RATE * rng.uniform(0.05, 0.25)), np.float32)
+
+
+def _drawn(
+    clips: dict[str, list[Utterance]], count: int | None, words: tuple[int, int], rng: np.random.Generator
+) -> Iterator[list[Utterance]]:
+    of = lambda: int(rng.integers(words[0], words[1] + 1))  # noqa: E731
+    for i in range(count or 0):
+        pool = clips[sorted(clips)[i % len(clips)]]
+        yield [pool[j] for j in rng.integers(0, len(pool), of())]
+    for speaker in sorted(clips) if count is None else ():
+        left = rng.permutation(len(clips[speaker])).tolist()
+        while left:
+            size = of()
+            yield [clips[speaker][j] for j in left[:size]]
+            del left[:size]
+
+
+def spelt(heard: Path, out: Path) -> Path:
+    """configs/digits.yaml for the letters of the training texts in place of whole words."""
+    config = yaml.safe_load((files("jasper_fast.configs") / "digits.yaml").read_text())
+    config["labels"] = sorted({" "}.union(*(u.text for u in read_manifest(heard))))
+    config["input_train"]["audio_dataset"]["tempo_perturbation"] = {"min_rate": 0.75, "max_rate": 1.3}
+    out.write_text(yaml.safe_dump(config, sort_keys=False))
+    return out
 
 
 def say(model: torch.nn.Module, utterances: list[Utterance], folder: Path) -> Saved:
@@ -124,20 +160,27 @@ def compare(saved: Saved, texts: Path, out: Path, beam: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for everything; it must not be there yet")
-    parser.add_argument("--minutes", type=float, default=6.0, help="of training")
-    parser.add_argument("--digits", nargs=2, type=Path, metavar=("TRAIN", "TEST"), help="manifests of single digits")
+    parser.add_argument("--digits", type=Path, metavar="FOLDER", help=f"spoken digits: holds {' and '.join(DIGITS)}")
+    parser.add_argument("--steps", type=int, help="of training (digits: 3000, else 1500)")
+    parser.add_argument("--minutes", type=float, default=40.0, help="of training at most (40)")
     parser.add_argument("--beam", type=int, default=128)
     arguments = parser.parse_args()
-    out, minutes = arguments.out, arguments.minutes
+    out, digits = arguments.out, arguments.digits
+    for name in DIGITS if digits else ():
+        if not (digits / name).is_file():
+            print(f"skipped: {digits / name} is not there")
+            return
     out.mkdir(parents=True)
-    if arguments.digits:
-        heard = strings(arguments.digits[0], out / "train", 1500, 0)
-        test = strings(arguments.digits[1], out / "test", 400, 1)
+    if digits:
+        heard = strings(digits / DIGITS[0], out / "train", 3000, (1, 4), 0)
+        test = strings(digits / DIGITS[1], out / "test", None, (3, 7), 1)
+        config, steps, batch_size = spelt(heard, out / "config.yaml"), 3000, 16
     else:
         heard = corpus.synthesise(out / "corpus", "train", 1500)
         test = corpus.synthesise(out / "corpus", "test", 400)
-    config = Path(str(files("jasper_fast.configs") / "demo.yaml"))
-    made = learn.learn(config, (heard, test), out / "run", 4000, minutes, "cpu")
+        config, steps, batch_size = Path(str(files("jasper_fast.configs") / "demo.yaml")), 1500, learn.BATCH_SIZE
+    budget = arguments.steps or steps, arguments.minutes
+    made = learn.learn(config, (heard, test), out / "run", *budget, "cpu", batch_size=batch_size)
     texts = out / "texts.txt"
     texts.write_text("".join(u.text + "\n" for u in read_manifest(heard)))
     saved = say(made.model.eval(), read_manifest(test), out / "log_probs")

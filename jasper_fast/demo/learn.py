@@ -72,7 +72,14 @@ class Learned:
 
 
 def learn(
-    config: Path, manifests: tuple[Path, Path], folder: Path, steps: int, minutes: float, device: str, seed: int = 0
+    config: Path,
+    manifests: tuple[Path, Path],
+    folder: Path,
+    steps: int,
+    minutes: float,
+    device: str,
+    seed: int = 0,
+    batch_size: int = BATCH_SIZE,
 ) -> Learned:
     """Trains a Jasper of `config` on the first of the manifests for `steps`, or for `minutes` if the machine is too
     slow for them, and tests it on the second. Files of an earlier call in `folder` are removed.
@@ -83,7 +90,7 @@ def learn(
     shutil.rmtree(folder, ignore_errors=True)
     options = {
         "config": config, "train-manifests": manifests[0], "val-manifests": manifests[1], "output-dir": folder,
-        "steps": steps, "max-minutes": minutes, "batch-size": BATCH_SIZE, "device": device, "seed": seed, "keep": 1,
+        "steps": steps, "max-minutes": minutes, "batch-size": batch_size, "device": device, "seed": seed, "keep": 1,
         "num-workers": 4 if device.startswith("cuda") else 0, "lr": 0.02, "min-lr": 1e-4, "lr-policy": "polynomial",
         "lr-power": 1, "warmup-steps": round(0.03 * steps), "ema": 0.99, "log-every": max(1, min(50, steps // 20)),
         "val-every": max(1, steps // LOOKS), "save-every": steps,
