@@ -15,7 +15,7 @@ OPS = {
     "depthwise": ({"forward", "dgrad", "wgrad"}, ("aten", "cpu", "triton")),
     "novograd": ({"step"}, ("cpu", "triton")),
     "panes": ({"outputs", "forward", "backward_reduce", "gradients"}, ("cpu",)),
-    "prefix_beam": ({"search"}, ("cpu",)),
+    "prefix_beam": ({"search"}, ("cpu", "triton")),
 }
 
 

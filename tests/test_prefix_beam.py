@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from collections import defaultdict
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from language_models import random_arpa
 from jasper_fast import beam_search
 from jasper_fast.kernels import native
 from jasper_fast.kernels.prefix_beam import cpu_impl, reference
+from jasper_fast.lm import faces
 from jasper_fast.lm.align import best_path
 from jasper_fast.lm.symbols import SymbolLM, tokens
 from jasper_fast.speech.decoding import NotFinite, greedy_decode
@@ -70,6 +72,54 @@ def test_the_cpu_face_equals_the_definition_on_500_cases(models):
             assert torch.equal(a, b), (case, beam, a, b)
         fused += lm is not None
     assert 300 < fused < 400
+
+
+@pytest.mark.slow
+def test_the_triton_face_equals_the_definition(models):
+    """Scores are equal to rounding: exp and log are others'."""
+    triton_impl = pytest.importorskip("jasper_fast.kernels.prefix_beam.triton_impl")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rng = random.Random(5)
+    torch.manual_seed(5)
+    for case in range(9):
+        log_probs, lengths, labels, beam = draw(rng, case)
+        lm = models[labels, rng.choice((1, 2, 4))].ngram if case % 3 else None
+        settings = beam, min(beam, 4), lm, *((0.8, 0.3) if lm else (0.0, -0.2))
+        want = reference.search(log_probs, lengths, *settings)
+        got = [found.cpu() for found in triton_impl.search(log_probs.to(device), lengths, *settings)]
+        assert torch.equal(want[0], got[0]) and torch.equal(want[1], got[1]), (case, want, got)
+        torch.testing.assert_close(got[2], want[2], rtol=0, atol=1e-9)
+
+
+def test_the_triton_face_says_what_it_cannot_do():
+    triton_impl = pytest.importorskip("jasper_fast.kernels.prefix_beam.triton_impl")
+    log_probs, lengths = torch.zeros(1, 3, 29).log_softmax(-1), torch.tensor([3])
+    assert triton_impl.why_not(29, 128, None, None) is None
+    for wrong, message in (
+        (lambda: beam_search(log_probs, lengths, Vocabulary(), beam=257, backend="triton"), "at most beam 256"),
+        (lambda: beam_search(log_probs, lengths, Vocabulary(), hot_words={"a": 1.0}, backend="triton"), "no words"),
+        (lambda: triton_impl.search(torch.zeros(1, 3, 33), lengths, 8, 1), "32 classes, not 8 and 33"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
+
+
+@pytest.mark.parametrize("broken", ["right", "wrong", "dead"])
+def test_triton_is_used_where_it_is_right(broken, monkeypatch):
+    triton_impl = pytest.importorskip("jasper_fast.kernels.prefix_beam.triton_impl")
+
+    def search(log_probs, *more):
+        if broken == "dead":
+            raise RuntimeError("no such\ninstruction")
+        symbols, counts, scores = reference.search(log_probs, *more)
+        return symbols, counts, scores + (broken == "wrong")
+
+    monkeypatch.setattr(triton_impl, "search", search)
+    faces.trusted.cache_clear()
+    told = pytest.warns(UserWarning, match="not the definition's|no such instruction")
+    with told if broken != "right" else nullcontext():
+        assert faces.trusted(torch.device("cpu")) is (broken == "right")
+    faces.trusted.cache_clear()
 
 
 def collapse(path: tuple[int, ...], blank: int) -> tuple[int, ...]:
@@ -167,7 +217,7 @@ def test_bad_input_is_named(models):
         (lambda: beam_search(log_probs, lengths, v, n_best=-1), "n_best -1"),
         (lambda: beam_search(log_probs, lengths, v, alpha=-1.0), "alpha -1"),
         (lambda: beam_search(log_probs, lengths, v, beta=math.nan), "beta nan"),
-        (lambda: beam_search(log_probs, lengths, v, backend="triton"), "backend 'triton'"),
+        (lambda: beam_search(log_probs, lengths, v, backend="cuda"), "backend 'cuda' is none of"),
         (lambda: beam_search(log_probs, lengths, v, lm=models[7, 2]), "another vocabulary"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -221,6 +221,7 @@ RULES = (
             ("ctc", "a program goes frame by frame, and rows of 29 symbols start anywhere"),
             ("novograd squares", "it leaves a number a run"),
             ("depthwise wgrad", "it leaves a number a channel and tap"),
+            ("prefix beam", "rows of 29 symbols start anywhere"),
             ("all unaligned", "slices of a buffer begin anywhere"),
         ),
     ),

@@ -17,10 +17,12 @@ from jasper_fast.kernels.depthwise import triton_impl as depthwise
 from jasper_fast.kernels.novograd import triton_impl as novograd
 from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
+from jasper_fast.kernels.prefix_beam import triton_impl as prefix_beam
 
 N, P = 32, 0.2  # utterances, which with FRAMES give enough rows for whole tiles; dropout rate
 FRAMES = (840, 48, 16)  # T' of 16.7 s, and two at which the default tiles have fewer rows
 LABELS = (120, 250, 500)  # of a target: those of a batch of speech have up to some 400
+BEAMS = (128, 256)
 PANES = 256  # channels of the panes of a residual block
 TAPS_C = 512  # channels of QuartzNet's depthwise convs
 # their (T', K, stride, masks): large and small tiles, and taps that fill 64 or 128 rows of the block that adds up dw
@@ -58,6 +60,9 @@ def recorded(arch: int, dtype: str) -> Recorded:
     for U in LABELS if dtype == "float32" else ():
         for kernel, source in _sources(arch, functools.partial(loss, U)):
             yield kernel, "any" if "gradient" in kernel else f"U{U}", source
+    for beam in BEAMS if dtype == "float32" else ():
+        for kernel, source in _sources(arch, functools.partial(prefixes, beam)):
+            yield kernel, f"beam {beam}", source
     yield from measured(arch, dtype)
 
 
@@ -163,6 +168,12 @@ def loss(labels: int) -> None:
     ctc.backward(losses, *given, losses, alpha, 28, False)
 
 
+def prefixes(beam: int) -> None:
+    """A prefix search over Jasper's classes."""
+    log_probs, lengths = torch.empty(N, FRAMES[0], 29, device=META), torch.empty(N, dtype=torch.int64, device=META)
+    prefix_beam.search(log_probs, lengths, beam, 1)
+
+
 def _exacts(dtype: torch.dtype) -> tuple[bool, ...]:
     """The settings for fp32 products: rounded to TF32, or exact. Users choose by PyTorch's setting."""
     return (False, True) if dtype == torch.float32 else (False,)
@@ -204,7 +215,8 @@ def called(one: launch.Launch, exact: bool) -> str:
         return name.replace("_", " ")
     if not name.startswith("conv1d"):
         flags = (flag.removeprefix("HAS_").lower() for flag in values if flag.startswith("HAS_") and values[flag])
-        return " ".join(["novograd" if name in ("squares", "update") else "bn_relu_dropout", name, *flags])
+        op = "novograd" if name in ("squares", "update") else "bn_relu_dropout"
+        return name.replace("_", " ", 1) if name == "prefix_beam" else " ".join([op, name, *flags])
     name = name.replace("_", " ")
     name = "conv1d first" if values.get("IS_NCT") else "conv1d last" if values.get("HAS_LOG_SOFTMAX") else name
     name += "".join(told for flag, told in PARTS.items() if values.get(flag))

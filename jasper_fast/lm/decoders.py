@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from jasper_fast.lm.align import best_path
@@ -109,14 +110,22 @@ class SymbolDecoder:
 
     def begin(self, log_probs: Tensor, lengths: Tensor, frame_seconds: float) -> Callable[[], list[Transcript]]:
         check(log_probs, lengths, self._vocabulary)
-        items = log_probs.float().cpu(), lengths.cpu(), frame_seconds
-        return self._thread.submit(self._find, *items, *self.weights).result
+        stream = torch.cuda.current_stream(log_probs.device) if log_probs.is_cuda else None
+        items = log_probs.detach().float().clone(), lengths, frame_seconds  # the engine's memory is used again
+        return self._thread.submit(self._find, *items, *self.weights, stream).result
 
     def _find(
-        self, log_probs: Tensor, lengths: Tensor, frame_seconds: float, alpha: float, beta: float
+        self,
+        log_probs: Tensor,
+        lengths: Tensor,
+        frame_seconds: float,
+        alpha: float,
+        beta: float,
+        stream: torch.cuda.Stream | None,
     ) -> list[Transcript]:
-        found = beam_search(log_probs, lengths, self._vocabulary, alpha=alpha, beta=beta, **self._settings)
-        rows = zip(log_probs.numpy(), lengths.tolist(), found, strict=True)
+        with torch.cuda.stream(stream):  # that of the model; None changes nothing
+            found = beam_search(log_probs, lengths, self._vocabulary, alpha=alpha, beta=beta, **self._settings)
+            rows = zip(log_probs.cpu().numpy(), lengths.tolist(), found, strict=True)
         return [_transcript(r[:n], h, best_path(r[:n], h[0].symbols), self._vocabulary, frame_seconds)
                 for r, n, h in rows]  # fmt: skip
 

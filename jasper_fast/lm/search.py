@@ -8,14 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from jasper_fast.kernels import native
-from jasper_fast.kernels.prefix_beam import cpu_impl, reference
+from jasper_fast.lm import faces
 from jasper_fast.lm.spelt import SpeltLM, hot_words_alone
 from jasper_fast.lm.symbols import SymbolLM
 from jasper_fast.speech.decoding import Hypothesis, NotFinite
 from jasper_fast.speech.text import Vocabulary
 
-_FACES = {"cpu": cpu_impl, "reference": reference}
 _MOST = 1 << 20  # a wider beam is a mistake
 
 
@@ -69,28 +67,29 @@ def beam_search(
     scale of the Jasper paper, 2.3 where both probabilities weigh the same. Without ``lm`` alpha means nothing. With a
     SpeltLM the sum is over words, and ``lm.unknown`` is added for each that it does not list. ``hot_words``: what is
     added each time that a word is said, by word; natural logarithms, 5 makes it 148 times as likely.
-    ``backend``: "cpu" (C++, a thread an utterance), "reference" (plain Python, the definition), or "auto", "cpu" where
-    it is built. Log-probs on a GPU are copied to the host. Raises ValueError for wrong shapes or settings, and
-    NotFinite for NaN in a valid frame. Equivalent, at beam 1 without lm and where one path has nearly all probability:
-    ``greedy_decode``.
+    ``backend``: "cpu" (C++, a thread an utterance), "triton" (on a GPU, to beam 256 and 32 classes, no words),
+    "reference" (plain Python, the definition), or "auto": "triton" for log-probs on a GPU where it can search and is
+    found to be right, else "cpu" where it is built; they are copied to the host for it. Raises ValueError for wrong
+    shapes or settings, and NotFinite for NaN in a valid frame. Equivalent, at beam 1 without lm and where one path has
+    nearly all probability: ``greedy_decode``.
     """
     check(log_probs, lengths, vocabulary)
     check_weights(beam, alpha, beta, n_best)
     if lm is not None and lm.vocabulary != vocabulary:
         raise ValueError(f"{lm.path} was read for another vocabulary")
-    if backend not in ("auto", *_FACES):
-        raise ValueError(f"backend {backend!r} is none of auto, {', '.join(_FACES)}")
-    if backend == "auto":
-        backend = "cpu" if native.cpu_available() else "reference"
     n_best = min(n_best, beam)
-    log_probs = log_probs.detach().float().cpu()
+    log_probs = log_probs.detach().float()
     words = ngram = None
     if isinstance(lm, SpeltLM):
         words, beta = lm.words(alpha, beta, hot_words), 0.0
     else:
         ngram = lm.ngram if lm and alpha else None
         words = hot_words_alone(hot_words, vocabulary) if hot_words else None
-    found = _FACES[backend].search(log_probs, lengths.cpu(), beam, n_best, ngram, float(alpha), float(beta), words)
+    face = faces.choose(backend, log_probs, beam, ngram, words)
+    if face.__name__.rpartition(".")[2] != "triton_impl":
+        log_probs, lengths = log_probs.cpu(), lengths.cpu()
+    found = face.search(log_probs, lengths, beam, n_best, ngram, float(alpha), float(beta), words)
+    found = [tensor.cpu() for tensor in found]
     return [_hypotheses(*item, vocabulary) for item in zip(*found, strict=True)]
 
 

@@ -1,0 +1,59 @@
+"""Which face of the prefix search runs: Triton's on a GPU where it is found to be right, else C++ on the CPU."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from jasper_fast.dispatch import backends
+from jasper_fast.kernels import native
+from jasper_fast.kernels.prefix_beam import cpu_impl, reference
+from jasper_fast.kernels.prefix_beam.ngram import Ngram
+from jasper_fast.kernels.prefix_beam.words import Words
+
+FACES = ("auto", "cpu", "triton", "reference")
+
+
+def choose(backend: str, log_probs: Tensor, beam: int, ngram: Ngram | None, words: Words | None) -> ModuleType:
+    """The face for a search. Raises ValueError for an unknown backend, and for "triton" where that cannot do it."""
+    if backend not in FACES:
+        raise ValueError(f"backend {backend!r} is none of {', '.join(FACES)}")
+    if backend == "triton" or (backend == "auto" and log_probs.is_cuda):
+        why = backends.why_missing("triton", log_probs.device) or _why_not(log_probs.shape[2], beam, ngram, words)
+        if why is None and (backend == "triton" or trusted(log_probs.device)):
+            from jasper_fast.kernels.prefix_beam import triton_impl
+
+            return triton_impl
+        if backend == "triton":
+            raise ValueError(f"backend 'triton': {why}")
+    return reference if backend == "reference" or (backend == "auto" and not native.cpu_available()) else cpu_impl
+
+
+def _why_not(classes: int, beam: int, ngram: Ngram | None, words: Words | None) -> str | None:
+    from jasper_fast.kernels.prefix_beam import triton_impl
+
+    return triton_impl.why_not(classes, beam, ngram, words)
+
+
+@functools.cache
+def trusted(device: torch.device) -> bool:
+    """Whether Triton's face answers as the definition does on a small case there; warns where it does not."""
+    from jasper_fast.kernels.prefix_beam import triton_impl
+
+    generator = torch.Generator().manual_seed(0)
+    log_probs = (2 * torch.randn(3, 12, 29, generator=generator)).log_softmax(-1)
+    case = torch.tensor([12, 7, 0]), 40, 4, None, 0.0, 0.25
+    want = reference.search(log_probs, *case)
+    try:
+        got = [found.cpu() for found in triton_impl.search(log_probs.to(device), *case)]
+        fine = all(torch.equal(w, g) for w, g in zip(want[:2], got[:2])) and torch.allclose(want[2], got[2], atol=1e-9)
+        why = "its answers are not the definition's"
+    except Exception as error:  # a compiler's or a driver's, of any kind
+        fine, why = False, " ".join(str(error).split())[:200]
+    if not fine:
+        warnings.warn(f"beam search in Triton on {device} is not used, the CPU searches: {why}", stacklevel=2)
+    return fine

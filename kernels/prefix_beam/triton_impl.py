@@ -1,0 +1,272 @@
+"""The search in Triton (NVIDIA sm_80 and later; numpy through Triton's interpreter), fp64: one launch for all frames.
+
+A program owns an utterance: its beam in registers, and a column of a matrix [classes, beam] for the candidates of each
+prefix, with the prefix itself in the blank's row. Prefixes are told apart by hashes of 63 bits: a prefix and a longer
+one meet where the one's hash is the hash of the other's parent. A candidate has a key, an integer that holds how far it
+lies below the best (in steps of 2 ** -39 at beam 128, so nearer ones count as equal) and its place in the definition's
+order. Bisection finds the key that as many candidates as the beam is wide do not exceed; these are put in order by
+counting. Sorting all of them, or comparing all prefixes at once, spilled registers. What each frame chose lies in
+memory, 4 bytes a prefix, for the way back.
+
+The n-gram is a table here, 12 bytes for each state and class: what the class adds, and the state after it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from jasper_fast.kernels import launch
+from jasper_fast.kernels.prefix_beam.ngram import Ngram
+from jasper_fast.kernels.prefix_beam.words import Words
+
+MOST_BEAM, MOST_CLASSES = 256, 32
+MOST_TABLE = 4 << 30  # bytes
+_kept: list = []  # the newest table, and what it was made of
+STAY = tl.constexpr(63)  # in place of a symbol
+NEVER = tl.constexpr(-math.inf)
+PART = tl.constexpr(16)  # prefixes that all are compared with at a time
+FIRST, SPREAD = tl.constexpr(0x243F6A8885A308D3), tl.constexpr(-0x61C8864680B583EB)  # of pi and of the golden ratio
+
+
+@triton.jit
+def _add(a, b):
+    """log(e^a + e^b)."""
+    low, high = tl.minimum(a, b), tl.maximum(a, b)
+    gap = tl.where(low == NEVER, 0.0, low) - tl.where(low == NEVER, 0.0, high)
+    return tl.where(low == NEVER, high, high + tl.log(1.0 + tl.exp(gap)))
+
+
+@triton.jit
+def _keys(score, order, BITS: tl.constexpr):
+    """Of each candidate how far it lies below the best, and below that, in BITS bits, its order; and the least key of
+    those that are none."""
+    none: tl.constexpr = 1 << 62
+    limit: tl.constexpr = float((1 << (62 - BITS)) - 1)
+    there = score > NEVER
+    best = tl.max(tl.max(tl.where(there, score, -1e300), 1), 0)
+    below = tl.where(there, best - tl.where(there, score, 0.0), 0.0)
+    fixed = tl.minimum(below * (1 << (51 - BITS)), limit).to(tl.int64)
+    return tl.where(there, (fixed << BITS) | order, none), none
+
+
+@triton.jit
+def _beam(keys, beam, none, at, scratch_ptr, BLOCK_B: tl.constexpr):
+    """The `beam` least keys in order, or as many as there are; none in place of more."""
+    low = tl.full([], -1, tl.int64)
+    high = tl.full([], none - 1, tl.int64)
+    found = tl.sum(tl.sum((keys <= high).to(tl.int32), 1), 0)
+    while found > beam:  # no two keys are equal
+        middle = low + (high - low) // 2
+        below = tl.sum(tl.sum((keys <= middle).to(tl.int32), 1), 0)
+        low = tl.where(below >= beam, low, middle)
+        high = tl.where(below >= beam, middle, high)
+        found = tl.where(below >= beam, below, found)
+    chosen = (keys <= high).to(tl.int32)
+    each = tl.sum(chosen, 1)
+    place = (tl.cumsum(each, 0) - each)[:, None] + tl.cumsum(chosen, 1) - 1
+    tl.store(scratch_ptr + place, keys, mask=chosen > 0)
+    tl.debug_barrier()
+    some = tl.load(scratch_ptr + at, mask=at < found, other=none)
+    rank = tl.zeros([BLOCK_B], tl.int32)
+    for first in range(0, beam, PART):
+        others = first + tl.arange(0, PART)
+        other = tl.load(scratch_ptr + others, mask=others < found, other=none)
+        rank += tl.sum((other[:, None] < some[None, :]).to(tl.int32), 0)
+    tl.store(scratch_ptr + BLOCK_B + rank, some, mask=at < found)
+    tl.debug_barrier()
+    return tl.load(scratch_ptr + BLOCK_B + at, mask=at < found, other=none)
+
+
+@triton.jit
+def _meetings(name, parent, last, at, beam, scratch_ptr, BLOCK_B: tl.constexpr):
+    """Of each prefix, as bits, the symbols that lead to others in the beam; and its parent's place there, or -1."""
+    tl.store(scratch_ptr + at, name)
+    tl.store(scratch_ptr + BLOCK_B + at, parent)
+    tl.store(scratch_ptr + 2 * BLOCK_B + at, tl.full([BLOCK_B], 1, tl.int64) << tl.maximum(last, 0).to(tl.int64))
+    tl.debug_barrier()
+    taken, place = tl.zeros([BLOCK_B], tl.int32), tl.zeros([BLOCK_B], tl.int32)
+    for first in range(0, beam, PART):
+        others = first + tl.arange(0, PART)
+        names, parents = tl.load(scratch_ptr + others), tl.load(scratch_ptr + BLOCK_B + others)
+        bits = tl.load(scratch_ptr + 2 * BLOCK_B + others).to(tl.int32)
+        taken += tl.sum(tl.where(parents[:, None] == name[None, :], bits[:, None], 0), 0)
+        place += tl.sum(tl.where(names[:, None] == parent[None, :], others[:, None] + 1, 0), 0)
+    tl.debug_barrier()
+    return taken, place - 1
+
+
+@triton.jit
+def _prefix_beam_kernel(
+    log_probs_ptr, lengths_ptr, gain_ptr, next_ptr, scratch_ptr, back_ptr, symbols_ptr, counts_ptr, scores_ptr,
+    frames, beam, n_best, start, CLASSES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr,
+    BITS: tl.constexpr,
+):  # fmt: skip
+    item = tl.program_id(0).to(tl.int64)
+    length = tl.load(lengths_ptr + item).to(tl.int32)
+    log_probs_ptr += item * frames * CLASSES
+    back_ptr += item * frames * BLOCK_B
+    scratch_ptr += item * 6 * BLOCK_B
+    at, c = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_V)
+    stays: tl.constexpr = CLASSES - 1  # symbols, and the row of the prefix itself
+    nothing = tl.full([BLOCK_B], NEVER, tl.float64)
+    b, n, bonus = tl.where(at == 0, 0.0, nothing), nothing, tl.zeros([BLOCK_B], tl.float64)
+    total = b
+    name = tl.where(at == 0, FIRST, (-1 - at).to(tl.int64))  # hashes; those of no prefix are negative
+    parent = tl.full([BLOCK_B], -(1 << 40), tl.int64)
+    last, state = tl.full([BLOCK_B], -1, tl.int32), tl.zeros([BLOCK_B], tl.int32) + start
+    tl.store(scratch_ptr + 5 * BLOCK_B + at, at.to(tl.int64))
+    for t in range(length):
+        row_ptr = log_probs_ptr + t * CLASSES
+        row = tl.load(row_ptr + c, mask=c < stays, other=NEVER)
+        again = tl.load(row_ptr + last, mask=last >= 0, other=NEVER).to(tl.float64)
+        # paths from a prefix to one in the beam that is longer by a symbol
+        taken, source = _meetings(name, parent, last, at, beam, scratch_ptr + 2 * BLOCK_B, BLOCK_B)
+        met, source = source >= 0, tl.maximum(source, 0)
+        repeats = tl.gather(last, source, 0) == last
+        paths = tl.where(repeats, tl.gather(b, source, 0), tl.gather(total, source, 0))
+        stay_b = total + tl.load(row_ptr + stays).to(tl.float64)
+        stay_n = tl.where(met, _add(n + again, paths + again), n + again)
+        stay_total = _add(stay_b, stay_n)
+        # all candidates
+        column = c[:, None]
+        # Were it seen that a state's classes are neighbours in memory, they would lie in the lanes of a warp, and a
+        # thread would hold many prefixes: registers would spill.
+        place = state[None, :].to(tl.int64) * CLASSES + (column * 3 - column * 2)
+        gain = tl.load(gain_ptr + place, mask=column < stays, other=0.0)
+        longer = tl.where(last[None, :] == column, b[None, :], total[None, :]) + row[:, None].to(tl.float64)
+        free = (column < stays) & (((taken[None, :] >> column) & 1) == 0)
+        score = tl.where(free, longer + (bonus[None, :] + gain), NEVER)
+        score = tl.where(column == stays, (stay_total + bonus)[None, :], score)
+        # read anew in each frame, or the orders would be made before the first one and held in registers
+        mine = tl.load(scratch_ptr + 5 * BLOCK_B + at).to(tl.int32)[None, :]
+        order = tl.where(column == stays, mine, BLOCK_B + mine * stays + column).to(tl.int64)
+        keys, none = _keys(score, order, BITS)
+        key = _beam(keys, beam, none, at, scratch_ptr, BLOCK_B)
+        alive, chosen = key < none, (key & ((1 << BITS) - 1)).to(tl.int32)
+        # the beam of the next frame
+        chosen = tl.where(alive, chosen, 0)
+        stay, pair = chosen < BLOCK_B, tl.maximum(chosen - BLOCK_B, 0)
+        i, symbol = tl.where(stay, chosen, pair // stays), tl.where(stay, 0, pair % stays)
+        before, context = tl.gather(last, i, 0), tl.gather(state, i, 0)
+        paths = tl.where(before == symbol, tl.gather(b, i, 0), tl.gather(total, i, 0))
+        paths += tl.load(row_ptr + symbol).to(tl.float64)
+        place = context.to(tl.int64) * CLASSES + symbol
+        had = tl.gather(bonus, i, 0)
+        bonus = tl.where(stay, had, had + tl.load(gain_ptr + place))
+        b = tl.where(stay, tl.gather(stay_b, i, 0), NEVER)
+        n = tl.where(stay, tl.gather(stay_n, i, 0), paths)
+        total = tl.where(stay, tl.gather(stay_total, i, 0), paths)
+        b, n, total = tl.where(alive, b, NEVER), tl.where(alive, n, NEVER), tl.where(alive, total, NEVER)
+        state = tl.where(stay, context, tl.load(next_ptr + place))
+        last = tl.where(stay, before, symbol)
+        old = tl.gather(name, i, 0)
+        mixed = (old ^ ((symbol + 1).to(tl.int64) * SPREAD)) * SPREAD
+        mixed = (mixed ^ (mixed >> 29)) & 0x7FFFFFFFFFFFFFFF
+        parent = tl.where(stay, tl.gather(parent, i, 0), old)
+        parent = tl.where(alive, parent, -(1 << 40))
+        name = tl.where(alive, tl.where(stay, old, mixed), (-1 - at).to(tl.int64))
+        tl.store(back_ptr + t * BLOCK_B + at, i * 64 + tl.where(stay, STAY, symbol))
+    # the end of the text, and the way back
+    end = tl.load(gain_ptr + state.to(tl.int64) * CLASSES + stays)
+    score = tl.where(total > NEVER, total + bonus + end, NEVER)
+    keys, none = _keys(score[None, :], at[None, :].to(tl.int64), BITS)
+    key = _beam(keys, beam, none, at, scratch_ptr, BLOCK_B)  # its barriers are for what the frames chose, too
+    alive, shown = key < none, at < n_best
+    chosen = tl.where(alive, (key & ((1 << BITS) - 1)).to(tl.int32), 0)
+    score = tl.where(alive, tl.gather(score, chosen, 0), NEVER)
+    total = tl.gather(total, chosen, 0)
+    count, slot = tl.zeros([BLOCK_B], tl.int32), chosen
+    for k in range(length):
+        code = tl.load(back_ptr + (length - 1 - k) * BLOCK_B + slot, mask=shown & alive, other=STAY)
+        count += tl.where(code % 64 == STAY, 0, 1)
+        slot = code // 64
+    symbols_ptr += (item * n_best + at) * frames
+    place, slot = count, chosen
+    for k in range(length):
+        code = tl.load(back_ptr + (length - 1 - k) * BLOCK_B + slot, mask=shown & alive, other=STAY)
+        said = code % 64 != STAY
+        place -= said.to(tl.int32)
+        tl.store(symbols_ptr + place, code % 64, mask=said & shown & alive)
+        slot = code // 64
+    tl.store(counts_ptr + item * n_best + at, tl.where(alive, count, -1), mask=shown)
+    scores_ptr += (item * n_best + at) * 2
+    tl.store(scores_ptr, score, mask=shown)
+    tl.store(scores_ptr + 1, tl.where(alive, total, NEVER), mask=shown)
+
+
+def why_not(classes: int, beam: int, lm: Ngram | None, words: Words | None) -> str | None:
+    """What this face cannot do of a search, None where it can do it."""
+    if words is not None:
+        return "it searches no words; the CPU does"
+    if beam > MOST_BEAM or classes > MOST_CLASSES:
+        return f"it has at most beam {MOST_BEAM} and {MOST_CLASSES} classes, not {beam} and {classes}"
+    if lm and (size := len(lm.lower) * classes * 12) > MOST_TABLE:
+        return f"the table of the n-gram has {size / 2**30:.1f} GiB, more than {MOST_TABLE >> 30}"
+    return None
+
+
+def table(
+    lm: Ngram | None, classes: int, alpha: float, beta: float, device: torch.device
+) -> tuple[Tensor, Tensor, int]:
+    """What each class adds in each state (S, V) fp64, the states after (S, V) int32, and the first state."""
+    if lm is None:
+        gain = torch.full((1, classes), beta, dtype=torch.float64, device=device)
+        gain[:, -1] = 0.0
+        return gain, torch.zeros(1, classes, dtype=torch.int32, device=device), 0
+    states, lower = len(lm.lower), lm.lower.long()
+    log10 = torch.zeros(states, classes, dtype=torch.float64)
+    after = torch.zeros(states, classes, dtype=torch.int32)
+    depth = torch.zeros(states, dtype=torch.int32)
+    while not torch.equal(deeper := torch.where(torch.arange(states) > 0, depth[lower] + 1, 0).int(), depth):
+        depth = deeper
+    of = torch.repeat_interleave(torch.arange(states), lm.arc_begin.diff())
+    for level in range(int(depth.max()) + 1):
+        here = (depth == level).nonzero().flatten()
+        if level:
+            log10[here] = lm.back_off[here, None].double() + log10[lower[here]]
+            after[here] = after[lower[here]]
+        arcs = (depth[of] == level).nonzero().flatten()
+        log10[of[arcs], lm.arc_symbol[arcs].long()] = lm.arc_log10[arcs].double()
+        after[of[arcs], lm.arc_symbol[arcs].long()] = lm.arc_next[arcs]
+    gain = alpha * log10
+    gain[:, :-1] += beta
+    return gain.to(device), after.to(device), lm.start
+
+
+def search(
+    log_probs: Tensor,
+    lengths: Tensor,
+    beam: int,
+    n_best: int,
+    lm: Ngram | None = None,
+    alpha: float = 0.0,
+    beta: float = 0.0,
+    words: Words | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As reference.search, on the device of log_probs, which are taken as fp32; ``lm`` lies on the CPU. The table of
+    the newest ``lm`` is kept. Raises ValueError for what ``why_not`` names."""
+    count, frames, classes = log_probs.shape
+    if why := why_not(classes, beam, lm, words):
+        raise ValueError(f"prefix_beam (triton): {why}")
+    log_probs, device = log_probs.float().contiguous(), log_probs.device
+    key = None if lm is None else lm.arc_log10, classes, alpha, beta, device
+    if lm is None or not _kept or _kept[0][0] is not lm.arc_log10 or _kept[0][1:] != key[1:]:
+        _kept[:] = [key, table(lm, classes, alpha, beta, device)]
+    gain, after, start = _kept[1]
+    block_b, block_v = max(32, triton.next_power_of_2(beam)), triton.next_power_of_2(classes)
+    symbols = torch.zeros(count, n_best, frames, dtype=torch.int32, device=device)
+    counts = torch.empty(count, n_best, dtype=torch.int32, device=device)
+    scores = torch.empty(count, n_best, 2, dtype=torch.float64, device=device)
+    back = torch.empty(count, frames, block_b, dtype=torch.int32, device=device)
+    scratch = torch.empty(count, 6, block_b, dtype=torch.int64, device=device)
+    launch.run(
+        _prefix_beam_kernel, (count,), log_probs, log_probs, lengths.long().contiguous().to(device), gain, after,
+        scratch, back, symbols, counts, scores, frames, beam, n_best, start, CLASSES=classes, BLOCK_B=block_b, BLOCK_V=block_v,
+        BITS=(block_b * block_v).bit_length() - 1, num_warps=block_b // 32,  # a thread a prefix
+    )  # fmt: skip
+    return symbols, counts, scores
