@@ -8,6 +8,7 @@ import pytest
 import soundfile
 import torch
 
+from jasper_fast import JasperConfig
 from jasper_fast.data.manifest import read_manifest
 from jasper_fast.demo import decoding
 from jasper_fast.kernels import native
@@ -22,12 +23,29 @@ def test_strings_are_of_one_speaker(tmp_path):
         line = {"audio_filepath": f"{i}.wav", "duration": 0.1, "text": f"word{'abcdefgh'[i]}", "speaker": str(i % 2)}
         lines.append(line)
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    made = read_manifest(decoding.strings(tmp_path / "m.jsonl", tmp_path / "out", 6, 0))
+    made = read_manifest(decoding.strings(tmp_path / "m.jsonl", tmp_path / "out", 6, (3, 7), 0))
     assert len(made) == 6
     for i, utterance in enumerate(made):
         words = utterance.text.split()
         assert 3 <= len(words) <= 7 and {"abcdefgh".index(w[-1]) % 2 for w in words} == {i % 2}
         assert soundfile.info(utterance.path).duration == pytest.approx(utterance.duration, abs=1e-3)
+    once = read_manifest(decoding.strings(tmp_path / "m.jsonl", tmp_path / "once", None, (2, 3), 0))
+    words = [u.text.split() for u in once]
+    assert sorted(w for part in words for w in part) == [f"word{c}" for c in "abcdefgh"]
+    assert all(len({"abcdefgh".index(w[-1]) % 2 for w in part}) == 1 and len(part) <= 3 for part in words)
+
+
+def test_digits_are_spelt_by_the_letters_they_need(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"audio_filepath": "0.wav", "duration": 1.0, "text": "two one"}\n')
+    config = JasperConfig.from_yaml(decoding.spelt(tmp_path / "m.jsonl", tmp_path / "config.yaml"))
+    assert config.labels == (" ", "e", "n", "o", "t", "w")
+
+
+def test_absent_digits_are_skipped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["decoding", "--out", str(tmp_path / "out"), "--digits", str(tmp_path)])
+    decoding.main()
+    assert "skipped: " in (told := capsys.readouterr().out) and "digits_fsdd_train.jsonl is not there" in told
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_interval_of_a_gain():

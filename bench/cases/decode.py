@@ -32,7 +32,7 @@ from jasper_fast.speech.text import Vocabulary
 
 FRAMES = 835
 SECONDS = 16.7  # of these frames
-CHECKED = 60  # frames that answers are compared on: the definition is slow
+CHECKED = 25  # frames that answers are compared on: the definition is slow
 SHARP = {"confident": 10.0, "unsure": 3.0}  # how far the classes that are meant stand out, in logits
 LMS = {"none": "none", "symbols": "6-gram of characters", "words": "3-gram of words, lexicon"}
 WEIGHTS = {"none": (0.0, 0.0), "symbols": (1.0, 0.0), "words": (2.0, -0.2)}  # flashlight adds nothing for a symbol

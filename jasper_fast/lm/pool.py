@@ -43,7 +43,7 @@ class Pool:
         except BrokenExecutor:
             raise LanguageModelError(
                 f"{self._path}: the process that searches with it was ended by the system; the file may be broken, or "
-                "too large for the memory"
+                "too large for the memory, or a script of yours lacks `if __name__ == '__main__':`"
             ) from None
 
     def close(self) -> None:
