@@ -96,7 +96,7 @@ def test_the_triton_face_says_what_it_cannot_do():
     log_probs, lengths = torch.zeros(1, 3, 29).log_softmax(-1), torch.tensor([3])
     assert triton_impl.why_not(29, 128, None, None) is None
     for wrong, message in (
-        (lambda: beam_search(log_probs, lengths, Vocabulary(), beam=257, backend="triton"), "at most beam 256"),
+        (lambda: beam_search(log_probs, lengths, Vocabulary(), beam=129, backend="triton"), "at most beam 128"),
         (lambda: beam_search(log_probs, lengths, Vocabulary(), hot_words={"a": 1.0}, backend="triton"), "no words"),
         (lambda: triton_impl.search(torch.zeros(1, 3, 33), lengths, 8, 1), "32 classes, not 8 and 33"),
     ):

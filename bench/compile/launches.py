@@ -22,7 +22,6 @@ from jasper_fast.kernels.prefix_beam import triton_impl as prefix_beam
 N, P = 32, 0.2  # utterances, which with FRAMES give enough rows for whole tiles; dropout rate
 FRAMES = (840, 48, 16)  # T' of 16.7 s, and two at which the default tiles have fewer rows
 LABELS = (120, 250, 500)  # of a target: those of a batch of speech have up to some 400
-BEAMS = (128, 256)
 PANES = 256  # channels of the panes of a residual block
 TAPS_C = 512  # channels of QuartzNet's depthwise convs
 # their (T', K, stride, masks): large and small tiles, and taps that fill 64 or 128 rows of the block that adds up dw
@@ -60,9 +59,8 @@ def recorded(arch: int, dtype: str) -> Recorded:
     for U in LABELS if dtype == "float32" else ():
         for kernel, source in _sources(arch, functools.partial(loss, U)):
             yield kernel, "any" if "gradient" in kernel else f"U{U}", source
-    for beam in BEAMS if dtype == "float32" else ():
-        for kernel, source in _sources(arch, functools.partial(prefixes, beam)):
-            yield kernel, f"beam {beam}", source
+    for kernel, source in _sources(arch, prefixes) if dtype == "float32" else ():
+        yield kernel, "any", source
     yield from measured(arch, dtype)
 
 
@@ -168,10 +166,10 @@ def loss(labels: int) -> None:
     ctc.backward(losses, *given, losses, alpha, 28, False)
 
 
-def prefixes(beam: int) -> None:
+def prefixes() -> None:
     """A prefix search over Jasper's classes."""
     log_probs, lengths = torch.empty(N, FRAMES[0], 29, device=META), torch.empty(N, dtype=torch.int64, device=META)
-    prefix_beam.search(log_probs, lengths, beam, 1)
+    prefix_beam.search(log_probs, lengths, prefix_beam.BEAM, 1)
 
 
 def _exacts(dtype: torch.dtype) -> tuple[bool, ...]:

@@ -67,7 +67,7 @@ def beam_search(
     scale of the Jasper paper, 2.3 where both probabilities weigh the same. Without ``lm`` alpha means nothing. With a
     SpeltLM the sum is over words, and ``lm.unknown`` is added for each that it does not list. ``hot_words``: what is
     added each time that a word is said, by word; natural logarithms, 5 makes it 148 times as likely.
-    ``backend``: "cpu" (C++, a thread an utterance), "triton" (on a GPU, to beam 256 and 32 classes, no words),
+    ``backend``: "cpu" (C++, a thread an utterance), "triton" (on a GPU, to beam 128 and 32 classes, no words),
     "reference" (plain Python, the definition), or "auto": "triton" for log-probs on a GPU where it can search and is
     found to be right, else "cpu" where it is built; they are copied to the host for it. Raises ValueError for wrong
     shapes or settings, and NotFinite for NaN in a valid frame. Equivalent, at beam 1 without lm and where one path has

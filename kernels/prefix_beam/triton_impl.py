@@ -3,7 +3,7 @@
 A program owns an utterance: its beam in registers, and a column of a matrix [classes, beam] for the candidates of each
 prefix, with the prefix itself in the blank's row. Prefixes are told apart by hashes of 63 bits: a prefix and a longer
 one meet where the one's hash is the hash of the other's parent. A candidate has a key, an integer that holds how far it
-lies below the best (in steps of 2 ** -39 at beam 128, so nearer ones count as equal) and its place in the definition's
+lies below the best (in steps of 2 ** -39, so nearer ones count as equal) and its place in the definition's
 order. Bisection finds the key that as many candidates as the beam is wide do not exceed; these are put in order by
 counting. Sorting all of them, or comparing all prefixes at once, spilled registers. What each frame chose lies in
 memory, 4 bytes a prefix, for the way back.
@@ -24,7 +24,7 @@ from jasper_fast.kernels import launch
 from jasper_fast.kernels.prefix_beam.ngram import Ngram
 from jasper_fast.kernels.prefix_beam.words import Words
 
-MOST_BEAM, MOST_CLASSES = 256, 32
+BEAM, MOST_CLASSES = 128, 32  # of narrower beams the rest of the 128 is idle; 256 spill registers in Triton 3.6
 MOST_TABLE = 4 << 30  # bytes
 _kept: list = []  # the newest table, and what it was made of
 STAY = tl.constexpr(63)  # in place of a symbol
@@ -203,8 +203,8 @@ def why_not(classes: int, beam: int, lm: Ngram | None, words: Words | None) -> s
     """What this face cannot do of a search, None where it can do it."""
     if words is not None:
         return "it searches no words; the CPU does"
-    if beam > MOST_BEAM or classes > MOST_CLASSES:
-        return f"it has at most beam {MOST_BEAM} and {MOST_CLASSES} classes, not {beam} and {classes}"
+    if beam > BEAM or classes > MOST_CLASSES:
+        return f"it has at most beam {BEAM} and {MOST_CLASSES} classes, not {beam} and {classes}"
     if lm and (size := len(lm.lower) * classes * 12) > MOST_TABLE:
         return f"the table of the n-gram has {size / 2**30:.1f} GiB, more than {MOST_TABLE >> 30}"
     return None
@@ -258,15 +258,15 @@ def search(
     if lm is None or not _kept or _kept[0][0] is not lm.arc_log10 or _kept[0][1:] != key[1:]:
         _kept[:] = [key, table(lm, classes, alpha, beta, device)]
     gain, after, start = _kept[1]
-    block_b, block_v = max(32, triton.next_power_of_2(beam)), triton.next_power_of_2(classes)
+    block_v = triton.next_power_of_2(classes)
     symbols = torch.zeros(count, n_best, frames, dtype=torch.int32, device=device)
     counts = torch.empty(count, n_best, dtype=torch.int32, device=device)
     scores = torch.empty(count, n_best, 2, dtype=torch.float64, device=device)
-    back = torch.empty(count, frames, block_b, dtype=torch.int32, device=device)
-    scratch = torch.empty(count, 6, block_b, dtype=torch.int64, device=device)
+    back = torch.empty(count, frames, BEAM, dtype=torch.int32, device=device)
+    scratch = torch.empty(count, 6, BEAM, dtype=torch.int64, device=device)
     launch.run(
         _prefix_beam_kernel, (count,), log_probs, log_probs, lengths.long().contiguous().to(device), gain, after,
-        scratch, back, symbols, counts, scores, frames, beam, n_best, start, CLASSES=classes, BLOCK_B=block_b, BLOCK_V=block_v,
-        BITS=(block_b * block_v).bit_length() - 1, num_warps=block_b // 32,  # a thread a prefix
+        scratch, back, symbols, counts, scores, frames, beam, n_best, start, CLASSES=classes, BLOCK_B=BEAM,
+        BLOCK_V=block_v, BITS=(BEAM * block_v).bit_length() - 1, num_warps=BEAM // 32,  # a thread a prefix
     )  # fmt: skip
     return symbols, counts, scores
