@@ -31,6 +31,7 @@ def draw_config(rng: random.Random) -> JasperConfig:
                 "dropout": 0.0,
                 "residual": kind != "none",
                 "residual_dense": kind == "dense",
+                "separable": rng.random() < 0.3,
             }
         )
     encoder = {"in_feats": rng.choice([1, 3, 8, 16]), "use_conv_masks": masks, "blocks": blocks}

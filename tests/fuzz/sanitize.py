@@ -28,14 +28,15 @@ PLANTED = {
 RUNTIME = {"address": "libasan.so", "thread": "libtsan.so"}
 # Everything that a kernel does with memory, by files and by what their tests' names hold. Left out are tests that start
 # a process for each instruction set, but the first, and opcheck's: these took most of the time and no other path.
-NAMES = ("bn_relu_dropout", "cuda_emulated", "cuda_ptx", "panes", "conv1d", "conv1d_16bit", "prefix_beam", "lm_train")
+NAMES = ("bn_relu_dropout", "cuda_emulated", "cuda_ptx", "panes", "conv1d", "conv1d_16bit", "depthwise", "prefix_beam")
+NAMES += ("lm_train",)
 FILES = [f"tests/test_{name}.py" for name in NAMES]
 _CONV = "test_conv1d and (test_forward or test_backward or fused_epilogue or any_threads or products_of or transposed)"
 TESTS = {
     "address": f"(cpu or emulated or definition or cleared or ({_CONV}) or history) and not opcheck "
     "and (generic or not instruction_set)",
     "thread": "(bn_relu_dropout and cpu) or cut or any_order or (test_panes and cpu and not opcheck and not "
-    "instruction_set) or (test_conv1d and (any_threads or fused_epilogue or history))",
+    "instruction_set) or (test_conv1d and (any_threads or fused_epilogue or history)) or number_of_threads",
 }
 LEVELS = {"address": ("",), "thread": ("",)}  # JASPER_FAST_ISA; "" is the best of this machine
 
