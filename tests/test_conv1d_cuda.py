@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from types import SimpleNamespace
 
 import conv_cases
 import cuda_host
@@ -206,3 +207,18 @@ def test_every_tile(
         fits = loop != 75 or layer[5:7] in ((1, 1), (1, 2))  # the others do not fit Turing's shared memory
         if fits and (direction != "x" or layer[5] == 1):
             check(layer, torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("capability", "products"), [((8, 0), 1024), ((8, 6), 512), ((8, 9), 512), ((12, 0), 512), ((9, 0), 2048)]
+)
+def test_plans_know_the_rate_of_the_gpu(monkeypatch: pytest.MonkeyPatch, capability, products: int) -> None:
+    properties = SimpleNamespace(
+        major=capability[0], minor=capability[1], multi_processor_count=60, shared_memory_per_block_optin=101376,
+        L2_cache_size=48 << 20,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    gpu = cuda_launch.gpu.__wrapped__(torch.device("cuda", 0))
+    assert gpu.products == products and gpu.l2 == 48 << 20
+    work = cuda_tiles.Work(1, 100, 256, 256, 0, 11, 1, 1)
+    assert cuda_tiles.clocks_of_step(gpu, 64, work)[0] == 128 * 64 * 64 / products

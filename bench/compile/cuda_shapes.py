@@ -21,7 +21,8 @@ SHAPES = (
 # architecture of the table, a GPU of it: inner loop, multiprocessors, shared memory of a block
 GPUS = {
     "75": ("T4", cuda_tiles.Gpu(75, 40, 65536)), "80": ("A100", cuda_tiles.Gpu(80, 108, 166912)),
-    "86": ("A10", cuda_tiles.Gpu(80, 72, 101376)), "89": ("L4", cuda_tiles.Gpu(80, 58, 101376)),
+    "86": ("A10", cuda_tiles.Gpu(80, 72, 101376, products=512)),
+    "89": ("L4", cuda_tiles.Gpu(80, 58, 101376, products=512)),
     "90a": ("H100", cuda_tiles.Gpu(90, 132, 232448)),
 }  # fmt: skip
 SHARED_OF_SM = {"75": 65536, "80": 167936, "86": 102400, "89": 102400, "90a": 233472}
@@ -44,7 +45,7 @@ def show(rows: Iterable[dict]) -> None:
             threads = THREADS[gpu.loop]
             ctas = min(SHARED_OF_SM[arch] // (cut.shared + 1024), REGISTERS // (used * threads))
             moved = cuda_tiles.bytes_of_step(cut.block, work)
-            tensor, port, l2 = cuda_tiles.clocks_of_step(gpu.loop, cut.block, work)
+            tensor, port, l2 = cuda_tiles.clocks_of_step(gpu, cut.block, work)
             conv = f"{c_in}->{c_out} K={taps}" + (f" s{stride}" if stride > 1 else "") + (" d2" if dilation > 1 else "")
             print(
                 f"{name:>5} {conv:<22}{cut.block:>7}{used:>6}{ctas:>6}{moved / 1024:>9.1f}{tensor:>8.0f}{port:>6.0f}"

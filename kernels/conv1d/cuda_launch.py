@@ -72,7 +72,8 @@ def gpu(device: torch.device) -> cuda_tiles.Gpu:
     """What plans ask of `device`."""
     p = torch.cuda.get_device_properties(device)
     loop = 90 if p.major == 9 else 80 if p.major >= 8 else 75
-    return cuda_tiles.Gpu(loop, p.multi_processor_count, p.shared_memory_per_block_optin, p.L2_cache_size)
+    products = cuda_tiles.PRODUCTS[loop] // (2 if (p.major, p.minor) in cuda_tiles.HALF_RATE else 1)
+    return cuda_tiles.Gpu(loop, p.multi_processor_count, p.shared_memory_per_block_optin, p.L2_cache_size, products)
 
 
 def run(

@@ -20,18 +20,20 @@ MIN_STEPS = 8  # of a split: fewer, and the sum over splits costs more than it s
 _WEIGHTS = OUT * CHUNK * 2  # bytes of a step's weights
 _STAGING = SLAB * (OUT + 8) * 4
 _STAGING_90 = SLAB * (OUT + 4) * 4
-_PRODUCTS = {75: 512, 80: 1024, 90: 2048}  # 16-bit products a clock
+PRODUCTS = {75: 512, 80: 1024, 90: 2048}  # 16-bit products a clock that a loop's instruction reaches at best
+HALF_RATE = ((8, 6), (8, 9), (12, 0), (12, 1))  # GPUs of loop 80 with half of the A100's rate a multiprocessor
 _PORT, _L2 = 128, 64  # bytes a clock of the shared-memory port, and of L2 for one multiprocessor
 
 
 class Gpu(NamedTuple):
     """What the plans ask of a GPU: its inner loop, multiprocessors, bytes of shared memory that a CTA may have, and of
-    L2."""
+    L2, and 16-bit products a clock (0: the most of its loop)."""
 
     loop: int
     sms: int
     shared: int
     l2: int = 4 << 20  # Turing's
+    products: int = 0
 
 
 class Plan(NamedTuple):
@@ -153,19 +155,20 @@ def bytes_of_step(block: int, work: Work) -> float:
     return _WEIGHTS + _panel_bytes(block, work.taps, work.dilation, work.stride) / work.taps
 
 
-def clocks_of_step(loop: int, block: int, work: Work) -> tuple[float, float, float]:
-    """Clocks of the tensor cores (A100, H100), of the shared-memory port for operands and loads, and of L2."""
+def clocks_of_step(gpu: Gpu, block: int, work: Work) -> tuple[float, float, float]:
+    """Clocks of the tensor cores, of the shared-memory port for operands and loads, and of L2."""
     moved = bytes_of_step(block, work)
     # two warpgroups read 64 channels of weights and all frames each; four warps half of the weights and of the frames
-    read = 2 * (CHUNK + block) if loop == 90 else 4 * (OUT + block) // 2
-    return OUT * block * CHUNK / _PRODUCTS[loop], (read * CHUNK * 2 + moved) / _PORT, moved / _L2
+    read = 2 * (CHUNK + block) if gpu.loop == 90 else 4 * (OUT + block) // 2
+    products = gpu.products or PRODUCTS[gpu.loop]
+    return OUT * block * CHUNK / products, (read * CHUNK * 2 + moved) / _PORT, moved / _L2
 
 
 def _clocks(gpu: Gpu, work: Work, p: Plan) -> float:
     """Clocks of the last multiprocessor to finish."""
     epilogue = 16 * p.block + (500 if p.splits > 1 else 0)
     tiles = work.batch * p.t_blocks * p.o_blocks * p.splits
-    step = max(clocks_of_step(gpu.loop, p.block, work))
+    step = max(clocks_of_step(gpu, p.block, work))
     return -(-tiles // gpu.sms) * (work.steps / p.splits * step + epilogue)
 
 
