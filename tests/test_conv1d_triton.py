@@ -9,8 +9,9 @@ from conftest import make_face, settle
 from conv_cases import LAYERS, gradients, make
 from torch.nn import functional as F
 
+from jasper_fast.kernels import launch
 from jasper_fast.kernels.bn_relu_dropout import reference as bn
-from jasper_fast.kernels.conv1d import reference
+from jasper_fast.kernels.conv1d import reference, triton_tiles
 from jasper_fast.kernels.layout import mask, ntc
 from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
 
@@ -232,6 +233,41 @@ def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
     )
     assert done == rows * 2  # C_out = 32 in blocks of 16
     assert_close("dw", dw, triton_impl.wgrad(x, dy, k, how), reference.wgrad(x.double(), dy.double(), k, how))
+
+
+@pytest.mark.parametrize("shares", [1, 2])
+@pytest.mark.parametrize(
+    "layer",
+    [(2, 32, 64, 33, 5, 1, 1, [33, 1]), (2, 48, 32, 21, 4, 1, 3, None), (3, 32, 32, 9, 1, 1, 1, [9, 0, 4])],
+    ids=str,
+)
+def test_wgrad_of_two_taps_a_program_and_without_partials(layer, shares, monkeypatch):
+    """Two taps share a step of dy, the odd last one goes alone; one share writes dw itself, in one launch."""
+    monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", True)
+    x, weight, shape, lengths = make(layer, torch.float16, make_face("triton").device)
+    k = weight.shape[2]
+    dy = ntc(torch.randn(x.shape[0], weight.shape[0], shape.frames(x.shape[2], k), device=x.device).to(x.dtype))
+    tile = triton_tiles.Tile(16, 16, 32, 4, 2, shares)
+    monkeypatch.setattr(triton_tiles, "choose", lambda *_: tile)
+    seen = []
+    with launch.recorded(lambda one: seen.append(one)):
+        triton_impl.wgrad(x, dy, k, shape, lengths, torch.float32, clean=True)
+    assert [one.name for one in seen] == ["conv1d_wgrad_kernel", "conv1d_wgrad_merge_kernel"][: shares if k > 1 else 2]
+    pairs = 2 if k > 1 else 1
+    assert seen[0].arguments["TAPS"] == pairs and seen[0].arguments["IS_DIRECT"] == (shares == 1 and k > 1)
+    assert seen[0].grid == (-(-k // pairs) * -(-layer[1] // 16) * -(-layer[2] // 32) * shares,)
+
+    loads = count_descriptor_loads(monkeypatch)
+    got = triton_impl.wgrad(x, dy, k, shape, lengths, torch.float32, clean=True)
+    both = loads[0]
+    ref = gradients(x.double(), weight.double(), dy.double(), *shape)[1]
+    assert_close("dw", got, gradients(x, weight, dy, *shape)[1].float(), ref)
+    assert torch.equal(got, triton_impl.wgrad(x, dy, k, shape, lengths, torch.float32, clean=True))
+    monkeypatch.setattr(triton_tiles, "wgrad_taps", lambda *_: 1)
+    loads[0] = 0
+    assert_close("dw", triton_impl.wgrad(x, dy, k, shape, lengths, torch.float32, clean=True), got, ref)
+    if not x.is_cuda:
+        assert both < loads[0] if k == 5 else both <= loads[0]
 
 
 @pytest.mark.slow

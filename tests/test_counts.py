@@ -118,7 +118,7 @@ def test_training_bytes_are_what_a_step_of_jasper_10x5_moves(jasper10x5, launche
     log_probs.sum().backward()
     names = [name for name, _ in launches]
     assert names.count("conv1d_forward") == names.count("conv1d_wgrad") == 53 and names.count("stats") == 0
-    # wgrad writes its shares as (splits, K, C_in, C_out): one gradient a conv, which the merge names
+    # wgrad writes a gradient, which is counted, or its shares (splits, K, C_in, C_out), of which the merge names one
     gradients = sum(t.numel() for name, ts in launches if name == "conv1d_wgrad_merge" for t in ts)
     main = moved(launches) + gradients
 

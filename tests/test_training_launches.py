@@ -39,8 +39,8 @@ def launches(monkeypatch) -> list[str]:
 
     def record(kernel, grid, like, *args, **meta):
         assert all(g > 0 for g in grid), (kernel, grid)
-        shown = ("HAS_STATS", "HAS_NORM", "HAS_HALO")
-        flags = [k.removeprefix("HAS_").lower() for k, on in meta.items() if k in shown and on]
+        shown = ("HAS_STATS", "HAS_NORM", "HAS_HALO", "IS_DIRECT")
+        flags = [k.partition("_")[2].lower() for k, on in meta.items() if k in shown and on]
         told.append(" ".join([kernel.fn.__name__.strip("_").removesuffix("_kernel"), *flags]))
 
     monkeypatch.setattr(launch, "run", record)
@@ -66,8 +66,9 @@ def test_a_step_runs_no_conv_twice_and_takes_no_pass_for_statistics(launches, fo
         want |= {"stats": PANES, "stats_merge": PANES}
     assert forward == want
     assert backward == {
-        "conv1d_wgrad": CONVS,
-        "conv1d_wgrad_merge": CONVS,
+        "conv1d_wgrad": CONVS - 1,
+        "conv1d_wgrad_merge": CONVS - 1,
+        "conv1d_wgrad direct": 1,  # one share is enough
         "conv1d_dgrad": BLOCKS - 1,  # the features need no gradient
         "conv1d_dgrad norm": inside,
         "conv1d_sums_merge": inside,

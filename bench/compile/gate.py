@@ -218,6 +218,7 @@ RULES = (
         (
             ("bn_relu_dropout (stats|backward_reduce)", "they leave a number a channel"),
             ("conv1d last", "rows of 29 symbols start anywhere"),
+            ("conv1d wgrad direct", "the taps of dw are neighbours in memory: those of one tap lie apart"),
             ("ctc", "a program goes frame by frame, and rows of 29 symbols start anywhere"),
             ("novograd squares", "it leaves a number a run"),
             ("depthwise wgrad", "it leaves a number a channel and tap"),

@@ -32,6 +32,7 @@ TAPS = (
 META = torch.device("meta")
 EXACT = " ieee"  # suffix of the names of kernels with exact fp32 products
 PARTS = {"HAS_STATS": " stats", "HAS_NORM": " bn", "HAS_PANES": " panes", "HAS_SPLITS": " split"}
+PARTS |= {"IS_POINTWISE": " pointwise", "IS_DIRECT": " direct"}
 
 Recorded = Iterator[tuple[str, str, aot.Source]]  # (kernel, layer, source)
 
@@ -45,7 +46,7 @@ def recorded(arch: int, dtype: str) -> Recorded:
         for odd in range(a.stride):  # an odd T at stride 2 has no descriptor
             name = f"{a.C_in}->{a.C_out} T{T}" + " s2" * a.first + " odd T" * odd
             for op, call in conv_calls(a, a.stride * T - odd, number, masks).items():
-                for tile in _tiles(a, T, number, exact) if op == "fused" else [None]:
+                for tile in _tiles(op, a, T, number, exact):
                     yield from ((kernel, name, source) for kernel, source in _sources(arch, call, op, tile, exact))
     for T, K, stride, masks in TAPS:
         for kernel, source in _sources(arch, functools.partial(taps_calls, K, stride, stride * T, number, masks)):
@@ -177,11 +178,15 @@ def _exacts(dtype: torch.dtype) -> tuple[bool, ...]:
     return (False, True) if dtype == torch.float32 else (False,)
 
 
-def _tiles(a: Layer, T: int, dtype: torch.dtype, exact: bool) -> Iterator[dict[str, int]]:
-    """The tiles that dispatch takes for the inference of a layer, with many tiles and with so few that programs share
-    them."""
+def _tiles(op: str, a: Layer, T: int, dtype: torch.dtype, exact: bool) -> Iterator[dict[str, int] | None]:
+    """The tiles that dispatch takes for a layer. For inference and the gradient of the weight, with work for so many
+    programs that none is shared, and for so few that it is; None is the default."""
+    if op not in ("fused", "wgrad"):
+        yield None
+        return
     shape = triton_tiles.Shape(a.C_in, a.C_out, a.K, a.stride, a.dilation, N * T)
-    for tile in triton_tiles.narrower(triton_tiles.default("fused", dtype, shape, T, exact), dtype):
+    first = triton_tiles.default(op, dtype, shape, T, exact)
+    for tile in triton_tiles.narrower(first, dtype) if op == "fused" else [first]:
         yield from (tile._replace(splits=splits)._asdict() for splits in (1, 2))
 
 

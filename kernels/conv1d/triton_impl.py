@@ -228,26 +228,32 @@ def wgrad(
     if not (x.transpose(1, 2).is_contiguous() and dy.transpose(1, 2).is_contiguous()):
         raise ValueError(f"x and dy must be dense in NTC memory, got strides {x.stride()} and {dy.stride()}")
     tile = triton_tiles.choose("wgrad", x.device, x.dtype, Shape(c_in, c_out, k, stride, dilation, n * t_out), t_out)
-    programs = k * triton.cdiv(c_in, tile.n) * triton.cdiv(c_out, tile.k)
     share = triton.cdiv(n, min(n, tile.splits))
     shares = triton.cdiv(n, share)
-    parts = torch.empty((shares, k, c_in, c_out), dtype=torch.float32, device=x.device)
+    dw = torch.empty((c_out, c_in, k), dtype=dtype or x.dtype, device=x.device)
+    direct = shares == 1 and k > 1  # of one tap the merge transposes, by 16-byte stores
+    to = dw if direct else torch.empty((shares, k, c_in, c_out), dtype=torch.float32, device=x.device)
     vec_in, vec_out = _vec(c_in), _vec(c_out)
     x_desc = _activations(x.transpose(1, 2), stride, tile.t, tile.n)
     dy_desc = None if x_desc is None else _activations(dy.transpose(1, 2), 1, tile.t, tile.k)
     both = dy_desc is not None
+    is_clean = both and (clean or lengths is None)
+    taps = triton_tiles.wgrad_taps(tile, k) if is_clean and stride == 1 else 1
+    programs = triton.cdiv(k, taps) * triton.cdiv(c_in, tile.n) * triton.cdiv(c_out, tile.k)
     launch.run(
         conv1d_wgrad_kernel, (programs * shares,), x,
-        x, x_desc if both else None, dy, dy_desc, parts, lengths,
+        x, x_desc if both else None, dy, dy_desc, to, lengths,
         n, t, t_out, c_in // vec_in, c_out // vec_out, k, padding, dilation, share,
         STRIDE=stride, HAS_LENGTHS=lengths is not None, HAS_DESCRIPTORS=both,
-        IS_CLEAN=both and (clean or lengths is None), VEC_IN=vec_in, VEC_OUT=vec_out, **_arithmetic(x),
+        IS_CLEAN=is_clean, IS_DIRECT=direct, IS_POINTWISE=False, VEC_IN=vec_in, VEC_OUT=vec_out,
+        **_arithmetic(x), TAPS=taps,
         BLOCK_T=tile.t, BLOCK_I=tile.n, BLOCK_O=tile.k, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    dw = torch.empty((c_out, c_in, k), dtype=dtype or x.dtype, device=x.device)
+    if direct:
+        return dw
     meta = transpose_meta(k)
     launch.run(
-        conv1d_wgrad_merge_kernel, _transpose_grid(c_in, c_out, meta), x, parts, dw, shares, k, c_in, c_out,
+        conv1d_wgrad_merge_kernel, _transpose_grid(c_in, c_out, meta), x, to, dw, shares, k, c_in, c_out,
         num_warps=4, **meta,
     )  # fmt: skip
     return dw

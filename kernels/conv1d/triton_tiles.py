@@ -2,8 +2,8 @@
 
 A forward, dgrad or fused program owns `t` frames by `n` output channels. In each step it takes `k` input channels of
 one tap, so a 16-bit step of 128 x 128 x 64 moves 32 KB for 2.1 MFLOP. `splits` programs share the reduction of one
-tile. A wgrad program owns `n` input by `k` output channels of one tap and takes `t` frames in each step; `splits`
-programs share the utterances.
+tile. A wgrad program owns `n` input by `k` output channels of one tap or two (`wgrad_taps`) and takes `t` frames in
+each step; `splits` programs share the utterances.
 """
 
 from __future__ import annotations
@@ -126,9 +126,10 @@ def _seconds(op: str, dtype: torch.dtype, tile: Tile, shape: Shape) -> float:
     """An estimate: programs in whole waves, each step bound by what it reads from L2 or by its products; partial sums
     are written and read once."""
     if op == "wgrad":
-        programs = shape.taps * -(-shape.c_in // tile.n) * -(-shape.c_out // tile.k) * tile.splits
+        taps = wgrad_taps(tile, shape.taps)
+        programs = -(-shape.taps // taps) * -(-shape.c_in // tile.n) * -(-shape.c_out // tile.k) * tile.splits
         steps = -(-shape.rows // tile.t) / tile.splits
-        read, products = (tile.n + tile.k) * tile.t, tile.n * tile.k * tile.t
+        read, products = (taps * tile.n + tile.k) * tile.t, taps * tile.n * tile.k * tile.t
     else:
         reduced, out = (shape.c_out, shape.c_in) if op.startswith("dgrad") else (shape.c_in, shape.c_out)
         programs = -(-shape.rows // tile.t) * -(-out // tile.n) * tile.splits
@@ -147,6 +148,11 @@ def _shared(op: str, dtype: torch.dtype, tile: Tile, shape: Shape, frames: int) 
     return tile._replace(splits=_shares(tile, shape, frames)) if op == "wgrad" else tile
 
 
+def wgrad_taps(tile: Tile, taps: int) -> int:
+    """Taps of a wgrad program: two, so that each step of dy serves both, where the sums take at most 128 registers."""
+    return 2 if taps > 1 and 2 * tile.n * tile.k <= 128 * 32 * tile.num_warps else 1
+
+
 def transpose_meta(taps: int) -> dict[str, int]:
     """The block of a program that packs weights or adds up their gradient: with all K taps, at most 4096 elements."""
     return {"BLOCK_K": 1 << (taps - 1).bit_length(), "BLOCK_I": 4, "BLOCK_O": 32}
@@ -154,14 +160,19 @@ def transpose_meta(taps: int) -> dict[str, int]:
 
 def _shares(tile: Tile, shape: Shape, frames: int) -> int:
     """Into how many groups wgrad splits the utterances: it weighs the idle part of the last wave against the bytes of
-    partial results."""
+    partial results, of which one group writes none."""
     batch = max(1, shape.rows // frames)
-    programs = shape.taps * -(-shape.c_in // tile.n) * -(-shape.c_out // tile.k)
-    utterance = 2 * frames * tile.n * tile.k / (FLOP_S / (2 * WAVE))
+    taps = wgrad_taps(tile, shape.taps)
+    programs = -(
+        -shape.taps * -(-shape.c_in // tile.n) * -(-shape.c_out // tile.k) // taps
+    )  # an odd tap is half of one
+    wave = 2 * WAVE // taps  # two programs of one tap, or one of two, fill a multiprocessor
+    utterance = 2 * frames * taps * tile.n * tile.k / (FLOP_S / wave)
     partials = 8 * shape.taps * shape.c_in * shape.c_out / BYTES_S  # fp32, written and read
 
     def seconds(shares: int) -> float:
-        return -(-programs * shares // (2 * WAVE)) * -(-batch // shares) * utterance + shares * partials
+        merged = shares * partials if shares > 1 else 0.0
+        return -(-programs * shares // wave) * -(-batch // shares) * utterance + merged
 
     return min(range(1, min(batch, 64) + 1), key=seconds)
 

@@ -2,11 +2,12 @@
 
     dw[k] = sum_(n,t) x[n, t*stride + k*dilation - padding, :]^T dy[n, t, :]
 
-A program owns BLOCK_I input by BLOCK_O output channels of one tap over a share of the utterances, and takes BLOCK_T
-frames in each step. x is read once for each tap and each block of output channels, dy once for each tap and each block
-of input channels (from cache except once). Rows whose shifted x does not exist or is padding are not read. With
-IS_CLEAN the last step of an utterance may read some of that padding, which is zero. A second kernel adds the fp32
-partial results (shares, K, C_in, C_out) in a fixed order and writes dw (C_out, C_in, K), the order of PyTorch.
+A program owns BLOCK_I input by BLOCK_O output channels of TAPS taps, one or two, over a share of the utterances, and
+takes BLOCK_T frames in each step. x is read once for each tap and each block of output channels, dy once for each TAPS
+taps and each block of input channels (from cache except once). Rows whose shifted x does not exist or is padding are
+not read, but for those that only one of two taps has, and with IS_CLEAN for the last step of an utterance: there x is
+zero. With IS_DIRECT, where one share is enough, dw (C_out, C_in, K), the order of PyTorch, is written at once. Else a
+second kernel adds the fp32 partial results (shares, K, C_in, C_out) in a fixed order.
 """
 
 import triton
@@ -15,39 +16,27 @@ import triton.language as tl
 from jasper_fast.kernels.conv1d.triton_loop import dot, strided_row
 
 
-@triton.jit(
-    do_not_specialize=[
-        "batch", "frames", "frames_out", "groups_in", "groups_out", "taps", "padding", "dilation", "share",
-        "lengths_ptr",
-    ]
-)  # fmt: skip
-def conv1d_wgrad_kernel(
-    x_ptr, x_desc, dy_ptr, dy_desc, part_ptr, lengths_ptr,
-    batch, frames, frames_out, groups_in, groups_out, taps, padding, dilation, share,
+@triton.jit
+def limit_of(n, frames, lengths_ptr, HAS_LENGTHS: tl.constexpr):
+    """From this row on x of utterance n is zero, or counts as zero."""
+    limit = frames
+    if HAS_LENGTHS:
+        limit = tl.minimum(tl.load(lengths_ptr + n).to(tl.int32), limit)
+    return limit
+
+
+@triton.jit
+def one_tap(
+    x_ptr, x_desc, dy_ptr, dy_desc, lengths_ptr, first, last, i0, o0, shift, frames, frames_out, C_in, C_out, padding,
     STRIDE: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DESCRIPTORS: tl.constexpr, IS_CLEAN: tl.constexpr,
-    VEC_IN: tl.constexpr, VEC_OUT: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    C_in = groups_in * VEC_IN
-    C_out = groups_out * VEC_OUT
-    o_blocks, i_blocks = tl.cdiv(C_out, BLOCK_O), tl.cdiv(C_in, BLOCK_I)
-    pid = tl.program_id(0)
-    o0 = (pid % o_blocks) * BLOCK_O
-    pid = pid // o_blocks
-    i0 = (pid % i_blocks) * BLOCK_I
-    pid = pid // i_blocks
-    tap = pid % taps
-    part = (pid // taps).to(tl.int64)
+    """The sums [BLOCK_I, BLOCK_O] of the tap at `shift` over utterances `first` .. `last` - 1."""
     offs_i, offs_o = i0 + tl.arange(0, BLOCK_I), o0 + tl.arange(0, BLOCK_O)
-    mask_i, mask_o = offs_i < C_in, offs_o < C_out
-    shift = tap * dilation - padding
     acc = tl.zeros([BLOCK_I, BLOCK_O], tl.float32)
-    first = part.to(tl.int32) * share
-    for n in range(first, tl.minimum(first + share, batch)):
-        limit = frames
-        if HAS_LENGTHS:
-            limit = tl.minimum(tl.load(lengths_ptr + n).to(tl.int32), limit)
+    for n in range(first, last):
+        limit = limit_of(n, frames, lengths_ptr, HAS_LENGTHS)
         # outputs whose shifted input exists and is not padding: all others would multiply zeros
         begin = tl.maximum(0, tl.cdiv(-shift, STRIDE))
         end = tl.minimum(frames_out, tl.cdiv(limit - shift, STRIDE))
@@ -72,11 +61,106 @@ def conv1d_wgrad_kernel(
                 # x is loaded transposed: on sm_80 a tl.trans after the load would prevent copying ahead
                 offs_x = (t * STRIDE + shift)[None, :] * C_in + offs_i[:, None]
                 offs_dy = t[:, None] * C_out + offs_o[None, :]
-                x = tl.load(x_n + offs_x, mask=mask_i[:, None] & mask_t[None, :], other=0.0)
-                dy = tl.load(dy_n + offs_dy, mask=mask_t[:, None] & mask_o[None, :], other=0.0)
+                x = tl.load(x_n + offs_x, mask=(offs_i < C_in)[:, None] & mask_t[None, :], other=0.0)
+                dy = tl.load(dy_n + offs_dy, mask=mask_t[:, None] & (offs_o < C_out)[None, :], other=0.0)
                 acc = dot(x, dy, acc, UPCAST, PRECISION)
-    base = part_ptr + (part * taps + tap) * C_in * C_out
-    tl.store(base + offs_i[:, None] * C_out + offs_o[None, :], acc, mask=mask_i[:, None] & mask_o[None, :])
+    return acc
+
+
+@triton.jit
+def two_taps(
+    x_desc, dy_desc, lengths_ptr, first, last, i0, o0, shift, frames, frames_out, dilation,
+    HAS_LENGTHS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """The same for this tap and the next one, at stride 1 through descriptors, where padding is zero: each step of dy
+    serves both."""
+    acc = tl.zeros([BLOCK_I, BLOCK_O], tl.float32)
+    next_acc = tl.zeros([BLOCK_I, BLOCK_O], tl.float32)
+    for n in range(first, last):
+        begin = tl.maximum(0, -shift - dilation)  # where the next tap begins and where this one ends
+        end = tl.minimum(frames_out, limit_of(n, frames, lengths_ptr, HAS_LENGTHS) - shift)
+        for i in range(tl.cdiv(tl.maximum(end - begin, 0), BLOCK_T)):
+            t = begin + i * BLOCK_T
+            dy = dy_desc.load([n, t, o0]).reshape([BLOCK_T, BLOCK_O])
+            x = x_desc.load([n, t + shift, i0]).reshape([BLOCK_T, BLOCK_I])
+            next_x = x_desc.load([n, t + shift + dilation, i0]).reshape([BLOCK_T, BLOCK_I])
+            acc = dot(tl.trans(x), dy, acc, UPCAST, PRECISION)
+            next_acc = dot(tl.trans(next_x), dy, next_acc, UPCAST, PRECISION)
+    return acc, next_acc
+
+
+@triton.jit
+def put(
+    to_ptr, acc, i0, o0, tap, part, taps, C_in, C_out, IS_DIRECT: tl.constexpr, IS_POINTWISE: tl.constexpr
+):  # fmt: skip
+    """A tap's sums [BLOCK_I, BLOCK_O] to dw, or to the partial results of a share."""
+    rows, columns = tl.arange(0, acc.shape[0])[:, None], tl.arange(0, acc.shape[1])[None, :]
+    mask = (i0 + rows < C_in) & (o0 + columns < C_out)
+    if IS_DIRECT:  # where the tile begins is 64 bits wide, places inside it are 32
+        at = to_ptr + (o0.to(tl.int64) * C_in + i0) * taps + tap
+        offs = columns * C_in + rows
+        if not IS_POINTWISE:
+            offs *= taps
+    else:
+        at = to_ptr + ((part * taps + tap) * C_in + i0) * C_out + o0
+        offs = rows * C_out + columns
+    tl.store(at + offs, acc.to(to_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "batch", "frames", "frames_out", "groups_in", "groups_out", "taps", "padding", "dilation", "share",
+        "lengths_ptr",
+    ]
+)  # fmt: skip
+def conv1d_wgrad_kernel(
+    x_ptr, x_desc, dy_ptr, dy_desc, to_ptr, lengths_ptr,
+    batch, frames, frames_out, groups_in, groups_out, taps, padding, dilation, share,
+    STRIDE: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DESCRIPTORS: tl.constexpr, IS_CLEAN: tl.constexpr,
+    IS_DIRECT: tl.constexpr, IS_POINTWISE: tl.constexpr, VEC_IN: tl.constexpr, VEC_OUT: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    TAPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    C_in = groups_in * VEC_IN
+    C_out = groups_out * VEC_OUT
+    o_blocks, i_blocks, groups = tl.cdiv(C_out, BLOCK_O), tl.cdiv(C_in, BLOCK_I), tl.cdiv(taps, TAPS)
+    pid = tl.program_id(0)
+    if (
+        IS_DIRECT
+    ):  # taps innermost, so that the sectors of dw, which hold several taps, are filled in L2 at about one time
+        tap = pid % groups * TAPS
+        pid = pid // groups
+    o0 = (pid % o_blocks) * BLOCK_O
+    pid = pid // o_blocks
+    i0 = (pid % i_blocks) * BLOCK_I
+    pid = pid // i_blocks
+    if not IS_DIRECT:
+        tap = pid % groups * TAPS
+        pid = pid // groups
+    part = pid.to(tl.int64)
+    shift = tap * dilation - padding
+    first = pid * share
+    last = tl.minimum(first + share, batch)
+    if TAPS == 2:
+        if tap + 1 < taps:
+            acc, next_acc = two_taps(
+                x_desc, dy_desc, lengths_ptr, first, last, i0, o0, shift, frames, frames_out, dilation,
+                HAS_LENGTHS, UPCAST, PRECISION, BLOCK_T, BLOCK_I, BLOCK_O,
+            )  # fmt: skip
+            put(to_ptr, next_acc, i0, o0, tap + 1, part, taps, C_in, C_out, IS_DIRECT, IS_POINTWISE)
+        else:
+            acc = one_tap(
+                x_ptr, x_desc, dy_ptr, dy_desc, lengths_ptr, first, last, i0, o0, shift, frames, frames_out, C_in,
+                C_out, padding, STRIDE, HAS_LENGTHS, HAS_DESCRIPTORS, IS_CLEAN, UPCAST, PRECISION, BLOCK_T, BLOCK_I,
+                BLOCK_O,
+            )  # fmt: skip
+    else:
+        acc = one_tap(
+            x_ptr, x_desc, dy_ptr, dy_desc, lengths_ptr, first, last, i0, o0, shift, frames, frames_out, C_in, C_out,
+            padding, STRIDE, HAS_LENGTHS, HAS_DESCRIPTORS, IS_CLEAN, UPCAST, PRECISION, BLOCK_T, BLOCK_I, BLOCK_O,
+        )  # fmt: skip
+    put(to_ptr, acc, i0, o0, tap, part, taps, C_in, C_out, IS_DIRECT, IS_POINTWISE)
 
 
 @triton.jit(do_not_specialize=["shares", "taps", "c_in", "c_out"])
