@@ -359,5 +359,5 @@ def test_a_training_step_launches_so_many_kernels_and_ops(launches, form, amp, c
     launches.clear()
     with Dispatched() as seen:
         run()
-    assert 500 < len(launches) < 700
+    assert 450 < len(launches) < 600  # some gradients of weights need one launch, where one share is enough
     assert ceiling - 300 < len(launches) + seen.count.total() <= ceiling, seen.count
