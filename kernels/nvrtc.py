@@ -130,7 +130,10 @@ class Kernels:
         together: bool = False,
     ) -> None:
         """Launch kernel `name` on the current device with ctypes `arguments`; together: all CTAs on it at once."""
-        driver, function = self._driver, self._function(name)
+        driver = self._driver
+        if not driver.ctxGetCurrent():  # a thread that has run nothing on the GPU yet: the driver needs a context
+            torch.cuda.current_stream().synchronize()
+        function = self._function(name)
         driver.funcSetAttribute(function, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
         places = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         how = (function, grid, 1, 1, threads, 1, 1, shared, stream or 0, ctypes.addressof(places))

@@ -79,6 +79,9 @@ class Driver:
         self.functions, self.names, self.shared = functions, [], {}
         self.cooperative = 0
 
+    def ctxGetCurrent(self) -> int:
+        return 1
+
     def moduleLoadData(self, code: bytes) -> bytes:
         return code
 

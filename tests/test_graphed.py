@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import interpreted
-from graph_recorder import TapeRecorder, tensors
+from graph_recorder import TapeRecorder, place, tensors
 from graph_rig import Rig, batch, padded
 from torch import Tensor
 
 from jasper_fast.bench.cases.full_step import full_step
 from jasper_fast.bench.harness.errors import Absent
 from jasper_fast.dispatch import choose
+from jasper_fast.kernels import capture
 from jasper_fast.training import graphed, step
 from jasper_fast.training.graphed import GraphedStep
 from jasper_fast.training.step import Frontend
@@ -106,6 +107,51 @@ def test_what_a_graph_needs_is_kept_alive(monkeypatch):
     graph.alive.clear()
     with pytest.raises(AssertionError, match="have been freed"):
         made([batch(1, 0.2, 2, 2)])
+
+
+def test_what_the_host_sends_to_a_graph_lies_outside_of_its_memory(monkeypatch):
+    """Graphs share a pool, and a replay of one may overwrite what another allocated during its capture."""
+    made, recorder = Rig("novograd").graphed(monkeypatch, bucket=16)
+    for _ in range(2):
+        made([batch(1, 0.2, 2, 0)])
+    (graph,), (tape,) = made.graphs.values(), recorder.tapes
+    kept = {name: x for held in graph.held.values() for name, x in held.items() if isinstance(x, Tensor)}
+    assert {"table", "runs", "settings"} <= kept.keys()
+    inside = {name for name, x in kept.items() if place(x) in tape.made}
+    assert inside <= {"one", "zero"}  # which the graph fills by itself
+
+
+def test_a_step_that_sends_more_than_there_is_room_for_is_not_captured(monkeypatch):
+    monkeypatch.setattr(capture, "ROOM", 64)
+    said = []
+    made, _ = Rig("novograd").graphed(monkeypatch, bucket=16, say=said.append)
+    for _ in range(2):
+        made([batch(1, 0.2, 2, 0)])
+    assert "takes more than 64 bytes" in said[0] and not made.possible
+
+
+@pytest.mark.parametrize("where", ["in the step", "at the end"])
+def test_a_broken_capture_sets_the_allocator_free(where, monkeypatch):
+    class Graph:
+        def capture_begin(self, pool, capture_error_mode):
+            assert (pool, capture_error_mode) == ((0, 7), "thread_local")
+
+        def capture_end(self):
+            raise RuntimeError("the capture was invalidated")
+
+    def launch():
+        if where == "in the step":
+            raise ValueError("read by the host")
+
+    ended = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *of, name=name: ended.append((name, *of)), raising=False)
+    with pytest.raises(ValueError if where == "in the step" else RuntimeError, match=r"read by the host|invalidated"):
+        capture.record(Graph(), launch)
+    assert ended == [("_cuda_endAllocateToPool", 3, (0, 7)), ("_cuda_releasePool", 3, (0, 7))]
 
 
 def test_a_frontend_of_another_kind_gets_what_it_was_given(monkeypatch):

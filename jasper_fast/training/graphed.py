@@ -9,6 +9,7 @@ are filled before each replay. Random numbers are drawn on the device, so each r
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ class CudaRecorder:
     def capture(self, step: Callable[[], StepResult], alone: bool) -> tuple[StepResult, Callable[[], None]]:
         """See `Recorder`. Raises RuntimeError for a step that cannot be captured."""
         current, graph = torch.cuda.current_stream(self._stream.device), torch.cuda.CUDAGraph()
+        gc.collect()  # a cycle that holds an earlier step's graph of gradients would break the capture
         torch.cuda.empty_cache()  # what other steps have left: the pool takes memory of its own
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -152,6 +154,10 @@ class GraphedStep:
             return f"CUDA graphs need a GPU, and the model is on {self.device}"
         if not isinstance(self.optimizer, NovoGrad) and not (fused and "capturable" in self.optimizer.defaults):
             return f"{type(self.optimizer).__name__} decides on the host: take NovoGrad, or AdamW(..., fused=True)"
+        if isinstance(self.optimizer, NovoGrad) and self.device.type == "cuda" and not self.optimizer.in_triton():
+            return "NovoGrad's step is not Triton's here (it takes dense fp32 parameters), and PyTorch's reads the host"
+        if any(isinstance(g["lr"], Tensor) and g["lr"].device != self.device for g in self.optimizer.param_groups):
+            return "the learning rate is a tensor on another device: give a number, or move it"
         if not reads_no_lengths(self.device):
             return "PyTorch's CTC loss reads lengths on the host, and Triton's is not to be had here"
         return None
@@ -209,7 +215,7 @@ class GraphedStep:
         updates = [ema.updates for ema in averages]
         mine = self.optimizer.holding(held) if isinstance(self.optimizer, NovoGrad) else self._capturable()
         try:
-            with capture.put_off(), mine:
+            with capture.put_off(self.device), mine:
                 step = lambda: self._step(inputs, self.ema if self._carried else None)  # noqa: E731
                 result, replay = self.recorder.capture(step, alone=not self.graphs)
         except RuntimeError:

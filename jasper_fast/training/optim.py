@@ -121,6 +121,11 @@ class NovoGrad(torch.optim.Optimizer):
             self.ema.take(watched.values())
         return found
 
+    def in_triton(self) -> bool:
+        """Whether all of a step is Triton's, so that a CUDA graph can hold it."""
+        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        return all(self._face(p.device, [p]) == "triton" for p in params)
+
     def _face(self, device: torch.device, params: list[Tensor]) -> str:
         """The face that steps `params`."""
         if not all(p.dtype == torch.float32 and _dense(p) for p in params):
