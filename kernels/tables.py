@@ -1,12 +1,12 @@
 """Measured choices of face and tile: JSON files of rows, this user's own over one per GPU in tables/.
 
-A file is {"header": {...}, "rows": [...]}. A row says how fast one face of an op ran at a shape with its best tile; the
-key is (op, dtype, c_in, c_out, taps, stride, dilation, rows_log2, face, algorithm), where 2**rows_log2 is the power of
-two at or above the N*T' rows of the output; an op without a conv has its channels twice and ones for the rest.
-Dispatch takes the fastest row of a key. Rows lie in layers: what was tuned here (`lay_over`), the committed file of
-this very GPU, that of the nearest like one (`likeness`). Of a shape at a power of two of rows the first layer that has
-it counts alone, because times of two machines are not compared. Files are checked whole when they are loaded, on the
-first look-up for their GPU; a GPU without any has no choices, and kernels take their defaults.
+A file is {"header": {...}, "rows": [...]}. A row says how fast one face of an op ran at a shape with its best tile. Its
+key is (op, dtype, c_in, c_out, taps, stride, dilation, rows_log2, face, algorithm). 2**rows_log2 is the power of two at
+or above the N*T' rows of the output. An op without a conv has its channels twice and ones for the rest. Dispatch takes
+the fastest row. There are three layers: what was tuned here (`lay_over`), the committed file of this GPU, and that of
+the most similar GPU (`likeness`). Only the first layer that has a shape and rows_log2 counts for it, because times of
+two machines are not compared. A file is checked as a whole at the first look-up for its GPU. A GPU without any file has
+no choices, and kernels take their defaults.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def written(run: Run) -> dict:
     return json.loads(run.results.path.read_text())
 
 
-# ------------------------------------------------------------------ one case's failure, and one after another
+# ------------------------------------------------------------------ one failing case, and several in a row
 
 
 @pytest.mark.slow

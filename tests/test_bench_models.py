@@ -82,7 +82,7 @@ def test_a_large_step_is_compared_on_a_small_batch(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("order", "made"), [(("forward",), 0), (("forward", "both"), 1), (("both", "forward"), 1)])
 def test_answers_are_made_once_and_gradients_only_where_they_are_asked_for(order, made, tmp_path, monkeypatch):
-    """In fp64 they take longer than all that is timed."""
+    """fp64 answers take longer than all that is timed."""
     conv = sub_blocks.eager_conv
     forwards = spied(monkeypatch, sub_blocks, "eager_conv")
     backwards = spied(monkeypatch, sub_blocks, "results")

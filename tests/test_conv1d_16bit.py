@@ -205,7 +205,7 @@ def test_aten_gets_the_dtypes_that_it_has_instructions_for(name, monkeypatch) ->
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_weight_gradient_multiplies_bf16_and_sums_in_fp32(case, cpu) -> None:
-    """As near to fp64 on the same bf16 numbers as PyTorch's fp32 is."""
+    """As close to fp64 as PyTorch's fp32 is, given the same bf16."""
     x, weight, dy, lengths = make(case)
     x, dy = x.to(BF16), dy.to(BF16)
     low, ref = (pytorch(case, x, weight, dy, lengths, d)[2] for d in (torch.float32, torch.float64))

@@ -78,7 +78,7 @@ def test_it_is_right_through_a_softmax():
 
 
 def test_it_is_the_same_in_any_memory_order_and_amid_others(face):
-    """Whatever the strides, and whatever other utterances, longer targets and frames beyond the lengths there are."""
+    """Strides, other utterances, longer targets and frames beyond the lengths make no difference."""
     log_probs, lengths, targets, counts = inputs(face.device)
     wide = torch.full((N, T + 3, V), math.nan, device=face.device)
     wide[:, :T] = log_probs.masked_fill(

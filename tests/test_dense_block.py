@@ -104,7 +104,7 @@ def test_equals_autograd_on_the_definition(form, dropout, more):
 
 @pytest.mark.parametrize("form", ["gram", "plain"])
 def test_panes_train_by_the_eps_and_momentum_of_their_modules(form):
-    """As in evaluation. PyTorch's batch norms with the same settings give the expected result."""
+    """As in evaluation: PyTorch's batch norms with these settings give the expected result."""
     block = build(form, 0.0)
     sources = [mask(s.detach(), LENGTHS) for s in inputs()]
     expected, stats = 0.0, []

@@ -103,7 +103,7 @@ def test_scale_clip_and_groups(face):
 
 
 def test_several_steps_with_what_is_held(face):
-    """Gradients at other places in each step; the moving average's weight and the rate change."""
+    """Each step has gradients at new addresses, a new average weight and a new learning rate."""
     tensors, watched = make(face.device)
     held: dict = {}
     twin = wide(tensors, watched)

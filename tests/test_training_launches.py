@@ -255,7 +255,7 @@ class Dispatched(TorchDispatchMode):
             "alias", "as_strided", "unbind", "split", "empty", "empty_like", "empty_strided", "new_empty", "reshape",
             "new_empty_strided", "permute", "split_with_sizes", "lift_fresh", "_local_scalar_dense", "numpy_T",
             "_reshape_alias")  # fmt: skip
-    PERHAPS = ("to", "flatten", "reshape", "contiguous")  # a copy or none
+    PERHAPS = ("to", "flatten", "reshape", "contiguous")  # copy or view
 
     def __init__(self) -> None:
         super().__init__()

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--take", default="0,1", metavar="I,N", help="every Nth case from the Ith on")
     args = parser.parse_args(arguments)
     results, device = result_file.Results(Path(os.devnull), {}), torch.device(args.device)
-    if device.index is not None:  # an engine's streams and graphs are those of the current device
+    if device.index is not None:  # an engine makes streams and graphs on the current device
         torch.cuda.set_device(device)
     run = Collector(device, getattr(torch, args.dtype), args.backend, False, results)
     for part in agenda.plan(run):

@@ -12,7 +12,7 @@ from jasper_fast.selfcheck import tolerance
 
 @dataclass(frozen=True)
 class Tolerance(tolerance.Tolerance):
-    """The project's rule, with separate tolerances for some tensors.
+    """The project's tolerance, with other values for some tensors.
 
     `gradients` applies to the tensors named "grad ...". A network has millions of ReLUs, and in every implementation
     rounding moves some of their inputs across zero. Each such ReLU changes a few gradients by the contribution of one

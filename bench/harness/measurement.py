@@ -83,7 +83,7 @@ class Measurement:
 
     @contextlib.contextmanager
     def caught(self, name: str) -> Iterator[None]:
-        """Turns a contender's failure into its row, so that the run goes on; the loss of the device ends the
+        """Writes a contender's failure into its row, so that the run goes on; losing the device ends the
         process."""
         try:
             yield

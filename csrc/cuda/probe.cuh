@@ -21,7 +21,7 @@ constexpr int kProducts = 4;  // the same wgmma, one after the other: d = [in +]
 // One launch. CTA i takes `image`[i] as its shared memory and writes `out`[i].
 struct Case {
   const uint4* image;  // [grid][cells]
-  const float* in;     // the accumulators before, or null: [grid][threads][registers]
+  const float* in;     // initial accumulators, or null: [grid][threads][registers]
   float* out;          // [grid][threads][registers]
   int64_t* clocks;     // [grid]: from issue to result
   int* counters;       // zeroes

@@ -12,7 +12,7 @@ DESCRIPTION = """\
 Writes the weights of a checkpoint in another format. IN may be a checkpoint of this project, of NVIDIA's Jasper for
 PyTorch (2019 to today), of Lightning, a .nemo archive, a pair of files of NeMo 0.x, or a safetensors file. OUT holds
 the same bits under the names of its format, with labels and settings of the features where that has them. It is read
-again and compared before it appears, whole or not at all. The report says what each entry became, and what was left
+back and compared before it takes its place. The report says what each entry became, and what was left
 out."""
 END = """\
 The state of training (optimizer, loss scale, data position) is left out: OUT starts a new training by --init-from.

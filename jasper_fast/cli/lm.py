@@ -1,4 +1,4 @@
-"""`jasper-fast lm`: language models trained, described, tried on a text, and weighed."""
+"""`jasper-fast lm`: train and describe language models, measure perplexity, and tune weights."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _TRAIN = {
         option("--order", type=int, required=True, metavar="N", help="words of the longest n-grams, 1 to 6"),
         option("--out", required=True, metavar="LM.arpa", help="where the model goes, in ARPA form"),
         option("--characters", action="store_true", help="n-grams of characters, the space as <space>"),
-        option("--lower-case", action="store_true", help="the text in small letters, as Jasper's labels are"),
+        option("--lower-case", action="store_true", help="lower-case the text, like Jasper's labels"),
         option(
             "--prune",
             type=int,
             nargs="+",
             default=[],
             metavar="COUNT",
-            help="per order, n-grams that are there so often or less are left out: `0 0 1`; the last is for the rest",
+            help="leave out n-grams seen at most this often, for each order: `0 0 1`; the last is for the rest",
         ),
         option("--memory", type=common.positive(int), default=512, metavar="MB", help="for sorting (512)"),
         option("-q", "--quiet", action="store_true", help="no progress"),
@@ -62,9 +62,9 @@ _TUNE = {
         option("--lexicon", metavar="FILE", help="words that may be said, one a line"),
         option("--beam", type=common.positive(int), default=128, metavar="N", help="width of the search (128)"),
         option("--alpha", type=numbers, metavar="A,B,..", help="weights to try (0,0.5,1,1.5,2,2.5,3)"),
-        option("--beta", type=numbers, metavar="A,B,..", help="to try, for a word or a symbol (-1,-0.5,0,0.5,1)"),
+        option("--beta", type=numbers, metavar="A,B,..", help="bonuses per word or symbol to try (-1,-0.5,0,0.5,1)"),
         option("--rescore", metavar="MODEL", help="a neural language model for a second pass"),
-        option("--rescore-weight", type=numbers, metavar="A,B,..", help="of it, to try (0,0.25,0.5,0.75,1,1.5,2)"),
+        option("--rescore-weight", type=numbers, metavar="A,B,..", help="its weights to try (0,0.25,0.5,0.75,1,1.5,2)"),
         option("--device", default="auto", help="of the neural one; default: a GPU if there is one"),
         option(
             "--random",
@@ -75,7 +75,7 @@ _TUNE = {
         option("--seed", type=int, default=0, metavar="S", help="of --random (0)"),
         option("--out", required=True, metavar="YAML", help="where the best weights go; --lm takes this file"),
         option("--report", metavar="HTML", help="a heat map of the word error rates"),
-        option("--processes", type=common.positive(int), metavar="N", help="that search words (default: one a core)"),
+        option("--processes", type=common.positive(int), metavar="N", help="for word search (default: one per core)"),
         option("-q", "--quiet", action="store_true", help="no progress"),
     ]
 }
@@ -164,7 +164,7 @@ def tune(arguments: argparse.Namespace) -> int:
 
     common.check_writable(arguments.out)
     if not tuned.is_settings(arguments.out):
-        raise common.UsageError(f"--out {arguments.out}: --lm knows such files by their end .yaml; name it so")
+        raise common.UsageError(f"--out {arguments.out}: --lm takes only files that end in .yaml; name it so")
     if arguments.lm is None and arguments.rescore is None:
         raise common.UsageError("no language model; name one with --lm, or a neural one with --rescore, or both")
     saved, second = Saved.open(arguments.log_probs), None

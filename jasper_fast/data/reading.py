@@ -29,7 +29,7 @@ class AudioReader:
         self._fetched = shards.fetch(u.packed for u in utterances if u.packed and u not in self._memory)
 
     def read(self, utterance: Utterance, variant: float | None = None) -> tuple[np.ndarray, float]:
-        """Samples (S,) fp32, which must not be written to, and the seconds that trimming took from their front.
+        """Read-only samples (S,) fp32, and the seconds that trimming removed from their start.
 
         ``variant``, 0 to 1, chooses among the utterance's alternatives, where it has any. Raises AudioError; if the
         file holds less than its header or the manifest promises, ShortAudio with the available samples.

@@ -1,8 +1,8 @@
-"""Encoders of other projects, whole: in evaluation, without gradients, an engine runs all their fused blocks.
+"""Whole encoders of other projects: in evaluation without gradients, one engine runs all their fused blocks.
 
-An encoder keeps its modules, parameters and buffers, as its blocks do (`nn.fuse`). Its forward calls the engine where
-that computes the same, and its own forward elsewhere: in training, with gradients, while a compiler traces it, and
-where hooks on its blocks want to be called. Before each call it looks whether the weights are those that were folded.
+An encoder keeps its modules, parameters and buffers, as its blocks do (`nn.fuse`). Its forward calls the engine if that
+gives the same result. It calls its own forward in training, with gradients, while a compiler traces it, and if its
+blocks have hooks. Before each call it checks whether the weights have changed since they were folded.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Layer:
         return [sub.taps for sub in self.found.sub_blocks if sub.taps is not None]
 
     def refuse_hooks(self) -> None:
-        """`parts` has looked for them."""
+        """Does nothing: `parts` has already refused hooks."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Encoder:
         return SimpleNamespace(encoder=encoder, decoder=None)
 
     def lengths(self, lengths: Tensor | None) -> Tensor | None:
-        """Frames of the output, as the blocks one by one return them."""
+        """The lengths that the blocks would return if they ran one by one."""
         for layer in self.layers if lengths is not None else ():
             found, before = layer.found, lengths
             for sub in found.sub_blocks:
@@ -136,7 +136,7 @@ def _layer(block: nn.Module, found: Parts) -> Layer:
 
 
 class Whole:
-    """What a fused encoder holds: its engines, by dtype, and what tells that their weights are old."""
+    """What a fused encoder holds: an engine for each dtype, and a `Watch` that tells when their weights are stale."""
 
     def __init__(self, backend: str, graphs: Graphs):
         self._how = backend, graphs
@@ -158,15 +158,15 @@ class Whole:
             self._capturing: list[nn.Module] = []
 
     def stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        """Looks whether a step was one of this encoder's weights: fused optimisers raise no version."""
+        """Drops the engines if `optimizer` updates this encoder: fused optimisers do not raise `_version`."""
         with self._lock:
             given = (p for group in optimizer.param_groups for p in group["params"])
             if self._watch is not None and self._watch.holds(given):
                 self.drop()
 
     def describe(self, encoder: FusedEncoder) -> Encoder | None:
-        """The encoder as it is now; None where no engine can compute that: then the blocks run, and say what they
-        cannot do."""
+        """The encoder as it is now, or None if no engine can compute it. Then the blocks run one by one and raise
+        their own errors."""
         with self._lock, contextlib.suppress(Unfit):
             if self._watch is None or not self._watch.same():
                 self.drop()
@@ -185,13 +185,13 @@ class Whole:
         """The engine of what `describe` gave, in `dtype`."""
         with self._lock:
             if dtype not in self._engines:
-                with torch.inference_mode(False):  # else its tensors would be of no use outside of that mode
+                with torch.inference_mode(False):  # inference tensors could not be used outside that mode
                     self._engines[dtype] = EncoderEngine(found, dtype=dtype, graphs=self._how[1])
             return self._engines[dtype]
 
 
 _live: weakref.WeakSet[Whole] = weakref.WeakSet()
-_known = threading.Lock()  # of the set
+_known = threading.Lock()  # guards `_live`
 
 
 def _after_a_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -205,10 +205,10 @@ register_optimizer_step_post_hook(_after_a_step)
 
 
 class FusedEncoder(Before):
-    """Its forward calls the engine where that computes the same."""
+    """An encoder whose forward calls the engine if that gives the same result."""
 
-    where: str  # attributes that lead to the blocks
-    returns_all = False  # the list of block outputs, in place of the last of them
+    where: str  # dotted path of the blocks
+    returns_all = False  # whether it returns the list of all block outputs, not the last one alone
 
     @classmethod
     def blocks_of(cls, module: nn.Module) -> list[nn.Module]:
@@ -231,12 +231,12 @@ class FusedEncoder(Before):
         return super().train(mode)
 
     def sharing(self) -> contextlib.AbstractContextManager[None]:
-        """Around its own forward in training: the blocks share what all of them need of a block output."""
+        """A context for its own forward in training, in which the blocks share work on the same block output."""
         if not self.training or torch.compiler.is_compiling():
             return contextlib.nullcontext()
         try:
             return sharing(self.blocks_of(self))
-        except Unfit:  # the block itself says what it cannot do
+        except Unfit:  # the block's forward raises the error
             return contextlib.nullcontext()
 
     def whole(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
@@ -266,7 +266,7 @@ class FusedEncoder(Before):
 
 
 def _fits(found: Encoder, x: Tensor, lengths: Tensor | None) -> bool:
-    """Whether an engine takes these arguments; what is wrong with others the encoder's own forward says."""
+    """Whether an engine takes these arguments. For others, the encoder's own forward raises its own error."""
     return (
         type(x) is Tensor
         and x.dim() == 3
@@ -324,7 +324,7 @@ class EagerModel(FusedEncoder):
         return log_probs, out_lengths(self.config, lengths)
 
 
-# by the name of its class, what an encoder becomes
+# name of an encoder's class: what it becomes
 KINDS: dict[str, type[FusedEncoder]] = {
     "JasperEncoder": NVIDIAsEncoder,
     "ConvASREncoder": NeMosEncoder,
@@ -333,7 +333,7 @@ KINDS: dict[str, type[FusedEncoder]] = {
 
 
 def fuse_encoder(encoder: nn.Module, backend: str, graphs: Graphs) -> Whole:
-    """Gives `encoder`, of one of KINDS, the forward that calls an engine; returns what it holds of ours."""
+    """Gives `encoder`, which is one of KINDS, the forward that calls an engine. Returns its state for that."""
     vars(encoder)[STATE] = whole = Whole(backend, graphs)
     become(encoder, KINDS[type(encoder).__name__])
     return whole

@@ -117,7 +117,7 @@ class InferenceEngine:
         return Stepwise(self._model, dtype, face, shapes, bucket=self._bucket)
 
     def _chosen(self, n: int, t: int) -> Launches | Stepwise:
-        """What runs `n` utterances of `t` frames of features."""
+        """The runner of `n` utterances of `t` feature frames."""
         if len(self._runs) == 1:
             return self._run
         with contextlib.nullcontext() if self._model.tune else tuned.off():

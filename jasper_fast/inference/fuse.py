@@ -1,4 +1,4 @@
-"""`fuse` and `unfuse`: the Jasper that somebody already has, on fused ops, and in evaluation on an engine."""
+"""`fuse` and `unfuse`: run an existing Jasper model on fused ops, and in evaluation on an engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jasper_fast.nn.recognise import Unfit
 
 
 def fuse(model: nn.Module, backend: str = "auto", strict: bool = False, *, graphs: Graphs = "auto") -> Report:
-    """Lets the Jasper blocks within `model` run fused ops on their own parameters and buffers, and says which do.
+    """Makes the Jasper blocks in `model` run fused ops on their own parameters and buffers; reports which ones do.
 
     Blocks of NVIDIA's Jasper, of NeMo's and of `EagerJasper` are recognised by class name and attributes. What the ops
     cannot compute is left alone, with the reason in the report; with `strict` it raises ValueError, and nothing is
@@ -47,8 +47,8 @@ def fuse(model: nn.Module, backend: str = "auto", strict: bool = False, *, graph
 def _encoders(
     model: nn.Module, report: Report, blocks: list[tuple[str, nn.Module]], backend: str
 ) -> Iterator[tuple[str, nn.Module]]:
-    """(name, encoder) of those that can run whole; the reasons of others, all of whose blocks are fused, go into
-    `report`."""
+    """Yields (name, encoder) for encoders that can run on one engine. If all blocks of another one are fused, the
+    reason why it cannot goes into `report`."""
     fused = {id(block): name in report.fused for name, block in blocks}
     for name, module in model.named_modules():
         kind = KINDS.get(type(module).__name__)
@@ -67,5 +67,5 @@ def _encoders(
 
 
 def unfuse(model: nn.Module) -> None:
-    """Gives every block and encoder that `fuse` changed within `model` its own forward back; does nothing to others."""
+    """Restores the original forward of every block and encoder in `model` that `fuse` changed."""
     give_back(model)

@@ -114,7 +114,7 @@ class Launches:
 
     def _bound(self, n: int, t: int) -> Bound:
         """The shape's launches, bound to the buffers, which grow where they are too small for it."""
-        changes = [True, *(step.resizes for step in self._plan.steps[1:])]  # where lengths get memory of their own
+        changes = [True, *(step.resizes for step in self._plan.steps[1:])]  # steps that need a new lengths buffer
 
         def sizes() -> dict[Buffers, dict[str, int]]:
             lengths = {f"lengths{i}": n for i in range(sum(changes))}

@@ -8,14 +8,14 @@ import numpy as np
 
 
 def best_path(log_probs: np.ndarray, symbols: Sequence[int]) -> np.ndarray | None:
-    """The class of each frame on the best path of ``symbols``; log_probs (T, V), the blank last. None where there is
-    no path: too few frames."""
+    """The class of each frame on the best path of ``symbols``, or None if there are too few frames for any path.
+    log_probs (T, V) has the blank last."""
     frames, classes = log_probs.shape
     extended = np.full(2 * len(symbols) + 1, classes - 1)
     extended[1::2] = symbols
     if not frames:
         return None if len(symbols) else np.zeros(0, dtype=np.int64)
-    may_skip = np.zeros(len(extended), dtype=bool)  # the blank before: between symbols that differ
+    may_skip = np.zeros(len(extended), dtype=bool)  # over the blank before: only between symbols that differ
     may_skip[3::2] = extended[3::2] != extended[1:-2:2]
     emitted = log_probs.astype(np.float64)[:, extended]
     score = np.full(len(extended), -np.inf)

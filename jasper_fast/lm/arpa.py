@@ -1,4 +1,4 @@
-"""Reading ARPA files of n-grams, plain or gzipped, line by line; what is wrong in one is named with its line."""
+"""Reads ARPA files of n-grams, plain or gzipped, line by line. Errors name the line that is wrong."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def open_plain(path: str | os.PathLike) -> IO[bytes]:
 
 
 class Arpa:
-    """An ARPA file: ``counts`` of n-grams by order, as its header promises; iterating gives them all.
+    """An ARPA file. ``counts`` is the number of n-grams of each order from the header; iteration yields the n-grams.
 
-    Raises LanguageModelError for a file that is none, is cut off, or whose numbers are none.
+    Raises LanguageModelError for a file that is not ARPA, is cut off, or has malformed numbers.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -90,7 +90,7 @@ class Arpa:
         return counts
 
     def __iter__(self) -> Iterator[tuple[float, tuple[str, ...], float]]:
-        """log10 p, the words, and log10 of the back-off weight (0 where there is none), order after order."""
+        """Yields (log10 p, words, log10 of the back-off weight or 0) for each n-gram, the lowest order first."""
         self._line = 0
         try:
             with open_plain(self.path) as file:
@@ -120,7 +120,7 @@ class Arpa:
             if len(fields) not in (n + 1, n + 2) or (len(fields) == n + 2 and n == self.order and back_off):
                 raise self._fail(f"{len(fields)} fields, where a {n}-gram has a log-probability and {n} words")
             if not (log10 <= 0 and math.isfinite(back_off)) or log10 == -math.inf:
-                raise self._fail(f"log10 p {fields[0]} with back-off {back_off:g}: no probability")
+                raise self._fail(f"log10 p {fields[0]} with back-off {back_off:g}: not a probability")
             yield log10, tuple(fields[1 : n + 1]), back_off
 
     def words(self) -> list[str]:
@@ -132,5 +132,5 @@ class Arpa:
             if words[0].lower() not in SPECIAL:
                 found.append(words[0])
         if not found:
-            raise LanguageModelError(f"{self.path}: it knows no words")
+            raise LanguageModelError(f"{self.path}: contains no words")
         return found

@@ -1,4 +1,4 @@
-"""Beam searches as a recogniser uses them: begun for a batch while the model goes on, waited for later."""
+"""Beam search for a recogniser: it starts for one batch while the model runs the next, and is waited for later."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ SYMBOLS = (1.0, 0.0)
 
 
 class Decoder(Protocol):
-    """Log-probs to transcripts, in two steps; ``weights`` are alpha and beta of the searches that are begun next."""
+    """Turns log-probs into transcripts. ``begin`` starts a search and returns a function that waits for the result.
+
+    ``weights`` are alpha and beta for the next call of ``begin``.
+    """
 
     weights: tuple[float, float]
 
@@ -44,10 +47,10 @@ def load_lm(
     lexicon: str | os.PathLike | None = None,
     unknown: float | None = None,
 ) -> SymbolLM | WordLM | SpeltLM:
-    """The model in a file: of symbols where all words of an ARPA file are labels, otherwise of words.
+    """Loads a model from a file: a model of symbols if all words of an ARPA file are labels, otherwise one of words.
 
-    ``unknown`` opens the vocabulary of a model of words: what is added for a word that it does not list. Raises
-    LanguageModelError for what cannot be read or does not fit.
+    With ``unknown``, a model of words also accepts words that it does not list; ``unknown`` is added to the score for
+    each of them. Raises LanguageModelError for a file that cannot be read or does not fit.
     """
     if not Path(path).is_file():
         raise LanguageModelError(f"{path}: no such language model")
@@ -70,11 +73,11 @@ def decoder(
     processes: int | None = None,
     hot_words: Mapping[str, float] | None = None,
 ) -> Decoder:
-    """The beam search for a model: over words in ``processes`` (default: one a core), else over symbols.
+    """The decoder for a model. A word model is searched in ``processes`` (default: one per core), symbols in a thread.
 
-    ``alpha`` and ``beta`` are by default the paper's 2.0 and -0.2 with a word model, else 1.0 and 0.0. ``hot_words``,
-    and words where flashlight has no wheels, are searched by ``beam_search``, in a thread. Raises ValueError for
-    settings that no search can use, LanguageModelError where the model cannot be loaded.
+    ``alpha`` and ``beta`` are by default the paper's 2.0 and -0.2 with a word model, else 1.0 and 0.0. Hot words,
+    and all words on a Python without flashlight wheels, are searched by ``beam_search`` in a thread. Raises ValueError
+    for settings that no search can use, and LanguageModelError if the model cannot be loaded.
     """
     default = PAPER if isinstance(lm, (WordLM, SpeltLM)) else SYMBOLS
     if isinstance(lm, WordLM) and (hot_words or not has_wheels()):
@@ -102,7 +105,7 @@ class SymbolDecoder:
         self.weights = alpha, beta
         self._vocabulary = vocabulary
         self._settings: dict[str, Any] = {"lm": lm, "beam": beam, "n_best": n_best, "hot_words": hot_words}
-        if isinstance(lm, SpeltLM):  # what is wrong with a hot word is said before the first sound
+        if isinstance(lm, SpeltLM):  # raises for an unusable hot word before any audio is read
             lm.words(alpha, beta, hot_words)
         elif hot_words:
             hot_words_alone(hot_words, vocabulary)
@@ -170,7 +173,7 @@ def _transcript(
     vocabulary: Vocabulary,
     frame_seconds: float,
 ) -> Transcript:
-    """The best hypothesis with times and confidences off its best path, as greedy decoding has them."""
+    """The best hypothesis, with times and confidences from its best CTC path as in greedy decoding."""
     if path is None:  # no path: nothing was found, and the text is empty
         path = np.full(len(log_probs), vocabulary.blank)
     probabilities = np.exp(log_probs[np.arange(len(path)), path])

@@ -27,11 +27,11 @@ _PAGE = """<!doctype html>
 
 
 def page(found: Sequence[Trial], without: Errors, told: str) -> str:
-    """The page of trials, beside what greedy decoding gives; ``told`` says of what."""
+    """The HTML page of the trials ``found``. ``without``: the greedy errors; ``told``: a description of the run."""
     chosen, pairs = best(found), {}
     for trial in found:
         pairs.setdefault((trial.alpha, trial.beta), []).append(trial)
-    found = [best(of) for of in pairs.values()]  # of a pair the best second pass
+    found = [best(of) for of in pairs.values()]  # the best rescoring weight of each pair
     second = f", rescoring {chosen.rescore:g}" if any(t.rescore for of in pairs.values() for t in of) else ""
     summary = (
         f"{escape(told)}. Greedy: WER {100 * without.rate:.2f} %. Best: WER {100 * chosen.errors.rate:.2f} % with "

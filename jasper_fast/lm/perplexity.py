@@ -1,4 +1,4 @@
-"""How well a model foresees a text, in figures."""
+"""How well a language model predicts a text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Of a text: its sentences, its words and unknown ones, and log10 p of all, </s> included, and of the unknown."""
+    """Counts of a text's sentences, words and unknown words; log10 p of all (with </s>), and of the unknown words."""
 
     sentences: int
     words: int
@@ -21,7 +21,7 @@ class Perplexity:
 
     @property
     def known(self) -> float:
-        """Without the unknown words."""
+        """The perplexity without the unknown words."""
         return _power(self.log10_unknown - self.log10, self.words + self.sentences - self.unknown)
 
 

@@ -1,5 +1,5 @@
-"""Searches with a word model in processes of their own: flashlight holds Python's lock, and a broken model can take a
-process down. Nothing here imports torch, so that these processes start fast and stay small."""
+"""Searches with a word model in processes of their own, because flashlight holds the GIL and a broken model can crash
+a process. Nothing here imports torch, so that these processes start fast and stay small."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _search: WordSearch | None = None
 
 
 class Pool:
-    """``processes`` searches with a word model. Raises LanguageModelError where the model cannot be loaded, also where
-    loading it ends the process; MissingExtra without the packages of the extra `lm`."""
+    """A pool of ``processes`` that search with a word model. Raises LanguageModelError if loading the model fails or
+    crashes a process, and MissingExtra if the packages of the extra `lm` are missing."""
 
     def __init__(self, lm: WordLM, processes: int, **settings: Any) -> None:
         self._path = lm.path
@@ -33,7 +33,7 @@ class Pool:
         self._result(self._executor.submit(_load))
 
     def submit(self, log_probs: Sequence[np.ndarray], weights: tuple[float, float]) -> Callable[[], list[Answer]]:
-        """Begins the searches in log-probs (T, V) each, with alpha and beta; what it returns waits for them."""
+        """Starts a search in each (T, V) array with ``weights`` (alpha, beta). Call the result to get the answers."""
         futures = [self._executor.submit(_decode, item, weights) for item in log_probs]
         return lambda: [self._result(future) for future in futures]
 
@@ -52,7 +52,7 @@ class Pool:
 
 def _start(lm: WordLM, settings: dict[str, Any]) -> None:
     global _settings
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     _settings = lm, settings
 
 
@@ -60,7 +60,7 @@ def _load() -> None:
     global _search
     if _search is None:
         lm, settings = _settings
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # KenLM's progress, and the last words of a crash
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hides KenLM's progress and crash messages
         _search = WordSearch(lm, **settings)
 
 

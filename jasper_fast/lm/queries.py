@@ -1,4 +1,4 @@
-"""What a language model is, and how well it foresees a text; n-grams through KenLM (extra `lm`)."""
+"""Describes a language model, and measures its perplexity; n-grams through KenLM (extra `lm`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jasper_fast.lm.words import is_binary
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """KenLM writes its progress to the standard error, past Python."""
+    """Silences KenLM, which writes its progress to the stderr descriptor and not to sys.stderr."""
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)
     try:
@@ -36,7 +36,7 @@ def load(path: str | os.PathLike) -> Any:
     if not Path(path).is_file():
         raise LanguageModelError(f"{path}: no such language model")
     if not is_binary(path):
-        Arpa(path)  # says more shortly what is wrong with a header
+        Arpa(path)  # its error about a bad header is shorter than KenLM's
     try:
         with _quiet():
             return kenlm.Model(str(path))
@@ -46,8 +46,8 @@ def load(path: str | os.PathLike) -> Any:
 
 
 def perplexity(path: str | os.PathLike, text: str | os.PathLike, lower_case: bool = False) -> Perplexity:
-    """How well a model foresees a text, a sentence a line; a model of characters (one that knows <space>) is asked for
-    characters. Raises LanguageModelError where either cannot be read, or the text is empty."""
+    """The perplexity of a text with one sentence per line. A model that lists <space> is a model of characters and
+    scores characters. Raises LanguageModelError if either file cannot be read, or if the text has no words."""
     if not Path(text).is_file():
         raise LanguageModelError(f"{text}: no such text")
     if is_neural(path):
@@ -73,7 +73,7 @@ def perplexity(path: str | os.PathLike, text: str | os.PathLike, lower_case: boo
 def describe(path: str | os.PathLike) -> dict[str, Any]:
     """A model's form, size, order, n-grams by order, and whether it is one of characters; an ARPA file is read whole.
 
-    Raises LanguageModelError where it cannot be read. Of a KenLM binary only order and size can be said.
+    Raises LanguageModelError if it cannot be read. For a KenLM binary only the order and the size are known.
     """
     if is_neural(path):
         from jasper_fast.lm.neural import scoring

@@ -14,19 +14,18 @@ from jasper_fast.lm.decoders import Decoder
 from jasper_fast.speech.decoding import Hypothesis, Transcript, path_transcript
 from jasper_fast.speech.text import Vocabulary
 
-LISTED = 64  # texts of an utterance that are rescored, where nobody asks for more
+LISTED = 64  # hypotheses of an utterance that are rescored by default
 Scorer = Callable[[Sequence[str]], Sequence[float]]
 
 
 def rescore(
     n_best: Sequence[Sequence[Hypothesis]], scorer: Scorer, weight: float = 1.0, batch_size: int = 256
 ) -> list[list[Hypothesis]]:
-    """The N-best lists of utterances with ``score + weight * log p(text)`` as score, the best first; of equal ones the
-    order stays.
+    """Adds ``weight * log p(text)`` to each score and sorts each N-best list, the best first. Ties keep their order.
 
-    ``scorer`` takes at most ``batch_size`` texts at a time, each different text once, and gives their natural
-    logarithms; those of impossible texts may be -inf. Raises ValueError for a weight that is not finite, and where the
-    scorer gives another number of values than it got texts, or NaN or +inf.
+    ``scorer`` gets at most ``batch_size`` texts at a time, each distinct text once, and returns their natural
+    log-probabilities; -inf marks an impossible text. Raises ValueError if the weight is not finite, or if the scorer
+    returns NaN, +inf, or a different number of values than it got texts.
     """
     if not math.isfinite(weight) or batch_size < 1:
         raise ValueError(f"weight {weight} must be finite and batch_size {batch_size} positive")
@@ -49,7 +48,7 @@ def rescore(
 
 
 def remembering(scorer: Scorer) -> Scorer:
-    """The same scorer, which asks for each text once in its life."""
+    """A caching form of ``scorer``, which scores each text only once."""
     known: dict[str, float] = {}
 
     def scored(texts: Sequence[str]) -> list[float]:
@@ -63,8 +62,8 @@ def remembering(scorer: Scorer) -> Scorer:
 class Rescoring:
     """A decoder for a recogniser: the searches of ``first`` (which must give N-best lists), rescored by ``scorer``.
 
-    Transcripts have the text, the times and the confidences of the best, and the ``n_best`` best hypotheses, whose
-    scores are ``score + weight * log p(text)``. Each batch's texts are scored together. Raises ValueError as
+    Transcripts hold the text, times and confidences of the best hypothesis, and the ``n_best`` best hypotheses with
+    scores ``score + weight * log p(text)``. Each batch's texts are scored together. Raises ValueError as
     ``rescore`` does.
     """
 

@@ -27,10 +27,10 @@ class Saved:
 
     @classmethod
     def begin(cls, folder: str | os.PathLike, recognizer: Any) -> Saved:
-        """A folder to fill from a recogniser. Raises ValueError where it holds files already."""
+        """Creates a folder to fill from a recogniser. Raises ValueError if it already holds files."""
         path = Path(folder)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(f"--save-log-probs {folder} is there already and not an empty folder; name another")
+            raise ValueError(f"--save-log-probs {folder} already exists and is not an empty folder; name another")
         path.mkdir(parents=True, exist_ok=True)
         return cls(path, recognizer.vocabulary, recognizer.frame_seconds)
 
@@ -39,7 +39,7 @@ class Saved:
         self.places.append(place)
 
     def finish(self, paths: Sequence[str], references: Sequence[str]) -> None:
-        """Writes the index; without it the folder is not whole."""
+        """Writes the index, without which ``open`` refuses the folder."""
         self.utterances = [
             {"file": f"{p:06}.npy", "audio_filepath": paths[p], "text": references[p]} for p in sorted(self.places)
         ]
@@ -49,7 +49,7 @@ class Saved:
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> Saved:
-        """A folder that was filled. Raises ValueError, naming the file, where it is not whole."""
+        """Opens a filled folder. Raises ValueError, naming the file, if the index is broken."""
         path = Path(folder) / _INDEX
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
@@ -65,7 +65,7 @@ class Saved:
         return saved
 
     def log_probs(self, number: int) -> np.ndarray:
-        """Those of an utterance, (T', V) fp32."""
+        """The log-probs of utterance ``number``, (T', V) fp32."""
         path = self.folder / Path(self.utterances[number]["file"]).name
         try:
             found = np.load(path, allow_pickle=False)

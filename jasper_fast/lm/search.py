@@ -64,9 +64,9 @@ def beam_search(
 
     log_probs (N, T, V) of any float dtype, natural logarithms, the blank last; lengths (N,) in frames. ``score`` is
     log p_CTC(text) + sum over its symbols of (alpha * log10 p_LM + beta) + alpha * log10 p_LM(end): alpha is in the
-    scale of the Jasper paper, 2.3 where both probabilities weigh the same. Without ``lm`` alpha means nothing. With a
-    SpeltLM the sum is over words, and ``lm.unknown`` is added for each that it does not list. ``hot_words``: what is
-    added each time that a word is said, by word; natural logarithms, 5 makes it 148 times as likely.
+    scale of the Jasper paper, 2.3 where both probabilities weigh the same. Without ``lm`` alpha has no effect. With a
+    SpeltLM the sum is over words, and ``lm.unknown`` is added for each that it does not list. ``hot_words`` maps
+    a word to what is added each time it is said, a natural logarithm: 5 makes it 148 times as likely.
     ``backend``: "cpu" (C++, a thread an utterance), "triton" (on a GPU, to beam 128 and 32 classes, no words),
     "reference" (plain Python, the definition), or "auto": "triton" for log-probs on a GPU where it can search and is
     found to be right, else "cpu" where it is built; they are copied to the host for it. Raises ValueError for wrong

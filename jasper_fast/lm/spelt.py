@@ -22,7 +22,7 @@ _MOST = 20_000_000  # n-grams that are held
 
 
 class SpeltLM:
-    """A word n-gram (ARPA) for ``beam_search``; other words than the listed ones may be said.
+    """A word n-gram (ARPA) for ``beam_search``, which also allows words that it does not list.
 
     A word that is not in the lexicon (by default the words of the file) has the probability of <unk>, and ``unknown``,
     a natural logarithm, is added to the score; -inf closes the vocabulary. Raises LanguageModelError as ``word_lm``
@@ -59,12 +59,12 @@ class SpeltLM:
         self._made: tuple[object, Words] | None = None
 
     def words(self, alpha: float, beta: float, hot_words: Mapping[str, float] | None = None) -> Words:
-        """What ``kernels.prefix_beam`` takes: ``beta`` is added for each word, and for a hot word its boost."""
+        """The words for ``kernels.prefix_beam``. Each word adds ``beta``, and a hot word also its boost."""
         key = alpha, beta, tuple((hot_words or {}).items())
         if self._made is None or self._made[0] != key:
             hot = _hot(hot_words or {}, self.vocabulary)
             spellings = dict.fromkeys((e.symbols for e in self.entries), len(self._classes))
-            for e in reversed(self.entries):  # of several words with one spelling the first
+            for e in reversed(self.entries):  # if words share a spelling, the first wins
                 spellings[e.symbols] = self._classes.get(e.token, len(self._classes))
             for e in hot:
                 if e.symbols not in spellings and not self._has_unknown:
@@ -116,7 +116,7 @@ def _words(
     count = len(parents)
     word = np.full(count, -1, dtype=np.int32)
     word[node_of] = np.arange(len(spellings))
-    # ahead: the best word below by its own probability, and of a boost as much as is spelt already
+    # ahead: the best word below a node by its 1-gram probability, with the share of its boost that is spelt so far
     alone = alpha * ngram.arc_log10.numpy()[np.array(classes)].astype(np.float64) + np.array(extra)
     boosted = np.array([boosts.get(s, 0.0) for s in spellings])
     ahead = np.full(count + 1, alone[-1])

@@ -1,4 +1,4 @@
-"""A model's own symbols as an n-gram that the prefix search fuses in."""
+"""An n-gram of the acoustic model's own symbols, for the prefix search."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jasper_fast.kernels.prefix_beam.ngram import Ngram
 from jasper_fast.lm.arpa import SPACE, Arpa, LanguageModelError
 from jasper_fast.speech.text import Vocabulary
 
-MISSING = -100.0  # log10 p of what a model without <unk> does not know; KenLM's number
+MISSING = -100.0  # log10 p of an unlisted word in a model without <unk>, as in KenLM
 
 
 def tokens(vocabulary: Vocabulary) -> list[str]:
@@ -21,7 +21,7 @@ def tokens(vocabulary: Vocabulary) -> list[str]:
 
 
 def fits(arpa: Arpa, vocabulary: Vocabulary) -> bool:
-    """Whether a model is one of the vocabulary's symbols: all of its words are labels."""
+    """Whether the file is a model of symbols: all of its words are labels of the vocabulary."""
     return set(arpa.words()) <= set(tokens(vocabulary))
 
 
@@ -46,9 +46,9 @@ class SymbolLM:
 
 
 def automaton(arpa: Arpa, listed_tokens: Sequence[str]) -> Ngram:
-    """The n-gram over classes: one for each token, and a last one, the end. What <unk> has, each token has that the
-    file does not list. Raises LanguageModelError where the file is broken, or lacks <s> or </s>."""
-    # A context is a string of one character a word: the class, or one of two numbers after the classes.
+    """The n-gram over classes: one for each token, and the last for the end of the text. Each token that the file does
+    not list gets the n-grams of <unk>. Raises LanguageModelError if the file is broken, or lacks <s> or </s>."""
+    # A context is a string with one character per word: chr() of its class, of `begin` or of `unknown`.
     end = len(listed_tokens)
     begin, unknown = end + 1, end + 2
     number = {token: i for i, token in enumerate(listed_tokens)}
@@ -73,7 +73,7 @@ def automaton(arpa: Arpa, listed_tokens: Sequence[str]) -> Ngram:
     listed = {i for i, source in zip(last, sources, strict=True) if not source}
     for name in ("<s>", "</s>"):
         if number[name] not in listed:
-            raise LanguageModelError(f"{arpa.path}: no {name} among its 1-grams; make the model of whole lines")
+            raise LanguageModelError(f"{arpa.path}: no {name} among its 1-grams; train the model on whole lines")
 
     def longest(context: str) -> int:
         while context not in state_of:
@@ -85,7 +85,7 @@ def automaton(arpa: Arpa, listed_tokens: Sequence[str]) -> Ngram:
     arcs: dict[tuple[int, int], tuple[float, int]] = {(0, i): (MISSING, 0) for i in missing}
     for source, i, log10 in zip(sources, last, values, strict=True):
         if source not in state_of:
-            raise LanguageModelError(f"{arpa.path}: an n-gram whose beginning is not listed itself")
+            raise LanguageModelError(f"{arpa.path}: an n-gram whose prefix is not listed itself")
         following = 0 if i == end else longest((source + chr(i))[-(arpa.order - 1) or len(source) + 1 :])
         for symbol in missing if i == unknown else () if i == begin else (i,):
             arcs[state_of[source], symbol] = (log10, following)

@@ -12,7 +12,7 @@ _LONGEST = 64 << 20  # bytes of a line
 
 
 class TextFile:
-    """The words of a file's lines, empty lines left out; or their characters, the space as one of them.
+    """Yields the words of each line of a file, or its characters with the space as one of them; skips empty lines.
 
     Raises LanguageModelError, naming file and line, for what cannot be read as text.
     """
@@ -22,7 +22,7 @@ class TextFile:
         self._raw: IO[bytes] | None = None
 
     def position(self) -> int:
-        """How many bytes of the file are read."""
+        """How many bytes of the file have been read."""
         raw = getattr(self._raw, "fileobj", self._raw)  # of a gzipped file
         return raw.tell() if raw is not None else 0
 

@@ -1,7 +1,7 @@
 """Training n-grams: interpolated modified Kneser-Ney in bounded memory (csrc/cpu/ngram_train.cpp has the formulas).
 
-Our own code, because no library that comes as a wheel fits: KenLM's wheels lack `lmplz`, and what there is in Python
-stops at order 5 or has no modified Kneser-Ney, and takes minutes for a million words.
+This is our own code because no library with wheels fits. KenLM's wheels lack `lmplz`. Libraries in Python stop at
+order 5 or have no modified Kneser-Ney, and take minutes for a million words.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from jasper_fast.lm.arpa import SPECIAL, LanguageModelError
 from jasper_fast.lm.texts import TextFile, token
 
 MOST_WORDS = 6  # KenLM's wheels read no higher order
-_END, _FIRST = 2, 3  # the numbers of </s> and of the first word; before them <unk> and <s>
+_END, _FIRST = 2, 3  # ids of </s> and of the first word; 0 and 1 are <unk> and <s>
 _CHUNK = 1 << 20
 Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
 class Order:
-    """What became of the n-grams of one order."""
+    """Statistics of the n-grams of one order."""
 
     ngrams: int
     discounts: tuple[float, float, float]
-    fallback: bool  # counts too few for discounts of their own
+    fallback: bool  # too few counts to estimate discounts: fixed ones are used
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model that was trained: sentences and words of its text, its vocabulary, its orders."""
+    """What ``train`` made: the text's sentences and words, the size of the vocabulary, and each order."""
 
     sentences: int
     words: int
@@ -46,7 +46,7 @@ class Trained:
 
 
 class _Numbers(dict):
-    """Words by number, in the order in which they first come."""
+    """Maps each word to its id, in order of first appearance."""
 
     def __missing__(self, word: str) -> int:
         self[word] = number = len(self) + _FIRST
@@ -78,10 +78,10 @@ class _Trainer:
 
 
 def thresholds(order: int, prune: Sequence[int]) -> list[int]:
-    """One count an order; the last one given is for all higher ones. Raises ValueError where they do not serve."""
+    """One count per order; the last one given holds for all higher orders. Raises ValueError for unusable counts."""
     found = [*prune, *([prune[-1]] * (order - len(prune)))] if prune else [0] * order
     if len(found) > order or found[0] != 0 or found != sorted(found):
-        raise ValueError(f"--prune {' '.join(map(str, prune))}: one count an order, the first 0, none below the last")
+        raise ValueError(f"--prune {' '.join(map(str, prune))}: give a count per order, the first 0, never falling")
     return found
 
 
@@ -99,9 +99,9 @@ def train(
     """Trains an n-gram of words (or of ``characters``, the space as <space>) and writes it as an ARPA file.
 
     ``texts``: UTF-8, gzipped or not, a sentence a line; they are taken as they are, or in small letters.
-    ``prune``: for each order, how often an n-gram may at most be there to be left out. ``memory``: bytes for sorting;
-    more text needs more room on disk (beside ``out``), not more memory. Raises ValueError for an order or thresholds
-    that do not serve, LanguageModelError for a text that cannot be read or is empty, OSError where the disk is full.
+    ``prune``: for each order, n-grams that occur at most this often are left out. ``memory``: bytes for sorting; more
+    text needs more disk space (beside ``out``), not more memory. Raises ValueError for an unusable order or unusable
+    thresholds, LanguageModelError for a text that cannot be read or is empty, and OSError if the disk is full.
     """
     for path in texts:
         if not Path(path).is_file():
@@ -143,7 +143,7 @@ def _order(trainer: _Trainer, n: int) -> Order:
 
 
 def _feed(trainer: _Trainer, texts: Sequence[TextFile], progress: Progress) -> tuple[_Numbers, int, int]:
-    """Hands the texts over as numbers; gives the numbers, how many sentences there are and how many words."""
+    """Feeds the texts to the trainer as ids. Returns the ids of the words, and the counts of sentences and words."""
     numbers, chunk = _Numbers(), array("i")
     sentences = words = before = 0
     total = sum(size_of(text) for text in texts) or 1

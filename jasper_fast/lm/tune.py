@@ -18,7 +18,7 @@ from jasper_fast.speech.metrics import Errors, word_errors
 
 @dataclass(frozen=True)
 class Trial:
-    """Weights and the word errors that they gave; ``rescore`` is that of a second pass, 0 without one."""
+    """Weights and their word errors. ``rescore`` is the weight of a second pass, 0 without one."""
 
     alpha: float
     beta: float
@@ -35,8 +35,8 @@ def trials(
     processes: int | None = None,
     second: tuple[Scorer, Sequence[float]] | None = None,
 ) -> Iterator[Trial]:
-    """Decodes the utterances with each pair (alpha, beta) and counts word errors. With a ``second`` pass its lists are
-    rescored with each of the weights. Raises LanguageModelError and ValueError as the decoders do."""
+    """Decodes the utterances with each pair (alpha, beta) and counts word errors. A ``second`` pass (scorer, weights)
+    rescores their N-best lists with each weight. Raises LanguageModelError and ValueError as the decoders do."""
     for weights in grid:
         check_weights(beam, *weights, 1)
     arrays = [torch.from_numpy(saved.log_probs(i)) for i in range(len(saved.utterances))]
@@ -67,5 +67,5 @@ def greedy(saved: Saved) -> Errors:
 
 
 def best(found: Sequence[Trial]) -> Trial:
-    """That with the fewest errors; of equal ones the smallest weights."""
+    """The trial with the fewest errors; ties go to the smallest weights."""
     return min(found, key=lambda t: (t.errors.total, t.alpha, abs(t.beta), abs(t.rescore)))

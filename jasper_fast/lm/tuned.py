@@ -22,7 +22,7 @@ def is_settings(path: str | os.PathLike) -> bool:
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
-    """The settings, with paths that start where the file lies. Raises LanguageModelError naming what is wrong."""
+    """The settings, with paths resolved from the file's folder. Raises LanguageModelError naming what is wrong."""
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -39,7 +39,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def write(path: str | os.PathLike, settings: dict[str, Any]) -> None:
-    """Writes the settings, with paths from where the file lies."""
+    """Writes the settings, with paths relative to the file's folder."""
     folder = Path(path).resolve().parent
     relative = {name: os.path.relpath(Path(settings[name]).resolve(), folder) for name in _PATHS if settings.get(name)}
     Path(path).write_text(yaml.safe_dump(settings | relative, sort_keys=False), encoding="utf-8")

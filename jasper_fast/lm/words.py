@@ -1,6 +1,6 @@
 """Beam search with a word n-gram and a lexicon, by flashlight-text with KenLM (extra `lm`).
 
-No torch is imported here: processes that only search start by this module.
+Torch is not imported here, because processes that only search import this module first.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from jasper_fast.extras import need
 from jasper_fast.lm.arpa import SPECIAL, Arpa, LanguageModelError
 from jasper_fast.speech.text import Vocabulary
 
-_TOKENS = 40  # symbols that a frame may lengthen a hypothesis by, the likeliest first: the paper's decoder's number
-_NEVER = -1e30  # a log-probability that flashlight may add up
+_TOKENS = 40  # the likeliest symbols of a frame, which may extend a hypothesis; as in the paper's decoder
+_NEVER = -1e30  # stands for -inf: sums of it stay finite
 _KENLM = b"mmap lm http://kheafield.com/code"  # how a KenLM binary begins
 _LONGEST = 512  # symbols of a word
 
@@ -37,7 +37,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class WordLM:
-    """A word n-gram (ARPA or KenLM binary) with the words that may be said; picklable, nothing is loaded yet."""
+    """The path of a word n-gram (ARPA or KenLM binary) and the words that may be said. It can be pickled."""
 
     path: str
     entries: tuple[Entry, ...]
@@ -55,7 +55,7 @@ class Found:
 
 
 def has_wheels() -> bool:
-    """Whether flashlight-text is there, or can be had for this Python."""
+    """Whether flashlight-text is installed or has wheels for this Python."""
     return sys.version_info < (3, 13) or importlib.util.find_spec("flashlight") is not None
 
 
@@ -112,7 +112,7 @@ def _lexicon(path: str | os.PathLike) -> Iterable[tuple[str, list[str] | None]]:
 
 
 def entry(word: str, spelling: list[str] | None, vocabulary: Vocabulary) -> Entry | None:
-    """The word as the labels spell it, in small or capital letters where these only can; None where they cannot."""
+    """The word spelt with the labels, lower-cased or upper-cased if necessary; None if they cannot spell it."""
     text = unicodedata.normalize("NFC", word if spelling is None else "".join(spelling))
     for form in (text, text.lower(), text.upper()):
         if 0 < len(form) <= _LONGEST and " " not in form and set(form) <= vocabulary.characters:
@@ -121,7 +121,7 @@ def entry(word: str, spelling: list[str] | None, vocabulary: Vocabulary) -> Entr
 
 
 class WordSearch:
-    """flashlight's lexicon decoder over a WordLM: sums of paths, alpha in the scale of log10.
+    """flashlight's lexicon decoder over a WordLM. It sums the probabilities of paths; alpha multiplies log10 p.
 
     ``threshold``: hypotheses that lie further below the best are dropped. Raises LanguageModelError where KenLM cannot
     read the model, MissingExtra where the packages of the extra `lm` are not installed.
@@ -141,7 +141,7 @@ class WordSearch:
         self.n_best, self._beam, self._threshold = n_best, beam, threshold
         self.entries, self._blank = lm.entries, len(lm.labels)
         space = lm.labels.index(" ")
-        text_of = {entry.token: entry.text for entry in reversed(lm.entries)}  # of several spellings the first
+        text_of = {entry.token: entry.text for entry in reversed(lm.entries)}  # the first of several spellings
         for token in [*text_of, "<unk>"]:
             dictionary.add_entry(token)
         unknown = dictionary.get_index("<unk>")
@@ -184,7 +184,7 @@ class WordSearch:
         frames, classes = log_probs.shape
         emissions = np.full((frames + 1, classes), _NEVER, dtype=np.float32)
         np.maximum(log_probs, _NEVER, out=emissions[:frames])
-        emissions[frames, self._space] = 0.0  # the last word ends too
+        emissions[frames, self._space] = 0.0  # a space after the end, so that the last word ends too
         best: dict[str, Found] = {}
         for result in self._decoder.decode(emissions.ctypes.data, frames + 1, classes):
             words = [self._texts[w] for w in result.words if w >= 0]

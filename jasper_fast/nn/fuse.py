@@ -1,7 +1,7 @@
-"""Fused sub-blocks for a Jasper that somebody already has: NVIDIA's, NeMo's, or this project's eager twin.
+"""Fused sub-blocks for an existing Jasper model: NVIDIA's, NeMo's, or this project's eager twin.
 
 A block keeps its modules, parameters and buffers. Only its class is replaced, by a subclass whose forward runs the
-fused ops. Deepcopy and pickle follow the class, and unfuse gives the first one back.
+fused ops. Deepcopy and pickle keep that class, and unfuse restores the original one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jasper_fast.nn.shared import Shared, shared
 from jasper_fast.ops import sync
 from jasper_fast.ops.conv1d_op import autocast
 
-STATE = "_jasper_fast"  # what a fused module holds of ours; a block (backend, Packs)
+STATE = "_jasper_fast"  # attribute of a fused module with our state; of a block, (backend, Packs)
 ENCODER = "its blocks are fused, but in evaluation it cannot run as one: "  # how the reason of an encoder begins
 
 
@@ -33,7 +33,7 @@ class Report:
     """What `fuse` did, by module names.
 
     fused: blocks that run fused ops. whole: encoders that run on an `InferenceEngine` in evaluation. left: (name,
-    reason) of blocks, and of encoders of fused blocks, that run as they did.
+    reason) of blocks that are unchanged, and of encoders that run their fused blocks one by one.
     """
 
     fused: list[str] = field(default_factory=list)
@@ -91,12 +91,12 @@ def fuse_block(block: nn.Module, backend: str) -> None:
 
 
 def become(module: nn.Module, kind: type[Before]) -> None:
-    """Puts `kind` before the class of `module`."""
+    """Makes the class of `module` a subclass of both `kind` and its own class."""
     module.__class__ = _fused_class(kind, type(module))
 
 
 def give_back(model: nn.Module) -> None:
-    """Gives every module within `model` that `become` changed its own class back; does nothing to others."""
+    """Restores the own class of every module in `model` that `become` changed."""
     for module in model.modules():
         if isinstance(module, Before):
             module.__class__ = type(module).__bases__[1]
@@ -104,7 +104,7 @@ def give_back(model: nn.Module) -> None:
 
 
 class Before:
-    """Comes before the class of a module: copies and pickles are of the same two classes."""
+    """A mixin before the class of a module. Copies and pickles are made from the same two classes."""
 
     def __reduce_ex__(self, protocol):
         _, _, *state = super().__reduce_ex__(max(protocol, 2))
@@ -158,7 +158,7 @@ def _run(
     sources = [known.ready(x, steps[0], _clean) if known else _clean(x, steps[0]) for x in sources]
     out = _Computation(found, backend, packs, steps, known)(sources[-1], sources if found.panes else [])
     if steps[-1] is not None and not torch.compiler.is_compiling() and not out.is_inference():
-        out._jasper_fast_zero = (steps[-1], out._version)  # saves the next block a pass over it
+        out._jasper_fast_zero = (steps[-1], out._version)  # so that the next block need not mask it
     passed = lengths if found.keeps_lengths and not found.masked else steps[-1]
     return ([*xs, out] if found.dense else [out]), passed
 
@@ -187,7 +187,7 @@ def _known_zero(x: Tensor, lengths: Tensor) -> bool:
 
 
 class _Computation:
-    """One forward of a block, as `JasperBlock` computes it; panes of a block by itself are in the plain form."""
+    """One forward of a block, as `JasperBlock` computes it. If blocks share nothing, panes are in the plain form."""
 
     pane_sum, _batch_sum, _is_gram = JasperBlock.pane_sum, JasperBlock._batch_sum, JasperBlock._is_gram
 
@@ -246,7 +246,7 @@ class _Computation:
         return out if stats else (out, None)
 
     def _taps(self, i: int) -> dict[str, object]:
-        """Arguments of the separable conv `i`, beside the lengths before it."""
+        """Arguments of separable conv `i`, except the lengths of its input."""
         (s,), (p,), (d,) = self.subs[i].taps.stride, self.subs[i].taps.padding, self.subs[i].taps.dilation
         geometry = {"stride": s, "padding": p, "dilation": d}
         return geometry | {"out_lengths": self.steps[i + 1], "packed": partial(self.packs, i)}

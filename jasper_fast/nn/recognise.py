@@ -20,7 +20,7 @@ class Unfit(Exception):
 
 @dataclass(frozen=True)
 class SubBlock:
-    """A conv, its batch norm, and the dropout after them; `taps`: the depthwise conv before a pointwise one, if any."""
+    """A conv with its batch norm and dropout. If `conv` is pointwise, `taps` may be the depthwise conv before it."""
 
     conv: nn.Conv1d
     bn: nn.BatchNorm1d
@@ -39,10 +39,11 @@ class SubBlock:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a block consists of: the very modules, not copies.
+    """The modules that a block consists of, not copies of them.
 
-    `masked`: whether its convs zero the padding of their inputs. `dense`: whether its output is added to the list of
-    block outputs. `keeps_lengths`: whether lengths pass through a block without masks, as NeMo's do.
+    `panes`: the 1x1 residual convs with their batch norms. `masked`: whether its convs zero the padding of their
+    inputs. `dense`: whether its output is added to the list of block outputs. `keeps_lengths`: whether lengths pass
+    through a block without masks, as NeMo's do.
     """
 
     sub_blocks: list[SubBlock]

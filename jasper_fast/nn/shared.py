@@ -1,8 +1,9 @@
 """What the fused blocks of one encoder share within a forward pass: block outputs made ready once, and their Gram
 matrices.
 
-Every dense block reads all block outputs before it. Alone it would mask and cast each again, and take the statistics of
-its panes from their outputs; together, the Gram matrix of a block output serves all blocks that read it.
+Every dense block reads all block outputs before it. On its own, it would mask and cast each of them again, and compute
+the statistics of its panes (1x1 residual convs) from the outputs of the panes. When blocks share, one Gram matrix of a
+block output serves all blocks that read it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jasper_fast.ops import sync
 
 
 class Shared:
-    """Of `blocks` in the order of their calls; raises Unfit if one cannot be fused."""
+    """What `blocks`, in the order of their calls, share. Raises Unfit if one of them cannot be fused."""
 
     def __init__(self, blocks: list[nn.Module]):
         self.parts = {id(block): parts(block) for block in blocks}
@@ -29,16 +30,16 @@ class Shared:
         self._grams: dict[tuple, tuple[Tensor, ops.Gram]] = {}
 
     def ready(self, x: Tensor, lengths: Tensor | None, make: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
-        """`make(x, lengths)`, the same tensor whenever `x` and `lengths` are."""
+        """`make(x, lengths)`, computed once for the same `x` and `lengths`."""
         key = id(x), x._version, id(lengths)
         if key not in self._ready:
-            self._ready[key] = x, lengths, make(x, lengths)  # those with an id in the key must live
+            self._ready[key] = x, lengths, make(x, lengths)  # kept alive, so that their ids stay theirs
         return self._ready[key][2]
 
     def gram(self, found: Parts, pane: int, x: Tensor, reads: Callable[[Parts, int, Tensor], bool]) -> ops.Gram | None:
-        """The Gram matrix of `x` with the statistics of `pane` of the block `found`, where that `reads` it.
+        """The Gram matrix of `x` with the statistics of `pane` of block `found`; None unless that pane `reads` it.
 
-        The first block that asks has the statistics taken of all panes that will.
+        The first block that asks computes the statistics for all later blocks that will ask too.
         """
         if not reads(found, pane, x):
             return None
@@ -69,8 +70,8 @@ _shared: ContextVar[Shared | None] = ContextVar("jasper_fast_shared", default=No
 
 
 def shared() -> Shared | None:
-    """What the blocks share now; None outside of an encoder's forward, under torch.compile, and where hooks take saved
-    tensors, as activation checkpointing does, which must find the same computation in its second pass."""
+    """What the blocks share now. It is None outside an encoder's forward, under torch.compile, and under saved-tensor
+    hooks: activation checkpointing uses these, and must find the same computation in its second pass."""
     if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None
     return _shared.get()

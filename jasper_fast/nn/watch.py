@@ -1,4 +1,4 @@
-"""Whether modules are as they were: their settings, their parts, and the values of their tensors."""
+"""Detects changes in modules: in their settings, their submodules, and the values of their tensors."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 class Watch:
     """Remembers `modules` as they are now; `same()` tells whether they still are.
 
-    A tensor counts as changed if its version, its memory or its strides are other ones, or if the module has another
-    tensor in its place. The old memory is kept, so that no new tensor can lie at its address. Writes through `p.data`,
-    the kernels of `torch.optim`'s `fused=True`, collectives of `torch.distributed` and replays of CUDA graphs raise no
-    version, so they are not seen.
+    A tensor counts as changed if its `_version`, address or strides differ, or if another tensor has taken its place.
+    The old memory is kept, so that no new tensor can get its address. Some writes do not raise `_version` and go
+    unnoticed: those through `p.data`, by `torch.optim` with `fused=True`, by collectives of `torch.distributed`, and
+    by replays of CUDA graphs.
 
     Raises Unfit if a tensor was made in inference mode: such a tensor has no version.
     """
@@ -41,14 +41,14 @@ class Watch:
         self._places = _Entries(named)
         self._tensors = [tensor for tensor in self._places.then if tensor is not None]
         if any(tensor.is_inference() for tensor in self._tensors):
-            raise Unfit("weights made in inference mode, whose changes nobody can notice")
+            raise Unfit("weights made in inference mode, whose changes cannot be noticed")
         self._held = [tensor.detach() for tensor in self._tensors]  # aliases
         self._matrices = [tensor for tensor in self._tensors if tensor.dim() > 1]
         self._values = self._now()
         self._hooks = [vars(m)[name] for m in modules for name in _HOOKS]
 
     def _now(self) -> tuple[list, ...]:
-        """What changes with the values of the tensors."""
+        """Versions, addresses and strides, which change when a tensor does."""
         all_of_them = (list(map(found, self._tensors)) for found in (_VERSION, Tensor.data_ptr))
         return *all_of_them, list(map(Tensor.stride, self._matrices))
 
@@ -72,7 +72,7 @@ class Watch:
 
 
 class _Entries:
-    """Entries of dictionaries, and what they were; loops in C, because an engine looks at thousands in every call."""
+    """Dictionary entries and their remembered values. Loops run in C, because an engine checks thousands per call."""
 
     def __init__(self, places: list[tuple[dict, str]]):
         self._of, self._names = [of for of, _ in places], [name for _, name in places]

@@ -253,7 +253,7 @@ def panes(
     *,
     eps: float = 1e-3,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the panes of a block in training: returns (sum (N, C_out, T), means, unbiased variances (P, C_out)).
+    """Sum of a block's panes (1x1 convs) in training: (sum (N, C_out, T), means, unbiased variances (P, C_out)).
 
     `xs`: P block outputs (N, C_k, T) of one dtype, zero in the padding; `grams[k] = gram(xs[k])`, with the statistics
     of `weights[k]` or, where they were not taken before, without; `weights[k]`

@@ -32,7 +32,7 @@ LABELS = 32  # transcripts are padded to a multiple of this
 
 
 class Recorder(Protocol):
-    """What captures: `CudaRecorder`, or a stand-in for it without a GPU."""
+    """Captures a step: `CudaRecorder`, or a stand-in without a GPU."""
 
     def capture(self, step: Callable[[], StepResult], alone: bool) -> tuple[StepResult, Callable[[], None]]:
         """The step's result, and what runs the step again into its memory; nothing runs yet. `alone`: no other capture

@@ -1,4 +1,4 @@
-"""What every training run does between its steps, whatever it learns: figures, validation, checkpoints, its end."""
+"""What every training run does between its steps: it logs figures, validates, saves checkpoints, and ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jasper_fast.training.runs import Ranks, RunError, RunLog, StopRequest
 from jasper_fast.training.schedules import Schedule
 from jasper_fast.training.state import TrainingState
 
-RETURNS = 3  # to the same best weights
+RETURNS = 3  # how often a run may go back to the same best weights
 
 
 class Due(NamedTuple):
@@ -34,8 +34,8 @@ class Due(NamedTuple):
 class Loop:
     """The parts of a run, and what it does between its steps; every rank does the same.
 
-    A subclass says how many steps the epoch has, whether it validates, and how it judges; `best` names the field of
-    the state that holds the best figure so far, less being better.
+    A subclass defines `epoch_steps`, `validates` and `judge`. `best` names the field of the state that holds the best
+    figure so far; lower is better.
     """
 
     args: argparse.Namespace
@@ -50,10 +50,10 @@ class Loop:
     judged: int  # the step of the last validation, or of the start
     kept: int  # that of the last checkpoint
 
-    returned: tuple[int, int] = field(default=(-1, 0), init=False)  # the step of the best gone back to, how often
+    returned: tuple[int, int] = field(default=(-1, 0), init=False)  # step of the best weights, times gone back
 
     best: ClassVar[str]
-    best_text: ClassVar[str]  # a format of it
+    best_text: ClassVar[str]  # format string for it
 
     def epoch_steps(self) -> int:
         """The number of steps in the epoch under way."""
@@ -68,7 +68,7 @@ class Loop:
         raise NotImplementedError
 
     def due(self) -> Due:
-        """By the step among those of the run and of its epoch."""
+        """What is due after this step, by its place in the run and in the epoch."""
         args, state, last = self.args, self.state, self.state.step == self.schedule.total_steps
         over = state.position == self.epoch_steps()
         validation = state.step % args.val_every == 0 if args.val_every else over
@@ -76,7 +76,7 @@ class Loop:
         return Due(state.step % args.log_every == 0 or last, validation and self.validates, save, over)
 
     def set_learning_rate(self) -> float:
-        """That of the step to come, which the optimiser is given too."""
+        """Sets the optimiser's learning rate for the next step, and returns it."""
         args, total = self.args, self.schedule.total_steps
         elapsed = self.state.minutes / args.max_minutes if args.lr_by_clock else 0.0
         lr = self.schedule(max(self.state.step, int(elapsed * total)))
@@ -85,8 +85,8 @@ class Loop:
         return lr
 
     def tell_skipped(self) -> None:
-        """Reads the figures so far; names what made steps bad. Where that does not end, goes back to the best weights
-        if `--reload-best` says so, else raises RunError."""
+        """Reads the figures so far, and names the data that made steps bad. After too many bad steps in a row it goes
+        back to the best weights with `--reload-best`, else raises RunError."""
         try:
             bad = self.state.meter.read()
         except Diverged as error:
@@ -98,8 +98,8 @@ class Loop:
             self.log.write(self.state.step, "skipped", names=bad)
 
     def go_back(self, why: str) -> bool:
-        """Goes back to the weights of best.pt, but on in the data; false without `--reload-best` or such a file, and
-        where it has been done RETURNS times for the same one."""
+        """Loads the weights of best.pt, but goes on in the data. Returns False without `--reload-best` or best.pt, and
+        if it has gone back RETURNS times to the same best.pt."""
         best = self.folder.path / "best.pt"
         if self.args.reload_best is None or self.ranks.vote(not best.exists())[0]:
             return False
@@ -118,14 +118,14 @@ class Loop:
         return True
 
     def broken_off(self, results: Any) -> bool:
-        """Whether a signal broke off the validation, which then has no `results`; a resumed run makes up for it."""
+        """Whether a signal interrupted the validation, so that `results` is None. A resumed run then repeats it."""
         self.state.unjudged = results is None
         if results is None:
             self.console.print("validation was broken off by a signal")
         return results is None
 
     def keep_best(self, figure: float) -> None:
-        """Notes the figure of a validation, and saves the state as the best where it is."""
+        """Records the figure of a validation, and saves the state as the best if it is."""
         before = getattr(self.state, self.best)
         self.judged = self.state.step
         setattr(self.state, self.best, min(figure, before))
@@ -137,7 +137,7 @@ class Loop:
             self.go_back(f"{self.state.stale} validations in a row were no better")
 
     def save(self, *names: str | None) -> None:
-        """Writes a checkpoint under each of the names, None for its step."""
+        """Writes a checkpoint under each name; None names it after its step."""
         self.ranks.same_buffers(self.state.model)
         everything = self.state.state_dict() | self.about | {"rng": self.ranks.gather(rng_state())}
         for name in names if self.ranks.first else ():
@@ -147,7 +147,7 @@ class Loop:
 
     @contextlib.contextmanager
     def saved(self) -> Iterator[None]:
-        """Inside, what ends the run on all ranks with good weights, such as too many bad steps, saves them first."""
+        """A context that saves a checkpoint before a RunError leaves it, such as that of too many bad steps."""
         try:
             yield
         except RunError:

@@ -11,13 +11,13 @@ from jasper_fast.options import Option, option
 from jasper_fast.training.schedules import POLICIES, Schedule
 
 RESTARTED = "TORCHELASTIC_RESTART_COUNT"
-SEED = option("--seed", type=int, default=42, help="of weights, order, augmentation, dropout (42)")
+SEED = option("--seed", type=int, default=42, help="for weights, data order, augmentation and dropout (42)")
 AMP = option(
     "--amp", choices=("off", "fp16", "bf16"), default="off", help="mixed precision; fp16 scales the loss"
 )  # the keys of step.AMP_DTYPES
 OUTPUT = [
     option("--resume", action="store_true", help="continue from the newest whole checkpoint, if there is one"),
-    option("--log-every", type=int, default=25, metavar="STEPS", help="figures; a GPU is waited for then (25)"),
+    option("--log-every", type=int, default=25, metavar="STEPS", help="log figures, which waits for the GPU (25)"),
     option("--val-every", type=int, metavar="STEPS", help="validation (each epoch)"),
     option("--save-every", type=int, metavar="STEPS", help="checkpoint (each epoch)"),
     option("--keep", type=int, default=2, metavar="N", help="last checkpoints to keep (2)"),
@@ -26,7 +26,7 @@ COUNTS = ("epochs", "steps", "log_every", "val_every", "save_every", "keep")  # 
 
 
 def length(epochs: int = 100) -> list[Option]:
-    """The group of the run's length."""
+    """The options for the run's length."""
     return [
         option("--epochs", type=int, default=epochs, help=f"passes over the data ({epochs})"),
         option("--steps", type=int, help="updates of the weights; replaces --epochs"),
@@ -43,8 +43,8 @@ def optimisation(
     warmup_steps: int | None = None,
     clip_norm: float = 0.0,
 ) -> list[Option]:
-    """The group of the optimiser, the learning rate, the moving average and bad steps, with these defaults; a warm-up
-    that is given in steps is not asked for in epochs."""
+    """The options for optimiser, learning rate, moving average and bad steps, with these defaults. There is no
+    `--warmup-epochs` if ``warmup_steps`` is given."""
     warmup = [option("--warmup-steps", type=int, default=warmup_steps, help=f"linear warm-up ({warmup_steps})")]
     if warmup_steps is None:
         warmup = [
@@ -58,19 +58,19 @@ def optimisation(
         option("--weight-decay", type=float, default=weight_decay, help=f"of all parameters ({weight_decay:g})"),
         option("--clip-norm", type=float, default=clip_norm, help=f"bound on the gradient's norm ({bound})"),
         option("--lr", type=float, default=lr, help=f"peak learning rate ({lr:g})"),
-        option("--min-lr", type=float, default=1e-5, help="its floor (1e-5)"),
+        option("--min-lr", type=float, default=1e-5, help="lowest learning rate (1e-5)"),
         option("--lr-policy", choices=POLICIES, default=policy, help=f"after warm-up and hold ({policy})"),
-        option("--lr-gamma", type=float, default=0.981, help="exponential: factor of an epoch (0.981)"),
+        option("--lr-gamma", type=float, default=0.981, help="exponential: factor per epoch (0.981)"),
         option("--lr-power", type=float, default=2.0, help="polynomial: exponent (2)"),
         *warmup,
-        option("--hold-epochs", type=float, default=0.0, help="at the peak (0)"),
+        option("--hold-epochs", type=float, default=0.0, help="at the peak, after warm-up (0)"),
         option("--hold-steps", type=int, help="replaces --hold-epochs"),
         option("--lr-by-clock", action="store_true", help="reach the schedule's end with --max-minutes, if earlier"),
         option("--ema", type=float, default=0.0, metavar="DECAY", help="moving average of the weights (0: none)"),
         option("--ema-warmup", action="store_true", help="shorter average in the first steps, for short runs"),
         option("--max-bad-steps", type=int, default=20, help="NaN or infinite steps in a row that end the run (20)"),
         option("--reload-best", type=int, nargs="?", const=0, metavar="N",
-               help="go back to the best weights in place of that end, and after N validations without a better one"),
+               help="return to the best weights instead of ending so, and after N validations without improvement"),
     ]  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
 
 
 def make_learner(args: argparse.Namespace, model: Any, backend: str = "auto") -> tuple[Any, Any]:
-    """The optimiser of a model's parameters that learn, and the moving average (None without `--ema`)."""
+    """The optimiser of a model's trainable parameters, and the moving average (None without `--ema`)."""
     import torch
 
     from jasper_fast.training.ema import EMA

@@ -12,10 +12,10 @@ from jasper_fast.training.step import BufferGuard, Frontend, ctc_loss
 
 
 def accumulation_for(wanted: int, sampler: BatchSampler, utterances: int) -> tuple[int, str]:
-    """How many micro-batches of each process make a step of ``wanted`` utterances, and that in words.
+    """How many micro-batches per process make a step of ``wanted`` utterances, and a sentence that says so.
 
-    The nearest whole number, by ``batch_size``, else by how many ``utterances`` the micro-batches of the first epoch
-    hold on average. Raises RunError where a single one of each process holds far more.
+    It is the nearest whole number. The size of a micro-batch is ``batch_size``, or else the mean over the first epoch
+    of ``utterances``. Raises RunError if one micro-batch of each process already holds far more.
     """
     world = sampler.world_size
     mean = utterances / max(sampler.steps(0) * world, 1)
@@ -35,14 +35,14 @@ def accumulation_for(wanted: int, sampler: BatchSampler, utterances: int) -> tup
 
 
 def largest_batches(sampler: BatchSampler, seconds: list[float]) -> list[tuple[int, float]]:
-    """Utterances and seconds of the longest of the first epoch's batches that pad to most, and of the one with the
-    longest utterance, if that is another."""
+    """(utterances, seconds of the longest) of two batches of the first epoch: the largest with its padding, and the
+    one with the longest utterance. They may be the same."""
     shapes = [(len(batch), max(seconds[i] for i in batch)) for batch in sampler.batches(0)]
     return sorted({max(shapes, key=lambda s: s[0] * s[1]), max(shapes, key=lambda s: s[1])}, key=lambda s: -s[0] * s[1])
 
 
 def _fits(model: nn.Module, frontend: Frontend, n: int, samples: int, device: torch.device, amp_dtype) -> bool:
-    """Whether a forward and backward over so much noise fits the memory."""
+    """Whether forward and backward over ``n`` utterances of noise fit in memory."""
     core = getattr(model, "module", model)
     try:
         audio, lengths = 0.1 * torch.randn(n, samples, device=device), torch.full((n,), samples)

@@ -17,7 +17,7 @@ from jasper_fast.kernels.operands import Geometry
 
 
 def packs(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a pack of `weight` for `dtype` saves a copy: oneDNN turns fp32 weights in its own way."""
+    """Whether packing `weight` for `dtype` saves a copy. oneDNN reorders fp32 weights itself."""
     return weight.is_cuda or weight.dtype != dtype
 
 

@@ -1,8 +1,8 @@
-"""CTC loss (Graves et al., 2006) with all lengths on the device: the host reads nothing, so a graph can hold it.
+"""CTC loss (Graves et al., 2006) with all lengths on the device: the host reads nothing, so a CUDA graph can hold it.
 
-log_probs (N, T, V), targets (N, U), lengths and target_lengths (N,). Of U labels there are U + 1 blanks: b[u] before
-label l[u], and the last behind them all. With e the log-probability of the state's symbol in frame t, before the first
-frame b[0] = 0 and all others are -inf; then, forward,
+log_probs (N, T, V), targets (N, U), lengths and target_lengths (N,). U labels have U + 1 blanks around them: b[u]
+comes before label l[u], and b[U] after the last label. Before the first frame b[0] = 0 and all other states are -inf.
+With e the log-probability of a state's symbol in frame t and lse the logsumexp, each frame does, forward,
 
     b[u] = e + lse(b[u], l[u-1])     l[u] = e + lse(l[u], b[u], l[u-1] where the label differs from the one before)
     loss = -lse(b[U], l[U-1])

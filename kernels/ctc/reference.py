@@ -13,9 +13,9 @@ from torch import Tensor
 def forward(
     log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor, blank: int
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each utterance (N,), infinite where its target does not fit, and what `backward` wants.
+    """The loss of each utterance (N,), infinite where its target does not fit, and what `backward` needs.
 
-    That is the forward variable of every state, (N, T, 2, W) with W > U: of blanks, and of labels.
+    These are the forward variables of all blanks and all labels in every frame, (N, T, 2, W) with W > U.
     """
     n, t, _ = log_probs.shape
     labels, differs, _ = _states(targets, target_lengths)

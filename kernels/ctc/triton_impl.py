@@ -1,8 +1,8 @@
 """The CTC loss in Triton (NVIDIA sm_80 and later; numpy through Triton's interpreter), fp32: three launches in all.
 
-    alpha      a program an utterance: the forward variables of all frames, and the loss
-    posterior  a program an utterance: from the end; of every state its posterior
-    gradient   a program some frames and symbols: posteriors of equal labels added, as a product with 0 and 1
+    alpha      one program per utterance: the forward variables of all frames, and the loss
+    posterior  one program per utterance: from the last frame to the first, the posterior of every state
+    gradient   one program per tile of frames and symbols: adds the posteriors of equal labels, by a matrix of 0 and 1
 
 A frame follows from the one before, so the first two are bound by latency: the states lie in registers, their only
 neighbour comes by one exchange, and the next frame is loaded ahead. Sums are in fixed order: runs are equal bit by bit.
@@ -18,7 +18,7 @@ from torch import Tensor
 from jasper_fast.kernels import launch
 
 FRAMES, STATES, SYMBOLS = 16, 32, 32  # of a tile of the gradient
-EACH = 2  # states of a kind that a thread holds
+EACH = 2  # blanks that a thread holds, and labels
 NONE = tl.constexpr(float("-inf"))
 
 

@@ -20,8 +20,8 @@ from jasper_fast.kernels.layout import empty_ntc
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FEW_ROWS = 4096  # below, smaller tiles make enough programs for a GPU
-SHARES = 8  # of a batch, in the gradient of the weight
+FEW_ROWS = 4096  # for fewer rows, smaller tiles make enough programs for a GPU
+SHARES = 8  # parts of a batch that the weight gradient sums separately
 
 
 def pack_once(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,8 +3,8 @@
     y[n, t, c] = sum_k w[k, c] * x[n, (t*STRIDE + k*dilation - padding) / UP, c]    where that is a whole number
 
 FLIPPED takes the taps in reverse. Forward has UP = 1; the gradient of a conv at a stride has that stride as UP and
-STRIDE = 1. A program owns BLOCK_T frames of one utterance by BLOCK_C channels. It reads x once for each tap, from cache
-except once, and sums in fp32. Taps at which all its inputs lie outside of x are left out.
+STRIDE = 1. A program owns BLOCK_T frames of one utterance by BLOCK_C channels. It reads x once for each tap, after the
+first time from cache, and sums in fp32. Taps at which all its inputs lie outside of x are left out.
 """
 
 import triton
@@ -26,7 +26,7 @@ def depthwise_sum_kernel(
     HAS_OUT_LENGTHS: tl.constexpr, HAS_LENGTHS_OUT: tl.constexpr, HAS_MASK: tl.constexpr, VEC: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """HAS_MASK: mask by the lengths; else they only give lengths_out."""
+    """HAS_MASK: mask by the lengths. Otherwise they only serve to compute lengths_out."""
     # sizes and strides of activations are in units of VEC elements, which tells the compiler their alignment
     C = groups * VEC
     c_blocks = tl.cdiv(C, BLOCK_C)
@@ -48,7 +48,7 @@ def depthwise_sum_kernel(
     if HAS_OUT_LENGTHS:
         end = tl.minimum(tl.load(out_lengths_ptr + n).to(tl.int32), end)
 
-    rows = (limit - 1) * UP + 1  # of x, with UP - 1 zeros between two of them
+    rows = (limit - 1) * UP + 1  # rows of x, with UP - 1 zeros between any two
     origin = t0 * STRIDE - padding
     first = tl.maximum(-(origin + (BLOCK_T - 1) * STRIDE), 0)
     k_begin = (first + dilation - 1) // dilation

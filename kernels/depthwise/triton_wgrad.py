@@ -9,7 +9,7 @@ products. The fp32 partial results (shares, K, C) are added in a fixed order by 
 import triton
 import triton.language as tl
 
-TAPS = 4  # of a program
+TAPS = 4  # per program
 
 
 @triton.jit

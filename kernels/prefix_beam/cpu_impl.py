@@ -1,4 +1,4 @@
-"""The CPU face: C++ (csrc/cpu/prefix_beam.cpp), a thread an utterance; the definition's prefixes and numbers."""
+"""The CPU face: C++ (csrc/cpu/prefix_beam.cpp), one thread per utterance. Its results are the definition's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Words spelt by symbols, in flat arrays: a trie, and what each word weighs where it ends."""
+"""Words spelt by symbols, in flat arrays: a trie, and what each word adds to the score at its end."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Words(NamedTuple):
 
         alpha * log10 p(class of the word | words before it) + extra[word]
 
-    and the end of the text adds alpha * log10 p(end | words). So that the beam hears of it in time, a prefix that is
-    within a word at node m has ``ahead[m]`` of this already, and ``ahead[M]`` where no word begins as it does.
+    and the end of the text adds alpha * log10 p(end | words). To guide the beam early, a prefix within a word, at
+    node m, already counts ``ahead[m]`` of this; or ``ahead[M]``, if no word begins that way.
 
     child_begin (M + 1,) int64: the children of node m are child_begin[m] .. child_begin[m + 1] - 1, by symbol,
     ascending; child_symbol, child_next (M - 1,) int32; word (M,) int32, -1 where no word ends; ahead (M + 1,) fp64,

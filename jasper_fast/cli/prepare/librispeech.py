@@ -28,7 +28,7 @@ OPTIONS = {
         option("--source", metavar="URL_OR_FOLDER", help="a mirror, or a folder that holds SET.tar.gz (openslr.org)"),
         option("--speeds", nargs="+", type=float, default=[], metavar="S", help="copies at these speeds, as 0.9 1.1"),
         option("--wav", action="store_true", help="copies in WAV: twice the size of FLAC, read faster"),
-        option("--checksums", metavar="FILE", help="MD5 of archives that are not the published ones, as of md5sum"),
+        option("--checksums", metavar="FILE", help="md5sum output for archives that are not the published ones"),
         option("--keep-archives", action="store_true", help="keep downloads, in DIR/.prepare"),
         option("--jobs", type=common.positive(int), default=0, metavar="N", help="threads (one a core)"),
         option("-q", "--quiet", action="store_true", help="no progress bar"),

@@ -173,7 +173,7 @@ def _kaldi(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Ent
         seconds = (min(end, whole) if end > 0 else whole) - start  # an end of -1 is the end of the recording
         entry: Entry = {"audio_filepath": str(path), "duration": round(seconds, 6), "text": texts[name]}
         if not (seconds > 0 and start >= 0):
-            report(f"{source}: {name}: from {start} s to {end} s is not within its {whole} s")
+            report(f"{source}: {name}: {start} s to {end} s is outside the audio's {whole} s")
             continue
         yield entry | ({"offset": start} if start else {}) | ({"speaker": speakers[name]} if name in speakers else {})
 

@@ -7,16 +7,15 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-_SPLITS = (2000, 20000)  # of the words by frequency, where there are many
+_SPLITS = (2000, 20000)  # cutoffs of the adaptive softmax for large vocabularies
 
 
 @dataclass(frozen=True)
 class LMConfig:
     """``width`` D, ``heads``, ``layers``, ``inner`` width of the feed-forward part, ``dropout``; ``memory``: how many
-    earlier tokens a segment remembers; ``cutoffs``: of the adaptive softmax, words by frequency (none: plain softmax).
+    earlier tokens a segment remembers; ``cutoffs``: frequency ranks of the adaptive softmax (none: plain softmax).
 
-    ``joined``: a line may look at the lines before it; else each stands alone. Raises ValueError naming a setting that
-    cannot be.
+    ``joined``: whether a line may attend to the lines before it. Raises ValueError that names an invalid setting.
     """
 
     vocabulary: int
@@ -47,7 +46,7 @@ class LMConfig:
 
     @classmethod
     def of(cls, saved: Any) -> LMConfig:
-        """From what ``vars`` of one gave. Raises ValueError for anything else."""
+        """Makes a config from a dict that ``vars(config)`` gave. Raises ValueError for anything else."""
         known = {field.name: type(field.default) for field in dataclasses.fields(cls)} | {"vocabulary": int}
         if not isinstance(saved, dict) or set(saved) != set(known):
             raise ValueError("other settings than a language model has")
@@ -59,5 +58,5 @@ class LMConfig:
 
 
 def cutoffs(words: int) -> tuple[int, ...]:
-    """Where the softmax over so many words is cut; nowhere where they are few."""
+    """The cutoffs of the adaptive softmax over so many words; none if they are few."""
     return tuple(c for c in _SPLITS if 2 * c <= words)

@@ -1,4 +1,4 @@
-"""Where a neural language model lies: a checkpoint, or the folder of a training, of which the best one is taken."""
+"""Finds a neural language model: a checkpoint, or the best checkpoint in the folder of a training run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_neural(path: str | os.PathLike) -> bool:
 
 
 def checkpoint_of(path: str | os.PathLike) -> Path:
-    """The file itself, or of a folder best.pt, else the newest step_*.pt. Raises LanguageModelError for none."""
+    """The file itself; in a folder best.pt, else the newest step_*.pt. Raises LanguageModelError if there is none."""
     path = Path(path)
     if not path.is_dir():
         return path

@@ -1,4 +1,4 @@
-"""Transformer-XL (Dai et al., 2019), its norms before each part: relative positions, and a memory of earlier segments.
+"""Transformer-XL (Dai et al., 2019) in pre-norm form: relative positions, and a memory of earlier segments.
 
 N rows, L tokens of a segment, M remembered tokens, K = M + L, H heads, D width.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from jasper_fast.lm.neural.config import LMConfig
 
-BOUNDARY, UNKNOWN = 0, 1  # the token before and after each line, and that of what is not in the vocabulary
+BOUNDARY, UNKNOWN = 0, 1  # ids of the token before and after each line, and of the unknown word
 
 
 class Memory(NamedTuple):
@@ -26,8 +26,8 @@ class Memory(NamedTuple):
 
 
 def shifted(x: Tensor) -> Tensor:
-    """Scores by distance to scores by key: (N, H, L, K), ``x[..., c]`` at distance K - 1 - c from the query; query i
-    stands at K - L + i. Where a key comes after the query the result means nothing."""
+    """Turns scores by distance into scores by key, both (N, H, L, K). ``x[..., c]`` is for distance K - 1 - c from the
+    query, and query i is at position K - L + i. The result is arbitrary where the key comes after the query."""
     n, h, length, keys = x.shape
     return F.pad(x, (1, 0)).view(n, h, keys + 1, length)[:, :, 1:].reshape(n, h, length, keys)
 
@@ -97,8 +97,8 @@ class TransformerXL(nn.Module):
         self.apply(_init)
 
     def forward(self, tokens: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
-        """tokens (N, L) int64, each row going on from ``memory``; gives (N, L, D) and the memory for what follows, of
-        at most ``config.memory`` tokens and without a gradient."""
+        """tokens (N, L) int64; each row continues from ``memory``. Returns hidden states (N, L, D) and the memory for
+        the next segment, of at most ``config.memory`` tokens and without gradient."""
         lines = (tokens == BOUNDARY).cumsum(1) * (not self.config.joined)
         if memory is None:
             nothing = self.embedding.weight.new_zeros(len(self.layers), len(tokens), 0, self.config.width)
@@ -135,7 +135,7 @@ class TransformerXL(nn.Module):
 
 
 def _sinusoids(count: int, width: int, like: Tensor) -> Tensor:
-    """Of distances count - 1 down to 0, (count, width)."""
+    """Sinusoids of the distances count - 1 down to 0, (count, width)."""
     place = torch.arange(count - 1, -1, -1, device=like.device, dtype=torch.float32)
     rate = torch.exp(torch.arange(0, width, 2, device=like.device) * (-math.log(10000.0) / width))
     angles = place[:, None] * rate

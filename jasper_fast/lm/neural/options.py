@@ -12,10 +12,10 @@ OPTIONS = {
     "": [
         option("texts", nargs="+", metavar="TEXT", help="UTF-8 text, gzipped or not, a sentence a line"),
         option("--out", required=True, metavar="DIR", help="for checkpoints and logs; later commands take it as MODEL"),
-        option("--val", metavar="TEXT", help="its perplexity says which checkpoint is the best; none without"),
-        option("--characters", action="store_true", help="of characters in place of words"),
-        option("--lower-case", action="store_true", help="texts in small letters, also those that it scores later"),
-        option("--join-lines", action="store_true", help="a line may look at those before it; else it stands alone"),
+        option("--val", metavar="TEXT", help="validation text; best.pt is the checkpoint that predicts it best"),
+        option("--characters", action="store_true", help="model characters, not words"),
+        option("--lower-case", action="store_true", help="lower-case texts, also those that it scores later"),
+        option("--join-lines", action="store_true", help="let a line attend to the lines before it"),
         option("--vocabulary", type=int, default=200_000, metavar="N", help="most frequent words to keep (200000)"),
     ],
     "model": [
@@ -24,8 +24,8 @@ OPTIONS = {
         option("--heads", type=int, default=4, help="of attention (4)"),
         option("--inner", type=int, help="width of the feed-forward parts (4 times --width)"),
         option("--dropout", type=float, default=0.1, help="(0.1)"),
-        option("--memory", type=int, default=128, metavar="TOKENS", help="that a segment remembers (128)"),
-        option("--plain-softmax", action="store_true", help="of many words too, in place of the adaptive one"),
+        option("--memory", type=int, default=128, metavar="TOKENS", help="earlier tokens that a segment sees (128)"),
+        option("--plain-softmax", action="store_true", help="not the adaptive one, even for many words"),
     ],
     "length of the run; the first limit reached ends it": shared.length(epochs=10),
     "batches": [

@@ -20,7 +20,7 @@ from jasper_fast.lm.perplexity import Perplexity
 from jasper_fast.nn import checkpoint
 
 _TOKENS = 1 << 14  # of a batch
-_LOGITS = 1 << 26  # numbers that the softmax makes at a time
+_LOGITS = 1 << 26  # logits that are computed at a time
 
 
 class NeuralLM:
@@ -41,8 +41,8 @@ class NeuralLM:
 
     @torch.inference_mode()
     def log_probs(self, rows: Sequence[Sequence[int]], stopped: Callable[[], bool] = lambda: False) -> list[Tensor]:
-        """log p of each token but the first of each row of tokens (two at least), on the host; once ``stopped`` says
-        so, of none."""
+        """log p of every token but the first of each row, on the CPU; a row has at least two tokens. Returns an empty
+        list once ``stopped()`` is true."""
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         found: list[Any] = [None] * len(rows)
         mode, first = self.model.training, 0
@@ -61,7 +61,7 @@ class NeuralLM:
         return [] if stopped() else found
 
     def _batch(self, rows: Sequence[Sequence[int]], stopped: Callable[[], bool]) -> list[Tensor]:
-        """The longest row first; a row that has ended leaves the batch."""
+        """log p for a batch of rows, the longest first. A row that has ended leaves the batch."""
         device, memory = self.model.embedding.weight.device, None
         parts: list[list[Tensor]] = [[] for _ in rows]
         for first in range(0, len(rows[0]) - 1, self.segment):
@@ -81,13 +81,13 @@ class NeuralLM:
         return [torch.cat(part) for part in parts]
 
     def _softmax(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """In pieces that fit the memory."""
+        """log p of the targets, in pieces that fit the memory."""
         size = max(1, _LOGITS // self.model.config.vocabulary)
         pairs = zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size), strict=True)
         return torch.cat([self.model.log_probs(h[None], t[None])[0] for h, t in pairs]).view_as(targets)
 
     def rows(self, lines: Iterator[Sequence[str]]) -> list[array]:
-        """The rows of a text's lines: one each, or where the model joins lines all in one."""
+        """The token rows of a text: one for each line, or a single one if the model joins lines."""
         made = [array("i", [BOUNDARY, *self.tokens.encode(pieces), BOUNDARY]) for pieces in lines]
         if not self.model.config.joined or not made:
             return made

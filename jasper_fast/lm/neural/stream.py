@@ -22,10 +22,10 @@ _CHUNK = 1 << 20
 
 
 class Stream:
-    """Tokens (int32, on the disk), the boundary before each line; an epoch reads them in ``rows`` side by side.
+    """Tokens (int32, on disk) with a boundary before each line. An epoch reads them in ``rows`` side by side.
 
-    Each row reads a stretch of its own, ``length`` tokens a step. Where the stretches begin is drawn for each epoch, so
-    that the rows of a step are others each time.
+    Each row reads its own part of the text, ``length`` tokens per step. The starts of the parts are drawn anew for each
+    epoch, so that the steps of two epochs differ.
     """
 
     def __init__(self, tokens: np.ndarray, rows: int, length: int, seed: int, print_of_data: str = "") -> None:
@@ -33,7 +33,7 @@ class Stream:
 
     @property
     def steps(self) -> int:
-        """Of an epoch; 0 where there are too few tokens."""
+        """Steps in an epoch; 0 if there are too few tokens."""
         return len(self.tokens) // (self.rows * self.length)
 
     def _starts(self, epoch: int) -> np.ndarray:
@@ -56,7 +56,7 @@ def write(texts: Iterable[TextFile], tokens: Tokens, folder: Path, progress: Pro
     """Writes the tokens of texts to a file without a name in ``folder``; gives them, mapped into memory, and a
     fingerprint. Raises LanguageModelError for a text that cannot be read, OSError where the disk is full."""
     chunk, checksum, count, before = array("i"), 0, 0, 0
-    with tempfile.TemporaryFile(dir=folder) as file:  # it goes with the last process that has it, however that ends
+    with tempfile.TemporaryFile(dir=folder) as file:  # deleted when the last process that has it open ends
 
         def hand_over() -> None:
             nonlocal checksum, count
@@ -78,7 +78,7 @@ def write(texts: Iterable[TextFile], tokens: Tokens, folder: Path, progress: Pro
 
 
 class Held(nn.Module):
-    """The memory of the rows of a training between its steps, as buffers that a checkpoint holds."""
+    """The Transformer-XL memory of each row between training steps, as buffers, so that checkpoints hold it."""
 
     def __init__(self, config: LMConfig, rows: int) -> None:
         super().__init__()

@@ -19,9 +19,9 @@ Progress = Callable[[int], None]
 
 
 class Tokens:
-    """Words or characters by number, the most frequent first, after the boundary and the unknown one.
+    """Ids of words or characters: the boundary, the unknown word, then all others, the most frequent first.
 
-    ``lower_case``: texts are taken in small letters. Raises ValueError for names that are none.
+    ``lower_case``: texts are lower-cased. Raises ValueError for an invalid list of names.
     """
 
     def __init__(self, names: Sequence[str], characters: bool, lower_case: bool) -> None:
@@ -37,7 +37,7 @@ class Tokens:
 
     @classmethod
     def count(cls, texts: Iterable[TextFile], most: int, progress: Progress = lambda done: None) -> Tokens:
-        """The ``most`` frequent ones of texts; of more than five million different words rare ones may be lost.
+        """Keeps the ``most`` frequent words of texts. With over five million distinct words, rare ones may be lost.
 
         Raises LanguageModelError for a text that cannot be read or has no words.
         """

@@ -75,7 +75,7 @@ class LMRun(Loop):
         return bool(self.val)
 
     def tell_step(self, lr: float, epoch: int, epochs: float) -> str:
-        """Writes the interval's figures; gives the bar's text."""
+        """Logs the figures since the last call; returns the progress bar's text."""
         state, found = self.state, self.state.meter.figures()
         found["tokens_per_s"] = found.pop("utterances_per_s") * self.text.length
         found |= {"perplexity": _perplexity(found["loss"]), "lr": lr, "epoch": epochs, "minutes": state.minutes}
@@ -113,7 +113,8 @@ def train_step(
     amp_dtype: torch.dtype | None = None,
     clip_norm: float = 0.0,
 ) -> StepResult:
-    """One update by tokens (N, L + 1) that go on from ``held``; a bad step changes neither weights nor memory."""
+    """One update on tokens (N, L + 1) that continue from ``held``. A step with a NaN or infinite gradient changes
+    neither weights nor memory."""
     guard.remember()
     state.optimizer.zero_grad(set_to_none=True)
     with torch.autocast(tokens.device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):
@@ -146,7 +147,7 @@ def make_config(args: argparse.Namespace, tokens: Tokens) -> LMConfig:
 def read_texts(
     args: argparse.Namespace, folder: Path, saved: dict[str, Any] | None, console: Any, stop: StopRequest
 ) -> tuple[Tokens, Stream]:
-    """The vocabulary (that of a run which goes on is its own) and the stream of the texts."""
+    """The vocabulary (a resumed run keeps its own) and the stream of the texts."""
     texts = _texts(args)
     total = sum(Path(text.path).stat().st_size for text in texts)
     with training_bar(console, 0, total) as show:
@@ -173,8 +174,8 @@ def read_texts(
 
 
 def resume(args: argparse.Namespace, state: LMState, path: Path, saved: dict[str, Any], text: Stream) -> tuple:
-    """Loads a checkpoint into ``state``; gives the random generators' state, and what has changed in words. Raises
-    RunError where it does not fit."""
+    """Loads a checkpoint into ``state``. Returns the state of the random generators, and notes on changed options.
+    Raises RunError if the checkpoint does not fit."""
     then, instead = saved["arguments"], "or start anew: another --out"
     for name in _FIXED:
         if then.get(name) != getattr(args, name):
@@ -198,7 +199,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[LMRun, Any]:
-    """The run where it stands, and its random generators' state if it goes on."""
+    """The run, new or resumed, and the state of the random generators if it is resumed."""
     ranks = Ranks.start(args.device)
     if ranks.world > 1:
         raise RunError("a language model is trained in one process; start it without torchrun")
