@@ -18,7 +18,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "too many arrivals fill a panel": (WGMMA, "barriers + i * 16, kPanelThreads)", "barriers + i * 16, 128)"),
     "mbarriers are not shown to the copies": (WGMMA, "    ptx::fence_mbarrier_init();\n", ""),
     # waits
-    "weights are not waited for": (WGMMA, "    weights.wait_full();\n", ""),
+    "weights are not waited for": (WGMMA, "    weights.wait_full();\n    const int shift", "    const int shift"),
     "the first panel is not waited for": (WGMMA, "  panels.wait_full();\n  ptx::wgmma_hold", "  ptx::wgmma_hold"),
     "the next panel is not waited for": (WGMMA, "if (i + 1 < tile.count) panels.wait_full();", ""),
     "products are not waited for": (WGMMA, "    ptx::wgmma_wait<1>();  // the step before has read its operands\n", ""),

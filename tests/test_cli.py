@@ -100,7 +100,7 @@ def test_transcribe_in_low_precision(model, files, dtype, monkeypatch, capsys):
     """The engine computes in low precision, and the transcripts are nearly the same."""
     used = []
     make = recognizer.InferenceEngine
-    monkeypatch.setattr(recognizer, "InferenceEngine", lambda m, dtype: used.append(dtype) or make(m, dtype=dtype))
+    monkeypatch.setattr(recognizer, "InferenceEngine", lambda m, **how: used.append(how["dtype"]) or make(m, **how))
     heard = []
     for options in ((), ("--dtype", dtype)):
         assert run("transcribe", *files, "--checkpoint", model, *options) == 0

@@ -275,7 +275,7 @@ def test_the_command_checks_the_cpu_and_the_interpreted_kernels_and_keeps_the_ve
     report = json.loads(done.stdout)
     assert report["finished"]
     assert {(v["op"], v["face"], v["dtype"]) for v in report["verdicts"]} == {("panes", "aten", "float32")} | {
-        (op, *face) for op in verdict.OPS[:3] for face in (("cpu", "float32"), ("triton", "bfloat16"))
+        (op, *face) for op in (*verdict.OPS[:3], "depthwise") for face in (("cpu", "float32"), ("triton", "bfloat16"))
     } | {("panes", "cpu", "float32"), ("novograd", "cpu", "float32")}
     assert all(v["status"] == GOOD and v["quick"] for v in report["verdicts"])
     (file,) = (tmp_path / "verdicts").glob("*.json")
@@ -291,7 +291,7 @@ def test_the_command_checks_the_dtypes_that_it_is_told(tmp_path):
     report = json.loads(done.stdout)
     assert {(v["op"], v["face"], v["dtype"]) for v in report["verdicts"]} == {
         (op, face, dtype)
-        for op, face in (("panes", "aten"), *((op, "cpu") for op in verdict.OPS[:3]))
+        for op, face in (("panes", "aten"), *((op, "cpu") for op in (*verdict.OPS[:3], "depthwise")))
         for dtype in ("float16", "bfloat16")
     }
 

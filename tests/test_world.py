@@ -155,4 +155,4 @@ def test_buffers_are_left_alone_by_either_name(name, monkeypatch):
     Parallel.__signature__ = inspect.Signature([mine])
     monkeypatch.setattr(train, "DistributedDataParallel", Parallel)
     train.distributed(torch.nn.Linear(1, 1), Ranks(0, 2, torch.device("cpu")))
-    assert given == {name: False}
+    assert given == {name: False, "gradient_as_bucket_view": True}

@@ -32,7 +32,7 @@ TAPS = (
 META = torch.device("meta")
 EXACT = " ieee"  # suffix of the names of kernels with exact fp32 products
 PARTS = {"HAS_STATS": " stats", "HAS_NORM": " bn", "HAS_PANES": " panes", "HAS_SPLITS": " split"}
-PARTS |= {"IS_POINTWISE": " pointwise", "IS_DIRECT": " direct"}
+PARTS |= {"IS_DIRECT": " direct"}
 
 Recorded = Iterator[tuple[str, str, aot.Source]]  # (kernel, layer, source)
 

@@ -245,7 +245,7 @@ def wgrad(
         x, x_desc if both else None, dy, dy_desc, to, lengths,
         n, t, t_out, c_in // vec_in, c_out // vec_out, k, padding, dilation, share,
         STRIDE=stride, HAS_LENGTHS=lengths is not None, HAS_DESCRIPTORS=both,
-        IS_CLEAN=is_clean, IS_DIRECT=direct, IS_POINTWISE=False, VEC_IN=vec_in, VEC_OUT=vec_out,
+        IS_CLEAN=is_clean, IS_DIRECT=direct, VEC_IN=vec_in, VEC_OUT=vec_out,
         **_arithmetic(x), TAPS=taps,
         BLOCK_T=tile.t, BLOCK_I=tile.n, BLOCK_O=tile.k, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

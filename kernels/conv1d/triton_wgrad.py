@@ -91,17 +91,13 @@ def two_taps(
 
 
 @triton.jit
-def put(
-    to_ptr, acc, i0, o0, tap, part, taps, C_in, C_out, IS_DIRECT: tl.constexpr, IS_POINTWISE: tl.constexpr
-):  # fmt: skip
+def put(to_ptr, acc, i0, o0, tap, part, taps, C_in, C_out, IS_DIRECT: tl.constexpr):
     """A tap's sums [BLOCK_I, BLOCK_O] to dw, or to the partial results of a share."""
     rows, columns = tl.arange(0, acc.shape[0])[:, None], tl.arange(0, acc.shape[1])[None, :]
     mask = (i0 + rows < C_in) & (o0 + columns < C_out)
     if IS_DIRECT:  # where the tile begins is 64 bits wide, places inside it are 32
         at = to_ptr + (o0.to(tl.int64) * C_in + i0) * taps + tap
-        offs = columns * C_in + rows
-        if not IS_POINTWISE:
-            offs *= taps
+        offs = (columns * C_in + rows) * taps
     else:
         at = to_ptr + ((part * taps + tap) * C_in + i0) * C_out + o0
         offs = rows * C_out + columns
@@ -118,7 +114,7 @@ def conv1d_wgrad_kernel(
     x_ptr, x_desc, dy_ptr, dy_desc, to_ptr, lengths_ptr,
     batch, frames, frames_out, groups_in, groups_out, taps, padding, dilation, share,
     STRIDE: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DESCRIPTORS: tl.constexpr, IS_CLEAN: tl.constexpr,
-    IS_DIRECT: tl.constexpr, IS_POINTWISE: tl.constexpr, VEC_IN: tl.constexpr, VEC_OUT: tl.constexpr,
+    IS_DIRECT: tl.constexpr, VEC_IN: tl.constexpr, VEC_OUT: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     TAPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
@@ -126,9 +122,7 @@ def conv1d_wgrad_kernel(
     C_out = groups_out * VEC_OUT
     o_blocks, i_blocks, groups = tl.cdiv(C_out, BLOCK_O), tl.cdiv(C_in, BLOCK_I), tl.cdiv(taps, TAPS)
     pid = tl.program_id(0)
-    if (
-        IS_DIRECT
-    ):  # taps innermost, so that the sectors of dw, which hold several taps, are filled in L2 at about one time
+    if IS_DIRECT:  # taps innermost: a sector of dw holds several taps, which then meet in L2
         tap = pid % groups * TAPS
         pid = pid // groups
     o0 = (pid % o_blocks) * BLOCK_O
@@ -148,7 +142,7 @@ def conv1d_wgrad_kernel(
                 x_desc, dy_desc, lengths_ptr, first, last, i0, o0, shift, frames, frames_out, dilation,
                 HAS_LENGTHS, UPCAST, PRECISION, BLOCK_T, BLOCK_I, BLOCK_O,
             )  # fmt: skip
-            put(to_ptr, next_acc, i0, o0, tap + 1, part, taps, C_in, C_out, IS_DIRECT, IS_POINTWISE)
+            put(to_ptr, next_acc, i0, o0, tap + 1, part, taps, C_in, C_out, IS_DIRECT)
         else:
             acc = one_tap(
                 x_ptr, x_desc, dy_ptr, dy_desc, lengths_ptr, first, last, i0, o0, shift, frames, frames_out, C_in,
@@ -160,7 +154,7 @@ def conv1d_wgrad_kernel(
             x_ptr, x_desc, dy_ptr, dy_desc, lengths_ptr, first, last, i0, o0, shift, frames, frames_out, C_in, C_out,
             padding, STRIDE, HAS_LENGTHS, HAS_DESCRIPTORS, IS_CLEAN, UPCAST, PRECISION, BLOCK_T, BLOCK_I, BLOCK_O,
         )  # fmt: skip
-    put(to_ptr, acc, i0, o0, tap, part, taps, C_in, C_out, IS_DIRECT, IS_POINTWISE)
+    put(to_ptr, acc, i0, o0, tap, part, taps, C_in, C_out, IS_DIRECT)
 
 
 @triton.jit(do_not_specialize=["shares", "taps", "c_in", "c_out"])
