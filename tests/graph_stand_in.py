@@ -86,7 +86,7 @@ def one_step(optimizer: str, panes: str, amp: torch.dtype | None) -> dict:
 
 
 def wrong_ones() -> dict[str, tuple[str, list[str]]]:
-    """What must be found, and what was."""
+    """For each planted fault: the message that must be found, and the messages that were."""
     with FakeTensorMode():
         x, count = torch.randn(3, device=f"{NAME}:0"), torch.zeros(()) + 2
         cases = {

@@ -65,7 +65,7 @@ def test_evaluation_is_one_engine_that_notices_new_weights(which: str, masks: bo
     plain, fused = build(which, masks).eval(), build(which, masks).eval()
     report = fuse(fused)
     assert len(report.whole) == 1
-    monkeypatch.setattr(ops, "separable_conv", None)  # blocks one by one would call it
+    monkeypatch.setattr(ops, "separable_conv", None)  # would fail if the blocks ran one by one
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(call(fused, features()), call(plain, features()), rtol=1e-4, atol=1e-5)

@@ -53,7 +53,7 @@ def tolerance(dtype: torch.dtype, cfg=None) -> correct.Tolerance:
     """
     along = ALONG[dtype] * (8 if cfg is not None and any(b.separable for b in cfg.encoder.blocks) else 1)
     fp32, eps = dtype is torch.float32, torch.finfo(dtype).eps
-    one = eps / torch.finfo(torch.float32).eps  # a rounding of `dtype` in units of fp32's: gradients are fp32
+    one = eps / torch.finfo(torch.float32).eps  # eps of `dtype` relative to fp32's, because gradients are fp32
     usual = correct.Tolerance(
         2.0,
         0.03 / eps if fp32 else 8 * one,

@@ -88,7 +88,7 @@ def joined(args: argparse.Namespace) -> Iterator[Team]:
     )
     try:
         yield Team(rank, world, wanted)
-        dist.barrier()  # the first process, which keeps the store of the group, ends with the others
+        dist.barrier()  # the first process holds the group's store and must not end before the others
     finally:
         dist.destroy_process_group()
 

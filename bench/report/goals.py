@@ -26,7 +26,7 @@ class Goal:
         return row["bench"] == self.bench and all(row["key"].get(k) == v for k, v in self.key.items())
 
     def judge(self, rows: list[dict]) -> Iterable[dict]:
-        """The goal with each row that it is about."""
+        """The verdict on each row that the goal applies to."""
         for row in rows:
             if row["contender"] == "eager" and self.matches(row):
                 memory = row.get("memory", {})

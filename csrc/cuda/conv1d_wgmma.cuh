@@ -107,7 +107,7 @@ __device__ __forceinline__ void multiply(const Args& a, const Tile& tile, const 
   static_for<FRAMES / 2>([&](auto i) { sums[i] = 0.f; });
   if (tile.count == 0) return;
   Step step(a, tile, 0);
-  uint32_t used_weights = 0, used_panel = 0;  // what the products before these have read: 0 is no mbarrier
+  uint32_t used_weights = 0, used_panel = 0;  // mbarriers of the buffers that the products under way read; 0: none
   const bool speaks = threadIdx.x % 32 == 0;
   panels.wait_full();
   ptx::wgmma_hold(sums);

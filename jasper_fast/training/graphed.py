@@ -77,19 +77,19 @@ class GraphedStep:
         result = step(batches)
 
     Arguments and results are those of `train_step`. Audio is padded with silence to a multiple of `bucket` frames of
-    features (what another frontend takes, not at all). The first step of a shape (utterances, frames and labels of each
-    micro-batch) is a plain one over the same padded batch; of graphs the `limit` used last are kept. Learning rates are
-    read from the optimiser's groups. Steps are bit-equal to plain ones over the padded batches, where those repeat, but
-    that PyTorch's optimisers read their rate in fp32. Gradients are not kept.
+    features; the input of another frontend is not padded. The first step of a shape (utterances, frames and labels of
+    each micro-batch) is a plain one over the same padded batch. The `limit` most recently used graphs are kept.
+    Learning rates are read from the optimiser's groups. Where plain steps repeat bit by bit, graphed steps equal them,
+    except that PyTorch's optimisers then read their rate in fp32. Gradients are not kept.
 
-    Call `forget()` after a `load_state_dict` of model, optimiser, scaler or average, or when one of their tensors is
-    replaced otherwise; what else of them is changed outside the step (modes, requires_grad, betas of PyTorch's
-    optimisers) graphs do not see before it.
+    Call `forget()` after a `load_state_dict` of the model, optimiser, scaler or average, and whenever one of their
+    tensors is replaced. Other changes outside the step (modes, requires_grad, betas of PyTorch's optimisers) have no
+    effect on existing graphs without it.
 
-    Where a step cannot be captured, all are plain ones, and `say` is told why, once: on a CPU, in several processes,
-    with an optimiser that decides on the host (other than NovoGrad and PyTorch's fused Adam and AdamW), without the CTC
-    loss in Triton, or where the capture fails. Memory: graphs keep what the largest step needs, beside what plain
-    steps and validation take. `recorder` stands in for CUDA graphs in tests.
+    If a step cannot be captured, all steps are plain ones, and `say` gets the reason once. That is so on a CPU, in
+    several processes, with an optimiser that decides on the host (all but NovoGrad and PyTorch's fused Adam and AdamW),
+    without the CTC loss in Triton, and after a capture has failed. Graphs need the memory of the largest step, beside
+    that of plain steps and validation. `recorder` stands in for CUDA graphs in tests.
     """
 
     model: nn.Module
@@ -223,7 +223,7 @@ class GraphedStep:
                 self.scaler._per_optimizer_states.clear()  # the step was broken off
             raise
         finally:
-            self.optimizer.zero_grad(set_to_none=True)  # so that the next graph can have their memory
+            self.optimizer.zero_grad(set_to_none=True)  # frees the gradients' memory for the next graph
             for ema, count in zip(averages, updates, strict=True):
                 ema.updates = count
         packs = [m.packs for m in self.model.modules() if isinstance(getattr(m, "packs", None), Packs)]

@@ -166,7 +166,9 @@ class NovoGrad(torch.optim.Optimizer):
                 lives, averages = watched.setdefault(average.device, Watched([], []))
                 lives.append(live), averages.append(average)
         if len(averaged) != len(moving):
-            raise ValueError("the moving average is of another model than the optimiser's: make it of this one")
+            raise ValueError(
+                "the moving average is not of the model whose parameters the optimiser has: make one of it"
+            )
         return averaged, watched
 
     def _settings(self, device: torch.device) -> Tensor:

@@ -12,11 +12,11 @@ from typing import NamedTuple
 from jasper_fast.kernels.conv1d.cuda_args import CHUNK, OUT
 
 BLOCKS = {75: (64,), 80: (128, 64), 90: (216, 176, 104, 64)}  # frames of a tile
-STAGES = {75: 2, 80: 3}  # places for weights; of loop 90 as many as fit, up to MAX_STAGES
+STAGES = {75: 2, 80: 3}  # buffers for weights; loop 90 has as many as fit, up to MAX_STAGES
 MAX_STAGES, MAX_PANELS = 8, 4
 SLAB = 32  # frames that pass the epilogue at a time
-FRAMES = 64  # frames of a step of wgrad
-MIN_STEPS = 8  # of a split: fewer, and the sum over splits costs more than it saves
+FRAMES = 64  # frames that wgrad reduces in one step
+MIN_STEPS = 8  # a split gets at least so many steps, or adding up the splits would cost more than it saves
 _WEIGHTS = OUT * CHUNK * 2  # bytes of a step's weights
 _STAGING = SLAB * (OUT + 8) * 4
 _STAGING_90 = SLAB * (OUT + 4) * 4

@@ -11,7 +11,7 @@ namespace jf {
 namespace JF_ISA {
 namespace {
 
-constexpr int kVectors = 4;  // whose sums of squares do not wait for each other
+constexpr int kVectors = 4;  // independent accumulators of the sum of squares
 
 template <bool kFull, bool kAverage>
 JF_INLINE void update(const NovoGradRun& a, int64_t i, int n) {
