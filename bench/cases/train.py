@@ -47,11 +47,12 @@ ALONG_USUAL = {torch.float32: 5e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
 def tolerance(dtype: torch.dtype, cfg=None) -> correct.Tolerance:
     """How far the answers of a step in `dtype` may be from those in fp64; `relative` is used without an eager step.
 
-    In QuartzNet 15x5 (2, 64, 400) the worst error along is 1e-5 of eager's and 1.8e-5 of ours in fp32: twice as many
-    convs follow each other as in Jasper 10x5. So the bound along is eight times as wide for a network of separable
-    convs `cfg`.
+    QuartzNet 15x5 has twice as many convs in a row as Jasper 10x5. At (2, 64, 400) in fp32 the worst error along is
+    1e-5 for eager and 1.8e-5 for ours at clear weights, and 0.82 % and 0.85 % at the usual ones. So the bounds along
+    are eight and three times as wide if `cfg` has separable convs.
     """
-    along = ALONG[dtype] * (8 if cfg is not None and any(b.separable for b in cfg.encoder.blocks) else 1)
+    separable = cfg is not None and any(b.separable for b in cfg.encoder.blocks)
+    along, along_usual = ALONG[dtype] * (8 if separable else 1), ALONG_USUAL[dtype] * (3 if separable else 1)
     fp32, eps = dtype is torch.float32, torch.finfo(dtype).eps
     one = eps / torch.finfo(torch.float32).eps  # eps of `dtype` relative to fp32's, because gradients are fp32
     usual = correct.Tolerance(
@@ -59,7 +60,7 @@ def tolerance(dtype: torch.dtype, cfg=None) -> correct.Tolerance:
         0.03 / eps if fp32 else 8 * one,
         relative=0.03 if fp32 else 0.5,
         peak=10.0 if fp32 else 2.0,
-        along=ALONG_USUAL[dtype],
+        along=along_usual,
     )
     clear = correct.Tolerance(
         2.0, 64.0 if fp32 else 2 * one, relative=5e-5 if fp32 else 24 * eps, peak=2.0, along=along
