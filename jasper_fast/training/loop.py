@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -31,7 +32,7 @@ class Due(NamedTuple):
 
 
 @dataclass
-class Loop:
+class Loop(ABC):
     """The parts of a run, and what it does between its steps; every rank does the same.
 
     A subclass defines `epoch_steps`, `validates` and `judge`. `best` names the field of the state that holds the best
@@ -55,17 +56,18 @@ class Loop:
     best: ClassVar[str]
     best_text: ClassVar[str]  # format string for it
 
+    @abstractmethod
     def epoch_steps(self) -> int:
         """The number of steps in the epoch under way."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def validates(self) -> bool:
-        raise NotImplementedError
+        """Whether the run has data to validate on."""
 
+    @abstractmethod
     def judge(self) -> None:
         """Validates, and keeps the best so far."""
-        raise NotImplementedError
 
     def due(self) -> Due:
         """What is due after this step, by its place in the run and in the epoch."""
