@@ -1,4 +1,4 @@
-"""A run and a case that take no time, for the tests of bench."""
+"""Helpers for the tests of bench: a run and cases that take almost no time, a goal's rows, child processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_run(tmp_path: Path, backend: str = "reference", device=CPU, dtype=torch
 
 
 def softplus_case(contenders: dict, op: str = "softplus", **more) -> Case:
-    """x (8, 16) -> softplus(x); each contender is a function of x."""
+    """Returns a case whose task is softplus of x (8, 16). Each of the `contenders`, by name, is a function of x."""
     x = torch.empty(8, 16)
 
     def build(function):
@@ -79,7 +79,7 @@ def goal_rows() -> list[dict]:
 
 
 def python(script: str, *arguments: object) -> subprocess.CompletedProcess:
-    """A process of its own that has run `script` without a fault."""
+    """Runs `script` in a new Python process; fails the test if it ends with an error."""
     argv = [sys.executable, "-c", script, *map(str, arguments)]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -87,7 +87,7 @@ def python(script: str, *arguments: object) -> subprocess.CompletedProcess:
 
 
 def raising(error: BaseException):
-    """A function of anything that raises `error`."""
+    """Returns a function that takes any arguments and raises `error`."""
 
     def function(*_: object, **__: object):
         raise error

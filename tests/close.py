@@ -8,11 +8,11 @@ from jasper_fast.selfcheck.tolerance import Tolerance, compare
 
 
 def assert_close(name: str, got: Tensor, low: Tensor, ref: Tensor, factor: float = 2.0) -> None:
-    """The error of `got` against the fp64 `ref` may be `factor` times that of PyTorch's own low-precision `low`, plus
-    one eps of low's dtype.
+    """Fails the test if `got` is too far from the fp64 result `ref`. The allowed error is `factor` times the error of
+    PyTorch's result `low`, which has the dtype of `got`, plus one eps of that dtype.
 
-    In fp32 on a GPU it is plus 16 eps: a sequential sum of a thousand terms, or a truncated one as in tensor cores, is
-    off by ten eps, and PyTorch may happen to sum in a better order.
+    On a GPU 16 eps are added in place of one. A sequential sum of a thousand terms, or the truncated sum of tensor
+    cores, is off by about ten eps, and PyTorch's own sum may by chance be far better than that.
     """
     assert got.dtype == low.dtype, f"{name}: {got.dtype}, PyTorch gives {low.dtype}"
     assert got.numel() > 0, f"{name}: nothing to compare"

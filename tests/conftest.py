@@ -12,23 +12,24 @@ from types import ModuleType
 import pytest
 import torch
 
-# Triton decides at import whether it interprets; without a GPU its kernels run in numpy.
+# Triton reads TRITON_INTERPRET when it is imported. Without a GPU its kernels are interpreted by numpy.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 else:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS deterministic
-    # fp32 is exact in these tests, because cuDNN chooses for each conv whether to round it to TF32
+    # cuDNN rounds some convs to TF32 and others not, so TF32 is switched off.
     torch.backends.cudnn.allow_tf32 = False
 
-os.environ["JASPER_FAST_TUNE"] = "0"  # tests of first-use tuning turn it on
+os.environ["JASPER_FAST_TUNE"] = "0"  # off, except in the tests of first-use tuning
 
-GOLDEN = Path(__file__).with_name("golden")  # outputs of the reference system; see the README there
+GOLDEN = Path(__file__).with_name("golden")  # results of the reference system, described in its README.md
 FACES = ("reference", "cpu", "triton", "cuda")
 
 
 @dataclass(frozen=True)
 class Face:
-    """One face of the ops: `load("bn_relu_dropout")` gives its module for that op; its tensors live on `device`."""
+    """One face of the ops. `load("bn_relu_dropout")` returns its module for that op; `device` is where its tensors
+    lie."""
 
     name: str
     device: torch.device
@@ -39,7 +40,7 @@ class Face:
 
 
 def make_face(name: str) -> Face:
-    """The face called `name`; skips the test, with the reason, where this machine cannot run it."""
+    """Returns the face called `name`, or skips the test with the reason if this machine cannot run that face."""
     gpu = torch.cuda.is_available()
     if name == "cpu":
         from jasper_fast.kernels import native
@@ -59,8 +60,8 @@ def make_face(name: str) -> Face:
 
 
 def settle(name: str) -> str:
-    """The name of a face that runs here. If it needs a GPU, tensors that the test makes without a device are on the
-    GPU."""
+    """Returns `name`, or skips the test if this machine cannot run that face. If the face needs a GPU, the GPU becomes
+    the default device of new tensors."""
     face = make_face(name)
     if face.device.type == "cuda":
         torch.set_default_device(face.device)
@@ -68,7 +69,7 @@ def settle(name: str) -> str:
 
 
 def interpreted() -> None:
-    """Skips the test, with the reason, if Triton's kernels do not take CPU tensors here."""
+    """Skips the test, with the reason, unless Triton's kernels are interpreted here and so take CPU tensors."""
     make_face("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton is not interpreted: there is a GPU")
@@ -77,12 +78,12 @@ def interpreted() -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic implementation:UserWarning")
     if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)  # workers share the cores
+        torch.set_num_threads(1)  # the workers of xdist share the cores
 
 
 @pytest.fixture(params=FACES)
 def face(request: pytest.FixtureRequest) -> Face:
-    """Each face in turn."""
+    """Runs the test with each face in turn."""
     return make_face(request.param)
 
 
@@ -93,17 +94,18 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def unsettled():
-    """Resets after each test what `settle` set."""
+    """Resets the default device, which `settle` may have set."""
     yield
     torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Uninitialised memory holds NaN (and the largest integer), so an element that a kernel forgets fails its test."""
+    """Fills uninitialised memory with NaN, or the largest integer, so that an element which a kernel forgets to write
+    fails the test."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)  # PyTorch fills new memory only in this mode
+    torch.use_deterministic_algorithms(True, warn_only=True)  # PyTorch fills new memory only in deterministic mode
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill

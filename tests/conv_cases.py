@@ -1,4 +1,4 @@
-"""Conv layers for the Triton tests: inputs, and gradients by plain PyTorch."""
+"""Conv layers for the tests of the Triton and CUDA kernels: their inputs, and gradients by plain PyTorch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAYERS: dict[str, Layer] = {
 
 
 def make(layer: Layer, dtype: torch.dtype, device: torch.device) -> tuple:
-    """x (N, C_in, T) in NTC memory, zero in its padding, weight, geometry, lengths."""
+    """Returns x (N, C_in, T) in NTC memory with zeros in its padding, the weight, the geometry and the lengths."""
     n, c_in, c_out, t, k, stride, dilation, lengths = layer
     x = torch.randn(n, c_in, t)
     if lengths is not None:
@@ -39,7 +39,7 @@ def make(layer: Layer, dtype: torch.dtype, device: torch.device) -> tuple:
 
 
 def gradients(x: Tensor, weight: Tensor, dy: Tensor, stride: int, padding: int, dilation: int) -> tuple[Tensor, Tensor]:
-    """dx and dweight by autograd."""
+    """Returns dx and dweight by autograd."""
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
     F.conv1d(x, weight, None, stride, padding, dilation).backward(dy)
     return x.grad, weight.grad

@@ -1,4 +1,4 @@
-"""Corpora for tests: a LibriSpeech of a few utterances as archives, a server that misbehaves, the real speech."""
+"""Corpora for tests: a tiny LibriSpeech in archives, a server that can misbehave, and the folder of real speech."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def speech_folder() -> Path | None:
-    """The folder of real speech (JASPER_FAST_DATA, or ../shared/data), if it is there."""
+    """Returns the folder of real speech (JASPER_FAST_DATA, or ../shared/data), or None if it does not exist."""
     folder = Path(os.environ.get("JASPER_FAST_DATA") or ROOT.parent / "shared" / "data")
     return folder if (folder / "librispeech_dev.jsonl").is_file() else None
 
 
 def real_speech() -> Path:
-    """The folder of real speech; skips the test where it is absent."""
+    """Returns the folder of real speech, or skips the test if it does not exist."""
     return speech_folder() or pytest.skip("no real speech: JASPER_FAST_DATA names the folder of it")
 
 
@@ -41,12 +41,12 @@ def tone(seed: int, seconds: float = 0.5, rate: int = 16000) -> bytes:
 
 
 def utterances(count: int) -> dict[str, tuple[bytes, str]]:
-    """FLAC files and texts by name, of several speakers."""
+    """Returns the FLAC file and the text of each utterance, by name; the utterances are of three speakers."""
     return {f"{10 + i % 3}-{i // 3}-{i:04d}": (tone(i, 0.3 + 0.05 * i), f"WORD NUMBER {'I' * i}") for i in range(count)}
 
 
 def real_utterances(count: int) -> dict[str, tuple[bytes, str]]:
-    """As `utterances`, of the real speech."""
+    """Returns the same as `utterances`, taken from the real speech."""
     folder, found = real_speech(), {}
     for line in (folder / "librispeech_dev.jsonl").read_text().splitlines()[:count]:
         entry = json.loads(line)
@@ -56,7 +56,7 @@ def real_utterances(count: int) -> dict[str, tuple[bytes, str]]:
 
 
 def archive(name: str, spoken: dict[str, tuple[bytes, str]], extra: list[tarfile.TarInfo] = ()) -> bytes:
-    """`name`.tar.gz as LibriSpeech has it; `extra` members come first."""
+    """Returns a `name`.tar.gz laid out as LibriSpeech's archives are; the members in `extra` come first."""
     listings: dict[str, list[str]] = {}
     files = {"LibriSpeech/README.TXT": b"about\n"}
     for utterance, (audio, text) in spoken.items():
@@ -81,10 +81,11 @@ def md5(content: bytes) -> str:
 
 
 class Server:
-    """Serves files over HTTP on this machine, with ranges. Each answer takes the next of `faults` first:
+    """An HTTP server of `files` on this machine, which serves ranges. Each answer takes the next of `faults`:
 
-    "break" sends half of what is left, "corrupt" flips a byte, "busy" says 503, "whole" ignores the range, "empty" says
-    nothing at all, "shift" answers another range. `slow` seconds pass between pieces of 4 KiB.
+    "break" sends half of the bytes, "corrupt" flips a bit, "busy" answers 503, "whole" ignores the range, "empty"
+    closes the connection without an answer, and "shift" claims a range one byte later. The server waits `slow` seconds
+    after each 4 KiB.
     """
 
     def __init__(self, files: dict[str, bytes], faults: list[str] = (), slow: float = 0.0) -> None:
@@ -101,7 +102,7 @@ class Server:
         class Quiet(ThreadingHTTPServer):
             daemon_threads = True
 
-            def handle_error(self, *_) -> None:  # the other side was killed
+            def handle_error(self, *_) -> None:  # the client was killed
                 pass
 
         self.http = Quiet(("127.0.0.1", 0), Handler)
@@ -149,12 +150,12 @@ class Server:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """MD5 of every file below a folder, hidden ones too."""
+    """Returns the MD5 of every file in a folder, hidden files too, by relative path."""
     return {str(p.relative_to(folder)): md5(p.read_bytes()) for p in sorted(folder.rglob("*")) if not p.is_dir()}
 
 
 def hostile_members() -> dict[str, tarfile.TarInfo]:
-    """A member of each kind that must not be unpacked."""
+    """Returns, by kind, one tar member of each kind that must not be unpacked."""
     found = {}
     for kind, name in (("parent", "LibriSpeech/dev-clean/../../evil"), ("absolute", "/tmp/evil"), ("dots", "../evil")):
         found[kind] = tarfile.TarInfo(name)

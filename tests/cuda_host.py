@@ -1,7 +1,7 @@
-"""Builds CUDA kernels as host C++ over the engine of csrc/cuda/emulate, one library for each set of sources and flags.
+"""Builds CUDA kernels as host C++ on the emulation in csrc/cuda/emulate, one library per set of sources and flags.
 
-The libraries lie in build/emulated and are named by a hash of everything that they are made of, so that several test
-files, and several processes of one run, build once.
+The libraries are written to build/emulated. Their names contain a hash of everything that goes into them, so test files
+and parallel processes share each build.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ ENGINE = [
 ]
 BUILT = ROOT / "build" / "emulated"
 FLAGS = ["-std=c++20", "-fPIC", "-pthread", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
-# GCC 12 finds an overlap in "a" + std::string, where there is none.
+# GCC 12 warns wrongly of an overlap in "a" + std::string.
 FLAGS += ["-Wno-restrict", "-Wno-unknown-warning-option"]
 
 
 @functools.cache
 def toolchain() -> tuple[str, list[str], dict[str, str]]:
-    """The host compiler, flags for CUDA's headers, the sanitizers' flags; skips the test where there is no toolkit."""
+    """Returns the host compiler, the flags for CUDA's headers and the sanitizers' flags; skips the test if there is no
+    CUDA toolkit or no compiler."""
     build = runpy.run_path(str(CSRC / "build.py"))
     nvcc = build["find_nvcc"]()
     compiler = os.environ.get("CXX") or shutil.which("c++")
@@ -46,7 +47,8 @@ def toolchain() -> tuple[str, list[str], dict[str, str]]:
 
 @functools.cache
 def digest(folder: Path) -> str:
-    """Of every source in csrc/cuda that a kernel may include, and of the processor: the engine is compiled for it."""
+    """Returns a hash of every source in `folder` that a kernel may include, and of the processor's features, because
+    the emulation is compiled with -march=native."""
     text = hashlib.sha256(platform.machine().encode())
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
@@ -65,18 +67,18 @@ def build(
     scheduler: Sequence[str] = (),
     folder: Path = CSRC,
 ) -> Path:
-    """The library (or program) of these sources and the engine, compiled if it is not there.
+    """Builds these sources with the emulation into a library or a program, unless it exists, and returns its path.
 
-    `defines` are further flags of `sources`, `scheduler` of engine.cpp; `sanitize` is "address" or "thread", by default
-    what JASPER_FAST_SANITIZE says (tests/fuzz/sanitize.py). `folder` is where the sources' own headers lie: a copy of
-    csrc where they are mutated.
+    `defines` are further flags for `sources`, and `scheduler` for engine.cpp. `sanitize` is "address" or "thread"; its
+    default is the value of JASPER_FAST_SANITIZE (see tests/fuzz/sanitize.py). `folder` holds the headers of the
+    sources: csrc, or a copy with a mistake in it.
     """
     compiler, include, sanitizers = toolchain()
     sanitize = sanitize or os.environ.get("JASPER_FAST_SANITIZE") or None
     sources = [Path(source) for source in sources]
     native = ["-march=native"] if platform.machine().lower() in ("x86_64", "amd64") else []
     checks = [*sanitizers[sanitize].split(), "-g1", "-fno-omit-frame-pointer"] if sanitize else []
-    # Of the engine ThreadSanitizer must not see more than the engine tells it (csrc/cuda/emulate/sanitizers.h).
+    # ThreadSanitizer must see only the accesses that the emulation reports to it (csrc/cuda/emulate/sanitizers.h).
     seen = ["-DJF_TSAN", "-g1"] if sanitize == "thread" else checks
     engine = [*FLAGS, "-O1" if sanitize else "-O3", *native, *seen]
     kernels = [*FLAGS, "-O1", "-DJF_EMULATE", *checks, *defines]
@@ -95,7 +97,7 @@ def compiled(compiler: str, source: Path, flags: list[str], folder: Path = CSRC)
 
 
 def made(target: Path, command: list[str]) -> Path:
-    """Runs the command with `-o target` unless the target is there; one process at a time does."""
+    """Runs `command` with `-o target` unless the target exists. A lock lets one process at a time do so."""
     if target.exists():
         return target
     BUILT.mkdir(parents=True, exist_ok=True)
@@ -110,13 +112,13 @@ def made(target: Path, command: list[str]) -> Path:
 
 
 def run_sanitized(program: Path, sanitize: str, *arguments: str) -> str:
-    """What a program built with `sanitize` prints; a finding of the sanitizer's is part of it."""
+    """Runs a program built with `sanitize`; returns its output, reports of the sanitizer included."""
     options = (
         "detect_leaks=0" if sanitize == "address" else "halt_on_error=1"
-    )  # a failed launch leaves its threads' stacks
+    )  # a launch that fails does not free the stacks of its threads
     environment = os.environ | {"ASAN_OPTIONS": options, "TSAN_OPTIONS": options}
     environment.pop("LD_PRELOAD", None)
-    # without randomised addresses, which ThreadSanitizer's runtime may not find its way in
+    # setarch -R: ThreadSanitizer's runtime can fail if addresses are randomised
     command = ["setarch", platform.machine(), "-R", str(program), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     return done.stdout + done.stderr

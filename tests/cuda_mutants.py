@@ -1,6 +1,7 @@
-"""Small wrongs in the CUDA conv's sources, each of which a test must find: file, what stands there, what replaces it."""
+"""Small mistakes for the CUDA conv's sources, each of which a test must find: (file, correct text, wrong text) by
+name."""
 
-# ruff: noqa: E501 (a wrong is a line)
+# ruff: noqa: E501 (one line per mistake)
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ WGMMA, MMA, PANELS, EPILOGUE = "conv1d_wgmma.cuh", "conv1d_mma.cuh", "conv1d.cuh
 WGRAD, WGRAD90 = "conv1d_wgrad.cuh", "conv1d_wgrad90.cuh"
 
 MUTANTS: dict[str, tuple[str, str, str]] = {
-    # phases and counts of mbarriers
+    # phases and arrival counts of mbarriers
     "producer waits for the wrong phase": (WGMMA, "mbarrier_wait(empty(), phase ^ 1)", "mbarrier_wait(empty(), phase)"),
     "consumer waits for the wrong phase": (WGMMA, "mbarrier_wait(full(), phase)", "mbarrier_wait(full(), phase ^ 1)"),
     "the phase never turns": (WGMMA, "slot = 0, phase ^= 1;", "slot = 0;"),

@@ -1,6 +1,7 @@
-"""What the instructions of csrc/cuda/probe.cuh give by the PTX ISA, computed from whole matrices.
+"""Cases for the instructions in csrc/cuda/probe.cuh, and their results by the PTX ISA, computed from whole matrices.
 
-`Probe.run` launches one case, on the host twins or on a device; the functions below it build operands and expectations.
+`run` launches one case, on a device or on the host emulation of the instructions (the "host twins"). The other
+functions make operands and expected results.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def run(
     stream=None,
     **numbers,
 ) -> Result:
-    """`registers`: the shape of `out`; `image`: (grid, bytes) uint8; raises RuntimeError with the launch's message."""
+    """Runs one case. `registers` is the shape of `out`, and `image` (grid, bytes) is uint8. Raises RuntimeError with
+    the message of the launch."""
     grid = registers[0]
     image = torch.zeros(grid, 16, dtype=torch.uint8) if image is None else image
     keep = [image.contiguous().to(device), None if before is None else before.float().contiguous().to(device)]
@@ -74,7 +76,8 @@ def run(
 
 
 class Placed(NamedTuple):
-    """Where an operand lies: element [i along M or N][k] in core matrix (i / 8, k / 8), by the descriptor's rule."""
+    """Where an operand lies in shared memory. Element [i][k], with i along M or N, is in the core matrix (i / 8, k /
+    8), at the place that the descriptor's rule gives."""
 
     start: int
     lbo: int
@@ -89,9 +92,11 @@ class Placed(NamedTuple):
         return offsets | self.base << 49 | int(self.swizzle) << 62
 
     def addresses(self, rows: int, anchor: int = 0) -> Tensor:
-        """(rows, 16) bytes: the place of each element; swizzled by the bits of the address less `anchor`."""
+        """Returns the byte address of each element (rows, 16). Swizzling uses the bits of the address minus
+        `anchor`."""
         i, k = torch.arange(rows)[:, None], torch.arange(16)[None, :]
-        if self.swizzle:  # rows of 128 bytes, eight to a group; 16-byte cells change places by the row
+        # rows of 128 bytes in groups of eight; the row's number decides how its 16-byte cells change places
+        if self.swizzle:
             at = self.start + i // 8 * self.sbo + i % 8 * 128 + k * 2 - anchor
             return (at ^ (at >> 7 & 7) << 4) + anchor
         inside = (k % 8 * 16 + i % 8 * 2) if self.mn else (i % 8 * 16 + k % 8 * 2)
@@ -99,7 +104,7 @@ class Placed(NamedTuple):
 
 
 def fragment(n: int) -> tuple[Tensor, Tensor]:
-    """(128, n / 2): the row and the column of D that each register of each thread holds."""
+    """Returns two tensors (128, n / 2): the row and the column of D in each register of each thread."""
     thread, register = torch.arange(128)[:, None], torch.arange(n // 2)[None, :]
     row = thread // 32 * 16 + thread % 32 // 4 + register % 4 // 2 * 8
     return row, register // 4 * 8 + thread % 4 * 2 + register % 2
@@ -136,7 +141,7 @@ def wgmma_expected(image: Tensor, a: Placed, b: Placed, n: int, dtype: torch.dty
 
 
 A = Placed(0, 1024, 128, 0)  # the left operand of the cases below
-PANELS = 2048  # where their right operand's panels begin
+PANELS = 2048  # where the panels of the right operand begin
 BYTES = PANELS + 64 * 272
 
 
@@ -145,19 +150,21 @@ def integers(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
 
 
 def panels() -> Tensor:
-    """(1, BYTES): small integers in fp16, wherever an operand begins."""
+    """Returns (1, BYTES) filled with small fp16 integers, so that an operand may begin anywhere."""
     return integers(1, BYTES // 2).view(torch.uint8)
 
 
 def row_shifts(panel: int) -> Iterator[tuple[int, int, Placed]]:
-    """(major, shift, b): a 64 x 16 operand that begins at rows 0 to 63 of panels of `panel` rows of 8 channels."""
+    """Yields (major, shift, b). `b` is a 64 x 16 operand that begins `shift` rows, 0 to 63, into panels of `panel` rows
+    of 8 channels."""
     for shift in range(64):
-        yield 0, shift, Placed(PANELS + 16 * shift, 16 * panel, 128, 0)  # frames along N, the panels along K
-        yield 1, shift, Placed(PANELS + 16 * shift, 128, 16 * panel, 1)  # frames along K, the panels along N
+        yield 0, shift, Placed(PANELS + 16 * shift, 16 * panel, 128, 0)  # frames along N, panels along K
+        yield 1, shift, Placed(PANELS + 16 * shift, 128, 16 * panel, 1)  # frames along K, panels along N
 
 
 def overlaps() -> Iterator[tuple[int, Placed]]:
-    """(bytes from one core matrix to the next, b) where these are fewer than the 128 of a core matrix."""
+    """Yields (step, b), where the core matrices of `b` are only `step` bytes apart, fewer than the 128 that each
+    takes."""
     for step in range(16, 128, 16):
         yield step, Placed(PANELS, 128, step, 1)
 
@@ -166,7 +173,7 @@ def overlaps() -> Iterator[tuple[int, Placed]]:
 
 
 def check_wgmma(call: Callable, instance: tuple, **where) -> None:
-    """Random operands in two orders of core matrices; accumulated and not."""
+    """Checks wgmma with random operands in two orders of core matrices, with and without an accumulator."""
     n, a_mn, b_mn, dtype = instance
     for a, b in (
         (Placed(16, 1024, 128, a_mn), Placed(4096, n * 16, 128, b_mn)),
@@ -181,7 +188,7 @@ def check_operands(call: Callable, left, right, a: Placed, b: Placed, before: Te
     """left: (grid, 64, 16), right: (grid, n, 16)."""
     n, dtype, grid = right.shape[1], left.dtype, len(left)
     size = max(int(placed.addresses(rows).max()) for placed, rows in ((a, 64), (b, n))) + 2
-    image = torch.full((grid, -(-size // 16) * 16), 0xFF, dtype=torch.uint8)  # NaN where no operand lies
+    image = torch.full((grid, -(-size // 16) * 16), 0xFF, dtype=torch.uint8)  # NaN wherever no operand lies
     put(image, a.addresses(64), left)
     put(image, b.addresses(n), right)
     want = PRODUCTS * left.float() @ right.float().transpose(1, 2) + (0 if before is None else before.float())
@@ -194,7 +201,7 @@ def check_mma(call: Callable, k: int, dtype: torch.dtype, **where) -> None:
 
 
 def check_ldmatrix(call: Callable, transposed: bool, **where) -> Tensor:
-    image = torch.arange(64 * 8, dtype=torch.int16).view(torch.uint8)[None]  # every element tells its place
+    image = torch.arange(64 * 8, dtype=torch.int16).view(torch.uint8)[None]  # the value of each element is its index
     rows = torch.randperm(64)[:32]
     got = ldmatrix(call, image, rows, transposed, **where)
     assert torch.equal(got, ldmatrix_expected(image, rows, transposed))
@@ -237,7 +244,8 @@ REST = [check_barriers, check_shuffle, check_counters, check_copy_async, check_c
 
 
 def mma_fragments(k: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(row, column) of each 16-bit element of a (32, k / 2) and of b (32, k / 4), and of each register of d (32, 4)."""
+    """Returns (row, column) of each 16-bit element of a (32, k / 2) and b (32, k / 4), and of each register of d (32,
+    4)."""
     lane = torch.arange(32)[:, None]
     group, pair = lane // 4, lane % 4 * 2
     i = torch.arange(k // 2)[None, :]
@@ -265,7 +273,7 @@ def mma(call: Callable, a: Tensor, b: Tensor, d: Tensor, **where) -> Result:
 
 
 def ldmatrix(call: Callable, image: Tensor, rows: Tensor, transposed: bool, **where) -> Tensor:
-    """(grid, 32, 4, 2) int16: the two elements of each register of each lane."""
+    """Returns int16 (grid, 32, 4, 2): the two elements in each register of each lane."""
     result = run(call, LDMATRIX, (len(image), 32, 4), image, rows=rows, option=int(transposed), **where)
     return result.out.view(torch.int16).unflatten(2, (4, 2))
 

@@ -1,5 +1,5 @@
-// The probe's kernels over the host twins, and kernels with one mistake each, for tests/test_cuda_ptx.py. With JF_MAIN a
-// program that runs one of the latter, for the sanitizers.
+// For tests/test_cuda_ptx.py: the probe's kernels on the host twins of the PTX instructions, and kernels that each make
+// one mistake. With JF_MAIN this is a program that runs one of those kernels, for the sanitizers.
 #ifdef JF_MAIN
 #include "ptx.cuh"
 #else
@@ -14,7 +14,7 @@ using namespace jf;
 
 namespace {
 
-bool broken;   // whether the kernel makes its mistake
+bool broken;  // whether the kernel makes its mistake
 float* out;    // 128 floats
 alignas(64) float source[4096];
 
@@ -39,7 +39,7 @@ void zeros(bool fence = true) {
   __syncthreads();
 }
 
-// A product of zeros around which a fault is put.
+// Runs a matrix product of zeros; the kernels put their mistake before, in the middle of or after it.
 struct Steps {
   bool fence = true, commit = true, wait = true;
 };
@@ -60,7 +60,7 @@ struct Fault {
   std::function<void()> kernel;
 };
 
-// What only ThreadSanitizer finds: the order that the engine takes happens to give right results.
+// Mistakes that only ThreadSanitizer finds, because the order in which the emulation runs threads gives right results.
 std::vector<Fault> races() {
   return {
       {"race store", 1, 64, 512,
@@ -443,7 +443,7 @@ const std::vector<Fault>& faults() {
 
 }  // namespace
 
-// Runs the kernel of this name, with its mistake or without; `results` takes its 128 floats.
+// Runs the kernel of this name, with or without its mistake. Its 128 floats are written to `results`.
 extern "C" const char* jf_fault(const char* name, int with_mistake, float* results) {
   std::vector<Fault> all = races();
   all.insert(all.end(), faults().begin(), faults().end());

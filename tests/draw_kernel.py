@@ -1,4 +1,5 @@
-"""Triton kernels that write what bn_relu_dropout works out for a tile: dropout bits, utterances and frames of rows."""
+"""Triton kernels that write what bn_relu_dropout computes for a tile: the dropout bits, or each row's utterance and
+frame."""
 
 import triton
 import triton.language as tl

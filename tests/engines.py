@@ -1,4 +1,4 @@
-"""Shared by the tests of the inference engine: small models, a stand-in for CUDA graphs, poisoned buffers."""
+"""Helpers for the tests of the inference engine: small models, a stand-in for CUDA graphs, poisoned buffers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def block(filters, repeat=1, k=5, s=1, d=1, dropout=0.0, residual=False, dense=F
 
 
 BLOCKS = {
-    # as Jasper 10x5: a prologue of stride 2, dense blocks, an epilogue with dilation, a pointwise conv
+    # like Jasper 10x5: a prologue of stride 2, dense blocks, an epilogue with dilation, a pointwise conv
     "jasper": [
         block(16, k=11, s=2),
         block(16, 2, 5, residual=True, dense=True),
@@ -51,7 +51,7 @@ def config(kind="jasper", masks=True, classes=7, feats=FEATS):
 
 
 def pair(cfg, backend="auto", device="cpu") -> tuple[EagerJasper, Jasper]:
-    """(eager, ours) for evaluation, with the same parameters and random running statistics."""
+    """Returns (eager, ours) in evaluation mode, with the same parameters and random running statistics."""
     eager = EagerJasper(cfg)
     for name, buffer in eager.named_buffers():
         if name.endswith("running_mean"):
@@ -64,7 +64,7 @@ def pair(cfg, backend="auto", device="cpu") -> tuple[EagerJasper, Jasper]:
 
 
 def batch(lengths, t=None, feats=FEATS, device="cpu", scale=1.0) -> tuple[Tensor, Tensor]:
-    """Features whose padding holds NaN, and lengths."""
+    """Returns features whose padding holds NaN, and their lengths."""
     t = max(lengths) if t is None else t
     lengths = torch.tensor(lengths, device=device)
     features = scale * torch.randn(len(lengths), feats, t, device=device)
@@ -73,20 +73,19 @@ def batch(lengths, t=None, feats=FEATS, device="cpu", scale=1.0) -> tuple[Tensor
 
 
 def valid(log_probs: Tensor, lengths: Tensor) -> Tensor:
-    """The valid rows of `log_probs`."""
+    """Returns the rows of `log_probs` that lie within the lengths."""
     return log_probs[torch.arange(log_probs.shape[1], device=lengths.device) < lengths[:, None]]
 
 
 def poison(engine: InferenceEngine) -> None:
-    """Fills the buffers that the engine keeps between calls with NaN and the largest lengths."""
+    """Fills the buffers that the engine keeps between calls with NaN, and lengths with the largest integer."""
     for held in (engine._run.buffers, getattr(engine._run, "lengths", None)):
         for buffer in held.held.values() if held is not None else ():
             buffer.fill_(float("nan") if buffer.is_floating_point() else torch.iinfo(buffer.dtype).max)
 
 
 class Replays:
-    """Stands in for CudaGraphs without a GPU: a replay runs the captured launches again, on the memory of the
-    capture."""
+    """Stands in for CudaGraphs where there is no GPU: a replay runs the captured launches again, on the same memory."""
 
     def __init__(self, device: torch.device):
         self.captured = 0

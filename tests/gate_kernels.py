@@ -1,6 +1,6 @@
-"""Kernels that break the gate's rules on purpose, compiled in a process of its own: `python tests/gate_kernels.py`.
+"""Kernels that break the rules of the compile gate on purpose: `python tests/gate_kernels.py` compiles them.
 
-Prints one JSON object: for each kernel the facts, and what the machine code of the good ReLU holds.
+Prints one JSON object with the facts that the gate finds on each kernel, and parts of the ReLUs' machine code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jasper_fast.kernels import aot, launch
 
 @triton.jit(do_not_specialize=["steps", "C"])
 def product(x_ptr, w_ptr, y_ptr, steps, C, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr):
-    """y = x w over `steps` blocks; unaligned tensors give scalar loads, a transposed tile goes through registers."""
+    """y = x w over `steps` blocks. Unaligned tensors cause scalar loads; a transposed tile goes through registers."""
     offs = tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     for i in range(steps):
@@ -36,14 +36,14 @@ def product(x_ptr, w_ptr, y_ptr, steps, C, TRANSPOSED: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def relu(x_ptr, y_ptr, PLAIN: tl.constexpr, BLOCK: tl.constexpr):
-    """The maximum drops a NaN, the select lets it pass."""
+    """With PLAIN it takes the maximum, which drops a NaN; otherwise the select, which lets a NaN pass."""
     x = tl.load(x_ptr + tl.arange(0, BLOCK))
     y = tl.maximum(x, 0.0) if PLAIN else tl.where(x <= 0, 0.0, x)
     tl.store(y_ptr + tl.arange(0, BLOCK), y)
 
 
 def source(kernel: object, arch: int, *args: object, **meta: object) -> aot.Source:
-    """The source of a launch."""
+    """Returns what a launch of `kernel` with these arguments compiles."""
     made: list[launch.Launch] = []
     with launch.recorded(made.append, arch):
         launch.run(kernel, (1,), args[0], *args, **meta)

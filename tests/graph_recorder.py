@@ -1,8 +1,8 @@
-"""Stands in for CUDA graphs on a CPU: a tape of what a step launches, replayed into the memory of its capture.
+"""A stand-in for CUDA graphs on a CPU: it records what a step launches and replays it into the memory of the capture.
 
-As on a GPU, a capture changes nothing, and a replay runs no Python of the step: operations and Triton launches alone,
-on the addresses that they had. What the host reads, or copies from its own numbers, is an error while capturing. A
-replay is an error where memory that the tape did not make itself is no longer held by anybody.
+As on a GPU, a capture changes nothing, and a replay runs no Python code of the step: it repeats operations and Triton
+launches on the addresses that they had. During a capture it is an error if the host reads a tensor or copies its own
+numbers into one. A replay fails if memory from outside the capture has been freed since.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ def place(x: Tensor) -> int:
 
 
 class Refused(RuntimeError):
-    """Something that a CUDA graph cannot hold."""
+    """The step does something that a CUDA graph cannot record."""
 
 
 class Tape(TorchDispatchMode):
-    """One capture. `state`: all tensors that steps change, which are put back when it is over."""
+    """The record of one capture. `state` returns all tensors that a step changes; they are restored after the
+    capture."""
 
     def __init__(self, monkeypatch, state: Callable[[], Iterable[Tensor]]) -> None:
         super().__init__()
         self._patch, self._state = monkeypatch, state
         self.calls: list[tuple[Callable, tuple, dict, Any]] = []
-        self.made: set[int] = set()  # storages of the capture
+        self.made: set[int] = set()  # storages that the capture allocated
         self.outside: set[int] = set()
 
     def capture(self, step: Callable[[], Any]) -> Any:
@@ -70,7 +71,7 @@ class Tape(TorchDispatchMode):
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
         if name in READS:
             raise Refused(f"{name}: the host and the device wait for each other")
-        if func.namespace == "jasper_fast":  # its inside is what launches
+        if func.namespace == "jasper_fast":  # record what the op launches inside
             with self:
                 return func.redispatch(CPU_KEY, *args, **kwargs)
         self._note((args, kwargs))
@@ -84,7 +85,7 @@ class Tape(TorchDispatchMode):
         return out
 
     def replay(self, held: Iterable[Tensor]) -> None:
-        """`held`: the memory that is anybody's at this time."""
+        """Repeats the recorded calls; `held` are all tensors that somebody still holds."""
         lost = self.outside - {place(x) for x in held}
         assert not lost, f"{len(lost)} of the {len(self.outside)} inputs of the graph have been freed"
         with torch.no_grad():
@@ -100,7 +101,7 @@ _run = launch.run
 
 
 class TapeRecorder:
-    """A `graphed.Recorder`. `held(step)` gives all tensors that model, optimiser and graphs hold."""
+    """A `graphed.Recorder`. `held` returns all tensors that the model, the optimiser and the graphs hold."""
 
     def __init__(
         self, monkeypatch, state: Callable[[], Iterable[Tensor]], held: Callable[[], Iterable[Tensor]]

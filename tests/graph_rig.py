@@ -1,4 +1,4 @@
-"""All that a training step wants, small and from one seed: shared by the tests of the graphed step."""
+"""A small model with everything else that a training step needs, from one seed, for the tests of the graphed step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL = CONFIG | {"jasper": {"encoder": {"in_feats": 32, "blocks": BLOCKS}, "dec
 
 
 def batch(n: int, seconds: float, labels: int, seed: int) -> Batch:
-    """Noise with transcripts, of utterances of several lengths."""
+    """Returns a batch of noise with random transcripts, whose utterances have several lengths."""
     draw = torch.Generator().manual_seed(seed)
     samples = int(16000 * seconds)
     lengths = torch.tensor([samples - i * samples // 4 for i in range(n)])
@@ -40,7 +40,7 @@ def batch(n: int, seconds: float, labels: int, seed: int) -> Batch:
 
 
 def on_fake(one: Batch) -> Batch:
-    """As a loader gives it."""
+    """Returns a batch of new tensors, as a loader makes it."""
     return Batch(*(x + 0 for x in (one.audio, one.audio_lengths, one.targets, one.target_lengths)), *[one.names] * 3)
 
 
@@ -52,7 +52,7 @@ def padded(one: Batch, shape: tuple[tuple[int, ...], int]) -> Batch:
 
 
 def moved(module: torch.nn.Module, device: str) -> None:
-    """Puts a module on a device where fake tensors lie."""
+    """Replaces a module's parameters and buffers by empty ones on `device`, where fake tensors may lie."""
     for m in module.modules() if device != "cpu" else ():
         for name, p in m._parameters.items():
             m._parameters[name] = None if p is None else torch.nn.Parameter(torch.empty(p.shape, device=device))
@@ -61,7 +61,7 @@ def moved(module: torch.nn.Module, device: str) -> None:
 
 
 class Rig:
-    """All that a step wants, from one seed."""
+    """A model, frontend, optimiser, average, scaler and guard from one seed."""
 
     def __init__(self, optimizer: str = "novograd", warmup: bool = True, device: str = "cpu", **how) -> None:
         torch.manual_seed(0)
@@ -103,7 +103,7 @@ class Rig:
             yield from (self.scaler._scale, self.scaler._growth_tracker)
 
     def held(self, made: GraphedStep) -> list[Tensor]:
-        """What is in memory: of the model, the frontend, the state, and what graphs keep alive."""
+        """Returns all tensors in memory: those of the model, the frontend, the state and the graphs."""
         found = [*self.state(), *made._rates]
         found += self.frontend.buffers() if isinstance(self.frontend, torch.nn.Module) else []
         for graph in made.graphs.values():

@@ -1,5 +1,5 @@
-"""What would break the capture of a training step, counted on a stand-in for a GPU: fake tensors on a device that is
-not the CPU. Prints one JSON object: `TRITON_INTERPRET=1 python tests/graph_stand_in.py`.
+"""Counts what would break the capture of a training step, on a stand-in for a GPU: fake tensors on a device that is not
+the CPU. Prints one JSON object: `TRITON_INTERPRET=1 python tests/graph_stand_in.py`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ INSIDE = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
 
 
 class Module(backend_registration._DummyBackendModule):
-    """The stand-in, with mixed precision."""
+    """The stand-in device, which supports mixed precision."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.float16, torch.bfloat16]
 
 
 class Watch(TorchDispatchMode):
-    """Notes what waits for the device or copies from the host, inside our ops too."""
+    """Records each op that waits for the device or mixes in a tensor of the CPU, also inside our own ops."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,8 @@ class Watch(TorchDispatchMode):
         if func.namespace == "jasper_fast":
             with self:
                 return func.redispatch(INSIDE, *args, **kwargs)
-        out = None if name == "_fused_adamw_" else func(*args, **kwargs)  # PyTorch has no fake of it
+        # this op has no fake implementation in PyTorch
+        out = None if name == "_fused_adamw_" else func(*args, **kwargs)
         places = {x.device.type for x in tensors((args, kwargs, out))}
         if places - {NAME}:
             self.found.append(f"{name} on {' and '.join(sorted(places))}")
@@ -59,7 +60,7 @@ class Watch(TorchDispatchMode):
 
 
 class Counter:
-    """A `graphed.Recorder` that looks at a step, and replays nothing."""
+    """A `graphed.Recorder` that watches the ops of a step and replays nothing."""
 
     def __init__(self) -> None:
         self.watched = Watch()
@@ -70,7 +71,7 @@ class Counter:
 
 
 def one_step(optimizer: str, panes: str, amp: torch.dtype | None) -> dict:
-    """Three graphed steps: a plain one, a capture, a replay."""
+    """Runs three graphed steps: one plain, one captured, one replayed."""
     counter, launched, said = Counter(), [], []
     with FakeTensorMode(), launch.recorded(lambda one: launched.append(one.name), 90):
         rig = Rig(
@@ -86,7 +87,7 @@ def one_step(optimizer: str, panes: str, amp: torch.dtype | None) -> dict:
 
 
 def wrong_ones() -> dict[str, tuple[str, list[str]]]:
-    """For each planted fault: the message that must be found, and the messages that were."""
+    """Returns, for each planted fault, the message that must be found and the messages that were found."""
     with FakeTensorMode():
         x, count = torch.randn(3, device=f"{NAME}:0"), torch.zeros(()) + 2
         cases = {
@@ -102,7 +103,7 @@ def wrong_ones() -> dict[str, tuple[str, list[str]]]:
             with Watch() as watch:
                 try:
                     call()
-                except RuntimeError as error:  # of the fake tensor, which has no values
+                except RuntimeError as error:  # raised by the fake tensor, which has no values
                     watch.found.append(type(error).__name__)
             found[name] = wanted, watch.found
     return found
@@ -112,11 +113,13 @@ def main() -> None:
     warnings.simplefilter("ignore")
     backend_registration._setup_privateuseone_for_python_backend(NAME, Module())
     casting = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
-    casting.fallback(torch.library.fallthrough_kernel)  # our ops ask for autocast's dtype, and nothing else casts
+    # no op casts by autocast on this device, except ours, which ask for its dtype themselves
+    casting.fallback(torch.library.fallthrough_kernel)
     for module in (step, graphed):
         module.reads_no_lengths = lambda device: True
     choose.ctc_face = lambda backend, device: "triton"
-    novograd._rows = lambda tensors, watched: [(0,) * 5 + (64, 0, 0)] * len(tensors.params)  # these have no addresses
+    # fake tensors have no addresses
+    novograd._rows = lambda tensors, watched: [(0,) * 5 + (64, 0, 0)] * len(tensors.params)
     cases = [("novograd", "gram", torch.float16), ("novograd", "plain", None), ("adamw", "gram", torch.bfloat16)]
     steps = {f"{optimizer} {panes} {amp}": one_step(optimizer, panes, amp) for optimizer, panes, amp in cases}
     print(json.dumps({"steps": steps, "wrong": wrong_ones()}))

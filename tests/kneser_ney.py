@@ -1,4 +1,4 @@
-"""The definition of interpolated modified Kneser-Ney: dictionaries over whole corpora, nothing clever."""
+"""Interpolated modified Kneser-Ney by its definition, with dictionaries over whole corpora."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Gram = tuple[str, ...]
 
 
 class KneserNey:
-    """p(word | context) of a corpus of sentences, and which n-grams a model of it lists."""
+    """Computes p(word | context) of a corpus of sentences, and which n-grams a model of that corpus lists."""
 
     def __init__(self, sentences: list[list[str]], order: int, prune: list[int] | None = None) -> None:
         self.order, prune = order, prune or [0] * order
@@ -47,7 +47,7 @@ class KneserNey:
         return (0.5, 1.0, 1.5)
 
     def gamma(self, context: Gram) -> float | None:
-        """The weight of the shorter context; None where the context has nothing behind it."""
+        """Returns the weight of the shorter context, or None if nothing follows this context in the corpus."""
         n = len(context) + 1
         grams = self.after[n].get(context, ())
         if not any(g in self.kept[n] for g in grams):

@@ -12,7 +12,8 @@ from jasper_fast.lm.neural.model import TransformerXL
 
 
 def random_arpa(path: Path, words: list[str], order: int, rng: random.Random, unknown: bool = True) -> Path:
-    """An ARPA file with all n-grams of a few random lines; its numbers are drawn at random (no distribution)."""
+    """Writes an ARPA file with all n-grams of a few random lines. Its numbers are random, so they form no
+    distribution."""
     layers: list[set[tuple[str, ...]]] = [set() for _ in range(order)]
     layers[0] |= {(w,) for w in ("<s>", "</s>", *words, *(["<unk>"] if unknown else []))}
     for _ in range(5):
@@ -32,7 +33,7 @@ def random_arpa(path: Path, words: list[str], order: int, rng: random.Random, un
 
 
 def random_neural(path: Path, words: list[str], seed: int = 0, **settings) -> Path:
-    """A checkpoint of a small neural model with random weights, far from their small beginnings."""
+    """Writes a checkpoint of a small neural model with large random weights, so that its outputs differ clearly."""
     torch.manual_seed(seed)
     shape = {"layers": 1, "width": 8, "heads": 2, "inner": 8, "memory": 16} | settings
     config = LMConfig(len(words) + 2, **shape)

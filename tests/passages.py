@@ -1,9 +1,9 @@
-"""Draws 60 passages of the project's prose by a seed, to be read by someone who does not know the code.
+"""Draws 60 passages of the project's prose by a seed, to be judged by a reader who does not know the code.
 
     python tests/passages.py                 the draw of the committed seed
     python tests/passages.py --seed 2        another one
 
-A passage is a paragraph of a docstring, a comment, a paragraph or table row of a README, or a message. A comment or
+A passage is a paragraph of a docstring, a comment, a paragraph or table row of a README, or a message. Each comment or
 message is shown with its line of code. At most 3 of 60 should need a second reading.
 """
 
@@ -19,11 +19,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SEED, COUNT = 11, 60
 ROOMS = ("README.md", "train.py", "jasper_fast", "kernels", "csrc", "bench", "tests")
 SUFFIXES = (".py", ".md", ".cpp", ".h", ".cu", ".cuh")
-PROSE = re.compile(r"(?:[A-Za-z`][\w`',.:;()-]* +){3}[A-Za-z`]")  # four words in a row: no signature, no formula
+# four words in a row: neither a signature nor a formula
+PROSE = re.compile(r"(?:[A-Za-z`][\w`',.:;()-]* +){3}[A-Za-z`]")
 
 
 def files() -> list[Path]:
-    """All files with prose, sorted by name."""
+    """Returns all files that contain prose, sorted by path."""
     found = []
     for room in (ROOT / name for name in ROOMS):
         found += [room] if room.is_file() else room.rglob("*")
@@ -31,7 +32,7 @@ def files() -> list[Path]:
 
 
 def passages(path: Path) -> list[tuple[int, str]]:
-    """(line, text) of each passage in a file."""
+    """Returns (line, text) of each passage in a file."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         found = python(text, messages="tests" not in path.parts)
@@ -45,9 +46,9 @@ def passages(path: Path) -> list[tuple[int, str]]:
 
 
 def python(text: str, messages: bool) -> list[tuple[int, str]]:
-    """Comments, paragraphs of docstrings, and `messages` of a Python file."""
+    """Returns the comments and docstring paragraphs of a Python file, and its strings if `messages` is set."""
     found: list[tuple[int, str]] = []
-    last = 0  # line of the comment before, if that stands alone
+    last = 0  # line of the previous comment, if it stands alone on that line
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
             alone = not token.line[: token.start[1]].strip()
@@ -74,7 +75,7 @@ def python(text: str, messages: bool) -> list[tuple[int, str]]:
 
 
 def paragraphs(text: str, line: int, more: str = r"(?!)") -> list[tuple[int, str]]:
-    """(line, text) of each paragraph; the pattern `more` ends one too."""
+    """Returns (line, text) of each paragraph; a match of the pattern `more` also begins a new one."""
     found = []
     for part in re.split(rf"(\n\s*\n|{more})", text):
         if part.strip():

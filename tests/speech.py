@@ -1,4 +1,4 @@
-"""A corpus of beeps for tests of training: each letter is a tone, so that a tiny Jasper learns it in seconds."""
+"""A corpus of beeps for tests of training. Each letter is a tone, so a tiny Jasper learns it in seconds."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ CONFIG = {
 
 
 def beep(text: str, rng: np.random.Generator) -> np.ndarray:
-    """(samples,) at 16 kHz: 0.15 s of tone and 0.05 s of pause for each letter, and a little noise."""
+    """Returns (samples,) at 16 kHz: 0.15 s of tone and 0.05 s of silence per letter, with a little noise."""
     t = np.arange(2400) / 16000
     tones = [np.concatenate([0.3 * np.sin(2 * np.pi * TONES[c] * t), np.zeros(800)]) for c in text]
     return (np.concatenate(tones) + 0.01 * rng.standard_normal(3200 * len(text))).astype(np.float32)
 
 
 def write_corpus(folder: Path, train: int = 16, val: int = 4) -> dict[str, Path]:
-    """Writes WAV files, the manifests "train" and "val", and the "config"; returns their paths by those names."""
+    """Writes WAV files, two manifests and a configuration; returns their paths as "train", "val" and "config"."""
     rng = np.random.default_rng(0)
     paths = {}
     for split, count in (("train", train), ("val", val)):
@@ -63,7 +63,7 @@ def write_corpus(folder: Path, train: int = 16, val: int = 4) -> dict[str, Path]
 
 
 def train_arguments(paths: dict[str, Path], output: Path, **more) -> list[str]:
-    """Arguments of train.py for this corpus; `more`: options with underscores, True for a flag."""
+    """Returns arguments of train.py for this corpus. `more` are further options by name; True marks a flag."""
     options = {
         "config": paths["config"],
         "train_manifests": paths["train"],

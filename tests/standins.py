@@ -1,6 +1,6 @@
-"""Stand-ins that several tests share: verdicts, the table of a GPU, a separate cache.
+"""Stand-ins that several test files share: verdicts, the table of a GPU, a cache for one test, a GPU for tuning.
 
-A test file that imports a fixture from here can use it; an autouse fixture then applies to all its tests.
+A test file uses a fixture by importing it from here. An imported autouse fixture applies to all tests of that file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GPU_NAME = "NVIDIA Imaginary 9000"
 
 
 def verdict(op: str = "conv1d", status: str = GOOD, face: str = "triton", **more) -> Verdict:
-    """The verdict of a full check in bf16, with the fields in `more` changed."""
+    """Returns the verdict of a full check in bf16, with the fields in `more` changed."""
     values = {"quick": False, "checked": 3, "failure": "" if status == GOOD else "dgrad (2, 64->48, 37) wrong: 7 %"}
     values |= {"dtype": "bfloat16", **more}
     return Verdict(op, face, status=status, **values, date="2026-01-01T00:00:00+00:00")
@@ -32,7 +32,7 @@ def verdict(op: str = "conv1d", status: str = GOOD, face: str = "triton", **more
 
 @pytest.fixture(name="own_cache", autouse=True)
 def verdicts_of_its_own(tmp_path, monkeypatch):
-    """Gives the test a cache of its own and clears the choices of dispatch."""
+    """Gives the test its own cache folder, and clears what dispatch has chosen."""
     monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
     choose.forget()
     yield tmp_path / "cache"
@@ -42,7 +42,7 @@ def verdicts_of_its_own(tmp_path, monkeypatch):
 
 @pytest.fixture(name="put_table")
 def imaginary_gpus_table(tmp_path, monkeypatch):
-    """Writes a table of these rows where look-ups for the imaginary GPU find it; gives its path."""
+    """Returns a function that writes these rows as the table of the imaginary GPU and returns the table's path."""
     where = tmp_path / "tables"
     monkeypatch.setenv("JASPER_FAST_TABLES", str(where))
     monkeypatch.setattr(tables, "_gpu_name", lambda index: GPU_NAME)
@@ -70,9 +70,9 @@ CONTENDERS |= {"aten library": 1.5e-3, "triton direct": 1e-3, "reference library
 
 @dataclasses.dataclass
 class Tuning:
-    """An imaginary GPU on which contenders take what `seconds` says, by a clock that only they move, a compiler and a
-    checker that find what `wrong` says, and a tuning process that is no process. `measured`: cells, as they are begun.
-    `happen(what)` is called whenever something happens: it may end it all."""
+    """An imaginary GPU for tuning. `seconds` is the time that each contender takes, by a clock that only contenders
+    move. `wrong` says what the compiler or the check finds wrong with a contender. `measured` lists the cells whose
+    measurement has begun. `happen(what)` is called at every event and may raise."""
 
     seconds: dict[str, float] = dataclasses.field(default_factory=lambda: dict(CONTENDERS))
     wrong: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -95,13 +95,13 @@ class Tuning:
         return times * self.seconds[call]
 
     def proposals(self, cell: tables.Cell, device: torch.device) -> list[Proposal]:
-        """Two tiles and the library, or a norm's two faces."""
+        """Proposes two tiles and the library for a conv, and the two faces for a norm."""
         if cell.op.startswith("bn"):
             return [Proposal("triton"), Proposal("reference", "library")]
         return [*(Proposal("triton", tile=tile) for tile in TILES), Proposal("aten", "library")]
 
     def talk(self, argv, wanted, hear, seconds) -> children.Ended:
-        """As `children.talk`, without a process: what goes through a pipe goes through JSON."""
+        """Does what `children.talk` does, but in this process; all messages pass through JSON, as through a pipe."""
         wanted = json.loads(json.dumps(wanted))
         self.sessions.append(len(wanted["cells"]))
         told = False
@@ -124,7 +124,7 @@ class Tuning:
 
 
 class Died(Exception):
-    """The tuning process ends here."""
+    """Ends the pretended tuning process."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -133,7 +133,7 @@ class Died(Exception):
 
 @pytest.fixture(name="tuning")
 def tuning_on_an_imaginary_gpu(own_cache, monkeypatch, tmp_path):
-    """First-use tuning is on, on the imaginary GPU, with verdicts that are good."""
+    """Turns first-use tuning on, on the imaginary GPU, with good verdicts."""
     made = Tuning()
 
     class Held:
@@ -181,7 +181,8 @@ def wrap(monkeypatch, owner: object, name: str, around) -> None:
 
 
 def spied(monkeypatch, owner: object, name: str, note=lambda *args, **more: args) -> list:
-    """Collects `note(...)` of the arguments of each call of `owner.name`, which still works."""
+    """Records `note(...)` of the arguments of each call of `owner.name`, which still works; returns the list of
+    records."""
     calls: list = []
 
     def around(right, *args, **more):

@@ -1,5 +1,5 @@
-"""Small worlds of gloo processes that run train.py: forked from a server that has imported torch once, so that a world
-of three costs a second. Each process records the utterances of its steps."""
+"""Small worlds of gloo processes that run train.py. They are forked from a server that has already imported torch, so a
+world of three costs only a second. Each process records the utterances of its steps."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
-HANG = 120  # seconds: far beyond what these runs take
+HANG = 120  # seconds, far more than these runs take
 _PRELOAD = ["torch", "torch.nn.parallel", "torch.distributed", "torch.utils.tensorboard", "torch.utils.data"]
 _PRELOAD += ["jasper_fast.train", "rich.progress", "soundfile", "worlds"]
 
 
 @dataclass
 class Member:
-    """How one process ended: its exit status, what it said, the (epoch, name) of what each of its steps heard."""
+    """How one process ended: its exit status, its output, and the (epoch, name) of each utterance of each of its
+    steps."""
 
     status: int
     said: str
@@ -35,13 +36,13 @@ def nothing(train, rank: int) -> None:
 
 
 def world(size: int, arguments: list[str], folder: Path, prepare: Callable = nothing, *args) -> list[Member]:
-    """Runs train.py's `arguments` in `size` processes, each after `prepare(train, rank, *args)`; files in `folder`.
+    """Runs train.py with `arguments` in `size` processes, each of which first calls `prepare(train, rank, *args)`.
 
-    Raises AssertionError where a process does not end.
+    The processes write to files in `folder`. Raises AssertionError if a process does not end.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has it
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent makes it
     folder.mkdir(parents=True, exist_ok=True)
     how = (size, store.port, arguments, str(folder), prepare, args)
     members = [context.Process(target=_member, args=(rank, *how)) for rank in range(size)]
@@ -88,7 +89,7 @@ def _member(rank, size, port, arguments, folder, prepare, args) -> None:
 
 
 def signal_at(train, rank: int, on_rank: int, step: int) -> None:
-    """SIGTERM to one rank after that step."""
+    """Sends SIGTERM to the rank `on_rank` after this step."""
     main = train.main
 
     def watched(args, stop):
@@ -102,7 +103,8 @@ def signal_at(train, rank: int, on_rank: int, step: int) -> None:
 
 
 def signal_in(train, rank: int, on_rank: int, where: str) -> None:
-    """SIGTERM to one rank as it loads its fifth batch ("load"), or decodes the first of a validation ("validate")."""
+    """Sends SIGTERM to one rank while it loads its fifth batch ("load") or decodes its first batch of validation
+    ("validate")."""
     from jasper_fast.training import split, validate
 
     module, name, call = (split, "load_batches", 5) if where == "load" else (validate, "heard", 1)
@@ -127,7 +129,7 @@ def signal_in(train, rank: int, on_rank: int, where: str) -> None:
 
 
 def nan_in(train, rank: int, name: str) -> None:
-    """The audio of the file of that name is NaN."""
+    """Fills the audio of the file called `name` with NaN."""
     from jasper_fast.data import batches
 
     real = batches.collate
@@ -143,7 +145,7 @@ def nan_in(train, rank: int, name: str) -> None:
 
 
 def other_manifest(train, rank: int, name: str) -> None:
-    """The second rank is given a manifest that is not there."""
+    """Gives the second rank a manifest that does not exist, as the argument `name`."""
     arguments = train.arguments
     if rank == 1:
         train.arguments = lambda *args: (found := arguments(*args)).__dict__.update({name: ["gone.jsonl"]}) or found

@@ -23,12 +23,12 @@ from jasper_fast.nn.model import Jasper
 from jasper_fast.speech import audio as reader
 from jasper_fast.speech.audio import AudioError
 
-HANG = 20  # seconds: far beyond what the tiny files take
+HANG = 20  # seconds, far more than the tiny files take
 
 
 @contextmanager
 def time_limit():
-    """A case that hangs is stopped."""
+    """Raises an error in a case that takes longer than HANG seconds."""
 
     def stop(*_):
         raise AssertionError(f"no answer after {HANG} s")
@@ -44,7 +44,7 @@ def time_limit():
 
 @contextmanager
 def written(content: bytes, name: str):
-    """A file that holds `content`; a case that hangs is stopped."""
+    """Yields the path of a file with this content; stops a case that hangs."""
     with tempfile.TemporaryDirectory() as folder, time_limit():
         path = Path(folder) / name
         path.write_bytes(content)
@@ -52,7 +52,8 @@ def written(content: bytes, name: str):
 
 
 def damage(content: bytes, rng: random.Random, first: int | None = None) -> bytes:
-    """Some bits flipped, among the `first` bytes or anywhere, some bytes replaced, cut out or cut off."""
+    """Returns `content` with a few bits flipped, or with bytes replaced, removed or cut off at the end. The damage lies
+    within the `first` bytes, or anywhere if that is None."""
     data = bytearray(content)
     for _ in range(rng.choice([1, 1, 2, 4, 16])):
         end = min(len(data), first or len(data))
@@ -74,7 +75,7 @@ VALUES = [None, True, 0, -1, 1e400, float("nan"), 10**300, 10**400, "", "x", "\0
 
 
 def mutate(value, rng: random.Random):
-    """`value` of JSON with something in it replaced, left out or nested."""
+    """Returns a copy of the JSON `value` in which something is replaced, left out or nested."""
     if rng.random() < 0.25 or not isinstance(value, (dict, list)) or not value:
         return rng.choice(VALUES) if rng.random() < 0.7 else [value]
     if isinstance(value, dict):
@@ -144,7 +145,7 @@ def audio(seed: int) -> None:
 
 @functools.cache
 def checkpoint(form: str) -> bytes:
-    """A small model in the format."""
+    """Returns a small model as a file of the format `form`."""
     blocks = [{"filters": 2, "kernel_size": [3], "residual": False}]
     jasper = {"encoder": {"in_feats": 2, "blocks": blocks}, "decoder": {"in_feats": 2, "n_classes": 2}}
     config = JasperConfig.from_dict({"labels": ["a"], "jasper": jasper})
@@ -160,7 +161,7 @@ def checkpoints(seed: int) -> None:
     how = rng.random()
     if how < 0.1:
         content = rng.randbytes(rng.randint(0, 2000))
-    elif how < 0.3:  # a whole file of wrong types
+    elif how < 0.3:  # an undamaged file whose entries have wrong types
         tensor = torch.ones(2)
         wrong = [None, 1, "x", [tensor], {"a": 1}, {}, {"a": None}, tensor, {"a": {"b": tensor}}, {1: tensor}]
         keys = rng.sample(["format", "state_dict", "ema_state_dict", "config", "labels", "x"], rng.randint(0, 5))
@@ -168,7 +169,7 @@ def checkpoints(seed: int) -> None:
         file = io.BytesIO()
         torch.save(state, file)
         content = file.getvalue()
-    else:  # most of a header's bytes matter, few of the padding's
+    else:  # damage the first bytes half of the time, because damage to tensor data often has no effect
         form = rng.choice(["jasper_fast", "nvidia", "nemo", "safetensors"])
         content = damage(checkpoint(form), rng, rng.choice([None, 1200]))
     with written(content, "model.pt") as path:

@@ -1,4 +1,4 @@
-"""Random Jaspers against the eager twin: a training step, evaluation and the inference engine."""
+"""Random small Jaspers, compared with their eager twins: a training step, evaluation and the inference engine."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from jasper_fast.nn.eager import EagerJasper
 
 
 def draw_config(rng: random.Random) -> JasperConfig:
-    """A Jasper of one to four tiny blocks that the configuration allows."""
+    """Returns a random valid configuration of one to four tiny blocks."""
     blocks, masks = [], rng.random() < 0.7
     for _ in range(rng.randint(1, 4)):
         kind = rng.choice(["none", "plain", "dense", "dense"])
         k, s, d = rng.choice([1, 2, 3, 4, 5, 8, 11]), rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 3])
-        if kind != "none":  # panes do not change the number of frames, so the convs must not either
+        if kind != "none":  # residual panes keep the number of frames, so the convs beside them must keep it too
             s, k = 1, k | 1
         d = 1 if s > 1 else d
         blocks.append(
@@ -40,7 +40,8 @@ def draw_config(rng: random.Random) -> JasperConfig:
 
 
 def draw_settings(model: nn.Module, rng: random.Random) -> None:
-    """Every batch norm gets an eps, a momentum, a scale and running statistics of its own; some stay in evaluation."""
+    """Gives every batch norm its own eps, momentum, scale and running statistics; some are frozen in evaluation
+    mode."""
     some = rng.random() < 0.3
     for bn in model.modules():
         if not isinstance(bn, nn.BatchNorm1d):
@@ -61,7 +62,7 @@ def copy_settings(source: nn.Module, target: nn.Module) -> None:
 
 
 def frames(config: JasperConfig, t: int) -> int:
-    """The fewest frames that any conv gives for `t`."""
+    """Returns the smallest number of output frames of any conv if the input has `t` frames."""
     counts = [t]
     for b in config.encoder.blocks:
         for _ in range(b.repeat):
@@ -74,7 +75,7 @@ def rows_of(log_probs: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 
 def step(model: nn.Module, features, lengths, seed: int) -> dict[str, torch.Tensor]:
-    """Outputs, gradients and running statistics of one training step."""
+    """Runs one training step; returns its outputs, gradients and running statistics."""
     model.train()
     for bn in model.modules():
         if isinstance(bn, nn.BatchNorm1d):
@@ -96,12 +97,12 @@ def evaluate(call, features, lengths) -> dict[str, torch.Tensor]:
 
 
 def compare(what: str, got: dict, lows: list[dict], ref: dict, floor: int = 64) -> None:
-    """`got` is within twice the error of the eager twin in fp32, plus `floor` eps of the size of the values.
+    """Fails unless `got` is within twice the error of the eager twin in fp32, plus `floor` eps of the values' size.
 
-    `lows` are eager's results in fp32, and its results after features moved by one eps and weights by four. Batch norm
-    of few values can magnify rounding without limit; eager shows by how much. The size of a gradient is that of the
-    largest gradient of the step, and the size of a mean is its deviation, because values that cancel to zero are only
-    rounding.
+    `lows` are results of the eager twin in fp32: one as it is, and others with the inputs changed by a rounding error
+    or a few. Batch norm over few values can magnify rounding without limit, and the spread of these results shows by
+    how much. The size of a gradient is that of the largest gradient of the step, and the size of a mean is its standard
+    deviation, because values that cancel to zero consist of rounding alone.
     """
     assert got.keys() == ref.keys(), f"{what}: other entries: {got.keys() ^ ref.keys()}"
     largest = max((float(v.abs().max()) for k, v in ref.items() if k.startswith("grad")), default=0.0)
@@ -123,7 +124,7 @@ def compare(what: str, got: dict, lows: list[dict], ref: dict, floor: int = 64) 
 
 
 def low(eager: nn.Module, state: dict, features, moved: bool, lengths, seed: int) -> dict[str, torch.Tensor]:
-    """A step of `eager` from `state`, its weights `moved` by rounding."""
+    """Returns the step of `eager` from `state`; if `moved`, its weights are first changed by about four eps."""
     eager.load_state_dict(state)
     with torch.no_grad():
         for weight in eager.parameters() if moved else ():
@@ -133,7 +134,7 @@ def low(eager: nn.Module, state: dict, features, moved: bool, lengths, seed: int
 
 
 def case(seed: int) -> None:
-    """Raises AssertionError where a random Jasper differs from its eager twin."""
+    """Raises AssertionError if the random Jasper of this seed differs from its eager twin."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     config = draw_config(rng)
@@ -145,7 +146,7 @@ def case(seed: int) -> None:
     if not masks or rng.random() < 0.2:
         lengths[:] = t
     if n * frames(config, t) < 2:
-        n, lengths = 2, torch.full((2,), t)  # batch norm wants two values
+        n, lengths = 2, torch.full((2,), t)  # batch norm needs two values
     lengths[rng.randrange(n)] = t
     backend = rng.choice(["reference", "cpu"] if native.cpu_available() else ["reference"])
     panes = rng.choice(["plain", "gram"])
@@ -166,14 +167,14 @@ def case(seed: int) -> None:
             lows = [evaluate(eager.eval(), x, lengths) for x in near]
             ref = evaluate(double.eval(), features.double(), lengths)
             compare(what, evaluate(call, features, lengths), lows, ref)
-        # A pane's variance from a covariance errs by as much as its terms cancel: hundreds of times where the
-        # channels of a source are functions of one (seed 799). Of few frames the plain form is taken.
+        # A variance that is computed from a covariance loses precision where its terms cancel. The loss is hundreds of
+        # eps if the channels of a source depend on one another, as with seed 799.
         floor = 512 if panes == "gram" else 64
         lows = [low(eager, state, x, i > 0, lengths, seed) for i, x in enumerate(near)]
         ref, mine = step(double, features.double(), lengths, seed), step(ours, features, lengths, seed)
         try:
             compare("training", mine, lows, ref, floor)
-        except AssertionError:  # of what magnifies rounding at will four neighbours show little: ask many
+        except AssertionError:  # four results do not show how far rounding can be magnified, so compare with many
             lows += [low(eager, state, x, True, lengths, seed) for _ in range(8) for x in near]
             compare("training", mine, lows, ref, floor)
     except Exception as error:

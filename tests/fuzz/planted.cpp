@@ -1,10 +1,11 @@
-// Faults for sanitize.py: each sanitizer must see its own, in a library that is built and loaded as the real one is.
+// Planted faults for sanitize.py. Each sanitizer must report its own fault, in a library that is built and loaded as
+// the real one is.
 #include <climits>
 #include <thread>
 
 extern "C" {
 
-// AddressSanitizer: reads an element behind the end of an allocation.
+// AddressSanitizer must report this: a read of one element past the end of an allocation.
 __attribute__((visibility("default"))) int address() {
   volatile int count = 4;
   int* held = new int[count]();
@@ -13,13 +14,13 @@ __attribute__((visibility("default"))) int address() {
   return found;
 }
 
-// UndefinedBehaviorSanitizer: a signed sum that overflows.
+// UndefinedBehaviorSanitizer must report this: a signed sum that overflows.
 __attribute__((visibility("default"))) int undefined() {
   volatile int large = INT_MAX;
   return large + 1;
 }
 
-// ThreadSanitizer: two threads write to one place, unordered.
+// ThreadSanitizer must report this: two threads write to the same place without synchronisation.
 __attribute__((visibility("default"))) int thread() {
   int shared = 0;
   auto add = [&shared] {

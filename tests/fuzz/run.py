@@ -1,7 +1,7 @@
-"""Fuzzing for as long as asked: python tests/fuzz/run.py KIND --cases 2000 --seed 1, KIND one of KINDS.
+"""Runs many random cases of one kind: python tests/fuzz/run.py KIND --cases 2000 --seed 1, KIND one of KINDS.
 
-Case i has the seed SEED + i. Every failing case prints its seed, the error and a command that runs it alone; the exit
-status says whether any failed.
+Case i has the seed SEED + i. For every failing case it prints the seed, the error and a command that runs that case
+alone. The exit status is 1 if any case failed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ KINDS = ("models", "manifests", "audio", "checkpoints", "corpora")
 
 
 def failures(kind: str, cases: int, seed: int) -> list[str]:
-    """What is wrong with each failing case of `kind`, one line each, with the command that runs it again."""
+    """Returns one line for each failing case of `kind`: what is wrong, and the command that runs the case again."""
     import hostile
     import models
     import spoiled

@@ -2,9 +2,9 @@
 
     python tests/fuzz/sanitize.py [address] [thread]
 
-Python and torch are not instrumented, so the runtime of the sanitizer is loaded before them. tests/fuzz/suppressions/
-lists which of their reports are ignored, and why. The leak check is off, because Python does not free its memory at
-exit.
+Python and torch are not instrumented, so the sanitizer's runtime is preloaded. The files in tests/fuzz/suppressions/
+list the reports about Python and torch that are ignored, and why. The leak check is off, because Python does not free
+its memory at exit.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPPRESSIONS = ROOT / "tests" / "fuzz" / "suppressions"
-# What each sanitizer says of its fault in planted.cpp.
+# The report of each sanitizer on its fault in planted.cpp.
 PLANTED = {
     "address": {"address": "AddressSanitizer: heap-buffer-overflow", "undefined": "signed integer overflow"},
     "thread": {"thread": "ThreadSanitizer: data race"},
 }
 RUNTIME = {"address": "libasan.so", "thread": "libtsan.so"}
-# Everything that a kernel does with memory, by files and by what their tests' names hold. Left out are tests that start
-# a process for each instruction set, but the first, and opcheck's: these took most of the time and no other path.
+# These tests reach everything that a kernel does with memory. They are chosen by file and by words in their names.
+# opcheck's tests are left out, and so are the tests of each instruction set except the first: they took most of the
+# time and reached no other code.
 NAMES = ("bn_relu_dropout", "cuda_emulated", "cuda_ptx", "panes", "conv1d", "conv1d_16bit", "depthwise", "prefix_beam")
 NAMES += ("lm_train",)
 FILES = [f"tests/test_{name}.py" for name in NAMES]
@@ -38,7 +39,8 @@ TESTS = {
     "thread": "(bn_relu_dropout and cpu) or cut or any_order or (test_panes and cpu and not opcheck and not "
     "instruction_set) or (test_conv1d and (any_threads or fused_epilogue or history)) or number_of_threads",
 }
-LEVELS = {"address": ("",), "thread": ("",)}  # JASPER_FAST_ISA; "" is the best of this machine
+# values of JASPER_FAST_ISA; "" is the best instruction set of this machine
+LEVELS = {"address": ("",), "thread": ("",)}
 
 
 def compiler() -> str:
@@ -46,7 +48,7 @@ def compiler() -> str:
 
 
 def alone(kind: str) -> list[str]:
-    """Before a command: without randomised addresses, in which ThreadSanitizer's runtime may not find its way."""
+    """Returns the start of a command that switches off randomised addresses, with which TSan's runtime can fail."""
     return ["setarch", platform.machine(), "-R"] if kind == "thread" else []
 
 
@@ -54,7 +56,7 @@ def environment(kind: str, level: str) -> dict[str, str]:
     where = [subprocess.check_output([compiler(), f"-print-file-name={name}"], text=True).strip()
              for name in (RUNTIME[kind], "libstdc++.so.6")]  # fmt: skip
     return os.environ | {
-        # libstdc++ too: the runtime looks for __cxa_throw when it starts, before torch brings it
+        # libstdc++ too, because the runtime looks for __cxa_throw when it starts, before torch is loaded
         "LD_PRELOAD": " ".join(where),
         "JASPER_FAST_LIB": str(ROOT / "build" / "sanitize" / kind),
         "JASPER_FAST_SANITIZE": kind,
@@ -67,7 +69,7 @@ def environment(kind: str, level: str) -> dict[str, str]:
 
 
 def blind(kind: str, folder: Path) -> list[str]:
-    """Faults of planted.cpp, built in `folder`, that the sanitizers of `kind` do not see as they are set up here."""
+    """Builds planted.cpp in `folder`; returns the faults in it that the sanitizers of `kind` do not report."""
     flags = runpy.run_path(str(ROOT / "csrc/build.py"))["SANITIZE"][kind].split()
     source, library = Path(__file__).with_name("planted.cpp"), folder / "planted.so"
     how = ["-shared", "-fPIC", "-std=c++20", "-O1", "-g1", "-fvisibility=hidden", "-pthread"]

@@ -1,4 +1,4 @@
-"""Spoiled corpora through the command line: a report each time, never a traceback."""
+"""Runs the command line on damaged corpora: each must end with a report, never with a traceback."""
 
 from __future__ import annotations
 

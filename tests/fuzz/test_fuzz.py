@@ -1,4 +1,4 @@
-"""A few random cases of every kind; run.py runs as many as asked."""
+"""Runs a few random cases of every kind; run.py runs as many as you ask for."""
 
 from __future__ import annotations
 

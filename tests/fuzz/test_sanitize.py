@@ -1,4 +1,4 @@
-"""The sanitizers of `make sanitize` see what they are there for."""
+"""The sanitizers of `make sanitize` report the faults that are planted for them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Modules with the class names, attributes, keys and call forms of NVIDIA's Jasper and of NeMo's, to test fuse.
+"""Look-alikes of NVIDIA's and NeMo's Jasper, for the tests of fuse and convert.
 
-Written from a description of both; NVIDIA's is held against the golden vectors. Blocks are dictionaries with the keys
-of the reference's configuration files.
+They have the class names, attributes, state-dict keys and call forms of the originals, but were written from a
+description. Golden results of NVIDIA's own system check its look-alike. A block is a dictionary with the keys of the
+reference's configuration files.
 """

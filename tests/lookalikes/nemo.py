@@ -1,6 +1,6 @@
-"""A look-alike of NeMo's Jasper, for tests: its class names, attributes, call forms and state-dict keys.
+"""A look-alike of NeMo's Jasper, for tests, with its class names, attributes, call forms and state-dict keys.
 
-Written from a description of those, not from its source.
+It is written from a description, not from NeMo's source.
 """
 
 from __future__ import annotations

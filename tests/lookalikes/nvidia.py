@@ -1,6 +1,6 @@
-"""A look-alike of NVIDIA's Jasper for PyTorch, for tests: its class names, attributes, call forms and state-dict keys.
+"""A look-alike of NVIDIA's Jasper for PyTorch, for tests, with its class names, attributes, call forms and keys.
 
-Written from a description of those, not from its source; the golden vectors hold it to the reference's numbers.
+It is written from a description, not from NVIDIA's source. Golden results of NVIDIA's own system check its numbers.
 """
 
 from __future__ import annotations
