@@ -1,4 +1,4 @@
-"""Reading files of any rate and shape; every way a file can be bad is told apart."""
+"""Audio files of any rate and shape are read, and each kind of bad file gets its own error."""
 
 import io
 import itertools
@@ -103,7 +103,7 @@ def test_bad_files_say_what_is_wrong(tmp_path, name, cause):
 
 
 def test_a_socket_and_a_locked_folder_are_named(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # a socket's path must be short
+    monkeypatch.chdir(tmp_path)  # short names, because a socket's path must not be long
     with socket.socket(socket.AF_UNIX) as one:
         one.bind("s.wav")
         with pytest.raises(AudioError, match=r"s\.wav: is neither a file nor a pipe"):
@@ -112,7 +112,7 @@ def test_a_socket_and_a_locked_folder_are_named(tmp_path, monkeypatch):
     def locked(path):
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(os, "stat", locked)  # root may read any folder
+    monkeypatch.setattr(os, "stat", locked)  # a stand-in for a locked folder, because root may read any folder
     with pytest.raises(AudioError, match=r"a\.wav: cannot be read as audio: Permission denied"):
         audio.load("a.wav")
 
@@ -158,7 +158,7 @@ def test_reads_a_pipe(tmp_path):
 def test_codecs_that_cannot_seek(tmp_path, container, codec):
     x = tone(2.0, 8000)
     path = write(tmp_path / "a", x, 8000, format=container, subtype=codec)
-    rate = soundfile.info(path).samplerate  # XI files have a fixed rate
+    rate = soundfile.info(path).samplerate  # soundfile writes XI files at a fixed rate
     whole = audio.load(path, rate)
     assert 16000 <= len(whole) < 16400 and np.corrcoef(whole[:16000], x)[0, 1] > 0.8
     part = audio.load(path, rate, 8000 / rate, 4000 / rate)
@@ -199,7 +199,7 @@ def test_a_file_cut_in_half_gives_what_is_there_and_both_lengths(tmp_path, conta
     assert float(short.cause.split()[4]) == pytest.approx(2.0, abs=0.02)
     assert str(pickle.loads(pickle.dumps(short))) == str(short)
     assert audio.duration(path) == pytest.approx(2.0, abs=0.02)
-    assert len(audio.load(path, duration=0.5)) == 8000  # the part that was asked for is complete
+    assert len(audio.load(path, duration=0.5)) == 8000  # a part within the samples that exist is complete
     with pytest.raises(ShortAudio):
         audio.load(path, offset=0.5, duration=1.0)
 

@@ -1,4 +1,4 @@
-"""Which ratios agree in two results of one machine."""
+"""Two results of one machine are compared: which of their ratios agree."""
 
 import copy
 import json

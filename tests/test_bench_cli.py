@@ -1,4 +1,5 @@
-"""The command line of bench: a mistake is one line, the exit status says what has no number, Ctrl-C keeps the rows."""
+"""The command line of bench. A mistake gets a one-line error, the exit status is 1 if a row of ours has no number, and
+Ctrl-C keeps the rows so far."""
 
 from __future__ import annotations
 
@@ -24,13 +25,13 @@ LIMITS = {"matmul_flops_per_s": {"float32": 1e12}, "copy_bytes_per_s": 1e12, "la
 
 @pytest.fixture
 def at_once(monkeypatch):
-    """Makes runs skip measuring limits and writing pages."""
+    """Makes runs skip measuring the machine's limits and writing the HTML page."""
     monkeypatch.setattr(limits, "measure", lambda *_: dict(LIMITS))
     monkeypatch.setattr(html_page, "main", lambda *_: 0)
 
 
 def told(capsys, arguments: list[str]) -> str:
-    """The last line that the command ends with; the status is 2 and nothing was measured."""
+    """Runs a command that must exit with status 2 and print nothing to standard output; returns its last error line."""
     try:
         assert cli.shell(arguments) == 2
     except SystemExit as end:
@@ -145,7 +146,7 @@ def test_what_is_right_is_read():
 
 
 def measured(outcome: dict[str, tuple[str, str]]):
-    """A subcommand that times one case of which `outcome` has failed."""
+    """Returns a subcommand that times one case; `outcome` gives the (status, reason) of contenders that fail."""
 
     def run(run: Run, op: str, mode: str | None = None) -> None:
         with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Clock readings, the driver's library on a stand-in, intervals of few samples, CuPy's profiler."""
+"""Clock readings by the driver's library (a stand-in), intervals of few samples, and CuPy's launch profiler."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CUDA = torch.device("cuda", 0)
 
 
 class Driver:
-    """A stand-in for libnvidia-ml with one GPU, under pynvml; functions return a status, where 0 is success."""
+    """A stand-in for libnvidia-ml with one GPU, for pynvml. Its functions return a status, where 0 means success."""
 
     UUID = b"GPU-12345678-0000"
 
@@ -45,7 +45,7 @@ class Driver:
 
 @pytest.fixture
 def driver(monkeypatch):
-    """Returns a function that sets the library which the dynamic linker finds; by default a Driver."""
+    """Returns a function that sets the library which the dynamic linker finds; the default is a Driver."""
 
     def fresh(found: object) -> None:
         for cached in (nvml.library, nvml.handle, pynvml._nvmlGetFunctionPointer_cache):
@@ -102,7 +102,8 @@ def test_rows_tell_their_clocks_and_which_of_them_ran_slowly(tmp_path, monkeypat
         "slow": True,
     }
     assert rows["slow"]["clocks"]["mhz"] == 1500 and rows["slow"]["clocks"]["temperature_c"] == 63
-    clocks.mark_throttled(rows.values(), {"clocks": {"sm_mhz": 2200}})  # the limits ran faster than any row
+    # the limits were measured at a higher clock than any row
+    clocks.mark_throttled(rows.values(), {"clocks": {"sm_mhz": 2200}})
     assert all(row["throttled"] for row in rows.values())
 
 
@@ -123,7 +124,7 @@ def test_clocks_are_read_seldom_but_never_not_at_all(monkeypatch):
     m = Measurement(softplus_case({"eager": F.softplus}), CPU)
     checking.prepare(m)
     timing.measure(m, FAST)
-    assert [r["sm_mhz"] for r in m.readings] == [1, 2]  # after the first of its few rounds, and at the end
+    assert [r["sm_mhz"] for r in m.readings] == [1, 2]  # one reading after the first of its few rounds, one at the end
 
 
 def test_a_machine_that_tells_no_clock_has_rows_all_the_same(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""FLOPs, bytes and parameters of all of Jasper 10x5, against PyTorch's own counts."""
+"""FLOPs, bytes and parameters of all of Jasper 10x5 equal PyTorch's own counts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_every_conv_of_jasper_10x5_is_counted_as_pytorch_counts_it(jasper10x5):
     ours = {conv.name: conv for conv in counts.convs(config, N, T)}
     assert list(ours) == list(seen) and len(ours) == 109
     for name, conv in ours.items():
-        bias = conv.N * conv.T_out * conv.C_out if conv.bias else 0  # PyTorch leaves the bias out
+        bias = conv.N * conv.T_out * conv.C_out if conv.bias else 0  # PyTorch's counter leaves the bias out
         assert sum(by_module[name].values()) == conv.flops - bias, name
         assert (conv.weights, conv.nbytes(4), conv.T_out) == seen[name], name
 
@@ -68,7 +68,7 @@ def test_training_flops_are_pytorchs(jasper10x5):
 
 
 def test_quartznets_counts_are_its_models():
-    """Depthwise convs have groups: parameters and operations are those of the module."""
+    """Parameters and FLOPs of QuartzNet, whose depthwise convs have groups, equal those of the PyTorch module."""
     config = models.config("quartznet15x5")
     with torch.device("meta"):
         model = EagerJasper(config).eval()

@@ -1,4 +1,4 @@
-"""`python -m bench decode`: every contender answers, and one that answers wrongly gets no number."""
+"""`python -m bench decode` runs every contender, and a contender with a wrong answer gets no number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A wrong result gets no number: every kind of fault, and rivals that are absent or fail, give rows that say so."""
+"""A wrong result gets no number. Each kind of fault is found, and a rival that is absent or fails gets a row that says
+why."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from jasper_fast.bench.rivals import compiler
 
 def skipped_row(x):
     y = torch.empty_like(x)
-    y[:-1] = F.softplus(x[:-1])  # the last row keeps whatever the allocator left there
+    y[:-1] = F.softplus(x[:-1])  # the last row is not written
     return y
 
 
@@ -38,7 +39,8 @@ def stale_buffer():
 
 
 def stale_after(calls: int):
-    """Right while it is checked, and then always the same answer, which only a check after the timing finds."""
+    """Returns a function whose first `calls` answers are right and which then repeats the last of them. Only a check
+    after the timing finds this fault."""
     seen = []
 
     def call(x):
@@ -132,7 +134,7 @@ def test_faulty_dropout_is_refused(fault):
         if fault == "scale":
             return common.eager_chain(y, gamma, beta, running, residual, lengths, p) * (1 - p)
         dropped = F.dropout(z.detach(), p, True)
-        return dropped + (z - z.detach())  # values right, the gradient ignores the mask
+        return dropped + (z - z.detach())  # right values, but the gradient ignores the dropout mask
 
     runner = bn_relu_dropout.runner(chain, inputs, "nct", "both", 0.2)
     assert not correct.complaints(
@@ -180,7 +182,7 @@ def test_all_contenders_of_convs_are_right(op, backend, tmp_path):
 @pytest.mark.parametrize("mode", ["both", "inference"])
 @pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.bfloat16), ("triton", torch.float16)])
 def test_sub_blocks_under_amp_are_right(mode, backend, dtype, tmp_path):
-    """fp32 master weights with 16-bit activations, eager under autocast; the first layer reads fp32 features."""
+    """Shows that all contenders are right with fp32 master weights and 16-bit activations, also on fp32 features."""
     interpreted() if backend == "triton" else make_face(backend)
     run = make_run(tmp_path, backend=backend)
     run.dtype = dtype
@@ -190,7 +192,7 @@ def test_sub_blocks_under_amp_are_right(mode, backend, dtype, tmp_path):
 
 @pytest.mark.slow
 def test_a_wrong_sub_block_is_refused_in_every_mode(tmp_path, monkeypatch):
-    """An output scaled by 1.01 is found wrong, in training and in inference."""
+    """Shows that an output scaled by 1.01 is found wrong in every mode of training and in inference."""
     right, folded = sub_blocks.fused_sub_block, sub_block_inference.fused
     monkeypatch.setattr(sub_blocks, "fused_sub_block", lambda b: lambda *a: right(b)(*a) * 1.01)
     monkeypatch.setattr(sub_block_inference, "fused", lambda i, b: lambda *a: folded(i, b)(*a) * 1.01)

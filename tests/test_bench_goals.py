@@ -1,4 +1,4 @@
-"""Goals are judged from the rows, and each is about a case that a run measures."""
+"""Goals are judged from a run's rows, and every goal refers to a case that a run measures."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_gpu_goals_hold_shares_of_the_limit_and_the_best_rival():
 
 
 def test_gpu_goals_are_about_cases_that_the_plan_measures(tmp_path):
-    """A goal whose key no case has would never be judged."""
+    """Shows that the key of every GPU goal belongs to a case of the plan. Otherwise the goal would never be judged."""
     run = make_run(tmp_path)
     run.device, run.dtype = torch.device("cuda"), torch.float16
     cases = [bn_relu_dropout.case(run, s, "both", False, False) for s in bn_relu_dropout.GPU_SHAPES[:2]]

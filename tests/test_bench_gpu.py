@@ -1,5 +1,5 @@
-"""Code that only runs on a GPU, tested with stand-ins: clocks, a lost device, refusals, the plan of `python -m bench
-gpu`."""
+"""Code of bench that runs only on a GPU, tested with stand-ins: a lost device, parts that are cut off, kernels that the
+self-check refused, and the plan of `python -m bench gpu`."""
 
 import contextlib
 import dataclasses
@@ -43,7 +43,7 @@ from jasper_fast.selfcheck import checks
 
 
 def planned(monkeypatch, share: float = 1.0, **parts) -> None:
-    """A plan of these parts, each with the same share of the budget."""
+    """Replaces the plan by these parts, each with the same share of the time budget."""
     monkeypatch.setattr(
         agenda,
         "plan",
@@ -82,7 +82,7 @@ def test_a_case_is_on_disk_before_the_next_is_prepared(tmp_path):
 
 
 class Context:
-    """A CUDA context that an illegal access ends for good."""
+    """A stand-in for a CUDA context, which an illegal access ruins for good."""
 
     def __init__(self) -> None:
         self.fault = ""
@@ -92,7 +92,7 @@ class Context:
             raise RuntimeError(f"CUDA error: {self.fault}")
 
     def break_it(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns at once, like a launch; the fault appears at the next wait."""
+        """Returns at once, as a launch does; the fault appears at the next synchronisation."""
         self.fault = "an illegal memory access was encountered"
         return F.softplus(x)
 
@@ -107,7 +107,7 @@ def context(monkeypatch) -> Context:
 
 
 def again(run: Run) -> Run:
-    """The same run in the next process."""
+    """Returns the same run as the next process resumes it."""
     header = {k: run.results.data[k] for k in ("command", "machine")}
     results = result_file.Results(run.results.path, header, resume=True)
     return dataclasses.replace(run, results=results, started=time.monotonic())
@@ -121,17 +121,18 @@ def test_who_loses_the_device_has_a_row_and_no_second_chance(tmp_path, context):
     (row,) = written(run)["rows"]
     assert row["contender"] == "breaking" and "illegal memory access" in row["why"]
 
-    context.fault = ""  # the next process has a context of its own
+    context.fault = ""  # the next process has its own context
     rows = {r["contender"]: r for r in again(run).cases("test", [case()])}
     assert {n: r["status"] for n, r in rows.items()} == {"jasper_fast": "ok", "breaking": "failed", "eager": "ok"}
     assert rows["breaking"]["why"] == row["why"] and not context.fault
 
 
 def test_a_lost_device_costs_its_part_and_not_the_run(tmp_path, context, monkeypatch):
-    """The run continues in a new process; the part is tried once more, after the others, and then not again."""
+    """Shows that the run continues in a new process, which tries the lost part once more after the others and no
+    more."""
 
     class Replaced(BaseException):
-        """The end of a process that another replaces."""
+        """Ends the pretended process when another takes its place."""
 
     def breaking(run: Run) -> None:
         begun.append("breaking")
@@ -212,7 +213,8 @@ gpu.go_on_elsewhere(N(arguments=('gpu', '--help')), time.monotonic() + 9)
 
 @pytest.mark.slow
 def test_a_kernel_that_never_ends_is_left_behind(tmp_path, monkeypatch):
-    """A call into C++ does not see signals; here a part that blocks the alarm stands in for it."""
+    """Shows that a part which does not react to the alarm is left behind. A part that blocks the signal stands in for a
+    call into C++, which does not see signals."""
     left = threading.Event()
 
     def deaf(run: Run) -> None:
@@ -232,7 +234,7 @@ def test_a_kernel_that_never_ends_is_left_behind(tmp_path, monkeypatch):
 
 
 class Deaf:
-    """Python drops an exception that is raised in its destructor."""
+    """An object whose destructor takes long. Python drops an exception that is raised inside it."""
 
     def __del__(self) -> None:
         for _ in range(20):
@@ -254,7 +256,8 @@ def test_an_interruption_that_got_lost_comes_again_and_none_comes_later(monkeypa
 
 @pytest.mark.parametrize("how", ["cut off", "finished"])
 def test_a_part_that_is_cut_off_leaves_no_compiler_at_work(how, tmp_path, monkeypatch):
-    """torch.compile's own shutdown waits for all that is queued."""
+    """Shows that the compilers are killed after a part that is cut off, because torch.compile's own shutdown would wait
+    for everything in its queue."""
     done: list[str] = []
     pool = SimpleNamespace(process=SimpleNamespace(kill=lambda: done.append("killed")))
     compilers = SimpleNamespace(_pool_set=[pool], shutdown_compile_workers=lambda: done.append("shut"))
@@ -267,7 +270,7 @@ def test_a_part_that_is_cut_off_leaves_no_compiler_at_work(how, tmp_path, monkey
 
 @pytest.mark.slow
 def test_the_compilers_that_a_cut_off_part_leaves_can_be_ended():
-    """Checks what `end_compilers` assumes about private parts of PyTorch."""
+    """Shows that `end_compilers` is right about the private parts of PyTorch that it uses."""
     python("""
 import torch, torch._inductor.async_compile as a, torch._inductor.config as c, time; c.compile_threads = 2
 from jasper_fast.bench.gpu import gpu; pool = a.AsyncCompile.process_pool(); pool.submit(time.sleep, 600)
@@ -329,13 +332,14 @@ def test_memory_s_refused_and_unanswerable_cases_are_rows(tmp_path, monkeypatch)
 
 
 def collector(tmp_path) -> warm.Collector:
-    """A run on a GPU that collects cases and measures none."""
+    """Returns a run on a GPU that collects cases and measures none."""
     return warm.Collector(torch.device("cuda"), torch.float16, "triton", False, make_run(tmp_path).results, FAST)
 
 
 @pytest.mark.slow
 def test_every_part_of_the_plan_for_a_gpu_can_make_its_cases(tmp_path, monkeypatch):
-    """Runs all parts up to building contenders, which needs the device. An unknown rival is found here."""
+    """Runs every part of the plan up to building its contenders, which needs the device; an unknown rival fails
+    here."""
     asked: list[str] = []
 
     def compilers(run, titles):
@@ -405,7 +409,7 @@ def test_the_full_self_check_keeps_the_verdicts_that_it_reached(tmp_path, monkey
     calls: list[tuple] = []
 
     def supervise(device, quick, ops, dtypes, report):
-        """In the first call all rows but the last, then all."""
+        """Reports all rows but the last and runs out of time in the first call; reports all rows in later calls."""
         calls.append((dtypes, ops))
         row = {"function": "f", "variant": "", "configuration": "", "shape": "", "detail": "", "status": "ok"}
         asked = [check for check in plan if check.op in ops and check.dtype in dtypes]
@@ -426,7 +430,7 @@ def test_the_full_self_check_keeps_the_verdicts_that_it_reached(tmp_path, monkey
     assert len(run.results.data["selfcheck"]["verdicts"]) == 3
     self_check.selfcheck_in_full(run)
     assert calls == [
-        (("float32",), ("conv1d", "panes")),  # the run's own dtype first
+        (("float32",), ("conv1d", "panes")),  # the run's own dtype comes first
         (("float32",), ("panes",)),
         (("bfloat16",), ("conv1d", "panes")),
     ]
@@ -455,7 +459,8 @@ def test_other_processes_run_ours_once_and_end_with_the_time(tmp_path, monkeypat
 
 
 def test_a_process_that_cannot_be_ended_holds_nobody_up(tmp_path, monkeypatch):
-    """A process whose kernel never ends stays in the driver, even if it is killed."""
+    """Shows that a run does not wait for a process that cannot be killed. A process whose kernel never ends stays in
+    the driver even after SIGKILL."""
     killed: list[int] = []
 
     class Stuck:
@@ -481,7 +486,8 @@ def test_other_processes_run_on_the_run_s_own_gpu(monkeypatch):
 
 @pytest.mark.slow
 def test_a_machine_that_only_measures_needs_nothing_for_sound_and_text():
-    """GPU machines have PyTorch and Triton, and often no way to get more."""
+    """Shows that measuring needs no package for sound and text, because many GPU machines have only PyTorch and
+    Triton."""
     absent = ("soundfile", "soxr", "anyascii", "jiwer", "openvino", "jinja2", "markupsafe", "pynvml")
     python(f"""
 import sys; sys.modules |= dict.fromkeys({absent})
@@ -493,7 +499,8 @@ from jasper_fast.bench.report import html_page
 
 @pytest.mark.slow
 def test_a_run_without_jinja_and_pynvml_has_its_numbers_and_a_line_for_each(tmp_path):
-    """With an import finder that hides both, the numbers are written, the page is not, and the exit status is 0."""
+    """Shows that a run without these packages writes its numbers and no page, and exits with 0. An import finder hides
+    the packages."""
     script = """
 import sys
 class Blocked:

@@ -1,4 +1,4 @@
-"""Ratios and their intervals, second visits, results on disk that survive being cut off."""
+"""The harness of bench: ratios and their intervals, second visits, and results on disk that survive a cut-off run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from jasper_fast.bench.report import words
 
 def test_ratio_is_pair_by_pair_and_its_interval_holds_the_truth():
     g = torch.Generator().manual_seed(0)
-    drift = torch.linspace(1.0, 3.0, 60)  # the machine slows down threefold during the run
+    drift = torch.linspace(1.0, 3.0, 60)  # the machine becomes three times as slow during the run
     ours = (drift * (1 + 0.02 * torch.randn(60, generator=g))).tolist()
     rival = (1.5 * drift * (1 + 0.02 * torch.randn(60, generator=g))).tolist()
     found = ratios.ratio(rival, ours)
@@ -36,7 +36,7 @@ def test_ratio_is_pair_by_pair_and_its_interval_holds_the_truth():
 
 def test_a_second_visit_widens_the_interval_to_what_both_would_have_said():
     first = {"ours": [1.0, 1.0, 1.0, 1.0], "eager": [2.0, 2.0, 2.0, 2.0]}
-    second = {"ours": [1.0, 1.0], "eager": [2.4, 2.4]}  # the machine has another speed
+    second = {"ours": [1.0, 1.0], "eager": [2.4, 2.4]}  # the machine runs at another speed
     assert ratios.ratio_of_visits([first], "eager", "ours") == ratios.ratio(first["eager"], first["ours"])
     found = ratios.ratio_of_visits([first, second], "eager", "ours")
     assert (found["low"], found["median"], found["high"]) == (2.0, 2.0, pytest.approx(2.4))
@@ -61,7 +61,7 @@ def test_a_run_comes_back_to_its_cases(tmp_path):
     twin = twice["test op=softplus / twin"]
     assert twin["ratio"]["visits"] == 2 and "visits" not in once["test op=softplus / twin"]["ratio"]
     assert twin["time_s"]["samples"] > once["test op=softplus / twin"]["time_s"]["samples"]
-    # right in the first visit and wrong in the second: no number stays
+    # wrong in the second visit, so the number of the first visit goes too
     assert twice["test op=again / scaled later"]["status"] == "wrong"
 
 
@@ -76,7 +76,8 @@ def test_backward_alone_is_timed_in_both_visits(tmp_path):
 
 def test_a_case_takes_its_own_rounds_and_share_in_both_visits(tmp_path):
     run = make_run(tmp_path, revisits=True)
-    run.effort = Effort(seconds=60.0, min_rounds=4, max_rounds=20, target=1e9)  # the first rounds are enough
+    # a target that the minimum of rounds already meets
+    run.effort = Effort(seconds=60.0, min_rounds=4, max_rounds=20, target=1e9)
     changes = {"softplus": {}, "more": {"rounds": 12}, "less": {"share": 1e-9}}
     run.cases("test", [softplus_case({"twin": F.softplus}, op, **change) for op, change in changes.items()])
     run.revisit()
@@ -89,7 +90,7 @@ def test_a_case_takes_its_own_rounds_and_share_in_both_visits(tmp_path):
     ("round_s", "rounds", "warm_ups"), [(0.3, 6, 2), (0.9, 4, 2), (2.0, 3, 1), (4.0, 3, 1), (10.0, 1, 1)]
 )
 def test_rounds_that_take_long_are_few_and_their_rows_say_so(round_s, rounds, warm_ups, tmp_path, monkeypatch):
-    now = itertools.count(0.0, round_s)  # every reading of the clock is one round, or one run, later
+    now = itertools.count(0.0, round_s)  # each reading of the clock comes `round_s` later than the one before
     for module in (checking, timing):
         fake = SimpleNamespace(perf_counter=lambda: next(now), monotonic=time.monotonic)
         monkeypatch.setattr(module, "time", fake)
@@ -166,7 +167,7 @@ def test_run_cut_off_keeps_its_rows_and_resumes(tmp_path):
 
 
 class Touched(TorchDispatchMode):
-    """The op, and the storages that it reads and writes by its schema, one after another."""
+    """Records each op with the storages that it reads and the storages that it writes, by its schema."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""Latency: faults of a per cent get no time, texts are compared with their own best path, and how much is measured."""
+"""Latency: engines with small faults get no time, texts are compared with their own best path, and the effort depends
+on the machine."""
 
 from __future__ import annotations
 
@@ -26,24 +27,24 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def norms(state: dict) -> list[str]:
-    """The names of the batch norms, in the order of the layers."""
+    """Returns the names of the batch norms in the order of the layers."""
     return [k.removesuffix(".running_mean") for k in state if k.endswith(".running_mean")]
 
 
 def scaled(state: dict, factor: float) -> dict:
-    """One layer's output times `factor`: of the last block's second sub-block."""
+    """Returns `state` with one layer's output scaled by `factor`: the second sub-block of the last block."""
     norm = [n for n in norms(state) if ".conv." in n][-3]
     return state | {f"{norm}.{k}": state[f"{norm}.{k}"] * factor for k in ("weight", "bias")}
 
 
 def no_bias(state: dict) -> dict:
-    """One sub-block without the bias that its batch norm folds to."""
+    """Returns `state` with one sub-block whose folded bias is zero."""
     norm = norms(state)[0]
     return state | {f"{norm}.{k}": torch.zeros_like(state[f"{norm}.{k}"]) for k in ("bias", "running_mean")}
 
 
 def no_panes(state: dict) -> dict:
-    """The last dense block without its panes."""
+    """Returns `state` with the last dense block's panes set to zero."""
     last = [n for n in norms(state) if ".res." in n][-1].split(".res.")[0]
     panes = [n for n in norms(state) if n.startswith(f"{last}.res.")]
     return state | {f"{n}.{k}": torch.zeros_like(state[f"{n}.{k}"]) for n in panes for k in ("weight", "bias")}
@@ -58,7 +59,7 @@ WEIGHTS = {
 
 
 def stale_frames(call: Model) -> Model:
-    """One frame keeps the result of the call before."""
+    """Returns a model whose frame 7 always repeats the result of the previous call."""
     before: list[torch.Tensor] = []
 
     def stale(x: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +74,7 @@ def stale_frames(call: Model) -> Model:
     return stale
 
 
-# In bf16 eager itself is off by 0.5 % of the output, so no comparison can find a layer that is off by 1 %.
+# In bf16 the error of eager itself is 0.5 % of the output, so no comparison can find a layer that is 1 % off.
 FAULTS = [
     ("fp32", "a layer scaled by 1.01"),
     ("fp16", "a layer scaled by 1.01"),
@@ -83,7 +84,7 @@ FAULTS = [
 
 
 def rows_of(tmp_path, case_of, dtype=torch.float32, engine=None) -> dict[str, dict]:
-    """Rows of a case of the small model by contender; `engine` replaces ours."""
+    """Measures a case of the small model and returns its rows by contender; `engine` replaces our engine."""
     run = make_run(tmp_path, rivals="eager,eager_2d_channels_last")
     run.dtype = dtype
     shared = latency.Models(run, "small")
@@ -132,7 +133,7 @@ def test_a_large_model_is_judged_in_fp32_on_a_cpu_and_by_eager_s_error_in_a_lowe
     large = latency.Models(run, "jasper10x5")
     assert large.judged_in is torch.float32 and large.low(tuple) is None
     assert latency.Models(dataclasses.replace(run, dtype=torch.bfloat16), "jasper10x5").low(tuple) is not None
-    # without eager beside it, the fault of a per cent is beyond what `relative` allows
+    # with a tolerance that ignores eager's error, a fault of one per cent must still be found
     monkeypatch.setattr(counts, "parameters", lambda cfg: 333e6)
 
     def faulty(shared):
@@ -147,7 +148,7 @@ def test_a_large_model_is_judged_in_fp32_on_a_cpu_and_by_eager_s_error_in_a_lowe
 
 
 def drops_repeats(right):
-    """Collapses after the blanks are gone, so that "book" is heard as "bok"."""
+    """Collapses repeats after the blanks are removed, which is wrong: "book" becomes "bok"."""
     return lambda *a: ["".join(c for i, c in enumerate(text) if c != text[i - 1 : i]) for text in right(*a)]
 
 
@@ -246,7 +247,7 @@ def test_a_gpu_takes_the_samples_that_a_p99_takes(tmp_path):
 
 
 class Session:
-    """A stand-in for an ONNX Runtime session, which reads and writes the memory to which it was bound."""
+    """A stand-in for an ONNX Runtime session, which works on the memory that is bound to it."""
 
     def __init__(self, model) -> None:
         self.model, self.bound = model, {}
@@ -277,7 +278,7 @@ def test_onnx_runtime_is_given_tensors_where_they_are(dtype, tmp_path):
     call = runtimes.bound(Session(shared.plain), shared.plain)
     x, lengths = models.features(shared.cfg, 2, 63, torch.device("cpu"), 1, ragged=True)
     x = x.to(dtype)
-    first, out = call(x.transpose(1, 2).contiguous().transpose(1, 2), lengths)  # in another memory order
+    first, out = call(x.transpose(1, 2).contiguous().transpose(1, 2), lengths)  # the input in another memory order
     with torch.no_grad():
         want, out_lengths = shared.plain(x.float(), lengths)
     assert torch.equal(first, want) and torch.equal(out, out_lengths)

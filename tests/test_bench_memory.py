@@ -1,4 +1,4 @@
-"""Bytes that a forward keeps for backward, however they are held."""
+"""The bytes that a forward pass keeps for backward are counted, however they are held."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jasper_fast.bench.harness import allocations
 
 
 class Keeper(torch.autograd.Function):
-    """Saves one tensor for backward, stores another as an attribute, and frees a third."""
+    """Saves one tensor for backward, stores another as an attribute and frees a third."""
 
     stash: list = []
 
@@ -28,7 +28,7 @@ def test_kept_bytes_are_counted_however_held():
     x = torch.randn(1000, requires_grad=True)
     Keeper.stash.clear()
     nbytes, births, loss = allocations.kept(lambda: Keeper.apply(x), CPU)
-    assert nbytes == 4 * (1000 + 100 + 1)  # saved, stashed, the loss
+    assert nbytes == 4 * (1000 + 100 + 1)  # the saved tensor, the attribute and the loss
     assert births.peak >= 4 * 3000
     loss.backward()
     Keeper.stash.clear()
@@ -38,4 +38,4 @@ def test_kept_bytes_of_a_plain_graph():
     layer = torch.nn.Linear(8, 16, bias=False)
     x = torch.randn(4, 8)
     nbytes, _, _ = allocations.kept(lambda: layer(x).relu().exp().sum(), CPU)
-    assert nbytes == 4 * (2 * 4 * 16 + 1)  # relu's and exp's outputs, and the loss; x and the weight are older
+    assert nbytes == 4 * (2 * 4 * 16 + 1)  # the outputs of relu and exp, and the loss; x and the weight existed before

@@ -1,4 +1,5 @@
-"""Networks, answers and rivals of the cases: made once, where they run, in the memory order that they need."""
+"""Networks, answers and rivals of bench's cases are made once, on their device and in the memory order that they
+need."""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ def test_weights_are_shared_and_models_are_copies():
 
 def test_models_go_when_nobody_holds_them(tmp_path):
     gc.collect()
-    gc.disable()  # so that only what is in no cycle goes
+    gc.disable()  # without collection, only objects outside reference cycles are freed
     try:
         shared = latency.Models(make_run(tmp_path), "small")
         features = weakref.ref(shared.inputs(1, 2.0)[0])
@@ -82,7 +83,8 @@ def test_a_large_step_is_compared_on_a_small_batch(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("order", "made"), [(("forward",), 0), (("forward", "both"), 1), (("both", "forward"), 1)])
 def test_answers_are_made_once_and_gradients_only_where_they_are_asked_for(order, made, tmp_path, monkeypatch):
-    """fp64 answers take longer than all that is timed."""
+    """Shows that the fp64 answer is computed once, and its gradients only if a mode needs them, because fp64 answers
+    take longer than everything that is timed."""
     conv = sub_blocks.eager_conv
     forwards = spied(monkeypatch, sub_blocks, "eager_conv")
     backwards = spied(monkeypatch, sub_blocks, "results")
@@ -101,7 +103,7 @@ def test_answers_are_made_once_and_gradients_only_where_they_are_asked_for(order
 
 @pytest.fixture
 def seen(monkeypatch) -> list[bool]:
-    """Of every call of conv2d, whether input and weight came in channels_last memory."""
+    """Records for every call of conv2d whether input and weight are in channels_last memory."""
 
     def ordered(x, weight, *_):
         return all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))

@@ -1,4 +1,4 @@
-"""The bench of the optimiser's step: both forms answer right, a wrong one is refused, the copy moves what it says."""
+"""Bench of the optimiser's step: both forms are right, a wrong one is refused, and the copy moves the stated bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_step_is_right_and_one_without_decay_is_not(case, name, monkeypatch):
     case.refill(1)
     low, exact = case.low(), case.reference()
     runner = runners(case)[name]
-    for _ in range(2):  # what is compared is put back
+    for _ in range(2):  # twice, because a comparison must restore the tensors
         assert case.complaints(runner.outputs(), low, exact) == []
     monkeypatch.setattr(optimizer, "WEIGHT_DECAY", 0.0)
     wrong = runners(case)[name].outputs()
@@ -40,7 +40,7 @@ def test_the_copy_moves_half_of_the_bytes_twice(case):
 
 
 def test_both_forms_move_the_same_tensors(case):
-    """None has a parameter, moment or average of its own: they would lie elsewhere in memory."""
+    """Shows that both forms of the step work on the same tensors. Copies would lie elsewhere in memory."""
     made = runners(case)
     before = case.low()
     made["foreach"].run()

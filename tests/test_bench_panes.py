@@ -1,4 +1,4 @@
-"""Panes in `python -m bench kernels`: what is compared, what counts as their time, and which cases are run."""
+"""Panes in `python -m bench kernels`: what is compared, what counts as their time, and which cases run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def statuses(rows: list[dict]) -> dict[tuple[str, str], str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_both_forms_and_the_eager_rivals_are_right_in_every_mode(dtype, tmp_path):
-    """In 16 bits at a size where a plain form that rounds u before its scale is wrong."""
+    """Shows that all contenders are right. The size is one at which a plain form in 16 bits would fail if it rounded u
+    before scaling it."""
     run = make_run(tmp_path, backend="auto")
     run.dtype = dtype
     make_face("cpu")
@@ -41,13 +42,13 @@ def test_both_forms_and_the_eager_rivals_are_right_in_every_mode(dtype, tmp_path
 
 
 def wide_matrices(monkeypatch) -> None:
-    """Gram matrices whose covariance is 5 % too large."""
+    """Makes the covariance of every Gram matrix 5 % too large."""
     gram = ops.gram
     monkeypatch.setattr(ops, "gram", lambda x: gram(x)._replace(cov=gram(x).cov * 1.05))
 
 
 def a_wide_pane(monkeypatch) -> None:
-    """A sum in which the newest input's pane is 2 % too large."""
+    """Makes the newest input's pane 2 % too large."""
     plain = ops.panes_plain
 
     def faulty(xs, weights, gammas, betas, **more):
@@ -66,7 +67,7 @@ def test_a_wrong_form_has_no_time_in_any_mode(fault, form, tmp_path, monkeypatch
 
 
 def test_running_statistics_are_compared(tmp_path, monkeypatch):
-    """Each pane has its own statistics: if two panes have them swapped, the case is wrong although the sum is right."""
+    """Shows that a case is wrong if the running statistics of the panes are swapped, although their sum is right."""
     plain = ops.panes_plain
 
     def faulty(*args, **more):
@@ -80,7 +81,8 @@ def test_running_statistics_are_compared(tmp_path, monkeypatch):
 
 
 class Calls(TorchDispatchMode):
-    """How often each op of ours is called, and on how many channels."""
+    """Records each call of our Gram ops with its number of channels, and of `_foreach_add_` with its number of
+    tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,10 +106,10 @@ CHARGED = {
 
 @pytest.mark.parametrize("mode", common.MODES)
 def test_a_run_pays_for_the_newest_matrix_and_adds_the_gradients_of_the_older(mode):
-    """Mean and covariance of two older inputs: four sums."""
+    """Shows which ops one timed run calls. With two older inputs, the mean and covariance gradients take four sums."""
     i = panes.Inputs(2, 40, BLOCK, torch.float32, CPU)
     runner = panes.runner(panes.fused("gram", "auto"), i, "ntc", mode, gram=True)
-    runner.run()  # makes what earlier blocks of the step have made, and the graph that a backward pass goes through
+    runner.run()  # makes what earlier blocks of the step would have made, and the graph that backward goes through
     with Calls() as calls:
         runner.run()
     assert calls.seen == CHARGED[mode]
@@ -124,7 +126,7 @@ def test_over_a_network_every_block_output_has_one_matrix():
 
 @pytest.mark.parametrize("form", panes.FORMS)
 def test_a_retained_graph_is_of_the_inputs_as_they_are(form):
-    """After a refill, a second backward run must not use the graph or the matrices of the first."""
+    """Shows that after a refill, a run of backward does not use the graph or the matrices of the old inputs."""
     i = panes.Inputs(2, 40, BLOCK, torch.float32, CPU)
     made: list[list[torch.Tensor]] = []
     right = panes.fused(form, "auto")
@@ -191,7 +193,7 @@ def test_one_mode_alone(op, mode, quick, collect):
 
 
 def test_a_brief_run_measures_few_cases(collect):
-    """`make bench` has ten minutes: both goals' shapes, a few more, two sub-blocks, one block's panes."""
+    """Shows that a brief run, as `make bench` makes it in ten minutes, has only these cases."""
     cases = collect(brief=True)
     ops_of = [case.key["op"] for case in cases]
     assert {op: ops_of.count(op) for op in set(ops_of)} == {

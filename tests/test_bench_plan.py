@@ -1,4 +1,4 @@
-"""Everything in nine minutes: the plan of `python -m bench gpu` is bounded, kept and resumed."""
+"""The plan of `python -m bench gpu` stays within its budget, is saved as it goes and can be resumed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_part_of_the_plan_has_time_for_all_its_cases(tmp_path, monkeypatch):
         return []
 
     monkeypatch.setattr(Run, "cases", keep)
-    monkeypatch.setattr(memory, "main", lambda *_: None)  # counts bytes, by no clock
+    monkeypatch.setattr(memory, "main", lambda *_: None)  # it counts bytes and measures no time
     for module, name in ((agenda, "ready"), (self_check, "selfcheck_in_full"), (first, "tests"), (first, "tune")):
         monkeypatch.setattr(module, name, lambda run: None)
     effort, timed = Effort().at_most(gpu.CASE), 0
@@ -63,14 +63,15 @@ def test_gpu_plan_is_bounded_written_as_it_goes_and_resumed(tmp_path, monkeypatc
     ]
     monkeypatch.setattr(agenda, "plan", lambda run: plan)
     monkeypatch.setattr(gpu, "GOOD", 0.5)
-    monkeypatch.setattr(devices, "tidy", lambda device: None)  # a collection takes its time in a process full of tests
+    # garbage collection takes long in a process with many tests
+    monkeypatch.setattr(devices, "tidy", lambda device: None)
     run = make_run(tmp_path)
     gpu.main(run, time.monotonic() - run.started + 10.0)
     parts = json.loads(run.results.path.read_text())["parts"]
     assert parts == {
         "first": "finished",
         "failing": "failed: ValueError: no such kernel",
-        "compile": "cut off",  # cut off after its own share of the time, so the next part was still measured
+        "compile": "cut off",  # it used up its own share of the time only, so the next part still ran
         "second": "finished",
         "endless too": "cut off",
         "last": "no time left",
@@ -80,7 +81,7 @@ def test_gpu_plan_is_bounded_written_as_it_goes_and_resumed(tmp_path, monkeypatc
     again = dataclasses.replace(
         run, results=result_file.Results(run.results.path, header, resume=True), started=time.monotonic()
     )
-    plan[0] = agenda.Part("first", whole, failing)  # finished before: must not run again
+    plan[0] = agenda.Part("first", whole, failing)  # this part has finished and must not run again
     plan[2] = agenda.Part("compile", whole, measured("compiled"))
     plan[4] = agenda.Part("endless too", whole, measured("d"))
     gpu.main(again)

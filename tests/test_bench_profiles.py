@@ -62,7 +62,8 @@ def test_a_step_that_fails_stops_the_profiler(tmp_path):
 
 
 def test_a_gpu_s_profile_without_kernels_is_a_failure(tmp_path, monkeypatch):
-    """Without CUPTI every time is zero, which reads like an empty step."""
+    """Shows that a GPU profile without kernels is reported as failed. Without CUPTI all times are zero, as in an empty
+    step."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     with pytest.raises(profile.NoKernels, match="CUPTI"):
         profile.profile(lambda: torch.ones(3) + 1, torch.device("cuda"), tmp_path / "trace.json")

@@ -1,4 +1,4 @@
-"""Everything in a result's JSON is also on its page and in the terminal."""
+"""Everything in a result's JSON is also on its HTML page and in the terminal."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def row(bench: str, contender: str, key: dict, **more) -> dict:
 
 
 def full(name: str = "NVIDIA Imaginary 9000") -> dict:
-    """A result of `python -m bench gpu` with an example of every part."""
+    """Returns a result of `python -m bench gpu` with an example of every part."""
     utterance = {"model": "jasper10x5", "N": 4, "seconds": 7.0, "dtype": "float16", "path": "acoustic model"}
     step = {"model": "jasper10x5", "batch": "(32, 64, 1680)", "dtype": "float16", "mode": "step"}
     conv = {"op": "conv1d", "shape": "(32, 256->256, 832)", "taps": "K = 11", "dtype": "float16", "mode": "both"}
@@ -88,25 +88,25 @@ def full(name: str = "NVIDIA Imaginary 9000") -> dict:
 
 
 def section(html: str, title: str) -> str:
-    """The text between a heading and the next one of the same level."""
+    """Returns the part of a page between this heading and the next of the same level."""
     _, _, rest = html.partition(f"<h2>{title}")
     assert rest, title
     return rest.partition("<h2>")[0]
 
 
 def cells(html: str) -> list[list[str]]:
-    """Rows of the tables in `html`, cell by cell, without markup."""
+    """Returns the rows of the tables in `html` as lists of cells without markup."""
     lines = re.findall(r"<tr.*?</tr>", html)
     return [[re.sub(r"<[^>]*>", "", c) for c in re.findall(r"<t[dh].*?</t[dh]>", line)] for line in lines]
 
 
 def forms(html: str) -> tuple[str, str]:
-    """The only plot in `html` in its two forms, for a broad page and for a phone."""
+    """Returns the two versions of the only plot in `html`, for a wide page and for a phone."""
     return tuple(re.search(f'<div class="{cls}">(.*?)</div>', html, re.S)[1] for cls in ("broad", "slim"))
 
 
 class Balance(HTMLParser):
-    """Fails on tags that are not closed in the right order."""
+    """Fails if tags are not closed in the right order."""
 
     VOID = {"meta", "br"}
 
@@ -187,7 +187,7 @@ def test_a_share_above_the_limit_is_explained(page):
 
 
 def overhanging(plot: str, font: int) -> list[str]:
-    """Texts that are wider than their plot, at 0.6 of the font size per character."""
+    """Returns the texts that do not fit into their plot, if a character is 0.6 of the font size wide."""
     width, found = float(re.search(r'viewBox="0 0 (\d+)', plot)[1]), []
     for anchor, x, told in re.findall(r'<text class="[^"]*" text-anchor="(\w+)" x="([\d.]+)"[^>]*>(.*?)</text>', plot):
         wide = 0.6 * font * len(unescape(told))
@@ -199,7 +199,7 @@ def overhanging(plot: str, font: int) -> list[str]:
 
 def test_no_text_of_a_plot_leaves_it():
     result = full()
-    for r in result["rows"]:  # the longest names that there are, times from the shortest to the longest, long bars
+    for r in result["rows"]:  # the longest names, the shortest and the longest times, long bars
         if r["bench"] == "kernels":
             r["key"] = {
                 "op": "bn_relu_dropout+residual",
@@ -281,9 +281,10 @@ def test_published_tables_are_whole():
     assert len(published.TRAINING) == 23 and {gpus for _, _, gpus, _, _ in published.TRAINING} == {1, 4, 8, 16}
     for gpu, batch, gpus, full_rate, amp in published.TRAINING:
         one = next(r for r in published.TRAINING if r[:3] == (gpu, batch, 1))
-        assert 0.75 * gpus * one[4] <= amp <= gpus * one[4]  # weak scaling as published: 0.8 of linear at the least
+        # in the published numbers, N GPUs reach 0.75 to 1 times the rate of N single ones
+        assert 0.75 * gpus * one[4] <= amp <= gpus * one[4]
         assert full_rate is None or 1.4 < amp / full_rate < 2.95
-    # spot checks, one a table and one a column
+    # spot checks: one value per table and per column
     assert published.latency("float32")["V100 16GB (DGX-1)"][8, 7.0] == (129.82, 130.65, 131.09, 132.91)
     assert published.latency("bfloat16")["V100 32GB (DGX-2)"][16, 16.7] == (124.33, 125.57, 125.92, 128.78)
     assert ("V100 32GB (DGX-2)", 1, 43.86) in published.training(64, "float16")
@@ -383,7 +384,7 @@ def test_there_is_one_slug():
 
 
 def of(samples: int, pairs: int) -> dict:
-    """The same result from fewer samples and pairs."""
+    """Returns the same result with fewer samples and pairs."""
     result = full()
     for r in result["rows"]:
         if "time_s" in r:

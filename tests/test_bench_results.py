@@ -1,4 +1,4 @@
-"""A real result of the command line: how to repeat it, its page, the README's table."""
+"""A real result of the command line: its command to repeat it, its page and the README's table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jasper_fast.bench.report import html_page, readme_table
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    """A real, tiny run of the command line."""
+    """Returns the result of a real, tiny run of the command line."""
     out = tmp_path_factory.mktemp("bench")
     shapes, bn_relu_dropout.CPU_SHAPES = bn_relu_dropout.CPU_SHAPES, ((2, 8, 40), (2, 16, 40))
     try:

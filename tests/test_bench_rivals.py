@@ -1,4 +1,4 @@
-"""Rivals compute what eager computes, and an unknown one is named."""
+"""Rivals compute the same results as eager, and an unknown rival is named in an error."""
 
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ def test_the_cuda_face_is_no_rival_to_be_slower_than():
 
 @pytest.fixture
 def graphs_run(monkeypatch) -> list[int]:
-    """torch.compile without a compiler: one entry for each call of a graph that Dynamo made."""
+    """Replaces torch.compile's compiler by one that runs the graph as it is; returns a list with one entry per graph
+    run."""
     ran: list[int] = []
 
     def backend(graph, _):
@@ -101,7 +102,7 @@ def graphs_run(monkeypatch) -> list[int]:
 
 
 def dense(blocks: int) -> tuple[EagerJasper, torch.Tensor, torch.Tensor]:
-    """A model with this many dense blocks between two others; no two blocks have the same panes."""
+    """Returns a model of this many dense blocks, each with other panes, between two more blocks, and its inputs."""
     widths = tuple((8, 3, 0.0) for _ in range(blocks))
     encoder = {"in_feats": 8, "activation": "relu", "use_conv_masks": True}
     encoder["blocks"] = models._blocks(8, widths, 1, 8)
@@ -111,7 +112,8 @@ def dense(blocks: int) -> tuple[EagerJasper, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.slow
 def test_every_block_of_twelve_is_compiled(graphs_run):
-    """PyTorch compiles eight variants of a function and runs further ones in eager, with only a warning."""
+    """Shows that each of twelve blocks is compiled. By default PyTorch compiles eight variants of a function and then
+    falls back to eager with only a warning."""
     model, x, lengths = dense(10)
     call = compiler.compiled_blocks_frozen(model)
     for _ in range(2):
@@ -137,7 +139,8 @@ def test_every_shape_of_a_grid_is_compiled_or_an_error(graphs_run, monkeypatch):
 
 
 def test_a_sub_block_s_compiled_function_never_runs_in_eager(graphs_run):
-    """It may have any number of variants: those of earlier cases do not count, and there is no limit of eight."""
+    """Shows that a sub-block's function may have more than eight variants, and that those of earlier cases do not
+    count."""
     with torch._functorch.config.patch(donated_buffer=True):  # restored afterwards
         for _ in range(2):
             call = compiler.max_autotuned(lambda x: 2 * x, "forward")
@@ -158,7 +161,7 @@ def test_a_frozen_sub_block_never_runs_in_eager(graphs_run):
 
 
 class Capture:
-    """A stand-in for torch.cuda in a capture; `log` records the events, and whether garbage collection was on."""
+    """A stand-in for torch.cuda during a capture; `log` records the events and whether garbage collection was off."""
 
     def __init__(self, monkeypatch) -> None:
         self.log: list[str] = []
@@ -200,7 +203,7 @@ def test_a_capture_is_warmed_up_on_a_side_stream_and_nothing_is_collected_in_it(
 
 
 def test_a_graph_s_answers_are_of_the_call_s_own_inputs(monkeypatch):
-    """The graph reads and writes its own memory: inputs are copied in, results out, and a shape has its own graph."""
+    """Shows that a graph copies its inputs in and its results out, and that each shape has its own graph."""
 
     class Graph:
         def __init__(self, call) -> None:

@@ -1,4 +1,4 @@
-"""`python -m bench train` over several processes."""
+"""`python -m bench train` with several processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ N, T = 2, 64
 
 
 class Deaf(torch.nn.parallel.DistributedDataParallel):
-    """Hears nothing of the other processes' gradients."""
+    """A DDP that ignores the gradients of the other processes."""
 
     def forward(self, *inputs):
         with self.no_sync():
@@ -33,8 +33,8 @@ class Deaf(torch.nn.parallel.DistributedDataParallel):
 
 
 def one_of_two(rank: int, folder: str, port: int) -> None:
-    """A process as torchrun starts it: tells what is wrong with gradients that are not averaged, then runs the
-    command."""
+    """Runs as one process of torchrun. It records what is wrong with averaged and with unaveraged gradients, and then
+    runs the command."""
     torch.set_num_threads(1)
     places = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {k: str(v) for k, v in places.items()}

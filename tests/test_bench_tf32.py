@@ -1,4 +1,4 @@
-"""fp32 convs that PyTorch may round to TF32 are compared at the precision of TF32, and not more loosely."""
+"""fp32 convs that PyTorch may round to TF32 are compared at the precision of TF32, no more loosely."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def run_in(dtype: torch.dtype) -> Run:
 
 
 def cut_to_tf32(x: torch.Tensor) -> torch.Tensor:
-    """fp32 as tensor cores read it, without the last 13 bits of the mantissa."""
+    """Rounds fp32 as tensor cores do: the last 13 bits of the mantissa become zero."""
     return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
@@ -28,7 +28,7 @@ def answers() -> dict[str, dict[str, torch.Tensor]]:
     x, w = torch.randn(2, 256, 100), torch.randn(64, 256, 11) / 53
     return {
         "ref": {"y": conv(x.double(), w.double())},
-        "low": {"y": conv(x, w)},  # cuDNN may take a kernel that does not round
+        "low": {"y": conv(x, w)},  # not rounded: cuDNN may choose a kernel that does not round
         "cut": {"y": conv(cut_to_tf32(x), cut_to_tf32(w))},
     }
 

@@ -1,4 +1,4 @@
-"""Timing on a stand-in of a GPU: events and waiting, the host's part, sleeps while the clock rises."""
+"""Timing on a simulated GPU: events, waiting, host time, and sleeps while the clock rises."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from jasper_fast.bench.harness.case import Contender
 from jasper_fast.bench.harness.measurement import Measurement
 from jasper_fast.bench.report import terminal
 
-measured_rate = clocks.cycles_per_second.__wrapped__  # saved before a stand-in replaces it
+measured_rate = clocks.cycles_per_second.__wrapped__  # kept before a stand-in replaces it
 
 
 class Gpu:
-    """A simulated device with a queue, and a host clock that moves only when something takes host time."""
+    """A simulated device with a queue, and a host clock that moves only when an action takes host time."""
 
-    rate = 1e9  # cycles of a sleep a second
+    rate = 1e9  # cycles of a sleep per second
 
     def __init__(self) -> None:
         self.now = self.free_at = 0.0
@@ -68,7 +68,8 @@ def device(monkeypatch) -> Gpu:
 
 
 def small_op(device: Gpu, launches: int, host: float, kernel: float):
-    """Python that takes longer to launch a kernel than the device takes to run it."""
+    """Returns a function that launches a kernel several times. Each launch takes `host` seconds of Python, and each
+    kernel takes `kernel` seconds."""
 
     def run() -> None:
         for _ in range(launches):
@@ -90,7 +91,7 @@ def test_a_long_host_time_is_part_of_the_answer(device):
     ticker = clocks.CudaClock(CUDA)
     run = small_op(device, 100, host=1e-3, kernel=10e-6)
     assert 80e-3 < ticker.sample(run, 1) <= 100e-3 and device.slept == [ticker.LONGEST]
-    heavy = small_op(device, 100, host=1e-4, kernel=10e-3)  # kernels take longer than launches
+    heavy = small_op(device, 100, host=1e-4, kernel=10e-3)  # here the kernels take longer than the launches
     assert ticker.sample(heavy, 1) == pytest.approx(1.0, rel=1e-3)
 
 
@@ -118,8 +119,8 @@ def test_rows_carry_the_host_s_time_and_still_make_a_table(device, capsys):
 
 
 def test_sleeps_are_counted_at_the_clock_that_the_device_rises_to(device, monkeypatch):
-    """An idle GPU starts at a fifth of its clock. A sleep counted at that clock would end before the host has
-    launched."""
+    """Shows that a sleep is counted at the clock that the device reaches. An idle GPU starts at a fifth of it, and a
+    sleep counted at that rate would end before the host has finished launching."""
     rates = iter([2e8, 4e8, 1e9, 9e8, 8e8])
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: cycles > 1000 and device.launch(cycles / next(rates)))
     assert measured_rate(CUDA) == pytest.approx(1e9)

@@ -1,4 +1,4 @@
-"""Training steps: a gradient that is wrong by a few per cent is found in every precision; a right one passes."""
+"""Training steps: a gradient that is a few per cent wrong is found in every precision, and a right one passes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def setting():
 
 @cache
 def found(contender: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The clear answer of one contender."""
+    """Returns the answer of one contender, with the clear gradients among it."""
     config, state, batch = setting()
     if contender == "jasper_fast":
         module = models.fused(config, state, "auto")
@@ -42,7 +42,7 @@ def found(contender: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def complaints(got: dict[str, torch.Tensor], dtype: torch.dtype) -> list[str]:
-    """The bench's complaints about a contender with this answer."""
+    """Returns what the bench finds wrong with this answer."""
     return correct.complaints(got, found("eager", dtype), found("eager", torch.float64), train.tolerance(dtype))
 
 
@@ -54,7 +54,8 @@ def test_right_gradients_are_told_right(contender, dtype):
 
 
 def test_clear_weights_keep_every_relu_away_from_zero():
-    """ReLU inputs of both signs exist, so a missing ReLU is found."""
+    """Shows that at the clear weights no ReLU input is near zero, and that both signs occur, so a missing ReLU is
+    found."""
     config, state, batch = setting()
     model = models.eager(config, models.clear(config, state)).train()
     nearest, signs = [], []
@@ -69,7 +70,7 @@ def test_clear_weights_keep_every_relu_away_from_zero():
             module.register_forward_pre_hook(watch)
     with models.dropout_off(model):
         model(batch.features, batch.lengths)
-    assert len(nearest) == 11 and min(nearest) > 0.1, nearest  # at the usual weights 1e-5
+    assert len(nearest) == 11 and min(nearest) > 0.1, nearest  # at the usual weights this is 1e-5
     assert all(abs(share - (1 - 1 / models.OFF)) < 0.01 for share in signs), signs
 
 
@@ -83,7 +84,7 @@ def shifted_taps(g):
 
 def stale_dbeta(g):
     name = "clear grad encoder.layers.2.conv.5.bias"
-    return {name: g[name].roll(1)}  # values of the right size, but of the wrong elements
+    return {name: g[name].roll(1)}  # values of the right size at the wrong elements
 
 
 def every_layer_scaled(g):
@@ -122,7 +123,7 @@ def test_a_faulty_gradient_is_refused(fault, dtype):
 
 
 class Wgrad(torch.autograd.Function):
-    """A convolution whose weight gradient is that of all utterances but the last."""
+    """A convolution whose weight gradient leaves out the last utterance."""
 
     @staticmethod
     def forward(ctx, x, weight, padding):
@@ -140,7 +141,7 @@ class Wgrad(torch.autograd.Function):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_skipped_utterance_gets_no_time(dtype, tmp_path, monkeypatch):
-    """In a whole run of the bench, the row is "wrong" and has no time, and the row of the rival is "ok"."""
+    """Shows that in a whole run of bench the faulty row is "wrong" and has no time, while the rival's row is "ok"."""
 
     def faulty(config, state, backend):
         model = models.eager(config, state)
@@ -168,7 +169,8 @@ def test_a_skipped_utterance_gets_no_time(dtype, tmp_path, monkeypatch):
 @pytest.mark.parametrize("ours", [False, True])
 @pytest.mark.parametrize(("dtype", "mode"), [("fp16", "forward+backward"), ("fp16", "step"), ("bf16", "step")])
 def test_fp16_scales_the_loss_as_training_does(dtype, mode, ours, monkeypatch):
-    """Eager's gradients are unscaled by its scaler; NovoGrad unscales in its own step and leaves them."""
+    """Shows where gradients are unscaled: eager's by the scaler, NovoGrad's inside its step, which leaves `grad`
+    scaled."""
     calls = []
 
     class Scaler(torch.amp.GradScaler):
@@ -201,7 +203,7 @@ def test_fp16_scales_the_loss_as_training_does(dtype, mode, ours, monkeypatch):
 
 @pytest.mark.slow
 def test_answers_in_fp16_are_scaled_as_far_as_nothing_overflows(monkeypatch):
-    """After an overflow a smaller scale is used, and gradients are returned unscaled."""
+    """Shows that after an overflow a smaller scale is used, and that the returned gradients are unscaled."""
     config, state, _ = setting()
     module, batch = models.eager(config, state), train.Batch(config, 2, 32, CPU)
     bias = "grad decoder.layers.0.bias"
@@ -240,7 +242,7 @@ def test_peak_leaves_out_gradients_and_nothing_else():
 def test_most_alive_follows_addresses_that_are_used_again():
     events = [(1, 10), (2, 5), (1, -10), (1, 7), (9, -100), (2, -5), (3, 4)]
     assert allocations.most_alive(events) == 15
-    assert allocations.most_alive(events, but={1}) == 15  # the first at that address was no gradient
+    assert allocations.most_alive(events, but={1}) == 15  # the first tensor at address 1 was no gradient, so it counts
     assert allocations.most_alive([(1, 7), (3, 4), (3, -4), (4, 2)], but={1}) == 4
 
 
@@ -286,7 +288,7 @@ def test_tf32_is_held_to_its_own_roundings(monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "off"), [(torch.bfloat16, 5e-4), (torch.float16, 6e-5)])
 def test_a_loss_that_eager_hits_by_chance_is_no_measure(dtype, off):
-    """If eager's loss happens to have no error, an error of a tenth of a rounding passes and three tenths do not."""
+    """Shows that if eager's loss happens to be exact, an error of 0.06 eps passes and one of 0.3 eps does not."""
     exact = {"loss": torch.tensor(500.0, dtype=torch.float64)}
     lucky = {"loss": torch.tensor(500.0)}
     for factor, refused in ((1.0, False), (5.0, True)):
