@@ -1,7 +1,7 @@
-"""What only the CPU face of bn_relu_dropout has: instruction sets, threads, chunks, conversions, Philox.
+"""What only the CPU face of bn_relu_dropout has: instruction sets, threads, chunks of rows, conversions and Philox.
 
-test_bn_relu_dropout.py tests what all faces share. Run as a script, this file writes the outputs of CASES to the given
-file, to compare processes with different JASPER_FAST_ISA.
+test_bn_relu_dropout.py tests what all faces share. Run as a script, this file writes the outputs of CASES to a given
+file, so that processes with different values of JASPER_FAST_ISA can be compared.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 EPS, P = 1e-3, 0.2
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# (N, C, T, lengths): C below, at and above the vector widths; T = 1; more rows than a block, and more than a chunk
+# (N, C, T, lengths): C below, at and above the vector widths, T = 1, and more rows than a block or a chunk
 SHAPES = [
     (1, 1, 7, [3]),
     (2, 29, 37, [0, 37]),
@@ -47,7 +47,7 @@ CASES = list(itertools.product(range(len(SHAPES)), (False, True), (0.0, P)))
 
 
 def philox(counters: np.ndarray, seed: int) -> np.ndarray:
-    """Philox4x32-10 in numpy, written from the paper: (n,) 64-bit counters to (n, 4) words."""
+    """Computes Philox4x32-10 in numpy as the paper states it: (n,) 64-bit counters to (n, 4) words."""
     low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
     counters = counters.astype(np.uint64)
     c = [counters & low, counters >> shift, np.zeros_like(counters), np.zeros_like(counters)]
@@ -85,7 +85,7 @@ def make(index: int, residual: bool, p: float, dtype: torch.dtype) -> dict:
 
 
 def run(case: dict) -> dict[str, Tensor]:
-    """Forward and backward through the face's four functions, with the batch's statistics."""
+    """Runs forward and backward through the face's four functions, with the statistics of the batch."""
     y, mask = case["y"], Mask(case["lengths"], case["seed"], case["p"])
     rows = y.shape[0] * y.shape[2]
     mean, m2 = cpu_impl.stats(y)
@@ -100,7 +100,7 @@ def run(case: dict) -> dict[str, Tensor]:
 
 
 def chain(case: dict, dtype: torch.dtype) -> dict[str, Tensor]:
-    """PyTorch's batch norm, sum, ReLU, dropout (mask from numpy) and masked_fill in `dtype`, through autograd."""
+    """Computes the same with PyTorch's batch norm, sum, ReLU, dropout (numpy's mask), masked_fill and autograd."""
     n, c, t = case["y"].shape
     vectors = torch.float64 if dtype == torch.float64 else torch.float32
     y = case["y"].to(dtype).detach().clone().requires_grad_()
@@ -184,7 +184,8 @@ def keep_bits(first: int, count: int, seed: int, p: float) -> Tensor:
 @pytest.mark.parametrize("first", [0, 3, 61, (1 << 34) - 70, (1 << 36) + 12345])
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**62 + 12345, -(2**63)])
 def test_dropout_bits_at_any_element(first, seed):
-    """Also where the counter crosses 32 bits, at element 2**34."""
+    """Shows that the dropout bits equal the definition's, also where the counter needs more than 32 bits (element
+    2**34)."""
     for p in (0.2, 0.5, 1e-9, 1 - 2.0**-32):
         assert torch.equal(keep_bits(first, 200, seed, p), keep_of(first, 200, seed, p))
 
@@ -211,7 +212,7 @@ def test_variance_under_an_offset_at_every_chunk_edge(rows, offset):
     y = ntc((torch.randn(1, 16, rows) + offset).float())
     mean, m2 = cpu_impl.stats(y)
     var, mean64 = torch.var_mean(y.double(), (0, 2), correction=0)
-    assert torch.allclose(mean.double(), mean64, rtol=1.2e-7, atol=1e-12)  # to the last bit of fp32
+    assert torch.allclose(mean.double(), mean64, rtol=1.2e-7, atol=1e-12)  # equal to the last bit of fp32
     assert ((m2.double() - rows * var).abs() <= 3e-6 * rows * var).all()
 
 
@@ -227,7 +228,8 @@ def test_zero_padding_before_data_far_from_zero():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_value_survives_loading_and_storing(dtype):
-    """With identity parameters z is y itself for every positive bit pattern, subnormal to infinity; NaN stays NaN."""
+    """Shows that with identity parameters z equals y for every positive bit pattern, subnormal to infinity, and that
+    NaN stays NaN."""
     patterns = torch.arange(0, 1 << 31, 40961) if dtype == torch.float32 else torch.arange(0, 1 << 15)
     y = patterns.to(torch.int32 if dtype == torch.float32 else torch.int16).view(dtype)[: len(patterns) // 16 * 16]
     y = y.reshape(1, -1, 16).transpose(1, 2)

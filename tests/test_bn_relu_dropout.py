@@ -1,4 +1,5 @@
-"""Every face of bn_relu_dropout against fp64, next to PyTorch's own chain at the same precision with the same mask."""
+"""Every face of bn_relu_dropout is compared with fp64, beside PyTorch's ops at the same precision with the same
+mask."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removepre
 
 @dataclass
 class Case:
-    """Inputs of one call, made in the low precision, so that the fp64 copies hold the same numbers."""
+    """Inputs of one call. They are drawn in the low precision, so that their fp64 copies are exactly equal."""
 
     y: Tensor
     gamma: Tensor
@@ -46,7 +47,7 @@ class Case:
         return Mask(self.lengths, self.seed, self.p)
 
     def alive(self) -> Tensor:
-        """Neither dropped nor padding: bool (N, C, T)."""
+        """Returns bool (N, C, T): True where an element is neither dropped nor padding."""
         n, c, t = self.y.shape
         alive = torch.ones_like(self.y, dtype=torch.bool)
         if self.p > 0:
@@ -77,7 +78,7 @@ def rstd_of(m2: Tensor, rows: int) -> Tensor:
 
 
 def run(op, case: Case, training: bool) -> dict[str, Tensor]:
-    """One forward and backward through the four functions of a face, as autograd calls them."""
+    """Runs one forward and backward through the four functions of a face, as autograd calls them."""
     n, _, t = case.y.shape
     if training:
         mean, m2 = op.stats(case.y)
@@ -94,7 +95,7 @@ def run(op, case: Case, training: bool) -> dict[str, Tensor]:
 
 
 def chain(case: Case, training: bool) -> dict[str, Tensor]:
-    """The same with PyTorch's batch norm, sum, ReLU, product with the dropout mask, masked_fill, and autograd."""
+    """Computes the same with PyTorch's batch norm, sum, ReLU, dropout mask, masked_fill and autograd."""
     n, _, t = case.y.shape
     y, gamma, beta = (x.detach().clone().requires_grad_() for x in (case.y, case.gamma, case.beta))
     residual = None if case.residual is None else case.residual.clone().requires_grad_()
@@ -116,9 +117,9 @@ def check(face, case: Case, training: bool = True) -> dict[str, Tensor]:
     low, ref = chain(case, training), chain(case.to(torch.float64), training)
     for name in ref.keys() - {"mean", "m2"}:
         assert_close(name, got[name], low[name], ref[name])
-    # rounding of a sum depends on its order, which each face chooses: a few eps, far less than a mistake such as
-    # 1/(M-1)
-    rows, bound = case.y.shape[0] * case.y.shape[2], 4e-6 if case.y.is_cuda else 1e-6  # a GPU divides to two roundings
+    # A sum's rounding depends on its order, which each face chooses. That is a few eps, far less than a mistake such as
+    # 1/(M-1).
+    rows, bound = case.y.shape[0] * case.y.shape[2], 4e-6 if case.y.is_cuda else 1e-6  # a GPU's division rounds twice
     off = (got["mean"] - ref["mean"]).abs() / (ref["mean"].abs() + (ref["m2"] / rows).sqrt())
     assert off.max() <= bound, f"mean is off by {off.max():.1e} deviations"
     off = (got["m2"] - ref["m2"]).abs() / (ref["m2"] + 1e-12)
@@ -128,7 +129,7 @@ def check(face, case: Case, training: bool = True) -> dict[str, Tensor]:
     return got
 
 
-# (N, C, T, lengths): odd sizes, one frame, channels that fill no vector or tile, lengths 0, 1, partial and whole
+# (N, C, T, lengths): odd sizes, one frame, channels that fill no vector or tile, lengths 0, 1, partial and full
 SHAPES = [
     (2, 8, 37, [20, 37]),
     (1, 3, 45, [31]),
@@ -165,14 +166,14 @@ def test_statistics_do_not_cancel_under_a_large_offset(face):
     y = make(4, 24, 75, dtype=torch.float32, device=face.device, offset=3000.0).y
     mean, m2 = face.load("bn_relu_dropout").stats(y)
     var64, mean64 = torch.var_mean(y.double(), (0, 2), correction=0)
-    # one eps of 3000 in a running mean moves a deviation of 1 by 2e-4; E[y^2] - E[y]^2 would be off by more than 1
+    # Moving the mean by one eps of 3000 changes a variance of 1 by 2e-4. E[y^2] - E[y]^2 would be off by more than 1.
     assert torch.allclose(m2.double(), var64 * 300, rtol=1e-3)
     assert torch.allclose(mean.double(), mean64, rtol=1e-6)
 
 
 def test_statistics_survive_an_outlier_in_the_first_row(face):
     y = torch.randn(2, 16, 1000)
-    y[0, :, 0] = 1e4  # a shift by the first row would cancel
+    y[0, :, 0] = 1e4  # an algorithm that subtracts the first row would cancel here
     y = ntc(y.to(face.device))
     mean, m2 = face.load("bn_relu_dropout").stats(y)
     var64, mean64 = torch.var_mean(y.double(), (0, 2), correction=0)
@@ -191,7 +192,7 @@ def test_dropout_bits_are_the_same_on_every_face(face, c, dtype):
     keep = philox.keep_mask(n, c, t, p, seed, face.device)
     assert torch.equal(z != 0, keep)
     off = (z[keep].double() * (1 - p) - 1).abs().max()
-    assert off <= torch.finfo(dtype).eps  # one, not half: Triton's interpreter rounds to bf16 by truncation
+    assert off <= torch.finfo(dtype).eps  # one eps, not half: Triton's interpreter rounds to bf16 by truncation
 
 
 def test_keep_rate(face):
@@ -209,7 +210,8 @@ def test_keep_rate(face):
 @dtypes
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 def test_garbage_in_padding_changes_nothing(face, residual, dtype):
-    """With given statistics, the content of padded frames, even NaN, affects neither outputs nor gradients."""
+    """Shows that with given statistics the content of padded frames, even NaN, changes neither outputs nor
+    gradients."""
     op = face.load("bn_relu_dropout")
     case = make(3, 36, 17, dtype=dtype, device=face.device, residual=residual, lengths=[17, 6, 0], p=0.2)
     clean = run(op, case, training=False)
@@ -235,14 +237,14 @@ def test_gradient_in_padding_is_ignored_in_training(face):
 
 
 def halo_case(face, dtype, residual, halo, n=4, c=40, t=61) -> Case:
-    """A case whose y, as a conv of masked input leaves it, is zero at t >= length + halo."""
+    """Returns a case whose y is zero from frame length + halo on, as after a conv of masked input."""
     case = make(n, c, t, dtype=dtype, device=face.device, residual=residual, lengths=[t, 30, 1, 0], p=0.2)
     case.y = ntc(mask(case.y, case.lengths + halo))
     return case
 
 
 def apply(op, case: Case, y: Tensor, halo: int | None) -> tuple[Tensor, Tensor | None]:
-    """backward_apply of `y`, with the statistics and sums of the case's own y."""
+    """Calls backward_apply on `y` with the statistics and sums of the case's own y."""
     rows = case.y.shape[0] * case.y.shape[2]
     mean, m2 = op.stats(case.y)
     norm = Norm(mean, rstd_of(m2, rows), case.gamma, case.beta)
@@ -271,7 +273,7 @@ def test_halo_changes_no_bit(face, residual, halo, dtype):
 @pytest.mark.parametrize("c", [40, 29, 256])
 @pytest.mark.parametrize("name", ["reference", "triton"])
 def test_beyond_the_halo_y_is_not_read(name, c, dtype):
-    """NaN in rows that `halo` declares zero has no effect. Without `halo` it reaches dy, which shows that it was
+    """Shows that NaN in rows which `halo` declares zero has no effect. Without `halo` it reaches dy, so it was really
     there."""
     face = make_face(name)
     op, case = face.load("bn_relu_dropout"), halo_case(face, dtype, False, 3, c=c)
@@ -296,7 +298,7 @@ def test_nan_in_a_valid_frame_reaches_outputs_and_gradients(face, c, dtype):
         assert (got["z"][1, :, 5:] == 0).all()
     assert got["dy"][:, 3].isnan().all()
     case.dz[0, 1, 0] = math.nan
-    case.y[0, 1, 0] = 5.0  # the ReLU is open there
+    case.y[0, 1, 0] = 5.0  # opens the ReLU there
     case.beta[1] = 1.0
     got = run(op, case, training=False)
     assert got["dy"][0, 1, 0].isnan()
@@ -332,7 +334,7 @@ def test_p_out_of_range_is_refused(face):
 
 
 class Reference(torch.autograd.Function):
-    """The reference's hand-written backward as autograd sees it, statistics included."""
+    """Wraps the reference's hand-written backward, statistics included, as an autograd function."""
 
     @staticmethod
     def forward(ctx, y, gamma, beta, residual, mask, training):
@@ -376,7 +378,7 @@ def test_triton_takes_no_fp64():
 
 
 def test_triton_indexes_beyond_32_bits_of_counters():
-    """The tile's first counter is a 64-bit number: dropout bits at row 2^33/C equal the definition's."""
+    """Shows that dropout bits equal the definition's where a tile's first counter needs more than 32 bits."""
     pytest.importorskip("triton")
     from draw_kernel import draw
 
@@ -396,8 +398,8 @@ def test_triton_indexes_beyond_32_bits_of_counters():
 @pytest.mark.parametrize("m0", [0, 208, (1 << 31) - 32, (1 << 31) + 16, 5 << 40])
 @pytest.mark.parametrize("frames", [1, 3, 16, 37, 2000, (1 << 31) - 1])
 def test_triton_finds_utterance_and_frame_of_a_row(frames, m0):
-    """With 32-bit numbers up to 2^31 rows and with 64-bit numbers beyond; a tile has several utterances, or part of
-    one."""
+    """Shows that each row of a tile gets the right utterance and frame, with row numbers below and above 2^31, whether
+    a tile covers several utterances or part of one."""
     pytest.importorskip("triton")
     from draw_kernel import places
 
@@ -413,7 +415,7 @@ def test_triton_finds_utterance_and_frame_of_a_row(frames, m0):
 @pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
 @pytest.mark.parametrize("t", [1, 2, 5, 40])
 def test_utterances_shorter_than_a_tile(name, t, dtype):
-    """More utterances than one reducing program's rows, each of another length."""
+    """Shows that a reduction is right if one program's rows cover many utterances, each of another length."""
     face = make_face(name)
     n = 300 // t
     lengths = [(7 * i) % (t + 1) for i in range(n)]

@@ -1,4 +1,4 @@
-"""Checkpoints: atomic writes, reads that report what is wrong, and the files of other Jaspers."""
+"""Checkpoints: atomic writes, reads that report what is wrong, and files of other Jaspers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def config(labels=LABELS):
 
 
 def trained_model():
-    """A model whose every entry, statistics included, differs from a fresh one."""
+    """Returns a model in which every entry of the state dict differs from a fresh model's."""
     model = Jasper(config(), backend="reference")
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
@@ -79,7 +79,7 @@ def test_round_trip_leaves_nothing_beside(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_old_file(tmp_path):
-    """A real write error, by the operating system's limit on file sizes."""
+    """Shows that a real write error, from the system's limit on file sizes, leaves the old file in place."""
     program = f"""
 import resource, signal, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
@@ -197,7 +197,7 @@ def test_a_broken_newest_is_reported_and_the_one_before_taken(tmp_path):
 
 
 def test_random_generators_continue(tmp_path):
-    random.gauss(0, 1), np.random.randn()  # both keep half a pair
+    random.gauss(0, 1), np.random.randn()  # each of these draws two normal numbers and keeps one for later
     save(tmp_path / "rng.pt", randomness.rng_state())
     draw = lambda: (torch.rand(3).tolist(), random.gauss(0, 1), random.random(), np.random.randn(3).tolist())  # noqa: E731
     expected = draw()
@@ -225,7 +225,8 @@ def test_own_checkpoints_carry_their_configuration(tmp_path):
 
 
 def v1_entries(state):
-    """Entries as the reference of 2019 named them, with the copies and buffers that it also saved."""
+    """Returns the entries under their names of 2019, with the extra copies and buffers that the reference then
+    saved."""
     entries = {"audio_preprocessor.featurizer.window": torch.ones(320)}
     for name, tensor in state.items():
         old = name.replace("encoder.layers.", "jasper_encoder.encoder.")
@@ -379,7 +380,7 @@ def test_warm_start_with_other_labels(tmp_path, labels):
     for name, tensor in warm.state_dict().items():
         assert name.startswith("decoder.") or torch.equal(tensor, model.state_dict()[name]), name
     head, old = warm.decoder.layers[0], model.decoder.layers[0]
-    for i, label in enumerate([*labels, "blank"]):  # the blank is last in both
+    for i, label in enumerate([*labels, "blank"]):  # the blank is the last row in both
         known = [*LABELS, "blank"].index(label) if label in [*LABELS, "blank"] else None
         if known is None:
             assert not (head.weight[i] == old.weight).any()
@@ -415,7 +416,8 @@ def test_a_file_without_labels_has_the_published_ones_where_labels_start_from_th
 
 @pytest.mark.parametrize("kind", ["NVIDIA's", "bare", "Lightning", "Lightning, labels unsaid"])
 def test_warm_start_from_a_file_that_may_not_say_its_labels(tmp_path, kind):
-    """The same number of labels, but other ones: the shapes fit, so only the alphabets show the difference."""
+    """Shows that a model with as many but other labels keeps no wrong row. The shapes fit, so only the alphabets show
+    the difference."""
     model, other = trained_model(), list(" hijklmn")
     state = model.state_dict()
     if kind.startswith("Lightning"):
@@ -425,7 +427,7 @@ def test_warm_start_from_a_file_that_may_not_say_its_labels(tmp_path, kind):
     else:
         document = state if kind == "bare" else {"state_dict": state, "optimizer": {}}
     torch.save(document, tmp_path / "a.pt")
-    row = 0 if kind == "Lightning" else None  # the one label in both, where they are known
+    row = 0 if kind == "Lightning" else None  # the row of the label that both have, if the file names its labels
     with pytest.warns(UserWarning, match="the decoder is initialised anew"):
         warm = load_model(tmp_path / "a.pt", config=config(other), strict=False, backend="reference")
     head, old = warm.decoder.layers[0], model.decoder.layers[0]
@@ -441,7 +443,8 @@ def test_warm_start_from_a_file_that_may_not_say_its_labels(tmp_path, kind):
 
 
 def test_the_published_alphabet_keeps_its_decoder(tmp_path):
-    """NVIDIA's files do not name their labels, and all have this alphabet."""
+    """Shows that a file without labels is taken to have NVIDIA's published alphabet, which all of NVIDIA's files
+    have."""
     model = Jasper(config(published_labels()), backend="reference")
     torch.save({"state_dict": model.state_dict()}, tmp_path / "a.pt")
     with pytest.warns(UserWarning, match="does not say what its labels are"):

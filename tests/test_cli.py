@@ -1,4 +1,4 @@
-"""The commands on a tiny model with random weights: output, exit status, and errors that are one line."""
+"""The commands on a tiny model with random weights: output, exit status and one-line errors."""
 
 import json
 import os
@@ -90,14 +90,14 @@ def test_transcribe(model, files, capsys):
     rows = [line.split("\t") for line in out.out.splitlines()]
     assert [r[0] for r in rows] == files and all(r[1].strip() for r in rows) and not out.err
     together = dict(rows)
-    for file in files:  # alone as in the batch
+    for file in files:  # each file alone gives the same as in the batch
         assert run("transcribe", file, "--checkpoint", model) == 0
         assert capsys.readouterr().out == f"{file}\t{together[file]}\n"
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_transcribe_in_low_precision(model, files, dtype, monkeypatch, capsys):
-    """The engine computes in low precision, and the transcripts are nearly the same."""
+    """Shows that the engine computes in the low precision and that the transcripts are nearly the same."""
     used = []
     make = recognizer.InferenceEngine
     monkeypatch.setattr(recognizer, "InferenceEngine", lambda m, **how: used.append(how["dtype"]) or make(m, **how))
@@ -246,7 +246,7 @@ def test_info(capsys):
     assert set(report["backends"]) == {"reference", "cpu", "triton", "cuda"}
     assert report["backends"]["reference"]["available"]
     for name, backend in report["backends"].items():
-        assert backend["available"] != bool(backend["missing"]), name  # available, or with a way to get it
+        assert backend["available"] != bool(backend["missing"]), name  # either available or with a remedy
     for package in report["packages"].values():
         assert package["version"] or package["get"]
     assert run("info") == 0
@@ -325,7 +325,7 @@ def test_out_may_be_a_pipe(tmp_path):
 
 
 def test_transcribe_reads_its_standard_input(model, files):
-    """As a pipe and as a file; where other processes are to read it, that is said."""
+    """Shows that /dev/stdin works as a pipe and as a file, and is refused if other processes would have to read it."""
     argv = ["-m", "jasper_fast", "transcribe", "/dev/stdin", "--checkpoint", model, "--quiet"]
     how = {"cwd": Path(__file__).resolve().parents[1], "capture_output": True}
     piped = subprocess.run([sys.executable, *argv], input=Path(files[0]).read_bytes(), **how)

@@ -1,4 +1,4 @@
-"""`transcribe` and `evaluate` with beam searches: what they write, saved log-probs, and errors that are one line."""
+"""`transcribe` and `evaluate` with beam searches: their output, saved log-probs and one-line errors."""
 
 import json
 import random
@@ -20,7 +20,7 @@ from jasper_fast.speech.text import Vocabulary
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model with random weights, three sounds with a manifest, and two language models."""
+    """Returns a folder with a model of random weights, three sounds, their manifest and two language models."""
     folder = tmp_path_factory.mktemp("decoding")
     write_checkpoint(folder / "model.pt")
     rng, lines = np.random.default_rng(0), []

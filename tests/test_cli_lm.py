@@ -1,4 +1,4 @@
-"""`jasper-fast lm`: what it prints, the weights that it finds, and errors that are one line."""
+"""`jasper-fast lm`: its output, the weights that it finds and one-line errors."""
 
 import json
 import math
@@ -65,7 +65,7 @@ def test_models_of_characters_are_asked_for_characters(text, tmp_path, capsys):
 
 @pytest.fixture
 def saved(tmp_path):
-    """Log-probs of sentences in which some letters are heard wrongly."""
+    """Saves log-probs of sentences in which some letters are misheard; returns their folder."""
 
     class Recognizer:
         vocabulary, frame_seconds = V, 0.02
@@ -98,7 +98,7 @@ def test_tune_finds_weights_that_help(kind, text, saved, tmp_path, capsys):
     said, found = capsys.readouterr().out, tuned.read(out)
     greedy, best = (float(x) for x in re.findall(r"([\d.]+) %", said))
     assert best < greedy / 2 and found["lm"] == str(lm) and found["beam"] == 32
-    assert found["alpha"] > 0 or kind == "words"  # where the lexicon alone is enough
+    assert found["alpha"] > 0 or kind == "words"  # for words, the lexicon alone corrects the errors
     page = (tmp_path / "tune.html").read_text()
     assert page.count('class="cell') == 6 and page.count('class="cell best"') == 1 and f"{best:.2f}" in page
     drawn = ("--random", 3, "--seed", 1, "--out", out, "--report", tmp_path / "tune.html")

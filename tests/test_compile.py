@@ -44,7 +44,7 @@ def test_good_kernels_break_no_rule():
     assert not complaints(job(80), AMPERE)
     assert not complaints(job(100), GOOD | {"wgmma": 0, "tcgen05": 16})
     assert not complaints(job(80, kernel="bn_relu_dropout forward"), POINTWISE)
-    small = {"dot_rows": 32, "wgmma": 0, "mma_sync": 64}  # too small for a warp group: only fp32 has such tiles
+    small = {"dot_rows": 32, "wgmma": 0, "mma_sync": 64}  # too small a tile for a warp group, which only fp32 has
     assert not complaints(job(90, "float32", PRECISION="tf32"), GOOD | small)
     assert set(complaints(job(90), GOOD | small)) == {"tensor cores"}
     exact = job(80, "float32", PRECISION="ieee")
@@ -83,15 +83,16 @@ def test_a_broken_rule_is_named(rule, of, facts):
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_every_fp32_product_has_a_row_rounded_to_tf32_and_an_exact_one(arch):
-    """Dispatch launches the same kernels with either TF32 setting of PyTorch."""
+    """Shows that fp32 has the same rows rounded to TF32 and exact, because PyTorch's TF32 setting selects one of
+    them."""
     found = {"tf32": set(), "ieee": set()}
     for kernel, layer, source in launches.recorded(arch, "float32"):
         values = source.constants
-        if kernel.startswith("ctc"):  # exact whatever the setting
+        if kernel.startswith("ctc"):  # exact under either setting
             continue
         if (precision := values.pop("PRECISION", None)) is not None:
             assert kernel.endswith(" ieee") == (precision == "ieee")
-            del values["BLOCK_T"]  # exact inference takes fewer frames a program
+            del values["BLOCK_T"]  # exact inference takes fewer frames per program
             named = (kernel.removesuffix(" ieee"), layer.split(" T")[0])
             found[precision].add((*named, *sorted((k, repr(v)) for k, v in values.items())))
     assert found["ieee"] and found["ieee"] == found["tf32"]
@@ -126,7 +127,7 @@ def test_innermost_loops_of_ptx():
 
 @pytest.fixture(scope="module")
 def made() -> dict:
-    """The facts of tests/gate_kernels.py, compiled where Triton does not interpret."""
+    """Returns the facts about tests/gate_kernels.py, compiled in a process without Triton's interpreter."""
     return json.loads(run([str(ROOT / "tests" / "gate_kernels.py")]).stdout)
 
 
@@ -150,13 +151,14 @@ def test_facts_of_kernels_that_break_the_rules_on_purpose(made):
 
 
 def test_a_nan_passes_the_select_and_not_the_maximum(made):
-    """In PTX and machine code, `where(x <= 0, 0, x)`, the ReLU of all kernels, is a select and not a maximum."""
+    """Shows that `where(x <= 0, 0, x)`, which all our kernels use as ReLU, compiles to a select and not to a
+    maximum."""
     assert made["maximum"]["nan_eaters"] > 0 and made["maximum"]["sass_maxima"] > 0
     assert made["select"]["nan_eaters"] == made["select"]["sass_maxima"] == 0
 
 
 def test_the_cache_key_is_that_of_the_code(made):
-    a, b, *others = made["digests"]  # of other alignment, stages, architecture
+    a, b, *others = made["digests"]  # the others differ in alignment, stages or architecture
     assert a == b and len({a, *others}) == 4
 
 
@@ -168,7 +170,7 @@ PART += ["--processes", "1"]
 
 @pytest.mark.slow
 def test_part_of_the_committed_table_holds():
-    """`make compile` checks the whole table."""
+    """Shows that part of the committed table is up to date; `make compile` checks all of it."""
     if not (gate.COMMITTED / f"triton-{triton.__version__}.json").exists():
         pytest.skip(f"no table for Triton {triton.__version__}")
     done = run([*PART, "--no-cache"])
@@ -182,7 +184,7 @@ def test_a_table_that_differs_fails_and_update_puts_it_right(tmp_path):
     command = [*PART, "--table", str(table)]
     missing = run(command)
     assert missing.returncode == 1 and "no table for Triton" in missing.stdout
-    run([*command, "--update"], TRITON_INTERPRET="1")  # the command continues in a process where Triton compiles
+    run([*command, "--update"], TRITON_INTERPRET="1")  # the command starts another process, in which Triton compiles
     rows = gate.read(table)
     assert {row["kernel"] for row in rows} == {"conv1d forward", "conv1d fused"}
     elsewhere = rows[0] | {"arch": 80}

@@ -1,5 +1,5 @@
-"""The gate compiles every kernel that is launched in a training step and an inference call of Jasper 10x5: each has a
-row with the same types, alignment, flags, tiles, warps and stages. Launches are recorded and not run."""
+"""The gate's table has a row for every kernel launch in a training step and an inference call of Jasper 10x5, with the
+same types, alignment, flags, tiles, warps and stages. Launches are recorded and not run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jasper_fast.kernels.bn_relu_dropout import triton_impl as bn
 
 @pytest.fixture(autouse=True)
 def no_gpu():
-    interpreted()  # on a GPU launches are only for its own architecture
+    interpreted()  # on a GPU, launches exist only for its own architecture
 
 
 @functools.cache
@@ -33,7 +33,7 @@ def rows(arch: int, dtype: str) -> set[aot.Source]:
 
 
 def uncovered(calls: Callable[[], object], arch: int, dtype: str) -> list[set[str]]:
-    """The launches of `calls` without a row, each with the difference from the nearest row of its kernel."""
+    """Returns, for each launch of `calls` without a row, its differences from the nearest row of its kernel."""
     made: set[aot.Source] = set()
     with launch.recorded(lambda one: made.add(aot.source(one, arch)), arch):
         calls()
@@ -72,7 +72,7 @@ def test_every_launch_of_an_inference_call_is_a_row(arch, dtype, frames, masks, 
 
 @pytest.mark.parametrize(("first", "missing"), [(0, 0), (8, 0), (1, 1)])
 def test_a_launch_of_another_alignment_is_no_row(first, missing):
-    """A slice that does not begin at a multiple of 16 bytes gets another kernel."""
+    """Shows that a tensor which does not begin at a multiple of 16 bytes gets another kernel, and so has no row."""
     y = torch.zeros(first + 2 * 40 * 256, dtype=torch.float16)[first:].view(2, 40, 256).transpose(1, 2)
     found = uncovered(lambda: bn.stats(y), 80, "float16")
     assert len(found) == missing and all("((0,), [])" in differences for differences in found)
@@ -84,7 +84,8 @@ def free(x_ptr, frames):
 
 @pytest.mark.parametrize(("given", "kernels"), [([], 3), (["frames"], 1)])
 def test_a_length_that_is_specialised_is_seen(given, kernels):
-    """Triton compiles separate kernels for T = 1 and T = 16 if it may specialise."""
+    """Shows that Triton compiles separate kernels for T = 1 and T = 16 unless the argument is excluded from
+    specialisation."""
     jit = triton.jit(free, do_not_specialize=given)
     assert len({aot.source(launch.Launch(jit, (1,), (None, t), {}), 90) for t in range(1, 41)}) == kernels
 

@@ -1,4 +1,4 @@
-"""conv1d: the reference against F.conv1d and autograd in fp64, the CPU kernels by the tolerance rule."""
+"""conv1d: the reference equals F.conv1d and autograd in fp64, and the CPU kernels meet the tolerance rule."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ CASES = [
 
 
 def make(case: Case, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """x in NTC memory with NaN in its padding, weight, dy and lengths."""
+    """Returns x in NTC memory with NaN in its padding, the weight, dy and the lengths."""
     n = 3 if case.lengths is None else len(case.lengths)
     x = torch.randn(n, case.c_in, case.t, dtype=dtype)
     weight = torch.randn(case.c_out, case.c_in, case.k, dtype=dtype) / (case.c_in * case.k) ** 0.5
@@ -78,7 +78,7 @@ def make(case: Case, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor
 
 
 def pytorch(case: Case, x: Tensor, weight: Tensor, dy: Tensor, lengths: Tensor | None, dtype) -> tuple[Tensor, ...]:
-    """y, dx and dweight of F.conv1d and autograd in `dtype`; dx is zero in the padding, as ours."""
+    """Returns y, dx and dweight of F.conv1d and autograd in `dtype`; dx is zero in the padding, as ours is."""
     x = mask(x, lengths).to(dtype).clone(memory_format=torch.contiguous_format).requires_grad_()
     weight = weight.to(dtype).clone().requires_grad_()
     y = F.conv1d(x, weight, None, *case.geometry)
@@ -95,14 +95,14 @@ def test_reference_is_conv1d(case: Case) -> None:
     torch.testing.assert_close(reference.wgrad(x, dy, case.k, case.geometry, lengths), dw)
 
 
-# The fast algorithm multiplies rounded sums of two or of four operands.
+# The fast algorithms multiply rounded sums of two or four operands, so their errors are larger.
 FACTOR = {"direct": 2.0, "fast_fir_1": 4.0, "fast_fir_2": 6.0}
-REACH = {"direct": 0, "fast_fir_1": 1, "fast_fir_2": 3}  # rows beyond the taps' that a NaN may reach
+REACH = {"direct": 0, "fast_fir_1": 1, "fast_fir_2": 3}  # how many rows beyond the taps a NaN may reach
 
 
 @pytest.fixture(params=FACTOR)
 def algorithm(request, cpu, monkeypatch) -> str:
-    """Makes the face take this algorithm wherever it is possible."""
+    """Makes the CPU face use this algorithm wherever it can."""
 
     def wanted(weight: Tensor, rows: int, stride: int) -> str:
         level = cpu.ALGORITHMS[request.param]
@@ -268,7 +268,7 @@ def test_every_instruction_set(isa: str) -> None:
 
 
 class Formats(TorchDispatchMode):
-    """Whether the activations that aten's conv backward is called with are channels-last, by argument."""
+    """Records, for each call of ATen's conv backward, whether dy, x and dx are in channels-last memory."""
 
     def __init__(self):
         super().__init__()
@@ -288,8 +288,8 @@ class Formats(TorchDispatchMode):
 
 @pytest.mark.parametrize(("n", "t", "stride"), [(3, 37, 1), (1, 12, 1), (2, 40, 2)])
 def test_the_librarys_gradients_stay_in_channels_last_memory(n, t, stride):
-    """ATen decides by the strides of x and the weight. With an expanded x, which has no strides, it copied dy to NCHW
-    and dx back."""
+    """Shows that the library's backward copies nothing to another memory order. ATen decides this by strides, and an
+    expanded x (stride 0) once made it copy dy and dx."""
     from jasper_fast.kernels.conv1d import aten_impl
 
     x, weight = ntc(torch.randn(n, 16, t)), torch.randn(24, 16, 5)

@@ -1,4 +1,4 @@
-"""16 bits on the CPU face: weights in bf16, whose products are exact and summed in fp32, and training in fp32."""
+"""16 bits on the CPU face: bf16 products that are exact and summed in fp32, at inference and in training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cpu():
     return cpu_impl
 
 
-# C_in, C_out, K, T, stride, dilation, lengths: odd channels, more than a chunk of them (128 and 512), rows past a tile
+# C_in, C_out, K, T, stride, dilation, lengths: odd channels, more channels than a chunk (128, 512), rows past a tile
 SHAPES = [
     (1, 1, 1, 1, 1, 1, (1, 0)),
     (29, 33, 1, 37, 1, 1, (37, 5, 0)),
@@ -47,7 +47,7 @@ SHAPES = [
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_exact_products_of_rounded_operands(shape, relu, cpu) -> None:
-    """Compared with fp64 on operands rounded to bf16, and with PyTorch on the same operands in fp32."""
+    """Compares with fp64 on operands rounded to bf16, beside PyTorch in fp32 on the same operands."""
     c_in, c_out, k, t, stride, dilation, lengths = shape
     lengths = torch.tensor(lengths)
     x, weight = torch.randn(len(lengths), t, c_in), torch.randn(c_out, c_in, k) / (c_in * k) ** 0.5
@@ -83,7 +83,7 @@ def test_panes_and_history_slices(cpu) -> None:
     assert_close("y", out.clone(), low, ref)
     assert torch.equal(history[:, :, :c2], before[:, :, :c2])
     got = out.clone()
-    history = history.to(BF16)  # a slice from an odd channel on: its pairs are not aligned
+    history = history.to(BF16)  # a slice from an odd channel on, whose pairs of channels are not aligned
     cpu.fused(history[:, :, 7 : 7 + c_in], packed, PADDED, panes=(history[:, :, :c2], packed2), out=out, **options)
     assert torch.equal(out, got)
 
@@ -102,7 +102,7 @@ def test_a_nan_and_an_infinity_come_out_of_their_rows_only(cpu) -> None:
     weight = torch.randn(33, 41, 11)
     for value in (float("nan"), float("inf")):
         x = torch.randn(1, 60, 41)
-        x[0, 30, 40] = value  # the channel that has no partner
+        x[0, 30, 40] = value  # the last of 41 channels, which has no partner
         bad = ~cpu.fused(x, cpu.pack(weight, dtype=BF16), PADDED).isfinite().all(2)[0]
         assert bad[25:36].all() and not bad[:25].any() and not bad[36:].any()
 
@@ -170,14 +170,14 @@ def test_an_engine_in_bf16_multiplies_bf16(cpu) -> None:
 
 
 def test_an_engine_in_fp16_is_the_one_in_fp32() -> None:
-    """No CPU kernel is faster in fp16, and fp32 is at least as precise."""
+    """Shows that an engine in fp16 computes in fp32 on the CPU face, where fp16 would be no faster."""
     _, ours = pair(config(), "cpu")
     features, lengths = batch([31, 17])
     got, want = (InferenceEngine(ours, dtype=dtype)(features, lengths)[0] for dtype in (torch.float16, torch.float32))
     assert torch.equal(got, want)
 
 
-CPUS = {  # (whether the CPU has AMX, AMX-FP16): the faces at inference and in training
+CPUS = {  # (has AMX, has AMX-FP16), and by dtype the faces at inference and in training
     "none": ((False, False), {"bf16": ("cpu", "cpu"), "fp16": ("cpu", "cpu")}),
     "amx": ((True, False), {"bf16": ("aten", "aten"), "fp16": ("cpu", "cpu")}),
     "amx_fp16": ((True, True), {"bf16": ("aten", "aten"), "fp16": ("aten", "aten")}),
@@ -205,7 +205,7 @@ def test_aten_gets_the_dtypes_that_it_has_instructions_for(name, monkeypatch) ->
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_weight_gradient_multiplies_bf16_and_sums_in_fp32(case, cpu) -> None:
-    """As close to fp64 as PyTorch's fp32 is, given the same bf16."""
+    """Shows that the weight gradient from bf16 inputs is as close to fp64 as PyTorch's in fp32 from the same inputs."""
     x, weight, dy, lengths = make(case)
     x, dy = x.to(BF16), dy.to(BF16)
     low, ref = (pytorch(case, x, weight, dy, lengths, d)[2] for d in (torch.float32, torch.float64))
@@ -216,11 +216,12 @@ def test_the_weight_gradient_multiplies_bf16_and_sums_in_fp32(case, cpu) -> None
 
 @pytest.mark.parametrize("name", ["none", "bf16"])
 def test_which_products_training_makes(name, cpu, monkeypatch) -> None:
-    """fp32 is never rounded to bf16. bf16 inputs are multiplied in bf16 if the CPU can, else in fp32."""
+    """Shows that bf16 inputs are multiplied in bf16 if the CPU can, and in fp32 with an unrounded weight if it
+    cannot."""
     case = Case(40, 33, 5, 30)
     x, weight, dy, _ = make(case)
     monkeypatch.setattr(cpu, "has_bf16", lambda: name == "bf16")
-    x, weight = x.to(BF16), weight * (1 + 2.0**-11)  # bf16 has no such weight
+    x, weight = x.to(BF16), weight * (1 + 2.0**-11)  # bf16 cannot represent this weight
     got = cpu.forward(x, weight, case.geometry).double()
     exact, rounded = (pytorch(case, x, w, dy, None, torch.float64)[0] for w in (weight, weight.to(BF16)))
     near, far = (exact, rounded) if name == "none" else (rounded, exact)

@@ -1,4 +1,4 @@
-"""The CUDA C++ face of conv1d, run on the CPU through the host twins of its PTX instructions (tests/cuda_host.py)."""
+"""The CUDA C++ face of conv1d, run on the CPU through host twins of its PTX instructions (tests/cuda_host.py)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def functions() -> cuda_launch.Functions:
 
 
 class Face:
-    """The face on a pretended GPU."""
+    """The CUDA face on a pretended GPU."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, functions: cuda_launch.Functions) -> None:
         self._patch = monkeypatch
@@ -48,7 +48,7 @@ def wide(x: Tensor | None) -> Tensor | None:
 
 
 def poisoned(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """`x` (N, C, T) in NTC memory with NaN in its padding, which must not be seen."""
+    """Returns `x` (N, C, T) in NTC memory with NaN in its padding, which no kernel may read."""
     return ntc(mask(x, lengths, float("nan"))) if lengths is not None else x
 
 
@@ -64,7 +64,7 @@ def check_forward(layer: conv_cases.Layer, dtype: torch.dtype) -> None:
 
 
 def check_gradient_of_x(layer: conv_cases.Layer, dtype: torch.dtype) -> None:
-    """dgrad, and dgrad with the batch norm's reduction, whose gradients stop where z is zero."""
+    """Checks dgrad, and dgrad fused with the reduction of batch norm's backward."""
     x, weight, geometry, lengths = conv_cases.make(layer, dtype, CPU)
     n, c, t = x.shape
     dy = ntc(torch.randn(n, weight.shape[0], geometry.frames(t, weight.shape[2])).to(dtype))
@@ -111,7 +111,7 @@ def test_layers(face: Face, direction: str, name: str, loop: int, dtype: torch.d
 
 
 FUSED = {
-    # layer, channels of the panes, splits, features as they are, log-softmax
+    # layer, channels of the panes, whether to split the reduction, whether x is the features as they are, log-softmax
     "features": ("prologue", 0, False, True, False),
     "last of a block": ("k11", 88, False, False, False),
     "shared": ("k25", 64, True, False, False),
@@ -144,14 +144,14 @@ def check_inference(
         return poisoned(x, lengths).transpose(1, 2)
 
     given, told = rows(x), Lengths(lengths, after)
-    if features:  # (N, C, T) in fp32; the kernel says how long the result is
+    if features:  # (N, C, T) in fp32; the kernel writes the output lengths
         given = rows(x.float()).transpose(1, 2).contiguous().transpose(1, 2)
         told = Lengths(lengths, made=torch.empty_like(lengths))
     panes = None if x2 is None else (rows(x2), cuda_impl.pack_once(weight2, dtype))
     space = cuda_impl.Workspace("cpu") if split else None
     if split:
         space.reserve(1 << 22, 64)
-        space.part.fill_(float("nan"))  # a partial sum that is read too early
+        space.part.fill_(float("nan"))  # shows a partial sum that is read too early
     history = torch.full((x.shape[0], geometry.frames(x.shape[2], k), c_out + 16), float("nan"), dtype=dtype)
     out = None if log_softmax else history[:, :, 8 : 8 + c_out]  # a slice of a wider buffer
 
@@ -183,13 +183,13 @@ def check_inference(
         assert not space.arrived.any(), "a counter was not set back for the next launch"
 
 
-# Every tile of every inner loop; CTAs of loop 90 with several tiles each; more steps than twice the stages.
+# Every tile size of every loop, several tiles per CTA in loop 90, and more steps than twice the stages.
 WIDE = [
     (2, 72, 136, 150, 11, 1, 1, [150, 61]),
     (1, 136, 200, 233, 29, 1, 1, [233]),
     (2, 200, 72, 131, 29, 1, 2, [30, 131]),
     (3, 72, 200, 141, 11, 2, 1, [141, 1, 0]),
-    (1, 64, 72, 230, 3, 1, 100, [230]),  # panels so high that loop 90 has no room for three stages of wgrad
+    (1, 64, 72, 230, 3, 1, 100, [230]),  # panels too high for three stages of wgrad in loop 90
 ]
 TILES = [(loop, block) for loop, blocks in cuda_tiles.BLOCKS.items() for block in blocks]
 
@@ -204,7 +204,7 @@ def test_every_tile(
     monkeypatch.setattr(cuda_tiles, "plan", cuda_tiles.plan.__wrapped__)
     face.on(loop, 2)
     for direction, check in DIRECTIONS.items():
-        fits = loop != 75 or layer[5:7] in ((1, 1), (1, 2))  # the others do not fit Turing's shared memory
+        fits = loop != 75 or layer[5:7] in ((1, 1), (1, 2))  # the other layers do not fit into Turing's shared memory
         if fits and (direction != "x" or layer[5] == 1):
             check(layer, torch.float16)
 

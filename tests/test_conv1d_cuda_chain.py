@@ -1,7 +1,7 @@
-"""Launches that may begin while the one before them runs: nothing but weights is touched before the wait.
+"""Launches that may begin while the previous launch still runs touch nothing but weights before they wait for it.
 
-The emulation begins such a launch with everything that the launch before it may write or read as NaN, and puts it back
-when no thread can go on without its wait (csrc/cuda/emulate/grids.cpp).
+The emulation begins such a launch with NaN in all memory that the previous launch may read or write. It restores the
+memory only when no thread can continue without its wait (csrc/cuda/emulate/grids.cpp).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ LAYERS = {
 
 
 def emulation() -> ctypes.CDLL:
-    """The library's handle, the same that the `functions` fixture has loaded."""
+    """Returns the same library that the `functions` fixture loads."""
     library = ctypes.CDLL(str(cuda_host.build([cuda_host.CSRC / "cuda/emulate/conv1d.cpp"])))
     library.jf_emulation_count.restype = ctypes.c_int64
     return library
 
 
 def depends(library: ctypes.CDLL, *tensors: Tensor) -> None:
-    """What an early launch must not touch before its wait; no tensor: all is forgotten."""
+    """Declares the memory that an early launch must not touch before its wait; without tensors it clears the list."""
     for x in tensors:
         storage = x.untyped_storage()
         library.jf_emulation_depends(ctypes.c_void_p(storage.data_ptr()), ctypes.c_int64(storage.nbytes()))
@@ -46,7 +46,7 @@ def depends(library: ctypes.CDLL, *tensors: Tensor) -> None:
 
 
 def check_early(library: ctypes.CDLL, layer: conv_cases.Layer, c2: int, shared: bool, dtype: torch.dtype) -> None:
-    """`fused` launched early gives the bits of `fused` launched after everything else."""
+    """Checks that `fused` launched early gives the same bits as `fused` launched after everything else."""
     x, weight, geometry, lengths = conv_cases.make(layer, dtype, CPU)
     n, c_out, k = x.shape[0], weight.shape[0], weight.shape[2]
     rows, bias = poisoned(x, lengths).transpose(1, 2), torch.randn(c_out)

@@ -1,4 +1,4 @@
-"""A whole Jasper on the CUDA convs, emulated, in fp16: the reference system's numbers, forward and backward."""
+"""A whole Jasper on the emulated CUDA convs in fp16 gives the reference system's numbers, forward and backward."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HALF = torch.float16
 
 
 class Called(list[str]):
-    """Names of functions, and which of the launches may begin before the one before them has ended."""
+    """The names of the launched functions; `early` says which of them may begin before the previous launch ends."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Called(list[str]):
 
 @pytest.fixture(params=[80, 90])
 def convs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Called:
-    """The names of the functions that were called; every conv that can be is the CUDA face's."""
+    """Runs every conv that the CUDA face supports on that face; returns the names of the launched functions."""
     library = ctypes.CDLL(str(cuda_host.build([cuda_host.CSRC / "cuda/emulate/conv1d.cpp"])))
     face, called, run = Face(monkeypatch, cuda_launch.Functions(library)), Called(), cuda_launch.run
     called.library = library
@@ -52,8 +52,8 @@ def convs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ca
 
 @pytest.mark.slow
 def test_launches_of_the_engine_overlap_safely(convs: Called, golden) -> None:  # noqa: F811
-    """Where a launch may begin early, all activations, lengths and partial sums are NaN until it waits for the launch
-    before it; and what it does not wait for, weights, was packed before the call."""
+    """Shows that the engine's launches may overlap. What the previous launch writes is NaN until a launch waits for it;
+    weights, for which no launch waits, were packed before the call."""
     config, tensors = golden
     engine = InferenceEngine(_build("reference", config, tensors).eval(), dtype=HALF)
     given = tensors["features"], tensors["feature_lengths"]
@@ -66,7 +66,8 @@ def test_launches_of_the_engine_overlap_safely(convs: Called, golden) -> None:  
     finally:
         depends(convs.library)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    # in stream order: the first call begins after the caller's work, the second begins the graph, the last follows it
+    # The first two launches and the last are not early. They follow the caller's work, the start of the graph, and the
+    # graph's last launch.
     assert set(convs) == {"jf_conv1d"} and len(convs) > 4
     assert convs.early == [False, False, *[True] * (len(convs) - 3), False]
 

@@ -1,4 +1,4 @@
-"""Each of the listed wrongs in the CUDA conv's sources makes a test of the conv fail (tests/cuda_mutants.py)."""
+"""Each mistake in tests/cuda_mutants.py, made in the CUDA conv's sources, makes a check of the conv fail."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from test_conv1d_cuda_chain import check_early
 
 from jasper_fast.kernels.conv1d import cuda_launch, cuda_tiles
 
-# several chunks, tiles and CTAs; a dilated one with padding; the strided one; a single tap with more chunks than places
+# several chunks, tiles and CTAs, dilation with padding, a stride, and a single tap with more chunks than places
 LAYERS = {
-    "dilated": (1, 24, 40, 70, 3, 1, 2, [63]),  # a tile that only the halo reaches
-    "long": (1, 16, 24, 1500, 3, 1, 1, [1500]),  # more segments of a share than stages
+    "dilated": (1, 24, 40, 70, 3, 1, 2, [63]),  # one tile contains only frames of the halo
+    "long": (1, 16, 24, 1500, 3, 1, 1, [1500]),  # a share has more segments than there are stages
     "pane": (1, 328, 40, 70, 1, 1, 1, [70]),
     "wide": (2, 136, 72, 75, 5, 1, 1, [75, 20]),
     "strided": (2, 24, 32, 45, 5, 2, 1, [45, 20]),
 }
-SEEDS = (0, 3)  # orders of the threads
-SECONDS = 120  # more than a hundred times what the checks take
+SEEDS = (0, 3)  # each seed is another order of the threads; 0 runs them in turn
+SECONDS = 120  # seconds, over a hundred times what the checks take
 
 
 def checked(library: Path, loop: int, directions: tuple[str, ...], seed: int) -> None:
-    """The directions on LAYERS, threads in an order drawn from `seed` (0: in turn); raises what was wrong."""
+    """Checks these directions on LAYERS, with threads ordered by `seed`; raises AssertionError if a result is wrong."""
     functions = cuda_launch.Functions(loaded := ctypes.CDLL(str(library)))
     loaded.jf_emulation(ctypes.c_int(1), ctypes.c_uint64(seed))
     torch.manual_seed(0)
@@ -58,7 +58,7 @@ def checked(library: Path, loop: int, directions: tuple[str, ...], seed: int) ->
 
 
 def outcome(library: Path, loop: int, directions: tuple[str, ...]) -> str | None:
-    """What the checks of a library raise, in a process of their own: None where they pass."""
+    """Runs the checks on `library` in a process of their own; returns the error, or None if they pass."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
 
@@ -67,7 +67,7 @@ def outcome(library: Path, loop: int, directions: tuple[str, ...]) -> str | None
             for seed in SEEDS:
                 checked(library, loop, directions, seed)
             there.send(None)
-        except BaseException as error:  # whatever is raised is the answer
+        except BaseException as error:  # any exception is the answer
             there.send(f"{type(error).__name__}: {str(error)[:500]}")
 
     child = context.Process(target=run)
@@ -94,7 +94,7 @@ def test_the_sources_as_they_are_pass(loop: int) -> None:
     assert outcome(library(cuda_host.CSRC, loop), loop, tuple(DIRECTIONS)) is None
 
 
-# Each takes about ten seconds of CPU, most of them to compile: the suite takes every fourth, `make mutants` all.
+# Each mutant takes about ten seconds of CPU, mostly to compile. The suite tests every fourth; `make mutants` tests all.
 CHOSEN = list(MUTANTS)[:: 1 if os.environ.get("JASPER_FAST_MUTANTS") == "all" else 4]
 
 
@@ -115,7 +115,7 @@ def test_a_mutant_is_found(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def races(folder: Path, loop: int) -> str:
-    """What ThreadSanitizer says of the kernels in `folder` while they are checked: "" where nothing."""
+    """Runs the checks under ThreadSanitizer on the kernels in `folder`; returns its reports, "" if there are none."""
     path = cuda_host.build(
         [folder / "cuda" / "emulate" / "conv1d.cpp"], [f"-DJF_FEW={loop}", "-Wno-error"], "thread", folder=folder
     )

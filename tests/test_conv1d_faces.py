@@ -1,6 +1,6 @@
 """The conv's kernels in every direction and at inference, on every layer shape of Jasper 10x5 with few channels.
 
-Inputs and the results of plain PyTorch and in fp64 come from the self-check; the tolerance is that of the tests.
+The self-check supplies the inputs and the results of plain PyTorch and of fp64. The tolerance is that of the tests.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LAYERS = {
     "epilogue, 1x1": (56, 64, 1, 1, 1),
     "decoder": (64, 29, 1, 1, 1),
 }
-# (N, T); of three utterances the second has a third of the frames and the third has none
+# (N, T); in a batch of three, the second utterance has a third of the frames and the third has none
 BATCHES = {"odd T": (3, 45), "shorter than the halo": (2, 9), "one frame": (4, 1), "one utterance": (1, 70)}
 SHAPES = {
     f"{layer}, {batch}": Conv(*size, c_in, c_out, *rest)
@@ -45,7 +45,7 @@ def shape(request):
 
 
 def assert_right(name: str, shape: Conv, dtype: str) -> None:
-    """Checks every function of the face `name`, with NaN in padding that it must not read."""
+    """Checks every function of the face `name`. The padding holds NaN, which the kernels must not read."""
     face, impl = make_face(name), backends.face("conv1d", name)
     unclean = UNCLEAN if name == "triton" else ""
     functions = [f for f in CONV if hasattr(impl, f) and (shape.stride == 1 or not f.startswith("dgrad"))]
@@ -55,10 +55,10 @@ def assert_right(name: str, shape: Conv, dtype: str) -> None:
     for function, check in drawn.items():
         found = case(check, face.device, 1)
         got, low, ref = found.ours(), found.low(), found.reference()
-        # in fp32 PyTorch may happen to sum in a better order; a CPU engine's convs multiply sums of four operands
+        # PyTorch's sums in fp32 may by chance be better, and the CPU engine's convs multiply sums of four operands
         factor = 6.0 if (name, function) == ("cpu", "fused") else 4.0 if dtype == "float32" else 2.0
         for key in ref:
-            # PyTorch 2.13's own bf16 gradient of a weight at one frame and stride 2 reads memory that nobody wrote
+            # PyTorch 2.13's own bf16 weight gradient is wrong at one frame and stride 2: it reads uninitialised memory
             theirs = low[key] if low[key].isfinite().all() else ref[key].to(low[key].dtype)
             assert_close(f"{key} of {function}", got[key], theirs, ref[key], factor)
 

@@ -1,6 +1,6 @@
-"""What the Triton convs reject before a launch: utterances beyond 32-bit offsets, and scratch on another device.
+"""The Triton convs reject, before any launch, utterances beyond 32-bit offsets and a workspace on another device.
 
-Tensors on the meta device have sizes and strides, but no memory.
+The tests use tensors on the meta device, which have sizes and strides but no memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FRAMES = 1 << 22  # by 512 channels: 2^31
 
 @pytest.fixture(autouse=True)
 def launched(monkeypatch) -> list[str]:
-    """The names of launches, which are recorded instead of run."""
+    """Records the names of launches instead of running them."""
     names: list[str] = []
     monkeypatch.setattr(launch, "run", lambda kernel, *args, **meta: names.append(kernel.__name__))
     return names
@@ -57,7 +57,7 @@ def test_many_utterances_may_be_longer_than_that_together(launched):
 
 @pytest.mark.parametrize("place", ["x", "x2", "out"])
 def test_a_slice_of_a_wide_history_buffer_is_judged_by_its_strides(launched, place):
-    """16 channels of each frame of a buffer with 1024 channels: few elements, but far apart."""
+    """Shows that offsets are judged by strides: 16 channels out of 1024 are few elements, but far apart."""
     frames = (1 << 21) + 1
     history = torch.empty(1, frames, 1024, dtype=HALF, device="meta")[:, :, :16]
     given = {name: torch.empty(1, frames, 16, dtype=HALF, device="meta") for name in ("x", "x2", "out")}
@@ -70,7 +70,7 @@ def test_a_slice_of_a_wide_history_buffer_is_judged_by_its_strides(launched, pla
     with refused():
         call(frames)
     assert not launched
-    call(frames - 1)  # its last row begins 1024 elements earlier
+    call(frames - 1)  # one frame less ends within 32 bits
     assert launched == ["conv1d_fused_kernel"]
 
 

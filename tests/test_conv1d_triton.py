@@ -1,4 +1,4 @@
-"""Training convs in Triton (interpreted where there is no GPU) against fp64, next to PyTorch at the same precision."""
+"""Training convs in Triton (interpreted if there is no GPU) against fp64, beside PyTorch at the same precision."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ triton_impl = pytest.importorskip("jasper_fast.kernels.conv1d.triton_impl")
 @pytest.mark.parametrize("c_in", [64, 24], ids=["descriptors", "channels that fill no block"])
 @pytest.mark.parametrize(("t", "lengths"), [(290, None), (291, None), (291, [291, 290]), (290, [280, 3]), (1, [1, 1])])
 def test_tensor_descriptors_at_stride_2(t, lengths, c_in, monkeypatch):
-    """A row of the descriptor holds two frames. An odd last frame lies outside, and utterances must then be an even
-    number of frames apart."""
+    """Shows when stride 2 uses tensor descriptors, and that results stay equal. A row of the descriptor holds two
+    frames, so utterances must be an even number of frames apart."""
     case = (2, c_in, 32, t, 11, 2, 1, lengths)
     x, weight, shape, lengths = make(case, torch.float16, make_face("triton").device)
-    if lengths is not None:  # padding may hold anything
+    if lengths is not None:  # the content of padding must not matter
         x = ntc(mask(x, lengths, torch.nan))
     apart = ntc(x.new_empty(2, c_in, t + t % 2))[:, :, :t].copy_(x)
     dy, w = ntc(torch.randn(2, 32, (t + 1) // 2, device=x.device).to(x.dtype)), triton_impl.pack(weight)
@@ -47,7 +47,7 @@ def test_tensor_descriptors_at_stride_2(t, lengths, c_in, monkeypatch):
 
 
 def count_descriptor_loads(monkeypatch) -> list[int]:
-    """A counter of the interpreter's loads through tensor descriptors."""
+    """Returns a one-element list that counts the interpreter's loads through tensor descriptors."""
     from triton.runtime import interpreter
 
     loads, load = [0], interpreter.InterpreterBuilder.create_descriptor_load
@@ -62,7 +62,7 @@ def count_descriptor_loads(monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
 def test_a_tile_too_wide_for_one_epilogue(descriptors, monkeypatch):
-    """A tile of 128 x 256, which tuning may choose; its statistics and its store are done in two halves."""
+    """Shows that a tile of 128 x 256, which tuning may choose, is right although its epilogue runs in two halves."""
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", descriptors)
     case = (2, 16, 200, 140, 3, 1, 1, [140, 30])
     x, weight, shape, lengths = make(case, torch.float16, make_face("triton").device)
@@ -120,7 +120,7 @@ def test_wgrad_adds_its_shares_in_a_fixed_order():
 
 
 def test_errors_name_what_is_wrong():
-    settle("triton")  # packs the weight before the launches are recorded
+    settle("triton")  # packs a weight before launches are recorded
     x, weight = ntc(torch.ones(1, 8, 4)), torch.ones(8, 8, 11)
     with pytest.raises(ValueError, match="fewer than 11"):
         triton_impl.forward(x, weight, Geometry())
@@ -167,7 +167,7 @@ def test_a_nan_in_a_frame_reaches_g_and_the_sums():
     norm, zeroed = Norm(zero, one, one, one), Mask(lengths)
     z = bn.forward(y, norm, None, zeroed)
     g, dbeta, dgamma = triton_impl.dgrad_bn(dy, weight, shape, y, z, norm, zeroed)
-    assert not g.isnan().any()  # as in PyTorch: the gradient passes where the ReLU's input is NaN
+    assert not g.isnan().any()  # as in PyTorch, the gradient passes where the ReLU's input is NaN
     assert dgamma.isnan().nonzero().flatten().tolist() == [3]
     assert not dbeta.isnan().any()
     dy[0, 5, 9] = torch.inf
@@ -192,7 +192,8 @@ def test_wgrad_for_a_master_weight_is_not_rounded():
 
 @pytest.mark.slow
 def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
-    """A batch with lengths (T, T/2, T/4, 0) costs the matrix products of its frames and halo, with the same results."""
+    """Shows that a batch with lengths (T, T/2, T/4, 0) costs the matrix products of its frames and halo alone, with the
+    same results."""
     device = make_face("triton").device
     if device.type == "cuda":
         pytest.skip("products are counted in the interpreter")
@@ -212,7 +213,7 @@ def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
         counted.clear()
         return function(*args), len(counted)
 
-    def tiles(frames):  # of an utterance whose last frame that is not zero is `frames - 1`
+    def tiles(frames):  # tiles of an utterance whose first `frames` frames may be nonzero
         return -(-min(frames, t) // block)
 
     short = [int(v) for v in lengths]
@@ -242,7 +243,8 @@ def test_a_batch_costs_its_frames_and_its_halo(monkeypatch):
     ids=str,
 )
 def test_wgrad_of_two_taps_a_program_and_without_partials(layer, shares, monkeypatch):
-    """Two taps share a step of dy, the odd last one goes alone; one share writes dw itself, in one launch."""
+    """Shows the launches of wgrad: two taps share a step of dy, an odd last tap goes alone, and a single share writes
+    dw itself in one launch."""
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", True)
     x, weight, shape, lengths = make(layer, torch.float16, make_face("triton").device)
     k = weight.shape[2]
@@ -274,7 +276,8 @@ def test_wgrad_of_two_taps_a_program_and_without_partials(layer, shares, monkeyp
 @pytest.mark.parametrize("name", ["prologue", "k11", "k21", "pane"])
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
 def test_padding_that_is_zero_gives_the_same_bits_as_padding_that_is_masked(name, descriptors, monkeypatch):
-    """With `clean`, as the ops and the engine call it, all tiles use descriptors."""
+    """Shows that zero padding with `clean`, as ops and engine call it, gives the same as padding that the kernel
+    masks."""
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", descriptors)
     x, weight, shape, lengths = make(LAYERS[name], torch.float16, make_face("triton").device)
     k, poisoned = weight.shape[2], ntc(mask(x, lengths, torch.nan))

@@ -1,4 +1,4 @@
-"""Inference convs in Triton: one kernel a sub-block, the network's first and last layer, shared reductions."""
+"""Inference convs in Triton: one kernel per sub-block, the network's first and last layer, shared reductions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ triton_impl = pytest.importorskip("jasper_fast.kernels.conv1d.triton_impl")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize(("layer", "width"), [("k13", 72), ("one frame", 20), ("odd channels", 37)])
 def test_fused_with_panes_over_a_history_buffer(layer, width, dtype):
-    """Panes read the first channels of a wider buffer and the output is a slice of it; the rest of the buffer holds
+    """Shows that panes may be a slice of a wider buffer and the output another slice of it, whose other channels hold
     NaN."""
     device = make_face("triton").device
     x, weight, shape, lengths = make(LAYERS[layer], dtype, device)
@@ -51,7 +51,8 @@ def test_fused_with_panes_over_a_history_buffer(layer, width, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "weights by descriptors"])
 def test_the_first_conv_reads_features_as_they_are(dtype, masked, descriptors, monkeypatch):
-    """The input is (N, C, T) fp32; the kernel casts, transposes, masks and computes the output lengths."""
+    """Shows that the kernel takes fp32 (N, C, T): it casts, transposes, masks and computes the output lengths
+    itself."""
     monkeypatch.setattr(triton_impl, "INTERPRET_DESCRIPTORS", descriptors)
     device = make_face("triton").device
     _, weight, *_ = make(LAYERS["prologue"], dtype, device)
@@ -60,7 +61,7 @@ def test_the_first_conv_reads_features_as_they_are(dtype, masked, descriptors, m
         features = mask(features, lengths, torch.nan)
     made = torch.full((3,), -1, device=device)
     bias = torch.randn(32, device=device)
-    room = 26 if masked else 23  # more frames than the conv gives, as in an engine's bucket
+    room = 26 if masked else 23  # with masks there are more frames than the conv returns, as in an engine's bucket
     out = torch.full((3, room, 32), torch.nan, device=device, dtype=dtype)
     how, told = Geometry(2, 5), Lengths(lengths, None, made, masked)
     packed = triton_impl.pack(weight), how
@@ -100,7 +101,7 @@ def test_the_last_conv_ends_in_log_softmax(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("splits", [2, 3, 7])
 def test_a_shared_reduction_gives_the_same_and_repeats(splits, dtype, monkeypatch):
-    """With several programs per tile the result is right and repeatable, and the counters are 0 again afterwards."""
+    """Shows that several programs per tile give a right and repeatable result and reset their counters to 0."""
     device = make_face("triton").device
     x, weight, shape, lengths = make(LAYERS["k13"], dtype, device)
     n, _, t = x.shape

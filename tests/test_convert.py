@@ -1,4 +1,4 @@
-"""`jasper-fast convert`: every format to every other and back, bit for bit; files that lie; what the report says."""
+"""`jasper-fast convert`: every format to every other and back bit for bit, hostile files, and the report."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def full_config(**changes) -> JasperConfig:
 
 
 def odd(state: dict) -> dict:
-    """Entries with what arithmetic would not keep: NaNs with a payload, signed zeros, denormals."""
+    """Returns `state` with values that arithmetic would not preserve: NaN payloads, signed zeros, denormals."""
     state = {name: tensor.clone() for name, tensor in state.items()}
     first = next(iter(state.values()))
     first.view(-1)[:4] = torch.tensor([0x7FC12345, -(2**31), 1, 0x7F800001], dtype=torch.int32).view(torch.float32)
@@ -60,7 +60,7 @@ def model():
 
 @pytest.fixture
 def own(tmp_path, model) -> Path:
-    """What a training run saves."""
+    """Writes a checkpoint as a training run saves it; returns its path."""
     state, average = odd(model.state_dict()), {k: v * 2 for k, v in model.state_dict().items()}
     more = {"optimizer": {"state": {}}, "scaler": {}, "step": 7, "rng": [torch.zeros(3)]}
     document = {"format": FORMAT, "config": full_config().to_dict(), "labels": LABELS, "state_dict": state}
@@ -149,7 +149,7 @@ def test_files_of_others_become_every_format(tmp_path, model, kind):
 
 
 def test_what_is_written_is_what_the_others_load(tmp_path, model, own):
-    """By look-alikes of their modules, strictly, with equal outputs."""
+    """Shows that look-alikes of NVIDIA's and NeMo's modules load the converted files strictly, with equal outputs."""
     clean = tmp_path / "clean.pt"
     checkpoint.save(
         clean, {"format": FORMAT, "config": full_config().to_dict(), "state_dict": trained_model().state_dict()}
@@ -183,7 +183,7 @@ def test_what_is_written_is_what_the_others_load(tmp_path, model, own):
 
 
 def test_quartznets(tmp_path):
-    """Separable blocks; NVIDIA's QuartzNet calls the convs of all blocks mconv."""
+    """Shows the round trip of separable blocks; NVIDIA's QuartzNet names the convs of all blocks mconv."""
     blocks = [
         {"filters": 8, "kernel_size": [5], "stride": [2], "residual": False, "separable": True},
         {"filters": 8, "repeat": 2, "kernel_size": [3], "separable": True},
@@ -285,7 +285,7 @@ def test_the_command(tmp_path, own, capsys):
     assert JasperConfig.from_yaml(settings) == full_config()
     status, _, errors = run(capsys, out, tmp_path / "b.nemo", "--to", "nemo", "--config", settings)
     assert status == 0 and not errors
-    for missing in (out, settings, data):  # each of the others still exists
+    for missing in (out, settings, data):  # one file is missing and the two others still exist
         missing.rename(tmp_path / "kept")
         status, _, errors = run(capsys, *argv)
         assert status == 2 and errors.count("\n") == 1 and "exists; choose another name, or --force" in errors
@@ -327,7 +327,7 @@ def untarred(content: bytes) -> dict[str, bytes]:
 
 
 def headed(content: bytes, change) -> bytes:
-    """A safetensors file with another header."""
+    """Returns a safetensors file whose header is changed by `change`."""
     (size,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + size])
     text = json.dumps(change(header) or header).encode()
@@ -353,7 +353,7 @@ def settings_that_lie(header):
 
 
 def rezipped(content: bytes) -> bytes:
-    """A checkpoint whose first tensor claims more elements than its record has."""
+    """Returns a checkpoint whose tensors claim more elements than their records contain."""
     file, source = io.BytesIO(), zipfile.ZipFile(io.BytesIO(content))
     with zipfile.ZipFile(file, "w") as out:
         for name in source.namelist():
@@ -363,7 +363,7 @@ def rezipped(content: bytes) -> bytes:
 
 
 def hostile(kind: str, forms: dict[str, bytes], trap: Path) -> bytes:
-    """A file of the kind."""
+    """Returns a hostile file of this kind."""
     pickled, archive, tensors = forms["nvidia"], untarred(forms["nemo"]), forms["safetensors"]
     evil = saved({"state_dict": {"encoder.layers.0.conv.0.weight": Bomb(trap)}})
     yaml_bomb = b"a: !!python/object/apply:os.mkdir [" + str(trap).encode() + b"]\n"
@@ -428,7 +428,7 @@ HOSTILE = (
 
 @pytest.fixture(scope="module")
 def forms(tmp_path_factory, model) -> dict[str, bytes]:
-    """A good file of each format."""
+    """Returns a good file of each format."""
     folder = tmp_path_factory.mktemp("forms")
     document = {"format": FORMAT, "config": full_config().to_dict(), "labels": LABELS, "state_dict": model.state_dict()}
     checkpoint.save(folder / "in.pt", document)
@@ -472,7 +472,7 @@ def test_other_labels_than_the_configurations_are_refused(tmp_path, own):
 
 @pytest.mark.parametrize("to", TARGETS)
 def test_a_writer_that_errs_leaves_the_old_file(tmp_path, own, monkeypatch, to):
-    """Values, names or a place that the written file does not give back: nothing takes the old file's place."""
+    """Shows that the old file stays if the new one cannot be written or does not read back equal."""
     out = tmp_path / "out"
     out.write_bytes(b"old")
     write = conversion.WRITERS[to]
@@ -508,7 +508,7 @@ def test_equal_inputs_give_equal_files(tmp_path, own, to):
 
 
 def test_views_and_shared_memory_are_written_apart(tmp_path, model):
-    """A tensor that is a piece of a large one costs its own bytes only."""
+    """Shows that a tensor which is a slice of a large one takes up only its own bytes in the file."""
     state = model.state_dict()
     large = torch.full((100_000,), math.pi)
     state["encoder.layers.0.conv.1.bias"] = large[:8]

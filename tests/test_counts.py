@@ -1,5 +1,5 @@
-"""FLOPs and bytes as counted by bench, compared with PyTorch's counter and with the tensors that kernels get. Triton's
-launches are recorded and not run, for every conv and norm of Jasper 10x5."""
+"""FLOPs and bytes as bench counts them equal PyTorch's counter and the sizes of the tensors that kernels get. For all
+convs and norms of Jasper 10x5, Triton's launches are recorded and not run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from jasper_fast.kernels import launch
 from jasper_fast.kernels.panes import gram
 from jasper_fast.nn.eager import EagerJasper
 
-N = 3  # not a number of taps, so that a tensor with a dimension of N is an activation
-PADDED = 32  # channels of the decoder's pack
+N = 3  # equal to no number of taps, so that a tensor with a dimension N is known to be an activation
+PADDED = 32  # channels in the decoder's pack
 CPU = torch.device("cpu")
 LAYERS = layers()
 INNER = [layer for layer in LAYERS if not layer.first]
@@ -29,7 +29,7 @@ INNER = [layer for layer in LAYERS if not layer.first]
 
 @pytest.fixture
 def launches() -> Iterator[list[tuple[str, list[torch.Size]]]]:
-    """(kernel, shapes of its tensors that are no vectors), one a launch; nothing runs."""
+    """Yields a list that gets (kernel, shapes of its tensors except vectors) for each launch; no kernel runs."""
     interpreted()
     told: list[tuple[str, list[torch.Size]]] = []
 
@@ -47,8 +47,8 @@ def jasper10x5():
 
 
 def passes(name: str, *tensors: torch.Size) -> int:
-    """Elements that a launch moves: its activations and a conv's weight. Shares of a weight gradient are counted
-    elsewhere."""
+    """Returns the elements that one launch moves: its activations and a conv's weight. The shares of a weight gradient
+    are counted elsewhere."""
     found = 0
     for t in tensors:
         padded = name.startswith("conv1d") and t[0] != N and t[-1] == PADDED
@@ -57,8 +57,8 @@ def passes(name: str, *tensors: torch.Size) -> int:
 
 
 def moved(launches) -> int:
-    """Elements moved by all launches so far; forgets the launches. Packing and merging shares do not count, nor do the
-    zeros that fill up the channels of the decoder's pack (29 to 32)."""
+    """Returns the elements that all launches so far have moved, and clears the list. Packing, merging shares and the
+    zeros that pad the decoder's pack from 29 to 32 channels do not count."""
     total = sum(
         passes(name, *tensors) for name, tensors in launches if name not in ("conv1d_pack", "conv1d_wgrad_merge")
     )
@@ -67,7 +67,7 @@ def moved(launches) -> int:
 
 
 def hollow(config, panes: str = "gram") -> Jasper:
-    """Weights without values, because nothing reads them."""
+    """Returns a model with uninitialised weights, which no test reads."""
     with torch.device("meta"):
         model = Jasper(config, backend="triton", panes=panes)
     return model.to_empty(device="cpu")
@@ -104,21 +104,22 @@ def test_training_flops_of_jasper_10x5_are_pytorchs(jasper10x5):
     with FlopCounterMode(display=False) as flops, torch.device("meta"):
         log_probs, _ = eager(jasper10x5)(torch.empty(N, 64, T), torch.empty(N, dtype=torch.int64))
         log_probs.backward(torch.empty_like(log_probs))
-    bias = 3 * N * (T // 2) * models.VOCABULARY  # PyTorch leaves the decoder's out
+    bias = 3 * N * (T // 2) * models.VOCABULARY  # PyTorch's counter leaves the decoder's bias out
     assert counts.training_flops(jasper10x5, N, T) == flops.get_total_flops() + bias
     assert counts.forward_flops(jasper10x5, N, T) < counts.training_flops(jasper10x5, N, T) / 2.99
 
 
 @pytest.mark.slow
 def test_training_bytes_are_what_a_step_of_jasper_10x5_moves(jasper10x5, launches):
-    """Convs and norms from the launches; panes and the decoder, which are ATen's, from the eager modules' tensors."""
+    """Shows that bench's bytes of a step equal those of the launches, plus those of the eager modules for panes and
+    decoder, which run in ATen."""
     T = 64
     model = hollow(jasper10x5).train()
     log_probs, _ = model(torch.zeros(N, 64, T), torch.full((N,), T))
     log_probs.sum().backward()
     names = [name for name, _ in launches]
     assert names.count("conv1d_forward") == names.count("conv1d_wgrad") == 53 and names.count("stats") == 0
-    # wgrad writes a gradient, which is counted, or its shares (splits, K, C_in, C_out), of which the merge names one
+    # wgrad writes a gradient, which is counted, or shares (splits, K, C_in, C_out), which the merge kernel reads
     gradients = sum(t.numel() for name, ts in launches if name == "conv1d_wgrad_merge" for t in ts)
     main = moved(launches) + gradients
 
@@ -127,7 +128,7 @@ def test_training_bytes_are_what_a_step_of_jasper_10x5_moves(jasper10x5, launche
         for k, (conv, norm) in enumerate(getattr(block, "res", ())):
             conv.register_forward_hook(lambda m, x, y: sizes.append(x[0].numel() + m.weight.numel()))
             if k == 0:
-                norm.register_forward_hook(lambda m, x, y: sizes.append(y.numel()))  # the sum, once a block
+                norm.register_forward_hook(lambda m, x, y: sizes.append(y.numel()))  # the sum, once per block
     sizes: list[int] = []
     plain.decoder.layers[0].register_forward_hook(
         lambda m, x, y: sizes.append(x[0].numel() + y.numel() + sum(p.numel() for p in m.parameters()))
@@ -183,7 +184,7 @@ def test_bytes_of_sub_blocks_are_what_their_kernels_move(layer, statistics, laun
     assert count("forward") == 4 * moved(launches)
     out.backward(torch.zeros_like(out))
     assert "stats" not in {name for name, _ in launches}
-    merges = sum(name == "conv1d_wgrad_merge" for name, _ in launches)  # shares are counted as one gradient
+    merges = sum(name == "conv1d_wgrad_merge" for name, _ in launches)  # the shares of a weight count as one gradient
     assert count("backward") == 4 * (moved(launches) + merges * weight.numel())
     assert count("both") == count("forward") + count("backward")
     if layer.C_in == layer.C_out and not statistics:  # kernels/README.md: 4s and 11s, weights aside
@@ -194,7 +195,8 @@ def test_bytes_of_sub_blocks_are_what_their_kernels_move(layer, statistics, laun
 @pytest.mark.parametrize("op", ["conv1d", "sub_block"])
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda a: f"{a.C_in}-{a.C_out}-{a.K}-{a.stride}")
 def test_flops_of_conv_cases_are_pytorchs(op, layer, tmp_path):
-    """Only of the convolution; the norm of a sub-block is below half a per cent."""
+    """Shows that the FLOPs of a case are those of its conv by PyTorch's counter; the norm adds below half a per
+    cent."""
     T = 40
     x = torch.empty(N, layer.C_in, T, device="meta", requires_grad=not layer.first)
     weight = torch.empty(layer.C_out, layer.C_in, layer.K, device="meta", requires_grad=True)
@@ -211,7 +213,7 @@ def test_flops_of_conv_cases_are_pytorchs(op, layer, tmp_path):
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda a: f"{a.C_in}-{a.C_out}-{a.K}-{a.stride}")
 def test_counts_of_sub_blocks_in_inference(layer, launches, tmp_path):
-    """One kernel, whose bias is a vector to the passes, and an addition an element to FLOPs and PyTorch's counter."""
+    """Shows that a sub-block at inference is one kernel, whose bytes and FLOPs are those of the conv and its bias."""
     T = 40
     case = sub_block_inference.case(make_run(tmp_path, backend="triton"), N, T, layer)
     runner = case.contenders[0].build()
@@ -231,7 +233,8 @@ def test_counts_of_sub_blocks_in_inference(layer, launches, tmp_path):
 
 @pytest.mark.parametrize("block", panes.blocks(), ids=lambda b: str(len(b.widths)))
 def test_flops_of_panes_are_pytorchs(block, tmp_path):
-    """By the definition there is one conv per pane; the extra products of the Gram form do not count."""
+    """Shows that the FLOPs of panes are those of one conv per pane; the extra products of the Gram form do not
+    count."""
     T = 40
     meta = lambda *shape: torch.empty(shape, device="meta", requires_grad=True)  # noqa: E731
     vectors = lambda: [meta(block.C_out) for _ in block.widths]  # noqa: E731
@@ -249,8 +252,8 @@ def test_flops_of_panes_are_pytorchs(block, tmp_path):
 
 
 class Products(TorchDispatchMode):
-    """Operands and results of matrix products over all rows, a set a direction: sums forward, weights' and inputs'
-    gradients backward. What a direction reads or writes again is not counted again."""
+    """Collects the operands and results of matrix products over all rows, separately for sums and for weight gradients.
+    A tensor that is used again counts once."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()
@@ -267,7 +270,7 @@ class Products(TorchDispatchMode):
         return out
 
     def moved(self) -> int:
-        """Elements in all directions so far; resets the count."""
+        """Returns the number of elements collected so far, and clears the collection."""
         total = sum(t.numel() for tensors in self.seen.values() for t in tensors.values())
         self.seen = {}
         return total
@@ -277,10 +280,11 @@ class Products(TorchDispatchMode):
 def test_bytes_of_panes_are_what_their_products_read_and_write(block, tmp_path):
     T, run = 29, make_run(tmp_path)
     i = panes.Inputs(N, T, block, torch.float32, CPU)
-    grams = panes.older_grams([*i.ntc, i.ntc[-1]])  # the case counts only that of the newest
+    grams = panes.older_grams([*i.ntc, i.ntc[-1]])  # a case counts only the matrix of its newest input
     means, covs = zip(*((g.mean, g.cov) for g in grams), strict=True)
     count = lambda mode: panes.case(run, N, T, block, mode).nbytes  # noqa: E731
-    with torch.no_grad(), Products(N * T) as products:  # what the ops run: a mode sees nothing inside a call of one
+    # calls the functions inside the ops, because a dispatch mode cannot look inside an op
+    with torch.no_grad(), Products(N * T) as products:
         variances = [gram.statistics(m, s, [w])[1] for m, s, w in zip(means, covs, i.weights, strict=True)]
         gram.forward(i.ntc, means, variances, i.weights, i.gammas, i.betas, common.EPS)
         assert count("forward") == 4 * products.moved()
@@ -293,7 +297,7 @@ def test_bytes_of_panes_are_what_their_products_read_and_write(block, tmp_path):
 
 
 class Arithmetic(TorchDispatchMode):
-    """Counts operations on tensors of one shape: one an element; a sum over all of it is one an element too."""
+    """Counts arithmetic on tensors of one shape, one operation per element; a sum over a tensor counts the same."""
 
     COUNTED = ("add", "sub", "mul", "relu", "sum")
 
@@ -304,13 +308,14 @@ class Arithmetic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if any(isinstance(a, torch.Tensor) and a.shape == self.shape for a in args):
-            assert name in (*self.COUNTED, "where"), name  # a selection is not arithmetic
+            assert name in (*self.COUNTED, "where"), name  # selecting is not arithmetic
             self.count += name in self.COUNTED
         return func(*args, **(kwargs or {}))
 
 
 def test_flops_of_bn_relu_dropout_are_those_of_its_formula():
-    """The formula of kernels/README.md, op by op: right by autograd, and counted as it runs."""
+    """Shows that the formula of kernels/README.md equals autograd, and that bench counts the operations that it
+    takes."""
     inputs = bn_relu_dropout.Inputs(2, 8, 40, torch.float64, CPU, False)
     y, dz = (inputs.nct[n].detach() for n in ("y", "dz"))
     gamma, beta = (t.detach().double()[:, None] for t in (inputs.gamma, inputs.beta))

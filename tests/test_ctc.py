@@ -1,4 +1,4 @@
-"""The CTC loss on every face: PyTorch's values and gradients, every kind of target, and what it never reads."""
+"""The CTC loss on every face: PyTorch's values and gradients, every kind of target, and what must never be read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 
 N, T, V, U = 7, 14, 6, 5
 LENGTHS = [14, 9, 7, 3, 0, 0, 6]
-COUNTS = [5, 3, 0, 4, 5, 0, 5]  # the fourth does not fit: it has repeats; the fifth has no frames; the last just fits
+# the fourth target repeats and does not fit, the fifth has no frames, the last just fits
+COUNTS = [5, 3, 0, 4, 5, 0, 5]
 
 
 @pytest.fixture(params=["reference", "triton"])
@@ -28,7 +29,8 @@ def face(request) -> Face:
 
 
 def inputs(device: torch.device, dtype: torch.dtype = torch.float32, blank: int = V - 1) -> tuple[Tensor, ...]:
-    """(log_probs, lengths, targets, target_lengths): repeated labels, and anything beyond the target's length."""
+    """Returns (log_probs, lengths, targets, target_lengths) with repeated labels and arbitrary values past the targets'
+    ends."""
     draw = torch.Generator().manual_seed(1)
     log_probs = torch.randn(N, T, V, dtype=torch.float64, generator=draw).log_softmax(2)
     targets = torch.tensor(
@@ -40,7 +42,7 @@ def inputs(device: torch.device, dtype: torch.dtype = torch.float32, blank: int 
 
 
 def torchs(log_probs: Tensor, lengths, targets, counts, up: Tensor, blank: int, zero_infinity: bool):
-    """PyTorch's losses and gradient, on the CPU."""
+    """Returns PyTorch's losses and gradient, computed on the CPU."""
     leaf = log_probs.cpu().detach().requires_grad_()
     targets = targets.cpu().clamp(max=log_probs.shape[2] - 1)
     losses = F.ctc_loss(
@@ -71,14 +73,15 @@ def test_it_is_pytorchs(face, blank, zero_infinity):
 
 
 def test_it_is_right_through_a_softmax():
-    """Of fp64 by differences: the gradient alone leaves out what a log-softmax takes off again."""
+    """Shows that the gradient equals numerical differences in fp64. It is taken through a log-softmax, because the loss
+    leaves out the part that a log-softmax removes."""
     x = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)
     given = torch.tensor([6, 4, 5]), torch.tensor([[0, 0], [1, 2], [2, 0]]), torch.tensor([2, 2, 1])
     assert torch.autograd.gradcheck(lambda x: ops.ctc_loss(x.log_softmax(2), *given), x)
 
 
 def test_it_is_the_same_in_any_memory_order_and_amid_others(face):
-    """Strides, other utterances, longer targets and frames beyond the lengths make no difference."""
+    """Shows that strides, other utterances, longer targets and frames beyond the lengths make no difference."""
     log_probs, lengths, targets, counts = inputs(face.device)
     wide = torch.full((N, T + 3, V), math.nan, device=face.device)
     wide[:, :T] = log_probs.masked_fill(
@@ -100,13 +103,13 @@ def test_it_is_the_same_in_any_memory_order_and_amid_others(face):
         found.append((losses.detach(), dx[:, :T]))
     for losses, dx in found[1:]:
         assert torch.equal(losses, found[0][0])
-        torch.testing.assert_close(dx, found[0][1], rtol=1e-5, atol=1e-6)  # sums of more terms, some of them 0
+        torch.testing.assert_close(dx, found[0][1], rtol=1e-5, atol=1e-6)  # these sums have more terms, some of them 0
     alone = ops.ctc_loss(log_probs[1:2], lengths[1:2], targets[1:2], counts[1:2], backend=face.name)
     assert torch.equal(alone, found[0][0][1:2])
 
 
 def test_more_labels_than_a_program_has_threads(face):
-    """States in several registers a thread, and symbols in several programs."""
+    """Shows that long targets (several states per thread) and many symbols (several programs) give the right loss."""
     draw = torch.Generator().manual_seed(3)
     log_probs = torch.randn(2, 75, 45, generator=draw).log_softmax(2).to(face.device)
     targets = torch.randint(0, 44, (2, 68), generator=draw).to(face.device)
@@ -157,7 +160,7 @@ def test_the_op_is_registered_well(face):
 
 
 def test_the_loss_of_a_step_takes_the_one_that_reads_no_lengths(monkeypatch):
-    """Where there is one: on a CPU there is none."""
+    """Shows that a training step takes the loss that reads no lengths on the host, on devices that have it."""
     log_probs, lengths, targets, counts = inputs(torch.device("cpu"))
     targets = targets.clamp(max=V - 2)
     want = step.ctc_loss(log_probs, lengths, targets, counts)

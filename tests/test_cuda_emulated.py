@@ -1,4 +1,5 @@
-"""The CUDA kernels of bn_relu_dropout, compiled as host C++ and run thread by thread: their indexing without a GPU."""
+"""The CUDA kernels of bn_relu_dropout, compiled as host C++ and run thread by thread, so that their indexing is tested
+without a GPU."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ class Raw(ctypes.Structure):
 
 
 class Emulated:
-    """The face's four functions over the emulation; `sms` is the number of multiprocessors that it pretends to have."""
+    """The four functions of the face, emulated on a GPU with `sms` multiprocessors."""
 
     def __init__(self, library: Path) -> None:
         self.call = ctypes.CDLL(str(library)).jf_emulate
@@ -94,7 +95,7 @@ def emulated() -> Emulated:
 
 
 def tensors(n: int, c: int, t: int, dtype: torch.dtype, shift: float = 0.0) -> dict[str, Tensor]:
-    """Random inputs, values exact in `dtype`, activations in NTC memory."""
+    """Returns random inputs, exact in `dtype`, with activations in NTC memory."""
 
     def activation(offset: float = 0.0) -> Tensor:
         return ntc((torch.randn(n, c, t) + offset).to(dtype))
@@ -149,7 +150,7 @@ def test_both_ways(emulated: Emulated, shape, dtype, residual, p, padded) -> Non
     lengths = torch.randint(0, t + 1, (n,)) if padded else None
     seed = torch.tensor([-(2**61) + 12345]) if p else None
     norm = norm_of(x)
-    if padded:  # the padding of dz and of the residual must not be read
+    if padded:  # NaN, because the padding of dz and of the residual must not be read
         for i, length in enumerate(lengths):
             x["dz"][i, :, length:] = x["residual"][i, :, length:] = float("nan")
 
@@ -180,7 +181,8 @@ def test_both_ways(emulated: Emulated, shape, dtype, residual, p, padded) -> Non
 
 @pytest.mark.slow
 def test_results_do_not_depend_on_the_cut(emulated: Emulated) -> None:
-    """Elementwise passes give the same bits whatever the number of multiprocessors; reductions stay within rounding."""
+    """Shows that the number of multiprocessors changes no bit of elementwise results, and reductions only by
+    rounding."""
     x = tensors(2, 40, 500, torch.float16)
     lengths, seed = torch.tensor([500, 123]), torch.tensor([7])
     norm = norm_of(x)

@@ -1,4 +1,5 @@
-"""The CUDA convs without a toolkit: what NVRTC is asked for, what the driver is given; real compiles where CuPy is."""
+"""The CUDA kernels without a toolkit: what NVRTC must compile and what the driver gets; real compiles if CuPy
+exists."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ class NVRTCError(RuntimeError):
 
 
 class Nvrtc:
-    """Compiles a kernel into its own name; counts the compiles."""
+    """A stand-in for NVRTC whose compiled code is the kernel's name; it counts the compiles."""
 
     NVRTCError = NVRTCError
 
@@ -71,7 +72,7 @@ class Nvrtc:
 
 
 class Driver:
-    """Runs the kernels of the emulation with the arguments that a launch points to."""
+    """A stand-in for the driver: runs the emulated kernel with the arguments that a launch points to."""
 
     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 
@@ -162,7 +163,7 @@ def test_launches_through_the_driver(monkeypatch: pytest.MonkeyPatch, functions,
     assert {options for _, options in compiler.compiled} == {f"-arch=sm_{loop}{'a' if loop == 90 else ''}"}
     assert len(set(compiler.compiled)) == len(compiler.compiled) == len(list(cache.iterdir()))
 
-    again = Nvrtc()  # a new process finds the code on disk
+    again = Nvrtc()  # a new process, which finds the code on disk
     Face(monkeypatch, cuda_nvrtc.Compiled(again, Driver(functions))).on(loop, 3)
     DIRECTIONS["forward"](conv_cases.LAYERS["k11"], torch.float16)
     assert again.compiled == []
@@ -194,7 +195,7 @@ def test_without_library_and_without_cupy_both_ways_are_told(monkeypatch: pytest
 
 
 class NormDriver(Driver):
-    """Runs the emulated kernels of bn_relu_dropout, one at a time."""
+    """A stand-in for the driver that runs the emulated kernels of bn_relu_dropout."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         super().__init__(library)
@@ -231,7 +232,7 @@ NORM_SHAPES = [(2, 64, 37, torch.float16), (2, 29, 19, torch.float32), (3, 200, 
 @pytest.mark.parametrize(("n", "c", "t", "dtype"), NORM_SHAPES, ids=str)
 @pytest.mark.parametrize("full", [False, True])
 def test_norms_through_the_driver(monkeypatch, norm_library, cache, n, c, t, dtype, full) -> None:
-    """The face over NVRTC's ops gives the bits of the emulated face itself, planned in C++."""
+    """Shows that launches through NVRTC give the same bits as the emulated face, whose launches C++ plans."""
     compiler = Nvrtc()
     ops = norms_nvrtc.Compiled(compiler, NormDriver(norm_library))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

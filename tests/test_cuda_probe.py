@@ -1,8 +1,8 @@
-"""Each instruction of csrc/cuda/ptx.cuh on a device, beside what the PTX ISA says of it (and the host twins give).
+"""Each instruction of csrc/cuda/ptx.cuh, run on a device, does what the PTX ISA (and so the host twin) says.
 
     python tests/test_cuda_probe.py        the same, and a table: clocks by row shift, what 128-byte swizzle does
 
-Everything that the kernels rest on is asserted. Swizzle with a start between its patterns is only reported.
+The tests assert everything that the kernels rely on. Swizzle that starts inside its pattern is only reported.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ AT_LEAST = {"check_copy_async": (8, 0), "check_copy_bulk": (9, 0)}
 
 
 def device_call() -> tuple[Callable, dict]:
-    """jf_probe of the CUDA library, and where it is to run."""
+    """Returns jf_probe of the CUDA library, and the device and stream to run it on."""
     library = ctypes.CDLL(str(native.Library("cuda").path))
     return library.jf_probe, {"device": "cuda", "stream": torch.cuda.current_stream().cuda_stream}
 
 
 def why_not(capability: tuple[int, int], exactly: bool = False) -> str | None:
-    """Why this machine cannot run what needs this compute capability; None where it can."""
+    """Returns why this machine cannot run code for this compute capability, or None if it can."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     if not native.cuda_available():
@@ -82,7 +82,8 @@ def test_wgmma_overlapping_core_matrices() -> None:
 
 
 def one(call: Callable, image, b: Placed, where: dict, anchors: tuple[int, ...] = (0,)) -> tuple[int, list[bool]]:
-    """The clocks of the fastest of five launches of four products, and whether the result is the one of each anchor."""
+    """Returns the clocks of the fastest of five launches of four products, and for each anchor whether the result is
+    the one expected there."""
     results = [probe.wgmma(call, image, probe.A, b, 64, torch.float16, **where) for _ in range(5)]
     want = [probe.wgmma_expected(image, probe.A, b, 64, torch.float16, anchor=anchor) for anchor in anchors]
     return min(int(result.clocks) for result in results), [torch.equal(results[0].out, each) for each in want]
@@ -103,7 +104,7 @@ def flat(result: tuple[int, list[bool]]) -> tuple[int, bool]:
 
 
 def swizzles(call: Callable, where: dict) -> list[str]:
-    """One line for each row at which a 128-byte swizzled operand begins, 0 to 63, and each of two base offsets."""
+    """Returns one line for each first row, 0 to 63, of an operand with 128-byte swizzle, and each base offset."""
     image, lines = probe.panels(), []
     for row in range(64):
         for base in sorted({0, row % 8}):

@@ -1,4 +1,5 @@
-"""The host twins of the PTX wrappers: layouts by exhaustive one-hot operands, and mistakes that must be caught."""
+"""The host twins of the PTX instructions: their layouts, by exhaustive one-hot operands, and mistakes that they
+report."""
 
 from __future__ import annotations
 
@@ -70,7 +71,7 @@ def test_wgmma_one_hot(call: Callable, a_mn: int, b_mn: int) -> None:
 
 @pytest.mark.parametrize("panel", [135, 136])
 def test_wgmma_row_shifts(call: Callable, panel: int) -> None:
-    """A panel read from any row on, in both majors; overlapping core matrices."""
+    """Shows that a panel may be read from any row on, in both majors, and that core matrices may overlap."""
     image = probe.panels()
     for b in [b for *_, b in probe.row_shifts(panel)] + [b for _, b in probe.overlaps()]:
         want = probe.wgmma_expected(image, probe.A, b, 64, torch.float16)
@@ -192,7 +193,8 @@ def sanitized() -> Callable[[str, str, bool], str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*RACES, "wgmma released early", "mbarrier deadlock", "bulk phase"])
 def test_thread_sanitizer(sanitized: Callable, library: ctypes.CDLL, name: str) -> None:
-    """A missing wait or an early release is a race, although every thread runs on one thread of the system."""
+    """Shows that a missing wait or an early release is reported as a race, although all threads share one system
+    thread."""
     assert sanitized("thread", name, False) == "no error\n"
     got = sanitized("thread", name, True)
     if name in RACES:
@@ -215,7 +217,7 @@ def test_address_sanitizer(sanitized: Callable) -> None:
 
 @pytest.mark.slow
 def test_without_the_hand_written_switch() -> None:
-    """ucontext, which other processors than x86-64 take."""
+    """Shows that the same checks pass with ucontext, which processors other than x86-64 use to switch threads."""
     library = ctypes.CDLL(str(cuda_host.build([SOURCE], scheduler=["-DJF_UCONTEXT"])))
     library.jf_fault.restype = ctypes.c_char_p
     for check in probe.REST:

@@ -1,4 +1,4 @@
-"""cuDNN times its algorithms only for calls that are timed."""
+"""cuDNN searches for its fastest algorithm only in calls that are timed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CUDA = torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def searching():
-    """Sets the flag as on a GPU; on a CPU it has no effect."""
+    """Turns the search on, as on a GPU; on a CPU the flag has no effect."""
     assert cudnn_search.on(CUDA)
     yield
     assert not cudnn_search.on(CPU)
@@ -52,7 +52,8 @@ def test_a_search_goes_on_after_an_answer_that_failed():
 
 @pytest.mark.parametrize("judged_at", [(1, 64), (2, 64)])
 def test_a_step_is_searched_for_at_the_batch_that_is_timed(judged_at, tmp_path, monkeypatch):
-    """Also at the batch of the check, if that is the timed one, because the first call of a shape decides."""
+    """Shows that the check runs with the search on if it has the timed batch, because the first call of a shape
+    decides."""
     monkeypatch.setattr(train, "judged_size", lambda *_: judged_at)
     runner = train.case(make_run(tmp_path, rivals="eager"), "small", 2, 64, "forward+backward").contenders[1].build()
     seen = []

@@ -1,4 +1,4 @@
-"""Manifests, filters, perturbation, joining, batch plans, collating: all of it on small files made here."""
+"""Manifests, filters, perturbation, joining, batch plans and collating, on small files made here."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ LETTERS = "abcdefghijkl"
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Twelve utterances of 0.5 to 1.6 s by two speakers; each is a constant of its own level."""
+    """Returns twelve utterances of 0.5 to 1.6 s by two speakers; each is a constant signal of its own level."""
     utterances = []
     for i, letter in enumerate(LETTERS):
         path = tmp_path / f"u{i}.{'flac' if i % 2 else 'wav'}"
@@ -140,7 +140,7 @@ def test_filters_count_and_list(corpus):
     assert "19 symbols need 22" in dataset.skipped.items[3].detail
     assert "5 skipped" in str(dataset.skipped)
     kept = a_set(corpus + more, training=False, max_duration=16.7)
-    assert len(kept) == 17 and not len(kept.skipped)  # an evaluation counts them all
+    assert len(kept) == 17 and not len(kept.skipped)  # an evaluation keeps all of them
     raw = a_set([*corpus, Utterance(path, 1.0, "Ä!")], normalize_transcripts=False)
     assert raw.skipped.counts == {"unknown_symbols": 1} and "'!', 'Ä'" in raw.skipped.items[0].detail
     with pytest.raises(ValueError, match=r"no utterance is left of 1: 1 skipped \(1 too_long\)"):
@@ -252,7 +252,7 @@ def test_speed_perturbation_is_of_seed_epoch_and_index(corpus):
 
 
 def test_what_a_seed_draws_never_changes(corpus):
-    """A resumed run must draw the same numbers as the version that began it."""
+    """Shows that a seed draws the same numbers in every version, so that an old run can be resumed."""
     settings = {f"{name}_perturbation": {"p": 1.0} for name in ("speed", "gain", "shift", "noise", "tempo")}
     joined = {"min_clips": 2, "max_clips": 3, "noise_db": (-50, -30)}
     clips, change = a_set(corpus, seed=1, join=joined, **settings)._draw(2, 6)
@@ -327,7 +327,7 @@ def test_join_noise_room_and_limits(corpus, tmp_path):
     noisy = [a_set(corpus, join={"min_gap": 0.1, "noise_db": (-40, -40)})[0].audio for _ in range(2)]
     assert noisy[0][:1600].std() == pytest.approx(0.01, rel=0.1) and np.array_equal(*noisy)
     short = a_set(corpus, join={"min_clips": 7}, max_duration=4.0)
-    assert len(short[0].text.split("word ")) == 8  # never fewer clips than asked for
+    assert len(short[0].text.split("word ")) == 8  # min_clips counts more than max_duration
     short = a_set(corpus, join={"same_speaker": False}, max_duration=4.0)
     assert max(short.durations(0)) <= 4.0 and max(len(i.text) for i in map(short.__getitem__, range(12))) > 20
     one = {"min_clips": 1, "max_clips": 1}
@@ -394,7 +394,7 @@ def test_ranks_share_the_work():
 
 
 def librispeech_durations(count: int) -> np.ndarray:
-    """A histogram like LibriSpeech's: mean 12.3 s, 78 % from 10 s to 16.7 s (triangular, most at 15.3 s)."""
+    """Returns random durations like LibriSpeech's: mean 12.3 s, 78 % from 10 s to 16.7 s, most near 15.3 s."""
     rng = np.random.default_rng(0)
     long, short = rng.triangular(10, 15.3, 16.7, count), rng.triangular(1.3, 8, 10.5, count)
     return np.where(rng.random(count) < 0.78, long, short)
@@ -404,7 +404,8 @@ def librispeech_durations(count: int) -> np.ndarray:
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("sizes", [{"batch_size": 64}, {"max_seconds": 64 * 16.7}, {"max_seconds": 240.0}])
 def test_each_utterance_comes_once_with_little_padding(world: int, sizes: dict, shards: int | None) -> None:
-    """Of LibriSpeech's 281,241 utterances a shard of 256 MB holds 1,700; training has eight open."""
+    """Shows that every utterance occurs once per epoch with under 5 % padding, whatever the batches, ranks and
+    shards."""
     d = librispeech_durations(20_001)
     assert d.mean() == pytest.approx(12.3, abs=0.1)
     sizes = sizes | {"shards": shards and np.arange(len(d)) * shards // len(d)}

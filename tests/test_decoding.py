@@ -13,7 +13,7 @@ BLANK = "_"
 
 
 def paths(*rows, p=0.9):
-    """log-probs (N, T, V) whose best path is what the strings say."""
+    """Returns log-probs (N, T, V) whose best paths are these strings, and their lengths."""
     length = max(map(len, rows))
     probs = torch.full((len(rows), length, V.n_classes), (1 - p) / (V.n_classes - 1))
     for n, row in enumerate(rows):

@@ -125,7 +125,7 @@ def test_the_page_is_well_formed_and_needs_nothing_else(points):
     curves = {kind: curve[:points] for kind, curve in RESULT["curves"].items()}
     features = [np.random.default_rng(0).random((64, 100)), None]
     page = report.render(RESULT | {"curves": curves}, features, [b"RIFF", None])
-    root = ElementTree.fromstring(page.partition("\n")[2])  # without the doctype it is XML too
+    root = ElementTree.fromstring(page.partition("\n")[2])  # without its doctype the page is XML too
     for said in ("1.3 %", "prefers-color-scheme: dark", "width=device-width", "A &lt;CPU&gt; &amp; more", "a&lt;b"):
         assert said in page
     links = [e.get(k) for e in root.iter() for k in ("src", "href") if e.get(k)]
@@ -154,7 +154,7 @@ def test_ticks_cover_the_values_with_round_steps(top, expected):
     [
         ({1: 1.0, 2: 0.6}, [1, 1, 1, 2, 2, 2, 2, 2]),
         ({1: 1.0, 2: 1.2}, [1, 1, 1, 2, 2, 2, 1, 1]),
-        ({1: 1.0, 2: 9.0}, [1, 1, 1, 2, 2, 1, 1, 1]),  # dropped before its trial is over
+        ({1: 1.0, 2: 9.0}, [1, 1, 1, 2, 2, 1, 1, 1]),  # dropped before its trial ends
     ],
 )
 def test_the_faster_number_of_threads_stays(times, expected):
@@ -187,7 +187,7 @@ def main(argv):
 
 @pytest.fixture
 def bench(monkeypatch):
-    """A bench that measures nothing: fused takes half of eager's time, and keeps 0.4 of its bytes."""
+    """Replaces the bench by numbers: fused takes half of eager's time and keeps 0.4 of its bytes."""
     module = types.ModuleType("jasper_fast.bench.cli")
     exec(BENCH, module.__dict__)
     monkeypatch.setitem(sys.modules, "jasper_fast.bench.cli", module)

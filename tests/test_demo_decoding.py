@@ -1,4 +1,4 @@
-"""The comparison of decoders: strings joined from words, the interval of a gain, and the lines that it prints."""
+"""The comparison of decoders: sentences made of joined words, the interval of a gain, and the printed lines."""
 
 import json
 import random

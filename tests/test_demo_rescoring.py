@@ -1,4 +1,4 @@
-"""The comparison of a first pass with a second one: the lines that it prints, and the model that it trains."""
+"""The comparison of a first pass with a rescoring pass: the printed lines, and the model that it trains."""
 
 import random
 import re
@@ -23,7 +23,7 @@ def test_the_lines_of_a_comparison(tmp_path):
         ids = [x for c in v.encode(text) for x in (c, v.blank)]
         log_probs = 0.5 * torch.randn(len(ids), v.n_classes)
         log_probs[torch.arange(len(ids)), torch.tensor(ids)] += 5.0
-        log_probs[0, 4] += 5.5  # "d", though no text begins so
+        log_probs[0, 4] += 5.5  # suggests a "d", although no text begins with one
         saved.keep(i, log_probs.log_softmax(-1))
     saved.finish([f"{i}.wav" for i in range(12)], texts)
     scorer = lambda found: [0.0 if text in texts else -2000.0 for text in found]  # noqa: E731

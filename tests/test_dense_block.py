@@ -1,4 +1,4 @@
-"""A whole dense-residual block (conv sub-blocks, panes, masks, dropout) in fp64, Gram and plain form: its gradients."""
+"""The gradients of a whole dense-residual block (conv sub-blocks, panes, masks, dropout) in fp64, in both forms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jasper_fast.nn.block import JasperBlock
 from jasper_fast.nn.config import BlockConfig
 from jasper_fast.nn.eager import EagerBlock
 
-WIDTHS = (3, 4)  # channels of the block outputs that the panes take; the last of them is the block's input
+WIDTHS = (3, 4)  # channels of the block outputs that the panes read; the last is the block's input
 LENGTHS = torch.tensor([7, 4])
 
 
@@ -32,7 +32,7 @@ def build(form: str, dropout: float, **more) -> JasperBlock:
 
 
 def run(block: JasperBlock, sources, seeds, parameters=None) -> torch.Tensor:
-    """The block's output, with masks; `sources` need not be zero in their padding."""
+    """Returns the block's output, with masks; the padding of `sources` may hold anything."""
     steps = [LENGTHS]
     for _ in range(block.b.repeat):
         steps.append(block.b.out_length(steps[-1]))
@@ -50,7 +50,8 @@ def inputs() -> list[torch.Tensor]:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("form", ["gram", "plain"])
 def test_gradcheck(form, dropout):
-    """Numerical derivatives with respect to every block output and parameter; the masks are fixed by their seeds."""
+    """Shows that the gradients for every block output and parameter equal numerical ones; seeds fix the dropout
+    masks."""
     block = build(form, dropout)
     names = [name for name, _ in block.named_parameters()]
     seeds = torch.tensor([11, 12, 13]) if dropout else None
@@ -64,7 +65,7 @@ def test_gradcheck(form, dropout):
 
 
 def definition(block: EagerBlock, sources, seeds) -> torch.Tensor:
-    """The reference's block, with the dropout masks that the seeds give in place of its own draw."""
+    """Computes the reference's block with the dropout masks of these seeds in place of its own."""
     b, lens = block.cfg, LENGTHS
     keep = [1.0] * b.repeat
     x = sources[-1]
@@ -84,7 +85,7 @@ def definition(block: EagerBlock, sources, seeds) -> torch.Tensor:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("form", ["gram", "plain"])
 def test_equals_autograd_on_the_definition(form, dropout, more):
-    """Output, gradients of every block output and parameter, and running statistics."""
+    """Shows that outputs, all gradients and the running statistics equal those of the definition."""
     ours = build(form, dropout, **more)
     plain = EagerBlock(WIDTHS[-1], ours.b, list(WIDTHS)).double()
     plain.load_state_dict(ours.state_dict())
@@ -104,7 +105,7 @@ def test_equals_autograd_on_the_definition(form, dropout, more):
 
 @pytest.mark.parametrize("form", ["gram", "plain"])
 def test_panes_train_by_the_eps_and_momentum_of_their_modules(form):
-    """As in evaluation: PyTorch's batch norms with these settings give the expected result."""
+    """Shows that panes use the eps and momentum of their batch norms in training, as PyTorch's batch norm does."""
     block = build(form, 0.0)
     sources = [mask(s.detach(), LENGTHS) for s in inputs()]
     expected, stats = 0.0, []

@@ -41,7 +41,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def make(shape: tuple, dtype: torch.dtype, device: torch.device | None = None) -> tuple:
-    """x and dy in NTC memory with NaN in their padding, weight, geometry, lengths."""
+    """Returns x and dy in NTC memory with NaN in their padding, the weight, the geometry and the lengths."""
     c, k, t, stride, dilation, lengths = shape
     geometry = Geometry(stride, k // 2 * dilation, dilation)
     n, t_out = 2 if lengths is None else len(lengths), geometry.frames(t, k)
@@ -56,7 +56,7 @@ def make(shape: tuple, dtype: torch.dtype, device: torch.device | None = None) -
 
 
 def pytorch(x, dy, weight, geometry: Geometry, told: Lengths, dtype: torch.dtype) -> dict[str, Tensor]:
-    """y, dx and dw of F.conv1d and autograd in `dtype`, masked as ours."""
+    """Returns y, dx and dw of F.conv1d and autograd in `dtype`, masked as ours are."""
     x = mask(x, told.before).to(dtype).clone(memory_format=torch.contiguous_format).requires_grad_()
     weight = weight.to(dtype).clone().requires_grad_()
     y = mask(F.conv1d(x, weight, None, *geometry, weight.shape[0]), told.after)
@@ -95,7 +95,7 @@ def assert_right(name: str, shape: tuple, dtype: torch.dtype) -> None:
     for part, got in first.items():
         assert got.shape == ref[part].shape
         assert part == "dw" or got.transpose(1, 2).is_contiguous()
-        assert_close(f"{part} {dtype}", got, low[part], ref[part], 4.0)  # PyTorch may happen to sum in a better order
+        assert_close(f"{part} {dtype}", got, low[part], ref[part], 4.0)  # PyTorch's sums may by chance be better
     x, dy, _, geometry, told = args
     assert torch.equal(impl.wgrad(x, dy, shape[1], geometry, told), first["dw"])
 
@@ -107,7 +107,7 @@ def test_faces(name: str, case: str) -> None:
         assert_right(name, CASES[case], dtype)
 
 
-# fewer frames and channels, because the interpreter takes a millisecond for each tap of each program
+# few frames and channels, because the interpreter takes a millisecond for each tap of each program
 TRITON = {
     "stride 2": ((20, 9, 41, 2, 1, [41, 11]), torch.float32),
     "k87, dilated": ((16, 87, 20, 1, 2, [20, 3]), torch.bfloat16),
@@ -131,7 +131,8 @@ def test_triton(case: str, tiles: str, monkeypatch) -> None:
 
 @pytest.mark.parametrize("name", ["cpu", "triton"])
 def test_slices_of_wider_rows(name: str) -> None:
-    """An engine's buffers: rows of x and y that lie in wider ones, and nothing is written beside them."""
+    """Shows that x and y may be slices of wider rows, as in an engine's buffers, and that nothing beside y is
+    written."""
     impl, device = face_of(name)
     x, _, weight, geometry, told = make(TRITON["k33"][0], torch.float32, device)
     c, wide = x.shape[1], torch.randn(2, x.shape[2], 3 * x.shape[1], device=device)
@@ -155,7 +156,7 @@ def test_a_nan_in_a_valid_frame_reaches_its_taps_alone(name: str) -> None:
 
 
 def test_triton_makes_the_output_lengths() -> None:
-    """The first launch of an engine computes them, also from lengths that are too large."""
+    """Shows that the engine's first launch computes the output lengths, also from lengths that are too large."""
     impl, device = face_of("triton")
     x, _, weight, geometry, told = make(TRITON["stride 2"][0], torch.float32, device)
     given = torch.tensor([99, 11], device=device)

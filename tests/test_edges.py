@@ -1,4 +1,4 @@
-"""Edges of what a user may hand over: no utterances, double precision, copies of an engine."""
+"""Edge cases of what a user may pass: no utterances, double precision, copies of an engine."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_conv_of_no_utterances():
 
 
 def test_double_precision_takes_the_reference():
-    """Under "auto"; a face asked for by name says what to do."""
+    """Shows that fp64 runs under "auto", and that a face without fp64 says to use the reference."""
     model, double = jasper(), jasper().double()
     double.load_state_dict(model.state_dict())
     features = torch.randn(2, 8, 40)
@@ -60,7 +60,7 @@ def test_double_precision_takes_the_reference():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda engine: pickle.loads(pickle.dumps(engine))])
 def test_an_engine_can_be_copied(copied):
-    """The copy has a model and settings of its own."""
+    """Shows that a copied engine has a model and settings of its own."""
     model, features = jasper(), torch.randn(2, 8, 40)
     engine = InferenceEngine(model, dtype=torch.bfloat16, graphs=False, bucket=32)
     want = engine(features, LENGTHS)[0]

@@ -37,7 +37,7 @@ def test_every_kind_of_block_equals_eager_in_fp64(kind, masks, face):
     assert got.shape == ref.shape and got.dtype == torch.float32
     assert got_lengths.dtype == torch.int64 and torch.equal(got_lengths, want_lengths)
     assert_close("log_probs", valid(got, lengths=want_lengths), valid(low, want_lengths), valid(ref, want_lengths))
-    assert got.isfinite().all()  # rows in the padding are meaningless, but finite
+    assert got.isfinite().all()  # rows in the padding mean nothing, but are finite
 
 
 @pytest.mark.parametrize("t", [1, 2, 3])
@@ -71,7 +71,7 @@ def test_without_lengths_all_frames_count(face):
 def test_layout_and_dtype_of_the_features_do_not_matter(kind, face):
     _, engine = engine_of(face, config(kind))
     features, lengths = batch([29, 12], device=face.device)
-    features = features.half().float()  # numbers that every dtype below holds
+    features = features.half().float()  # values that every dtype below can represent
     want, _ = engine(features, lengths)
     wide = torch.empty(2, 2 * FEATS, 58, device=face.device)[:, ::2, ::2].copy_(features)
     forms = {
@@ -107,13 +107,13 @@ def test_low_precision_is_as_good_as_pytorchs(dtype, face):
     got, _ = engine(features, lengths)
     factor = 2.0
     if face.name == "triton" and face.device.type == "cpu" and dtype == torch.bfloat16:
-        factor = 4.0  # Triton's interpreter cuts bf16 off where a GPU rounds
+        factor = 4.0  # Triton's interpreter truncates to bf16 where a GPU rounds
     assert_close("log_probs", valid(got, out), valid(low.float(), out), valid(ref, out), factor)
 
 
 @pytest.mark.parametrize("name", ["cpu", "triton"])
 def test_folding_is_precise_whatever_the_dtype(name):
-    """A variance and a scale are beyond the range of fp16, but their quotient is within it."""
+    """Shows that folding works in fp16 where a variance and a scale exceed fp16's range but their quotient does not."""
     face = make_face(name)
     eager, ours = pair(config(), name, face.device)
     for model in (eager, ours):
@@ -130,7 +130,7 @@ def test_folding_is_precise_whatever_the_dtype(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("held", [torch.float16, torch.float64])
 def test_a_model_of_another_dtype_runs_in_the_wanted_one(held, face):
-    """The result is exactly that of the same weights in fp32, because they are folded alike."""
+    """Shows that a model in fp16 or fp64 gives the results of the same weights in fp32."""
     _, ours = pair(config(), face.name, face.device)
     ours.half()
     features, lengths = batch([31, 17], device=face.device)
@@ -163,7 +163,7 @@ def test_a_nan_in_a_valid_frame_reaches_its_own_utterance_only(face):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jasper", "plain residual"])
 def test_results_are_memory_of_their_own(kind, face):
-    """Also the lengths, where no conv changes them."""
+    """Shows that a later call changes no earlier result, lengths included, even where no conv changes the lengths."""
     _, engine = engine_of(face, config(kind))
     first = batch([31, 17], device=face.device)
     log_probs, out = engine(*first)
@@ -264,13 +264,14 @@ def test_bad_options_are_named():
 
 @pytest.mark.parametrize("kind", ["jasper", "dense first"])
 def test_tensor_descriptors_change_no_bit(kind, monkeypatch):
-    """Launches as on sm_90 and later, where tiles need no mask because kernels write zeros into the padding."""
+    """Shows that tensor descriptors give the same bits. With them, as on sm_90 and later, tiles need no mask, because
+    kernels write zeros into the padding."""
     triton_impl = pytest.importorskip("jasper_fast.kernels.conv1d.triton_impl")
     device = make_face("triton").device
     _, ours = pair(config(kind, feats=16), "triton", device)
     engine = InferenceEngine(ours, dtype=torch.float16, graphs=False)
     features, lengths = batch([150, 61, 0], feats=16, device=device)
-    if kind == "dense first":  # its panes read the features directly
+    if kind == "dense first":  # its panes read the features directly, so their padding must be finite
         features = features.nan_to_num(0.0)
     results = []
     for on in (False, True):

@@ -1,4 +1,4 @@
-"""Graphs of the engine: buckets, growth, eviction, refresh, streams. Where there is no GPU a stand-in replays them."""
+"""Graphs of the engine: buckets, growth, eviction, refresh, streams. Without a GPU a stand-in replays the launches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jasper_fast.inference.graphs import CudaGraphs, Turns
 
 @pytest.fixture
 def device(monkeypatch):
-    """The device of the triton face; on a CPU a stand-in replaces graphs."""
+    """Returns the device of the triton face; on a CPU a stand-in replaces CUDA graphs."""
     device = make_face("triton").device
     if device.type == "cpu":
         monkeypatch.setattr(engine_module, "CudaGraphs", Replays)
@@ -26,13 +26,14 @@ def device(monkeypatch):
 
 
 def captured(engine) -> int:
-    """How many shapes hold a graph."""
+    """Returns the number of shapes that have a graph."""
     return sum(bound.replay is not None for bound in engine._run.shapes.held.values())
 
 
 @pytest.mark.slow
 def test_graphs_and_buckets_change_no_bit(device):
-    """Also after other calls (longer, louder, more utterances) and with buffers full of NaN."""
+    """Shows that graphs and buckets change no bit, also after longer, louder or larger batches and with NaN in the
+    buffers."""
     _, ours = pair(config(), "triton", device)
     plain = InferenceEngine(ours, graphs=False, bucket=1)
     engine = InferenceEngine(ours, graphs=True, bucket=8, graph_limit=3)
@@ -73,7 +74,7 @@ def test_without_masks_each_length_has_its_graph(device):
 def test_lengths_of_a_bucket_share_a_graph(device):
     _, ours = pair(config(), "triton", device)
     engine = InferenceEngine(ours, graphs=True, bucket=8)
-    for t in (9, 16, 12):  # 8 frames after the stride of 2
+    for t in (9, 16, 12):  # in one bucket of 8 frames after the stride of 2
         engine(*batch([t], device=device))
     assert list(engine._run.shapes.held) == [(1, 16)]
     engine(*batch([17], device=device))
@@ -83,7 +84,7 @@ def test_lengths_of_a_bucket_share_a_graph(device):
 def test_the_shape_used_longest_ago_goes_first(device):
     _, ours = pair(config("plain residual"), "triton", device)
     engine = InferenceEngine(ours, graphs=True, bucket=8, graph_limit=2)
-    engine(*batch([24], device=device))  # the largest first: nothing grows after it
+    engine(*batch([24], device=device))  # the largest shape first, so that the buffers do not grow later
     for t in (8, 24, 16):
         engine(*batch([t], device=device))
     assert list(engine._run.shapes.held) == [(1, 24), (1, 16)]
@@ -91,7 +92,7 @@ def test_the_shape_used_longest_ago_goes_first(device):
 
 @pytest.mark.slow
 def test_growth_drops_every_graph(device):
-    """Otherwise graphs would keep the old, smaller buffers alive in every size."""
+    """Shows that larger buffers drop every graph, because a graph would keep the old buffers alive."""
     _, ours = pair(config(), "triton", device)
     plain = InferenceEngine(ours, graphs=False, bucket=8)
     engine = InferenceEngine(ours, graphs=True, bucket=8)
@@ -107,13 +108,13 @@ def test_growth_drops_every_graph(device):
 
 @pytest.mark.slow
 def test_a_graph_does_not_outlive_its_scratch(device):
-    """Partial sums of split reductions: their memory grows inside the launches."""
+    """Shows that a graph is captured again if the memory for partial sums has grown since."""
     blocks = [{"filters": 64, "kernel_size": [11], "repeat": 3, "residual": False, "dropout": 0.0}]
     model = {"encoder": {"in_feats": 8, "blocks": blocks}, "decoder": {"in_feats": 64, "n_classes": 7}}
     _, ours = pair(JasperConfig.from_dict(model), "triton", device)
     engine = InferenceEngine(ours, graphs=True, bucket=8)
     small, large = batch([12], device=device), batch([40, 40, 40], device=device)
-    engine(*large)  # now the buffers do not grow
+    engine(*large)  # from here on the buffers do not grow
     want = engine(*small)[0]
     run = engine._run
     assert all(part.numel() > 0 for part in run._scratch()), "the reductions of this model are not split"
@@ -166,7 +167,7 @@ def test_refresh_drops_every_graph(device):
 def test_auto_captures_a_shape_when_it_comes_back(device):
     _, ours = pair(config(), "triton", device)
     engine = InferenceEngine(ours, graphs=True, bucket=8)
-    engine._run.shapes.patient = True  # as graphs="auto" sets it on a GPU
+    engine._run.shapes.patient = True  # as with graphs="auto" on a GPU
     features, lengths = batch([31, 17], device=device)
     first, _ = engine(features, lengths)
     assert captured(engine) == 0
@@ -197,7 +198,7 @@ def test_threads_share_an_engine(device):
     def call(i: int) -> None:
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         for _ in range(4):
-            with torch.cuda.stream(stream):  # the copy too: the default stream does not wait for this one
+            with torch.cuda.stream(stream):  # copy on this stream, because the default stream does not wait for it
                 got = engine(*batches[i])[0].cpu()
             if not torch.equal(got, wanted[i]):
                 wrong.append(i)
@@ -215,7 +216,8 @@ def test_threads_share_an_engine(device):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jasper", "dense first", "lengths change twice"])
 def test_impossible_lengths_are_clamped_by_the_kernels(kind, device):
-    """On a GPU lengths are not checked; this test bypasses the check."""
+    """Shows that kernels clamp impossible lengths. On a GPU the engine does not check lengths; the test bypasses the
+    check."""
     _, ours = pair(config(kind), "triton", device)
     engine = InferenceEngine(ours, graphs=True, bucket=8)
     features, _ = batch([27, 27, 27], device=device)
@@ -238,11 +240,12 @@ def test_graphs_need_a_gpu():
 @pytest.mark.parametrize("kind", ["jasper", "dense first", "lengths change twice"])
 @pytest.mark.parametrize("masks", [True, False])
 def test_the_steps_through_the_library_are_captured_too(kind, masks, monkeypatch):
-    """Buffers full of NaN, a batch shorter than its bucket, other lengths in a graph that is there."""
+    """Shows that steps through the library replay right, with NaN in the buffers, a batch shorter than its bucket and
+    new lengths."""
     monkeypatch.setattr(engine_module, "CudaGraphs", Replays)
     _, ours = pair(config(kind, masks=masks), "reference")
     plain, engine = InferenceEngine(ours, graphs=False), InferenceEngine(ours, graphs=True, bucket=8, graph_limit=2)
-    # without masks padding is data
+    # without masks, padding is data, so all lengths are equal
     batches = [batch(of, t=t) if masks else batch([t] * len(of)) for of, t in (([21, 17], 21), ([20, 3], 22), ([9], 9))]
     for features, lengths in [*batches, *batches[:2]]:
         poison(engine)
@@ -395,7 +398,8 @@ def test_a_callers_own_capture_is_refused(fake):
 
 
 def test_an_engine_that_goes_waits_for_the_stream_that_ran_last(device):
-    """The allocator knows only the stream on which the buffers were made, not the streams of the calls."""
+    """Shows that a deleted engine waits for the stream of its last call. The allocator knows only the stream on which
+    the buffers were made."""
     _, ours = pair(config(), "triton", device)
     engine = InferenceEngine(ours)
     waits: list[str] = []

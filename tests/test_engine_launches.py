@@ -1,4 +1,4 @@
-"""The launches of an engine call on the triton face: one kernel per sub-block, one for the decoder, and no ATen op."""
+"""An engine call on the triton face launches one kernel per sub-block and one for the decoder, and calls no ATen op."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALLOCATION = {"empty", "empty_strided", "new_empty"}
 
 
 class Ops(TorchDispatchMode):
-    """The names of ATen ops that do more than allocate memory or make views."""
+    """Records the names of ATen ops that do more than allocate memory or make views."""
 
     def __init__(self):
         super().__init__()
@@ -41,7 +41,7 @@ def device():
 
 @pytest.fixture(autouse=True)
 def launched(device, monkeypatch):
-    """The launches as (kernel, arguments by name), which are recorded instead of run."""
+    """Records launches as (kernel, arguments by name) instead of running them."""
     seen: list[tuple[str, dict]] = []
     unread(monkeypatch, dense=device.type == "cuda")
     with launch.recorded(lambda one: seen.append((one.name, one.arguments))):
@@ -49,8 +49,8 @@ def launched(device, monkeypatch):
 
 
 def unread(monkeypatch, dense: bool) -> None:
-    """Packs without values, since 333 M parameters are not needed to see launches; `dense`: where descriptors look at
-    their strides."""
+    """Makes packs without values, because launches can be recorded without 333 M parameters. With `dense` the packs
+    have real strides, which tensor descriptors need."""
     from jasper_fast.kernels.conv1d import triton_impl
 
     def pack(weight, dtype=None):
@@ -62,7 +62,7 @@ def unread(monkeypatch, dense: bool) -> None:
 
 
 def hollow(cfg: JasperConfig, device: torch.device) -> Jasper:
-    """A Jasper whose parameters all share the memory of one number."""
+    """Returns a Jasper whose parameters all share the memory of one number."""
     with torch.device("meta"):
         model = Jasper(cfg, backend="triton")
     for module in model.modules():
@@ -82,7 +82,7 @@ def jasper10x5(masks: bool) -> JasperConfig:
 
 
 def call(engine, launched, features, lengths):
-    """(log_probs, lengths, launches, ATen ops) of the second call with a shape."""
+    """Returns (log_probs, lengths, launches, ATen ops) of the third call with a shape."""
     engine(features, lengths)
     engine(features, lengths)
     launched.clear()
@@ -109,7 +109,8 @@ def test_jasper_10x5_is_54_launches_and_no_aten_op(masks, graphs, device, launch
     assert first["in_lengths_ptr"] is lengths and first["HAS_LENGTHS_OUT"] and first["IS_NCT"]
     assert last["z_ptr"].data_ptr() == log_probs.data_ptr() and last["HAS_LOG_SOFTMAX"]
     assert last["lengths_out_ptr"].data_ptr() == out.data_ptr()
-    for _, between in launches[1:-1]:  # nothing of this call: only memory that a graph may hold
+    # the middle launches use only the engine's own memory, so a graph may replay them
+    for _, between in launches[1:-1]:
         assert not between["HAS_LENGTHS_OUT"] and not between["HAS_LOG_SOFTMAX"]
         assert between["HAS_IN_LENGTHS"] == between["HAS_OUT_LENGTHS"] == masks
         for name in ("x_ptr", "x2_ptr", "z_ptr", "in_lengths_ptr", "out_lengths_ptr"):
@@ -159,9 +160,9 @@ def test_the_first_launch_reads_the_usual_features_as_they_are(device, launched)
     for features, wanted in [
         (usual, []),
         (usual[:, :, 2:18], []),
-        (usual.half(), ["_to_copy"]),  # widened: the kernel has one form for frames side by side
+        (usual.half(), ["_to_copy"]),  # cast to fp32, because the kernel supports this layout in fp32 only
         (usual.half().transpose(1, 2).contiguous().transpose(1, 2), []),
-        (usual.transpose(1, 2).contiguous().transpose(1, 2), ["_to_copy"]),  # fp32 with channels innermost
+        (usual.transpose(1, 2).contiguous().transpose(1, 2), ["_to_copy"]),  # fp32 with the channels innermost
         (usual.double(), ["_to_copy"]),
         (usual[:, :, ::2], ["clone"]),
     ]:
@@ -169,8 +170,8 @@ def test_the_first_launch_reads_the_usual_features_as_they_are(device, launched)
 
 
 def test_the_steps_through_the_library_are_at_most_four_kernels_each():
-    """A conv without its bias, which ATen adds by a kernel of its own; the panes' product; the bias; a clamp. There
-    were seven to ten: bias, product and sum, ReLU, the mask in four, a copy."""
+    """Shows the ops of a step through the library: a conv without bias, the panes' product, the bias and a clamp. Once
+    they were seven to ten."""
     _, ours = pair(config(), "reference")
     engine = InferenceEngine(ours, graphs=False)
     assert type(engine._run).__name__ == "Stepwise"

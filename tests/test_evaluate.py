@@ -1,4 +1,4 @@
-"""`jasper-fast evaluate` by set, length and speaker, and over several processes; `transcribe` over folders."""
+"""`jasper-fast evaluate` by set, length and speaker and in several processes; `transcribe` on folders."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SAME = ("wer", "cer", "utterances", "words", "substitutions", "deletions", "inse
 
 
 def together(world: int, *arguments: str) -> list[subprocess.CompletedProcess]:
-    """The command in `world` processes, started as torchrun starts them."""
+    """Runs the command in `world` processes, started as torchrun starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -46,7 +46,7 @@ def together(world: int, *arguments: str) -> list[subprocess.CompletedProcess]:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> list[str]:
-    """Two manifests of nine utterances with speakers, one of them unreadable; the options that name them."""
+    """Writes two manifests of nine utterances with speakers, one file unreadable; returns the options for them."""
     options = []
     for name, count in (("one", 5), ("two", 4)):
         lines = []

@@ -1,4 +1,4 @@
-"""The graph for other runtimes gives the results of the engine, for any batch, length and padding."""
+"""The graph for other runtimes gives the engine's results for any batch, length and padding."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def config(masks=True):
 
 
 def trained(kind=Jasper, masks=True):
-    """A model with random statistics and clearly different log-probabilities."""
+    """Returns a model with random statistics and clearly different log-probabilities."""
     torch.manual_seed(1)
     model = kind(config(masks))
     for name, tensor in model.state_dict().items():

@@ -1,4 +1,4 @@
-"""Every face of an op exports the same functions with the same signatures; read from source, so nothing is imported."""
+"""Every face of an op exports the same functions with the same signatures. They are read from source, not imported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPS = {
 
 
 def public(op: str, stem: str) -> dict[str, str]:
-    """Signatures of the public functions of a face, as source."""
+    """Returns the signatures of a face's public functions as source."""
     tree = ast.parse((KERNELS / op / f"{stem}.py").read_text())
     found = {f.name: f for f in tree.body if isinstance(f, ast.FunctionDef) and not f.name.startswith("_")}
     return {name: f"({ast.unparse(f.args)}) -> {ast.unparse(f.returns)}" for name, f in found.items()}
@@ -28,8 +28,8 @@ def public(op: str, stem: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(("op", "face"), [(op, face) for op, (_, faces) in OPS.items() for face in faces])
 def test_signatures_equal_the_reference(op, face):
-    """For the functions that every face has and for optional ones. `fused` is excepted, because the reference takes no
-    packs."""
+    """Shows that all functions of a face have the reference's signatures. `fused` is left out, because the reference
+    takes no packed weights."""
     names, _ = OPS[op]
     want, got = public(op, "reference"), public(op, f"{face}_impl")
     assert names <= got.keys()
@@ -38,7 +38,7 @@ def test_signatures_equal_the_reference(op, face):
 
 
 def test_faces_with_packed_weights_fuse_alike():
-    """Those of a GPU take more: zero padding, log-softmax, a workspace."""
+    """Shows that `fused` has the same first parameters on every face; those for GPUs take further ones."""
     cpu, triton, cuda = (public("conv1d", f"{face}_impl") for face in ("cpu", "triton", "cuda"))
     assert cuda["fused"] == triton["fused"]
     assert cuda["pack_once"] == triton["pack_once"]

@@ -1,4 +1,4 @@
-"""LogMelFeatures against the reference's numbers and its promises; SpecAugment and SpecCutout."""
+"""LogMelFeatures equals the reference's numbers and keeps its promises; SpecAugment and SpecCutout."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def noise(*shape, seed=0):
 
 
 def naive(audio, samples):
-    """One utterance by the definition, in fp64; the audio is followed by zeros."""
+    """Computes the features of one utterance by the definition in fp64; zeros follow the audio."""
     x = torch.nn.functional.pad(audio[:samples].double(), (0, 1600))
     x = torch.cat([x[:1], x[1:] - 0.97 * x[:-1]])
     window = torch.hann_window(320, periodic=False, dtype=torch.float64)
@@ -98,7 +98,7 @@ def test_dither():
     assert not torch.equal(module(audio, lengths)[0], module(audio, lengths)[0])
     module.eval()
     assert torch.equal(module(audio, lengths)[0], module(audio, lengths)[0])
-    assert module(audio, lengths)[0].abs().max() > 0.1  # the noise is there
+    assert module(audio, lengths)[0].abs().max() > 0.1  # dither adds noise
     before = audio.clone()
     module.train()(audio, lengths)
     assert torch.equal(audio, before)
@@ -146,9 +146,9 @@ def test_spec_augment_masks_within_the_length():
     bands, frames = (out == 0).all(2), (out == 0).all(1)
     assert bands.sum(1).max() == 20 and frames.sum(1).max() == 30
     assert not frames[:, 60:].any()
-    assert frames.any(0)[:58].all() and bands.any(0)[:62].all()  # every place is reached
+    assert frames.any(0)[:58].all() and bands.any(0)[:62].all()  # a mask reaches every place
     assert bands.sum(1).float().mean().sub(10).abs() < 5 * 6 / 200**0.5  # uniform over 0..20
-    for mask in (bands, frames):  # one span each: at most one rise
+    for mask in (bands, frames):  # one span each, so at most one rise
         padded = torch.nn.functional.pad(mask.int(), (1, 0))
         assert (padded.diff(dim=1) == 1).sum(1).max() == 1
 
@@ -195,7 +195,7 @@ def test_augment_from_config():
 
 
 def nemo(audio, lengths, *, guard=2**-24, guard_type="add", power=2.0, normalize="per_feature", preemphasis=0.97):
-    """FilterbankFeatures of NeMo in evaluation, step by step in fp64; batches and padding as there."""
+    """Computes NeMo's FilterbankFeatures in evaluation step by step in fp64, with NeMo's padding."""
     x, frames = audio.double(), lengths // 160
     if preemphasis is not None:
         x = torch.cat((x[:, :1], x[:, 1:] - preemphasis * x[:, :-1]), dim=1)
@@ -234,7 +234,8 @@ FIXED = {"fixed_mean": [-0.1 * i for i in range(64)], "fixed_std": [1.0 + 0.1 * 
     ids=["default", "clamp", "magnitude", "all features", "fixed", "none", "no pre-emphasis"],
 )
 def test_nemo_convention(theirs, ours):
-    """Including digital silence, where the guard decides the mean and deviation of a band."""
+    """Shows that convention "nemo" gives NeMo's numbers, also in digital silence, where the guard decides a band's
+    statistics."""
     audio, lengths = noise(3, 16123), torch.tensor([16123, 12345, 8000])
     audio[0, 9000:11000] = 0
     audio[1, 12345:] = audio[2, 8000:] = 0
@@ -247,7 +248,7 @@ def test_nemo_convention(theirs, ours):
     torch.testing.assert_close(alone[0, :, :77], features[1, :, :77], atol=1e-4, rtol=1e-4)
     again, _ = module(audio, lengths)
     assert torch.equal(again, features)
-    assert not torch.equal(module.train()(audio, lengths)[0], features)  # dither is for training
+    assert not torch.equal(module.train()(audio, lengths)[0], features)  # dither applies in training
 
 
 def test_nemo_frames_and_what_is_unknown():

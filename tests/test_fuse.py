@@ -1,4 +1,4 @@
-"""Fused sub-blocks within others' Jaspers: the same results on the same parameters, and all can be taken back."""
+"""fuse() on other projects' Jaspers: the same results with the same parameters, and unfuse() undoes everything."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def blocks(kind: str, dropout: float = 0.0) -> list[dict]:
 
 
 def build(which: str, kind: str = "dense", masks: bool = True, dropout: float = 0.0) -> nn.Module:
-    """A small model with random running statistics."""
+    """Returns a small model with random running statistics."""
     torch.manual_seed(0)
     if which == "eager":
         model = EagerJasper(config(kind, masks, dropout))
@@ -59,7 +59,7 @@ def layers(model: nn.Module) -> list[nn.Module]:
 
 
 def call(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (N, T', 7), zero beyond the lengths where the model has masks."""
+    """Returns log-probabilities (N, T', 7), zero beyond the lengths if the model has masks."""
     out = model(x, LENGTHS)
     out, lengths = out if isinstance(out, tuple) else (out, None)
     masked = lengths is not None and not torch.equal(lengths, LENGTHS)
@@ -78,7 +78,7 @@ def gradients_and_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def steps(model: nn.Module, training: bool, number: int = 4) -> dict[str, torch.Tensor]:
-    """What a few steps give: the first output and gradients, and buffers and parameters at the end."""
+    """Runs a few steps; returns the first output and gradients, and the final buffers and parameters."""
     dtype = next(model.parameters()).dtype
     x, found = features(dtype), {}
     model.train(training)
@@ -129,7 +129,8 @@ def test_every_sub_block_runs_the_fused_op(which, monkeypatch):
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("which", KINDS)
 def test_lengths_and_lists_are_those_of_the_block(which, masks):
-    """Without masks NVIDIA's blocks return no lengths, and NeMo's those that they got."""
+    """Shows that fused blocks return the same lengths and lists. Without masks NVIDIA's blocks return no lengths, and
+    NeMo's return the given ones."""
     plain, fused = build(which, masks=masks).eval(), build(which, masks=masks).eval()
     fuse(fused)
     results = []
@@ -280,12 +281,13 @@ def add(module, given, out):
 
 @pytest.mark.parametrize("hook", [add, add_in_place])
 def test_a_hook_that_changes_a_block_output_is_seen(hook):
-    """The next block takes an output for zero in the padding only if nobody has touched it."""
+    """Shows that a block sees what a hook did to its input. It may skip masking only if nobody has changed that
+    input."""
     results = []
     for fused in (False, True):
         model = build("nvidia", "none").double().eval()
         if fused:
-            fuse(model, backend="reference")  # which reads the padding; kernels skip it
+            fuse(model, backend="reference")  # this face reads the padding, which others skip
         model.encoder.layers[0].register_forward_hook(hook)
         with torch.no_grad():
             results.append(call(model, features(torch.float64)))
@@ -397,7 +399,7 @@ def test_masks_switched_off_for_export_are_followed():
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_nvidias_numbers(fused):
-    """The look-alike gives the reference system's evaluation, losses and gradients, fused and not."""
+    """Shows that the look-alike gives the reference system's evaluation and gradients, fused and not."""
     from safetensors import safe_open
 
     with safe_open(GOLDEN / "jasper_small_dense.safetensors", "pt") as f:

@@ -1,4 +1,4 @@
-"""Jasper 10x5 of other projects at full depth and a sixteenth of its width, fused and not."""
+"""Other projects' Jasper 10x5 at full depth and a sixteenth of the width, fused and not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jasper_fast import JasperConfig, fuse, unfuse
 
 
 def deep(which: str, masks: bool) -> nn.Module:
-    """Weights and running statistics are random, with a variance near one throughout."""
+    """Returns a model with random weights, whose running statistics come from a few forward passes."""
     made = JasperConfig.from_yaml(Path(__file__).parents[1] / "configs" / "jasper10x5dr.yaml")
     blocks = [
         block(b.filters // 16, b.repeat, b.k, b.s, b.d, 0.0, b.residual, b.residual_dense) for b in made.encoder.blocks
@@ -39,9 +39,10 @@ def deep(which: str, masks: bool) -> nn.Module:
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("which", ["nvidia", "nemo"])
 def test_steps(which, masks, training):
-    """Output, all gradients, all parameters and buffers; evaluation after them; state dicts of both in both; unfuse.
+    """Shows equal outputs, gradients, parameters and buffers, equal evaluation afterwards, and exchangeable state
+    dicts.
 
-    In evaluation one step, because statistics stay.
+    In evaluation one step is enough, because the statistics do not change.
     """
     single = deep(which, masks)
     exact = copy.deepcopy(single).double()

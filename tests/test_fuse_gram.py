@@ -1,4 +1,4 @@
-"""Panes of fused blocks from Gram matrices of block outputs, as on a GPU: taken once for all blocks of an encoder."""
+"""Panes of fused blocks from Gram matrices, as on a GPU: each matrix is computed once for all blocks of an encoder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jasper_fast.nn.shared import Shared, shared
 
 @pytest.fixture(autouse=True)
 def counted(monkeypatch) -> list[str]:
-    """Which of the ops for panes ran, in order."""
+    """Forces the Gram form; returns the names of the ops for panes that ran, in order."""
     ran: list[str] = []
 
     def counting(name: str, real):
@@ -54,7 +54,7 @@ def test_a_gram_matrix_serves_all_blocks_that_read_it(counted):
 
 
 def test_nothing_of_a_forward_pass_remains(counted, monkeypatch):
-    """Also without a backward pass, and after an error."""
+    """Shows that no shared matrix outlives a forward pass, also without a backward pass and after an error."""
     made = []
     real = Shared.__init__
     monkeypatch.setattr(Shared, "__init__", lambda self, *of: made.append(weakref.ref(self)) or real(self, *of))
@@ -116,7 +116,8 @@ def test_autocast():
 
 
 def test_activation_checkpointing_of_a_block(counted, monkeypatch):
-    """Its second pass is outside of the encoder's forward, and must save the same tensors."""
+    """Shows that activation checkpointing of a block works. The second pass runs outside the encoder's forward and must
+    save the same tensors."""
     results = []
     for fused in (False, True):
         model = build("nvidia").double().train()
@@ -134,7 +135,7 @@ def test_activation_checkpointing_of_a_block(counted, monkeypatch):
         monkeypatch.delattr(kind, "__call__")
         results.append({"output": out.detach(), **gradients_and_buffers(model)})
     for name, want in results[0].items():
-        if "running" in name or "num_batches" in name:  # the second pass updates them once more, in both
+        if "running" in name or "num_batches" in name:  # in both models the second pass updates them again
             continue
         torch.testing.assert_close(results[1][name], want, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
     assert "panes_plain" in counted and "gram" not in counted

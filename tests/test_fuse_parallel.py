@@ -27,17 +27,19 @@ def _step(model: nn.Module, x: torch.Tensor, lengths: torch.Tensor) -> None:
 
 
 def _in_parallel(rank: int) -> dict[tuple, dict[str, torch.Tensor]]:
-    """Gradients and buffers of a step on two ranks, by case: fused before or after DDP or SyncBN, or never."""
+    """Returns gradients and buffers of one step on this rank, by case: fused before DDP or SyncBN, after it, or
+    never."""
     found = {}
     for when, synced in CASES:
         model = build("nvidia").train()
         if when == "before":
             fuse(model, strict=True)
-        if synced:  # DDP takes no SyncBN on a CPU
+        if synced:  # not in DDP too, which takes no SyncBN on a CPU
             run = model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         else:
             run = nn.parallel.DistributedDataParallel(model)
-        choose.pane_form = (lambda *of: "gram") if when == "gram" else choose.pane_form  # as on a GPU; the last case
+        # as on a GPU; this is the last case
+        choose.pane_form = (lambda *of: "gram") if when == "gram" else choose.pane_form
         if when in ("after", "gram"):
             assert fuse(run, strict=True).fused[0] == ("" if synced else "module.") + "encoder.layers.0"
         _step(run, *_share(rank))
@@ -45,7 +47,7 @@ def _in_parallel(rank: int) -> dict[tuple, dict[str, torch.Tensor]]:
             dist.all_reduce(p.grad)
             p.grad /= 2
         found[when, synced] = gradients_and_buffers(model)
-        with torch.no_grad():  # by DDP with the buffers of rank 0
+        with torch.no_grad():  # DDP evaluates with the buffers of rank 0
             found[when, synced] |= {"evaluation": call(run.eval(), _share(0)[0])}
     return found
 
@@ -53,7 +55,7 @@ def _in_parallel(rank: int) -> dict[tuple, dict[str, torch.Tensor]]:
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch was built without gloo")
 def test_in_parallel(tmp_path):
-    """DDP gives what it gives without fusion; SyncBN what one process has of the batches of both."""
+    """Shows that DDP gives the same with and without fusion, and SyncBN the same as one process on both batches."""
     whole = build("nvidia").train()
     xs, lengths = zip(*map(_share, range(2)), strict=True)
     _step(whole, torch.cat(xs), torch.cat(lengths))

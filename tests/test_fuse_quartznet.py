@@ -1,4 +1,4 @@
-"""fuse() on QuartzNets: NeMo's look-alike and the eager twin, with separable blocks, against themselves unfused."""
+"""fuse() on QuartzNets: NeMo's look-alike and the eager twin, fused and not."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_evaluation_is_one_engine_that_notices_new_weights(which: str, masks: bo
     plain, fused = build(which, masks).eval(), build(which, masks).eval()
     report = fuse(fused)
     assert len(report.whole) == 1
-    monkeypatch.setattr(ops, "separable_conv", None)  # would fail if the blocks ran one by one
+    monkeypatch.setattr(ops, "separable_conv", None)  # fails if the blocks run one by one
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(call(fused, features()), call(plain, features()), rtol=1e-4, atol=1e-5)
@@ -86,7 +86,7 @@ def test_every_sub_block_runs_one_op_and_unfuse_is_bit_equal(monkeypatch) -> Non
 
 
 def test_a_mixed_block_is_fused_block_by_block() -> None:
-    """Blocks with convs of both kinds train on fused ops, and no engine has them."""
+    """Shows that blocks with separable and ordinary convs are fused, and that no engine takes the encoder."""
     plain, fused = build("nemo").eval(), build("nemo").eval()
     for model in (plain, fused):
         torch.manual_seed(3)

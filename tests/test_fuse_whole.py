@@ -1,4 +1,4 @@
-"""A fused encoder in evaluation: one engine runs it, with the weights that it has at that moment."""
+"""In evaluation one engine runs a whole fused encoder, with the weights of that moment."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 @pytest.fixture
 def runs(monkeypatch) -> list[EncoderEngine]:
-    """The engines that were called, in order."""
+    """Records the engine of every call, in order."""
     called: list[EncoderEngine] = []
     real = EncoderEngine.__call__
     monkeypatch.setattr(EncoderEngine, "__call__", lambda self, *of: called.append(self) or real(self, *of))
@@ -62,7 +62,7 @@ def test_an_engine_gives_what_the_model_gives(which, kind, masks, runs):
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("which", ["nvidia", "nemo"])
 def test_an_encoder_returns_what_it_did(which, masks, runs):
-    """Also for lengths beyond the last frame, which no conv is given to see."""
+    """Shows that the encoder's outputs and lengths stay the same, also for lengths beyond the last frame."""
     plain, fused = build(which, masks=masks).eval(), build(which, masks=masks).eval()
     fuse(fused)
     lengths = torch.tensor([200, 40, 0], dtype=torch.int32)
@@ -109,7 +109,7 @@ def step(model: nn.Module, **how) -> None:
 
 
 def average(model: nn.Module) -> None:
-    """What remains is another model's weights, as within `applied_to`."""
+    """Exchanges the weights for others, as `EMA.applied_to` does."""
     ema = EMA(model)
     ema.average = {k: v.clone() for k, v in scaled(model).items()}
     ema._exchange(model)
@@ -212,7 +212,7 @@ def test_a_write_without_a_trace_is_seen_after_refresh_or_eval(fold_anew, runs):
 
 
 def test_training_between_two_evaluations(runs):
-    """The engine goes when training begins, and comes back with the trained weights and statistics."""
+    """Shows that training drops the engine, and that the next evaluation uses the trained weights and statistics."""
     model, plain = build("nemo"), build("nemo")
     fuse(model)
     results = []
@@ -307,7 +307,8 @@ FEW = [block(16, k=5, s=2), block(16, 1, 3, residual=True, dense=True), block(16
 @pytest.mark.slow
 @pytest.mark.parametrize(("blocks", "graphs"), [(FEW, True), (FEW, False), ([block(16, k=3)], True)])
 def test_as_triton_launches(blocks, graphs, runs, monkeypatch):
-    """The launches between the first and the last are a graph; the output is memory of its own."""
+    """Shows that Triton's launches between the first and the last are one graph, and that outputs are not
+    overwritten."""
     settle("triton")
     monkeypatch.setattr(engine_module, "CudaGraphs", Replays)
     plain = with_blocks(*blocks)
@@ -359,7 +360,7 @@ def test_threads_share_a_fused_encoder():
     fuse(model)
     want, found = evaluate(model), []
     with torch.no_grad():
-        weight_of(model).add_(0)  # all threads find the folded weights old
+        weight_of(model).add_(0)  # all threads find the folded weights out of date
     threads = [threading.Thread(target=lambda: found.append(evaluate(model))) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -414,7 +415,7 @@ def test_a_last_block_whose_list_is_wanted(runs):
 
 
 def test_watching_is_undone_with_the_model():
-    """What is kept for optimisers' steps does not keep a model."""
+    """Shows that what fuse() keeps to watch optimisers does not keep a model alive."""
     model = build("nvidia").eval()
     fuse(model)
     evaluate(model)

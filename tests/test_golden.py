@@ -1,4 +1,4 @@
-"""The reference system's own numbers: evaluation, first gradients, BN buffers, four NovoGrad steps, on each face."""
+"""The reference system's own numbers on each face: evaluation, first gradients, BN buffers, four NovoGrad steps."""
 
 from __future__ import annotations
 
@@ -124,5 +124,6 @@ def test_four_novograd_steps(golden, which):
         if name.endswith("weight") and parameter.dim() == 1:
             before, off = tensors[f"state.{name}"], parameter.detach() - want[name]
             decays.append((off @ before / before.square().sum()).item())
-    # The decay takes 1e-4 of a scale in all, far less than the bound above: it is seen along the scales as they were.
+    # Weight decay changes a scale by only 1e-4 in all, far less than the bound above. It shows in the mean error along
+    # the original scales.
     assert abs(sum(decays) / len(decays)) <= 5e-6

@@ -1,4 +1,4 @@
-"""The plan of the first half hour on a GPU: its commands exist, each has its limit, and what comes of them is kept."""
+"""The plan of the first half hour on a GPU: its commands exist, each has a time limit, and results are kept."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_steps_are_cut_off_and_what_came_of_them_is_on_disk(tmp_path, monkeypatc
     told = {one["name"]: (one["status"], one["told"]) for one in done}
     assert told["good"] == ("ok", "all is well") and told["bad"] == ("failed", "why")
     assert told["endless"] == ("cut off", "begun") and told["absent"][0] == "failed" and told["after them"][0] == "ok"
-    with pytest.raises(ProcessLookupError):  # what a step started ends with it
+    with pytest.raises(ProcessLookupError):  # a process that the step started has ended with it
         for _ in range(50):
             os.kill(int(pid.read_text()), 0)
             time.sleep(0.1)
@@ -108,7 +108,7 @@ def test_a_dry_run_shows_the_steps_and_their_limits(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_the_first_call_runs_on_the_stand_in(tmp_path, monkeypatch, capsys):
-    """Its preflight and tests, in processes, as on a GPU."""
+    """Shows that the preflight and the tests of the plan run in processes, here on a CPU."""
     monkeypatch.setenv("JASPER_FAST_CACHE", str(tmp_path / "cache"))
     plan = day.plan
     chosen = ("preflight", "tests of the ops")

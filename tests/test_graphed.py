@@ -1,4 +1,5 @@
-"""The graphed step without a GPU: a tape in place of CUDA graphs, and a count of what would break a capture."""
+"""The graphed step without a GPU: a recording replaces CUDA graphs, and a stand-in counts what would break a
+capture."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from jasper_fast.training.step import Frontend
 
 @pytest.fixture(autouse=True)
 def loss_on_the_device(monkeypatch):
-    """The CTC loss that reads no lengths, in plain PyTorch, which is quicker than interpreted Triton."""
+    """Uses the CTC loss that reads no lengths, in plain PyTorch, which is faster than interpreted Triton."""
     interpreted()
     monkeypatch.setattr(step, "reads_no_lengths", lambda device: True)
     monkeypatch.setattr(graphed, "reads_no_lengths", lambda device: True)
@@ -43,7 +44,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 )
 @pytest.mark.slow
 def test_20_graphed_steps_are_20_plain_ones_bit_by_bit(optimizer, how, monkeypatch):
-    """Of two shapes, with rates of their own, one with a NaN; dropout, dither and augmentation on."""
+    """Shows equal bits after 20 steps with dropout, dither and augmentation, two shapes, changing rates and one NaN."""
     ours, plain = Rig(optimizer, **how), Rig(optimizer, **how)
     made, recorder = ours.graphed(monkeypatch, bucket=16)
     states = [torch.get_rng_state()] * 2
@@ -87,14 +88,15 @@ def test_the_graphs_used_last_are_kept(monkeypatch):
     for seconds in (0.2, 0.2, 0.5, 0.5, 0.2, 0.8, 0.8, 0.2, 0.5):
         made([batch(1, seconds, 2, 0)])
     assert [shapes[0][0][1] for shapes in made.graphs] == [(32 - 1) * 160, (64 - 1) * 160]
-    assert len(recorder.tapes) == 4  # 0.5 s gave way to 0.8 s, and came back
+    assert len(recorder.tapes) == 4  # 0.8 s replaced 0.5 s, which was then captured again
     made.forget()
     made([batch(1, 0.2, 2, 0)])
     assert not made.graphs and len(recorder.tapes) == 4
 
 
 def test_what_a_graph_needs_is_kept_alive(monkeypatch):
-    """The stand-in finds memory that was freed; packs and tables stay although plain steps make others."""
+    """Shows that a graph keeps its memory alive although plain steps make new packs. The stand-in finds freed
+    memory."""
     ours = Rig("adamw", amp_dtype=torch.bfloat16)
     made, _ = ours.graphed(monkeypatch, bucket=16)
     for _ in range(2):
@@ -110,7 +112,8 @@ def test_what_a_graph_needs_is_kept_alive(monkeypatch):
 
 
 def test_what_the_host_sends_to_a_graph_lies_outside_of_its_memory(monkeypatch):
-    """Graphs share a pool, and a replay of one may overwrite what another allocated during its capture."""
+    """Shows that the host's numbers reach a graph through memory outside it. Graphs share a pool, so a replay of one
+    may overwrite what another allocated."""
     made, recorder = Rig("novograd").graphed(monkeypatch, bucket=16)
     for _ in range(2):
         made([batch(1, 0.2, 2, 0)])
@@ -118,7 +121,7 @@ def test_what_the_host_sends_to_a_graph_lies_outside_of_its_memory(monkeypatch):
     kept = {name: x for held in graph.held.values() for name, x in held.items() if isinstance(x, Tensor)}
     assert {"table", "runs", "settings"} <= kept.keys()
     inside = {name for name, x in kept.items() if place(x) in tape.made}
-    assert inside <= {"one", "zero"}  # which the graph fills by itself
+    assert inside <= {"one", "zero"}  # the graph writes these itself
 
 
 def test_a_step_that_sends_more_than_there_is_room_for_is_not_captured(monkeypatch):
@@ -155,7 +158,7 @@ def test_a_broken_capture_sets_the_allocator_free(where, monkeypatch):
 
 
 def test_a_frontend_of_another_kind_gets_what_it_was_given(monkeypatch):
-    """Features instead of audio, say: their frames are not padded, because nothing says to what."""
+    """Shows that a frontend which takes features is given them unpadded, because their padding value is unknown."""
     ours, plain = Rig("adamw"), Rig("adamw")
     for rig in (ours, plain):
         rig.frontend = lambda features, lengths: (features, lengths, lengths)
@@ -178,7 +181,7 @@ def test_the_bench_has_it_only_where_it_can_be():
 
 
 class Reading(Frontend):
-    """An augmentation that looks at its numbers."""
+    """An augmentation that reads its numbers on the host."""
 
     def forward(self, audio, lengths):
         assert audio.sum().item() < 1e9
@@ -229,7 +232,8 @@ def test_hindrances_are_told_in_a_line(monkeypatch):
 
 @pytest.fixture(scope="module")
 def counted() -> dict:
-    """What tests/graph_stand_in.py found, in a process of its own: PyTorch takes one such device, for good."""
+    """Returns what tests/graph_stand_in.py found, in its own process, because PyTorch can register one such device
+    only."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     script = Path(__file__).with_name("graph_stand_in.py")
     done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
@@ -239,8 +243,8 @@ def counted() -> dict:
 
 @pytest.mark.slow
 def test_nothing_of_a_captured_step_waits_for_the_device(counted):
-    """No read by the host, no copy between host and device, no scalar of the CPU, in the whole step on Triton's face,
-    with all the augmentation there is; and the CTC loss and NovoGrad are Triton's."""
+    """Shows that a captured step with every augmentation reads nothing on the host, copies nothing between host and
+    device and uses no CPU scalar, and that the CTC loss and NovoGrad run in Triton."""
     for name, found in counted["steps"].items():
         assert found["possible"] and found["said"] == [], (name, found)
         assert found["breaks"] == [], (name, found)

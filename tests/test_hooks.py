@@ -1,4 +1,5 @@
-"""Convs and norms that are read and never called: what cannot work on them is refused, parametrizations work."""
+"""Modules whose weights are read without calling them: hooks that would be skipped are refused, parametrizations
+work."""
 
 from __future__ import annotations
 
@@ -98,7 +99,7 @@ def parametrized(model: nn.Module) -> list[nn.Parameter]:
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_parametrizations_work(backend):
-    """Two steps, then evaluation and the engine, as the eager twin has them."""
+    """Shows that parametrized weights train, evaluate and run in the engine as in the eager twin."""
     made = config("dense")
     for block in made.encoder.blocks:
         object.__setattr__(block, "dropout", 0.0)

@@ -1,6 +1,6 @@
 """Imports go one way: train, bench, tests -> jasper_fast -> jasper_fast.kernels -> the native libraries.
 
-Imports inside functions count like all others.
+Imports inside functions count as well.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MAPPED = ("kernels", "bench")  # folders that setup.py maps into the package
 KERNELS_MAY = {"torch", "triton", "numpy", "cupy", "cupy_backends"} | sys.stdlib_module_names
 
-# What each folder may import beside itself; "" stands for files directly in the package.
+# What each folder may import besides itself; "" means the files directly in the package.
 LAYERS = {
     "kernels": set(),
     "speech": set(),
@@ -34,11 +34,11 @@ LAYERS = {
     "cli": {"bench.cli", "inference", "tuning", "lm", "selfcheck", "nn", "data", "speech", "dispatch", "kernels"},
     "": {"cli"},
 }
-# These import nothing of ours but one another.
+# These import nothing of the package but each other.
 BELOW_ALL = {"jasper_fast", "jasper_fast.extras", "jasper_fast.options", "jasper_fast.page"}
 PACKAGE = set(LAYERS) - {"demo", "cli", ""}
 BENCH = ("harness", "rivals", "cases", "report", ("commands", "compile"), ("gpu", "tune"), "cli", "__main__")
-for rank, rooms in enumerate(BENCH):  # each imports those before it; two in one group do not import each other
+for rank, rooms in enumerate(BENCH):  # each may import those before it; members of one group do not import each other
     below = {f"bench.{r}" for group in BENCH[:rank] for r in ((group,) if isinstance(group, str) else group)}
     for name in (rooms,) if isinstance(rooms, str) else rooms:
         LAYERS[f"bench.{name}"] = below | PACKAGE
@@ -51,7 +51,7 @@ def files(*folders: str) -> list[Path]:
 
 
 def imports(source: str, package: str) -> set[str]:
-    """Absolute dotted names that `source`, a module in `package`, imports."""
+    """Returns the absolute dotted names that `source`, a module in `package`, imports."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -70,7 +70,7 @@ def imports(source: str, package: str) -> set[str]:
 
 
 def name_of(path: Path) -> str:
-    """The dotted name of a file of the package."""
+    """Returns the dotted name of a file of the package."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     parts = ("jasper_fast", *parts) if parts[0] in MAPPED else parts
     return ".".join(parts).removesuffix(".__init__")
@@ -82,13 +82,13 @@ def package_of(path: Path) -> str:
 
 
 def graph() -> dict[str, set[str]]:
-    """The modules of the package, each with those that it imports."""
+    """Returns the modules of the package, each with the modules that it imports."""
     named = {name_of(path): path for path in files("jasper_fast", *MAPPED)}
     found = {}
     for name, path in named.items():
         targets = set()
         for target in imports(path.read_text(), package_of(path)):
-            while target and target not in named:  # for a function or a class take its module
+            while target and target not in named:  # a function or class counts as its module
                 target = target.rpartition(".")[0]
             targets |= {target} if target else set()
         found[name] = targets - {name, *BELOW_ALL}
@@ -96,7 +96,7 @@ def graph() -> dict[str, set[str]]:
 
 
 def room(module: str) -> str:
-    """The room of a module, "" for one that lies in none."""
+    """Returns the room of a module, "" if it is in none."""
     parts = module.split(".")[1:]
     names = [".".join(parts[:2]), *parts[:1]] if parts[:1] == ["bench"] else parts[:1]
     return next((name for name in names if name in LAYERS), "")
@@ -108,7 +108,7 @@ def wrong_arrows(arrows: dict[str, set[str]]) -> list[str]:
 
 
 def sort(arrows: dict[str, set[str]]) -> None:
-    """Raises CycleError, which names the circle, where there is one."""
+    """Raises CycleError, which names the circle, if there is one."""
     tuple(TopologicalSorter(arrows).static_order())
 
 

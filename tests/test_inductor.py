@@ -1,6 +1,6 @@
 """A small Jasper compiled by Inductor (torch.compile) and by torch.export, compared with itself uncompiled.
 
-tests/test_model.py compiles with aot_eager, which traces as Inductor does but fuses, reorders and frees nothing.
+tests/test_model.py compiles with aot_eager, which traces like Inductor but does not fuse, reorder or free anything.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor wr
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """No graph of another test, and PyTorch's own random numbers, so that both sides drop the same elements."""
+    """Removes the graphs of other tests, and uses PyTorch's random numbers, so that both sides drop the same
+    elements."""
     import torch._inductor.config as inductor
 
-    torch._dynamo.reset()  # the limit of recompilations would count those of other tests
+    torch._dynamo.reset()  # otherwise recompilations of other tests would count towards the limit
     with inductor.patch(fallback_random=True):
         yield
     torch._dynamo.reset()
@@ -35,7 +36,8 @@ def lengths_of(frames: int) -> torch.Tensor:
 
 
 def step(model: Jasper, run, frames: int, low: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """Loss, gradients and running statistics of one training step of `model`, called as `run`; dropout on."""
+    """Runs one training step of `model`, called as `run`, with dropout; returns loss, gradients and running
+    statistics."""
     torch.manual_seed(frames)
     model.zero_grad()
     features, lengths = torch.randn(3, 8, frames), lengths_of(frames)
@@ -55,7 +57,7 @@ def twin(model: Jasper) -> Jasper:
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "panes"), [("cpu", "plain"), ("cpu", "gram")])
 def test_a_compiled_step_equals_an_uncompiled_one_at_every_length(backend, panes):
-    """Loss, gradients and running statistics in fp32; a second length compiles once more, for any length."""
+    """Shows equal losses, gradients and statistics in fp32, and that the second length compiles for all lengths."""
     _, plain = pair(config(dropout=0.2), backend, panes=panes)
     ours, counter = twin(plain), CompileCounterWithBackend("inductor")
     run, graphs = torch.compile(ours, backend=counter, fullgraph=True), []
@@ -71,8 +73,8 @@ def test_a_compiled_step_equals_an_uncompiled_one_at_every_length(backend, panes
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_a_compiled_step_under_autocast_is_as_good_as_an_uncompiled_one(backend):
-    """In bf16 Inductor fuses ops and rounds less often. Its error against fp32 may be as large as that of the
-    uncompiled step."""
+    """Shows that in bf16 the compiled step's error against fp32 is as small as the uncompiled one's. The bits differ,
+    because Inductor fuses ops and rounds less often."""
     _, exact = pair(config(dropout=0.2), backend)
     plain, ours = twin(exact), twin(exact)
     ref = step(exact.train(), exact, 61, None)
@@ -104,7 +106,7 @@ def test_compiled_inference_equals_uncompiled(backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_an_exported_model_serves_other_batches_and_lengths(backend, tmp_path):
-    """Saved and loaded, too: the ops are found by name."""
+    """Shows that an exported model works after saving and loading, where ops are found by name."""
     _, ours = pair(config(), backend)
     n, t = torch.export.Dim("n", min=2, max=64), torch.export.Dim("t", min=32, max=4096)
     shapes = {"features": {0: n, 2: t}, "lengths": {0: n}}

@@ -25,14 +25,14 @@ PACKAGE += ("prepare manifest", "prepare shards", "lm train", "lm train-neural",
 
 
 def schemas() -> list[str]:
-    """The ops of the package, as torch.library knows them."""
+    """Returns the schemas of the package's ops, as torch.library has them."""
     import jasper_fast.ops  # noqa: F401
 
     return sorted(str(s) for s in torch._C._jit_get_all_schemas() if s.name.startswith("jasper_fast::"))
 
 
 def signatures() -> dict[str, list[str]]:
-    """Parameters of the public functions and classes, by name."""
+    """Returns the parameters of the public functions and classes, by name."""
     import jasper_fast
     from jasper_fast import ops
 
@@ -42,7 +42,7 @@ def signatures() -> dict[str, list[str]]:
 
 
 def state_dict() -> list[str]:
-    """Names and shapes of the entries of Jasper 10x5 dense residual."""
+    """Returns names and shapes of the entries of Jasper 10x5 dense residual."""
     from jasper_fast import Jasper, JasperConfig
 
     with torch.device("meta"):
@@ -51,7 +51,7 @@ def state_dict() -> list[str]:
 
 
 def options(main, argv: list[str]) -> list[str]:
-    """The options that a command's --help lists."""
+    """Returns the options that a command's --help lists."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
         main([*argv, "--help"])
@@ -59,7 +59,7 @@ def options(main, argv: list[str]) -> list[str]:
 
 
 def commands() -> dict[str, list[str]]:
-    """The options of every command."""
+    """Returns the options of every command."""
     import train
     from jasper_fast.bench import cli as bench
     from jasper_fast.cli import command
@@ -70,7 +70,7 @@ def commands() -> dict[str, list[str]]:
 
 
 def result() -> dict[str, list[str]]:
-    """The keys of a result's machine and of its measured rows, those inside them too."""
+    """Returns the keys of a result's machine and of its measured rows, nested ones included."""
     import tempfile
 
     from bench_runs import CPU, make_run, softplus_case

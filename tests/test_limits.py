@@ -1,4 +1,4 @@
-"""The machine's ceilings: which one applies to a row of fp32."""
+"""The machine's limits: which one applies to an fp32 row."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ GPU = torch.device("cuda")
 
 @pytest.fixture
 def rates(monkeypatch):
-    """A GPU whose rates say how they were measured."""
+    """A GPU whose rates tell the settings under which they were measured."""
 
     def rate(device, dtype, size):
         tf32 = dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"

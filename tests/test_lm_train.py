@@ -1,4 +1,4 @@
-"""n-grams that `lm train` makes: beside the definition, through KenLM, as distributions, and with little memory."""
+"""`lm train` makes n-grams that equal the definition, load in KenLM, are distributions and need little memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not native.cpu_available(), reason="the native C
 
 
 def corpus(rng: random.Random, lines: int | None = None) -> list[list[str]]:
-    """Sentences of words of which a few are common, some lines twice."""
+    """Returns random sentences in which a few words are common; some lines occur twice."""
     words = [f"w{i}" for i in range(rng.randint(1, 12))]
     weights = [1 / (i + 1) for i in range(len(words))]
     count = rng.randint(1, 40) if lines is None else lines

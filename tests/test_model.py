@@ -1,4 +1,4 @@
-"""The model against its eager rival: shapes of every kind of block, masks, padding, NaN, modes, autocast, compile."""
+"""The model equals its eager rival: shapes of every kind of block, masks, padding, NaN, modes, autocast, compile."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def config(kind="dense", masks=True, dropout=0.0):
 
 
 def pair(cfg, backend, seed=0, panes="auto"):
-    """(eager, ours) with the same parameters and random running statistics."""
+    """Returns (eager, ours) with the same parameters and random running statistics."""
     torch.manual_seed(seed)
     eager = EagerJasper(cfg)
     for name, buffer in eager.named_buffers():
@@ -215,7 +215,7 @@ def test_dropout_differs_between_steps_and_repeats_with_the_generator(backend):
 
 
 def test_faces_give_the_same_training_step():
-    """Same seed, same masks: the cpu face's step equals the reference face's, dropout on."""
+    """Shows that with one seed and dropout on, the cpu and reference faces give the same training step."""
     make_face("cpu")
     features, lengths = batch()
     results = []
@@ -232,7 +232,7 @@ def test_faces_give_the_same_training_step():
 @pytest.mark.slow
 @pytest.mark.parametrize("panes", ["gram", "plain"])
 def test_lengths_that_halve_to_nothing_train(any_backend, panes):
-    """T, T/2, T/4 and 0 frames: the same step as the definition's, dropout on, and finite everywhere."""
+    """Shows that T, T/2, T/4 and 0 frames with dropout give the reference's step, finite everywhere."""
     lengths = (61, 30, 15, 0)
     results = []
     for backend in ("reference", any_backend):
@@ -280,8 +280,8 @@ def test_compile_has_no_graph_break(backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("panes", ["gram", "plain"])
 def test_compiled_forward_and_gradients_match(any_backend, panes):
-    """Training, dropout on, with its running statistics, then evaluation: one graph each, and the same numbers."""
-    torch._dynamo.reset()  # the limit of recompilations would count those of other tests
+    """Shows that one graph each for training with dropout and for evaluation gives the uncompiled numbers."""
+    torch._dynamo.reset()  # otherwise recompilations of other tests would count towards the limit
     features, lengths = batch()
     results = []
     for compiled in (False, True):

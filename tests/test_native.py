@@ -1,4 +1,4 @@
-"""Loading of the native libraries: once, lazily, and with the reason and the remedy where one is missing."""
+"""Native libraries load once and lazily, or raise an error with the reason and the remedy."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def test_an_op_that_an_old_library_lacks_is_named() -> None:
 
 @pytest.mark.skipif(not native.cpu_available(), reason="the native CPU library is not built: run `make install`")
 def test_the_library_needs_no_python_and_only_torch_s_stable_symbols() -> None:
-    """One build serves every Python and later torch: no symbol of CPython and none of torch's C++ classes is needed."""
+    """Shows that one build serves every Python and later torch: it needs no symbol of CPython or of torch's C++
+    classes."""
     path = native._cpu.path
     try:
         lines = subprocess.run(["nm", "-D", "-u", str(path)], capture_output=True, text=True, check=True).stdout
@@ -78,7 +79,7 @@ def test_the_library_needs_no_python_and_only_torch_s_stable_symbols() -> None:
 
 
 def test_no_cuda_kernel_spills_registers() -> None:
-    """As ptxas told when the library was built; `make install` builds it wherever there is an nvcc."""
+    """Shows that no CUDA kernel spills registers, by the logs of ptxas from building the library."""
     logs = sorted((ROOT / "build" / "native" / "cuda").glob("*.o.log"))
     if not logs:
         pytest.skip("the CUDA library was not built here: no nvcc, or JASPER_FAST_CUDA=0")

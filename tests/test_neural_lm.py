@@ -18,7 +18,7 @@ SMALL = {"layers": 2, "width": 16, "heads": 2, "inner": 24, "dropout": 0.1, "mem
 
 
 def model(**settings):
-    """In fp64, with weights far from their small beginnings."""
+    """Returns a small model in fp64 with large random weights."""
     torch.manual_seed(0)
     made = TransformerXL(LMConfig(**({"vocabulary": 12, **SMALL} | settings))).double().eval()
     with torch.no_grad():
@@ -28,13 +28,13 @@ def model(**settings):
 
 
 def log_probs(made, tokens, memory=None):
-    """Those of each token but the first, and the memory after them."""
+    """Returns the log-probs of every token but the first, and the memory after them."""
     hidden, memory = made(tokens[:, :-1], memory)
     return made.log_probs(hidden, tokens[:, 1:]), memory
 
 
 def lines(n, length, seed=1):
-    """Rows of tokens in which lines end here and there."""
+    """Returns random rows of tokens, in which boundaries end lines at random places."""
     tokens = torch.randint(0, 12, (n, length), generator=torch.Generator().manual_seed(seed))
     tokens[:, 0] = BOUNDARY
     return tokens
@@ -44,7 +44,7 @@ def test_a_shift_gives_each_key_the_score_of_its_distance():
     x = torch.randn(2, 3, 4, 7)
     found = shifted(x)
     for i in range(4):
-        for j in range(4 + i):  # 7 keys, the query stands at 3 + i
+        for j in range(4 + i):  # of 7 keys, the query is number 3 + i
             distance = 3 + i - j
             assert torch.equal(found[:, :, i, j], x[:, :, i, 6 - distance])
 
@@ -83,7 +83,7 @@ def test_segments_with_memory_equal_the_whole(joined):
         found.append(part)
     torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-10, atol=1e-10)
     assert memory.hidden.shape == (2, 3, 40, 16) and not memory.hidden.requires_grad
-    short = model(joined=joined, memory=4)  # forgets what lies further back
+    short = model(joined=joined, memory=4)  # a memory of only four tokens
     part, memory = log_probs(short, tokens[:, :21])
     assert memory.hidden.shape == (2, 3, 4, 16) and memory.lines.shape == (3, 4)
     rest, _ = log_probs(short, tokens[:, 20:], memory)
@@ -95,7 +95,7 @@ def test_segments_with_memory_equal_the_whole(joined):
 def test_an_empty_memory_changes_nothing():
     for joined in (False, True):
         made, tokens = model(joined=joined), lines(3, 20)
-        tokens[0, 0] = 5  # in the middle of a line
+        tokens[0, 0] = 5  # starts in the middle of a line
         held = Held(made.config, 3).double()
         torch.testing.assert_close(log_probs(made, tokens, held.memory)[0], log_probs(made, tokens)[0])
 
@@ -108,10 +108,10 @@ def test_a_change_reaches_nothing_before_it_and_no_other_line(cutoffs):
     before, _ = log_probs(made, tokens)
     for t in (3, 17, 29):
         changed = tokens.clone()
-        changed[0, t] = tokens[0, t] % 11 + 1  # another one, no boundary
+        changed[0, t] = tokens[0, t] % 11 + 1  # another token, but no boundary
         after, _ = log_probs(made, changed)
         assert torch.equal(after[0, : t - 1], before[0, : t - 1]) and torch.equal(after[1], before[1])
-        assert after[0, t - 1] != before[0, t - 1]  # of the token itself
+        assert after[0, t - 1] != before[0, t - 1]  # the changed token's own probability
     changed = tokens.clone()
     changed[0, 3] = tokens[0, 3] % 11 + 1
     assert torch.equal(log_probs(made, changed)[0][0, 12:], before[0, 12:]), "lines stand alone"
@@ -155,7 +155,7 @@ TEXTS = ["a b c", "", "j", "a zebra c", " ".join("abcdefghij" * 9), "C  A", " ".
 
 
 def by_hand(made, text):
-    """log p of a text, its tokens one by one."""
+    """Returns log p of a text, scored in one row by the model itself."""
     numbers = {name: i for i, name in enumerate(TOKENS.names)}
     row = torch.tensor([[0, *(numbers.get(w, 1) for w in text.lower().split()), 0]])
     return float(log_probs(made, row)[0].sum())
@@ -168,10 +168,10 @@ def test_scores_in_batches_are_those_one_by_one(monkeypatch):
     want = [by_hand(made, text) for text in TEXTS]
     assert lm(TEXTS) == pytest.approx(want, abs=1e-9) and lm([]) == []
     assert [lm([text])[0] for text in TEXTS] == pytest.approx(want, abs=1e-9)
-    lm.segment = 7  # with memory from one to the next
+    lm.segment = 7  # several segments, with memory from one to the next
     assert lm(TEXTS) == pytest.approx(want, abs=1e-9)
     monkeypatch.setattr("jasper_fast.lm.neural.scoring._TOKENS", 20)  # several batches
-    monkeypatch.setattr("jasper_fast.lm.neural.scoring._LOGITS", 60)  # the softmax of five tokens at a time
+    monkeypatch.setattr("jasper_fast.lm.neural.scoring._LOGITS", 60)  # a softmax over five tokens at a time
     assert lm(TEXTS) == pytest.approx(want, abs=1e-9)
     assert lm(["b c"])[0] == pytest.approx(lm(["B  C"])[0]) and not made.training
 

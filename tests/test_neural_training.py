@@ -1,4 +1,4 @@
-"""Training a neural language model: what it learns, resuming, bad steps, and errors that are one line."""
+"""Training a neural language model: what it learns, resuming, bad steps, and one-line errors."""
 
 import contextlib
 import json
@@ -28,15 +28,16 @@ def run(*argv):
 
 
 def grammar(rng):
-    """One of two beginnings, then one to three times one of three words that fit the beginning."""
+    """Returns a random sentence: one of two beginnings, then one to three of the three words that fit it."""
     begin = rng.choice("ab")
     return " ".join([begin, *(rng.choice({"a": "cde", "b": "fgh"}[begin]) for _ in range(rng.randint(1, 3)))])
 
 
 def entropy(text):
-    """What the grammar itself gives a token of a text, the ends of lines among them."""
+    """Returns the entropy per token of a text by the grammar that made it, counting the ends of lines."""
     lines = text.read_text().split("\n")[:-1]
-    bits = sum(math.log(2) + len(line.split()) * math.log(3) for line in lines)  # the words, and how many there are
+    # the beginning, one of three lengths, and each word
+    bits = sum(math.log(2) + len(line.split()) * math.log(3) for line in lines)
     return bits / sum(len(line.split()) + 1 for line in lines)
 
 
@@ -50,7 +51,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(text, tmp_path_factory):
-    """A run of two epochs and a bit with validation and averages."""
+    """Trains for two epochs and a little more, with validation and averages."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     options = ("--val", text.with_name("dev"), "--ema", 0.9, "--ema-warmup", "--steps", 300, "--save-every", 100)
     assert run("train-neural", text, "--out", out, *SMALL, *options, "--lr", 0.02) == 0
@@ -258,7 +259,7 @@ def test_hostile_checkpoints_are_one_line(change, message, tmp_path):
     elif change == "flip":
         with zipfile.ZipFile(file) as archive:
             largest = max(archive.infolist(), key=lambda e: e.file_size)
-        place = largest.header_offset + 200  # past its name and padding, within its numbers
+        place = largest.header_offset + 200  # past the entry's header, within its numbers
         file.write_bytes(content[:place] + bytes(255 - b for b in content[place : place + 64]) + content[place + 64 :])
     else:
         state = load(file)

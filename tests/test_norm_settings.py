@@ -1,4 +1,4 @@
-"""Every batch norm of a Jasper obeys its own settings, main ones and panes, as nn.BatchNorm1d defines them."""
+"""Every batch norm of a Jasper, panes' included, obeys its own settings, as nn.BatchNorm1d defines them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def all_at_once(bn: nn.BatchNorm1d, i: int) -> None:
 
 
 def pair(form: str, change=lambda bn, i: None) -> tuple[EagerJasper, Jasper]:
-    """An eager and a fused model of the same weights, their batch norms changed alike, in fp64 and without dropout."""
+    """Returns an eager and a fused model in fp64 with the same weights and the same `change` to their batch norms."""
     made = config("dense")
     for block in made.encoder.blocks:
         object.__setattr__(block, "dropout", 0.0)
@@ -105,7 +105,7 @@ def test_update_bn_recomputes_the_statistics():
 
 
 def of_features(model: nn.Module) -> nn.Module:
-    """`model` as `update_bn` calls it: of one argument."""
+    """Wraps `model` so that it takes one argument, as `update_bn` needs."""
 
     class OfFeatures(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""NovoGrad's step on every face against the reference in fp64: settings, odd shapes, NaN, clipping, scale, averages."""
+"""NovoGrad's step on every face equals the reference in fp64: settings, odd shapes, NaN, clipping, scale, averages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from jasper_fast.kernels.novograd import reference
 from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 
-# the last is longer than a run of Triton's and of the CPU's, and no whole number of blocks
+# the last is longer than the part that one Triton program or CPU task takes, and is no multiple of it
 SHAPES = ((5, 3, 11), (7,), (1,), (4, 5, 1), (), (0, 3), (3, 1025), (8192 + 1024 + 5,))
 LONG = (65536 * 2 + 17,)
 
@@ -65,7 +65,7 @@ def run(step, tensors, watched, rows, scale=None, found=None, clip=0.0, guard=Tr
 
 
 def compare(face: Face, tensors, watched, rows, **how) -> Tensor:
-    """The face's step beside the reference's in fp32 and fp64, of one or several steps' state; gives the outcome."""
+    """Checks one step of the face against the reference in fp32 and fp64, and returns its outcome."""
     low, exact = copies(tensors, watched), wide(tensors, watched)
     grads = [g.clone() for g in tensors.grads]
     got = run(face.load("novograd").step, tensors, watched, rows, **how)
@@ -92,7 +92,8 @@ def test_it_is_the_formula(face, of, averages):
 
 
 def test_scale_clip_and_groups(face):
-    """Gradients over the scale, bounded together; parameters with settings of their own."""
+    """Shows that gradients are divided by the scale and clipped together, and that each parameter uses its group's
+    settings."""
     tensors, watched = make(face.device, groups=(0, 2, 1))
     rows = [settings(), settings(lr=0.5, beta2=0.9, eps=1.0), settings(weight_decay=0.0, averaging=True)]
     norm = torch.linalg.vector_norm(torch.cat([g.flatten() for g in tensors.grads])) / 8
@@ -103,7 +104,7 @@ def test_scale_clip_and_groups(face):
 
 
 def test_several_steps_with_what_is_held(face):
-    """Each step has gradients at new addresses, a new average weight and a new learning rate."""
+    """Shows that several steps are right with new gradient addresses, average weights and learning rates in each."""
     tensors, watched = make(face.device)
     held: dict = {}
     twin = wide(tensors, watched)
@@ -150,7 +151,7 @@ def test_found_inf_is_obeyed_and_without_a_guard_nan_goes_in(face):
 
 
 def test_memory_in_another_order_and_unaligned(face):
-    """What parameters of channels-last memory, or slices of one buffer, look like."""
+    """Shows that a step is right on memory in another order and on unaligned slices of one buffer."""
     flat = torch.randn(4, 1 + 6 * 5 * 3 + 1030, device=face.device)
     cut = lambda i: [flat[i, 1:91].view(3, 5, 6).permute(2, 1, 0), flat[i, 91:-1]]  # noqa: E731
     square = [torch.rand((), device=face.device) for _ in range(2)]
@@ -174,7 +175,8 @@ def test_results_do_not_depend_on_threads(threads):
 
 
 def test_a_sum_of_squares_beyond_fp32_is_none_beyond_fp64():
-    """The CPU's sums are in fp64, so that a finite gradient is never taken for an infinite one."""
+    """Shows that the CPU sums in fp64, so finite gradients with a sum of squares beyond fp32 do not count as
+    infinite."""
     face = make_face("cpu")
     tensors, watched = make(face.device)
     tensors.grads[0].fill_(1e30)
