@@ -84,8 +84,8 @@ def test_conv1d_gives_the_statistics_of_its_output(backend, stride):
 
 
 def test_a_pack_changes_no_bit():
-    """Forward, statistics and both gradients are bit-identical with a pack that the caller keeps and with one made
-    inside."""
+    """Shows that a pack which the caller keeps gives the same output, statistics and gradients, bit for bit, as
+    none."""
     settle("triton")
     results = []
     for use in (False, True):
@@ -99,7 +99,8 @@ def test_a_pack_changes_no_bit():
 
 
 def test_a_weight_changed_before_backward_is_noticed():
-    """Autograd does not save the pack, but it saves the weight, so it rejects the stale graph."""
+    """Shows that backward rejects a weight that has changed since, because autograd saves the weight and not the
+    pack."""
     settle("triton")
     x, w = torch.randn(2, 8, 19), torch.randn(20, 8, 5, requires_grad=True)
     y = ops.conv1d(x, w, padding=2, backend="triton", packed=packed_by_triton(w))
@@ -111,7 +112,8 @@ def test_a_weight_changed_before_backward_is_noticed():
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_autocast_takes_the_master_weight(backend, low):
-    """16-bit activations, fp32 weight and gradient; no 16-bit copy of the weight is kept for backward by Triton."""
+    """Shows that under autocast activations have 16 bits while the weight and its gradient stay fp32, and that no
+    16-bit copy of the weight is saved for backward."""
     x, w = torch.randn(2, 8, 19), torch.randn(24, 8, 5, requires_grad=True)
     kept = []
     with (
@@ -136,11 +138,12 @@ def test_autocast_takes_the_master_weight(backend, low):
 
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_sub_block_equals_its_two_halves(backend, p):
-    """One node from y to y gives the bits of bn_relu_dropout and conv1d, forward, backward and running statistics."""
+    """Shows that sub_block gives the results of bn_relu_dropout followed by conv1d, gradients and statistics
+    included."""
     y, gamma, beta, mean, var = inputs(c=8, t=21)
     weight, lengths = torch.randn(6, 8, 5), torch.tensor([21, 9])
     common = {"lengths": lengths, "p": p, "seed": 5, "backend": backend}
-    exact = backend != "triton"  # in Triton the conv computes the reduction of backward, over other tiles
+    exact = backend != "triton"  # in Triton the conv computes the sums of backward over other tiles
 
     def halves(y, gamma, beta, weight, mean, var):
         z = ops.bn_relu_dropout(y, gamma, beta, mean, var, **common)
@@ -179,7 +182,7 @@ def test_opcheck_sub_block(backend, stats, packed):
 
 
 def test_sub_block_takes_and_gives_statistics(backend):
-    """Statistics of y that are passed in give the same result; the returned ones equal bn_stats of the next y."""
+    """Shows that passing y's statistics changes nothing, and that the returned ones are those of the next y."""
     y, gamma, beta, mean, var = inputs(c=8, t=21)
     weight, lengths = torch.randn(6, 8, 5), torch.tensor([21, 9])
     how = {"lengths": lengths, "padding": 2, "p": 0.25, "seed": 5, "backend": backend}
@@ -194,7 +197,7 @@ def test_sub_block_takes_and_gives_statistics(backend):
 
 
 def grads_of_sub_block(backend, halo, dtype=torch.float32, c=24, t=37, k=7, **how):
-    """z and every gradient of a sub-block over the output of a conv of masked input, as a model calls it."""
+    """Returns the output and all gradients of a sub-block whose y is the output of a conv of masked input."""
     torch.manual_seed(7)
     lengths = torch.tensor([t, 11, 1, 0])
     x = torch.randn(4, 8, t).masked_fill(torch.arange(t) >= lengths[:, None, None], 0).to(dtype)
@@ -220,7 +223,8 @@ def test_a_halo_changes_no_bit(backend, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_sub_block_against_fp64(backend, dtype):
-    """Output and every gradient against PyTorch's own chain in the same precision, dropout on, lengths 0 and 1."""
+    """Shows that the output and all gradients are as close to fp64 as PyTorch's ops, with dropout and lengths 0 and
+    1."""
     if backend == "cpu" and dtype != torch.float32:
         pytest.skip("the CPU conv takes fp32")
     got, (y, gamma, beta, weight, lengths, up) = grads_of_sub_block(backend, 3, dtype)
@@ -262,7 +266,7 @@ def test_given_statistics_are_used(backend):
 
 
 def test_modes(backend):
-    """Evaluation neither drops nor updates; frozen drops with running statistics and leaves them alone."""
+    """Shows that evaluation neither drops nor updates, and that frozen drops but keeps the running statistics."""
     y, gamma, beta, mean, var = inputs()
     mean += 0.3
     before = mean.clone(), var.clone()
@@ -359,7 +363,7 @@ def test_a_conv_names_what_does_not_fit(backend):
 
 
 def twice_differentiable() -> dict:
-    """For each op a function of leaves, and the leaves."""
+    """Returns, for each op, a function of leaf tensors and those leaves."""
     x, w = torch.randn(2, 4, 9, requires_grad=True), torch.randn(5, 4, 3, requires_grad=True)
     gamma, beta = torch.rand(4, requires_grad=True), torch.randn(4, requires_grad=True)
     pane = torch.randn(5, 4, 1, requires_grad=True)

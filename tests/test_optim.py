@@ -22,7 +22,7 @@ def tensors(dtype=torch.float64):
 
 
 def by_hand(params, grads, state, *, lr, betas, eps, weight_decay, grad_averaging):
-    """One NovoGrad step on lists of fp64 tensors, one at a time, as the reference states it."""
+    """Does one NovoGrad step on lists of fp64 tensors, one tensor at a time, as the reference defines it."""
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         if g is None:
             continue
@@ -46,9 +46,9 @@ def test_equals_a_plain_loop(betas, grad_averaging, lr):
     for step in range(5):
         grads = [torch.randn_like(p) for p in params]
         if step == 1:
-            grads[2] = None  # missing in one step
+            grads[2] = None  # no gradient in one step
         if step == 0:
-            grads[3] = None  # missing in the first step
+            grads[3] = None  # no gradient in the first step
         for p, g in zip(params, grads, strict=True):
             p.grad = None if g is None else g.clone()
         optimizer.step()
@@ -113,7 +113,7 @@ def test_state_dict_continues_bit_for_bit(betas, tmp_path):
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["float", "tensor"])
 @pytest.mark.parametrize("betas", [(0.95, 0.0), (0.9, 0.9)])
 def test_found_inf_leaves_everything_untouched(betas, lr):
-    """A skipped step changes nothing, even if it is the first; the next one is what it would have been."""
+    """Shows that a skipped step, even the first, changes nothing and does not affect the next one."""
     params, twins = tensors(torch.float32), []
     for p in params:
         twins.append(nn.Parameter(p.detach().clone()))
@@ -135,7 +135,8 @@ def test_found_inf_leaves_everything_untouched(betas, lr):
 
 
 def test_works_with_grad_scaler():
-    """Scaled gradients, unscaled by the scaler or not, give the plain update; an overflow halves the scale."""
+    """Shows that scaled gradients give the plain update, whether the scaler unscales them or not, and that an overflow
+    halves the scale."""
     start = torch.randn(3, 4)
     results = []
     for how in ("plain", "scaled", "unscaled"):
@@ -233,11 +234,11 @@ def test_ema_state_round_trip_and_errors():
 
 
 class Frozen(Net):
-    """With a parameter that does not learn, one that never has a gradient, and one of no elements."""
+    """A Net with a parameter that does not learn, one that never has a gradient, and one without elements."""
 
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv1d(2, 3, 1, bias=False)  # of a bias before a norm the gradient is rounding
+        self.conv = nn.Conv1d(2, 3, 1, bias=False)  # a bias before a norm would have a gradient of pure rounding
         self.still = nn.Parameter(torch.randn(3), requires_grad=False)
         self.unused, self.nothing = nn.Parameter(torch.randn(2, 2)), nn.Parameter(torch.empty(0, 4))
 
@@ -246,7 +247,7 @@ class Frozen(Net):
 
 
 def learn(backend, together, steps=5, bad=(2,), warmup=True, weights=None):
-    """Some guarded steps, with NaN in those that are `bad`; the average in the optimiser's step or after it."""
+    """Runs guarded steps, with NaN in the steps of `bad`; averages in the optimiser's step (`together`) or after it."""
     torch.manual_seed(3)
     model = Frozen()
     ema = EMA(model, decay=0.9, warmup=warmup)
@@ -283,7 +284,7 @@ def test_the_average_in_the_step_is_the_one_after_it(name, warmup):
 
 @pytest.mark.parametrize("name", ["cpu", "triton"])
 def test_what_a_step_writes_is_seen_by_autograd(name):
-    """Version counters move, so that packed copies of a weight know that they are stale."""
+    """Shows that a step increases version counters, by which packed copies of a weight are known to be stale."""
     torch.set_default_device(make_face(name).device)
     model, ema, optimizer, _ = learn(name, True)
     held = [model.conv.weight, ema.average["conv.weight"], ema.average["bn.running_mean"]]
@@ -300,7 +301,7 @@ def test_a_guarded_step_unscales_and_bounds(name):
     for scale, clip in ((None, 0.0), (1024.0, 0.0), (None, 1.0), (1024.0, 1.0)):
         p = nn.Parameter(start.clone())
         p.grad = grads * (scale or 1.0)
-        optimizer = NovoGrad([p], lr=0.1, eps=0.5, backend=name)  # eps shows what the bound does
+        optimizer = NovoGrad([p], lr=0.1, eps=0.5, backend=name)  # a large eps, so that clipping changes the step
         norm, skipped = optimizer.guarded_step(scale and torch.tensor([scale], device=device), clip)
         torch.testing.assert_close(norm, grads.norm())
         assert skipped == 0
@@ -322,10 +323,10 @@ def test_an_average_of_another_model_is_refused():
 
 @pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
 def test_a_state_of_the_foreach_form_goes_on(name):
-    """What earlier versions saved: each second moment a tensor of its own, moments in any memory order."""
+    """Shows that a state of earlier versions loads: a tensor per second moment, and moments in any memory order."""
     device = make_face(name).device
     start = torch.randn(4, 6, 3, device=device)
-    moment = torch.randn(3, 6, 4, device=device).permute(2, 1, 0)  # not the parameter's order
+    moment = torch.randn(3, 6, 4, device=device).permute(2, 1, 0)  # another memory order than the parameter's
     state = {0: {"exp_avg": moment, "exp_avg_sq": torch.tensor(2.5, device=device)}}
     group = {"lr": 0.1, "betas": (0.9, 0.5), "eps": 1e-8, "weight_decay": 0.1, "grad_averaging": False, "params": [0]}
     p, grad = nn.Parameter(start.clone()), torch.randn(4, 6, 3, device=device)
@@ -364,7 +365,8 @@ def test_a_gradient_in_another_memory_order_is_taken_right():
 @pytest.mark.parametrize("fp16", [False, True])
 @pytest.mark.parametrize("kind", ["novograd", "adamw", "sgd"])
 def test_an_update_skips_bad_steps_and_scales_alike(kind, fp16):
-    """NovoGrad's two passes, a fused optimiser's found_inf, and one that knows nothing of it, decided on the host."""
+    """Shows that bad steps are skipped and losses scaled alike for NovoGrad, for a fused optimiser with found_inf, and
+    for one without it, where the host decides."""
     torch.manual_seed(1)
     model = nn.Linear(3, 2)
     optimizer = {

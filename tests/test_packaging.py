@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-INSTALLED = {"dev", "train", "demo", "bench", "lm", "safetensors"}  # dev brings the others
+INSTALLED = {"dev", "train", "demo", "bench", "lm", "safetensors"}  # dev includes the others
 OPTIONAL = (
     "anyascii",
     "flashlight",
@@ -30,7 +30,7 @@ BUILD = runpy.run_path(str(ROOT / "csrc" / "build.py"))
 
 @pytest.fixture(scope="module")
 def described() -> dict:
-    """The arguments that setup.py gives to setuptools."""
+    """Returns the arguments that setup.py passes to setuptools."""
     import setuptools
 
     seen = {}
@@ -121,7 +121,7 @@ assert checks.plan(torch.device("cpu"), quick=True) and callable(child.child)
 
 
 def without(code: str) -> subprocess.CompletedProcess:
-    """The output of a process that runs `code` without any optional package."""
+    """Runs `code` in a process in which every optional package is missing."""
     return subprocess.run([sys.executable, "-c", WITHOUT + code], cwd=ROOT, capture_output=True, text=True)
 
 

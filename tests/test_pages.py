@@ -1,4 +1,4 @@
-"""The HTML pages: each is one file that needs no other, is well formed, and shows hostile texts as texts."""
+"""Each HTML page is one file that loads nothing else, is well formed and shows hostile texts as plain text."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from jasper_fast.speech.metrics import Errors
 
 HOSTILE = "<script>alert(1)</script>\"' onload='x' &amp; <img src=http://evil/x> \u2028 ]]> --> {{ 7*7 }}"
 VOID = {"meta", "br", "img", "input", "hr", "link", "wbr"}
-IMPLIED = {"td", "th", "tr", "p", "li", "dt", "dd", "html", "head", "body"}  # whose ends HTML lets one leave out
+IMPLIED = {"td", "th", "tr", "p", "li", "dt", "dd", "html", "head", "body"}  # HTML lets their end tags be left out
 ADDRESSES = {"src", "href", "poster", "data", "action", "srcset", "xlink:href"}
 
 
 class Page(HTMLParser):
-    """Fails on tags that are not closed in their order, on anything from elsewhere, and on scripts."""
+    """Fails on tags that are not closed in order, on addresses outside the page and on scripts."""
 
     def __init__(self, html: str) -> None:
         super().__init__()

@@ -27,7 +27,8 @@ LOW = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def ahead(xs, weights, gammas, betas):
-    """The Gram form with statistics taken before, of each input's pane together with another block's."""
+    """Computes the Gram form from statistics that are taken beforehand, together with those of another block's
+    panes."""
     others = [torch.ones_like(w)[:3] for w in weights]
     grams = [ops.pane_stats(ops.gram(x), pair)[1] for x, *pair in zip(xs, others, weights, strict=True)]
     return ops.panes(xs, grams, weights, gammas, betas)
@@ -35,7 +36,7 @@ def ahead(xs, weights, gammas, betas):
 
 @pytest.fixture(params=["gram", "ahead", "plain"])
 def form(request):
-    """Computes the panes of (xs, weights, gammas, betas): sum, means, unbiased variances."""
+    """Returns a function that computes the panes of (xs, weights, gammas, betas): sum, means, unbiased variances."""
     if request.param == "ahead":
         return ahead
     if request.param == "gram":
@@ -71,7 +72,7 @@ def test_opcheck_gram_form():
 
 
 def test_statistics_of_all_readers_of_a_source_are_taken_at_once(monkeypatch):
-    """A dense Jasper: one call a source, and the gradients of a model that takes each pane's on its own."""
+    """Shows that a dense Jasper computes the statistics of each source once, with the same gradients as separately."""
     from test_model import batch, config
 
     calls, once = [], ops.pane_stats
@@ -81,7 +82,7 @@ def test_statistics_of_all_readers_of_a_source_are_taken_at_once(monkeypatch):
     features, lengths = batch()
     found = []
     for alone in (False, True):
-        if alone:  # as if each were the only one
+        if alone:  # computes the statistics of each pane separately
             each = lambda gram, weights: [once(gram, [w])[0]._replace(stats=None) for w in weights]  # noqa: E731
             monkeypatch.setattr(ops, "pane_stats", each)
         model.zero_grad()
@@ -157,7 +158,7 @@ def test_the_plain_form_takes_statistics_on_each_face(face):
 
 
 def run_all(run, inputs, dtype, up, master=None):
-    """The sum and every gradient of `run` with activations of `dtype`, parameters of `master`."""
+    """Returns the sum and all gradients of `run` with activations in `dtype` and parameters in `master`."""
     dtypes = (dtype, *[master or dtype] * 3)
     x, *parameters = ([v.detach().to(d).requires_grad_() for v in vs] for vs, d in zip(inputs, dtypes, strict=True))
     out = run(x, *parameters)
@@ -167,7 +168,7 @@ def run_all(run, inputs, dtype, up, master=None):
 
 
 def judge(form, inputs, low, up, factor):
-    """`form` with activations in `low` and fp32 parameters, as under autocast, by the tolerance rule."""
+    """Checks `form` with activations in `low` and fp32 parameters, as under autocast, by the tolerance rule."""
     ref = run_all(definition, inputs, torch.float64, up)
     theirs = run_all(definition, inputs, low, up)
     ours = run_all(form, inputs, low, up, torch.float32)
@@ -176,15 +177,14 @@ def judge(form, inputs, low, up, factor):
 
 
 def rounded(inputs, low):
-    """The inputs as `low` holds them, so that the fp64 run sees the same numbers."""
+    """Returns the inputs rounded to `low`, as fp64, so that both precisions see the same numbers."""
     return [[v.detach().to(low).double() for v in vs] for vs in inputs]
 
 
 @pytest.mark.parametrize("low", LOW, ids=str)
 def test_precision(form, low):
-    """The tolerance rule. Gradients in fp32 may have 16 times the error, because they are sums of fp32 products over
-    all rows and ATen's CPU batch norm sums in fp64. In 16 bits that sum does not limit the precision, so the rule
-    itself applies."""
+    """Checks the tolerance rule. In fp32 a gradient may have 16 times the usual error, because it sums fp32 products
+    over all rows while ATen's CPU batch norm sums in fp64. In 16 bits that sum does not limit the precision."""
     inputs = rounded(pane_inputs(m=(8, 200)), low)
     judge(form, inputs, low, torch.randn(8, 5, 200).to(low).double(), 16.0 if low == torch.float32 else 2.0)
 
@@ -192,7 +192,7 @@ def test_precision(form, low):
 @pytest.mark.parametrize("upstream", ["centred", "shifted"])
 @pytest.mark.parametrize("low", LOW, ids=str)
 def test_large_means_do_not_cancel(form, low, upstream):
-    """Block outputs have means of 30 deviations, and the gradient has a mean too."""
+    """Shows the precision where block outputs have means of 30 deviations and the gradient may have a mean."""
     torch.manual_seed(5)
     xs, *parameters = pane_inputs(m=(4, 300), widths=(24, 32), c_out=16)
     xs = [x.detach().add(30 * x.detach().std() * (1 + torch.rand(x.shape[1])[:, None])) for x in xs]
@@ -203,7 +203,8 @@ def test_large_means_do_not_cancel(form, low, upstream):
 
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=str)
 def test_small_gradients_do_not_underflow(form, low):
-    """B = W^T diag(...) W of many rows is far below fp16's smallest number; the gradient of x keeps its part in it."""
+    """Shows that the gradient of x keeps its term with B = W^T diag(...) W, which is far below fp16's smallest
+    number."""
     inputs = rounded(pane_inputs(m=(8, 400), widths=(8, 8), c_out=6), low)
     up = (torch.randn(8, 6, 400) * 0.05).to(low).double()
     judge(form, inputs, low, up, 2.0)
@@ -211,7 +212,8 @@ def test_small_gradients_do_not_underflow(form, low):
 
 @pytest.mark.parametrize("low", LOW, ids=str)
 def test_on_a_gpu_dtypes_fit(low):
-    """The branch for a GPU, where another ATen op sums 16-bit products in fp32, run on fake tensors."""
+    """Shows dtypes and strides of the GPU's branch, where another ATen op sums 16-bit products in fp32, on fake
+    tensors."""
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode():
@@ -224,7 +226,7 @@ def test_on_a_gpu_dtypes_fit(low):
 
 
 def test_the_gram_form_writes_each_activation_once():
-    """Counts the ops that write a matrix of all rows: one more would be another pass over the largest tensors."""
+    """Shows which ops write a matrix over all rows. One more would be another pass over the largest tensors."""
     from torch._subclasses import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -288,7 +290,8 @@ FACE_CASES = [
 
 
 def pass_through(face, case, dtype=torch.float32) -> list[torch.Tensor]:
-    """All results of a face of `panes`, in fp64: outputs, sum, reduction, gradients (dx where it is defined)."""
+    """Returns all results of a face of `panes` in fp64: outputs, sums, reduction, dx (zero in the padding) and
+    dweight."""
     n, t, lengths, widths, c = case
     g = torch.Generator().manual_seed(3)
     randn = lambda *size: torch.randn(size, generator=g).to(dtype)  # noqa: E731
@@ -308,14 +311,14 @@ def pass_through(face, case, dtype=torch.float32) -> list[torch.Tensor]:
 
 
 def compare_faces() -> None:
-    """The CPU face of this process' instruction set against the definition in fp64, every case."""
+    """Compares the CPU face at this process's instruction set with the definition in fp64, in every case."""
     from jasper_fast.kernels.panes import cpu_impl
 
     for case in FACE_CASES:
         want = pass_through(reference, case, torch.float64)
         for i, (ours, exact) in enumerate(zip(pass_through(cpu_impl, case), want, strict=True)):
             error = ((ours - exact).abs().max() / exact.abs().max()).item()
-            assert error < 3e-6, (case, i, error)  # a NaN is an error too
+            assert error < 3e-6, (case, i, error)  # false for NaN too
 
 
 @pytest.mark.slow
@@ -331,7 +334,7 @@ def test_the_cpu_face_at_every_instruction_set(level):
 
 
 def gradients_of(inputs, **how) -> list[torch.Tensor]:
-    """Sum, statistics and every gradient of the plain form."""
+    """Returns the sum, the statistics and all gradients of the plain form."""
     leaves = [v for vs in inputs for v in vs]
     out, *stats = ops.panes_plain(*inputs, **how)
     up = torch.randn(out.shape, generator=torch.Generator().manual_seed(8)).to(out.dtype)
@@ -357,7 +360,7 @@ def test_the_cpu_face_gives_the_same_bits_whatever_the_threads():
 
 @pytest.mark.parametrize(("face", "dtype"), [("reference", torch.float64), ("cpu", torch.float32)])
 def test_frames_beyond_the_lengths_are_skipped_and_counted(face, dtype):
-    """Padding counts in the statistics and in the gradients of gamma and beta, although the op skips it."""
+    """Shows that padding counts in the statistics and in the gradients of gamma and beta, although the op skips it."""
     settle(face)
     lengths, (xs, *parameters) = torch.tensor([9, 4]), pane_inputs(dtype, m=(2, 9), widths=(3, 20), c_out=18)
     live = torch.arange(9) < lengths[:, None, None]
@@ -368,7 +371,7 @@ def test_frames_beyond_the_lengths_are_skipped_and_counted(face, dtype):
 
 
 def saved(inputs, **how) -> int:
-    """Elements that the plain form saves beside its inputs and vectors."""
+    """Returns the number of elements that the plain form saves besides its inputs and vectors."""
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append((t.dim(), t.numel())), lambda _: None):
         out = ops.panes_plain(*inputs, **how)[0]
@@ -380,7 +383,8 @@ def saved(inputs, **how) -> int:
 
 
 def test_a_cpu_keeps_the_outputs_of_the_newest_panes():
-    """The newest KEPT outputs are saved. None are saved on other devices, in 16 bits, in fp64, or without gradients."""
+    """Shows that in fp32 on a CPU the outputs of the newest KEPT panes are saved, and none with other faces or
+    dtypes."""
     settle("cpu")
     inputs = pane_inputs(torch.float32, m=(2, 20), widths=(3,) * (plain.KEPT + 2), c_out=6)
     assert saved(inputs, backend="cpu") == plain.KEPT * 40 * 6
@@ -402,7 +406,7 @@ def test_what_is_made_again_is_what_would_be_kept(kept, monkeypatch):
 
 @pytest.mark.parametrize("face", ["reference", "cpu"])
 def test_backward_twice_through_one_graph(face):
-    """Saved tensors are not modified, and no two gradients share memory, because optimisers write in place."""
+    """Shows that backward does not change saved tensors, and that no two gradients share memory."""
     settle(face)
     inputs = pane_inputs(torch.float32, m=(2, 30), widths=(4, 5, 6), c_out=7)
     leaves = [v for vs in inputs for v in vs]

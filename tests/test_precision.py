@@ -1,4 +1,4 @@
-"""One switch for the products of fp32 tensors: convs and all others, every face and plain PyTorch."""
+"""One switch sets the precision of fp32 products: in convs and all others, on every face and in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def test_a_run_of_the_bench_sets_it_and_records_it(tmp_path):
 
 
 def test_an_engine_has_its_own():
-    """In each of its calls, also of a copy, and whatever the process's is then; nothing of it stays."""
+    """Shows that an engine uses its own setting in every call, as its copies do, and leaves the process's setting
+    alone."""
     model, (features, lengths), seen = Jasper(config("plain residual"), backend="reference").eval(), batch([24, 17]), []
     before = now()
     engine = InferenceEngine(model, fp32_precision="tf32")

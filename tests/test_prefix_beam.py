@@ -1,4 +1,4 @@
-"""CTC prefix beam search: the C++ face beside the definition, the definition beside all paths, and its bounds."""
+"""CTC prefix beam search: the C++ face equals the definition, and the definition equals a search over all paths."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ needs_cpu = pytest.mark.skipif(not native.cpu_available(), reason="the native CP
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """n-grams of symbols for vocabularies of 1 to 7 labels, with and without all of them listed."""
+    """Returns n-grams of symbols for vocabularies of 1 to 7 labels, with all labels listed or one missing."""
     folder, rng = tmp_path_factory.mktemp("lm"), random.Random(3)
     made = {}
     for labels in (" ", " a", " ab'", " abcdef"):
@@ -40,14 +40,14 @@ def models(tmp_path_factory):
 
 
 def draw(rng: random.Random, case: int):
-    """Log-probs, lengths and settings: flat, sharp, with ties, with impossible classes, with repeats."""
+    """Draws log-probs, lengths and a beam: flat, sharp, with ties, impossible classes or repeats."""
     labels, kind = rng.choice((1, 2, 4, 7)), case % 5
     count, frames = rng.choice((1, 2, 3)), rng.choice((0, 1, 1, 2, 5, 9, 12))
     scores = torch.randn(count, frames, labels + 1) * (0.2, 2.0, 8.0, 3.0, 2.0)[kind]
     if kind == 3:
         scores = scores.round()
     if frames > 1 and case % 2:
-        scores[:, 1::2] = scores[:, : frames // 2 * 2 : 2]  # two frames alike: repeats
+        scores[:, 1::2] = scores[:, : frames // 2 * 2 : 2]  # pairs of equal frames, which repeat symbols
     log_probs = scores.log_softmax(-1)
     if kind == 4:
         log_probs = log_probs.masked_fill(torch.rand_like(log_probs) < 0.3, -math.inf)
@@ -76,7 +76,7 @@ def test_the_cpu_face_equals_the_definition_on_500_cases(models):
 
 @pytest.mark.slow
 def test_the_triton_face_equals_the_definition(models):
-    """Scores are equal to rounding: exp and log are others'."""
+    """Shows that the Triton face equals the definition up to the rounding of its own exp and log."""
     triton_impl = pytest.importorskip("jasper_fast.kernels.prefix_beam.triton_impl")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rng = random.Random(5)
@@ -155,7 +155,8 @@ def test_a_score_is_what_the_docstring_says(models):
 
 
 def test_searches_find_more_probable_texts_than_greedy():
-    """A wide beam always; beam 1, which keeps the prefix that looks best at the time, far more often than not."""
+    """Shows that a wide beam never finds a less probable text than greedy, and that beam 1 does so far less often than
+    it finds a better one."""
     torch.manual_seed(3)
     vocabulary, lengths, everything = Vocabulary(" abc"), torch.full((40,), 6), 2000
     log_probs = torch.randn(40, 6, 5).log_softmax(-1)
@@ -199,7 +200,7 @@ def test_threads_dtypes_and_strides_change_nothing():
 @needs_cpu
 @pytest.mark.slow
 def test_prefixes_that_no_longer_matter_are_cleared_away():
-    """A search makes about 30,000 prefixes here; from 16,384 on it clears."""
+    """Shows that clearing old prefixes changes nothing. This search makes about 30,000 and clears from 16,384 on."""
     torch.manual_seed(6)
     log_probs, lengths = torch.randn(1, 500, 9).log_softmax(-1), torch.tensor([500])
     found = [beam_search(log_probs, lengths, Vocabulary("abcdefgh"), beam=64, n_best=64, backend=b) for b in FACES]
@@ -225,7 +226,7 @@ def test_bad_input_is_named(models):
     for broken in (math.nan, math.inf):
         spoilt = log_probs.clone()
         spoilt[1, 2, 0] = broken
-        assert len(beam_search(spoilt, lengths, v)) == 2  # beyond its length: nobody's business
+        assert len(beam_search(spoilt, lengths, v)) == 2  # beyond the utterance's length, so it does not matter
         spoilt[1, 1, 0] = broken
         with pytest.raises(NotFinite, match=r"items \[1\]"):
             beam_search(spoilt, lengths, v)

@@ -1,4 +1,4 @@
-"""What `python -m bench gpu` looks at before it measures, and what it says of what is missing."""
+"""What `python -m bench gpu` checks before it measures, and its messages about what is missing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A machine that has everything."""
+    """Pretends that the machine has everything."""
     gib = 2**30
     has = SimpleNamespace(cc="/usr/bin/gcc", disk=50 * gib, free=70 * gib, clocks={"sm_mhz": 1980}, cuda="13.0")
     (tmp_path / "Python.h").touch()

@@ -1,4 +1,4 @@
-"""`jasper-fast prepare librispeech` against a local server that serves small archives, and misbehaves."""
+"""`jasper-fast prepare librispeech` against a local server that serves small archives and misbehaves."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from jasper_fast.data.prepare import fetch, librispeech, unpack, writing
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch) -> None:
-    """No waiting between tries."""
+    """Removes the waiting between tries."""
     monkeypatch.setattr(fetch, "PAUSE", 0.0)
 
 
 def sums(folder: Path, archives: dict[str, bytes]) -> str:
-    """A file of MD5 sums; returns its path."""
+    """Writes a file of MD5 sums and returns its path."""
     path = folder / "md5sum.txt"
     path.write_text("".join(f"{corpora.md5(content)}  {name}\n" for name, content in archives.items()))
     return str(path)

@@ -124,7 +124,7 @@ def test_sources_that_cannot_be_read_are_one_line_errors(tmp_path: Path, capsys,
 
 
 def spoiled(folder: Path) -> tuple[Path, dict[str, set[str]]]:
-    """A manifest with every fault, and the faults by file."""
+    """Writes a manifest with every fault; returns its path and the faults by file."""
     rng = np.random.default_rng(0)
 
     def write(name: str, samples: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""`python -m bench profile`: every layer is named, forward and backward, in training and in the engine."""
+"""`python -m bench profile` names every layer, forward and backward, in training and in the engine."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_both_contenders_have_tables_of_all_layers(mode, tmp_path):
     if mode == "inference":
         repeats = [b.repeat for b in models.config("small").encoder.blocks]
         wanted = {f"encoder.layers.{i}": repeat for i, repeat in enumerate(repeats)} | {profile.HEAD: 1}
-        assert names(ours["records"], "layer") == wanted  # a range for each sub-block of the engine
+        assert names(ours["records"], "layer") == wanted  # a range per sub-block of the engine
         assert not names(ours["records"], "backward")
     else:
         assert set(names(ours["records"], "backward")) == ENCODER
@@ -52,8 +52,8 @@ def test_both_contenders_have_tables_of_all_layers(mode, tmp_path):
 
 
 def test_backward_s_nodes_belong_to_the_layer_that_made_them(tmp_path):
-    """Counted by hand for eager: mask, conv, norm, ReLU and dropout are one node each; the mask of the features has
-    none."""
+    """Shows that eager's backward nodes are assigned to their layers. By hand: mask, conv, norm, ReLU and dropout are
+    one node each, and the mask of the features has none."""
     config = models.config("small")
     model, (x, lengths) = EagerJasper(config).train(), models.features(config, 2, T, CPU, 0, ragged=True)
 
@@ -66,7 +66,7 @@ def test_backward_s_nodes_belong_to_the_layer_that_made_them(tmp_path):
     assert nodes.pop(profile.HEAD) == 1
     wanted = {"encoder.layers.0": 4, "encoder.layers.4": 5}
     for i, block in list(enumerate(config.encoder.blocks))[1:4]:
-        panes = i  # one a block output so far, each of mask, conv, norm, sum
+        panes = i  # one pane per earlier block output, each with mask, conv, norm and sum
         wanted[f"encoder.layers.{i}"] = 5 * block.repeat + 4 * panes
     assert nodes == wanted
 
@@ -87,7 +87,7 @@ def test_a_wrong_contender_has_no_profile(mode, tmp_path, monkeypatch):
         return right(cfg, {k: v * 1.5 if k == "decoder.layers.0.weight" else v for k, v in state.items()}, backend)
 
     monkeypatch.setattr(models, "fused", scaled)
-    if mode == "train":  # where the check puts the right weights back
+    if mode == "train":  # in training the check restores the right weights, so spoil its answer too
         monkeypatch.setattr(memory, "answer", wrong_if_ours(memory.answer))
     ours, eager = profile.main(make_run(tmp_path), "small", mode, 2, T)
     assert ours["status"] == "wrong" and "log_probs" in ours["why"] and ours["records"] == []
@@ -120,5 +120,5 @@ def test_an_engine_is_as_it_was_after_its_ranges(backend, monkeypatch):
     with torch.profiler.profile() as trace:
         after = engine(*inputs)[0]
     assert engine._run._plan is plan and not any(e.key.startswith(profile.LAYER) for e in trace.key_averages())
-    if backend != "triton":  # the launches of triton did nothing here
+    if backend != "triton":  # triton's launches did nothing here
         assert torch.equal(before, inside) and torch.equal(before, after)

@@ -1,4 +1,4 @@
-"""QuartzNet: separable blocks in the model, the engine, the exported graph and NeMo's archives, beside eager ones."""
+"""QuartzNet: separable blocks in the model, the engine, the exported graph and NeMo's archives, against eager."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jasper_fast.nn.loading import load_model
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FEATS, CLASSES = 8, 7
-# as QuartzNet 15x5: a prologue of stride 2, plain residuals, an epilogue with dilation, a pointwise conv
+# like QuartzNet 15x5: a prologue of stride 2, plain residuals, an epilogue with dilation, a pointwise conv
 BLOCKS = [
     block(16, k=9, s=2) | {"separable": True},
     block(16, 3, 7, residual=True, dropout=0.0) | {"separable": True},
@@ -41,7 +41,7 @@ def batch(masks: bool, device: torch.device | None = None):
     return torch.randn(3, FEATS, 41, device=device), lengths
 
 
-# for Triton's interpreter, which takes a millisecond for each tap of each program
+# small, because Triton's interpreter takes a millisecond for each tap of each program
 SMALL = [block(16, k=3, s=2) | {"separable": True}, block(16, 2, 3, residual=True) | {"separable": True}]
 
 
@@ -57,7 +57,7 @@ def test_quartznet_15x5_has_the_published_size() -> None:
     assert sum(p.numel() for p in model.parameters()) == 18_924_381
     shapes = {name: t.shape for name, t in model.state_dict().items()}
     assert shapes == {name: t.shape for name, t in eager.state_dict().items()}
-    # NeMo's places: depthwise, pointwise, batch norm, ReLU, dropout
+    # NeMo's order of modules: depthwise, pointwise, batch norm, ReLU, dropout
     assert shapes["encoder.layers.7.conv.5.weight"] == (512, 1, 51)
     assert shapes["encoder.layers.7.conv.6.weight"] == (512, 512, 1)
     assert shapes["encoder.layers.7.conv.7.running_mean"] == (512,)

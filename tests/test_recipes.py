@@ -1,4 +1,4 @@
-"""configs/RECIPES.md: its commands are understood, and the chain from archives to a word error rate works."""
+"""configs/RECIPES.md: its commands parse, and the chain from archives to a word error rate works."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def test_the_page_has_its_commands() -> None:
 
 
 def run_chain(folder: Path, sets: dict[str, dict], config: dict, **training) -> dict:
-    """Archives to manifests, a check, training and evaluation by the commands; gives the evaluation's figures."""
+    """Runs the commands from archives to manifests, a check, training and evaluation; returns the evaluation's
+    figures."""
     archives = {f"{name}.tar.gz": corpora.archive(name, spoken) for name, spoken in sets.items()}
     for name, content in archives.items():
         (folder / name).write_bytes(content)

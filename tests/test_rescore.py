@@ -1,4 +1,4 @@
-"""Rescoring of N-best lists by a function from texts to log-probabilities."""
+"""N-best lists are rescored by a function from texts to log-probabilities."""
 
 import math
 

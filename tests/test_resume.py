@@ -1,4 +1,4 @@
-"""A run that was killed or stopped continues with exactly the losses of an uninterrupted one. Real processes and
+"""A run that was killed or stopped continues with exactly the losses of an uninterrupted run. Uses real processes and
 signals."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jasper_fast.training.runs import read_log
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"steps": 12, "grad_accumulation": 2, "save_every": 3, "val_every": 4, "ema": 0.9}  # 2 steps an epoch
 
-# Each of these runs train.py in a process that kills itself, as SIGKILL does, at a chosen point.
+# Each patch makes a process of train.py kill itself, as SIGKILL does, at a chosen point.
 IN_A_STEP = """
 import jasper_fast.training.step as training
 real, calls = training.ctc_loss, 0
@@ -80,7 +80,7 @@ def finish(process: subprocess.Popen, expected: int) -> str:
 
 
 def curves(folder: Path) -> dict[str, list]:
-    """All figures of the log by step, without times."""
+    """Returns all figures of the log by kind, without times."""
     kept = {}
     for r in read_log(folder / "log.jsonl"):
         if r["kind"] != "start":
@@ -103,7 +103,7 @@ def untouched(paths, tmp_path_factory):
 
 @pytest.mark.slow
 def test_three_kills_change_nothing(paths, untouched, tmp_path):
-    """Kills in a step, while a checkpoint is written, and between the last byte of a checkpoint and its renaming."""
+    """Shows that kills within a step, while writing a checkpoint and just before renaming it change no figure."""
     fresh = train_arguments(paths, tmp_path, **SETTINGS)
     again = [*fresh, "--resume"]
     finish(start(fresh, IN_A_STEP), -signal.SIGKILL)
@@ -125,7 +125,8 @@ def test_three_kills_change_nothing(paths, untouched, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_saves_and_ends_well(paths, untouched, tmp_path):
-    """Sent to the whole group, as torchrun and SLURM do; processes that read audio must not matter."""
+    """Shows that SIGTERM to the whole process group, as torchrun and SLURM send it, saves the run, with loader
+    processes too."""
     in_step_5 = IN_A_STEP.replace("os.kill(os.getpid(), signal.SIGKILL)", "os.killpg(0, signal.SIGTERM)")
     arguments = train_arguments(paths, tmp_path, **SETTINGS, num_workers=2)
     errors = finish(start(arguments, in_step_5), 0)

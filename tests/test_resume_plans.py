@@ -35,7 +35,7 @@ class Utterances:
 
 
 class Plan:
-    """The batches of all ranks, and how many of them make a step."""
+    """The batches of all ranks, where `accumulation` batches make a step."""
 
     def __init__(self, data: Utterances, batch_size, max_seconds, bucketing, world, accumulation) -> None:
         how = {"shuffle": True, "seed": data.seed, "world_size": world}
@@ -51,7 +51,7 @@ class Plan:
         return self.splits[0].steps(epoch, self.accumulation)
 
     def taken(self, epoch: int, first: int, end: int) -> list[int]:
-        """Items of all ranks in those steps."""
+        """Returns the items of all ranks in the steps from `first` to `end`."""
         window = slice(first * self.accumulation, end * self.accumulation)
         return [i for split in self.splits for batch in split.sampler.batches(epoch)[window] for i in batch]
 
@@ -60,7 +60,7 @@ class Plan:
         return made | {"data": self.splits[0].print_of_data()}
 
     def go_on(self, state, saved: dict) -> list[str]:
-        """The message of each rank when it loads a checkpoint; afterwards all ranks have the same position."""
+        """Loads a checkpoint on every rank; returns each rank's message and sets the state's new position."""
         before, said = (state.epoch, state.position, state.taken), []
         for split in self.splits:
             state.epoch, state.position, state.taken = before
@@ -79,8 +79,8 @@ def drawn(rng: np.random.Generator, data: Utterances) -> Plan:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_each_utterance_of_an_epoch_is_heard_under_changing_batches(seed):
-    """Stopped twice at a random step and resumed with other batches: every utterance is used, none twice after a
-    resume."""
+    """Shows that after two stops at random steps, each with other batches next, every utterance is used exactly
+    once."""
     rng, data, epoch = np.random.default_rng(seed), Utterances(), int(seed % 3)
     state, heard, plan = standing(epoch, 0), [], drawn(rng, data)
     for _ in range(2):
@@ -91,7 +91,7 @@ def test_each_utterance_of_an_epoch_is_heard_under_changing_batches(seed):
         new = drawn(rng, data)
         said = new.go_on(state, plan.saved())
         plan = new
-        if state.epoch > epoch:  # every utterance was used
+        if state.epoch > epoch:  # every utterance was already used
             break
         assert len(set(said)) == 1 and (state.position == 0 or not said[0])
     else:
@@ -127,7 +127,7 @@ def paths(tmp_path_factory):
 
 @pytest.fixture
 def run(capsys):
-    """Runs train.py in this process; returns what it says."""
+    """Returns a function that runs train.py in this process and returns what it prints to stderr."""
 
     def of(*arguments, **more):
         stop = StopRequest()
@@ -143,7 +143,7 @@ def run(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [{"batch_size": 8}, {"grad_accumulation": 3}, {"batch_seconds": 9}], ids=str)
 def test_a_run_goes_on_with_fewer_steps_an_epoch(change, paths, run, tmp_path):
-    """Stopped at step 7 of 8 of its epoch and resumed with fewer steps per epoch; this once looped for ever."""
+    """Shows that a run stopped at step 7 of 8 continues with fewer steps per epoch; it once looped for ever."""
     run(paths, tmp_path, batch_size=2, steps=7)
     said = run(
         paths,
@@ -156,12 +156,13 @@ def test_a_run_goes_on_with_fewer_steps_an_epoch(change, paths, run, tmp_path):
     assert "done: step 10" in said
     steps = [r for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "train"]
     assert [r["step"] for r in steps] == list(range(1, 11))
-    assert next(r["epoch"] for r in steps if r["step"] == 8) == 1.0  # the rest of the epoch, in one step
+    assert next(r["epoch"] for r in steps if r["step"] == 8) == 1.0  # one step finishes the epoch
 
 
 @pytest.mark.slow
 def test_epochs_are_counted_whatever_their_steps(paths, run, tmp_path):
-    """Seven of eight steps, then the rest of that epoch in one, then two epochs of two steps each."""
+    """Shows how epochs count: seven of eight steps, one step to finish that epoch, then two epochs of two steps
+    each."""
     run(paths, tmp_path, batch_size=2, steps=7)
     assert "done: step 12" in run(paths, tmp_path, batch_size=8, epochs=3, resume=True)
 

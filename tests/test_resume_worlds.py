@@ -1,5 +1,5 @@
-"""One run through many changes of its settings and its number of processes, each part stopped by a signal to one of
-them at a random step: every part obeys within the step, and the epochs hear what the plans say."""
+"""One run goes through many changes of its settings and its number of processes. A signal to one process at a random
+step ends each part. Every rank must stop at that step, and the epochs must use the planned utterances."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def manifests(tmp_path_factory):
-    """The corpus, and its manifests of all utterances and of some, with the names in each."""
+    """Returns the corpus's paths, and the names in its manifest of all utterances and in one of some."""
     paths = write_corpus(tmp_path_factory.mktemp("beeps"))
     lines = paths["train"].read_text().splitlines(keepends=True)
     some = paths["train"].with_name("some.jsonl")
@@ -38,7 +38,7 @@ def manifests(tmp_path_factory):
 
 
 def drawn(rng: np.random.Generator, manifests: list[Path]) -> dict:
-    """Settings of one part."""
+    """Draws the settings of one part."""
     sizes = [{"batch_size": int(rng.integers(1, 6))}, {"batch_size": None, "batch_seconds": float(rng.integers(1, 5))}]
     return {
         "train_manifests": manifests[int(rng.random() < 0.25)],
@@ -54,7 +54,7 @@ def drawn(rng: np.random.Generator, manifests: list[Path]) -> dict:
 def test_a_run_goes_on_under_changing_settings(seed, manifests, tmp_path):
     (paths, names), rng = manifests, np.random.default_rng(seed)
     run, step, epoch = tmp_path / "run", 0, 0
-    heard: dict[int, list[set[str]]] = defaultdict(list)  # by epoch, of each part that had a share in it
+    heard: dict[int, list[set[str]]] = defaultdict(list)  # by epoch, a set of names for each part of the run
     before, of_epoch = None, {}
     for part in range(CHANGES + 1):
         plan = drawn(rng, list(names))

@@ -1,4 +1,4 @@
-"""The size of a step: accumulation for a global batch, the scan of the largest batches, restarts by torchrun."""
+"""The size of a step: accumulation to a global batch, the scan of the largest batches, restarts by torchrun."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_restart_by_torchrun_resumes(paths, tmp_path, monkeypatch) -> None:
 
 
 def learnt(folder: str, share: slice, world: int, synced: bool) -> dict[str, torch.Tensor]:
-    """The parameters after 20 steps on this share of each batch, dropout and dither off."""
+    """Returns the parameters after 20 steps on this share of each batch, without dropout and dither."""
     config = yaml.safe_load((Path(folder) / "tiny.yaml").read_text())
     for block in config["jasper"]["encoder"]["blocks"]:
         block["dropout"] = 0.0
@@ -127,7 +127,7 @@ def learnt(folder: str, share: slice, world: int, synced: bool) -> dict[str, tor
     torch.manual_seed(3)
     core = Jasper(config, backend="reference").train()
     model = torch.nn.parallel.DistributedDataParallel(core) if world > 1 else core
-    if synced:  # after the wrapping, which takes no such layers on a CPU; the parameters stay the same
+    if synced:  # converted after wrapping, because DDP takes no SyncBatchNorm on a CPU; the parameters stay the same
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(core)
     frontend = Frontend(LogMelFeatures(n_mels=32, dither=0.0))
     optimizer = NovoGrad(core.parameters(), lr=0.005, betas=(0.95, 0.0))
@@ -155,7 +155,7 @@ def test_two_processes_with_synchronised_batch_norm_reach_the_parameters_of_one(
     both = test_sync.spawn(of_rank, tmp_path, str(tmp_path), True)
     for name, wanted in one.items():
         assert torch.equal(both[0][name], both[1][name])
-        # with statistics of each process's own the largest distance is 0.26
+        # with separate statistics per process the largest distance is 0.26
         assert (both[0][name] - wanted).norm() <= 1e-4 * wanted.norm() + 1e-6, name
 
 
@@ -179,7 +179,7 @@ def test_a_killed_process_is_restarted_and_the_losses_are_those_of_an_undisturbe
     for name, program in (("undisturbed", ROOT / "train.py"), ("killed", script)):
         arguments = train_arguments(paths, tmp_path / name, steps=6, save_every=2, batch_size=2, val_manifests=None)
         launch = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-        # Without the second, torchrun gives a restarted group the addresses of the one before (pytorch#135712).
+        # Without the second variable torchrun gives a restarted group the old addresses (pytorch#135712).
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         environment["PYTHONPATH"] = str(ROOT)
         command = [sys.executable, "-m", "torch.distributed.run", *launch, str(program), *arguments]

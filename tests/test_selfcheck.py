@@ -1,5 +1,5 @@
-"""One check of the self-check: right kernels pass, wrong ones are found, faults of the machine do not count against
-them."""
+"""One check of the self-check: right kernels pass, wrong ones are found, and a fault of the machine blames no
+kernel."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def face(request) -> str:
 
 
 def here(face: str) -> torch.device:
-    """Where `face` runs on this machine."""
+    """Returns the device on which `face` runs here."""
     return make_face(face).device
 
 
@@ -73,7 +73,7 @@ def test_a_right_conv_passes_in_every_form(function, variant):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Flags of the conv kernels that are launched, with tensor descriptors as on sm_90."""
+    """Records the flags of launched conv kernels, with tensor descriptors as on sm_90."""
     impl, run, seen = backends.face("conv1d", make_face("triton").name), launch.run, []
 
     def watching(kernel, grid, like, *args, **meta):
@@ -89,7 +89,7 @@ def launched(monkeypatch):
 @pytest.mark.parametrize("function", ["forward", "forward_stats", "wgrad"])
 @pytest.mark.parametrize("variant", ["", checks.UNCLEAN])
 def test_convs_are_checked_as_they_are_dispatched(function, variant, launched):
-    """With and without the promise that padding is zero, which selects other code on sm_90."""
+    """Shows that convs are checked with and without the promise of zero padding, which selects other code on sm_90."""
     check = Check("conv1d", "triton", function, "default", Conv(2, 21, 64, 64, 3), "bfloat16", variant)
     assert perform.perform(check, here("triton"))["status"] == "ok"
     assert launched and all(f["HAS_DESCRIPTORS"] and f["IS_CLEAN"] is (variant == "") for f in launched)
@@ -144,7 +144,7 @@ def not_a_number(out, *_):
 
 
 class Stale:
-    """Returns the first answer for all inputs."""
+    """Returns the answer for the first inputs in every call."""
 
     def __init__(self):
         self.first = None
@@ -155,7 +155,7 @@ class Stale:
 
 
 class OneBuffer(Stale):
-    """Right answers in one buffer, which the next call overwrites."""
+    """Returns right answers in one buffer, which the next call overwrites."""
 
     def __call__(self, out, *_):
         if self.first is None:
@@ -164,7 +164,7 @@ class OneBuffer(Stale):
 
 
 class Drifting:
-    """Changes the last bit in every call."""
+    """Returns an answer that is a little larger in every call."""
 
     def __init__(self):
         self.calls = 0
@@ -175,14 +175,14 @@ class Drifting:
 
 
 class LateRace:
-    """Right except in the third call with the same inputs."""
+    """Returns a wrong answer in the third call with the same inputs."""
 
     def __init__(self):
         self.calls = 0
 
     def __call__(self, out, *_):
         self.calls += 1
-        return torch.nextafter(out, out + 1) if self.calls == 4 else out  # the second was with other inputs
+        return torch.nextafter(out, out + 1) if self.calls == 4 else out  # the second call had other inputs
 
 
 @pytest.mark.parametrize(("variant", "status"), [("", "ok"), (checks.WAVE, "wrong")])
@@ -274,8 +274,8 @@ def test_a_wrong_kernel_is_caught(op, function, name, fault, monkeypatch):
 @pytest.mark.parametrize("function", ["forward", "dgrad", "wgrad"])
 @pytest.mark.parametrize(("bits", "tf32", "status"), [(10, True, "ok"), (10, False, "wrong"), (7, True, "wrong")])
 def test_fp32_is_held_to_tf32_where_convs_round_to_it(function, bits, tf32, status, monkeypatch):
-    """Operands are truncated to `bits`, as in tensor cores (TF32 has 10 bits), while PyTorch's convs are exact, as
-    cuDNN's may be. With 10 bits this is right if TF32 is allowed."""
+    """Shows that operands truncated to TF32's 10 bits pass only if TF32 is allowed, and that 7 bits never pass.
+    PyTorch's convs are exact here, as cuDNN's may be."""
     impl, floor = backends.face("conv1d", make_face("cpu").name), perform._floor
     right = getattr(impl, function)
 
@@ -303,7 +303,8 @@ def test_an_exact_check_asks_for_exact_products_and_leaves_the_setting_as_it_was
 
 
 def test_a_buffer_that_is_shared_by_calls_is_no_fault_of_its_results(monkeypatch):
-    """Results are compared before the next call. Whether they may be kept longer is tested with the ops."""
+    """Shows that results in a shared buffer pass, because they are compared before the next call. The ops' tests check
+    whether results may be kept."""
     face = make_face("cpu").name
     impl, spoil = backends.face("conv1d", face), OneBuffer()
     right = impl.forward

@@ -1,4 +1,4 @@
-"""The plan of the self-check: every kernel and configuration that dispatch can choose, once."""
+"""The plan of the self-check has every kernel and configuration that dispatch can choose, once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def face(request) -> str:
 
 
 def here(face: str) -> torch.device:
-    """Where `face` runs on this machine."""
+    """Returns the device on which `face` runs here."""
     return make_face(face).device
 
 
@@ -47,7 +47,7 @@ def test_the_plan_holds_every_function_of_every_face_once(face):
         others = {"pack", "pack_once", "packed_shape", "packed_size", "takes_tf32", "has_bf16", "into"}
         assert names - others <= {f for _, f in functions}
     quick = checks.plan(device, faces=(face,), quick=True)
-    if face == "triton":  # a quick check is in bf16, of which there is no step and no loss
+    if face == "triton":  # a quick check is in bf16, in which there is no optimiser step and no loss
         functions -= {("novograd", "step"), ("ctc", "loss")}
     assert {(c.op, c.function) for c in quick} == functions and len(quick) < len(plan) / 2
 
@@ -73,7 +73,7 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    """An sm_90 with both libraries, without a table."""
+    """Pretends that there is an sm_90 with both libraries and without a table."""
     monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Imaginary 9000")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -84,14 +84,14 @@ def gpu(monkeypatch, tmp_path):
 def test_every_check_is_made_in_the_dtype_that_is_asked_for(gpu, quick):
     plans = {dtype: checks.plan(GPU, quick=quick, dtypes=(dtype,)) for dtype in checks.DTYPES}
     assert all({check.dtype for check in plan} == {dtype} for dtype, plan in plans.items())
-    # the others are never rounded; the optimiser's step and the loss are of fp32
+    # checks with EXACT are never rounded to TF32, and the optimiser's step and the loss exist in fp32 only
     exact = {check.id for check in plans["float32"] if checks.EXACT in check.variant or check.op in ("novograd", "ctc")}
     same = [
         {check.id.replace(f"| {dtype} |", "|") for check in plan if check.id not in exact}
         for dtype, plan in plans.items()
     ]
     sixteen = {check for check in same[1] if not check.startswith(("conv1d | cuda |", "conv1d.fused | cuda |"))}
-    assert exact and same[1] == same[2] and same[0] == sixteen  # the CUDA convs take 16 bits
+    assert exact and same[1] == same[2] and same[0] == sixteen  # the CUDA convs exist in 16 bits only
     convs = {(op, face) for op in ("conv1d", "conv1d.fused") for face in ("triton", "cuda")}
     norms = {("bn_relu_dropout", "triton"), ("bn_relu_dropout", "cuda")}
     assert {(c.op, c.face) for c in plans["float16"]} == convs | norms | {("panes", "aten"), ("depthwise", "triton")}
@@ -101,8 +101,7 @@ def test_every_check_is_made_in_the_dtype_that_is_asked_for(gpu, quick):
 
 
 def test_a_face_is_checked_in_the_dtypes_that_it_has():
-    """The C++ kernels in all three, as dispatch takes them, but for the panes' and the step's, which are fp32's; a
-    quick check in one."""
+    """Shows that the CPU face is checked in all three dtypes, panes and the optimiser's step in fp32 only."""
     make_face("cpu")
     plan = checks.plan(CPU, faces=("cpu",))
     in_each = {dtype: {check.op for check in plan if check.dtype == dtype} for dtype in checks.DTYPES}
