@@ -156,7 +156,7 @@ def test_compilers_are_recorded(monkeypatch):
     assert found["nvcc"] == "13.0.88" and found["c++"] == "g++ 14.2"
 
 
-# ------------------------------------------------------------------ what few samples can claim
+# ------------------------------------------------------------------ intervals of few samples
 
 
 @pytest.mark.parametrize(("n", "claimed"), [(1, 0.0), (3, 0.75), (5, 0.9375), (6, 0.95), (100, 0.95)])

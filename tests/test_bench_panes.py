@@ -148,7 +148,7 @@ def test_a_retained_graph_is_of_the_inputs_as_they_are(form):
         torch.testing.assert_close(mean, i.ntc[k].detach().mean((0, 2)))
 
 
-# ------------------------------------------------------------------ what is asked for
+# ------------------------------------------------------------------ which cases run
 
 
 @pytest.fixture

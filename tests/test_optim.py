@@ -359,7 +359,7 @@ def test_a_gradient_in_another_memory_order_is_taken_right():
     torch.testing.assert_close(p.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-# ---- one step for all: what train_step calls ----
+# ---- `update`, which train_step calls ----
 
 
 @pytest.mark.parametrize("fp16", [False, True])

@@ -115,7 +115,7 @@ def test_a_restart_by_torchrun_resumes(paths, tmp_path, monkeypatch) -> None:
     run(arguments, monkeypatch)
 
 
-# ------------------------------------------------------------------ two processes and one
+# ------------------------------------------------------------------ two processes give the results of one
 
 
 def learnt(folder: str, share: slice, world: int, synced: bool) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The process of the self-check: kernels that kill it or hang are named; the command prints and saves the results."""
+"""The process of the self-check: a kernel that kills it or hangs is named; the command prints and saves the results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from jasper_fast.selfcheck import checks, child, perform
 
 
 def run_child(code: str, *, seconds: float = 60.0, ops=("conv1d", "bn_relu_dropout"), **more) -> list[dict]:
-    """The rows of a supervised process that runs `code` before the self-check, on the CPU face."""
+    """Runs the self-check of the CPU face in a supervised process that first executes `code`; returns its rows."""
     make_face("cpu")
     full = f"{MODULES}\n{code}\nchild.child()"
     argv = [sys.executable, "-c", full]
@@ -82,7 +82,8 @@ def test_a_kernel_that_never_ends_is_named():
 
 @pytest.mark.slow
 def test_a_kernel_that_ruins_the_context_is_named():
-    """On a GPU the synchronisation after the kernel raises the error, and so does everything that follows."""
+    """Shows that a kernel which ruins a CUDA context is named. On a GPU the synchronisation after it raises, and so
+    does everything after that."""
     code = """
 device_of = torch.device
 torch.device = lambda name: device_of(name) if name != "cpu" else Pretended()
@@ -112,7 +113,7 @@ torch.cuda.synchronize = synchronize
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["KILL", "TERM"])
 def test_who_ends_the_process_from_outside_is_no_kernel(how):
-    """For instance because the host's memory ran out."""
+    """Shows that a signal from outside, say because the host's memory ran out, blames no kernel."""
     rows = run_child(BREAK.format(function="forward", where="True", what=f"os.kill(os.getpid(), signal.SIG{how})"))
     found = {v.op: v for v in verdict.judge(rows, quick=True)}
     assert found["conv1d"].status == UNCHECKED and f"SIG{how} (from outside" in found["conv1d"].failure
@@ -120,7 +121,7 @@ def test_who_ends_the_process_from_outside_is_no_kernel(how):
 
 
 class OutOfTime(BaseException):
-    """Like the exception of the benchmark."""
+    """A stand-in for the exception by which bench cuts off a part."""
 
 
 @pytest.mark.slow
@@ -129,7 +130,7 @@ def test_a_check_that_is_cut_off_ends_at_once_and_leaves_what_was_found(monkeypa
         raise OutOfTime
 
     def on_row(row, total):
-        if row["function"] == "dgrad" and "256" in row["shape"]:  # the next one sleeps
+        if row["function"] == "dgrad" and "256" in row["shape"]:  # the next check sleeps
             signal.setitimer(signal.ITIMER_REAL, 1.0)
 
     ended = spy_on_ends(monkeypatch)
@@ -157,7 +158,7 @@ def read_or_nothing(path: Path) -> str:
 
 
 def test_a_check_that_is_cut_off_in_the_first_second_ends_at_once(monkeypatch):
-    """The process is still importing; the watcher must not wait for it to end."""
+    """Shows that a process which is still importing is killed at once when its check is cut off."""
     ended = spy_on_ends(monkeypatch)
 
     def lines(*_):
@@ -171,7 +172,7 @@ def test_a_check_that_is_cut_off_in_the_first_second_ends_at_once(monkeypatch):
 
 
 def spy_on_ends(monkeypatch) -> list[tuple[float, int | None]]:
-    """Of every process that is ended: the seconds that its own end is waited for, and how it ended."""
+    """Records how each child process ends: the seconds of patience that it got, and its exit status."""
     ended, end = [], children._end
 
     def spied(process, before, after):
@@ -237,7 +238,7 @@ def test_a_process_that_does_not_start_is_no_verdict_on_a_kernel():
 
 @pytest.mark.slow
 def test_a_device_that_is_lost_on_the_way_leaves_what_was_not_checked_open(tmp_path):
-    """The process dies in a kernel, and the next one does not start."""
+    """Shows that the kernel is blamed in which the process died, although the next process cannot start."""
     flag = tmp_path / "started"
     code = f"""
 if os.path.exists({str(flag)!r}):

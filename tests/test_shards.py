@@ -28,7 +28,7 @@ from jasper_fast.speech.text import Vocabulary
 
 
 def corpus(folder: Path, count: int = 12) -> Path:
-    """A manifest of files in several folders, of which two have one name, and one is used in part."""
+    """Writes a manifest of files in several folders. Some files share a name, and one is also used in part."""
     lines = []
     for i in range(count):
         file = folder / f"s{i % 3}" / f"a.{i // 6}.{i // 3}.flac"
@@ -94,7 +94,7 @@ def test_shards_are_read_through_a_url(tmp_path: Path) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path):
-    """What tmp_path/shards holds, in an object store (fsspec's in memory), with the ranges that are asked of it."""
+    """Copies tmp_path/shards to an object store (fsspec's in memory); yields the sizes of the requests made to it."""
     fsspec = pytest.importorskip("fsspec")
     corpus(tmp_path)
     pack(tmp_path, "shards", "--url", "memory://bucket/shards")
@@ -118,7 +118,7 @@ def test_an_object_store_gives_what_the_files_give(tmp_path: Path, store: list[i
     local = {u.text: u for u in read_manifest(tmp_path / "shards" / "tarred_audio_manifest.json")}
     plain = {u.text: u for u in read_manifest(tmp_path / "m.jsonl")}
     assert {u.text for u in remote} == set(plain) and all(u.packed.tar.startswith(URL) for u in remote)
-    assert remote[0].packed == local[remote[0].text].packed  # --url stands in the manifest
+    assert remote[0].packed == local[remote[0].text].packed  # the manifest contains --url
     made = []
     for utterances in ([plain[u.text] for u in remote], remote):
         data = SpeechDataset(utterances, Vocabulary(), AudioSettings(min_duration=0.0, perturb=Perturb(speed=SPEED)))
@@ -143,7 +143,7 @@ def test_what_an_object_store_does_not_give_is_named(tmp_path: Path, store: list
 
 
 def strip(path: Path, out: Path, *more: str) -> list[dict]:
-    """A manifest as NeMo writes it: no places."""
+    """Writes a manifest without places in tars, as NeMo's are, and returns its entries."""
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     for entry in entries:
         for key in ("tar", "tar_start", "tar_size", *more):
@@ -153,7 +153,8 @@ def strip(path: Path, out: Path, *more: str) -> list[dict]:
 
 
 def test_shards_of_nemo_in_a_store_by_their_pattern(tmp_path: Path, store: list[int]) -> None:
-    """A manifest for each shard, tars of other names, members named by their stems and parts of them."""
+    """Shows that NeMo's shards are found by patterns: a manifest per shard, tars of other names, and members that are
+    named by their stem or used in part."""
     import fsspec
 
     files, local = fsspec.filesystem("memory"), read_manifest(tmp_path / "shards" / "tarred_audio_manifest.json")
@@ -173,7 +174,7 @@ def test_shards_of_nemo_in_a_store_by_their_pattern(tmp_path: Path, store: list[
 
 
 def test_places_in_shards_of_nemo_are_found_once(tmp_path: Path) -> None:
-    """`prepare manifest` writes them, and `check --clean` keeps them, in whatever folder."""
+    """Shows that `prepare manifest` records the places in NeMo's tars and that `check --clean` keeps them."""
     corpus(tmp_path)
     path = pack(tmp_path)
     strip(path, path.with_name("nemo.json"))

@@ -1,5 +1,5 @@
-"""Word n-grams in the search over symbols, open and closed, and hot words: the C++ face beside the definition, scores
-beside KenLM's, and what cannot be searched."""
+"""Word n-grams and hot words in the search over symbols. The C++ face equals the definition, scores equal KenLM's, and
+what cannot be searched gets a one-line error."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def symbols(tmp_path_factory):
 
 
 def hear(text: str, sharp: float = 4.0, seed: int = 0) -> torch.Tensor:
-    """Log-probs (1, T, V) in which a text can be heard, among noise."""
+    """Returns noisy log-probs (1, T, V) whose best path is this text."""
     ids = [i for c in V.encode(text) for i in (c, V.blank)]
     log_probs = torch.randn(1, len(ids), V.n_classes, generator=torch.Generator().manual_seed(seed))
     log_probs[0, torch.arange(len(ids)), torch.tensor(ids)] += sharp
@@ -104,12 +104,13 @@ def test_a_closed_search_finds_what_flashlight_finds(arpa):
         heard = hear(text, 5.0, seed)
         ours, theirs = best(heard, lm=lm, alpha=1.5, beta=0.3, beam=256)[0], search(heard[0].numpy())[0]
         assert ours.text.split() == theirs.text.split()
-        assert ours.score == pytest.approx(theirs.score, abs=0.7)  # they count doubled spaces as the same text
+        # flashlight scores texts with doubled spaces as the same text
+        assert ours.score == pytest.approx(theirs.score, abs=0.7)
 
 
 @pytest.mark.parametrize("kind", ["none", "symbols", "words", "open"])
 def test_a_boost_turns_a_near_tie(kind, arpa, symbols):
-    """Between "bad" and "dad": what is heard is "bad", by little."""
+    """Shows that a boost for "dad" decides between "bad" and "dad", where "bad" is only a little likelier."""
     heard = hear("bad", 9.0)
     heard[0, 0, V.encode("d")[0]] = heard[0, 0, V.encode("b")[0]] - 0.3
     heard = heard.log_softmax(-1)

@@ -1,4 +1,4 @@
-"""n-grams of symbols from ARPA files: their numbers, beside KenLM's, and what is wrong with broken files."""
+"""n-grams of symbols from ARPA files: numbers equal KenLM's, and broken files are named."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""SyncBatchNorm over two gloo processes on the CPU, with different batches, against one process with the whole
-batch."""
+"""SyncBatchNorm over two gloo processes with different batches equals one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -22,12 +21,12 @@ from jasper_fast import Jasper, ops
 from jasper_fast.nn.eager import EagerJasper
 from jasper_fast.ops import sync
 
-SPLIT = (3, 2)  # utterances of each rank
+SPLIT = (3, 2)  # utterances per rank
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch was built without gloo")
 
 
 def spawn(task, folder: Path, *args) -> list:
-    """What `task(rank, *args)` returns on each of two ranks."""
+    """Runs `task(rank, *args)` on each of two ranks and returns their results."""
     mp.spawn(_rank, (task, str(folder), args), nprocs=len(SPLIT))
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(len(SPLIT))]
 
@@ -45,16 +44,16 @@ def _rank(rank: int, task, folder: str, args: tuple) -> None:
 
 
 def whole_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Features, lengths and the gradient of the log-probabilities of all ranks' utterances."""
+    """Returns the features and lengths of all ranks' utterances, and the gradient of their log-probabilities."""
     torch.manual_seed(9)
     n, t = sum(SPLIT), 61
     return torch.randn(n, 8, t), torch.tensor([61, 40, 13, 50, 0]), torch.randn(n, 31, 7)
 
 
 def step(model: nn.Module, features, lengths, up, run: Callable | None = None) -> dict[str, torch.Tensor]:
-    """Log-probabilities of valid rows, parameters' gradients and running statistics of one training step.
+    """Runs one training step; returns the log-probabilities of valid rows, all gradients and the running statistics.
 
-    `run`: the compiled `model`, to run it instead.
+    If `run` is given, it is called in place of `model`, as its compiled form.
     """
     model.train()
     log_probs, out = (model if run is None else run)(features, lengths)
@@ -84,7 +83,7 @@ def model_step(rank: int, backend: str, form: str, state: dict) -> dict[str, tor
     [("reference", "gram"), ("reference", "plain"), ("cpu", "gram"), ("cpu", "plain"), ("triton", "gram")],
 )
 def test_two_ranks_equal_one_process(tmp_path, backend, form):
-    """A converted model on 3 and 2 utterances: the eager model's step on all 5, its gradients summed over the ranks."""
+    """Shows that ranks with 3 and 2 utterances together give the step of one eager model on all 5."""
     interpreted() if backend == "triton" else make_face(backend)
     eager, _ = pair(config("dense"), "reference")
     state = copy.deepcopy(eager.state_dict())
@@ -106,7 +105,8 @@ def test_two_ranks_equal_one_process(tmp_path, backend, form):
 
 
 def compiled_step(rank: int, backend: str, form: str, state: dict) -> tuple[int, dict, list[dict[str, torch.Tensor]]]:
-    """(graphs, reasons of graph breaks, [step compiled, step as it is]); compiled first, as nothing ran before it."""
+    """Returns (graphs, graph breaks, [compiled step, plain step]) of this rank. The compiled step runs first, while no
+    other graph exists."""
     counter, steps = CompileCounterWithBackend("aot_eager"), []
     for compiled in (True, False):
         model = synced(backend, form, state, dropout=0.2)
@@ -119,7 +119,8 @@ def compiled_step(rank: int, backend: str, form: str, state: dict) -> tuple[int,
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "form"), [("reference", "gram"), ("cpu", "plain")])
 def test_two_compiled_ranks_equal_themselves_uncompiled(tmp_path, backend, form):
-    """Each rank has one graph, although batches differ; the compiler does not look into the collectives."""
+    """Shows that each rank compiles one graph although the batches differ, and that it gives the plain step's
+    numbers."""
     make_face(backend)
     _, ours = pair(config("dense"), "reference")
     ranks = spawn(compiled_step, tmp_path, backend, form, ours.state_dict())
@@ -134,7 +135,7 @@ def test_two_compiled_ranks_equal_themselves_uncompiled(tmp_path, backend, form)
 
 
 def test_a_converted_model_alone_is_the_model_itself():
-    """Without torch.distributed, in training and evaluation; the same state dict."""
+    """Shows that without torch.distributed a converted model gives the same results and has the same state dict."""
     _, ours = pair(config("dense"), "reference")
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(ours))
     assert any(isinstance(m, nn.SyncBatchNorm) for m in converted.modules())
@@ -153,7 +154,7 @@ def test_only_a_converted_norm_has_a_group():
     assert sync.name(None) == ""
 
 
-# ---- the ops, with unlike T, in fp64 ----
+# ---- the ops, with different T, in fp64 ----
 
 FRAMES = (7, 12)
 
@@ -180,7 +181,8 @@ PARTS = ("y", "residual", "x0", "x1")  # these are split over the ranks
 
 
 def op_step(rank: int | None, form: str) -> dict[str, torch.Tensor]:
-    """A sub-block's end with two panes and its conv: on the rank's frames over both ranks, or (None) on all frames."""
+    """Runs two panes, the end of a sub-block and its conv, on this rank's frames, or on all frames if `rank` is
+    None."""
     v, group = op_inputs(), None if rank is None else dist.group.WORLD
     up = v.pop("up")
     if rank is not None:
@@ -195,7 +197,7 @@ def op_step(rank: int | None, form: str) -> dict[str, torch.Tensor]:
     running = torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
     end = {"residual": panes[0] + v["residual"], "backend": "reference", "group": group}
     z = ops.bn_relu_dropout(v["y"], v["gamma"], v["beta"], *running, **end)
-    # a conv of one tap, so that splitting frames splits its output
+    # a conv with one tap, so that splitting the frames splits its output
     one = torch.eye(5, dtype=torch.float64)[:, :, None]
     out = ops.sub_block(z, v["gamma"], v["beta"], None, None, one, backend="reference", group=group)
     gradients = dict(zip(v, torch.autograd.grad(out, list(v.values()), up), strict=True))
@@ -205,7 +207,7 @@ def op_step(rank: int | None, form: str) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["gram", "plain"])
 def test_ranks_with_unlike_frames(tmp_path, form):
-    """Every op that takes statistics: two ranks with 7 and 12 frames give what one process gives for all 19."""
+    """Shows that two ranks with 7 and 12 frames give in every op the results of one process with all 19."""
     want = op_step(None, form)
     ranks = spawn(op_step, tmp_path, form)
     for name, value in want.items():

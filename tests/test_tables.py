@@ -1,4 +1,4 @@
-"""Tables of measured choices: look-ups, the checks of a file, and that a new length needs no new compilation."""
+"""Tables of measured choices: look-ups, checks of the file, and that a new length compiles nothing new."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def library(**changes) -> tables.Row:
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """Writes a table of these rows where look-ups for an imaginary GPU find it."""
+    """Returns a function that writes these rows as the table of an imaginary GPU."""
     monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path))
     monkeypatch.setattr(tables, "_gpu_name", lambda index: GPU)
     tables._index.cache_clear()
@@ -254,7 +254,7 @@ def test_tables_are_packed(monkeypatch):
     assert "tables/*.json" in seen["package_data"]["jasper_fast.kernels"]
 
 
-# Prints, launch by launch, what Triton compiles the kernel for. The launches are those of the faces, and none happens.
+# Prints, for each launch of the faces' functions, what Triton compiles for it. No kernel runs.
 KEYS = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -318,7 +318,7 @@ with launch.recorded(take, arch):
 
 
 def launch_keys(call: str, shapes: list, batches: list, descriptors: bool) -> list[tuple[str, tuple, dict]]:
-    """(kernel, conv shape, what its launch is compiled for) of every launch."""
+    """Returns (kernel, conv shape, what it compiles) for every launch."""
     pytest.importorskip("triton")
     root = Path(__file__).resolve().parents[1]
     kinds = json.dumps({"batches": batches, "shapes": shapes, "calls": [call], "descriptors": descriptors})
@@ -327,8 +327,8 @@ def launch_keys(call: str, shapes: list, batches: list, descriptors: bool) -> li
     return [(name, tuple(shape), values) for name, shape, values in map(json.loads, done.stdout.splitlines())]
 
 
-# (call, descriptors, variants): one kernel may have this many variants for one conv shape, which are its flags here
-# times the two default tiles for T up to 40
+# (call, descriptors, most variants of a kernel per conv shape): the flags used here times the two default tiles for T
+# up to 40
 CALLS = {"conv": ("conv", False, 4), "conv, descriptors": ("conv", True, 4), "bn": ("bn", False, 1),
          "fused": ("fused", False, 8), "fused, descriptors": ("fused", True, 8)}  # fmt: skip
 
@@ -342,7 +342,7 @@ def test_launches_do_not_compile_anew_for_every_length_and_batch(call, descripto
     assert len(found) >= 5 * len(batches)
     by_launch: dict[tuple, set[str]] = {}
     for name, shape, values in found:
-        # what a launch may be compiled for beside its types: flags, alignment, tile and compiler settings
+        # what may vary besides the types: flags, alignment, tile and compiler settings
         chosen = {k: v for k, v in values.items() if "constexpr" in v or k.startswith("num_")}
         key = (name, shape, *sorted(chosen.items()))
         by_launch.setdefault(key, set()).add(json.dumps(values, sort_keys=True))

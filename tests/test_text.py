@@ -1,4 +1,4 @@
-"""Vocabularies, normalisation, error rates."""
+"""Vocabularies, text normalisation and error rates."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The pieces of the training loop, and train.py itself on a corpus of beeps."""
+"""The parts of the training loop, and train.py itself on a corpus of beeps."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Tiny models gain nothing from threads, and become slow if other tests use the cores."""
+    """Uses one thread, because tiny models gain nothing from more and suffer when other tests use the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,7 +50,7 @@ def one_thread():
 
 
 class Model(EagerJasper):
-    """The eager Jasper, so that these tests are only about training."""
+    """The eager Jasper, so that these tests depend on the training code alone."""
 
     def __init__(self):
         super().__init__(JasperConfig.from_dict(CONFIG))
@@ -94,9 +94,9 @@ def test_ctc_loss_is_the_negative_log_likelihood_of_each_utterance():
     log_probs = torch.randn(2, 3, 3).log_softmax(-1)
     losses = ctc_loss(log_probs, torch.tensor([3, 2]), torch.tensor([[0, 1], [1, 0]]), torch.tensor([2, 1]))
     p = log_probs.exp()
-    paths_01 = [(0, 0, 1), (0, 1, 1), (2, 0, 1), (0, 2, 1), (0, 1, 2)]  # three frames that say 0, 1
+    paths_01 = [(0, 0, 1), (0, 1, 1), (2, 0, 1), (0, 2, 1), (0, 1, 2)]  # the alignments of three frames with 0, 1
     first = sum(p[0, 0, a] * p[0, 1, b] * p[0, 2, c] for a, b, c in paths_01)
-    second = sum(p[1, 0, a] * p[1, 1, b] for a, b in [(1, 1), (1, 2), (2, 1)])  # two frames that say 1
+    second = sum(p[1, 0, a] * p[1, 1, b] for a, b in [(1, 1), (1, 2), (2, 1)])  # the alignments of two frames with 1
     torch.testing.assert_close(losses, -torch.stack([first, second]).log())
     low = ctc_loss(log_probs.bfloat16(), torch.tensor([3, 2]), torch.tensor([[0, 1], [1, 0]]), torch.tensor([2, 1]))
     assert low.dtype == torch.float32
@@ -148,7 +148,7 @@ def test_a_bad_batch_changes_nothing_and_is_named(dataset, optimizer, amp, poiso
 
 
 class NeverWait(TorchDispatchMode):
-    """Refuses every operation that reads a value from the device: on a GPU it would wait for it."""
+    """Fails on any op that reads a value of a tensor, because on a GPU the host would wait for it."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func is not torch.ops.aten._local_scalar_dense.default, "a value is read from the device"
@@ -169,7 +169,7 @@ def test_a_step_never_waits_for_the_device(dataset, amp):
 
 def test_accumulated_gradients_are_the_mean_over_micro_batches(dataset):
     model, _, scaler, _ = rig()
-    model.eval()  # frozen statistics: otherwise a batch is not the sum of its parts
+    model.eval()  # frozen statistics, because otherwise the result depends on the split into batches
     gradients = []
     for batches in ([a_batch(dataset)], [a_batch(dataset, [0, 1]), a_batch(dataset, [2, 3])]):
         twin = copy.deepcopy(model)
@@ -187,7 +187,7 @@ def test_accumulated_gradients_are_the_mean_over_micro_batches(dataset):
 def test_the_gradient_norm_is_clipped(dataset):
     model, chosen, scaler, guard = rig("adamw")
     result = train_step(model, front(), [a_batch(dataset)], chosen, scaler, guard, device=CPU, clip_norm=0.5)
-    assert result.grad_norm > 0.5  # the norm before clipping is reported
+    assert result.grad_norm > 0.5  # the reported norm is the one before clipping
     clipped = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     torch.testing.assert_close(clipped, torch.tensor(0.5), rtol=1e-4, atol=0)
 
@@ -295,7 +295,7 @@ def test_log_continues_at_a_step(tmp_path):
     log.close()
     assert read_log(tmp_path / "log.jsonl")[-1] == {"step": 3, "kind": "train", "loss": None}
     with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"step": 4, "ki')  # cut by a kill
+        file.write('{"step": 4, "ki')  # as a kill leaves it
     log = RunLog(tmp_path, step=2)
     log.write(3, "train", loss=0.5)
     log.close()
@@ -307,7 +307,7 @@ def test_log_continues_at_a_step(tmp_path):
 
 
 def test_a_second_signal_stops_at_once():
-    # in tests that a shell runs in the background, Python ignores SIGINT
+    # Python ignores SIGINT if a shell runs the tests in the background
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     stop = StopRequest()
     try:
@@ -331,7 +331,7 @@ def test_a_gpu_that_is_not_there_is_an_error():
 
 @pytest.fixture
 def run_train(capsys):
-    """Runs train.py in this process; returns what it says."""
+    """Returns a function that runs train.py in this process and returns what it prints to stderr."""
 
     def run(arguments):
         stop = StopRequest()
@@ -446,7 +446,7 @@ def test_a_frozen_encoder_is_that_of_the_file(run_train, paths, tmp_path):
 
 
 def test_the_form_of_the_panes_reaches_the_model_and_is_recorded(run_train, paths, tmp_path, monkeypatch):
-    """--panes gram on a CPU, whose default is plain; then resumed with the other form, which gives a note."""
+    """Shows that --panes reaches the model and is recorded, and that resuming with the other form gives a note."""
     real, calls = ops.gram, []
     monkeypatch.setattr(ops, "gram", lambda *args: calls.append(1) or real(*args))
     run_train(train_arguments(paths, tmp_path, steps=1, val_manifests=None, panes="gram"))
@@ -470,7 +470,7 @@ def test_cuda_graphs_without_a_gpu_are_plain_steps(run_train, paths, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_weights_and_resume(paths, tmp_path):
-    """torchrun with gloo: half the batches each, accumulation without needless all-reduces, one log."""
+    """Shows that under torchrun both processes share the batches, write one log and resume exactly."""
     settings = {"grad_accumulation": 2, "batch_size": 2, "ema": 0.9, "val_every": 4}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -529,7 +529,7 @@ def test_help_explains_every_option(run_train, capsys):
 
 
 def test_the_schedule_can_follow_the_clock(run_train, paths, tmp_path, monkeypatch):
-    """At the first step half of the time is over, so half of the schedule is over too."""
+    """Shows that if half of the time is over at the first step, half of the schedule is over too."""
     monkeypatch.setattr(TrainingState, "minutes", property(lambda state: 0.5 + state.step / 100))
     schedule = {"lr_policy": "polynomial", "lr_power": 1, "warmup_steps": 0, "lr": 0.1, "steps": 20}
     arguments = train_arguments(paths, tmp_path, max_minutes=1, lr_by_clock=True, val_manifests=None, **schedule)

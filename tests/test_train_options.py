@@ -38,7 +38,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    """The corpus of beeps, for a model of two blocks."""
+    """Returns the corpus of beeps with the configuration of a model of two blocks."""
     paths = write_corpus(tmp_path_factory.mktemp("beeps"))
     small = copy.deepcopy(CONFIG)
     blocks = small["jasper"]["encoder"]["blocks"][:2]
@@ -60,17 +60,17 @@ def records(folder: Path, kind: str) -> list[dict]:
     return [r for r in read_log(folder / "log.jsonl") if r["kind"] == kind]
 
 
-# --- back to the best --------------------------------------------------------------------------------------------
+# --- return to the best weights --------------------------------------------------------------------------------------------
 
 
 def judged(rates):
-    """In place of a validation: its word error rates, one after the other."""
+    """Returns a stand-in for validation that gives these word error rates one after the other."""
     left = iter(rates)
     return lambda *_, **__: {"live": Validation(1.0, next(left), 0.0, 1)}
 
 
 def spoiled(when):
-    """In place of `collate`: batches of NaN, those whose number is in `when`."""
+    """Returns a stand-in for `collate` that fills the batches whose number is in `when` with NaN."""
     numbers = count()
 
     def collate_or_spoil(items):
@@ -84,7 +84,8 @@ def spoiled(when):
 
 @pytest.fixture
 def returns(monkeypatch):
-    """(step, step of the best) of each return, which must bring back all that was learnt and nothing else."""
+    """Records (step, best step) of each return to the best weights. Each must restore everything learnt and nothing
+    else."""
     found, back = [], TrainingState.go_back
 
     def checked(state, saved):
@@ -94,7 +95,8 @@ def returns(monkeypatch):
         moved = any(not torch.equal(t, saved["state_dict"][n]) for n, t in state.model.state_dict().items())
         lr = [group["lr"] for group in state.optimizer.param_groups]
         back(state, saved)
-        again = found and found[-1][1] == saved["step"]  # nothing may have been learnt since
+        # after a second return to the same step there may be nothing to undo
+        again = found and found[-1][1] == saved["step"]
         assert (moved or again) and state.step == step and lr == [group["lr"] for group in state.optimizer.param_groups]
         assert places == [t.data_ptr() for t in learnt]
         assert all(torch.equal(t, saved["state_dict"][n]) for n, t in state.model.state_dict().items())
@@ -131,11 +133,11 @@ def test_a_resumed_run_counts_on(paths, tmp_path, monkeypatch, returns):
     assert not returns
     monkeypatch.setattr(train, "validate_state", judged([0.7]))
     run(train_arguments(paths, tmp_path, steps=3, val_every=1, reload_best=2, resume=True))
-    assert returns == [(0, 2), (3, 1)]  # the first is the resumption
+    assert returns == [(0, 2), (3, 1)]  # the first is the resuming itself
 
 
 def test_in_place_of_the_end_after_bad_steps(paths, tmp_path, monkeypatch, returns, capsys):
-    """Steps 4 and 5 have no finite gradient; by default that ends the run."""
+    """Shows that two bad steps in a row return to the best weights, where by default they end the run."""
     arguments = {"steps": 8, "val_every": 2, "max_bad_steps": 2}
     for reload_best in (None, True):
         monkeypatch.setattr(train, "validate_state", judged([0.5, *repeat(0.6, 7)]))
@@ -161,7 +163,7 @@ def test_without_a_best_or_without_an_end_the_run_ends(paths, tmp_path, monkeypa
     with pytest.raises(RunError, match="2 steps in a row were skipped"):  # nothing was judged
         run(train_arguments(paths, tmp_path / "a", steps=20, max_bad_steps=2, val_every=10, reload_best=True))
     monkeypatch.setattr("jasper_fast.data.batches.collate", spoiled(range(2, 100)))
-    with pytest.raises(RunError, match="2 steps in a row were skipped"):  # it goes wrong again and again
+    with pytest.raises(RunError, match="2 steps in a row were skipped"):  # it keeps going wrong
         run(train_arguments(paths, tmp_path / "b", steps=20, max_bad_steps=2, val_every=1, reload_best=True))
     assert [best for _, best in returns] == [1, 1, 1]
 
@@ -173,7 +175,7 @@ def test_without_validation_there_is_no_best(paths, tmp_path, capsys):
 
 
 def one_rank_goes_wrong(train, rank: int, folder: str) -> None:
-    """NaN in two batches of rank 1; what each rank has learnt after the return goes to a file."""
+    """Gives rank 1 NaN in two batches, and writes what each rank holds after the return to a file."""
     from jasper_fast.data import batches
 
     train.validate_state = judged([0.5, *repeat(0.6, 20)])
@@ -207,12 +209,13 @@ def test_all_ranks_go_back_together(paths, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor writes C++: install g++")
 def test_a_compiled_run_has_the_losses_and_the_names_of_a_plain_one(paths, tmp_path):
-    """With dropout and augmentation, batches of several lengths, a moving average that the optimiser does not carry."""
+    """Shows that a compiled run gives the same losses, with dropout, augmentation, batches of several lengths and a
+    moving average."""
     how = {"steps": 5, "val_every": 5, "optimizer": "adamw", "lr": 1e-3, "ema": 0.9}
     run(train_arguments(paths, tmp_path / "plain", **how))
     torch._dynamo.reset()
     run(train_arguments(paths, tmp_path / "compiled", compile=True, **how))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # the probe and one graph for every length
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # one graph of the probe and one for all lengths
     for kind, figures in (("train", ("loss", "grad_norm")), ("val_live", ("loss",)), ("val_ema", ("loss",))):
         plain, ours = records(tmp_path / "plain", kind), records(tmp_path / "compiled", kind)
         assert len(plain) == len(ours) > 0

@@ -1,6 +1,6 @@
-"""A training step on the Triton face with launches recorded and not run: its launches, saved bytes and waits.
+"""A training step on the Triton face with recorded launches: its kernels, the bytes that it saves, and no waiting.
 
-The kernels are tested elsewhere; here only the host's part of a step runs, so that Jasper 10x5 is counted in seconds.
+Other tests check the kernels. Here only the host's part of a step runs, so Jasper 10x5 takes seconds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BLOCKS, CONVS, PANES = 6, 9, 1 + 2 + 3  # of config("dense"): its repeats are 1,
 
 @pytest.fixture
 def launches(monkeypatch) -> list[str]:
-    """The name of every kernel launched, in order, with the flags that are set; nothing runs."""
+    """Records the name and the set flags of every kernel launch; no kernel runs."""
     interpreted()
     told: list[str] = []
 
@@ -60,9 +60,9 @@ def test_a_step_runs_no_conv_twice_and_takes_no_pass_for_statistics(launches, fo
     launches.clear()
     log_probs.sum().backward()
     backward = collections.Counter(launches)
-    inside = CONVS - BLOCKS  # convs that follow another in their block
+    inside = CONVS - BLOCKS  # convs that follow another conv of their block
     want = {"conv1d_pack": CONVS, "conv1d_forward stats": CONVS, "conv1d_stats_merge": CONVS, "forward": CONVS}
-    if form == "plain":  # a pane's output does not come from conv1d, so its statistics need a pass
+    if form == "plain":  # a pane's output comes from no conv1d kernel, so its statistics need a pass
         want |= {"stats": PANES, "stats_merge": PANES}
     assert forward == want
     assert backward == {
@@ -82,7 +82,8 @@ def test_a_step_runs_no_conv_twice_and_takes_no_pass_for_statistics(launches, fo
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("form", ["gram", "plain"])
 def test_a_step_waits_for_nothing(launches, form, training, monkeypatch):
-    """No tensor is read on the host: not by a method of Tensor, nor by an op whose result's size depends on values."""
+    """Shows that the host reads no tensor, neither by a method of Tensor nor by an op whose output size depends on
+    values."""
     ours, (features, lengths) = model(form, dropout=0.2).train(training), batch()
 
     def refuse(name):
@@ -116,7 +117,7 @@ def test_a_step_waits_for_nothing(launches, form, training, monkeypatch):
 
 
 def kept(module: torch.nn.Module, n: int, t: int) -> int:
-    """Bytes of storages created in the second training forward and alive after it (as in `python -m bench memory`)."""
+    """Returns the bytes of storages that the second training forward makes and leaves alive, as `bench memory` does."""
     device = next(module.parameters()).device
     features = torch.zeros(n, 64, t, device=device)
     lengths = torch.full((n,), t, device=device)
@@ -127,8 +128,8 @@ def kept(module: torch.nn.Module, n: int, t: int) -> int:
 
 @pytest.mark.slow
 def test_a_step_keeps_a_quarter_of_what_eager_keeps(launches):
-    """Jasper 10x5: conv and block outputs are 0.21 of eager's bytes. The Gram form keeps three quarters of a covariance
-    for each block output beside them, whatever the batch."""
+    """Shows that a step of Jasper 10x5 saves at most a quarter of eager's bytes. Conv and block outputs are 0.21 of
+    them; the Gram form adds covariances, whatever the batch."""
     cfg = models.config("jasper10x5")
     with torch.device("meta"):
         eager = kept(EagerJasper(cfg).train(), 2, 400)
@@ -138,7 +139,7 @@ def test_a_step_keeps_a_quarter_of_what_eager_keeps(launches):
             layer.pane_form = form
         shares[form] = kept(ours, 2, 400) / eager
     assert 0.15 < shares["plain"] < shares["gram"] <= 0.25, shares
-    with torch.autocast("cpu", torch.bfloat16):  # activations halve, and no 16-bit copy of a weight is kept
+    with torch.autocast("cpu", torch.bfloat16):  # halves the activations; no 16-bit copy of a weight is saved
         assert kept(ours, 2, 400) <= 0.52 * eager * shares["plain"]
 
 
@@ -182,14 +183,15 @@ def test_packs_are_in_no_state_dict_and_no_copy(launches):
 
 @pytest.mark.parametrize("form", ["gram", "plain"])
 def test_plain_convs_cast_and_turn_a_weight_once_a_step(form, monkeypatch):
-    """ATen's, into buffers of the modules: the numbers are those of a cast in every call, with fewer launches."""
+    """Shows that each weight is cast once per step, into a buffer of its module, with the results of a cast per
+    call."""
     torch.manual_seed(0)
     ours, (features, lengths) = Jasper(config("dense", dropout=0.0), backend="reference", panes=form).train(), batch()
     found = []
     for packs_or_not in (True, False):
         if not packs_or_not:
             monkeypatch.setattr(aten_impl, "packs", lambda weight, dtype: False)
-        for _ in range(2):  # the first makes the buffers
+        for _ in range(2):  # the first step makes the buffers
             ours.zero_grad()
             with Dispatched() as seen, torch.autocast("cpu", torch.bfloat16):
                 log_probs, _ = ours(features, lengths)
@@ -199,7 +201,8 @@ def test_plain_convs_cast_and_turn_a_weight_once_a_step(form, monkeypatch):
         held = {key: pack.data_ptr() for key, pack in packs(ours).items()}
         assert len(held) == CONVS and {pack.dtype for pack in packs(ours).values()} == {torch.bfloat16}
     (with_packs, *a), (without, *b) = found
-    assert with_packs <= without - (CONVS - BLOCKS), (with_packs, without)  # a conv inside a block casts twice without
+    # without packs, a conv inside a block casts its weight twice
+    assert with_packs <= without - (CONVS - BLOCKS), (with_packs, without)
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-2, atol=1e-2 * y.abs().max().item())
 
@@ -212,7 +215,7 @@ def test_fp32_convs_of_a_cpu_have_no_packs():
 
 @pytest.mark.slow
 def test_a_forward_takes_the_weights_as_they_are_now():
-    """With real launches: after the weights change in place, the next forward equals that of a new model with them."""
+    """Shows, with real launches, that a forward after weights changed in place equals that of a new model."""
     settle("triton")
     _, ours = pair(config("none"), "triton")
     features, lengths = batch()
@@ -229,12 +232,13 @@ def test_a_forward_takes_the_weights_as_they_are_now():
 
 # ---- the optimiser's step ----
 
-# ATen's multi-tensor kernels: so many tensors a launch by the number of lists, and so many blocks of 64 Ki elements
+# Limits of one launch of ATen's multi-tensor kernels: tensors, by the number of lists, and blocks of 64 Ki elements
 TENSORS, BLOCKS_, CHUNK = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}, 320, 65536
 
 
 def multi_tensor(lists: int, sizes: list[int]) -> int:
-    """Launches of a foreach op: one is full with so many tensors or blocks; a tensor may go on in the next."""
+    """Returns the launches of a foreach op. A launch is full at a limit, and a tensor may continue in the next
+    launch."""
     launches = tensors = blocks = 0
     for i, size in enumerate(sizes):
         tensors += size > 0
@@ -249,7 +253,8 @@ def multi_tensor(lists: int, sizes: list[int]) -> int:
 
 
 class Dispatched(TorchDispatchMode):
-    """Launches that ops of ATen make on a GPU: one each, foreach ops by the rule, views and allocations none."""
+    """Counts the launches of ATen ops on a GPU: one each, foreach ops by the rule above, none for views and
+    allocations."""
 
     NONE = ("view", "_unsafe_view", "transpose", "t", "unsqueeze", "squeeze", "slice", "select", "detach", "expand",
             "alias", "as_strided", "unbind", "split", "empty", "empty_like", "empty_strided", "new_empty", "reshape",
@@ -263,12 +268,12 @@ class Dispatched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
-        if func.namespace == "jasper_fast":  # its inside is what launches
+        if func.namespace == "jasper_fast":  # count the ops that it calls inside
             with self:
                 return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
         if name.startswith("_foreach"):
             lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
-            lists = [a for a in lists if a[0].dim() or a is lists[0]]  # scalars travel as arguments
+            lists = [a for a in lists if a[0].dim() or a is lists[0]]  # scalars are passed as arguments
             self.count[name] += multi_tensor(len(lists), [t.numel() for t in lists[0]])
         elif name not in self.NONE + self.PERHAPS:
             self.count[name] += 1
@@ -287,7 +292,7 @@ def test_atens_rule(lists, sizes, launches):
 
 
 def hollow_training(form: str, jasper10x5: bool = True) -> tuple[Jasper, EMA]:
-    """A model with gradients, none of it in memory."""
+    """Returns a model with gradients, all on the meta device, and its average."""
     with torch.device("meta"):
         ours = Jasper(models.config("jasper10x5" if jasper10x5 else "small"), backend="triton", panes=form).train()
     for p in ours.parameters():
@@ -296,15 +301,15 @@ def hollow_training(form: str, jasper10x5: bool = True) -> tuple[Jasper, EMA]:
 
 
 def test_the_optimiser_and_the_average_are_two_launches(launches):
-    """Of Jasper 10x5, by the step that train.py makes: two kernels, and copies of a few bytes where numbers changed.
-    The foreach form makes a thousand."""
+    """Shows that the update of Jasper 10x5 and its average take two kernels and a few small copies. The foreach form
+    makes hundreds of launches."""
     ours, ema = hollow_training("gram")
     optimizer = NovoGrad(ours.parameters(), lr=0.01, weight_decay=1e-3, ema=ema, backend="triton")
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     step.update(ours, optimizer, scaler)  # makes its state
     launches.clear()
     for group in optimizer.param_groups:
-        group["lr"] = 0.009  # as every step of a schedule
+        group["lr"] = 0.009  # as a schedule does in every step
     with Dispatched() as seen:
         step.update(ours, optimizer, scaler)
     assert launches == ["squares", "update"]
@@ -317,7 +322,7 @@ def test_the_optimiser_and_the_average_are_two_launches(launches):
 
 
 def test_the_step_moves_32_bytes_a_parameter(launches, monkeypatch):
-    """Counted from the table that the kernels walk: what each row reads and writes."""
+    """Shows that a step moves 32 bytes per parameter, counted from the table of rows that its kernels process."""
     ours, ema = hollow_training("gram", jasper10x5=False)
     optimizer = NovoGrad(ours.parameters(), ema=ema, backend="triton")
     step.update(ours, optimizer, torch.amp.GradScaler("cpu", enabled=False))
@@ -331,12 +336,12 @@ def test_the_step_moves_32_bytes_a_parameter(launches, monkeypatch):
 
 @pytest.mark.parametrize(
     ("form", "amp", "ceiling"),
-    # before the optimiser had kernels and a source's statistics were taken at once: 4,782, 5,314 and 3,649
+    # with ATen's optimiser and statistics per pane these were 4,782, 5,314 and 3,649
     [("gram", None, 2300), ("gram", torch.bfloat16, 2600), ("plain", torch.bfloat16, 2850)],
 )
 def test_a_training_step_launches_so_many_kernels_and_ops(launches, form, amp, ceiling):
-    """Jasper 10x5 of a sixteenth of the channels; forward, backward, optimiser and average, without the frontend and
-    the loss (some 15 launches). The count does not depend on channels."""
+    """Shows the launches of a whole step of Jasper 10x5, without frontend and loss (some 15 more). A sixteenth of its
+    channels is used, because the count does not depend on them."""
     cfg = models.config("jasper10x5")
     blocks = [dataclasses.replace(b, filters=b.filters // 16) for b in cfg.encoder.blocks]
     decoder = dataclasses.replace(cfg.decoder, in_feats=cfg.decoder.in_feats // 16)
@@ -359,5 +364,5 @@ def test_a_training_step_launches_so_many_kernels_and_ops(launches, form, amp, c
     launches.clear()
     with Dispatched() as seen:
         run()
-    assert 450 < len(launches) < 600  # some gradients of weights need one launch, where one share is enough
+    assert 450 < len(launches) < 600  # some weight gradients take one launch, where one share is enough
     assert ceiling - 300 < len(launches) + seen.count.total() <= ceiling, seen.count

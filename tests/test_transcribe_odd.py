@@ -1,4 +1,4 @@
-"""`transcribe` on many files, some of them faulty: each fault gives one line, the rest is written, a kill loses
+"""`transcribe` on many files, some faulty: each fault gives one line, all others are written, and a kill loses
 nothing."""
 
 import io
@@ -48,7 +48,7 @@ def good_file(i, rng):
 
 
 def odd_files(folder, copy):
-    """Writes twenty files and returns (name, part of the reason why it cannot be used) for each."""
+    """Writes twenty files; returns (name, part of the reason why it cannot be used) for each."""
     nan, loud = np.full(800, 0.1), np.full(800, 0.1)
     nan[7], loud[7] = np.nan, 1e19
     noise = np.random.default_rng(0).uniform(-1, 1, 16000)
@@ -131,7 +131,7 @@ def test_forty_odd_files_of_two_hundred_and_kills_at_random(tmp_path, form):
         part = (tmp_path / "parts").read_bytes()
         assert len(part) < (tmp_path / "whole").stat().st_size
         cut = chance.randrange(len(part)) if part else 0
-        (tmp_path / "parts").write_bytes(part[: max(cut, len(part) - 30)])  # a last line half written
+        (tmp_path / "parts").write_bytes(part[: max(cut, len(part) - 30)])  # as if the last line were half written
         kills += bool(part)
     assert kills
     transcribe(tmp_path, *arguments, "--out", "parts", "--resume")

@@ -1,4 +1,4 @@
-"""What `backend="auto"` chooses by verdicts and tables, and that the choice is a constant of a compiled graph."""
+"""`backend="auto"` chooses by verdicts and tables, and the choice is a constant of a compiled graph."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ NORM = "bn_relu_dropout"
 SHAPE = (256, 256, 11, 1, 1)
 BF16, FP16, FP32 = "bfloat16", "float16", "float32"
 WHY_MISSING = backends.why_missing
-IN_TRITON = (GPU, NORM, "triton", BF16)  # a check of the norm
+IN_TRITON = (GPU, NORM, "triton", BF16)  # the check of the norm in Triton
 IN_CUDA = (GPU, NORM, "cuda", BF16)
 
 
 def silent() -> warnings.catch_warnings:
-    """A context in which a warning fails the test."""
+    """Returns a context in which a warning fails the test."""
     return warnings.catch_warnings(action="error")
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Pretends that there is a GPU. Returns a dict of the verdicts that checks there give, by op, by op and face, or by
-    op, face and dtype; checks are counted."""
+    """Pretends that there is a GPU. Set its `found` to the verdicts that checks give, by op, by op and face, or by op,
+    face and dtype; `checked` lists the checks that were made."""
     found: dict[str | tuple[str, ...], Verdict] = {}
     checked: list[tuple] = []
 
@@ -68,7 +68,7 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def conv_table(put_table):
-    """Writes a table of convs: {op: (seconds of triton, seconds of aten)}."""
+    """Returns a function that writes a table of convs: {op: (seconds of triton, seconds of aten)}."""
 
     def put(times: dict[str, tuple[float, float]], dtypes: tuple[str, ...] = (BF16,)) -> None:
         tile = {"t": 64, "n": 64, "k": 32, "num_warps": 4, "num_stages": 3, "splits": 1}
@@ -90,7 +90,7 @@ NORMS = {
     (256, 12): {"triton": (1.0, 1.0), "cuda": (1.5, 0.2), "reference": (9.0, 9.0)},
     (256, 15): {"triton": (8.0, 8.0), "cuda": (9.0, 9.0), "reference": (90.0, 90.0)},
     (384, 12): {"triton": (3.0, 3.0), "cuda": (2.0, 2.0), "reference": (1.0, 1.0)},
-    (640, 12): {"triton": (2.0,), "cuda": (1.0,)},  # only forward was measured
+    (640, 12): {"triton": (2.0,), "cuda": (1.0,)},  # backward was not measured
     (768, 12): {"triton": (1.0, 1.0), "cuda": (0.5, 2.0), "reference": (9.0, 9.0)},
 }
 
@@ -115,7 +115,7 @@ def conv_face(dtype=torch.bfloat16, rows_log2: int | None = 12, backend: str = "
 
 
 def fused_face(dtype=torch.bfloat16, rows_log2: int = 12) -> str:
-    """What an engine of one conv takes."""
+    """Returns the face that an engine of one conv uses."""
     faces = choose.fused_faces("auto", GPU, dtype)
     return faces[0] if len(faces) == 1 else choose.fused_face(GPU, dtype, ((SHAPE, 1),), rows_log2, faces)
 
@@ -196,8 +196,8 @@ def test_the_cpu_is_neither_checked_nor_looked_up(gpu, norm_table, monkeypatch):
 
 
 def test_without_a_table_arithmetic_chooses(gpu):
-    """16 bits in Triton, which skips padding and passes; fp32 in the library, whose products are nearer to the peak,
-    but for the fewest rows, where only bytes and launches count."""
+    """Shows that without a table 16 bits run in Triton, which skips padding. fp32 runs in the library, whose products
+    are faster, except with few rows, where bytes and launches decide."""
     step = choose.conv_calls(stats=True, dx=True, dw=True, norm=True)
     assert conv_face(calls=step, rows_log2=15) == conv_face(calls=step, rows_log2=None) == "triton"
     assert conv_face(torch.float32, calls=step, rows_log2=15) == "aten"
@@ -249,7 +249,7 @@ def test_norms_run_in_triton_without_a_table(gpu):
         ((640,), "triton", [IN_TRITON]),  # its backward was not measured
         ((768,), "triton", [IN_TRITON]),  # 0.5 + 2 > 1 + 1
         ((256, 12, torch.float16), "triton", [(GPU, NORM, "triton", FP16)]),  # not measured
-        ((256, 12, torch.float64), "reference", []),  # no kernel takes it
+        ((256, 12, torch.float64), "reference", []),  # no kernel takes fp64
     ],
 )
 def test_norms_take_the_face_that_the_table_says_is_faster_both_ways(gpu, norm_table, asked, wanted, checked):
@@ -298,7 +298,7 @@ def test_norms_are_looked_up_once(gpu, norm_table, monkeypatch):
 
 @pytest.fixture
 def turing(gpu, monkeypatch):
-    """An sm_75 with the CUDA library: 40 multiprocessors, 64 KB of shared memory a block."""
+    """Pretends that the GPU is an sm_75 with the CUDA library: 40 multiprocessors, 64 KB of shared memory per block."""
     monkeypatch.setattr(cuda_launch, "gpu", lambda device: cuda_tiles.Gpu(75, 40, 65536))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
@@ -314,7 +314,7 @@ def test_a_gpu_before_ampere_takes_the_cuda_face_without_a_table(turing):
         assert conv_face(torch.float16) == "cuda" and choose.fused_faces("auto", GPU, torch.float16) == ("cuda",)
         assert conv_face(torch.bfloat16) == "aten" and choose.fused_faces("auto", GPU, torch.float32) == ("aten",)
         assert conv_face(torch.float16, strided_dx=True) == "aten"
-        wide = {"shape": (256, 256, 11, 2, 1), "rows_log2": 12}  # its panels do not fit
+        wide = {"shape": (256, 256, 11, 2, 1), "rows_log2": 12}  # its panels do not fit into shared memory
         assert choose.conv_face("cuda", GPU, torch.float16, **wide) == "aten"
     ops = {op for _, op, *_ in turing.checked}
     assert ops == {NORM, "conv1d", "conv1d.fused"} and {face for _, _, face, _ in turing.checked} == {"cuda"}
@@ -345,7 +345,8 @@ def test_a_cuda_face_that_is_wrong_before_ampere_gives_plain_pytorch(turing):
 
 def test_without_the_cuda_library_before_ampere_both_reasons_are_told(turing, monkeypatch):
     monkeypatch.setattr(native, "cuda_available", lambda: False)
-    monkeypatch.setattr(native, "explain", lambda: {"cuda": "backend 'cuda': not built"})  # this machine may have it
+    # because the machine of the test may have the library
+    monkeypatch.setattr(native, "explain", lambda: {"cuda": "backend 'cuda': not built"})
     with pytest.warns(RuntimeWarning, match="this GPU has 7.5.*backend 'cuda'"):
         assert norm_face(256, dtype=torch.float16) == "reference"
 
@@ -404,7 +405,7 @@ def test_a_block_takes_the_form_that_was_chosen(gpu, form, status, wanted):
 
 
 class Faces(TorchDispatchMode):
-    """Records which face of bn_relu_dropout the ops that are called name."""
+    """Records the face of bn_relu_dropout that each of our ops is called with."""
 
     def __init__(self):
         super().__init__()
@@ -419,7 +420,7 @@ class Faces(TorchDispatchMode):
 
 @pytest.mark.parametrize(("channels", "wanted"), [(256, "cuda"), (768, "triton")])
 def test_the_ops_run_on_the_face_that_was_chosen(gpu, norm_table, channels, wanted):
-    """On tensors of a GPU without content: statistics, the op itself, and the op with the next conv."""
+    """Shows that statistics, the norm, and the norm with the next conv run on the chosen face, on fake GPU tensors."""
     with FakeTensorMode(), Faces() as faces:
         y = torch.empty(4, 1000, channels, dtype=torch.bfloat16, device=GPU).transpose(1, 2)
         vectors = [torch.ones(channels, device=GPU) for _ in range(4)]
@@ -431,7 +432,8 @@ def test_the_ops_run_on_the_face_that_was_chosen(gpu, norm_table, channels, want
 
 
 def test_a_convs_statistics_come_from_the_face_of_the_norm_after_it(gpu, norm_table, monkeypatch):
-    """The verdict asked for is the norm's own; none is where Triton's conv gives them, or nobody wants them."""
+    """Shows that a conv's statistics come from the face of the norm after it, and that a verdict is asked for only
+    then."""
     monkeypatch.setattr(rules, "fastest", lambda *_: "aten")
     with FakeTensorMode(), Faces() as faces:
         x = torch.empty(4, 1000, 96, dtype=torch.bfloat16, device=GPU).transpose(1, 2)
@@ -447,7 +449,7 @@ def test_a_convs_statistics_come_from_the_face_of_the_norm_after_it(gpu, norm_ta
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_face_of_a_norm_is_a_constant_of_a_compiled_graph(gpu, norm_table, dynamic):
-    """Of one without sizes too: the channels become a constant, batch and frames do not."""
+    """Shows that a dynamic graph is compiled for each number of channels and not for each length."""
     counter = CompileCounter()
 
     def chosen(y):
@@ -486,7 +488,7 @@ def test_the_choice_is_a_constant_of_a_compiled_graph():
 
 
 def test_a_first_check_may_happen_while_a_graph_is_traced(gpu):
-    """The check reads files and starts a process: tracing must not follow it."""
+    """Shows that the check, which reads files and starts a process, is not traced."""
 
     def chosen(x):
         return x * len(choose.resolve("auto", torch.device("cuda", 0), NORM, torch.bfloat16))
@@ -497,7 +499,7 @@ def test_a_first_check_may_happen_while_a_graph_is_traced(gpu):
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_every_face_of_the_norms_that_can_be_chosen_has_its_checks(monkeypatch, tmp_path, quick):
-    """A verdict on the CUDA face comes from checks of its own kernels, in every function, as for Triton."""
+    """Shows that the CUDA face of the norms has the same checks as Triton's, in every function."""
     monkeypatch.setenv("JASPER_FAST_TABLES", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Imaginary 9000")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

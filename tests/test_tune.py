@@ -1,4 +1,4 @@
-"""`python -m bench tune` on the stand-in: what it measures, refuses and keeps, and how it goes on."""
+"""`python -m bench tune` on the stand-in: what it measures, refuses and keeps, and how it resumes."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ NAMES = ["triton 32x32x16 warps 4 stages 3", "triton 32x32x16 warps 4 stages 4",
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
     interpreted()
-    monkeypatch.setattr(machine, "_git", lambda *_: "abc")  # who commits meanwhile must not end a --resume
+    monkeypatch.setattr(machine, "_git", lambda *_: "abc")  # a commit made meanwhile must not prevent --resume
 
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """The tuning process is this one."""
+    """Makes this process do the work of the tuning process."""
 
     def talk(argv, wanted, hear, seconds):
         told = []
@@ -52,7 +52,7 @@ def in_process(monkeypatch):
 
 
 def run(out: Path, *more: str, ops: str = "forward") -> tuple[int, dict]:
-    """Exit status and result of a run on the stand-in."""
+    """Runs tuning on the stand-in; returns the exit status and the result."""
     status = main(["tune", "--device", "cpu", "--seconds", "0.01", "--out", str(out), "--ops", ops, *more])
     (path,) = out.glob("*.json")
     return status, json.loads(path.read_text())
@@ -194,7 +194,7 @@ def test_a_process_that_does_not_tune_is_one_line(tmp_path, monkeypatch, capsys)
     assert "the process that tunes ended with status 1: no luck" in capsys.readouterr().err
 
 
-# ---- the library beside them ----
+# ---- the library as a contender ----
 
 
 @pytest.mark.parametrize("function", tune_cases.CONV_OPS)
@@ -205,7 +205,7 @@ def test_the_library_computes_what_the_kernel_does(function):
     low, ref = case.low(), case.reference()
     lengths = case.inputs["lengths"]
     assert 0 < lengths.min() <= cell.batch[1]
-    if function == "dgrad_bn":  # g is of the pass that comes after, and not timed: the kernel's epilogue has it too
+    if function == "dgrad_bn":  # g belongs to the pass after it, which our kernel's epilogue includes and nobody times
         assert set(got) == {"dx", "dbeta", "dgamma"} and got.pop("dx") is not None
     for name, out in got.items():
         out = mask(out, lengths) if name == "dx" else out
@@ -215,7 +215,7 @@ def test_the_library_computes_what_the_kernel_does(function):
 
 @pytest.mark.parametrize("function", ["forward", "forward_stats", "dgrad", "dgrad_bn", "fused"])
 def test_the_librarys_weight_is_cast_and_ordered_once(monkeypatch, function):
-    """cuDNN would copy it to channels-last memory in every call, which is no part of a conv."""
+    """Shows that the weight is cast and reordered before timing, as cuDNN would otherwise copy it in every call."""
     forward = spied(monkeypatch, F, "conv2d", lambda x, weight, *_: weight)
     aten = backends.face("conv1d", "aten")
     backward = spied(monkeypatch, aten, "_backward", lambda dy, x, weight, *_: weight.unsqueeze(2))
@@ -230,7 +230,7 @@ def test_the_librarys_weight_is_cast_and_ordered_once(monkeypatch, function):
 
 
 def test_lengths_are_those_of_a_batch_of_speech():
-    """A quarter of it is padding, which counts: ours skip it."""
+    """Shows that the lengths leave a quarter of a batch as padding, as in speech, because our kernels skip padding."""
     cell = Cell("conv1d.forward", "float32", 4, 4, 1, 1, 1, 12)
     lengths, (n, frames) = Held(cell, CPU).case("triton").inputs["lengths"], cell.batch
     assert lengths.shape == (n,) and lengths.max() == frames

@@ -1,4 +1,4 @@
-"""`python -m bench tune --install`: a result is put into the table of its GPU, or an error says why not."""
+"""`python -m bench tune --install` puts a result into the table of its GPU, or says in an error why not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPE = {"c_in": 16, "c_out": 24, "taps": 3, "stride": 1, "dilation": 1}
 
 
 def result(path: Path, *, gpu: str | None = GPU_NAME, driver: str = "580.1", **changes) -> Path:
-    """A result file as a GPU's run leaves it, with one row of the table."""
+    """Writes a result file as a run on a GPU leaves it, with one row in its table."""
     tile = {"t": 64, "n": 32, "k": 16, "num_warps": 4, "num_stages": 3, "splits": 1}
     row = tables.Row(op="conv1d.forward", dtype="bfloat16", **SHAPE, rows_log2=12, face="triton", algorithm="direct",
                      tile=tile, time_s=1e-3, registers=90, shared=1024, spilled=0)  # fmt: skip

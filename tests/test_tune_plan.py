@@ -1,4 +1,4 @@
-"""What `python -m bench tune` tunes: every conv and norm of the network, in which order, with whom, in what time."""
+"""What `python -m bench tune` tunes: every conv and norm of the network, their order, contenders and time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def stand_in(monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU with every face, as far as proposals ask."""
+    """A GPU on which every face can be proposed."""
     monkeypatch.setattr(backends, "why_missing", lambda face, device: None)
     monkeypatch.setattr(launch, "architecture", lambda device: 90)
     monkeypatch.setattr(cuda_launch, "gpu", lambda device: cuda_tiles.Gpu(90, 132, 232448))
@@ -61,7 +61,8 @@ def test_the_order_is_by_work_and_training_and_inference_both_come_early():
 
 @pytest.mark.parametrize("op", sorted({cell.op for cell in PLAN} - set(tables.NORM_OPS)))
 def test_the_contenders_of_a_conv_are_few_and_can_be_rows_of_a_table(gpu, op):
-    """The default tile first, names that tell contenders apart, rows for a table; then CUDA and the library."""
+    """Shows that contenders begin with the default tile, have distinct names and can be rows of a table. CUDA and the
+    library come last."""
     for cell in (cell for cell in PLAN if cell.op == op):
         found = list(faces.proposals(cell, GPU))
         assert 3 <= len(found) <= 7, f"{len(found)} contenders of {cell}"
@@ -105,7 +106,7 @@ def test_a_face_joins_by_one_registration(gpu):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_whole_jasper_fits_nine_minutes_on_sixteen_cores(gpu, dtype):
-    """By the plan's arithmetic: seconds to compile, check and time are estimates (`work.COMPILE` and its like)."""
+    """Shows that by the plan's estimates (`work.COMPILE` and others) tuning a whole Jasper takes under six minutes."""
     cells = tune_cases.plan(GPU, dtype)
     spent = work.estimate(cells, GPU, 16)
     assert 30 < spent < 540 / 1.5, f"{spent:.0f} s for {len(cells)} cells"
@@ -117,7 +118,7 @@ def test_a_whole_jasper_fits_nine_minutes_on_sixteen_cores(gpu, dtype):
     ("forward", ["stats", "forward"]), ("backward", ["backward_reduce", "backward_apply"]),
 ])  # fmt: skip
 def test_a_norm_is_called_as_a_training_step_calls_it(monkeypatch, op, wanted):
-    """Statistics and forward, then reduction and gradient, with lengths, dropout, a halo and the means of the batch."""
+    """Shows that tuning times the calls of a training step: with lengths, dropout, a halo and the batch's means."""
     impl, calls = backends.face("bn_relu_dropout", "triton"), []
     for name in ("stats", "forward", "backward_reduce", "backward_apply"):
         spied(monkeypatch, impl, name, lambda *args, name=name, **more: calls.append((name, args)))
@@ -134,7 +135,7 @@ def test_a_norm_is_called_as_a_training_step_calls_it(monkeypatch, op, wanted):
 
 
 def kinds(found: list[launch.Launch]) -> set[str]:
-    """What each launch is compiled for."""
+    """Returns what each launch compiles."""
     from jasper_fast.kernels import aot
 
     parts = ("signature", "constexprs", "attrs", "options")
@@ -148,7 +149,7 @@ def kinds(found: list[launch.Launch]) -> set[str]:
     *(Cell(op, "float16", 128, 128, 1, 1, 1, 7) for op in tables.NORM_OPS),
 ], ids=lambda cell: f"{cell.op} {cell.c_out}")  # fmt: skip
 def test_what_is_compiled_ahead_is_what_is_launched(cell):
-    """Types, alignment, flags and tile: of the launches on tensors without values, and of those on the held inputs."""
+    """Shows that compiling from tensors without values covers each kernel that the real inputs launch."""
     tile = None
     if cell.op.startswith("conv1d"):
         tile = triton_tiles.default(cell.op[7:], torch.float16, triton_tiles.Shape(*cell[2:7], 96), 96)._asdict()

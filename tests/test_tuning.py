@@ -1,4 +1,4 @@
-"""First-use tuning on an imaginary GPU: what it picks and refuses, what survives a kill, who tunes and when not."""
+"""First-use tuning on an imaginary GPU: what it picks and refuses, what survives a kill, and who tunes when."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FAST, SLOW, LIBRARY = "triton 128x64x32 warps 4 stages 3", "triton 64x64x32 warp
 
 
 def kept() -> dict[Cell, dict[str, float]]:
-    """What is on disk: seconds by cell and face."""
+    """Returns the seconds on disk, by cell and face."""
     found: dict[Cell, dict[str, float]] = {}
     for row in tuned.read(GPU):
         found.setdefault(row.cell, {})[row.face] = row.time_s
@@ -107,7 +107,7 @@ def test_what_is_killed_from_outside_blames_nobody(tuning, monkeypatch):
 
 
 def forked(body) -> int:
-    """`body` in a process of its own; how that ended."""
+    """Runs `body` in a forked process; returns its exit status."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -118,7 +118,7 @@ def forked(body) -> int:
 
 
 def test_a_kill_at_twenty_random_points_loses_nothing(tuning, monkeypatch, own_cache):
-    """The whole process goes, by SIGKILL: between two cells, inside one, while the file is written."""
+    """Shows that SIGKILL between cells, inside one or while the file is written loses no finished cell."""
     seen = []
     tuning.happen = seen.append
     for name in ("replace",):
@@ -156,7 +156,7 @@ def test_a_kill_at_twenty_random_points_loses_nothing(tuning, monkeypatch, own_c
 
 
 def test_one_of_two_processes_tunes_and_the_other_reads(tuning, own_cache, monkeypatch):
-    """Both meet the same convs at the same time; the second waits for the first, and finds its rows."""
+    """Shows that of two processes with the same convs, the second waits for the first and reads its rows."""
     log = own_cache.parent / "log"
 
     def rank():
@@ -186,7 +186,8 @@ def test_rows_of_two_processes_add_up(tuning):
 
 
 def test_the_budget_is_respected_and_the_rest_is_said(tuning, monkeypatch, capsys):
-    """A contender takes a second to prepare, three a cell: at seven seconds the third cell is the last."""
+    """Shows that tuning ends with its budget. Each contender takes a second to prepare and a cell has three, so the
+    third cell is the last at seven seconds."""
     session = tuned.tune(GPU, CELLS, 7.0, clock=lambda: tuning.now)
     assert list(session.done) == CELLS[:3] and set(kept()) == set(CELLS[:3]) and session.out_of_time
     assert tuning.now < 7.0 + 3 + 1
@@ -242,8 +243,8 @@ def test_turned_off_the_tables_and_rules_choose(tuning, put_table, monkeypatch, 
 
 
 @pytest.mark.parametrize(("header", "wanted"), [
-    (H100, "aten"),  # a neighbour says that the library is faster
-    (H200, "triton"),  # another class of bandwidth
+    (H100, "aten"),  # the neighbour found the library faster
+    (H200, "triton"),  # another bandwidth
     (H100 | {"multiprocessors": "114"}, "triton"), (H100 | {"capability": "sm_100"}, "triton"),
     (H100 | {"multiprocessors": "128"}, "aten"), ({"multiprocessors": "x", "bandwidth": "x"}, "triton"),
 ])  # fmt: skip
@@ -299,7 +300,7 @@ def test_nothing_is_tuned_while_a_graph_is_traced_or_a_step_must_not_stall(tunin
 
 
 def test_where_there_is_nothing_to_choose_from_nothing_is_tuned(tuning, monkeypatch):
-    """Before Ampere the convs are cuDNN's; norms have the CUDA face."""
+    """Shows that before Ampere nothing is tuned: convs run in cuDNN and norms on the CUDA face."""
     monkeypatch.setattr(backends, "why_missing", lambda face, device: "too old" if face == "triton" else None)
     tuned.want(GPU, [*CELLS, Cell("bn_relu_dropout.forward", FP16, 256, 256, 1, 1, 1, 12)], "Jasper")
     assert tuning.sessions == [1] and {cell.op for cell in kept()} == {"bn_relu_dropout.forward"}
@@ -349,7 +350,8 @@ def test_a_model_is_tuned_at_its_first_forward_all_at_once(tuning, monkeypatch, 
 
 @pytest.mark.parametrize("tune", [True, False])
 def test_an_engine_takes_the_faster_face_for_each_batch(tuning, tune):
-    """Measured at the first call of a kind, all convs at once."""
+    """Shows that an engine uses the faster face for each batch size, and tunes all its convs at the first call of a
+    size."""
     engine = InferenceEngine(Jasper(small(), tune=tune).eval(), graphs=False)
     ours, library = engine._run, SimpleNamespace()
     engine._runs, engine._device, engine._dtype = {"triton": ours, "aten": library}, GPU, torch.float16

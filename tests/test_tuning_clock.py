@@ -1,4 +1,4 @@
-"""How the tuner times: a captured call, with the cache emptied before each, in turns with the others."""
+"""How the tuner times: captured calls in turns, each with an emptied cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jasper_fast.tuning import timing
 
 
 class FakeCuda:
-    """torch.cuda as far as a GPU's clock uses it; `log` keeps what happens in its order, and each event one second."""
+    """A stand-in for torch.cuda. `log` keeps events in order, and each event takes one second."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -28,7 +28,7 @@ class FakeCuda:
                 fake.log.append("event")
 
             def elapsed_time(self, other):
-                return 1e3 * (other.at - self.at - 1)  # what happened between them
+                return 1e3 * (other.at - self.at - 1)  # milliseconds, one second for each event in between
 
         self.Event = Event
         self.CUDAGraph = lambda: SimpleNamespace(replay=lambda: self.log.append("replay"))

@@ -26,7 +26,7 @@ BF16, FP16, FP32 = "bfloat16", "float16", "float32"
 
 
 def of_conv(check=None, dtype: str = BF16):
-    """The verdict on the conv in Triton; the test fails if that needs a check and none is given."""
+    """Returns the verdict on the conv in Triton. The test fails if this needs a check and none is given."""
     return verdicts.verdict("conv1d", "triton", CPU, dtype, check or (lambda *_: pytest.fail("checked")))
 
 
@@ -93,12 +93,12 @@ def test_the_drivers_version_is_read_where_linux_tells_it(text, version, tmp_pat
 
 
 def altered(data: dict, **changes) -> dict:
-    """A saved file with another value in its verdict."""
+    """Returns the content of a saved file with changed values in its verdict."""
     return data | {"verdicts": [data["verdicts"][0] | changes]}
 
 
 def without_dtype(data: dict) -> dict:
-    """A kept file as it was before verdicts were of one dtype each."""
+    """Returns the content of a file saved before verdicts had a dtype."""
     return data | {"verdicts": [{k: v for k, v in of.items() if k != "dtype"} for of in data["verdicts"]]}
 
 

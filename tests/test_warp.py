@@ -1,4 +1,4 @@
-"""Augmentation that imitates other speakers and rooms: speaker warp on features, tempo and noise on samples."""
+"""Augmentation that imitates other speakers and rooms: speaker warp of features, tempo and noise of samples."""
 
 import math
 from dataclasses import replace
@@ -21,7 +21,7 @@ BANDS = 64
 
 
 def centres(f_max: float) -> torch.Tensor:
-    """Centre frequencies in Hz of the bands up to f_max."""
+    """Returns the centre frequencies in Hz of the bands up to f_max."""
     top = float(_hz_to_mel(torch.tensor(f_max)))
     return _mel_to_hz(torch.arange(1, BANDS + 1) * top / (BANDS + 1))
 

@@ -1,4 +1,4 @@
-"""Beam search with a word n-gram: flashlight's own numbers, the paper's scale, lexicons, and files that are broken."""
+"""Beam search with a word n-gram: flashlight's own numbers, the paper's scale, lexicons, and broken files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def arpa(tmp_path):
 
 
 def posteriors(text: str, sharp: float = 4.0) -> torch.Tensor:
-    """Log-probs (T, V) in which a text can be heard, among noise."""
+    """Returns noisy log-probs (T, V) whose best path is this text."""
     torch.manual_seed(len(text))
     ids = [i for c in V.encode(text) for i in (c, c, V.blank)]
     log_probs = torch.randn(len(ids), V.n_classes)
@@ -47,7 +47,8 @@ def ctc(log_probs: torch.Tensor, text: str) -> float:
 
 
 def test_scores_are_in_the_papers_scale(arpa):
-    """log p_CTC + alpha * log10 p_LM + beta * words; flashlight's log p_CTC counts doubled spaces as the same text."""
+    """Shows that a score is log p_CTC + alpha * log10 p_LM + beta * words. In flashlight, log p_CTC includes texts with
+    doubled spaces."""
     log_probs, model = posteriors("the cat sat on a mat"), kenlm.Model(str(arpa))
     for alpha, beta in ((0.0, 0.0), (2.0, -0.2), (1.0, 0.5)):
         search = WordSearch(word_lm(arpa, V), beam=512, alpha=alpha, beta=beta, n_best=4)
@@ -143,7 +144,7 @@ MAGIC = b"mmap lm http://kheafield.com/code format version 5\n\x00"
 )
 def test_broken_models_are_one_line(change, message, arpa):
     arpa.write_bytes(change(arpa.read_bytes()))
-    if message is None:  # two words that cannot be spelt are left out, and the model serves
+    if message is None:  # two words that cannot be spelt are left out, and the model works
         assert len(WordSearch(word_lm(arpa, V), 8, 1.0, 0.0).entries) == len(WORDS) - 3
         return
     with pytest.raises(LanguageModelError, match=message) as error:

@@ -1,4 +1,4 @@
-"""Processes that load batches: they stay over epochs, outlive signals to their group, and are replaced when killed."""
+"""Processes that load batches stay over epochs, outlive signals to their group, and are replaced when killed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jasper_fast.speech.text import Vocabulary
 
 
 class Watched(SpeechDataset):
-    """Tells by an item's ``start`` which process read it; ``deadly``: the item that kills the process."""
+    """Stores in an item's ``start`` which process read it; reading the item ``deadly`` kills the process."""
 
     deadly = -1
 
@@ -50,7 +50,7 @@ def take(loader, count: int) -> list:
 
 
 def left_of(before: set) -> set:
-    """Processes begun since, once those that end have had the time."""
+    """Returns the processes begun since, after waiting for those that are ending."""
     deadline = time.monotonic() + 20
     while (left := set(multiprocessing.active_children()) - before) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -58,7 +58,7 @@ def left_of(before: set) -> set:
 
 
 def look_often(monkeypatch) -> None:
-    """A dead process is noticed within 0.2 s, not within 5."""
+    """Makes the loader notice a dead process within 0.2 s instead of 5."""
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
 
 
@@ -116,7 +116,8 @@ def test_an_error_of_the_program_is_no_death(data, monkeypatch) -> None:
 
 
 def test_sigterm_ends_them_from_their_parent_alone(data) -> None:
-    """torchrun and SLURM send it to the whole group; the training process then saves, and needs no more of them."""
+    """Shows that a worker ignores SIGTERM from others. torchrun and SLURM send it to the whole group, and the training
+    process then ends its workers itself."""
     before = set(multiprocessing.active_children())
     loader = load_batches(data, BatchSampler(data.durations, 1), workers=1, endless=True)
     take(loader, 1)
@@ -155,7 +156,7 @@ def test_none_outlives_a_killed_training(tmp_path: Path) -> None:
 
 
 def running(pid: int) -> bool:
-    """Whether there is such a process that has not ended."""
+    """Returns whether this process exists and has not ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):

@@ -1,4 +1,4 @@
-"""Training in several processes: what befalls one of them is decided by all, and the run is saved."""
+"""Training in several processes: all ranks agree on what to do about the trouble of one, and the run is saved."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def paths(tmp_path_factory):
 
 
 def without(paths, which: str, gone, tmp_path) -> dict:
-    """`paths` with a manifest in which the files of those places are missing."""
+    """Returns `paths` with a manifest in which the files at these places are missing."""
     lines = [json.loads(line) for line in paths[which].read_text().splitlines()]
     for i, line in enumerate(lines):
         place = "gone" if i in gone else paths[which].parent
@@ -38,7 +38,7 @@ def without(paths, which: str, gone, tmp_path) -> dict:
 
 
 def no_substitutes(train, rank: int) -> None:
-    """Files that cannot be read leave their places empty."""
+    """Makes files that cannot be read leave their places in a batch empty."""
     from jasper_fast.data import dataset
 
     dataset._SUBSTITUTES = 0
@@ -51,7 +51,7 @@ def test_two_processes_say_nothing_of_deprecation(paths, tmp_path):
 
 
 def test_a_step_that_one_rank_cannot_read_is_skipped_by_all(paths, tmp_path):
-    """Four steps an epoch on each rank; files of one step of one rank are gone."""
+    """Shows that all ranks skip a step in which one rank can read no file."""
     flawed = without(paths, "train", {3}, tmp_path)
     arguments = train_arguments(flawed, tmp_path / "run", batch_size=1, epochs=1, val_manifests=None)
     members = worlds.world(2, arguments, tmp_path / "w", no_substitutes)
@@ -108,7 +108,7 @@ def test_a_signal_to_one_process_ends_all_within_a_step(paths, tmp_path, on_rank
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_signal_is_heard_while_a_step_is_loaded(paths, tmp_path, size):
-    """In the first micro-batch of the second step of four: the others are not read, and the step is not done."""
+    """Shows that after a signal in the first of four micro-batches the others are not read and the step is not done."""
     how = {"batch_size": 1, "epochs": 9, "grad_accumulation": 4, "val_manifests": None}
     arguments = train_arguments(paths, tmp_path / "run", **how)
     members = worlds.world(size, arguments, tmp_path / "w", worlds.signal_in, size - 1, "load")
@@ -119,7 +119,7 @@ def test_a_signal_is_heard_while_a_step_is_loaded(paths, tmp_path, size):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_signal_is_heard_while_validating(paths, tmp_path, size):
-    """The rest of the validation is left out on every rank, and the run makes up for it when it goes on."""
+    """Shows that a signal ends validation on every rank, and that a resumed run repeats the validation."""
     arguments = train_arguments(paths, tmp_path / "run", batch_size=1, epochs=9, val_every=3, save_every=100)
     arguments += ["--ema", "0.9"]
     members = worlds.world(size, arguments, tmp_path / "w", worlds.signal_in, size - 1, "validate")
@@ -144,7 +144,7 @@ def test_what_keeps_one_process_from_starting_ends_all(paths, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["broadcast_buffers", "forward_sync_buffers"])
 def test_buffers_are_left_alone_by_either_name(name, monkeypatch):
-    """As torch before 2.13 and from then on calls it."""
+    """Shows that buffers are not broadcast, by the option's name before torch 2.13 and by its name since."""
     given = {}
 
     class Parallel:
