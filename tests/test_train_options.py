@@ -60,7 +60,7 @@ def records(folder: Path, kind: str) -> list[dict]:
     return [r for r in read_log(folder / "log.jsonl") if r["kind"] == kind]
 
 
-# --- return to the best weights --------------------------------------------------------------------------------------------
+# --- return to the best weights ----------------------------------------------------------------------------------
 
 
 def judged(rates):
