@@ -28,10 +28,10 @@ _WIDE = r"{}\.global\S*(?:\.v4\.[bfu]32|\.v2\.[bfu]64|\.v8\.[bfu]32|\.v4\.[bfu]6
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A kernel as Triton's launcher compiles it for one launch.
+    """What Triton's launcher passes to the compiler for one launch of a kernel.
 
-    signature: types by argument ("*fp16", "i32", "constexpr", ...); constexprs and attrs (alignment): values by the
-    position of the argument; options: "num_warps", "num_stages" and any other option that the launch gave the compiler.
+    signature: argument types by name ("*fp16", "i32", "constexpr", ...). constexprs, attrs (alignment): values by the
+    argument's position. options: "num_warps", "num_stages" and other compiler options of the launch.
     """
 
     kernel: triton.JITFunction
@@ -42,22 +42,22 @@ class Source:
 
     @property
     def constants(self) -> dict[str, object]:
-        """Values of the constexprs by name."""
+        """The values of the constexprs by name."""
         return {self.kernel.arg_names[place[0]]: value for place, value in self.constexprs.items() if len(place) == 1}
 
     def digest(self, arch: int) -> str:
-        """A hash, equal for sources that compile to the same code on `arch`."""
+        """Returns a hash of everything that determines the compiled code and the facts about it on `arch`."""
         launch = (self.signature, self.constexprs, self.attrs, self.options)
         parts = (self.kernel.cache_key, *(sorted(map(repr, part.items())) for part in launch), arch)
         return hashlib.sha256(repr((*parts, triton.__version__, _own_text())).encode()).hexdigest()[:32]
 
 
 def source(launch: Launch, arch: int) -> Source:
-    """What Triton's own launcher would compile for `launch` on compute capability `arch` (80 is 8.0). The types and the
-    alignment of the arguments come from their values, so launches that share a compiled kernel have equal sources.
+    """Returns what Triton's own launcher would compile for `launch` on compute capability `arch` (80 is 8.0).
 
-    Raises TypeError for a kernel that @triton.jit did not make (an autotuner has launches of its own) and for arguments
-    that are not the kernel's; KeyError for a keyword that neither the kernel nor the compiler knows.
+    The types and the alignment of the arguments come from their values, so launches that share a compiled kernel have
+    the same source. Raises TypeError for a kernel that @triton.jit did not make, such as an autotuner, and for
+    arguments that do not fit the kernel. Raises KeyError for a keyword that neither kernel nor compiler knows.
     """
     kernel, backend, binder = _binder(launch.kernel, arch)
     bound, specialization, options = binder(*launch.args, **launch.meta)
@@ -74,7 +74,7 @@ _described: dict[tuple, Source] = {}
 
 @functools.cache
 def _binder(kernel: object, arch: int) -> tuple[triton.JITFunction, object, Callable]:
-    if isinstance(kernel, InterpretedFunction):  # it is launched with the same arguments
+    if isinstance(kernel, InterpretedFunction):  # it takes the same arguments as the compiled function
         kernel = triton.JITFunction(kernel.fn, **kernel.kwargs)
     if not isinstance(kernel, triton.JITFunction):
         raise TypeError(f"{kernel} is not a kernel made by @triton.jit: its launches cannot be recorded")
@@ -84,9 +84,10 @@ def _binder(kernel: object, arch: int) -> tuple[triton.JITFunction, object, Call
 
 @dataclass(frozen=True)
 class Facts:
-    """What a compiled kernel uses: registers per thread, bytes of stack, spills and shared memory; and its code.
+    """The resources that a compiled kernel uses, and its code.
 
-    dots: number of matrix products in the source; dot_rows: rows of the smallest product (0 where there is none).
+    registers: per thread. spilled: bytes of stack and local memory per thread. shared: bytes of shared memory. dots:
+    number of matrix products in the source. dot_rows: rows of the product with the fewest (0 without products).
     """
 
     registers: int
@@ -98,71 +99,73 @@ class Facts:
     cubin: bytes
 
     def count(self, pattern: str) -> int:
-        """Occurrences of a regular expression in the PTX."""
+        """Returns how often a regular expression matches in the PTX."""
         return len(re.findall(pattern, self.ptx))
 
     @property
     def wide_loads(self) -> int:
-        """Global loads of 16 bytes or more a thread."""
+        """The number of global loads of at least 16 bytes per thread."""
         return self.count(_WIDE.format("ld"))
 
     @property
     def wide_stores(self) -> int:
-        """Global stores of 16 bytes or more a thread."""
+        """The number of global stores of at least 16 bytes per thread."""
         return self.count(_WIDE.format("st"))
 
     @property
     def wgmma(self) -> int:
-        """Warp-group matrix instructions (sm_90)."""
+        """The number of warpgroup matrix instructions (sm_90)."""
         return self.count(r"\bwgmma\.mma_async")
 
     @property
     def mma_sync(self) -> int:
-        """Warp matrix instructions (sm_80 to sm_89, and small tiles later)."""
+        """The number of warp matrix instructions (sm_80 to sm_89, and small tiles on later architectures)."""
         return self.count(r"\bmma\.sync")
 
     @property
     def tcgen05(self) -> int:
-        """Tensor-memory matrix instructions (sm_100)."""
+        """The number of tensor-memory matrix instructions (sm_100)."""
         return self.count(r"\btcgen05\.mma")
 
     @property
     def tma(self) -> int:
-        """Bulk tensor copies through a descriptor."""
+        """The number of bulk tensor copies, which use a descriptor."""
         return self.count(r"cp\.async\.bulk\.tensor")
 
     @property
     def cp_async(self) -> int:
-        """Asynchronous copies of at most 16 bytes a thread into shared memory."""
+        """The number of asynchronous copies of at most 16 bytes per thread into shared memory."""
         return self.count(r"cp\.async\.c[ag]\.")
 
     @property
     def narrow_loads(self) -> int:
-        """Scalar 16-bit global loads inside innermost loops."""
+        """The number of scalar 16-bit global loads in innermost loops."""
         return sum(
             len(re.findall(r"ld\.global(?:\.[a-z]\w*)*\.[busf]16\b", loop)) for loop in innermost_loops(self.ptx)
         )
 
     @property
     def waiting_loads(self) -> int:
-        """Wide global loads into registers inside innermost loops that also multiply matrices: nothing hides their
-        latency."""
+        """The number of wide global loads into registers in innermost loops that also multiply matrices.
+
+        Nothing hides the latency of these loads.
+        """
         matrix = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)"
         loops = (loop for loop in innermost_loops(self.ptx) if re.search(matrix, loop))
         return sum(len(re.findall(_WIDE.format("ld"), loop)) for loop in loops)
 
     @property
     def nan_eaters(self) -> int:
-        """fp32 maxima that drop a NaN and return the other operand: `max.f32`, but not `max.NaN.f32` or a select."""
+        """The number of fp32 maxima that return the other operand for a NaN: `max.f32`, but not `max.NaN.f32`."""
         return self.count(r"\bmax(?:\.ftz)?(?:\.xorsign\.abs)?\.f32")
 
     def sass(self) -> str:
-        """The machine code."""
+        """Returns the machine code as text."""
         return _cuobjdump(self.cubin, "-sass")
 
 
 def compile_for(source: Source, arch: int) -> Facts:
-    """Compile for compute capability `arch`; raises RuntimeError in a process that interprets Triton."""
+    """Compiles `source` for compute capability `arch`. Raises RuntimeError in a process that interprets Triton."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("this process runs Triton's interpreter: compile in a process without TRITON_INTERPRET")
     built = triton.compile(
@@ -179,7 +182,7 @@ def compile_for(source: Source, arch: int) -> Facts:
 
 
 def innermost_loops(ptx: str) -> list[str]:
-    """The text of each loop of a kernel that holds no other loop: from a label to the last branch back to it."""
+    """Returns the text of each loop that contains no other loop, from its label to the last branch back to it."""
     labels = {m[1]: m.start() for m in re.finditer(r"^(\$\w+):", ptx, re.M)}
     ends: dict[int, int] = {}
     for branch in re.finditer(r"\bbra(?:\.uni)?\s+(\$\w+)", ptx):
@@ -208,5 +211,5 @@ def _cuobjdump(cubin: bytes, *options: str) -> str:
 
 @functools.cache
 def _own_text() -> str:
-    """The source of this file, which decides the facts together with the kernel."""
+    """Returns the source of this file. The facts depend on it as well as on the kernel."""
     return Path(__file__).read_text()

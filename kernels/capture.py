@@ -1,4 +1,4 @@
-"""The making of CUDA graphs: launches are captured, and what the host sends to the device waits until afterwards."""
+"""Captures CUDA graphs. Copies from the host that a capture would include are put off until its end."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOM = 1 << 20  # bytes for what is sent during one capture; the tables of Jasper 10x5 take a tenth
+ROOM = 1 << 20  # bytes for what is sent during one capture; the tables of Jasper 10x5 take a tenth of them
 _ALIGNED = 256
 _local = threading.local()
 
 
 def record(graph: torch.cuda.CUDAGraph, launch: Callable[[], Any], pool: Any = None) -> Any:
-    """Captures `launch` on the current stream, which is not the default one, and returns what it returns.
+    """Captures what `launch` launches on the current stream into `graph`, and returns the result of `launch`.
 
-    `pool`: the memory pool of the graph, a pool of its own by default. If `launch` fails, or the capture itself, the
-    allocator is set free for other captures, and the error is raised.
-
-    No collection of garbage comes between, because freeing a graph or an event could break a capture.
+    The current stream must not be the default stream. `pool` is the graph's memory pool, by default a new one. If
+    `launch` or the capture fails, the allocator is released for other captures and the error is raised. Garbage
+    collection is off meanwhile, because freeing a graph or an event could break the capture.
     """
     enabled = gc.isenabled()
     gc.disable()
     try:
         if pool is None and torch.cuda.is_available():
-            pool = torch.cuda.graph_pool_handle()  # a handle of ours: a broken capture does not tell its own
-        # thread_local: an allocation by another thread, such as a data loader, does not break the capture
+            pool = (
+                torch.cuda.graph_pool_handle()
+            )  # make the handle here, because a failed capture does not reveal its own
+        # With "thread_local", an allocation by another thread, such as a data loader, does not break the capture.
         how = {} if pool is None else {"pool": pool}
         graph.capture_begin(**how, capture_error_mode="thread_local")
         try:
             result = launch()
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # its error says more than that of the broken capture
+            with contextlib.suppress(RuntimeError):  # the error of `launch` says more than that of the broken capture
                 _end(graph, pool)
             raise
         _end(graph, pool)
@@ -46,7 +47,7 @@ def record(graph: torch.cuda.CUDAGraph, launch: Callable[[], Any], pool: Any = N
 
 
 def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-    """Ends a capture. If that fails, PyTorch leaves its allocator directing memory into `pool`: end that too."""
+    """Ends a capture. If that fails, PyTorch's allocator would go on allocating from `pool`, so that is ended too."""
     try:
         graph.capture_end()
     except RuntimeError:
@@ -61,11 +62,11 @@ def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
 def sent(
     rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device, out: Tensor | None = None
 ) -> Tensor:
-    """`rows` of numbers as a tensor on `device`, in the memory of `out` where it is given, without waiting for it.
+    """Returns `rows` of numbers as a tensor on `device`, in the memory of `out` if given, without waiting for `device`.
 
-    Inside `put_off` the copy waits until it ends: in a graph it would come with every replay, from host memory that may
-    hold something else by then. The memory then comes from before the capture. Raises RuntimeError if that is too
-    small.
+    Inside `put_off` the copy is made at the end of that context. A graph would repeat the copy in every replay, from
+    host memory that may have other contents by then. The tensor is then cut from memory that was allocated before the
+    capture. Raises RuntimeError if that memory is too small.
     """
     if out is None:
         shape = len(rows), len(rows[0])
@@ -82,20 +83,20 @@ def sent(
 
 
 def _cut(room: list[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Memory of `shape` from the front of `room[0]`, which loses it."""
+    """Cuts memory for a tensor of `shape` from the front of `room[0]`, and returns it."""
     count = shape[0] * shape[1] * dtype.itemsize
     if count > len(room[0]):
-        raise RuntimeError(f"what the host sends to a captured step takes more than {ROOM} bytes")
+        raise RuntimeError(f"the tables that the host sends to a captured step take more than {ROOM} bytes")
     mine, room[0] = room[0][:count], room[0][-(-count // _ALIGNED) * _ALIGNED :]
     return mine.view(dtype).view(shape)
 
 
 @contextlib.contextmanager
 def put_off(device: torch.device) -> Iterator[None]:
-    """For the time of a capture on `device`: what this thread sends inside waits until the end; an error drops it.
+    """A context for a capture on `device`: what this thread sends inside is copied at its end, unless an error ends it.
 
-    Its memory is allocated before the capture. A graph's own memory would not do, because graphs that share a pool
-    overwrite each other's, and these tensors must last from one replay to the next.
+    The memory for it is allocated before the capture, outside the graph's pool. Graphs that share a pool overwrite each
+    other's memory, but these tensors must last from one replay to the next.
     """
     _local.waiting = waiting = []
     _local.room = [torch.empty(ROOM, dtype=torch.uint8, device=device)]

@@ -1,4 +1,4 @@
-"""The one place where Triton kernels are launched: on the device of their data, on its current stream."""
+"""Launches all Triton kernels: on the device of their data, on its current stream."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Launch(NamedTuple):
-    """A launch that was recorded instead of run: the arguments of `run`."""
+    """A launch that was recorded instead of run. The fields are the arguments of `run`, without `like`."""
 
     kernel: object
     grid: tuple[int, ...]
@@ -27,7 +27,7 @@ class Launch(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, object]:
-        """Arguments and constexprs by name."""
+        """The kernel's arguments, constexprs and compiler options by name."""
         names = [name for name in self.kernel.arg_names if name not in self.meta]
         return dict(zip(names, self.args, strict=True)) | self.meta
 
@@ -41,9 +41,10 @@ _recording: _Recording | None = None
 
 
 def run(kernel: object, grid: Sequence[int], like: Tensor, *args: object, **meta: object) -> None:
-    """Launch `kernel` on `grid` programs on the device of `like`; `args` and `meta` are the arguments of the kernel.
+    """Launches `kernel` with `grid` programs on the device of `like`.
 
-    Triton launches on the current device, so the device of `like` is made current for the call.
+    `args` and `meta` are the kernel's arguments. Triton launches on the current device, so the device of `like` is made
+    current for the call.
     """
     if _recording is not None:
         _recording.take(Launch(kernel, tuple(grid), args, meta))
@@ -57,10 +58,10 @@ def run(kernel: object, grid: Sequence[int], like: Tensor, *args: object, **meta
 
 @contextlib.contextmanager
 def recorded(take: Callable[[Launch], object], arch: int | None = None) -> Iterator[None]:
-    """Inside this context each launch is passed to `take` instead of being run. With `arch` (90 is 9.0) the launches
-    are those for a GPU of that architecture, on whatever device the tensors are, even the meta device.
+    """A context in which each launch is passed to `take` instead of being run.
 
-    This changes the whole process: do not use it while other threads launch kernels.
+    With `arch` (90 is 9.0) the launches are those for a GPU of that architecture. The tensors may then be on any
+    device, even the meta device. This changes the whole process: do not use it while other threads launch kernels.
     """
     global _recording
     before, _recording = _recording, _Recording(take, arch)
@@ -71,7 +72,10 @@ def recorded(take: Callable[[Launch], object], arch: int | None = None) -> Itera
 
 
 def architecture(device: torch.device) -> int | None:
-    """Compute capability (90 is 9.0) for which launches on `device` are compiled; None if they are interpreted."""
+    """Returns the compute capability (90 is 9.0) for which launches on `device` are compiled.
+
+    Returns None if they are interpreted.
+    """
     return _recording.arch if _recording is not None and _recording.arch is not None else _own(device)
 
 

@@ -1,4 +1,7 @@
-"""NTC memory: a logical (N, C, T) tensor whose strides are (T*C, 1, C), the 1D counterpart of channels_last."""
+"""NTC memory order: a tensor of shape (N, C, T) with strides (T*C, 1, C), the 1D counterpart of channels_last.
+
+Also matrix products with the precision that all faces use.
+"""
 
 from __future__ import annotations
 
@@ -7,43 +10,43 @@ from torch import Tensor
 
 
 def ntc(x: Tensor) -> Tensor:
-    """`x` (N, C, T) with NTC memory; copies only if its memory is in another order.
+    """Returns `x` (N, C, T) in NTC memory order. It is copied only if its memory is in another order.
 
     Equivalent to `x.transpose(1, 2).contiguous().transpose(1, 2)`.
     """
-    if x.numel() == 0:  # PyTorch calls it contiguous, whatever its strides are
+    if x.numel() == 0:  # for PyTorch an empty tensor is contiguous whatever its strides are
         return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def empty_ntc(n: int, c: int, t: int, *, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised (N, C, T) tensor with NTC memory, on the device and by default in the dtype of `like`."""
+    """Returns an uninitialised (N, C, T) tensor in NTC memory order, with device and default dtype of `like`."""
     return torch.empty((n, t, c), dtype=dtype or like.dtype, device=like.device).transpose(1, 2)
 
 
 def padding(lengths: Tensor, t: int) -> Tensor:
-    """Which of `t` frames lie at t >= `lengths` (N,): bool (N, 1, T), to be broadcast over channels."""
+    """Returns which of `t` frames are padding, at or after `lengths` (N,): bool (N, 1, T), for all channels."""
     return (torch.arange(t, device=lengths.device) >= lengths[:, None])[:, None]
 
 
 def mask(x: Tensor, lengths: Tensor | None, value: float = 0.0) -> Tensor:
-    """`x` (N, C, T) with `value` at all t >= `lengths` (N,); `x` itself if `lengths` is None."""
+    """Returns `x` (N, C, T) with `value` at all frames t >= `lengths` (N,), or `x` itself if `lengths` is None."""
     return x if lengths is None else x.masked_fill(padding(lengths, x.shape[2]), value)
 
 
 def rows(x: Tensor) -> Tensor:
-    """The (N*T, C) matrix view of an NTC tensor (N, C, T): one row a frame."""
+    """Returns the matrix view (N*T, C) of an NTC tensor (N, C, T): one row per frame."""
     n, c, t = x.shape
     return x.transpose(1, 2).reshape(n * t, c)
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of statistics and sums over the rows of `x`."""
+    """Returns the dtype of statistics and sums over the rows of `x`: fp64 for fp64, else fp32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def matmul(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """a @ b of two matrices in their dtype. fp16 on a CPU goes through fp32, in which ATen is 5 to 30 times faster."""
+    """Returns a @ b in the matrices' dtype. fp16 on a CPU is computed in fp32, where ATen is 5 to 30 times faster."""
     if a.dtype != torch.float16 or a.device.type != "cpu":
         return torch.mm(a, b, out=out)
     wide = product(a, b)
@@ -51,7 +54,7 @@ def matmul(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of two matrices of one dtype, summed and returned in `wide_dtype`."""
+    """Returns a @ b of two matrices of one dtype, summed and returned in `wide_dtype(a)`."""
     if a.is_cuda and a.dtype.itemsize == 2:
         return torch.mm(a, b, out_dtype=torch.float32)
     wide = wide_dtype(a)

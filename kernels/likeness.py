@@ -1,7 +1,7 @@
-"""Which GPUs are alike: those with one compute capability, and nearly equal multiprocessors and memory bandwidth.
+"""Decides which GPUs are alike: same compute capability, similar number of multiprocessors and memory bandwidth.
 
-Measurements on one are a good guess for the other: the same tiles fit shared memory and registers, a wave has about as
-many programs, and the same resource limits a kernel.
+Times measured on one are then a good estimate for the other. The same tiles fit into shared memory and registers, about
+the same number of programs run at once, and a kernel is limited by the same resource.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-SPREAD = 1.25  # largest ratio of bandwidths: H100 and H100 NVL are alike, H100 and H200 are not
-SM_SPREAD = 1.1  # largest ratio of multiprocessors: cards with one chip may have some switched off
+SPREAD = 1.25  # largest ratio of bandwidths; H100 and H100 NVL are alike, H100 and H200 are not
+SM_SPREAD = 1.1  # largest ratio of multiprocessors; cards with the same chip may have some of them disabled
 
 
 class Traits(NamedTuple):
@@ -25,17 +25,17 @@ class Traits(NamedTuple):
 
 
 def traits(index: int) -> Traits | None:
-    """The traits of CUDA device `index`; None if PyTorch sees no GPU."""
+    """Returns the traits of CUDA device `index`, or None if PyTorch sees no GPU."""
     if not torch.cuda.is_available():
         return None
     p = torch.cuda.get_device_properties(index)
-    # kHz and bits, two transfers per clock; older versions of torch lack them
+    # In kHz and bits; memory makes two transfers per clock. Older versions of torch lack these properties.
     clock, bits = getattr(p, "memory_clock_rate", 0), getattr(p, "memory_bus_width", 0)
     return Traits(f"sm_{p.major}{p.minor}", p.multi_processor_count, 2e3 * clock * bits / 8)
 
 
 def header(found: Traits | None) -> dict[str, str]:
-    """The fields of a table's header that describe the GPU."""
+    """Returns the fields of a table's header that describe the GPU's multiprocessors and bandwidth."""
     if found is None:
         return {"multiprocessors": "unknown", "bandwidth": "unknown"}
     bandwidth = f"{found.bytes_s / 1e9:.0f} GB/s" if found.bytes_s else "unknown"
@@ -43,7 +43,7 @@ def header(found: Traits | None) -> dict[str, str]:
 
 
 def of_header(told: Mapping[str, str]) -> Traits | None:
-    """The traits in a table's header; None if it lacks them."""
+    """Returns the traits that a table's header gives, or None if its multiprocessors are unknown."""
     sms, bandwidth = told["multiprocessors"], told["bandwidth"].removesuffix(" GB/s")
     if not sms.isdecimal():
         return None
@@ -51,7 +51,7 @@ def of_header(told: Mapping[str, str]) -> Traits | None:
 
 
 def distance(a: Traits | None, b: Traits | None) -> float:
-    """How different two GPUs are: 0 for equal ones, infinite if they are not alike."""
+    """Returns how different two GPUs are: 0 if their traits are equal, infinity if they are not alike."""
     if a is None or b is None or a.capability != b.capability or not all((a.sms, b.sms, a.bytes_s, b.bytes_s)):
         return math.inf
     sms, bandwidth = abs(math.log(a.sms / b.sms)), abs(math.log(a.bytes_s / b.bytes_s))

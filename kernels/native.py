@@ -1,4 +1,4 @@
-"""The two native libraries, loaded on first use; importing this module never fails and loads nothing.
+"""Loads the two native libraries on first use. Importing this module never fails and loads nothing.
 
 `cpu()` and `cuda()` return the namespaces `torch.ops.jasper_fast_cpu` and `torch.ops.jasper_fast_cuda`, or raise
 `Missing`, which says why the library is missing and how to get it. The environment variable JASPER_FAST_LIB=FOLDER
@@ -23,23 +23,23 @@ BUILD = "run `make install`, or `python setup.py build_native` in a checkout"
 
 
 class Missing(RuntimeError):
-    """A native library, or an op in it, is missing on this machine; the message says why and how to get it."""
+    """Raised if a native library or one of its ops is missing on this machine. The message says why and what to do."""
 
 
 def _library_dir() -> Path:
     if chosen := os.environ.get("JASPER_FAST_LIB"):
         return Path(chosen).resolve()
-    root = Path(__file__).resolve().parents[1]  # a checkout, or the installed jasper_fast/
+    root = Path(__file__).resolve().parents[1]  # the checkout, or the installed jasper_fast/
     package = root / "jasper_fast"
     return (package if (package / "__init__.py").is_file() else root) / "lib"
 
 
 class Library:
-    """One shared library. It loads once, on first use; if that fails, the reason is kept.
+    """One shared library. It is loaded once, on first use. If that fails, the reason is kept.
 
     Args:
         name: "cpu" or "cuda".
-        directory: where `libjasper_fast_<name>.so` lies; None means JASPER_FAST_LIB or else the package's own `lib/`.
+        directory: the folder of `libjasper_fast_<name>.so`. None means JASPER_FAST_LIB or else the package's `lib/`.
     """
 
     def __init__(self, name: str, directory: Path | None = None) -> None:
@@ -50,7 +50,7 @@ class Library:
         self._why: str | None = None
 
     def ops(self) -> Any:
-        """The namespace of the library's ops; raises `Missing` if the library cannot be loaded."""
+        """Returns the namespace of the library's ops. Raises `Missing` if the library cannot be loaded."""
         if self._ops is None:
             with self._lock:
                 if self._ops is None and self._why is None:
@@ -60,7 +60,7 @@ class Library:
         return self._ops
 
     def why_not(self) -> str | None:
-        """Why the library cannot be used, or None if it can."""
+        """Returns why the library cannot be used, or None if it can."""
         try:
             self.ops()
         except Missing as error:
@@ -86,7 +86,7 @@ class Library:
 
 
 class _Ops:
-    """The op namespace. An op that the library lacks raises `Missing`: the library is older than the Python code."""
+    """The library's op namespace. An op that it lacks raises `Missing`, because the library is older than this code."""
 
     def __init__(self, namespace: Any, path: Path) -> None:
         self._namespace, self._path = namespace, path
@@ -106,39 +106,39 @@ _cuda = Library("cuda")
 
 
 def cpu() -> Any:
-    """`torch.ops.jasper_fast_cpu`; raises `Missing` if the CPU library cannot be loaded."""
+    """Returns `torch.ops.jasper_fast_cpu`. Raises `Missing` if the CPU library cannot be loaded."""
     return _cpu.ops()
 
 
 def cpu_functions() -> ctypes.CDLL:
-    """The CPU library's plain C functions (csrc/cpu/ngram_train.cpp); raises `Missing` as `cpu()` does."""
+    """Returns the CPU library for its plain C functions (csrc/cpu/ngram_train.cpp). Raises `Missing` like `cpu()`."""
     _cpu.ops()
     return ctypes.CDLL(str(_cpu.path))
 
 
 def cuda() -> Any:
-    """`torch.ops.jasper_fast_cuda`; raises `Missing` unless there are the CUDA library, a torch with CUDA and a GPU."""
+    """Returns `torch.ops.jasper_fast_cuda`. Raises `Missing` without the CUDA library, a torch with CUDA and a GPU."""
     return _cuda.ops()
 
 
 def cuda_library() -> ctypes.CDLL:
-    """The CUDA library's C functions; raises `Missing` as `cuda` does."""
+    """Returns the CUDA library for its plain C functions. Raises `Missing` like `cuda()`."""
     _cuda.ops()
     return ctypes.CDLL(str(_cuda.path))
 
 
 def cpu_available() -> bool:
-    """True if the CPU library loads."""
+    """Returns whether the CPU library loads."""
     return _cpu.why_not() is None
 
 
 def cuda_available() -> bool:
-    """True if the CUDA library loads and torch sees a GPU."""
+    """Returns whether the CUDA library loads and torch sees a GPU."""
     return _cuda.why_not() is None
 
 
 def cpu_name() -> str:
-    """The processor as the system calls it."""
+    """Returns the system's name for the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -148,5 +148,5 @@ def cpu_name() -> str:
 
 
 def explain() -> dict[str, str | None]:
-    """For each library, why it cannot be used, or None if it can."""
+    """Returns for each library why it cannot be used, or None if it can."""
     return {library.name: library.why_not() for library in (_cpu, _cuda)}

@@ -1,6 +1,7 @@
-"""CUDA kernels without a toolkit: the sources of csrc/cuda, compiled by NVRTC at their first use, launched by CuPy.
+"""Runs the kernels of csrc/cuda without a CUDA toolkit: NVRTC compiles them at their first use, CuPy launches them.
 
-Compiled kernels are kept in `$XDG_CACHE_HOME/jasper_fast/nvrtc` (else `~/.cache`), by architecture, NVRTC and sources.
+Compiled kernels are kept in `$XDG_CACHE_HOME/jasper_fast/nvrtc` (by default under `~/.cache`), separately for each
+architecture, version of NVRTC and state of the sources.
 """
 
 from __future__ import annotations
@@ -24,28 +25,31 @@ TYPES = ("float", "__half", "__nv_bfloat16")  # fp32, fp16, bf16 in C++
 
 
 def missing() -> str | None:
-    """Why this way is not to be had, or None."""
+    """Returns why NVRTC cannot be used, or None if it can."""
     if importlib.util.find_spec("cupy") is None:
         return "CuPy is not installed: pip install 'jasper-fast[cuda]'"
     return None
 
 
 def sources() -> Path:
-    """The folder of the kernels' sources: a checkout's, or the installed package's."""
+    """Returns the folder of the kernels' sources, in the checkout or the installed package."""
     return Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 
 
 def instead_of(library: native.Missing) -> None:
-    """Raises `library`, why the CUDA library cannot be used, with what is missing here, unless this way is open."""
+    """Returns if NVRTC can be used instead of the CUDA library. Otherwise raises `library` (why that cannot be used).
+
+    The message then also says what NVRTC lacks.
+    """
     if not torch.cuda.is_available():
         raise library
     if (why := missing()) is not None:
-        raise native.Missing(f"{library}; or without a toolkit: {why}")
+        raise native.Missing(f"{library}; or use NVRTC, which needs no toolkit: {why}")
 
 
 @functools.cache
 def digest() -> str:
-    """Of the kernels' sources."""
+    """Returns a hash of the kernels' sources."""
     found = hashlib.sha256()
     for path in sorted(sources().glob("*.cuh")):
         found.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -58,22 +62,21 @@ def _cache() -> Path:
 
 
 def options() -> list[str]:
-    """NVRTC's options beside the architecture: the language, our sources, CUDA's headers, CuPy's copy of libcu++."""
+    """Returns NVRTC's options except the architecture: the language and the folders of all headers."""
     cupy = Path(importlib.util.find_spec("cupy").origin).parent
     folders = [sources(), cupy / "_core/include/cupy/_cccl/libcudacxx"]
     if home := os.environ.get("CUDA_PATH") or os.environ.get("CUDA_HOME"):
         folders.append(Path(home) / "include")
-    nvidia = importlib.util.find_spec("nvidia")  # the wheels' headers, which a pip user has with CuPy's NVRTC
+    nvidia = importlib.util.find_spec("nvidia")  # CUDA's headers in NVIDIA's wheels, which pip installs with NVRTC
     for folder in nvidia.submodule_search_locations if nvidia else ():
         folders += sorted(Path(folder).glob("*/include"))
     return ["-std=c++20", *(f"-I{folder}" for folder in folders if folder.is_dir())]
 
 
 def compile_kernel(header: str, name: str, arch: str, nvrtc: ModuleType) -> tuple[bytes, str]:
-    """The machine code of kernel `name` (a C++ expression) of `header` for `arch` ("sm_90a"), and its symbol; kept on
-    disk.
+    """Returns the machine code of kernel `name` (a C++ expression) in `header` for `arch` ("sm_90a"), and its symbol.
 
-    Raises RuntimeError with the compiler's words.
+    The result is kept on disk. Raises RuntimeError with the compiler's message.
     """
     version = ".".join(map(str, nvrtc.getVersion()))
     key = hashlib.sha256("\0".join((header, name, arch, version, digest())).encode()).hexdigest()[:32]
@@ -101,7 +104,10 @@ def compile_kernel(header: str, name: str, arch: str, nvrtc: ModuleType) -> tupl
 
 @contextlib.contextmanager
 def device_of(x: Tensor) -> Iterator[int | None]:
-    """Makes the device of `x` current, and gives its current stream; None on a CPU, where kernels are emulated."""
+    """A context that makes the device of `x` current and yields its current stream, or None for a tensor on a CPU.
+
+    Kernels are emulated on a CPU.
+    """
     if not x.is_cuda:
         yield None
         return
@@ -110,7 +116,7 @@ def device_of(x: Tensor) -> Iterator[int | None]:
 
 
 class Kernels:
-    """The kernels of a header over NVRTC and CUDA's driver, by CuPy or what stands for it."""
+    """The kernels in one header, compiled by NVRTC and launched by CUDA's driver, through CuPy's modules by default."""
 
     def __init__(self, header: str, nvrtc: ModuleType | None = None, driver: ModuleType | None = None) -> None:
         if nvrtc is None or driver is None:
@@ -129,9 +135,12 @@ class Kernels:
         *arguments: object,
         together: bool = False,
     ) -> None:
-        """Launch kernel `name` on the current device with ctypes `arguments`; together: all CTAs on it at once."""
+        """Launches kernel `name` on the current device with `arguments` of ctypes types.
+
+        With `together` the launch is cooperative: all CTAs are on the device at once.
+        """
         driver = self._driver
-        if not driver.ctxGetCurrent():  # a thread that has run nothing on the GPU yet: the driver needs a context
+        if not driver.ctxGetCurrent():  # In a thread that has run nothing on the GPU, let torch create a context.
             torch.cuda.current_stream().synchronize()
         function = self._function(name)
         driver.funcSetAttribute(function, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
@@ -143,12 +152,12 @@ class Kernels:
             driver.launchKernel(*how, 0)
 
     def _function(self, name: str) -> int:
-        """The kernel on the current device, compiled and loaded at its first use."""
+        """Returns the kernel's handle on the current device. The kernel is compiled and loaded at its first use."""
         device = torch.cuda.current_device()
         if (device, name) not in self._functions:
             major, minor = torch.cuda.get_device_capability(device)
             arch = f"sm_{major}{minor}" + ("a" if major == 9 else "")
             code, symbol = compile_kernel(self._header, name, arch, self._nvrtc)
-            module = self._driver.moduleLoadData(code)  # stays loaded as long as the process
+            module = self._driver.moduleLoadData(code)  # stays loaded until the process ends
             self._functions[device, name] = self._driver.moduleGetFunction(module, symbol)
         return self._functions[device, name]

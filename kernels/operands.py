@@ -1,5 +1,4 @@
-"""Groups of arguments that the functions of all faces take: a batch norm's vectors, a mask, a conv's geometry,
-lengths."""
+"""Tuples of arguments that all faces take: the vectors of a batch norm, a mask, a conv's geometry, lengths."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 
 class Norm(NamedTuple):
-    """A batch norm's vectors, (C,) each: yhat = (y - mean)*rstd, and the output is gamma*yhat + beta."""
+    """The vectors of a batch norm, (C,) each: yhat = (y - mean)*rstd, and the output is gamma*yhat + beta."""
 
     mean: Tensor
     rstd: Tensor
@@ -18,10 +17,10 @@ class Norm(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """What is zeroed after a ReLU: frames t >= `lengths` (N,), and elements dropped at rate `p` by `seed` (1,).
+    """What is set to zero after a ReLU: frames t >= `lengths` (N,), and elements dropped with probability `p`.
 
-    lengths None: there is no padding. The seed is the key of the dropout's random bits (`kernels/philox.py`); p = 0
-    needs no seed.
+    If lengths is None, there is no padding. `seed` (1,) is the key of the dropout's random bits (`kernels/philox.py`).
+    It is not needed if p is 0.
     """
 
     lengths: Tensor | None = None
@@ -30,23 +29,23 @@ class Mask(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """Stride, padding and dilation of a conv."""
+    """The stride, padding and dilation of a conv."""
 
     stride: int = 1
     padding: int = 0
     dilation: int = 1
 
     def frames(self, t: int | Tensor, taps: int) -> int | Tensor:
-        """Frames of the output of a conv with `taps` taps for an input of `t` frames; `t` may be a tensor of
-        lengths."""
+        """Returns the output frames of a conv with `taps` taps for `t` input frames. `t` may be a tensor of lengths."""
         return (t + 2 * self.padding - self.dilation * (taps - 1) - 1) // self.stride + 1
 
 
 class Lengths(NamedTuple):
-    """Frames (N,) int64 of each utterance `before` a conv and `after` it; None: every utterance fills the tensor.
+    """The frames of each utterance `before` a conv and `after` it, (N,) int64. None: every utterance fills the tensor.
 
-    made: a tensor that receives the output lengths of `before`, clamped to [0, T], and is then used instead of `after`.
-    masked: False masks nothing. These two are for faces whose kernels run without the host in between.
+    made: a tensor into which the kernel writes the output lengths that follow from `before`, clamped to [0, T]. It is
+    then used instead of `after`. masked: if False, nothing is masked. Both are for faces whose kernels follow each
+    other without the host.
     """
 
     before: Tensor | None = None

@@ -21,9 +21,9 @@ LOW = 0xFFFFFFFF
 
 
 def threshold(p: float) -> int:
-    """The smallest 32-bit word that is kept: ceil(p * 2**32).
+    """Returns the smallest 32-bit word that is kept: ceil(p * 2**32).
 
-    Raises ValueError unless 0 <= p <= 1 - 2**-32 (above that no word would be kept).
+    Raises ValueError unless 0 <= p <= 1 - 2**-32. With a larger p no word would be kept.
     """
     if not 0.0 <= p < 1.0 or math.ceil(p * 2.0**32) > LOW:
         raise ValueError(f"dropout p must be at least 0 and at most 1 - 2**-32, got {p}")
@@ -31,14 +31,16 @@ def threshold(p: float) -> int:
 
 
 def signed_threshold(p: float) -> tuple[int, float]:
-    """The bits of `threshold(p)` as an int32 (so that a kernel's argument always has one type), and the scale 1/(1 -
-    p)."""
+    """Returns the bits of `threshold(p)` as an int32, and the scale 1 / (1 - p).
+
+    A kernel's argument would otherwise be an int32 or an int64, depending on p.
+    """
     bits = threshold(p)
     return bits - (1 << 32) if bits >= 1 << 31 else bits, 1.0 / (1.0 - p)
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 of four counter and two key words, each an int64 tensor (or int) that holds 32 unsigned bits."""
+    """Computes Philox4x32-10 of four counter and two key words, which are int64 tensors or ints below 2**32."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
@@ -50,9 +52,9 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | in
 
 
 def words(start: int, count: int, seed: Tensor | int, device: torch.device | str | None = None) -> Tensor:
-    """The 32-bit words at the counters start .. start + count - 1 under `seed`.
+    """Returns the 32-bit words at the counters start .. start + count - 1 with the key `seed`: (count, 4) int64.
 
-    seed: an int, or an int64 tensor with one element. Returns (count, 4) int64, by default on the device of the seed.
+    seed: an int, or an int64 tensor with one element. The default device is that of the seed.
     """
     if device is None:
         device = seed.device if isinstance(seed, Tensor) else "cpu"
@@ -65,7 +67,7 @@ def words(start: int, count: int, seed: Tensor | int, device: torch.device | str
 
 
 def keep_mask(n: int, c: int, t: int, p: float, seed: Tensor | int, device: torch.device | str | None = None) -> Tensor:
-    """Which elements of an (N, C, T) activation dropout keeps: bool (N, C, T), NTC memory."""
+    """Returns which elements of an (N, C, T) activation dropout keeps: bool (N, C, T) in NTC memory order."""
     total = n * c * t
     drawn = words(0, -(-total // 4), seed, device).reshape(-1)[:total]
     return (drawn >= threshold(p)).reshape(n, t, c).transpose(1, 2)

@@ -1,7 +1,7 @@
-"""What products of fp32 tensors are rounded to on a GPU: one switch for convs, panes and Gram, on every face.
+"""Sets the precision of products of fp32 tensors on a GPU: one switch for the convs and matrix products of all faces.
 
-It is PyTorch's own, so it governs plain PyTorch in the same process too. Left alone, PyTorch lets cuDNN's convs, and
-with them this project's, round to TF32, and keeps matrix products as they are.
+It sets PyTorch's own switches, so it also changes plain PyTorch in the same process. By default PyTorch lets convs
+round to TF32, which includes the convs of this project, and computes matrix products in full fp32.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from collections.abc import Iterator
 import torch
 
 FP32_PRECISIONS = ("ieee", "tf32")
-_one_at_a_time = threading.RLock()  # the switch is the process's: those who set it for a while take turns
+_one_at_a_time = threading.RLock()  # the switch belongs to the whole process, so contexts of several threads take turns
 
 
 def set_fp32(precision: str | None) -> None:
-    """Products of fp32 tensors keep fp32 ("ieee") or are rounded to TF32 ("tf32") from now on, convs and all others;
-    None changes nothing. Raises ValueError for another name. CUDA graphs keep what held at their capture."""
+    """Sets whether products of fp32 tensors keep fp32 ("ieee") or are rounded to TF32 ("tf32"). None changes nothing.
+
+    CUDA graphs keep the setting of their capture. Raises ValueError for another name.
+    """
     if check(precision) is None:
         return
     torch.backends.cudnn.conv.fp32_precision = precision
@@ -26,7 +28,7 @@ def set_fp32(precision: str | None) -> None:
 
 
 def check(precision: str | None) -> str | None:
-    """`precision` itself; raises ValueError naming the known ones."""
+    """Returns `precision`. Raises ValueError, which lists the valid names, if it is none of them and not None."""
     if precision is not None and precision not in FP32_PRECISIONS:
         raise ValueError(f"fp32 precision {precision!r} is not one of {', '.join(FP32_PRECISIONS)}")
     return precision
@@ -34,8 +36,10 @@ def check(precision: str | None) -> str | None:
 
 @contextlib.contextmanager
 def fp32(precision: str | None) -> Iterator[None]:
-    """`set_fp32` inside, and afterwards what was before. Other threads that do so wait; what else they launch meanwhile
-    follows it too."""
+    """A context with the setting of `set_fp32(precision)`. At its end the earlier setting is restored.
+
+    Other threads that enter such a context wait. Whatever else they launch meanwhile uses this setting too.
+    """
     switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     with contextlib.nullcontext() if precision is None else _one_at_a_time:
         before = [switch.fp32_precision for switch in switches]

@@ -1,4 +1,4 @@
-"""The rows of a table of measured choices, and the rules that a file must satisfy (see tables.py)."""
+"""The rows of a table of measured configurations, and the rules that a table's file must satisfy (see tables.py)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPS = (
     *NORM_OPS,
 )
 FACES = ("triton", "cuda", "aten", "reference")
-ALGORITHMS = ("direct", "library")  # our own kernels; whatever the library takes
+ALGORITHMS = ("direct", "library")  # our own kernels, or whatever cuDNN or plain PyTorch chooses
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 HEADER = (
     *("gpu", "capability", "multiprocessors", "bandwidth"),
@@ -29,8 +29,9 @@ HEADER = (
 )
 SHAPE = ("c_in", "c_out", "taps", "stride", "dilation")
 MAX_ROWS_LOG2 = 40
-NEAR = 1  # a cell need not be measured if one within so many powers of two of its rows was
-# Shared memory that one program may have, bytes, by compute capability (CUDA's programming guide); newer: the largest.
+NEAR = 1  # a cell need not be measured if one was whose rows_log2 differs by at most this
+# Bytes of shared memory that one program may use, by compute capability (from CUDA's programming guide). Architectures
+# that are not listed get the largest.
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_87": 166912, "sm_89": 101376, "sm_90": 232448, "sm_120": 101376}
 _LARGEST_SHARED = max(SHARED_LIMIT.values())
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -38,11 +39,11 @@ _SPLIT = ("conv1d.fused", "conv1d.wgrad")  # ops whose reduction several program
 
 
 class TableError(ValueError):
-    """A faulty table; the message names the file, the row and what is wrong."""
+    """Raised for a faulty table. The message names the file, the row and the fault."""
 
 
 class Cell(NamedTuple):
-    """The unit of tuning, on all faces: an op in a dtype at a shape and a power of two of rows."""
+    """What is tuned together, on all faces: an op in one dtype, at one shape and one power of two of rows."""
 
     op: str
     dtype: str
@@ -55,8 +56,10 @@ class Cell(NamedTuple):
 
     @property
     def batch(self) -> tuple[int, int]:
-        """The utterances and frames T' to time it with: three quarters of its power of two of rows, utterances of 800
-        frames or more."""
+        """The utterances and frames T' to time it with: 0.75 * 2**rows_log2 rows, in utterances of 800 frames or more.
+
+        Fewer than 800 rows make one utterance.
+        """
         rows = max(3 << self.rows_log2 >> 2, (1 << self.rows_log2 >> 1) + 1)
         n = max(1, rows // 800)
         return n, rows // n
@@ -64,11 +67,11 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One measured configuration. `exact` is False where a look-up found no row of its own bucket and took a near one.
+    """One measured configuration.
 
-    tile: {"t", "n", "k", "num_warps", "num_stages", "splits"} of a Triton conv, None for what has no tile of ours;
-    time_s: seconds of one call; registers a thread, shared bytes a program and spilled bytes a thread, None where
-    nothing was compiled.
+    tile: {"t", "n", "k", "num_warps", "num_stages", "splits"} of a Triton conv, None on other faces and ops. time_s:
+    seconds of one call. registers: per thread. shared: bytes per program. spilled: bytes per thread. These three are
+    None if nothing was compiled. exact: False if the row was measured at another rows_log2 than a look-up asked for.
     """
 
     op: str
@@ -90,7 +93,7 @@ class Row:
 
     @property
     def key(self) -> tuple:
-        """The fields by which a row is unique in its table."""
+        """The fields that identify the row in its table."""
         return (*self.shape, self.rows_log2, self.face, self.algorithm)
 
     @property
@@ -104,7 +107,7 @@ class Row:
         return Cell(*self.shape, self.rows_log2)
 
     def label(self) -> str:
-        """The configuration in words: face, algorithm, tile."""
+        """Returns the configuration in words: the face with its tile, or with its algorithm if it has no tile."""
         if self.tile is None:
             return f"{self.face} {self.algorithm}"
         t = self.tile
@@ -112,26 +115,26 @@ class Row:
         return f"{self.face} {t['t']}x{t['n']}x{t['k']} warps {t['num_warps']} stages {t['num_stages']}{splits}"
 
     def plain(self) -> dict[str, Any]:
-        """The row as it is written to a file."""
+        """Returns the row as it is written to a file."""
         return {name: getattr(self, name) for name in _ROW}
 
 
 @dataclass(frozen=True)
 class Table:
-    """A checked file: where its numbers come from, and its rows."""
+    """A checked table: its header, which says where the numbers come from, and its rows."""
 
     header: Mapping[str, str]
     rows: tuple[Row, ...]
 
 
 def shape_of_norm(channels: int) -> dict[str, int]:
-    """The shape by which a table lists an op of NORM_OPS."""
+    """Returns the shape that stands in a table's rows for an op of NORM_OPS with this number of channels."""
     return dict(zip(SHAPE, (channels, channels, 1, 1, 1), strict=True))
 
 
 # ---- the rules for a file ----
 
-_Rule = tuple[Callable[[Any], bool], str]  # whether a value is right, and in words what it must be
+_Rule = tuple[Callable[[Any], bool], str]  # a function that tells whether a value is valid, and in words what is valid
 
 
 def _one_of(allowed: Iterable[str]) -> _Rule:
@@ -166,7 +169,7 @@ _ROW: dict[str, _Rule] = {
     "rows_log2": _whole(0, MAX_ROWS_LOG2),
     "face": _one_of(FACES),
     "algorithm": _one_of(ALGORITHMS),
-    "tile": (lambda value: True, "judged with its op and face"),
+    "tile": (lambda value: True, "checked later, because it depends on op and face"),
     "time_s": (lambda value: isinstance(value, float) and 0 < value < math.inf, "a positive number of seconds"),
     **dict.fromkeys(("registers", "shared", "spilled"), _or_null(_whole(0, math.inf, "a whole number"))),
 }
@@ -179,7 +182,7 @@ _TILE: dict[str, _Rule] = {
 
 
 def _fault(values: object, rules: Mapping[str, _Rule]) -> str | None:
-    """Why `values` is not an object with exactly these fields, or None."""
+    """Returns why `values` is not a dict with exactly the fields of `rules` and valid values, or None if it is."""
     if not isinstance(values, dict):
         return f"expected an object, got {values!r}"
     if wrong := sorted(values.keys() ^ rules.keys()):
@@ -193,21 +196,21 @@ def _fault(values: object, rules: Mapping[str, _Rule]) -> str | None:
 
 
 def header_fault(values: object) -> str | None:
-    """Why `values` is not the header of a table, or None."""
+    """Returns why `values` is not the header of a table, or None if it is."""
     return _fault(values, _HEADER)
 
 
 def row_fault(values: object, capability: str) -> str | None:
-    """Why `values` is not a valid row for a GPU with this compute capability, or None."""
+    """Returns why `values` is not a valid row for a GPU with this compute capability, or None if it is."""
     if fault := _fault(values, _ROW):
         return fault
     op, face, limit = values["op"], values["face"], SHARED_LIMIT.get(capability, _LARGEST_SHARED)
     if op in NORM_OPS and not shape_of_norm(values["c_in"]).items() <= values.items():
-        return f"{op} has its channels as c_in and c_out, and taps, stride and dilation 1"
+        return f"{op} must have its channels as c_in and c_out, and 1 for taps, stride and dilation"
     if values["spilled"]:
         return f"the kernel spills {values['spilled']} bytes, and such a configuration is never chosen"
     if (values["shared"] or 0) > limit:
-        return f"the kernel takes {values['shared']} bytes of shared memory, {capability} has {limit}"
+        return f"the kernel takes {values['shared']} bytes of shared memory, but {capability} has {limit}"
     tiled = op.startswith("conv1d.") and face == "triton"
     if (values["tile"] is not None) != tiled:
         return f"{op} on {face} {'needs a' if tiled else 'has no'} tile"
@@ -215,7 +218,7 @@ def row_fault(values: object, capability: str) -> str | None:
 
 
 def tile_fault(op: str, dtype: str, tile: object, shared: int = _LARGEST_SHARED) -> str | None:
-    """Why the Triton conv cannot run `tile` with `shared` bytes of shared memory a program, or None."""
+    """Returns why the Triton conv cannot run `tile` with `shared` bytes of shared memory per program, or None."""
     if fault := _fault(tile, _TILE):
         return f"tile: {fault}"
     if tile["splits"] > 1 and op not in _SPLIT:
@@ -227,5 +230,5 @@ def tile_fault(op: str, dtype: str, tile: object, shared: int = _LARGEST_SHARED)
         return f"tile: {summed} fp32 sums do not fit the registers of {threads} threads"
     needed = staged * _ITEMSIZE[dtype] * max(1, tile["num_stages"] - 1)
     if needed > shared:
-        return f"tile: its stages take {needed} bytes of shared memory at least, a program has {shared}"
+        return f"tile: its stages take at least {needed} bytes of shared memory, but a program has {shared}"
     return None

@@ -1,12 +1,14 @@
-"""Measured choices of face and tile: JSON files of rows, this user's own over one per GPU in tables/.
+"""Tables of measured times, from which dispatch chooses the face and tile of an op.
 
-A file is {"header": {...}, "rows": [...]}. A row says how fast one face of an op ran at a shape with its best tile. Its
-key is (op, dtype, c_in, c_out, taps, stride, dilation, rows_log2, face, algorithm). 2**rows_log2 is the power of two at
-or above the N*T' rows of the output. An op without a conv has its channels twice and ones for the rest. Dispatch takes
-the fastest row. There are three layers: what was tuned here (`lay_over`), the committed file of this GPU, and that of
-the most similar GPU (`likeness`). Only the first layer that has a shape and rows_log2 counts for it, because times of
-two machines are not compared. A file is checked as a whole at the first look-up for its GPU. A GPU without any file has
-no choices, and kernels take their defaults.
+A table is a JSON file {"header": {...}, "rows": [...]} for one GPU. A row says how fast one face of an op ran at a
+shape with its best tile. Its key is (op, dtype, c_in, c_out, taps, stride, dilation, rows_log2, face, algorithm). A
+call with N*T' rows of output belongs to the smallest rows_log2 with N*T' <= 2**rows_log2. An op without a conv has its
+number of channels as c_in and c_out, and 1 for taps, stride and dilation. Dispatch takes the fastest row.
+
+Rows come from three sources: what was tuned on this machine (`lay_over`), the committed table of this GPU, and the
+table of the most similar GPU (`likeness`). For each shape and rows_log2 only the first source that has rows counts,
+because times of two machines are not compared. A table is checked in full at the first look-up for its GPU. For a GPU
+without rows, look-ups return None and kernels use their default tiles.
 """
 
 from __future__ import annotations
@@ -72,11 +74,11 @@ def lookup(
     rows: int,
     face: str = "triton",
 ) -> Row | None:
-    """The fastest measured configuration of `op` on one `face`; None if this GPU or shape was not measured.
+    """Returns the fastest measured configuration of `op` on `face`, or None if this GPU or shape was not measured.
 
-    c_in, c_out: the channels of the conv's weight, for gradients too; rows: N*T' of the conv's output. If its power of
-    two was not measured, the nearest measured one of the same shape is taken (`exact` is then False). Raises TableError
-    if the file of this GPU is faulty when it is first loaded.
+    c_in, c_out: the channels of the conv's weight, also for gradients. rows: N*T' of the conv's output. If its power of
+    two was not measured, the row of the nearest measured one is returned, with `exact` False. The first look-up raises
+    TableError if the table of this GPU is faulty.
     """
     if _forced and (row := _forced.get(op)) is not None:
         return row
@@ -98,9 +100,9 @@ def fastest(
     dilation: int,
     rows: int | None = None,
 ) -> str | None:
-    """The face on which all `ops` together take the least time at a shape; None unless all were measured.
+    """Returns the face on which all `ops` together take the least time, or None if one of them was not measured.
 
-    rows: N*T' of the output; None means the largest measured number.
+    rows: N*T' of the output. None means the largest number that was measured.
     """
     shape = (c_in, c_out, taps, stride, dilation)
     total = times([(op, shape, 1) for op in ops], device, dtype, rows)
@@ -110,10 +112,9 @@ def fastest(
 def times(
     calls: Iterable[tuple[str, tuple[int, ...], int]], device: torch.device, dtype: torch.dtype, rows: int | None
 ) -> dict[str, float] | None:
-    """Total seconds of `calls`, (op, shape, count), for each face that was measured at all of them; None if a call has
-    no measurement.
+    """Returns the total seconds of `calls` for each face that was measured at all of them, or None.
 
-    `rows` as for `fastest`.
+    A call is (op, shape, count). The result is None if a call was not measured on any face. `rows` as for `fastest`.
     """
     if (index := _index_of(device)) is None:
         return None
@@ -129,19 +130,19 @@ def times(
 
 
 def covered(device: torch.device, cell: Cell) -> bool:
-    """Whether this GPU was measured at `cell`, or at a near number of rows."""
+    """Returns whether this GPU was measured at `cell` or at a similar number of rows."""
     near = (_index_of(device) or {}).get(cell[:-1])
     return near is not None and any(abs(cell.rows_log2 - b) <= NEAR for b in near.own)
 
 
 def bucket(rows: int) -> int:
-    """rows_log2: the exponent of the power of two at or above `rows`."""
+    """Returns the rows_log2 of `rows`: the exponent of the smallest power of two that is not less."""
     return max(0, (operator.index(rows) - 1).bit_length())  # rows is a tensor under torch.jit.trace
 
 
 @contextmanager
 def forced(op: str, tile: Mapping[str, int], face: str = "triton") -> Iterator[None]:
-    """Makes every look-up of `op` return `tile`, on any device, so that tuning and the self-check can run that tile.
+    """A context in which every look-up of `op` returns `tile`, on any device. Tuning and the self-check use it.
 
     This changes the whole process: do not use it while other threads launch kernels.
     """
@@ -160,7 +161,7 @@ _forced: dict[str, Row] = {}
 
 
 class _Nearest:
-    """The rows of one shape, and for each power of two the rows of the nearest measured one."""
+    """The rows of one shape. It answers each rows_log2 with the rows of the nearest measured one."""
 
     def __init__(self) -> None:
         self._by_bucket: dict[int, dict[str, Row]] = {}
@@ -176,7 +177,7 @@ class _Nearest:
     def finish(self) -> None:
         self.measured = sorted(self._by_bucket)
         self._rows = {face: self._fill(face) for faces in self._by_bucket.values() for face in faces}
-        # faces are compared within one bucket, never across two
+        # Faces are compared only at the same rows_log2.
         self._times = [self._by_bucket[_near(self.measured, b)] for b in range(MAX_ROWS_LOG2 + 1)]
 
     def _fill(self, face: str) -> list[Row]:
@@ -194,7 +195,7 @@ class _Nearest:
 
 
 def _near(measured: list[int], wanted: int) -> int:
-    """The measured bucket nearest to `wanted`; of two equally near ones the larger."""
+    """Returns the value in `measured` that is nearest to `wanted`, the larger one if two are equally near."""
     return min(measured, key=lambda b: (abs(b - wanted), -b))
 
 
@@ -225,7 +226,7 @@ def _index(gpu: str, where: str | None, device: int) -> _Index | None:
 
 
 def _layers(gpu: str, where: Path, device: int) -> Iterator[tuple[Sequence[Row], bool]]:
-    """The sources of rows in order of precedence, and whether each was measured on this GPU itself."""
+    """Yields the rows of each source in order of precedence, and whether they were measured on this model of GPU."""
     yield _over(device), True
     if (table := for_gpu(gpu, where)) is not None:
         yield table.rows, True
@@ -244,14 +245,14 @@ _over: Callable[[int], Sequence[Row]] = _nothing
 
 
 def lay_over(rows_of: Callable[[int], Sequence[Row]]) -> None:
-    """From now on, `rows_of(index of a CUDA device)` comes before the rows of the files."""
+    """Sets the first source of rows: `rows_of(index of a CUDA device)` takes precedence over the files."""
     global _over
     _over = rows_of
     _index.cache_clear()
 
 
 def forget() -> None:
-    """Makes the next look-up read the files again; called after a file was written."""
+    """Makes the next look-up read the files again. Call it after writing a file."""
     _index.cache_clear()
     _gpu_name.cache_clear()
 
@@ -260,18 +261,18 @@ def forget() -> None:
 
 
 def folder() -> Path:
-    """The folder of the tables: `JASPER_FAST_TABLES` if it is set, else the folder beside this module."""
+    """Returns the folder of the tables: `JASPER_FAST_TABLES` if it is set, else `tables` beside this module."""
     own = os.environ.get("JASPER_FAST_TABLES")
     return Path(own) if own else Path(__file__).with_name("tables")
 
 
 def slug(gpu: str) -> str:
-    """The name of a GPU's file, without its suffix."""
+    """Returns the name of a GPU's file, without its suffix."""
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
 def for_gpu(gpu: str, where: Path | None = None) -> Table | None:
-    """The checked table of the GPU called `gpu`, or None if there is none; raises TableError for a faulty one."""
+    """Returns the table of the GPU named `gpu`, or None if there is none. Raises TableError if it is faulty."""
     path = (where or folder()) / f"{slug(gpu)}.json"
     if not path.is_file():
         return None
@@ -282,7 +283,7 @@ def for_gpu(gpu: str, where: Path | None = None) -> Table | None:
 
 
 def load(path: Path) -> Table:
-    """The table in `path`; raises TableError that names the file, the row and the fault."""
+    """Returns the table in `path`. Raises TableError, which names the file, the row and the fault."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -291,7 +292,7 @@ def load(path: Path) -> Table:
 
 
 def parse(data: object, where: str) -> Table:
-    """A table from plain values; raises a TableError whose message begins with `where`."""
+    """Returns a table made from parsed JSON. Raises TableError, whose message begins with `where`."""
     if not isinstance(data, dict) or set(data) != {"header", "rows"} or not isinstance(data["rows"], list):
         raise TableError(f"{where}: a table is an object with a header and a list of rows")
     if fault := header_fault(data["header"]):
@@ -308,7 +309,7 @@ def parse(data: object, where: str) -> Table:
 
 
 def write(path: Path, header: Mapping[str, str], rows: Iterable[Row]) -> None:
-    """Writes a table atomically, one line per row; raises TableError instead of writing a faulty one."""
+    """Writes a table atomically, one line per row. Raises TableError if it is faulty, and then writes nothing."""
     data = {"header": dict(header), "rows": [row.plain() for row in sorted(rows, key=lambda row: row.key)]}
     parse(data, str(path))
     lines = ",\n".join(f"  {json.dumps(row)}" for row in data["rows"])

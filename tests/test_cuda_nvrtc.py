@@ -185,9 +185,9 @@ def test_without_library_and_without_cupy_both_ways_are_told(monkeypatch: pytest
     monkeypatch.setattr(native, "cuda", missing)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(nvrtc, "missing", lambda: "CuPy is not installed: pip install 'jasper-fast[cuda]'")
-    with pytest.raises(native.Missing, match=r"not built; or without a toolkit: CuPy is not installed: pip install"):
+    with pytest.raises(native.Missing, match=r"not built; or use NVRTC, .*: CuPy is not installed: pip install"):
         cuda_launch.functions.__wrapped__()
-    with pytest.raises(native.Missing, match=r"not built; or without a toolkit: CuPy is not installed: pip install"):
+    with pytest.raises(native.Missing, match=r"not built; or use NVRTC, .*: CuPy is not installed: pip install"):
         norms._ops.__wrapped__()
 
 

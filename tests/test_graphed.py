@@ -215,10 +215,10 @@ def test_hindrances_are_told_in_a_line(monkeypatch):
 
     rig, recorder = Rig("adamw"), TapeRecorder(monkeypatch, list, list)
     assert made(rig)([batch(1, 0.2, 2, 0)]).names == ["0 0"]
-    assert "need a GPU, and the model is on cpu" in told[-1]
+    assert "need a GPU, but the model is on cpu" in told[-1]
     rig.optimizer = torch.optim.SGD(rig.model.parameters(), lr=0.1)
     made(rig, recorder=recorder)
-    assert "SGD decides on the host: take NovoGrad, or AdamW(..., fused=True)" in told[-1]
+    assert "SGD decides on the host: use NovoGrad, or AdamW(..., fused=True)" in told[-1]
     monkeypatch.setattr(graphed, "reads_no_lengths", lambda device: False)
     made(Rig("adamw"), recorder=recorder)
     assert "CTC loss reads lengths on the host" in told[-1]

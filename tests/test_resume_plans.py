@@ -152,7 +152,7 @@ def test_a_run_goes_on_with_fewer_steps_an_epoch(change, paths, run, tmp_path):
         steps=10,
         resume=True,
     )
-    assert "note: the batches have changed: 2 of 16 utterances are left of the epoch" in said
+    assert "note: the batches have changed: 2 of 16 utterances are left in this epoch" in said
     assert "done: step 10" in said
     steps = [r for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "train"]
     assert [r["step"] for r in steps] == list(range(1, 11))

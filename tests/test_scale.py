@@ -47,8 +47,8 @@ def run(arguments: list[str], monkeypatch) -> None:
     [
         (512, {"batch_size": 64}, 8, 1, "a step is 1 micro-batch of 64 utterances on each of 8 processes: 512"),
         (512, {"batch_size": 32}, 1, 16, "16 micro-batches of 32 utterances on each of 1 process: 512"),
-        (500, {"batch_size": 64}, 4, 2, ": 512, 500 were asked for"),
-        (64, {"max_seconds": 100.0}, 2, 3, "of 10 utterances on each of 2 processes: 60, 64 were asked for"),
+        (500, {"batch_size": 64}, 4, 2, ": 512 (500 were requested)"),
+        (64, {"max_seconds": 100.0}, 2, 3, "of 10 utterances on each of 2 processes: 60 (64 were requested)"),
     ],
 )
 def test_accumulation_for_a_global_batch(wanted: int, sizes: dict, world: int, count: int, said: str) -> None:
@@ -91,7 +91,7 @@ def test_the_scan_runs_the_largest_batches_and_changes_nothing(paths, monkeypatc
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize(("most", "said"), [(3, "2 do: give --batch-size 2 or --batch-seconds 2"), (0, "not even one")])
+@pytest.mark.parametrize(("most", "said"), [(3, "2 do: use --batch-size 2 or --batch-seconds 2"), (0, "not even one")])
 def test_what_does_not_fit_is_told_with_advice(paths, most: int, said: str) -> None:
     split, model = split_and_model(paths)
 

@@ -218,7 +218,7 @@ def test_the_command_cut_off_shows_and_keeps_what_was_found(as_json, monkeypatch
         report = json.loads(said)
         assert not report["finished"] and len(report["rows"]) == 2 and len(report["verdicts"]) == 1
     else:
-        assert "bn_relu_dropout (triton, float16): good" in said and "ended early: 2 checks were made" in said
+        assert "bn_relu_dropout (triton, float16): good" in said and "stopped early after 2 checks" in said
     assert {name: v.status for name, v in verdicts.read(CPU).items()} == {
         ("bn_relu_dropout", "triton", "float16"): GOOD
     }

@@ -166,15 +166,15 @@ FAULTS = {
     ),
     "registers": ({"tile": TILE | {"t": 256, "n": 256, "num_warps": 4}}, "do not fit the registers of 128 threads"),
     "stages": ({"tile": TILE | {"num_stages": 9}}, "num_stages must be"),
-    "stages beyond shared memory": ({"tile": TILE | {"k": 256, "num_stages": 4}}, "bytes of shared memory at least"),
+    "stages beyond shared memory": ({"tile": TILE | {"k": 256, "num_stages": 4}}, "its stages take at least"),
     "splits": ({"tile": TILE | {"splits": 2}}, "conv1d.forward does not split its reduction"),
     "a norm of a conv's shape": (
         {"op": "bn_relu_dropout.forward", "tile": None},
-        "bn_relu_dropout.forward has its channels as c_in and c_out",
+        "bn_relu_dropout.forward must have its channels as c_in and c_out",
     ),
     "a norm of two widths": (
         {"op": "bn_relu_dropout.backward", "tile": None, "taps": 1, "c_out": 384},
-        "and taps, stride and dilation 1",
+        "and 1 for taps, stride and dilation",
     ),
     "a norm's tile": ({"op": "bn_relu_dropout.forward", "taps": 1}, "bn_relu_dropout.forward on triton has no tile"),
     "a field too many": ({"speed": 1}, "unknown or missing fields: speed"),

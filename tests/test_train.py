@@ -463,7 +463,7 @@ def test_cuda_graphs_without_a_gpu_are_plain_steps(run_train, paths, tmp_path):
     logs = []
     for name, asked in (("with", True), ("without", None)):
         said = run_train(train_arguments(paths, tmp_path / name, steps=2, val_manifests=None, cuda_graphs=asked))
-        assert ("no CUDA graphs: CUDA graphs need a GPU, and the model is on cpu" in said) == bool(asked)
+        assert ("no CUDA graphs: CUDA graphs need a GPU, but the model is on cpu" in said) == bool(asked)
         logs.append([r["loss"] for r in read_log(tmp_path / name / "log.jsonl") if r["kind"] == "train"])
     assert len(logs[0]) == 2 and logs[0] == logs[1]
 
@@ -505,7 +505,7 @@ def test_mixed_precision(run_train, paths, tmp_path, amp):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("n_filt: 32", "n_filt: 40"), "input_train makes 40 features, the encoder takes 32"),
+        (("n_filt: 32", "n_filt: 40"), "input_train makes 40 features, but the encoder takes 32"),
         (("n_filt: 32", "n_filter: 32"), "n_filter is unknown"),
         (("freq_masks", "frequency_masks"), "frequency_masks"),
         (("sample_rate: 16000", "sample_rate: 16000\n    max_duration: 0.2"), "training data: no utterance is left"),

@@ -92,7 +92,7 @@ def test_without_a_readable_validation_file_all_ranks_end_saved(paths, tmp_path)
     flawed = without(paths, "val", range(4), tmp_path)
     members = worlds.world(2, train_arguments(flawed, tmp_path / "run", epochs=2), tmp_path / "w")
     assert [m.status for m in members] == [1, 1], [m.said for m in members]
-    assert all("error: the validation manifests hold no usable utterance" in m.said for m in members)
+    assert all("error: the validation manifests have no usable utterance" in m.said for m in members)
     assert (tmp_path / "run" / "step_00000002.pt").exists()
 
 
@@ -125,7 +125,7 @@ def test_a_signal_is_heard_while_validating(paths, tmp_path, size):
     members = worlds.world(size, arguments, tmp_path / "w", worlds.signal_in, size - 1, "validate")
     assert [m.status for m in members] == [0] * size, [m.said for m in members]
     assert [len(m.steps) for m in members] == [3] * size
-    assert "validation was broken off by a signal" in members[0].said and "stopped by" in members[0].said
+    assert "validation was interrupted by a signal" in members[0].said and "stopped by" in members[0].said
     assert not [r for r in read_log(tmp_path / "run" / "log.jsonl") if r["kind"].startswith("val")]
     assert (tmp_path / "run" / "step_00000003.pt").exists() and not (tmp_path / "run" / "best.pt").exists()
     members = worlds.world(size, [*arguments, "--resume", "--steps", "4"], tmp_path / "again")
@@ -138,7 +138,7 @@ def test_a_signal_is_heard_while_validating(paths, tmp_path, size):
 def test_what_keeps_one_process_from_starting_ends_all(paths, tmp_path, name):
     members = worlds.world(2, train_arguments(paths, tmp_path / "run"), tmp_path / "w", worlds.other_manifest, name)
     assert [m.status for m in members] == [1, 1], [m.said for m in members]
-    assert "error: another process could not go on; it says why" in members[0].said
+    assert "error: another process failed: see its message" in members[0].said
     assert "gone.jsonl" in members[1].said and "Traceback" not in members[0].said + members[1].said
 
 

@@ -1,4 +1,4 @@
-"""The inputs of a check, and its three results: of the kernel, of plain PyTorch at the same precision, and in fp64."""
+"""A check's inputs and its three results: the kernel's, plain PyTorch's at the same precision, and the fp64 result."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from jasper_fast.selfcheck.checks import CLEAN_FUNCTIONS, DTYPES, PANES, SMALL_P
 
 @dataclass(frozen=True)
 class Case:
-    """One set of inputs, with functions for the results of the face under test, of plain PyTorch, and in fp64.
+    """One set of inputs, and three functions that compute results from it.
 
-    `inputs` holds all tensors that these functions read, by name. To check other inputs, copy values into them. For
-    bn_relu_dropout, `ours` can take the name of another face and runs it on the same inputs.
+    `ours` runs the face under test, `low` plain PyTorch at the same precision, and `reference` PyTorch in fp64.
+    `inputs` has all tensors that these functions read, by name. To check other inputs, copy values into these tensors.
+    For bn_relu_dropout, `ours` accepts the name of another face, which it runs instead on the same inputs.
     """
 
     ours: Callable[..., dict[str, Tensor]]
@@ -33,8 +34,11 @@ class Case:
 
 
 def case(check: Check, device: torch.device, seed: int, *, timed: bool = False) -> Case:
-    """The inputs of `check` drawn from `seed`; `timed`: with the padding of a batch of speech, about a quarter where
-    utterances are many, and a conv's weight packed before."""
+    """Returns the case of `check`, with inputs drawn from `seed`.
+
+    With `timed`, the inputs suit a timing: the lengths are those of a batch of speech, about a quarter of a large
+    batch is padding, and a conv's weight is already packed.
+    """
     draw = _Draw(device, DTYPES[check.dtype], seed, timed, check.variant == WAVE)
     if check.op == "bn_relu_dropout":
         return _norm_case(check, draw)
@@ -50,7 +54,7 @@ def case(check: Check, device: torch.device, seed: int, *, timed: bool = False) 
 
 
 class _Draw:
-    """Random tensors on a device, the same for the same seed."""
+    """Draws random tensors on a device. The same seed always draws the same tensors."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, seed: int, timed: bool, busy: bool = False) -> None:
         self.device, self.dtype, self.timed, self.busy = device, dtype, timed, busy
@@ -61,11 +65,11 @@ class _Draw:
         return x.to(dtype or self.dtype)
 
     def activation(self, n: int, c: int, t: int) -> Tensor:
-        """(N, C, T) in NTC memory."""
+        """Returns a random activation (N, C, T) in NTC memory order."""
         return self.normal(n, t, c).transpose(1, 2)
 
     def weight(self, *shape: int) -> Tensor:
-        """An fp32 weight whose values fit the dtype of the activations exactly, so that packing rounds nothing."""
+        """Returns a random fp32 weight whose values are exact in the activations' dtype, so packing rounds nothing."""
         return self.normal(*shape, scale=(shape[1] * shape[2]) ** -0.5).float()
 
     def uniform(self, *shape: int) -> Tensor:
@@ -77,7 +81,7 @@ class _Draw:
         return Norm(mean, rstd, gamma, beta)
 
     def lengths(self, n: int, t: int) -> Tensor:
-        """Full, a third, none, one frame, and so on; full to half for a timing, and where all is to be busy."""
+        """Returns N lengths: t, t / 3, 0, 1, t and so on. With `timed` or `busy` they fall evenly from t to t / 2."""
         if self.timed or self.busy:
             return torch.tensor([t - i * t // (2 * n) for i in range(n)], device=self.device)
         return torch.tensor([(t, t // 3, 0, min(1, t))[i % 4] for i in range(n)], device=self.device)
@@ -127,7 +131,7 @@ def _conv_case(check: Check, draw: _Draw) -> Case:
         dx = ntc(mask(aten.dgrad(dy, weight, s.t, s.geometry), lengths))
         if function == "dgrad":
             return named(dx)
-        saved = dx, y, None, norm  # without z, so dropout is drawn again
+        saved = dx, y, None, norm  # z is None, so dropout is drawn again
         return named(bn.backward_apply(*saved, None, zeroed, True)[1], *bn.backward_reduce(*saved, zeroed))
 
     tensors = {"dy": dy, "weight": weight, "y": y, "z": z} | norm._asdict()
@@ -141,7 +145,7 @@ def _conv_case(check: Check, draw: _Draw) -> Case:
 
 
 def _told_clean(check: Check) -> bool:
-    """Whether the kernel is told (`clean`) that x has zero padding. All other kernels get NaN in the padding."""
+    """Returns whether the kernel is told (`clean`) that x has zero padding. Kernels that are not told get NaN there."""
     return check.face == "triton" and check.function in CLEAN_FUNCTIONS and UNCLEAN not in check.variant.split()
 
 
@@ -186,7 +190,7 @@ def _fused_case(check: Check, draw: _Draw) -> Case:
     padding = 0.0 if clean else float("nan")
     given, given2 = masked(x, padding), masked(x2, padding)
     told = Lengths(lengths, out_lengths)
-    if features:  # fp32 and (N, C, T), as the network's first kernel reads them; padding holds anything, as from a user
+    if features:  # The network's first kernel reads fp32 (N, C, T) features from a user, with anything in the padding.
         given = given.float().transpose(1, 2).contiguous().transpose(1, 2)
         told = Lengths(lengths, made=torch.empty_like(lengths))
     if check.face == "cpu":  # the inference engine keeps activations in fp32 on a CPU
@@ -230,7 +234,7 @@ def _norm_case(check: Check, draw: _Draw) -> Case:
     lengths = None if variant == "no lengths" else draw.lengths(n, t)
     residual = draw.activation(n, c, t) if variant == "residual" else None
     y = draw.activation(n, c, t)
-    if residual is None:  # with a residual, z tells where the ReLU was open
+    if residual is None:  # With a residual, backward reads from z where the ReLU was open, so rounding decides nothing.
         y = _off_the_edge(y, norm)
     halo = 2 if variant == "halo" else None
     if halo is not None:
@@ -240,7 +244,7 @@ def _norm_case(check: Check, draw: _Draw) -> Case:
     p = 0.0 if variant in ("no dropout", "evaluation") else 0.2
     zeroed = Mask(lengths, torch.tensor([987654321], device=draw.device) if p else None, p)
 
-    # all faces get the same z, from one forward
+    # All faces get the same z, which the reference's forward computes.
     z = None
     if residual is not None:
         z = backends.face("bn_relu_dropout", "reference").forward(y, norm, residual, zeroed)
@@ -271,9 +275,10 @@ def _norm_case(check: Check, draw: _Draw) -> Case:
 
 
 def _panes_case(check: Check, draw: _Draw) -> Case:
-    """Panes of two block outputs (outputs of a ReLU); the definition is a 1x1 conv and batch norm per pane.
+    """Returns the case of the panes of two block outputs. By definition a pane is a 1x1 conv and batch norm.
 
-    The plain form ("plain") may leave any gradient beyond the lengths.
+    Block outputs come from a ReLU, so the inputs are not negative. The plain form (function "plain") may leave any
+    values in the gradients of x beyond the lengths, so they are masked before they are compared.
     """
     (n, c, t), eps = check.shape, 1e-3
     widths, c_out, lengths = (c, max(8, c // 2)), c, draw.lengths(n, t)
@@ -298,7 +303,10 @@ def _panes_case(check: Check, draw: _Draw) -> Case:
         return out, torch.stack(means), torch.stack(variances)
 
     def results(panes: Callable, wide: bool) -> dict[str, Tensor]:
-        """The sum, means and variances, and the gradients of all inputs, also through the Gram matrices."""
+        """Returns the sum of the panes, their means and variances, and the gradients of all inputs.
+
+        In the Gram form the gradients of x include those through its Gram matrix.
+        """
         leaves = [[(x.double() if wide else x.clone()).requires_grad_() for x in of] for of in named.values()]
         out, mean, var = panes(*leaves)
         grads = list(torch.autograd.grad(out, [x for of in leaves for x in of], up.to(out.dtype)))
@@ -315,7 +323,11 @@ def _panes_case(check: Check, draw: _Draw) -> Case:
 
 
 def _step_case(check: Check, draw: _Draw) -> Case:
-    """NovoGrad's step on a sub-block's weight, gamma and beta: with all it can do, or without; or with an infinity."""
+    """Returns the case of NovoGrad's step on a sub-block's weight, gamma and beta.
+
+    Variant "plain" is the bare step. "all" adds the loss scale, the moving averages and beta2 > 0. "not finite" is
+    "all" with an infinity in a gradient.
+    """
     s, variant = check.shape, check.variant
     shapes = [(s.c_out, s.c_in, s.k), (s.c_out,), (s.c_out,)]
     lists = [[draw.normal(*shape, dtype=torch.float32) for shape in shapes] for _ in range(3)]
@@ -330,13 +342,13 @@ def _step_case(check: Check, draw: _Draw) -> Case:
     named = dict(zip(("g", "p", "m", "v", "a"), (*lists, squares, averages), strict=True))
 
     def results(face: str, wide: bool) -> dict[str, Tensor]:
-        """Of copies: the step is in place."""
+        """Returns the results of a step on copies of the inputs, because the step changes them in place."""
         copied = [[x.double() if wide else x.clone() for x in of] for of in (*named.values(), (live, its))]
         tensors = Tensors(*copied[:5], [0] * len(shapes))
         watched = Watched(copied[5][:1], copied[5][1:]) if averages else Watched([], [])
         step = backends.face("novograd", face).step
         outcome = step(tensors, watched, settings, scale, None, 1.0 if averages else 0.0, True, {})
-        told = outcome.nan_to_num(0.0, 0.0, 0.0)  # a norm that is not finite is one
+        told = outcome.nan_to_num(0.0, 0.0, 0.0)  # infinity and NaN are the same outcome: the norm is not finite
         found = {"outcome": told.double() if wide else told.float()}
         for name, of in zip(("p", "m", "v", "a"), (*copied[1:5],), strict=True):
             found |= {f"{name} {i}": x for i, x in enumerate(of)}
@@ -352,7 +364,7 @@ def _step_case(check: Check, draw: _Draw) -> Case:
 
 
 def _loss_case(check: Check, draw: _Draw) -> Case:
-    """The CTC loss and its gradient of targets of all lengths; frames of all lengths, where their target fits."""
+    """Returns the case of the CTC loss and its gradient, with targets and utterances of several lengths."""
     n, t, v, u = check.shape
     log_probs = draw.normal(n, t, v, dtype=torch.float32, scale=3.0).log_softmax(2)
     targets = (draw.uniform(n * u) * (v - 1)).long().view(n, u)
@@ -374,8 +386,7 @@ def _loss_case(check: Check, draw: _Draw) -> Case:
 
 
 def _off_the_edge(y: Tensor, norm: Norm) -> Tensor:
-    """`y` (N, C, T), moved where the ReLU's input is so close to zero that rounding decides whether the ReLU is
-    open."""
+    """Returns `y` (N, C, T), changed where the ReLU's input is so close to zero that rounding decides its sign."""
     mean, rstd, gamma, beta = norm
     a = (gamma * rstd)[:, None].double()
     pre = (y.double() - mean[:, None]) * a + beta[:, None]

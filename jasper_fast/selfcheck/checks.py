@@ -1,4 +1,4 @@
-"""The checks that a device needs: one for every kernel and configuration that dispatch can choose there."""
+"""Lists the checks that a device needs: one for every kernel and configuration that dispatch can choose there."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from jasper_fast.kernels.operands import Geometry
 CONV = ("forward", "forward_stats", "dgrad", "dgrad_bn", "wgrad")
 DEPTHWISE = ("forward", "dgrad", "wgrad")
 DTYPES = {name: dtype for dtype, name in tables.DTYPES.items()}
-QUICK_TILES = 3  # tiles of a table that a quick check takes, per function
-TABLE_ROWS = 2048  # rows of the inputs on which a table's tiles are checked
+QUICK_TILES = 3  # how many of a table's tiles a quick plan checks for each function
+TABLE_ROWS = 2048  # a table's tiles are checked on inputs of at most this many rows
 
 
 class Conv(NamedTuple):
@@ -67,7 +67,8 @@ class Speech(NamedTuple):
         return f"({self.n}, {self.t}, {self.v}) U {self.u}"
 
 
-# odd frames, one frame, fewer frames than the taps reach, stride 2, dilation 2 with channels that no tile divides
+# In this order: an odd number of frames; one frame; fewer frames than taps; stride 2; dilation 2, with a number of
+# channels that is a multiple of no tile.
 SMALL_CONV = (Conv(2, 37, 64, 48, 11), Conv(3, 1, 32, 32, 1), Conv(3, 5, 32, 29, 25), Conv(2, 41, 64, 32, 11, 2),
               Conv(2, 23, 35, 48, 3, 1, 2))  # fmt: skip
 # the convs of Jasper 10x5: first block, main blocks, dilated conv, last block, decoder
@@ -77,27 +78,29 @@ REAL_CONV = (
     Conv(4, 330, 768, 896, 29, 1, 2), Conv(4, 330, 896, 1024, 1), Conv(4, 330, 1024, 29, 1), Conv(1, 104, 768, 768, 25),
 )  # fmt: skip
 QUICK_CONV = (Conv(2, 37, 64, 48, 11), Conv(2, 200, 256, 256, 11))
-# More programs than any GPU runs at once: 448 with tiles of 128 frames by 128 channels, while an H100 has 132 SMs.
-# Races and wrong reuse of shared memory appear only when programs follow each other on an SM. A call is 39 GFLOP. A
-# check makes two calls in fp64, two in plain PyTorch and four of ours: tens of milliseconds on an H100, a second on
-# GPUs with slow fp64.
+# This conv has more programs than any GPU runs at once: 448 with tiles of 128 frames by 128 channels, while an H100 has
+# 132 SMs. Races and wrong reuse of shared memory appear only when programs follow each other on an SM. A call takes 39
+# GFLOP. A check makes two calls in fp64, two in plain PyTorch and four of ours. Together they take tens of
+# milliseconds on an H100, and a second on GPUs with slow fp64.
 WAVE_CONV = Conv(32, 840, 256, 256, 11)
 WAVE = "wave"  # the variant for WAVE_CONV
-EXACT = "exact"  # a variant with exact fp32 products; by default a GPU rounds them to TF32, in other kernels
+EXACT = "exact"  # a variant with exact fp32 products; by default a GPU rounds the operands to TF32 in separate kernels
 SMALL_NORM = (Norm(2, 64, 37), Norm(3, 29, 1), Norm(3, 48, 7))
 REAL_NORM = (Norm(4, 256, 420), Norm(4, 768, 420), Norm(4, 1024, 331))
 QUICK_NORM = (Norm(2, 64, 37), Norm(2, 256, 200))
 NORM_VARIANTS = ("batch", "evaluation", "residual", "no dropout", "no lengths", "halo")
-# QuartzNet's, where c_in = c_out
+# depthwise convs like those of QuartzNet: c_in and c_out are both the number of channels
 SMALL_DEPTHWISE = (Conv(2, 41, 24, 24, 9, 2), Conv(4, 21, 40, 40, 33), Conv(2, 37, 29, 29, 13, 1, 2))
 REAL_DEPTHWISE = (Conv(4, 840, 256, 256, 33, 2), Conv(4, 420, 512, 512, 75), Conv(32, 420, 512, 512, 87, 1, 2))
 QUICK_DEPTHWISE = (Conv(2, 37, 64, 64, 33), Conv(2, 200, 256, 256, 63))
 FUSED_VARIANTS = ("plain", "panes", "panes splits", "features", "log-softmax", "splits")
 STEP_VARIANTS = ("plain", "all", "not finite")
 SMALL_CTC, REAL_CTC = (Speech(5, 23, 7, 6), Speech(4, 9, 40, 3)), (Speech(8, 420, 29, 150), Speech(4, 840, 129, 300))
-UNCLEAN = "unclean"  # padding of x holds NaN and must not be read: an engine's first conv, direct calls of a face
+# Variant: padding of x is NaN and must not be read, as in an engine's first conv and in direct calls of a face.
+UNCLEAN = "unclean"
 CLEAN_FUNCTIONS = ("forward", "forward_stats", "wgrad", "fused")  # functions of Triton's conv with the argument `clean`
-SMALL_PANES, PANES = 40, 256  # channels of a second input: 40 do not fill a step of a tile, so no descriptors are used
+# Channels of the second input, a pane's. 40 channels are less than one step of a tile, so no descriptors are used.
+SMALL_PANES, PANES = 40, 256
 SMALL_GRAM, REAL_GRAM = (Norm(2, 24, 37), Norm(3, 40, 7)), (Norm(4, 256, 420), Norm(8, 768, 840))
 QUICK_GRAM = (Norm(2, 64, 37), Norm(4, 256, 420))
 
@@ -117,12 +120,12 @@ class Check:
 
     @property
     def id(self) -> str:
-        """Unique in a plan, the same in every process."""
+        """A name that is unique in a plan and the same in every process."""
         return " | ".join((self.op, self.face, self.function, self.configuration, str(self.shape), self.dtype,
                            self.variant))  # fmt: skip
 
     def plain(self) -> dict[str, str]:
-        """The fields that a report shows."""
+        """Returns the fields that a report prints, as strings."""
         found = {k: str(v) for k, v in asdict(self).items() if k not in ("tile", "shape")}
         return found | {"id": self.id, "shape": str(self.shape)}
 
@@ -135,9 +138,10 @@ def plan(
     faces: tuple[str, ...] = (),
     dtypes: tuple[str, ...] = (),
 ) -> list[Check]:
-    """The checks of `ops` for `device`, on all faces that run there (or only `faces`): only the quick ones, or all.
+    """Returns the checks of `ops` for `device`, on all faces that run there or only on `faces`.
 
-    dtypes: names such as "bfloat16". Default: all dtypes of a face, or one of them for a quick plan.
+    quick: return a small part of the checks. dtypes: names such as "bfloat16". The default is all dtypes of a face, or
+    one of them for a quick plan. Raises ValueError for an unknown op, face or dtype.
     """
     for name, asked, known in (("op", ops, OPS), ("face", faces, FACES), ("dtype", dtypes, tuple(DTYPES))):
         if unknown := [value for value in asked if value not in known]:
@@ -146,7 +150,7 @@ def plan(
     for face in FACES:
         if (faces and face not in faces) or (face != "aten" and backends.why_missing(face, device) is not None):
             continue
-        large = device.type == "cuda" or face == "cpu"  # the interpreter takes minutes for a real shape
+        large = device.type == "cuda" or face == "cpu"  # Triton's interpreter takes minutes for a model's real shape
         for dtype in _dtypes(face, device, quick, dtypes):
             if "panes" in ops:
                 found += _panes(face, dtype, quick, device.type == "cuda")
@@ -161,7 +165,7 @@ def plan(
             if face != "cuda" and "depthwise" in ops:
                 found += _depthwise(face, dtype, quick, large)
             if face == "cuda" and dtype == "float32":
-                continue  # its convs take 16 bits
+                continue  # the CUDA face has no fp32 convs
             if "conv1d" in ops:
                 found += _convs(face, dtype, quick, large, device)
             if "conv1d.fused" in ops:
@@ -180,7 +184,7 @@ def _dtypes(face: str, device: torch.device, quick: bool, wanted: tuple[str, ...
 
 
 def _panes(face: str, dtype: str, quick: bool, large: bool) -> Iterator[Check]:
-    """Checks of the Gram form, whose products are ATen's, and of the plain form in C++, which takes only fp32."""
+    """Yields checks of the Gram form, whose products are ATen's, and of the plain form in C++, which is fp32 only."""
     if face == "aten":
         for shape in (QUICK_GRAM if quick else SMALL_GRAM + REAL_GRAM) if large else SMALL_GRAM:
             yield Check("panes", face, "panes", "default", shape, dtype)
@@ -190,7 +194,8 @@ def _panes(face: str, dtype: str, quick: bool, large: bool) -> Iterator[Check]:
 
 
 def _norms(face: str, dtype: str, quick: bool, large: bool) -> Iterator[Check]:
-    real = QUICK_NORM[1:] if face == "cpu" and dtype != "float32" else REAL_NORM  # 16 bits take minutes in PyTorch
+    # On a CPU plain PyTorch takes minutes for the real shapes in 16 bits.
+    real = QUICK_NORM[1:] if face == "cpu" and dtype != "float32" else REAL_NORM
     shapes = QUICK_NORM if quick else SMALL_NORM + (real if large else ())
     for shape in shapes if large else shapes[:3]:
         if not large and shape.c > 64:
@@ -209,14 +214,14 @@ def _depthwise(face: str, dtype: str, quick: bool, large: bool) -> Iterator[Chec
 
 
 def _steps(face: str, quick: bool, large: bool) -> Iterator[Check]:
-    """NovoGrad's step on the parameters of a sub-block."""
+    """Yields checks of NovoGrad's step on the parameters of a sub-block."""
     for shape in (QUICK_CONV if quick else (*SMALL_CONV[:3], REAL_CONV[-1])) if large else SMALL_CONV[:2]:
         for variant in STEP_VARIANTS:
             yield Check("novograd", face, "step", "default", shape, "float32", variant)
 
 
 def _losses(quick: bool, large: bool) -> Iterator[Check]:
-    """The CTC loss and its gradient."""
+    """Yields checks of the CTC loss and its gradient."""
     for shape in SMALL_CTC + (REAL_CTC[: 1 if quick else None] if large else ()):
         yield Check("ctc", "triton", "loss", "default", shape, "float32")
 
@@ -265,7 +270,10 @@ def _fused(face: str, dtype: str, quick: bool, large: bool, device: torch.device
 
 
 def _measured(op: str, function: str, dtype: str, quick: bool, device: torch.device) -> Iterator[Check]:
-    """The tiles that were tuned here and those of this GPU's table: all of them, or the most frequent ones."""
+    """Yields checks of the tiles that were tuned on this GPU and of those in its table.
+
+    A quick plan checks only the most frequent of them.
+    """
     known: dict[tuple, tables.Row] = {}
     if device.type == "cuda":
         table = tables.for_gpu(torch.cuda.get_device_name(device))
@@ -285,7 +293,7 @@ def _measured(op: str, function: str, dtype: str, quick: bool, device: torch.dev
         variants: tuple[str, ...] = ("",)
         if function == "fused":
             variants = ("splits",) if row.tile["splits"] > 1 else ("plain",)
-            if not quick and shape.stride == 1:  # with panes too: a block's last conv runs them with this tile
+            if not quick and shape.stride == 1:  # A block's last conv adds panes with the same tile, so check that too.
                 variants += ("panes splits",) if row.tile["splits"] > 1 else ("panes",)
         configuration = f"table 2^{row.rows_log2} {row.label().removeprefix('triton ')}"
         for variant in variants:

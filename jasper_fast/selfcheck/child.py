@@ -21,7 +21,7 @@ def child(source: IO[str] = sys.stdin) -> int:
     device = torch.device(wanted["device"])
     which = {name: tuple(wanted[name]) for name in ("ops", "faces", "dtypes")}
     todo = checks.plan(device, quick=wanted["quick"], **which)
-    # an element that a kernel forgets to write is then NaN and not the result of an earlier call
+    # Fill new memory with NaN, so that an element that a kernel forgets to write does not show an earlier result.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     probe = torch.ones(64, 64, device=device)
@@ -37,7 +37,7 @@ def child(source: IO[str] = sys.stdin) -> int:
         try:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        except RuntimeError as error:  # this kernel destroyed the CUDA context, so every later check would fail
+        except RuntimeError as error:  # this kernel broke the CUDA context, so every later check would fail too
             blamed = verdict.blame(error)
             died = {"status": "died", "detail": str(error).splitlines()[0]}
             children.tell("fatal", row | (died if blamed["status"] == "failed" else blamed))

@@ -1,9 +1,8 @@
-"""One check: calls the kernel on two sets of inputs, then on the first again, and compares the results with fp64.
+"""One check: calls a kernel on two sets of inputs, compares the results with fp64, and repeats the first call.
 
 Results must be within the tolerance of tests and benchmarks (`tolerance.py`: twice the error of plain PyTorch at the
-same precision, plus a floor). The second call on the same inputs must be bit-identical. Padding that a kernel must not
-read holds NaN. Kernels are called as dispatch calls them: Triton's convs are told that x has zero padding (`clean`), as
-the ops and the engine do.
+same precision, plus a floor). The repeated call must return the same bits. Padding that a kernel must not read holds
+NaN. Kernels are called as dispatch calls them. For example, Triton's convs are told that x has zero padding (`clean`).
 """
 
 from __future__ import annotations
@@ -24,27 +23,27 @@ from jasper_fast.selfcheck.cases import Case, case
 from jasper_fast.selfcheck.checks import EXACT, WAVE, Check
 from jasper_fast.selfcheck.tolerance import Compared, Tolerance, compare
 
-FLOOR = 40.0  # in fp32 roundings: sums of 10,000 products in two orders differ by about 20
-# Where PyTorch's convs may round fp32 to TF32, ours truncate to it. Each element is off by up to one rounding, and
-# about two thirds of that error is common to all elements. cuDNN may choose a kernel without TF32, so its error is no
-# measure for ours.
+FLOOR = 40.0  # in fp32 roundings: sums of 10,000 products in two orders differ by about 20 of them
+# The floor for fp32 convs, as a relative error, where PyTorch's convs may round fp32 to TF32. Ours truncate to TF32,
+# so each element is off by up to one rounding, and about two thirds of that error is common to all elements. cuDNN may
+# choose a kernel without TF32, so its error cannot serve as the limit.
 TF32 = 4 * 2.0**-10
-AGAIN = {WAVE: 2}  # how often a check repeats the first call; once for other variants
+AGAIN = {WAVE: 2}  # how often a check repeats the first call, by variant; once for all other variants
 
 
 def perform(check: Check, device: torch.device) -> dict[str, Any]:
-    """Run `check`; returns its description with status "ok", "wrong", "failed", "no memory" or "environment" (what the
-    kernel needs is missing on this machine: the detail says what to do), and its errors.
+    """Runs `check` and returns its description with its status and errors.
 
-    `ours` and `theirs` are the relative errors of the tensor that came nearest to its limit; `share` is its error
-    divided by that limit.
+    The status is "ok", "wrong", "failed", "no memory" or "environment". The last means that this machine lacks
+    something that the kernel needs, and `detail` says what to do. `ours` and `theirs` are the relative errors of our
+    and plain PyTorch's result in the tensor that came nearest to its limit. `share` is our error divided by that limit.
     """
     started = time.perf_counter()
     row = check.plain() | {"status": "ok", "ours": None, "theirs": None, "share": None, "detail": ""}
     try:
         with _exactly(EXACT in check.variant.split()):
             found = _compare_all(check, device)
-    except Exception as error:  # any error of a kernel becomes its verdict
+    except Exception as error:  # whatever a kernel raises is the result of its check
         row |= blame(error)
     else:
         row |= found
@@ -53,7 +52,7 @@ def perform(check: Check, device: torch.device) -> dict[str, Any]:
 
 @contextmanager
 def _exactly(wanted: bool) -> Iterator[None]:
-    """A context in which, if `wanted`, the convs of PyTorch and ours do not round fp32 to TF32."""
+    """A context in which convs, PyTorch's and ours, do not round fp32 to TF32 if `wanted`."""
     conv = torch.backends.cudnn.conv
     before = conv.fp32_precision
     if wanted:
@@ -100,7 +99,7 @@ def _ours(check: Check, drawn: Case) -> dict[str, Tensor]:
 
 
 def _floor(check: Check, device: torch.device) -> float:
-    """The error in fp32 roundings that is allowed whatever PyTorch's error is."""
+    """Returns the error, in fp32 roundings, that is allowed even if PyTorch's own error is zero."""
     rounds = check.dtype == "float32" and device.type == "cuda" and check.op in ("conv1d", "conv1d.fused")
     if rounds and backends.face("conv1d", check.face).takes_tf32():
         return TF32 / torch.finfo(torch.float32).eps

@@ -1,4 +1,4 @@
-"""`jasper-fast selfcheck`: runs the checks, prints the results, saves the verdicts."""
+"""The command `jasper-fast selfcheck`: runs the checks, prints the results and saves the verdicts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jasper_fast.dispatch.verdict import BAD, FAULTS, GOOD, Verdict, failure_of,
 
 
 def show(rows: Sequence[dict[str, Any]], found: Sequence[Verdict], device: torch.device, console: Any) -> None:
-    """Prints every check that failed, a line for each configuration, and the verdicts, on a rich console."""
+    """Prints one line for each configuration, each failed check, and the verdicts to `console`, a rich console."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -53,9 +53,9 @@ def show(rows: Sequence[dict[str, Any]], found: Sequence[Verdict], device: torch
 
 def main(device: torch.device, *, quick: bool, as_json: bool, cache: bool, dtypes: Sequence[str] = (),
          seconds: float = CHECK_SECONDS, argv: Sequence[str] | None = None) -> int:  # fmt: skip
-    """Checks `device`, prints the results and saves the verdicts; returns 0 if every check passed, else 1.
+    """Checks `device`, prints the results and saves the verdicts. Returns 0 if every check passed, else 1.
 
-    If it is ended early, for example by Ctrl-C, it prints and saves the results so far.
+    If it is stopped early, for example by Ctrl-C, it prints and saves the results so far.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -99,6 +99,6 @@ def _print(rows: list[dict], found: list[Verdict], device: torch.device, as_json
         return
     show(rows, found, device, Console(highlight=False, width=None if sys.stdout.isatty() else 160))
     if not finished:
-        print(f"ended early: {len(rows)} checks were made; an op without a verdict above was not checked completely")
+        print(f"stopped early after {len(rows)} checks; an op without a verdict above was not checked completely")
     elif not rows:
         print(f"no kernel of this package runs on {device} here; `jasper-fast info` says how to get one")

@@ -16,12 +16,14 @@ class Tolerance:
     """The limit: `factor` times the error of plain PyTorch at the same precision, plus `floor` roundings in fp32 or one
     rounding in other dtypes. Where there is no result of plain PyTorch, the limit is `relative`.
 
-    fp32 has its own floor because sums in two orders can differ by more roundings than plain PyTorch's error shows. The
-    RMS norm of the error must be within the limit, the max norm within `peak` times the limit: the RMS norm detects a
-    small error everywhere, the max norm a single wrong element. `along` limits the component of the error along the
-    fp64 result, `|<got - ref, ref>| / <ref, ref>`. Roundings cancel in it; a wrong scale, a lost term or a skipped
-    utterance do not. SIGMAS * e / sqrt(n) is added to that limit for the roundings that do not cancel: e is plain
-    PyTorch's error (or `relative`), n the number of elements.
+    fp32 has its own floor because sums in two orders can differ by more roundings than plain PyTorch's error shows.
+    The RMS norm of the error must be within the limit. It detects a small error everywhere. The max norm must be
+    within `peak` times the limit. It detects a single wrong element.
+
+    `along` limits the component of the error along the fp64 result, `|<got - ref, ref>| / <ref, ref>`. Roundings
+    cancel in it. A wrong scale, a lost term or a skipped utterance do not cancel. For the remaining roundings
+    SIGMAS * e / sqrt(n) is added to that limit, where e is plain PyTorch's error (or `relative`) and n the number of
+    elements.
     """
 
     factor: float = 2.0
@@ -33,8 +35,11 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Compared:
-    """The norm in which a tensor came nearest to its limit. `ours` and `theirs` are relative errors (`theirs` of plain
-    PyTorch), `share` is our error divided by the limit (wrong above 1), and `detail` says it in words."""
+    """The comparison of a tensor in the norm in which it came nearest to its limit.
+
+    `ours` and `theirs` are the relative errors of our result and of plain PyTorch's. `share` is our error divided by
+    the limit: above 1 the result is wrong. `detail` describes the comparison in words.
+    """
 
     share: float
     ours: float | None = None
@@ -47,10 +52,10 @@ class Compared:
 
 
 def compare(got: Tensor, low: Tensor | None, ref: Tensor, tolerance: Tolerance) -> Compared:
-    """Compares `got` with the fp64 result `ref`, and its error with that of `low`, plain PyTorch's result; all of one
-    shape.
+    """Compares the error of `got` against the fp64 result `ref` with the error of `low`, plain PyTorch's result.
 
-    Integers must be equal. If several norms exceed their limit, the first of max, RMS, along is returned.
+    All three have one shape. Integers must be equal. If several norms exceed their limit, the first of max, RMS and
+    along is returned.
     """
     if got.shape != ref.shape:
         return Compared(math.inf, detail=f"shape {tuple(got.shape)}, expected {tuple(ref.shape)}")

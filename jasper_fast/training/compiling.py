@@ -1,4 +1,4 @@
-"""The model compiled for the training loop."""
+"""Compiles the model for the training loop."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from jasper_fast.training.runs import RunError
 
 
 def compiled(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` as `torch.compile` runs it, for batches of any length; it has the same parameters, and draws the same
-    dropout.
+    """Returns `model` compiled by `torch.compile` for batches of any length.
 
-    `model` itself stays as it is, for validation and checkpoints, whose names have no prefix then. Raises RunError
-    where PyTorch finds no compiler.
+    The result shares the parameters and draws the same dropout. `model` itself does not change: use it for validation
+    and checkpoints, whose names then have no prefix. Raises RunError if PyTorch finds no compiler.
     """
 
     def small(x: Tensor) -> Tensor:
@@ -24,11 +23,11 @@ def compiled(model: nn.Module, device: torch.device) -> nn.Module:
     except RuntimeError as error:
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         what = "a C++ compiler (g++)" if device.type == "cpu" else "Triton and a C compiler (gcc)"
-        raise RunError(f"--compile: PyTorch cannot compile here ({said}): install {what}, or leave it out") from error
+        raise RunError(f"--compile: PyTorch cannot compile ({said}): install {what}, or omit --compile") from error
     return torch.compile(model, dynamic=True, options={"fallback_random": True})
 
 
 def inner(model: nn.Module) -> nn.Module:
-    """The module within DistributedDataParallel and `torch.compile`."""
+    """Returns the module that DistributedDataParallel or `torch.compile` or both have wrapped, or `model` itself."""
     model = getattr(model, "module", model)
     return getattr(model, "_orig_mod", model)

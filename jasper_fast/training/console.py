@@ -1,4 +1,4 @@
-"""Messages and the progress bar of a training on the terminal."""
+"""Prints messages and the progress bar of a training run on the terminal."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from jasper_fast.extras import need
 
 
 def talker(quiet: bool = False) -> Any:
-    """A rich Console on the standard error, plain text. Raises MissingExtra where rich is not installed."""
+    """Returns a rich Console that prints plain text to the standard error. Raises MissingExtra without rich."""
     console = need("rich.console", "train").Console
     return console(stderr=True, quiet=quiet, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
 def training_bar(console: Any, done: int, total: int) -> Iterator[Any]:
-    """A progress bar; yields a function that takes the steps done and the text after the bar."""
+    """A context with a progress bar. It yields a function that takes the steps done and the text before the bar."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

@@ -11,7 +11,7 @@ from jasper_fast.nn.checkpoint import FORMAT, CheckpointError, load, save
 
 
 class Folder:
-    """The checkpoints of one training run: the last `keep`, `best.pt`, and one per epoch in `milestones`.
+    """The checkpoints of one training run: the last `keep`, `best.pt`, and one for each epoch in `milestones`.
 
     Raises ValueError if `keep` is less than 1.
     """
@@ -22,26 +22,28 @@ class Folder:
         self.path, self.keep, self.milestones = Path(path), keep, frozenset(milestones)
 
     def save(self, state: dict[str, Any], name: str | None = None) -> None:
-        """Writes `state` as `name`.pt, which is kept for good, or under its step, of which only the last `keep` are
-        kept. As "best" its `best_wer` is its own WER. Raises CheckpointError."""
+        """Writes `state` as `name`.pt, or without a name under its step. Raises CheckpointError.
+
+        Of the checkpoints named by their step, only the last `keep` are kept.
+        """
         save(self.path / f"{name or 'step_{:08d}'.format(state['step'])}.pt", state)
         for old in self.steps()[: -self.keep]:
             old.unlink()
 
     def steps(self) -> list[Path]:
-        """The rotating checkpoints, oldest first."""
+        """Returns the checkpoints that are named by their step, oldest first."""
         return sorted(self.path.glob("step_*.pt"), key=lambda p: int(p.stem.removeprefix("step_")))
 
     def clean(self) -> None:
-        """Removes incomplete files of a process that was killed while writing."""
+        """Removes incomplete files, left by a process that was killed while it wrote them."""
         for leftover in self.path.glob(".*.pt.tmp"):
             leftover.unlink()
 
     def latest(self, warn: Callable[[str], None] = warnings.warn) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that can be read, with its contents; None if there is none at all.
+        """Returns the path and contents of the newest checkpoint that can be read, or None in an empty folder.
 
-        A file that cannot be read is reported to `warn`, and the one before it is tried. Raises CheckpointError if none
-        can be read.
+        A file that cannot be read is reported to `warn`, and the next older one is tried. Raises CheckpointError if
+        there are checkpoints but none can be read.
         """
         others = [p for p in (*sorted(self.path.glob("milestone_*.pt"))[::-1], self.path / "best.pt") if p.exists()]
         candidates = [*self.steps()[::-1], *others]
@@ -49,12 +51,12 @@ class Folder:
             try:
                 state = load(path)
                 if state.get("format") != FORMAT:
-                    raise CheckpointError(f"{path} was not written by this project's training")
+                    raise CheckpointError(f"{path} was not written by a training run of jasper_fast")
                 return path, state
             except CheckpointError as error:
                 warn(f"{error}; trying the one before it")
         if candidates:
             raise CheckpointError(
-                f"none of the {len(candidates)} checkpoints in {self.path} can be read; empty the folder to start anew"
+                f"none of the {len(candidates)} checkpoints in {self.path} can be read: empty the folder to start again"
             )
         return None

@@ -1,9 +1,8 @@
-"""The training step in CUDA graphs, one for each shape of a step: the host launches one graph in place of thousands of
-kernels.
+"""Training steps by CUDA graphs, one graph for each shape: the host launches a graph instead of thousands of kernels.
 
-A graph holds all of `train_step`: features, augmentation, forward, loss, backward, unscaling, the optimiser and the
-average. Its inputs (audio, transcripts, lengths, the settings of the optimiser) lie where they lay at the capture and
-are filled before each replay. Random numbers are drawn on the device, so each replay has new ones.
+A graph contains all of `train_step`: features, augmentation, forward, loss, backward, unscaling, the optimiser and the
+moving average. Its inputs (audio, transcripts, lengths and the optimiser's settings) have fixed addresses and are
+filled before each replay. Random numbers are drawn on the device, so each replay draws new ones.
 """
 
 from __future__ import annotations
@@ -27,32 +26,34 @@ from jasper_fast.training.ema import EMA
 from jasper_fast.training.optim import NovoGrad
 from jasper_fast.training.step import BufferGuard, Frontend, StepResult, reads_no_lengths, train_step
 
-Shapes = tuple[tuple[tuple[int, ...], int], ...]  # of each micro-batch: of the audio, and labels of a transcript
+Shapes = tuple[tuple[tuple[int, ...], int], ...]  # for each micro-batch: the audio's shape, and labels per transcript
 LABELS = 32  # transcripts are padded to a multiple of this
 
 
 class Recorder(Protocol):
-    """Captures a step: `CudaRecorder`, or a stand-in without a GPU."""
+    """The interface of what captures a step: `CudaRecorder`, or a stand-in for tests without a GPU."""
 
     def capture(self, step: Callable[[], StepResult], alone: bool) -> tuple[StepResult, Callable[[], None]]:
-        """The step's result, and what runs the step again into its memory; nothing runs yet. `alone`: no other capture
-        is alive."""
+        """Captures `step` without running it. Returns its result and a function that runs it.
+
+        Each run writes into the memory of that result. `alone` says that no other capture is alive.
+        """
 
 
 class CudaRecorder:
-    """Captures on a side stream, all graphs in one pool of memory, so that they take what the largest needs."""
+    """Captures on a side stream. All graphs share one memory pool, which is as large as the largest graph needs."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream, self._pool = torch.cuda.Stream(device), None
 
     def capture(self, step: Callable[[], StepResult], alone: bool) -> tuple[StepResult, Callable[[], None]]:
-        """See `Recorder`. Raises RuntimeError for a step that cannot be captured."""
+        """Captures `step`, see `Recorder`. Raises RuntimeError for a step that cannot be captured."""
         current, graph = torch.cuda.current_stream(self._stream.device), torch.cuda.CUDAGraph()
-        gc.collect()  # a cycle that holds an earlier step's graph of gradients would break the capture
-        torch.cuda.empty_cache()  # what other steps have left: the pool takes memory of its own
+        gc.collect()  # reference cycles may keep the autograd graph of an earlier step, which would break the capture
+        torch.cuda.empty_cache()  # the pool cannot use cached memory of plain steps, so free it
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            result = capture.record(graph, step, None if alone else self._pool)  # a pool goes with its last graph
+            result = capture.record(graph, step, None if alone else self._pool)  # a pool is freed with its last graph
         current.wait_stream(self._stream)
         self._pool = graph.pool()
         return result, graph.replay
@@ -60,36 +61,37 @@ class CudaRecorder:
 
 @dataclass
 class Captured:
-    """A graph, with all memory that it reads and writes and that somebody else could free."""
+    """A graph, with references to all memory that it uses and that would otherwise be freed."""
 
     inputs: list[Batch]
     result: StepResult
     replay: Callable[[], None]
-    held: dict[Any, Any]  # NovoGrad's
-    alive: list[Tensor]
+    held: dict[Any, Any]  # NovoGrad's tables, see `NovoGrad.holding`
+    alive: list[Tensor]  # packed weights
 
 
 @dataclass
 class GraphedStep:
-    """Makes training steps as `train_step` does, from the second of a shape on by a CUDA graph.
+    """Makes training steps like `train_step`. From the second step of a shape on, it replays a CUDA graph.
 
         step = GraphedStep(model, frontend, optimizer, scaler, guard, device=device, amp_dtype=torch.bfloat16, ema=ema)
         result = step(batches)
 
     Arguments and results are those of `train_step`. Audio is padded with silence to a multiple of `bucket` frames of
-    features; the input of another frontend is not padded. The first step of a shape (utterances, frames and labels of
-    each micro-batch) is a plain one over the same padded batch. The `limit` most recently used graphs are kept.
-    Learning rates are read from the optimiser's groups. Where plain steps repeat bit by bit, graphed steps equal them,
-    except that PyTorch's optimisers then read their rate in fp32. Gradients are not kept.
+    features, if the frontend's features are `LogMelFeatures`. A shape consists of the utterances, frames and labels of
+    each micro-batch. The first step of a shape is a plain step over the same padded batch. The `limit` most recently
+    used graphs are kept. Learning rates are read from the optimiser's groups. If plain steps are reproducible bit by
+    bit, graphed steps return the same bits, except that PyTorch's optimisers read their learning rate in fp32 in a
+    graph. Gradients are not kept.
 
     Call `forget()` after a `load_state_dict` of the model, optimiser, scaler or average, and whenever one of their
-    tensors is replaced. Other changes outside the step (modes, requires_grad, betas of PyTorch's optimisers) have no
-    effect on existing graphs without it.
+    tensors is replaced. Call it also after other changes outside the step (modes, requires_grad, betas of PyTorch's
+    optimisers), which existing graphs do not see.
 
-    If a step cannot be captured, all steps are plain ones, and `say` gets the reason once. That is so on a CPU, in
-    several processes, with an optimiser that decides on the host (all but NovoGrad and PyTorch's fused Adam and AdamW),
-    without the CTC loss in Triton, and after a capture has failed. Graphs need the memory of the largest step, beside
-    that of plain steps and validation. `recorder` stands in for CUDA graphs in tests.
+    If a step cannot be captured, all steps are plain steps, and `say` is called once with the reason. This is the case
+    on a CPU, in several processes, with an optimiser that decides on the host (all except NovoGrad and PyTorch's fused
+    Adam and AdamW), without the CTC loss in Triton, and after a capture has failed. Graphs need as much memory as the
+    largest step, in addition to that of plain steps and validation. `recorder` replaces CUDA graphs in tests.
     """
 
     model: nn.Module
@@ -120,7 +122,7 @@ class GraphedStep:
         self._plain_from_now(why)
 
     def __call__(self, batches: Sequence[Batch]) -> StepResult:
-        """One step over `batches`, by a graph where there is one."""
+        """Makes one step over `batches`, by a graph if there is one for their shape."""
         if not self.possible:
             return self._step(batches, self.ema)
         shapes = tuple(self._shape(batch) for batch in batches)
@@ -141,32 +143,32 @@ class GraphedStep:
         return _named(self._replay(graph), batches)
 
     def forget(self) -> None:
-        """Drops all graphs; shapes are met anew."""
+        """Drops all graphs. The next step of each shape is a plain step again."""
         self._finish()
         self.graphs.clear(), self._met.clear(), self._room.clear(), self._rates.clear()
 
     def _hindrance(self) -> str | None:
-        """Why no step can be captured; None where one can."""
+        """Returns why no step can be captured, or None if steps can be captured."""
         fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            return "the gradients of several processes are not reduced in a graph"
+            return "graphs do not support the gradients of several processes"
         if self.recorder is None and self.device.type != "cuda":
-            return f"CUDA graphs need a GPU, and the model is on {self.device}"
+            return f"CUDA graphs need a GPU, but the model is on {self.device}"
         if not isinstance(self.optimizer, NovoGrad) and not (fused and "capturable" in self.optimizer.defaults):
-            return f"{type(self.optimizer).__name__} decides on the host: take NovoGrad, or AdamW(..., fused=True)"
+            return f"{type(self.optimizer).__name__} decides on the host: use NovoGrad, or AdamW(..., fused=True)"
         if isinstance(self.optimizer, NovoGrad) and self.device.type == "cuda" and not self.optimizer.in_triton():
-            return "NovoGrad's step is not Triton's here (it takes dense fp32 parameters), and PyTorch's reads the host"
+            return "NovoGrad cannot run in Triton (that takes dense fp32 parameters), and PyTorch's form needs the host"
         if any(isinstance(g["lr"], Tensor) and g["lr"].device != self.device for g in self.optimizer.param_groups):
-            return "the learning rate is a tensor on another device: give a number, or move it"
+            return f"the learning rate is a tensor on another device: use a number, or move it to {self.device}"
         if not reads_no_lengths(self.device):
-            return "PyTorch's CTC loss reads lengths on the host, and Triton's is not to be had here"
+            return "PyTorch's CTC loss reads lengths on the host, and Triton's is not available"
         return None
 
     def _plain_from_now(self, why: str | None) -> None:
         self.possible = why is None
         if why is not None:
             self.forget()
-            self.say(f"no CUDA graphs: {why}; steps run kernel by kernel")
+            self.say(f"no CUDA graphs: {why}; each kernel is launched by itself")
 
     def _step(self, batches: Sequence[Batch], ema: EMA | None) -> StepResult:
         return train_step(
@@ -177,8 +179,10 @@ class GraphedStep:
     # ------------------------------------------------------------------------------------------------------- inputs
 
     def _shape(self, batch: Batch) -> tuple[tuple[int, ...], int]:
-        """What audio and transcripts are padded to: to samples that make a multiple of `bucket` frames, where the
-        frontend says how many that is."""
+        """Returns the shape that the audio is padded to and the number of labels that transcripts are padded to.
+
+        Audio is padded so that its frames are a multiple of `bucket`, if the frontend says how many samples that takes.
+        """
         *rest, samples = batch.audio.shape
         features = getattr(self.frontend, "features", None)
         if isinstance(features, LogMelFeatures):
@@ -187,7 +191,7 @@ class GraphedStep:
         return (*rest, samples), max(1, -(-batch.targets.shape[1] // LABELS)) * LABELS
 
     def _inputs(self, shapes: Shapes) -> list[Batch]:
-        """Memory for the micro-batches, the same for all shapes as long as it is large enough."""
+        """Returns memory for the micro-batches, which all shapes share as long as it is large enough."""
         found = []
         for i, (audio, labels) in enumerate(shapes):
             n = audio[0]
@@ -198,7 +202,7 @@ class GraphedStep:
 
     def _view(self, i: int, name: str, shape: tuple[int, ...]) -> Tensor:
         count, room = torch.Size(shape).numel(), self._room.get((i, name))
-        if room is None or room.numel() < count:  # graphs keep the smaller one
+        if room is None or room.numel() < count:  # existing graphs keep the smaller memory alive
             dtype = torch.float32 if name == "audio" else torch.int64
             room = self._room[i, name] = torch.empty(count, dtype=dtype, device=self.device)
         return room[:count].view(shape)
@@ -206,9 +210,9 @@ class GraphedStep:
     # ------------------------------------------------------------------------------------------------------- graphs
 
     def _capture(self, shapes: Shapes, inputs: list[Batch]) -> Captured:
-        """Nothing of what the step changes is changed, but for gradients, which are none afterwards."""
+        """Captures a step on `inputs` and keeps the graph. It changes only the gradients, which become None."""
         while len(self.graphs) >= self.limit:
-            self._finish()  # a graph must not go while it runs
+            self._finish()  # a graph must not be freed while it runs
             self.graphs.popitem(last=False)
         held: dict[Any, Any] = {}
         averages = [ema for ema in (self.ema, getattr(self.optimizer, "ema", None)) if ema is not None]
@@ -220,7 +224,7 @@ class GraphedStep:
                 result, replay = self.recorder.capture(step, alone=not self.graphs)
         except RuntimeError:
             if self.scaler.is_enabled():
-                self.scaler._per_optimizer_states.clear()  # the step was broken off
+                self.scaler._per_optimizer_states.clear()  # the step was not completed
             raise
         finally:
             self.optimizer.zero_grad(set_to_none=True)  # frees the gradients' memory for the next graph
@@ -233,7 +237,7 @@ class GraphedStep:
 
     @contextlib.contextmanager
     def _capturable(self) -> Iterator[None]:
-        """Inside, PyTorch's optimiser reads its rates from the device."""
+        """A context in which PyTorch's optimiser reads its learning rates from the device."""
         groups = self.optimizer.param_groups
         before = [(group["lr"], group["capturable"]) for group in groups]
         if not self._rates:
@@ -265,7 +269,7 @@ class GraphedStep:
 
 
 def _fill(batch: Batch, to: Batch) -> None:
-    """Copies a micro-batch where a graph reads it; zeros beyond its own samples and labels."""
+    """Copies a micro-batch to where a graph reads it, with zeros after its samples and labels."""
     for name in ("audio", "targets"):
         source, into = getattr(batch, name), getattr(to, name)
         into[..., : source.shape[-1]].copy_(source, non_blocking=True)
@@ -275,6 +279,6 @@ def _fill(batch: Batch, to: Batch) -> None:
 
 
 def _named(result: StepResult, batches: Sequence[Batch]) -> StepResult:
-    """`result` with the names of `batches`, which the padded ones have not."""
+    """Returns `result` with the names and texts of `batches`, which padded batches do not have."""
     result.names, result.texts = [name for batch in batches for name in batch.names], batches[-1].texts
     return result

@@ -1,4 +1,4 @@
-"""What every training run does between its steps: it logs figures, validates, saves checkpoints, and ends."""
+"""The work of a training run between its steps: logging, validation, checkpoints and the end of the run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from jasper_fast.training.runs import Ranks, RunError, RunLog, StopRequest
 from jasper_fast.training.schedules import Schedule
 from jasper_fast.training.state import TrainingState
 
-RETURNS = 3  # how often a run may go back to the same best weights
+RETURNS = 3  # how many times a run may go back to the same best weights
 
 
 class Due(NamedTuple):
-    """What must be done after a step."""
+    """Which tasks must be done after a step."""
 
     log: bool
     validation: bool
@@ -33,10 +33,10 @@ class Due(NamedTuple):
 
 @dataclass
 class Loop(ABC):
-    """The parts of a run, and what it does between its steps; every rank does the same.
+    """A training run: its parts, and its work between steps. Every rank does the same work.
 
-    A subclass defines `epoch_steps`, `validates` and `judge`. `best` names the field of the state that holds the best
-    figure so far; lower is better.
+    A subclass defines `epoch_steps`, `validates` and `judge`. `best` is the name of the field in `state` that has the
+    best figure so far, where lower is better.
     """
 
     args: argparse.Namespace
@@ -48,17 +48,18 @@ class Loop(ABC):
     about: dict[str, Any]
     stop: StopRequest
     log: RunLog
-    judged: int  # the step of the last validation, or of the start
-    kept: int  # that of the last checkpoint
+    judged: int  # the step of the last validation, at first the step where the run starts
+    kept: int  # the step of the last checkpoint
 
-    returned: tuple[int, int] = field(default=(-1, 0), init=False)  # step of the best weights, times gone back
+    # the step of the best weights that the run went back to last, and how many times in a row
+    returned: tuple[int, int] = field(default=(-1, 0), init=False)
 
     best: ClassVar[str]
-    best_text: ClassVar[str]  # format string for it
+    best_text: ClassVar[str]  # a format string that prints the best figure
 
     @abstractmethod
     def epoch_steps(self) -> int:
-        """The number of steps in the epoch under way."""
+        """Returns the number of steps in the current epoch."""
 
     @property
     @abstractmethod
@@ -67,10 +68,10 @@ class Loop(ABC):
 
     @abstractmethod
     def judge(self) -> None:
-        """Validates, and keeps the best so far."""
+        """Validates the model, and saves a checkpoint "best" if the result is the best so far."""
 
     def due(self) -> Due:
-        """What is due after this step, by its place in the run and in the epoch."""
+        """Returns what is due after this step, which depends on its position in the run and in the epoch."""
         args, state, last = self.args, self.state, self.state.step == self.schedule.total_steps
         over = state.position == self.epoch_steps()
         validation = state.step % args.val_every == 0 if args.val_every else over
@@ -87,8 +88,10 @@ class Loop(ABC):
         return lr
 
     def tell_skipped(self) -> None:
-        """Reads the figures so far, and names the data that made steps bad. After too many bad steps in a row it goes
-        back to the best weights with `--reload-best`, else raises RunError."""
+        """Reads the figures so far and prints which utterances caused bad steps.
+
+        After too many bad steps in a row it goes back to the best weights with `--reload-best`, else raises RunError.
+        """
         try:
             bad = self.state.meter.read()
         except Diverged as error:
@@ -100,8 +103,11 @@ class Loop(ABC):
             self.log.write(self.state.step, "skipped", names=bad)
 
     def go_back(self, why: str) -> bool:
-        """Loads the weights of best.pt, but goes on in the data. Returns False without `--reload-best` or best.pt, and
-        if it has gone back RETURNS times to the same best.pt."""
+        """Loads the weights of best.pt but keeps the position in the data. Prints `why`.
+
+        Returns False and changes nothing without `--reload-best`, without best.pt, or if the run has already gone back
+        to the same best.pt RETURNS times.
+        """
         best = self.folder.path / "best.pt"
         if self.args.reload_best is None or self.ranks.vote(not best.exists())[0]:
             return False
@@ -120,14 +126,17 @@ class Loop(ABC):
         return True
 
     def broken_off(self, results: Any) -> bool:
-        """Whether a signal interrupted the validation, so that `results` is None. A resumed run then repeats it."""
+        """Returns whether a signal interrupted the validation: `results` is then None.
+
+        This is recorded in the state, so that a resumed run repeats the validation.
+        """
         self.state.unjudged = results is None
         if results is None:
-            self.console.print("validation was broken off by a signal")
+            self.console.print("validation was interrupted by a signal")
         return results is None
 
     def keep_best(self, figure: float) -> None:
-        """Records the figure of a validation, and saves the state as the best if it is."""
+        """Records the figure of a validation, and saves the state as "best" if no earlier figure was lower."""
         before = getattr(self.state, self.best)
         self.judged = self.state.step
         setattr(self.state, self.best, min(figure, before))
@@ -139,7 +148,7 @@ class Loop(ABC):
             self.go_back(f"{self.state.stale} validations in a row were no better")
 
     def save(self, *names: str | None) -> None:
-        """Writes a checkpoint under each name; None names it after its step."""
+        """Writes one checkpoint for each of `names`. None names it after its step."""
         self.ranks.same_buffers(self.state.model)
         everything = self.state.state_dict() | self.about | {"rng": self.ranks.gather(rng_state())}
         for name in names if self.ranks.first else ():
@@ -149,7 +158,7 @@ class Loop(ABC):
 
     @contextlib.contextmanager
     def saved(self) -> Iterator[None]:
-        """A context that saves a checkpoint before a RunError leaves it, such as that of too many bad steps."""
+        """A context that saves a checkpoint before it passes on a RunError, such as the one for too many bad steps."""
         try:
             yield
         except RunError:
@@ -157,7 +166,7 @@ class Loop(ABC):
             raise
 
     def finish(self, stopped: bool) -> None:
-        """Judges, unless a signal stopped the run, saves what came after the last checkpoint, and says how it ended."""
+        """Ends the run: validates unless a signal stopped it, saves a last checkpoint, and prints how the run ended."""
         if self.validates and not stopped and self.judged != self.state.step:
             self.judge()
         if self.kept != self.state.step:

@@ -1,4 +1,4 @@
-"""The figures of a training run, collected on the device and read together, so that steps do not wait."""
+"""Collects the figures of a training run on the device and reads many together, so that steps do not wait."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from jasper_fast.training.step import StepResult
 
 _COUNTS = ("bad_in_a_row", "bad_losses", "overflows", "unread")
 ADVICE = (
-    "Listen to such files, or lower the learning rate, lengthen the warm-up, or use bf16 or fp32",
-    "Are the paths of the manifests right, and is their drive there? --data-dir says where they begin",
-)  # against NaN and infinity, and against files that cannot be read
+    "Check the audio of these files, lower the learning rate, lengthen the warm-up, or use bf16 or fp32",
+    "Check the paths in the manifests and that their drive is mounted; --data-dir sets the folder that they start from",
+)  # the first against NaN and infinity, the second against files that cannot be read
 
 
 class Diverged(RunError):
-    """Too many steps in a row had no finite gradient."""
+    """Raised when too many steps in a row had a gradient that was not finite."""
 
 
 class Meter:
     """Collects the figures of steps on the device, and reads those of many steps together.
 
-    Counts skipped steps (`bad_losses`: a loss that is NaN or infinite; `overflows`: only the gradient is; `unread`: a
-    rank could read no file), and stops the training after `max_bad` of them in a row.
+    It counts skipped steps by their cause, and stops the training after `max_bad` of them in a row. `bad_losses`: a
+    loss was NaN or infinite. `overflows`: only the gradient was. `unread`: a rank could read no file.
     """
 
     def __init__(self, max_bad: int = 20, advice: tuple[str, str] = ADVICE):
@@ -44,11 +44,11 @@ class Meter:
         self._pending.append(step)
 
     def read(self) -> list[str]:
-        """Waits for the device, and returns, by name, what made a loss NaN or infinite, or a step unread.
+        """Waits for the device and returns one line for each cause of a skipped step since the last call.
 
-        These are the utterances whose features are not finite, because batch norm spreads a NaN over the whole batch.
-        If there are none, they are all utterances whose loss is not finite. Raises RunError after `max_bad` skipped
-        steps in a row, naming the last: Diverged, unless that could not be read.
+        For a bad loss, these are the utterances whose features are not finite, because batch norm spreads a NaN over
+        the whole batch. If there are none, they are all utterances whose loss is not finite. After `max_bad` skipped
+        steps in a row it raises an error that names the last cause: RunError if files could not be read, else Diverged.
         """
         if not self._pending:
             return []
@@ -78,9 +78,9 @@ class Meter:
         return bad
 
     def figures(self) -> dict[str, float]:
-        """The figures of the interval, after `read`; starts a new interval.
+        """Returns the figures of the interval and starts a new one. Call it after `read`.
 
-        `loss` is the mean over the utterances of good steps, `grad_norm` that of the last good step.
+        `loss` is the mean over the utterances of good steps. `grad_norm` is the norm of the last good step.
         """
         seconds = time.perf_counter() - self._start
         loss = self._sum / self._good if self._good else math.nan

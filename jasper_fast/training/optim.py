@@ -1,4 +1,4 @@
-"""NovoGrad over all parameters at once, with no host synchronisation; it may carry the moving average along."""
+"""The NovoGrad optimiser. A step updates all parameters together, and the moving average if there is one."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from jasper_fast.kernels import capture
 from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 from jasper_fast.training.ema import EMA
 
-FACES = ("cpu", "triton")  # with kernels of the step, for fp32; other dtypes and devices take the reference
+FACES = ("cpu", "triton")  # faces that have a kernel of the step, for fp32; all else runs on the reference
 
 
 class NovoGrad(torch.optim.Optimizer):
     """NovoGrad (Ginsburg et al., 2019), with the update of NVIDIA's Jasper: the second moment is one scalar per tensor.
 
-    `params`: floating-point parameters or groups of them; `lr`: a float or a one-element tensor; `betas`: decay of the
-    first and of the second moment; `grad_averaging` scales each new term of the first moment by `1 - beta1`.
-    `ema`: a moving average of the model; each step then updates it as `ema.update(model)` would, in the same pass over
-    memory, and nobody else must. `backend`: the face of the step, see `jasper_fast.dispatch`.
+    `params`: floating-point parameters or groups of them. `lr`: a float or a one-element tensor. `betas`: decay rates
+    of the first and second moment. `grad_averaging`: scales each new term of the first moment by `1 - beta1`.
+    `ema`: a moving average of the model. Each step updates it as `ema.update(model)` would, in the same pass over
+    memory, so do not call `ema.update` as well. `backend`: the face of the step, see `jasper_fast.dispatch`.
     The state of a parameter is `exp_avg` (its shape and dtype) and `exp_avg_sq` (a scalar, fp32 or fp64).
-    Gradients are not changed. Nothing here waits for the device: neither the first step, nor a tensor `lr`, nor a
-    `GradScaler`, because its `found_inf` is applied on the device and then leaves parameters and state unchanged.
+    Gradients are not changed. Nothing here waits for the device. The `found_inf` of a `GradScaler` is read on the
+    device, and if it is set, parameters and state do not change.
     Raises ValueError for settings out of range and RuntimeError for sparse gradients. Equivalent, for one parameter `p`
     with gradient `g`:
 
@@ -36,9 +36,8 @@ class NovoGrad(torch.optim.Optimizer):
         p = p - lr * m
     """
 
-    _step_supports_amp_scaling = (
-        True  # GradScaler then passes `grad_scale` and `found_inf` instead of waiting for the device
-    )
+    # With this, a GradScaler passes `grad_scale` and `found_inf` to `step` instead of waiting for the device.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -65,7 +64,7 @@ class NovoGrad(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns the closure's value, if there is a closure."""
+        """Updates every parameter that has a gradient. Returns the closure's value, or None without a closure."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -75,21 +74,24 @@ class NovoGrad(torch.optim.Optimizer):
 
     @torch.no_grad()
     def guarded_step(self, grad_scale: Tensor | None = None, clip_norm: float = 0.0) -> Tensor:
-        """One update by the gradients over `grad_scale`, their norm bounded by `clip_norm` (0: not), unless it is NaN
-        or infinite: then nothing changes, but for the moving average. Decided on the device.
+        """Updates every parameter that has a gradient, unless the gradients' norm is NaN or infinite.
 
-        Gives (2,) on it: the norm before it is bounded, and 1.0 where nothing changed. Raises RuntimeError where the
-        parameters lie on several devices.
+        Gradients are divided by `grad_scale` and clipped to the norm `clip_norm` (0: not clipped). If the norm is not
+        finite, only the moving average changes. Returns a tensor (2,) on the device: the norm before clipping, and 1.0
+        if it was not finite or else 0.0. Raises RuntimeError if the parameters are on several devices.
         """
         found = self._step(grad_scale, None, clip_norm, guard=True)
         if len(found) > 1:
-            raise RuntimeError(f"a guarded step wants all parameters on one device, they are on {len(found)}")
+            raise RuntimeError(f"a guarded step needs all parameters on one device, but they are on {len(found)}")
         return found[0] if found else torch.zeros(2)
 
     @contextlib.contextmanager
     def holding(self, held: dict) -> Iterator[None]:
-        """Inside, what a step keeps on the device from step to step, addresses and settings, is kept in `held`: a CUDA
-        graph that holds a step needs its own, and for as long as it lives."""
+        """A context in which steps keep their tables of addresses and settings in `held`.
+
+        These tables lie on the device and are reused by later steps. A CUDA graph of a step needs tables of its own,
+        which must live as long as the graph.
+        """
         before, self._held = self._held, held
         try:
             yield
@@ -98,8 +100,10 @@ class NovoGrad(torch.optim.Optimizer):
 
     @torch.no_grad()
     def renew(self, held: dict) -> None:
-        """To be called before each replay of such a graph: sends the settings that have changed, as the learning rate,
-        and counts the update of the moving average."""
+        """Prepares the replay of a CUDA graph that was captured inside `holding(held)`.
+
+        Sends settings that have changed, such as the learning rate, and counts the update of the moving average.
+        """
         if self.ema is not None:
             self.ema.updates += 1
         with self.holding(held):
@@ -117,17 +121,17 @@ class NovoGrad(torch.optim.Optimizer):
             step = backends.face("novograd", self._face(device, [p for p, _ in mine])).step
             settings, held = self._settings(device), self._held.setdefault(device, {})
             found.append(step(tensors, watched.pop(device, NOTHING), settings, *moved, clip_norm, guard, held))
-        if watched:  # of devices with no gradient
+        if watched:  # these are on devices where no parameter has a gradient
             self.ema.take(watched.values())
         return found
 
     def in_triton(self) -> bool:
-        """Whether all of a step is Triton's, so that a CUDA graph can hold it."""
+        """Returns whether a step runs in Triton for all parameters, so that a CUDA graph can capture it."""
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         return all(self._face(p.device, [p]) == "triton" for p in params)
 
     def _face(self, device: torch.device, params: list[Tensor]) -> str:
-        """The face that steps `params`."""
+        """Returns the name of the face that updates `params`."""
         if not all(p.dtype == torch.float32 and _dense(p) for p in params):
             return "reference"
         face = choose.resolve(self.backend, device, backends.NOVOGRAD, torch.float32)
@@ -149,13 +153,13 @@ class NovoGrad(torch.optim.Optimizer):
                 self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=square)
         states = [self.state[p] for p in params]
         for p, state in zip(params, states, strict=True):
-            state["exp_avg"] = _like(p, state["exp_avg"])  # a loaded one may lie otherwise
+            state["exp_avg"] = _like(p, state["exp_avg"])  # a loaded moment may have another memory order
         moments, squares = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
         averages = [averaged[p] for p in params] if averaged else []
         return Tensors([_like(p, p.grad) for p in params], params, moments, squares, averages, groups)
 
     def _averages(self, ready: list[Tensor]) -> tuple[dict[Tensor, Tensor], dict[torch.device, Watched]]:
-        """The averages of the parameters that move now, and, by device, what else is averaged."""
+        """Returns the averages of the parameters in `ready`, and all other averaged tensors by device."""
         if self.ema is None:
             return {}, {}
         moving, averaged, watched = set(ready), {}, {}
@@ -167,12 +171,12 @@ class NovoGrad(torch.optim.Optimizer):
                 lives.append(live), averages.append(average)
         if len(averaged) != len(moving):
             raise ValueError(
-                "the moving average is not of the model whose parameters the optimiser has: make one of it"
+                "the moving average was made of another model: make it of the model whose parameters are optimised"
             )
         return averaged, watched
 
     def _settings(self, device: torch.device) -> Tensor:
-        """A row for each group (see kernels/novograd/operands.py), sent anew where something in it has changed."""
+        """Returns one row of settings per group (see kernels/novograd/operands.py), sent again if one has changed."""
         rows, rates = [], []
         for i, group in enumerate(self.param_groups):
             (beta1, beta2), lr = group["betas"], group["lr"]
@@ -216,7 +220,10 @@ def _dense(p: Tensor) -> bool:
 
 
 def _like(p: Tensor, x: Tensor) -> Tensor:
-    """`x` in the memory order of `p`: itself, where it lies so; the stride of a dimension of one element is nothing."""
+    """Returns `x` in the memory order of `p`, copied only if it has another one.
+
+    The stride of a dimension of size 1 does not matter.
+    """
     if x.stride() == p.stride() or not _dense(p):
         return x
     if all(a == b or n < 2 for a, b, n in zip(x.stride(), p.stride(), p.shape, strict=True)):

@@ -1,4 +1,4 @@
-"""Options that every training command has, and what they mean; torch is imported only where it is used."""
+"""The options that all training commands have, and their meaning. Only `make_learner` imports torch, to save time."""
 
 from __future__ import annotations
 
@@ -11,26 +11,32 @@ from jasper_fast.options import Option, option
 from jasper_fast.training.schedules import POLICIES, Schedule
 
 RESTARTED = "TORCHELASTIC_RESTART_COUNT"
-SEED = option("--seed", type=int, default=42, help="for weights, data order, augmentation and dropout (42)")
+SEED = option("--seed", type=int, default=42, help="seed of weights, data order, augmentation and dropout (42)")
 AMP = option(
     "--amp", choices=("off", "fp16", "bf16"), default="off", help="mixed precision; fp16 scales the loss"
 )  # the keys of step.AMP_DTYPES
 OUTPUT = [
-    option("--resume", action="store_true", help="continue from the newest whole checkpoint, if there is one"),
-    option("--log-every", type=int, default=25, metavar="STEPS", help="log figures, which waits for the GPU (25)"),
-    option("--val-every", type=int, metavar="STEPS", help="validation (each epoch)"),
-    option("--save-every", type=int, metavar="STEPS", help="checkpoint (each epoch)"),
-    option("--keep", type=int, default=2, metavar="N", help="last checkpoints to keep (2)"),
+    option("--resume", action="store_true", help="continue from the newest complete checkpoint, if there is one"),
+    option(
+        "--log-every",
+        type=int,
+        default=25,
+        metavar="STEPS",
+        help="log figures after this many steps, which waits for the GPU (25)",
+    ),
+    option("--val-every", type=int, metavar="STEPS", help="validate after this many steps (after each epoch)"),
+    option("--save-every", type=int, metavar="STEPS", help="save after this many steps (after each epoch)"),
+    option("--keep", type=int, default=2, metavar="N", help="number of latest checkpoints to keep (2)"),
 ]
-COUNTS = ("epochs", "steps", "log_every", "val_every", "save_every", "keep")  # at least 1 where they are given
+COUNTS = ("epochs", "steps", "log_every", "val_every", "save_every", "keep")  # must be at least 1 or not set
 
 
 def length(epochs: int = 100) -> list[Option]:
-    """The options for the run's length."""
+    """Returns the options for the run's length."""
     return [
-        option("--epochs", type=int, default=epochs, help=f"passes over the data ({epochs})"),
-        option("--steps", type=int, help="updates of the weights; replaces --epochs"),
-        option("--max-minutes", type=float, help="over all parts of a resumed run"),
+        option("--epochs", type=int, default=epochs, help=f"number of passes over the data ({epochs})"),
+        option("--steps", type=int, help="number of updates of the weights; replaces --epochs"),
+        option("--max-minutes", type=float, help="stop after this time, counted over all parts of a resumed run"),
     ]
 
 
@@ -43,43 +49,49 @@ def optimisation(
     warmup_steps: int | None = None,
     clip_norm: float = 0.0,
 ) -> list[Option]:
-    """The options for optimiser, learning rate, moving average and bad steps, with these defaults. There is no
-    `--warmup-epochs` if ``warmup_steps`` is given."""
-    warmup = [option("--warmup-steps", type=int, default=warmup_steps, help=f"linear warm-up ({warmup_steps})")]
+    """Returns the options for optimiser, learning rate, moving average and bad steps, with these defaults.
+
+    Without ``warmup_steps`` there are `--warmup-epochs` and `--warmup-steps`, with it only the latter.
+    """
+    warmup = [
+        option("--warmup-steps", type=int, default=warmup_steps, help=f"steps of linear warm-up ({warmup_steps})")
+    ]
     if warmup_steps is None:
         warmup = [
-            option("--warmup-epochs", type=float, default=warmup_epochs, help=f"linear warm-up ({warmup_epochs:g})"),
-            option("--warmup-steps", type=int, help="replaces --warmup-epochs"),
-        ]
-    bound = f"{clip_norm:g}; 0: none" if clip_norm else "0: none"
+            option("--warmup-epochs", type=float, default=warmup_epochs,
+                   help=f"epochs of linear warm-up ({warmup_epochs:g})"),
+            option("--warmup-steps", type=int, help="steps of linear warm-up; replaces --warmup-epochs"),
+        ]  # fmt: skip
+    bound = f"{clip_norm:g}; 0: no limit" if clip_norm else "0: no limit"
     return [
-        option("--optimizer", choices=("novograd", "adamw"), default=optimizer, help=f"({optimizer})"),
-        option("--betas", type=float, nargs=2, metavar="B", help="(novograd 0.95 0, adamw 0.9 0.999)"),
-        option("--weight-decay", type=float, default=weight_decay, help=f"of all parameters ({weight_decay:g})"),
-        option("--clip-norm", type=float, default=clip_norm, help=f"bound on the gradient's norm ({bound})"),
+        option("--optimizer", choices=("novograd", "adamw"), default=optimizer, help=f"optimiser ({optimizer})"),
+        option("--betas", type=float, nargs=2, metavar="B", help="decay of both moments (0.95 0; adamw: 0.9 0.999)"),
+        option("--weight-decay", type=float, default=weight_decay, help=f"decay of all parameters ({weight_decay:g})"),
+        option("--clip-norm", type=float, default=clip_norm, help=f"limit of the gradient's norm ({bound})"),
         option("--lr", type=float, default=lr, help=f"peak learning rate ({lr:g})"),
         option("--min-lr", type=float, default=1e-5, help="lowest learning rate (1e-5)"),
-        option("--lr-policy", choices=POLICIES, default=policy, help=f"after warm-up and hold ({policy})"),
-        option("--lr-gamma", type=float, default=0.981, help="exponential: factor per epoch (0.981)"),
-        option("--lr-power", type=float, default=2.0, help="polynomial: exponent (2)"),
+        option("--lr-policy", choices=POLICIES, default=policy, help=f"decay after warm-up and hold ({policy})"),
+        option("--lr-gamma", type=float, default=0.981, help="factor per epoch of the exponential policy (0.981)"),
+        option("--lr-power", type=float, default=2.0, help="exponent of the polynomial policy (2)"),
         *warmup,
-        option("--hold-epochs", type=float, default=0.0, help="at the peak, after warm-up (0)"),
-        option("--hold-steps", type=int, help="replaces --hold-epochs"),
-        option("--lr-by-clock", action="store_true", help="reach the schedule's end with --max-minutes, if earlier"),
-        option("--ema", type=float, default=0.0, metavar="DECAY", help="moving average of the weights (0: none)"),
-        option("--ema-warmup", action="store_true", help="shorter average in the first steps, for short runs"),
-        option("--max-bad-steps", type=int, default=20, help="NaN or infinite steps in a row that end the run (20)"),
+        option("--hold-epochs", type=float, default=0.0, help="epochs at the peak rate, after warm-up (0)"),
+        option("--hold-steps", type=int, help="steps at the peak rate; replaces --hold-epochs"),
+        option("--lr-by-clock", action="store_true", help="end the schedule with --max-minutes, if that is earlier"),
+        option("--ema", type=float, default=0.0, metavar="DECAY", help="decay of averaged weights (0: no average)"),
+        option("--ema-warmup", action="store_true", help="average over fewer of the first steps, for short runs"),
+        option("--max-bad-steps", type=int, default=20,
+               help="end the run after this many steps in a row with a NaN or an infinity (20)"),
         option("--reload-best", type=int, nargs="?", const=0, metavar="N",
-               help="return to the best weights instead of ending so, and after N validations without improvement"),
+               help="return to the best weights after too many bad steps or N validations without improvement"),
     ]  # fmt: skip
 
 
 def wrong(args: argparse.Namespace, counts: Sequence[str] = COUNTS) -> str | None:
-    """What is wrong with the options, in words. Sets `resume` where torchrun has started the run again."""
+    """Returns what is wrong with the options, or None. Sets `resume` if torchrun has restarted the run."""
     for name in counts:
         if (value := getattr(args, name)) is not None and value < 1:
             return f"--{name.replace('_', '-')} must be at least 1"
-    if int(os.environ.get(RESTARTED, 0)):  # torchrun --max-restarts started this again
+    if int(os.environ.get(RESTARTED, 0)):  # `torchrun --max-restarts` has restarted this process
         args.resume = True
     if (args.reload_best or 0) < 0:
         return "--reload-best must not be negative"
@@ -89,7 +101,7 @@ def wrong(args: argparse.Namespace, counts: Sequence[str] = COUNTS) -> str | Non
 
 
 def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
-    """The learning rate that the options ask for."""
+    """Returns the learning-rate schedule that the options describe."""
     return Schedule(
         lr=args.lr,
         policy=args.lr_policy,
@@ -104,7 +116,7 @@ def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
 
 
 def make_learner(args: argparse.Namespace, model: Any, backend: str = "auto") -> tuple[Any, Any]:
-    """The optimiser of a model's trainable parameters, and the moving average (None without `--ema`)."""
+    """Returns the optimiser of a model's trainable parameters, and the moving average (None without `--ema`)."""
     import torch
 
     from jasper_fast.training.ema import EMA

@@ -1,4 +1,4 @@
-"""The random generators of a process: their state, and seeding."""
+"""Saves, restores and seeds the random generators of a process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ import torch
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every random generator of this process: torch, each CUDA device, Python, NumPy; tensors and ints."""
+    """Returns the states of this process's random generators: torch, each CUDA device, Python and NumPy.
+
+    The result has only types that a checkpoint may contain, such as tensors and numbers.
+    """
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -43,7 +46,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def own_randomness(seed: int) -> Iterator[None]:
-    """Inside the context all generators start from `seed`; afterwards their old states are restored."""
+    """A context in which all generators start from `seed`. Their old states are restored at its end."""
     before = rng_state()
     seed_everything(seed)
     try:
@@ -60,8 +63,8 @@ def seed_everything(seed: int) -> None:
 
 
 def settle(deterministic: bool, cudnn_benchmark: bool) -> None:
-    """Sets whether repeats are bit-identical on a GPU too, and whether cuDNN times its algorithms for each new
-    shape."""
+    """Makes repeated runs bit-identical on a GPU too if `deterministic`. With `cudnn_benchmark`, cuDNN times its
+    algorithms at each new shape."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)

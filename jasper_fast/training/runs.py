@@ -20,7 +20,7 @@ from jasper_fast.extras import need
 
 
 class RunError(RuntimeError):
-    """A run cannot start or go on; the message says why and what to do."""
+    """Raised when a run cannot start or continue. The message says why and what to do."""
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def preparing(what: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process and its group: `rank` of `world` if `torchrun` started it, else 0 of 1."""
+    """This process and its group: `rank` of `world` processes if `torchrun` started it, else 0 of 1."""
 
     rank: int
     world: int
@@ -42,9 +42,9 @@ class Ranks:
 
     @classmethod
     def start(cls, device: str = "auto") -> Ranks:
-        """Joins the process group, if torchrun made one: nccl on GPUs, gloo on CPUs.
+        """Joins the process group if torchrun started this process: nccl on GPUs, gloo on CPUs.
 
-        `device`: "auto", "cpu", "cuda" or "cuda:1". Raises RunError if a GPU is asked for and there is none.
+        `device`: "auto", "cpu", "cuda" or "cuda:1". Raises RunError if a GPU is requested and there is none.
         """
         rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         if device == "auto":
@@ -55,7 +55,7 @@ class Ranks:
         if place.type == "cuda":
             torch.cuda.set_device(place)
         if "RANK" in os.environ:
-            # votes are taken among the hosts, so that none of them waits for its device
+            # `vote` reduces tensors on the CPU with gloo, so that no process waits for its GPU.
             dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
         return cls(rank, world, place)
 
@@ -66,13 +66,13 @@ class Ranks:
 
     @property
     def place(self) -> str:
-        """The device and number of processes, in words."""
+        """The device in words: the GPU's name, or the number of CPU threads."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return f"{torch.get_num_threads()} CPU threads"
 
     def vote(self, *flags: bool) -> tuple[bool, ...]:
-        """Whether each flag holds on any rank; all ranks must ask. No device is waited for."""
+        """Returns for each flag whether it is true on any rank. All ranks must call it. It waits for no device."""
         if self.world == 1:
             return tuple(map(bool, flags))
         votes = torch.tensor(flags, dtype=torch.int32)
@@ -81,17 +81,17 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Inside, an error of one rank is an error of all: the others get a RunError in place of waiting for it."""
+        """A context in which an error on one rank raises a RunError on all others, so that they do not wait for it."""
         try:
             yield
         except Exception:
             self.vote(True)
             raise
         if self.vote(False)[0]:
-            raise RunError("another process could not go on; it says why")
+            raise RunError("another process failed: see its message")
 
     def gather(self, value: Any) -> list[Any]:
-        """The `value` of every rank, on every rank."""
+        """Returns, on every rank, the list of all ranks' `value`."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -99,7 +99,10 @@ class Ranks:
         return values
 
     def same_buffers(self, *modules_or_tensors: Any) -> None:
-        """Copies buffers (running statistics, which differ between ranks) or tensors of rank 0 to all ranks."""
+        """Copies the given tensors, or the buffers of the given modules, from rank 0 to all ranks.
+
+        Running statistics differ between ranks.
+        """
         if self.world > 1:
             for item in modules_or_tensors:
                 for tensor in item.buffers() if isinstance(item, nn.Module) else item:
@@ -107,7 +110,7 @@ class Ranks:
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a flag that the loop reads between steps; a second one stops at once."""
+    """Turns the first SIGINT or SIGTERM into a flag that the loop reads between steps. A second one stops at once."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -124,10 +127,10 @@ class StopRequest:
 
 
 class RunLog:
-    """`log.jsonl` (one record a line, flushed) and TensorBoard in `folder`; writes nothing unless `enabled`, for ranks
-    > 0.
+    """Writes `log.jsonl` (one record per line, flushed) and TensorBoard files in `folder`.
 
-    From `step` > 0 on it continues: records of later steps, which a killed run left behind, are removed.
+    Pass `enabled=False` on ranks > 0: then it writes nothing. With `step` > 0 it continues an existing log after this
+    step, and removes records of later steps, which a killed run left behind.
     """
 
     def __init__(self, folder: str | Path, step: int = 0, enabled: bool = True):
@@ -146,7 +149,7 @@ class RunLog:
         self._board = writer(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, step: int, kind: str, **values: Any) -> None:
-        """Appends a record; its numbers go to TensorBoard as `kind/name`. NaN and infinity become null."""
+        """Appends a record, and writes its numbers to TensorBoard as `kind/name`. NaN and infinity become null."""
         if self._file is None:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
@@ -164,7 +167,10 @@ class RunLog:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines log; an incomplete last line, from a killed run, is left out."""
+    """Returns the records of a JSON-lines log, without an incomplete last line, which a killed run may leave.
+
+    Raises RunError for any other line that is not JSON.
+    """
     path = Path(path)
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     records = []

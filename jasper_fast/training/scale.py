@@ -1,4 +1,4 @@
-"""The size of a step: micro-batches for a global batch, and whether the largest ones fit the memory."""
+"""The size of a step: how many micro-batches make a global batch, and whether the largest fits in memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from jasper_fast.training.step import BufferGuard, Frontend, ctc_loss
 
 
 def accumulation_for(wanted: int, sampler: BatchSampler, utterances: int) -> tuple[int, str]:
-    """How many micro-batches per process make a step of ``wanted`` utterances, and a sentence that says so.
+    """Returns how many micro-batches per process make a step of ``wanted`` utterances, and a sentence that says so.
 
-    It is the nearest whole number. The size of a micro-batch is ``batch_size``, or else the mean over the first epoch
-    of ``utterances``. Raises RunError if one micro-batch of each process already holds far more.
+    The number is rounded to the nearest integer. A micro-batch has ``batch_size`` utterances. Without a batch size, it
+    is the mean over the first epoch, which has ``utterances``. Raises RunError if one micro-batch per process is
+    already more than 1.5 times ``wanted``.
     """
     world = sampler.world_size
     mean = utterances / max(sampler.steps(0) * world, 1)
@@ -24,10 +25,10 @@ def accumulation_for(wanted: int, sampler: BatchSampler, utterances: int) -> tup
     made = count * size * world
     if made > 1.5 * wanted:
         raise RunError(
-            f"--global-batch {wanted}: one micro-batch of each of {world} processes holds {made:.0f} utterances: lower "
-            "--batch-size or --batch-seconds, or take fewer processes"
+            f"--global-batch {wanted}: one micro-batch on each of {world} processes already makes {made:.0f} "
+            "utterances: lower --batch-size or --batch-seconds, or use fewer processes"
         )
-    about = "" if made == wanted else f", {wanted} were asked for"
+    about = "" if made == wanted else f" ({wanted} were requested)"
     return count, (
         f"a step is {count} micro-batch{'es' * (count > 1)} of {size:g} utterances on each of {world} "
         f"process{'es' * (world > 1)}: {made:g}{about}"
@@ -35,14 +36,16 @@ def accumulation_for(wanted: int, sampler: BatchSampler, utterances: int) -> tup
 
 
 def largest_batches(sampler: BatchSampler, seconds: list[float]) -> list[tuple[int, float]]:
-    """(utterances, seconds of the longest) of two batches of the first epoch: the largest with its padding, and the
-    one with the longest utterance. They may be the same."""
+    """Returns (utterances, seconds of the longest utterance) of up to two batches of the first epoch.
+
+    They are the largest batch, padding included, and the batch with the longest utterance. One batch may be both.
+    """
     shapes = [(len(batch), max(seconds[i] for i in batch)) for batch in sampler.batches(0)]
     return sorted({max(shapes, key=lambda s: s[0] * s[1]), max(shapes, key=lambda s: s[1])}, key=lambda s: -s[0] * s[1])
 
 
 def _fits(model: nn.Module, frontend: Frontend, n: int, samples: int, device: torch.device, amp_dtype) -> bool:
-    """Whether forward and backward over ``n`` utterances of noise fit in memory."""
+    """Returns whether forward and backward over ``n`` utterances of noise fit in memory."""
     core = getattr(model, "module", model)
     try:
         audio, lengths = 0.1 * torch.randn(n, samples, device=device), torch.full((n,), samples)
@@ -65,10 +68,10 @@ def scan_memory(
     device: torch.device,
     amp_dtype: torch.dtype | None = None,
 ) -> str:
-    """Runs the largest batches, ``shapes`` (utterances, seconds), before the first step, and says what they took.
+    """Runs forward and backward over the batches ``shapes`` (utterances, seconds), and returns a line about the first.
 
-    Nothing is learnt: gradients, running statistics and random generators are as before. Raises RunError where one
-    does not fit, with the number of utterances that does.
+    ``shapes`` comes from `largest_batches`. Nothing is learnt: gradients are dropped, running statistics and random
+    generators are as before. If a batch does not fit, raises RunError with the number of utterances that fit.
     """
     guard, rate = BufferGuard(model), frontend.features.sample_rate
     guard.remember()
@@ -83,12 +86,12 @@ def scan_memory(
                     if device.type == "cuda":
                         torch.cuda.empty_cache()
                     if not fitting:
-                        raise RunError(f"not even one utterance of {seconds:.1f} s fits the memory: lower max_duration")
+                        raise RunError(f"not even one utterance of {seconds:.1f} s fits in memory: lower max_duration")
                 if fitting < n:
                     raise RunError(
-                        f"{n} utterances of {seconds:.1f} s do not fit the memory, {fitting} do: give --batch-size "
-                        f"{fitting} or --batch-seconds {fitting * seconds:.0f}, and --grad-accumulation "
-                        f"{-(-n // fitting)} times what it was, or --global-batch"
+                        f"{n} utterances of {seconds:.1f} s do not fit in memory, but {fitting} do: use --batch-size "
+                        f"{fitting} or --batch-seconds {fitting * seconds:.0f}, and multiply --grad-accumulation by "
+                        f"{-(-n // fitting)} or use --global-batch"
                     )
     finally:
         guard.settle(torch.zeros((), dtype=torch.bool, device=device))

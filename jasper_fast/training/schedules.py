@@ -1,4 +1,4 @@
-"""Learning-rate schedules: warm-up, hold, then a decay to a floor. Plain functions of the step, nothing to save."""
+"""Learning-rate schedules: warm-up, hold, then decay to a minimum. They are functions of the step, without a state."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ POLICIES = ("exponential", "polynomial", "cosine")
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate of each training step; `schedule(step)` with steps counted from 0.
+    """The learning rate of each training step: call `schedule(step)`, with steps counted from 0.
 
-    In the first `warmup_steps` the rate is `lr * (step + 1) / (warmup_steps + 1)`, then `lr` for `hold_steps`, then
-    - "exponential": `lr * gamma ** (epoch - warmup - hold)`, epochs of `steps_per_epoch` steps counted from 1, warm-up
-      and hold in (possibly broken) epochs (NVIDIA's Jasper, whose first epoch after the hold is already at `gamma`),
-    - "polynomial": `lr * (1 - progress) ** power` over what is left of `total_steps` (their "legacy" with power 2),
+    In the first `warmup_steps` steps the rate is `lr * (step + 1) / (warmup_steps + 1)`, in the next `hold_steps` it is
+    `lr`. Then it depends on the policy:
+    - "exponential": `lr * gamma ** (epoch - warmup - hold)`. Epochs have `steps_per_epoch` steps and count from 1.
+      Warm-up and hold are measured in epochs, also fractions of one. As in NVIDIA's Jasper, the first epoch after the
+      hold already has the rate `lr * gamma`.
+    - "polynomial": `lr * (1 - progress) ** power`, where progress goes from 0 to 1 over the rest of `total_steps`. With
+      power 2 it is the "legacy" policy of NVIDIA's Jasper.
     - "cosine": `lr * (1 + cos(pi * progress)) / 2`, with the same progress.
-    The rate never falls below `min_lr` (or `lr`, if that is less). Raises ValueError naming an invalid setting.
+    The rate never falls below `min_lr` (or `lr`, if that is less). Raises ValueError, which names an invalid setting.
     """
 
     lr: float
@@ -43,7 +46,7 @@ class Schedule:
             raise ValueError(f"gamma must lie in (0, 1], got {self.gamma}")
 
     def __call__(self, step: int) -> float:
-        """Learning rate of the step with number `step`, from 0."""
+        """Returns the learning rate of step number `step`, counted from 0."""
         if step < self.warmup_steps:
             return max(self.lr * (step + 1) / (self.warmup_steps + 1), min(self.min_lr, self.lr))
         decay_from = self.warmup_steps + self.hold_steps

@@ -1,4 +1,4 @@
-"""The two splits of the data: for training and for validation."""
+"""A split of the data: the utterances and batches for training, or those for validation."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Split:
     sampler: BatchSampler
     frontend: Frontend
     workers: int = 0
-    told: int = 0  # how many of the skipped utterances were told
-    wait: Wait = field(default_factory=Wait)  # for batches, by micro_batches
-    changed: bool = False  # whether a resumed run makes other batches than the run before
+    told: int = 0  # how many of the skipped utterances have been reported
+    wait: Wait = field(default_factory=Wait)  # how long `micro_batches` waits for batches
+    changed: bool = False  # whether a resumed run makes different batches from the run that was stopped
 
     @classmethod
     def load(
@@ -54,14 +54,14 @@ class Split:
     ) -> Split:
         """Reads `manifests` with the settings of `config`: `input_train` for training, else `input_val`.
 
-        `sampling`: arguments of BatchSampler. Raises RunError naming an unusable setting or file.
+        `sampling`: arguments of BatchSampler. Raises RunError, which names the setting or file that cannot be used.
         """
         settings = config.input_train if training else config.input_val or config.input_train
         with preparing(f"{name} data"):
             features = LogMelFeatures.from_config(settings.get("filterbank_features", {}))
             if features.n_mels != (wanted := config.encoder.in_feats):
                 kind = "input_train" if training else "input_val"
-                raise ValueError(f"{kind} makes {features.n_mels} features, the encoder takes {wanted}")
+                raise ValueError(f"{kind} makes {features.n_mels} features, but the encoder takes {wanted}")
             stride = math.prod(b.s**b.repeat for b in config.encoder.blocks)
             dataset = SpeechDataset.from_manifests(
                 manifests, Vocabulary(config.labels), settings.get("audio_dataset"), data_dir,
@@ -78,32 +78,33 @@ class Split:
 
     @property
     def device(self) -> torch.device:
-        """Where the front end hears."""
+        """The device on which the front end computes features."""
         return next((b.device for b in self.frontend.buffers()), _CPU) if self.frontend else _CPU
 
     def newly_skipped(self, most: int = 5) -> list[str]:
-        """Why utterances were skipped since the last call, one line for each of the first few."""
+        """Returns why utterances were skipped since the last call: one line each for the first `most` of them."""
         items = self.dataset.skipped.items[self.told :]
         self.told += len(items)
         return [f"  skipped: {item.detail}" for item in items[:most]]
 
     def batches(self) -> Iterator[Batch]:
-        """All batches of this rank, once."""
+        """Loads all batches of this rank, each once."""
         return load_batches(self.dataset, self.sampler, workers=self.workers)
 
     def steps(self, epoch: int, accumulation: int) -> int:
-        """The number of steps in an epoch, with this many micro-batches each."""
+        """Returns the number of steps in an epoch if a step has `accumulation` micro-batches."""
         return math.ceil(self.sampler.steps(epoch) / accumulation)
 
     def print_of_data(self) -> str:
-        """A fingerprint that is equal if the items of every epoch are: utterances, perturbations, seed."""
+        """Returns a fingerprint of what determines the items of every epoch: utterances, perturbation and seed."""
         what = [(u.name, u.duration) for u in self.dataset.utterances]
         return hashlib.sha256(repr((what, self.dataset.settings, self.dataset.seed)).encode()).hexdigest()
 
     def go_on(self, state: TrainingState, saved: dict[str, Any], accumulation: int) -> str:
-        """Continues the epoch of a run that may have had other batches; returns one line on what changes, or "".
+        """Continues the epoch of a stopped run, whose batches may have had other sizes.
 
-        Items that those batches contained are not used again in this epoch; all others are. `saved`: the checkpoint.
+        Items that the stopped run has used are not used again in this epoch. All others are. `saved` is the checkpoint.
+        Returns one line that says what has changed, or "".
         """
         then, now = saved["arguments"], self.sampler
         sizes = (then["batch_size"], then["batch_seconds"], not then["no_bucketing"], len(saved["rng"]))
@@ -126,15 +127,15 @@ class Split:
         left = len(self.dataset) - len(taken)
         if not left:
             state.next_epoch()
-        return f"the batches have changed: {left} of {len(self.dataset)} utterances are left of the epoch"
+        return f"the batches have changed: {left} of {len(self.dataset)} utterances are left in this epoch"
 
     def micro_batches(
         self, state: TrainingState, accumulation: int, pin_memory: bool, stopped: Callable[[], bool] = lambda: False
     ) -> Iterator[list[Batch]]:
-        """The micro-batches of each step from where `state` stands, epoch after epoch, as long as `state` moves on.
+        """Yields the micro-batches of each step, from the position of `state` on, for any number of epochs.
 
-        Batches of which no file could be read are among them; once `stopped` says so no more are read. The processes
-        that load them stay over all epochs.
+        The caller must advance `state` after each step. A batch is empty if none of its files could be read. When
+        `stopped` returns True, no more batches are read. The loading processes live over all epochs.
         """
         first = state.position * accumulation
         how = (self.workers, pin_memory)
@@ -143,7 +144,7 @@ class Split:
         while True:
             epoch, steps = state.epoch, self.steps(state.epoch, accumulation)
             if state.position >= steps:
-                raise RunError(f"epoch {epoch + 1} holds no step after step {state.position}")
+                raise RunError(f"epoch {epoch + 1} has no step after step {state.position}")
             for step in range(state.position, steps):
                 left = min(accumulation, self.sampler.steps(epoch) - step * accumulation)
                 yield [next(loader) for _ in itertools.takewhile(lambda _: not stopped(), range(left))]

@@ -1,4 +1,4 @@
-"""The state of a training: everything that a checkpoint must hold to continue exactly."""
+"""The state of a training run: everything that a checkpoint needs so that the run continues exactly."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from jasper_fast.training.meter import Meter
 
 @dataclass
 class TrainingState:
-    """Everything that a run must save to continue exactly, except the random generators."""
+    """Everything that a run must save so that it continues exactly, except the random generators."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     meter: Meter
     ema: EMA | None = None
-    epoch: int = 0  # the one under way, from 0
-    position: int = 0  # steps done in this epoch, in batches as they are made now
-    taken: list[int] = field(default_factory=list)  # items of this epoch that came in batches of other sizes
-    step: int = 0  # steps done in all
-    stale: int = 0  # validations since the best one, or since the last return to it
-    unjudged: bool = False  # whether a signal broke off the validation of this step
+    epoch: int = 0  # the current epoch, from 0
+    position: int = 0  # steps done in this epoch with batches of the current sizes
+    taken: list[int] = field(default_factory=list)  # items already used in this epoch in batches of other sizes
+    step: int = 0  # steps done in all epochs
+    stale: int = 0  # validations since the best one, or since the last return to the best weights
+    unjudged: bool = False  # whether a signal interrupted the validation of this step
     best_wer: float = math.inf
-    earlier: float = 0.0  # minutes of earlier parts of the run
+    earlier: float = 0.0  # minutes spent in earlier parts of the run, before it was resumed
     clock: float = field(default_factory=time.monotonic)
 
     _PARTS = ("optimizer", "scaler", "meter")
@@ -41,11 +41,11 @@ class TrainingState:
 
     @property
     def minutes(self) -> float:
-        """Over all parts of the run."""
+        """The minutes spent in all parts of the run."""
         return self.earlier + (time.monotonic() - self.clock) / 60
 
     def state_dict(self) -> dict[str, Any]:
-        """Model and moving average under the reference's keys, the rest by name."""
+        """Returns the state as a dict, with model and moving average under the keys of NVIDIA's checkpoints."""
         state = {name: getattr(self, name).state_dict() for name in self._PARTS}
         state |= {name: getattr(self, name) for name in (*self._PLACES, "minutes")}
         state["ema_state_dict"] = self.ema.state_dict() if self.ema else None
@@ -53,9 +53,9 @@ class TrainingState:
         return state | {"state_dict": self.model.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores everything except the settings of the optimiser, which stay as they are.
+        """Restores everything except the optimiser's settings, such as its learning rate, which do not change.
 
-        A moving average or a loss scale that the saved run did not have starts afresh.
+        If the saved run had no moving average, it starts from the loaded weights. If it had no loss scale, that stays.
         """
         self.go_back(state)
         for name in self._PARTS:
@@ -66,9 +66,10 @@ class TrainingState:
         self.earlier, self.clock = state["minutes"], time.monotonic()
 
     def go_back(self, state: dict[str, Any]) -> None:
-        """Restores what has been learnt, in the memory where it lies now: weights, moments, loss scale, moving average.
+        """Restores what was learnt: weights, moments, loss scale and moving average.
 
-        The place in the data, the figures and the settings of the optimiser stay.
+        Values are copied into the existing tensors. The position in the data, the figures and the optimiser's settings
+        do not change.
         """
         self.model.load_state_dict(state["state_dict"])
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
@@ -76,7 +77,7 @@ class TrainingState:
         self.optimizer.load_state_dict(state["optimizer"])
         for group, now in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(now)
-        for parameter, moments in before.items():  # a CUDA graph knows their addresses
+        for parameter, moments in before.items():  # keep the old tensors, because CUDA graphs use their addresses
             loaded = self.optimizer.state[parameter]
             for name, tensor in moments.items():
                 if isinstance(tensor, Tensor) and name in loaded:

@@ -27,13 +27,13 @@ AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
-    """CTC loss of each utterance, (N,) fp32, not divided by its target's length.
+    """Returns the CTC loss of each utterance, (N,) fp32, not divided by its target's length.
 
     `log_probs` (N, T, V) with the blank last, `lengths` (N,) frames, `targets` (N, U) or concatenated, `target_lengths`
-    (N,). Infinite where a target does not fit its frames. On a GPU `ops.ctc_loss` where `reads_no_lengths`, which moves
-    to it what is not there; else PyTorch's, for which lengths that are on the host avoid a wait. Semantics: the
-    reference's `CTCLossNM`. Equivalent to `F.ctc_loss(log_probs.transpose(0, 1), ..., blank=V - 1,
-    reduction="none")` in fp32.
+    (N,). The loss is infinite where a target does not fit into its frames. If `reads_no_lengths(device)`, it is
+    `ops.ctc_loss`, and lengths and targets are moved to the device. Otherwise it is PyTorch's loss, which waits for
+    the device unless the lengths are on the host. Semantics: the reference's `CTCLossNM`. Equivalent to
+    `F.ctc_loss(log_probs.transpose(0, 1), ..., blank=V - 1, reduction="none")` in fp32.
     """
     with torch.autocast(log_probs.device.type, enabled=False):
         rows = log_probs.float()
@@ -45,32 +45,37 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths
 
 
 def reads_no_lengths(device: torch.device) -> bool:
-    """Whether the loss on `device` takes lengths that are there, so that a step may be captured in a CUDA graph."""
+    """Returns whether the loss on `device` needs no lengths on the host, so that a CUDA graph can capture a step."""
     return device.type != "cpu" and choose.ctc_face("auto", device) == "triton"
 
 
 def batch_loss(losses: Tensor) -> Tensor:
-    """Mean of `losses` (N,); NaN if one of them is NaN or infinite, so that every gradient becomes NaN (on all
-    ranks)."""
+    """Returns the mean of `losses` (N,), or NaN if one of them is NaN or infinite.
+
+    A NaN makes every gradient NaN, on all ranks, so that all of them skip the step.
+    """
     bad = torch.where(torch.isfinite(losses).all(), 1.0, math.nan)
     return losses.mean() * bad
 
 
 class Frontend(nn.Module):
-    """Audio to features on the device, in training with the augmentation."""
+    """Computes features from audio on the device, and augments them in training."""
 
     def __init__(self, features: LogMelFeatures, augment: Augment | None = None):
         super().__init__()
         self.features, self.augment = features, augment or Augment()
 
     def forward(self, audio: Tensor, audio_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`audio` (N, samples), `audio_lengths` (N,) samples -> features, lengths on the device, lengths as given."""
+        """Returns the features, their lengths on the device, and their lengths where `audio_lengths` is.
+
+        `audio` (N, samples), `audio_lengths` (N,) samples.
+        """
         features, lengths = self.features(audio, audio_lengths.to(audio.device, non_blocking=True))
         return self.augment(features, lengths), lengths, self.features.frames(audio_lengths)
 
 
 class BufferGuard:
-    """Undoes the changes of a bad batch to a model's buffers (running statistics), where a NaN would stay for ever."""
+    """Undoes what a bad batch did to a model's buffers. A NaN would stay in running statistics for ever."""
 
     def __init__(self, model: nn.Module):
         groups: dict[tuple, list[Tensor]] = {}
@@ -81,12 +86,12 @@ class BufferGuard:
 
     @torch.no_grad()
     def remember(self) -> None:
-        """To be called before the forward of a step."""
+        """Copies the buffers. Call it before the forward of a step."""
         self.before = [torch.cat([b.flatten() for b in buffers]) for buffers in self.groups]
 
     @torch.no_grad()
     def settle(self, good: Tensor) -> None:
-        """Keeps the buffers if `good` (a boolean scalar on their device) is true, else restores the old values."""
+        """Restores the old values unless `good`, a boolean scalar on the buffers' device, is true."""
         for buffers, before in zip(self.groups, self.before, strict=True):
             chosen = torch.where(good, torch.cat([b.flatten() for b in buffers]), before)
             pieces = chosen.split([b.numel() for b in buffers])
@@ -95,21 +100,20 @@ class BufferGuard:
 
 @dataclass
 class StepResult:
-    """The results of a step, on the device: losses of its utterances, norm of the gradient, output of the last
-    micro-batch."""
+    """The results of a step. Its tensors are on the device; `losses` and `heard` have one per micro-batch."""
 
-    losses: list[Tensor]
+    losses: list[Tensor]  # one loss per utterance
     heard: list[Tensor]  # whether each utterance's features are finite
-    names: list[str]
+    names: list[str]  # of all utterances
     grad_norm: Tensor
-    log_probs: Tensor
+    log_probs: Tensor  # of the last micro-batch, as are `lengths` and `texts`
     lengths: Tensor
     texts: list[str]
-    unread: str = ""  # why there was no such step
+    unread: str = ""  # why no step was made, if some rank could read no file
 
 
 def missed_step(device: torch.device, batches: Sequence[Batch]) -> StepResult:
-    """What is left of a step of which some rank could read no file: this one, if all of `batches` are empty."""
+    """Returns the result of a step that is skipped because this or another rank could read none of its files."""
     causes = [skipped.detail for batch in batches for skipped in batch.skipped]
     if any(map(len, batches)) or not causes:
         causes = ["another process could read no file of it"]
@@ -131,12 +135,12 @@ def train_step(
     clip_norm: float = 0.0,
     ema: EMA | None = None,
 ) -> StepResult:
-    """Forward and backward over `batches` (their gradients are averaged), then one step of `optimizer`.
+    """Runs forward and backward over `batches`, averages their gradients, and makes one step of `optimizer`.
 
-    A NaN or an infinity in the loss or the gradient makes the step change nothing: parameters, optimiser state and
-    running statistics stay, decided on the device (on the host, of an optimiser that does not know `found_inf` as
-    NovoGrad and PyTorch's fused AdamW do). `model` may be compiled, or a DistributedDataParallel. `ema` is updated at
-    the end, by the optimiser where it carries it.
+    If the loss or the gradient has a NaN or an infinity, parameters, optimiser state and running statistics stay as
+    they were. NovoGrad and PyTorch's fused AdamW decide this on the device. For other optimisers the host decides, and
+    waits for the device. `model` may be compiled or a DistributedDataParallel. `ema` is updated at the end, by the
+    optimiser if that has it.
     """
     core = inner(model)
     guard.remember()
@@ -169,8 +173,10 @@ def finish(
     clip_norm: float = 0.0,
     ema: EMA | None = None,
 ) -> Tensor:
-    """The end of a step after the backward of `losses`: buffers settled, weights and `ema` updated; gives the
-    gradient's norm."""
+    """Ends a step after the backward of `losses`: settles the buffers and updates weights and `ema`.
+
+    Returns the gradient's norm.
+    """
     guard.settle(torch.isfinite(torch.cat(list(losses))).all())
     norm = update(model, optimizer, scaler, clip_norm)
     if ema is not None and getattr(optimizer, "ema", None) is not ema:
@@ -181,15 +187,15 @@ def finish(
 def update(
     model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_norm: float = 0.0
 ) -> Tensor:
-    """One step of `optimizer` by the gradients of `model`, which `scaler` scaled; gives their norm, unscaled.
+    """Makes one step of `optimizer` with the gradients of `model`, which `scaler` has scaled.
 
-    Where it is not finite nothing changes but the scale. NovoGrad does all in two passes over memory, and leaves
-    gradients as they are; for others they are unscaled and bounded in place.
+    Returns their norm without the scale. If it is not finite, only the scale changes. NovoGrad needs two passes over
+    memory and leaves the gradients as they are. For other optimisers they are unscaled and clipped in place.
     """
     if isinstance(optimizer, NovoGrad):
         scale = scaler._scale if scaler.is_enabled() else None
         norm, found_inf = optimizer.guarded_step(scale, clip_norm).unbind()
-        if scale is not None:  # what scaler.step would have noted, had it looked at each gradient itself
+        if scale is not None:  # `scaler.step` would check each gradient again, so tell the scaler what was found
             scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {norm.device: found_inf.reshape(1)}
             scaler.update()
         return norm

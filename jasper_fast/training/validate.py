@@ -1,4 +1,4 @@
-"""Loss, WER and CER of a model over the batches of all ranks."""
+"""Validation: loss, WER and CER of a model over the batches of all ranks."""
 
 from __future__ import annotations
 
@@ -24,18 +24,21 @@ from jasper_fast.training.step import Frontend, ctc_loss
 
 @dataclass
 class Validation:
-    """Figures of a validation: means over utterances, word and character error rates as fractions, some transcripts."""
+    """The figures of a validation. Error rates are fractions."""
 
-    loss: float
+    loss: float  # mean over utterances
     wer: float
     cer: float
     utterances: int
-    bad: list[str] = field(default_factory=list)
-    examples: list[tuple[str, str]] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)  # utterances whose loss is NaN or infinite
+    examples: list[tuple[str, str]] = field(default_factory=list)  # (reference, hypothesis)
 
 
 def heard(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> list[str]:
-    """Like `greedy_decode`, but an output (N, T, V) with NaN gives an empty text instead of an error."""
+    """Decodes like `greedy_decode`, but takes a NaN in `log_probs` (N, T, V) as the least likely symbol.
+
+    `greedy_decode` raises an error for a NaN.
+    """
     return greedy_decode(torch.nan_to_num(log_probs, nan=-1e4), lengths, vocabulary)
 
 
@@ -52,11 +55,11 @@ def validate(
     ranks: Ranks | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Validation | None:
-    """Loss, WER and CER of `model` by greedy decoding, over the batches of all ranks; the model's mode is put back.
+    """Returns loss, WER and CER of `model` by greedy decoding, over the batches of all ranks.
 
-    Utterances with a loss that is NaN or infinite are named in `bad`, and left out of the mean loss; where the output
-    itself is NaN the transcript counts as empty. Waits for the device. None once `stopped` says so on any of `ranks`;
-    raises RunError if there is no utterance.
+    The model is in evaluation mode meanwhile. Utterances whose loss is NaN or infinite are listed in `bad` and not in
+    the mean loss. If an output has a NaN, its transcript counts as empty. Waits for the device. Returns None as soon as
+    `stopped` returns True on any of `ranks`. Raises RunError if there is no utterance.
     """
     core = getattr(model, "module", model)
     modes = [(m, m.training) for m in (core, frontend)]
@@ -73,7 +76,9 @@ def validate(
                 return None
             if not more:
                 break
-            if not batch:  # another rank has one, or nothing of it could be read; the dataset has the report
+            if (
+                not batch
+            ):  # Only other ranks have a batch left, or no file of it could be read (the dataset reports that).
                 continue
             features, lengths, frames = frontend(batch.audio.to(device, non_blocking=True), batch.audio_lengths)
             with torch.autocast(device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):
@@ -96,7 +101,7 @@ def validate(
         dist.all_gather_object(parts, (references, hypotheses, losses, bad))
         references, hypotheses, losses, bad = ([x for part in parts for x in part[i]] for i in range(4))
     if not references:
-        raise RunError("the validation manifests hold no usable utterance; see the report of skipped ones")
+        raise RunError("the validation manifests have no usable utterance: see the report of skipped utterances")
     return Validation(
         loss=sum(losses) / len(losses) if losses else math.nan,
         wer=wer(references, hypotheses),
@@ -117,10 +122,10 @@ def validate_state(
     seed: int = 0,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Validation] | None:
-    """`validate` with the live weights ("live"), then with the moving average ("ema") where there is one.
+    """Returns the results of `validate` with the live weights ("live") and with the moving average ("ema"), if any.
 
-    All ranks first take the running statistics of rank 0. The random generators stay where they are. `batches` makes
-    this rank's batches anew. None where `validate` gives None.
+    All ranks first take the running statistics of rank 0. The states of the random generators do not change. `batches`
+    is called for each pass over this rank's batches. Returns None if `validate` returns None.
     """
     ranks.same_buffers(state.model, state.ema.average.values() if state.ema else ())
     results = {}
