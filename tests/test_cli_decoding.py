@@ -118,8 +118,8 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
     for options, message in (
         (("--lm", "gone.arpa"), "gone.arpa: no such language model"),
         (("--lm", tmp_path / "empty.arpa"), "empty.arpa: the language model is empty"),
-        (("--lm", tmp_path / "bad.yaml"), "names no `lm`"),
-        (("--lm", tmp_path / "kind.yaml"), "beam: True is of the wrong kind"),
+        (("--lm", tmp_path / "bad.yaml"), "has neither `lm` nor `rescore`"),
+        (("--lm", tmp_path / "kind.yaml"), "beam: True has the wrong type"),
         (("--lexicon", "words.txt"), "--lexicon needs a language model"),
         (("--alpha", "1"), "--alpha need a language model"),
         (("--beam", "3000000"), "beam 3000000"),
@@ -180,7 +180,7 @@ def test_hot_words_and_an_open_vocabulary(folder, tmp_path, capsys):
         (("--hot-words", tmp_path / "bad.txt"), "bad.txt, line 1: is not a word"),
         (("--hot-words", tmp_path / "gone.txt"), "cannot be read"),
         (("--open-vocabulary",), "need a language model of words"),
-        (("--lm", folder / "symbols.arpa", "--open-vocabulary"), "its vocabulary is open as it is"),
+        (("--lm", folder / "symbols.arpa", "--open-vocabulary"), "is a model of symbols, always open"),
     ):
         assert run(folder, "evaluate", *options) == 2
         assert message in (told := capsys.readouterr().err) and told.strip().count("\n") == 0

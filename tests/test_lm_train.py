@@ -109,9 +109,9 @@ def test_characters_and_gzip_and_several_files(tmp_path):
 @pytest.mark.parametrize(
     ("content", "settings", "message"),
     [
-        (b"", {}, "no words in it"),
-        (b"\n \n", {}, "no words in it"),
-        (b"a b\n<s> c\n", {}, "holds <s>"),
+        (b"", {}, "has no words"),
+        (b"\n \n", {}, "has no words"),
+        (b"a b\n<s> c\n", {}, "contains <s>"),
         (b"a b\nc\xff\n", {}, "line 2: not UTF-8"),
         (b"a\0b\n", {}, "line 1: holds a null byte"),
         (b"\x1f\x8bnothing", {}, "cannot be read as text"),

@@ -133,7 +133,7 @@ def test_probabilities_sum_to_one_and_are_those_of_targets(cutoffs):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"width": 20, "heads": 3}, "no even multiple of 3 heads"),
+        ({"width": 20, "heads": 3}, "must be an even multiple of the number of heads, 3"),
         ({"layers": 0}, "layers 0"),
         ({"dropout": 1.0}, "dropout"),
         ({"cutoffs": (7, 3)}, "cutoffs"),

@@ -41,9 +41,9 @@ def test_scores_add_up_and_the_best_come_first():
 @pytest.mark.parametrize(
     ("scorer", "settings", "message"),
     [
-        (lambda texts: [0.0], {}, "gave 1 values for 3 texts"),
-        (lambda texts: [0.0, math.nan, 0.0], {}, "gave nan for 'b'"),
-        (lambda texts: [math.inf] * 3, {}, "gave inf for 'a'"),
+        (lambda texts: [0.0], {}, "returned 1 values for 3 texts"),
+        (lambda texts: [0.0, math.nan, 0.0], {}, "returned nan for 'b'"),
+        (lambda texts: [math.inf] * 3, {}, "returned inf for 'a'"),
         (lambda texts: [0.0] * 3, {"weight": math.nan}, "weight nan"),
         (lambda texts: [0.0] * 3, {"batch_size": 0}, "batch_size 0"),
     ],

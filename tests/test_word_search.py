@@ -135,7 +135,7 @@ MAGIC = b"mmap lm http://kheafield.com/code format version 5\n\x00"
         (lambda text: b"", "is empty"),
         (lambda text: text[: len(text) // 2], "KenLM cannot read it"),
         (lambda text: text.replace(b"\tcat", b"\tthe"), "KenLM cannot read it"),
-        (lambda text: text.replace(b"ngram 3=", b"ngram 3=99999"), "more than the file holds"),
+        (lambda text: text.replace(b"ngram 3=", b"ngram 3=99999"), "the file is too short for them"),
         (lambda text: text.replace(b"</s>", b"xx"), "missing </s>"),
         (lambda text: text.replace(b"\tt", b"\t\xff"), "not UTF-8"),
         (lambda text: MAGIC, "words of a KenLM binary cannot be listed"),
@@ -166,7 +166,7 @@ def test_broken_binaries_and_lexicons_are_one_line(arpa, tmp_path):
     with pytest.raises(LanguageModelError, match="no such language model"):
         word_lm(tmp_path / "gone.arpa", V)
     unigrams = random_arpa(tmp_path / "uni.arpa", WORDS, 1, random.Random(0))
-    with pytest.raises(LanguageModelError, match="1-grams only"):
+    with pytest.raises(LanguageModelError, match="has only 1-grams"):
         word_lm(unigrams, V)
 
 
@@ -174,7 +174,7 @@ def test_a_python_without_wheels_is_told(arpa, monkeypatch):
     nothing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
     monkeypatch.setattr(words, "sys", SimpleNamespace(version_info=(3, 13)))
     monkeypatch.setattr(words, "importlib", nothing)
-    with pytest.raises(LanguageModelError, match=r"Python 3\.11 and 3\.12; take one"):
+    with pytest.raises(LanguageModelError, match=r"Python 3\.11 and 3\.12; use one"):
         WordSearch(word_lm(arpa, V), 8, 1.0, 0.0)
 
 
@@ -188,7 +188,7 @@ class Killer:
 
 
 def test_a_model_that_takes_its_process_down_is_one_line(arpa):
-    with pytest.raises(LanguageModelError, match=r"deadly\.bin: the process that searches with it was ended"):
+    with pytest.raises(LanguageModelError, match=r"deadly\.bin: the process that searches with this model was ended"):
         Pool(Killer(), 1)
     with pytest.raises(LanguageModelError, match="KenLM cannot read it"):
         lm = word_lm(arpa, V)

@@ -1,4 +1,4 @@
-"""Where in time a given text lies: the best CTC path that collapses to it."""
+"""Aligns a given text with the frames: finds the best CTC path that collapses to it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 
 
 def best_path(log_probs: np.ndarray, symbols: Sequence[int]) -> np.ndarray | None:
-    """The class of each frame on the best path of ``symbols``, or None if there are too few frames for any path.
+    """Returns the class of each frame on the best path of ``symbols``, or None if there are too few frames for a path.
     log_probs (T, V) has the blank last."""
     frames, classes = log_probs.shape
     extended = np.full(2 * len(symbols) + 1, classes - 1)
     extended[1::2] = symbols
     if not frames:
         return None if len(symbols) else np.zeros(0, dtype=np.int64)
-    may_skip = np.zeros(len(extended), dtype=bool)  # over the blank before: only between symbols that differ
+    may_skip = np.zeros(len(extended), dtype=bool)  # over a blank: allowed only between symbols that differ
     may_skip[3::2] = extended[3::2] != extended[1:-2:2]
     emitted = log_probs.astype(np.float64)[:, extended]
     score = np.full(len(extended), -np.inf)

@@ -16,7 +16,7 @@ _MOST_ORDERS = 32
 
 
 class LanguageModelError(ValueError):
-    """A language model or lexicon cannot be read or does not fit; the message names the file and what to do."""
+    """A language model or lexicon that cannot be read or does not fit. The message names the file and the fix."""
 
 
 def is_gzip(path: str | os.PathLike) -> bool:
@@ -25,12 +25,12 @@ def is_gzip(path: str | os.PathLike) -> bool:
 
 
 def open_plain(path: str | os.PathLike) -> IO[bytes]:
-    """The bytes of a file, unpacked where it is gzipped."""
+    """Opens a file for reading, and unpacks it if it is gzipped."""
     return gzip.open(path, "rb") if is_gzip(path) else open(path, "rb")
 
 
 class Arpa:
-    """An ARPA file. ``counts`` is the number of n-grams of each order from the header; iteration yields the n-grams.
+    """An ARPA file. ``counts`` has the header's number of n-grams for each order. Iteration yields the n-grams.
 
     Raises LanguageModelError for a file that is not ARPA, is cut off, or has malformed numbers.
     """
@@ -47,7 +47,7 @@ class Arpa:
             raise LanguageModelError(f"{path}: cannot be read as a language model ({error})") from None
         if not is_gzip(path) and sum(self.counts) * 4 > self.path.stat().st_size:
             raise LanguageModelError(
-                f"{path}: the header promises {sum(self.counts)} n-grams, more than the file holds"
+                f"{path}: the header promises {sum(self.counts)} n-grams, and the file is too short for them"
             )
 
     @property
@@ -83,7 +83,7 @@ class Arpa:
         while line := self._next(file):
             name, _, value = line.partition("=")
             if name.split() != ["ngram", str(len(counts) + 1)] or not value.strip().isdigit():
-                raise self._fail(f"{line[:60]!r} where `ngram {len(counts) + 1}=COUNT` should be")
+                raise self._fail(f"expected `ngram {len(counts) + 1}=COUNT`, got {line[:60]!r}")
             counts.append(int(value))
         if not 0 < len(counts) <= _MOST_ORDERS or counts[0] == 0:
             raise self._fail("the header names no n-grams")
@@ -98,7 +98,7 @@ class Arpa:
                 for n, count in enumerate(self.counts, 1):
                     yield from self._section(file, n, count)
                 if self._skip_blank(file) != "\\end\\":
-                    raise self._fail(f"more than the {self.counts[-1]} {self.order}-grams of the header")
+                    raise self._fail(f"more {self.order}-grams than the {self.counts[-1]} that the header promises")
         except (OSError, EOFError) as error:
             raise LanguageModelError(f"{self.path}: cannot be read to its end ({error})") from None
 
@@ -109,22 +109,22 @@ class Arpa:
 
     def _section(self, file: IO[bytes], n: int, count: int) -> Iterator[tuple[float, tuple[str, ...], float]]:
         if (title := self._skip_blank(file)) != f"\\{n}-grams:":
-            raise self._fail(f"{title[:60]!r} where \\{n}-grams: should be; the header's counts may be wrong")
+            raise self._fail(f"expected \\{n}-grams:, got {title[:60]!r}; the header's counts may be wrong")
         for _ in range(count):
             fields = self._skip_blank(file).split()
             try:
                 log10 = float(fields[0])
                 back_off = float(fields[n + 1]) if len(fields) == n + 2 else 0.0
             except (ValueError, IndexError):
-                raise self._fail(f"no {n}-gram of the {count} that the header promises") from None
+                raise self._fail(f"this is no {n}-gram, but the header promises {count} of them") from None
             if len(fields) not in (n + 1, n + 2) or (len(fields) == n + 2 and n == self.order and back_off):
-                raise self._fail(f"{len(fields)} fields, where a {n}-gram has a log-probability and {n} words")
+                raise self._fail(f"{len(fields)} fields instead of a log-probability and {n} words")
             if not (log10 <= 0 and math.isfinite(back_off)) or log10 == -math.inf:
                 raise self._fail(f"log10 p {fields[0]} with back-off {back_off:g}: not a probability")
             yield log10, tuple(fields[1 : n + 1]), back_off
 
     def words(self) -> list[str]:
-        """The words of the 1-grams, without <s>, </s> and <unk>."""
+        """Returns the words of the 1-grams, without <s>, </s> and <unk>."""
         found = []
         for _, words, _ in self:
             if len(words) > 1:

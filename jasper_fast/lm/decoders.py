@@ -1,4 +1,4 @@
-"""Beam search for a recogniser: it starts for one batch while the model runs the next, and is waited for later."""
+"""Beam search for a recogniser. The search of one batch runs while the model computes the next batch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def load_lm(
         raise LanguageModelError(f"{path}: no such language model")
     if lexicon is None and not is_binary(path) and fits(Arpa(path), vocabulary):
         if unknown is not None:
-            raise LanguageModelError(f"{path}: is a model of symbols; its vocabulary is open as it is")
+            raise LanguageModelError(f"{path}: is a model of symbols, always open; leave --open-vocabulary out")
         return SymbolLM(path, vocabulary)
     known = word_lm(path, vocabulary, lexicon)
     return known if unknown is None else SpeltLM(known, vocabulary, unknown=unknown)
@@ -73,10 +73,10 @@ def decoder(
     processes: int | None = None,
     hot_words: Mapping[str, float] | None = None,
 ) -> Decoder:
-    """The decoder for a model. A word model is searched in ``processes`` (default: one per core), symbols in a thread.
+    """Returns the decoder for a model. With a word model it uses ``processes`` (default: one per core), else a thread.
 
-    ``alpha`` and ``beta`` are by default the paper's 2.0 and -0.2 with a word model, else 1.0 and 0.0. Hot words,
-    and all words on a Python without flashlight wheels, are searched by ``beam_search`` in a thread. Raises ValueError
+    ``alpha`` and ``beta`` default to the paper's 2.0 and -0.2 with a word model, and to 1.0 and 0.0 otherwise. Hot
+    words need ``beam_search`` in a thread, and so do all words on a Python without flashlight wheels. Raises ValueError
     for settings that no search can use, and LanguageModelError if the model cannot be loaded.
     """
     default = PAPER if isinstance(lm, (WordLM, SpeltLM)) else SYMBOLS
@@ -90,7 +90,7 @@ def decoder(
 
 
 class SymbolDecoder:
-    """``beam_search`` in a thread beside the model."""
+    """Runs ``beam_search`` in a thread while the model goes on."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class SymbolDecoder:
     def begin(self, log_probs: Tensor, lengths: Tensor, frame_seconds: float) -> Callable[[], list[Transcript]]:
         check(log_probs, lengths, self._vocabulary)
         stream = torch.cuda.current_stream(log_probs.device) if log_probs.is_cuda else None
-        items = log_probs.detach().float().clone(), lengths, frame_seconds  # the engine's memory is used again
+        items = log_probs.detach().float().clone(), lengths, frame_seconds  # copied: the engine reuses its memory
         return self._thread.submit(self._find, *items, *self.weights, stream).result
 
     def _find(
@@ -126,7 +126,7 @@ class SymbolDecoder:
         beta: float,
         stream: torch.cuda.Stream | None,
     ) -> list[Transcript]:
-        with torch.cuda.stream(stream):  # that of the model; None changes nothing
+        with torch.cuda.stream(stream):  # the model's stream; None on a CPU, which changes nothing
             found = beam_search(log_probs, lengths, self._vocabulary, alpha=alpha, beta=beta, **self._settings)
             rows = zip(log_probs.cpu().numpy(), lengths.tolist(), found, strict=True)
         return [_transcript(r[:n], h, best_path(r[:n], h[0].symbols), self._vocabulary, frame_seconds)
@@ -137,7 +137,7 @@ class SymbolDecoder:
 
 
 class WordDecoder:
-    """flashlight's search in processes."""
+    """Runs flashlight's search in processes."""
 
     def __init__(
         self, vocabulary: Vocabulary, lm: WordLM, beam: int, alpha: float, beta: float, n_best: int, processes: int
@@ -173,8 +173,8 @@ def _transcript(
     vocabulary: Vocabulary,
     frame_seconds: float,
 ) -> Transcript:
-    """The best hypothesis, with times and confidences from its best CTC path as in greedy decoding."""
-    if path is None:  # no path: nothing was found, and the text is empty
+    """Returns the best hypothesis, with times and confidences from its best CTC path as in greedy decoding."""
+    if path is None:  # nothing was found, so the text is empty
         path = np.full(len(log_probs), vocabulary.blank)
     probabilities = np.exp(log_probs[np.arange(len(path)), path])
     transcript = path_transcript(path, probabilities, vocabulary, frame_seconds)

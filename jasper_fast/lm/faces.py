@@ -1,4 +1,4 @@
-"""Which face of the prefix search runs: Triton's on a GPU where it is found to be right, else C++ on the CPU."""
+"""Chooses the face of the prefix search: Triton's on a GPU if its answers are right there, else C++ on the CPU."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FACES = ("auto", "cpu", "triton", "reference")
 
 
 def choose(backend: str, log_probs: Tensor, beam: int, ngram: Ngram | None, words: Words | None) -> ModuleType:
-    """The face for a search. Raises ValueError for an unknown backend, and for "triton" where that cannot do it."""
+    """Returns the face for a search. Raises ValueError for an unknown backend, and if "triton" cannot do the search."""
     if backend not in FACES:
-        raise ValueError(f"backend {backend!r} is none of {', '.join(FACES)}")
+        raise ValueError(f"backend {backend!r} must be one of {', '.join(FACES)}")
     if backend == "triton" or (backend == "auto" and log_probs.is_cuda):
         why = backends.why_missing("triton", log_probs.device) or _why_not(log_probs.shape[2], beam, ngram, words)
         if why is None and (backend == "triton" or trusted(log_probs.device)):
@@ -41,7 +41,7 @@ def _why_not(classes: int, beam: int, ngram: Ngram | None, words: Words | None) 
 
 @functools.cache
 def trusted(device: torch.device) -> bool:
-    """Whether Triton's face answers as the definition does on a small case there; warns where it does not."""
+    """Returns whether Triton's face agrees with the definition on a small case on ``device``; warns if it does not."""
     from jasper_fast.kernels.prefix_beam import triton_impl
 
     generator = torch.Generator().manual_seed(0)
@@ -51,9 +51,9 @@ def trusted(device: torch.device) -> bool:
     try:
         got = [found.cpu() for found in triton_impl.search(log_probs.to(device), *case)]
         fine = all(torch.equal(w, g) for w, g in zip(want[:2], got[:2])) and torch.allclose(want[2], got[2], atol=1e-9)
-        why = "its answers are not the definition's"
-    except Exception as error:  # a compiler's or a driver's, of any kind
+        why = "its answers differ from the definition's"
+    except Exception as error:  # compiler and driver raise errors of any kind
         fine, why = False, " ".join(str(error).split())[:200]
     if not fine:
-        warnings.warn(f"beam search in Triton on {device} is not used, the CPU searches: {why}", stacklevel=2)
+        warnings.warn(f"Triton's beam search is not used on {device}, so the CPU searches: {why}", stacklevel=2)
     return fine

@@ -21,17 +21,17 @@ _PAGE = """<!doctype html>
 <h1>{title}</h1>
 <p>{summary}</p>
 <div class="wide">{table}</div>
-<p>Word error rates in %, each cell one pair of weights; green is low, the best is framed.</p>
+<p>Word error rates in %. Each cell is one pair of weights. Green is low, and the best cell is framed.</p>
 </html>
 """
 
 
 def page(found: Sequence[Trial], without: Errors, told: str) -> str:
-    """The HTML page of the trials ``found``. ``without``: the greedy errors; ``told``: a description of the run."""
+    """Returns the HTML page of the trials ``found``. ``without``: the greedy errors. ``told``: describes the run."""
     chosen, pairs = best(found), {}
     for trial in found:
         pairs.setdefault((trial.alpha, trial.beta), []).append(trial)
-    found = [best(of) for of in pairs.values()]  # the best rescoring weight of each pair
+    found = [best(of) for of in pairs.values()]  # each pair with its best rescoring weight
     second = f", rescoring {chosen.rescore:g}" if any(t.rescore for of in pairs.values() for t in of) else ""
     summary = (
         f"{escape(told)}. Greedy: WER {100 * without.rate:.2f} %. Best: WER {100 * chosen.errors.rate:.2f} % with "

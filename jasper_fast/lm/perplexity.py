@@ -1,4 +1,4 @@
-"""How well a language model predicts a text."""
+"""The perplexity of a text: how well a language model predicts it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Counts of a text's sentences, words and unknown words; log10 p of all (with </s>), and of the unknown words."""
+    """A text's numbers of sentences, words and unknown words; log10 p of all words and sentence ends, and of the
+    unknown words."""
 
     sentences: int
     words: int

@@ -1,5 +1,5 @@
-"""Searches with a word model in processes of their own, because flashlight holds the GIL and a broken model can crash
-a process. Nothing here imports torch, so that these processes start fast and stay small."""
+"""Searches with a word model in separate processes, because flashlight holds the GIL and a broken model can crash its
+process. Nothing here imports torch, so these processes start fast and stay small."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from jasper_fast.lm.align import best_path
 from jasper_fast.lm.arpa import LanguageModelError
 from jasper_fast.lm.words import Found, WordLM, WordSearch, symbols_of
 
-Answer = tuple[list[Found], np.ndarray | None]  # what was found, and the path of the best
+Answer = tuple[list[Found], np.ndarray | None]  # what a search found, and the best CTC path of its first text
 
 _settings: tuple[WordLM, dict[str, Any]]
 _search: WordSearch | None = None
 
 
 class Pool:
-    """A pool of ``processes`` that search with a word model. Raises LanguageModelError if loading the model fails or
-    crashes a process, and MissingExtra if the packages of the extra `lm` are missing."""
+    """``processes`` that search with a word model. Raises LanguageModelError if loading the model fails or crashes a
+    process, and MissingExtra if the packages of the extra `lm` are missing."""
 
     def __init__(self, lm: WordLM, processes: int, **settings: Any) -> None:
         self._path = lm.path
@@ -33,7 +33,7 @@ class Pool:
         self._result(self._executor.submit(_load))
 
     def submit(self, log_probs: Sequence[np.ndarray], weights: tuple[float, float]) -> Callable[[], list[Answer]]:
-        """Starts a search in each (T, V) array with ``weights`` (alpha, beta). Call the result to get the answers."""
+        """Starts a search in each (T, V) array, with ``weights`` (alpha, beta). Call the result to get the answers."""
         futures = [self._executor.submit(_decode, item, weights) for item in log_probs]
         return lambda: [self._result(future) for future in futures]
 
@@ -42,8 +42,8 @@ class Pool:
             return future.result()
         except BrokenExecutor:
             raise LanguageModelError(
-                f"{self._path}: the process that searches with it was ended by the system; the file may be broken, or "
-                "too large for the memory, or a script of yours lacks `if __name__ == '__main__':`"
+                f"{self._path}: the process that searches with this model was ended by the system: the file may be "
+                "broken, or too large for the memory, or your script lacks `if __name__ == '__main__':`"
             ) from None
 
     def close(self) -> None:

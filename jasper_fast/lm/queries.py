@@ -1,4 +1,4 @@
-"""Describes a language model, and measures its perplexity; n-grams through KenLM (extra `lm`)."""
+"""Describes a language model and measures its perplexity. N-grams are read through KenLM (extra `lm`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jasper_fast.lm.words import is_binary
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences KenLM, which writes its progress to the stderr descriptor and not to sys.stderr."""
+    """Silences KenLM, which writes its progress to the stderr descriptor instead of sys.stderr."""
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)
     try:
@@ -31,7 +31,8 @@ def _quiet() -> Iterator[None]:
 
 
 def load(path: str | os.PathLike) -> Any:
-    """The model as KenLM reads it. Raises LanguageModelError where it cannot, MissingExtra without the extra `lm`."""
+    """Returns the model as KenLM reads it. Raises LanguageModelError if it cannot be read, and MissingExtra without the
+    extra `lm`."""
     kenlm = need("kenlm", "lm")
     if not Path(path).is_file():
         raise LanguageModelError(f"{path}: no such language model")
@@ -46,7 +47,7 @@ def load(path: str | os.PathLike) -> Any:
 
 
 def perplexity(path: str | os.PathLike, text: str | os.PathLike, lower_case: bool = False) -> Perplexity:
-    """The perplexity of a text with one sentence per line. A model that lists <space> is a model of characters and
+    """Returns the perplexity of a text with one sentence per line. A model that lists <space> is one of characters, and
     scores characters. Raises LanguageModelError if either file cannot be read, or if the text has no words."""
     if not Path(text).is_file():
         raise LanguageModelError(f"{text}: no such text")
@@ -71,9 +72,10 @@ def perplexity(path: str | os.PathLike, text: str | os.PathLike, lower_case: boo
 
 
 def describe(path: str | os.PathLike) -> dict[str, Any]:
-    """A model's form, size, order, n-grams by order, and whether it is one of characters; an ARPA file is read whole.
+    """Returns a model's form, size, order, n-grams per order, and whether it is one of words or characters.
 
-    Raises LanguageModelError if it cannot be read. For a KenLM binary only the order and the size are known.
+    Reads all of an ARPA file. Of a KenLM binary only the order and the size are known. Raises LanguageModelError if the
+    model cannot be read.
     """
     if is_neural(path):
         from jasper_fast.lm.neural import scoring

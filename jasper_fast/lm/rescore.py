@@ -1,4 +1,4 @@
-"""A second pass over N-best lists by any language model: a function from texts to log-probabilities."""
+"""A second pass over N-best lists by any language model, given as a function from texts to log-probabilities."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jasper_fast.lm.decoders import Decoder
 from jasper_fast.speech.decoding import Hypothesis, Transcript, path_transcript
 from jasper_fast.speech.text import Vocabulary
 
-LISTED = 64  # hypotheses of an utterance that are rescored by default
+LISTED = 64  # hypotheses per utterance that are rescored by default
 Scorer = Callable[[Sequence[str]], Sequence[float]]
 
 
@@ -23,7 +23,7 @@ def rescore(
 ) -> list[list[Hypothesis]]:
     """Adds ``weight * log p(text)`` to each score and sorts each N-best list, the best first. Ties keep their order.
 
-    ``scorer`` gets at most ``batch_size`` texts at a time, each distinct text once, and returns their natural
+    ``scorer`` gets at most ``batch_size`` texts per call, and each distinct text only once. It returns their natural
     log-probabilities; -inf marks an impossible text. Raises ValueError if the weight is not finite, or if the scorer
     returns NaN, +inf, or a different number of values than it got texts.
     """
@@ -35,11 +35,11 @@ def rescore(
         batch = texts[first : first + batch_size]
         values += map(float, scorer(batch))
         if len(values) != first + len(batch):
-            raise ValueError(f"the scorer gave {len(values) - first} values for {len(batch)} texts")
+            raise ValueError(f"the scorer returned {len(values) - first} values for {len(batch)} texts")
     log_p = dict(zip(texts, values, strict=True))
     for text, value in log_p.items():
         if not value < math.inf:
-            raise ValueError(f"the scorer gave {value} for {text!r}, which is no log-probability")
+            raise ValueError(f"the scorer returned {value} for {text!r}, which is no log-probability")
 
     def scored(hypothesis: Hypothesis) -> Hypothesis:
         return replace(hypothesis, score=hypothesis.score + (weight * log_p[hypothesis.text] if weight else 0.0))
@@ -48,7 +48,7 @@ def rescore(
 
 
 def remembering(scorer: Scorer) -> Scorer:
-    """A caching form of ``scorer``, which scores each text only once."""
+    """Returns a form of ``scorer`` with a cache, which scores each text only once."""
     known: dict[str, float] = {}
 
     def scored(texts: Sequence[str]) -> list[float]:
@@ -60,11 +60,11 @@ def remembering(scorer: Scorer) -> Scorer:
 
 
 class Rescoring:
-    """A decoder for a recogniser: the searches of ``first`` (which must give N-best lists), rescored by ``scorer``.
+    """A decoder for a recogniser that rescores the N-best lists of the decoder ``first`` with ``scorer``.
 
-    Transcripts hold the text, times and confidences of the best hypothesis, and the ``n_best`` best hypotheses with
-    scores ``score + weight * log p(text)``. Each batch's texts are scored together. Raises ValueError as
-    ``rescore`` does.
+    Transcripts have the text, times and confidences of the best hypothesis, and the ``n_best`` best hypotheses with
+    scores ``score + weight * log p(text)``. All texts of a batch are scored together. Raises ValueError as ``rescore``
+    does.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Rescoring:
         if listed[0].text == first.text:
             return replace(first, hypotheses=kept)
         path = best_path(log_probs, listed[0].symbols)
-        if path is None:  # nothing was found, and the text is empty
+        if path is None:  # nothing was found, so the text is empty
             path = np.full(len(log_probs), self.vocabulary.blank)
         probabilities = np.exp(log_probs[np.arange(len(path)), path])
         made = path_transcript(path, probabilities, self.vocabulary, seconds)

@@ -1,4 +1,4 @@
-"""A folder of log-probs: made once by `evaluate --save-log-probs`, decoded many times."""
+"""A folder of log-probs, which `evaluate --save-log-probs` fills once, and which can then be decoded many times."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FORMAT = "jasper_fast log-probs 1"
 
 
 class Saved:
-    """Log-probs (T', V) fp32 of utterances in DIR/000000.npy and so on, with references and labels in an index."""
+    """Utterances' log-probs (T', V) fp32 in DIR/000000.npy and so on, with references and labels in an index."""
 
     def __init__(self, folder: Path, vocabulary: Vocabulary, frame_seconds: float) -> None:
         self.folder, self.vocabulary, self.frame_seconds = folder, vocabulary, frame_seconds
@@ -39,7 +39,7 @@ class Saved:
         self.places.append(place)
 
     def finish(self, paths: Sequence[str], references: Sequence[str]) -> None:
-        """Writes the index, without which ``open`` refuses the folder."""
+        """Writes the index. ``open`` refuses a folder without one."""
         self.utterances = [
             {"file": f"{p:06}.npy", "audio_filepath": paths[p], "text": references[p]} for p in sorted(self.places)
         ]
@@ -65,12 +65,13 @@ class Saved:
         return saved
 
     def log_probs(self, number: int) -> np.ndarray:
-        """The log-probs of utterance ``number``, (T', V) fp32."""
+        """Returns the log-probs of utterance ``number``, (T', V) fp32."""
         path = self.folder / Path(self.utterances[number]["file"]).name
         try:
             found = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path}: cannot be read as log-probs ({error})") from None
         if found.ndim != 2 or found.shape[1] != self.vocabulary.n_classes or found.dtype != np.float32:
-            raise ValueError(f"{path}: {found.dtype} {found.shape}, not float32 (T, {self.vocabulary.n_classes})")
+            want = f"float32 (T, {self.vocabulary.n_classes})"
+            raise ValueError(f"{path}: expected {want}, got {found.dtype} {found.shape}")
         return found

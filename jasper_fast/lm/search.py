@@ -1,4 +1,4 @@
-"""Beam search over a model's symbols: no lexicon, no dependency."""
+"""Beam search over a model's symbols. It needs no lexicon and no extra package."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _MOST = 1 << 20  # a wider beam is a mistake
 
 
 def check(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> None:
-    """Raises ValueError where shapes, classes or lengths do not fit, NotFinite where a valid frame holds NaN or no
-    possible class."""
+    """Raises ValueError if shapes, classes or lengths do not fit, and NotFinite if a valid frame has NaN or no possible
+    class."""
     if log_probs.dim() != 3 or lengths.shape != log_probs.shape[:1]:
         raise ValueError(
             f"log_probs must be (N, T, V) and lengths (N,), got {tuple(log_probs.shape)} and {tuple(lengths.shape)}"
         )
     if log_probs.shape[2] != vocabulary.n_classes:
         raise ValueError(
-            f"log_probs have {log_probs.shape[2]} classes, the vocabulary {vocabulary.n_classes} with its blank; "
-            "decode with the labels that the model was trained on"
+            f"log_probs have {log_probs.shape[2]} classes, but the vocabulary has {vocabulary.n_classes} with its "
+            "blank; decode with the labels that the model was trained on"
         )
     frames = log_probs.shape[1]
     if bool(((lengths < 0) | (lengths > frames)).any()):
@@ -36,7 +36,7 @@ def check(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> None:
     within = torch.arange(frames, device=best.device) < lengths.to(best.device)[:, None]
     broken = (within & ~torch.isfinite(best)).any(1).nonzero().flatten().tolist()
     if broken:
-        raise NotFinite(f"log_probs hold NaN, or no possible class, in valid frames of batch items {broken}")
+        raise NotFinite(f"log_probs have NaN or no possible class in valid frames of batch items {broken}")
 
 
 def check_weights(beam: int, alpha: float, beta: float, n_best: int) -> None:
@@ -44,7 +44,7 @@ def check_weights(beam: int, alpha: float, beta: float, n_best: int) -> None:
     if not (0 < beam <= _MOST and 0 < n_best <= _MOST):
         raise ValueError(f"beam {beam} and n_best {n_best} must be from 1 to {_MOST}")
     if not (math.isfinite(alpha) and math.isfinite(beta) and alpha >= 0):
-        raise ValueError(f"alpha {alpha} and beta {beta} must be finite, and alpha not negative")
+        raise ValueError(f"alpha {alpha} and beta {beta} must be finite, and alpha at least 0")
 
 
 def beam_search(
@@ -60,23 +60,24 @@ def beam_search(
     hot_words: Mapping[str, float] | None = None,
     backend: str = "auto",
 ) -> list[list[Hypothesis]]:
-    """The ``n_best`` texts of each utterance, the best first, by CTC prefix search: probabilities of paths are summed.
+    """Returns the ``n_best`` texts of each utterance, the best first, by CTC prefix search, which sums over CTC paths.
 
-    log_probs (N, T, V) of any float dtype, natural logarithms, the blank last; lengths (N,) in frames. ``score`` is
-    log p_CTC(text) + sum over its symbols of (alpha * log10 p_LM + beta) + alpha * log10 p_LM(end): alpha is in the
-    scale of the Jasper paper, 2.3 where both probabilities weigh the same. Without ``lm`` alpha has no effect. With a
-    SpeltLM the sum is over words, and ``lm.unknown`` is added for each that it does not list. ``hot_words`` maps
-    a word to what is added each time it is said, a natural logarithm: 5 makes it 148 times as likely.
-    ``backend``: "cpu" (C++, a thread an utterance), "triton" (on a GPU, to beam 128 and 32 classes, no words),
-    "reference" (plain Python, the definition), or "auto": "triton" for log-probs on a GPU where it can search and is
-    found to be right, else "cpu" where it is built; they are copied to the host for it. Raises ValueError for wrong
-    shapes or settings, and NotFinite for NaN in a valid frame. Equivalent, at beam 1 without lm and where one path has
-    nearly all probability: ``greedy_decode``.
+    log_probs (N, T, V) of any float dtype, natural logarithms, the blank last; lengths (N,) in frames. ``score`` is log
+    p_CTC(text) + sum over its symbols of (alpha * log10 p_LM + beta) + alpha * log10 p_LM(end). As in the Jasper paper,
+    alpha multiplies a log10, so 2.3 gives both probabilities the same weight. Without ``lm`` alpha has no effect. With
+    a SpeltLM the sum is over words, and each word that the model does not list adds ``lm.unknown``. ``hot_words`` maps
+    a word to a natural logarithm that is added each time the word occurs: 5 makes it 148 times as likely.
+
+    ``backend``: "cpu" (C++, one thread per utterance), "triton" (on a GPU, up to beam 128 and 32 classes, without
+    words), "reference" (plain Python, the definition) or "auto". "auto" takes "triton" for log-probs on a GPU if it can
+    do the search and its results are right there. Otherwise log-probs are copied to the host for "cpu", or for
+    "reference" if the C++ library is not built. Raises ValueError for wrong shapes or settings, and NotFinite for NaN
+    in a valid frame. Equivalent to ``greedy_decode`` at beam 1 without lm, if one path has nearly all the probability.
     """
     check(log_probs, lengths, vocabulary)
     check_weights(beam, alpha, beta, n_best)
     if lm is not None and lm.vocabulary != vocabulary:
-        raise ValueError(f"{lm.path} was read for another vocabulary")
+        raise ValueError(f"{lm.path} was loaded for another vocabulary; load it with this one")
     n_best = min(n_best, beam)
     log_probs = log_probs.detach().float()
     words = ngram = None

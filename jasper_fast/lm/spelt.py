@@ -1,4 +1,4 @@
-"""Words for the search over symbols: an n-gram of words with their spellings, open to other words; and hot words."""
+"""Words for the search over symbols: an n-gram of words with their spellings, an open vocabulary, and hot words."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from jasper_fast.lm.symbols import MISSING, automaton
 from jasper_fast.lm.words import Entry, WordLM, entry, is_binary, word_lm
 from jasper_fast.speech.text import Vocabulary
 
-UNKNOWN = -10.0  # added for a word that the model does not list
+UNKNOWN = -10.0  # added to the score for a word that the model does not list
 BOOST = 5.0
-_MOST = 20_000_000  # n-grams that are held
+_MOST = 20_000_000  # n-grams that a model may have
 
 
 class SpeltLM:
-    """A word n-gram (ARPA) for ``beam_search``, which also allows words that it does not list.
+    """A word n-gram (ARPA) for ``beam_search``, which can also allow words that it does not list.
 
     A word that is not in the lexicon (by default the words of the file) has the probability of <unk>, and ``unknown``,
     a natural logarithm, is added to the score; -inf closes the vocabulary. Raises LanguageModelError as ``word_lm``
-    does, and for a KenLM binary, a file of more than 20 million n-grams, and an open vocabulary without <unk>.
+    does, and also for a KenLM binary, a file of more than 20 million n-grams, and an open vocabulary without <unk>.
     """
 
     def __init__(
@@ -47,19 +47,21 @@ class SpeltLM:
         arpa = Arpa(self.path)
         if sum(arpa.counts) > _MOST:
             raise LanguageModelError(
-                f"{self.path}: has {sum(arpa.counts)} n-grams; hot words and an open vocabulary take at most {_MOST}: "
-                "prune it"
+                f"{self.path}: has {sum(arpa.counts)} n-grams, but hot words and an open vocabulary take at most "
+                f"{_MOST}: train a smaller model with `jasper-fast lm train --prune`"
             )
         listed = arpa.words()
         self._classes = {word: i for i, word in enumerate(listed)}
         self.ngram = automaton(arpa, [*listed, "<unk>"])
         self._has_unknown = float(self.ngram.arc_log10[len(listed)]) > MISSING
         if unknown > -math.inf and not self._has_unknown:
-            raise LanguageModelError(f"{self.path}: has no <unk> for words that it does not list: close the vocabulary")
+            raise LanguageModelError(
+                f"{self.path}: has no <unk> for words that it does not list; leave --open-vocabulary out"
+            )
         self._made: tuple[object, Words] | None = None
 
     def words(self, alpha: float, beta: float, hot_words: Mapping[str, float] | None = None) -> Words:
-        """The words for ``kernels.prefix_beam``. Each word adds ``beta``, and a hot word also its boost."""
+        """Returns the words for ``kernels.prefix_beam``. Each word adds ``beta``, and a hot word also its boost."""
         key = alpha, beta, tuple((hot_words or {}).items())
         if self._made is None or self._made[0] != key:
             hot = _hot(hot_words or {}, self.vocabulary)
@@ -79,7 +81,7 @@ class SpeltLM:
 
 
 def hot_words_alone(hot_words: Mapping[str, float], vocabulary: Vocabulary) -> Words:
-    """Hot words without a model of words. Raises ValueError for a word that cannot be one."""
+    """Returns hot words for a search without a model of words. Raises ValueError for a word that cannot be one."""
     if vocabulary.of_words or " " not in vocabulary.characters:
         raise ValueError("hot words need labels that are characters, the space among them")
     hot = _hot(hot_words, vocabulary)
@@ -116,7 +118,8 @@ def _words(
     count = len(parents)
     word = np.full(count, -1, dtype=np.int32)
     word[node_of] = np.arange(len(spellings))
-    # ahead: the best word below a node by its 1-gram probability, with the share of its boost that is spelt so far
+    # ahead[node]: the best score of a word below the node, by its 1-gram probability. A hot word's boost counts by the
+    # share of its letters that are spelt at the node.
     alone = alpha * ngram.arc_log10.numpy()[np.array(classes)].astype(np.float64) + np.array(extra)
     boosted = np.array([boosts.get(s, 0.0) for s in spellings])
     ahead = np.full(count + 1, alone[-1])
@@ -148,8 +151,8 @@ def _words(
 def _trie(
     spellings: Sequence[tuple[int, ...]],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[int, int]]]:
-    """The node where each spelling ends, each node's parent and symbol, and the first and last node of each depth.
-    Nodes are in order of depth, then of their parents, then of their symbols."""
+    """Returns the node where each spelling ends, each node's parent and symbol, and the first and last node of each
+    depth. Nodes are sorted by depth, then by parent, then by symbol."""
     flat = np.array([c for s in spellings for c in s], dtype=np.int64)
     lengths = np.array([len(s) for s in spellings], dtype=np.int64)
     starts = np.cumsum(lengths) - lengths

@@ -16,20 +16,20 @@ MISSING = -100.0  # log10 p of an unlisted word in a model without <unk>, as in 
 
 
 def tokens(vocabulary: Vocabulary) -> list[str]:
-    """The labels as a language model writes them."""
+    """Returns the labels as a language model writes them."""
     return [SPACE if label == " " else label for label in vocabulary.labels]
 
 
 def fits(arpa: Arpa, vocabulary: Vocabulary) -> bool:
-    """Whether the file is a model of symbols: all of its words are labels of the vocabulary."""
+    """Returns whether the file is a model of symbols: all of its words are labels of the vocabulary."""
     return set(arpa.words()) <= set(tokens(vocabulary))
 
 
 class SymbolLM:
     """An n-gram of a vocabulary's symbols (`jasper-fast lm train --characters`), from an ARPA file.
 
-    A label that the file does not list has the probability of its <unk>. Raises LanguageModelError where the file is
-    broken, lacks <s> or </s>, or lists a word that is no label.
+    A label that the file does not list has the probability of the file's <unk>. Raises LanguageModelError if the file
+    is broken, lacks <s> or </s>, or lists a word that is no label.
     """
 
     def __init__(self, path: str | os.PathLike, vocabulary: Vocabulary) -> None:
@@ -38,16 +38,19 @@ class SymbolLM:
         if not fits(arpa, vocabulary):
             foreign = sorted(set(arpa.words()) - set(tokens(vocabulary)))
             raise LanguageModelError(
-                f"{path}: {foreign[0]!r} is no label of the acoustic model ({len(foreign)} such); an n-gram of symbols "
-                "comes from `jasper-fast lm train --characters`"
+                f"{path}: {foreign[0]!r} is no label of the acoustic model ({len(foreign)} words are none); "
+                "`jasper-fast lm train --characters` makes an n-gram of symbols"
             )
         self.order = arpa.order
         self.ngram = automaton(arpa, tokens(vocabulary))
 
 
 def automaton(arpa: Arpa, listed_tokens: Sequence[str]) -> Ngram:
-    """The n-gram over classes: one for each token, and the last for the end of the text. Each token that the file does
-    not list gets the n-grams of <unk>. Raises LanguageModelError if the file is broken, or lacks <s> or </s>."""
+    """Returns the n-gram over classes: one class for each token, and a last one for the end of the text.
+
+    A token that the file does not list gets the n-grams of <unk>. Raises LanguageModelError if the file is broken, or
+    lacks <s> or </s>.
+    """
     # A context is a string with one character per word: chr() of its class, of `begin` or of `unknown`.
     end = len(listed_tokens)
     begin, unknown = end + 1, end + 2

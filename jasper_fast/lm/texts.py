@@ -1,4 +1,4 @@
-"""Text files for language models: UTF-8, gzipped or not, a sentence a line."""
+"""Text files for language models: UTF-8, gzipped or not, with one sentence per line."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _LONGEST = 64 << 20  # bytes of a line
 
 
 class TextFile:
-    """Yields the words of each line of a file, or its characters with the space as one of them; skips empty lines.
+    """Yields the words of each line of a file, or its characters, with the space as one of them. Skips empty lines.
 
-    Raises LanguageModelError, naming file and line, for what cannot be read as text.
+    Raises LanguageModelError, naming file and line, if it cannot be read as text.
     """
 
     def __init__(self, path: str | os.PathLike, characters: bool = False, lower_case: bool = False) -> None:
@@ -22,8 +22,8 @@ class TextFile:
         self._raw: IO[bytes] | None = None
 
     def position(self) -> int:
-        """How many bytes of the file have been read."""
-        raw = getattr(self._raw, "fileobj", self._raw)  # of a gzipped file
+        """Returns how many bytes of the file have been read."""
+        raw = getattr(self._raw, "fileobj", self._raw)  # counts compressed bytes if the file is gzipped
         return raw.tell() if raw is not None else 0
 
     def __iter__(self) -> Iterator[list[str]]:
@@ -33,8 +33,8 @@ class TextFile:
                 self._raw = raw
                 for number, line in enumerate(iter(lambda: raw.readline(_LONGEST), b""), 1):
                     if len(line) == _LONGEST:
-                        raise LanguageModelError(f"{self.path}, line {number}: longer than {_LONGEST >> 20} MiB; a "
-                                                 "text has a sentence a line")  # fmt: skip
+                        raise LanguageModelError(f"{self.path}, line {number}: longer than {_LONGEST >> 20} MiB; put "
+                                                 "one sentence on each line")  # fmt: skip
                     text = line.decode()
                     if "\0" in text:
                         raise LanguageModelError(f"{self.path}, line {number}: holds a null byte; this is no text")
@@ -42,11 +42,11 @@ class TextFile:
                     if words:
                         yield [*" ".join(words)] if self.characters else words
         except UnicodeDecodeError:
-            raise LanguageModelError(f"{self.path}, line {number}: not UTF-8; convert the text to it") from None
+            raise LanguageModelError(f"{self.path}, line {number}: not UTF-8; convert the text to UTF-8") from None
         except (OSError, EOFError) as error:
             raise LanguageModelError(f"{self.path}: cannot be read as text ({error})") from None
 
 
 def token(word: str) -> str:
-    """A word or character as a model writes it."""
+    """Returns a word or character as a language model writes it: the space as <space>."""
     return SPACE if word == " " else word

@@ -1,7 +1,7 @@
-"""Training n-grams: interpolated modified Kneser-Ney in bounded memory (csrc/cpu/ngram_train.cpp has the formulas).
+"""Trains n-grams with interpolated modified Kneser-Ney smoothing in bounded memory.
 
-This is our own code because no library with wheels fits. KenLM's wheels lack `lmplz`. Libraries in Python stop at
-order 5 or have no modified Kneser-Ney, and take minutes for a million words.
+The formulas are in csrc/cpu/ngram_train.cpp. This is our own code because no library with wheels fits. KenLM's wheels
+lack `lmplz`. Libraries in Python stop at order 5 or have no modified Kneser-Ney, and take minutes for a million words.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Order:
 
     ngrams: int
     discounts: tuple[float, float, float]
-    fallback: bool  # too few counts to estimate discounts: fixed ones are used
+    fallback: bool  # whether fixed discounts are used, because there are too few counts to estimate them
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What ``train`` made: the text's sentences and words, the size of the vocabulary, and each order."""
+    """Describes what ``train`` made: the text's sentences and words, the size of the vocabulary, and each order."""
 
     sentences: int
     words: int
@@ -78,10 +78,10 @@ class _Trainer:
 
 
 def thresholds(order: int, prune: Sequence[int]) -> list[int]:
-    """One count per order; the last one given holds for all higher orders. Raises ValueError for unusable counts."""
+    """Returns one count per order, the last one repeated for higher orders. Raises ValueError for unusable counts."""
     found = [*prune, *([prune[-1]] * (order - len(prune)))] if prune else [0] * order
     if len(found) > order or found[0] != 0 or found != sorted(found):
-        raise ValueError(f"--prune {' '.join(map(str, prune))}: give a count per order, the first 0, never falling")
+        raise ValueError(f"--prune {' '.join(map(str, prune))}: give at most one count per order, rising from 0")
     return found
 
 
@@ -96,18 +96,19 @@ def train(
     memory: int = 512 << 20,
     progress: Progress = lambda what, share: None,
 ) -> Trained:
-    """Trains an n-gram of words (or of ``characters``, the space as <space>) and writes it as an ARPA file.
+    """Trains an n-gram of words, or of ``characters`` (the space as <space>), and writes it as an ARPA file.
 
-    ``texts``: UTF-8, gzipped or not, a sentence a line; they are taken as they are, or in small letters.
-    ``prune``: for each order, n-grams that occur at most this often are left out. ``memory``: bytes for sorting; more
-    text needs more disk space (beside ``out``), not more memory. Raises ValueError for an unusable order or unusable
-    thresholds, LanguageModelError for a text that cannot be read or is empty, and OSError if the disk is full.
+    ``texts``: UTF-8, gzipped or not, with one sentence per line. They are lower-cased only if ``lower_case`` is true.
+    ``prune``: for each order, n-grams that occur at most this often are left out. ``memory``: bytes for sorting; a
+    longer text needs more disk space in the folder of ``out``, not more memory. Raises ValueError for an unusable order
+    or unusable thresholds, LanguageModelError for a text that cannot be read or is empty, and OSError if the disk is
+    full.
     """
     for path in texts:
         if not Path(path).is_file():
             raise LanguageModelError(f"{path}: no such text")
     if not 1 <= order <= MOST_WORDS:
-        raise ValueError(f"--order {order} is not from 1 to {MOST_WORDS}, what KenLM reads")
+        raise ValueError(f"--order {order} is not from 1 to {MOST_WORDS}, the orders that KenLM reads")
     out = Path(out)
     with tempfile.TemporaryDirectory(prefix=".ngrams-", dir=out.resolve().parent) as folder:
         trainer = _Trainer(order, folder, memory, thresholds(order, prune))
@@ -115,7 +116,7 @@ def train(
             files = [TextFile(path, characters, lower_case) for path in texts]
             numbers, sentences, words = _feed(trainer, files, progress)
             if not words:
-                raise LanguageModelError(f"{', '.join(map(str, texts))}: no words in it")
+                raise LanguageModelError(f"{', '.join(map(str, texts))}: has no words")
             for step in range(order + 1):
                 progress("counting", step / (2 * order + 1))
                 trainer.call("step", step)
@@ -143,7 +144,7 @@ def _order(trainer: _Trainer, n: int) -> Order:
 
 
 def _feed(trainer: _Trainer, texts: Sequence[TextFile], progress: Progress) -> tuple[_Numbers, int, int]:
-    """Feeds the texts to the trainer as ids. Returns the ids of the words, and the counts of sentences and words."""
+    """Feeds the texts to the trainer as ids. Returns the ids of the words, and the numbers of sentences and words."""
     numbers, chunk = _Numbers(), array("i")
     sentences = words = before = 0
     total = sum(size_of(text) for text in texts) or 1
@@ -152,7 +153,7 @@ def _feed(trainer: _Trainer, texts: Sequence[TextFile], progress: Progress) -> t
         nonlocal words
         for special in SPECIAL:
             if special in numbers:
-                raise LanguageModelError(f"{text.path}: holds {special}, which means something else to a model")
+                raise LanguageModelError(f"{text.path}: contains {special}, a word reserved in models; remove it")
         words += len(chunk)
         trainer.call("add", ctypes.c_void_p(chunk.buffer_info()[0]), ctypes.c_int64(len(chunk)))
         del chunk[:]

@@ -1,4 +1,4 @@
-"""Which weights of a language model give the fewest errors on saved log-probs."""
+"""Tries weights of a language model on saved log-probs, to find those with the fewest errors."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def trials(
 
 
 def greedy(saved: Saved) -> Errors:
-    """The word errors without a language model."""
+    """Returns the word errors of greedy decoding, without a language model."""
     texts = []
     for i in range(len(saved.utterances)):
         log_probs = torch.from_numpy(saved.log_probs(i))
@@ -67,5 +67,5 @@ def greedy(saved: Saved) -> Errors:
 
 
 def best(found: Sequence[Trial]) -> Trial:
-    """The trial with the fewest errors; ties go to the smallest weights."""
+    """Returns the trial with the fewest errors. Ties go to the smallest weights."""
     return min(found, key=lambda t: (t.errors.total, t.alpha, abs(t.beta), abs(t.rescore)))

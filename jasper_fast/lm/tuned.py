@@ -1,4 +1,4 @@
-"""The small YAML file that `lm tune` writes and `--lm` takes: which model, and with which weights."""
+"""The small YAML file that `lm tune` writes and `--lm` reads: which model to use, and with which weights."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def is_settings(path: str | os.PathLike) -> bool:
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
-    """The settings, with paths resolved from the file's folder. Raises LanguageModelError naming what is wrong."""
+    """Returns the settings, with paths resolved from the file's folder. Raises LanguageModelError naming the fault."""
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise LanguageModelError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(found, dict) or not {"lm", "rescore"} & set(found):
-        raise LanguageModelError(f"{path}: names no `lm`; `jasper-fast lm tune` writes such files")
+        raise LanguageModelError(f"{path}: has neither `lm` nor `rescore`; `jasper-fast lm tune` writes such files")
     for name, value in found.items():
         if name in _KINDS and (not isinstance(value, _KINDS[name]) or isinstance(value, bool)):
-            raise LanguageModelError(f"{path}: {name}: {value!r} is of the wrong kind")
+            raise LanguageModelError(f"{path}: {name}: {value!r} has the wrong type")
     for name in _PATHS:
         if found.get(name):
             found[name] = str(Path(path).parent / found[name])

@@ -20,15 +20,15 @@ from jasper_fast.extras import need
 from jasper_fast.lm.arpa import SPECIAL, Arpa, LanguageModelError
 from jasper_fast.speech.text import Vocabulary
 
-_TOKENS = 40  # the likeliest symbols of a frame, which may extend a hypothesis; as in the paper's decoder
-_NEVER = -1e30  # stands for -inf: sums of it stay finite
-_KENLM = b"mmap lm http://kheafield.com/code"  # how a KenLM binary begins
-_LONGEST = 512  # symbols of a word
+_TOKENS = 40  # only this many of a frame's likeliest symbols may extend a hypothesis, as in the paper's decoder
+_NEVER = -1e30  # used in place of -inf, because sums of it stay finite
+_KENLM = b"mmap lm http://kheafield.com/code"  # the first bytes of a KenLM binary
+_LONGEST = 512  # symbols that a word may have
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A word of a lexicon: as the language model writes it, as a text has it, and its symbols as classes."""
+    """A word of a lexicon: its form in the language model, its form in a text, and its symbols as classes."""
 
     token: str
     text: str
@@ -47,7 +47,7 @@ class WordLM:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found: its text, its score and log p_CTC, natural logarithms."""
+    """A text that a search found, with its score and log p_CTC, both natural logarithms."""
 
     text: str
     score: float
@@ -55,7 +55,7 @@ class Found:
 
 
 def has_wheels() -> bool:
-    """Whether flashlight-text is installed or has wheels for this Python."""
+    """Returns whether flashlight-text is installed or has wheels for this Python."""
     return sys.version_info < (3, 13) or importlib.util.find_spec("flashlight") is not None
 
 
@@ -65,15 +65,15 @@ def is_binary(path: str | os.PathLike) -> bool:
 
 
 def word_lm(path: str | os.PathLike, vocabulary: Vocabulary, lexicon: str | os.PathLike | None = None) -> WordLM:
-    """A word language model for a vocabulary of characters with a space.
+    """Loads a word language model for a vocabulary of characters with a space.
 
-    ``lexicon``: a text file with one word a line, alone or with its symbols after it, space-separated; without one,
-    the words are those of the ARPA file. A word in capitals is spelt in small letters where the labels have only
-    these. Raises LanguageModelError for a file that is missing, empty or broken, for a KenLM binary without a
-    lexicon (its words cannot be listed), and where no word can be spelt.
+    ``lexicon``: a text file with one word per line, alone or followed by its symbols, separated by spaces. Without a
+    lexicon, the words are those of the ARPA file. A word in capitals is spelt in small letters if the labels have only
+    small ones. Raises LanguageModelError for a file that is missing, empty or broken, for a KenLM binary without a
+    lexicon (its words cannot be listed), and if no word can be spelt.
     """
     if vocabulary.of_words or " " not in vocabulary.characters:
-        raise LanguageModelError("a word language model needs labels that are characters, the space among them")
+        raise LanguageModelError("a word language model needs labels that are characters and include the space")
     if not Path(path).is_file():
         raise LanguageModelError(f"{path}: no such language model")
     if Path(path).stat().st_size == 0:
@@ -81,12 +81,12 @@ def word_lm(path: str | os.PathLike, vocabulary: Vocabulary, lexicon: str | os.P
     words: Iterable[tuple[str, list[str] | None]]
     if is_binary(path):
         if lexicon is None:
-            raise LanguageModelError(f"{path}: the words of a KenLM binary cannot be listed; name them by --lexicon")
+            raise LanguageModelError(f"{path}: the words of a KenLM binary cannot be listed; give them with --lexicon")
         words = _lexicon(lexicon)
     else:
         arpa = Arpa(path)
         if arpa.order == 1:
-            raise LanguageModelError(f"{path}: has 1-grams only; KenLM reads models from order 2 on")
+            raise LanguageModelError(f"{path}: has only 1-grams, but KenLM needs order 2 or higher")
         words = [(word, None) for word in arpa.words()] if lexicon is None else _lexicon(lexicon)
     entries: dict[Entry, None] = {}
     left_out = []
@@ -112,7 +112,7 @@ def _lexicon(path: str | os.PathLike) -> Iterable[tuple[str, list[str] | None]]:
 
 
 def entry(word: str, spelling: list[str] | None, vocabulary: Vocabulary) -> Entry | None:
-    """The word spelt with the labels, lower-cased or upper-cased if necessary; None if they cannot spell it."""
+    """Returns the word spelt with the labels, in lower or upper case if necessary; None if they cannot spell it."""
     text = unicodedata.normalize("NFC", word if spelling is None else "".join(spelling))
     for form in (text, text.lower(), text.upper()):
         if 0 < len(form) <= _LONGEST and " " not in form and set(form) <= vocabulary.characters:
@@ -123,8 +123,8 @@ def entry(word: str, spelling: list[str] | None, vocabulary: Vocabulary) -> Entr
 class WordSearch:
     """flashlight's lexicon decoder over a WordLM. It sums the probabilities of paths; alpha multiplies log10 p.
 
-    ``threshold``: hypotheses that lie further below the best are dropped. Raises LanguageModelError where KenLM cannot
-    read the model, MissingExtra where the packages of the extra `lm` are not installed.
+    ``threshold``: hypotheses with a score further below the best one are dropped. Raises LanguageModelError if KenLM
+    cannot read the model, and MissingExtra if the packages of the extra `lm` are not installed.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class WordSearch:
     ) -> None:
         if not has_wheels():
             raise LanguageModelError(
-                f"{lm.path}: words are searched by flashlight-text, which has wheels for Python 3.11 and 3.12; take "
+                f"{lm.path}: flashlight-text searches over words, and has wheels only for Python 3.11 and 3.12; use "
                 "one of these, or a model of symbols (`jasper-fast lm train --characters`)"
             )
         decoder = need("flashlight.lib.text.decoder", "lm")
@@ -141,7 +141,7 @@ class WordSearch:
         self.n_best, self._beam, self._threshold = n_best, beam, threshold
         self.entries, self._blank = lm.entries, len(lm.labels)
         space = lm.labels.index(" ")
-        text_of = {entry.token: entry.text for entry in reversed(lm.entries)}  # the first of several spellings
+        text_of = {entry.token: entry.text for entry in reversed(lm.entries)}  # of several spellings the first wins
         for token in [*text_of, "<unk>"]:
             dictionary.add_entry(token)
         unknown = dictionary.get_index("<unk>")
@@ -162,7 +162,7 @@ class WordSearch:
         self.weigh(alpha, beta)
 
     def weigh(self, alpha: float, beta: float) -> None:
-        """Searches with these weights from now on; the model stays loaded."""
+        """Sets the weights of later searches; the model stays loaded."""
         self.alpha, self.beta = alpha, beta
         decoder = need("flashlight.lib.text.decoder", "lm")
         options = decoder.LexiconDecoderOptions(
@@ -180,11 +180,11 @@ class WordSearch:
         self._decoder = decoder.LexiconDecoder(options, self._trie, self._model, *places, [], False)
 
     def __call__(self, log_probs: np.ndarray) -> list[Found]:
-        """The best texts of log-probs (T, V), fp32, the best first; none where no words fit."""
+        """Returns the best texts of log-probs (T, V), fp32, the best first; an empty list if no words fit."""
         frames, classes = log_probs.shape
         emissions = np.full((frames + 1, classes), _NEVER, dtype=np.float32)
         np.maximum(log_probs, _NEVER, out=emissions[:frames])
-        emissions[frames, self._space] = 0.0  # a space after the end, so that the last word ends too
+        emissions[frames, self._space] = 0.0  # a space after the last frame ends the last word
         best: dict[str, Found] = {}
         for result in self._decoder.decode(emissions.ctypes.data, frames + 1, classes):
             words = [self._texts[w] for w in result.words if w >= 0]
@@ -198,5 +198,5 @@ class WordSearch:
 
 
 def symbols_of(text: str, labels: Sequence[str]) -> tuple[int, ...]:
-    """The classes of a text that a search found."""
+    """Returns the classes of a text that a search found."""
     return tuple(labels.index(c) for c in text)

@@ -1,4 +1,4 @@
-"""The shape of a neural language model, as its checkpoint keeps it."""
+"""The shape of a neural language model, as its checkpoint stores it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ _SPLITS = (2000, 20000)  # cutoffs of the adaptive softmax for large vocabularie
 
 @dataclass(frozen=True)
 class LMConfig:
-    """``width`` D, ``heads``, ``layers``, ``inner`` width of the feed-forward part, ``dropout``; ``memory``: how many
-    earlier tokens a segment remembers; ``cutoffs``: frequency ranks of the adaptive softmax (none: plain softmax).
+    """The size of a model (``inner``: width of the feed-forward parts), and how it reads texts.
 
-    ``joined``: whether a line may attend to the lines before it. Raises ValueError that names an invalid setting.
+    ``memory``: how many earlier tokens a segment remembers. ``cutoffs``: frequency ranks at which the adaptive softmax
+    is split; none for a plain softmax. ``joined``: whether a line may attend to the lines before it. Raises ValueError
+    naming an invalid setting.
     """
 
     vocabulary: int
@@ -35,21 +36,21 @@ class LMConfig:
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} {getattr(self, name)} is not from 1 to {most}")
         if not 3 <= self.vocabulary <= 1 << 24 or not 0 <= self.memory <= 1 << 16:
-            raise ValueError(f"a vocabulary of {self.vocabulary} or a memory of {self.memory} cannot be")
+            raise ValueError(f"vocabulary {self.vocabulary} or memory {self.memory} is too small or too large")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
         if self.width % (2 * self.heads):
-            raise ValueError(f"width {self.width} is no even multiple of {self.heads} heads")
+            raise ValueError(f"width {self.width} must be an even multiple of the number of heads, {self.heads}")
         bounds = (1, *self.cutoffs, self.vocabulary)
         if any(a >= b for a, b in itertools.pairwise(bounds)):
-            raise ValueError(f"cutoffs {self.cutoffs} do not rise from 2 to below the vocabulary's {self.vocabulary}")
+            raise ValueError(f"cutoffs {self.cutoffs} must rise from at least 2 to below {self.vocabulary}")
 
     @classmethod
     def of(cls, saved: Any) -> LMConfig:
-        """Makes a config from a dict that ``vars(config)`` gave. Raises ValueError for anything else."""
+        """Makes a config from the dict that ``vars(config)`` returned. Raises ValueError for anything else."""
         known = {field.name: type(field.default) for field in dataclasses.fields(cls)} | {"vocabulary": int}
         if not isinstance(saved, dict) or set(saved) != set(known):
-            raise ValueError("other settings than a language model has")
+            raise ValueError("its settings are not those of a language model")
         for name, kind in known.items():
             whole = name != "cutoffs" or all(type(c) is int for c in saved[name])
             if type(saved[name]) is not kind or not whole:
@@ -58,5 +59,5 @@ class LMConfig:
 
 
 def cutoffs(words: int) -> tuple[int, ...]:
-    """The cutoffs of the adaptive softmax over so many words; none if they are few."""
+    """Returns the cutoffs of the adaptive softmax for this number of words; none if there are few."""
     return tuple(c for c in _SPLITS if 2 * c <= words)

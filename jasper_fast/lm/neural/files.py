@@ -1,4 +1,4 @@
-"""Finds a neural language model: a checkpoint, or the best checkpoint in the folder of a training run."""
+"""Finds the file of a neural language model: a checkpoint, or the best checkpoint in the folder of a training run."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from jasper_fast.lm.arpa import LanguageModelError
 
 
 def is_neural(path: str | os.PathLike) -> bool:
-    """Whether it is a folder or a PyTorch checkpoint; an ARPA file and a KenLM binary are neither."""
+    """Returns whether ``path`` is a folder or a PyTorch checkpoint. An ARPA file or KenLM binary is neither."""
     path = Path(path)
     if path.is_dir():
         return True
     if not path.is_file():
         return False
     with open(path, "rb") as file:
-        return file.read(2) == b"PK"  # a zip archive
+        return file.read(2) == b"PK"  # the signature of a zip archive
 
 
 def checkpoint_of(path: str | os.PathLike) -> Path:
-    """The file itself; in a folder best.pt, else the newest step_*.pt. Raises LanguageModelError if there is none."""
+    """Returns ``path`` if it is a file, else best.pt in it, else its newest step_*.pt. Raises LanguageModelError if the
+    folder has none."""
     path = Path(path)
     if not path.is_dir():
         return path

@@ -14,26 +14,30 @@ from torch import Tensor, nn
 
 from jasper_fast.lm.neural.config import LMConfig
 
-BOUNDARY, UNKNOWN = 0, 1  # ids of the token before and after each line, and of the unknown word
+BOUNDARY, UNKNOWN = 0, 1  # ids of the token at both ends of each line, and of the unknown word
 
 
 class Memory(NamedTuple):
-    """The inputs of each layer at earlier tokens, (layers, N, M, D), and the number of each token's line, (N, M), -1
-    where there is no token yet."""
+    """The inputs of each layer at earlier tokens, (layers, N, M, D), and the line number of each token, (N, M), which
+    is -1 where there is no token yet."""
 
     hidden: Tensor
     lines: Tensor
 
 
 def shifted(x: Tensor) -> Tensor:
-    """Turns scores by distance into scores by key, both (N, H, L, K). ``x[..., c]`` is for distance K - 1 - c from the
-    query, and query i is at position K - L + i. The result is arbitrary where the key comes after the query."""
+    """Turns scores by distance into scores by key, both (N, H, L, K).
+
+    ``x[..., c]`` is the score at distance K - 1 - c from the query, and query i is at position K - L + i. Results for
+    keys after the query are meaningless.
+    """
     n, h, length, keys = x.shape
     return F.pad(x, (1, 0)).view(n, h, keys + 1, length)[:, :, 1:].reshape(n, h, length, keys)
 
 
 class RelativeAttention(nn.Module):
-    """``softmax(((q + u) k^T + (q + w) r^T) / sqrt(D / H)) v`` with r the projected sinusoid of each distance."""
+    """Computes ``softmax(((q + u) k^T + (q + w) r^T) / sqrt(D / H)) v``; r is the projected sinusoid of each
+    distance."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -46,7 +50,11 @@ class RelativeAttention(nn.Module):
         self.position_bias = nn.Parameter(torch.zeros(heads, 1, width // heads))
 
     def forward(self, x: Tensor, keys: Tensor, distances: Tensor, visible: Tensor) -> Tensor:
-        """x (N, L, D); keys (N, K, D), the memory and x; distances (K, D), of K - 1 down to 0; visible (N, 1, L, K)."""
+        """Attends from x (N, L, D) to keys (N, K, D), which are the memory and x.
+
+        distances (K, D): sinusoids of K - 1 down to 0; visible (N, 1, L, K): which keys each query sees. Returns (N, L,
+        D).
+        """
         q, r = self._split(self.query(x)), self._split(self.position(distances)[None])
         k, v = map(self._split, self.key_value(keys).chunk(2, -1))
         bias = shifted((q + self.position_bias) @ r.transpose(-1, -2)) / math.sqrt(q.shape[-1])
@@ -60,7 +68,7 @@ class RelativeAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and a feed-forward part, each added to its input."""
+    """An attention part and a feed-forward part, each added to its input."""
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
@@ -92,13 +100,15 @@ class TransformerXL(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         if config.cutoffs:
             self.softmax = nn.AdaptiveLogSoftmaxWithLoss(config.width, config.vocabulary, list(config.cutoffs))
-        else:  # the embedding's weight serves the softmax too
+        else:  # the softmax shares the weight of the embedding
             self.bias = nn.Parameter(torch.zeros(config.vocabulary))
         self.apply(_init)
 
     def forward(self, tokens: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
-        """tokens (N, L) int64; each row continues from ``memory``. Returns hidden states (N, L, D) and the memory for
-        the next segment, of at most ``config.memory`` tokens and without gradient."""
+        """Returns hidden states (N, L, D) of tokens (N, L) int64, and the memory for the next segment.
+
+        Each row continues from ``memory``. The new memory has at most ``config.memory`` tokens and no gradient.
+        """
         lines = (tokens == BOUNDARY).cumsum(1) * (not self.config.joined)
         if memory is None:
             nothing = self.embedding.weight.new_zeros(len(self.layers), len(tokens), 0, self.config.width)
@@ -119,7 +129,7 @@ class TransformerXL(nn.Module):
         return self.dropout(self.norm(x)), following
 
     def log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The natural logarithm of the probability of each target (N, L), of that shape, fp32 or fp64."""
+        """Returns the natural logarithm of the probability of each target (N, L), in that shape, fp32 or fp64."""
         if not self.config.cutoffs:
             logits = F.linear(hidden, self.embedding.weight, self.bias)
             return -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
@@ -128,14 +138,14 @@ class TransformerXL(nn.Module):
             return self.softmax(rows, targets.flatten()).output.view_as(targets)
 
     def distribution(self, hidden: Tensor) -> Tensor:
-        """The log-probabilities of all tokens, (N, L, V)."""
+        """Returns the log-probabilities of all tokens, (N, L, V)."""
         if not self.config.cutoffs:
             return F.linear(hidden, self.embedding.weight, self.bias).log_softmax(-1)
         return self.softmax.log_prob(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
 
 
 def _sinusoids(count: int, width: int, like: Tensor) -> Tensor:
-    """Sinusoids of the distances count - 1 down to 0, (count, width)."""
+    """Returns the sinusoids of the distances count - 1 down to 0, (count, width)."""
     place = torch.arange(count - 1, -1, -1, device=like.device, dtype=torch.float32)
     rate = torch.exp(torch.arange(0, width, 2, device=like.device) * (-math.log(10000.0) / width))
     angles = place[:, None] * rate

@@ -1,4 +1,4 @@
-"""Texts scored by a neural language model, in batches."""
+"""Scores texts with a neural language model, in batches."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from jasper_fast.lm.neural.tokens import Tokens
 from jasper_fast.lm.perplexity import Perplexity
 from jasper_fast.nn import checkpoint
 
-_TOKENS = 1 << 14  # of a batch
-_LOGITS = 1 << 26  # logits that are computed at a time
+_TOKENS = 1 << 14  # tokens per batch
+_LOGITS = 1 << 26  # logits that are computed at once
 
 
 class NeuralLM:
-    """A scorer: ``lm(texts)`` gives log p of each text, its end included, in natural logarithms.
+    """A scorer: ``lm(texts)`` returns log p of each text, including its end, in natural logarithms.
 
-    Texts stand alone. Words outside the vocabulary count as the unknown one. A text longer than the model's memory is
-    read in segments, and each token sees at least so many before it.
+    Texts are scored independently. Words outside the vocabulary count as the unknown word. A text longer than the
+    model's memory is read in segments, so its later tokens see only the tokens in the memory and in their own segment.
     """
 
     def __init__(self, model: TransformerXL, tokens: Tokens) -> None:
@@ -41,8 +41,8 @@ class NeuralLM:
 
     @torch.inference_mode()
     def log_probs(self, rows: Sequence[Sequence[int]], stopped: Callable[[], bool] = lambda: False) -> list[Tensor]:
-        """log p of every token but the first of each row, on the CPU; a row has at least two tokens. Returns an empty
-        list once ``stopped()`` is true."""
+        """Returns log p of every token but the first of each row, on the CPU. A row must have at least two tokens. The
+        list is empty if ``stopped()`` has become true."""
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         found: list[Any] = [None] * len(rows)
         mode, first = self.model.training, 0
@@ -61,7 +61,7 @@ class NeuralLM:
         return [] if stopped() else found
 
     def _batch(self, rows: Sequence[Sequence[int]], stopped: Callable[[], bool]) -> list[Tensor]:
-        """log p for a batch of rows, the longest first. A row that has ended leaves the batch."""
+        """Returns log p for a batch of rows, the longest first. A row leaves the batch when it ends."""
         device, memory = self.model.embedding.weight.device, None
         parts: list[list[Tensor]] = [[] for _ in rows]
         for first in range(0, len(rows[0]) - 1, self.segment):
@@ -81,13 +81,13 @@ class NeuralLM:
         return [torch.cat(part) for part in parts]
 
     def _softmax(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """log p of the targets, in pieces that fit the memory."""
+        """Returns log p of the targets, computed in pieces that fit into memory."""
         size = max(1, _LOGITS // self.model.config.vocabulary)
         pairs = zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size), strict=True)
         return torch.cat([self.model.log_probs(h[None], t[None])[0] for h, t in pairs]).view_as(targets)
 
     def rows(self, lines: Iterator[Sequence[str]]) -> list[array]:
-        """The token rows of a text: one for each line, or a single one if the model joins lines."""
+        """Returns the token rows of a text: one per line, or a single row if the model joins lines."""
         made = [array("i", [BOUNDARY, *self.tokens.encode(pieces), BOUNDARY]) for pieces in lines]
         if not self.model.config.joined or not made:
             return made
@@ -97,18 +97,18 @@ class NeuralLM:
         return [whole]
 
     def perplexity(self, text: str | os.PathLike, lower_case: bool = False) -> Perplexity:
-        """How well the model foresees a text, a sentence a line. Raises LanguageModelError where it cannot be read or
-        has no words."""
+        """Measures how well the model predicts a text with one sentence per line. Raises LanguageModelError if the text
+        cannot be read or has no words."""
         file = self.tokens.file(text)
         file.lower_case |= lower_case
         rows = self.rows(iter(file))
         if not rows:
-            raise LanguageModelError(f"{text}: no words in it")
+            raise LanguageModelError(f"{text}: has no words")
         return figures(rows, self.log_probs(rows))
 
 
 def figures(rows: Sequence[Sequence[int]], log_probs: Sequence[Tensor]) -> Perplexity:
-    """The perplexity of rows of tokens, by the log-probabilities of all but the first of each."""
+    """Returns the perplexity of token rows from the log-probabilities of all tokens but the first of each row."""
     ids, scores = torch.cat([torch.tensor(row[1:]) for row in rows]), torch.cat(list(log_probs)).double()
     scores = scores / math.log(10)
     ends, unknown = int((ids == BOUNDARY).sum()), ids == UNKNOWN
@@ -118,8 +118,9 @@ def figures(rows: Sequence[Sequence[int]], log_probs: Sequence[Tensor]) -> Perpl
 
 
 def read(path: str | os.PathLike) -> tuple[TransformerXL, Tokens, dict[str, Any]]:
-    """The model in a checkpoint or a folder of them, with the averaged weights where there are any, and what else the
-    checkpoint holds. Nothing in it is executed. Raises LanguageModelError or CheckpointError naming the file."""
+    """Returns the model in a checkpoint or in a folder of checkpoints, its tokens, and the checkpoint's whole
+    dictionary. Averaged weights are used if there are any. Nothing in the file is executed. Raises LanguageModelError
+    or CheckpointError naming the file."""
     file = checkpoint_of(path)
     if not file.is_file():
         raise LanguageModelError(f"{path}: no such language model")
@@ -130,24 +131,24 @@ def read(path: str | os.PathLike) -> tuple[TransformerXL, Tokens, dict[str, Any]
         config = LMConfig.of(state["language_model"])
         tokens = Tokens(state["names"], config.characters, config.lower_case)
         if len(tokens) != config.vocabulary:
-            raise ValueError(f"{len(tokens)} words where {config.vocabulary} belong")
+            raise ValueError(f"{len(tokens)} words instead of {config.vocabulary}")
         weights = state.get("ema_state_dict") or state["state_dict"]
         for name, tensor in weights.items():
             if not tensor.is_floating_point() or not tensor.is_contiguous() or not torch.isfinite(tensor).all():
-                raise ValueError(f"{name} is no tensor of finite numbers")
+                raise ValueError(f"{name} is not a dense floating-point tensor of finite numbers")
         with torch.device("meta"):  # nothing is allocated before the shapes are known to fit
             model = TransformerXL(config)
         model.load_state_dict(weights, assign=True)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         what = " ".join(str(error).split())[:200]
-        raise LanguageModelError(f"{file}: the language model in it is broken ({what}); take an earlier one") from None
+        raise LanguageModelError(f"{file}: its language model is broken ({what}); take an earlier checkpoint") from None
     return model.float().requires_grad_(False).eval(), tokens, state
 
 
 def load(path: str | os.PathLike, device: torch.device | str = "auto") -> NeuralLM:
-    """The scorer in a checkpoint of `jasper-fast lm train-neural`, or in its folder.
+    """Loads the scorer from a checkpoint of `jasper-fast lm train-neural`, or from its folder.
 
-    ``device``: "auto" is a GPU where there is one. Raises LanguageModelError or CheckpointError naming the file.
+    ``device``: "auto" is a GPU if there is one. Raises LanguageModelError or CheckpointError naming the file.
     """
     model, tokens, _ = read(path)
     if device == "auto":
@@ -156,7 +157,7 @@ def load(path: str | os.PathLike, device: torch.device | str = "auto") -> Neural
 
 
 def describe(path: str | os.PathLike) -> dict[str, Any]:
-    """What a neural model is: form, size, vocabulary, shape, and the training so far."""
+    """Describes a neural model: form, size, vocabulary, shape, and how far it is trained."""
     file = checkpoint_of(path)
     model, tokens, state = read(file)
     config = model.config

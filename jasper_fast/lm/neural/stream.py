@@ -1,4 +1,4 @@
-"""The text that a neural language model learns from: one stream of tokens in a file, read in rows of segments."""
+"""The text that a neural language model learns from: one stream of tokens in a file, read as rows of segments."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ _CHUNK = 1 << 20
 
 
 class Stream:
-    """Tokens (int32, on disk) with a boundary before each line. An epoch reads them in ``rows`` side by side.
+    """Tokens (int32, on disk) with a boundary before each line. Each epoch reads ``rows`` parts of the text side by
+    side.
 
-    Each row reads its own part of the text, ``length`` tokens per step. The starts of the parts are drawn anew for each
-    epoch, so that the steps of two epochs differ.
+    A step reads ``length`` tokens of each part. The starts of the parts are drawn anew for each epoch, so steps differ
+    between epochs.
     """
 
     def __init__(self, tokens: np.ndarray, rows: int, length: int, seed: int, print_of_data: str = "") -> None:
@@ -33,7 +34,7 @@ class Stream:
 
     @property
     def steps(self) -> int:
-        """Steps in an epoch; 0 if there are too few tokens."""
+        """Steps per epoch; 0 if there are too few tokens."""
         return len(self.tokens) // (self.rows * self.length)
 
     def _starts(self, epoch: int) -> np.ndarray:
@@ -41,22 +42,24 @@ class Stream:
         return offset + np.arange(self.rows) * self.steps * self.length
 
     def segment(self, epoch: int, position: int) -> Tensor:
-        """The tokens of a step, (rows, length + 1) int64: the last of each row is only a target."""
+        """Returns the tokens of a step, (rows, length + 1) int64. The last token of each row is only a target."""
         first = self._starts(epoch) + position * self.length
         places = (first[:, None] + np.arange(self.length + 1)) % len(self.tokens)
         return torch.from_numpy(self.tokens[places].astype(np.int64))
 
     def names(self, epoch: int, position: int) -> list[str]:
-        """Where the rows of a step lie in the text, in words."""
+        """Returns a text for each row of a step that tells where it lies in the stream."""
         first = (self._starts(epoch) + position * self.length) % len(self.tokens)
         return [f"tokens {i} to {i + self.length}" for i in first.tolist()]
 
 
 def write(texts: Iterable[TextFile], tokens: Tokens, folder: Path, progress: Progress) -> tuple[np.ndarray, str]:
-    """Writes the tokens of texts to a file without a name in ``folder``; gives them, mapped into memory, and a
-    fingerprint. Raises LanguageModelError for a text that cannot be read, OSError where the disk is full."""
+    """Writes the tokens of texts to a nameless file in ``folder``. Returns them, mapped into memory, and a fingerprint.
+
+    Raises LanguageModelError for a text that cannot be read, and OSError if the disk is full.
+    """
     chunk, checksum, count, before = array("i"), 0, 0, 0
-    with tempfile.TemporaryFile(dir=folder) as file:  # deleted when the last process that has it open ends
+    with tempfile.TemporaryFile(dir=folder) as file:  # deleted when no process has it open any more
 
         def hand_over() -> None:
             nonlocal checksum, count
@@ -78,7 +81,8 @@ def write(texts: Iterable[TextFile], tokens: Tokens, folder: Path, progress: Pro
 
 
 class Held(nn.Module):
-    """The Transformer-XL memory of each row between training steps, as buffers, so that checkpoints hold it."""
+    """The Transformer-XL memory of each row between training steps. It is kept in buffers, so checkpoints include
+    it."""
 
     def __init__(self, config: LMConfig, rows: int) -> None:
         super().__init__()

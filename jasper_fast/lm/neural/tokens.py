@@ -1,4 +1,4 @@
-"""The words or characters of a neural language model, by number."""
+"""The words or characters of a neural language model, and their ids."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from jasper_fast.lm.arpa import SPECIAL, LanguageModelError
 from jasper_fast.lm.neural.model import UNKNOWN
 from jasper_fast.lm.texts import TextFile
 
-NAMES = ("</s>", "<unk>")  # of BOUNDARY and UNKNOWN
-_CROWD = 5_000_000  # different words that are counted at a time
+NAMES = ("</s>", "<unk>")  # names of BOUNDARY and UNKNOWN
+_CROWD = 5_000_000  # distinct words to count before words seen only once are dropped
 _OFTEN = 1 << 16  # lines between two reports of progress
 Progress = Callable[[int], None]
 
@@ -21,12 +21,12 @@ Progress = Callable[[int], None]
 class Tokens:
     """Ids of words or characters: the boundary, the unknown word, then all others, the most frequent first.
 
-    ``lower_case``: texts are lower-cased. Raises ValueError for an invalid list of names.
+    ``lower_case``: whether texts are lower-cased. Raises ValueError for an invalid list of names.
     """
 
     def __init__(self, names: Sequence[str], characters: bool, lower_case: bool) -> None:
         if tuple(names[:2]) != NAMES or not all(isinstance(name, str) for name in names):
-            raise ValueError("no list of words")
+            raise ValueError("not a list of words")
         self.names, self.characters, self.lower_case = list(names), characters, lower_case
         self._number = {name: i for i, name in enumerate(names) if i >= len(NAMES)}
         if len(self._number) != len(names) - len(NAMES):
@@ -37,9 +37,10 @@ class Tokens:
 
     @classmethod
     def count(cls, texts: Iterable[TextFile], most: int, progress: Progress = lambda done: None) -> Tokens:
-        """Keeps the ``most`` frequent words of texts. With over five million distinct words, rare ones may be lost.
+        """Counts the words of texts and keeps the ``most`` frequent ones.
 
-        Raises LanguageModelError for a text that cannot be read or has no words.
+        Beyond five million distinct words, rare words may be lost. Raises LanguageModelError for a text that cannot be
+        read or has no words.
         """
         counts: Counter[str] = Counter()
         text, bytes_before = None, 0
@@ -53,14 +54,14 @@ class Tokens:
             bytes_before += os.path.getsize(text.path)
             for special in SPECIAL:
                 if special in counts:
-                    raise LanguageModelError(f"{text.path}: holds {special}, which means something else to a model")
+                    raise LanguageModelError(f"{text.path}: contains {special}, a word reserved in models; remove it")
         if text is None or not counts:
-            raise LanguageModelError(f"{text.path if text else 'no text'}: no words in it")
+            raise LanguageModelError(f"{text.path if text else 'no text'}: has no words")
         found = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]]
         return cls([*NAMES, *found], text.characters, text.lower_case)
 
     def pieces(self, text: str) -> list[str]:
-        """The words or characters of one line."""
+        """Returns the words or characters of one line."""
         words = (text.lower() if self.lower_case else text).split()
         return [*" ".join(words)] if self.characters else words
 
@@ -68,5 +69,5 @@ class Tokens:
         return array("i", [self._number.get(piece, UNKNOWN) for piece in pieces])
 
     def file(self, path: Any) -> TextFile:
-        """A text as this model reads it."""
+        """Returns a text file that is read as this model's settings say."""
         return TextFile(path, self.characters, self.lower_case)

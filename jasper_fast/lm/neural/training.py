@@ -1,7 +1,7 @@
-"""Training a neural language model, with the optimiser, mixed precision, averages and checkpoints of the acoustic one.
+"""Trains a neural language model, with the optimisers, mixed precision, averages and checkpoints of acoustic models.
 
-A step is one update by a segment of each row. The folder holds log.jsonl, tensorboard/, the last checkpoints
-(step_*.pt) and, with a validation text, the best one by perplexity (best.pt).
+A step is one update with one segment of each row. The output folder has log.jsonl, tensorboard/, the last checkpoints
+(step_*.pt) and, with a validation text, the checkpoint with the best perplexity (best.pt).
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from jasper_fast.training.step import AMP_DTYPES, BufferGuard, StepResult, batch
 
 ADVICE = ("Lower the learning rate, lengthen the warm-up, give --clip-norm, or use bf16 or fp32", "")
 STEP = "perplexity {perplexity:.2f}, lr {lr:.2e}, grad norm {grad_norm:.3g}, {tokens_per_s:.0f} tokens/s"
-# What a resumed run must share with the one before.
+# Options that must be the same in a resumed run.
 _FIXED = ("batch_size", "segment", "seed", "optimizer", "characters", "lower_case", "join_lines")
 
 
 @dataclass
 class LMState(TrainingState):
-    """What a checkpoint holds, the memory of the rows among it."""
+    """The state that a checkpoint stores, including the memory of the rows."""
 
     memory: Held | None = None
     best_perplexity: float = math.inf
@@ -59,10 +59,10 @@ class LMState(TrainingState):
 
 @dataclass
 class LMRun(Loop):
-    """A run that trains a language model."""
+    """A training run of a language model."""
 
     text: Stream
-    val: list[Any]  # rows of tokens
+    val: list[Any]  # token rows of the validation text
     scorer: NeuralLM
 
     best, best_text = "best_perplexity", "perplexity {:.2f}"
@@ -75,7 +75,7 @@ class LMRun(Loop):
         return bool(self.val)
 
     def tell_step(self, lr: float, epoch: int, epochs: float) -> str:
-        """Logs the figures since the last call; returns the progress bar's text."""
+        """Logs the figures since the last call, and returns the text for the progress bar."""
         state, found = self.state, self.state.meter.figures()
         found["tokens_per_s"] = found.pop("utterances_per_s") * self.text.length
         found |= {"perplexity": _perplexity(found["loss"]), "lr": lr, "epoch": epochs, "minutes": state.minutes}
@@ -84,7 +84,7 @@ class LMRun(Loop):
         return f"epoch {epoch}, perplexity {found['perplexity']:.2f}"
 
     def judge(self) -> None:
-        """The perplexity of the validation text, by the moving average too where there is one."""
+        """Measures the perplexity of the validation text, also with the moving average if there is one."""
         state, results = self.state, {}
         for weights in ("live", "ema") if state.ema else ("live",):
             averaged = state.ema.applied_to(state.model) if weights == "ema" else contextlib.nullcontext()
@@ -113,8 +113,8 @@ def train_step(
     amp_dtype: torch.dtype | None = None,
     clip_norm: float = 0.0,
 ) -> StepResult:
-    """One update on tokens (N, L + 1) that continue from ``held``. A step with a NaN or infinite gradient changes
-    neither weights nor memory."""
+    """Makes one update on tokens (N, L + 1) that continue from ``held``. A step with a NaN or infinite gradient changes
+    neither the weights nor the memory."""
     guard.remember()
     state.optimizer.zero_grad(set_to_none=True)
     with torch.autocast(tokens.device.type, amp_dtype or torch.float32, enabled=amp_dtype is not None):
@@ -136,7 +136,7 @@ def _texts(args: argparse.Namespace) -> list[TextFile]:
 
 
 def make_config(args: argparse.Namespace, tokens: Tokens) -> LMConfig:
-    """The model that the options ask for. Raises ValueError naming a setting that cannot be."""
+    """Returns the model's configuration that the options describe. Raises ValueError naming an impossible setting."""
     cuts = () if args.characters or args.plain_softmax else cutoffs(len(tokens))
     inner = 4 * args.width if args.inner is None else args.inner
     shape = {"layers": args.layers, "width": args.width, "heads": args.heads, "inner": inner, "memory": args.memory}
@@ -147,7 +147,7 @@ def make_config(args: argparse.Namespace, tokens: Tokens) -> LMConfig:
 def read_texts(
     args: argparse.Namespace, folder: Path, saved: dict[str, Any] | None, console: Any, stop: StopRequest
 ) -> tuple[Tokens, Stream]:
-    """The vocabulary (a resumed run keeps its own) and the stream of the texts."""
+    """Returns the vocabulary (a resumed run keeps its own) and the stream of the texts."""
     texts = _texts(args)
     total = sum(Path(text.path).stat().st_size for text in texts)
     with training_bar(console, 0, total) as show:
@@ -167,8 +167,8 @@ def read_texts(
     text = Stream(found[0], args.batch_size, args.segment, args.seed, found[1])
     if not text.steps:
         raise RunError(
-            f"{', '.join(args.texts)}: {len(found[0])} tokens in all, a step takes --batch-size {args.batch_size} x "
-            f"--segment {args.segment}: lower these, or give more text"
+            f"{', '.join(args.texts)}: {len(found[0])} tokens in all, too few for a step of --batch-size "
+            f"{args.batch_size} x --segment {args.segment}: lower these, or give more text"
         )
     return tokens, text
 
@@ -176,33 +176,33 @@ def read_texts(
 def resume(args: argparse.Namespace, state: LMState, path: Path, saved: dict[str, Any], text: Stream) -> tuple:
     """Loads a checkpoint into ``state``. Returns the state of the random generators, and notes on changed options.
     Raises RunError if the checkpoint does not fit."""
-    then, instead = saved["arguments"], "or start anew: another --out"
+    then, instead = saved["arguments"], "or choose another --out to start anew"
     for name in _FIXED:
         if then.get(name) != getattr(args, name):
-            raise RunError(f"{path}: --{name.replace('_', '-')} was {then.get(name)}: go on with that, {instead}")
+            raise RunError(f"{path}: --{name.replace('_', '-')} was {then.get(name)}: use that value again, {instead}")
     if saved["data"] != text.print_of_data:
-        raise RunError(f"{path} was trained on another text ({saved['data']}, now {text.print_of_data}): give that, "
-                       f"{instead}")  # fmt: skip
+        raise RunError(f"{path} was trained on another text ({saved['data']}, now {text.print_of_data}): give that "
+                       f"text again, {instead}")  # fmt: skip
     try:
         state.load_state_dict(saved)
     except (RuntimeError, ValueError, KeyError) as error:
-        raise RunError(f"{path} is of another model than the options ask for: take its options, {instead} "
-                       f"({str(error).splitlines()[0]})") from error  # fmt: skip
+        raise RunError(f"{path} has a model that differs from what the options describe: give its options again, "
+                       f"{instead} ({str(error).splitlines()[0]})") from error  # fmt: skip
     now = _settings(args)
     changed = [name for name, value in then.items() if now.get(name) != value and name not in ("resume", "out")]
     return saved["rng"][0], [f"note: --{n.replace('_', '-')} was {then[n]}, now it is {now.get(n)}" for n in changed]
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The options as a checkpoint and a log hold them."""
+    """Returns the options as checkpoints and logs store them."""
     return {name: value for name, value in vars(args).items() if not callable(value)}
 
 
 def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[LMRun, Any]:
-    """The run, new or resumed, and the state of the random generators if it is resumed."""
+    """Returns the run, new or resumed, and the state of the random generators if it is resumed."""
     ranks = Ranks.start(args.device)
     if ranks.world > 1:
-        raise RunError("a language model is trained in one process; start it without torchrun")
+        raise RunError("a language model trains in one process; start the command without torchrun")
     console, folder = talker(quiet=args.quiet), Folder(args.out, args.keep)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -229,7 +229,7 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[LMRun, Any]:
     scorer = NeuralLM(model, tokens)
     val = scorer.rows(iter(tokens.file(args.val))) if args.val else []
     if args.val and not val:
-        raise LanguageModelError(f"{args.val}: no words in it")
+        raise LanguageModelError(f"{args.val}: has no words")
     settings = _settings(args)
     versions = {"jasper_fast": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]}
     about = {"format": checkpoint.FORMAT, "language_model": vars(config), "names": tokens.names}
@@ -238,14 +238,14 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[LMRun, Any]:
     size = sum(p.numel() for p in model.parameters())
     kind = "characters" if tokens.characters else "words"
     console.print(f"{text.print_of_data}; {len(tokens) - 2} {kind}; {size:,} parameters on {ranks.place}; "
-                  f"{schedule.steps_per_epoch} steps an epoch, {schedule.total_steps} in all")  # fmt: skip
+                  f"{schedule.steps_per_epoch} steps per epoch, {schedule.total_steps} in all")  # fmt: skip
     parts = (args, ranks, console, state, schedule, folder, about, stop, log, state.step, state.step)
     return LMRun(*parts, text=text, val=val, scorer=scorer), generators
 
 
 def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[LMState], None] | None = None) -> None:
-    """Trains; ``stop`` ends the run early, ``watch`` is called after each step. Raises RunError, LanguageModelError,
-    CheckpointError or ValueError, each naming what to do."""
+    """Trains a language model. ``stop`` can end the run early, and ``watch`` is called after each step. Raises
+    RunError, LanguageModelError, CheckpointError or ValueError, each naming the fix."""
     run, generators = prepare(args, stop)
     state, total, device = run.state, run.schedule.total_steps, run.ranks.device
     with contextlib.closing(run.log), training_bar(run.console, state.step, total) as progress, run.saved():
@@ -287,8 +287,8 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[LMState],
 
 
 def train(args: argparse.Namespace) -> None:
-    """The command: SIGINT and SIGTERM save and end the run. Raises LanguageModelError, CheckpointError, MissingExtra or
-    ValueError, each in one line."""
+    """Runs the command; on SIGINT or SIGTERM it saves and ends. Raises LanguageModelError, CheckpointError,
+    MissingExtra or ValueError, each with a one-line message."""
     if fault := options.wrong(args, (*options.COUNTS, "batch_size", "segment", "vocabulary")):
         raise ValueError(fault)
     stop = StopRequest()
