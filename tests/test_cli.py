@@ -299,7 +299,7 @@ def test_evaluate_warns_and_counts_lost_symbols(files, tmp_path, capsys):
     report, error = json.loads(out.read_text()), capsys.readouterr().err
     assert [w["reason"] for w in report["warned"]] == ["truncated", "wrong_duration"] and report["utterances"] == 2
     assert "warning (truncated): " in error and "the header promises 1.000 s, 0.499 s are there" in error
-    assert "the manifest says 9.900 s, 2.300 s are there" in error
+    assert "the manifest says 9.900 s, but the file has 2.300 s" in error
     assert f"1 text of {manifest} lost symbols: q z" in error
     assert report["lost_symbols"] == {str(manifest): {"texts": 1, "symbols": ["q", "z"]}}
 

@@ -97,7 +97,7 @@ def test_reads_the_duration_from_the_file_and_the_text_from_another(tmp_path):
         (["7"], "line 1: expected an object"),
         (["[{}]"], "entry 0: 'text' is missing"),
         (["[", "{]"], "line 2: not valid JSON"),
-        ([""], "holds no utterances"),
+        ([""], "the manifest has no utterances"),
         ([{"files": ["a.wav"], "text": "x"}], r"line 1: 'files' must be a list of objects .*\['a.wav'\]"),
         ([{"files": {"fname": "a.wav"}, "text": "x"}], "line 1: 'files' must be a list"),
         ([f'{{"audio_filepath": "a", "duration": {"9" * 400}, "text": "x"}}'], "line 1: .*too large"),
@@ -137,13 +137,13 @@ def test_filters_count_and_list(corpus):
     assert len(dataset) == 12
     assert dataset.skipped.counts == Counter(too_long=1, too_short=1, empty_text=1, too_short_for_ctc=1, bad_duration=1)
     assert "20.00 s, more than 16.7" in dataset.skipped.items[0].detail
-    assert "19 symbols need 22" in dataset.skipped.items[3].detail
+    assert "CTC needs 22 for its 19 symbols" in dataset.skipped.items[3].detail
     assert "5 skipped" in str(dataset.skipped)
     kept = a_set(corpus + more, training=False, max_duration=16.7)
     assert len(kept) == 17 and not len(kept.skipped)  # an evaluation keeps all of them
     raw = a_set([*corpus, Utterance(path, 1.0, "Ä!")], normalize_transcripts=False)
     assert raw.skipped.counts == {"unknown_symbols": 1} and "'!', 'Ä'" in raw.skipped.items[0].detail
-    with pytest.raises(ValueError, match=r"no utterance is left of 1: 1 skipped \(1 too_long\)"):
+    with pytest.raises(ValueError, match=r"none of the 1 utterances can be used: 1 skipped \(1 too_long\)"):
         a_set(more[:1], max_duration=1)
 
 
@@ -197,7 +197,7 @@ def test_audio_shorter_than_the_manifest_says(corpus):
     item = a_set([*corpus, Utterance(corpus[0].path, 3.0, "thirty symbols need thirty frames" * 2)])[12]
     assert item.audio is not None and item.index == 11
     assert [s.reason for s in item.skipped] == ["wrong_duration"]
-    assert "the manifest says 3.000 s, 0.500 s are there" in item.skipped[0].detail
+    assert "the manifest says 3.000 s, but the file has 0.500 s" in item.skipped[0].detail
 
 
 def test_truncated_files_are_left_out_of_training_and_evaluated_with_a_warning(corpus, tmp_path):
@@ -218,7 +218,7 @@ def test_truncated_files_are_left_out_of_training_and_evaluated_with_a_warning(c
         assert "1 used although truncated" in str(evaluation.skipped)
         details = "".join(w.detail for w in evaluation.skipped.warned)
         assert "the header promises 1.500 s, 0.749 s are there" in details
-        assert "the manifest says 9.900 s, 0.500 s are there" in details
+        assert "the manifest says 9.900 s, but the file has 0.500 s" in details
     samples = evaluation[12].audio
     assert len(samples) == len(data) // 4 - 22
 
@@ -349,7 +349,7 @@ def test_preloaded_is_the_same(corpus, tmp_path, workers):
     for a, b in zip(plain, load(preloaded, workers), strict=True):
         assert torch.equal(a.audio, b.audio) and a.texts == b.texts
     assert preloaded.skipped.counts == {"unreadable": 1}
-    with pytest.raises(ValueError, match="GiB of audio do not fit"):
+    with pytest.raises(ValueError, match="GiB of audio exceed"):
         preloaded.reader.preload(everything, max_gib=1e-5)
 
 

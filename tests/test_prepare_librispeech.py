@@ -188,7 +188,7 @@ def test_missing_pieces_are_named(tmp_path: Path, capsys) -> None:
     assert f"{name}.flac" in capsys.readouterr().err.splitlines()[-1]
     folder = tmp_path / "out" / "LibriSpeech" / "dev-clean"
     next(folder.rglob(f"{name}.flac")).unlink()
-    with pytest.raises(writing.PrepareError, match=f"1 utterances have no audio, as {name}"):
+    with pytest.raises(writing.PrepareError, match=f"1 utterances have no audio, e.g. {name}"):
         librispeech.spoken(folder)
     for listing in folder.rglob("*.trans.txt"):
         listing.write_text("")

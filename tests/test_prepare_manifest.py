@@ -96,19 +96,19 @@ def test_the_array_of_the_reference_and_cuts(tmp_path: Path, capsys) -> None:
     assert manifest_of(tmp_path / "cuts.jsonl.gz", tmp_path / "all.jsonl") == [
         {"audio_filepath": "a.flac", "duration": 0.25, "text": "one", "offset": 0.1, "speaker": "s"}
     ]
-    assert "not one file with one supervision" in capsys.readouterr().err
+    assert "the cut is not one file with one supervision" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("absent.csv", None, "no such file"),
-        ("t.csv", b"a,b\n1,2\n", "no column of audio"),
-        ("t.csv", b"path,b\n1,2\n", "no column of text"),
+        ("t.csv", b"a,b\n1,2\n", "its header has no column for audio"),
+        ("t.csv", b"path,b\n1,2\n", "its header has no column for text"),
         ("t.tsv", b"\xff\xfe\x00", "cannot be read as text"),
-        ("c.jsonl", b'{"recording": {}, "supervisions": []}', "line 1: not a cut"),
+        ("c.jsonl", b'{"recording": {}, "supervisions": []}', "line 1: not a valid cut"),
         ("m.jsonl", b'{"audio_filepath": "a.wav"}', "line 1: 'text' is missing"),
-        ("folder", b"", "holds no audio"),
+        ("folder", b"", "there is no audio"),
     ],
 )
 def test_sources_that_cannot_be_read_are_one_line_errors(tmp_path: Path, capsys, name, content, said) -> None:

@@ -216,7 +216,7 @@ def test_shards_of_webdataset_without_a_manifest(tmp_path: Path, capsys) -> None
         assert told == [("the first", 0.5, None, 8000), ("the second", 0.4, "7", 6400), ("the third", 0.6, None, 9600)]
     (tmp_path / "part-01.tar").write_bytes(gzip.compress((tmp_path / "part-01.tar").read_bytes()))
     assert main(["prepare", "manifest", str(tmp_path), "--out", str(out)]) == 2
-    assert "part-01.tar: not a whole tar file without compression" in capsys.readouterr().err
+    assert "part-01.tar: not a complete, uncompressed tar file" in capsys.readouterr().err
 
 
 def wav(seconds: float) -> bytes:

@@ -102,7 +102,7 @@ def test_a_batch_that_always_kills_comes_empty_and_is_named(data, monkeypatch) -
     found = list(load_batches(data, BatchSampler(data.durations, 2, bucketing=False, shuffle=False), workers=2))
     assert [len(b) for b in found] == [2, 2, 0, 2] and [b.step for b in found] == [0, 1, 2, 3]
     assert data.skipped.counts == {"worker_died": 2}
-    assert "5.flac: in a batch that could not be read: a worker process died" in data.skipped.items[1].detail
+    assert "5.flac: its batch could not be read: a worker process died" in data.skipped.items[1].detail
 
 
 def test_an_error_of_the_program_is_no_death(data, monkeypatch) -> None:

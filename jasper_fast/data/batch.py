@@ -1,4 +1,4 @@
-"""The utterances of one step, apart from what reads audio: a machine that only measures has no audio library."""
+"""The utterances of one training step. This file imports no audio library, because benchmarks run without one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 @dataclass
 class Batch:
     """Utterances of one step: audio (N, S) fp32, zero beyond audio_lengths (N,) in samples; targets (N, U) int64,
-    0 beyond target_lengths (N,); texts, names, indices in the dataset, and ``starts``, the seconds trimmed from their
-    fronts. ``skipped`` lists utterances that were left out, ``warned`` those that are used although something is wrong
-    with them; ``epoch`` and ``step`` (in the epoch) give the place of the batch. N is 0 if nothing could be read."""
+    0 beyond target_lengths (N,); texts, names, indices in the dataset, and ``starts``, the seconds trimmed from the
+    beginning of each utterance. ``skipped`` lists utterances that were left out, and ``warned`` utterances that are
+    used although something is wrong with them. ``epoch`` and ``step`` say where in the run the batch belongs; steps
+    count from 0 in each epoch. N is 0 if no utterance could be read."""
 
     audio: Tensor
     audio_lengths: Tensor

@@ -16,7 +16,7 @@ from jasper_fast.data.batch import Batch
 from jasper_fast.data.dataset import Item, SpeechDataset
 from jasper_fast.data.manifest import Skipped
 
-_TRIES = 3  # for a batch whose reading ends a worker process
+_TRIES = 3  # how often a batch is read if the worker process that reads it dies
 
 
 def _padded(rows: Sequence[np.ndarray | list[int]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,8 @@ def _padded(rows: Sequence[np.ndarray | list[int]], dtype: torch.dtype) -> tuple
 
 
 def collate(items: Sequence[Item]) -> Batch:
-    """Items of a SpeechDataset as one zero-padded Batch; those without audio are left out and listed."""
+    """Makes one zero-padded Batch of a SpeechDataset's items. Items without audio are left out and listed in
+    ``skipped``."""
     good = [item for item in items if item.audio is not None]
     return Batch(
         *_padded([item.audio for item in good], torch.float32),
@@ -41,17 +42,23 @@ def collate(items: Sequence[Item]) -> Batch:
 
 
 class BatchSampler:
-    """Which items form which batch, for every epoch, as a pure function of (seed, epoch): resume by skipping steps.
+    """Decides which items form which batch. The batches of an epoch depend only on (seed, epoch), so that a resumed run
+    need only skip the steps already done.
 
-    durations in seconds: a list, or a function of the epoch (``dataset.durations``). Give ``batch_size`` (utterances
-    per batch and rank), ``max_seconds`` (of padded audio per batch and rank: count times the longest; one utterance
-    longer than that is a batch of its own), or both. ``bucketing`` puts items of like length together, with 10 % of
-    chance in the order; batches come shuffled, or unshuffled with ``shuffle=False`` (then in the given order, or by
-    length with bucketing; with ``window`` by length among so many neighbours only). With ``world_size`` ranks every
-    rank has the same number of steps and batches of like length at each step, and each utterance comes once: some
-    batches are halved for that (only where there are fewer utterances than ranks some are repeated; without shuffling,
-    ranks may have a batch more than others). ``shards`` (of each item, a number from 0 on): shuffled batches are made
-    of the items of ``open_shards`` shards, chosen by chance, then of the next ones: storage reads few files at a time.
+    ``durations`` in seconds: a list, or a function of the epoch (``dataset.durations``). Give ``batch_size``
+    (utterances per batch and rank), ``max_seconds`` (of padded audio per batch and rank: the number of utterances times
+    the longest), or both. An utterance longer than ``max_seconds`` is a batch of its own.
+
+    ``bucketing`` puts items of similar length together: it sorts them by length, after a random factor of 1 to 1.1.
+    Batches are shuffled. With ``shuffle=False`` items keep the given order, or are sorted by length with bucketing;
+    ``window`` then sorts only within groups of so many consecutive items.
+
+    With ``world_size`` ranks every rank has the same number of steps, each step has batches of similar length on all
+    ranks, and each utterance is used once. To make the numbers equal, large batches are halved. If there are fewer
+    utterances than ranks, some are repeated. Without shuffling, some ranks may have one batch more than others.
+
+    ``shards`` is the shard number of each item, from 0 on. Shuffled batches then use the items of ``open_shards``
+    randomly chosen shards before those of the next ones, so that storage reads few files at a time.
     Raises ValueError for sizes that are not positive or a rank out of range.
     """
 
@@ -80,17 +87,17 @@ class BatchSampler:
         self.batch_size, self.max_seconds, self.bucketing, self.seed = batch_size, max_seconds, bucketing, seed
         self.shuffle, self.window, self.rank, self.world_size = shuffle, window, rank, world_size
         self.shards, self.open_shards = None if shards is None else np.asarray(shards), open_shards
-        self._kept: dict[int, list[list[int]]] = {}  # of two epochs at most
+        self._kept: dict[int, list[list[int]]] = {}  # the batches of at most two epochs
         self._making = threading.Lock()
         self._left_out: tuple[int, frozenset[int]] = (-1, frozenset())
 
     def leave_out(self, epoch: int, items: Iterable[int]) -> None:
-        """Leaves these items out of the batches of `epoch`, because they were already used in batches of other
-        sizes."""
+        """Leaves these items out of the batches of ``epoch``. A run that is resumed with another batch size or number
+        of ranks calls this for the items that the epoch has already used."""
         self._left_out, self._kept = (epoch, frozenset(items)), {}
 
     def batches(self, epoch: int = 0) -> list[list[int]]:
-        """This rank's batches of the epoch, in order: lists of item indices."""
+        """Returns this rank's batches of the epoch, in order, as lists of item indices."""
         if (found := self._kept.get(epoch)) is not None:
             return found
         with self._making:
@@ -101,8 +108,8 @@ class BatchSampler:
             return self._kept[epoch]
 
     def prepare(self, epoch: int) -> None:
-        """Begins to make the batches of an epoch in a thread: for 280,000 utterances at random speeds that takes
-        seconds, which `batches` then need not."""
+        """Starts a thread that makes the batches of an epoch ahead of time. With 280,000 utterances at random speeds
+        this takes seconds, for which ``batches`` would otherwise make the training wait."""
         threading.Thread(target=self.batches, args=(epoch,), daemon=True).start()
 
     def steps(self, epoch: int = 0) -> int:
@@ -133,15 +140,17 @@ class BatchSampler:
         return mine
 
     def _parts(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-        """The order in parts that are batched one after another: all of it, or the items of some shards each."""
+        """Splits the order into parts that are batched one after another: one part for each group of ``open_shards``
+        shards, or one part in all without shards."""
         if self.shards is None:
             return [order]
-        shard = self.shards[order % len(self.shards)]  # joined items begin again after the last utterance
+        shard = self.shards[order % len(self.shards)]  # item i is utterance i % len; a joining dataset may have more
         turn = rng.permutation(int(self.shards.max()) + 1)[shard] // self.open_shards
         return [order[turn == i] for i in range(int(turn.max()) + 1)]
 
     def _even_out(self, batches: list[list[int]]) -> None:
-        """Halves large batches until every rank gets as many; what are single items already is repeated."""
+        """Halves large batches until their number is a multiple of ``world_size``. Once all are single items, the
+        first ones are repeated."""
         while len(batches) % self.world_size:
             at = max(range(len(batches)), key=lambda i: len(batches[i]))
             whole = batches[at]
@@ -176,11 +185,11 @@ def load_batches(
     *,
     endless: bool = False,
 ) -> Iterator[Batch]:
-    """The batches of an epoch from ``start_step`` on, loaded by ``workers`` processes (0: this one); with ``endless``
-    those of all later epochs too, by the same processes.
+    """Yields the batches of an epoch from ``start_step`` on, loaded by ``workers`` processes (0: by this process). With
+    ``endless`` the same processes go on to load all later epochs.
 
-    What is skipped on the way is added to ``dataset.skipped``. A process that is killed is replaced, and its batch read
-    again; a batch that ends three of them comes empty. Draws nothing from torch's global generator.
+    Skipped utterances are added to ``dataset.skipped``. A process that dies is replaced, and its batch is read again. A
+    batch whose reading has killed three processes is yielded empty. Draws nothing from torch's global generator.
     """
     place = epoch, start_step
     while place is not None:
@@ -192,13 +201,14 @@ def load_batches(
             place = None
         except processes.WorkerDied:
             del source  # ends the other processes
-            place, items = ahead.popleft()  # the dead one may have had later batches too, which are read again
+            # The loader fails at the first batch that is missing. It and all later ones are read again.
+            place, items = ahead.popleft()
             yield _told(dataset, _alone(dataset, items, place[0], pin_memory), place)
             place = place[0], place[1] + 1
 
 
 def _plan(sampler: BatchSampler, epoch: int, step: int, endless: bool) -> Iterator[tuple[tuple[int, int], list[int]]]:
-    """(epoch, step) and items of the batches from there on."""
+    """Yields (epoch, step) and the items of each batch, from the given epoch and step on."""
     while True:
         batches = sampler.batches(epoch)
         if endless:
@@ -210,14 +220,16 @@ def _plan(sampler: BatchSampler, epoch: int, step: int, endless: bool) -> Iterat
 
 
 def _noted(plan: Iterator, ahead: deque) -> Iterator[list[tuple[int, int]]]:
-    """The dataset's keys of each batch of a plan, noted in ``ahead`` when they are asked for."""
+    """Yields the dataset's keys of each batch of a plan, and appends each batch to ``ahead`` when its keys are
+    taken."""
     for place, items in plan:
         ahead.append((place, items))
         yield [(place[0], item) for item in items]
 
 
 def _alone(dataset: SpeechDataset, items: list[int], epoch: int, pin_memory: bool) -> Batch:
-    """A batch that may have ended the process that read it, read by one of its own; empty if it ends that too."""
+    """Reads a batch again, in a new process, after the process that read it has died. Returns an empty batch if the new
+    ones die too."""
     why = None
     for _ in range(_TRIES - 1):
         try:
@@ -226,7 +238,7 @@ def _alone(dataset: SpeechDataset, items: list[int], epoch: int, pin_memory: boo
             why = error
     batch = collate([])
     for name in (dataset.utterances[i % len(dataset.utterances)].name for i in items):
-        batch.skipped.append(Skipped(name, "worker_died", f"{name}: in a batch that could not be read: {why}"))
+        batch.skipped.append(Skipped(name, "worker_died", f"{name}: its batch could not be read: {why}"))
     return batch
 
 

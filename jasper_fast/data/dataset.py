@@ -28,14 +28,14 @@ from jasper_fast.data.settings import AudioSettings
 from jasper_fast.speech.audio import AudioError, ShortAudio
 from jasper_fast.speech.text import UnknownSymbolError, Vocabulary, normalize_and_lost
 
-_SUBSTITUTES = 8  # utterances tried in training as a replacement for an unreadable one
+_SUBSTITUTES = 8  # in training, how many other utterances are tried in place of an unreadable one
 
 
 @dataclass
 class Item:
-    """One utterance ready to be collated; ``audio`` is None where it had to be skipped.
+    """One utterance ready to be collated; ``audio`` is None if it had to be skipped.
 
-    ``start``: seconds trimmed from its front; ``warned``: what is wrong with audio that is used anyway.
+    ``start``: seconds trimmed from the beginning; ``warned``: what is wrong with audio that is used anyway.
     """
 
     index: int
@@ -49,20 +49,25 @@ class Item:
 
 
 def ctc_frames(target: Sequence[int]) -> int:
-    """Output frames that CTC needs for a target: one for each symbol and one blank between two equal neighbours."""
+    """Returns the number of output frames that CTC needs for a target: one for each symbol, and one for the blank
+    between two equal neighbours."""
     return len(target) + sum(a == b for a, b in itertools.pairwise(target))
 
 
 class SpeechDataset(Dataset):
-    """Utterances with their targets, filtered first by the manifest and, when they are read, by their files.
+    """Utterances with their targets. They are filtered by the manifest when the dataset is made, and by their audio
+    when they are read.
 
-    Indexed by ``index`` or ``(epoch, index)``; gives Items for ``collate``. In training it skips utterances whose
-    manifest duration (before any perturbation) is not within the settings' bounds, whose text is empty after
-    normalisation or holds symbols that are no labels, and those with fewer output frames than CTC needs
-    (``frame_samples`` samples per output frame: hop times the model's stride); an unreadable file is replaced by a
-    neighbour in length. With ``training=False`` nothing is perturbed, joined, replaced or left out because of its
-    length or text: only unreadable files are skipped, and truncated ones are used as far as they go, with a warning.
-    ``kept`` holds the indices of the remaining ``utterances``. Raises ValueError if nothing is left.
+    Indexed by ``index`` or ``(epoch, index)``; returns Items for ``collate``. For training, it skips utterances whose
+    manifest duration (before any perturbation) is outside the settings' bounds, whose text is empty after
+    normalisation, or which have fewer output frames than CTC needs (``frame_samples`` samples per output frame: hop
+    times the model's stride). An unreadable file is replaced by an utterance of similar length.
+
+    With ``training=False`` nothing is perturbed, joined or replaced, and no length or empty text is a reason to skip.
+    Unreadable files are skipped, and truncated ones are used as far as they go, with a warning.
+
+    Texts with symbols that are not labels are always skipped. ``kept`` has the indices, in the argument
+    ``utterances``, of those that are left. Raises ValueError if none is left.
     """
 
     def __init__(
@@ -103,7 +108,7 @@ class SpeechDataset(Dataset):
             self.texts.append(text)
             self.targets.append(target)
         if not self.utterances:
-            raise ValueError(f"no utterance is left of {len(utterances)}: {self.skipped}")
+            raise ValueError(f"none of the {len(utterances)} utterances can be used: {self.skipped}")
         self._seconds = [u.seconds for u in self.utterances]
         self._remote = any(u.packed and is_url(u.packed.tar) for u in self.utterances)
         self._by_speaker: dict[str | None, list[int]] = defaultdict(list)
@@ -121,15 +126,16 @@ class SpeechDataset(Dataset):
         data_dir: str | os.PathLike | None = None,
         **others: Any,
     ) -> SpeechDataset:
-        """Reads manifests, with the settings of the reference's ``audio_dataset`` (``AudioSettings.from_config``);
-        ``others`` are arguments of this class. Raises ValueError for settings, ManifestError for a bad manifest."""
+        """Reads manifests, with settings from a dict with the keys of the reference's ``audio_dataset`` (see
+        ``AudioSettings.from_config``); ``others`` are arguments of this class. Raises ValueError for bad settings, and
+        ManifestError for a bad manifest."""
         settings = AudioSettings.from_config(audio_dataset)
         paths = [manifests] if isinstance(manifests, (str, os.PathLike)) else manifests
         utterances = [u for path in paths for u in read_manifest(path, data_dir, settings.offline_speeds)]
         return cls(utterances[: settings.max_utterances or None], vocabulary, settings, **others)
 
     def _unfit(self, utterance: Utterance, target: list[int]) -> Skipped | None:
-        """Why the manifest's data exclude an utterance from training, or None."""
+        """Returns why an utterance cannot be used for training, judged by its manifest entry, or None if it can."""
         seconds, name, bounds = utterance.duration, utterance.name, self.settings
         for reason, holds, detail in (
             (
@@ -145,18 +151,18 @@ class SpeechDataset(Dataset):
                 return Skipped(name, reason, f"{name}: {detail}")
         if bounds.join is None:
             return self._too_short_for_ctc(name, round(seconds * bounds.sample_rate), target)
-        return None  # the silences of a joined item give CTC enough frames
+        return None  # a joined item is lengthened by silence until it has enough frames for CTC
 
     def _too_short_for_ctc(self, name: str, samples: int, target: list[int]) -> Skipped | None:
         frames, needed = -(-samples // self.frame_samples), ctc_frames(target)
-        detail = f"{name}: {frames} output frames, its {len(target)} symbols need {needed}"
+        detail = f"{name}: it has {frames} output frames, but CTC needs {needed} for its {len(target)} symbols"
         return Skipped(name, "too_short_for_ctc", detail) if frames < needed else None
 
     def __len__(self) -> int:
         return (self.settings.join and self.settings.join.items) or len(self.utterances)
 
     def durations(self, epoch: int = 0) -> list[float]:
-        """Seconds of every item in that epoch, joined and perturbed; a BatchSampler uses them."""
+        """Returns the seconds of every item in that epoch, after joining and perturbation, for a BatchSampler."""
         if self.settings.join is None and self.settings.perturb.keeps_length:
             return list(self._seconds)
         draws = (self._draw(epoch, i) for i in range(len(self)))
@@ -164,7 +170,7 @@ class SpeechDataset(Dataset):
 
     @property
     def shards(self) -> list[int] | None:
-        """The shard of each utterance, numbered from 0 on; None where not all are packed in shards."""
+        """The shard of each utterance, numbered from 0 on; None unless all utterances are packed in shards."""
         if not all(u.packed for u in self.utterances):
             return None
         numbers: dict[str, int] = {}
@@ -181,7 +187,7 @@ class SpeechDataset(Dataset):
         return clips, self.settings.perturb.draw(rng)
 
     def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[Item]:
-        """The items of a batch; PyTorch's loader asks for them so."""
+        """Returns the items of a batch. PyTorch's DataLoader calls this method instead of ``__getitem__``."""
         if self._remote:
             drawn = (self._draw(*(key if isinstance(key, tuple) else (0, key)))[0] for key in keys)
             self.reader.fetch(self.utterances[i] for clips in drawn for i in clips.indices)
@@ -190,7 +196,7 @@ class SpeechDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> Item:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         if not 0 <= index < len(self):
-            raise IndexError(f"item {index} of {len(self)}")
+            raise IndexError(f"item {index} is not in 0..{len(self) - 1}")
         clips, change = self._draw(epoch, index)
         if self.settings.join is not None:
             return self._joined(index, clips, change, np.random.default_rng((self.seed, epoch, index, 1)))
@@ -199,7 +205,7 @@ class SpeechDataset(Dataset):
             return item
         order = sorted(range(len(self.utterances)), key=self._seconds.__getitem__)
         rank, skipped = order.index(index), item.skipped
-        neighbours = order[:rank][::-1] + order[rank + 1 :]  # shorter ones first: the batch keeps its size
+        neighbours = order[:rank][::-1] + order[rank + 1 :]  # shorter ones first, which do not make the batch longer
         for neighbour in neighbours[:_SUBSTITUTES]:
             item = self._single(neighbour, change)
             skipped += item.skipped

@@ -1,4 +1,4 @@
-"""Copies batches to the device on a stream of their own, and measures how long the training waits for them."""
+"""Copies batches to the device on a separate stream, and measures how long training waits for them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class Wait:
     seconds: float = 0.0
 
     def take(self) -> float:
-        """Returns the seconds, and starts again from 0."""
+        """Returns the seconds and resets them to 0."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
 
 
 def feed(batches: Iterable[Batch], device: torch.device, wait: Wait) -> Iterator[Batch]:
-    """The batches with audio and targets on the device; lengths stay on the host, where CTC wants them.
+    """Yields the batches with audio and targets on the device. Lengths stay on the host, where the CTC loss reads them.
 
-    On a GPU the copy of a batch runs on a stream of its own, beside the step before it, which the host has launched
-    but the device not finished; the memory must be pinned for that. ``wait`` adds up what the host waits.
+    On a GPU a batch is copied on a separate stream, while the GPU still computes the step before; this needs pinned
+    memory. The seconds that the host waits for batches are added to ``wait``.
     """
     source = iter(batches)
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -43,5 +43,5 @@ def feed(batches: Iterable[Batch], device: torch.device, wait: Wait) -> Iterator
             current = torch.cuda.current_stream(device)
             current.wait_stream(stream)
             for x in (batch.audio, batch.targets):
-                x.record_stream(current)  # its memory is not given to the next copy while the step still reads it
+                x.record_stream(current)  # the next copy must not reuse this memory while the step still reads it
         yield batch

@@ -10,8 +10,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Clips:
-    """The parts of an item: utterances by index, silences in seconds (one more than utterances), and their noise
-    level."""
+    """The parts of an item: the indices of its utterances, the silences before, between and after them in seconds, and
+    the level of noise in the silences."""
 
     indices: tuple[int, ...]
     gaps: tuple[float, ...] = (0.0, 0.0)
@@ -21,7 +21,7 @@ class Clips:
         return sum(durations[i] for i in self.indices) + sum(self.gaps)
 
     def silence(self, samples: int, rng: np.random.Generator) -> np.ndarray:
-        """(samples,) fp32 zeros, or white noise ``noise_db`` below full scale."""
+        """Returns (samples,) fp32 zeros, or white noise of the level ``noise_db`` (0 is full scale)."""
         if self.noise_db is None:
             return np.zeros(samples, np.float32)
         return rng.standard_normal(samples, np.float32) * np.float32(10 ** (self.noise_db / 20))
@@ -31,9 +31,10 @@ class Clips:
 class Join:
     """Joins min_clips..max_clips utterances into one, with silences of min_gap..max_gap seconds around and between.
 
-    Each item holds its own utterance and random others, of the same speaker with ``same_speaker`` (where speakers are
-    known). ``noise_db`` (low, high) fills the silences with white noise of that level below full scale; None: zeros.
-    ``items`` per epoch: as many as there are utterances, unless given.
+    Each item has its own utterance and random others. With ``same_speaker`` the others are of the same speaker, if the
+    manifest names speakers. ``noise_db`` (low, high) fills the silences with white noise of a random level in that
+    range (negative numbers; 0 is full scale); None fills them with zeros. ``items`` is the number of items per epoch;
+    None means one per utterance.
     """
 
     min_clips: int = 1
@@ -53,12 +54,12 @@ class Join:
     def draw(
         self, own: int, pool: Sequence[int], durations: Sequence[float], longest: float, rng: np.random.Generator
     ) -> Clips:
-        """Utterance ``own`` and random others of ``pool``, at most as many as fit ``longest`` seconds."""
+        """Draws utterance ``own`` and random others of ``pool``, no more than fit into ``longest`` seconds."""
         count = int(rng.integers(self.min_clips, self.max_clips + 1))
         indices = [pool[i] for i in rng.integers(0, len(pool), count)]
         indices[int(rng.integers(0, count))] = own
         gaps = rng.uniform(self.min_gap, self.max_gap, count + 1).tolist()
         noise_db = float(rng.uniform(*self.noise_db)) if self.noise_db else None
         while len(indices) > self.min_clips and sum(durations[i] for i in indices) + sum(gaps) > longest:
-            del indices[-1 if indices[-1] != own else 0], gaps[-1]  # the last one, but never the item's own
+            del indices[-1 if indices[-1] != own else 0], gaps[-1]  # drop the last one, but never the item's own
         return Clips(tuple(indices), tuple(gaps), noise_db)

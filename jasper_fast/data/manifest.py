@@ -1,4 +1,4 @@
-"""Manifests: utterances from JSON lines or the reference's JSON array, and what was left out of them."""
+"""Reads manifests (JSON lines, or the reference's JSON array), and counts the utterances that are left out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jasper_fast.data.shards import Packed, locate
 from jasper_fast.speech import audio
 from jasper_fast.speech.audio import AudioError, Memory
 
-_SHOWN = 40  # most symbols that a message about lost symbols shows
+_SHOWN = 40  # a message about lost symbols lists at most this many
 
 
 class ManifestError(ValueError):
@@ -26,8 +26,9 @@ class ManifestError(ValueError):
 class Utterance:
     """One line of a manifest: ``duration`` seconds of the file at ``path`` from ``offset`` seconds on, and its text.
 
-    ``alternatives``: files of the same utterance at other speeds, of which training takes one at random;
-    ``manifest``: the file that names the utterance; ``packed``: its place in a shard, where it is no file of its own.
+    ``alternatives``: files of the same utterance at several speeds, one of which training takes at random;
+    ``manifest``: the manifest that lists the utterance; ``packed``: its place in a shard, or None if it is a file of
+    its own.
     """
 
     path: str
@@ -40,7 +41,8 @@ class Utterance:
     packed: Packed | None = None
 
     def source(self) -> str | Memory:
-        """What `audio.load` reads. Raises AudioError where a shard does not hold it, or a URL cannot be read."""
+        """Returns the path or bytes from which ``audio.load`` reads the utterance. Raises AudioError if a shard or URL
+        cannot be read."""
         if self.packed is not None:
             return self.packed.read(self.path)
         if not places.is_url(self.path):
@@ -63,13 +65,13 @@ class Utterance:
 def read_manifest(
     path: str | os.PathLike, data_dir: str | os.PathLike | None = None, offline_speeds: bool = False
 ) -> list[Utterance]:
-    """Utterances of a manifest: JSON lines (NeMo: audio_filepath, duration, text[, offset, speaker]; shard_id for those
-    packed in tar files) or one JSON array (the reference: transcript, files, original_duration).
+    """Reads the utterances of a manifest: JSON lines as in NeMo (audio_filepath, duration, text[, offset, speaker], and
+    shard_id if packed in tar files) or one JSON array as in the reference (transcript, files, original_duration).
 
-    ``path`` may be a URL or a pattern (manifest__OP_0..127_CL_.json). Relative paths are taken from ``data_dir``, by
-    default the manifest's folder; for shards it may be the pattern of their paths. A missing duration is read from the
-    file's header (NaN if that fails; the dataset reports it). Of the reference's ``files`` the one at speed 1 is used,
-    all of them with ``offline_speeds``. Raises ManifestError naming the line or entry.
+    ``path`` may be a URL or a pattern (manifest__OP_0..127_CL_.json). Relative paths start at ``data_dir``, by default
+    the manifest's folder; for shards ``data_dir`` may be the pattern of their paths. A missing duration is read from
+    the file's header (NaN if that fails, which the dataset reports). From the reference's ``files`` the one at speed 1
+    is used; with ``offline_speeds`` all are. Raises ManifestError, which names the line or entry.
     """
     utterances = []
     for found in each_utterance(path, data_dir, offline_speeds):
@@ -77,16 +79,16 @@ def read_manifest(
             raise found
         utterances.append(found[1])
     if not utterances:
-        raise ManifestError(f"{path}: holds no utterances")
+        raise ManifestError(f"{path}: the manifest has no utterances")
     return utterances
 
 
 def each_utterance(
     path: str | os.PathLike, data_dir: str | os.PathLike | None = None, offline_speeds: bool = False
 ) -> Iterator[tuple[Any, Utterance] | ManifestError]:
-    """Each entry with its Utterance, or the ManifestError that says why it is not valid.
+    """Yields each entry with its Utterance, or a ManifestError that says why the entry is not valid.
 
-    Raises ManifestError where the file as a whole cannot be read.
+    Raises ManifestError if the file itself cannot be read.
     """
     try:
         names = places.expanded(os.fspath(path))
@@ -120,7 +122,7 @@ def _entries(path: str, content: str) -> Iterator[tuple[str, Any]]:
             entries = json.loads(content)
         except json.JSONDecodeError as error:
             raise ManifestError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
-        except (ValueError, RecursionError) as error:  # for too many digits or too deep brackets
+        except (ValueError, RecursionError) as error:  # a number with too many digits, or brackets nested too deep
             raise ManifestError(f"{path}: not valid JSON: {error}") from error
         for i, entry in enumerate(entries):
             yield f"entry {i}", entry
@@ -173,7 +175,7 @@ def _utterance(entry: Any, root: str, offline_speeds: bool) -> Utterance:
 
 
 def _measured(utterance: Utterance) -> float:
-    """Seconds by the header of the file; NaN where it has none, which is told when the file is read."""
+    """Returns the seconds in the file's header, or NaN if it cannot be read, which the dataset reports."""
     try:
         return audio.duration(utterance.source())
     except AudioError:
@@ -181,7 +183,7 @@ def _measured(utterance: Utterance) -> float:
 
 
 class Skipped(NamedTuple):
-    """Why an utterance was left out: ``reason`` is a category for counts, ``detail`` is the full text."""
+    """Why an utterance was left out: ``reason`` is the category under which it is counted, ``detail`` a sentence."""
 
     name: str
     reason: str
@@ -189,10 +191,10 @@ class Skipped(NamedTuple):
 
 
 class SkipReport:
-    """The utterances that were left out: ``items``, each utterance once for each reason, and ``counts`` by reason.
+    """The utterances that were left out: ``items`` lists each utterance once per reason, ``counts`` counts by reason.
 
-    ``warned`` lists utterances that were used although something is wrong with them; ``lost`` has, for each manifest,
-    the number of texts that lost symbols in normalisation, and those symbols.
+    ``warned`` lists utterances that were used although something is wrong with them. ``lost`` maps each manifest to the
+    number of texts that lost symbols in normalisation, and the lost symbols.
     """
 
     def __init__(self) -> None:
@@ -228,7 +230,7 @@ class SkipReport:
             self._found.setdefault((item.name, item.reason), item)
 
     def merge(self, other: SkipReport) -> None:
-        """Adds the report of another process about other utterances."""
+        """Adds the report of another process, which has read other utterances."""
         self.add(other.items)
         self.warn(other.warned)
         for manifest, (count, symbols) in other.lost.items():

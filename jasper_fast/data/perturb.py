@@ -12,11 +12,11 @@ from jasper_fast.speech import audio
 
 @dataclass(frozen=True)
 class Change:
-    """The random draws for one utterance; the default changes nothing.
+    """The perturbation drawn for one utterance; the default values change nothing.
 
-    Speed and tempo are factors, gain in decibels, shift in milliseconds to the left; noise is ``snr_db`` below the
-    speech, its power follows frequency to the power ``slope`` (0 white, -2 brown), and ``noise_seed`` is its seed.
-    ``variant``, 0 to 1, chooses among the alternatives of an utterance.
+    ``speed`` and ``tempo`` are factors, ``gain`` is in decibels, ``shift`` in milliseconds to the left. Noise is
+    ``snr_db`` decibels below the speech, its power is proportional to frequency ** ``slope`` (0 white, -2 brown), and
+    it is drawn with ``noise_seed``. ``variant``, from 0 to 1, chooses among the alternatives of an utterance.
     """
 
     speed: float = 1.0
@@ -29,7 +29,8 @@ class Change:
     tempo: float = 1.0
 
     def apply(self, samples: np.ndarray, sample_rate: int) -> np.ndarray:
-        """The changed (samples,): speed, tempo, noise, gain, shift, in this order; the argument is not modified."""
+        """Returns the samples after speed, tempo, noise, gain and shift, in this order. The argument is not
+        modified."""
         samples = audio.change_speed(samples, self.speed)
         samples = audio.change_tempo(samples, self.tempo, sample_rate)
         if self.snr_db < math.inf and len(samples):
@@ -43,7 +44,8 @@ class Change:
 
 
 def add_noise(samples: np.ndarray, snr_db: float, slope: float, seed: int) -> np.ndarray:
-    """(samples,) fp32 with noise ``snr_db`` below their mean power, coloured by ``slope``; silence stays as it is."""
+    """Returns (samples,) fp32 with noise ``snr_db`` decibels below their mean power, whose power is proportional to
+    frequency ** ``slope``. Digital silence stays as it is."""
     spectrum = np.fft.rfft(np.random.default_rng(seed).standard_normal(len(samples), np.float32))
     spectrum *= np.linspace(0.01, 1, len(spectrum)) ** (slope / 2)  # flat below 1 % of the band
     noise = np.fft.irfft(spectrum, len(samples))
@@ -53,10 +55,11 @@ def add_noise(samples: np.ndarray, snr_db: float, slope: float, seed: int) -> np
 
 @dataclass(frozen=True)
 class Chance:
-    """A number drawn with probability ``p`` from ``low`` to ``high``, else ``nothing``, which changes nothing.
+    """A random number: with probability ``p`` from the range ``low`` to ``high``, else ``nothing``, the value that
+    leaves the samples unchanged.
 
-    Uniform, or log-uniform with ``log``; ``discrete``: low, nothing or high. Raises ValueError for an empty range, and
-    for a factor (``nothing`` is 1) that is not positive.
+    The distribution is uniform, or log-uniform with ``log``. With ``discrete`` the number is low, nothing or high.
+    Raises ValueError for an empty range, and for a factor (``nothing`` is 1) that is not positive.
     """
 
     low: float
@@ -82,7 +85,7 @@ class Chance:
         return self.low + uniform * (self.high - self.low)
 
 
-# The default of each perturbation, under the reference's names where it has them.
+# The default range of each perturbation.
 SPEED = Chance(0.85, 1.15, nothing=1.0)
 GAIN = Chance(-10.0, 10.0, p=0.1)
 SHIFT = Chance(-5.0, 5.0, p=0.1)
@@ -92,7 +95,7 @@ TEMPO = Chance(0.8, 1.25, nothing=1.0, log=True)
 
 @dataclass(frozen=True)
 class Perturb:
-    """The perturbations of a data set, as ranges from which a Change is drawn; None: not applied."""
+    """The perturbations of a data set: the ranges from which a Change is drawn. None: not applied."""
 
     speed: Chance | None = None
     gain: Chance | None = None
@@ -105,8 +108,7 @@ class Perturb:
         return self.speed is None and self.tempo is None
 
     def draw(self, rng: np.random.Generator) -> Change:
-        """Draws the Change of the next utterance. The order of the draws must not change, or a seed gives other
-        data."""
+        """Draws the Change of one utterance. The order of the draws is part of what a seed means and must stay."""
         drawn = {name: part.draw(rng) for name in ("speed", "gain", "shift") if (part := getattr(self, name))}
         drawn["variant"] = rng.random()
         if self.noise:

@@ -1,4 +1,4 @@
-"""Paths and URLs alike: joined, expanded from patterns, and read. URLs are those that fsspec and its plugins know."""
+"""Joins, expands and reads paths and URLs in the same way. The URLs are those that fsspec and its plugins know."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from jasper_fast.extras import need
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
-_MOST = 1_000_000  # paths of a pattern
+_MOST = 1_000_000  # a pattern may expand to at most this many paths
 
 
 def is_url(place: str) -> bool:
@@ -21,19 +21,20 @@ def is_url(place: str) -> bool:
 
 
 def joined(root: str, name: str) -> str:
-    """``name`` below ``root``; itself, if it is a URL or an absolute path."""
+    """Returns ``name`` below ``root``, or ``name`` itself if it is a URL or an absolute path."""
     if is_url(name) or not is_url(root):
         return name if is_url(name) else str(Path(root) / name)
     return name if os.path.isabs(name) else f"{root.rstrip('/')}/{name}"
 
 
 def parent(place: str) -> str:
-    """The folder of a file."""
+    """Returns the folder of a file."""
     return place.rpartition("/")[0] if is_url(place) else str(Path(place).parent)
 
 
 def expanded(pattern: str) -> list[str]:
-    """The paths of a pattern with {0..127}, {000..127}, {a,b}, or NeMo's _OP_0..127_CL_; a path without is itself.
+    """Expands a pattern with {0..127}, {000..127}, {a,b} or NeMo's _OP_0..127_CL_ to its paths. A path that is not a
+    pattern is returned as it is.
 
     Raises ValueError for a pattern of more than a million paths.
     """
@@ -46,7 +47,7 @@ def expanded(pattern: str) -> list[str]:
         parts += [[braces[end : found.start()]], names.split(",") if names else _numbers(first, last)]
         end = found.end()
         if _count(parts) > _MOST:
-            raise ValueError(f"{pattern}: a pattern of more than {_MOST:,} paths")
+            raise ValueError(f"{pattern}: the pattern expands to more than {_MOST:,} paths")
     return ["".join(words) for words in itertools.product(*parts, [braces[end:]])]
 
 
@@ -58,7 +59,8 @@ def _count(parts: list[Any]) -> int:
 
 
 class _numbers:
-    """Numbers from ``first`` to ``last`` as words, as wide as the first if it begins with 0."""
+    """The numbers from ``first`` to ``last`` as strings, padded with zeros to the width of ``first`` if that begins
+    with 0."""
 
     def __init__(self, first: str, last: str) -> None:
         self.range, self.width = range(int(first), int(last) + 1), len(first) if first.startswith("0") else 0
@@ -72,7 +74,7 @@ class _numbers:
 
 @contextmanager
 def _remote() -> Iterator[None]:
-    """Inside, what goes wrong is an OSError: each plugin of fsspec has errors of its own."""
+    """Raises OSError for any error in its block, because each plugin of fsspec has errors of its own."""
     try:
         yield
     except (OSError, ImportError) as error:
@@ -82,26 +84,27 @@ def _remote() -> Iterator[None]:
 
 
 def files_of(url: str) -> tuple[Any, str]:
-    """fsspec's file system and the path there. Raises OSError, as where a plugin (s3fs, gcsfs) is not installed."""
+    """Returns fsspec's file system for a URL, and the path in it. Raises OSError, for instance if the plugin for it
+    (s3fs, gcsfs) is not installed."""
     with _remote():
         return need("fsspec.core", "train").url_to_fs(url)
 
 
 def read(place: str, start: int = 0, end: int | None = None) -> bytes:
-    """The bytes of a URL from ``start`` to ``end``. Raises OSError."""
+    """Returns the bytes of a URL from ``start`` to ``end``. Raises OSError."""
     files, path = files_of(place)
     with _remote():
         return files.cat_file(path, start=start, end=end)
 
 
 def read_text(place: str) -> str:
-    """The text of a file or URL, in UTF-8. Raises OSError or UnicodeDecodeError."""
+    """Returns the text of a UTF-8 file or URL. Raises OSError or UnicodeDecodeError."""
     return read(place).decode("utf-8-sig") if is_url(place) else Path(place).read_text(encoding="utf-8-sig")
 
 
 @contextmanager
 def opened(place: str) -> Iterator[BinaryIO]:
-    """A file or URL, to be read from front to back. Raises OSError."""
+    """Opens a file or URL for reading from front to back. Raises OSError."""
     if not is_url(place):
         with open(place, "rb") as file:
             yield file

@@ -1,4 +1,4 @@
-"""Reading the audio of utterances, from their files or from memory."""
+"""Reads the audio of utterances from files, shards or memory."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ class AudioReader:
         self._fetched: dict[Packed, bytes] = {}
 
     def fetch(self, utterances: Iterable[Utterance]) -> None:
-        """Takes what is read next from object stores, all at once; what was fetched before and not read is dropped."""
+        """Fetches the bytes of these utterances from object stores, all at the same time, for the next calls of
+        ``read``. Replaces what was fetched before."""
         self._fetched = shards.fetch(u.packed for u in utterances if u.packed and u not in self._memory)
 
     def read(self, utterance: Utterance, variant: float | None = None) -> tuple[np.ndarray, float]:
-        """Read-only samples (S,) fp32, and the seconds that trimming removed from their start.
+        """Returns the samples (S,) fp32, read-only, and the seconds that trimming removed from their beginning.
 
-        ``variant``, 0 to 1, chooses among the utterance's alternatives, where it has any. Raises AudioError; if the
-        file holds less than its header or the manifest promises, ShortAudio with the available samples.
+        ``variant``, from 0 to 1, chooses among the utterance's alternatives, if it has any. Raises AudioError, or, if
+        the audio is shorter than its header or the manifest says, ShortAudio with the available samples.
         """
         if utterance in self._memory:
             return self._memory[utterance]
         path, seconds = utterance.path, utterance.seconds
         if utterance.alternatives and variant is not None:
             path = utterance.alternatives[int(variant * len(utterance.alternatives))]
-            seconds = 0.0  # read all of it: the manifest does not give the length of an alternative
+            seconds = 0.0  # read the whole file, because the manifest does not give the length of an alternative
         try:
             if (fetched := self._fetched.get(utterance.packed)) is not None:
                 source = Memory(path, fetched)
@@ -48,7 +49,7 @@ class AudioReader:
             samples = audio.load(source, self.sample_rate, utterance.offset, seconds)
             held = len(samples) / self.sample_rate
             if seconds > held * 1.01 + _ROUNDING:
-                cause = f"the manifest says {seconds:.3f} s, {held:.3f} s are there"
+                cause = f"the manifest says {seconds:.3f} s, but the file has {held:.3f} s"
                 raise ShortAudio(path, cause, "wrong_duration", samples)
         except ShortAudio as short:
             short.samples, short.start = self._trimmed(short.samples)
@@ -62,14 +63,15 @@ class AudioReader:
         return samples[first:end], first / self.sample_rate
 
     def preload(self, utterances: Sequence[Utterance], max_gib: float = 4.0) -> None:
-        """Keeps the audio in memory, trimmed and resampled, for corpora that are read many times.
+        """Reads all audio into memory, trimmed and resampled, for corpora that are read many times.
 
-        Takes 4 bytes per sample; worker processes that are forked later share the memory. Files that cannot be read are
-        reported when they are used, those with alternatives are always read. Raises ValueError above ``max_gib``.
+        This takes 4 bytes per sample. Worker processes that are forked later share the memory. A file that cannot be
+        read is reported when it is used. Utterances with alternatives are not preloaded. Raises ValueError if more
+        than ``max_gib`` would be needed.
         """
         gib = sum(u.seconds for u in utterances) * self.sample_rate * 4 / 2**30
         if gib > max_gib:
-            raise ValueError(f"{gib:.1f} GiB of audio do not fit the {max_gib} GiB allowed; do not preload this corpus")
+            raise ValueError(f"{gib:.1f} GiB of audio exceed the {max_gib} GiB allowed; do not preload this corpus")
 
         def read(utterance: Utterance) -> tuple[np.ndarray, float] | None:
             try:

@@ -1,4 +1,4 @@
-"""How a data set is read, filtered and perturbed: the keys of the reference's ``audio_dataset``."""
+"""Settings for reading, filtering and perturbing a data set, from the keys of the reference's ``audio_dataset``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jasper_fast.data import perturb
 from jasper_fast.data.join import Join
 from jasper_fast.data.perturb import Perturb
 
-# Each perturbation's default, and the keys of the configuration with the fields that they set.
+# The default of each perturbation, and the configuration's keys with the field that each sets.
 _P = {"p": "p"}
 _RATES = {"min_rate": "low", "max_rate": "high"} | _P
 _PERTURBATIONS = {
@@ -22,15 +22,15 @@ _PERTURBATIONS = {
 }
 _PLAIN = {name: name for name in ("sample_rate", "trim_silence", "min_duration", "max_duration", "preload")}
 _PLAIN |= {"normalize_transcripts": "normalize_text", "max_utts": "max_utterances"}
-_ELSEWHERE = {"pad_to_max_duration", "sort_by_duration"}  # not read here: LogMelFeatures pads, and BatchSampler orders
+_ELSEWHERE = {"pad_to_max_duration", "sort_by_duration"}  # ignored here; LogMelFeatures and BatchSampler do this
 
 
 @dataclass(frozen=True)
 class AudioSettings:
-    """Sample rate and trimming; the bounds of a training utterance in seconds; its random perturbations.
+    """Sample rate and trimming, the bounds of a training utterance in seconds, and its random perturbations.
 
-    ``offline_speeds`` also uses an utterance's files at other speeds, ``max_utterances`` (0: all) takes only the first
-    ones, ``preload`` keeps all audio in memory.
+    ``offline_speeds`` also uses an utterance's files at other speeds. ``max_utterances`` takes only the first so many
+    (0: all). ``preload`` keeps all audio in memory.
     """
 
     sample_rate: int = 16000
@@ -46,8 +46,9 @@ class AudioSettings:
 
     @classmethod
     def from_config(cls, audio_dataset: dict[str, Any] | None) -> AudioSettings:
-        """From the reference's dict, which may also hold ``noise_perturbation``, ``tempo_perturbation``, ``join`` and
-        ``preload``. Raises ValueError naming an unknown key or a setting out of range."""
+        """Makes the settings from the reference's dict. It may also have the keys ``noise_perturbation``,
+        ``tempo_perturbation``, ``join`` and ``preload``. Raises ValueError, which names an unknown key or a setting
+        out of range."""
         left, parts = dict(audio_dataset or {}), {}
         for name, (default, keys) in _PERTURBATIONS.items():
             parts[name] = _built(default, left.pop(f"{name}_perturbation", None), keys, f"{name}_perturbation")
@@ -59,7 +60,7 @@ class AudioSettings:
 
 
 def _built(default: Any, given: dict[str, Any] | None, keys: dict[str, str], where: str) -> Any:
-    """The dataclass ``default`` with the fields that ``given`` sets; None if nothing is given."""
+    """Returns the dataclass ``default`` with the fields that ``given`` sets, or None if ``given`` is None."""
     if given is None:
         return None
     if unknown := given.keys() - keys.keys():

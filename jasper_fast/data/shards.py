@@ -1,9 +1,9 @@
-"""Utterances packed in tar files, as in NeMo and WebDataset: the place of each, and its bytes.
+"""Finds and reads utterances packed in tar files (shards), as NeMo and WebDataset write them.
 
-A shard is read at the place of an utterance, not from front to back as the library `webdataset` does it: so the plan of
-an epoch stays a function of its seed, batches hold utterances of like length, and a run goes on from any step with any
-number of processes. The sampler keeps to a few shards at a time; what a batch takes from an object store is asked for
-together.
+Each utterance is read at its own place in the shard; the library `webdataset` would read the shard from front to back.
+So the batches of an epoch still depend only on its seed, utterances of similar length share a batch, and a run can
+resume at any step with any number of processes. The sampler uses few shards at a time, and all utterances that a batch
+needs from an object store are requested together.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Packed(NamedTuple):
     size: int
 
     def read(self, name: str) -> Memory:
-        """The file, in memory. Raises AudioError where the shard does not hold it."""
+        """Reads the file into memory. Raises AudioError if the shard cannot be read or ends too early."""
         try:
             remote = places.is_url(self.tar)
             data = places.read(self.tar, self.start, self.start + self.size) if remote else _read_file(self)
@@ -47,8 +47,8 @@ def _read_file(packed: Packed) -> bytes:
 
 
 def fetch(packed: Iterable[Packed]) -> dict[Packed, bytes]:
-    """The bytes of those that lie in object stores, asked for together. Those that fail are left out: reading one by
-    itself says why."""
+    """Reads the files in object stores among ``packed`` with one request per store, and returns their bytes. Files that
+    cannot be read are left out; ``Packed.read`` then raises the error."""
     groups: dict[int, tuple[Any, list[Packed], list[str]]] = {}
     for each in dict.fromkeys(p for p in packed if places.is_url(p.tar)):
         try:
@@ -67,11 +67,12 @@ def fetch(packed: Iterable[Packed]) -> dict[Packed, bytes]:
 
 
 def locate(entry: dict[str, Any], root: str) -> tuple[str, Packed]:
-    """Name and place of a manifest's entry that has ``shard_id``: in ``tar`` from byte ``tar_start`` on ``tar_size``
-    bytes, as `prepare shards` writes it, else found in the shard of that number, as of NeMo: audio_SHARD.tar in
-    ``root``, or if that is a pattern (audio__OP_0..127_CL_.tar) the path of that number in it.
+    """Returns name and place of a manifest entry that has ``shard_id``.
 
-    Raises KeyError, TypeError, ValueError or OSError for an entry that is none.
+    The shard is the entry's ``tar``, if it has one. Otherwise it is audio_SHARD.tar in the folder ``root``, or, if
+    ``root`` is a pattern (audio__OP_0..127_CL_.tar), the path of that number in the pattern. The file is ``tar_size``
+    bytes from byte ``tar_start`` on, as `prepare shards` writes them. Without these keys, as in NeMo's manifests, it is
+    looked up in the shard by its name. Raises KeyError, TypeError, ValueError or OSError for an invalid entry.
     """
     member, shard = str(entry["audio_filepath"]), entry["shard_id"]
     tars, folder = _tars(root)
@@ -80,39 +81,40 @@ def locate(entry: dict[str, Any], root: str) -> tuple[str, Packed]:
     elif 0 <= int(shard) < len(tars):
         tar = tars[int(shard)]
     else:
-        raise ValueError(f"shard_id {shard}: {root} names {len(tars)} shards")
+        raise ValueError(f"shard_id {shard} is out of range: {root} names {len(tars)} shards")
     if "tar_start" in entry:
         start, size = int(entry["tar_start"]), int(entry["tar_size"])
         if start < 0 or size <= 0:
-            raise ValueError(f"tar_start {start} and tar_size {size} are no place in a tar")
+            raise ValueError(f"tar_start {start} must not be negative, and tar_size {size} must be positive")
         return f"{tar}/{member}", Packed(tar, start, size)
     found = members(tar)
     place = found.get(member) or found.get(_stem(member))
     if place is None:
-        raise ValueError(f"{tar} holds no {member}")
+        raise ValueError(f"{tar} does not contain {member}")
     return f"{tar}/{member}", Packed(tar, *place)
 
 
 @functools.lru_cache(maxsize=8)
 def _tars(root: str) -> tuple[list[str], str]:
-    """The shards that ``root`` names, if it is a pattern, and the folder of shards that it does not name."""
+    """Returns the shards that ``root`` names if it is a pattern of tar files, and the folder for other shards."""
     return (places.expanded(root), places.parent(root)) if root.endswith(".tar") else ([], root)
 
 
 def _stem(member: str) -> str:
-    """By what NeMo finds a member: its name without folders, its end, and the number of a part of it (-sub2)."""
+    """Returns the name by which NeMo finds a member: without folders, extension and the number of a part (-sub2)."""
     return re.sub(r"-sub\d+$", "", os.path.splitext(os.path.basename(member))[0])
 
 
 @functools.lru_cache(maxsize=8)
 def members(tar: str) -> dict[str, tuple[int, int]]:
-    """Start and size of each file in a tar that is not compressed, by name and by name without folders and end.
+    """Returns start and size of each file in an uncompressed tar, under its full name and under the name that `_stem`
+    returns.
 
-    Raises OSError or, for another file, ValueError.
+    Raises OSError, or ValueError if the file is not such a tar.
     """
     try:
         with places.opened(tar) as file, tarfile.open(fileobj=file, mode="r:") as opened:
             whole = {m.name: (m.offset_data, m.size) for m in opened if m.isreg()}
     except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{tar}: not a whole tar file without compression ({error})") from error
+        raise ValueError(f"{tar}: not a complete, uncompressed tar file ({error})") from error
     return {_stem(name): place for name, place in whole.items()} | whole

@@ -1,7 +1,7 @@
-"""Processes that load batches: begun, and what befalls them.
+"""Starts the processes that load batches, and reports when one dies.
 
-A signal to the whole group of a run (Ctrl-C, torchrun, SLURM before a time limit) must not end them before the run: it
-saves first, and then ends them itself.
+Ctrl-C, torchrun, and SLURM before a time limit send a signal to all processes of a run. The loading processes must
+survive it: the training process still needs batches until it has saved its state, and then ends them itself.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-# The second: what a dead one had made is fetched from it, by the thread that pins memory where there is one.
+# What PyTorch raises when a worker process has died. The second form comes from the thread that pins memory, when it
+# fetches a batch from a dead process.
 _DEATH = re.compile(r"DataLoader worker \(pid|Caught (Connection|EOF|FileNotFound)\w* in pin memory thread")
 
 
 class WorkerDied(RuntimeError):
-    """A process that loads batches was killed, or has crashed."""
+    """A process that loads batches was killed or crashed."""
 
 
 def begin(
     dataset: Dataset, keys: Iterable[list[Any]], collate: Callable, workers: int, pin_memory: bool
 ) -> Iterator[Any]:
-    """The batches of items by ``keys``, in their order, loaded by ``workers`` processes (0: by this one).
+    """Returns an iterator over the batches whose items have these ``keys``, in order, loaded by ``workers`` processes
+    (0: by this process).
 
-    Raises WorkerDied where the next batch cannot come. The processes end with the iterator.
+    The iterator raises WorkerDied if the process that loads the next batch has died. The processes end with it.
     """
     loader = DataLoader(
         dataset,
@@ -43,7 +45,7 @@ def begin(
     before = signal.getsignal(signal.SIGCHLD)
     source = iter(loader)
     if workers and threading.current_thread() is threading.main_thread():
-        # PyTorch's handler raises wherever this process is, as in the middle of a step, when a worker dies
+        # PyTorch's handler for the death of a worker would raise at any point of this process, even within a step.
         signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
     return _named(source) if workers else source
 
@@ -55,12 +57,12 @@ def _named(source: Iterator[Any]) -> Iterator[Any]:
         told = str(error)
         if not _DEATH.match(told) and (isinstance(error, RuntimeError) or told.startswith("Caught ")):
             raise
-        advice = "a worker process died; was it killed for lack of memory? Fewer --num-workers take less"
+        advice = "a worker process died; if it was killed for lack of memory, set a smaller --num-workers"
         raise WorkerDied(f"{advice} ({told.splitlines()[0].strip() if told else 'end of file'})") from None
 
 
 def _outlive_signals(worker: int) -> None:
-    """In a worker: of two SIGTERM, one to the group and one from the process that began it, only the latter ends it."""
+    """Makes this worker process ignore SIGTERM, unless its parent process sends it."""
     parent = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 

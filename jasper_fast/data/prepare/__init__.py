@@ -1,1 +1,1 @@
-"""Data preparation: corpora fetched and unpacked, manifests made from other forms, checked, and written as shards."""
+"""Data preparation: fetches and unpacks corpora, makes and checks manifests, and writes shards."""

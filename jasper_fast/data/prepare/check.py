@@ -24,22 +24,22 @@ from jasper_fast.speech import audio
 from jasper_fast.speech.audio import AudioError, ShortAudio
 from jasper_fast.speech.text import UnknownSymbolError, Vocabulary, normalize_and_lost
 
-SILENT_DB = -60.0  # an utterance with a lower peak is silent; 0 is full scale
-CLIPPED = 0.001  # an utterance with a larger share of samples at full scale is clipped
-_FULL = 0.9995
-_WARNINGS = {"clipped", "out_of_alphabet"}  # reported, but kept
+SILENT_DB = -60.0  # an utterance with a lower peak counts as silent; 0 is full scale
+CLIPPED = 0.001  # an utterance with a larger share of samples at full scale counts as clipped
+_FULL = 0.9995  # a sample of at least this size counts as at full scale
+_WARNINGS = {"clipped", "out_of_alphabet"}  # utterances with only these faults are reported but kept
 REASONS = {
     "bad_entry": "the line is not a valid utterance",
     "unreadable": "the audio cannot be read",
     "truncated": "the audio is shorter than the file's header says",
     "wrong_duration": "the audio is shorter than the manifest says",
-    "silent": f"no sample above {SILENT_DB:g} dB of full scale",
-    "clipped": f"more than {CLIPPED:.1%} of the samples at full scale",
-    "empty_text": "no symbol of the alphabet in the text",
+    "silent": f"all samples are below {SILENT_DB:g} dB of full scale",
+    "clipped": f"more than {CLIPPED:.1%} of the samples are at full scale",
+    "empty_text": "the text has no symbol of the alphabet",
     "too_long": "longer than --max-duration",
     "too_short": "shorter than --min-duration",
     "too_short_for_ctc": "fewer output frames than CTC needs for the text",
-    "out_of_alphabet": "symbols of the text that are not in the alphabet",
+    "out_of_alphabet": "the text has symbols that are not in the alphabet",
     "duplicate": "the same samples as an earlier utterance",
 }
 
@@ -54,7 +54,7 @@ class Rules:
     frame_samples: int = 320
     sample_rate: int = 16000
     normalize_text: bool = True
-    strict: bool = False  # leave out what would otherwise only be reported
+    strict: bool = False  # also leave out utterances whose faults are only worth a warning
 
 
 class Fault(NamedTuple):
@@ -66,7 +66,8 @@ class Fault(NamedTuple):
 
 @dataclass
 class Found:
-    """The result for one entry; ``utterance`` is None if it is not a valid one. Levels are in dB of full scale."""
+    """What was found about one entry of a manifest; ``utterance`` is None if the entry is not valid. Levels are in dB
+    relative to full scale."""
 
     entry: Any
     utterance: Utterance | None
@@ -78,7 +79,7 @@ class Found:
     print_of_samples: bytes = b""
 
     def good(self, strict: bool = False) -> bool:
-        """Whether the entry belongs in the clean manifest."""
+        """Returns whether the entry belongs in the clean manifest."""
         return all(f.reason in _WARNINGS and not strict for f in self.faults)
 
     @property
@@ -107,7 +108,7 @@ def look(utterance: Utterance, rules: Rules) -> Found:
         samples = audio.load(utterance.source(), rules.sample_rate, utterance.offset, utterance.seconds)
         held, said = len(samples) / rules.sample_rate, utterance.seconds
         if said > held * 1.01 + 0.1:
-            fault("wrong_duration", f"{said:.2f} s in the manifest, {held:.2f} s in the file")
+            fault("wrong_duration", f"the manifest says {said:.2f} s, but the file has {held:.2f} s")
     except ShortAudio as error:
         samples = error.samples
         fault(error.reason, error.cause)
@@ -117,12 +118,12 @@ def look(utterance: Utterance, rules: Rules) -> Found:
     _listen(found, samples, rules, fault)
     needed, frames = ctc_frames(target), -(-len(samples) // rules.frame_samples)
     if frames < needed:
-        fault("too_short_for_ctc", f"{frames} output frames, its {len(target)} symbols need {needed}")
+        fault("too_short_for_ctc", f"{frames} output frames, but CTC needs {needed} for its {len(target)} symbols")
     return found
 
 
 def _listen(found: Found, samples: np.ndarray, rules: Rules, fault: Any) -> None:
-    """Notes the length, levels and digest of the samples, and what is wrong with them."""
+    """Fills in length, levels and digest of the samples, and reports their faults."""
     found.seconds = len(samples) / rules.sample_rate
     found.print_of_samples = hashlib.blake2b(samples.tobytes(), digest_size=16).digest()
     size = np.abs(samples)
@@ -131,7 +132,7 @@ def _listen(found: Found, samples: np.ndarray, rules: Rules, fault: Any) -> None
     if found.peak_db < SILENT_DB:
         fault("silent", f"the loudest sample is at {found.peak_db:.0f} dB")
     elif (part := float(np.mean(size >= _FULL))) > CLIPPED:
-        fault("clipped", f"{part:.2%} of the samples")
+        fault("clipped", f"{part:.2%} of the samples are at full scale")
     for reason, holds in (
         ("too_long", found.seconds > rules.max_duration),
         ("too_short", found.seconds < rules.min_duration),
@@ -147,7 +148,8 @@ def check(
     jobs: int = 0,
     progress: Progress = silent,
 ) -> list[Found]:
-    """Every entry of a manifest with its faults. Raises ManifestError if the file as a whole cannot be read."""
+    """Checks every entry of a manifest, and returns what was found. Raises ManifestError if the file itself cannot be
+    read."""
     entries = list(each_utterance(manifest, data_dir))
 
     def work(entry: Any) -> Found:
@@ -171,7 +173,8 @@ def check(
 def clean_entries(
     results: Sequence[Found], manifest: str, target: Path, data_dir: str | os.PathLike | None = None, strict=False
 ) -> Iterator[dict[str, Any]]:
-    """The entries of a clean manifest; paths become absolute if ``target`` is in another folder."""
+    """Yields the entries of the clean manifest ``target``. Their paths become absolute if it is in another folder than
+    ``manifest``."""
     root = os.fspath(data_dir or places.parent(manifest))
     same = os.path.realpath(places.parent(manifest)) == str(target.resolve().parent) and data_dir is None
 
@@ -197,7 +200,7 @@ def clean_entries(
 
 
 def figures(results: Sequence[Found], strict: bool) -> dict[str, Any]:
-    """Counts and hours, ready for JSON."""
+    """Returns counts and hours as values that JSON can store."""
     good = [f for f in results if f.good(strict)]
     return {
         "entries": len(results),
@@ -210,7 +213,7 @@ def figures(results: Sequence[Found], strict: bool) -> dict[str, Any]:
 
 
 def write_html(path: Path, manifest: str, results: Sequence[Found], rules: Rules, most: int = 200) -> None:
-    """Writes a page with histograms and the faulty utterances, at most ``most`` of each kind."""
+    """Writes a page with histograms and the faulty utterances, at most ``most`` per kind of fault."""
     heard = [f for f in results if f.seconds]
     histograms = {
         "seconds": page.histogram([f.seconds for f in heard]),

@@ -1,4 +1,4 @@
-"""Copies of audio files at other speeds or in another format, made once and kept."""
+"""Makes copies of audio files at other speeds or in another format. Copies that exist are kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jasper_fast.speech.audio import AudioError
 
 @dataclass(frozen=True)
 class Copy:
-    """One version of each file: its ``speed`` factor, and the ``suffix`` of its format ("" keeps the original's)."""
+    """A kind of copy of every file: its ``speed`` factor, and the ``suffix`` of its format."""
 
     speed: float = 1.0
     suffix: str = ".flac"
@@ -28,19 +28,20 @@ class Copy:
         return self.speed == 1.0 and self.suffix == ".flac"
 
     def folder(self, original: Path) -> Path:
-        """The folder of the copies, beside the folder of the originals."""
+        """Returns the folder of the copies, beside the folder of the originals."""
         speed = "" if self.speed == 1.0 else f"-sp{self.speed:g}"
         return original if self.plain else original.with_name(f"{original.name}{speed}{self.suffix.replace('.', '-')}")
 
     def path(self, file: Path, original: Path) -> Path:
-        """The path of the copy of a file in the folder of originals."""
+        """Returns the path of the copy of ``file``, which lies in the folder of originals."""
         return self.folder(original) / file.relative_to(original).with_suffix(self.suffix)
 
 
 def make(file: Path, copy: Copy, target: Path, work: Path) -> float:
-    """Writes a 16-bit copy of an audio file at its own sample rate, unless it exists; returns its seconds.
+    """Writes a 16-bit copy of an audio file at the file's own sample rate, unless the copy exists. Returns its seconds.
 
-    ``work`` holds it meanwhile. Raises PrepareError naming a file that cannot be read.
+    The copy lies in the folder ``work`` until it is complete. Raises PrepareError, which names a file that cannot be
+    read.
     """
     try:
         if not copy.plain and not target.exists():
@@ -56,8 +57,8 @@ def make(file: Path, copy: Copy, target: Path, work: Path) -> float:
 def in_parallel(
     work: Callable[[Any], Any], items: Iterable[Any], jobs: int, what: str, total: int, progress: Progress
 ) -> Iterator[Any]:
-    """The results of ``work`` for each item, in order, computed by ``jobs`` threads. Decoding and resampling release
-    Python's lock, and threads end with their process, however it is killed."""
+    """Yields the result of ``work`` for each item, in order, computed by ``jobs`` threads. Threads are enough, because
+    decoding and resampling release Python's lock. Unlike processes, they cannot outlive a run that is killed."""
     with ThreadPoolExecutor(jobs) as pool:
         results = pool.map(work, items)
         try:

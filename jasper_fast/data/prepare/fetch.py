@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jasper_fast.data.prepare.writing import PrepareError, Progress, silent, writing
 
-TRIES = 8  # give up after so many attempts in a row that received nothing
+TRIES = 8  # give up after this many attempts in a row that received nothing
 PAUSE = 1.0  # seconds before the second attempt; doubled for each further one
 LONGEST_PAUSE = 60.0
 TIMEOUT = 60.0  # seconds without data before a connection counts as broken
@@ -22,7 +22,7 @@ _LATER = {408, 425, 429}  # the 4xx statuses that ask the client to try again
 
 
 def md5_of(path: Path, progress: Progress = silent) -> str:
-    """The MD5 of a file, in hexadecimal digits."""
+    """Returns the MD5 of a file in hexadecimal digits."""
     digest, done, total = hashlib.md5(usedforsecurity=False), 0, path.stat().st_size
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
@@ -36,15 +36,15 @@ def verify(path: Path, md5: str, progress: Progress = silent, advice: str = "tak
     """Raises PrepareError unless the file has this MD5."""
     found = md5_of(path, progress)
     if found != md5.lower():
-        raise PrepareError(f"{path}: MD5 {found}, expected {md5.lower()}: damaged, or another file; {advice}")
+        raise PrepareError(f"{path}: its MD5 is {found}, expected {md5.lower()}: damaged, or another file; {advice}")
 
 
 def fetch(url: str, target: Path, md5: str, progress: Progress = silent) -> None:
-    """Downloads ``url`` to ``target``, which appears only once its MD5 has been verified.
+    """Downloads ``url``, verifies its MD5, and only then creates ``target``.
 
-    A ``target.part`` from an earlier run is continued. If the connection breaks, is silent for a minute, or the server
-    is busy, the download is tried again, until ``TRIES`` attempts in a row received nothing. Raises PrepareError for
-    errors that no retry can mend, and for a wrong MD5; the file is then deleted.
+    A ``target.part`` from an earlier run is continued. If the connection breaks or is silent for a minute, or if the
+    server is busy, the download is tried again, until ``TRIES`` attempts in a row have received nothing. Raises
+    PrepareError for errors that a retry cannot mend, and for a wrong MD5; the downloaded part is then deleted.
     """
     part = target.with_name(f"{target.name}.part")
     with writing(part):
@@ -57,7 +57,7 @@ def fetch(url: str, target: Path, md5: str, progress: Progress = silent) -> None
             break
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code not in _LATER:
-                raise PrepareError(f"{url}: the server says {error.code} {error.reason}") from error
+                raise PrepareError(f"{url}: the server answers {error.code} {error.reason}") from error
             cause: Exception = error
         except (OSError, http.client.HTTPException) as error:
             cause = error
@@ -76,7 +76,7 @@ def fetch(url: str, target: Path, md5: str, progress: Progress = silent) -> None
 
 
 def _receive(url: str, part: Path, progress: Progress) -> None:
-    """Appends the missing rest of ``url`` to ``part``; raises OSError or HTTPException if the connection breaks."""
+    """Appends the rest of ``url`` to ``part``. Raises OSError or HTTPException if the connection breaks."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -91,10 +91,10 @@ def _receive(url: str, part: Path, progress: Progress) -> None:
         raise ConnectionError("the part from an earlier run is longer than the file") from error
     with answer:
         if not have or answer.status != 206:
-            have = 0  # the server sends the whole file
+            have = 0  # the server ignores the range and sends the whole file
         elif not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             part.unlink()
-            raise ConnectionError("the server sends another range than it was asked for")
+            raise ConnectionError("the server sent another range than requested")
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
         with writing(part):

@@ -1,4 +1,5 @@
-"""Prepares LibriSpeech: downloads, verifies, unpacks, makes copies and manifests; continues after any interruption."""
+"""Prepares LibriSpeech: downloads, verifies and unpacks it, and makes copies and manifests. An interrupted run
+continues where it stopped."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ WORK = ".prepare"  # folder within the corpus for everything that is not complet
 
 
 class Published(NamedTuple):
-    """An archive of OpenSLR: its number there, MD5 and bytes."""
+    """An archive of OpenSLR: its resource number there, its MD5, and its size in bytes."""
 
     resource: int
     md5: str
@@ -48,11 +49,12 @@ WAV_SIZE = 1.9  # size of a WAV file relative to its FLAC file
 
 @dataclass(frozen=True)
 class Corpus:
-    """What is prepared, and where: ``sets`` in the folder ``out``, from ``source`` (a URL or a folder with
-    ``SET.tar.gz``; None: OpenSLR).
+    """What is prepared, and where: the ``sets``, in the folder ``out``, from ``source`` (a URL or folder that has
+    ``SET.tar.gz`` for each set; None: OpenSLR).
 
-    ``speeds``: of copies beside the originals; ``wav``: copies in WAV, which is read faster; ``checksums``: the MD5 of
-    archives that are not the published ones; ``keep_archives`` after they are unpacked.
+    ``speeds``: speeds of the copies made beside the originals; ``wav``: make copies in WAV, which is read faster;
+    ``checksums``: MD5 by set, for archives that are not the published ones; ``keep_archives``: do not delete archives
+    after unpacking.
     """
 
     out: Path
@@ -69,22 +71,22 @@ class Corpus:
         return self.source is not None and not re.match(r"https?://", self.source)
 
     def forms(self) -> list[Copy]:
-        """The versions of every utterance, speed 1 first."""
+        """Returns the kinds of copy of every utterance, speed 1 first."""
         suffix = ".wav" if self.wav else ".flac"
         return [Copy(speed, suffix) for speed in (1.0, *sorted(set(self.speeds) - {1.0}))]
 
     def md5(self, name: str) -> str:
-        """The MD5 of a set's archive. Raises PrepareError if it is not known."""
+        """Returns the MD5 of a set's archive. Raises PrepareError if it is not known."""
         if self.checksums is not None:
             if name not in self.checksums:
-                raise PrepareError(f"--checksums names no {name}.tar.gz")
+                raise PrepareError(f"the file given as --checksums has no line for {name}.tar.gz")
             return self.checksums[name]
         if name not in _KNOWN:
-            raise PrepareError(f"no set {name!r}; known: {', '.join(_KNOWN)}; for others give --checksums")
+            raise PrepareError(f"there is no set {name!r}; known: {', '.join(_KNOWN)}; for others give --checksums")
         return _KNOWN[name].md5
 
     def place(self, name: str) -> tuple[str, Path]:
-        """The URL of a set's archive ("" if it is on this machine), and its local path."""
+        """Returns the URL of a set's archive ("" if it is on this machine), and its local path."""
         file = f"{name}.tar.gz"
         if self.local:
             return "", Path(self.source or "", file)
@@ -92,12 +94,12 @@ class Corpus:
         return f"{base.rstrip('/')}/{quote(file)}", self.out / WORK / file
 
     def folder(self, name: str) -> Path:
-        """The folder of a set's unpacked utterances."""
+        """Returns the folder of a set's unpacked utterances."""
         return self.out / "LibriSpeech" / name
 
 
 def read_checksums(path: Path) -> dict[str, str]:
-    """MD5 by set, from a file as md5sum writes it. Raises PrepareError naming the line."""
+    """Reads the MD5 of each set from a file in the format of md5sum. Raises PrepareError, which names the line."""
     found = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -108,13 +110,13 @@ def read_checksums(path: Path) -> dict[str, str]:
             continue
         match = re.fullmatch(r"([0-9a-fA-F]{32})\s+\*?(?:\S*/)?([^\s/]+)\.tar\.gz", line.strip())
         if match is None:
-            raise PrepareError(f"{path}, line {number}: is not an MD5 and the name of a .tar.gz")
+            raise PrepareError(f"{path}, line {number}: expected an MD5 and the name of a .tar.gz")
         found[match[2]] = match[1]
     return found
 
 
 def needed(corpus: Corpus) -> tuple[int, int]:
-    """The bytes still to be downloaded, and the most additional disk space needed at any moment."""
+    """Returns the bytes still to be downloaded, and the largest additional disk space needed at any time."""
     fetched, kept, largest = 0, 0, 0
     suffix_size = WAV_SIZE if corpus.wav else 1.0
     for name in corpus.sets:
@@ -139,12 +141,12 @@ def needed(corpus: Corpus) -> tuple[int, int]:
 def prepare(
     corpus: Corpus, jobs: int = 0, say: Callable[[str], None] = print, progress: Progress = silent
 ) -> dict[str, Path]:
-    """Prepares every set; gives their manifests (JSON lines: audio_filepath, duration, text, speaker, and ``files``
-    where there are copies at other speeds).
+    """Prepares every set, and returns the path of each manifest (JSON lines: audio_filepath, duration, text, speaker,
+    and ``files`` if there are copies at other speeds).
 
-    First says what will be fetched and written; ``jobs`` threads (0: one a core) make copies. What is whole is never
-    made again, so a run that was cut off is continued by the same call, to the same bytes. Raises PrepareError, naming
-    what is wrong: a wrong MD5, a damaged or hostile archive, too little space, a server that does not answer.
+    First prints what will be downloaded and written. Copies are made by ``jobs`` threads (0: one per core). Complete
+    files are never made again, so the same call continues an interrupted run, with the same result. Raises
+    PrepareError for a wrong MD5, a damaged or hostile archive, too little space, or a server that does not answer.
     """
     for name in corpus.sets:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -152,7 +154,7 @@ def prepare(
         corpus.md5(name)
         url, archive = corpus.place(name)
         if not url and not archive.is_file() and not corpus.folder(name).is_dir():
-            raise PrepareError(f"{archive}: no such archive; --source names a folder that holds SET.tar.gz, or a URL")
+            raise PrepareError(f"{archive}: no such archive; --source must be a folder with SET.tar.gz, or a URL")
     with alone_in(corpus.out):
         fetched, space = needed(corpus)
         free = shutil.disk_usage(corpus.out).free
@@ -162,8 +164,8 @@ def prepare(
         )
         if space > free:
             raise PrepareError(
-                f"{corpus.out}: about {space / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free: make room, or "
-                "name fewer --sets"
+                f"{corpus.out}: about {space / 1e9:.2f} GB are needed, but only {free / 1e9:.2f} GB are free; make "
+                "room or name fewer --sets"
             )
         manifests = {}
         for name in corpus.sets:
@@ -183,7 +185,7 @@ def prepare(
 
 
 def _unpacked(corpus: Corpus, name: str, progress: Progress) -> None:
-    """Makes the folder of a set, if it is not there."""
+    """Downloads, verifies and unpacks a set, unless its folder exists."""
     folder, staged = corpus.folder(name), corpus.out / WORK / name
     url, archive = corpus.place(name)
     if not folder.is_dir():
@@ -209,7 +211,8 @@ class Spoken(NamedTuple):
 
 
 def spoken(folder: Path) -> list[Spoken]:
-    """The utterances of an unpacked set, by name. Raises PrepareError if a text or an audio file is missing."""
+    """Returns the utterances of an unpacked set, sorted by name. Raises PrepareError if a text or an audio file is
+    missing."""
     texts: dict[str, str] = {}
     for listing in sorted(folder.rglob("*.trans.txt")):
         try:
@@ -222,7 +225,7 @@ def spoken(folder: Path) -> list[Spoken]:
     files = {file.stem: file for file in folder.rglob("*.flac")}
     for kind, lone in (("text", files.keys() - texts.keys()), ("audio", texts.keys() - files.keys())):
         if lone:
-            raise PrepareError(f"{folder}: {len(lone)} utterances have no {kind}, as {min(lone)}: remove the folder")
+            raise PrepareError(f"{folder}: {len(lone)} utterances have no {kind}, e.g. {min(lone)}; remove the folder")
     return [Spoken(files[name], texts[name]) for name in sorted(files)]
 
 

@@ -1,4 +1,4 @@
-"""Writes shards, tar files of some hundred MB that NeMo and WebDataset read too, and their manifest."""
+"""Writes shards and their manifest. Shards are tar files of some hundred MB, which NeMo and WebDataset also read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jasper_fast.data.prepare.writing import PrepareError, Progress, silent, who
 from jasper_fast.speech import audio
 from jasper_fast.speech.audio import AudioError
 
-MANIFEST = "tarred_audio_manifest.json"  # NeMo's name for it
+MANIFEST = "tarred_audio_manifest.json"  # the name that NeMo uses
 _BLOCK = tarfile.BLOCKSIZE
 
 
@@ -40,11 +40,12 @@ def pack(
     jobs: int = 1,
     progress: Progress = silent,
 ) -> tuple[Path, int]:
-    """Writes utterances, in an order by chance, as ``audio_N.tar`` and a manifest; gives its path and the number of
-    shards, all of like size.
+    """Writes utterances, in random order, to shards ``audio_N.tar`` of similar size and a manifest. Returns the path of
+    the manifest and the number of shards.
 
-    Files are packed as they are; of a longer file only the utterance, as FLAC. ``url``: where the shards will lie, if
-    not beside the manifest. Equal arguments give equal bytes. Raises PrepareError naming a file that cannot be read.
+    A file that is one utterance is packed as it is. If an utterance is part of a longer file, that part is packed as
+    FLAC. ``url``: the folder in which the shards will lie, if not beside the manifest. Equal arguments produce equal
+    bytes. Raises PrepareError, which names a file that cannot be read.
     """
     order = list(utterances)
     random.Random(seed).shuffle(order)
@@ -72,12 +73,13 @@ def _size(utterance: Utterance) -> int:
         return Path(utterance.path).stat().st_size if not utterance.offset else int(20_000 * utterance.seconds)
     except (OSError, ValueError) as error:
         raise PrepareError(
-            f"{utterance.path}: cannot be read: {error}; `jasper-fast check` finds such files"
+            f"{utterance.path}: cannot be read: {error}; `jasper-fast check` lists such files"
         ) from error
 
 
 def _name(utterance: Utterance, taken: set[str]) -> str:
-    """A unique name with one dot, before the suffix, because WebDataset splits names at the first dot."""
+    """Returns a unique file name whose only dot is before the suffix, because WebDataset splits names at the first
+    dot."""
     path = Path(utterance.path)
     stem = first = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem)[:80] or "utterance"
     for number in itertools.count(1):
@@ -89,7 +91,7 @@ def _name(utterance: Utterance, taken: set[str]) -> str:
 
 
 def _content(utterance: Utterance) -> tuple[bytes, float]:
-    """The bytes of an utterance's file, and its seconds."""
+    """Returns the bytes of the file to be packed for an utterance, and its seconds."""
     source = utterance.source()
     if not utterance.offset:
         data = source.data if isinstance(source, audio.Memory) else Path(source).read_bytes()
@@ -103,7 +105,7 @@ def _content(utterance: Utterance) -> tuple[bytes, float]:
 
 
 def _write(path: Path, number: int, share: Sequence[Member], url: str | None) -> list[dict[str, Any]]:
-    """Writes one shard; returns its lines of the manifest."""
+    """Writes one shard, and returns its lines of the manifest."""
     lines = []
     with whole(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
         for utterance, name in share:

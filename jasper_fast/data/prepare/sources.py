@@ -1,4 +1,4 @@
-"""Reads corpora in other formats: folders, Kaldi, CSV and TSV, NVIDIA's array, Lhotse's cuts."""
+"""Reads the entries of corpora in other formats: folders, Kaldi, CSV and TSV, NVIDIA's JSON array, Lhotse's cuts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jasper_fast.speech.audio import SOUNDS, AudioError
 TEXTS = (".txt", ".lab", ".trn")
 KINDS = ("folder", "kaldi", "csv", "lines", "lhotse", "shards")
 Entry = dict[str, Any]
-Report = Callable[[str], None]  # called with a line about each utterance that is left out
+Report = Callable[[str], None]  # called with a message for each utterance that is left out
 
 _AUDIO_COLUMNS = ("path", "audio_filepath", "audio", "wav_filename", "file", "filename", "file_name", "wav", "mp3_path")
 _TEXT_COLUMNS = ("sentence", "text", "transcript", "transcription", "normalized_text", "normalized_transcription")
@@ -30,7 +30,7 @@ _LONGEST_FIELD = 1 << 24
 
 
 def kind_of(name: str) -> str:
-    """Which of KINDS a source is. Raises PrepareError if it is none of them."""
+    """Returns which of KINDS a source is. Raises PrepareError if it does not exist."""
     source = Path(name)
     if tars.named(name) and not (source / "wav.scp").is_file():
         return "shards"
@@ -52,10 +52,11 @@ def kind_of(name: str) -> str:
 
 
 def entries(source: str, kind: str, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
-    """Entries with audio_filepath (absolute), duration, text and, where known, speaker and offset.
+    """Yields manifest entries: audio_filepath, duration, text and, if known, speaker and offset.
 
-    ``audio_dir``: where relative paths of audio start (by default as that form has it); ``report`` takes a line for
-    each utterance that is left out. Raises PrepareError, naming file and line, for a source of another form.
+    ``audio_dir``: where relative paths of audio start (default: as usual for the format). ``report`` is called with a
+    message for each utterance that is left out. Raises PrepareError, which names file and line, for a source that is
+    not in the format ``kind``.
     """
     if kind == "shards":
         return tars.entries(source, report)
@@ -63,7 +64,7 @@ def entries(source: str, kind: str, audio_dir: Path | None, report: Report) -> I
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a file, gzipped or not, that are not blank, with their numbers."""
+    """Yields number and content of each line that is not blank, from a file that may be gzipped."""
     try:
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
@@ -82,7 +83,7 @@ def _text_of(path: Path) -> str:
 
 
 def _seconds(path: Path, report: Report) -> float | None:
-    """The header of an audio file, or None with a report if it cannot be read."""
+    """Returns the seconds of an audio file by its header. If it cannot be read, reports that and returns None."""
     try:
         seconds = audio.duration(path)
     except AudioError as error:
@@ -95,8 +96,8 @@ def _seconds(path: Path, report: Report) -> float | None:
 
 
 def _folder(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
-    """Audio files, each with a text of its name beside it, or listed in a *.trans.txt of its folder (LibriSpeech) or
-    in a metadata.csv above (LJ Speech)."""
+    """Reads a folder of audio files. The text of each is in a file beside it that differs only in the suffix, or in a
+    *.trans.txt (LibriSpeech) or metadata.csv (LJ Speech) of its folder or of one above."""
     listed: dict[Path, dict[str, str]] = {}
     found = 0
     for folder, folders, files in os.walk(source):
@@ -117,19 +118,19 @@ def _folder(source: Path, audio_dir: Path | None, report: Report) -> Iterator[En
             text = next((_text_of(t) for s in TEXTS if (t := path.with_suffix(s)).is_file()), None)
             text = listed[here].get(path.stem) if text is None else text
             if text is None:
-                report(f"{path}: no text beside it ({path.stem}.txt, .lab or .trn, *.trans.txt, metadata.csv)")
+                report(f"{path}: no text for it in {path.stem}.txt, .lab or .trn, *.trans.txt or metadata.csv")
             elif (seconds := _seconds(path, report)) is not None:
                 entry: Entry = {"audio_filepath": str(path), "duration": seconds, "text": text}
                 yield entry | ({"speaker": here.name} if here != source else {})
     if not found:
-        raise PrepareError(f"{source}: holds no audio ({', '.join(sorted(SOUNDS))}) and no wav.scp of Kaldi")
+        raise PrepareError(f"{source}: there is no audio ({', '.join(sorted(SOUNDS))}) and no wav.scp of Kaldi in it")
 
 
 # ------------------------------------------------------------------ Kaldi
 
 
 def _table(path: Path, least: int = 1) -> dict[str, str]:
-    """The key and the rest of each line of a Kaldi file."""
+    """Reads a Kaldi file: returns the rest of each line by the key at its beginning."""
     found = {}
     for number, line in _lines(path):
         key, *rest = line.split(maxsplit=1)
@@ -140,8 +141,9 @@ def _table(path: Path, least: int = 1) -> dict[str, str]:
 
 
 def _kaldi(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
-    """wav.scp, text, and where they are there segments and utt2spk. Paths start where Kaldi was run: ``audio_dir``,
-    by default the working folder, or the folder itself where the file lies there."""
+    """Reads wav.scp and text of a Kaldi folder, and segments and utt2spk if they exist. Relative paths start at
+    ``audio_dir``, the folder in which Kaldi was run. By default that is ``source`` for files found there, else the
+    working folder."""
     recordings, texts = _table(source / "wav.scp"), _table(source / "text", 0)
     speakers = _table(source / "utt2spk") if (source / "utt2spk").is_file() else {}
     segments: dict[str, tuple[str, float, float]] = {name: (name, 0.0, 0.0) for name in recordings}
@@ -153,7 +155,7 @@ def _kaldi(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Ent
                 segments[name] = recording, float(start), float(end)
             except ValueError:
                 raise PrepareError(
-                    f"{source / 'segments'}: {name}: expected a recording, start and end, got {rest!r}"
+                    f"{source / 'segments'}: {name}: expected a recording, its start and end, got {rest!r}"
                 ) from None
     lengths: dict[str, float | None] = {}
     for name, (recording, start, end) in sorted(segments.items()):
@@ -170,16 +172,17 @@ def _kaldi(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Ent
         whole = lengths[recording]
         if whole is None:
             continue
-        seconds = (min(end, whole) if end > 0 else whole) - start  # an end of -1 is the end of the recording
+        seconds = (min(end, whole) if end > 0 else whole) - start  # -1 means the end of the recording
         entry: Entry = {"audio_filepath": str(path), "duration": round(seconds, 6), "text": texts[name]}
         if not (seconds > 0 and start >= 0):
-            report(f"{source}: {name}: {start} s to {end} s is outside the audio's {whole} s")
+            report(f"{source}: {name}: {start} s to {end} s is not within the audio, which has {whole} s")
             continue
         yield entry | ({"offset": start} if start else {}) | ({"speaker": speakers[name]} if name in speakers else {})
 
 
 def _kaldi_path(place: str, source: Path, audio_dir: Path | None) -> Path | None:
-    """The file that a line of wav.scp names, `flac -cd FILE |` too; None for any other command."""
+    """Returns the file in a line of wav.scp, also for the commands `flac ... FILE |` and `cat FILE |`. Returns None for
+    any other command."""
     if place.endswith("|"):
         words = place.rstrip("| ").split()
         files = [word for word in words if Path(word).suffix.lower() in SOUNDS]
@@ -195,11 +198,12 @@ def _kaldi_path(place: str, source: Path, audio_dir: Path | None) -> Path | None
 
 
 def _csv(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
-    """A table with a header. Audio lies beside it, in ``clips`` beside it (Common Voice), or in ``audio_dir``."""
+    """Reads a table with a header. Audio lies in ``audio_dir``, or else beside the table or in a folder ``clips``
+    beside it (Common Voice)."""
     tabs = source.name.lower().removesuffix(".gz").endswith(".tsv")
     lines = (f"{line}\n" for _, line in _lines(source))
     csv.field_size_limit(_LONGEST_FIELD)
-    # Common Voice's TSV has quotation marks that are part of a sentence.
+    # In Common Voice's TSV a quotation mark is part of the sentence.
     quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
     rows = csv.DictReader(lines, **quoting)
     try:
@@ -212,7 +216,7 @@ def _csv(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry
         if sound is None or text is None:
             lacking = "audio" if sound is None else "text"
             known = ", ".join(_AUDIO_COLUMNS if sound is None else _TEXT_COLUMNS)
-            raise PrepareError(f"{source}: no column of {lacking} ({known}) in its header: {', '.join(header)[:200]}")
+            raise PrepareError(f"{source}: its header has no column for {lacking} ({known}): {', '.join(header)[:200]}")
         for row in rows:
             name, said = row[sound], row[text]
             if not name or said is None:
@@ -223,7 +227,7 @@ def _csv(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry
                 entry: Entry = {"audio_filepath": str(path), "duration": seconds, "text": said.strip()}
                 yield entry | ({"speaker": row[speaker]} if speaker and row[speaker] else {})
     except csv.Error as error:
-        raise PrepareError(f"{source}, line {rows.line_num}: not a table: {error}") from error
+        raise PrepareError(f"{source}, line {rows.line_num}: not a valid table: {error}") from error
 
 
 def _beside(name: str, source: Path, audio_dir: Path | None) -> Path:
@@ -239,7 +243,7 @@ def _beside(name: str, source: Path, audio_dir: Path | None) -> Path:
 
 
 def _manifest(source: str, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
-    """NeMo's JSON lines, or the array of NVIDIA's Jasper, of which the file at speed 1 is taken."""
+    """Reads NeMo's JSON lines, or the array of NVIDIA's Jasper, from which the files at speed 1 are taken."""
     try:
         utterances = read_manifest(source, audio_dir)
     except ManifestError as error:
@@ -247,7 +251,7 @@ def _manifest(source: str, audio_dir: Path | None, report: Report) -> Iterator[E
     shards: dict[str, int] = {}
     for u in utterances:
         if not (u.duration > 0 and math.isfinite(u.duration)):
-            report(f"{u.name}: a duration of {u.duration} s")
+            report(f"{u.name}: its duration is {u.duration} s")
             continue
         entry: Entry = {"audio_filepath": u.path, "duration": u.duration, "text": u.text}
         if u.packed:
@@ -258,14 +262,14 @@ def _manifest(source: str, audio_dir: Path | None, report: Report) -> Iterator[E
 
 
 def _lhotse(source: Path, audio_dir: Path | None, report: Report) -> Iterator[Entry]:
-    """Lhotse's cuts as JSON lines: one recording in one file, and one supervision with a text."""
+    """Reads Lhotse's cuts from JSON lines. Each must have one recording in one file, and one supervision with text."""
     for number, line in _lines(source):
         where = f"{source}, line {number}"
         try:
             cut = json.loads(line)
             sources, told = cut["recording"]["sources"], cut["supervisions"]
             if len(sources) != 1 or sources[0]["type"] != "file" or len(told) != 1:
-                report(f"{where}: {cut.get('id')}: not one file with one supervision")
+                report(f"{where}: {cut.get('id')}: the cut is not one file with one supervision")
                 continue
             start, seconds = float(cut.get("start", 0.0)), float(cut["duration"])
             path, text = Path(sources[0]["source"]), told[0]["text"]
@@ -276,7 +280,7 @@ def _lhotse(source: Path, audio_dir: Path | None, report: Report) -> Iterator[En
             entry |= {"speaker": str(told[0]["speaker"])} if told[0].get("speaker") else {}
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise PrepareError(f"{where}: not a cut of Lhotse: {what}") from error
+            raise PrepareError(f"{where}: not a valid cut of Lhotse: {what}") from error
         yield entry
 
 

@@ -1,4 +1,4 @@
-"""Utterances in tar files without a manifest, as WebDataset writes them: NAME.flac beside NAME.txt or NAME.json."""
+"""Reads utterances from WebDataset's tar files, which have no manifest but NAME.txt or NAME.json with NAME.flac."""
 
 from __future__ import annotations
 
@@ -19,26 +19,28 @@ TEXTS = ("txt", "lab", "trn", "transcript")
 
 
 def named(source: str) -> list[str]:
-    """The tars that a source names: a folder, a path, a pattern or a URL; empty if it is no such source."""
+    """Returns the tars that a source names. It may be a folder, a path, a pattern or a URL. Another source has none."""
     if not places.is_url(source) and os.path.isdir(source):
         return sorted(str(path) for path in Path(source).glob("*.tar"))
     return [tar for tar in places.expanded(source) if tar.endswith(".tar")]
 
 
 def entries(source: str, report: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """An entry for each sample with audio and text, with its place, so that it is read from the tar as it lies.
+    """Yields a manifest entry for each sample with audio and text. It has the place of the audio in the tar, from which
+    the audio is read later.
 
-    ``report`` takes a line for each sample that is left out. Raises PrepareError naming a file that is no tar.
+    ``report`` is called with a message for each sample that is left out. Raises PrepareError, which names a file that
+    is not a tar.
     """
     tars = named(source)
     if not tars:
-        raise PrepareError(f"{source}: names no *.tar")
+        raise PrepareError(f"{source}: there is no *.tar")
     for shard, tar in enumerate(tars):
         try:
             with places.opened(tar) as file:
                 yield from _of_tar(tar, shard, file, report)
         except (tarfile.TarError, EOFError, OSError) as error:
-            raise PrepareError(f"{tar}: not a whole tar file without compression: {error}") from error
+            raise PrepareError(f"{tar}: not a complete, uncompressed tar file: {error}") from error
 
 
 def _of_tar(tar: str, shard: int, file: BinaryIO, report: Callable[[str], None]) -> Iterator[dict[str, Any]]:
@@ -52,7 +54,7 @@ def _of_tar(tar: str, shard: int, file: BinaryIO, report: Callable[[str], None])
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Key and ending of a member: WebDataset parts names at the first dot."""
+    """Returns key and extension of a member's name, split at the first dot as WebDataset does."""
     folder, _, last = name.rpartition("/")
     stem, _, end = last.partition(".")
     return (f"{folder}/{stem}" if folder else stem), end.lower()

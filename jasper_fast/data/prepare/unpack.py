@@ -1,4 +1,4 @@
-"""Unpacks archives that are not trusted: no member may lie outside the folder, or be a link or a device."""
+"""Unpacks archives that are not trusted: a member outside the folder, a link or a device is an error."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _BAD = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
 
 
 def parts_of(member: tarfile.TarInfo, archive: Path) -> tuple[str, ...]:
-    """The parts of a member's path. Raises HostileArchive if the path leaves the folder, or if the member is neither a
-    file nor a folder."""
+    """Returns the parts of a member's path. Raises HostileArchive if the path leads out of the folder, or if the member
+    is neither a file nor a folder."""
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts or "\0" in member.name:
         raise HostileArchive(f"{archive}: the member {member.name!r} would lie outside the folder; take another copy")
@@ -31,9 +31,9 @@ def parts_of(member: tarfile.TarInfo, archive: Path) -> tuple[str, ...]:
 
 
 def unpack(archive: Path, inside: str, folder: Path, progress: Progress = silent) -> int:
-    """Unpacks what lies under the path ``inside`` of a tar (plain or compressed) into ``folder``; gives the number of
-    files. Those that a run before wrote are kept; what is not whole lies beside ``folder``. Raises PrepareError for a
-    damaged or hostile archive."""
+    """Unpacks the files under the path ``inside`` of a tar (plain or compressed) into ``folder``, and returns their
+    number. Files from an earlier run are kept. Until a file is complete, it lies beside ``folder``. Raises PrepareError
+    for a damaged or hostile archive."""
     wanted, count, size = PurePosixPath(inside).parts, 0, archive.stat().st_size
     try:
         with open(archive, "rb") as raw, tarfile.open(fileobj=raw, mode="r:*") as tar:
@@ -51,7 +51,7 @@ def unpack(archive: Path, inside: str, folder: Path, progress: Progress = silent
         why = " ".join(str(error).split())[:200]
         raise PrepareError(f"{archive}: not a complete tar archive ({why}); get another copy") from error
     if not count:
-        raise PrepareError(f"{archive}: holds no file under {inside}")
+        raise PrepareError(f"{archive}: the archive has no file under {inside}")
     return count
 
 

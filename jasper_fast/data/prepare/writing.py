@@ -1,4 +1,4 @@
-"""Files that are either complete or absent, at whatever point the work is killed."""
+"""Writes files such that each is either complete or absent, whenever the run is killed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-Progress = Callable[[str, int, int | None], None]  # called with the name of the work, how much is done, and of how much
+Progress = Callable[[str, int, int | None], None]  # called with the name of the work, the amount done, and the total
 
 
 class PrepareError(ValueError):
@@ -24,21 +24,22 @@ def silent(what: str, done: int, total: int | None) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Inside, an error of the file system (a full disk, no permission) is a PrepareError that names ``path``."""
+    """Raises PrepareError, which names ``path``, for an error of the file system (full disk, no permission) in its
+    block."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # raised by a library that reads, not by the file system
+        if error.errno is None:  # not an error of the file system: a library raised it, because of what it reads
             raise
         raise PrepareError(
-            f"{path}: {error.strerror}; what is whole is kept: mend that and run the command again"
+            f"{path}: {error.strerror}; complete files are kept: solve this and run the command again"
         ) from error
 
 
 @contextmanager
 def whole(path: Path, folder: Path | None = None) -> Iterator[Path]:
-    """A temporary path in ``folder`` (default: that of ``path``), renamed to ``path`` at the end of the block, or
-    removed after an error."""
+    """Yields a temporary path in ``folder`` (default: the folder of ``path``). At the end of the block it is renamed to
+    ``path``, or removed after an error."""
     temporary = (folder or path.parent) / f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp"
     with writing(path):
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +52,7 @@ def whole(path: Path, folder: Path | None = None) -> Iterator[Path]:
 
 
 def write_manifest(path: Path, entries: Iterable[dict[str, Any]], work: Path | None = None) -> int:
-    """Writes entries as JSON lines; returns their number. ``work``: the folder of the file until it is complete."""
+    """Writes entries as JSON lines, and returns their number. ``work``: the folder of the file until it is complete."""
     count = 0
     with whole(path, work) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         for entry in entries:
@@ -62,7 +63,7 @@ def write_manifest(path: Path, entries: Iterable[dict[str, Any]], work: Path | N
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Locks the folder against a second run. Raises PrepareError if another run holds the lock."""
+    """Locks the folder against other runs. Raises PrepareError if another run has locked it."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
