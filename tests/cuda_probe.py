@@ -163,8 +163,7 @@ def row_shifts(panel: int) -> Iterator[tuple[int, int, Placed]]:
 
 
 def overlaps() -> Iterator[tuple[int, Placed]]:
-    """Yields (step, b), where the core matrices of `b` are only `step` bytes apart, fewer than the 128 that each
-    takes."""
+    """Yields (step, b). The core matrices of `b` begin `step` bytes apart and overlap, because each takes 128 bytes."""
     for step in range(16, 128, 16):
         yield step, Placed(PANELS, 128, step, 1)
 

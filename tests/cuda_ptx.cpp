@@ -39,7 +39,7 @@ void zeros(bool fence = true) {
   __syncthreads();
 }
 
-// Runs a matrix product of zeros; the kernels put their mistake before, in the middle of or after it.
+// Runs a matrix product of zeros with a kernel's mistake in or around it.
 struct Steps {
   bool fence = true, commit = true, wait = true;
 };
@@ -60,7 +60,8 @@ struct Fault {
   std::function<void()> kernel;
 };
 
-// Mistakes that only ThreadSanitizer finds, because the order in which the emulation runs threads gives right results.
+// Mistakes that only ThreadSanitizer finds, because the results are right in the order in which the emulation runs
+// threads.
 std::vector<Fault> races() {
   return {
       {"race store", 1, 64, 512,

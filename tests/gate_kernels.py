@@ -43,7 +43,7 @@ def relu(x_ptr, y_ptr, PLAIN: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def source(kernel: object, arch: int, *args: object, **meta: object) -> aot.Source:
-    """Returns what a launch of `kernel` with these arguments compiles."""
+    """Returns the source that Triton compiles for a launch of `kernel` with these arguments."""
     made: list[launch.Launch] = []
     with launch.recorded(made.append, arch):
         launch.run(kernel, (1,), args[0], *args, **meta)

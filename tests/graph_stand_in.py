@@ -113,7 +113,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     backend_registration._setup_privateuseone_for_python_backend(NAME, Module())
     casting = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
-    # no op casts by autocast on this device, except ours, which ask for its dtype themselves
+    # autocast casts nothing on this device; our own ops ask for its dtype and cast themselves
     casting.fallback(torch.library.fallthrough_kernel)
     for module in (step, graphed):
         module.reads_no_lengths = lambda device: True

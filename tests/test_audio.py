@@ -199,7 +199,7 @@ def test_a_file_cut_in_half_gives_what_is_there_and_both_lengths(tmp_path, conta
     assert float(short.cause.split()[4]) == pytest.approx(2.0, abs=0.02)
     assert str(pickle.loads(pickle.dumps(short))) == str(short)
     assert audio.duration(path) == pytest.approx(2.0, abs=0.02)
-    assert len(audio.load(path, duration=0.5)) == 8000  # a part within the samples that exist is complete
+    assert len(audio.load(path, duration=0.5)) == 8000  # all samples of this part exist
     with pytest.raises(ShortAudio):
         audio.load(path, offset=0.5, duration=1.0)
 

@@ -1,4 +1,4 @@
-"""Two results of one machine are compared: which of their ratios agree."""
+"""Compares two results of one machine: which of their ratios agree."""
 
 import copy
 import json

@@ -187,7 +187,7 @@ def test_the_median_has_an_interval_of_its_own():
     assert found["p20"] < found["median_low"] < 1.0 < found["median_high"] < found["p80"]
 
 
-# ------------------------------------------------------------------ the launch, by CuPy
+# ------------------------------------------------------------------ launches, timed by CuPy
 
 
 def cupy(monkeypatch, benchmark) -> None:

@@ -107,7 +107,7 @@ def context(monkeypatch) -> Context:
 
 
 def again(run: Run) -> Run:
-    """Returns the same run as the next process resumes it."""
+    """Returns `run` as the next process resumes it."""
     header = {k: run.results.data[k] for k in ("command", "machine")}
     results = result_file.Results(run.results.path, header, resume=True)
     return dataclasses.replace(run, results=results, started=time.monotonic())
@@ -128,8 +128,8 @@ def test_who_loses_the_device_has_a_row_and_no_second_chance(tmp_path, context):
 
 
 def test_a_lost_device_costs_its_part_and_not_the_run(tmp_path, context, monkeypatch):
-    """Shows that the run continues in a new process, which tries the lost part once more after the others and no
-    more."""
+    """Shows that the run continues in a new process. The lost part is tried once more, after all others, and then given
+    up."""
 
     class Replaced(BaseException):
         """Ends the pretended process when another takes its place."""

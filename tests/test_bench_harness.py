@@ -61,7 +61,7 @@ def test_a_run_comes_back_to_its_cases(tmp_path):
     twin = twice["test op=softplus / twin"]
     assert twin["ratio"]["visits"] == 2 and "visits" not in once["test op=softplus / twin"]["ratio"]
     assert twin["time_s"]["samples"] > once["test op=softplus / twin"]["time_s"]["samples"]
-    # wrong in the second visit, so the number of the first visit goes too
+    # wrong in the second visit, so the number of the first visit is dropped too
     assert twice["test op=again / scaled later"]["status"] == "wrong"
 
 
@@ -76,7 +76,7 @@ def test_backward_alone_is_timed_in_both_visits(tmp_path):
 
 def test_a_case_takes_its_own_rounds_and_share_in_both_visits(tmp_path):
     run = make_run(tmp_path, revisits=True)
-    # a target that the minimum of rounds already meets
+    # a target so wide that the fewest rounds meet it
     run.effort = Effort(seconds=60.0, min_rounds=4, max_rounds=20, target=1e9)
     changes = {"softplus": {}, "more": {"rounds": 12}, "less": {"share": 1e-9}}
     run.cases("test", [softplus_case({"twin": F.softplus}, op, **change) for op, change in changes.items()])

@@ -1,5 +1,5 @@
-"""Latency: engines with small faults get no time, texts are compared with their own best path, and the effort depends
-on the machine."""
+"""Latency: an engine with a small fault gets no time, each text is compared with the best path of its log-probs, and
+the effort depends on the machine."""
 
 from __future__ import annotations
 

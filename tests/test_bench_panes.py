@@ -106,7 +106,8 @@ CHARGED = {
 
 @pytest.mark.parametrize("mode", common.MODES)
 def test_a_run_pays_for_the_newest_matrix_and_adds_the_gradients_of_the_older(mode):
-    """Shows which ops one timed run calls. With two older inputs, the mean and covariance gradients take four sums."""
+    """Shows which ops one timed run calls. The gradients of the means and covariances of two older inputs take four
+    sums."""
     i = panes.Inputs(2, 40, BLOCK, torch.float32, CPU)
     runner = panes.runner(panes.fused("gram", "auto"), i, "ntc", mode, gram=True)
     runner.run()  # makes what earlier blocks of the step would have made, and the graph that backward goes through

@@ -281,7 +281,7 @@ def test_published_tables_are_whole():
     assert len(published.TRAINING) == 23 and {gpus for _, _, gpus, _, _ in published.TRAINING} == {1, 4, 8, 16}
     for gpu, batch, gpus, full_rate, amp in published.TRAINING:
         one = next(r for r in published.TRAINING if r[:3] == (gpu, batch, 1))
-        # in the published numbers, N GPUs reach 0.75 to 1 times the rate of N single ones
+        # in the published numbers, N GPUs are 0.75 N to N times as fast as one
         assert 0.75 * gpus * one[4] <= amp <= gpus * one[4]
         assert full_rate is None or 1.4 < amp / full_rate < 2.95
     # spot checks: one value per table and per column

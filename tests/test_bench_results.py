@@ -1,4 +1,4 @@
-"""A real result of the command line: its command to repeat it, its page and the README's table."""
+"""A real result of the command line: the command that repeats it, its page and the README's table."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def setting():
 
 @cache
 def found(contender: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Returns the answer of one contender, with the clear gradients among it."""
+    """Returns the answer of one contender to the bench's check of a training step."""
     config, state, batch = setting()
     if contender == "jasper_fast":
         module = models.fused(config, state, "auto")
@@ -54,7 +54,7 @@ def test_right_gradients_are_told_right(contender, dtype):
 
 
 def test_clear_weights_keep_every_relu_away_from_zero():
-    """Shows that at the clear weights no ReLU input is near zero, and that both signs occur, so a missing ReLU is
+    """Shows that at the weights of `models.clear` no ReLU input is near zero. Both signs occur, so a missing ReLU is
     found."""
     config, state, batch = setting()
     model = models.eager(config, models.clear(config, state)).train()
@@ -169,7 +169,7 @@ def test_a_skipped_utterance_gets_no_time(dtype, tmp_path, monkeypatch):
 @pytest.mark.parametrize("ours", [False, True])
 @pytest.mark.parametrize(("dtype", "mode"), [("fp16", "forward+backward"), ("fp16", "step"), ("bf16", "step")])
 def test_fp16_scales_the_loss_as_training_does(dtype, mode, ours, monkeypatch):
-    """Shows where gradients are unscaled: eager's by the scaler, NovoGrad's inside its step, which leaves `grad`
+    """Shows that the scaler unscales eager's gradients, while NovoGrad unscales inside its step and leaves `grad`
     scaled."""
     calls = []
 

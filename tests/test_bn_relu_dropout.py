@@ -166,7 +166,8 @@ def test_statistics_do_not_cancel_under_a_large_offset(face):
     y = make(4, 24, 75, dtype=torch.float32, device=face.device, offset=3000.0).y
     mean, m2 = face.load("bn_relu_dropout").stats(y)
     var64, mean64 = torch.var_mean(y.double(), (0, 2), correction=0)
-    # Moving the mean by one eps of 3000 changes a variance of 1 by 2e-4. E[y^2] - E[y]^2 would be off by more than 1.
+    # An error of one eps in a mean of 3000 changes a variance of 1 by 2e-4. E[y^2] - E[y]^2 would be off by more than
+    # 1.
     assert torch.allclose(m2.double(), var64 * 300, rtol=1e-3)
     assert torch.allclose(mean.double(), mean64, rtol=1e-6)
 

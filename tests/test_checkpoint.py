@@ -416,8 +416,8 @@ def test_a_file_without_labels_has_the_published_ones_where_labels_start_from_th
 
 @pytest.mark.parametrize("kind", ["NVIDIA's", "bare", "Lightning", "Lightning, labels unsaid"])
 def test_warm_start_from_a_file_that_may_not_say_its_labels(tmp_path, kind):
-    """Shows that a model with as many but other labels keeps no wrong row. The shapes fit, so only the alphabets show
-    the difference."""
+    """Shows that a model with the same number of other labels keeps no wrong row of the decoder. The shapes fit, so
+    only the alphabets show the difference."""
     model, other = trained_model(), list(" hijklmn")
     state = model.state_dict()
     if kind.startswith("Lightning"):

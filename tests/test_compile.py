@@ -44,7 +44,7 @@ def test_good_kernels_break_no_rule():
     assert not complaints(job(80), AMPERE)
     assert not complaints(job(100), GOOD | {"wgmma": 0, "tcgen05": 16})
     assert not complaints(job(80, kernel="bn_relu_dropout forward"), POINTWISE)
-    small = {"dot_rows": 32, "wgmma": 0, "mma_sync": 64}  # too small a tile for a warp group, which only fp32 has
+    small = {"dot_rows": 32, "wgmma": 0, "mma_sync": 64}  # a tile too small for a warp group; only fp32 has such tiles
     assert not complaints(job(90, "float32", PRECISION="tf32"), GOOD | small)
     assert set(complaints(job(90), GOOD | small)) == {"tensor cores"}
     exact = job(80, "float32", PRECISION="ieee")
@@ -83,8 +83,8 @@ def test_a_broken_rule_is_named(rule, of, facts):
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_every_fp32_product_has_a_row_rounded_to_tf32_and_an_exact_one(arch):
-    """Shows that fp32 has the same rows rounded to TF32 and exact, because PyTorch's TF32 setting selects one of
-    them."""
+    """Shows that each fp32 product has a row rounded to TF32 and an exact one. PyTorch's TF32 setting decides which of
+    the two is launched."""
     found = {"tf32": set(), "ieee": set()}
     for kernel, layer, source in launches.recorded(arch, "float32"):
         values = source.constants

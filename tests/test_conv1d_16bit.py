@@ -47,7 +47,7 @@ SHAPES = [
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_exact_products_of_rounded_operands(shape, relu, cpu) -> None:
-    """Compares with fp64 on operands rounded to bf16, beside PyTorch in fp32 on the same operands."""
+    """Shows that outputs are as close to fp64 as PyTorch's in fp32 are, all from operands rounded to bf16."""
     c_in, c_out, k, t, stride, dilation, lengths = shape
     lengths = torch.tensor(lengths)
     x, weight = torch.randn(len(lengths), t, c_in), torch.randn(c_out, c_in, k) / (c_in * k) ** 0.5

@@ -151,7 +151,7 @@ def check_inference(
     space = cuda_impl.Workspace("cpu") if split else None
     if split:
         space.reserve(1 << 22, 64)
-        space.part.fill_(float("nan"))  # shows a partial sum that is read too early
+        space.part.fill_(float("nan"))  # NaN shows a partial sum that is read too early
     history = torch.full((x.shape[0], geometry.frames(x.shape[2], k), c_out + 16), float("nan"), dtype=dtype)
     out = None if log_softmax else history[:, :, 8 : 8 + c_out]  # a slice of a wider buffer
 

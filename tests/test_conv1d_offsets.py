@@ -70,7 +70,7 @@ def test_a_slice_of_a_wide_history_buffer_is_judged_by_its_strides(launched, pla
     with refused():
         call(frames)
     assert not launched
-    call(frames - 1)  # one frame less ends within 32 bits
+    call(frames - 1)  # with one frame less, all offsets fit into 32 bits
     assert launched == ["conv1d_fused_kernel"]
 
 

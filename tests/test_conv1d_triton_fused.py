@@ -61,7 +61,8 @@ def test_the_first_conv_reads_features_as_they_are(dtype, masked, descriptors, m
         features = mask(features, lengths, torch.nan)
     made = torch.full((3,), -1, device=device)
     bias = torch.randn(32, device=device)
-    room = 26 if masked else 23  # with masks there are more frames than the conv returns, as in an engine's bucket
+    # with masks, the output has room for more frames than the conv computes, as in an engine's bucket
+    room = 26 if masked else 23
     out = torch.full((3, room, 32), torch.nan, device=device, dtype=dtype)
     how, told = Geometry(2, 5), Lengths(lengths, None, made, masked)
     packed = triton_impl.pack(weight), how

@@ -280,7 +280,7 @@ class Products(TorchDispatchMode):
 def test_bytes_of_panes_are_what_their_products_read_and_write(block, tmp_path):
     T, run = 29, make_run(tmp_path)
     i = panes.Inputs(N, T, block, torch.float32, CPU)
-    grams = panes.older_grams([*i.ntc, i.ntc[-1]])  # a case counts only the matrix of its newest input
+    grams = panes.older_grams([*i.ntc, i.ntc[-1]])  # a case counts only the Gram matrix of its newest input
     means, covs = zip(*((g.mean, g.cov) for g in grams), strict=True)
     count = lambda mode: panes.case(run, N, T, block, mode).nbytes  # noqa: E731
     # calls the functions inside the ops, because a dispatch mode cannot look inside an op

@@ -73,8 +73,8 @@ def test_it_is_pytorchs(face, blank, zero_infinity):
 
 
 def test_it_is_right_through_a_softmax():
-    """Shows that the gradient equals numerical differences in fp64. It is taken through a log-softmax, because the loss
-    leaves out the part that a log-softmax removes."""
+    """Shows that the gradient equals numerical differences in fp64. It is taken through a log-softmax, because the
+    loss's own gradient leaves out a term that a log-softmax cancels."""
     x = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)
     given = torch.tensor([6, 4, 5]), torch.tensor([[0, 0], [1, 2], [2, 0]]), torch.tensor([2, 2, 1])
     assert torch.autograd.gradcheck(lambda x: ops.ctc_loss(x.log_softmax(2), *given), x)
@@ -160,7 +160,7 @@ def test_the_op_is_registered_well(face):
 
 
 def test_the_loss_of_a_step_takes_the_one_that_reads_no_lengths(monkeypatch):
-    """Shows that a training step takes the loss that reads no lengths on the host, on devices that have it."""
+    """Shows that on devices which have it a training step uses the loss that reads no lengths on the host."""
     log_probs, lengths, targets, counts = inputs(torch.device("cpu"))
     targets = targets.clamp(max=V - 2)
     want = step.ctc_loss(log_probs, lengths, targets, counts)

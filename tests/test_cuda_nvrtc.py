@@ -232,7 +232,7 @@ NORM_SHAPES = [(2, 64, 37, torch.float16), (2, 29, 19, torch.float32), (3, 200, 
 @pytest.mark.parametrize(("n", "c", "t", "dtype"), NORM_SHAPES, ids=str)
 @pytest.mark.parametrize("full", [False, True])
 def test_norms_through_the_driver(monkeypatch, norm_library, cache, n, c, t, dtype, full) -> None:
-    """Shows that launches through NVRTC give the same bits as the emulated face, whose launches C++ plans."""
+    """Shows that launches through NVRTC give the same bits as the emulated face, whose launches are planned in C++."""
     compiler = Nvrtc()
     ops = norms_nvrtc.Compiled(compiler, NormDriver(norm_library))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

@@ -104,7 +104,8 @@ def flat(result: tuple[int, list[bool]]) -> tuple[int, bool]:
 
 
 def swizzles(call: Callable, where: dict) -> list[str]:
-    """Returns one line for each first row, 0 to 63, of an operand with 128-byte swizzle, and each base offset."""
+    """Returns one line per case: an operand with 128-byte swizzle that begins at a row from 0 to 63, with each base
+    offset."""
     image, lines = probe.panels(), []
     for row in range(64):
         for base in sorted({0, row % 8}):

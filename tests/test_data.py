@@ -327,7 +327,7 @@ def test_join_noise_room_and_limits(corpus, tmp_path):
     noisy = [a_set(corpus, join={"min_gap": 0.1, "noise_db": (-40, -40)})[0].audio for _ in range(2)]
     assert noisy[0][:1600].std() == pytest.approx(0.01, rel=0.1) and np.array_equal(*noisy)
     short = a_set(corpus, join={"min_clips": 7}, max_duration=4.0)
-    assert len(short[0].text.split("word ")) == 8  # min_clips counts more than max_duration
+    assert len(short[0].text.split("word ")) == 8  # min_clips takes precedence over max_duration
     short = a_set(corpus, join={"same_speaker": False}, max_duration=4.0)
     assert max(short.durations(0)) <= 4.0 and max(len(i.text) for i in map(short.__getitem__, range(12))) > 20
     one = {"min_clips": 1, "max_clips": 1}

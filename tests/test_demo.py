@@ -187,7 +187,7 @@ def main(argv):
 
 @pytest.fixture
 def bench(monkeypatch):
-    """Replaces the bench by numbers: fused takes half of eager's time and keeps 0.4 of its bytes."""
+    """Replaces the bench by fixed numbers: fused takes half of eager's time and keeps 0.4 of its bytes."""
     module = types.ModuleType("jasper_fast.bench.cli")
     exec(BENCH, module.__dict__)
     monkeypatch.setitem(sys.modules, "jasper_fast.bench.cli", module)

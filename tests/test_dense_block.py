@@ -1,4 +1,4 @@
-"""The gradients of a whole dense-residual block (conv sub-blocks, panes, masks, dropout) in fp64, in both forms."""
+"""The gradients of a whole dense-residual block in fp64: conv sub-blocks, panes in both forms, masks and dropout."""
 
 from __future__ import annotations
 

@@ -170,8 +170,8 @@ def test_the_first_launch_reads_the_usual_features_as_they_are(device, launched)
 
 
 def test_the_steps_through_the_library_are_at_most_four_kernels_each():
-    """Shows the ops of a step through the library: a conv without bias, the panes' product, the bias and a clamp. Once
-    they were seven to ten."""
+    """Shows the ops of a step through the library: a conv without bias, the panes' product, the bias and a clamp. An
+    earlier version needed seven to ten."""
     _, ours = pair(config(), "reference")
     engine = InferenceEngine(ours, graphs=False)
     assert type(engine._run).__name__ == "Stepwise"

@@ -1,4 +1,4 @@
-"""LogMelFeatures equals the reference's numbers and keeps its promises; SpecAugment and SpecCutout."""
+"""LogMelFeatures gives the reference's numbers; SpecAugment and SpecCutout mask what they should."""
 
 import pytest
 import torch

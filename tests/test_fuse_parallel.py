@@ -34,7 +34,7 @@ def _in_parallel(rank: int) -> dict[tuple, dict[str, torch.Tensor]]:
         model = build("nvidia").train()
         if when == "before":
             fuse(model, strict=True)
-        if synced:  # not in DDP too, which takes no SyncBN on a CPU
+        if synced:  # without DDP, which takes no SyncBN on a CPU
             run = model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         else:
             run = nn.parallel.DistributedDataParallel(model)

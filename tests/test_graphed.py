@@ -88,7 +88,7 @@ def test_the_graphs_used_last_are_kept(monkeypatch):
     for seconds in (0.2, 0.2, 0.5, 0.5, 0.2, 0.8, 0.8, 0.2, 0.5):
         made([batch(1, seconds, 2, 0)])
     assert [shapes[0][0][1] for shapes in made.graphs] == [(32 - 1) * 160, (64 - 1) * 160]
-    assert len(recorder.tapes) == 4  # 0.8 s replaced 0.5 s, which was then captured again
+    assert len(recorder.tapes) == 4  # the graph for 0.8 s replaced the one for 0.5 s, which was then captured again
     made.forget()
     made([batch(1, 0.2, 2, 0)])
     assert not made.graphs and len(recorder.tapes) == 4
@@ -181,7 +181,7 @@ def test_the_bench_has_it_only_where_it_can_be():
 
 
 class Reading(Frontend):
-    """An augmentation that reads its numbers on the host."""
+    """A frontend that reads a value on the host."""
 
     def forward(self, audio, lengths):
         assert audio.sum().item() < 1e9

@@ -57,7 +57,8 @@ def twin(model: Jasper) -> Jasper:
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "panes"), [("cpu", "plain"), ("cpu", "gram")])
 def test_a_compiled_step_equals_an_uncompiled_one_at_every_length(backend, panes):
-    """Shows equal losses, gradients and statistics in fp32, and that the second length compiles for all lengths."""
+    """Shows equal losses, gradients and statistics in fp32, and that of all further lengths only the first compiles
+    again."""
     _, plain = pair(config(dropout=0.2), backend, panes=panes)
     ours, counter = twin(plain), CompileCounterWithBackend("inductor")
     run, graphs = torch.compile(ours, backend=counter, fullgraph=True), []

@@ -84,8 +84,7 @@ def test_conv1d_gives_the_statistics_of_its_output(backend, stride):
 
 
 def test_a_pack_changes_no_bit():
-    """Shows that a pack which the caller keeps gives the same output, statistics and gradients, bit for bit, as
-    none."""
+    """Shows that passing a pack of the weight changes no bit of the output, the statistics and the gradients."""
     settle("triton")
     results = []
     for use in (False, True):

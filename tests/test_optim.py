@@ -323,7 +323,8 @@ def test_an_average_of_another_model_is_refused():
 
 @pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
 def test_a_state_of_the_foreach_form_goes_on(name):
-    """Shows that a state of earlier versions loads: a tensor per second moment, and moments in any memory order."""
+    """Shows that a state of earlier versions loads. In it each second moment is a tensor of its own, and moments may
+    have any memory order."""
     device = make_face(name).device
     start = torch.randn(4, 6, 3, device=device)
     moment = torch.randn(3, 6, 4, device=device).permute(2, 1, 0)  # another memory order than the parameter's

@@ -125,8 +125,8 @@ def test_three_kills_change_nothing(paths, untouched, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_saves_and_ends_well(paths, untouched, tmp_path):
-    """Shows that SIGTERM to the whole process group, as torchrun and SLURM send it, saves the run, with loader
-    processes too."""
+    """Shows that SIGTERM to the whole process group, as torchrun and SLURM send it, saves the run, although the
+    loader's processes get it too."""
     in_step_5 = IN_A_STEP.replace("os.kill(os.getpid(), signal.SIGKILL)", "os.killpg(0, signal.SIGTERM)")
     arguments = train_arguments(paths, tmp_path, **SETTINGS, num_workers=2)
     errors = finish(start(arguments, in_step_5), 0)

@@ -79,8 +79,7 @@ def drawn(rng: np.random.Generator, data: Utterances) -> Plan:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_each_utterance_of_an_epoch_is_heard_under_changing_batches(seed):
-    """Shows that after two stops at random steps, each with other batches next, every utterance is used exactly
-    once."""
+    """Shows that a run which is stopped twice, and resumed with other batches each time, uses every utterance once."""
     rng, data, epoch = np.random.default_rng(seed), Utterances(), int(seed % 3)
     state, heard, plan = standing(epoch, 0), [], drawn(rng, data)
     for _ in range(2):

@@ -25,7 +25,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def manifests(tmp_path_factory):
-    """Returns the corpus's paths, and the names in its manifest of all utterances and in one of some."""
+    """Returns the corpus's paths and, for a manifest of all utterances and one of some, the names in it."""
     paths = write_corpus(tmp_path_factory.mktemp("beeps"))
     lines = paths["train"].read_text().splitlines(keepends=True)
     some = paths["train"].with_name("some.jsonl")

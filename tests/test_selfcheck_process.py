@@ -238,7 +238,7 @@ def test_a_process_that_does_not_start_is_no_verdict_on_a_kernel():
 
 @pytest.mark.slow
 def test_a_device_that_is_lost_on_the_way_leaves_what_was_not_checked_open(tmp_path):
-    """Shows that the kernel is blamed in which the process died, although the next process cannot start."""
+    """Shows that the kernel in which a process died is blamed, although the next process cannot start."""
     flag = tmp_path / "started"
     code = f"""
 if os.path.exists({str(flag)!r}):

@@ -1,4 +1,4 @@
-"""Separable sub-blocks as one node: against the ops that they consist of, and eager PyTorch."""
+"""Separable sub-blocks as one node equal the ops that they consist of, and eager PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The device of the tensors in tests, on a pretended machine with a GPU (tensors without content)."""
+"""Tests find the right device, on a pretended machine with a GPU, where tensors have no content."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from jasper_fast import ops
 
 
 def test_a_settled_test_lies_where_its_face_runs(monkeypatch):
-    """Also tensors that a test makes without naming a device, so that one test serves machines with and without a
-    GPU."""
+    """Shows that tensors which a test makes without naming a device lie on its face's device, so that one test serves
+    machines with and without a GPU."""
     monkeypatch.setattr(conftest, "make_face", lambda name: conftest.Face(name, torch.device("cuda")))
     with FakeTensorMode():
         assert conftest.settle("triton") == "triton"

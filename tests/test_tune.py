@@ -205,7 +205,8 @@ def test_the_library_computes_what_the_kernel_does(function):
     low, ref = case.low(), case.reference()
     lengths = case.inputs["lengths"]
     assert 0 < lengths.min() <= cell.batch[1]
-    if function == "dgrad_bn":  # g belongs to the pass after it, which our kernel's epilogue includes and nobody times
+    # g is computed by the next pass, which is not timed; our kernel's epilogue computes it too
+    if function == "dgrad_bn":
         assert set(got) == {"dx", "dbeta", "dgamma"} and got.pop("dx") is not None
     for name, out in got.items():
         out = mask(out, lengths) if name == "dx" else out

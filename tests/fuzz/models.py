@@ -99,10 +99,10 @@ def evaluate(call, features, lengths) -> dict[str, torch.Tensor]:
 def compare(what: str, got: dict, lows: list[dict], ref: dict, floor: int = 64) -> None:
     """Fails unless `got` is within twice the error of the eager twin in fp32, plus `floor` eps of the values' size.
 
-    `lows` are results of the eager twin in fp32: one as it is, and others with the inputs changed by a rounding error
-    or a few. Batch norm over few values can magnify rounding without limit, and the spread of these results shows by
-    how much. The size of a gradient is that of the largest gradient of the step, and the size of a mean is its standard
-    deviation, because values that cancel to zero consist of rounding alone.
+    `lows` are results of the eager twin in fp32, from the same inputs and from inputs changed by rounding errors. Batch
+    norm over few values can magnify rounding without limit, and the spread of these results shows by how much. The size
+    of a gradient is that of the largest gradient of the step, and the size of a mean is its standard deviation, because
+    values that cancel to zero consist of rounding alone.
     """
     assert got.keys() == ref.keys(), f"{what}: other entries: {got.keys() ^ ref.keys()}"
     largest = max((float(v.abs().max()) for k, v in ref.items() if k.startswith("grad")), default=0.0)

@@ -48,7 +48,7 @@ def compiler() -> str:
 
 
 def alone(kind: str) -> list[str]:
-    """Returns the start of a command that switches off randomised addresses, with which TSan's runtime can fail."""
+    """Returns a command prefix that switches off address randomisation, with which TSan's runtime can fail."""
     return ["setarch", platform.machine(), "-R"] if kind == "thread" else []
 
 
