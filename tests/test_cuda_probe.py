@@ -1,6 +1,6 @@
 """Each instruction of csrc/cuda/ptx.cuh, run on a device, does what the PTX ISA (and so the host twin) says.
 
-    python tests/test_cuda_probe.py        the same, and a table: clocks by row shift, what 128-byte swizzle does
+    python tests/test_cuda_probe.py        prints clocks by row shift and the effect of 128-byte swizzle
 
 The tests assert everything that the kernels rely on. Swizzle that starts inside its pattern is only reported.
 """
