@@ -1,4 +1,4 @@
-"""Launches are counted, and a profile names layers and ops."""
+"""The profiler of bench counts launches and names layers and ops, and errors of the profiler are reported."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_gradcheck(form, dropout):
 
 
 def definition(block: EagerBlock, sources, seeds) -> torch.Tensor:
-    """Computes the reference's block with the dropout masks of these seeds in place of its own."""
+    """Computes the reference's block with the dropout masks that `seeds` give, all kept if it is None."""
     b, lens = block.cfg, LENGTHS
     keep = [1.0] * b.repeat
     x = sources[-1]

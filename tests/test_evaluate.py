@@ -1,4 +1,5 @@
-"""`jasper-fast evaluate` by set, length and speaker and in several processes; `transcribe` on folders."""
+"""`jasper-fast evaluate` reports by set, length and speaker, also from several processes; `transcribe` takes
+folders."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def step(model: nn.Module, **how) -> None:
 
 
 def average(model: nn.Module) -> None:
-    """Exchanges the weights for others, as `EMA.applied_to` does."""
+    """Replaces the model's weights by others, as `EMA.applied_to` does."""
     ema = EMA(model)
     ema.average = {k: v.clone() for k, v in scaled(model).items()}
     ema._exchange(model)

@@ -247,7 +247,8 @@ class Frozen(Net):
 
 
 def learn(backend, together, steps=5, bad=(2,), warmup=True, weights=None):
-    """Runs guarded steps, with NaN in the steps of `bad`; averages in the optimiser's step (`together`) or after it."""
+    """Runs guarded steps, with NaN in the steps of `bad`. The average is taken in the optimiser's step if `together`,
+    else after it."""
     torch.manual_seed(3)
     model = Frozen()
     ema = EMA(model, decay=0.9, warmup=warmup)

@@ -94,9 +94,11 @@ def test_ctc_loss_is_the_negative_log_likelihood_of_each_utterance():
     log_probs = torch.randn(2, 3, 3).log_softmax(-1)
     losses = ctc_loss(log_probs, torch.tensor([3, 2]), torch.tensor([[0, 1], [1, 0]]), torch.tensor([2, 1]))
     p = log_probs.exp()
-    paths_01 = [(0, 0, 1), (0, 1, 1), (2, 0, 1), (0, 2, 1), (0, 1, 2)]  # the alignments of three frames with 0, 1
+    # all alignments of the labels 0, 1 with three frames
+    paths_01 = [(0, 0, 1), (0, 1, 1), (2, 0, 1), (0, 2, 1), (0, 1, 2)]
     first = sum(p[0, 0, a] * p[0, 1, b] * p[0, 2, c] for a, b, c in paths_01)
-    second = sum(p[1, 0, a] * p[1, 1, b] for a, b in [(1, 1), (1, 2), (2, 1)])  # the alignments of two frames with 1
+    # all alignments of the label 1 with two frames
+    second = sum(p[1, 0, a] * p[1, 1, b] for a, b in [(1, 1), (1, 2), (2, 1)])
     torch.testing.assert_close(losses, -torch.stack([first, second]).log())
     low = ctc_loss(log_probs.bfloat16(), torch.tensor([3, 2]), torch.tensor([[0, 1], [1, 0]]), torch.tensor([2, 1]))
     assert low.dtype == torch.float32
