@@ -4,12 +4,13 @@
         --output-dir runs/small --epochs 100 --batch-size 32 --ema 0.999
     python train.py ... --resume                    # continues exactly where the run was stopped or killed
     python train.py ... --init-from jasper.nemo     # fine-tunes this project's, NVIDIA's or NeMo's weights
-    torchrun --nproc-per-node 8 train.py ...        # one process per GPU, or per --device cpu; with --max-restarts
-                                                    # torchrun resumes the run after a process was killed
+    torchrun --nproc-per-node 8 train.py ...        # one process per GPU, or 8 on the CPU with --device cpu; with
+                                                    # --max-restarts torchrun resumes after a process was killed
 
-A step is one update of the weights, by the mean gradient over processes x --grad-accumulation micro-batches.
-The output folder holds log.jsonl, tensorboard/, the last checkpoints (step_*.pt), the best one by WER (best.pt) and
-milestones. SIGINT and SIGTERM save and end the run; after a SIGKILL --resume takes the newest complete checkpoint.
+A step is one update of the weights. Its gradient is the mean over the --grad-accumulation micro-batches of all
+processes. The output folder holds log.jsonl, tensorboard/, the last checkpoints (step_*.pt), the best one by WER
+(best.pt) and milestones. On SIGINT and SIGTERM the run saves a checkpoint and ends. After a SIGKILL --resume continues
+from the newest complete checkpoint.
 """
 
 from __future__ import annotations
@@ -56,44 +57,52 @@ from jasper_fast.training.validate import heard, validate_state
 
 OPTIONS = {
     "data and model": [
-        option("--config", required=True, metavar="YAML", help="model, labels, features, augmentation"),
-        option("--train-manifests", nargs="+", required=True, metavar="FILE", help="JSON lines or the reference's"),
-        option("--val-manifests", nargs="+", default=[], metavar="FILE", help="no validation without"),
-        option("--data-dir", metavar="DIR", help="root of the audio paths (each manifest's folder)"),
-        option("--init-from", metavar="CKPT", help="start from these weights; decoder rows of shared labels too"),
-        option("--init-ema", action="store_true", help="take the moving average of --init-from"),
-        option("--init-decoder", choices=loading.DECODERS, default="auto", help="keep: --init-from's, whatever labels"),
-        option("--init-map", nargs="+", default=[], metavar="NEW=OLD", help="rows of new labels start from old ones'"),
-        option("--freeze-encoder", action="store_true", help="train the decoder alone; the encoder stays as it is"),
+        option("--config", required=True, metavar="YAML", help="describes model, labels, features, augmentation"),
+        option("--train-manifests", nargs="+", required=True, metavar="FILE", help="JSON lines or NVIDIA's JSON array"),
+        option("--val-manifests", nargs="+", default=[], metavar="FILE", help="data to validate on (none)"),
+        option("--data-dir", metavar="DIR", help="folder where relative paths start (each manifest's own)"),
+        option("--init-from", metavar="CKPT", help="weights to start from; see --init-decoder for its decoder"),
+        option("--init-ema", action="store_true", help="take the moving average in --init-from, not the weights"),
+        option("--init-decoder", choices=loading.DECODERS, default="auto",
+               help="auto: take the decoder rows of labels in both alphabets; keep: take all; new: take none (auto)"),
+        option("--init-map", nargs="+", default=[], metavar="NEW=OLD", help="decoder row that a new label starts from"),
+        option("--freeze-encoder", action="store_true", help="train only the decoder"),
     ],
     "length of the run; the first limit reached ends it": training_options.length(),
-    "batches, of each process": [
-        option("--batch-size", type=int, help="utterances in a micro-batch (16, without --batch-seconds)"),
-        option("--batch-seconds", type=float, help="padded seconds of audio in a micro-batch"),
-        option("--grad-accumulation", type=int, default=1, metavar="N", help="micro-batches in a step (1)"),
-        option("--global-batch", type=int, metavar="N", help="utterances in a step of all; sets --grad-accumulation"),
-        option("--no-bucketing", action="store_true", help="mix lengths within a batch"),
-        option("--num-workers", type=int, default=0, help="processes that read audio; 0 reads in the training one"),
+    "batches of each process": [
+        option("--batch-size", type=int, help="utterances per micro-batch (16, without --batch-seconds)"),
+        option("--batch-seconds", type=float, help="padded seconds of audio per micro-batch"),
+        option("--grad-accumulation", type=int, default=1, metavar="N", help="micro-batches per step (1)"),
+        option("--global-batch", type=int, metavar="N",
+               help="utterances per step, over all processes; sets --grad-accumulation"),
+        option("--no-bucketing", action="store_true", help="do not group utterances of similar length"),
+        option("--num-workers", type=int, default=0, help="processes that read audio; 0: the training process (0)"),
     ],
     "optimisation": training_options.optimisation(),
     "machine": [
-        option("--device", default="auto", help="auto, cpu, cuda, cuda:1"),
-        option("--backend", choices=BACKENDS, default="auto", help="kernels; asking for a missing one is an error"),
-        option("--panes", choices=PANE_FORMS, default="auto", help="form of the residual; auto: gram on a GPU"),
+        option("--device", default="auto", help="device to train on: auto, cpu, cuda or cuda:1 (auto)"),
+        option("--backend", choices=BACKENDS, default="auto", help="kernels to use; a missing one is an error (auto)"),
+        option("--panes", choices=PANE_FORMS, default="auto",
+               help="source of the dense residual's batch statistics: Gram matrices or plain outputs (auto: gram on a "
+                    "GPU)"),
         training_options.AMP,
-        option("--fp32-precision", choices=FP32_PRECISIONS, help="of fp32 products on a GPU (convs tf32, others ieee)"),
+        option("--fp32-precision", choices=FP32_PRECISIONS,
+               help="precision of fp32 products on a GPU (tf32 in convs, ieee elsewhere)"),
         training_options.SEED,
-        option("--cuda-graphs", action="store_true", help="a step is one launch, from the second of its shape on"),
-        option("--compile", action="store_true", help="the model through torch.compile; run `jasper-fast tune` before"),
-        option("--deterministic", action="store_true", help="bit-equal repeats on a GPU too, slower"),
-        option("--cudnn-benchmark", action="store_true", help="cuDNN times its algorithms for each new batch shape"),
+        option("--cuda-graphs", action="store_true",
+               help="launch a step as one CUDA graph, from the second step of its shape on"),
+        option("--compile", action="store_true",
+               help="run the model through torch.compile; run `jasper-fast tune` first"),
+        option("--deterministic", action="store_true", help="make repeated runs on a GPU bit-equal; slower"),
+        option("--cudnn-benchmark", action="store_true", help="let cuDNN time its algorithms for each batch shape"),
     ],
     "output": [
-        option("--output-dir", required=True, metavar="DIR", help="for logs and checkpoints"),
+        option("--output-dir", required=True, metavar="DIR", help="folder for logs and checkpoints"),
         *training_options.OUTPUT,
-        option("--milestones", type=int, nargs="*", default=[], metavar="EPOCH", help="checkpoints to keep for good"),
+        option("--milestones", type=int, nargs="*", default=[], metavar="EPOCH",
+               help="epochs whose checkpoints are kept for good"),
     ],
-}
+}  # fmt: skip
 
 
 def arguments(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
@@ -107,16 +116,16 @@ def arguments(argv: list[str] | None = None, prog: str | None = None) -> argpars
     if fault := training_options.wrong(args, counts):
         parser.error(fault)
     if args.deterministic and args.cudnn_benchmark:
-        parser.error("--cudnn-benchmark lets the clock choose algorithms, which --deterministic forbids: drop either")
+        parser.error("--cudnn-benchmark chooses algorithms by time, which --deterministic forbids: drop one of them")
     if args.compile and args.cuda_graphs:
-        parser.error("--compile and --cuda-graphs do not go together: choose the one that is faster for you")
+        parser.error("--compile and --cuda-graphs cannot be combined: use the one that is faster for you")
     if args.reload_best is not None and not args.val_manifests:
-        parser.error("--reload-best needs --val-manifests, by which it knows the best")
+        parser.error("--reload-best needs --val-manifests, because validation finds the best weights")
     return args
 
 
 def load_data(args: argparse.Namespace, config: JasperConfig, ranks: Ranks, console: Any) -> tuple[Split, Split | None]:
-    """The training split, and the validation split if there is one."""
+    """Returns the training split, and the validation split or None."""
     common = {"data_dir": args.data_dir, "seed": args.seed, "workers": args.num_workers, "rank": ranks.rank}
     common |= {"world_size": ranks.world, "batch_size": args.batch_size, "max_seconds": args.batch_seconds}
     train = Split.load("training", args.train_manifests, config, **common, bucketing=not args.no_bucketing)
@@ -133,7 +142,7 @@ def load_data(args: argparse.Namespace, config: JasperConfig, ranks: Ranks, cons
 
 
 def make_state(args: argparse.Namespace, config: JasperConfig, ranks: Ranks) -> TrainingState:
-    """The model and what learns with it: all that a checkpoint holds."""
+    """Returns the model, optimiser, loss scaler, meter and moving average: the state that a checkpoint saves."""
     core = Jasper(config, backend=args.backend, panes=args.panes).to(ranks.device)
     if args.init_from:
         weights = formats.read_weights(args.init_from, ema=args.init_ema)
@@ -147,17 +156,17 @@ def make_state(args: argparse.Namespace, config: JasperConfig, ranks: Ranks) -> 
 
 
 def distributed(core: nn.Module, ranks: Ranks) -> nn.Module:
-    """`core` as one process among several calls it; alone it is itself.
+    """Returns `core` wrapped in DistributedDataParallel, or `core` itself if there is only one process.
 
-    Gradients are views of the buckets that are sent, which saves their copies. `static_graph` is left out: it can only
-    spare a search for unused parameters, which is off, and fails where a run begins with accumulation under `no_sync`
-    (an internal assertion of torch 2.13).
+    Gradients are views of the buckets that are sent, which saves copying them. `static_graph` is not used. It would
+    only skip the search for unused parameters, which is off anyway, and with torch 2.13 it fails an internal assertion
+    if the first step accumulates gradients under `no_sync`.
     """
     if ranks.world == 1:
         return core
     places = [ranks.device.index] if ranks.device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel).parameters
-    # Running statistics are made equal before they are used, not in every forward; torch 2.13 has another name for it.
+    # Running statistics are synchronised before they are used, not in every forward. torch 2.13 renamed the option.
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(core, device_ids=places, gradient_as_bucket_view=True, **{buffers: False})
 
@@ -165,8 +174,8 @@ def distributed(core: nn.Module, ranks: Ranks) -> nn.Module:
 def resume(
     args: argparse.Namespace, folder: Folder, state: TrainingState, train: Split, ranks: Ranks, console: Any
 ) -> Any:
-    """Loads the newest checkpoint of `folder` into `state`; returns the random generators' state, None for a new
-    run."""
+    """Loads the newest checkpoint of `folder` into `state` and returns the saved state of the random generators. That
+    is None for a new run, and if the number of processes has changed."""
     if folder.steps() and not args.resume:
         raise RunError(
             f"{folder.path} holds checkpoints of an earlier run: add --resume or choose another --output-dir"
@@ -178,29 +187,29 @@ def resume(
     path, saved = found
     kind, instead = saved["arguments"]["optimizer"], f"or start anew: --init-from {path} --output-dir elsewhere"
     if kind != args.optimizer:
-        raise RunError(f"{path} was trained with --optimizer {kind}: go on with that, {instead}")
+        raise RunError(f"{path} was trained with --optimizer {kind}: use that one, {instead}")
     if list(saved["labels"]) != list(train.dataset.vocabulary.labels):
         raise RunError(
-            f"{path} was trained with other labels than {args.config} has: take its configuration, {instead}"
+            f"{path} was trained with other labels than those of {args.config}: use its own configuration, {instead}"
         )
     try:
         state.load_state_dict(saved)
     except (RuntimeError, ValueError) as error:
         what = str(error).splitlines()[0]
         raise RunError(
-            f"{path} is of another model than {args.config}: take its configuration, {instead} ({what})"
+            f"{path} does not fit the model of {args.config}: use its own configuration, {instead} ({what})"
         ) from error
     for key, value in saved["arguments"].items():
         if getattr(args, key, None) != value and key not in ("resume", "output_dir"):
             console.print(f"note: --{key.replace('_', '-')} was {value}, now it is {getattr(args, key, 'gone')}")
     if args.amp == "fp16" and not saved["scaler"]:
-        console.print("note: the loss scale starts afresh")
+        console.print("note: the checkpoint has no loss scale, so it starts at its initial value")
     if note := train.go_on(state, saved, args.grad_accumulation):
         console.print(f"note: {note}")
     console.print(f"resuming from {path}: epoch {state.epoch + 1}, step {state.step}")
     if len(saved["rng"]) != ranks.world:
         console.print(
-            f"note: {len(saved['rng'])} processes saved this, now there are {ranks.world}: not an exact resume"
+            f"note: saved by {len(saved['rng'])} processes, resumed by {ranks.world}: random numbers will differ"
         )
         return None
     return saved["rng"][ranks.rank]
@@ -227,7 +236,7 @@ class Run(Loop):
         return self.val is not None
 
     def tell_step(self, result: StepResult, lr: float, epoch: int, epochs: float) -> str:
-        """Writes the interval's figures; gives the bar's text."""
+        """Logs the figures since the last call, and returns the progress bar's text."""
         vocabulary, state = self.train.dataset.vocabulary, self.state
         said = wer(result.texts, heard(result.log_probs, result.lengths, vocabulary)) if result.texts else math.nan
         figures = state.meter.figures() | {"lr": lr, "epoch": epochs, "wer": said, "minutes": state.minutes}
@@ -237,7 +246,7 @@ class Run(Loop):
         return f"epoch {epoch}, loss {figures['loss']:.3f}"
 
     def judge(self) -> None:
-        """Validates, and keeps the best so far, by the moving average where there is one."""
+        """Validates, and saves the model if it is the best so far. The moving average decides, if there is one."""
         args, val, state, log = self.args, self.val, self.state, self.log
         results = validate_state(
             state, self.ranks, val.frontend, val.batches, val.dataset.vocabulary, AMP_DTYPES[args.amp], args.seed,
@@ -255,12 +264,12 @@ class Run(Loop):
         self.keep_best(r.wer)
 
     def tell_unusable(self) -> None:
-        """Names files that turned out to be unusable since it was asked last."""
+        """Prints the files that turned out to be unusable since the last call."""
         if lines := self.train.newly_skipped():
             talker().print(*lines, sep="\n")
 
     def finish(self, stopped: bool) -> None:
-        """Tells what is left to tell, and ends as every run does."""
+        """Prints what was skipped, and ends the run."""
         self.tell_skipped()
         self.tell_unusable()
         if len(self.train.dataset.skipped):
@@ -269,7 +278,7 @@ class Run(Loop):
 
 
 def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[nn.Module, Run, Any]:
-    """The model as training calls it, the run where it stands, and its random generators' state if it goes on."""
+    """Returns the model to call, the new or resumed run, and the random generators' state to restore, or None."""
     ranks = Ranks.start(args.device)
     console = talker(quiet=not ranks.first)
     seed_everything(args.seed)
@@ -280,12 +289,12 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[nn.Module, Run
         train, val = load_data(args, config, ranks, console)
         state = make_state(args, config, ranks)
         schedule = training_options.make_schedule(args, train.steps(0, args.grad_accumulation))
-        seed_everything(args.seed + ranks.rank)  # equal weights, but each process has noise and dropout of its own
+        seed_everything(args.seed + ranks.rank)  # the weights are equal; noise and dropout differ
         folder = Folder(args.output_dir, args.keep, args.milestones)
         generators = resume(args, folder, state, train, ranks, console)
         log = RunLog(folder.path, state.step, enabled=ranks.first)
         called = compiled(state.model, ranks.device) if args.compile else state.model
-    if train.changed and not args.steps:  # --epochs counts epochs, however many steps they have now
+    if train.changed and not args.steps:  # the remaining epochs have another number of steps than before
         left = train.steps(state.epoch, args.grad_accumulation) - state.position
         left += (args.epochs - state.epoch - 1) * schedule.steps_per_epoch
         schedule = dataclasses.replace(schedule, total_steps=max(1, state.step + left))
@@ -294,19 +303,19 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[nn.Module, Run
     about |= {"versions": versions, "arguments": vars(args), "data": train.print_of_data()}
     log.write(state.step, "start", device=ranks.place, processes=ranks.world, arguments=vars(args), versions=versions)
     size, total = sum(p.numel() for p in state.model.parameters()), schedule.total_steps
-    console.print(f"{size:,} parameters on {ranks.place}, {schedule.steps_per_epoch} steps an epoch, {total} in all")
+    console.print(f"{size:,} parameters on {ranks.place}, {schedule.steps_per_epoch} steps per epoch, {total} in all")
     parts = (args, ranks, console, state, schedule, folder, about, stop, log, state.step, state.step)
     return distributed(called, ranks), Run(*parts, train=train, val=val), generators
 
 
 def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingState], None] | None = None) -> None:
-    """Trains; `stop` ends the run early, `watch` is called after each step."""
+    """Trains a model. `stop` ends the run early; `watch` is called after each step."""
     model, run, generators = prepare(args, stop)
     state, train, ranks, console = run.state, run.train, run.ranks, run.console
     total, accumulation, on_gpu = run.schedule.total_steps, args.grad_accumulation, ranks.device.type == "cuda"
     with contextlib.closing(run.log), training_bar(console, state.step, total) as progress, run.saved():
         model.train(), train.frontend.train()
-        if on_gpu and state.step < total:  # the largest batches now, not at the end of an epoch
+        if on_gpu and state.step < total:  # runs out of memory now, if at all, and not in mid-epoch
             largest = largest_batches(train.sampler, train.dataset.durations(0))
             console.print(scan_memory(model, train.frontend, largest, ranks.device, AMP_DTYPES[args.amp]))
         guard, stopped = BufferGuard(state.model), False
@@ -321,7 +330,7 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
             run.judge()
         model.train(), train.frontend.train()
         while state.step < total:
-            # One step, unless it is time to stop, or one of the processes could read nothing of it
+            # One step. All processes skip it if one of them could read none of its files.
             batches, late = next(steps), state.minutes >= (args.max_minutes or math.inf)
             readable = [batch for batch in batches if len(batch)]
             stopped, late, unread = ranks.vote(bool(stop.signal), late, not readable)
@@ -340,7 +349,7 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
             if watch:
                 watch(state)
 
-            # What is due
+            # Logging, validation and checkpoints that are due
             due, epoch = run.due(), state.epoch + 1
             epochs = state.epoch + state.position / run.epoch_steps()
             if due.epoch_over:
@@ -360,7 +369,8 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
 
 
 def command(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status. A user's mistake is reported in one line, never as a traceback."""
+    """Runs the command line and returns the exit status. A user's mistake is reported in one line, never as a
+    traceback."""
     args, stop = arguments(argv, argv and "jasper-fast train"), StopRequest()
     try:
         main(args, stop)
@@ -368,7 +378,7 @@ def command(argv: list[str] | None = None) -> int:
     except (RunError, CheckpointError, ConfigError, ManifestError, BackendMissing, MissingExtra) as error:
         print(f"error: {error}", file=sys.stderr)
     except torch.OutOfMemoryError as error:
-        advice = "Lower --batch-size or --batch-seconds, and raise --grad-accumulation as much"
+        advice = "Lower --batch-size or --batch-seconds, and raise --grad-accumulation by the same factor"
         print(f"error: {error}\n{advice}", file=sys.stderr)
     finally:
         stop.restore()

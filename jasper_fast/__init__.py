@@ -1,6 +1,6 @@
 """jasper_fast: the Jasper speech model with every sub-block in fused kernels.
 
-Importing the package loads nothing heavy: each public name is imported on first use.
+Importing the package does not import torch: each public name is imported on first use.
 """
 
 from __future__ import annotations

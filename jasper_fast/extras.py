@@ -11,7 +11,7 @@ class MissingExtra(ImportError):
 
 
 def need(module: str, extra: str) -> ModuleType:
-    """The imported module; if it is not installed, raises MissingExtra naming the extra that installs it."""
+    """Imports and returns a module. If it is not installed, raises MissingExtra naming the extra that installs it."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

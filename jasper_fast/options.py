@@ -1,4 +1,4 @@
-"""Command-line options as tables: groups of options, each as argparse takes it."""
+"""Command-line options as tables: each group has a title and a list of arguments for argparse."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Option = tuple[tuple[str, ...], dict[str, Any]]
 
 
 def option(*names: str, **settings: Any) -> Option:
-    """The arguments of `add_argument`."""
+    """Returns the arguments for a later call of `add_argument`."""
     return names, settings
 
 
 def add(parser: argparse.ArgumentParser, groups: dict[str, Sequence[Option]]) -> None:
-    """Adds groups of options under their titles; those under "" to the parser itself."""
+    """Adds each group of options under its title. The options under the title "" have no group of their own."""
     for title, options in groups.items():
         group = parser.add_argument_group(title) if title else parser
         for names, settings in options:

@@ -1,6 +1,6 @@
-"""HTML pages of reports: one file that needs nothing else, readable in light and dark and on a phone.
+"""Renders reports as HTML pages. A page is a single file and adapts to light and dark mode and to small screens.
 
-A template extends page.html.j2, which has the style, tables and histograms.
+Each template extends page.html.j2, which has the style, tables and histograms.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from jasper_fast.extras import need
 
 
 def render(folder: Path, template: str, **values: Any) -> str:
-    """The page of a template in ``folder``. Raises MissingExtra where jinja2 is not installed."""
+    """Returns the page that ``template`` in ``folder`` makes of ``values``. Raises MissingExtra if jinja2 is not
+    installed."""
     jinja2 = need("jinja2", "train")
     loader = jinja2.FileSystemLoader([folder, Path(__file__).parent])
     environment = jinja2.Environment(
@@ -24,7 +25,8 @@ def render(folder: Path, template: str, **values: Any) -> str:
 
 
 def histogram(values: Sequence[float], bins: int = 24) -> list[tuple[float, float, int]]:
-    """(low, high, count) of bins of round widths that cover the finite values; none where there are none."""
+    """Returns (low, high, count) for each bin of a histogram of the finite values. The width of the bins is a round
+    number, and there are about ``bins`` of them. Without finite values the list is empty."""
     finite = [v for v in values if math.isfinite(v)]
     if not finite:
         return []
