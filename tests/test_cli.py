@@ -114,7 +114,7 @@ def test_transcribe_reports_bad_files_and_goes_on(model, files, bad, capsys):
     out = capsys.readouterr()
     assert [line.split("\t")[0] for line in out.out.splitlines()] == files[:2]
     assert "bad.wav: cannot be read as audio" in out.err and "gone.wav: no such file" in out.err
-    assert "2 of 4 could not be used" in out.err and "Traceback" not in out.err
+    assert "2 of 4 utterances could not be used" in out.err and "Traceback" not in out.err
     assert run("transcribe", files[0], bad, "--checkpoint", model, "--strict") == 1
     assert run("transcribe", bad, "--checkpoint", model) == 1
     assert capsys.readouterr().out.count("\n") == 1
@@ -298,7 +298,7 @@ def test_evaluate_warns_and_counts_lost_symbols(files, tmp_path, capsys):
     assert run("evaluate", "--manifest", manifest, "--checkpoint", model, "--out", out) == 0
     report, error = json.loads(out.read_text()), capsys.readouterr().err
     assert [w["reason"] for w in report["warned"]] == ["truncated", "wrong_duration"] and report["utterances"] == 2
-    assert "warning (truncated): " in error and "the header promises 1.000 s, 0.499 s are there" in error
+    assert "warning (truncated): " in error and "the header promises 1.000 s, but the file has 0.499 s" in error
     assert "the manifest says 9.900 s, but the file has 2.300 s" in error
     assert f"1 text of {manifest} lost symbols: q z" in error
     assert report["lost_symbols"] == {str(manifest): {"texts": 1, "symbols": ["q", "z"]}}

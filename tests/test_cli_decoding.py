@@ -128,7 +128,7 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
         (("--n-best", "2"), "give --json too"),
         (("--rescore-weight", "1"), "--rescore-weight needs a language model; name one with --rescore"),
         (("--beam", "8", "--rescore-weight", "1"), "--rescore-weight needs a neural language model"),
-        (("--lm", folder / "neural.pt"), "neural.pt: a neural language model cannot search, it rescores"),
+        (("--lm", folder / "neural.pt"), "neural.pt: a neural language model only rescores"),
         (("--rescore", "gone"), "gone: no such language model"),
         (("--rescore", folder / "symbols.arpa"), "symbols.arpa is not a complete PyTorch checkpoint"),
         (("--rescore", folder / "model.pt"), "model.pt: holds no neural language model"),
@@ -177,7 +177,7 @@ def test_hot_words_and_an_open_vocabulary(folder, tmp_path, capsys):
     for options, message in (
         (("--hot-word", "two words"), "is not one word"),
         (("--hot-word", "sat:much"), "the boost 'much' is not a number"),
-        (("--hot-words", tmp_path / "bad.txt"), "bad.txt, line 1: is not a word"),
+        (("--hot-words", tmp_path / "bad.txt"), "bad.txt, line 1: needs a word"),
         (("--hot-words", tmp_path / "gone.txt"), "cannot be read"),
         (("--open-vocabulary",), "need a language model of words"),
         (("--lm", folder / "symbols.arpa", "--open-vocabulary"), "is a model of symbols, always open"),

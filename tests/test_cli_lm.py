@@ -134,7 +134,7 @@ def test_tune_finds_the_weight_of_a_second_pass(text, saved, tmp_path, capsys):
     page = (tmp_path / "tune.html").read_text()
     assert page.count('class="cell') == 2 and f"rescoring {found['rescore_weight']:g}" in page
     assert run("lm", "tune", "--log-probs", saved, "--out", out) == 2
-    assert "no language model; name one with --lm" in capsys.readouterr().err
+    assert "no language model to tune; name one with --lm" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(text, saved, tmp_path, capsys):

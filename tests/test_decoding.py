@@ -59,7 +59,7 @@ def test_nan_names_its_items():
 
 def test_wrong_sizes():
     log_probs, lengths = paths("ab")
-    with pytest.raises(ValueError, match="4 classes, the vocabulary 29"):
+    with pytest.raises(ValueError, match="4 classes, but the vocabulary has 29"):
         greedy_decode(log_probs, lengths, Vocabulary())
     with pytest.raises(ValueError, match=r"\(N, T, V\)"):
         greedy_decode(log_probs[0], lengths, V)

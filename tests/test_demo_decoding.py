@@ -44,7 +44,7 @@ def test_digits_are_spelt_by_the_letters_they_need(tmp_path):
 def test_absent_digits_are_skipped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["decoding", "--out", str(tmp_path / "out"), "--digits", str(tmp_path)])
     decoding.main()
-    assert "skipped: " in (told := capsys.readouterr().out) and "digits_fsdd_train.jsonl is not there" in told
+    assert "skipped: " in (told := capsys.readouterr().out) and "digits_fsdd_train.jsonl does not exist" in told
     assert not (tmp_path / "out").exists()
 
 

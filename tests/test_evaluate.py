@@ -147,7 +147,7 @@ def test_transcribe_takes_folders(tmp_path, corpus, model, capsys) -> None:
     assert told == sorted(p.name for p in tmp_path.glob("*.flac") if p.name != "two1.flac")
     (tmp_path / "empty").mkdir()
     assert command.main(["transcribe", str(tmp_path / "empty"), "--checkpoint", model]) == 2
-    assert "holds no audio file" in capsys.readouterr().err
+    assert "contains no audio file" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def test_unknown_symbols_and_classes_are_named():
         (["a", "b", "a"], "labels 0 and 2 collide: both are 'a'"),
         (["\u00e9", "e\u0301"], "labels 0 and 1 collide"),
         (["a", "th"], "label 1 is 'th'"),
-        (["a", "<BLANK>"], "the blank is added by itself"),
+        (["a", "<BLANK>"], "leave out the blank"),
         (["a", ""], "label 1 is ''"),
         ([], "at least one"),
     ],

@@ -57,10 +57,10 @@ def odd_files(folder, copy):
         "text": (b"no audio at all", "cannot be read as audio"),
         "empty": (b"", "empty file"),
         "headerless.raw": (bytes(1000), "cannot be read as audio"),
-        "loud": (wav(loud, subtype="FLOAT"), "where 1 is full scale"),
+        "loud": (wav(loud, subtype="FLOAT"), "full scale is 1"),
         "nan": (wav(nan, subtype="FLOAT"), "1 of 800 samples are NaN"),
         "infinite": (wav(nan * np.inf, subtype="FLOAT"), "800 of 800 samples are NaN or infinite"),
-        "nothing": (wav(np.zeros(0)), "holds no samples"),
+        "nothing": (wav(np.zeros(0)), "has no samples"),
         "half.flac": (flac[: len(flac) // 2], "damaged"),
         "half.caf": (caf[: len(caf) // 2], "malformed"),
         "header": (wav(noise)[:12], "cannot be read as audio"),
@@ -158,7 +158,7 @@ def test_resume_refuses_what_it_did_not_write(tmp_path):
     write_checkpoint(tmp_path / "model.pt")
     (tmp_path / "out").write_text("notes of mine\n")
     done = transcribe(tmp_path, "a.wav", "--out", "out", "--resume", check=False)
-    assert done.returncode == 2 and b"out, line 1: is not a name, a tab and a text; nothing was changed" in done.stderr
+    assert done.returncode == 2 and b"line 1 is not a name, a tab and a text; the file was not changed" in done.stderr
     assert (tmp_path / "out").read_text() == "notes of mine\n"
     done = transcribe(tmp_path, "a.wav", "--resume", check=False)
     assert done.returncode == 2 and b"give --out too" in done.stderr

@@ -14,32 +14,35 @@ from jasper_fast.options import option
 if TYPE_CHECKING:
     from jasper_fast.data.prepare.check import Rules
 
-HELP = "what is wrong with a manifest's utterances"
+HELP = "find what is wrong with a manifest's utterances"
 DESCRIPTION = """\
-Reads the audio and text of every utterance and counts those that are unreadable, truncated, silent, clipped, without
-text, too long or short, too short for CTC, out of the alphabet, or the same as one before. --clean writes a manifest
-of the others; clipped ones and those whose text loses symbols in normalisation are kept there, unless --strict is
-given. --config takes alphabet, bounds and frame rate from a model's configuration."""
+Reads the audio and text of every utterance and reports those that are unreadable, truncated, silent, clipped, without
+text, too long, too short, too short for CTC, duplicates, or that have symbols outside the alphabet. --clean writes a
+manifest of the good utterances. It also keeps clipped ones, and those whose text loses symbols in normalisation,
+unless --strict is given. --config takes the alphabet, the bounds and the frame rate from a model's configuration."""
 END = """\
 exit status: 0 if every utterance is good, 1 if some are not, 2 for a manifest that cannot be read.
 
 example: jasper-fast check train.jsonl --clean train_clean.jsonl --html train.html"""
 OPTIONS = {
     "": [
-        option("manifest", metavar="MANIFEST", help="JSON lines, or the array of NVIDIA's Jasper"),
-        option("--clean", metavar="FILE", help="write the good utterances there"),
-        option("--html", metavar="FILE", help="write a page with histograms and the culprits"),
-        option("--out", metavar="FILE", help="write the culprits as JSON"),
-        option("--data-dir", metavar="DIR", help="where the manifest's paths start (its own folder)"),
-        option("--config", metavar="YAML", help="a model's configuration: labels, bounds, frames"),
-        option("--max-duration", type=common.positive(float), metavar="S", help="(the configuration's, or 16.7)"),
-        option("--min-duration", type=float, metavar="S", help="(the configuration's, or 0.1)"),
-        option("--strict", action="store_true", help="leave out what is clipped or out of the alphabet too"),
-        option("--jobs", type=common.positive(int), default=0, metavar="N", help="threads (one a core)"),
-        option("--worst", type=int, default=5, metavar="N", help="culprits of each kind to print (5)"),
-        option("-q", "--quiet", action="store_true", help="no progress bar"),
+        option("manifest", metavar="MANIFEST", help="JSON lines, or the JSON array of NVIDIA's Jasper"),
+        option("--clean", metavar="FILE", help="write a manifest of the good utterances"),
+        option("--html", metavar="FILE", help="write a page with histograms and the bad utterances"),
+        option("--out", metavar="FILE", help="write the bad utterances as JSON"),
+        option("--data-dir", metavar="DIR", help="folder where relative paths start (the manifest's own)"),
+        option("--config", metavar="YAML", help="take labels, bounds and frame rate from this model configuration"),
+        option("--max-duration", type=common.positive(float), metavar="S",
+               help="longest good utterance in seconds (the configuration's, or 16.7)"),
+        option("--min-duration", type=float, metavar="S",
+               help="shortest good utterance in seconds (the configuration's, or 0.1)"),
+        option("--strict", action="store_true",
+               help="also count as bad: clipped utterances, and symbols outside the alphabet"),
+        option("--jobs", type=common.positive(int), default=0, metavar="N", help="threads (one per core)"),
+        option("--worst", type=int, default=5, metavar="N", help="bad utterances of each kind to print (5)"),
+        option("-q", "--quiet", action="store_true", help="show no progress bar"),
     ]
-}
+}  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:

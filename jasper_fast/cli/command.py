@@ -11,7 +11,7 @@ from jasper_fast.cli import check, common, convert, evaluate, export, info, lm, 
 from jasper_fast.cli.prepare import librispeech, manifest, shards
 from jasper_fast.extras import MissingExtra, need
 
-# Commands that parse their own options: help text, module, its function of the arguments, its extra.
+# Commands that parse their own options: help text, module, the function in it that takes the arguments, extra.
 _PASSED_ON = {
     "train": ("train or fine-tune: `jasper-fast train --help`", "jasper_fast.train", "command", "train"),
     "bench": ("compare with plain PyTorch: `jasper-fast bench --help`", "jasper_fast.bench.cli", "shell", "bench"),

@@ -1,4 +1,4 @@
-"""Shared by the subcommands: the options of a model, recognition with it, and messages."""
+"""What several subcommands share: options for a model and its decoding, recognition, output."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def subcommands(commands: Any, name: str, help: str, modules: Sequence[ModuleTyp
 
 @contextmanager
 def bars(quiet: bool = False) -> Iterator[Callable[[str, int, int | None], None]]:
-    """Progress bars on the standard error; gives a function of what is at work, how much is done, and of how much."""
+    """Shows progress bars on the standard error. Yields the function ``progress(what, done, total)``, which updates the
+    bar named ``what``."""
     if quiet or not sys.stderr.isatty():
         yield lambda what, done, total: None
         return
@@ -74,14 +75,14 @@ def positive(kind: type) -> Any:
     return parse
 
 
-DEVICE = option("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+DEVICE = option("--device", default="auto", help="device to run on: cpu, cuda, cuda:1, ... (a GPU if there is one)")
 MODEL = {  # the options of `load` and `recognize`
     "model": [
         option(
             "--checkpoint",
             required=True,
             metavar="FILE",
-            help="weights: of this project, of NVIDIA's Jasper for PyTorch, or a .nemo archive",
+            help="weights of this project, of NVIDIA's Jasper for PyTorch, or a .nemo archive",
         ),
         option("--config", metavar="YAML", help="model configuration, if the checkpoint has none"),
         option("--ema", action="store_true", help="use the moving average of the weights"),
@@ -89,27 +90,32 @@ MODEL = {  # the options of `load` and `recognize`
         option(
             "--backend",
             default="auto",
-            help="auto, reference, cpu, triton or cuda; see `jasper-fast info` (default: auto)",
+            help="kernels to use: auto, reference, cpu, triton or cuda; see `jasper-fast info` (auto)",
         ),
     ],
     "speed": [
         option(
             "--fp32-precision",
             choices=("ieee", "tf32"),
-            help="of the model's fp32 products on a GPU (convs tf32, others ieee)",
+            help="precision of the model's fp32 products on a GPU (tf32 in convs, ieee elsewhere)",
         ),
         option(
             "--dtype",
             choices=tuple(DTYPES),
-            help="of weights and activations (default: the checkpoint's); fast: fp16 on a GPU, bf16 on a CPU with it",
+            help="dtype of weights and activations (the checkpoint's); fp16 is faster on a GPU, and bf16 on a CPU with "
+            "AVX512-BF16",
         ),
-        option("--batch-size", type=positive(int), default=16, metavar="N", help="utterances at a time (16)"),
+        option("--batch-size", type=positive(int), default=16, metavar="N", help="most utterances in a batch (16)"),
         option(
-            "--max-seconds", type=positive(float), default=240.0, metavar="S", help="padded audio at a time (240 s)"
+            "--max-seconds",
+            type=positive(float),
+            default=240.0,
+            metavar="S",
+            help="most seconds of audio in a batch, padding included (240)",
         ),
-        option("--workers", type=int, default=0, metavar="N", help="processes that read audio (0: this one)"),
-        option("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's)"),
-        option("-q", "--quiet", action="store_true", help="no progress bar"),
+        option("--workers", type=int, default=0, metavar="N", help="processes that read audio; 0: this process (0)"),
+        option("--threads", type=positive(int), metavar="N", help="CPU threads (PyTorch's default)"),
+        option("-q", "--quiet", action="store_true", help="show no progress"),
     ],
 }
 
@@ -118,55 +124,62 @@ DECODING = {  # the options of `decoder`
         option(
             "--lm",
             metavar="FILE",
-            help="language model: ARPA or KenLM binary of words, ARPA of the model's symbols, or what `lm tune` wrote; "
-            "without any option of this group decoding is greedy",
+            help="language model: ARPA or KenLM binary of words, ARPA of the model's symbols, or the YAML file of "
+            "`lm tune`. Without any option of this group decoding is greedy",
         ),
-        option("--lexicon", metavar="FILE", help="words that may be said, one a line (default: the ARPA file's)"),
+        option("--lexicon", metavar="FILE", help="words to recognise, one per line (those of the ARPA file)"),
         option(
-            "--open-vocabulary", action="store_true", help="words that the language model does not list may be said too"
+            "--open-vocabulary", action="store_true", help="also recognise words that the language model does not list"
         ),
         option(
             "--unknown-score",
             type=float,
             metavar="S",
-            help="added for each such word, in natural logarithms, beside the model's probability of <unk> (-10)",
+            help="natural logarithm that is added for each unlisted word, on top of the language model's score of "
+            "<unk> (-10)",
         ),
         option(
             "--hot-word",
             action="append",
             default=[],
             metavar="WORD[:BOOST]",
-            help="a word that is likelier than the language model knows, or without one: what is added each time that "
-            "it is said, in natural logarithms (5); may be given several times",
+            help="a word to prefer, with or without a language model; BOOST is a natural logarithm that is added for "
+            "each occurrence (5). May be given several times",
         ),
-        option("--hot-words", metavar="FILE", help="hot words, one a line, with or without a boost after the word"),
+        option("--hot-words", metavar="FILE", help="hot words, one per line, each with or without a boost after it"),
         option("--beam", type=positive(int), metavar="N", help="width of the beam search (128)"),
         option(
             "--alpha",
             type=float,
             metavar="A",
-            help="weight of log10 p by the language model (2.0, as in the Jasper paper; with one of symbols 1.0)",
+            help="weight of the language model's log10 p (2.0 for words, as in the Jasper paper; 1.0 for symbols)",
         ),
-        option("--beta", type=float, metavar="B", help="added for each word (-0.2), or for each symbol (0.0)"),
+        option(
+            "--beta",
+            type=float,
+            metavar="B",
+            help="score added for each word (-0.2), or with a model of symbols for each symbol (0.0)",
+        ),
         option("--n-best", type=positive(int), metavar="K", help="keep the K best texts of each utterance"),
         option(
             "--rescore",
             metavar="MODEL",
-            help="neural language model (`lm train-neural`): weighs the best texts of the search again, 64 or --n-best",
+            help="neural language model (`lm train-neural`) that rescores the best texts of the search: 64, or "
+            "--n-best if that is more",
         ),
-        option("--rescore-weight", type=float, metavar="W", help="of its log p, natural logarithms (1.0)"),
+        option("--rescore-weight", type=float, metavar="W", help="weight of that model's natural log p (1.0)"),
         option(
             "--decode-processes",
             type=positive(int),
             metavar="N",
-            help="processes that search words while the model goes on (default: one a core)",
+            help="processes that run the word search while the model computes the next batch (one per core)",
         ),
     ],
 }
 
 
 def decoder(arguments: argparse.Namespace, vocabulary: Any) -> Any:
-    """The beam search that the options of DECODING ask for, None where they ask for none."""
+    """Returns the beam search that the options of DECODING ask for, or None for greedy decoding."""
     from jasper_fast.lm import decoders, spelt, tuned
     from jasper_fast.lm.neural.files import is_neural
 
@@ -196,7 +209,7 @@ def decoder(arguments: argparse.Namespace, vocabulary: Any) -> Any:
     if model is None and weight:
         raise UsageError("--rescore-weight needs a neural language model; name one with --rescore")
     if file is not None and is_neural(file):
-        raise UsageError(f"--lm {file}: a neural language model cannot search, it rescores; give it to --rescore")
+        raise UsageError(f"--lm {file}: a neural language model only rescores; name it with --rescore")
     lm = decoders.load_lm(file, vocabulary, lexicon, unknown) if file is not None else None
     if left_out := getattr(lm, "left_out", ()):
         print(f"{len(left_out)} words of {lexicon or file} cannot be spelt with the labels, such as {left_out[0]!r}; "
@@ -210,7 +223,7 @@ def decoder(arguments: argparse.Namespace, vocabulary: Any) -> Any:
 def _rescoring(
     arguments: argparse.Namespace, vocabulary: Any, lm: Any, given: dict[str, Any], model: str, weight: float
 ) -> Any:
-    """The search that ``given`` asks for, its lists rescored by a neural model."""
+    """Returns the search that ``given`` asks for, followed by rescoring with a neural model."""
     from jasper_fast.lm import decoders
     from jasper_fast.lm.neural import scoring
     from jasper_fast.lm.rescore import LISTED, Rescoring
@@ -238,7 +251,7 @@ def _hot_words(arguments: argparse.Namespace) -> dict[str, float]:
         for number, line in enumerate(lines, 1):
             where = f"{arguments.hot_words}, line {number}"
             if len(parts := line.split()) > 2:
-                raise UsageError(f"{where}: is not a word, or a word and its boost: {line[:60]!r}")
+                raise UsageError(f"{where}: needs a word, or a word and its boost, not {line[:60]!r}")
             if parts:
                 found[parts[0]] = _boost(where, parts[1]) if parts[1:] else BOOST
     return found
@@ -252,7 +265,7 @@ def _boost(where: str, text: str) -> float:
 
 
 def device_of(text: str) -> torch.device:
-    """The device that `--device` names. Raises UsageError if it names none."""
+    """Returns the device that `--device` names. Raises UsageError if it names none."""
     import torch
 
     try:
@@ -262,7 +275,7 @@ def device_of(text: str) -> torch.device:
 
 
 def load(arguments: argparse.Namespace) -> Recognizer:
-    """The recogniser that the options of MODEL and DECODING ask for."""
+    """Loads the model and decoder that the options of MODEL and DECODING ask for."""
     import torch
 
     from jasper_fast.dispatch import backends
@@ -288,8 +301,8 @@ def recognize(
     window: int | None = None,
     keep: Callable[[int, torch.Tensor], None] | None = None,
 ) -> Iterator[Recognition]:
-    """Recognises the utterances and yields the results after each batch, like ``Recognizer.stream``. Reports utterances
-    that were skipped or are too short and, if the standard error is a terminal, the progress."""
+    """Recognises the utterances and yields the results after each batch, like ``Recognizer.stream``. On the standard
+    error it reports skipped and incomplete utterances and, on a terminal, the progress."""
     total, shown = len(utterances), sys.stderr.isatty() and not arguments.quiet
     options = arguments.batch_size, arguments.max_seconds, arguments.workers, window, keep
     told = warned = 0
@@ -297,7 +310,7 @@ def recognize(
         for item in result.skipped.items[told:]:
             print(f"skipped ({item.reason}): {item.detail}", file=sys.stderr)
         for item in result.skipped.warned[warned:]:
-            print(f"warning ({item.reason}): {item.detail}; what is there was used", file=sys.stderr)
+            print(f"warning ({item.reason}): {item.detail}; the available audio was used", file=sys.stderr)
         told, warned = len(result.skipped), len(result.skipped.warned)
         if shown:
             end = "\r" if result.finished < total else "\n"
@@ -306,11 +319,11 @@ def recognize(
     for line in result.skipped.losses:
         print(line, file=sys.stderr)
     if told:
-        print(f"{told} of {total} could not be used", file=sys.stderr)
+        print(f"{told} of {total} utterances could not be used", file=sys.stderr)
 
 
 def hypotheses(transcript: Any) -> list[dict[str, Any]]:
-    """What a beam search found, as JSON has it."""
+    """Returns the beam search's hypotheses in the form of the JSON output."""
     return [
         {"text": h.text.strip(), "score": round(h.score, 4), "log_prob": round(h.log_prob, 4)}
         for h in transcript.hypotheses
@@ -319,7 +332,7 @@ def hypotheses(transcript: Any) -> list[dict[str, Any]]:
 
 
 def any_name() -> None:
-    """Makes the standard output accept any file name in any locale: UTF-8, and other bytes unchanged."""
+    """Sets the standard output to UTF-8 in any locale, and writes file names that are not UTF-8 byte by byte."""
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
@@ -332,7 +345,7 @@ def speed(result: Recognition) -> str:
 
 
 def write(path: str, text: str) -> None:
-    """Writes text to a file atomically; a device or a pipe is written to directly and not replaced."""
+    """Writes text to a file atomically. A device or a pipe is not replaced but written to directly."""
     target = Path(path)
     if target.exists() and not target.is_file():
         target.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""`jasper-fast convert`: a checkpoint in the format of this project, of NVIDIA, of NeMo, or as safetensors."""
+"""`jasper-fast convert`: writes a checkpoint in the format of this project, of NVIDIA, of NeMo, or as safetensors."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from jasper_fast.options import option
 
 DESCRIPTION = """\
 Writes the weights of a checkpoint in another format. IN may be a checkpoint of this project, of NVIDIA's Jasper for
-PyTorch (2019 to today), of Lightning, a .nemo archive, a pair of files of NeMo 0.x, or a safetensors file. OUT holds
-the same bits under the names of its format, with labels and settings of the features where that has them. It is read
-back and compared before it takes its place. The report says what each entry became, and what was left
-out."""
+PyTorch (2019 to today), of Lightning, a .nemo archive, the encoder and decoder files of NeMo 0.x, or a safetensors
+file. OUT contains the same bits under the names of its format, and also the labels and the settings of the features if
+the format has a place for them. It is read back and compared before it appears under its name. The report lists the
+new name of each entry, and what was left out."""
 END = """\
-The state of training (optimizer, loss scale, data position) is left out: OUT starts a new training by --init-from.
-Where NVIDIA's or this project's format is written, a moving average goes along with the weights.
+The training state (optimiser, loss scale, data position) is left out. OUT can start a new training with --init-from.
+The formats of NVIDIA and of this project also contain the moving average, if IN has one.
 
 example: jasper-fast convert stt_en_jasper10x5dr.nemo jasper.pt --to nvidia --config-out jasper.yaml"""
 
-HELP = "a checkpoint in another project's format"
+HELP = "write a checkpoint in another project's format"
 OPTIONS = {
     "": [
         option("source", metavar="IN", help="the checkpoint to read"),
         option("out", metavar="OUT", help="the file to write"),
         option("--to", required=True, choices=("jasper_fast", "nvidia", "nemo", "safetensors"), help="OUT's format"),
         option("--ema", action="store_true", help="write the moving average in place of the weights"),
-        option("--config", metavar="YAML", help="model configuration, if IN has none (default: Jasper 10x5)"),
-        option("--config-out", metavar="YAML", help="also write the configuration, as --config and NVIDIA read it"),
-        option("--report", metavar="JSON", help="also write the report as data: each entry's old and new name"),
+        option("--config", metavar="YAML", help="model configuration, if IN has none (Jasper 10x5)"),
+        option("--config-out", metavar="YAML", help="also write the configuration, in NVIDIA's format"),
+        option("--report", metavar="JSON", help="also write the report as JSON, with each entry's old and new name"),
         option("--force", action="store_true", help="replace files that exist"),
     ],
 }

@@ -1,4 +1,4 @@
-"""`jasper-fast evaluate`: word and character error rate on a manifest."""
+"""`jasper-fast evaluate`: measures word and character error rate on a manifest."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from jasper_fast.inference.recognizer import Recognition, Recognizer
 
 DESCRIPTION = """\
-Transcribes every utterance of a manifest (JSON lines with audio_filepath, duration, text, or the array of NVIDIA's
-Jasper) and prints word and character error rate over all of them, speed as seconds of audio per second (RTFx), and
-the worst utterances. References are normalised as in training; symbols that this drops are counted by manifest.
-Only files that cannot be used are left out: they are listed and do not count in the error rates. A file that is
-shorter than its header or the manifest says is used as far as it goes, with a warning. With
-several processes each takes a share: each utterance is counted once, and texts and rates are those of one process."""
+Transcribes every utterance of a manifest (JSON lines with audio_filepath, duration, text, or the JSON array of NVIDIA's
+Jasper). Prints the word and character error rate over all of them, the speed in seconds of audio per second (RTFx), and
+the worst utterances. References are normalised as in training; symbols that this drops are counted per manifest. Files
+that cannot be used are listed and do not count in the error rates. If a file is shorter than its header or the manifest
+says, the audio that it has is used, with a warning. Several processes share the utterances and report the same texts
+and rates as one process."""
 END = """\
-exit status: 0, or 1 if no utterance could be read (with --strict: if any could not), 2 for a wrong command, manifest,
-checkpoint or configuration.
+exit status: 0 for success, 1 if no utterance could be read (with --strict: if one could not), 2 for a wrong command,
+manifest, checkpoint or configuration.
 
 examples:
   jasper-fast evaluate --manifest dev.jsonl --checkpoint runs/best.pt --out result.json
@@ -32,19 +32,24 @@ on 8 GPUs: torchrun --nproc-per-node 8 -m jasper_fast evaluate --manifest ... --
 
 _DECODING = ("lm", "lexicon", "open_vocabulary", "unknown_score", "hot_word", "hot_words")
 _DECODING += ("beam", "alpha", "beta", "n_best", "rescore", "rescore_weight")
-HELP = "word and character error rate on a manifest"
+HELP = "measure word and character error rate on a manifest"
 OPTIONS = {
     "": [
-        option("--manifest", required=True, action="append", metavar="FILE", help="may be given several times"),
-        option("--data-dir", metavar="DIR", help="folder for relative paths in the manifest (default: its own)"),
+        option("--manifest", required=True, action="append", metavar="FILE", help="a manifest; may be repeated"),
+        option("--data-dir", metavar="DIR", help="folder where relative paths start (the manifest's own)"),
         option("--worst", type=int, default=10, metavar="N", help="number of worst utterances to show (10)"),
-        option("--out", metavar="FILE", help="write figures and every utterance as JSON"),
+        option("--out", metavar="FILE", help="write the error rates and every utterance as JSON"),
         option(
             "--save-log-probs",
             metavar="DIR",
-            help="keep what the model says, for `jasper-fast lm tune`: one .npy an utterance, and an index",
+            help="save the model's log-probabilities for `jasper-fast lm tune`: one .npy file per utterance, and an "
+            "index",
         ),
-        option("--html", metavar="FILE", help="write a page: figures by set, length, speaker; the worst, aligned"),
+        option(
+            "--html",
+            metavar="FILE",
+            help="write a page with error rates by set, length and speaker, and the worst utterances word by word",
+        ),
         option("--strict", action="store_true", help="exit with 1 if any file could not be read"),
     ],
     **common.DECODING,
@@ -130,7 +135,7 @@ def _run(arguments: argparse.Namespace, share: ranks.Share) -> int:
 def _together(
     share: ranks.Share, places: list[int], rows: list[dict], result: Recognition
 ) -> tuple[list[dict], Recognition]:
-    """The rows of all processes in the manifests' order, and what became of all their utterances."""
+    """Returns the rows of all processes in the manifests' order, and the result with their times and skipped files."""
     seconds = (result.audio_seconds, result.compute_seconds, result.wall_seconds)
     parts = share.gather((places, rows, seconds, result.skipped))
     ordered = sorted(

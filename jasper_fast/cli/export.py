@@ -1,4 +1,4 @@
-"""`jasper-fast export`: a checkpoint for other runtimes."""
+"""`jasper-fast export`: writes a checkpoint as a model for other runtimes."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ import argparse
 from jasper_fast.options import option
 
 DESCRIPTION = """\
-Writes a model as a folder for ONNX Runtime and for packages that build on it: model.onnx, with batch norm folded, for
-any batch and length, and vocab.txt and config.json as onnx-asr reads them. The masks are in the graph, so an
-utterance gives the same result in any batch. The folder is written only if ONNX Runtime gives the same results as the
-engine, for batches, lengths and padding with which the graph was not made. Needs pip install 'jasper-fast[export]'."""
+Writes a folder for ONNX Runtime and for packages that use it. model.onnx accepts any batch size and length; batch norm
+is folded into its convs. vocab.txt and config.json have the form that onnx-asr reads. The masks are in the graph, so
+the result of an utterance does not depend on the rest of its batch. The folder is written only if ONNX Runtime and the
+engine agree on batches, lengths and padding other than those the graph was traced with. Needs
+pip install 'jasper-fast[export]'."""
 END = """\
-features.json in the folder holds the settings of the features; onnx-asr itself makes those of 80 and 128 bands only.
+features.json in the folder has the settings of the features. onnx-asr itself computes only features of 80 or 128 bands.
 
 example: jasper-fast export onnx runs/best.pt jasper-onnx"""
 
 
-HELP = "a checkpoint as an ONNX model"
+HELP = "write a checkpoint as an ONNX model"
 OPTIONS = {
     "": [
-        option("format", choices=("onnx",), help="the one format"),
-        option("checkpoint", metavar="CKPT", help="weights, as transcribe takes them"),
-        option("folder", metavar="OUT_DIR", help="the folder to make"),
+        option("format", choices=("onnx",), help="the format to write; onnx is the only one"),
+        option("checkpoint", metavar="CKPT", help="a checkpoint that `jasper-fast transcribe` reads"),
+        option("folder", metavar="OUT_DIR", help="the folder to write"),
         option("--config", metavar="YAML", help="model configuration, if the checkpoint has none"),
         option("--ema", action="store_true", help="use the moving average of the weights"),
     ],
@@ -39,5 +40,5 @@ def run(arguments: argparse.Namespace) -> int:
     difference = export.export_onnx(model, recognizer.labels_of(model.config), arguments.folder)
     print(f"{arguments.folder}: log-probabilities of ONNX Runtime and the engine differ by at most {difference:.1e}")
     if not model.config.encoder.use_conv_masks:
-        print("this model has no conv masks: padding counts as data, so results depend on the batch of an utterance")
+        print("this model has no conv masks: padding counts as data, so a result depends on the rest of the batch")
     return 0

@@ -1,4 +1,4 @@
-"""`jasper-fast info`: versions, processors, which backends run on this machine, and how to get those that do not."""
+"""`jasper-fast info`: shows the machine, the versions, the backends that run here, and how to install the others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from jasper_fast.options import option
 
-# package, its use, the extra that installs it ("": always needed)
+# package, what it is for, the extra that installs it ("": installed with jasper-fast)
 _PACKAGES = (
     ("torch", "everything", ""),
     ("triton", "the triton backend, on Linux x86-64", ""),
@@ -40,11 +40,11 @@ _PACKAGES = (
 )
 
 
-HELP = "machine, backends, versions, and how to get what is missing"
-DESCRIPTION, END = "Shows the machine, which backends run on it, versions, and how to get what is missing.", ""
+HELP = "show the machine, backends and versions, and how to install what is missing"
+DESCRIPTION, END = "Shows the machine, which backends run on it, the versions, and how to install what is missing.", ""
 OPTIONS = {
     "": [
-        option("--json", action="store_true", help="the same as JSON"),
+        option("--json", action="store_true", help="print JSON"),
     ],
 }
 
@@ -70,7 +70,7 @@ def _version(package: str) -> str | None:
 
 
 def _native_isa() -> str | None:
-    """The instruction set that the CPU library uses, or None without the library."""
+    """Returns the instruction set that the CPU library uses, or None if it is not built."""
     from jasper_fast.kernels import native
 
     try:
@@ -100,12 +100,12 @@ def _backends() -> dict[str, dict[str, Any]]:
     if "cuda" in devices:
         from jasper_fast.kernels.conv1d import cuda_launch
 
-        found["cuda"]["way"] = cuda_launch.way()  # how its kernels come: the library, or NVRTC through CuPy
+        found["cuda"]["way"] = cuda_launch.way()  # where its kernels come from: the library, or NVRTC through CuPy
     return found
 
 
 def _verdicts(gpus: int) -> list[dict[str, Any]]:
-    """The saved results of the self-check for each device; nothing is checked here."""
+    """Returns the saved results of the self-check for each device. It does not run the self-check."""
     import torch
 
     from jasper_fast.dispatch import verdicts
@@ -115,7 +115,7 @@ def _verdicts(gpus: int) -> list[dict[str, Any]]:
 
 
 def _tuned(gpus: int) -> list[dict[str, Any]]:
-    """What was tuned on each GPU with these versions."""
+    """Returns, for each GPU, the file of its tuning results for these versions and the number of shapes in it."""
     import torch
 
     from jasper_fast.dispatch import tuned
@@ -128,7 +128,7 @@ def _tuned(gpus: int) -> list[dict[str, Any]]:
 
 
 def collect() -> dict[str, Any]:
-    """The machine as a dict of plain values: what ``jasper-fast info --json`` prints."""
+    """Returns what ``jasper-fast info --json`` prints, as a dict of plain values."""
     import torch
 
     from jasper_fast import __version__
@@ -183,7 +183,7 @@ def _table(rows: list[tuple[str, ...]]) -> str:
 
 
 def render(report: dict[str, Any]) -> str:
-    """``collect()``'s report as text."""
+    """Formats the report of ``collect()`` as text."""
     cpu, cuda = report["cpu"], report["cuda"]
     native = f"native kernels run {cpu['native_isa']}" if cpu["native_isa"] else "native kernels not built"
     memory = f", {cpu['memory_gib']} GiB" if cpu["memory_gib"] else ""

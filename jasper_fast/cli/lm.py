@@ -18,35 +18,36 @@ HELP = "language models: train n-grams or neural ones, describe them, tune their
 
 _TRAIN = {
     "": [
-        option("texts", nargs="+", metavar="TEXT", help="UTF-8 text, gzipped or not, a sentence a line"),
-        option("--order", type=int, required=True, metavar="N", help="words of the longest n-grams, 1 to 6"),
-        option("--out", required=True, metavar="LM.arpa", help="where the model goes, in ARPA form"),
-        option("--characters", action="store_true", help="n-grams of characters, the space as <space>"),
-        option("--lower-case", action="store_true", help="lower-case the text, like Jasper's labels"),
+        option("texts", nargs="+", metavar="TEXT", help="UTF-8 text files, gzipped or not, one sentence per line"),
+        option("--order", type=int, required=True, metavar="N", help="words in the longest n-grams, 1 to 6"),
+        option("--out", required=True, metavar="LM.arpa", help="file to write the model to, in ARPA format"),
+        option("--characters", action="store_true", help="make n-grams of characters; a space becomes <space>"),
+        option("--lower-case", action="store_true", help="lower-case the text first, as Jasper's labels need it"),
         option(
             "--prune",
             type=int,
             nargs="+",
             default=[],
             metavar="COUNT",
-            help="leave out n-grams seen at most this often, for each order: `0 0 1`; the last is for the rest",
+            help="leave out n-grams that occur at most COUNT times. One count per order, such as `0 0 1`; the last one "
+            "also applies to all higher orders",
         ),
-        option("--memory", type=common.positive(int), default=512, metavar="MB", help="for sorting (512)"),
-        option("-q", "--quiet", action="store_true", help="no progress"),
+        option("--memory", type=common.positive(int), default=512, metavar="MB", help="memory for sorting (512)"),
+        option("-q", "--quiet", action="store_true", help="show no progress"),
     ]
 }
 _PERPLEXITY = {
     "": [
-        option("lm", metavar="LM", help="ARPA, KenLM binary, or a neural one"),
-        option("text", metavar="TEXT", help="UTF-8 text, gzipped or not, a sentence a line"),
-        option("--lower-case", action="store_true", help="the text in small letters"),
-        option("--json", action="store_true", help="as JSON"),
+        option("lm", metavar="LM", help="language model: ARPA, KenLM binary, or neural"),
+        option("text", metavar="TEXT", help="UTF-8 text file, gzipped or not, one sentence per line"),
+        option("--lower-case", action="store_true", help="lower-case the text first"),
+        option("--json", action="store_true", help="print JSON"),
     ]
 }
 _INFO = {
     "": [
-        option("lm", metavar="LM", help="ARPA, KenLM binary, or a neural one"),
-        option("--json", action="store_true", help="as JSON"),
+        option("lm", metavar="LM", help="language model: ARPA, KenLM binary, or neural"),
+        option("--json", action="store_true", help="print JSON"),
     ]
 }
 
@@ -57,26 +58,27 @@ def numbers(text: str) -> list[float]:
 
 _TUNE = {
     "": [
-        option("--log-probs", required=True, metavar="DIR", help="what `evaluate --save-log-probs` kept"),
-        option("--lm", metavar="FILE", help="language model, as `transcribe` takes it"),
-        option("--lexicon", metavar="FILE", help="words that may be said, one a line"),
+        option("--log-probs", required=True, metavar="DIR", help="the folder that `evaluate --save-log-probs` wrote"),
+        option("--lm", metavar="FILE", help="a language model that `transcribe --lm` reads"),
+        option("--lexicon", metavar="FILE", help="words to recognise, one per line"),
         option("--beam", type=common.positive(int), default=128, metavar="N", help="width of the search (128)"),
-        option("--alpha", type=numbers, metavar="A,B,..", help="weights to try (0,0.5,1,1.5,2,2.5,3)"),
-        option("--beta", type=numbers, metavar="A,B,..", help="bonuses per word or symbol to try (-1,-0.5,0,0.5,1)"),
-        option("--rescore", metavar="MODEL", help="a neural language model for a second pass"),
+        option("--alpha", type=numbers, metavar="A,B,..", help="values of --alpha to try (0,0.5,1,1.5,2,2.5,3)"),
+        option("--beta", type=numbers, metavar="A,B,..", help="values of --beta to try (-1,-0.5,0,0.5,1)"),
+        option("--rescore", metavar="MODEL", help="neural language model that rescores the best texts of the search"),
         option("--rescore-weight", type=numbers, metavar="A,B,..", help="its weights to try (0,0.25,0.5,0.75,1,1.5,2)"),
-        option("--device", default="auto", help="of the neural one; default: a GPU if there is one"),
+        option("--device", default="auto", help="device of the neural language model (a GPU if there is one)"),
         option(
             "--random",
             type=common.positive(int),
             metavar="N",
-            help="N pairs drawn between the least and the greatest weights, instead of the whole grid",
+            help="try N random pairs of alpha and beta, between the smallest and the largest values, instead of all "
+            "combinations",
         ),
-        option("--seed", type=int, default=0, metavar="S", help="of --random (0)"),
-        option("--out", required=True, metavar="YAML", help="where the best weights go; --lm takes this file"),
-        option("--report", metavar="HTML", help="a heat map of the word error rates"),
-        option("--processes", type=common.positive(int), metavar="N", help="for word search (default: one per core)"),
-        option("-q", "--quiet", action="store_true", help="no progress"),
+        option("--seed", type=int, default=0, metavar="S", help="seed of --random (0)"),
+        option("--out", required=True, metavar="YAML", help="file for the best weights, which `--lm` then reads"),
+        option("--report", metavar="HTML", help="write a heat map of the word error rates"),
+        option("--processes", type=common.positive(int), metavar="N", help="processes for word search (one per core)"),
+        option("-q", "--quiet", action="store_true", help="show no progress"),
     ]
 }
 
@@ -98,7 +100,7 @@ def train(arguments: argparse.Namespace) -> int:
     kind = "characters" if arguments.characters else "words"
     print(f"{made.sentences} sentences, {made.words} {kind}, vocabulary {made.vocabulary}")
     for n, of in enumerate(made.orders, 1):
-        note = " (too few counts for discounts of their own)" if of.fallback else ""
+        note = " (too few counts to estimate the discounts, so these are fixed values)" if of.fallback else ""
         print(f"{n}-grams {of.ngrams}, discounts {' '.join(f'{d:.3f}' for d in of.discounts)}{note}")
     return 0
 
@@ -164,9 +166,9 @@ def tune(arguments: argparse.Namespace) -> int:
 
     common.check_writable(arguments.out)
     if not tuned.is_settings(arguments.out):
-        raise common.UsageError(f"--out {arguments.out}: --lm takes only files that end in .yaml; name it so")
+        raise common.UsageError(f"--out {arguments.out}: the name must end in .yaml, or --lm cannot read the file")
     if arguments.lm is None and arguments.rescore is None:
-        raise common.UsageError("no language model; name one with --lm, or a neural one with --rescore, or both")
+        raise common.UsageError("no language model to tune; name one with --lm, a neural one with --rescore, or both")
     saved, second = Saved.open(arguments.log_probs), None
     if arguments.rescore:
         from jasper_fast.lm.neural import scoring
@@ -205,20 +207,20 @@ def tune(arguments: argparse.Namespace) -> int:
 
 
 _COMMANDS = {
-    "train": (train, _TRAIN, "an n-gram of words or characters: interpolated modified Kneser-Ney",
+    "train": (train, _TRAIN, "train an n-gram of words or characters: interpolated modified Kneser-Ney",
               "jasper-fast lm train corpus.txt --order 4 --out lm.arpa --lower-case"),
-    "train-neural": (train_neural, _TRAIN_NEURAL, "a Transformer-XL of words or characters, for --rescore",
+    "train-neural": (train_neural, _TRAIN_NEURAL, "train a Transformer-XL of words or characters, for --rescore",
                      "jasper-fast lm train-neural corpus.txt --val dev.txt --lower-case --epochs 10 --out lm"),
-    "perplexity": (perplexity, _PERPLEXITY, "how well a model foresees a text",
+    "perplexity": (perplexity, _PERPLEXITY, "measure how well a model predicts a text",
                    "jasper-fast lm perplexity lm.arpa dev.txt"),
-    "info": (info, _INFO, "order, size and vocabulary of a model", "jasper-fast lm info lm.arpa"),
-    "tune": (tune, _TUNE, "the weights of a model that give the fewest word errors on saved log-probs",
+    "info": (info, _INFO, "show order, size and vocabulary of a model", "jasper-fast lm info lm.arpa"),
+    "tune": (tune, _TUNE, "find the weights of a model that give the fewest word errors on saved log-probabilities",
              "jasper-fast lm tune --log-probs dev_log_probs --lm lm.arpa --out lm.yaml --report tune.html"),
 }  # fmt: skip
 
 
 def add(commands: Any) -> None:
-    """Adds `lm` with its subcommands."""
+    """Adds the command `lm` and its subcommands."""
     inner = commands.add_parser("lm", help=HELP, description=HELP).add_subparsers(
         dest="lm_command", required=True, metavar="COMMAND"
     )

@@ -1,4 +1,4 @@
-"""Runs a command on several processes started by torchrun: each does its share, and the first one reports."""
+"""Splits a command over the processes that torchrun started: each does its share, and the first one reports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Share:
-    """This process among ``world``; alone it is 0 of 1."""
+    """This process's rank among ``world`` processes: 0 of 1 if it is the only one."""
 
     rank: int = 0
     world: int = 1
@@ -23,12 +23,12 @@ class Share:
         return self.rank == 0
 
     def of(self, sizes: Sequence[float]) -> list[int]:
-        """The indices of this process's items, in order; every process gets equally many of each size."""
+        """Returns the indices of this process's items, in order. Every process gets a similar mix of sizes."""
         order = sorted(range(len(sizes)), key=lambda i: (sizes[i], i))
         return sorted(order[self.rank :: self.world])
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every process, on every process."""
+        """Returns the values of all processes, by rank, on every process."""
         if self.world == 1:
             return [value]
         import torch.distributed as dist
@@ -40,9 +40,10 @@ class Share:
 
 @contextmanager
 def joined(arguments: argparse.Namespace) -> Iterator[Share]:
-    """Joins the process group that torchrun describes, if any, and gives each process the GPU of its rank.
+    """Joins the process group that torchrun describes, if there is one, and yields this process's share.
 
-    ``arguments``: those of the command's options; processes beside the first show no progress.
+    In ``arguments`` it sets the device to the GPU of the process's rank, and turns off progress in all processes but
+    the first.
     """
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if world == 1:

@@ -1,4 +1,4 @@
-"""`jasper-fast selfcheck`: every kernel against fp64."""
+"""`jasper-fast selfcheck`: compares every kernel with fp64."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from jasper_fast.extras import need
 from jasper_fast.options import option
 
 DESCRIPTION = """\
-Runs every kernel, in every configuration that dispatch can choose on the device (its table's tiles and the defaults),
-forward, backward and at inference, on small shapes and those of Jasper 10x5, and compares the results with fp64: an
-error may be twice that of plain PyTorch at the same precision, plus roundings. The kernels run in a process of their
-own, so a kernel that crashes or hangs gets a bad verdict and the check continues. Verdicts are saved by dtype, GPU,
-driver and versions. backend="auto" uses the kernels of a GPU only if their verdict is good. If the machine lacks
-something for a check (a compiler, memory), this is reported and there is no verdict. If the check is ended early, for
-example by Ctrl-C, the verdicts so far are saved. Without a GPU the CPU's kernels are checked, and with
-TRITON_INTERPRET=1 those of Triton in its interpreter."""
+Runs every kernel and compares the results with fp64. It covers every configuration that dispatch can choose on the
+device (the tiles in its tables and the defaults), forward, backward and inference, on small shapes and on those of
+Jasper 10x5. An error may be twice that of plain PyTorch at the same precision, plus an allowance for rounding. The
+kernels run in a separate process, so a kernel that crashes or hangs gets a bad verdict and the check continues.
+
+Verdicts are saved per dtype, GPU, driver and versions. On a GPU, backend="auto" uses only kernels with a good verdict.
+If the machine lacks something that a check needs (a compiler, memory), this is reported and there is no verdict. If the
+check is ended early, for example by Ctrl-C, the verdicts so far are saved. Without a GPU it checks the CPU's kernels;
+with TRITON_INTERPRET=1 also those of Triton, in its interpreter."""
 END = """\
 exit status: 0 if every check passed, 1 otherwise, 2 for a wrong command.
 
@@ -27,22 +28,22 @@ HELP = "compare every kernel with fp64 on this machine"
 OPTIONS = {
     "": [
         common.DEVICE,
-        option("--quick", action="store_true", help="takes seconds: default tiles, two shapes, one dtype"),
+        option("--quick", action="store_true", help="check default tiles, two shapes and one dtype only (seconds)"),
         option(
             "--dtype",
             action="append",
             choices=tuple(common.DTYPES),
             metavar="D",
-            help="fp32, fp16 or bf16, may be repeated; default: all, with --quick one",
+            help="dtype to check: fp32, fp16 or bf16; may be repeated (all, or one with --quick)",
         ),
-        option("--json", action="store_true", help="every check and the verdicts as JSON"),
+        option("--json", action="store_true", help="print every check and the verdicts as JSON"),
         option("--no-cache", action="store_true", help="do not save the verdicts"),
         option(
             "--limit",
             type=common.positive(float),
             default=180.0,
             metavar="S",
-            help="for one check, compilation included (180 s)",
+            help="most seconds for one check, compilation included (180)",
         ),
     ],
 }
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     from jasper_fast.dispatch import probe
     from jasper_fast.selfcheck import show
 
-    need("rich", "train")  # rich prints its table
+    need("rich", "train")  # for the table of results
     device = common.device_of(arguments.device)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

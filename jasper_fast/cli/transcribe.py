@@ -1,4 +1,4 @@
-"""`jasper-fast transcribe`: audio files to text."""
+"""`jasper-fast transcribe`: transcribes audio files."""
 
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ if TYPE_CHECKING:
     from jasper_fast.inference.recognizer import Recognizer
 
 DESCRIPTION = """\
-Writes one line per file to the standard output: the path, a tab, the text; with --json one JSON object per line, with
-the words in time. Files of any rate and number of channels that libsndfile reads (WAV, FLAC, OGG, MP3, ...).
-Messages go to the standard error. A file that cannot be used is reported there, with the reason, and left out. A file
-that is shorter than its header says is transcribed as far as it goes, with a warning. Lines are written in UTF-8, in
-the order of the files; a name in another encoding is written byte by byte (in JSON as \\udcXX).
-To continue an interrupted run, repeat the command with --resume: files that have a line in --out are not transcribed
+Writes one line per file to the standard output: the path, a tab, and the text. With --json each line is a JSON object
+that also has the times of the words. Reads all formats of libsndfile (WAV, FLAC, OGG, MP3, ...), at any sample rate
+and with any number of channels. Lines are written in UTF-8, in the order of the files; a name in another encoding is
+written byte by byte (in JSON as \\udcXX).
+
+Messages go to the standard error. A file that cannot be used is reported there, with the reason, and left out. If a
+file is shorter than its header says, the audio that it has is transcribed, with a warning.
+
+To continue an interrupted run, repeat the command with --resume. Files that have a line in --out are not transcribed
 again, an incomplete last line is dropped, and files that could not be used are tried again. Under torchrun
-(torchrun --nproc-per-node 8 -m jasper_fast transcribe ...) each process takes a share, and the first one writes."""
+(torchrun --nproc-per-node 8 -m jasper_fast transcribe ...) the processes share the files, and the first one writes."""
 END = """\
-exit status: 0 if at least one file is transcribed (with --strict: if all are), 1 otherwise, 2 for a wrong command,
+exit status: 0 if at least one file was transcribed (with --strict: if all were), 1 otherwise, 2 for a wrong command,
 checkpoint or configuration.
 
 examples:
@@ -39,15 +42,15 @@ examples:
   jasper-fast transcribe talk.wav --checkpoint runs/best.pt --lm 4-gram.arpa.gz --json --n-best 5"""
 
 
-_WINDOW = 8  # files are sorted by length within this many batches: more means less padding, fewer means earlier output
-HELP = "audio files to text"
+_WINDOW = 8  # batches whose files are sorted by length: more of them save padding, fewer give earlier output
+HELP = "transcribe audio files"
 OPTIONS = {
     "": [
         option("files", nargs="*", metavar="FILE", help="audio files, or folders of them"),
-        option("--list", metavar="FILE", help="a text file that names more audio files, one per line ('-': stdin)"),
+        option("--list", metavar="FILE", help="text file with the names of more audio files, one per line; -: stdin"),
         option("--json", action="store_true", help="print JSON lines with words, their times and confidences"),
         option("--out", metavar="FILE", help="write to this file instead of the standard output"),
-        option("--resume", action="store_true", help="keep what is in --out, and transcribe the files not in it"),
+        option("--resume", action="store_true", help="keep the lines of --out, transcribe only files without a line"),
         option("--strict", action="store_true", help="exit with 1 if any file could not be read"),
     ],
     **common.DECODING,
@@ -69,19 +72,19 @@ def _run(arguments: argparse.Namespace, share: ranks.Share) -> int:
 
     files = [file for name in arguments.files for file in (_audio_below(name) if os.path.isdir(name) else [name])]
     if arguments.list == "-" and share.world > 1:
-        raise common.UsageError("--list -: only one of several processes has the standard input; name a file")
+        raise common.UsageError("--list -: under torchrun only one process could read the standard input; name a file")
     if arguments.list:
         source = sys.stdin.buffer.read() if arguments.list == "-" else Path(arguments.list).read_bytes()
         lines = source.decode("utf-8-sig", "surrogateescape").split("\n")
         files += filter(None, (line.strip(" \t\r") for line in lines))
     if not files:
-        raise common.UsageError("no files; name audio files, or a list of them with --list")
+        raise common.UsageError("no files; name audio files, or a file that lists them with --list")
     if arguments.workers and (own := _STDIN & set(files)):
-        raise common.UsageError(f"--workers read audio in other processes, which have no {min(own)}: leave it out")
+        raise common.UsageError(f"--workers: other processes cannot read {min(own)}; leave --workers out")
     if arguments.resume and not arguments.out:
-        raise common.UsageError("--resume goes on with the file that --out names; give --out too")
+        raise common.UsageError("--resume continues the file of --out; give --out too")
     if arguments.n_best and arguments.n_best > 1 and not arguments.json:
-        raise common.UsageError(f"--n-best {arguments.n_best} texts have their place in JSON; give --json too")
+        raise common.UsageError(f"--n-best {arguments.n_best}: only JSON has room for several texts; give --json too")
     common.check_writable(arguments.out)
     kept = _finished(Path(arguments.out), arguments.json) if arguments.resume and share.first else Counter()
     kept = share.gather(kept)[0]
@@ -98,7 +101,7 @@ def _run(arguments: argparse.Namespace, share: ranks.Share) -> int:
             seconds = 0.0  # the error is reported when it is read
         utterances.append(Utterance(file, seconds, ""))
     line = _record if arguments.json else lambda file, transcript, _: f"{_name(file)}\t{transcript.text.strip()}"
-    errors = "backslashreplace" if arguments.json else "surrogateescape"  # JSON has names of no encoding as \udcff
+    errors = "backslashreplace" if arguments.json else "surrogateescape"  # JSON: bytes that are not UTF-8 as \udcff
     with _output(arguments, share) as out:
         for found, speed in _heard(arguments, share, recognizer, utterances):
             told = speed
@@ -115,8 +118,8 @@ def _run(arguments: argparse.Namespace, share: ranks.Share) -> int:
 def _heard(
     arguments: argparse.Namespace, share: ranks.Share, recognizer: Recognizer, utterances: Sequence[Utterance]
 ) -> Iterator[tuple[list[tuple[int, Any, float]], str]]:
-    """Places, transcripts (None where skipped) and seconds in the order of the utterances, as they come, on every
-    process; and the speed so far in words."""
+    """Yields results as they come, on every process: a list of (index, transcript, seconds) in the order of the
+    utterances, and a line with the speed so far. The transcript of a skipped utterance is None."""
     if share.world == 1:
         done = 0
         for result in common.recognize(arguments, recognizer, utterances, _WINDOW * arguments.batch_size):
@@ -139,18 +142,18 @@ def _heard(
 
 
 def _audio_below(folder: str) -> list[str]:
-    """The audio files below a folder, in order. Raises UsageError where there are none."""
+    """Returns the audio files in a folder and its subfolders, sorted. Raises UsageError if there are none."""
     from jasper_fast.speech.audio import SOUNDS
 
     found = [str(path) for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in SOUNDS]
     if not found:
-        raise common.UsageError(f"{folder}: holds no audio file ({', '.join(sorted(SOUNDS))})")
+        raise common.UsageError(f"{folder}: contains no audio file ({', '.join(sorted(SOUNDS))})")
     return found
 
 
 @contextlib.contextmanager
 def _output(arguments: argparse.Namespace, share: ranks.Share) -> Iterator[Any]:
-    if not share.first:  # the first one writes for all
+    if not share.first:  # the first process writes for all
         yield io.BytesIO()
         return
     if not arguments.out:
@@ -162,7 +165,7 @@ def _output(arguments: argparse.Namespace, share: ranks.Share) -> Iterator[Any]:
 
 
 def _name(file: str, json: bool = False) -> str:
-    """The name as it appears in the output: one line of text."""
+    """Returns the name as it appears in the output, without line breaks."""
     return file if json else file.replace("\n", "\\n")
 
 
@@ -172,7 +175,7 @@ def _take(kept: Counter[str], name: str) -> bool:
 
 
 def _finished(out: Path, as_json: bool) -> Counter[str]:
-    """How often each file appears in an output file; an incomplete last line is removed from it."""
+    """Counts how often each file appears in an output file. Removes an incomplete last line from the output file."""
     content = out.read_bytes() if out.exists() else b""
     if whole := content.rpartition(b"\n")[0]:
         whole += b"\n"
@@ -182,7 +185,7 @@ def _finished(out: Path, as_json: bool) -> Counter[str]:
             name = json.loads(line)["audio_filepath"] if as_json else line[: line.rindex("\t")]
         except (ValueError, TypeError, KeyError):
             kind = "a record of --json" if as_json else "a name, a tab and a text"
-            raise common.UsageError(f"--out {out}, line {number}: is not {kind}; nothing was changed") from None
+            raise common.UsageError(f"--out {out}, line {number} is not {kind}; the file was not changed") from None
         names[name] += 1
     if len(whole) < len(content):
         os.truncate(out, len(whole))

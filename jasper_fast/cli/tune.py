@@ -1,4 +1,4 @@
-"""`jasper-fast tune`: the fastest kernels for a model on this GPU, measured ahead and kept."""
+"""`jasper-fast tune`: measures in advance which kernels are fastest for a model on this GPU, and saves the choice."""
 
 from __future__ import annotations
 
@@ -12,42 +12,45 @@ from jasper_fast.cli import common
 from jasper_fast.extras import need
 from jasper_fast.options import option
 
-HELP = "measure, once, which kernels are the fastest for a model on this GPU"
+HELP = "measure which kernels are fastest for a model on this GPU, and save the choice"
 DESCRIPTION = """\
-Measures on this GPU which face and tile of each op is the fastest at the shapes of a model, and keeps that on disk for
-backend="auto": what a first use would do, ahead of it and for all batches that you name. Each contender is held against
-fp64 before it is timed. What was measured before is not measured again, and whatever ends the command, the shapes that
-were finished are kept: the same command goes on. JASPER_FAST_TUNE=0 turns first-use tuning off, not this command."""
+Measures on this GPU which implementation and tile of each op is fastest at the shapes of a model, and saves the choice
+on disk for backend="auto". The first use of a model does the same; this command does it in advance, for all batches
+that you name. Contenders are compared with fp64 before they are timed. Shapes that were measured before are skipped. If
+the command is interrupted, the finished shapes are kept, and the same command continues. JASPER_FAST_TUNE=0 turns off
+the tuning at first use, but not this command."""
 END = """\
-exit status: 0 if all is measured, 4 if the budget was spent before, 2 for a wrong command.
+exit status: 0 if all shapes are measured, 4 if the budget ran out before, 2 for a wrong command.
 
 example: jasper-fast tune --dtype bf16 --batches 1:2 1:16.7 32:16.7 --for inference --budget 120"""
 BATCHES = ["32:16.7", "1:2", "1:16.7", "8:16.7", "16:16.7"]
 OUT_OF_TIME = 4
-FRAMES = 100  # of features, a second
+FRAMES = 100  # feature frames per second
 
 
 def batch(text: str) -> tuple[int, int]:
-    """(N, T) from "32:16.7"."""
+    """Parses "32:16.7", that is 32 utterances of 16.7 s, as (utterances, feature frames)."""
     try:
         n, seconds = text.split(":")
         found = int(n), round(float(seconds) * FRAMES)
     except (ValueError, OverflowError):
         found = 0, 0
     if min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not utterances and seconds of each, as in 32:16.7")
+        raise argparse.ArgumentTypeError(f"{text!r} is not utterances:seconds, such as 32:16.7")
     return found
 
 
 OPTIONS = {
     "": [
         common.DEVICE,
-        option("--model", metavar="YAML", help="its configuration (default: Jasper 10x5 dense residual)"),
-        option("--dtype", choices=tuple(common.DTYPES), default="fp16", help="of the activations (fp16)"),
+        option("--model", metavar="YAML", help="configuration of the model (Jasper 10x5 dense residual)"),
+        option("--dtype", choices=tuple(common.DTYPES), default="fp16", help="dtype of the activations (fp16)"),
         option("--batches", nargs="+", type=batch, metavar="N:SECONDS", default=[batch(b) for b in BATCHES],
-               help=f"utterances and length, padding included ({' '.join(BATCHES)})"),
-        option("--for", dest="mode", choices=("training", "inference", "both"), default="both", help="(both)"),
-        option("--budget", type=common.positive(float), default=600.0, metavar="SECONDS", help="at most (600)"),
+               help=f"batches: utterances, and padded length in seconds ({' '.join(BATCHES)})"),
+        option("--for", dest="mode", choices=("training", "inference", "both"), default="both",
+               help="what the model will be used for (both)"),
+        option("--budget", type=common.positive(float), default=600.0, metavar="SECONDS",
+               help="most seconds to spend (600)"),
     ],
 }  # fmt: skip
 
@@ -58,28 +61,28 @@ def run(arguments: argparse.Namespace) -> int:
     from jasper_fast.dispatch import backends, tuned, verdicts
     from jasper_fast.kernels import tables
 
-    need("rich", "train")  # it shows its progress by it
+    need("rich", "train")  # for the progress bar
     device = tuned.indexed(common.device_of(arguments.device))
     if device.type != "cuda":
-        raise common.UsageError("tune needs a CUDA GPU: on a CPU nothing is chosen by measurement")
+        raise common.UsageError("tune needs a CUDA GPU: on a CPU kernels are not chosen by measurement")
     if reason := backends.why_missing("triton", device):
         raise common.UsageError(f"there is nothing to choose from: {reason}")
     wanted = cells_of(arguments, getattr(torch, common.DTYPES[arguments.dtype]))
     todo = [cell for cell in wanted if not tables.covered(device, cell)]
     name = verdicts.key(device)["device"]
-    print(f"{len(wanted)} shapes on {name}, {len(todo)} of them to measure; kept in {tuned.path(device)}")
+    print(f"{len(wanted)} shapes on {name}, {len(todo)} of them to measure; saved in {tuned.path(device)}")
     started = time.monotonic()
     with verdicts.locked(tuned.PATIENCE, tuned.LOCK):
         session = _tune(device, todo, arguments.budget)
     refused = sum(len(of["refused"]) for of in session.done.values())
     print(f"{len(session.done)} measured in {time.monotonic() - started:.0f} s, {refused} contenders refused")
     if session.out_of_time:
-        print(f"the budget is spent, {len(todo) - len(session.done)} are left: the same command goes on")
+        print(f"the budget is spent, {len(todo) - len(session.done)} shapes are left: the same command continues")
     return OUT_OF_TIME if session.out_of_time else 0
 
 
 def cells_of(arguments: argparse.Namespace, dtype: Any) -> list[Any]:
-    """The distinct cells of all batches, those of the first batch first."""
+    """Returns the cells (an op at a shape) of all batches without duplicates, in the order of the batches."""
     from jasper_fast.nn.cells import cells
     from jasper_fast.nn.config import JasperConfig
 

@@ -1,1 +1,1 @@
-"""The demo: an espeak-ng corpus, a small fused Jasper trained on it, a report. Run `python -m jasper_fast.demo`."""
+"""The demo trains a small fused Jasper on speech from espeak-ng and writes a report: `python -m jasper_fast.demo`."""

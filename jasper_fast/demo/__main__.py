@@ -1,4 +1,4 @@
-"""Synthesise a corpus, train a fused Jasper on it, transcribe new voices, and compare it with the plain model.
+"""Synthesise a corpus, train a fused Jasper on it, transcribe new voices, and compare its speed with plain PyTorch.
 
 python -m jasper_fast.demo [--out build/demo] [--steps 2500] [--minutes 5.5]
 """
@@ -39,13 +39,13 @@ CONFIG = Path(str(files("jasper_fast.configs") / "demo.yaml"))
 OPTIONS = [
     option("--out", type=Path, default=Path("build/demo"), help="folder for the corpus and the results"),
     option("--steps", type=int, default=2500, help="updates of the weights"),
-    option("--minutes", type=float, default=5.5, help="most minutes of training, for a slow machine"),
-    option("--config", type=Path, default=CONFIG, help="the model"),
-    option("--device", default="auto", help="auto, cpu, cuda or cuda:N"),
-    option("--train-utterances", type=int, default=1120, help="commands to learn from"),
-    option("--test-utterances", type=int, default=200, help="commands by other voices"),
-    option("--compare-seconds", type=float, default=20.0, help="time to measure fused against eager"),
-    option("--seed", type=int, default=0, help="seed of the corpus, the weights and the order"),
+    option("--minutes", type=float, default=5.5, help="most minutes of training"),
+    option("--config", type=Path, default=CONFIG, help="configuration of the model"),
+    option("--device", default="auto", help="device to run on: auto, cpu, cuda or cuda:N"),
+    option("--train-utterances", type=int, default=1120, help="spoken commands to train on"),
+    option("--test-utterances", type=int, default=200, help="spoken commands to test on, by other voices"),
+    option("--compare-seconds", type=float, default=20.0, help="seconds for comparing the speed with eager PyTorch"),
+    option("--seed", type=int, default=0, help="seed of the corpus, the weights and the order of the data"),
 ]
 
 
@@ -60,7 +60,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def picture(path: Path) -> np.ndarray:
-    """Log-mel features (bands, frames) of a file before normalisation, for a picture."""
+    """Returns the log-mel features (bands, frames) of a file, without normalisation, for a picture."""
     samples = torch.from_numpy(audio.load(path, corpus.SAMPLE_RATE))[None]
     features = LogMelFeatures(normalize=None, dither=0.0, pad_to_multiple=1)
     mel = features(samples, torch.tensor([samples.shape[1]]))[0][0]
@@ -68,8 +68,8 @@ def picture(path: Path) -> np.ndarray:
 
 
 def table(result: dict) -> Table:
-    grid = Table(title="fused beside eager, measured in turn", title_justify="left")
-    for name in ("", "eager", "fused", "beside eager"):
+    grid = Table(title="fused compared with eager, measured in turns", title_justify="left")
+    for name in ("", "eager", "fused", "comparison"):
         grid.add_column(name, justify="right" if name else "left")
     for what, eager, fused, number, meaning in report.comparison_rows(result):
         grid.add_row(what, eager, fused, f"{number} {meaning}")
@@ -77,7 +77,8 @@ def table(result: dict) -> Table:
 
 
 def listen(model: Jasper, unheard: list[Utterance], device: torch.device, seed: int) -> tuple[list[Path], list[dict]]:
-    """One utterance of each of three voices that were not in training: their files, and the model's transcripts."""
+    """Transcribes one utterance of each of three voices that were not in training. Returns the files and the
+    transcripts."""
     rng = random.Random(seed)
     voices = rng.sample(corpus.voices("test"), 3)
     chosen = [rng.choice([u for u in unheard if u.speaker == voice.name] or unheard) for voice in voices]
@@ -159,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     page = report.render(result, [picture(path) for path in paths], [path.read_bytes() for path in paths])
     (out / "index.html").write_text(page, encoding="utf-8")
     console.print(table(result))
-    console.print(f"{out / 'index.html'}: the page; {out / 'result.json'}: the numbers; {out / 'model.pt'}: the model")
+    console.print(f"page: {out / 'index.html'}; numbers: {out / 'result.json'}; model: {out / 'model.pt'}")
     console.print(f"jasper-fast transcribe --checkpoint {out / 'model.pt'} {paths[0]}")
     return 0
 

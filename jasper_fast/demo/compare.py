@@ -1,4 +1,4 @@
-"""Compares fused and eager on this machine with the bench: training step, inference, bytes kept for backward."""
+"""Compares fused and eager models on this machine: training step, inference, and bytes kept for backward."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from jasper_fast.extras import need
 def compare(
     config: Path, folder: Path, batch: tuple[int, int], device: torch.device, seconds: float
 ) -> dict[str, dict]:
-    """Measures the model of `config` and its eager twin, for about `seconds` in training and as long in inference.
+    """Measures the model of `config` and its eager twin with `jasper-fast bench`, which writes its results to `folder`.
 
-    `batch`: utterances and feature frames of a training step. The bench's results go to `folder`. Returns `train` and
-    `inference` (utterances per second; `ratio`: eager time over fused time, medians) and `memory` (bytes that one
-    training forward keeps for backward; `ratio`: fused over eager).
+    Training and inference take about `seconds` each. `batch`: utterances and feature frames of a training step. In the
+    returned dict, `train` and `inference` have utterances per second and `ratio`, the median eager time over the median
+    fused time. `memory` has the bytes that a training forward keeps for backward and `ratio`, fused over eager.
     """
     model = f"{config}:{batch[0]},{batch[1]}"
     step = _measure("train", model, folder, device, seconds, "--mode", "step")
@@ -37,7 +37,7 @@ def compare(
 def _measure(
     command: str, model: str, folder: Path, device: torch.device, seconds: float, *more: str
 ) -> dict[str, Any]:
-    """Runs `jasper-fast bench COMMAND`; gives the rows "fused" and "eager"."""
+    """Runs `jasper-fast bench COMMAND` and returns its rows for "fused" and "eager"."""
     out = folder / command
     common = ["--device", str(device), "--dtype", "fp32", "--quick", "--seconds", str(seconds), "--out", str(out)]
     need("jasper_fast.bench.cli", "bench").main([command, "--model", model, *common, "--rivals", "eager", *more])

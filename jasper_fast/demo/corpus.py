@@ -1,4 +1,4 @@
-"""The demo's synthetic corpus: commands with numbers, spoken by many voices for training and by others for the test."""
+"""Makes the demo's synthetic corpus of spoken commands. Different voices speak the training and the test part."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .espeak import Espeak
 
 SAMPLE_RATE = 16000
 
-# Languages and variants of espeak-ng. Robots, whispers and jokes are left out.
+# Languages and variants of espeak-ng, without its robots, whispers and jokes.
 ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-us-nyc", "en-gb-x-gbcwmd", "en-029")
 TRAIN_WOMEN = "f1 f2 f3 f5 Alicia anika aunty belinda grandma shelby steph steph2 Nguyen"
 TRAIN_MEN = (
@@ -55,20 +55,20 @@ TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "nin
 
 @dataclass(frozen=True)
 class Voice:
-    """One speaker: a variant of espeak-ng's voices, a vocal tract; accents are drawn for each sentence."""
+    """One speaker, that is one variant of espeak-ng's voices. The accent is drawn anew for each sentence."""
 
     name: str
     kind: str  # "female" or "male"
 
 
 def voices(split: str) -> list[Voice]:
-    """The voices of a split, "train" or "test"; the two splits share no variant, and so no vocal tract."""
+    """Returns the voices of a split, "train" or "test". No voice is in both."""
     women, men = {"train": (TRAIN_WOMEN, TRAIN_MEN), "test": (TEST_WOMEN, TEST_MEN)}[split]
     return [Voice(name, "female") for name in women.split()] + [Voice(name, "male") for name in men.split()]
 
 
 def number(rng: random.Random) -> str:
-    """A spoken number from zero to ninety nine; units, teens and tens come up equally often."""
+    """Draws a number in words: one quarter are zero to nine, one quarter ten to nineteen, and half twenty to 99."""
     style = rng.randrange(4)
     if style == 0:
         return rng.choice(UNITS)
@@ -78,23 +78,23 @@ def number(rng: random.Random) -> str:
 
 
 def sentence(rng: random.Random) -> str:
-    """One random command."""
+    """Draws a command."""
     words = lambda match: number(rng) if match[1] == "number" else rng.choice(WORDS[match[1]])  # noqa: E731
     return re.sub(r"<(\w+)>", words, rng.choice(COMMANDS))
 
 
 def trim(samples: np.ndarray, sample_rate: int, keep: float = 0.08, level: float = 0.01) -> np.ndarray:
-    """Cuts leading and trailing silence, leaving `keep` seconds on both sides."""
+    """Cuts leading and trailing silence, but leaves `keep` seconds of it on both sides."""
     loud = np.flatnonzero(np.abs(samples) > level * np.abs(samples).max())
     pad = int(keep * sample_rate)
     return samples[max(0, loud[0] - pad) : loud[-1] + pad]
 
 
 def synthesise(out: Path, split: str, count: int, seed: int = 0, progress: bool = True) -> Path:
-    """Speaks `count` commands into 16 kHz WAV files under `out/split` and returns the manifest's path.
+    """Synthesises `count` commands as 16 kHz WAV files in `out/split` and returns the manifest's path.
 
     The manifest is JSON lines with `audio_filepath` relative to it, `duration` in seconds, `text` and `speaker`.
-    Every voice of the split speaks equally often, with random accent, speed, pitch, loudness and a little noise.
+    The voices of the split speak equally often. Accent, speed, pitch, loudness and a little noise are random.
     Raises `SynthError` if the synthesiser is missing.
     """
     espeak = Espeak.start()

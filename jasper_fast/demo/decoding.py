@@ -1,11 +1,11 @@
-"""What a language model is worth: greedy decoding beside beam searches, on voices that were not in training.
+"""Measures what a language model gains: greedy decoding against beam searches, on voices that were not in training.
 
     python -m jasper_fast.demo.decoding --out build/decoding
     python -m jasper_fast.demo.decoding --out build/digits --digits FOLDER
 
-Trains a small Jasper (on synthetic commands, or on strings joined from recordings of single digits), an n-gram of the
-words and one of the characters of the training texts, chooses alpha and beta on every other test utterance and counts
-errors on those between. Intervals: paired bootstrap over utterances, 95 %.
+Trains a small Jasper on synthetic commands, or on strings joined from recordings of single digits. Trains an n-gram of
+the words and one of the characters of the training texts. Chooses alpha and beta on every other test utterance and
+counts errors on the rest. Intervals are 95 % intervals by a paired bootstrap over utterances.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from jasper_fast.speech import audio
 from jasper_fast.speech.decoding import greedy_decode
 from jasper_fast.speech.metrics import word_errors
 
-RATE = 8000  # of the digits
+RATE = 8000  # sample rate of the digits
 DIGITS = ("digits_fsdd_train.jsonl", "digits_fsdd_dev.jsonl")  # single digits; no voice is in both
 GRID = list(itertools.product((0.0, 0.5, 1.0, 1.5, 2.0, 3.0), (-1.0, 0.0, 1.0)))
 
 
 def strings(manifest: Path, out: Path, count: int | None, words: tuple[int, int], seed: int) -> Path:
-    """Strings of single words of one speaker each, joined into files with a manifest: ``count`` of them, drawn with
-    repetition, or with None as many as there are when each recording is in one of them.
+    """Joins recordings of single words into strings, each by one speaker, and returns the path of their manifest.
 
-    ``words``: the fewest and the most in a string. A little noise covers all, or the pauses would be silent as no
-    recording is."""
+    ``count`` strings are drawn with repetition. With None, each recording is used in exactly one string. ``words``: the
+    least and the most words of a string. A little noise is added everywhere, because recordings are never quite silent.
+    """
     lines = [json.loads(line) for line in manifest.read_text().splitlines()]
     clips: dict[str, list[Utterance]] = {}
     rng, out_lines = np.random.default_rng(seed), []
@@ -85,7 +85,7 @@ def _drawn(
 
 
 def spelt(heard: Path, out: Path) -> Path:
-    """configs/digits.yaml for the letters of the training texts in place of whole words."""
+    """Writes a variant of configs/digits.yaml whose labels are the letters of the training texts, not whole words."""
     config = yaml.safe_load((files("jasper_fast.configs") / "digits.yaml").read_text())
     config["labels"] = sorted({" "}.union(*(u.text for u in read_manifest(heard))))
     config["input_train"]["audio_dataset"]["tempo_perturbation"] = {"min_rate": 0.75, "max_rate": 1.3}
@@ -94,7 +94,7 @@ def spelt(heard: Path, out: Path) -> Path:
 
 
 def say(model: torch.nn.Module, utterances: list[Utterance], folder: Path) -> Saved:
-    """The model's log-probs of the utterances, kept in a folder."""
+    """Saves the model's log-probs of the utterances in a folder."""
     recognizer = Recognizer(model)
     saved = Saved.begin(folder, recognizer)
     *_, result = recognizer.stream(utterances, keep=saved.keep)
@@ -103,20 +103,20 @@ def say(model: torch.nn.Module, utterances: list[Utterance], folder: Path) -> Sa
 
 
 def part(saved: Saved, of: slice) -> Saved:
-    """Some of the utterances."""
+    """Returns the utterances in the slice ``of``."""
     made = Saved(saved.folder, saved.vocabulary, saved.frame_seconds)
     made.utterances = saved.utterances[of]
     return made
 
 
 def errors(saved: Saved, texts: list[str]) -> np.ndarray:
-    """Word errors and words of each utterance, (utterances, 2)."""
+    """Returns the word errors and the reference words of each utterance, (utterances, 2)."""
     counted = [word_errors(u["text"], text) for u, text in zip(saved.utterances, texts, strict=True)]
     return np.array([(e.total, e.length) for e in counted])
 
 
 def gain(before: np.ndarray, after: np.ndarray, rounds: int = 4000) -> tuple[float, float, float]:
-    """How many per cent fewer errors, and the interval of that by a paired bootstrap over utterances."""
+    """Returns by how many per cent the errors fall, and the ends of the interval by a paired bootstrap."""
     rng = np.random.default_rng(0)
     picks = rng.integers(0, len(before), (rounds, len(before)))
     ratios = 1 - after[picks, 0].sum(1) / np.maximum(before[picks, 0].sum(1), 1)
@@ -134,7 +134,7 @@ def decoded(saved: Saved, lm: Path | None, weights: tuple[float, float], beam: i
 
 
 def compare(saved: Saved, texts: Path, out: Path, beam: int) -> list[str]:
-    """The lines of the result."""
+    """Returns the lines of the result."""
     words, symbols = out / "words.arpa", out / "symbols.arpa"
     train([texts], words, 3)
     train([texts], symbols, 6, characters=True)
@@ -159,16 +159,16 @@ def compare(saved: Saved, texts: Path, out: Path, beam: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for everything; it must not be there yet")
-    parser.add_argument("--digits", type=Path, metavar="FOLDER", help=f"spoken digits: holds {' and '.join(DIGITS)}")
-    parser.add_argument("--steps", type=int, help="of training (digits: 3000, else 1500)")
-    parser.add_argument("--minutes", type=float, default=40.0, help="of training at most (40)")
-    parser.add_argument("--beam", type=int, default=128)
+    parser.add_argument("--out", type=Path, required=True, help="folder for all files; it must not exist yet")
+    parser.add_argument("--digits", type=Path, metavar="FOLDER", help=f"spoken digits: has {' and '.join(DIGITS)}")
+    parser.add_argument("--steps", type=int, help="training steps (1500, or 3000 for digits)")
+    parser.add_argument("--minutes", type=float, default=40.0, help="most minutes of training (40)")
+    parser.add_argument("--beam", type=int, default=128, help="width of the beam search (128)")
     arguments = parser.parse_args()
     out, digits = arguments.out, arguments.digits
     for name in DIGITS if digits else ():
         if not (digits / name).is_file():
-            print(f"skipped: {digits / name} is not there")
+            print(f"skipped: {digits / name} does not exist")
             return
     out.mkdir(parents=True)
     if digits:

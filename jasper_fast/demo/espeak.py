@@ -1,6 +1,6 @@
-"""espeak-ng through ctypes: text in, float32 samples out.
+"""Calls the speech synthesiser espeak-ng through ctypes.
 
-The library (GPLv3) is loaded at run time from the package `espeakng-loader`; nothing of it is part of this project.
+The library (GPLv3) is loaded at run time from the package `espeakng-loader`. No part of it is in this project.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from pathlib import Path
 
 import numpy as np
 
-AUDIO_OUTPUT_SYNCHRONOUS = 2  # espeak_Synth returns when all samples went through the callback
+AUDIO_OUTPUT_SYNCHRONOUS = 2  # espeak_Synth returns after the callback has received all samples
 INITIALIZE_DONT_EXIT = 0x8000
 CHARS_UTF8 = 1
 RATE, VOLUME, PITCH, RANGE = 1, 2, 3, 4
-MAX_DATA_PATH = 140  # espeak-ng keeps the path in a buffer of 160 bytes and cuts what is longer
+MAX_DATA_PATH = 140  # espeak-ng copies the path to a buffer of 160 bytes and truncates longer ones
 
 _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
 
 class SynthError(RuntimeError):
-    """The synthesiser is missing, would not start, or does not know a voice; the message says what to do."""
+    """The synthesiser is missing, does not start, or cannot speak a text; the message says what to do."""
 
 
 class Espeak:
-    """Speaks text. The library keeps global state: one process has one, used by one thread at a time.
+    """Speaks text. The library has global state, so a process has one synthesiser, for one thread at a time.
 
     Raises `SynthError` if the package `espeakng-loader` is missing or its library does not start.
     """
@@ -35,7 +35,7 @@ class Espeak:
 
     @classmethod
     def start(cls) -> Espeak:
-        """The process's synthesiser, started at the first call."""
+        """Returns the process's synthesiser, and starts it at the first call."""
         if cls._started is None:
             cls._started = cls()
         return cls._started
@@ -83,10 +83,10 @@ class Espeak:
     def say(
         self, text: str, voice: str = "en-us", *, rate: int = 175, pitch: int = 50, pitch_range: int = 50
     ) -> np.ndarray:
-        """Samples, float32 in [-1, 1), at `self.sample_rate` Hz, silence around the speech included.
+        """Returns the spoken text as float32 samples in [-1, 1) at `self.sample_rate` Hz, with silence around it.
 
-        `voice` is an espeak-ng language with an optional variant ("en-us+f3"); `rate` in words per minute (80 to 450);
-        `pitch` and `pitch_range` from 0 to 99. Raises `SynthError` for an unknown voice or if nothing was spoken.
+        `voice` is an espeak-ng language with an optional variant ("en-us+f3"). `rate` is in words per minute (80 to
+        450); `pitch` and `pitch_range` are 0 to 99. Raises `SynthError` for an unknown voice and if nothing was spoken.
         """
         if self._lib.espeak_SetVoiceByName(voice.encode()) != 0:
             raise SynthError(f"espeak-ng has no voice {voice!r}")

@@ -1,4 +1,4 @@
-"""Training with train.py for a number of steps or a time; the learning-rate schedule fits the limit that comes
+"""Trains with train.py for a number of steps or minutes. The learning-rate schedule ends at whichever limit comes
 first."""
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from jasper_fast.training.runs import StopRequest, read_log
 from jasper_fast.training.state import TrainingState
 
 BATCH_SIZE = 8
-LOOKS = 6  # validations, each with the live weights and with the average
+LOOKS = 6  # validations, each with the current weights and with their moving average
 
 
 class Threads:
-    """Sets the fastest number of CPU threads; on busy cores one thread is faster than many that wait for each other.
+    """Finds the fastest number of CPU threads: on busy cores one thread is faster than many that wait for each other.
 
-    Called after each step, it times up to `trial` of them with each of the candidates, in their order: one that is
-    clearly slower than an earlier one is dropped at its second step. The fastest then stays for `period` steps.
+    It is called after each training step. It times `trial` steps with each of the candidates in turn, but only two
+    steps with a candidate that is clearly slower than an earlier one. The fastest is then used until the step number is
+    a multiple of `period`, and the trials begin again.
     """
 
     def __init__(self, candidates: list[int], trial: int = 6, period: int = 250):
@@ -41,7 +42,7 @@ class Threads:
         self.before = time.perf_counter()
 
     def reset(self) -> None:
-        """Begins the trials anew."""
+        """Begins the trials again."""
         self.medians: list[float] = []
         self.seconds: list[float] = []
         self.before = time.perf_counter()
@@ -64,7 +65,7 @@ class Threads:
 
 @dataclass
 class Learned:
-    """The result of a training: the model with averaged weights, and the log's records of training and validation."""
+    """The result of a training run: the model with averaged weights, and its log of training and validation."""
 
     model: Jasper
     loss: list[dict[str, Any]]
@@ -81,11 +82,11 @@ def learn(
     seed: int = 0,
     batch_size: int = BATCH_SIZE,
 ) -> Learned:
-    """Trains a Jasper of `config` on the first of the manifests for `steps`, or for `minutes` if the machine is too
-    slow for them, and tests it on the second. Files of an earlier call in `folder` are removed.
+    """Trains a Jasper of `config` on the first manifest for `steps` steps, or for `minutes` if these end first, and
+    tests it on the second manifest. Deletes `folder` first if it exists.
 
-    Nothing is chosen by the test: the settings are fixed, and the last averaged weights are the result. Raises
-    KeyboardInterrupt if it was told to stop.
+    The tests influence nothing: the settings are fixed, and the last averaged weights are the result. Raises
+    KeyboardInterrupt if a signal stopped the run.
     """
     shutil.rmtree(folder, ignore_errors=True)
     options = {

@@ -1,4 +1,4 @@
-"""The demo's page: one HTML file that needs nothing else, readable in light and dark and on a phone."""
+"""Renders the demo's page, a single HTML file that adapts to light and dark mode and to small screens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from jasper_fast.extras import need
 
-# Magma-like stops, dark to bright: readable on a light and on a dark page.
+# Colours from dark to bright, similar to the map magma: readable on a light and on a dark page.
 _PALETTE = (
     (11, 9, 36),
     (60, 16, 110),
@@ -27,7 +27,7 @@ _PALETTE = (
 
 
 def png(levels: np.ndarray) -> bytes:
-    """A PNG file of `levels` (rows, columns) in [0, 1], row 0 at the top, coloured from dark to bright."""
+    """Returns a PNG file of `levels` (rows, columns) in [0, 1], row 0 at the top, coloured from dark to bright."""
     stops = np.array(_PALETTE, dtype=np.float64)
     x = np.linspace(0, len(stops) - 1, 256)
     palette = np.stack([np.interp(x, np.arange(len(stops)), stops[:, c]) for c in range(3)], 1).round().astype(np.uint8)
@@ -41,7 +41,8 @@ def png(levels: np.ndarray) -> bytes:
 
 
 def spectrogram(features: np.ndarray) -> bytes:
-    """A PNG of log-mel `features` (bands, frames), low bands at the bottom, from their 5 % to their 99.5 % level."""
+    """Returns a PNG file of log-mel `features` (bands, frames), low bands at the bottom. The colours range from the 5 %
+    to the 99.5 % quantile."""
     low, high = np.percentile(features, [5, 99.5])
     return png((features[::-1] - low) / max(high - low, 1e-9))
 
@@ -51,7 +52,7 @@ def _uri(kind: str, data: bytes | None) -> str | None:
 
 
 def ticks(top: float, count: int = 4) -> list[float]:
-    """Round numbers from 0 to at least `top`."""
+    """Returns round numbers in equal steps, from 0 to at least `top`."""
     raw = max(top, 1e-9) / count
     unit = 10.0 ** floor(log10(raw))
     step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= raw * 0.999)
@@ -59,8 +60,8 @@ def ticks(top: float, count: int = 4) -> list[float]:
 
 
 def chart(points: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """The positions of ticks and points of a line chart of (minutes, value) points, from zero; the template draws
-    it."""
+    """Returns the positions of the ticks and points of a line chart of (minutes, value) points, which the template
+    draws. Both axes begin at zero."""
     left, right, top, bottom = 44, 448, 10, 196
     x_top = max((x for x, _ in points), default=0) or 1
     ys = ticks(max((y for _, y in points), default=1))
@@ -77,7 +78,8 @@ def chart(points: Sequence[tuple[float, float]]) -> dict[str, Any]:
 
 
 def comparison_rows(result: dict) -> list[tuple[str, ...]]:
-    """(what, eager, fused, number, what the number is); the terminal's table and the page's share them."""
+    """Returns the rows of the comparison for the terminal and the page: (what, eager, fused, number, meaning of the
+    number)."""
     rows = []
     for what, key in (("Training step", "train"), ("Inference", "inference")):
         m = result[key]
@@ -93,9 +95,10 @@ def comparison_rows(result: dict) -> list[tuple[str, ...]]:
 
 
 def render(result: dict, features: Sequence[np.ndarray | None] = (), wavs: Sequence[bytes | None] = ()) -> str:
-    """The page for a `result` as in result.json; `features` (bands, frames) and `wavs` go with its `examples`.
+    """Returns the page for `result`, the content of result.json. `features` (bands, frames) and `wavs` belong to its
+    `examples`.
 
-    Raises MissingExtra where jinja2 is not installed.
+    Raises MissingExtra if jinja2 is not installed.
     """
     jinja2 = need("jinja2", "demo")
     files = jinja2.FileSystemLoader(Path(__file__).parent)

@@ -1,11 +1,11 @@
-"""What a second pass is worth: the best texts of each search rescored by a small neural language model.
+"""Measures what a second pass gains: a small neural language model rescores the best texts of each search.
 
     python -m jasper_fast.demo.decoding --out build/decoding --minutes 9
     python -m jasper_fast.demo.rescoring build/decoding
 
-Takes what the first command left: log-probs, the training texts and their n-grams. Trains a Transformer-XL of words on
-nine tenths of these texts, chooses alpha, beta and the weight of the second pass on every other test utterance, and
-counts errors on those between. Intervals: paired bootstrap over utterances, 95 %.
+Uses the files of the first command: log-probs, the training texts and their n-grams. Trains a Transformer-XL of words
+on nine tenths of these texts. Chooses alpha, beta and the weight of the second pass on every other test utterance and
+counts errors on the rest. Intervals are 95 % intervals by a paired bootstrap over utterances.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def learn(texts: Path, out: Path, steps: int) -> None:
 
 
 def decoded(saved: Saved, lm: Path | None, trial: Trial, scorer: Scorer, beam: int) -> list[str]:
-    """The texts with the weights of a trial."""
+    """Returns the rescored texts with the weights of ``trial``."""
     loaded = load_lm(lm, saved.vocabulary) if lm else None
     search = decoder(saved.vocabulary, loaded, beam=beam, alpha=trial.alpha, beta=trial.beta, n_best=LISTED)
     arrays = [torch.from_numpy(saved.log_probs(i)) for i in range(len(saved.utterances))]
@@ -51,7 +51,7 @@ def decoded(saved: Saved, lm: Path | None, trial: Trial, scorer: Scorer, beam: i
 
 
 def compare(saved: Saved, scorer: Scorer, passes: Sequence[tuple[str, Path | None]], beam: int) -> list[str]:
-    """The lines of the result, one a first pass."""
+    """Returns the lines of the result, one per first pass."""
     chosen_on, judged_on, lines = part(saved, slice(0, None, 2)), part(saved, slice(1, None, 2)), []
     for name, lm in passes:
         grid = GRID if lm else [(0.0, 0.0)]
@@ -70,9 +70,9 @@ def compare(saved: Saved, scorer: Scorer, passes: Sequence[tuple[str, Path | Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="what `python -m jasper_fast.demo.decoding --out` made")
-    parser.add_argument("--steps", type=int, default=600, help="of the neural model's training (600)")
-    parser.add_argument("--beam", type=int, default=128)
+    parser.add_argument("folder", type=Path, help="folder that `python -m jasper_fast.demo.decoding --out` wrote")
+    parser.add_argument("--steps", type=int, default=600, help="training steps of the neural model (600)")
+    parser.add_argument("--beam", type=int, default=128, help="width of the beam search (128)")
     arguments = parser.parse_args()
     folder, out = arguments.folder, arguments.folder / "neural"
     saved = Saved.open(folder / "log_probs")

@@ -1,1 +1,1 @@
-"""Audio, features, augmentation, vocabularies, greedy decoding, error rates."""
+"""Audio, features, augmentation, vocabularies, greedy decoding and error rates."""

@@ -16,17 +16,15 @@ import soxr
 
 from jasper_fast.speech import mp3
 
-SOUNDS = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".sph", ".w64", ".caf"}  # names' ends
-_LOUDEST = 1e10  # full scale is 1, of integers kept as floats 2^31; the squares of what is louder overflow fp32
-_LOWEST_RATE = 1000  # Hz; below, a small file would fill the memory when it is resampled
-_CHUNK = 1 << 22  # samples read at a time: a header that promises too much costs no memory
-_STREAMED = 0x7FFF0000  # bytes; headers written before the length was known hold this or more
+SOUNDS = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".sph", ".w64", ".caf"}  # file extensions
+_LOUDEST = 1e10  # full scale is 1, or 2^31 for integers kept as floats; the squares of louder samples overflow fp32
+_LOWEST_RATE = 1000  # Hz; at lower rates resampling would make a small file fill the memory
+_CHUNK = 1 << 22  # samples read at a time, so that a header with a false length costs no memory
+_STREAMED = 0x7FFF0000  # bytes; a header written before the length was known says this or more
 
 
 class AudioError(Exception):
-    """A file gives no usable audio; ``path`` is the file, ``cause`` says what is wrong, ``reason`` is a category for
-    counts.
-    """
+    """A file has no usable audio. ``cause`` says what is wrong; ``reason`` is the category in which it is counted."""
 
     reason = "unreadable"
 
@@ -40,7 +38,7 @@ class AudioError(Exception):
 
 @dataclass(frozen=True)
 class Memory:
-    """An audio file whose bytes are in memory; ``name`` is what errors call it."""
+    """An audio file whose bytes are in memory. ``name`` stands for the path in error messages."""
 
     name: str
     data: bytes
@@ -50,14 +48,14 @@ class Memory:
 
 
 class ShortAudio(AudioError):
-    """A file holds less audio than promised; ``samples`` holds what there is, from ``start`` seconds on.
+    """A file is shorter than promised. ``samples`` is the available audio, from ``start`` seconds on.
 
-    ``reason``: "truncated" if the file's header promised more, "wrong_duration" if the manifest did.
+    ``reason`` is "truncated" if the file's header promised more, and "wrong_duration" if the manifest did.
     """
 
     def __init__(self, path: str | os.PathLike | Memory, cause: str, reason: str, samples: np.ndarray) -> None:
         super().__init__(path, cause)
-        self.args = (str(path), cause, reason, samples)  # the arguments from which pickle restores it
+        self.args = (str(path), cause, reason, samples)  # pickle restores the error from these
         self.reason, self.samples, self.start = reason, samples, 0.0
 
 
@@ -69,7 +67,7 @@ class _File(soundfile.SoundFile):
         return False
 
     def forward(self, frames: int) -> None:
-        """Skips frames at the beginning."""
+        """Skips ``frames`` frames at the beginning of the file."""
         if super().seekable():
             self.seek(frames)
             return
@@ -77,7 +75,7 @@ class _File(soundfile.SoundFile):
             pass
 
     def chunks(self, frames: int):
-        """The next ``frames`` frames, or fewer at the end of the file, as arrays (frames, channels) fp32."""
+        """Yields the next ``frames`` frames, or fewer at the end of the file, in arrays (n, channels) fp32."""
         size = max(1, _CHUNK // self.channels)
         while frames > 0:
             samples = self.read(min(size, frames), dtype="float32", always_2d=True)
@@ -85,7 +83,8 @@ class _File(soundfile.SoundFile):
             frames = frames - len(samples) if len(samples) else 0
 
     def promised(self) -> int:
-        """The number of frames by the file's header; if libsndfile corrects it, its log has the original."""
+        """Returns the number of frames that the file's header says. If libsndfile has corrected that number, the
+        original is in its log."""
         log = self.extra_info
         for name in ("data|SSND|BODY|Data Size", "riff|Riff size"):
             if found := re.search(rf"^\s*(?:{name})\s*: (\d+) \(should be (\d+)\)", log, re.MULTILINE):
@@ -96,7 +95,7 @@ class _File(soundfile.SoundFile):
 
 
 def _bytes(path: str | os.PathLike) -> io.BytesIO:
-    """The content of a file or a pipe. A pipe without a writer counts as empty; it is not waited for."""
+    """Returns the content of a file or a pipe. A pipe that has no writer counts as empty."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     os.set_blocking(descriptor, True)
     with open(descriptor, "rb") as file:
@@ -104,7 +103,7 @@ def _bytes(path: str | os.PathLike) -> io.BytesIO:
 
 
 def _counted(source: io.BytesIO | bytes) -> bytes | None:
-    """``mp3.with_length`` of a file; reads only as much of the file as that needs."""
+    """Applies ``mp3.with_length`` to a file, and reads only as much of the file as that needs."""
     if isinstance(source, io.BytesIO):
         return mp3.with_length(source.getvalue())
     with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -121,13 +120,13 @@ def _open(path: str | os.PathLike | Memory, pipes: bool = True) -> _File:
             raise AudioError(path, "is a folder, not an audio file")
         pipe = stat.S_ISFIFO(status.st_mode)
         if not pipe and not stat.S_ISREG(status.st_mode):
-            raise AudioError(path, "is neither a file nor a pipe")
+            raise AudioError(path, "is neither a regular file nor a pipe")
         if pipe and not pipes:
             raise AudioError(path, "is a pipe: its length is known only after reading")
-        # Given its name, soundfile would treat a file called *.raw as one without a header.
+        # soundfile would assume from the name *.raw that the file has no header, so it gets the bytes, not the name.
         source = _bytes(path) if pipe or name.lower().endswith(b".raw") else name
         if not (len(source.getbuffer()) if isinstance(source, io.BytesIO) else status.st_size):
-            raise AudioError(path, "empty file (0 bytes)" if not pipe else "empty: nothing came through this pipe")
+            raise AudioError(path, "empty file (0 bytes)" if not pipe else "empty: this pipe delivered no data")
         return _decoder(source)
     except FileNotFoundError as error:
         raise AudioError(path, "no such file") from error
@@ -139,7 +138,7 @@ def _open(path: str | os.PathLike | Memory, pipes: bool = True) -> _File:
 
 
 def _decoder(source: io.BytesIO | bytes) -> _File:
-    """Of the bytes of a file, or of the file of a name."""
+    """Opens the bytes of an audio file, or the audio file with this name."""
     file = _File(source)
     if file.format == "MP3" and (counted := _counted(source)) is not None:
         file.close()
@@ -148,7 +147,8 @@ def _decoder(source: io.BytesIO | bytes) -> _File:
 
 
 def duration(path: str | os.PathLike | Memory) -> float:
-    """Seconds of audio that the file's header promises. Raises AudioError where there is none, and for a pipe."""
+    """Returns the seconds of audio that the file's header promises. Raises AudioError for a pipe, and for a file that
+    cannot be read as audio."""
     with _open(path, pipes=False) as file:
         return file.promised() / file.samplerate
 
@@ -156,12 +156,12 @@ def duration(path: str | os.PathLike | Memory) -> float:
 def load(
     path: str | os.PathLike | Memory, sample_rate: int = 16000, offset: float = 0.0, duration: float | None = None
 ) -> np.ndarray:
-    """Audio of a file as (samples,) fp32, mono (mean of the channels), resampled to ``sample_rate``.
+    """Returns the audio of a file as (samples,) fp32, mono (mean of the channels), resampled to ``sample_rate``.
 
     Reads ``duration`` seconds from ``offset`` seconds on; None or 0 reads to the end. Integer formats are scaled to
-    [-1, 1). A pipe is read to its end, once. Raises AudioError naming the file and the cause: missing, unreadable,
-    empty, no samples at the offset, samples that are NaN, infinite or beyond 1e10; ShortAudio, which holds the
-    available samples, if the file is shorter than its header promises.
+    [-1, 1). A pipe is read to its end, and can be read only once. Raises AudioError, which names the file and the
+    cause: the file is missing, unreadable or empty, has no samples at the offset, or has samples that are NaN, infinite
+    or beyond 1e10. Raises ShortAudio, which has the available samples, if the file is shorter than its header promises.
     """
     if not (offset >= 0 and math.isfinite(offset)) or (duration is not None and not duration >= 0):
         raise AudioError(path, f"offset={offset} and duration={duration} must not be negative")
@@ -175,7 +175,7 @@ def _load(path: str | os.PathLike | Memory, sample_rate: int, offset: float, dur
     with _open(path) as file:
         rate, frames, promised = file.samplerate, file.frames, file.promised()
         if frames <= 0:
-            raise AudioError(path, "holds no samples")
+            raise AudioError(path, "has no samples")
         if rate < _LOWEST_RATE:
             raise AudioError(path, f"a sample rate of {rate} Hz is too low for speech")
         first = int(offset * rate)
@@ -190,24 +190,25 @@ def _load(path: str | os.PathLike | Memory, sample_rate: int, offset: float, dur
             samples = np.concatenate([*file.chunks(min(wanted, frames - first))])
         except (soundfile.LibsndfileError, RuntimeError) as error:
             raise AudioError(path, f"damaged: {getattr(error, 'error_string', error)}") from error
-    lengths = f"the header promises {promised / rate:.3f} s, {(first + len(samples)) / rate:.3f} s are there"
+    lengths = f"the header promises {promised / rate:.3f} s, but the file has {(first + len(samples)) / rate:.3f} s"
     if not len(samples):
         raise AudioError(path, f"truncated: {lengths}")
     mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
     if not np.isfinite(mono).all():
         raise AudioError(path, f"{int((~np.isfinite(mono)).sum())} of {len(mono)} samples are NaN or infinite")
     if (peak := float(np.abs(mono).max())) > _LOUDEST:
-        raise AudioError(path, f"damaged: samples of {peak:.3g}, where 1 is full scale")
+        raise AudioError(path, f"damaged: a sample has the value {peak:.3g}; full scale is 1")
     found = np.ascontiguousarray(resample(mono, rate, sample_rate))
     if not len(found):
-        raise AudioError(path, f"{len(mono)} samples at {rate} Hz leave none at {sample_rate} Hz")
-    if wanted - len(samples) > rate // 100:  # a smaller difference is rounding, because codecs count in blocks
+        raise AudioError(path, f"too short: {len(mono)} samples at {rate} Hz are less than one at {sample_rate} Hz")
+    if wanted - len(samples) > rate // 100:  # codecs count in blocks, so small differences are no error
         raise ShortAudio(path, f"truncated: {lengths}", "truncated", found)
     return found
 
 
 def resample(samples: np.ndarray, rate: float, new_rate: float) -> np.ndarray:
-    """(samples,) at ``rate`` Hz as (samples * new_rate / rate,) fp32 at ``new_rate`` Hz, band-limited (soxr, HQ)."""
+    """Resamples (samples,) from ``rate`` to ``new_rate`` Hz: (samples * new_rate / rate,) fp32, by soxr at quality
+    HQ."""
     samples = np.asarray(samples, dtype=np.float32)
     if rate == new_rate or not len(samples):
         return samples
@@ -215,12 +216,12 @@ def resample(samples: np.ndarray, rate: float, new_rate: float) -> np.ndarray:
 
 
 def change_speed(samples: np.ndarray, speed: float) -> np.ndarray:
-    """(samples,) played ``speed`` times as fast, which also changes the pitch: about samples / speed values."""
+    """Plays (samples,) ``speed`` times as fast, which also changes the pitch. Returns about samples / speed values."""
     return resample(samples, speed, 1.0)
 
 
 def change_tempo(samples: np.ndarray, tempo: float, sample_rate: int) -> np.ndarray:
-    """(samples,) spoken ``tempo`` times as fast at the same pitch: round(samples / tempo) values, float32.
+    """Makes (samples,) ``tempo`` times as fast at the same pitch. Returns round(samples / tempo) values, fp32.
 
     Waveform-similarity overlap-add (Verhelst and Roelands, 1993): windows of 30 ms that overlap by half are taken from
     the input at the new tempo. Each is moved by up to 8 ms, to where it best continues the window before.
@@ -233,11 +234,11 @@ def change_tempo(samples: np.ndarray, tempo: float, sample_rate: int) -> np.ndar
     count = -(-size // half)
     window = (0.5 - 0.5 * np.cos(np.pi * (np.arange(2 * half) + 0.5) / half)).astype(np.float32)
     out = np.zeros((count + 1) * half, np.float32)
-    start = reach  # of the present window, in padded
+    start = reach  # of the current window, in `padded`
     out[:half] = padded[start : start + half] * (1 - window[:half])  # the first window does not fade in
     for i in range(count):
         out[i * half : (i + 2) * half] += padded[start : start + 2 * half] * window
-        wanted = padded[start + half : start + 2 * half]  # the natural continuation
+        wanted = padded[start + half : start + 2 * half]  # what follows in the input
         lowest = min(round((i + 1) * half * tempo), len(samples))
         match = np.correlate(padded[lowest : lowest + half + 2 * reach], wanted, "valid")
         start = lowest + int(match.argmax())
@@ -245,9 +246,10 @@ def change_tempo(samples: np.ndarray, tempo: float, sample_rate: int) -> np.ndar
 
 
 def silence_bounds(samples: np.ndarray, top_db: float = 60.0, frame: int = 2048, hop: int = 512) -> tuple[int, int]:
-    """First sample and end of the part that is not silent: hops within ``top_db`` of the power of the loudest frame.
+    """Returns the first sample and the end of the part that is not silent. A hop is silent if its power is more than
+    ``top_db`` below that of the loudest one.
 
-    If everything is equally loud or silent, this is all samples. Equivalent: ``librosa.effects.trim(samples,
+    If everything is silent or equally loud, that is all samples. Equivalent: ``librosa.effects.trim(samples,
     top_db)[1]``.
     """
     if not len(samples):
@@ -263,6 +265,6 @@ def silence_bounds(samples: np.ndarray, top_db: float = 60.0, frame: int = 2048,
 
 
 def trim_silence(samples: np.ndarray, top_db: float = 60.0) -> np.ndarray:
-    """The samples within ``silence_bounds``."""
+    """Returns the samples within ``silence_bounds``."""
     first, end = silence_bounds(samples, top_db)
     return samples[first:end]

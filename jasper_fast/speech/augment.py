@@ -1,9 +1,10 @@
-"""Masking of features for training, over a whole batch at once and without waiting for the device.
+"""Masks features at random for training, for all utterances of a batch at once and without a device synchronisation.
 
-Both modules take features (N, F, T) and lengths (N,) in frames and return features of the same shape, dtype and memory
-order, with the masked cells 0 (the mean, after normalisation). In evaluation mode they return their input. Random
-numbers come from torch's generator of the features' device. Semantics: SpecAugment and CutoutAugment of NVIDIA's Jasper
-for PyTorch, except that the places in time are drawn within each utterance's own length, not within the padded batch.
+SpecAugment and SpecCutout take features (N, F, T) and lengths (N,) in frames. They return features of the same shape,
+dtype and memory order, in which the masked cells are 0 (the mean, if features are normalised). In evaluation mode they
+return their input. Random numbers come from torch's generator of the features' device. Semantics: SpecAugment and
+CutoutAugment of NVIDIA's Jasper for PyTorch, except that masks in time are drawn within the utterance's own length, not
+within the padded batch.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from jasper_fast.speech.warp import SpeakerWarp
 
 
 def _uniform_int(low: int, high: Tensor | int, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Integers in low..high, both included; high may be a tensor that broadcasts to shape."""
+    """Draws integers from low..high, both included. ``high`` may be a tensor that broadcasts to ``shape``."""
     return low + (torch.rand(shape, device=device) * (high - low + 1)).long()
 
 
 def _spans(count: Tensor | int, masks: int, low: int, high: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """First and end, each (N, masks), of random spans of low..high cells; they lie within 0..count-1 if they fit."""
+    """Draws spans of low..high cells, and returns their first cells and ends, each (N, masks). A span lies within
+    0..count-1 if it is not longer than that."""
     shape = (like.shape[0], masks)
     width = _uniform_int(low, high, shape, like.device)
     room = count - width
@@ -31,7 +33,7 @@ def _spans(count: Tensor | int, masks: int, low: int, high: Tensor | int, like: 
 
 
 def _inside(first: Tensor, end: Tensor, cells: int) -> Tensor:
-    """(N, masks, cells): whether a cell lies in the span."""
+    """Returns (N, masks, cells) bool: whether the cell lies in the span."""
     at = torch.arange(cells, device=first.device)
     return (at >= first[..., None]) & (at < end[..., None])
 
@@ -44,8 +46,8 @@ def _check_range(what: str, low: int, high: int) -> None:
 class SpecAugment(nn.Module):
     """Zeroes ``freq_masks`` spans of min_freq..max_freq mel bands and ``time_masks`` of min_time..max_time frames.
 
-    ``max_time_ratio`` (1.0: no bound, as in the reference) limits a span to that share of the utterance, for corpora
-    with utterances as short as max_time. Raises ValueError for an empty range.
+    ``max_time_ratio`` limits a span in time to that share of the utterance, for corpora with very short utterances.
+    With 1.0 there is no such limit, as in the reference. Raises ValueError for an empty range.
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class SpecCutout(nn.Module):
 
 
 class Augment(nn.Module):
-    """Speaker warp, then cutout and SpecAugment in the order of the reference; each may be None."""
+    """Applies speaker warp, cutout and SpecAugment, in this order, which is the reference's. Each may be None."""
 
     def __init__(
         self,
@@ -129,8 +131,8 @@ class Augment(nn.Module):
 
 
 def from_config(input_train: dict[str, Any]) -> Augment:
-    """Builds the augmentation of ``input_train``: the reference's spec_augment and cutout_augment, at its top level or
-    nested in filterbank_features, and speaker_warp at its top level. What is not given is not applied.
+    """Builds the augmentation that ``input_train`` describes with the keys spec_augment, cutout_augment and
+    speaker_warp, at its top level or in filterbank_features. An augmentation without a key is not applied.
 
     Raises ValueError naming an unknown key.
     """

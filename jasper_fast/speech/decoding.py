@@ -1,4 +1,4 @@
-"""Greedy CTC decoding on the device of the log-probs; one copy to the host per batch.
+"""Greedy CTC decoding. It runs on the device of the log-probs, with one copy to the host per batch.
 
 Shapes: N utterances, T frames, V classes; the blank is the last class.
 """
@@ -15,7 +15,7 @@ from jasper_fast.speech.text import Vocabulary
 
 
 class NotFinite(ValueError):
-    """The log-probs of an utterance hold NaN."""
+    """The log-probs of an utterance contain NaN."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Word:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A text that a beam search found: its score and log p_CTC, natural logarithms, and its symbols as classes."""
+    """A text that a beam search found. ``score`` and ``log_prob`` (log p_CTC) are natural logarithms; ``symbols`` are
+    its classes."""
 
     text: str
     score: float
@@ -40,16 +41,16 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Transcript:
-    """A transcript with its symbols and words in time; ``confidence`` is the mean over the symbols (1 where none)."""
+    """A text with the times of its symbols and words. ``confidence`` is the mean over the symbols, or 1 without any."""
 
     text: str
     symbols: list[Word]
     words: list[Word]
     confidence: float
-    hypotheses: tuple[Hypothesis, ...] = ()  # of a beam search, the best first
+    hypotheses: tuple[Hypothesis, ...] = ()  # results of a beam search, best first
 
     def shifted(self, seconds: float) -> Transcript:
-        """The same, ``seconds`` later."""
+        """Returns the transcript with all times ``seconds`` later."""
         if not seconds:
             return self
         symbols, words = (
@@ -60,38 +61,40 @@ class Transcript:
 
 
 def _best_path(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-    """Best class of each frame, -1 at t >= length, and its probability, both (N, T), on the host."""
+    """Returns the best class of each frame (-1 at t >= length) and its probability, both (N, T), on the host."""
     if log_probs.dim() != 3 or lengths.shape != log_probs.shape[:1]:
         raise ValueError(
             f"log_probs must be (N, T, V) and lengths (N,), got {tuple(log_probs.shape)} and {tuple(lengths.shape)}"
         )
     if log_probs.shape[2] != vocabulary.n_classes:
         raise ValueError(
-            f"log_probs have {log_probs.shape[2]} classes, the vocabulary {vocabulary.n_classes} with its blank; "
-            "decode with the labels that the model was trained on"
+            f"log_probs have {log_probs.shape[2]} classes, but the vocabulary has {vocabulary.n_classes}, "
+            "blank included; decode with the labels that the model was trained on"
         )
     best, ids = log_probs.detach().max(-1)
     beyond = torch.arange(ids.shape[1], device=ids.device) >= lengths.to(ids.device)[:, None]
-    # fp32 holds every class number exactly, so both arrays go in one transfer. A NaN beyond the length is ignored.
+    # fp32 represents class numbers exactly, so one transfer copies both arrays. NaN beyond the length is ignored.
     packed = torch.stack((ids.masked_fill(beyond, -1).float(), best.float().masked_fill(beyond, 0))).cpu().numpy()
     broken = np.isnan(packed[1]).any(1).nonzero()[0]
     if broken.size:
-        raise NotFinite(f"log_probs hold NaN in valid frames of batch items {broken.tolist()}")
+        raise NotFinite(f"log_probs contain NaN in valid frames of batch items {broken.tolist()}")
     return packed[0].astype(np.int64), np.exp(packed[1])
 
 
 def _emitted(ids: np.ndarray, blank: int) -> np.ndarray:
-    """Whether a frame begins a symbol: it is valid, not blank, and differs from the frame before; shape of ids."""
+    """Returns, in the shape of ``ids``, whether a frame begins a symbol: it is valid, not blank, and differs from the
+    frame before."""
     emit = (ids >= 0) & (ids != blank)
     emit[..., 1:] &= ids[..., 1:] != ids[..., :-1]
     return emit
 
 
 def greedy_decode(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> list[str]:
-    """Texts of the best path: argmax per frame, repeats collapsed, blanks dropped, frames at t >= length ignored.
+    """Returns the texts of the best paths: the argmax of each frame, with repeats collapsed and blanks dropped.
 
-    log_probs (N, T, V) of any float dtype, lengths (N,) in frames. Waits for the device once. Raises ValueError for
-    wrong shapes, for a number of classes that is not the vocabulary's, and for NaN in a valid frame, naming the items.
+    log_probs (N, T, V) of any float dtype, lengths (N,) in frames; frames at t >= length are ignored. It synchronises
+    with the device once. Raises ValueError for wrong shapes and for a number of classes that is not the vocabulary's,
+    and NotFinite, which names the batch items, for NaN in a valid frame.
 
     Equivalent, for one utterance: ``[c for c, _ in itertools.groupby(log_probs[:length].argmax(-1).tolist())]``
     without the blanks.
@@ -104,18 +107,19 @@ def greedy_decode(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) ->
 def greedy_transcripts(
     log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary, frame_seconds: float = 0.02
 ) -> list[Transcript]:
-    """As ``greedy_decode``, with times and confidences of symbols and words; ``frame_seconds`` per output frame.
+    """Decodes like ``greedy_decode``, and returns also the times and confidences of symbols and words.
 
-    CTC emits a symbol at some frame of its sound, not during all of it. Here a symbol lasts from its first frame to the
-    end of its repeats. Its confidence is the highest probability among those frames; the confidence of a word is the
-    product over its symbols.
+    ``frame_seconds``: the duration of an output frame. CTC emits a symbol at some frame of its sound, not during all of
+    it. Here a symbol lasts from its first frame to the end of its repeats. Its confidence is the highest probability
+    among those frames; the confidence of a word is the product over its symbols.
     """
     ids, probs = _best_path(log_probs, lengths, vocabulary)
     return [path_transcript(i, p, vocabulary, frame_seconds) for i, p in zip(ids, probs, strict=True)]
 
 
 def path_transcript(ids: np.ndarray, probs: np.ndarray, vocabulary: Vocabulary, frame_seconds: float) -> Transcript:
-    """The transcript of one path: its class in each frame (T,), -1 beyond the end, and that class's probability."""
+    """Returns the transcript of one path. ``ids``: the class of each frame (T,), -1 beyond the end; ``probs``: the
+    probabilities of these classes."""
     symbols = []
     change = np.append(np.flatnonzero(np.diff(ids)) + 1, len(ids))
     for first in np.flatnonzero(_emitted(ids, vocabulary.blank)):

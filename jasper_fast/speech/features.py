@@ -1,4 +1,4 @@
-"""Log-mel features, the input of Jasper, computed on the device of the audio.
+"""Computes log-mel features, the input of Jasper, on the device of the audio.
 
 Shapes: N utterances, S samples, T frames, F mel bands.
 """
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LOG_GUARDS = {"reference": 1e-20, "nemo": 2**-24}  # added to the mel power before the logarithm, by convention
+LOG_GUARDS = {"reference": 1e-20, "nemo": 2**-24}  # convention to the value added before the logarithm
 STD_GUARD = 1e-5  # added to the standard deviation before the division
-_NOISE_PERIOD = 16384  # samples after which the fixed dither of evaluation mode repeats
-_AUGMENT_KEYS = ("spec_augment", "cutout_augment")  # nested in the reference's filterbank_features; see augment.py
+_NOISE_PERIOD = 16384  # the dither of evaluation mode repeats after so many samples
+_AUGMENT_KEYS = ("spec_augment", "cutout_augment")  # may be in filterbank_features, but are read by augment.py
 
 _SAME = "sample_rate window_size window_stride window n_fft dither normalize log pad_to_max_duration max_duration"
-_KEYS = {name: name for name in _SAME.split()} | {  # of the reference's filterbank_features, with our names
+_KEYS = {name: name for name in _SAME.split()} | {  # keys of the reference's filterbank_features to our names
     "n_filt": "n_mels",
     "pad_align": "pad_to_multiple",
     "preemph": "preemphasis",
@@ -38,7 +38,7 @@ _WINDOWS = {
 
 
 def _hz_to_mel(hz: Tensor) -> Tensor:
-    """Slaney's scale: linear to 1 kHz at 200/3 Hz per mel, logarithmic above (27 mels for each factor of 6.4)."""
+    """Slaney's scale: linear up to 1 kHz (200/3 Hz per mel), logarithmic above (27 mels per factor of 6.4)."""
     return torch.where(hz < 1000.0, hz * 3 / 200, 15 + 27 * torch.log(hz.clamp(min=1e-10) / 1000) / math.log(6.4))
 
 
@@ -49,10 +49,10 @@ def _mel_to_hz(mel: Tensor) -> Tensor:
 def mel_filterbank(
     sample_rate: int = 16000, n_fft: int = 512, n_mels: int = 64, f_min: float = 0.0, f_max: float | None = None
 ) -> Tensor:
-    """Triangular mel filters of equal area, (n_mels, n_fft // 2 + 1) fp32; frequencies in Hz.
+    """Returns triangular mel filters of equal area, (n_mels, n_fft // 2 + 1) fp32. Frequencies are in Hz.
 
-    The same numbers as ``librosa.filters.mel(..., htk=False, norm="slaney")``, to 2e-9.
-    Raises ValueError for an empty band of frequencies or one that passes sample_rate / 2.
+    Equivalent to ``librosa.filters.mel(..., htk=False, norm="slaney")``, up to 2e-9.
+    Raises ValueError if f_min to f_max is empty or exceeds sample_rate / 2.
     """
     f_max = sample_rate / 2 if f_max is None else float(f_max)
     if not 0 <= f_min < f_max <= sample_rate / 2:
@@ -76,30 +76,31 @@ def _is_fixed(normalize: Any, n_mels: int) -> bool:
 class LogMelFeatures(nn.Module):
     """Audio (N, S) in [-1, 1], lengths (N,) in samples -> features (N, n_mels, T) fp32, lengths (N,) in frames.
 
-    Pre-emphasis, dither, power spectrum (centred windows), mel filters, log, normalisation of each band to mean 0 and
-    standard deviation 1 over the utterance's valid frames; frames at or beyond the length are exactly 0.
-    lengths = ceil(samples / hop); T is 1 + S // hop, rounded up to a multiple of ``pad_to_multiple``.
-    The memory order of the features is (N, T, n_mels), as the network needs it.
+    The steps are dither, pre-emphasis, power spectrum (centred windows), mel filters, logarithm, and normalisation of
+    each band to mean 0 and standard deviation 1 over the utterance's valid frames. Frames at or beyond the length are
+    exactly 0. The returned lengths are ceil(samples / hop). T is 1 + S // hop, rounded up to a multiple of
+    ``pad_to_multiple``. The memory order of the features is (N, T, n_mels), as the network needs it.
 
-    Semantics: FilterbankFeatures of NVIDIA's Jasper for PyTorch (DeepLearningExamples), except
-    - samples beyond the length count as zero, whatever they are;
-    - ``batch_invariant=True`` (the default) lets the end of *every* utterance see zeros. The reference reflects the end
-      of the longest utterance of a batch, so its last frame depends on the rest of the batch unless its length is a
-      multiple of the hop; ``batch_invariant=False`` does the same;
-    - dither is added in training and evaluation as in the reference, but in evaluation mode it is a fixed noise, so
-      that a transcript does not change from call to call; ``dither=0`` switches it off;
-    - an utterance of one frame (variance of one value: NaN in the reference) or none gives zeros; a batch shorter than
-      the reflection (S <= n_fft / 2, an error in the reference) is extended by zeros.
+    Semantics: FilterbankFeatures of NVIDIA's Jasper for PyTorch (DeepLearningExamples), with these differences:
+    - Samples beyond the length count as zero, whatever they are.
+    - With ``batch_invariant=True`` (the default) zeros follow the end of every utterance. The reference reflects the
+      end of the longest utterance of a batch instead. There the last frame of an utterance depends on the rest of the
+      batch, unless its length is a multiple of the hop. ``batch_invariant=False`` does as the reference.
+    - Dither is added in training and evaluation as in the reference. In evaluation mode it is the same noise in each
+      call, so that transcripts repeat; ``dither=0`` switches it off.
+    - The features of an utterance of one frame or none are zeros. (The reference gives NaN, the variance of one value.)
+    - A batch with S <= n_fft / 2, too short for the reflection and an error in the reference, is extended by zeros.
 
     ``convention="nemo"`` makes the features of NeMo's FilterbankFeatures instead: lengths = samples // hop, zeros
-    beyond both ends of the audio, no pre-emphasis beyond the length, dither only in training, and a guard of 2^-24. For
-    both conventions ``log_guard`` sets the guard, which is added to the power or, with ``log_guard_type="clamp"``, is
-    its lower bound; ``mag_power`` is the exponent of the magnitude; ``normalize`` is "per_feature", "all_features",
-    None, or NeMo's dict of ``fixed_mean`` and ``fixed_std``, one number a band.
+    beyond both ends of the audio, no pre-emphasis beyond the length, dither only in training, and a guard of 2^-24.
 
-    A NaN in a valid sample stays a NaN in the features; the caller must report it. The computation is always in fp32,
-    without gradient, and does not wait for the device. Windows in seconds, frequencies in Hz. Raises ValueError for a
-    bad argument.
+    For both conventions ``log_guard`` sets the guard. It is added to the power before the logarithm, or is the lower
+    bound of the power with ``log_guard_type="clamp"``. ``mag_power`` is the exponent of the magnitude. ``normalize`` is
+    "per_feature", "all_features", None, or NeMo's dict of ``fixed_mean`` and ``fixed_std``, one number per band.
+
+    A NaN in a valid sample stays a NaN in the features; the caller must report it. The computation is always in fp32
+    and without gradient, and does not synchronise with the device. Windows are in seconds, frequencies in Hz. Raises
+    ValueError for a bad argument.
 
     Equivalent, for one utterance without dither::
 
@@ -165,9 +166,10 @@ class LogMelFeatures(nn.Module):
 
     @classmethod
     def from_config(cls, filterbank_features: dict[str, Any], **overrides: Any) -> LogMelFeatures:
-        """Builds from the reference's ``filterbank_features`` dict; ``overrides`` are arguments of this class.
+        """Builds the features from the reference's ``filterbank_features`` dict. ``overrides`` are arguments of this
+        class.
 
-        The nested spec_augment and cutout_augment belong to ``speech.augment.from_config`` and are ignored. Raises
+        spec_augment and cutout_augment in the dict are ignored; ``speech.augment.from_config`` reads them. Raises
         ValueError naming an unknown key.
         """
         given = {key: value for key, value in filterbank_features.items() if key not in _AUGMENT_KEYS}
@@ -190,13 +192,13 @@ class LogMelFeatures(nn.Module):
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         if self.mel.dtype != torch.float32 and not self.mel.is_meta:
-            # .half() of a whole model must not round the filters: they follow the device but not the dtype.
+            # .half() of a model that contains this module must not round the filters. They keep fp32.
             for name, value in self._constants().items():
                 setattr(self, name, value.to(self.mel.device))
         return self
 
     def frames(self, samples: Tensor | int) -> Tensor | int:
-        """Number of valid frames for a number of samples: ceil(samples / hop), in NeMo's convention floor."""
+        """Returns the number of valid frames of ``samples`` samples: ceil(samples / hop), or floor for NeMo."""
         return (samples + (0 if self.convention == "nemo" else self.hop_length - 1)) // self.hop_length
 
     @torch.no_grad()
@@ -205,7 +207,7 @@ class LogMelFeatures(nn.Module):
             raise ValueError(
                 f"audio must be (N, samples) and lengths (N,), got {tuple(audio.shape)} and {tuple(lengths.shape)}"
             )
-        if not len(audio):  # torch.stft takes one utterance at least
+        if not len(audio):  # torch.stft needs at least one utterance
             features, frames = self(audio.new_zeros(1, audio.shape[1]), lengths.new_zeros(1))
             return features[:0], frames[:0]
         with torch.autocast(audio.device.type, enabled=False):
@@ -216,7 +218,7 @@ class LogMelFeatures(nn.Module):
         lengths = lengths.clamp(max=samples)
         beyond = torch.arange(samples, device=audio.device) >= lengths[:, None]
         audio = audio.masked_fill(beyond, 0)
-        # Zeros up to the next hop, so that no valid frame reaches the reflection at the end (see the class).
+        # Zeros up to the next hop, so that no valid frame reaches the reflection at the end (see batch_invariant).
         extend = -samples % self.hop_length if self.batch_invariant else 0
         extend = max(extend, self.n_fft // 2 + 1 - samples)
         audio = F.pad(audio, (0, extend))
@@ -232,7 +234,7 @@ class LogMelFeatures(nn.Module):
         )  # fmt: skip
         total = 1 + samples // self.hop_length
         real, imag = torch.view_as_real(spectrum[..., :total]).unbind(-1)
-        power = torch.addcmul(real.square(), imag, imag).transpose(1, 2)  # keeps frames outermost; .sum() would not
+        power = torch.addcmul(real.square(), imag, imag).transpose(1, 2)  # (N, T, bins) contiguous, unlike with .sum()
         if self.mag_power != 2:
             power = power.pow(self.mag_power / 2)
         mel = power @ self.mel.t()  # (N, T, F): the memory order of the network

@@ -1,4 +1,4 @@
-"""Word and character error rates of whole corpora (jiwer aligns the words)."""
+"""Word and character error rates over corpora; the package jiwer aligns the texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jasper_fast.extras import need
 
 @dataclass(frozen=True)
 class Errors:
-    """Edits that turn the references into the hypotheses, counted over a corpus, and the length of the references."""
+    """Counts of the edits that turn a corpus's references into its hypotheses; ``length`` is that of the references."""
 
     substitutions: int
     deletions: int
@@ -24,7 +24,7 @@ class Errors:
 
     @property
     def rate(self) -> float:
-        """Errors per reference token, a fraction that may exceed 1. If the references are empty, the number of
+        """Errors per reference token: a fraction that may exceed 1. If all references are empty, it is the number of
         insertions."""
         return self.total / max(self.length, 1)
 
@@ -36,8 +36,8 @@ def _tidy(texts: Sequence[str] | str) -> list[str]:
 def _count(references: Sequence[str] | str, hypotheses: Sequence[str] | str, process: str, size) -> Errors:
     references, hypotheses = _tidy(references), _tidy(hypotheses)
     if len(references) != len(hypotheses):
-        raise ValueError(f"{len(references)} references and {len(hypotheses)} hypotheses; they must pair up")
-    # jiwer does not handle empty references: every token of the hypothesis is then an insertion.
+        raise ValueError(f"{len(references)} references, but {len(hypotheses)} hypotheses; give one per reference")
+    # jiwer does not accept empty references. Every token of their hypotheses is an insertion.
     inserted = sum(size(h) for r, h in zip(references, hypotheses, strict=True) if not r)
     pairs = [(r, h) for r, h in zip(references, hypotheses, strict=True) if r]
     if not pairs:
@@ -48,31 +48,36 @@ def _count(references: Sequence[str] | str, hypotheses: Sequence[str] | str, pro
 
 
 def word_errors(references: Sequence[str] | str, hypotheses: Sequence[str] | str) -> Errors:
-    """Word edits of the corpus; words are separated by white space. Raises ValueError if the lists differ in length."""
+    """Counts the word edits of a corpus. White space separates words. Raises ValueError if the lists differ in
+    length."""
     return _count(references, hypotheses, "process_words", lambda t: len(t.split()))
 
 
 def character_errors(references: Sequence[str] | str, hypotheses: Sequence[str] | str) -> Errors:
-    """Character edits of the corpus, single spaces between words included. Raises ValueError as ``word_errors``."""
+    """Counts the character edits of a corpus; the single space between words is a character. Raises ValueError if the
+    lists differ in length."""
     return _count(references, hypotheses, "process_characters", len)
 
 
 def wer(references: Sequence[str] | str, hypotheses: Sequence[str] | str) -> float:
-    """Word error rate of the corpus as a fraction: all edits over all reference words."""
+    """Returns the word error rate of a corpus as a fraction: all edits over all reference words."""
     return word_errors(references, hypotheses).rate
 
 
 def cer(references: Sequence[str] | str, hypotheses: Sequence[str] | str) -> float:
-    """Character error rate of the corpus as a fraction: all edits over all reference characters."""
+    """Returns the character error rate of a corpus as a fraction: all edits over all reference characters."""
     return character_errors(references, hypotheses).rate
 
 
 def alignment(reference: str, hypothesis: str) -> list[tuple[str, str, str]]:
-    """The words of a text beside those that were heard, as (kind, said, heard): "equal", "substitute", "delete" (heard
-    is empty) or "insert" (said is empty), one word each. Their counts are those of ``word_errors``."""
+    """Aligns the words of two texts. Returns one tuple (kind, reference word, hypothesis word) per position.
+
+    ``kind`` is "equal", "substitute", "delete" (the hypothesis word is empty) or "insert" (the reference word is
+    empty). The counts agree with ``word_errors``.
+    """
     [reference], [hypothesis] = _tidy(reference), _tidy(hypothesis)
     said, heard = reference.split(), hypothesis.split()
-    if not said:  # jiwer has no opinion on empty references
+    if not said:  # jiwer does not accept empty references
         return [("insert", "", word) for word in heard]
     rows = []
     for chunk in need("jiwer", "train").process_words(reference, hypothesis).alignments[0]:

@@ -1,11 +1,11 @@
-"""The length of MP3 files without a table of contents, which libsndfile only guesses from the bit rate of the first
-frame."""
+"""Finds the length of MP3 files that do not say it in a header. For these, libsndfile only guesses the length from the
+bit rate of the first frame."""
 
 from __future__ import annotations
 
 import mmap
 
-_KBITS = {  # of layer III, by the header's index 1 to 14
+_KBITS = {  # bit rates of layer III: by the header's version bits, then for its bit-rate index 1 to 14
     3: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),  # MPEG-1
     2: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),  # MPEG-2
     0: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),  # MPEG-2.5
@@ -14,7 +14,7 @@ _RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 
 
 
 def _size(header: bytes) -> int:
-    """Bytes of the layer III frame that begins with this header; 0 if it is no such header or does not give the
+    """Returns the bytes of the layer III frame with this header, or 0 if it is no such header or does not determine the
     size."""
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
         return 0
@@ -26,14 +26,14 @@ def _size(header: bytes) -> int:
 
 
 def _side(header: bytes) -> int:
-    """The offset of a table of contents in the frame."""
+    """Returns the offset in the frame at which a Xing header begins."""
     mono, first = header[3] >> 6 == 3, header[1] >> 3 & 3 == 3
     return 4 + ((17 if mono else 32) if first else (9 if mono else 17))
 
 
 def with_length(data: bytes | mmap.mmap) -> bytes | None:
-    """The MP3 file with its number of frames written in front as a Xing header. None if the file has such a header, or
-    does not begin with frames of layer III."""
+    """Returns the MP3 file with a Xing header in front that says its number of frames. Returns None if the file has
+    such a header already, or does not begin with frames of layer III."""
     at = 0
     while data[at : at + 3] == b"ID3" and len(data) >= at + 10:
         a, b, c, d = data[at + 6 : at + 10]
@@ -53,6 +53,6 @@ def with_length(data: bytes | mmap.mmap) -> bytes | None:
         at += size
     if not count:
         return None
-    head = bytes((header[0], header[1] | 1, header[2] & 0x0D | 0x90, header[3]))  # no checksum, room for the count
+    head = bytes((header[0], header[1] | 1, header[2] & 0x0D | 0x90, header[3]))  # no checksum, and room for the count
     table = b"Xing" + (1).to_bytes(4, "big") + count.to_bytes(4, "big")
     return (head + bytes(_side(head) - 4) + table).ljust(_size(head), b"\0") + data[start:]

@@ -1,4 +1,4 @@
-"""Numbers in English words, as the text cleaners of NVIDIA's Jasper write them (both by the package inflect)."""
+"""Writes numbers in English words, as the text cleaners of NVIDIA's Jasper do. Both use the package inflect."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import re
 
 from jasper_fast.extras import need
 
-_LONGEST = 21  # digits; longer numbers are spoken digit by digit
+_LONGEST = 21  # digits; longer numbers are written digit by digit
 _engine = None
 
 
 def _words(number: int | str, andword: str = "", **settings: object) -> str:
     global _engine
-    if _engine is None:  # takes seconds to import, and texts without digits do not need it
+    if _engine is None:  # importing inflect takes seconds, and texts without digits do not need it
         _engine = need("inflect", "train").engine()
     return _engine.number_to_words(number, andword=andword, **settings).replace(",", "")
 
@@ -23,7 +23,8 @@ def _ordinal(match: re.Match[str]) -> str:
 
 
 def _number(match: re.Match[str]) -> str:
-    """Years in pairs, long numbers and those with a leading zero digit by digit, the rest as cardinals."""
+    """Writes years as two pairs of digits, long numbers and those with a leading zero digit by digit, and others as
+    cardinals."""
     n = int(match[0])
     if len(match[0]) > _LONGEST or match[0][0] == "0" or (n > 10**9 and n % 10**4):
         return _words(match[0], group=1)
@@ -43,10 +44,10 @@ def _dollars(match: re.Match[str]) -> str:
 
 
 def expand_numbers(text: str) -> str:
-    """Numbers in English words: commas taken out, dollars and cents, decimals with 'point', ordinals, years, cardinals.
+    """Writes the numbers in a text as English words: dollars and cents, decimals, ordinals, years and cardinals.
 
-    '$3.50 in 1984, the 21st' -> 'three dollars fifty cents in nineteen eighty-four, the twenty-first'. Raises
-    MissingExtra if the text holds a digit and inflect is not installed.
+    '$3.50 in 1984, the 21st' -> 'three dollars fifty cents in nineteen eighty-four, the twenty-first'. Commas in
+    numbers are removed. Raises MissingExtra if the text contains a digit and inflect is not installed.
     """
     text = re.sub(r"[0-9][0-9,]+[0-9]", lambda m: m[0].replace(",", ""), text)
     text = re.sub(r"\$([0-9.,]*[0-9])", _dollars, text)

@@ -1,4 +1,4 @@
-"""Vocabularies of any alphabet (text to symbols and back), and the normalisation of text."""
+"""Vocabularies, which convert text to the symbols of any alphabet and back, and the normalisation of text."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ LABELS = [" ", *string.ascii_lowercase, "'"]  # the reference's alphabet; the bl
 
 
 class UnknownSymbolError(ValueError):
-    """A text holds a symbol that is not in the vocabulary."""
+    """A text contains a symbol that is not in the vocabulary."""
 
 
 class Vocabulary:
-    """Symbols of a CTC model, in the order of the model's outputs; the blank follows them.
+    """The symbols of a CTC model, in the order of the model's outputs. The blank comes after them.
 
-    Either every label is one character, or every label is a word of several: a model with a small closed vocabulary
-    (digits, commands) then emits words whole and cannot misspell them. ``labels`` defaults to space, a-z, apostrophe.
-    Raises ValueError naming the labels that collide (the same, or the same after Unicode composition) and any that
-    does not fit the others.
+    Either every label is one character, or every label is a word of two or more characters. With words, a model for a
+    small closed vocabulary (digits, commands) cannot misspell them. ``labels`` defaults to space, a-z, apostrophe.
+    Raises ValueError, which names the label, if two labels are equal after Unicode composition, or if characters and
+    words are mixed.
     """
 
     def __init__(self, labels: Iterable[str] | None = None) -> None:
@@ -50,12 +50,12 @@ class Vocabulary:
 
     @property
     def characters(self) -> set[str]:
-        """The characters of which a text may consist."""
+        """The characters that a text may contain."""
         return {" ", *"".join(self.labels)} if self.of_words else set(self.labels)
 
     @property
     def separator(self) -> str:
-        """The separator of words: a space, or nothing if the labels are characters without a space."""
+        """The separator of words: a space, or the empty string if the space is not among the labels."""
         return " " if " " in self.characters else ""
 
     def __len__(self) -> int:
@@ -65,9 +65,9 @@ class Vocabulary:
         return isinstance(other, Vocabulary) and self.labels == other.labels
 
     def encode(self, text: str) -> list[int]:
-        """Indices of the characters (or words) of ``text``, all of which must be labels (see ``normalize``).
+        """Returns the indices of the characters (or words) of ``text``, which must be labels (see ``normalize``).
 
-        Raises UnknownSymbolError naming those that are not.
+        Raises UnknownSymbolError, which names the characters (or words) that are not labels.
         """
         text = unicodedata.normalize("NFC", text)
         symbols = text.split() if self.of_words else text
@@ -76,16 +76,17 @@ class Vocabulary:
         except KeyError:
             unknown = sorted(set(symbols) - self._index.keys())
             raise UnknownSymbolError(
-                f"{text!r} holds {', '.join(map(repr, unknown))}, not in the vocabulary; normalize() the text first "
+                f"{text!r} contains {', '.join(map(repr, unknown))}, not in the vocabulary; normalize() the text first "
                 "or add the symbol to the labels"
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ``ids``; blanks are left out. Raises ValueError for an id that is no class of this vocabulary."""
+        """Returns the text of ``ids`` without blanks. Raises ValueError for an id that is not a class of this
+        vocabulary."""
         out = []
         for i in ids:
             if not 0 <= i <= self.blank:
-                raise ValueError(f"class {i} is not in 0..{self.blank}: another vocabulary made it")
+                raise ValueError(f"class {i} is not in 0..{self.blank}: it must come from another vocabulary")
             if i != self.blank:
                 out.append(self.labels[i])
         return (" " if self.of_words else "").join(out)
@@ -98,23 +99,28 @@ def _is_word(label: str) -> bool:
 def _one_character(index: int, label: str) -> str:
     composed = unicodedata.normalize("NFC", label) if isinstance(label, str) else label
     if not isinstance(composed, str) or len(composed) != 1:
-        hint = "; the blank is added by itself, leave it out" if "blank" in str(label).lower() else ""
+        hint = "; leave out the blank, which is added automatically" if "blank" in str(label).lower() else ""
         raise ValueError(
-            f"label {index} is {label!r}; each label must be one character, or each a word of several{hint}"
+            f"label {index} is {label!r}; labels must all be single characters, or all be words of several{hint}"
         )
     return composed
 
 
 def normalize(text: str, labels: Sequence[str] | Vocabulary | None = None, english: bool | None = None) -> str:
-    """``text`` as a model with ``labels`` can write it: 'Mr. Müller owes $5!' -> 'mister muller owes five dollars'.
+    """Rewrites ``text`` with the symbols of ``labels``: 'Mr. Müller owes $5!' -> 'mister muller owes five dollars'.
 
-    In this order: Unicode composition; characters foreign to the labels transliterated to ASCII; lower case (capitals
-    only if the labels have no small letters); numbers, money and ordinals in words, abbreviations in full; '&' and '+'
-    in words, other punctuation to spaces; symbols that are still not labels dropped; spaces collapsed and stripped. A
-    label is never changed: digits that are labels stay digits, and an alphabet with umlauts keeps them. English words
-    for numbers and abbreviations are used if ``english`` is true; by default, if all letters of the labels are ASCII.
-    Semantics: english_cleaners of NVIDIA's Jasper for PyTorch, which knows ASCII alphabets only. Raises MissingExtra if
-    a text needs anyascii or inflect and it is not installed.
+    The steps, in this order:
+
+    - Unicode composition;
+    - lower case (upper case if the labels have only capitals), and ASCII for characters that are not labels;
+    - numbers, money and ordinals in words, and abbreviations in full, if ``english`` is true;
+    - '&' and '+' in words, likewise;
+    - spaces for other punctuation; symbols that are still not labels are dropped; spaces are collapsed and stripped.
+
+    A label is never changed: digits that are labels stay digits, and an alphabet with umlauts keeps them. By default
+    ``english`` is true if all letters of the labels are ASCII. Semantics: english_cleaners of NVIDIA's Jasper for
+    PyTorch, which supports only ASCII alphabets. Raises MissingExtra if a text needs anyascii or inflect and it is not
+    installed.
     """
     return normalize_and_lost(text, labels, english)[0]
 
@@ -122,8 +128,8 @@ def normalize(text: str, labels: Sequence[str] | Vocabulary | None = None, engli
 def normalize_and_lost(
     text: str, labels: Sequence[str] | Vocabulary | None = None, english: bool | None = None
 ) -> tuple[str, list[str]]:
-    """The text from ``normalize``, and the letters, digits and symbols (lower case) that it lost, wholly or in part:
-    'hello мир' with Russian labels -> 'мир', ['h', 'e', 'l', 'o']."""
+    """Returns the text from ``normalize``, and the letters, digits and symbols of ``text``, in lower case, of which all
+    or a part was dropped: 'hello мир' with Russian labels -> 'мир', ['h', 'e', 'l', 'o']."""
     vocabulary = labels if isinstance(labels, Vocabulary) else Vocabulary(labels)
     keep = vocabulary.characters
     if english is None:
@@ -142,7 +148,7 @@ def normalize_and_lost(
         if "+" not in keep:
             text = text.replace("+", " plus ")
     if not _has_case(keep, str.lower) and _has_case(keep, str.upper):
-        text = "".join(c if c in keep else c.upper() for c in text)  # the words that were just inserted
+        text = "".join(c if c in keep else c.upper() for c in text)  # the words inserted above
     punctuation = {ord(c): " " for c in string.punctuation if c not in keep}
     text = text.translate(punctuation)
     dropped = {c for c in text if c not in keep and not c.isspace()}
@@ -151,9 +157,11 @@ def normalize_and_lost(
 
 
 def _lost(before: str, dropped: set[str], keep: set[str]) -> list[str]:
-    """The characters of a text that were lost: those that became ``dropped`` characters wholly or in part, the dropped
-    characters that were not in the text themselves (letters of spelt-out numbers), and letters without a
-    transliteration."""
+    """Returns the characters that normalisation lost from the text ``before`` it.
+
+    These are the characters whose ASCII form has ``dropped`` characters, letters without an ASCII form, and dropped
+    characters that come from no character of the text (letters of numbers in words). ``keep``: the labels' characters.
+    """
     lower, lost, explained = {c.lower() for c in dropped}, {}, set()
     for c in dict.fromkeys(before):
         if c in keep or (c.isascii() and not dropped):
@@ -170,7 +178,7 @@ def _has_case(keep: set[str], case) -> bool:
 
 
 def _fold(character: str, keep: set[str]) -> str:
-    """The character in a case or transliteration that the labels hold; else its lower-case ASCII."""
+    """Returns the character in the case that the labels have, else its ASCII form in lower case."""
     for form in (character.lower(), character.upper()):
         form = unicodedata.normalize("NFC", form)
         if form in keep:
@@ -182,7 +190,7 @@ def _fold(character: str, keep: set[str]) -> str:
     return need("anyascii", "train").anyascii(character).lower()
 
 
-# "misess" is the reference's spelling, which models trained by it have learnt.
+# "misess" is the reference's spelling, and published models were trained with it.
 _ABBREVIATIONS = {
     "mrs": "misess",
     "mr": "mister",

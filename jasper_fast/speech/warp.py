@@ -1,6 +1,6 @@
-"""Imitates other speakers and microphones by changing features, on the device and without waiting for it.
+"""Imitates other speakers and microphones by changing features, on their device and without a synchronisation.
 
-N utterances, F mel bands, T frames.
+Shapes: N utterances, F mel bands, T frames.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from jasper_fast.speech.features import _hz_to_mel, _mel_to_hz
 class SpeakerWarp(nn.Module):
     """Stretches the frequency axis and colours the spectrum of each utterance at random, in training only.
 
-    Features (N, F, T) and lengths (N,) in frames give features of the same shape, dtype and memory order, 0 at and
-    beyond the length. Frequencies are multiplied by a factor between 1 / ``max_warp`` and ``max_warp`` (log-uniform),
-    like the effect of another vocal tract. Near ``f_max``, the upper edge of the highest band, the map bends so that it
-    stays within the bands. Four cosines over the bands are added to every frame, like the effect of another microphone;
-    ``equalize`` is the standard deviation of their amplitudes. It is useful with ``normalize: all_features``, because
-    normalisation of each band removes the effect of a microphone. Raises ValueError for arguments out of range.
+    Takes features (N, F, T) and lengths (N,) in frames. Returns features of the same shape, dtype and memory order,
+    which are 0 at and beyond the length.
+
+    To imitate another vocal tract, frequencies are multiplied by a factor between 1 / ``max_warp`` and ``max_warp``
+    (log-uniform). ``f_max`` is the upper edge of the highest band; above about ``knee`` times ``f_max`` the map bends
+    so that it stays within the bands. To imitate another microphone, four cosines over the bands are added to every
+    frame; ``equalize`` is the standard deviation of their amplitudes. This has an effect with ``normalize:
+    all_features``, but little with normalisation of each band, which removes it. Raises ValueError for arguments out of
+    range.
 
     Source: N. Jaitly and G. Hinton, Vocal Tract Length Perturbation improves speech recognition, 2013, applied to mel
     bands instead of the filterbank. Equivalent, for one utterance ``x`` (F, T) and its factor ``a``::
@@ -43,13 +46,13 @@ class SpeakerWarp(nn.Module):
         self.max_warp, self.equalize, self.f_max, self.knee = max_warp, equalize, float(f_max), knee
 
     def matrices(self, factors: Tensor, bands: int) -> Tensor:
-        """(N, F, F) fp32: row f holds the weights of the source bands for band f; each row sums to 1."""
+        """Returns (N, F, F) fp32. Row f has the weights of the source bands for band f; each row sums to 1."""
         f_max, device = self.f_max, factors.device
         top = _hz_to_mel(torch.full((), f_max, dtype=torch.float32, device=device))
         step = top / (bands + 1)
         hz = _mel_to_hz(step * torch.arange(1, bands + 1, device=device, dtype=torch.float32))
         a = factors.float()[:, None]
-        bend = self.knee * f_max * a.clamp(max=1)  # below this frequency the result at hz is the source at hz / a
+        bend = self.knee * f_max * a.clamp(max=1)  # up to this frequency the result at hz is the source at hz / a
         above = bend / a + (hz - bend) * (f_max - bend / a) / (f_max - bend)
         source = torch.where(hz <= bend, hz / a, above)
         position = (_hz_to_mel(source) / step - 1).clamp(0, bands - 1)

@@ -1,1 +1,1 @@
-"""`jasper-fast prepare`: data made ready for training and evaluation, one file a subcommand."""
+"""`jasper-fast prepare`: prepares data for training and evaluation. Each subcommand is a module in this folder."""

@@ -1,4 +1,4 @@
-"""`jasper-fast prepare librispeech`: from the corpus's archives to manifests."""
+"""`jasper-fast prepare librispeech`: downloads and unpacks the corpus and writes its manifests."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from pathlib import Path
 from jasper_fast.cli import common
 from jasper_fast.options import option
 
-HELP = "LibriSpeech: download, verify, unpack, manifests"
+HELP = "download, verify and unpack LibriSpeech, and write its manifests"
 DESCRIPTION = """\
 Downloads the sets of LibriSpeech (or takes archives from a folder), verifies the MD5 of each, unpacks it and writes a
 manifest, DIR/SET.jsonl: JSON lines with audio_filepath (relative to DIR), duration, text and speaker. FLAC files stay
-as they are. --speeds adds copies at other speeds beside them; a configuration whose audio_dataset has
-ignore_offline_speed_perturbation: false then trains on one of them at random. What will be fetched and written is
-said first. A run that was cut off, at any point, is continued by the same command."""
+as they are. --speeds adds copies at other speeds; with ignore_offline_speed_perturbation: false in the audio_dataset of
+a configuration, training then picks one of the copies at random. The command first prints what it will download and
+write. If it is interrupted, at any point, the same command continues."""
 END = """\
-sets: dev-clean, dev-other, test-clean, test-other, train-clean-100, train-clean-360, train-other-500 (62 GB in all),
-and of mini-LibriSpeech dev-clean-2 and train-clean-5 (0.5 GB). A set's archive is deleted after it is unpacked.
+sets: dev-clean, dev-other, test-clean, test-other, train-clean-100, train-clean-360, train-other-500 (62 GB in all);
+from mini-LibriSpeech dev-clean-2 and train-clean-5 (0.5 GB). A set's archive is deleted after it is unpacked.
 
 example: jasper-fast prepare librispeech --out corpora/mini --sets dev-clean-2 train-clean-5"""
 OPTIONS = {
     "": [
         option("--out", required=True, metavar="DIR", help="folder for audio and manifests"),
-        option("--sets", nargs="+", metavar="SET", help="(the seven of LibriSpeech)"),
-        option("--source", metavar="URL_OR_FOLDER", help="a mirror, or a folder that holds SET.tar.gz (openslr.org)"),
-        option("--speeds", nargs="+", type=float, default=[], metavar="S", help="copies at these speeds, as 0.9 1.1"),
-        option("--wav", action="store_true", help="copies in WAV: twice the size of FLAC, read faster"),
-        option("--checksums", metavar="FILE", help="md5sum output for archives that are not the published ones"),
-        option("--keep-archives", action="store_true", help="keep downloads, in DIR/.prepare"),
-        option("--jobs", type=common.positive(int), default=0, metavar="N", help="threads (one a core)"),
-        option("-q", "--quiet", action="store_true", help="no progress bar"),
+        option("--sets", nargs="+", metavar="SET", help="sets to prepare (the seven of LibriSpeech)"),
+        option("--source", metavar="URL_OR_FOLDER", help="a mirror, or a folder with SET.tar.gz (openslr.org)"),
+        option("--speeds", nargs="+", type=float, default=[], metavar="S", help="add copies at these speeds: 0.9 1.1"),
+        option("--wav", action="store_true", help="write WAV: twice the size of FLAC, but faster to read"),
+        option("--checksums", metavar="FILE", help="output of md5sum, for archives other than the published ones"),
+        option("--keep-archives", action="store_true", help="keep the downloads, in DIR/.prepare"),
+        option("--jobs", type=common.positive(int), default=0, metavar="N", help="threads (one per core)"),
+        option("-q", "--quiet", action="store_true", help="show no progress bar"),
     ]
 }
 
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     for speed in arguments.speeds:
         if not 0.25 <= speed <= 4:
-            raise common.UsageError(f"--speeds {speed:g}: a speed lies between 0.25 and 4")
+            raise common.UsageError(f"--speeds {speed:g}: a speed must be between 0.25 and 4")
     checksums = librispeech.read_checksums(Path(arguments.checksums)) if arguments.checksums else None
     corpus = librispeech.Corpus(
         Path(arguments.out),

@@ -1,4 +1,4 @@
-"""`jasper-fast prepare manifest`: a manifest from a corpus of another form."""
+"""`jasper-fast prepare manifest`: writes a manifest for a corpus in another format."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from pathlib import Path
 from jasper_fast.cli import common
 from jasper_fast.options import option
 
-HELP = "a manifest from a folder, Kaldi, CSV or TSV, NVIDIA's array, Lhotse's cuts, tar shards"
+HELP = "write a manifest for a folder, Kaldi, CSV or TSV, NVIDIA's JSON array, Lhotse cuts or tar shards"
 DESCRIPTION = """\
-Writes a manifest, JSON lines with audio_filepath, duration, text and, where known, speaker and offset, from:
+Writes a manifest: JSON lines with audio_filepath, duration, text and, if they are known, speaker and offset. Sources:
   folder   audio with a text beside each file (NAME.txt, .lab, .trn), LibriSpeech's *.trans.txt or a metadata.csv;
-           the speaker is the name of the folder that holds the file
-  kaldi    a folder with wav.scp and text, and perhaps segments and utt2spk
-  csv      CSV or TSV with a header, as Common Voice has it (path, sentence, client_id)
-  lines    JSON lines as of NeMo, or the JSON array of NVIDIA's Jasper
-  lhotse   cuts as JSON lines, each of one file with one supervision
-  shards   tar files as of WebDataset (NAME.flac with NAME.txt or NAME.json): one, a folder, a pattern such as
-           audio-{000..127}.tar, or a URL (s3://bucket/audio_{0..127}.tar). NeMo's shards have a manifest: lines
-The manifest says where in a shard an utterance lies, and it is read from there. Paths are written relative to the
-manifest's folder where they lie below it. Utterances that cannot be used are told
-and left out; `jasper-fast check` looks at the audio itself."""
+           the speaker is the name of the file's folder
+  kaldi    a folder with wav.scp and text, and optionally segments and utt2spk
+  csv      CSV or TSV with a header like Common Voice's (path, sentence, client_id)
+  lines    JSON lines in NeMo's format, or the JSON array of NVIDIA's Jasper
+  lhotse   Lhotse cuts as JSON lines; each cut must have one recording and one supervision
+  shards   tar files in WebDataset's format (NAME.flac with NAME.txt or NAME.json): a file, a folder, a pattern such
+           as audio-{000..127}.tar, or a URL (s3://bucket/audio_{0..127}.tar). For NeMo's shards give their manifest,
+           which is of the kind lines
+For an utterance in a shard, the manifest has its byte range in the tar file. Paths below the manifest's folder are
+written relative to it. Utterances that cannot be used are reported and left out. This command does not check the audio
+itself; `jasper-fast check` does."""
 END = """\
 exit status: 0, 1 if no utterance is left, 2 for a source that cannot be read.
 
@@ -32,10 +33,10 @@ KINDS = ("auto", "folder", "kaldi", "csv", "lines", "lhotse", "shards")
 OPTIONS = {
     "": [
         option("source", metavar="SOURCE", help="a folder, a file, a pattern or a URL"),
-        option("--out", required=True, metavar="FILE", help="the manifest"),
-        option("--kind", choices=KINDS, default="auto", help="(auto)"),
-        option("--audio-dir", metavar="DIR", help="where relative paths of audio start (as the form has it)"),
-        option("-q", "--quiet", action="store_true", help="do not list what is left out, only count it"),
+        option("--out", required=True, metavar="FILE", help="the manifest to write"),
+        option("--kind", choices=KINDS, default="auto", help="kind of the source; auto recognises it (auto)"),
+        option("--audio-dir", metavar="DIR", help="folder where relative audio paths start (as the kind defines it)"),
+        option("-q", "--quiet", action="store_true", help="count the utterances left out, but do not list them"),
     ]
 }
 _SHOWN = 20

@@ -1,4 +1,4 @@
-"""`jasper-fast prepare shards`: a manifest's utterances packed in tar files."""
+"""`jasper-fast prepare shards`: packs a manifest's utterances in tar files."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from pathlib import Path
 from jasper_fast.cli import common
 from jasper_fast.options import option
 
-HELP = "a manifest's utterances packed in tar files"
+HELP = "pack a manifest's utterances in tar files"
 DESCRIPTION = """\
-Packs the utterances of manifests, shuffled, into DIR/audio_N.tar and writes DIR/tarred_audio_manifest.json, which
-train.py, evaluate and check read like any other manifest; NeMo and WebDataset read the shards too. Few large files suit
-network drives and object stores. Training takes its batches from a few shards at a time, in an order that follows from
-the seed, so that a run goes on from any step. --url says where the shards will be read from (s3://..., by fsspec)."""
+Shuffles the utterances of manifests, packs them into DIR/audio_N.tar and writes DIR/tarred_audio_manifest.json.
+train.py, evaluate and check read this like any other manifest, and NeMo and WebDataset read the shards. A few large
+files suit network drives and object stores better than many small ones. Training takes its batches from a few shards at
+a time. Their order depends only on the seed, so a run can resume at any step. If the shards will be read from another
+place, such as s3://..., name it with --url (read by fsspec)."""
 END = "example: jasper-fast prepare shards train.jsonl --out shards"
 OPTIONS = {
     "": [
-        option("manifest", nargs="+", metavar="MANIFEST", help="JSON lines, or the array of NVIDIA's Jasper"),
+        option("manifest", nargs="+", metavar="MANIFEST", help="JSON lines, or the JSON array of NVIDIA's Jasper"),
         option("--out", required=True, metavar="DIR", help="folder for the shards and their manifest"),
-        option("--data-dir", metavar="DIR", help="where the manifests' paths start (their own folders)"),
+        option("--data-dir", metavar="DIR", help="folder where relative paths start (each manifest's own)"),
         option("--shard-mb", type=common.positive(float), default=256, metavar="MB", help="size of a shard (256)"),
-        option("--seed", type=int, default=0, help="of the order (0)"),
-        option("--url", metavar="URL", help="where the shards will lie, if not beside their manifest"),
-        option("--jobs", type=common.positive(int), default=0, metavar="N", help="threads (one a core)"),
-        option("-q", "--quiet", action="store_true", help="no progress bar"),
+        option("--seed", type=int, default=0, help="seed of the shuffling (0)"),
+        option("--url", metavar="URL", help="folder of the shards when they are read (the manifest's own)"),
+        option("--jobs", type=common.positive(int), default=0, metavar="N", help="threads (one per core)"),
+        option("-q", "--quiet", action="store_true", help="show no progress bar"),
     ]
 }
 
