@@ -148,7 +148,7 @@ def test_errors_are_one_line(text, saved, tmp_path, capsys):
         (("perplexity", text, text), "this is no ARPA file"),
         (("tune", "--log-probs", tmp_path, "--lm", text, "--out", tmp_path / "x.yaml"), "not an index of log-probs"),
         (("tune", "--log-probs", saved, "--lm", text, "--out", tmp_path / "x.yaml"), "this is no ARPA file"),
-        (("tune", "--log-probs", saved, "--lm", text, "--out", tmp_path / "x"), "name it so"),
+        (("tune", "--log-probs", saved, "--lm", text, "--out", tmp_path / "x"), "must end in .yaml"),
         (("tune", "--log-probs", saved, "--lm", text, "--out", tmp_path / "x.yaml", "--alpha", "-1"), "alpha -1"),
     ]
     for argv, message in cases:

@@ -140,5 +140,5 @@ def test_empty_references():
     assert cer(["", "ab"], ["xyz", "ab"]) == pytest.approx(3 / 2)
     errors = word_errors(["", "a b c"], ["x", "a c c d"])
     assert (errors.substitutions, errors.deletions, errors.insertions, errors.length) == (1, 0, 2, 3)
-    with pytest.raises(ValueError, match="2 references and 1 hyp"):
+    with pytest.raises(ValueError, match="2 references, but 1 hyp"):
         wer(["a", "b"], ["a"])
