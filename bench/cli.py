@@ -25,7 +25,8 @@ from jasper_fast.kernels import precision
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ALL_SECONDS = 570.0
 DEFAULT_BATCH, DEFAULT_MEMORY_BATCH = (8, 400), (2, 400)  # (N, T)
-OURS = "jasper_fast"  # the contender
+OURS = "jasper_fast"  # the contender's name
+MODELS = "small, medium, jasper10x5, quartznet_small, quartznet15x5 or a YAML file"  # for help texts
 INTERRUPTED = 130  # exit status of a shell after Ctrl-C
 
 
@@ -33,18 +34,27 @@ def common_options() -> argparse.ArgumentParser:
     """The options of every subcommand that measures rows."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "--device", type=options.device, default=None, help="cpu, cuda or cuda:1 (default: the GPU if there is one)"
+        "--device",
+        type=options.device,
+        default=None,
+        help="device to measure on: cpu, cuda or cuda:1 (default: the GPU if there is one)",
     )
-    common.add_argument("--dtype", choices=DTYPES, default=None, help="default: fp32 on a CPU, fp16 on a GPU")
+    common.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default=None,
+        help="type of activations and products (default: fp32 on a CPU, fp16 on a GPU)",
+    )
     common.add_argument(
         "--fp32-precision", choices=precision.FP32_PRECISIONS, default=None,
-        help="of fp32 products on a GPU, for all contenders (default: PyTorch's, convs tf32 and others ieee)",
+        help="precision of fp32 products on a GPU, for all contenders (default: PyTorch's, which is "
+        "tf32 for convs and ieee for the rest)",
     )  # fmt: skip
     common.add_argument(
         "--backend",
         default="auto",
         choices=("auto", "reference", "cpu", "triton", "cuda"),
-        help="the face of jasper_fast's ops that is timed",
+        help="the implementation of jasper_fast's ops to time (default: auto, which chooses by shape)",
     )
     common.add_argument(
         "--out", type=Path, default=paths.OUT, metavar="DIR", help="folder for the JSON file (default: build/bench)"
@@ -54,22 +64,22 @@ def common_options() -> argparse.ArgumentParser:
         "--rivals",
         type=choices.rivals,
         default="default",
-        help="default, all, or names with commas (see bench/rivals)",
+        help="rivals to measure: default, all, or names separated by commas (see bench/rivals)",
     )
     common.add_argument(
         "--threads", type=options.count, default=None, help="CPU threads for all contenders (default: PyTorch's)"
     )
-    common.add_argument("--seconds", type=options.seconds, default=None, help="time to spend on each case")
+    common.add_argument("--seconds", type=options.seconds, default=None, help="seconds to spend on each case")
     common.add_argument(
         "--resume",
         action="store_true",
-        help="keep the finished rows of the last interrupted run on this machine and commit",
+        help="continue the last interrupted run of this machine and commit, and keep its finished rows",
     )
     return common
 
 
 def parser() -> argparse.ArgumentParser:
-    """All subcommands and their options."""
+    """Returns the parser of all subcommands and their options."""
     top = argparse.ArgumentParser(prog=paths.COMMAND, description=__doc__)
     sub = top.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
     common = common_options()
@@ -77,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     def add(name: str, help: str) -> argparse.ArgumentParser:
         return sub.add_parser(name, help=help, description=help, parents=[common])
 
-    kernels = add("kernels", "each op at each Jasper layer shape, compared with the eager chain")
+    kernels = add("kernels", "time each op at the shape of each Jasper layer, and compare it with eager PyTorch")
     kernels.add_argument("--op", default="all", help="bn_relu_dropout, sub_block, conv1d, panes, depthwise or all")
     kernels.add_argument(
         "--mode",
@@ -85,110 +95,111 @@ def parser() -> argparse.ArgumentParser:
         default=None,
         help="only one mode (default: all modes of an op)",
     )
-    train = add("train", "training steps: forward + backward and full, utterances per second")
+    train = add("train", "time forward + backward, and the full training step, in utterances per second")
     add_models(train, DEFAULT_BATCH)
-    one = "one mode alone (default: both; with --quick the first)"
+    one = "measure only this mode (default: both; with --quick only forward+backward)"
     train.add_argument("--mode", choices=("forward+backward", "step"), default=None, help=one)
-    many = "measure the step with 1 and so many processes, each with a batch of its own: utterances per second, "
-    many += "efficiency, communication left exposed. Begins them, unless torchrun did (default there: 1, 2, 4, ... all)"
+    many = "measure the full step with 1 process and with N, each with its own batch: utterances per second, "
+    many += "efficiency, and the communication that no computation hides. Starts the processes, unless torchrun "
+    many += "started them (the default is then 1, 2, 4, ... up to all of them)"
     train.add_argument("--world", type=scaling.sizes, default=None, metavar="N[,N...]", help=many)
-    step = add("optimizer", "the optimiser's step with check and moving average, beside a copy of as many bytes")
-    step.add_argument(
-        "--model", type=choices.model, action="append", help="small, medium, jasper10x5 (default) or a YAML file"
-    )
-    latency = add("latency", "percentiles of a batch's time by batch size and audio length")
+    step = add("optimizer", "time the optimiser's step with its check for NaN and the moving average of the weights")
+    step.add_argument("--model", type=choices.model, action="append", help=f"{MODELS} (default: jasper10x5)")
+    latency = add("latency", "percentiles of the time to wait for a batch, by batch size and audio length")
+    latency.add_argument("--model", type=choices.model, default="jasper10x5", help=f"{MODELS} (default: jasper10x5)")
     latency.add_argument(
-        "--model", type=choices.model, default="jasper10x5", help="small, medium, jasper10x5, quartznet15x5 or YAML"
+        "--full", action="store_true", help="measure all batch sizes and lengths on a CPU too, which takes an hour"
     )
-    latency.add_argument("--full", action="store_true", help="the whole grid of batch sizes and lengths on a CPU too")
-    decode = add("decode", "beam searches beside flashlight-text, alone and as a share of features to text")
-    decode.add_argument(
-        "--model", type=choices.model, default="jasper10x5", help="small, medium, jasper10x5, quartznet15x5 or YAML"
-    )
-    memory = add("memory", "bytes that a training forward keeps for backward, and the step's peak")
+    decode = add("decode", "time beam searches and flashlight-text, alone and as a part of features to text")
+    decode.add_argument("--model", type=choices.model, default="jasper10x5", help=f"{MODELS} (default: jasper10x5)")
+    memory = add("memory", "count the bytes that a training forward keeps for backward, and the peak of the step")
     add_models(memory, DEFAULT_MEMORY_BATCH)
     add("all", "kernels, train, latency and memory: small, medium and Jasper 10x5, in under 10 minutes on two cores")
-    add("launches", "ops and kernels launched by a call, and the host's time for them")
-    profile = add("profile", "a torch.profiler trace with ranges named after layers, and time per layer and op")
+    add("launches", "count the ops and kernels that one call launches, and time the host's work to launch them")
+    profile = add("profile", "write a torch.profiler trace with ranges named after layers; print time per layer and op")
+    profile.add_argument("--model", type=choices.model, default="small", help=f"{MODELS} (default: small)")
     profile.add_argument(
-        "--model", type=choices.model, default="small", help="small, medium, jasper10x5, quartznet15x5 or YAML"
+        "--mode", choices=("train", "inference"), default="train", help="the step to profile (default: train)"
     )
-    profile.add_argument("--mode", choices=("train", "inference"), default="train")
     profile.add_argument(
         "--batch",
         type=options.batch,
         default=DEFAULT_BATCH,
         metavar="N,T",
-        help="utterances and feature frames (default: 8,400)",
+        help="number of utterances, and feature frames of each (default: 8,400)",
     )
     gpu = add(
         "gpu",
-        "all but tuning in at most nine minutes, the most valuable numbers first; --resume continues. "
-        "Tiles and faces are tuned by another command: python -m bench tune",
+        "tests, self-check, a short tuning and all benchmarks on a GPU in at most nine minutes, the most valuable "
+        "numbers first; --resume continues. The full tuning is another command: python -m bench tune",
     )
     gpu.add_argument(
-        "--budget", type=options.seconds, default=540.0, metavar="SECONDS", help="when to stop (default: 540)"
+        "--budget", type=options.seconds, default=540.0, metavar="SECONDS", help="stop after SECONDS (default: 540)"
     )
     add_data(sub)
     add_compile(sub)
     add_tune(sub)
     report = sub.add_parser(
         "report",
-        help="one self-contained HTML page, or the README's table, from results",
-        description="One self-contained HTML page, or the README's table, from results.",
+        help="write one self-contained HTML page, or the README's table, from results",
+        description="Write one self-contained HTML page, or the README's table, from results.",
     )
     report.add_argument(
         "results",
         nargs="*",
         type=options.result,
-        help="JSON files (default: the newest in build/bench; with --readme, those in bench/results)",
+        help="JSON files of results (default: the newest in build/bench; with --readme, all in bench/results)",
     )
     report.add_argument(
-        "--html", type=options.page, default=None, help="file for the page (default: in the folder of the first result)"
+        "--html", type=options.page, default=None, help="file for the page (default: next to the first result)"
     )
-    report.add_argument("--readme", action="store_true", help="write the table between the markers of README.md")
+    report.add_argument(
+        "--readme", action="store_true", help="write the table into README.md, between its two markers, and no page"
+    )
     return top
 
 
 def add_models(command: argparse.ArgumentParser, batch: tuple[int, int]) -> None:
-    """The option `--model`, which may be repeated, each with its own batch or with this one."""
+    """Adds the option `--model`, which may be repeated. Each model has its own batch, by default this one (N, T)."""
     command.add_argument(
         "--model",
         type=choices.models_batch(batch),
         action="append",
         metavar="NAME[:N,T]",
-        help="small, medium, jasper10x5 or a YAML file, with batch and frames",
+        help=f"{MODELS}; N utterances of T feature frames each (default: {batch[0]},{batch[1]})",
     )
 
 
 def add_data(sub: argparse._SubParsersAction) -> None:
-    """Reading audio has options of its own: nothing runs on a device."""
+    """Adds `data`. It runs on no device, so it has only its own options."""
     from jasper_fast.bench.commands import data
 
-    help = "audio seconds a second and core from files to padded batches, and the cores that a GPU needs"
+    help = "measure how fast one core prepares padded batches from audio files, and how many cores a GPU needs"
     raw = argparse.RawDescriptionHelpFormatter
     data.add_arguments(sub.add_parser("data", help=help, description=data.__doc__, formatter_class=raw))
 
 
 def add_compile(sub: argparse._SubParsersAction) -> None:
-    """The options of `compile`, which needs no device."""
+    """Adds `compile`, which needs no device."""
     from jasper_fast.bench.compile import gate
 
-    help = "compile every kernel for sm_80 to sm_100 without a GPU, and check rules and the committed table"
+    help = "compile every kernel for sm_80 to sm_100 without a GPU, and compare the results with a committed table"
     gate.add_arguments(sub.add_parser("compile", help=help, description=help))
 
 
 def add_tune(sub: argparse._SubParsersAction) -> None:
-    """The options of `tune`, which times the configurations of faces."""
+    """Adds `tune`."""
     from jasper_fast.bench.tune import tune
 
-    help = "time tiles of the Triton convs and cuDNN on this GPU, for the table by which dispatch chooses"
+    help = (
+        "time the implementations of each op and their tile sizes on this GPU, and write the table for --backend auto"
+    )
     raw = argparse.RawDescriptionHelpFormatter
     tune.add_arguments(sub.add_parser("tune", help=help, description=tune.__doc__, formatter_class=raw))
 
 
 def shell(arguments: list[str] | None = None) -> int:
-    """`main` for a shell: an error that the user can fix is one line and status 2, as in argparse."""
+    """Calls `main`. For an error that the user can fix it prints one line and returns status 2, as argparse does."""
     try:
         return main(arguments)
     except SystemExit as end:
@@ -199,8 +210,10 @@ def shell(arguments: list[str] | None = None) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a subcommand; returns the exit status: 0; 1 if jasper_fast lacks a number or a part failed; 130 after
-    Ctrl-C."""
+    """Runs a subcommand and returns the exit status.
+
+    It is 0 for success, 1 if a row of jasper_fast has no number or a part failed, and 130 after Ctrl-C.
+    """
     args = parser().parse_args(arguments)
     if max(getattr(args, "world", None) or (1,)) > 1 and not scaling.grouped():
         return scaling.launch(sys.argv[1:] if arguments is None else arguments, max(args.world))
@@ -219,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _command(args: argparse.Namespace, begin: Callable[[argparse.Namespace], Run]) -> int:
-    """Runs the subcommand; `begin` makes its run."""
+    """Runs the subcommand and returns the exit status. `begin` makes the `Run` of a subcommand that measures rows."""
     if args.command == "report":
         from jasper_fast.bench.report import html_page
 
@@ -249,19 +262,21 @@ def _command(args: argparse.Namespace, begin: Callable[[argparse.Namespace], Run
 
 
 def _check_op(args: argparse.Namespace) -> None:
-    """Reports an unknown op, or a mode that the op lacks, before anything is measured."""
+    """Raises SystemExit for an unknown op, or for a mode that the op lacks, before anything is measured."""
     from jasper_fast.bench.commands import kernels
 
     known = ("all", *kernels.operations())
     if args.op not in known:
-        raise SystemExit(f"--op {args.op}: not one of {', '.join(known)}")
+        raise SystemExit(f"--op {args.op} is not one of {', '.join(known)}")
     if args.mode == "inference" and args.op not in ("all", "sub_block", "depthwise"):
-        raise SystemExit(f"--op {args.op} has no --mode inference: sub_block has")
+        raise SystemExit(f"--op {args.op} has no --mode inference; only sub_block and depthwise have it")
 
 
 def _measure(run: Run, args: argparse.Namespace, team: scaling.Team | None = None) -> int:
-    """Runs a subcommand that measures rows, then shows the rows, the goals, and the rows without a number. `team`: the
-    processes of `train`, if there are several."""
+    """Runs a subcommand that measures rows, writes and prints the result, and returns the exit status.
+
+    `team` is given if `train` runs in several processes.
+    """
     try:
         if team:
             scaling.main(team, args.model or (), run.device, run.dtype, run.backend, run)
@@ -269,7 +284,7 @@ def _measure(run: Run, args: argparse.Namespace, team: scaling.Team | None = Non
             _work(run, args)
     except choice.UnknownRival as error:
         raise SystemExit(f"--rivals: {error}") from None
-    except DeviceLost as error:  # its row is on disk
+    except DeviceLost as error:  # the row of the contender that broke the device is on disk
         _say(f"{error}\n{run.device} no longer works in this process; --resume continues without that contender")
         return 1
     data = run.results.data
@@ -285,15 +300,18 @@ def _measure(run: Run, args: argparse.Namespace, team: scaling.Team | None = Non
 
         try:
             html_page.main([run.results.path], None, False)
-        except SystemExit as missing:  # a package that the page needs; the numbers do not need it
-            _say(f"no page: {missing}")
+        except SystemExit as missing:  # a package that only the page needs
+            _say(f"the HTML page was not written: {missing}")
     if told := shortfall(data):
         _say(told)
     return 1 if told else 0
 
 
 def shortfall(data: dict) -> str:
-    """Why the command fails: jasper_fast without a number, in rows or profiles, and failed parts of a run."""
+    """Returns why the command fails: rows or profiles of jasper_fast without a number, and parts that failed.
+
+    The text is empty if nothing is missing.
+    """
     rows = [(row["status"], row["id"]) for row in data["rows"] if row["ours"] and row["status"] != "ok"]
     profiles = [p for p in data.get("profiles", ()) if p["contender"] == OURS and p["status"] != "ok"]
     rows += [(p["status"], f"profile of {p['model']} {p['mode']}") for p in profiles]
@@ -305,7 +323,7 @@ def shortfall(data: dict) -> str:
 
 
 def _kept(results: result_file.Results) -> str:
-    """The message after an interruption: which rows are saved."""
+    """Returns the message after an interruption, which says what is saved."""
     rows = len(results.data["rows"])
     if not results.path.exists():
         return "interrupted: nothing was measured yet"
@@ -313,25 +331,26 @@ def _kept(results: result_file.Results) -> str:
 
 
 def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """Those that are asked for, else the GPU if there is one, and fp16 on it."""
+    """Returns what `--device` and `--dtype` name. The defaults are the GPU with fp16, and without a GPU the CPU with
+    fp32."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return device, DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "fp16")]
 
 
 def start(args: argparse.Namespace) -> Run:
-    """Starts a run: device, precision, result file; measures the machine's ceilings first."""
+    """Returns a new run with its device, precision and result file, after measuring the machine's ceilings."""
     device, dtype = device_and_dtype(args)
     if args.backend != "auto" and (reason := backends.why_missing(args.backend, device)):
         raise SystemExit(f"--backend {args.backend}: {reason}")
     options.writable(args.out)
     if args.threads:
         torch.set_num_threads(args.threads)
-    precision.set_fp32(getattr(args, "fp32_precision", None))  # tuning has no such option
+    precision.set_fp32(getattr(args, "fp32_precision", None))  # `tune` has no such option
     effort = QUICK if args.quick else Effort()
     if args.seconds:
         effort = dataclasses.replace(effort, seconds=args.seconds)
-    if device.type == "cuda" and device.index is not None:  # events, streams and limits are those of the current device
-        torch.cuda.set_device(device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # events and streams are created on the current device
     header = result_file.header(device, vars(args), effort) | {"command": args.command}
     header["cudnn_benchmark"] = cudnn_search.on(device)
     path = _resumable(args, header) if args.resume else None
@@ -341,7 +360,7 @@ def start(args: argparse.Namespace) -> Run:
         path = args.out / f"{args.command}_{name}_{stamp}_{commit}.json"
     load, cores = header["machine"]["load_average"], header["machine"]["cpu"]["cores"]
     if load and load[0] > 0.5 * cores:
-        console.print(f"[yellow]load average {load[0]:.1f} on {cores} cores: other work disturbs every number[/]")
+        console.print(f"[yellow]load average {load[0]:.1f} on {cores} cores: other processes disturb the timing[/]")
     results = result_file.Results(path, header, args.resume)
     run = Run(device, dtype, args.backend, args.quick, results, effort, rivals=args.rivals)
     results.data["clocks"] = {"start": machine.clocks(device)}
@@ -353,29 +372,19 @@ def start(args: argparse.Namespace) -> Run:
 
 
 def _resumable(args: argparse.Namespace, header: dict) -> Path | None:
-    """The newest unfinished result of the same subcommand, machine and commit."""
+    """Returns the path of the newest unfinished result of the same subcommand, machine and commit, or None."""
     for path in sorted(args.out.glob(f"{args.command}_{machine.slug(header['machine']['name'])}_*.json"), reverse=True):
         if result_file.unfinished(path, header):
             return path
     return None
 
 
-SUBCOMMANDS = (
-    "kernels",
-    "train",
-    "optimizer",
-    "latency",
-    "memory",
-    "decode",
-    "all",
-    "launches",
-    "profile",
-    "gpu",
-)  # that measure rows
+# The subcommands that measure rows.
+SUBCOMMANDS = ("kernels", "train", "optimizer", "latency", "memory", "decode", "all", "launches", "profile", "gpu")
 
 
 def _work(run: Run, args: argparse.Namespace) -> None:
-    """What a subcommand of SUBCOMMANDS measures."""
+    """Runs the measurements of one of SUBCOMMANDS."""
     from jasper_fast.bench.commands import decode, kernels, latency, launches, memory, optimizer, profile, train
     from jasper_fast.bench.gpu import gpu
 
@@ -406,7 +415,7 @@ def _work(run: Run, args: argparse.Namespace) -> None:
 
 
 def _say(text: str) -> None:
-    """Prints a line without folding it, because it may hold a path."""
+    """Prints a line without wrapping it, because it may contain a path."""
     console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 

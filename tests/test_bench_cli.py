@@ -130,7 +130,7 @@ def test_a_gpu_that_is_not_there_is_told(capsys, monkeypatch):
     assert "--device: cuda: this PyTorch sees no GPU" in told(capsys, ["kernels", "--device", "cuda"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert "cuda:7: PyTorch sees 2 GPUs; take cuda:0 to cuda:1" in told(capsys, ["kernels", "--device", "cuda:7"])
+    assert "cuda:7: PyTorch sees 2 GPUs; use cuda:0 to cuda:1" in told(capsys, ["kernels", "--device", "cuda:7"])
     assert options.device("cuda:1") == "cuda:1"
 
 

@@ -1,1 +1,1 @@
-"""The benchmark cases: each op at a shape, each model at a batch, with inputs, contenders and answers."""
+"""The benchmark cases. A case is an op at a shape or a model at a batch, with inputs, contenders and answers."""

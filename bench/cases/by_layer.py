@@ -1,4 +1,4 @@
-"""The cases of conv1d and sub_block, layer by layer, training and inference together."""
+"""The cases of conv1d and sub_block in training and inference, layer by layer."""
 
 import functools
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from jasper_fast.bench.harness.run import Run
 
 
 def layer_cases(run: Run, op: str, N: int, T: int, layer: Layer, modes: tuple[str, ...]) -> list[Case]:
-    """The cases of one layer, one per mode, over the same inputs; "inference" may be one of the modes."""
+    """Returns one case of the layer per mode. Cases of training share their inputs. "inference" may be a mode too."""
     inputs = functools.cache(lambda: sub_blocks.Inputs(N, T, layer, run.dtype, run.device))
     return [
         sub_block_inference.case(run, N, T, layer)
@@ -21,8 +21,11 @@ def layer_cases(run: Run, op: str, N: int, T: int, layer: Layer, modes: tuple[st
 
 
 def cases(op: str) -> common.Cases:
-    """The cases layer by layer, so that only one layer's tensors are in memory. Every mode is a case, for sub-blocks
-    inference too. With --quick only two layers."""
+    """Returns a function that makes the cases of one layer after another, so that only one layer's tensors are in
+    memory.
+
+    Every mode is a case. sub_block has inference as a mode too. With `--quick` there are only two layers.
+    """
     every = (*common.MODES, "inference") if op == "sub_block" else common.MODES
 
     def make(run: Run, mode: str | None) -> Iterator[list[Case]]:

@@ -1,4 +1,7 @@
-"""What `python -m bench tune` tunes: the cells of Jasper 10x5 at the batches that a table is to answer for."""
+"""What `python -m bench tune` tunes: the cells of Jasper 10x5 at the batches of BATCHES.
+
+A cell is an op at a shape and a dtype. Dispatch looks up its fastest implementation in a table.
+"""
 
 from typing import NamedTuple
 
@@ -14,26 +17,27 @@ OPS = (*CONV_OPS, *tables.NORM_OPS)
 
 
 class Batch(NamedTuple):
-    """Utterances, frames of features, and what is done with them."""
+    """Number of utterances, frames of features of each, and "training", "inference" or "evaluation"."""
 
     n: int
     t: int
     mode: str
 
 
-# 16.7 s are 1670 frames; a power of two of rows serves its neighbours too (`tables.NEAR`)
+# 16.7 s are 1670 frames. A measured cell also serves numbers of rows that differ by up to `tables.NEAR` powers of two.
 BATCHES = (
     Batch(32, 1670, "training"), Batch(1, 200, "inference"), Batch(1, 1670, "inference"), Batch(8, 1670, "training"),
     Batch(1, 700, "inference"), Batch(4, 1670, "inference"), Batch(16, 1670, "inference"),
     Batch(32, 1670, "evaluation"),
 )  # fmt: skip
-# tiny ones, for Triton's interpreter
+# Tiny cells for Triton's interpreter.
 STAND_IN = [(f"conv1d.{op}", (16, 24, 3, 1, 1)) for op in CONV_OPS]
 STAND_IN += [("conv1d.fused", (24, 13, 1, 1, 1)), *((op, (24, 24, 1, 1, 1)) for op in tables.NORM_OPS)]
 
 
 def plan(device: torch.device, dtype: torch.dtype, ops: tuple[str, ...] = OPS) -> list[Cell]:
-    """The cells by value: batch after batch, in each those with the most work first."""
+    """Returns the cells, the most valuable first: by the order of BATCHES, and in a batch those with the most work
+    first."""
     wanted = {op if op in tables.NORM_OPS else f"conv1d.{op}" for op in ops}
     if device.type == "cpu":
         found = [Cell(op, tables.DTYPES[dtype], *shape, 5) for op, shape in STAND_IN]
@@ -44,7 +48,7 @@ def plan(device: torch.device, dtype: torch.dtype, ops: tuple[str, ...] = OPS) -
 
 
 def work(cell: Cell) -> tuple[float, float]:
-    """Operations and bytes of a cell's op on the batch that it is timed on."""
+    """Returns the operations and bytes of a cell's op on the batch on which it is timed."""
     (n, frames), size = cell.batch, 4 if cell.dtype == "float32" else 2
     if cell.op in tables.NORM_OPS:
         mode = cell.op.removeprefix("bn_relu_dropout.")

@@ -1,4 +1,4 @@
-"""Shared by the cases of `python -m bench kernels`: constants, masks, the eager chain, tolerances and sizes."""
+"""What the cases of `python -m bench kernels` share: constants, masks, the eager chain, tolerances and sizes."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
@@ -19,15 +19,16 @@ from jasper_fast.nn.architecture import BN_MOMENTUM as MOMENTUM
 P = 0.2  # dropout rate
 MODES = ("both", "forward", "backward")
 Cases = Callable[[Run, str | None], Iterable[list[Case]]]  # (run, mode or None) -> groups of cases, made lazily
-# Convs sum up to 22,000 products in another order: even the two layouts of plain PyTorch differ by 20 roundings.
+# A conv adds up to 22,000 products, and the order depends on the kernel. Even PyTorch's convs in the two layouts differ
+# by 20 rounding errors.
 CONV_TOLERANCE = correct.Tolerance(factor=2.0, floor=40.0)
-# Four roundings of TF32 (2**-10; fp32's is 2**-23): tensor cores truncate operands. cuDNN decides whether plain PyTorch
-# uses TF32, so the error of PyTorch may be far smaller.
+# Four rounding errors of TF32, because tensor cores truncate the operands. TF32's is 2**-10, while fp32's is 2**-23.
+# PyTorch's own error may be far smaller, because cuDNN decides whether it uses TF32.
 ROUNDED = correct.Tolerance(factor=2.0, floor=4.0 * 2**13)
 
 
 def off_the_edge(y: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`y`, moved where the ReLU's input is so close to zero that rounding decides whether the ReLU is open."""
+    """Returns `y`, changed where the ReLU's input is so close to zero that rounding would decide its sign."""
     margin = 1e-4 if dtype in (torch.float32, torch.float64) else 0.05
     y = y.double()
     var, mean = torch.var_mean(y, (0, 2), correction=0)
@@ -38,18 +39,20 @@ def off_the_edge(y: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor | None
 
 
 def mask(lengths: Tensor, T: int) -> Tensor:
-    """(N, 1, T), true at t >= length."""
+    """Returns a mask (N, 1, T) that is true at t >= length."""
     return (torch.arange(T, device=lengths.device) >= lengths[:, None]).unsqueeze(1)
 
 
 def masked_last(x: Tensor, lengths: Tensor) -> Tensor:
-    """`x` masked, in the memory order of `x`; masked_fill would return NCT memory."""
+    """Returns `x` masked, in the memory order of `x`. (masked_fill would return NCT memory.)"""
     return torch.where(mask(lengths, x.shape[2]), 0.0, x)
 
 
 class Held:
-    """The inputs of an op, refilled in place. `answers` keeps reference results by seed, for the cases that share the
-    inputs."""
+    """The inputs of an op, which are refilled in place.
+
+    `answers` caches reference results by seed, for the cases that share the inputs. `refills` counts the refills.
+    """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
@@ -58,51 +61,53 @@ class Held:
 
     @torch.no_grad()
     def refill(self, seed: int) -> None:
-        """New values everywhere."""
+        """Writes new values into all inputs."""
         self.seed, self.refills = seed, self.refills + 1
         self.fill(seeded(stable_seed(type(self).__module__.rpartition(".")[2], seed), self.device))
 
     def fill(self, g: torch.Generator) -> None:
-        """Draw the new values."""
+        """Draws the new values."""
         raise NotImplementedError
 
     def randn(self, like: Tensor, g: torch.Generator) -> Tensor:
-        """Normal random numbers in the shape of `like`."""
+        """Returns normal random numbers in the shape of `like`."""
         return torch.randn(like.shape, generator=g, device=self.device)
 
     def positive(self, like: Tensor, g: torch.Generator) -> Tensor:
-        """Uniform random numbers from 0.5 to 1.5, for gammas."""
+        """Returns uniform random numbers from 0.5 to 1.5, for gammas."""
         return torch.rand(like.shape, generator=g, device=self.device) + 0.5
 
     def draw_lengths(self, lengths: Tensor, T: int, g: torch.Generator) -> None:
-        """Random lengths between half and full; the first is full."""
+        """Draws random lengths between T / 2 and T. The first one is T."""
         lengths.copy_(torch.randint(T // 2, T + 1, lengths.shape, generator=g, device=self.device))
         lengths[0] = T
 
     def autocast(self, on: bool = True) -> contextlib.AbstractContextManager:
-        """Autocast as a user of AMP turns it on; nothing in fp32."""
+        """Returns the context of `autocast`, or with `on` false one that does nothing."""
         return autocast(self.device, self.dtype if on else torch.float32)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """Mixed precision for fp16 and bf16, nothing otherwise."""
+    """Returns a context with mixed precision for fp16 and bf16, and one that does nothing for other dtypes."""
     return torch.autocast(device.type, dtype) if dtype.itemsize == 2 else contextlib.nullcontext()
 
 
 def fresh_running(gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """Running statistics as a new layer has them."""
+    """Returns the running mean and variance of a new layer."""
     return torch.zeros_like(gamma), torch.ones_like(gamma)
 
 
 def timed(
     mode: str, held: Held, forward: Callable[[], object], gradients: Callable[[object, bool], object]
 ) -> Callable[[], object]:
-    """The function to time for an op in training: `forward`, or `gradients(out, retain)` of one forward repeatedly, or
-    both."""
+    """Returns the function to time for an op in training.
+
+    It calls `forward`, or `gradients(out, retain)` again and again for the same forward, or both.
+    """
     graph: dict[int, object] = {}
 
     def backward() -> None:
-        if held.refills not in graph:  # a check or another case overwrote tensors that the graph saved
+        if held.refills not in graph:  # a refill has overwritten tensors that the graph saved
             graph.clear()
             graph[held.refills] = forward()
         gradients(graph[held.refills], True)
@@ -122,7 +127,7 @@ def _chain(y: Tensor, gamma: Tensor, beta: Tensor, running: Stats, residual: Ten
 def eager_chain(
     y: Tensor, gamma: Tensor, beta: Tensor, running: Stats, residual: Tensor | None, lengths: Tensor, p: float
 ) -> Tensor:
-    """Plain PyTorch as the reference runs it: batch norm, sum, in-place ReLU, dropout, masked_fill for the next
+    """Computes the chain as NVIDIA's Jasper does: batch norm, sum, in-place ReLU, dropout, and masked_fill for the next
     conv."""
     return masked(_chain(y, gamma, beta, running, residual, p), lengths)
 
@@ -130,38 +135,38 @@ def eager_chain(
 def eager_chain_2d(
     y: Tensor, gamma: Tensor, beta: Tensor, running: Stats, residual: Tensor | None, lengths: Tensor, p: float
 ) -> Tensor:
-    """The same chain on NTC memory, seen as a channels_last image of height 1."""
+    """Computes the same chain on NTC memory, viewed as a channels_last image of height 1."""
     wide = None if residual is None else residual.unsqueeze(2)
     return masked_last(_chain(y.unsqueeze(2), gamma, beta, running, wide, p).squeeze(2), lengths)
 
 
 def chosen(run: Run, mode: str | None, every: Sequence[str]) -> tuple[str, ...]:
-    """The modes to run: the one asked for, else all; with --quick only forward and backward together."""
+    """Returns the modes to run: `mode`, or if that is None all of `every`, or in a short run the first of them."""
     if mode is None:
         return every[:1] if run.quick or run.brief else tuple(every)
     return (mode,) if mode in every else ()
 
 
 def tolerance(run: Run) -> correct.Tolerance:
-    """The tolerance for convs in the dtype of the run. On a GPU fp32 may be rounded to TF32, unless PyTorch is told
-    otherwise."""
+    """Returns the tolerance for convs in the dtype of the run. On a GPU, PyTorch by default allows TF32 for fp32
+    convs."""
     rounded = run.dtype is torch.float32 and limits.float32_mode(run.device) == "TF32"
     return ROUNDED if rounded else CONV_TOLERANCE
 
 
 def slow(run: Run) -> bool:
-    """Whether PyTorch's convs take seconds: in fp16 on a CPU."""
+    """Whether PyTorch's convs take seconds, as in fp16 on a CPU."""
     return run.device.type == "cpu" and run.dtype == torch.float16
 
 
 def size(run: Run) -> tuple[int, int]:
-    """(N, T) at which layers inside a block are timed; one utterance of 2 s if convs are `slow`."""
+    """Returns the (N, T) at which layers inside a block are timed. If convs are `slow`, it is one utterance of 2 s."""
     if run.device.type == "cuda":
         return 32, 832
     return (1, 104) if slow(run) else (1 if run.brief else 2, 400)
 
 
 def batch(run: Run, layer: Layer) -> tuple[int, int]:
-    """(N, T) at which a layer is timed; the first layer gets twice the frames."""
+    """Returns the (N, T) at which a layer is timed. The first layer, with stride 2, gets twice the frames."""
     N, T = size(run)
     return N, T * layer.stride

@@ -1,24 +1,30 @@
-"""The floating-point operations and bytes that a computation needs, whatever kernel does it.
+"""Counts the floating-point operations and bytes that a computation needs, whichever kernel does it.
 
-Legend: N batch, C channels, T frames, K taps, M = N*T rows. A multiply-add is two operations. Bytes are those that the
-passes of the best kernels here move (kernels/README.md), every operand once per pass; vectors of length C do not count.
+Legend: N batch, C channels, T frames, K taps. A multiply-add is two operations. Bytes are those that the passes of the
+best kernels here move (kernels/README.md), with every operand once per pass. Vectors of length C do not count.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-# How many tensors of the size of y a norm reads or writes in training, by the place of the norm. The conv before
-# computes its statistics. "inner", inside a block: z = f(y) twice (backward computes it again), y and z in the epilogue
-# of dgrad, and dz, y -> dy. "end": z once, then dz, y to reduce, and dz, y -> dy. "joined", an end with a residual: y,
-# r -> z; dz, y, z to reduce; dz, y, z -> dy, dr. "pane": none, because panes are one sum of GEMMs whose statistics come
-# from their inputs. "taps": none, because no norm follows a depthwise conv.
+# How many tensors of the size of y (a conv's output) the passes of a norm read or write in training, by the place of
+# the norm. Its statistics need no pass, because the conv computes them.
+#
+#     inner    inside a block: y -> z, once in forward and once in backward; y and z in dgrad; dz, y -> dy
+#     end      at the end of a block: y -> z; dz and y for the sums of backward; dz, y -> dy
+#     joined   at the end of a block with a residual r: y, r -> z; dz, y and z for the sums; dz, y, z -> dy, dr
+#     pane     none, because the panes of a block are one sum of GEMMs, and their statistics come from their inputs
+#     head     none, because no norm follows the decoder
+#     taps     none, because no norm follows a depthwise conv
 NORM_PASSES = {"inner": 2 + 2 + 2 + 3, "end": 2 + 2 + 3, "joined": 3 + 3 + 5, "pane": 0, "head": 0, "taps": 0}
 
 
 @dataclass(frozen=True)
 class Conv:
-    """One convolution of a network at a batch: its name in the state dict, T input frames, T_out output frames. `place`
-    is the place of the norm after it (see NORM_PASSES)."""
+    """One convolution of a network at a batch: its name in the state dict, T input frames, T_out output frames.
+
+    `place` is the place of the norm after it (see NORM_PASSES).
+    """
 
     name: str
     N: int
@@ -34,7 +40,7 @@ class Conv:
 
     @property
     def flops(self) -> int:
-        """Operations of the forward pass as the definition counts them (no FFT, no fast FIR)."""
+        """Operations of the forward pass by the definition, without FFT and fast FIR."""
         return 2 * self.N * self.T_out * self.C_out * self.C_in // self.groups * self.K + (
             self.N * self.T_out * self.C_out if self.bias else 0
         )
@@ -50,7 +56,7 @@ class Conv:
         return self.weights + (2 * self.C_out if self.batch_norm else 0)
 
     def nbytes(self, itemsize: int) -> int:
-        """Input once, weights once, output once."""
+        """Returns the bytes of the input, the weights and the output, each counted once."""
         return itemsize * (self.input + self.weights + self.output)
 
     @property
@@ -65,12 +71,13 @@ class Conv:
 
 
 def conv_out(T: int, K: int, stride: int, dilation: int) -> int:
-    """Output frames of a convolution with Jasper's padding, (K // 2) * dilation on each side."""
+    """Returns the output frames of a convolution with Jasper's padding, (K // 2) * dilation on each side."""
     return (T + 2 * (K // 2) * dilation - dilation * (K - 1) - 1) // stride + 1
 
 
 def convs(config, N: int, T: int) -> Iterator[Conv]:
-    """All convolutions of a Jasper in order: for each block the main ones, then its panes; last the decoder's."""
+    """Yields all convolutions of a Jasper in order: for each block the main ones and then its panes, and at the end the
+    decoder's."""
     C = _get(config.encoder, "in_feats")
     history: list[int] = [C]
     for b, block in enumerate(_get(config.encoder, "blocks")):
@@ -97,30 +104,39 @@ def convs(config, N: int, T: int) -> Iterator[Conv]:
 
 
 def parameters(config) -> int:
-    """Parameters of the whole network."""
+    """Returns the number of parameters of the network."""
     return sum(conv.parameters for conv in convs(config, 1, 2))
 
 
 def forward_flops(config, N: int, T: int) -> int:
-    """Operations of the convolutions in one forward pass. Everything else is below half a per cent."""
+    """Returns the operations of the convolutions in one forward pass. All others are less than half a per cent."""
     return sum(conv.flops for conv in convs(config, N, T))
 
 
 def training_flops(config, N: int, T: int) -> int:
-    """Forward, gradients of the weights, gradients of the inputs (none is needed for the features)."""
+    """Returns the operations of the convolutions in a training step.
+
+    They are those of forward, of the gradients of the weights, and of the gradients of the inputs except the features.
+    """
     all_convs = list(convs(config, N, T))
     return 3 * sum(c.flops for c in all_convs) - all_convs[0].flops
 
 
 def forward_bytes(config, N: int, T: int, itemsize: int) -> int:
-    """The bytes that a network of fully fused sub-blocks moves: all weights once, and the input and output of every
-    convolution once. Outputs of panes do not count, because they go into the sum of the block."""
+    """Returns the bytes that a network of fully fused sub-blocks moves in a forward pass.
+
+    All weights, and the input and output of every convolution, count once. Outputs of panes do not count, because they
+    are added into the sum of the block.
+    """
     return itemsize * sum(_moved(conv) for conv in convs(config, N, T))
 
 
 def training_bytes(config, N: int, T: int, itemsize: int) -> int:
-    """Each convolution forward and in both gradients (none for the features), and the passes of its norm. The panes of
-    a block have one output, their sum."""
+    """Returns the bytes of a training step.
+
+    Each convolution counts in forward and in both gradients (the features have none), and so do the passes of its norm.
+    The panes of a block have one output, which is their sum.
+    """
     total, first = 0, True
     for conv in convs(config, N, T):
         total += (2 if first else 3) * _moved(conv) + NORM_PASSES[conv.place] * conv.output
@@ -130,24 +146,29 @@ def training_bytes(config, N: int, T: int, itemsize: int) -> int:
 
 
 def _moved(conv: Conv) -> int:
-    """Elements that one direction (forward or one gradient) of a convolution moves."""
+    """Returns the elements that one direction (forward or one gradient) of a convolution moves."""
     return conv.input + conv.weights + (0 if conv.place == "pane" else conv.output)
 
 
 def bn_relu_dropout_bytes(N: int, C: int, T: int, itemsize: int, mode: str, residual: bool = False) -> int:
-    """Bytes moved in training. Forward reads y for the statistics, reads it again and writes z. Backward reads dz and y
-    to reduce, reads both again and writes dy. With a residual, forward also reads it, and backward also reads z for its
-    sign and writes the gradient of the residual."""
+    """Returns the bytes that the op moves in training.
+
+    Forward reads y for the statistics, reads it again and writes z. Backward reads dz and y for its sums, reads both
+    again and writes dy. With a residual, forward also reads that. Backward then also reads z twice for its sign, and
+    writes the gradient of the residual.
+    """
     tensors = {"forward": 3 + residual, "backward": 5 + 3 * residual}
     tensors["both"] = tensors["forward"] + tensors["backward"]
     return tensors[mode] * N * C * T * itemsize
 
 
 def sub_block_bytes(conv: Conv, itemsize: int, mode: str, *, statistics: bool = True) -> int:
-    """Bytes moved in training from y to the next y; `conv` is the convolution at the end. Forward: y -> z, then the
-    conv. Backward: y -> z again, wgrad, dgrad (which reads y and z in its epilogue), and g, y -> dy. If the conv keeps
-    the shape, that is 4 tensors forward and 11 backward. With `statistics` a pass of its own takes the statistics of y:
-    one tensor more."""
+    """Returns the bytes that a sub-block moves in training, from y to the next y. `conv` is the convolution at its end.
+
+    Forward is y -> z and then the conv. Backward is y -> z again, wgrad, dgrad (which also reads y and z), and
+    g, y -> dy. If the conv keeps the shape, these are 4 tensors forward and 11 backward. With `statistics`, a separate
+    pass reads y for its statistics, which is one tensor more in forward.
+    """
     tensors = {"forward": 2 + statistics, "backward": 2 + 2 + 3}
     tensors["both"] = tensors["forward"] + tensors["backward"]
     directions = {"forward": 1, "backward": 2, "both": 3}
@@ -155,15 +176,20 @@ def sub_block_bytes(conv: Conv, itemsize: int, mode: str, *, statistics: bool = 
 
 
 def panes_bytes(panes: Sequence[Conv], itemsize: int, mode: str) -> int:
-    """Bytes moved in training by the panes of a block: every direction moves each input and weight once, and the sum of
-    the panes or its gradient once. Outputs of single panes and passes for statistics do not count (NORM_PASSES)."""
+    """Returns the bytes that the panes of a block move in training.
+
+    Every direction moves each input and weight once, and the sum of the panes or its gradient once. Outputs of single
+    panes and passes for statistics do not count (see NORM_PASSES).
+    """
     directions = {"forward": 1, "backward": 2, "both": 3}
     return directions[mode] * itemsize * (sum(_moved(pane) for pane in panes) + panes[0].output)
 
 
 def bn_relu_dropout_flops(N: int, C: int, T: int, mode: str) -> int:
-    """Operations by the formula, without the random numbers. Per element: statistics 4, apply 5; backward reduce 6,
-    apply 7."""
+    """Returns the operations by the formula, without those of the random numbers.
+
+    Forward has 4 per element for the statistics and 5 to apply them; backward has 6 for the sums and 7 to apply them.
+    """
     per_element = {"forward": 9, "backward": 13, "both": 22}
     return per_element[mode] * N * C * T
 

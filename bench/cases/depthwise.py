@@ -1,6 +1,7 @@
-"""Cases of `python -m bench kernels --op depthwise`: QuartzNet's depthwise convs, each beside PyTorch's grouped conv.
+"""Cases of `python -m bench kernels --op depthwise`: QuartzNet's depthwise convs, compared with PyTorch's grouped conv.
 
-"inference" is the forward pass with a weight packed before, as the engine holds it; the other modes are training.
+The mode "inference" is the forward pass with a weight that was packed before, as in the engine. The other modes are
+those of training.
 """
 
 import functools
@@ -18,15 +19,18 @@ from jasper_fast.dispatch import backends, choose
 from jasper_fast.kernels import layout
 from jasper_fast.kernels.operands import Geometry, Lengths
 
-GOAL = (1, 512, 63, 100)  # (N, C, K, T), one utterance of 2 s
+GOAL = (1, 512, 63, 100)  # the shape that has a goal, (N, C, K, T): one utterance of 2 s
 CPU_SHAPES = (GOAL, (4, 256, 33, 400), (4, 512, 75, 400))
 GPU_SHAPES = ((32, 512, 63, 832), (32, 256, 33, 832), (32, 512, 75, 832), GOAL)
 MODES = ("inference", *common.MODES)
 
 
 class Inputs(common.Held):
-    """The tensors of one shape in NCT and in NTC memory, with the same values, refilled in place. The weight is fp32
-    even with 16-bit activations. All utterances are as long as the tensor, because PyTorch has no masks."""
+    """The tensors of one shape in NCT and in NTC memory, with the same values.
+
+    The weight is fp32 even with 16-bit activations. All utterances are as long as the tensor, because PyTorch's conv
+    has no mask.
+    """
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(dtype, device)
@@ -51,17 +55,17 @@ class Inputs(common.Held):
 
 
 def eager(x: Tensor, i: Inputs, weight: Tensor) -> Tensor:
-    """PyTorch's grouped conv in NCT memory, as NeMo calls it."""
+    """Computes PyTorch's grouped conv in NCT memory, as NeMo does."""
     return F.conv1d(x, weight, None, *i.geometry, weight.shape[0])
 
 
 def eager_2d(x: Tensor, i: Inputs, weight: Tensor) -> Tensor:
-    """The same as a 2D conv in channels_last memory."""
+    """Computes the same as a 2D conv in channels_last memory."""
     return F.conv2d(x.unsqueeze(2), weight.unsqueeze(2), None, 1, (0, i.K // 2), 1, weight.shape[0]).squeeze(2)
 
 
 def runner(chain: Callable[..., Tensor], i: Inputs, memory: str, mode: str, autocast: bool) -> Runner:
-    """The runner of a chain; its outputs are y and both gradients."""
+    """Returns the runner of an implementation. Its outputs are y and both gradients."""
     tensors, wanted = getattr(i, memory), [getattr(i, memory)["x"], i.weight]
 
     def forward() -> Tensor:
@@ -84,7 +88,7 @@ def runner(chain: Callable[..., Tensor], i: Inputs, memory: str, mode: str, auto
 
 
 def packed(i: Inputs, backend: str) -> Runner:
-    """Our forward pass over a pack that was made before, as in the engine."""
+    """Returns the runner of our forward pass with a weight that was packed before, as in the engine."""
     face = backends.face("depthwise", choose.depthwise_face(backend, i.device, i.dtype))
     held: dict[int, Tensor] = {}
     x, out = i.ntc["x"].detach().transpose(1, 2), torch.empty_like(i.ntc["x"].detach().transpose(1, 2))
@@ -104,7 +108,7 @@ def packed(i: Inputs, backend: str) -> Runner:
 
 
 def fused(backend: str) -> Callable[..., Tensor]:
-    """jasper_fast's op."""
+    """Returns jasper_fast's op with the signature of `eager`."""
 
     def call(x: Tensor, i: Inputs, weight: Tensor) -> Tensor:
         return ops.depthwise(x, weight, padding=i.K // 2, backend=backend)
@@ -113,7 +117,7 @@ def fused(backend: str) -> Callable[..., Tensor]:
 
 
 def answer(i: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Results and gradients by plain PyTorch in `dtype`."""
+    """Returns the output and gradients of plain PyTorch in `dtype`."""
     x, weight = (t.detach().to(dtype).requires_grad_() for t in (i.nct["x"], i.weight))
     y = eager(x, i, weight)
     dx, dw = torch.autograd.grad(y, (x, weight), i.nct["dy"].to(dtype))
@@ -121,7 +125,7 @@ def answer(i: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def case(run: Run, shape: tuple[int, int, int, int], mode: str) -> Case:
-    """The case of one shape and mode."""
+    """Returns the case of one shape and mode."""
     N, C, K, T = shape
     inputs = functools.cache(lambda: Inputs(shape, run.dtype, run.device))
 
@@ -151,7 +155,7 @@ def case(run: Run, shape: tuple[int, int, int, int], mode: str) -> Case:
 
 
 def cases(run: Run, mode: str | None = None) -> Iterator[list[Case]]:
-    """Shape by shape; with --quick only the first one."""
+    """Yields the cases of one shape after another. With `--quick` there is only the first shape."""
     shapes = GPU_SHAPES if run.device.type == "cuda" else CPU_SHAPES
     for shape in shapes[: 1 if run.quick or run.brief else None]:
         modes = (mode,) if mode in MODES else MODES if mode is None else ()

@@ -1,4 +1,7 @@
-"""The full training step: the one that train.py makes, with check for NaN, guard and moving average, for all."""
+"""The full training step of train.py, for every contender.
+
+It includes the check for NaN, the guard of the running statistics, and the moving average of the weights.
+"""
 
 import functools
 from collections.abc import Callable
@@ -20,22 +23,23 @@ LR, WEIGHT_DECAY, DECAY = 1e-4, 1e-3, 0.999
 
 
 class Trained(nn.Module):
-    """What a training step takes for its model: `call`, which runs the parameters and buffers of `module`."""
+    """A contender as `train_step` needs it. `call` computes the model with the parameters and buffers of `module`."""
 
     def __init__(self, module: nn.Module, call: Model, cfg) -> None:
         super().__init__()
-        self.inner, self.cfg, self._calls = module, cfg, [call]  # in a list: not a part of its own
+        self.inner, self.cfg = module, cfg
+        self._calls = [call]  # in a list, so that it is not registered as a submodule
 
     def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and their lengths."""
+        """Returns the log-probabilities and their lengths."""
         return self._calls[0](features, lengths)
 
     def out_lengths(self, lengths: Tensor) -> Tensor:
-        """Frames that come of so many."""
+        """Returns the number of output frames for each number of input frames."""
         return out_lengths(self.cfg, lengths)
 
     def state_dict(self, **how) -> dict[str, Tensor]:
-        """What is averaged: not the weights that a rival has put others in the place of."""
+        """Returns the tensors to average, without the frozen weights that a rival has replaced by its own."""
         held = {id(t): name for name, t in self.named_parameters() if not t.requires_grad}
         live = super().state_dict(**how | {"keep_vars": True})
         chosen = {name: t for name, t in live.items() if id(t) not in held}
@@ -51,12 +55,13 @@ def full_step(
     wrap: Callable[[nn.Module], nn.Module] = lambda trained: trained,
     graphs: bool = False,
 ) -> Callable[[], None]:
-    """A call that makes one step by `train_step`.
+    """Returns a function that makes one step by `train_step`.
 
-    `inputs`: features and lengths, transcripts and theirs, each time anew, the lengths on the host. Jasper is trained
-    by NovoGrad, which carries the average; every other model by the foreach form of it, a pass of its own for the
-    average, and a step skipped by the host: PyTorch's usual way. `wrap` makes the model that several processes call.
-    `graphs`: by a CUDA graph from the second call on; raises Absent where that cannot be.
+    `inputs` returns features, their lengths, transcripts and their lengths, with the lengths on the host. Our `Jasper`
+    is trained with `NovoGrad`, which also updates the average. Every other model is trained in PyTorch's usual way: a
+    foreach form of NovoGrad, a separate pass for the average, and a host that decides whether to skip the step. `wrap`
+    wraps the model for several processes. With `graphs` the step is a CUDA graph from the second call on; it raises
+    Absent if the step cannot be captured.
     """
     trained = Trained(module, call, cfg).train()
     learning = [p for p in module.parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""Cases of `python -m bench latency`: one batch of audio through the acoustic model alone, and from sound to text."""
+"""Cases of `python -m bench latency`: a batch through the acoustic model alone, and a batch from sound to text."""
 
 import functools
 import gc
@@ -19,15 +19,21 @@ from jasper_fast.bench.rivals.eager_layouts import Model
 from jasper_fast.speech.decoding import greedy_decode
 from jasper_fast.speech.text import Vocabulary
 
-INFERS = ("conv1d.fused",)  # the ops of the engine, by the names of the self-check
-SAME_PATH = 0.9  # share of the frames
+INFERS = ("conv1d.fused",)  # the ops of the engine, by their names in the self-check
+SAME_PATH = 0.9  # least share of frames in which int8 must have eager's best class
 SOUND_RIVALS = ("eager", "cuda_graph")
-# How the tolerance was chosen. Measured on a CPU with small and medium, N = 1 and 2 of 2 s, N = 1 of 7 s and 16.7 s,
-# three seeds. The numbers are the errors of correct contenders divided by eager's error, the largest RMS / max. fp32:
-# 2.7 / 3.5, where eager's error is at most 8.8e-7 of the largest value; the engine with fast FIR 1.4 / 1.6. fp16 and
-# bf16, which have no fast FIR: 1.03 / 1.24; the engine 0.78 / 0.94. A fault that scales one layer by 1.01 gives 5000 in
-# fp32, and at least 2.6 in fp16. In bf16 eager's error is 0.5 %, twice the effect of that fault, so only a scale of
-# about 1.08 is found. In Jasper 10x5 two fp32 contenders differ by at most 2.3e-5 of the largest value.
+# How the tolerances were chosen. The errors of correct contenders were measured on a CPU with the models small and
+# medium, with one and two utterances of 2 s and one of 7 s and 16.7 s, and with three seeds. Divided by eager's error,
+# the largest were, in the RMS and in the max norm:
+#
+#                  all contenders   our engine
+#     fp32         2.7   3.5        1.4   1.6    (with fast FIR)
+#     fp16, bf16   1.03  1.24       0.78  0.94   (without)
+#
+# A fault that scales one layer by 1.01 has an error of 5000 times eager's in fp32, and at least 2.6 times eager's in
+# fp16. In bf16 eager's own error is 0.5 %, which is twice the effect of that fault, so only scales from about 1.08 are
+# found. In fp32 eager's error is at most 8.8e-7 of the largest value. With Jasper 10x5 two fp32 contenders differ by at
+# most 2.3e-5 of the largest value.
 LOW = correct.Tolerance(factor=2.0, floor=16.0, peak=1.5)
 TOLERANCES = {
     torch.float32: correct.Tolerance(factor=4.0, floor=16.0, relative=5e-5),
@@ -37,7 +43,10 @@ TOLERANCES = {
 
 
 class Models:
-    """One network's weights and every contender over them, built at first use and shared by all batch sizes."""
+    """The weights of a network and the contenders that use them.
+
+    A contender is built at its first use, and all batch sizes share it.
+    """
 
     def __init__(self, run: Run, model: str) -> None:
         self.run, self.cfg = run, models.config(model)
@@ -52,27 +61,30 @@ class Models:
 
     @functools.cached_property
     def plain(self) -> nn.Module:
-        """The eager model in evaluation, in the precision under test."""
+        """The eager model in evaluation mode, in the precision under test."""
         return models.eager(self.cfg, self.state, self.run.dtype).eval().requires_grad_(False)
 
     @functools.cached_property
     def judge(self) -> nn.Module:
-        """The eager model whose answers are the reference: in fp64 if that costs little."""
+        """The eager model whose answers are the reference."""
         return models.eager(self.cfg, self.state, self.judged_in).eval().requires_grad_(False)
 
     @property
     def judged_in(self) -> torch.dtype:
-        """The precision of the reference model."""
+        """The precision of the reference model: fp64, but fp32 for a large network on a CPU."""
         small = counts.parameters(self.cfg) < 50e6 or self.run.device.type == "cuda"
         return torch.float64 if small else torch.float32
 
     def answer(self, x: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-        """The reference answer for these features."""
+        """Returns the reference answer for these features."""
         with torch.inference_mode():
             return told(*self.judge(x.to(self.judged_in), lengths))
 
     def low(self, inputs: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], dict[str, Tensor]] | None:
-        """The answer of plain eager, whose error sets the tolerance; None if the reference is not more precise."""
+        """Returns a function that computes the answer of plain eager, whose error sets the tolerance.
+
+        Returns None if the reference is not more precise than eager.
+        """
         if self.judged_in == self.run.dtype:
             return None
 
@@ -84,19 +96,19 @@ class Models:
         return answer
 
     def build(self, name: str, make: Callable[[nn.Module], Model]) -> Model:
-        """The contender, built at its first use. If that failed, the same error is raised again."""
+        """Returns the contender, which is built at its first use. If that failed, raises the same error again."""
         if name in self.failures:
             raise self.failures[name]
         if name not in self.contenders:
             try:
                 self.contenders[name] = make(self.plain)
-            except Exception as error:  # the row of every batch size reports it
+            except Exception as error:  # the rows of all batch sizes report it
                 self.failures[name] = error
                 raise
         return self.contenders[name]
 
     def engine(self, _: nn.Module) -> Model:
-        """jasper_fast's inference engine over the same weights."""
+        """Returns jasper_fast's inference engine with the same weights."""
         fused = models.fused(self.cfg, self.state, self.run.backend)
         return InferenceEngine(fused.eval(), dtype=self.run.dtype)
 
@@ -109,26 +121,28 @@ class Models:
         gc.collect()
 
     def inputs(self, N: int, seconds: float) -> tuple[Tensor, Tensor]:
-        """Features in the precision under test and their lengths, the same tensors at every call."""
+        """Returns features in the precision under test and their lengths. Every call returns the same tensors."""
         if (N, seconds) not in self._held:
             x, lengths = models.features(self.cfg, N, models.FRAMES[seconds], self.run.device, 0)
             self._held[N, seconds] = x.to(self.run.dtype), lengths
         return self._held[N, seconds]
 
     def refill(self, N: int, seconds: float, seed: int) -> None:
-        """New features in place."""
+        """Writes new features into the tensor of `inputs`."""
         x, _ = models.features(self.cfg, N, models.FRAMES[seconds], self.run.device, seed)
         self.inputs(N, seconds)[0].copy_(x)
 
 
 def told(log_probs: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-    """The tensors of an answer that are compared."""
+    """Returns the tensors of an answer that are compared, by name."""
     return {"log_probs": models.valid(log_probs, lengths), "lengths": lengths}
 
 
 def int8_rule() -> Rule:
-    """The rule for a network in int8, which cannot meet the usual tolerance: its best class per frame must be that of
-    eager."""
+    """Returns the rule for a network in int8, which cannot meet the usual tolerance.
+
+    In enough frames its best class must be that of eager.
+    """
     words = f"best class equal to eager's in at least {100 * SAME_PATH:.0f} % of the frames; the row has the error"
 
     def judge(got: Answer, low: Answer | None, ref: Answer) -> list[str]:
@@ -137,16 +151,16 @@ def int8_rule() -> Rule:
         share = torch.cat([row[:n] for row, n in zip(same, frames, strict=True)]).mean().item()
         error = (got["log_probs"].double() - ref["log_probs"].double()).abs().max().item()
         rule.found |= {"same_path": share, "max_error": error, "of": ref["log_probs"].abs().max().item()}
-        wrong = [] if torch.equal(got["lengths"], ref["lengths"]) else ["lengths: not eager's"]
+        wrong = [] if torch.equal(got["lengths"], ref["lengths"]) else ["lengths: they differ from eager's"]
         agrees = share >= SAME_PATH and math.isfinite(error)
-        return wrong + ([] if agrees else [f"log_probs: {100 * share:.1f} % of the frames equal eager's; {words}"])
+        return wrong + ([] if agrees else [f"log_probs: {100 * share:.1f} % of the frames equal eager's, not {words}"])
 
     rule = Rule("int8", words, judge)
     return rule
 
 
 def case(shared: Models, model: str, N: int, seconds: float) -> Case:
-    """The acoustic model alone at one batch size and audio length."""
+    """Returns the case of the acoustic model alone at one batch size and audio length."""
     run, T = shared.run, models.FRAMES[seconds]
 
     def contender(name: str, make: Callable[[nn.Module], Model]) -> Contender:
@@ -184,17 +198,18 @@ def case(shared: Models, model: str, N: int, seconds: float) -> Case:
 
 
 def sound_case(shared: Models, model: str, N: int, seconds: float) -> Case:
-    """From samples to text: log-mel features, the acoustic model, greedy decoding. Contenders differ only in the model.
+    """Returns the case from samples to text: log-mel features, the acoustic model, greedy decoding.
 
-    Log-probabilities are compared with the reference, and each text with the `best_path` of its own log-probabilities.
-    Texts of two right models may differ, because rounding decides between two nearly equal classes. Random weights
-    hardly ever repeat a letter, so the decoder is also checked on log-probabilities that do.
+    Contenders differ only in the model. Log-probabilities are compared with the reference, and each text with the
+    `best_path` of its own log-probabilities. Texts of two right models may differ, because rounding decides between two
+    nearly equal classes. With random weights a letter is hardly ever repeated, so the decoder is also checked on
+    log-probabilities with repeated letters.
     """
     run, words = shared.run, Vocabulary()
 
     @functools.cache
     def sound() -> tuple[nn.Module, Tensor, Tensor]:
-        """The front end, samples (N, S) and their lengths (N,)."""
+        """Returns the front end, samples (N, S) and their lengths (N,)."""
         audio = torch.zeros(N, int(seconds * 16000), device=run.device)
         lengths = torch.full((N,), audio.shape[1], dtype=torch.int64, device=run.device)
         return LogMelFeatures(dither=0.0).to(run.device).eval(), audio, lengths
@@ -251,7 +266,10 @@ def sound_case(shared: Models, model: str, N: int, seconds: float) -> Case:
 
 
 def best_path(log_probs: Tensor, length: int, labels: Sequence[str]) -> str:
-    """The text of one utterance (T, V), computed frame by frame by the definition; the blank is the last class."""
+    """Returns the text of one utterance's log-probabilities (T, V), computed frame by frame by the definition.
+
+    The blank is the last class.
+    """
     text, last = "", len(labels)
     for best in log_probs[:length].float().argmax(-1).tolist():
         if best not in (last, len(labels)):
@@ -261,8 +279,8 @@ def best_path(log_probs: Tensor, length: int, labels: Sequence[str]) -> str:
 
 
 def repeating(N: int, T: int, words: Vocabulary, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (N, T, V) whose best path has only two letters and many blanks, and lengths from half to
-    full."""
+    """Returns log-probabilities (N, T, V) whose best path has only two letters and many blanks, and lengths (N,) from
+    T / 2 to T."""
     g = seeded(stable_seed("path"), device)
     path = torch.randint(words.blank - 2, words.blank + 1, (N, T), generator=g, device=device)
     logits = 4.0 * torch.nn.functional.one_hot(path, words.n_classes).float()
@@ -270,21 +288,22 @@ def repeating(N: int, T: int, words: Vocabulary, device: torch.device) -> tuple[
 
 
 def misread(log_probs: Tensor, lengths: Tensor, texts: Sequence[str], words: Vocabulary) -> list[str]:
-    """Complaints about texts that are not the best paths of their own log-probabilities."""
+    """Returns complaints about texts that are not the best paths of their own log-probabilities."""
     if len(texts) != log_probs.shape[0]:
-        return [f"text: {len(texts)} of {log_probs.shape[0]} utterances"]
+        return [f"text: {len(texts)} texts for {log_probs.shape[0]} utterances"]
     wanted = [best_path(p, n, words.labels) for p, n in zip(log_probs.cpu(), lengths.tolist(), strict=True)]
     return [
-        f"text of utterance {i}: {text[:40]!r}, its best path says {want[:40]!r}"
+        f"text of utterance {i}: {text[:40]!r}, but its best path is {want[:40]!r}"
         for i, (text, want) in enumerate(zip(texts, wanted, strict=True))
         if text != want
     ]
 
 
 def sampled(run: Run) -> dict[str, float]:
-    """The rounds of a case and its share of the run's seconds: on a GPU enough rounds for a P99, if they are short.
+    """Returns the fields `rounds` and `share` of a case: on a GPU enough rounds for a P99, if rounds are short.
 
-    A case with long rounds stops at 3x its seconds, so it gets half the seconds and costs little more than others.
+    A case with long rounds stops at 3x its seconds. It gets half the seconds, so that it takes little longer than
+    other cases.
     """
     if run.device.type != "cuda" or run.quick:
         return {}

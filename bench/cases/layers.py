@@ -1,4 +1,4 @@
-"""Jasper 10x5's distinct main convs."""
+"""The distinct main convs of Jasper 10x5."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from jasper_fast.bench.cases import counts, models
 
 @dataclass(frozen=True)
 class Layer:
-    """A main conv of Jasper: `head` is the decoder's, which has a bias and no norm after it."""
+    """A main conv of Jasper. With `head` it is the decoder's, which has a bias and no norm after it."""
 
     C_in: int
     C_out: int
@@ -22,34 +22,34 @@ class Layer:
 
     @property
     def padding(self) -> int:
-        """Zeros on either side, as the reference pads."""
+        """Zeros on each side, as in NVIDIA's Jasper."""
         return self.K // 2 * self.dilation
 
     @property
     def first(self) -> bool:
-        """Whether its input is the features: it has no norm before it and needs no gradient of its input."""
+        """Whether the input is the features, so that there is no norm before it and no gradient of the input."""
         return self.stride > 1
 
     def frames(self, T: int) -> int:
-        """Frames of its output."""
+        """Returns the number of output frames for T input frames."""
         return counts.conv_out(T, self.K, self.stride, self.dilation)
 
     def out_lengths(self, lengths: Tensor) -> Tensor:
-        """Output lengths for lengths (N,); the same tensor if the conv keeps them."""
+        """Returns the output lengths for input lengths (N,). It is the same tensor if the conv keeps them."""
         if self.stride == 1 and self.K % 2:
             return lengths
         reach = self.dilation * (self.K - 1)
         return torch.div(lengths + 2 * self.padding - reach - 1, self.stride, rounding_mode="floor") + 1
 
     def key(self, N: int, T: int) -> dict:
-        """The key of its rows; T input frames."""
+        """Returns the key of the layer's rows for N utterances of T input frames."""
         stride = f" s = {self.stride}" if self.stride > 1 else ""
         dilation = f" d = {self.dilation}" if self.dilation > 1 else ""
         return {"shape": f"({N}, {self.C_in}->{self.C_out}, {T})", "taps": f"K = {self.K}{stride}{dilation}"}
 
 
 def layers() -> list[Layer]:
-    """The 13 distinct main convs of Jasper 10x5, the largest first."""
+    """Returns the 13 distinct main convs of Jasper 10x5, largest first."""
     cfg, found = models.config("jasper10x5"), []
     for conv in counts.convs(cfg, 1, 64):
         if ".res." in conv.name:
@@ -62,6 +62,7 @@ def layers() -> list[Layer]:
 
 
 def conv_2d(x: Tensor, weight: Tensor, a: Layer) -> Tensor:
-    """A conv as a 2D one over a height of 1, in channels_last memory if `x` and `weight` are in NTC memory."""
+    """Computes a conv as a 2D conv over a height of 1. If `x` and `weight` are in NTC memory, it runs in
+    channels_last."""
     y = F.conv2d(x.unsqueeze(2), weight.unsqueeze(2), None, (1, a.stride), (0, a.padding), (1, a.dilation))
     return y.squeeze(2)

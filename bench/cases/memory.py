@@ -1,4 +1,4 @@
-"""The case of `python -m bench memory`: checks the answers of a training step and counts its bytes."""
+"""The case of `python -m bench memory`, which checks the answers of a training step, and the count of its bytes."""
 
 import functools
 from collections.abc import Callable
@@ -14,11 +14,12 @@ from jasper_fast.bench.harness.run import Run
 
 
 def step(module: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.device) -> dict:
-    """Bytes of the second training step, with dropout on; the first step may allocate memory that later steps reuse.
+    """Returns the kept and peak bytes of the second training step, with dropout on.
 
-    The peak is over forward and backward, without the gradients of the parameters, which every training keeps. On a CPU
-    it counts every allocation. On a GPU it counts the tensors that ops take and return, and `allocator_peak_bytes` is
-    the peak of the allocator.
+    The first step does not count, because it may allocate memory that later steps reuse. The peak is that of forward
+    and backward, without the gradients of the parameters, which every kind of training keeps. On a CPU it counts every
+    allocation. On a GPU it counts the tensors that ops take and return, and `allocator_peak_bytes` is the peak of the
+    allocator.
     """
     module.train()
     forward = lambda: batch.loss(module, dtype)[0]  # noqa: E731
@@ -50,9 +51,10 @@ def step(module: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.devi
 
 
 def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Module], Callable[[], Batch]]:
-    """The case that checks the contenders of one model and batch before their bytes are counted.
+    """Returns the case that checks the contenders of one model, their modules by name, and the batch to count with.
 
-    Bytes do not depend on the batch of the check, so a large model is checked on a small batch.
+    The modules are made when the contenders are built. A large model is checked on a small batch, because the bytes do
+    not depend on the batch of the check.
     """
     cfg = models.config(model)
     small = counts.parameters(cfg) < LARGE
@@ -73,7 +75,7 @@ def case(run: Run, model: str, N: int, T: int) -> tuple[Case, dict[str, nn.Modul
         module = models.eager(cfg, state(), dtype)
         found = answer(module, module, judged(), state(), autocast_dtype)
         roomy = small or run.device.type == "cuda"
-        return found if roomy else {name: t.float() for name, t in found.items()}  # fp32 takes half the memory
+        return found if roomy else {name: t.float() for name, t in found.items()}  # half the memory of fp64
 
     made = Case(
         "memory",

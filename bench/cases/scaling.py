@@ -1,4 +1,4 @@
-"""A training step among several processes: as training makes it, and without the communication of gradients."""
+"""The training step of one of several processes, with the exchange of gradients as in training, and without it."""
 
 import inspect
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from jasper_fast.bench.cases import models, train
 from jasper_fast.bench.cases.full_step import full_step
 
 OURS, EAGER = "jasper_fast", "eager"
-APART = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}  # of averaged gradients, relative
+APART = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}  # largest relative error of averaged gradients
 
 
 class Setting(NamedTuple):
-    """What is measured on this process: a model, N utterances of T frames a process, and how it is computed."""
+    """What is measured in this process: a model, its batch of N utterances of T frames, and how it is computed."""
 
     model: str
     N: int
@@ -28,7 +28,10 @@ class Setting(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """A contender on this process; `silent` is `shared` without communication. `wrong` compares the gradients."""
+    """A contender in this process. `shared` makes a step, and `silent` makes it without communication.
+
+    `wrong` returns what is wrong with the averaged gradients.
+    """
 
     shared: Callable[[], None]
     silent: Callable[[], None]
@@ -36,7 +39,7 @@ class Steps(NamedTuple):
 
 
 def parallel(module: nn.Module, device: torch.device, group: dist.ProcessGroup) -> DistributedDataParallel:
-    """`module` as training wraps it: running statistics are not made equal in every forward."""
+    """Returns `module` wrapped as in training, without making the running statistics equal in every forward."""
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     places = [device.index] if device.type == "cuda" else None
@@ -46,7 +49,8 @@ def parallel(module: nn.Module, device: torch.device, group: dist.ProcessGroup) 
 
 
 def steps(contender: str, at: Setting, rank: int, group: dist.ProcessGroup | None) -> Steps:
-    """The step of `contender` as process `rank` of `group`, on a batch of its own; None: alone."""
+    """Returns the steps of `contender` as process `rank` of `group`, with its own batch. Without a group it is
+    alone."""
     cfg = models.config(at.model)
     state = models.weights(cfg, at.device)
     module = models.fused(cfg, state, at.backend) if contender == OURS else models.eager(cfg, state)
@@ -70,7 +74,7 @@ def steps(contender: str, at: Setting, rank: int, group: dist.ProcessGroup | Non
 
 
 def _wrong(model: DistributedDataParallel, batch: train.Batch, at: Setting, group: dist.ProcessGroup) -> str:
-    """Which gradient is not the mean of those that the processes have by themselves; empty if none."""
+    """Returns which gradient is not the mean of the processes' own gradients. The text is empty if all are right."""
 
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad(set_to_none=True)
@@ -87,5 +91,6 @@ def _wrong(model: DistributedDataParallel, batch: train.Batch, at: Setting, grou
         mean /= dist.get_world_size(group)
         apart = ((found[name] - mean).norm() / mean.norm().clamp(min=1e-20)).item()
         if not apart <= APART[at.dtype]:
-            return f"the gradient of {name.removeprefix('module.inner.')} is {apart:.1e} from the mean of all processes"
+            name = name.removeprefix("module.inner.")
+            return f"the gradient of {name} differs by {apart:.1e} from the mean of all processes"
     return ""

@@ -13,12 +13,12 @@ MODELS = ("small", "medium", "jasper10x5", "quartznet_small", "quartznet15x5")
 
 
 def model(text: str) -> str:
-    """The text itself if it is one of MODELS or a YAML file with a network."""
+    """Returns the text if it is one of MODELS or the path of a YAML file that describes a network."""
     if text in MODELS:
         return text
     known = f"a model is {', '.join(MODELS)} or a YAML file such as configs/jasper10x5dr.yaml"
     if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"{text!r}: no such file, and {known}")
+        raise argparse.ArgumentTypeError(f"{text!r}: no such model or file; {known}")
     try:
         models.config(text)
     except (ConfigError, OSError, UnicodeDecodeError) as error:
@@ -27,7 +27,7 @@ def model(text: str) -> str:
 
 
 def models_batch(default: tuple[int, int]):
-    """Reads "small:8,400" as ("small", 8, 400), and "small" with the default (N, T)."""
+    """Returns a function that reads "small:8,400" as ("small", 8, 400), and "small" with the default (N, T)."""
 
     def read(text: str) -> Batch:
         name, colon, sizes = text.rpartition(":")
@@ -43,13 +43,13 @@ def models_batch(default: tuple[int, int]):
 
 
 def rivals(text: str) -> str:
-    """default, all, or names of rivals that a model or an op has."""
+    """Returns the text if it is "default", "all", or names of known rivals separated by commas."""
     known = sorted({*choice.SUB_BLOCK, choice.CUDA_FACE, *(name for kind in choice.KINDS.values() for name in kind)})
     if text not in ("default", "all") and (unknown := [name for name in text.split(",") if name not in known]):
-        raise argparse.ArgumentTypeError(f"no rival {unknown[0]!r}; known: default, all, or some of {','.join(known)}")
+        raise argparse.ArgumentTypeError(f"no rival {unknown[0]!r}; use default, all, or some of {','.join(known)}")
     return text
 
 
 def _line(error: Exception) -> str:
-    """An error's message in one line."""
+    """Returns an error's message as one line."""
     return " ".join(str(error).split())

@@ -1,7 +1,7 @@
-"""How many seconds of audio can one core prepare per second: decode, change in speed, and pad into batches?
+"""How many seconds of audio can one core prepare per second? Preparing means to decode, change the speed, and pad.
 
-`python -m bench data`; without --manifest it makes FLAC files of its own. Counted in CPU time of one thread, so that
-other work on the machine blurs little; then through worker processes, in time by the clock.
+`python -m bench data` reads the files of --manifest, or FLAC files that it makes. First it measures one thread in CPU
+time, on which other work on the machine has little effect. Then it measures worker processes, by the clock too.
 """
 
 import argparse
@@ -33,28 +33,40 @@ from jasper_fast.speech import audio
 from jasper_fast.speech.audio import AudioError
 from jasper_fast.speech.text import Vocabulary
 
-GOAL = 1200.0  # the goal: seconds of audio that a core prepares per second
-RATE, SECONDS = 480.0, 16.7  # utterances per second of one H200, and seconds of each
+GOAL = 1200.0  # seconds of audio that a core should prepare per second
+RATE, SECONDS = 480.0, 16.7  # utterances per second that one H200 trains on, and the seconds of each
 BATCH_SECONDS = 16 * SECONDS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--manifest", type=Path, default=None, help="utterances to read (default: made ones)")
-    parser.add_argument("--seconds", type=options.seconds, default=10.0, help="time to spend on each stage (10)")
     parser.add_argument(
-        "--workers", type=options.count, default=None, help="worker processes of the last stage (default: one a core)"
+        "--manifest", type=Path, default=None, help="manifest of the utterances to read (default: generated audio)"
     )
     parser.add_argument(
-        "--rate", type=options.seconds, default=RATE, help="utterances a second that a GPU trains on (480: one H200)"
+        "--seconds", type=options.seconds, default=10.0, help="seconds to spend on each stage (default: 10)"
     )
-    parser.add_argument("--length", type=options.seconds, default=SECONDS, help="of those, in seconds (16.7)")
+    parser.add_argument(
+        "--workers", type=options.count, default=None, help="worker processes of the last stage (default: one per core)"
+    )
+    parser.add_argument(
+        "--rate",
+        type=options.seconds,
+        default=RATE,
+        help="utterances per second that a GPU trains on (default: 480, those of one H200)",
+    )
+    parser.add_argument(
+        "--length",
+        type=options.seconds,
+        default=SECONDS,
+        help="seconds of audio per utterance of --rate (default: 16.7)",
+    )
     parser.add_argument(
         "--out", type=Path, default=paths.OUT, metavar="DIR", help="folder for the JSON file (default: build/bench)"
     )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measure each stage and say how many cores a GPU needs; returns the exit status."""
+    """Measures each stage, prints how many cores a GPU needs, and returns the exit status."""
     options.writable(args.out)
     torch.set_num_threads(1)
     workers = args.workers or os.cpu_count() or 1
@@ -63,19 +75,21 @@ def main(args: argparse.Namespace) -> int:
             found = {name: rates(stage, args.seconds) for name, stage in stages(utterances).items()}
             shared, through = through_workers(utterances, workers, args.seconds)
     except AudioError as error:
-        raise SystemExit(f"--manifest {args.manifest}: {error}; `jasper-fast check` names all such files") from None
+        raise SystemExit(f"--manifest {args.manifest}: {error}; `jasper-fast check` lists all such files") from None
     wanted = args.rate * args.length
     for name, values in found.items():
-        told = f"{statistics.median(values):,.0f} (of {len(values)} rounds {min(values):,.0f} to {max(values):,.0f})"
-        console.print(f"{name}: {told} audio seconds a CPU second", soft_wrap=True)
+        spread = f"{len(values)} rounds: {min(values):,.0f} to {max(values):,.0f}"
+        console.print(
+            f"{name}: {statistics.median(values):,.0f} seconds of audio per CPU second ({spread})", soft_wrap=True
+        )
     console.print(
-        f"through {workers} worker processes: {shared:,.0f} audio seconds a CPU second, all processes and their start "
-        f"counted; {through:,.0f} a second by the clock",
+        f"through {workers} worker processes: {shared:,.0f} seconds of audio per CPU second of all processes, their "
+        f"start included; {through:,.0f} per second by the clock",
         soft_wrap=True,
     )
     console.print(
-        f"a GPU that trains on {args.rate:g} utterances of {args.length:g} s a second takes {wanted:,.0f} audio "
-        f"seconds a second: {math.ceil(wanted / shared)} such cores; the goal of {GOAL:,.0f} a core is "
+        f"a GPU that trains on {args.rate:g} utterances of {args.length:g} s per second needs {wanted:,.0f} seconds of "
+        f"audio per second, so {math.ceil(wanted / shared)} such cores; the goal of {GOAL:,.0f} per core is "
         f"{'met' if shared >= GOAL else 'missed'}",
         soft_wrap=True,
     )
@@ -98,7 +112,7 @@ def main(args: argparse.Namespace) -> int:
 
 @contextmanager
 def corpus(manifest: Path | None, count: int = 32) -> Iterator[list[Utterance]]:
-    """The utterances of a manifest, or FLAC files made for the purpose, which are deleted at the end."""
+    """Yields the utterances of a manifest, or `count` generated FLAC files, which are deleted at the end."""
     if manifest is not None:
         try:
             yield read_manifest(manifest)
@@ -117,7 +131,8 @@ def corpus(manifest: Path | None, count: int = 32) -> Iterator[list[Utterance]]:
 
 
 def speech_like(seconds: float, rng: np.random.Generator) -> np.ndarray:
-    """(samples,) at 16 kHz that FLAC compresses about as well as speech: harmonics that come and go, and noise."""
+    """Returns (samples,) at 16 kHz: harmonics of varying loudness, and noise. FLAC compresses them about as well as
+    speech."""
     t = np.arange(round(seconds * 16000)) / 16000
     pitch = 2 * np.pi * np.cumsum(120 + 30 * np.sin(2 * np.pi * 0.7 * t)) / 16000
     voice = sum(np.sin(k * pitch) / k**1.5 for k in range(1, 25))
@@ -126,13 +141,15 @@ def speech_like(seconds: float, rng: np.random.Generator) -> np.ndarray:
 
 
 def data_of(utterances: list[Utterance]) -> SpeechDataset:
-    """The utterances at random speeds; their texts do not matter."""
+    """Returns a dataset of the utterances at random speeds. Their texts are replaced, because they do not matter
+    here."""
     plain = [dataclasses.replace(u, text="a", alternatives=()) for u in utterances]
     return SpeechDataset(plain, Vocabulary(), AudioSettings(perturb=perturb.Perturb(speed=perturb.SPEED)))
 
 
 def stages(utterances: list[Utterance]) -> dict[str, Callable[[], float]]:
-    """The stages to time: functions that return the seconds of audio they prepared, before the change of speed."""
+    """Returns the stages to time, by name. Each is a function that returns the seconds of audio that it prepared,
+    counted before the change of speed."""
     data = data_of(utterances)
     sampler = BatchSampler(data.durations, max_seconds=BATCH_SECONDS)
     heard = sum(u.seconds for u in data.utterances)
@@ -150,7 +167,10 @@ def stages(utterances: list[Utterance]) -> dict[str, Callable[[], float]]:
 
 
 def rates(stage: Callable[[], float], seconds: float) -> list[float]:
-    """Audio seconds per second of CPU time of each round; at least three rounds, and at least `seconds` in all."""
+    """Returns the seconds of audio per second of CPU time, for each round of a stage.
+
+    There are at least three rounds, and they take at least `seconds` together.
+    """
     stage()
     found: list[float] = []
     end = time.monotonic() + seconds
@@ -159,20 +179,23 @@ def rates(stage: Callable[[], float], seconds: float) -> list[float]:
         made = stage()
         found.append(made / (time.process_time() - started))
     if not all(map(math.isfinite, found)):
-        raise SystemExit("some utterances cannot be read: `jasper-fast check MANIFEST` names them")
+        raise SystemExit("some utterances cannot be read; `jasper-fast check MANIFEST` lists them")
     return found
 
 
 def cpu_seconds() -> float:
-    """CPU seconds of this process and of its children that have ended."""
+    """Returns the CPU seconds of this process and of its children that have ended."""
     return sum(
         u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     )
 
 
 def through_workers(utterances: list[Utterance], workers: int, seconds: float) -> tuple[float, float]:
-    """Audio seconds a second of CPU time, of all processes and with their start, and a second by the clock, from the
-    first batch of so many worker processes on."""
+    """Returns two rates of preparing batches in worker processes, in seconds of audio.
+
+    The first is per second of CPU time of all processes, their start included. The second is per second by the clock,
+    counted from the first batch.
+    """
     data = data_of(utterances * max(1, math.ceil(workers * 8 * BATCH_SECONDS / sum(u.seconds for u in utterances))))
     sampler = BatchSampler(data.durations, max_seconds=BATCH_SECONDS)
     spent, started, heard, late, epoch = cpu_seconds(), 0.0, 0.0, 0.0, 0
@@ -180,7 +203,7 @@ def through_workers(utterances: list[Utterance], workers: int, seconds: float) -
         for batch in load_batches(data, sampler, epoch, workers=workers):
             made = sum(data.utterances[i].seconds for i in batch.indices)
             heard, late = heard + made, late + (made if started else 0.0)
-            started = started or time.monotonic()  # all worker processes have started
+            started = started or time.monotonic()  # at the first batch all worker processes have started
         epoch += 1
     took = time.monotonic() - started
     return heard / (cpu_seconds() - spent), late / took

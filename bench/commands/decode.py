@@ -1,7 +1,7 @@
 """How fast are beam searches, and how much of the time from sound to text do they take?
 
-`python -m bench decode`; utterances of 16.7 s per second, beside flashlight-text, on confident and unsure posteriors,
-with n-grams of characters and of words.
+`python -m bench decode` measures our searches and flashlight-text in utterances of 16.7 s per second, on confident and
+unsure posteriors, without a language model and with n-grams of characters and of words.
 """
 
 import os
@@ -14,8 +14,8 @@ GOAL = 128  # the beam of the goals
 
 
 def main(run: Run, model: str) -> list[dict]:
-    """Searches alone, by posteriors, beam and language model; of several utterances in all cores; then behind the
-    acoustic model."""
+    """Measures the search of one utterance by posteriors, beam and language model, then the search of several
+    utterances on all cores, then the acoustic model and the search together."""
     found = []
     for lm in decode.LMS:
         for kind in decode.SHARP:

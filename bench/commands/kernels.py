@@ -11,7 +11,7 @@ EVERY_MODE = (*common.MODES, "inference")
 
 
 def operations() -> dict[str, common.Cases]:
-    """The values of `--op`."""
+    """Returns the function that makes the cases of each value of `--op`."""
     convs = {op: by_layer.cases(op) for op in ("sub_block", "conv1d")}
     return {"bn_relu_dropout": lambda run, mode: [bn_relu_dropout.cases(run, mode)], **convs} | {
         "panes": panes.cases,
@@ -20,7 +20,8 @@ def operations() -> dict[str, common.Cases]:
 
 
 def check_rivals(run: Run) -> None:
-    """Raises UnknownRival for a name in `--rivals` that no op has; `python -m bench all` may name a model's too."""
+    """Raises UnknownRival for a name in `--rivals` that no op has. In `python -m bench all` rivals of models are
+    accepted too."""
     if run.rivals in ("default", "all"):
         return
     models = [name for kind in choice.KINDS.values() for name in kind] if run.brief else []
@@ -30,7 +31,7 @@ def check_rivals(run: Run) -> None:
 
 
 def main(run: Run, op: str = "all", mode: str | None = None) -> list[dict]:
-    """Measures one op or all ops, in one mode of EVERY_MODE or in all modes of the op."""
+    """Measures one op or all ops, in one mode of EVERY_MODE or in all modes of the op; returns the rows."""
     check_rivals(run)
     known = operations()
     if run.brief:

@@ -1,7 +1,8 @@
 """How long one batch takes: percentiles by batch size and audio length, for the acoustic model alone and from sound to
 text.
 
-`python -m bench latency`; the grid is the reference's, N in 1, 2, 4, 8, 16 by 2, 7, 16.7 s.
+`python -m bench latency` measures the grid of NVIDIA's published table: batches of 1, 2, 4, 8 and 16 utterances of 2, 7
+and 16.7 s.
 """
 
 import itertools
@@ -11,12 +12,15 @@ from jasper_fast.bench.harness.run import Run
 
 BATCHES, SECONDS = (1, 2, 4, 8, 16), (2.0, 7.0, 16.7)
 GRID = tuple(itertools.product(BATCHES, SECONDS))
-CPU_GRID = ((1, 2.0), (1, 7.0), (4, 2.0), (2, 2.0))  # the whole grid takes an hour on a small CPU: --full measures it
+CPU_GRID = ((1, 2.0), (1, 7.0), (4, 2.0), (2, 2.0))  # GRID, which --full measures, takes an hour on a small CPU
 SOUND_CPU_GRID = ((1, 2.0), (1, 7.0))
 
 
 def grids(run: Run, full: bool, grid: tuple) -> tuple[tuple, tuple]:
-    """(N, seconds) for the acoustic model alone, and for sound to text: `grid`, or the default for the device."""
+    """Returns two lists of (N, seconds): for the acoustic model alone, and from sound to text.
+
+    They come from `grid`, or if that is empty from the default grid of the device.
+    """
     everything = full or run.device.type == "cuda"
     alone = grid or (GRID if everything else CPU_GRID[: 1 if run.quick else 3 if run.brief else None])
     if run.quick:
@@ -25,7 +29,10 @@ def grids(run: Run, full: bool, grid: tuple) -> tuple[tuple, tuple]:
 
 
 def main(run: Run, model: str = "jasper10x5", full: bool = False, grid: tuple = ()) -> list[dict]:
-    """Measure the grid for the device (all of it on a GPU or with `full`), the acoustic model alone first."""
+    """Measures `grid` or the default grid of the device, first with the acoustic model alone; returns the rows.
+
+    With `full` the default on a CPU is the whole GRID, as on a GPU.
+    """
     shared = latency.Models(run, model)
     alone, heard = grids(run, full, grid)
     cases = [latency.case(shared, model, N, seconds) for N, seconds in alone]

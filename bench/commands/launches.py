@@ -1,6 +1,6 @@
-"""How many ops and kernels does one call launch, and what does the host spend on launching them?
+"""How many ops and kernels does one call launch, and how long does the host take to launch them?
 
-`python -m bench launches`; with one utterance of 32 frames almost all of the time is overhead.
+`python -m bench launches` runs the models on one utterance of 32 frames, so that almost all of the time is overhead.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.rivals import choice
 
 FRAMES = 32
-# views: they launch nothing
+# Ops that only make views and launch nothing.
 VIEWS = (
     "view",
     "_unsafe_view",
@@ -40,7 +40,7 @@ VIEWS = (
 
 
 class Ops(TorchDispatchMode):
-    """Counts what reaches the dispatcher, views left out."""
+    """Counts the ops that reach PyTorch's dispatcher, except VIEWS."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,8 +52,8 @@ class Ops(TorchDispatchMode):
 
 
 def count(runner: Runner, device: torch.device) -> dict[str, int]:
-    """Ops dispatched by one run, and on a GPU kernels and copies launched on it."""
-    for _ in range(2):  # an engine captures its graph at the second call
+    """Returns the number of ops that one run dispatches, and on a GPU the number of kernels and copies it launches."""
+    for _ in range(2):  # an engine captures its CUDA graph in the second call
         runner.run()
     with Ops() as ops:
         runner.run()
@@ -66,7 +66,9 @@ def count(runner: Runner, device: torch.device) -> dict[str, int]:
             synchronize(device)
         on_device = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
         if not on_device:
-            console.print(f"launches: the profiler saw no kernel on {device}: CUPTI is missing or may not be used here")
+            console.print(
+                f"launches: the profiler recorded no kernel on {device}: CUPTI is missing or may not be used here"
+            )
             return found
         found["kernels"] = len(on_device)
         found["host_launches"] = sum("Launch" in e.name for e in trace.events() if e.name.startswith("cu"))
@@ -74,8 +76,8 @@ def count(runner: Runner, device: torch.device) -> dict[str, int]:
 
 
 def cases(run: Run) -> list[Case]:
-    """Inference and training of the small Jasper, and on a GPU of Jasper 10x5, at a size where only overhead takes
-    time."""
+    """Returns the cases: inference and training of the small Jasper, and on a GPU of Jasper 10x5 too, at a size where
+    almost all of the time is overhead."""
     made = []
     inference, training = (
         dataclasses.replace(run, rivals=choice.only(kind, run.rivals)) for kind in ("inference", "training")
@@ -88,7 +90,7 @@ def cases(run: Run) -> list[Case]:
 
 
 def main(run: Run) -> list[Row]:
-    """Count each contender's launches, then time the same calls in turns."""
+    """Counts each contender's launches and times the same calls; returns the rows."""
     found = []
     for case in cases(run):
         counts: dict[str, dict[str, int]] = {}
@@ -105,7 +107,7 @@ def main(run: Run) -> list[Row]:
 
 
 def _counting(contender: Contender, counts: dict[str, dict[str, int]], device: torch.device) -> Runner:
-    """The contender's runner, its launches counted."""
+    """Builds the contender's runner, counts its launches into `counts`, and returns it."""
     runner = contender.build()
     counts[contender.name] = count(runner, device)
     return runner

@@ -1,7 +1,7 @@
-"""How many bytes does a training forward keep for its backward, and how many are alive at the peak?
+"""How many bytes does a training forward keep for its backward, and how many are allocated at the peak of the step?
 
-`python -m bench memory`. Bytes are counted, not sampled: a step keeps every storage that the forward of the second step
-creates and that is still alive after it.
+`python -m bench memory`. Bytes are counted, not sampled. The kept bytes are those of all storages that the forward of
+the second step creates and that are still alive after it.
 """
 
 import gc
@@ -18,7 +18,7 @@ GPU_GRID = (("jasper10x5", 32, 1680), ("jasper10x5", 2, 400))
 
 
 def measure(run: Run, model: str, N: int, T: int) -> list[Row]:
-    """Rows of one model and batch: bytes kept for backward and peak bytes, ours and eager's."""
+    """Returns the rows of one model and batch: bytes kept for backward and peak bytes, ours and eager's."""
     case, modules, batch = memory.case(run, model, N, T)
     found = {}
     with run.begun(case) as m:
@@ -38,7 +38,7 @@ def measure(run: Run, model: str, N: int, T: int) -> list[Row]:
 
 
 def main(run: Run, grid: tuple = ()) -> list[Row]:
-    """Measure the grid for the device, or the given one."""
+    """Measures `grid` or the default grid of the device; returns the rows."""
     found = []
     usual = GPU_GRID if run.device.type == "cuda" else CPU_GRID
     for model, N, T in grid or usual[: 1 if run.quick else None]:
@@ -46,7 +46,7 @@ def main(run: Run, grid: tuple = ()) -> list[Row]:
         if run.out_of_time() or run.results.has(done, ("jasper_fast", "eager")):
             continue
         gc.collect()
-        with console.status(f"memory: count {model} ({N}, 64, {T})"), cudnn_search.off():
+        with console.status(f"memory: counting the bytes of {model} ({N}, 64, {T})"), cudnn_search.off():
             rows = measure(run, model, N, T)
         run.results.add(rows)
         found += rows

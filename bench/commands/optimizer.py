@@ -1,6 +1,6 @@
-"""How fast is the optimiser's step, with its check for NaN and the moving average, beside a copy of as many bytes?
+"""How fast is the optimiser's step, with its check for NaN and the moving average, compared with a copy of its bytes?
 
-`python -m bench optimizer`; by parameters alone, whatever the batch.
+`python -m bench optimizer`. The time depends on the number of parameters only, so no batch is needed.
 """
 
 from jasper_fast.bench.cases import optimizer
@@ -8,7 +8,8 @@ from jasper_fast.bench.harness.run import Run
 
 
 def main(run: Run, models: tuple[str, ...] = ()) -> list[dict]:
-    """Measure the step of these networks, or of Jasper 10x5; of the small one where time is short."""
+    """Measures the step of these networks; returns the rows. The default is Jasper 10x5, with `--quick` the small
+    one."""
     found = []
     for model in models or ("small" if run.quick else "jasper10x5",):
         found += run.cases(f"optimizer {model}", [optimizer.case(run, model)])

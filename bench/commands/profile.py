@@ -1,12 +1,12 @@
-"""Where does the time of a step go: a torch.profiler trace with ranges named after layers, and tables by layer and op.
+"""Where does the time of a step go? A torch.profiler trace with ranges named after layers, and tables by layer and op.
 
-`python -m bench profile` writes `trace_<model>_<mode>_<contender>_<time>.json` (open it in chrome://tracing or
-Perfetto). Results are checked first, as everywhere in bench.
+`python -m bench profile` writes `trace_<model>_<mode>_<contender>_<time>.json`, which chrome://tracing and Perfetto can
+open. The answers are checked first, as everywhere in bench.
 
-Profiling adds to a step only the work of the profiler and one range per layer (in the engine, per sub-block) on the
-host. It adds no kernels and no hooks in backward: an autograd node belongs to the layer whose forward created it, which
-PyTorch's sequence numbers tell. The time of the step is given with and without the profiler. A CUDA graph has no
-layers, so the engine is profiled without graphs.
+Profiling adds to a step only the work of the profiler and, on the host, one range per layer (in the engine, per
+sub-block). It adds no kernels and no hooks in backward. The time of an autograd node is counted for the layer whose
+forward created it, which PyTorch's sequence numbers show. The time of the step is printed with and without the
+profiler. A CUDA graph has no layers, so the engine is profiled without graphs.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ HEAD = "decoder.layers.0"
 
 @contextlib.contextmanager
 def layer_range(name: str, device: torch.device) -> Iterator[None]:
-    """A profiler range, and on a GPU an NVTX range too."""
+    """A context with a profiler range, and on a GPU an NVTX range too."""
     with torch.profiler.record_function(LAYER + name):
         if device.type == "cuda":
             torch.cuda.nvtx.range_push(name)
@@ -54,7 +54,10 @@ def layer_range(name: str, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ranges(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """A range around every layer's forward; a Jasper's decoder has none, as its conv is not called."""
+    """A context in which the forward of every layer is in a range.
+
+    The decoder of a `Jasper` has no range, because its conv module is never called.
+    """
     layers = [(f"encoder.layers.{i}", layer) for i, layer in enumerate(module.encoder.layers)]
     if not isinstance(module, Jasper):
         layers.append((HEAD, module.decoder.layers[0]))
@@ -85,8 +88,10 @@ def ranges(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def engine_ranges(engine: InferenceEngine, device: torch.device) -> Iterator[None]:
-    """A range around every sub-block of an engine, named after its layer, because the engine does not call the
-    layers."""
+    """A context in which every sub-block of an engine is in a range named after its layer.
+
+    The engine does not call the layers themselves.
+    """
 
     def inside(name: str, conv: Callable) -> Callable:
         def call(*args: object, **kwargs: object) -> object:
@@ -101,7 +106,7 @@ def engine_ranges(engine: InferenceEngine, device: torch.device) -> Iterator[Non
         f"encoder.layers.{i}" for i, layer in enumerate(engine._model.encoder.layers) for _ in range(layer.b.repeat)
     ]
     steps = [dataclasses.replace(s, conv=inside(n, s.conv)) for n, s in zip(names, plan.steps, strict=True)]
-    bound.clear()  # shapes bound before, without ranges
+    bound.clear()  # forget the shapes whose steps were bound without ranges
     runner._plan = dataclasses.replace(plan, steps=tuple(steps), head=inside(HEAD, plan.head))
     try:
         yield
@@ -114,13 +119,13 @@ def engine_ranges(engine: InferenceEngine, device: torch.device) -> Iterator[Non
 
 
 class NoKernels(RuntimeError):
-    """A profile on a GPU that has no kernels."""
+    """The profiler recorded no kernel on the GPU."""
 
 
 def profile(step: Callable[[], object], device: torch.device, target: Path) -> list[dict]:
-    """Runs `step` under the profiler; writes the trace and returns one record per op or layer, sorted by time.
+    """Runs `step` under the profiler, writes the trace, and returns one record per op or layer, longest time first.
 
-    Raises NoKernels if the profiler sees no kernel on the GPU.
+    Raises NoKernels if the profiler records no kernel on the GPU.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
@@ -136,12 +141,12 @@ def profile(step: Callable[[], object], device: torch.device, target: Path) -> l
     on_gpu, records = device.type == "cuda", []
     if on_gpu and not any(event.device_type == DeviceType.CUDA for event in trace.events()):
         raise NoKernels(
-            f"the profiler saw nothing run on {device}: CUPTI, which tells it, is missing or may not be used here "
+            f"the profiler recorded no kernel on {device}: CUPTI is missing or may not be used here "
             "(pip install nvidia-cuda-cupti; in a container the driver must allow profiling)"
         )
     for event in trace.key_averages():
         if event.device_type != DeviceType.CPU:
-            continue  # a GPU event: its time is counted at the op or range that launched it
+            continue  # the time of a GPU event is counted for the op or range that launched it
         layer = event.key.startswith(LAYER)
         total, own = (
             (event.device_time_total, event.self_device_time_total)
@@ -155,9 +160,12 @@ def profile(step: Callable[[], object], device: torch.device, target: Path) -> l
 
 
 def backward(events: Iterable, on_gpu: bool) -> list[dict]:
-    """One record per layer: the time of the autograd nodes that its forward created, found by their sequence
-    numbers."""
-    made: dict[int, tuple[float, str]] = {}  # by sequence number: start of the op that created the node, and its layer
+    """Returns one record per layer: the time of the autograd nodes that its forward created.
+
+    They are found by their sequence numbers.
+    """
+    # For each sequence number: the start of the op that created the node, and the layer of that op.
+    made: dict[int, tuple[float, str]] = {}
     nodes = []
     for event in events:
         if event.device_type != DeviceType.CPU or event.sequence_nr < 0:
@@ -165,7 +173,7 @@ def backward(events: Iterable, on_gpu: bool) -> list[dict]:
         if event.name.startswith(BACKWARD):
             nodes.append(event)
         elif within(event, BACKWARD) is None:
-            # ops without a node have the number of the next op with one, which begins after them
+            # Ops without a node have the number of the next op with one, so the op that starts last created the node.
             found = (event.time_range.start, (within(event, LAYER) or "").removeprefix(LAYER))
             made[event.sequence_nr] = max(made.get(event.sequence_nr, found), found)
     spent: dict[str, list[float]] = {}
@@ -181,14 +189,14 @@ def backward(events: Iterable, on_gpu: bool) -> list[dict]:
 
 
 def within(event, prefix: str) -> str | None:
-    """The name of the innermost event that contains (or is) `event` and begins with `prefix`."""
+    """Returns the name of the innermost event whose name begins with `prefix`, of `event` and the events around it."""
     while event is not None and not event.name.startswith(prefix):
         event = event.cpu_parent
     return None if event is None else event.name
 
 
 def show(title: str, records: list[dict], limit: int = 25) -> None:
-    """Time per layer, forward and backward, and per op."""
+    """Prints tables of the time per layer, forward and backward, and of the time per op."""
     for kind, mine in words.profiled(records):
         heads, lines = words.profile_lines(mine, limit)
         table = terminal.table(f"{title}\ntime per {kind}", (kind.partition(",")[0], *heads), 1)
@@ -203,18 +211,18 @@ Profiled = tuple[Callable[[], object], contextlib.AbstractContextManager]  # a s
 
 
 class WithoutGraphs(latency.Models):
-    """The models of `python -m bench latency`, the engine without CUDA graphs."""
+    """The models of `python -m bench latency`, but with the engine's CUDA graphs switched off."""
 
     def engine(self, _: nn.Module) -> InferenceEngine:
-        """jasper_fast's inference engine over the same weights."""
+        """Returns jasper_fast's inference engine with the same weights."""
         fused = models.fused(self.cfg, self.state, self.run.backend)
         return InferenceEngine(fused.eval(), dtype=self.run.dtype, graphs=False)
 
 
 def inference(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str, Runner], Profiled]]:
-    """The case to check, and the call and ranges of each contender."""
+    """Returns the case to check, and a function that returns a contender's `Profiled` inference call."""
     shared = WithoutGraphs(dataclasses.replace(run, rivals="eager"), model)
-    at = f"{T} frames"  # given in frames, so that it is not taken for a length in seconds
+    at = f"{T} frames"  # a key of FRAMES that cannot be confused with a length in seconds
     models.FRAMES[at] = T
     case = latency.case(shared, model, N, at)
 
@@ -226,7 +234,7 @@ def inference(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str
 
 
 def training(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str, Runner], Profiled]]:
-    """The case to check, and the step and ranges of each contender."""
+    """Returns the case to check, and a function that returns a contender's `Profiled` training step."""
     case, modules, batch = memory.case(run, model, N, T)
 
     def of(name: str, _: Runner) -> Profiled:
@@ -239,7 +247,10 @@ def training(run: Run, model: str, N: int, T: int) -> tuple[Case, Callable[[str,
 
 
 def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int = 400) -> list[dict]:
-    """Profiles one training step or one inference call of jasper_fast and of eager, if their results are right."""
+    """Profiles one training step or one inference call of jasper_fast and of eager, if their answers are right.
+
+    Returns the records, which are also in the result file.
+    """
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     case, of = {"train": training, "inference": inference}[mode](run, model, N, T)
     found = []
@@ -264,8 +275,10 @@ def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int
             continue
         show(f"{name}, {model} {mode} ({N}, {models.config(model).encoder.in_feats}, {T})", records)
         times = {"step_s": statistics.median(bare[1:]), "profiled_s": watched.seconds[-1]}
-        told = " without the profiler, ".join(words.duration(t) for t in times.values())
-        terminal.console.print(f"{name}: {told} with it; {target.name}", markup=False)
+        bare_time, profiled_time = (words.duration(t) for t in times.values())
+        terminal.console.print(
+            f"{name}: {bare_time} without the profiler, {profiled_time} with it; trace: {target.name}", markup=False
+        )
         found.append(about | {"status": "ok", "trace": target.name, "records": records} | times)
     run.results.data["profiles"] = found
     run.results.write()
@@ -273,7 +286,7 @@ def main(run: Run, model: str = "small", mode: str = "train", N: int = 8, T: int
 
 
 class stopwatch:
-    """`step` with a wait for the device; appends the time of each call to `seconds`."""
+    """Calls `step`, waits for the device, and appends the time of each call to `seconds`."""
 
     def __init__(self, step: Callable[[], object], device: torch.device) -> None:
         self.step, self.device, self.seconds = step, device, []

@@ -1,8 +1,10 @@
 """How does a training step scale over processes? `torchrun --nproc-per-node 8 -m jasper_fast.bench train`.
 
-For 1, 2, 4, ... of the processes, each with a batch of its own, it gives utterances a second, the efficiency (the share
-of what as many processes alone would do), and the communication left exposed. The last is how much longer a step takes
-than the same step of the slowest process with its gradients kept to itself (DDP's no_sync); both are taken in turns.
+The step is measured with 1, 2, 4, ... of the processes, each with its own batch. A row has the utterances per second of
+all processes, the efficiency, and the exposed communication. The efficiency is that rate divided by the rate of one
+process alone times the number of processes. The exposed communication is the time by which a step is longer than the
+same step without exchange of gradients (DDP's no_sync). The two kinds of step are timed in turns, and the slowest
+process counts.
 """
 
 import argparse
@@ -28,50 +30,53 @@ from jasper_fast.bench.harness.measurement import Row
 from jasper_fast.bench.harness.run import Run
 from jasper_fast.kernels import tables
 
-SAMPLE = 0.2  # seconds that a sample takes at least, in steps that follow one another as in training
-WARM = 3  # steps before the timing: in the second, DDP orders its buckets anew
+SAMPLE = 0.2  # least seconds of a sample, which is several steps one after another, as in training
+WARM = 3  # steps before the timing; in the second one DDP rebuilds its buckets
 
 
 @dataclass
 class Team:
-    """This process among those that torchrun started; `sizes`: how many of them measure, one after another."""
+    """The place of this process among those that torchrun started.
+
+    `sizes`: the numbers of processes to measure with, one after another.
+    """
 
     rank: int
     world: int
     sizes: tuple[int, ...]
 
     def told(self, value: Any = None, group: dist.ProcessGroup | None = None) -> Any:
-        """The first process's value, on every process."""
+        """Returns the value of the first process, on every process."""
         held = [value]
         dist.broadcast_object_list(held, 0, group=group)
         return held[0]
 
 
 def grouped() -> bool:
-    """Whether torchrun started this process beside others."""
+    """Whether torchrun started this process together with others."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def sizes(text: str) -> tuple[int, ...]:
-    """Reads "1,2,4" as (1, 2, 4); 1, without which there is no efficiency, is always among them."""
+    """Reads "1,2,4" as (1, 2, 4). 1 is always included, because the efficiency needs it."""
     try:
         found = {int(word) for word in text.split(",")}
     except ValueError:
         found = {0}
     if min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not numbers of processes, as in 1,2,4")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers of processes such as 1,2,4")
     return tuple(sorted(found | {1}))
 
 
 def launch(arguments: Sequence[str], world: int) -> int:
-    """The same command in so many processes of this machine; returns its exit status."""
+    """Runs the same command in `world` processes on this machine; returns its exit status."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     return subprocess.run([*launcher, "-m", "jasper_fast.bench", *arguments]).returncode
 
 
 @contextlib.contextmanager
 def joined(args: argparse.Namespace) -> Iterator[Team]:
-    """Joins the group: nccl on GPUs, gloo on CPUs. Gives each process the GPU of its number."""
+    """Joins the process group, with nccl on GPUs and gloo on CPUs. Each process gets the GPU of its local rank."""
     rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if torch.cuda.is_available() and (args.device or "cuda") == "cuda":
         args.device = f"cuda:{local}"
@@ -88,7 +93,7 @@ def joined(args: argparse.Namespace) -> Iterator[Team]:
     )
     try:
         yield Team(rank, world, wanted)
-        dist.barrier()  # the first process holds the group's store and must not end before the others
+        dist.barrier()  # the first process serves the group's store, so it must not end before the others
     finally:
         dist.destroy_process_group()
 
@@ -101,7 +106,10 @@ def main(
     backend: str,
     run: Run | None,
 ) -> None:
-    """Measures the grid, the same on every process; `run` is the first one's, which keeps the rows."""
+    """Measures the grid, which is the same on every process.
+
+    `run` is given in the first process only, which writes the rows.
+    """
     grid = grid or (train.GPU_GRID[:1] if device.type == "cuda" else train.CPU_GRID[:1])
     groups = {w: dist.new_group(list(range(w))) for w in team.sizes if w > 1}
     seconds = team.told(run and run.effort.seconds)
@@ -128,7 +136,10 @@ def main(
 def _measured(
     contender: str, at: scaling.Setting, rank: int, group: dist.ProcessGroup | None, seconds: float
 ) -> dict[str, Any]:
-    """Seconds of steps, of the slowest process each, with communication (`shared`) and without; or what is `wrong`."""
+    """Returns samples of the seconds of a step with communication (`shared`) and without (`silent`).
+
+    Each sample is that of the slowest process. If the gradients are wrong, only the reason is returned, as `wrong`.
+    """
     found = scaling.steps(contender, at, rank, group)
     told = _all(group, found.wrong())
     if any(told):
@@ -143,7 +154,7 @@ def _measured(
     while True:
         for kind in kinds:
             samples[kind].append(_sample(getattr(found, kind), inner, at.device, group))
-        kinds.reverse()  # A B, B A: neither always runs after the other
+        kinds.reverse()  # A B, B A, ..., so that neither always runs after the other
         done, spent = len(samples["shared"]), time.monotonic() - begun
         if _all(group, done >= 300 or (spent > seconds and done >= 6) or spent > 9 * seconds)[0]:
             break
@@ -152,7 +163,7 @@ def _measured(
 
 
 def _all(group: dist.ProcessGroup | None, value: Any) -> list[Any]:
-    """The value of every process of the group, on every one."""
+    """Returns the values of all processes of the group, on every process."""
     if group is None:
         return [value]
     values: list[Any] = [None] * dist.get_world_size(group)
@@ -161,9 +172,9 @@ def _all(group: dist.ProcessGroup | None, value: Any) -> list[Any]:
 
 
 def _sample(step: Callable[[], None], inner: int, device: torch.device, group: dist.ProcessGroup | None) -> float:
-    """Seconds of a step, of `inner` that all processes begin together."""
+    """Returns the mean seconds of `inner` steps, which all processes begin together."""
     if group is not None:
-        dist.all_reduce(torch.zeros(1), group=group)  # among the hosts
+        dist.all_reduce(torch.zeros(1), group=group)  # a barrier of the hosts
     devices.synchronize(device)
     started = time.perf_counter()
     for _ in range(inner):
@@ -173,7 +184,7 @@ def _sample(step: Callable[[], None], inner: int, device: torch.device, group: d
 
 
 def _begin_row(at: scaling.Setting, contender: str, world: int) -> Row:
-    """The fields of a row that it has with or without a number; FLOPs and bytes are those of one process."""
+    """Returns the fields that a row has even without a number. FLOPs and bytes are those of one process."""
     cfg, name = models.config(at.model), tables.DTYPES[at.dtype]
     key = {"model": at.model, "batch": f"({at.N}, {cfg.encoder.in_feats}, {at.T})", "dtype": name, "mode": "step"}
     key["processes"] = world
@@ -184,7 +195,7 @@ def _begin_row(at: scaling.Setting, contender: str, world: int) -> Row:
 
 
 def _finish(row: Row, made: dict[str, Any], world: int, alone: float) -> Row:
-    """The row with what was measured; `alone`: utterances a second of one process without others."""
+    """Returns the row with the measured values. `alone`: utterances per second of one process without others."""
     N = row.pop("items")
     if "wrong" in made:
         return row | {"status": "wrong", "why": made["wrong"]}
@@ -202,5 +213,5 @@ def _finish(row: Row, made: dict[str, Any], world: int, alone: float) -> Row:
 
 
 def _kept(run: Run, row_id: str) -> float:
-    """Utterances a second of a row that an earlier run finished, 0 if it has no number."""
+    """Returns the utterances per second of a row that is already in the result, or 0 if it has no number."""
     return next((r.get("items_per_s", 0.0) for r in run.results.data["rows"] if r["id"] == row_id), 0.0)

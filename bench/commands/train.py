@@ -1,6 +1,6 @@
-"""How fast does a training step run: forward and backward, and the full step, which is train.py's own.
+"""How fast is a training step: forward and backward alone, and the full step, which is the one of train.py?
 
-`python -m bench train`; utterances per second, for fused and eager.
+`python -m bench train` measures utterances per second, for jasper_fast and its rivals.
 """
 
 from jasper_fast.bench.cases import train
@@ -13,10 +13,13 @@ MODES = ("forward+backward", "step")
 
 
 def main(run: Run, grid: tuple = (), mode: str | None = None) -> list[dict]:
-    """Measure the grid for the device, or the given one, in one of the modes or in those that the run has time for."""
+    """Measures `grid` or the default grid of the device; returns the rows.
+
+    Without `mode` it measures all MODES, or in a short run only the first.
+    """
     grid = grid or (GPU_GRID if run.device.type == "cuda" else CPU_GRID[: 1 if run.quick else None])
     found = []
-    for model, N, T in grid:  # one at a time: each case holds a model per contender
+    for model, N, T in grid:  # make one case at a time, because a case has a model in memory for each contender
         for each in (mode,) if mode else MODES[:1] if run.quick or (run.brief and model != "small") else MODES:
             found += run.cases(f"train {model}", [train.case(run, model, N, T, each)])
     for model, N, T in grid[:1] if "eager_no_masks" in train.rivals_of(run) and mode is None else ():

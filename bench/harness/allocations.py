@@ -15,12 +15,12 @@ from jasper_fast.bench.harness.kineto import recorded
 
 
 class Births(TorchDispatchMode):
-    """Watches every op: which storages it creates, how many of their bytes are alive, and the peak of that number.
+    """Records the storages that ops create, how many of their bytes are alive, and the peak of that number.
 
-    A storage counts once, however many views it has; those in `before` do not count. Storages are held by weak
-    references, which keep no memory alive and tell a new storage from an old one at the same address. A tensor created
-    inside a custom op is seen if it is an output or an input of a later op. One that is freed inside the op is seen
-    only by `peak`.
+    A storage counts once, however many views it has. Storages in `before` do not count. Storages are held by weak
+    references, which keep no memory alive and show whether the storage at an address is a new one. A tensor that a
+    custom op creates counts if it is an output or a later op has it as an input. A tensor that the op itself frees does
+    not count here; only the function `peak` counts it.
     """
 
     def __init__(self, device_type: str, before: dict[int, StorageWeakRef]) -> None:
@@ -45,14 +45,15 @@ class Births(TorchDispatchMode):
         return out
 
     def alive(self, but: Collection[int] = ()) -> int:
-        """Bytes created and still alive, without those at the addresses `but`."""
+        """Returns the bytes of the storages that were created and are still alive, except those at the addresses
+        `but`."""
         for key in [key for key, (ref, _) in self.born.items() if ref.expired()]:
             del self.born[key]
         return sum(nbytes for key, (_, nbytes) in self.born.items() if key not in but)
 
 
 def reachable(device_type: str) -> dict[int, torch.UntypedStorage]:
-    """All storages that Python tensors on the device hold now, by address."""
+    """Returns the storages of all tensors on the device that Python can reach now, by address."""
     found = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), Tensor) and thing.device.type == device_type and thing.layout == torch.strided:
@@ -62,7 +63,7 @@ def reachable(device_type: str) -> dict[int, torch.UntypedStorage]:
 
 
 def kept(forward: Callable[[], Tensor], device: torch.device) -> tuple[int, Births, Tensor]:
-    """(bytes kept, the `Births`, the loss) of `forward`; the loss that it returns keeps the graph alive."""
+    """Runs `forward`; returns (bytes kept for backward, the `Births`, the loss). The loss keeps the graph alive."""
     gc.collect()
     births = Births(device.type, {key: StorageWeakRef(s) for key, s in reachable(device.type).items()})
     with births:
@@ -78,11 +79,11 @@ def kept(forward: Callable[[], Tensor], device: torch.device) -> tuple[int, Birt
 
 
 def peak(work: Callable[[], object], device_type: str, parameters: Collection[nn.Parameter] = ()) -> int:
-    """The most bytes that `work` has allocated at once on the device, without the gradients of `parameters`.
+    """Returns the most bytes that `work` has allocated at once on the device, without the gradients of `parameters`.
 
     Every allocation by PyTorch's allocators counts, including those in C++ and in custom ops. Memory that an op takes
-    from the system directly does not count: some scratch of oneDNN, and that of the cpu face, 0.3 MiB per thread at
-    Jasper 10x5.
+    directly from the system does not count. That is some scratch memory of oneDNN, and 0.3 MiB per thread of our CPU
+    kernels at Jasper 10x5.
     """
     with recorded([ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
@@ -96,8 +97,11 @@ def peak(work: Callable[[], object], device_type: str, parameters: Collection[nn
 
 
 def most_alive(events: Sequence[tuple[int, int]], but: Collection[int] = ()) -> int:
-    """The most bytes alive at once, from a list of (address, bytes allocated or, if negative, freed). Not counted:
-    frees of memory allocated earlier, and memory that is alive at the end at one of the addresses `but`."""
+    """Returns the most bytes alive at once, from a list of (address, bytes allocated or, if negative, freed).
+
+    Frees of memory that was allocated before the list begins do not count. Nor does the last allocation at each of the
+    addresses `but`.
+    """
     alive: dict[int, int] = {}
     last = {address: i for i, (address, nbytes) in enumerate(events) if nbytes > 0 and address in but}
     total = most = 0
@@ -113,7 +117,7 @@ def most_alive(events: Sequence[tuple[int, int]], but: Collection[int] = ()) -> 
 
 def _walk(events: Iterable) -> Iterator:
     left = list(events)
-    while left:  # no recursion: the graph is too deep for Python's stack
+    while left:  # not recursive, because the graph is too deep for Python's stack
         event = left.pop()
         yield event
         left += event.children

@@ -1,4 +1,4 @@
-"""A case, its contenders, and the effort that timing one takes."""
+"""A case, its contenders, and the effort that is spent on timing one."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +13,9 @@ Answer = Mapping[str, Tensor]  # the tensors by which contenders are compared
 
 @dataclass
 class Rule:
-    """A rule looser than the case's tolerance, for a contender whose `precision` cannot meet it; `words` describe it.
+    """A rule looser than the case's tolerance, for a contender whose `precision` cannot meet that. `words` describe it.
 
-    `judge(got, low, ref)` returns complaints and puts into `found` what the contender's row reports about its answers.
+    `judge(got, low, ref)` returns complaints. It writes numbers for the contender's row into `found`.
     """
 
     precision: str
@@ -29,8 +29,8 @@ class Runner:
     """A contender ready to run.
 
     `run` is the function that is timed. `outputs` computes the same with dropout off, from the current inputs of the
-    case, and returns the tensors to compare. `extra` returns further complaints (about the dropout rate, for instance).
-    `rule`: a rule for these outputs, if the case's own does not apply.
+    case, and returns the tensors to compare. `extra` returns further complaints, for instance about the dropout rate.
+    `rule`, if given, replaces the tolerance of the case.
     """
 
     run: Callable[[], object]
@@ -51,7 +51,8 @@ class Contender:
 class Effort:
     """How long to time a case: until the interval of every ratio is narrower than +-`target`, within these bounds.
 
-    Past 3x `seconds`, stop after three rounds. Past 9x, stop after the current round.
+    The timing ends after `seconds` and `min_rounds`. If it has taken 3x `seconds`, three rounds are enough, and if it
+    has taken 9x `seconds`, one round.
     """
 
     seconds: float = 6.0
@@ -60,21 +61,23 @@ class Effort:
     target: float = 0.01
 
     def at_most(self, seconds: float) -> "Effort":
-        """The same effort, with at most this many seconds per case."""
+        """Returns the same effort with at most this many seconds per case."""
         return dataclasses.replace(self, seconds=min(self.seconds, seconds))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One question to several contenders. A `Measurement` holds the state while it is measured.
+    """A computation that several contenders do. A `Measurement` holds the state while it is measured.
 
-    `refill(seed)` writes new values into the inputs in place. `reference()` is the fp64 answer to the current inputs,
-    and `low()` the answer of plain PyTorch at the precision under test (None: `tolerance.relative` applies). `flops`
-    and `nbytes` are the least that the computation must do and move. `items` is the number of things that one run
-    completes (utterances, for instance), for throughput. `seeds`: the inputs on which contenders are compared before
-    the timing. One seed is enough if an answer takes seconds, because another is compared after the timing. `needs`:
-    the ops that jasper_fast uses here, by the names of the self-check. `share`: the case's part of the run's seconds
-    per case. `rounds`: the fewest rounds that its quantiles need.
+    `refill(seed)` writes new values into the inputs in place. `reference()` returns the fp64 answer to the current
+    inputs. `low()` returns the answer of plain PyTorch at the precision under test. If `low` is None, errors are judged
+    by `tolerance.relative`. `flops` and `nbytes` are the least that the computation must do and move. `items` is the
+    number of things that one run completes (for instance utterances), for the throughput.
+
+    `seeds` are the seeds of the inputs on which contenders are compared before the timing. One is enough if an answer
+    takes seconds, because contenders are compared on another input after the timing. `needs` are the ops that
+    jasper_fast uses here, by their names in the self-check. `share` is a factor on the run's seconds per case. `rounds`
+    is the least number of rounds that the quantiles of this case need.
     """
 
     bench: str
@@ -96,7 +99,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        """The key of the case as one string, the same in every run."""
+        """The name and key of the case as one string, which is the same in every run."""
         return self.bench + " " + " ".join(f"{k}={v}" for k, v in self.key.items())
 
     @property
@@ -106,23 +109,23 @@ class Case:
 
     @property
     def names(self) -> list[str]:
-        """The contenders' names, in their order."""
+        """The names of the contenders, in order."""
         return [contender.name for contender in self.contenders]
 
     def label(self) -> str:
-        """The name of the case for people."""
+        """Returns the name of the case for the terminal."""
         return " ".join(str(v) for v in self.key.values())
 
     def only(self, names: Sequence[str]) -> "Case":
-        """The same case with only some of the contenders."""
+        """Returns the same case with only the contenders `names`."""
         return dataclasses.replace(self, contenders=[c for c in self.contenders if c.name in names])
 
     def complaints(self, got: Answer, low: Answer | None, ref: Answer) -> list[str]:
-        """What is wrong with an answer, by the tolerance of the case."""
+        """Returns what is wrong with an answer by the tolerance of the case, one line per tensor."""
         return correct.complaints(got, low, ref, self.tolerance)
 
     def effort(self, run: Effort) -> Effort:
-        """The case's part of the effort of a run."""
+        """Returns the effort for this case, made from the effort of the run."""
         rounds = max(run.min_rounds, self.rounds)
         return dataclasses.replace(run, seconds=self.share * run.seconds, min_rounds=rounds)
 

@@ -1,5 +1,7 @@
-"""Builds the contenders of a case, compares them with fp64 and warms them up. A failure becomes a row and does not end
-the run."""
+"""Builds the contenders of a case, compares them with fp64 and warms them up.
+
+A contender that fails gets a row with the reason, and the run continues.
+"""
 
 import contextlib
 import gc
@@ -11,11 +13,11 @@ from jasper_fast.bench.harness.case import Answer
 from jasper_fast.bench.harness.errors import DeviceLost, first_line
 from jasper_fast.bench.harness.measurement import Measurement
 
-LONG = 1.0  # seconds: after a run this long a CPU is warm
+LONG = 1.0  # seconds after which a CPU counts as warm
 
 
 def prepare(m: Measurement) -> None:
-    """Builds the contenders, drops the wrong ones, warms up the rest."""
+    """Builds the contenders, drops the wrong ones, and warms up the rest."""
     m.build()
     check(m, m.case.seeds)
     on_gpu = m.device is not None and m.device.type == "cuda"
@@ -23,7 +25,7 @@ def prepare(m: Measurement) -> None:
         with m.caught(name):
             started = time.perf_counter()
             m.runners[name].run()
-            if time.perf_counter() - started < LONG or on_gpu:  # on a GPU the second run captures a graph
+            if time.perf_counter() - started < LONG or on_gpu:  # on a GPU the second run captures a CUDA graph
                 m.runners[name].run()
     gc.collect()
 
@@ -31,9 +33,10 @@ def prepare(m: Measurement) -> None:
 def check(m: Measurement, seeds: Sequence[int]) -> None:
     """Compares every runner with fp64 on fresh inputs and drops the wrong ones.
 
-    At least two seeds are compared in all, so an answer left over from the first inputs is found wrong. Contenders run
-    after `poison` and before the reference. Freed memory then holds no correct answer that could hide an element nobody
-    wrote. If there is no answer to compare with (for lack of memory, say), no contender gets a number.
+    Every contender is compared on at least two inputs, so one that returns an answer to earlier inputs is found wrong.
+    Contenders run after `poison` and before the reference, so that freed memory contains no correct answer that could
+    hide an element that was never written. If the reference cannot be computed (for lack of memory, for instance), no
+    contender gets a number.
     """
     case = m.case
     for seed in seeds:
@@ -64,7 +67,7 @@ def check(m: Measurement, seeds: Sequence[int]) -> None:
 @contextlib.contextmanager
 def answerable(m: Measurement) -> Iterator[None]:
     """A context for making inputs and the reference. If that fails, no contender of the case gets a number, and the run
-    goes on."""
+    continues."""
     try:
         with cudnn_search.off():
             yield

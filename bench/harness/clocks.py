@@ -1,4 +1,4 @@
-"""How a run is timed (wall clock or GPU events), and readings of the machine's clock rates meanwhile."""
+"""Times runs by the wall clock or by GPU events, and reads the machine's clock rates meanwhile."""
 
 import functools
 import math
@@ -10,19 +10,19 @@ import torch
 
 from jasper_fast.bench.harness import devices, machine
 
-THROTTLED = 0.05  # share by which a clock is below the run's highest
+THROTTLED = 0.05  # a row is throttled if its clock is lower than the run's highest by more than this share
 
 
 class WallClock:
-    """Host time of a call, including the work of the device: the time that a waiting user sees."""
+    """Measures the host time of a call, including the work of the device. This is the time that a user waits."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        # on a GPU a sample is one run and a wait: several queued runs would measure throughput, not latency
+        # On a GPU a sample is one run and a wait. Several queued runs would measure throughput, not latency.
         self.min_sample = 2e-3 if device.type == "cpu" else 0.0
 
     def sample(self, run: Callable[[], object], inner: int) -> float:
-        """Seconds of one run, the mean over `inner` runs."""
+        """Returns the seconds of one run, as the mean of `inner` runs."""
         devices.synchronize(self.device)
         start = time.perf_counter()
         for _ in range(inner):
@@ -31,17 +31,17 @@ class WallClock:
         return (time.perf_counter() - start) / inner
 
     def host(self, run: Callable[[], object]) -> float | None:
-        """Seconds of host work before a GPU can continue alone; None on a CPU."""
+        """Returns the seconds until `run` returns to the host, after which a GPU continues alone; None on a CPU."""
         return None if self.device.type == "cpu" else host_seconds(run, self.device)
 
 
 class CudaClock:
-    """Device time between events, with the L2 cache flushed before each run.
+    """Measures the device time between two events, with the L2 cache flushed before each run.
 
     The flush only reads, because data that it wrote would go back to memory during the timed run. The device sleeps
-    before the first event while the host launches the whole run; otherwise small ops would be timed at the speed of
-    Python. The sleep is as long as the host needed before, up to LONGEST. If the host needs more, its time is part of
-    the result, as it is for a user.
+    before the first event while the host launches the whole run. Without the sleep small ops would be timed at the
+    speed of Python. The sleep is somewhat longer than the host's time in an earlier run, but at most LONGEST. If the
+    host takes longer than that, its time is part of the result, as it is for a user.
     """
 
     min_sample = 0.0
@@ -55,7 +55,7 @@ class CudaClock:
         self.hosts: dict[int, float] = {}
 
     def sample(self, run: Callable[[], object], inner: int) -> float:
-        """Seconds of one run, the mean over `inner` runs."""
+        """Returns the seconds of one run, as the mean of `inner` runs."""
         cycles = round(self.sleep(self.host(run)) * cycles_per_second(self.device))
         total = 0.0
         for _ in range(inner):
@@ -70,20 +70,21 @@ class CudaClock:
         return total / inner
 
     def sleep(self, host: float) -> float:
-        """Seconds that the device sleeps if the host needs `host` seconds to launch a run."""
+        """Returns the seconds that the device sleeps if the host needs `host` seconds to launch a run."""
         return min(1.5 * host + self.SPARE, self.LONGEST)
 
     def host(self, run: Callable[[], object]) -> float:
-        """Seconds until `run` returns to the host; measured once."""
+        """Returns the seconds until `run` returns to the host. They are measured only once."""
         if id(run) not in self.hosts:
             self.hosts[id(run)] = host_seconds(run, self.device)
         return self.hosts[id(run)]
 
 
 def host_seconds(run: Callable[[], object], device: torch.device, short: float = 20e-3) -> float:
-    """Seconds until `run` returns to the host, starting on an idle device: the launches, and any waits inside `run`.
+    """Returns the seconds until `run` returns to the host, on a device that is idle when it starts.
 
-    The median of three runs; a single run if it takes longer than `short`.
+    They include the launches and any waits inside `run`. The value is the median of three runs, or that of a single run
+    if it takes longer than `short`.
     """
     seen: list[float] = []
     while len(seen) < (3 if max(seen, default=0.0) < short else 1):
@@ -97,12 +98,14 @@ def host_seconds(run: Callable[[], object], device: torch.device, short: float =
 
 @functools.cache
 def cycles_per_second(device: torch.device) -> float:
-    """The rate at which `torch.cuda._sleep` counts. It varies with the GPU's clock, so a sleep has time to spare."""
+    """Returns the rate at which `torch.cuda._sleep` counts.
+
+    The rate follows the GPU's clock, which on an idle GPU is a fifth of its highest and rises under load. So it is
+    measured several times, and the highest is returned: at a lower rate, sleeps would be too short.
+    """
     torch.cuda._sleep(1000)  # loads the kernel
     rates = []
-    for _ in range(
-        5
-    ):  # an idle GPU's clock is a fifth of its highest and rises under load: wait for that, or sleeps are too short
+    for _ in range(5):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         torch.cuda._sleep(4_000_000)
@@ -121,7 +124,7 @@ class Gauge:
         self.device, self.readings, self.last = device, readings, -math.inf
 
     def look(self, last: bool = False) -> None:
-        """Takes a reading if the one before is old, or if this is the last."""
+        """Takes a reading if the previous one is older than EVERY seconds, or if this is the last one of a case."""
         now = time.monotonic()
         if (last or now - self.last >= self.EVERY) and (found := machine.clocks(self.device)):
             self.readings.append(found)
@@ -129,7 +132,8 @@ class Gauge:
 
 
 def clocks_during(readings: Sequence[dict]) -> dict:
-    """A summary of the readings of a case: the median and the lowest clock in MHz, the maximum of everything else."""
+    """Returns a summary of the readings of a case: the median and the lowest clock in MHz, the maximum of everything
+    else."""
     rates = [rate for reading in readings if (rate := mhz(reading)) is not None]
     found = {"mhz": statistics.median(rates), "mhz_lowest": min(rates)} if rates else {}
     for name in ("temperature_c", "power_w", "load_average"):
@@ -140,13 +144,13 @@ def clocks_during(readings: Sequence[dict]) -> dict:
 
 
 def mhz(reading: dict) -> float | None:
-    """The clock at which the work ran: that of a GPU's multiprocessors, or of the fastest CPU core, because others may
-    be idle."""
+    """Returns the clock at which the work ran: that of a GPU's multiprocessors, or that of the fastest CPU core,
+    because others may be idle."""
     return reading.get("sm_mhz", max(reading.get("cpu_mhz", ()), default=None))
 
 
 def mark_throttled(rows: Iterable[dict], limits: dict) -> None:
-    """Marks each row whose clock was well below the highest of the run."""
+    """Writes into each row whether its clock was lower than the highest of the run by more than THROTTLED."""
     rows = [row for row in rows if "mhz" in row.get("clocks", {})]
     highest = max([mhz(limits.get("clocks", {})) or 0.0, *(row["clocks"]["mhz"] for row in rows)])
     for row in rows:
@@ -157,5 +161,5 @@ Clock = WallClock | CudaClock
 
 
 def clock(device: torch.device, wall: bool) -> Clock:
-    """The clock to use: events on a GPU, unless the case asks for a user's waiting time."""
+    """Returns the clock to use: events on a GPU, or with `wall` (and on a CPU) the wall clock."""
     return CudaClock(device) if device.type == "cuda" and not wall else WallClock(device)

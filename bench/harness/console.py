@@ -1,4 +1,4 @@
-"""The console for progress and remarks (stderr), so that stdout holds only results."""
+"""The console for progress and remarks. It writes to stderr, so that stdout has only results."""
 
 from rich.console import Console
 

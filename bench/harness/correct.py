@@ -1,4 +1,4 @@
-"""A wrong result gets no number: every contender is compared with fp64 before and after it is timed."""
+"""The rule by which the answer of a contender is compared with the fp64 answer. A wrong contender gets no time."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,8 @@ class Tolerance(tolerance.Tolerance):
 
     `gradients` applies to the tensors named "grad ...". A network has millions of ReLUs, and in every implementation
     rounding moves some of their inputs across zero. Each such ReLU changes a few gradients by the contribution of one
-    frame. `clear` applies to the tensors named "clear grad ...", from a network without such inputs (`models.clear`).
+    frame. `clear` applies to the tensors named "clear grad ...", from a network whose ReLUs have no input near zero
+    (`models.clear`).
     """
 
     floor: float = 2.0
@@ -24,7 +25,7 @@ class Tolerance(tolerance.Tolerance):
     clear: "Tolerance | None" = None
 
     def of(self, name: str) -> "Tolerance":
-        """The tolerance for one tensor."""
+        """Returns the tolerance for the tensor `name`."""
         if name.startswith("clear grad "):
             return self.clear or self
         return self.gradients if self.gradients and name.startswith("grad ") else self
@@ -33,7 +34,7 @@ class Tolerance(tolerance.Tolerance):
 def complaints(
     got: Mapping[str, Tensor], low: Mapping[str, Tensor] | None, ref: Mapping[str, Tensor], tol: Tolerance
 ) -> list[str]:
-    """What is wrong with `got`, one line per tensor; empty if nothing is wrong."""
+    """Returns what is wrong with `got`, one line per tensor. The list is empty if all is right."""
     wrong = [f"{name}: missing" for name in ref if name not in got]
     for name in (n for n in ref if n in got):
         found = tolerance.compare(got[name], None if low is None else low[name], ref[name], tol.of(name))
@@ -42,7 +43,7 @@ def complaints(
 
 
 def keep_rate_complaint(kept: int, of: int, p: float) -> str | None:
-    """Dropout must keep 1-p of `of` elements, within five standard deviations."""
+    """Returns a complaint if dropout did not keep 1-p of `of` elements, within five standard deviations."""
     sigma = math.sqrt(p * (1 - p) / of)
     rate = kept / of
     return (
@@ -51,6 +52,7 @@ def keep_rate_complaint(kept: int, of: int, p: float) -> str | None:
 
 
 def poison(like: Mapping[str, Tensor]) -> None:
-    """Fills the memory that the allocator will hand out next with NaN, so that an element nobody writes is found."""
+    """Fills the memory that the allocator will hand out next with NaN, so that an element that is never written is
+    noticed."""
     filled = [torch.full_like(t, math.nan) for t in like.values() if t.is_floating_point()]
     del filled

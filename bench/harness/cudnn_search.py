@@ -1,7 +1,7 @@
-"""How cuDNN chooses the algorithm of a convolution: by timing several, or by its heuristics.
+"""Sets how cuDNN chooses the algorithm of a convolution: by timing several, or by its heuristics.
 
-The reference system times them (`cudnn.benchmark`), so all contenders here do too. PyTorch remembers the choice for a
-shape, however it was made, so only the first call with a shape is affected.
+NVIDIA's Jasper times them (`cudnn.benchmark`), so all contenders here do too. PyTorch remembers the choice for a shape,
+however it was made, so the setting affects only the first call with a shape.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ def on(device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def off() -> Iterator[None]:
-    """A context that leaves the choice to the heuristics: for answers that are not timed, above all in fp64, where
-    timing ten algorithms takes long."""
+    """A context in which the heuristics choose. It is for answers that are not timed, above all in fp64, where timing
+    ten algorithms takes long."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
     try:

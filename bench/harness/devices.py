@@ -1,4 +1,4 @@
-"""Waiting for a device, testing whether it still works, and freeing its memory."""
+"""Functions that wait for a device, test whether it still works, and free its memory."""
 
 import gc
 import sys
@@ -9,7 +9,7 @@ from jasper_fast.bench.harness.errors import first_line
 
 
 def lost(device: torch.device | None) -> str:
-    """Why the device no longer works in this process; empty if it works or no device is given."""
+    """Returns why the device no longer works in this process. The text is empty if it works or is None."""
     if device is None:
         return ""
     try:
@@ -20,7 +20,7 @@ def lost(device: torch.device | None) -> str:
 
 
 def tidy(device: torch.device) -> None:
-    """Frees unused memory: reference cycles, compiled graphs and their pools, free blocks of the allocator."""
+    """Frees unused memory: reference cycles, compiled graphs and their pools, and free blocks of the allocator."""
     if device.type == "cuda":
         if dynamo := sys.modules.get("torch._dynamo"):
             dynamo.reset()
@@ -32,6 +32,6 @@ def tidy(device: torch.device) -> None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
+    """Waits until the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -2,7 +2,7 @@
 
 
 class Absent(Exception):
-    """A rival that this machine does not have; the message says how to get it."""
+    """This machine does not have the rival. The message says how to get it."""
 
 
 class OutOfTime(BaseException):
@@ -14,6 +14,6 @@ class DeviceLost(BaseException):
 
 
 def first_line(error: BaseException) -> str:
-    """An exception in one line."""
+    """Returns the type and the first line of an exception's message."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:300] if text else ''}"

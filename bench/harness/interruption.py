@@ -1,4 +1,4 @@
-"""Stops a measurement or a compiler when its time is over."""
+"""Interrupts a measurement or a compiler when its time is over."""
 
 import signal
 
@@ -8,9 +8,10 @@ AGAIN = 20.0  # seconds until the next interruption, if one was lost
 
 
 class interrupted_after:
-    """Raises OutOfTime in the main thread after `seconds`, between two lines of Python, so it stops compilers too.
+    """A context that raises OutOfTime in the main thread after `seconds`.
 
-    It is raised again every AGAIN seconds until the body ends, because Python drops an exception that is raised in a
+    The exception comes between two lines of Python, so it also interrupts compilers that are written in Python. It is
+    raised again every AGAIN seconds until the context ends, because Python drops an exception that is raised in a
     destructor or in the callback of a weak reference. A caller that caught it calls `no_more`.
     """
 
@@ -19,7 +20,7 @@ class interrupted_after:
 
     @staticmethod
     def no_more() -> None:
-        """Ends the interruptions, also if one comes just as the body has ended."""
+        """Stops the timer. A caller needs this if the exception came just after the body had ended."""
         signal.setitimer(signal.ITIMER_REAL, 0)
 
     def __enter__(self) -> None:

@@ -8,15 +8,15 @@ from collections.abc import Iterator, Sequence
 
 from torch.profiler import ProfilerActivity, profile
 
-MARK = b"USDT:"  # begins each of those lines
+MARK = b"USDT:"  # each of those lines begins with this
 
 
 @contextlib.contextmanager
 def without_marks() -> Iterator[None]:
-    """Keeps Kineto's MARK lines off the terminal. Everything else that is written to stderr in the body appears after
-    it.
+    """A context that keeps Kineto's MARK lines off the terminal. Other output to stderr appears at the end of the
+    context.
 
-    A log level cannot do this: MARK lines rank above errors, so a level that hides them hides errors too.
+    A log level cannot do this, because a level that hides MARK lines hides errors too.
     """
     sys.stderr.flush()
     terminal = os.dup(2)
@@ -35,7 +35,7 @@ def without_marks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def recorded(activities: Sequence[ProfilerActivity], profile_memory: bool = False) -> Iterator[profile]:
-    """Runs torch.profiler around the body; only its errors reach the terminal."""
+    """A context in which torch.profiler records. Of the profiler's messages only errors reach the terminal."""
     trace = profile(activities=activities, profile_memory=profile_memory)
     with without_marks():
         trace.start()

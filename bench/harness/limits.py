@@ -1,4 +1,4 @@
-"""The machine's ceilings, measured in every run: matrix-multiply rate, copy bandwidth, launch overhead."""
+"""Measures the machine's ceilings in every run: matrix-multiply rate, copy bandwidth, launch overhead."""
 
 import importlib.util
 import statistics
@@ -15,12 +15,13 @@ GIB = 1 << 30
 
 
 def measure(device: torch.device, quick: bool = False) -> dict:
-    """Ceilings of `device`: FLOP/s per dtype, bytes/s read plus written by a large copy, seconds per launch."""
+    """Returns the ceilings of `device`: FLOP/s by dtype, bytes per second that a large copy reads and writes, seconds
+    per launch."""
     found = {
         "matmul_flops_per_s": matmul_rates(device, quick),
         "float32_mode": float32_mode(device),
         "copy_bytes_per_s": copy_bandwidth(device, quick),
-        "clocks": machine.clocks(device),  # read under load
+        "clocks": machine.clocks(device),  # read just after heavy work, while the clocks are still high
         "launch_s": launch_overhead(device),
         "method": "best of repeated runs: square matmul, copy of a buffer beyond the caches, one-element add",
     }
@@ -31,14 +32,17 @@ def measure(device: torch.device, quick: bool = False) -> dict:
 
 
 def matmul_rates(device: torch.device, quick: bool = False) -> dict[str, float]:
-    """FLOP/s of a large square matrix product, by dtype. On a GPU the rate for float32 is that of `float32_mode`, in
-    which convolutions of fp32 tensors run; the rates with and without TF32 are listed too."""
+    """Returns the FLOP/s of a large square matrix product, by dtype.
+
+    On a GPU the rate for float32 is the one at the precision of `float32_mode`, at which convolutions of fp32 tensors
+    run. The rates with and without TF32 are listed too.
+    """
     size = (1536 if quick else 2048) if device.type == "cpu" else 8192
     rates = {}
     dtypes = [torch.float32, torch.bfloat16] + ([torch.float16] if device.type == "cuda" else [])
     for dtype in dtypes:
         if dtype is not torch.float32 and device.type == "cpu" and not _fast_bf16():
-            continue  # emulated: a hundred times slower than fp32, so no useful ceiling
+            continue  # this CPU emulates bf16, a hundred times slower than fp32, so the rate is no useful ceiling
         if dtype is torch.float32 and device.type == "cuda":
             both = {mode: _fp32_rate(device, size, mode) for mode in ("IEEE", "TF32")}
             rates["float32"] = both[float32_mode(device)]
@@ -49,8 +53,8 @@ def matmul_rates(device: torch.device, quick: bool = False) -> dict[str, float]:
 
 
 def float32_mode(device: torch.device) -> str:
-    """The precision of products of fp32 tensors. By default PyTorch lets cuDNN's convolutions use TF32, and then ours
-    use it too."""
+    """Returns the precision of products of fp32 tensors, "TF32" or "IEEE". By default PyTorch lets cuDNN's convolutions
+    use TF32, and then ours use it too."""
     tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
     return "TF32" if device.type == "cuda" and tf32 else "IEEE"
 
@@ -67,7 +71,7 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
 
 
 def copy_bandwidth(device: torch.device, quick: bool = False) -> float:
-    """Bytes read plus bytes written per second by a copy far larger than the caches."""
+    """Returns the bytes that a copy reads and writes per second. The copy is far larger than the caches."""
     size = (GIB // 8 if quick else GIB // 4) if device.type == "cpu" else GIB
     src = torch.ones(size, dtype=torch.uint8, device=device)
     dst = torch.empty_like(src)
@@ -75,7 +79,11 @@ def copy_bandwidth(device: torch.device, quick: bool = False) -> float:
 
 
 def launch_overhead(device: torch.device) -> dict[str, float]:
-    """Seconds the host spends to launch a one-element add, and on a GPU from launch to the result at the host."""
+    """Returns the seconds that the host takes to launch an add of one element (`host`).
+
+    On a GPU it also returns the seconds from the launch until the host knows that the add has ended (`round_trip`), and
+    the seconds per add in a CUDA graph (`in_graph`).
+    """
     x = torch.zeros(1, device=device)
     for _ in range(100):
         x.add_(1)
@@ -92,8 +100,10 @@ def launch_overhead(device: torch.device) -> dict[str, float]:
 
 
 def cupy_launch(device: torch.device) -> tuple[dict[str, float], str]:
-    """Seconds of a launch on the host and on the device, measured by CuPy's profiler, and CuPy's version or why it is
-    absent."""
+    """Returns the seconds of a launch on the host and on the device, measured by CuPy's profiler, and CuPy's version.
+
+    Without CuPy it returns no times, and the reason instead of the version.
+    """
     if importlib.util.find_spec("cupyx") is None:
         return {}, f"absent: pip install cupy-cuda{(torch.version.cuda or '13').partition('.')[0]}x"
     x = torch.zeros(1, device=device)
@@ -103,7 +113,7 @@ def cupy_launch(device: torch.device) -> tuple[dict[str, float], str]:
 
         at = (device.index if device.index is not None else torch.cuda.current_device(),)
         seen = benchmark(lambda: x.add_(1), n_repeat=500, n_warmup=50, devices=at)
-    except Exception as error:  # a CuPy for another CUDA must not end the run
+    except Exception as error:  # a CuPy built for another CUDA must not end the run
         return {}, f"failed: {first_line(error)}"
     medians = (float(statistics.median(times.ravel())) for times in (seen.cpu_times, seen.gpu_times))
     return dict(zip(("cupy_host", "cupy_device"), medians, strict=True)), cupy.__version__
@@ -126,7 +136,7 @@ def _per_call(device: torch.device, call: Callable[[], object], n: int) -> float
 
 
 def _best(device: torch.device, call: Callable[[], object], seconds: float = 0.6) -> float:
-    """The shortest time of a call, because a ceiling is what the machine can do at best."""
+    """Returns the shortest time of a call, because a ceiling is the best that the machine can do."""
     ticker = clocks.clock(device, wall=False)
     best, end = ticker.sample(call, 1), time.perf_counter() + seconds
     for _ in range(4):

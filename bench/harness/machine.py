@@ -1,4 +1,4 @@
-"""What a result needs to be repeated: the hardware, the versions, the commit and the command."""
+"""Describes what is needed to repeat a result: the hardware, the versions, the commit and the command."""
 
 import datetime
 import functools
@@ -20,14 +20,14 @@ from jasper_fast.kernels.tables import slug
 
 __all__ = ["clocks", "command", "commit", "describe", "name", "slug"]
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "asimd", "sve")
-# by the names of their distributions: cupy-cuda13x, onnxruntime-gpu, tensorrt-cu12, nvidia-cudnn-frontend, ...
+# Matches names of distributions: cupy-cuda13x, onnxruntime-gpu, tensorrt-cu12, nvidia-cudnn-frontend, ...
 PACKAGES = re.compile(
     r"(torch|pytorch-triton|triton|numpy)$|(cuda|cupy|nvidia|onnx|openvino|tensorrt|torch-tensorrt)(-|script|runtime|$)"
 )
 
 
 def describe(device: torch.device) -> dict:
-    """Hardware, versions, commit and command of this run, ready for JSON."""
+    """Returns the hardware, versions, commit and command of this run, ready for JSON."""
     return {
         "name": name(device),
         "device": str(device),
@@ -52,7 +52,7 @@ def describe(device: torch.device) -> dict:
 
 
 def name(device: torch.device) -> str:
-    """The short name of the machine: its GPU, or its CPU and the number of cores that we may use."""
+    """Returns the short name of the machine: its GPU, or its CPU and the number of cores that this process may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu = _cpu()
@@ -60,19 +60,20 @@ def name(device: torch.device) -> str:
 
 
 def command() -> str:
-    """The command line, as one would type it in the root of the repository."""
+    """Returns the command line as one would type it in the root of the repository."""
     if "bench" in Path(sys.argv[0]).parts:
         return " ".join(filter(None, [paths.COMMAND, shlex.join(sys.argv[1:])]))
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def commit() -> str | None:
-    """The commit of the checkout; without a .git folder $JASPER_FAST_COMMIT, or None."""
+    """Returns the commit of the checkout. Without a .git folder it returns $JASPER_FAST_COMMIT, or None."""
     return _git("rev-parse", "--short=10", "HEAD") or os.environ.get("JASPER_FAST_COMMIT") or None
 
 
 def clocks(device: torch.device) -> dict:
-    """Clock rates, temperature and power, as far as this machine reports them; takes well under a millisecond."""
+    """Returns clock rates, temperature and power, as far as this machine reports them. Takes well under a
+    millisecond."""
     if device.type == "cuda":
         return nvml.read(device)
     mhz = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _read("/proc/cpuinfo"), re.MULTILINE)
@@ -86,9 +87,9 @@ def clocks(device: torch.device) -> dict:
 
 @functools.cache
 def packages() -> dict[str, str]:
-    """Versions of the installed packages that affect results: PyTorch, Triton, rivals, NVIDIA's libraries."""
+    """Returns the versions of installed packages that affect results: PyTorch, Triton, rivals, NVIDIA's libraries."""
     found: dict[str, str] = {}
-    for distribution in importlib.metadata.distributions():  # in the order of sys.path: the first one is imported
+    for distribution in importlib.metadata.distributions():  # in the order of sys.path, so Python imports the first
         name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
         if PACKAGES.match(name):
             found.setdefault(name, distribution.version)
@@ -97,7 +98,7 @@ def packages() -> dict[str, str]:
 
 @functools.cache
 def compilers() -> dict[str, str]:
-    """Versions of the compilers: the ptxas that Triton runs, nvcc, the C++ compiler of torch.compile."""
+    """Returns the versions of the compilers: the ptxas that Triton runs, nvcc, the C++ compiler of torch.compile."""
     found = {}
     if ptxas := _ptxas():
         found["ptxas"] = ptxas
@@ -113,12 +114,12 @@ def compilers() -> dict[str, str]:
 
 
 def _ptxas() -> str | None:
-    """The version of the ptxas that Triton runs: its own, or that of TRITON_PTXAS_PATH."""
+    """Returns the version of the ptxas that Triton runs: its own, or the one that TRITON_PTXAS_PATH names."""
     try:
         from triton import knobs
 
         return knobs.nvidia.ptxas.version
-    except (ImportError, OSError, RuntimeError):  # no Triton, or one that finds no ptxas
+    except (ImportError, OSError, RuntimeError):  # there is no Triton, or it finds no ptxas
         return None
 
 
@@ -162,7 +163,7 @@ def _run(*args: str) -> str | None:
     try:
         done = subprocess.run(args, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
-        return None  # no such program, or no checkout: the field stays empty
+        return None  # there is no such program, or no checkout, so the field stays empty
     return done.stdout.strip()
 
 

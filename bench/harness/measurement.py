@@ -13,12 +13,12 @@ from jasper_fast.bench.harness.clocks import clocks_during
 from jasper_fast.bench.harness.errors import Absent, DeviceLost, first_line
 from jasper_fast.bench.harness.ratios import ratio_of_visits, summary
 
-# How the reason begins in the row of the contender that broke the device.
+# The beginning of the reason in the row of the contender that broke the device.
 LOST = "the device ran nothing more in that process"
 
 
 class Row(TypedDict, total=False):
-    """What a result says about one contender of a case."""
+    """The entry of a result file for one contender of a case."""
 
     id: str
     bench: str
@@ -31,8 +31,8 @@ class Row(TypedDict, total=False):
     clock: str
     at_s: float
     status: str  # ok, wrong, failed, refused or absent
-    why: str  # why it has no number
-    # if it was timed: seconds by quantile, rates, ratio to jasper_fast, and how it was measured
+    why: str  # why there is no number
+    # Present if the contender was timed: seconds by quantile, rates, ratio to jasper_fast, and how it was measured.
     time_s: dict
     host_s: float
     flops_per_s: float
@@ -43,11 +43,11 @@ class Row(TypedDict, total=False):
     clocks: dict
     throttled: bool
     hurried: bool
-    # if it has its own rule: the rule in words, and what was found
+    # Present if the contender is judged by its own `Rule`.
     precision: str
     rule: str
     judged: dict
-    # counts of a subcommand
+    # Present in the rows of some subcommands.
     memory: dict
     launches: dict
     tune: dict
@@ -55,11 +55,12 @@ class Row(TypedDict, total=False):
 
 @dataclass
 class Measurement:
-    """A case while it is measured: the contenders that are ready, those that have no number and why, and the samples.
+    """The state of a case while it is measured.
 
-    `device`: the device that is checked for faults after each contender. `visits`: for each time that the case was
-    timed, seconds by contender. `readings`: clock readings during the timing. `hurried`: rounds took so long that there
-    were fewer than usual.
+    `device` is checked for faults after each contender. `runners` are the contenders that are ready. `failed` has the
+    status and the reason of those that have no number. `visits` has, for each time that the case was timed, the samples
+    of each contender in seconds. `readings` are clock readings during the timing. `hurried`: there were fewer rounds
+    than usual, because they took so long.
     """
 
     case: Case
@@ -71,20 +72,22 @@ class Measurement:
     hurried: bool = False
 
     def fail(self, name: str, status: str, why: str) -> None:
-        """Records that the contender has no number, and why."""
+        """Records that the contender gets no number, and why."""
         self.failed[name] = (status, why)
         self.runners.pop(name, None)
 
     def build(self) -> None:
-        """Build the contenders that have not failed."""
+        """Builds the contenders that have not failed."""
         for contender in (c for c in self.case.contenders if c.name not in self.failed):
             with self.caught(contender.name):
                 self.runners[contender.name] = contender.build()
 
     @contextlib.contextmanager
     def caught(self, name: str) -> Iterator[None]:
-        """Writes a contender's failure into its row, so that the run goes on; losing the device ends the
-        process."""
+        """A context that records an exception as the contender's failure, so that the run continues.
+
+        Raises DeviceLost if the device no longer works.
+        """
         try:
             yield
             self.wait()
@@ -102,7 +105,7 @@ class Measurement:
             devices.synchronize(self.device)
 
     def begin_row(self, name: str) -> Row:
-        """The fields of a contender's row that it has with or without a number."""
+        """Returns the fields that a contender's row has even without a number."""
         case = self.case
         row: Row = {"id": f"{case.id} / {name}", "bench": case.bench, "key": case.key, "contender": name}
         row |= {"ours": name == case.ours, "dtype": case.dtype, "flops": case.flops, "bytes": case.nbytes}
@@ -115,10 +118,10 @@ class Measurement:
         return row
 
     def rows(self, inner: Mapping[str, int], host: Mapping[str, float]) -> list[Row]:
-        """One row per contender, in the order of the case, from its samples in all visits; without samples the row says
-        why.
+        """Returns one row per contender, in the order of the case, from its samples in all visits.
 
-        `inner`: runs per sample. `host`: seconds that a run occupies the host, if that is not the measured time itself.
+        The row of a contender that failed has the reason instead. `inner`: runs per sample. `host`: seconds for which a
+        run occupies the host, where that differs from the measured time.
         """
         case, made = self.case, []
         timed_by = "events" if self.device is not None and self.device.type == "cuda" and not case.wall else "wall"

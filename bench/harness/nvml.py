@@ -1,4 +1,5 @@
-"""A GPU's clocks, temperature and power from the driver's library: a call takes microseconds, nvidia-smi 50 ms."""
+"""Reads a GPU's clocks, temperature and power from the driver's library. A call takes microseconds, while nvidia-smi
+takes 50 ms."""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +9,7 @@ import torch
 
 from jasper_fast.bench.harness.console import console
 
-# reasons for a lowered clock; an idle GPU and the user's own settings are left out
+# Reasons for a lowered clock, except that the GPU is idle and that the user lowered it.
 REASONS = {
     "SwPowerCap": "software power cap",
     "HwSlowdown": "hardware slowdown",
@@ -20,11 +21,13 @@ REASONS = {
 
 @functools.cache
 def library() -> ModuleType | None:
-    """pynvml, initialised; None if there is no driver, or, with a printed line, if it is not installed."""
+    """Returns pynvml, initialised. Returns None if there is no driver, or (and prints a line) if pynvml is not
+    installed."""
     try:
         import pynvml
     except ImportError:
-        told = "the result will lack the GPU's clocks, temperature and driver version: pip install nvidia-ml-py"
+        told = "the result will lack the GPU's clocks, temperature and driver version; to have them: "
+        told += "pip install nvidia-ml-py"
         console.print(told, soft_wrap=True)
         return None
     return None if _told(pynvml.nvmlInit, default=pynvml) is pynvml else pynvml
@@ -32,19 +35,20 @@ def library() -> ModuleType | None:
 
 @functools.cache
 def handle(device: torch.device) -> object | None:
-    """The library's handle of PyTorch's device. It is found by UUID, because indices differ under
-    CUDA_VISIBLE_DEVICES."""
+    """Returns the library's handle of PyTorch's device, or None. It is found by UUID, because CUDA_VISIBLE_DEVICES
+    changes PyTorch's indices but not the library's."""
     nvml = library()
     if nvml is None:
         return None
     uuid = str(torch.cuda.get_device_properties(device).uuid)
-    found = (_told(nvml.nvmlDeviceGetHandleByUUID, prefix + uuid) for prefix in ("GPU-", "MIG-", ""))  # it has none
+    # PyTorch's UUID has no prefix, but the library's has.
+    found = (_told(nvml.nvmlDeviceGetHandleByUUID, prefix + uuid) for prefix in ("GPU-", "MIG-", ""))
     return next((at for at in found if at is not None), None)
 
 
 def read(device: torch.device) -> dict:
-    """Whatever can be read of: MHz of the multiprocessors and the memory, degrees, watts, reasons for a lowered
-    clock."""
+    """Returns what the driver reports of these: MHz of the multiprocessors and of the memory, degrees Celsius, watts,
+    reasons for a lowered clock."""
     nvml, at = library(), handle(device)
     if at is None:
         return {}
@@ -63,18 +67,18 @@ def read(device: torch.device) -> dict:
 
 
 def driver() -> str | None:
-    """The driver's version."""
+    """Returns the driver's version, or None."""
     return _told(library().nvmlSystemGetDriverVersion) if library() else None
 
 
 def cuda_driver() -> str | None:
-    """The newest CUDA version that the driver supports."""
+    """Returns the newest CUDA version that the driver supports, or None."""
     number = _told(library().nvmlSystemGetCudaDriverVersion_v2) if library() else None
     return None if number is None else f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _told(ask: Callable, *args: object, default: object = None) -> object:
-    """The answer of the library; `default` if the call fails or the driver has no such function."""
+    """Returns the library's answer, or `default` if the call fails or the driver has no such function."""
     from pynvml import NVMLError
 
     try:

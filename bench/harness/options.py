@@ -15,7 +15,7 @@ BATCH = "utterances and feature frames, both at least 1, as in 8,400"
 
 
 def device(text: str) -> str:
-    """The text itself if it names a device that PyTorch sees: cpu, cuda, or cuda:1."""
+    """Returns the text if it names a device that PyTorch sees: cpu, cuda, or cuda:1."""
     try:
         found = torch.device(text)
     except RuntimeError:
@@ -24,39 +24,39 @@ def device(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:1")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError(
-            f"{text}: this PyTorch sees no GPU (python -m jasper_fast info says more); take --device cpu"
+            f"{text}: this PyTorch sees no GPU (python -m jasper_fast info says more); use --device cpu"
         )
     if found.type == "cuda" and found.index is not None and found.index >= (there := torch.cuda.device_count()):
         raise argparse.ArgumentTypeError(
-            f"{text}: PyTorch sees {there} GPU{'s' * (there > 1)}; take cuda:0{f' to cuda:{there - 1}' * (there > 1)}"
+            f"{text}: PyTorch sees {there} GPU{'s' * (there > 1)}; use cuda:0{f' to cuda:{there - 1}' * (there > 1)}"
         )
     return text
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1."""
+    """Returns the text as a whole number of at least 1."""
     try:
         value = int(text)
     except ValueError:
         value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return value
 
 
 def seconds(text: str) -> float:
-    """A time above 0."""
+    """Returns the text as a number above 0."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
 
 
 def pattern(text: str) -> str:
-    """A regular expression."""
+    """Returns the text if it is a regular expression."""
     try:
         re.compile(text)
     except re.error as error:
@@ -65,7 +65,7 @@ def pattern(text: str) -> str:
 
 
 def batch(text: str) -> tuple[int, int]:
-    """(N, T) from "8,400"."""
+    """Reads "8,400" as (N, T) = (8, 400)."""
     try:
         N, T = (int(value) for value in text.split(","))
     except ValueError:
@@ -76,18 +76,18 @@ def batch(text: str) -> tuple[int, int]:
 
 
 def writable(folder: Path) -> None:
-    """Creates the folder of `--out`; reports an error if no file can be written there."""
+    """Creates the folder of `--out`. Raises SystemExit if no file can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         why = "is a file" if folder.is_file() else os.strerror(error.errno or 0)
-        raise SystemExit(f"--out {folder}: {why}; name a folder that can be written") from None
+        raise SystemExit(f"--out {folder}: {why}; name a folder in which files can be written") from None
 
 
 def result(text: str) -> Path:
-    """A result file of `python -m bench`."""
+    """Returns the path of a result file of `python -m bench`."""
     try:
         result_file.read(Path(text))
     except ValueError as error:
@@ -96,8 +96,8 @@ def result(text: str) -> Path:
 
 
 def page(text: str) -> Path:
-    """A path to which a page can be written: in an existing folder, and not itself a folder."""
+    """Returns a path to which a page can be written: in an existing folder, and not a folder itself."""
     path = Path(text)
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a file in an existing folder; name one, as in page.html")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file in an existing folder; name one such as page.html")
     return path

@@ -1,4 +1,4 @@
-"""Folders: the checkout, if there is one, and the folder for the files that runs write."""
+"""The folder of the checkout, if there is one, and the folder in which runs write their files."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ COMMAND = "python -m bench" if CHECKOUT else "python -m jasper_fast.bench"
 
 
 def checkout(what: str) -> Path:
-    """The folder of the checkout; if there is none, raises SystemExit saying that `what` needs one."""
+    """Returns the folder of the checkout. Raises SystemExit, saying that `what` needs one, if there is none."""
     if CHECKOUT is None:
-        raise SystemExit(f"{what} needs a checkout of the repository: this is an installed package")
+        raise SystemExit(f"{what} needs a checkout of the repository, but this is an installed package")
     return CHECKOUT

@@ -1,4 +1,4 @@
-"""Statistics of samples: quantiles, ratios of pairs, and intervals that are honest about the number of samples."""
+"""Statistics of samples: quantiles, ratios of pairs, and intervals that are valid for few samples too."""
 
 import functools
 import math
@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 
 CONFIDENCE = 0.95
 PERCENTILES = (0.05, 0.20, 0.50, 0.80, 0.90, 0.95, 0.99)
-SAMPLES = {"p20": 5, "p80": 5, "p90": 10, "p95": 20, "p99": 100}  # with fewer samples the quantile is just the extreme
+# The least number of samples for each quantile. With fewer, the quantile is just the smallest or largest sample.
+SAMPLES = {"p20": 5, "p80": 5, "p90": 10, "p95": 20, "p99": 100}
 
 
 def ratio(rival: Sequence[float], ours: Sequence[float], resamples: int = 2000, seed: int = 0) -> dict:
-    """Rival time / our time, pair by pair: the median and its bootstrap 95 % interval. Rounds are resampled in short
-    runs of neighbours, because neighbouring rounds share the state of the machine."""
+    """Returns the median of rival time / our time over the pairs of samples, with its `interval`."""
     pairs = [r / o for r, o in zip(rival, ours, strict=False)]
     low, high = interval(pairs, resamples, seed)
     told = {"confidence": confidence(len(pairs)), "pairs": len(pairs)}
@@ -21,10 +21,12 @@ def ratio(rival: Sequence[float], ours: Sequence[float], resamples: int = 2000, 
 
 
 def interval(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """The interval of the median, with the confidence that `confidence` gives. It is the bootstrap interval (values are
-    resampled in short runs of neighbours), widened to the interval by ranks if that is wider. The bootstrap alone is
-    too narrow for few values: its 95 % interval holds the true median in 83 % of samples of six values and in 89 % of
-    twelve."""
+    """Returns the interval of the median, at the confidence that `confidence` returns.
+
+    It covers both the bootstrap interval and the interval by ranks. The bootstrap resamples short sequences of
+    neighbours, because neighbouring values share the state of the machine. Alone it is too narrow for few values: its
+    95 % interval contains the true median in only 83 % of cases with six values, and 89 % with twelve.
+    """
     rng, n = random.Random(seed), len(values)
     block = max(1, round(n ** (1 / 3)))
     medians = []
@@ -42,9 +44,9 @@ def interval(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> t
 
 @functools.cache
 def rank_of_interval(n: int) -> int:
-    """How many sorted values can be cut off at each end so that the rest still spans the median with CONFIDENCE; at
-    least 0."""
-    outside, rank = 2 * 0.5**n, 0  # the chance that the true median lies outside the values at `rank`
+    """Returns how many of `n` sorted values can be dropped at each end such that the range of the rest still contains
+    the median with CONFIDENCE; 0 if none can."""
+    outside, rank = 2 * 0.5**n, 0  # the chance that the true median is outside the range when `rank` are dropped
     while outside + 2 * math.comb(n, rank + 1) * 0.5**n <= 1 - CONFIDENCE:
         rank += 1
         outside += 2 * math.comb(n, rank) * 0.5**n
@@ -52,13 +54,15 @@ def rank_of_interval(n: int) -> int:
 
 
 def confidence(n: int) -> float:
-    """The most confidence that an interval from `n` values can have: all values lie on one side of the true median in 2
-    of 2^n cases."""
+    """Returns the confidence of an interval from `n` values: CONFIDENCE, or less if the values are few.
+
+    All values are on one side of the true median in 2 of 2^n cases, so no interval can have more than 1 - 2 / 2^n.
+    """
     return min(CONFIDENCE, 1 - 2 * 0.5**n)
 
 
 def ratio_of_visits(visits: Sequence[Mapping[str, Sequence[float]]], rival: str, ours: str) -> dict:
-    """The ratio over all pairs of all visits; its interval spans the intervals of the visits."""
+    """Returns the ratio over all pairs of all visits. Its interval covers the intervals of the visits."""
     pairs = [(v[rival], v[ours]) for v in visits if v.get(rival) and v.get(ours)]
     parts = [ratio(*pair) for pair in pairs]
     if len(parts) == 1:
@@ -70,7 +74,7 @@ def ratio_of_visits(visits: Sequence[Mapping[str, Sequence[float]]], rival: str,
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """The q-quantile by linear interpolation."""
+    """Returns the q-quantile by linear interpolation."""
     ordered = sorted(values)
     at = q * (len(ordered) - 1)
     low = int(at)
@@ -79,13 +83,16 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def samples_for(q: float) -> int:
-    """The number of samples from which on the q-quantile is not just the least or the greatest sample."""
+    """Returns the least number of samples with which the q-quantile is not just the smallest or largest sample."""
     return math.ceil(round(1 / min(q, 1 - q), 6))
 
 
 def summary(samples: Sequence[float], inner: int) -> dict:
-    """Quantiles of the samples in seconds (a sample is the mean of `inner` runs), the interval of the median with its
-    confidence, and in `too_few_for` the quantiles for which there are too few samples."""
+    """Returns the quantiles of the samples in seconds, where a sample is the mean of `inner` runs.
+
+    They include the interval of the median with its confidence. `too_few_for` lists the quantiles for which there are
+    too few samples.
+    """
     names = {q: f"p{round(100 * q):02d}" for q in PERCENTILES}
     low, high = interval(samples, 500)
     return {

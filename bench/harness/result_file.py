@@ -1,4 +1,4 @@
-"""Results on disk: one JSON file per run, written after every case, and what --resume reads from it."""
+"""Results on disk: one JSON file per run. It is written after every case, and `--resume` reads it."""
 
 import json
 import os
@@ -19,7 +19,8 @@ TRIES = 2  # attempts for a part of a run that fails
 
 
 def header(device: torch.device, arguments: Mapping[str, object], effort: Effort | None = None) -> dict:
-    """The part of a result that says where it comes from; `effort`: that of the run (default: the usual one)."""
+    """Returns the part of a result that says where it comes from: machine, arguments, and effort (default: the
+    usual)."""
     return {
         "machine": machine.describe(device),
         "arguments": {k: str(v) for k, v in arguments.items()},
@@ -28,7 +29,8 @@ def header(device: torch.device, arguments: Mapping[str, object], effort: Effort
 
 
 def against_limits(row: Row, limits: dict) -> None:
-    """Adds the least time that the machine's measured ceilings allow for the row, and how near the row comes to it."""
+    """Adds `limit` to the row: the least time that the machine's measured ceilings allow, and the share of that speed
+    that the row reaches."""
     rate, bandwidth = limits.get("matmul_flops_per_s", {}).get(row["dtype"]), limits.get("copy_bytes_per_s")
     floors = {}
     if rate and row["flops"]:
@@ -43,7 +45,7 @@ def against_limits(row: Row, limits: dict) -> None:
 
 
 class Results:
-    """One JSON file per run. It is written again after every case, so an interrupted run keeps the finished cases."""
+    """The result file of a run. It is written again after every case, so an interrupted run keeps finished cases."""
 
     def __init__(self, path: Path, header: dict, resume: bool = False) -> None:
         self.path, self.started = path, time.monotonic()
@@ -61,17 +63,18 @@ class Results:
         return self.data["limits"]
 
     def has(self, case_id: str, contenders: Iterable[str]) -> bool:
-        """Whether there are rows for all these contenders already."""
+        """Whether the file has rows for all these contenders of a case."""
         have = {row["id"] for row in self.data["rows"]}
         return all(f"{case_id} / {name}" in have for name in contenders)
 
     def fatal(self, case_id: str) -> dict[str, tuple[str, str]]:
-        """Contenders of a case that broke the device in an earlier process, in the form of `Measurement.failed`."""
+        """Returns the contenders of a case that broke the device in an earlier process, in the form of
+        `Measurement.failed`."""
         rows = (row for row in self.data["rows"] if row["id"].startswith(f"{case_id} / ") and row["status"] == "failed")
         return {row["contender"]: ("failed", row["why"]) for row in rows if row["why"].startswith(LOST)}
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Adds rows, replacing those with the same id, and writes the file."""
+        """Adds rows, which replace those with the same id, and writes the file."""
         new = {row["id"]: row for row in rows}
         for row in new.values():
             against_limits(row, self.limits)
@@ -89,7 +92,7 @@ class Results:
 
 
 def parts_left(data: dict) -> list[str]:
-    """Parts of a run that `--resume` would do: those not finished that have attempts left."""
+    """Returns the parts of a run that `--resume` would do: those that are not finished and have attempts left."""
     faults = data.get("faults", {})
     return [p for p, how in data.get("parts", {}).items() if how != "finished" and faults.get(p, 0) < TRIES]
 
@@ -99,13 +102,13 @@ ROW = {"id", "bench", "key", "contender", "ours", "status"}
 
 
 def read(path: Path) -> dict:
-    """The result in a file; raises ValueError naming the file if it holds none."""
+    """Returns the result in a file. Raises ValueError, which names the file, if there is none."""
     try:
         found = json.loads(path.read_text())
         if not isinstance(found, dict) or (missing := RESULT - set(found)):
-            raise ValueError("no " + (", ".join(sorted(missing)) if isinstance(found, dict) else "object") + " in it")
+            raise ValueError("it has no " + (", ".join(sorted(missing)) if isinstance(found, dict) else "object"))
         if not all(isinstance(row, dict) and set(row) >= ROW for row in found["rows"]):
-            raise ValueError("its rows are not rows of a result")
+            raise ValueError("its rows lack fields of a result")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except (ValueError, TypeError) as error:
@@ -113,11 +116,12 @@ def read(path: Path) -> dict:
     return found
 
 
-ALIKE = ("device", "dtype", "backend", "quick", "threads")  # runs that differ in one of these cannot share rows
+ALIKE = ("device", "dtype", "backend", "quick", "threads")  # runs with different values of these cannot share rows
 
 
 def unfinished(path: Path, header: dict) -> bool:
-    """Whether `path` holds an interrupted run with the same subcommand, machine, commit and ALIKE arguments."""
+    """Whether `path` is the result of an interrupted run with the same subcommand, machine, commit and ALIKE
+    arguments."""
     if not path.exists():
         return False
     try:

@@ -1,4 +1,4 @@
-"""A run: the cases of a subcommand measured one after another, each on disk as soon as it is done."""
+"""A run measures the cases of a subcommand one after another, and writes each to disk as soon as it is done."""
 
 import contextlib
 import time
@@ -19,7 +19,11 @@ from jasper_fast.kernels import tables
 
 @dataclass
 class Run:
-    """What every subcommand gets: device, precision, effort, result file; `arguments` are those of the command line."""
+    """What every subcommand gets: device, precision, effort, result file.
+
+    `deadline`: the time (of `time.monotonic`) at which to stop. `brief`: measure fewer cases, for `all`. `revisits`:
+    keep the measured cases in `kept`, for `revisit`. `arguments`: those of the command line.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -38,7 +42,7 @@ class Run:
 
     @property
     def dtype_name(self) -> str:
-        """float32, not torch.float32."""
+        """The name of the dtype, such as float32."""
         return tables.DTYPES[self.dtype]
 
     def out_of_time(self) -> bool:
@@ -46,15 +50,17 @@ class Run:
         return self.deadline is not None and time.monotonic() > self.deadline
 
     def cases(self, title: str, cases: Sequence[Case]) -> list[Row]:
-        """Prepares and times the cases one after another and shows progress. If time runs out, the finished ones have
-        numbers."""
+        """Measures the cases that the result does not have yet, one after another; shows progress; returns their rows.
+
+        If the time runs out, the remaining cases have no rows.
+        """
         todo = [case for case in cases if not self.results.has(case.id, case.names)]
         done: list[Row] = []
         with _progress() as progress:
             task = progress.add_task(title, total=len(todo) * 2)
             for i, case in enumerate(todo):
                 if self.out_of_time():
-                    console.print(f"{title}: out of time, {len(todo) - i} cases left; go on with --resume")
+                    console.print(f"{title}: out of time, {len(todo) - i} cases left; --resume continues")
                     break
 
                 def show(what: str, share: float, i: int = i, case: Case = case) -> None:
@@ -66,7 +72,7 @@ class Run:
         return done
 
     def _case(self, case: Case, show: Callable[[str, float], None]) -> list[Row]:
-        """The rows of one case."""
+        """Measures one case; returns its rows."""
         with self.begun(case) as m:
             show("check and warm up", 0.0)
             checking.prepare(m)
@@ -79,9 +85,11 @@ class Run:
 
     @contextlib.contextmanager
     def begun(self, case: Case) -> Iterator[Measurement]:
-        """A context with a measurement of the case, without the contenders that must not run. If the device is lost
-        inside, the row of the contender that broke it is written. The others may run again in a new process; that one
-        may not."""
+        """A context with a `Measurement` of the case, in which contenders that must not run have failed already.
+
+        If the device is lost inside, the row of the contender that broke it is written. In a new process the others may
+        run again, but that one may not.
+        """
         m = Measurement(case, self.device, failed=self.results.fatal(case.id))
         if why := self.refusal(case.needs):
             m.fail(case.ours, "refused", why)
@@ -93,7 +101,10 @@ class Run:
             raise
 
     def refusal(self, needs: Sequence[str]) -> str:
-        """Why jasper_fast is not timed: the fault that the run's self-check found in one of its ops; empty if none."""
+        """Returns why jasper_fast is not timed: the fault that the run's self-check found in one of the ops `needs`.
+
+        The text is empty if there is none.
+        """
         face = {"cpu": "cpu", "cuda": "triton"}.get(self.device.type, "") if self.backend == "auto" else self.backend
         for found in self.results.data.get("selfcheck", {}).get("verdicts", ()):
             ours = found["face"] in (face, "aten") and found["dtype"] == self.dtype_name and found["op"] in needs
@@ -102,19 +113,19 @@ class Run:
         return ""
 
     def close(self, release: Callable[[], None]) -> None:
-        """Calls `release` once the cases so far are not needed again: now, or after the second visit."""
+        """Calls `release` when the cases so far are no longer needed: now, or if they are timed again, after that."""
         if self.revisits:
             self.at_end.append(release)
         else:
             release()
 
     def revisit(self) -> None:
-        """Times every kept case once more, in the same order, as long as there is time."""
+        """Times every kept case a second time, in the same order, until the time runs out."""
         with _progress() as progress:
             task = progress.add_task("again", total=len(self.kept))
             for i, m in enumerate(self.kept):
                 if self.out_of_time():
-                    console.print(f"out of time, {len(self.kept) - i} cases have one visit only")
+                    console.print(f"out of time, {len(self.kept) - i} cases were timed only once")
                     break
                 progress.update(task, description=f"again: {m.case.bench} {m.case.label()}", completed=i)
                 self.results.add(timing.measure(m, self.effort))

@@ -1,4 +1,4 @@
-"""Seeds of inputs and weights, the same in every process."""
+"""Seeds of inputs and weights, which are the same in every process."""
 
 import hashlib
 
@@ -6,10 +6,10 @@ import torch
 
 
 def seeded(seed: int, device: torch.device) -> torch.Generator:
-    """A generator for inputs, on the device that holds them."""
+    """Returns a generator on `device` with this seed."""
     return torch.Generator(device).manual_seed(seed)
 
 
 def stable_seed(*parts: object) -> int:
-    """A seed made from names, the same in every process."""
+    """Returns a seed made from names. It is the same in every process, unlike `hash`."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")

@@ -1,10 +1,9 @@
-"""Times contenders in turns on the same inputs (A B, B A, ...), so that drift of the machine affects all of them alike.
+"""Times contenders in turns on the same inputs (A B, B A, ...), so that a machine that slows down affects all alike.
 
-A `Case` is one question (an op at a shape, a model at a batch). Its contenders are built, compared with fp64 on two
-different inputs, warmed up, timed in rounds, and compared once more. A contender that is absent, refused, fails or is
-wrong gets a row that says so, without a number. A run may time its cases again minutes later (`Run.revisit`). The
-interval of a ratio then spans the intervals of both visits, because a slow or fast phase of a machine can outlast a
-visit.
+A `Case` is an op at a shape, or a model at a batch. Its contenders are built, compared with fp64 on two different
+inputs, warmed up, timed in rounds, and compared once more. A contender that is absent, refused, fails or is wrong gets
+a row that says so, without a number. A run may time its cases again minutes later (`Run.revisit`). The interval of a
+ratio then covers the intervals of both visits, because a machine can be slow or fast for longer than a visit.
 """
 
 import gc
@@ -19,7 +18,7 @@ from jasper_fast.bench.harness.ratios import ratio
 
 
 def measure(m: Measurement, effort: Effort, on_round: Callable[[float], None] = lambda share: None) -> list[Row]:
-    """Times a prepared case; returns one row per contender, from this visit and earlier ones together."""
+    """Times a prepared case; returns one row per contender, from the samples of this visit and of earlier ones."""
     effort = m.case.effort(effort)
     ticker = clock(m.device, m.case.wall)
     inner, host = _inner_runs(m, ticker)
@@ -31,7 +30,7 @@ def measure(m: Measurement, effort: Effort, on_round: Callable[[float], None] = 
 
 
 def _inner_runs(m: Measurement, ticker: Clock) -> tuple[dict[str, int], dict[str, float]]:
-    """For each contender: runs per sample and, on a GPU, the seconds of host time of a run."""
+    """Returns the runs per sample of each contender and, on a GPU, the seconds for which a run occupies the host."""
     inner, host = {}, {}
     for name in list(m.runners):
         with m.caught(name):
@@ -45,14 +44,15 @@ def _inner_runs(m: Measurement, ticker: Clock) -> tuple[dict[str, int], dict[str
 def _rounds(
     m: Measurement, ticker: Clock, inner: dict[str, int], effort: Effort, on_round: Callable[[float], None]
 ) -> dict[str, list[float]]:
-    """Samples of each contender, in turns, until the ratios are precise enough or the time is over."""
+    """Takes samples of the contenders in turns, until the ratios are precise enough or the time is over; returns
+    them."""
     gauge, names = Gauge(m.device, m.readings), list(m.runners)
     samples: dict[str, list[float]] = {name: [] for name in names}
     was_enabled, started, done = gc.isenabled(), time.perf_counter(), 0
     gc.disable()
     try:
         while names and done < effort.max_rounds:
-            for name in names if done % 2 == 0 else names[::-1]:  # A B, B A: none always runs after the same other
+            for name in names if done % 2 == 0 else names[::-1]:  # A B, B A, so none always runs after the same other
                 with m.caught(name):
                     samples[name].append(ticker.sample(m.runners[name].run, inner[name]))
             names = [n for n in names if n in m.runners]
