@@ -1,5 +1,7 @@
-"""Cases of `python -m bench kernels --op bn_relu_dropout`: forward, backward and both in training, at each width of
-Jasper's layers, compared with the eager chain."""
+"""Cases of `python -m bench kernels --op bn_relu_dropout`: forward, backward and both in training.
+
+The op is compared with the eager chain at each width (number of channels) of Jasper's layers.
+"""
 
 import functools
 import itertools
@@ -17,14 +19,14 @@ from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.rivals import choice, compiler
 from jasper_fast.kernels import layout
 
-# (N, C, T) on a CPU: the first two have goals; the others are the remaining widths of Jasper 10x5
+# Shapes (N, C, T). The first two on each device have goals. The others are the remaining widths of Jasper 10x5.
 CPU_SHAPES = ((8, 256, 800), (4, 768, 800), (4, 384, 800), (4, 512, 800), (4, 640, 800), (4, 896, 800), (4, 1024, 800))
 GPU_SHAPES = tuple((32, C, 832) for C in (256, 768, 384, 512, 640, 896, 1024)) + ((1, 256, 352), (1, 768, 352))
 GRADIENTS = ("dy", "dgamma", "dbeta", "dres")
 
 
 class Inputs(common.Held):
-    """The tensors of one shape in NCT and in NTC memory, with the same values, refilled in place."""
+    """The tensors of one shape in NCT and in NTC memory, with the same values."""
 
     def __init__(self, N: int, C: int, T: int, dtype: torch.dtype, device: torch.device, residual: bool) -> None:
         super().__init__(dtype, device)
@@ -51,7 +53,7 @@ class Inputs(common.Held):
 
 
 def fused(backend: str) -> common.Chain:
-    """jasper_fast's op with the signature of the eager chain."""
+    """Returns jasper_fast's op with the signature of the eager chain."""
     more = {"momentum": common.MOMENTUM, "eps": common.EPS, "backend": backend, "training": True}
 
     def call(y: Tensor, gamma: Tensor, beta: Tensor, running: common.Stats, residual, lengths, p: float) -> Tensor:
@@ -61,14 +63,14 @@ def fused(backend: str) -> common.Chain:
 
 
 def named(z: Tensor, gradients: Sequence[Tensor], running: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """The tensors of an answer that are compared, by name. Without a residual there is one gradient fewer."""
+    """Returns the tensors of an answer that are compared, by name. Without a residual there is one gradient fewer."""
     statistics = dict(zip(("running_mean", "running_var"), running, strict=True))
     return {"z": z, **dict(zip(GRADIENTS, gradients, strict=False)), **statistics}
 
 
 def runner(chain: common.Chain, inputs: Inputs, memory: str, mode: str, p: float) -> Runner:
-    """The runner of a chain, on inputs in its memory order; `outputs` are all results and gradients with dropout
-    off."""
+    """Returns the runner of a chain, on inputs in its memory order. Its `outputs` are all results and gradients with
+    dropout off."""
     tensors = getattr(inputs, memory)
     residual = tensors.get("residual")
     wanted = [tensors["y"], inputs.gamma, inputs.beta] + ([residual] if residual is not None else [])
@@ -90,7 +92,7 @@ def runner(chain: common.Chain, inputs: Inputs, memory: str, mode: str, p: float
 
 
 def answer(inputs: Inputs, dtype: torch.dtype, keep: Tensor | None = None, p: float = 0.0) -> dict[str, Tensor]:
-    """Results and gradients by plain PyTorch in `dtype`; `keep` (N, C, T) is the dropout mask to apply, if any."""
+    """Returns the results and gradients of plain PyTorch in `dtype`. `keep` (N, C, T) is the dropout mask, if any."""
     leaves = {n: t.detach().to(dtype).requires_grad_() for n, t in inputs.nct.items() if n != "dz"}
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     gamma, beta = (t.detach().to(wide).requires_grad_() for t in (inputs.gamma, inputs.beta))
@@ -106,8 +108,10 @@ def answer(inputs: Inputs, dtype: torch.dtype, keep: Tensor | None = None, p: fl
 
 
 def dropout_complaints(got: Answer, inputs: Inputs, p: float) -> list[str]:
-    """Complaints with dropout on: the mask, read off z, must have the right rate, and every gradient must match that
-    mask."""
+    """Returns complaints about an answer with dropout on.
+
+    The mask (where z is not zero) must have the right rate, and every gradient must match that mask.
+    """
     keep = got["z"] != 0
     off = answer(inputs, torch.float32)["z"] > 1e-3
     rate = correct.keep_rate_complaint(int((keep & off).sum()), int(off.sum()), p)
@@ -117,12 +121,13 @@ def dropout_complaints(got: Answer, inputs: Inputs, p: float) -> list[str]:
     return [f"dropout on: {line}" for line in [*([rate] if rate else []), *wrong]]
 
 
-# sums over N*T rows run in another order: even PyTorch is 23 roundings off on one thread in channels_last memory
+# The order of the sums over N*T rows depends on the kernel. On one thread in channels_last memory even PyTorch differs
+# from fp64 by 23 rounding errors.
 TOLERANCE = correct.Tolerance(factor=2.0, floor=40.0)
 
 
 def case(run: Run, shape: tuple[int, int, int], mode: str, residual: bool, compiled: bool) -> Case:
-    """The case of one shape and mode of the op."""
+    """Returns the case of one shape and mode of the op."""
     N, C, T = shape
     inputs = functools.cache(lambda: Inputs(N, C, T, run.dtype, run.device, residual))
 
@@ -170,8 +175,10 @@ def case(run: Run, shape: tuple[int, int, int], mode: str, residual: bool, compi
 
 
 def cases(run: Run, mode: str | None = None) -> list[Case]:
-    """All widths, and one with a residual, in every mode, first the shapes that have goals. With --quick only those two
-    and one with a residual, forward and backward together."""
+    """Returns the cases: every width in every mode, and one shape with a residual. The shapes with goals come first.
+
+    With `--quick` they are the two shapes with goals and the one with a residual, with forward and backward together.
+    """
     shapes = GPU_SHAPES if run.device.type == "cuda" else CPU_SHAPES
     goals, others = shapes[:2], shapes[2:]
     asked = run.rivals.split(",")

@@ -1,4 +1,4 @@
-"""Cases of `python -m bench decode`: beam searches over log-probs, alone and behind the acoustic model."""
+"""Cases of `python -m bench decode`: beam searches over log-probabilities, alone and after the acoustic model."""
 
 from __future__ import annotations
 
@@ -31,18 +31,19 @@ from jasper_fast.speech.decoding import greedy_decode
 from jasper_fast.speech.text import Vocabulary
 
 FRAMES = 835
-SECONDS = 16.7  # of these frames
-CHECKED = 25  # frames that answers are compared on: the definition is slow
-SHARP = {"confident": 10.0, "unsure": 3.0}  # how far the classes that are meant stand out, in logits
+SECONDS = 16.7  # duration of FRAMES
+CHECKED = 25  # number of frames on which answers are compared; few, because the reference search is slow
+SHARP = {"confident": 10.0, "unsure": 3.0}  # what is added to the logit of each frame's right class
 LMS = {"none": "none", "symbols": "6-gram of characters", "words": "3-gram of words, lexicon"}
-WEIGHTS = {"none": (0.0, 0.0), "symbols": (1.0, 0.0), "words": (2.0, -0.2)}  # flashlight adds nothing for a symbol
-_LOWER = 0.1  # of the score
+# (alpha, beta) by language model. beta is 0 for "symbols", because flashlight has no score per symbol.
+WEIGHTS = {"none": (0.0, 0.0), "symbols": (1.0, 0.0), "words": (2.0, -0.2)}
+_LOWER = 0.1  # largest relative difference of another search's score
 V = Vocabulary()
 
 
 @functools.cache
 def text() -> list[list[str]]:
-    """Lines of random words, of 5,000."""
+    """Returns 10,000 lines of eight random words each, from a vocabulary of 5,000 words."""
     rng = random.Random(0)
     words = ["".join(rng.choices(V.labels[1:27], k=rng.randint(2, 8))) for _ in range(5000)]
     return [rng.choices(words, k=8) for _ in range(10000)]
@@ -50,7 +51,7 @@ def text() -> list[list[str]]:
 
 @functools.cache
 def language_model(kind: str) -> SymbolLM | WordLM:
-    """An n-gram of the text, of characters or of words."""
+    """Returns an n-gram model of the text, of characters or of words."""
     folder = Path(tempfile.mkdtemp(prefix="jasper-fast-bench-"))
     (folder / "text").write_text("".join(" ".join(line) + "\n" for line in text()))
     of_words = kind == "words"
@@ -64,8 +65,10 @@ def closed() -> SpeltLM:
 
 
 def posteriors(kind: str, log_probs: Tensor, seed: int) -> None:
-    """Fills log_probs (N, T, V): noise, and over it a line of the text after the other, about seven blanks in ten
-    frames."""
+    """Fills log_probs (N, T, V) with noise, over which the classes of random lines of the text stand out.
+
+    About seven of ten frames are blanks.
+    """
     g, rng = seeded(stable_seed(f"decode {kind}", seed), torch.device("cpu")), random.Random(seed)
     count, frames = log_probs.shape[:2]
     paths = torch.full((count, frames), V.blank)
@@ -84,7 +87,7 @@ def posteriors(kind: str, log_probs: Tensor, seed: int) -> None:
 
 
 def _settings(kind: str) -> tuple[Any, ...]:
-    """What the prefix search takes after the beam and the number of hypotheses."""
+    """Returns the arguments of the prefix search after the beam and the number of hypotheses."""
     alpha, beta = WEIGHTS[kind]
     if kind == "words":
         return None, alpha, 0.0, closed().words(alpha, beta)
@@ -92,7 +95,10 @@ def _settings(kind: str) -> tuple[Any, ...]:
 
 
 def _flashlight(kind: str, beam: int) -> Callable[[np.ndarray], float]:
-    """flashlight-text's search, without a lexicon where the model is not one of words: the best score of (T, V)."""
+    """Returns flashlight-text's search, a function that returns the best score of log-probabilities (T, V).
+
+    It uses a lexicon only with a model of words.
+    """
     try:
         from flashlight.lib.text import decoder
         from flashlight.lib.text.decoder.kenlm import KenLM
@@ -107,13 +113,15 @@ def _flashlight(kind: str, beam: int) -> Callable[[np.ndarray], float]:
     options = decoder.LexiconFreeDecoderOptions(beam, V.n_classes, 1e9, alpha, 0.0, True, ctc)
     fused = kind == "symbols"
     model = KenLM(language_model(kind).path, Dictionary([*tokens(V), "<blank>"])) if fused else decoder.ZeroLM()
-    search = decoder.LexiconFreeDecoder(options, model, V.n_classes, V.blank, [])  # no class is a silence of its own
+    silence = V.n_classes  # an index that no class has, because our models have no class for silence
+    search = decoder.LexiconFreeDecoder(options, model, silence, V.blank, [])
     return lambda row: search.decode(row.ctypes.data, *row.shape)[0].score
 
 
 def _rule() -> Rule:
-    """Of another search: it prunes in its own order, and what it finds can only be less probable, or hardly more."""
-    words = f"score at most {100 * _LOWER:.0f} % below the definition's"
+    """Returns the rule for another search. It prunes in another order, so it may find another hypothesis, whose score
+    must be close to ours."""
+    words = f"score within {100 * _LOWER:.0f} % of the reference search's"
 
     def judge(got: Answer, low: Answer | None, ref: Answer) -> list[str]:
         share = ((got["score"] - ref["score"]) / ref["score"].abs().clamp(min=1)).tolist()
@@ -125,8 +133,11 @@ def _rule() -> Rule:
 
 
 def search_case(kind: str, beam: int, lm: str, utterances: int = 1, threads: int = 1) -> Case:
-    """The search alone, beside flashlight-text at the same beam: in the threads that there are, and flashlight, which
-    holds Python's lock, in as many processes. ``lm``: one of LMS."""
+    """Returns the case of the search alone, compared with flashlight-text at the same beam.
+
+    Our search uses ``threads`` threads. flashlight, which holds Python's lock, uses the same number of processes.
+    ``lm`` is one of LMS.
+    """
     log_probs = torch.empty(utterances, FRAMES, V.n_classes)
     whole, short = (torch.full((utterances,), n) for n in (FRAMES, CHECKED))
 
@@ -163,8 +174,11 @@ def search_case(kind: str, beam: int, lm: str, utterances: int = 1, threads: int
 
 
 def whole_case(shared: latency.Models, run: Run, model: str, seconds: float, beam: int, lm: str) -> Case:
-    """Features to text with a beam search, beside greedy decoding of the same engine: how much of the time the search
-    takes is one less the ratio. Of one utterance: nothing is hidden behind the model."""
+    """Returns the case from features to text with a beam search, compared with greedy decoding after the same engine.
+
+    One minus the ratio is the share of the time that the search takes. The case has one utterance only, so that no
+    search runs at the same time as the model.
+    """
     inputs = shared.inputs(1, seconds)
 
     def hear(searched: bool) -> Callable[[], Runner]:

@@ -15,13 +15,13 @@ from jasper_fast.bench.harness.seeds import seeded, stable_seed
 from jasper_fast.kernels.layout import mask
 from jasper_fast.nn.eager import EagerJasper
 
-FRAMES = {2.0: 208, 7.0: 704, 16.7: 1680}  # seconds of audio to feature frames, padded as the reference pads
+FRAMES = {2.0: 208, 7.0: 704, 16.7: 1680}  # feature frames by seconds of audio, with the padding of NVIDIA's Jasper
 VOCABULARY = 29
 
 
 def _blocks(prologue: int, widths: tuple[tuple[int, int, float], ...], repeat: int, last: int) -> list[dict]:
-    """The blocks of a dense-residual Jasper: a first block with stride 2, one per (width, taps, dropout), a last 1x1
-    block."""
+    """Returns the blocks of a dense-residual Jasper: a first block with stride 2, one per (channels, taps, dropout) of
+    `widths`, and a last block with 1 tap."""
 
     def block(filters: int, K: int, p: float, **more) -> dict:
         return {"filters": filters, "kernel_size": [K], "stride": [1], "dilation": [1], "dropout": p, **more}
@@ -44,8 +44,11 @@ SMALLER = {"small": SMALL, "medium": MEDIUM, "quartznet_small": QUARTZNET}
 
 
 def config(name: str) -> JasperConfig:
-    """ "small" (128 to 256 channels), "medium" (256 to 512), "jasper10x5", "quartznet_small" (128 to 256 channels),
-    "quartznet15x5", or the path of a YAML file."""
+    """Returns the configuration of a model.
+
+    `name` is "small" (128 to 256 channels), "medium" (256 to 512), "jasper10x5", "quartznet_small" (128 to 256),
+    "quartznet15x5", or the path of a YAML file.
+    """
     if name in SMALLER:
         blocks = SMALLER[name]
         encoder = {"in_feats": 64, "activation": "relu", "use_conv_masks": True, "blocks": copy.deepcopy(blocks)}
@@ -57,7 +60,7 @@ def config(name: str) -> JasperConfig:
 
 
 def needs(cfg: JasperConfig, ops: tuple[str, ...]) -> tuple[str, ...]:
-    """The `ops` of a network, and that of its separable blocks if it has any; by the names of the self-check."""
+    """Returns `ops`, and the depthwise op if the network has separable blocks, by their names in the self-check."""
     return (*ops, "depthwise") if any(block.separable for block in cfg.encoder.blocks) else ops
 
 
@@ -65,15 +68,15 @@ _made: dict[tuple, dict[str, Tensor]] = {}
 
 
 def weights(cfg: JasperConfig, device: torch.device, frames: int = 208) -> dict[str, Tensor]:
-    """A state dict whose activations neither vanish nor blow up, so that a wrong layer changes the output. It has the
-    usual initialisation, random gamma and beta, and running statistics taken from one batch.
+    """Returns a state dict with the usual initialisation, random gamma and beta, and running statistics of one batch.
 
-    The latest state dict is cached for the next case of the same network, so copy it before you change it.
+    With it activations neither vanish nor overflow, so that a wrong layer changes the output. The latest state dict is
+    cached for the next case of the same network, so copy its tensors before you change them.
     """
     key = (repr(cfg), device, frames)
     if key not in _made:
         _made.clear()
-        with torch.inference_mode(False), torch.no_grad():  # so that copies can always be trained
+        with torch.inference_mode(False), torch.no_grad():  # copies of inference tensors could not be trained
             _made[key] = _weights(cfg, device, frames)
     return dict(_made[key])
 
@@ -92,19 +95,18 @@ def _weights(cfg: JasperConfig, device: torch.device, frames: int) -> dict[str, 
     return model.state_dict()
 
 
-FAR = 6.0  # standard deviations from the input of a clear network's ReLU to zero
-OFF = 8  # one of this many channels is off (its ReLU is closed)
+FAR = 6.0  # distance from zero of the mean input of a clear network's ReLU, in standard deviations
+OFF = 8  # one of this many channels is off, which means that its ReLU is always closed
 
 
 @torch.no_grad()
 def clear(cfg: JasperConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state`, changed so that no ReLU's input comes near zero: gradients of right contenders then differ only by
-    rounding.
+    """Returns `state` changed such that no ReLU has an input near zero.
 
-    Every norm's beta is FAR standard deviations above zero; in one of OFF channels it is as far below. The weights of
-    every tap are orthogonal to the mean m (C_in,) of their input, because a large constant from m would hide the signal
-    and would change at the edges of an utterance. All values are representable in bf16, so casting to bf16 changes
-    nothing.
+    With these weights the gradients of right contenders differ only by rounding. Every norm's beta is FAR standard
+    deviations above zero, or in one of OFF channels FAR below. The weights of every tap are orthogonal to the mean m
+    (C_in,) of their input, because a large constant from m would hide the signal and would change at the edges of an
+    utterance. All values are representable in bf16, so casting to bf16 changes nothing.
     """
     made = dict(state)
 
@@ -123,7 +125,8 @@ def clear(cfg: JasperConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             place = f"{at}.conv.{4 * r}"
             if block.separable:
                 taps, place = made[f"{at}.conv.{5 * r}.weight"].float(), f"{at}.conv.{5 * r + 1}"
-                # one shape for all channels, so that a constant has one shape at the edges of an utterance too
+                # All channels get the same taps up to a factor, so that a constant input keeps its direction over the
+                # channels at the edges of an utterance too.
                 made[f"{at}.conv.{5 * r}.weight"] = taps = taps.flatten(1).norm(dim=1)[:, None, None] * taps[:1].sign()
                 m = None if m is None else m * taps.sum((1, 2))
             orthogonal(f"{place}.weight", m)
@@ -146,19 +149,19 @@ def clear(cfg: JasperConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def seeded_globally(seed: int) -> Iterator[None]:
-    """A context in which PyTorch's default generators start from `seed`; they are restored afterwards."""
+    """A context in which PyTorch's default generators start from `seed`. Afterwards they are restored."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
 
 
 def eager(cfg: JasperConfig, state: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> EagerJasper:
-    """The plain model with a copy of these weights."""
+    """Returns the eager model with a copy of these weights."""
     return _with_weights(lambda: EagerJasper(cfg), state, dtype)
 
 
 def fused(cfg: JasperConfig, state: dict[str, Tensor], backend: str) -> Jasper:
-    """jasper_fast's model with a copy of these weights."""
+    """Returns jasper_fast's model with a copy of these weights."""
     return _with_weights(lambda: Jasper(cfg, backend=backend), state, torch.float32)
 
 
@@ -173,7 +176,10 @@ def _with_weights(make: Callable[[], nn.Module], state: dict[str, Tensor], dtype
 def features(
     cfg: JasperConfig, N: int, T: int, device: torch.device, seed: int, ragged: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Random features (N, C, T) and lengths (N,): all full, or between half and full with one full."""
+    """Returns random features (N, C, T) and lengths (N,).
+
+    All lengths are T. If `ragged`, the first is T and the others are random from T / 2 to T.
+    """
     g = seeded(stable_seed("features", seed), device)
     x = torch.randn(N, cfg.encoder.in_feats, T, generator=g, device=device)
     lengths = torch.full((N,), T, dtype=torch.int64, device=device)
@@ -185,21 +191,24 @@ def features(
 
 
 def targets(N: int, frames: int, device: torch.device, seed: int, classes: int = VOCABULARY) -> tuple[Tensor, Tensor]:
-    """Random transcripts (N, U) and their lengths (N,), short enough for half the frames; the last class is blank."""
+    """Returns random transcripts (N, U) and their lengths (N,). They are short enough for `frames` output frames.
+
+    The blank, which is the last class, does not occur in them.
+    """
     g = seeded(stable_seed("targets", seed), device)
     U = max(1, frames // 12)
     return torch.randint(0, classes - 1, (N, U), generator=g, device=device), torch.full((N,), U, device=device)
 
 
 def ctc(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
-    """The reference's loss: CTC per utterance, then the mean over the batch."""
+    """Returns the loss of NVIDIA's Jasper: the mean of the CTC losses of the utterances."""
     blank = log_probs.shape[2] - 1
     return F.ctc_loss(log_probs.transpose(0, 1), targets, lengths, target_lengths, blank, reduction="none").mean()
 
 
 @contextlib.contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
-    """A context in which the model has no dropout: its Dropout modules and block configurations are set to 0."""
+    """A context in which the dropout rate is 0 in all Dropout modules and block configurations of the model."""
     undo = []
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -218,5 +227,5 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
 
 
 def valid(log_probs: Tensor, lengths: Tensor) -> Tensor:
-    """The log-probabilities in the valid rows t < length, zero elsewhere."""
+    """Returns the log-probabilities with zeros in the rows t >= length."""
     return mask(log_probs.transpose(1, 2), lengths.to(log_probs.device)).transpose(1, 2)

@@ -1,4 +1,5 @@
-"""The case of `python -m bench optimizer`: train.py's step of the optimiser beside a copy of as many bytes."""
+"""The case of `python -m bench optimizer`: train.py's optimiser step, compared with a copy of the same number of
+bytes."""
 
 import functools
 import itertools
@@ -19,15 +20,19 @@ from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 from jasper_fast.training.ema import EMA
 from jasper_fast.training.step import update
 
-BYTES = 32  # a parameter in fp32: gradient twice, moment, parameter and average read, the last three written
-ALIGNED = 64  # elements that a tensor's place is a multiple of
-DRAWN = 1 << 20  # random numbers, repeated: to draw billions takes longer than all that is timed
-COMPARED = 24  # parameters, the smallest and one in the middle
+# Bytes per parameter in fp32: the gradient is read twice; moment, parameter and average are read and written once.
+BYTES = 32
+ALIGNED = 64  # the offset of each tensor in the buffer is a multiple of this many elements
+DRAWN = 1 << 20  # random numbers that are drawn and then repeated, because drawing billions would take too long
+COMPARED = 24  # number of parameters that are compared: the smallest ones, and one of middle size
 BETA1, EPS = 0.95, 1e-8
 
 
 class Inputs:
-    """Gradients, parameters, moments and averages of a network, quarters of one buffer, and a model made of them."""
+    """The gradients, parameters, moments and averages of a network, each a quarter of one buffer.
+
+    `model` and `ema` use these tensors as their own.
+    """
 
     def __init__(self, cfg, device: torch.device) -> None:
         with torch.device("meta"):
@@ -43,7 +48,7 @@ class Inputs:
         self.params = dict(self.model.requires_grad_().named_parameters())
         for name, p in self.params.items():
             p.grad = self.grads[name]
-        self.ema = EMA.__new__(EMA)  # a copy of the model would be a fifth of the memory again
+        self.ema = EMA.__new__(EMA)  # without its __init__, which would copy the model
         self.ema.decay, self.ema.warmup, self.ema.updates, self.ema.model = DECAY, False, 0, self.model
         self.ema.average = averages | {name: b.clone() for name, b in buffers.items()}
         small = sorted(shapes, key=lambda name: shapes[name].numel())
@@ -52,14 +57,14 @@ class Inputs:
 
     @torch.no_grad()
     def refill(self, seed: int) -> None:
-        """New numbers everywhere."""
+        """Writes new random numbers into the whole buffer."""
         g = seeded(stable_seed("optimizer", seed), self.flat.device)
         drawn = torch.randn(DRAWN, generator=g, device=self.flat.device)
         for part in self.flat.view(-1).split(DRAWN):
             part.copy_(drawn[: len(part)])
 
     def tensors(self, dtype: torch.dtype) -> Tensors:
-        """Copies of those that are compared."""
+        """Returns copies of the tensors of the compared parameters."""
         of = (self.grads, self.params, self.moments, self.ema.average)
         grads, params, moments, averages = ([d[n].detach().to(dtype, copy=True) for n in self.compared] for d in of)
         squares = [torch.zeros((), dtype=dtype, device=self.flat.device) for _ in self.compared]
@@ -67,7 +72,7 @@ class Inputs:
 
 
 def answer(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The definition's, from the present inputs."""
+    """Returns the answer of the reference implementation for the present inputs."""
     tensors = inputs.tensors(dtype)
     row = Settings(LR, BETA1, 1.0, 0.0, 1.0, EPS, WEIGHT_DECAY, 1 - DECAY)
     settings = torch.tensor([row], dtype=torch.float64, device=inputs.flat.device)
@@ -76,13 +81,13 @@ def answer(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def named(inputs: Inputs, *lists: list[Tensor]) -> dict[str, Tensor]:
-    """Parameters, moments and averages by name."""
+    """Returns parameters, moments and averages by name."""
     kinds = zip(("parameter", "moment", "average"), lists, strict=True)
     return {f"{kind} {n}": x for kind, of in kinds for n, x in zip(inputs.compared, of, strict=True)}
 
 
 def stepping(inputs: Inputs, ours: bool) -> Runner:
-    """Ours, or the foreach form with an average of its own, on the same tensors."""
+    """Returns the runner of our optimiser, or of the foreach form with a separate update of the average."""
     model, params = inputs.model, list(inputs.params.values())
     if ours:
         optimizer = NovoGrad(params, LR, (BETA1, 0.0), EPS, WEIGHT_DECAY, ema=inputs.ema)
@@ -102,7 +107,7 @@ def stepping(inputs: Inputs, ours: bool) -> Runner:
 
     @torch.no_grad()
     def outputs() -> dict[str, Tensor]:
-        """The same step; what is compared is put back."""
+        """Makes the same step, and then restores the compared tensors."""
         before = inputs.tensors(torch.float32)
         run()
         after = inputs.tensors(torch.float32)
@@ -116,19 +121,20 @@ def stepping(inputs: Inputs, ours: bool) -> Runner:
 
 
 def copying(inputs: Inputs) -> Runner:
-    """A copy of half of the buffer over the other, twice: 16 bytes a parameter read and 16 written."""
+    """Returns the runner of a copy of half of the buffer over the other half, twice: per parameter it reads 16 bytes
+    and writes 16."""
 
     @torch.no_grad()
     def run() -> None:
         for _ in range(2):
             inputs.flat[2:].copy_(inputs.flat[:2])
 
-    rule = Rule("none", "a copy of as many bytes: nothing is compared", lambda got, low, ref: [])
+    rule = Rule("none", "a copy of the same number of bytes; nothing is compared", lambda got, low, ref: [])
     return Runner(run, dict, rule=rule)
 
 
 def case(run: Run, model: str) -> Case:
-    """The step of one network's parameters."""
+    """Returns the case of one network's parameters."""
     cfg = models.config(model)
     inputs = functools.cache(lambda: Inputs(cfg, run.device))
     with torch.device("meta"):

@@ -1,14 +1,15 @@
-"""Cases of `python -m bench kernels` for the panes of a dense block in training: the sum of BN(1x1 conv) over all block
-outputs so far.
+"""Cases of `python -m bench kernels` for the panes of a dense block in training: the sum of BN(1x1 conv) over all
+earlier block outputs.
 
-Both of our forms are rows of one case. `jasper_fast` is the form that dispatch takes on this device; the other form is
-`jasper_fast_gram` or `jasper_fast_plain`. These cases show which form is faster on a GPU.
+Both of our forms are rows of one case. `jasper_fast` is the form that dispatch chooses on this device. The other form
+is `jasper_fast_gram` or `jasper_fast_plain`.
 
-The Gram matrix of a block output is computed once per step and used by every later block. In backward its gradients
-from all blocks are added, and its part of dx is computed once. Each of the ten dense blocks is the first to use the
-newest output, and the older matrices already exist. So the time of the Gram form includes `gram` of the newest input in
-forward, and in backward `gram_backward` of the newest input and one addition for each older matrix. Summed over the ten
-blocks, that is the cost of a step. Every dx is compared as a whole, with the parts that come from older matrices.
+In a step the Gram matrix of a block output is computed once, and every later block uses it. In backward the gradients
+of the matrix from all these blocks are added up, and then its part of dx is computed once. A dense block is the first
+to use its newest input, while the Gram matrices of the older inputs exist already. So the time of the Gram form
+includes `gram` of the newest input in forward, and in backward `gram_backward` of the newest input and one addition for
+each older matrix. The sum over the ten blocks is the cost of a step. In the comparison with fp64, dx includes the parts
+that come from older matrices.
 """
 
 import functools
@@ -29,40 +30,40 @@ from jasper_fast.dispatch import choose
 from jasper_fast.kernels import layout
 from jasper_fast.nn.architecture import block_shapes
 
-# Up to 4,608 products and N*T rows are summed in another order. On one thread, eager's weight gradient in channels_last
-# is 57 roundings from fp64 at 1,600 rows.
+# The order of the sums, over up to 4,608 products and over N*T rows, depends on the kernel. At 1,600 rows on one
+# thread, eager's weight gradient in channels_last differs from fp64 by 57 rounding errors.
 TOLERANCE = correct.Tolerance(factor=2.0, floor=100.0)
 FORMS = ("gram", "plain")
 
 
 @dataclass(frozen=True)
 class Block:
-    """The panes of a dense block: the channels of each block output that they read, the newest last."""
+    """The panes of a dense block: the number of channels of each block output that they read, newest last."""
 
     widths: tuple[int, ...]
     C_out: int
 
     def key(self, N: int, T: int) -> dict:
-        """The key of its rows."""
+        """Returns the key of the block's rows."""
         count = f"{len(self.widths)} input{'s' if len(self.widths) > 1 else ''}"
         return {"shape": f"({N}, {sum(self.widths)}->{self.C_out}, {T})", "panes": count}
 
 
 def blocks() -> list[Block]:
-    """Jasper 10x5's ten dense blocks in order: 1 to 10 inputs."""
+    """Returns the ten dense blocks of Jasper 10x5 in order. They have 1 to 10 inputs."""
     shapes = block_shapes(models.config("jasper10x5"))
     return [Block(tuple(panes), b.filters) for _, b, panes in shapes if panes]
 
 
 def ends_and_middle() -> list[Block]:
-    """The last block, the fifth and the first: the largest first."""
+    """Returns the last block, the fifth and the first, which is from the largest to the smallest."""
     found = blocks()
     return [found[-1], found[(len(found) - 1) // 2], found[0]]
 
 
 class Inputs(common.Held):
-    """The tensors of one block in NCT and in NTC memory, with the same values, refilled in place. With 16-bit
-    activations the parameters are fp32."""
+    """The tensors of one block in NCT and in NTC memory, with the same values. With 16-bit activations the parameters
+    are fp32."""
 
     def __init__(self, N: int, T: int, block: Block, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(dtype, device)
@@ -79,7 +80,7 @@ class Inputs(common.Held):
         self.refill(0)
 
     def fill(self, g: torch.Generator) -> None:
-        """Draws new values. Each x is the output of a ReLU whose channels have different means; x and dy are zero in
+        """Draws new values. Each x is the output of a ReLU whose channels have different means. x and dy are zero in
         the padding, as in the model."""
         self.draw_lengths(self.lengths, self.nct[0].shape[2], g)
         for x, last in zip(self.nct, self.ntc, strict=True):
@@ -94,13 +95,13 @@ class Inputs(common.Held):
             beta.copy_(self.randn(beta, g) * 0.3)
 
     def fresh_running(self, dtype: torch.dtype | None = None) -> list[common.Stats]:
-        """Running mean and variance of each pane as a new layer has them."""
+        """Returns the running mean and variance of each pane, with the values of a new layer."""
         return [common.fresh_running(g.detach().to(dtype or g.dtype)) for g in self.gammas]
 
 
 @dataclass(frozen=True)
 class Leaves:
-    """The inputs of a sum of panes that get gradients, one list of each kind."""
+    """The inputs of a sum of panes that get gradients, with one element per pane in each list."""
 
     xs: list[Tensor]
     weights: list[Tensor]
@@ -108,26 +109,27 @@ class Leaves:
     betas: list[Tensor]
 
     def named(self) -> dict[str, Tensor]:
-        """All tensors, by the names of their gradients."""
+        """Returns all tensors, by the names of their gradients."""
         lists = {"dx": self.xs, "dweight": self.weights, "dgamma": self.gammas, "dbeta": self.betas}
         return {f"{name} {k}": t for name, tensors in lists.items() for k, t in enumerate(tensors)}
 
 
 # ------------------------------------------------------------------ the contenders
-# `(leaves, lengths, running statistics, Gram matrices of the older inputs) -> sum (N, C_out, T)`; only the Gram form
-# gets Gram matrices, the others get ()
+# `(leaves, lengths, running statistics, Gram matrices of the older inputs) -> sum (N, C_out, T)`. Only the Gram form
+# gets Gram matrices; the others get ().
 
 PaneSum = Callable[[Leaves, Tensor, list[common.Stats], Sequence[ops.Gram]], Tensor]
 
 
 def eager(a: Leaves, lengths: Tensor, running: list[common.Stats], older: Sequence[ops.Gram]) -> Tensor:
-    """The reference's panes in NCT memory, one module per step: mask, conv, batch norm, sum."""
+    """Computes the panes as NVIDIA's Jasper does, in NCT memory with one module per step: mask, conv, batch norm,
+    sum."""
     convs = (F.conv1d(common.masked(x, lengths), weight) for x, weight in zip(a.xs, a.weights, strict=True))
     return _sum_of_norms(convs, a, running)
 
 
 def eager_2d(a: Leaves, lengths: Tensor, running: list[common.Stats], older: Sequence[ops.Gram]) -> Tensor:
-    """The same in channels_last memory; for a 1x1 weight all memory orders are the same."""
+    """Computes the same in channels_last memory. A 1x1 weight needs no reordering."""
     xs = (common.masked_last(x, lengths).unsqueeze(2) for x in a.xs)
     convs = (F.conv2d(x, weight.unsqueeze(2)) for x, weight in zip(xs, a.weights, strict=True))
     return _sum_of_norms(convs, a, running).squeeze(2)
@@ -142,7 +144,7 @@ def _sum_of_norms(ys: Iterable[Tensor], a: Leaves, running: list[common.Stats]) 
 
 
 def fused(form: str, backend: str) -> PaneSum:
-    """jasper_fast's panes in the given form, called as by a block of its model."""
+    """Returns jasper_fast's panes in the given form, as a block of its model calls them."""
 
     def call(a: Leaves, lengths: Tensor, running: list[common.Stats], older: Sequence[ops.Gram]) -> Tensor:
         if form == "gram":
@@ -163,7 +165,7 @@ def fused(form: str, backend: str) -> PaneSum:
 
 
 def older_grams(xs: Sequence[Tensor]) -> list[ops.Gram]:
-    """The Gram matrices of all inputs but the newest, which earlier blocks of the step have computed."""
+    """Returns the Gram matrices of all inputs except the newest. In a step, earlier blocks have computed them."""
     with torch.no_grad():
         found = [ops.gram(x) for x in xs[:-1]]
     for t in (t for gram in found for t in (gram.mean, gram.cov)):
@@ -172,24 +174,28 @@ def older_grams(xs: Sequence[Tensor]) -> list[ops.Gram]:
 
 
 def results(out: Tensor, a: Leaves, dy: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-    """The gradients, with dx zeroed in the padding, where it is undefined because the input is zero there."""
+    """Returns the gradients. dx is zeroed in the padding, where contenders may differ because the input there is always
+    zero."""
     wanted = a.named()
     found = dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), dy), strict=True))
     return {name: common.masked(t, lengths) if name.startswith("dx") else t for name, t in found.items()}
 
 
 def statistics(running: list[common.Stats]) -> dict[str, Tensor]:
-    """The running statistics of each pane, by name."""
+    """Returns the running statistics of each pane, by name."""
     names = ("running_mean", "running_var")
     return {f"{name} {k}": t for k, stats in enumerate(running) for name, t in zip(names, stats, strict=True)}
 
 
 def runner(function: PaneSum, i: Inputs, memory: str, mode: str, *, amp: bool = False, gram: bool = False) -> Runner:
-    """The runner of an implementation, on inputs in its memory order, under autocast with `amp`. `gram`: the Gram
-    matrices of the older inputs are given, and their gradients are added to those of later blocks."""
+    """Returns the runner of an implementation, on inputs in its memory order.
+
+    With `amp` it runs under autocast. With `gram` it gets the Gram matrices of the older inputs, and adds the gradients
+    of these matrices to a sum, as in a step.
+    """
     a, dy = Leaves(getattr(i, memory), i.weights, i.gammas, i.betas), i.dy[memory]
     running, wanted = i.fresh_running(), list(a.named().values())
-    made: dict[int, Sequence[ops.Gram]] = {}  # by refill
+    made: dict[int, Sequence[ops.Gram]] = {}  # by the number of refills
     sums: list[Tensor] = []
 
     def older() -> Sequence[ops.Gram]:
@@ -220,8 +226,10 @@ def runner(function: PaneSum, i: Inputs, memory: str, mode: str, *, amp: bool = 
 
 
 def answer(i: Inputs, dtype: torch.dtype, mode: str) -> dict[str, Tensor]:
-    """Sum, running statistics and gradients by plain PyTorch in `dtype` (16 bits: under autocast). Computed once per
-    seed."""
+    """Returns the sum, running statistics and gradients of plain PyTorch in `dtype` (for 16 bits, under autocast).
+
+    They are computed once per seed.
+    """
     key = (i.seed, dtype)
     if key not in i.answers:
         wide = torch.promote_types(dtype, torch.float32)
@@ -237,7 +245,7 @@ def answer(i: Inputs, dtype: torch.dtype, mode: str) -> dict[str, Tensor]:
 
 
 def case(run: Run, N: int, T: int, block: Block, mode: str, shared: Callable[[], Inputs] | None = None) -> Case:
-    """The case of one block's panes in one mode, for `N` utterances of `T` frames; cases of one block may share
+    """Returns the case of one block's panes in one mode, for `N` utterances of `T` frames. Cases of one block may share
     inputs."""
     inputs = shared or functools.cache(lambda: Inputs(N, T, block, run.dtype, run.device))
     form = choose.pane_form(run.backend, run.device, run.dtype)
@@ -274,14 +282,16 @@ def case(run: Run, N: int, T: int, block: Block, mode: str, shared: Callable[[],
 
 
 def block_cases(run: Run, block: Block, modes: Sequence[str], N: int, T: int) -> list[Case]:
-    """The modes of one block, over the same inputs."""
+    """Returns one case per mode of a block, with shared inputs."""
     inputs = functools.cache(lambda: Inputs(N, T, block, run.dtype, run.device))
     return [case(run, N, T, block, mode, inputs) for mode in modes]
 
 
 def cases(run: Run, mode: str | None = None) -> Iterator[list[Case]]:
-    """The cases block by block, so that only one block's tensors are in memory: all ten blocks on a GPU; the last, the
-    fifth and the first on a CPU; with --quick only the fifth."""
+    """Yields the cases of one block after another, so that only one block's tensors are in memory.
+
+    They are all ten blocks on a GPU; the last, the fifth and the first on a CPU; and only the fifth with `--quick`.
+    """
     if run.quick or run.brief:
         chosen = ends_and_middle()[1:2]
     else:

@@ -1,7 +1,7 @@
-"""Sub-blocks in inference: a conv with folded batch norm, bias, ReLU, mask; compared with other ways to do the same.
+"""Cases of sub-blocks in inference: a conv with folded batch norm, bias, ReLU and mask.
 
-The first layer reads fp32 features in NCT memory, as a front end makes them; the decoder ends in log-softmax. The
-weights of every contender are in the precision under test. Rows of the result at t >= length are not compared.
+The first layer reads fp32 features in NCT memory, as the front end makes them. The decoder ends in log-softmax. The
+weights of every contender are in the precision under test. Rows of the output at t >= length are not compared.
 """
 
 import functools
@@ -25,7 +25,10 @@ from jasper_fast.nn import block
 
 
 class SubBlock(nn.Module):
-    """The reference's modules in evaluation: mask, conv, batch norm, ReLU; the decoder: conv with bias, log-softmax."""
+    """The modules of NVIDIA's Jasper in evaluation mode: mask, conv, batch norm, ReLU.
+
+    For the decoder they are a conv with bias and log-softmax.
+    """
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
@@ -34,24 +37,25 @@ class SubBlock(nn.Module):
         self.norm = nn.Identity() if a.head else nn.BatchNorm1d(a.C_out, common.EPS)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """`x` (N, C_in, T) to z (N, C_out, T'), or log-probabilities (N, V, T') fp32."""
+        """Returns z (N, C_out, T') for `x` (N, C_in, T). The decoder returns log-probabilities (N, V, T') in fp32."""
         return self.tail(self.conv(self.masked(x, lengths)))
 
     def masked(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """The input of the conv. Only the decoder's input is not masked."""
+        """Returns the input of the conv: `x` masked, except for the decoder."""
         return x.to(self.conv.weight.dtype) if self.layer.head else masked(x.to(self.conv.weight.dtype), lengths)
 
     def masked_last(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """The same in NTC memory."""
+        """Returns the same in NTC memory."""
         x = layout.ntc(x.to(self.conv.weight.dtype))
         return x if self.layer.head else masked_last(x, lengths)
 
     def tail(self, y: Tensor) -> Tensor:
-        """The steps after the conv."""
+        """Computes the steps after the conv."""
         return y.float().log_softmax(dim=1) if self.layer.head else self.norm(y).relu_()
 
     def channels_last(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The same with a 2D conv in channels_last memory; the weight is reordered once, in advance."""
+        """Returns a function that computes the same with a 2D conv in channels_last memory. The weight is reordered
+        once, in advance."""
         weight = layout.ntc(self.conv.weight)
 
         def forward(x: Tensor, lengths: Tensor) -> Tensor:
@@ -61,7 +65,7 @@ class SubBlock(nn.Module):
         return forward
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight (C_out, C_in, K) and bias (C_out,) with the batch norm folded in, fp32 or wider."""
+        """Returns the weight (C_out, C_in, K) and bias (C_out,) with the batch norm folded in, in fp32 or fp64."""
         wide = torch.promote_types(self.conv.weight.dtype, torch.float32)
         weight = self.conv.weight.detach().to(wide)
         if self.layer.head:
@@ -71,7 +75,7 @@ class SubBlock(nn.Module):
 
 
 class Inputs(common.Held):
-    """The weights and input of one layer, refilled in place; `exact` is the fp64 copy for the reference answer."""
+    """The weights and the input of one layer. The input is refilled in place."""
 
     def __init__(self, N: int, T: int, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(dtype, device)
@@ -85,21 +89,21 @@ class Inputs(common.Held):
                     centre = 1.0 if name in ("norm.weight", "norm.running_var") else 0.0
                     t.copy_(torch.randn(t.shape, generator=g, device=device).clamp(-2, 2) * spread + centre)
         self.module.to(dtype)
-        feed = torch.float32 if layer.first and dtype.itemsize == 2 else dtype  # a front end gives fp32 features
+        feed = torch.float32 if layer.first and dtype.itemsize == 2 else dtype  # a front end makes fp32 features
         self.x = torch.empty(N, layer.C_in, T, dtype=feed, device=device)
         self.ntc = self.x if layer.first else layout.ntc(self.x)
         self.lengths = torch.empty(N, dtype=torch.int64, device=device)
         self.refill(0)
 
     def fill(self, g: torch.Generator) -> None:
-        """Draws new values; padding is zero, as in the model."""
+        """Draws new values. The padding is zero, as in the model."""
         self.draw_lengths(self.lengths, self.x.shape[2], g)
         self.x.copy_(masked(self.randn(self.x, g), self.lengths))
         if self.ntc is not self.x:
             self.ntc.copy_(self.x)
 
     def answer(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """z by plain PyTorch in `dtype`, from weights and input rounded to the precision under test."""
+        """Returns z by plain PyTorch in `dtype`, from weights and input rounded to the precision under test."""
         module = SubBlock(self.layer).to(self.device, dtype).eval()
         module.load_state_dict(self.module.state_dict())
         x = self.x.to(self.dtype).to(dtype)
@@ -109,7 +113,7 @@ class Inputs(common.Held):
         return {"z": self.valid(z)}
 
     def valid(self, z: Tensor) -> Tensor:
-        """z in the valid frames, zero elsewhere."""
+        """Returns z with zeros beyond the lengths."""
         return masked(z, self.layer.out_lengths(self.lengths))
 
 
@@ -119,7 +123,7 @@ SubBlockCall = Callable[[Tensor, Tensor], Tensor]
 
 
 def fused(i: Inputs, backend: str) -> SubBlockCall:
-    """jasper_fast's one kernel per sub-block, with weights folded and packed once, as in InferenceEngine."""
+    """Returns jasper_fast's fused sub-block, with weights folded and packed once, as in InferenceEngine."""
     a, (weight, bias) = i.layer, i.module.folded()
     name = choose.fused_faces(backend, i.device, i.dtype)[0]
     if backend == "reference" or name == "aten":
@@ -128,9 +132,8 @@ def fused(i: Inputs, backend: str) -> SubBlockCall:
     impl = backends.face("conv1d", name)
     more, made = {"relu": not a.head, "bias": bias}, None
     packed = impl.pack_once(weight, i.dtype, a.stride) if name == "cpu" else impl.pack(weight, i.dtype)
-    if (
-        name in choose.CONVS
-    ):  # one launch: the kernel reads fp32 features with any strides, masks, and computes log-softmax
+    if name in choose.CONVS:
+        # One launch does all: the kernel reads fp32 features with any strides, masks, and computes log-softmax.
         more |= {"log_softmax": a.head, "workspace": impl.Workspace(i.device)}
         if a.stride > 1:
             made = torch.empty_like(i.lengths)
@@ -151,7 +154,7 @@ def _folded_aten(i: Inputs, weight: Tensor, bias: Tensor, x: Tensor, lengths: Te
 
 
 def max_autotuned_frozen(i: Inputs) -> SubBlockCall:
-    """torch.compile in max-autotune with freezing, which folds the batch norm."""
+    """Returns torch.compile's sub-block with max-autotune and freezing, which folds the batch norm."""
     compiler.fresh_compiler()
     import torch._inductor.config as inductor
 
@@ -162,7 +165,7 @@ def max_autotuned_frozen(i: Inputs) -> SubBlockCall:
 
 
 def cudnn(i: Inputs) -> SubBlockCall:
-    """cuDNN's conv + bias + ReLU as one fused engine, the batch norm folded; the mask is a separate pass."""
+    """Returns cuDNN's fused conv, bias and ReLU with the batch norm folded in. The mask is a separate pass."""
     a, (weight, bias) = i.layer, i.module.folded()
     x = layout.ntc(i.x.to(i.dtype))
     conv = FusedConv(x, weight.to(i.dtype), a.stride, a.padding, a.dilation, bias=bias)
@@ -170,7 +173,7 @@ def cudnn(i: Inputs) -> SubBlockCall:
 
 
 def case(run: Run, N: int, T: int, layer: Layer) -> Case:
-    """The case of one layer in inference."""
+    """Returns the case of one layer in inference."""
     inputs = functools.cache(lambda: Inputs(N, T, layer, run.dtype, run.device))
 
     def cuda_face(i: Inputs) -> SubBlockCall:

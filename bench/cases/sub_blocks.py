@@ -1,9 +1,9 @@
-"""Cases of `python -m bench kernels` with a convolution: conv1d alone, and the sub-block in training.
+"""Cases of `python -m bench kernels` with a convolution in training: conv1d alone, and the sub-block.
 
 The shapes are the distinct main convs of Jasper 10x5: the first (stride 2, from features), eleven at stride 1, and the
-decoder's. A sub-block in training is batch norm, ReLU, dropout and mask of one conv's output, then the next conv; the
-first conv has no norm before it. With 16-bit activations the weight is the fp32 master weight of AMP, and rivals run
-under autocast, which casts it.
+decoder's. A sub-block in training is batch norm, ReLU, dropout and mask of one conv's output, and then the next conv.
+The first conv has no norm before it. With 16-bit activations the weight is the fp32 master weight of AMP, and rivals
+run under autocast, which casts it.
 """
 
 import functools
@@ -25,9 +25,11 @@ from jasper_fast.kernels import layout
 
 
 class Inputs(common.Held):
-    """The tensors of one layer in NCT and in NTC memory, with the same values, refilled in place. `weight` is fp32 even
-    with 16-bit activations. `weight_last` is the same weight for a 2D conv in channels_last memory, which would
-    otherwise reorder it in every call."""
+    """The tensors of one layer in NCT and in NTC memory, with the same values.
+
+    `weight` is fp32 even with 16-bit activations. `weight_last` is the same weight in channels_last memory, because a
+    2D conv in that memory would otherwise reorder it in every call.
+    """
 
     def __init__(self, N: int, T: int, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(dtype, device)
@@ -48,7 +50,7 @@ class Inputs(common.Held):
         self.refill(0)
 
     def fill(self, g: torch.Generator) -> None:
-        """Draws new values; x is zero in the padding, as after every op."""
+        """Draws new values. x is zero in the padding, as after every op."""
         self.draw_lengths(self.lengths, self.nct["x"].shape[2], g)
         self.gamma.copy_(self.positive(self.gamma, g))
         self.beta.copy_(self.randn(self.beta, g) * 0.3)
@@ -64,18 +66,18 @@ class Inputs(common.Held):
 
 
 def eager_conv(x: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
-    """The reference's masked conv in NCT memory."""
+    """Computes the masked conv of NVIDIA's Jasper in NCT memory."""
     a = i.layer
     return F.conv1d(common.masked(x, i.lengths), weight, None, a.stride, a.padding, a.dilation)
 
 
 def eager_conv_2d(x: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
-    """The masked conv in channels_last memory."""
+    """Computes the masked conv in channels_last memory."""
     return conv_2d(common.masked_last(x, i.lengths), weight, i.layer)
 
 
 def eager_sub_block(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
-    """Batch norm, ReLU, dropout, mask and the next conv, one module per step in NCT memory."""
+    """Computes batch norm, ReLU, dropout, mask and the next conv, one module per step in NCT memory."""
     if i.layer.first:
         return eager_conv(y, i, weight, gamma, beta, p)
     stats = common.fresh_running(gamma.detach())
@@ -84,7 +86,7 @@ def eager_sub_block(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: T
 
 
 def eager_sub_block_2d(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
-    """The same in channels_last memory."""
+    """Computes the same in channels_last memory."""
     if i.layer.first:
         return eager_conv_2d(y, i, weight, gamma, beta, p)
     z = common.eager_chain_2d(y, gamma, beta, common.fresh_running(i.gamma), None, i.lengths, p)
@@ -92,7 +94,7 @@ def eager_sub_block_2d(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta
 
 
 def fused_conv(backend: str) -> Callable[..., Tensor]:
-    """jasper_fast's conv1d."""
+    """Returns jasper_fast's conv1d with the signature of `eager_conv`."""
 
     def call(x: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
         a = i.layer
@@ -103,7 +105,7 @@ def fused_conv(backend: str) -> Callable[..., Tensor]:
 
 
 def fused_sub_block(backend: str) -> Callable[..., Tensor]:
-    """jasper_fast's sub_block; for the first layer its conv1d."""
+    """Returns jasper_fast's sub_block with the signature of `eager_sub_block`. For the first layer it is conv1d."""
 
     def call(y: Tensor, i: Inputs, weight: Tensor, gamma: Tensor, beta: Tensor, p: float) -> Tensor:
         if i.layer.first:
@@ -115,7 +117,8 @@ def fused_sub_block(backend: str) -> Callable[..., Tensor]:
 
 
 def cudnn_statistics(i: Inputs) -> Callable[..., Tensor]:
-    """The chain in channels_last memory, then cuDNN's conv that also sums for the next batch norm; forward only."""
+    """Returns the chain in channels_last memory followed by cuDNN's conv that also computes the sums for the next batch
+    norm. It has no backward."""
     a = i.layer
     weight = i.weight.detach().to(i.dtype)
     conv = FusedConv(i.ntc["x"].detach(), weight, a.stride, a.padding, a.dilation, stats=True)
@@ -133,15 +136,15 @@ def cudnn_statistics(i: Inputs) -> Callable[..., Tensor]:
 
 
 def leaves(op: str, i: Inputs, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> dict[str, Tensor]:
-    """The tensors that get a gradient, by the name of the gradient."""
+    """Returns the tensors that get a gradient, by the name of the gradient."""
     if i.layer.first:
         return {"dweight": weight}
     return {"dx": x, "dweight": weight} | ({"dgamma": gamma, "dbeta": beta} if op == "sub_block" else {})
 
 
 def results(op: str, out: Tensor, wanted: dict[str, Tensor], dy: Tensor, i: Inputs) -> dict[str, Tensor]:
-    """Output and gradients, with a conv's dx zeroed in the padding, where it is undefined because the input is zero
-    there."""
+    """Returns the output and gradients. A conv's dx is zeroed in the padding, where contenders may differ because the
+    input there is always zero."""
     found = {"y": out, **dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), dy), strict=True))}
     if op == "conv1d" and "dx" in found:
         found["dx"] = common.masked(found["dx"], i.lengths)
@@ -151,8 +154,10 @@ def results(op: str, out: Tensor, wanted: dict[str, Tensor], dy: Tensor, i: Inpu
 def runner(
     op: str, function: Callable[..., Tensor], i: Inputs, memory: str, mode: str, *, amp: bool, last: bool = False
 ) -> Runner:
-    """The runner of an implementation, on inputs in its memory order, under autocast with `amp`; `last`: takes
-    `weight_last`."""
+    """Returns the runner of an implementation, on inputs in its memory order.
+
+    With `amp` it runs under autocast. With `last` its weight is `weight_last`.
+    """
     x, dy = (getattr(i, memory)[n] for n in ("x", "dy"))
     weight = i.weight_last if last else i.weight
     wanted = leaves(op, i, x, weight, i.gamma, i.beta)
@@ -170,8 +175,10 @@ def runner(
 
 
 def answer(op: str, i: Inputs, dtype: torch.dtype, mode: str) -> dict[str, Tensor]:
-    """Output and gradients by plain PyTorch in `dtype` (16 bits: under autocast). Computed once per seed; the
-    gradients, which are twice the work, only if a mode is compared by them."""
+    """Returns the output and gradients of plain PyTorch in `dtype` (for 16 bits, under autocast).
+
+    They are computed once per seed. The gradients, which are twice the work, are computed only if a mode needs them.
+    """
     forward, key = mode == "forward", (op, i.seed, dtype)
     if key not in i.answers and (not forward or (*key, mode) not in i.answers):
         wide = torch.promote_types(dtype, torch.float32)
@@ -193,9 +200,9 @@ def answer(op: str, i: Inputs, dtype: torch.dtype, mode: str) -> dict[str, Tenso
 def case(
     run: Run, op: str, N: int, T: int, layer: Layer, mode: str, shared: Callable[[], Inputs] | None = None
 ) -> Case:
-    """The case of one layer and mode, for `N` utterances of `T` frames; cases of one layer may share inputs.
+    """Returns the case of one layer and mode, for `N` utterances of `T` frames. Cases of one layer may share inputs.
 
-    If only the forward pass is timed, only its result is checked. The other modes check the gradients too.
+    If only the forward pass is timed, only its output is checked. In the other modes the gradients are checked too.
     """
     inputs = shared or functools.cache(lambda: Inputs(N, T, layer, run.dtype, run.device))
     ours = {"conv1d": fused_conv, "sub_block": fused_sub_block}[op]
@@ -207,7 +214,7 @@ def case(
 
     def cudnn() -> Runner:
         if mode != "forward":
-            raise Absent("cuDNN's frontend for Python has no fused pattern of this direction")
+            raise Absent("cuDNN's Python frontend has no fused pattern with a backward pass")
         return runner(op, cudnn_statistics(inputs()), inputs(), "ntc", mode, amp=False)
 
     def tuned() -> Runner:

@@ -1,4 +1,5 @@
-"""Cases of `python -m bench train`: forward and backward of a network, and its full step with CTC and the optimiser."""
+"""Cases of `python -m bench train`: forward and backward of a network with CTC, and its full step with the
+optimiser."""
 
 import contextlib
 import dataclasses
@@ -18,19 +19,20 @@ from jasper_fast.bench.harness.seeds import seeded, stable_seed
 from jasper_fast.bench.rivals import choice
 from jasper_fast.bench.rivals.eager_layouts import ChannelsLast2d, Model
 
-FULL = ", all lengths full"  # added to a mode: no utterance is padded, so a network without masks is right too
-LARGE = 50e6  # from this many parameters on an fp64 answer is expensive
-TRAINS = ("bn_relu_dropout", "conv1d", "panes")  # the ops of a training step, by the names of the self-check
-# At its usual weights, the gradients of a whole network have loose bounds: a single ReLU whose input rounds to the
-# other side of zero changes some gradients by a per cent, in eager PyTorch as in any kernel. Therefore the inputs of
-# CLEAR_SEED are also run with the same module at weights where no ReLU is near zero (models.clear), and there the
+FULL = ", all lengths full"  # added to a mode whose utterances have no padding, so that a network needs no masks
+LARGE = 50e6  # number of parameters from which on an fp64 answer takes long
+TRAINS = ("bn_relu_dropout", "conv1d", "panes")  # the ops of a training step, by their names in the self-check
+# The gradients of a network at its usual weights have loose bounds, because a single ReLU whose input rounds to the
+# other side of zero changes some gradients by a per cent, in eager PyTorch as in any kernel. Therefore the same module
+# is also run on the inputs of CLEAR_SEED with weights at which no ReLU is near zero (models.clear), and there the
 # bounds are tight.
 #
-# The bounds come from the worst errors seen on a CPU, relative to the fp64 gradient, of eager, 2D and the cpu face (in
-# bf16 also the reference face). Clear: small (8, 64, 400) with two seeds (bf16: five), small (2, 64, 64), and medium
-# (4, 64, 400) with one seed; Jasper 10x5 (2, 64, 128) has up to twice the RMS, and 0.09 % (fp16) and 1.4 % (bf16)
-# along. Usual: small (8, 64, 400), three seeds. The usual bounds for fp16 were not measured; they lie between those of
-# fp32 and bf16.
+# The bounds come from the largest errors measured on a CPU, relative to the fp64 gradient, with eager, 2D and our CPU
+# kernels (in bf16 also our reference implementation). The table has the errors in the RMS norm, in the max norm, and
+# along the fp64 gradient (see Tolerance). For clear weights they are those of small (8, 64, 400) with two seeds (with
+# five in bf16), small (2, 64, 64), and medium (4, 64, 400) with one seed. Jasper 10x5 (2, 64, 128) has up to twice the
+# RMS error, and along the gradient 0.09 % in fp16 and 1.4 % in bf16. For usual weights they are those of small
+# (8, 64, 400) with three seeds. The usual bounds for fp16 were not measured; they are between those of fp32 and bf16.
 #
 #                    RMS: weight, gamma, beta    max: weight, gamma, beta    along: weight, gamma, beta
 #     clear   fp32   6e-6    8e-6    2e-5        9e-6    9e-6    2e-5        7e-7    9e-7    1.4e-6
@@ -39,22 +41,23 @@ TRAINS = ("bn_relu_dropout", "conv1d", "panes")  # the ops of a training step, b
 #     usual   fp32   1.5 %                       7.6 %                       0.16 %
 #             bf16   28 %                        41 %                        7.9 %
 CLEAR_SEED = 1
-SCALES = (65536.0, 4096.0, 256.0, 16.0, 1.0)  # loss scales for fp16, from the one with which a GradScaler starts
+SCALES = (65536.0, 4096.0, 256.0, 16.0, 1.0)  # loss scales to try in fp16; a GradScaler starts with the first
 ALONG = {torch.float32: 5e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 ALONG_USUAL = {torch.float32: 5e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
 
 
 def tolerance(dtype: torch.dtype, cfg=None) -> correct.Tolerance:
-    """How far the answers of a step in `dtype` may be from those in fp64; `relative` is used without an eager step.
+    """Returns how far the answers of a step in `dtype` may be from those in fp64.
 
-    QuartzNet 15x5 has twice as many convs in a row as Jasper 10x5. At (2, 64, 400) in fp32 the worst error along is
-    1e-5 for eager and 1.8e-5 for ours at clear weights, and 0.82 % and 0.85 % at the usual ones. So the bounds along
-    are eight and three times as wide if `cfg` has separable convs.
+    `relative` is used if there is no eager step to compare with. QuartzNet 15x5 is twice as deep as Jasper 10x5. Its
+    largest errors along the gradient at (2, 64, 400) in fp32 are 1e-5 for eager and 1.8e-5 for ours with clear weights,
+    and 0.82 % and 0.85 % with usual weights. So if `cfg` has separable convs, the bounds along the gradient are eight
+    times and three times as wide.
     """
     separable = cfg is not None and any(b.separable for b in cfg.encoder.blocks)
     along, along_usual = ALONG[dtype] * (8 if separable else 1), ALONG_USUAL[dtype] * (3 if separable else 1)
     fp32, eps = dtype is torch.float32, torch.finfo(dtype).eps
-    one = eps / torch.finfo(torch.float32).eps  # eps of `dtype` relative to fp32's, because gradients are fp32
+    one = eps / torch.finfo(torch.float32).eps  # an eps of `dtype` in units of fp32's, because gradients are fp32
     usual = correct.Tolerance(
         2.0,
         0.03 / eps if fp32 else 8 * one,
@@ -66,7 +69,7 @@ def tolerance(dtype: torch.dtype, cfg=None) -> correct.Tolerance:
         2.0, 64.0 if fp32 else 2 * one, relative=5e-5 if fp32 else 24 * eps, peak=2.0, along=along
     )
     relative = 1e-4 if fp32 else 8 * eps
-    # The loss is one number. Eager's may be exact by chance, so a tenth of a rounding is always allowed.
+    # The loss is one number. Eager's may be exact by chance, so a tenth of an eps of `dtype` is always allowed.
     return correct.Tolerance(4.0, 256.0 if fp32 else one / 10, relative=relative, gradients=usual, clear=clear)
 
 
@@ -74,13 +77,18 @@ TOLERANCE = tolerance(torch.float32)
 
 
 def precision(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype whose rounding errors a step in `dtype` has: fp16 if a GPU multiplies fp32 in TF32, which is as
-    precise."""
+    """Returns the dtype whose rounding errors a step in `dtype` has.
+
+    It is `dtype`, but fp16 for fp32 on a GPU that multiplies in TF32, because TF32 is as precise as fp16.
+    """
     return torch.float16 if dtype is torch.float32 and limits.float32_mode(device) == "TF32" else dtype
 
 
 class Batch:
-    """Features, lengths and transcripts, refilled in place. `clear`: use weights at which no ReLU is near zero."""
+    """Features, lengths and transcripts, which are refilled in place.
+
+    `clear`: the answer to this batch is computed with weights at which no ReLU is near zero.
+    """
 
     def __init__(self, cfg, N: int, T: int, device: torch.device, ragged: bool = True) -> None:
         self.cfg, self.N, self.T, self.device, self.ragged = cfg, N, T, device, ragged
@@ -90,11 +98,12 @@ class Batch:
         self.on_host = self.lengths.cpu(), self.target_lengths.cpu()
 
     def as_read(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Features, lengths, transcripts, their lengths; the lengths on the host, as a loader reads them."""
+        """Returns features, lengths, transcripts and their lengths, with the lengths on the host as from a data
+        loader."""
         return self.features, self.on_host[0], self.targets, self.on_host[1]
 
     def refill(self, seed: int) -> None:
-        """New values everywhere."""
+        """Writes new values into all tensors."""
         self.clear = seed == CLEAR_SEED
         features, lengths = models.features(self.cfg, self.N, self.T, self.device, seed, self.ragged)
         self.features.copy_(features)
@@ -104,13 +113,13 @@ class Batch:
         self.targets.copy_(models.targets(self.N, self.T // 2, self.device, seed, classes)[0])
 
     def loss(self, model: Model, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, log-probabilities, their lengths), under autocast for a low precision."""
+        """Returns (loss, log-probabilities, their lengths), computed under autocast if `dtype` has 16 bits."""
         with common.autocast(self.device, dtype):
             log_probs, lengths = model(self.features.to(_parameter_dtype(model)), self.lengths)
         return models.ctc(log_probs, lengths, self.targets, self.target_lengths), log_probs, lengths
 
     def cotangent(self, log_probs: Tensor, lengths: Tensor) -> Tensor:
-        """Random weights for a sum of the log-probabilities, zero beyond the lengths."""
+        """Returns random weights for a sum of the log-probabilities. They are zero beyond the lengths."""
         g = seeded(stable_seed("cotangent"), self.device)
         random = torch.randn(log_probs.shape, generator=g, device=self.device)
         return models.valid(random, lengths).to(log_probs) / math.sqrt(self.N * log_probs.shape[1])
@@ -125,8 +134,11 @@ def runner(
     mode: str,
     graphs: bool = False,
 ) -> Runner:
-    """`call` runs `module`'s parameters (renamed, perhaps). Timed as it trains: dropout on, and in fp16 with the loss
-    scaled, without which small gradients are zero. The full step is train.py's own."""
+    """Returns the runner of a training step.
+
+    `call` computes the model with the parameters of `module`, which may have other names. The timed step has dropout
+    on, and in fp16 a scaled loss, because small gradients would be zero otherwise. The full step is that of train.py.
+    """
     module.train()
     parameters = [p for p in module.parameters() if p.requires_grad]
     scaler = torch.amp.GradScaler(batch.device.type, enabled=dtype is torch.float16)
@@ -145,12 +157,12 @@ def runner(
 def answer(
     module: nn.Module, call: Model, batch: Batch, state: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Log-probabilities, all gradients and all running statistics of one step from `state`, with dropout off, and the
-    loss. If the batch asks for clear weights there is no loss: the gradients are then those of a random sum of the
-    log-probabilities, to which every frame contributes equally. Afterwards the module has the weights of `state`.
+    """Returns the log-probabilities, loss, gradients and running statistics of one step from `state`, with dropout off.
 
-    In fp16 the loss is scaled by the largest of SCALES at which nothing overflows, and the gradients are scaled
-    back."""
+    If the batch is `clear`, there is no loss. The gradients are then those of a random sum of the log-probabilities, to
+    which every frame contributes equally. Afterwards the module has the weights of `state`. In fp16 the loss is scaled
+    by the largest of SCALES at which nothing overflows, and the gradients are scaled back.
+    """
     weights = models.clear(batch.cfg, state) if batch.clear else state
     module.train()
     for scale in SCALES if dtype is torch.float16 else (1.0,):
@@ -179,29 +191,31 @@ def answer(
 
 @torch.no_grad()
 def restore(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copies `state` into a module whose names or shapes a rival may have changed."""
+    """Copies `state` into a module, in which a rival may have changed names or shapes."""
     for name, t in (*module.named_parameters(), *module.named_buffers()):
         t.copy_(state[original(name)].reshape(t.shape))
 
 
 def original(name: str) -> str:
-    """The state-dict name behind a wrapped one."""
+    """Returns the name in the state dict for a name in a wrapped module."""
     if name.startswith("weights."):  # ChannelsLast2d keeps its 2D weights under escaped names
         return name.removeprefix("weights.").replace("/", ".") + ".weight"
     return name.removeprefix("_orig_mod.").removeprefix("model.")
 
 
 def judged_size(device: torch.device, cfg, N: int, T: int) -> tuple[int, int]:
-    """(N, T) of the batch on which a step is compared with fp64. It is the timed batch, except for a large network on a
-    GPU, whose fp64 step would take tens of seconds and tens of GiB. `python -m bench kernels` compares each of its ops
-    at full size."""
+    """Returns the (N, T) of the batch on which a step is compared with fp64.
+
+    It is the timed batch, except for a large network on a GPU, whose fp64 step would take tens of seconds and tens of
+    GiB. `python -m bench kernels` compares each op of such a network at full size.
+    """
     large = device.type == "cuda" and counts.parameters(cfg) >= LARGE
     return (min(N, 2), T) if large else (N, T)
 
 
 def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
-    """The case of one model, batch and mode. A mode that ends in FULL has unpadded utterances and also times eager
-    without masks."""
+    """Returns the case of one model, batch and mode. If the mode ends in FULL, utterances have no padding, and eager
+    without masks is timed too."""
     full = mode.endswith(FULL)
     cfg = models.config(model)
     state = functools.cache(lambda: models.weights(cfg, run.device))
@@ -214,7 +228,7 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
         timed = runner(module, call, batch(), state(), run.dtype, mode.removesuffix(FULL), graphs)
 
         def outputs() -> dict[str, Tensor]:
-            # for a batch that is not timed cuDNN need not search; for a timed one it must at the first call
+            # cuDNN must search at the first call with the timed batch. For another batch its heuristics are enough.
             with cudnn_search.off() if judged is not batch else contextlib.nullcontext():
                 return answer(module, call, judged(), state(), run.dtype)
 
@@ -229,7 +243,7 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
             plain = models.eager(cfg, state())
             call = build(plain)
             module = call if isinstance(call, ChannelsLast2d) else plain
-            if module is not plain:  # the 1D weights that it replaced are not used
+            if module is not plain:  # it has replaced the 1D weights by its own
                 for conv in (m for m in plain.modules() if isinstance(m, nn.Conv1d)):
                     conv.weight.requires_grad_(False)
             return runner_of(module, call)
@@ -265,12 +279,13 @@ def case(run: Run, model: str, N: int, T: int, mode: str) -> Case:
 
 
 def rivals_of(run: Run) -> dict[str, Callable[[nn.Module], Model]]:
-    """The rivals that the run asks for."""
+    """Returns the builders of the rivals that `--rivals` names."""
     return choice.choose("training", run.device, "default" if run.rivals == "compile" else run.rivals)
 
 
 def of_batch(chosen: dict, full: bool) -> dict:
-    """The rivals for a batch: those with masks and, if nothing is padded, also eager without masks."""
+    """Returns the rivals for a batch. If its lengths are `full` they are eager with and without masks, else all with
+    masks."""
     return {n: b for n, b in chosen.items() if (n in ("eager", "eager_no_masks") if full else n != "eager_no_masks")}
 
 
