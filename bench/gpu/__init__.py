@@ -1,1 +1,1 @@
-"""`python -m bench gpu`: the plan for nine minutes on a GPU, and its execution."""
+"""`python -m bench gpu`: a plan for nine minutes on a GPU, and the code that carries it out."""

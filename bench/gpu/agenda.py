@@ -1,4 +1,4 @@
-"""The parts of `python -m bench gpu` in order of value."""
+"""The parts of `python -m bench gpu`, the most valuable first."""
 
 import dataclasses
 import importlib.util
@@ -15,7 +15,7 @@ from jasper_fast.bench.rivals import choice
 from jasper_fast.dispatch import backends
 
 MODEL = "jasper10x5"
-ALL_MODES = ("backward", "forward", "inference")  # backward first: its fp64 answers include those of forward
+ALL_MODES = ("backward", "forward", "inference")  # backward is first because its fp64 answers include those of forward
 LIGHT = "eager,eager_no_masks,eager_2d_channels_last,cuda_graph"
 LIGHT_TRAINING = "eager,eager_2d_channels_last"
 CONVS = f"{LIGHT_TRAINING},{choice.CUDA_FACE}"
@@ -24,7 +24,10 @@ SLOW = "compile_max_autotune"
 
 @dataclass(frozen=True)
 class Part:
-    """`measure(run)` gets at most `seconds` of the usual budget, and more only after all other parts had their time."""
+    """A part of the plan. `measure(run)` gets at most `seconds` of the usual budget.
+
+    If it was cut off, it gets more after all other parts have had their time.
+    """
 
     title: str
     seconds: float
@@ -32,7 +35,7 @@ class Part:
 
 
 def plan(run: Run) -> list[Part]:
-    """The parts in order of value."""
+    """Returns the parts, the most valuable first. On a CPU they are small stand-ins, to test the command."""
     light, light_training = ({"rivals": r} for r in (LIGHT, LIGHT_TRAINING))
     if run.device.type == "cpu":
         shapes = ((2, 64, 100), (2, 96, 100))
@@ -69,7 +72,7 @@ def plan(run: Run) -> list[Part]:
 
 
 def first_nine_minutes(light: dict, light_training: dict) -> list[Part]:
-    """The first parts; their shares together are the budget. Ops with little host work come first."""
+    """Returns the first parts, whose seconds add up to the budget. Ops with little host work come first."""
     return [
         Part("preflight", 5, preflight.main),
         Part("tests", 40, first.tests),
@@ -96,7 +99,7 @@ def first_nine_minutes(light: dict, light_training: dict) -> list[Part]:
 
 
 def and_then(light: dict, light_training: dict) -> list[Part]:
-    """The parts for `--resume`. Slow compilers come last, where they cannot delay other parts."""
+    """Returns the parts for `--resume`. Slow compilers come last, where they cannot delay other parts."""
     return [
         Part("training grid", 40, lambda r: train.main(with_(r, {"rivals": f"{LIGHT_TRAINING},eager_no_masks"}))),
         Part("sub-blocks beside max-autotune and cuDNN", 90, slow_rivals),
@@ -139,34 +142,34 @@ def and_then(light: dict, light_training: dict) -> list[Part]:
 
 
 def interpreted() -> bool:
-    """Whether Triton's kernels run on a CPU, for the stand-in."""
+    """Whether Triton's kernels run on a CPU, in its interpreter."""
     return backends.why_missing("triton", "cpu") is None
 
 
 def with_(run: Run, changes: dict) -> Run:
-    """The same run with other settings."""
+    """Returns the same run with other settings."""
     return dataclasses.replace(run, **changes)
 
 
 def ready(run: Run) -> None:
-    """The quick self-check in the run's dtype, while other processes compile what the next parts run."""
+    """Runs the quick self-check in the run's dtype, while other processes compile the kernels of the next parts."""
     with ahead.compilers(run, ("bn_relu_dropout", "the five largest convs", "latency of one utterance", "sub-blocks")):
         self_check.selfcheck(run, quick=True, dtypes=(run.dtype_name,))
 
 
 def all_launches(run: Run) -> None:
-    """Launches of small calls; cuDNN's choice of algorithm does not matter here."""
+    """Counts and times the launches of small calls. cuDNN's choice of algorithms does not matter here."""
     with cudnn_search.off():
         launches.main(with_(run, {"rivals": "eager,cuda_graph"}))
 
 
 def in_a_second(run: Run, chosen: str) -> Run:
-    """The same run with these rivals, with about a second per case."""
+    """Returns the same run with the rivals `chosen` and about a second per case."""
     return with_(run, {"rivals": chosen, "effort": run.effort.at_most(1.0)})
 
 
 def all_panes(run: Run, blocks: Sequence[panes.Block], size: tuple[int, int] | None = None) -> None:
-    """The panes of these blocks in both forms, block by block, which shows the better form on this GPU."""
+    """Measures the panes of these blocks in both forms, one block after another."""
     run = in_a_second(run, LIGHT_TRAINING)
     for block in blocks:
         cases = panes.block_cases(run, block, common.MODES, *(size or common.size(run)))
@@ -174,7 +177,7 @@ def all_panes(run: Run, blocks: Sequence[panes.Block], size: tuple[int, int] | N
 
 
 def all_layers(run: Run, chosen: str, op: str, modes: tuple[str, ...], count: int | None = None) -> None:
-    """An op at the `count` largest layers (default: all), layer by layer, with about a second per case."""
+    """Measures an op at the `count` largest layers (default: all), one after another, with about a second per case."""
     run = in_a_second(run, chosen)
     for layer in layers()[:count]:
         run.cases(
@@ -184,9 +187,12 @@ def all_layers(run: Run, chosen: str, op: str, modes: tuple[str, ...], count: in
 
 
 def slow_rivals(run: Run) -> None:
-    """Sub-blocks with rivals that take long to prepare: first cuDNN's patterns at every layer, then max-autotune."""
+    """Measures sub-blocks with rivals that take long to prepare.
+
+    cuDNN's fused patterns come first at every layer, and max-autotune after them.
+    """
     modes = ("forward", "inference", "backward")
-    if importlib.util.find_spec("cudnn") is None:  # no need to time the others twice
+    if importlib.util.find_spec("cudnn") is None:  # cudnn is absent, so one pass over the layers is enough
         all_layers(run, f"cudnn,{SLOW}", "sub_block", modes)
         return
     all_layers(run, "cudnn", "sub_block", ("forward", "inference"))

@@ -1,4 +1,4 @@
-"""Starts and ends the processes that compile in advance; each of them runs `warm`."""
+"""Starts and ends the processes that compile in advance. Each of them runs the module `warm`."""
 
 import contextlib
 import os
@@ -10,12 +10,15 @@ from collections.abc import Iterator, Sequence
 from jasper_fast.bench.harness import paths
 from jasper_fast.bench.harness.run import Run
 
-SPARE = 5.0  # seconds before the deadline at which the compiling processes are ended
+SPARE = 5.0  # the compiling processes are ended this many seconds before the deadline
 
 
 @contextlib.contextmanager
 def compilers(run: Run, titles: Sequence[str]) -> Iterator[None]:
-    """While the body runs, and after it until the deadline, other processes compile for the parts `titles`."""
+    """A context in which other processes compile the kernels of the parts `titles`.
+
+    At its end it waits for them until shortly before the deadline of the run.
+    """
     count = max(1, min(12, len(os.sched_getaffinity(0)) - 2))
     name = str(run.dtype).removeprefix("torch.")
     command = [sys.executable, "-m", "jasper_fast.bench.gpu.warm", str(run.device), name, run.backend, *titles]
@@ -34,5 +37,5 @@ def compilers(run: Run, titles: Sequence[str]) -> Iterator[None]:
             child.kill()
         end = time.monotonic() + SPARE
         for child in children:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver: do not wait for it
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver is left behind
                 child.wait(max(0.0, end - time.monotonic()))

@@ -1,13 +1,14 @@
-"""The first half hour on a new GPU in three calls of nine minutes: `python -m jasper_fast.bench.gpu.day CALL`.
+"""The first half hour on a new GPU, in three calls of nine minutes: `python -m jasper_fast.bench.gpu.day CALL`.
 
-  1     does it run? wheels, preflight, native libraries, the device probe, self-check, tests of the ops, first times
-  2     how fast? `bench gpu`, the most valuable numbers first
-  3     choices: `bench tune`, its table installed, and `bench gpu --resume` for what was cut off
-  more  if time is left: compute-sanitizer, bf16, all tests on the device
+  1     Does it run? Wheels, preflight, native libraries, device probe, self-check, tests of the ops, first times.
+  2     How fast is it? `bench gpu`, the most valuable numbers first.
+  3     Which choices are best? `bench tune`, the installation of its table, and `bench gpu --resume`.
+  more  If time is left: compute-sanitizer, bf16, and all tests on the device.
 
-Every step has its own time limit and log. Its result is in day.json as soon as it ends, and all results are in a table
-at the end. A step that is cut off or fails costs the others nothing, but for a gate: behind one nothing is run that
-would only fail for the same reason. With `--device cpu` the same steps run on the stand-in; `--dry-run` shows them.
+Every step has its own time limit and log. Its result is in day.json as soon as it ends, and at the end all results are
+printed as a table. If a step fails or is cut off, the later steps still run. The exception is a gate: after it fails,
+the later steps of the call would fail for the same reason, so they are skipped. With `--device cpu` the same steps run
+on small stand-ins. `--dry-run` shows the steps.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from jasper_fast.bench.harness import options, paths
 
 DAY = "jasper_fast.bench.gpu.day"
 LIMIT = 540.0  # seconds that a call may take
-LEAST = 3.0  # seconds; with less time left no step is started
+LEAST = 3.0  # a step is started only if at least this many seconds are left
 GRACE = 10.0  # seconds between asking a step to end and killing it
 PYTHON = sys.executable
 TESTS = (
@@ -37,12 +38,12 @@ TESTS = (
     "test_engine.py",
     "test_engine_graphs.py",
 )
-PROBE = "tests/test_cuda_probe.py"  # of the device
+PROBE = "tests/test_cuda_probe.py"  # checks that the device behaves as the kernels assume
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command and its limit in seconds. gate: if it fails, the later steps of the call are not run."""
+    """A command and its limit in seconds. If a `gate` fails, the later steps of the call are not run."""
 
     name: str
     argv: tuple[str, ...]
@@ -52,7 +53,7 @@ class Step:
 
 
 def plan(call: str, device: str, out: Path, root: Path) -> list[Step]:
-    """The steps of a call that this checkout and this machine can run."""
+    """Returns the steps of a call that this checkout and this machine can run."""
     cpu, dtype = device == "cpu", "fp32" if device == "cpu" else "fp16"
     bench = (PYTHON, "-m", "jasper_fast.bench")
     to = ("--device", device, "--out", str(out))
@@ -115,7 +116,7 @@ def _does_it_run(bench: tuple[str, ...], to: tuple[str, ...], device: str, dtype
 
 
 def run(step: Step, log: Path, seconds: float, root: Path) -> dict:
-    """How a step ended within `seconds`: status "ok", "failed" or "cut off", and how long it took."""
+    """Runs a step for at most `seconds`; returns its status ("ok", "failed" or "cut off") and how long it took."""
     started = time.monotonic()
     env = os.environ | {"PYTHONUNBUFFERED": "1"} | step.env
     with log.open("wb") as file:
@@ -144,7 +145,7 @@ def run(step: Step, log: Path, seconds: float, root: Path) -> dict:
 
 
 def _end(process: subprocess.Popen) -> int:
-    """Asks a step and its child processes to end, then kills them."""
+    """Asks a step and its child processes to end, and kills them if they do not; returns the exit status."""
     for what, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, what)
@@ -157,7 +158,7 @@ def _end(process: subprocess.Popen) -> int:
 
 
 def carry_out(call: str, steps: Sequence[Step], out: Path, root: Path, limit: float = LIMIT) -> list[dict]:
-    """Run the steps, the file written after each; returns how they ended."""
+    """Runs the steps and writes the file after each; returns how they ended."""
     end, done, closed = time.monotonic() + limit, [], ""
     for number, step in enumerate(steps, 1):
         left = end - time.monotonic()
@@ -177,7 +178,7 @@ def carry_out(call: str, steps: Sequence[Step], out: Path, root: Path, limit: fl
 
 
 def keep(path: Path, call: str, done: list[dict]) -> None:
-    """Writes the results of a call so far into the file, atomically, beside those of other calls."""
+    """Writes the results of a call so far into the file, atomically. Results of other calls in it are kept."""
     data = json.loads(path.read_text()) if path.is_file() else {}
     part = path.with_suffix(".part")
     part.write_text(json.dumps(data | {call: done}, indent=1) + "\n")
@@ -185,7 +186,7 @@ def keep(path: Path, call: str, done: list[dict]) -> None:
 
 
 def table(done: Sequence[dict]) -> str:
-    """The results of the steps as text."""
+    """Returns the results of the steps as the lines of a table."""
     width = max((len(one["name"]) for one in done), default=0)
     return "\n".join(
         f"{one['name']:<{width}}  {one['status']:<8} {one['seconds']:>6.1f} s  {one['told']}" for one in done
@@ -193,7 +194,7 @@ def table(done: Sequence[dict]) -> str:
 
 
 def preflight(device: str) -> int:
-    """Runs the preflight alone, as a step of a call."""
+    """Runs only the preflight, as a step of a call; returns the exit status."""
     import torch
 
     from jasper_fast.bench.gpu import preflight
@@ -204,34 +205,45 @@ def preflight(device: str) -> int:
             f"{'ok' if one.there else 'MISSING'}: {one.what}: {one.found}"
             + ("" if one.there else f". Do: {one.remedy}")
         )
-    print(f"{sum(one.there for one in found)} of {len(found)} are there")
+    print(f"{sum(one.there for one in found)} of {len(found)} items are there")
     return 0 if all(one.there for one in found) else 1
 
 
 def install(out: Path) -> int:
-    """Installs the table of the newest result of `bench tune`, as a step of a call."""
+    """Installs the table of the newest result of `bench tune`, as a step of a call; returns the exit status."""
     results = sorted(out.glob("tune_*.json"), key=lambda path: path.stat().st_mtime)
     if not results:
-        print(f"{out}: no result of bench tune")
+        print(f"{out}: there is no result of bench tune in it; run call 3 first")
         return 1
     return subprocess.call([PYTHON, "-m", "jasper_fast.bench", "tune", "--install", str(results[-1])])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status is 1 if a step failed."""
+    """Runs the command; returns the exit status, which is 1 if a step failed."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m jasper_fast.bench.gpu.day", description=__doc__, formatter_class=raw)
-    parser.add_argument("call", choices=("1", "2", "3", "more", "preflight", "table"), metavar="CALL")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu for the stand-in (cuda)")
+    calls = ("1", "2", "3", "more", "preflight", "table")
+    parser.add_argument("call", choices=calls, metavar="CALL", help=f"the call to run: {', '.join(calls)}")
     parser.add_argument(
-        "--out", type=Path, default=paths.OUT / "day", metavar="DIR", help="results and logs (build/bench/day)"
+        "--device", default="cuda", help="device: cuda, cuda:1, or cpu for the small stand-ins (default: cuda)"
     )
     parser.add_argument(
-        "--limit", type=options.seconds, default=LIMIT, metavar="SECONDS", help=f"of the call ({LIMIT:.0f})"
+        "--out",
+        type=Path,
+        default=paths.OUT / "day",
+        metavar="DIR",
+        help="folder for results and logs (default: build/bench/day)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="show the steps with their limits, run nothing")
+    parser.add_argument(
+        "--limit",
+        type=options.seconds,
+        default=LIMIT,
+        metavar="SECONDS",
+        help=f"seconds that the call may take (default: {LIMIT:.0f})",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the steps with their limits, and run nothing")
     args = parser.parse_args(arguments)
-    if args.call in ("preflight", "table"):  # steps of the others
+    if args.call in ("preflight", "table"):  # these are steps of the other calls
         return preflight(args.device) if args.call == "preflight" else install(args.out)
     root, out = paths.checkout("this plan"), args.out.absolute()
     steps = plan(args.call, args.device, out, root)

@@ -1,4 +1,4 @@
-"""What `python -m bench gpu` does before it measures: the most important tests on the device, and tuning."""
+"""What `python -m bench gpu` does before it measures: it runs the most important tests on the device, and it tunes."""
 
 import os
 import subprocess
@@ -14,17 +14,20 @@ from jasper_fast.bench.harness.run import Run
 from jasper_fast.dispatch import choose, tuned, verdicts
 from jasper_fast.kernels import tables
 
-# of each op one file; what runs on a device alone
+# The test files of the ops whose speed matters most, and of the engine.
 TESTS = ("test_bn_relu_dropout.py", "test_conv1d.py", "test_conv1d_triton.py", "test_engine.py")
-LEAST = 5.0  # seconds that are worth starting with
+LEAST = 5.0  # least seconds that tuning gets
 
 
 class TestsFailed(RuntimeError):
-    """A test failed on this device; the message is pytest's last line."""
+    """A test failed on this device. The message names up to three failed tests and ends with pytest's last line."""
 
 
 def tests(run: Run, *, files: tuple[str, ...] = TESTS, chosen: str = "triton or cuda") -> None:
-    """Runs the quick tests of the ops on the device until one fails; prints a line if no tests are installed."""
+    """Runs the quick tests of the ops on the device until one fails.
+
+    `chosen` is pytest's expression for the names of tests. Without installed tests it only prints a line.
+    """
     folder = paths.CHECKOUT and Path(paths.CHECKOUT) / "tests"
     left = seconds_left(run)
     try:
@@ -32,7 +35,7 @@ def tests(run: Run, *, files: tuple[str, ...] = TESTS, chosen: str = "triton or 
     except ImportError:
         folder = None
     if not folder or not folder.is_dir():
-        console.print("gpu: no tests here (they need a checkout, and pip install pytest)")
+        console.print("gpu: no tests here; they need a checkout and pytest (pip install pytest)")
         return
     argv = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", chosen]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -43,7 +46,7 @@ def tests(run: Run, *, files: tuple[str, ...] = TESTS, chosen: str = "triton or 
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise OutOfTime from None
-    last = (done.stdout.strip().splitlines() or ["nothing was run"])[-1]
+    last = (done.stdout.strip().splitlines() or ["pytest printed nothing"])[-1]
     run.results.data["tests"] = {"status": done.returncode, "told": last}
     console.print(f"gpu: tests: {last}", markup=False)
     if done.returncode:
@@ -52,7 +55,8 @@ def tests(run: Run, *, files: tuple[str, ...] = TESTS, chosen: str = "triton or 
 
 
 def tune(run: Run, ops: tuple[str, ...] = cells.OPS) -> None:
-    """Tunes faces and tiles in the run's dtype as far as the time goes; the later parts run with these choices."""
+    """Tunes implementations and tiles in the run's dtype until the time is over. The later parts run with these
+    choices."""
     device = tuned.indexed(run.device)
     todo = [cell for cell in cells.plan(run.device, run.dtype, ops) if not tables.covered(device, cell)]
     with verdicts.locked(tuned.PATIENCE, tuned.LOCK):
@@ -66,5 +70,5 @@ def tune(run: Run, ops: tuple[str, ...] = cells.OPS) -> None:
 
 
 def seconds_left(run: Run) -> float:
-    """Seconds until the part's time is spent."""
+    """Returns the seconds until the part's time is over."""
     return 600.0 if run.deadline is None else max(0.0, run.deadline - time.monotonic())

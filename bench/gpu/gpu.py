@@ -1,13 +1,14 @@
-"""All benchmarks on a GPU in nine minutes, the most valuable numbers first.
+"""All benchmarks on a GPU in nine minutes, the most valuable numbers first: `python -m bench gpu`.
 
-`python -m bench gpu`; each case is on disk as soon as it is measured, and `--resume` goes on after the last one. Every
-part has a share of the time, so that none can take what the later ones need; what is left at the end goes to those that
-were cut off. A part that fails costs the others nothing: where it took the GPU's context with it, the run goes on in a
-new process, and a part is tried twice at most. `--backend auto` is Triton here: these are the numbers that dispatch is
-decided from; what the self-check finds bad is not timed. First come a preflight (compiler, headers, disk, driver,
-clocks, memory, each with the remedy), the tests that matter, the self-check and tuning, whose tiles what follows runs
-with; `python -m bench tune` makes a table of them. With `--device cpu` the same plan runs on a stand-in: the small
-Jasper and small shapes.
+Each case is on disk as soon as it is measured, and `--resume` continues after the last one. Every part has its own
+share of the time, so that none uses up the time of later parts. Time that is left at the end goes to the parts that
+were cut off. A failure does not affect other parts. If it leaves the GPU unusable in this process, the run continues in
+a new process. A part is tried at most twice.
+
+The run begins with a preflight (compiler, headers, disk, driver, clocks, memory), the most important tests, the
+self-check and tuning. Later parts run with the tuned tiles and skip kernels that the self-check found bad. Here
+`--backend auto` means Triton, because these numbers are the basis for the choices of `auto`. With `--device cpu` the
+same plan runs on small stand-ins: the small Jasper and small shapes.
 """
 
 import contextlib
@@ -25,17 +26,17 @@ from jasper_fast.bench.harness.errors import DeviceLost, OutOfTime, first_line
 from jasper_fast.bench.harness.run import Run
 
 BUDGET = 540.0
-CASE = 3.0  # seconds, at most
-GOOD = 10.0  # least seconds left at which another part is started
+CASE = 3.0  # most seconds per case
+GOOD = 10.0  # a part is started only if at least this many seconds are left
 PATIENCE = 60.0  # seconds after a part's time within which Python must return from a kernel or compiler
-UNTIL = "BENCH_GPU_UNTIL"  # the time of day at which the budget ends, for a process that continues a run
+UNTIL = "BENCH_GPU_UNTIL"  # tells a process that continues a run at what time (`time.time`) the budget ends
 
 
 def main(run: Run, budget: float = BUDGET) -> None:
-    """Works through the plan until it is done or the budget, counted from the start of the run, is used up."""
+    """Carries out the plan until it is done or the budget is used up. The budget begins with the start of the run."""
     scale = budget / BUDGET
     end = run.started + budget
-    if UNTIL in os.environ:  # this process continues with the budget of another
+    if UNTIL in os.environ:  # this process continues the run of another, with what is left of its budget
         end = time.monotonic() + float(os.environ.pop(UNTIL)) - time.time()
     changes = {"effort": run.effort.at_most(CASE)}
     if run.device.type == "cuda" and run.backend == "auto":
@@ -44,13 +45,13 @@ def main(run: Run, budget: float = BUDGET) -> None:
     run.results.data["backend"] = run.backend
     parts, faults = (run.results.data.setdefault(name, {}) for name in ("parts", "faults"))
     begun = set()
-    for again in (False, True):  # once within its share of the time, and once more in the time that is left
+    for again in (False, True):  # first every part within its share of the time, then cut-off parts in the time left
         for part in agenda.plan(run):
             how, failed = parts.get(part.title), faults.get(part.title, 0)
             if how == "finished" or failed >= result_file.TRIES:
                 continue
             if (part.title in begun and how != "cut off") if again else failed:
-                continue  # a part that failed in an earlier process comes after the others, and once per process
+                continue  # a part that failed in an earlier process is tried after the others, once per process
             left = end - time.monotonic()
             if left < GOOD:
                 parts.setdefault(part.title, "no time left")
@@ -67,7 +68,7 @@ def main(run: Run, budget: float = BUDGET) -> None:
                     go_on_elsewhere(run, end)
 
             share = left if again else min(left, part.seconds * scale)
-            with outlasted(lambda ended=ended: ended("failed: a kernel or a compiler does not come back", True), share):
+            with outlasted(lambda ended=ended: ended("failed: a kernel or a compiler does not return", True), share):
                 how, gone = _measure(run, part, share)
             ended(how, gone)
             devices.tidy(run.device)
@@ -75,7 +76,7 @@ def main(run: Run, budget: float = BUDGET) -> None:
 
 
 def _measure(run: Run, part: agenda.Part, seconds: float) -> tuple[str, bool]:
-    """How the part ended, and whether the device was lost. A failure does not affect other parts."""
+    """Measures a part; returns how it ended, and whether the device was lost."""
     run, gone = agenda.with_(run, {"deadline": time.monotonic() + seconds}), False
     try:
         with interruption.interrupted_after(seconds):
@@ -90,33 +91,37 @@ def _measure(run: Run, part: agenda.Part, seconds: float) -> tuple[str, bool]:
     interruption.interrupted_after.no_more()
     if how == "cut off":
         end_compilers()
-    if why := devices.lost(run.device):  # an error that appeared too late to know its cause
+    if why := devices.lost(run.device):  # the device reported an error only now
         how, gone = how if how.startswith("failed") else f"failed: {why}", True
     return how, gone
 
 
 def end_compilers() -> None:
-    """Ends the compiling processes of torch.compile, because work that an interrupted part queued there would disturb
-    the timing of the next parts. They are started again when needed."""
+    """Ends the compiling processes of torch.compile, which are started again when needed.
+
+    Otherwise the work that an interrupted part has queued there would disturb the timing of the next parts.
+    """
     compilers = sys.modules.get("torch._inductor.async_compile")
     if compilers is None:
         return
     for pool in list(compilers._pool_set):
         if (process := getattr(pool, "process", None)) is not None:
-            process.kill()  # else the shutdown waits for the queue, up to five minutes
+            process.kill()  # otherwise the shutdown would wait for the queue, for up to five minutes
     compilers.shutdown_compile_workers()
 
 
 def go_on_elsewhere(run: Run, end: float) -> None:
-    """Replaces this process by the same command with --resume, because after an illegal access a process can no longer
-    use the GPU. All results are on disk. Does not return."""
-    console.print("gpu: the device no longer works in this process: continuing in a new one", markup=False)
+    """Replaces this process by the same command with --resume, and so does not return.
+
+    After an illegal memory access a process can no longer use the GPU. All results are on disk.
+    """
+    console.print("gpu: the device no longer works in this process; continuing in a new one", markup=False)
     path = os.pathsep.join(map(str, filter(None, [paths.CHECKOUT, os.environ.get("PYTHONPATH")])))
     env = os.environ | {UNTIL: str(time.time() + end - time.monotonic()), "PYTHONPATH": path}
     sys.stdout.flush()
     sys.stderr.flush()
-    for entry in os.listdir("/proc/self/fd"):  # the driver's files must not keep the old context alive
-        with contextlib.suppress(OSError):  # the descriptor of the listing itself
+    for entry in os.listdir("/proc/self/fd"):  # open files of the driver would keep the old context alive
+        with contextlib.suppress(OSError):  # the descriptor of this listing is closed already
             if int(entry) > 2:
                 os.set_inheritable(int(entry), False)
     signal.setitimer(signal.ITIMER_REAL, 0)  # timers survive exec
@@ -126,8 +131,10 @@ def go_on_elsewhere(run: Run, end: float) -> None:
 
 @contextlib.contextmanager
 def outlasted(give_up: Callable[[], None], seconds: float) -> Iterator[None]:
-    """Calls `give_up` in a thread if the body takes PATIENCE longer than `seconds`: no signal ends a call into C++ that
-    waits for a kernel that never ends."""
+    """A context that calls `give_up` in a thread if it lasts PATIENCE longer than `seconds`.
+
+    A signal cannot interrupt a call into C++ that waits for a kernel that never ends.
+    """
     timer = threading.Timer(seconds + PATIENCE, give_up)
     timer.daemon = True
     timer.start()

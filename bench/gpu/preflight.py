@@ -1,4 +1,4 @@
-"""Checks what the machine needs before anything is measured on it, and names the remedy for each missing item."""
+"""Checks before a run that the machine has what is needed, and names the remedy for each missing item."""
 
 import os
 import shutil
@@ -16,11 +16,11 @@ from jasper_fast.bench.harness.run import Run
 from jasper_fast.dispatch import verdicts
 from jasper_fast.kernels import native
 
-DISK, MEMORY = 2.0, 16.0  # GiB
+DISK, MEMORY = 2.0, 16.0  # GiB that must be free
 
 
 class Finding(NamedTuple):
-    """An item that is needed: whether it is there, what was found, and the remedy."""
+    """An item that is needed: whether it is there, what was found, and the remedy if it is missing."""
 
     what: str
     there: bool
@@ -29,10 +29,10 @@ class Finding(NamedTuple):
 
 
 def findings(device: torch.device) -> Iterator[Finding]:
-    """All items, in the order in which a run would fail without them."""
+    """Yields all items, in the order in which a run would fail without them."""
     yield _compiler()
     headers = Path(sysconfig.get_path("include")) / "Python.h"
-    yield Finding("Python's headers", headers.is_file(), str(headers), "install python3-dev (Triton's launcher is C)")
+    yield Finding("Python's headers", headers.is_file(), str(headers), "install python3-dev (Triton compiles C code)")
     yield from _folders()
     if device.type == "cuda":
         yield from _gpu(device)
@@ -42,7 +42,7 @@ def findings(device: torch.device) -> Iterator[Finding]:
 
 
 def _compiler() -> Finding:
-    """The C compiler with which Triton builds its launcher."""
+    """Returns whether there is a C compiler, with which Triton builds its launcher."""
     name = os.environ.get("CC") or next((c for c in ("gcc", "clang", "cc") if shutil.which(c)), "")
     path = shutil.which(name.split()[0]) if name else None
     return Finding("a C compiler", path is not None, path or name or "none", "install gcc, or name one by CC")
@@ -55,7 +55,7 @@ def _folders() -> Iterator[Finding]:
         there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
         free, can = shutil.disk_usage(there).free / 2**30, os.access(there, os.W_OK)
         told = f"{folder}, {free:.1f} GiB free" + ("" if can else ", not writable")
-        remedy = f"{variable} names a folder that can be written, with {DISK:.0f} GiB free"
+        remedy = f"set {variable} to a writable folder with {DISK:.0f} GiB free"
         yield Finding(f"disk for {what}", can and free >= DISK, told, remedy)
 
 
@@ -65,27 +65,30 @@ def _gpu(device: torch.device) -> Iterator[Finding]:
         told = (
             f"torch {torch.__version__}, built for CUDA {built}" if built else f"torch {torch.__version__}, a CPU build"
         )
-        yield Finding("a GPU", False, told, "a torch for CUDA, and a driver that serves it: see nvidia-smi")
+        yield Finding("a GPU", False, told, "install a torch for CUDA, and a driver that supports it (see nvidia-smi)")
         return
     newest, built = nvml.cuda_driver(), torch.version.cuda
-    told = f"serves CUDA {newest or 'unknown'}, torch is built for {built}"
-    # newer minor versions run on a driver of the same major one
+    told = f"supports CUDA {newest or 'unknown'}, torch is built for {built}"
+    # A driver also runs programs for newer minor versions of its major version.
     serves = newest is None or built is None or int(newest.split(".")[0]) >= int(built.split(".")[0])
     yield Finding("the driver", serves, told, "update the NVIDIA driver, or install a torch for an older CUDA")
     free, whole = (size / 2**30 for size in torch.cuda.mem_get_info(device))
     told = f"{free:.1f} of {whole:.1f} GiB"
-    yield Finding("free memory", free >= min(MEMORY, 0.8 * whole), told, "end who has it: see nvidia-smi")
+    remedy = "end the processes that use the GPU (see nvidia-smi)"
+    yield Finding("free memory", free >= min(MEMORY, 0.8 * whole), told, remedy)
     clocks = nvml.read(device)
     held = ", ".join(clocks.get("held_by") or ())
     told = f"{clocks.get('sm_mhz', 'unknown')} MHz, {clocks.get('temperature_c', 'unknown')} degrees" + (
         held and f": {held}"
     )
-    yield Finding("clocks", not held, told, "let it cool; nvidia-smi -q -d PERFORMANCE says what limits them")
+    yield Finding("clocks", not held, told, "let the GPU cool; nvidia-smi -q -d PERFORMANCE says what limits its clock")
 
 
 def main(run: Run) -> None:
-    """Prints a line for each item and adds all to the result. A missing item does not end the run, because other parts
-    may still work."""
+    """Prints a line for each item and adds them to the result.
+
+    A missing item does not end the run, because other parts may still work.
+    """
     found = list(findings(run.device))
     for one in found:
         mark = "ok" if one.there else "MISSING"

@@ -10,8 +10,11 @@ from jasper_fast.selfcheck import checks
 
 
 def selfcheck(run: Run, *, quick: bool, **which: tuple[str, ...]) -> None:
-    """Runs `jasper-fast selfcheck` for this device and saves its verdicts. `which`: the `ops`, `faces` and `dtypes` to
-    check (default: all). If time runs out, the verdicts so far are saved."""
+    """Runs `jasper-fast selfcheck` for this device and saves its verdicts.
+
+    `which`: the `ops`, `faces` and `dtypes` to check (default: all). If the time runs out, the verdicts so far are
+    saved.
+    """
     started, report = time.monotonic(), probe.Report()
     try:
         probe.supervise(run.device, quick=quick, report=report, **which)
@@ -36,12 +39,12 @@ def keep_verdicts(run: Run, rows: Sequence[dict], quick: bool, seconds: float) -
 
 
 def group(row: dict) -> tuple[str, str, str]:
-    """The op, face and dtype of a verdict."""
+    """Returns the op, face (implementation) and dtype of a verdict."""
     return row["op"], row["face"], row["dtype"]
 
 
 def selfcheck_in_full(run: Run) -> None:
-    """Runs all checks, first those of the run's dtype. Checks whose verdict is known are not run again."""
+    """Runs all checks whose verdict is not known yet, first those of the run's dtype."""
     kept = run.results.data.get("selfcheck", {}).get("verdicts", ())
     done = {group(v) for v in kept if not v["quick"]}
     left = [c for c in checks.plan(run.device) if (c.op, c.face, c.dtype) not in done]

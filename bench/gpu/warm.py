@@ -1,8 +1,8 @@
-"""Compiles the kernels of `python -m bench gpu` in several processes, while that command checks kernels.
+"""Compiles kernels for `python -m bench gpu` in advance: `ahead` starts several processes with this module.
 
 Triton compiles a kernel in the process that first launches it, which takes seconds, and saves it on disk for other
-processes. So each of these processes runs our contender once for some of the cases. Errors are ignored here, because
-they occur again, and are reported, when the case is measured.
+processes. So each of these processes runs our contender once for some of the cases. Errors are ignored here. They occur
+again when the case is measured, and are reported then.
 """
 
 import argparse
@@ -23,27 +23,27 @@ from jasper_fast.bench.harness.run import Run
 
 @dataclass
 class Collector(Run):
-    """A run that only collects its cases and measures nothing."""
+    """A run that collects its cases and measures nothing."""
 
     found: list[Case] = field(default_factory=list)
 
     def cases(self, title: str, cases: Sequence[Case]) -> list[dict]:
-        """Collects the cases."""
+        """Adds the cases to `found`."""
         self.found += cases
         return []
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The main function of one of the processes."""
+    """Compiles the kernels of some cases; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("device", "dtype", "backend"):
         parser.add_argument(name)
     parser.add_argument("titles", nargs="+")
-    parser.add_argument("--take", default="0,1", metavar="I,N", help="every Nth case from the Ith on")
+    parser.add_argument("--take", default="0,1", metavar="I,N", help="compile every Nth case from the Ith on")
     args = parser.parse_args(arguments)
     results, device = result_file.Results(Path(os.devnull), {}), torch.device(args.device)
-    if device.index is not None:  # an engine makes streams and graphs on the current device
-        torch.cuda.set_device(device)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # an engine makes streams and graphs on the current device
     run = Collector(device, getattr(torch, args.dtype), args.backend, False, results)
     for part in agenda.plan(run):
         if part.title in args.titles:

@@ -1,1 +1,1 @@
-"""`python -m bench tune`: measures tiles and faces on this GPU; dispatch chooses by the resulting table."""
+"""`python -m bench tune`: measures implementations and tiles on this GPU. Dispatch chooses by the resulting table."""

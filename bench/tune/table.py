@@ -1,5 +1,4 @@
-"""The table in a result of `python -m bench tune`: its rows and header, its installation, and the summary for the
-user."""
+"""The table in a result of `python -m bench tune`: its rows, its header, its installation, and a summary."""
 
 import json
 from pathlib import Path
@@ -12,16 +11,16 @@ from jasper_fast.bench.report import terminal, words
 from jasper_fast.kernels import tables
 from jasper_fast.kernels.tables import Cell
 
-PLAIN = ("aten library", "reference library")  # what is not ours
+PLAIN = ("aten library", "reference library")  # contenders that are plain PyTorch
 
 
 def case_id(cell: Cell) -> str:
-    """The cell as the rows of a result name it."""
+    """Returns the name of the cell in the rows of a result."""
     return "tune " + " ".join(map(str, cell))
 
 
 def shape_of(cell: Cell) -> str:
-    """The batch that a cell is timed on, for people."""
+    """Returns the shape on which a cell is timed, for messages."""
     n, frames = cell.batch
     if cell.op in tables.NORM_OPS:
         return f"({n}, {cell.c_in}, {frames})"
@@ -30,7 +29,7 @@ def shape_of(cell: Cell) -> str:
 
 
 def rows_of(cell: Cell, found: dict) -> list[dict]:
-    """The rows of a cell that was tuned: one a contender, those without a number say why."""
+    """Returns the rows of a tuned cell, one per contender. Rows without a number have the reason."""
     flops, nbytes = work(cell)
     key = {"op": cell.op, "shape": shape_of(cell), "dtype": cell.dtype}
     row = {"bench": "tune", "key": key, "dtype": cell.dtype}
@@ -49,7 +48,7 @@ def rows_of(cell: Cell, found: dict) -> list[dict]:
 
 
 def put_table(run: Run) -> None:
-    """Makes the table from the rows of the result, checks it, adds it to the result, and writes the file."""
+    """Makes the table from the rows of the result, checks it, adds it to the result, and writes the result file."""
     found = {
         "header": table_header(run.results.data),
         "rows": [row.plain() for row in winners(run.results.data["rows"])],
@@ -60,7 +59,7 @@ def put_table(run: Run) -> None:
 
 
 def winners(rows: list[dict]) -> list[tables.Row]:
-    """The fastest right configuration of each key of the table."""
+    """Returns the fastest right configuration for each key of the table."""
     best: dict[tuple, tables.Row] = {}
     for row in rows:
         if row["status"] == "ok":
@@ -71,7 +70,7 @@ def winners(rows: list[dict]) -> list[tables.Row]:
 
 
 def table_header(data: dict) -> dict[str, str]:
-    """Where a table's numbers come from."""
+    """Returns the header of a table, which says where its numbers come from."""
     of, gpu = data["machine"], data["machine"]["gpu"]
     return {
         "gpu": gpu["name"] if gpu else of["name"],
@@ -88,18 +87,20 @@ def table_header(data: dict) -> dict[str, str]:
 
 
 def install(path: Path) -> int:
-    """Merges the table of a result into the one of its GPU; rows of other versions of driver, torch or Triton are
-    dropped."""
+    """Merges the table of a result into the committed table of its GPU; returns the exit status.
+
+    If the committed rows are from other versions of driver, torch or Triton, they are dropped.
+    """
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         say(f"{path}: cannot be read: {error}")
         return 1
     if data.get("command") != "tune" or not data.get("table"):
-        say(f"{path}: no result of `python -m bench tune`")
+        say(f"{path}: not a result of `python -m bench tune`; run that first")
         return 1
     if data["machine"]["gpu"] is None:
-        say(f"{path}: measured with the stand-in on a CPU: only the result of a GPU can be a table")
+        say(f"{path}: this was measured on a CPU, in Triton's interpreter; install the result of a GPU")
         return 1
     try:
         new = tables.parse(data["table"], f"{path}: table")
@@ -112,7 +113,7 @@ def install(path: Path) -> int:
         same = all(old.header[k] == new.header[k] for k in ("driver", "torch", "triton"))
         rows = ({row.key: row for row in old.rows} if same else {}) | rows
         if not same:
-            say(f"the {len(old.rows)} rows of other versions of driver, torch or Triton are replaced")
+            say(f"dropped {len(old.rows)} rows that were measured with another driver, torch or Triton")
     target = tables.folder() / f"{tables.slug(new.header['gpu'])}.json"
     tables.write(target, new.header, rows.values())
     say(f"wrote {len(rows)} rows, {len(new.rows)} of them new, to {target}; now run `jasper-fast selfcheck`")
@@ -120,12 +121,12 @@ def install(path: Path) -> int:
 
 
 def say(text: str) -> None:
-    """A line for a person, never folded: it may hold a path."""
+    """Prints a line without wrapping it, because it may contain a path."""
     console.print(text, soft_wrap=True, markup=False)
 
 
 def summary(run: Run, done: int, of: int) -> None:
-    """The winners compared with plain PyTorch, and the configurations that were not chosen, with reasons."""
+    """Prints the fastest configurations compared with plain PyTorch, and the contenders without a number."""
     rows = run.results.data["rows"]
     headings = ("op", "shape", "fastest of ours", "time", "rate", "PyTorch / ours")
     shown = terminal.table(f"tune: {done} of {of} cases", headings, 3)

@@ -1,13 +1,16 @@
-"""Which tile and which face: `python -m bench tune` measures, `--install RESULT` makes it the table of this GPU.
+"""Finds the fastest implementation and tile of each op on this GPU, for the table by which `--backend auto` chooses.
 
-The tuner is that of first uses (`jasper-fast tune`): here over every distinct conv of Jasper 10x5 and every width of
-its bn_relu_dropout, at the batches that a table answers for, those of the most work first, so that a run cut off has
-the most valuable rows. All kernels are compiled ahead in parallel; each contender is held against fp64 first; what is
-wrong, spills or does not compile is a row that says so and is never chosen. On a GPU a contender is a CUDA graph of one
-call over a batch with the padding of speech, and what is measured is this user's choice at once. The result file holds
-the table as far as it has come; `--resume` goes on.
+`python -m bench tune` measures, and `python -m bench tune --install RESULT` puts the result into the committed table of
+its GPU. The tuner is also the one that runs at first uses (`jasper-fast tune`). Here it times every distinct conv of
+Jasper 10x5 and every width of its bn_relu_dropout, at several batches. The shapes with the most work come first, so
+that an interrupted run has the most valuable rows.
 
-With TRITON_INTERPRET=1 and `--device cpu` the same code runs on tiny shapes in Triton's interpreter: a stand-in, whose
+All kernels are compiled in advance, in parallel. Each contender is first compared with fp64. One that is wrong, spills
+registers or does not compile gets a row that says so, and is never chosen. On a GPU a contender is a CUDA graph of one
+call, on a batch with as much padding as a batch of speech. The measured choices take effect for this user at once. The
+result file has the table so far, and `--resume` continues.
+
+With TRITON_INTERPRET=1 and `--device cpu` the same code runs on tiny shapes in Triton's interpreter, as a test. Such a
 result cannot be installed.
 """
 
@@ -25,21 +28,31 @@ from jasper_fast.bench.harness.run import Run
 from jasper_fast.bench.tune.table import case_id, install, put_table, rows_of, say, shape_of, summary
 from jasper_fast.dispatch import backends, tuned, verdicts
 
-OUT_OF_TIME = 4  # exit status
+OUT_OF_TIME = 4  # exit status if the budget is used up
 BUDGET = 540.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the subcommand."""
+    """Adds the options of the subcommand."""
     parser.add_argument(
-        "--device", type=options.device, default=None, help="cuda, cuda:1, or cpu for the stand-in (default: the GPU)"
+        "--device",
+        type=options.device,
+        default=None,
+        help="device to tune: cuda, cuda:1, or cpu for Triton's interpreter (default: the GPU)",
     )
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default=None, help="default: bf16; fp32 on a CPU")
-    parser.add_argument("--ops", default="all", help=f"all, or some of {','.join(OPS)}")
-    parser.add_argument("--seconds", type=options.seconds, default=None, help="to time a shape in (1.5 at most)")
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "fp16", "bf16"),
+        default=None,
+        help="type of the activations (default: bf16, on a CPU fp32)",
+    )
+    parser.add_argument("--ops", default="all", help=f"ops to tune: all, or some of {','.join(OPS)} (default: all)")
+    parser.add_argument(
+        "--seconds", type=options.seconds, default=None, help="seconds to time a shape (default: at most 1.5)"
+    )
     parser.add_argument(
         "--budget", type=options.seconds, default=BUDGET, metavar="SECONDS",
-        help=f"when to stop ({BUDGET:.0f}), with exit status {OUT_OF_TIME}; --resume goes on",
+        help=f"stop after SECONDS with exit status {OUT_OF_TIME}; --resume continues (default: {BUDGET:.0f})",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, default=paths.OUT, metavar="DIR",
@@ -49,15 +62,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="continue the last interrupted run on this machine and commit"
     )
     parser.add_argument(
-        "--install", type=Path, metavar="RESULT", help="only put the rows of a result into the table of its GPU"
+        "--install",
+        type=Path,
+        metavar="RESULT",
+        help="measure nothing; put the rows of a result file into the committed table of its GPU",
     )
     parser.set_defaults(threads=None, quick=False, backend="triton", rivals="default")
 
 
 def main(args: argparse.Namespace, start: Callable[[argparse.Namespace], Run]) -> int:
-    """Run the subcommand; returns its exit status.
+    """Runs the subcommand and returns the exit status.
 
-    0: all is measured; 1: an unusable result, or no process that tunes; 4: out of time, --resume goes on.
+    It is 0 if all is measured, 1 if the result of --install is unusable or the tuning process fails, and 4 if the
+    budget is used up; --resume then continues.
     """
     if args.install:
         return install(args.install)
@@ -76,7 +93,10 @@ def main(args: argparse.Namespace, start: Callable[[argparse.Namespace], Run]) -
 
 
 def tune(run: Run, ops: tuple[str, ...], budget: float, seconds: float | None = None) -> int:
-    """Work through the cells until they are done or the budget is spent; the file is written after each."""
+    """Tunes the cells until all are done or the budget is used up; returns the exit status.
+
+    The result file is written after each cell.
+    """
     cells, device = plan(run.device, run.dtype, ops), tuned.indexed(run.device)
     have = {row["id"].rsplit(" / ", 1)[0] for row in run.results.data["rows"]}
     todo, status, written = [cell for cell in cells if case_id(cell) not in have], 0, 0
