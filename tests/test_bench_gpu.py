@@ -518,7 +518,7 @@ assert machine.clocks(torch.device("cuda")) == {}
 sys.exit(cli.main(["gpu", "--device", "cpu", "--quick", "--out", sys.argv[1]]))
 """
     done = python(script, tmp_path)
-    assert "a page of results needs Jinja2: pip install jinja2" in done.stderr
+    assert "the HTML page needs Jinja2: pip install jinja2" in done.stderr
     assert "pip install nvidia-ml-py" in done.stderr
     assert len(list(tmp_path.glob("gpu_*.json"))) == 1 and not list(tmp_path.glob("*.html"))
 

@@ -111,7 +111,7 @@ def test_differences_show_old_and_new(tmp_path):
     assert gate.differences(old, new) == [
         "sm_80 float16 a [T128] any: registers 128 -> 130, spilled 0 -> 8",
         "sm_80 float16 c [T128] any: new, not in the committed table",
-        "sm_80 float16 b [T128] any: in the committed table, no longer made",
+        "sm_80 float16 b [T128] any: in the committed table, but no longer compiled",
     ]
     assert gate.differences(old, old) == []
     table = tmp_path / "table.json"

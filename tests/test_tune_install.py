@@ -79,10 +79,10 @@ def test_results_of_the_same_versions_add_up_and_others_are_replaced(tmp_path):
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda path: result(path, gpu=None), "only the result of a GPU can be a table"),
+        (lambda path: result(path, gpu=None), "install the result of a GPU"),
         (lambda path: result(path, spilled=8), "row 1: the kernel spills 8 bytes"),
         (lambda path: path, "cannot be read"),
-        (lambda path: path.write_text('{"command": "kernels"}') and path, "no result of `python -m bench tune`"),
+        (lambda path: path.write_text('{"command": "kernels"}') and path, "not a result of `python -m bench tune`"),
     ],
     ids=["stand-in", "faulty row", "no file", "another command"],
 )

@@ -1,1 +1,1 @@
-"""The ahead-of-time gate: compiles every Triton kernel without a GPU and checks it by rules and committed tables."""
+"""The ahead-of-time gate: compiles every kernel without a GPU and checks it by rules and by committed tables."""

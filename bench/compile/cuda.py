@@ -1,7 +1,8 @@
-"""The gate of the CUDA C++ convs: csrc/cuda/conv1d.cu compiled by nvcc for each architecture, without a GPU.
+"""The gate of the convs in CUDA C++: compiles csrc/cuda/conv1d.cu with nvcc for each architecture, without a GPU.
 
-`python -m bench compile --cuda` prints what each kernel uses, and fails where one spills, lost its tensor cores or its
-asynchronous copies, waits between products of one step, or differs from bench/compiled/nvcc-VERSION.json.
+`python -m bench compile --cuda` prints the registers and instructions of each kernel. It fails if a kernel spills
+registers, does not use tensor cores or asynchronous copies where it should, waits between the products of one step, or
+differs from bench/compiled/nvcc-VERSION.json.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from jasper_fast.bench.harness import options, paths
 from jasper_fast.bench.harness.machine import commit
 
 ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
-QUICK = ("75", "80", "90a")  # one for each inner loop
+QUICK = ("75", "80", "90a")  # one architecture for each inner loop
 INSTRUCTIONS = {
     "HGMMA": "wgmma", "HMMA": "mma_sync", "LDSM": "ldmatrix", "LDGSTS": "cp_async", "UBLKCP": "bulk_copies",
     "ACQBULK": "grid_waits", "STL": "local_stores", "LDL": "local_loads",
@@ -38,12 +39,12 @@ _MODES = {"0": "plain", "1": "stats", "2": "norm", "3": "log-softmax"}
 
 
 def flags(arch: str) -> list[str]:
-    """The options with which the library is built for one architecture."""
+    """Returns nvcc's options for one architecture, as in the build of the library."""
     return ["-O3", "-std=c++20", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", "-Xptxas", "-v"]
 
 
 def compile_for(nvcc: str, arch: str, folder: Path) -> list[dict]:
-    """The facts of every kernel that is not empty on `arch`."""
+    """Returns a row with the facts of every kernel that is not empty on `arch`."""
     folder.mkdir(parents=True, exist_ok=True)
     cubin = folder / f"conv1d.sm_{arch}.cubin"
     command = [nvcc, *flags(arch), "-cubin", "-o", str(cubin), str(SOURCE)]
@@ -58,7 +59,7 @@ def compile_for(nvcc: str, arch: str, folder: Path) -> list[dict]:
         counts = Counter(INSTRUCTIONS[word] for word in code if word in INSTRUCTIONS)
         name = describe(_demangle(symbol))
         if name is None or (not counts["wgmma"] and not counts["mma_sync"] and "conv" in name.split()[0]):
-            continue  # the body is empty: a kernel of another architecture
+            continue  # the body is empty, because the kernel is for another architecture
         if name.startswith("wgrad_") and not counts["mma_sync"]:
             continue
         rows.append({"arch": arch, "kernel": name} | dict.fromkeys(FACTS, 0) | used[symbol] | counts | _waits(code))
@@ -66,7 +67,10 @@ def compile_for(nvcc: str, arch: str, folder: Path) -> list[dict]:
 
 
 def describe(name: str) -> str | None:
-    """A readable name for a demangled kernel, such as "conv_90 fp16 stats 216"; "dgrad" means transposed weights."""
+    """Returns a readable name for a demangled kernel, such as "conv_90 fp16 stats 216", or None.
+
+    "dgrad" in it means that the weights are transposed.
+    """
     found = _KERNEL.search(name)
     if found is None:
         return None
@@ -80,7 +84,7 @@ def describe(name: str) -> str | None:
 
 
 def _resources(log: str) -> dict[str, dict]:
-    """Registers, stack and spills by symbol, of what `ptxas -v` prints."""
+    """Returns registers, stack and spills by symbol, from the output of `ptxas -v`."""
     found: dict[str, dict] = {}
     symbol = ""
     for line in log.splitlines():
@@ -95,7 +99,7 @@ def _resources(log: str) -> dict[str, dict]:
 
 
 def _functions(cubin: Path) -> dict[str, list[str]]:
-    """The opcodes of each kernel in order."""
+    """Returns the opcodes of each kernel, in order, by symbol."""
     listing = subprocess.run([_tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
     found: dict[str, list[str]] = {}
     code: list[str] = []
@@ -109,19 +113,19 @@ def _functions(cubin: Path) -> dict[str, list[str]]:
 
 
 def _waits(code: list[str]) -> dict[str, int]:
-    """The number of waits between two products of one step, which show that the compiler serialised them."""
+    """Returns the number of waits between products of one step. Such waits mean that the compiler serialised them."""
     products = [i for i, word in enumerate(code) if word == "HGMMA"]
     return {"waits": sum("DRAIN" in code[a:b] for a, b in itertools.pairwise(products))}
 
 
 def _tool(name: str) -> str:
-    """The path of a tool of the CUDA toolkit, or of Triton's copy of it."""
+    """Returns the path of a tool of the CUDA toolkit, or of Triton's copy of it."""
     import triton
 
     bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     found = shutil.which(name) or (str(bundled) if bundled.exists() else None)
     if found is None:
-        raise SystemExit(f"{name} is not found: it comes with the CUDA toolkit, and with Triton's wheels")
+        raise SystemExit(f"{name} is not found; install the CUDA toolkit or Triton, which both contain it")
     return found
 
 
@@ -133,10 +137,10 @@ def _demangle(symbol: str) -> str:
 
 
 def complaints(row: dict) -> list[str]:
-    """The faults of a kernel, one line each."""
+    """Returns the faults of a kernel, one line each."""
     found, kernel = [], row["kernel"]
     if row["spilled"] or row["stack"] or row["local_loads"] or row["local_stores"]:
-        found.append(f"{row['spilled']} bytes spilled, {row['stack']} bytes of stack a thread")
+        found.append(f"{row['spilled']} bytes spilled, {row['stack']} bytes of stack per thread")
     if row["waits"]:
         found.append(f"{row['waits']} waits between products of one step")
     wanted = {"conv_90": ("wgmma", "bulk_copies", "cp_async"), "conv_80": ("mma_sync", "ldmatrix", "cp_async")}
@@ -144,23 +148,23 @@ def complaints(row: dict) -> list[str]:
     found += [f"no {name} instruction" for name in wanted.get(kernel.split()[0], ()) if not row[name]]
     chained = kernel.startswith("conv_") and not {"stats", "norm", "dgrad"} & set(kernel.split())
     if chained and int(row["arch"].rstrip("a")) >= 90 and not row["grid_waits"]:
-        found.append("no wait for the launch before it, with which it may overlap")
+        found.append("no wait for the previous launch, although the two may overlap")
     return found
 
 
 def read(table: Path) -> list[dict]:
-    """The rows of a table; the file leaves out facts that are 0."""
+    """Returns the rows of a table. Facts that the file leaves out are 0."""
     return [dict.fromkeys(FACTS, 0) | row for row in json.loads(table.read_text())["rows"]]
 
 
 def write(table: Path, version: str, rows: Iterable[dict]) -> None:
-    """The table as JSON with one line per row, so that diffs are readable."""
+    """Writes the table as JSON with one line per row, so that diffs are readable."""
     lines = ",\n".join(json.dumps({k: v for k, v in row.items() if v != 0}) for row in rows)
     table.write_text(f'{{"nvcc": {json.dumps(version)}, "rows": [\n{lines}\n]}}\n')
 
 
 def differences(old: list[dict], new: list[dict], archs: Iterable[str]) -> list[str]:
-    """A line for each kernel of `archs` that is new, gone or changed."""
+    """Returns a line for each kernel of `archs` that is new, gone or changed."""
     before = {(row["arch"], row["kernel"]): row for row in old if row["arch"] in archs}
     after = {(row["arch"], row["kernel"]): row for row in new}
     lines = [f"sm_{a} {k}: in the committed table, but no longer compiled" for a, k in before.keys() - after.keys()]
@@ -174,7 +178,7 @@ def differences(old: list[dict], new: list[dict], archs: Iterable[str]) -> list[
 
 
 def show(rows: list[dict]) -> None:
-    """Every kernel with its facts, aligned."""
+    """Prints every kernel with its facts, as an aligned table."""
     names = [f"sm_{row['arch']} {row['kernel']}" for row in rows]
     wide = max(map(len, names), default=0)
     print(" ".join([" " * wide, *(f"{fact:>12}" for fact in FACTS)]))
@@ -183,11 +187,14 @@ def show(rows: list[dict]) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Compile, print, judge; 1 where a rule is broken or the table differs, 2 without nvcc."""
+    """Compiles the kernels, prints and checks them; returns the exit status.
+
+    It is 1 if a rule is broken or the table differs, and 2 without nvcc.
+    """
     build = runpy.run_path(str(paths.BENCH.parent / "csrc" / "build.py"))
     nvcc = build["find_nvcc"]()
     if nvcc is None:
-        print("no nvcc: put it on PATH or set CUDA_HOME", file=sys.stderr)
+        print("nvcc is not found; put it on PATH or set CUDA_HOME", file=sys.stderr)
         return 2
     told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     version = re.search(r"release (\d+\.\d+)", told).group(1)
@@ -219,7 +226,7 @@ def main(args: argparse.Namespace) -> int:
     for line in broken:
         print(f"FAILED {line}")
     if not table.exists() and not args.update:
-        print(f"FAILED no table for nvcc {version} at {table}: make it with --update and commit it")
+        print(f"FAILED there is no table for nvcc {version} at {table}; make it with --update and commit it")
         return 1
     old = read(table) if table.exists() else []
     changes = differences(old, rows, archs)

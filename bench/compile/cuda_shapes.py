@@ -1,9 +1,13 @@
-"""What the CUDA convs should cost by arithmetic, beside what nvcc compiled: `bench compile --cuda --shapes`.
+"""Calculates what the CUDA convs should cost: `python -m bench compile --cuda --shapes`.
 
-For each conv of Jasper 10x5, N = 32 utterances of 16.7 s (T' = 835), the tile that is planned; CTAs that a
-multiprocessor holds by their shared memory and registers; bytes from L2 a step (128 output channels, 64 input channels,
-one tap); and clocks a step of the tensor cores, of the shared-memory port (128 bytes a clock) and of L2 (64 bytes a
-clock and multiprocessor). The largest of the three bounds the loop.
+It prints a line for each conv of Jasper 10x5, for N = 32 utterances of 16.7 s (T' = 835). The columns are:
+
+    frames                  the planned tile
+    regs                    registers per thread, from nvcc
+    CTAs                    how many fit on a multiprocessor, by their shared memory and registers
+    KB/step                 read from L2 in a step (128 output channels, 64 input channels, one tap)
+    tensor, port, L2        clock cycles of a step in the tensor cores, in the shared-memory port (128 bytes per cycle),
+                            and in L2 (64 bytes per cycle and multiprocessor). The largest is the limit of the loop.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ SHAPES = (
     (512, 512, 17, 1, 1), (512, 640, 21, 1, 1), (640, 640, 21, 1, 1), (640, 768, 25, 1, 1), (768, 768, 25, 1, 1),
     (768, 896, 29, 1, 2), (896, 1024, 1, 1, 1), (1024, 29, 1, 1, 1),
 )  # fmt: skip
-# architecture of the table, a GPU of it: inner loop, multiprocessors, shared memory of a block
+# By the architecture of the table, one GPU: its inner loop, multiprocessors, and most shared memory of a block.
 GPUS = {
     "75": ("T4", cuda_tiles.Gpu(75, 40, 65536)), "80": ("A100", cuda_tiles.Gpu(80, 108, 166912)),
     "86": ("A10", cuda_tiles.Gpu(80, 72, 101376, products=512)),
@@ -31,7 +35,7 @@ FRAMES, BATCH = 835, 32
 
 
 def show(rows: Iterable[dict]) -> None:
-    """A line for each shape and architecture, from the gate's `rows`."""
+    """Prints a line for each architecture and shape. `rows` are those of the gate, and have the registers."""
     registers = {(row["arch"], row["kernel"]): row["registers"] for row in rows}
     print(f"N = {BATCH}, T' = {FRAMES}, fp16, forward with statistics")
     print(f"{'GPU':>5} {'conv':<22}{'frames':>7}{'regs':>6}{'CTAs':>6}{'KB/step':>9}{'tensor':>8}{'port':>6}{'L2':>6}")

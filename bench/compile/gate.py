@@ -1,7 +1,8 @@
-"""The ahead-of-time gate: compiles every kernel that dispatch can choose for each architecture, without a GPU.
+"""The ahead-of-time gate: compiles every Triton kernel that dispatch can choose, for each architecture, without a GPU.
 
-`python -m bench compile` prints what each kernel uses. It fails if a kernel spills, needs more shared memory than the
-architecture has, lost its tensor cores or its asynchronous copies, or differs from bench/compiled/triton-VERSION.json.
+`python -m bench compile` prints the registers, shared memory and instructions of each kernel. It fails if a kernel
+spills registers, needs more shared memory than the architecture has, does not use tensor cores or asynchronous copies
+where it should, or differs from bench/compiled/triton-VERSION.json.
 """
 
 import argparse
@@ -31,34 +32,34 @@ FACTS = (
     "registers", "spilled", "shared", "dots", "dot_rows", "wgmma", "mma_sync", "tcgen05", "tma", "cp_async",
     "wide_loads", "wide_stores", "narrow_loads", "waiting_loads", "nan_eaters",
 )  # fmt: skip
-COLD = re.compile(r"merge|pack")  # run once per step over little data, so a spill costs almost nothing
+COLD = re.compile(r"merge|pack")  # these run once per step on little data, so a spill costs almost nothing
 
 
 @dataclass(frozen=True)
 class Job:
-    """A future row: its place in the table, and what is compiled for it."""
+    """What is compiled for one row of the table, and the key of that row."""
 
     arch: int
     dtype: str
     kernel: str
     layer: str
-    source: object  # an aot.Source; not named here, so that --help does not import Triton
+    source: object  # an aot.Source, whose module is not imported here, so that --help does not import Triton
 
     @property
     def tile(self) -> str:
-        """The blocks, warps and stages, as the kernel names them."""
+        """The block sizes by the kernel's names, the warps (w) and the stages (s), such as "C64 T128 w4 s3"."""
         s = self.source
         blocks = (f"{k.removeprefix('BLOCK_')}{v}" for k, v in s.constants.items() if k.startswith("BLOCK_"))
         return " ".join([*blocks, f"w{s.options['num_warps']}", f"s{s.options['num_stages']}"])
 
     @property
     def key(self) -> tuple:
-        """The key of the row in every table."""
+        """The key of the row in the tables."""
         return self.arch, self.dtype, self.kernel, self.tile, self.layer
 
     @functools.cached_property
     def digest(self) -> str:
-        """The key of its code in the cache."""
+        """The key of the code in the cache."""
         return self.source.digest(self.arch)
 
 
@@ -66,7 +67,7 @@ class Job:
 
 
 def jobs(archs: Iterable[int], dtypes: Iterable[str]) -> Iterator[Job]:
-    """Each distinct launch of Jasper 10x5's layers once, under the name of the widest layer that makes it."""
+    """Yields each distinct launch of Jasper 10x5's layers once. It has the name of the widest layer that makes it."""
     from jasper_fast.bench.compile.launches import recorded
 
     for arch in archs:
@@ -77,7 +78,7 @@ def jobs(archs: Iterable[int], dtypes: Iterable[str]) -> Iterator[Job]:
                 if (kernel, source) in seen:
                     continue
                 if job.key in seen:
-                    raise ValueError(f"two launches called {label(job.key)} differ: their sources need other names")
+                    raise ValueError(f"two different launches are called {label(job.key)}; give them different names")
                 seen |= {(kernel, source), job.key}
                 yield job
 
@@ -86,7 +87,10 @@ def jobs(archs: Iterable[int], dtypes: Iterable[str]) -> Iterator[Job]:
 
 
 def compiled(todo: list[Job], processes: int, cache: Path | None, on_row: Callable[[], None]) -> dict[str, dict]:
-    """The facts of every job by digest, from the cache or compiled now by `processes` processes."""
+    """Returns the facts of every job by digest.
+
+    What is not in the cache is compiled by `processes` processes. `on_row` is called after each compilation.
+    """
     known = json.loads(cache.read_text()) if cache is not None and cache.exists() else {}
     missing = {job.digest: job for job in todo if job.digest not in known}
     if not missing:
@@ -118,7 +122,7 @@ def _facts(arch: int, dtype: str, key: tuple, digest: str) -> dict:
 
     job = _by_key(arch, dtype).get(key)
     if job is None or job.digest != digest:
-        raise RuntimeError(f"{label(key)} changed on disk while kernels were being compiled: run again")
+        raise RuntimeError(f"{label(key)} changed on disk while kernels were compiled; run the command again")
     found = aot.compile_for(job.source, arch)
     return {name: getattr(found, name) for name in FACTS}
 
@@ -128,15 +132,17 @@ def _facts(arch: int, dtype: str, key: tuple, digest: str) -> dict:
 
 @dataclass(frozen=True)
 class Rule:
-    """`broken(job, facts)` returns what is wrong, or None. `spared`: the kernels that the rule does not apply to, and
-    why."""
+    """A rule for kernels. `broken(job, facts)` returns what is wrong, or None.
+
+    `spared` has patterns of the kernels to which the rule does not apply, with the reasons.
+    """
 
     name: str
     broken: Callable[[Job, dict], str | None]
     spared: tuple[tuple[str, str], ...] = ()
 
     def complaint(self, job: Job, facts: dict) -> str | None:
-        """The complaint of the rule about a row, or None."""
+        """Returns the complaint of the rule about a row, or None."""
         if any(re.search(pattern, label(job.key)) for pattern, _ in self.spared):
             return None
         return self.broken(job, facts)
@@ -144,14 +150,14 @@ class Rule:
 
 def _spill(job: Job, facts: dict) -> str | None:
     spilled = facts["spilled"] and not COLD.search(job.kernel)
-    return f"{facts['spilled']} bytes of stack a thread" if spilled else None
+    return f"{facts['spilled']} bytes of stack per thread" if spilled else None
 
 
 def _shared(job: Job, facts: dict) -> str | None:
     from jasper_fast.kernels.tables import SHARED_LIMIT
 
     limit = SHARED_LIMIT.get(f"sm_{job.arch}", SHARED_LIMIT["sm_90"])
-    return f"{facts['shared']} bytes a block, the architecture has {limit}" if facts["shared"] > limit else None
+    return f"{facts['shared']} bytes per block, but the architecture has {limit}" if facts["shared"] > limit else None
 
 
 def _exact(job: Job) -> bool:
@@ -161,18 +167,18 @@ def _exact(job: Job) -> bool:
 
 def _exact_products(job: Job, facts: dict) -> str | None:
     rounded = sum(facts[unit] for unit in ("wgmma", "mma_sync", "tcgen05"))
-    return f"{rounded} tensor-core instructions: they round fp32 to TF32" if _exact(job) and rounded else None
+    return f"{rounded} tensor-core instructions, which round fp32 to TF32" if _exact(job) and rounded else None
 
 
 def _tensor_cores(job: Job, facts: dict) -> str | None:
     if not facts["dots"] or _exact(job):
         return None
-    # fp32 has smaller tiles, which do not fill the instruction of a warp group
+    # The tiles of fp32 are smaller and do not fill the instruction of a warp group.
     whole = facts["dot_rows"] >= 64 or job.dtype != "float32"
     unit = {90: "wgmma", 100: "tcgen05"}.get(job.arch, "mma_sync") if whole else "mma_sync"
     found, other = facts[unit], facts["mma_sync"] if unit != "mma_sync" else 0
     if found < facts["dots"]:
-        return f"{facts['dots']} matrix products in the source, {found} {unit} instructions"
+        return f"{facts['dots']} matrix products in the source, but only {found} {unit} instructions"
     return f"{other} of the products are mma.sync, not {unit}" if other else None
 
 
@@ -180,11 +186,11 @@ def _asynchronous(job: Job, facts: dict) -> str | None:
     if job.dtype == "float32" or not facts["dots"]:
         return None
     if job.arch >= 90 and not job.layer.endswith("odd T"):
-        return None if facts["tma"] else "no TMA: no operand of its products comes through a tensor descriptor"
+        return None if facts["tma"] else "no TMA: no operand of a product is loaded by a tensor descriptor"
     if not facts["cp_async"]:
-        return "no cp.async: all operands of its products pass through registers"
+        return "no cp.async: all operands of products are loaded through registers"
     waiting = facts["waiting_loads"]
-    return f"{waiting} wide loads into registers in a loop of products: an operand lost cp.async" if waiting else None
+    return f"{waiting} wide loads into registers in a loop of products, where cp.async is expected" if waiting else None
 
 
 def _narrow(job: Job, facts: dict) -> str | None:
@@ -202,7 +208,7 @@ def _wide(job: Job, facts: dict) -> str | None:
 
 
 def _nan(job: Job, facts: dict) -> str | None:
-    return f"{facts['nan_eaters']} max.f32, which drop a NaN" if facts["nan_eaters"] else None
+    return f"{facts['nan_eaters']} max.f32 instructions, which drop a NaN" if facts["nan_eaters"] else None
 
 
 RULES = (
@@ -216,17 +222,17 @@ RULES = (
         "16-byte accesses",
         _wide,
         (
-            ("bn_relu_dropout (stats|backward_reduce)", "they leave a number a channel"),
-            ("conv1d last", "rows of 29 symbols start anywhere"),
-            ("conv1d wgrad direct", "the taps of dw are neighbours in memory: those of one tap lie apart"),
-            ("ctc", "a program goes frame by frame, and rows of 29 symbols start anywhere"),
-            ("novograd squares", "it writes one number per run"),
+            ("bn_relu_dropout (stats|backward_reduce)", "they write one number per channel"),
+            ("conv1d last", "rows of 29 symbols are not aligned"),
+            ("conv1d wgrad direct", "the elements of one tap of dw are not contiguous"),
+            ("ctc", "a program works frame by frame, and rows of 29 symbols are not aligned"),
+            ("novograd squares", "it writes one number per program"),
             ("depthwise wgrad", "it writes one number per channel and tap"),
-            ("prefix beam", "rows of 29 symbols start anywhere"),
-            ("all unaligned", "slices of a buffer begin anywhere"),
+            ("prefix beam", "rows of 29 symbols are not aligned"),
+            ("all unaligned", "slices of a buffer are not aligned"),
         ),
     ),
-    Rule("a NaN passes", _nan, (("conv1d last", "log-softmax's own maximum; a NaN comes back with exp"),)),
+    Rule("a NaN passes", _nan, (("conv1d last", "the maximum of log-softmax drops it, but its exp restores it"),)),
 )
 
 
@@ -234,23 +240,23 @@ RULES = (
 
 
 def text(version: str, rows: Iterable[dict]) -> str:
-    """The table as JSON with one line per row, so that diffs are readable; facts that are 0 are left out."""
+    """Returns the table as JSON with one line per row, so that diffs are readable. Facts that are 0 are left out."""
     lines = ",\n".join(json.dumps({k: v for k, v in row.items() if v != 0}) for row in rows)
     return f'{{"triton": {json.dumps(version)}, "rows": [\n{lines}\n]}}\n'
 
 
 def read(table: Path) -> list[dict]:
-    """The rows of a table."""
+    """Returns the rows of a table, with the facts that are 0."""
     return [dict.fromkeys((*KEY, *FACTS), 0) | row for row in json.loads(table.read_text())["rows"]]
 
 
 def by_key(rows: Iterable[dict]) -> dict[tuple, dict]:
-    """Rows by their keys."""
+    """Returns the rows by their keys."""
     return {tuple(row[k] for k in KEY): row for row in rows}
 
 
 def differences(committed: dict[tuple, dict], found: dict[tuple, dict]) -> list[str]:
-    """A line for each row that is new, gone, or changed, with old and new values."""
+    """Returns a line for each row that is new, gone, or changed (with the old and new values)."""
     lines = []
     for key, row in found.items():
         old = committed.get(key)
@@ -258,17 +264,18 @@ def differences(committed: dict[tuple, dict], found: dict[tuple, dict]) -> list[
             lines.append(f"{label(key)}: new, not in the committed table")
         elif changed := [f"{k} {old.get(k)} -> {row[k]}" for k in row if old.get(k) != row[k]]:
             lines.append(f"{label(key)}: {', '.join(changed)}")
-    return lines + [f"{label(key)}: in the committed table, no longer made" for key in committed if key not in found]
+    gone = (key for key in committed if key not in found)
+    return lines + [f"{label(key)}: in the committed table, but no longer compiled" for key in gone]
 
 
 def label(key: tuple) -> str:
-    """A row's name for people."""
+    """Returns a row's name for messages."""
     arch, dtype, kernel, tile, layer = key
     return f"sm_{arch} {dtype} {kernel} [{tile}] {layer}"
 
 
 def show(rows: list[dict]) -> None:
-    """Every row with its facts, aligned."""
+    """Prints every row with its facts, as an aligned table."""
     heads = {
         "registers": "regs",
         "spilled": "spill",
@@ -291,32 +298,50 @@ def show(rows: list[dict]) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `python -m bench compile`."""
+    """Adds the options of `python -m bench compile`."""
     from jasper_fast.kernels.aot import ARCHITECTURES
 
     parser.add_argument(
-        "--arch", type=_list(int, ARCHITECTURES), default=ARCHITECTURES, metavar="80,90", help="default: all"
+        "--arch",
+        type=_list(int, ARCHITECTURES),
+        default=ARCHITECTURES,
+        metavar="80,90",
+        help=f"architectures to compile for, separated by commas (default: {','.join(map(str, ARCHITECTURES))})",
     )
     parser.add_argument(
-        "--dtype", type=_dtypes, default=DTYPES, metavar="fp16,bf16", help="fp32, fp16, bf16: default all"
+        "--dtype",
+        type=_dtypes,
+        default=DTYPES,
+        metavar="fp16,bf16",
+        help="dtypes to compile for, separated by commas (default: fp32,fp16,bf16)",
     )
     parser.add_argument(
-        "--cuda", action="store_true", help="the convs in CUDA C++ by nvcc, for sm_75 to sm_120, instead of Triton's"
+        "--cuda",
+        action="store_true",
+        help="compile the convs in CUDA C++ with nvcc, for sm_75 to sm_120, instead of the Triton kernels",
     )
     parser.add_argument(
-        "--shapes", action="store_true", help="with --cuda: what each conv of Jasper should cost, by arithmetic"
+        "--shapes", action="store_true", help="with --cuda: also print the calculated cost of each conv of Jasper"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="float16 everywhere, the other dtypes on sm_90 only; --cuda: 75, 80, 90a"
+        "--quick",
+        action="store_true",
+        help="compile fp16 for all architectures and other dtypes only for sm_90; with --cuda, for 75, 80 and 90a",
     )
     parser.add_argument(
-        "--kernel", type=options.pattern, default="", metavar="REGEX", help="only kernels whose name matches"
+        "--kernel", type=options.pattern, default="", metavar="REGEX", help="compile only kernels whose name matches"
     )
-    parser.add_argument("--update", action="store_true", help="write the table as it is now; look at the changes first")
-    parser.add_argument("--table", type=Path, default=None, help="default: bench/compiled/triton-VERSION.json")
-    parser.add_argument("--processes", type=options.count, default=2, help="parallel compiling processes (default: 2)")
-    parser.add_argument("--no-cache", action="store_true", help="also compile what is in the cache")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for a JSON file of the rows and the findings")
+    parser.add_argument(
+        "--update", action="store_true", help="replace the rows of the committed table; check the differences first"
+    )
+    parser.add_argument(
+        "--table", type=Path, default=None, help="the table to compare with (default: the version's in bench/compiled)"
+    )
+    parser.add_argument(
+        "--processes", type=options.count, default=2, help="number of processes that compile in parallel (default: 2)"
+    )
+    parser.add_argument("--no-cache", action="store_true", help="compile all kernels again, without the cache")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for a JSON file of the rows and the failures")
 
 
 def _dtypes(given: str) -> tuple:
@@ -335,10 +360,13 @@ def _list(kind: type, known: tuple) -> Callable[[str], tuple]:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Compile, print, judge; 1 where a rule is broken or the table differs."""
+    """Compiles the kernels, prints and checks them; returns the exit status.
+
+    It is 1 if a rule is broken or the table differs.
+    """
     if args.cuda:
         return cuda.main(args)
-    if os.environ.get("TRITON_INTERPRET") == "1":  # read when kernels are defined: go on where it is not set
+    if os.environ.get("TRITON_INTERPRET") == "1":  # Triton reads it when kernels are defined, so use a process without
         rest = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         return subprocess.run(
             [sys.executable, "-m", "jasper_fast.bench", *sys.argv[sys.argv.index("compile") :]], env=rest
@@ -359,7 +387,7 @@ def main(args: argparse.Namespace) -> int:
         options.writable(args.out)
     chosen = [job for job in jobs(args.arch, args.dtype) if wanted(job.key)]
     if not chosen:
-        raise SystemExit(f"--kernel {args.kernel}: no kernel's name matches")
+        raise SystemExit(f"--kernel {args.kernel}: no kernel has a name that matches")
     cache = None if args.no_cache else CACHE / f"triton-{version}.json"
     with console.status("") as status:
         done = iter(range(1, len(chosen) + 1))
@@ -378,7 +406,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"FAILED {line}")
     old = by_key(read(table)) if table.exists() else None
     if old is None and not args.update:
-        print(f"FAILED no table for Triton {version} at {table}: make it with --update and commit it")
+        print(f"FAILED there is no table for Triton {version} at {table}; make it with --update and commit it")
         return 1
     old = old or {}
     asked = {key: row for key, row in old.items() if wanted(key)}
@@ -391,7 +419,7 @@ def main(args: argparse.Namespace) -> int:
         table.parent.mkdir(parents=True, exist_ok=True)
         table.write_text(text(version, (merged[k] for k in order)))
     elif changes:
-        print(f"the table differs from {table.name}: if that is intended, run with --update and commit it")
+        print(f"the results differ from {table.name}; if that is intended, run with --update and commit the table")
     if args.out is not None:
         path = args.out / f"compile_triton-{version}.json"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,7 @@
-"""The kernels to compile: recorded launches of the functions of the Triton faces at Jasper 10x5's layers."""
+"""The Triton kernels to compile. They are the recorded launches of our Triton functions at Jasper 10x5's layers.
+
+The functions are called with tensors on the meta device, so nothing is computed.
+"""
 
 import contextlib
 import functools
@@ -19,12 +22,13 @@ from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 from jasper_fast.kernels.operands import Geometry, Lengths, Mask, Norm
 from jasper_fast.kernels.prefix_beam import triton_impl as prefix_beam
 
-N, P = 32, 0.2  # utterances, which with FRAMES give enough rows for whole tiles; dropout rate
-FRAMES = (840, 48, 16)  # T' of 16.7 s, and two at which the default tiles have fewer rows
-LABELS = (120, 250, 500)  # of a target: those of a batch of speech have up to some 400
+N, P = 32, 0.2  # number of utterances (with FRAMES, enough rows to fill tiles), and dropout rate
+FRAMES = (840, 48, 16)  # the T' of 16.7 s, and two smaller ones at which the default tiles have fewer rows
+LABELS = (120, 250, 500)  # numbers of labels of a target; a batch of speech has up to about 400
 PANES = 256  # channels of the panes of a residual block
 TAPS_C = 512  # channels of QuartzNet's depthwise convs
-# their (T', K, stride, masks): large and small tiles, and taps that fill 64 or 128 rows of the block that adds up dw
+# (T', K, stride, masks) of depthwise convs, for large and small tiles. The taps K fill 64 or 128 rows of the block in
+# which dw is summed.
 TAPS = (
     *((840, 87, 1, True), (840, 63, 1, False), (840, 33, 2, True)),
     *((16, 63, 1, True), (16, 63, 1, False), (16, 33, 2, True)),
@@ -38,12 +42,12 @@ Recorded = Iterator[tuple[str, str, aot.Source]]  # (kernel, layer, source)
 
 
 def recorded(arch: int, dtype: str) -> Recorded:
-    """Every launch that dispatch can choose, with default and with measured tiles."""
+    """Yields every launch that dispatch can choose, with default and with measured tiles."""
     number = getattr(torch, dtype)
     wide = sorted(layers(), key=lambda a: (a.head, -a.C_in, -a.C_out, a.K))
     lengths = [(T, True) for T in FRAMES] + [(FRAMES[0], False)]
     for (T, masks), exact, a in itertools.product(lengths, _exacts(number), wide):
-        for odd in range(a.stride):  # an odd T at stride 2 has no descriptor
+        for odd in range(a.stride):  # at stride 2 also an odd T, for which the kernel uses no tensor descriptor
             name = f"{a.C_in}->{a.C_out} T{T}" + " s2" * a.first + " odd T" * odd
             for op, call in conv_calls(a, a.stride * T - odd, number, masks).items():
                 for tile in _tiles(op, a, T, number, exact):
@@ -66,7 +70,7 @@ def recorded(arch: int, dtype: str) -> Recorded:
 
 
 def measured(arch: int, dtype: str) -> Recorded:
-    """The launches with tiles from the tables of this architecture's GPUs."""
+    """Yields the launches with the tiles of the tables for GPUs of this architecture."""
     number = getattr(torch, dtype)
     for path in sorted(tables.folder().glob("*.json")):
         table = tables.load(path)
@@ -78,18 +82,18 @@ def measured(arch: int, dtype: str) -> Recorded:
             name = f"{a.C_in}->{a.C_out} {path.stem}" + f" s{a.stride}" * a.first
             for exact, splits in itertools.product(_exacts(number), (1, 2) if op == "fused" else (1,)):
                 for kernel, source in _sources(arch, call, op, {**row.tile, "splits": splits}, exact):
-                    if "PRECISION" in source.constants:  # kernels that pack or merge have no such tile
+                    if "PRECISION" in source.constants:  # kernels that pack or merge do not use the tile
                         yield kernel, name, source
 
 
 def conv_calls(a: Layer, T: int, dtype: torch.dtype, masks: bool) -> dict[str, Callable[[], object]]:
-    """The calls of training and inference for a layer at `T` frames, by the op whose tile they take."""
+    """Returns the calls of training and inference for a layer at `T` frames, by the op whose tile they use."""
     x = torch.empty(N, T, a.C_in, dtype=dtype, device=META).transpose(1, 2)
     weight, channel = torch.empty(a.C_out, a.C_in, a.K, device=META), torch.empty(a.C_in, device=META)
     lengths = torch.empty(N, dtype=torch.int64, device=META)
     how, masked = Geometry(a.stride, a.padding, a.dilation), lengths if masks else None
     fused = {"fused": functools.partial(_fused, a, x, weight, how, lengths, masks)}
-    if a.head:  # the decoder trains through ATen
+    if a.head:  # in training the decoder uses ATen
         return fused
     dy = x.new_empty(N, a.frames(T), a.C_out).transpose(1, 2)
     training = {
@@ -106,7 +110,10 @@ def conv_calls(a: Layer, T: int, dtype: torch.dtype, masks: bool) -> dict[str, C
 
 
 def _fused(a: Layer, x: torch.Tensor, weight: torch.Tensor, how: Geometry, lengths: torch.Tensor, masks: bool) -> None:
-    """The call of the inference engine for a layer: the first reads fp32 features, the last ends in log-softmax."""
+    """Makes the call of the inference engine for a layer.
+
+    The first layer reads fp32 features, and the last ends in log-softmax.
+    """
     fused = functools.partial(
         conv1d.fused, packed=conv1d.pack(weight, x.dtype), geometry=how, bias=weight.new_empty(a.C_out),
         relu=not a.head, workspace=conv1d.Workspace(META),
@@ -124,7 +131,7 @@ def _fused(a: Layer, x: torch.Tensor, weight: torch.Tensor, how: Geometry, lengt
 
 
 def taps_calls(K: int, stride: int, T: int, dtype: torch.dtype, masks: bool) -> None:
-    """All functions of the depthwise conv, as training calls them and as the engine does."""
+    """Calls all functions of the depthwise conv, as training and the engine do."""
     how = Geometry(stride, K // 2)
     x, weight = torch.empty(N, T, TAPS_C, dtype=dtype, device=META), torch.empty(TAPS_C, 1, K, device=META)
     dy, some = x.new_empty(N, how.frames(T, K), TAPS_C), torch.empty(N, dtype=torch.int64, device=META)
@@ -132,12 +139,12 @@ def taps_calls(K: int, stride: int, T: int, dtype: torch.dtype, masks: bool) -> 
     depthwise.forward(x.transpose(1, 2), weight, how, told)
     depthwise.dgrad(dy.transpose(1, 2), weight, T, how, told)
     depthwise.wgrad(x.transpose(1, 2), dy.transpose(1, 2), K, how, told, weight.dtype)
-    if stride > 1:  # where the engine has lengths made
+    if stride > 1:  # at this stride the engine also lets the kernel compute the output lengths
         depthwise.into(dy, x, depthwise.pack_once(weight, dtype), how, Lengths(some, made=some, masked=masks))
 
 
 def norm_calls(C: int, dtype: torch.dtype) -> None:
-    """All functions of bn_relu_dropout over `C` channels, with every combination of optional arguments."""
+    """Calls all functions of bn_relu_dropout with `C` channels, in every combination of optional arguments."""
     y = torch.empty(N, FRAMES[0], C, dtype=dtype, device=META).transpose(1, 2)
     some = torch.empty(N, dtype=torch.int64, device=META)
     norm = Norm(*(torch.empty(C, device=META) for _ in range(4)))
@@ -151,7 +158,7 @@ def norm_calls(C: int, dtype: torch.dtype) -> None:
 
 
 def step(aligned: bool, averages: bool) -> None:
-    """NovoGrad's step, with the moving average or without."""
+    """Calls NovoGrad's step, with or without the moving average."""
     of = [torch.empty(1004, device=META)[0 if aligned else 1 :]]
     tensors = Tensors(of, of, of, of, of if averages else [], [0])
     settings = torch.empty(1, len(Settings._fields), dtype=torch.float64, device=META)
@@ -159,7 +166,7 @@ def step(aligned: bool, averages: bool) -> None:
 
 
 def loss(labels: int) -> None:
-    """The CTC loss of targets of so many labels, and its gradient."""
+    """Calls the CTC loss for targets with this number of labels, and its gradient."""
     log_probs = torch.empty(N, FRAMES[0], 29, device=META)
     lengths, targets = (torch.empty(*shape, dtype=torch.int64, device=META) for shape in ((N,), (N, labels)))
     given = log_probs, lengths, targets, lengths
@@ -168,19 +175,23 @@ def loss(labels: int) -> None:
 
 
 def prefixes() -> None:
-    """A prefix search over Jasper's classes."""
+    """Calls a prefix search over Jasper's 29 classes."""
     log_probs, lengths = torch.empty(N, FRAMES[0], 29, device=META), torch.empty(N, dtype=torch.int64, device=META)
     prefix_beam.search(log_probs, lengths, prefix_beam.BEAM, 1)
 
 
 def _exacts(dtype: torch.dtype) -> tuple[bool, ...]:
-    """The settings for fp32 products: rounded to TF32, or exact. Users choose by PyTorch's setting."""
+    """Returns whether products are exact: for fp32 both False (rounded to TF32) and True, because PyTorch's setting
+    decides."""
     return (False, True) if dtype == torch.float32 else (False,)
 
 
 def _tiles(op: str, a: Layer, T: int, dtype: torch.dtype, exact: bool) -> Iterator[dict[str, int] | None]:
-    """The tiles that dispatch takes for a layer. For inference and the gradient of the weight, with work for so many
-    programs that none is shared, and for so few that it is; None is the default."""
+    """Yields the tiles that dispatch uses for a layer. None is the default.
+
+    For inference and for the gradient of the weight, each tile is yielded with and without a split of the reduction
+    over several programs, which is used when there are few tiles.
+    """
     if op not in ("fused", "wgrad"):
         yield None
         return
@@ -193,7 +204,7 @@ def _tiles(op: str, a: Layer, T: int, dtype: torch.dtype, exact: bool) -> Iterat
 def _sources(
     arch: int, call: Callable[[], object], op: str = "", tile: dict[str, int] | None = None, exact: bool = False
 ) -> list[tuple[str, aot.Source]]:
-    """(kernel, source) of each launch of `call`, with `tile` for `op` if one is given."""
+    """Returns (kernel, source) for each launch of `call`, with `tile` for `op` if one is given."""
     found: list[tuple[str, aot.Source]] = []
     conv = torch.backends.cudnn.conv
     before, conv.fp32_precision = conv.fp32_precision, "ieee" if exact else "tf32"
@@ -207,7 +218,7 @@ def _sources(
 
 
 def called(one: launch.Launch, exact: bool) -> str:
-    """The name of a launch's kernel in a row: its function, and the optional parts that are on."""
+    """Returns the kernel's name in a row: its function, and the optional parts that are used."""
     values = one.arguments
     name = one.name.strip("_").removesuffix("_kernel")
     if name.startswith("depthwise"):

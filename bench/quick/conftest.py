@@ -1,20 +1,20 @@
-"""The summary of `pytest bench/quick`: the ratio of the shortest times to those of the reference face or of eager in
-the same run.
+"""Prints the summary of `pytest bench/quick`: shortest times, divided by those of our `reference` implementation or of
+eager PyTorch in the same run.
 
-The shortest times are used, because other work on the machine only adds time.
+The shortest times are used because other work on the machine can only add time.
 """
 
 import pytest
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Prints one line per ratio. The speed of the machine cancels out, so runs can be compared."""
+    """Prints one line per ratio. The speed of the machine cancels out in a ratio, so runs can be compared."""
     session = getattr(config, "_benchmarksession", None)
     found = [b for b in session.benchmarks if b.extra_info] if session else []
     if not found:
         return
-    terminalreporter.section("ratios within this run (below 1: faster)")
+    terminalreporter.section("ratios of times in this run (below 1 is faster)")
     for b in found:
-        for of, ratio in ((of, ratio) for of, ratio in b.extra_info.items() if ratio != 1):  # not a ratio to itself
+        for of, ratio in ((of, ratio) for of, ratio in b.extra_info.items() if ratio != 1):  # 1 is a ratio to itself
             name = b.name.partition("[")[2].rstrip("]") or b.name
             terminalreporter.write_line(f"{ratio:7.3f} {of.replace('_', ' ')}: {b.group}: {name}")

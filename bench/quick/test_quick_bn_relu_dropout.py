@@ -1,7 +1,8 @@
-"""The small benchmark for CI: `pytest bench/quick`. Times every face, eager and the reference face in one run.
+"""The small benchmark for CI, `pytest bench/quick`: times bn_relu_dropout with our implementations and in eager
+PyTorch.
 
-Nothing here asserts on a time; `extra_info["of_reference"]` keeps the ratio to the reference face, which a slower
-machine does not change.
+No test fails because of a time. `extra_info["of_reference"]` is the ratio to the time of our `reference`
+implementation, which hardly depends on the speed of the machine.
 """
 
 import pytest
@@ -19,7 +20,7 @@ shortest: dict[str, float] = {}
 
 @pytest.fixture(scope="module")
 def inputs() -> bn_relu_dropout.Inputs:
-    """The shape's tensors, shared by all faces."""
+    """Tensors of SHAPE, which all tests share."""
     made = bn_relu_dropout.Inputs(*SHAPE, torch.float32, CPU, False)
     made.refill(1)
     return made

@@ -1,7 +1,8 @@
-"""The small benchmark for CI: `pytest bench/quick`. Times conv1d and sub_block on every face, and eager and the
-reference face.
+"""The small benchmark for CI, `pytest bench/quick`: times conv1d and sub_block with our implementations and in eager
+PyTorch.
 
-Nothing here asserts on a time; `extra_info["of_reference"]` keeps the ratio to the reference face.
+No test fails because of a time. `extra_info["of_reference"]` is the ratio to the time of our `reference`
+implementation.
 """
 
 import functools

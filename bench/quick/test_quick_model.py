@@ -1,4 +1,4 @@
-"""The small benchmark for CI: `pytest bench/quick`. Times the small Jasper, fused and eager, in one run."""
+"""The small benchmark for CI, `pytest bench/quick`: times the small Jasper, ours and eager."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def small():
 
 
 def of_eager(benchmark, kind: str, contender: str) -> None:
-    """Stores the ratio of the shortest time to eager's with the times."""
+    """Adds the ratio of the shortest time to eager's to the results of the benchmark."""
     if benchmark.enabled:
         shortest[kind + contender] = benchmark.stats.stats.min
         if kind + "eager" in shortest:
@@ -27,7 +27,7 @@ def of_eager(benchmark, kind: str, contender: str) -> None:
 
 
 def plain(config, state, batch, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The eager answer in a precision."""
+    """Returns the answer of eager PyTorch in `dtype`."""
     module = models.eager(config, state, dtype)
     return train.answer(module, module, batch, state, dtype)
 

@@ -1,4 +1,4 @@
-"""Whether two runs on one machine agree: in how many rows the 95 % intervals of the ratio to a rival overlap."""
+"""Compares two runs on one machine: in how many rows do the 95 % intervals of the ratio to a rival overlap?"""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,11 @@ from jasper_fast.bench.report import words
 
 @dataclass(frozen=True)
 class Agreement:
-    """The number of rows with an interval that two results share, the ids of those that do not overlap, and the number
-    of shared rows without an interval, because one result has too few pairs."""
+    """How far two results agree.
+
+    `rows` is the number of rows that have an interval in both. `apart` has the ids of those whose intervals do not
+    overlap. `too_few` is the number of rows in both results that have too few pairs for an interval in one of them.
+    """
 
     rows: int
     apart: tuple[str, ...]
@@ -16,7 +19,7 @@ class Agreement:
 
     @property
     def share(self) -> float:
-        """The share of the rows that overlap; 0 if no row is shared."""
+        """The share of the rows whose intervals overlap, or 0 if there are no such rows."""
         return (self.rows - len(self.apart)) / self.rows if self.rows else 0.0
 
     def __str__(self) -> str:
@@ -27,7 +30,7 @@ class Agreement:
 
 
 def agreement(first: dict, second: dict) -> Agreement:
-    """Compares the rows that both results measured with enough pairs for an interval."""
+    """Compares the rows that both results measured."""
     ones, others = _ratios(first), _ratios(second)
     both = {key: (ones[key], others[key]) for key in ones if key in others}
     told = {key: pair for key, pair in both.items() if all(map(words.known, pair))}

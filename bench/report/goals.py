@@ -1,4 +1,4 @@
-"""The goals for measured rows. A report shows each goal with the measured value, met or not."""
+"""The goals for measured rows. A report shows each goal, the measured value, and whether the goal is met."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +9,10 @@ from jasper_fast.bench.rivals.choice import CUDA_FACE
 
 @dataclass(frozen=True)
 class Goal:
-    """`value` of the rival's row that matches `key` must be at least (or at most) `goal`."""
+    """A goal: in eager's row that matches `key`, the ratio to us must be at least (or with `at_most` at most) `goal`.
+
+    In rows of `python -m bench memory` the ratio is ours_over_kept.
+    """
 
     name: str
     bench: str
@@ -26,7 +29,7 @@ class Goal:
         return row["bench"] == self.bench and all(row["key"].get(k) == v for k, v in self.key.items())
 
     def judge(self, rows: list[dict]) -> Iterable[dict]:
-        """The verdict on each row that the goal applies to."""
+        """Yields the verdict on each row to which the goal applies."""
         for row in rows:
             if row["contender"] == "eager" and self.matches(row):
                 memory = row.get("memory", {})
@@ -34,7 +37,10 @@ class Goal:
                 yield self.verdict(row["id"], kept or row.get("ratio"))
 
     def verdict(self, row_id: str, value: dict | None, kind: str = "ratio") -> dict:
-        """The goal, the measured value ({"median", and if known "low" and "high"}), and whether the goal is met."""
+        """Returns the goal, the measured value, and whether the goal is met.
+
+        `value` has "median" and, if there is an interval, "low" and "high". It is None if there is no number.
+        """
         result = {"name": self.name, "goal": self.goal, "at_most": self.at_most, "row": row_id, "kind": kind}
         if value is None:
             return result | {"measured": None, "met": False}
@@ -43,10 +49,13 @@ class Goal:
 
 
 class ShareOfLimit(Goal):
-    """Our own row must reach `goal` of the ceiling that the same run measured: matrix product or copy."""
+    """A goal for our own row: it must reach the share `goal` of the ceiling that the same run measured.
+
+    The ceiling is the rate of a matrix product or of a copy.
+    """
 
     def judge(self, rows: list[dict]) -> Iterable[dict]:
-        """The goal with each of our rows that it is about. As in the other goals, `rival` is eager's row."""
+        """Yields the verdict on each of our rows to which the goal applies. It names eager's row, as in other goals."""
         for row in rows:
             if row["ours"] and self.matches(row):
                 share = row.get("limit", {}).get("share")
@@ -55,10 +64,10 @@ class ShareOfLimit(Goal):
 
 
 class NeverSlower(Goal):
-    """In every case that matches, the best rival must take at least `goal` times our time."""
+    """A goal for all cases that match: the best rival must take at least `goal` times our time."""
 
     def judge(self, rows: list[dict]) -> Iterable[dict]:
-        """The goal with its worst case: the row of the rival with the smallest ratio to us.
+        """Yields the verdict on the worst case, which is the rival's row with the smallest ratio.
 
         A case in which we have no number is worse than any other.
         """
@@ -135,7 +144,8 @@ GPU_N, GPU_T = 32, 832
 
 
 def gpu_goals() -> tuple[Goal, ...]:
-    """The goals in fp16: shares of the ceilings that the run measured, and never slower than the best rival."""
+    """Returns the goals in fp16: shares of the ceilings that the run measured, never slower than the best rival, and
+    bytes kept for backward."""
     convs = (
         ShareOfLimit(
             f"conv1d {a.C_in}->{a.C_out}, K = {a.K}: share of the matrix-product rate",
@@ -174,6 +184,6 @@ def gpu_goals() -> tuple[Goal, ...]:
 
 
 def judge(rows: list[dict], device_type: str) -> list[dict]:
-    """The verdicts on all goals for which there are rows."""
+    """Returns the verdicts on all goals for which there are rows."""
     goals = CPU_GOALS if device_type == "cpu" else gpu_goals()
     return [verdict for goal in goals for verdict in goal.judge(rows)]

@@ -1,6 +1,6 @@
-"""One self-contained HTML page from results, and the README's table from the committed ones.
+"""Writes one self-contained HTML page from results, and the README's table from the committed results.
 
-`python -m bench report RESULT...`, `python -m bench report --readme`. The markup of the page is in page.html.j2.
+`python -m bench report RESULT...` and `python -m bench report --readme`. The markup of the page is in page.html.j2.
 """
 
 import functools
@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 STYLE = HERE / "page.css"
 TITLES = {"kernels": "Kernels", "train": "Training step", "latency": "Inference", "launches": "Launches"}
 SAME = "Jasper 10x5, conv masks on; eager PyTorch of 2020 (20.10-py3 container)"
-Lines = list[tuple[str, Sequence[object]]]  # class and cells of a table's rows
+Lines = list[tuple[str, Sequence[object]]]  # the CSS class and the cells of each row of a table
 
 
 def main(paths: Sequence[Path], html: Path | None, readme: bool) -> int:
@@ -28,13 +28,13 @@ def main(paths: Sequence[Path], html: Path | None, readme: bool) -> int:
         return readme_table.write(load(path) for path in list(paths) or committed)
     chosen = list(paths) or newest(OUT)
     if not chosen:
-        raise SystemExit("no result to report on: run python -m bench all first, or name JSON files")
+        raise SystemExit("there is no result to report; run python -m bench all first, or name JSON files")
     results = [load(path) for path in chosen]
     if len(results) == 2:
         found = agreement(*results)
         console.print(str(found))
         for row in found.apart:
-            console.print(f"  apart: {row}", markup=False)
+            console.print(f"  no overlap: {row}", markup=False)
     target = html or chosen[0].with_suffix(".html")
     target.write_text(page(results))
     console.print(f"wrote {target}")
@@ -42,30 +42,31 @@ def main(paths: Sequence[Path], html: Path | None, readme: bool) -> int:
 
 
 def newest(folder: Path) -> list[Path]:
-    """The newest result file, if there is one. Traces of the profiler in the same folder are skipped."""
+    """Returns a list with the newest result file, which is empty if there is none. Traces of the profiler are
+    skipped."""
     found = (path for path in folder.glob("*.json") if not path.name.startswith("trace_"))
     return sorted(found, key=lambda p: p.stat().st_mtime)[-1:]
 
 
 def load(path: Path) -> dict:
-    """A result with its path and goals; raises SystemExit with the reason if the file holds none."""
+    """Returns a result with its path and goals. Raises SystemExit with the reason if the file is not a result."""
     try:
         result = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise SystemExit(f"{path}: not a result of python -m bench ({error})") from error
     if not isinstance(result, dict) or "rows" not in result or result.get("schema") != 1:
-        raise SystemExit(f"{path}: not a result of this version of python -m bench; run it again")
+        raise SystemExit(f"{path}: not a result of this version of python -m bench; measure again")
     result["path"] = path
     result["goals"] = judge(result["rows"], result["machine"]["device"].split(":")[0])
     return result
 
 
 def page(results: Sequence[dict]) -> str:
-    """The whole page; raises SystemExit where Jinja2 is missing."""
+    """Returns the page. Raises SystemExit if Jinja2 is missing."""
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError:
-        raise SystemExit("a page of results needs Jinja2: pip install jinja2") from None
+        raise SystemExit("the HTML page needs Jinja2: pip install jinja2") from None
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
@@ -81,23 +82,23 @@ def page(results: Sequence[dict]) -> str:
 
 
 def side(row: dict) -> str:
-    """The CSS class of a row: ours, theirs, or the status that explains why it has no number."""
+    """Returns the CSS class of a row: "ours" or "theirs", or the status of a row without a number."""
     return row["status"] if row["status"] != "ok" else "ours" if row["ours"] else "theirs"
 
 
 def label(row: dict) -> str:
-    """The case of a row in words."""
+    """Returns the case of a row as text."""
     units = {"N": "N = {}", "seconds": "{} s", "p": "p = {}", "processes": "processes: {}"}
     return ", ".join(units.get(k, "{}").format(v) for k, v in row["key"].items())
 
 
 def plain(lines: Iterable[Sequence[str]]) -> Lines:
-    """Lines without a CSS class."""
+    """Returns the lines with an empty CSS class."""
     return [("", cells) for cells in lines]
 
 
 def row_lines(rows: Sequence[dict], shown: Sequence[words.Column]) -> Lines:
-    """One line per row. The case is shown where it changes; a row without a number says why."""
+    """Returns one line per row. The case is shown only where it changes. A row without a number has the reason."""
     lines, last = [], None
     for row in rows:
         case, start = label(row), ["", row["contender"]]
@@ -109,7 +110,7 @@ def row_lines(rows: Sequence[dict], shown: Sequence[words.Column]) -> Lines:
 
 
 def by_bench(rows: Iterable[dict]) -> dict[str, list[dict]]:
-    """The timed rows of each subcommand."""
+    """Returns the timed rows of each subcommand."""
     found: dict[str, list[dict]] = {}
     for row in (row for row in rows if row["bench"] != "memory"):
         found.setdefault(row["bench"], []).append(row)
@@ -117,17 +118,17 @@ def by_bench(rows: Iterable[dict]) -> dict[str, list[dict]]:
 
 
 def all_notes(rows: Iterable[dict]) -> list[str]:
-    """The notes for below the tables of all rows."""
+    """Returns the notes to show below the tables of all rows."""
     return list(dict.fromkeys(note for mine in by_bench(rows).values() for note in words.notes(mine)))
 
 
 def memory_lines(rows: Iterable[dict]) -> Lines:
-    """Bytes kept for backward and the peak of the step, ours and eager's, one line per case."""
+    """Returns one line per row of `python -m bench memory`."""
     return [line for row in rows if row["bench"] == "memory" for line in row_lines([row], words.MEMORY)]
 
 
 def launch_lines(rows: Iterable[dict], counted: Sequence[words.Column]) -> Lines:
-    """The launches of one call, and its time at a size where only the launches take time."""
+    """Returns one line per row of `python -m bench launches`: the counts, and the time of the call."""
     return [
         (side(r), [label(r), r["contender"], *(cell(r) for _, cell in counted),
                    words.duration(r["time_s"]["median"]) if "time_s" in r else r["status"]])
@@ -136,7 +137,7 @@ def launch_lines(rows: Iterable[dict], counted: Sequence[words.Column]) -> Lines
 
 
 def shared(results: Sequence[dict], field: str) -> list[tuple[tuple[str, str, str], list[dict]]]:
-    """(class, case, contender) and the results' rows, for each row that has `field` in all of them."""
+    """Returns ((class, case, contender), rows) for each row that has `field` in all results."""
     by_id = [{r["id"]: r for r in result["rows"] if r["status"] == "ok" and field in r} for result in results]
     both = [[rows[key] for rows in by_id] for key in by_id[0] if all(key in other for other in by_id[1:])]
     return [((side(r[0]), f"{r[0]['bench']}: {label(r[0])}", r[0]["contender"]), r) for r in both]
@@ -146,7 +147,7 @@ def shared(results: Sequence[dict], field: str) -> list[tuple[tuple[str, str, st
 
 
 def ratios_of(rows: Iterable[dict], bench: str) -> dict[str, list[tuple]]:
-    """By case, (name, value, low, high) of every rival that has a time."""
+    """Returns, by case, the bars (name, value, low, high) of all rivals that have a ratio."""
     groups: dict[str, list[tuple]] = {}
     for r in (r for r in rows if r["bench"] == bench and "ratio" in r):
         median, ends = r["ratio"]["median"], [r["ratio"][k] for k in ("low", "high")]
@@ -156,7 +157,8 @@ def ratios_of(rows: Iterable[dict], bench: str) -> dict[str, list[tuple]]:
 
 
 def percentiles_of(rows: Iterable[dict]) -> dict[str, list[tuple]]:
-    """By case, (name, ours, milliseconds, all percentiles and the highest in words) of every contender."""
+    """Returns, by case, (name, ours, percentiles in ms, all of them as text, the first and last as text) of every
+    contender."""
     groups: dict[str, list[tuple]] = {}
     for r in (row for row in rows if row["bench"] == "latency" and row["status"] == "ok"):
         found = {p.upper(): words.quantile(r, p) for p in ("p50", "p90", "p95", "p99")}
@@ -169,12 +171,13 @@ def percentiles_of(rows: Iterable[dict]) -> dict[str, list[tuple]]:
 
 
 def longest(groups: dict[str, list[tuple]]) -> float:
-    """The greatest value of a plot: for bars their ends and the mark at 1, for percentiles the last one."""
+    """Returns the largest value of a plot, which is the end of a bar, the mark at 1, or the highest percentile."""
     return max(entry[2][-1] if len(entry) == 5 else max(entry[3], 1.0) for group in groups.values() for entry in group)
 
 
 def roofs(result: dict) -> dict[str, functools.partial]:
-    """By dtype, the drawing of the achieved rates under the machine's measured ceilings, ours on top."""
+    """Returns, by dtype, the function that draws the roofline plot: the rates of the rows below the machine's measured
+    ceilings. Our dots are drawn last, above the others."""
     found, limits = {}, result["limits"]
     for dtype, rate in limits.get("matmul_flops_per_s", {}).items():
         rated = (r for r in result["rows"] if r["status"] == "ok" and r["dtype"] == dtype and r.get("flops_per_s"))
@@ -192,7 +195,7 @@ def roofs(result: dict) -> dict[str, functools.partial]:
 
 
 def facts(result: dict) -> dict[str, object]:
-    """Where the numbers come from and how to measure them again."""
+    """Returns where the numbers come from and how to measure them again, as names and texts."""
     m, limits = result["machine"], result["limits"]
     told = {"machine": m["name"], "instructions": ", ".join(m["cpu"]["isa"]), "threads": m["threads"]}
     if m["load_average"]:
@@ -208,7 +211,7 @@ def facts(result: dict) -> dict[str, object]:
     if limits:
         rates = ", ".join(f"{k} {words.per_second(v, 'FLOP')}" for k, v in limits["matmul_flops_per_s"].items())
         if m["gpu"] and "float32_mode" in limits:
-            rates += f" (rows of float32 are held to {limits['float32_mode']}, which their convolutions may use)"
+            rates += f" (rows in float32 are held to {limits['float32_mode']}, which their convolutions may use)"
         copy, launch = words.per_second(limits["copy_bytes_per_s"], "B"), words.duration(limits["launch_s"]["host"])
         told["measured limits"] = f"matrix product {rates}; copy {copy}; launch {launch}"
     return told
@@ -218,7 +221,7 @@ GPU_STATE = {"sm_mhz": "SM {} MHz", "memory_mhz": "memory {} MHz", "temperature_
 
 
 def state(clocks: dict) -> str:
-    """The readings of `machine.clocks` in words; `held_by` is the reason for a GPU's lowered clock."""
+    """Returns the readings of `machine.clocks` as text. `held_by` has the reasons for a GPU's lowered clock."""
     if "sm_mhz" in clocks:
         found = [text.format(clocks[name]) for name, text in GPU_STATE.items() if name in clocks]
         return ", ".join(found + [f"held by {why}" for why in clocks.get("held_by", ())])
@@ -226,12 +229,12 @@ def state(clocks: dict) -> str:
         mhz = ", ".join(str(v) for v in clocks.get("cpu_mhz", ()))
         degrees = f"{clocks['temperature_c']:.0f} °C" if "temperature_c" in clocks else ""
         return "; ".join(filter(None, [mhz and f"{mhz} MHz", degrees]))
-    units = {"temperature.gpu": " °C"}  # the only reading that nvidia-smi gives without a unit
+    units = {"temperature.gpu": " °C"}  # in old results, the only reading of nvidia-smi without a unit
     return ", ".join(f"{name} {value}{units.get(name, '')}" for name, value in clocks.items())
 
 
 def verdict_lines(result: dict) -> Lines:
-    """The run's verdicts on the kernels of this machine, the bad ones with the reason."""
+    """Returns one line per verdict of the self-check. Bad verdicts have the reason."""
     return [
         ("" if v["status"] == "good" else "wrong", (v["op"], v["face"],
          f"{v['status']}{', a quick check' if v.get('quick') else ''}", v.get("checked", ""), v.get("failure") or ""))
@@ -240,7 +243,7 @@ def verdict_lines(result: dict) -> Lines:
 
 
 def tuned_lines(result: dict) -> Lines:
-    """The fastest configuration that the run's tuning found for each shape, which dispatch would choose."""
+    """Returns one line per row of the tuned table: the fastest configuration for a shape."""
     lines = []
     for row in result.get("table", {}).get("rows", ()):
         shape = f"{row['c_in']} to {row['c_out']}, K = {row['taps']}"
@@ -252,7 +255,7 @@ def tuned_lines(result: dict) -> Lines:
 
 
 def part_lines(result: dict) -> Lines:
-    """How each part of `python -m bench gpu` ended."""
+    """Returns one line per part of `python -m bench gpu`, with how it ended."""
     return [
         ("" if how == "finished" else "absent", item) for item in result.get("parts", {}).items() for how in item[1:]
     ]
@@ -262,7 +265,7 @@ def part_lines(result: dict) -> Lines:
 
 
 def beside(result: dict) -> list[dict]:
-    """Tables of our rows with the numbers published for the reference system at the same batch and length."""
+    """Returns tables of our rows with NVIDIA's published numbers for the same batch and length."""
     found = [latency_beside(result, dtype) for dtype in ("float16", "bfloat16", "float32")]
     lines = []
     for key, rows in ours_and_eager(result["rows"], "train", mode="step").items():
@@ -275,7 +278,7 @@ def beside(result: dict) -> list[dict]:
 
 
 def ours_and_eager(rows: Iterable[dict], bench: str, **key: object) -> dict[tuple, dict[str, dict]]:
-    """Timed rows of Jasper 10x5 that match `key`, by case and contender."""
+    """Returns the timed rows of Jasper 10x5 that match `key`, by case and contender."""
     cases: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         mine = row["bench"] == bench and row["status"] == "ok" and row["contender"] in ("jasper_fast", "eager")
@@ -286,7 +289,8 @@ def ours_and_eager(rows: Iterable[dict], bench: str, **key: object) -> dict[tupl
 
 
 def latency_beside(result: dict, dtype: str) -> dict:
-    """Percentiles by (N, seconds): ours, eager here, and each GPU's."""
+    """Returns the table of percentiles by (N, seconds): ours, eager's on this machine, and those published for each
+    GPU."""
     lines, elsewhere = [], published.latency(dtype)
     cases = ours_and_eager(result["rows"], "latency", path="acoustic model", dtype=dtype)
     for key, rows in cases.items():
@@ -306,5 +310,5 @@ def latency_beside(result: dict, dtype: str) -> dict:
 
 
 def in_words(milliseconds: Sequence[float | None] | None) -> list[str]:
-    """Mean, P90, P95 and P99; a dash if there are too few samples."""
+    """Returns the values as text, with a dash where there are too few samples."""
     return [words.DASH if v is None else f"{v:.1f}" if v < 1000 else f"{v:.0f}" for v in milliseconds or ()]

@@ -1,4 +1,4 @@
-"""The table between two markers of the project's README: the newest results of each machine."""
+"""Writes the table between two markers of the project's README, with the newest results of each machine."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,8 @@ COMMITTED = paths.BENCH / "results"
 
 
 def write(results: Iterable[dict], readme: Path | None = None) -> int:
-    """Writes one table per machine between the markers of `readme` (default: that of the checkout)."""
+    """Writes one table per machine between the markers of `readme` (default: the checkout's); returns the exit
+    status."""
     readme = readme or paths.checkout("--readme") / "README.md"
     text = readme.read_text()
     if BEGIN not in text or END not in text:
@@ -21,7 +22,7 @@ def write(results: Iterable[dict], readme: Path | None = None) -> int:
     for result in sorted(results, key=lambda r: r["machine"]["date"]):
         machines.setdefault(result["machine"]["name"], []).append(result)
     if not machines:
-        raise SystemExit("no result in bench/results: commit one, or name JSON files")
+        raise SystemExit("there is no result in bench/results; commit one, or name JSON files")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     readme.write_text(f"{before}{BEGIN}\n{''.join(table(r) for r in machines.values())}{END}{after}")
@@ -30,13 +31,16 @@ def write(results: Iterable[dict], readme: Path | None = None) -> int:
 
 
 def quick(result: dict) -> bool:
-    """Whether a result was measured with --quick, with a few pairs per row."""
+    """Whether a result was measured with --quick, and so with few pairs per row."""
     return result.get("arguments", {}).get("quick") == "True"
 
 
 def chosen_goals(results: Sequence[dict]) -> list[tuple[dict, dict]]:
-    """(goal, result) for each goal, in order. The result is the newest that measured the goal in full, or the newest
-    quick one if there is no other. `results` are sorted by date."""
+    """Returns (goal, result) for each goal, in order.
+
+    The result is the newest one that measured the goal without --quick, or the newest quick one if there is no other.
+    `results` are sorted by date.
+    """
     order = dict.fromkeys(goal["name"] for result in reversed(results) for goal in result["goals"])
     chosen = {}
     for result in sorted(results, key=lambda r: not quick(r)):  # quick results first, so that full ones replace them
@@ -45,7 +49,7 @@ def chosen_goals(results: Sequence[dict]) -> list[tuple[dict, dict]]:
 
 
 def table(results: Sequence[dict]) -> str:
-    """Markdown: each goal's measurement on one machine, and how to repeat it."""
+    """Returns the table of one machine in Markdown: the measurement for each goal, and how to repeat it."""
     chosen = chosen_goals(results)
     lines = [
         f"| {results[-1]['machine']['name']} | eager PyTorch | jasper_fast | ratio [95 %] |",
@@ -75,7 +79,7 @@ def table(results: Sequence[dict]) -> str:
 
 
 def source(result: dict) -> str:
-    """Command, versions and file of a result. The output folder is left out of the command."""
+    """Returns command, versions and file of a result as text. The command is given without its --out."""
     m, path = result["machine"], result["path"]
     file = f"[result](bench/results/{path.name})" if path.parent == COMMITTED else path.name
     command = re.sub(r" --out \S+", "", m["command"])

@@ -1,4 +1,4 @@
-"""Geometry for the plots of plots.html.j2: a form for each of two page widths, and the axes of a roofline."""
+"""Geometry of the plots in plots.html.j2: a form for each of two page widths, and the axes of a roofline plot."""
 
 import math
 import textwrap
@@ -8,40 +8,43 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Form:
-    """A plot is drawn once for each page width. The names and numbers of its rows stand beside the bars, which begin at
-    `left`, or above them, in a line of height `above`."""
+    """The form of a plot for one page width.
+
+    The names and numbers of its rows are beside the bars, which begin at `left`, or above them, in a line of height
+    `above`.
+    """
 
     width: int
     left: int
     above: int
-    font: int  # in px at the plot's own width; page.css must agree
-    height: int  # of a roofline
+    font: int  # font size in px at the plot's own width, the same as in page.css
+    height: int  # height of a roofline plot
 
     @property
     def wide(self) -> bool:
-        """Whether names stand beside the bars."""
+        """Whether names are beside the bars."""
         return not self.above
 
     def length(self, told: str) -> float:
-        """The width of a text, at 0.6 of the font size per character."""
+        """Returns the width of a text, with 0.6 of the font size per character."""
         return 0.6 * self.font * len(told)
 
     def lines(self, label: str) -> list[str]:
-        """A title in lines that fit."""
+        """Returns a title split into lines that fit."""
         return textwrap.wrap(label, int((self.width - 8) / self.length("x")), break_on_hyphens=False)
 
     def begins(self, label: str) -> int:
-        """The distance from the top of a group's title to its first row."""
+        """Returns the distance from the top of a group's title to its first row."""
         return 4 + 18 * len(self.lines(label)) + (0 if self.wide else 3)
 
 
 WIDE = Form(width=720, left=190, above=0, font=13, height=380)
-NARROW = Form(width=360, left=4, above=19, font=14, height=320)  # for a phone: at least 11 px on a screen of 320 px
+NARROW = Form(width=360, left=4, above=19, font=14, height=320)  # for a phone; its text is 11 px or more at 320 px
 Point = tuple[str, float, float, bool]  # (label, FLOP per byte, FLOP/s, ours)
 
 
 def roofline(points: Sequence[Point], flops_per_s: float, bytes_per_s: float, form: Form) -> dict:
-    """The positions of axes, roof and dots of a log-log plot."""
+    """Returns the positions of the axes, the roof and the dots of a roofline plot, whose axes are logarithmic."""
     left, top, right, bottom = 64, 14, form.width - 14, form.height - 44
     ridge = flops_per_s / bytes_per_s
     x0 = math.floor(math.log10(min([p[1] for p in points] + [ridge])) - 0.2)

@@ -1,4 +1,4 @@
-"""Results in the terminal."""
+"""Prints results in the terminal."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,7 +8,7 @@ from rich.table import Table
 from jasper_fast.bench.report import words
 
 console = Console()
-if not console.is_terminal:  # a file or a pipe has no width: do not fold columns to the default of 80
+if not console.is_terminal:  # for a file or a pipe, rich would wrap columns to its default width of 80
     console = Console(width=200)
 STYLES = {"wrong": "bold red", "failed": "red", "refused": "red", "absent": "dim"}
 
@@ -29,14 +29,14 @@ def show(rows: list[dict], goals: list[dict]) -> None:
 
 
 def without_number(rows: Iterable[dict]) -> None:
-    """Prints, for each row without a number, the reason."""
+    """Prints the reason for each row without a number."""
     for row in (r for r in rows if r["status"] != "ok"):
         line = f"{row['status']}: {row['contender']}, {_case(row)}: {row['why']}"
         console.print(line, style=STYLES[row["status"]], markup=False)
 
 
 def table(title: str, headings: Sequence[str], left: int, caption: str | None = None) -> Table:
-    """A table whose first `left` columns are text."""
+    """Returns a table whose first `left` columns are text, aligned left, and the others numbers, aligned right."""
     made = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for i, heading in enumerate(headings):
         made.add_column(heading, justify="left" if i < left else "right")

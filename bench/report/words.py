@@ -1,4 +1,4 @@
-"""How results are worded in the terminal and on the page: units, marks, notes, and the columns of tables."""
+"""The text of results in the terminal and on the page: units, marks, notes, and the columns of tables."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -7,7 +7,7 @@ from jasper_fast.bench.report import published
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that reads best."""
+    """Returns seconds as text, in a unit that suits their size."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}" if seconds < 1000 * scale else f"{seconds / scale:.0f} {unit}"
@@ -15,38 +15,40 @@ def duration(seconds: float) -> str:
 
 
 def rate(row: dict) -> str:
-    """The rate that the row achieves, in the unit of its limit."""
+    """Returns the rate of a row as text: bytes per second if memory is its limit, else FLOP per second."""
     if row.get("limit", {}).get("bound") == "memory":
         return per_second(row["bytes_per_s"], "B")
     return per_second(row["flops_per_s"], "FLOP") if "flops_per_s" in row else ""
 
 
 def per_second(value: float, of: str) -> str:
-    """A rate in the unit that reads best; `of` is what is counted."""
+    """Returns a rate as text, in a unit that suits its size. `of` is what is counted."""
     unit, scale = ("T", 1e12) if value >= 1e12 else ("G", 1e9)
     return f"{value / scale:.3g} {unit}{of}/s"
 
 
 def plain(value: float) -> str:
-    """A number with three digits, without a power of ten."""
+    """Returns a number as text with at least three digits, without a power of ten."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 DASH = "–"
-FEW = f"{DASH} too few samples for this percentile: P90 takes 10, P95 takes 20, P99 takes 100."
-SLOWED = "‡ while it was timed, the clock ran more than 5 % below the highest of the run."
+FEW = f"{DASH} too few samples for this percentile: P90 needs 10, P95 needs 20, P99 needs 100."
+SLOWED = "‡ while this was timed, the clock was more than 5 % below the highest of the run."
 HURRIED = "† timed in fewer rounds than usual, because one round takes much of the time for a case."
-PAIRS = 6  # with fewer, even the range from least to greatest holds the median in less than 95 % of runs: 1 - 2^(1 - n)
+# A ratio with fewer pairs has no interval. With n pairs even the range from the smallest to the largest contains the
+# median only at a confidence of 1 - 2^(1 - n), which is below 95 % for n < 6.
+PAIRS = 6
 
 
 def quantile(row: dict, key: str) -> float | None:
-    """A quantile of a row in seconds, or None if there are too few samples for it."""
+    """Returns a quantile of a row in seconds, or None if there are too few samples for it."""
     found = row["time_s"]
     return found[key] if key in found and found["samples"] >= ratios.SAMPLES.get(key, 0) else None
 
 
 def marks(row: dict) -> str:
-    """The marks at a row's median, which SLOWED and HURRIED explain."""
+    """Returns the marks after a row's median. The notes SLOWED and HURRIED explain them."""
     return "".join(f" {mark}" for field, mark in (("throttled", SLOWED[0]), ("hurried", HURRIED[0])) if row.get(field))
 
 
@@ -56,19 +58,19 @@ def few(rows: Iterable[dict], keys: Iterable[str]) -> bool:
 
 
 def known(ratio: dict) -> bool:
-    """Whether a ratio has an interval; it has none with fewer than PAIRS pairs."""
+    """Whether a ratio has an interval, which needs at least PAIRS pairs."""
     return ratio.get("pairs", PAIRS) >= PAIRS
 
 
 def span(ratio: dict) -> str:
-    """A ratio with its interval, or with its number of pairs if they are too few."""
+    """Returns a ratio as text with its interval, or with its number of pairs if they are too few for one."""
     if not known(ratio):
         return f"{ratio['median']:.2f} of {ratio['pairs']} pair{'s' if ratio['pairs'] > 1 else ''}"
     return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
 def share(row: dict) -> str:
-    """How near a row comes to its limit, with a star if FOOTNOTE applies."""
+    """Returns the share of its limit's speed that a row reaches, as text, with a star if FOOTNOTE applies."""
     limit = row.get("limit", {})
     if "share" not in limit:
         return ""
@@ -76,8 +78,8 @@ def share(row: dict) -> str:
 
 
 FOOTNOTE = (
-    "* Effective FLOPs: counted by the definition, but a fast FIR algorithm multiplies less often. A small case may "
-    "also work from a cache, and the limit is itself measured in this run."
+    "* Effective FLOPs: counted by the definition, but a fast FIR algorithm needs fewer multiplications. The data of a "
+    "small case may also fit into a cache, and the limit is itself a measurement of this run."
 )
 
 
@@ -86,17 +88,18 @@ def starred(rows: Iterable[dict]) -> bool:
     return any(row.get("limit", {}).get("share", 0) > 1 for row in rows)
 
 
-Column = tuple[str, Callable[[dict], str]]
-WAITS = {"mean": "mean", "p50": "P50", "p90": "P90", "p95": "P95", "p99": "P99"}  # of benches that measure waiting time
+Column = tuple[str, Callable[[dict], str]]  # heading, and a function that returns the text of a row's cell
+# The columns of subcommands that measure waiting time.
+WAITS = {"mean": "mean", "p50": "P50", "p90": "P90", "p95": "P95", "p99": "P99"}
 
 
 def waited(rows: Iterable[dict]) -> bool:
-    """Whether these rows are of a bench that measures waiting time."""
+    """Whether these rows are from a subcommand that measures waiting time."""
     return any(row["bench"] in ("latency", "launches") for row in rows)
 
 
 def notes(rows: Sequence[dict]) -> list[str]:
-    """The notes for below a table of these timed rows."""
+    """Returns the notes to print below a table of these rows."""
     timed = [row for row in rows if "time_s" in row]
     found = [FOOTNOTE] if starred(timed) else []
     found += [SLOWED] if any(row.get("throttled") for row in timed) else []
@@ -108,8 +111,7 @@ def notes(rows: Sequence[dict]) -> list[str]:
 
 
 def columns(rows: Sequence[dict]) -> list[Column]:
-    """The columns after case and contender for the timed rows of one subcommand: heading, and a function for the
-    cell."""
+    """Returns the columns after case and contender, for the timed rows of one subcommand."""
     timed = [row for row in rows if "time_s" in row]
 
     def cell(*keys: str) -> Callable[[dict], str]:
@@ -139,7 +141,7 @@ def columns(rows: Sequence[dict]) -> list[Column]:
 
 
 def launch_columns(rows: Sequence[dict]) -> list[Column]:
-    """The counts of `python -m bench launches`, by what is counted."""
+    """Returns the columns with the counts of `python -m bench launches`."""
     kinds = dict.fromkeys(kind for row in rows for kind in row.get("launches", {}))
 
     def count(kind: str) -> Callable[[dict], str]:
@@ -152,13 +154,13 @@ PROFILE_TITLES = {"layer": "layer, forward", "backward": "layer, backward", "op"
 
 
 def profiled(records: Sequence[dict]) -> list[tuple[str, list[dict]]]:
-    """(title, records) of each kind that a profile has."""
+    """Returns (title, records) for each kind of record that a profile has."""
     kinds = ((title, [r for r in records if r["kind"] == kind]) for kind, title in PROFILE_TITLES.items())
     return [(title, mine) for title, mine in kinds if mine]
 
 
 def profile_lines(records: Sequence[dict], limit: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Headings after the name, and one line per record: name, time, share of all records, calls."""
+    """Returns the headings after the name, and one line per record: name, time, share of all records, calls."""
     whole = sum(r["seconds"] for r in records)
     lines = [
         (r["name"], duration(r["seconds"]), f"{100 * r['seconds'] / whole:.1f} %", str(r["calls"]))
@@ -184,7 +186,7 @@ MEMORY: list[Column] = [
 
 
 def measured(goal: dict, rows: Iterable[dict]) -> str:
-    """The measured value of a goal's row, with the interval if its ratio has one."""
+    """Returns the measured value of a goal as text, with its interval if there is one."""
     if goal["measured"] is None:
         return "no number"
     told = f"{goal['measured']:.3f}"
@@ -199,7 +201,7 @@ SCALING += ("published: utterances/s (efficiency) of as many GPUs",)
 
 
 def scaling_lines(rows: Iterable[dict]) -> list[tuple[str, ...]]:
-    """A line under SCALING for each row of `python -m bench train` over several processes."""
+    """Returns a line of the table SCALING for each row of `python -m bench train` over several processes."""
     lines = []
     for row in (r for r in rows if r["status"] == "ok" and "scaling" in r):
         told, key, step = row["scaling"], row["key"], row["time_s"]["median"]

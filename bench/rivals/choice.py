@@ -32,7 +32,7 @@ TRAINING: dict[str, Callable[[nn.Module], Model]] = {
     "compile_reduce_overhead": compiler.compiled("reduce-overhead"),
 }
 KINDS = {"inference": INFERENCE, "training": TRAINING}
-# torch.compile of a 54-layer model takes minutes on a small CPU, so there it runs only when asked for
+# On a CPU torch.compile is no default, because it takes minutes for a model of 54 layers.
 DEFAULT = {
     ("inference", "cpu"): ("eager", "eager_no_masks", "eager_2d_channels_last", "onnxruntime", "openvino"),
     ("inference", "cuda"): tuple(n for n in INFERENCE if not n.startswith("openvino")),
@@ -42,12 +42,14 @@ DEFAULT = {
 
 
 class UnknownRival(ValueError):
-    """An unknown rival was asked for; the message lists the known ones."""
+    """`--rivals` names an unknown rival. The message lists the known ones."""
 
 
 def choose(kind: str, device: torch.device, wanted: str) -> dict[str, Callable[[nn.Module], Model]]:
-    """Rivals for `kind` ("inference" or "training"). `wanted` is default, all, or names with commas; eager is always
-    included."""
+    """Returns the builders of the rivals for `kind` ("inference" or "training"), by name.
+
+    `wanted` is "default", "all", or names separated by commas. eager is always included. Raises UnknownRival.
+    """
     known = KINDS[kind]
     if wanted == "all":
         return known
@@ -62,7 +64,10 @@ def choose(kind: str, device: torch.device, wanted: str) -> dict[str, Callable[[
 
 
 def only(kind: str, wanted: str) -> str:
-    """`wanted` without the names that only the other kind has, so that one option serves inference and training."""
+    """Returns `wanted` without the names that only the other kind has, so that one option can name rivals of both.
+
+    Raises UnknownRival for a name that neither kind has.
+    """
     if wanted in ("default", "all"):
         return wanted
     names, known = wanted.split(","), {name for rivals in KINDS.values() for name in rivals}
@@ -71,13 +76,16 @@ def only(kind: str, wanted: str) -> str:
     return ",".join(n for n in names if n in KINDS[kind]) or "eager"
 
 
-CUDA_FACE = "jasper_fast_cuda"  # our own ops with backend="cuda", whatever face the run's backend chooses
+CUDA_FACE = "jasper_fast_cuda"  # our own ops with backend="cuda", whatever the run's own backend is
 SUB_BLOCK = ("eager", "eager_2d_channels_last", "compile_max_autotune", "cudnn")
 
 
 def for_sub_blocks(run: Run) -> tuple[str, ...]:
-    """Rivals of a conv or sub-block: by default all on a GPU and the eager ones on a CPU, else those that `--rivals`
-    names. The CUDA face is one on a GPU, by default and by name."""
+    """Returns the rivals of a conv or sub-block: those that `--rivals` names.
+
+    The default is all on a GPU, and only the eager ones on a CPU or with `--quick`. CUDA_FACE is added as in
+    `cuda_face`.
+    """
     if run.rivals == "all":
         return (*SUB_BLOCK, *cuda_face(run))
     if run.rivals == "default":
@@ -86,15 +94,19 @@ def for_sub_blocks(run: Run) -> tuple[str, ...]:
 
 
 def cuda_face(run: Run) -> tuple[str, ...]:
-    """The CUDA face where it is measured beside the face that the run's backend chooses."""
+    """Returns (CUDA_FACE,) if our CUDA kernels are measured too, and otherwise ().
+
+    They are measured if `--rivals` names them, and by default on a GPU unless they are the run's own backend.
+    """
     wanted = run.rivals.split(",")
     unasked = run.rivals in ("default", "all") and run.device.type == "cuda" and run.backend != "cuda"
     return (CUDA_FACE,) if unasked or CUDA_FACE in wanted else ()
 
 
 def needs_cuda_face(run: Run, *, convs: bool) -> None:
-    """Raises Absent where the CUDA face cannot run, or has no `convs` in the run's dtype."""
+    """Raises Absent if our CUDA kernels cannot run on the device, or with `convs` if they lack convs in the run's
+    dtype."""
     if why := backends.why_missing("cuda", run.device):
         raise Absent(why)
     if convs and run.dtype.itemsize != 2:
-        raise Absent("the CUDA face's convs take fp16 and bf16")
+        raise Absent("the convs of our CUDA kernels take fp16 and bf16; use --dtype fp16 or bf16")

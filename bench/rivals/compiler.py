@@ -1,4 +1,4 @@
-"""torch.compile as a rival, so that it never silently falls back to eager."""
+"""torch.compile as a rival, with settings that let it fail instead of falling back to eager."""
 
 import copy
 import os
@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from jasper_fast.bench.harness.errors import Absent
 from jasper_fast.bench.rivals.eager_layouts import Model
 
-VARIANTS = 64  # most variants of one compiled function
+VARIANTS = 64  # the most compiled variants of one function
 
 
 def fresh_compiler() -> None:
-    """torch.compile with an empty cache and no fallback to eager. Beyond 8 variants of a function it would warn and
-    continue in eager, and eager would be timed. Jasper's twelve blocks, or a grid of shapes, are more than 8."""
+    """Empties torch.compile's cache and switches off its fallback to eager.
+
+    By default it compiles at most 8 variants of a function, then warns and runs further ones in eager, so that eager
+    would be timed. Jasper's twelve blocks, or a grid of shapes, need more than 8.
+    """
     needs_compiler()
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = VARIANTS
@@ -31,7 +34,7 @@ def needs_compiler() -> None:
 
 
 def compiled(mode: str) -> Callable[[nn.Module], Model]:
-    """torch.compile over the whole model."""
+    """Returns a builder that compiles the whole model in this mode of torch.compile."""
 
     def build(model: nn.Module) -> Model:
         fresh_compiler()
@@ -41,7 +44,7 @@ def compiled(mode: str) -> Callable[[nn.Module], Model]:
 
 
 def compiled_blocks_frozen(model: nn.Module) -> Model:
-    """torch.compile in max-autotune with freezing, block by block (inference only)."""
+    """Returns the model with each block compiled by torch.compile with max-autotune and freezing, for inference."""
     fresh_compiler()
     import torch._inductor.config as inductor
 
@@ -56,7 +59,7 @@ def compiled_blocks_frozen(model: nn.Module) -> Model:
 
     def call(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            if features.shape in ready:  # setting compiler options takes host time: only the first call does it
+            if features.shape in ready:  # only the first call sets compiler options, because that takes host time
                 return frozen(features, lengths)
             with inductor.patch(freezing=True):
                 found = frozen(features, lengths)
@@ -67,11 +70,14 @@ def compiled_blocks_frozen(model: nn.Module) -> Model:
 
 
 def max_autotuned(function: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:
-    """torch.compile in max-autotune. With its CUDA graphs the backward of one forward cannot run repeatedly, so they
-    are off where the backward pass is timed alone."""
+    """Returns the function compiled with max-autotune.
+
+    With CUDA graphs the backward pass of one forward cannot run more than once. So there are none if the mode is
+    "backward", in which that pass is timed alone.
+    """
     fresh_compiler()
     import torch._functorch.config as functorch
 
-    functorch.donated_buffer = False  # a backward that donates its buffers runs only once; read in every call
+    functorch.donated_buffer = False  # because a backward that donates its buffers can run only once
     tuned = "max-autotune-no-cudagraphs" if mode == "backward" else "max-autotune"
     return torch.compile(function, mode=tuned, dynamic=False)

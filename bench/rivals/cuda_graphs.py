@@ -11,8 +11,11 @@ from jasper_fast.bench.rivals.eager_layouts import Model
 
 
 def captured(call: Callable[[], object], before: int = 1) -> tuple["torch.cuda.CUDAGraph", object]:
-    """`call` as a CUDA graph, and its result in the capture. It first runs `before` times on a side stream, so that
-    one-time work is done. Garbage collection is off meanwhile, because freeing memory could end the capture."""
+    """Returns `call` as a CUDA graph, and its result in the capture.
+
+    It first runs `before` times on a side stream, so that one-time work is done before the capture. Garbage collection
+    is off during the capture, because freed memory could make it fail.
+    """
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -31,7 +34,7 @@ def captured(call: Callable[[], object], before: int = 1) -> tuple["torch.cuda.C
 
 
 def cuda_graph(model: nn.Module) -> Model:
-    """The eager model captured in a CUDA graph per shape (inference only)."""
+    """Returns the eager model with a CUDA graph per shape, for inference. Raises Absent without a GPU."""
     if not torch.cuda.is_available():
         raise Absent("CUDA graphs need an NVIDIA GPU")
     graphs: dict[tuple, tuple] = {}

@@ -1,6 +1,7 @@
-"""cuDNN's fused convolutions through its Python frontend: conv + statistics (training), conv + bias + ReLU (inference).
+"""cuDNN's fused convolutions, called by its Python frontend: conv + statistics for training, and conv + bias + ReLU for
+inference.
 
-Only fp16 and NHWC, because cuDNN's fused engines take nothing else. A 1D conv is a 2D conv of height 1.
+cuDNN's fused engines take only fp16 and NHWC. A 1D conv is a 2D conv of height 1.
 """
 
 import importlib.util
@@ -12,10 +13,11 @@ from jasper_fast.bench.harness.errors import Absent
 
 
 class FusedConv:
-    """One planned graph. `weight` is (C_out, C_in, K) fp16; `bias` fp32 (C_out,) adds bias and ReLU; `stats` adds the
-    sums.
+    """A cuDNN graph for a fused convolution.
 
-    Raises Absent where the frontend or the GPU is missing, or where the GPU's cuDNN has no engine for the pattern.
+    `weight` is (C_out, C_in, K) in fp16. With `bias`, (C_out,) in fp32, the graph also adds the bias and applies ReLU.
+    With `stats` it also computes the sums for batch norm. Raises Absent if the frontend or the GPU is missing, or if
+    cuDNN has no engine for the pattern on this GPU.
     """
 
     def __init__(
@@ -32,7 +34,7 @@ class FusedConv:
         if not x.is_cuda:
             raise Absent("cuDNN needs an NVIDIA GPU")
         if x.dtype != torch.float16 or weight.shape[0] % 8:
-            raise Absent("cuDNN's fused convolutions take fp16 and multiples of 8 channels: not this case")
+            raise Absent("cuDNN's fused convolutions take only fp16 and multiples of 8 channels")
         if importlib.util.find_spec("cudnn") is None:
             raise Absent("cuDNN's frontend is not installed: pip install nvidia-cudnn-frontend")
         import cudnn
@@ -69,13 +71,14 @@ class FusedConv:
         try:
             graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
         except cudnn.cudnnGraphNotSupportedError as error:
-            raise Absent(f"cuDNN {cudnn.backend_version_string()} has no engine for it: {error}") from error
+            version = cudnn.backend_version_string()
+            raise Absent(f"cuDNN {version} has no engine for this convolution: {error}") from error
         self.graph = graph
         self.workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device=x.device)
         self.set_stream = cudnn.set_stream
 
     def __call__(self, x: Tensor) -> Tensor:
-        """y (N, C_out, T') in NTC memory, overwritten by the next call; `x` (N, C_in, T) in NTC memory."""
+        """Returns y (N, C_out, T') for `x` (N, C_in, T), both in NTC memory. The next call overwrites y."""
         self.set_stream(handle=self.handle, stream=torch.cuda.current_stream(x.device).cuda_stream)
         self.graph.execute({self.x_at: x, **self.buffers}, self.workspace, handle=self.handle)
         return self.y

@@ -1,4 +1,4 @@
-"""Eager PyTorch, masked or not, in NCT and in channels_last memory."""
+"""Eager PyTorch with and without masks, in NCT and in channels_last memory."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -11,19 +11,22 @@ Model = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def eager(model: nn.Module) -> Model:
-    """Eager as in the reference system: NCT memory, one module per step, a mask before every convolution."""
+    """Returns eager PyTorch as in NVIDIA's Jasper: NCT memory, one module per step, a mask before every convolution."""
     return model
 
 
 def eager_no_masks(model: nn.Module) -> Model:
-    """The same without conv masks: cheaper, but right only for unpadded batches."""
+    """Returns the same without masks, which is faster, but right only for batches without padding."""
     bare = copy.copy(model)
     bare.config = _without_masks(model.config)
     return bare
 
 
 class ChannelsLast2d(nn.Module):
-    """Eager with each conv as a 2D one over a height of 1, in channels_last memory, where cuDNN needs no transposes."""
+    """Eager PyTorch with each conv as a 2D conv over a height of 1, in channels_last memory.
+
+    In that memory cuDNN needs no transposes.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -34,7 +37,7 @@ class ChannelsLast2d(nn.Module):
             self.weights[name.replace(".", "/")] = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
 
     def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """See `EagerJasper`."""
+        """Returns (log_probs, lengths), as `EagerJasper` does."""
         masks = self.model.config.encoder.use_conv_masks
         xs = [features.unsqueeze(2).contiguous(memory_format=torch.channels_last)]
         lens = lengths if masks else None

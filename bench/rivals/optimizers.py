@@ -1,12 +1,13 @@
-"""NovoGrad as one would write it in PyTorch: foreach operations, a step skipped by the host."""
+"""NovoGrad as one would write it in PyTorch, with foreach operations. The host decides whether to skip a step."""
 
 import torch
 
 
 class ForeachNovoGrad(torch.optim.Optimizer):
-    """The same update as `jasper_fast.NovoGrad`, with a second moment that forgets at once (beta2 = 0).
+    """Makes the same update as `jasper_fast.NovoGrad` with beta2 = 0, where the second moment has no history.
 
-    It knows no `found_inf`: GradScaler and `jasper_fast.training.step.update` ask the device whether to call it.
+    It does not support `found_inf`, so GradScaler and `jasper_fast.training.step.update` wait for the device before
+    they decide whether to call it.
     """
 
     def __init__(self, params, lr=1e-3, beta1=0.95, eps=1e-8, weight_decay=0.0) -> None:
@@ -14,7 +15,7 @@ class ForeachNovoGrad(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update."""
+        """Updates the parameters that have gradients."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             grads = [p.grad for p in params]

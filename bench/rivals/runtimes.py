@@ -1,4 +1,4 @@
-"""Other runtimes over the same weights: ONNX Runtime, OpenVINO, TensorRT (inference only)."""
+"""Other runtimes with the same weights, for inference: ONNX Runtime, OpenVINO, TensorRT."""
 
 import contextlib
 import copy
@@ -17,7 +17,7 @@ from jasper_fast.nn.architecture import out_lengths as frames_out
 
 
 def onnx_runtime(model: nn.Module) -> Model:
-    """ONNX Runtime with all its graph optimisations; inputs and outputs stay on the model's device (inference only)."""
+    """Returns the model in ONNX Runtime with all graph optimisations. Inputs and outputs stay on the model's device."""
     if next(model.parameters()).device.type == "cpu" and _dtype(model) is torch.bfloat16:
         raise Absent("ONNX Runtime has no bf16 convolutions on a CPU")
     _need("onnxruntime", "pip install onnxruntime onnx onnxscript")
@@ -28,7 +28,7 @@ def onnx_runtime(model: nn.Module) -> Model:
     device = next(model.parameters()).device
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # threads that spin after a call would take the cores from the next contender
+    # Threads that keep spinning after a call would take the cores from the next contender.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
     if provider not in onnxruntime.get_available_providers():
@@ -39,21 +39,22 @@ def onnx_runtime(model: nn.Module) -> Model:
         path = Path(folder) / "jasper.onnx"
         export.write_onnx(model, path, ("features", "lengths"), ("log_probs", "out_lengths"))
         session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, settings)])
-    if provider not in session.get_providers():  # it falls back to the CPU with only a warning
-        raise Absent(f"onnxruntime cannot load its {provider}: install the CUDA and cuDNN that it was built for")
+    if provider not in session.get_providers():  # ONNX Runtime falls back to the CPU with only a warning
+        raise Absent(f"onnxruntime cannot load its {provider}: install the CUDA and cuDNN for which it was built")
     return bound(session, model, stream)
 
 
 def bound(session, model: nn.Module, stream: "torch.cuda.Stream | None" = None) -> Model:
-    """An ONNX Runtime session that reads and writes tensors on their device; `stream` is the stream that it runs on.
+    """Returns a function that runs an ONNX Runtime session on tensors without copying them from their device.
 
-    That stream waits for the caller's stream and the other way round, so neither reads data that is not yet written.
+    The session runs on `stream`. That stream and the caller's stream wait for each other, so that neither reads data
+    that is not written yet.
     """
     numbers = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
 
     def place(name: str, t: Tensor) -> dict:
         if t.dtype not in numbers:
-            raise ValueError(f"ONNX Runtime is given no {t.dtype} here: take --dtype fp32 or fp16")
+            raise ValueError(f"the ONNX Runtime rival does not support {t.dtype}; use --dtype fp32 or fp16")
         at = {"device_type": t.device.type, "device_id": t.device.index or 0, "buffer_ptr": t.data_ptr()}
         return {"name": name, "element_type": numbers[t.dtype], "shape": tuple(t.shape), **at}
 
@@ -81,13 +82,13 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 def openvino(model: nn.Module) -> Model:
-    """OpenVINO on the CPU, with fp32 weights and, for a bf16 model, arithmetic in bf16 (inference only)."""
+    """Returns the model in OpenVINO on the CPU, with fp32 weights and, for a bf16 model, arithmetic in bf16."""
     converted = _converted(model)
     return _compiled(converted, "bf16" if _dtype(model) is torch.bfloat16 else "f32")
 
 
 def openvino_int8(model: nn.Module) -> Model:
-    """OpenVINO in int8, quantised by NNCF with the first inputs of each shape (inference only)."""
+    """Returns the model in OpenVINO in int8. NNCF quantises it with the first inputs of each shape."""
     _need("nncf", "pip install openvino nncf")
     converted, ready = _converted(model), {}
 
@@ -104,7 +105,7 @@ def openvino_int8(model: nn.Module) -> Model:
 
 
 def _converted(model: nn.Module) -> object:
-    """The model as an OpenVINO network in fp32."""
+    """Returns the model as an OpenVINO network in fp32."""
     _need("openvino", "pip install openvino")
     if next(model.parameters()).device.type != "cpu":
         raise Absent("OpenVINO is timed on the CPU only")
@@ -119,7 +120,7 @@ def _converted(model: nn.Module) -> object:
 def _compiled(network: object, precision: str) -> Model:
     import openvino as ov
 
-    # threads pinned to cores would disturb the other contenders, which run in turns with these
+    # Threads that are pinned to cores would disturb the other contenders, which run in turns with this one.
     hints = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
@@ -135,11 +136,11 @@ def _compiled(network: object, precision: str) -> Model:
 
 
 def tensorrt(model: nn.Module) -> Model:
-    """TensorRT through Torch-TensorRT (inference only)."""
+    """Returns the model in TensorRT, by torch_tensorrt's backend for torch.compile."""
     if not torch.cuda.is_available():
         raise Absent("TensorRT needs an NVIDIA GPU")
     _need("torch_tensorrt", "pip install torch-tensorrt")
-    import torch_tensorrt  # noqa: F401  registers the backend
+    import torch_tensorrt  # noqa: F401  the import registers the backend
 
     return torch.compile(model, backend="tensorrt", dynamic=False)
 
