@@ -348,7 +348,7 @@ def test_memory_that_runs_out_is_no_fault_of_the_kernel(monkeypatch):
 
     monkeypatch.setattr(backends.face("conv1d", face), "forward", greedy)
     row = perform.perform(conv_check(face), CPU)
-    assert row["status"] == "no memory" and "another process may use the memory: see nvidia-smi" in row["detail"]
+    assert row["status"] == "no memory" and "another process may use the memory: look at nvidia-smi" in row["detail"]
     assert verdict.judge([row], quick=True)[0].status == UNCHECKED
 
 
@@ -356,14 +356,14 @@ GCC = ["/usr/bin/gcc", "main.c", "-shared", "-o", "main.so"]
 
 
 @pytest.mark.parametrize(("error", "told"), [
-    (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), "name one by CC"),
+    (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), "set CC to one"),
     (subprocess.CalledProcessError(1, GCC), "Python's headers (python3-dev)"),
     (RuntimeError("Cannot find ptxas"), "TRITON_PTXAS_PATH"),
-    (FileNotFoundError(2, "No such file or directory", "/opt/ptxas"), "able to read, run and write"),
-    (PermissionError(13, "Permission denied", "/root/.triton"), "able to read, run and write"),
+    (FileNotFoundError(2, "No such file or directory", "/opt/ptxas"), "allowed to read and run"),
+    (PermissionError(13, "Permission denied", "/root/.triton"), "allowed to read and run"),
     (OSError(28, "No space left on device"), "free space in TRITON_CACHE_DIR"),
     (OSError(122, "Disk quota exceeded"), "free space in TRITON_CACHE_DIR"),
-    (ImportError("cuda_utils.so: failed to map segment"), "able to read, run and write"),
+    (ImportError("cuda_utils.so: failed to map segment"), "allowed to read and run"),
     (AssertionError("libcuda.so cannot found!\nPossible files"), "run ldconfig"),
     (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), "nvidia-smi"),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "nvidia-smi"),

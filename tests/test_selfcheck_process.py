@@ -232,7 +232,7 @@ def test_what_kernels_print_is_no_part_of_the_protocol():
 
 @pytest.mark.slow
 def test_a_process_that_does_not_start_is_no_verdict_on_a_kernel():
-    with pytest.raises(probe.CannotCheck, match="ended with status 3, in no check: what a pity"):
+    with pytest.raises(probe.CannotCheck, match="ended with status 3 outside any check: what a pity"):
         run_child("print('what a pity', file=sys.stderr); sys.exit(3)")
 
 

@@ -171,8 +171,8 @@ def test_the_warning_says_what_follows(gpu, norm_table, conv_table):
         conv_table(OURS_FASTER)
         assert (conv_face(), fused_face()) == ("aten", "aten")
         assert choose.pane_form("auto", GPU, torch.bfloat16) == "plain"
-    follows = ("tries its Triton kernel next", "takes plain PyTorch for it instead", "takes PyTorch's own conv",
-               "takes PyTorch's own conv", "takes PyTorch's own conv", "panes='auto' takes the plain form")  # fmt: skip
+    follows = ("tries its Triton kernel next", "uses plain PyTorch for it instead", "uses PyTorch's own conv",
+               "uses PyTorch's own conv", "uses PyTorch's own conv", "panes='auto' takes the plain form")  # fmt: skip
     assert [what in str(w.message) for what, w in zip(follows, said, strict=True)] == [True] * 6
 
 
@@ -338,7 +338,7 @@ def test_a_cuda_conv_that_is_wrong_before_ampere_gives_the_librarys(turing):
 
 def test_a_cuda_face_that_is_wrong_before_ampere_gives_plain_pytorch(turing):
     turing.found[NORM] = verdict(NORM, BAD)
-    with pytest.warns(RuntimeWarning, match=r"\(cuda, float16\) is WRONG.*takes plain PyTorch for it instead") as said:
+    with pytest.warns(RuntimeWarning, match=r"\(cuda, float16\) is WRONG.*uses plain PyTorch for it instead") as said:
         assert norm_face(256, dtype=torch.float16) == "reference"
     assert len(said) == 1
 
@@ -356,7 +356,7 @@ def test_without_the_cuda_library_before_ampere_both_reasons_are_told(turing, mo
     lambda: choose.conv_face("triton", GPU, torch.float16),
 ], ids=["any op", "norm", "conv"])  # fmt: skip
 def test_triton_asked_for_by_name_before_ampere_is_an_error_that_says_why(turing, ask):
-    with pytest.raises(backends.BackendMissing, match=r"backend 'triton': .*8\.0 and later, this GPU has 7\.5"):
+    with pytest.raises(backends.BackendMissing, match=r"backend 'triton': .*8\.0 or later, but this GPU has 7\.5"):
         ask()
     assert not backends.is_available("triton", GPU) and choose.resolve("cuda", GPU) == "cuda"
 

@@ -210,7 +210,7 @@ def test_a_cache_that_cannot_be_read_is_said_and_tuned_again(tuning, capsys):
     tuned.path(GPU).parent.mkdir(parents=True)
     tuned.path(GPU).write_text("{")
     assert conv_face() == "triton" and kept()
-    assert "cannot use the tuned choices" in capsys.readouterr().err
+    assert "cannot use the saved times" in capsys.readouterr().err
 
 
 # ---- dispatch: empty cache, a neighbour's table, a full table, and when not ----

@@ -1,1 +1,2 @@
-"""Which face of an op runs, whether its kernels passed the self-check, and why a face is missing."""
+"""Decides which face (implementation) of an op runs: what this machine can run, what passed the self-check, and what
+was measured to be fastest."""

@@ -1,8 +1,8 @@
-"""The two ends of a child process that runs kernels: the child reports line by line, and the parent listens.
+"""Runs kernels in a child process: starts it, sends it a task, and receives its messages.
 
-A kernel that crashes or never ends must not take the user's process or its CUDA context with it. So kernels that are
-not yet known to be good run in a process of their own. It reads its task as JSON from standard input, and writes a line
-for each thing that it begins or finds.
+A kernel that crashes or never ends would break the user's process and its CUDA context. So kernels that are not yet
+known to be good run in a child process. It reads its task as JSON from standard input, and writes a line to standard
+output for each thing that it begins or finds.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from typing import IO, Any
 
 MARK = "jasper-fast-child "  # begins each line of the protocol, because kernels may print other lines
 START_SECONDS = 120.0  # time for starting Python, importing torch and opening the device
-# a failing kernel never ends its process by one of these
+# A process that ends by one of these signals was ended from outside, not by a failing kernel.
 FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def tell(kind: str, value: object) -> None:
-    """In the child: writes one line of the protocol."""
+    """Writes one message to the parent process; called in the child."""
     sys.stdout.write(f"\n{MARK}{json.dumps([kind, value])}\n")
     sys.stdout.flush()
 
@@ -37,8 +37,8 @@ def tell(kind: str, value: object) -> None:
 class Ended:
     """How a process ended.
 
-    told: all its messages were received. how: its end in words; last: the last line of its standard error. hung: it was
-    silent for too long. code: its exit status.
+    told: it sent its last message. hung: it was silent for too long. code: its exit status. how: how it ended, in
+    words. last: the last line of its standard error, after a colon.
     """
 
     told: bool
@@ -49,15 +49,15 @@ class Ended:
 
     @property
     def from_outside(self) -> bool:
-        """Whether something outside the process ended it."""
+        """Whether a signal from outside ended the process."""
         return not self.hung and -self.code in FROM_OUTSIDE
 
 
 def talk(argv: Sequence[str], wanted: object, hear: Callable[[str, Any], bool], seconds: float) -> Ended:
-    """Starts `argv`, sends it `wanted` as JSON, and calls `hear(kind, value)` for each line until that returns True.
+    """Starts `argv`, sends it `wanted` as JSON, and calls `hear(kind, value)` for each message until that returns True.
 
-    The process may be silent for `seconds`, and for START_SECONDS before its first line. Any exception raised in here
-    kills the process and its descendants at once.
+    The process may be silent for at most `seconds` between messages, and for START_SECONDS before the first. Any
+    exception in this function kills the process and its descendants at once.
     """
     env = dict(os.environ)
     home = str(Path(__file__).resolve().parents[2])
@@ -80,7 +80,7 @@ def talk(argv: Sequence[str], wanted: object, hear: Callable[[str, Any], bool], 
             ended = True
         except TimeoutError:
             hung = True
-        finally:  # after any other exception, such as an interrupt, the caller must not wait
+        finally:  # after another exception, such as a KeyboardInterrupt, the process is killed without waiting
             code = _end(process, before=10.0 if ended else 0.0, after=30.0 if ended or hung else 5.0)
         last = _last_line(errors)
     if hung:
@@ -91,7 +91,7 @@ def talk(argv: Sequence[str], wanted: object, hear: Callable[[str, Any], bool], 
 
 
 def _lines(stream: IO[str], start: float, each: float) -> Iterator[tuple[str, Any]]:
-    """The messages of a process until it ends; raises TimeoutError if it is silent for too long."""
+    """Yields the messages of a process until it ends. Raises TimeoutError if it is silent for too long."""
     lines: queue.Queue[str | None] = queue.Queue()
 
     def pump() -> None:
@@ -114,7 +114,7 @@ def _lines(stream: IO[str], start: float, each: float) -> Iterator[tuple[str, An
 
 
 def _end(process: subprocess.Popen, before: float, after: float) -> int:
-    """Waits `before` seconds for a process to end, then kills it and waits `after` seconds; returns the exit status."""
+    """Waits `before` seconds for a process to end, then kills it and waits `after` seconds. Returns the exit status."""
     try:
         return process.wait(timeout=before)
     except subprocess.TimeoutExpired:
@@ -122,7 +122,7 @@ def _end(process: subprocess.Popen, before: float, after: float) -> int:
             os.killpg(process.pid, signal.SIGKILL)
         try:
             return process.wait(timeout=after)
-        except subprocess.TimeoutExpired:  # stuck in the driver, where no signal reaches it: do not wait longer
+        except subprocess.TimeoutExpired:  # It is stuck in the driver, where no signal reaches it. Do not wait longer.
             return -signal.SIGKILL
 
 

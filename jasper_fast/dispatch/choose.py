@@ -1,4 +1,8 @@
-"""Chooses the face of an op from `backend=`, op, device, dtype and shape. Each choice is cached."""
+"""Chooses the face of an op from `backend=`, op, device, dtype and shape. Each choice is cached.
+
+A face is one implementation of an op: "reference" (plain PyTorch), "cpu", "triton", "cuda", or "aten" (PyTorch's own
+kernel, in place of "reference" for convs). A verdict is the result of checking a kernel on this machine.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,11 @@ from jasper_fast.kernels.tables import Cell
 
 @torch.compiler.assume_constant_result
 def resolve(backend: str, device: torch.device | str, op: str | None = None, dtype: torch.dtype | None = None) -> str:
-    """The face that runs for `backend` on `device`; raises BackendMissing for a named face that cannot run.
+    """Returns the face that runs for `backend` on `device`. Raises BackendMissing if `backend` names a face that cannot
+    run.
 
-    `op`: with "auto", the op that will run in `dtype`. fp64 gives "reference". On a GPU the verdict on the op must be
-    good (see `dispatch.verdicts`), in all dtypes if `dtype` is None. Without `op` no verdict is needed.
+    `op` and `dtype` say what will run, for "auto". In fp64 the face is "reference". On a GPU the verdict on the op must
+    be good (see `dispatch.verdicts`), in all dtypes if `dtype` is None. Without `op` verdicts are ignored.
     """
     return _resolve(backend, device, op, dtype)
 
@@ -32,7 +37,7 @@ def _resolve(backend: str, device: torch.device | str, op: str | None, dtype: to
     if backend != "auto":
         if reason := backends.why_missing(backend, device):
             raise BackendMissing(backends.named(backend, reason))
-        if backend == "cuda" and op == DEPTHWISE:  # which it has no kernel of
+        if backend == "cuda" and op == DEPTHWISE:  # the cuda backend has no depthwise kernel
             return "reference" if backends.why_missing("triton", device) else "triton"
         return backend
     first, reasons, gpu = None, [], ("triton", "cuda")
@@ -44,10 +49,10 @@ def _resolve(backend: str, device: torch.device | str, op: str | None, dtype: to
         reasons += [] if reason is None else [backends.named(name, reason)]
     if first is None:
         if reasons:
-            said = f"jasper_fast runs plain PyTorch on {device.type}: {'; '.join(reasons)}"
+            said = f"jasper_fast uses plain PyTorch on {device.type}: {'; '.join(reasons)}"
             warnings.warn(said, RuntimeWarning, stacklevel=3)
         return "reference"
-    if op is not None and dtype is not None and dtype not in tables.DTYPES:  # such as fp64, which no kernel takes
+    if op is not None and dtype is not None and dtype not in tables.DTYPES:  # fp64, for instance, has no kernel
         return "reference"
     if op is None or device.type != "cuda":
         return first
@@ -57,7 +62,8 @@ def _resolve(backend: str, device: torch.device | str, op: str | None, dtype: to
 
 @torch.compiler.assume_constant_result
 def depthwise_face(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The face of the depthwise convs in `dtype` on `device`: ours, else "aten", unless "reference" is asked for."""
+    """Returns the face of the depthwise convs in `dtype` on `device`: ours if it can run, else "aten". With
+    backend="reference" it is "reference"."""
     face = resolve(backend, device, DEPTHWISE, dtype)
     if backend != "reference" and (face == "reference" or dtype not in tables.DTYPES):
         return "aten"
@@ -66,8 +72,8 @@ def depthwise_face(backend: str, device: torch.device, dtype: torch.dtype) -> st
 
 @torch.compiler.assume_constant_result
 def ctc_face(backend: str, device: torch.device) -> str:
-    """The face of the CTC loss in fp32 on `device`: "triton", which has it alone, if its verdict is good, or
-    "reference"."""
+    """Returns the face of the CTC loss in fp32 on `device`: "triton" if its verdict is good, else "reference". No other
+    face has a CTC loss."""
     gpu = torch.device(device).type == "cuda"
     if gpu and backend != "reference" and backends.why_missing("triton", device) is None:
         return "triton" if backend == "triton" else resolve("auto", device, CTC, torch.float32)
@@ -78,11 +84,11 @@ def ctc_face(backend: str, device: torch.device) -> str:
 def norm_face(
     backend: str, device: torch.device, dtype: torch.dtype, channels: int, rows_log2: int | None = None
 ) -> str:
-    """The face that runs bn_relu_dropout, forward and backward, on (N, `channels`, T) in `dtype` on `device`.
+    """Returns the face that runs bn_relu_dropout, forward and backward, on (N, `channels`, T) in `dtype` on `device`.
 
-    On a GPU "auto" takes the face that was measured to be faster for forward and backward together at 2**rows_log2 rows
-    N*T (None: at the largest measured number), if it can run here and its verdict is good. What was not measured may be
-    tuned now (see `tuned`). In all other cases the answer is that of `resolve`.
+    On a GPU "auto" takes the face that was measured to be fastest for forward and backward together at 2**rows_log2
+    rows N*T (None: at the largest measured number), if it can run and its verdict is good. If nothing was measured for
+    this shape, it may be measured now (see `tuned`). In all other cases `resolve` chooses the face.
     """
     _catch_up(backend, device)
     return _norm_face(backend, device, dtype, channels, rows_log2)
@@ -111,8 +117,8 @@ def _norm_face(backend, device, dtype, channels, rows_log2) -> str:
 
 
 def conv_calls(*, stats: bool = False, dx: bool = False, dw: bool = False, norm: bool = False) -> tuple[str, ...]:
-    """The ops that a conv calls: forward (`stats`: with statistics), and the gradients of x (`norm`: with reduction)
-    and of w."""
+    """Returns the names of the ops that a conv calls: its forward pass (`stats`: with batch norm statistics), and with
+    `dx` and `dw` the gradients of x (`norm`: with the reduction for the batch norm before it) and of w."""
     forward, dgrad = "forward_stats" if stats else "forward", "dgrad_bn" if norm else "dgrad"
     return tuple(f"conv1d.{op}" for op, used in ((forward, True), (dgrad, dx), ("wgrad", dw)) if used)
 
@@ -128,14 +134,16 @@ def conv_face(
     shape: tuple[int, int, int, int, int] | None = None,
     rows_log2: int | None = None,
 ) -> str:
-    """The face that runs a conv in `dtype` on `device`: ours if it has the dtype and the gradients, else "aten".
+    """Returns the face that runs a conv in `dtype` on `device`: ours if it has the dtype and gradients, else "aten".
 
-    The CPU kernels take 16 bits too, except where the CPU has AMX for them: ATen's convs use it, ours do not.
-    strided_dx: the gradient of a strided conv's x is needed, which only ATen computes. On a GPU "auto" takes the face,
-    one of ours or cuDNN in channels-last memory, on which `calls` together take the least time at `shape` (c_in, c_out,
-    taps, stride, dilation) and 2**rows_log2 rows (None: the largest measured number). The times are those tuned on this
-    GPU (now, at the first use: see `tuned`), else those in the tables of this GPU or one like it, else estimates by
-    `rules`. One of ours is taken only if its verdict is good. A GPU too old for Triton takes the CUDA face.
+    strided_dx: the gradient of a strided conv's x is needed, which only ATen computes. On a CPU 16-bit convs run on
+    ATen if the CPU has AMX for the dtype, because ATen's convs use AMX and ours do not.
+
+    On a GPU "auto" compares our faces with cuDNN in channels-last memory. It takes the one on which `calls` together
+    take the least time at `shape` (c_in, c_out, taps, stride, dilation) and 2**rows_log2 rows (None: the largest
+    measured number). The times are those tuned on this GPU (now, at the first use: see `tuned`), else those in the
+    tables of this GPU or a similar one, else estimates by `rules`. Our faces are used only if their verdict is good. On
+    a GPU too old for Triton "auto" takes the CUDA face without comparing times.
     """
     _catch_up(backend, device)
     return _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2)
@@ -153,7 +161,7 @@ def _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> s
         return "aten"
     if backend != "auto":
         return face
-    if face == "triton":  # where Triton runs, the fastest face is chosen by times
+    if face == "triton":  # if Triton runs here, times decide between the faces
         if shape is None:
             return "aten"
         if rows_log2 is not None:
@@ -166,7 +174,7 @@ def _conv_face(backend, device, dtype, strided_dx, calls, shape, rows_log2) -> s
 
 
 def _takes(face: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> bool:
-    """Whether the convs of `face`, one of CONVS, take `dtype` on `device`, and a conv of `shape`."""
+    """Returns whether `face`, one of CONVS, has convs for `dtype` on `device`, and for `shape` if given."""
     if face == "triton":
         return dtype in tables.DTYPES
     return cuda_launch.takes(device, dtype, shape)
@@ -177,10 +185,11 @@ Convs = tuple[tuple[tuple[int, ...], int], ...]  # shapes (c_in, c_out, taps, st
 
 @functools.cache
 def fused_faces(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
-    """The faces that may serve a whole network at inference in `dtype`, of "triton", "cuda", "cpu" and "aten".
+    """Returns the faces that may run a whole network at inference in `dtype`: some of "triton", "cuda", "cpu", "aten".
 
-    There is one, except for "auto" on a GPU: there `fused_face` chooses for each batch among "aten" and those of ours
-    that run and whose verdict on fused sub-blocks is good. On a GPU too old for Triton it is the CUDA face alone.
+    It is a single face, except for "auto" on a GPU. There it is "aten" and those of our faces that run and have a good
+    verdict on fused sub-blocks, and `fused_face` chooses one of them for each batch. On a GPU too old for Triton it is
+    the CUDA face alone.
     """
     device = torch.device(device)
     first = resolve(backend, device)
@@ -199,8 +208,8 @@ def fused_faces(backend: str, device: torch.device, dtype: torch.dtype) -> tuple
 def fused_face(
     device: torch.device, dtype: torch.dtype, convs: Convs, rows_log2: int, faces: tuple[str, ...] = ("triton", "aten")
 ) -> str:
-    """Which of `faces` runs all `convs` of a network fastest on a GPU at 2**rows_log2 rows N*T', as measured (now, at
-    the first use: see `tuned`) or as estimated by `rules`."""
+    """Returns which of `faces` runs all `convs` of a network fastest on a GPU at 2**rows_log2 rows N*T' (T': frames
+    after the strided conv). The times are measured (now, at the first use: see `tuned`) or estimated by `rules`."""
     tuned.catch_up(device)
     return _fused_face(device, dtype, convs, rows_log2, faces)
 
@@ -212,8 +221,8 @@ def _fused_face(device, dtype, convs, rows_log2, faces) -> str:
 
 
 def _faster(calls: list[tuple[str, tuple[int, ...], int]], device, dtype, rows_log2: int | None, faces) -> str:
-    """The one of `faces` and "aten" on which `calls`, (op, shape, count), take the least measured time, or estimated
-    time if none was measured."""
+    """Returns the one of `faces` and "aten" on which `calls`, each (op, shape, count), take the least measured time, or
+    the least estimated time if none was measured."""
     rows = None if rows_log2 is None else 1 << rows_log2
     measured = {
         f: time for f, time in (tables.times(calls, device, dtype, rows) or {}).items() if f in (*faces, "aten")
@@ -225,7 +234,7 @@ def _faster(calls: list[tuple[str, tuple[int, ...], int]], device, dtype, rows_l
 
 
 def _want(device, dtype, ops: list[tuple[str, tuple[int, ...]]], rows_log2: int, what: str) -> None:
-    """Tells first-use tuning that "auto" is about to choose a face for `ops`, (op, shape), on a GPU."""
+    """Tells first-use tuning that "auto" is about to choose a face for `ops`, each (op, shape), on a GPU."""
     tuned.want(device, [Cell(op, tables.DTYPES[dtype], *shape, rows_log2) for op, shape in ops], what)
 
 
@@ -236,10 +245,11 @@ def _catch_up(backend: str, device: torch.device | str) -> None:
 
 @torch.compiler.assume_constant_result
 def pane_form(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """How panes="auto" computes the panes' statistics in training: "gram" or "plain" (see jasper_fast.ops).
+    """Returns the form in which panes="auto" computes the panes' statistics in training, "gram" or "plain" (see
+    jasper_fast.ops).
 
-    "gram" on a GPU, where the plain form's passes over pane outputs are expensive, if its verdict is good (a `backend`
-    asked for by name is not checked). "plain" elsewhere, because it is faster on CPUs.
+    On a GPU it is "gram", because the plain form makes expensive passes over the outputs of the panes. With
+    backend="auto" its verdict must be good, else it is "plain". On a CPU it is "plain", which is faster there.
     """
     return _pane_form(backend, device, dtype)
 
@@ -256,20 +266,20 @@ def _pane_form(backend, device, dtype) -> str:
 
 
 def _has_amx(dtype: torch.dtype) -> bool:
-    """Whether this CPU has a matrix unit (AMX) for `dtype`."""
+    """Returns whether this CPU has a matrix unit (AMX) for `dtype`."""
     known = {torch.bfloat16: torch.cpu._is_amx_tile_supported, torch.float16: torch.cpu._is_amx_fp16_supported}
     return dtype in known and known[dtype]()
 
 
 CONVS = ("triton", "cuda")  # faces whose convs run on a GPU
 
-# what "auto" does if a verdict is not good
-PLAIN = "backend='auto' takes plain PyTorch for it instead, which is slower"
-LIBRARY = "backend='auto' takes PyTorch's own conv instead, which is slower here"
+# the end of a warning: what "auto" does if a verdict is not good
+PLAIN = "backend='auto' uses plain PyTorch for it instead, which is slower"
+LIBRARY = "backend='auto' uses PyTorch's own conv instead, which is slower here"
 
 
 def _trusted(op: str, face: str, device: torch.device, dtype: torch.dtype, instead: str) -> bool:
-    """Whether the verdict on a GPU kernel is good; if not, warns once per kernel."""
+    """Returns whether the verdict on a GPU kernel is good. If not, warns once per kernel."""
     if device.index is None:
         device = torch.device(device.type, torch.cuda.current_device())
     found = verdicts.verdict(op, face, device, tables.DTYPES[dtype])
@@ -285,7 +295,7 @@ _warned: set[tuple[str, str, torch.device, torch.dtype]] = set()
 
 
 def forget() -> None:
-    """Drops all cached choices; to be called after a verdict or a table has changed."""
+    """Drops all cached choices. Call this after a verdict or a table has changed."""
     _drop()
     for cached in (_resolve, _pane_form, fused_faces):
         cached.cache_clear()
@@ -296,7 +306,7 @@ def forget() -> None:
 
 
 def _drop() -> None:
-    """Drops the cached choices that depend on rows of tables."""
+    """Drops the cached choices that depend on measured times."""
     for cached in (_norm_face, _conv_face, _fused_face):
         cached.cache_clear()
 

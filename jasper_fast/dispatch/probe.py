@@ -1,10 +1,9 @@
-"""The watcher of the self-check: starts the process that runs kernels, reads its messages, and finds the check that
-ended it.
+"""Supervises the self-check: runs the kernels in a child process, and finds the check that crashes or hangs it.
 
-A kernel that crashes or never ends must not break the user's process or its CUDA context, and must be found. So
-`supervise` starts `python -m jasper_fast.selfcheck.child`, which writes one line when it begins a check and one when it
-ends it. If that process dies or falls silent, the check that it was in is at fault, and another process does the
-remaining checks. If the watching process is ended early, a `Report` holds the results so far.
+A kernel that crashes or never ends must not break the user's process or its CUDA context. So `supervise` starts `python
+-m jasper_fast.selfcheck.child`, which writes one line when it begins a check and one when it ends it. If the child dies
+or falls silent, the check that it had begun is at fault, and a new child does the remaining checks. If `supervise` is
+interrupted, its `Report` has the results so far.
 """
 
 from __future__ import annotations
@@ -19,21 +18,21 @@ import torch
 from jasper_fast.dispatch import children, verdict
 from jasper_fast.dispatch.verdict import FAULTS, UNCHECKED, Verdict, group_of, judge
 
-CHECK_SECONDS = 180.0  # for one check, its compilation included
+CHECK_SECONDS = 180.0  # time limit of one check, including compilation
 
 
 class CannotCheck(RuntimeError):
-    """The check could not be made, because its process did not reach the first kernel. The message says why."""
+    """Nothing could be checked, because the child process ended outside any check. The message says why."""
 
 
 def command() -> list[str]:
-    """The command line of the process that runs kernels."""
+    """Returns the command line of the child process."""
     return [sys.executable, "-W", "ignore", "-m", "jasper_fast.selfcheck.child"]
 
 
 @dataclass
 class Report:
-    """The results of a self-check so far: the `planned` checks, and the rows of finished checks by id."""
+    """The results of a self-check so far: the `planned` checks, and `found`, the rows of finished checks by id."""
 
     planned: list[dict[str, Any]] = field(default_factory=list)
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -44,8 +43,8 @@ class Report:
         return [self.found[check["id"]] for check in self.planned if check["id"] in self.found]
 
     def decided(self) -> list[dict[str, Any]]:
-        """The rows from which verdicts can be made: all checks of their op, face and dtype are finished, or one
-        failed."""
+        """Returns the rows from which verdicts can be made: all checks of their op, face and dtype are finished, or one
+        of these checks failed."""
         rows, open_ = self.rows, {group_of(check) for check in self.planned if check["id"] not in self.found}
         open_ -= {group_of(row) for row in rows if row["status"] in FAULTS}
         return [row for row in rows if group_of(row) not in open_]
@@ -63,13 +62,14 @@ def supervise(
     argv: Sequence[str] | None = None,
     report: Report | None = None,
 ) -> list[dict[str, Any]]:
-    """The rows of all checks for `device`: statuses of `checks.perform`, and "died", "hung" and "skipped".
+    """Performs all checks for `device` in child processes, and returns their rows. The statuses are those of
+    `checks.perform`, and "died", "hung" and "skipped".
 
-    `ops`, `faces`, `dtypes` ("float16", ...): what to check, as `checks.plan` takes them. After a kernel that died or
-    hung, the other checks of its op, face and dtype are skipped, because their verdict is known. `seconds` limits each
-    check. `on_row(row, total)` is called for each new row. `argv` replaces the command line of the process. Any
-    exception ends the checking process at once, and `report` then holds the results so far. Raises CannotCheck if the
-    process does not reach the first check.
+    `ops`, `faces`, `dtypes` ("float16", ...): what to check, as in `checks.plan`. After a kernel has died or hung, the
+    other checks of its op, face and dtype are skipped, because the verdict on them is known. `seconds` limits each
+    check. `on_row(row, total)` is called for each new row. `argv` replaces the command line of the child. Any exception
+    kills the child at once, and `report` then has the results so far. Raises CannotCheck if the child does not reach
+    the first check.
     """
     report = report or Report()
     which = {"ops": list(ops), "faces": list(faces), "dtypes": list(dtypes)}
@@ -97,7 +97,7 @@ def _note(report: Report, row: dict, on_row: Callable) -> None:
 
 
 def _watch(argv, wanted, seconds, report, on_row) -> dict | None:
-    """Runs one process to its end or fault: the row of the check that ended it, if one did."""
+    """Runs one child process until it ends. Returns the row of the check that ended it, or None if it finished."""
     current: str | None = None
     fault: dict | None = None
 
@@ -119,17 +119,17 @@ def _watch(argv, wanted, seconds, report, on_row) -> dict | None:
     if ended.told:
         return fault
     if current is None:
-        raise CannotCheck(f"the process that checks {ended.how}, in no check{ended.last}")
+        raise CannotCheck(f"the process that checks the kernels {ended.how} outside any check{ended.last}")
     check, detail = next(c for c in report.planned if c["id"] == current), f"the process {ended.how}{ended.last}"
     if not ended.hung and any(said in ended.last.lower() for said in verdict.NO_MEMORY):
         return check | {"status": "no memory", "detail": f"{detail} ({verdict.FREE_MEMORY})"}
     if ended.from_outside:
-        return check | {"status": "environment", "detail": f"{detail} (from outside, or for want of host memory)"}
+        return check | {"status": "environment", "detail": f"{detail} (from outside, or because host memory ran out)"}
     return check | {"status": "hung" if ended.hung else "died", "detail": detail}
 
 
 def quick_verdict(device: torch.device, op: str, face: str, dtype: str) -> Verdict:
-    """The verdict of a quick check of one op on one face in one dtype, in a process of its own."""
+    """Checks one op on one face in one dtype quickly, in a child process, and returns the verdict."""
     none = Verdict(op, face, dtype, UNCHECKED, True, 0)
     try:
         rows = supervise(device, quick=True, ops=(op,), faces=(face,), dtypes=(dtype,))

@@ -1,13 +1,15 @@
-"""First-use tuning: what `backend="auto"` finds unmeasured on this GPU is measured once, and remembered on disk.
+"""First-use tuning: measures what `backend="auto"` needs and this GPU has no times for, once, and saves the times.
 
-This is what `torch.backends.cudnn.benchmark` does, but the results are kept. The rows are in the user's cache
-(`verdicts.folder()`), one file per GPU, driver, versions and sources, and come before the tables of the package. The
-contenders run in a process of their own, `python -m jasper_fast.tuning.child`, which checks each before it times it. A
-cell (an op at a shape, see `tables.Cell`) is saved as soon as it is measured, so a kill loses at most one cell.
+This is what `torch.backends.cudnn.benchmark` does, but the results are kept on disk. They are in the user's cache
+(`verdicts.folder()`), in one file per GPU, driver, versions and sources, and take precedence over the tables of the
+package. The contenders (the candidate kernels for an op) run in a child process, `python -m jasper_fast.tuning.child`,
+which checks each before it times it. A cell (an op at a shape, see `tables.Cell`) is saved as soon as it is measured,
+so a run that is killed loses at most one cell.
 
-Nothing is tuned while a graph is captured or traced, or inside `not_now()`: defaults are used then, and the cells are
-tuned at the next request outside. `JASPER_FAST_TUNE=0` turns tuning off, and so does `off()` for the code inside it. Of
-several processes one tunes, and the others wait and read its results.
+Nothing is tuned while a graph is captured or traced, or inside `not_now()`. Then the usual choices without tuning are
+made, and the cells are tuned at the next request outside. `JASPER_FAST_TUNE=0` turns tuning off, and `off()` turns it
+off for the code inside its block. If several processes need the same times, one tunes, and the others wait and read its
+results.
 """
 
 from __future__ import annotations
@@ -33,19 +35,19 @@ from jasper_fast.kernels import likeness, tables
 from jasper_fast.kernels.tables import Cell, Row
 
 SWITCH = "JASPER_FAST_TUNE"
-FIRST_USE = 120.0  # seconds that a first use may take; the next process tunes the remaining cells
+FIRST_USE = 120.0  # seconds that tuning may take at a first use; the next process tunes the cells that are left
 PATIENCE = 300.0  # seconds that a process waits while another one tunes
-CONTENDER = 90.0  # seconds that the child may be silent, compilation included
-GRACE = 5.0  # seconds beyond the budget, to finish the measurement under way
+CONTENDER = 90.0  # seconds that the child may be silent, including compilation
+GRACE = 5.0  # seconds beyond the budget, in which the child may finish its current measurement
 LOCK = "tuning.lock"
 
 
 class CannotTune(RuntimeError):
-    """The process that tunes could not measure anything; the message says why."""
+    """The child process that tunes failed outside any measurement. The message says why."""
 
 
 def command() -> list[str]:
-    """The command line of the process that tunes."""
+    """Returns the command line of the child process that tunes."""
     return [sys.executable, "-W", "ignore", "-m", "jasper_fast.tuning.child"]
 
 
@@ -53,37 +55,35 @@ def command() -> list[str]:
 
 
 def path(device: torch.device) -> Path:
-    """The file of the rows that were tuned for `device`."""
+    """Returns the path of the file with the rows that were tuned for `device`."""
     key = verdicts.key(device)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return verdicts.folder() / "tuned" / f"{tables.slug(key['device'])}-{digest}.json"
 
 
 def read(device: torch.device) -> tuple[Row, ...]:
-    """The saved rows for `device`; none, with a message, if the file cannot be used."""
+    """Reads the saved rows for `device`. If the file cannot be used, prints why and returns none."""
     file = path(device)
     if not file.is_file():
         return ()
     try:
         return tables.load(file).rows
     except (OSError, tables.TableError) as error:
-        _say(f"cannot use the tuned choices ({error}): tuning again")
+        _say(f"cannot use the saved times ({error}): tuning again")
         return ()
 
 
 def keep(device: torch.device, rows: Sequence[Row]) -> None:
-    """Saves the rows of measured cells in the file for `device`, in place of earlier rows of the same cells."""
+    """Saves the rows of measured cells in the file for `device`. They replace earlier rows of the same cells."""
     if not rows:
         return
     cells, file = {row.cell for row in rows}, path(device)
-    with verdicts.locked(10.0, "tuned.lock"):  # held only while the file is written; LOCK is held for a whole tuning
+    with verdicts.locked(10.0, "tuned.lock"):  # for this write only; LOCK is for all of a tuning
         kept = [row for row in read(device) if row.cell not in cells]
         try:
             tables.write(file, _header(device), [*kept, *rows])
         except OSError as error:
-            _say(
-                f"cannot keep what was tuned in {file} ({error}); set JASPER_FAST_CACHE to a folder that can be written"
-            )
+            _say(f"cannot save tuned times in {file} ({error}); set JASPER_FAST_CACHE to a folder that can be written")
 
 
 def _header(device: torch.device) -> dict[str, str]:
@@ -100,7 +100,7 @@ def _header(device: torch.device) -> dict[str, str]:
 
 
 def _faults(device: torch.device) -> dict[str, list[str]]:
-    """Contenders that ended their process, by cell."""
+    """Reads which contenders of each cell have crashed or hung their process."""
     try:
         return json.loads(path(device).with_suffix(".faults").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # no file, or a damaged one: all contenders are tried again
@@ -112,7 +112,7 @@ def _keep_fault(device: torch.device, cell: Cell, contender: str) -> None:
     found.setdefault(_name(cell), []).append(contender)
     file = path(device).with_suffix(".faults")
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    with contextlib.suppress(OSError):  # keep() has said that the folder cannot be written
+    with contextlib.suppress(OSError):  # keep() reports a folder that cannot be written
         file.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps(found, indent=1), encoding="utf-8")
         os.replace(part, file)
@@ -127,7 +127,7 @@ def _there() -> bool:
 
 
 def rows(index: int) -> Sequence[Row]:
-    """The tuned rows for the CUDA device `index`; `tables` looks here before it looks in its files."""
+    """Returns the tuned rows for the CUDA device `index`. `tables` asks for them before it looks in its own files."""
     return read(torch.device("cuda", index)) if _there() else ()
 
 
@@ -139,8 +139,8 @@ tables.lay_over(rows)
 
 @dataclass
 class Session:
-    """The cells that one call tunes, the results so far (with refused contenders and reasons), and whether the time ran
-    out."""
+    """The cells that one call tunes, the results so far (also which contenders were refused, and why), and whether the
+    time ran out."""
 
     cells: Sequence[Cell]
     done: dict[Cell, dict[str, Any]] = field(default_factory=dict)
@@ -157,11 +157,11 @@ def tune(
     seconds: float | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Session:
-    """Measures `cells` in a process of its own for at most `budget` seconds, and saves each result at once if `keeps`.
+    """Measures `cells` in a child process for at most `budget` seconds. Saves each result at once if `keeps`.
 
-    `seconds`: the time for one cell (None: the tuner's default). A contender that ends the process, or hangs, is
-    remembered and not tried again, and a new process continues. `on_cell(session, activity)` is called at each message.
-    Raises CannotTune if a process ends before its first cell, or is ended from outside.
+    `seconds`: the time for one cell (None: the tuner's default). If a contender crashes or hangs the child, that is
+    saved, the contender is not tried again, and a new child continues. `on_cell(session, activity)` is called at each
+    message. Raises CannotTune if a child ends outside any measurement, or by a signal from outside.
     """
     session, end = Session(list(dict.fromkeys(cells))), clock() + budget
     while True:
@@ -200,13 +200,13 @@ def tune(
 # ------------------------------------------------------------------------------------------------------- first use
 
 changed: list[Callable[[], None]] = []  # called after tables have new rows, to drop cached choices
-_waiting: dict[torch.device, dict[Cell, str]] = {}  # cells to tune at the next good moment, and what they are for
+_waiting: dict[torch.device, dict[Cell, str]] = {}  # cells to tune at the next good moment, and the user of each
 _asked: set[tuple[torch.device, Cell]] = set()  # cells already tried in this process, with or without a result
 _local = threading.local()
 
 
 def enabled() -> bool:
-    """Whether first uses are tuned here."""
+    """Returns whether first-use tuning is on in this thread."""
     return os.environ.get(SWITCH, "1") != "0" and not getattr(_local, "off", 0)
 
 
@@ -219,14 +219,13 @@ def _more(name: str) -> Iterator[None]:
         setattr(_local, name, getattr(_local, name) - 1)
 
 
-off = functools.partial(_more, "off")  # context: this thread tunes nothing, now or later
-not_now = functools.partial(
-    _more, "not_now"
-)  # context: this thread tunes nothing now, but later what is asked for here
+# Context managers for the current thread. Inside `off()` requests are ignored; inside `not_now()` they are tuned later.
+off = functools.partial(_more, "off")
+not_now = functools.partial(_more, "not_now")
 
 
 def good_moment(device: torch.device) -> bool:
-    """Whether tuning may take some seconds now: nothing is being captured or traced, and no `not_now()` is open."""
+    """Returns whether tuning may run now: nothing is being captured or traced, and no `not_now()` is open."""
     if getattr(_local, "not_now", 0) or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
@@ -236,8 +235,8 @@ def good_moment(device: torch.device) -> bool:
 
 
 def want(device: torch.device, cells: Iterable[Cell], what: str) -> None:
-    """Tunes those of `cells` that were never measured on this GPU, now or at the next good moment; "auto" calls this
-    before it chooses. `what`: what the cells belong to, in words ("Jasper")."""
+    """Tunes those of `cells` that were never measured on this GPU, now or at the next good moment. "auto" calls this
+    before it chooses. `what` names what needs the cells, for the message ("Jasper's inference")."""
     if not enabled():
         return
     device = indexed(device)
@@ -250,14 +249,14 @@ def want(device: torch.device, cells: Iterable[Cell], what: str) -> None:
 
 
 def _has_choice(op: str, device: torch.device) -> bool:
-    """Whether one of our faces can run `op` on `device`; if not, plain PyTorch is the only choice."""
+    """Returns whether one of our faces can run `op` on `device`. If not, there is nothing to choose."""
     ours = ("triton", "cuda") if op in tables.NORM_OPS else ("triton",)
     return any(backends.why_missing(face, device) is None for face in ours)
 
 
 def catch_up(device: torch.device) -> None:
     """Tunes the waiting cells, if this is a good moment."""
-    if not _waiting:  # first, because every call of an op comes here
+    if not _waiting:  # the cheapest test comes first, because every call of an op passes here
         return
     device = indexed(device)
     if _waiting.get(device) and enabled() and good_moment(device):
@@ -265,12 +264,12 @@ def catch_up(device: torch.device) -> None:
 
 
 def waiting(device: torch.device) -> int:
-    """The number of cells to tune at the next good moment."""
+    """Returns the number of cells to tune at the next good moment."""
     return len(_waiting.get(indexed(device), ()))
 
 
 def indexed(device: torch.device) -> torch.device:
-    """`device`, with the index of the current CUDA device if it has none."""
+    """Returns `device`, with the index of the current CUDA device if it has none."""
     if device.index is None and device.type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -296,7 +295,7 @@ def _tell_and_tune(device: torch.device, cells: Sequence[Cell], what: str) -> No
     try:
         session = tune(device, cells, FIRST_USE)
     except (CannotTune, OSError, tables.TableError) as error:
-        told = f" not possible ({error}): faces are chosen by tables of similar GPUs, or by rules"
+        told = f" not possible ({error}); using times of similar GPUs, or estimates"
     else:
         left = len(cells) - len(session.done)
         told = f": {time.monotonic() - started:.0f} s"
@@ -307,7 +306,7 @@ def _tell_and_tune(device: torch.device, cells: Sequence[Cell], what: str) -> No
 
 
 def forget() -> None:
-    """Forgets the waiting cells and those already tried."""
+    """Forgets which cells wait and which were already tried."""
     _waiting.clear()
     _asked.clear()
 

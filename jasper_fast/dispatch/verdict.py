@@ -1,4 +1,4 @@
-"""Verdicts on kernels, and whether an error is the fault of the kernel or of the machine."""
+"""Makes verdicts on kernels from the results of checks, and tells errors of a kernel from errors of the machine."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from typing import Any
 import torch
 
 GOOD, BAD, UNCHECKED = "good", "bad", "unchecked"
-# each has a verdict per face and dtype
+# Each op has a verdict per face and dtype.
 OPS = ("bn_relu_dropout", "conv1d", "conv1d.fused", "depthwise", "panes", "novograd", "ctc")
-FACES = ("cpu", "triton", "cuda", "aten")  # aten: our panes are built from ATen's matrix products
-FAULTS = ("wrong", "failed", "died", "hung")  # statuses that are the kernel's fault
-OPEN = ("no memory", "environment", "skipped")  # statuses of a kernel that was not checked
+FACES = ("cpu", "triton", "cuda", "aten")  # "aten" is for the panes, which use ATen's matrix products
+FAULTS = ("wrong", "failed", "died", "hung")  # statuses of a check that are the kernel's fault
+OPEN = ("no memory", "environment", "skipped")  # statuses of a check that could not be made
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What the self-check found for one op on one face in one dtype ("bfloat16").
 
-    status: "good", "bad", or "unchecked" if the check itself could not run (no memory, no compiler). quick: only a
-    quick check of seconds was made. checked: the number of checks. failure: the first fault, and in which kernel.
+    status: "good", "bad", or "unchecked" if the check itself could not run (no memory, no compiler). quick: only the
+    quick check was made, which takes seconds. checked: the number of checks that passed. failure: the first fault, and
+    the kernel that has it.
     """
 
     op: str
@@ -37,10 +38,10 @@ class Verdict:
     date: str = ""
 
 
-# (text of an error, what to do about it) for errors that are the fault of the machine, not of the kernel
+# (text of an error, what to do about it), for errors that are the machine's fault
 FIXES = (
-    ("failed to find c compiler", "Triton compiles its launcher in C: install a C compiler (gcc) or name one by CC"),
-    ("cannot find ptxas", "Triton's ptxas is missing: reinstall triton, or name one by TRITON_PTXAS_PATH"),
+    ("failed to find c compiler", "Triton compiles its launcher in C: install a C compiler (gcc), or set CC to one"),
+    ("cannot find ptxas", "Triton's ptxas is missing: reinstall triton, or set TRITON_PTXAS_PATH to one"),
     ("is not defined for option 'gpu-name'", "ptxas is older than this GPU: update triton, or unset TRITON_PTXAS_PATH"),
     ("unsupported .version", "ptxas is older than Triton: update triton, or unset TRITON_PTXAS_PATH"),
     ("libcuda.so cannot found", "Triton finds no libcuda.so of the driver: run ldconfig, or set TRITON_LIBCUDA_PATH"),
@@ -51,11 +52,11 @@ FIXES = (
     ("driver version is insufficient", "update the NVIDIA driver"),
 )
 NO_MEMORY = ("out of memory", "alloc_failed", "cannot allocate memory")
-FREE_MEMORY = "another process may use the memory: see nvidia-smi, and check again when it is free"
+FREE_MEMORY = "another process may use the memory: look at nvidia-smi, and try again when memory is free"
 
 
 def blame(error: BaseException) -> dict[str, str]:
-    """Status and detail for an exception: whether the kernel or the machine is at fault."""
+    """Returns status and detail of a check that raised `error`. The status says whether the kernel is at fault."""
     text = str(error)
     detail = text if isinstance(error, PlainPyTorchFailed) else in_a_line(error)
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or any(m in text.lower() for m in NO_MEMORY):
@@ -63,10 +64,10 @@ def blame(error: BaseException) -> dict[str, str]:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         text += " no space left on device"
     fix = next((fix for what, fix in FIXES if what in text.lower()), None)
-    if fix is None and isinstance(error, subprocess.SubprocessError):  # of a compiler; PTXASError is another
+    if fix is None and isinstance(error, subprocess.SubprocessError):  # the C compiler failed (ptxas: PTXASError)
         fix = "Triton compiles its launcher in C: it needs gcc, Python's headers (python3-dev) and space in TMPDIR"
-    if fix is None and isinstance(error, (OSError, ImportError)):  # kernels touch no files
-        fix = "this user must be able to read, run and write the files of Triton and of its cache"
+    if fix is None and isinstance(error, (OSError, ImportError)):  # a kernel itself uses no files
+        fix = "this user must be allowed to read and run the files of Triton, and to write its cache"
     if fix is None and isinstance(error, PlainPyTorchFailed):
         fix = "without it there is nothing to compare with"
     if fix is None:
@@ -75,7 +76,8 @@ def blame(error: BaseException) -> dict[str, str]:
 
 
 class PlainPyTorchFailed(RuntimeError):
-    """The call of plain PyTorch failed. If the kernel caused that, the next wait for the device raises its error."""
+    """Plain PyTorch, with which a kernel is compared, failed. If the kernel caused that, the next synchronisation with
+    the device raises the kernel's error."""
 
 
 def in_a_line(error: BaseException) -> str:
@@ -83,12 +85,12 @@ def in_a_line(error: BaseException) -> str:
 
 
 def group_of(row: dict[str, Any]) -> tuple[str, str, str]:
-    """The key of a verdict."""
+    """Returns the key of the verdict to which a row belongs: op, face and dtype."""
     return row["op"], row["face"], row["dtype"]
 
 
 def judge(rows: Sequence[dict[str, Any]], quick: bool) -> list[Verdict]:
-    """One verdict for each op, face and dtype among `rows`."""
+    """Makes one verdict for each op, face and dtype among `rows`."""
     found: dict[tuple[str, str, str], list[dict]] = {}
     for row in rows:
         found.setdefault(group_of(row), []).append(row)
@@ -105,7 +107,7 @@ def judge(rows: Sequence[dict[str, Any]], quick: bool) -> list[Verdict]:
 
 
 def failure_of(row: dict[str, Any] | None) -> str:
-    """A failed row in words: the kernel, its inputs, and what happened."""
+    """Describes a failed row in words: the kernel, its inputs, and what happened."""
     if row is None:
         return ""
     what = " ".join(filter(None, (row["function"], row["variant"], row["configuration"], row["shape"], row["dtype"])))

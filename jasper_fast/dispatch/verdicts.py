@@ -1,8 +1,9 @@
-"""Whether `backend="auto"` may use a kernel on this machine: verdicts of the self-check, saved in the user's cache.
+"""Keeps the verdicts of the self-check in the user's cache. `backend="auto"` uses a GPU kernel only if its verdict is
+good.
 
-A verdict is for one op on one face in one dtype, because each dtype is a kernel of its own. It is valid only for the
-GPU, driver, torch, Triton and sources with which it was made; after any change a new one is needed. The cache is
-`JASPER_FAST_CACHE`, else `$XDG_CACHE_HOME/jasper_fast`, else `~/.cache/jasper_fast`.
+A verdict is for one op on one face in one dtype, because each dtype is compiled to a kernel of its own. It is valid
+only for the GPU, driver, torch, Triton and sources with which it was made, and is made again after any change. The
+cache is the folder `JASPER_FAST_CACHE`, else `$XDG_CACHE_HOME/jasper_fast`, else `~/.cache/jasper_fast`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 @functools.cache
 def key(device: torch.device) -> dict[str, str]:
-    """The machine and versions for which a verdict on `device` is valid."""
+    """Returns the machine and versions for which a verdict on `device` is valid."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {_cpu()}",
         "driver": driver() if device.type == "cuda" else "",
@@ -48,7 +49,7 @@ def key(device: torch.device) -> dict[str, str]:
 
 
 def driver() -> str:
-    """The version of the NVIDIA driver, or "unknown"."""
+    """Returns the version of the NVIDIA driver, or "unknown"."""
     if DRIVER.is_file() and (
         found := re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", DRIVER.read_text(errors="replace"))
     ):
@@ -63,9 +64,9 @@ def driver() -> str:
 
 @functools.cache
 def sources() -> str:
-    """A hash of what is checked, which is kernels, native libraries and panes, and of the checks.
+    """Returns a hash of what is checked (kernels, native libraries, panes) and of the checks.
 
-    Tables are no part of it: whatever tile they name was checked when it was measured.
+    Tables are not part of it, because every tile in a table was checked when it was measured.
     """
     package, kernels = Path(__file__).parents[1], Path(tables.__file__).parent
     paths = [*package.glob("selfcheck/*.py"), *package.glob("ops/*.py"), *kernels.rglob("*.py")]
@@ -89,7 +90,7 @@ def _version(package: str) -> str:
 
 
 def folder() -> Path:
-    """The folder of the verdicts."""
+    """Returns the cache folder."""
     if own := os.environ.get("JASPER_FAST_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -97,13 +98,14 @@ def folder() -> Path:
 
 
 def path(device: torch.device) -> Path:
-    """The file of the verdicts for `device`."""
+    """Returns the path of the file with the verdicts for `device`."""
     text = json.dumps(key(device), sort_keys=True)
     return folder() / "verdicts" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
 
 
 def read(device: torch.device) -> dict[tuple[str, str, str], Verdict]:
-    """Saved verdicts for `device` by (op, face, dtype); none, with a message, if the file cannot be used."""
+    """Reads the saved verdicts for `device`, by (op, face, dtype). If the file cannot be used, prints why and returns
+    none."""
     file = path(device)
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
@@ -115,13 +117,13 @@ def read(device: torch.device) -> dict[tuple[str, str, str], Verdict]:
     try:
         return _parse(data, device)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        _say(f"{file} does not hold verdicts ({type(error).__name__}: {error}): checking again")
+        _say(f"{file} has no valid verdicts ({type(error).__name__}: {error}): checking again")
         return {}
 
 
 def _parse(data: dict, device: torch.device) -> dict[tuple[str, str, str], Verdict]:
     if data["schema"] != SCHEMA or data["key"] != key(device):
-        raise ValueError("it is of another machine or version")
+        raise ValueError("they are of another machine or version")
     found = {}
     for values in data["verdicts"]:
         verdict = Verdict(**values)
@@ -133,9 +135,10 @@ def _parse(data: dict, device: torch.device) -> dict[tuple[str, str, str], Verdi
 
 
 def keep(device: torch.device, verdicts: Iterable[Verdict]) -> None:
-    """Saves verdicts in the cache file for `device` and in this process; a good quick verdict never replaces another.
+    """Saves verdicts in the cache file for `device` and in this process. A good verdict of a quick check never replaces
+    another verdict.
 
-    An "unchecked" verdict is for this process only. If the cache cannot be written, a message says so.
+    An "unchecked" verdict is kept in this process only. If the cache cannot be written, a message says so.
     """
     kept = read(device)
     for verdict in verdicts:
@@ -162,9 +165,9 @@ def keep(device: torch.device, verdicts: Iterable[Verdict]) -> None:
 
 @contextmanager
 def locked(patience: float = LOCK_SECONDS, name: str = "lock") -> Iterator[bool]:
-    """One process at a time, of all that share the cache: the ranks of a training run check once, not each.
+    """Locks out the other processes that share the cache, so that of all ranks of a training run only one checks.
 
-    After `patience` seconds the body runs all the same, and is told False.
+    Yields True with the lock. After `patience` seconds without it the block runs nevertheless, and gets False.
     """
     import fcntl  # does not exist on Windows, but neither does Triton
 
@@ -172,7 +175,7 @@ def locked(patience: float = LOCK_SECONDS, name: str = "lock") -> Iterator[bool]
         folder().mkdir(parents=True, exist_ok=True)
         file = open(folder() / name, "w")  # noqa: SIM115
     except OSError:
-        yield True  # nowhere to keep anything, so nothing to wait for; who keeps something says so
+        yield True  # Without a cache folder there is no result to wait for. Whoever saves a result reports the folder.
         return
     with file:
         until, mine = time.monotonic() + patience, False
@@ -196,11 +199,11 @@ def forget() -> None:
 
 
 def verdict(op: str, face: str, device: torch.device, dtype: str, check: Callable | None = None) -> Verdict:
-    """The verdict on `op` (one of `verdict.OPS`) on `face` in `dtype` ("bfloat16"):
-    kept, or from a quick check now.
+    """Returns the verdict on `op` (one of `verdict.OPS`) on `face` in `dtype` ("bfloat16"). If none is saved, makes a
+    quick check now.
 
-    The check runs in a process of its own, takes seconds, and prints one line on the standard error. `check(device, op,
-    face, dtype) -> Verdict` replaces it in tests.
+    The check runs in a child process, takes seconds, and prints one line on the standard error. In tests `check(device,
+    op, face, dtype) -> Verdict` replaces it.
     """
     name = (device, op, face, dtype)
     if name not in _memory:
@@ -225,7 +228,7 @@ def _check_now(device: torch.device, op: str, face: str, dtype: str) -> Verdict:
 
 
 def why_not(found: Verdict, device: torch.device, instead: str) -> str:
-    """The warning for a kernel that is not used; `instead`: what "auto" does about it."""
+    """Returns the warning for a kernel that is not used. `instead` says what "auto" uses in its place."""
     name = key(device)["device"]
     what = f"{found.op} ({found.face}, {found.dtype})"
     if found.status == UNCHECKED:
