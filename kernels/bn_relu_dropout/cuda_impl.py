@@ -26,15 +26,14 @@ def stats(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward(y: Tensor, norm: Norm, residual: Tensor | None, mask: Mask) -> Tensor:
-    """z = mask(dropout(relu((y - mean)*rstd*gamma + beta [+ residual]))); frames t >= length are 0; y is not read
-    there."""
+    """z = mask(dropout(relu((y - mean)*rstd*gamma + beta [+ residual]))). At t >= length z is 0 and y is not read."""
     z = torch.empty_like(y)
     _ops().bn_forward(y, *norm, residual, *mask, z)
     return z
 
 
 def backward_reduce(dz: Tensor, y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> tuple[Tensor, Tensor]:
-    """(dbeta, dgamma) = (sum g, sum g*yhat) per channel; g is dz where the gradient passes ReLU, dropout and mask."""
+    """(dbeta, dgamma) = (sum g, sum g*yhat) per channel; g = dz/(1-p) where ReLU, dropout and mask pass it, else 0."""
     dbeta, dgamma = _channels(y), _channels(y)
     _ops().bn_backward_reduce(dz, y, z, *norm, *mask, dbeta, dgamma)
     return dbeta, dgamma
@@ -50,9 +49,9 @@ def backward_apply(
     has_residual: bool,
     halo: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dy = gamma*rstd*(g - mean_g - yhat*mean_gy), and dres = g with a residual, else None.
+    """Returns dy = gamma*rstd*(g - mean_g - yhat*mean_gy), and dres, which is g with a residual, else None.
 
-    means: None drops mean_g and mean_gy. halo: y is zero at t >= length + halo; this face reads those zeros anyway.
+    means: (mean_g, mean_gy), or None to leave both terms out. halo: not used, because this face reads all rows of y.
     """
     dy = torch.empty_like(y)
     dres = torch.empty_like(y) if has_residual else None
@@ -66,7 +65,10 @@ def _channels(y: Tensor) -> Tensor:
 
 @functools.cache
 def _ops() -> Any:
-    """The CUDA library's ops, else the same compiled by NVRTC; raises `native.Missing` where neither can be used."""
+    """Returns the ops of the CUDA library, or if it cannot be used, the same ops compiled by NVRTC.
+
+    Raises `native.Missing` if neither can be used.
+    """
     try:
         return native.cuda()
     except native.Missing as error:

@@ -1,6 +1,6 @@
-"""The ops of csrc/cuda/bn_relu_dropout.cu where there is no CUDA library: the same kernels, compiled by NVRTC.
+"""The ops of csrc/cuda/bn_relu_dropout.cu without the CUDA library: NVRTC compiles the same kernels at run time.
 
-How the work is cut is that of `plan` in csrc/cuda/bn_relu_dropout.cuh; tests/test_cuda_nvrtc.py compares the two.
+`cut` divides the work as `plan` in csrc/cuda/bn_relu_dropout.cuh does; tests/test_cuda_nvrtc.py compares the two.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from jasper_fast.kernels.nvrtc import TYPES, Kernels, device_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 THREADS, MERGE_CHANNELS = 256, 32
-ROWS, BACKWARD_ROWS = 4, 2  # in flight per thread
+ROWS, BACKWARD_ROWS = 4, 2  # rows that a thread has in flight
 _ACTIVATIONS = ("y", "residual", "z", "dz", "out", "dres")
 _CHANNELS = ("mean", "rstd", "gamma", "beta", "mean_g", "mean_gy")
 _PLAN = ("tx", "columns", "parts", "part_rows", "tiles", "tile_rows")
 
 
 class Args(ctypes.Structure):
-    """The struct of csrc/cuda/bn_relu_dropout.cuh."""
+    """The struct `Args` of csrc/cuda/bn_relu_dropout.cuh."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (*_ACTIVATIONS, *_CHANNELS, "lengths", "seed", "partials")),
@@ -34,7 +34,7 @@ class Args(ctypes.Structure):
 
 
 def cut(a: Args, width: int, rows: int, sms: int) -> None:
-    """Sets the CTA's shape and the numbers of CTAs for `width` channels and `rows` rows in flight a thread."""
+    """Sets the shape and the numbers of CTAs in `a`; a thread has `rows` rows of `width` channels in flight."""
     vectors = -(-max(1, a.c) // width)
     tx = next((tx for tx in (32, 16, 8) if vectors % tx == 0), 0)
     if tx == 0:
@@ -74,7 +74,7 @@ class Compiled:
         self, dz, y, z, mean, rstd, gamma, beta, mean_g, mean_gy, lengths, seed, p, dy, dres
     ) -> None:  # fmt: skip
         if (mean_g is None) != (mean_gy is None):
-            raise ValueError("mean_g and mean_gy must be given both or neither")
+            raise ValueError("give both mean_g and mean_gy, or neither")
         channels = {"mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta, "mean_g": mean_g, "mean_gy": mean_gy}
         a = _args(y, {"dz": dz, "z": z, "out": dy, "dres": dres, **channels}, lengths, seed, p)
         self._elementwise(y, a, "apply_kernel", _gate(z, seed), BACKWARD_ROWS)
@@ -116,7 +116,7 @@ def _gate(z: Tensor | None, seed: Tensor | None) -> str:
 
 
 def _width(y: Tensor, a: Args) -> int:
-    """Channels of a thread: 16 bytes where rows and pointers allow, else one."""
+    """Channels per thread: 16 bytes of them if all rows and pointers are aligned to 16 bytes, else one."""
     width = 16 // y.element_size()
     aligned = all((getattr(a, name) or 0) % 16 == 0 for name in (*_ACTIVATIONS, *_CHANNELS))
     return width if a.c % width == 0 and aligned else 1
@@ -129,12 +129,12 @@ def _args(
     seed: Tensor | None = None,
     p: float = 0.0,
 ) -> Args:
-    """The kernels' arguments, once all tensors fit `y` (N, C, T); raises ValueError or TypeError where one does not."""
+    """Returns the kernels' arguments. Raises ValueError or TypeError if a tensor does not fit `y` (N, C, T)."""
     if y.dtype not in DTYPES:
         raise TypeError(f"the cuda face takes fp32, fp16 and bf16, got {y.dtype}; use backend='reference' for others")
     n, c, t = y.shape
     if n * t >= 1 << 31:
-        raise ValueError("N*T must be below 2^31 rows")
+        raise ValueError(f"y has N*T = {n * t} rows, the cuda face takes fewer than 2^31: use a smaller batch")
     a = Args(y=y.data_ptr(), threshold=philox.threshold(p), scale=1 / (1 - p), n=n, c=c, t=t)
     for name, x in {"y": y, **tensors}.items():
         if x is None:

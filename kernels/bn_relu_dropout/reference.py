@@ -1,6 +1,6 @@
-"""The definition of bn_relu_dropout in plain PyTorch: any device, fp64-capable.
+"""The definition of bn_relu_dropout in plain PyTorch, for any device, fp64 included.
 
-N batch, C channels, T frames, M = N*T rows. Low-precision inputs are computed in fp32. A NaN passes the ReLU and its
+N batch, C channels, T frames, M = N*T rows. 16-bit inputs are converted to fp32 first. A NaN passes the ReLU and its
 gradient, as in PyTorch. A dropped or masked element is replaced by zero, not multiplied by zero, so a NaN there does
 not survive.
 """
@@ -16,7 +16,7 @@ from jasper_fast.kernels.operands import Mask, Norm
 
 
 def stats(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-channel mean and M2 (sum of squared deviations) over all N*T rows, padding included.
+    """Returns the mean and M2 (sum of squared deviations) of each channel over all N*T rows, padding included.
 
     y: (N, C, T). Returns two (C,) tensors, fp32 (fp64 for fp64).
     Equivalent to `mean = y.mean((0, 2)); m2 = (y - mean[:, None]).square().sum((0, 2))`.
@@ -40,7 +40,7 @@ def forward(y: Tensor, norm: Norm, residual: Tensor | None, mask: Mask) -> Tenso
 def backward_reduce(dz: Tensor, y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> tuple[Tensor, Tensor]:
     """(dbeta, dgamma) = (sum g, sum g*yhat) per channel, (C,) each, where g is the gradient at the ReLU's input.
 
-    z: the forward's output where there was a residual, else None (the sign of the ReLU is then computed from y).
+    z: the output of `forward` if there was a residual, else None: the sign of the ReLU's input then follows from y.
     """
     open_ = _open(y, z, norm, mask)
     g = (_wide(dz) * _scale(mask.p)).where(open_, 0.0)
@@ -58,11 +58,11 @@ def backward_apply(
     has_residual: bool,
     halo: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dy = gamma*rstd*(g - mean_g - yhat*mean_gy), and dres = g where there was a residual; NTC memory, dtype of y.
+    """Returns dy = gamma*rstd*(g - mean_g - yhat*mean_gy), and dres = g with a residual, else None.
 
-    means: mean_g = dbeta/M and mean_gy = dgamma/M, (C,) each; None with evaluation statistics, where dy = gamma*rstd*g.
-    halo: rows of y at t >= length + halo are zero, because y is a conv of an input whose padding is zero. A face need
-    not read them. None: the padding of y may hold anything.
+    Both have NTC memory and the dtype of y. means: mean_g = dbeta/M and mean_gy = dgamma/M, (C,) each; None with
+    evaluation statistics, where dy = gamma*rstd*g. halo: rows of y at t >= length + halo are zero, because y is a conv
+    of an input whose padding is zero, so a face need not read them. With halo None, the padding of y may hold anything.
     """
     if halo is not None and mask.lengths is not None:
         y = y.masked_fill(padding(mask.lengths + halo, y.shape[2]), 0.0)
@@ -80,7 +80,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _scale(p: float) -> float:
-    philox.threshold(p)  # raises for a p that no face supports
+    philox.threshold(p)  # raises ValueError for a p that no face supports
     return 1.0 / (1.0 - p)
 
 
@@ -89,12 +89,12 @@ def _yhat(y: Tensor, norm: Norm) -> Tensor:
 
 
 def _pre(y: Tensor, norm: Norm) -> Tensor:
-    # y - mean first: a*y + (beta - a*mean) would cancel where |mean| is far larger than the deviation
+    # subtract the mean first: a*y + (beta - a*mean) would cancel if |mean| is far larger than the standard deviation
     return (_wide(y) - norm.mean[:, None]) * (norm.gamma * norm.rstd)[:, None] + norm.beta[:, None]
 
 
 def _alive(y: Tensor, mask: Mask) -> Tensor | None:
-    """Elements that are neither padding nor dropped: bool, broadcastable to (N, C, T); None if all are."""
+    """True for elements that are neither padding nor dropped: bool, broadcastable to (N, C, T); None: true for all."""
     alive = None if mask.lengths is None else ~padding(mask.lengths, y.shape[2])
     if mask.p > 0:
         keep = philox.keep_mask(*y.shape, mask.p, mask.seed, y.device)
@@ -103,8 +103,8 @@ def _alive(y: Tensor, mask: Mask) -> Tensor | None:
 
 
 def _open(y: Tensor, z: Tensor | None, norm: Norm, mask: Mask) -> Tensor:
-    """Elements through which gradient flows: bool (N, C, T)."""
-    if z is not None:  # exactly 0 where clipped or dropped; padding is told by the lengths, not by z
+    """True for elements through which the gradient flows: bool (N, C, T)."""
+    if z is not None:  # z is exactly 0 where clipped or dropped; padding follows from the lengths, not from z
         passed, mask = ~(z <= 0), Mask(mask.lengths)
     else:
         passed = ~(_pre(y, norm) <= 0)

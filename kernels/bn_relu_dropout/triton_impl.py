@@ -24,14 +24,14 @@ from jasper_fast.kernels.layout import empty_ntc
 from jasper_fast.kernels.operands import Mask, Norm
 from jasper_fast.kernels.triton_dropout import keep
 
-TILE_BYTES = 8192  # of a pointwise tile: 64 per thread and input, so four 16-byte loads of each input are in flight
+TILE_BYTES = 8192  # bytes of a pointwise tile: 64 per thread and input, so each thread has four 16-byte loads in flight
 LANES = 2048  # elements of a reducing tile: 16 per thread, each with two fp32 accumulators
-MIN_ROWS = 128  # of a reducing program, so that partial results stay within a few percent of the data
-MAX_PARTIALS = 256  # per channel: the second stage holds them all at once
-MERGE_C = 16  # channels of one program of the second stage
+MIN_ROWS = 128  # least rows of a reducing program, so that partial results stay within a few percent of the data
+MAX_PARTIALS = 256  # most partial results per channel: the merge kernel holds them all at once
+MERGE_C = 16  # channels per program of the merge kernel
 NUM_WARPS = 4
-APPLY_LANES, APPLY_WARPS = 2048, 8  # of backward_apply, which holds three tiles at once: other sizes spill on some GPU
-_SLICES = ("lengths_ptr", "seed_ptr")  # parts of one tensor of 8-byte numbers: half of them are not aligned to 16 bytes
+APPLY_LANES, APPLY_WARPS = 2048, 8  # backward_apply holds three tiles at once; other sizes spill registers on some GPUs
+_SLICES = ("lengths_ptr", "seed_ptr")  # slices of one int64 tensor: half are not 16-byte aligned, so do not specialize
 
 
 # ---- what all kernels share: N batch, T frames, C channels, C = c_groups * VEC ----
@@ -39,8 +39,10 @@ _SLICES = ("lengths_ptr", "seed_ptr")  # parts of one tensor of 8-byte numbers: 
 
 @triton.jit
 def _places(m0, rows, frames, BLOCK_M: tl.constexpr):
-    """Utterance n and frame t of BLOCK_M rows from m0 on, unsigned, and 32 bits wide if `rows` is. A 64-bit division is
-    a call of 80 instructions, and a signed division costs more as well."""
+    """Returns utterance n and frame t of the BLOCK_M rows from m0 on, unsigned, with 32 bits if `rows` has 32.
+
+    A 64-bit division is a call of 80 instructions, and a signed division costs more than an unsigned one.
+    """
     UNSIGNED: tl.constexpr = tl.uint32 if rows.dtype == tl.int32 else tl.uint64
     m0, frames = m0.to(UNSIGNED), tl.cast(frames, UNSIGNED)
     n = m0 // frames
@@ -51,7 +53,7 @@ def _places(m0, rows, frames, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _alive(n, t, exists, lengths_ptr, halo=0):
-    """Which of the existing rows lie before the length of their utterance plus `halo`."""
+    """True for existing rows that lie before the length of their utterance plus `halo`."""
     return exists & (t < tl.load(lengths_ptr + n, mask=exists, other=0) + halo)
 
 
@@ -61,7 +63,7 @@ def _passed(
     HAS_Z: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Elements through which gradient flows: bool [BLOCK_M, BLOCK_C]. yc = y - mean; z: the forward's output."""
+    """True for elements through which gradient flows: bool [BLOCK_M, BLOCK_C]. yc: y - mean; z: output of forward."""
     if HAS_Z:
         passed = alive & ~(z <= 0)
     else:
@@ -79,7 +81,7 @@ def _stats_kernel(
     y_ptr, mean_ptr, m2_ptr, rows, chunk, c_groups,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Partial result g: each lane of the tile runs Welford down the rows of chunk g, then the lanes are merged."""
+    """Partial result g: each lane of the tile runs Welford's algorithm down chunk g, then the lanes are merged."""
     C = c_groups * VEC
     c_blocks = tl.cdiv(C, BLOCK_C)
     g = (tl.program_id(0) // c_blocks).to(tl.int64)
@@ -223,7 +225,7 @@ def _backward_reduce_kernel(
         )  # fmt: skip
         g = tl.where(passed, dz * scale, 0.0)
         sum_g += g
-        sum_gy += tl.where(passed, g * yc, 0.0)  # a dropped NaN counts as 0, but 0 * NaN would be NaN
+        sum_gy += tl.where(passed, g * yc, 0.0)  # a dropped NaN must count as 0, but 0 * NaN is NaN
     tl.store(dbeta_ptr + part * C + offs_c, tl.sum(sum_g, 0), mask=mask_c)
     tl.store(dgamma_ptr + part * C + offs_c, tl.sum(sum_gy, 0) * rstd, mask=mask_c)
 
@@ -267,7 +269,7 @@ def _backward_apply_kernel(
     mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
     rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
     a = tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0)[None, :] * rstd
-    needed = mask  # rows of y to read: with batch statistics all but those known to be zero
+    needed = mask  # elements of y to read: with batch statistics, all except those known to be zero
     if HAS_BATCH_STATS:
         needed = stored
         if HAS_HALO:
@@ -300,7 +302,7 @@ def _backward_apply_kernel(
 
 
 def stats(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-channel mean and M2 over all N*T rows, fp32 (C,) each; see `reference.stats`."""
+    """Returns the mean and M2 of each channel over all N*T rows, fp32 (C,) each; see `reference.stats`."""
     rows, c = _rows(y), y.shape[1]
     mean, m2 = _vectors(y, 2)
     chunk, partials = _chunks(rows)
@@ -400,13 +402,15 @@ def _vectors(y: Tensor, count: int, *leading: int) -> list[Tensor]:
 
 
 def _chunks(rows: int) -> tuple[int, int]:
-    """(rows of a reducing program, number of such programs per block of channels)."""
+    """Returns the rows of a reducing program, and the number of such programs per block of channels."""
     chunk = max(MIN_ROWS, triton.cdiv(rows, MAX_PARTIALS))
     return chunk, triton.cdiv(rows, chunk)
 
 
 def _blocks(c: int, elements: int) -> tuple[int, int, int]:
-    """BLOCK_M, BLOCK_C, VEC: the tile, and the largest of 8, 4, 1 that divides C (it tells the compiler the
-    alignment)."""
+    """Returns BLOCK_M and BLOCK_C, the tile, and VEC, the largest of 8, 4 and 1 that divides C.
+
+    VEC tells the compiler the alignment.
+    """
     block_c = min(128, max(16, triton.next_power_of_2(c)))
     return elements // block_c, block_c, next(v for v in (8, 4, 1) if c % v == 0)

@@ -1,9 +1,9 @@
 """conv1d through ATen: conv2d over a channels-last view of the same memory, which needs no transpose.
 
-N batch, C channels, T frames, K taps. For every device and dtype that has no faster kernel of ours. ATen's own conv1d
-makes its input contiguous in NCT order; a (N, C, 1, T) view with C innermost takes cuDNN's and oneDNN's NHWC kernels.
-Those want the weight channels-last too: a pack is one, in the dtype of the activations, for forward and dgrad alike.
-Without it ATen casts and turns the weight in every call.
+N batch, C channels, T frames, K taps. This face serves every device and dtype for which we have no faster kernel.
+ATen's own conv1d would copy its input to NCT order. A (N, C, 1, T) view with C innermost is not copied: it takes the
+NHWC kernels of cuDNN and oneDNN, which need a channels-last weight too. A pack is such a weight, in the dtype of the
+activations; forward and dgrad read the same one. Without a pack, ATen casts and transposes the weight in every call.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jasper_fast.kernels.operands import Geometry
 
 
 def packs(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether packing `weight` for `dtype` saves a copy. oneDNN reorders fp32 weights itself."""
+    """Returns whether packing `weight` in `dtype` saves a copy. A CPU saves only the cast: oneDNN reorders anyway."""
     return weight.is_cuda or weight.dtype != dtype
 
 
@@ -28,9 +28,9 @@ def packed_shape(weight: Tensor) -> tuple[int, int, int]:
 
 
 def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
-    """`weight` (C_out, C_in, K) in channels-last memory, (C_out, K, C_in), in `dtype` (default: its own); or in `out`.
+    """Returns `weight` (C_out, C_in, K) as (C_out, K, C_in) in `dtype` (default: its own), or writes it into `out`.
 
-    Cast and turned by one copy.
+    One copy casts and transposes.
     """
     if out is None:
         out = torch.empty(packed_shape(weight), dtype=dtype or weight.dtype, device=weight.device)
@@ -45,7 +45,10 @@ def forward(
     packed: Tensor | None = None,
     clean: bool = False,
 ) -> Tensor:
-    """y (N, C_out, T') of `x` (N, C_in, T) and `weight` (C_out, C_in, K); `x` is zero at t >= `lengths` (N,)."""
+    """Returns y (N, C_out, T'), the conv of `x` (N, C_in, T) with `weight` (C_out, C_in, K).
+
+    The caller ensures that `x` is zero at t >= `lengths` (N,).
+    """
     return ntc(F.conv2d(x.unsqueeze(2), _in(x, weight, packed).unsqueeze(2), None, *_in_2d(geometry)).squeeze(2))
 
 
@@ -57,8 +60,8 @@ def dgrad(
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
 ) -> Tensor:
-    """dx (N, C_in, T) of `dy` (N, C_out, T')."""
-    # Only its shape and memory format are used. A tensor expanded from a scalar would make ATen copy dy to NCHW.
+    """Returns the gradient of x, (N, C_in, T = `t`), from `dy` (N, C_out, T')."""
+    # Only the shape and memory format of x are used. A tensor expanded from a scalar would make ATen copy dy to NCHW.
     x = empty_ntc(dy.shape[0], weight.shape[1], t, like=dy)
     return _backward(dy, x, _in(dy, weight, packed), geometry, (True, False))[0]
 
@@ -72,7 +75,7 @@ def wgrad(
     dtype: torch.dtype | None = None,
     clean: bool = False,
 ) -> Tensor:
-    """dweight (C_out, C_in, K) in `dtype` (default: that of `x`)."""
+    """Returns the gradient of the weight, (C_out, C_in, K), in `dtype` (default: that of `x`)."""
     weight = dy.new_empty(()).expand(dy.shape[1], x.shape[1], k)
     return _backward(dy, x, weight, geometry, (False, True))[1].to(dtype or x.dtype)
 

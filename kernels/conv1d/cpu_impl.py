@@ -3,8 +3,9 @@
 `fused` takes x and returns y in fp32, with weights in fp32. On a CPU with AVX512-BF16 the weights and x may be bf16.
 The functions for training take 16-bit tensors as well. They multiply in bf16 where the CPU can, and in fp32 elsewhere.
 
-The shape decides the algorithm, and training packs the weight in every call, so `packed` is not used. Results are
-bit-identical for any number of threads. An utterance's result does not depend on its batch or its padding.
+The functions for training choose the algorithm by the shape and pack the weight in every call; they do not use
+`packed`. Results are bit-identical for any number of threads. The result of an utterance does not depend on its batch
+or its padding.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from jasper_fast.kernels import native
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths
 
-ALGORITHMS = {"direct": 0, "fast_fir_1": 1, "fast_fir_2": 2}  # how often the fast FIR algorithm is nested
+ALGORITHMS = {"direct": 0, "fast_fir_1": 1, "fast_fir_2": 2}  # levels of nesting of the fast FIR algorithm
 # From _FAST_TAPS taps on, 1.7 times fewer multiplications outweigh 2.3 times larger packs. In training the weights are
 # packed in every call: below _FAST_ROWS rows, making the larger packs costs more than it saves (measured on Zen 4 at
 # 256 x 256 x 11 and 768 x 768 x 25).
@@ -28,13 +29,13 @@ _FAST_ROWS = 512
 
 @dataclass(frozen=True)
 class Packed:
-    """A conv's weight in the kernel's order: made by `pack`, for this process' instruction set.
+    """A conv's weight in the order that the kernel reads. `pack` makes it, for the instruction set of this process.
 
-    `fast_fir_1` (Parker and Parhi's two-parallel FIR filter) does 1.3 times fewer multiplications than `direct` and its
-    pack is 1.5 times as large. `fast_fir_2` nests it once more: 1.7 times fewer and 2.3 times as large. Both need
-    stride 1; they need K >= 2 and K >= 4. A NaN or infinity in x may spread 1 row (`fast_fir_1`) or 3 rows
-    (`fast_fir_2`) further than the taps reach. Weights in bf16 are always `direct`: x is rounded to bf16 and sums are
-    fp32.
+    `fast_fir_1` (Parker and Parhi's two-parallel FIR filter) does 1.3 times fewer multiplications than `direct`, and
+    its pack is 1.5 times as large. `fast_fir_2` nests the filter once more: it does 1.7 times fewer multiplications
+    than `direct`, and its pack is 2.3 times as large. Both need stride 1; `fast_fir_1` needs K >= 2 and `fast_fir_2`
+    K >= 4. A NaN or infinity in x may spread 1 row (`fast_fir_1`) or 3 rows (`fast_fir_2`) further than the taps reach.
+    Weights in bf16 are always `direct`: x is rounded to bf16 and sums are fp32.
     """
 
     data: Tensor
@@ -45,7 +46,7 @@ class Packed:
 
 
 def has_bf16() -> bool:
-    """Whether this CPU multiplies pairs of bf16, so that `pack` may write bf16."""
+    """Returns whether this CPU has instructions for bf16 products, which bf16 packs need."""
     return native.cpu().conv1d_has_bf16()
 
 
@@ -57,10 +58,11 @@ def pack(
     dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
 ) -> Packed:
-    """fp32 `weight` (C_out, C_in, K) packed for `fused`; `transposed` packs the conv that gives the gradient of x.
+    """Packs fp32 `weight` (C_out, C_in, K) for `fused`.
 
-    dtype: float32, or bfloat16 where `has_bf16()`. out: a buffer of that dtype and `packed_size(...)` elements to write
-    into, which a module may keep from call to call.
+    transposed: pack the weight of the conv that computes the gradient of x. dtype: float32, or bfloat16 if
+    `has_bf16()`. out: a buffer of that dtype and `packed_size(...)` elements to write into, which a module may keep
+    from call to call.
     """
     c_out, c_in, taps = weight.shape
     if out is None:
@@ -70,9 +72,10 @@ def pack(
 
 
 def pack_once(weight: Tensor, dtype: torch.dtype, stride: int = 1) -> Packed:
-    """`weight` (C_out, C_in, K) of any dtype packed for many calls of `fused` at `stride`, in a network in `dtype`.
+    """Packs `weight` (C_out, C_in, K) of any dtype for many calls of `fused` at `stride`, in a network in `dtype`.
 
-    The pack is bf16 if this CPU multiplies it (at twice the rate of fp32), else fp32, which no other dtype beats here.
+    The pack is bf16 if the network is and this CPU multiplies bf16, at twice the rate of fp32. Otherwise it is fp32,
+    because no other dtype is faster here.
     """
     if dtype == torch.bfloat16 and has_bf16():
         return pack(weight.float(), dtype=dtype)
@@ -82,7 +85,7 @@ def pack_once(weight: Tensor, dtype: torch.dtype, stride: int = 1) -> Packed:
 def packed_size(
     weight: Tensor, *, transposed: bool = False, algorithm: str = "direct", dtype: torch.dtype = torch.float32
 ) -> int:
-    """Elements of `dtype` that `pack` writes for `weight` (C_out, C_in, K)."""
+    """Returns how many elements of `dtype` `pack` writes for `weight` (C_out, C_in, K)."""
     bf16 = dtype == torch.bfloat16
     return native.cpu().conv1d_packed_size(*weight.shape, transposed, ALGORITHMS[algorithm], bf16)
 
@@ -98,12 +101,12 @@ def fused(
     panes: tuple[Tensor, Packed] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """mask(relu(conv1d(x) + x2 @ packed2 + bias)) of `x` (N, T, C_in), into `out` (N, T', C_out).
+    """Returns mask(relu(conv1d(x) + x2 @ packed2 + bias)) of `x` (N, T, C_in), in `out` (N, T', C_out) if given.
 
     panes: x2 (N, T', C2) and packed2, a 1x1 conv packed `direct`. x, x2 and out need unit channel stride; their other
-    strides are free, so a slice of a history buffer will do. Rows of x and x2 at t >= `lengths.before` count as zero
-    and are not read. Rows of the result at t >= `lengths.after` are zero and cost nothing. Rows that no row of x
-    reaches cost nothing either. Raises ValueError for `lengths.made` and for `masked=False`, which only GPU faces
+    strides are free, so they may be slices of wider buffers. Rows of x and x2 at t >= `lengths.before` count as zero
+    and are not read. Rows of the result at t >= `lengths.after` are zero. These rows cost nothing, and neither do rows
+    that depend on no row of x. Raises ValueError for `lengths.made` and for `masked=False`, which only GPU faces
     support.
     """
     if lengths.made is not None or not lengths.masked:
@@ -128,9 +131,10 @@ def forward(
     packed: Tensor | None = None,
     clean: bool = False,
 ) -> Tensor:
-    """y (N, C_out, T') of `x` (N, C_in, T) in NTC memory, zero at t >= `lengths` (N,), and `weight` (C_out, C_in, K).
+    """Returns y (N, C_out, T'), the conv of `x` (N, C_in, T) in NTC memory with `weight` (C_out, C_in, K).
 
-    Equivalent to `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, *geometry)`.
+    x counts as zero at t >= `lengths` (N,). Equivalent to
+    `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, *geometry)`.
     """
     how = _how(x, weight, x.shape[0] * x.shape[2], geometry.stride)
     rows = x.transpose(1, 2).to(how["dtype"])
@@ -145,9 +149,9 @@ def dgrad(
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
 ) -> Tensor:
-    """dx (N, C_in, T = `t`) of `dy` (N, C_out, T') in NTC memory, zero at t >= `lengths`; stride 1.
+    """Returns the gradient of x, (N, C_in, T = `t`), zero at t >= `lengths`, from `dy` (N, C_out, T'); stride 1.
 
-    It is the conv of dy with the taps reversed and the channels swapped.
+    It is the conv of dy with the taps reversed and the channels swapped. NTC memory.
     """
     stride, padding, dilation = geometry
     flipped = dilation * (weight.shape[2] - 1) - padding
@@ -158,7 +162,7 @@ def dgrad(
         )
     how = _how(dy, weight, dy.shape[0] * dy.shape[2], stride)
     packed, rows = pack(weight.float(), transposed=True, **how), dy.transpose(1, 2).to(how["dtype"])
-    dx = torch.empty((dy.shape[0], t, weight.shape[1]), dtype=torch.float32)  # an even K does not determine t
+    dx = torch.empty((dy.shape[0], t, weight.shape[1]), dtype=torch.float32)  # of t frames: `fused` checks that t fits
     fused(rows, packed, Geometry(1, flipped, dilation), lengths=Lengths(after=lengths), out=dx)
     return dx.to(dy.dtype).transpose(1, 2)
 
@@ -172,8 +176,10 @@ def wgrad(
     dtype: torch.dtype | None = None,
     clean: bool = False,
 ) -> Tensor:
-    """dweight (C_out, C_in, K = `k`) of `x` (N, C_in, T), zero at t >= `lengths`, and `dy` (N, C_out, T'). It is summed
-    in fp32 and returned in `dtype` (default: that of `x`)."""
+    """Returns the gradient of the weight, (C_out, C_in, K = `k`), from `x` (N, C_in, T) and `dy` (N, C_out, T').
+
+    x counts as zero at t >= `lengths`. Sums are fp32; the result is in `dtype` (default: that of `x`).
+    """
     stride, padding, dilation = geometry
     dw = torch.empty((dy.shape[1], x.shape[1], k), dtype=torch.float32)
     how = _how(x, dw, dy.shape[0] * dy.shape[2], stride)
@@ -184,7 +190,7 @@ def wgrad(
 
 
 def _how(x: Tensor, weight: Tensor, rows: int, stride: int) -> dict[str, Any]:
-    """The algorithm and the dtype of the products of one call, as `pack` takes them."""
+    """Returns the algorithm and the dtype of the products of one call, as keyword arguments of `pack`."""
     if x.dtype == torch.bfloat16 and has_bf16():
         return {"algorithm": "direct", "dtype": torch.bfloat16}
     return {"algorithm": _algorithm(weight, rows, stride), "dtype": torch.float32}

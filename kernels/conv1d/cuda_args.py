@@ -1,4 +1,4 @@
-"""The structs of csrc/cuda/conv1d.cuh, conv1d_wgrad.cuh and conv1d_launch.cuh, as ctypes lay them out."""
+"""The structs of csrc/cuda/conv1d.cuh, conv1d_wgrad.cuh and conv1d_launch.cuh as ctypes structures."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import ctypes
 
 from torch import Tensor
 
-CHUNK = 64  # channels of a panel and of an image's side
+CHUNK = 64  # channels of a panel, and of each side of an image (a block of packed weights)
 OUT = 128  # output channels of a tile
 IMAGE = CHUNK * CHUNK
-CELL16, ELEMENT, FLOAT = range(3)  # how activations are read
-PLAIN, STATS, NORM, LOG_SOFTMAX = range(4)  # what follows the reduction
+CELL16, ELEMENT, FLOAT = range(3)  # how activations are read: 16 bytes at a time, by 16-bit element, by fp32 element
+PLAIN, STATS, NORM, LOG_SOFTMAX = range(4)  # what the epilogue computes
 
 Pointer, Int, Long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
 
 def pack_blocks(channels: int) -> int:
-    """Blocks of 64 channels of a pack's side: an even number."""
+    """Returns how many blocks of 64 channels hold `channels` in a pack, rounded up to an even number."""
     return -(-channels // OUT) * 2
 
 
 def address(x: Tensor | None) -> int | None:
-    """Where `x` lies, or None."""
+    """Returns the address of the data of `x`, or None."""
     return None if x is None else x.data_ptr()
 
 
 class Operand(ctypes.Structure):
-    """Activations (N, T, C) whose channels are reduced, and the pack that they meet."""
+    """Activations (N, T, C) whose channels are reduced, and the packed weight that they are multiplied with."""
 
     _fields_ = [
         *((name, Pointer) for name in ("x", "pack")),
@@ -36,7 +36,7 @@ class Operand(ctypes.Structure):
 
     @classmethod
     def of(cls, x: Tensor, pack: Tensor | None = None, c_in: int = 0, c_out: int = 0) -> Operand:
-        """`x` (N, T, C) of any strides, and the pack of a weight (c_out, c_in, K)."""
+        """Returns the operand for `x` (N, T, C), with any strides, and the pack of a weight (c_out, c_in, K)."""
         (n, t, channels), (item, row, channel) = x.shape, x.stride()
         if x.element_size() == 4:
             source = FLOAT
@@ -49,7 +49,7 @@ class Operand(ctypes.Structure):
 
 
 class Ahead(ctypes.Structure):
-    """Weights that the launch after this one reads."""
+    """Packed weights that the next launch in the stream reads."""
 
     _fields_ = [("at", Pointer), ("bytes", Long)]
 

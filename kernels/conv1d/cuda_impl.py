@@ -1,8 +1,8 @@
 """The CUDA C++ face of conv1d (NVIDIA sm_75 and later, fp16; bf16 from sm_80): checks, workspace, plans and launches.
 
-N batch, C channels, T frames, K taps. The kernels: csrc/cuda/conv1d_mma.cuh and conv1d_wgmma.cuh for outputs and
-gradients of inputs, conv1d_wgrad.cuh for gradients of weights, conv1d_epilogue.cuh for what follows. Accumulators are
-fp32. What this face does not have (other dtypes, the gradient of x at a stride) is ATen's, by dispatch.
+N batch, C channels, T frames, K taps. The kernels are in csrc/cuda: conv1d_mma.cuh and conv1d_wgmma.cuh for outputs and
+gradients of inputs, conv1d_wgrad.cuh and conv1d_wgrad90.cuh for gradients of weights, conv1d_epilogue.cuh for the
+epilogue. Accumulators are fp32. Dispatch takes ATen for other dtypes and for the gradient of x at a stride above 1.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SOFTMAX_MAX = OUT  # symbols of log-softmax in the epilogue
 
 
 class Packed(NamedTuple):
-    """A conv's weight packed: images of 64 x 64 channels, `data` (K, blocks of C_in, of C_out, 4096)."""
+    """A conv's packed weight: `data` (K, blocks of C_in, blocks of C_out, 4096), in images of 64 x 64 channels."""
 
     data: Tensor
     c_out: int
@@ -52,9 +52,9 @@ def packed_shape(weight: Tensor) -> tuple[int, int, int, int]:
 
 
 def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Packed:
-    """`weight` (C_out, C_in, K), fp32, fp16 or bf16, packed for every function here, in `dtype` (default: its own).
+    """Packs `weight` (C_out, C_in, K), fp32, fp16 or bf16, for the functions here, in `dtype` (default: its own).
 
-    out: a buffer of `packed_shape(weight)` and `dtype` to write into, so that a module can keep one.
+    out: a buffer of `packed_shape(weight)` and `dtype` to write into, which a module may keep from call to call.
     """
     w = weight.detach().contiguous()
     c_out, c_in, taps = w.shape
@@ -73,7 +73,7 @@ def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None
 
 
 def pack_once(weight: Tensor, dtype: torch.dtype, stride: int = 1) -> Packed:
-    """`weight` (C_out, C_in, K) of any dtype packed for many calls of `fused` at `stride`, in a network in `dtype`."""
+    """Packs `weight` (C_out, C_in, K) of any dtype for many calls of `fused` at `stride`, in a network in `dtype`."""
     return pack(weight.float(), dtype)
 
 
@@ -85,9 +85,9 @@ def forward(
     packed: Tensor | None = None,
     clean: bool = False,
 ) -> Tensor:
-    """y (N, C_out, T') of `x` (N, C_in, T), zero at t >= `lengths` (N,), and `weight` (C_out, C_in, K); NTC memory.
+    """Returns y (N, C_out, T'), the conv of `x` (N, C_in, T) with `weight` (C_out, C_in, K), in NTC memory.
 
-    packed: `pack(weight, x.dtype).data`, made here where None. clean: `x` is zero there, which this face does not need.
+    x counts as zero at t >= `lengths` (N,). packed: `pack(weight, x.dtype).data`; made here if None. clean: not used.
     Equivalent to `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, *geometry)` in the dtype of `x`.
     """
     return _forward(x, weight, geometry, lengths, packed, PLAIN)[0]
@@ -101,9 +101,9 @@ def forward_stats(
     packed: Tensor | None = None,
     clean: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y as `forward` gives it, with the mean and M2 (sum of squared deviations) of its channels over all N*T' rows.
+    """Returns y of `forward`, and the mean and M2 (sum of squared deviations) of each channel over all N*T' rows.
 
-    The statistics are those of the fp32 accumulators, not of `y` as rounded: fp32 (C_out,) each.
+    The statistics are taken from the fp32 accumulators before y is rounded: fp32 (C_out,) each.
     """
     return _forward(x, weight, geometry, lengths, packed, STATS)
 
@@ -129,7 +129,10 @@ def dgrad(
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
 ) -> Tensor:
-    """dx (N, C_in, T = `t`) of `dy` (N, C_out, T'), zero at t >= `lengths`; stride 1; NTC memory."""
+    """Returns the gradient of x, (N, C_in, T = `t`), zero at t >= `lengths`, from `dy` (N, C_out, T'); stride 1.
+
+    NTC memory.
+    """
     return _dgrad(dy, weight, t, geometry, lengths, packed)[0]
 
 
@@ -143,12 +146,12 @@ def dgrad_bn(
     mask: Mask,
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(g, dbeta, dgamma) of `z` = mask(dropout(relu(batch norm of `y`))), by `norm` and `mask`, that a conv at stride 1
-    turned into what has the gradient `dy` (N, C_out, T').
+    """Returns (g, dbeta, dgamma): `dgrad` at stride 1 and the `backward_reduce` of bn_relu_dropout in one pass.
 
-    y, z (N, C, T); g, of their shape and dtype, is the gradient at the ReLU's input, open where z > 0; dbeta = sum g
-    and dgamma = sum g*yhat are taken before g is rounded: (C,) fp32. As `dgrad`, then `backward_reduce` of
-    bn_relu_dropout, in one pass.
+    dy (N, C_out, T') is the gradient of the conv's output. The conv's input was `z` = mask(dropout(relu(batch norm of
+    `y`))), with the vectors in `norm` and the lengths and dropout in `mask`; y and z are (N, C, T). g has the shape and
+    dtype of y and is the gradient at the input of the ReLU, which was open where z > 0. dbeta = sum g and
+    dgamma = sum g*yhat are (C,) fp32, summed before g is rounded.
     """
     return _dgrad(dy, weight, y.shape[2], geometry, mask.lengths, packed, (y, z, norm, mask))
 
@@ -161,7 +164,7 @@ def _dgrad(dy, weight, t, geometry, lengths, packed, sub_block=None):
     n, c_out, t_dy = dy.shape
     reach = dilation * (w.taps - 1)
     if c_out != w.c_out or t_dy != t + 2 * padding - reach:
-        raise ValueError(f"dy {tuple(dy.shape)} is no gradient of a conv to {w.c_out} channels of {t} frames")
+        raise ValueError(f"dy {tuple(dy.shape)} does not fit a conv of {t} frames to {w.c_out} channels")
     g = empty_ntc(n, w.c_in, t, like=dy)
     work = Work(n, t, c_out, w.c_in, 0, w.taps, 1, dilation)
     source = Operand.of(dy.transpose(1, 2), w.data, w.c_in, c_out)
@@ -189,13 +192,15 @@ def wgrad(
     dtype: torch.dtype | None = None,
     clean: bool = False,
 ) -> Tensor:
-    """dweight (C_out, C_in, K = `k`), in `dtype` (default: that of `x`), of `x` (N, C_in, T), zero at t >= `lengths`
-    (N,), and `dy` (N, C_out, T')."""
+    """Returns the gradient of the weight, (C_out, C_in, K = `k`), from `x` (N, C_in, T) and `dy` (N, C_out, T').
+
+    x counts as zero at t >= `lengths` (N,). The result is in `dtype` (default: that of `x`).
+    """
     _check(x, dy)
     n, c_in, t = x.shape
     c_out, t_out = dy.shape[1:]
     if dy.shape[0] != n or t_out != out_frames(t, k, geometry):
-        raise ValueError(f"dy {tuple(dy.shape)} is no gradient of the conv of x {tuple(x.shape)} with {k} taps")
+        raise ValueError(f"dy {tuple(dy.shape)} does not fit the conv of x {tuple(x.shape)} with {k} taps")
     cut = cuda_tiles.plan_wgrad(cuda_launch.gpu(x.device), Work(n, t_out, c_in, c_out, 0, k, geometry[0], geometry[2]))
     parts = torch.empty((cut.shares, k, c_out, c_in), dtype=torch.float32, device=x.device)
     dw = torch.empty((c_out, c_in, k), dtype=dtype or x.dtype, device=x.device)
@@ -229,15 +234,16 @@ def fused(
     workspace: Workspace | None = None,
     chain: Chain = ALONE,
 ) -> Tensor:
-    """mask(relu(conv1d(x) + x2 @ packed2 + bias)) of `x` (N, T, C_in), into `out` (N, T', C_out).
+    """Returns mask(relu(conv1d(x) + x2 @ packed2 + bias)) of `x` (N, T, C_in), in `out` (N, T', C_out) if given.
 
-    panes: x2 (N, T', C2) and packed2, a 1x1 conv. `x`, x2 and `out` may be slices of wider buffers; `x` may have any
-    strides, and be fp32 whatever the pack's dtype. Rows of x and x2 at t >= `lengths.before` count as zero and are not
-    read; rows of the result at t >= `lengths.after` are zero. Where rows are masked `out` may be longer than the conv's
-    result. `bias` is fp32 (C_out,). log_softmax: of up to 128 channels, `out` is then fp32. workspace: lets several
-    CTAs share a tile's reduction. clean: x and x2 are zero beyond `lengths.before`, which this face does not need.
-    chain: launches beside this one, with which it may overlap on sm_90 and later.
-    Raises ValueError for shapes that do not fit and TypeError for dtypes.
+    panes: x2 (N, T', C2) and packed2, a 1x1 conv. `x`, x2 and `out` may be slices of wider buffers. `x` may have any
+    strides, and may be fp32 for any dtype of the pack. Rows of x and x2 at t >= `lengths.before` count as zero and are
+    not read. Rows of the result at t >= `lengths.after` are zero. With a mask, `out` may have more rows than the conv
+    produces. `bias` is fp32 (C_out,).
+
+    log_softmax: applied to up to 128 channels; `out` is then fp32. workspace: lets several CTAs share the reduction of
+    a tile. clean: not used. chain: the launches before and after this one, which may overlap with it on sm_90 and
+    later. Raises ValueError for shapes that do not fit and TypeError for dtypes.
     """
     w, (n, t, c_in) = packed, x.shape
     x2, w2 = panes or (None, None)
@@ -260,14 +266,14 @@ def fused(
 
 
 def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked) -> Tensor:
-    """`out`, or a new one where it is None; raises ValueError or TypeError where the operands of `fused` do not fit."""
+    """Returns `out`, or a new tensor if it is None. Raises ValueError or TypeError if the operands do not fit."""
     n, t, c_in = x.shape
     if x.dtype not in (w.data.dtype, torch.float32):
         raise TypeError(f"the cuda face takes x in fp32 or in the dtype of the weights, got {x.dtype}, {w.data.dtype}")
     if c_in != w.c_in:
         raise ValueError(f"x has {c_in} channels, the weight takes {w.c_in}")
     if lengths.made is not None and (lengths.before is None or lengths.after is not None):
-        raise ValueError("lengths are made from those before the conv, and take the place of those after it")
+        raise ValueError("lengths.made needs lengths.before and replaces lengths.after: leave the latter out")
     if log_softmax and w.c_out > SOFTMAX_MAX:
         raise ValueError(f"log-softmax in the kernel takes up to {SOFTMAX_MAX} channels, got {w.c_out}")
     t_out = out_frames(t, w.taps, geometry)
@@ -288,7 +294,7 @@ def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked) -> Tens
 
 
 def takes_tf32() -> bool:
-    """Whether fp32 convs round to TF32: there are none here."""
+    """Returns whether fp32 convs round to TF32: False, because this face has no fp32 convs."""
     return False
 
 
@@ -296,10 +302,10 @@ def takes_tf32() -> bool:
 
 
 def _args(source: Operand, out: Tensor, frames: int, taps: int, geometry: Geometry) -> Args:
-    """Arguments of a conv from `frames` frames into `out` (N, T', C_out)."""
+    """Returns the arguments of a conv from `frames` frames into `out` (N, T', C_out)."""
     (n, t_out, c_out), (item, row, one) = out.shape, out.stride()
     if one != 1 and c_out > 1:
-        raise ValueError(f"channels of out must be neighbours in memory, got strides {out.stride()} for (N, T, C)")
+        raise ValueError(f"out needs unit stride over channels, got strides {out.stride()} for (N, T, C)")
     taken = (item if n > 1 else 0, row if t_out > 1 else 0, out.data_ptr() // 2)
     return Args(
         main=source, out=address(out), out_item=item, out_row=row, scale=1.0, batch=n, frames=frames, frames_out=t_out,
@@ -309,7 +315,7 @@ def _args(source: Operand, out: Tensor, frames: int, taps: int, geometry: Geomet
 
 
 def _fetch_ahead(args: Args, gpu: cuda_tiles.Gpu, packs: tuple[Tensor, ...]) -> None:
-    """Lets the launch ask for `packs` in L2, as far as they fill half of it."""
+    """Makes the launch fetch `packs` into L2, up to half of its size."""
     room, image = gpu.l2 // 2, IMAGE * 2
     for i, pack in enumerate(packs):
         taken = min(pack.numel() * pack.element_size(), room) // image * image
@@ -317,7 +323,7 @@ def _fetch_ahead(args: Args, gpu: cuda_tiles.Gpu, packs: tuple[Tensor, ...]) -> 
 
 
 def _launch(args, x, w, work, mode, transposed, workspace=None, early=False) -> tuple[Tensor | None, Tensor | None]:
-    """Plan and launch; the merged results of a `mode` that has them, (C_out,) fp32 each."""
+    """Plans and launches. Returns the two results of modes STATS and NORM, (C_out,) fp32 each; else (None, None)."""
     gpu = cuda_launch.gpu(x.device)
     cut: Plan = cuda_tiles.plan(gpu, work, workspace is not None)
     args.t_blocks, args.o_blocks, args.splits = cut.t_blocks, cut.o_blocks, cut.splits
@@ -360,7 +366,7 @@ def _packed(weight: Tensor, data: Tensor | None, x: Tensor) -> Packed:
 
 def _check(x: Tensor, other: Tensor) -> None:
     if x.dtype not in SIXTEEN or x.dtype != other.dtype:
-        raise TypeError(f"the cuda face's convs take fp16 or bf16, all alike, got {x.dtype} and {other.dtype}")
+        raise TypeError(f"the cuda face takes convs with all operands in fp16 or bf16, got {x.dtype} and {other.dtype}")
     if x.numel() == 0:
         raise ValueError(f"x has no elements: shape {tuple(x.shape)}")
 
@@ -373,5 +379,5 @@ def _int64(x: Tensor | None) -> Tensor | None:
 
 def _float(x: Tensor | None) -> Tensor | None:
     if x is not None and (x.dtype != torch.float32 or not x.is_contiguous()):
-        raise TypeError(f"vectors of channels must be contiguous fp32, got {x.dtype}, strides {x.stride()}")
+        raise TypeError(f"bias, mean and rstd must be contiguous fp32, got {x.dtype}, strides {x.stride()}")
     return x

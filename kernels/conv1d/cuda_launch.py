@@ -1,4 +1,4 @@
-"""Launches of the CUDA convs on the device of their data, on its current stream."""
+"""Launches the CUDA convs on the device of their data, on the current stream of that device."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _SIGNATURES = {
 
 
 class Functions:
-    """The C functions of csrc/cuda/conv1d.cu in a library."""
+    """The C functions of csrc/cuda/conv1d.cu in a compiled library."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         sizes = Int(), Int()
         library.jf_conv1d_sizes(*(ctypes.byref(size) for size in sizes))
         if (sizes[0].value, sizes[1].value) != (ctypes.sizeof(Args), ctypes.sizeof(WgradArgs)):
-            raise native.Missing(f"{library._name} is of another version than this code; {native.BUILD}")
+            raise native.Missing(f"{library._name} was built from another version of this code; {native.BUILD}")
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = (ctypes.POINTER(Launch), *arguments), ctypes.c_char_p
@@ -38,7 +38,10 @@ class Functions:
 
 @functools.cache
 def functions() -> Functions | cuda_nvrtc.Compiled:
-    """Those of the CUDA library, else the same compiled by NVRTC; raises `native.Missing` where neither can be used."""
+    """Returns the functions of the CUDA library, or if it cannot be used, the same functions compiled by NVRTC.
+
+    Raises `native.Missing` if neither can be used.
+    """
     try:
         return Functions(native.cuda_library())
     except native.Missing as error:
@@ -47,7 +50,7 @@ def functions() -> Functions | cuda_nvrtc.Compiled:
 
 
 def way() -> str | None:
-    """How the kernels come: "library", "NVRTC", or None where they cannot."""
+    """Returns where the kernels come from: "library", "NVRTC", or None if neither can be used."""
     try:
         return "library" if isinstance(functions(), Functions) else "NVRTC"
     except native.Missing:
@@ -55,7 +58,10 @@ def way() -> str | None:
 
 
 def takes(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int, int] | None = None) -> bool:
-    """Whether the convs run in `dtype` on `device`; of `shape` (c_in, c_out, taps, stride, dilation), where given."""
+    """Returns whether the convs run on `device` in `dtype`.
+
+    With `shape` (c_in, c_out, taps, stride, dilation), also whether that shape fits the GPU's shared memory.
+    """
     if dtype not in (torch.float16, torch.bfloat16):
         return False
     on = gpu(device)
@@ -69,7 +75,7 @@ def takes(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, 
 
 @functools.cache
 def gpu(device: torch.device) -> cuda_tiles.Gpu:
-    """What plans ask of `device`."""
+    """Returns the properties of `device` on which plans depend."""
     p = torch.cuda.get_device_properties(device)
     loop = 90 if p.major == 9 else 80 if p.major >= 8 else 75
     products = cuda_tiles.PRODUCTS[loop] // (2 if (p.major, p.minor) in cuda_tiles.HALF_RATE else 1)
@@ -86,13 +92,13 @@ def run(
     early: bool = False,
     loop: int = 0,
 ) -> None:
-    """Call C function `name`: a launch of `grid` CTAs with `shared` bytes of shared memory on the device of `like`.
+    """Calls C function `name`, which launches `grid` CTAs with `shared` bytes of shared memory on the device of `like`.
 
-    early: it may begin while the launch before it in the stream still runs, where the GPU can (sm_90 and later).
+    early: the launch may begin while the launch before it in the stream still runs, on GPUs that can (sm_90 and later).
     """
     on = gpu(like.device)
     if shared > on.shared:
-        raise RuntimeError(f"{name} needs {shared} bytes of shared memory, a block of this GPU has {on.shared}")
+        raise RuntimeError(f"{name} needs {shared} bytes of shared memory, but a block of this GPU has {on.shared}")
     with nvrtc.device_of(like) as stream:
         launch = Launch(loop, grid, shared, cooperative, early, stream)
         error = getattr(functions(), name)(launch, *args)

@@ -1,4 +1,4 @@
-"""The functions of csrc/cuda/conv1d.cu where there is no CUDA library: the same kernels, compiled by NVRTC."""
+"""The functions of csrc/cuda/conv1d.cu without the CUDA library: NVRTC compiles the same kernels at run time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BOOL = ("false", "true")
 
 
 class Compiled:
-    """The functions; a launch never begins early here, because CuPy has no launch with attributes."""
+    """The same functions as `cuda_launch.Functions`. CuPy cannot launch with attributes, so `early` has no effect."""
 
     def __init__(self, nvrtc: ModuleType | None = None, driver: ModuleType | None = None) -> None:
         self._kernels = Kernels("conv1d_launch.cuh", nvrtc, driver)

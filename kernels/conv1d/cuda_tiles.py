@@ -1,7 +1,8 @@
-"""How the CUDA convs cut their work: frames of a tile, splits of its reduction, shared memory.
+"""How the CUDA convs divide their work: frames per tile, splits of a tile's reduction, shared memory.
 
-`loop` names the inner loop: 75 mma.sync with loads through registers, 80 mma.sync with cp.async, 90 wgmma. Clocks are
-those of one multiprocessor, derived from its rates (kernels/README.md), and serve only to compare tiles.
+`loop` names the inner loop: 75 is mma.sync with loads through registers, 80 is mma.sync with cp.async, 90 is wgmma.
+Times are estimates, in clocks of one multiprocessor, derived from its peak rates (kernels/README.md). They serve only
+to compare tiles.
 """
 
 from __future__ import annotations
@@ -11,23 +12,26 @@ from typing import NamedTuple
 
 from jasper_fast.kernels.conv1d.cuda_args import CHUNK, OUT
 
-BLOCKS = {75: (64,), 80: (128, 64), 90: (216, 176, 104, 64)}  # frames of a tile
+BLOCKS = {75: (64,), 80: (128, 64), 90: (216, 176, 104, 64)}  # frames per tile: the choices of each loop
 STAGES = {75: 2, 80: 3}  # buffers for weights; loop 90 has as many as fit, up to MAX_STAGES
 MAX_STAGES, MAX_PANELS = 8, 4
 SLAB = 32  # frames that pass the epilogue at a time
 FRAMES = 64  # frames that wgrad reduces in one step
-MIN_STEPS = 8  # a split gets at least so many steps, or adding up the splits would cost more than it saves
+MIN_STEPS = 8  # least steps per split: with fewer, adding up the splits would cost more than splitting saves
 _WEIGHTS = OUT * CHUNK * 2  # bytes of a step's weights
 _STAGING = SLAB * (OUT + 8) * 4
 _STAGING_90 = SLAB * (OUT + 4) * 4
-PRODUCTS = {75: 512, 80: 1024, 90: 2048}  # 16-bit products a clock that a loop's instruction reaches at best
-HALF_RATE = ((8, 6), (8, 9), (12, 0), (12, 1))  # GPUs of loop 80 with half of the A100's rate a multiprocessor
-_PORT, _L2 = 128, 64  # bytes a clock of the shared-memory port, and of L2 for one multiprocessor
+PRODUCTS = {75: 512, 80: 1024, 90: 2048}  # peak 16-bit multiply-adds per clock of the instruction of each loop
+HALF_RATE = ((8, 6), (8, 9), (12, 0), (12, 1))  # GPUs of loop 80 whose multiprocessors have half of the A100's rate
+_PORT, _L2 = 128, 64  # bytes per clock of one multiprocessor: through the shared-memory port, and from L2
 
 
 class Gpu(NamedTuple):
-    """What the plans ask of a GPU: its inner loop, multiprocessors, bytes of shared memory that a CTA may have, and of
-    L2, and 16-bit products a clock (0: the most of its loop)."""
+    """The properties of a GPU on which plans depend.
+
+    These are its inner loop, the number of multiprocessors, the bytes of shared memory that a CTA may have, the bytes
+    of L2, and 16-bit multiply-adds per clock (0: the peak of the loop).
+    """
 
     loop: int
     sms: int
@@ -37,7 +41,10 @@ class Gpu(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A conv's cut: frames of a tile, tiles along T and C_out, splits of a tile's reduction, CTAs, shared memory."""
+    """How a conv is divided: frames per tile, tiles along T and C_out, splits of a tile's reduction, CTAs.
+
+    shared: bytes of shared memory. panels, stages: buffers for panels of activations and for weights.
+    """
 
     block: int
     t_blocks: int
@@ -50,7 +57,10 @@ class Plan(NamedTuple):
 
 
 class Wgrad(NamedTuple):
-    """The cut of a gradient of a weight: taps of a CTA, blocks and groups, shares of `share` segments of 64 frames."""
+    """How the gradient of a weight is divided: taps per CTA, blocks of channels, groups of taps, shares of the frames.
+
+    An utterance has `segments` segments of 64 frames. A share is `share` of them, summed by CTAs of its own.
+    """
 
     loop: int
     taps: int
@@ -66,7 +76,7 @@ class Wgrad(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A conv: N, T', reduced and output channels, channels of the panes, taps, stride, dilation."""
+    """The sizes of a conv: N, T', reduced and output channels, channels of the panes, taps, stride, dilation."""
 
     batch: int
     frames: int
@@ -79,18 +89,18 @@ class Work(NamedTuple):
 
     @property
     def chunks(self) -> tuple[int, int]:
-        """Chunks of 64 channels of the conv and of the panes."""
+        """Numbers of chunks of 64 channels: of the conv and of the panes."""
         return -(-self.c_red // CHUNK), -(-self.c_panes // CHUNK)
 
     @property
     def steps(self) -> int:
-        """Steps of a whole tile."""
+        """Number of steps of one tile: a step reduces one chunk of channels at one tap."""
         conv, panes = self.chunks
         return self.taps * conv + panes
 
 
 def panel_rows(block: int, taps: int, dilation: int, stride: int) -> int:
-    """Rows of one parity of a panel: odd, so that the cells of a row lie in different banks."""
+    """Rows of a panel per residue of t modulo the stride: odd, so that the cells of a row lie in different banks."""
     return (block + (taps - 1) * dilation // stride) | 1
 
 
@@ -103,12 +113,12 @@ def shared_bytes(loop: int, block: int, work: Work, panels: int, stages: int = 0
     panel = _panel_bytes(block, work.taps, work.dilation, work.stride)
     if loop == 90:
         return panels * panel + stages * _WEIGHTS + _STAGING_90 + (MAX_STAGES + MAX_PANELS) * 16
-    return max(panels * panel + STAGES[loop] * _WEIGHTS, _STAGING)  # the staging takes the pipeline's place
+    return max(panels * panel + STAGES[loop] * _WEIGHTS, _STAGING)  # staging reuses the memory of the pipeline
 
 
 @functools.lru_cache(maxsize=4096)
 def plan(gpu: Gpu, work: Work, may_split: bool = False) -> Plan:
-    """The cut that should take the fewest clocks; raises ValueError where no tile fits the GPU's shared memory."""
+    """Returns the plan that should take the fewest clocks. Raises ValueError if no tile fits in shared memory."""
     plans = [p for block in BLOCKS[gpu.loop] if (p := _plan(gpu, work, block, may_split)) is not None]
     if not plans:
         raise ValueError(_too_large(gpu, work))
@@ -116,7 +126,7 @@ def plan(gpu: Gpu, work: Work, may_split: bool = False) -> Plan:
 
 
 def fits(gpu: Gpu, work: Work) -> bool:
-    """Whether some tile fits the GPU's shared memory, forward and for the weight's gradient."""
+    """Returns whether the GPU's shared memory has room for a tile of the forward pass and for one of `wgrad`."""
     forward = any(_plan(gpu, work, block, False) is not None for block in BLOCKS[gpu.loop])
     return forward and any(_plan_wgrad(gpu, work, *way) is not None for way in _wgrad_ways(gpu.loop, work))
 
@@ -151,21 +161,22 @@ def _plan(gpu: Gpu, work: Work, block: int, may_split: bool) -> Plan | None:
 
 
 def bytes_of_step(block: int, work: Work) -> float:
-    """Bytes from L2: a step's weights, and its share of a panel, which serves all taps."""
+    """Bytes that a step reads from L2: its weights, and its share of a panel, because a panel serves all taps."""
     return _WEIGHTS + _panel_bytes(block, work.taps, work.dilation, work.stride) / work.taps
 
 
 def clocks_of_step(gpu: Gpu, block: int, work: Work) -> tuple[float, float, float]:
-    """Clocks of the tensor cores, of the shared-memory port for operands and loads, and of L2."""
+    """Clocks that a step needs of the tensor cores, of the shared-memory port (operands and loads), and of L2."""
     moved = bytes_of_step(block, work)
-    # two warpgroups read 64 channels of weights and all frames each; four warps half of the weights and of the frames
+    # loop 90: each of two warpgroups reads 64 channels of weights and all frames
+    # other loops: each of four warps reads half of the weights and half of the frames
     read = 2 * (CHUNK + block) if gpu.loop == 90 else 4 * (OUT + block) // 2
     products = gpu.products or PRODUCTS[gpu.loop]
     return OUT * block * CHUNK / products, (read * CHUNK * 2 + moved) / _PORT, moved / _L2
 
 
 def _clocks(gpu: Gpu, work: Work, p: Plan) -> float:
-    """Clocks of the last multiprocessor to finish."""
+    """Clocks until the last multiprocessor has finished."""
     epilogue = 16 * p.block + (500 if p.splits > 1 else 0)
     tiles = work.batch * p.t_blocks * p.o_blocks * p.splits
     step = max(clocks_of_step(gpu, p.block, work))
@@ -174,8 +185,10 @@ def _clocks(gpu: Gpu, work: Work, p: Plan) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def plan_wgrad(gpu: Gpu, work: Work) -> Wgrad:
-    """The cut of dw (c_out, c_red, taps): one wave of CTAs of loop 90, two of the others, which are smaller. Raises
-    ValueError where none fits the GPU's shared memory."""
+    """Returns the plan for dw (c_out, c_red, taps). Raises ValueError if none fits the GPU's shared memory.
+
+    It makes one wave of CTAs for loop 90, and two waves for the other loops, whose CTAs are smaller.
+    """
     for loop, taps in _wgrad_ways(gpu.loop, work):
         if (cut := _plan_wgrad(gpu, work, loop, taps)) is not None:
             return cut
@@ -183,7 +196,7 @@ def plan_wgrad(gpu: Gpu, work: Work) -> Wgrad:
 
 
 def _wgrad_ways(loop: int, work: Work) -> list[tuple[int, int]]:
-    """Inner loops and taps of a CTA, the best first; loop 90 takes stride 1."""
+    """Returns pairs of an inner loop and the taps of a CTA, the best first. Loop 90 needs stride 1."""
     ways = [(90, 3)] if loop == 90 and work.stride == 1 else []
     ways += [(min(loop, 80), taps) for taps in (2, 1)]
     return [(of, min(taps, work.taps)) for of, taps in ways]
@@ -191,7 +204,7 @@ def _wgrad_ways(loop: int, work: Work) -> list[tuple[int, int]]:
 
 def _plan_wgrad(gpu: Gpu, work: Work, loop: int, taps: int) -> Wgrad | None:
     wide = loop == 90
-    if taps == 2 and wide:  # there is no such kernel
+    if taps == 2 and wide:  # loop 90 has no kernel for two taps
         taps = 1
     in_blocks, out_blocks = -(-work.c_red // (OUT if wide else CHUNK)), -(-work.c_out // OUT)
     groups, segments = -(-work.taps // taps), -(-work.frames // FRAMES)
@@ -203,7 +216,7 @@ def _plan_wgrad(gpu: Gpu, work: Work, loop: int, taps: int) -> Wgrad | None:
     x = panel_rows(FRAMES, taps, work.dilation, work.stride) * parities * CHUNK * 2
     stage = 2 * _panel_bytes(FRAMES, 1, 1, 1) + (2 * x + 16 if wide else x)
     stages = min(6, gpu.shared // stage) if wide else STAGES[loop]
-    if stages < (3 if wide else 2) or stages * stage > gpu.shared:  # with fewer, producer and consumers wait in a ring
+    if stages < (3 if wide else 2) or stages * stage > gpu.shared:  # with fewer, producer and consumers deadlock
         return None
     return Wgrad(
         loop, taps, in_blocks, out_blocks, groups, segments, share, shares, tiles * shares, stages * stage, stages

@@ -1,4 +1,4 @@
-"""What the Triton and the CUDA face of conv1d share."""
+"""Types and helpers that the Triton and the CUDA face of conv1d share."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from jasper_fast.kernels.operands import Geometry
 
 
 class Chain(NamedTuple):
-    """What a launch of `fused` knows of those beside it in its stream.
+    """What a launch of `fused` is told about the launches before and after it in its stream.
 
-    early: it may begin while the launch before it still runs, which is one of this face's own, and began after this
-    one's weights were packed. ahead: up to two packs that the launch after it reads, to be fetched into L2.
+    early: it may begin while the launch before it still runs. The caller promises that the launch before it is of the
+    same face and began after the weights of this launch were packed. ahead: up to two packed weights that the launch
+    after it reads; this launch fetches them into L2.
     """
 
     early: bool = False
@@ -32,11 +33,11 @@ class Workspace:
 
     def __init__(self, device: torch.device | str) -> None:
         self.part = torch.empty(0, dtype=torch.float32, device=device)
-        self.device = self.part.device  # with its index, because the current device may change
+        self.device = self.part.device  # includes the index, because the current device may change
         self.arrived = torch.zeros(0, dtype=torch.int32, device=device)
 
     def reserve(self, elements: int, tiles: int) -> None:
-        """Grow to `elements` partial sums and `tiles` counters."""
+        """Grows to at least `elements` partial sums and `tiles` counters."""
         if self.part.numel() < elements:
             self.part = torch.empty(elements, dtype=torch.float32, device=self.device)
         if self.arrived.numel() < tiles:
@@ -44,9 +45,9 @@ class Workspace:
 
 
 def out_frames(t: int, taps: int, geometry: Geometry) -> int:
-    """Frames of the conv's result; raises ValueError where there are none."""
+    """Returns the number of frames of the conv's result. Raises ValueError if there are none."""
     t_out = geometry.frames(t, taps)
     if t_out < 1:
         span = geometry.dilation * (taps - 1) + 1
-        raise ValueError(f"{t} frames with padding {geometry.padding} are fewer than {span}, the span of the taps")
+        raise ValueError(f"{t} frames with padding {geometry.padding} are too few: the taps span {span} frames")
     return t_out

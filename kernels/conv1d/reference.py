@@ -1,4 +1,4 @@
-"""The definition of conv1d in plain PyTorch: any device and dtype, fp64 included, with a hand-written backward.
+"""The definition of conv1d in plain PyTorch, with a hand-written backward, for any device and dtype, fp64 included.
 
 N batch, C channels, T frames, K taps. A conv is a sum of K shifted matrix products, and so is each of its gradients.
 """
@@ -22,10 +22,10 @@ def forward(
     packed: Tensor | None = None,
     clean: bool = False,
 ) -> Tensor:
-    """y (N, C_out, T') of `x` (N, C_in, T), zero at t >= `lengths` (N,), and `weight` (C_out, C_in, K); NTC memory.
+    """Returns y (N, C_out, T'), the conv of `x` (N, C_in, T) with `weight` (C_out, C_in, K), in NTC memory.
 
-    The weight is cast to the dtype of `x`. `packed` and `clean` are for other faces and are not used. Equivalent to
-    `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, *geometry)`.
+    x counts as zero at t >= `lengths` (N,). The weight is cast to the dtype of `x`. `packed` and `clean` are for other
+    faces and are not used. Equivalent to `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, *geometry)`.
     """
     return fused(x.transpose(1, 2), weight.to(x.dtype), geometry, lengths=Lengths(lengths)).transpose(1, 2)
 
@@ -38,7 +38,7 @@ def forward_stats(
     packed: Tensor | None = None,
     clean: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y of `forward`, and the mean and M2 (sum of squared deviations) of each channel over all N*T' rows."""
+    """Returns y of `forward`, and the mean and M2 (sum of squared deviations) of each channel over all N*T' rows."""
     y = forward(x, weight, geometry, lengths)
     return y, *bn.stats(y)
 
@@ -51,7 +51,7 @@ def dgrad(
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
 ) -> Tensor:
-    """dx (N, C_in, T = `t`) of `dy` (N, C_out, T'), zero at t >= `lengths`; NTC memory."""
+    """Returns the gradient of x, (N, C_in, T = `t`) in NTC memory, from `dy` (N, C_out, T'); zero at t >= `lengths`."""
     (stride, padding, dilation), k, t_out = geometry, weight.shape[2], dy.shape[2]
     span = max(t + 2 * padding, (t_out - 1) * stride + (k - 1) * dilation + 1)
     dx = dy.new_zeros((dy.shape[0], span, weight.shape[1]))  # one row for each row of the padded x
@@ -70,7 +70,7 @@ def dgrad_bn(
     mask: Mask,
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(g, dbeta, dgamma): `dgrad` at stride 1, followed by the `backward_reduce` of bn_relu_dropout.
+    """Returns (g, dbeta, dgamma): `dgrad` at stride 1, followed by the `backward_reduce` of bn_relu_dropout.
 
     Batch norm (`norm`), ReLU, dropout and mask (`mask`) turned y (N, C, T) into `z`, the input of the conv. g has the
     shape and dtype of y and is the gradient at the input of the ReLU, which was open where z > 0. dbeta = sum g and
@@ -90,8 +90,10 @@ def wgrad(
     dtype: torch.dtype | None = None,
     clean: bool = False,
 ) -> Tensor:
-    """dweight (C_out, C_in, K = `k`) of `x` (N, C_in, T), zero at t >= `lengths`, and `dy` (N, C_out, T'); in `dtype`
-    (default: that of `x`)."""
+    """Returns the gradient of the weight, (C_out, C_in, K = `k`), from `x` (N, C_in, T) and `dy` (N, C_out, T').
+
+    x counts as zero at t >= `lengths`. The result is in `dtype` (default: that of `x`).
+    """
     padded, t_out = _padded(x, geometry, lengths), dy.shape[2]
     taps = [padded[:, _tap_rows(tap, t_out, geometry)] for tap in range(k)]
     return torch.stack([torch.einsum("not,ntc->oc", dy, rows) for rows in taps], dim=2).to(dtype or x.dtype)
@@ -107,10 +109,10 @@ def fused(
     relu: bool = False,
     panes: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """mask(relu(conv1d(x) + x2 @ weight2 + bias)) of `x` (N, T, C_in); returns (N, T', C_out).
+    """Returns mask(relu(conv1d(x) + x2 @ weight2 + bias)) of `x` (N, T, C_in), which is (N, T', C_out).
 
     weight: (C_out, C_in, K); panes: x2 (N, T', C2) and weight2 (C_out, C2, 1); bias: (C_out,). Rows of x and x2 at
-    t >= `lengths.before` count as zero; rows of the result at t >= `lengths.after` are zero.
+    t >= `lengths.before` count as zero. Rows of the result at t >= `lengths.after` are zero.
     """
     k = weight.shape[2]
     padded, t_out = _padded(x.transpose(1, 2), geometry, lengths.before), geometry.frames(x.shape[1], k)
@@ -131,5 +133,5 @@ def _tap_rows(tap: int, t_out: int, geometry: Geometry) -> slice:
 
 
 def _padded(x: Tensor, geometry: Geometry, lengths: Tensor | None) -> Tensor:
-    """`x` (N, C, T) as (N, T + 2*padding, C), with zeros in the added rows and at t >= length."""
+    """Returns `x` (N, C, T) as (N, T + 2*padding, C), with zeros in the added rows and at t >= length."""
     return F.pad(mask(x, lengths).transpose(1, 2), (0, 0, geometry.padding, geometry.padding))

@@ -7,8 +7,9 @@
 The kernel runs the forward's loop over dy, with the taps reversed and each weight tile transposed as it is loaded. A
 program owns BLOCK_T frames of one utterance by BLOCK_N of the C channels of z. With HAS_NORM it reads the same tile of
 y and z, writes g instead of dz, and writes the sums of its fp32 g to (tiles, C) partial results, which a second kernel
-adds in a fixed order. This saves the pass over (dz, y) of a separate reduction. Reading z costs one more read than
-drawing the dropout again, but no registers, and wgrad needed z anyway. Tiles at t >= length are filled with zeros.
+adds in a fixed order. This saves the pass over (dz, y) of a separate reduction. Reading z costs one read more than
+drawing the dropout mask again, but it needs fewer registers, and wgrad reads z in any case. Tiles at t >= length are
+filled with zeros.
 """
 
 import triton
@@ -22,11 +23,11 @@ def _store_g(
     dz, c0, n, t0, end, tile, g_ptr, y_ptr, z_ptr, mean_ptr, rstd_ptr, part_g_ptr, part_gy_ptr,
     frames, C, scale, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """g and the partial sums of the tile at row t0 of utterance n, channel c0, from its dz [BLOCK_T, BLOCK_N]."""
+    """Stores g and the partial sums of the tile at row t0 and channel c0 of utterance n, given its dz."""
     offs_t = t0 + tl.arange(0, BLOCK_T)
     offs_c = c0 + tl.arange(0, BLOCK_N)
     mask_c = offs_c < C
-    row0 = (n * frames + t0) * C  # of this tile in y, z and g; offsets from it fit in 32 bits
+    row0 = (n * frames + t0) * C  # where the tile starts in y, z and g; offsets from there fit in 32 bits
     offs = tl.arange(0, BLOCK_T)[:, None] * C + offs_c[None, :]
     g = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     sum_g = tl.zeros([BLOCK_N], tl.float32)
@@ -38,7 +39,7 @@ def _store_g(
         yc = yc - tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
         g = tl.where(passed, dz * scale, 0.0)
         sum_g = tl.sum(g, 0)
-        # an element that did not pass counts as 0, but 0 * NaN would be NaN
+        # an element that did not pass must count as 0, but 0 * NaN is NaN
         sum_gy = tl.sum(tl.where(passed, g * yc, 0.0), 0) * tl.load(rstd_ptr + offs_c, mask=mask_c, other=0.0)
     tl.store(part_g_ptr + tile * C + offs_c, sum_g, mask=mask_c)
     tl.store(part_gy_ptr + tile * C + offs_c, sum_gy, mask=mask_c)
@@ -78,7 +79,7 @@ def conv1d_dgrad_kernel(
         frames_dy, c0, 0, steps, frames_dy, C_dy, C, tl.cdiv(C_dy, PAD) * PAD, dy_row * VEC_DY, 1, taps, padding,
         dilation, 1, HAS_DESCRIPTORS, True, False, True, UPCAST, PRECISION, BLOCK_T, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    if HAS_NORM:  # in halves of the channels, or it spills; on sm_90 in quarters, so that an SM holds two programs
+    if HAS_NORM:  # by halves of the channels, to avoid spills; on sm_90 by quarters, so that an SM holds two programs
         PARTS: tl.constexpr = 4 if HAS_DESCRIPTORS else 2
         left, right = halves(acc, BLOCK_T, BLOCK_N)
         for i in tl.static_range(PARTS):

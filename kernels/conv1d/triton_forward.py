@@ -2,11 +2,11 @@
 
     y[n, t, :] = sum_k x[n, t*stride + k*dilation - padding, :] @ w[k]
 
-A program owns BLOCK_T frames of one utterance by BLOCK_N output channels. It reads x taps/stride times (from cache
-except once) and writes y once; w is read once for every BLOCK_T*N rows. The mean and M2 of a tile's fp32 accumulators
-go to (tiles, C_out) partial results, which a second kernel merges in a fixed order (Chan's formula), so the statistics
-need no pass over y. A tile whose inputs all lie beyond the length of its utterance is not computed: its y, mean and M2
-are zero.
+A program owns BLOCK_T frames of one utterance by BLOCK_N output channels. It reads x taps/stride times (only the first
+time from memory) and writes y once. w is read once for every BLOCK_T*N rows. The mean and M2 of a tile's fp32
+accumulators go to (tiles, C_out) partial results, which a second kernel merges in a fixed order (Chan's formula), so
+the statistics need no pass over y. A tile whose inputs all lie beyond the length of its utterance is not computed: its
+y, mean and M2 are zero.
 """
 
 import triton
@@ -20,7 +20,7 @@ def _store_y(
     acc, o0, n, t0, tile, y_ptr, part_mean_ptr, part_m2_ptr, frames_out, c_out, y_row, y_item,
     HAS_STATS: tl.constexpr, VEC_OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The tile of y at row t0 of utterance n, channel o0, and its mean and M2."""
+    """Stores the tile of y at row t0 and channel o0 of utterance n, and its mean and M2."""
     offs_t = t0 + tl.arange(0, BLOCK_T)
     offs_o = o0 + tl.arange(0, BLOCK_N)
     rows = offs_t < frames_out
@@ -53,7 +53,7 @@ def conv1d_forward_kernel(
     # sizes and strides of activations are in units of VEC elements, which tells the compiler their alignment
     C = groups_in * VEC_IN
     n_blocks = tl.cdiv(c_out, BLOCK_N)
-    tile = (tl.program_id(0) // n_blocks).to(tl.int64)  # channels innermost: neighbours share frames of x in L2
+    tile = (tl.program_id(0) // n_blocks).to(tl.int64)  # channels first: neighbouring programs share frames of x in L2
     o0 = (tl.program_id(0) % n_blocks) * BLOCK_N
     n = tile // t_blocks
     t0 = (tile % t_blocks).to(tl.int32) * BLOCK_T
@@ -68,7 +68,7 @@ def conv1d_forward_kernel(
         0, steps, frames, C, C, tl.cdiv(c_out, PAD) * PAD, x_row * VEC_IN, 1, taps, padding, dilation, STRIDE,
         HAS_DESCRIPTORS, IS_CLEAN, False, False, UPCAST, PRECISION, BLOCK_T, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    if BLOCK_T * BLOCK_N > 128 * 128 and HAS_STATS:  # the whole tile at once does not fit the registers
+    if BLOCK_T * BLOCK_N > 128 * 128 and HAS_STATS:  # by halves: the statistics of the whole tile would spill registers
         left, right = halves(acc, BLOCK_T, BLOCK_N)
         for half in tl.static_range(2):
             _store_y(

@@ -5,8 +5,9 @@
 A program owns BLOCK_T frames of one utterance by BLOCK_N output channels. The reduction of that tile runs over the
 K*C_in products of the conv and then the C2 products of the panes. With splits, `splits` programs share it: each writes
 partial sums to fp32 scratch, and the last program to finish adds them in a fixed order, so runs are bit-identical. It
-also sets the tile's counter back to 0 for the next launch. Bytes: x is read taps/stride times (from cache except once),
-w and w2 once for every BLOCK_T*N rows, z is written once; splits add 8*splits bytes per element of z, in L2.
+also sets the tile's counter back to 0 for the next launch. Bytes: x is read taps/stride times (only the first time from
+memory), w and w2 are read once for every BLOCK_T*N rows, z is written once. Splits add 8*splits bytes per element of z,
+in L2.
 
 The network's first kernel reads (N, C, T) fp32 features directly (IS_NCT) and may write the output lengths of the batch
 to lengths_out. The last kernel ends with a log-softmax over C_out <= BLOCK_N.
@@ -24,7 +25,7 @@ def _add_panes(
     HAS_DESCRIPTORS: tl.constexpr, IS_CLEAN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc plus the products of steps [i_begin, i_end) over the channels of the panes."""
+    """Returns acc plus the products of steps [i_begin, i_end) over the channels of the panes."""
     if HAS_DESCRIPTORS:
         whole = IS_CLEAN | (limit == frames) | (t0 + BLOCK_T <= limit)
         for i in range(i_begin, tl.where(whole, i_end, i_begin)):
@@ -63,7 +64,10 @@ def conv1d_fused_kernel(
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """HAS_MASK: mask by the lengths; else they only give lengths_out. IS_CLEAN: padding of x and x2 is zero."""
+    """HAS_MASK: mask by the lengths. Otherwise they only serve to compute lengths_out.
+
+    IS_CLEAN: the padding of x and x2 is zero in memory.
+    """
     C = groups_in * VEC_IN
     C_pad = tl.cdiv(c_out, PAD) * PAD
     n_blocks = tl.cdiv(c_out, BLOCK_N)
@@ -80,7 +84,7 @@ def conv1d_fused_kernel(
     if HAS_IN_LENGTHS:
         length = tl.load(in_lengths_ptr + n)
         if HAS_LENGTHS_OUT:
-            length = tl.minimum(tl.maximum(length, 0), frames)  # z may have more frames than x gives
+            length = tl.minimum(tl.maximum(length, 0), frames)  # frames_out may be larger than the conv of x needs
             new_length = out_frames(length, taps, STRIDE, padding, dilation)
             tl.store(lengths_out_ptr + n, new_length, mask=(t0 == 0) & (o0 == 0) & (split == 0))
             if HAS_MASK:
@@ -126,7 +130,7 @@ def conv1d_fused_kernel(
             scratch = tl.arange(0, BLOCK_T)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
             slot = part_ptr + pid.to(tl.int64) * splits * (BLOCK_T * BLOCK_N)
             tl.store(slot + split * (BLOCK_T * BLOCK_N) + scratch, acc)
-            tl.debug_barrier()  # every thread has stored before one of them reports it
+            tl.debug_barrier()  # all threads must have stored before one of them reports that they have
             mine = tl.atomic_add(arrived_ptr + pid, 1, sem="acq_rel") == splits - 1
             if mine:
                 tl.store(arrived_ptr + pid, 0)
@@ -146,6 +150,6 @@ def conv1d_fused_kernel(
         if HAS_MASK:
             acc = tl.where((offs_t < end)[:, None], acc, 0.0)
         offs = offs_t[:, None] * (z_row * VEC_OUT) + offs_o[None, :]
-        mask_o = offs_o < (c_out // VEC_OUT) * VEC_OUT  # the same, written so that the compiler sees the alignment
+        mask_o = offs_o < (c_out // VEC_OUT) * VEC_OUT  # as before, written so that the compiler sees the alignment
         mask = (offs_t < frames_out)[:, None] & mask_o[None, :]
         tl.store(z_ptr + n * z_item * VEC_OUT + offs, acc.to(z_ptr.dtype.element_ty), mask=mask)

@@ -2,8 +2,8 @@
 
 N batch, C channels, T frames, K taps. The kernels are in triton_forward.py, triton_dgrad.py and triton_wgrad.py for
 training, triton_fused.py for inference and triton_pack.py for weights; triton_loop.py is the reduction that they share.
-Activations are fp16, bf16 or fp32 (rounded to TF32 where PyTorch's own conv does so, see `takes_tf32`); accumulators
-are fp32.
+Activations are fp16, bf16 or fp32. fp32 is rounded to TF32 if PyTorch's own conv does so (see `takes_tf32`).
+Accumulators are fp32.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ class Packed(NamedTuple):
 
 
 def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Packed:
-    """`weight` (C_out, C_in, K), fp32, fp16 or bf16, packed for the functions of this file, in `dtype` (default: its
-    own).
+    """Packs `weight` (C_out, C_in, K), fp32, fp16 or bf16, for the functions here, in `dtype` (default: its own).
 
     out: a buffer of `packed_shape(weight)` and `dtype` to write into, which a module may keep from call to call.
     """
@@ -76,11 +75,11 @@ def forward(
     packed: Tensor | None = None,
     clean: bool = False,
 ) -> Tensor:
-    """y (N, C_out, T') of `x` (N, C_in, T), zero at t >= `lengths` (N,), and `weight` (C_out, C_in, K); NTC memory.
+    """Returns y (N, C_out, T'), the conv of `x` (N, C_in, T) with `weight` (C_out, C_in, K), in NTC memory.
 
-    packed: `pack(weight, x.dtype).data`; made here if None. clean: memory of `x` really holds zeros at t >= length, so
-    tiles that reach into the padding load like all others. Equivalent to `F.conv1d(x.masked_fill(t >= lengths, 0),
-    weight, None, *geometry)` in the dtype of `x`.
+    x counts as zero at t >= `lengths` (N,). packed: `pack(weight, x.dtype).data`; made here if None. clean: `x` is zero
+    there in memory too, so tiles that reach into the padding need no mask. Equivalent to
+    `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, *geometry)` in the dtype of `x`.
     """
     return _forward(x, weight, geometry, lengths, packed, clean, stats=False)[0]
 
@@ -93,7 +92,7 @@ def forward_stats(
     packed: Tensor | None = None,
     clean: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y of `forward`, and the mean and M2 (sum of squared deviations) of each channel over all N*T' rows.
+    """Returns y of `forward`, and the mean and M2 (sum of squared deviations) of each channel over all N*T' rows.
 
     The statistics are taken from the fp32 accumulators before y is rounded: fp32 (C_out,) each.
     """
@@ -142,7 +141,10 @@ def dgrad(
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
 ) -> Tensor:
-    """dx (N, C_in, T = `t`) of `dy` (N, C_out, T'), zero at t >= `lengths`; stride 1; NTC memory."""
+    """Returns the gradient of x, (N, C_in, T = `t`), zero at t >= `lengths`, from `dy` (N, C_out, T'); stride 1.
+
+    NTC memory.
+    """
     return _dgrad(dy, weight, t, geometry, lengths, packed)[0]
 
 
@@ -156,7 +158,7 @@ def dgrad_bn(
     mask: Mask,
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(g, dbeta, dgamma): `dgrad` at stride 1 and the `backward_reduce` of bn_relu_dropout in one pass.
+    """Returns (g, dbeta, dgamma): `dgrad` at stride 1 and the `backward_reduce` of bn_relu_dropout in one pass.
 
     dy (N, C_out, T') is the gradient of the conv's output. The conv's input was `z` = mask(dropout(relu(batch norm of
     `y`))), with the vectors in `norm` and the lengths and dropout in `mask`; y and z are (N, C, T). g has the shape and
@@ -173,10 +175,10 @@ def _dgrad(dy, weight, t, geometry, lengths, packed, norm=None):
     w = _packed(weight, packed, dy)
     n, c_out, t_dy = dy.shape
     if c_out != w.c_out:
-        raise ValueError(f"dy has {c_out} channels, the weight gives {w.c_out}")
+        raise ValueError(f"dy has {c_out} channels, but the weight produces {w.c_out}")
     reach = dilation * (w.taps - 1)
     if t_dy != t + 2 * padding - reach:
-        raise ValueError(f"dy has {t_dy} frames, but {t} frames of x give {t + 2 * padding - reach}")
+        raise ValueError(f"dy has {t_dy} frames, but {t} frames of x lead to {t + 2 * padding - reach}")
     op = "dgrad" if norm is None else "dgrad_bn"
     tile = triton_tiles.choose(op, dy.device, dy.dtype, Shape(w.c_in, c_out, w.taps, 1, dilation, n * t_dy), t)
     t_blocks = triton.cdiv(t, tile.t)
@@ -217,8 +219,11 @@ def wgrad(
     dtype: torch.dtype | None = None,
     clean: bool = False,
 ) -> Tensor:
-    """dweight (C_out, C_in, K = `k`) of `x` (N, C_in, T), zero at t >= `lengths` (N,), and `dy` (N, C_out, T'), both
-    dense in NTC memory. It has `dtype` (default: that of `x`). clean: as in `forward`."""
+    """Returns the gradient of the weight, (C_out, C_in, K = `k`), from `x` (N, C_in, T) and `dy` (N, C_out, T').
+
+    Both are dense in NTC memory; x counts as zero at t >= `lengths` (N,). The result is in `dtype` (default: that of
+    `x`). clean: as in `forward`.
+    """
     _check(x, dy)
     _check_offsets(dy)
     n, c_in, t = x.shape
@@ -231,7 +236,7 @@ def wgrad(
     share = triton.cdiv(n, min(n, tile.splits))
     shares = triton.cdiv(n, share)
     dw = torch.empty((c_out, c_in, k), dtype=dtype or x.dtype, device=x.device)
-    direct = shares == 1 and k > 1  # of one tap the merge transposes, by 16-byte stores
+    direct = shares == 1 and k > 1  # with one tap, the merge kernel transposes with 16-byte stores
     to = dw if direct else torch.empty((shares, k, c_in, c_out), dtype=torch.float32, device=x.device)
     vec_in, vec_out = _vec(c_in), _vec(c_out)
     x_desc = _activations(x.transpose(1, 2), stride, tile.t, tile.n)
@@ -260,7 +265,7 @@ def wgrad(
 
 
 def pack_once(weight: Tensor, dtype: torch.dtype, stride: int = 1) -> Packed:
-    """`weight` (C_out, C_in, K) of any dtype packed for many calls of `fused` at `stride`, in a network in `dtype`."""
+    """Packs `weight` (C_out, C_in, K) of any dtype for many calls of `fused` at `stride`, in a network in `dtype`."""
     return pack(weight.float(), dtype)
 
 
@@ -279,20 +284,22 @@ def fused(
     workspace: Workspace | None = None,
     chain: Chain = ALONE,
 ) -> Tensor:
-    """mask(relu(conv1d(x) + x2 @ packed2 + bias)) of `x` (N, T, C_in), into `out` (N, T', C_out).
+    """Returns mask(relu(conv1d(x) + x2 @ packed2 + bias)) of `x` (N, T, C_in), in `out` (N, T', C_out) if given.
 
     panes: x2 (N, T', C2) and packed2, a 1x1 conv. `out` and x2 need unit channel stride; their other strides are free,
-    so a slice of a history buffer will do. `x` has unit channel stride too, or unit frame stride (features, fp32 for
-    any dtype of the pack). Rows of x and x2 at t >= `lengths.before` count as zero and are not read. Rows of the result
-    at t >= `lengths.after` are zero. A tile that lies wholly in such rows, or that no row of x reaches, costs no loads
-    and no products. With a mask, `out` may have more rows than the conv gives. `bias` is fp32 (C_out,).
+    so they may be slices of wider buffers. `x` has unit channel stride too, or it is features with unit frame stride,
+    which may be fp32 for any dtype of the pack. Rows of x and x2 at t >= `lengths.before` count as zero and are not
+    read. Rows of the result at t >= `lengths.after` are zero. A tile of such rows only, or of rows that depend on no
+    row of x, costs no loads and no products. With a mask, `out` may have more rows than the conv produces. `bias` is
+    fp32 (C_out,).
 
-    clean: as in `forward`, for x and x2. log_softmax: over up to 128 channels; `out` is then fp32. workspace: lets
-    several programs share the reduction of a tile. chain: this face has no use for it. Raises ValueError for shapes
-    that do not fit and TypeError for dtypes.
+    clean: as in `forward`, for x and x2. log_softmax: applied to up to 128 channels; `out` is then fp32. workspace:
+    lets several programs share the reduction of a tile. chain: not used. Raises ValueError for shapes that do not fit
+    and TypeError for dtypes.
     """
     w, (stride, padding, dilation), (n, t, c_in) = packed, geometry, x.shape
-    nct = c_in > 1 and (x.stride(2) != 1 or (t == 1 and x.dtype != w.data.dtype))  # with one frame both strides are 1
+    # nct: x is features. With one frame its strides do not tell, but its dtype may.
+    nct = c_in > 1 and (x.stride(2) != 1 or (t == 1 and x.dtype != w.data.dtype))
     masked = lengths.masked and (lengths.before is not None or lengths.after is not None)
     x2, w2 = panes or (None, None)
     out = _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, nct)
@@ -307,7 +314,7 @@ def fused(
             raise ValueError(f"log-softmax in the kernel takes up to {SOFTMAX_MAX} channels, got {w.c_out}")
         tile = tile._replace(n=max(16, triton.next_power_of_2(w.c_out)))
     t_blocks, n_blocks = triton.cdiv(t_out, tile.t), triton.cdiv(w.c_out, tile.n)
-    splits = 1 if workspace is None or nct else tile.splits  # the reduction of the first conv is too short to share
+    splits = 1 if workspace is None or nct else tile.splits  # the reduction over features is too short to share
     part = arrived = None
     if splits > 1:
         tiles = n * t_blocks * n_blocks
@@ -342,7 +349,7 @@ def fused(
 
 
 def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, nct) -> Tensor:
-    """`out`, or a new tensor if it is None; raises ValueError or TypeError if the operands of `fused` do not fit."""
+    """Returns `out`, or a new tensor if it is None. Raises ValueError or TypeError if the operands do not fit."""
     n, t, c_in = x.shape
     if x.dtype != w.data.dtype and not (nct and x.dtype == torch.float32):
         raise TypeError(f"the triton face takes x and weights of one dtype, got {x.dtype} and {w.data.dtype}")
@@ -352,14 +359,14 @@ def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, nct) ->
     if c_in != w.c_in:
         raise ValueError(f"x has {c_in} channels, the weight takes {w.c_in}")
     if lengths.made is not None and (lengths.before is None or lengths.after is not None):
-        raise ValueError("`made` needs the lengths before the conv and replaces those after it")
+        raise ValueError("lengths.made needs lengths.before and replaces lengths.after: leave the latter out")
     t_out = out_frames(t, w.taps, geometry)
     if out is None:
         out = torch.empty((n, t_out, w.c_out), dtype=torch.float32 if log_softmax else w.data.dtype, device=x.device)
     if masked and (lengths.made is not None or lengths.after is not None):
         t_out = max(t_out, out.shape[1])
     if out.shape != (n, t_out, w.c_out):
-        raise ValueError(f"out has shape {tuple(out.shape)}, the conv gives {(n, t_out, w.c_out)}")
+        raise ValueError(f"out has shape {tuple(out.shape)}, the conv needs {(n, t_out, w.c_out)}")
     x2, w2 = panes or (None, None)
     if x2 is not None:
         _check(x2, w2.data)
@@ -370,8 +377,8 @@ def _fused_out(x, w, geometry, lengths, panes, out, log_softmax, masked, nct) ->
 
 
 def takes_tf32() -> bool:
-    """Whether PyTorch's own fp32 convs round to TF32; the fp32 convs of this face do the same."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # once this is set, reading allow_tf32 raises
+    """Returns whether PyTorch's own fp32 convs round to TF32. The fp32 convs of this face do the same."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # allow_tf32 cannot be read once this has been set
 
 
 # ---- what the launches share ----
@@ -388,12 +395,14 @@ def _packed(weight: Tensor, data: Tensor | None, x: Tensor) -> Packed:
 
 
 def _activations(x: Tensor, stride: int, block_t: int, block_c: int) -> TensorDescriptor | None:
-    """A descriptor of `x` (N, T, C) as (N, T // stride, stride*C) for blocks of frames by channels; None if the
-    hardware has no TMA or x does not fit it."""
+    """Returns a descriptor of `x` (N, T, C) as (N, T // stride, stride*C), for blocks of frames by channels.
+
+    None if the GPU has no TMA or x does not meet its conditions.
+    """
     (n, t, c), (item, row, _) = x.shape, x.stride()
     if not _has_tma(x) or c % block_c or x.data_ptr() % 16 or any(s * x.element_size() % 16 for s in (item, row)):
         return None
-    # CUDA wants each stride to be a multiple of the one before, which fails for an odd T at stride 2
+    # CUDA needs each stride to be a multiple of the next smaller one, which an odd T at stride 2 does not meet
     if stride > 1 and (row != c or t < stride or (n > 1 and item % (stride * row))):
         return None
     item = item if n > 1 else stride * row
@@ -406,7 +415,7 @@ def _has_tma(x: Tensor) -> bool:
 
 
 def _weights(packed: Packed | None, block_rows: int, block_cols: int, wanted: bool) -> TensorDescriptor | None:
-    """A descriptor of a pack as (K*C_in, C_pad); None if it is not `wanted` or the hardware has none."""
+    """Returns a descriptor of a pack as (K*C_in, C_pad); None if it is not `wanted` or there is no pack."""
     if packed is None or not wanted:
         return None
     rows = packed.data.view(-1, packed.data.shape[2])
@@ -415,7 +424,7 @@ def _weights(packed: Packed | None, block_rows: int, block_cols: int, wanted: bo
 
 def _check(x: Tensor, other: Tensor) -> None:
     if x.dtype not in DTYPES or x.dtype != other.dtype:
-        raise TypeError(f"the triton face takes fp32, fp16 or bf16, the same for all, got {x.dtype} and {other.dtype}")
+        raise TypeError(f"the triton face takes one of fp32, fp16, bf16 for all, got {x.dtype} and {other.dtype}")
     if x.numel() == 0:
         raise ValueError(f"x has no elements: shape {tuple(x.shape)}")
     _check_offsets(x)
@@ -431,24 +440,23 @@ def _check_offsets(*tensors: Tensor | None) -> None:
 
 
 def _sizes(x: Tensor) -> tuple[int, tuple[int, int, int]]:
-    """VEC of `x` (N, T, C), then its channels and its strides of a row and of an utterance in units of VEC elements."""
+    """Returns VEC of `x` (N, T, C), then its channels and the strides of T and N, all in units of VEC elements."""
     (n, t, c), (item, row, one) = x.shape, x.stride()
     if one != 1 and c > 1:
         raise ValueError(f"x needs unit stride over channels, got strides {x.stride()} for (N, T, C)")
-    # the stride of a single row or utterance is never used: take one that is aligned
+    # if there is only one row or utterance, its stride is never used: take one that is aligned
     row, item = (row if t > 1 else c), (item if n > 1 else t * c)
     vec = next(v for v in (8, 4, 1) if c % v == row % v == item % v == 0)
     return vec, (c // vec, row // vec, item // vec)
 
 
 def _vec(c: int) -> int:
-    """The largest of 8, 4, 1 that divides C: it tells the compiler the alignment without a new compilation for each
-    C."""
+    """Returns the largest of 8, 4 and 1 that divides C. It tells the compiler the alignment, for many C at once."""
     return next(v for v in (8, 4, 1) if c % v == 0)
 
 
 def _vectors(x: Tensor, count: int, *shape: int) -> list[Tensor]:
-    # one allocation each: outputs of a registered op must not share memory
+    # each has its own memory, because outputs of a registered op must not share any
     return [torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(count)]
 
 

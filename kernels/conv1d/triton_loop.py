@@ -3,8 +3,8 @@
     acc[t, o] += sum_k sum_c x[n, t*stride + k*dilation - padding, c] * w[k, c, o]
 
 The outer loop runs over chunks of BLOCK_K channels and the inner one over the taps, so K - 1 of K reads of a chunk come
-from cache. On sm_90 and later, 16-bit tiles that touch no padding are loaded through tensor descriptors (TMA); rows
-outside x are filled with zeros, as the conv wants. Other tiles are loaded through masked pointers, which become
+from cache. On sm_90 and later, 16-bit tiles that touch no padding are loaded through tensor descriptors (TMA), which
+fill rows outside of x with zeros, as the conv needs. Other tiles are loaded through masked pointers, which become
 cp.async. At stride S the descriptor sees x as (N, T // S, S*C): frame p is the C channels of row p // S that start at
 channel p % S * C.
 """
@@ -28,15 +28,17 @@ def out_frames(frames, taps, stride, padding, dilation):
 
 @triton.jit
 def strided_row(shift, padding, STRIDE: tl.constexpr):
-    """For frame t*STRIDE + shift (shift >= -padding): its row minus t, and its place among the STRIDE frames of that
-    row."""
+    """Returns, for frame t*STRIDE + shift (shift >= -padding), its row in the descriptor minus t, and its place there.
+
+    A row has STRIDE frames.
+    """
     above = shift + padding * STRIDE  # made non-negative, because // truncates here
     return above // STRIDE - padding, above % STRIDE
 
 
 @triton.jit
 def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left and the right half of a tile's columns, for epilogues that do not fit the registers in one piece."""
+    """Returns the left and the right half of a tile's columns, for epilogues that would spill on the whole tile."""
     return tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
 
 
@@ -48,7 +50,7 @@ def add_taps(
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc [BLOCK_T, BLOCK_N] plus steps [i_begin, i_end) of the reduction.
+    """Returns acc [BLOCK_T, BLOCK_N] plus steps [i_begin, i_end) of the reduction.
 
     x_tile: utterance n of x, of which C channels are reduced. Rows at t >= limit count as zero; with IS_CLEAN they are
     zero in memory. Packed weights are (K, C_w, C_pad). IS_TRANSPOSED computes the gradient of x: it reduces over the
@@ -71,12 +73,13 @@ def add_taps(
                 w = w_desc.load([tap * C_w + c0, o0])
             acc = dot(x, w, acc, UPCAST, PRECISION)
         i_begin = tl.where(whole, i_end, i_begin)
-    if not (HAS_DESCRIPTORS and IS_CLEAN and STRIDE == 1):  # a tile with rows that a descriptor cannot mask
+    if not (HAS_DESCRIPTORS and IS_CLEAN and STRIDE == 1):  # a tile may have rows to mask, which descriptors cannot do
         offs_c = tl.arange(0, BLOCK_K)
         offs_o = o0 + tl.arange(0, BLOCK_N)
         first = (t0 + tl.arange(0, BLOCK_T)) * STRIDE - padding
-        # Features are cast here. As the right operand they pass through shared memory. As the left operand on sm_90
-        # they would stay in registers, which the next step may overwrite while products still read them.
+        # fp32 features are cast here. As the right operand (SWAPPED) they pass through shared memory. As the left
+        # operand on sm_90 they would stay in registers, which the next step may overwrite while products still read
+        # them.
         SWAPPED: tl.constexpr = HAS_DESCRIPTORS and IS_NCT
         if SWAPPED:
             acc = tl.trans(acc)

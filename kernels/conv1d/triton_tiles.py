@@ -1,4 +1,4 @@
-"""Tiles of the Triton convs: which one dispatch takes, from a table or by default, and which ones tuning tries.
+"""Tiles of the Triton convs: which tile dispatch takes, from a table or by default, and which tiles tuning tries.
 
 A forward, dgrad or fused program owns `t` frames by `n` output channels. In each step it takes `k` input channels of
 one tap, so a 16-bit step of 128 x 128 x 64 moves 32 KB for 2.1 MFLOP. `splits` programs share the reduction of one
@@ -16,17 +16,17 @@ import torch
 from jasper_fast.kernels import tables
 
 # Defaults are chosen for a large GPU (an H100). These are constants, so that every GPU makes the same choice.
-WAVE = 132  # programs that fill the GPU once; it holds two waves of wgrad's programs
-FLOP_S = 660e12  # FLOP/s of 16-bit matrix products that these tiles can hope for
-BYTES_S = 3e12
-L2_S = 5.5e12  # bytes a second from L2 to all multiprocessors
-MERGE_G, MERGE_C = 64, 32  # tiles at a time and channels of a merging program
-SOFTMAX_MAX = 128  # symbols of log-softmax in the epilogue
-MIN_STEPS = 8  # of a split: fewer, and the sum over splits costs more than it saves
+WAVE = 132  # programs that fill the GPU once, one per multiprocessor; of wgrad's programs, two fit a multiprocessor
+FLOP_S = 660e12  # FLOP/s of 16-bit matrix products that these tiles reach at best
+BYTES_S = 3e12  # bytes per second of the GPU's memory
+L2_S = 5.5e12  # bytes per second from L2 to all multiprocessors
+MERGE_G, MERGE_C = 64, 32  # a merging program reads so many tiles at a time, and owns so many channels
+SOFTMAX_MAX = 128  # most symbols of a log-softmax in the epilogue
+MIN_STEPS = 8  # least steps per split: with fewer, adding up the splits would cost more than splitting saves
 
 
 class Tile(NamedTuple):
-    """Sizes of one program's tile and of a step (powers of two), and how it is compiled."""
+    """Sizes of a program's tile and of its steps (powers of two), and the options that it is compiled with."""
 
     t: int
     n: int
@@ -37,7 +37,7 @@ class Tile(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """The sizes by which a tile is chosen; `rows` is N*T' of the output."""
+    """The sizes of a conv, by which its tile is chosen; `rows` is N*T' of the output."""
 
     c_in: int
     c_out: int
@@ -48,7 +48,7 @@ class Shape(NamedTuple):
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype, shape: Shape, frames: int, exact: bool = False) -> Tile:
-    """The measured tile of `op` ("forward", "dgrad", ...) on this GPU where the table has one, else the default."""
+    """Returns the tile of `op` ("forward", "dgrad", ...) in the table of this GPU if there is one, else the default."""
     row = tables.lookup(f"conv1d.{op}", device, dtype, **shape._asdict())
     if row is not None:
         return Tile(**row.tile)
@@ -57,32 +57,32 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, shape: Shape, fram
 
 @functools.lru_cache(maxsize=4096)
 def default(op: str, dtype: torch.dtype, shape: Shape, frames: int, exact: bool = False) -> Tile:
-    """A sound tile for `frames` output frames per utterance, for use where nothing was measured.
+    """Returns a reasonable tile for `frames` output frames per utterance, for shapes that were not measured.
 
-    exact: fp32 products are not rounded to TF32; that takes more registers.
+    exact: fp32 products are not rounded to TF32, which takes more registers.
     """
     wide = dtype.itemsize == 2
     if op == "wgrad":
         side = 128 if wide else 64
         n, k = _fit(shape.c_in, 16, side), _fit(shape.c_out, 16, side)
-        warps = 8 if not wide and n * k >= 64 * 64 else _warps(n * k)  # 4 warps spill in fp32 on sm_100
+        warps = 8 if not wide and n * k >= 64 * 64 else _warps(n * k)  # with 4 warps fp32 spills on sm_100
         tile = Tile(64 if wide else 32, n, k, warps, 3)
         return tile._replace(splits=_shares(tile, shape, frames))
     reduced, out = (shape.c_out, shape.c_in) if op.startswith("dgrad") else (shape.c_in, shape.c_out)
     t = 128 if wide and frames > 64 else 64 if wide or frames > 32 else 32  # wgmma needs at least 64
     if op == "fused" and shape.stride > 1:
-        t = min(t, 64)  # with 128 the network's first kernel spills
+        t = min(t, 64)  # with 128 frames the network's first kernel spills registers
     if op == "fused" and exact and not wide:
-        t = 32  # with 64 shared reductions spill: 4 warps on sm_86, 8 on sm_100
+        t = 32  # with 64 frames shared reductions spill: with 4 warps on sm_86, with 8 on sm_100
     n, k = _fit(out, 16, 128 if wide else 64), _fit(reduced, 16, 64 if wide else 32)
-    small = op == "fused" and not wide and t * n < 64 * 64  # 4 warps spill for panes on sm_100 and for the last conv
+    small = op == "fused" and not wide and t * n < 64 * 64  # with 4 warps panes on sm_100 and the last conv spill
     warps = 8 if small else _warps(t * n)
     tile = Tile(t, n, k, warps, 3)
     return _split(tile, shape, dtype) if op == "fused" else tile
 
 
 def narrower(tile: Tile, dtype: torch.dtype) -> list[Tile]:
-    """The tiles that `default` may choose for `fused` if `tile` makes too few programs: `tile` and narrower ones."""
+    """Returns `tile` and narrower ones, of which `default` takes one for `fused` if `tile` makes too few programs."""
     found = [tile]
     while dtype.itemsize == 2 and found[-1].n > 32 and tile.t * found[-1].n > 64 * 64:  # 64 x 32 spills on sm_86
         found.append(found[-1]._replace(n=found[-1].n // 2))
@@ -90,8 +90,10 @@ def narrower(tile: Tile, dtype: torch.dtype) -> list[Tile]:
 
 
 def candidates(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[Tile]:
-    """Tiles that tuning may time for `op`, the likeliest first: the default, then shapes of tile with 3 stages, then
-    the same with others. What shares a reduction does so by the splits that the arithmetic prefers."""
+    """Returns the tiles that tuning may time for `op`: the default, other sizes with 3 stages, then the same with 4.
+
+    fp32 has only the default size, with 3, 4 and 2 stages. `splits` is the number that the estimate prefers.
+    """
     first = default(op, dtype, shape, frames)
     if dtype.itemsize != 2:
         return [first, first._replace(num_stages=4), first._replace(num_stages=2)]
@@ -113,8 +115,10 @@ def candidates(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[T
 
 
 def shortlist(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[Tile]:
-    """The candidates, the likeliest first: the default, its twin with more stages, then other sizes in the order of
-    what their work would take on an H100, and last the twins of those."""
+    """Returns the candidates, the most promising first: the default, the default with more stages, then other sizes.
+
+    Other sizes are in the order of their estimated time on an H100, first all with 3 stages, then all with 4.
+    """
     first, *others = candidates(op, dtype, shape, frames)
     twins = [tile for tile in others if tile[:4] == first[:4]][:1]
     others = [tile for tile in others if tile not in twins]
@@ -123,8 +127,10 @@ def shortlist(op: str, dtype: torch.dtype, shape: Shape, frames: int) -> list[Ti
 
 
 def _seconds(op: str, dtype: torch.dtype, tile: Tile, shape: Shape) -> float:
-    """An estimate: programs in whole waves, each step bound by what it reads from L2 or by its products; partial sums
-    are written and read once."""
+    """Returns an estimate of the time: programs run in whole waves, and partial sums are written and read once.
+
+    A step takes as long as its reads from L2 or its products, whichever take longer.
+    """
     if op == "wgrad":
         taps = wgrad_taps(tile, shape.taps)
         programs = -(-shape.taps // taps) * -(-shape.c_in // tile.n) * -(-shape.c_out // tile.k) * tile.splits
@@ -141,7 +147,7 @@ def _seconds(op: str, dtype: torch.dtype, tile: Tile, shape: Shape) -> float:
 
 
 def _shared(op: str, dtype: torch.dtype, tile: Tile, shape: Shape, frames: int) -> Tile:
-    """`tile` with the splits of its reduction that the arithmetic prefers."""
+    """Returns `tile` with the number of splits of its reduction that takes the least estimated time."""
     if op == "fused":
         shared = (tile._replace(splits=s) for s in range(1, _splits(tile, shape) + 1))
         return min(shared, key=lambda tile: _seconds(op, dtype, tile, shape))
@@ -149,24 +155,25 @@ def _shared(op: str, dtype: torch.dtype, tile: Tile, shape: Shape, frames: int) 
 
 
 def wgrad_taps(tile: Tile, taps: int) -> int:
-    """Taps of a wgrad program: two, so that each step of dy serves both, where the sums take at most 128 registers."""
+    """Taps of a wgrad program: two, which share each load of dy, if their sums take at most 128 registers; else one."""
     return 2 if taps > 1 and 2 * tile.n * tile.k <= 128 * 32 * tile.num_warps else 1
 
 
 def transpose_meta(taps: int) -> dict[str, int]:
-    """The block of a program that packs weights or adds up their gradient: with all K taps, at most 4096 elements."""
+    """Block of a program that packs weights or adds up their gradients: all K taps, 4096 elements for up to 32 taps."""
     return {"BLOCK_K": 1 << (taps - 1).bit_length(), "BLOCK_I": 4, "BLOCK_O": 32}
 
 
 def _shares(tile: Tile, shape: Shape, frames: int) -> int:
-    """Into how many groups wgrad splits the utterances: it weighs the idle part of the last wave against the bytes of
-    partial results, of which one group writes none."""
+    """Returns into how many groups wgrad splits the utterances.
+
+    More groups leave less of the last wave idle, but write more partial results. A single group writes none.
+    """
     batch = max(1, shape.rows // frames)
     taps = wgrad_taps(tile, shape.taps)
-    programs = -(
-        -shape.taps * -(-shape.c_in // tile.n) * -(-shape.c_out // tile.k) // taps
-    )  # an odd tap is half of one
-    wave = 2 * WAVE // taps  # two programs of one tap, or one of two, fill a multiprocessor
+    # the last of an odd number of taps counts as half a program of two taps
+    programs = -(-shape.taps * -(-shape.c_in // tile.n) * -(-shape.c_out // tile.k) // taps)
+    wave = 2 * WAVE // taps  # two programs of one tap, or one program of two taps, fill a multiprocessor
     utterance = 2 * frames * taps * tile.n * tile.k / (FLOP_S / wave)
     partials = 8 * shape.taps * shape.c_in * shape.c_out / BYTES_S  # fp32, written and read
 
@@ -178,7 +185,7 @@ def _shares(tile: Tile, shape: Shape, frames: int) -> int:
 
 
 def _split(tile: Tile, shape: Shape, dtype: torch.dtype) -> Tile:
-    """`tile`, or a narrower one, with the splits at which one SM moves the fewest bytes.
+    """Returns `tile`, or a narrower one, with the number of splits at which one SM moves the fewest bytes.
 
     A program reads the frames and weights of its share of the steps; the last one also reads all partial sums.
     """

@@ -3,11 +3,12 @@
     dw[k] = sum_(n,t) x[n, t*stride + k*dilation - padding, :]^T dy[n, t, :]
 
 A program owns BLOCK_I input by BLOCK_O output channels of TAPS taps, one or two, over a share of the utterances, and
-takes BLOCK_T frames in each step. x is read once for each tap and each block of output channels, dy once for each TAPS
-taps and each block of input channels (from cache except once). Rows whose shifted x does not exist or is padding are
-not read, but for those that only one of two taps has, and with IS_CLEAN for the last step of an utterance: there x is
-zero. With IS_DIRECT, where one share is enough, dw (C_out, C_in, K), the order of PyTorch, is written at once. Else a
-second kernel adds the fp32 partial results (shares, K, C_in, C_out) in a fixed order.
+takes BLOCK_T frames in each step. x is read once for each tap and each block of output channels, and dy once for each
+group of TAPS taps and each block of input channels; only the first read comes from memory, the others from cache. Rows
+whose shifted x does not exist or is padding are not read, with two exceptions, for which x is zero: rows that only one
+of two taps has, and with IS_CLEAN the last step of an utterance. With IS_DIRECT there is one share, and the kernel
+writes dw (C_out, C_in, K) itself, in the order of PyTorch. Otherwise a second kernel adds the fp32 partial results
+(shares, K, C_in, C_out) in a fixed order.
 """
 
 import triton
@@ -18,7 +19,7 @@ from jasper_fast.kernels.conv1d.triton_loop import dot, strided_row
 
 @triton.jit
 def limit_of(n, frames, lengths_ptr, HAS_LENGTHS: tl.constexpr):
-    """From this row on x of utterance n is zero, or counts as zero."""
+    """Returns the row of utterance n from which on x is zero, or counts as zero."""
     limit = frames
     if HAS_LENGTHS:
         limit = tl.minimum(tl.load(lengths_ptr + n).to(tl.int32), limit)
@@ -32,12 +33,12 @@ def one_tap(
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """The sums [BLOCK_I, BLOCK_O] of the tap at `shift` over utterances `first` .. `last` - 1."""
+    """Returns the sums [BLOCK_I, BLOCK_O] of the tap at `shift` over utterances `first` .. `last` - 1."""
     offs_i, offs_o = i0 + tl.arange(0, BLOCK_I), o0 + tl.arange(0, BLOCK_O)
     acc = tl.zeros([BLOCK_I, BLOCK_O], tl.float32)
     for n in range(first, last):
         limit = limit_of(n, frames, lengths_ptr, HAS_LENGTHS)
-        # outputs whose shifted input exists and is not padding: all others would multiply zeros
+        # outputs whose shifted input exists and is not padding: the products of all others would be zero
         begin = tl.maximum(0, tl.cdiv(-shift, STRIDE))
         end = tl.minimum(frames_out, tl.cdiv(limit - shift, STRIDE))
         if HAS_DESCRIPTORS:
@@ -58,7 +59,7 @@ def one_tap(
             for t0 in range(begin, end, BLOCK_T):
                 t = t0 + tl.arange(0, BLOCK_T)
                 mask_t = t < end
-                # x is loaded transposed: on sm_80 a tl.trans after the load would prevent copying ahead
+                # x is loaded transposed, because on sm_80 a tl.trans after the load would prevent loading ahead
                 offs_x = (t * STRIDE + shift)[None, :] * C_in + offs_i[:, None]
                 offs_dy = t[:, None] * C_out + offs_o[None, :]
                 x = tl.load(x_n + offs_x, mask=(offs_i < C_in)[:, None] & mask_t[None, :], other=0.0)
@@ -73,12 +74,15 @@ def two_taps(
     HAS_LENGTHS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """The same for this tap and the next one, at stride 1 through descriptors, where padding is zero: each step of dy
-    serves both."""
+    """Returns the sums of `one_tap` for the tap at `shift` and for the next one; each load of dy serves both.
+
+    Stride 1 only, through descriptors, and the padding of x is zero in memory.
+    """
     acc = tl.zeros([BLOCK_I, BLOCK_O], tl.float32)
     next_acc = tl.zeros([BLOCK_I, BLOCK_O], tl.float32)
     for n in range(first, last):
-        begin = tl.maximum(0, -shift - dilation)  # where the next tap begins and where this one ends
+        # the outputs that at least one tap needs: the next tap has the first one, this tap has the last one
+        begin = tl.maximum(0, -shift - dilation)
         end = tl.minimum(frames_out, limit_of(n, frames, lengths_ptr, HAS_LENGTHS) - shift)
         for i in range(tl.cdiv(tl.maximum(end - begin, 0), BLOCK_T)):
             t = begin + i * BLOCK_T
@@ -92,10 +96,10 @@ def two_taps(
 
 @triton.jit
 def put(to_ptr, acc, i0, o0, tap, part, taps, C_in, C_out, IS_DIRECT: tl.constexpr):
-    """A tap's sums [BLOCK_I, BLOCK_O] to dw, or to the partial results of a share."""
+    """Stores a tap's sums [BLOCK_I, BLOCK_O] in dw, or in the partial results of a share."""
     rows, columns = tl.arange(0, acc.shape[0])[:, None], tl.arange(0, acc.shape[1])[None, :]
     mask = (i0 + rows < C_in) & (o0 + columns < C_out)
-    if IS_DIRECT:  # where the tile begins is 64 bits wide, places inside it are 32
+    if IS_DIRECT:  # the offset of the tile needs 64 bits, offsets inside it need 32
         at = to_ptr + (o0.to(tl.int64) * C_in + i0) * taps + tap
         offs = (columns * C_in + rows) * taps
     else:
@@ -122,7 +126,7 @@ def conv1d_wgrad_kernel(
     C_out = groups_out * VEC_OUT
     o_blocks, i_blocks, groups = tl.cdiv(C_out, BLOCK_O), tl.cdiv(C_in, BLOCK_I), tl.cdiv(taps, TAPS)
     pid = tl.program_id(0)
-    if IS_DIRECT:  # taps innermost: a sector of dw holds several taps, which then meet in L2
+    if IS_DIRECT:  # taps first: a 32-byte sector of dw holds several taps, whose stores then meet in L2
         tap = pid % groups * TAPS
         pid = pid // groups
     o0 = (pid % o_blocks) * BLOCK_O
