@@ -122,7 +122,7 @@ def test_wgrad_adds_its_shares_in_a_fixed_order():
 def test_errors_name_what_is_wrong():
     settle("triton")  # packs a weight before launches are recorded
     x, weight = ntc(torch.ones(1, 8, 4)), torch.ones(8, 8, 11)
-    with pytest.raises(ValueError, match="fewer than 11"):
+    with pytest.raises(ValueError, match="taps span 11"):
         triton_impl.forward(x, weight, Geometry())
     with pytest.raises(ValueError, match="stride 1"):
         triton_impl.dgrad(x, weight, 8, Geometry(2, 5))

@@ -1,4 +1,4 @@
-"""The definition of the CTC loss, in plain PyTorch: any device, fp64 too. Nothing is read by the host."""
+"""The definition of the CTC loss in plain PyTorch, for any device, fp64 included. The host reads no tensor."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 def forward(
     log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor, blank: int
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each utterance (N,), infinite where its target does not fit, and what `backward` needs.
+    """Returns the loss of each utterance (N,), infinite if its target does not fit, and what `backward` needs.
 
-    These are the forward variables of all blanks and all labels in every frame, (N, T, 2, W) with W > U.
+    The latter are the forward variables of all blanks and all labels in every frame, (N, T, 2, W) with W > U.
     """
     n, t, _ = log_probs.shape
     labels, differs, _ = _states(targets, target_lengths)
@@ -45,7 +45,7 @@ def backward(
     blank: int,
     zero_infinity: bool,
 ) -> Tensor:
-    """The gradient of `log_probs`. Of an infinite loss it is NaN, or 0 with `zero_infinity`."""
+    """Returns the gradient of `log_probs`. If the loss is infinite it is NaN, or 0 with `zero_infinity`."""
     labels, differs, blanks = _states(targets, target_lengths)
     low, at = _low(log_probs), torch.arange(labels.shape[1], device=log_probs.device)
     b = torch.where(at == target_lengths[:, None], 0.0, low)
@@ -72,7 +72,7 @@ def _low(like: Tensor) -> Tensor:
 
 
 def _states(targets: Tensor, target_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(N, U + 1): the labels, -1 where there is none; whether one differs from the label before; the blanks."""
+    """Returns three (N, U + 1): labels, -1 where there is none; which differ from the one before; which blanks are."""
     at = torch.arange(targets.shape[1] + 1, device=targets.device)
     labels = torch.where(at < target_lengths[:, None], F.pad(targets, (0, 1)), -1)
     before = F.pad(labels[:, :-1], (1, 0), value=-1)
@@ -80,13 +80,13 @@ def _states(targets: Tensor, target_lengths: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def _emissions(row: Tensor, labels: Tensor, blank: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities in one frame (N, V) of the blank (N, 1) and of the labels (N, U + 1)."""
+    """Returns the log-probabilities of the blank (N, 1) and of the labels (N, U + 1) in one frame `row` (N, V)."""
     of_labels = row.gather(1, labels.clamp(min=0))
     return row[:, blank, None], torch.where(labels >= 0, of_labels, -math.inf)
 
 
 def _lse(*xs: Tensor) -> Tensor:
-    """log(sum(exp(x))), -inf where all are."""
+    """log(sum(exp(x))), which is -inf where all x are -inf."""
     highest = functools.reduce(torch.maximum, xs)
     highest = torch.where(highest == -math.inf, 0.0, highest)
     return highest + sum((x - highest).exp() for x in xs).log()

@@ -1,11 +1,12 @@
-"""The CTC loss in Triton (NVIDIA sm_80 and later; numpy through Triton's interpreter), fp32: three launches in all.
+"""The CTC loss in Triton (NVIDIA sm_80 and later; on a CPU through Triton's interpreter), fp32: three kernels.
 
     alpha      one program per utterance: the forward variables of all frames, and the loss
     posterior  one program per utterance: from the last frame to the first, the posterior of every state
     gradient   one program per tile of frames and symbols: adds the posteriors of equal labels, by a matrix of 0 and 1
 
-A frame follows from the one before, so the first two are bound by latency: the states lie in registers, their only
-neighbour comes by one exchange, and the next frame is loaded ahead. Sums are in fixed order: runs are equal bit by bit.
+A frame follows from the one before, so latency bounds the first two kernels. They therefore keep the states in
+registers, get the neighbouring state by one exchange, and load the next frame ahead. Sums are made in a fixed order, so
+runs are bit-identical.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from torch import Tensor
 
 from jasper_fast.kernels import launch
 
-FRAMES, STATES, SYMBOLS = 16, 32, 32  # of a tile of the gradient
-EACH = 2  # blanks that a thread holds, and labels
+FRAMES, STATES, SYMBOLS = 16, 32, 32  # tile of the gradient kernel
+EACH = 2  # a thread holds this many blanks, and as many labels
 NONE = tl.constexpr(float("-inf"))
 
 
 @triton.jit
 def _lse(a, b):
-    """log(exp(a) + exp(b)), -inf where both are; a NaN passes."""
+    """log(exp(a) + exp(b)), which is -inf where both are -inf and NaN where one is NaN."""
     high = tl.where(a > b, a, b)
     high = tl.where(high == NONE, 0.0, high)
     return high + tl.log(tl.exp(a - high) + tl.exp(b - high))
@@ -40,8 +41,10 @@ def _lse3(a, b, c):
 
 @triton.jit
 def _utterance(lengths_ptr, targets_ptr, target_lengths_ptr, n, T, U, V, BLOCK_U: tl.constexpr):
-    """Frames and labels of utterance n, its labels, where there are any, and whether each differs from the one
-    before."""
+    """Returns, for utterance n: the numbers of frames and labels, the labels, and two masks.
+
+    The masks say which labels exist, and which differ from the label before.
+    """
     length = tl.minimum(tl.load(lengths_ptr + n), T).to(tl.int32)
     count = tl.minimum(tl.load(target_lengths_ptr + n), U).to(tl.int32)
     offs = tl.arange(0, BLOCK_U)
@@ -150,9 +153,9 @@ def _ctc_gradient_kernel(
 def forward(
     log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor, blank: int
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each utterance (N,), infinite where its target does not fit, and what `backward` wants.
+    """Returns the loss of each utterance (N,), infinite if its target does not fit, and what `backward` needs.
 
-    `log_probs` is fp32, its symbols side by side; the others are int64, `targets` contiguous.
+    `log_probs` is fp32 with unit stride over symbols. The other tensors are int64, and `targets` is contiguous.
     """
     n, t, v = log_probs.shape
     u = targets.shape[1]
@@ -177,7 +180,7 @@ def backward(
     blank: int,
     zero_infinity: bool,
 ) -> Tensor:
-    """The gradient of `log_probs`, contiguous. Of an infinite loss it is NaN, or 0 with `zero_infinity`."""
+    """Returns the gradient of `log_probs`, contiguous. If the loss is infinite it is NaN, or 0 with `zero_infinity`."""
     n, t, v = log_probs.shape
     u, w = targets.shape[1], alpha.shape[3]
     sizes = (t, u, v, w, log_probs.stride(0), log_probs.stride(1), blank)
@@ -193,6 +196,6 @@ def backward(
 
 
 def _states(u: int) -> dict[str, int]:
-    """Room for U + 1 states of a kind, and the warps that hold them."""
+    """Returns the block size for U + 1 blanks or labels, and the number of warps that hold them."""
     block = triton.next_power_of_2(max(u + 1, 32 * EACH))
     return {"BLOCK_U": block, "num_warps": min(8, block // (32 * EACH))}

@@ -1,6 +1,6 @@
 """The depthwise conv through ATen: conv2d with groups over a channels-last view of the same memory.
 
-For every device and dtype that has no faster kernel of ours.
+This face serves every device and dtype for which we have no faster kernel.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ from jasper_fast.kernels.operands import FULL, Geometry, Lengths
 def forward(
     x: Tensor, weight: Tensor, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
 ) -> Tensor:
-    """y (N, C, T') of `x` (N, C, T) and `weight` (C, 1, K), masked by `lengths`."""
+    """Returns y (N, C, T'), the conv of `x` (N, C, T) with `weight` (C, 1, K), masked by `lengths`."""
     x = ntc(mask(x, lengths.before)).unsqueeze(2)
     y = F.conv2d(x, weight.to(x.dtype).unsqueeze(2), None, *_in_2d(geometry), weight.shape[0]).squeeze(2)
     return ntc(mask(y, lengths.after))
 
 
 def pack_once(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """`weight` (C, 1, K) in the dtype of the activations, for many calls of `into`."""
+    """Returns a copy of `weight` (C, 1, K) in the dtype of the activations, for many calls of `into`."""
     return weight.to(dtype, copy=True)
 
 
 def into(out: Tensor, x: Tensor, packed: Tensor, geometry: Geometry, lengths: Lengths = FULL) -> None:
-    """`forward` of `x` (N, T, C) and a weight of `pack_once`, into `out` (N, T', C). `lengths.made` receives the output
-    lengths and is then used instead of `lengths.after`."""
+    """Writes `forward` of `x` (N, T, C) and a weight from `pack_once` into `out` (N, T', C).
+
+    `lengths.made` receives the output lengths and is then used instead of `lengths.after`.
+    """
     if lengths.made is not None:
         frames = geometry.frames(lengths.before.clamp(0, x.shape[1]), packed.shape[2])
         lengths.made.copy_(frames.clamp_(min=0))
@@ -40,7 +42,7 @@ def into(out: Tensor, x: Tensor, packed: Tensor, geometry: Geometry, lengths: Le
 def dgrad(
     dy: Tensor, weight: Tensor, t: int, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
 ) -> Tensor:
-    """dx (N, C, T = `t`) of `dy` (N, C, T'), masked by `lengths`."""
+    """Returns the gradient of x, (N, C, T = `t`), from `dy` (N, C, T'), masked by `lengths`."""
     x = empty_ntc(dy.shape[0], dy.shape[1], t, like=dy)  # only its shape and memory format are used
     dx = _backward(ntc(mask(dy, lengths.after)), x, weight.to(dy.dtype), geometry, (True, False))[0]
     return ntc(mask(dx.squeeze(2), lengths.before))
@@ -49,7 +51,7 @@ def dgrad(
 def wgrad(
     x: Tensor, dy: Tensor, k: int, geometry: Geometry, lengths: Lengths = FULL, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """dweight (C, 1, K = `k`) in `dtype` (default: that of `x`)."""
+    """Returns the gradient of the weight, (C, 1, K = `k`), in `dtype` (default: that of `x`)."""
     weight = dy.new_empty((x.shape[1], 1, k))
     masked = ntc(mask(dy, lengths.after)), ntc(mask(x, lengths.before))
     return _backward(*masked, weight, geometry, (False, True))[1].squeeze(2).to(dtype or x.dtype)

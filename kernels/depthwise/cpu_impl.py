@@ -1,7 +1,7 @@
 """The CPU face of the depthwise conv: threaded C++ kernels (csrc/cpu/isa/depthwise.cpp), one set per instruction set.
 
-Activations are fp32, fp16 or bf16, sums and weights fp32. Results are bit-identical for any number of threads, and an
-utterance's output does not depend on its batch or its padding.
+Activations are fp32, fp16 or bf16; sums and weights are fp32. Results are bit-identical for any number of threads. The
+output of an utterance does not depend on its batch or its padding.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from torch import Tensor
 from jasper_fast.kernels import native
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths
 
-COLUMNS = 32  # channels of a block of the pack
+COLUMNS = 32  # channels per block of the pack
 
 
 def pack(weight: Tensor, *, flipped: bool = False) -> Tensor:
-    """`weight` (C, 1, K) in the order that the kernel reads, (C / 32, K, 32) fp32; `flipped` is for `dgrad`."""
+    """Packs `weight` (C, 1, K) in the order that the kernel reads, (C / 32, K, 32) fp32. flipped: for `dgrad`."""
     c, _, k = weight.shape
     packed = torch.empty((-(-c // COLUMNS), k, COLUMNS), dtype=torch.float32)
     native.cpu().depthwise_pack(weight.detach().float().contiguous(), flipped, packed)
@@ -24,16 +24,17 @@ def pack(weight: Tensor, *, flipped: bool = False) -> Tensor:
 
 
 def pack_once(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """`weight` (C, 1, K) of any dtype packed for many calls of `into`, in fp32 whatever the network's dtype."""
+    """Packs `weight` (C, 1, K) of any dtype for many calls of `into`, in fp32 for a network in any dtype."""
     return pack(weight)
 
 
 def forward(
     x: Tensor, weight: Tensor, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
 ) -> Tensor:
-    """y (N, C, T') of `x` (N, C, T) in NTC memory, masked by `lengths`, and `weight` (C, 1, K), which may be `packed`.
+    """Returns y (N, C, T'), the conv of `x` (N, C, T) in NTC memory with `weight` (C, 1, K), masked by `lengths`.
 
-    Equivalent to `F.conv1d(x.masked_fill(t >= lengths.before, 0), weight, None, *geometry, groups=C)`, masked again.
+    `packed` is the weight as `pack` returns it; made here if None. Equivalent to
+    `F.conv1d(x.masked_fill(t >= lengths.before, 0), weight, None, *geometry, groups=C)`, zero at t >= lengths.after.
     """
     n, c, t = x.shape
     out = torch.empty((n, max(geometry.frames(t, weight.shape[2]), 0), c), dtype=x.dtype)
@@ -42,8 +43,11 @@ def forward(
 
 
 def into(out: Tensor, x: Tensor, packed: Tensor, geometry: Geometry, lengths: Lengths = FULL) -> None:
-    """`forward` of `x` (N, T, C) and a pack, into `out` (N, T', C). Both need unit channel stride; their other strides
-    are free. Raises ValueError for `lengths.made`, which only GPU faces support."""
+    """Writes `forward` of `x` (N, T, C) and a pack into `out` (N, T', C).
+
+    Both need unit channel stride; their other strides are free. Raises ValueError for `lengths.made`, which only GPU
+    faces support.
+    """
     if lengths.made is not None:
         raise ValueError("the cpu face masks by the lengths that it is given and does not compute output lengths")
     stride, padding, dilation = geometry
@@ -54,9 +58,9 @@ def into(out: Tensor, x: Tensor, packed: Tensor, geometry: Geometry, lengths: Le
 def dgrad(
     dy: Tensor, weight: Tensor, t: int, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
 ) -> Tensor:
-    """dx (N, C, T = `t`) of `dy` (N, C, T') in NTC memory: the conv of dy with the taps reversed.
+    """Returns the gradient of x, (N, C, T = `t`), from `dy` (N, C, T') in NTC memory.
 
-    At a stride the rows of dy lie `stride` apart, with zeros between them.
+    It is the conv of dy with the taps reversed, for which the rows of dy lie `stride` apart, with zeros between them.
     """
     (stride, padding, dilation), k = geometry, weight.shape[2]
     dx = torch.empty((dy.shape[0], t, dy.shape[1]), dtype=dy.dtype)
@@ -70,8 +74,10 @@ def dgrad(
 def wgrad(
     x: Tensor, dy: Tensor, k: int, geometry: Geometry, lengths: Lengths = FULL, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """dweight (C, 1, K = `k`) of `x` (N, C, T) and `dy` (N, C, T'), masked as in `forward`. It is summed in fp32 and
-    returned in `dtype` (default: that of `x`)."""
+    """Returns the gradient of the weight, (C, 1, K = `k`), from `x` (N, C, T) and `dy` (N, C, T').
+
+    Both are masked by `lengths`. Sums are fp32; the result is in `dtype` (default: that of `x`).
+    """
     dw, (stride, padding, dilation) = torch.empty((x.shape[1], 1, k), dtype=torch.float32), geometry
     rows, dy_rows = x.transpose(1, 2), dy.transpose(1, 2)
     native.cpu().depthwise_wgrad(rows, dy_rows, stride, dilation, padding, lengths.before, lengths.after, dw)

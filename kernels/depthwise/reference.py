@@ -1,5 +1,4 @@
-"""The definition of the depthwise conv in plain PyTorch: any device and dtype, fp64 included, with a hand-written
-backward.
+"""The definition of the depthwise conv in plain PyTorch, with a hand-written backward, for any device and dtype.
 
 N batch, C channels, T frames, K taps. The conv is a sum of K shifted products, and so is each of its gradients.
 """
@@ -17,10 +16,10 @@ from jasper_fast.kernels.operands import FULL, Geometry, Lengths
 def forward(
     x: Tensor, weight: Tensor, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
 ) -> Tensor:
-    """y (N, C, T') of `x` (N, C, T) and `weight` (C, 1, K); NTC memory.
+    """Returns y (N, C, T'), the conv of `x` (N, C, T) with `weight` (C, 1, K), in NTC memory.
 
-    Rows of x at t >= `lengths.before` count as zero, those of y at t >= `lengths.after` are zero. `packed` is for other
-    faces and is not used. Equivalent to `F.conv1d(mask(x), weight, None, *geometry, groups=C)`, masked again.
+    Rows of x at t >= `lengths.before` count as zero. Rows of y at t >= `lengths.after` are zero. `packed` is for other
+    faces and is not used. Equivalent to `mask(F.conv1d(mask(x), weight, None, *geometry, groups=C))`.
     """
     rows, t_out = _padded(x, geometry, lengths.before), geometry.frames(x.shape[2], weight.shape[2])
     y = rows.new_zeros((x.shape[0], max(t_out, 0), x.shape[1]))
@@ -32,8 +31,10 @@ def forward(
 def dgrad(
     dy: Tensor, weight: Tensor, t: int, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
 ) -> Tensor:
-    """dx (N, C, T = `t`) of `dy` (N, C, T'), which counts as zero at t >= `lengths.after`; dx is zero at
-    t >= `lengths.before`. NTC memory."""
+    """Returns the gradient of x, (N, C, T = `t`) in NTC memory, from `dy` (N, C, T').
+
+    dy counts as zero at t >= `lengths.after`; the result is zero at t >= `lengths.before`.
+    """
     (stride, padding, dilation), k, t_out = geometry, weight.shape[2], dy.shape[2]
     rows = mask(dy, lengths.after).transpose(1, 2).to(wide_dtype(dy))
     span = max(t + 2 * padding, (t_out - 1) * stride + (k - 1) * dilation + 1)
@@ -46,8 +47,10 @@ def dgrad(
 def wgrad(
     x: Tensor, dy: Tensor, k: int, geometry: Geometry, lengths: Lengths = FULL, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """dweight (C, 1, K = `k`) of `x` (N, C, T) and `dy` (N, C, T'), masked as in `forward`; in `dtype` (default: that
-    of `x`)."""
+    """Returns the gradient of the weight, (C, 1, K = `k`), from `x` (N, C, T) and `dy` (N, C, T').
+
+    Both are masked by `lengths`. The result is in `dtype` (default: that of `x`).
+    """
     rows, t_out = _padded(x, geometry, lengths.before), dy.shape[2]
     dy_rows = mask(dy, lengths.after).transpose(1, 2).to(rows.dtype)
     taps = [(rows[:, _tap_rows(tap, t_out, geometry)] * dy_rows).sum((0, 1)) for tap in range(k)]
@@ -60,6 +63,6 @@ def _tap_rows(tap: int, t_out: int, geometry: Geometry) -> slice:
 
 
 def _padded(x: Tensor, geometry: Geometry, lengths: Tensor | None) -> Tensor:
-    """`x` (N, C, T) as (N, T + 2*padding, C) in the dtype of sums, with zeros in the added rows and at t >= length."""
+    """Returns `x` (N, C, T) as (N, T + 2*padding, C) in the dtype of sums, zero in added rows and at t >= length."""
     rows = mask(x, lengths).transpose(1, 2).to(wide_dtype(x))
     return F.pad(rows, (0, 0, geometry.padding, geometry.padding))

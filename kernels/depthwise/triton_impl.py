@@ -1,8 +1,7 @@
-"""The Triton face of the depthwise conv (NVIDIA sm_80 and later; on a CPU through Triton's interpreter): launches and
-checks.
+"""The Triton face of the depthwise conv (NVIDIA sm_80 and later; on a CPU through Triton's interpreter).
 
-The kernels are in triton_sum.py and triton_wgrad.py. Activations are fp16, bf16 or fp32, sums fp32, and fp32 products
-are exact: no tensor core is used.
+This file has the launches and checks; the kernels are in triton_sum.py and triton_wgrad.py. Activations are fp16, bf16
+or fp32 and sums are fp32. No tensor core is used, so fp32 is never rounded to TF32.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from jasper_fast.kernels.layout import empty_ntc
 from jasper_fast.kernels.operands import FULL, Geometry, Lengths
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FEW_ROWS = 4096  # for fewer rows, smaller tiles make enough programs for a GPU
-SHARES = 8  # parts of a batch that the weight gradient sums separately
+FEW_ROWS = 4096  # below this number of rows tiles are smaller, to make enough programs for a GPU
+SHARES = 8  # most parts of a batch that the weight gradient sums separately
 
 
 def pack_once(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """`weight` (C, 1, K) of any dtype in the order that the kernel reads: (K, C) fp32, whatever the network's dtype."""
+    """Packs `weight` (C, 1, K) of any dtype in the order that the kernel reads: (K, C) fp32, for any network dtype."""
     c, _, k = weight.shape
     return torch.empty((k, c), dtype=torch.float32, device=weight.device).copy_(weight.detach()[:, 0].t())
 
@@ -33,9 +32,10 @@ def pack_once(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def forward(
     x: Tensor, weight: Tensor, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
 ) -> Tensor:
-    """y (N, C, T') of `x` (N, C, T) in NTC memory, masked by `lengths`, and `weight` (C, 1, K), which may be `packed`.
+    """Returns y (N, C, T'), the conv of `x` (N, C, T) in NTC memory with `weight` (C, 1, K), masked by `lengths`.
 
-    Equivalent to `F.conv1d(x.masked_fill(t >= lengths.before, 0), weight, None, *geometry, groups=C)`, masked again.
+    `packed` is the weight as `pack_once` returns it; made here if None. Equivalent to
+    `F.conv1d(x.masked_fill(t >= lengths.before, 0), weight, None, *geometry, groups=C)`, zero at t >= lengths.after.
     """
     n, c, t = x.shape
     y = empty_ntc(n, c, max(geometry.frames(t, weight.shape[2]), 0), like=x)
@@ -45,15 +45,18 @@ def forward(
 
 
 def into(out: Tensor, x: Tensor, packed: Tensor, geometry: Geometry, lengths: Lengths = FULL) -> None:
-    """`forward` of `x` (N, T, C) and a pack, into `out` (N, T', C). Both need unit channel stride; their other strides
-    are free. `lengths.made` receives the output lengths and is then used instead of `lengths.after`."""
+    """Writes `forward` of `x` (N, T, C) and a pack into `out` (N, T', C).
+
+    Both need unit channel stride; their other strides are free. `lengths.made` receives the output lengths and is then
+    used instead of `lengths.after`.
+    """
     _sum(out, x, packed, geometry, lengths, up=1, flipped=False)
 
 
 def dgrad(
     dy: Tensor, weight: Tensor, t: int, geometry: Geometry, lengths: Lengths = FULL, packed: Tensor | None = None
 ) -> Tensor:
-    """dx (N, C, T = `t`) of `dy` (N, C, T') in NTC memory: the conv of dy with the taps reversed."""
+    """Returns the gradient of x, (N, C, T = `t`), from `dy` (N, C, T') in NTC memory: a conv with the taps reversed."""
     (stride, padding, dilation), k = geometry, weight.shape[2]
     dx, w = empty_ntc(dy.shape[0], dy.shape[1], t, like=dy), pack_once(weight, dy.dtype) if packed is None else packed
     back, told = Geometry(1, dilation * (k - 1) - padding, dilation), Lengths(lengths.after, lengths.before)
@@ -88,8 +91,10 @@ def _sum(y: Tensor, x: Tensor, w: Tensor, geometry: Geometry, lengths: Lengths, 
 def wgrad(
     x: Tensor, dy: Tensor, k: int, geometry: Geometry, lengths: Lengths = FULL, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """dweight (C, 1, K = `k`) of `x` (N, C, T) and `dy` (N, C, T'), masked as in `forward`. It is summed in fp32 and
-    returned in `dtype` (default: that of `x`)."""
+    """Returns the gradient of the weight, (C, 1, K = `k`), from `x` (N, C, T) and `dy` (N, C, T').
+
+    Both are masked by `lengths`. Sums are fp32; the result is in `dtype` (default: that of `x`).
+    """
     rows, dy_rows, (stride, padding, dilation) = x.transpose(1, 2), dy.transpose(1, 2), geometry
     _check(rows, dy_rows)
     n, t, c = rows.shape
@@ -118,7 +123,7 @@ def wgrad(
 def _check(x: Tensor, y: Tensor) -> None:
     """Raises TypeError or ValueError for operands (N, T, C) that the kernels do not take."""
     if x.dtype not in DTYPES or x.dtype != y.dtype:
-        raise TypeError(f"the triton face takes fp32, fp16 or bf16, the same for all, got {x.dtype} and {y.dtype}")
+        raise TypeError(f"the triton face takes one of fp32, fp16, bf16 for all, got {x.dtype} and {y.dtype}")
     if (x.shape[0], x.shape[2]) != (y.shape[0], y.shape[2]):
         raise ValueError(f"a depthwise conv keeps batch and channels, got (N, T, C) {tuple(x.shape)}, {tuple(y.shape)}")
     for v in (x, y):
@@ -127,14 +132,13 @@ def _check(x: Tensor, y: Tensor) -> None:
 
 
 def _sizes(*tensors: Tensor) -> tuple[int, ...]:
-    """VEC of all `tensors` (N, T, C); then for each its channels and its strides of a row and of an utterance in units
-    of VEC elements."""
+    """Returns VEC of all `tensors` (N, T, C), then the channels and the strides of T and N of each, in units of VEC."""
     sizes = []
     for x in tensors:
         (n, t, c), (item, row, one) = x.shape, x.stride()
         if one != 1 and c > 1:
             raise ValueError(f"activations need unit stride over channels, got strides {x.stride()} for (N, T, C)")
-        # the stride of a single row or utterance is never used: take one that is aligned
+        # if there is only one row or utterance, its stride is never used: take one that is aligned
         sizes.append((c, row if t > 1 else c, item if n > 1 else t * c))
     vec = next(v for v in (8, 4, 1) if not any(s % v for of in sizes for s in of))
     return vec, *(tuple(s // vec for s in of) for of in sizes)

@@ -3,8 +3,8 @@
     y[n, t, c] = sum_k w[k, c] * x[n, (t*STRIDE + k*dilation - padding) / UP, c]    where that is a whole number
 
 FLIPPED takes the taps in reverse. Forward has UP = 1; the gradient of a conv at a stride has that stride as UP and
-STRIDE = 1. A program owns BLOCK_T frames of one utterance by BLOCK_C channels. It reads x once for each tap, after the
-first time from cache, and sums in fp32. Taps at which all its inputs lie outside of x are left out.
+STRIDE = 1. A program owns BLOCK_T frames of one utterance by BLOCK_C channels. It reads x once for each tap, only the
+first time from memory, and sums in fp32. It leaves out taps at which all its inputs lie outside of x.
 """
 
 import triton

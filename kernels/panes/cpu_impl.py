@@ -1,7 +1,7 @@
-"""The CPU face: threaded C++ kernels (csrc/cpu) in fp32, which skip the padding.
+"""The CPU face of the panes: threaded C++ kernels (csrc/cpu) in fp32, which skip the padding.
 
-Shapes are those of reference.py; all tensors but the xs must be contiguous. Results are bit-identical for any number of
-threads.
+Shapes are those of reference.py. All tensors except the xs must be contiguous. Results are bit-identical for any number
+of threads.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ def outputs(xs: list[Tensor], weights: list[Tensor], lengths: Tensor | None, y: 
 
 
 def forward(y: Tensor, mean: Tensor, scale: Tensor, start: Tensor) -> Tensor:
-    """`start` + sum over panes of (y - mean)*scale, (N*T, C_out). `start` is (C_out,), or (N*T, C_out) and is
-    overwritten."""
+    """Returns `start` + sum over panes of (y - mean)*scale, (N*T, C_out).
+
+    `start` is (C_out,), or (N*T, C_out); the latter is overwritten with the result.
+    """
     out = y.new_empty(y.shape[1:]) if start.dim() == 1 else start
     native.cpu().panes_forward(y, mean, scale, start, out)
     return out
 
 
 def backward_reduce(g: Tensor, y: Tensor, mean: Tensor) -> Tensor:
-    """The sum of g*(y - mean) over rows, (P, C_out)."""
+    """Returns the sum of g*(y - mean) over rows, (P, C_out)."""
     sums = torch.empty_like(mean)
     native.cpu().panes_reduce(g, y, mean, sums)
     return sums
@@ -44,7 +46,7 @@ def gradients(
     weights: list[Tensor],
     lengths: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Lists of dx and of dW, in the shapes of x and the weight; dx is undefined at t >= `lengths`."""
+    """Returns lists of dx and of dW, in the shapes of x and the weight. dx is undefined at t >= `lengths`."""
     operands = _operands(xs, weights)
     dxs, dweights = ([torch.empty_like(t) for t in tensors] for tensors in operands)
     native.cpu().panes_gradients(g, mean_g, y, mean, scale, slope, *operands, lengths, dxs, dweights)
@@ -52,5 +54,5 @@ def gradients(
 
 
 def _operands(xs: list[Tensor], weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The xs as (N, T, C) and the weights, as the kernels read them."""
+    """Returns the xs as (N, T, C) and the weights, all contiguous."""
     return [ntc(x).transpose(1, 2) for x in xs], [w.contiguous() for w in weights]

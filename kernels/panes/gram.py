@@ -6,13 +6,13 @@ each block output and shared by every later block):
     mean_y = W m,   var_y = diag(W S W^T),   a = gamma*(var_y + eps)^-1/2
     out = sum_k x_k (diag(a_k) W_k)^T + (beta_k - a_k mean_y_k)
 
-The statistics of all panes of one block output are taken at once (`statistics`), as soon as it is there: two products
-with S for all later blocks. No pane output is stored, forward or backward. Where x has a large mean its rows are
-centred before a product, or what multiplies them is centred, so that rounding is relative to deviations.
+As soon as a block output exists, `statistics` computes the statistics of all its panes in later blocks at once, by two
+products with S. No pane output is stored, forward or backward. x may have a large mean, so either its rows or the
+matrix that multiplies them is centred before a product; rounding errors are then relative to the deviations.
 
-S is symmetric, so only three quarters of it are computed and kept. Cut S into 2 x 2 blocks. L is its two diagonal
-blocks and twice the block below the diagonal, in one flat tensor. For any row w of W, w S w^T = w L w^T, and 2 S = L +
-L^T.
+S is symmetric, so only three quarters of it are computed and kept. Cut S into 2 x 2 blocks. L consists of its two
+diagonal blocks and twice the block below the diagonal, in one flat tensor. For any row w of W, w S w^T = w L w^T. Also,
+2 S = L + L^T.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from jasper_fast.kernels.layout import ntc, product, rows, wide_dtype
 
 
 def lower(s: Tensor) -> Tensor:
-    """L of a symmetric matrix (C, C), as `Gram.cov` holds it."""
+    """Returns L of a symmetric matrix (C, C), in the order of `Gram.cov`."""
     half = s.shape[0] // 2
     below = torch.cat([2 * s[half:, :half], s[half:, half:]], 1)
     return torch.cat([s[:half, :half].flatten(), below.flatten()])
 
 
 def kept(c):
-    """Number of elements of L."""
+    """Number of elements of L for `c` channels."""
     return (c // 2) ** 2 + (c - c // 2) * c
 
 
 def _halves(a):
-    """The first C//2 of the C columns of `a`, and the other columns."""
+    """Returns the first C//2 of the C columns of `a`, and the other columns."""
     return a.split((a.shape[1] // 2, a.shape[1] - a.shape[1] // 2), 1)
 
 
 def _blocks(flat, c):
-    """Views of the blocks L11, L21 and L22 of L, and of L21 and L22 as one block; rows and columns are cut at c//2."""
+    """Returns views of blocks L11, L21 and L22 of L, cut at c//2, and of L21 and L22 as one block."""
     half = c // 2
     top, below = flat.split((half**2, kept(c) - half**2))
     below = below.view(c - half, c)
@@ -49,13 +49,13 @@ def _blocks(flat, c):
 
 
 def _lower_product(a, b):
-    """The blocks of a^T b, laid out as those of L, but with no block doubled."""
+    """Returns the blocks of a^T b in the order of L, but with no block doubled."""
     left, right = _halves(a)
     return torch.cat([product(left.T, _halves(b)[0]).flatten(), product(right.T, b).flatten()])
 
 
 def gram(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean (C,) of the rows of `x` (N, C, T) and the L of their covariance, fp32 or wider."""
+    """Returns the mean (C,) of the rows of `x` (N, C, T) and L of their covariance, fp32 or wider."""
     x = rows(ntc(x))
     mean = x.mean(0, dtype=wide_dtype(x))
     # centred before the product, because E[x x^T] - m m^T would cancel; `out` avoids a copy of the difference in fp32
@@ -66,8 +66,7 @@ def gram(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _row_product(x):
-    """x^T x. On a CPU, chunks of rows are summed in fp64, so that variances are as accurate as those of batch_norm
-    there."""
+    """Returns x^T x, in the order of L. On a CPU it sums chunks of rows in fp64, to be as accurate as F.batch_norm."""
     if x.is_cuda or x.dtype == torch.float64:
         return _lower_product(x, x)
     total = x.new_zeros(kept(x.shape[1]), dtype=torch.float64)
@@ -77,7 +76,7 @@ def _row_product(x):
 
 
 def gram_backward(x: Tensor, mean: Tensor, dmean: Tensor, dcov: Tensor, m: Tensor | int) -> Tensor:
-    """The gradient of `x` (N, C, T) from the gradients of the mean and of L, which were taken over `m` rows."""
+    """Returns the gradient of `x` (N, C, T) from the gradients of the mean and of L, which are over `m` rows."""
     n, c, t = x.shape
     d11, d21, d22, _ = _blocks(dcov, c)
     d = torch.cat([torch.cat([d11 + d11.T, 2 * d21.T], 1), torch.cat([2 * d21, d22 + d22.T], 1)]).div_(m)
@@ -85,7 +84,7 @@ def gram_backward(x: Tensor, mean: Tensor, dmean: Tensor, dcov: Tensor, m: Tenso
     if x.dtype.itemsize == 2:  # d is small: a power of two scales it to about 1, so that 16 bits hold it
         scale = torch.ldexp(scale, -d.abs().amax().frexp().exponent)
         d = (d * scale).to(x.dtype)
-    # from the rounded d, so that its rounding error multiplies centred rows only
+    # k is computed from the rounded d, so that the rounding error of d multiplies centred rows only
     k = dmean / m - (mean @ d.to(mean.dtype)) / scale
     out = x.new_empty((n * t, c))
     torch.addcdiv(k, product(rows(ntc(x)), d), scale, out=out)
@@ -112,13 +111,13 @@ def _times_twice(w, flat):
 
 
 def statistics(mean: Tensor, cov: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Means and variances, each (sum of C_out), of the outputs of all `weights` (C_out, C, 1) of one input."""
+    """Returns means and variances, (sum of C_out,) each, of the outputs of `weights` (C_out, C, 1) for one input."""
     w = _stacked(weights, cov.dtype)
     return w @ mean, (_times_lower(w, cov) * w).sum(1).clamp_min_(0)
 
 
 def statistics_backward(dvar: Tensor, cov: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Gradients of the covariance and of the weights, one below the other (sum of C_out, C), from those of `var`."""
+    """Returns the gradients of the covariance and of the stacked weights (sum of C_out, C), given `dvar`."""
     w, dvar = _stacked(weights, cov.dtype), dvar[:, None]
     return _lower_product(w, dvar * w), _times_twice(w, cov).mul_(dvar)
 
@@ -136,20 +135,20 @@ def forward(
     betas: list[Tensor],
     eps: float,
 ) -> Tensor:
-    """Sum of the panes (N, C_out, T) of P inputs, of their means and of the panes' `statistics`."""
+    """Returns the sum of the panes, (N, C_out, T), of P inputs `xs`, given their means and the panes' variances."""
     n, _, t = xs[0].shape
     a = torch.stack(gammas) * (torch.stack(pane_vars) + eps).rsqrt()
     scaled = _scaled(weights, a, xs[0].dtype)
-    # from the rounded weights, so that their rounding moves the centred rows only
+    # shift is computed from the rounded weights, so that their rounding error multiplies centred rows only
     shift = torch.stack(betas).double().sum(0) - torch.cat(scaled, 1).double() @ torch.cat(means).double()
-    out = torch.addmm(shift.to(xs[0].dtype), rows(ntc(xs[0])), scaled[0].T)  # all shifts at once
-    for x, weight in zip(xs[1:], scaled[1:], strict=True):  # the sum is written once a pane
+    out = torch.addmm(shift.to(xs[0].dtype), rows(ntc(xs[0])), scaled[0].T)  # the shift of all panes
+    for x, weight in zip(xs[1:], scaled[1:], strict=True):
         out.addmm_(rows(ntc(x)), weight.T)
     return out.view(n, t, -1).transpose(1, 2)
 
 
 def _scaled(weights, a, dtype):
-    """diag(a_k) W_k in `dtype`, rounded once."""
+    """Returns diag(a_k) W_k of each pane in `dtype`, rounded once."""
     made = [w.new_empty(w.shape[:2], dtype=dtype) for w in weights]
     for w, by, out in zip(weights, a, made, strict=True):
         torch.mul(w.flatten(1), by[:, None], out=out)
@@ -166,9 +165,10 @@ def backward(
     eps: float,
     synced: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor], Tensor, Tensor]:
-    """Gradients from `g`: of xs, means (sum of C_k), variances (P, C_out), weights, gammas and betas (P, C_out).
+    """Returns the gradients of xs, means (sum of C_k,), variances (P, C_out), weights, gammas and betas (P, C_out).
 
-    That of the weights is without what comes by the statistics. `synced`: means are those of several ranks.
+    g: the gradient of the sum. The gradient of the weights leaves out the part that comes through the statistics.
+    synced: the means are over the rows of several ranks.
     """
     n, _, t = g.shape
     g, inputs = rows(ntc(g)), [rows(ntc(x)) for x in xs]
@@ -184,8 +184,8 @@ def backward(
     dvar = dgamma * a * rstd * -0.5
     dweights = [by[:, None] * part for by, part in zip(a, products.split(sizes, 1), strict=True)]
     scaled = _scaled(weights, a, g.dtype)
-    # what the rows' mean of g gives is taken off at once: it would only cancel, later and rounded. Ranks have
-    # different ones, so where there are more it is left to the gradient of the mean.
+    # The part of dx that comes from the mean of g is subtracted here. It would cancel later, but with rounding errors.
+    # The mean of g differs between ranks, so with several ranks the gradient of the mean subtracts it.
     given = total @ torch.cat(scaled, 1).to(wide)
     shift = torch.zeros_like(given, dtype=g.dtype) if synced else (given / -g.shape[0]).to(g.dtype)
     parts = zip(shift.split(sizes), scaled, strict=True)

@@ -1,4 +1,4 @@
-"""The definition in plain PyTorch: any device, any floating dtype; products are ATen's and include padding.
+"""The definition of the panes in plain PyTorch, for any device and floating dtype. Products include the padding.
 
 For P panes: xs[k] is (N, C_k, T) and weights[k] (C_out, C_k, 1); the outputs y are (P, N*T, C_out) in the dtype of the
 xs; mean, scale = gamma*rstd and slope are (P, C_out), fp32 or wider; g is the gradient of the sum, (N*T, C_out), and
@@ -20,8 +20,10 @@ def outputs(xs: list[Tensor], weights: list[Tensor], lengths: Tensor | None, y: 
 
 
 def forward(y: Tensor, mean: Tensor, scale: Tensor, start: Tensor) -> Tensor:
-    """`start` + sum over panes of (y - mean)*scale, (N*T, C_out). `start` is (C_out,), or (N*T, C_out) and is
-    overwritten."""
+    """Returns `start` + sum over panes of (y - mean)*scale, (N*T, C_out).
+
+    `start` is (C_out,), or (N*T, C_out), which a face may overwrite.
+    """
     out = start
     for of, m, s in zip(y, mean, scale, strict=True):
         out = torch.addcmul(out, of - m, s)
@@ -29,7 +31,7 @@ def forward(y: Tensor, mean: Tensor, scale: Tensor, start: Tensor) -> Tensor:
 
 
 def backward_reduce(g: Tensor, y: Tensor, mean: Tensor) -> Tensor:
-    """The sum of g*(y - mean) over rows, (P, C_out)."""
+    """Returns the sum of g*(y - mean) over rows, (P, C_out)."""
     return torch.stack([(g * (of - m)).sum(0) for of, m in zip(y, mean, strict=True)])
 
 
@@ -44,13 +46,13 @@ def gradients(
     weights: list[Tensor],
     lengths: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """dW = dy^T x and dx = dy W of each pane, dy = scale*(g - mean_g - slope*(y - mean)): lists of dx and of dW.
+    """Returns lists of dx = dy W and of dW = dy^T x of each pane, where dy = scale*(g - mean_g - slope*(y - mean)).
 
-    Shapes are those of x and the weight. dx is undefined at t >= `lengths`; dW has the dtype of the weight.
+    Shapes are those of x and the weight. dx is undefined at t >= `lengths`. dW has the dtype of the weight.
     """
     centred, dxs, dweights = g - mean_g, [], []
     for x, weight, of, m, a, s in zip(xs, weights, y, mean, scale, slope, strict=True):
-        # rounded to 16 bits after scaling: rounding before it could lose the small terms that are subtracted from g
+        # dy is rounded to 16 bits only after scaling: rounding earlier could lose the small terms subtracted from g
         dy = torch.mul(torch.addcmul(centred, of - m, s, value=-1), a, out=torch.empty_like(g))
         dxs.append(matmul(dy, weight.flatten(1).to(dy.dtype)).view(*x.transpose(1, 2).shape).transpose(1, 2))
         dweights.append(product(dy.T, rows(ntc(x))).view(weight.shape).to(weight.dtype))
