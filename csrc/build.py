@@ -1,13 +1,14 @@
-"""Compile csrc/ into two plain shared libraries over PyTorch's stable ABI; incremental, with ninja.
+"""Compiles csrc/ into two shared libraries on PyTorch's stable ABI, incrementally, with ninja.
 
     python csrc/build.py                        rebuild jasper_fast/lib/*.so in place (setup.py does the same)
     python csrc/build.py --sanitize address     the CPU library with AddressSanitizer and UBSan, in build/sanitize/
     python csrc/build.py --sanitize thread      the same with ThreadSanitizer (`make sanitize` runs tests with both)
 
-JASPER_FAST_CUDA=0 skips the CUDA library. JASPER_FAST_CUDA_ARCHS="80;90a" chooses its architectures: by default those
-of the GPUs in this machine, without a GPU 75, 80 and 90a; "all" takes every one that nvcc knows. CXX names the C++
-compiler. The CPU library needs a C++20 compiler and torch's headers. The CUDA library needs nvcc besides, but neither a
-GPU nor a torch with CUDA. No Python headers are used: one build serves every Python and every torch from 2.11 on.
+JASPER_FAST_CUDA=0 skips the CUDA library. JASPER_FAST_CUDA_ARCHS="80;90a" chooses its architectures. The default is
+those of the GPUs in this machine, or 75, 80 and 90a if there is no GPU; "all" means all of CUDA_ARCHS that nvcc knows.
+CXX names the C++ compiler. The CPU library needs a C++20 compiler and torch's headers. The CUDA library also needs
+nvcc, but neither a GPU nor a torch with CUDA. No Python headers are used, so one build serves every Python, and every
+torch from 2.11 on.
 """
 
 import argparse
@@ -35,11 +36,11 @@ SANITIZE = {
     "thread": "-fsanitize=thread -DJF_STD_THREADS -pthread",
 }
 CUDA_ARCHS = "75;80;86;89;90a;100;120"
-WITHOUT_GPU = "75;80;90a"  # one for each inner loop of the convs; the PTX of 80 serves the others
+WITHOUT_GPU = "75;80;90a"  # one for each inner loop of the convs; other GPUs compile the PTX of 80 when they load it
 
 
 def torch_dir() -> Path | None:
-    """The folder of torch, found without importing it."""
+    """Returns the folder of torch, found without importing it."""
     spec = importlib.util.find_spec("torch")
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
@@ -51,7 +52,7 @@ def find_nvcc() -> str | None:
 
 
 def gpu_archs() -> list[str]:
-    """Architectures of the GPUs in this machine, as nvidia-smi tells them: ["90a"]; none where it finds no GPU."""
+    """Returns the architectures of the GPUs that nvidia-smi lists, such as ["90a"]; empty if it finds no GPU."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return []
@@ -61,7 +62,7 @@ def gpu_archs() -> list[str]:
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    """The architectures to build for: those asked for, else this machine's GPUs', else a few that serve most."""
+    """Returns the architectures to build for: those asked for, or those of this machine's GPUs, or WITHOUT_GPU."""
     asked = os.environ.get("JASPER_FAST_CUDA_ARCHS", "").replace(".", "").replace(",", ";").split(";")
     asked = [a.strip() for a in asked if a.strip()]
     if asked and asked != ["all"]:
@@ -72,7 +73,7 @@ def cuda_archs(nvcc: str) -> list[str]:
 
 
 def gencode(nvcc: str) -> str:
-    """-gencode flags, with the PTX of the newest architecture whose code newer GPUs can take."""
+    """Returns -gencode flags. They add the PTX of the newest architecture without the suffix a, for newer GPUs."""
     archs = cuda_archs(nvcc)
     flags = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
     general = [a for a in archs if a.isdigit()]
@@ -80,7 +81,7 @@ def gencode(nvcc: str) -> str:
 
 
 def ninja_file(torch: Path, cxx: str, nvcc: str | None, sanitize: str | None = None) -> tuple[str, list[str]]:
-    """The text of build.ninja and the names of the libraries that it makes."""
+    """Returns the text of build.ninja and the names of the libraries that it builds."""
     checks = f" -O1 -g1 -fno-omit-frame-pointer {SANITIZE[sanitize]}" if sanitize else ""
     include = f"-isystem {torch / 'include'} -I{ROOT / 'csrc'}"
     link = f"-L{torch / 'lib'} -ltorch_cpu"
@@ -104,8 +105,8 @@ def ninja_file(torch: Path, cxx: str, nvcc: str | None, sanitize: str | None = N
     if cuda:
         flags = f"{COMMON} -DUSE_CUDA -lineinfo --expt-relaxed-constexpr -Xptxas -v,--warn-on-spills"
         flags += " -Xcompiler -fPIC,-fvisibility=hidden --threads 2"
-        # A CPU-only torch has no libtorch_cuda.so to link with: linking with an empty one writes the right DT_NEEDED
-        # entry.
+        # A CPU-only torch has no libtorch_cuda.so. Linking with an empty library of that name writes the right
+        # DT_NEEDED entry.
         text += [
             f"rule nvcc\n  command = {nvcc} -ccbin {cxx} {flags} {gencode(nvcc)} {include}"
             " -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
@@ -125,10 +126,10 @@ def ninja_file(torch: Path, cxx: str, nvcc: str | None, sanitize: str | None = N
 
 
 def compile_libraries(target: Path, sanitize: str | None = None) -> list[Path]:
-    """Build what this machine can build, put it into `target`, and print one line per library that is left out, with
-    the reason.
+    """Builds the libraries that this machine can build and puts them into `target`. Returns their paths.
 
-    sanitize: a key of SANITIZE; builds only the CPU library, with those checks in it.
+    Prints one line, with the reason, for each library that is left out. sanitize: a key of SANITIZE; then it builds
+    only the CPU library, with those checks in it.
     """
     work = target / "objects" if sanitize else WORK
     torch, cxx = (
@@ -168,7 +169,7 @@ def compile_libraries(target: Path, sanitize: str | None = None) -> list[Path]:
 
 
 def install(built: Path, place: Path) -> Path:
-    """Replaces the file atomically: a process that has the old library mapped keeps it."""
+    """Copies `built` to `place` atomically if it differs: a process that has mapped the old library keeps it."""
     if not place.exists() or place.read_bytes() != built.read_bytes():
         shutil.copy2(built, place.with_suffix(".tmp"))
         os.replace(place.with_suffix(".tmp"), place)
@@ -182,6 +183,6 @@ def skip(reason: str, what: str) -> list[Path]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="compile csrc/ into jasper_fast/lib")
-    parser.add_argument("--sanitize", choices=SANITIZE, help="build only the CPU library, with these checks")
+    parser.add_argument("--sanitize", choices=SANITIZE, help="build only the CPU library, with this sanitizer")
     kind = parser.parse_args().sanitize
     compile_libraries(ROOT / "build" / "sanitize" / kind if kind else ROOT / "jasper_fast" / "lib", kind)

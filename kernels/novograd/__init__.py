@@ -1,6 +1,6 @@
 """NovoGrad over all parameters at once: unscaling, norms, check for NaN, clipping, update, and the moving average.
 
-For a parameter p with gradient g, first moment m, second moment v (one number a parameter) and moving average a:
+For a parameter p with gradient g, first moment m, second moment v (one number per parameter tensor) and average a:
 
     g = g / grad_scale * min(1, clip_norm / (|all g| + 1e-6))
     v = |g|^2 if v == 0 or beta2 == 0 else beta2*v + (1 - beta2)*|g|^2
@@ -8,7 +8,9 @@ For a parameter p with gradient g, first moment m, second moment v (one number a
     p = p - lr*m
     a = a + weight*(p - a)
 
-A step that is not good changes no p, m and v; a is averaged with the p there is. Good is one with `found_inf` zero and,
-where it is guarded, with a finite norm over all gradients. Each face exports `step`; `reference.py` is its definition.
-Two passes: g is read for the norms, then g, m, p, a are read and m, p, a written: 32 bytes a parameter in fp32.
+`share` is 1 or, with gradient averaging, 1 - beta1. A step is skipped if `found_inf` is not zero, or if `guard` is set
+and the norm over all gradients is not finite. A skipped step changes no p, m or v, but still updates a with the present
+p. Each face (an implementation of the step) exports `step`; `reference.py` is its definition. A step makes two passes.
+The first reads g for the norms; the second reads g, m, p and a and writes m, p and a. That is 32 bytes per element in
+fp32.
 """

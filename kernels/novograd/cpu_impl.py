@@ -1,6 +1,6 @@
-"""The CPU face of NovoGrad: C++ (csrc/cpu), vectorised for the machine at run time and threaded; fp32.
+"""The CPU face of NovoGrad: threaded C++ kernels (csrc/cpu) in fp32 that pick their vector instructions at run time.
 
-Sums of squares are in fp64 and merged in a fixed order: the same bits whatever the number of threads.
+Sums of squares are fp64 and merged in a fixed order, so results are bit-identical for any number of threads.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def step(
     guard: bool,
     held: dict,
 ) -> Tensor:
-    """One step, in place; gives (2,): the norm of all gradients, unscaled and unclipped, and 1 if nothing was changed.
+    """Makes one step in place. Returns (2,): the norm of all unscaled gradients before clipping, and 1 if skipped.
 
-    All tensors of `tensors` are fp32.
+    All tensors in `tensors` are fp32. held: not used.
     """
     outcome = torch.empty(2)
     ours, others = watched.split((torch.float32,))

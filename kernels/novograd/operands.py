@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class Tensors(NamedTuple):
-    """Lists of equal length. A parameter's gradient, moment and average have its memory order, without gaps.
+    """Lists of equal length. The gradient, moment and average of a parameter have its memory order and no gaps.
 
-    exp_avg_sqs are one-element tensors, fp32 or wider; `averages` is empty without a moving average; `groups` are the
-    parameters' rows in the settings.
+    exp_avg_sqs are one-element tensors, fp32 or wider. `averages` is empty without a moving average. `groups` holds the
+    row of each parameter in the settings.
     """
 
     grads: list[Tensor]
@@ -24,14 +24,16 @@ class Tensors(NamedTuple):
 
 
 class Watched(NamedTuple):
-    """Tensors that the step does not change, such as running statistics, and their averages: floating-point ones are
-    averaged, others copied. None if there is no moving average."""
+    """Tensors that the step only averages, such as running statistics, and their averages.
+
+    Floating-point tensors are averaged, others are copied. Both lists are empty without a moving average.
+    """
 
     lives: list[Tensor]
     averages: list[Tensor]
 
     def split(self, dtypes: tuple[torch.dtype, ...]) -> tuple[Watched, Watched]:
-        """The contiguous ones of `dtypes`, and the others."""
+        """Returns the pairs that are contiguous and whose average has one of `dtypes`, and the other pairs."""
         parts = Watched([], []), Watched([], [])
         for live, average in zip(*self, strict=True):
             mine = average.dtype in dtypes and live.is_contiguous() and average.is_contiguous()
@@ -41,8 +43,11 @@ class Watched(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """The columns of the settings, fp64 (groups, 8), named as in the formulas of this package. `decay` is
-    share*weight_decay; `weight` is 1 - the average's decay, the same in all rows."""
+    """The columns of the settings, fp64 (groups, 8), named as in the formulas of this package.
+
+    `rest2` is 1 - beta2 and `decay` is share*weight_decay. `weight` is 1 minus the decay of the moving average; it is
+    the same in all rows.
+    """
 
     lr: float
     beta1: float

@@ -1,4 +1,4 @@
-"""The definition of NovoGrad's step, in PyTorch's foreach operations: any floating-point dtypes, on one device."""
+"""The definition of NovoGrad's step in PyTorch's foreach operations, for any floating-point dtypes on one device."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def step(
     guard: bool,
     held: dict,
 ) -> Tensor:
-    """One step, in place; gives (2,): the norm of all gradients, unscaled and unclipped, and 1 if nothing was changed.
+    """Makes one step in place. Returns (2,): the norm of all unscaled gradients before clipping, and 1 if skipped.
 
-    held: what the caller keeps from step to step for a face that wants to. Nothing waits for a GPU.
+    held: a dict that the caller keeps between steps, for faces that store something in it; not used here. The host does
+    not wait for a GPU.
     """
     grads = tensors.grads
     wide = functools.reduce(torch.promote_types, (g.dtype for g in grads), torch.float32)
@@ -37,7 +38,7 @@ def step(
     clip = (clip_norm / (norm + 1e-6)).clamp(max=1.0) if clip_norm else torch.ones_like(norm)
     scale = clip if grad_scale is None else clip / grad_scale.to(norms)
     rows = [settings[i] for i in range(len(settings))]
-    if device.type == "cpu":  # its numbers are at hand
+    if device.type == "cpu":  # reading numbers waits for nothing here
         rows = settings.tolist()
     if device.type != "cpu" or not bad:
         for index, row in enumerate(rows):
@@ -52,7 +53,7 @@ def step(
 
 
 def _update(tensors: Tensors, s: Settings, squares: Tensor, scale: Tensor, bad: Tensor | None) -> None:
-    """Parameters of one group; `bad`: on a device, whether nothing is to change."""
+    """Updates the parameters of one group. bad: None, or on a GPU a tensor that says whether to skip the update."""
     grads, params, exp_avgs, exp_avg_sqs, *_ = tensors
     old = torch.stack([v.reshape(()) for v in exp_avg_sqs]).to(squares)
     new = torch.where((old == 0) | (s.beta2 == 0), squares, s.beta2 * old + s.rest2 * squares)
@@ -73,7 +74,7 @@ def _update(tensors: Tensors, s: Settings, squares: Tensor, scale: Tensor, bad: 
 
 
 def average(lives: list[Tensor], averages: list[Tensor], weight: Number) -> None:
-    """averages += weight*(lives - averages), in place; what is not floating-point is copied."""
+    """averages += weight*(lives - averages), in place. Tensors that are not floating-point are copied instead."""
     for key in dict.fromkeys(a.dtype for a in averages):
         mine = [i for i, a in enumerate(averages) if a.dtype == key]
         of, to = [averages[i] for i in mine], [lives[i].detach() for i in mine]

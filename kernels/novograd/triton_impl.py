@@ -1,11 +1,13 @@
-"""NovoGrad in Triton (NVIDIA sm_80 and later; numpy through Triton's interpreter), fp32: two launches.
+"""NovoGrad in Triton (NVIDIA sm_80 and later; on a CPU through Triton's interpreter), fp32: two kernels.
 
-    squares  a partial sum of g*g a program
-    update   all partials -> norm, good or not, clipping; its tensor's -> v; then m, p, average
+    squares  each program writes a partial sum of g*g
+    update   each program adds all partial sums (for the norm, the skip and the clipping) and those of its tensor (for
+             v), then updates m, p and the average
 
-A program owns a run of one tensor. The table holds places and sizes, a row a tensor, and comes to the GPU when an
-address has changed; runs are so long that there are some thousands of programs, each of which reads all partials.
-squares reads 4 bytes a parameter, update reads 16 and writes 12. Sums are in fixed order: the same bits in every run.
+A program owns a run: a range of elements of one tensor. The table has one row per tensor with addresses and sizes; it
+is sent to the GPU only when an address has changed. Runs are long enough that there are only some thousands of
+programs, because each reads all partial sums. squares reads 4 bytes per element; update reads 16 and writes 12. Sums
+are made in a fixed order, so runs of the program are bit-identical.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from jasper_fast.kernels import capture, launch
 from jasper_fast.kernels.novograd import reference
 from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 
-BLOCK = 1024  # elements of an iteration: with 4 warps two 16-byte loads a thread of each of four tensors
-PARTIALS = 1024  # read at once
-PROGRAMS = 4096  # about so many, so that all partials are a hundredth of what a program of the largest model reads
-SHORTEST = 8192  # elements of a run, so that a program has something to do
-COLUMNS = 10  # of the table
+BLOCK = 1024  # elements per iteration: with 4 warps a thread makes two 16-byte loads from each of four tensors
+PARTIALS = 1024  # partial sums that are read at once
+PROGRAMS = 4096  # approximate number: in the largest model, all partial sums are 1 % of what a program reads
+SHORTEST = 8192  # least elements of a run, so that a program has enough work
+COLUMNS = 10  # columns of the table
 UPDATE, AVERAGE, COPY = 0, 1, 2  # kinds of rows
 GRAD, MOMENT, PARAM, MEAN, SQUARE, NUMEL, GROUP, KIND, FIRST, END = map(tl.constexpr, range(COLUMNS))
 IS_UPDATE, IS_COPY, WIDTH = tl.constexpr(UPDATE), tl.constexpr(COPY), tl.constexpr(COLUMNS)
@@ -35,7 +37,7 @@ LR, BETA1, SHARE, BETA2, REST2, EPS, DECAY, WEIGHT = map(tl.constexpr, range(len
 
 @triton.jit
 def _run(table_ptr, runs_ptr, size):
-    """The program's tensor, its row in the table, and where its run begins and how long it is."""
+    """Returns the index of the program's tensor, its row in the table, and the start and length of the run."""
     tensor = tl.load(runs_ptr + 2 * tl.program_id(0))
     start = tl.multiple_of(tl.load(runs_ptr + 2 * tl.program_id(0) + 1), 16)
     row = table_ptr + tensor * WIDTH
@@ -44,8 +46,11 @@ def _run(table_ptr, runs_ptr, size):
 
 @triton.jit
 def _at(anchor_ptr, offset_ptr, start, ALIGNED: tl.constexpr):
-    """Element `start` of the fp32 tensor that lies so many elements behind the anchor, wherever that is: from a bare
-    address the compiler would not see that it is aligned."""
+    """Returns a pointer to element `start` of the fp32 tensor whose distance from the anchor is at `offset_ptr`.
+
+    The table holds distances in elements instead of addresses, because the compiler would not see that an address is
+    aligned.
+    """
     offset = tl.load(offset_ptr)
     if ALIGNED:  # to 16 bytes
         offset = tl.multiple_of(offset, 4)
@@ -56,7 +61,7 @@ def _at(anchor_ptr, offset_ptr, start, ALIGNED: tl.constexpr):
 def _squares_kernel(
     anchor_ptr, table_ptr, runs_ptr, partial_ptr, old_ptr, size, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Each run's sum of squares, and the tensors' second moments as they are before the step."""
+    """Stores the sum of squares of each run, and a copy of each tensor's second moment before the step."""
     tensor, row, start, count = _run(table_ptr, runs_ptr, size)
     g_ptr = _at(anchor_ptr, row + GRAD, start, ALIGNED) + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -73,7 +78,7 @@ def _squares_kernel(
 
 @triton.jit
 def _sums(partial_ptr, partials, first, end, PARTIALS: tl.constexpr):
-    """The sum of all partials, and of those from `first` on before `end`."""
+    """Returns the sum of all partial sums, and the sum of those from `first` to `end` - 1."""
     total, own = tl.zeros([PARTIALS], tl.float32), tl.zeros([PARTIALS], tl.float32)
     for i in range(0, partials, PARTIALS):
         offs = i + tl.arange(0, PARTIALS)
@@ -106,7 +111,7 @@ def _update_kernel(
     size, partials, clip_norm, guard,
     HAS_AVERAGE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
-    """The step of one run, or of a tensor that is only averaged or copied."""
+    """Updates a run of a parameter, or averages or copies a run of another tensor."""
     tensor, row, start, count = _run(table_ptr, runs_ptr, size)
     kind = tl.load(row + KIND)
     s_ptr = settings_ptr + tl.load(row + GROUP) * SETTINGS
@@ -145,7 +150,7 @@ def _update_kernel(
             p_ptr += BLOCK
             a_ptr += BLOCK
         _step(g_ptr, m_ptr, p_ptr, a_ptr, beta1, factor, decay, lr, weight, rest, HAS_AVERAGE)
-    elif kind == IS_COPY:  # bits: as fp32 a NaN might change
+    elif kind == IS_COPY:  # copies integers, because as fp32 the bits of a NaN might change
         bits, to = p_ptr.to(tl.pointer_type(tl.int32)), a_ptr.to(tl.pointer_type(tl.int32))
         for _ in range(whole):
             tl.store(to, tl.load(bits))
@@ -170,9 +175,9 @@ def step(
     guard: bool,
     held: dict,
 ) -> Tensor:
-    """One step, in place; gives (2,): the norm of all gradients, unscaled and unclipped, and 1 if nothing was changed.
+    """Makes one step in place. Returns (2,): the norm of all unscaled gradients before clipping, and 1 if skipped.
 
-    All tensors of `tensors` are fp32. held: the caller keeps it, and with it the table, from step to step.
+    All tensors in `tensors` are fp32. held: a dict that the caller keeps between steps; the table is stored in it.
     """
     ours, others = watched.split((torch.float32, torch.int64))
     rows = _rows(tensors, ours)
@@ -202,7 +207,7 @@ _TABLE = ("table", "runs", "size", "partials", "programs", "aligned")
 
 
 def _rows(tensors: Tensors, watched: Watched) -> list[tuple[int, ...]]:
-    """The table's rows but for where their partials lie."""
+    """Returns the rows of the table without columns FIRST and END."""
     address = Tensor.data_ptr
     averages = map(address, tensors.averages) if tensors.averages else [0] * len(tensors.params)
     lists = (map(address, of) for of in (tensors.grads, tensors.exp_avgs, tensors.params))
@@ -215,14 +220,17 @@ def _rows(tensors: Tensors, watched: Watched) -> list[tuple[int, ...]]:
 
 
 def _table(rows: list[tuple[int, ...]], device: torch.device) -> dict[str, object]:
-    """The table, with places counted from the first parameter, and the runs, on the device; the runs' length, and how
-    many of them are updates, and how many there are."""
+    """Returns, by the names in `_TABLE`: the table and the runs (on the device), the elements of a run, the number of
+    runs that are updates, the number of all runs, and whether all tensors are aligned to 16 bytes.
+
+    Addresses in the table are distances from the first parameter.
+    """
     total = sum(row[5] for row in rows)
     size = max(SHORTEST, triton.cdiv(triton.cdiv(total, PROGRAMS), BLOCK) * BLOCK)
     table, runs, partials, anchor = [], [], 0, rows[0][2]
     for i, row in enumerate(rows):
         first = len(runs)
-        runs += [(i, start) for start in range(0, max(1, row[5]), size)]  # an empty tensor has one too, for its v
+        runs += [(i, start) for start in range(0, max(1, row[5]), size)]  # one for an empty tensor too, to update its v
         table.append((*((address - anchor) // 4 for address in row[:5]), *row[5:], first, len(runs)))
         partials = len(runs) if row[7] == UPDATE else partials
     aligned = all(address % 16 == 0 for row in rows for address in row[:4])

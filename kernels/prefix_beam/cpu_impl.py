@@ -1,4 +1,4 @@
-"""The CPU face: C++ (csrc/cpu/prefix_beam.cpp), one thread per utterance. Its results are the definition's."""
+"""The CPU face of the search: C++ (csrc/cpu/prefix_beam.cpp), one thread per utterance; exactly as reference.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def search(
     beta: float = 0.0,
     words: Words | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As reference.search, for fp32 log_probs, which need not be contiguous."""
+    """Does what `reference.search` does. log_probs are taken as fp32 and need not be contiguous."""
     log_probs, lengths = log_probs.float().contiguous(), lengths.long().contiguous()
     count, frames, _ = log_probs.shape
     symbols = torch.zeros(count, n_best, frames, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""An n-gram of symbols as an automaton in flat arrays: states are contexts, arcs the n-grams that a model lists."""
+"""An n-gram of symbols as an automaton in flat arrays: a state is a context, an arc is an n-gram of the model."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from torch import Tensor
 
 
 class Ngram(NamedTuple):
-    """A back-off n-gram over classes 0 .. V - 2; class V - 1 (CTC's blank) stands for the end of the text.
+    """A back-off n-gram over classes 0 .. V - 2; class V - 1 (CTC's blank) means the end of the text.
 
-        log10 p(c | state) = the arc's, where the state has one for c
-                             back_off[state] + log10 p(c | lower[state]), where it has none
+        log10 p(c | state) = arc_log10[a]                                  if the state has an arc a for class c
+                             back_off[state] + log10 p(c | lower[state])   if it has none
 
-    arc_begin (S + 1,) int64: the arcs of state i are arc_begin[i] .. arc_begin[i + 1] - 1, by symbol, ascending;
-    arc_symbol, arc_next (A,) int32; arc_log10 (A,) fp32; lower (S,) int32; back_off (S,) fp32. State 0 is the empty
-    context and has an arc for every class; lower[s] < s for s > 0. A text begins in state ``start``.
+    arc_begin (S + 1,) int64: the arcs of state i are arc_begin[i] .. arc_begin[i + 1] - 1, in ascending order of their
+    symbols. arc_symbol, arc_next (A,) int32: the symbol of an arc and the state after it. arc_log10 (A,) fp32;
+    lower (S,) int32; back_off (S,) fp32. State 0 is the empty context and has an arc for every class; lower[s] < s for
+    s > 0. A text begins in state ``start``.
     """
 
     arc_begin: Tensor

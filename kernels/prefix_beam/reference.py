@@ -1,4 +1,4 @@
-"""The definition: plain Python, one prefix after the other."""
+"""The definition of the search, in plain Python, one prefix after the other."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ def search(
     beta: float = 0.0,
     words: Words | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``n_best`` prefixes of each utterance: symbols (N, n_best, T) int32, how many of them (N, n_best) int32, and
-    (N, n_best, 2) fp64, score and log(b + n). Where there are fewer prefixes, the count is -1 and the scores -inf."""
+    """Returns the ``n_best`` prefixes of each utterance: their symbols, lengths and scores.
+
+    symbols (N, n_best, T) int32, lengths (N, n_best) int32, scores (N, n_best, 2) fp64: the score and log(b + n). For
+    missing prefixes, if there are fewer than n_best, the length is -1 and the scores are -inf.
+    """
     count, frames, _ = log_probs.shape
     symbols = torch.zeros(count, n_best, frames, dtype=torch.int32)
     counts = torch.full((count, n_best), -1, dtype=torch.int32)
@@ -44,7 +47,7 @@ def _add(a: float, b: float) -> float:
 
 
 def _arc(lm: Ngram, state: int, symbol: int) -> tuple[float, int]:
-    """log10 p(symbol | state), and the state after the symbol."""
+    """Returns log10 p(symbol | state), and the state after the symbol."""
     for arc in range(int(lm.arc_begin[state]), int(lm.arc_begin[state + 1])):
         if int(lm.arc_symbol[arc]) == symbol:
             return float(lm.arc_log10[arc]), int(lm.arc_next[arc])
@@ -53,7 +56,7 @@ def _arc(lm: Ngram, state: int, symbol: int) -> tuple[float, int]:
 
 
 def _child(words: Words, node: int, symbol: int) -> int:
-    """The node after a symbol; M, the number of nodes, where no word begins so."""
+    """Returns the node after `symbol`, or M, the number of nodes, if no word begins that way."""
     outside = len(words.word)
     for child in range(*words.child_begin[node : node + 2].tolist()) if node < outside else ():
         if int(words.child_symbol[child]) == symbol:
@@ -62,7 +65,7 @@ def _child(words: Words, node: int, symbol: int) -> int:
 
 
 def _word(words: Words, state: tuple[int, int], alpha: float) -> tuple[float, int]:
-    """What the word that ends here adds, and the n-gram's state after it."""
+    """Returns what the word that ends in `state` adds to the score, and the n-gram's state after it."""
     context, node = state
     if node == 0:  # a space after a space, or at the beginning
         return 0.0, context
@@ -72,7 +75,7 @@ def _word(words: Words, state: tuple[int, int], alpha: float) -> tuple[float, in
 
 
 def _spell(words: Words, state: tuple[int, int], symbol: int, alpha: float) -> tuple[float, tuple[int, int]]:
-    """What a symbol adds within words, and the state after it: the n-gram's and the node."""
+    """Returns what `symbol` adds to the score of the words, and the state after it: the n-gram's state and the node."""
     if symbol == words.space:
         gain, context = _word(words, state, alpha)
         return gain, (context, 0)
@@ -81,7 +84,7 @@ def _spell(words: Words, state: tuple[int, int], symbol: int, alpha: float) -> t
 
 
 def _end(lm: Ngram | None, state: int, words: Words | None, spelt: tuple[int, int], alpha: float, blank: int) -> float:
-    """What the end of the text adds."""
+    """Returns what the end of the text adds to the score."""
     end = alpha * _arc(lm, state, blank)[0] if lm else 0.0
     if words:
         gain, context = _word(words, spelt, alpha)
@@ -92,9 +95,9 @@ def _end(lm: Ngram | None, state: int, words: Words | None, spelt: tuple[int, in
 def _search(
     rows: list[list[float]], beam: int, lm: Ngram | None, alpha: float, beta: float, words: Words | None = None
 ) -> list[tuple[Prefix, float, float]]:
-    """Prefixes with their scores and log(b + n), the best first."""
+    """Returns prefixes with their scores and log(b + n), the best first."""
     kept: dict[Prefix, tuple[float, float]] = {(): (0.0, -inf)}  # the beam: log b and log n of each prefix
-    bonus: dict[Prefix, float] = {(): 0.0}  # the sum over a prefix's symbols
+    bonus: dict[Prefix, float] = {(): 0.0}  # what language models and beta add to the score of a prefix
     states: dict[Prefix, int] = {(): lm.start if lm else 0}
     spelt: dict[Prefix, tuple[int, int]] = {(): (words.lm.start if words else 0, 0)}
 
@@ -117,7 +120,7 @@ def _search(
             found[prefix] = (_add(b, n) + row[blank], n + row[prefix[-1]] if prefix else -inf)
         for prefix, (b, n) in kept.items():
             for symbol in range(blank):
-                paths = b if prefix and symbol == prefix[-1] else _add(b, n)  # a symbol twice needs a blank between
+                paths = b if prefix and symbol == prefix[-1] else _add(b, n)  # a repeated symbol needs a blank between
                 longer = (*prefix, symbol)
                 b_before, n_before = found.get(longer, (-inf, -inf))
                 found[longer] = (b_before, _add(n_before, paths + row[symbol]))

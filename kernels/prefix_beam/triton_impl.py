@@ -1,14 +1,17 @@
-"""The search in Triton (NVIDIA sm_80 and later; numpy through Triton's interpreter), fp64: one launch for all frames.
+"""The search in Triton (NVIDIA sm_80 and later; on a CPU through Triton's interpreter), fp64: one launch in all.
 
-A program owns an utterance: its beam in registers, and a column of a matrix [classes, beam] for the candidates of each
-prefix, with the prefix itself in the blank's row. Prefixes are told apart by hashes of 63 bits: a prefix and a longer
-one meet where the one's hash is the hash of the other's parent. A candidate has a key, an integer that holds how far it
-lies below the best (in steps of 2 ** -39, so nearer ones count as equal) and its place in the definition's
-order. Bisection finds the key that as many candidates as the beam is wide do not exceed; these are put in order by
-counting. Sorting all of them, or comparing all prefixes at once, spilled registers. What each frame chose lies in
-memory, 4 bytes a prefix, for the way back.
+A program owns an utterance and keeps its beam in registers. The candidates of a frame are a matrix [classes, beam]: a
+column per prefix, with its extension by each symbol, and the prefix itself in the row of the blank. Prefixes are
+identified by 63-bit hashes. If the hash of one prefix in the beam is the hash of another's parent, paths of the first
+lead to the second.
 
-The n-gram is a table here, 12 bytes for each state and class: what the class adds, and the state after it.
+Each candidate has an integer key. Its upper bits hold the distance of its score from the best score, in steps of
+2 ** -39, so closer scores count as equal. Its lower bits hold the candidate's place in the order of reference.py.
+Bisection finds the threshold below which there are `beam` keys; counting smaller keys then sorts these. Sorting all
+keys, or comparing all prefixes at once, would spill registers. Each frame stores what it chose, 4 bytes per prefix; the
+symbols of the best prefixes are then read backwards from there.
+
+The n-gram is a table here, with 12 bytes for each state and class: what the class adds, and the state after it.
 """
 
 from __future__ import annotations
@@ -24,13 +27,13 @@ from jasper_fast.kernels import launch
 from jasper_fast.kernels.prefix_beam.ngram import Ngram
 from jasper_fast.kernels.prefix_beam.words import Words
 
-BEAM, MOST_CLASSES = 128, 32  # of narrower beams the rest of the 128 is idle; 256 spill registers in Triton 3.6
+BEAM, MOST_CLASSES = 128, 32  # a narrower beam leaves the rest of the 128 idle; 256 spills registers in Triton 3.6
 MOST_TABLE = 4 << 30  # bytes
-_kept: list = []  # the newest table, and what it was made of
-STAY = tl.constexpr(63)  # in place of a symbol
+_kept: list = []  # the newest table, and the arguments that it was made from
+STAY = tl.constexpr(63)  # stands in place of a symbol if the prefix did not change
 NEVER = tl.constexpr(-math.inf)
-PART = tl.constexpr(16)  # prefixes that all are compared with at a time
-FIRST, SPREAD = tl.constexpr(0x243F6A8885A308D3), tl.constexpr(-0x61C8864680B583EB)  # of pi and of the golden ratio
+PART = tl.constexpr(16)  # comparisons of all prefixes with all others take so many others at a time
+FIRST, SPREAD = tl.constexpr(0x243F6A8885A308D3), tl.constexpr(-0x61C8864680B583EB)  # digits of pi and the golden ratio
 
 
 @triton.jit
@@ -43,8 +46,10 @@ def _add(a, b):
 
 @triton.jit
 def _keys(score, order, BITS: tl.constexpr):
-    """Of each candidate how far it lies below the best, and below that, in BITS bits, its order; and the least key of
-    those that are none."""
+    """Returns the key of each candidate, and the key of those that do not exist, which is larger than all others.
+
+    The upper bits of a key hold the distance of the score from the best score, the lower BITS bits hold `order`.
+    """
     none: tl.constexpr = 1 << 62
     limit: tl.constexpr = float((1 << (62 - BITS)) - 1)
     there = score > NEVER
@@ -56,7 +61,7 @@ def _keys(score, order, BITS: tl.constexpr):
 
 @triton.jit
 def _beam(keys, beam, none, at, scratch_ptr, BLOCK_B: tl.constexpr):
-    """The `beam` least keys in order, or as many as there are; none in place of more."""
+    """Returns the `beam` smallest keys in ascending order; `none` takes the places of missing keys."""
     low = tl.full([], -1, tl.int64)
     high = tl.full([], none - 1, tl.int64)
     found = tl.sum(tl.sum((keys <= high).to(tl.int32), 1), 0)
@@ -84,7 +89,10 @@ def _beam(keys, beam, none, at, scratch_ptr, BLOCK_B: tl.constexpr):
 
 @triton.jit
 def _meetings(name, parent, last, at, beam, scratch_ptr, BLOCK_B: tl.constexpr):
-    """Of each prefix, as bits, the symbols that lead to others in the beam; and its parent's place there, or -1."""
+    """Returns, for each prefix, the symbols that lead to other prefixes in the beam, as bits, and its parent's place.
+
+    The place is -1 if the parent is not in the beam.
+    """
     tl.store(scratch_ptr + at, name)
     tl.store(scratch_ptr + BLOCK_B + at, parent)
     tl.store(scratch_ptr + 2 * BLOCK_B + at, tl.full([BLOCK_B], 1, tl.int64) << tl.maximum(last, 0).to(tl.int64))
@@ -112,7 +120,7 @@ def _prefix_beam_kernel(
     back_ptr += item * frames * BLOCK_B
     scratch_ptr += item * 6 * BLOCK_B
     at, c = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_V)
-    stays: tl.constexpr = CLASSES - 1  # symbols, and the row of the prefix itself
+    stays: tl.constexpr = CLASSES - 1  # the number of symbols, and the row of the prefix itself
     nothing = tl.full([BLOCK_B], NEVER, tl.float64)
     b, n, bonus = tl.where(at == 0, 0.0, nothing), nothing, tl.zeros([BLOCK_B], tl.float64)
     total = b
@@ -124,7 +132,7 @@ def _prefix_beam_kernel(
         row_ptr = log_probs_ptr + t * CLASSES
         row = tl.load(row_ptr + c, mask=c < stays, other=NEVER)
         again = tl.load(row_ptr + last, mask=last >= 0, other=NEVER).to(tl.float64)
-        # paths from a prefix to one in the beam that is longer by a symbol
+        # paths from a prefix to another one in the beam that is one symbol longer
         taken, source = _meetings(name, parent, last, at, beam, scratch_ptr + 2 * BLOCK_B, BLOCK_B)
         met, source = source >= 0, tl.maximum(source, 0)
         repeats = tl.gather(last, source, 0) == last
@@ -134,15 +142,15 @@ def _prefix_beam_kernel(
         stay_total = _add(stay_b, stay_n)
         # all candidates
         column = c[:, None]
-        # Were it seen that a state's classes are neighbours in memory, they would lie in the lanes of a warp, and a
-        # thread would hold many prefixes: registers would spill.
+        # The index hides from the compiler that a state's classes are neighbours in memory. Otherwise it would spread
+        # them over the lanes of a warp, each thread would hold many prefixes, and registers would spill.
         place = state[None, :].to(tl.int64) * CLASSES + (column * 3 - column * 2)
         gain = tl.load(gain_ptr + place, mask=column < stays, other=0.0)
         longer = tl.where(last[None, :] == column, b[None, :], total[None, :]) + row[:, None].to(tl.float64)
         free = (column < stays) & (((taken[None, :] >> column) & 1) == 0)
         score = tl.where(free, longer + (bonus[None, :] + gain), NEVER)
         score = tl.where(column == stays, (stay_total + bonus)[None, :], score)
-        # read anew in each frame, or the orders would be made before the first one and held in registers
+        # read in each frame, because otherwise `order` would be computed before the loop and kept in registers
         mine = tl.load(scratch_ptr + 5 * BLOCK_B + at).to(tl.int32)[None, :]
         order = tl.where(column == stays, mine, BLOCK_B + mine * stays + column).to(tl.int64)
         keys, none = _keys(score, order, BITS)
@@ -175,7 +183,7 @@ def _prefix_beam_kernel(
     end = tl.load(gain_ptr + state.to(tl.int64) * CLASSES + stays)
     score = tl.where(total > NEVER, total + bonus + end, NEVER)
     keys, none = _keys(score[None, :], at[None, :].to(tl.int64), BITS)
-    key = _beam(keys, beam, none, at, scratch_ptr, BLOCK_B)  # its barriers are for what the frames chose, too
+    key = _beam(keys, beam, none, at, scratch_ptr, BLOCK_B)  # its barriers also make the stores to back_ptr visible
     alive, shown = key < none, at < n_best
     chosen = tl.where(alive, (key & ((1 << BITS) - 1)).to(tl.int32), 0)
     score = tl.where(alive, tl.gather(score, chosen, 0), NEVER)
@@ -200,20 +208,20 @@ def _prefix_beam_kernel(
 
 
 def why_not(classes: int, beam: int, lm: Ngram | None, words: Words | None) -> str | None:
-    """What this face cannot do of a search, None where it can do it."""
+    """Returns why this face cannot do a search, or None if it can."""
     if words is not None:
-        return "it searches no words; the CPU does"
+        return "it searches no words; the cpu face does"
     if beam > BEAM or classes > MOST_CLASSES:
-        return f"it has at most beam {BEAM} and {MOST_CLASSES} classes, not {beam} and {classes}"
+        return f"it takes at most beam {BEAM} and {MOST_CLASSES} classes, not {beam} and {classes}"
     if lm and (size := len(lm.lower) * classes * 12) > MOST_TABLE:
-        return f"the table of the n-gram has {size / 2**30:.1f} GiB, more than {MOST_TABLE >> 30}"
+        return f"the table of the n-gram would take {size / 2**30:.1f} GiB, more than {MOST_TABLE >> 30} GiB"
     return None
 
 
 def table(
     lm: Ngram | None, classes: int, alpha: float, beta: float, device: torch.device
 ) -> tuple[Tensor, Tensor, int]:
-    """What each class adds in each state (S, V) fp64, the states after (S, V) int32, and the first state."""
+    """Returns what each class adds in each state (S, V) fp64, the states after it (S, V) int32, and the first state."""
     if lm is None:
         gain = torch.full((1, classes), beta, dtype=torch.float64, device=device)
         gain[:, -1] = 0.0
@@ -248,8 +256,10 @@ def search(
     beta: float = 0.0,
     words: Words | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As reference.search, on the device of log_probs, which are taken as fp32; ``lm`` lies on the CPU. The table of
-    the newest ``lm`` is kept. Raises ValueError for what ``why_not`` names."""
+    """Does what `reference.search` does, on the device of log_probs, which are taken as fp32; ``lm`` is on the CPU.
+
+    The table of the newest ``lm`` is kept for later calls. Raises ValueError for a search that ``why_not`` rejects.
+    """
     count, frames, classes = log_probs.shape
     if why := why_not(classes, beam, lm, words):
         raise ValueError(f"prefix_beam (triton): {why}")
@@ -267,6 +277,6 @@ def search(
     launch.run(
         _prefix_beam_kernel, (count,), log_probs, log_probs, lengths.long().contiguous().to(device), gain, after,
         scratch, back, symbols, counts, scores, frames, beam, n_best, start, CLASSES=classes, BLOCK_B=BEAM,
-        BLOCK_V=block_v, BITS=(BEAM * block_v).bit_length() - 1, num_warps=BEAM // 32,  # a thread a prefix
+        BLOCK_V=block_v, BITS=(BEAM * block_v).bit_length() - 1, num_warps=BEAM // 32,  # one thread per prefix
     )  # fmt: skip
     return symbols, counts, scores

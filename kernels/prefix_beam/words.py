@@ -10,19 +10,19 @@ from jasper_fast.kernels.prefix_beam.ngram import Ngram
 
 
 class Words(NamedTuple):
-    """M nodes of a trie of K words; node 0 is the root, and a child has a higher number than its parent. The last of
-    the K is the unknown word: all spellings that are not in the trie.
+    """A trie of K words with M nodes. Node 0 is the root, and a child has a higher number than its parent.
 
-    A word ends at a space that follows a symbol, and at the end of the text; there it adds, in natural logarithms,
+    The last of the K words is the unknown word: it stands for all spellings that are not in the trie. A word ends at a
+    space that follows a symbol, and at the end of the text. There it adds to the score, in natural logarithms,
 
         alpha * log10 p(class of the word | words before it) + extra[word]
 
-    and the end of the text adds alpha * log10 p(end | words). To guide the beam early, a prefix within a word, at
-    node m, already counts ``ahead[m]`` of this; or ``ahead[M]``, if no word begins that way.
+    and the end of the text adds alpha * log10 p(end | words). To guide the beam early, the score of a prefix within a
+    word, at node m, includes an estimate of this, ``ahead[m]``, or ``ahead[M]`` if no word begins that way.
 
-    child_begin (M + 1,) int64: the children of node m are child_begin[m] .. child_begin[m + 1] - 1, by symbol,
-    ascending; child_symbol, child_next (M - 1,) int32; word (M,) int32, -1 where no word ends; ahead (M + 1,) fp64,
-    ahead[0] is 0; extra (K,) fp64; classes (K,) int32, each word's class in ``lm``; space: the class of the space.
+    child_begin (M + 1,) int64: the children of node m are child_begin[m] .. child_begin[m + 1] - 1, in ascending order
+    of their symbols; child_symbol, child_next (M - 1,) int32; word (M,) int32, -1 where no word ends; ahead (M + 1,)
+    fp64, ahead[0] is 0; extra (K,) fp64; classes (K,) int32: each word's class in ``lm``; space: the space's class.
     """
 
     child_begin: Tensor
