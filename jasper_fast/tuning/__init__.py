@@ -1,1 +1,5 @@
-"""Contenders of an op at a shape, checked, compiled, timed: what first-use tuning and `jasper-fast tune` run."""
+"""Finds the fastest implementation of each op at each shape, for first-use tuning and `jasper-fast tune`.
+
+A *cell* is an op at a shape (`kernels.tables.Cell`). A *contender* is one way to run it: a face, for our own convs with
+a tile. Contenders are compiled and checked, and those that are correct are timed.
+"""

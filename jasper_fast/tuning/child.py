@@ -1,4 +1,4 @@
-"""The process that tunes: `python -m jasper_fast.tuning.child`, which `dispatch.tuned` starts and listens to."""
+"""The process that tunes: `dispatch.tuned` starts `python -m jasper_fast.tuning.child` and reads its output."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from jasper_fast.tuning import work
 
 
 def child(source: IO[str] = sys.stdin, tell: Callable[[str, Any], object] = children.tell) -> int:
-    """Reads the cells to tune as JSON from `source`, and writes each result to the standard output as soon as it is
-    known; returns the exit status."""
+    """Tunes the cells that `source` lists as JSON, and returns the exit status. Each result is written to the standard
+    output as soon as it is known."""
     wanted = json.loads(source.read())
     device = torch.device(wanted["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # cuDNN contends with its fastest algorithm
+        torch.backends.cudnn.benchmark = True  # lets cuDNN use its fastest algorithm
     how = {name: wanted[name] for name in ("budget", "without", "seconds") if wanted.get(name) is not None}
     with tuned.off():
         work.Tuner(device, tell, **how).run(wanted["cells"])

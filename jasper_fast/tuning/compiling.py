@@ -1,7 +1,8 @@
-"""Compiles kernels in parallel processes before the first is launched, each (op, tile) once however many cells use it.
+"""Compiles the kernels of all contenders in parallel processes, before the first one is launched.
 
-The contenders are called on tensors without data, and their launches are recorded. Workers compile these launches as
-Triton's own launcher would, into Triton's cache on disk, where the measuring process finds them. Workers need no GPU.
+The contenders are called on tensors without data, and their launches are recorded. Workers compile each distinct launch
+once, as Triton's own launcher would, into Triton's cache on disk. The measuring process finds the kernels there.
+Workers need no GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from jasper_fast.tuning.faces import Proposal
 from jasper_fast.tuning.held import NORM_FUNCTIONS, is_decoder
 
 META = torch.device("meta")
-SILENCE = 60.0  # give up when no worker has finished a kernel for so many seconds
+SILENCE = 60.0  # seconds to wait for the next compiled kernel before giving up
 FACTS = ("registers", "shared", "spilled")
 Facts = dict[str, int]
 
@@ -37,12 +38,12 @@ class Job(NamedTuple):
 
 
 def workers() -> int:
-    """The number of worker processes: one per core, but one core stays free for the measuring process."""
+    """Returns the number of worker processes: the number of cores less one for the measuring process, at most 16."""
     return max(1, min(16, len(os.sched_getaffinity(0)) - 1))
 
 
 def launches(job: Job) -> list[launch.Launch]:
-    """The launches of a contender on the job's architecture."""
+    """Returns the kernel launches of a contender on the job's architecture."""
     found: list[launch.Launch] = []
     tile, op = job.proposal.tile, job.cell.op
     forced = tables.forced(op, tile, job.proposal.face) if tile else contextlib.nullcontext()
@@ -88,14 +89,17 @@ def _call(cell: Cell) -> None:
 
 
 def build(what: tuple[str, Job, int]) -> tuple[str, Facts]:
-    """In a worker: compiles launch number `place` of a job. Returns the digest of the launch with the registers, shared
-    memory and spilled bytes of its kernel, or with nothing if it does not compile."""
+    """Compiles one launch in a worker. `what`: the launch's digest, the job, and the launch's index in the job.
+
+    Returns the digest and the registers, shared memory and spilled bytes of the kernel. These are missing if it does
+    not compile.
+    """
     from jasper_fast.kernels import aot
 
     digest, job, place = what
     try:
         built = aot.compile_for(aot.source(launches(job)[place], job.arch), job.arch)
-    except Exception:  # the contender is compiled again when it is tried, and refused there with what the compiler says
+    except Exception:  # the tuner compiles the contender again, and reports the compiler's error then
         return digest, {}
     return digest, {name: getattr(built, name) for name in FACTS}
 
@@ -103,11 +107,11 @@ def build(what: tuple[str, Job, int]) -> tuple[str, Facts]:
 def ahead(
     jobs: Iterable[Job], told: Callable[[int, int], None], left: Callable[[], float]
 ) -> dict[tuple[Cell, str], Facts]:
-    """Compiles `jobs` in parallel processes for at most `left()` seconds; launches with equal code are compiled once.
+    """Compiles `jobs` in parallel processes for at most `left()` seconds. Equal launches are compiled once.
 
-    Returns, by cell and contender, the most registers, shared memory and spilled bytes that its kernels use.
-    `told(done, of)` is called after each kernel. A contender is missing in the result if one of its kernels did not
-    compile or the time ran out.
+    Returns the facts of each contender, by cell and name: the largest number of registers, shared bytes and spilled
+    bytes among its kernels. A contender is missing there if one of its kernels did not compile in time or at all.
+    `told(done, of)` is called after each kernel.
     """
     from jasper_fast.kernels import aot
 

@@ -1,4 +1,4 @@
-"""The contenders: what each face proposes for a cell. A face takes part by registering one function here.
+"""The contenders that each face proposes for a cell. A face takes part by registering one function per op here.
 
     @contends("conv1d")
     def face(cell, device):
@@ -21,27 +21,27 @@ from jasper_fast.kernels.tables import Cell, Row
 from jasper_fast.selfcheck.checks import DTYPES
 
 LIBRARY = {"conv1d": "aten", "bn_relu_dropout": "reference"}  # the face that is plain PyTorch
-MOST = 5  # tiles that one face proposes for a cell
-ON_CPU = 2  # tiles in Triton's interpreter, where each takes a second
-LATEST_WITHOUT_TMA = 89
+MOST = 5  # tiles that the Triton face proposes for a cell
+ON_CPU = 2  # the same in Triton's interpreter, where trying a tile takes a second
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """One way to run a cell: a face, and for our own convs the tile that it must use."""
+    """One way to run a cell: a face, an algorithm, and the tile if the face does not choose it by itself."""
 
     face: str
     algorithm: str = "direct"
     tile: Mapping[str, int] | None = None
 
     def row(self, cell: Cell, seconds: float, facts: Mapping[str, int]) -> Row:
-        """The table row for this proposal and its measured time; `facts` are the compiler's, where known."""
+        """Returns the table row for this proposal and its time. `facts`: registers, shared and spilled bytes, if
+        known."""
         told = {name: facts.get(name) for name in ("registers", "shared", "spilled")}
         tile = None if self.tile is None else dict(self.tile)
         return Row(*cell, self.face, self.algorithm, tile, seconds, **told)
 
     def name(self, cell: Cell) -> str:
-        """A name that is unique among the proposals for a cell."""
+        """Returns a name that is unique among the proposals for a cell."""
         return self.row(cell, 1.0, {}).label()
 
 
@@ -50,7 +50,7 @@ _registered: dict[str, list[Face]] = {"conv1d": [], "bn_relu_dropout": []}
 
 
 def contends(op: str) -> Callable[[Face], Face]:
-    """Registers a face's proposals for an op."""
+    """Decorates a function that returns a face's proposals for an op."""
 
     def register(face: Face) -> Face:
         _registered[op].append(face)
@@ -60,19 +60,19 @@ def contends(op: str) -> Callable[[Face], Face]:
 
 
 def proposals(cell: Cell, device: torch.device) -> Iterator[Proposal]:
-    """What all faces propose for `cell`."""
+    """Yields the proposals of all faces for `cell`."""
     for face in _registered[cell.op.split(".")[0]]:
         yield from face(cell, device)
 
 
 def capability(device: torch.device) -> str:
-    """The device's compute capability, such as sm_90; sm_90 too for the stand-in device of the tests."""
+    """Returns the device's compute capability, such as sm_80. For the stand-in device of the tests it is sm_90."""
     return f"sm_{launch.architecture(device) or 90}"
 
 
 @contends("conv1d")
 def triton(cell: Cell, device: torch.device) -> list[Proposal]:
-    """Triton's default tile, and the few best candidates by arithmetic that fit the shared memory."""
+    """The Triton face, with its default tile and the tiles that arithmetic ranks best. All fit the shared memory."""
     if backends.why_missing("triton", device) is not None:
         return []
     from jasper_fast.kernels.conv1d import triton_tiles
@@ -97,7 +97,7 @@ def cuda(cell: Cell, device: torch.device) -> list[Proposal]:
 
 @contends("conv1d")
 def aten(cell: Cell, device: torch.device) -> list[Proposal]:
-    """cuDNN on a GPU, in channels-last memory."""
+    """PyTorch's conv in channels-last memory, which is cuDNN's on a GPU."""
     return [Proposal("aten", "library")]
 
 

@@ -1,4 +1,4 @@
-"""The inputs of a cell, which all its contenders share, and the calls that run each contender on them."""
+"""The inputs of a cell, and functions that run its contenders on them."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from jasper_fast.selfcheck.checks import Norm as NormShape
 from jasper_fast.tuning.faces import LIBRARY, Proposal
 
 SMALL_ROWS = 1536  # rows of the inputs on which a contender is compared with fp64
-# the two calls that a training step makes of bn_relu_dropout, by their names in the self-check
+# bn_relu_dropout's ops in a table, forward and backward, to the names of the self-check's functions for them
 NORM_FUNCTIONS = dict(zip(tables.NORM_OPS, ("stats_forward", "backward"), strict=True))
 
 
 def check_of(cell: Cell, proposal: Proposal, *, small: bool = False) -> Check:
-    """The check of a contender: on the batch that is timed, or on a small one."""
+    """Returns the self-check's description of a contender, on the batch that is timed or, with `small`, on a small
+    one."""
     n, frames = cell.batch
     if small:
         n = min(n, 2)
         frames = max(1, min(frames, SMALL_ROWS // n) - (frames > 3))  # an odd number of frames, as in real batches
     tile = None if proposal.tile is None else dict(proposal.tile)
     if cell.op in NORM_FUNCTIONS:
-        # lengths, dropout and the halo of a conv, as a Jasper's blocks call it
+        # with lengths, dropout and the halo of the next conv, as the blocks of Jasper call it
         shape, function = NormShape(n, cell.c_in, frames), NORM_FUNCTIONS[cell.op]
         return Check("bn_relu_dropout", proposal.face, function, "tuning", shape, cell.dtype, "halo", tile)
     function = cell.op.removeprefix("conv1d.")
@@ -44,26 +45,28 @@ def check_of(cell: Cell, proposal: Proposal, *, small: bool = False) -> Check:
 
 
 def is_decoder(cell: Cell) -> bool:
-    """Whether a conv at inference is the last one, with its log-softmax: the only one with so few, odd outputs."""
+    """Whether a conv at inference is the decoder, which ends in a log-softmax. Only the decoder has few outputs whose
+    number is not a multiple of 16."""
     return cell.op == "conv1d.fused" and cell.taps == 1 and cell.c_out < 128 and cell.c_out % 16 != 0
 
 
 class Held:
-    """The inputs of a cell, made on first use; one set per face, because faces pack weights differently."""
+    """Holds the inputs of a cell. There is one set per face, because faces pack weights differently; it is made on
+    first use."""
 
     def __init__(self, cell: Cell, device: torch.device) -> None:
         self.cell, self.device = cell, device
         self._cases: dict[str, cases.Case] = {}
 
     def case(self, face: str) -> cases.Case:
-        """The self-check's case, inputs and functions, for `face`."""
+        """Returns the self-check's case for `face`, with inputs and functions."""
         if face not in self._cases:
             check = check_of(self.cell, Proposal(face))
             self._cases[face] = cases.case(check, self.device, 0, timed=True)
         return self._cases[face]
 
     def call(self, proposal: Proposal) -> Callable[[], dict[str, Tensor]]:
-        """A function that runs the contender on the inputs."""
+        """Returns a function that runs the contender on the inputs."""
         family = self.cell.op.split(".")[0]
         if family == "conv1d" and proposal.face == LIBRARY[family]:
             return library(check_of(self.cell, proposal), self.case("triton").inputs)
@@ -83,12 +86,13 @@ class Held:
 
 
 def library(check: Check, inputs: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
-    """The same work through PyTorch's conv: its call, and the batch norm pass that our training kernels have fused."""
+    """Returns a function that does the same through PyTorch's conv, followed by the batch norm pass that our training
+    kernels fuse."""
     s, function, i = check.shape, check.function, inputs
     conv, dtype = s.geometry, DTYPES[check.dtype]
     triton = backends.why_missing("triton", i["weight"].device) is None
     aten, bn = backends.face("conv1d", "aten"), backends.face("bn_relu_dropout", "triton" if triton else "reference")
-    # cast once, as autocast's cache and the engine do, and in channels-last memory, or cuDNN would copy it in each call
+    # Cast once, as autocast's cache and the engine do, to channels-last memory, or cuDNN would copy it in each call.
     weight = i["weight"].to(dtype).unsqueeze(2).contiguous(memory_format=torch.channels_last)
 
     def call() -> dict[str, Tensor]:
@@ -119,7 +123,7 @@ def _fused(check: Check, i: dict[str, Tensor], weight: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def nothing_left(device: torch.device):
-    """At the end, returns the allocator's free blocks to the GPU, because the user's process runs there too."""
+    """A context that ends by returning the allocator's free blocks to the GPU, which the user's process shares."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Finds the fastest of several calls by timing them in turns; clearly slow ones are timed only once."""
+"""Finds the fastest of several calls by timing them in turns. Clearly slow ones are timed only once."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ import torch
 SAMPLE = 2e-3  # seconds per sample, far above the half microsecond that CUDA events resolve
 MOST = 30  # calls per sample
 ROUNDS = 7
-SECONDS = 1.5  # for all contenders of a cell together
-SLOW = 1.3  # a contender that takes so many times the fastest one's time in the first round is timed no further
+SECONDS = 1.5  # timing budget for all contenders of a cell together
+SLOW = 1.3  # a contender that takes more than this many times the fastest in the first round is timed no further
 
 
 class Clock(Protocol):
-    """How calls are timed."""
+    """A way to time calls."""
 
     def warm(self, call: Callable[[], object]) -> None:
         """Runs `call` for the first time."""
 
     def prepare(self, call: Callable[[], object]) -> Callable[[], object]:
-        """`call` in the form in which it is timed."""
+        """Returns `call` in the form in which it is timed."""
 
     def seconds(self, call: Callable[[], object], times: int) -> float:
-        """Seconds that `times` calls of a prepared call take."""
+        """Runs a prepared call `times` times and returns the seconds that this takes."""
 
 
 class Wall:
-    """Wall clock, for a CPU and the stand-in device of the tests."""
+    """Times calls by the wall clock, on a CPU and on the stand-in device of the tests."""
 
     def warm(self, call: Callable[[], object]) -> None:
         call()
@@ -47,8 +47,8 @@ class Wall:
 
 
 class Events:
-    """CUDA events, for a GPU. A call is captured as a CUDA graph, so the host's cost of launching does not count. L2 is
-    overwritten before each call, because in a network other layers run in between."""
+    """Times calls by CUDA events, on a GPU. A call is captured as a CUDA graph, so that the host's launches do not
+    count. L2 is overwritten before each call, because in a network other layers run in between."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -89,7 +89,7 @@ class Events:
 
 
 def clock(device: torch.device) -> Clock:
-    """The clock of `device`."""
+    """Returns the clock for `device`."""
     return Events(device) if device.type == "cuda" else Wall()
 
 
@@ -99,10 +99,11 @@ def fastest_first(
     begin: Callable[[str], object] = lambda name: None,
     seconds: float = SECONDS,
 ) -> dict[str, list[float]]:
-    """Samples (seconds per call) of each of the prepared `runs`, ordered by their medians, fastest first.
+    """Times the prepared `runs` and returns their samples (seconds per call), ordered by their medians, fastest first.
 
-    Contenders take turns for ROUNDS rounds, or for three if these already took `seconds`. One that is SLOW times behind
-    after the first round keeps the one sample that it has. `begin(name)` is called before a contender's first call.
+    Contenders take turns for ROUNDS rounds, or fewer, but at least three, if these took `seconds`. One that takes more
+    than SLOW times the fastest one's time in the first round gets no second sample. `begin(name)` is called before a
+    contender's first call.
     """
     first = {}
     for name, run in runs.items():
@@ -113,7 +114,7 @@ def fastest_first(
     near = [name for name, spent in first.items() if spent <= SLOW * min(first.values())]
     samples: dict[str, list[float]] = {name: [first[name]] for name in runs}
     for turn in range(ROUNDS - 1):
-        for name in near if turn % 2 else near[::-1]:  # A B, B A: none always runs after the same one
+        for name in near if turn % 2 else near[::-1]:  # alternate the order, so that none always follows the same one
             samples[name].append(ticker.seconds(runs[name], inner[name]) / inner[name])
         if turn and sum(inner[name] * sum(of) for name, of in samples.items()) > seconds:
             break

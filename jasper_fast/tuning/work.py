@@ -1,4 +1,4 @@
-"""The tuner: for each cell it checks all contenders, times those that are correct, and reports the result at once."""
+"""The tuner. For each cell it checks all contenders, times the correct ones, and reports the result immediately."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ Tell = Callable[[str, Any], object]
 
 
 class Lost(RuntimeError):
-    """After a fault, such as an illegal address, the device runs nothing more in this process."""
+    """The device runs nothing more in this process after a fault such as an illegal address."""
 
 
 class Tuner:
     """Tunes cells on one device within `budget` seconds.
 
-    `without`: by cell, contenders that ended an earlier process and are not tried again. `seconds`: time to spend on
-    timing one cell. Tests replace `clock` (time left), `ticker` (time of a call) and `proposals` (the contenders).
+    `tell(event, value)` receives progress and results. `without`: by cell, contenders that crashed an earlier process
+    and are not tried again. `seconds`: time to spend on timing one cell. Tests replace `clock` (for the budget),
+    `ticker` (for calls) and `proposals` (the contenders).
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Tuner:
         self._clock, self._end = clock, clock() + budget
         self._ticker, self._proposals = ticker or timing.clock(device), proposals
         self._facts: dict[tuple[Cell, str], compiling.Facts] = {}
-        self._checked: dict[tuple, str] = {}  # kernel variant to the reason for refusing it, or ""
+        self._checked: dict[tuple, str] = {}  # kernel variant to the reason why it is refused, or ""
 
     def left(self) -> float:
         """Seconds until the budget is spent."""
@@ -66,7 +67,7 @@ class Tuner:
 
     def _compile(self, cells: list[Cell]) -> None:
         arch = launch.architecture(self.device)
-        if arch is None:  # interpreted
+        if arch is None:  # the interpreter compiles nothing
             return
         jobs = [compiling.Job(c, p, arch) for c in cells for p in self._contenders(c) if p.face == "triton"]
         end = self._clock() + COMPILE_SHARE * self.left()
@@ -88,13 +89,13 @@ class Tuner:
                     if not why:
                         runs[name] = held.call(proposal)
                         self._ticker.warm(runs[name])
-                except Exception as error:  # any error of a contender refuses this contender only
+                except Exception as error:  # an error of a contender excludes only this contender
                     why = in_a_line(error)
                 self._wait()
                 if why:
                     refused[name] = why
                     runs.pop(name, None)
-            # all run once before the first is captured: shared scratch memory has then reached its final size
+            # All contenders run before the first one is captured, so shared scratch memory has reached its final size.
             runs = {name: self._ticker.prepare(call) for name, call in runs.items()}
             begin = lambda name: self._tell("begin", [cell, name])  # noqa: E731
             samples = timing.fastest_first(runs, self._ticker, begin, self._seconds) if runs else {}
@@ -108,7 +109,7 @@ class Tuner:
         return {"rows": list(best.values()), "refused": refused, "timed": timed, "samples": samples}
 
     def _refusal(self, cell: Cell, proposal: Proposal) -> str:
-        """The reason for not timing a contender, or "" if it is correct."""
+        """Returns the reason for not timing a contender, or "" if it is correct."""
         if spilled := self._facts.get((cell, proposal.name(cell)), {}).get("spilled"):
             return f"spills {spilled} bytes"
         if proposal.face == LIBRARY[cell.op.split(".")[0]]:
@@ -129,9 +130,9 @@ class Tuner:
 
 
 def estimate(cells: Iterable[Cell], device: torch.device, cores: int) -> float:
-    """Estimated seconds for tuning `cells` on a machine with so many cores.
+    """Estimates the seconds for tuning `cells` on a machine with `cores` cores.
 
-    Each (op, tile) costs COMPILE seconds of one core and one CHECK, each contender TIMED, each cell SETUP.
+    The estimate is START, plus COMPILE (on one core) and CHECK per kernel, TIMED per contender and SETUP per cell.
     """
     kinds, contenders, count = set(), 0, 0
     for cell in cells:
