@@ -398,7 +398,7 @@ def test_the_command_tunes_a_model_ahead_and_goes_on(tuning, tmp_path, capsys, m
     assert main([*argv, "--budget", "20"]) == 4
     said = capsys.readouterr().out
     done = len(kept())
-    assert 0 < done < len(wanted) and f"{len(wanted) - done} are left" in said and str(tuned.path(GPU)) in said
+    assert 0 < done < len(wanted) and f"{len(wanted) - done} shapes are left" in said and str(tuned.path(GPU)) in said
     tables.forget()
     assert main(argv) == 0
     tables.forget()
