@@ -65,7 +65,7 @@ OPTIONS = {
         option("--init-ema", action="store_true", help="take the moving average in --init-from, not the weights"),
         option("--init-decoder", choices=loading.DECODERS, default="auto",
                help="auto: take the decoder rows of labels in both alphabets; keep: take all; new: take none (auto)"),
-        option("--init-map", nargs="+", default=[], metavar="NEW=OLD", help="decoder row that a new label starts from"),
+        option("--init-map", nargs="+", default=[], metavar="NEW=OLD", help="start NEW's decoder row from OLD's"),
         option("--freeze-encoder", action="store_true", help="train only the decoder"),
     ],
     "length of the run; the first limit reached ends it": training_options.length(),
@@ -289,7 +289,7 @@ def prepare(args: argparse.Namespace, stop: StopRequest) -> tuple[nn.Module, Run
         train, val = load_data(args, config, ranks, console)
         state = make_state(args, config, ranks)
         schedule = training_options.make_schedule(args, train.steps(0, args.grad_accumulation))
-        seed_everything(args.seed + ranks.rank)  # the weights are equal; noise and dropout differ
+        seed_everything(args.seed + ranks.rank)  # noise and dropout differ between processes
         folder = Folder(args.output_dir, args.keep, args.milestones)
         generators = resume(args, folder, state, train, ranks, console)
         log = RunLog(folder.path, state.step, enabled=ranks.first)
@@ -315,7 +315,7 @@ def main(args: argparse.Namespace, stop: StopRequest, watch: Callable[[TrainingS
     total, accumulation, on_gpu = run.schedule.total_steps, args.grad_accumulation, ranks.device.type == "cuda"
     with contextlib.closing(run.log), training_bar(console, state.step, total) as progress, run.saved():
         model.train(), train.frontend.train()
-        if on_gpu and state.step < total:  # runs out of memory now, if at all, and not in mid-epoch
+        if on_gpu and state.step < total:  # if memory is too small, fail now and not in mid-epoch
             largest = largest_batches(train.sampler, train.dataset.durations(0))
             console.print(scan_memory(model, train.frontend, largest, ranks.device, AMP_DTYPES[args.amp]))
         guard, stopped = BufferGuard(state.model), False

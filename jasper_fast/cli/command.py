@@ -13,9 +13,9 @@ from jasper_fast.extras import MissingExtra, need
 
 # Commands that parse their own options: help text, module, the function in it that takes the arguments, extra.
 _PASSED_ON = {
-    "train": ("train or fine-tune: `jasper-fast train --help`", "jasper_fast.train", "command", "train"),
-    "bench": ("compare with plain PyTorch: `jasper-fast bench --help`", "jasper_fast.bench.cli", "shell", "bench"),
-    "demo": ("train on synthetic voices, in minutes", "jasper_fast.demo.__main__", "main", "demo"),
+    "train": ("train or fine-tune: `train --help`", "jasper_fast.train", "command", "train"),
+    "bench": ("compare speed with plain PyTorch: `bench --help`", "jasper_fast.bench.cli", "shell", "bench"),
+    "demo": ("train a model on synthetic voices in a few minutes", "jasper_fast.demo.__main__", "main", "demo"),
 }
 
 
@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (transcribe, evaluate, check, convert, export, info, selfcheck, tune):
         common.subcommand(commands, module)
-    common.subcommands(commands, "prepare", "data for training and evaluation", (librispeech, manifest, shards))
+    common.subcommands(commands, "prepare", "prepare data for training and evaluation", (librispeech, manifest, shards))
     lm.add(commands)
     for name, (help, *_) in _PASSED_ON.items():
         commands.add_parser(name, help=help, add_help=False)
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _expected() -> tuple[type[BaseException], ...]:
-    """Errors whose message is meant for users."""
+    """Returns the exceptions whose message is meant for users."""
     from jasper_fast.dispatch.backends import BackendMissing
     from jasper_fast.nn.checkpoint import CheckpointError
 

@@ -135,7 +135,7 @@ DECODING = {  # the options of `decoder`
             "--unknown-score",
             type=float,
             metavar="S",
-            help="natural logarithm that is added for each unlisted word, on top of the language model's score of "
+            help="score added for each unlisted word, in natural logarithms, on top of the language model's score of "
             "<unk> (-10)",
         ),
         option(
@@ -143,8 +143,8 @@ DECODING = {  # the options of `decoder`
             action="append",
             default=[],
             metavar="WORD[:BOOST]",
-            help="a word to prefer, with or without a language model; BOOST is a natural logarithm that is added for "
-            "each occurrence (5). May be given several times",
+            help="a word to prefer, with or without a language model; may be given several times. BOOST is the score "
+            "added for each occurrence, in natural logarithms (5)",
         ),
         option("--hot-words", metavar="FILE", help="hot words, one per line, each with or without a boost after it"),
         option("--beam", type=positive(int), metavar="N", help="width of the beam search (128)"),
@@ -351,7 +351,7 @@ def write(path: str, text: str) -> None:
         target.write_text(text, encoding="utf-8", errors="backslashreplace")
         return
     temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # bad bytes become \udcff, as in JSON
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # invalid UTF-8 as \udcff
     os.replace(temporary, target)
 
 

@@ -21,7 +21,7 @@ that cannot be used are listed and do not count in the error rates. If a file is
 says, the audio that it has is used, with a warning. Several processes share the utterances and report the same texts
 and rates as one process."""
 END = """\
-exit status: 0 for success, 1 if no utterance could be read (with --strict: if one could not), 2 for a wrong command,
+exit status: 0 for success, 1 if no utterance could be read (with --strict: if any could not), 2 for a wrong command,
 manifest, checkpoint or configuration.
 
 examples:
@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace, share: ranks.Share) -> int:
     saved = Saved.begin(arguments.save_log_probs, recognizer) if arguments.save_log_probs else None
     if utterances:
         *_, result = common.recognize(arguments, recognizer, utterances, keep=saved.keep if saved else None)
-    else:  # there are fewer of them than processes
+    else:  # fewer utterances than processes
         result = Recognition([], [], [], manifest.SkipReport())
     if saved:
         saved.finish([u.path for u in utterances], result.references)

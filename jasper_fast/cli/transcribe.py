@@ -50,7 +50,7 @@ OPTIONS = {
         option("--list", metavar="FILE", help="text file with the names of more audio files, one per line; -: stdin"),
         option("--json", action="store_true", help="print JSON lines with words, their times and confidences"),
         option("--out", metavar="FILE", help="write to this file instead of the standard output"),
-        option("--resume", action="store_true", help="keep the lines of --out, transcribe only files without a line"),
+        option("--resume", action="store_true", help="keep the lines in --out and transcribe only the other files"),
         option("--strict", action="store_true", help="exit with 1 if any file could not be read"),
     ],
     **common.DECODING,
@@ -101,7 +101,8 @@ def _run(arguments: argparse.Namespace, share: ranks.Share) -> int:
             seconds = 0.0  # the error is reported when it is read
         utterances.append(Utterance(file, seconds, ""))
     line = _record if arguments.json else lambda file, transcript, _: f"{_name(file)}\t{transcript.text.strip()}"
-    errors = "backslashreplace" if arguments.json else "surrogateescape"  # JSON: bytes that are not UTF-8 as \udcff
+    # JSON shows a byte that is not UTF-8 as \udcff. In plain text it is written unchanged.
+    errors = "backslashreplace" if arguments.json else "surrogateescape"
     with _output(arguments, share) as out:
         for found, speed in _heard(arguments, share, recognizer, utterances):
             told = speed

@@ -68,7 +68,7 @@ def voices(split: str) -> list[Voice]:
 
 
 def number(rng: random.Random) -> str:
-    """Draws a number in words: one quarter are zero to nine, one quarter ten to nineteen, and half twenty to 99."""
+    """Draws a number in words: a quarter are zero to nine, a quarter ten to nineteen, half twenty and more."""
     style = rng.randrange(4)
     if style == 0:
         return rng.choice(UNITS)

@@ -35,7 +35,7 @@ from jasper_fast.speech.decoding import greedy_decode
 from jasper_fast.speech.metrics import word_errors
 
 RATE = 8000  # sample rate of the digits
-DIGITS = ("digits_fsdd_train.jsonl", "digits_fsdd_dev.jsonl")  # single digits; no voice is in both
+DIGITS = ("digits_fsdd_train.jsonl", "digits_fsdd_dev.jsonl")  # manifests for training and testing, with different voices
 GRID = list(itertools.product((0.0, 0.5, 1.0, 1.5, 2.0, 3.0), (-1.0, 0.0, 1.0)))
 
 
@@ -116,7 +116,7 @@ def errors(saved: Saved, texts: list[str]) -> np.ndarray:
 
 
 def gain(before: np.ndarray, after: np.ndarray, rounds: int = 4000) -> tuple[float, float, float]:
-    """Returns by how many per cent the errors fall, and the ends of the interval by a paired bootstrap."""
+    """Returns by how many per cent the errors fall, and the two ends of the interval by a paired bootstrap."""
     rng = np.random.default_rng(0)
     picks = rng.integers(0, len(before), (rounds, len(before)))
     ratios = 1 - after[picks, 0].sum(1) / np.maximum(before[picks, 0].sum(1), 1)

@@ -207,8 +207,8 @@ def _load(path: str | os.PathLike | Memory, sample_rate: int, offset: float, dur
 
 
 def resample(samples: np.ndarray, rate: float, new_rate: float) -> np.ndarray:
-    """Resamples (samples,) from ``rate`` to ``new_rate`` Hz: (samples * new_rate / rate,) fp32, by soxr at quality
-    HQ."""
+    """Resamples (samples,) from ``rate`` to ``new_rate`` Hz by soxr at quality HQ. Returns (samples * new_rate / rate,)
+    fp32."""
     samples = np.asarray(samples, dtype=np.float32)
     if rate == new_rate or not len(samples):
         return samples

@@ -113,8 +113,7 @@ def normalize(text: str, labels: Sequence[str] | Vocabulary | None = None, engli
 
     - Unicode composition;
     - lower case (upper case if the labels have only capitals), and ASCII for characters that are not labels;
-    - numbers, money and ordinals in words, and abbreviations in full, if ``english`` is true;
-    - '&' and '+' in words, likewise;
+    - if ``english`` is true: numbers, money, ordinals, '&' and '+' in words, and abbreviations in full;
     - spaces for other punctuation; symbols that are still not labels are dropped; spaces are collapsed and stripped.
 
     A label is never changed: digits that are labels stay digits, and an alphabet with umlauts keeps them. By default

@@ -29,7 +29,7 @@ class SpeakerWarp(nn.Module):
     Source: N. Jaitly and G. Hinton, Vocal Tract Length Perturbation improves speech recognition, 2013, applied to mel
     bands instead of the filterbank. Equivalent, for one utterance ``x`` (F, T) and its factor ``a``::
 
-        position = bands_of(frequency / a)             # where band f of the result is read
+        position = bands_of(frequency / a)             # for each band, the fractional band to read
         y = interpolate(x, position)
     """
 

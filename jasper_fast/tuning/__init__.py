@@ -1,5 +1,5 @@
 """Finds the fastest implementation of each op at each shape, for first-use tuning and `jasper-fast tune`.
 
-A *cell* is an op at a shape (`kernels.tables.Cell`). A *contender* is one way to run it: a face, for our own convs with
-a tile. Contenders are compiled and checked, and those that are correct are timed.
+A *cell* is an op at a shape (`kernels.tables.Cell`). A *contender* is one way to run it: a face and, for some faces, a
+tile. Contenders are compiled and checked, and those that are correct are timed.
 """

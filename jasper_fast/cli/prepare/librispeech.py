@@ -26,7 +26,7 @@ OPTIONS = {
         option("--out", required=True, metavar="DIR", help="folder for audio and manifests"),
         option("--sets", nargs="+", metavar="SET", help="sets to prepare (the seven of LibriSpeech)"),
         option("--source", metavar="URL_OR_FOLDER", help="a mirror, or a folder with SET.tar.gz (openslr.org)"),
-        option("--speeds", nargs="+", type=float, default=[], metavar="S", help="add copies at these speeds: 0.9 1.1"),
+        option("--speeds", nargs="+", type=float, default=[], metavar="S", help="add copies at speeds such as 0.9 1.1"),
         option("--wav", action="store_true", help="write WAV: twice the size of FLAC, but faster to read"),
         option("--checksums", metavar="FILE", help="output of md5sum, for archives other than the published ones"),
         option("--keep-archives", action="store_true", help="keep the downloads, in DIR/.prepare"),

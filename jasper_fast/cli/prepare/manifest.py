@@ -26,7 +26,7 @@ For an utterance in a shard, the manifest has its byte range in the tar file. Pa
 written relative to it. Utterances that cannot be used are reported and left out. This command does not check the audio
 itself; `jasper-fast check` does."""
 END = """\
-exit status: 0, 1 if no utterance is left, 2 for a source that cannot be read.
+exit status: 0 for success, 1 if no utterance is left, 2 for a source that cannot be read.
 
 example: jasper-fast prepare manifest corpora/cv/en/train.tsv --out corpora/cv/train.jsonl"""
 KINDS = ("auto", "folder", "kaldi", "csv", "lines", "lhotse", "shards")
