@@ -35,7 +35,7 @@ from jasper_fast.speech.decoding import greedy_decode
 from jasper_fast.speech.metrics import word_errors
 
 RATE = 8000  # sample rate of the digits
-DIGITS = ("digits_fsdd_train.jsonl", "digits_fsdd_dev.jsonl")  # manifests for training and testing, with different voices
+DIGITS = ("digits_fsdd_train.jsonl", "digits_fsdd_dev.jsonl")  # to train on, and to test on
 GRID = list(itertools.product((0.0, 0.5, 1.0, 1.5, 2.0, 3.0), (-1.0, 0.0, 1.0)))
 
 

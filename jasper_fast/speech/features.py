@@ -234,7 +234,8 @@ class LogMelFeatures(nn.Module):
         )  # fmt: skip
         total = 1 + samples // self.hop_length
         real, imag = torch.view_as_real(spectrum[..., :total]).unbind(-1)
-        power = torch.addcmul(real.square(), imag, imag).transpose(1, 2)  # frames stay outermost in memory, unlike with .sum()
+        # (N, T, bins) with frames outermost in memory, which .sum(-1) over real and imaginary parts would not keep
+        power = torch.addcmul(real.square(), imag, imag).transpose(1, 2)
         if self.mag_power != 2:
             power = power.pow(self.mag_power / 2)
         mel = power @ self.mel.t()  # (N, T, F): the memory order of the network
