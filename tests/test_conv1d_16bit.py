@@ -64,6 +64,28 @@ def test_exact_products_of_rounded_operands(shape, relu, cpu) -> None:
     assert torch.equal(cpu.fused(x.to(BF16), packed, how, **options), got)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_result_in_bf16_is_the_fp32_one_rounded(shape, cpu) -> None:
+    """It is written row by row into a slice, by any number of threads, with zeros where no row of x reaches."""
+    c_in, c_out, k, t, stride, dilation, lengths = shape
+    x, packed = torch.randn(len(lengths), t, c_in).to(BF16), cpu.pack(torch.randn(c_out, c_in, k), dtype=BF16)
+    how, options = Geometry(stride, k // 2 * dilation, dilation), {"lengths": Lengths(torch.tensor(lengths))}
+    want = cpu.fused(x, packed, how, **options).to(BF16)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            around = torch.full((*want.shape[:2], c_out + 9), float("nan"), dtype=BF16)
+            cpu.fused(x, packed, how, out=around[:, :, 4:-5], **options)
+            assert torch.equal(around[:, :, 4:-5], want)
+            assert around[:, :, :4].isnan().all()
+            assert around[:, :, -5:].isnan().all()
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(RuntimeError, match="y must be a float32 tensor"):
+        cpu.fused(x, packed, how, out=want, bias=torch.zeros(c_out), **options)
+
+
 def test_panes_and_history_slices(cpu) -> None:
     n, t, c_in, c2, c_out, k = 3, 150, 63, 531, 96, 11
     lengths = torch.tensor([150, 31, 0])

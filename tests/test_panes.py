@@ -289,36 +289,48 @@ FACE_CASES = [
 ]
 
 
-def pass_through(face, case, dtype=torch.float32) -> list[torch.Tensor]:
-    """Returns all results of a face of `panes` in fp64: outputs, sums, reduction, dx (zero in the padding) and
-    dweight."""
+def pass_through(face, case, dtype=torch.float32, activations=None, like=torch.float32) -> list[torch.Tensor]:
+    """Returns all results of a face of `panes`, as they are: outputs, sum, reduction, gradients (dx where defined).
+
+    dtype: that of weights and vectors. activations: that of the xs, y and the gradient (None: `dtype`). like: the
+    activations have values of this dtype.
+    """
     n, t, lengths, widths, c = case
     g = torch.Generator().manual_seed(3)
     randn = lambda *size: torch.randn(size, generator=g).to(dtype)  # noqa: E731
+    active = lambda *size: randn(*size).to(like).to(activations or dtype)  # noqa: E731
     lengths = None if lengths is None else torch.tensor(lengths)
     live = torch.arange(t) < (torch.full((n,), t) if lengths is None else lengths)[:, None]
-    xs = [ntc(randn(n, w, t) * live[:, None]) for w in widths]
-    weights = [randn(c, w, 1) for w in widths]
-    y = torch.full((len(xs), n * t, c), float("nan"), dtype=dtype)
+    xs = [ntc(active(n, w, t) * live[:, None]) for w in widths]
+    weights = [randn(c, w, 1).to(like).to(dtype) for w in widths]
+    y = torch.full((len(xs), n * t, c), float("nan"), dtype=activations or dtype)
     face.outputs(xs, weights, lengths, y)
-    mean, scale, slope, up = randn(len(xs), c), randn(len(xs), c), randn(len(xs), c), randn(n * t, c)
+    mean, scale, slope, up = randn(len(xs), c), randn(len(xs), c), randn(len(xs), c), active(n * t, c)
     found = [y, face.forward(y, mean, scale, randn(c)), face.forward(y, mean, scale, randn(n * t, c))]
     before = y.clone()
     found.append(face.backward_reduce(up, y, mean))
     dxs, dweights = face.gradients(up, randn(c), y, mean, scale, slope, xs, weights, lengths)
     assert torch.equal(y, before), "backward writes into what is kept"
-    return [v.double() for v in (*found, *(dx * live[:, None] for dx in dxs), *dweights)]
+    return [*found, *(dx * live[:, None] for dx in dxs), *dweights]
 
 
 def compare_faces() -> None:
-    """Compares the CPU face at this process's instruction set with the definition in fp64, in every case."""
+    """Compares the CPU face of this process's instruction set with the definition in fp64 in every case, and in bf16
+    where it takes that."""
     from jasper_fast.kernels.panes import cpu_impl
 
     for case in FACE_CASES:
         want = pass_through(reference, case, torch.float64)
         for i, (ours, exact) in enumerate(zip(pass_through(cpu_impl, case), want, strict=True)):
-            error = ((ours - exact).abs().max() / exact.abs().max()).item()
-            assert error < 3e-6, (case, i, error)  # false for NaN too
+            error = ((ours.double() - exact).abs().max() / exact.abs().max()).item()
+            assert error < 3e-6, (case, i, error)  # a NaN is an error too
+        if not cpu_impl.takes(torch.empty(0, dtype=torch.bfloat16)):
+            continue
+        how = {"activations": torch.bfloat16, "like": torch.bfloat16}
+        found = (pass_through(face, case, **how) for face in (cpu_impl, reference))
+        exact = pass_through(reference, case, torch.float64, like=torch.bfloat16)
+        for i, (ours, plain_bf16, want) in enumerate(zip(*found, exact, strict=True)):
+            assert_close(f"{case} {i}", ours, plain_bf16, want)
 
 
 @pytest.mark.slow
@@ -383,15 +395,14 @@ def saved(inputs, **how) -> int:
 
 
 def test_a_cpu_keeps_the_outputs_of_the_newest_panes():
-    """Shows that in fp32 on a CPU the outputs of the newest KEPT panes are saved, and none with other faces or
-    dtypes."""
+    """Shows that the CPU face saves the outputs of the newest KEPT panes, and that other faces and dtypes save none."""
     settle("cpu")
     inputs = pane_inputs(torch.float32, m=(2, 20), widths=(3,) * (plain.KEPT + 2), c_out=6)
     assert saved(inputs, backend="cpu") == plain.KEPT * 40 * 6
     assert saved([vs[:2] for vs in inputs], backend="cpu") == 2 * 40 * 6
     assert saved(inputs, backend="reference") == 0
-    low = [[x.detach().bfloat16().requires_grad_() for x in inputs[0]], *inputs[1:]]
-    assert saved(low, backend="cpu") == 0
+    low = [[x.detach().half().requires_grad_() for x in inputs[0]], *inputs[1:]]
+    assert saved(low, backend="cpu") == 0  # the C++ face has no fp16
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2])

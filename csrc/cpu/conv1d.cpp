@@ -144,10 +144,14 @@ void conv1d_fwd(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t ta
   args.x = rows_of(x, "x", args.bf16);
   args.n = x.size(0);
   args.t_in = x.size(1);
-  const ConvRows out = rows_of(y, "y");
+  const ConvRows out = rows_of(y, "y", args.bf16 && !bias.has_value());
   STD_TORCH_CHECK(y.size(0) == args.n && y.size(2) == c_out, "conv1d: y must be (", args.n, ", T_out, ", c_out,
                   "), got (", y.size(0), ", ", y.size(1), ", ", y.size(2), ")");
-  args.y = static_cast<float*>(y.data_ptr());
+  if (out.bf16) {
+    args.rounded = static_cast<uint16_t*>(y.data_ptr());
+  } else {
+    args.y = static_cast<float*>(y.data_ptr());
+  }
   args.y_stride_n = out.stride_n;
   args.y_stride_t = out.stride_t;
   args.t_out = y.size(1);

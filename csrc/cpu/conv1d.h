@@ -30,6 +30,7 @@ struct ConvForward {
   const int64_t* in_lengths = nullptr;
   const int64_t* out_lengths = nullptr;
   float* y = nullptr;
+  uint16_t* rounded = nullptr;  // in place of y: the result in bf16. For bf16 weights without bias
   int64_t y_stride_n = 0;
   int64_t y_stride_t = 0;
   int64_t n = 0, t_in = 0, t_out = 0, c_out = 0;

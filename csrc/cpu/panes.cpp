@@ -1,5 +1,6 @@
-// Panes (a sum of 1x1 convs, each with batch norm) in training on the CPU, fp32: argument checks, threads, merging of
-// sums. Products: isa/conv1d_*.cpp with one tap. Passes over pane outputs: isa/panes.cpp.
+// Panes (a sum of 1x1 convs, each with batch norm) in training on the CPU: argument checks, threads, merging of sums.
+// Activations and their gradients are fp32, or bf16 where the CPU multiplies it; weights and vectors are fp32.
+// Products: isa/conv1d_*.cpp with one tap. Passes over pane outputs: isa/panes.cpp.
 #include "panes.h"
 
 #include <torch/csrc/stable/library.h>
@@ -21,27 +22,38 @@ namespace {
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
+using torch::headeronly::ScalarType;
 
 constexpr int64_t kChunkRows = 64;      // of a pass; sums of chunks are merged in order, for any number of threads
 constexpr int64_t kGroupRows = 256;     // rows of one item in a task of a product
 
 // ---- arguments ----
+// The elements of `x`, which is fp32, or bf16 if `bf16`.
 template <class... Sizes>
-float* data_of(const char* name, const Tensor& x, Sizes... sizes) {
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == torch::headeronly::ScalarType::Float && x.is_contiguous(),
-                  "panes (cpu): ", name, " must be a contiguous float32 tensor on the CPU; use .float().contiguous()");
+void* rows_data(const char* name, const Tensor& x, bool bf16, Sizes... sizes) {
+  const auto dtype = bf16 ? ScalarType::BFloat16 : ScalarType::Float;
+  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == dtype && x.is_contiguous(), "panes (cpu): ", name,
+                  " must be a contiguous ", bf16 ? "bfloat16" : "float32", " tensor on the CPU");
   const int64_t wanted[] = {sizes...};
   bool fits = x.dim() == sizeof...(sizes);
   for (int64_t i = 0; fits && i < x.dim(); ++i) fits = x.size(i) == wanted[i];
   STD_TORCH_CHECK(fits, "panes (cpu): ", name, " has a shape that does not fit the others");
-  return static_cast<float*>(x.data_ptr());
+  return x.data_ptr();
+}
+
+template <class... Sizes>
+float* data_of(const char* name, const Tensor& x, Sizes... sizes) {
+  return static_cast<float*>(rows_data(name, x, false, sizes...));
 }
 
 PanesArgs args_of(const Tensor& y) {
   STD_TORCH_CHECK(y.dim() == 3 && y.numel() > 0, "panes (cpu): y must be (panes, rows, C), none of them 0");
   PanesArgs a{};
   a.panes = y.size(0), a.rows = y.size(1), a.c = y.size(2);
-  a.y = data_of("y", y, a.panes, a.rows, a.c);
+  a.bf16 = y.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(!a.bf16 || JF_DISPATCH(conv1d_has_bf16)(), "panes (cpu): y is bfloat16, which this process' ",
+                  "instruction set (see jasper_fast_cpu::isa) does not multiply; use float32");
+  a.y = rows_data("y", y, a.bf16, a.panes, a.rows, a.c);
   return a;
 }
 
@@ -59,8 +71,7 @@ Batch batch_of(const Tensors& xs, const Tensors& weights, const OptionalTensor& 
                   "panes (cpu): xs must be (N, T, C) with N*T = ", rows);
   const Batch batch{xs[0].size(0), xs[0].size(1), nullptr};
   if (!lengths.has_value()) return {1, rows, nullptr};
-  STD_TORCH_CHECK(lengths->is_cpu() && lengths->scalar_type() == torch::headeronly::ScalarType::Long &&
-                      lengths->dim() == 1 && lengths->size(0) == batch.n && lengths->is_contiguous(),
+  STD_TORCH_CHECK(lengths->is_cpu() && lengths->scalar_type() == ScalarType::Long && lengths->dim() == 1 && lengths->size(0) == batch.n && lengths->is_contiguous(),
                   "panes (cpu): lengths must be a contiguous int64 tensor of shape (", batch.n, ",) on the CPU");
   const auto* data = static_cast<const int64_t*>(lengths->const_data_ptr());
   for (int64_t i = 0; i < batch.n; ++i) {
@@ -70,8 +81,14 @@ Batch batch_of(const Tensors& xs, const Tensors& weights, const OptionalTensor& 
   return {batch.n, batch.t, data};
 }
 
-ConvRows rows_of(const Batch& batch, const float* data, int64_t channels) {
-  return {data, batch.t * channels, channels, channels};
+ConvRows rows_of(const Batch& batch, const void* data, int64_t channels, bool bf16) {
+  return {data, batch.t * channels, channels, channels, bf16};
+}
+
+// The place `elements` after `data`, in elements of 2 bytes if `bf16`, else of 4.
+template <class T>
+T* after(T* data, int64_t elements, bool bf16) {
+  return reinterpret_cast<T*>(reinterpret_cast<intptr_t>(data) + elements * (bf16 ? 2 : 4));
 }
 
 // ---- threads ----
@@ -91,30 +108,36 @@ struct Scratch {  // cache-line aligned
 };
 
 // ---- products: x (rows, inputs) times a weight packed as conv1d packs one tap ----
-int64_t packed_size(int64_t outputs, int64_t inputs) {
+// Floats that hold a pack.
+int64_t packed_size(int64_t outputs, int64_t inputs, bool bf16) {
   const int64_t columns = JF_DISPATCH(conv1d_columns)();
-  return div_up(outputs, columns) * columns * inputs;
+  return div_up(outputs, columns) * columns * conv1d_units(inputs, bf16);
 }
 
-int64_t largest_pack(const Tensors& weights) {
+int64_t largest_pack(const Tensors& weights, bool bf16) {
   int64_t most = 0;
   for (const Tensor& w : weights) {
-    most = std::max({most, packed_size(w.size(0), w.size(1)), packed_size(w.size(1), w.size(0))});
+    most = std::max({most, packed_size(w.size(0), w.size(1), bf16), packed_size(w.size(1), w.size(0), bf16)});
   }
   return most;
 }
 
-// A product cut into tasks; each takes some rows of one item and some column blocks.
+// A product cut into tasks; each takes some rows of one item and some column blocks. y has the dtype of x.
 struct Product {
   ConvForward args;
   std::vector<ConvRowGroup> groups;
   int64_t blocks, ranges;
 
-  Product(const Batch& batch, const ConvRows& x, const float* packed, int64_t outputs, float* y) {
+  Product(const Batch& batch, const ConvRows& x, const float* packed, int64_t outputs, void* y) {
     args.x = x;
     args.packed = packed;
+    args.bf16 = x.bf16;
     args.in_lengths = batch.lengths;
-    args.y = y;
+    if (x.bf16) {
+      args.rounded = static_cast<uint16_t*>(y);
+    } else {
+      args.y = static_cast<float*>(y);
+    }
     args.y_stride_n = batch.t * outputs;
     args.y_stride_t = outputs;
     args.n = batch.n;
@@ -149,6 +172,7 @@ struct WeightGradient {
   WeightGradient(const Batch& batch, const ConvRows& x, const ConvRows& dy, float* dw) {
     args.x = x;
     args.dy = dy;
+    args.bf16 = x.bf16;
     args.in_lengths = batch.lengths;
     args.dw = dw;
     args.n = batch.n;
@@ -163,8 +187,9 @@ struct WeightGradient {
   }
 };
 
-ConvPack pack_of(const float* weight, int64_t c_out, int64_t c_in, bool transposed, float* packed) {
+ConvPack pack_of(const float* weight, int64_t c_out, int64_t c_in, bool transposed, bool bf16, float* packed) {
   ConvPack args;
+  args.bf16 = bf16;
   args.weight = weight;
   args.packed = packed;
   args.c_out = c_out;
@@ -177,13 +202,13 @@ ConvPack pack_of(const float* weight, int64_t c_out, int64_t c_in, bool transpos
 void panes_outputs(const Tensors& xs, const Tensors& weights, const OptionalTensor& lengths, const Tensor& y) {
   const PanesArgs a = args_of(y);
   const Batch batch = batch_of(xs, weights, lengths, a.panes, a.rows);
-  const Scratch<float> packed(largest_pack(weights));
+  const Scratch<float> packed(largest_pack(weights, a.bf16));
   for (int64_t p = 0; p < a.panes; ++p) {
     const int64_t c_in = xs[p].size(2);
-    const float* x = data_of("x", xs[p], xs[0].size(0), xs[0].size(1), c_in);
-    const ConvPack pack = pack_of(data_of("weight", weights[p], a.c, c_in, 1), a.c, c_in, false, packed.data);
-    const Product product(batch, rows_of(batch, x, c_in), packed.data, a.c,
-                          static_cast<float*>(y.data_ptr()) + p * a.rows * a.c);
+    const void* x = rows_data("x", xs[p], a.bf16, xs[0].size(0), xs[0].size(1), c_in);
+    const ConvPack pack = pack_of(data_of("weight", weights[p], a.c, c_in, 1), a.c, c_in, false, a.bf16, packed.data);
+    const Product product(batch, rows_of(batch, x, c_in, a.bf16), packed.data, a.c,
+                          after(y.data_ptr(), p * a.rows * a.c, a.bf16));
     run_tasks(product.blocks, [&](int64_t block) { JF_DISPATCH(conv1d_pack_block)(pack, block); });
     run_tasks(product.tasks(), [&](int64_t i) { product.run(i); });
   }
@@ -203,7 +228,7 @@ void panes_forward(const Tensor& y, const Tensor& mean, const Tensor& scale, con
 void panes_reduce(const Tensor& g, const Tensor& y, const Tensor& mean, const Tensor& sums) {
   PanesArgs a = args_of(y);
   a.mean = data_of("mean", mean, a.panes, a.c);
-  a.g = data_of("g", g, a.rows, a.c);
+  a.g = rows_data("g", g, a.bf16, a.rows, a.c);
   float* const out = data_of("sums", sums, a.panes, a.c);
   const int64_t padded = div_up(a.c, 16) * 16, chunks = chunks_of(a), size = a.panes * padded;
   const Scratch<double> partials(chunks * size);
@@ -228,21 +253,24 @@ void panes_gradients(const Tensor& g, const Tensor& mean_g, const Tensor& y, con
   all.mean = data_of("mean", mean, all.panes, all.c);
   all.scale = data_of("scale", scale, all.panes, all.c);
   all.slope = data_of("slope", slope, all.panes, all.c);
-  all.g = data_of("g", g, all.rows, all.c);
+  const bool bf16 = all.bf16;
+  all.g = rows_data("g", g, bf16, all.rows, all.c);
   all.mean_g = data_of("mean_g", mean_g, all.c);
   const Batch batch = batch_of(xs, weights, lengths, all.panes, all.rows);
   STD_TORCH_CHECK(dxs.size() == xs.size() && dweights.size() == xs.size(), "panes (cpu): ", all.panes,
                   " panes want as many dxs and dweights, got ", dxs.size(), " and ", dweights.size());
-  const Scratch<float> dy(all.rows * all.c), packed(largest_pack(weights));
+  const Scratch<float> dy(div_up(all.rows * all.c, bf16 ? 2 : 1)), packed(largest_pack(weights, bf16));
   const auto apply = JF_DISPATCH(panes_apply_rows);
   for (int64_t p = 0; p < all.panes; ++p) {
     const int64_t c_in = xs[p].size(2), n = xs[0].size(0), t = xs[0].size(1);
     PanesArgs a = all;  // the arguments of this pane
-    a.y += p * a.rows * a.c, a.mean += p * a.c, a.scale += p * a.c, a.slope += p * a.c;
-    a.out = dy.data;
-    const ConvPack pack = pack_of(data_of("weight", weights[p], a.c, c_in, 1), a.c, c_in, true, packed.data);
-    const ConvRows of_x = rows_of(batch, data_of("x", xs[p], n, t, c_in), c_in), of_dy = rows_of(batch, dy.data, a.c);
-    const Product dx(batch, of_dy, packed.data, c_in, data_of("dx", dxs[p], n, t, c_in));
+    a.y = after(a.y, p * a.rows * a.c, bf16);
+    a.mean += p * a.c, a.scale += p * a.c, a.slope += p * a.c;
+    a.dy = dy.data;
+    const ConvPack pack = pack_of(data_of("weight", weights[p], a.c, c_in, 1), a.c, c_in, true, bf16, packed.data);
+    const ConvRows of_x = rows_of(batch, rows_data("x", xs[p], bf16, n, t, c_in), c_in, bf16);
+    const ConvRows of_dy = rows_of(batch, dy.data, a.c, bf16);
+    const Product dx(batch, of_dy, packed.data, c_in, rows_data("dx", dxs[p], bf16, n, t, c_in));
     const WeightGradient dw(batch, of_x, of_dy, data_of("dweight", dweights[p], a.c, c_in, 1));
     const int64_t chunks = chunks_of(a), of_dw = dw.tasks();
     run_tasks(chunks + dx.blocks, [&](int64_t i) {

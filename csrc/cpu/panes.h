@@ -1,4 +1,4 @@
-// The arguments that panes.cpp (checks, threads) passes to isa/panes.cpp (loops): fp32 matrices of contiguous rows of C
+// The arguments that panes.cpp (checks, threads) passes to isa/panes.cpp (loops): matrices of contiguous rows of C
 // channels.
 #pragma once
 
@@ -10,11 +10,15 @@ namespace jf {
 
 struct PanesArgs {
   int64_t panes, rows, c;
-  const float *y, *mean, *scale;  // outputs (panes, rows, c), their means and gamma * rstd (panes, c)
-  const float* start;             // forward: the sum starts from it; if start_stride is 0, from the same row everywhere
+  bool bf16;                  // y, g and dy are bf16, else fp32; all others are fp32
+  const void* y;              // outputs (panes, rows, c)
+  const float *mean, *scale;  // means of the outputs and gamma * rstd (panes, c)
+  const float* start;         // forward: the sum starts from it; if start_stride is 0, from the same row everywhere
   int64_t start_stride;
-  const float *g, *mean_g, *slope;  // backward: the gradient (rows, c), its mean (c), the factor of y - mean (panes, c)
-  float* out;                       // (rows, c)
+  float* out;                   // forward: the sum (rows, c)
+  const void* g;                // backward: the gradient of the sum (rows, c)
+  const float *mean_g, *slope;  // backward: the mean of g (c), and the factor of y - mean (panes, c)
+  void* dy;                     // backward: the gradient of one pane's output (rows, c)
 };
 
 #define JF_DECLARE_PANES(isa)                                                                                         \

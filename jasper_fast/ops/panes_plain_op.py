@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jasper_fast.dispatch.backends import face as _face
+from jasper_fast.dispatch.choose import conv_face
 from jasper_fast.kernels.layout import ntc, wide_dtype
 from jasper_fast.kernels.layout import rows as _rows
 from jasper_fast.ops import sync
@@ -34,9 +35,14 @@ lib.define(
 KEPT = 7  # pane outputs that a block saves on a CPU: those of the newest inputs, which are the widest
 
 
-def _impl_name(face: str, *tensors: Tensor) -> str:
-    """The face of `panes` to use where batch norm runs on `face`. The C++ face takes only fp32."""
-    return "cpu" if face == "cpu" and all(t.dtype == torch.float32 for t in tensors) else "reference"
+def _impl_name(face: str, weights: list[Tensor], *activations: Tensor) -> str:
+    """The face of `panes` to use where batch norm runs on `face`: C++ where it runs convs of this dtype faster than
+    ATen, and multiplies it."""
+    dtype = activations[0].dtype
+    if face != "cpu" or any(w.dtype not in (dtype, torch.float32) for w in weights):
+        return "reference"
+    ours = conv_face("cpu", torch.device("cpu"), dtype) == "cpu" and _face("panes", "cpu").takes(*activations)
+    return "cpu" if ours else "reference"
 
 
 def _groups(panes, kept):
@@ -51,7 +57,7 @@ def _groups(panes, kept):
 
 def _forward(xs, weights, gamma, beta, lengths, eps, keep, group, face):
     n, _, t = xs[0].shape
-    bn, impl = _face("bn_relu_dropout", face), _face("panes", _impl_name(face, *xs, *weights))
+    bn, impl = _face("bn_relu_dropout", face), _face("panes", _impl_name(face, weights, *xs))
     out = beta.sum(0)  # in a wide dtype, so that the sum is rounded once
     kept, total = xs[0].new_empty((min(keep, len(xs)), n * t, len(out))), out.new_empty(0)
     means, variances = [], []
@@ -69,7 +75,7 @@ def _forward(xs, weights, gamma, beta, lengths, eps, keep, group, face):
 
 
 def _backward(g, xs, weights, gamma, lengths, pane_mean, pane_var, rows, kept, eps, group, face):
-    impl = _face("panes", _impl_name(face, g, *xs, *weights))
+    impl = _face("panes", _impl_name(face, weights, g, *xs))
     m, g = rows if group else g.shape[0] * g.shape[2], _rows(ntc(g))
     dbeta = g.sum(0, dtype=pane_mean.dtype)
     mean_g = sync.all_reduce(dbeta.clone(), group) / m
@@ -153,7 +159,7 @@ def panes_plain(
     check_rows(xs[0], name)
     check_lengths(lengths, xs[0].shape[0])
     face = norm_face_of(xs[0], weights[0].shape[0], xs[0].shape[2], backend)
-    keep = KEPT if _impl_name(face, *xs, *weights) == "cpu" and torch.is_grad_enabled() else 0
+    keep = KEPT if _impl_name(face, weights, *xs) == "cpu" and torch.is_grad_enabled() else 0
     out, mean, var, rows, _ = torch.ops.jasper_fast.panes_plain(
         list(xs), list(weights), torch.stack(gammas).to(wide), torch.stack(betas).to(wide), lengths, eps, keep, name,
         face,

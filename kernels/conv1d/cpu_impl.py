@@ -104,9 +104,10 @@ def fused(
     """Returns mask(relu(conv1d(x) + x2 @ packed2 + bias)) of `x` (N, T, C_in), in `out` (N, T', C_out) if given.
 
     panes: x2 (N, T', C2) and packed2, a 1x1 conv packed `direct`. x, x2 and out need unit channel stride; their other
-    strides are free, so they may be slices of wider buffers. Rows of x and x2 at t >= `lengths.before` count as zero
-    and are not read. Rows of the result at t >= `lengths.after` are zero. These rows cost nothing, and neither do rows
-    that depend on no row of x. Raises ValueError for `lengths.made` and for `masked=False`, which only GPU faces
+    strides are free, so they may be slices of wider buffers. `out` is fp32, or bf16 if the weights are and there is no
+    bias. Rows of x and x2 at t >= `lengths.before` count as zero and are not read. Rows of the result at t >=
+    `lengths.after` are zero. These rows cost nothing, and neither do rows that depend on no row of x. Raises ValueError
+    for `lengths.made` and for `masked=False`, which only GPU faces
     support.
     """
     if lengths.made is not None or not lengths.masked:
@@ -138,7 +139,9 @@ def forward(
     """
     how = _how(x, weight, x.shape[0] * x.shape[2], geometry.stride)
     rows = x.transpose(1, 2).to(how["dtype"])
-    return fused(rows, pack(weight.float(), **how), geometry, lengths=Lengths(lengths)).to(x.dtype).transpose(1, 2)
+    packed, frames = pack(weight.float(), **how), geometry.frames(x.shape[2], weight.shape[2])
+    y = torch.empty((x.shape[0], max(frames, 0), weight.shape[0]), dtype=how["dtype"])
+    return fused(rows, packed, geometry, lengths=Lengths(lengths), out=y).to(x.dtype).transpose(1, 2)
 
 
 def dgrad(
@@ -162,7 +165,7 @@ def dgrad(
         )
     how = _how(dy, weight, dy.shape[0] * dy.shape[2], stride)
     packed, rows = pack(weight.float(), transposed=True, **how), dy.transpose(1, 2).to(how["dtype"])
-    dx = torch.empty((dy.shape[0], t, weight.shape[1]), dtype=torch.float32)  # of t frames: `fused` checks that t fits
+    dx = torch.empty((dy.shape[0], t, weight.shape[1]), dtype=how["dtype"])  # of t frames: `fused` checks that t fits
     fused(rows, packed, Geometry(1, flipped, dilation), lengths=Lengths(after=lengths), out=dx)
     return dx.to(dy.dtype).transpose(1, 2)
 

@@ -1,7 +1,7 @@
-"""The CPU face of the panes: threaded C++ kernels (csrc/cpu) in fp32, which skip the padding.
+"""The CPU face of the panes: threaded C++ kernels (csrc/cpu), which skip the padding.
 
-Shapes are those of reference.py. All tensors except the xs must be contiguous. Results are bit-identical for any number
-of threads.
+Activations are fp32, or bf16 on a CPU that multiplies pairs of bf16 (`takes`). Shapes are those of reference.py; all
+tensors but the xs must be contiguous. Results are bit-identical for any number of threads.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ from jasper_fast.kernels import native
 from jasper_fast.kernels.layout import ntc
 
 
+def takes(*tensors: Tensor) -> bool:
+    """Whether this face takes activations like `tensors`."""
+    dtypes = {t.dtype for t in tensors}
+    return dtypes == {torch.float32} or (dtypes == {torch.bfloat16} and native.cpu().conv1d_has_bf16())
+
+
 def outputs(xs: list[Tensor], weights: list[Tensor], lengths: Tensor | None, y: Tensor) -> None:
     """Fills `y` with x W^T of each pane."""
     native.cpu().panes_outputs(*_operands(xs, weights), lengths, y)
 
 
 def forward(y: Tensor, mean: Tensor, scale: Tensor, start: Tensor) -> Tensor:
-    """Returns `start` + sum over panes of (y - mean)*scale, (N*T, C_out).
-
-    `start` is (C_out,), or (N*T, C_out); the latter is overwritten with the result.
-    """
-    out = y.new_empty(y.shape[1:]) if start.dim() == 1 else start
+    """`start` + sum over panes of (y - mean)*scale, (N*T, C_out). `start` is (C_out,), or (N*T, C_out) and is
+    overwritten."""
+    out = start.new_empty(y.shape[1:]) if start.dim() == 1 else start
     native.cpu().panes_forward(y, mean, scale, start, out)
     return out
 
@@ -50,9 +54,9 @@ def gradients(
     operands = _operands(xs, weights)
     dxs, dweights = ([torch.empty_like(t) for t in tensors] for tensors in operands)
     native.cpu().panes_gradients(g, mean_g, y, mean, scale, slope, *operands, lengths, dxs, dweights)
-    return [dx.transpose(1, 2) for dx in dxs], dweights
+    return [dx.transpose(1, 2) for dx in dxs], [dw.to(w.dtype) for dw, w in zip(dweights, weights, strict=True)]
 
 
 def _operands(xs: list[Tensor], weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns the xs as (N, T, C) and the weights, all contiguous."""
-    return [ntc(x).transpose(1, 2) for x in xs], [w.contiguous() for w in weights]
+    """The xs as (N, T, C) and the weights in fp32, as the kernels read them."""
+    return [ntc(x).transpose(1, 2) for x in xs], [w.float().contiguous() for w in weights]

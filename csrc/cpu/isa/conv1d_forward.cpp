@@ -28,6 +28,8 @@ struct Chunk {
   bool first, last;
 };
 
+thread_local Scratch sums;  // of a task whose result is bf16
+
 struct Forward {
   const ConvForward& args;
   const ConvRowGroup& group;
@@ -253,6 +255,32 @@ struct Forward {
   }
 };
 
+#if defined(__AVX512BF16__)
+// Runs a task whose result is bf16. Its fp32 sums stay in L2 until they are rounded.
+void rounded_task(const ConvForward& args, const ConvRowGroup& group, int64_t block_begin, int64_t block_end) {
+  const int64_t first = block_begin * kColumns, width = std::min(args.c_out, block_end * kColumns) - first;
+  const auto y_row = [&](int64_t t) { return args.rounded + group.n * args.y_stride_n + t * args.y_stride_t + first; };
+  for (int64_t t = group.fill_begin; t < group.begin; ++t) std::memset(y_row(t), 0, width * sizeof(uint16_t));
+  for (int64_t t = group.end; t < group.fill_end; ++t) std::memset(y_row(t), 0, width * sizeof(uint16_t));
+  const float* row = sums.floats((group.end - group.begin) * width);
+  ConvForward own = args;
+  own.rounded = nullptr;
+  own.y_stride_n = 0;
+  own.y_stride_t = width;
+  // such that the group's first row and this task's first column lie where the sums begin
+  const intptr_t offset = (group.begin * width + first) * intptr_t(sizeof(float));
+  own.y = reinterpret_cast<float*>(reinterpret_cast<intptr_t>(row) - offset);
+  conv1d_forward_task(own, {group.n, group.begin, group.begin, group.end, group.end}, block_begin, block_end);
+  for (int64_t t = group.begin; t < group.end; ++t, row += width) {
+    for (int64_t at = 0; at < width; at += kVector) {
+      const __m256i lanes = (__m256i)_mm512_cvtneps_pbh(load_some(row + at, width - at));
+      const __mmask16 some = width - at >= kVector ? 0xffff : (1u << (width - at)) - 1;
+      _mm256_mask_storeu_epi16(y_row(t) + at, some, lanes);
+    }
+  }
+}
+#endif
+
 }  // namespace
 
 int64_t conv1d_columns() { return kColumns; }
@@ -266,6 +294,9 @@ bool conv1d_has_bf16() {
 }
 
 void conv1d_forward_task(const ConvForward& args, const ConvRowGroup& group, int64_t block_begin, int64_t block_end) {
+#if defined(__AVX512BF16__)
+  if (args.rounded != nullptr) return rounded_task(args, group, block_begin, block_end);
+#endif
   const Forward task{args, group, block_begin, block_end};
   task.fill(group.fill_begin, group.begin);
   task.fill(group.end, group.fill_end);

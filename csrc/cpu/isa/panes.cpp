@@ -1,4 +1,5 @@
-// Batch norm of the outputs y of a block's panes, their sum, and the backward pass, on rows of C channels in fp32.
+// Batch norm of the outputs y of a block's panes, their sum, and the backward pass, on rows of C channels. T is the type
+// of y, g and dy: float or bf16. Arithmetic is fp32.
 //
 //   forward  reads y of each pane, start    writes start + sum (y - mean)*scale
 //   reduce   reads y of each pane, g        sum g*(y - mean) of each pane
@@ -26,7 +27,7 @@ JF_INLINE void for_columns(int64_t channels, Column column) {
   if (c < channels) column(c, (int)(channels - c), Flag<false>{});
 }
 
-template <int ROWS>
+template <class T, int ROWS>
 JF_INLINE void forward(const PanesArgs& a, int64_t row) {
   for_columns(a.c, [&](int64_t c, int n, auto full) {
     constexpr bool kFull = decltype(full)::value;
@@ -34,47 +35,50 @@ JF_INLINE void forward(const PanesArgs& a, int64_t row) {
     for (int r = 0; r < ROWS; ++r) sum[r] = load_part<kFull>(a.start + (row + r) * a.start_stride + c, n);
     for (int64_t p = 0; p < a.panes; ++p) {
       const F mean = load_part<kFull>(a.mean + p * a.c + c, n), scale = load_part<kFull>(a.scale + p * a.c + c, n);
-      const float* y = a.y + (p * a.rows + row) * a.c + c;
+      const T* y = static_cast<const T*>(a.y) + (p * a.rows + row) * a.c + c;
       for (int r = 0; r < ROWS; ++r) sum[r] += (load_part<kFull>(y + r * a.c, n) - mean) * scale;
     }
     for (int r = 0; r < ROWS; ++r) store_part<kFull>(a.out + (row + r) * a.c + c, sum[r], n);
   });
 }
 
-template <int ROWS>
+template <class T, int ROWS>
 JF_INLINE void apply(const PanesArgs& a, int64_t row) {
+  const T *y = static_cast<const T*>(a.y), *g = static_cast<const T*>(a.g);
+  T* const dy = static_cast<T*>(a.dy);
   for_columns(a.c, [&](int64_t c, int n, auto full) {
     constexpr bool kFull = decltype(full)::value;
     const F mean = load_part<kFull>(a.mean + c, n), mean_g = load_part<kFull>(a.mean_g + c, n);
     const F scale = load_part<kFull>(a.scale + c, n), slope = load_part<kFull>(a.slope + c, n);
     for (int r = 0; r < ROWS; ++r) {
       const int64_t i = (row + r) * a.c + c;
-      const F centred = load_part<kFull>(a.g + i, n) - mean_g;
-      store_part<kFull>(a.out + i, (centred - (load_part<kFull>(a.y + i, n) - mean) * slope) * scale, n);
+      const F centred = load_part<kFull>(g + i, n) - mean_g;
+      store_part<kFull>(dy + i, (centred - (load_part<kFull>(y + i, n) - mean) * slope) * scale, n);
     }
   });
 }
 
-}  // namespace
-
-void panes_forward_rows(const PanesArgs& a, int64_t row, int64_t end) {
-  for (; row + kRows <= end; row += kRows) forward<kRows>(a, row);
-  for (; row < end; ++row) forward<1>(a, row);
+template <class T>
+void forward_rows(const PanesArgs& a, int64_t row, int64_t end) {
+  for (; row + kRows <= end; row += kRows) forward<T, kRows>(a, row);
+  for (; row < end; ++row) forward<T, 1>(a, row);
 }
 
-void panes_apply_rows(const PanesArgs& a, int64_t row, int64_t end) {
-  for (; row + kRows <= end; row += kRows) apply<kRows>(a, row);
-  for (; row < end; ++row) apply<1>(a, row);
+template <class T>
+void apply_rows(const PanesArgs& a, int64_t row, int64_t end) {
+  for (; row + kRows <= end; row += kRows) apply<T, kRows>(a, row);
+  for (; row < end; ++row) apply<T, 1>(a, row);
 }
 
-// partial: (panes, padded) sums in fp64, because terms cancel; padded: C rounded up to whole cache lines.
-void panes_reduce_rows(const PanesArgs& a, int64_t row, int64_t end, double* partial) {
+template <class T>
+void reduce_rows(const PanesArgs& a, int64_t row, int64_t end, double* partial) {
   const int64_t padded = (a.c + 15) / 16 * 16, step = max64(1, kBlockElements / a.c);
   std::memset(partial, 0, a.panes * padded * sizeof(double));
   for (; row < end; row += step) {
     const int64_t rows = min64(step, end - row);
     for (int64_t p = 0; p < a.panes; ++p) {
-      const float *y = a.y + (p * a.rows + row) * a.c, *g = a.g + row * a.c;
+      const T* y = static_cast<const T*>(a.y) + (p * a.rows + row) * a.c;
+      const T* g = static_cast<const T*>(a.g) + row * a.c;
       for_columns(a.c, [&](int64_t c, int n, auto full) {
         constexpr bool kFull = decltype(full)::value;
         const F mean = load_part<kFull>(a.mean + p * a.c + c, n);
@@ -91,6 +95,21 @@ void panes_reduce_rows(const PanesArgs& a, int64_t row, int64_t end, double* par
       });
     }
   }
+}
+
+}  // namespace
+
+void panes_forward_rows(const PanesArgs& a, int64_t row, int64_t end) {
+  a.bf16 ? forward_rows<BFloat16>(a, row, end) : forward_rows<float>(a, row, end);
+}
+
+void panes_apply_rows(const PanesArgs& a, int64_t row, int64_t end) {
+  a.bf16 ? apply_rows<BFloat16>(a, row, end) : apply_rows<float>(a, row, end);
+}
+
+// partial: (panes, padded) sums in fp64, because terms cancel; padded: C rounded up to whole cache lines.
+void panes_reduce_rows(const PanesArgs& a, int64_t row, int64_t end, double* partial) {
+  a.bf16 ? reduce_rows<BFloat16>(a, row, end, partial) : reduce_rows<float>(a, row, end, partial);
 }
 
 }  // namespace JF_ISA
