@@ -1,4 +1,5 @@
-// The ops of bn_relu_dropout for torch: checks, workspace, device and stream. The kernels are in bn_relu_dropout.cuh.
+// Torch ops that launch the kernels of bn_relu_dropout.cuh. They check arguments, allocate the workspace, and select
+// device and stream.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -32,7 +33,7 @@ int multiprocessors(int device) {
   return count;
 }
 
-// Makes the device of y current; holds its stream and its number of multiprocessors.
+// Makes the device of y current. Has its current stream and its number of multiprocessors.
 struct Device {
   explicit Device(const Tensor& y) : guard(y.get_device_index()), sms(multiprocessors(y.get_device_index())) {
     void* raw = nullptr;
@@ -116,7 +117,7 @@ struct Call {
     return a;
   }
 
-  // f(args) with y's dtype
+  // Calls f(args) with arguments of y's dtype.
   template <class F>
   void dispatch(F&& f) const {
     if (y.size(1) == 0) return;
@@ -132,7 +133,7 @@ Tensor workspace(jf::bn::Args<T>& a, const Tensor& y, int rows, int sms) {
   const int64_t parts = jf::bn::reduction_parts(a, rows, sms), size[] = {parts * 2 * a.c};
   Tensor partials = torch::stable::new_empty(y, {size, 1}, ScalarType::Float);
   a.partials = static_cast<float*>(partials.mutable_data_ptr());
-  return partials;  // freed when the op ends, on its stream, so after the kernels that use it
+  return partials;  // torch frees it on the op's stream when the op returns, so after the kernels that use it
 }
 
 float* output(const Tensor& x, const char* name, const Tensor& y) { return const_cast<float*>(channels(x, name, y)); }

@@ -4,10 +4,11 @@
 //   backward_reduce  dbeta = sum g,  dgamma = sum g*yhat;  g = dz/(1-p) where ReLU, dropout and mask let it pass
 //   backward_apply   dy = a*(g - mean_g - yhat*mean_gy),  dres = g
 // A thread owns V neighbouring channels (16 bytes) and goes down the rows, so it loads the parameters of its channels
-// once. A CTA is `tx` such columns wide and kThreads/tx rows high. Values moved per element: stats reads 1; forward
-// reads 1 (2 with residual) and writes 1; reduce reads 2 (3 with residual); apply reads 2 (3) and writes 1 (2); padding
-// moves fewer. In a reduction each CTA writes one partial result and a second kernel merges them in a fixed order. No
-// atomics are used, so runs are bit-identical.
+// once. A CTA is `tx` such columns wide and kThreads/tx rows high. In a reduction each CTA writes one partial result, and
+// a second kernel merges them in a fixed order. No atomics are used, so runs are bit-identical.
+//
+// Values moved per element (with residual): stats reads 1, forward reads 1 (2) and writes 1, reduce reads 2 (3), apply
+// reads 2 (3) and writes 1 (2). Elements of padding move fewer.
 #pragma once
 
 #include "common.cuh"
@@ -15,11 +16,11 @@
 namespace jf::bn {
 
 constexpr int kThreads = 256;
-constexpr int kRows = 4;          // rows in flight per thread: 4 x 16 bytes cover the latency of HBM at 2 CTAs per SM
-constexpr int kBackwardRows = 2;  // two or three tensors are in flight here
+constexpr int kRows = 4;          // rows that a thread loads at once: 4 x 16 bytes hide HBM's latency at 2 CTAs per SM
+constexpr int kBackwardRows = 2;  // the same in backward, where each row is loaded from two or three tensors
 constexpr int kMergeChannels = 32, kMergeLanes = kThreads / kMergeChannels;
 
-// Everything that a kernel may need; null means absent.
+// The arguments of all kernels. A pointer is null if its tensor is absent.
 template <class T>
 struct Args {
   const T *y, *residual, *z, *dz;
@@ -30,23 +31,24 @@ struct Args {
   uint32_t threshold;
   float scale;
   int n, c, t;
-  int tx, columns;          // CTA width in columns of V channels (a power of two); number of CTAs across C
-  int parts, part_rows;     // reductions: CTAs down all rows, rows of a CTA
-  int tiles, tile_rows;     // elementwise passes: CTAs down the T rows of one utterance, rows of a CTA
+  int tx, columns;          // width of a CTA in columns of V channels (a power of two); CTAs side by side to cover C
+  int parts, part_rows;     // of reductions: CTAs that share all N*T rows; rows per CTA
+  int tiles, tile_rows;     // of elementwise passes: CTAs that share the T rows of one utterance; rows per CTA
 };
 
-#ifndef __CUDACC_RTC__  // where NVRTC compiles, the work is cut in kernels/bn_relu_dropout/cuda_nvrtc.py
+#ifndef __CUDACC_RTC__  // for NVRTC, kernels/bn_relu_dropout/cuda_nvrtc.py plans the launches
 
 inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
-// CTA shape for V channels per thread. Reductions get about four CTAs per multiprocessor. Elementwise passes get more,
-// each with up to eight turns of its loop, so that loading the parameters costs little.
+// Chooses the shape and number of CTAs for V channels per thread. Reductions get about four CTAs per multiprocessor.
+// Elementwise passes get more. Each of their CTAs makes up to eight turns of its loop, so that loading the parameters
+// costs little.
 template <class T>
 void plan(Args<T>& a, int v, int rows, int sms) {
   const int vectors = divide_up(a.c, v);
   int tx = 32;
   while (tx > 8 && vectors % tx != 0) tx /= 2;
-  if (vectors % tx != 0)  // it does not divide evenly: take the narrowest power of two that holds all, at most a warp
+  if (vectors % tx != 0)  // no width divides the row, so take the smallest power of two that covers it, at most a warp
     for (tx = 1; tx < vectors && tx < 32;) tx *= 2;
   a.tx = tx;
   a.columns = divide_up(vectors, tx);
@@ -69,8 +71,7 @@ __device__ __forceinline__ int valid_frames(const int64_t* lengths, int n, int t
 }
 
 // ---- statistics ----------------------------------------------------------------------------------------------------
-// Row 0 is subtracted before taking moments, so that a mean far from zero costs no precision; merge_kernel adds it
-// back.
+// Row 0 is subtracted from all rows first, so that a mean far from zero costs no precision. merge_kernel adds it again.
 
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads) stats_kernel(Args<T> a) {
@@ -88,8 +89,8 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(Args<T> a) {
 #pragma unroll
       for (int k = 0; k < kRows; ++k)
         if (row + k * height < end) y[k] = load<T, V>(a.y + (row + k * height) * a.c + c0), count += 1.f;
-      // Two passes over the loaded rows give their moments, which are merged into the running ones. This avoids E[x^2]
-      // - E[x]^2.
+      // Two passes over the loaded rows compute their mean and M2, which are merged into the running values. This avoids
+      // E[x^2] - E[x]^2, which cancels.
       const float inverse = 1.f / count;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(Args<T> a) {
       n += count;
     }
   }
-  for (int half = height / 2; half > 0; half /= 2) {  // fixed order: row ty merges row ty + half
+  for (int half = height / 2; half > 0; half /= 2) {  // in a fixed order: row ty merges row ty + half into its own
     if (ty >= half && ty < 2 * half) {
       s_n[tid] = n;
 #pragma unroll
@@ -132,7 +133,8 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(Args<T> a) {
   }
 }
 
-// Merges the partial results of 32 channels: lane l of 8 takes parts l, l + 8, ..., then the lanes merge in a tree.
+// A CTA merges the partial results of 32 channels, with 8 lanes per channel. Lane l merges parts l, l + 8, and so on.
+// Then the lanes are merged in a tree.
 template <class T, bool kMoments>
 __global__ void __launch_bounds__(kThreads) merge_kernel(Args<T> a, float* first, float* second) {
   __shared__ float s_first[kThreads], s_second[kThreads], s_n[kThreads];
@@ -196,7 +198,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Args<T> a) {
     Pack<T, V> y[kRows] = {}, residual[kRows] = {};
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
-      if (t0 + k * height < length) {  // length <= t, and a tile that ends before t is a whole number of turns
+      if (t0 + k * height < length) {  // this implies t < end: a tile that ends before the last frame has only full turns
         y[k] = load<T, V>(a.y + base + k * step);
         if constexpr (kHasResidual) residual[k] = load<T, V>(a.residual + base + k * step);
       }
@@ -205,14 +207,14 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Args<T> a) {
     for (int k = 0; k < kRows; ++k) {
       const int t = t0 + k * height;
       if (t >= end) break;
-      uint32_t keep = t < length ? ~0u : 0u;  // padding takes the same path, so no branch splits the 16-byte store
+      uint32_t keep = t < length ? ~0u : 0u;  // padding takes the same path, so that no branch splits the 16-byte store
       if (kHasDropout && t < length) keep = keep_bits<V>(base + k * step, seed, a.threshold);
       T z[V];
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         float pre = fmaf(wide(y[k][i]) - mean[i], scale[i], beta[i]);
         if constexpr (kHasResidual) pre += wide(residual[k][i]);
-        const float open = pre <= 0.f ? 0.f : kHasDropout ? pre * a.scale : pre;  // a NaN passes
+        const float open = pre <= 0.f ? 0.f : kHasDropout ? pre * a.scale : pre;  // a NaN remains a NaN
         z[i] = narrow<T>((keep >> i & 1) ? open : 0.f);
       }
       store(a.out + base + k * step, z);
@@ -222,11 +224,11 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Args<T> a) {
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-// What decides which elements let the gradient pass: if z is given, its sign (z is 0 where clipped or dropped); else
-// the sign of the pre-activation, computed again from y, and the keep bits.
+// How the kernel knows which elements pass the gradient. `z`: from the sign of z, which is 0 where ReLU or dropout made
+// it 0. `sign`: from the sign of the ReLU's input, computed again from y. `sign_dropout`: also from the dropout bits.
 enum class Gate { z, sign, sign_dropout };
 
-// Bit i is for element + i. The caller handles the padding.
+// Returns which elements pass the gradient: bit i is for element + i. The caller handles padding.
 template <class T, int V, Gate kGate>
 __device__ __forceinline__ uint32_t open_bits(const Pack<T, V>& y, const Pack<T, V>& z, const float (&mean)[V],
                                               const float (&scale)[V], const float (&beta)[V], uint64_t seed,
@@ -235,13 +237,13 @@ __device__ __forceinline__ uint32_t open_bits(const Pack<T, V>& y, const Pack<T,
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     const float sign = kGate == Gate::z ? wide(z[i]) : fmaf(wide(y[i]) - mean[i], scale[i], beta[i]);
-    open |= static_cast<uint32_t>(!(sign <= 0.f)) << i;  // a NaN lets it pass
+    open |= static_cast<uint32_t>(!(sign <= 0.f)) << i;  // the gradient also passes at a NaN
   }
   if constexpr (kGate == Gate::sign_dropout) open &= keep_bits<V>(element, seed, threshold);
   return open;
 }
 
-// partials: sum g and sum g*(y - mean); merge_kernel multiplies the second by rstd.
+// Writes the partial sums of g and of g*(y - mean). merge_kernel multiplies the second by rstd.
 template <class T, int V, Gate kGate>
 __global__ void __launch_bounds__(kThreads) reduce_kernel(Args<T> a) {
   __shared__ float s_g[V][kThreads], s_gy[V][kThreads];
@@ -267,7 +269,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(Args<T> a) {
       for (int k = 0; k < kBackwardRows; ++k) {
         const int64_t r = row + k * height;
         valid[k] = r < end;
-        if (valid[k] && a.lengths != nullptr) {  // there are fewer than 2^31 rows, so a 32-bit division will do
+        if (valid[k] && a.lengths != nullptr) {  // there are fewer than 2^31 rows, so a 32-bit division is enough
           const uint32_t n = static_cast<uint32_t>(r) / static_cast<uint32_t>(a.t);
           valid[k] = static_cast<int>(static_cast<uint32_t>(r) - n * a.t) < valid_frames(a.lengths, n, a.t);
         }
@@ -285,7 +287,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(Args<T> a) {
 #pragma unroll
         for (int i = 0; i < V; ++i) {
           const float g = wide(dz[k][i]) * a.scale;
-          const bool passes = open >> i & 1;  // selected, not multiplied: a closed element may hold a NaN
+          const bool passes = open >> i & 1;  // select instead of multiplying: where this is false, g may be a NaN
           sum_g[i] += passes ? g : 0.f;
           sum_gy[i] += passes ? g * (wide(y[k][i]) - mean[i]) : 0.f;
         }
@@ -319,7 +321,7 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(Args<T> a) {
   const int begin = tile % a.tiles * a.tile_rows, end = begin + a.tile_rows < a.t ? begin + a.tile_rows : a.t;
   if (c0 >= a.c) return;
   const int length = valid_frames(a.lengths, n, a.t);
-  const bool training = a.mean_g != nullptr;  // else dy = a*g, which is zero in the padding and uses only the sign of y
+  const bool training = a.mean_g != nullptr;  // otherwise dy = a*g: zero in padding, and y is read only for the gate
   // dy = scale*g - (flat + (y - mean)*slope)
   float mean[V] = {}, scale[V] = {}, beta[V] = {}, flat[V] = {}, slope[V] = {};
   if (training || begin < length) {
@@ -374,7 +376,8 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(Args<T> a) {
 template <class T>
 constexpr int kWidth = 16 / sizeof(T);
 
-// 16-byte access needs whole packs in a row and aligned pointers. Otherwise a thread takes one channel.
+// Whether a thread can take 16 bytes: a row must be a whole number of packs, and all pointers must be aligned.
+// Otherwise a thread takes one channel.
 template <class T>
 bool vectorised(const Args<T>& a) {
   const auto aligned = [](auto... at) { return ((reinterpret_cast<uintptr_t>(at) % 16 == 0) && ...); };
@@ -382,7 +385,7 @@ bool vectorised(const Args<T>& a) {
          aligned(a.mean, a.rstd, a.gamma, a.beta, a.mean_g, a.mean_gy);
 }
 
-// Calls f(width) with the compile-time number of channels per thread.
+// Calls f(width), where width is the number of channels per thread as a compile-time constant.
 template <class T, class F>
 void with_width(const Args<T>& a, F&& f) {
   if (vectorised(a))
@@ -399,7 +402,7 @@ void with_flag(bool flag, F&& f) {
     f(std::false_type{});
 }
 
-// Calls f(width, gate). If z is given, the seed is ignored.
+// Calls f(width, gate) with compile-time constants. If z is given, the seed is ignored.
 template <class T, class F>
 void with_gate(const Args<T>& a, F&& f) {
   with_width(a, [&](auto v) {
@@ -412,7 +415,7 @@ void with_gate(const Args<T>& a, F&& f) {
   });
 }
 
-// The most partial results that a reduction writes; gives the size of the workspace (parts, 2, C).
+// Returns the number of partial results of a reduction, which is the first size of the workspace (parts, 2, C).
 template <class T>
 int reduction_parts(Args<T> a, int rows, int sms) {
   plan(a, vectorised(a) ? kWidth<T> : 1, rows, sms);

@@ -1,11 +1,11 @@
-// What every CUDA kernel here shares: 16-byte packs, dtype conversion, Philox, the moments' merge.
-// Also compiles as host C++ with JF_EMULATE (see emulate/cuda.h), so that the kernels can be run and tested without a GPU.
+// Functions that all CUDA kernels here share: 16-byte packs, dtype conversion, Philox, merging of means and M2.
+// With JF_EMULATE this compiles as host C++ (see emulate/cuda.h), so that the kernels run and are tested without a GPU.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#ifdef __CUDACC_RTC__  // NVRTC has no standard library; what is used of it comes from CUDA's
+#ifdef __CUDACC_RTC__  // NVRTC has no C++ standard library, so take its headers from CUDA's libcu++
 #include <cuda/std/cstdint>
 #include <cuda/std/type_traits>
 #include <cuda/std/utility>
@@ -27,7 +27,7 @@ using cuda::std::int64_t, cuda::std::uint32_t, cuda::std::uint64_t, cuda::std::u
 #elif !defined(__CUDACC_RTC__)
 #include <cuda_runtime.h>
 #define JF_LAUNCH(kernel, grid, block, stream, ...) kernel<<<static_cast<unsigned>(grid), block, 0, stream>>>(__VA_ARGS__)
-// With `shared` bytes of dynamic shared memory. Errors are cudaGetLastError's.
+// A launch with `shared` bytes of dynamic shared memory. cudaGetLastError returns its error, if any.
 #define JF_LAUNCH_DYNAMIC(kernel, grid, block, shared, stream, ...)                                              \
   do {                                                                                                           \
     const auto jf_bytes = static_cast<int>(shared);                                                              \
@@ -35,14 +35,14 @@ using cuda::std::int64_t, cuda::std::uint32_t, cuda::std::uint64_t, cuda::std::u
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, jf_bytes) == cudaSuccess)      \
       kernel<<<static_cast<unsigned>(grid), block, jf_bytes, stream>>>(__VA_ARGS__);                             \
   } while (false)
-// The same where CTAs wait for each other. The caller sees to it that the GPU holds the whole grid at once.
+// A launch whose CTAs wait for each other. The caller must make sure that the whole grid fits on the GPU at once.
 #define JF_LAUNCH_TOGETHER JF_LAUNCH_DYNAMIC
 #endif
 
 namespace jf {
 
-// V consecutive elements, moved by one load or store: 16 bytes, or one element if V is 1. They stay in whole registers
-// until they are used. The stores are explicit, because the compiler would split some into single elements.
+// V consecutive elements, moved by one load or store: 16 bytes, or one element if V is 1. Elements are unpacked from
+// 32-bit registers only when they are used. Stores are written in PTX, because the compiler would split some of them.
 template <class T, int V>
 struct Pack {
   using Raw = std::conditional_t<V == 1, T, uint4>;
@@ -76,7 +76,7 @@ __device__ __forceinline__ void store(T* at, const T (&values)[V]) {
   *reinterpret_cast<typename Pack<T, V>::Raw*>(at) = raw;
 }
 
-// V channels of a parameter vector, 16 bytes at a time if V > 1.
+// Loads V channels of a parameter vector, 16 bytes at a time if V > 1.
 template <int V>
 __device__ __forceinline__ void load_floats(float (&out)[V], const float* at) {
   constexpr int kPack = V == 1 ? 1 : 4;
@@ -101,7 +101,7 @@ __device__ __forceinline__ __half narrow<__half>(float x) { return __float2half_
 template <>
 __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
-// Philox4x32-10 (Salmon et al., SC 2011) at the 64-bit counter; the definition is kernels/philox.py.
+// Philox4x32-10 (Salmon et al., SC 2011) at a 64-bit counter. kernels/philox.py is the definition.
 __device__ __forceinline__ void philox(uint64_t counter, uint64_t seed, uint32_t (&word)[4]) {
   uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
@@ -118,8 +118,8 @@ __device__ __forceinline__ void philox(uint64_t counter, uint64_t seed, uint32_t
   word[0] = c0, word[1] = c1, word[2] = c2, word[3] = c3;
 }
 
-// Keep bits of the V elements from `element` on; bit i is for element + i. V is 1 or a multiple of 4 that divides
-// `element`, so one Philox call serves four elements.
+// Returns which of the V elements from `element` on dropout keeps: bit i is for element + i. V is 1 or a multiple of 4
+// that divides `element`, so that one Philox call serves four elements.
 template <int V>
 __device__ __forceinline__ uint32_t keep_bits(uint64_t element, uint64_t seed, uint32_t threshold) {
   static_assert(V == 1 || V % 4 == 0);
@@ -128,7 +128,7 @@ __device__ __forceinline__ uint32_t keep_bits(uint64_t element, uint64_t seed, u
   for (int i = 0; i < V; i += 4) {
     philox((element + i) >> 2, seed, word);
     if constexpr (V == 1) {
-      const uint32_t j = element & 3;  // a select, not an index: word[] stays in registers
+      const uint32_t j = element & 3;  // selecting, instead of indexing by j, keeps word[] in registers
       const uint32_t w = j == 0 ? word[0] : j == 1 ? word[1] : j == 2 ? word[2] : word[3];
       bits = w >= threshold;
     } else {
@@ -139,7 +139,7 @@ __device__ __forceinline__ uint32_t keep_bits(uint64_t element, uint64_t seed, u
   return bits;
 }
 
-// Merges (nb, mean_b, m2_b) into (n, mean, m2) by Chan's formula, without updating n; changes nothing if nb is 0.
+// Merges (nb, mean_b, m2_b) into (n, mean, m2) by Chan's formula, without updating n. Changes nothing if nb is 0.
 __device__ __forceinline__ void merge_moments(float n, float& mean, float& m2, float nb, float mean_b, float m2_b) {
   if (nb == 0.f) return;
   const float d = mean_b - mean, share = nb / (n + nb);

@@ -1,6 +1,6 @@
-// The convs' kernels behind a C interface without torch, which kernels/conv1d/cuda_launch.py calls. Each function launches
-// one kernel on the current device and returns null, or what went wrong. dtypes: 0 fp32, 1 fp16, 2 bf16.
-// With JF_EMULATE this file is host C++, and the kernels run where they are called.
+// A C interface to the conv kernels, without torch. kernels/conv1d/cuda_launch.py calls it. Each function launches one
+// kernel on the current device and returns null or an error message. dtypes: 0 fp32, 1 fp16, 2 bf16.
+// With JF_EMULATE this file is host C++, and a kernel has run when its function returns.
 #include "conv1d_launch.cuh"
 
 namespace {
@@ -10,7 +10,7 @@ using conv::Launch;
 
 constexpr const char* kUnknown = "the cuda face has no kernel for this tile and dtype on this GPU";
 
-// What came of `launch`, which says whether there is such a kernel.
+// Calls `launch`, which returns whether there is such a kernel, and returns null or an error message.
 template <class F>
 const char* result(F&& launch) {
   bool known = true;
@@ -46,7 +46,7 @@ bool with_dtype(int dtype, F&& f) {
 
 #define JF_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Bytes of the two structs of arguments, which kernels/conv1d/cuda_args.py must agree on.
+// Tells the sizes in bytes of the two structs of arguments. Those in kernels/conv1d/cuda_args.py must be equal.
 JF_EXPORT void jf_conv1d_sizes(int* args, int* wgrad_args) {
   *args = sizeof(conv::Args), *wgrad_args = sizeof(conv::WgradArgs);
 }

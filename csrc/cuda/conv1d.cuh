@@ -1,60 +1,64 @@
-// What the conv kernels share: their arguments, the pack of a weight, panels of activations in shared memory, tiles.
+// What the conv kernels share: their arguments, tiles, panels of activations in shared memory, and the pack of a weight.
 //
-// A panel holds 64 channels of the rows that a tile reads, as [parity][C/8][row][8 channels]: 16-byte cells. Row r of
-// parity q is frame `first + r*stride + q`, so that a tap is a shift in rows. Rows beyond an utterance and channels
-// beyond C are zeros. A pack holds the weight as images of 64 x 64 channels, [C_in/8][C_out][8 of C_in], so that either
-// side can be reduced: (tap, block of C_in, block of C_out, image), both numbers of blocks even, zeros in the rest.
+// A *panel* has 64 channels of the rows that a tile reads, in cells of 16 bytes: [parity][C/8][row][8 channels]. Row r of
+// parity q is frame `first + r*stride + q`, so that a tap is a shift in rows. Rows outside an utterance and channels
+// beyond C are zeros.
+//
+// A *pack* has the weight as *images* of 64 x 64 channels, [C_in/8][C_out][8 of C_in], so that a kernel can reduce over
+// C_in or over C_out. Its order is (tap, block of C_in, block of C_out, image). Both numbers of blocks are even, and
+// blocks are filled up with zeros.
 #pragma once
 
 #include "ptx.cuh"
 
 namespace jf::conv {
 
-constexpr int kChunk = 64, kCells = kChunk / 8;      // channels of a panel and of an image's side
-constexpr int kImage = kChunk * kChunk;              // elements of an image: 8 KB
+constexpr int kChunk = 64, kCells = kChunk / 8;      // channels of a panel and of an image's side; cells per row
+constexpr int kImage = kChunk * kChunk;              // elements of an image, which are 8 KB
 constexpr int kOut = 128;                            // output channels of a tile: two images
-constexpr int kSlab = 32;                            // frames that pass the epilogue at a time
+constexpr int kSlab = 32;                            // frames that the epilogue handles at a time
 
 enum Mode : int { kPlain = 0, kStats = 1, kNorm = 2, kLogSoftmax = 3 };
-// Whether the kernel is one of inference, whose launches may overlap: it waits for the launch before it.
+// Whether the kernel serves inference, where a launch may begin before the launch before it has ended. It then waits.
 template <int MODE, bool TRANSPOSED>
 constexpr bool kChained = !TRANSPOSED && (MODE == kPlain || MODE == kLogSoftmax);
-enum Source : int { kCell16 = 0, kElement = 1, kFloat = 2 };  // how activations are read: cells, or elements of T or fp32
+// How activations are read: in cells of 16 bytes, in single elements of T, or in single fp32 elements.
+enum Source : int { kCell16 = 0, kElement = 1, kFloat = 2 };
 
-// One operand whose channels are reduced: activations (N, T, C) and the pack that they meet.
+// Activations (N, T, C), and the pack of the weight with which they are multiplied.
 struct Operand {
   const void *x, *pack;
   int64_t item, row, channel;  // strides of x, in elements
   int channels, blocks_in, blocks_out, source;
 };
 
-// Weights that the launch after this one reads.
+// Weights that the next launch will read.
 struct Ahead {
   const void* at;
   int64_t bytes;
 };
 
 struct Args {
-  Operand main, panes;                       // panes: one tap at the output's own frames; no channels: none
-  const int64_t *in_lengths, *out_lengths;   // null: all frames
-  int64_t* lengths_out;                      // receives the output lengths of in_lengths
+  Operand main, panes;                       // panes: a 1x1 conv at the output's frames; without any, channels is 0
+  const int64_t *in_lengths, *out_lengths;   // null: no padding
+  int64_t* lengths_out;                      // if not null, receives the output lengths that follow from in_lengths
   void* out;
   const float* bias;
-  float *part_a, *part_b;                    // (tiles, C_out): mean and M2, or the sums of g and g*yhat
-  const void *y, *z;                         // kNorm: dense, of the shape of out
+  float *part_a, *part_b;                    // (tiles, C_out): mean and M2 (kStats), or the sums of g and g*yhat (kNorm)
+  const void *y, *z;                         // for kNorm: contiguous, with the shape of out
   const float *mean, *rstd;
-  float* shares;                             // (tiles, splits, frames of a tile, kOut) partial sums
-  int* arrived;                              // (tiles): zero before and after
+  float* shares;                             // (tiles, splits, frames of a tile, kOut): partial sums of the splits
+  int* arrived;                              // (tiles): counters, which are zero before and after a launch
   int64_t out_item, out_row;
   float scale;
   int batch, frames, frames_out, c_out, taps, stride, padding, dilation;
-  int relu, masked, out_vector;              // out_vector: rows of out take 16-byte stores
-  int t_blocks, o_blocks, splits, panels_kept, stages;  // the last two: places for panels, and on sm_90a for weights
-  Ahead ahead[2];                            // null: none
+  int relu, masked, out_vector;              // out_vector: 16-byte stores to out are possible
+  int t_blocks, o_blocks, splits, panels_kept, stages;  // the last two: buffers for panels, and on sm_90a for weights
+  Ahead ahead[2];                            // at is null and bytes is 0 if there are none
 };
 
-// f(0) .. f(N - 1) with compile-time arguments. Accumulators are indexed by constants only, or the compiler moves them to
-// local memory.
+// Calls f(0) .. f(N - 1) with compile-time constants. Accumulators must be indexed by constants, because the compiler
+// would otherwise move them to local memory.
 template <class F, int... I>
 __device__ __forceinline__ void static_for(std::integer_sequence<int, I...>, F&& f) {
   (f(std::integral_constant<int, I>{}), ...);
@@ -66,29 +70,30 @@ __device__ __forceinline__ void static_for(F&& f) {
 
 inline __host__ __device__ int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-// Blocks of 64 channels of a pack's side.
+// The number of blocks of 64 channels on one side of a pack.
 inline __host__ __device__ int pack_blocks(int channels) { return divide_up(channels, kOut) * 2; }
 
-// Rows of one parity of a panel for `block` frames; odd, so that the eight cells of a row lie in eight bank groups.
+// The number of rows of one parity of a panel for `block` frames. It is odd, so that the eight cells of a row lie in
+// eight different groups of banks.
 inline __host__ __device__ int panel_rows(int block, int taps, int dilation, int stride) {
   return (block + (taps - 1) * dilation / stride) | 1;
 }
 
 inline __host__ __device__ int panel_bytes(int rows, int stride) { return stride * kCells * rows * 16; }
 
-// The frames and channels of one CTA's work, and which steps of the reduction it has: chunks of 64 channels, inside them
-// the taps; the panes' chunks come last, one step each.
+// The frames and channels of the output that a CTA computes, and its steps of the reduction. A step is one tap of one
+// chunk of 64 channels. Taps are the inner loop. The chunks of the panes come last, with one step each.
 struct Tile {
   int index;  // (n, block of frames)
   int n, t0, o0, split;
-  int limit, limit_panes, end;  // inputs, the panes' inputs and outputs at or beyond these frames are zero
-  int stop;                     // the tile's frames end here
-  int main_steps, begin, count;
+  int limit, limit_panes, end;  // inputs, inputs of the panes, and outputs are zero from these frames on
+  int stop;                     // the frame after the tile's last
+  int main_steps, begin, count;  // steps of the conv; this split's first step and number of steps
 
-  // told: whether lengths may be read. Without them the tile is one of whole utterances.
+  // told: whether lengths may be read yet. If not, the tile is computed as if there were no padding.
   __device__ __forceinline__ Tile(const Args& a, int block, int id, bool told = true) {
     split = id % a.splits, id /= a.splits;
-    o0 = id % a.o_blocks * kOut;  // channels innermost: neighbours share their frames in L2
+    o0 = id % a.o_blocks * kOut;  // channels vary fastest, so that neighbouring CTAs share their frames in L2
     index = id / a.o_blocks;
     n = index / a.t_blocks;
     t0 = index % a.t_blocks * block;
@@ -117,15 +122,15 @@ struct Tile {
     count = steps - begin < share ? steps - begin : share;
   }
 
-  // Whether both have the same steps of the reduction.
+  // Whether both tiles have the same steps of the reduction.
   __device__ __forceinline__ bool same_steps(const Tile& other) const {
     return main_steps == other.main_steps && begin == other.begin && count == other.count;
   }
 };
 
-// One step of a tile: which chunk of which operand, and which tap.
+// One step of a tile: one tap of one chunk, of the conv's or of the panes' input.
 struct Step {
-  int chunk, tap;  // chunks count through both operands
+  int chunk, tap;  // chunks of the panes are counted after those of the conv
   bool panes;
 
   __device__ __forceinline__ Step(const Args& a, const Tile& tile, int i) {
@@ -136,20 +141,20 @@ struct Step {
     tap = panes ? 0 : i % a.taps;
   }
 
-  // The next step, without a division.
+  // Moves to the next step, without a division.
   __device__ __forceinline__ void advance(const Args& a, const Tile& tile) {
     if (!panes && ++tap < a.taps) return;
     tap = 0, ++chunk;
     panes = chunk * a.taps >= tile.main_steps;
   }
 
-  // This chunk's place among those of its operand.
+  // The index of this chunk in its operand.
   __device__ __forceinline__ int part(const Args& a, const Tile& tile) const {
     return panes ? chunk - tile.main_steps / a.taps : chunk;
   }
 };
 
-// One 16-byte cell of activations from elements that are not 16-byte neighbours, or fp32.
+// Gathers one 16-byte cell of activations from single elements of T or fp32.
 template <class T>
 __device__ __forceinline__ uint4 gather(const Operand& x, int64_t at, int channel) {
   T values[8];
@@ -166,10 +171,10 @@ __device__ __forceinline__ uint4 gather(const Operand& x, int64_t at, int channe
   return cell;
 }
 
-// `count` threads, of which this is `thread`, copy a panel of chunk `part` into shared memory at `to`: row r of parity q
-// holds frame first + r*step + q of utterance n, zeros where that is outside [0, limit). ASYNC: cells go by copy_async,
-// which the caller commits; the others, and all without ASYNC, are stored when this returns. `parities`: how many of
-// them are copied; 0 is all, `step`.
+// Copies a panel of chunk `part` into shared memory at `to`, by `count` threads, of which this is number `thread`. Row r
+// of parity q becomes frame first + r*step + q of utterance n, or zeros if that is outside [0, limit). With ASYNC, cells
+// are copied by copy_async, which the caller commits. Gathered cells, and all cells without ASYNC, are stored when this
+// returns. `parities` of the `step` parities are copied, or all if it is 0.
 template <class T, bool ASYNC>
 __device__ __forceinline__ void load_panel(const Operand& x, uint32_t to, int n, int part, int first, int step, int rows,
                                            int limit, int thread, int count, int parities = 0) {
@@ -193,8 +198,8 @@ __device__ __forceinline__ void load_panel(const Operand& x, uint32_t to, int n,
     }
 }
 
-// The two images, 64 output channels each, that step `s` of the tile needs: their places in the pack. TRANSPOSED reduces
-// over C_out and takes the taps in reverse (the gradient of x).
+// Returns where the pack has image `half` of the two (64 output channels each) that step `s` of the tile needs. With
+// TRANSPOSED, for the gradient of x, the reduction is over C_out and the taps are in reverse.
 template <class T, bool TRANSPOSED>
 __device__ __forceinline__ const T* image(const Args& a, const Tile& tile, const Step& s, int half) {
   const Operand& x = s.panes ? a.panes : a.main;
@@ -204,7 +209,7 @@ __device__ __forceinline__ const T* image(const Args& a, const Tile& tile, const
   return static_cast<const T*>(x.pack) + at * kImage;
 }
 
-// One thread asks for this CTA's part of the next launch's weights in L2.
+// One thread prefetches this CTA's part of the next launch's weights into L2.
 __device__ __forceinline__ void prefetch_ahead(const Args& a) {
   constexpr int64_t kPiece = kImage * 2;
   for (const Ahead& next : a.ahead) {
@@ -217,8 +222,8 @@ __device__ __forceinline__ void prefetch_ahead(const Args& a) {
 
 constexpr int kPackThreads = 256;
 
-// One CTA packs one image of every tap: w (C_out, C_in, K) of type W, contiguous, into pack of type T. Reads w and writes
-// the pack once.
+// Packs w (C_out, C_in, K), contiguous and of type W, into `pack` of type T. One CTA writes one image of every tap. w is
+// read once and the pack is written once.
 template <class W, class T>
 __global__ void __launch_bounds__(kPackThreads) pack_kernel(const W* w, T* pack, int c_out, int c_in, int taps) {
   const int blocks_in = pack_blocks(c_in), blocks_out = pack_blocks(c_out);

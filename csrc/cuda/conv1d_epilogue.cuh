@@ -1,22 +1,27 @@
-// What follows the reduction, on every architecture: a tile's sums pass through shared memory in slabs of 32 frames.
+// The epilogue of all inner loops: what is done with a tile's sums, which come through shared memory in slabs of 32
+// frames.
 //
-//   kPlain       out = mask(relu(sum + bias))                 kLogSoftmax   out = mask(log-softmax(sum + bias)), fp32
-//   kStats       out = sum; mean and M2 of the tile's sums    kNorm         out = g, sums of g and g*yhat (see reference.py)
+//   kPlain       out = mask(relu(sum + bias))
+//   kLogSoftmax  out = mask(log-softmax(sum + bias)), in fp32
+//   kStats       out = sum; also mean and M2 of the tile's sums
+//   kNorm        out = g; also the sums of g and g*yhat (see dgrad_bn in kernels/conv1d/reference.py)
 //
-// A thread owns 8 neighbouring channels (16 bytes) of every (threads/16)th frame. Bytes: out once; kNorm reads y and z.
+// A thread owns 8 neighbouring channels (16 bytes) of every (threads/16)th frame. It writes out once. kNorm also reads y
+// and z once.
 #pragma once
 
 #include "conv1d.cuh"
 
 namespace jf::conv {
 
-// Floats from one frame of a slab to the next; both keep the stores of their loop free of bank conflicts.
+// The distance in floats from one frame of a slab to the next. With these, the stores of each loop have no bank
+// conflicts.
 constexpr int kPitchMma = kOut + 8, kPitchWgmma = kOut + 4;
 constexpr int kStagingBytes = kSlab * kPitchMma * 4;
 
 template <class T, int MODE, int THREADS, int PITCH>
 class Epilogue {
-  static constexpr int kLanes = THREADS / 16, kRows = kSlab / kLanes;  // frames side by side; of a thread in a slab
+  static constexpr int kLanes = THREADS / 16, kRows = kSlab / kLanes;  // frames handled at once; frames of a thread
   static constexpr bool kBiased = MODE == kPlain || MODE == kLogSoftmax;
   static_assert((16 * (THREADS + 4) + kLanes) * 4 <= kSlab * PITCH * 4);
 
@@ -29,7 +34,7 @@ class Epilogue {
       bias_[i] = kBiased && a.bias != nullptr && channel + i < a.c_out ? a.bias[channel + i] : 0.f;
   }
 
-  // Frames t0 + at .. t0 + at + 31 of the tile, whose sums lie at `staging`.
+  // Finishes frames t0 + at .. t0 + at + 31 of the tile, whose sums are in `staging`.
   __device__ __forceinline__ void slab(const float* staging, int at) {
     float v[kRows][8];
 #pragma unroll
@@ -49,7 +54,7 @@ class Epilogue {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           if (kBiased) v[j][i] += bias_[i];
-          if (kBiased && a_.relu && v[j][i] <= 0.f) v[j][i] = 0.f;  // a NaN passes
+          if (kBiased && a_.relu && v[j][i] <= 0.f) v[j][i] = 0.f;  // a NaN remains a NaN
         }
         if constexpr (MODE == kLogSoftmax) log_softmax(v[j]);
         if (t >= tile_.end)
@@ -60,11 +65,12 @@ class Epilogue {
     }
   }
 
-  // The tile's partial results, once all slabs have passed; `scratch` is the staging, `sync` a barrier of these threads.
+  // Writes the tile's partial results, after all slabs. `scratch` is the staging memory, `sync` a barrier of these
+  // threads.
   template <class Sync>
   __device__ __forceinline__ void finish(float* scratch, Sync&& sync) {
     if constexpr (MODE != kStats && MODE != kNorm) return;
-    constexpr int kWidth = THREADS + 4;  // of a row with one value of each thread: no bank conflicts, written or read
+    constexpr int kWidth = THREADS + 4;  // a row has one value per thread; with 4 more there are no bank conflicts
     float* counts = scratch + 16 * kWidth;
     sync();
 #pragma unroll
@@ -87,7 +93,7 @@ class Epilogue {
       a_.part_a[at] = first;
       a_.part_b[at] = MODE == kNorm ? second * a_.rstd[channel] : second;
     }
-    sync();  // the staging may be written again
+    sync();  // from here on the staging memory may be written again
   }
 
  private:
@@ -100,7 +106,7 @@ class Epilogue {
     for (int i = 0; i < 8; ++i) {
       float mean = 0.f, m2 = 0.f;
 #pragma unroll
-      for (int j = 0; j < kRows; ++j) mean += j < n ? v[j][i] : 0.f;  // the frames that exist come first
+      for (int j = 0; j < kRows; ++j) mean += j < n ? v[j][i] : 0.f;  // a thread's first n frames exist
       mean /= n;
 #pragma unroll
       for (int j = 0; j < kRows; ++j) m2 += j < n ? (v[j][i] - mean) * (v[j][i] - mean) : 0.f;
@@ -109,7 +115,7 @@ class Epilogue {
     count_ += n;
   }
 
-  // dz to g, and what it adds to the two sums.
+  // Turns dz into g, and adds to the sums of g and g*(y - mean).
   __device__ __forceinline__ void gradient(float (&v)[8], int t) {
     const int channel = tile_.o0 + group_ * 8;
     const int64_t at = (static_cast<int64_t>(tile_.n) * a_.frames_out + t) * a_.c_out + channel;
@@ -125,7 +131,7 @@ class Epilogue {
     for (int i = 0; i < 8; ++i) {
       const bool alive = t < end && channel + i < a_.c_out;
       if (alive && !whole) y[i] = static_cast<const T*>(a_.y)[at + i], z[i] = static_cast<const T*>(a_.z)[at + i];
-      if (alive && !(wide(z[i]) <= 0.f)) {  // a NaN passes
+      if (alive && !(wide(z[i]) <= 0.f)) {  // the gradient also passes at a NaN
         v[i] *= a_.scale;
         first_[i] += v[i];
         second_[i] = fmaf(v[i], wide(y[i]) - a_.mean[channel + i], second_[i]);
@@ -135,7 +141,7 @@ class Epilogue {
     }
   }
 
-  // Over the channels of one frame, which 16 neighbouring lanes hold.
+  // Log-softmax over the channels of one frame, which are in 16 neighbouring lanes.
   __device__ __forceinline__ void log_softmax(float (&v)[8]) {
     const int channels = a_.c_out - group_ * 8;
     float top = -INFINITY, sum = 0.f;
@@ -182,8 +188,9 @@ class Epilogue {
 
 constexpr int kMergeThreads = 256, kMergeChannels = 32, kMergeLanes = kMergeThreads / kMergeChannels;
 
-// Tiles' (tiles, C) partials to C results, in a fixed order: lane l takes every kMergeLanes-th tile, the lanes are merged
-// one after the other. block: frames of a tile; stats: mean and M2 by Chan's formula, else two sums.
+// Merges the partial results of all tiles, (tiles, C), to C results in a fixed order. Lane l merges tiles l, l +
+// kMergeLanes and so on, then the lanes are merged one after the other. With `stats` the results are mean and M2, by
+// Chan's formula, otherwise two sums. `block` is the number of frames of a tile.
 __global__ void __launch_bounds__(kMergeThreads)
     merge_kernel(const float* part_a, const float* part_b, float* a, float* b, int tiles, int t_blocks, int block,
                  int frames, int c, int stats) {

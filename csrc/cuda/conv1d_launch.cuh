@@ -1,8 +1,8 @@
-// Which instance of the conv kernels runs, and its launch. How the work is cut is planned in Python
+// Selects and launches an instance of the conv kernels. Tiles and grids are planned in Python
 // (kernels/conv1d/cuda_tiles.py), for this library, for NVRTC and for the emulation alike.
 //
-// `loop` is the inner loop: 75 mma.sync m16n8k8, 80 mma.sync m16n8k16 with cp.async, 90 wgmma (its gradient of the weight at a
-// stride is that of 80).
+// `loop` is the inner loop: 75 is mma.sync m16n8k8, 80 is mma.sync m16n8k16 with cp.async, 90 is wgmma. A GPU of loop 90
+// uses loop 80 for the gradient of the weight of a conv with a stride.
 #pragma once
 
 #include "conv1d_mma.cuh"
@@ -13,7 +13,7 @@ namespace jf::conv {
 
 constexpr int kStages75 = 2, kStages80 = 3;
 
-// What an architecture does not run is not compiled for it.
+// For each architecture, compile only the loops that it runs. Host code and the emulation have all of them.
 #ifdef __CUDA_ARCH__
 #if __CUDA_ARCH__ >= 800
 #define JF_CONV_HAS_75 0
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kMmaThreads, 1) conv_75(const __grid_constant_
 #if JF_CONV_HAS_75
   mma_conv<T, MODE, BLOCK, kStages75, false, false, TRANSPOSED>(a);
 #else
-  __trap();  // code of another architecture: results must not be left unwritten
+  __trap();  // compiled for another architecture: trap, so that unwritten results are not used
 #endif
 }
 
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kMmaThreads, 1) conv_80(const __grid_constant_
 #if JF_CONV_HAS_80
   mma_conv<T, MODE, BLOCK, kStages80, true, true, TRANSPOSED>(a);
 #else
-  __trap();  // code of another architecture: results must not be left unwritten
+  __trap();  // compiled for another architecture: trap, so that unwritten results are not used
 #endif
 }
 
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) conv_90(const __grid_constan
 #if JF_CONV_HAS_90
   wgmma_conv<T, MODE, FRAMES, TRANSPOSED>(a);
 #else
-  __trap();  // code of another architecture: results must not be left unwritten
+  __trap();  // compiled for another architecture: trap, so that unwritten results are not used
 #endif
 }
 
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kWgradThreads, 1) wgrad_75(const __grid_consta
 #if JF_CONV_HAS_75
   wgrad<T, TAPS, kStages75, false, false>(a);
 #else
-  __trap();  // code of another architecture: results must not be left unwritten
+  __trap();  // compiled for another architecture: trap, so that unwritten results are not used
 #endif
 }
 
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kWgradThreads, 1) wgrad_80(const __grid_consta
 #if !JF_CONV_HAS_75 || !defined(__CUDA_ARCH__)
   wgrad<T, TAPS, kStages80, true, true>(a);
 #else
-  __trap();  // code of another architecture: results must not be left unwritten
+  __trap();  // compiled for another architecture: trap, so that unwritten results are not used
 #endif
 }
 
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kWgrad90Threads, 1) wgrad_90(const __grid_cons
 #if JF_CONV_HAS_90
   wgrad_wgmma<T, TAPS>(a);
 #else
-  __trap();  // code of another architecture: results must not be left unwritten
+  __trap();  // compiled for another architecture: trap, so that unwritten results are not used
 #endif
 }
 
@@ -95,13 +95,13 @@ struct Launch {
   void* stream;
 };
 
-// Whether a launch of this thread met code of another architecture than it asked for.
+// Whether a launch by this thread found that the kernel's code was compiled for another architecture than it needs.
 inline bool& foreign() {
   static thread_local bool met = false;
   return met;
 }
 
-// The inner loop that code for this compute capability (90 is 9.0) holds.
+// The inner loop that is compiled for this compute capability (90 is 9.0).
 inline int loop_of(int capability) { return capability / 10 == 9 ? 90 : capability >= 80 ? 80 : 75; }
 
 template <class... P, class... A>
@@ -110,10 +110,10 @@ void run(const Launch& l, int threads, void (*kernel)(P...), const A&... args) {
   emulated_early(l.early);
   launch_emulated(l.grid, threads, l.shared, l.cooperative ? 0 : emulated_resident(), [&] { kernel(args...); });
 #else
-  cudaFuncAttributes found;  // of PTX that the driver compiled for a newer GPU ptxVersion tells whose kernel it is
+  cudaFuncAttributes found;  // ptxVersion is the architecture that the PTX was made for, also if the GPU is newer
   if (cudaFuncGetAttributes(&found, kernel) != cudaSuccess) return;
   const int of = loop_of(found.ptxVersion);
-  if (l.loop != 0 && of != l.loop && !(l.loop == 80 && of == 90)) {  // sm_90a runs wgrad_80 too
+  if (l.loop != 0 && of != l.loop && !(l.loop == 80 && of == 90)) {  // sm_90a also has wgrad_80
     foreign() = true;
     return;
   }
@@ -126,13 +126,13 @@ void run(const Launch& l, int threads, void (*kernel)(P...), const A&... args) {
   cudaLaunchConfig_t config{};
   config.gridDim = l.grid, config.blockDim = threads, config.dynamicSmemBytes = l.shared;
   config.stream = static_cast<cudaStream_t>(l.stream), config.attrs = how;
-  config.numAttrs = l.early && found.ptxVersion >= 90 ? 2 : 1;  // code for an older architecture does not wait
+  config.numAttrs = l.early && found.ptxVersion >= 90 ? 2 : 1;  // code for older architectures has no grid wait
   cudaLaunchKernelEx(&config, kernel, P(args)...);
 #endif
 }
 
-// Whether the instances of a loop are compiled. JF_FEW names one: tests of mutated sources, which compile often, take its
-// smallest tiles alone.
+// Whether the instances of a loop are compiled. Tests of mutated sources compile often, so they define JF_FEW as one
+// loop. Only the instances of that loop with the smallest tiles are then compiled.
 #ifdef JF_FEW
 constexpr bool kFew = true;
 constexpr bool has(int loop) { return loop == JF_FEW; }
@@ -141,7 +141,7 @@ constexpr bool kFew = false;
 constexpr bool has(int) { return true; }
 #endif
 
-// The instance for tiles of `block` frames; false where there is none.
+// Launches the instance for tiles of `block` frames. Returns false if there is none.
 template <int MODE, bool TRANSPOSED, class T>
 bool launch_block(const Launch& l, int block, const Args& a) {
   if constexpr (has(90) && !kFew) {

@@ -1,12 +1,13 @@
-// The conv as shifted products on `mma.sync`: sm_75 (m16n8k8, loads staged in registers) and sm_80 on (m16n8k16,
-// cp.async); forward, gradient of x and inference are one kernel (see conv1d.cuh and conv1d_epilogue.cuh).
+// The conv as products of shifted panels on `mma.sync`. sm_75 uses m16n8k8 and loads through registers, sm_80 and later
+// use m16n8k16 and cp.async. One kernel serves forward, the gradient of x and inference (see conv1d.cuh and
+// conv1d_epilogue.cuh).
 //
 //     out[t, o] = sum_chunk sum_k panel_chunk[t*stride + k*dilation, :] @ image[k, chunk, o]  [+ panes]
 //
-// A CTA of 4 warps owns BLOCK frames of one utterance by 128 output channels; a warp has half of each. Frames are the
-// rows of the product (M), so the sums are channel-contiguous. Each step multiplies 64 channels of one tap. A panel is
-// loaded once for a chunk and read K times; weights come in STAGES of 16 KB, STAGES - 1 steps ahead. Bytes from L2 for a
-// step: 16 KB of weights and 1/K of a panel, for BLOCK*128*64 products.
+// A CTA of 4 warps owns BLOCK frames of one utterance by 128 output channels, and a warp owns half of each. Frames are
+// the rows of the product (M), so the channels of a sum are contiguous. Each step multiplies 64 channels of one tap. A
+// panel is loaded once per chunk and read K times. Weights have STAGES buffers of 16 KB and are loaded STAGES - 1 steps
+// ahead. A step reads 16 KB of weights and 1/K of a panel from L2, for BLOCK*128*64 products.
 #pragma once
 
 #include "conv1d_epilogue.cuh"
@@ -16,10 +17,10 @@ namespace jf::conv {
 constexpr int kMmaThreads = 128;
 constexpr int kWeightBytes = kOut * kChunk * 2;
 
-// A tile's sums through the epilogue, a slab at a time; `put(slab)` fills the staging, `take(slab)` is the epilogue. Where
-// `splits` CTAs share a tile's reduction, each leaves its partial sums in global memory, waits for the others, and takes
-// every `splits`-th slab, in which it adds the partials in the order of the splits. All splits of a tile must be on the
-// device at once.
+// Passes a tile's sums through the epilogue, one slab at a time: `put(f)` writes each slab to the staging memory and calls
+// f(slab), `take(slab)` is the epilogue. If `splits` CTAs share a tile's reduction, each writes its partial sums to global
+// memory and waits for the others. Then it finishes every `splits`-th slab, and adds the partial sums in the order of the
+// splits. All splits of a tile must be on the device at once.
 template <int THREADS, int PITCH, int SLABS, class Put, class Take, class Sync>
 __device__ __forceinline__ void through_slabs(const Args& a, int64_t tile, int split, float* staging, int thread, Put&& put,
                                               Take&& take, Sync&& sync) {
@@ -57,13 +58,13 @@ __device__ __forceinline__ void through_slabs(const Args& a, int64_t tile, int s
     take(s);
     sync();
   }
-  // the last to leave sets the counter back for the next launch
+  // the last CTA to finish resets the counter for the next launch
   if (thread == 0 && ptx::add_release(arrived, 1) == 2 * a.splits - 1) *arrived = 0;
 }
 
 template <class T, int BLOCK, int STAGES, bool ASYNC, bool WIDE, bool TRANSPOSED>
 class MmaTile {
-  static constexpr int kRowTiles = BLOCK / 32, kColumnTiles = 8;  // of 16 and of 8, in a warp's BLOCK/2 x 64
+  static constexpr int kRowTiles = BLOCK / 32, kColumnTiles = 8;  // a warp's BLOCK/2 x 64 sums, in tiles of 16 x 8
   static constexpr int kHeld = kWeightBytes / 16 / kMmaThreads;   // cells of weights that a thread copies in a step
 
  public:
@@ -72,7 +73,7 @@ class MmaTile {
         lane_(threadIdx.x % 32), panels_(ptx::shared_address(ptx::arena())),
         panel_bytes_(panel_bytes(rows_, a.stride)), weights_(panels_ + a.panels_kept * panel_bytes_), ahead_(a, tile, 0) {}
 
-  // All steps of the tile; afterwards the sums are in registers and the shared memory is free.
+  // Runs all steps of the tile. Afterwards the sums are in registers and the shared memory is free.
   __device__ __forceinline__ void run() {
     if (tile_.count == 0) return;
     Step step(a_, tile_, 0);
@@ -89,7 +90,8 @@ class MmaTile {
     for (int i = 0; i < tile_.count; ++i) {
       const int slot = place(step.chunk);
       if constexpr (ASYNC) {
-        // groups 0 .. i + STAGES - 2 are committed; weights of step i are in group i, a chunk's panel may be in a later one
+        // Groups 0 .. i + STAGES - 2 are committed. The weights of step i are in group i, but the panel may be in a later
+        // group.
         if ((slot == 0 ? panel_group_ : odd_panel_group_) > i)
           ptx::copy_wait<0>();
         else
@@ -111,7 +113,7 @@ class MmaTile {
     __syncthreads();
   }
 
-  // Each slab of the tile into the staging, then take(slab).
+  // Writes each slab of the tile to the staging memory, then calls take(slab).
   template <class Take>
   __device__ __forceinline__ void put(float* staging, Take&& take) {
     constexpr int kOfWarp = BLOCK / 2 / kSlab;
@@ -134,16 +136,16 @@ class MmaTile {
   }
 
  private:
-  // The place, one of one or two, of a chunk's panel.
+  // The buffer of a chunk's panel: 0, or 0 and 1 in turn if there are two.
   __device__ __forceinline__ int place(int chunk) const { return (chunk - first_chunk_) & (a_.panels_kept - 1); }
 
-  // Panels whose steps come within STAGES - 1 and whose place is free while chunk `current` is read.
+  // Loads the panels that are needed within STAGES - 1 steps and whose buffer is free while chunk `current` is read.
   __device__ __forceinline__ void load_due_panels(int current) {
     while (next_panel_ <= ahead_.chunk && next_panel_ <= last_chunk_ && next_panel_ < current + a_.panels_kept) {
       Step s(ahead_);
       s.chunk = next_panel_, s.panes = next_panel_ * a_.taps >= tile_.main_steps;
       const uint32_t to = panels_ + place(next_panel_) * panel_bytes_;
-      if (s.panes)  // one tap, at the output's frames
+      if (s.panes)  // one tap at the output's frames
         load_panel<T, ASYNC>(a_.panes, to, tile_.n, s.part(a_, tile_), tile_.t0, 1, rows_, tile_.limit_panes, threadIdx.x,
                              kMmaThreads);
       else
@@ -154,7 +156,7 @@ class MmaTile {
     }
   }
 
-  // Begins the copies of step i's weights and of the panels that are due, as one group.
+  // Starts copying the weights of step i and the panels that are due, as one group.
   __device__ __forceinline__ void issue(int i, int current) {
     load_due_panels(current);
     if (i < tile_.count) {
@@ -172,7 +174,7 @@ class MmaTile {
     ++groups_;
   }
 
-  // Without cp.async: the next step's weights to registers, and from there to their place in shared memory.
+  // Without cp.async: hold() loads the next step's weights into registers, and land() stores them to shared memory.
   __device__ __forceinline__ void hold() {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -195,7 +197,7 @@ class MmaTile {
     const int matrix = lane_ / 8, row = lane_ % 8;
     const uint32_t from = panel + (parity * kCells * rows_ + warp_ / 2 * (BLOCK / 2) + (a_.stride == 1 ? shift : shift / 2) +
                                    matrix % 2 * 8 + row + matrix / 2 * rows_) * 16;
-    const uint32_t image = weights + warp_ % 2 * (kImage * 2);  // of the warp's 64 output channels
+    const uint32_t image = weights + warp_ % 2 * (kImage * 2);  // for the warp's 64 output channels
 #pragma unroll
     for (int k = 0; k < kChunk / 16; ++k) {
       uint32_t x[kRowTiles][4], w[kColumnTiles][2];
@@ -204,7 +206,7 @@ class MmaTile {
 #pragma unroll
       for (int n = 0; n < kColumnTiles; n += 2) {
         uint32_t r[4];
-        if constexpr (TRANSPOSED)  // cells hold 8 of this product's columns; k runs down their rows
+        if constexpr (TRANSPOSED)  // a cell has 8 columns of this product, and its k are rows of the image
           ptx::ldmatrix_trans(r, image + ((n + matrix / 2) * kChunk + k * 16 + matrix % 2 * 8 + row) * 16);
         else
           ptx::ldmatrix(r, image + ((k * 2 + matrix % 2) * kChunk + (n + matrix / 2) * 8 + row) * 16);
@@ -232,7 +234,7 @@ class MmaTile {
   const uint32_t weights_;
   Step ahead_;  // the next step whose weights are copied
   int first_chunk_ = 0, last_chunk_ = 0, next_panel_ = 0, groups_ = 0;
-  int panel_group_ = 0, odd_panel_group_ = 0;  // which group holds the panel in each of the two places
+  int panel_group_ = 0, odd_panel_group_ = 0;  // the groups that copy the panels in buffers 0 and 1
   uint4 held_[ASYNC ? 1 : kHeld];
   float sums_[kRowTiles][kColumnTiles][4] = {};
 };

@@ -1,12 +1,14 @@
-// The conv as shifted products on `wgmma` (sm_90a): forward, gradient of x and inference, as conv1d_mma.cuh.
+// The conv as products of shifted panels on `wgmma` (sm_90a). Like conv1d_mma.cuh it serves forward, the gradient of x
+// and inference.
 //
 //     out[o, t] = sum_chunk sum_k image[k, chunk, o]^T @ panel_chunk[t*stride + k*dilation, :]^T  [+ panes]
 //
-// Operands are swapped: output channels are the rows of the product (M), frames its columns (N), so that a tile has
-// FRAMES frames, any multiple of 8. A persistent CTA walks over tiles of FRAMES frames by 128 output channels. In its
-// first warpgroup one thread copies weights (16 KB a step, in bulk, `stages` places) and three warps copy panels; the two
-// others multiply, 64 output channels each, and share the panel. Panels lie without swizzle, so every row is a legal
-// start of an operand. Bytes from L2 for a step: 16 KB of weights and 1/K of a panel, for FRAMES*128*64 products.
+// The operands are swapped: output channels are the rows of the product (M), frames are its columns (N). So the number of
+// FRAMES of a tile can be any multiple of 8. A persistent CTA computes several tiles of FRAMES frames by 128 output
+// channels. In its first warpgroup, one thread copies weights (bulk copies, 16 KB per step, `stages` buffers) and three
+// warps copy panels. The other two warpgroups multiply, 64 output channels each, and share the panel. Panels have no
+// swizzle, so an operand can start at any row. A step reads 16 KB of weights and 1/K of a panel from L2, for
+// FRAMES*128*64 products.
 #pragma once
 
 #include "conv1d_mma.cuh"
@@ -25,7 +27,8 @@ struct WgmmaLayout {
         barriers(staging + kSlab * kPitchWgmma * 4), total(barriers + (kMaxStages + kMaxPanels) * 16) {}
 };
 
-// A ring of `count` places, each with an mbarrier for "full" and one for "empty", and the phase of its next use.
+// A ring of `count` buffers, each with one mbarrier for "full" and one for "empty". `slot` is the next buffer, `phase` the
+// parity of its use.
 struct Ring {
   uint32_t barriers;
   int count, slot = 0, phase = 0;
@@ -40,7 +43,7 @@ struct Ring {
   }
 };
 
-// Weights of the tile's steps `from` .. `to` - 1.
+// Copies the weights of the tile's steps `from` .. `to` - 1.
 template <class T, bool TRANSPOSED>
 __device__ __forceinline__ void copy_weights(const Args& a, const Tile& tile, uint32_t weights, Ring& ring, int from,
                                              int to) {
@@ -55,8 +58,8 @@ __device__ __forceinline__ void copy_weights(const Args& a, const Tile& tile, ui
   }
 }
 
-// Panels of which the copies are under way; each is declared full once they have landed. As many may wait as leave two
-// places for the consumers.
+// The rings of a thread that copies panels: `ring` is at the next panel to copy, `landed` at the next to declare full,
+// which happens when its copies have completed.
 struct PanelCopies {
   Ring ring, landed;
 
@@ -75,6 +78,7 @@ template <class T>
 __device__ __forceinline__ void copy_panels(const Args& a, const Tile& tile, const WgmmaLayout& layout, uint32_t memory,
                                             PanelCopies& copies, int thread) {
   if (tile.count == 0) return;
+  // The copies of the newest `lag` panels may be incomplete. This leaves two buffers for the consumers.
   const int last = Step(a, tile, tile.count - 1).chunk, lag = a.panels_kept - 2;
   int waiting = 0;
   Step step(a, tile, 0);
@@ -107,7 +111,7 @@ __device__ __forceinline__ void multiply(const Args& a, const Tile& tile, const 
   static_for<FRAMES / 2>([&](auto i) { sums[i] = 0.f; });
   if (tile.count == 0) return;
   Step step(a, tile, 0);
-  uint32_t used_weights = 0, used_panel = 0;  // mbarriers of the buffers that the products under way read; 0: none
+  uint32_t used_weights = 0, used_panel = 0;  // "empty" mbarriers of the buffers that incomplete products read, or 0
   const bool speaks = threadIdx.x % 32 == 0;
   panels.wait_full();
   ptx::wgmma_hold(sums);
@@ -161,10 +165,10 @@ __device__ __forceinline__ void wgmma_conv(const Args& a) {
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  // Weights are the same in all launches, so the first of them are copied while the launch before this one may still run:
-  // those of a tile without padding, for lengths are not to be read yet. Everything else comes after the wait.
+  // No launch writes weights, so those of the first steps are copied while the launch before this one may still run.
+  // Lengths must not be read yet, so the steps are those of a tile without padding. All else comes after the wait.
   const int first = static_cast<int>(blockIdx.x);
-  int early = 0, wrong = 0;  // steps whose weights were copied; of these not the tile's, where padding leaves some out
+  int early = 0, wrong = 0;  // steps whose weights were copied early; those to drop because the tile has other steps
   if constexpr (kChained<MODE, TRANSPOSED>) {
     const Tile guess(a, FRAMES, first, false);
     early = guess.count < a.stages ? guess.count : a.stages;

@@ -1,12 +1,12 @@
-// The gradient of a conv's weight on `mma.sync`: the reduction runs over frames, a tap is a shift in the panel of x.
+// The gradient of a conv's weight on `mma.sync`. The reduction is over frames, and a tap is a shift in the panel of x.
 //
 //     dw[k] = sum_(n,t) dy[n, t, :]^T x[n, t*stride + k*dilation - padding, :]
 //
-// A CTA of 4 warps owns 128 output by 64 input channels of TAPS neighbouring taps, over a share of all (utterance, 64
-// frames); a warp has half of the channels of each. Both operands are panels whose channels are contiguous, so both are
-// read transposed. Frames at which no tap of the CTA has an input are not read. The shares' fp32 partials (shares, K,
-// C_out, C_in) are added in a fixed order by a second kernel, which writes dw (C_out, C_in, K), PyTorch's order.
-// Bytes from L2 for a step: 24 KB, for 128*64*TAPS*64 products.
+// All utterances are cut into segments of 64 frames, and segments are grouped into shares. A CTA of 4 warps owns 128
+// output by 64 input channels of TAPS neighbouring taps, over one share. A warp owns half of the channels of each. Both
+// operands are panels whose channels are contiguous, so both are read transposed. Segments in which no tap of the CTA has
+// an input are skipped. A second kernel adds the shares' fp32 partial sums (shares, K, C_out, C_in) in a fixed order and
+// writes dw (C_out, C_in, K), which is PyTorch's order. A step reads 24 KB from L2, for 128*64*TAPS*64 products.
 #pragma once
 
 #include "conv1d.cuh"
@@ -18,18 +18,18 @@ constexpr int kDyRows = kFrames | 1, kDyBytes = kCells * kDyRows * 16;
 
 struct WgradArgs {
   Operand x, dy;
-  const int64_t* lengths;  // of x; null: all frames
+  const int64_t* lengths;  // of x; null: no padding
   float* parts;            // (shares, taps, C_out, C_in)
   int batch, frames, frames_out, taps, stride, padding, dilation;
-  int in_blocks, out_blocks, tap_groups, shares, segments, share;  // segments of 64 frames; segments of a share
-  int stages;                                                      // of sm_90a
+  int in_blocks, out_blocks, tap_groups, shares, segments, share;  // segments per utterance; segments per share
+  int stages;                                                      // buffers, on sm_90a only
 };
 
 inline __host__ __device__ int wgrad_rows(int taps, int dilation, int stride) {
   return panel_rows(kFrames, taps, dilation, stride);
 }
 
-// Those of a share's segments in which some tap has an input, one after the other.
+// Walks over the segments of a share in which some tap has an input.
 struct Segments {
   int next, stop, n = -1, low = 0, high = 0, limit = 0;
 
@@ -38,7 +38,7 @@ struct Segments {
     stop = next + a.share < all ? next + a.share : all;
   }
 
-  // Moves to the next one and returns its first frame, or -1 where none is left.
+  // Moves to the next segment and returns its first frame, or -1 if none is left.
   __device__ __forceinline__ int advance(const WgradArgs& a, int first_tap, int taps) {
     for (; next < stop; ++next) {
       const int segment = next % a.segments;
@@ -46,7 +46,8 @@ struct Segments {
         n = next / a.segments;
         limit = a.frames;
         if (a.lengths != nullptr && a.lengths[n] < limit) limit = a.lengths[n] < 0 ? 0 : static_cast<int>(a.lengths[n]);
-        const int before = a.padding - (first_tap + taps - 1) * a.dilation;  // output frames whose last tap is too early
+        // Output frames below before / stride read only frames before 0, even with their last tap.
+        const int before = a.padding - (first_tap + taps - 1) * a.dilation;
         low = before > 0 ? divide_up(before, a.stride) : 0;
         const int reach = limit - first_tap * a.dilation + a.padding;
         high = reach <= 0 || limit <= 0 ? 0 : divide_up(reach, a.stride);
@@ -71,7 +72,7 @@ __device__ __forceinline__ void wgrad(const WgradArgs& a) {
   id /= a.in_blocks;
   const int tap0 = id % a.tap_groups * TAPS, share = id / a.tap_groups;
   const int taps = a.taps - tap0 < TAPS ? a.taps - tap0 : TAPS;
-  const int parities = TAPS == 1 ? 1 : a.stride;  // one tap reads every `stride`-th frame alone
+  const int parities = TAPS == 1 ? 1 : a.stride;  // a single tap reads only every `stride`-th frame
   const int rows = wgrad_rows(TAPS, a.dilation, a.stride), x_bytes = panel_bytes(rows, parities);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
   const uint32_t memory = ptx::shared_address(ptx::arena());
@@ -153,7 +154,8 @@ __device__ __forceinline__ void wgrad(const WgradArgs& a) {
 
 constexpr int kWgradMergeThreads = 128;
 
-// dw (C_out, C_in, K) as the sum of the shares' partials in their order; a thread has all taps of one pair of channels.
+// Writes dw (C_out, C_in, K), the sum of the shares' partial sums in their order. A thread has all taps of one pair of
+// channels.
 template <class W>
 __global__ void __launch_bounds__(kWgradMergeThreads)
     wgrad_merge_kernel(const float* parts, W* dw, int shares, int taps, int64_t pairs) {

@@ -1,9 +1,9 @@
-// The gradient of a conv's weight on `wgmma` (sm_90a), stride 1, as conv1d_wgrad.cuh.
+// The gradient of a conv's weight on `wgmma` (sm_90a), for stride 1. It computes the same as conv1d_wgrad.cuh.
 //
-// A CTA owns 128 output by 128 input channels of TAPS neighbouring taps, over a share of all (utterance, 64 frames). Its
-// first warpgroup copies panels of dy and x into a ring of stages; the two others multiply, 64 output channels each. Both
-// operands have their channels contiguous (MN-major), so a tap is a shift of the start by 16 bytes a row, and the dy of a
-// step serves all taps. Bytes from L2 for a step: 33 KB, for 128*128*TAPS*64 products.
+// A CTA owns 128 output by 128 input channels of TAPS neighbouring taps, over a share of all segments of 64 frames. Its
+// first warpgroup copies panels of dy and x into a ring of stages. The other two multiply, 64 output channels each. Both
+// operands have contiguous channels (MN-major), so a tap moves the start of x by 16 bytes per row of the shift, and the
+// dy of a step serves all taps. A step reads 33 KB from L2, for 128*128*TAPS*64 products.
 #pragma once
 
 #include "conv1d_wgmma.cuh"
@@ -39,7 +39,7 @@ __device__ __forceinline__ void wgrad90_copy(const WgradArgs& a, Segments segmen
                           segments.limit, threadIdx.x, 128);
     ptx::copy_commit();
     ring.advance();
-    if (waiting) {  // the step before has landed while this one is on its way
+    if (waiting) {  // wait for the copies of the step before, while those of this step go on
       ptx::copy_wait<1>();
       land();
     }
@@ -78,7 +78,7 @@ __device__ __forceinline__ void wgrad_wgmma(const WgradArgs& a) {
   float sums[TAPS][kWgrad90In / 2];
   static_for<TAPS>([&](auto tap) { static_for<kWgrad90In / 2>([&](auto i) { sums[tap][i] = 0.f; }); });
   static_for<TAPS>([&](auto tap) { ptx::wgmma_hold(sums[tap]); });
-  uint32_t used = 0;  // the stage that the products before these have read: 0 is no mbarrier
+  uint32_t used = 0;  // the "empty" mbarrier of the stage that incomplete products read, or 0
   while (segments.advance(a, tap0, taps) >= 0) {
     ring.wait_full();
     const uint32_t dy = memory + ring.slot * stage_bytes + half * kDyBytes;
@@ -87,7 +87,7 @@ __device__ __forceinline__ void wgrad_wgmma(const WgradArgs& a) {
 #pragma unroll
     for (int k = 0; k < kFrames / 16; ++k) {
       const uint64_t left = ptx::wgmma_operand(dy + k * 256, 128, kDyRows * 16);
-      static_for<TAPS>([&](auto tap) {  // taps beyond the last read zeros or their neighbours, and are not stored
+      static_for<TAPS>([&](auto tap) {  // taps >= `taps` multiply data that does not matter and are not stored
         const uint64_t right = ptx::wgmma_operand(x + k * 256 + tap * a.dilation * 16, 128, rows * 16);
         ptx::wgmma<T, kWgrad90In, true, true>(sums[tap], left, right, true);
       });

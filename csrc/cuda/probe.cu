@@ -1,7 +1,8 @@
-// The probe on a device, for tests/test_cuda_probe.py.
+// A C interface to the probe on a GPU, for tests/test_cuda_probe.py.
 #include "probe.cuh"
 
-// Null where the launch began, else CUDA's message. `op` is a jf::probe::Op; the pointers are the device's.
+// Launches the probe `op`, a jf::probe::Op. The pointers in `c` are device pointers. Returns null, or CUDA's error
+// message if the launch failed.
 extern "C" __attribute__((visibility("default"))) const char* jf_probe(int op, const jf::probe::Case* c, cudaStream_t stream) {
   jf::probe::run(static_cast<jf::probe::Op>(op), *c, stream);
   const cudaError_t error = cudaGetLastError();

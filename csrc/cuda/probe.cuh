@@ -1,5 +1,6 @@
-// One small kernel for each instruction of ptx.cuh. On a device it shows what the instruction does and how long it takes
-// (probe.cu, tests/test_cuda_probe.py); with JF_EMULATE the host twin is checked the same way (tests/test_cuda_ptx.py).
+// Small kernels that try the instructions of ptx.cuh. On a GPU they show what an instruction does and how long it takes
+// (probe.cu, tests/test_cuda_probe.py). With JF_EMULATE they check the host function in the same way
+// (tests/test_cuda_ptx.py).
 #pragma once
 
 #include "ptx.cuh"
@@ -16,18 +17,18 @@ namespace jf::probe {
 
 enum Op { kLdmatrix, kMma8, kMma16, kCopyAsync, kBarriers, kShuffle, kCounters, kCopyBulk, kWgmma };
 
-constexpr int kProducts = 4;  // the same wgmma, one after the other: d = [in +] kProducts * a * b
+constexpr int kProducts = 4;  // the same wgmma is issued so many times: d = [in +] kProducts * a * b
 
-// One launch. CTA i takes `image`[i] as its shared memory and writes `out`[i].
+// The arguments of one launch. CTA i copies `image`[i] to its shared memory, or reads it, and writes `out`[i].
 struct Case {
   const uint4* image;  // [grid][cells]
   const float* in;     // initial accumulators, or null: [grid][threads][registers]
   float* out;          // [grid][threads][registers]
-  int64_t* clocks;     // [grid]: from issue to result
-  int* counters;       // zeroes
-  uint64_t a, b;       // wgmma: descriptors whose starts count from the first byte of the image
+  int64_t* clocks;     // [grid]: clocks from issue to result
+  int* counters;       // zeros; for ldmatrix the cell of each row
+  uint64_t a, b;       // for wgmma: descriptors whose start addresses are relative to the image
   int64_t grid, cells, option;
-  int64_t n, a_mn, b_mn, half;  // wgmma: the instance
+  int64_t n, a_mn, b_mn, half;  // for wgmma: the template arguments
 };
 
 __device__ __forceinline__ uint32_t fill(const Case& c, int threads) {
@@ -43,7 +44,7 @@ __device__ __forceinline__ float as_float(uint32_t bits) {
   return x;
 }
 
-// Lane i reads row i of the image at cell counters[i]; option 1: transposed.
+// Lane i passes cell counters[i] of the image as its row. With option 1 the matrices are transposed.
 __global__ void __launch_bounds__(32) ldmatrix_kernel(Case c) {
   const uint32_t base = fill(c, 32);
   __syncthreads();
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(32) ldmatrix_kernel(Case c) {
   if (lane == 0) c.clocks[blockIdx.x] = clock64() - start;
 }
 
-// The image is the registers of a, [lane][4], then of b, [lane][4]. Option 1: bf16.
+// The image has the registers of a, [lane][4], then those of b, [lane][4]. With option 1 they are bf16.
 template <int K>
 __global__ void __launch_bounds__(32) mma_kernel(Case c) {
 #if JF_SM80
@@ -86,7 +87,8 @@ __global__ void __launch_bounds__(32) mma_kernel(Case c) {
   if (lane == 0) c.clocks[blockIdx.x] = clock64() - start;
 }
 
-// Three groups of 64 cells; of every third cell the copy is zero. The first group is read while two may be under way.
+// Copies three groups of 64 cells, of which every third cell is filled with zeros. The first group is read while the
+// other two may be incomplete.
 __global__ void __launch_bounds__(64) copy_async_kernel(Case c) {
 #if JF_SM80
   const uint32_t base = ptx::shared_address(ptx::arena());
@@ -99,7 +101,7 @@ __global__ void __launch_bounds__(64) copy_async_kernel(Case c) {
   }
   const auto read = [&](int group) {
     __syncthreads();
-    const int cell = 64 * group + 63 - threadIdx.x;  // another thread's
+    const int cell = 64 * group + 63 - threadIdx.x;  // a cell that another thread has copied
     float4 x;
     memcpy(&x, ptx::arena() + 16 * cell, 16);
     reinterpret_cast<float4*>(c.out)[blockIdx.x * 192 + cell] = x;
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(64) copy_async_kernel(Case c) {
 #endif
 }
 
-// Warps 0 and 1 write in turn, warps 2 and 3 read; barrier 1 says full, barrier 2 empty.
+// Warps 0 and 1 write and warps 2 and 3 read, eight times in turn. Barrier 1 means full, barrier 2 means empty.
 __global__ void __launch_bounds__(128) barriers_kernel(Case c) {
   float* value = reinterpret_cast<float*>(ptx::arena());
   const int64_t start = clock64();
@@ -138,7 +140,7 @@ __global__ void __launch_bounds__(32) shuffle_kernel(Case c) {
   if (threadIdx.x == 0) c.clocks[blockIdx.x] = clock64() - start;
 }
 
-// Every CTA writes four floats, counts itself, waits for all the others and sums theirs in order.
+// Every CTA writes four floats, increments the counter, waits for all other CTAs, and adds the floats of all in order.
 __global__ void __launch_bounds__(32) counters_kernel(Case c) {
   const int grid = static_cast<int>(c.grid);
   float4* partial = reinterpret_cast<float4*>(c.out) + grid;
@@ -161,7 +163,7 @@ __global__ void __launch_bounds__(32) counters_kernel(Case c) {
   }
 }
 
-// Warp 0 fills two stages of 32 cells by bulk copies, in all `cells` cells; warps 1 to 3 write them out.
+// Warp 0 copies `cells` cells by bulk copies, through two stages of 32 cells. Warps 1 to 3 write them to `out`.
 __global__ void __launch_bounds__(128) copy_bulk_kernel(Case c) {
 #if JF_SM90A
   constexpr int kStage = 32, kStages = 2;
@@ -196,7 +198,7 @@ __global__ void __launch_bounds__(128) copy_bulk_kernel(Case c) {
 #endif
 }
 
-// Option 1: the first product overwrites the accumulators.
+// With option 1 the first product overwrites the accumulators.
 template <class T, int N, bool A_MN, bool B_MN>
 __global__ void __launch_bounds__(128) wgmma_kernel(Case c) {
 #if JF_SM90A

@@ -1,7 +1,7 @@
-// Every PTX instruction of the kernels, one thin wrapper each. With JF_EMULATE the same names are host twins
+// One thin wrapper for each PTX instruction that the kernels use. With JF_EMULATE these names are host functions instead
 // (emulate/ptx.h), written from the PTX ISA, so that the kernels run on a CPU.
 //
-// Addresses of shared memory are 32-bit, as PTX has them (`shared_address`). A warp-wide instruction is called by all 32
+// Addresses in shared memory are 32-bit, as in PTX (`shared_address`). A warp-wide instruction must be called by all 32
 // lanes, a warpgroup-wide one by all 128 threads, with the same scalar arguments.
 #pragma once
 
@@ -25,13 +25,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
 
-// One 16-byte cell to shared memory.
+// Stores one 16-byte cell to shared memory.
 __device__ __forceinline__ void store_shared(uint32_t at, uint4 cell) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(cell.x), "r"(cell.y), "r"(cell.z), "r"(cell.w)
                : "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
+// Loads four 8x8 matrices of 16-bit elements. Lane i passes the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -39,7 +39,7 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t row) {
                : "memory");
 }
 
-// The same, each matrix transposed.
+// Like ldmatrix, with each matrix transposed.
 __device__ __forceinline__ void ldmatrix_trans(uint32_t (&r)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -49,7 +49,7 @@ __device__ __forceinline__ void ldmatrix_trans(uint32_t (&r)[4], uint32_t row) {
 
 // ---- products of a warp --------------------------------------------------------------------------------------------
 
-// d += a*b, m16n8k8 of fp16, fp32 accumulators (sm_75 and later).
+// d += a*b, m16n8k8 of fp16 with fp32 accumulators (sm_75 and later).
 template <class T>
 __device__ __forceinline__ void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
   static_assert(std::is_same_v<T, __half>, "bf16 products of this shape need sm_80");
@@ -58,7 +58,7 @@ __device__ __forceinline__ void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2
                : "r"(a[0]), "r"(a[1]), "r"(b));
 }
 
-// d += a*b, m16n8k16 of fp16 or bf16, fp32 accumulators (sm_80 and later).
+// d += a*b, m16n8k16 of fp16 or bf16 with fp32 accumulators (sm_80 and later).
 template <class T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #define JF_MMA(TYPE)                                                                                             \
@@ -75,7 +75,7 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
 
 // ---- asynchronous copies of a thread (sm_80 and later) -------------------------------------------------------------
 
-// 16 bytes to shared memory, of which the first `bytes` (0 or 16) come from `from` and the others are zero.
+// Copies 16 bytes from `from` to shared memory if `bytes` is 16, or writes 16 zero bytes if it is 0.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, uint32_t bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(bytes)
                : "memory");
@@ -83,7 +83,7 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, uint32
 
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until at most N of the thread's newest groups are under way.
+// Waits until at most the newest N of the thread's groups are incomplete.
 template <int N>
 __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
@@ -91,12 +91,13 @@ __device__ __forceinline__ void copy_wait() {
 
 // ---- barriers ------------------------------------------------------------------------------------------------------
 
-// Barrier `id` (1 to 15) of `threads` threads, a multiple of 32: a warp's lanes arrive as one, so all of them call it.
+// Waits at barrier `id` (1 to 15) for `threads` threads, a multiple of 32. A warp arrives as one, so all its lanes must
+// call it.
 __device__ __forceinline__ void barrier_sync(int id, int threads) {
   asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Takes part in barrier `id` without waiting for other warps.
+// Arrives at barrier `id` without waiting for other warps.
 __device__ __forceinline__ void barrier_arrive(int id, int threads) {
   asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -105,14 +106,16 @@ __device__ __forceinline__ float shuffle_xor(float x, int lanes) { return __shfl
 
 // ---- global memory that other CTAs write during the kernel -----------------------------------------------------------
 
-// Sees what other CTAs wrote before the add_release whose result it reads. A loop that polls must poll through this.
+// Loads a counter. What other CTAs wrote before the add_release whose result this reads is then visible. A loop that
+// polls must call this.
 __device__ __forceinline__ int load_acquire(const int* at) {
   int value;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(__cvta_generic_to_global(at)) : "memory");
   return value;
 }
 
-// Adds, and returns the value before: what this thread wrote, or saw after a barrier, is visible to who reads the sum.
+// Adds to a counter and returns the old value. What this thread wrote before, or what a barrier made visible to it, is
+// visible to a thread that reads the new value by load_acquire.
 __device__ __forceinline__ int add_release(int* at, int value) {
   int before;
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
@@ -122,7 +125,7 @@ __device__ __forceinline__ int add_release(int* at, int value) {
   return before;
 }
 
-// 16 bytes from L2, past an L1 that may hold older ones.
+// Loads 16 bytes from L2, because L1 may have older values.
 __device__ __forceinline__ float4 load_cg(const float4* at) {
   float4 x;
   asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -147,12 +150,12 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives, and lets the phase wait for `bytes` of bulk copies besides.
+// Arrives, and makes the phase also wait for `bytes` of bulk copies.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Until the phase of this parity has completed.
+// Waits until the phase of this parity has completed.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -167,41 +170,43 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       : "memory");
 }
 
-// What this thread wrote to shared memory by ordinary stores and completed copy_async becomes visible to bulk copies and
-// to wgmma, once its readers have synchronised with this thread.
+// Makes what this thread wrote to shared memory, by ordinary stores or completed copy_async, visible to bulk copies and
+// wgmma of threads that synchronise with it afterwards.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// `bytes`, a multiple of 16, from global to shared memory, both aligned to 16; completion counts on `barrier`.
+// Copies `bytes`, a multiple of 16, from global to shared memory, both aligned to 16 bytes. Its completion is counted on
+// `barrier`.
 __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
                : "memory");
 }
 
-// Architectures before sm_90 have neither of the next three, and no launch of theirs overlaps: nothing is done.
+// Architectures before sm_90 lack the next three instructions. Their launches never overlap, so the wrappers do nothing.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define JF_SM_90(...)
 #else
 #define JF_SM_90(...) __VA_ARGS__
 #endif
 
-// Asks for `bytes`, a multiple of 16, in L2.
+// Prefetches `bytes`, a multiple of 16, into L2.
 __device__ __forceinline__ void prefetch_bulk([[maybe_unused]] const void* from, [[maybe_unused]] uint32_t bytes) {
   JF_SM_90(asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes)
                         : "memory"));
 }
 
-// Waits until the grids that this one may overlap with have completed, and sees what they wrote. Without such a grid it
-// returns at once.
+// Waits until the grids that this grid may overlap with have completed. What they wrote is then visible. Returns at once
+// if there are none.
 __device__ __forceinline__ void grid_dependency_wait() { JF_SM_90(asm volatile("griddepcontrol.wait;" ::: "memory")); }
 
-// Lets the grid after this one begin once every CTA has called this, or has ended, where it was launched to overlap.
+// Allows the next grid to begin when every CTA of this one has called this or has ended. It has an effect only if the
+// next grid was launched with permission to overlap.
 __device__ __forceinline__ void grid_launch_dependents() {
   JF_SM_90(asm volatile("griddepcontrol.launch_dependents;" ::: "memory"));
 }
 
-// Gives registers of the warp back, or takes them, so that a thread has N (24 to 256, a multiple of 8). All warps of a
-// warpgroup call the same, and synchronise before the next such call.
+// Releases registers, so that each thread of the warp has N of them (24 to 256, a multiple of 8). `registers_more` takes
+// registers. All warps of a warpgroup must make the same call, and synchronise before the next such call.
 template <int N>
 __device__ __forceinline__ void registers_less() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
@@ -214,20 +219,21 @@ __device__ __forceinline__ void registers_more() {
 
 // ---- sm_90a: products of a warpgroup -------------------------------------------------------------------------------
 
-// Descriptor of an operand in shared memory without swizzle: 8x8 core matrices, 128 contiguous bytes each; `sbo` bytes
-// from one to the next along M or N, `lbo` bytes along K, whichever of the two is contiguous.
+// Returns the descriptor of an operand in shared memory without swizzle. It consists of 8x8 core matrices of 128
+// contiguous bytes each. The next core matrix along M or N is `sbo` bytes further, the next along K is `lbo` bytes
+// further, for K-major and for MN-major operands.
 __device__ __forceinline__ uint64_t wgmma_operand(uint32_t start, uint32_t lbo, uint32_t sbo) {
   const auto field = [](uint32_t bytes) { return static_cast<uint64_t>((bytes & 0x3ffff) >> 4); };
   return field(start) | field(lbo) << 16 | field(sbo) << 32;
 }
 
-// Before the first product, and between any use of an accumulator's registers and a product into them, other than a
-// product of the same shape.
+// Must be called before the first product, and between any use of an accumulator's registers and the next product into
+// them. It is not needed between two products of the same shape.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-// Makes a group of the warpgroup's products since the last one.
+// Commits the warpgroup's products since the last commit as one group.
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Until at most N of the warpgroup's newest groups are under way.
+// Waits until at most the newest N of the warpgroup's groups are incomplete.
 template <int N>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
@@ -241,9 +247,10 @@ __device__ __forceinline__ void wgmma_hold(float (&d)[COUNT]) {
   }(std::make_integer_sequence<int, COUNT>{});
 }
 
-// d = [d +] a*b, m64nNk16 of fp16 or bf16, fp32 accumulators, both operands in shared memory. a is 64 x 16, b 16 x N;
-// A_MN and B_MN say that M or N, not K, is contiguous. Thread i of the warpgroup holds rows 16*(i/32) + i%32/4 and that
-// plus 8, columns 8*j + i%4*2 and that plus 1: d[4*j] and d[4*j + 1] of the first row, the next two of the second.
+// d = [d +] a*b, m64nNk16 of fp16 or bf16 with fp32 accumulators and both operands in shared memory. a is 64 x 16, b is
+// 16 x N. With A_MN or B_MN, the operand's M or N is contiguous, otherwise its K. Thread i of the warpgroup has rows
+// r = 16*(i/32) + i%32/4 and r + 8, and columns c = 8*j + i%4*2 and c + 1 for each j. d[4*j] and d[4*j + 1] belong to row
+// r, d[4*j + 2] and d[4*j + 3] to row r + 8.
 #define JF_NAMES_0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define JF_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define JF_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
