@@ -1,5 +1,5 @@
-// mbarriers, named barriers, and counters in global memory. A barrier has two clocks for ThreadSanitizer, of even phases
-// and of odd, so that a thread that waits late does not seem ordered after arrivals at the next phase.
+// mbarriers, named barriers, and counters in global memory. For ThreadSanitizer a barrier has two clocks, one for even and
+// one for odd phases. With a single clock, a thread that waits late would seem ordered after arrivals at the next phase.
 #include <cstdio>
 
 #include "engine.h"
@@ -39,7 +39,8 @@ void check_complete(NamedBarrier& barrier) {
 
 namespace {
 
-// `count` threads arrive: those of warp `who`, or at __syncthreads thread `who`. Returns the generation they arrive at.
+// Lets `count` threads arrive: those of warp `who`, or thread `who` alone for __syncthreads. Returns the barrier's
+// generation, which ends when all have arrived.
 uint32_t arrive(int id, int threads, int count, int who, const char* instruction) {
   NamedBarrier& barrier = current->cta->named[id];
   Unseen unseen;
@@ -76,7 +77,7 @@ struct BarrierCall {
   uint32_t generation;
 };
 
-// All lanes of a warp arrive as one.
+// All lanes of a warp arrive together.
 void run_barrier(Warp& warp, void* const* arguments) {
   const auto& first = *static_cast<const BarrierCall*>(arguments[0]);
   const char* name = first.wait ? "barrier_sync" : "barrier_arrive";

@@ -1,5 +1,6 @@
-// The CUDA kernels of bn_relu_dropout on the CPU, behind a C interface for tests (tests/test_cuda_emulated.py compiles it
-// with the host compiler and CUDA's headers). dtype: 0 fp32, 1 fp16, 2 bf16. `sms` stands for the GPU's multiprocessors.
+// The CUDA kernels of bn_relu_dropout on the CPU, with a C interface for tests. tests/test_cuda_emulated.py compiles this
+// file with the host compiler and CUDA's headers. dtype: 0 fp32, 1 fp16, 2 bf16. `sms` is the number of multiprocessors
+// for which launches are planned.
 #include "../bn_relu_dropout.cuh"
 
 #include <string>
@@ -40,7 +41,8 @@ void run(int op, const Raw& raw, float* first, float* second, int sms) {
   if (op == 3) jf::bn::backward_apply(a, sms, nullptr);
 }
 
-// The kernel of this name with these flags, as a launch through the driver has it: `args` is the struct itself.
+// Launches the kernel of this name with these flags (template arguments), as the driver does: `args` is the whole struct.
+// Returns false if there is no such kernel.
 template <class T, int V>
 bool launch(const std::string& kernel, const std::string& flags, int64_t grid, const jf::bn::Args<T>& a, float* first,
             float* second) {
@@ -74,7 +76,7 @@ bool launch(const std::string& kernel, const std::string& flags, int64_t grid, c
 
 }  // namespace
 
-// Null, or what went wrong.
+// Launches a kernel as above. Returns null or an error message.
 extern "C" const char* jf_bn_kernel(const char* kernel, int dtype, const char* flags, int64_t grid, const void* args,
                                     float* first, float* second) {
   bool known = false;
@@ -92,7 +94,7 @@ extern "C" const char* jf_bn_kernel(const char* kernel, int dtype, const char* f
   return error != nullptr || known ? error : "no such kernel";
 }
 
-// How the work of (n, c, t) is cut: tx, columns, parts, part_rows, tiles, tile_rows.
+// Writes the plan for (n, c, t) to `cut`: tx, columns, parts, part_rows, tiles, tile_rows.
 extern "C" void jf_bn_plan(int n, int c, int t, int width, int rows, int sms, int* cut) {
   jf::bn::Args<float> a{};
   a.n = n, a.c = c, a.t = t;

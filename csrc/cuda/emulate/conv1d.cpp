@@ -1,2 +1,2 @@
-// The CUDA kernels of the conv on the CPU, behind the C interface of the library itself.
+// The CUDA kernels of the conv on the CPU, with the C interface of the CUDA library.
 #include "../conv1d.cu"

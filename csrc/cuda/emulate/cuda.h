@@ -1,5 +1,5 @@
-// Host stand-ins for the CUDA language, so that the kernels run on a CPU in tests. The threads of a CTA are fibers on one
-// OS thread (engine.cpp). Variables with __shared__ are static here: kernels that have them run one CTA at a time.
+// Defines the CUDA language for a host compiler, so that tests can run the kernels on a CPU. The threads of a CTA are
+// fibers on one OS thread (engine.cpp). __shared__ variables are static here, so kernels with them run one CTA at a time.
 #pragma once
 
 #include <cmath>
@@ -37,19 +37,20 @@ struct Index {
 extern Index threadIdx, blockIdx, blockDim, gridDim;
 
 // Runs the kernel for every thread of every CTA. `resident` CTAs run at once (0: the whole grid), each with `shared`
-// bytes of dynamic shared memory. Throws std::runtime_error with one line that says which thread did what wrong.
+// bytes of dynamic shared memory. Throws std::runtime_error with one line that names the thread and its error.
 void launch_emulated(int64_t grid, int block, size_t shared, int resident, const std::function<void()>& kernel);
 
-// What JF_LAUNCH_DYNAMIC takes for `resident`.
+// Returns the `resident` that JF_LAUNCH_DYNAMIC uses.
 int emulated_resident();
 
-// Whether the next launch may begin before the one before it has ended (grids.cpp).
+// Sets whether the next launch may begin before the launch before it has ended (grids.cpp).
 void emulated_early(bool may);
 
-// Tells the checks of asynchronous copies which global memory there is; none is told: any address is right.
+// Registers global memory that asynchronous copies may read. As long as none is registered, they may read any address.
+// Null forgets all.
 void emulated_memory(const void* from, size_t bytes);
 
-// Runs `body`; null where it ended well, else the message of its error, valid until the next call.
+// Runs `body`. Returns null, or the message of its exception, which is valid until the next call.
 const char* emulated_error(const std::function<void()>& body);
 
 void __syncthreads();
@@ -77,12 +78,12 @@ inline float fdividef(float a, float b) { return a / b; }
 }  // namespace jf
 
 extern "C" {
-// Of later launches: `resident` as above; a seed other than 0 takes the runnable warps and lanes in an order drawn from it
-// and interrupts them, so that other interleavings are seen.
+// Sets `resident` (see above) and the seed of later launches. With a seed other than 0, warps and lanes run in a random
+// order drawn from it and are interrupted, so that other interleavings are tested.
 void jf_emulation(int resident, uint64_t seed);
-// Memory that launches before an early one may write or read; null forgets all.
+// Registers memory that the launch before an early launch may write or read. Null forgets all.
 void jf_emulation_depends(void* at, int64_t bytes);
-// How often the instruction of this name ran in the last launch, once for a warp where it is a warp's.
+// Returns how often the instruction of this name ran in the last launch. A warp-wide instruction counts once per warp.
 int64_t jf_emulation_count(const char* instruction);
 }
 

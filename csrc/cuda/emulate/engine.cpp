@@ -1,4 +1,4 @@
-// Fibers, their schedule, warp collectives, launches.
+// The engine: fibers and their schedule, warp collectives, launches.
 #include "engine.h"
 
 #include <pthread.h>
@@ -49,7 +49,7 @@ Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace engine {
 
-Fiber* current = nullptr;  // null while the launch's own stack runs
+Fiber* current = nullptr;  // the running fiber, or null while the launch itself runs on its own stack
 
 namespace {
 
@@ -69,7 +69,7 @@ struct Settings {
 struct Launch {
   const std::function<void()>* kernel = nullptr;
   std::vector<std::unique_ptr<Cta>> ctas;
-  std::deque<Warp*> queue;  // warps that have a lane ready and do not run
+  std::deque<Warp*> queue;  // warps that can run, except the running one
   Warp* warp = nullptr;     // the warp whose turn it is
   uint64_t turns = 0, random = 0, spins = 0, live = 0;
   bool cta_ended = false;
@@ -77,7 +77,7 @@ struct Launch {
 } launch;
 
 std::vector<std::unique_ptr<Fiber>> pool;
-std::vector<std::pair<const char*, int64_t>> counts;  // by the address of the name: few, and never searched by text
+std::vector<std::pair<const char*, int64_t>> counts;  // found by the name's address, which is faster than by its text
 std::string message;
 Fiber main_fiber;
 char start_clock, end_clock;
@@ -171,7 +171,7 @@ std::string deadlock() {
   return text;
 }
 
-// The next fiber to run; null where none can, with launch.error set.
+// Returns the next fiber to run. If none can run, sets launch.error and returns null.
 Fiber* next() {
   Unseen unseen;
   for (;;) {
@@ -272,11 +272,11 @@ void start_cta(Cta& cta, int64_t block, int threads, size_t shared, size_t first
     fiber.warp = &warp, fiber.cta = &cta, fiber.thread = t, fiber.lane = t % 32;
     fiber.spins = fiber.ended = fiber.waited = false, fiber.next_waiter = nullptr, fiber.waits_for = "start";
     fiber.copies.clear(), fiber.groups.clear(), fiber.uncommitted = 0, fiber.dirty.clear();
-#ifdef JF_TSAN  // made here, not at the first switch: what makes it happens before all that it does
+#ifdef JF_TSAN  // Create it here, so that for ThreadSanitizer all that happened so far comes before what the fiber does.
     if (!fiber.sanitizer.thread) fiber.sanitizer.thread = __tsan_create_fiber(0);
 #endif
     allow(fiber.stack, kStack);
-    prepare(fiber, (first + t) % 61 * 64);  // tops of stacks do not fall on the same lines of a cache
+    prepare(fiber, (first + t) % 61 * 64);  // spread the tops of the stacks over different cache lines
   }
   launch.live += threads;
   for (Warp& warp : cta.warps) warp.ready = warp.all, enqueue(&warp);
@@ -320,7 +320,7 @@ void clean_up(bool failed) {
   for (auto& fiber : pool) {
     SanitizerFiber& its = fiber->sanitizer;
     if (!failed || !its.thread) continue;
-    void* me = __tsan_get_current_fiber();  // it was left in the middle of something, and never goes on
+    void* me = __tsan_get_current_fiber();  // the fiber was stopped somewhere by the error and will never continue
     __tsan_switch_to_fiber(its.thread, __tsan_switch_to_fiber_no_sync);
     for (; its.unseen; --its.unseen) Unseen::end();
     release(&end_clock);
@@ -453,7 +453,7 @@ void launch_emulated(int64_t grid, int block, size_t shared, int resident, const
   main_fiber.sanitizer.thread = __tsan_get_current_fiber();
 #endif
 #ifdef JF_ASAN
-  if (!main_fiber.stack) {  // its bounds, as the runtime wants them again with each switch back
+  if (!main_fiber.stack) {  // AddressSanitizer needs the bounds of this stack at each switch back to it
     pthread_attr_t attributes;
     size_t size;
     void* stack;

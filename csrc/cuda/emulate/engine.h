@@ -1,5 +1,6 @@
-// The inside of the engine: fibers, warps, CTAs. Compiled without ThreadSanitizer's instrumentation: the engine itself says
-// which thread reads and writes what (tsan.h), so its own state does not look like a race.
+// The internal types and functions of the engine: fibers, warps, CTAs. The engine is compiled without ThreadSanitizer's
+// instrumentation, so that its own state does not look like a race. Instead it reports each thread's reads and writes to
+// ThreadSanitizer itself (sanitizers.h).
 #pragma once
 
 #include <cstdint>
@@ -14,8 +15,8 @@
 
 namespace jf::engine {
 
-constexpr uint32_t kBase = 1024;             // the address at which dynamic shared memory begins
-constexpr uint32_t kRed = 1024;              // bytes around the arena that must keep their pattern
+constexpr uint32_t kBase = 1024;             // the address where dynamic shared memory begins
+constexpr uint32_t kRed = 1024;              // bytes before and after the arena, filled with a pattern that must not change
 constexpr uint32_t kMostShared = 227 * 1024;
 
 struct Warp;
@@ -23,7 +24,7 @@ struct Cta;
 struct WarpProducts;  // products.cpp
 struct GroupProducts;
 
-struct Copy {  // a copy_async under way
+struct Copy {  // an incomplete copy_async
   uint32_t to, bytes;
   const void* from;
 };
@@ -36,14 +37,14 @@ struct Fiber {
   Cta* cta = nullptr;
   int thread = 0, lane = 0;
   bool spins = false, ended = false;
-  bool waited = false;  // for the launch before this one
+  bool waited = false;  // whether it has waited for the launch before this one
   Fiber* next_waiter = nullptr;
-  const char* waits_for = "";  // with `address` and `parity`, for the message about a deadlock
+  const char* waits_for = "";  // used with `address` and `parity` in the message about a deadlock
   uint32_t address = 0, parity = 0;
   std::vector<Copy> copies;      // in order of issue
-  std::deque<size_t> groups;     // sizes of the committed groups
+  std::deque<size_t> groups;     // the number of copies in each committed group
   size_t uncommitted = 0;
-  std::vector<uint32_t> dirty;   // cells that it wrote since its last fence_async_proxy
+  std::vector<uint32_t> dirty;   // cells that this thread wrote since its last fence_async_proxy
   SanitizerFiber sanitizer;
 };
 
@@ -53,15 +54,15 @@ struct Warp {
   Cta* cta = nullptr;
   Fiber* lanes[32] = {};
   int index = 0;
-  uint32_t all = 0, ready = 0, turn = 0;  // lanes: of the warp, that can run, that run in this turn
+  uint32_t all = 0, ready = 0, turn = 0;  // bits of lanes: those that exist, can run, and are still to run in this turn
   bool queued = false;
-  const char* name = nullptr;  // the collective at which lanes have arrived
+  const char* name = nullptr;  // the collective instruction at which lanes have arrived
   Collective run = nullptr;
   uint32_t arrived = 0;
   void* arguments[32] = {};
-  char clocks[2] = {};  // what ThreadSanitizer's happens-before hangs on
+  char clocks[2] = {};  // their addresses identify ThreadSanitizer's happens-before edges
   uint32_t collectives = 0;
-  std::vector<int> registers;  // what it asked setmaxnreg for: more, or less where negative
+  std::vector<int> registers;  // its calls of setmaxnreg: the number of registers, negative for setmaxnreg.dec
   std::shared_ptr<WarpProducts> products;
 };
 
@@ -70,7 +71,7 @@ struct Mbarrier {
   uint32_t count = 0, pending = 0, phase = 0;
   int64_t bytes = 0;
   int maker = 0;
-  bool visible = false;  // to the asynchronous proxy
+  bool visible = false;  // whether the asynchronous proxy sees it
   Fiber* waiters = nullptr;
   char clocks[2] = {};
 };
@@ -88,39 +89,39 @@ struct Cta {
   int threads = 0, live = 0;
   uint32_t shared = 0;
   unsigned char* memory = nullptr;  // the arena
-  std::vector<uint16_t> writer;     // of each 16-byte cell: 1 + the thread whose generic write no fence has passed, or 0
-  std::vector<uint8_t> mbarrier_at; // of each 8 bytes: 1 + index in mbarriers, or 0
+  std::vector<uint16_t> writer;     // for each 16-byte cell: 1 + the thread that wrote it and has not fenced since, or 0
+  std::vector<uint8_t> mbarrier_at; // for each 8 bytes: 1 + index in mbarriers, or 0
   std::deque<Mbarrier> mbarriers;
   NamedBarrier named[16];
   std::vector<Warp> warps;
   std::vector<std::shared_ptr<GroupProducts>> groups;
 };
 
-struct Bulk {  // a copy_bulk under way
+struct Bulk {  // an incomplete copy_bulk
   Cta* cta;
   int thread;
   uint32_t to, bytes, barrier;
   const void* from;
-  uint64_t due;  // in turns of warps
+  uint64_t due;  // the turn of a warp at which it completes
 };
 
 extern Fiber* current;
 
-// Counts of instructions, by name.
+// Counts one execution of an instruction.
 void count(const char* instruction);
 
-// Ends the launch with this message, said of the running thread, or of `thread` of `cta`.
+// Ends the launch with an error message about the running thread, or about `thread` of `cta`.
 [[noreturn]] void fail(const char* instruction, const std::string& text);
 [[noreturn]] void fail(const Cta& cta, int thread, const char* instruction, const std::string& text);
 
 void block(const char* waits_for, uint32_t address = 0, uint32_t parity = 0);
 void wake(Fiber* fiber);
 void wake_all(Fiber*& waiters);
-void spin();    // lets others run, for a loop that polls
+void spin();    // lets other threads run; a loop that polls calls it
 uint64_t bulk_due();
-void point();   // where a seeded schedule may interrupt
+void point();   // a point at which a seeded schedule may interrupt the thread
 
-// Waits for the other lanes of the warp; the last one runs `run` for all of them.
+// Waits for the other lanes of the warp. The last lane to arrive calls `run` for all of them.
 void collective(const char* name, void* arguments, Collective run);
 
 inline std::string number(int64_t value) { return std::to_string(value); }
@@ -132,15 +133,15 @@ void check_clean(Cta& cta, uint32_t at, uint32_t bytes, const char* instruction)
 void check_global(const void* from, size_t bytes, const char* instruction);
 void start_memory(Cta& cta, uint32_t shared);
 void end_memory(Cta& cta);
-bool complete_bulk(uint64_t now, bool oldest);  // whether any was completed
+bool complete_bulk(uint64_t now, bool oldest);  // completes copies that are due; returns whether there were any
 void forget_bulk();
 void thread_ends(Fiber& fiber);
 std::string describe(const Fiber& fiber);
 
 // barriers.cpp
-constexpr uint32_t kMostCount = (1u << 20) - 1;  // of arrivals and of bytes of an mbarrier
-Mbarrier& mbarrier(Cta& cta, uint32_t at, const char* instruction);  // the one at this address
-void check_phase(Mbarrier& barrier);                                  // ends the phase where nothing is missing
+constexpr uint32_t kMostCount = (1u << 20) - 1;  // the most arrivals, and the most bytes, that an mbarrier can count
+Mbarrier& mbarrier(Cta& cta, uint32_t at, const char* instruction);  // returns the mbarrier at this address
+void check_phase(Mbarrier& barrier);                                  // ends the phase if no arrivals or bytes are missing
 void check_complete(NamedBarrier& barrier);
 
 // products.cpp
@@ -148,7 +149,7 @@ void end_products(Cta& cta);
 
 // grids.cpp
 void begin_grid();
-bool end_wait();    // ends the wait for the launch before this one; whether any thread waited
+bool end_wait();    // ends the wait for the launch before this one; returns whether any thread waited
 void forget_grid();
 void check_waited(const Fiber& fiber);
 

@@ -1,10 +1,12 @@
 // Launches that may begin before the one before them in the stream has ended (programmatic dependent launch).
 //
-// One launch runs after the other here. So what the launch before may still write or read is registered
-// (jf_emulation_depends), and an early launch begins with all of it NaN: what it reads there before griddepcontrol.wait is
-// NaN, what it writes there is found when the wait ends. The wait ends as late as it may, when no thread can go on
-// without it. Every thread must wait, or a later launch, which waits for this one alone, could begin too soon; and
-// none may let later launches begin before that, so that a launch overlaps with the one before it and with no other.
+// The emulation runs one launch after the other. Tests register the memory that the launch before may still write or read
+// (jf_emulation_depends). When an early launch begins, this memory is filled with NaN. If the launch reads it before
+// griddepcontrol.wait, it reads NaN. If the launch writes it before, this is found when the wait ends. The wait ends as
+// late as possible: when no thread can go on without it.
+//
+// Every thread must wait, because a later launch waits only for this one, and could otherwise begin too soon. No thread
+// may let later launches begin before its own wait. So a launch overlaps only with the launch before it.
 #include <algorithm>
 
 #include "engine.h"
@@ -16,13 +18,13 @@ namespace {
 
 struct Memory {
   unsigned char* at;
-  std::vector<unsigned char> held;  // what the launch before left there
+  std::vector<unsigned char> held;  // its contents after the launch before
 };
 std::vector<Memory> depends;
 Fiber* waiters = nullptr;
 bool early_next = false, early = false, pending = false;
 
-// Puts the memory back; the address of a write since begin_grid, or null.
+// Restores the memory. Returns the address of a write since begin_grid, or null if there was none.
 const void* put_back() {
   const void* written = nullptr;
   pending = false;

@@ -1,6 +1,6 @@
-// Shared memory and what moves through it: stores and asynchronous copies. What each instruction does is taken from
-// the PTX ISA; the choices that it leaves open are made so that a mistake shows: a copy's destination is NaN from its issue
-// on, its source is read and its destination written as late as the waits allow.
+// Shared memory, and the stores and asynchronous copies to it. They follow the PTX ISA. Where the ISA leaves a choice, it
+// is made so that mistakes show: a copy's destination is NaN from its issue on, and the copy is made as late as the waits
+// allow.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -181,7 +181,7 @@ void forget_bulk() { bulks.clear(); }
 void thread_ends(Fiber& fiber) {
   check_waited(fiber);
   complete_copies(fiber, fiber.copies.size());
-  NamedBarrier& barrier = fiber.cta->named[0];  // __syncthreads waits for the threads that have not ended
+  NamedBarrier& barrier = fiber.cta->named[0];  // __syncthreads waits only for threads that have not ended
   if (barrier.arrived) --barrier.threads, check_complete(barrier);
 }
 
@@ -259,7 +259,7 @@ void fence_async_proxy() {
   for (const uint32_t cell : me.dirty)
     if (me.cta->writer[cell] == me.thread + 1) me.cta->writer[cell] = 0;
   me.dirty.clear();
-  // the others may use mbarriers that this thread made
+  // this fence also makes the thread's mbarriers visible
   fence_mbarrier_init();
   point();
 }

@@ -1,4 +1,5 @@
-// ldmatrix, mma.sync and wgmma, as the PTX ISA lays out their fragments and matrices. Sums are in fp32, over k upwards.
+// ldmatrix, mma.sync and wgmma, with the layouts of fragments and matrices from the PTX ISA. Sums are in fp32, in the order
+// of increasing k.
 #include <algorithm>
 
 #include "engine.h"
@@ -12,7 +13,7 @@ namespace jf {
 namespace engine {
 namespace {
 
-// Eight 16-bit floats to fp32.
+// Converts eight 16-bit floats to fp32.
 inline void widen(float* to, const void* from, bool half) {
   uint16_t bits[8];
   __builtin_memcpy(bits, from, 16);
@@ -108,7 +109,7 @@ void run_mma(Warp&, void* const* arguments) {
     float wide[8];
     for (int i = 0; i < k / 4; ++i) words[i] = its.a[i];
     widen(wide, words, half);
-    for (int i = 0; i < k / 4; ++i)  // registers: rows and rows + 8, then the same with k + 8
+    for (int i = 0; i < k / 4; ++i)  // the registers of a: row, row + 8, then both again for k + 8
       for (int j = 0; j < 2; ++j) a[group + i % 2 * 8][pair + j + i / 2 * 8] = wide[2 * i + j];
     for (int i = 0; i < k / 8; ++i) words[i] = its.b[i];
     widen(wide, words, half);
@@ -140,10 +141,10 @@ void run_shuffle(Warp&, void* const* arguments) {
 
 // ---- a warpgroup's matrices ----------------------------------------------------------------------------------------
 
-constexpr uint32_t kPoison = 0x7fffdead;  // what registers hold that an unfinished wgmma will write
+constexpr uint32_t kPoison = 0x7fffdead;  // a NaN in the registers that an incomplete wgmma will write
 constexpr int kCore = 128;                // bytes of a core matrix
 
-struct Wgmma {  // as one lane asks for it
+struct Wgmma {  // the arguments of one lane
   float* d;
   int n;
   uint64_t a, b;
@@ -157,26 +158,26 @@ struct Wgmma {  // as one lane asks for it
 
 }  // namespace
 
-struct Issue {  // a wgmma of a warpgroup, the same for its four warps
+struct Issue {  // one wgmma, shared by the four warps of its warpgroup
   Wgmma what;
   int first_thread = 0, finished = 0;
   bool widened = false;
-  std::vector<unsigned char> raw;  // b as the first warp to finish read it
+  std::vector<unsigned char> raw;  // b as it was read by the first warp that finished
   std::vector<float> b;            // [n / 8][16][8]
 };
 
 struct GroupProducts {
   std::deque<std::shared_ptr<Issue>> issues;
   std::vector<std::shared_ptr<Issue>> spare;
-  uint64_t first = 0;  // the number of issues[0]
+  uint64_t first = 0;  // how many issues came before issues[0]
 };
 
 namespace {
 
-struct Accumulator {  // 16 rows of a warpgroup's 64, in the registers of one warp
+struct Accumulator {  // one warp's 16 of the 64 rows, in its registers
   float* registers[32];
   int n = 0, pending = 0;
-  uint64_t fences = 0;    // the warp's fences when its registers were last handed back
+  uint64_t fences = 0;    // how many fences the warp had made when its last product completed
   std::vector<float> d;   // [n / 8][16][8]
 };
 
@@ -184,7 +185,7 @@ struct Product {
   std::shared_ptr<Issue> issue;
   Accumulator* to;
   bool accumulate;
-  std::vector<unsigned char> a, b;  // as read at issue
+  std::vector<unsigned char> a, b;  // the operands as they were at issue
 };
 
 }  // namespace
@@ -218,7 +219,7 @@ Operand decode(uint64_t descriptor, const char* name) {
   return {field(0), field(16), field(32)};
 }
 
-// Calls visit(address) for the core matrices of the 16 columns of k and of `cores` times 8 along M or N.
+// Calls visit(address) for the operand's core matrices: two along k, `cores` along M or N from number `first` on.
 template <class Visit>
 void visit_cores(const Operand& operand, int first, int cores, const Visit& visit) {
   for (int i = first; i < first + cores; ++i)
@@ -249,7 +250,7 @@ void compare_operand(Cta& cta, const Operand& operand, int first, int cores, con
   });
 }
 
-// fp32 elements from core matrices in the order of read_operand: of b [n / 8][16 of k][8], of a [16 rows][16 of k].
+// Converts core matrices, in the order of read_operand, to fp32: b to [n / 8][16 of k][8], a to [16 rows][16 of k].
 template <int STRIDE_CORE, int STRIDE_MN, int STRIDE_K>
 void widen_operand(const unsigned char* raw, int cores, bool mn, bool half, float* to) {
   for (int i = 0; i < cores; ++i, to += STRIDE_CORE)
@@ -268,7 +269,8 @@ void widen_b(const unsigned char* raw, int n, bool mn, bool half, float* to) {
   widen_operand<128, 1, 8>(raw, n / 8, mn, half, to);
 }
 
-// Calls visit(lane, register, element of [n / 8][16 rows][8 columns]).
+// Calls visit(lane, register, element) for all registers of a warp, where element is an index in [n / 8][16 rows][8
+// columns].
 template <class Visit>
 void visit_fragment(int n, const Visit& visit) {
   for (int lane = 0; lane < 32; ++lane)

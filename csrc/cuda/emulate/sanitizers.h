@@ -1,9 +1,9 @@
-// What AddressSanitizer and ThreadSanitizer must be told about fibers and about memory; nothing without them.
+// Tells AddressSanitizer and ThreadSanitizer about fibers and memory. Without a sanitizer these functions do nothing.
 #pragma once
 
 #include <cstddef>
 
-#ifdef JF_TSAN  // the engine is compiled without instrumentation, so no macro of the compiler's says it
+#ifdef JF_TSAN  // the engine is compiled without instrumentation, so the compiler does not define its own macro
 #include <sanitizer/tsan_interface.h>
 extern "C" {
 void __tsan_read_range(void*, unsigned long);
@@ -29,9 +29,9 @@ void AnnotateIgnoreWritesEnd(const char*, int);
 namespace jf::engine {
 
 struct SanitizerFiber {
-  void* thread = nullptr;      // ThreadSanitizer's
-  int unseen = 0;              // its open Unseen
-  void* fake_stack = nullptr;  // AddressSanitizer's
+  void* thread = nullptr;      // ThreadSanitizer's handle of the fiber
+  int unseen = 0;              // how many Unseen objects of the fiber are alive
+  void* fake_stack = nullptr;  // AddressSanitizer's handle of the fiber's stack
 };
 
 SanitizerFiber& running();  // engine.cpp
@@ -39,14 +39,14 @@ SanitizerFiber& running();  // engine.cpp
 #ifdef JF_TSAN
 inline void acquire(void* at) { __tsan_acquire(at); }
 inline void release(void* at) { __tsan_release(at); }
-// The engine's own calls of memcpy, malloc and free, which ThreadSanitizer intercepts.
+// While an Unseen is alive, ThreadSanitizer ignores the engine's own calls of memcpy, malloc and free, which it intercepts.
 struct Unseen {
   Unseen() { ++running().unseen, begin(); }
   ~Unseen() { end(), --running().unseen; }
   static void begin() { AnnotateIgnoreReadsBegin(__FILE__, __LINE__), AnnotateIgnoreWritesBegin(__FILE__, __LINE__); }
   static void end() { AnnotateIgnoreWritesEnd(__FILE__, __LINE__), AnnotateIgnoreReadsEnd(__FILE__, __LINE__); }
 };
-// What the running thread reads and writes by an instruction, inside an Unseen too.
+// Reports a read or write that an instruction of the running thread makes, also while an Unseen is alive.
 template <class Access>
 inline void seen(const Access& access) {
   const int depth = running().unseen;

@@ -1,4 +1,5 @@
-// The instructions as the engine runs them (memory.cpp, barriers.cpp, products.cpp), without the templates of ptx.h.
+// The functions that emulate the instructions, without the templates of ptx.h. They are defined in memory.cpp,
+// barriers.cpp, products.cpp and grids.cpp.
 #pragma once
 
 #include <cstdint>
