@@ -184,7 +184,7 @@ def _dtypes(face: str, device: torch.device, quick: bool, wanted: tuple[str, ...
 
 
 def _panes(face: str, dtype: str, quick: bool, large: bool) -> Iterator[Check]:
-    """Yields checks of the Gram form, whose products are ATen's, and of the plain form in C++, which is fp32 only."""
+    """Yields checks of the Gram form, whose products are ATen's, and in fp32 also of the plain form in C++."""
     if face == "aten":
         for shape in (QUICK_GRAM if quick else SMALL_GRAM + REAL_GRAM) if large else SMALL_GRAM:
             yield Check("panes", face, "panes", "default", shape, dtype)
