@@ -357,4 +357,4 @@ def write(path: str, text: str) -> None:
 
 def check_writable(path: str | None) -> None:
     if path and not Path(path).resolve().parent.is_dir():
-        raise UsageError(f"--out {path}: the folder {Path(path).resolve().parent} does not exist")
+        raise UsageError(f"{path}: the folder {Path(path).resolve().parent} does not exist")

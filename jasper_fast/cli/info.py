@@ -35,8 +35,6 @@ _PACKAGES = (
     ("ufal-kenlm", "n-gram language models", "lm"),
     ("safetensors", "safetensors files", "safetensors"),
     ("cupy-cuda13x", "CUDA kernels without a CUDA toolkit", "cuda"),
-    ("flashlight-text", "beam search", "lm"),
-    ("kenlm", "n-gram models", "lm"),
 )
 
 

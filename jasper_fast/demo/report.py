@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jasper_fast.extras import need
+from jasper_fast import page
 
 # Colours from dark to bright, similar to the map magma: readable on a light and on a dark page.
 _PALETTE = (
@@ -100,17 +100,17 @@ def render(result: dict, features: Sequence[np.ndarray | None] = (), wavs: Seque
 
     Raises MissingExtra if jinja2 is not installed.
     """
-    jinja2 = need("jinja2", "demo")
-    files = jinja2.FileSystemLoader(Path(__file__).parent)
-    template = jinja2.Environment(loader=files, autoescape=True, undefined=jinja2.StrictUndefined)
     images = [None if f is None else spectrogram(f) for f in features]
     examples = [
         e | {"image": _uri("image/png", image), "sound": _uri("audio/wav", wav)}
         for e, image, wav in zip(result["examples"], images, wavs, strict=True)
     ]
     curves = result["curves"]
-    return template.get_template("page.html.j2").render(
-        result | {"examples": examples, "rows": comparison_rows(result)},
+    values = result | {"examples": examples, "rows": comparison_rows(result)}
+    return page.render(
+        Path(__file__).parent,
+        "page.html.j2",
+        **values,
         losses=chart([(p["minutes"], p["loss"]) for p in curves["loss"]]),
         wers=chart([(p["minutes"], 100 * p["wer"]) for p in curves["wer"]]),
     )

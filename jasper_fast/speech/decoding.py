@@ -5,6 +5,8 @@ Shapes: N utterances, T frames, V classes; the blank is the last class.
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -121,25 +123,21 @@ def path_transcript(ids: np.ndarray, probs: np.ndarray, vocabulary: Vocabulary, 
     """Returns the transcript of one path. ``ids``: the class of each frame (T,), -1 beyond the end; ``probs``: the
     probabilities of these classes."""
     symbols = []
+    emitted = _emitted(ids, vocabulary.blank)
     change = np.append(np.flatnonzero(np.diff(ids)) + 1, len(ids))
-    for first in np.flatnonzero(_emitted(ids, vocabulary.blank)):
+    for first in np.flatnonzero(emitted):
         end = change[np.searchsorted(change, first, side="right")]
         text = vocabulary.labels[ids[first]]
         confidence = float(probs[first:end].max())
         symbols.append(Word(text, float(first * frame_seconds), float(end * frame_seconds), confidence))
-    text = vocabulary.decode(ids[_emitted(ids, vocabulary.blank)].tolist())
+    text = vocabulary.decode(ids[emitted].tolist())
     mean = sum(s.confidence for s in symbols) / len(symbols) if symbols else 1.0
     if vocabulary.of_words:
         return Transcript(text, symbols, symbols, mean)
-    words: list[Word] = []
-    inside = False
-    for s in symbols:
-        if s.text == " ":
-            inside = False
-        elif inside:
-            w = words[-1]
-            words[-1] = Word(w.text + s.text, w.start, s.end, w.confidence * s.confidence)
-        else:
-            words.append(s)
-            inside = True
+    words = []
+    for space, group in itertools.groupby(symbols, lambda s: s.text == " "):
+        if not space:
+            letters = list(group)
+            confidence = math.prod(s.confidence for s in letters)
+            words.append(Word("".join(s.text for s in letters), letters[0].start, letters[-1].end, confidence))
     return Transcript(text, symbols, words, mean)

@@ -68,10 +68,8 @@ def _call(cell: Cell) -> None:
             bn.stats(y)
             bn.forward(y, norm, None, zeroed)
         return
-    conv, how = (
-        backends.face("conv1d", "triton"),
-        Geometry(cell.stride, (cell.taps // 2) * cell.dilation, cell.dilation),
-    )
+    conv = backends.face("conv1d", "triton")
+    how = Geometry(cell.stride, (cell.taps // 2) * cell.dilation, cell.dilation)
     x, weight = ntc(cell.c_in, t), torch.empty(cell.c_out, cell.c_in, cell.taps, device=META)
     dy = ntc(cell.c_out, how.frames(t, cell.taps))
     if cell.op == "conv1d.fused":
