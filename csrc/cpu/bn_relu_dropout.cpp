@@ -54,7 +54,7 @@ float* channels(const BnArgs& a, const char* name, const Tensor& x) {
   return static_cast<float*>(x.data_ptr());
 }
 
-// An activation like y.
+// An activation of the shape, dtype and memory order of y.
 void* activation(const Tensor& y, const char* name, const Tensor& x) {
   check_cpu(name, x);
   if (x.scalar_type() != y.scalar_type()) fail(name, "must have the dtype of y");

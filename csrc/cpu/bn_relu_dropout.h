@@ -17,21 +17,21 @@ struct BnArgs {
   void *out, *dres;  // out is z in forward, dy in backward
   const float *mean, *rstd, *gamma, *beta, *mean_g, *mean_gy;
   const int64_t* lengths;
-  bool dropout;        // draw keep bits; false if p == 0, and in backward if z tells what was dropped
+  bool dropout;        // draw keep bits; false if p == 0, and in backward with z, which is 0 where dropped
   uint64_t seed;
   uint32_t threshold;  // keep iff word >= threshold
   float scale;         // 1 / (1 - p)
 };
 
 // Reductions work on chunks of rows and merge their partial results in order. The size of a chunk depends on C alone,
-// so results do not depend on the number of threads. A chunk has so few rows that fp32 sums inside it lose nothing.
+// so results do not depend on the number of threads.
 constexpr int64_t kBnChunkElements = 32768, kBnMinChunkRows = 16, kBnMaxChunkRows = 256;
 inline int64_t bn_chunk_rows(int64_t c) {
   const int64_t rows = kBnChunkElements / c;
   return rows < kBnMinChunkRows ? kBnMinChunkRows : rows > kBnMaxChunkRows ? kBnMaxChunkRows : rows;
 }
 
-// A chunk's partial result: this many fp64 vectors of C channels, padded to whole vectors and cache lines.
+// The partial result of a chunk has this many vectors of C fp64 numbers, each padded to a multiple of a cache line.
 constexpr int64_t kBnPartialVectors = 3;
 inline int64_t bn_padded(int64_t c) { return (c + 15) / 16 * 16; }
 

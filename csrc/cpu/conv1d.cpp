@@ -17,7 +17,7 @@ namespace {
 using torch::stable::Tensor;
 using namespace jf;
 
-constexpr int64_t kGroupRows = 128;     // rows of one item that share a window in L2; twice that in the fast algorithm
+constexpr int64_t kGroupRows = 128;  // rows of one item that share a window in L2; twice that in the fast algorithm
 
 int64_t checked_level(int64_t fir_level, int64_t taps, int64_t stride) {
   STD_TORCH_CHECK(fir_level >= 0 && fir_level <= kMaxFirLevel, "conv1d: fir_level must be in [0, ", kMaxFirLevel,
@@ -49,7 +49,7 @@ const float* contiguous_fp32(const Tensor& t, const char* name) {
   return static_cast<const float*>(t.const_data_ptr());
 }
 
-// Packed weights, fp32 or pairs of bf16.
+// The data of packed weights, which are fp32 or pairs of bf16.
 const float* contiguous_packed(const Tensor& t, const char* name) {
   if (!is_bf16(t)) return contiguous_fp32(t, name);
   STD_TORCH_CHECK(JF_DISPATCH(conv1d_has_bf16)(), "conv1d: ", name, " is bfloat16, which this process' instruction ",

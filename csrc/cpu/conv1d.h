@@ -22,7 +22,7 @@ struct ConvRows {  // one (N, T, C) activation; row t of item n starts n * strid
 
 struct ConvForward {
   ConvRows x;
-  ConvRows x2;  // data is null without panes; x and x2 may be bf16 if the weights are
+  ConvRows x2;  // the input of the panes; data is null without panes. x and x2 may be bf16 if the weights are
   const float* packed = nullptr;
   const float* packed2 = nullptr;
   bool bf16 = false;  // packed and packed2 hold pairs of bf16, each pair in the space of a float
@@ -30,7 +30,7 @@ struct ConvForward {
   const int64_t* in_lengths = nullptr;
   const int64_t* out_lengths = nullptr;
   float* y = nullptr;
-  uint16_t* rounded = nullptr;  // in place of y: the result in bf16. For bf16 weights without bias
+  uint16_t* rounded = nullptr;  // if not null, receives the result in bf16 instead of y; for bf16 weights without bias
   int64_t y_stride_n = 0;
   int64_t y_stride_t = 0;
   int64_t n = 0, t_in = 0, t_out = 0, c_out = 0;
@@ -39,8 +39,8 @@ struct ConvForward {
   int64_t fir_level = 0;
 };
 
-// Rows [begin, end) of item n go through the GEMM. Rows [fill_begin, begin) and [end, fill_end) have only zeros as
-// input.
+// Rows [begin, end) of item n go through the GEMM. Rows [fill_begin, begin) and [end, fill_end) depend on no row of x:
+// they are filled with the bias or zeros.
 struct ConvRowGroup {
   int64_t n, fill_begin, begin, end, fill_end;
 };
@@ -53,7 +53,7 @@ struct ConvWeightGrad {
   int64_t n = 0, t_in = 0, t_out = 0;
   int64_t taps = 1, stride = 1, dilation = 1, padding = 0;
   int64_t fir_level = 0;
-  bool bf16 = false;  // multiply x and dy in bf16; each may be stored as bf16 or is rounded to it
+  bool bf16 = false;  // multiply in bf16: x and dy are rounded to bf16 unless they are stored as bf16
 };
 
 struct ConvPack {
@@ -65,7 +65,7 @@ struct ConvPack {
   int64_t fir_level = 0;
 };
 
-// A column block is conv1d_columns() output channels. Weights are packed and work is split by column blocks.
+// A column block is a group of conv1d_columns() output channels. Weights are packed and work is split by column blocks.
 #define JF_DECLARE_CONV1D(ISA)                                                                              \
   namespace ISA {                                                                                           \
   int64_t conv1d_columns();                                                                                 \
@@ -82,7 +82,7 @@ JF_FOR_EACH_ISA(JF_DECLARE_CONV1D)
 // The number of floats, or of pairs of bf16, that hold `channels` channels.
 inline int64_t conv1d_units(int64_t channels, bool bf16) { return bf16 ? (channels + 1) / 2 : channels; }
 
-// Rows [begin, end) of the output depend on at least one row of x in [0, length).
+// Sets begin and end: rows [begin, end) of the output depend on at least one row of x in [0, length).
 inline void conv1d_live_rows(int64_t length, int64_t t_out, int64_t taps, int64_t stride, int64_t dilation,
                              int64_t padding, int64_t& begin, int64_t& end) {
   const int64_t first = padding - (taps - 1) * dilation;
@@ -92,7 +92,7 @@ inline void conv1d_live_rows(int64_t length, int64_t t_out, int64_t taps, int64_
   if (begin > end) begin = end;
 }
 
-// The number of taps of all filters of the fast algorithm: each level replaces a filter by three of half its length.
+// The total number of taps in all filters of the fast algorithm. A level replaces a filter by three of half its length.
 inline int64_t conv1d_packed_taps(int64_t taps, int64_t fir_level) {
   if (fir_level == 0) return taps;
   return 2 * conv1d_packed_taps((taps + 1) / 2, fir_level - 1) + conv1d_packed_taps(taps / 2, fir_level - 1);

@@ -34,7 +34,7 @@ inline void fir_inputs(const Vec* x, Vec* out) {
   }
 }
 
-// The transpose of "y[2s] = A + S, y[2s+1] = B + S": the gradient of each product from the gradients of 2^LEVEL rows.
+// The gradient of each product from the gradients of 2^LEVEL rows: the transpose of "y[2s] = A + S, y[2s+1] = B + S".
 template <int LEVEL>
 inline void fir_gradients(const Vec* dy, Vec* out) {
   if constexpr (LEVEL == 0) {
@@ -55,7 +55,7 @@ inline void fir_gradients(const Vec* dy, Vec* out) {
 
 struct FirProduct {
   int64_t taps;
-  int targets, phases[kTargets];  // to which of the 2^LEVEL rows of a step the product is added
+  int targets, phases[kTargets];  // the number of rows to which the product is added, and which of the 2^LEVEL rows
 };
 
 template <int LEVEL>

@@ -18,7 +18,7 @@ namespace jf {
 namespace JF_ISA {
 namespace {
 
-// The accumulators fill the register file: kRows x 2 vectors, beside 2 vectors of B and 1 of A.
+// kRows is as large as the registers allow: kRows x 2 accumulators, beside 2 vectors of B and 1 of A.
 #if defined(__AVX512F__)
 using Vec = __m512;
 inline Vec splat(float v) { return _mm512_set1_ps(v); }
@@ -43,15 +43,15 @@ constexpr int kVectors = 2;
 constexpr int kColumns = kVector * kVectors;
 constexpr int64_t kLine = 16;             // floats in a cache line
 constexpr int64_t kLongChunk = 64;        // units of a chunk with many taps: the window of all taps fits L1
-constexpr int64_t kShortChunk = 256;      // units of a chunk with few taps: long enough to hide the epilogue
+constexpr int64_t kShortChunk = 256;      // units of a chunk with few taps: enough that the epilogue costs little
 constexpr int64_t kFewTaps = 4;
-constexpr int kLongStride = 80;           // floats between window rows, 5 and 17 cache lines
+constexpr int kLongStride = 80;           // floats between window rows: an odd number of cache lines, here 5, below 17
 constexpr int kShortStride = 272;
 constexpr int64_t kChain = 128;           // products that are added in registers before the sum goes to memory
 static_assert(kLongStride / kLine % 2 == 1 && kShortStride / kLine % 2 == 1);
 
 inline Vec load(const float* p) { return (Vec) * reinterpret_cast<const VecUnaligned*>(p); }
-inline Vec load_some(const float* p, int64_t count) {  // zeros from `count` on
+inline Vec load_some(const float* p, int64_t count) {  // the lanes from `count` on are zero
   if (count >= kVector) return load(p);
   float part[kVector] = {};
   for (int64_t i = 0; i < count; ++i) part[i] = p[i];
@@ -59,7 +59,7 @@ inline Vec load_some(const float* p, int64_t count) {  // zeros from `count` on
 }
 inline void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = (VecUnaligned)v; }
 
-// One step of the reduction takes a unit, which is as large as a float: one channel, or two channels in bf16.
+// A step of the reduction takes one unit. A unit has the size of a float: one channel in fp32, or two in bf16.
 struct Fp32 {
   static constexpr int64_t kChannels = 1;
   static void add_product(Vec& sum, const float* a, Vec b) { sum += splat(*a) * b; }
@@ -90,7 +90,7 @@ struct Bf16 {
     if (channels % 2 == 1) to[channels / 2] = 0.0f;
     std::memcpy(to, from, channels * sizeof *from);
   }
-  // kVector channels of a row as bf16, each in the lower half of a lane; zeros from channel `count` on.
+  // Loads kVector channels of a row as bf16, each in the lower half of a lane. Channels from `count` on are zero.
   static __m512i lanes(const float* p, int64_t count) {
     return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(load_some(p, count)));
   }
@@ -111,9 +111,9 @@ struct Tile {
   const int64_t* tap_offsets = nullptr;
   int64_t taps = 1, depth = 0, a_step = 1;
   const float* b = nullptr;             // [taps][depth][kColumns], `depth` units
-  const float* next = nullptr;          // the panel used next; next_lines lines of it are prefetched after each tap
+  const float* next = nullptr;          // the next panel of B; next_lines cache lines of it are prefetched per tap
   int64_t next_lines = 0;
-  float* y = nullptr;                   // row m goes to y + offsets[i] + m * y_stride if m < rows[i], for each target i
+  float* y = nullptr;                   // target i: row m < rows[i] goes to y + offsets[i] + m * y_stride
   int64_t y_stride = 0;
   int targets = 1;
   int64_t offsets[kTargets] = {}, rows[kTargets] = {};
@@ -252,7 +252,7 @@ TileFn tile_fn(int64_t rows, int a_stride) {
   return a_stride == kLongStride ? pick<OP, kLongStride>(rows, all) : pick<OP, kShortStride>(rows, all);
 }
 
-// Computes `rows` rows of the GEMM in tiles of nearly equal height; `g` holds what the tiles share.
+// Computes `rows` rows of the GEMM in tiles of nearly equal height. `g` has the arguments that all tiles share.
 template <class OP>
 void tiles(Tile g, int64_t rows, int a_stride) {
   const int64_t count = (rows + kRows - 1) / kRows;

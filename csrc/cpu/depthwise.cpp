@@ -18,8 +18,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using namespace jf;
 
-constexpr int64_t kTaskRows = 128, kLeastRows = 32;  // outputs of a task
-constexpr int64_t kShares = 8;  // of the rows, in the gradient of the weight: their sums are added in order
+constexpr int64_t kTaskRows = 128, kLeastRows = 32;  // most and fewest output rows of a task
+constexpr int64_t kShares = 8;  // the gradient of the weight sums up to 8 shares of the rows and adds them in order
 
 DepthwiseDtype dtype_of(const Tensor& t) {
   const ScalarType type = t.scalar_type();
@@ -72,7 +72,7 @@ float* scratch_of(int64_t floats) {
   return reinterpret_cast<float*>((address + 63) / 64 * 64);
 }
 
-// Packs weight (C, 1, K) to (C / 32, K, 32), with zeros for missing channels; `flipped`: the last tap first.
+// Packs weight (C, 1, K) into (C / 32, K, 32), with zeros for missing channels. flipped: reverses the taps.
 void depthwise_pack(const Tensor& weight, bool flipped, Tensor packed) {
   STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == ScalarType::Float && weight.dim() == 3 &&
                       weight.size(1) == 1 && weight.is_contiguous(),
@@ -122,7 +122,7 @@ void depthwise_sum(const Tensor& x, const Tensor& packed, int64_t taps, int64_t 
   });
 }
 
-// dw (C, 1, K) of x and dy. The rows are cut by their number alone, so that no result depends on the threads.
+// Computes dw (C, 1, K) from x and dy. Shares depend on the number of rows only, so the threads do not change results.
 void depthwise_wgrad(const Tensor& x, const Tensor& dy, int64_t stride, int64_t dilation, int64_t padding,
                      const std::optional<Tensor>& in_lengths, const std::optional<Tensor>& out_lengths, Tensor dw) {
   DepthwiseGrad args;

@@ -10,7 +10,7 @@
 namespace jf {
 
 constexpr int64_t kDepthwiseColumns = 32;  // channels of a block: weights are packed (C / 32, K, 32)
-constexpr int64_t kDepthwiseRows = 8;      // outputs (or taps, in the gradient of the weight) that share a load
+constexpr int64_t kDepthwiseRows = 8;      // outputs (in the gradient of the weight: taps) that share a load
 
 enum class DepthwiseDtype { fp32, fp16, bf16 };
 
@@ -38,12 +38,12 @@ struct DepthwiseGrad {
   int64_t n = 0, c = 0, taps = 1, stride = 1, dilation = 1, padding = 0;
 };
 
-// Rows [begin, end) of item n, and block `block` of channels.
+// A task: rows [begin, end) of item n, and block `block` of channels.
 struct DepthwiseTask {
   int64_t n, begin, end, block;
 };
 
-// depthwise_grad_task adds to part (K, 32). scratch: depthwise_scratch() floats, at a multiple of 64 bytes.
+// depthwise_grad_task adds its sums to part (K, 32). scratch: depthwise_scratch() floats, aligned to 64 bytes.
 #define JF_DECLARE_DEPTHWISE(ISA)                                                                           \
   namespace ISA {                                                                                           \
   void depthwise_sum_task(const DepthwiseSum& args, const DepthwiseTask& task, float* scratch);             \
@@ -52,8 +52,8 @@ struct DepthwiseTask {
 JF_FOR_EACH_ISA(JF_DECLARE_DEPTHWISE)
 #undef JF_DECLARE_DEPTHWISE
 
-// Floats that a task of `rows` outputs needs: the rows that it reads, those of a gradient of the output, and the zeros
-// around them.
+// Floats that a task of `rows` output rows needs: the rows of x that it reads with zeros around them, and `rows` rows
+// of dy for the gradient of the weight.
 inline int64_t depthwise_scratch(int64_t rows, int64_t taps, int64_t stride, int64_t dilation) {
   const int64_t reach = (taps - 1) * dilation, more = kDepthwiseRows * (stride + dilation);
   return ((rows - 1) * stride + 1 + reach + 2 * more + rows) * kDepthwiseColumns;

@@ -1,7 +1,7 @@
 // Which instruction set this process uses, chosen once at run time.
 //
-// Every file under csrc/cpu/isa/ is compiled once per level with -DJF_ISA=<level>, all its symbols in namespace
-// jf::JF_ISA. Files outside isa/ use the baseline instruction set and pick a namespace by cpu_isa().
+// Every file under csrc/cpu/isa/ is compiled once per level with -DJF_ISA=<level>, and all its symbols are in namespace
+// jf::<level>. Files outside isa/ use the baseline instruction set and pick a namespace by cpu_isa().
 #pragma once
 
 namespace jf {

@@ -1,14 +1,18 @@
-// Interpolated modified Kneser-Ney of any number of words in bounded memory, written as an ARPA file.
+// Estimates an n-gram model with interpolated modified Kneser-Ney smoothing from texts of any length, in bounded
+// memory, and writes it as an ARPA file.
 //
-//   a(g)    of the highest order, and of what begins with <s>: how often g is there; otherwise how many different words
-//           stand before it
-//   D(a)    per order, of the numbers t_k of n-grams with a = k: Y = t_1 / (t_1 + 2 t_2), D(k) = k - (k+1) Y t_{k+1}/t_k
-//           for k = 1, 2, and 3 for all from 3 on; 0.5, 1, 1.5 where they are not to be had
-//   gamma(h) = (sum of D over the n-grams hw that are kept + sum of a over those that are not) / sum over w of a(hw)
-//   p(w|h)  = (a(hw) - D) / sum of a(hx) + gamma(h) p(w|h'),   h' without its first word, 1/|V| below the 1-grams
+//   a(g)      the adjusted count of n-gram g. For the highest order and n-grams that begin with <s>, it is how often
+//             g occurs; for others, the number of different words that occur before g.
+//   D(a)      the discount of an adjusted count. With t_k the number of n-grams of an order that have a = k, and
+//             Y = t_1 / (t_1 + 2 t_2), it is D(k) = k - (k+1) Y t_{k+1}/t_k for k = 1, 2 and 3, and D(3) for a > 3.
+//             If these cannot be computed, D is 0.5, 1 and 1.5.
+//   gamma(h)  = (sum of D over the n-grams hw that are kept + sum of a over those that are not) / sum over w of a(hw)
+//   p(w|h)    = (a(hw) - D) / sum over x of a(hx) + gamma(h) p(w|h'), where h' is h without its first word; for 1-grams
+//             p(w|h') is 1/|V|
 //
-// Every step reads and writes sorted files. A key holds words first to last (by context), or last to first (by suffix:
-// an n-gram stands right behind the n-grams of lower order that it ends in). The interface is plain C, for ctypes.
+// Every step reads and writes sorted files. "By context" means that a key holds the words from first to last. "By
+// suffix" means from last to first: an n-gram then comes right after the n-grams of lower order that it ends in. The
+// interface is plain C, for ctypes.
 #include <array>
 #include <cerrno>
 #include <charconv>
@@ -27,7 +31,7 @@ namespace {
 constexpr int kMostWords = 6;
 constexpr uint32_t kBegin = 1, kEnd = 2;  // <s> and </s>; 0 is <unk>
 
-// Up to six words; those that an n-gram lacks are zero at the end.
+// Up to six words. A shorter n-gram has zeros in the last places.
 struct Key {
   uint64_t pair[kMostWords / 2] = {};
   uint32_t at(int i) const { return uint32_t(pair[i / 2] >> (i % 2 ? 0 : 32)); }
@@ -89,7 +93,7 @@ class Trainer {
         counts_(std::make_unique<Sorter<Counted>>(folder_, memory_)), adjusted_(order + 1), parts_(order + 1),
         gammas_(order + 1) {}
 
-  // Words of whole sentences, each with </s> at its end.
+  // Counts the words of complete sentences, each of which ends with </s>.
   void add(const int32_t* words, int64_t count) {
     std::array<uint32_t, kMostWords> last;
     last.fill(kBegin);
@@ -132,14 +136,14 @@ class Trainer {
   const Statistics& of(int n) const { return of_[n]; }
 
  private:
-  // ---- counts, by suffix, to adjusted counts of all orders, by context ----
+  // ---- from counts (by suffix) to adjusted counts of all orders (by context) ----
   void adjust() {
     counts_->seal();
     for (int n = 1; n <= order_; ++n) {
       adjusted_[n] = std::make_unique<Sorter<Adjusted>>(folder_, memory_ / order_);
     }
     Counted item, before{};
-    std::array<uint64_t, kMostWords + 1> times{}, different{};  // of the group of each order that is open
+    std::array<uint64_t, kMostWords + 1> times{}, different{};  // counts of the current n-gram of each order
     bool any = false;
     while (counts_->next(item)) {
       int same = 0;
@@ -160,7 +164,7 @@ class Trainer {
 
   void close(int n, const Key& suffix, uint64_t times, uint64_t different) {
     const bool first = suffix.at(n - 1) == kBegin;
-    if (first && n > 1 && suffix.at(n - 2) == kBegin) return;  // <s> twice: padding
+    if (first && n > 1 && suffix.at(n - 2) == kBegin) return;  // a second <s> is padding before the sentence
     const uint64_t count = first || n == order_ ? times : different;
     if (count <= 4) ++of_[n].times[count];
     const bool pruned = times <= uint64_t(prune_[n - 1]);
@@ -178,7 +182,7 @@ class Trainer {
     for (int k = 1; s.fallback && k <= 3; ++k) s.discount[k] = 0.5 * k;
   }
 
-  // ---- adjusted counts to masses, by suffix, and the gammas of contexts, by suffix ----
+  // ---- from adjusted counts to (a - D) / sum of a, and the gammas of contexts (both by suffix) ----
   void estimate(int n) {
     parts_[n] = std::make_unique<Sorter<Part>>(folder_, memory_ / 2);
     if (n > 1) gammas_[n - 1] = std::make_unique<Sorter<Value>>(folder_, memory_ / 2);
@@ -214,12 +218,12 @@ class Trainer {
 
   double discount(int n, uint64_t count) const { return of_[n].discount[std::min<uint64_t>(count, 3)]; }
 
-  // ---- probabilities, by suffix, as lines ----
+  // ---- writing the probabilities of an order, by suffix ----
   void write(int n) {
     text_ += "\n\\" + std::to_string(n) + "-grams:\n";
     auto values = std::make_unique<ItemFile<Value>>(folder_);
     Part part;
-    Value low{{}, 1.0 / double(of_[1].kept + 1)}, gamma{};  // of words, </s> and <unk>
+    Value low{{}, 1.0 / double(of_[1].kept + 1)}, gamma{};  // 1/|V| over words, </s> and <unk>
     bool more = gammas_[n] && gammas_[n]->next(gamma);
     if (n == 1) {
       const bool begins = more && gamma.key.at(0) == kBegin;
@@ -322,7 +326,7 @@ int guarded(Handle* handle, const F& body) {
 
 #define JF_EXPORT extern "C" __attribute__((visibility("default")))
 
-// `memory` in bytes, `prune` one count an order: n-grams that are there so often or less are left out.
+// memory: bytes. prune: one count per order; n-grams that occur this often or less are left out.
 JF_EXPORT void* jf_ngram_new(int order, const char* folder, int64_t memory, const int64_t* prune) {
   auto* handle = new jf::Handle;
   jf::guarded(handle, [&] { handle->trainer = std::make_unique<jf::Trainer>(order, folder, memory, prune); });
@@ -334,12 +338,13 @@ JF_EXPORT int jf_ngram_add(void* handle, const int32_t* words, int64_t count) {
   auto* h = static_cast<jf::Handle*>(handle);
   return jf::guarded(h, [&] { h->trainer->add(words, count); });
 }
-// Step 0, then 1 .. order, then (between begin and end of the file) order + 1 .. 2 * order.
+// Call it for steps 0 .. order, then begin the file, then for steps order + 1 .. 2 * order, then end the file.
 JF_EXPORT int jf_ngram_step(void* handle, int number) {
   auto* h = static_cast<jf::Handle*>(handle);
   return jf::guarded(h, [&] { h->trainer->step(number); });
 }
-// `words`: all of them by number, one after the other; `offsets` of their beginnings and of the end. Both must stay.
+// words: the text of all words in the order of their numbers, without separators. offsets: where each word begins, and
+// the end of the last one. Both must stay in memory until the file is ended.
 JF_EXPORT int jf_ngram_begin_file(void* handle, const char* path, const char* words, const int64_t* offsets) {
   auto* h = static_cast<jf::Handle*>(handle);
   return jf::guarded(h, [&] { h->trainer->begin_file(path, words, offsets); });
@@ -348,7 +353,8 @@ JF_EXPORT int jf_ngram_end_file(void* handle) {
   auto* h = static_cast<jf::Handle*>(handle);
   return jf::guarded(h, [&] { h->trainer->end_file(); });
 }
-// Eight numbers: n-grams with the adjusted counts 1 to 4, discounts 1 to 3 (negative: the fallback), n-grams kept.
+// Writes eight numbers: how many n-grams have the adjusted counts 1 to 4, the discounts of counts 1 to 3 (negative if
+// they are the fallback), and how many n-grams are kept.
 JF_EXPORT void jf_ngram_statistics(void* handle, int n, double* out) {
   const jf::Statistics& s = static_cast<jf::Handle*>(handle)->trainer->of(n);
   for (int k = 1; k <= 4; ++k) out[k - 1] = s.times[k];

@@ -1,5 +1,5 @@
-// NovoGrad's step over all parameters on the CPU, fp32: argument checks, threads, sums of squares merged in order, the
-// scalars of each parameter. Loops: isa/novograd.cpp.
+// NovoGrad's step over all parameters on the CPU, in fp32. This file checks arguments, starts threads, merges sums of
+// squares in a fixed order, and computes the scalars of each parameter. The loops are in isa/novograd.cpp.
 #include "novograd.h"
 
 #include <torch/csrc/stable/library.h>
@@ -21,12 +21,12 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kRun = 65536;  // elements of a task; its sum of squares is merged in order, whatever the threads
-constexpr int kColumns = 8;      // of the settings, as kernels/novograd/operands.py names them
+constexpr int64_t kRun = 65536;  // elements of a task; sums of squares of tasks are merged in a fixed order
+constexpr int kColumns = 8;      // columns of the settings; kernels/novograd/operands.py names them
 enum { kLr, kBeta1, kShare, kBeta2, kRest2, kEps, kDecay, kWeight };
 
 // ---- arguments ----
-bool dense(const Tensor& x) {  // elements without gaps, in whatever order
+bool dense(const Tensor& x) {  // whether elements have no gaps between them; their order may be any
   int64_t span = 1;
   for (int64_t i = 0; i < x.dim(); ++i) {
     if (x.size(i) == 0) return true;
@@ -35,7 +35,7 @@ bool dense(const Tensor& x) {  // elements without gaps, in whatever order
   return span == x.numel();
 }
 
-// `x` in the memory order of `like`; strides of dimensions of one element mean nothing.
+// The data of `x`, which must have the memory order of `like`. Strides of dimensions of size 1 do not matter.
 float* data_of(const char* name, const Tensor& x, const Tensor& like) {
   STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float, "novograd (cpu): ", name,
                   " must be float32 tensors on the CPU; others are for backend=\"reference\"");

@@ -1,4 +1,5 @@
-// What csrc/cpu/novograd.cpp (checks, threads, merges) hands to the loops in csrc/cpu/isa/novograd.cpp: fp32 runs of n.
+// The arguments that novograd.cpp (checks, threads, merges) passes to isa/novograd.cpp (loops): fp32 runs of n
+// elements.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +8,7 @@
 
 namespace jf {
 
-// m = beta1*m + factor*g + decay*p;  p = p - lr*m;  unless it is null, average += weight*(p - average).
+// m = beta1*m + factor*g + decay*p;  p = p - lr*m;  average += weight*(p - average), unless average is null.
 struct NovoGradRun {
   const float* g;
   float *m, *p, *average;

@@ -1,6 +1,6 @@
-// Panes (a sum of 1x1 convs, each with batch norm) in training on the CPU: argument checks, threads, merging of sums.
-// Activations and their gradients are fp32, or bf16 where the CPU multiplies it; weights and vectors are fp32.
-// Products: isa/conv1d_*.cpp with one tap. Passes over pane outputs: isa/panes.cpp.
+// Panes (a sum of 1x1 convs, each with batch norm) in training on the CPU. This file checks arguments, starts threads
+// and merges sums. Activations and their gradients are fp32, or bf16 if the CPU multiplies it; weights and vectors are
+// fp32. Matrix products are convs with one tap (isa/conv1d_*.cpp). The passes over pane outputs are in isa/panes.cpp.
 #include "panes.h"
 
 #include <torch/csrc/stable/library.h>
@@ -24,11 +24,11 @@ using Tensors = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kChunkRows = 64;      // of a pass; sums of chunks are merged in order, for any number of threads
-constexpr int64_t kGroupRows = 256;     // rows of one item in a task of a product
+constexpr int64_t kChunkRows = 64;   // rows per task of a pass; sums of chunks are merged in order, for any threads
+constexpr int64_t kGroupRows = 256;  // rows of one item per task of a matrix product
 
 // ---- arguments ----
-// The elements of `x`, which is fp32, or bf16 if `bf16`.
+// The data of `x`, which must be bf16 if `bf16`, else fp32.
 template <class... Sizes>
 void* rows_data(const char* name, const Tensor& x, bool bf16, Sizes... sizes) {
   const auto dtype = bf16 ? ScalarType::BFloat16 : ScalarType::Float;
@@ -57,7 +57,7 @@ PanesArgs args_of(const Tensor& y) {
   return a;
 }
 
-// The N*T rows that all xs have; without lengths they count as one item.
+// The N*T rows that all xs have. Without lengths they are treated as one item.
 struct Batch {
   int64_t n, t;
   const int64_t* lengths;
@@ -85,7 +85,7 @@ ConvRows rows_of(const Batch& batch, const void* data, int64_t channels, bool bf
   return {data, batch.t * channels, channels, channels, bf16};
 }
 
-// The place `elements` after `data`, in elements of 2 bytes if `bf16`, else of 4.
+// The address of element number `elements` of `data`; an element has 2 bytes if `bf16`, else 4.
 template <class T>
 T* after(T* data, int64_t elements, bool bf16) {
   return reinterpret_cast<T*>(reinterpret_cast<intptr_t>(data) + elements * (bf16 ? 2 : 4));
@@ -107,8 +107,8 @@ struct Scratch {  // cache-line aligned
   T* const data;
 };
 
-// ---- products: x (rows, inputs) times a weight packed as conv1d packs one tap ----
-// Floats that hold a pack.
+// ---- matrix products: x (rows, inputs) times a weight that conv1d packed as a conv with one tap ----
+// The number of floats in whose space a pack fits.
 int64_t packed_size(int64_t outputs, int64_t inputs, bool bf16) {
   const int64_t columns = JF_DISPATCH(conv1d_columns)();
   return div_up(outputs, columns) * columns * conv1d_units(inputs, bf16);
@@ -122,7 +122,7 @@ int64_t largest_pack(const Tensors& weights, bool bf16) {
   return most;
 }
 
-// A product cut into tasks; each takes some rows of one item and some column blocks. y has the dtype of x.
+// A matrix product cut into tasks. A task takes some rows of one item and some column blocks. y has the dtype of x.
 struct Product {
   ConvForward args;
   std::vector<ConvRowGroup> groups;

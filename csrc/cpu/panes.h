@@ -10,10 +10,10 @@ namespace jf {
 
 struct PanesArgs {
   int64_t panes, rows, c;
-  bool bf16;                  // y, g and dy are bf16, else fp32; all others are fp32
+  bool bf16;                  // whether y, g and dy are bf16; the rest is always fp32
   const void* y;              // outputs (panes, rows, c)
   const float *mean, *scale;  // means of the outputs and gamma * rstd (panes, c)
-  const float* start;         // forward: the sum starts from it; if start_stride is 0, from the same row everywhere
+  const float* start;         // forward: the sum starts from this; if start_stride is 0, from one row for all rows
   int64_t start_stride;
   float* out;                   // forward: the sum (rows, c)
   const void* g;                // backward: the gradient of the sum (rows, c)

@@ -1,8 +1,8 @@
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", 2011) as dropout uses it.
-// Element e keeps its value iff word e % 4 of the block with counter (e / 4, 0) under key `seed` is >= threshold. One
-// counter gives the keep bits of four elements. Lanes are 64 bits wide. The 32x32->64 multiply reads only the low half
-// of a lane, so the high half may hold anything and is never cleared. With AVX-512 a round of eight counters costs 2
-// multiplies, 2 shifts and 2 three-way xors; the ten rounds cost about one cycle per element.
+// Element e keeps its value if and only if word e % 4 of the block with counter (e / 4, 0) under key `seed` is >=
+// threshold. One counter yields the keep bits of four elements. Lanes are 64 bits wide. The 32x32->64 multiply reads
+// only the low half of a lane, so the high half may hold anything and is never cleared. With AVX-512 a round of eight
+// counters costs 2 multiplies, 2 shifts and 2 three-way xors; the ten rounds cost about one cycle per element.
 #pragma once
 
 #include <cstdint>
@@ -31,13 +31,13 @@ struct PhiloxKeys {
 typedef __m512i Lanes;  // eight counters
 // The splats fill the high halves too, which are never read.
 JF_INLINE Lanes splat_lanes(uint32_t x) { return _mm512_set1_epi32((int)x); }
-// This order of counters makes the final unpack put elements in order without a permutation.
+// With this order of counters the final unpack puts elements in order, without a permutation.
 JF_INLINE Lanes first_counters() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }
 JF_INLINE Lanes multiply(Lanes a, Lanes b) { return _mm512_mul_epu32(a, b); }
 JF_INLINE Lanes high(Lanes a) { return _mm512_srli_epi64(a, 32); }
 JF_INLINE Lanes xor3(Lanes a, Lanes b, Lanes c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
 JF_INLINE uint32_t keep_bits_of(Lanes c0, Lanes c1, Lanes c2, Lanes c3, uint32_t threshold) {
-  // vpshufd with a merge mask: even 32-bit lanes keep words 0 (2), odd lanes take words 1 (3).
+  // vpshufd with a merge mask: even 32-bit lanes keep word 0 (below: word 2), odd lanes take word 1 (word 3).
   const Lanes w01 = _mm512_mask_shuffle_epi32(c0, 0xAAAA, c1, (_MM_PERM_ENUM)0xA0);
   const Lanes w23 = _mm512_mask_shuffle_epi32(c2, 0xAAAA, c3, (_MM_PERM_ENUM)0xA0);
   const Lanes limit = _mm512_set1_epi32((int)threshold);
@@ -70,7 +70,7 @@ JF_INLINE Lanes multiply(Lanes a, Lanes b) { return _mm_mul_epu32(a, b); }
 JF_INLINE Lanes high(Lanes a) { return _mm_srli_epi64(a, 32); }
 JF_INLINE Lanes xor3(Lanes a, Lanes b, Lanes c) { return _mm_xor_si128(_mm_xor_si128(b, c), a); }
 JF_INLINE uint32_t keep_bits_of(Lanes c0, Lanes c1, Lanes c2, Lanes c3, uint32_t threshold) {
-  const Lanes low = _mm_set1_epi64x(0xffffffff), sign = _mm_set1_epi32(INT32_MIN);  // SSE2 compares signed only
+  const Lanes low = _mm_set1_epi64x(0xffffffff), sign = _mm_set1_epi32(INT32_MIN);  // SSE2 has only signed comparison
   const Lanes w01 = _mm_or_si128(_mm_and_si128(c0, low), _mm_slli_epi64(c1, 32));
   const Lanes w23 = _mm_or_si128(_mm_and_si128(c2, low), _mm_slli_epi64(c3, 32));
   const Lanes first = _mm_unpacklo_epi64(w01, w23), second = _mm_unpackhi_epi64(w01, w23);
@@ -83,11 +83,11 @@ JF_INLINE uint32_t keep_bits_of(Lanes c0, Lanes c1, Lanes c2, Lanes c3, uint32_t
 #endif
 
 constexpr int kLaneCounters = sizeof(Lanes) / 8;
-// Vectors in flight: one chain of ten dependent rounds leaves the multipliers idle; two or more keep them busy.
+// Vectors that are computed at the same time. One chain of ten dependent rounds would leave the multipliers idle.
 constexpr int kChains = kLaneCounters == 2 ? 4 : 2;
 constexpr int kCounters = kChains * kLaneCounters;
 
-// Keep bits of the 4*kCounters elements that start at counter (hi : lo); lo % kCounters == 0.
+// Returns the keep bits of the 4*kCounters elements that start at counter (hi : lo), where lo % kCounters == 0.
 JF_INLINE uint64_t keep_bits_block(uint32_t lo, uint32_t hi, const PhiloxKeys& keys, uint32_t threshold) {
   const Lanes m0 = splat_lanes(kPhiloxM0), m1 = splat_lanes(kPhiloxM1);
   Lanes c0[kChains], c1[kChains], c2[kChains], c3[kChains];
@@ -143,15 +143,15 @@ JF_INLINE uint64_t keep_bits_block(uint32_t lo, uint32_t hi, const PhiloxKeys& k
 
 #endif
 
-constexpr int kKeepBits = 4 * kCounters;  // elements whose bits one call makes: 32 or 64
+constexpr int kKeepBits = 4 * kCounters;  // keep bits that one call makes: 32 or 64
 static_assert(kKeepBits == 32 || kKeepBits == 64);
 
-// Keep bits of elements [kKeepBits*first, kKeepBits*(first + count)), packed into bytes from `bits` on.
-// `also(i)` runs once per kKeepBits elements: it may prefetch the data for the bits while the multipliers are busy.
+// Writes the keep bits of elements [kKeepBits*first, kKeepBits*(first + count)) to the bytes at `bits`.
+// `also(i)` is called once per kKeepBits elements. It may prefetch their data while the multipliers are busy.
 template <class Also>
 JF_INLINE void keep_bits(uint64_t first, int64_t count, uint64_t seed, uint32_t threshold, void* bits, Also also) {
   PhiloxKeys keys(seed);
-  asm volatile("" : "+m"(keys));  // keeps the keys in memory; else the compiler computes them again in every round
+  asm volatile("" : "+m"(keys));  // keeps the keys in memory; the compiler would compute them again in every round
   char* out = static_cast<char*>(bits);
   for (int64_t i = 0; i < count;) {
     const uint64_t counter = kCounters * (first + (uint64_t)i);

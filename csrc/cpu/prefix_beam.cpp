@@ -1,5 +1,5 @@
-// CTC prefix beam search with n-grams fused in; kernels/prefix_beam/reference.py is the definition, and the sums here
-// are made in its order, so that both agree in every bit. A task is an utterance.
+// CTC prefix beam search with shallow fusion of n-grams. kernels/prefix_beam/reference.py is the definition. Sums are
+// made in the same order here, so that both agree in every bit. A task is one utterance.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -15,22 +15,22 @@
 namespace jf {
 namespace {
 
-constexpr size_t kNodes = size_t(1) << 14;  // from which on prefixes that no longer matter are cleared away
+constexpr size_t kNodes = size_t(1) << 14;  // with more nodes than this, prefixes that are no longer needed are removed
 
-// ---- prefixes: a tree, a node is one symbol longer than its parent ----
+// ---- prefixes, as a tree: the prefix of a node is one symbol longer than that of its parent ----
 struct Node {
-  int32_t parent, symbol, child, sibling;  // child: the newest, sibling: the parent's next older one; -1: none
-  int32_t slot;                            // in the beam, -1 outside
+  int32_t parent, symbol, child, sibling;  // child: the newest child; sibling: the parent's next older child; -1: none
+  int32_t slot;                            // place in the beam, -1 outside of it
 };
 
-struct Entry {  // a prefix in the beam: log b, log n, log(b + n), the sum over its symbols, its node and state
+struct Entry {  // a prefix in the beam: log b, log n, log(b + n), what its symbols add to the score, its node and state
   double b, n, total, bonus;
   int32_t node, state;
 };
 
 struct Candidate {
   double score;
-  int64_t order;  // of equal ones the lower wins: entries of the beam, then i * symbols + c after them
+  int64_t order;  // the lower wins among equal scores: first the beam's entries, then symbol c after entry i
 };
 
 bool better(const Candidate& x, const Candidate& y) {
@@ -57,7 +57,7 @@ class Search {
     if (nodes_.size() > limit_) clear_away();
   }
 
-  // The best entries into the rows of symbols, counts and scores.
+  // Writes the best entries to the rows of symbols, counts and scores.
   void write(int64_t n_best, int64_t frames, int32_t* symbols, int32_t* counts, double* scores) {
     std::vector<Candidate> ended;
     for (size_t i = 0; i < entries_.size(); ++i) {
@@ -78,7 +78,7 @@ class Search {
   }
 
  private:
-  // What the beam's prefixes become in this frame, paths from their parents included.
+  // Computes the beam's prefixes after this frame, including paths that come from their parents.
   void stay(const float* row) {
     const size_t count = entries_.size();
     stays_.clear();
@@ -103,7 +103,7 @@ class Search {
     }
   }
 
-  // log of the paths that a symbol can lengthen: one that repeats the last needs a blank between.
+  // log of the probability of the paths that `symbol` can extend. A repeated symbol needs a blank in between.
   double paths(const Entry& e, int32_t symbol) const {
     return e.node != 0 && nodes_[e.node].symbol == symbol ? e.b : e.total;
   }
@@ -117,7 +117,7 @@ class Search {
       worst = std::min(worst, score);
       if (score > kNever) candidates_.push_back({score, int64_t(i)});
     }
-    must_exceed_ = int64_t(stays_.size()) < beam_ ? kNever : worst;  // equals of those that stay come after them
+    must_exceed_ = int64_t(stays_.size()) < beam_ ? kNever : worst;  // a new prefix of equal score comes after them
     if (!fused_) {
       std::iota(by_probability_.begin(), by_probability_.end(), 0);
       std::sort(by_probability_.begin(), by_probability_.end(), [&](int32_t a, int32_t b) { return row[a] > row[b]; });
@@ -131,7 +131,7 @@ class Search {
     for (const int32_t c : by_probability_) {
       const double score = paths(e, c) + row[c] + bonus;
       if (!(score > must_exceed_ && score >= floor_)) {
-        if (paths(e, c) == e.total) break;  // what follows is no better
+        if (paths(e, c) == e.total) break;  // the symbols that follow are no better
         continue;
       }
       if (!taken_[i * symbols_ + c]) offer(score, i, c);
@@ -155,7 +155,7 @@ class Search {
     floor_ = candidates_.back().score;
   }
 
-  // The best candidates become the beam.
+  // Makes the best candidates the beam.
   void keep(const float* row) {
     if (int64_t(candidates_.size()) > beam_) {
       std::nth_element(candidates_.begin(), candidates_.begin() + (beam_ - 1), candidates_.end(), better);
@@ -190,7 +190,7 @@ class Search {
     return made;
   }
 
-  // Leaves the nodes on the ways from the root to the beam.
+  // Removes all nodes that are not on a path from the root to the beam.
   void clear_away() {
     std::vector<int32_t> place(nodes_.size(), -1);
     place[0] = 0;
@@ -222,8 +222,8 @@ class Search {
   std::vector<Node> nodes_;
   std::vector<Entry> entries_, before_, stays_;
   std::vector<Candidate> candidates_;
-  std::vector<const Row*> row_of_;    // of each entry
-  std::vector<uint8_t> taken_;        // (entry, symbol): that longer prefix is in the beam itself
+  std::vector<const Row*> row_of_;    // the row of each entry's state
+  std::vector<uint8_t> taken_;        // (entry, symbol): whether the prefix with this symbol added is in the beam too
   std::vector<int32_t> by_probability_;
   double must_exceed_ = kNever, floor_ = kNever;
   size_t limit_ = kNodes;

@@ -1,5 +1,6 @@
-// What a language model adds to prefixes: n-grams of symbols, n-grams of words with their spellings, and rows of both
-// by state, made when a search first needs them. Sums are made in the order of kernels/prefix_beam/reference.py.
+// What language models add to the score of prefixes: n-grams of symbols, and n-grams of words with their spellings. A
+// row has what each symbol adds in one state; it is made when a search first needs it. Sums are made in the order of
+// kernels/prefix_beam/reference.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -19,7 +20,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr double kNever = -std::numeric_limits<double>::infinity();
-constexpr size_t kRowBytes = size_t(64) << 20;  // of a search's rows, which are then made anew
+constexpr size_t kRowBytes = size_t(64) << 20;  // when the rows of a search take more, they are deleted
 
 template <class T>
 const T* data_of(const char* name, const Tensor& x, ScalarType type, int64_t size) {
@@ -33,7 +34,7 @@ double add(double a, double b) {
   return low == kNever ? high : high + std::log1p(std::exp(low - high));
 }
 
-// Never part of a fused multiply-add, which would round otherwise than the definition.
+// Not inlined, so that it never becomes part of a fused multiply-add, which would round differently from reference.py.
 [[gnu::noinline]] double product(double a, double b) { return a * b; }
 
 // ---- the n-gram ----
@@ -44,7 +45,7 @@ struct Ngram {
   int32_t start = 0;
   bool there() const { return begin != nullptr; }
 
-  // log10 p of a class in a state; moves on to the state after it.
+  // Returns log10 p of class c in `state`, and sets `state` to the state after it.
   double log10_of(int32_t& state, int32_t c) const {
     if (state == 0) {
       state = next[c];
@@ -87,7 +88,7 @@ Ngram ngram_of(const std::vector<Tensor>& arrays, int64_t start, int64_t classes
   return lm;
 }
 
-// ---- words: a trie of their spellings, and what each adds where it ends (kernels/prefix_beam/words.py) ----
+// ---- words: a trie of their spellings, and what each adds at its end (kernels/prefix_beam/words.py) ----
 struct Words {
   const int64_t* begin = nullptr;
   const int32_t *symbol = nullptr, *next = nullptr, *word = nullptr, *classes = nullptr;
@@ -103,7 +104,7 @@ struct Words {
     return found != last && *found == c ? next[found - symbol] : outside;
   }
 
-  // What the word that ends at a node adds; moves the n-gram on.
+  // Returns what the word that ends at `node` adds to the score, and sets `context` to the n-gram's state after it.
   double ended(int32_t node, int32_t& context, double alpha) const {
     if (node == 0) return 0.0;  // a space after a space, or at the beginning
     const int32_t found = node < outside ? word[node] : -1, k = found < 0 ? unknown : found;
@@ -144,7 +145,7 @@ Words words_of(const std::vector<Tensor>& arrays, int64_t space, const std::vect
   return words;
 }
 
-// Where a prefix stands: in the n-gram of symbols, in that of words, and in the word that it spells.
+// The state of a prefix: in the n-gram of symbols, in the n-gram of words, and in the trie, within the current word.
 struct Place {
   int32_t symbols, context, node;
   bool operator==(const Place& o) const { return symbols == o.symbols && context == o.context && node == o.node; }
@@ -158,7 +159,7 @@ struct PlaceHash {
   }
 };
 
-// log10 p of every class in a state, with the state after it: made when a search first needs it.
+// What each class adds in one state, and the state after it.
 struct Row {
   std::unique_ptr<double[]> log10, bonus;  // bonus: what a symbol adds to the score
   std::unique_ptr<int32_t[]> next;
@@ -170,10 +171,11 @@ class Rows {
   Rows(const Ngram& lm, const Words& words, int64_t classes, double alpha, double beta)
       : lm_(lm), words_(words), classes_(classes), alpha_(alpha), beta_(beta) {}
 
-  // A state: the n-gram's of symbols, or with words the number of a place.
+  // The state of the empty prefix. A state is one of the n-gram of symbols, or with words the number of a Place.
   int32_t start() { return words_.there() ? number({lm_.start, words_.lm.start, 0}) : lm_.start; }
 
-  // Between frames, when rows that were handed out are no longer used. With words, states get new numbers.
+  // Deletes rows that take too much memory. Call it between frames, when no row is in use. With words, it gives the
+  // states of `entries` new numbers.
   template <class Entries>
   void tidy(Entries& entries) {
     if ((rows_.size() + spelt_.size()) * size_t(classes_) * 20 + places_.size() * 60 <= kRowBytes) return;
@@ -208,7 +210,7 @@ class Rows {
     }
     for (int64_t c = 0; c < classes_; ++c) row.bonus[c] = product(alpha_, row.log10[c]) + beta_;
     row.end = product(alpha_, row.log10[classes_ - 1]);
-    return rows_.emplace(state, std::move(row)).first->second;  // references stay good when the map grows
+    return rows_.emplace(state, std::move(row)).first->second;  // references stay valid when the map grows
   }
 
   const Row& spelt(int32_t state) {
@@ -227,7 +229,7 @@ class Rows {
         gain = words_.ahead[after.node] - words_.ahead[at.node];
       }
       row.bonus[c] = (base ? base->bonus[c] : beta_) + gain;
-      row.next[c] = row.bonus[c] > kNever ? number(after) : 0;  // there are no prefixes of score -inf
+      row.next[c] = row.bonus[c] > kNever ? number(after) : 0;  // a prefix of score -inf needs no state
     }
     row.end = (base ? base->end : 0.0) + (ended + product(alpha_, words_.lm.log10_of(context, words_.end)));
     return spelt_.emplace(state, std::move(row)).first->second;

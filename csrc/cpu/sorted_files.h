@@ -1,4 +1,4 @@
-// Sorting more records than the memory should hold: sorted runs in files, merged while they are read.
+// Sorts more records than fit in memory: writes sorted runs to files, and merges them while they are read.
 #pragma once
 
 #include <stdlib.h>
@@ -17,7 +17,7 @@
 
 namespace jf {
 
-// A sequence of records in a file without a name; thrown away with it.
+// A sequence of records in a file that has no name, so it is deleted when it is closed.
 template <class Item>
 class ItemFile {
  public:
@@ -69,7 +69,8 @@ class ItemFile {
   size_t at_ = 0;
 };
 
-// Records by their `key`, ascending; those of equal keys are added up by +=. push(), then seal(), then next().
+// Sorts records by their `key`, ascending, and adds up those of equal keys by +=. Call push(), then seal(), then
+// next().
 template <class Item>
 class Sorter {
  public:
@@ -81,7 +82,7 @@ class Sorter {
     buffer_.push_back(item);
   }
 
-  void seal() {  // the memory is free from here on
+  void seal() {  // also frees the memory of the buffer
     if (!buffer_.empty()) spill();
     std::vector<Item>().swap(buffer_);
     for (auto& run : runs_) {
@@ -102,7 +103,7 @@ class Sorter {
   struct Head {
     Item item;
     ItemFile<Item>* run;
-    bool operator<(const Head& other) const { return other.item.key < item.key; }  // the queue's top is the least
+    bool operator<(const Head& other) const { return other.item.key < item.key; }  // the queue's top is the smallest
   };
   void spill() {
     std::sort(buffer_.begin(), buffer_.end(), [](const Item& a, const Item& b) { return a.key < b.key; });

@@ -1,5 +1,5 @@
-// Threads for the files outside isa/. Threads draw tasks from a counter, so a thread that loses its core delays few
-// tasks.
+// Threads for the files outside isa/. Threads take tasks from a counter, so a thread that loses its core delays only
+// few tasks.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -18,8 +18,8 @@ constexpr int64_t kTasksPerThread = 4;
 
 inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Runs body(begin, end) for parts of [0, n), in threads. With JF_STD_THREADS it starts new threads, for
-// ThreadSanitizer, which does not know torch's pool.
+// Runs body(begin, end) for parts of [0, n), in threads. With JF_STD_THREADS it starts new threads, because
+// ThreadSanitizer does not understand torch's thread pool.
 template <class F>
 void parallel(int64_t n, const F& body) {
 #ifdef JF_STD_THREADS

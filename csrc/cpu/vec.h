@@ -1,8 +1,8 @@
 // A vector of W fp32 lanes, its masks, and loads and stores of fp32, fp16 and bf16, for the files under csrc/cpu/isa/.
 // Arithmetic uses the vector extensions of GCC and Clang (+, -, * on F). Only what these cannot express well (masks on
 // AVX-512, fp16 conversion, partial loads) is written per instruction set. Everything is in namespace jf::JF_ISA, so
-// that the linker never shares a function between levels. Keep templates of the C++ library out of isa/ for the same
-// reason.
+// that the linker never shares a function between levels. Avoid templates of the C++ library under isa/ for the same
+// reason: the linker keeps one copy of each for all levels.
 #pragma once
 
 #include <cstdint>
@@ -49,11 +49,11 @@ JF_INLINE U splat_u(uint32_t x) { return U{} + x; }
 // ---- masks ----
 #if defined(__AVX512F__)
 typedef __mmask16 Mask;
-// Lane i from bit i; higher bits are ignored.
+// Lane i of the mask is bit i; bits beyond W are ignored.
 JF_INLINE Mask mask_of_bits(uint32_t bits) { return static_cast<Mask>(bits); }
-// not (x <= 0), which is true for NaN.
+// Lanes where not (x <= 0), which is true for NaN.
 JF_INLINE Mask not_le_zero(F x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NLE_UQ); }
-// x or +0.
+// x where the mask is set, else +0.
 JF_INLINE F select(Mask m, F x) { return _mm512_maskz_mov_ps(m, x); }
 #else
 typedef I Mask;
@@ -92,7 +92,7 @@ JF_INLINE F widen(H h, BFloat16) { return (F)(__builtin_convertvector(h, U) << 1
 JF_INLINE H narrow(F x, BFloat16) {
   const U u = (U)x;
   const U rounded = u + 0x7fffu + ((u >> 16) & 1u);  // to nearest, ties to even
-  const U quiet = u | 0x400000u;                     // rounding must not turn a NaN into infinity
+  const U quiet = u | 0x400000u;                     // for NaN, which rounding could turn into infinity
   const I nan = (u & 0x7fffffffu) > 0x7f800000u;
   return __builtin_convertvector((nan ? quiet : rounded) >> 16, H);
 }
@@ -118,7 +118,7 @@ JF_INLINE H narrow(F x, Half) {
   const U u = (U)x;
   const U magnitude = u & 0x7fffffffu;
   const U rebased = magnitude - (112u << 23);
-  const U normal = (rebased + 0xfffu + ((rebased >> 13) & 1u)) >> 13;  // may carry into infinity, as it should
+  const U normal = (rebased + 0xfffu + ((rebased >> 13) & 1u)) >> 13;  // a carry into infinity is right
   const U subnormal = (U)((F)magnitude + 0.5f) - 0x3f000000u;          // the ulp of 0.5 is fp16's smallest step
   const U special = splat_u(0x7c00u) | ((U)(magnitude > 0x7f800000u) & 0x200u);
   const I is_subnormal = magnitude < 0x38800000u;
@@ -128,7 +128,7 @@ JF_INLINE H narrow(F x, Half) {
 }
 #endif
 
-// ---- loads and stores; the forms with n touch only the first n elements (0 < n <= W), the other lanes load as 0 ----
+// ---- loads and stores; the forms with n touch only the first n elements (0 < n <= W) and load 0 into the others ----
 template <class V>
 JF_INLINE V load_raw(const void* p) {
   V v;
@@ -182,7 +182,7 @@ JF_INLINE void store(T* p, F x, int n) {
 }
 #endif
 
-// A whole vector, or its first n lanes if kFull is false, so that one kernel body serves both.
+// Loads or stores a whole vector, or its first n lanes if kFull is false, so that one kernel body serves both.
 template <bool kFull, class T>
 JF_INLINE F load_part(const T* p, int n) {
   if constexpr (kFull) {

@@ -1,7 +1,7 @@
 """The CPU face of the panes: threaded C++ kernels (csrc/cpu), which skip the padding.
 
-Activations are fp32, or bf16 on a CPU that multiplies pairs of bf16 (`takes`). Shapes are those of reference.py; all
-tensors but the xs must be contiguous. Results are bit-identical for any number of threads.
+Activations are fp32, or bf16 on a CPU that multiplies pairs of bf16 (`takes`). Shapes are those of reference.py. All
+tensors except the xs must be contiguous. Results are bit-identical for any number of threads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jasper_fast.kernels.layout import ntc
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether this face takes activations like `tensors`."""
+    """Returns whether this face takes activations in the dtype of `tensors`, which must be the same for all."""
     dtypes = {t.dtype for t in tensors}
     return dtypes == {torch.float32} or (dtypes == {torch.bfloat16} and native.cpu().conv1d_has_bf16())
 
@@ -25,8 +25,10 @@ def outputs(xs: list[Tensor], weights: list[Tensor], lengths: Tensor | None, y: 
 
 
 def forward(y: Tensor, mean: Tensor, scale: Tensor, start: Tensor) -> Tensor:
-    """`start` + sum over panes of (y - mean)*scale, (N*T, C_out). `start` is (C_out,), or (N*T, C_out) and is
-    overwritten."""
+    """Returns `start` + sum over panes of (y - mean)*scale, (N*T, C_out).
+
+    `start` is (C_out,), or (N*T, C_out); the latter is overwritten with the result.
+    """
     out = start.new_empty(y.shape[1:]) if start.dim() == 1 else start
     native.cpu().panes_forward(y, mean, scale, start, out)
     return out
@@ -58,5 +60,5 @@ def gradients(
 
 
 def _operands(xs: list[Tensor], weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The xs as (N, T, C) and the weights in fp32, as the kernels read them."""
+    """Returns the xs as (N, T, C) and the weights in fp32, all contiguous, as the kernels read them."""
     return [ntc(x).transpose(1, 2) for x in xs], [w.float().contiguous() for w in weights]

@@ -1,13 +1,15 @@
 // Batch norm, residual sum, ReLU, dropout and mask on rows of C contiguous channels (NTC memory).
 //
-//   stats    reads y                     mean, M2        (4 bytes an element in fp32)
-//   forward  reads y [+ residual]        writes z        (8 [12]); padding rows: writes only
-//   reduce   reads dz, y [+ z]           dbeta, dgamma   (8 [12]); padding rows: nothing
-//   apply    reads dz, y [+ z]           writes dy [+ dres]  (12 [20])
+//            reads               computes        bytes per element in fp32 [with a residual]
+//   stats    y                   mean, M2        4
+//   forward  y [+ residual]      z               8 [12]; padding rows are written but not read
+//   reduce   dz, y [+ z]         dbeta, dgamma   8 [12]; padding rows are not read
+//   apply    dz, y [+ z]         dy [+ dres]     12 [20]
+//
 // Work is cut into blocks of a few rows that fit in L1/L2. The outer loop over a block takes columns of W channels and
 // the inner loop takes the rows of one column, so per-channel vectors and sums stay in registers. Dropout first draws
-// the keep bits of the block (1 bit per element, on the stack) and prefetches its rows meanwhile, so memory and
-// multipliers work at the same time.
+// the keep bits of a block (1 bit per element, on the stack). Meanwhile it prefetches the rows of the block, so memory
+// and multipliers work at the same time.
 #include "../bn_relu_dropout.h"
 
 #include <type_traits>
@@ -49,7 +51,7 @@ JF_INLINE void for_blocks(const BnArgs& a, int64_t row, int64_t end, Valid valid
   }
 }
 
-// Calls column(c, lanes, full) for each W channels of the block; full is a compile-time flag.
+// Calls column(c, lanes, full) for each group of W channels in [begin, end); full is a compile-time flag.
 struct Yes {
   static constexpr bool value = true;
 };
@@ -71,7 +73,7 @@ JF_INLINE void prefetch(const T* p, int64_t bytes) {
 // The keep bits of one block, one bit per element, starting at the block's first element.
 class KeepBits {
  public:
-  // Draws the bits, and prefetches the same elements of `y` and, unless null, of `other`.
+  // Draws the bits of a block, and prefetches its elements of `y` and, if not null, of `other`.
   template <class T>
   JF_INLINE void draw(const BnArgs& a, const Block& b, const T* y, const T* other) {
     const int64_t begin = b.row * a.c + b.begin, end = (b.row + b.rows - 1) * a.c + b.end;
@@ -84,12 +86,12 @@ class KeepBits {
     });
   }
 
-  // Lanes of elements [i, i + W) of the block.
+  // The bits of elements [i, i + W) of the block, as a mask of lanes.
   JF_INLINE Mask at(int64_t i) const {
     const uint64_t bit = (uint64_t)(offset_ + i);
     uint32_t bits;
     std::memcpy(&bits, bytes_ + bit / 8, 4);
-    return mask_of_bits(bits >> (bit % 8));  // at least 25 of the bits are valid, W <= 16 are used
+    return mask_of_bits(bits >> (bit % 8));  // at least 25 bits are left, and W <= 16 are used
   }
 
  private:
@@ -103,7 +105,7 @@ JF_INLINE void zero_rows(const BnArgs& a, const Block& b, T* p) {
 }
 
 // ---- statistics ----
-// Partial sums in fp64 of one column of W channels.
+// Sums in fp64 of one column of W channels.
 struct Sum {
   explicit Sum(const double* p) : lower_half(load_raw<D>(p)), upper_half(load_raw<D>(p + WD)) {}
   JF_INLINE void add(D a, D b) {
@@ -117,10 +119,11 @@ struct Sum {
   D lower_half, upper_half;
 };
 
-// Per channel, in blocks of kStatsRows rows that stay in L1: takes the mean of y - shift, then the squared deviations
-// from it, then merges them (Chan's formula). The shift is the mean of the chunk's first block; it keeps the numbers
-// small where |mean| >> deviation. The sum of y itself is taken in fp64, so that the mean is exact to the last bit.
-// partial: the sum of y (fp64), then in fp32 the shift, the mean of y - shift, and M2.
+// Statistics of a chunk, per channel. For each block of kStatsRows rows, which stays in L1, it computes the mean of y -
+// shift and then the squared deviations from it, and merges both into those of the chunk (Chan's formula). The shift is
+// the mean of the chunk's first block. It keeps the numbers small if |mean| is much larger than the standard deviation.
+// The sum of y itself is taken in fp64, because the mean must be accurate to the last bit. sums: the sum of y (fp64),
+// then in fp32 the shift, the mean of y - shift, and M2.
 template <class T>
 void stats_chunk(const BnArgs& a, int64_t row, int64_t end, double* sums) {
   const T* y = static_cast<const T*>(a.y);
@@ -163,7 +166,7 @@ void stats_chunk(const BnArgs& a, int64_t row, int64_t end, double* sums) {
       }
       const F delta = block_mean + rest * inverse - load(means + c);
       const F m2 = square - rest * rest * inverse;
-      store(means + c, load(means + c) + delta * weight);  // weight is 1 and spread 0 in the first block
+      store(means + c, load(means + c) + delta * weight);  // in the first block, weight is 1 and spread is 0
       store(m2s + c, load(m2s + c) + m2 + delta * delta * spread);
     });
     done += rows;
@@ -202,9 +205,9 @@ void forward_chunk(const BnArgs& a, int64_t row, int64_t end) {
 }
 
 // ---- backward ----
-// What decides where the gradient passes ReLU, dropout and mask. With a residual the sign of the sum cannot be computed
-// from y, but z is exactly 0 where it was clipped, dropped or masked, so z alone decides. Otherwise the sign of (y -
-// mean)*gain + beta and the keep bits decide.
+// Gate says what decides where the gradient passes ReLU, dropout and mask. With a residual, the input of the ReLU
+// cannot be computed from y. But z is exactly 0 where it was clipped, dropped or masked, so z decides. Without a
+// residual, the sign of (y - mean)*gain + beta decides, and with dropout also the keep bits.
 enum class Gate { z, sign, sign_and_keep };
 
 struct Gradient {
@@ -226,7 +229,8 @@ JF_INLINE Gradient gradient(const BnArgs& a, const KeepBits& keep, const Block& 
   }
 }
 
-// partial: sum g (C) and sum g*(y - mean) (C). In fp64, because terms cancel; the conversions hide behind the loads.
+// partial: sum g (C) and sum g*(y - mean) (C), in fp64 because terms cancel. The conversions cost no time, because the
+// loop waits for memory.
 template <class T, Gate kGate>
 void reduce_chunk(const BnArgs& a, int64_t row, int64_t end, double* partial) {
   const T *y = static_cast<const T*>(a.y), *dz = static_cast<const T*>(a.dz);
@@ -248,7 +252,7 @@ void reduce_chunk(const BnArgs& a, int64_t row, int64_t end, double* partial) {
             F x = load_part<kFull>(y + (b.row + r) * a.c + c, n);
             const Gradient gated = gradient<kGate, kFull, T>(a, keep, b, r, c, n, x - mean, gain, beta);
             const F g = select(gated.open, gated.value);
-            x = select(gated.open, x);  // where dropped or clipped, y may be NaN
+            x = select(gated.open, x);  // y may be NaN where it was dropped or clipped
             sum_g.add(lower(g), upper(g));
             sum_gy.add(lower(g) * (lower(x) - mean_lower), upper(g) * (upper(x) - mean_upper));
           }

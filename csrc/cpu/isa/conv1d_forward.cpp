@@ -3,12 +3,13 @@
 //   y[t, co] = sum_k sum_c x[t*s + k*d - p, c] * w[co, c, k]
 // The reduction is cut into chunks of channels. For each chunk a window of x is copied once into a buffer: the rows of
 // the group and their halo, with zeros where x has no row. The row stride of the buffer is an odd number of cache
-// lines, because a power-of-two C would put all rows into the same few L1 sets. All taps read the same window, shifted,
-// and all column blocks reuse it. Weights are packed [column block][chunk][tap][unit][kColumns]. A (block, chunk) panel
-// fits L2 and is prefetched while the panel before it is in use. Every output element is a sum of sums of at most
-// kChain products, in an order that does not depend on the tiling or the number of threads; the short chains keep the
-// rounding error of fp32 small. With bf16 weights a unit is two channels, x is rounded to bf16 as it is copied, and
-// sums are fp32.
+// lines, because a power of two would put all rows into the same few sets of L1. All taps read the same window,
+// shifted, and all column blocks reuse it. Weights are packed [column block][chunk][tap][unit][kColumns]. The panel of
+// one block and chunk fits L2 and is prefetched while the panel before it is in use.
+//
+// Every output element is a sum of sums of at most kChain products, which keeps the rounding error of fp32 small. The
+// order does not depend on the tiling or the number of threads. With bf16 weights a unit is two channels, x is rounded
+// to bf16 as it is copied, and sums are fp32.
 
 #include "../conv1d_fir.h"
 #include "../conv1d_rows.h"
@@ -21,14 +22,14 @@ namespace {
 
 // The products of one chunk of channels with one group of rows, for a range of column blocks.
 struct Chunk {
-  const float* packed;    // first block's panel of this chunk
+  const float* packed;    // the panel of the first block in this chunk
   int64_t block_stride;   // floats between the panels of neighbouring blocks
   int64_t depth;          // units
-  const float* after;     // the panel used after the last block
+  const float* after;     // the panel that is used after that of the last block
   bool first, last;
 };
 
-thread_local Scratch sums;  // of a task whose result is bf16
+thread_local Scratch sums;  // fp32 sums of a task whose result is bf16
 
 struct Forward {
   const ConvForward& args;
@@ -62,7 +63,7 @@ struct Forward {
     return g;
   }
 
-  // Spreads the prefetch of the next panel (`floats` long) over the tiles of this one.
+  // Spreads the prefetch of the next panel (of `floats` floats) over the tiles of this panel.
   static void fetch(Tile& g, const float* next, int64_t floats, int64_t rows) {
     if (next == nullptr || rows == 0) return;
     const int64_t turns = (rows + kRows - 1) / kRows * g.taps, lines = (floats + kLine - 1) / kLine;
@@ -101,7 +102,7 @@ struct Forward {
     return padded;
   }
 
-  // Copies the `depth` units from `at` on of a row of `channels` channels; zeros if there is no row.
+  // Copies `depth` units, from unit `at` on, of a row of `channels` channels. Writes zeros if row is null.
   template <class OP, class T>
   void put_row(float* to, const T* row, int64_t at, int64_t depth, int64_t channels) const {
     const int64_t begin = at * OP::kChannels;
@@ -112,7 +113,8 @@ struct Forward {
     }
   }
 
-  // For a strided conv the window is stored in `stride` phases, so that the rows of a tap are neighbours.
+  // For a strided conv the window is stored as `stride` phases (rows of equal t modulo the stride), so that the rows of
+  // a tap are neighbours.
   template <class OP, class T>
   void main_direct() const {
     const int64_t taps = args.taps, channels = args.x.channels, rows = group.end - group.begin;
@@ -163,7 +165,8 @@ struct Forward {
     return item_of<T>(x, group.n, 0, args.in_lengths != nullptr ? args.in_lengths[group.n] : args.t_in);
   }
 
-  // `ends`: after the last chunk nothing more is added to y.
+  // The chunk of `depth` units from unit `at` on. first: y is overwritten. ends: nothing is added to y after these
+  // units.
   Chunk chunk_at(const float* packed, int64_t units, int64_t taps, int64_t at, int64_t depth, bool first,
                  bool ends) const {
     Chunk chunk;
@@ -178,7 +181,8 @@ struct Forward {
     return chunk;
   }
 
-  // Each product is a GEMM over every 2^LEVEL-th row. A dilated conv is one conv for each residue t = q mod dilation.
+  // Each product is a GEMM over every 2^LEVEL-th row. A dilated conv is computed as one conv for each residue q of t
+  // modulo the dilation.
   template <int LEVEL>
   void main_fast_fir() const {
     constexpr int phases = power(2, LEVEL);
@@ -211,7 +215,7 @@ struct Forward {
           g.taps = product.taps;
           g.targets = product.targets;
           g.accumulate = !chunk.first || p != 0;
-          g.finish = chunk.last && product.targets == 1;  // the products with one target come last for their row
+          g.finish = chunk.last && product.targets == 1;  // the last product of a row is the one with a single target
           for (int64_t q = 0; q < dilation && q < rows; ++q) {
             const int64_t here = (rows - q + dilation - 1) / dilation;
             const auto phase_rows = [&](int64_t phase) { return (here - phase + phases - 1) / phases; };
@@ -267,7 +271,7 @@ void rounded_task(const ConvForward& args, const ConvRowGroup& group, int64_t bl
   own.rounded = nullptr;
   own.y_stride_n = 0;
   own.y_stride_t = width;
-  // such that the group's first row and this task's first column lie where the sums begin
+  // y is set so that the group's first row and this task's first column are where the sums begin.
   const intptr_t offset = (group.begin * width + first) * intptr_t(sizeof(float));
   own.y = reinterpret_cast<float*>(reinterpret_cast<intptr_t>(row) - offset);
   conv1d_forward_task(own, {group.n, group.begin, group.begin, group.end, group.end}, block_begin, block_end);

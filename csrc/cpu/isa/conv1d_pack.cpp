@@ -1,5 +1,5 @@
-// Weights of conv1d in the order its micro-kernel reads them: [column block][chunk][product][tap][unit][kColumns].
-// A unit is a channel, or a pair of channels in bf16.
+// Packs the weights of conv1d in the order that its micro-kernel reads: [column
+// block][chunk][product][tap][unit][kColumns]. A unit is a channel in fp32, or a pair of channels in bf16.
 
 #include "../conv1d_rows.h"
 
@@ -13,7 +13,7 @@ void transpose_padded(const float* from, int64_t stride, int64_t columns, int64_
   for (int64_t p = 0; p < positions; ++p) std::fill(to + p * kColumns + columns, to + (p + 1) * kColumns, 0.0f);
 }
 
-// Writes the filters of all products to `to`, one row per tap, rows `stride` apart; returns the place after them.
+// Writes the filters of all products to `to`, one row per tap, with rows `stride` apart. Returns the end of the output.
 float* put_filters(int64_t level, const float* filter, int64_t taps, float* spare, float* to, int64_t stride) {
   if (level == 0) {
     for (int64_t k = 0; k < taps; ++k, to += stride) copy_row(to, filter + k * kColumns, kColumns);
@@ -31,7 +31,7 @@ float* put_filters(int64_t level, const float* filter, int64_t taps, float* spar
   return put_filters(level - 1, spare, odd, inner_spare, to, stride);
 }
 
-// The bits of `v` rounded to bf16 (to nearest, ties to even), in the upper half.
+// Returns the bits of `v` rounded to bf16 (to nearest, ties to even), in the upper half of the word.
 uint32_t bf16_bits(float v) {
   uint32_t bits;
   std::memcpy(&bits, &v, sizeof bits);
@@ -39,7 +39,8 @@ uint32_t bf16_bits(float v) {
   return (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
 }
 
-// Writes one channel's taps to the lower (`half` 0) or upper halves of its units, rows `stride` apart.
+// Writes the taps of one channel to the lower (`half` 0) or upper (`half` 1) halves of its units, with rows `stride`
+// apart.
 void put_bf16(const float* filter, int64_t taps, int half, float* to, int64_t stride) {
   for (int64_t k = 0; k < taps; ++k) {
     for (int64_t j = 0; j < kColumns; ++j) {
@@ -56,7 +57,7 @@ void put_bf16(const float* filter, int64_t taps, int half, float* to, int64_t st
 }  // namespace
 
 void conv1d_pack_block(const ConvPack& args, int64_t block) {
-  // Transposed: the outputs are the input channels of the conv and the taps are reversed.
+  // With `transposed`, the outputs are the input channels of the weight, and the taps are reversed.
   const int64_t outputs = args.transposed ? args.c_in : args.c_out, inputs = args.transposed ? args.c_out : args.c_in;
   const int64_t taps = args.taps, row = args.c_in * taps;
   const int64_t stride_out = args.transposed ? taps : row, stride_in = args.transposed ? row : taps;
@@ -65,7 +66,7 @@ void conv1d_pack_block(const ConvPack& args, int64_t block) {
   const int64_t columns = std::min<int64_t>(kColumns, outputs - block * kColumns);
   const int64_t per = args.bf16 ? 2 : 1, units = conv1d_units(inputs, args.bf16);  // channels per unit, number of units
   const float* base = args.weight + block * kColumns * stride_out;
-  float* const filter = scratch.floats((2 * taps + kMaxFirLevel) * kColumns);  // all taps of one input, and sub-filters
+  float* const filter = scratch.floats((2 * taps + kMaxFirLevel) * kColumns);  // all taps of an input, then sub-filters
   for (int64_t at = 0; at < units; at += step) {
     const int64_t depth = std::min(step, units - at), c = at * per;
     float* panel = args.packed + (block * units + at) * all_taps * kColumns;

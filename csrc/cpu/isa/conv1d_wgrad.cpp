@@ -1,9 +1,10 @@
 // The weight gradient of conv1d, with the micro-kernel of the forward pass: the reduction runs over frames.
 //
 //   dw[co, c, k] = sum_n sum_t x[n, t*s + k*d - p, c] * dy[n, t, co]
-// A task owns a block of co and some channels of x and goes through all items in order. Segments of rows of x and dy
-// are packed so that all taps read them from L1. Only rows whose shifted x exists are used. In bf16 a step takes two
-// rows of dy. Each row of x is therefore packed with the row `stride` after it, which serves every shift.
+// A task owns a column block of co and some channels of x, and goes through all items in order. Segments of rows of x
+// and dy are packed so that all taps read them from L1. Only rows whose shifted x exists are used. In bf16 a step
+// multiplies two rows of dy, t and t + 1, by rows r and r + stride of x. Each row of x is therefore packed together
+// with the row `stride` after it, and all taps read the same pack.
 
 #include "../conv1d_fir.h"
 #include "../conv1d_rows.h"
@@ -15,10 +16,10 @@ namespace JF_ISA {
 namespace {
 
 constexpr int kGradStride = (kRows + 7) / 8 * 8;  // floats between rows of x packed for the weight gradient
-constexpr int64_t kGradRows = 256;  // rows summed before they are added to the tile
+constexpr int64_t kGradRows = 256;  // about as many rows of dy per segment; their products are summed in registers
 
 // Turns the gradients of the sub-filters into that of the filter: dw[2k] = dS[k] + dA[k] and dw[2k+1] = dS[k] + dB[k],
-// in rows of `size` floats. The gradients of the products lie in order from `sums` on; returns the place after them.
+// in rows of `size` floats. `sums` has the gradients of the products in order. Returns the end of those that it used.
 const float* take_filters(int64_t level, const float* sums, int64_t taps, float* spare, float* to, int64_t size) {
   if (level == 0) {
     copy_row(to, sums, taps * size);
@@ -41,7 +42,7 @@ struct WeightGrad {
   const int64_t channels = c_end - c_begin, tiles = (channels + kRows - 1) / kRows;
   const int64_t columns = std::min<int64_t>(kColumns, args.dy.channels - block * kColumns);
   const int64_t slots = conv1d_packed_taps(args.taps, args.fir_level);  // one sum for each tap of each filter
-  const int64_t unit = args.dilation * power(2, kMaxFirLevel);  // a segment holds whole steps of the fast algorithm
+  const int64_t unit = args.dilation * power(2, kMaxFirLevel);  // rows of one step of the fast algorithm
   const int64_t segment = std::max(kGradRows / unit, int64_t{1}) * unit;
   float *sums = nullptr, *spare = nullptr, *dy_rows = nullptr, *x_rows = nullptr;
 
@@ -59,7 +60,8 @@ struct WeightGrad {
 
   int64_t tile_begin(int64_t i) const { return channels * i / tiles; }
   int64_t tile_height(int64_t i) const { return tile_begin(i + 1) - tile_begin(i); }
-  // Whole vectors of x are copied where x has the channels, although the tile uses only its own channels.
+  // The number of channels to copy for tile i. Whole vectors are copied if x has the channels, although the tile uses
+  // fewer.
   int64_t copied(int64_t i) const {
     return c_begin + tile_begin(i) + kGradStride <= args.x.channels ? kGradStride : tile_height(i);
   }
@@ -75,7 +77,8 @@ struct WeightGrad {
     for (int64_t j = columns; j < kColumns; ++j) to[j] = 0.0f;
   }
 
-  // Adds to the sums `depth` rows of x (step a_step) times rows of dy; in bf16, pairs of rows.
+  // Adds the products of `depth` rows of x, a_step apart, and of dy to the sums of a slot. In bf16 these are pairs of
+  // rows.
   template <class OP>
   void multiply(int64_t i, int64_t slot, const float* a, int64_t a_step, const float* b, int64_t depth) const {
     static constexpr int64_t no_offset = 0;
@@ -154,7 +157,8 @@ struct WeightGrad {
   }
 #endif
 
-  // The filter gradient of each product is its inputs times its part of dy, over every 2^LEVEL-th row.
+  // Adds to the filter gradient of each product of the fast algorithm: the product's inputs times its part of dy,
+  // summed over every 2^LEVEL-th row.
   template <int LEVEL>
   void add_fast_fir(int64_t n, int64_t length, int64_t t0, int64_t t1) const {
     constexpr int phases = power(2, LEVEL), sources = 2 * phases - 1;
@@ -232,7 +236,7 @@ struct WeightGrad {
 
 }  // namespace
 
-// Channels of x that a weight-gradient task should own: enough that packing dy costs little.
+// The number of channels of x that a weight-gradient task should own: enough that packing dy costs little.
 int64_t conv1d_wgrad_channels(int64_t taps) { return kRows * std::clamp<int64_t>(32 / taps, 1, 16); }
 
 // Computes one block of co and channels [c_begin, c_end) of dw.

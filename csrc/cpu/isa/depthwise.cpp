@@ -1,9 +1,9 @@
 // The loops of the depthwise conv over one block of 32 channels.
 //
-// A task first copies the rows that it reads into scratch, in fp32, with zeros for padding: neighbouring rows of a wide
-// activation would fall into the same few sets of the L1 cache, and 16-bit rows would be converted once for each tap.
-// Then kDepthwiseRows outputs share each load of a tap's weights, so multiplications, not loads, limit the loop. Taps
-// at which all of these outputs read zeros are left out.
+// A task first copies the rows that it reads into scratch, in fp32, with zeros for padding. Without the copy,
+// neighbouring rows of a wide activation would fall into the same few sets of the L1 cache, and 16-bit rows would be
+// converted once per tap. Then kDepthwiseRows outputs share each load of a tap's weights, so multiplications, not
+// loads, limit the loop. Taps at which all of these outputs read zeros are left out.
 #include "../depthwise.h"
 
 #include "../vec.h"
@@ -18,7 +18,8 @@ constexpr int kRows = kDepthwiseRows;
 JF_INLINE int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 JF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
 
-// Rows [first, first + count) of x, counted in steps of 1 / up, into `to`; zeros where x has none.
+// Copies rows [first, first + count) of x into `to`, after `up` - 1 rows of zeros were put between neighbouring rows of
+// x. Rows outside of x are zero.
 template <class T>
 JF_INLINE void copy_rows(const T* x, int64_t stride_t, int64_t up, int64_t length, int64_t first, int64_t count,
                          int channels, float* to) {
@@ -53,7 +54,7 @@ JF_INLINE void multiply(const float* one, int64_t one_step, const float* many, i
   }
 }
 
-// ROWS outputs from row t on. `first` is the row of x at which the scratch begins, `length` the rows that x has.
+// Computes ROWS output rows from row t on. The scratch begins at row `first` of x, and x has `length` rows.
 template <int ROWS, class T>
 JF_INLINE void sum_rows(const DepthwiseSum& a, const DepthwiseTask& task, int64_t t, int64_t length, int64_t first,
                         int channels, const float* scratch) {
@@ -82,7 +83,7 @@ JF_INLINE void sum(const DepthwiseSum& a, const DepthwiseTask& task, float* scra
   const int channels = (int)min64(kColumns, a.c - task.block * kColumns);
   const int64_t rows = a.x.length(task.n), length = rows > 0 ? (rows - 1) * a.up + 1 : 0;
   const int64_t end = max64(task.begin, min64(task.end, a.y.length(task.n)));
-  const int64_t more = (kRows - 1) * a.stride;  // rows of zeros that a group of outputs may read beside x
+  const int64_t more = (kRows - 1) * a.stride;  // rows of zeros that a group of outputs may read at either end of x
   int64_t t = task.begin;
   if (length > 0 && t < end) {
     const int64_t first = max64(-more, t * a.stride - a.padding);
@@ -95,7 +96,7 @@ JF_INLINE void sum(const DepthwiseSum& a, const DepthwiseTask& task, float* scra
   for (; t < task.end; ++t) std::memset(at<T>(a.y, task) + t * a.y.stride_t, 0, channels * sizeof(T));
 }
 
-// TAPS taps from tap k on, added to part.
+// Adds the gradients of TAPS taps, from tap k on, to part.
 template <int TAPS>
 JF_INLINE void grad_taps(const DepthwiseGrad& a, int64_t k, int64_t begin, int64_t end, int64_t length, int64_t first,
                          int channels, const float* x, const float* dy, float* part) {

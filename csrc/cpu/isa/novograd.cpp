@@ -1,8 +1,9 @@
-// The loops of NovoGrad's step over a run of one parameter: memory is what they wait for, so they are kept plain.
+// The loops of NovoGrad's step over a run (a range of elements of one parameter). They are simple, because memory
+// limits them.
 //
-//   squares  reads g                 sum g*g in fp64      (4 bytes an element)
-//   update   reads g, m, p, average  writes m, p, average (28)
-//   average  reads p, average        writes average       (12)
+//   squares  reads g                 sums g*g in fp64      4 bytes per element
+//   update   reads g, m, p, average  writes m, p, average  28
+//   average  reads p, average        writes average        12
 #include "../novograd.h"
 
 #include "../vec.h"

@@ -1,9 +1,10 @@
 // Batch norm of the outputs y of a block's panes, their sum, and the backward pass, on rows of C channels. T is the type
 // of y, g and dy: float or bf16. Arithmetic is fp32.
 //
-//   forward  reads y of each pane, start    writes start + sum (y - mean)*scale
-//   reduce   reads y of each pane, g        sum g*(y - mean) of each pane
-//   apply    reads y of one pane, g         writes scale*(g - mean_g - (y - mean)*slope)
+//            reads                  computes
+//   forward  y of all panes, start  start + sum (y - mean)*scale
+//   reduce   y of all panes, g      sum g*(y - mean) of each pane
+//   apply    y of one pane, g       scale*(g - mean_g - (y - mean)*slope)
 #include "../panes.h"
 
 #include "../vec.h"
@@ -13,9 +14,9 @@ namespace JF_ISA {
 namespace {
 
 constexpr int kRows = 4;                  // rows that share the loads of a channel's vectors
-constexpr int64_t kBlockElements = 4096;  // of y, so that a block of y and one of g fit L1
+constexpr int64_t kBlockElements = 4096;  // elements of a block of rows: a block of y and one of g fit L1 together
 
-// Calls column(c, lanes, full) for each W channels; full is a compile-time flag.
+// Calls column(c, lanes, full) for each group of W channels; full is a compile-time flag.
 template <bool kValue>
 struct Flag {
   static constexpr bool value = kValue;
@@ -107,7 +108,7 @@ void panes_apply_rows(const PanesArgs& a, int64_t row, int64_t end) {
   a.bf16 ? apply_rows<BFloat16>(a, row, end) : apply_rows<float>(a, row, end);
 }
 
-// partial: (panes, padded) sums in fp64, because terms cancel; padded: C rounded up to whole cache lines.
+// partial: (panes, padded) sums, in fp64 because terms cancel. padded is C rounded up to a multiple of a cache line.
 void panes_reduce_rows(const PanesArgs& a, int64_t row, int64_t end, double* partial) {
   a.bf16 ? reduce_rows<BFloat16>(a, row, end, partial) : reduce_rows<float>(a, row, end, partial);
 }
