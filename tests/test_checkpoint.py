@@ -345,7 +345,7 @@ def test_nemo_archives_that_are_no_jasper(tmp_path):
     model = trained_model()
     citrinet = [{"filters": 8, "repeat": 1, "kernel": [5], "separable": True, "se": True}]
     nemo_archive(tmp_path / "q.nemo", model, masked=True, mode="w", encoder={"jasper": citrinet})
-    with pytest.raises(CheckpointError, match=r"block 0 .*se=True: it is neither a Jasper nor a QuartzNet"):
+    with pytest.raises(CheckpointError, match=r"block 0 .*se=True, so it is neither a Jasper nor a QuartzNet"):
         load_model(tmp_path / "q.nemo")
     nemo_archive(tmp_path / "m.nemo", model, masked=True, mode="w:gz")
     whole = (tmp_path / "m.nemo").read_bytes()
@@ -360,7 +360,7 @@ def test_a_file_that_does_not_fit_lists_what_differs(tmp_path):
     wide = config().to_dict()
     wide["jasper"]["encoder"]["blocks"][1]["filters"] = 10
     with pytest.raises(
-        CheckpointError, match=r"does not fit the model, \d+ entries differ: encoder\.layers\.1\.conv\.0"
+        CheckpointError, match=r"does not fit the model; \d+ entries differ: encoder\.layers\.1\.conv\.0"
     ):
         load_model(tmp_path / "a.pt", config=JasperConfig.from_dict(wide))
     with pytest.raises(CheckpointError, match="does not fit the model"):  # default: Jasper 10x5
@@ -374,7 +374,7 @@ def test_warm_start_with_other_labels(tmp_path, labels):
     save(tmp_path / "a.pt", state | {"state_dict": model.state_dict()})
     with pytest.raises(CheckpointError, match="strict=False"):
         load_model(tmp_path / "a.pt", config=config(labels), backend="reference")
-    with pytest.warns(UserWarning, match=r"anew for other labels, but its rows of the blank and of \d+ of"):
+    with pytest.warns(UserWarning, match=r"anew for other labels, but its rows for the blank and for \d+ of"):
         warm = load_model(tmp_path / "a.pt", config=config(labels), strict=False, backend="reference")
     assert warm.decoder.layers[0].weight.shape[0] == len(labels) + 1
     for name, tensor in warm.state_dict().items():
@@ -394,7 +394,7 @@ def test_labels_of_a_warm_start_that_start_from_others(tmp_path):
     save(tmp_path / "a.pt", state | {"state_dict": model.state_dict()})
     weights, warm = read_weights(tmp_path / "a.pt"), Jasper(config(labels), backend="reference")
     like = dict(map(loading.label_pair, (f"ä={LABELS[1]}", f"=={LABELS[5]}")))
-    with pytest.warns(UserWarning, match="of 5 of the 5 labels are copied"):
+    with pytest.warns(UserWarning, match="for 5 of the 5 labels are copied"):
         load_weights(warm, weights, labels=labels, strict=False, like=like)
     head, old = warm.decoder.layers[0], model.decoder.layers[0]
     for tensor, source in ((head.weight, old.weight), (head.bias, old.bias)):
@@ -409,7 +409,7 @@ def test_a_file_without_labels_has_the_published_ones_where_labels_start_from_th
     model, labels = Jasper(config(published_labels()), backend="reference"), [" ", "b", "ä"]
     torch.save({"state_dict": model.state_dict()}, tmp_path / "a.pt")
     warm = Jasper(config(labels), backend="reference")
-    with pytest.warns(UserWarning, match="of 3 of the 3 labels are copied"):
+    with pytest.warns(UserWarning, match="for 3 of the 3 labels are copied"):
         load_weights(warm, read_weights(tmp_path / "a.pt"), labels=labels, strict=False, like={"ä": "a"})
     assert torch.equal(warm.decoder.layers[0].weight, model.decoder.layers[0].weight[[0, 2, 1, 28]])
 
@@ -447,7 +447,7 @@ def test_the_published_alphabet_keeps_its_decoder(tmp_path):
     have."""
     model = Jasper(config(published_labels()), backend="reference")
     torch.save({"state_dict": model.state_dict()}, tmp_path / "a.pt")
-    with pytest.warns(UserWarning, match="does not say what its labels are"):
+    with pytest.warns(UserWarning, match="does not name its labels"):
         warm = load_model(tmp_path / "a.pt", config=model.config, strict=False, backend="reference")
     assert torch.equal(warm.decoder.layers[0].weight, model.decoder.layers[0].weight)
 
@@ -476,13 +476,13 @@ def test_the_two_files_of_nemo_0(tmp_path):
     for path in (encoder, decoder):
         assert torch.equal(outputs(load_model(path, config=config(), backend="reference")), outputs(model))
     torch.save(entries, decoder)
-    with pytest.raises(CheckpointError, match="does not hold a JasperDecoderForCTC"):
+    with pytest.raises(CheckpointError, match="does not hold the JasperDecoderForCTC"):
         load_model(encoder, config=config())
 
 
 def test_a_warm_start_that_hears_other_features_says_so(tmp_path):
     nemo_archive(tmp_path / "m.nemo", trained_model())
-    with pytest.warns(UserWarning, match="the convention 'nemo', those of the configuration 'reference'"):
+    with pytest.warns(UserWarning, match="the convention 'nemo', but the configuration's follow 'reference'"):
         load_model(tmp_path / "m.nemo", config=config(), strict=False, backend="reference")
     same = JasperConfig.from_dict(config().to_dict() | {"input_train": {"filterbank_features": {"convention": "nemo"}}})
     with warnings.catch_warnings():
@@ -505,5 +505,5 @@ def test_a_frozen_encoder_stays_as_it_is():
 
 def test_warm_start_from_something_else_is_an_error(tmp_path):
     torch.save({"state_dict": {"encoder.layers.0.other": torch.ones(2)}}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match="no weight of it fits"):
+    with pytest.raises(CheckpointError, match="none of its weights fits"):
         load_model(tmp_path / "a.pt", config=config(), strict=False)

@@ -316,7 +316,7 @@ LEFT = {
     "Hardtanh, not ReLU": lambda b: b.mout.__setitem__(0, nn.Hardtanh(0, 20)),
     r"a hook \(print\) on mconv.1": lambda b: b.mconv[1].register_forward_hook(print),
     "a forward bound to mconv.0": lambda b: setattr(b.mconv[0], "forward", b.mconv[0].forward),
-    "masks on some": lambda b: setattr(b.mconv[4], "use_mask", False),
+    "only some of its convs have masks": lambda b: setattr(b.mconv[4], "use_mask", False),
     "captured": lambda b: setattr(b, "is_access_enabled", lambda guid: True),
     "a conv with a bias": lambda b: setattr(b.mconv[0], "conv", nn.Conv1d(16, 16, 5, padding=2)),
 }
@@ -371,7 +371,7 @@ def test_a_block_changed_after_fusion_is_refused():
 def test_a_model_of_another_kind_is_refused():
     with pytest.raises(ValueError, match=r"no Jasper blocks in Sequential: looked for .*JasperBlock.*EagerBlock"):
         fuse(nn.Sequential(nn.Conv1d(3, 3, 3), nn.ReLU()))
-    with pytest.raises(ValueError, match="which are fused"):
+    with pytest.raises(ValueError, match="which are already fused"):
         fuse(Jasper(config("none")))
     with pytest.raises(ValueError, match="backend 'fast' is not one of"):
         fuse(build("nemo"), backend="fast")

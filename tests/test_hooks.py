@@ -42,7 +42,7 @@ def features(model: nn.Module) -> torch.Tensor:
 
 def refused(model: Jasper, what: str) -> None:
     for training in (False, True):
-        with pytest.raises(RuntimeError, match=rf"within a Jasper has {what}.* would never run") as said:
+        with pytest.raises(RuntimeError, match=rf"in a Jasper has {what}.* would never run") as said:
             model.train(training)(features(model), LENGTHS)
         assert "\n" not in str(said.value)
     with pytest.raises(RuntimeError, match=what):

@@ -1,4 +1,4 @@
-"""What the fused and the eager Jasper share: block shapes, output lengths, initial weights."""
+"""What the fused and the eager Jasper share: block shapes, output lengths and initial weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ BN_EPS, BN_MOMENTUM = 1e-3, 0.1
 
 
 def block_shapes(config: JasperConfig) -> list[tuple[int, BlockConfig, list[int]]]:
-    """(input channels, block, channels of each pane) for every block; with dense residuals, all earlier block outputs
-    have a pane."""
+    """Returns (input channels, block, channels of each pane) for every block. With dense residuals, a block has a pane
+    for every earlier block output."""
     shapes, c_in, dense = [], config.encoder.in_feats, []
     for b in config.encoder.blocks:
         if b.residual and b.residual_dense:
@@ -26,7 +26,8 @@ def block_shapes(config: JasperConfig) -> list[tuple[int, BlockConfig, list[int]
 
 
 def pane_readers(config: JasperConfig) -> dict[int, list[tuple[int, int]]]:
-    """The panes, as (block, pane), that read each source: 0 is the features, j + 1 the output of block j."""
+    """Returns the panes, as (block, pane), that read each source. Source 0 is the features, and j + 1 the output of
+    block j."""
     found: dict[int, list[tuple[int, int]]] = {0: []}
     sources = [0]
     for j, b in enumerate(config.encoder.blocks):
@@ -38,7 +39,7 @@ def pane_readers(config: JasperConfig) -> dict[int, list[tuple[int, int]]]:
 
 
 def out_lengths(config: JasperConfig, lengths: Tensor) -> Tensor:
-    """Frames of the log-probabilities for `lengths` (N,) frames of features."""
+    """Returns the frames of the log-probabilities for `lengths` (N,) frames of features."""
     for b in config.encoder.blocks:
         for _ in range(b.repeat):
             lengths = b.out_length(lengths)
@@ -46,7 +47,7 @@ def out_lengths(config: JasperConfig, lengths: Tensor) -> Tensor:
 
 
 def init_weights(model: nn.Module, config: JasperConfig) -> None:
-    """Initialises as the reference does: conv weights by `init` (gain 1), batch norm's gamma 1 and beta 0."""
+    """Initialises weights as the reference does: convs by `init` (gain 1), batch norm's gamma to 1 and beta to 0."""
     for part, init in ((model.encoder, config.encoder.init), (model.decoder, config.decoder.init)):
         for module in part.modules():
             if isinstance(module, nn.Conv1d):

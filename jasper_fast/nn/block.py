@@ -1,4 +1,4 @@
-"""A Jasper block: parameters under the reference's names, computed by the fused ops in NTC memory."""
+"""A Jasper block: its parameters have the reference's names, and the fused ops compute it in NTC memory."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from jasper_fast.ops import sync
 from jasper_fast.ops.conv1d_op import autocast
 
 PANE_FORMS = ("auto", "gram", "plain")
-FEW_ROWS = 16  # below, a variance taken from a covariance may cancel to nothing: a sum of so few squares can be tiny
+# With fewer rows, the Gram form loses the variance to cancellation: a sum of so few squares can be tiny.
+FEW_ROWS = 16
 
 
 class JasperBlock(nn.Module):
-    """R sub-blocks (conv, batch norm, ReLU, dropout); the last one adds the residual panes before its ReLU.
+    """R sub-blocks (conv, batch norm, ReLU, dropout). The last one adds the residual panes before its ReLU.
 
-    `conv` and `res` are dictionaries keyed by the positions that the reference's nn.Sequential gives them
-    (`conv.0.weight`, `conv.1.running_mean`, `conv.4.weight`, ..., `res.0.0.weight`), so state dicts are the same. A
-    separable sub-block has five: `conv.0.weight` is depthwise, `conv.1.weight` pointwise, `conv.2` the batch norm.
-    `pane_form`: how training takes the panes' statistics, "gram" (`ops.panes`) or "plain" (`ops.panes_plain`, also of
-    batches of fewer than 16 frames in all, if ranks do not share statistics); "auto" is as `choose.pane_form` says:
-    "gram" on a GPU, "plain" elsewhere.
+    `conv` and `res` are dictionaries keyed by the positions in the reference's nn.Sequential (`conv.0.weight`,
+    `conv.1.running_mean`, `conv.4.weight`, ..., `res.0.0.weight`), so state dicts are the same. A separable sub-block
+    takes five positions: `conv.0.weight` is depthwise, `conv.1.weight` pointwise, and `conv.2` the batch norm.
+
+    `pane_form`: how training computes the panes' statistics, "gram" (`ops.panes`) or "plain" (`ops.panes_plain`).
+    "auto" is "gram" on a GPU and "plain" elsewhere (`choose.pane_form`). Batches of fewer than 16 frames in all are
+    always computed in the plain form, unless ranks share statistics.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class JasperBlock(nn.Module):
         if pane_form not in PANE_FORMS:
             raise ValueError(f"panes {pane_form!r} is not one of {', '.join(PANE_FORMS)}")
         self.b, self.backend, self.pane_form = b, backend, pane_form
-        # frames beyond the length that the conv fills: none after the one tap of a pointwise conv
+        # Frames beyond the length that the conv's output fills. A pointwise conv has one tap, so it fills none.
         self.halo = 0 if b.separable else -(-max(0, b.d * (b.k - 1) - b.padding) // b.s)
         self.packs = Packs()
         self.conv = nn.ModuleDict()
@@ -53,35 +55,35 @@ class JasperBlock(nn.Module):
             )
 
     def sub_blocks(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]:
-        """The R (conv, batch norm) pairs in order; of a separable sub-block the pointwise conv."""
+        """Returns the R (conv, batch norm) pairs in order. In a separable sub-block the conv is the pointwise one."""
         if self.b.separable:
             return [(self.conv[str(5 * i + 1)], self.conv[str(5 * i + 2)]) for i in range(self.b.repeat)]
         return [(self.conv[str(4 * i)], self.conv[str(4 * i + 1)]) for i in range(self.b.repeat)]
 
     def depthwise(self) -> list[nn.Conv1d]:
-        """The R depthwise convs of a separable block in order; none of another."""
+        """Returns the R depthwise convs of a separable block in order, or an empty list for another block."""
         return [self.conv[str(5 * i)] for i in range(self.b.repeat)] if self.b.separable else []
 
     def read_modules(self) -> list[nn.Module]:
-        """The convs and norms whose parameters are read, and which are never called."""
+        """Returns the convs and norms. Their parameters are read, and they are never called."""
         return [*self.depthwise(), *(m for pair in (*self.sub_blocks(), *self.panes()) for m in pair)]
 
     def panes(self) -> list[tuple[nn.Conv1d, nn.BatchNorm1d]]:
-        """The (1x1 conv, batch norm) pairs of the residual, in the order of their input blocks."""
+        """Returns the (1x1 conv, batch norm) pairs of the residual, in the order of their input blocks."""
         return [tuple(pane) for pane in self.res] if hasattr(self, "res") else []
 
     def refuse_hooks(self) -> None:
-        """Raises RuntimeError where one of the convs and norms has hooks, or a forward of its own."""
+        """Raises RuntimeError if one of the convs and norms has hooks or a forward of its own."""
         refuse_hooks(*self.read_modules())
 
     def forward(
         self, x: Tensor, sources: list[Tensor], grams: list, lengths: list[Tensor] | None, seeds: Tensor | None
     ) -> Tensor:
-        """`x` (N, C_in, T) to (N, C_out, T'), both zero in the padding.
+        """Computes `x` (N, C_in, T) to (N, C_out, T'), both zero in the padding.
 
-        `sources`: the block outputs that the panes take. `grams`: in training, their `gram` (None for the plain form).
-        `lengths`: frames at the input of each sub-block and at the end, R + 1 tensors (N,); None without masks.
-        `seeds`: R int64 numbers.
+        `sources`: the block outputs that the panes read. `grams`: in training, the Gram matrix of each source (None for
+        the plain form). `lengths`: frames at the input of each sub-block and at the end, R + 1 tensors (N,); None
+        without masks. `seeds`: R int64 numbers.
         """
         self.refuse_hooks()
         b, x = self.b, autocast(x)
@@ -106,7 +108,7 @@ class JasperBlock(nn.Module):
         return self._fused(ops.bn_relu_dropout, y, stats, b.repeat - 1, lengths, seeds, residual=residual)
 
     def _conv(self, i: int, x: Tensor, lengths: list[Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Conv `i` of `x`, with the statistics of its output if batch norm needs them."""
+        """Returns conv `i` of `x`, with the statistics of its output if batch norm needs them."""
         b, (conv, bn) = self.b, self.sub_blocks()[i]
         stats = of_the_batch(bn)
         if b.separable:
@@ -127,14 +129,14 @@ class JasperBlock(nn.Module):
         return out if stats else (out, None)
 
     def _taps(self, i: int, lengths: list[Tensor] | None) -> dict[str, object]:
-        """Arguments of the separable conv `i`, beside the lengths before it."""
+        """Returns the arguments of separable conv `i`, except the lengths of its input."""
         out_lengths = lengths[i + 1] if lengths else None
         geometry = {"stride": self.b.s, "padding": self.b.padding, "dilation": self.b.d}
         return geometry | {"out_lengths": out_lengths, "packed": partial(self.packs, i)}
 
     def _fused(self, op, y: Tensor, stats, i: int, lengths, seeds: Tensor | None, *args, **kwargs):
-        """`op` with the batch norm, dropout and mask that follow conv `i`; `y` is the conv's output and `stats` its
-        statistics."""
+        """Calls `op` with the batch norm, dropout and mask that follow conv `i`. `y` is the conv's output, and `stats`
+        has its statistics."""
         bn = self.sub_blocks()[i][1]
         return op(
             y,
@@ -158,26 +160,27 @@ class JasperBlock(nn.Module):
         )
 
     def gram(self, pane: int, source: Tensor) -> ops.Gram | None:
-        """What `pane` of this block, and those of later ones, want to know of a block output; None where nothing."""
+        """Returns the Gram matrix of `source`, a block output; None if `pane` of this block needs none."""
         return ops.gram(source, sync.group_of(self.panes()[pane][1])) if self.reads_gram(pane, source) else None
 
     def reads_gram(self, pane: int, source: Tensor) -> bool:
-        """Whether `pane` takes its statistics from the Gram matrix of `source`."""
+        """Returns whether `pane` takes its statistics from the Gram matrix of `source`."""
         bn = self.panes()[pane][1]
         return self._is_gram(source, bn) and of_the_batch(bn)
 
     def _is_gram(self, source: Tensor, bn: nn.Module) -> bool:
-        if sync.group_of(bn) is None and source.shape[0] * source.shape[2] < FEW_ROWS:  # ranks must choose alike
+        # Ranks may have different numbers of rows, but must make the same choice.
+        if sync.group_of(bn) is None and source.shape[0] * source.shape[2] < FEW_ROWS:
             return False
         if self.pane_form != "auto":
             return self.pane_form == "gram"
         return choose.pane_form(self.backend, source.device, source.dtype) == "gram"
 
     def pane_sum(self, sources: list[Tensor], grams: list[ops.Gram | None], lengths: Tensor | None) -> Tensor:
-        """Sum over the panes of BN(1x1 conv(source)), (N, C_out, T), each by its own settings; updates statistics.
+        """Returns the sum over the panes of BN(1x1 conv(source)), (N, C_out, T). Updates the running statistics.
 
-        `sources` are zero at t >= `lengths` (N,). Panes whose batch norms have the same settings, as a rule all panes,
-        are one call.
+        `sources` are zero at t >= `lengths` (N,). Each pane has its own settings. Panes whose batch norms have the same
+        settings are computed in one call; as a rule, these are all panes.
         """
         alike: dict[tuple, list[int]] = {}
         for k, (_, bn) in enumerate(self.panes()):
@@ -195,7 +198,7 @@ class JasperBlock(nn.Module):
         return total
 
     def _batch_sum(self, xs, grams, weights, bns, lengths: Tensor | None) -> Tensor:
-        """The pane sum with the statistics of the batch; updates the running ones."""
+        """Returns the pane sum with the statistics of the batch, and updates the running ones."""
         gammas, betas, eps = [bn.weight for bn in bns], [bn.bias for bn in bns], bns[0].eps
         if all(self._is_gram(x, bns[0]) for x in xs):
             out, mean, var = ops.panes(xs, grams, weights, gammas, betas, eps=eps)
@@ -215,7 +218,7 @@ class JasperBlock(nn.Module):
 
 
 def sub_block_modules(c_in: int, b: BlockConfig) -> list[nn.Module]:
-    """The convs of a sub-block of `b` with `c_in` input channels, and its batch norm."""
+    """Makes the convs of a sub-block of `b` with `c_in` input channels, and its batch norm."""
     geometry = (b.k, b.s, b.padding, b.d)
     convs = [nn.Conv1d(c_in, b.filters, *geometry, bias=False)]
     if b.separable:
@@ -224,9 +227,9 @@ def sub_block_modules(c_in: int, b: BlockConfig) -> list[nn.Module]:
 
 
 def refuse_hooks(*modules: nn.Module) -> None:
-    """Raises RuntimeError where one of these convs and norms has hooks, or a forward of its own.
+    """Raises RuntimeError if one of these convs and norms has hooks or a forward of its own.
 
-    Their parameters are read and they are never called, so what a hook or a forward does would not happen.
+    Only their parameters are read, and they are never called, so a hook or such a forward would not run.
     """
     if torch.compiler.is_compiling():
         return
@@ -237,8 +240,8 @@ def refuse_hooks(*modules: nn.Module) -> None:
             name = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__) if hooks else ""
             kind, what = type(m).__name__, f"a hook ({name})" if hooks else "its own forward"
             raise RuntimeError(
-                f"a {kind} within a Jasper has {what}, which would never run, as fused ops read its parameters alone: "
-                "put hooks on the blocks, take torch.nn.utils.parametrizations in place of the older weight_norm and "
+                f"a {kind} in a Jasper has {what}, which would never run, because fused ops only read its parameters: "
+                "put hooks on the blocks, use torch.nn.utils.parametrizations instead of the older weight_norm and "
                 "spectral_norm, and call torch.nn.utils.prune.remove before the model runs (README.md, Hooks)"
             )
 
@@ -247,19 +250,19 @@ _FORWARDS = (nn.Conv1d.forward, nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward
 
 
 def of_the_batch(bn: nn.BatchNorm1d) -> bool:
-    """Whether `bn` normalises with the statistics of the batch, by the rule of nn.BatchNorm1d."""
+    """Returns whether `bn` normalises with the statistics of the batch, by the rule of nn.BatchNorm1d."""
     return bn.training or bn.running_mean is None
 
 
 def momentum_of(bn: nn.BatchNorm1d) -> float | Tensor:
-    """The weight of a batch's statistics in the running ones. Without a momentum all batches have the same weight."""
+    """Returns the weight of a batch's statistics in the running ones. Without momentum, all batches weigh the same."""
     if bn.momentum is None and bn.num_batches_tracked is not None:
         return 1.0 / (bn.num_batches_tracked + 1)
     return bn.momentum or 0.0
 
 
 def fold(bn: nn.BatchNorm1d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(scale, shift), each (C,) in `dtype`: batch norm with running statistics is `y * scale + shift`.
+    """Returns (scale, shift), each (C,) in `dtype`: batch norm with running statistics is `y * scale + shift`.
 
     Raises ValueError for a batch norm without running statistics (track_running_stats=False).
     """
@@ -270,7 +273,7 @@ def fold(bn: nn.BatchNorm1d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def sum_folded(sources: list[Tensor], weights: list[Tensor], bns) -> Tensor:
-    """The pane sum with running statistics: one GEMM per pane, differentiable in everything but the statistics."""
+    """Returns the pane sum with running statistics, by one GEMM per pane. The statistics get no gradient."""
     out = None
     for x, weight, bn in zip(sources, weights, bns, strict=True):
         scale, shift = fold(bn, bn.weight.dtype)

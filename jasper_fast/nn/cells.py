@@ -1,4 +1,4 @@
-"""What a Jasper asks of the tables of measured choices: its distinct convs and norms, as cells to tune."""
+"""The distinct convs and norms of a Jasper, as the cells of the tables of measured choices."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from jasper_fast.kernels import tables
 from jasper_fast.kernels.tables import Cell
 from jasper_fast.nn.config import JasperConfig
 
-MODES = ("training", "evaluation", "inference")  # the last is an InferenceEngine's
+MODES = ("training", "evaluation", "inference")  # an InferenceEngine runs in the last
 
-PRODUCTS_OF_NORM = 2400  # multiply-adds that take as long as eight bytes: what a norm moves of an element, both ways
+# A norm moves about 8 bytes per element, forward and backward, in the time of this many multiply-adds of a conv.
+PRODUCTS_OF_NORM = 2400
 
 
 class Conv(NamedTuple):
-    """A conv of the network: `shape` (c_in, c_out, taps, stride, dilation), frames of its output; `place`: "first" of
-    the network, "opening" a block, "inner", or the "decoder"."""
+    """A conv of the network: `shape` (c_in, c_out, taps, stride, dilation) and the frames of its output.
+
+    `place`: "first" of the network, "opening" a block, "inner", or the "decoder".
+    """
 
     shape: tuple[int, int, int, int, int]
     frames: int
@@ -26,20 +29,20 @@ class Conv(NamedTuple):
 
     @property
     def products(self) -> int:
-        """Multiply-adds a frame of its output."""
+        """Multiply-adds per frame of the output."""
         c_in, c_out, taps, *_ = self.shape
         return c_in * c_out * taps
 
 
 def convs(config: JasperConfig, t: int = 2) -> Iterator[Conv]:
-    """The main convs in order, of `t` frames of features, and the decoder where there is one; panes are matrix products
-    of PyTorch."""
+    """Yields the main convs in order, for `t` frames of features, and the decoder if there is one. Panes are left out,
+    because they are matrix products of PyTorch."""
     c = config.encoder.in_feats
     for number, b in enumerate(config.encoder.blocks):
         for r in range(b.repeat):
             t = max(1, b.out_length(t))
             place = "inner" if r and b.s == 1 else "opening" if number or r else "first"
-            # of a separable sub-block the pointwise conv, whose gradients are never part of batch norm's
+            # A separable sub-block counts as its pointwise conv, whose gradients are never fused with batch norm's.
             shape, place = ((1, 1, 1), "opening") if b.separable else ((b.k, b.s, b.d), place)
             yield Conv((c, b.filters, *shape), t, place)
             c = b.filters
@@ -48,7 +51,7 @@ def convs(config: JasperConfig, t: int = 2) -> Iterator[Conv]:
 
 
 def engine_convs(config: JasperConfig) -> tuple[tuple[tuple[int, ...], int], ...]:
-    """The distinct convs of an engine, the decoder's too, each with how often it comes."""
+    """Returns the distinct convs of an engine, the decoder included, each with the number of times it occurs."""
     count: dict[tuple[int, ...], int] = {}
     for conv in convs(config):
         count[conv.shape] = count.get(conv.shape, 0) + 1
@@ -56,9 +59,9 @@ def engine_convs(config: JasperConfig) -> tuple[tuple[tuple[int, ...], int], ...
 
 
 def cells(config: JasperConfig, n: int, t: int, dtype: torch.dtype, mode: str) -> list[Cell]:
-    """The cells of `n` utterances of `t` frames of features in `mode`, one of MODES, those with the most work first.
+    """Returns the cells of `n` utterances of `t` frames of features in `mode`, one of MODES, sorted by falling work.
 
-    Empty for a dtype that no table has.
+    The list is empty for a dtype that no table has.
     """
     if dtype not in tables.DTYPES:
         return []
@@ -78,7 +81,7 @@ def cells(config: JasperConfig, n: int, t: int, dtype: torch.dtype, mode: str) -
 def _ops(conv: Conv, mode: str) -> tuple[str, ...]:
     if mode == "inference":
         return ("conv1d.fused",)
-    if conv.place == "decoder":  # a matrix product of PyTorch
+    if conv.place == "decoder":  # the decoder is a matrix product of PyTorch
         return ()
     if mode == "evaluation":
         return ("conv1d.forward",)

@@ -1,4 +1,4 @@
-"""Checkpoint files: written atomically, and read without executing anything in them."""
+"""Checkpoint files. They are written atomically, and reading one executes nothing in it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ FORMAT = "jasper_fast 1"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, read or used; the message names the file and what to do."""
+    """A checkpoint that cannot be written, read or used. The message names the file and the fix."""
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` at the end: even after a crash `path` holds either its old
-    content or all that was written.
+    """A context that yields a file to write, which takes the place of `path` at the end.
 
-    The bytes go to a temporary file beside `path` and are flushed to the disk (fsync), and only then is the file
-    renamed. Raises CheckpointError if they cannot be written (disk full). After any error the old file is unchanged.
+    The bytes go to a temporary file next to `path`, are flushed to the disk (fsync), and only then the file is renamed.
+    So even after a crash `path` has either its old content or all that was written. Raises CheckpointError if the bytes
+    cannot be written (disk full). After any error the old file is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -46,7 +46,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         raise
     except (OSError, RuntimeError) as error:
         if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
-            error = error.__context__  # PyTorch's writer hides the error of the disk
+            error = error.__context__  # PyTorch's writer hides the disk's own error
         free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0
         kept = f"; the earlier {path.name} is untouched" if path.exists() else ""
         said = str(error).partition("\n")[0]
@@ -60,19 +60,20 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
-    """Writes `state`, tensors and plain Python values, atomically as `replacing` does; raises CheckpointError.
+    """Writes `state`, a dictionary of tensors and plain Python values, atomically as `replacing` does.
 
-    Equivalent to `torch.save(state, path)` if nothing fails.
+    Raises CheckpointError. Equivalent to `torch.save(state, path)` if nothing fails.
     """
     with replacing(path) as file:
         torch.save(state, file)
 
 
 def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """The dictionary in a PyTorch checkpoint file, tensors only: nothing in the file is ever executed.
+    """Returns the dictionary in a PyTorch checkpoint file.
 
-    Checks the checksum of every record, so that a damaged file is noticed before it is used. Raises CheckpointError
-    naming the file and what to do. Equivalent to `torch.load(path, map_location, weights_only=True)`.
+    The file may have only tensors and plain values, and nothing in it is executed. Checks the checksum of every record,
+    so a damaged file is noticed before it is used. Raises CheckpointError naming the file and the fix. Equivalent to
+    `torch.load(path, map_location, weights_only=True)`.
     """
     path = Path(path)
     if not path.is_file():
@@ -82,7 +83,7 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
 
 
 def read(file: BinaryIO, name: str, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """`load` from an open file, which messages call `name`."""
+    """Reads an open file as `load` does. Error messages call it `name`."""
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
@@ -95,9 +96,8 @@ def read(file: BinaryIO, name: str, map_location: str | torch.device = "cpu") ->
     except Exception as error:  # on arbitrary bytes the unpickler can raise anything
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
-                f"{name} holds Python objects ({found[1]}) and is not loaded, because loading "
-                f"them could run anything; save it again, where it was made, as torch.save({{'state_dict': "
-                f"model.state_dict()}}, ...)"
+                f"{name} holds Python objects ({found[1]}) and is not loaded, because loading them could run any "
+                f"code; where it was made, save it again with torch.save({{'state_dict': model.state_dict()}}, ...)"
             ) from error
         size = file.seek(0, os.SEEK_END)
         raise CheckpointError(
@@ -110,8 +110,10 @@ def read(file: BinaryIO, name: str, map_location: str | torch.device = "cpu") ->
 
 
 def refuse_endless(value: Any, name: str, most: int = 100_000) -> None:
-    """Raises CheckpointError if lists and dictionaries in `value`, written out, have too many items: a few bytes can
-    hold lists of one another that would fill any memory, or a list that holds itself."""
+    """Raises CheckpointError if the lists and dictionaries in `value` have too many items when written out.
+
+    A few bytes can hold lists that refer to each other and would fill any memory, or a list that contains itself.
+    """
     waiting, seen = [value], 0
     while waiting:
         item = waiting.pop()

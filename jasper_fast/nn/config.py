@@ -12,11 +12,14 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and the file."""
 
 
+"""A configuration that cannot be used. The message names the key and the file."""
+
+
 @dataclass(frozen=True)
 class BlockConfig:
-    """One block: `repeat` sub-blocks of conv, batch norm, ReLU, dropout; keys as the reference writes them.
+    """One block: `repeat` sub-blocks of conv, batch norm, ReLU and dropout. The keys are the reference's.
 
-    separable: each conv is a depthwise one with this kernel, stride and dilation, and a pointwise one after it, as in
+    separable: each conv is a depthwise conv with this kernel, stride and dilation, followed by a pointwise conv, as in
     QuartzNet.
     """
 
@@ -35,16 +38,16 @@ class BlockConfig:
             value = getattr(self, name)
             value = (value,) if isinstance(value, int) else tuple(value)
             if len(value) != 1 or not isinstance(value[0], int) or value[0] < 1:
-                raise ConfigError(f"{name} must be one positive integer, as in [11], not {list(value)}")
+                raise ConfigError(f"{name} must be a list of one positive integer such as [11], not {list(value)}")
             object.__setattr__(self, name, value)
         if self.filters < 1 or self.repeat < 1:
             raise ConfigError(f"filters and repeat must be at least 1, not {self.filters} and {self.repeat}")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must lie in [0, 1), not {self.dropout}")
         if self.s > 1 and self.d > 1:
-            raise ConfigError("a block cannot have stride > 1 together with dilation > 1")
+            raise ConfigError("a block cannot have both stride > 1 and dilation > 1")
         if self.residual and self.s > 1:
-            raise ConfigError("a residual block needs stride 1: its panes are 1x1 convolutions at stride 1")
+            raise ConfigError("a residual block needs stride 1, because its panes are 1x1 convolutions at stride 1")
 
     @property
     def k(self) -> int:
@@ -60,17 +63,17 @@ class BlockConfig:
 
     @property
     def padding(self) -> int:
-        """Frames of zero padding on each side, `(k // 2) * d` as in the reference."""
+        """Frames of zero padding on each side: `(k // 2) * d`, as in the reference."""
         return (self.k // 2) * self.d
 
     def out_length(self, length):
-        """Output frames for `length` input frames (an int or an integer tensor)."""
+        """Returns the output frames for `length` input frames (an int or an integer tensor)."""
         return (length + 2 * self.padding - self.d * (self.k - 1) - 1) // self.s + 1
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The stack of blocks; `use_conv_masks` zeroes padding before every convolution."""
+    """The stack of blocks. `use_conv_masks` sets the padding to zero before every convolution."""
 
     in_feats: int = 64
     activation: str = "relu"
@@ -82,10 +85,10 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         if self.activation != "relu":
             raise ConfigError(
-                f"activation {self.activation!r} has no fused kernel; use 'relu', as every published Jasper"
+                f"activation {self.activation!r} has no fused kernel; use 'relu', as every published Jasper does"
             )
         if self.frame_splicing != 1:
-            raise ConfigError(f"frame_splicing must be 1, not {self.frame_splicing}")
+            raise ConfigError(f"frame_splicing must be 1, not {self.frame_splicing}: no other value is supported")
         if self.init not in INITS:
             raise ConfigError(f"init {self.init!r} is not one of {', '.join(INITS)}")
         if not self.blocks:
@@ -94,7 +97,7 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The last 1x1 convolution: `in_feats` channels to `n_classes` symbols, blank last."""
+    """The last 1x1 convolution, from `in_feats` channels to `n_classes` symbols, the blank last."""
 
     in_feats: int
     n_classes: int
@@ -111,10 +114,10 @@ _TOP_KEYS = {"name", "labels", "input_val", "input_train", "jasper"}
 
 @dataclass(frozen=True)
 class JasperConfig:
-    """A Jasper BxR model, with the alphabet and the input settings that its YAML file carries.
+    """A Jasper BxR model, with the alphabet and the input settings of its YAML file.
 
-    `input_train` and `input_val` stay the reference's own dictionaries (`audio_dataset`, `filterbank_features`,
-    `spec_augment`, `cutout_augment`). Source of the keys: the reference's `jasper/config.py` and `configs/*.yaml`.
+    `input_train` and `input_val` are the reference's own dictionaries (`audio_dataset`, `filterbank_features`,
+    `spec_augment`, `cutout_augment`). The keys come from the reference's `jasper/config.py` and `configs/*.yaml`.
     """
 
     encoder: EncoderConfig
@@ -136,9 +139,9 @@ class JasperConfig:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> JasperConfig:
-        """Read `{"encoder": {...}, "decoder": {...}}`, or a whole YAML document with those two under `jasper`.
+        """Reads `{"encoder": {...}, "decoder": {...}}`, or a whole YAML document with these two under `jasper`.
 
-        Raises ConfigError naming an unknown, missing or impossible key; `config` is not changed.
+        Raises ConfigError naming an unknown, missing or impossible key. `config` is not changed.
         """
         config = dict(_mapping(config, "the configuration"))
         top = {k: config.pop(k) for k in list(config) if k in _TOP_KEYS}
@@ -160,7 +163,7 @@ class JasperConfig:
         decoder = dict(_mapping(model["decoder"], "decoder"))
         if "n_classes" not in decoder:
             if labels is None:
-                raise ConfigError("decoder.n_classes is missing, and there are no labels to count")
+                raise ConfigError("decoder.n_classes is missing, and cannot be counted without labels")
             decoder["n_classes"] = len(labels) + 1
         return cls(
             encoder=_build(EncoderConfig, encoder | {"blocks": blocks}, "encoder"),
@@ -173,12 +176,12 @@ class JasperConfig:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> JasperConfig:
-        """Read a YAML file of the reference's form; raises ConfigError naming the file and the key."""
+        """Reads a YAML file in the reference's form. Raises ConfigError naming the file and the key."""
         import yaml
 
         path = Path(path)
         if path.suffix == ".toml":
-            raise ConfigError(f"{path}: TOML configurations are of the reference's first version; convert it to YAML")
+            raise ConfigError(f"{path}: TOML was the format of the reference's first version; convert the file to YAML")
         try:
             document = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -191,7 +194,7 @@ class JasperConfig:
             raise ConfigError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """A dictionary of plain types that `from_dict` reads back to an equal configuration."""
+        """Returns a dictionary of plain types, from which `from_dict` makes an equal configuration."""
         model = {"encoder": dataclasses.asdict(self.encoder), "decoder": dataclasses.asdict(self.decoder)}
         model["encoder"]["blocks"] = [
             {k: list(v) if isinstance(v, tuple) else v for k, v in b.items()} for b in model["encoder"]["blocks"]

@@ -1,7 +1,7 @@
-"""Jasper in eager PyTorch, as the reference runs it, with the same parameters and state-dict names.
+"""Jasper in eager PyTorch, computed as in the reference, with the same parameters and state-dict names.
 
 It works in NCT memory with one module per step: masked_fill, Conv1d, BatchNorm1d, ReLU, Dropout. It defines the results
-that the fused model must give, and every benchmark compares with it.
+that the fused model must return, and every benchmark compares with it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _conv_bn(c_in: int, c_out: int, b: BlockConfig | None) -> list[nn.Module]:
 
 
 class EagerBlock(nn.Module):
-    """R sub-blocks with their residual panes; `xs` is the list of block outputs so far."""
+    """R sub-blocks with their residual panes. `xs` is the list of block outputs so far."""
 
     def __init__(self, c_in: int, b: BlockConfig, panes: list[int]):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The weights in checkpoints of this project, of NVIDIA's Jasper and of NeMo, under one set of names."""
+"""Reads the weights in checkpoints of this project, of NVIDIA's Jasper and of NeMo, under one set of names."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from jasper_fast.nn.config import JasperConfig
 
 @dataclass
 class Weights:
-    """Weights under this project's names, and what their file says about the model; `kind` is the layout of the
-    file."""
+    """Weights under this project's names, and what their file says about the model. `kind`: the file's layout."""
 
     path: Path
     kind: str
     state_dict: dict[str, Tensor]
     config: dict[str, Any] | None = None
     labels: list[str] | None = None
-    average: dict[str, Tensor] | None = None  # the moving average, where the file has one and it was not asked for
-    names: dict[str, str] = field(default_factory=dict)  # of the entries in the file, by this project's
+    average: dict[str, Tensor] | None = None  # the moving average, if the file has one that was not asked for
+    names: dict[str, str] = field(default_factory=dict)  # this project's names -> names of the entries in the file
     left_out: list[str] = field(default_factory=list)  # what else the file holds
 
 
 def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
-    """The weights in a file of any known layout; `ema` asks for the moving average.
+    """Reads the weights in a file of any known layout. `ema` asks for the moving average.
 
-    Reads this project's checkpoints, NVIDIA's Jasper for PyTorch of 2021 and later (`encoder.layers.*`) and of 2019 and
-    2020 (`jasper_encoder.encoder.*`), its QuartzNet, bare state dicts of those, safetensors files of any of them,
-    `.nemo` archives, compressed or not, its pairs of files (`JasperEncoder-*.pt`, `JasperDecoderForCTC-*.pt`: `path` is
-    either) and checkpoints of Lightning; also models wrapped by `torch.compile` or DistributedDataParallel. Raises
-    CheckpointError naming the file for anything else, and if the moving average is asked for and the file has none.
+    Known layouts are this project's checkpoints; NVIDIA's Jasper for PyTorch of 2021 and later (`encoder.layers.*`) and
+    of 2019 and 2020 (`jasper_encoder.encoder.*`); NVIDIA's QuartzNet; bare state dicts and safetensors files of any of
+    these; NeMo's `.nemo` archives, compressed or not; NeMo's pairs of files (`JasperEncoder-*.pt` and
+    `JasperDecoderForCTC-*.pt`, of which `path` is one); and checkpoints of Lightning. The model may have been wrapped
+    by `torch.compile` or DistributedDataParallel. Raises CheckpointError naming the file for anything else, and if
+    `ema` is true and the file has no moving average.
     """
     path = Path(path)
-    if path.is_file() and tarfile.is_tarfile(path):  # checked first: a tar that ends in a zip looks like a zip
+    if path.is_file() and tarfile.is_tarfile(path):  # checked first, because a tar that ends in a zip looks like a zip
         if ema:
             raise CheckpointError(f"{path}: a NeMo archive has no moving average; load it without ema")
         return _read_nemo(path)
@@ -86,7 +86,7 @@ _READ = ("format", "config", "labels", "state_dict", "ema_state_dict", "hyper_pa
 
 def _labels(path: Path, labels: Any) -> list[str] | None:
     if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
-        raise CheckpointError(f"{path}: its labels are no list of texts")
+        raise CheckpointError(f"{path}: its labels are not a list of texts")
     return labels
 
 
@@ -95,7 +95,7 @@ def _is_state_dict(entries: Any) -> bool:
 
 
 def _unwrapped(name: str) -> str:
-    """The name without the prefixes of torch.compile, DistributedDataParallel and Lightning modules."""
+    """Returns the name without the prefixes of torch.compile, DistributedDataParallel and Lightning modules."""
     name = name.replace("_orig_mod.", "")
     while name.startswith(("module.", "model.")):
         name = name.partition(".")[2]
@@ -103,7 +103,7 @@ def _unwrapped(name: str) -> str:
 
 
 def _lightning_labels(settings: Any) -> list[str] | None:
-    """The alphabet in a Lightning checkpoint's `hyper_parameters`: its `labels`, or those of a NeMo configuration."""
+    """Returns the alphabet in a Lightning checkpoint's `hyper_parameters`: its `labels`, or a NeMo configuration's."""
     if not isinstance(settings, dict):
         return None
     decoder = settings.get("decoder")
@@ -118,7 +118,7 @@ _NEMO_HALVES = ((r"^encoder\.(\d+)\.", r"encoder.encoder.\1."), (r"^decoder_laye
 
 
 def _nemo_half(names: Iterable[str]) -> str | None:
-    """Which of the two modules of NeMo 0.x has entries of these names; None for a whole model."""
+    """Returns which of the two modules of NeMo 0.x has entries with these names; None for a whole model."""
     for module, pattern in _HALVES.items():
         if names and all(re.match(pattern, name) for name in names):
             return module
@@ -126,34 +126,33 @@ def _nemo_half(names: Iterable[str]) -> str | None:
 
 
 def _other_half(path: Path, half: str) -> dict[str, Tensor]:
-    """The entries of the file that NeMo 0.x saved beside `path`, which holds the module `half`."""
+    """Returns the entries of the file that NeMo 0.x saved next to `path`. `half`: the module that `path` holds."""
     (other,) = _HALVES.keys() - {half}
     beside = path.with_name(path.name.replace(half, other))
     if beside == path or not beside.is_file():
         name = beside.name if beside != path else f"{other}-*.pt"
         raise CheckpointError(
-            f"{path} is one of NeMo's two files, the {half}; put the other, {name}, beside it (and keep their names)"
+            f"{path} is one of NeMo's two files, the {half}; put the other, {name}, into the same folder"
         )
     entries = load(beside)
     if not _is_state_dict(entries) or _nemo_half(list(map(_unwrapped, entries))) != other:
-        raise CheckpointError(f"{beside} does not hold a {other}, which belongs to {path}")
+        raise CheckpointError(f"{beside} does not hold the {other} that belongs to {path}")
     return entries
 
 
 def published_labels() -> list[str]:
-    """The alphabet of the published Jasper, which its files do not contain: space, a to z, apostrophe."""
+    """Returns the alphabet of the published Jasper, which its files do not contain: space, a to z, apostrophe."""
     return list(JasperConfig.from_yaml(files("jasper_fast.configs") / "jasper10x5dr.yaml").labels)
 
 
 def jasper10x5dr(n_classes: int = 29) -> dict[str, Any]:
-    """The published dense-residual Jasper 10x5 (332,632,349 parameters at 29 classes), as a dictionary."""
-
+    """Returns the published dense-residual Jasper 10x5 (332,632,349 parameters at 29 classes), as a dictionary."""
     encoder = JasperConfig.from_yaml(files("jasper_fast.configs") / "jasper10x5dr.yaml").to_dict()["jasper"]["encoder"]
     return {"encoder": encoder, "decoder": {"in_feats": 1024, "n_classes": n_classes}}
 
 
 _V1 = ((r"^jasper_encoder\.encoder\.", "encoder.layers."), (r"^jasper_decoder\.decoder_layers\.", "decoder.layers."))
-_QUARTZNET = ((r"^(encoder\.layers\.\d+)\.mconv\.", r"\1.conv."),)  # NVIDIA's, whose convs are not wrapped
+_QUARTZNET = ((r"^(encoder\.layers\.\d+)\.mconv\.", r"\1.conv."),)  # NVIDIA's QuartzNet, whose convs are not wrapped
 _NEMO_DROP = ("preproc", "spec_aug")
 _NEMO = (
     (r"^encoder\.encoder\.", "encoder.layers."),
@@ -166,7 +165,7 @@ _NEMO = (
 def _named_ours(
     path: Path, kind: str, entries: dict[str, Tensor], rules: Sequence[tuple[str, str]] = (), drop: Sequence[str] = ()
 ) -> Weights:
-    """The entries under this project's names: those with a part of `drop` are left out, others obey the rules."""
+    """Returns the entries renamed by `rules`, to this project's names. Names with a part of `drop` are left out."""
     names, dropped = {}, []
     for name in entries:
         ours = _unwrapped(name)
@@ -183,7 +182,7 @@ def _named_ours(
 
 
 def _read_nemo(path: Path) -> Weights:
-    """A `.nemo` archive, read in memory: `model_config.yaml` and `model_weights.ckpt`."""
+    """Reads a `.nemo` archive in memory, without unpacking it: `model_config.yaml` and `model_weights.ckpt`."""
     import yaml
 
     members: dict[str, bytes] = {}
@@ -192,12 +191,12 @@ def _read_nemo(path: Path) -> Weights:
             for member in archive:
                 place = PurePosixPath(member.name)
                 if place.is_absolute() or ".." in place.parts:
-                    raise CheckpointError(f"it names a file outside of itself, {member.name!r}: not NeMo's")
+                    raise CheckpointError(f"it names a file outside of itself, {member.name!r}, so it is not NeMo's")
                 if member.isfile() and place.name in ("model_config.yaml", "model_weights.ckpt"):
                     members[place.name] = archive.extractfile(member).read()
         if len(members) < 2:
             raise CheckpointError(
-                f"{path} is a tar archive without model_config.yaml and model_weights.ckpt: not NeMo's"
+                f"{path} is a tar archive without model_config.yaml and model_weights.ckpt, so it is not NeMo's"
             )
         document = yaml.safe_load(members["model_config.yaml"])
         refuse_endless(document, f"{path}: model_config.yaml")
@@ -211,14 +210,14 @@ def _read_nemo(path: Path) -> Weights:
         said = str(error).partition("\n")[0]
         raise CheckpointError(f"{path} is not a complete NeMo archive ({said}); copy or download it again") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path}: its model_config.yaml is not that of a Jasper (at {error})") from error
+        raise CheckpointError(f"{path}: its model_config.yaml does not describe a Jasper (at {error})") from error
     found = _named_ours(path, "NeMo", entries, _NEMO, _NEMO_DROP)
     found.config, found.labels = config, config["labels"]
     return found
 
 
 def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
-    """NeMo's model configuration in this project's terms; raises CheckpointError for blocks that no Jasper has."""
+    """Returns NeMo's configuration in this project's terms. Raises CheckpointError for blocks that no Jasper has."""
     document = _resolved(document, document)
     if document.get("tokenizer"):
         raise CheckpointError("the NeMo model has a tokenizer: its symbols are word pieces, but a Jasper's are letters")
@@ -230,8 +229,8 @@ def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
         foreign += [k for k, usual in (("groups", 1), ("heads", -1), ("norm", "batch")) if block.get(k, usual) != usual]
         if foreign:
             raise CheckpointError(
-                f"block {i} of the NeMo model has {foreign[0]}={block[foreign[0]]}: it is neither a Jasper nor a "
-                f"QuartzNet (Citrinet is another model)"
+                f"block {i} of the NeMo model has {foreign[0]}={block[foreign[0]]}, so it is neither a Jasper nor a "
+                f"QuartzNet (a Citrinet cannot be loaded)"
             )
         kernel, stride, dilation = (_one(block.get(k, 1)) for k in ("kernel", "stride", "dilation"))
         if kernel % 2 == 0:
@@ -265,8 +264,8 @@ def _nemo_config(document: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# Keys of NeMo's AudioToMelSpectrogramPreprocessor: those with a name and default here, those that must have one value,
-# and those that do not change the features in evaluation.
+# Keys of NeMo's AudioToMelSpectrogramPreprocessor. NEMO_FEATURES: NeMo's key -> (key here, default). _NEMO_ONLY: keys
+# that must have this value. _NEMO_IDLE: keys that do not change the features in evaluation.
 NEMO_FEATURES = {
     "sample_rate": ("sample_rate", 16000), "window_size": ("window_size", 0.02),
     "window_stride": ("window_stride", 0.01), "window": ("window", "hann"), "normalize": ("normalize", "per_feature"),
@@ -282,7 +281,7 @@ NEMO_TARGET = "AudioToMelSpectrogramPreprocessor"
 
 
 def _nemo_features(front: dict[str, Any]) -> dict[str, Any]:
-    """NeMo's `preprocessor` as `filterbank_features`; raises CheckpointError naming a setting that is not supported."""
+    """Returns NeMo's `preprocessor` as `filterbank_features`. Raises CheckpointError naming an unsupported setting."""
     known = NEMO_FEATURES.keys() | _NEMO_ONLY.keys() | _NEMO_IDLE
     wrong = [key for key in front if key not in known]
     wrong += [key for key, only in _NEMO_ONLY.items() if front.get(key, only) != only]
@@ -302,10 +301,10 @@ def _nemo_features(front: dict[str, Any]) -> dict[str, Any]:
         wrong.append("pad_to")
     if wrong:
         raise CheckpointError(
-            f"preprocessor.{wrong[0]}={front[wrong[0]]!r} of the NeMo model is not supported: the features that it was "
-            f"trained on cannot be computed here"
+            f"preprocessor.{wrong[0]}={front[wrong[0]]!r} of the NeMo model is not supported, so the features that it "
+            f"was trained on cannot be computed here"
         )
-    if not normalize and "normalize" in front:  # null, or false in older files: no normalisation
+    if not normalize and "normalize" in front:  # null, or false in older files, means no normalisation
         features["normalize"] = None
     return features | {"pad_align": features["pad_align"] or 1, "convention": "nemo"}
 
@@ -315,8 +314,7 @@ def _one(value: Any) -> int:
 
 
 def _resolved(value: Any, root: dict[str, Any]) -> Any:
-    """`value` with every `${a.b}` replaced by the value at that path under `root` (which may also be called
-    `model`)."""
+    """Returns `value` with every `${a.b}` replaced by the value at that path in `root`. `model.` may begin the path."""
     if isinstance(value, dict):
         return {k: _resolved(v, root) for k, v in value.items()}
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""Fused sub-blocks for an existing Jasper model: NVIDIA's, NeMo's, or this project's eager twin.
+"""Fused sub-blocks for an existing Jasper model: NVIDIA's, NeMo's, or this project's eager one.
 
 A block keeps its modules, parameters and buffers. Only its class is replaced, by a subclass whose forward runs the
-fused ops. Deepcopy and pickle keep that class, and unfuse restores the original one.
+fused ops. Copies and pickles have that class too, and unfuse restores the original one.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from jasper_fast.nn.shared import Shared, shared
 from jasper_fast.ops import sync
 from jasper_fast.ops.conv1d_op import autocast
 
-STATE = "_jasper_fast"  # attribute of a fused module with our state; of a block, (backend, Packs)
-ENCODER = "its blocks are fused, but in evaluation it cannot run as one: "  # how the reason of an encoder begins
+STATE = "_jasper_fast"  # the attribute of a fused module with our state: (backend, Packs) for a block
+ENCODER = "its blocks are fused, but in evaluation it cannot run as one: "  # every reason for an encoder begins so
 
 
 @dataclass(frozen=True)
@@ -33,25 +33,26 @@ class Report:
     """What `fuse` did, by module names.
 
     fused: blocks that run fused ops. whole: encoders that run on an `InferenceEngine` in evaluation. left: (name,
-    reason) of blocks that are unchanged, and of encoders that run their fused blocks one by one.
+    reason) of unchanged blocks, and of encoders that run their fused blocks one by one.
     """
 
     fused: list[str] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
-    _wholes: list[weakref.ref] = field(default_factory=list, repr=False, compare=False)  # what `refresh` drops
+    _wholes: list[weakref.ref] = field(default_factory=list, repr=False, compare=False)  # `refresh` drops their engines
 
     def refresh(self) -> None:
-        """Folds the weights of the encoders in `whole` anew at their next evaluation.
+        """Makes the encoders in `whole` fold their weights again at their next evaluation.
 
-        Needed only after a write that PyTorch keeps no trace of, as `p.data.mul_(2)`, between two evaluation calls.
+        Needed only if weights were changed between two evaluation calls in a way that PyTorch does not record, as by
+        `p.data.mul_(2)`.
         """
         for whole in self._wholes:
             if (held := whole()) is not None:
                 held.drop()
 
     def data(self) -> dict[str, list]:
-        """The same as a dictionary of lists, for JSON."""
+        """Returns the report as a dictionary of lists, for JSON."""
         return {"fused": [*self.fused], "whole": [*self.whole], "left": [*self.left]}
 
     def __str__(self) -> str:
@@ -62,7 +63,7 @@ class Report:
 
 
 def survey(model: nn.Module, backend: str) -> tuple[Report, list[tuple[str, nn.Module]]]:
-    """What `fuse` would do with the blocks within `model`, and all (name, block); changes nothing.
+    """Returns what `fuse` would do with the blocks in `model`, and every (name, block). Changes nothing.
 
     Raises ValueError for a model without such blocks, and BackendMissing for a backend that cannot run here.
     """
@@ -70,7 +71,7 @@ def survey(model: nn.Module, backend: str) -> tuple[Report, list[tuple[str, nn.M
     found = list(candidates(model))
     if not found:
         fused = any(isinstance(m, JasperBlock) for m in model.modules())
-        ours = "; its blocks are jasper_fast's own, which are fused" if fused else ""
+        ours = "; its blocks are jasper_fast's own, which are already fused" if fused else ""
         raise ValueError(f"no Jasper blocks in {type(model).__name__}: looked for {LOOKED_FOR}{ours}")
     report = Report()
     for name, block in found:
@@ -85,18 +86,18 @@ def survey(model: nn.Module, backend: str) -> tuple[Report, list[tuple[str, nn.M
 
 
 def fuse_block(block: nn.Module, backend: str) -> None:
-    """Gives `block`, which `parts` can take apart, the fused forward."""
+    """Gives `block` the fused forward. `parts` must be able to take the block apart."""
     vars(block)[STATE] = (backend, Packs())
     become(block, FusedBlock)
 
 
 def become(module: nn.Module, kind: type[Before]) -> None:
-    """Makes the class of `module` a subclass of both `kind` and its own class."""
+    """Replaces the class of `module` by a subclass of both `kind` and its own class."""
     module.__class__ = _fused_class(kind, type(module))
 
 
 def give_back(model: nn.Module) -> None:
-    """Restores the own class of every module in `model` that `become` changed."""
+    """Restores the original class of every module in `model` that `become` changed."""
     for module in model.modules():
         if isinstance(module, Before):
             module.__class__ = type(module).__bases__[1]
@@ -104,7 +105,8 @@ def give_back(model: nn.Module) -> None:
 
 
 class Before:
-    """A mixin before the class of a module. Copies and pickles are made from the same two classes."""
+    """A mixin that comes before a module's own class. Copying and pickling store these two classes and join them
+    again."""
 
     def __reduce_ex__(self, protocol):
         _, _, *state = super().__reduce_ex__(max(protocol, 2))
@@ -112,11 +114,11 @@ class Before:
 
 
 class FusedBlock(Before):
-    """Its forward is the fused one."""
+    """A block whose forward runs the fused ops."""
 
     def forward(self, *args, **kwargs):
         given = (*args, *kwargs.values())
-        if len(given) == 1 and isinstance(given[0], tuple):  # NeMo's call: one tuple
+        if len(given) == 1 and isinstance(given[0], tuple):  # NeMo passes one tuple
             given = given[0]
         xs, lengths = (*given, None)[:2]
         try:
@@ -127,20 +129,20 @@ class FusedBlock(Before):
             return _run(found or parts(self), *vars(self)[STATE], xs, lengths, known)
         except Unfit as reason:
             raise RuntimeError(
-                f"a fused block changed so that fused ops cannot compute it ({reason}): call "
-                "jasper_fast.fuse(model) again, which leaves that block alone"
+                f"a fused block changed so that fused ops cannot compute it any more ({reason}): call "
+                "jasper_fast.fuse(model) again to leave that block unfused"
             ) from None
 
 
 @functools.cache
 def _fused_class(kind: type[Before], own: type) -> type:
-    """A subclass of `own` that bears its name, so that the model prints as before."""
+    """Makes a subclass of `own` with the same name, so that the model prints as before."""
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
     return type(own.__name__, (kind, own), names)
 
 
 def _new(kind: type[Before], own: type) -> nn.Module:
-    """An empty module of both, for pickle."""
+    """Makes an empty module of both classes, for pickle."""
     made = _fused_class(kind, own)
     return made.__new__(made)
 
@@ -148,7 +150,7 @@ def _new(kind: type[Before], own: type) -> nn.Module:
 def _run(
     found: Parts, backend: str, packs: Packs, xs: list[Tensor], lengths: Tensor | None, known: Shared | None
 ) -> tuple[list[Tensor], Tensor | None]:
-    """The outputs and lengths that the block itself returns for block outputs `xs` and `lengths` (N,)."""
+    """Returns the outputs and lengths that the original block returns for block outputs `xs` and `lengths` (N,)."""
     steps = [lengths if found.masked else None]
     for sub in found.sub_blocks:
         steps.append(frames(sub.in_time, steps[-1]))
@@ -158,13 +160,13 @@ def _run(
     sources = [known.ready(x, steps[0], _clean) if known else _clean(x, steps[0]) for x in sources]
     out = _Computation(found, backend, packs, steps, known)(sources[-1], sources if found.panes else [])
     if steps[-1] is not None and not torch.compiler.is_compiling() and not out.is_inference():
-        out._jasper_fast_zero = (steps[-1], out._version)  # so that the next block need not mask it
+        out._jasper_fast_zero = (steps[-1], out._version)  # the next block then need not mask it
     passed = lengths if found.keeps_lengths and not found.masked else steps[-1]
     return ([*xs, out] if found.dense else [out]), passed
 
 
 def frames(conv: nn.Conv1d, lengths: Tensor | None) -> Tensor | None:
-    """Frames of the conv's output; `lengths` itself where they are the same."""
+    """Returns the frames of the conv's output; `lengths` itself if they do not change."""
     (k,), (s,), (d,), (p,) = conv.kernel_size, conv.stride, conv.dilation, conv.padding
     if lengths is None or (s == 1 and 2 * p == d * (k - 1)):
         return lengths
@@ -172,14 +174,14 @@ def frames(conv: nn.Conv1d, lengths: Tensor | None) -> Tensor | None:
 
 
 def _clean(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """`x` (N, C, T) in NTC memory and autocast's dtype, zero at t >= `lengths`."""
+    """Returns `x` (N, C, T) in NTC memory and autocast's dtype, with zeros at t >= `lengths`."""
     if lengths is not None and not _known_zero(x, lengths):
         x = mask(x, lengths.to(x.device))
     return ntc(autocast(x))
 
 
 def _known_zero(x: Tensor, lengths: Tensor) -> bool:
-    """Whether `x` is the output of a fused block, for the same lengths, that nobody has written to since."""
+    """Returns whether `x` is the output of a fused block for the same lengths, and has not been written to since."""
     if torch.compiler.is_compiling():
         return False
     known, version = getattr(x, "_jasper_fast_zero", (None, None))
@@ -187,7 +189,7 @@ def _known_zero(x: Tensor, lengths: Tensor) -> bool:
 
 
 class _Computation:
-    """One forward of a block, as `JasperBlock` computes it. If blocks share nothing, panes are in the plain form."""
+    """One forward pass of a block, as `JasperBlock` computes it. Blocks that share nothing compute plain panes."""
 
     pane_sum, _batch_sum, _is_gram = JasperBlock.pane_sum, JasperBlock._batch_sum, JasperBlock._is_gram
 
@@ -246,13 +248,13 @@ class _Computation:
         return out if stats else (out, None)
 
     def _taps(self, i: int) -> dict[str, object]:
-        """Arguments of separable conv `i`, except the lengths of its input."""
+        """Returns the arguments of separable conv `i`, except the lengths of its input."""
         (s,), (p,), (d,) = self.subs[i].taps.stride, self.subs[i].taps.padding, self.subs[i].taps.dilation
         geometry = {"stride": s, "padding": p, "dilation": d}
         return geometry | {"out_lengths": self.steps[i + 1], "packed": partial(self.packs, i)}
 
     def _fused(self, op, y: Tensor, stats, i: int, *args, **kwargs):
-        """`op` with the batch norm, dropout and mask that follow conv `i`."""
+        """Calls `op` with the batch norm, dropout and mask that follow conv `i`."""
         sub, lengths = self.subs[i], self.steps[i + 1]
         bn, conv, batch = sub.bn, sub.conv, of_the_batch(sub.bn)
         beyond = max(0, conv.dilation[0] * (conv.kernel_size[0] - 1) - conv.padding[0])

@@ -28,15 +28,19 @@ def load_weights(
     decoder: Literal["auto", "keep", "new"] = "auto",
     like: Mapping[str, str] | None = None,
 ) -> None:
-    """Copies `weights` into `model`; a model on the meta device takes the tensors without a copy.
+    """Copies `weights` into `model`. A model on the meta device takes over the tensors without a copy.
 
-    With `strict` every entry must be there in the right shape. Otherwise this is a warm start: entries that are missing
-    or have another shape keep their fresh initialisation, and a warning says so. `labels` are those of the model. A
-    warm start with other labels than the file's copies the decoder's rows for the blank and for the labels that both
-    alphabets have. If the file does not name its labels, the decoder is copied only if the model has the published
-    alphabet, else it is initialised anew. `decoder="keep"` always copies it, "new" never does. `like` maps labels of
-    the model to labels of the file whose rows they start from; a file that does not name its labels is then taken to
-    have the published alphabet. Raises CheckpointError naming the entries, and also if no entry of the encoder fits.
+    With `strict`, the file must have every entry in the right shape. Otherwise this is a warm start: entries that are
+    missing or have another shape keep their initial values, and a warning says so.
+
+    `labels` are those of the model. If they differ from the file's labels, a warm start copies the decoder's rows for
+    the blank and for the labels that both alphabets have. If the file does not name its labels, the decoder is copied
+    only if the model has the published alphabet; otherwise it is initialised anew. `decoder="keep"` always copies the
+    decoder, and "new" never does. `like` maps labels of the model to labels of the file: the rows of the former start
+    as copies of the rows of the latter. With `like`, a file that does not name its labels is assumed to have the
+    published alphabet.
+
+    Raises CheckpointError naming the entries that do not fit, and also if no entry of the encoder fits.
     """
     own = model.state_dict()
     given, wrong, extra = compared(own, weights)
@@ -57,19 +61,19 @@ def load_weights(
         theirs, ours = _convention(weights.config), _convention(vars(config))
         if theirs != ours:
             reasons.append(
-                f"its features follow the convention {theirs!r}, those of the configuration {ours!r} "
+                f"its features follow the convention {theirs!r}, but the configuration's follow {ours!r} "
                 f"(filterbank_features.convention)"
             )
     rest = [name for name in wrong if name not in head]
     if rest:
-        reasons.append(f"{len(rest)} entries keep their initial values, the first is {rest[0]} ({wrong[rest[0]]})")
+        reasons.append(f"{len(rest)} entries keep their initial values; the first is {rest[0]} ({wrong[rest[0]]})")
     fitting = {name: given[name] for name in own if name not in wrong}
     if not any(name.startswith("encoder.") and name.endswith("weight") for name in fitting):
         raise CheckpointError(
-            f"{weights.path} ({weights.kind}): no weight of it fits this model; check the configuration"
+            f"{weights.path} ({weights.kind}): none of its weights fits this model; check the configuration"
         )
     if extra:
-        reasons.append(f"{len(extra)} entries of the file are not used, the first is {extra[0]}")
+        reasons.append(f"{len(extra)} entries of the file are not used; the first is {extra[0]}")
     if reasons:
         warnings.warn(f"warm start from {weights.path}: {'; '.join(reasons)}", stacklevel=2)
     if any(tensor.is_meta for tensor in own.values()):
@@ -86,8 +90,11 @@ def load_weights(
 
 
 def compared(own: dict[str, Tensor], weights: Weights) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
-    """The entries of the file with counters where PyTorch 0.4 saved none, the faults of those that the model `own`
-    cannot take, and the names of those that it does not have."""
+    """Compares a file's entries with those of a model, `own`. Returns (entries, faults, extra).
+
+    entries: those of the file, with the batch counters that PyTorch 0.4 did not save. faults: why an entry of the model
+    cannot be taken from the file, by name. extra: names that the model does not have.
+    """
     given = dict(weights.state_dict)
     for name in own:
         if name.endswith("num_batches_tracked"):
@@ -99,11 +106,11 @@ def compared(own: dict[str, Tensor], weights: Weights) -> tuple[dict[str, Tensor
 
 
 def refuse_misfits(weights: Weights, wrong: dict[str, str], extra: list[str]) -> None:
-    """Raises CheckpointError naming the entries, if there is any."""
+    """Raises CheckpointError naming the entries, if there are any."""
     listed = [f"{name}: {why}" for name, why in wrong.items()] + [f"{name}: not part of the model" for name in extra]
     if listed:
         raise CheckpointError(
-            f"{weights.path} ({weights.kind}) does not fit the model, {len(listed)} entries differ: "
+            f"{weights.path} ({weights.kind}) does not fit the model; {len(listed)} entries differ: "
             f"{'; '.join(listed[:4])}{'; ...' if len(listed) > 4 else ''}. Pass the configuration it was trained with, "
             f"or strict=False to start from the entries that fit"
         )
@@ -117,10 +124,10 @@ def _convention(config: dict[str, Any]) -> str:
 def _decoder_rows(
     weights: Weights, labels: Sequence[str] | None, decoder: str, wrong: list[str | None], like: Mapping[str, str]
 ) -> tuple[list[tuple[int, int]] | None, str | None]:
-    """(rows, message): what a warm start does with the decoder. rows pairs a row here with its row in the file; None
-    copies all.
+    """Returns (rows, message): what a warm start does with the decoder.
 
-    The message is for the user. `wrong`: the faults of the decoder's entries.
+    rows pairs a row of the model with its row in the file; None copies all rows. The message is for the user. `wrong`:
+    the faults of the decoder's entries.
     """
     misfit = next(filter(None, wrong), None)
     if decoder == "keep":
@@ -134,9 +141,9 @@ def _decoder_rows(
         return ([], f"the decoder is initialised anew ({misfit})") if misfit else (None, None)
     if weights.labels is None and not like:
         if misfit or list(labels) != published_labels():
-            why = misfit or "the file does not say what its labels are; decoder='keep' keeps its rows as they are"
+            why = misfit or "the file does not name its labels; decoder='keep' would copy its rows unchanged"
             return [], f"the decoder is initialised anew ({why})"
-        return None, "the file does not say what its labels are: its decoder is taken to be for space, a to z, '"
+        return None, "the file does not name its labels; its decoder is assumed to be for space, a to z, '"
     if list(labels) == list(old) and not misfit and not like:
         return None, None
     bias = weights.state_dict.get("decoder.layers.0.bias")
@@ -144,43 +151,43 @@ def _decoder_rows(
     shared = [(i, old[sources[label]]) for i, label in enumerate(labels) if sources[label] in old]
     if bias is None or len(bias) != len(old) + 1 or not shared:
         return [], f"the decoder is initialised anew ({misfit or 'other labels'})"
-    rows = f"its rows of the blank and of {len(shared)} of the {len(labels)} labels are copied"
+    rows = f"its rows for the blank and for {len(shared)} of the {len(labels)} labels are copied"
     return [*shared, (len(labels), len(old))], f"the decoder is initialised anew for other labels, but {rows}"
 
 
 def label_pair(text: str) -> tuple[str, str]:
-    """ "NEW=OLD" as a pair of labels. Raises CheckpointError for other texts."""
+    """Splits "NEW=OLD" into a pair of labels. Raises CheckpointError for other texts."""
     new, sign, old = text[1:].partition("=")  # the first symbol may itself be "="
     if not sign or not old:
-        raise CheckpointError(f"{text!r} does not name a new label and an old one, as 'ä=a'")
+        raise CheckpointError(f"{text!r} does not name a new label and an old one, as 'ä=a' does")
     return text[0] + new, old
 
 
 def _row_of_label(weights: Weights, labels: Sequence[str] | None, like: Mapping[str, str]) -> dict[str, int]:
-    """The decoder's row of each label of the file; the published alphabet stands in for one that is not named. Raises
-    CheckpointError for labels in `like` that the model or the file does not have."""
+    """Returns the decoder's row of each label of the file. A file that does not name its labels is assumed to have the
+    published alphabet. Raises CheckpointError for labels in `like` that the model or the file does not have."""
     known = weights.labels or published_labels()
     for new, source in like.items():
         if new not in (labels or ()):
-            raise CheckpointError(f"the label {new!r} that starts from {source!r} is not one of the model's")
+            raise CheckpointError(f"the label {new!r}, which is to start from {source!r}, is not one of the model's")
         if source not in known:
             raise CheckpointError(f"{weights.path} has no label {source!r} for {new!r} to start from: {known}")
     return {label: i for i, label in enumerate(known)}
 
 
 def config_of(weights: Weights) -> JasperConfig:
-    """The configuration in the file; files of NVIDIA hold none, and are taken for Jasper 10x5 dense residual.
+    """Returns the configuration in the file. NVIDIA's files have none, and are taken for Jasper 10x5 dense residual.
 
-    Raises CheckpointError for one that is no Jasper's, or of more layers than the file has weights.
+    Raises CheckpointError for a configuration that is not a Jasper's, or that has more layers than there are weights.
     """
     bias = weights.state_dict.get("decoder.layers.0.bias")
     document = weights.config or jasper10x5dr(29 if bias is None else bias.numel())
     refuse_endless(document, f"{weights.path}: its configuration")
     try:
-        json.dumps(document)  # it is made of plain values
+        json.dumps(document)  # raises if there is anything but plain values
         config = JasperConfig.from_dict(document)
     except (ConfigError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{weights.path}: its configuration is no Jasper's ({error})") from error
+        raise CheckpointError(f"{weights.path}: its configuration is not a Jasper's ({error})") from error
     if weights.config and sum(block.repeat for block in config.encoder.blocks) > len(weights.state_dict):
         raise CheckpointError(f"{weights.path}: its configuration has more layers than it has weights")
     return config
@@ -194,16 +201,16 @@ def load_model(
     backend: str = "auto",
     strict: bool = True,
 ) -> Jasper:
-    """A Jasper in evaluation mode with the weights in `path`; see `read_weights` for the files it understands.
+    """Returns a Jasper in evaluation mode with the weights in `path`, a file that `read_weights` understands.
 
-    `config`: the model to build. By default it comes from the file; files of NVIDIA do not hold one, and get Jasper
+    `config`: the model to build. By default it comes from the file. NVIDIA's files have none, and are taken for Jasper
     10x5 dense residual. `strict=False` with a `config` for other labels is a warm start, with a warning (see
-    `load_weights`). Raises CheckpointError if the file is not readable or does not fit.
+    `load_weights`). Raises CheckpointError if the file cannot be read or does not fit.
     """
     weights = read_weights(path, ema=ema)
     if config is None:
         config = config_of(weights)
-    if strict:  # every entry comes from the file: compare shapes, then take the tensors without a copy
+    if strict:  # all tensors come from the file, so that none need be allocated here
         with torch.device("meta"):
             model = Jasper(config, backend=backend)
         load_weights(model, weights, labels=config.labels)

@@ -1,4 +1,4 @@
-"""Jasper BxR with a CTC head, in NTC memory from the features to the log-probabilities."""
+"""Jasper BxR with a CTC head. All activations, from the features to the log-probabilities, are in NTC memory."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ class Jasper(nn.Module):
 
     `forward(features (N, C, T) float, lengths (N,) frames) -> (log_probs (N, T', V) fp32, lengths (N,) of T' frames)`.
     Rows of `log_probs` at t >= length are meaningless. With conv masks (the default configurations) the padding of
-    `features` may hold anything.
+    `features` may have any values.
 
-    `panes`: how training computes the batch statistics of the residual panes: "gram", from the Gram matrices of the
-    block outputs (no pane output is needed for it), or "plain", pane by pane. "auto" is "gram" on a GPU, "plain"
-    elsewhere.
+    `panes`: how training computes the batch statistics of the residual panes. "gram" takes them from the Gram matrices
+    of the block outputs, without computing a pane's output. "plain" takes them from the output of each pane. "auto" is
+    "gram" on a GPU, and "plain" elsewhere.
 
     After `torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)`, training on several ranks takes batch statistics over
     all ranks (for torch.compile see `jasper_fast.ops.sync`).
 
-    `backend`: "auto" takes the fastest face on the device of the input; "reference", "cpu", "triton" or "cuda" ask for
-    one, and raise BackendMissing, saying how to get it, where it cannot run. `tune`: on a GPU "auto" measures once, at
-    the first forward of a kind, what it was never measured at there, and keeps it on disk
-    (`jasper_fast.dispatch.tuned`); False takes what tables and rules say. Source of the semantics: the reference's
-    `jasper/model.py`; equivalent to `jasper_fast.nn.eager.EagerJasper(config)` with the same state dict.
+    `backend`: "auto" takes the fastest face on the device of the input. "reference", "cpu", "triton" or "cuda" names a
+    face; BackendMissing, which says how to get the face, is raised if it cannot run. `tune`: on a GPU, "auto" measures
+    what no table has yet at the first forward pass of each kind (training or evaluation, dtype and size), and keeps the
+    results on disk (`jasper_fast.dispatch.tuned`). False uses only existing tables and rules. The semantics are those
+    of the reference's `jasper/model.py`. Equivalent to `jasper_fast.nn.eager.EagerJasper(config)` with the same state
+    dict.
     """
 
     def __init__(self, config: JasperConfig, backend: str = "auto", panes: str = "auto", tune: bool = True):
         super().__init__()
         self.config, self.backend, self.tune = config, backends.require(backend), tune
-        self._met: set[tuple[str, torch.dtype, int]] = set()  # kinds of calls whose choices are measured
+        self._met: set[tuple[str, torch.dtype, int]] = set()  # kinds of calls whose faces have been measured
         self.encoder, self.decoder = nn.Module(), nn.Module()
         self.encoder.layers = nn.ModuleList(JasperBlock(c, b, p, backend, panes) for c, b, p in block_shapes(config))
         self.decoder.layers = nn.ModuleList([nn.Conv1d(config.decoder.in_feats, config.decoder.n_classes, 1)])
@@ -72,8 +73,8 @@ class Jasper(nn.Module):
         return self._forward(features, lengths)
 
     def _measured(self, device: torch.device, n: int, t: int, dtype: torch.dtype) -> None:
-        """All that a forward pass of (n, C, t) is about to choose by measurements is measured at once, if this is its
-        first use; op by op would start a process for each."""
+        """Measures all faces that a forward pass of (n, C, t) must choose between, if it is the first one of its kind.
+        Measuring each op when it first runs would start a process per op."""
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
         mode = "training" if self.training and torch.is_grad_enabled() else "evaluation"
         kind = mode, dtype, tables.bucket(n * t)
@@ -99,7 +100,7 @@ class Jasper(nn.Module):
             b, x = layer.b, sources[-1]
             steps = [lens]
             for _ in range(b.repeat):
-                same = b.s == 1 and 2 * b.padding == b.d * (b.k - 1)  # lengths do not change: saves some tiny kernels
+                same = b.s == 1 and 2 * b.padding == b.d * (b.k - 1)  # unchanged lengths need no tiny kernels
                 steps.append(steps[-1] if same else b.out_length(steps[-1]))
             reads = slice(0 if b.residual_dense else -1, None) if b.residual else slice(0)
             taken = sources[reads]
@@ -113,8 +114,11 @@ class Jasper(nn.Module):
         return logits.float().log_softmax(dim=2), lens
 
     def _grams(self, j: int, ids: list[int], sources: list[Tensor], known: dict) -> list[ops.Gram | None]:
-        """Those that block `j` wants of its `sources`, by (block, pane) in `known`: the first block that reads a source
-        has the statistics taken of all panes that will."""
+        """Returns the Gram matrices that block `j` needs for its `sources`; None for a pane that needs none.
+
+        `known` has those made before, by (block, pane). The first block that reads a source computes the statistics of
+        all panes that will read it.
+        """
         for pane, (i, x) in enumerate(zip(ids, sources, strict=True)):
             if (j, pane) in known:
                 continue
@@ -127,14 +131,14 @@ class Jasper(nn.Module):
         return [known[j, pane] for pane in range(len(sources))]
 
     def out_lengths(self, lengths: Tensor) -> Tensor:
-        """Frames of the log-probabilities for `lengths` (N,) frames of features."""
+        """Returns the frames of the log-probabilities for `lengths` (N,) frames of features."""
         return _out_lengths(self.config, lengths)
 
     def _seeds(self, device: torch.device) -> list[Tensor | None]:
         repeats = [layer.b.repeat for layer in self.encoder.layers]
         if not self.training or not any(layer.b.dropout for layer in self.encoder.layers):
             return [None] * len(repeats)
-        return list(ops.draw_seeds(sum(repeats), device).split(repeats))  # drawn once for the whole step
+        return list(ops.draw_seeds(sum(repeats), device).split(repeats))  # one draw for the whole step
 
     def _count_batch(self) -> None:
         counters = [
@@ -147,7 +151,7 @@ class Jasper(nn.Module):
 
 
 def check_features(features: Tensor, lengths: Tensor | None, config: JasperConfig) -> tuple[int, int, int]:
-    """(N, C, T) of `features`; raises ValueError if they or `lengths` do not fit the model."""
+    """Returns (N, C, T) of `features`. Raises ValueError if they or `lengths` do not fit the model."""
     if features.dim() != 3 or features.shape[1] != config.encoder.in_feats:
         raise ValueError(f"features must be (N, {config.encoder.in_feats}, T), got {tuple(features.shape)}")
     if lengths is not None and (lengths.shape != features.shape[:1] or lengths.is_floating_point()):

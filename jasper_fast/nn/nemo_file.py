@@ -1,4 +1,4 @@
-"""Weights as a `.nemo` archive: NeMo's names, its configuration, and the tar that holds both."""
+"""Weights as a `.nemo` archive: a tar with NeMo's configuration, and with the weights under NeMo's names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _RULES = (
 
 
 def names(entries: dict[str, Tensor], masked: bool) -> dict[str, str]:
-    """NeMo's names of this project's entries, by these; where a model has conv masks, its convs lie in wrappers."""
+    """Returns NeMo's name of each of this project's `entries`. `masked`: the convs have masks, so NeMo wraps them."""
     found = {}
     for name, tensor in entries.items():
         theirs = name
@@ -39,9 +39,9 @@ def names(entries: dict[str, Tensor], masked: bool) -> dict[str, str]:
 
 
 def document(config: JasperConfig, labels: Sequence[str], features: dict[str, Any]) -> dict[str, Any]:
-    """NeMo's `model_config.yaml`; `features`: all settings of `filterbank_features` that NeMo has too.
+    """Returns NeMo's `model_config.yaml`. `features`: all settings of `filterbank_features` that NeMo has too.
 
-    Raises CheckpointError for an even kernel, which NeMo pads differently.
+    Raises CheckpointError for an even kernel, because NeMo pads it differently.
     """
     blocks = []
     for i, block in enumerate(config.encoder.blocks):
@@ -68,7 +68,7 @@ def document(config: JasperConfig, labels: Sequence[str], features: dict[str, An
 
 
 def write(file: BinaryIO, document: dict[str, Any], entries: dict[str, Tensor]) -> None:
-    """Writes the archive, uncompressed as NeMo's own; equal contents give equal bytes."""
+    """Writes the archive, uncompressed as NeMo does. Equal contents give equal bytes."""
     import yaml
 
     text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True).encode()

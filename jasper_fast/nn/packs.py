@@ -1,4 +1,4 @@
-"""Packed weights that a module keeps between steps, so that no step allocates packs or saves them for backward."""
+"""Packed weights that a module keeps between steps, so no step allocates them or saves them for backward."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from jasper_fast.dispatch import backends
 
 
 class Packs:
-    """The weights of a module's convs as the kernels read them, Triton's and cuDNN's: one buffer a conv, filled anew in
-    every forward, so that a weight is cast and turned once a step.
+    """The weights of a module's convs as the kernels of Triton and cuDNN read them, in one buffer per conv.
 
-    The buffers are copies of the weights, so they are in no state dict and are not copied or pickled with the module. A
-    buffer has the device of the weight and the dtype of the activations. Backward reads it too, because its content
-    changes only with the weight, whose version autograd checks.
+    Every forward pass fills the buffers anew, so a weight is cast and rearranged once per step. The buffers are copies
+    of the weights, so no state dict has them, and they are not copied or pickled with the module. A buffer has the
+    device of the weight and the dtype of the activations. Backward reads it too, because its content changes only with
+    the weight, whose version autograd checks.
     """
 
     def __init__(self) -> None:
         self._held: dict[int, Tensor] = {}
 
     def __call__(self, index: int, weight: Tensor, dtype: torch.dtype, face: str) -> Tensor | None:
-        """The present `weight` (C_out, C_in, K), packed in `dtype` into the buffer of conv `index`.
+        """Returns the present `weight` (C_out, C_in, K), packed in `dtype` into the buffer of conv `index`.
 
-        None if `face` packs for itself, and under torch.compile, which cannot trace these buffers.
+        None if `face` packs weights itself, and under torch.compile, which cannot trace these buffers.
         """
         if torch.compiler.is_compiling():
             return None
@@ -37,7 +37,7 @@ class Packs:
         return held
 
     def tensors(self) -> list[Tensor]:
-        """The buffers as they are now: a CUDA graph that fills and reads them keeps them alive by these."""
+        """Returns the present buffers. A CUDA graph that fills and reads them keeps them alive by these references."""
         return list(self._held.values())
 
     def __reduce__(self) -> tuple[type[Packs], tuple[()]]:

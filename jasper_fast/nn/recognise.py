@@ -1,4 +1,4 @@
-"""Jasper blocks of other projects, recognised by class name and attributes, without importing those projects."""
+"""Recognises Jasper blocks of other projects by class name and attributes, without importing those projects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOOKED_FOR = (
 
 
 class Unfit(Exception):
-    """A block that the fused ops cannot compute; the message is the reason."""
+    """A block that the fused ops cannot compute. The message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,12 @@ class SubBlock:
 
 @dataclass(frozen=True)
 class Parts:
-    """The modules that a block consists of, not copies of them.
+    """The modules of a block, not copies of them.
 
-    `panes`: the 1x1 residual convs with their batch norms. `masked`: whether its convs zero the padding of their
-    inputs. `dense`: whether its output is added to the list of block outputs. `keeps_lengths`: whether lengths pass
-    through a block without masks, as NeMo's do.
+    `panes`: the 1x1 residual convs with their batch norms. `masked`: whether the convs zero the padding of their
+    inputs. `dense`: whether the output is appended to the list of block outputs. `keeps_lengths`: whether a block
+    without masks returns its input lengths unchanged, as NeMo's blocks do. `takes_last`: whether a plain residual takes
+    the last one of several block outputs.
     """
 
     sub_blocks: list[SubBlock]
@@ -51,11 +52,11 @@ class Parts:
     masked: bool
     dense: bool
     keeps_lengths: bool
-    takes_last: bool  # a plain residual takes the last of several block outputs
+    takes_last: bool
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, block) of every module that has the attributes of a Jasper block."""
+    """Yields (name, block) of every module that has the attributes of a Jasper block."""
     for name, module in model.named_modules():
         layers = getattr(module, "mconv", getattr(module, "conv", None))
         last = getattr(module, "mout", getattr(module, "out", None))
@@ -64,7 +65,7 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def parts(block: nn.Module) -> Parts:
-    """The parts of `block` as they are now; raises Unfit with the reason if the fused ops cannot compute it."""
+    """Returns the present parts of `block`. Raises Unfit with the reason if the fused ops cannot compute it."""
     _check_kind(block)
     layers, last = (block.mconv, block.mout) if hasattr(block, "mconv") else (block.conv, block.out)
     groups: list[list[nn.Module]] = []
@@ -86,18 +87,18 @@ def parts(block: nn.Module) -> Parts:
     panes = []
     for pane in getattr(block, "res", None) or ():
         if len(pane) != 2:
-            raise Unfit(f"a residual of {len(pane)} modules: only a conv and a batch norm are fused")
+            raise Unfit(f"it has a residual of {len(pane)} modules, but only a conv and a batch norm can be fused")
         _check_conv(pane[0])
         _check_norm(pane[1])
         conv = _inner(pane[0])
         if conv.kernel_size != (1,) or conv.stride != (1,) or conv.padding != (0,):
-            raise Unfit("a residual conv that is not 1x1 at stride 1 (residual_mode stride_add)")
+            raise Unfit("it has a residual conv that is not 1x1 at stride 1 (residual_mode stride_add)")
         panes.append((conv, pane[1]))
         masks.append(_masks(pane[0]))
     if len(set(masks)) > 1:
-        raise Unfit("masks on some of its convs only")
+        raise Unfit("only some of its convs have masks")
     if panes and any(sub.in_time.stride != (1,) for sub in subs):
-        raise Unfit("a residual at a stride above 1")
+        raise Unfit("it has a residual and a stride above 1")
     own = getattr(block, "cfg", None) if type(block).__name__ == "EagerBlock" else None
     dense = own.residual and own.residual_dense if own else bool(panes) and getattr(block, "dense_residual", False)
     return Parts(subs, panes, masks[0], dense, hasattr(block, "mconv"), own is not None)
@@ -128,26 +129,26 @@ def _check_kind(block: nn.Module) -> None:
 
 
 def captures(block: nn.Module) -> bool:
-    """Whether NeMo keeps intermediate outputs of `block`, as for InterCTC."""
+    """Returns whether NeMo keeps intermediate outputs of `block`, as for InterCTC."""
     enabled = getattr(block, "is_access_enabled", None)
     return enabled is not None and bool(enabled(getattr(block, "model_guid", None)))
 
 
 def _sub_block(group: list[nn.Module]) -> tuple[nn.Module | None, nn.Module, nn.Module, nn.Dropout | None]:
-    """(depthwise conv or None, conv, norm, dropout) of the modules of one sub-block in order."""
+    """Returns (depthwise conv or None, conv, norm, dropout) from the modules of one sub-block, given in order."""
     taps, (conv, *rest) = None, group
     if _is_depthwise(conv):
         taps = conv
         _check_conv(taps, groups=_inner(taps).in_channels)
         if not rest or not _is_conv(rest[0]):
-            raise Unfit("a depthwise conv without a pointwise one after it")
+            raise Unfit("it has a depthwise conv without a pointwise one after it")
         conv, *rest = rest
     _check_conv(conv)
     inner = _inner(conv)
     if taps is not None and (inner.kernel_size, inner.stride, inner.padding) != ((1,), (1,), (0,)):
-        raise Unfit("a depthwise conv without a pointwise one after it")
+        raise Unfit("it has a depthwise conv without a pointwise one after it")
     if not rest:
-        raise Unfit("a conv without batch norm")
+        raise Unfit("it has a conv without batch norm")
     norm, *rest = rest
     _check_norm(norm)
     if not rest or type(rest[0]) is not nn.ReLU:
@@ -167,7 +168,7 @@ def _is_conv(module: nn.Module) -> bool:
 
 
 def _inner(conv: nn.Module) -> nn.Conv1d:
-    """The conv that holds the weight: NeMo's MaskedConv1d wraps it, NVIDIA's is one."""
+    """Returns the conv that has the weight: NeMo's MaskedConv1d wraps a conv, and NVIDIA's is one."""
     return conv if isinstance(conv, nn.Conv1d) else conv.conv
 
 
@@ -192,7 +193,7 @@ def _check_conv(conv: nn.Module, groups: int = 1) -> None:
     if inner.groups != groups:
         raise Unfit(f"grouped convs (groups = {inner.groups})")
     if inner.bias is not None:
-        raise Unfit("a conv with a bias")
+        raise Unfit("it has a conv with a bias")
     if isinstance(inner.padding, str) or inner.padding_mode != "zeros":
         raise Unfit(f"padding {inner.padding!r}, padding_mode {inner.padding_mode!r}")
 
@@ -201,4 +202,4 @@ def _check_norm(norm: nn.Module) -> None:
     if type(norm).forward not in (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward):
         raise Unfit(f"its norm is {type(norm).__name__}, not batch norm")
     if norm.weight is None:
-        raise Unfit("a batch norm without weights (affine=False)")
+        raise Unfit("it has a batch norm without weights (affine=False)")

@@ -1,9 +1,8 @@
-"""What the fused blocks of one encoder share within a forward pass: block outputs made ready once, and their Gram
-matrices.
+"""What the fused blocks of an encoder share during a forward pass: prepared block outputs, and their Gram matrices.
 
-Every dense block reads all block outputs before it. On its own, it would mask and cast each of them again, and compute
-the statistics of its panes (1x1 residual convs) from the outputs of the panes. When blocks share, one Gram matrix of a
-block output serves all blocks that read it.
+Every dense block reads all block outputs before it. Alone, it would mask and cast each of them again, and would compute
+the statistics of its panes (1x1 residual convs) from the outputs of the panes. When blocks share, each block output is
+prepared once, and its one Gram matrix serves all blocks that read it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from jasper_fast.ops import sync
 
 
 class Shared:
-    """What `blocks`, in the order of their calls, share. Raises Unfit if one of them cannot be fused."""
+    """What `blocks`, given in the order of their calls, share. Raises Unfit if one of them cannot be fused."""
 
     def __init__(self, blocks: list[nn.Module]):
         self.parts = {id(block): parts(block) for block in blocks}
@@ -30,16 +29,17 @@ class Shared:
         self._grams: dict[tuple, tuple[Tensor, ops.Gram]] = {}
 
     def ready(self, x: Tensor, lengths: Tensor | None, make: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
-        """`make(x, lengths)`, computed once for the same `x` and `lengths`."""
+        """Returns `make(x, lengths)`, which is computed only once for the same `x` and `lengths`."""
         key = id(x), x._version, id(lengths)
         if key not in self._ready:
-            self._ready[key] = x, lengths, make(x, lengths)  # kept alive, so that their ids stay theirs
+            self._ready[key] = x, lengths, make(x, lengths)  # kept alive, so that no other tensor gets their ids
         return self._ready[key][2]
 
     def gram(self, found: Parts, pane: int, x: Tensor, reads: Callable[[Parts, int, Tensor], bool]) -> ops.Gram | None:
-        """The Gram matrix of `x` with the statistics of `pane` of block `found`; None unless that pane `reads` it.
+        """Returns the Gram matrix of `x` with the statistics of `pane` of block `found`; None if `reads` is false for
+        that pane.
 
-        The first block that asks computes the statistics for all later blocks that will ask too.
+        The first block that asks computes the statistics for all later blocks that read `x`.
         """
         if not reads(found, pane, x):
             return None
@@ -58,7 +58,7 @@ class Shared:
         return self._grams[key][1]
 
     def _readers(self, found: Parts, pane: int) -> list[Parts]:
-        """`found` and the blocks after it whose `pane` reads the same block output."""
+        """Returns `found` and the blocks after it whose `pane` reads the same block output."""
         if not found.dense or found not in self._order:
             return [found]
         after = self._order[self._order.index(found) :]
@@ -70,15 +70,18 @@ _shared: ContextVar[Shared | None] = ContextVar("jasper_fast_shared", default=No
 
 
 def shared() -> Shared | None:
-    """What the blocks share now. It is None outside an encoder's forward, under torch.compile, and under saved-tensor
-    hooks: activation checkpointing uses these, and must find the same computation in its second pass."""
+    """Returns what the blocks share at present.
+
+    It is None outside an encoder's forward, under torch.compile, and under saved-tensor hooks. Activation checkpointing
+    uses such hooks, and its second pass must repeat the same computation.
+    """
     if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None
     return _shared.get()
 
 
 def sharing(blocks: list[nn.Module]) -> contextlib.AbstractContextManager[None]:
-    """A context for the forward pass of an encoder of `blocks`; raises Unfit, at once, if one cannot be fused."""
+    """Returns a context for the forward pass of an encoder of `blocks`. Raises Unfit at once if one cannot be fused."""
     return _sharing(Shared(blocks))
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from jasper_fast.extras import need
 from jasper_fast.nn.checkpoint import FORMAT, CheckpointError
 
-KEY = "jasper_fast"  # of the header's one entry: several come in another order each time
+KEY = "jasper_fast"  # the header has one entry, because safetensors writes several in varying order
 
 
 def is_one(path: str | Path) -> bool:
-    """Whether the file has that suffix, or begins as such a file does: eight bytes of a length, then JSON."""
+    """Returns whether `path` ends in .safetensors, or begins like such a file: eight bytes with a length, then JSON."""
     path = Path(path)
     if not path.is_file():
         return False
@@ -25,11 +25,11 @@ def is_one(path: str | Path) -> bool:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The file as a checkpoint of this project has it: `state_dict`, and `format`, `config` and `labels` where it is
-    one of ours.
+    """Reads the file into a dictionary like that of a checkpoint: `state_dict`, and for our own files `format`,
+    `config` and `labels`.
 
     Raises CheckpointError naming a file that is cut short or whose header does not fit its bytes, and MissingExtra
-    without safetensors. Equivalent to `safetensors.torch.load_file(path)` for the tensors.
+    without safetensors. For the tensors it is equivalent to `safetensors.torch.load_file(path)`.
     """
     safetensors = need("safetensors", "safetensors")
     try:
@@ -48,7 +48,8 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def write(file: BinaryIO, entries: dict[str, Tensor], config: dict[str, Any], labels: list[str] | None) -> None:
-    """Writes tensors, each contiguous in memory of its own, and what the header says about the model."""
+    """Writes tensors, which must be contiguous and share no memory, and puts the description of the model in the
+    header."""
     about = {"format": FORMAT, "config": config, "labels": labels}
     file.write(need("safetensors.torch", "safetensors").save(entries, {KEY: json.dumps(about)}))
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from jasper_fast.nn.recognise import Unfit
 
-# What decides which function a module of a Jasper computes in evaluation, in this project and in others.
+# Settings that decide which function a Jasper's module computes in evaluation, in this project and in others.
 SETTINGS = (
     *("forward", "training", "eps", "track_running_stats", "kernel_size", "stride", "padding", "dilation", "groups"),
     *("padding_mode", "masked", "use_mask", "heads", "pad_layer", "dense_residual", "residual_mode", "separable", "se"),
@@ -20,14 +20,14 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 class Watch:
-    """Remembers `modules` as they are now; `same()` tells whether they still are.
+    """Remembers the present state of `modules`; `same()` tells whether it has changed.
 
     A tensor counts as changed if its `_version`, address or strides differ, or if another tensor has taken its place.
-    The old memory is kept, so that no new tensor can get its address. Some writes do not raise `_version` and go
-    unnoticed: those through `p.data`, by `torch.optim` with `fused=True`, by collectives of `torch.distributed`, and
-    by replays of CUDA graphs.
+    The old memory is kept, so no new tensor can get its address. Some writes do not raise `_version` and go unnoticed:
+    those through `p.data`, by `torch.optim` with `fused=True`, by collectives of `torch.distributed`, and by replays of
+    CUDA graphs.
 
-    Raises Unfit if a tensor was made in inference mode: such a tensor has no version.
+    Raises Unfit if a tensor was made in inference mode, because such a tensor has no version.
     """
 
     def __init__(self, modules: Iterable[nn.Module]):
@@ -42,18 +42,18 @@ class Watch:
         self._tensors = [tensor for tensor in self._places.then if tensor is not None]
         if any(tensor.is_inference() for tensor in self._tensors):
             raise Unfit("weights made in inference mode, whose changes cannot be noticed")
-        self._held = [tensor.detach() for tensor in self._tensors]  # aliases
+        self._held = [tensor.detach() for tensor in self._tensors]  # aliases, which keep the memory
         self._matrices = [tensor for tensor in self._tensors if tensor.dim() > 1]
         self._values = self._now()
         self._hooks = [vars(m)[name] for m in modules for name in _HOOKS]
 
     def _now(self) -> tuple[list, ...]:
-        """Versions, addresses and strides, which change when a tensor does."""
+        """Returns versions, addresses and strides, which change when a tensor does."""
         all_of_them = (list(map(found, self._tensors)) for found in (_VERSION, Tensor.data_ptr))
         return *all_of_them, list(map(Tensor.stride, self._matrices))
 
     def same(self) -> bool:
-        """Whether everything is as it was."""
+        """Returns whether nothing has changed."""
         return (
             self._settings.equal()
             and self._parts.same()
@@ -63,16 +63,17 @@ class Watch:
         )
 
     def hooked(self) -> bool:
-        """Whether one of the modules has hooks."""
+        """Returns whether one of the modules has hooks."""
         return any(self._hooks)
 
     def holds(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether one of these is among the tensors of the modules."""
+        """Returns whether one of `tensors` belongs to the modules."""
         return not {id(t) for t in tensors}.isdisjoint(map(id, self._tensors))
 
 
 class _Entries:
-    """Dictionary entries and their remembered values. Loops run in C, because an engine checks thousands per call."""
+    """Dictionary entries and their remembered values. The loops run in C, because an engine checks thousands of entries
+    per call."""
 
     def __init__(self, places: list[tuple[dict, str]]):
         self._of, self._names = [of for of, _ in places], [name for _, name in places]
