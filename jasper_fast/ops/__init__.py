@@ -1,7 +1,7 @@
-"""The public ops, one function each. They are registered with torch.library, and one autograd formula serves every
-face.
+"""The public ops, with one function for each. They are registered with torch.library, and all faces share one autograd
+formula.
 
-N batch, C channels, T frames, K taps, M = N*T rows; activations are logical (N, C, T) in NTC memory.
+N batch, C channels, T frames, K taps, M = N*T rows. Activations have the logical shape (N, C, T), in NTC memory.
 """
 
 from jasper_fast.ops.bn_relu_dropout_op import bn_relu_dropout, bn_stats, draw_seeds

@@ -1,4 +1,4 @@
-"""Batch norm, residual sum, ReLU, dropout and the next conv's mask as one op."""
+"""Batch norm, residual sum, ReLU, dropout and the mask of the next conv as one op."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def _backward(
 
 
 def mean_sums(dbeta: Tensor, dgamma: Tensor, y: Tensor, rows: Tensor | None, group: str) -> tuple[Tensor, Tensor]:
-    """(dbeta/M, dgamma/M) over the rows of all ranks of `group`. The inputs, the sums of this rank, are not changed."""
+    """Returns (dbeta/M, dgamma/M) over the rows of all ranks of `group`, from the sums of this rank, which are not
+    changed."""
     if not group:
         m = y.shape[0] * y.shape[2]
         return tuple(torch._foreach_div([dbeta, dgamma], m))
@@ -96,8 +97,8 @@ def _(dz, y, z, mean, rstd, gamma, beta, lengths, seed, rows, p, batch_stats, ha
 def _save(ctx, inputs, output):
     *norm, residual, lengths, seed, rows, ctx.p, ctx.batch_stats, ctx.halo, ctx.group, ctx.face = inputs
     ctx.has_residual = residual is not None
-    # With a residual the output z is saved to tell where the ReLU was open. As a block output it stays in memory
-    # anyway.
+    # With a residual the output z is saved to tell where the ReLU was open. As a block output it stays in memory in any
+    # case.
     ctx.save_for_backward(norm[0], output if ctx.has_residual else None, *norm[1:], lengths, seed, rows)
 
 
@@ -112,31 +113,32 @@ register_autograd("bn_relu_dropout", _grad, _save)
 
 
 def norm_face(y: Tensor, backend: str) -> str:
-    """The face of the op, and of its statistics, for `y` (N, C, T); see `choose.norm_face`."""
+    """Returns the face of the op, and of its statistics, for `y` (N, C, T). See `choose.norm_face`."""
     return norm_face_of(y, y.shape[1], y.shape[2], backend)
 
 
 def norm_face_of(x: Tensor, channels: int, frames: int, backend: str) -> str:
-    """The face of the op for a tensor (N, `channels`, `frames`) with the N, device and dtype of `x`."""
+    """Returns the face of the op for a tensor (N, `channels`, `frames`) with the N, device and dtype of `x`."""
     if not x.is_cuda:
         return choose.resolve(backend, x.device, _OP, x.dtype)
-    channels = operator.index(channels)  # a constant in a traced graph too
+    channels = operator.index(channels)  # makes it a constant in a traced graph
     rows_log2 = None if torch.compiler.is_compiling() else tables.bucket(x.shape[0] * frames)
     return choose.norm_face(backend, x.device, x.dtype, channels, rows_log2)
 
 
 def draw_seeds(count: int, device: torch.device | str) -> Tensor:
-    """`count` dropout seeds, int64 (count,) on `device`, from PyTorch's default generator there.
+    """Draws `count` dropout seeds, int64 (count,) on `device`, from PyTorch's default generator there.
 
-    On CUDA they are drawn on the device, without a host sync, so a captured graph replays with fresh masks.
+    On CUDA the seeds are drawn on the device without a host sync, so a captured graph has new masks in each replay.
     """
     return torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=device)
 
 
 def bn_stats(y: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """Per-channel mean and M2 (sum of squared deviations) of `y` (N, C, T) over all N*T rows, padding included.
+    """Returns the mean and M2 (sum of squared deviations) of each channel of `y` (N, C, T) over all N*T rows.
 
-    Returns two (C,) tensors, fp32 (fp64 for fp64 input). Equivalent to `y.mean((0, 2))` and `y.var((0, 2)) * (M - 1)`.
+    Padding counts too. The two tensors are (C,), fp32 (fp64 for fp64 input). Equivalent to `y.mean((0, 2))` and
+    `y.var((0, 2)) * (M - 1)`.
     """
     return torch.ops.jasper_fast.bn_stats(y.detach(), norm_face(y, backend))
 
@@ -161,25 +163,25 @@ def bn_relu_dropout(
     halo: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Batch norm, residual sum, ReLU, dropout and zeroing of the padding in one pass.
+    """Computes batch norm, residual sum, ReLU, dropout and zeroing of the padding in one pass.
 
-    Shapes: `y`, `residual` and the result (N, C, T), fp32, fp16, bf16 or fp64 (reference face), in NTC memory (other
-    strides are copied); `gamma`, `beta`, `running_mean`, `running_var` (C,); `lengths` (N,) integer frames; the result
-    is zero at t >= length. `stats` is (mean, M2) of `y` over its N*T rows, (C,) each, if a conv already computed them.
+    Shapes: `y`, `residual` and the result (N, C, T), in fp32, fp16, bf16 or fp64 (reference face) and NTC memory (other
+    strides are copied); `gamma`, `beta`, `running_mean`, `running_var` (C,); `lengths` (N,) in frames. The result is
+    zero at t >= length. `stats` is (mean, M2) of `y` over its N*T rows, (C,) each, if a conv has already computed them.
 
     With `training`, `y` is normalised with the statistics of the batch, padding included; the running statistics are
-    updated in place, and elements are dropped with probability `p`. Without it, the running statistics are used and
+    updated in place; and elements are dropped with probability `p`. Without it, the running statistics are used and
     nothing is dropped. `frozen` with `training` drops elements, but uses the running statistics and does not update
     them. `seed` (one int64) fixes the dropout mask (Philox4x32-10, the same bits on every face); None draws a seed from
     PyTorch's generator.
 
-    `halo`, with `lengths`, promises that `y` is zero at t >= length + halo, so that backward need not read it there.
-    For a conv of an input with zero padding, halo is `ceil((dilation * (K - 1) - padding) / stride)` frames. `group`,
-    with `training`, takes the statistics over the rows of all its ranks, as nn.SyncBatchNorm does; N*T may differ
-    between ranks. The gradients of gamma and beta are those of this rank.
+    `halo`, with `lengths`, promises that `y` is zero at t >= length + halo, so backward need not read it there. If `y`
+    is the output of a conv whose input has zero padding, halo is `ceil((dilation * (K - 1) - padding) / stride)`
+    frames. `group`, with `training`, takes the statistics over the rows of all its ranks, as nn.SyncBatchNorm does; N*T
+    may differ between ranks. The gradients of gamma and beta are those of this rank.
 
-    Raises ValueError for shapes that do not fit, p outside [0, 1), a negative halo, and, as PyTorch does, for N*T = 1
-    in training. Raises BackendMissing for a backend that was named and cannot run here.
+    Raises ValueError for shapes that do not fit, p outside [0, 1), a negative halo, and N*T = 1 in training, as PyTorch
+    does. Raises BackendMissing for a named backend that cannot run here.
 
     Semantics: one sub-block of the reference's `jasper/model.py` after its conv. Equivalent to
 
@@ -200,8 +202,7 @@ def bn_relu_dropout(
 
 
 class Normaliser(NamedTuple):
-    """The vectors that normalise y. If they are batch statistics of a group of ranks: also the group's number of rows
-    (0-d) and the group's name."""
+    """The vectors that normalise y. For batch statistics of a group of ranks, also the group's rows (0-d) and name."""
 
     mean: Tensor
     rstd: Tensor
@@ -222,7 +223,7 @@ def normaliser(
     backend: str,
     group: dist.ProcessGroup | None,
 ) -> Normaliser:
-    """The batch's statistics, which also update the running ones; or the running statistics."""
+    """Returns the batch's statistics and updates the running ones with them, or returns the running statistics."""
     wide = torch.float64 if y.dtype == torch.float64 else torch.float32
     batch_stats = training and not frozen
     rows, name = None, sync.name(group) if batch_stats else ""
@@ -237,14 +238,14 @@ def normaliser(
         var, unbiased = _variances(m2, m)
         _update([running_mean, running_var], [mean, unbiased], momentum)
     elif running_mean is None or running_var is None:
-        raise ValueError("running_mean and running_var are needed unless the batch's own statistics are used")
+        raise ValueError("running_mean and running_var are needed unless the statistics of the batch are used")
     else:
         mean, var = running_mean.detach(), running_var.detach()
     return Normaliser(mean.to(wide), (var.to(wide) + eps).rsqrt(), batch_stats, rows, name)
 
 
 def dropout_seed(p: float, seed: Tensor | int | None, device: torch.device) -> tuple[float, Tensor | None]:
-    """(p, seed tensor (1,)). The seed is drawn if none is given; it is None if nothing is dropped."""
+    """Returns (p, seed), the seed as a tensor (1,). It is drawn if none is given, and None if nothing is dropped."""
     if p == 0.0:
         return p, None
     if seed is None:
@@ -253,7 +254,7 @@ def dropout_seed(p: float, seed: Tensor | int | None, device: torch.device) -> t
 
 
 def _variances(m2: Tensor, m: int | Tensor) -> tuple[Tensor, Tensor]:
-    """m2 over m and over m - 1, in one launch where m is a number."""
+    """Returns m2 / m and m2 / (m - 1), in one launch if m is a number."""
     if isinstance(m, Tensor) or torch.compiler.is_compiling():
         return m2 / m, m2 / (m - 1)
     return tuple(torch._foreach_div([m2, m2], [m, m - 1]))
@@ -261,7 +262,7 @@ def _variances(m2: Tensor, m: int | Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _update(running: list[Tensor | None], values: list[Tensor], momentum: float | Tensor) -> None:
-    """The running statistics go to `values` by `momentum`, in one launch if they can."""
+    """Moves the running statistics towards `values` by `momentum`, in one launch if momentum is a number."""
     pairs = [(of, to.to(of.dtype)) for of, to in zip(running, values, strict=True) if of is not None]
     if isinstance(momentum, Tensor):
         for of, to in pairs:
@@ -283,7 +284,7 @@ def check(y, gamma, beta, running_mean, running_var, residual, lengths, p, halo)
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p must lie in [0, 1), got {p}")
     if halo is not None and halo < 0:
-        raise ValueError(f"halo is the number of frames beyond the length that y fills: at least 0, got {halo}")
+        raise ValueError(f"halo, the number of frames beyond the length that y fills, must be at least 0, got {halo}")
 
 
 def check_lengths(lengths: Tensor | None, n: int) -> None:

@@ -38,10 +38,10 @@ def conv_forward(
     packed: Tensor | None,
     stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, M2) of a conv on the face `conv`. The statistics come from its epilogue if it has one, else from the
-    face `bn`; without `stats` they are empty.
+    """Returns (y, mean, M2) of a conv on the face `conv`. Without `stats`, mean and M2 are empty.
 
-    `weight` may have a wider dtype than `x`; each face rounds it when it packs or copies it.
+    The statistics come from the epilogue of `conv` if it has one, otherwise from the face `bn`. `weight` may have a
+    wider dtype than `x`; each face rounds it when it packs or copies it.
     """
     if stats and hasattr(conv, "forward_stats"):
         return conv.forward_stats(x, weight, geometry, lengths, packed, clean=True)
@@ -67,7 +67,7 @@ lib.impl("conv1d_backward", without_autocast(_backward), "CompositeExplicitAutog
 
 
 def fake_stats(y: Tensor, c: int, stats: bool) -> tuple[Tensor, Tensor]:
-    """Mean and M2 of `c` channels as fake tensors, for a fake `y`."""
+    """Returns mean and M2 of `c` channels as fake tensors, for a fake `y`."""
     if not stats:
         return y.new_empty(0), y.new_empty(0)
     wide = torch.float64 if y.dtype == torch.float64 else torch.float32
@@ -124,25 +124,29 @@ def conv1d(
     stats: bool = False,
     packed: Tensor | Pack | None = None,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Convolve `x` (N, C_in, T) with `weight` (C_out, C_in, K); returns y (N, C_out, T') in NTC memory.
+    """Convolves `x` (N, C_in, T) with `weight` (C_out, C_in, K). Returns y (N, C_out, T') in NTC memory.
 
-    `x` must be zero at t >= `lengths` (N,), which bn_relu_dropout ensures. Kernels skip those frames, and the gradient
+    `x` must be zero at t >= `lengths` (N,), as bn_relu_dropout leaves it. Kernels skip those frames, and the gradient
     of `x` is undefined there. Under autocast `x` is cast to autocast's dtype. The weight is cast inside, and its
-    gradient has the dtype of the weight. With `stats` the result is (y, (mean, M2)): fp32 (C_out,) tensors (fp64 for
-    fp64) over all N*T' rows, without gradient, for `bn_relu_dropout` and `sub_block`. `packed` is `weight` packed by
-    the Triton face in the dtype of `x`, or a function of (weight, dtype, face) that returns the pack for the chosen
-    face (None if the face packs for itself). The native CPU kernel and Triton's take fp32, fp16 and bf16, at stride 1
-    or without a gradient of `x`. Every other case, and 16 bits on a CPU with AMX, runs ATen's conv2d on the
-    channels-last view of the same memory.
+    gradient has the dtype of the weight.
+
+    With `stats` the result is (y, (mean, M2)), for `bn_relu_dropout` and `sub_block`. mean and M2 are (C_out,) in fp32
+    (fp64 for fp64 input), over all N*T' rows, and have no gradient. `packed` is either `weight` packed by the Triton
+    face in the dtype of `x`, or a function of (weight, dtype, face) that returns the pack for the chosen face, or None
+    if the face packs weights itself.
+
+    The native CPU kernel and Triton's take fp32, fp16 and bf16, at stride 1 or if `x` needs no gradient. All other
+    cases, and 16-bit dtypes on a CPU with AMX, run ATen's conv2d on a channels-last view of the same memory.
 
     Raises ValueError for shapes that do not fit. Equivalent to `F.conv1d(x, weight, None, stride, padding, dilation)`,
-    and `bn_stats` of it; the mask is that of the reference's `MaskedConv1d` (jasper/model.py), applied beforehand.
+    and with `stats` to `bn_stats` of the result. The mask is that of the reference's `MaskedConv1d` (jasper/model.py),
+    which was applied before.
     """
     check_channels("x", x, weight)
     check_lengths(lengths, x.shape[0])
     x, geometry = autocast(x), Geometry(stride, padding, dilation)
     face, packed = conv_face(x, weight, geometry, backend, packed, stats=stats)
-    bn_face = "reference"  # not used: no statistics are wanted
+    bn_face = "reference"  # not used without statistics
     if stats:
         bn_face = norm_face_of(x, weight.shape[0], geometry.frames(x.shape[2], weight.shape[2]), backend)
     y, mean, m2 = torch.ops.jasper_fast.conv1d(
@@ -160,7 +164,7 @@ def check_channels(name: str, x: Tensor, weight: Tensor) -> None:
 
 
 def autocast(x: Tensor) -> Tensor:
-    """`x` in the dtype of autocast if that is on, else `x` itself."""
+    """Returns `x` in the dtype of autocast if that is on, else `x` itself."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
@@ -175,11 +179,11 @@ def conv_face(
     stats: bool = False,
     norm: bool = False,
 ) -> tuple[str, Tensor | None]:
-    """The face for the conv of `x` (N, C, T), and its pack. It is one of ours if that has the dtype and the gradients,
-    else ATen.
+    """Chooses the face for the conv of `x` (N, C, T). Returns it and its pack.
 
-    On a GPU "auto" takes cuDNN in channels-last memory unless a measured table has a faster face for this shape.
-    `stats` and `norm` tell which calls of the conv to compare (see `choose.conv_face`).
+    The face is one of ours if that has the dtype and the gradients, else ATen. On a GPU "auto" takes cuDNN in
+    channels-last memory unless a measured table has a faster face for this shape. `stats` and `norm` tell which calls
+    of the conv to compare (see `choose.conv_face`).
     """
     rows_log2, grad = None, torch.is_grad_enabled()
     c_out, c_in, taps = weight.shape
@@ -194,4 +198,4 @@ def conv_face(
     )  # fmt: skip
     if callable(packed):
         return face, packed(weight, x.dtype, face)
-    return face, None if face == "aten" else packed  # a tensor is Triton's
+    return face, None if face == "aten" else packed  # a tensor is a pack of Triton's

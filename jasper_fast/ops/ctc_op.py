@@ -1,4 +1,4 @@
-"""The CTC loss with all lengths on the device: nothing of it is read by the host, so a CUDA graph can hold it."""
+"""The CTC loss with all lengths on the device. The host reads nothing, so a CUDA graph can contain the loss."""
 
 from __future__ import annotations
 
@@ -73,12 +73,13 @@ def ctc_loss(
     zero_infinity: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """CTC loss of each utterance, (N,); all arguments on one device, and nothing waits for it.
+    """Returns the CTC loss of each utterance, (N,). All arguments are on one device, and nothing waits for it.
 
-    `log_probs` (N, T, V), fp32 or fp64, of a log-softmax; `lengths` (N,) frames; `targets` (N, U), whatever beyond
-    `target_lengths` (N,); int64. `blank`: None is V - 1. A loss is infinite where its target does not fit, and its
-    gradient NaN; with `zero_infinity` both are 0. The gradient is 0 at t >= length. On the Triton face fp32 alone; the
-    reference, which other faces and dtypes take, makes some 20 launches a frame. Lengths beyond T and U count as these.
+    `log_probs` (N, T, V) are log-softmax values in fp32 or fp64. `lengths` (N,) in frames, `targets` (N, U) and
+    `target_lengths` (N,) are int64; targets beyond their length may have any values. `blank`: None means V - 1. If a
+    target does not fit into its frames, the loss is infinite and its gradient NaN; with `zero_infinity` both are 0. The
+    gradient is 0 at t >= length. Lengths beyond T and U are clamped to them. The Triton face takes only fp32. Other
+    faces and dtypes run the reference, which makes some 20 launches per frame.
 
     Raises ValueError for shapes and dtypes that do not fit. Equivalent to `F.ctc_loss(log_probs.transpose(0, 1),
     targets, lengths, target_lengths, blank, "none", zero_infinity)`.
@@ -88,7 +89,7 @@ def ctc_loss(
         raise ValueError(f"log_probs must be (N, T, V), fp32 or fp64, got {tuple(log_probs.shape)} {log_probs.dtype}")
     if targets.dim() != 2 or any(len(x) != n for x in (targets, lengths, target_lengths)):
         found = ", ".join(str(tuple(x.shape)) for x in (targets, lengths, target_lengths))
-        raise ValueError(f"targets (N, U), lengths and target_lengths (N,) must be of {n} utterances, got {found}")
+        raise ValueError(f"targets (N, U), lengths and target_lengths (N,) must have N = {n} as log_probs, got {found}")
     if any(x.dtype != torch.int64 or x.device != log_probs.device for x in (targets, lengths, target_lengths)):
         raise ValueError(f"targets, lengths and target_lengths must be int64 on {log_probs.device}, as log_probs is")
     if not 0 <= blank < log_probs.shape[2]:

@@ -1,4 +1,4 @@
-"""Depthwise 1D convolution in NTC memory, with the masks before and after it."""
+"""Depthwise 1D convolution in NTC memory, with the masks of its input and output."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _backward(dy, x, weight, lengths, out_lengths, stride, padding, dilation, ne
 def backward(
     face: str, dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, lengths: Lengths, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
-    """(dx, dweight) on `face`; dx is empty unless it is needed."""
+    """Computes (dx, dweight) on `face`. dx is empty unless `need_dx`."""
     impl = _face(DEPTHWISE, face)
     dw = impl.wgrad(x, dy, weight.shape[2], geometry, lengths, weight.dtype)
     return impl.dgrad(dy, weight, x.shape[2], geometry, lengths) if need_dx else dy.new_empty(0), dw
@@ -88,16 +88,16 @@ def depthwise(
     dilation: int = 1,
     backend: str = "auto",
 ) -> Tensor:
-    """Convolve each channel of `x` (N, C, T) with its own taps of `weight` (C, 1, K); returns y (N, C, T') in NTC
-    memory.
+    """Convolves each channel of `x` (N, C, T) with its own taps of `weight` (C, 1, K). Returns y (N, C, T').
 
-    fp32, fp16, bf16 or fp64 (plain PyTorch); sums are fp32. Rows of `x` at t >= `lengths` (N,) count as zero, whatever
-    they hold; rows of y at t >= `out_lengths` (N,) are zero. Lengths are int64 and lie within the frames. Under
-    autocast `x` is cast to autocast's dtype. The gradient of the weight has the dtype of the weight.
+    y is in NTC memory. Takes fp32, fp16, bf16 or fp64 (plain PyTorch). Sums are fp32, and fp64 for fp64. Rows of `x` at
+    t >= `lengths` (N,) count as zero, whatever their values; rows of y at t >= `out_lengths` (N,) are zero. Lengths are
+    int64 and must not exceed the frames. Under autocast `x` is cast to autocast's dtype. The gradient of the weight has
+    the dtype of the weight.
 
-    Raises ValueError for shapes that do not fit. Equivalent to
-    `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None, stride, padding, dilation, groups=C)` and another
-    `masked_fill`: NeMo's depthwise `MaskedConv1d`, and the mask of the pointwise one after it.
+    Raises ValueError for shapes that do not fit. Equivalent to `F.conv1d(x.masked_fill(t >= lengths, 0), weight, None,
+    stride, padding, dilation, groups=C)`, followed by `masked_fill` at t >= out_lengths: NeMo's depthwise
+    `MaskedConv1d`, and the mask of the pointwise one after it.
     """
     check_depthwise("x", x, weight, stride, padding, dilation)
     check_lengths(lengths, x.shape[0])
@@ -108,7 +108,7 @@ def depthwise(
 
 
 def check_depthwise(name: str, x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int) -> None:
-    """Raises ValueError unless `weight` is (C, 1, K), `x` (N, C, T) and the geometry possible."""
+    """Raises ValueError unless `weight` is (C, 1, K), `x` is (N, C, T) and the geometry is possible."""
     if x.dim() != 3 or weight.dim() != 3 or weight.shape[1] != 1 or x.shape[1] != weight.shape[0]:
         raise ValueError(
             f"{name} (N, C, T) and a depthwise weight (C, 1, K) do not fit: {tuple(x.shape)}, {tuple(weight.shape)}"

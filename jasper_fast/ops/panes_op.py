@@ -1,4 +1,4 @@
-"""Dense-residual panes (1x1 conv + batch norm) summed, with batch statistics from the Gram matrix of their inputs."""
+"""The sum of dense-residual panes (1x1 conv + batch norm), with statistics from the Gram matrices of their inputs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _panes_given(xs, means, pane_vars, weights, gammas, betas, eps, synced):
 
 
 def _panes(xs, means, covs, weights, gammas, betas, eps, synced):
-    """As `panes_given` after `pane_stats`, of a pane each."""
+    """Computes `pane_stats` of each pane, then `panes_given`."""
     stats = [impl.statistics(m, s, [w]) for m, s, w in zip(means, covs, weights, strict=True)]
     mean, var = (torch.stack(of) for of in zip(*stats, strict=True))
     return impl.forward(xs, means, list(var), weights, gammas, betas, eps), mean, var
@@ -209,10 +209,10 @@ register_autograd("panes", _panes_grad, _panes_save)
 
 
 class Gram(NamedTuple):
-    """Mean (C,) and covariance of the rows of a block output, and, for a group of ranks, the number of rows (0-d).
+    """Mean (C,) and covariance of the rows of a block output and, for a group of ranks, the number of rows (0-d).
 
-    Of the covariance L is held (see `kernels.panes.gram.lower`), a vector of about three quarters of C*C elements.
-    stats: mean and variance, (C_out,) each, of the output of one pane, where `pane_stats` took them before.
+    The covariance is stored as L (see `kernels.panes.gram.lower`), a vector of about three quarters of C*C elements.
+    stats: mean and variance, (C_out,) each, of the output of one pane, if `pane_stats` has computed them.
     """
 
     mean: Tensor
@@ -222,7 +222,7 @@ class Gram(NamedTuple):
 
 
 def gram(x: Tensor, group: dist.ProcessGroup | None = None) -> Gram:
-    """Mean (C,) and L of the covariance of the rows of `x` (N, C, T), fp32 (fp64 for fp64), differentiable.
+    """Returns the mean (C,) and L of the covariance of the rows of `x` (N, C, T), fp32 (fp64 for fp64), differentiable.
 
     With `group`, the statistics are over the rows of all its ranks (N*T may differ), and backward adds up the gradients
     of all ranks. Equivalent to `r = x.transpose(1, 2).reshape(-1, C)`; `r.mean(0)`, `lower(torch.cov(r.T,
@@ -234,10 +234,10 @@ def gram(x: Tensor, group: dist.ProcessGroup | None = None) -> Gram:
 
 
 def pane_stats(gram: Gram, weights: list[Tensor]) -> list[Gram]:
-    """`gram` for each of the panes that read its block output, with the pane's statistics, all taken at once.
+    """Returns `gram` once for each pane that reads its block output, with the statistics of that pane.
 
-    `weights`: of each pane (C_out, C, 1). Equivalent, for each, to the mean and the biased variance over the rows of
-    `x.transpose(1, 2).reshape(-1, C) @ weight[:, :, 0].T`.
+    `weights`: (C_out, C, 1) of each pane. The statistics of all panes are computed at once. They are equivalent to the
+    mean and the biased variance over the rows of `x.transpose(1, 2).reshape(-1, C) @ weight[:, :, 0].T`, per pane.
     """
     sizes = [w.shape[0] for w in weights]
     mean, var = torch.ops.jasper_fast.pane_stats(gram.mean, gram.cov, list(weights))
@@ -253,12 +253,12 @@ def panes(
     *,
     eps: float = 1e-3,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of a block's panes (1x1 convs) in training: (sum (N, C_out, T), means, unbiased variances (P, C_out)).
+    """Returns (sum (N, C_out, T), means, unbiased variances (P, C_out)) of a block's panes (1x1 convs) in training.
 
-    `xs`: P block outputs (N, C_k, T) of one dtype, zero in the padding; `grams[k] = gram(xs[k])`, with the statistics
-    of `weights[k]` or, where they were not taken before, without; `weights[k]`
-    (C_out, C_k, 1); `gammas[k]`, `betas[k]` (C_out,). Statistics run over all N*T rows (of all ranks, where the grams
-    do); they are what the running ones take in. Raises ValueError for N*T = 1 as PyTorch does. Equivalent to
+    `xs`: P block outputs (N, C_k, T) of one dtype, zero in the padding. `grams[k]`: `gram(xs[k])`, or one from
+    `pane_stats` with the statistics for `weights[k]`. `weights[k]` (C_out, C_k, 1); `gammas[k]`, `betas[k]` (C_out,).
+    The statistics are over all N*T rows (of all ranks, if those of the grams are); the means and variances are meant
+    for the running statistics. Raises ValueError for N*T = 1 as PyTorch does. Equivalent to
     `sum(F.batch_norm(F.conv1d(x, w), None, None, gamma, beta, training=True, eps=eps) for ...)`.
     """
     wide, rows = wide_dtype(xs[0]), grams[0].rows
@@ -276,12 +276,12 @@ def panes(
 
 
 def check_rows(x: Tensor, synced: bool | str) -> None:
-    """Raises ValueError if `x` (N, C, T) has a single row and no other rank has any: it has no variance."""
+    """Raises ValueError if `x` (N, C, T) has one row and no other rank has any, because one row has no variance."""
     if not synced and x.shape[0] * x.shape[2] == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
 
 
 def unbiased(var: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
-    """`var` with divisor M - 1 in place of M, where M is the number of rows of `x` (N, C, T), or `rows` if given."""
+    """Returns `var` with divisor M - 1 in place of M, where M is `rows`, or the number of rows of `x` (N, C, T)."""
     m = x.shape[0] * x.shape[2] if rows is None else rows
     return var * (m / (m - 1))

@@ -1,9 +1,9 @@
-"""The sum of dense-residual panes (1x1 conv + batch norm) as PyTorch computes it: per pane one GEMM and its statistics.
+"""The sum of dense-residual panes (1x1 conv + batch norm) as PyTorch computes it: one GEMM and statistics per pane.
 
 This is the plain form; panes_op.py has the Gram form. A pane's output is freed once it is added, and backward computes
 it again. Only the block outputs are kept, which other layers keep anyway. On a CPU the outputs of the newest KEPT panes
-are saved, because recomputing costs more than memory. With y = x W^T, yhat = (y - mean)*rstd and g the gradient of the
-sum, which is the same for every pane:
+are saved too, because there time is scarcer than memory. With y = x W^T, yhat = (y - mean)*rstd and g the gradient of
+the sum, which is the same for every pane:
     dgamma = sum g*yhat,   dbeta = sum g,   dy = gamma*rstd*(g - dbeta/M - yhat*dgamma/M),   dW = dy^T x,   dx = dy W
 """
 
@@ -32,12 +32,14 @@ lib.define(
     "-> (Tensor[], Tensor[], Tensor, Tensor)"
 )
 
-KEPT = 7  # pane outputs that a block saves on a CPU: those of the newest inputs, which are the widest
+KEPT = 7  # pane outputs that a block saves on a CPU; the newest inputs are the widest
 
 
 def _impl_name(face: str, weights: list[Tensor], *activations: Tensor) -> str:
-    """The face of `panes` to use where batch norm runs on `face`: C++ where it runs convs of this dtype faster than
-    ATen, and multiplies it."""
+    """Returns the face of `panes` that goes with batch norm on `face`.
+
+    The face is "cpu" if the C++ panes take these dtypes and C++ also runs convs of this dtype, else "reference".
+    """
     dtype = activations[0].dtype
     if face != "cpu" or any(w.dtype not in (dtype, torch.float32) for w in weights):
         return "reference"
@@ -46,8 +48,8 @@ def _impl_name(face: str, weights: list[Tensor], *activations: Tensor) -> str:
 
 
 def _groups(panes, kept):
-    """Slices of the `panes`, each with a buffer for its outputs: one slice per pane that is not saved, then all saved
-    panes."""
+    """Yields slices of the `panes`, each with a buffer for its outputs: first each pane that is not saved, then all
+    saved panes together."""
     passing = len(panes) - len(kept)
     place = kept.new_empty((1, *kept.shape[1:])) if passing else kept
     yield from ((slice(k, k + 1), place) for k in range(passing))
@@ -58,7 +60,7 @@ def _groups(panes, kept):
 def _forward(xs, weights, gamma, beta, lengths, eps, keep, group, face):
     n, _, t = xs[0].shape
     bn, impl = _face("bn_relu_dropout", face), _face("panes", _impl_name(face, weights, *xs))
-    out = beta.sum(0)  # in a wide dtype, so that the sum is rounded once
+    out = beta.sum(0)  # in a wide dtype, so that the sum is rounded only once
     kept, total = xs[0].new_empty((min(keep, len(xs)), n * t, len(out))), out.new_empty(0)
     means, variances = [], []
     for panes, ys in _groups(xs, kept):
@@ -130,7 +132,7 @@ def _grad(ctx, g, *_):
     dxs, dweights, dgamma, dbeta = torch.ops.jasper_fast.panes_plain_backward(
         g, lists[:n], lists[n:], gamma, lengths, mean, var, rows, kept, ctx.eps, ctx.group, ctx.face
     )
-    # repeated, because each beta needs a gradient in memory of its own: optimisers update it in place
+    # Each beta needs a gradient in its own memory, because gradients may be changed in place.
     return dxs, dweights, dgamma, dbeta.repeat(n, 1), *(None,) * 5
 
 
@@ -148,12 +150,12 @@ def panes_plain(
     backend: str = "auto",
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the panes of a block in training, pane by pane: the result of `panes`, without Gram matrices.
+    """Returns the sum of a block's panes in training, pane by pane: the result of `panes`, without Gram matrices.
 
-    Returns (sum (N, C_out, T), means, unbiased variances (P, C_out)). `backend` is the face of the statistics; with
-    `group` they are over the rows of all its ranks. `lengths` (N,): the xs are zero at t >= lengths, kernels skip those
-    frames, and the gradient of the xs is undefined there. Other arguments, errors and the equivalent are those of
-    `panes`.
+    The result is (sum (N, C_out, T), means, unbiased variances (P, C_out)). `backend` chooses the face of the
+    statistics. With `group` they are over the rows of all its ranks. `lengths` (N,): the xs are zero at t >= lengths;
+    kernels skip those frames, and the gradient of the xs is undefined there. The other arguments, the errors and the
+    equivalent are those of `panes`.
     """
     wide, name = wide_dtype(xs[0]), sync.name(group)
     check_rows(xs[0], name)

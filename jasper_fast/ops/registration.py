@@ -12,7 +12,7 @@ lib = torch.library.Library("jasper_fast", "DEF")
 
 
 def without_autocast(impl):
-    """`impl` with autocast turned off, because an op chooses the dtypes inside it."""
+    """Wraps `impl` so that it runs without autocast, because an op chooses the dtypes inside it."""
 
     @functools.wraps(impl)
     def run(x, *args):
@@ -26,10 +26,10 @@ def without_autocast(impl):
 
 
 def register_autograd(op: str, grad, setup_context) -> None:
-    """Registers `grad` as the gradient of `op`; differentiating that gradient again raises an error.
+    """Registers `grad` as the gradient of `op`. Differentiating that gradient again raises an error.
 
-    The ops of the backward pass have no gradient of their own. PyTorch would treat their results as constants, so a
-    gradient penalty or a Hessian would be silently wrong.
+    The ops of the backward pass have no gradient of their own. PyTorch would treat their results as constants, and a
+    gradient penalty or a Hessian would be wrong without an error.
     """
     said = f"jasper_fast::{op} has no second derivative: use jasper_fast.nn.eager.EagerJasper for that".encode()
 
@@ -38,7 +38,7 @@ def register_autograd(op: str, grad, setup_context) -> None:
 
     @functools.wraps(grad)
     def once(ctx, *grads):
-        if not torch.is_grad_enabled():  # that is, without create_graph
+        if not torch.is_grad_enabled():  # that is, create_graph is false
             return grad(ctx, *grads)
         with torch.no_grad():
             found = grad(ctx, *grads)

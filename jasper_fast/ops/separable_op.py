@@ -1,7 +1,7 @@
-"""A depthwise and a pointwise conv as one autograd node, after batch norm, ReLU and dropout or without them.
+"""A depthwise and a pointwise conv as one autograd node, with or without batch norm, ReLU and dropout before them.
 
-It saves its input and a few vectors. Backward computes the input and the output of the depthwise conv again, so a
-separable sub-block keeps one tensor, the output of its pointwise conv, where eager PyTorch keeps four.
+The node saves its input and a few vectors. Backward computes the input and the output of the depthwise conv again. So a
+separable sub-block keeps one tensor, the output of its pointwise conv, while eager PyTorch keeps four.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ lib.define(
 
 
 def _input(x, norm: tuple, lengths, seed, p, bn_face) -> Tensor:
-    """The input of the depthwise conv: `x`, or batch norm, ReLU, dropout and mask of it."""
+    """Returns the input of the depthwise conv: `x` itself, or batch norm, ReLU, dropout and mask of it."""
     x = ntc(x)
     return x if norm[0] is None else _face(NORM, bn_face).forward(x, Norm(*norm), None, Mask(lengths, seed, p))
 
@@ -100,7 +100,7 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.packed, out_lengths = inputs[:12]  # pack: see conv1d
+    *tensors, ctx.packed, out_lengths = inputs[:12]  # not saving the pack: see conv1d_op
     ctx.save_for_backward(*tensors, out_lengths)
     *ctx.before, _, group, bn_face, taps_face, face = inputs[12:]
     ctx.after = group, bn_face, taps_face, face
@@ -138,13 +138,12 @@ def separable_conv(
     stats: bool = False,
     packed: Tensor | Pack | None = None,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
-    """A depthwise conv of `x` (N, C, T) by `depthwise` (C, 1, K), and a pointwise one by `weight` (C_out, C, 1), as one
-    node; returns (N, C_out, T') in NTC memory.
+    """Convolves `x` (N, C, T) with `depthwise` (C, 1, K), then pointwise with `weight` (C_out, C, 1), as one node.
 
-    Rows of `x` at t >= `lengths` (N,) count as zero, those of the depthwise conv's output at t >= `out_lengths` too.
-    With `stats` the result is (y, (mean, M2)), as of `conv1d`; `packed` is the pack of `weight`, as for `conv1d`.
-    Backward keeps `x` alone. Raises ValueError for shapes that do not fit. Equivalent to
-    `F.conv1d(depthwise(x, ...), weight)`.
+    Returns (N, C_out, T') in NTC memory. Rows of `x` at t >= `lengths` (N,) count as zero, and so do rows of the
+    depthwise conv's output at t >= `out_lengths`. With `stats` the result is (y, (mean, M2)), as for `conv1d`. `packed`
+    is the pack of `weight`, as for `conv1d`. Backward keeps only `x`. Raises ValueError for shapes that do not fit.
+    Equivalent to `F.conv1d(depthwise(x, ...), weight)`.
     """
     x, geometry = autocast(x), Geometry(stride, padding, dilation)
     _check("x", x, depthwise, weight, geometry, lengths, out_lengths)
@@ -183,10 +182,10 @@ def separable_sub_block(
     next_stats: bool = False,
     packed: Tensor | Pack | None = None,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Batch norm, ReLU, dropout and mask of a conv's output `y` (N, C, T), then `separable_conv`, as one node.
+    """Computes batch norm, ReLU, dropout and mask of a conv's output `y` (N, C, T), then `separable_conv`, as one node.
 
-    Returns (N, C_out, T') in NTC memory and in the dtype of `y`; with `next_stats` returns that and (mean, M2). The
-    other arguments and the errors are those of `bn_relu_dropout` and `separable_conv`. Backward keeps `y` alone.
+    Returns (N, C_out, T') in NTC memory and in the dtype of `y`. With `next_stats` returns this tensor and (mean, M2).
+    The other arguments and the errors are those of `bn_relu_dropout` and `separable_conv`. Backward keeps only `y`.
     Equivalent to `separable_conv(bn_relu_dropout(y, ...), depthwise, weight, ...)`.
     """
     check(y, gamma, beta, running_mean, running_var, None, lengths, p, halo)
@@ -214,7 +213,7 @@ def _check(name, x, depthwise, weight, geometry: Geometry, lengths, out_lengths)
 def _faces(
     x: Tensor, depthwise: Tensor, weight: Tensor, geometry: Geometry, backend: str, stats: bool, packed
 ) -> tuple[tuple[str, str, str], Tensor | None]:
-    """The faces of batch norm, of the depthwise and of the pointwise conv of `x`; and the pack of the latter."""
+    """Returns the faces of batch norm, depthwise and pointwise conv of `x`, and the pack of the pointwise conv."""
     grad, frames = torch.is_grad_enabled(), geometry.frames(x.shape[2], depthwise.shape[2])
     rows_log2 = None if torch.compiler.is_compiling() else tables.bucket(x.shape[0] * frames)
     face = choose.conv_face(
@@ -223,5 +222,6 @@ def _faces(
         shape=(weight.shape[1], weight.shape[0], 1, 1, 1), rows_log2=rows_log2,
     )  # fmt: skip
     pack = packed(weight, x.dtype, face) if callable(packed) else None if face == "aten" else packed
-    bn_face = norm_face_of(x, x.shape[1], x.shape[2], backend)  # for the norm before and the statistics after
+    # This face computes the norm before the convs and the statistics after them.
+    bn_face = norm_face_of(x, x.shape[1], x.shape[2], backend)
     return (bn_face, choose.depthwise_face(backend, x.device, x.dtype), face), pack

@@ -1,7 +1,7 @@
-"""From one conv's output to the next one's: batch norm, ReLU, dropout, mask and the next conv as one autograd node.
+"""From the output of one conv to that of the next: batch norm, ReLU, dropout, mask and conv as one autograd node.
 
-It saves y and a few vectors, and backward computes z again, so a sub-block keeps only its conv's output. If a conv
-computes the statistics of its output, they are passed along with that output and need no pass of their own.
+The node saves y and a few vectors, and backward computes z again, so a sub-block keeps only its conv's output. If a
+conv computes the statistics of its output, they are passed along with the output and need no pass of their own.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _backward(
     norm, mask, geometry = Norm(mean, rstd, gamma, beta), Mask(lengths, seed, p), Geometry(1, padding, dilation)
     z = bn.forward(y, norm, None, mask)
     dw = impl.wgrad(z, dout, weight.shape[2], geometry, lengths, weight.dtype, clean=True)
-    if hasattr(impl, "dgrad_bn"):  # dgrad_bn reduces in its epilogue; its g is already masked by dropout
+    if hasattr(impl, "dgrad_bn"):  # it reduces in its epilogue, and dropout is already applied to its g
         g, dbeta, dgamma = impl.dgrad_bn(dout, weight, geometry, y, z, norm, mask, packed)
         mask = Mask(lengths)
     else:
@@ -81,7 +81,8 @@ def _(dout, y, mean, rstd, gamma, beta, lengths, seed, rows, weight, *_args):
 
 
 def _save(ctx, inputs, output):
-    tensors, ctx.packed, (*before, _, group, bn, conv) = inputs[:9], inputs[9], inputs[10:]  # pack: see conv1d
+    # The pack is not saved, for the reason given in conv1d_op.
+    tensors, ctx.packed, (*before, _, group, bn, conv) = inputs[:9], inputs[9], inputs[10:]
     ctx.save_for_backward(*tensors)
     ctx.rest = (*before, group, bn, conv)
     ctx.mark_non_differentiable(*output[1:])
@@ -122,12 +123,13 @@ def sub_block(
     next_stats: bool = False,
     packed: Tensor | Pack | None = None,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Batch norm, ReLU, dropout and mask of a conv's output `y` (N, C, T), then the next conv at stride 1, as one node.
+    """Computes batch norm, ReLU, dropout and mask of `y` (N, C, T), then a conv at stride 1, as one node.
 
-    Returns (N, C_out, T') in NTC memory and in the dtype of `y`; with `next_stats` returns that and (mean, M2), as
-    `conv1d` does with `stats`. `weight` (C_out, C, K) is cast inside; `packed` is as for `conv1d`. The other arguments
-    and the errors are those of `bn_relu_dropout`. Backward keeps `y` but not the input of the conv. Equivalent to
-    `F.conv1d(bn_relu_dropout(y, ...), weight, None, 1, padding, dilation)`.
+    `y` is the output of the conv before. Returns (N, C_out, T') in NTC memory and in the dtype of `y`. With
+    `next_stats` returns this tensor and (mean, M2), as `conv1d` does with `stats`. `weight` (C_out, C, K) is cast
+    inside. `packed` is as for `conv1d`. The other arguments and the errors are those of `bn_relu_dropout`. Backward
+    keeps `y` but not the input of the conv. Equivalent to `F.conv1d(bn_relu_dropout(y, ...), weight, None, 1, padding,
+    dilation)`.
     """
     check(y, gamma, beta, running_mean, running_var, None, lengths, p, halo)
     check_channels("y", y, weight)
