@@ -138,8 +138,8 @@ def test_wrong_arguments_are_named():
     log_probs, lengths, targets, counts = inputs(torch.device("cpu"))
     for args, said in [
         ((log_probs.half(), lengths, targets, counts), "fp32 or fp64"),
-        ((log_probs, lengths[:2], targets, counts), "of 7 utterances"),
-        ((log_probs, lengths, targets.flatten(), counts), "of 7 utterances"),
+        ((log_probs, lengths[:2], targets, counts), "must have N = 7"),
+        ((log_probs, lengths, targets.flatten(), counts), "must have N = 7"),
         ((log_probs, lengths.int(), targets, counts), "int64"),
     ]:
         with pytest.raises(ValueError, match=said):

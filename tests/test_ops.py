@@ -323,7 +323,7 @@ def test_errors():
         ops.bn_relu_dropout(y, gamma, beta, mean, var, lengths=torch.tensor([1]))
     with pytest.raises(ValueError, match="p must lie"):
         ops.bn_relu_dropout(y, gamma, beta, mean, var, p=1.0)
-    with pytest.raises(ValueError, match="halo is the number of frames"):
+    with pytest.raises(ValueError, match="halo, the number of frames"):
         ops.bn_relu_dropout(y, gamma, beta, mean, var, halo=-1)
     with pytest.raises(ValueError, match="running_mean and running_var"):
         ops.bn_relu_dropout(y, gamma, beta, None, None, training=False)

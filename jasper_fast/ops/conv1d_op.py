@@ -132,8 +132,8 @@ def conv1d(
 
     With `stats` the result is (y, (mean, M2)), for `bn_relu_dropout` and `sub_block`. mean and M2 are (C_out,) in fp32
     (fp64 for fp64 input), over all N*T' rows, and have no gradient. `packed` is either `weight` packed by the Triton
-    face in the dtype of `x`, or a function of (weight, dtype, face) that returns the pack for the chosen face, or None
-    if the face packs weights itself.
+    face in the dtype of `x`, or a function. The function takes (weight, dtype, face) and returns the pack for that
+    face, or None if the face packs weights itself.
 
     The native CPU kernel and Triton's take fp32, fp16 and bf16, at stride 1 or if `x` needs no gradient. All other
     cases, and 16-bit dtypes on a CPU with AMX, run ATen's conv2d on a channels-last view of the same memory.
@@ -198,4 +198,4 @@ def conv_face(
     )  # fmt: skip
     if callable(packed):
         return face, packed(weight, x.dtype, face)
-    return face, None if face == "aten" else packed  # a tensor is a pack of Triton's
+    return face, None if face == "aten" else packed  # a tensor is Triton's pack

@@ -257,9 +257,9 @@ def panes(
 
     `xs`: P block outputs (N, C_k, T) of one dtype, zero in the padding. `grams[k]`: `gram(xs[k])`, or one from
     `pane_stats` with the statistics for `weights[k]`. `weights[k]` (C_out, C_k, 1); `gammas[k]`, `betas[k]` (C_out,).
-    The statistics are over all N*T rows (of all ranks, if those of the grams are); the means and variances are meant
-    for the running statistics. Raises ValueError for N*T = 1 as PyTorch does. Equivalent to
-    `sum(F.batch_norm(F.conv1d(x, w), None, None, gamma, beta, training=True, eps=eps) for ...)`.
+    The statistics are over all N*T rows, or with grams of a group over the rows of all its ranks. The means and
+    variances are meant for updating the running statistics. Raises ValueError for N*T = 1 as PyTorch does. Equivalent
+    to `sum(F.batch_norm(F.conv1d(x, w), None, None, gamma, beta, training=True, eps=eps) for ...)`.
     """
     wide, rows = wide_dtype(xs[0]), grams[0].rows
     check_rows(xs[0], rows is not None)

@@ -2,8 +2,8 @@
 
 This is the plain form; panes_op.py has the Gram form. A pane's output is freed once it is added, and backward computes
 it again. Only the block outputs are kept, which other layers keep anyway. On a CPU the outputs of the newest KEPT panes
-are saved too, because there time is scarcer than memory. With y = x W^T, yhat = (y - mean)*rstd and g the gradient of
-the sum, which is the same for every pane:
+are saved too, because recomputing them costs more there than the memory. With y = x W^T, yhat = (y - mean)*rstd and g
+the gradient of the sum, which is the same for every pane:
     dgamma = sum g*yhat,   dbeta = sum g,   dy = gamma*rstd*(g - dbeta/M - yhat*dgamma/M),   dW = dy^T x,   dx = dy W
 """
 
@@ -155,7 +155,7 @@ def panes_plain(
     The result is (sum (N, C_out, T), means, unbiased variances (P, C_out)). `backend` chooses the face of the
     statistics. With `group` they are over the rows of all its ranks. `lengths` (N,): the xs are zero at t >= lengths;
     kernels skip those frames, and the gradient of the xs is undefined there. The other arguments, the errors and the
-    equivalent are those of `panes`.
+    equivalent PyTorch are those of `panes`.
     """
     wide, name = wide_dtype(xs[0]), sync.name(group)
     check_rows(xs[0], name)
