@@ -17,7 +17,7 @@ from jasper_fast.ops import sync
 from jasper_fast.ops.conv1d_op import autocast
 
 PANE_FORMS = ("auto", "gram", "plain")
-# With fewer rows, the Gram form loses the variance to cancellation: a sum of so few squares can be tiny.
+# With fewer rows the Gram form is not used. The variance of few rows can be tiny, and cancellation then destroys it.
 FEW_ROWS = 16
 
 
@@ -40,7 +40,7 @@ class JasperBlock(nn.Module):
         if pane_form not in PANE_FORMS:
             raise ValueError(f"panes {pane_form!r} is not one of {', '.join(PANE_FORMS)}")
         self.b, self.backend, self.pane_form = b, backend, pane_form
-        # Frames beyond the length that the conv's output fills. A pointwise conv has one tap, so it fills none.
+        # The conv's output is zero from `halo` frames beyond the length on. A pointwise conv, with one tap, adds none.
         self.halo = 0 if b.separable else -(-max(0, b.d * (b.k - 1) - b.padding) // b.s)
         self.packs = Packs()
         self.conv = nn.ModuleDict()

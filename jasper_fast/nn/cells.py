@@ -1,4 +1,4 @@
-"""The distinct convs and norms of a Jasper, as the cells of the tables of measured choices."""
+"""Lists the distinct convs and norms of a Jasper as cells of the tables of measured times."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from jasper_fast.kernels import tables
 from jasper_fast.kernels.tables import Cell
 from jasper_fast.nn.config import JasperConfig
 
-MODES = ("training", "evaluation", "inference")  # an InferenceEngine runs in the last
+MODES = ("training", "evaluation", "inference")  # "inference" is that of an InferenceEngine
 
-# A norm moves about 8 bytes per element, forward and backward, in the time of this many multiply-adds of a conv.
+# A norm moves about 8 bytes per element, forward and backward. That takes as long as this many multiply-adds of a conv.
 PRODUCTS_OF_NORM = 2400
 
 

@@ -9,10 +9,7 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key and the file."""
-
-
-"""A configuration that cannot be used. The message names the key and the file."""
+    """A configuration that cannot be used. The message names the key and the file."""
 
 
 @dataclass(frozen=True)

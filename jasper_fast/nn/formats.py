@@ -165,7 +165,7 @@ _NEMO = (
 def _named_ours(
     path: Path, kind: str, entries: dict[str, Tensor], rules: Sequence[tuple[str, str]] = (), drop: Sequence[str] = ()
 ) -> Weights:
-    """Returns the entries renamed by `rules`, to this project's names. Names with a part of `drop` are left out."""
+    """Renames the entries by `rules` to this project's names, and leaves out those with a part of `drop` in theirs."""
     names, dropped = {}, []
     for name in entries:
         ours = _unwrapped(name)
@@ -191,7 +191,7 @@ def _read_nemo(path: Path) -> Weights:
             for member in archive:
                 place = PurePosixPath(member.name)
                 if place.is_absolute() or ".." in place.parts:
-                    raise CheckpointError(f"it names a file outside of itself, {member.name!r}, so it is not NeMo's")
+                    raise CheckpointError(f"its path {member.name!r} leads out of the archive, so it is not NeMo's")
                 if member.isfile() and place.name in ("model_config.yaml", "model_weights.ckpt"):
                     members[place.name] = archive.extractfile(member).read()
         if len(members) < 2:

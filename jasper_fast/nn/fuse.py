@@ -25,7 +25,7 @@ from jasper_fast.ops import sync
 from jasper_fast.ops.conv1d_op import autocast
 
 STATE = "_jasper_fast"  # the attribute of a fused module with our state: (backend, Packs) for a block
-ENCODER = "its blocks are fused, but in evaluation it cannot run as one: "  # every reason for an encoder begins so
+ENCODER = "its blocks are fused, but in evaluation it cannot run as one: "  # begins every reason given for an encoder
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _known_zero(x: Tensor, lengths: Tensor) -> bool:
 
 
 class _Computation:
-    """One forward pass of a block, as `JasperBlock` computes it. Blocks that share nothing compute plain panes."""
+    """One forward pass of a block, as `JasperBlock` computes it. Panes are plain if the block shares nothing."""
 
     pane_sum, _batch_sum, _is_gram = JasperBlock.pane_sum, JasperBlock._batch_sum, JasperBlock._is_gram
 

@@ -106,7 +106,7 @@ def compared(own: dict[str, Tensor], weights: Weights) -> tuple[dict[str, Tensor
 
 
 def refuse_misfits(weights: Weights, wrong: dict[str, str], extra: list[str]) -> None:
-    """Raises CheckpointError naming the entries, if there are any."""
+    """Raises CheckpointError if any entry does not fit, and names the entries."""
     listed = [f"{name}: {why}" for name, why in wrong.items()] + [f"{name}: not part of the model" for name in extra]
     if listed:
         raise CheckpointError(
@@ -210,7 +210,7 @@ def load_model(
     weights = read_weights(path, ema=ema)
     if config is None:
         config = config_of(weights)
-    if strict:  # all tensors come from the file, so that none need be allocated here
+    if strict:  # all tensors come from the file, so none need be allocated here
         with torch.device("meta"):
             model = Jasper(config, backend=backend)
         load_weights(model, weights, labels=config.labels)

@@ -74,7 +74,7 @@ class Jasper(nn.Module):
 
     def _measured(self, device: torch.device, n: int, t: int, dtype: torch.dtype) -> None:
         """Measures all faces that a forward pass of (n, C, t) must choose between, if it is the first one of its kind.
-        Measuring each op when it first runs would start a process per op."""
+        Measuring each op when it first runs would start one process per op instead of one in all."""
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
         mode = "training" if self.training and torch.is_grad_enabled() else "evaluation"
         kind = mode, dtype, tables.bucket(n * t)

@@ -12,7 +12,7 @@ from torch import Tensor
 from jasper_fast.extras import need
 from jasper_fast.nn.checkpoint import FORMAT, CheckpointError
 
-KEY = "jasper_fast"  # the header has one entry, because safetensors writes several in varying order
+KEY = "jasper_fast"  # the header's only entry, because safetensors writes several in varying order
 
 
 def is_one(path: str | Path) -> bool:
