@@ -90,7 +90,7 @@ def decoder(
 
 
 class SymbolDecoder:
-    """Runs ``beam_search`` in a thread while the model goes on."""
+    """Runs ``beam_search`` in a thread while the model computes the next batch."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Chooses the face of the prefix search: Triton's on a GPU if its answers are right there, else C++ on the CPU."""
+"""Chooses the face of the prefix search: on a GPU Triton's, if it agrees with the definition, else C++ on the CPU."""
 
 from __future__ import annotations
 

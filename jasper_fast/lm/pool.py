@@ -23,8 +23,8 @@ _search: WordSearch | None = None
 
 
 class Pool:
-    """``processes`` that search with a word model. Raises LanguageModelError if loading the model fails or crashes a
-    process, and MissingExtra if the packages of the extra `lm` are missing."""
+    """A pool of ``processes`` that search with a word model. Raises LanguageModelError if loading the model fails or
+    crashes a process, and MissingExtra if the packages of the extra `lm` are missing."""
 
     def __init__(self, lm: WordLM, processes: int, **settings: Any) -> None:
         self._path = lm.path

@@ -32,7 +32,7 @@ def check(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary) -> None:
     frames = log_probs.shape[1]
     if bool(((lengths < 0) | (lengths > frames)).any()):
         raise ValueError(f"lengths must be in 0..{frames}, got {lengths.tolist()}")
-    best = log_probs.detach().amax(-1)  # NaN where a frame holds one
+    best = log_probs.detach().amax(-1)  # NaN if the frame has a NaN
     within = torch.arange(frames, device=best.device) < lengths.to(best.device)[:, None]
     broken = (within & ~torch.isfinite(best)).any(1).nonzero().flatten().tolist()
     if broken:
@@ -70,7 +70,7 @@ def beam_search(
 
     ``backend``: "cpu" (C++, one thread per utterance), "triton" (on a GPU, up to beam 128 and 32 classes, without
     words), "reference" (plain Python, the definition) or "auto". "auto" takes "triton" for log-probs on a GPU if it can
-    do the search and its results are right there. Otherwise log-probs are copied to the host for "cpu", or for
+    do the search and its results are right on that GPU. Otherwise log-probs are copied to the host for "cpu", or for
     "reference" if the C++ library is not built. Raises ValueError for wrong shapes or settings, and NotFinite for NaN
     in a valid frame. Equivalent to ``greedy_decode`` at beam 1 without lm, if one path has nearly all the probability.
     """

@@ -38,7 +38,7 @@ class SymbolLM:
         if not fits(arpa, vocabulary):
             foreign = sorted(set(arpa.words()) - set(tokens(vocabulary)))
             raise LanguageModelError(
-                f"{path}: {foreign[0]!r} is no label of the acoustic model ({len(foreign)} words are none); "
+                f"{path}: {foreign[0]!r} is no label of the acoustic model ({len(foreign)} words are not); "
                 "`jasper-fast lm train --characters` makes an n-gram of symbols"
             )
         self.order = arpa.order
@@ -88,7 +88,7 @@ def automaton(arpa: Arpa, listed_tokens: Sequence[str]) -> Ngram:
     arcs: dict[tuple[int, int], tuple[float, int]] = {(0, i): (MISSING, 0) for i in missing}
     for source, i, log10 in zip(sources, last, values, strict=True):
         if source not in state_of:
-            raise LanguageModelError(f"{arpa.path}: an n-gram whose prefix is not listed itself")
+            raise LanguageModelError(f"{arpa.path}: has an n-gram whose prefix is not listed; make the file again")
         following = 0 if i == end else longest((source + chr(i))[-(arpa.order - 1) or len(source) + 1 :])
         for symbol in missing if i == unknown else () if i == begin else (i,):
             arcs[state_of[source], symbol] = (log10, following)

@@ -8,7 +8,7 @@ from typing import IO
 
 from jasper_fast.lm.arpa import SPACE, LanguageModelError, open_plain
 
-_LONGEST = 64 << 20  # bytes of a line
+_LONGEST = 64 << 20  # bytes that a line may have
 
 
 class TextFile:

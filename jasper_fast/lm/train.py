@@ -81,7 +81,9 @@ def thresholds(order: int, prune: Sequence[int]) -> list[int]:
     """Returns one count per order, the last one repeated for higher orders. Raises ValueError for unusable counts."""
     found = [*prune, *([prune[-1]] * (order - len(prune)))] if prune else [0] * order
     if len(found) > order or found[0] != 0 or found != sorted(found):
-        raise ValueError(f"--prune {' '.join(map(str, prune))}: give at most one count per order, rising from 0")
+        raise ValueError(
+            f"--prune {' '.join(map(str, prune))}: give a count per order, beginning with 0, never falling"
+        )
     return found
 
 

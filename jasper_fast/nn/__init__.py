@@ -1,1 +1,1 @@
-"""The model: configuration, blocks, packed weights, the same model in eager PyTorch, and the weights of checkpoint files."""
+"""The model: configuration, blocks, packed weights, the eager model to compare with, and checkpoint files."""

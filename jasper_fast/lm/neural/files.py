@@ -20,8 +20,8 @@ def is_neural(path: str | os.PathLike) -> bool:
 
 
 def checkpoint_of(path: str | os.PathLike) -> Path:
-    """Returns ``path`` if it is a file, else best.pt in it, else its newest step_*.pt. Raises LanguageModelError if the
-    folder has none."""
+    """Returns ``path`` if it is a file. In a folder, finds best.pt, or else the newest step_*.pt. Raises
+    LanguageModelError if there is none."""
     path = Path(path)
     if not path.is_dir():
         return path

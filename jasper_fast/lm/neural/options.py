@@ -25,7 +25,7 @@ OPTIONS = {
         option("--inner", type=int, help="width of the feed-forward parts (4 times --width)"),
         option("--dropout", type=float, default=0.1, help="dropout probability (0.1)"),
         option("--memory", type=int, default=128, metavar="TOKENS", help="earlier tokens that a segment can see (128)"),
-        option("--plain-softmax", action="store_true", help="plain softmax for every size of the vocabulary"),
+        option("--plain-softmax", action="store_true", help="use a plain softmax even for a large vocabulary"),
     ],
     "length of the run; the first limit reached ends it": shared.length(epochs=10),
     "batches": [

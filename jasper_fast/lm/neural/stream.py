@@ -48,7 +48,7 @@ class Stream:
         return torch.from_numpy(self.tokens[places].astype(np.int64))
 
     def names(self, epoch: int, position: int) -> list[str]:
-        """Returns a text for each row of a step that tells where it lies in the stream."""
+        """Returns a description of each row of a step: its place in the stream, in words."""
         first = (self._starts(epoch) + position * self.length) % len(self.tokens)
         return [f"tokens {i} to {i + self.length}" for i in first.tolist()]
 
