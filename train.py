@@ -61,7 +61,7 @@ OPTIONS = {
         option("--train-manifests", nargs="+", required=True, metavar="FILE", help="JSON lines or NVIDIA's JSON array"),
         option("--val-manifests", nargs="+", default=[], metavar="FILE", help="data to validate on (none)"),
         option("--data-dir", metavar="DIR", help="folder where relative paths start (each manifest's own)"),
-        option("--init-from", metavar="CKPT", help="weights to start from; see --init-decoder for its decoder"),
+        option("--init-from", metavar="CKPT", help="checkpoint with the first weights; decoder: see --init-decoder"),
         option("--init-ema", action="store_true", help="take the moving average in --init-from, not the weights"),
         option("--init-decoder", choices=loading.DECODERS, default="auto",
                help="auto: take the decoder rows of labels in both alphabets; keep: take all; new: take none (auto)"),
@@ -246,7 +246,7 @@ class Run(Loop):
         return f"epoch {epoch}, loss {figures['loss']:.3f}"
 
     def judge(self) -> None:
-        """Validates, and saves the model if it is the best so far. The moving average decides, if there is one."""
+        """Validates, and saves the model if its WER (or that of the moving average) is the lowest so far."""
         args, val, state, log = self.args, self.val, self.state, self.log
         results = validate_state(
             state, self.ranks, val.frontend, val.batches, val.dataset.vocabulary, AMP_DTYPES[args.amp], args.seed,

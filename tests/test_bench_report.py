@@ -363,7 +363,7 @@ def test_a_source_says_the_load_and_not_where_the_file_was_put(tmp_path):
     result = full() | {"path": tmp_path / "r.json"}
     result["machine"]["command"] = "python -m bench all --out some/where --threads 2"
     told = readme_table.source(result)
-    assert told.startswith("`python -m bench all --threads 2`") and "load average before 0.5" in told
+    assert told.startswith("`python -m bench all --threads 2`") and "load average 0.5 before the run" in told
     assert told.endswith("; r.json")
 
 

@@ -89,5 +89,5 @@ def source(result: dict) -> str:
         f"commit {m['commit']}",
     ]
     if m.get("load_average"):
-        told.append(f"load average before {m['load_average'][0]:.1f}")
+        told.append(f"load average {m['load_average'][0]:.1f} before the run")
     return f"`{command}`; {', '.join(told)}; {file}"

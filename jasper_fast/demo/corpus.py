@@ -68,7 +68,7 @@ def voices(split: str) -> list[Voice]:
 
 
 def number(rng: random.Random) -> str:
-    """Draws a number in words: a quarter are zero to nine, a quarter ten to nineteen, half twenty and more."""
+    """Draws a number in words: below ten or from ten to nineteen with a probability of 1/4 each, else 20 to 99."""
     style = rng.randrange(4)
     if style == 0:
         return rng.choice(UNITS)

@@ -112,7 +112,7 @@ class SpecCutout(nn.Module):
 
 
 class Augment(nn.Module):
-    """Applies speaker warp, cutout and SpecAugment, in this order, which is the reference's. Each may be None."""
+    """Applies speaker warp, then cutout, then SpecAugment. Each may be None."""
 
     def __init__(
         self,

@@ -83,9 +83,9 @@ class LogMelFeatures(nn.Module):
 
     Semantics: FilterbankFeatures of NVIDIA's Jasper for PyTorch (DeepLearningExamples), with these differences:
     - Samples beyond the length count as zero, whatever they are.
-    - With ``batch_invariant=True`` (the default) zeros follow the end of every utterance. The reference reflects the
-      end of the longest utterance of a batch instead. There the last frame of an utterance depends on the rest of the
-      batch, unless its length is a multiple of the hop. ``batch_invariant=False`` does as the reference.
+    - With ``batch_invariant=True`` (the default) zeros follow the end of every utterance. With False, as in the
+      reference, the end of the longest utterance of a batch is reflected. Then the last frame of an utterance depends
+      on the rest of its batch, unless the utterance's length is a multiple of the hop.
     - Dither is added in training and evaluation as in the reference. In evaluation mode it is the same noise in each
       call, so that transcripts repeat; ``dither=0`` switches it off.
     - The features of an utterance of one frame or none are zeros. (The reference gives NaN, the variance of one value.)

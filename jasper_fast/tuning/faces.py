@@ -97,7 +97,7 @@ def cuda(cell: Cell, device: torch.device) -> list[Proposal]:
 
 @contends("conv1d")
 def aten(cell: Cell, device: torch.device) -> list[Proposal]:
-    """PyTorch's conv in channels-last memory, which is cuDNN's on a GPU."""
+    """PyTorch's conv in channels-last memory; on a GPU that is cuDNN."""
     return [Proposal("aten", "library")]
 
 

@@ -86,8 +86,8 @@ class Held:
 
 
 def library(check: Check, inputs: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
-    """Returns a function that does the same through PyTorch's conv, followed by the batch norm pass that our training
-    kernels fuse."""
+    """Returns a function that does the work of `check` with PyTorch's conv, and then, for kernels with a fused batch
+    norm, with a separate batch norm pass."""
     s, function, i = check.shape, check.function, inputs
     conv, dtype = s.geometry, DTYPES[check.dtype]
     triton = backends.why_missing("triton", i["weight"].device) is None

@@ -24,7 +24,7 @@ class Clock(Protocol):
         """Runs `call` for the first time."""
 
     def prepare(self, call: Callable[[], object]) -> Callable[[], object]:
-        """Returns `call` in the form in which it is timed."""
+        """Returns the function that is timed in place of `call`: `call` itself, or its replay as a CUDA graph."""
 
     def seconds(self, call: Callable[[], object], times: int) -> float:
         """Runs a prepared call `times` times and returns the seconds that this takes."""
@@ -101,9 +101,9 @@ def fastest_first(
 ) -> dict[str, list[float]]:
     """Times the prepared `runs` and returns their samples (seconds per call), ordered by their medians, fastest first.
 
-    Contenders take turns for ROUNDS rounds, or fewer, but at least three, if these took `seconds`. One that takes more
-    than SLOW times the fastest one's time in the first round gets no second sample. `begin(name)` is called before a
-    contender's first call.
+    Contenders take turns for ROUNDS rounds. After the third round the timing ends as soon as it has taken `seconds`. A
+    contender that takes more than SLOW times the fastest one's time in the first round gets no second sample.
+    `begin(name)` is called before a contender's first call.
     """
     first = {}
     for name, run in runs.items():
