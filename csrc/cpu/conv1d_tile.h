@@ -45,7 +45,7 @@ constexpr int64_t kLine = 16;             // floats in a cache line
 constexpr int64_t kLongChunk = 64;        // units of a chunk with many taps: the window of all taps fits L1
 constexpr int64_t kShortChunk = 256;      // units of a chunk with few taps: enough that the epilogue costs little
 constexpr int64_t kFewTaps = 4;
-constexpr int kLongStride = 80;           // floats between window rows: an odd number of cache lines, here 5, below 17
+constexpr int kLongStride = 80;           // floats between window rows: 5 cache lines, and 17 for kShortStride
 constexpr int kShortStride = 272;
 constexpr int64_t kChain = 128;           // products that are added in registers before the sum goes to memory
 static_assert(kLongStride / kLine % 2 == 1 && kShortStride / kLine % 2 == 1);
@@ -98,7 +98,7 @@ struct Bf16 {
     const __mmask16 some = count >= kVector ? 0xffff : (1u << std::max<int64_t>(count, 0)) - 1;
     return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, p));
   }
-  // Units that pair the channels of two rows.
+  // Returns units that pair the channels of two rows: `low` in the lower halves, `high` in the upper halves.
   static Vec pair(__m512i low, __m512i high) { return (Vec)(low | _mm512_slli_epi32(high, 16)); }
 
  private:
@@ -146,7 +146,7 @@ void tile(const Tile& g) {
   const float* b = g.b;
   const float* next = g.next;
   const int64_t chain = std::max<int64_t>(1, kChain / g.depth);  // taps
-  int64_t flush = g.taps - chain;  // taps left after the next flush
+  int64_t flush = g.taps - chain;  // the number of taps that are left when the accumulators are next added to `sums`
   for (int64_t k = g.taps; k > 0; --k) {
     const float* a = g.a + g.tap_offsets[g.taps - k];
     const int64_t step = g.a_step;

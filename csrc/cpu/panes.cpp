@@ -24,7 +24,7 @@ using Tensors = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kChunkRows = 64;   // rows per task of a pass; sums of chunks are merged in order, for any threads
+constexpr int64_t kChunkRows = 64;   // rows per task of a pass; sums of tasks are merged in a fixed order
 constexpr int64_t kGroupRows = 256;  // rows of one item per task of a matrix product
 
 // ---- arguments ----
@@ -108,7 +108,7 @@ struct Scratch {  // cache-line aligned
 };
 
 // ---- matrix products: x (rows, inputs) times a weight that conv1d packed as a conv with one tap ----
-// The number of floats in whose space a pack fits.
+// The number of floats that a pack takes; two bf16 take one float.
 int64_t packed_size(int64_t outputs, int64_t inputs, bool bf16) {
   const int64_t columns = JF_DISPATCH(conv1d_columns)();
   return div_up(outputs, columns) * columns * conv1d_units(inputs, bf16);

@@ -117,7 +117,7 @@ JF_INLINE uint64_t keep_bits_block(uint32_t lo, uint32_t hi, const PhiloxKeys& k
 
 #else
 
-// Plain loops over eight counters that the compiler vectorises.
+// Plain loops over eight counters, which the compiler vectorises.
 constexpr int kCounters = 8;
 
 JF_INLINE uint64_t keep_bits_block(uint32_t lo, uint32_t hi, const PhiloxKeys& keys, uint32_t threshold) {

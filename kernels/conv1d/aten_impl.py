@@ -17,7 +17,10 @@ from jasper_fast.kernels.operands import Geometry
 
 
 def packs(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Returns whether packing `weight` in `dtype` saves a copy. A CPU saves only the cast: oneDNN reorders anyway."""
+    """Returns whether packing `weight` in `dtype` saves a copy.
+
+    On a CPU it saves only a cast, because oneDNN reorders the weight in any case.
+    """
     return weight.is_cuda or weight.dtype != dtype
 
 

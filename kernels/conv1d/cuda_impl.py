@@ -63,7 +63,7 @@ def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None
     if out.shape != packed_shape(weight) or out.dtype != (dtype or out.dtype) or not out.is_contiguous():
         raise ValueError(f"out must be {packed_shape(weight)} {dtype}, got {tuple(out.shape)} {out.dtype}")
     if w.dtype not in cuda_launch.DTYPES or out.dtype not in SIXTEEN:
-        raise TypeError(f"the cuda face packs fp32, fp16 and bf16 for fp16 and bf16, got {w.dtype} for {out.dtype}")
+        raise TypeError(f"the cuda face packs fp32, fp16 or bf16 into fp16 or bf16, got {w.dtype} into {out.dtype}")
     dtypes = cuda_launch.DTYPES
     cuda_launch.run(
         "jf_conv1d_pack", w, out.shape[1] * out.shape[2], 0, dtypes[w.dtype], dtypes[out.dtype], address(w),

@@ -59,7 +59,8 @@ class Plan(NamedTuple):
 class Wgrad(NamedTuple):
     """How the gradient of a weight is divided: taps per CTA, blocks of channels, groups of taps, shares of the frames.
 
-    An utterance has `segments` segments of 64 frames. A share is `share` of them, summed by CTAs of its own.
+    An utterance has `segments` segments of 64 frames. The segments of all utterances are cut into `shares` shares of
+    `share` segments, and each share is summed by its own CTAs.
     """
 
     loop: int

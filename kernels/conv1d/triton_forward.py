@@ -53,7 +53,7 @@ def conv1d_forward_kernel(
     # sizes and strides of activations are in units of VEC elements, which tells the compiler their alignment
     C = groups_in * VEC_IN
     n_blocks = tl.cdiv(c_out, BLOCK_N)
-    tile = (tl.program_id(0) // n_blocks).to(tl.int64)  # channels first: neighbouring programs share frames of x in L2
+    tile = (tl.program_id(0) // n_blocks).to(tl.int64)  # neighbouring programs share frames of x in L2
     o0 = (tl.program_id(0) % n_blocks) * BLOCK_N
     n = tile // t_blocks
     t0 = (tile % t_blocks).to(tl.int32) * BLOCK_T

@@ -130,7 +130,7 @@ def conv1d_fused_kernel(
             scratch = tl.arange(0, BLOCK_T)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
             slot = part_ptr + pid.to(tl.int64) * splits * (BLOCK_T * BLOCK_N)
             tl.store(slot + split * (BLOCK_T * BLOCK_N) + scratch, acc)
-            tl.debug_barrier()  # all threads must have stored before one of them reports that they have
+            tl.debug_barrier()  # all threads must have stored before one of them counts the arrival
             mine = tl.atomic_add(arrived_ptr + pid, 1, sem="acq_rel") == splits - 1
             if mine:
                 tl.store(arrived_ptr + pid, 0)

@@ -32,7 +32,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Packed(NamedTuple):
-    """A conv's weight as the kernels read it: `data` (K, C_in, C_out rounded up to 16), filled up with zeros."""
+    """A conv's weight as the kernels read it: `data` (K, C_in, C_out rounded up to 16), padded with zeros."""
 
     data: Tensor
     c_out: int
@@ -52,7 +52,7 @@ def pack(weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None
     if out.shape != packed_shape(weight) or out.dtype != (dtype or out.dtype) or not out.is_contiguous():
         raise ValueError(f"out must be {packed_shape(weight)} {dtype}, got {tuple(out.shape)} {out.dtype}")
     if w.dtype not in DTYPES or out.dtype not in DTYPES:
-        raise TypeError(f"the triton face packs fp32, fp16 and bf16, got {w.dtype} for {out.dtype}")
+        raise TypeError(f"the triton face packs fp32, fp16 or bf16 into one of these, got {w.dtype} into {out.dtype}")
     meta = transpose_meta(taps)
     launch.run(
         conv1d_pack_kernel, _transpose_grid(c_in, out.shape[2], meta), w, w, out, taps, c_in, c_out,
@@ -298,7 +298,7 @@ def fused(
     and TypeError for dtypes.
     """
     w, (stride, padding, dilation), (n, t, c_in) = packed, geometry, x.shape
-    # nct: x is features. With one frame its strides do not tell, but its dtype may.
+    # nct: x is features with unit frame stride. With one frame the strides do not tell, but another dtype does.
     nct = c_in > 1 and (x.stride(2) != 1 or (t == 1 and x.dtype != w.data.dtype))
     masked = lengths.masked and (lengths.before is not None or lengths.after is not None)
     x2, w2 = panes or (None, None)
@@ -451,7 +451,7 @@ def _sizes(x: Tensor) -> tuple[int, tuple[int, int, int]]:
 
 
 def _vec(c: int) -> int:
-    """Returns the largest of 8, 4 and 1 that divides C. It tells the compiler the alignment, for many C at once."""
+    """Returns the largest of 8, 4 and 1 that divides C: the alignment, without a new compilation for each C."""
     return next(v for v in (8, 4, 1) if c % v == 0)
 
 

@@ -28,9 +28,9 @@ def out_frames(frames, taps, stride, padding, dilation):
 
 @triton.jit
 def strided_row(shift, padding, STRIDE: tl.constexpr):
-    """Returns, for frame t*STRIDE + shift (shift >= -padding), its row in the descriptor minus t, and its place there.
+    """Returns, for frame t*STRIDE + shift (shift >= -padding), its row minus t, and its place in that row.
 
-    A row has STRIDE frames.
+    A row of the descriptor has STRIDE frames.
     """
     above = shift + padding * STRIDE  # made non-negative, because // truncates here
     return above // STRIDE - padding, above % STRIDE

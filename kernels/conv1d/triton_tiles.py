@@ -20,7 +20,7 @@ WAVE = 132  # programs that fill the GPU once, one per multiprocessor; of wgrad'
 FLOP_S = 660e12  # FLOP/s of 16-bit matrix products that these tiles reach at best
 BYTES_S = 3e12  # bytes per second of the GPU's memory
 L2_S = 5.5e12  # bytes per second from L2 to all multiprocessors
-MERGE_G, MERGE_C = 64, 32  # a merging program reads so many tiles at a time, and owns so many channels
+MERGE_G, MERGE_C = 64, 32  # tiles that a merging program reads at a time, and channels that it owns
 SOFTMAX_MAX = 128  # most symbols of a log-softmax in the epilogue
 MIN_STEPS = 8  # least steps per split: with fewer, adding up the splits would cost more than splitting saves
 

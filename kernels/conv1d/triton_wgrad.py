@@ -81,7 +81,7 @@ def two_taps(
     acc = tl.zeros([BLOCK_I, BLOCK_O], tl.float32)
     next_acc = tl.zeros([BLOCK_I, BLOCK_O], tl.float32)
     for n in range(first, last):
-        # the outputs that at least one tap needs: the next tap has the first one, this tap has the last one
+        # outputs for which one of the two taps has an input: the first is of the next tap, the last is of this tap
         begin = tl.maximum(0, -shift - dilation)
         end = tl.minimum(frames_out, limit_of(n, frames, lengths_ptr, HAS_LENGTHS) - shift)
         for i in range(tl.cdiv(tl.maximum(end - begin, 0), BLOCK_T)):
@@ -126,7 +126,7 @@ def conv1d_wgrad_kernel(
     C_out = groups_out * VEC_OUT
     o_blocks, i_blocks, groups = tl.cdiv(C_out, BLOCK_O), tl.cdiv(C_in, BLOCK_I), tl.cdiv(taps, TAPS)
     pid = tl.program_id(0)
-    if IS_DIRECT:  # taps first: a 32-byte sector of dw holds several taps, whose stores then meet in L2
+    if IS_DIRECT:  # neighbouring programs own taps of one 32-byte sector of dw, so their stores meet in L2
         tap = pid % groups * TAPS
         pid = pid // groups
     o0 = (pid % o_blocks) * BLOCK_O

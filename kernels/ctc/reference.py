@@ -72,7 +72,10 @@ def _low(like: Tensor) -> Tensor:
 
 
 def _states(targets: Tensor, target_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns three (N, U + 1): labels, -1 where there is none; which differ from the one before; which blanks are."""
+    """Returns three (N, U + 1) tensors: the labels, -1 where there is none, and two masks.
+
+    The masks say which labels differ from the label before, and which blanks exist.
+    """
     at = torch.arange(targets.shape[1] + 1, device=targets.device)
     labels = torch.where(at < target_lengths[:, None], F.pad(targets, (0, 1)), -1)
     before = F.pad(labels[:, :-1], (1, 0), value=-1)

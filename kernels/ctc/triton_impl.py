@@ -2,11 +2,11 @@
 
     alpha      one program per utterance: the forward variables of all frames, and the loss
     posterior  one program per utterance: from the last frame to the first, the posterior of every state
-    gradient   one program per tile of frames and symbols: adds the posteriors of equal labels, by a matrix of 0 and 1
+    gradient   one program per tile of frames and symbols: adds posteriors of equal labels (a product with a 0/1 matrix)
 
 A frame follows from the one before, so latency bounds the first two kernels. They therefore keep the states in
-registers, get the neighbouring state by one exchange, and load the next frame ahead. Sums are made in a fixed order, so
-runs are bit-identical.
+registers, get the neighbouring state by one exchange between threads, and load the next frame ahead. Sums are made in a
+fixed order, so runs are bit-identical.
 """
 
 from __future__ import annotations

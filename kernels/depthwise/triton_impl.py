@@ -125,7 +125,7 @@ def _check(x: Tensor, y: Tensor) -> None:
     if x.dtype not in DTYPES or x.dtype != y.dtype:
         raise TypeError(f"the triton face takes one of fp32, fp16, bf16 for all, got {x.dtype} and {y.dtype}")
     if (x.shape[0], x.shape[2]) != (y.shape[0], y.shape[2]):
-        raise ValueError(f"a depthwise conv keeps batch and channels, got (N, T, C) {tuple(x.shape)}, {tuple(y.shape)}")
+        raise ValueError(f"x and y need equal N and C, got (N, T, C) = {tuple(x.shape)} and {tuple(y.shape)}")
     for v in (x, y):
         if sum((s - 1) * d for s, d in zip(v.shape[1:], v.stride()[1:], strict=True)) >= 1 << 31:
             raise ValueError(f"one utterance of {tuple(v.shape[1:])} exceeds 32-bit offsets: cut it into shorter ones")

@@ -38,7 +38,7 @@ def step(
     clip = (clip_norm / (norm + 1e-6)).clamp(max=1.0) if clip_norm else torch.ones_like(norm)
     scale = clip if grad_scale is None else clip / grad_scale.to(norms)
     rows = [settings[i] for i in range(len(settings))]
-    if device.type == "cpu":  # reading numbers waits for nothing here
+    if device.type == "cpu":  # reading the numbers waits for no GPU
         rows = settings.tolist()
     if device.type != "cpu" or not bad:
         for index, row in enumerate(rows):
@@ -59,7 +59,7 @@ def _update(tensors: Tensors, s: Settings, squares: Tensor, scale: Tensor, bad: 
     new = torch.where((old == 0) | (s.beta2 == 0), squares, s.beta2 * old + s.rest2 * squares)
     factors = s.share * scale / (new.sqrt() + s.eps)
     beta1, decay, lr = s.beta1, s.decay, s.lr
-    if bad is not None:  # a selection, not a product: 0 * inf is NaN
+    if bad is not None:  # selects zeros instead of multiplying by zero, because 0 * inf is NaN
         new, keep = torch.where(bad, old, new), 1 - bad.to(squares)
         grads = [torch.where(bad, torch.zeros((), dtype=g.dtype, device=g.device), g) for g in grads]
         factors = torch.where(bad, 0.0, factors)

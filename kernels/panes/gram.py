@@ -24,7 +24,7 @@ from jasper_fast.kernels.layout import ntc, product, rows, wide_dtype
 
 
 def lower(s: Tensor) -> Tensor:
-    """Returns L of a symmetric matrix (C, C), in the order of `Gram.cov`."""
+    """Returns L of a symmetric matrix (C, C), flat."""
     half = s.shape[0] // 2
     below = torch.cat([2 * s[half:, :half], s[half:, half:]], 1)
     return torch.cat([s[:half, :half].flatten(), below.flatten()])
@@ -117,7 +117,7 @@ def statistics(mean: Tensor, cov: Tensor, weights: list[Tensor]) -> tuple[Tensor
 
 
 def statistics_backward(dvar: Tensor, cov: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of the covariance and of the stacked weights (sum of C_out, C), given `dvar`."""
+    """Returns the gradients of L and of the stacked weights (sum of C_out, C), given that of the variances."""
     w, dvar = _stacked(weights, cov.dtype), dvar[:, None]
     return _lower_product(w, dvar * w), _times_twice(w, cov).mul_(dvar)
 

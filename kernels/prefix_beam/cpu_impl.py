@@ -1,4 +1,7 @@
-"""The CPU face of the search: C++ (csrc/cpu/prefix_beam.cpp), one thread per utterance; exactly as reference.py."""
+"""The CPU face of the search: C++ (csrc/cpu/prefix_beam.cpp), one thread per utterance.
+
+Its results equal those of reference.py in every bit.
+"""
 
 from __future__ import annotations
 

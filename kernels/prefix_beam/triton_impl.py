@@ -7,9 +7,9 @@ lead to the second.
 
 Each candidate has an integer key. Its upper bits hold the distance of its score from the best score, in steps of
 2 ** -39, so closer scores count as equal. Its lower bits hold the candidate's place in the order of reference.py.
-Bisection finds the threshold below which there are `beam` keys; counting smaller keys then sorts these. Sorting all
-keys, or comparing all prefixes at once, would spill registers. Each frame stores what it chose, 4 bytes per prefix; the
-symbols of the best prefixes are then read backwards from there.
+Bisection finds the threshold below which there are `beam` keys; the place of each of these is the number of smaller
+ones. Sorting all keys, or comparing all prefixes at once, would spill registers. Each frame stores what it chose, 4
+bytes per prefix; the symbols of the best prefixes are then read backwards from there.
 
 The n-gram is a table here, with 12 bytes for each state and class: what the class adds, and the state after it.
 """
@@ -32,7 +32,7 @@ MOST_TABLE = 4 << 30  # bytes
 _kept: list = []  # the newest table, and the arguments that it was made from
 STAY = tl.constexpr(63)  # stands in place of a symbol if the prefix did not change
 NEVER = tl.constexpr(-math.inf)
-PART = tl.constexpr(16)  # comparisons of all prefixes with all others take so many others at a time
+PART = tl.constexpr(16)  # all prefixes are compared with this many others at a time
 FIRST, SPREAD = tl.constexpr(0x243F6A8885A308D3), tl.constexpr(-0x61C8864680B583EB)  # digits of pi and the golden ratio
 
 
@@ -124,7 +124,7 @@ def _prefix_beam_kernel(
     nothing = tl.full([BLOCK_B], NEVER, tl.float64)
     b, n, bonus = tl.where(at == 0, 0.0, nothing), nothing, tl.zeros([BLOCK_B], tl.float64)
     total = b
-    name = tl.where(at == 0, FIRST, (-1 - at).to(tl.int64))  # hashes; those of no prefix are negative
+    name = tl.where(at == 0, FIRST, (-1 - at).to(tl.int64))  # hashes of prefixes; negative where there is no prefix
     parent = tl.full([BLOCK_B], -(1 << 40), tl.int64)
     last, state = tl.full([BLOCK_B], -1, tl.int32), tl.zeros([BLOCK_B], tl.int32) + start
     tl.store(scratch_ptr + 5 * BLOCK_B + at, at.to(tl.int64))
@@ -179,7 +179,7 @@ def _prefix_beam_kernel(
         parent = tl.where(alive, parent, -(1 << 40))
         name = tl.where(alive, tl.where(stay, old, mixed), (-1 - at).to(tl.int64))
         tl.store(back_ptr + t * BLOCK_B + at, i * 64 + tl.where(stay, STAY, symbol))
-    # the end of the text, and the way back
+    # the end of the text, then the symbols of the best prefixes, from the last to the first
     end = tl.load(gain_ptr + state.to(tl.int64) * CLASSES + stays)
     score = tl.where(total > NEVER, total + bonus + end, NEVER)
     keys, none = _keys(score[None, :], at[None, :].to(tl.int64), BITS)

@@ -18,8 +18,8 @@ constexpr int kRows = kDepthwiseRows;
 JF_INLINE int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 JF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
 
-// Copies rows [first, first + count) of x into `to`, after `up` - 1 rows of zeros were put between neighbouring rows of
-// x. Rows outside of x are zero.
+// Copies rows [first, first + count) of x into `to`. Here x has `up` - 1 rows of zeros between neighbouring rows, and
+// rows outside of x are zero.
 template <class T>
 JF_INLINE void copy_rows(const T* x, int64_t stride_t, int64_t up, int64_t length, int64_t first, int64_t count,
                          int channels, float* to) {
