@@ -4,10 +4,10 @@
 #   make demo       train on synthetic speech, transcribe voices it never heard, fused beside eager
 #   make test       all tests
 #   make test-fast  all but the slow ones, about five minutes
-#   make compile    every Triton kernel for sm_80 to sm_100, by the pinned Triton and the GPU machines', and every CUDA conv
-#                   for sm_75 to sm_120, against the tables
+#   make compile    every Triton kernel for sm_80 to sm_100, by the pinned Triton and the GPU machines', and the CUDA convs
+#                   and NovoGrad for sm_75 to sm_120, against the tables
 #   make bench      measure kernels, training, latency and memory beside eager PyTorch, under ten minutes
-#   make mutants    the CUDA convs with 76 small wrongs, each of which a test must find, about ten minutes
+#   make mutants    the CUDA convs and NovoGrad with 92 small wrongs, each of which a test must find, about ten minutes
 #   make sanitize   tests of the ops under AddressSanitizer, UBSan and ThreadSanitizer
 #   make wheelhouse build/wheelhouse: wheels for a machine without a network that has PyTorch (WHEELS=3.12, its Python)
 #   make lint       ruff
@@ -77,13 +77,13 @@ compile: install $(OLDER)/.installed
 	@failed=0; $(PY) -m bench compile $(GATE) || failed=1; \
 	  PYTHONPATH=$(OLDER) $(PY) -m bench compile $(GATE) || failed=1; \
 	  if command -v nvcc >/dev/null || [ -n "$$CUDA_HOME" ]; then $(PY) -m bench compile --cuda $(GATE) || failed=1; \
-	  else echo "no nvcc: the CUDA convs are not compiled"; fi; exit $$failed
+	  else echo "no nvcc: the CUDA kernels are not compiled"; fi; exit $$failed
 
 bench: install
 	$(PY) -m bench all
 
 mutants: install
-	JASPER_FAST_MUTANTS=all OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 tests/test_conv1d_cuda_mutants.py
+	JASPER_FAST_MUTANTS=all OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 tests/test_conv1d_cuda_mutants.py tests/test_novograd_cuda.py
 
 sanitize: install
 	$(PY) tests/fuzz/sanitize.py

@@ -1,5 +1,5 @@
-"""Small mistakes for the CUDA conv's sources, each of which a test must find: (file, correct text, wrong text) by
-name."""
+"""Small mistakes for the CUDA sources of the conv and of NovoGrad, each of which a test must find: (file, correct text,
+wrong text) by name."""
 
 # ruff: noqa: E501 (one line per mistake)
 
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 WGMMA, MMA, PANELS, EPILOGUE = "conv1d_wgmma.cuh", "conv1d_mma.cuh", "conv1d.cuh", "conv1d_epilogue.cuh"
 WGRAD, WGRAD90 = "conv1d_wgrad.cuh", "conv1d_wgrad90.cuh"
+STEP = "novograd.cuh"
 
 MUTANTS: dict[str, tuple[str, str, str]] = {
     # phases and arrival counts of mbarriers
@@ -94,4 +95,23 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "weight: dilation is forgotten": (WGRAD90, "tap * a.dilation * 16, 128", "tap * 16, 128"),
     "weight: products are not waited for": (WGRAD90, "    ptx::wgmma_wait<1>();\n", ""),
     "weight: a stage is not waited for": (WGRAD90, "    ring.wait_full();\n", ""),
+}  # fmt: skip
+
+NOVOGRAD: dict[str, tuple[str, str, str]] = {
+    "the last element of a tail is left out": (STEP, "j < min(i + kPack, count)", "j < min(i + kPack, count - 1)"),
+    "a pack reaches beyond its run": (STEP, "i + kPack <= count; i += kStep", "i < count; i += kStep"),
+    "the average's alignment is not looked at": (STEP, "|| aligned(mean))", "|| true)"),
+    "sums are read before they are written": (STEP, "  __syncthreads();\n", ""),
+    "a warp's sum is half of it": (STEP, "lanes < 32; lanes *= 2", "lanes < 16; lanes *= 2"),
+    "partials of later tensors count": (STEP, "if (i >= first && i < end)", "if (i >= first)"),
+    "v is read while another CTA writes it": (STEP, "old = a.old[run.tensor], own", "old = *run.at(kSquare, 0), own"),
+    "v is kept by run": (STEP, "a.old[run.tensor] = *run", "a.old[blockIdx.x] = *run"),
+    "a bad step is made": (STEP, "if (kind == kAverage || bad)", "if (kind == kAverage)"),
+    "an infinite norm is good": (STEP, "!(norm < INFINITY)", "norm != norm"),
+    "found_inf is not obeyed": (STEP, "(a.found != nullptr && *a.found != 0.f)", "false"),
+    "the scale is forgotten": (STEP, "a.scale == nullptr ? 1.f : 1.f / *a.scale", "1.f"),
+    "the norm is not bounded": (STEP, "if (norm + 1e-6f > a.clip_norm) inverse", "if (false) inverse"),
+    "all groups have the first one's settings": (STEP, "a.settings + run.row[kGroup] * kSettings", "a.settings"),
+    "counters are averaged": (STEP, "if (kind == kCopy) {", "if (false) {"),
+    "a bad step averages nothing": (STEP, "if (kind == kUpdate && !a.has_averages) return;", "if (kind == kUpdate) return;"),
 }  # fmt: skip

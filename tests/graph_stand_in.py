@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from jasper_fast.data.batch import Batch
 from jasper_fast.dispatch import choose
 from jasper_fast.kernels import launch
-from jasper_fast.kernels.novograd import triton_impl as novograd
+from jasper_fast.kernels.novograd import cuda_impl, cuda_launch, table
 from jasper_fast.training import graphed, step
+from jasper_fast.training.optim import NovoGrad
 
 NAME = "standin"
 INSIDE = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
@@ -70,9 +71,20 @@ class Counter:
             return step(), lambda: None
 
 
+class Launched:
+    """Stands in for NovoGrad's CUDA functions, and records their names."""
+
+    def __init__(self, launched: list[str]) -> None:
+        self.jf_novograd_squares = lambda *how: launched.append("squares_kernel")
+        self.jf_novograd_update = lambda *how: launched.append("update_kernel")
+
+
 def one_step(optimizer: str, panes: str, amp: torch.dtype | None) -> dict:
     """Runs three graphed steps: one plain, one captured, one replayed."""
     counter, launched, said = Counter(), [], []
+    optimizer, _, face = optimizer.partition(" ")
+    NovoGrad._face = lambda self, device, params: face or "triton"
+    cuda_launch.functions = lambda: Launched(launched)
     with FakeTensorMode(), launch.recorded(lambda one: launched.append(one.name), 90):
         rig = Rig(
             optimizer, device=f"{NAME}:0", backend="triton", panes=panes, amp_dtype=amp, scale=amp is torch.float16
@@ -119,8 +131,9 @@ def main() -> None:
         module.reads_no_lengths = lambda device: True
     choose.ctc_face = lambda backend, device: "triton"
     # fake tensors have no addresses
-    novograd._rows = lambda tensors, watched: [(0,) * 5 + (64, 0, 0)] * len(tensors.params)
-    cases = [("novograd", "gram", torch.float16), ("novograd", "plain", None), ("adamw", "gram", torch.bfloat16)]
+    table.rows_of = lambda tensors, watched: [(0,) * 5 + (64, 0, 0)] * len(tensors.params)
+    cuda_impl._address = lambda x: None
+    cases = [("novograd", "gram", torch.float16), ("novograd cuda", "plain", None), ("adamw", "gram", torch.bfloat16)]
     steps = {f"{optimizer} {panes} {amp}": one_step(optimizer, panes, amp) for optimizer, panes, amp in cases}
     print(json.dumps({"steps": steps, "wrong": wrong_ones()}))
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import conv_cases
 import cuda_host
+import mutant_rig
 import pytest
 import torch
 from cuda_mutants import MUTANTS, WGMMA, WGRAD, WGRAD90
@@ -32,7 +31,6 @@ LAYERS = {
     "strided": (2, 24, 32, 45, 5, 2, 1, [45, 20]),
 }
 SEEDS = (0, 3)  # each seed is another order of the threads; 0 runs them in turn
-SECONDS = 120  # seconds, over a hundred times what the checks take
 
 
 def checked(library: Path, loop: int, directions: tuple[str, ...], seed: int) -> None:
@@ -59,28 +57,7 @@ def checked(library: Path, loop: int, directions: tuple[str, ...], seed: int) ->
 
 def outcome(library: Path, loop: int, directions: tuple[str, ...]) -> str | None:
     """Runs the checks on `library` in a process of their own; returns the error, or None if they pass."""
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe(duplex=False)
-
-    def run() -> None:
-        try:
-            for seed in SEEDS:
-                checked(library, loop, directions, seed)
-            there.send(None)
-        except BaseException as error:  # any exception is the answer
-            there.send(f"{type(error).__name__}: {str(error)[:500]}")
-
-    child = context.Process(target=run)
-    child.start()
-    there.close()
-    try:
-        return here.recv() if here.poll(SECONDS) else "hung"
-    except EOFError:
-        child.join()
-        return f"died with status {child.exitcode}"
-    finally:
-        child.kill()
-        child.join()
+    return mutant_rig.outcome(lambda: [checked(library, loop, directions, seed) for seed in SEEDS])
 
 
 def library(folder: Path, loop: int) -> Path:
@@ -94,20 +71,10 @@ def test_the_sources_as_they_are_pass(loop: int) -> None:
     assert outcome(library(cuda_host.CSRC, loop), loop, tuple(DIRECTIONS)) is None
 
 
-# Each mutant takes about ten seconds of CPU, mostly to compile. The suite tests every fourth; `make mutants` tests all.
-CHOSEN = list(MUTANTS)[:: 1 if os.environ.get("JASPER_FAST_MUTANTS") == "all" else 4]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("name", mutant_rig.chosen(MUTANTS))
 def test_a_mutant_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, old, new = MUTANTS[name]
-    folder = tmp_path / "csrc"
-    shutil.copytree(cuda_host.CSRC / "cuda", folder / "cuda")
-    source = folder / "cuda" / file
-    text = source.read_text()
-    assert text.count(old) == 1, f"{file} has {text.count(old)} of {old!r}"
-    source.write_text(text.replace(old, new))
+    file, folder = MUTANTS[name][0], mutant_rig.mutated(MUTANTS[name], tmp_path)
     monkeypatch.setattr(cuda_host, "BUILT", tmp_path)
     loop = 90 if file in (WGMMA, WGRAD90) else 80
     directions = ("weight",) if file in (WGRAD, WGRAD90) else ("forward", "x")

@@ -16,6 +16,8 @@ import pytest
 import torch
 from test_conv1d_cuda import DIRECTIONS, FUSED, Face, check_inference
 from test_cuda_emulated import Emulated, norm_of, tensors
+from test_novograd import emulated as emulated_steps
+from test_novograd import make, run, settings
 
 from jasper_fast.kernels import native, nvrtc
 from jasper_fast.kernels.bn_relu_dropout import cuda_impl as norms
@@ -23,6 +25,8 @@ from jasper_fast.kernels.bn_relu_dropout import cuda_nvrtc as norms_nvrtc
 from jasper_fast.kernels.conv1d import cuda_launch, cuda_nvrtc
 from jasper_fast.kernels.conv1d.cuda_args import Args, Launch, WgradArgs
 from jasper_fast.kernels.layout import ntc
+from jasper_fast.kernels.novograd import cuda_impl as novograd
+from jasper_fast.kernels.novograd import cuda_launch as steps
 from jasper_fast.kernels.operands import Mask
 
 THREADS = {"conv_75": 128, "conv_80": 128, "conv_90": 384, "wgrad_75": 128, "wgrad_80": 128, "wgrad_90": 384,
@@ -47,7 +51,7 @@ class Nvrtc:
         return 13, 0
 
     def createProgram(self, source: str, *_: object) -> SimpleNamespace:
-        assert source in ('#include "conv1d_launch.cuh"\n', '#include "bn_relu_dropout.cuh"\n')
+        assert source in [f'#include "{name}.cuh"\n' for name in ("conv1d_launch", "bn_relu_dropout", "novograd")]
         return SimpleNamespace(name="")
 
     def addNameExpression(self, program: SimpleNamespace, name: str) -> None:
@@ -281,6 +285,34 @@ def test_norms_refuse_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None
         ops.bn_stats(y.double(), c, c)
 
 
+# ---- NovoGrad ------------------------------------------------------------------------------------------------------
+
+
+class StepDriver(Driver):
+    """A driver that runs the emulated kernels of NovoGrad."""
+
+    def _launch(self, f, gx, gy, gz, bx, by, bz, shared, stream, params, cooperative) -> None:
+        name = re.fullmatch(r"jf::novograd::(\w+)_kernel", self.names[f]).group(1)
+        assert (gy, gz, bx, by, bz, shared, stream, cooperative) == (1, 1, steps.THREADS, 1, 1, 0, 0, 0)
+        places = ctypes.cast(params, ctypes.POINTER(ctypes.c_void_p))
+        args = ctypes.cast(places[0], ctypes.POINTER(steps.Args)).contents
+        assert getattr(self.functions, f"jf_novograd_{name}")(stream, gx, args) is None
+
+
+def test_a_step_through_the_driver(monkeypatch, cache) -> None:
+    """Shows that a step with kernels from NVRTC gives the same bits as a step with the library's functions."""
+    compiler, library, results = Nvrtc(), emulated_steps(), []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    for functions in (steps.Compiled(compiler, StepDriver(library)), library):
+        monkeypatch.setattr(steps, "functions", lambda functions=functions: functions)
+        tensors, watched = make(torch.device("cpu"))
+        outcome = run(novograd.step, tensors, watched, [settings(beta2=0.5)], scale=4.0, clip=1.0)
+        results.append([outcome, *tensors.params, *tensors.exp_avgs, *tensors.averages, *watched.averages])
+    assert all(map(torch.equal, *results)) and outcome[1] == 0
+    names = [f"jf::novograd::{name}_kernel" for name in ("squares", "update")]
+    assert compiler.compiled == [(name, "-arch=sm_75") for name in names]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy is not installed (extra 'cuda')")
 @pytest.mark.parametrize(("arch", "name"), [
@@ -288,11 +320,12 @@ def test_norms_refuse_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None
     ("sm_90a", "jf::conv::conv_90<__half, 1, 104, false>"), ("sm_90a", "jf::conv::wgrad_90<__nv_bfloat16, 3>"),
     ("sm_75", "jf::bn::reduce_kernel<__half, 8, jf::bn::Gate::sign_dropout>"),
     ("sm_90a", "jf::bn::forward_kernel<__nv_bfloat16, 8, true, true>"), ("sm_90a", "jf::bn::merge_kernel<float, true>"),
+    ("sm_75", "jf::novograd::squares_kernel"), ("sm_90a", "jf::novograd::update_kernel"),
 ])  # fmt: skip
 def test_nvrtc_compiles_the_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arch: str, name: str) -> None:
     from cupy.cuda import nvrtc as compiler
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    header = "bn_relu_dropout.cuh" if "::bn::" in name else "conv1d_launch.cuh"
+    header = {"bn": "bn_relu_dropout.cuh", "conv": "conv1d_launch.cuh", "novograd": "novograd.cuh"}[name.split("::")[1]]
     code, symbol = nvrtc.compile_kernel(header, name, arch, compiler)
-    assert code[:4] == b"\x7fELF" and symbol.startswith(("_ZN2jf4conv", "_ZN2jf2bn"))
+    assert code[:4] == b"\x7fELF" and symbol.startswith(("_ZN2jf4conv", "_ZN2jf2bn", "_ZN2jf8novograd"))

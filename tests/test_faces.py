@@ -13,7 +13,7 @@ OPS = {
     "conv1d": ({"forward", "dgrad", "wgrad"}, ("aten", "cpu", "triton", "cuda")),
     "ctc": ({"forward", "backward"}, ("triton",)),
     "depthwise": ({"forward", "dgrad", "wgrad"}, ("aten", "cpu", "triton")),
-    "novograd": ({"step"}, ("cpu", "triton")),
+    "novograd": ({"step"}, ("cpu", "triton", "cuda")),
     "panes": ({"outputs", "forward", "backward_reduce", "gradients"}, ("cpu",)),
     "prefix_beam": ({"search"}, ("cpu", "triton")),
 }

@@ -3,12 +3,14 @@ capture."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import cuda_host
 import pytest
 import torch
 from conftest import interpreted
@@ -19,9 +21,11 @@ from torch import Tensor
 from jasper_fast.bench.cases.full_step import full_step
 from jasper_fast.bench.harness.errors import Absent
 from jasper_fast.dispatch import choose
-from jasper_fast.kernels import capture
+from jasper_fast.kernels import capture, launch
+from jasper_fast.kernels.novograd import cuda_impl, cuda_launch
 from jasper_fast.training import graphed, step
 from jasper_fast.training.graphed import GraphedStep
+from jasper_fast.training.optim import NovoGrad
 from jasper_fast.training.step import Frontend
 
 
@@ -67,6 +71,52 @@ def test_20_graphed_steps_are_20_plain_ones_bit_by_bit(optimizer, how, monkeypat
         assert ours.ema.updates == plain.ema.updates == i + 1
     assert len(recorder.tapes) == len(made.graphs) == 2 and recorder.replays == 18
     assert results[0].grad_norm.isfinite() and ours.scaler.get_scale() == plain.scaler.get_scale()
+
+
+class Taped:
+    """NovoGrad's CUDA functions, emulated. They are launched like Triton kernels, so the tape records them with their
+    tensors."""
+
+    def __init__(self, monkeypatch) -> None:
+        library = ctypes.CDLL(str(cuda_host.build([cuda_host.CSRC / "cuda/emulate/novograd.cpp"])))
+        self._functions, self._given, self.launched = cuda_launch.Functions(library), [], 0
+        monkeypatch.setattr(cuda_launch, "functions", lambda: self)
+        monkeypatch.setattr(NovoGrad, "_face", lambda self, device, params: "cuda")
+        address = cuda_impl._address
+        monkeypatch.setattr(cuda_impl, "_address", lambda x: (self._given.append(x), address(x))[1])
+
+    def __getitem__(self, grid: tuple[int, str]):
+        self.launched += 1
+        return lambda args, *given: getattr(self._functions, grid[1])(None, grid[0], args)
+
+    def jf_novograd_squares(self, stream, grid, args) -> None:
+        launch.run(self, (grid, "jf_novograd_squares"), torch.empty(0), args, *self._given)
+
+    def jf_novograd_update(self, stream, grid, args) -> None:
+        launch.run(self, (grid, "jf_novograd_update"), torch.empty(0), args, *self._given)
+        self._given.clear()
+
+
+def test_novograd_in_cuda_is_graphed_too(monkeypatch):
+    """Shows equal bits with plain steps when graphs record the CUDA face. Its launches read the table and the settings
+    of their graph, although plain steps and another graph send others in between."""
+    taped = Taped(monkeypatch)
+    ours, plain = Rig(), Rig()
+    made, recorder = ours.graphed(monkeypatch, bucket=16)
+    for i, seconds in enumerate((0.2, 0.2, 0.4, 0.2, 0.4, 0.2, 0.8, 0.4)):
+        one = batch(1, seconds, 2, i)
+        if i == 3:
+            one.audio[0, 50] = torch.nan
+        for rig, run in ((ours, made), (plain, plain.plain)):
+            for group in rig.optimizer.param_groups:
+                group["lr"] = 2.0 ** -(5 + i % 3)
+            torch.manual_seed(i)
+            run([one if rig is ours else padded(one, made._shape(one))])
+        assert same(ours.numbers(), plain.numbers()), f"step {i}"
+    assert len(recorder.tapes) == 2 and recorder.replays == 5 and taped.launched == 2 * (8 + 8)
+    kept = {name: x for g in made.graphs.values() for held in g.held.values() for name, x in held.items()}
+    made_inside = recorder.tapes[0].made | recorder.tapes[1].made
+    assert not {name for name in ("table", "runs", "settings") if place(kept[name]) in made_inside}
 
 
 def test_micro_batches_are_one_step(monkeypatch):
@@ -130,7 +180,7 @@ def test_a_step_that_sends_more_than_there_is_room_for_is_not_captured(monkeypat
     made, _ = Rig("novograd").graphed(monkeypatch, bucket=16, say=said.append)
     for _ in range(2):
         made([batch(1, 0.2, 2, 0)])
-    assert "takes more than 64 bytes" in said[0] and not made.possible
+    assert "take more than 64 bytes" in said[0] and not made.possible
 
 
 @pytest.mark.parametrize("where", ["in the step", "at the end"])
@@ -244,12 +294,14 @@ def counted() -> dict:
 @pytest.mark.slow
 def test_nothing_of_a_captured_step_waits_for_the_device(counted):
     """Shows that a captured step with every augmentation reads nothing on the host, copies nothing between host and
-    device and uses no CPU scalar, and that the CTC loss and NovoGrad run in Triton."""
+    device and uses no CPU scalar, and that the CTC loss runs in Triton, and NovoGrad in Triton or in
+    CUDA."""
     for name, found in counted["steps"].items():
         assert found["possible"] and found["said"] == [], (name, found)
         assert found["breaks"] == [], (name, found)
         assert found["ops"] > 300 and {"_ctc_alpha_kernel", "_ctc_gradient_kernel"} <= set(found["launched"])
-        assert ("_update_kernel" in found["launched"]) == ("novograd" in name)
+        mine = {"_update_kernel", "update_kernel"} & set(found["launched"])
+        assert mine == ({"update_kernel"} if "cuda" in name else {"_update_kernel"} if "novograd" in name else set())
 
 
 @pytest.mark.slow

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 
+import cuda_host
 import pytest
 import torch
 from close import assert_close
 from conftest import Face, make_face
 from torch import Tensor
 
-from jasper_fast.kernels.novograd import reference
+from jasper_fast.kernels.novograd import cuda_launch, reference
 from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 
 # the last is longer than the part that one Triton program or CPU task takes, and is no multiple of it
@@ -18,9 +20,19 @@ SHAPES = ((5, 3, 11), (7,), (1,), (4, 5, 1), (), (0, 3), (3, 1025), (8192 + 1024
 LONG = (65536 * 2 + 17,)
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
-def face(request) -> Face:
-    return make_face(request.param)
+@pytest.fixture(params=["reference", "cpu", "triton", "cuda", "cuda emulated"])
+def face(request, monkeypatch) -> Face:
+    """Returns each face in turn. "cuda emulated" is the CUDA face on the CPU (csrc/cuda/emulate)."""
+    if request.param != "cuda emulated":
+        return make_face(request.param)
+    monkeypatch.setattr(cuda_launch, "functions", emulated)
+    return Face("cuda", torch.device("cpu"))
+
+
+def emulated() -> cuda_launch.Functions:
+    """Returns the functions of the CUDA face, whose kernels run on the CPU."""
+    library = cuda_host.build([cuda_host.CSRC / "cuda/emulate/novograd.cpp"])
+    return cuda_launch.Functions(ctypes.CDLL(str(library)))
 
 
 def settings(lr=0.02, beta1=0.95, beta2=0.0, averaging=False, eps=1e-8, weight_decay=1e-2, weight=0.1) -> Settings:

@@ -23,7 +23,7 @@ from jasper_fast.bench.cases import models
 from jasper_fast.bench.harness import allocations
 from jasper_fast.kernels import launch
 from jasper_fast.kernels.conv1d import aten_impl
-from jasper_fast.kernels.novograd import triton_impl as novograd
+from jasper_fast.kernels.novograd import cuda_launch, table
 from jasper_fast.nn.eager import EagerJasper
 from jasper_fast.training import step
 from jasper_fast.training.ema import EMA
@@ -321,13 +321,35 @@ def test_the_optimiser_and_the_average_are_two_launches(launches):
     assert seen.count.total() > 400, seen.count
 
 
+def test_in_cuda_it_is_two_launches_too(launches, monkeypatch):
+    """Shows that the CUDA face of the optimiser makes two launches for Jasper 10x5, and as few other operations."""
+    ours, ema = hollow_training("gram")
+
+    class Functions:
+        jf_novograd_squares = staticmethod(lambda stream, grid, args: launches.append("squares"))
+        jf_novograd_update = staticmethod(lambda stream, grid, args: launches.append("update"))
+
+    monkeypatch.setattr(cuda_launch, "functions", Functions)
+    monkeypatch.setattr(NovoGrad, "_face", lambda self, device, params: "cuda")
+    optimizer = NovoGrad(ours.parameters(), lr=0.01, weight_decay=1e-3, ema=ema)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    step.update(ours, optimizer, scaler)
+    launches.clear()
+    optimizer.param_groups[0]["lr"] = 0.009
+    with Dispatched() as seen:
+        step.update(ours, optimizer, scaler)
+    assert launches == ["squares", "update"]
+    assert len(launches) + seen.count.total() <= 6, seen.count
+
+
 def test_the_step_moves_32_bytes_a_parameter(launches, monkeypatch):
-    """Shows that a step moves 32 bytes per parameter, counted from the table of rows that its kernels process."""
+    """Shows that a step moves 32 bytes per parameter, counted from the table of rows that the kernels of Triton
+    and of CUDA process."""
     ours, ema = hollow_training("gram", jasper10x5=False)
     optimizer = NovoGrad(ours.parameters(), ema=ema, backend="triton")
     step.update(ours, optimizer, torch.amp.GradScaler("cpu", enabled=False))
     rows = optimizer._held[torch.device("meta")]["rows"]
-    moved = {novograd.UPDATE: 4 + 16 + 12, novograd.AVERAGE: 12, novograd.COPY: 8}  # squares, then reads and writes
+    moved = {table.UPDATE: 4 + 16 + 12, table.AVERAGE: 12, table.COPY: 8}  # squares, then reads and writes
     count = sum(p.numel() for p in ours.parameters())
     others = sum(b.numel() for b in ours.buffers())
     total = sum(row[5] * moved[row[7]] for row in rows)

@@ -1,8 +1,8 @@
-"""The gate of the convs in CUDA C++: compiles csrc/cuda/conv1d.cu with nvcc for each architecture, without a GPU.
+"""The gate of the convs and of NovoGrad in CUDA C++: compiles them with nvcc for each architecture, without a GPU.
 
 `python -m bench compile --cuda` prints the registers and instructions of each kernel. It fails if a kernel spills
-registers, does not use tensor cores or asynchronous copies where it should, waits between the products of one step, or
-differs from bench/compiled/nvcc-VERSION.json.
+registers, does not use tensor cores, asynchronous copies or 16-byte loads where it should, waits between the products
+of one step, or differs from bench/compiled/nvcc-VERSION.json.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
 QUICK = ("75", "80", "90a")  # one architecture for each inner loop
 INSTRUCTIONS = {
     "HGMMA": "wgmma", "HMMA": "mma_sync", "LDSM": "ldmatrix", "LDGSTS": "cp_async", "UBLKCP": "bulk_copies",
-    "ACQBULK": "grid_waits", "STL": "local_stores", "LDL": "local_loads",
+    "ACQBULK": "grid_waits", "STL": "local_stores", "LDL": "local_loads", "LDG.128": "wide_loads",
 }  # fmt: skip
 FACTS = ("registers", "spilled", "stack", *INSTRUCTIONS.values(), "waits")
-SOURCE = paths.BENCH.parent / "csrc" / "cuda" / "conv1d.cu"
-_KERNEL = re.compile(r"jf::conv::(\w+?)(?:_kernel)?(?:<(.*)>)?\(")
+SOURCES = tuple(paths.BENCH.parent / "csrc" / "cuda" / name for name in ("conv1d.cu", "novograd.cu"))
+_KERNEL = re.compile(r"jf::(conv|novograd)::(\w+?)(?:_kernel)?(?:<(.*)>)?\(")
 _MODES = {"0": "plain", "1": "stats", "2": "norm", "3": "log-softmax"}
 
 
@@ -43,11 +43,11 @@ def flags(arch: str) -> list[str]:
     return ["-O3", "-std=c++20", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", "-Xptxas", "-v"]
 
 
-def compile_for(nvcc: str, arch: str, folder: Path) -> list[dict]:
-    """Returns a row with the facts of every kernel that is not empty on `arch`."""
+def compile_for(nvcc: str, arch: str, source: Path, folder: Path) -> list[dict]:
+    """Returns a row with the facts of every kernel of `source` that is not empty on `arch`."""
     folder.mkdir(parents=True, exist_ok=True)
-    cubin = folder / f"conv1d.sm_{arch}.cubin"
-    command = [nvcc, *flags(arch), "-cubin", "-o", str(cubin), str(SOURCE)]
+    cubin = folder / f"{source.stem}.sm_{arch}.cubin"
+    command = [nvcc, *flags(arch), "-cubin", "-o", str(cubin), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"nvcc failed for sm_{arch}:\n{done.stderr.strip()[-2000:]}")
@@ -74,13 +74,13 @@ def describe(name: str) -> str | None:
     found = _KERNEL.search(name)
     if found is None:
         return None
-    kernel, given = found.group(1), [word.strip() for word in (found.group(2) or "").split(",")]
+    op, kernel, given = found.group(1), found.group(2), [word.strip() for word in (found.group(3) or "").split(",")]
     short = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "fp32"}
     words = [short.get(word, re.sub(r"\((?:int|bool)\)", "", word)) for word in given if word]
     if kernel.startswith("conv_"):
         dtype, mode, block, transposed = words
         words = [dtype, _MODES[mode], block, *(["dgrad"] if transposed in ("1", "true") else [])]
-    return " ".join([kernel, *words])
+    return " ".join([*([op] if op != "conv" else []), kernel, *words])
 
 
 def _resources(log: str) -> dict[str, dict]:
@@ -108,6 +108,7 @@ def _functions(cubin: Path) -> dict[str, list[str]]:
             code = found.setdefault(m.group(1), [])
         elif m := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)([.\w]*)\s*([^;]*)", line):
             opcode, rest = m.group(1), m.group(2) + m.group(3)
+            opcode = "LDG.128" if opcode == "LDG" and ".128" in rest else opcode
             code.append("DRAIN" if opcode == "WARPGROUP" and "DEPBAR" in rest and "0x0" in rest else opcode)
     return found
 
@@ -145,6 +146,7 @@ def complaints(row: dict) -> list[str]:
         found.append(f"{row['waits']} waits between products of one step")
     wanted = {"conv_90": ("wgmma", "bulk_copies", "cp_async"), "conv_80": ("mma_sync", "ldmatrix", "cp_async")}
     wanted |= {"conv_75": ("mma_sync", "ldmatrix"), "wgrad_80": wanted["conv_80"], "wgrad_75": ("mma_sync", "ldmatrix")}
+    wanted["novograd"] = ("wide_loads",)
     found += [f"no {name} instruction" for name in wanted.get(kernel.split()[0], ()) if not row[name]]
     chained = kernel.startswith("conv_") and not {"stats", "norm", "dgrad"} & set(kernel.split())
     if chained and int(row["arch"].rstrip("a")) >= 90 and not row["grid_waits"]:
@@ -206,14 +208,14 @@ def main(args: argparse.Namespace) -> int:
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     archs = [a for a in (QUICK if args.quick else ARCHS) if f"compute_{a.rstrip('a')}" in known]
     started = time.monotonic()
-    sources = sorted(SOURCE.parent.glob("*.cuh")) + [SOURCE]
+    sources = [*sorted(SOURCES[0].parent.glob("*.cuh")), *SOURCES]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + version.encode()).hexdigest()[:16]
     folder = paths.BUILD / "compile" / f"nvcc-{digest}"
 
     def rows_of(arch: str) -> list[dict]:
         kept = folder / f"sm_{arch}.json"
         if args.no_cache or not kept.exists():
-            rows = compile_for(nvcc, arch, folder)
+            rows = [row for source in SOURCES for row in compile_for(nvcc, arch, source, folder)]
             kept.write_text(json.dumps(rows))
         return json.loads(kept.read_text())
 

@@ -58,6 +58,9 @@ struct Pack {
 
 template <class T, int V>
 __device__ __forceinline__ Pack<T, V> load(const T* at) {
+#ifdef JF_EMULATE
+  emulated_access("load", at, sizeof(T) * V);
+#endif
   return {*reinterpret_cast<const typename Pack<T, V>::Raw*>(at)};
 }
 
@@ -65,7 +68,9 @@ template <class T, int V>
 __device__ __forceinline__ void store(T* at, const T (&values)[V]) {
   typename Pack<T, V>::Raw raw;
   memcpy(static_cast<void*>(&raw), values, sizeof(raw));
-#ifndef JF_EMULATE
+#ifdef JF_EMULATE
+  emulated_access("store", at, sizeof(T) * V);
+#else
   if constexpr (V > 1) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(at)), "r"(raw.x), "r"(raw.y),
                  "r"(raw.z), "r"(raw.w)

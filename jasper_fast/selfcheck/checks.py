@@ -158,7 +158,7 @@ def plan(
                 continue
             if "bn_relu_dropout" in ops:
                 found += _norms(face, dtype, quick, large)
-            if face != "cuda" and dtype == "float32" and "novograd" in ops:
+            if dtype == "float32" and "novograd" in ops:
                 found += _steps(face, quick, large)
             if face == "triton" and dtype == "float32" and "ctc" in ops:
                 found += _losses(quick, large)

@@ -156,8 +156,8 @@ class GraphedStep:
             return f"CUDA graphs need a GPU, but the model is on {self.device}"
         if not isinstance(self.optimizer, NovoGrad) and not (fused and "capturable" in self.optimizer.defaults):
             return f"{type(self.optimizer).__name__} decides on the host: use NovoGrad, or AdamW(..., fused=True)"
-        if isinstance(self.optimizer, NovoGrad) and self.device.type == "cuda" and not self.optimizer.in_triton():
-            return "NovoGrad cannot run in Triton (that takes dense fp32 parameters), and PyTorch's form needs the host"
+        if isinstance(self.optimizer, NovoGrad) and self.device.type == "cuda" and not self.optimizer.in_kernels():
+            return "NovoGrad's kernels cannot run (they take dense fp32 parameters), and PyTorch's form needs the host"
         if any(isinstance(g["lr"], Tensor) and g["lr"].device != self.device for g in self.optimizer.param_groups):
             return f"the learning rate is a tensor on another device: use a number, or move it to {self.device}"
         if not reads_no_lengths(self.device):

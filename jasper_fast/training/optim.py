@@ -14,7 +14,7 @@ from jasper_fast.kernels import capture
 from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 from jasper_fast.training.ema import EMA
 
-FACES = ("cpu", "triton")  # faces that have a kernel of the step, for fp32; all else runs on the reference
+FACES = ("cpu", "triton", "cuda")  # faces that have a kernel of the step, for fp32; all else runs on the reference
 
 
 class NovoGrad(torch.optim.Optimizer):
@@ -125,10 +125,10 @@ class NovoGrad(torch.optim.Optimizer):
             self.ema.take(watched.values())
         return found
 
-    def in_triton(self) -> bool:
-        """Returns whether a step runs in Triton for all parameters, so that a CUDA graph can capture it."""
+    def in_kernels(self) -> bool:
+        """Returns whether a kernel of ours updates every parameter. If so, a CUDA graph can capture a step on a GPU."""
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        return all(self._face(p.device, [p]) == "triton" for p in params)
+        return all(self._face(p.device, [p]) in FACES for p in params)
 
     def _face(self, device: torch.device, params: list[Tensor]) -> str:
         """Returns the name of the face that updates `params`."""

@@ -4,10 +4,8 @@
     update   each program adds all partial sums (for the norm, the skip and the clipping) and those of its tensor (for
              v), then updates m, p and the average
 
-A program owns a run: a range of elements of one tensor. The table has one row per tensor with addresses and sizes; it
-is sent to the GPU only when an address has changed. Runs are long enough that there are only some thousands of
-programs, because each reads all partial sums. squares reads 4 bytes per element; update reads 16 and writes 12. Sums
-are made in a fixed order, so runs of the program are bit-identical.
+A program owns a run: a range of elements of one tensor (see table.py). squares reads 4 bytes per element; update reads
+16 and writes 12. Sums are made in a fixed order, so runs of the program are bit-identical.
 """
 
 from __future__ import annotations
@@ -19,18 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels import capture, launch
-from jasper_fast.kernels.novograd import reference
+from jasper_fast.kernels import launch
+from jasper_fast.kernels.novograd import reference, table
 from jasper_fast.kernels.novograd.operands import Settings, Tensors, Watched
 
-BLOCK = 1024  # elements per iteration: with 4 warps a thread makes two 16-byte loads from each of four tensors
+BLOCK = table.BLOCK  # elements per iteration: with 4 warps a thread makes two 16-byte loads from each of four tensors
 PARTIALS = 1024  # partial sums that are read at once
-PROGRAMS = 4096  # approximate number: in the largest model, all partial sums are 1 % of what a program reads
-SHORTEST = 8192  # least elements of a run, so that a program has enough work
-COLUMNS = 10  # columns of the table
-UPDATE, AVERAGE, COPY = 0, 1, 2  # kinds of rows
-GRAD, MOMENT, PARAM, MEAN, SQUARE, NUMEL, GROUP, KIND, FIRST, END = map(tl.constexpr, range(COLUMNS))
-IS_UPDATE, IS_COPY, WIDTH = tl.constexpr(UPDATE), tl.constexpr(COPY), tl.constexpr(COLUMNS)
+GRAD, MOMENT, PARAM, MEAN, SQUARE, NUMEL, GROUP, KIND, FIRST, END = map(tl.constexpr, range(len(table.COLUMNS)))
+IS_UPDATE, IS_COPY, WIDTH = (tl.constexpr(n) for n in (table.UPDATE, table.COPY, len(table.COLUMNS)))
 SETTINGS = tl.constexpr(len(Settings._fields))
 LR, BETA1, SHARE, BETA2, REST2, EPS, DECAY, WEIGHT = map(tl.constexpr, range(len(Settings._fields)))
 
@@ -180,59 +174,21 @@ def step(
     All tensors in `tensors` are fp32. held: a dict that the caller keeps between steps; the table is stored in it.
     """
     ours, others = watched.split((torch.float32, torch.int64))
-    rows = _rows(tensors, ours)
-    if held.get("rows") != rows:
-        held.update(_table(rows, settings.device), rows=rows)
-    table, runs, size, partials, programs, aligned = (held[key] for key in _TABLE)
+    rows, runs, size, partials, programs, aligned = table.keep(tensors, ours, settings.device, held)
     like = tensors.params[0]
     if "one" not in held:
         held.update(one=like.new_ones(1), zero=like.new_zeros(1))
     scale, found = held["one"] if grad_scale is None else grad_scale, held["zero"] if found_inf is None else found_inf
     partial, old, outcome = like.new_empty(partials), like.new_empty(len(rows)), like.new_empty(2)
     launch.run(
-        _squares_kernel, (partials,), like, like, table, runs, partial, old, size, ALIGNED=aligned, BLOCK=BLOCK,
+        _squares_kernel, (partials,), like, like, rows, runs, partial, old, size, ALIGNED=aligned, BLOCK=BLOCK,
         num_warps=4,
     )  # fmt: skip
     launch.run(
-        _update_kernel, (programs,), like, like, table, runs, partial, old, settings, scale, found, outcome,
+        _update_kernel, (programs,), like, like, rows, runs, partial, old, settings, scale, found, outcome,
         size, partials, clip_norm or math.inf, int(guard), HAS_AVERAGE=bool(tensors.averages), ALIGNED=aligned,
         BLOCK=BLOCK, PARTIALS=PARTIALS, num_warps=4,
     )  # fmt: skip
     torch.autograd.graph.increment_version([*tensors.params, *tensors.averages, *ours.averages])
     reference.average(*others, settings[0, -1])
     return outcome
-
-
-_TABLE = ("table", "runs", "size", "partials", "programs", "aligned")
-
-
-def _rows(tensors: Tensors, watched: Watched) -> list[tuple[int, ...]]:
-    """Returns the rows of the table without columns FIRST and END."""
-    address = Tensor.data_ptr
-    averages = map(address, tensors.averages) if tensors.averages else [0] * len(tensors.params)
-    lists = (map(address, of) for of in (tensors.grads, tensors.exp_avgs, tensors.params))
-    numbers = (averages, map(address, tensors.exp_avg_sqs), map(Tensor.numel, tensors.params), tensors.groups)
-    rows = [(*row, UPDATE) for row in zip(*lists, *numbers, strict=True)]
-    for live, average in zip(*watched, strict=True):
-        kind, words = (AVERAGE, 1) if average.is_floating_point() else (COPY, average.element_size() // 4)
-        rows.append((0, 0, live.data_ptr(), average.data_ptr(), 0, live.numel() * words, 0, kind))
-    return rows
-
-
-def _table(rows: list[tuple[int, ...]], device: torch.device) -> dict[str, object]:
-    """Returns, by the names in `_TABLE`: the table and the runs (on the device), the elements of a run, the number of
-    runs that are updates, the number of all runs, and whether all tensors are aligned to 16 bytes.
-
-    Addresses in the table are distances from the first parameter.
-    """
-    total = sum(row[5] for row in rows)
-    size = max(SHORTEST, triton.cdiv(triton.cdiv(total, PROGRAMS), BLOCK) * BLOCK)
-    table, runs, partials, anchor = [], [], 0, rows[0][2]
-    for i, row in enumerate(rows):
-        first = len(runs)
-        runs += [(i, start) for start in range(0, max(1, row[5]), size)]  # one for an empty tensor too, to update its v
-        table.append((*((address - anchor) // 4 for address in row[:5]), *row[5:], first, len(runs)))
-        partials = len(runs) if row[7] == UPDATE else partials
-    aligned = all(address % 16 == 0 for row in rows for address in row[:4])
-    sent = [capture.sent(numbers, torch.int64, device) for numbers in (table, runs)]
-    return dict(zip(_TABLE, (*sent, size, partials, len(runs), aligned), strict=True))

@@ -50,6 +50,9 @@ void emulated_early(bool may);
 // Null forgets all.
 void emulated_memory(const void* from, size_t bytes);
 
+// Counts `bytes` that are moved at once. Fails if the address is not a multiple of them.
+void emulated_access(const char* what, const void* at, size_t bytes);
+
 // Runs `body`. Returns null, or the message of its exception, which is valid until the next call.
 const char* emulated_error(const std::function<void()>& body);
 
@@ -67,6 +70,7 @@ T __ldcg(const T* at) {
   return *at;
 }
 
+inline void* __cvta_global_to_generic(size_t at) { return reinterpret_cast<void*>(at); }
 inline int64_t clock64() { return 0; }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
@@ -84,6 +88,7 @@ void jf_emulation(int resident, uint64_t seed);
 // Registers memory that the launch before an early launch may write or read. Null forgets all.
 void jf_emulation_depends(void* at, int64_t bytes);
 // Returns how often the instruction of this name ran in the last launch. A warp-wide instruction counts once per warp.
+// For "load" and "store" (common.cuh), returns the bytes instead.
 int64_t jf_emulation_count(const char* instruction);
 }
 

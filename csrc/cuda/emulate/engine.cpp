@@ -336,13 +336,13 @@ void clean_up(bool failed) {
 
 SanitizerFiber& running() { return current ? current->sanitizer : main_fiber.sanitizer; }
 
-void count(const char* instruction) {
+void count(const char* instruction, int64_t more) {
   for (auto& [name, times] : counts)
     if (name == instruction) {
-      ++times;
+      times += more;
       return;
     }
-  counts.emplace_back(instruction, 1);
+  counts.emplace_back(instruction, more);
 }
 
 uint64_t bulk_due() { return launch.turns + (launch.random ? draw() % 64 : 64); }

@@ -107,8 +107,8 @@ struct Bulk {  // an incomplete copy_bulk
 
 extern Fiber* current;
 
-// Counts one execution of an instruction.
-void count(const char* instruction);
+// Counts executions of an instruction, one by default.
+void count(const char* instruction, int64_t more = 1);
 
 // Ends the launch with an error message about the running thread, or about `thread` of `cta`.
 [[noreturn]] void fail(const char* instruction, const std::string& text);

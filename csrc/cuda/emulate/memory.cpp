@@ -302,4 +302,11 @@ void registers(int count, bool more) {
 }
 
 }  // namespace twin
+
+void emulated_access(const char* what, const void* at, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(at) % bytes)
+    engine::fail(what, "the address is not aligned to " + engine::number(bytes) + " bytes");
+  engine::count(what, bytes);
+}
+
 }  // namespace jf

@@ -1,0 +1,63 @@
+"""The functions that launch NovoGrad's CUDA kernels, from the CUDA library or by NVRTC, and their arguments."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from types import ModuleType
+
+from jasper_fast.kernels import native, nvrtc
+
+Pointer, Int = ctypes.c_void_p, ctypes.c_int
+THREADS = 256  # threads of a CTA
+
+
+class Args(ctypes.Structure):
+    """The arguments of both kernels, as the struct in csrc/cuda/novograd.cuh."""
+
+    _fields_ = [
+        *((name, Pointer) for name in ("table", "runs", "anchor", "partial", "old", "settings")),
+        *((name, Pointer) for name in ("scale", "found", "outcome")),
+        *((name, Int) for name in ("size", "partials")),
+        ("clip_norm", ctypes.c_float),
+        *((name, Int) for name in ("guard", "has_averages")),
+    ]
+
+
+class Functions:
+    """The C functions of csrc/cuda/novograd.cu; raises `native.Missing` for a library of another version."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        try:
+            size = library.jf_novograd_size()
+        except AttributeError:  # the library is older than these kernels
+            size = 0
+        if size != ctypes.sizeof(Args):
+            raise native.Missing(f"{library._name} is of another version than this code; {native.BUILD}")
+        for name in ("jf_novograd_squares", "jf_novograd_update"):
+            function = getattr(library, name)
+            function.argtypes, function.restype = (Pointer, Int, ctypes.POINTER(Args)), ctypes.c_char_p
+            setattr(self, name, function)
+
+
+class Compiled:
+    """The same functions, with kernels that NVRTC compiles, for machines without the CUDA library."""
+
+    def __init__(self, nvrtc_: ModuleType | None = None, driver: ModuleType | None = None) -> None:
+        self._kernels = nvrtc.Kernels("novograd.cuh", nvrtc_, driver)
+
+    def jf_novograd_squares(self, stream: int | None, grid: int, args: Args) -> None:
+        self._kernels.launch("jf::novograd::squares_kernel", grid, THREADS, 0, stream, args)
+
+    def jf_novograd_update(self, stream: int | None, grid: int, args: Args) -> None:
+        self._kernels.launch("jf::novograd::update_kernel", grid, THREADS, 0, stream, args)
+
+
+@functools.cache
+def functions() -> Functions | Compiled:
+    """Returns the functions of the CUDA library, else NVRTC's; raises `native.Missing` if neither can be used."""
+    try:
+        return Functions(native.cuda_library())
+    except native.Missing as error:
+        nvrtc.instead_of(error)
+        return Compiled()

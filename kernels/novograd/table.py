@@ -1,0 +1,63 @@
+"""The table of tensors for the Triton and CUDA kernels of the step, and the runs of elements that their programs own.
+
+A run is a range of elements of one tensor. The table and the runs are sent to the GPU only when an address has changed.
+Runs are long enough that there are only some thousands of programs, because each reads all partial sums.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jasper_fast.kernels import capture
+from jasper_fast.kernels.novograd.operands import Tensors, Watched
+
+BLOCK = 1024  # elements that a program processes in one iteration
+PROGRAMS = 4096  # approximate number: in the largest model, all partial sums are 1 % of what a program reads
+SHORTEST = 8192  # least elements of a run, so that a program has enough work
+COLUMNS = ("grad", "moment", "param", "mean", "square", "numel", "group", "kind", "first", "end")
+UPDATE, AVERAGE, COPY = 0, 1, 2  # kinds of rows
+KEYS = ("table", "runs", "size", "partials", "programs", "aligned")
+
+
+def keep(
+    tensors: Tensors, watched: Watched, device: torch.device, held: dict
+) -> tuple[Tensor, Tensor, int, int, int, bool]:
+    """Returns, in the order of KEYS: the table, int64 (tensors, COLUMNS), and the runs, int64 (programs, 2), on the
+    device; the elements of a run, the number of runs that are updates, the number of all runs, and whether all tensors
+    are aligned to 16 bytes.
+
+    `held` keeps them between calls; they are made again only if a row has changed. Addresses in the table are distances
+    from the first parameter, in fp32 elements. A run is a tensor's number and a first element; updates come first.
+    """
+    rows = rows_of(tensors, watched)
+    if held.get("rows") != rows:
+        held.update(_made(rows, device), rows=rows)
+    return tuple(held[key] for key in KEYS)
+
+
+def rows_of(tensors: Tensors, watched: Watched) -> list[tuple[int, ...]]:
+    """Returns the rows of the table without columns "first" and "end", with addresses in bytes."""
+    address = Tensor.data_ptr
+    averages = map(address, tensors.averages) if tensors.averages else [0] * len(tensors.params)
+    lists = (map(address, of) for of in (tensors.grads, tensors.exp_avgs, tensors.params))
+    numbers = (averages, map(address, tensors.exp_avg_sqs), map(Tensor.numel, tensors.params), tensors.groups)
+    rows = [(*row, UPDATE) for row in zip(*lists, *numbers, strict=True)]
+    for live, average in zip(*watched, strict=True):
+        kind, words = (AVERAGE, 1) if average.is_floating_point() else (COPY, average.element_size() // 4)
+        rows.append((0, 0, live.data_ptr(), average.data_ptr(), 0, live.numel() * words, 0, kind))
+    return rows
+
+
+def _made(rows: list[tuple[int, ...]], device: torch.device) -> dict[str, object]:
+    total = sum(row[5] for row in rows)
+    size = max(SHORTEST, -(-total // (PROGRAMS * BLOCK)) * BLOCK)
+    table, runs, partials, anchor = [], [], 0, rows[0][2]
+    for i, row in enumerate(rows):
+        first = len(runs)
+        runs += [(i, start) for start in range(0, max(1, row[5]), size)]  # one for an empty tensor too, to update its v
+        table.append((*((address - anchor) // 4 for address in row[:5]), *row[5:], first, len(runs)))
+        partials = len(runs) if row[7] == UPDATE else partials
+    aligned = all(address % 16 == 0 for row in rows for address in row[:4])
+    sent = [capture.sent(numbers, torch.int64, device) for numbers in (table, runs)]
+    return dict(zip(KEYS, (*sent, size, partials, len(runs), aligned), strict=True))

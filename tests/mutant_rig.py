@@ -1,0 +1,57 @@
+"""Makes a mistake in a copy of the CUDA sources, and runs checks of the copy in a separate process."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import cuda_host
+
+SECONDS = 120  # seconds, over a hundred times what the checks take
+
+
+def chosen(mutants: Sequence[str]) -> list[str]:
+    """Returns the mutants to test: every fourth, because each takes seconds to compile, or all in `make mutants`."""
+    return list(mutants)[:: 1 if os.environ.get("JASPER_FAST_MUTANTS") == "all" else 4]
+
+
+def mutated(mutant: tuple[str, str, str], folder: Path) -> Path:
+    """Copies csrc/cuda into `folder`, with the mutant (file, correct text, wrong text) in it, and returns the copy."""
+    file, old, new = mutant
+    folder = folder / "csrc"
+    shutil.copytree(cuda_host.CSRC / "cuda", folder / "cuda")
+    source = folder / "cuda" / file
+    text = source.read_text()
+    assert text.count(old) == 1, f"{file} has {text.count(old)} of {old!r}"
+    source.write_text(text.replace(old, new))
+    return folder
+
+
+def outcome(check: Callable[[], None]) -> str | None:
+    """Runs `check` in a process of its own; returns the error, or None if it passes."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+
+    def run() -> None:
+        faulthandler.disable()  # a crash is an answer too, and prints nothing
+        try:
+            check()
+            there.send(None)
+        except BaseException as error:  # any exception is the answer
+            there.send(f"{type(error).__name__}: {str(error)[:500]}")
+
+    child = context.Process(target=run)
+    child.start()
+    there.close()
+    try:
+        return here.recv() if here.poll(SECONDS) else "hung"
+    except EOFError:
+        child.join()
+        return f"died with status {child.exitcode}"
+    finally:
+        child.kill()
+        child.join()
